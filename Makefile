@@ -1,0 +1,116 @@
+# make quickstart   train, freeze and ask a small model, from nothing
+# make test         the tests
+# make help         everything else
+#
+# Plain pip and venv; uv is used when it is on the PATH. An environment is
+# installed once and again only when its requirements file changes.
+
+VENV ?= .venv
+PYTHON ?=           # the interpreter that creates $(VENV); found when empty
+WORKDIR ?= runs/quickstart
+TEST_ARGS ?=        # passed to pytest, e.g. TEST_ARGS='-k decode -x'
+BENCH_ARGS ?=       # passed to the benchmarks
+
+PY := $(VENV)/bin/python
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
+PEER := $(VENV)/.installed-peer
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow lint format bench bench-peer clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
+	  | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
+
+quickstart: $(CORE)  ## Train a small model (minutes), freeze it, complete prompts
+	@$(PY) train.py --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	@$(PY) serve.py --model=$(WORKDIR)/frozen \
+	  --prompt='def __init__(self, '
+
+test: $(DEV)  ## The fast tests; TEST_ARGS='-k name' to choose
+	@$(PY) -m pytest -m 'not slow' $(TEST_ARGS)
+
+test-slow: $(DEV)  ## The slow tests, which CI runs too
+	@$(PY) -m pytest -m slow $(TEST_ARGS)
+
+lint: $(DEV)  ## Check format, lint and types
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m pyright --pythonpath $(PY)
+
+format: $(DEV)  ## Rewrite the source in the project's format
+	@$(PY) -m ruff check --fix --quiet .
+	@$(PY) -m ruff format .
+
+bench: $(CORE)  ## Speed beside this machine's roofline
+	@$(PY) -m benchmarks.roofline
+	@$(PY) -m benchmarks.train_throughput $(BENCH_ARGS)
+	@$(PY) -m benchmarks.decode_latency $(BENCH_ARGS)
+
+bench-peer: $(PEER)  ## The same, and beside transformers on torch
+	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ----------------------------------------------------------------------------
+# Environments. The core is what both lives need; dev adds tests and lint; peer
+# adds torch and transformers, which we are compared with.
+
+# The first interpreter that really runs (a version manager's stub may not) and
+# is new enough.
+$(PY):
+	@set -e; python='$(strip $(PYTHON))'; \
+	if [ -z "$$python" ]; then \
+	  for p in python3.11 python3.12 python3.13 python3 python; do \
+	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	      >/dev/null 2>&1; then python=$$p; break; fi; \
+	  done; \
+	fi; \
+	if [ -z "$$python" ] || ! $$python -c \
+	  'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	  echo "got $${python:-python3}: $$($${python:-python3} --version 2>&1 \
+	    | head -n 1); expected Python 3.11 or newer; fix: install one, or" \
+	    "name one with make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$($$python --version)"; \
+	if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --python "$$python" $(VENV); \
+	else \
+	  $$python -m venv $(VENV); \
+	fi
+
+# uv does not compile to bytecode unless asked; without it the first import of
+# everything takes 13 s instead of 5.
+define install
+	@echo "Installing $(1) into $(VENV)"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv pip install --quiet --compile-bytecode --python $(PY) -r $(1); \
+	else \
+	  $(PY) -m pip install -qq --disable-pip-version-check -r $(1); \
+	fi
+	@touch $@
+endef
+
+$(CORE): requirements.txt | $(PY)
+	$(call install,requirements.txt)
+
+$(DEV): requirements-dev.txt requirements-serve.txt $(CORE)
+	$(call install,requirements-dev.txt)
+
+# On Linux torch's default wheel brings gigabytes of CUDA along, so its CPU build
+# goes in first; where that index cannot be reached, pip's own choice is taken.
+$(PEER): requirements-peer.txt $(DEV)
+	@torch=$$(grep '^torch==' requirements-peer.txt); \
+	index=https://download.pytorch.org/whl/cpu; \
+	if command -v uv >/dev/null 2>&1; then \
+	  uv pip install --quiet --no-deps --python $(PY) --index-url $$index \
+	    "$$torch" 2>/dev/null; \
+	else \
+	  $(PY) -m pip install --quiet --no-deps --retries 0 --index-url $$index \
+	    "$$torch" 2>/dev/null; \
+	fi || true
+	$(call install,requirements-peer.txt)

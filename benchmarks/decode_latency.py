@@ -1,0 +1,248 @@
+"""How fast life two answers one request, beside the roofline and a peer.
+
+    python -m benchmarks.decode_latency --peer
+
+A Llama-like model of 110M parameters (12 layers, width 768, vocabulary 32000;
+float32, random weights) reads a prompt of 32 tokens and greedily makes 128 more
+for a single stream.
+
+How to read it. `tokens/s` counts the new tokens over the whole request, prompt
+included; `ms/token` is a decode step alone. Decoding one stream is bound by
+memory: each step reads every weight and the keys and values so far, and
+`bandwidth` is that many bytes per second over the rate at which this device
+read memory in the same round. With `--peer`, transformers' `generate` answers
+the same request in turns with us; `ours / peer` is the median of the rounds'
+ratios of tokens/s: above 1, we are faster.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peer_process, timing
+from inference import decode, sampling
+from models import config as model_config, flops, transformer
+from parallel import device_peaks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """One stream: what answers it, and how long it is."""
+
+  model: model_config.ModelConfig
+  prompt_tokens: int
+  new_tokens: int
+
+
+def llama_110m() -> Request:
+  """The request that is judged."""
+  model = model_config.ModelConfig(
+    vocab_size=32000,
+    num_layers=12,
+    model_width=768,
+    num_heads=12,
+    num_kv_heads=12,
+    head_width=64,
+    mlp_width=2048,
+    max_length=1024,
+    tie_embeddings=True,
+    scan_layers=False,  # as frozen models are
+  )
+  return Request(model=model, prompt_tokens=32, new_tokens=128)
+
+
+def bytes_per_token(request: Request) -> float:
+  """Returns the bytes that the average decode step has to read, float32.
+
+  Every weight that multiplies the token, and the keys and values of half of
+  the new tokens after all of the prompt's.
+  """
+  model = request.model
+  context = request.prompt_tokens + request.new_tokens / 2
+  cache = 2 * model.num_layers * model.num_kv_heads * model.head_width * context
+  return 4.0 * (flops.num_matmul_params(model) + cache)
+
+
+def prompt_ids(request: Request) -> list[int]:
+  """Returns the prompt, the same for both sides."""
+  rng = np.random.default_rng(0)
+  size = request.prompt_tokens
+  return rng.integers(0, request.model.vocab_size, size).tolist()
+
+
+def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
+  """Compiles our prefill and decode step for one request.
+
+  Returns:
+    A turn that answers the request, and the list to which each turn adds its
+    seconds to the first token.
+  """
+  model = transformer.Transformer(request.model)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  limit = request.model.max_length
+  length = decode.bucket(request.prompt_tokens, limit=limit)
+  num_tokens = request.prompt_tokens + request.new_tokens
+  tokens_1T = np.zeros((1, length), np.int32)
+  tokens_1T[0, : request.prompt_tokens] = prompt_ids(request)
+  sampler = sampling.init(
+    temperature=[0.0], top_k=[0], top_p=[1.0], min_p=[0.0], seed=[0]
+  )
+  static = {'model': model, 'vocab_size': request.model.vocab_size}
+  first_token_seconds: list[float] = []
+
+  def turn() -> float:
+    start = time.perf_counter()
+    state, tokens_B = decode.prefill(
+      params,
+      jnp.asarray(tokens_1T),
+      jnp.asarray([request.prompt_tokens], jnp.int32),
+      sampler,
+      cache_length=decode.bucket(num_tokens, limit=limit),
+      **static,
+    )
+    for i in range(request.new_tokens):
+      # As `inference.generate` does: the next step is dispatched, then the
+      # host waits for the token before it.
+      current_B = tokens_B
+      if i + 1 < request.new_tokens:
+        state, tokens_B = decode.decode_step(params, state, **static)
+      np.asarray(current_B)
+      if i == 0:
+        first_token_seconds.append(time.perf_counter() - start)
+    return time.perf_counter() - start
+
+  turn()
+  first_token_seconds.clear()
+  return turn, first_token_seconds
+
+
+def peer_spec(request: Request) -> dict[str, Any]:
+  """The same request for `peer_worker`."""
+  model = request.model
+  return {
+    'workload': 'generate_llama',
+    'prompt': prompt_ids(request),
+    'new_tokens': request.new_tokens,
+    'model': {
+      'vocab_size': model.vocab_size,
+      'num_hidden_layers': model.num_layers,
+      'hidden_size': model.model_width,
+      'num_attention_heads': model.num_heads,
+      'num_key_value_heads': model.num_kv_heads,
+      'head_dim': model.head_width,
+      'intermediate_size': model.mlp_width,
+      'max_position_embeddings': model.max_length,
+      'rms_norm_eps': model.norm_epsilon,
+      'tie_word_embeddings': model.tie_embeddings,
+    },
+  }
+
+
+def run(
+  request: Request, *, with_peer: bool, rounds: int, megabytes: int = 128
+) -> dict[str, Any]:
+  """Measures the request; returns everything that `report` prints."""
+  device = jax.devices()[0]
+  num_params = flops.num_params(request.model)
+
+  def read_turn() -> float:
+    rate = device_peaks.read_bytes_per_s(
+      megabytes=megabytes, seconds=0.3, device=device
+    )
+    return 1 / rate  # seconds per byte
+
+  turns: dict[str, timing.Turn] = {'roofline': read_turn}
+  result: dict[str, Any] = {}
+  with contextlib.ExitStack() as stack:
+    if with_peer:
+      peer = stack.enter_context(peer_process.PeerProcess(peer_spec(request)))
+      turns['peer'] = peer.turn
+      result['peer_info'] = peer.info
+      peer_process.check_same_size(peer.info, num_params)
+    turns['ours'], first_token_seconds = our_turn(request)
+    taken = timing.interleave(turns, rounds)
+  per_byte = taken.pop('roofline')
+  for side, seconds in taken.items():
+    tokens_per_s = [request.new_tokens / s for s in seconds]
+    bandwidth = [
+      t * bytes_per_token(request) * p
+      for t, p in zip(tokens_per_s, per_byte, strict=True)
+    ]
+    result[side] = {
+      'tokens_per_s': statistics.median(tokens_per_s),
+      'bandwidth': statistics.median(bandwidth),
+      'seconds_per_turn': seconds,
+    }
+  first = statistics.median(first_token_seconds)
+  rest = statistics.median(taken['ours']) - first
+  result['ours']['first_token_s'] = first
+  result['ours']['s_per_token'] = rest / (request.new_tokens - 1)
+  if with_peer:
+    result['ratio'] = timing.median_ratio(taken['peer'], taken['ours'])
+  return {
+    'benchmark': 'decode_latency',
+    'device': device.device_kind,
+    'num_params': num_params,
+    'prompt_tokens': request.prompt_tokens,
+    'new_tokens': request.new_tokens,
+    'roofline_bytes_per_s': 1 / statistics.median(per_byte),
+    'bytes_per_token': bytes_per_token(request),
+    **result,
+  }
+
+
+def report(result: dict[str, Any]) -> str:
+  """Returns the table, and what our side's request consisted of."""
+  rows = [('', 'tokens/s', 'bandwidth')]
+  for side in ('ours', 'peer'):
+    if side in result:
+      figures = result[side]
+      rows.append(
+        (
+          side,
+          f'{figures["tokens_per_s"]:.1f}',
+          f'{figures["bandwidth"]:.1%}',
+        )
+      )
+  title = (
+    f'Decoding, one stream: {result["num_params"] / 1e6:.1f}M parameters,'
+    f' {result["prompt_tokens"]} + {result["new_tokens"]} tokens, float32;'
+    f' roofline {result["roofline_bytes_per_s"] / 1e9:.1f} GB/s'
+  )
+  ours = result['ours']
+  lines = [
+    timing.table(title, rows),
+    f'  ours: first token after {1e3 * ours["first_token_s"]:.0f} ms, then'
+    f' {1e3 * ours["s_per_token"]:.1f} ms/token',
+  ]
+  if 'ratio' in result:
+    lines.append(f'  ours / peer: {result["ratio"]:.2f}')
+  return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints, and writes what the flags ask for."""
+  del argv
+  args = flags.FLAGS
+  try:
+    result = run(llama_110m(), with_peer=args.peer, rounds=args.rounds)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  print(report(result))
+  if args.out:
+    timing.write_json(args.out, result)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
+  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
+  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  app.run(main)

@@ -1,0 +1,86 @@
+"""Our end of the pipe to the peer: starts `peer_worker` and gives it turns."""
+
+import contextlib
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+class PeerProcess(contextlib.AbstractContextManager):
+  """A running peer, built and warm; leaving the context ends it.
+
+  Args:
+    spec: the workload and its shapes, see `peer_worker`.
+
+  Raises:
+    ValueError: there is nothing to compare with here.
+  """
+
+  def __init__(self, spec: dict[str, Any]):
+    check_available()
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', 'benchmarks.peer_worker'],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=_ROOT,
+    )
+    assert self._process.stdout is not None
+    self._stdout = self._process.stdout
+    self.info = self._ask(spec)
+
+  def turn(self) -> float:
+    """Lets the peer run once; returns the seconds it measured."""
+    return self._ask({})['seconds']
+
+  def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    try:
+      print(json.dumps(message), file=self._process.stdin, flush=True)
+      answer = self._stdout.readline()
+    except BrokenPipeError:
+      answer = ''
+    if not answer:
+      self.__exit__()
+      raise RuntimeError(
+        f'peer: exited with status {self._process.returncode}, expected an'
+        ' answer; its own error is above'
+      )
+    return json.loads(answer)
+
+  def __exit__(self, *_) -> None:
+    self._process.communicate()  # closes its stdin, which ends its loop
+
+
+def check_available() -> None:
+  """Raises ValueError, saying what to do, if no peer can be run."""
+  missing = [
+    name
+    for name in ('torch', 'transformers')
+    if importlib.util.find_spec(name) is None
+  ]
+  if missing:
+    raise ValueError(
+      f'--peer: {" and ".join(missing)} not installed, expected both; fix:'
+      ' make bench-peer, or pip install -r requirements-peer.txt'
+    )
+  if jax.default_backend() != 'cpu':
+    raise ValueError(
+      f'--peer: got the {jax.default_backend()} backend, expected cpu, where'
+      ' the peer runs; fix: JAX_PLATFORMS=cpu'
+    )
+
+
+def check_same_size(info: dict[str, Any], num_params: int) -> None:
+  """Raises ValueError if the peer built a model of another size than ours."""
+  if info['num_params'] != num_params:
+    raise ValueError(
+      f'--peer: got {info["num_params"]} parameters, expected our {num_params};'
+      ' fix: give both sides the same shapes'
+    )

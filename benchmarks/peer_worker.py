@@ -1,0 +1,111 @@
+"""The peer's side of a benchmark: transformers on torch, in its own process.
+
+Started by `benchmarks.peer_process`, never by hand. Reads one JSON line that
+says what to build, answers when it is built and warm, then runs once for every
+further line it reads and answers with the seconds taken. Between turns it is
+blocked on the pipe: the thread pools of two frameworks in one process would
+take each other's cores.
+
+torch eager, float32, every core, transformers' default attention (sdpa).
+"""
+
+from collections.abc import Callable
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+
+
+def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+  """GPT-2 and the function that takes `steps` optimizer steps with it."""
+  config = transformers.GPT2Config(
+    **spec['model'],
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    use_cache=False,
+    bos_token_id=None,
+    eos_token_id=None,
+  )
+  model = transformers.GPT2LMHeadModel(config).train()
+  # The fused implementation is the fastest one and the Trainer's default.
+  optimizer = torch.optim.AdamW(
+    model.parameters(), **spec['optimizer'], fused=True
+  )
+  shape = (spec['batch_size'], spec['row_length'])
+  tokens_BT = torch.randint(0, config.vocab_size, shape)
+  targets_BT = torch.randint(0, config.vocab_size, shape)
+
+  def run():
+    for _ in range(spec['steps']):
+      # The loss of transformers would shift the targets and so train on one
+      # token per row less than we do.
+      logits_BTV = model(input_ids=tokens_BT).logits
+      loss = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), targets_BT.flatten()
+      )
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), spec['clip_norm'])
+      optimizer.step()
+      optimizer.zero_grad()
+
+  return model, run
+
+
+def _generate_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+  """Llama and the function that greedily continues a prompt with it."""
+  # Without an end-of-text id, because random weights would stop anywhere.
+  config = transformers.LlamaConfig(
+    **spec['model'], bos_token_id=None, eos_token_id=None, pad_token_id=0
+  )
+  model: Any = transformers.LlamaForCausalLM(config).eval()
+  prompt_1T = torch.tensor([spec['prompt']])
+  mask_1T = torch.ones_like(prompt_1T)
+
+  def run():
+    with torch.inference_mode():
+      out_1T = model.generate(
+        prompt_1T,
+        attention_mask=mask_1T,
+        do_sample=False,
+        max_new_tokens=spec['new_tokens'],
+      )
+    num_new = out_1T.shape[1] - prompt_1T.shape[1]
+    if num_new != spec['new_tokens']:
+      raise ValueError(f'got {num_new} tokens, expected {spec["new_tokens"]}')
+
+  return model, run
+
+
+_WORKLOADS = {'train_gpt2': _train_gpt2, 'generate_llama': _generate_llama}
+
+
+def main() -> None:
+  """Builds what the first line asks for, then runs once per line."""
+  # Answers go to the real stdout; whatever a library prints goes to stderr.
+  answers = os.fdopen(os.dup(1), 'w', buffering=1)
+  os.dup2(2, 1)
+  spec = json.loads(sys.stdin.readline())
+  torch.manual_seed(0)
+  torch.set_num_threads(os.cpu_count() or 1)
+  model, run = _WORKLOADS[spec['workload']](spec)
+  run()
+  answer = {
+    'num_params': sum(p.numel() for p in model.parameters()),
+    'torch': torch.__version__,
+    'transformers': transformers.__version__,
+    'num_threads': torch.get_num_threads(),
+  }
+  print(json.dumps(answer), file=answers)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    run()
+    print(json.dumps({'seconds': time.perf_counter() - start}), file=answers)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,115 @@
+"""TFDS builder `tiny_shakespeare`: 1.1 MB of Shakespeare's plays.
+
+The corpus of char-rnn and of nanoGPT's `shakespeare_char`. One document per
+split, cut as TFDS's own builder does: the first 90 % of the characters, the
+next 5 %, the rest. That one needs TensorFlow and always downloads; this one
+needs neither when the file is there.
+
+Reference: Karpathy 2015, https://github.com/karpathy/char-rnn
+"""
+
+import hashlib
+import os
+import pathlib
+import urllib.request
+
+import tensorflow_datasets as tfds
+
+URL = (
+  'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+  'tinyshakespeare/input.txt'
+)
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+_FILE_NAMES = ('tiny_shakespeare.txt', 'input.txt')
+_TIMEOUT_S = 20
+
+
+class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
+  """Tiny Shakespeare, from a file that `find_or_download` checked."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def __init__(self, *, text_path: pathlib.Path, **kwargs):
+    self._text_path = text_path
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=__doc__,
+      features=tfds.features.FeaturesDict(
+        {'text': tfds.features.Text(), 'id': tfds.features.Text()}
+      ),
+      homepage='https://github.com/karpathy/char-rnn',
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # find_or_download fails in seconds where TFDS takes 205
+    text = self._text_path.read_bytes().decode('utf-8')
+    train_end = int(len(text) * 0.9)
+    validation_end = train_end + int((len(text) - train_end) * 0.5)
+    return {
+      'train': self._generate_examples('train', text[:train_end]),
+      'validation': self._generate_examples(
+        'validation', text[train_end:validation_end]
+      ),
+      'test': self._generate_examples('test', text[validation_end:]),
+    }
+
+  def _generate_examples(self, key: str, text: str):
+    yield key, {'text': text, 'id': key}
+
+
+def find_or_download(path: str, data_dir: pathlib.Path) -> pathlib.Path:
+  """Returns a verified copy of the text.
+
+  Looked for at `path` (a file, or a directory that holds it) if given, else in
+  `data_dir`; only then downloaded into `data_dir`.
+
+  Raises:
+    FileNotFoundError: it is not there and cannot be downloaded.
+    ValueError: a file is there, but it is another text.
+  """
+  place = pathlib.Path(path).expanduser() if path else data_dir
+  candidates = [place / name for name in _FILE_NAMES]
+  if path:
+    candidates.insert(0, place)
+  for candidate in candidates:
+    if candidate.is_file():
+      _verify(candidate.read_bytes(), str(candidate))
+      return candidate
+  if path:
+    raise FileNotFoundError(
+      f'no tiny Shakespeare at {path!r}; expected the file from {URL}, or '
+      'leave the path empty to download it'
+    )
+  return _download(candidates[0])
+
+
+def _download(target: pathlib.Path) -> pathlib.Path:
+  """Downloads the text to `target`."""
+  try:
+    with urllib.request.urlopen(URL, timeout=_TIMEOUT_S) as response:
+      data = response.read()
+  except OSError as error:
+    raise FileNotFoundError(
+      f'tiny Shakespeare is not at {str(target)!r} and downloading it failed '
+      f'({error}); save {URL} there, or give its path'
+    ) from None
+  _verify(data, URL)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  # Written aside and renamed: an interrupted download leaves no half file.
+  partial = target.with_name(f'{target.name}.{os.getpid()}.partial')
+  partial.write_bytes(data)
+  partial.replace(target)
+  return target
+
+
+def _verify(data: bytes, origin: str) -> None:
+  digest = hashlib.sha256(data).hexdigest()
+  if digest != SHA256:
+    raise ValueError(
+      f'{origin} has SHA-256 {digest}, expected {SHA256}: it is not tiny '
+      'Shakespeare; read another text with text_files'
+    )

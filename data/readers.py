@@ -1,0 +1,240 @@
+"""Random access to documents on disk: TFDS directories, JSONL, Parquet, text.
+
+The classes behind the functions of `data/sources.py`. Each holds file names and
+offsets only, so it pickles small, may be read from several threads, and keeps
+no file open. Errors name the file and the line or row.
+"""
+
+from collections.abc import Sequence
+import functools
+import json
+import os
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+import tensorflow_datasets as tfds
+
+
+class Tfds:
+  """A prepared TFDS dataset in ArrayRecord, read without TensorFlow."""
+
+  def __init__(self, directory: str | os.PathLike, split: str, text_key: str):
+    """Opens `split`, any TFDS split expression, of a prepared `directory`.
+
+    Raises:
+      FileNotFoundError: nothing is prepared in `directory`.
+      ValueError: there is no such split or feature, or it is no ArrayRecord.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    if not (directory / 'dataset_info.json').is_file():
+      raise FileNotFoundError(
+        f'no dataset_info.json in {str(directory)!r}; expected the version '
+        'directory of a prepared TFDS dataset, such as NAME/1.0.0'
+      )
+    builder = tfds.builder_from_directory(directory)
+    features = builder.info.features
+    if not isinstance(features, tfds.features.FeaturesDict):
+      raise ValueError(
+        f'examples in {str(directory)!r} are a {type(features).__name__}, '
+        'expected a FeaturesDict'
+      )
+    if text_key not in features:
+      raise ValueError(
+        f'no feature {text_key!r} in {str(directory)!r}, expected one of '
+        f'{", ".join(sorted(features))}; set text_key'
+      )
+    try:
+      # Its decorator hides the signature from pyright.
+      self._examples = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+    except NotImplementedError:
+      raise ValueError(
+        f'{str(directory)!r} is stored as {builder.info.file_format}, expected '
+        "array_record; prepare it with file_format='array_record'"
+      ) from None
+    except (ValueError, AssertionError) as error:  # what TFDS's parser raises
+      raise ValueError(
+        f'no split {split!r} in {str(directory)!r} '
+        f'({" ".join(str(error).split())}); available: '
+        f'{", ".join(sorted(builder.info.splits))}'
+      ) from None
+    self._text_key = text_key
+    _check_not_empty(self, f'split {split!r} of {str(directory)!r}')
+
+  def __len__(self) -> int:
+    return len(self._examples)
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    example = self._examples[index]
+    text = example[self._text_key]
+    if not isinstance(text, bytes):
+      raise ValueError(
+        f'feature {self._text_key!r} of example {index} is a '
+        f'{type(text).__name__}, expected text; set text_key'
+      )
+    key = example.get('id', index)
+    return {
+      'text': _decode(text, f'example {index}'),
+      'id': key.decode('utf-8') if isinstance(key, bytes) else str(key),
+    }
+
+
+class Jsonl:
+  """JSON Lines files: an object per line, its text under one key."""
+
+  def __init__(self, files: Sequence[pathlib.Path], text_key: str):
+    """Indexes the lines of `files`; blank lines are no documents."""
+    self._files = list(files)
+    self._text_key = text_key
+    rows = [
+      (file_index, line_number, offset)
+      for file_index, file in enumerate(self._files)
+      for line_number, offset in _line_offsets(file)
+    ]
+    # One array [documents, 3], 24 bytes per document.
+    self._rows = np.array(rows, np.int64).reshape(-1, 3)
+    _check_not_empty(self, ', '.join(map(str, self._files)))
+    self[0]  # a wrong text_key shows here rather than during training
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    file_index, line_number, offset = self._rows[index].tolist()
+    file = self._files[file_index]
+    place = f'{file}:{line_number}'
+    with file.open('rb') as stream:
+      stream.seek(offset)
+      line = _decode(stream.readline(), place)
+    try:
+      record = json.loads(line)
+    except ValueError as error:
+      raise ValueError(
+        f'{place} is not JSON ({error}); expected one object per line'
+      ) from None
+    if not isinstance(record, dict):
+      raise ValueError(
+        f'{place} is a {type(record).__name__}, expected an object'
+      )
+    if self._text_key not in record:
+      raise ValueError(
+        f'no {self._text_key!r} in {place}, expected one of '
+        f'{", ".join(record)}; set text_key'
+      )
+    text = _check_text(record[self._text_key], self._text_key, place)
+    return {'text': text, 'id': place}
+
+
+class Parquet:
+  """Parquet files: a document per row, its text in one column.
+
+  A row group is decoded at once and a few are kept. Shuffled training over
+  files of many row groups decodes one per document: prepare such data as
+  ArrayRecord instead.
+  """
+
+  def __init__(self, files: Sequence[pathlib.Path], text_key: str):
+    """Reads the footers of `files`."""
+    self._text_key = text_key
+    self._groups: list[tuple[pathlib.Path, int]] = []
+    num_rows = []
+    for file in files:
+      metadata = _parquet_metadata(file, text_key)
+      for group in range(metadata.num_row_groups):
+        self._groups.append((file, group))
+        num_rows.append(metadata.row_group(group).num_rows)
+    # Row group g holds the documents from start g up to start g + 1.
+    self._starts = np.cumsum([0, *num_rows])
+    _check_not_empty(self, ', '.join(map(str, files)))
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    if not 0 <= index < len(self):
+      raise IndexError(f'got document {index}, expected 0..{len(self) - 1}')
+    group_index = int(np.searchsorted(self._starts, index, side='right')) - 1
+    file, group = self._groups[group_index]
+    column = _read_row_group(file, group, self._text_key)
+    row = index - int(self._starts[group_index])
+    place = f'{file}, row {row} of row group {group}'
+    text = _check_text(column[row].as_py(), self._text_key, place)
+    return {'text': text, 'id': place}
+
+
+class TextFiles:
+  """Plain text files, each one document."""
+
+  def __init__(self, files: Sequence[pathlib.Path]):
+    self._files = list(files)
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    file = self._files[index]
+    # Bytes, not text mode, which would rewrite line ends.
+    return {'text': _decode(file.read_bytes(), str(file)), 'id': str(file)}
+
+
+def _line_offsets(file: pathlib.Path):
+  """Yields (line number from 1, byte offset) of every line with content."""
+  offset = 0
+  with file.open('rb') as stream:
+    for line_number, line in enumerate(stream, 1):
+      if line.strip():
+        yield line_number, offset
+      offset += len(line)
+
+
+def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
+  """Returns the footer of `file`, checked for a text column `text_key`."""
+  try:
+    metadata = pq.read_metadata(file)
+  except pa.ArrowInvalid as error:
+    raise ValueError(f'{file} is not a Parquet file ({error})') from None
+  schema = metadata.schema.to_arrow_schema()
+  if text_key not in schema.names:
+    raise ValueError(
+      f'no column {text_key!r} in {file}, expected one of '
+      f'{", ".join(schema.names)}; set text_key'
+    )
+  kind = schema.field(text_key).type
+  if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    raise ValueError(
+      f'column {text_key!r} of {file} holds {kind}, expected string; set '
+      'text_key'
+    )
+  return metadata
+
+
+@functools.lru_cache(maxsize=4)
+def _read_row_group(
+  file: pathlib.Path, group: int, column: str
+) -> pa.ChunkedArray:
+  with pq.ParquetFile(file) as reader:
+    return reader.read_row_group(group, columns=[column]).column(0)
+
+
+def _decode(data: bytes, place: str) -> str:
+  try:
+    return data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{place} is not UTF-8 (byte {data[error.start]:#04x} at '
+      f'{error.start}); convert it'
+    ) from None
+
+
+def _check_text(value: object, key: str, place: str) -> str:
+  if not isinstance(value, str):
+    raise ValueError(
+      f'{key!r} in {place} is a {type(value).__name__}, expected a string'
+    )
+  return value
+
+
+def _check_not_empty(source, place: str) -> None:
+  if not len(source):
+    raise ValueError(f'no documents in {place}, expected at least one')

@@ -1,0 +1,94 @@
+"""Where documents come from: one function per kind, all with one signature.
+
+    source = open_source(path, split, data_dir, text_key)
+
+A source is random access: `len(source)`, and `source[i]` is a document
+{'text': str, 'id': str}. It can be pickled and read from several threads. What
+is missing is an error that says how to get it, before any network is touched.
+`data/pipeline.py` turns sources into batches.
+"""
+
+import os
+import pathlib
+from typing import Protocol
+
+from data import files, preparation, readers
+from data.builders import (
+  python_stdlib as python_stdlib_builder,
+  tiny_shakespeare as tiny_shakespeare_builder,
+)
+
+
+class Source(Protocol):
+  """Random access to documents {'text': str, 'id': str}."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, str]: ...
+
+
+def python_stdlib(
+  path: str = '',
+  split: str = 'train',
+  data_dir: str = '~/.cache/two_lives',
+  text_key: str = 'text',
+) -> Source:
+  """Opens the standard library of the running interpreter; takes no `path`."""
+  if path:
+    raise ValueError(
+      f'python_stdlib got path {path!r}, expected none: it reads the running '
+      "interpreter's own library; for other files use text_files"
+    )
+  builder = python_stdlib_builder.PythonStdlib(data_dir=_expand(data_dir))
+  return readers.Tfds(preparation.prepare(builder), split, text_key)
+
+
+def tiny_shakespeare(
+  path: str = '',
+  split: str = 'train',
+  data_dir: str = '~/.cache/two_lives',
+  text_key: str = 'text',
+) -> Source:
+  """Opens tiny Shakespeare from `path`, `data_dir`, or else its URL."""
+  directory = pathlib.Path(_expand(data_dir))
+  builder = tiny_shakespeare_builder.TinyShakespeare(
+    data_dir=directory,
+    text_path=tiny_shakespeare_builder.find_or_download(path, directory),
+  )
+  return readers.Tfds(preparation.prepare(builder), split, text_key)
+
+
+def tfds_directory(
+  path: str, split: str, data_dir: str = '', text_key: str = 'text'
+) -> Source:
+  """Opens a prepared TFDS dataset; `path` holds its dataset_info.json."""
+  del data_dir
+  return readers.Tfds(path, split, text_key)
+
+
+def jsonl(
+  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+) -> Source:
+  """Opens JSON Lines: a file, a directory of .jsonl files, or a glob."""
+  del data_dir
+  return readers.Jsonl(files.resolve(path, split, '.jsonl'), text_key)
+
+
+def parquet(
+  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+) -> Source:
+  """Opens Parquet: a file, a directory of .parquet files, or a glob."""
+  del data_dir
+  return readers.Parquet(files.resolve(path, split, '.parquet'), text_key)
+
+
+def text_files(
+  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+) -> Source:
+  """Opens plain text: a file, all files of a directory, or a glob."""
+  del data_dir, text_key  # the file is the text
+  return readers.TextFiles(files.resolve(path, split, ''))
+
+
+def _expand(path: str) -> str:
+  return os.path.expanduser(path)

@@ -1,0 +1,51 @@
+"""The tokenizer of an experiment: bytes, trained on its documents, or loaded.
+
+Called once at the start of training; the result is saved in the workdir, so
+that a resumed run loads it instead of training it again.
+"""
+
+from collections.abc import Iterator
+
+from data import config as config_lib, sources
+from text import bpe, tokenizer as tokenizer_lib
+
+
+def build_tokenizer(
+  config: config_lib.TokenizerConfig, source: sources.Source
+) -> tokenizer_lib.Tokenizer:
+  """Returns the tokenizer that `config` describes.
+
+  Args:
+    config: what to build.
+    source: the training documents; read by kind 'bpe' only.
+
+  Raises:
+    FileNotFoundError: `config.path` holds no tokenizer.
+    ValueError: a setting cannot work, or the text is too small for the
+      vocabulary.
+  """
+  config.validate()
+  if config.kind == 'byte':
+    return tokenizer_lib.ByteTokenizer()
+  if config.kind == 'directory':
+    return tokenizer_lib.load(config.path)
+  tokenizer = bpe.train(_texts(source, config.train_bytes), config.vocab_size)
+  if tokenizer.vocab_size != config.vocab_size:
+    raise ValueError(
+      f'the text gives {tokenizer.vocab_size} tokens, expected '
+      f'tokenizer.vocab_size = {config.vocab_size}; ask for fewer or give it '
+      'more text'
+    )
+  return tokenizer
+
+
+def _texts(source: sources.Source, max_bytes: int) -> Iterator[str]:
+  """Yields documents in order, the last one cut, up to `max_bytes` of text."""
+  left = max_bytes
+  for i in range(len(source)):
+    data = source[i]['text'].encode('utf-8')[:left]
+    # A cut may fall inside a character.
+    yield data.decode('utf-8', errors='ignore')
+    left -= len(data)
+    if left <= 0:
+      return

@@ -1,0 +1,253 @@
+"""The frozen directory: the only thing that crosses from life one to life two.
+
+    manifest.json         config, digests, lineage, cost (`frozen.manifest`)
+    params/               the weights, as orbax wrote them
+    tokenizer/            what `text.tokenizer.load` reads
+    chat_template.jinja   empty: the default transcript of `text.chat`
+    generation.json       recommended settings
+
+A promise, tested by breaking things on purpose: a directory that `read` accepts
+is byte for byte what `write` was given. Every file is listed with its SHA-256,
+and the weights have a digest of their own that does not depend on how they are
+stored. A directory appears whole or not at all: it is written beside its place,
+in a hidden directory, and renamed.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from frozen import manifest as manifest_lib
+from models import config as config_lib, transformer
+
+GENERATION_FILE = 'generation.json'
+_TEMPLATE_FILE = 'chat_template.jinja'
+_PARAMS_DIR = 'params'
+_TOKENIZER_DIR = 'tokenizer'
+
+Params = Any  # variables of `models.transformer.Transformer`
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """A frozen directory, read and verified."""
+
+  directory: pathlib.Path
+  manifest: manifest_lib.Manifest
+  config: config_lib.ModelConfig
+  params: Params
+  tokenizer_dir: pathlib.Path
+  generation: dict[str, Any]
+  chat_template: str
+
+
+def weights_digest(params: Params) -> str:
+  """Returns SHA-256 (hex) over names, dtypes, shapes and values.
+
+  Canonical: leaves by sorted path, values as C-ordered bytes in the machine's
+  order (little-endian wherever JAX runs). It is the same for the same weights
+  wherever and however they are stored.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in sorted(_leaves(params).items()):
+    array = np.ascontiguousarray(leaf)
+    digest.update(f'{name}\0{array.dtype.name}\0{leaf.shape}\0'.encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def write(
+  directory: str | os.PathLike,
+  *,
+  params: Params,
+  config: config_lib.ModelConfig,
+  dtype: str,
+  provenance: manifest_lib.Provenance,
+  tokenizer_dir: str | os.PathLike,
+  generation: Mapping[str, Any],
+  chat_template: str = '',
+  overwrite: bool = False,
+) -> manifest_lib.Manifest:
+  """Writes a frozen directory; whatever fails, what was there stays.
+
+  Args:
+    directory: where; its parent is created.
+    params: serving params, all of `dtype`.
+    config: what they are params of.
+    dtype: of the weights.
+    provenance: where they come from.
+    tokenizer_dir: copied.
+    generation: recommended sampling settings, JSON values.
+    chat_template: Jinja source.
+    overwrite: replace a frozen directory that holds other weights.
+
+  Raises:
+    ValueError: `params` are not those of `config`, or `directory` exists and
+      holds something else.
+  """
+  target = pathlib.Path(directory).resolve()
+  _check_params(params, _abstract_params(config, dtype), 'params')
+  digest = weights_digest(params)
+  _check_replaceable(target, digest, overwrite)
+  partial = _sibling(target, 'partial')
+  partial.mkdir(parents=True)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial / _PARAMS_DIR, params)
+    shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
+    (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
+    (partial / GENERATION_FILE).write_text(
+      json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
+    )
+    manifest = manifest_lib.sign(
+      **dataclasses.asdict(provenance),
+      model=config.to_dict(),
+      dtype=dtype,
+      quantization={'kind': 'none'},
+      num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+      weights_digest=digest,
+      files=manifest_lib.file_digests(partial),
+    )
+    manifest_lib.write(partial, manifest)
+    _move(partial, target)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return manifest
+
+
+def read(
+  directory: str | os.PathLike, *, sharding: jax.sharding.Sharding | None = None
+) -> Frozen:
+  """Reads a frozen directory, verifying every digest.
+
+  Args:
+    directory: what `write` wrote.
+    sharding: where the weights go; the first device if None.
+
+  Raises:
+    FileNotFoundError: there is no frozen directory, or a file is missing.
+    ValueError: something is not what was written.
+  """
+  directory = pathlib.Path(directory).absolute()
+  manifest = manifest_lib.read(directory)
+  manifest_lib.check_files(directory, manifest)
+  try:
+    config = config_lib.ModelConfig.from_dict(manifest.model)
+  except ValueError as error:
+    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = _restore(directory / _PARAMS_DIR, config, manifest.dtype, sharding)
+  if (digest := weights_digest(params)) != manifest.weights_digest:
+    raise ValueError(
+      f'{directory / _PARAMS_DIR}: got weights with digest {digest}, expected'
+      f' {manifest.weights_digest}; copy or freeze the directory again'
+    )
+  return Frozen(
+    directory=directory,
+    manifest=manifest,
+    config=config,
+    params=params,
+    tokenizer_dir=directory / _TOKENIZER_DIR,
+    generation=json.loads((directory / GENERATION_FILE).read_text('utf-8')),
+    chat_template=(directory / _TEMPLATE_FILE).read_text('utf-8'),
+  )
+
+
+def _leaves(params: Params) -> dict[str, Any]:
+  """Returns the leaves by path, 'params/layer_0/mlp/up/kernel'."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  return {
+    '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
+    for path, leaf in leaves
+  }
+
+
+def _abstract_params(config, dtype: str, sharding=None) -> Params:
+  """Returns the shapes of the variables of a model, all of one dtype."""
+  model = transformer.Transformer(config=config)
+  tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+    jax.eval_shape(model.init, jax.random.key(0), tokens_11),
+  )
+
+
+def _check_params(params: Params, abstract_params: Params, where) -> None:
+  """Raises ValueError if names, shapes or dtypes are not those expected."""
+  got, expected = _leaves(params), _leaves(abstract_params)
+  for name in sorted(got.keys() | expected.keys()):
+    found, wanted = (
+      f'{np.dtype(side[name].dtype).name}{list(side[name].shape)}'
+      if name in side
+      else 'nothing'
+      for side in (got, expected)
+    )
+    if found != wanted:
+      raise ValueError(
+        f'{where}: got {found} at {name}, expected {wanted}: the weights are'
+        ' not of the model that the config describes; freeze again'
+      )
+
+
+def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
+  target = _abstract_params(config, dtype, sharding)
+  with ocp.StandardCheckpointer() as checkpointer:
+    # Orbax casts silently to the dtype asked for, and answers a wrong shape
+    # with pages of noise: compare first.
+    stored = checkpointer.metadata(path).item_metadata.tree
+    _check_params(stored, target, path)
+    return checkpointer.restore(path, target)
+
+
+def _check_replaceable(
+  target: pathlib.Path, digest: str, overwrite: bool
+) -> None:
+  """Raises ValueError if writing to `target` would lose something."""
+  if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    return
+  if not (target / manifest_lib.FILE_NAME).is_file():
+    raise ValueError(
+      f'{target}: got a place that holds something else, expected a new or a'
+      ' frozen directory; choose another place'
+    )
+  if overwrite:
+    return
+  try:
+    existing = manifest_lib.read(target).weights_digest
+  except ValueError as error:
+    existing = f'that cannot be read ({error})'
+  if existing != digest:
+    raise ValueError(
+      f'{target}: got a frozen directory with weights {existing}, expected'
+      f' those of now, {digest}, or none; choose another place or say overwrite'
+    )
+
+
+def _move(partial: pathlib.Path, target: pathlib.Path) -> None:
+  """Renames `partial` to `target`; what was there is removed last."""
+  if not target.exists():
+    partial.rename(target)
+    return
+  previous = _sibling(target, 'previous')
+  target.rename(previous)
+  try:
+    partial.rename(target)
+  except OSError:
+    previous.rename(target)
+    raise
+  shutil.rmtree(previous)
+
+
+def _sibling(target: pathlib.Path, role: str) -> pathlib.Path:
+  return target.with_name(f'.{target.name}.{role}-{secrets.token_hex(4)}')

@@ -1,0 +1,142 @@
+"""manifest.json: what a frozen directory is, where it comes from, its digests.
+
+Written by `frozen.format.write`, read before anything else of the directory.
+It lists every other file with its SHA-256 and carries a digest of itself, so
+that neither a weight nor, say, the rotary base can change unnoticed.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+FORMAT_VERSION = 1
+FILE_NAME = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+  """Where weights come from; nothing of it is inferred from a path."""
+
+  experiment: str  # what was run
+  code_commit: str  # '' if unknown
+  step: int  # optimizer steps
+  tokens_seen: int  # trained tokens
+  training_flops: float  # total, analytic
+  train_seconds: float  # wall clock of the training
+  data_mix: list[dict[str, Any]]  # source, path, split, weight of each
+  knowledge_cutoff: str  # date of the newest text, '' if unknown
+  lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+  """The contents of manifest.json."""
+
+  format_version: int
+  model: dict[str, Any]  # every field of ModelConfig
+  dtype: str  # of the weights and of the computation
+  quantization: dict[str, Any]  # {'kind': 'none'}
+  num_params: int
+  weights_digest: str  # by frozen.format.weights_digest
+  files: dict[str, str]  # relative path -> SHA-256, all but the manifest
+  manifest_digest: str  # SHA-256 over all the other fields
+
+
+def sign(**fields: Any) -> Manifest:
+  """Returns the manifest of `fields`, all but the version and the digest."""
+  fields['format_version'] = FORMAT_VERSION
+  return Manifest(**fields, manifest_digest=_digest(fields))
+
+
+def write(directory: pathlib.Path, manifest: Manifest) -> None:
+  """Writes the manifest into `directory`."""
+  text = json.dumps(dataclasses.asdict(manifest), indent=2)
+  (directory / FILE_NAME).write_text(text + '\n', encoding='utf-8')
+
+
+def read(directory: pathlib.Path) -> Manifest:
+  """Reads and verifies the manifest alone: no weights, no other file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, altered, or of another format.
+  """
+  path = directory / FILE_NAME
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path}: got no such file, expected a frozen directory; make one with'
+      ' `python -m frozen.freeze --workdir=RUN --out=DIR`'
+    )
+  try:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(
+      f'{path}: got a file that is not JSON ({error}), expected a manifest;'
+      ' copy or freeze the directory again'
+    ) from None
+  version = fields.get('format_version') if isinstance(fields, dict) else None
+  if version != FORMAT_VERSION:
+    raise ValueError(
+      f'{path}: got format version {version!r}, expected {FORMAT_VERSION};'
+      ' use the code that wrote it, or freeze again with this code'
+    )
+  known = {field.name for field in dataclasses.fields(Manifest)}
+  if set(fields) != known:
+    raise ValueError(
+      f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
+      f' fields {sorted(known - set(fields))}, expected exactly those of'
+      f' format {FORMAT_VERSION}; freeze again with this code'
+    )
+  manifest = Manifest(**fields)
+  if (digest := _digest(fields)) != manifest.manifest_digest:
+    raise ValueError(
+      f'{path}: got contents with digest {digest}, expected'
+      f' {manifest.manifest_digest}; it was altered, copy or freeze the'
+      ' directory again'
+    )
+  return manifest
+
+
+def file_digests(directory: pathlib.Path) -> dict[str, str]:
+  """Returns the SHA-256 of every file but the manifest, by relative path."""
+  digests = {}
+  for path in sorted(directory.rglob('*')):
+    name = path.relative_to(directory).as_posix()
+    if path.is_file() and name != FILE_NAME:
+      with path.open('rb') as file:
+        digests[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return digests
+
+
+def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
+  """Compares the files of `directory` with those that the manifest lists.
+
+  Raises:
+    FileNotFoundError: one is missing.
+    ValueError: one is truncated, altered, or not listed.
+  """
+  found = file_digests(directory)
+  for name, expected in manifest.files.items():
+    if name not in found:
+      raise FileNotFoundError(
+        f'{directory / name}: got no such file, expected one with SHA-256'
+        f' {expected}; copy or freeze the directory again'
+      )
+    if found[name] != expected:
+      raise ValueError(
+        f'{directory / name}: got SHA-256 {found[name]}, expected {expected};'
+        ' it was truncated or altered, copy or freeze the directory again'
+      )
+  for name in found.keys() - manifest.files.keys():
+    raise ValueError(
+      f'{directory / name}: got a file that the manifest does not list,'
+      ' expected none; move it elsewhere'
+    )
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+  rest = {k: v for k, v in fields.items() if k != 'manifest_digest'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,108 @@
+"""Causal grouped-query attention, for training, prefill and decode alike.
+
+One entry point, `attend`. Queries are taken in blocks of rows: a block sees
+only the keys that can precede it, so the upper triangle of the score matrix is
+never computed, and no [T, T] array exists. Grouped-query attention: Ainslie et
+al., arXiv:2305.13245.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Rows of queries per block. Smaller skips more of the triangle (a share of
+# (1 - R/T) / 2), larger multiplies bigger matrices and compiles less code.
+MIN_BLOCK_ROWS = 64
+MAX_BLOCKS = 16
+
+# Finite, so that a row with every key masked gives a uniform average and
+# finite gradients rather than NaN.
+_MASKED = -1e30
+
+Dropout = Callable[[jax.Array], jax.Array]
+
+
+def attend(
+  q_BTHC: jax.Array,
+  k_BKSC: jax.Array,
+  v_BKSC: jax.Array,
+  *,
+  slots_BT: jax.Array | None = None,
+  segment_ids_BT: jax.Array | None = None,
+  dropout: Dropout | None = None,
+) -> jax.Array:
+  """Returns the attention output, [B, T, H, C], in the dtype of the queries.
+
+  Args:
+    q_BTHC: queries; head h uses key/value head h // (H / K).
+    k_BKSC: keys, one per slot.
+    v_BKSC: values, one per slot.
+    slots_BT: the slot of each query; it sees the slots up to its own. None
+      when the keys are those of this very call (S = T, query t in slot t).
+    segment_ids_BT: queries and keys of different segments do not see each
+      other. Only without `slots_BT`: a cache holds one document per sequence.
+    dropout: applied to the attention weights.
+  """
+  batch, time, heads, channels = q_BTHC.shape
+  num_kv = k_BKSC.shape[1]
+  q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
+  q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) / math.sqrt(channels)
+  if slots_BT is not None:
+    slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
+    mask_BTS = slot_S[None, None, :] <= slots_BT[:, :, None]
+    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout)
+  else:
+    out_BKGTC = _attend_causal(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout)
+  out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
+  return out_BTKGC.reshape(batch, time, heads, channels)
+
+
+def block_rows(time: int) -> int:
+  """Returns the number of query rows per block for rows of `time` tokens."""
+  return max(MIN_BLOCK_ROWS, -(-time // MAX_BLOCKS))
+
+
+def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout):
+  time = q_BKGTC.shape[3]
+  rows = block_rows(time)
+  blocks = []
+  for start in range(0, time, rows):
+    stop = min(start + rows, time)
+    query_R = jnp.arange(start, stop)
+    mask = (jnp.arange(stop)[None, :] <= query_R[:, None])[None]
+    if segment_ids_BT is not None:
+      query_segments, key_segments = (
+        segment_ids_BT[:, start:stop, None],
+        segment_ids_BT[:, None, :stop],
+      )
+      mask = mask & (query_segments == key_segments)
+    blocks.append(
+      _attend_rows(
+        q_BKGTC[:, :, :, start:stop],
+        k_BKTC[:, :, :stop],
+        v_BKTC[:, :, :stop],
+        mask,
+        dropout,
+      )
+    )
+  return jnp.concatenate(blocks, axis=3)
+
+
+def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
+  """Attention of one block of rows, materialising its scores in float32."""
+  scores_BKGRS = jnp.einsum(
+    'BKGRC,BKSC->BKGRS', q_BKGRC, k_BKSC, preferred_element_type=jnp.float32
+  )
+  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
+  probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
+  if dropout is not None:
+    probs_BKGRS = dropout(probs_BKGRS)
+  out_BKGRC = jnp.einsum(
+    'BKGRS,BKSC->BKGRC',
+    probs_BKGRS.astype(v_BKSC.dtype),
+    v_BKSC,
+    preferred_element_type=jnp.float32,
+  )
+  return out_BKGRC.astype(q_BKGRC.dtype)

@@ -1,0 +1,95 @@
+"""The glossary of axes: one letter per array axis, one name per logical axis.
+
+Arrays whose shape is known end in it: `x_BTD`, `logits_BTV`. A digit is a
+literal axis (`mask_1TS`). Einsum strings use the same letters.
+
+  B batch                      H query heads
+  T tokens in this call        K key/value heads
+  S tokens in memory (cache)   G query heads per key/value head, H / K
+  D model width                C channels per head
+  F feed-forward width         V vocabulary
+  N layers                     R rows of queries handled together
+
+Logical axes name what a dimension of a parameter or an activation *is*. Only
+`parallel/rules.py` knows on which mesh axis, if any, each of them is laid out.
+"""
+
+from typing import Any
+
+import jax
+
+# Logical axes of the residual stream, [B, T, D], and of a gathered embedding.
+STREAM = ('batch', 'time', 'width')
+VOCAB = 'vocab'
+WIDTH = 'width'
+
+# Logical axes of parameters, by the name of the module that owns them. Every
+# matrix is stored [in, out], except the embeddings and the head: [vocab, width]
+# is what a lookup, a tied head and a row-wise matrix-vector product all want.
+_MATRIX_AXES = {
+  'query': ('embed', 'heads'),
+  'key': ('embed', 'kv_heads'),
+  'value': ('embed', 'kv_heads'),
+  'out': ('heads', 'embed'),
+  'gate': ('embed', 'mlp'),
+  'up': ('embed', 'mlp'),
+  'down': ('mlp', 'embed'),
+  'embed': ('vocab', 'embed'),
+  'head': ('vocab', 'embed'),
+  'position_embed': ('position', 'embed'),
+}
+_NORMS = ('attention_norm', 'mlp_norm', 'final_norm')
+LAYERS = 'layers'
+
+
+def param_axes(params: Any) -> Any:
+  """Names the logical axes of every parameter.
+
+  Args:
+    params: variables of `models.transformer.Transformer`, arrays or shapes.
+
+  Returns:
+    The same tree with a tuple of axis names, or None per axis, at each leaf.
+
+  Raises:
+    ValueError: a parameter that the glossary does not know.
+  """
+  return jax.tree_util.tree_map_with_path(_leaf_axes, params)
+
+
+def is_decayed(params: Any) -> Any:
+  """Marks the parameters that weight decay applies to: matrices, not vectors.
+
+  The decision is by name: with scanned layers a norm's scale is a matrix too.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: _names(path)[-1] in ('kernel', 'embedding'), params
+  )
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+  return [str(getattr(part, 'key', part)) for part in path]
+
+
+def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+  names = _names(path)
+  owner, kind = names[-2], names[-1]
+  if owner in _NORMS and kind in ('scale', 'bias'):
+    axes: tuple[str | None, ...] = ('norm',)
+  elif owner in _MATRIX_AXES and kind in ('kernel', 'embedding'):
+    axes = _MATRIX_AXES[owner]
+  elif owner in _MATRIX_AXES and kind == 'bias':
+    axes = _MATRIX_AXES[owner][1:]
+  else:
+    raise ValueError(
+      f'no logical axes for parameter {"/".join(names)}: got an unknown'
+      ' name, expected one of the glossary; add it to models/axes.py'
+    )
+  if LAYERS in names:
+    axes = (LAYERS, *axes)
+  if len(axes) != leaf.ndim:
+    raise ValueError(
+      f'parameter {"/".join(names)}: got {leaf.ndim} axes, expected'
+      f' {len(axes)} {axes}; mend models/axes.py or the module'
+    )
+  return axes

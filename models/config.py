@@ -1,0 +1,114 @@
+"""ModelConfig: everything that decides what function a parameter tree is.
+
+It is stored whole in every checkpoint and frozen directory, so that nothing is
+ever inferred from a path or from the shape of an array.
+"""
+
+import dataclasses
+from typing import Any
+
+NORMS = ('rmsnorm', 'layernorm')
+POSITIONS = ('rope', 'learned')
+MLPS = ('swiglu', 'gelu')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig:
+  """A decoder-only transformer.
+
+  Hashable because linen modules are; flags may set fields before the first
+  use, and nothing does afterwards.
+  """
+
+  vocab_size: int  # V, rows of the embedding
+  num_layers: int  # N
+  model_width: int  # D, the residual stream
+  num_heads: int  # H, query heads
+  num_kv_heads: int  # K, key/value heads; H for multi-head attention
+  head_width: int  # C, channels per head
+  mlp_width: int  # F, hidden width of the feed-forward block
+  max_length: int  # positions the model is trained for, in tokens
+  norm: str = 'rmsnorm'  # rmsnorm (arXiv:1910.07467) | layernorm
+  norm_epsilon: float = 1e-5  # added to the variance
+  positions: str = 'rope'  # rope (arXiv:2104.09864) | learned
+  rope_base: float = 10_000.0  # wavelength base, RoPE section 3.3
+  mlp: str = 'swiglu'  # swiglu (arXiv:2002.05202) | gelu (tanh form)
+  use_bias: bool = False  # biases in linear layers and in LayerNorm
+  tie_embeddings: bool = True  # the head is the embedding
+  dropout_rate: float = 0.0  # embeddings, attention weights, both residuals
+  init_std: float = 0.02  # GPT-2; residual outputs divide by sqrt(2N)
+  scan_layers: bool = True  # one stacked block (compiles once) or N of them
+
+  @property
+  def queries_per_kv(self) -> int:
+    """G: query heads that share one key/value head."""
+    return self.num_heads // self.num_kv_heads
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the value, for what cannot be built."""
+    for name in _COUNTS:
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(
+          f'model.{name}: got {value!r}, expected a positive integer'
+        )
+    for name, allowed in (
+      ('norm', NORMS),
+      ('positions', POSITIONS),
+      ('mlp', MLPS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'model.{name}: got {getattr(self, name)!r}, expected one of'
+          f' {", ".join(allowed)}'
+        )
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'model.num_kv_heads: got {self.num_kv_heads}, expected a divisor of'
+        f' num_heads = {self.num_heads}'
+      )
+    if self.positions == 'rope' and self.head_width % 2:
+      raise ValueError(
+        f'model.head_width: got {self.head_width}, expected an even number:'
+        ' rotary positions rotate pairs of channels'
+      )
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(
+        f'model.dropout_rate: got {self.dropout_rate}, expected 0 <= rate < 1'
+      )
+    for name in ('norm_epsilon', 'rope_base', 'init_std'):
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f'model.{name}: got {getattr(self, name)}, expected a positive number'
+        )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields as JSON values."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
+    """Rebuilds a config, refusing fields that are unknown or missing."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if set(fields) != known:
+      unknown, missing = set(fields) - known, known - set(fields)
+      raise ValueError(
+        f'model config: got unknown fields {sorted(unknown)} and missing'
+        f' fields {sorted(missing)}, expected exactly those of ModelConfig;'
+        ' the file was written by another version'
+      )
+    config = cls(**fields)
+    config.validate()
+    return config
+
+
+_COUNTS = (
+  'vocab_size',
+  'num_layers',
+  'model_width',
+  'num_heads',
+  'num_kv_heads',
+  'head_width',
+  'mlp_width',
+  'max_length',
+)

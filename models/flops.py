@@ -1,0 +1,55 @@
+"""Analytic sizes and FLOPs of a model: what MFU and cost are computed from.
+
+Counted by hand because the compiler cannot be asked: its cost analysis counts
+the body of a scan once. A multiply-add is 2 FLOPs; only matrix products count
+(PaLM, arXiv:2204.02311, appendix B), and causal attention is counted as the
+half that is needed, so that no implementation is credited for wasted work.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from models import config as config_lib, transformer
+
+
+def num_params(config: config_lib.ModelConfig) -> int:
+  """Returns the number of trained parameters, embeddings included."""
+  shapes = jax.eval_shape(
+    transformer.Transformer(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1), jnp.int32),
+  )
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def num_matmul_params(config: config_lib.ModelConfig) -> int:
+  """Returns the number of weights that multiply every token: layers and head.
+
+  The embedding is a lookup and counts only where it is also the head.
+  """
+  heads = 2 * config.num_heads + 2 * config.num_kv_heads
+  attention = config.model_width * config.head_width * heads
+  matrices = 3 if config.mlp == 'swiglu' else 2
+  mlp = matrices * config.model_width * config.mlp_width
+  head = config.vocab_size * config.model_width
+  return config.num_layers * (attention + mlp) + head
+
+
+def forward_flops_per_token(
+  config: config_lib.ModelConfig, context: float
+) -> float:
+  """Returns the FLOPs of one token that attends to `context` tokens."""
+  attention_width = config.num_heads * config.head_width
+  # Scores and weighted values: a multiply-add per channel and key, each.
+  attention = 4.0 * config.num_layers * attention_width * context
+  return 2.0 * num_matmul_params(config) + attention
+
+
+def train_flops_per_token(
+  config: config_lib.ModelConfig, row_length: int
+) -> float:
+  """Returns the FLOPs of training on one token: forward, and twice backward.
+
+  The average token of a causal row attends to half of it.
+  """
+  return 3.0 * forward_flops_per_token(config, (row_length + 1) / 2)

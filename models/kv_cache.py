@@ -1,0 +1,75 @@
+"""The dense KV cache: an explicit pytree, an argument and a result.
+
+Slot s of a sequence holds the keys and values of its position s, so a cache
+needs no lengths: attention from position p sees the slots s <= p. A prompt may
+be padded on the right; what padding leaves behind is overwritten by the token
+that really has that position before anything can see it.
+
+Stored [B, K, S, C]: attention multiplies per sequence and head, and finds its
+operands contiguous.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models import config as config_lib
+
+
+class LayerCache(NamedTuple):
+  """Keys and values of one layer, or of all with a leading axis N."""
+
+  k_BKSC: jax.Array
+  v_BKSC: jax.Array
+
+
+# A tuple with a LayerCache per layer; one stacked LayerCache if layers are
+# scanned. The tuple decodes faster: a scan copies the cache in and out.
+Cache = tuple[LayerCache, ...] | LayerCache
+
+
+def init(
+  config: config_lib.ModelConfig,
+  *,
+  batch_size: int,
+  length: int,
+  dtype: Any = jnp.float32,
+) -> Cache:
+  """Returns an empty cache for `batch_size` sequences of up to `length`."""
+  shape = (batch_size, config.num_kv_heads, length, config.head_width)
+  if config.scan_layers:
+    shape = (config.num_layers, *shape)
+    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  # Distinct buffers: the decode step donates each of them.
+  return tuple(
+    LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    for _ in range(config.num_layers)
+  )
+
+
+def length(cache: Cache) -> int:
+  """Returns S, the number of slots per sequence."""
+  return jax.tree.leaves(cache)[0].shape[-2]
+
+
+def write(
+  cache: LayerCache,
+  k_BTKC: jax.Array,
+  v_BTKC: jax.Array,
+  positions_BT: jax.Array,
+) -> LayerCache:
+  """Puts the keys and values of position p into slot p.
+
+  Positions beyond the last slot are dropped, never wrapped or clamped onto
+  another token's slot.
+  """
+  batch = jnp.arange(positions_BT.shape[0])[:, None]
+
+  def put(cache_BKSC, new_BTKC):
+    # The advanced indices come first in the result: [B, T, K, C].
+    return cache_BKSC.at[batch, :, positions_BT, :].set(
+      new_BTKC.astype(cache_BKSC.dtype), mode='drop'
+    )
+
+  return LayerCache(put(cache.k_BKSC, k_BTKC), put(cache.v_BKSC, v_BTKC))

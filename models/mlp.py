@@ -1,0 +1,65 @@
+"""The feed-forward block, and the linear layer that every block is made of."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import config as config_lib
+from models.kernels import linear as linear_lib
+
+
+class Linear(nn.Module):
+  """y = x @ kernel (+ bias); float32 parameters, multiplied in `dtype`."""
+
+  width_out: int
+  dtype: Any
+  use_bias: bool
+  init_std: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel_IO = self.param(
+      'kernel',
+      nn.initializers.normal(self.init_std),
+      (x.shape[-1], self.width_out),
+    )
+    y: Any = linear_lib.linear(x, kernel_IO, self.dtype)
+    if self.use_bias:
+      bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
+      y = y + bias_O.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+
+def residual_std(config: config_lib.ModelConfig) -> float:
+  """Initial scale of a layer that writes to the residual stream.
+
+  Divided by the root of the number of such layers, so that the variance of
+  the stream does not grow with depth (GPT-2, section 2.3).
+  """
+  return config.init_std / (2 * config.num_layers) ** 0.5
+
+
+class Mlp(nn.Module):
+  """SwiGLU (Shazeer, arXiv:2002.05202, equation 6) or GELU in its tanh form."""
+
+  config: config_lib.ModelConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    config = self.config
+
+    def linear(width: int, std: float, name: str) -> Linear:
+      return Linear(width, self.dtype, config.use_bias, std, name=name)
+
+    up_BTF = linear(config.mlp_width, config.init_std, 'up')(x_BTD)
+    if config.mlp == 'swiglu':
+      gate_BTF = linear(config.mlp_width, config.init_std, 'gate')(x_BTD)
+      hidden_BTF = nn.silu(gate_BTF) * up_BTF
+    else:
+      hidden_BTF = nn.gelu(up_BTF, approximate=True)
+    return linear(x_BTD.shape[-1], residual_std(config), 'down')(
+      hidden_BTF.astype(jnp.dtype(self.dtype))
+    )

@@ -1,0 +1,32 @@
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450), in float32."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import config as config_lib
+
+
+class Norm(nn.Module):
+  """Normalises the last axis; statistics and scale are computed in float32."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    scale_D = self.param('scale', nn.initializers.ones, (width,))
+    y = x.astype(jnp.float32)
+    if self.config.norm == 'layernorm':
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+    y = y * _along_last(scale_D, x.ndim)
+    if self.config.norm == 'layernorm' and self.config.use_bias:
+      bias_D = self.param('bias', nn.initializers.zeros, (width,))
+      y = y + _along_last(bias_D, x.ndim)
+    return y.astype(x.dtype)
+
+
+def _along_last(vector: jax.Array, ndim: int) -> jax.Array:
+  return vector.reshape((1,) * (ndim - 1) + (-1,))

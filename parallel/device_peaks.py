@@ -1,0 +1,181 @@
+"""What a device can do at best: the denominator of every utilisation figure.
+
+Training divides its FLOP/s by `Peaks.flops_per_s` to report MFU; the
+benchmarks divide bytes/s by `Peaks.bytes_per_s` to say how close decoding is to
+the memory roofline. Known accelerators come from their datasheets; any other
+device, CPUs included, is measured for about a second, once per process.
+
+The float32 rates are those of XLA's default matmul precision: one bfloat16 pass
+on TPU, TF32 on GPU. All rates are dense (no structured sparsity).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peaks:
+  """Upper bounds of one jax device."""
+
+  flops_per_s: dict[str, float]  # dense matmul rate by operand dtype name
+  bytes_per_s: float  # main memory (HBM on accelerators)
+  source: str  # the datasheet, or how it was measured
+
+
+def _tpu(
+  source: str, *, bfloat16: float, gigabytes_per_s: float, **narrow: float
+) -> Peaks:
+  rates = {'float32': bfloat16, 'bfloat16': bfloat16, **narrow}
+  return Peaks(
+    flops_per_s={name: tera * 1e12 for name, tera in rates.items()},
+    bytes_per_s=gigabytes_per_s * 1e9,
+    source=f'{source}, docs.cloud.google.com/tpu/docs',
+  )
+
+
+def _gpu(
+  source: str, *, tf32: float, bfloat16: float, terabytes_per_s: float, **narrow
+) -> Peaks:
+  rates = {'float32': tf32, 'float16': bfloat16, 'bfloat16': bfloat16, **narrow}
+  return Peaks(
+    flops_per_s={name: tera * 1e12 for name, tera in rates.items()},
+    bytes_per_s=terabytes_per_s * 1e12,
+    source=f'{source}, NVIDIA datasheet, dense',
+  )
+
+
+_V5E = _tpu('TPU v5e', bfloat16=197, gigabytes_per_s=819, int8=393)
+_V5P = _tpu('TPU v5p', bfloat16=459, gigabytes_per_s=2765, int8=918)
+_V6E = _tpu(
+  'TPU v6e', bfloat16=918, gigabytes_per_s=1638, int8=1836, float8_e4m3fn=918
+)
+
+# Keyed by `jax.Device.device_kind`.
+DATASHEETS = {
+  'TPU v4': _tpu('TPU v4', bfloat16=275, gigabytes_per_s=1228, int8=275),
+  'TPU v5 lite': _V5E,
+  'TPU v5e': _V5E,
+  'TPU v5': _V5P,
+  'TPU v5p': _V5P,
+  'TPU v6 lite': _V6E,
+  'TPU v6e': _V6E,
+  # jax shows each chip (2307 TFLOP/s, 7380 GB/s) as two devices.
+  'TPU7x': _tpu(
+    'TPU7x, half a chip',
+    bfloat16=2307 / 2,
+    gigabytes_per_s=7380 / 2,
+    float8_e4m3fn=4614 / 2,
+  ),
+  'NVIDIA A100-SXM4-40GB': _gpu(
+    'A100 40GB SXM', tf32=156, bfloat16=312, terabytes_per_s=1.555, int8=624
+  ),
+  'NVIDIA A100-SXM4-80GB': _gpu(
+    'A100 80GB SXM', tf32=156, bfloat16=312, terabytes_per_s=2.039, int8=624
+  ),
+  'NVIDIA H100 80GB HBM3': _gpu(
+    'H100 SXM',
+    tf32=494.7,
+    bfloat16=989.4,
+    terabytes_per_s=3.35,
+    int8=1978.9,
+    float8_e4m3fn=1978.9,
+  ),
+  'NVIDIA H200': _gpu(
+    'H200 SXM',
+    tf32=494.7,
+    bfloat16=989.4,
+    terabytes_per_s=4.8,
+    int8=1978.9,
+    float8_e4m3fn=1978.9,
+  ),
+  'NVIDIA B200': _gpu(
+    'B200 in HGX',
+    tf32=1125,
+    bfloat16=2250,
+    terabytes_per_s=7.7,
+    int8=4500,
+    float8_e4m3fn=4500,
+  ),
+}
+
+
+def peaks(device: jax.Device) -> Peaks:
+  """Return the peaks of `device`; measures once per process if it has to.
+
+  Virtual CPU devices share one machine, so each is given an equal part of what
+  was measured and the sum over devices stays the machine's.
+  """
+  if device.device_kind in DATASHEETS:
+    return DATASHEETS[device.device_kind]
+  return _measured(device)
+
+
+@functools.cache
+def _measured(device: jax.Device) -> Peaks:
+  is_cpu = device.platform == 'cpu'
+  num_sharing = len(device.client.local_devices()) if is_cpu else 1
+  # On an accelerator, large enough to fill it; on a CPU, to leave its caches.
+  size, megabytes = (1024, 128) if is_cpu else (8192, 1024)
+  flops_per_s = {
+    name: matmul_flops_per_s(name, size=size, seconds=0.2, device=device)
+    for name in ('float32', 'bfloat16')
+  }
+  bytes_per_s = read_bytes_per_s(
+    megabytes=megabytes, seconds=0.2, device=device
+  )
+  return Peaks(
+    flops_per_s={k: v / num_sharing for k, v in flops_per_s.items()},
+    bytes_per_s=bytes_per_s / num_sharing,
+    source=f'measured on {device.device_kind}, {num_sharing} device(s)',
+  )
+
+
+def matmul_flops_per_s(
+  dtype: str, *, size: int, seconds: float, device: jax.Device
+) -> float:
+  """Measure the rate of `size` x `size` matmuls for about `seconds`.
+
+  Accumulates in float32 (int32 for integers), as models do. Returns the best
+  run: a roofline is what the device can do, not what it does on average.
+  """
+  is_integer = jnp.issubdtype(jnp.dtype(dtype), jnp.integer)
+  out_dtype = jnp.int32 if is_integer else jnp.float32
+  a_MM = jax.device_put(jnp.ones((size, size), dtype), device)
+  matmul = jax.jit(
+    lambda x_MM, y_MM: jnp.dot(x_MM, y_MM, preferred_element_type=out_dtype)
+  )
+  return 2 * size**3 / _best_seconds(lambda: matmul(a_MM, a_MM), seconds)
+
+
+def read_bytes_per_s(
+  *, megabytes: int, seconds: float, device: jax.Device
+) -> float:
+  """Measure how fast a float32 matrix is read by matrix @ vector.
+
+  This is what single-stream decoding does with its weights. A plain copy would
+  mostly measure page faults of the output on a CPU.
+  """
+  width = 8192
+  height = max(1, megabytes * 10**6 // (4 * width))
+  w_MC = jax.device_put(jnp.ones((height, width), jnp.float32), device)
+  x_C = jax.device_put(jnp.ones((width,), jnp.float32), device)
+  matvec = jax.jit(jnp.dot)
+  return w_MC.nbytes / _best_seconds(lambda: matvec(w_MC, x_C), seconds)
+
+
+def _best_seconds(run: Callable[[], jax.Array], budget_s: float) -> float:
+  jax.block_until_ready(run())  # compiles
+  best = float('inf')
+  stop = time.perf_counter() + budget_s
+  while True:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    end = time.perf_counter()
+    best = min(best, end - start)
+    if end >= stop:
+      return best

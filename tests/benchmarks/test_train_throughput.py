@@ -1,0 +1,76 @@
+"""The training benchmark at a tiny shape; no assertion on speed."""
+
+import pytest
+
+from benchmarks import train_throughput
+from models import flops
+
+
+def _tiny():
+  return train_throughput.Shape(
+    model=train_throughput.gpt2(
+      vocab_size=61, num_layers=1, num_heads=1, max_length=16
+    ),
+    batch_size=2,
+    row_length=16,
+    steps=1,
+  )
+
+
+@pytest.fixture(autouse=True)
+def quick_roofline(monkeypatch):
+  monkeypatch.setattr(
+    train_throughput.device_peaks, 'matmul_flops_per_s', lambda *_, **__: 1e11
+  )
+
+
+def test_shapes_are_the_published_sizes():
+  sizes = {
+    name: flops.num_params(shape.model)
+    for name, shape in train_throughput.shapes().items()
+  }
+  assert sizes['small'] == pytest.approx(10.8e6, rel=0.01)
+  # 124,439,808 with GPT-2's vocabulary of 50257, padded here to 50304.
+  assert sizes['124m'] == 124_439_808 + (50304 - 50257) * 768
+
+
+def test_result_is_consistent():
+  result = train_throughput.run('tiny', _tiny(), with_peer=False, rounds=2)
+  ours = result['ours']
+  assert len(ours['seconds_per_turn']) == 2
+  assert ours['tokens_per_s'] > 0
+  used = ours['tokens_per_s'] * result['needed_flops_per_token']
+  assert ours['mfu'] == pytest.approx(used / 1e11)
+  assert 'peer' not in result
+  assert 'ratio' not in result
+
+
+def test_report_names_both_sides_and_the_ratio():
+  text = train_throughput.report(
+    {
+      'shape': 'tiny',
+      'num_params': 1_500_000,
+      'batch_size': 2,
+      'row_length': 16,
+      'roofline_flops_per_s': 1e11,
+      'ours': {'tokens_per_s': 2400.0, 'mfu': 0.5},
+      'peer': {'tokens_per_s': 2000.0, 'mfu': 0.416},
+      'ratio': 1.2,
+    }
+  )
+  lines = [line.split() for line in text.splitlines()]
+  assert '1.5M parameters' in text
+  assert 'roofline 100 GFLOP/s' in text
+  assert lines[2] == ['ours', '2,400', '50.0%']
+  assert lines[3] == ['peer', '2,000', '41.6%']
+  assert lines[4] == ['ours', '/', 'peer:', '1.20']
+
+
+@pytest.mark.slow
+def test_peer_trains_the_same_shapes_in_turns():
+  pytest.importorskip('torch', reason='requirements-peer.txt not installed')
+  pytest.importorskip('transformers', reason='requirements-peer.txt')
+  result = train_throughput.run('tiny', _tiny(), with_peer=True, rounds=2)
+  assert len(result['peer']['seconds_per_turn']) == 2
+  assert result['peer_info']['num_params'] == result['num_params']
+  assert result['ratio'] > 0

@@ -1,0 +1,74 @@
+"""Each kind of tokenizer, and text that is too small for its vocabulary."""
+
+import pytest
+
+from data import config, vocabulary
+from text import bpe, tokenizer
+
+
+class Texts:
+  """A source of the given texts that counts how many were read."""
+
+  def __init__(self, *texts):
+    self._texts = texts
+    self.num_read = 0
+
+  def __len__(self):
+    return len(self._texts)
+
+  def __getitem__(self, index):
+    self.num_read += 1
+    return {'text': self._texts[index], 'id': str(index)}
+
+
+WORDS = 'the cat sat on the mat, the bat sat on the hat '
+
+
+def test_byte():
+  source = Texts(WORDS)
+  tok = vocabulary.build_tokenizer(config.TokenizerConfig(kind='byte'), source)
+  assert isinstance(tok, tokenizer.ByteTokenizer)
+  assert source.num_read == 0
+
+
+def test_bpe():
+  settings = config.TokenizerConfig(kind='bpe', vocab_size=270)
+  tok = vocabulary.build_tokenizer(settings, Texts(WORDS, WORDS * 3))
+  assert tok.vocab_size == 270
+  assert tok.encode(WORDS) == bpe.train([WORDS * 4], 270).encode(WORDS)
+
+
+def test_bpe_stops_after_train_bytes():
+  settings = config.TokenizerConfig(
+    kind='bpe', vocab_size=262, train_bytes=len(WORDS) + 4
+  )
+  # The é lies across the limit and is left out whole.
+  source = Texts(WORDS, 'abcé' * 99, 'never read')
+  tok = vocabulary.build_tokenizer(settings, source)
+  assert source.num_read == 2
+  assert tok.encode('abc') == bpe.train([WORDS, 'abc'], 262).encode('abc')
+
+
+def test_bpe_with_too_little_text():
+  settings = config.TokenizerConfig(kind='bpe', vocab_size=5000)
+  with pytest.raises(
+    ValueError, match=r'the text gives \d+ tokens, .*vocab_size = 5000; ask'
+  ):
+    vocabulary.build_tokenizer(settings, Texts(WORDS))
+
+
+def test_directory(tmp_path):
+  bpe.train([WORDS * 9], 265).save(tmp_path)
+  settings = config.TokenizerConfig(kind='directory', path=str(tmp_path))
+  assert vocabulary.build_tokenizer(settings, Texts()).vocab_size == 265
+
+
+def test_directory_without_a_tokenizer(tmp_path):
+  settings = config.TokenizerConfig(kind='directory', path=str(tmp_path))
+  with pytest.raises(FileNotFoundError, match='no tokenizer_config.json in'):
+    vocabulary.build_tokenizer(settings, Texts())
+
+
+def test_settings_are_checked():
+  with pytest.raises(ValueError, match="tokenizer.kind is 'gpt'"):
+    vocabulary.build_tokenizer(config.TokenizerConfig(kind='gpt'), Texts())

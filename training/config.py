@@ -1,0 +1,110 @@
+"""Experiment: everything that a training run is told, in one value.
+
+A file in `experiments/` returns one; absl flags override its fields; the run
+writes it to its workdir. The parts are defined beside the code that reads them.
+"""
+
+import dataclasses
+from typing import Any
+
+from data import config as data_config
+from models import config as model_config
+from parallel import config as parallel_config
+from training import optimizer
+from training.objectives import next_token
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointConfig:
+  """When to save, and what to keep (orbax preservation policies)."""
+
+  every_steps: int = 200  # also at the end, and when asked to stop
+  keep_latest: int = 2
+  keep_best: int = 1  # by validation loss; kept besides the latest
+  keep_every_steps: int = 0  # keep these for good; 0 keeps none
+
+
+@dataclasses.dataclass(kw_only=True)
+class FreezeConfig:
+  """How the last step is handed over to life two."""
+
+  enabled: bool = True
+  dtype: str = 'float32'  # of the frozen params: float32 | bfloat16
+  temperature: float = 0.8  # generation defaults that travel along
+  max_tokens: int = 128
+
+
+@dataclasses.dataclass(kw_only=True)
+class Experiment:
+  """One run of life one."""
+
+  name: str  # a run may resume only a run of the same name
+  model: model_config.ModelConfig
+  data: data_config.DataConfig
+  optimizer: optimizer.OptimizerConfig
+  parallel: parallel_config.ParallelConfig = dataclasses.field(
+    default_factory=parallel_config.ParallelConfig
+  )
+  checkpoint: CheckpointConfig = dataclasses.field(
+    default_factory=CheckpointConfig
+  )
+  freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
+  objective: Any = next_token.next_token  # objective(params, batch, apply)
+  seed: int = 0  # of initialisation, dropout and data order
+  num_steps: int = 1000  # optimizer steps of the whole run
+  num_microbatches: int = 1  # a batch is taken in so many parts
+  compute_dtype: str = 'float32'  # of activations: float32 | bfloat16
+  log_every_steps: int = 10
+  eval_every_steps: int = 200  # also after the last step; 0: only then
+  eval_batches: int = 0  # of the evaluation split; 0 takes all of it
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the value, before anything is allocated."""
+    self.model.validate()
+    self.data.validate()
+    self.parallel.validate()
+    self.optimizer.validate(self.num_steps)
+    for name in ('num_steps', 'num_microbatches', 'log_every_steps'):
+      _at_least(1, f'config.{name}', getattr(self, name))
+    for name in ('eval_every_steps', 'eval_batches', 'seed'):
+      _at_least(0, f'config.{name}', getattr(self, name))
+    for name in ('every_steps', 'keep_latest'):
+      _at_least(1, f'checkpoint.{name}', getattr(self.checkpoint, name))
+    for name in ('keep_best', 'keep_every_steps'):
+      _at_least(0, f'checkpoint.{name}', getattr(self.checkpoint, name))
+    _at_least(1, 'freeze.max_tokens', self.freeze.max_tokens)
+    for name, value in (
+      ('config.compute_dtype', self.compute_dtype),
+      ('freeze.dtype', self.freeze.dtype),
+    ):
+      if value not in ('float32', 'bfloat16'):
+        raise ValueError(f'{name}: got {value!r}, expected float32 or bfloat16')
+    if self.data.batch_size % self.num_microbatches:
+      raise ValueError(
+        f'config.num_microbatches: got {self.num_microbatches}, expected a'
+        f' divisor of data.batch_size = {self.data.batch_size}'
+      )
+    if self.data.row_length > self.model.max_length:
+      raise ValueError(
+        f'data.row_length: got {self.data.row_length}, expected at most'
+        f' model.max_length = {self.model.max_length}'
+      )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the experiment as JSON values; functions by qualified name."""
+    return _jsonable(dataclasses.asdict(self))
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+  if value < least:
+    raise ValueError(f'{name}: got {value}, expected at least {least}')
+
+
+def _jsonable(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_jsonable(item) for item in value]
+  if callable(value):
+    return f'{value.__module__}.{value.__qualname__}'
+  return value

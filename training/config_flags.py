@@ -1,0 +1,88 @@
+"""Makes what is wrong with a --config flag one line that says what is right.
+
+`ml_collections.config_flags` does the work: it loads the experiment file, calls
+its `get_config` and sets the fields named by `--config.<field>=<value>`. Its
+own complaints are tracebacks, or name no alternatives.
+"""
+
+import dataclasses
+import re
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class FlagError(ValueError):
+  """A flag that cannot be used; the message is for the user."""
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses absl flags like `flags.FLAGS(argv)`.
+
+  Returns:
+    What is left of argv.
+
+  Raises:
+    FlagError: got / expected / fix, in one line.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    # A file that cannot be loaded is reported when the value is first used.
+    _ = getattr(flags.FLAGS.config, 'name', None)
+    return rest
+  except flags.Error as error:
+    raise FlagError(_last_line(str(error))) from None
+  except KeyError as error:
+    raise FlagError(_unknown_field(argv) or _last_line(str(error))) from None
+  except (OSError, TypeError, ValueError, AttributeError) as error:
+    raise FlagError(_last_line(str(error))) from None
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """Finds the override that names no field; says which there are."""
+  config = _without_overrides(argv)
+  for arg in argv[1:]:
+    match = re.match(r'--?config\.([\w.]+)', arg)
+    node = config
+    for name in match.group(1).split('.') if match else ():
+      fields = (
+        [field.name for field in dataclasses.fields(node)]
+        if dataclasses.is_dataclass(node)
+        else []
+      )
+      if name not in fields:
+        return (
+          f'{match.group(0) if match else arg}: got the unknown field {name!r},'
+          f' expected one of {", ".join(fields)}'
+        )
+      node = getattr(node, name)
+  return None
+
+
+def _without_overrides(argv: list[str]) -> Any:
+  """Loads the experiment named in argv as its file has it."""
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  kept = [
+    arg
+    for i, arg in enumerate(argv)
+    if re.match(r'--?config(=|$)', arg)
+    or (i and re.match(r'--?config$', argv[i - 1]))
+  ]
+  # The library looks for overrides in sys.argv, whatever it is given.
+  given, sys.argv = sys.argv, [argv[0], *kept]
+  try:
+    values([argv[0], *kept])
+  finally:
+    sys.argv = given
+  return config.value
+
+
+def _last_line(message: str) -> str:
+  """The error itself, where the library wraps it into a traceback."""
+  lines = [line for line in message.split('\n') if line.strip()]
+  if len(lines) <= 1:
+    return message.strip()
+  return re.sub(r'^[\w.]+(Error|Exception): ', '', lines[-1])

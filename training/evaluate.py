@@ -1,0 +1,59 @@
+"""Validation loss, in nats per token and in bits per byte.
+
+Nats per token compare runs that share a tokenizer; bits per byte compare any.
+"""
+
+from collections.abc import Callable, Iterable
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+def evaluate(
+  eval_step: Callable[[Any, Any], dict[str, Any]],
+  params: Any,
+  batches: Iterable[Batch],
+  *,
+  put_batch: Callable[[Batch], Any],
+  num_bytes_V: np.ndarray,
+  max_batches: int = 0,
+) -> dict[str, float]:
+  """Returns `loss` (nats/token) and `bits_per_byte` over the batches.
+
+  The end-of-document token is predicted like any other and has no bytes: the
+  figure is the length of a code that also says where each document ends.
+
+  Args:
+    eval_step: returns sums with 'loss' and 'weight'.
+    params: the model's variables, placed on the devices.
+    batches: one pass over the evaluation split.
+    put_batch: sends a batch to the devices.
+    num_bytes_V: UTF-8 bytes of each token, 0 for special ones.
+    max_batches: take the first so many; 0 takes all.
+
+  Raises:
+    ValueError: there is nothing to evaluate on.
+  """
+  loss = weight = 0.0
+  num_bytes = 0
+  if max_batches:
+    batches = itertools.islice(batches, max_batches)
+  for batch in batches:
+    sums = eval_step(params, put_batch(batch))
+    counted_BT = batch['weights'] > 0
+    num_bytes += int(num_bytes_V[batch['targets'][counted_BT]].sum())
+    loss += float(sums['loss'])
+    weight += float(sums['weight'])
+  if not weight or not num_bytes:
+    raise ValueError(
+      'evaluation: got no text, expected at least one byte to predict; look at'
+      ' data.eval_split'
+    )
+  return {
+    'loss': loss / weight,
+    'bits_per_byte': loss / (num_bytes * math.log(2)),
+  }

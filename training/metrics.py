@@ -1,0 +1,135 @@
+"""What a run reports: JSONL (the source of truth), TensorBoard, the terminal.
+
+`metrics.jsonl` has three kinds of records. `train` has every step once and
+`eval` every evaluation once, both reproducible to the bit; `speed` has what
+depends on the machine.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+JSONL = 'metrics.jsonl'
+_BARS = '▁▂▃▄▅▆▇█'
+
+
+class MetricsLog:
+  """Appends records to `metrics.jsonl` and to TensorBoard."""
+
+  def __init__(self, workdir: pathlib.Path, *, first_step: int):
+    """Opens the log of a run that goes on after `first_step` steps.
+
+    Records of later steps, which a killed run wrote after its last
+    checkpoint, are dropped: those steps are about to be taken again.
+    """
+    self._path = workdir / JSONL
+    self._path.touch()
+    records = read(workdir)
+    kept = [record for record in records if record['step'] <= first_step]
+    if len(kept) != len(records) or not _ends_in_newline(self._path):
+      partial = self._path.with_suffix('.tmp')
+      partial.write_text(''.join(_line(record) for record in kept))
+      partial.replace(self._path)
+    self._file = self._path.open('a')
+    self._tensorboard = SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=first_step + 1
+    )
+
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    """Adds one record; it is in the file when this returns."""
+    self._file.write(_line({'kind': kind, 'step': step, **values}))
+    self._file.flush()
+    for name, value in values.items():
+      self._tensorboard.add_scalar(f'{kind}/{name}', value, step)
+
+  def close(self) -> None:
+    """Flushes and closes both."""
+    self._file.close()
+    self._tensorboard.close()
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the records of a run; a last line cut short by a kill is no one."""
+  path = workdir / JSONL
+  lines = path.read_text().split('\n') if path.exists() else ['']
+  return [json.loads(line) for line in lines[:-1]]
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+  """Returns the values as one line of bars, averaged into `width` buckets."""
+  if not values:
+    return ''
+  width = min(width, len(values))
+  edges = [round(i * len(values) / width) for i in range(width + 1)]
+  means = [
+    sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)
+  ]
+  low, high = min(means), max(means)
+  span = (high - low) or 1.0
+  return ''.join(
+    _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means
+  )
+
+
+class Terminal:
+  """A progress bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, console: rich.console.Console, *, num_steps: int):
+    self._console = console
+    self._num_steps = num_steps
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn('step {task.completed}/{task.total}'),
+      rich.progress.BarColumn(bar_width=20),
+      rich.progress.TextColumn('{task.fields[text]}'),
+      console=console,
+      transient=True,
+      disable=not console.is_terminal,
+    )
+    self._task = self._bar.add_task('', total=num_steps, text='compiling')
+
+  def __enter__(self) -> 'Terminal':
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._bar.stop()
+
+  def update(self, step: int, loss: float, speed: dict[str, float]) -> None:
+    """Shows where the run is; speed may be empty while it is unknown."""
+    parts = [f'loss {loss:.4f}']
+    if speed:
+      left = (self._num_steps - step) * speed['seconds_per_step']
+      parts += [
+        f'{speed["tokens_per_s"]:,.0f} tokens/s',
+        f'MFU {speed["mfu"]:.1%}',
+        f'{_duration(left)} left',
+      ]
+    text = ' | '.join(parts)
+    self._bar.update(self._task, completed=step, text=text)
+    if not self._console.is_terminal:
+      self.say(f'step {step}/{self._num_steps} | {text}')
+
+  def say(self, text: str) -> None:
+    """Prints a line that stays."""
+    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours}h{minutes:02d}m'
+  return f'{minutes}m{seconds:02d}s'
+
+
+def _line(record: dict[str, Any]) -> str:
+  return json.dumps(record) + '\n'
+
+
+def _ends_in_newline(path: pathlib.Path) -> bool:
+  text = path.read_bytes()
+  return not text or text.endswith(b'\n')

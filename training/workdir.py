@@ -1,0 +1,133 @@
+"""The workdir: what a run writes about itself, and how it is recognised.
+
+    run.json        the experiment, the data mix, lineage, code commit
+    tokenizer/      the vocabulary the run was started with
+    checkpoints/    training/checkpoint.py
+    metrics.jsonl   training/metrics.py
+    tensorboard/
+    frozen/         what is handed to life two
+
+`frozen/freeze.py` reads run.json, tokenizer/ and checkpoints/.
+"""
+
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+from data import sources, vocabulary
+from text import tokenizer as tokenizer_lib
+from training import config as config_lib
+
+RUN = 'run.json'
+TOKENIZER = 'tokenizer'
+FROZEN = 'frozen'
+
+
+def claim(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
+  """Writes run.json, or checks that the one there is of the same experiment.
+
+  Fields that do not change what the weights mean (steps, intervals, devices)
+  may differ from one start to the next; the newest are recorded.
+
+  Raises:
+    ValueError: the workdir belongs to another experiment; nothing is changed.
+  """
+  new = _describe(experiment)
+  path = workdir / RUN
+  if path.exists():
+    old = json.loads(path.read_text())
+    for name, got, expected in (
+      ('experiment', experiment.name, old['experiment']),
+      *_differences('model', new['model'], old['model']),
+      ('seed', experiment.seed, old['config']['seed']),
+      *_differences(
+        'data.tokenizer',
+        new['config']['data']['tokenizer'],
+        old['config']['data']['tokenizer'],
+      ),
+    ):
+      if got != expected:
+        raise ValueError(
+          f'--workdir={workdir} holds another run: got {name} = {got!r},'
+          f' expected {expected!r}; use another --workdir, or the value it was'
+          ' started with'
+        )
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise ValueError(
+      f'--workdir={workdir}: got a directory with other files in it, expected'
+      ' an empty one or one that a run was started in; use another --workdir'
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.tmp')
+  partial.write_text(json.dumps(new, indent=2) + '\n')
+  partial.replace(path)
+
+
+def tokenizer(
+  workdir: pathlib.Path,
+  experiment: config_lib.Experiment,
+  source: sources.Source,
+) -> tokenizer_lib.Tokenizer:
+  """Returns the run's tokenizer: built and saved once, loaded from then on.
+
+  Raises:
+    ValueError: it has more tokens than the model has embeddings.
+  """
+  directory = workdir / TOKENIZER
+  if directory.exists():
+    loaded = tokenizer_lib.load(directory)
+  else:
+    loaded = vocabulary.build_tokenizer(experiment.data.tokenizer, source)
+    # Written aside and renamed: a killed run leaves no half a tokenizer.
+    partial = directory.with_suffix('.tmp')
+    loaded.save(partial)
+    partial.replace(directory)
+  if loaded.vocab_size > experiment.model.vocab_size:
+    raise ValueError(
+      f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'
+      f" the tokenizer's {loaded.vocab_size}"
+    )
+  return loaded
+
+
+def _describe(experiment: config_lib.Experiment) -> dict[str, Any]:
+  config = experiment.to_dict()
+  data = config['data']
+  return {
+    'experiment': experiment.name,
+    'model': config['model'],
+    'data_mix': [
+      {
+        'source': data['open_source'],
+        'path': data['path'],
+        'split': data['train_split'],
+        'weight': 1.0,
+      }
+    ],
+    'knowledge_cutoff': data['knowledge_cutoff'],
+    'lineage': {},
+    'code_commit': _code_commit(),
+    'config': config,
+  }
+
+
+def _differences(prefix: str, got: dict[str, Any], expected: dict[str, Any]):
+  """Yields (name, got, expected) for every field of either dictionary."""
+  for name in sorted({*got, *expected}):
+    yield f'{prefix}.{name}', got.get(name), expected.get(name)
+
+
+def _code_commit() -> str:
+  """Returns the commit that runs, '-dirty' appended if it was edited."""
+  try:
+    result = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+  return result.stdout.strip()
