@@ -6,10 +6,12 @@
 # installed once and again only when its requirements file changes.
 
 VENV ?= .venv
-PYTHON ?=           # the interpreter that creates $(VENV); found when empty
+# The interpreter that creates $(VENV); looked for when empty.
+PYTHON ?=
 WORKDIR ?= runs/quickstart
-TEST_ARGS ?=        # passed to pytest, e.g. TEST_ARGS='-k decode -x'
-BENCH_ARGS ?=       # passed to the benchmarks
+# Passed on: TEST_ARGS='-k decode -x', BENCH_ARGS='--rounds=3'.
+TEST_ARGS ?=
+BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.installed-core
@@ -26,8 +28,10 @@ help:  ## List the targets
 
 quickstart: $(CORE)  ## Train a small model (minutes), freeze it, complete prompts
 	@$(PY) train.py --config=experiments/quickstart.py --workdir=$(WORKDIR)
-	@$(PY) serve.py --model=$(WORKDIR)/frozen \
+	@$(PY) serve.py --model=$(WORKDIR)/frozen --seed=0 \
 	  --prompt='def __init__(self, '
+	@$(PY) serve.py --model=$(WORKDIR)/frozen --seed=1 \
+	  --prompt='import '
 
 test: $(DEV)  ## The fast tests; TEST_ARGS='-k name' to choose
 	@$(PY) -m pytest -m 'not slow' $(TEST_ARGS)

@@ -5,6 +5,7 @@ that a resumed run loads it instead of training it again.
 """
 
 from collections.abc import Iterator
+import os
 
 from data import config as config_lib, sources
 from text import bpe, tokenizer as tokenizer_lib
@@ -28,7 +29,7 @@ def build_tokenizer(
   if config.kind == 'byte':
     return tokenizer_lib.ByteTokenizer()
   if config.kind == 'directory':
-    return tokenizer_lib.load(config.path)
+    return tokenizer_lib.load(os.path.expanduser(config.path))
   tokenizer = bpe.train(_texts(source, config.train_bytes), config.vocab_size)
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(

@@ -19,7 +19,7 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -87,8 +87,9 @@ def freeze_checkpoint(
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
   config = config_lib.ModelConfig.from_dict(run['model'])
-  with ocp.JsonCheckpointHandler() as handler:
-    progress = handler.restore(checkpoint / 'progress')
+  progress = ocp.JsonCheckpointHandler().restore(
+    checkpoint / 'progress'  # pyright: ignore[reportArgumentType]
+  )
   params = _restore_params(checkpoint / 'params')
   params, config = serving_params(params, config, dtype=dtype)
   return frozen_format.write(
@@ -163,6 +164,7 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
   values = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)  # orbax tells its every step
   try:
     manifest = freeze_checkpoint(
       values.workdir,
@@ -172,7 +174,8 @@ def main(argv) -> None:
       overwrite=values.overwrite,
     )
   except (ValueError, FileNotFoundError) as error:
-    sys.exit(f'error: {error}')
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
   print(f'frozen: {values.out}')
   print(
     f'step {manifest.step}, {manifest.num_params:,} {manifest.dtype} params'

@@ -87,13 +87,13 @@ def prefill(
   positions_BT = jnp.broadcast_to(
     jnp.arange(bucket_length)[None, :], tokens_BT.shape
   )
-  hidden_BTD, cache = model.apply(
-    params, tokens_BT, positions_BT, cache, method='hidden'
+  hidden_BTD, cache = _apply(
+    model, params, tokens_BT, positions_BT, cache, method='hidden'
   )
   # The head is the largest matrix: only one position per row needs it.
   last_B11 = lengths_B[:, None, None] - 1
   hidden_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
-  logits_BV = model.apply(params, hidden_BD, method='unembed')
+  logits_BV = _apply(model, params, hidden_BD, method='unembed')
   tokens_B = sampling.sample(logits_BV[:, :vocab_size], sampler, lengths_B)
   cache = _grow(cache, model, batch_size, cache_length)
   return DecodeState(cache, tokens_B, lengths_B, sampler), tokens_B
@@ -118,14 +118,23 @@ def decode_step(
     The new state, and its tokens_B as a buffer of its own: the host reads
     this one while the next step has the state.
   """
-  logits_B1V, cache = model.apply(
-    params, state.tokens_B[:, None], state.positions_B[:, None], state.cache
+  logits_B1V, cache = _apply(
+    model,
+    params,
+    state.tokens_B[:, None],
+    state.positions_B[:, None],
+    state.cache,
   )
   positions_B = state.positions_B + 1
   tokens_B = sampling.sample(
     logits_B1V[:, 0, :vocab_size], state.sampler, positions_B
   )
   return DecodeState(cache, tokens_B, positions_B, state.sampler), tokens_B
+
+
+def _apply(model: transformer.Transformer, *args, **kwargs) -> Any:
+  # Flax's type for what `apply` returns fits no method in particular.
+  return model.apply(*args, **kwargs)
 
 
 def _grow(cache, model, batch_size: int, length: int) -> kv_cache.Cache:

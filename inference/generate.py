@@ -11,7 +11,7 @@ The host runs one step behind the device: step i+1 is dispatched before token i
 is read, since a token reaches the next step without leaving the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
 from concurrent import futures
 import dataclasses
 import math
@@ -24,65 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen import format as frozen_format
-from inference import decode, sampling, stop_strings
+from inference import decode, sampling, settings as settings_lib, stop_strings
 from models import transformer
 from text import detokenize, tokenizer as tokenizer_lib
 
-Prompt = str | Sequence[int]
-
-NUM_SEEDS = 2**32
-
-
-class SettingError(ValueError):
-  """A generation setting out of range; `setting` names it."""
-
-  def __init__(self, setting: str, got: Any, expected: str):
-    super().__init__(f'{setting}: got {got!r}, expected {expected}')
-    self.setting = setting
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-  """What a request may choose; checked when made.
-
-  Raises:
-    SettingError: a value is out of range.
-  """
-
-  temperature: float = 1.0  # 0 is greedy
-  top_k: int = 0  # most probable tokens to keep; 0 keeps all
-  top_p: float = 1.0  # probability mass to keep; 1 keeps all
-  min_p: float = 0.0  # least share of the largest probability; 0 keeps all
-  seed: int | None = None  # None draws one, reported in the completion
-  max_tokens: int | None = None  # None is up to the end of the context
-  stop: tuple[str, ...] = ()  # ends the completion, not part of its text
-
-  def __post_init__(self):
-    self._check('temperature', lambda x: 0 <= x < math.inf, 'a number >= 0')
-    self._check('top_p', lambda x: 0 < x <= 1, 'a number above 0, at most 1')
-    self._check('min_p', lambda x: 0 <= x < 1, 'a number >= 0 and below 1')
-    self._check_count('top_k', 0, 2**31)
-    if self.seed is not None:
-      self._check_count('seed', 0, NUM_SEEDS)
-    if self.max_tokens is not None:
-      self._check_count('max_tokens', 1, 2**31)
-    if not isinstance(self.stop, tuple) or not all(
-      isinstance(stop, str) and stop for stop in self.stop
-    ):
-      raise SettingError('stop', self.stop, 'strings, none of them empty')
-
-  def _check(self, name: str, is_valid: Callable[[Any], bool], expected: str):
-    value = getattr(self, name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and is_valid(value)):
-      raise SettingError(name, value, expected)
-
-  def _check_count(self, name: str, low: int, high: int):
-    self._check(
-      name,
-      lambda x: isinstance(x, int) and low <= x < high,
-      f'an integer from {low} to {high - 1}',
-    )
+Prompt = str | abc.Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +98,7 @@ class Generator:
   def __init__(self, frozen: frozen_format.Frozen):
     self.frozen = frozen
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
-    self.defaults = settings_from(frozen.generation)
+    self.defaults = settings_lib.recommended(frozen.generation)
     self.model = transformer.Transformer(
       config=frozen.config, dtype=jnp.dtype(frozen.manifest.dtype)
     )
@@ -186,7 +132,7 @@ class Generator:
         )
     return ids
 
-  def settings_for(self, prompt: Prompt, **chosen) -> GenerationSettings:
+  def settings_for(self, prompt: Prompt, **chosen) -> settings_lib.Settings:
     """Returns the model's recommended settings, but for those chosen.
 
     A recommended max_tokens is lowered to what fits behind the prompt; a
@@ -194,7 +140,7 @@ class Generator:
 
     Args:
       prompt: what the settings are for.
-      **chosen: fields of GenerationSettings; None leaves the recommendation.
+      **chosen: fields of `Settings`; None leaves the recommendation.
     """
     chosen = {
       name: value for name, value in chosen.items() if value is not None
@@ -206,7 +152,7 @@ class Generator:
     return dataclasses.replace(settings, max_tokens=None)
 
   def max_new_tokens(
-    self, num_prompt_tokens: int, settings: GenerationSettings
+    self, num_prompt_tokens: int, settings: settings_lib.Settings
   ) -> int:
     """Returns how many tokens may follow a prompt.
 
@@ -225,8 +171,8 @@ class Generator:
 
   def generate(
     self,
-    prompts: Sequence[Prompt],
-    settings: GenerationSettings | Sequence[GenerationSettings],
+    prompts: abc.Sequence[Prompt],
+    settings: settings_lib.Settings | abc.Sequence[settings_lib.Settings],
   ) -> list[Completion]:
     """Returns one completion per prompt, decoded together as one batch."""
     completions: dict[int, Completion] = {}
@@ -236,20 +182,20 @@ class Generator:
     return [completions[index] for index in range(len(prompts))]
 
   def stream(
-    self, prompt: Prompt, settings: GenerationSettings
-  ) -> Iterator[str | Completion]:
-    """Yields pieces of text that join to the completion's, then that."""
-    for update in self.updates([prompt], settings):
-      if update.piece:
-        yield update.piece
-      if update.completion:
-        yield update.completion
+    self, prompt: Prompt, settings: settings_lib.Settings
+  ) -> abc.Iterator[str | Completion]:
+    """Yields pieces of text that join to the completion's, then that.
+
+    Raises:
+      ValueError: before any work, for a prompt that cannot be answered.
+    """
+    return self._pieces(self.updates([prompt], settings))
 
   def updates(
     self,
-    prompts: Sequence[Prompt],
-    settings: GenerationSettings | Sequence[GenerationSettings],
-  ) -> Iterator[Update]:
+    prompts: abc.Sequence[Prompt],
+    settings: settings_lib.Settings | abc.Sequence[settings_lib.Settings],
+  ) -> abc.Generator[Update]:
     """Yields what each step adds to each sequence; closing it stops the work.
 
     Args:
@@ -259,7 +205,7 @@ class Generator:
     Raises:
       ValueError: before any work, for a prompt that cannot be answered.
     """
-    if isinstance(settings, GenerationSettings):
+    if isinstance(settings, settings_lib.Settings):
       settings = [settings] * len(prompts)
     ids = [self.prompt_ids(prompt) for prompt in prompts]
     limits = [
@@ -270,9 +216,18 @@ class Generator:
     # `next`, when a server has already answered 200.
     return self._updates(ids, list(settings), limits)
 
-  def _updates(self, ids, settings, limits) -> Iterator[Update]:
+  def _pieces(self, updates) -> abc.Iterator[str | Completion]:
+    for update in updates:
+      if update.piece:
+        yield update.piece
+      if update.completion:
+        yield update.completion
+
+  def _updates(self, ids, settings, limits) -> abc.Generator[Update]:
     seeds = [
-      secrets.randbelow(NUM_SEEDS) if wanted.seed is None else wanted.seed
+      secrets.randbelow(settings_lib.NUM_SEEDS)
+      if wanted.seed is None
+      else wanted.seed
       for wanted in settings
     ]
     inputs = self._inputs(ids, settings, seeds)
@@ -324,7 +279,7 @@ class Generator:
     # Rows are a power of two as well, so that batch sizes share programs.
     num_spare = (1 << (len(ids) - 1).bit_length()) - len(ids)
     ids = ids + ids[:1] * num_spare
-    settings = settings + [GenerationSettings(temperature=0.0)] * num_spare
+    settings = settings + [settings_lib.Settings(temperature=0.0)] * num_spare
     tokens_BT = np.full((len(ids), length), self.tokenizer.pad_id, np.int32)
     for row, prompt in zip(tokens_BT, ids, strict=True):
       row[: len(prompt)] = prompt
@@ -362,21 +317,3 @@ class Generator:
 def load(directory: str | os.PathLike) -> Generator:
   """Reads and verifies a frozen directory, ready to answer prompts."""
   return Generator(frozen_format.read(directory))
-
-
-def settings_from(generation: dict[str, Any]) -> GenerationSettings:
-  """Returns the settings that a frozen directory recommends.
-
-  Raises:
-    ValueError: a setting is unknown or out of range.
-  """
-  known = [field.name for field in dataclasses.fields(GenerationSettings)]
-  if unknown := sorted(set(generation) - set(known)):
-    raise ValueError(
-      f'{frozen_format.GENERATION_FILE}: got the settings {unknown}, expected'
-      f' only {", ".join(known)}; freeze again without them'
-    )
-  fields = dict(generation)
-  if isinstance(fields.get('stop'), list):
-    fields['stop'] = tuple(fields['stop'])
-  return GenerationSettings(**fields)

@@ -99,7 +99,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, cache, angles_BTc, positions_BT, segment_ids_BT):
     config = self.config
-    dropout = _dropout(self, config.dropout_rate) or (lambda x: x)
+    dropout = _dropout(self, config.dropout_rate)
     x_BTD = nn.with_logical_constraint(x_BTD, axes.STREAM)
     y_BTD, cache = Attention(config, self.dtype, name='attention')(
       norms.Norm(config, name='attention_norm')(x_BTD),
@@ -147,6 +147,7 @@ class Transformer(nn.Module):
       )(config, self.dtype)
     else:
       self.layer = [Block(config, self.dtype) for _ in range(config.num_layers)]
+    self.dropout = nn.Dropout(config.dropout_rate)
     self.final_norm = norms.Norm(config)
     if not config.tie_embeddings:
       self.head = nn.Embed(
@@ -208,8 +209,7 @@ class Transformer(nn.Module):
         positions_BT, config.head_width, config.rope_base
       )
     x_BTD = x_BTD.astype(self.dtype)
-    if dropout := _dropout(self, config.dropout_rate):
-      x_BTD = dropout(x_BTD)
+    x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
     shared = angles_BTc, positions_BT, segment_ids_BT
     if config.scan_layers:
       x_BTD, cache = self.layers(x_BTD, cache, *shared)
@@ -249,8 +249,6 @@ class Transformer(nn.Module):
     return (self.embed if self.config.tie_embeddings else self.head).embedding
 
 
-def _dropout(module: nn.Module, rate: float) -> nn.Dropout | None:
-  """Dropout if the call was given a key for it; evaluation gives none."""
-  if rate == 0.0 or not module.has_rng('dropout'):
-    return None
-  return nn.Dropout(rate, deterministic=False)
+def _dropout(module: nn.Module, rate: float) -> nn.Dropout:
+  """Dropout in calls that were given a key for it; evaluation gives none."""
+  return nn.Dropout(rate, deterministic=not module.has_rng('dropout'))

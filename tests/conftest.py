@@ -22,11 +22,13 @@ def _set_environment():
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ['XLA_FLAGS'] = ' '.join(
     [
-      f'--xla_force_host_platform_device_count={NUM_FAKE_DEVICES}',
       COMPILE_QUICKLY,
-      os.environ.get('XLA_FLAGS', ''),  # the later flag wins
+      os.environ.get(
+        'XLA_FLAGS', ''
+      ),  # where a flag is repeated, the last wins
+      f'--xla_force_host_platform_device_count={NUM_FAKE_DEVICES}',
     ]
-  ).strip()
+  )
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
   # No test may reach for the network through a library's default.
   os.environ['HF_HUB_OFFLINE'] = '1'

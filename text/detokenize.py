@@ -23,6 +23,4 @@ class StreamDecoder:
 
   def finish(self) -> str:
     """Returns what is left: U+FFFD for an unfinished character, else ''."""
-    rest = self._decoder.decode(b'', final=True)
-    self._decoder.reset()
-    return rest
+    return self._decoder.decode(b'', final=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from data import config as data_config, pipeline, sources
+from data import pipeline, sources
 from models import axes, flops, transformer
 from parallel import device_peaks, placement as placement_lib
 from text import tokenizer as tokenizer_lib
@@ -64,8 +64,8 @@ def assemble(experiment: config_lib.Experiment, workdir: pathlib.Path) -> Parts:
     ValueError, FileNotFoundError: the data cannot be opened, the vocabulary
       does not fit the model, or the model does not fit the devices.
   """
-  source = _open_source(experiment.data, experiment.data.train_split)
-  eval_source = _open_source(experiment.data, experiment.data.eval_split)
+  source = experiment.data.open_split(experiment.data.train_split)
+  eval_source = experiment.data.open_split(experiment.data.eval_split)
   tokenizer = workdir_lib.tokenizer(workdir, experiment, source)
   model = transformer.Transformer(
     experiment.model, jnp.dtype(experiment.compute_dtype)
@@ -128,15 +128,6 @@ def compile_eval_step(
     lambda all_sum, _: step_lib.make_eval_step(
       parts.model, experiment.objective, all_sum=all_sum
     )
-  )
-
-
-def _open_source(config: data_config.DataConfig, split: str) -> sources.Source:
-  return config.open_source(
-    path=config.path,
-    split=split,
-    data_dir=config.data_dir,
-    text_key=config.text_key,
   )
 
 

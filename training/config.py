@@ -63,7 +63,6 @@ class Experiment:
     self.model.validate()
     self.data.validate()
     self.parallel.validate()
-    self.optimizer.validate(self.num_steps)
     for name in ('num_steps', 'num_microbatches', 'log_every_steps'):
       _at_least(1, f'config.{name}', getattr(self, name))
     for name in ('eval_every_steps', 'eval_batches', 'seed'):
@@ -79,6 +78,7 @@ class Experiment:
     ):
       if value not in ('float32', 'bfloat16'):
         raise ValueError(f'{name}: got {value!r}, expected float32 or bfloat16')
+    self.optimizer.validate(self.num_steps)
     if self.data.batch_size % self.num_microbatches:
       raise ValueError(
         f'config.num_microbatches: got {self.num_microbatches}, expected a'

@@ -18,8 +18,10 @@ class FlagError(ValueError):
   """A flag that cannot be used; the message is for the user."""
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses absl flags like `flags.FLAGS(argv)`.
+def parse(
+  argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
+  """Parses absl flags like `flags.FLAGS(argv)`, `--config` among them.
 
   Returns:
     What is left of argv.
@@ -28,9 +30,9 @@ def parse(argv: list[str]) -> list[str]:
     FlagError: got / expected / fix, in one line.
   """
   try:
-    rest = flags.FLAGS(argv)
+    rest = flag_values(argv)
     # A file that cannot be loaded is reported when the value is first used.
-    _ = getattr(flags.FLAGS.config, 'name', None)
+    _ = getattr(flag_values.config, 'name', None)
     return rest
   except flags.Error as error:
     raise FlagError(_last_line(str(error))) from None

@@ -12,6 +12,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 from typing import Any
 
@@ -37,22 +38,11 @@ def claim(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
   path = workdir / RUN
   if path.exists():
     old = json.loads(path.read_text())
-    for name, got, expected in (
-      ('experiment', experiment.name, old['experiment']),
-      *_differences('model', new['model'], old['model']),
-      ('seed', experiment.seed, old['config']['seed']),
-      *_differences(
-        'data.tokenizer',
-        new['config']['data']['tokenizer'],
-        old['config']['data']['tokenizer'],
-      ),
-    ):
-      if got != expected:
-        raise ValueError(
-          f'--workdir={workdir} holds another run: got {name} = {got!r},'
-          f' expected {expected!r}; use another --workdir, or the value it was'
-          ' started with'
-        )
+    if list(workdir.glob('checkpoints/[0-9]*')):
+      _check_same(workdir, new, old)
+    elif old != new:
+      # Nothing was trained under the old values: start over with the new.
+      shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
   elif workdir.exists() and any(workdir.iterdir()):
     raise ValueError(
       f'--workdir={workdir}: got a directory with other files in it, expected'
@@ -112,10 +102,29 @@ def _describe(experiment: config_lib.Experiment) -> dict[str, Any]:
   }
 
 
-def _differences(prefix: str, got: dict[str, Any], expected: dict[str, Any]):
-  """Yields (name, got, expected) for every field of either dictionary."""
-  for name in sorted({*got, *expected}):
-    yield f'{prefix}.{name}', got.get(name), expected.get(name)
+def _check_same(
+  workdir: pathlib.Path, new: dict[str, Any], old: dict[str, Any]
+) -> None:
+  """Compares what decides the meaning of the weights."""
+
+  def identity(run):
+    config = run['config']
+    flat = {'experiment': run['experiment'], 'seed': config['seed']}
+    for prefix, fields in (
+      ('model', run['model']),
+      ('data.tokenizer', config['data']['tokenizer']),
+    ):
+      flat |= {f'{prefix}.{name}': value for name, value in fields.items()}
+    return flat
+
+  got, expected = identity(new), identity(old)
+  for name in sorted(got.keys() | expected.keys()):
+    if got.get(name) != expected.get(name):
+      raise ValueError(
+        f'--workdir={workdir} holds another run: got {name} ='
+        f' {got.get(name)!r}, expected {expected.get(name)!r}; use another'
+        ' --workdir, or the value it was started with'
+      )
 
 
 def _code_commit() -> str:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from data import config
+from data import config, sources
 
 
 def test_defaults_are_valid():
@@ -45,8 +45,13 @@ def test_tokenizer_config_refuses(fields, error):
 
 def test_open_split_passes_the_fields_on():
   seen = []
+
+  def open_source(*args):
+    seen.append(args)
+    return sources.text_files(__file__)
+
   data = config.DataConfig(
-    open_source=lambda *args: seen.append(args) or [],
+    open_source=open_source,
     path='p',
     data_dir='d',
     text_key='k',

@@ -6,6 +6,7 @@ comes from.
 
 import collections
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +44,8 @@ DOCUMENTS = Texts(
 )
 
 
-def _config(**fields):
-  defaults = {
+def _config(**fields: Any) -> config.DataConfig:
+  defaults: dict[str, Any] = {
     'row_length': 8,
     'batch_size': 2,
     'shuffle_rows': 0,
@@ -53,7 +54,7 @@ def _config(**fields):
   return config.DataConfig(**(defaults | fields))
 
 
-def _train(source=DOCUMENTS, seed=0, **fields):
+def _train(source: sources.Source = DOCUMENTS, seed=0, **fields):
   return pipeline.train_batches(source, TOK, _config(**fields), seed=seed)
 
 
@@ -114,6 +115,18 @@ def test_concat_then_split_cuts_between_rows():
     'segment_ids': [[1, 1, 1, 2], [1, 0, 0, 0]],
     'weights': [[1, 1, 1, 1], [1, 0, 0, 0]],
   }
+
+
+def test_concat_then_split_cuts_only_where_a_row_ends():
+  rows = _eval_row_matrices(['a', 'bcdefgh'], 'concat_then_split', 4)
+  assert rows['segment_ids'] == [[1, 1, 2, 2], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_eval_keeps_the_order_of_documents(packing):
+  texts = 'abcdefghijkl'
+  rows = _eval_row_matrices(list(texts), packing, 2)
+  assert [tokens_T[1] for tokens_T in rows['tokens']] == list(texts.encode())
 
 
 @pytest.mark.parametrize('packing', ['first_fit', 'best_fit'])

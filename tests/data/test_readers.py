@@ -66,7 +66,7 @@ class TinyDataset(tfds.core.GeneratorBasedBuilder):
 
 def _tfds(tmp_path, texts):
   builder = TinyDataset(texts=texts, data_dir=tmp_path)
-  return sources.tfds_directory(preparation.prepare(builder), 'train')
+  return sources.tfds_directory(str(preparation.prepare(builder)), 'train')
 
 
 OPENERS = [_jsonl, _parquet, _text_files, _tfds]

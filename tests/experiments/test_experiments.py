@@ -1,0 +1,94 @@
+"""Every experiment is valid and takes a real step with its own objective."""
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import transformer
+from tests import fixtures
+from training import optimizer as optimizer_lib, state as state_lib, step
+
+DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments'
+NOT_EXPERIMENTS = {'__init__', 'presets'}
+VARIANTS = {
+  'shakespeare_char': ['cpu', 'gpu'],
+  'pretrain_files': ['text', 'jsonl', 'parquet', 'tfds'],
+}
+ALL = [
+  (path.stem, variant)
+  for path in sorted(DIRECTORY.glob('*.py'))
+  if path.stem not in NOT_EXPERIMENTS
+  for variant in VARIANTS.get(path.stem, [None])
+]
+
+
+def _load(name, variant):
+  module = importlib.import_module(f'experiments.{name}')
+  return module.get_config(*([variant] if variant else []))
+
+
+@pytest.mark.parametrize(('name', 'variant'), ALL)
+def test_an_experiment_takes_one_step(name, variant):
+  """At its own settings but for sizes, which only cost time."""
+  experiment = _load(name, variant)
+  experiment.validate()
+  config = dataclasses.replace(
+    experiment.model,
+    vocab_size=64,
+    num_layers=min(2, experiment.model.num_layers),
+    model_width=32,
+    num_heads=4,
+    num_kv_heads=4 // experiment.model.queries_per_kv,
+    head_width=8,
+    mlp_width=48,
+    max_length=32,
+  )
+  model = transformer.Transformer(config, jnp.dtype(experiment.compute_dtype))
+  optimizer = optimizer_lib.make_optimizer(
+    experiment.optimizer, experiment.num_steps
+  )
+  state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(
+    jax.random.key(experiment.seed)
+  )
+  train_step = jax.jit(
+    step.make_train_step(
+      model,
+      experiment.objective,
+      optimizer,
+      num_microbatches=min(2, experiment.num_microbatches),
+    )
+  )
+  for index in range(2):  # the rate of the very first step may be zero
+    state, metrics = train_step(
+      state, fixtures.batch(batch_size=4, vocab_size=64, seed=index)
+    )
+  assert np.isfinite(float(metrics['loss']))
+  assert float(metrics['loss']) == pytest.approx(np.log(64), rel=0.1)
+
+
+@pytest.mark.parametrize('name', sorted({name for name, _ in ALL}))
+def test_an_experiment_is_described_and_refuses_unknown_variants(name):
+  module = importlib.import_module(f'experiments.{name}')
+  assert '--config=' in module.__doc__ or 'make ' in module.__doc__
+  if inspect.signature(module.get_config).parameters:
+    with pytest.raises(ValueError, match="variant: got 'nonsense', expected"):
+      module.get_config('nonsense')
+
+
+def test_published_sizes():
+  """The parameter counts the sources give: 10.65M and 124M."""
+  gpu = _load('shakespeare_char', 'gpu').model
+  shapes = jax.eval_shape(
+    transformer.Transformer(dataclasses.replace(gpu, vocab_size=65)).init,
+    jax.random.key(0),
+    jnp.zeros((1, 1), jnp.int32),
+  )
+  count = sum(x.size for x in jax.tree.leaves(shapes))
+  # nanoGPT prints 10.65M and leaves out the position table.
+  assert round((count - 256 * 384) / 1e6, 2) == 10.65

@@ -1,0 +1,300 @@
+"""The frozen directory: what goes in comes out, and damage never passes."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from frozen import format as frozen_format, manifest as manifest_lib
+from tests import frozen_fixtures
+
+
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('original') / 'tiny'
+  frozen_fixtures.write(directory, chat_template='{{ messages }} é')
+  return directory
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+  """A copy to damage."""
+  return shutil.copytree(original, tmp_path / 'copy')
+
+
+def _equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_round_trip(tmp_path, dtype):
+  config = frozen_fixtures.config()
+  params = frozen_fixtures.params(config, dtype=dtype)
+  written = frozen_fixtures.write(tmp_path / 'f', params=params, dtype=dtype)
+  frozen = frozen_format.read(tmp_path / 'f')
+  _equal(frozen.params, params)
+  assert {x.dtype.name for x in jax.tree.leaves(frozen.params)} == {dtype}
+  assert frozen.manifest == written
+  assert frozen.config == config
+  assert frozen.generation == {'temperature': 0.9, 'max_tokens': 12, 'stop': []}
+  assert (frozen.tokenizer_dir / 'tokenizer_config.json').is_file()
+  assert frozen.manifest.lineage == {'init_from': 'ab' * 32}
+  assert frozen.manifest.num_params == sum(
+    x.size for x in jax.tree.leaves(params)
+  )
+  assert frozen.manifest.quantization == {'kind': 'none'}
+
+
+def test_a_moved_directory_reads_the_same(copy):
+  assert frozen_format.read(copy).chat_template == '{{ messages }} é'
+
+
+def test_params_go_where_they_are_sent(original):
+  device = jax.devices()[3]
+  frozen = frozen_format.read(
+    original, sharding=jax.sharding.SingleDeviceSharding(device)
+  )
+  assert {x.device for x in jax.tree.leaves(frozen.params)} == {device}
+
+
+def test_the_digest_is_of_the_values_not_of_their_storage():
+  tree = {'b': {'k': jnp.arange(6.0).reshape(2, 3)}, 'a': jnp.ones(2)}
+  same = {'a': np.ones(2, np.float32), 'b': {'k': np.arange(6, dtype='f4')}}
+  same['b']['k'] = np.asfortranarray(same['b']['k'].reshape(2, 3))
+  digest = frozen_format.weights_digest(tree)
+  assert frozen_format.weights_digest(same) == digest
+  # Pinned: a digest in a manifest must mean the same in years to come.
+  assert digest == (
+    '7980e6f04aeee95201638c0aff74978a8270492cd1a41b1bf640c2e4eafc90a5'
+  )
+
+
+def test_the_digest_sees_names_shapes_dtypes_and_values():
+  base = np.arange(6, dtype=np.float32)
+  trees = [
+    {'a': base},
+    {'b': base},
+    {'a': base.reshape(2, 3)},
+    {'a': base.view(np.int32)},
+    {'a': np.nextafter(base, 9)},
+    {'a': base.astype(ml_dtypes.bfloat16)},
+    {'a': base[:3], 'b': base[3:]},
+  ]
+  assert len({frozen_format.weights_digest(tree) for tree in trees}) == 7
+
+
+def _files(directory):
+  return sorted(
+    path.relative_to(directory).as_posix()
+    for path in directory.rglob('*')
+    if path.is_file()
+  )
+
+
+def test_every_file_altered_truncated_or_missing_is_refused(original, tmp_path):
+  names = _files(original)
+  assert len(names) > 8
+  for i, name in enumerate(names):
+    for damage in ('alter', 'truncate', 'remove'):
+      directory = shutil.copytree(original, tmp_path / f'{i}{damage}')
+      path = directory / name
+      data = path.read_bytes()
+      if damage == 'alter':
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if data else b'x')
+      elif damage == 'truncate' and data:
+        path.write_bytes(data[:-1] if name != 'manifest.json' else data[:-3])
+      else:
+        path.unlink()
+      with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        frozen_format.read(directory)
+      assert path.name in str(caught.value)
+      assert '\n' not in str(caught.value)
+
+
+def test_messages_name_the_file_and_the_remedy(copy):
+  (copy / 'extra.txt').write_text('')
+  with pytest.raises(
+    ValueError, match='extra.txt: got a file that the manifest does not list'
+  ):
+    frozen_format.read(copy)
+  (copy / 'extra.txt').unlink()
+  (copy / 'generation.json').write_text('{}')
+  with pytest.raises(
+    ValueError, match='generation.json: got SHA-256 .*truncated or altered'
+  ):
+    frozen_format.read(copy)
+  (copy / 'generation.json').unlink()
+  with pytest.raises(
+    FileNotFoundError, match='generation.json: got no such file, expected one'
+  ):
+    frozen_format.read(copy)
+
+
+def _sign_again(directory, **changes):
+  """Changes the manifest and its digest, as a mistaken writer would."""
+  fields = json.loads((directory / 'manifest.json').read_text())
+  del fields['manifest_digest'], fields['format_version']
+  manifest_lib.write(directory, manifest_lib.sign(**{**fields, **changes}))
+
+
+def test_a_config_that_does_not_fit_the_params_is_refused(copy):
+  model = frozen_fixtures.config(mlp_width=41).to_dict()
+  _sign_again(copy, model=model)
+  with pytest.raises(
+    ValueError,
+    match=r'got float32\[40, 24\] at params/layer_0/mlp/down/kernel, expected'
+    r' float32\[41, 24\]',
+  ):
+    frozen_format.read(copy)
+  _sign_again(copy, model=frozen_fixtures.config(num_layers=3).to_dict())
+  with pytest.raises(ValueError, match='got nothing at params/layer_2/'):
+    frozen_format.read(copy)
+  _sign_again(copy, model={**model, 'mlp_depth': 3})
+  with pytest.raises(ValueError, match=r"unknown fields \['mlp_depth'\]"):
+    frozen_format.read(copy)
+
+
+def test_a_dtype_that_is_not_the_stored_one_is_refused(copy):
+  # Orbax would cast in silence.
+  model = frozen_fixtures.config().to_dict()
+  _sign_again(copy, model=model, dtype='bfloat16')
+  with pytest.raises(ValueError, match=r'got float32\[.*expected bfloat16\['):
+    frozen_format.read(copy)
+
+
+def test_weights_with_another_digest_are_refused(copy):
+  _sign_again(copy, weights_digest='0' * 64)
+  with pytest.raises(
+    ValueError, match='got weights with digest .*, expected 0000'
+  ):
+    frozen_format.read(copy)
+
+
+def test_writing_refuses_params_of_another_model(tmp_path):
+  params = frozen_fixtures.params(frozen_fixtures.config(num_layers=1))
+  with pytest.raises(ValueError, match='params: got nothing at params/layer_1'):
+    frozen_fixtures.write(tmp_path / 'f', params=params)
+  params = frozen_fixtures.params(frozen_fixtures.config(), dtype='bfloat16')
+  with pytest.raises(ValueError, match=r'got bfloat16\[.*expected float32\['):
+    frozen_fixtures.write(tmp_path / 'f', params=params)
+  assert not (tmp_path / 'f').exists()
+
+
+def test_other_weights_are_not_overwritten_unless_asked(tmp_path):
+  target = tmp_path / 'f'
+  config = frozen_fixtures.config()
+  first = frozen_fixtures.write(target)
+  # The same weights again: the rest may change.
+  frozen_fixtures.write(target, chat_template='new')
+  assert frozen_format.read(target).chat_template == 'new'
+  other = frozen_fixtures.params(config, seed=1)
+  with pytest.raises(
+    ValueError, match=f'with weights {first.weights_digest}, expected those of'
+  ):
+    frozen_fixtures.write(target, params=other)
+  assert frozen_format.read(target).manifest.weights_digest == (
+    first.weights_digest
+  )
+  frozen_fixtures.write(target, params=other, overwrite=True)
+  _equal(frozen_format.read(target).params, other)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
+
+
+def test_a_damaged_directory_is_overwritten_only_when_asked(copy):
+  (copy / 'manifest.json').write_text('{')
+  with pytest.raises(ValueError, match='weights that cannot be read'):
+    frozen_fixtures.write(copy)
+  frozen_fixtures.write(copy, overwrite=True)
+  frozen_format.read(copy)
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_what_is_not_frozen_is_never_replaced(tmp_path, overwrite):
+  (tmp_path / 'home').mkdir()
+  (tmp_path / 'home' / 'thesis.tex').write_text('years')
+  with pytest.raises(ValueError, match='a place that holds something else'):
+    frozen_fixtures.write(tmp_path / 'home', overwrite=overwrite)
+  assert (tmp_path / 'home' / 'thesis.tex').read_text() == 'years'
+  (tmp_path / 'empty').mkdir()
+  frozen_fixtures.write(tmp_path / 'empty')
+  frozen_format.read(tmp_path / 'empty')
+
+
+class _Interrupted(BaseException):
+  """As a kill would be: nothing catches it."""
+
+
+@pytest.mark.parametrize('moment', ['params', 'tokenizer', 'manifest', 'move'])
+def test_an_interrupted_write_leaves_what_was_there(
+  tmp_path, monkeypatch, moment
+):
+  target = tmp_path / 'f'
+  first = frozen_fixtures.write(target)
+
+  def interrupt(*_, **__):
+    raise _Interrupted
+
+  if moment == 'params':
+    monkeypatch.setattr(ocp.StandardCheckpointer, 'save', interrupt)
+  elif moment == 'tokenizer':
+    monkeypatch.setattr(shutil, 'copytree', interrupt)
+  elif moment == 'manifest':
+    monkeypatch.setattr(manifest_lib, 'write', interrupt)
+  else:
+    monkeypatch.setattr(frozen_format, '_move', interrupt)
+  other = frozen_fixtures.params(frozen_fixtures.config(), seed=1)
+  for place in (target, tmp_path / 'new'):
+    with pytest.raises(_Interrupted):
+      frozen_fixtures.write(place, params=other, overwrite=True)
+  assert frozen_format.read(target).manifest == first
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+  target = tmp_path / 'f'
+  first = frozen_fixtures.write(target)
+  rename = type(target).rename
+
+  def fail_for_partial(self, to):
+    if '.partial-' in self.name:
+      raise OSError('disk says no')
+    return rename(self, to)
+
+  monkeypatch.setattr(type(target), 'rename', fail_for_partial)
+  other = frozen_fixtures.params(frozen_fixtures.config(), seed=1)
+  with pytest.raises(OSError, match='disk says no'):
+    frozen_fixtures.write(target, params=other, overwrite=True)
+  assert frozen_format.read(target).manifest == first
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
+
+
+def test_the_manifest_says_all_that_the_design_asks(original):
+  fields = json.loads((original / 'manifest.json').read_text())
+  assert set(fields) == {
+    'format_version',
+    'model',
+    'dtype',
+    'quantization',
+    'files',
+    'weights_digest',
+    'lineage',
+    'code_commit',
+    'step',
+    'tokens_seen',
+    'training_flops',
+    'train_seconds',
+    'data_mix',
+    'knowledge_cutoff',
+    'experiment',
+    'num_params',
+    'manifest_digest',
+  }
+  config_fields = {f.name for f in dataclasses.fields(frozen_fixtures.config())}
+  assert set(fields['model']) == config_fields
+  assert set(fields['files']) == set(_files(original)) - {'manifest.json'}

@@ -1,0 +1,68 @@
+"""Tiny frozen directories, for the tests of the bridge and of life two.
+
+`from tests import frozen_fixtures`. Weights are wide and random: what they say
+is nonsense, but it differs from token to token and from prompt to prompt.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frozen import format as frozen_format, manifest as manifest_lib
+from models import config as config_lib, transformer
+from tests import fixtures
+
+EXPERIMENT = 'tiny'
+
+
+def config(**overrides) -> config_lib.ModelConfig:
+  """A Llama-like model that a byte tokenizer fits, with rows to spare."""
+  return fixtures.llama_like(
+    **{'vocab_size': 270, 'max_length': 64, **overrides}
+  )
+
+
+def params(of: config_lib.ModelConfig, *, dtype='float32', seed: int = 0):
+  """Random variables of a model."""
+  rng = np.random.default_rng(seed)
+  model = transformer.Transformer(config=of)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), dtype), shapes
+  )
+
+
+def provenance(**overrides) -> manifest_lib.Provenance:
+  """Where the weights would come from."""
+  fields = {
+    'experiment': EXPERIMENT,
+    'code_commit': 'c0ffee',
+    'step': 7,
+    'tokens_seen': 7 * 128,
+    'training_flops': 1.5e9,
+    'train_seconds': 2.5,
+    'data_mix': [{'source': 's', 'path': '', 'split': 'train', 'weight': 1.0}],
+    'knowledge_cutoff': '2026-01-31',
+    'lineage': {'init_from': 'ab' * 32},
+  }
+  return manifest_lib.Provenance(**{**fields, **overrides})
+
+
+def write(directory: pathlib.Path, **overrides) -> manifest_lib.Manifest:
+  """Writes a frozen directory at `directory`, and a tokenizer beside it."""
+  tokenizer_dir = directory.with_name('tokenizer')
+  fixtures.byte_tokenizer().save(tokenizer_dir)
+  model_config = overrides.pop('config', config())
+  fields = {
+    'params': overrides.pop('params', None) or params(model_config),
+    'config': model_config,
+    'dtype': 'float32',
+    'provenance': provenance(),
+    'tokenizer_dir': tokenizer_dir,
+    'generation': {'temperature': 0.9, 'max_tokens': 12, 'stop': []},
+  }
+  return frozen_format.write(directory, **{**fields, **overrides})

@@ -1,0 +1,18 @@
+"""One tiny generator for all tests of life two: its programs compile once."""
+
+import pytest
+
+from inference import generate
+from tests import frozen_fixtures
+
+
+@pytest.fixture(scope='session')
+def frozen_dir(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('frozen') / 'tiny'
+  frozen_fixtures.write(directory)
+  return directory
+
+
+@pytest.fixture(scope='session')
+def generator(frozen_dir):
+  return generate.load(frozen_dir)

@@ -1,0 +1,85 @@
+"""The terminal conversation: history is sent again, and nothing is lost."""
+
+from inference import chat, generate
+from tests import frozen_fixtures
+
+
+def _talk(generator, lines, **chosen):
+  """Runs a conversation; returns all that was written."""
+  lines, written = iter(lines), []
+
+  def read(prompt):
+    written.append(prompt)
+    line = next(lines, None)
+    if line is None:
+      raise EOFError
+    return line
+
+  chat.run(generator, chosen, read=read, write=written.append)
+  return ''.join(written)
+
+
+class _Recorder:
+  """A generator that answers without a model and keeps what it was asked."""
+
+  def __init__(self, generator):
+    self.frozen = generator.frozen
+    self.settings_for = generator.settings_for
+    self.asked = []
+
+  def stream(self, prompt, settings):
+    self.asked.append((prompt, settings))
+    yield ' I '
+    yield 'see.'
+
+
+def test_each_turn_sends_the_whole_history(generator):
+  recorder = _Recorder(generator)
+  written = _talk(recorder, ['hi', '  ', 'and?', '/exit', 'never'], stop=('Q',))
+  (first, settings), (second, _) = recorder.asked
+  assert first == 'User: hi\n\nAssistant:'
+  assert second == ('User: hi\n\nAssistant: I see.\n\nUser: and?\n\nAssistant:')
+  assert settings.stop == ('\nUser:', '\nSystem:', '\nAssistant:', 'Q')
+  assert written.count('Model:  I see.') == 2
+
+
+def test_end_of_input_leaves(generator):
+  assert _talk(generator, []).endswith('You: \n')
+
+
+def test_a_turn_that_does_not_fit_is_not_kept(generator):
+  recorder = _Recorder(generator)
+  recorder.stream = _refuse_long(recorder, recorder.stream)
+  written = _talk(recorder, ['hi', 'x' * 200, 'so'])
+  assert 'error: prompt: too long\nThis turn was not kept.' in written
+  assert recorder.asked[-1][0] == (
+    'User: hi\n\nAssistant: I see.\n\nUser: so\n\nAssistant:'
+  )
+
+
+def _refuse_long(recorder, stream):
+  def refuse(prompt, settings):
+    if len(prompt) > 200:
+      raise ValueError('prompt: too long')
+    return stream(prompt, settings)
+
+  return refuse
+
+
+def test_a_real_model_answers(generator):
+  written = _talk(generator, ['hi'], max_tokens=5, temperature=0.0)
+  assert 'Model: ' in written
+  assert 'error' not in written
+
+
+def test_the_context_is_named_when_history_outgrows_it(generator):
+  written = _talk(generator, ['x' * 100], max_tokens=5)
+  assert 'expected at most 64 together (the context of this model)' in written
+
+
+def test_a_template_of_the_model_is_used(tmp_path):
+  template = '{% for m in messages %}[{{ m.content }}]{% endfor %}>'
+  frozen_fixtures.write(tmp_path / 'm', chat_template=template)
+  generator = generate.load(tmp_path / 'm')
+  messages = [{'role': 'user', 'content': 'hi'}]
+  assert chat.render(generator, messages) == ('[hi]>', ())

@@ -1,0 +1,193 @@
+"""Completions: tokens against the model itself, then every way to end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frozen import format as frozen_format
+from inference import generate, settings as settings_lib
+from tests import fixtures, frozen_fixtures
+
+_GREEDY = settings_lib.Settings(temperature=0.0, max_tokens=10)
+_PROMPTS = ['def', '', 'a much longer prompt than the others', 'é']
+
+
+def test_greedy_tokens_are_the_full_forwards(generator):
+  (completion,) = generator.generate(['hello'], _GREEDY)
+  ids = generator.prompt_ids('hello') + completion.token_ids
+  padded_1T = jnp.asarray([ids + [0] * (64 - len(ids))], jnp.int32)
+  logits_1TV, _ = jax.jit(generator.model.apply)(
+    generator.frozen.params, padded_1T
+  )
+  # Ids beyond the tokenizer's are never sampled.
+  choice_T = np.argmax(logits_1TV[0, :, :259], axis=-1)
+  assert completion.token_ids == choice_T[5 : len(ids) - 1].tolist()
+  assert len(completion.token_ids) == 10
+  assert completion.num_completion_tokens == 10
+  assert completion.num_prompt_tokens == 6
+  assert completion.finish_reason == 'length'
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [_GREEDY, dataclasses.replace(_GREEDY, temperature=1.0, top_k=9, seed=5)],
+)
+def test_a_batch_answers_as_each_prompt_alone(generator, settings):
+  together = generator.generate(_PROMPTS, settings)
+  for prompt, completion in zip(_PROMPTS, together, strict=True):
+    (alone,) = generator.generate([prompt], settings)
+    assert completion.token_ids == alone.token_ids
+    assert completion.text == alone.text
+
+
+def test_each_prompt_may_have_settings_of_its_own(generator):
+  sampled = dataclasses.replace(_GREEDY, temperature=1.0, seed=3, max_tokens=4)
+  greedy, other = generator.generate(['abc', 'abc'], [_GREEDY, sampled])
+  assert greedy.token_ids == generator.generate(['abc'], _GREEDY)[0].token_ids
+  assert other.token_ids == generator.generate(['abc'], sampled)[0].token_ids
+  assert (len(greedy.token_ids), len(other.token_ids)) == (10, 4)
+
+
+def test_a_seed_reproduces_and_a_drawn_one_is_reported(generator):
+  settings = settings_lib.Settings(max_tokens=10)
+  (drawn,) = generator.generate(['abc'], settings)
+  (other,) = generator.generate(['abc'], settings)
+  assert drawn.seed != other.seed  # equal once in 2**32 runs
+  (again,) = generator.generate(
+    ['abc'], dataclasses.replace(settings, seed=drawn.seed)
+  )
+  assert again.token_ids == drawn.token_ids
+
+
+def test_stream_pieces_join_to_the_completion(generator):
+  settings = settings_lib.Settings(seed=1, max_tokens=40)
+  *pieces, completion = generator.stream('abc', settings)
+  assert len(pieces) > 3
+  assert ''.join(pieces) == completion.text
+  assert completion.text == generator.tokenizer.decode(completion.token_ids)
+  (whole,) = generator.generate(['abc'], settings)
+  assert whole.token_ids == completion.token_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(generator):
+  (free,) = generator.generate(['hello'], _GREEDY)
+  stop = free.text[3:5]
+  settings = dataclasses.replace(_GREEDY, stop=('never', stop))
+  *pieces, completion = generator.stream('hello', settings)
+  assert completion.finish_reason == 'stop'
+  assert completion.text == free.text[: free.text.index(stop)]
+  assert ''.join(pieces) == completion.text
+  # The tokens of the stop string were sampled: they are counted.
+  assert completion.token_ids == free.token_ids[: len(completion.token_ids)]
+  assert len(completion.token_ids) > len(completion.text.encode())
+
+
+def test_eos_ends_a_completion(generator, monkeypatch):
+  (free,) = generator.generate(['hello'], _GREEDY)
+  eos_id = free.token_ids[4]
+  monkeypatch.setattr(generator.tokenizer, 'eos_id', eos_id, raising=False)
+  (completion,) = generator.generate(['hello'], _GREEDY)
+  end = free.token_ids.index(eos_id) + 1
+  assert completion.finish_reason == 'stop'
+  assert completion.token_ids == free.token_ids[:end]
+
+
+def _texts(ids, *, stop=(), max_tokens=99):
+  sequence = generate._Sequence(fixtures.byte_tokenizer(), stop, max_tokens)
+  pieces = [sequence.push(token_id) for token_id in ids]
+  assert ''.join(pieces) == sequence.text
+  return pieces, sequence.finish_reason
+
+
+def test_no_half_characters_and_nothing_lost_at_the_end():
+  euro = '€'.encode()
+  assert _texts(euro)[0] == ['', '', '€']
+  # Length or EOS in the middle of a character: a mark in its place.
+  assert _texts(euro[:2], max_tokens=2) == (['', '\ufffd'], 'length')
+  assert _texts([*euro[:2], 257]) == (['', '', '\ufffd'], 'stop')
+
+
+def test_held_text_is_flushed_by_eos_and_by_length():
+  assert _texts(b'a\nU', stop=('\nUser',), max_tokens=3)[0] == ['a', '', '\nU']
+  assert _texts([*b'a\n', 257], stop=('\nUser',))[0] == ['a', '', '\n']
+
+
+def test_a_text_prompt_gets_bos_and_ids_are_taken_verbatim(generator):
+  assert generator.prompt_ids('ab') == [256, 97, 98]
+  assert generator.prompt_ids('') == [256]
+  assert generator.prompt_ids([97, 98]) == [97, 98]
+  by_text, by_ids = generator.generate(['ab', [256, 97, 98]], _GREEDY)
+  assert by_text.token_ids == by_ids.token_ids
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'message'),
+  [
+    ([], 'prompt: got no token ids, expected at least one'),
+    ([1, 259], 'prompt: got token id 259, expected 0 <= id < 259'),
+    ([-1], 'prompt: got token id -1'),
+    ('x' * 55, 'got 56 tokens and 10 to generate, expected at most 64'),
+    ('x' * 64, 'got 65 tokens and 10 to generate, expected at most 64'),
+  ],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(
+  generator, prompt, message
+):
+  # At the call, before anything is generated or even iterated.
+  with pytest.raises(ValueError, match=message):
+    generator.updates([prompt], _GREEDY)
+  with pytest.raises(ValueError, match=message):
+    generator.stream(prompt, _GREEDY)
+
+
+def test_a_prompt_may_fill_the_context(generator):
+  (completion,) = generator.generate(['x' * 53], _GREEDY)
+  assert len(completion.token_ids) == 10
+  unlimited = dataclasses.replace(_GREEDY, max_tokens=None)
+  (completion,) = generator.generate(['x' * 53], unlimited)
+  assert len(completion.token_ids) == 10
+
+
+def test_recommended_length_yields_to_the_context_a_chosen_one_does_not(
+  generator,
+):
+  assert generator.settings_for('x').max_tokens == 12
+  assert generator.settings_for('x').temperature == 0.9
+  assert generator.settings_for('x', temperature=0.0).temperature == 0.0
+  assert generator.settings_for('x' * 60).max_tokens is None
+  assert generator.settings_for('x' * 60, max_tokens=12).max_tokens == 12
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+  config = frozen_fixtures.config(vocab_size=100)
+  frozen_fixtures.write(tmp_path / 'small', config=config)
+  with pytest.raises(ValueError, match='got a tokenizer of 259 ids, expected'):
+    generate.load(tmp_path / 'small')
+
+
+def test_a_shape_compiles_once_and_the_time_is_set_apart(frozen_dir):
+  generator = generate.load(frozen_dir)
+  (first,) = generator.generate(['abc'], _GREEDY)
+  sampled = settings_lib.Settings(seed=3, top_k=4, top_p=0.9, max_tokens=8)
+  (second,) = generator.generate(['other'], sampled)
+  assert first.compile_seconds > 0
+  assert second.compile_seconds == 0
+  assert len(generator._programs) == 1
+  assert second.prefill_seconds > 0
+  assert second.decode_seconds > 0
+
+
+def test_closing_the_updates_stops_the_work(generator):
+  updates = generator.updates(['abc'], _GREEDY)
+  next(updates)
+  updates.close()
+  assert list(updates) == []
+
+
+def test_generation_leaves_the_weights_as_they_were(generator):
+  digest = generator.frozen.manifest.weights_digest
+  generator.generate(_PROMPTS, _GREEDY)
+  assert frozen_format.weights_digest(generator.frozen.params) == digest

@@ -1,0 +1,115 @@
+"""Custom backward passes against autodiff of the plain expression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.kernels import cross_entropy, linear
+
+
+def test_linear_has_the_gradients_of_a_product():
+  x = jax.random.normal(jax.random.key(0), (2, 3, 5))
+  w = jax.random.normal(jax.random.key(1), (5, 7))
+
+  def loss(f):
+    return lambda x, w: jnp.sum(jnp.sin(f(x, w)))
+
+  ours = loss(lambda x, w: linear.linear(x, w, jnp.float32))
+  plain = loss(lambda x, w: x @ w)
+  np.testing.assert_allclose(ours(x, w), plain(x, w), rtol=1e-5)
+  for got, expected in zip(
+    jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_returns_gradients_in_the_dtype_of_the_weights():
+  x = jnp.ones((2, 5), jnp.bfloat16)
+  w = jnp.ones((5, 7), jnp.float32)
+  y, pull = jax.vjp(lambda x, w: linear.linear(x, w, jnp.bfloat16), x, w)
+  assert y.dtype == jnp.bfloat16
+  dx, dw = pull(y)
+  assert dx.dtype == jnp.bfloat16
+  assert dw.dtype == jnp.float32
+
+
+def _loss_inputs(batch=3, time=12, width=5, vocab=11):
+  keys = jax.random.split(jax.random.key(0), 4)
+  hidden = jax.random.normal(keys[0], (batch, time, width))
+  head = jax.random.normal(keys[1], (vocab, width))
+  targets = jax.random.randint(keys[2], (batch, time), 0, vocab)
+  weights = jax.random.bernoulli(keys[3], 0.7, (batch, time))
+  return hidden, head, targets, weights.astype(jnp.float32)
+
+
+def _plain_nll(hidden, head, targets, weights):
+  log_probs = jax.nn.log_softmax(hidden @ head.T)
+  chosen = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+  return -jnp.sum(chosen * weights)
+
+
+@pytest.mark.parametrize('chunks', [1, 2, 3, 12])
+def test_fused_cross_entropy_equals_the_plain_one(chunks):
+  hidden, head, targets, weights = _loss_inputs()
+
+  def fused(hidden, head):
+    # A factor checks that the cotangent is used.
+    return 3.0 * cross_entropy.weighted_nll(
+      hidden, head, targets, weights, chunks, jnp.float32
+    )
+
+  def plain(hidden, head):
+    return 3.0 * _plain_nll(hidden, head, targets, weights)
+
+  # Evaluated without a gradient, and with: two implementations.
+  np.testing.assert_allclose(
+    fused(hidden, head), plain(hidden, head), rtol=1e-6
+  )
+  value, got = jax.value_and_grad(fused, (0, 1))(hidden, head)
+  np.testing.assert_allclose(value, plain(hidden, head), rtol=1e-6)
+  expected = jax.grad(plain, (0, 1))(hidden, head)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    got,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(
+  ('batch', 'time', 'vocab', 'expected'),
+  [
+    (8, 256, 100, 1),  # fits into one
+    (4, 256, 50_304, 1),  # 51 million logits: fits
+    (8, 1024, 50_304, 8),  # 7 would do, 8 divides
+    (1, 7, 2**26, 7),  # a token a time
+    (1, 6, 2**30, 6),  # never less than a token
+  ],
+)
+def test_chunks_divide_time(batch, time, vocab, expected):
+  assert cross_entropy.num_chunks(batch, time, vocab) == expected
+
+
+def test_a_large_vocabulary_is_never_materialised():
+  """The compiled gradient needs a fraction of the [B, T, V] logits."""
+  batch, time, width, vocab = 8, 512, 16, 32_768
+  logits_bytes = 4 * batch * time * vocab
+  arguments = (
+    jax.ShapeDtypeStruct((batch, time, width), jnp.float32),
+    jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+    jax.ShapeDtypeStruct((batch, time), jnp.int32),
+    jax.ShapeDtypeStruct((batch, time), jnp.float32),
+  )
+
+  def temporaries(loss):
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  def fused(hidden, head, targets, weights):
+    return cross_entropy.weighted_nll(
+      hidden, head, targets, weights, 16, jnp.float32
+    )
+
+  assert temporaries(_plain_nll) > logits_bytes
+  # A chunk is a sixteenth, held as logits and as their gradient.
+  assert temporaries(fused) < 0.2 * logits_bytes

@@ -1,0 +1,186 @@
+"""An independent oracle: the same weights in transformers give our logits.
+
+Skipped where torch and transformers are not installed
+(requirements-peer.txt); CI installs them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import layout, transformer
+from tests import fixtures
+
+_WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
+torch = pytest.importorskip('torch', reason=_WHY)
+transformers = pytest.importorskip('transformers', reason=_WHY)
+
+# Longer than one block of attention rows (64), and no multiple of it.
+LENGTH = 150
+
+# float32 sums in another order, on logits of up to about 4: differences were
+# below 1e-5 when measured, and above 1e-2 for a wrong norm epsilon.
+TOLERANCE = 2e-4
+
+
+def _randomised(model):
+  """Gives every parameter values that matter, norms and biases included."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      # Initialised as they are, norms and biases would drop out of the result.
+      mean = 1.0 if 'norm' in name or '.ln_' in name else 0.0
+      p.copy_(mean + 0.2 * torch.randn(p.shape, generator=generator))
+  return model.eval()
+
+
+def _weights(model):
+  return {k: v.detach().numpy() for k, v in model.state_dict().items()}
+
+
+def _gpt2(config):
+  model = transformers.GPT2LMHeadModel(
+    transformers.GPT2Config(
+      vocab_size=config.vocab_size,
+      n_layer=config.num_layers,
+      n_head=config.num_heads,
+      n_embd=config.model_width,
+      n_inner=config.mlp_width,
+      n_positions=config.max_length,
+      layer_norm_epsilon=config.norm_epsilon,
+      bos_token_id=None,
+      eos_token_id=None,
+    )
+  )
+  model = _randomised(model)
+  w = _weights(model)
+
+  def dense(name):
+    return {'kernel': w[f'{name}.weight'], 'bias': w[f'{name}.bias']}
+
+  def norm(name):
+    return {'scale': w[f'{name}.weight'], 'bias': w[f'{name}.bias']}
+
+  tree = {
+    'embed': {'embedding': w['transformer.wte.weight']},
+    'position_embed': {'embedding': w['transformer.wpe.weight']},
+    'final_norm': norm('transformer.ln_f'),
+  }
+  for n in range(config.num_layers):
+    at = f'transformer.h.{n}'
+    joint = dense(f'{at}.attn.c_attn')
+    kernels = np.split(joint['kernel'], 3, axis=1)
+    biases = np.split(joint['bias'], 3)
+    names = ('query', 'key', 'value')
+    tree[f'layer_{n}'] = {
+      'attention_norm': norm(f'{at}.ln_1'),
+      'attention': {
+        name: {'kernel': kernel, 'bias': bias}
+        for name, kernel, bias in zip(names, kernels, biases, strict=True)
+      }
+      | {'out': dense(f'{at}.attn.c_proj')},
+      'mlp_norm': norm(f'{at}.ln_2'),
+      'mlp': {
+        'up': dense(f'{at}.mlp.c_fc'),
+        'down': dense(f'{at}.mlp.c_proj'),
+      },
+    }
+  return model, {'params': tree}
+
+
+def _llama(config):
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=config.vocab_size,
+      num_hidden_layers=config.num_layers,
+      hidden_size=config.model_width,
+      num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads,
+      head_dim=config.head_width,
+      intermediate_size=config.mlp_width,
+      max_position_embeddings=config.max_length,
+      rms_norm_eps=config.norm_epsilon,
+      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
+      tie_word_embeddings=config.tie_embeddings,
+      bos_token_id=None,
+      eos_token_id=None,
+    )
+  )
+  model = _randomised(model)
+  w = _weights(model)
+
+  def dense(name):
+    return {'kernel': w[f'{name}.weight'].T}  # torch stores [out, in]
+
+  def norm(name):
+    return {'scale': w[f'{name}.weight']}
+
+  tree = {
+    'embed': {'embedding': w['model.embed_tokens.weight']},
+    'final_norm': norm('model.norm'),
+  }
+  if not config.tie_embeddings:
+    tree['head'] = {'embedding': w['lm_head.weight']}
+  for n in range(config.num_layers):
+    at = f'model.layers.{n}'
+    tree[f'layer_{n}'] = {
+      'attention_norm': norm(f'{at}.input_layernorm'),
+      'attention': {
+        'query': dense(f'{at}.self_attn.q_proj'),
+        'key': dense(f'{at}.self_attn.k_proj'),
+        'value': dense(f'{at}.self_attn.v_proj'),
+        'out': dense(f'{at}.self_attn.o_proj'),
+      },
+      'mlp_norm': norm(f'{at}.post_attention_layernorm'),
+      'mlp': {
+        'gate': dense(f'{at}.mlp.gate_proj'),
+        'up': dense(f'{at}.mlp.up_proj'),
+        'down': dense(f'{at}.mlp.down_proj'),
+      },
+    }
+  return model, {'params': tree}
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize(
+  ('build', 'config'),
+  [
+    (_gpt2, fixtures.gpt2_like(max_length=LENGTH)),
+    (_llama, fixtures.llama_like(max_length=LENGTH, rope_base=500.0)),
+    (_llama, fixtures.llama_like(max_length=LENGTH, tie_embeddings=True)),
+  ],
+  ids=['gpt2', 'llama', 'llama_tied'],
+)
+def test_logits_equal_those_of_transformers(build, config, scan_layers):
+  theirs, params = build(config)
+  params = jax.tree.map(jnp.asarray, params)
+  if scan_layers:
+    params, config = layout.stack(
+      params, dataclasses.replace(config, scan_layers=False)
+    )
+  tokens_BT = np.random.default_rng(0).integers(
+    0, config.vocab_size, (2, LENGTH)
+  )
+  with torch.inference_mode():
+    expected_BTV = theirs(torch.tensor(tokens_BT)).logits.numpy()
+  apply = jax.jit(transformer.Transformer(config).apply)
+  logits_BTV, _ = apply(params, jnp.asarray(tokens_BT))
+  assert logits_BTV.dtype == jnp.float32
+  # Large enough for a wrong detail to show.
+  assert np.abs(expected_BTV).max() > 1
+  np.testing.assert_allclose(logits_BTV, expected_BTV, atol=TOLERANCE, rtol=0)
+
+
+def test_every_parameter_of_ours_comes_from_theirs():
+  config = fixtures.llama_like()
+  _, params = _llama(config)
+  ours = jax.eval_shape(
+    transformer.Transformer(config).init,
+    jax.random.key(0),
+    jnp.zeros((1, 1), jnp.int32),
+  )
+  shapes = jax.tree.map(lambda x: x.shape, params)
+  assert shapes == jax.tree.map(lambda x: x.shape, ours)

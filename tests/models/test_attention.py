@@ -1,0 +1,110 @@
+"""Attention against a direct computation, and its masks as matrices."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import attention
+
+
+def _inputs(time, memory=None, heads=4, kv_heads=2, channels=6, batch=2):
+  keys = jax.random.split(jax.random.key(0), 3)
+  memory = memory or time
+  q = jax.random.normal(keys[0], (batch, time, heads, channels))
+  k = jax.random.normal(keys[1], (batch, kv_heads, memory, channels))
+  v = jax.random.normal(keys[2], (batch, kv_heads, memory, channels))
+  return q, k, v
+
+
+def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS):
+  """One query and one head at a time, in NumPy, float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q_BTHC, k_BKSC, v_BKSC))
+  batch, time, heads, channels = q.shape
+  group = heads // k.shape[1]
+  out = np.zeros_like(q)
+  for b in range(batch):
+    for t in range(time):
+      for h in range(heads):
+        seen = np.flatnonzero(mask_BTS[b, t])
+        scores = k[b, h // group, seen] @ q[b, t, h] / math.sqrt(channels)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, h // group, seen]
+  return out
+
+
+# One block of queries, several, and a last one that is not full.
+@pytest.mark.parametrize('time', [1, 5, 64, 65, 150])
+def test_causal_attention(time):
+  q, k, v = _inputs(time)
+  mask = np.tril(np.ones((time, time), bool))[None].repeat(2, 0)
+  np.testing.assert_allclose(
+    attention.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_heads_share_keys_and_values_in_groups(kv_heads):
+  q, k, v = _inputs(7, kv_heads=kv_heads)
+  mask = np.tril(np.ones((7, 7), bool))[None].repeat(2, 0)
+  np.testing.assert_allclose(
+    attention.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
+  )
+
+
+def test_segments_do_not_see_each_other():
+  q, k, v = _inputs(6)
+  segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
+  mask = np.array(
+    [
+      [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+      ],
+      [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 1],
+      ],
+    ],
+    bool,
+  )
+  np.testing.assert_allclose(
+    attention.attend(q, k, v, segment_ids_BT=segments),
+    _oracle(q, k, v, mask),
+    atol=1e-5,
+  )
+
+
+def test_queries_see_the_slots_up_to_their_own():
+  q, k, v = _inputs(2, memory=5)
+  slots = jnp.array([[0, 3], [2, 4]])
+  mask = np.array(
+    [
+      [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]],
+      [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+    ],
+    bool,
+  )
+  np.testing.assert_allclose(
+    attention.attend(q, k, v, slots_BT=slots),
+    _oracle(q, k, v, mask),
+    atol=1e-5,
+  )
+
+
+def test_no_array_is_as_large_as_the_square_of_time():
+  time = 2048
+  q, k, v = _inputs(time, heads=1, kv_heads=1, batch=1)
+  compiled = jax.jit(attention.attend).lower(q, k, v).compile()
+  square = 4 * time * time
+  assert compiled.memory_analysis().temp_size_in_bytes < square

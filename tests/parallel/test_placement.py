@@ -1,0 +1,88 @@
+"""Meshes, rules and pmap; what they compute is tests/training/test_step.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallel import config as config_lib, mesh as mesh_lib, placement, rules
+
+Config = config_lib.ParallelConfig
+
+
+def test_remaining_devices_go_to_data():
+  mesh = mesh_lib.make_mesh(Config(fsdp=2, tensor=2))
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  one = mesh_lib.make_mesh(Config(), jax.devices()[:1])
+  assert dict(one.shape) == {'data': 1, 'fsdp': 1, 'tensor': 1}
+
+
+def test_a_mesh_uses_every_device():
+  with pytest.raises(
+    ValueError, match=r'data x fsdp x tensor = 3 x 1 x 1 = 3, expected .* 8'
+  ):
+    mesh_lib.make_mesh(Config(data=3))
+  with pytest.raises(ValueError, match='= 1 x 5 x 1 = 5, expected'):
+    mesh_lib.make_mesh(Config(fsdp=5))
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (Config(kind='ring'), "got 'ring', expected one of mesh, pmap"),
+    (Config(fsdp=0), 'parallel.fsdp: got 0, expected a positive number'),
+    (Config(data=-2), 'parallel.data: got -2, expected a positive number'),
+    (Config(kind='pmap', fsdp=2), 'got pmap with fsdp = 2'),
+  ],
+)
+def test_impossible_layouts_are_refused(config, message):
+  with pytest.raises(ValueError, match=message):
+    config.validate()
+
+
+def test_pmap_uses_every_device():
+  with pytest.raises(ValueError, match='got 3 with kind=pmap, expected -1 or'):
+    placement.make(Config(kind='pmap', data=3), {}, {})
+
+
+def test_rules_split_matrices_and_refuse_what_does_not_divide():
+  mesh = mesh_lib.make_mesh(Config(fsdp=4, tensor=2))
+  shapes = {
+    'kernel': jax.ShapeDtypeStruct((8, 6), jnp.float32),
+    'scale': jax.ShapeDtypeStruct((5,), jnp.float32),
+  }
+  names = {'kernel': ('embed', 'mlp'), 'scale': ('norm',)}
+  found = rules.shardings(mesh, shapes, names)
+  assert found['kernel'].shard_shape((8, 6)) == (2, 3)
+  assert found['scale'].shard_shape((5,)) == (5,)
+  with pytest.raises(
+    ValueError, match='axis embed of size 6, expected a multiple of the mesh'
+  ):
+    rules.shardings(
+      mesh,
+      {'kernel': jax.ShapeDtypeStruct((6, 6), jnp.float32)},
+      {'kernel': ('embed', 'mlp')},
+    )
+
+
+@pytest.mark.parametrize('kind', ['mesh', 'pmap'])
+def test_a_state_survives_being_made_whole(kind):
+  def init(key):
+    return {'w': jax.random.normal(key, (8, 4)), 'key': key}
+
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  placed = placement.make(
+    Config(kind=kind, **({'fsdp': 4} if kind == 'mesh' else {})),
+    abstract,
+    {'w': ('embed', None), 'key': ()},
+  )
+  assert placed.num_batch_shards == 8
+  state = placed.init(init, jax.random.key(3))
+  whole = placed.whole(state)
+  np.testing.assert_array_equal(whole['w'], init(jax.random.key(3))['w'])
+  assert jax.tree.map(lambda x: x.shape, placed.abstract_whole()) == {
+    'w': (8, 4),
+    'key': (),
+  }
+  again = placed.whole(placed.restored(whole))
+  np.testing.assert_array_equal(again['w'], whole['w'])

@@ -1,0 +1,138 @@
+"""Schedules against closed forms; what AdamW decays and clips."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import axes, transformer
+from tests import fixtures
+from training import optimizer as optimizer_lib, state as state_lib
+
+Config = optimizer_lib.OptimizerConfig
+PEAK, END, WARMUP, STEPS = 2e-3, 2e-4, 10, 50
+
+
+def _closed_form(schedule, step):
+  if step < WARMUP:
+    return PEAK * step / WARMUP
+  progress = (step - WARMUP) / (STEPS - WARMUP)
+  if schedule == 'constant':
+    return PEAK
+  if schedule == 'linear':
+    return PEAK + (END - PEAK) * progress
+  if schedule == 'cosine':
+    return END + (PEAK - END) * 0.5 * (1 + math.cos(math.pi * progress))
+  decay = max(0.0, (step - (STEPS - 20)) / 20)
+  return PEAK + (END - PEAK) * decay
+
+
+@pytest.mark.parametrize('schedule', optimizer_lib.SCHEDULES)
+def test_schedule_values(schedule):
+  config = Config(
+    peak_lr=PEAK,
+    end_lr=END,
+    schedule=schedule,
+    warmup_steps=WARMUP,
+    decay_steps=20 if schedule == 'wsd' else 0,
+  )
+  config.validate(STEPS)
+  rate = optimizer_lib.make_schedule(config, STEPS)
+  for step in (0, 1, WARMUP - 1, WARMUP, 25, STEPS - 20, STEPS - 1, STEPS):
+    assert float(rate(step)) == pytest.approx(
+      _closed_form(schedule, step), rel=1e-5, abs=1e-10
+    )
+
+
+def test_without_warmup_the_first_step_has_the_peak_rate():
+  rate = optimizer_lib.make_schedule(
+    Config(peak_lr=PEAK, warmup_steps=0), STEPS
+  )
+  assert float(rate(0)) == pytest.approx(PEAK)
+
+
+def test_weight_decay_is_decoupled_and_spares_vectors():
+  config = Config(
+    schedule='constant', warmup_steps=0, peak_lr=0.1, weight_decay=0.5,
+    clip_norm=0.0,
+  )  # fmt: skip
+  optimizer = optimizer_lib.make_optimizer(config, STEPS)
+  params = {
+    'query': {'kernel': jnp.ones((2, 2))},
+    'final_norm': {'scale': jnp.ones(2)},
+  }
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  # AdamW, line 12 of algorithm 2: theta loses rate * decay * theta.
+  np.testing.assert_allclose(updates['query']['kernel'], -0.05, rtol=1e-6)
+  np.testing.assert_array_equal(updates['final_norm']['scale'], 0.0)
+
+
+def test_clipping_is_by_the_global_norm():
+  config = Config(
+    schedule='constant', warmup_steps=0, weight_decay=0.0, clip_norm=1.0,
+    beta1=0.0,
+  )  # fmt: skip
+  optimizer = optimizer_lib.make_optimizer(config, STEPS)
+  params = {'query': {'kernel': jnp.zeros((1, 2))}}
+  state = optimizer.init(params)
+  grads = {'query': {'kernel': jnp.array([[30.0, 40.0]])}}
+  _, state = optimizer.update(grads, state, params)
+  (mu,) = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if 'mu' in jax.tree_util.keystr(path)
+  ]
+  np.testing.assert_allclose(mu, [[0.6, 0.8]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'schedule': 'step'}, "got 'step', expected one of constant"),
+    ({'peak_lr': -1.0}, 'peak_lr: got -1.0, expected > 0'),
+    ({'peak_lr': float('nan')}, 'peak_lr: got nan, expected > 0'),
+    ({'peak_lr': float('inf')}, 'peak_lr: got inf, expected a finite number'),
+    ({'beta2': 1.0}, 'beta2: got 1.0, expected 0 <= beta < 1'),
+    ({'clip_norm': -1.0}, 'clip_norm: got -1.0, expected >= 0'),
+    ({'warmup_steps': 51}, 'warmup_steps = 51 and decay_steps = 0'),
+    ({'schedule': 'wsd'}, "got 0 with schedule 'wsd'"),
+    ({'decay_steps': 5}, "got 5 with schedule 'cosine'"),
+  ],
+)
+def test_impossible_settings_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Config(**{'warmup_steps': 1, **fields}).validate(STEPS)
+
+
+def test_moments_are_laid_out_like_their_parameters():
+  model = transformer.Transformer(fixtures.llama_like(scan_layers=True))
+  optimizer = optimizer_lib.make_optimizer(Config(), 1000)
+  state = jax.eval_shape(
+    lambda key: state_lib.init(model, optimizer, key), jax.random.key(0)
+  )
+  names = state_lib.logical_axes(
+    state, optimizer, axes.param_axes(state.params)
+  )
+  is_axes = lambda x: type(x) is tuple and not hasattr(x, '_fields')  # noqa: E731
+  shapes = jax.tree.leaves(state)
+  found = jax.tree.leaves(
+    names,
+    is_leaf=lambda x: (
+      is_axes(x) and all(name is None or isinstance(name, str) for name in x)
+    ),
+  )
+  assert len(shapes) == len(found)
+  for leaf, leaf_axes in zip(shapes, found, strict=True):
+    assert len(leaf_axes) == leaf.ndim
+  mu = [
+    leaf_axes
+    for (path, _), leaf_axes in zip(
+      jax.tree_util.tree_leaves_with_path(state), found, strict=True
+    )
+    if 'mu' in jax.tree_util.keystr(path)
+    and "['gate']" in jax.tree_util.keystr(path)
+  ]
+  assert mu == [('layers', 'embed', 'mlp')]

@@ -1,0 +1,360 @@
+"""Whole runs on real text: resuming, refusing, stopping, freezing."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import rich.console
+
+from data import config as data_config, sources
+from frozen import format as frozen_format
+from tests import fixtures
+from training import (
+  checkpoint,
+  config as config_lib,
+  loop,
+  metrics,
+  optimizer as optimizer_lib,
+  run as run_lib,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  """Three splits of plain text, one file per document."""
+  directory = tmp_path_factory.mktemp('corpus')
+  rng = np.random.default_rng(0)
+  words = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
+  for split, count in (('train', 40), ('validation', 3)):
+    (directory / split).mkdir()
+    for i in range(count):
+      text = ' '.join(rng.choice(words, rng.integers(5, 60)))
+      (directory / split / f'{i:02d}.txt').write_text(text)
+  return str(directory / '{split}' / '*.txt')
+
+
+def _experiment(corpus, **overrides):
+  fields = {
+    'name': 'tiny',
+    'model': fixtures.llama_like(vocab_size=264, num_layers=1),
+    'data': data_config.DataConfig(
+      open_source=sources.text_files,
+      path=corpus,
+      row_length=16,
+      batch_size=8,
+      shuffle_rows=16,
+      tokenizer=data_config.TokenizerConfig(kind='byte'),
+      knowledge_cutoff='2024-05',
+    ),
+    'optimizer': optimizer_lib.OptimizerConfig(warmup_steps=2),
+    'num_steps': 12,
+    'log_every_steps': 3,
+    'eval_every_steps': 6,
+    'checkpoint': config_lib.CheckpointConfig(every_steps=4),
+  }
+  return config_lib.Experiment(**{**fields, **overrides})
+
+
+def _run(experiment, workdir):
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  result = run_lib.run(experiment, workdir, console)
+  return result, console.file.getvalue()
+
+
+def _saved(workdir, step):
+  """Returns every array of a checkpoint, and its progress."""
+  directory = workdir / checkpoint.DIRECTORY / str(step)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  arrays = {}
+  with ocp.StandardCheckpointer() as checkpointer:
+    for item in ('params', 'opt_state'):
+      tree = checkpointer.metadata(directory / item).item_metadata.tree
+      target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+      )
+      restored = checkpointer.restore(directory / item, target)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+        arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+  progress = json.loads((directory / 'progress' / 'metadata').read_text())
+  return arrays, progress
+
+
+def _deterministic_records(workdir):
+  return [r for r in metrics.read(workdir) if r['kind'] != 'speed']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(corpus, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  result, printed = _run(_experiment(corpus), workdir)
+  return workdir, result, printed
+
+
+def test_a_run_reports_evaluates_and_freezes(uninterrupted):
+  workdir, result, printed = uninterrupted
+  assert result == run_lib.Result(step=12, exit_code=0)
+  steps = [r['step'] for r in metrics.read(workdir) if r['kind'] == 'train']
+  assert steps == list(range(1, 13))
+  evals = [r for r in metrics.read(workdir) if r['kind'] == 'eval']
+  assert [r['step'] for r in evals] == [6, 12]
+  assert evals[1]['loss'] < evals[0]['loss']
+  assert 'text_files' in printed
+  assert 'bits/byte at step 12' in printed
+  assert list((workdir / 'tensorboard').iterdir())
+  frozen = frozen_format.read(workdir / 'frozen')
+  assert frozen.manifest.step == 12
+  assert frozen.manifest.knowledge_cutoff == '2024-05'
+  # Packing fills every row: each of the 8 x 16 targets is trained.
+  assert frozen.manifest.tokens_seen == 12 * 8 * 16
+  assert frozen.manifest.weights_digest in printed
+
+
+def test_a_complete_run_is_left_alone(corpus, uninterrupted):
+  workdir, _, _ = uninterrupted
+  before = (workdir / metrics.JSONL).read_bytes()
+  result, printed = _run(_experiment(corpus), workdir)
+  assert result.step == 12
+  assert 'is complete: step 12' in printed
+  assert (workdir / metrics.JSONL).read_bytes() == before
+
+
+def _assert_same_run(workdir, other):
+  arrays, progress = _saved(workdir, 12)
+  other_arrays, other_progress = _saved(other, 12)
+  assert arrays.keys() == other_arrays.keys()
+  for name, array in arrays.items():
+    np.testing.assert_array_equal(other_arrays[name], array, err_msg=name)
+  for timing in ('train_seconds',):
+    progress.pop(timing)
+    other_progress.pop(timing)
+  assert other_progress == progress
+  assert _deterministic_records(other) == _deterministic_records(workdir)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+  corpus, uninterrupted, tmp_path
+):
+  """Killed after step 10: goes on from the checkpoint of step 8."""
+
+  class Killed(Exception):
+    pass
+
+  def die_at_step_10(reporter, step, step_metrics):
+    real_add(reporter, step, step_metrics)
+    if step == 10:
+      reporter.flush()  # records of steps 9 and 10 are on disk
+      raise Killed
+
+  real_add = loop.Reporter.add
+  loop.Reporter.add = die_at_step_10
+  try:
+    with pytest.raises(Killed):
+      _run(_experiment(corpus), tmp_path)
+  finally:
+    loop.Reporter.add = real_add
+  # What a kill in the middle of a line leaves behind.
+  with (tmp_path / metrics.JSONL).open('a') as file:
+    file.write('{"kind": "train", "st')
+  result, printed = _run(_experiment(corpus), tmp_path)
+  assert result.step == 12
+  assert 'resumed    after step 8' in printed
+  _assert_same_run(uninterrupted[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
+  """The same through the command line, killed for real."""
+  command = [
+    sys.executable, 'train.py',
+    '--config=experiments/pretrain_files.py:text',
+    f'--config.data.path={corpus}',
+    '--config.num_steps=200', '--config.checkpoint.every_steps=40',
+    '--config.eval_every_steps=0', '--config.log_every_steps=5',
+    '--config.data.row_length=32', '--config.model.max_length=32',
+    '--config.model.num_layers=1', '--config.data.batch_size=4',
+    '--config.data.shuffle_rows=16', '--config.optimizer.warmup_steps=5',
+    '--config.data.tokenizer.kind=byte',
+  ]  # fmt: skip
+  env = fixtures.subprocess_env()
+
+  def start(workdir):
+    return subprocess.Popen(
+      [*command, f'--workdir={workdir}'],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  whole = start(tmp_path / 'whole')
+  output, _ = whole.communicate(timeout=300)
+  assert whole.returncode == 0, output
+
+  killed = start(tmp_path / 'killed')
+  assert killed.stdout is not None
+  for line in killed.stdout:
+    if line.startswith('step 120/'):
+      os.kill(killed.pid, signal.SIGKILL)
+      break
+  assert killed.wait(timeout=60) == -signal.SIGKILL
+  resumed = start(tmp_path / 'killed')
+  output, _ = resumed.communicate(timeout=300)
+  assert resumed.returncode == 0, output
+  assert 'resumed' in output
+  for item in ('whole', 'killed'):
+    assert (tmp_path / item / 'frozen' / 'manifest.json').exists()
+  a, progress_a = _saved(tmp_path / 'whole', 200)
+  b, progress_b = _saved(tmp_path / 'killed', 200)
+  for name, array in a.items():
+    np.testing.assert_array_equal(b[name], array, err_msg=name)
+  # The position of the data: the next batch.
+  assert progress_a['data_state'] == progress_b['data_state']
+  assert progress_a['key_data'] == progress_b['key_data']
+  assert _deterministic_records(tmp_path / 'whole') == (
+    _deterministic_records(tmp_path / 'killed')
+  )
+
+
+def test_sigterm_saves_and_leaves(corpus, tmp_path, uninterrupted):
+  experiment = _experiment(corpus)
+  real_add = loop.Reporter.add
+
+  def terminate_at_step_5(reporter, step, step_metrics):
+    real_add(reporter, step, step_metrics)
+    if step == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  loop.Reporter.add = terminate_at_step_5
+  try:
+    result, printed = _run(experiment, tmp_path)
+  finally:
+    loop.Reporter.add = real_add
+  assert result == run_lib.Result(step=5, exit_code=128 + signal.SIGTERM)
+  assert 'stopped by SIGTERM after step 5; saved' in printed
+  assert not (tmp_path / 'frozen').exists()
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  result, _ = _run(experiment, tmp_path)
+  assert result == run_lib.Result(step=12, exit_code=0)
+  _assert_same_run(uninterrupted[0], tmp_path)
+
+
+def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(
+  corpus, tmp_path
+):
+  experiment = _experiment(corpus)
+  real_add = loop.Reporter.add
+
+  def poison_step_6(reporter, step, step_metrics):
+    if step == 6:
+      step_metrics = {**step_metrics, 'loss': float('nan')}
+    real_add(reporter, step, step_metrics)
+
+  loop.Reporter.add = poison_step_6
+  try:
+    with pytest.raises(
+      loop.NonFiniteError,
+      match='step 6: got loss = nan, .*last good checkpoint: step 4',
+    ):
+      _run(experiment, tmp_path)
+  finally:
+    loop.Reporter.add = real_add
+  steps = {int(p.name) for p in (tmp_path / 'checkpoints').glob('[0-9]*')}
+  assert steps == {4}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'name': 'other'}, "got experiment = 'other', expected 'tiny'"),
+    (
+      {'model': fixtures.llama_like(vocab_size=264, num_layers=2)},
+      'got model.num_layers = 2, expected 1',
+    ),
+    ({'seed': 1}, 'got seed = 1, expected 0'),
+  ],
+)
+def test_a_workdir_of_another_experiment_is_refused(
+  corpus, uninterrupted, change, message
+):
+  workdir, _, _ = uninterrupted
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  with pytest.raises(ValueError, match=message):
+    _run(_experiment(corpus, **change), workdir)
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
+
+
+def test_a_run_that_failed_to_start_can_be_corrected(corpus, tmp_path):
+  small = fixtures.llama_like(vocab_size=200, num_layers=1)
+  with pytest.raises(ValueError, match=r'model.vocab_size: got 200'):
+    _run(_experiment(corpus, model=small), tmp_path / 'run')
+  result, _ = _run(_experiment(corpus, num_steps=2), tmp_path / 'run')
+  assert result.step == 2
+
+
+def test_a_directory_with_other_files_is_not_taken_for_a_workdir(
+  corpus, tmp_path
+):
+  (tmp_path / 'thesis.tex').write_text('precious')
+  with pytest.raises(ValueError, match='a directory with other files in it'):
+    _run(_experiment(corpus), tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'num_steps': 0}, 'config.num_steps: got 0, expected at least 1'),
+    ({'num_microbatches': 3}, 'num_microbatches: got 3, expected a divisor'),
+    ({'compute_dtype': 'float16'}, "compute_dtype: got 'float16'"),
+    ({'num_microbatches': 8}, 'micro-batches of 1, expected a multiple of'),
+    (
+      {'model': fixtures.llama_like(vocab_size=200)},
+      "model.vocab_size: got 200, expected at least the tokenizer's 259",
+    ),
+    (
+      {'model': fixtures.llama_like(vocab_size=264, max_length=8)},
+      'data.row_length: got 16, expected at most model.max_length = 8',
+    ),
+  ],
+)
+def test_impossible_experiments_are_refused(
+  corpus, tmp_path, overrides, message
+):
+  with pytest.raises(ValueError, match=message):
+    _run(_experiment(corpus, **overrides), tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'checkpoints' / '1').exists()
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(corpus, uninterrupted):
+  """Orbax would cast it without a word."""
+  workdir, _, _ = uninterrupted
+  saved = checkpoint.Checkpoints(workdir, config_lib.CheckpointConfig())
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with ocp.StandardCheckpointer() as checkpointer:
+    path = workdir / checkpoint.DIRECTORY / '12' / 'params'
+    tree = checkpointer.metadata(path).item_metadata.tree
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, 'bfloat16', sharding=sharding),
+    tree,
+  )
+
+  @dataclasses.dataclass
+  class Abstract:
+    params: object
+
+  with pytest.raises(ValueError, match=r'got float32\[.*expected bfloat16'):
+    saved.restore(Abstract(wanted))  # type: ignore[arg-type]
+  saved.close()
