@@ -105,16 +105,5 @@ $(CORE): requirements.txt | $(PY)
 $(DEV): requirements-dev.txt requirements-serve.txt $(CORE)
 	$(call install,requirements-dev.txt)
 
-# On Linux torch's default wheel brings gigabytes of CUDA along, so its CPU build
-# goes in first; where that index cannot be reached, pip's own choice is taken.
 $(PEER): requirements-peer.txt $(DEV)
-	@torch=$$(grep '^torch==' requirements-peer.txt); \
-	index=https://download.pytorch.org/whl/cpu; \
-	if command -v uv >/dev/null 2>&1; then \
-	  uv pip install --quiet --no-deps --python $(PY) --index-url $$index \
-	    "$$torch" 2>/dev/null; \
-	else \
-	  $(PY) -m pip install --quiet --no-deps --retries 0 --index-url $$index \
-	    "$$torch" 2>/dev/null; \
-	fi || true
 	$(call install,requirements-peer.txt)

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
       'got no --config or no --workdir, expected both, as in --config='
       'experiments/quickstart.py --workdir=runs/quickstart'
     )
-  # Orbax reports every save at length; what matters is said by the run itself.
-  logging.set_verbosity(logging.WARNING)
+  # Orbax reports and warns at length about saves that went well.
+  logging.set_verbosity(logging.ERROR)
   # Not at the top: --help and a mistyped flag should not wait for jax.
   import rich.console
 

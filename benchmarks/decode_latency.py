@@ -232,6 +232,8 @@ def main(argv: list[str]) -> None:
   """Measures, prints, and writes what the flags ask for."""
   del argv
   args = flags.FLAGS
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
   try:
     result = run(llama_110m(), with_peer=args.peer, rounds=args.rounds)
   except ValueError as error:

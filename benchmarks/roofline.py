@@ -10,6 +10,7 @@ the first, single-stream decoding cannot exceed the second (Williams et al.,
 """
 
 import statistics
+import sys
 from typing import Any
 
 from absl import app, flags
@@ -73,6 +74,8 @@ def report(device: jax.Device, rates: dict[str, list[float]]) -> str:
 def main(argv: list[str]) -> None:
   """Measures, prints, and writes what the flags ask for."""
   del argv
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
   device = jax.devices()[0]
   is_cpu = device.platform == 'cpu'
   rates = measure(

@@ -37,6 +37,22 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
   return statistics.median(a / b for a, b in pairs)
 
 
+def busy_note() -> str:
+  """Returns a warning if others are using this machine's cores, or ''.
+
+  Contention does not fall evenly: whoever synchronises more threads loses more
+  to it, so a ratio measured on a busy machine flatters one of the sides.
+  """
+  cores = os.cpu_count() or 1
+  load = os.getloadavg()[0]
+  if load <= 0.5 * cores:
+    return ''
+  return (
+    f'note: load average {load:.1f} on {cores} cores before the start; measure'
+    ' again on an idle machine before believing a ratio'
+  )
+
+
 def table(title: str, rows: list[tuple[str, ...]]) -> str:
   """Formats rows under a title; the first row holds the column heads."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

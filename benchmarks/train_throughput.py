@@ -236,6 +236,8 @@ def main(argv: list[str]) -> None:
   """Measures, prints, and writes what the flags ask for."""
   del argv
   args = flags.FLAGS
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
   results = []
   try:
     for name in shapes() if args.shape == 'all' else [args.shape]:

@@ -207,6 +207,11 @@ class Generator:
     """
     if isinstance(settings, settings_lib.Settings):
       settings = [settings] * len(prompts)
+    if not prompts or len(prompts) != len(settings):
+      raise ValueError(
+        f'prompts: got {len(prompts)} prompts and {len(settings)} settings,'
+        ' expected as many of one as of the other, and at least one'
+      )
     ids = [self.prompt_ids(prompt) for prompt in prompts]
     limits = [
       self.max_new_tokens(len(row), wanted)
@@ -231,8 +236,10 @@ class Generator:
       for wanted in settings
     ]
     inputs = self._inputs(ids, settings, seeds)
+    # A row that ends before the longest does may run past its cache: harmless.
     cache_length = decode.bucket(
-      max(map(len, ids)) + max(limits), limit=self.frozen.config.max_length
+      max(len(row) + limit for row, limit in zip(ids, limits, strict=True)),
+      limit=self.frozen.config.max_length,
     )
     prefill, decode_step, compile_seconds = self._compiled(inputs, cache_length)
     sequences = [

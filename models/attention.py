@@ -92,17 +92,25 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout):
 
 def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
   """Attention of one block of rows, materialising its scores in float32."""
-  scores_BKGRS = jnp.einsum(
-    'BKGRC,BKSC->BKGRS', q_BKGRC, k_BKSC, preferred_element_type=jnp.float32
+  batch, num_kv, groups, rows, channels = q_BKGRC.shape
+  # Groups and rows become one axis: a matrix product per sequence and head.
+  # Given an axis of size one among them, XLA:CPU transposes the keys instead.
+  queries = q_BKGRC.reshape(batch, num_kv, groups * rows, channels)
+  scores = jax.lax.dot_general(
+    queries,
+    k_BKSC,
+    (((3,), (3,)), ((0, 1), (0, 1))),
+    preferred_element_type=jnp.float32,
   )
+  scores_BKGRS = scores.reshape(batch, num_kv, groups, rows, -1)
   scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
   if dropout is not None:
     probs_BKGRS = dropout(probs_BKGRS)
-  out_BKGRC = jnp.einsum(
-    'BKGRS,BKSC->BKGRC',
-    probs_BKGRS.astype(v_BKSC.dtype),
+  out = jax.lax.dot_general(
+    probs_BKGRS.astype(v_BKSC.dtype).reshape(batch, num_kv, groups * rows, -1),
     v_BKSC,
+    (((3,), (2,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  return out_BKGRC.astype(q_BKGRC.dtype)
+  return out.reshape(q_BKGRC.shape).astype(q_BKGRC.dtype)

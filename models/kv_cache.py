@@ -64,12 +64,16 @@ def write(
   Positions beyond the last slot are dropped, never wrapped or clamped onto
   another token's slot.
   """
-  batch = jnp.arange(positions_BT.shape[0])[:, None]
+  # Sequence, head and slot are all indices of one scatter. A scatter along the
+  # slots alone would, for a single sequence, become a dynamic-update-slice that
+  # XLA:CPU fuses into every reader: several copies of the cache per layer.
+  batch = jnp.arange(cache.k_BKSC.shape[0])[:, None, None]
+  head = jnp.arange(cache.k_BKSC.shape[1])[None, :, None]
+  slot = positions_BT[:, None, :]
 
   def put(cache_BKSC, new_BTKC):
-    # The advanced indices come first in the result: [B, T, K, C].
-    return cache_BKSC.at[batch, :, positions_BT, :].set(
-      new_BTKC.astype(cache_BKSC.dtype), mode='drop'
+    return cache_BKSC.at[batch, head, slot].set(
+      new_BTKC.astype(cache_BKSC.dtype).swapaxes(1, 2), mode='drop'
     )
 
   return LayerCache(put(cache.k_BKSC, k_BTKC), put(cache.v_BKSC, v_BTKC))

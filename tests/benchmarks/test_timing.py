@@ -1,6 +1,7 @@
 """Turns, ratios, tables and the JSON that a benchmark leaves behind."""
 
 import json
+import os
 
 from benchmarks import timing
 
@@ -42,3 +43,11 @@ def test_json_is_written_whole_into_new_directories(tmp_path):
   timing.write_json(str(path), {'ratio': 2.5})
   assert json.loads(path.read_text()) == {'ratio': 2.5}
   assert [file.name for file in path.parent.iterdir()] == ['result.json']
+
+
+def test_a_busy_machine_is_pointed_out(monkeypatch):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+  monkeypatch.setattr(os, 'getloadavg', lambda: (3.0, 0.0, 0.0))
+  assert 'load average 3.0 on 4 cores' in timing.busy_note()
+  monkeypatch.setattr(os, 'getloadavg', lambda: (1.0, 9.0, 9.0))
+  assert timing.busy_note() == ''

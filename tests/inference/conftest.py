@@ -9,7 +9,9 @@ from tests import frozen_fixtures
 @pytest.fixture(scope='session')
 def frozen_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('frozen') / 'tiny'
-  frozen_fixtures.write(directory)
+  # One layer: what it computes is the business of test_decode.
+  config = frozen_fixtures.config(num_layers=1)
+  frozen_fixtures.write(directory, config=config)
   return directory
 
 

@@ -85,7 +85,7 @@ def test_prefill_and_decode_give_the_full_forwards_logits(kind, scan_layers):
 
 
 def test_the_state_is_donated_and_written_in_place():
-  model, params = _model()
+  model, params = _model(num_layers=1)
   tokens_BT, lengths_B = _prompts([5], 16)
   static = {'model': model, 'vocab_size': 61}
   state, _ = decode.prefill(
@@ -107,7 +107,7 @@ def test_the_state_is_donated_and_written_in_place():
 
 
 def test_a_finished_row_past_its_cache_harms_nobody():
-  model, params = _model(max_length=64)
+  model, params = _model(num_layers=1, max_length=64)
   tokens_BT, lengths_B = _prompts([16, 2], 16)
   static = {'model': model, 'vocab_size': 61}
   drawn = {}
@@ -128,7 +128,7 @@ def test_a_finished_row_past_its_cache_harms_nobody():
 
 
 def test_only_ids_of_the_tokenizer_are_sampled():
-  model, params = _model()
+  model, params = _model(num_layers=1)
   tokens_BT, lengths_B = _prompts([4, 7, 11, 2], 16, vocab_size=9)
   sampler = _greedy(4)._replace(temperature_B=jnp.full(4, 1e6))
   static = {'model': model, 'vocab_size': 9}

@@ -12,7 +12,7 @@ from inference import generate, settings as settings_lib
 from tests import fixtures, frozen_fixtures
 
 _GREEDY = settings_lib.Settings(temperature=0.0, max_tokens=10)
-_PROMPTS = ['def', '', 'a much longer prompt than the others', 'é']
+_PROMPTS = ['def', '', 'longer than others', 'é']
 
 
 def test_greedy_tokens_are_the_full_forwards(generator):
@@ -149,6 +149,23 @@ def test_a_prompt_may_fill_the_context(generator):
   unlimited = dataclasses.replace(_GREEDY, max_tokens=None)
   (completion,) = generator.generate(['x' * 53], unlimited)
   assert len(completion.token_ids) == 10
+
+
+def test_prompts_of_all_lengths_may_fill_the_context_together(generator):
+  unlimited = dataclasses.replace(_GREEDY, max_tokens=None)
+  prompts = ['x' * 60, 'y']
+  together = generator.generate(prompts, unlimited)
+  assert [len(completion.token_ids) for completion in together] == [3, 62]
+  for prompt, completion in zip(prompts, together, strict=True):
+    (alone,) = generator.generate([prompt], unlimited)
+    assert completion.token_ids == alone.token_ids
+
+
+def test_prompts_and_settings_are_counted(generator):
+  with pytest.raises(ValueError, match='got 0 prompts and 0 settings'):
+    generator.generate([], _GREEDY)
+  with pytest.raises(ValueError, match='got 1 prompts and 2 settings'):
+    generator.generate(['a'], [_GREEDY, _GREEDY])
 
 
 def test_recommended_length_yields_to_the_context_a_chosen_one_does_not(
