@@ -34,10 +34,10 @@ quickstart: $(CORE)  ## Train a small model (minutes), freeze it, complete promp
 	  --prompt='import '
 
 test: $(DEV)  ## The fast tests; TEST_ARGS='-k name' to choose
-	@$(PY) -m pytest -m 'not slow' $(TEST_ARGS)
+	@$(PY) -m pytest -n auto -m 'not slow' $(TEST_ARGS)
 
 test-slow: $(DEV)  ## The slow tests, which CI runs too
-	@$(PY) -m pytest -m slow $(TEST_ARGS)
+	@$(PY) -m pytest -n auto -m slow $(TEST_ARGS)
 
 lint: $(DEV)  ## Check format, lint and types
 	@$(PY) -m ruff format --check .

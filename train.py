@@ -39,8 +39,10 @@ def main(argv: list[str]) -> int:
   # Not at the top: --help and a mistyped flag should not wait for jax.
   import rich.console
 
+  from parallel import host_memory
   from training import loop, run
 
+  host_memory.reuse_freed_memory()
   try:
     result = run.run(
       _CONFIG.value,

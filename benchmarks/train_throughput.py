@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import peer_process, timing
 from models import config as model_config, flops, transformer
-from parallel import device_peaks
+from parallel import device_peaks, host_memory
 from training import optimizer as optimizer_lib, state as state_lib, step
 from training.objectives import next_token
 
@@ -235,6 +235,7 @@ def report(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
   """Measures, prints, and writes what the flags ask for."""
   del argv
+  host_memory.reuse_freed_memory()  # as train.py does
   args = flags.FLAGS
   if note := timing.busy_note():
     print(note, file=sys.stderr)

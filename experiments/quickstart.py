@@ -39,18 +39,17 @@ def get_config() -> config_lib.Experiment:
     data=data_config.DataConfig(
       open_source=sources.python_stdlib,
       row_length=LENGTH,
-      batch_size=16,
+      batch_size=8,
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE),
       # The library's text is as old as the interpreter, to the year.
       knowledge_cutoff=_RELEASE_YEARS.get(sys.version_info[:2], ''),
     ),
     optimizer=optimizer.OptimizerConfig(
-      peak_lr=4e-3, end_lr=4e-4, warmup_steps=50, weight_decay=0.1
+      peak_lr=4e-3, end_lr=4e-4, warmup_steps=40, weight_decay=0.1
     ),
-    num_steps=700,
+    num_steps=400,
     log_every_steps=25,
     eval_every_steps=0,
-    eval_batches=64,
   )
 
 

@@ -25,10 +25,10 @@ class Linear(nn.Module):
       nn.initializers.normal(self.init_std),
       (x.shape[-1], self.width_out),
     )
-    y: Any = linear_lib.linear(x, kernel_IO, self.dtype)
+    bias_O = None
     if self.use_bias:
       bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
-      y = y + bias_O.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    y: Any = linear_lib.linear(x, kernel_IO, bias_O, self.dtype)
     return y
 
 

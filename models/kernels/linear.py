@@ -11,56 +11,61 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: jax.Array, w_IO: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns x[..., I] @ w[I, O], multiplied in `dtype`, as `dtype`."""
-  return _matmul(x.astype(dtype), w_IO.astype(dtype), dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(
+  x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+  """Returns x[..., I] @ w[I, O] + bias[O], multiplied in and as `dtype`."""
+  y, _ = _forward(x, w_IO, bias_O, dtype)
+  return y
 
 
-def _matmul(x: jax.Array, w_IO: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  y = jax.lax.dot_general(
-    x,
-    w_IO,
-    (((x.ndim - 1,), (0,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
-  return y.astype(dtype)
-
-
-def _forward(x, w_IO, dtype):
+def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
+  y = _contract(x_cast, w_cast, x.ndim - 1, 0).astype(dtype)
+  if bias_O is not None:
+    y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   # Zero-size arrays carry the input dtypes through the residuals.
-  like = jnp.zeros((0,), x.dtype), jnp.zeros((0,), w_IO.dtype)
-  return _matmul(x_cast, w_cast, dtype), (x_cast, w_cast, like)
+  like = jax.tree.map(lambda a: jnp.zeros((0,), a.dtype), (x, w_IO, bias_O))
+  return y, (x_cast, w_cast, like)
 
 
 def _backward(dtype, residuals, dy):
-  x, w_IO, (x_like, w_like) = residuals
-  dy = dy.astype(dtype)
-  dx = jax.lax.dot_general(
-    dy,
-    w_IO,
-    (((dy.ndim - 1,), (1,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
-  x, dy = materialised(x, dy)
+  x, w_IO, (x_like, w_like, bias_like) = residuals
+  x, dy = materialised(x, dy.astype(dtype))
   leading = tuple(range(x.ndim - 1))
-  dw_IO = jax.lax.dot_general(
-    x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
-  )
-  return dx.astype(x_like.dtype), dw_IO.astype(w_like.dtype)
+  dx = _contract(dy, w_IO, dy.ndim - 1, 1).astype(x_like.dtype)
+  if x.shape[-1] > dy.shape[-1]:
+    # The left operand is transposed in memory: let it be the smaller one.
+    (dw_OI,) = materialised(_contract(dy, x, leading, leading))
+    dw_IO = dw_OI.T
+  else:
+    dw_IO = _contract(x, dy, leading, leading)
+  dbias_O = None
+  if bias_like is not None:
+    dbias_O = jnp.sum(dy, axis=leading, dtype=jnp.float32)
+    dbias_O = dbias_O.astype(bias_like.dtype)
+  return dx, dw_IO.astype(w_like.dtype), dbias_O
 
 
 linear.defvjp(_forward, _backward)
 
 
-def materialised(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """On CPU, stops XLA from fusing what produced the arrays into their reader.
+def _contract(a, b, a_axes, b_axes) -> jax.Array:
+  """Sums over the given axes of both; float32."""
+  axes = [(x,) if isinstance(x, int) else x for x in (a_axes, b_axes)]
+  return jax.lax.dot_general(
+    a, b, (tuple(axes), ((), ())), preferred_element_type=jnp.float32
+  )
 
-  The weight gradient reads both operands transposed. Left alone, XLA:CPU
-  fuses an elementwise recomputation into that strided read, which costs more
-  than the multiplication (1.4 times a whole train step of a GPT-2-like
-  model). TPU and GPU fuse well and see no barrier.
+
+def materialised(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """On CPU, stops XLA from fusing what produced the arrays into their readers.
+
+  The backward pass reads the cotangent three times, and for the weight
+  gradient reads an operand transposed. Left alone, XLA:CPU repeats the
+  elementwise work, or the sum over attention's blocks, in each of them, and in
+  the strided one at a crawl. TPU and GPU fuse well and see no barrier.
   """
   return jax.lax.platform_dependent(
     *arrays,

@@ -8,18 +8,28 @@ import pytest
 from models.kernels import cross_entropy, linear
 
 
-def test_linear_has_the_gradients_of_a_product():
-  x = jax.random.normal(jax.random.key(0), (2, 3, 5))
-  w = jax.random.normal(jax.random.key(1), (5, 7))
+# Either operand of the weight gradient may be the wider one.
+@pytest.mark.parametrize(('width_in', 'width_out'), [(5, 7), (7, 5)])
+@pytest.mark.parametrize('use_bias', [True, False])
+def test_linear_has_the_gradients_of_a_product(width_in, width_out, use_bias):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, 3, width_in))
+  w = jax.random.normal(keys[1], (width_in, width_out))
+  bias = jax.random.normal(keys[2], (width_out,)) if use_bias else None
 
-  def loss(f):
-    return lambda x, w: jnp.sum(jnp.sin(f(x, w)))
+  def ours(x, w, bias):
+    return jnp.sum(jnp.sin(linear.linear(x, w, bias, jnp.float32)))
 
-  ours = loss(lambda x, w: linear.linear(x, w, jnp.float32))
-  plain = loss(lambda x, w: x @ w)
-  np.testing.assert_allclose(ours(x, w), plain(x, w), rtol=1e-5)
+  def plain(x, w, bias):
+    y = x @ w
+    return jnp.sum(jnp.sin(y if bias is None else y + bias[None, None]))
+
+  np.testing.assert_allclose(ours(x, w, bias), plain(x, w, bias), rtol=1e-5)
+  argnums = (0, 1, 2) if use_bias else (0, 1)
   for got, expected in zip(
-    jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True
+    jax.grad(ours, argnums)(x, w, bias),
+    jax.grad(plain, argnums)(x, w, bias),
+    strict=True,
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -27,11 +37,14 @@ def test_linear_has_the_gradients_of_a_product():
 def test_linear_returns_gradients_in_the_dtype_of_the_weights():
   x = jnp.ones((2, 5), jnp.bfloat16)
   w = jnp.ones((5, 7), jnp.float32)
-  y, pull = jax.vjp(lambda x, w: linear.linear(x, w, jnp.bfloat16), x, w)
+  bias = jnp.ones(7, jnp.float32)
+  y, pull = jax.vjp(
+    lambda x, w, b: linear.linear(x, w, b, jnp.bfloat16), x, w, bias
+  )
   assert y.dtype == jnp.bfloat16
-  dx, dw = pull(y)
+  dx, dw, dbias = pull(y)
   assert dx.dtype == jnp.bfloat16
-  assert dw.dtype == jnp.float32
+  assert dw.dtype == dbias.dtype == jnp.float32
 
 
 def _loss_inputs(batch=3, time=12, width=5, vocab=11):
