@@ -103,6 +103,7 @@ def freeze_checkpoint(
       data_mix=run['data_mix'],
       knowledge_cutoff=run['knowledge_cutoff'],
       lineage=run['lineage'],
+      has_bos=run['has_bos'],
       step=progress['step'],
       tokens_seen=progress['tokens_seen'],
       training_flops=progress['training_flops'],

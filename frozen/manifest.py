@@ -29,6 +29,7 @@ class Provenance:
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
   knowledge_cutoff: str  # date of the newest text, '' if unknown
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
+  has_bos: bool  # whether training put BOS before each document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
     generator = generate.Generator(format.read(directory))
     for piece in generator.stream('def add(', settings): ...
 
-A text prompt gets the tokenizer's BOS in front of it, so '' starts from BOS
-alone; a prompt of token ids is used verbatim. A sequence ends at EOS, at a stop
+A text prompt gets the tokenizer's BOS in front of it if the documents that
+the model was trained on had it, and '' is BOS alone; a prompt of token ids is
+used verbatim. A sequence ends at EOS, at a stop
 string, or at its length. Nothing is truncated silently.
 
 The host runs one step behind the device: step i+1 is dispatched before token i
@@ -112,13 +113,17 @@ class Generator:
     self._programs: dict[tuple[int, ...], Any] = {}
 
   def prompt_ids(self, prompt: Prompt) -> list[int]:
-    """Returns the token ids of a prompt: BOS + text, or the ids verbatim.
+    """Returns the ids of a prompt: as text was trained on, or verbatim.
 
     Raises:
       ValueError: no ids, or an id outside the vocabulary.
     """
     if isinstance(prompt, str):
-      return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+      ids = self.tokenizer.encode(prompt)
+      # '' has to start from something, even if training never showed BOS.
+      if self.frozen.manifest.has_bos or not ids:
+        ids = [self.tokenizer.bos_id, *ids]
+      return ids
     ids, vocab_size = list(prompt), self.tokenizer.vocab_size
     if not ids:
       raise ValueError(

@@ -41,6 +41,7 @@ def provenance(**overrides) -> manifest_lib.Provenance:
   fields = {
     'experiment': EXPERIMENT,
     'code_commit': 'c0ffee',
+    'has_bos': True,
     'step': 7,
     'tokens_seen': 7 * 128,
     'training_flops': 1.5e9,

@@ -9,7 +9,7 @@ from models import flops
 def _tiny():
   return train_throughput.Shape(
     model=train_throughput.gpt2(
-      vocab_size=61, num_layers=1, num_heads=1, max_length=16
+      vocab_size=61, num_layers=1, num_heads=1, width=64, length=16
     ),
     batch_size=2,
     row_length=16,

@@ -290,6 +290,7 @@ def test_the_manifest_says_all_that_the_design_asks(original):
     'training_flops',
     'train_seconds',
     'data_mix',
+    'has_bos',
     'knowledge_cutoff',
     'experiment',
     'num_params',

@@ -73,6 +73,7 @@ def workdir(tmp_path_factory):
     'knowledge_cutoff': '2026-01-31',
     'lineage': {},
     'code_commit': 'c0ffee',
+    'has_bos': True,
   }
   (workdir / 'run.json').write_text(json.dumps(run))
   fixtures.byte_tokenizer().save(workdir / 'tokenizer')

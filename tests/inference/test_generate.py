@@ -123,6 +123,15 @@ def test_a_text_prompt_gets_bos_and_ids_are_taken_verbatim(generator):
   assert by_text.token_ids == by_ids.token_ids
 
 
+def test_a_model_that_never_saw_bos_gets_none(tmp_path):
+  frozen_fixtures.write(
+    tmp_path / 'frozen', provenance=frozen_fixtures.provenance(has_bos=False)
+  )
+  without_bos = generate.load(tmp_path / 'frozen')
+  assert without_bos.prompt_ids('ab') == [97, 98]
+  assert without_bos.prompt_ids('') == [256]
+
+
 @pytest.mark.parametrize(
   ('prompt', 'message'),
   [

@@ -119,6 +119,7 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   # Packing fills every row: each of the 8 x 16 targets is trained.
   assert frozen.manifest.tokens_seen == 12 * 8 * 16
   assert frozen.manifest.weights_digest in printed
+  assert frozen.manifest.has_bos
 
 
 def test_a_complete_run_is_left_alone(corpus, uninterrupted):

@@ -47,6 +47,24 @@ def test_linear_returns_gradients_in_the_dtype_of_the_weights():
   assert dw.dtype == dbias.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+  ('platform', 'has_barrier'), [('cpu', True), ('tpu', False), ('cuda', False)]
+)
+def test_only_cpu_programs_have_the_barrier(platform, has_barrier):
+  """Lowered for each platform, whatever this machine has."""
+  x, w = jnp.ones((4, 8)), jnp.ones((8, 2))
+
+  def loss(x, w):
+    return jnp.sum(linear.linear(x, w, None, jnp.bfloat16))
+
+  lowered = (
+    jax.jit(jax.grad(loss, (0, 1)))
+    .trace(x, w)
+    .lower(lowering_platforms=(platform,))
+  )
+  assert ('optimization_barrier' in lowered.as_text()) == has_barrier
+
+
 def _loss_inputs(batch=3, time=12, width=5, vocab=11):
   keys = jax.random.split(jax.random.key(0), 4)
   hidden = jax.random.normal(keys[0], (batch, time, width))
