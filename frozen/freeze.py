@@ -30,6 +30,17 @@ from models import config as config_lib, layout
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
 
+# What training writes into run.json for whoever freezes it.
+_RUN_FIELDS = {
+  'experiment',
+  'model',
+  'data_mix',
+  'knowledge_cutoff',
+  'lineage',
+  'has_bos',
+  'code_commit',
+}
+
 # Recommended to whoever serves the weights; a request may choose otherwise.
 DEFAULT_GENERATION = {
   'temperature': 0.8,
@@ -123,7 +134,14 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
       f'{path}: got no such file, expected the --workdir of a training run;'
       ' train one with `python train.py --workdir=...`'
     )
-  return json.loads(path.read_text(encoding='utf-8'))
+  run = json.loads(path.read_text(encoding='utf-8'))
+  if missing := _RUN_FIELDS - run.keys():
+    raise ValueError(
+      f'{path}: got no {", ".join(sorted(missing))}, expected all of'
+      f' {", ".join(sorted(_RUN_FIELDS))}; it is of another version of this'
+      ' code: freeze with that one'
+    )
+  return run
 
 
 def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -13,6 +13,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+# What the libraries say of a wrong value, and what they mean.
+_EXPECTED = (
+  (r'invalid literal for int\(\)', 'an integer'),
+  (r'could not convert string to float', 'a number'),
+  (r"\('Non-boolean argument", 'true or false'),
+)
+
 
 class FlagError(ValueError):
   """A flag that cannot be used; the message is for the user."""
@@ -86,5 +93,14 @@ def _last_line(message: str) -> str:
   """The error itself, where the library wraps it into a traceback."""
   lines = [line for line in message.split('\n') if line.strip()]
   if len(lines) <= 1:
+    if match := re.search(r'field (\S+) is not supported for over', message):
+      return (
+        f'--{match.group(1)}: got a value, expected none: it is a function,'
+        ' chosen in the file of an experiment; write one of your own'
+      )
+    for pattern, expected in _EXPECTED:
+      if match := re.search(pattern, message):
+        before = message[: match.start()].rstrip(': ')
+        return f'{before}: expected {expected}'
     return message.strip()
   return re.sub(r'^[\w.]+(Error|Exception): ', '', lines[-1])

@@ -22,7 +22,7 @@ def linear(
 
 def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
-  y = _contract(x_cast, w_cast, x.ndim - 1, 0).astype(dtype)
+  y = _contract(x_cast, w_cast, (x.ndim - 1,), (0,)).astype(dtype)
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   # Zero-size arrays carry the input dtypes through the residuals.
@@ -34,7 +34,7 @@ def _backward(dtype, residuals, dy):
   x, w_IO, (x_like, w_like, bias_like) = residuals
   x, dy = materialised(x, dy.astype(dtype))
   leading = tuple(range(x.ndim - 1))
-  dx = _contract(dy, w_IO, dy.ndim - 1, 1).astype(x_like.dtype)
+  dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,)).astype(x_like.dtype)
   if x.shape[-1] > dy.shape[-1]:
     # The left operand is transposed in memory: let it be the smaller one.
     (dw_OI,) = materialised(_contract(dy, x, leading, leading))
@@ -51,11 +51,10 @@ def _backward(dtype, residuals, dy):
 linear.defvjp(_forward, _backward)
 
 
-def _contract(a, b, a_axes, b_axes) -> jax.Array:
+def _contract(a, b, a_axes: tuple[int, ...], b_axes: tuple[int, ...]):
   """Sums over the given axes of both; float32."""
-  axes = [(x,) if isinstance(x, int) else x for x in (a_axes, b_axes)]
   return jax.lax.dot_general(
-    a, b, (tuple(axes), ((), ())), preferred_element_type=jnp.float32
+    a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32
   )
 
 

@@ -1,6 +1,7 @@
 """Freezing: serving params are copies, and a checkpoint needs no trainer."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -128,10 +129,13 @@ def test_a_missing_step_names_those_there_are(workdir, tmp_path):
   assert not (tmp_path / 'f').exists()
 
 
-def test_a_missing_run_or_checkpoint_is_named(tmp_path):
+def test_a_missing_run_or_checkpoint_is_named(workdir, tmp_path):
   with pytest.raises(FileNotFoundError, match='run.json: got no such file'):
     freeze.freeze_checkpoint(tmp_path, out=tmp_path / 'f')
-  (tmp_path / 'run.json').write_text('{}')
+  (tmp_path / 'run.json').write_text('{"experiment": "old"}')
+  with pytest.raises(ValueError, match='run.json: got no code_commit, data_mi'):
+    freeze.freeze_checkpoint(tmp_path, out=tmp_path / 'f')
+  shutil.copy(workdir / 'run.json', tmp_path)
   with pytest.raises(FileNotFoundError, match='got no checkpoints, expected'):
     freeze.freeze_checkpoint(tmp_path, out=tmp_path / 'f')
 

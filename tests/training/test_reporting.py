@@ -128,8 +128,20 @@ QUICKSTART = '--config=experiments/quickstart.py'
       [QUICKSTART, '--config.optimiser.peak_lr=1'],
       "got the unknown field 'optimiser', expected one of name, model, data",
     ),
-    ([QUICKSTART, '--config.num_steps=many'], 'invalid literal for int()'),
-    ([QUICKSTART, '--config.num_steps=1.5'], 'invalid literal for int()'),
+    (
+      [QUICKSTART, '--config.num_steps=many'],
+      'num_steps=many: expected an int',
+    ),
+    ([QUICKSTART, '--config.num_steps=1.5'], 'num_steps=1.5: expected an int'),
+    ([QUICKSTART, '--config.optimizer.peak_lr=big'], 'big: expected a number'),
+    (
+      [QUICKSTART, '--config.freeze.enabled=maybe'],
+      'enabled=maybe: expected true or false',
+    ),
+    (
+      [QUICKSTART, '--config.objective=x'],
+      '--config.objective: got a value, expected none: it is a function',
+    ),
     (['--config=experiments/shakespeare_char.py:tpu'], "got 'tpu', expected"),
     (['--config=experiments/none.py'], 'none.py'),
     ([QUICKSTART, '--wrkdir=x'], "Unknown command line flag 'wrkdir'"),
