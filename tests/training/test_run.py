@@ -206,11 +206,12 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
 
   killed = start(tmp_path / 'killed')
   assert killed.stdout is not None
-  for line in killed.stdout:
-    if line.startswith('step 120/'):
-      os.kill(killed.pid, signal.SIGKILL)
-      break
-  assert killed.wait(timeout=60) == -signal.SIGKILL
+  with killed.stdout as lines:
+    for line in lines:
+      if line.startswith('step 120/'):
+        os.kill(killed.pid, signal.SIGKILL)
+        break
+    assert killed.wait(timeout=60) == -signal.SIGKILL
   resumed = start(tmp_path / 'killed')
   output, _ = resumed.communicate(timeout=300)
   assert resumed.returncode == 0, output
