@@ -5,8 +5,8 @@
 
 `{split}` in the path becomes `train` and `validation`. Variants: text (each
 file a document), jsonl, parquet, tfds (a prepared data set's directory). Every
-document's text is under `data.text_key`. A 5M-parameter Llama-like model, to
-be changed by flags: about 1.2e14 FLOPs, half an hour on two CPU cores.
+document's text is under `data.text_key`. A small Llama-like model, to be
+changed by flags; the run prints its parameters and FLOPs before it starts.
 """
 
 from data import config as data_config, sources
