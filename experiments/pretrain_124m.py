@@ -7,8 +7,8 @@ Shape and schedule of nanoGPT's reproduction of GPT-2 (config/train_gpt2.py,
 https://github.com/karpathy/nanoGPT): half a million tokens per step, peak rate
 6e-4, 0.1 weight decay, 600,000 steps there; 2.85 nats per token on OpenWebText
 after four days on 8 A100. Here 19,073 steps, 10 billion tokens, of whatever
-Parquet files `data.path` names. For accelerators: the 8.9e18 FLOPs are about
-12 hours of one H100 at 20 % MFU.
+Parquet files `data.path` names. For accelerators: 8.0e18 FLOPs, which at 20 %
+MFU of an H100 (989 TFLOP/s) would be 11 hours; it has not been run.
 """
 
 from data import config as data_config, sources

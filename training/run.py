@@ -51,7 +51,7 @@ def run(
     loop.NonFiniteError: a loss was not finite.
   """
   experiment.validate()
-  workdir_lib.claim(workdir, experiment)
+  workdir_lib.check(workdir, experiment)
   frozen = workdir / workdir_lib.FROZEN
   with contextlib.closing(
     checkpoint.Checkpoints(workdir, experiment.checkpoint)
@@ -83,6 +83,7 @@ def run(
 
 
 def _train(experiment, workdir, console, saved) -> Result:
+  workdir_lib.record(workdir, experiment)
   parts = assemble.assemble(experiment, workdir)
   state, progress = _start_or_restore(experiment, parts, saved)
   first_step = saved.latest_step() or 0

@@ -25,33 +25,44 @@ TOKENIZER = 'tokenizer'
 FROZEN = 'frozen'
 
 
-def claim(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
-  """Writes run.json, or checks that the one there is of the same experiment.
+def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
+  """Refuses a workdir that is not this experiment's; changes nothing.
 
   Fields that do not change what the weights mean (steps, intervals, devices)
-  may differ from one start to the next; the newest are recorded.
+  may differ from one start to the next.
 
   Raises:
-    ValueError: the workdir belongs to another experiment; nothing is changed.
+    ValueError: the workdir belongs to another experiment, or is no workdir.
   """
-  new = _describe(experiment)
-  path = workdir / RUN
-  if path.exists():
-    old = json.loads(path.read_text())
-    if list(workdir.glob('checkpoints/[0-9]*')):
-      _check_same(workdir, new, old)
-    elif old != new:
-      # Nothing was trained under the old values: start over with the new.
-      shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
+  if (workdir / RUN).exists():
+    if _has_checkpoints(workdir):
+      old = json.loads((workdir / RUN).read_text())
+      _check_same(workdir, _describe(experiment), old)
   elif workdir.exists() and any(workdir.iterdir()):
     raise ValueError(
       f'--workdir={workdir}: got a directory with other files in it, expected'
       ' an empty one or one that a run was started in; use another --workdir'
     )
+
+
+def record(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
+  """Writes run.json: the experiment and the code that train from now on.
+
+  Only for a run that is about to train: of a complete one, run.json names the
+  code that its weights came from.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
+  path, new = workdir / RUN, _describe(experiment)
+  if path.exists() and not _has_checkpoints(workdir):
+    # Nothing was trained yet, and the old tokenizer may be of other values.
+    shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
   partial = path.with_suffix('.tmp')
   partial.write_text(json.dumps(new, indent=2) + '\n')
   partial.replace(path)
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+  return any(workdir.glob('checkpoints/[0-9]*'))
 
 
 def tokenizer(

@@ -63,4 +63,4 @@ def test_a_prepared_dataset_needs_no_write_access(data_dir, monkeypatch):
 
   monkeypatch.setattr(pathlib.Path, 'mkdir', refuse)
   monkeypatch.setattr(pathlib.Path, 'open', refuse)
-  sources.python_stdlib(split='train', data_dir=str(data_dir))
+  assert len(sources.python_stdlib(split='train', data_dir=str(data_dir)))

@@ -25,6 +25,7 @@ from training import (
   metrics,
   optimizer as optimizer_lib,
   run as run_lib,
+  workdir as workdir_lib,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,13 +123,17 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   assert frozen.manifest.has_bos
 
 
-def test_a_complete_run_is_left_alone(corpus, uninterrupted):
+def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   workdir, _, _ = uninterrupted
+  recorded = (workdir / 'run.json').read_bytes()
+  # Newer code that finds nothing to do did not train these weights.
+  monkeypatch.setattr(workdir_lib, '_code_commit', lambda: 'newer')
   before = (workdir / metrics.JSONL).read_bytes()
   result, printed = _run(_experiment(corpus), workdir)
   assert result.step == 12
   assert 'is complete: step 12' in printed
   assert (workdir / metrics.JSONL).read_bytes() == before
+  assert (workdir / 'run.json').read_bytes() == recorded
 
 
 def _assert_same_run(workdir, other):
