@@ -20,6 +20,8 @@ import jax
 
 # Logical axes of the residual stream, [B, T, D], and of a gathered embedding.
 STREAM = ('batch', 'time', 'width')
+# And of what the head is applied to: once per run of the layers, not per layer.
+HEAD_STREAM = ('batch', 'head_time', 'width')
 VOCAB = 'vocab'
 WIDTH = 'width'
 

@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib
+from models import config as config_lib, execution as execution_lib
 from models.kernels import linear as linear_lib
 
 
@@ -17,6 +17,7 @@ class Linear(nn.Module):
   dtype: Any
   use_bias: bool
   init_std: float
+  linear: execution_lib.Linear = linear_lib.linear
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,8 +29,7 @@ class Linear(nn.Module):
     bias_O = None
     if self.use_bias:
       bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
-    y: Any = linear_lib.linear(x, kernel_IO, bias_O, self.dtype)
-    return y
+    return self.linear(x, kernel_IO, bias_O, self.dtype)
 
 
 def residual_std(config: config_lib.ModelConfig) -> float:
@@ -46,13 +46,21 @@ class Mlp(nn.Module):
 
   config: config_lib.ModelConfig
   dtype: Any
+  execution: execution_lib.Execution
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     config = self.config
 
     def linear(width: int, std: float, name: str) -> Linear:
-      return Linear(width, self.dtype, config.use_bias, std, name=name)
+      return Linear(
+        width,
+        self.dtype,
+        config.use_bias,
+        std,
+        self.execution.linear,
+        name=name,
+      )
 
     up_BTF = linear(config.mlp_width, config.init_std, 'up')(x_BTD)
     if config.mlp == 'swiglu':

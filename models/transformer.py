@@ -21,9 +21,11 @@ from models import (
   attention,
   axes,
   config as config_lib,
+  execution as execution_lib,
   kv_cache,
   mlp,
   norms,
+  remat,
   rope,
 )
 
@@ -33,6 +35,7 @@ class Attention(nn.Module):
 
   config: config_lib.ModelConfig
   dtype: Any
+  execution: execution_lib.Execution
 
   @nn.compact
   def __call__(
@@ -51,6 +54,7 @@ class Attention(nn.Module):
         self.dtype,
         config.use_bias,
         config.init_std,
+        self.execution.linear,
         name=name,
       )(x_BTD)
       return y.reshape((*y.shape[:2], heads, config.head_width))
@@ -61,26 +65,24 @@ class Attention(nn.Module):
     if angles_BTc is not None:
       q_BTHC = rope.rotate(q_BTHC, angles_BTc)
       k_BTKC = rope.rotate(k_BTKC, angles_BTc)
-    slots_BT = None
     if cache is None:
-      k_BKSC, v_BKSC = k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
+      has_dropout = config.dropout_rate and self.has_rng('dropout')
+      out_BTHC = self.execution.attend(
+        q_BTHC,
+        k_BTKC.swapaxes(1, 2),
+        v_BTKC.swapaxes(1, 2),
+        segment_ids_BT=segment_ids_BT,
+        dropout=_dropout(self, config.dropout_rate) if has_dropout else None,
+      )
     else:
       cache = kv_cache.write(cache, k_BTKC, v_BTKC, positions_BT)
-      k_BKSC, v_BKSC = cache
-      slots_BT = positions_BT
-    out_BTHC = attention.attend(
-      q_BTHC,
-      k_BKSC,
-      v_BKSC,
-      slots_BT=slots_BT,
-      segment_ids_BT=segment_ids_BT,
-      dropout=_dropout(self, config.dropout_rate),
-    )
+      out_BTHC = attention.attend(q_BTHC, *cache, slots_BT=positions_BT)
     out_BTD = mlp.Linear(
       config.model_width,
       self.dtype,
       config.use_bias,
       mlp.residual_std(config),
+      self.execution.linear,
       name='out',
     )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))
     return out_BTD, cache
@@ -89,19 +91,22 @@ class Attention(nn.Module):
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)).
 
-  Takes and returns (x, cache) in the order that `nn.scan` wants: the carry
-  first, then what each layer has of its own, then what all layers share.
+  Takes and returns in the order that `nn.scan` wants: the carry first, then
+  what each layer has of its own, then what all layers share. The second result
+  is (cache, routing), both of which may be None.
   """
 
   config: config_lib.ModelConfig
   dtype: Any
+  execution: execution_lib.Execution
 
   @nn.compact
   def __call__(self, x_BTD, cache, angles_BTc, positions_BT, segment_ids_BT):
     config = self.config
     dropout = _dropout(self, config.dropout_rate)
-    x_BTD = nn.with_logical_constraint(x_BTD, axes.STREAM)
-    y_BTD, cache = Attention(config, self.dtype, name='attention')(
+    x_BTD = remat.named_input(nn.with_logical_constraint(x_BTD, axes.STREAM))
+    attend = Attention(config, self.dtype, self.execution, name='attention')
+    y_BTD, cache = attend(
       norms.Norm(config, name='attention_norm')(x_BTD),
       angles_BTc,
       positions_BT,
@@ -109,10 +114,11 @@ class Block(nn.Module):
       cache,
     )
     x_BTD = x_BTD + dropout(y_BTD)
-    y_BTD = mlp.Mlp(config, self.dtype, name='mlp')(
+    y_BTD = mlp.Mlp(config, self.dtype, self.execution, name='mlp')(
       norms.Norm(config, name='mlp_norm')(x_BTD)
     )
-    return x_BTD + dropout(y_BTD), cache
+    routing = None
+    return x_BTD + dropout(y_BTD), (cache, routing)
 
 
 class Transformer(nn.Module):
@@ -122,10 +128,12 @@ class Transformer(nn.Module):
     config: what is computed.
     dtype: the dtype it is computed in; parameters are float32 in training and
       whatever was frozen in serving. Softmax and norms are float32 always.
+    execution: how it is computed; of no matter to what is computed.
   """
 
   config: config_lib.ModelConfig
   dtype: Any = jnp.float32
+  execution: execution_lib.Execution = execution_lib.Execution()
 
   def setup(self):
     config = self.config
@@ -137,16 +145,20 @@ class Transformer(nn.Module):
       self.position_embed = nn.Embed(
         config.max_length, config.model_width, embedding_init=normal
       )
+    block = remat.wrap(Block, self.execution.remat, config.scan_layers)
     if config.scan_layers:
       self.layers = nn.scan(
-        Block,
+        block,
         variable_axes={'params': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=cast(Any, (0, *[nn.broadcast] * 3)),  # cache; what is shared
         length=config.num_layers,
-      )(config, self.dtype)
+      )(config, self.dtype, self.execution)
     else:
-      self.layer = [Block(config, self.dtype) for _ in range(config.num_layers)]
+      self.layer = [
+        block(config, self.dtype, self.execution)
+        for _ in range(config.num_layers)
+      ]
     self.dropout = nn.Dropout(config.dropout_rate)
     self.final_norm = norms.Norm(config)
     if not config.tie_embeddings:
@@ -183,6 +195,23 @@ class Transformer(nn.Module):
     segment_ids_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Returns what the head is applied to, [B, T, D], and the cache."""
+    hidden_BTD, cache, _ = self.hidden_and_routing(
+      tokens_BT, positions_BT, cache, segment_ids_BT
+    )
+    return hidden_BTD, cache
+
+  def hidden_and_routing(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    cache: kv_cache.Cache | None = None,
+    segment_ids_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None, Any]:
+    """Returns hidden states and cache as `hidden` does, and the routing.
+
+    The routing of a mixture of experts is what `models.moe` counts, stacked
+    over layers; None for a dense model.
+    """
     if cache is not None and segment_ids_BT is not None:
       raise ValueError(
         'got a cache and segment ids, expected one of them: a cache holds one'
@@ -210,17 +239,62 @@ class Transformer(nn.Module):
       )
     x_BTD = x_BTD.astype(self.dtype)
     x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
-    shared = angles_BTc, positions_BT, segment_ids_BT
-    if config.scan_layers:
-      x_BTD, cache = self.layers(x_BTD, cache, *shared)
-    else:
-      entries = cache or (None,) * config.num_layers
-      written = []
-      for layer, entry in zip(self.layer, entries, strict=True):
-        x_BTD, entry = layer(x_BTD, entry, *shared)
-        written.append(entry)
-      cache = tuple(written) if cache is not None else None
-    return self.final_norm(x_BTD), cache
+    x_BTD, cache, routing = self._run_layers(
+      x_BTD, cache, (angles_BTc, positions_BT, segment_ids_BT)
+    )
+    hidden_BTD = self.final_norm(x_BTD)
+    hidden_BTD = nn.with_logical_constraint(hidden_BTD, axes.HEAD_STREAM)
+    return hidden_BTD, cache, routing
+
+  def _run_layers(self, x_BTD, cache, shared):
+    """Returns x after every layer, the cache, and the routing of each layer."""
+    is_port = self.execution.run_layers is not None and cache is None
+    if is_port and not self.is_initializing():
+      x_BTD, routing = self._run_layers_elsewhere(x_BTD, shared)
+      return x_BTD, None, routing
+    if self.config.scan_layers:
+      x_BTD, (cache, routing) = self.layers(x_BTD, cache, *shared)
+      return x_BTD, cache, routing
+    entries = cache or (None,) * self.config.num_layers
+    results = []
+    for layer, entry in zip(self.layer, entries, strict=True):
+      x_BTD, result = layer(x_BTD, entry, *shared)
+      results.append(result)
+    written, routings = zip(*results, strict=True)
+    routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    return x_BTD, written if cache is not None else None, routing
+
+  def _run_layers_elsewhere(self, x_BTD, shared):
+    """Hands the stacked layers to whoever runs them (a pipeline)."""
+    if not self.config.scan_layers:
+      raise ValueError(
+        'got scan_layers = False with layers run in stages, expected True:'
+        ' stages take their layers from a stack; set model.scan_layers'
+      )
+    block = remat.wrap(Block, self.execution.remat, True)(
+      self.config, self.dtype, self.execution, parent=None
+    )
+
+    def apply_layer(params, x_BTD, shared, key):
+      rngs = None if key is None else {'dropout': key}
+      x_BTD, (_, routing) = block.apply(
+        {'params': params}, x_BTD, None, *shared, rngs=rngs
+      )
+      return x_BTD, routing
+
+    key = self.make_rng('dropout') if self.has_rng('dropout') else None
+    assert self.execution.run_layers is not None
+    return self.execution.run_layers(
+      apply_layer, self.variables['params']['layers'], x_BTD, shared, key
+    )
+
+  def weighted_nll(
+    self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+  ) -> jax.Array:
+    """Returns the sum of weight * -log p(target), in nats, without logits."""
+    return self.execution.weighted_nll(
+      hidden_BTD, self.head_matrix(), targets_BT, weights_BT, self.dtype
+    )
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D]."""

@@ -1,35 +1,112 @@
 """ParallelConfig: how one run is spread over devices."""
 
 import dataclasses
+import math
 
 KINDS = ('mesh', 'pmap')
+CONTEXT_ATTENTION = ('ring', 'gather')
+
+# The axes of a mesh, and of ParallelConfig, slowest link first: neighbours
+# along the last one exchange the most, and are the nearest devices.
+AXES = ('stage', 'data', 'fsdp', 'expert', 'context', 'tensor')
 
 
 @dataclasses.dataclass(kw_only=True)
 class ParallelConfig:
-  """A mesh of data x fsdp x tensor devices, or plain pmap."""
+  """A mesh of named axes, or plain pmap.
+
+  Sizes are numbers of devices; their product is all of them.
+  """
 
   kind: str = 'mesh'  # mesh: jit over named axes | pmap: data parallel only
+  stage: int = 1  # pipeline: layers split into stages
   data: int = -1  # batch axis, params replicated; -1: all remaining devices
   fsdp: int = 1  # batch axis, params and optimizer state split
+  expert: int = 1  # batch axis, experts split
+  context: int = 1  # the rows' tokens split
   tensor: int = 1  # heads, feed-forward and vocabulary split
+  context_attention: str = 'ring'  # ring: keys travel | gather: keys collected
+  stage_repeats: int = 1  # circular pipeline: times that a row passes a stage
+  stage_microbatches: int = 0  # rows of a batch in so many parts; 0: stage
+
+  @property
+  def num_stage_microbatches(self) -> int:
+    """Parts that a (micro-)batch is cut into on its way through the stages."""
+    return self.stage_microbatches or self.stage
 
   def validate(self) -> None:
     """Raises ValueError for a layout that no set of devices can have."""
-    if self.kind not in KINDS:
-      raise ValueError(
-        f'parallel.kind: got {self.kind!r}, expected one of {", ".join(KINDS)}'
-      )
-    for name in ('data', 'fsdp', 'tensor'):
+    for name, allowed in (
+      ('kind', KINDS),
+      ('context_attention', CONTEXT_ATTENTION),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'parallel.{name}: got {getattr(self, name)!r}, expected one of'
+          f' {", ".join(allowed)}'
+        )
+    for name in (*AXES, 'stage_repeats'):
       size = getattr(self, name)
       if size < 1 and not (name == 'data' and size == -1):
         raise ValueError(
-          f'parallel.{name}: got {size}, expected a positive number of'
-          ' devices (or -1 for data: all that remain)'
+          f'parallel.{name}: got {size}, expected a positive number'
+          + (' of devices (or -1 for data: all that remain)') * (name in AXES)
         )
-    if self.kind == 'pmap' and (self.fsdp > 1 or self.tensor > 1):
+    self._validate_stages()
+    split = {
+      name: getattr(self, name)
+      for name in AXES
+      if name != 'data' and getattr(self, name) > 1
+    }
+    if self.kind == 'pmap' and split:
       raise ValueError(
-        f'parallel.kind: got pmap with fsdp = {self.fsdp}, tensor ='
-        f' {self.tensor}, expected 1 and 1: pmap replicates every parameter;'
-        ' use kind=mesh to split them'
+        'parallel.kind: got pmap with'
+        f' {", ".join(f"{k} = {v}" for k, v in split.items())}, expected 1:'
+        ' pmap replicates every parameter; use kind=mesh to split them'
       )
+
+  def _validate_stages(self) -> None:
+    if self.stage == 1 and (self.stage_repeats, self.stage_microbatches) != (
+      1,
+      0,
+    ):
+      raise ValueError(
+        f'parallel: got stage_repeats = {self.stage_repeats} and'
+        f' stage_microbatches = {self.stage_microbatches} without stages,'
+        ' expected 1 and 0; set parallel.stage'
+      )
+    if self.stage_microbatches < 0 or self.num_stage_microbatches % self.stage:
+      raise ValueError(
+        f'parallel.stage_microbatches: got {self.stage_microbatches}, expected'
+        f' a multiple of stage = {self.stage} (or 0 for just as many)'
+      )
+    if self.stage > 1 and self.context > 1:
+      raise ValueError(
+        f'parallel: got stage = {self.stage} and context = {self.context},'
+        ' expected one of them to be 1: stages are run side by side as one'
+        ' array, within which attention cannot talk across devices'
+      )
+
+  def sizes(self, num_devices: int) -> tuple[int, ...]:
+    """Returns the size of each axis over so many devices.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    sizes = [getattr(self, name) for name in AXES]
+    if self.data == -1:
+      others = math.prod(sizes) * -1
+      sizes[AXES.index('data')] = max(num_devices // others, 1)
+    if math.prod(sizes) != num_devices:
+      shown = [
+        (name, size)
+        for name, size in zip(AXES, sizes, strict=True)
+        if size > 1 or name == 'data'
+      ]
+      raise ValueError(
+        f'parallel: got {" x ".join(name for name, _ in shown)} ='
+        f' {" x ".join(str(size) for _, size in shown)} = {math.prod(sizes)},'
+        f' expected the number of devices, {num_devices}; change the sizes so'
+        ' that their product is that number'
+      )
+    return tuple(sizes)

@@ -1,14 +1,14 @@
 """Builds the device mesh of a run."""
 
 from collections.abc import Sequence
-import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from parallel import config as config_lib
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = config_lib.AXES
 
 
 def make_mesh(
@@ -21,17 +21,11 @@ def make_mesh(
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [config.data, config.fsdp, config.tensor]
-  if config.data == -1:
-    sizes[0] = max(len(devices) // (config.fsdp * config.tensor), 1)
-  if math.prod(sizes) != len(devices):
-    raise ValueError(
-      'parallel: got data x fsdp x tensor ='
-      f' {" x ".join(map(str, sizes))} = {math.prod(sizes)}, expected the'
-      f' number of devices, {len(devices)}; change the sizes so that their'
-      ' product is that number'
-    )
-  # Linen's logical constraints need Auto axes; make_mesh defaults to Explicit.
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  sizes = config.sizes(len(devices))
+  # Physical neighbours become neighbours in the mesh. CPU devices, real or
+  # fake, have no topology and keep their order.
+  array = mesh_utils.create_device_mesh(
+    sizes, devices=list(devices), allow_split_physical_axes=True
   )
+  # Linen's logical constraints need Auto axes.
+  return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

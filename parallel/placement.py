@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from parallel import config as config_lib, mesh as mesh_lib, rules
+from parallel import (
+  config as config_lib,
+  context,
+  mesh as mesh_lib,
+  rules,
+  stack_fold,
+)
 
 AllSum = Callable[[Any], Any]
 ShardKey = Callable[[jax.Array], jax.Array]
@@ -89,10 +95,15 @@ def make(
       )
     return PmapPlacement(devices=devices, abstract_state=abstract_state)
   mesh = mesh_lib.make_mesh(config, devices)
+  folded = stack_fold.Fold(logical_axes, config.stage_repeats)
   return MeshPlacement(
     mesh=mesh,
     abstract_state=abstract_state,
-    state_shardings=rules.shardings(mesh, abstract_state, logical_axes),
+    fold=folded,
+    state_shardings=rules.shardings(
+      mesh, jax.eval_shape(folded.fold, abstract_state), folded.logical_axes
+    ),
+    whole_shardings=rules.shardings(mesh, abstract_state, logical_axes),
   )
 
 
@@ -101,8 +112,10 @@ class MeshPlacement:
   """`jit` with a NamedSharding for every array."""
 
   mesh: Mesh
-  abstract_state: Any
-  state_shardings: Any
+  abstract_state: Any  # whole, as a checkpoint has it
+  fold: stack_fold.Fold  # whole to placed: how a circular pipeline stacks
+  state_shardings: Any  # of a placed state
+  whole_shardings: Any
 
   @property
   def devices(self) -> Sequence[jax.Device]:
@@ -110,14 +123,31 @@ class MeshPlacement:
 
   @property
   def num_batch_shards(self) -> int:
-    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    return rules.num_parts(self.mesh, rules.BATCH_AXES)
 
   def init(self, init_fn, key):
+    init = jax.jit(
+      lambda key: self.fold.fold(init_fn(key)),
+      out_shardings=self.state_shardings,
+    )
     with rules.applied(self.mesh):
-      return jax.jit(init_fn, out_shardings=self.state_shardings)(key)
+      return init(key)
 
   def put_batch(self, batch):
-    return jax.device_put(batch, rules.batch_sharding(self.mesh))
+    sharding = rules.batch_sharding(self.mesh)
+    order_T = context.balanced_order(
+      next(iter(batch.values())).shape[1], self.mesh.shape['context']
+    )
+
+    def put(x_BT):
+      if order_T is not None:
+        x_BT = x_BT[:, order_T]
+      # Every process has the whole batch, and sends its devices their part.
+      return jax.make_array_from_callback(
+        x_BT.shape, sharding, lambda index: x_BT[index]
+      )
+
+    return jax.tree.map(put, batch)
 
   def compile_train(self, build):
     return self._compiled(
@@ -141,28 +171,51 @@ class MeshPlacement:
     )
 
   def whole(self, state):
-    return state
+    if self.fold.is_identity:
+      return state
+    return jax.jit(self.fold.unfold, out_shardings=self.whole_shardings)(state)
 
   def restored(self, state):
-    return state
+    if self.fold.is_identity:
+      return state
+    return jax.jit(self.fold.fold, out_shardings=self.state_shardings)(state)
 
   def abstract_whole(self):
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      self.abstract_state,
-      self.state_shardings,
+    return _abstract(self.abstract_state, self.whole_shardings)
+
+  def lower_train(self, build, batch):
+    """Lowers the train step for shapes alone: nothing is allocated.
+
+    Args:
+      build: as for `compile_train`.
+      batch: a tree of shapes [B, T].
+    """
+    placed = _abstract(
+      jax.eval_shape(self.fold.fold, self.abstract_state), self.state_shardings
     )
+    sharding = rules.batch_sharding(self.mesh)
+    batch = _abstract(batch, jax.tree.map(lambda _: sharding, batch))
+    return self.compile_train(build).lower(placed, batch)
 
   def _compiled(self, build, **jit_options):
-    jitted = jax.jit(build(lambda tree: tree, lambda key: key), **jit_options)
+    step = jax.jit(build(lambda tree: tree, lambda key: key), **jit_options)
+    return _UnderMesh(step, self.mesh)
 
-    def run(*args):
-      with rules.applied(self.mesh):
-        return jitted(*args)
 
-    return run
+class _UnderMesh:
+  """A jitted function that is traced, and called, with its mesh in force."""
+
+  def __init__(self, step: Any, mesh: Mesh):
+    self._step = step
+    self._mesh = mesh
+
+  def __call__(self, *args):
+    with rules.applied(self._mesh):
+      return self._step(*args)
+
+  def lower(self, *args):
+    with rules.applied(self._mesh):
+      return self._step.lower(*args)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +274,16 @@ class PmapPlacement:
       ),
       self.abstract_state,
     )
+
+
+def _abstract(shapes, shardings):
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
 
 
 def _psum(tree):

@@ -2,45 +2,59 @@
 
 The only place that knows both vocabularies. Models name what a dimension is,
 `parallel.mesh` builds the devices' axes, and these lines join the two.
-Batches are split over `data` and `fsdp`; fully sharded data parallelism splits
-the `embed` dimension of each matrix, tensor parallelism the other one.
+Batches are split over `data`, `fsdp` and `expert`, and along time over
+`context`; fully sharded data parallelism splits the `embed` dimension of each
+matrix, tensor parallelism the other one, a pipeline the stack of layers.
 """
 
 from collections.abc import Iterator
 import contextlib
+import math
 from typing import Any
 
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-BATCH_AXES = ('data', 'fsdp')
+BATCH_AXES = ('data', 'fsdp', 'expert')
 
 RULES: tuple[tuple[str, Any], ...] = (
   # Activations.
   ('batch', BATCH_AXES),
-  ('time', None),
+  ('time', 'context'),
+  # Around the layers every stage holds all of the batch: they share the head.
+  ('head_time', ('context', 'stage')),
   ('width', None),
-  # Parameters.
-  ('embed', 'fsdp'),
+  # Parameters. Where experts are split, the dense matrices are split along.
+  ('embed', ('fsdp', 'expert')),
   ('heads', 'tensor'),
   ('kv_heads', 'tensor'),
   ('mlp', 'tensor'),
   ('vocab', 'tensor'),
+  ('experts', 'expert'),
+  ('expert_embed', 'fsdp'),
   ('position', None),
   ('norm', None),
-  ('layers', None),
+  ('layers', 'stage'),
 )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the layout of an array whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  """Returns the layout of an array [B, T, ...]."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the layout of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def num_parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
+  """Returns into how many parts an axis laid out over `mesh_axes` is split."""
+  if mesh_axes is None:
+    return 1
+  names = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
@@ -58,13 +72,16 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
 
   def leaf_sharding(path, leaf, axes):
     spec = [table[name] if name is not None else None for name in axes]
-    for size, name, mesh_axis in zip(leaf.shape, axes, spec, strict=True):
-      if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+    for size, name, mesh_axes in zip(leaf.shape, axes, spec, strict=True):
+      parts = num_parts(mesh, mesh_axes)
+      if size % parts:
+        split = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+        split = [axis for axis in split if mesh.shape[axis] > 1]
         raise ValueError(
           f'{jax.tree_util.keystr(path)}: got axis {name} of size {size},'
-          f' expected a multiple of the mesh axis {mesh_axis} ='
-          f' {mesh.shape[mesh_axis]}; change the model or'
-          f' parallel.{mesh_axis}'
+          f' expected a multiple of {parts}, the size of mesh axis'
+          f' {" x ".join(split)}; change the model or'
+          f' {" or ".join(f"parallel.{axis}" for axis in split)}'
         )
     return NamedSharding(mesh, PartitionSpec(*spec))
 

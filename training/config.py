@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from data import config as data_config
-from models import config as model_config
+from models import config as model_config, execution
 from parallel import config as parallel_config
 from training import optimizer
 from training.objectives import next_token
@@ -35,6 +35,21 @@ class FreezeConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ExecutionConfig:
+  """How the model is computed: what is traded, never what comes out."""
+
+  remat: str = 'none'  # stored for backward: none | minimal | full | offload
+
+  def validate(self) -> None:
+    """Raises ValueError for what no model can be computed with."""
+    if self.remat not in execution.REMAT:
+      raise ValueError(
+        f'execution.remat: got {self.remat!r}, expected one of'
+        f' {", ".join(execution.REMAT)}'
+      )
+
+
+@dataclasses.dataclass(kw_only=True)
 class Experiment:
   """One run of life one."""
 
@@ -44,6 +59,9 @@ class Experiment:
   optimizer: optimizer.OptimizerConfig
   parallel: parallel_config.ParallelConfig = dataclasses.field(
     default_factory=parallel_config.ParallelConfig
+  )
+  execution: ExecutionConfig = dataclasses.field(
+    default_factory=ExecutionConfig
   )
   checkpoint: CheckpointConfig = dataclasses.field(
     default_factory=CheckpointConfig
@@ -63,6 +81,7 @@ class Experiment:
     self.model.validate()
     self.data.validate()
     self.parallel.validate()
+    self.execution.validate()
     for name in ('num_steps', 'num_microbatches', 'log_every_steps'):
       _at_least(1, f'config.{name}', getattr(self, name))
     for name in ('eval_every_steps', 'eval_batches', 'seed'):

@@ -98,9 +98,10 @@ def _train(experiment, workdir, console, saved) -> Result:
     reporter = loop.Reporter(
       log,
       terminal,
-      learning_rate=parts.schedule,
+      learning_rate=parts.learner.schedule,
       tokens_per_step=experiment.data.batch_size * experiment.data.row_length,
-      mfu_per_token_rate=parts.flops_per_token / parts.peak_flops_per_s(),
+      mfu_per_token_rate=parts.learner.flops_per_token
+      / parts.learner.peak_flops_per_s(),
       last_checkpoint=saved.latest_step,
     )
     keeper = _Keeper(
@@ -110,10 +111,10 @@ def _train(experiment, workdir, console, saved) -> Result:
     state = loop.run(
       state,
       parts.batches,
-      assemble.compile_train_step(parts, experiment),
+      parts.learner.compile_train_step(),
       first_step=first_step,
       num_steps=experiment.num_steps,
-      put_batch=parts.placement.put_batch,
+      put_batch=parts.learner.placement.put_batch,
       reporter=reporter,
       report_every=experiment.log_every_steps,
       hooks=[
@@ -133,11 +134,11 @@ def _train(experiment, workdir, console, saved) -> Result:
 def _start_or_restore(experiment, parts, saved):
   """Returns the placed state and its progress; moves the data along."""
   if saved.latest_step() is None:
-    state = parts.init(jax.random.key(experiment.seed))
+    state = parts.learner.init(jax.random.key(experiment.seed))
     return state, checkpoint.Progress()
-  state, progress = saved.restore(parts.placement.abstract_whole())
+  state, progress = saved.restore(parts.learner.placement.abstract_whole())
   parts.batches.set_state(progress.data_state)
-  return parts.placement.restored(state), progress
+  return parts.learner.placement.restored(state), progress
 
 
 class _Keeper:
@@ -160,7 +161,7 @@ class _Keeper:
     self._log = log
     self._terminal = terminal
     self._max_eval_batches = experiment.eval_batches
-    self._eval_step = assemble.compile_eval_step(parts, experiment)
+    self._eval_step = parts.learner.compile_eval_step()
     self._last_eval: tuple[int, float] | None = None
 
   def evaluate(self, step: int, state: state_lib.TrainState) -> None:
@@ -169,7 +170,7 @@ class _Keeper:
       self._eval_step,
       state.params,
       self._parts.eval_batches,
-      put_batch=self._parts.placement.put_batch,
+      put_batch=self._parts.learner.placement.put_batch,
       num_bytes_V=self._parts.tokenizer.num_bytes_V(),
       max_batches=self._max_eval_batches,
     )
@@ -185,10 +186,10 @@ class _Keeper:
     evaluated_at, loss = self._last_eval or (None, None)
     tokens_seen = self._before.tokens_seen + self._reporter.tokens_seen
     self._saved.save(
-      self._parts.placement.whole(state),
+      self._parts.learner.placement.whole(state),
       checkpoint.Progress(
         tokens_seen=tokens_seen,
-        training_flops=tokens_seen * self._parts.flops_per_token,
+        training_flops=tokens_seen * self._parts.learner.flops_per_token,
         train_seconds=self._before.train_seconds + self._reporter.train_seconds,
         data_state=self._parts.batches.get_state(),
       ),
@@ -201,21 +202,21 @@ def _describe(experiment, parts, first_step, console) -> None:
   data = experiment.data
   source = f'{data.open_source.__name__} {data.path}'.strip()
   tokens_per_step = data.batch_size * data.row_length
-  devices = parts.placement.devices
+  devices = parts.learner.placement.devices
   rows = {
     'experiment': experiment.name,
     'data': (
       f'{source}, {len(parts.source):,} documents in {data.train_split};'
       f' {data.tokenizer.kind} tokenizer of {parts.tokenizer.vocab_size:,}'
     ),
-    'model': f'{parts.num_params:,} parameters',
+    'model': f'{parts.learner.num_params:,} parameters',
     'batch': (
       f'{data.batch_size} rows x {data.row_length} = {tokens_per_step:,} tokens'
     ),
     'run': (
       f'{experiment.num_steps:,} steps,'
       f' {experiment.num_steps * tokens_per_step:,} tokens,'
-      f' {experiment.num_steps * tokens_per_step * parts.flops_per_token:.2e}'
+      f' {experiment.num_steps * tokens_per_step * parts.learner.flops_per_token:.2e}'
       ' FLOPs'
     ),
     'devices': (

@@ -11,6 +11,7 @@ devices, and stays so.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,21 @@ def num_chunks(batch: int, time: int, vocab_size: int) -> int:
   """Returns into how many parts of equal length time is cut."""
   wanted = -(-batch * time * vocab_size // MAX_CHUNK_LOGITS)
   return next(n for n in range(min(wanted, time), time + 1) if time % n == 0)
+
+
+def chunked_nll(
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  dtype: Any,
+) -> jax.Array:
+  """Returns `weighted_nll` with as many chunks as the shapes ask for."""
+  chunks = num_chunks(*weights_BT.shape, head_VD.shape[0])
+  nll: Any = weighted_nll(
+    hidden_BTD, head_VD, targets_BT, weights_BT, chunks, jnp.dtype(dtype)
+  )
+  return nll
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -90,7 +106,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, dtype):
   parts = _split_time((hidden_BTD, targets_BT, weights_BT), chunks)
   zero = jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32)
   (total, dhead_VD), dhidden = jax.lax.scan(add_chunk, zero, parts)
-  dhidden_BTD = jnp.moveaxis(dhidden, 0, 1).reshape(hidden_BTD.shape)
+  dhidden_BTD = jnp.moveaxis(dhidden, 0, 2).reshape(hidden_BTD.shape)
   return total, (dhidden_BTD, dhead_VD.astype(head_VD.dtype))
 
 
@@ -125,10 +141,14 @@ def _token_nll(logits_BtV, targets_Bt):
 
 
 def _split_time(arrays, chunks):
-  """Reshapes [B, T, ...] into [chunks, B, T / chunks, ...]."""
+  """Reshapes [B, T, ...] into [chunks, B, T / chunks, ...].
+
+  Chunk c takes every so-manieth token, from c on: where time is laid out over
+  devices, each of them has its share of every chunk.
+  """
 
   def split(x):
-    parts = x.reshape((x.shape[0], chunks, x.shape[1] // chunks) + x.shape[2:])
-    return jnp.moveaxis(parts, 1, 0)
+    parts = x.reshape((x.shape[0], x.shape[1] // chunks, chunks) + x.shape[2:])
+    return jnp.moveaxis(parts, 2, 0)
 
   return jax.tree.map(split, arrays)

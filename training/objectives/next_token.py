@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.kernels import cross_entropy
-
 Batch = dict[str, jax.Array]
 # model.apply, holding the dropout key of this call.
 Apply = Callable[..., Any]
@@ -34,23 +32,20 @@ def next_token(
     The sum of weight * -log p(target), and the sums that the step reports:
     `weight`, what the loss is divided by.
   """
-  hidden_BTD, _ = apply(
+  hidden_BTD, _, routing = apply(
     params,
     batch['tokens'],
     batch['positions'],
     None,
     batch['segment_ids'],
-    method='hidden',
+    method='hidden_and_routing',
   )
-  head_VD = apply(params, method='head_matrix')
-  weights_BT = batch['weights']
-  batch_size, time = weights_BT.shape
-  nll_sum: Any = cross_entropy.weighted_nll(
+  nll_sum = apply(
+    params,
     hidden_BTD,
-    head_VD,
     batch['targets'],
-    weights_BT,
-    cross_entropy.num_chunks(batch_size, time, head_VD.shape[0]),
-    hidden_BTD.dtype,
+    batch['weights'],
+    method='weighted_nll',
   )
-  return nll_sum, {'weight': jnp.sum(weights_BT)}
+  del routing
+  return nll_sum, {'weight': jnp.sum(batch['weights'])}

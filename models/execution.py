@@ -1,0 +1,47 @@
+"""Execution: how a model is computed, which never changes what it computes.
+
+`ModelConfig` says which function a parameter tree is and travels with the
+weights; an `Execution` belongs to one run on one set of devices. Its functions
+are ports: the model calls them with whole arrays and knows nothing of devices;
+`parallel/` makes the ones that spread the work over a mesh, and whoever wires a
+run together hands them in. The defaults compute everything in place.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+
+from models import attention
+from models.kernels import cross_entropy, linear
+
+# What the backward pass finds stored, besides what enters each layer:
+# none: everything; minimal: the results of the layers' matrix products;
+# full: nothing; offload: nothing, and what enters waits in host memory.
+REMAT = ('none', 'minimal', 'full', 'offload')
+
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout) -> out_BTHC, causal.
+Attend = Callable[..., jax.Array]
+# (hidden_BTD, head_VD, targets_BT, weights_BT, dtype) -> summed nll.
+WeightedNll = Callable[..., jax.Array]
+# (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
+Linear = Callable[..., jax.Array]
+# (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
+# apply_layer(layer_params, x_BTD, shared, key) -> (x_BTD, sums): of each leaf
+# of `shared`, and of x, the first axis is the batch; sums are added up.
+RunLayers = Callable[..., tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How a training or evaluation pass is computed.
+
+  Hashable, as linen modules are. Passes with a cache use `linear` alone.
+  """
+
+  remat: str = 'none'  # one of REMAT
+  attend: Attend = attention.attend
+  weighted_nll: WeightedNll = cross_entropy.chunked_nll
+  linear: Linear = linear.linear
+  run_layers: RunLayers | None = None  # None: one after the other
