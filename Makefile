@@ -17,10 +17,11 @@ PY := $(VENV)/bin/python
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 PEER := $(VENV)/.installed-peer
+PLAN := $(VENV)/.installed-plan
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format bench bench-peer clean
+.PHONY: help quickstart test test-slow lint format bench bench-peer plan-table clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
@@ -55,6 +56,9 @@ bench: $(CORE)  ## Speed beside this machine's roofline
 
 bench-peer: $(PEER)  ## The same, and beside transformers on torch
 	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'
+
+plan-table: $(PLAN)  ## Plan the presets ahead of time, into experiments/PLANS.md
+	@$(PY) -m benchmarks.plan_table
 
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
@@ -105,5 +109,9 @@ $(CORE): requirements.txt | $(PY)
 $(DEV): requirements-dev.txt requirements-serve.txt $(CORE)
 	$(call install,requirements-dev.txt)
 
-$(PEER): requirements-peer.txt $(DEV)
+$(PEER): requirements-peer.txt requirements-quant.txt requirements-plan.txt \
+    $(DEV)
 	$(call install,requirements-peer.txt)
+
+$(PLAN): requirements-plan.txt $(CORE)
+	$(call install,requirements-plan.txt)

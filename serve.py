@@ -3,6 +3,7 @@
     python serve.py --model=DIR --prompt='def add('
     python serve.py --model=DIR --chat
     python serve.py --model=DIR --port=8000
+    python serve.py --model=DIR --plan=v5e:2x4
 
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. What is not chosen by a flag is as DIR recommends.
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> None:
     '--prompt': FLAGS.prompt is not None,
     '--chat': FLAGS.chat,
     '--port': FLAGS.port is not None,
+    '--plan': FLAGS.plan is not None,
   }
   asked = [way for way, is_asked in ways.items() if is_asked]
   if len(argv) > 1 or len(asked) != 1:
@@ -34,6 +36,11 @@ def main(argv: list[str]) -> None:
   sys.stdout.reconfigure(errors='replace')  # pyright: ignore
   try:
     # Imported here: --help and a wrong flag need not wait for JAX.
+    if FLAGS.plan is not None:
+      from inference import plan
+
+      print(plan.report(plan.make(FLAGS.model, FLAGS.plan)))
+      return
     from inference import generate
 
     chosen = {name: FLAGS[name].value for name in _SETTINGS}
@@ -123,11 +130,25 @@ def _fail(message: str) -> None:
   sys.exit(2)
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+  from parallel import targets
+
+  argv = targets.with_default(argv)
+  targets.prepare_for(targets.value_in(argv))
+  return app.parse_flags_with_usage(argv)
+
+
 def _define_flags() -> None:
   flags.DEFINE_string('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_string('prompt', None, 'Complete this text and report speed.')
   flags.DEFINE_bool('chat', False, 'Talk in the terminal.')
   flags.DEFINE_integer('port', None, "Serve OpenAI's completions API here.")
+  flags.DEFINE_string(
+    'plan',
+    None,
+    'Print what serving takes and leave; of a device that is not here, as in'
+    ' v5e:2x4 or h100:8, by compiling for it.',
+  )
   flags.DEFINE_string('host', '127.0.0.1', 'Address that --port listens on.')
   flags.DEFINE_float('temperature', None, '0 is greedy.')
   flags.DEFINE_integer('top_k', None, 'Most probable tokens to keep; 0: all.')
@@ -140,4 +161,4 @@ def _define_flags() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

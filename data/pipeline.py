@@ -16,7 +16,12 @@ Packings:
   windows: all texts joined, without bos and eos, and rows drawn from anywhere
     in it, as nanoGPT trains; no epochs.
 
-The order is a function of the seed. grain does the work, and its position is
+The order is a function of the seed, and of nothing else: with several processes
+each makes whole global batches and uses its rows, so that their number changes
+neither the order nor the position in a checkpoint (grain's own sharding by
+process ties both to it). Every host then reads, tokenises and packs everything,
+at the rate of the whole run: spend more `num_threads` on it where that binds.
+grain does the work, and its position is
 saved with the checkpoint (`TrainBatches.get_state`), small and exact.
 
 Reference for the packers: Ding et al. 2024 (arXiv:2404.10830).

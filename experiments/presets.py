@@ -1,5 +1,7 @@
 """Model shapes that experiments share, under the names people know them by."""
 
+import dataclasses
+
 from models import config as config_lib
 
 
@@ -45,4 +47,57 @@ def llama(
     mlp_width=mlp_width,
     max_length=length,
     tie_embeddings=False,
+  )
+
+
+def llama3(
+  *,
+  num_layers: int,
+  num_heads: int,
+  width: int,
+  mlp_width: int,
+  length: int,
+  tie_embeddings: bool = False,
+) -> config_lib.ModelConfig:
+  """Llama 3 (arXiv:2407.21783, table 3): 8 kv heads, 128,256 ids, long waves.
+
+  8B: 32 layers, 32 heads, width 4096, mlp_width 14336. 70B: 80, 64, 8192,
+  28672. The 1B of Llama 3.2: 16, 32, 2048, 8192, with tied embeddings.
+  """
+  return dataclasses.replace(
+    llama(
+      vocab_size=128_256,
+      num_layers=num_layers,
+      num_heads=num_heads,
+      num_kv_heads=8,
+      width=width,
+      mlp_width=mlp_width,
+      length=length,
+    ),
+    rope_base=500_000.0,
+    tie_embeddings=tie_embeddings,
+  )
+
+
+def qwen3_30b_a3b(*, length: int) -> config_lib.ModelConfig:
+  """Qwen3-30B-A3B (arXiv:2505.09388, table 2): 8 of 128 experts per token.
+
+  Without the norms of queries and keys, which no shape here has.
+  """
+  return dataclasses.replace(
+    llama(
+      vocab_size=151_936,
+      num_layers=48,
+      num_heads=32,
+      num_kv_heads=4,
+      width=2048,
+      mlp_width=0,
+      length=length,
+    ),
+    head_width=128,
+    num_experts=128,
+    num_active_experts=8,
+    expert_width=768,
+    rope_base=1_000_000.0,
+    balance_loss_weight=1e-3,
   )

@@ -51,6 +51,21 @@ class Frozen:
   chat_template: str
 
 
+def checkpointer() -> ocp.StandardCheckpointer:
+  """Returns orbax for this process alone, however many others there are.
+
+  A frozen directory is written by one of them, and read by each for itself.
+  """
+  me = jax.process_index()
+  return ocp.StandardCheckpointer(
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=me,
+      active_processes={me},
+      barrier_sync_key_prefix=f'frozen_{me}',
+    )
+  )
+
+
 def weights_digest(params: Params) -> str:
   """Returns SHA-256 (hex) over names, dtypes, shapes and values.
 
@@ -102,8 +117,10 @@ def write(
   partial = _sibling(target, 'partial')
   partial.mkdir(parents=True)
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / _PARAMS_DIR, params)
+    with checkpointer() as writer:
+      # As numpy: orbax takes jax arrays of one process among several for a
+      # mistake.
+      writer.save(partial / _PARAMS_DIR, jax.tree.map(np.asarray, params))
     shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
     (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
     (partial / GENERATION_FILE).write_text(
@@ -146,7 +163,7 @@ def read(
   except ValueError as error:
     raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
   if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = _restore(directory / _PARAMS_DIR, config, manifest.dtype, sharding)
   if (digest := weights_digest(params)) != manifest.weights_digest:
     raise ValueError(
@@ -202,12 +219,12 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
 
 def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
   target = _abstract_params(config, dtype, sharding)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with checkpointer() as reader:
     # Orbax casts silently to the dtype asked for, and answers a wrong shape
     # with pages of noise: compare first.
-    stored = checkpointer.metadata(path).item_metadata.tree
+    stored = reader.metadata(path).item_metadata.tree
     _check_params(stored, target, path)
-    return checkpointer.restore(path, target)
+    return reader.restore(path, target)
 
 
 def _check_replaceable(

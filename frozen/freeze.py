@@ -167,8 +167,8 @@ def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
 def _restore_params(path: pathlib.Path) -> frozen_format.Params:
   """Restores params as they were saved, onto one device."""
   # Without a sharding orbax would rebuild the mesh that they were trained on.
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  with ocp.StandardCheckpointer() as checkpointer:
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  with frozen_format.checkpointer() as checkpointer:
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding

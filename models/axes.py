@@ -9,6 +9,8 @@ literal axis (`mask_1TS`). Einsum strings use the same letters.
   D model width                C channels per head
   F feed-forward width         V vocabulary
   N layers                     R rows of queries handled together
+  E experts                    M tokens of all rows, B x T
+  A active experts             J copies of tokens for experts, M x A
 
 Logical axes name what a dimension of a parameter or an activation *is*. Only
 `parallel/rules.py` knows on which mesh axis, if any, each of them is laid out.
@@ -28,7 +30,7 @@ WIDTH = 'width'
 # Logical axes of parameters, by the name of the module that owns them. Every
 # matrix is stored [in, out], except the embeddings and the head: [vocab, width]
 # is what a lookup, a tied head and a row-wise matrix-vector product all want.
-_MATRIX_AXES = {
+_MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'query': ('embed', 'heads'),
   'key': ('embed', 'kv_heads'),
   'value': ('embed', 'kv_heads'),
@@ -36,6 +38,12 @@ _MATRIX_AXES = {
   'gate': ('embed', 'mlp'),
   'up': ('embed', 'mlp'),
   'down': ('mlp', 'embed'),
+  # Every device decides for itself; what it holds of experts is gathered by
+  # parallel/experts.py, not by the compiler, and split along axes of its own.
+  'router': ('embed', None),
+  'expert_gate': ('experts', 'expert_embed', 'mlp'),
+  'expert_up': ('experts', 'expert_embed', 'mlp'),
+  'expert_down': ('experts', 'mlp', 'expert_embed'),
   'embed': ('vocab', 'embed'),
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),

@@ -26,7 +26,7 @@ class ModelConfig:
   num_heads: int  # H, query heads
   num_kv_heads: int  # K, key/value heads; H for multi-head attention
   head_width: int  # C, channels per head
-  mlp_width: int  # F, hidden width of the feed-forward block
+  mlp_width: int  # F, hidden width of the feed-forward block; 0 in a mixture
   max_length: int  # positions the model is trained for, in tokens
   norm: str = 'rmsnorm'  # rmsnorm (arXiv:1910.07467) | layernorm
   norm_epsilon: float = 1e-5  # added to the variance
@@ -38,6 +38,13 @@ class ModelConfig:
   dropout_rate: float = 0.0  # embeddings, attention weights, both residuals
   init_std: float = 0.02  # GPT-2; residual outputs divide by sqrt(2N)
   scan_layers: bool = True  # one stacked block (compiles once) or N of them
+  num_experts: int = 0  # E, routed experts of a mixture; 0: a dense model
+  num_active_experts: int = 0  # A, routed experts that a token takes
+  num_shared_experts: int = 0  # taken by every token, together one block
+  expert_width: int = 0  # F of one expert, routed or shared
+  norm_topk: bool = True  # weights of a token's experts add up to 1
+  balance_loss_weight: float = 0.0  # see models/moe.py; per layer and token
+  router_z_weight: float = 0.0  # likewise
 
   @property
   def queries_per_kv(self) -> int:
@@ -48,6 +55,8 @@ class ModelConfig:
     """Raises ValueError, naming the value, for what cannot be built."""
     for name in _COUNTS:
       value = getattr(self, name)
+      if name == 'mlp_width' and self.num_experts:
+        continue
       if not isinstance(value, int) or value < 1:
         raise ValueError(
           f'model.{name}: got {value!r}, expected a positive integer'
@@ -81,6 +90,46 @@ class ModelConfig:
         raise ValueError(
           f'model.{name}: got {getattr(self, name)}, expected a positive number'
         )
+    self._validate_experts()
+
+  def _validate_experts(self) -> None:
+    if self.num_experts == 1:
+      raise ValueError(
+        'model.num_experts: got 1, expected 0 for a dense model or at least 2'
+      )
+    for name in ('num_experts', *_EXPERT_COUNTS, *_EXPERT_WEIGHTS):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'model.{name}: got {getattr(self, name)}, expected no less than 0'
+        )
+    if not self.num_experts:
+      for name in (*_EXPERT_COUNTS, *_EXPERT_WEIGHTS):
+        if getattr(self, name):
+          raise ValueError(
+            f'model.{name}: got {getattr(self, name)} in a dense model,'
+            ' expected 0; set model.num_experts for a mixture'
+          )
+      return
+    if not 1 <= self.num_active_experts <= self.num_experts:
+      raise ValueError(
+        f'model.num_active_experts: got {self.num_active_experts}, expected 1'
+        f' to num_experts = {self.num_experts}'
+      )
+    if self.expert_width < 1:
+      raise ValueError(
+        f'model.expert_width: got {self.expert_width}, expected a positive'
+        ' integer: the hidden width of one expert'
+      )
+    if self.mlp_width:
+      raise ValueError(
+        f'model.mlp_width: got {self.mlp_width} in a mixture, expected 0: every'
+        ' layer has experts, of model.expert_width'
+      )
+    if self.use_bias:
+      raise ValueError(
+        'model.use_bias: got True in a mixture, expected False: experts have'
+        ' no biases'
+      )
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON values."""
@@ -112,3 +161,5 @@ _COUNTS = (
   'mlp_width',
   'max_length',
 )
+_EXPERT_COUNTS = ('num_active_experts', 'num_shared_experts', 'expert_width')
+_EXPERT_WEIGHTS = ('balance_loss_weight', 'router_z_weight')

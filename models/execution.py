@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from models import attention
+from models import attention, experts
 from models.kernels import cross_entropy, linear
 
 # What the backward pass finds stored, besides what enters each layer:
@@ -26,7 +26,9 @@ Attend = Callable[..., jax.Array]
 # (hidden_BTD, head_VD, targets_BT, weights_BT, dtype) -> summed nll.
 WeightedNll = Callable[..., jax.Array]
 # (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
-Linear = Callable[..., jax.Array]
+Linear = Callable[..., Any]
+# (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.
+ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
 # apply_layer(layer_params, x_BTD, shared, key) -> (x_BTD, sums): of each leaf
 # of `shared`, and of x, the first axis is the batch; sums are added up.
@@ -37,11 +39,13 @@ RunLayers = Callable[..., tuple[jax.Array, Any]]
 class Execution:
   """How a training or evaluation pass is computed.
 
-  Hashable, as linen modules are. Passes with a cache use `linear` alone.
+  Hashable, as linen modules are. Of all ports, passes with a cache use
+  `linear` and `apply_experts` alone.
   """
 
   remat: str = 'none'  # one of REMAT
   attend: Attend = attention.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
   linear: Linear = linear.linear
+  apply_experts: ApplyExperts = experts.apply_experts
   run_layers: RunLayers | None = None  # None: one after the other

@@ -22,15 +22,37 @@ def num_params(config: config_lib.ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def num_active_params(config: config_lib.ModelConfig) -> int:
+  """Returns the number of parameters that one token makes use of.
+
+  All but the experts that it does not take: the '3B' of a 30B-A3B.
+  """
+  num_idle = config.num_experts - config.num_active_experts
+  idle = config.num_layers * num_idle * _expert_params(config)
+  return num_params(config) - idle
+
+
+def _expert_params(config: config_lib.ModelConfig) -> int:
+  return _num_matrices(config) * config.model_width * config.expert_width
+
+
+def _num_matrices(config: config_lib.ModelConfig) -> int:
+  return 3 if config.mlp == 'swiglu' else 2
+
+
 def num_matmul_params(config: config_lib.ModelConfig) -> int:
   """Returns the number of weights that multiply every token: layers and head.
 
-  The embedding is a lookup and counts only where it is also the head.
+  The embedding is a lookup and counts only where it is also the head. Of a
+  mixture count the experts that one token takes, and the router.
   """
   heads = 2 * config.num_heads + 2 * config.num_kv_heads
   attention = config.model_width * config.head_width * heads
-  matrices = 3 if config.mlp == 'swiglu' else 2
-  mlp = matrices * config.model_width * config.mlp_width
+  mlp = _num_matrices(config) * config.model_width * config.mlp_width
+  if config.num_experts:
+    num_taken = config.num_active_experts + config.num_shared_experts
+    router = config.num_experts * config.model_width
+    mlp = num_taken * _expert_params(config) + router
   head = config.vocab_size * config.model_width
   return config.num_layers * (attention + mlp) + head
 

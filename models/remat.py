@@ -11,11 +11,25 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 _LAYER_INPUT = 'layer_input'
+_PRODUCT = 'product'
+# What a fused attention kernel must remember, its output and log-sum-exp, is
+# marked with this name. A kernel is no matrix product in the eyes of a policy:
+# unless named ones are kept, `minimal` would run it a second time.
+ATTENTION = 'attention'
 
 
 def named_input(x: jax.Array) -> jax.Array:
   """Marks what enters a layer, so that `offload` can send it to the host."""
   return checkpoint_name(x, _LAYER_INPUT)
+
+
+def named_product(y: jax.Array) -> jax.Array:
+  """Marks the product with a weight, as `minimal` keeps it: in its dtype.
+
+  The policy would find the product itself too, but as it was accumulated: in
+  float32, twice the bytes of a bfloat16 activation.
+  """
+  return checkpoint_name(y, _PRODUCT)
 
 
 def wrap(block: Any, remat: str, is_scanned: bool) -> Any:
@@ -36,8 +50,8 @@ def policy(remat: str) -> Any:
   """Returns what `jax.checkpoint` takes as its policy, for a layer."""
   policies = jax.checkpoint_policies
   if remat == 'minimal':
-    # Attention's products have batch dimensions: scores are made again.
-    return policies.dots_with_no_batch_dims_saveable
+    # Not the products of attention that exist as arrays: scores are made again.
+    return policies.save_only_these_names(_PRODUCT, ATTENTION)
   if remat == 'full':
     return policies.nothing_saveable
   if remat == 'offload':

@@ -24,6 +24,7 @@ from models import (
   execution as execution_lib,
   kv_cache,
   mlp,
+  moe,
   norms,
   remat,
   rope,
@@ -114,10 +115,14 @@ class Block(nn.Module):
       cache,
     )
     x_BTD = x_BTD + dropout(y_BTD)
-    y_BTD = mlp.Mlp(config, self.dtype, self.execution, name='mlp')(
-      norms.Norm(config, name='mlp_norm')(x_BTD)
-    )
+    normed_BTD = norms.Norm(config, name='mlp_norm')(x_BTD)
+    parts = config, self.dtype, self.execution
     routing = None
+    if config.num_experts:
+      is_real_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+      y_BTD, routing = moe.Moe(*parts, name='moe')(normed_BTD, is_real_BT)
+    else:
+      y_BTD = mlp.Mlp(*parts, name='mlp')(normed_BTD)
     return x_BTD + dropout(y_BTD), (cache, routing)
 
 
@@ -209,8 +214,8 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, kv_cache.Cache | None, Any]:
     """Returns hidden states and cache as `hidden` does, and the routing.
 
-    The routing of a mixture of experts is what `models.moe` counts, stacked
-    over layers; None for a dense model.
+    The routing of a mixture of experts is what `models.moe.routing_sums`
+    returns, each stacked over layers [N, ...]; None for a dense model.
     """
     if cache is not None and segment_ids_BT is not None:
       raise ValueError(

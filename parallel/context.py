@@ -1,6 +1,29 @@
-"""Context parallelism: the tokens of a row split across devices."""
+"""Context parallelism: the tokens of a row split across devices.
 
+A query needs keys that lie elsewhere. `parallel/gather.py` collects all of them
+on every device, `parallel/ring.py` passes them around; both are put together
+from `parallel/block_attention.py`. Neither stores scores, or keys of other
+devices, for the backward pass, which collects or passes them around again.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 import numpy as np
+
+from parallel import block_attention as blocks, gather, ring, rules
+
+# As a model's port: (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout).
+Attend = Callable[..., jax.Array]
+
+_AXIS = 'context'  # as in parallel/ring.py and parallel/gather.py
+_HEADS = 'tensor'
 
 
 def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
@@ -15,11 +38,154 @@ def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
   """
   if num_shards == 1:
     return None
-  if time % (2 * num_shards):
-    raise ValueError(
-      f'data.row_length: got {time}, expected a multiple of 2 x'
-      f' parallel.context = {2 * num_shards}; change one of them'
-    )
+  check_row_length(time, num_shards)
   chunks = np.arange(time).reshape(2 * num_shards, -1)
   order = [[i, 2 * num_shards - 1 - i] for i in range(num_shards)]
   return chunks[np.array(order).reshape(-1)].reshape(-1)
+
+
+def check_row_length(row_length: int, num_shards: int) -> None:
+  """Raises ValueError for a row that does not divide into 2n chunks."""
+  if num_shards > 1 and row_length % (2 * num_shards):
+    raise ValueError(
+      f'data.row_length: got {row_length}, expected a multiple of 2 x'
+      f' parallel.context = {2 * num_shards}; change one of them'
+    )
+
+
+def kv_repeats(num_heads: int, num_kv_heads: int, num_parts: int) -> int:
+  """Returns how often a key/value head is repeated to split into parts.
+
+  With fewer of them than devices, each device has a copy of the one it needs.
+
+  Raises:
+    ValueError: some device would need parts of heads.
+  """
+  whole = math.lcm(num_kv_heads, num_parts)
+  if num_heads % whole:
+    raise ValueError(
+      f'parallel.tensor: got {num_parts} with parallel.context > 1 and'
+      f' model.num_heads, num_kv_heads = {num_heads}, {num_kv_heads}, expected'
+      f' the heads to be a multiple of both others, hence of {whole}; change'
+      ' one of them'
+    )
+  return whole // num_kv_heads
+
+
+def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
+  """Returns causal attention over a mesh whose `context` axis splits the rows.
+
+  The port takes q [B, T, H, C], k and v [B, K, T, C] and segment ids [B, T]
+  (or None) with tokens in `balanced_order`, and returns [B, T, H, C] in it.
+  Rows are split over the batch axes, heads over `tensor`.
+
+  Of n devices' T x T scores, 1/2 is causal. `ring` computes (2n + 1) / 4n of
+  them: two of a pair of devices' four chunk pairs, and three of a device's own
+  four. `gather` computes 3/4: all keys for the later of a device's two chunks,
+  the first half of them for the earlier.
+
+  Args:
+    mesh: from `parallel.mesh`; its `context` axis is more than 1.
+    kind: ring or gather, as `ParallelConfig.context_attention`.
+    saved_name: what a rematerialisation policy knows the output by, and the
+      log-sum-exp: kept, keys need not travel to compute them a second time.
+  """
+  num_shards = mesh.shape[_AXIS]
+  q_spec = PartitionSpec(rules.BATCH_AXES, _AXIS, _HEADS, None)
+  kv_spec = PartitionSpec(rules.BATCH_AXES, _HEADS, _AXIS, None)
+  segment_spec = PartitionSpec(rules.BATCH_AXES, _AXIS)
+  if kind not in ('ring', 'gather'):
+    raise ValueError(
+      f'parallel.context_attention: got {kind!r}, expected ring or gather'
+    )
+  if num_shards == 1:
+    raise ValueError(
+      'context parallelism: got parallel.context = 1, expected more: there is'
+      ' nothing to collect; attend in place'
+    )
+  settings = num_shards, kind, saved_name
+
+  def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
+    batch, time, heads, channels = q_BTHC.shape
+    num_kv = k_BKTC.shape[1]
+    q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
+    q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) / math.sqrt(channels)
+    out_BKGTC: Any = _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings)
+    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(q_BTHC.shape)
+
+  def attend(
+    q_BTHC: jax.Array,
+    k_BKTC: jax.Array,
+    v_BKTC: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    dropout: Any = None,
+  ) -> jax.Array:
+    if dropout is not None:
+      raise ValueError(
+        'context parallelism: got dropout of attention weights, expected none:'
+        ' no device has all weights of a query; set model.dropout_rate = 0'
+      )
+    check_row_length(q_BTHC.shape[1], num_shards)
+    repeats = kv_repeats(q_BTHC.shape[2], k_BKTC.shape[1], mesh.shape[_HEADS])
+    if repeats > 1:
+      k_BKTC, v_BKTC = (jnp.repeat(x, repeats, 1) for x in (k_BKTC, v_BKTC))
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(
+        q_spec,
+        kv_spec,
+        kv_spec,
+        None if segment_ids_BT is None else segment_spec,
+      ),
+      out_specs=q_spec,
+      # Everything is split over every axis in use; saying so of each zero
+      # that a sum starts from would be in the way.
+      check_vma=False,
+    )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
+
+  return attend
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
+  """Attention of one device's queries over all devices' keys."""
+  arguments = q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT
+  return _attend_forward(*arguments, settings)[0]
+
+
+def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
+  num_shards, kind, saved_name = settings
+  queries = blocks.Queries(q_BKGTC, segment_ids_BT)
+  keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
+  run = ring.attend if kind == 'ring' else gather.attend
+  out_BKGTC, log_sum_BKGT = run(queries, keys, num_shards)
+  out_BKGTC = out_BKGTC.astype(q_BKGTC.dtype)
+  if saved_name:
+    out_BKGTC = checkpoint_name(out_BKGTC, saved_name)
+    log_sum_BKGT = checkpoint_name(log_sum_BKGT, saved_name)
+  arguments = q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT
+  return out_BKGTC, (*arguments, out_BKGTC, log_sum_BKGT)
+
+
+def _attend_backward(settings, residuals, dout_BKGTC):
+  num_shards, kind, _ = settings
+  q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, out_BKGTC, log_sum_BKGT = residuals
+  delta_BKGT = jnp.sum(
+    dout_BKGTC.astype(jnp.float32) * out_BKGTC.astype(jnp.float32), axis=-1
+  )
+  saved = blocks.Saved(log_sum_BKGT, delta_BKGT, dout_BKGTC)
+  queries = blocks.Queries(q_BKGTC, segment_ids_BT)
+  keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
+  run = ring.gradients if kind == 'ring' else gather.gradients
+  dq, (dk, dv) = run(queries, keys, saved, num_shards)
+  return (
+    dq.astype(q_BKGTC.dtype),
+    dk.astype(k_BKTC.dtype),
+    dv.astype(v_BKTC.dtype),
+    None,
+  )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -12,6 +12,7 @@ on TPU, TF32 on GPU. All rates are dense (no structured sparsity).
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
 import time
 
 import jax
@@ -24,64 +25,132 @@ class Peaks:
 
   flops_per_s: dict[str, float]  # dense matmul rate by operand dtype name
   bytes_per_s: float  # main memory (HBM on accelerators)
+  memory_bytes: int = 0  # that a program may use; 0 where nobody says
+  # To other devices, all links together, one direction; 0 where there are none
+  # to speak of. Datasheets add up both directions: theirs is twice this.
+  link_bytes_per_s: float = 0.0
   source: str  # the datasheet, or how it was measured
 
 
 def _tpu(
-  source: str, *, bfloat16: float, gigabytes_per_s: float, **narrow: float
+  source: str,
+  *,
+  bfloat16: float,
+  gigabytes_per_s: float,
+  gibibytes: float,
+  link_gigabytes_per_s: float,
+  **narrow: float,
 ) -> Peaks:
   rates = {'float32': bfloat16, 'bfloat16': bfloat16, **narrow}
   return Peaks(
     flops_per_s={name: tera * 1e12 for name, tera in rates.items()},
     bytes_per_s=gigabytes_per_s * 1e9,
+    memory_bytes=int(gibibytes * 2**30),
+    link_bytes_per_s=link_gigabytes_per_s * 1e9,
     source=f'{source}, docs.cloud.google.com/tpu/docs',
   )
 
 
 def _gpu(
-  source: str, *, tf32: float, bfloat16: float, terabytes_per_s: float, **narrow
+  source: str,
+  *,
+  tf32: float,
+  bfloat16: float,
+  terabytes_per_s: float,
+  gigabytes: float,
+  link_gigabytes_per_s: float,
+  **narrow: float,
 ) -> Peaks:
   rates = {'float32': tf32, 'float16': bfloat16, 'bfloat16': bfloat16, **narrow}
   return Peaks(
     flops_per_s={name: tera * 1e12 for name, tera in rates.items()},
     bytes_per_s=terabytes_per_s * 1e12,
+    memory_bytes=int(gigabytes * 1e9),
+    link_bytes_per_s=link_gigabytes_per_s * 1e9,
     source=f'{source}, NVIDIA datasheet, dense',
   )
 
 
-_V5E = _tpu('TPU v5e', bfloat16=197, gigabytes_per_s=819, int8=393)
-_V5P = _tpu('TPU v5p', bfloat16=459, gigabytes_per_s=2765, int8=918)
+# Memory is what the compiler leaves to a program: libtpu 0.0.42 refuses more.
+# The datasheets say 16, 95, 32, 32 and 192 / 2 GB for v5e, v5p, v6e, v4 and
+# tpu7x, of which the system keeps a part.
+_V5E = _tpu(
+  'TPU v5e',
+  bfloat16=197,
+  gigabytes_per_s=819,
+  gibibytes=15.75,
+  link_gigabytes_per_s=200,
+  int8=393,
+)
+_V5P = _tpu(
+  'TPU v5p',
+  bfloat16=459,
+  gigabytes_per_s=2765,
+  gibibytes=95.74,
+  link_gigabytes_per_s=600,
+  int8=918,
+)
 _V6E = _tpu(
-  'TPU v6e', bfloat16=918, gigabytes_per_s=1638, int8=1836, float8_e4m3fn=918
+  'TPU v6e',
+  bfloat16=918,
+  gigabytes_per_s=1638,
+  gibibytes=31.25,
+  link_gigabytes_per_s=400,
+  int8=1836,
+  float8_e4m3fn=918,
 )
 
 # Keyed by `jax.Device.device_kind`.
 DATASHEETS = {
-  'TPU v4': _tpu('TPU v4', bfloat16=275, gigabytes_per_s=1228, int8=275),
+  'TPU v4': _tpu(
+    'TPU v4',
+    bfloat16=275,
+    gigabytes_per_s=1228,
+    gibibytes=30.75,
+    link_gigabytes_per_s=300,
+    int8=275,
+  ),
   'TPU v5 lite': _V5E,
   'TPU v5e': _V5E,
   'TPU v5': _V5P,
   'TPU v5p': _V5P,
   'TPU v6 lite': _V6E,
   'TPU v6e': _V6E,
-  # jax shows each chip (2307 TFLOP/s, 7380 GB/s) as two devices.
+  # jax shows each chip (2307 TFLOP/s, 7380 GB/s, 192 GB, 600 GB/s each way) as
+  # two devices.
   'TPU7x': _tpu(
     'TPU7x, half a chip',
     bfloat16=2307 / 2,
     gigabytes_per_s=7380 / 2,
+    gibibytes=94.75,
+    link_gigabytes_per_s=600 / 2,
     float8_e4m3fn=4614 / 2,
   ),
   'NVIDIA A100-SXM4-40GB': _gpu(
-    'A100 40GB SXM', tf32=156, bfloat16=312, terabytes_per_s=1.555, int8=624
+    'A100 40GB SXM',
+    tf32=156,
+    bfloat16=312,
+    terabytes_per_s=1.555,
+    gigabytes=40,
+    link_gigabytes_per_s=300,
+    int8=624,
   ),
   'NVIDIA A100-SXM4-80GB': _gpu(
-    'A100 80GB SXM', tf32=156, bfloat16=312, terabytes_per_s=2.039, int8=624
+    'A100 80GB SXM',
+    tf32=156,
+    bfloat16=312,
+    terabytes_per_s=2.039,
+    gigabytes=80,
+    link_gigabytes_per_s=300,
+    int8=624,
   ),
   'NVIDIA H100 80GB HBM3': _gpu(
     'H100 SXM',
     tf32=494.7,
     bfloat16=989.4,
     terabytes_per_s=3.35,
+    gigabytes=80,
+    link_gigabytes_per_s=450,
     int8=1978.9,
     float8_e4m3fn=1978.9,
   ),
@@ -90,6 +159,8 @@ DATASHEETS = {
     tf32=494.7,
     bfloat16=989.4,
     terabytes_per_s=4.8,
+    gigabytes=141,
+    link_gigabytes_per_s=450,
     int8=1978.9,
     float8_e4m3fn=1978.9,
   ),
@@ -98,6 +169,8 @@ DATASHEETS = {
     tf32=1125,
     bfloat16=2250,
     terabytes_per_s=7.7,
+    gigabytes=180,
+    link_gigabytes_per_s=900,
     int8=4500,
     float8_e4m3fn=4500,
   ),
@@ -108,11 +181,13 @@ def peaks(device: jax.Device) -> Peaks:
   """Return the peaks of `device`; measures once per process if it has to.
 
   Virtual CPU devices share one machine, so each is given an equal part of what
-  was measured and the sum over devices stays the machine's.
+  was measured and the sum over devices stays the machine's. Devices that have
+  to be measured are taken to be like this process's first one: those of other
+  processes cannot be run from here.
   """
   if device.device_kind in DATASHEETS:
     return DATASHEETS[device.device_kind]
-  return _measured(device)
+  return _measured(jax.local_devices(backend=device.platform)[0])
 
 
 @functools.cache
@@ -131,8 +206,17 @@ def _measured(device: jax.Device) -> Peaks:
   return Peaks(
     flops_per_s={k: v / num_sharing for k, v in flops_per_s.items()},
     bytes_per_s=bytes_per_s / num_sharing,
+    memory_bytes=_machine_bytes() // num_sharing if is_cpu else 0,
     source=f'measured on {device.device_kind}, {num_sharing} device(s)',
   )
+
+
+def _machine_bytes() -> int:
+  """Returns the memory of this machine, or 0 where nobody says."""
+  try:
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, OSError, ValueError):
+    return 0
 
 
 def matmul_flops_per_s(

@@ -12,8 +12,10 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from parallel import (
   config as config_lib,
@@ -220,7 +222,11 @@ class _UnderMesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PmapPlacement:
-  """One replica per device; gradients are summed through an axis name."""
+  """One replica per device; gradients are summed through an axis name.
+
+  With several processes, each calls the step with the shards of its own
+  devices, and gets back theirs.
+  """
 
   devices: tuple[jax.Device, ...]
   abstract_state: Any
@@ -233,8 +239,10 @@ class PmapPlacement:
     return self.restored(jax.jit(init_fn)(key))
 
   def put_batch(self, batch):
+    # Every process has the whole batch, and sends its devices their part.
+    mine = [i for i, device in enumerate(self.devices) if _is_mine(device)]
     return jax.tree.map(
-      lambda x: x.reshape((len(self.devices), -1, *x.shape[1:])), batch
+      lambda x: x.reshape((len(self.devices), -1, *x.shape[1:]))[mine], batch
     )
 
   def compile_train(self, build):
@@ -258,16 +266,48 @@ class PmapPlacement:
     return lambda params, batch: _first(pmapped(params, batch))
 
   def whole(self, state):
-    return _first(state)
+    state = _first(state)
+    if self._is_alone:
+      return state
+    # One array of all processes, of which every device has a copy.
+    return multihost_utils.host_local_array_to_global_array(
+      state, self._mesh, PartitionSpec()
+    )
 
   def restored(self, state):
+    mine = [device for device in self.devices if _is_mine(device)]
+    if not self._is_alone:
+      return jax.tree.map(
+        lambda x: jnp.broadcast_to(
+          x.addressable_data(0)[None], (len(mine), *x.shape)
+        ),
+        state,
+      )
+    # What was restored is committed to one device: pmap would refuse it.
+    sharding = NamedSharding(self._mesh, PartitionSpec(_PMAP_AXIS))
     return jax.tree.map(
-      lambda x: jnp.broadcast_to(x[None], (len(self.devices), *x.shape)),
+      lambda x: jax.make_array_from_single_device_arrays(
+        (len(mine), *x.shape),
+        sharding,
+        [jax.device_put(x[None], device) for device in mine],
+      ),
       state,
     )
 
+  @property
+  def _is_alone(self) -> bool:
+    return all(map(_is_mine, self.devices))
+
+  @property
+  def _mesh(self) -> Mesh:
+    return Mesh(np.array(self.devices), (_PMAP_AXIS,))
+
   def abstract_whole(self):
-    sharding = jax.sharding.SingleDeviceSharding(self.devices[0])
+    sharding = (
+      jax.sharding.SingleDeviceSharding(self.devices[0])
+      if self._is_alone
+      else NamedSharding(self._mesh, PartitionSpec())
+    )
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -286,6 +326,10 @@ def _abstract(shapes, shardings):
   )
 
 
+def _is_mine(device: jax.Device) -> bool:
+  return device.process_index == jax.process_index()
+
+
 def _psum(tree):
   return jax.lax.psum(tree, _PMAP_AXIS)
 
@@ -295,4 +339,5 @@ def _fold_in_device(key):
 
 
 def _first(tree):
-  return jax.tree.map(lambda x: x[0], tree)
+  # Of the first shard: indexing the whole would be a program of all devices.
+  return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)

@@ -75,8 +75,8 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
     for size, name, mesh_axes in zip(leaf.shape, axes, spec, strict=True):
       parts = num_parts(mesh, mesh_axes)
       if size % parts:
-        split = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
-        split = [axis for axis in split if mesh.shape[axis] > 1]
+        named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+        split = [str(axis) for axis in named if mesh.shape[axis] > 1]
         raise ValueError(
           f'{jax.tree_util.keystr(path)}: got axis {name} of size {size},'
           f' expected a multiple of {parts}, the size of mesh axis'

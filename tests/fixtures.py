@@ -60,6 +60,21 @@ def gpt2_like(**overrides) -> model_config.ModelConfig:
   return model_config.ModelConfig(**(fields | overrides))
 
 
+def mixture(**overrides) -> model_config.ModelConfig:
+  """`llama_like` with three of eight experts, and two shared, per token."""
+  fields = {
+    'mlp_width': 0,
+    'num_experts': 8,
+    'num_active_experts': 3,
+    'num_shared_experts': 2,
+    'expert_width': 20,
+    'norm_topk': True,
+    'balance_loss_weight': 0.05,
+    'router_z_weight': 0.01,
+  }
+  return llama_like(**(fields | overrides))
+
+
 def byte_tokenizer() -> tokenizer.ByteTokenizer:
   """The smallest real tokenizer: 256 bytes and three special ids."""
   return tokenizer.ByteTokenizer()

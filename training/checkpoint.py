@@ -3,6 +3,10 @@
 Orbax, asynchronous, kept by policy. Params and optimizer are separate items, so
 that freezing reads the params alone; the third item, `progress`, is JSON: step,
 PRNG key, state of the data iterator, and what the run has cost so far.
+
+Of several processes each writes the shards of its own devices, and the first
+one the rest. What is written does not depend on how many there were: any other
+number of processes, or of devices, goes on from it.
 """
 
 import dataclasses
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from parallel import processes
 from training import config as config_lib, state as state_lib
 
 DIRECTORY = 'checkpoints'
@@ -51,7 +56,9 @@ class Checkpoints:
       keep.append(policies.EveryNSteps(config.keep_every_steps))
     directory = workdir.absolute() / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(directory)
+    if processes.is_first():
+      _remove_unfinished(directory)
+    processes.barrier('no unfinished checkpoints')
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
@@ -135,12 +142,12 @@ class Checkpoints:
       impl=fields.pop('key_impl'),
     )
     state = state_lib.TrainState(
-      step=jax.device_put(
+      step=_place(
         jnp.asarray(fields.pop('step'), jnp.int32), abstract_state.step.sharding
       ),
       params=restored['params'],
       opt_state=restored['opt_state'],
-      key=jax.device_put(key, abstract_state.key.sharding),
+      key=_place(key, abstract_state.key.sharding),
     )
     return state, Progress(**fields)
 
@@ -154,9 +161,10 @@ class Checkpoints:
 
   def _check_dtypes(self, step, abstract_state):
     # Orbax casts to the wanted dtype without a word.
-    path = self._manager.directory / str(step) / 'params'
+    directory = self._manager.directory / str(step)
     with ocp.StandardCheckpointer() as checkpointer:
-      found = checkpointer.metadata(path).item_metadata.tree
+      found = checkpointer.metadata(directory / 'params').item_metadata.tree
+      moments = checkpointer.metadata(directory / 'opt_state').item_metadata
     wanted = jax.tree_util.tree_leaves_with_path(abstract_state.params)
     found = {
       jax.tree_util.keystr(name): leaf
@@ -172,6 +180,26 @@ class Checkpoints:
           f' {leaf.dtype}{list(leaf.shape)}; the model of this experiment is'
           ' another one: use another --workdir'
         )
+    # Its tree is saved without the names of optax's tuples.
+    got, expected = (
+      {
+        jnp.dtype(leaf.dtype).name
+        for leaf in jax.tree.leaves(tree)
+        if leaf.shape
+      }
+      for tree in (moments.tree, abstract_state.opt_state)
+    )
+    if got != expected:
+      raise ValueError(
+        f'checkpoint of step {step}, optimizer state: got'
+        f' {", ".join(sorted(got))}, expected {", ".join(sorted(expected))};'
+        ' set optimizer.state_dtype back or use another --workdir'
+      )
+
+
+def _place(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  # device_put refuses devices of other processes.
+  return jax.jit(lambda x: x, out_shardings=sharding)(value)
 
 
 def _remove_unfinished(directory: pathlib.Path) -> None:

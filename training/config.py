@@ -9,9 +9,14 @@ from typing import Any
 
 from data import config as data_config
 from models import config as model_config, execution
+from models.kernels import quantized_linear
 from parallel import config as parallel_config
 from training import optimizer
 from training.objectives import next_token
+
+# See training/attention_path.py and models/kernels/quantized_linear.py.
+ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
+MATMULS = ('float', *quantized_linear.FORMATS)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,6 +44,8 @@ class ExecutionConfig:
   """How the model is computed: what is traded, never what comes out."""
 
   remat: str = 'none'  # stored for backward: none | minimal | full | offload
+  attention: str = 'auto'  # auto | reference | splash (TPU) | cudnn (GPU)
+  matmul: str = 'float'  # operands: compute_dtype (float) | int8 | fp8
 
   def validate(self) -> None:
     """Raises ValueError for what no model can be computed with."""
@@ -47,6 +54,12 @@ class ExecutionConfig:
         f'execution.remat: got {self.remat!r}, expected one of'
         f' {", ".join(execution.REMAT)}'
       )
+    for name, allowed in (('attention', ATTENTION), ('matmul', MATMULS)):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'execution.{name}: got {getattr(self, name)!r}, expected one of'
+          f' {", ".join(allowed)}'
+        )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -28,7 +28,8 @@ def evaluate(
   figure is the length of a code that also says where each document ends.
 
   Args:
-    eval_step: returns sums with 'loss' and 'weight'.
+    eval_step: returns sums with 'loss' and 'weight', and with 'nll' where
+      the loss is more than that.
     params: the model's variables, placed on the devices.
     batches: one pass over the evaluation split.
     put_batch: sends a batch to the devices.
@@ -46,7 +47,8 @@ def evaluate(
     sums = eval_step(params, put_batch(batch))
     counted_BT = batch['weights'] > 0
     num_bytes += int(num_bytes_V[batch['targets'][counted_BT]].sum())
-    loss += float(sums['loss'])
+    # Of a mixture of experts: what is predicted, not how tokens are routed.
+    loss += float(sums.get('nll', sums['loss']))
     weight += float(sums['weight'])
   if not weight or not num_bytes:
     raise ValueError(

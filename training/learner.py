@@ -13,9 +13,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import axes, execution as execution_lib, flops, transformer
-from parallel import device_peaks, placement as placement_lib
+from models import (
+  axes,
+  execution as execution_lib,
+  experts,
+  flops,
+  remat,
+  transformer,
+)
+from models.kernels import cross_entropy, linear, quantized_linear
+from parallel import (
+  context,
+  device_peaks,
+  experts as parallel_experts,
+  manual_loss,
+  pipeline,
+  placement as placement_lib,
+)
 from training import (
+  attention_path,
   config as config_lib,
   optimizer as optimizer_lib,
   state as state_lib,
@@ -42,8 +58,10 @@ class Learner:
 
   def init(self, key: jax.Array) -> state_lib.TrainState:
     """Returns the state before the first step, on the devices."""
+    # With nothing of the mesh's: a model is initialised on a single token.
+    model = self.model.clone(execution=execution_lib.Execution())
     return self.placement.init(
-      lambda key: state_lib.init(self.model, self.optimizer, key), key
+      lambda key: state_lib.init(model, self.optimizer, key), key
     )
 
   def peak_flops_per_s(self) -> float:
@@ -140,8 +158,98 @@ def _execution(
   experiment: config_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.Execution:
   """Joins the model's ports to what the experiment and its devices ask for."""
-  del placement
-  return execution_lib.Execution(remat=experiment.execution.remat)
+  return execution_lib.Execution(
+    remat=_remat(experiment, placement),
+    attend=_attend(experiment, placement),
+    weighted_nll=_weighted_nll(experiment, placement),
+    linear=_linear(experiment),
+    apply_experts=_apply_experts(placement),
+    run_layers=_run_layers(experiment, placement),
+  )
+
+
+def _attend(
+  experiment: config_lib.Experiment, placement: placement_lib.Placement
+) -> execution_lib.Attend:
+  """Returns the attention of whole rows, or of rows split across devices."""
+  attend = attention_path.attend(experiment, placement)
+  if experiment.parallel.context == 1:
+    return attend
+  assert isinstance(placement, placement_lib.MeshPlacement)
+  return context.make_attend(
+    placement.mesh, experiment.parallel.context_attention, remat.ATTENTION
+  )
+
+
+def _weighted_nll(
+  experiment: config_lib.Experiment, placement: placement_lib.Placement
+) -> execution_lib.WeightedNll:
+  """Returns the loss, summed by hand where a mesh splits its tokens."""
+  is_mesh = isinstance(placement, placement_lib.MeshPlacement)
+  if not is_mesh or placement.mesh.size == 1:
+    return cross_entropy.chunked_nll
+  manual_loss.check_row_length(experiment.data.row_length, placement.mesh)
+  return manual_loss.make_weighted_nll(
+    cross_entropy.chunked_nll, placement.mesh
+  )
+
+
+def _apply_experts(
+  placement: placement_lib.Placement,
+) -> execution_lib.ApplyExperts:
+  """Returns what applies the experts of a mixture on the run's devices."""
+  if isinstance(placement, placement_lib.MeshPlacement):
+    return parallel_experts.spread(experts.apply_experts, placement.mesh)
+  return experts.apply_experts
+
+
+def _run_layers(
+  experiment: config_lib.Experiment, placement: placement_lib.Placement
+) -> execution_lib.RunLayers | None:
+  """Returns the pipeline that `parallel` asks for, if any."""
+  parallel, kept = experiment.parallel, experiment.execution.remat
+  if parallel.stage == 1:
+    return None
+  assert isinstance(placement, placement_lib.MeshPlacement)
+  return pipeline.make_run_layers(
+    placement.mesh,
+    repeats=parallel.stage_repeats,
+    num_microbatches=parallel.num_stage_microbatches,
+    policy=None if kept == 'none' else remat.policy(kept),
+  )
+
+
+def _remat(
+  experiment: config_lib.Experiment, placement: placement_lib.Placement
+) -> str:
+  """Returns the policy; refuses one that would silently be another."""
+  asked = experiment.execution.remat
+  # XLA:CPU drops transfers to the host's memory: it has no other.
+  if asked == 'offload' and placement.devices[0].platform == 'cpu':
+    raise ValueError(
+      'execution.remat: got offload on devices of platform cpu, expected tpu or'
+      ' gpu: a CPU has no other memory to send activations to; set'
+      ' execution.remat = full, which stores the same'
+    )
+  return asked
+
+
+def _linear(experiment: config_lib.Experiment) -> execution_lib.Linear:
+  """Returns the product with a weight that `execution.matmul` names."""
+  matmul, num_experts = (
+    experiment.execution.matmul,
+    experiment.model.num_experts,
+  )
+  if matmul == 'float':
+    return linear.linear
+  if num_experts:
+    raise ValueError(
+      f'execution.matmul: got {matmul} with model.num_experts = {num_experts},'
+      ' expected float: grouped products of experts are not quantised; set'
+      ' execution.matmul = float'
+    )
+  quantized_linear.check_installed()
+  return {'int8': quantized_linear.int8, 'fp8': quantized_linear.fp8}[matmul]
 
 
 def _check_model(experiment: config_lib.Experiment) -> None:
@@ -157,6 +265,34 @@ def _check_model(experiment: config_lib.Experiment) -> None:
     raise ValueError(
       f'model.scan_layers: got False with parallel.stage = {parallel.stage},'
       ' expected True: stages take their layers from a stack'
+    )
+  _check_experts(experiment)
+  if parallel.context > 1:
+    context.kv_repeats(model.num_heads, model.num_kv_heads, parallel.tensor)
+  if parallel.context > 1 and model.dropout_rate > 0:
+    raise ValueError(
+      f'model.dropout_rate: got {model.dropout_rate} with parallel.context ='
+      f' {parallel.context}, expected 0: no device has all attention weights'
+      ' of a query; change one of them'
+    )
+
+
+def _check_experts(experiment: config_lib.Experiment) -> None:
+  """Refuses experts that cannot be dealt out over the devices."""
+  model, parallel = experiment.model, experiment.parallel
+  if parallel.expert == 1:
+    return
+  if not model.num_experts:
+    raise ValueError(
+      f'parallel.expert: got {parallel.expert} with a dense model, expected 1:'
+      ' there are no experts to split; use parallel.fsdp or set'
+      ' model.num_experts'
+    )
+  if model.num_experts % parallel.expert:
+    raise ValueError(
+      f'parallel.expert: got {parallel.expert} for model.num_experts ='
+      f' {model.num_experts}, expected a divisor of it: each device holds as'
+      ' many experts as the next; change one of them'
     )
 
 

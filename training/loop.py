@@ -10,6 +10,8 @@ import math
 import time
 from typing import Any, NamedTuple
 
+import jax
+
 from training import metrics as metrics_lib, state as state_lib
 
 
@@ -34,7 +36,7 @@ class Reporter:
 
   def __init__(
     self,
-    log: metrics_lib.MetricsLog,
+    log: metrics_lib.Log,
     terminal: metrics_lib.Terminal,
     *,
     learning_rate: Callable[[int], Any],
@@ -100,6 +102,10 @@ class Reporter:
     self._pending = []
     self._is_first = False
 
+  def wait(self) -> None:
+    """Waits for the steps so far."""
+    jax.block_until_ready([on_device for _, on_device in self._pending])
+
   def resume_clock(self) -> None:
     """Starts a new measuring window: what came before was not training."""
     self._window_start = time.perf_counter()
@@ -142,7 +148,7 @@ def run(
   reporter: Reporter,
   report_every: int,
   hooks: Sequence[Hook],
-  should_stop: Callable[[], bool],
+  should_stop: Callable[[int], bool],
 ) -> state_lib.TrainState:
   """Takes steps until `num_steps` were taken or `should_stop()`.
 
@@ -158,7 +164,7 @@ def run(
     reporter: takes each step's metrics.
     report_every: steps between reports.
     hooks: what else to do, and how often.
-    should_stop: asked after every step.
+    should_stop: asked after every step, with its number.
 
   Returns:
     The last state.
@@ -168,7 +174,7 @@ def run(
     batch = put_batch(next(batches))
     state, step_metrics = train_step(state, batch)
     reporter.add(step, step_metrics)
-    stopped = should_stop()
+    stopped = should_stop(step)
     due = [
       hook
       for hook in hooks

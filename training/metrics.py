@@ -7,7 +7,7 @@ depends on the machine.
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
 import rich.console
 import rich.progress
@@ -15,6 +15,28 @@ from tensorboardX import SummaryWriter
 
 JSONL = 'metrics.jsonl'
 _BARS = '▁▂▃▄▅▆▇█'
+
+
+class Log(Protocol):
+  """Where records go."""
+
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    """Adds one record."""
+    ...
+
+  def close(self) -> None:
+    """Adds no more."""
+    ...
+
+
+class NoLog:
+  """What all processes but the first have: the first one writes."""
+
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
 
 
 class MetricsLog:

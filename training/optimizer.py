@@ -1,13 +1,26 @@
-"""AdamW with clipping and a learning-rate schedule, from optax."""
+"""AdamW with clipping and a learning-rate schedule, from optax.
+
+Adam's two moments are as large as the parameters each. In bfloat16 they take
+half the memory; they are computed in float32 all the same, and rounded when
+they are put away.
+"""
 
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from models import axes
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
+STATE_DTYPES = ('float32', 'bfloat16')
+
+# Where nothing new comes in, a moment shrinks by 1 - beta of itself per step.
+# bfloat16 keeps 8 bits, neighbours up to 2^-7 of a value apart: what is moved
+# by less than half of that can round back to where it was, for good.
+_LEAST_DECAY_IN_BFLOAT16 = 2**-8
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,6 +37,7 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1  # of matrices; norms and biases are left alone
   clip_norm: float = 1.0  # global gradient norm; 0 does not clip
+  state_dtype: str = 'float32'  # both moments are kept in: float32 | bfloat16
 
   def validate(self, num_steps: int) -> None:
     """Raises ValueError for values no run can use."""
@@ -32,6 +46,11 @@ class OptimizerConfig:
         f'optimizer.schedule: got {self.schedule!r}, expected one of'
         f' {", ".join(SCHEDULES)}'
       )
+    if self.state_dtype not in STATE_DTYPES:
+      raise ValueError(
+        f'optimizer.state_dtype: got {self.state_dtype!r}, expected one of'
+        f' {", ".join(STATE_DTYPES)}'
+      )
     for name in ('peak_lr', 'epsilon'):
       _require(getattr(self, name) > 0, name, getattr(self, name), '> 0')
     for name in ('end_lr', 'weight_decay', 'clip_norm', 'warmup_steps'):
@@ -39,6 +58,7 @@ class OptimizerConfig:
     for name in ('beta1', 'beta2'):
       value = getattr(self, name)
       _require(0 <= value < 1, name, value, '0 <= beta < 1')
+    self._validate_state()
     for name in ('peak_lr', 'end_lr', 'weight_decay', 'clip_norm', 'epsilon'):
       value = getattr(self, name)
       _require(math.isfinite(value), name, value, 'a finite number')
@@ -54,6 +74,20 @@ class OptimizerConfig:
         f' {self.schedule!r}, expected a positive number with wsd and 0'
         ' without'
       )
+
+  def _validate_state(self) -> None:
+    if self.state_dtype == 'float32':
+      return
+    most = 1 - _LEAST_DECAY_IN_BFLOAT16
+    for name in ('beta1', 'beta2'):
+      value = getattr(self, name)
+      if value > most:
+        raise ValueError(
+          f'optimizer.{name}: got {value} with state_dtype ='
+          f' {self.state_dtype}, expected at most {most}: a slower change is'
+          f' rounded away; lower optimizer.{name} or set'
+          ' optimizer.state_dtype = float32'
+        )
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -85,17 +119,39 @@ def make_optimizer(
   config: OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
   """Returns clipping followed by AdamW with its weight-decay mask."""
-  adamw = optax.adamw(
-    make_schedule(config, num_steps),
-    b1=config.beta1,
-    b2=config.beta2,
-    eps=config.epsilon,
-    weight_decay=config.weight_decay,
-    mask=axes.is_decayed,
+  # What optax.adamw chains, with a say in how the moments are kept.
+  adamw = optax.chain(
+    _stored_as(
+      jnp.dtype(config.state_dtype),
+      optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    ),
+    optax.add_decayed_weights(config.weight_decay, mask=axes.is_decayed),
+    optax.scale_by_learning_rate(make_schedule(config, num_steps)),
   )
   if not config.clip_norm:
     return adamw
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _stored_as(
+  dtype: jnp.dtype, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Keeps both moments as `dtype` between steps; Adam sees float32."""
+  if dtype == jnp.float32:
+    return adam
+
+  def cast(state, to):
+    mu, nu = jax.tree.map(lambda x: x.astype(to), (state.mu, state.nu))
+    return state._replace(mu=mu, nu=nu)
+
+  def init(params):
+    return cast(adam.init(params), dtype)
+
+  def update(updates, state, params=None):
+    updates, state = adam.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _require(ok: bool, name: str, value: float, expected: str) -> None:

@@ -2,6 +2,14 @@
 
 `train.py` calls `run`. It goes on from where the workdir was left, so the same
 command starts a run, resumes it, and does nothing once it is complete.
+
+Several processes (`parallel/processes.py`) run the same code side by side. Each
+of them makes every global batch and sends its devices their rows: the order of
+the data, and its position in a checkpoint, are one thing that does not know how
+many processes there are. What it costs is that each host tokenises and packs
+all of the data, and not its part: see `data/pipeline.py`. The first process
+writes what is written once, and tells the user; errors are told by whoever has
+them.
 """
 
 import contextlib
@@ -12,6 +20,7 @@ import jax
 import rich.console
 
 from frozen import freeze
+from parallel import processes
 from training import (
   assemble,
   checkpoint,
@@ -49,9 +58,12 @@ def run(
     ValueError, FileNotFoundError: the experiment, the workdir or the data
       cannot be used; nothing was changed.
     loop.NonFiniteError: a loss was not finite.
+    processes.PeerError: another process failed, and this one did not.
   """
   experiment.validate()
-  workdir_lib.check(workdir, experiment)
+  with processes.together('workdir'):
+    workdir_lib.check(workdir, experiment)
+  workdir_lib.check_shared(workdir)
   frozen = workdir / workdir_lib.FROZEN
   with contextlib.closing(
     checkpoint.Checkpoints(workdir, experiment.checkpoint)
@@ -66,31 +78,44 @@ def run(
         return result
       step = result.step
   if experiment.freeze.enabled:
-    manifest = freeze.freeze_checkpoint(
-      workdir,
-      step=step,
-      out=frozen,
-      dtype=experiment.freeze.dtype,
-      generation={
-        'temperature': experiment.freeze.temperature,
-        'max_tokens': experiment.freeze.max_tokens,
-      },
-      # The run's own hand-off: a longer run replaces that of a shorter one.
-      overwrite=True,
-    )
-    _show_manifest(frozen, manifest, console)
+    with processes.together('freezing'):
+      if processes.is_first():
+        _freeze(experiment, workdir, step, console)
   return Result(step=step, exit_code=0)
 
 
+def _freeze(experiment, workdir, step, console) -> None:
+  frozen = workdir / workdir_lib.FROZEN
+  manifest = freeze.freeze_checkpoint(
+    workdir,
+    step=step,
+    out=frozen,
+    dtype=experiment.freeze.dtype,
+    generation={
+      'temperature': experiment.freeze.temperature,
+      'max_tokens': experiment.freeze.max_tokens,
+    },
+    # The run's own hand-off: a longer run replaces that of a shorter one.
+    overwrite=True,
+  )
+  _show_manifest(frozen, manifest, console)
+
+
 def _train(experiment, workdir, console, saved) -> Result:
-  workdir_lib.record(workdir, experiment)
+  with processes.together('run.json'):
+    if processes.is_first():
+      workdir_lib.record(workdir, experiment)
   parts = assemble.assemble(experiment, workdir)
   state, progress = _start_or_restore(experiment, parts, saved)
   first_step = saved.latest_step() or 0
   _describe(experiment, parts, first_step, console)
   with contextlib.ExitStack() as stack:
     stack.callback(parts.batches.close)
-    log = metrics.MetricsLog(workdir, first_step=first_step)
+    log: metrics.Log = (
+      metrics.MetricsLog(workdir, first_step=first_step)
+      if processes.is_first()
+      else metrics.NoLog()
+    )
     stack.callback(log.close)
     terminal = stack.enter_context(
       metrics.Terminal(console, num_steps=experiment.num_steps)
@@ -107,7 +132,9 @@ def _train(experiment, workdir, console, saved) -> Result:
     keeper = _Keeper(
       experiment, parts, saved, progress, reporter, log, terminal
     )
-    stop = stack.enter_context(interrupt.Interrupt())
+    stop = stack.enter_context(
+      interrupt.Interrupt(wait_for_steps=reporter.wait)
+    )
     state = loop.run(
       state,
       parts.batches,
@@ -123,11 +150,12 @@ def _train(experiment, workdir, console, saved) -> Result:
           experiment.checkpoint.every_steps, keeper.save, when_stopped=True
         ),
       ],
-      should_stop=lambda: bool(stop),
+      should_stop=stop.after_step,
     )
     saved.wait()
   step = saved.latest_step()
-  _summarise(workdir, reporter, step, stop, console)
+  if processes.is_first():
+    _summarise(workdir, reporter, step, stop, console)
   return Result(step=step, exit_code=stop.exit_code)
 
 
@@ -151,7 +179,7 @@ class _Keeper:
     saved: checkpoint.Checkpoints,
     progress: checkpoint.Progress,
     reporter: loop.Reporter,
-    log: metrics.MetricsLog,
+    log: metrics.Log,
     terminal: metrics.Terminal,
   ):
     self._parts = parts
@@ -202,6 +230,7 @@ def _describe(experiment, parts, first_step, console) -> None:
   data = experiment.data
   source = f'{data.open_source.__name__} {data.path}'.strip()
   tokens_per_step = data.batch_size * data.row_length
+  tokens = experiment.num_steps * tokens_per_step
   devices = parts.learner.placement.devices
   rows = {
     'experiment': experiment.name,
@@ -214,13 +243,12 @@ def _describe(experiment, parts, first_step, console) -> None:
       f'{data.batch_size} rows x {data.row_length} = {tokens_per_step:,} tokens'
     ),
     'run': (
-      f'{experiment.num_steps:,} steps,'
-      f' {experiment.num_steps * tokens_per_step:,} tokens,'
-      f' {experiment.num_steps * tokens_per_step * parts.learner.flops_per_token:.2e}'
-      ' FLOPs'
+      f'{experiment.num_steps:,} steps, {tokens:,} tokens,'
+      f' {tokens * parts.learner.flops_per_token:.2e} FLOPs'
     ),
     'devices': (
-      f'{len(devices)} x {devices[0].device_kind}, {experiment.parallel.kind},'
+      f'{len(devices)} x {devices[0].device_kind}{_in_processes()},'
+      f' {experiment.parallel.kind},'
       f' {experiment.compute_dtype}'
     ),
   }
@@ -228,6 +256,11 @@ def _describe(experiment, parts, first_step, console) -> None:
     rows['resumed'] = f'after step {first_step}'
   for name, value in rows.items():
     _say(console, f'{name:<10} {value}')
+
+
+def _in_processes() -> str:
+  num = processes.count()
+  return f' in {num} processes' if num > 1 else ''
 
 
 def _show_manifest(directory, manifest, console) -> None:

@@ -8,6 +8,7 @@ over a mesh as it stands, under `pmap` with `all_sum` adding across devices.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -18,7 +19,8 @@ import optax
 from training import state as state_lib
 
 Metrics = dict[str, jax.Array]
-# (params, batch, apply) -> (loss summed, sums with 'weight').
+# (params, batch, apply) -> (loss summed, sums with 'weight'). Sums are scalars,
+# or counts [..., shares] of which evenness is reported.
 Objective = Callable[[Any, Any, Callable[..., Any]], tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
@@ -65,7 +67,7 @@ def make_train_step(
     weight = jnp.maximum(sums.pop('weight'), 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {name: value / weight for name, value in sums.items()}
+    metrics = _reported(sums, weight)
     metrics['weight'] = weight
     metrics['grad_norm'] = optax.tree.norm(grads)
     new_state = state.replace(
@@ -91,6 +93,35 @@ def make_eval_step(
     return all_sum({**sums, 'loss': loss_sum})
 
   return eval_step
+
+
+def _reported(sums, weight):
+  """Divides sums by the weight; of counts tells how even they are."""
+  metrics = {}
+  for name, value in sums.items():
+    if value.ndim:
+      metrics |= _evenness(name, value)
+    else:
+      metrics[name] = value / weight
+  return metrics
+
+
+def _evenness(name, counts_NE):
+  """Returns three figures of how evenly each row of counts is spread.
+
+  The largest and the smallest count of any layer, in multiples of an even
+  share (1 and 1 is even, E and 0 the other extreme), and the mean over layers
+  of the entropy over that of even shares (1 is even, 0 the other extreme).
+  """
+  num_shares = counts_NE.shape[-1]
+  total_N1 = jnp.sum(counts_NE, axis=-1, keepdims=True)
+  share_NE = counts_NE / jnp.maximum(total_N1, 1e-9)
+  entropy_N = jnp.sum(jax.scipy.special.entr(share_NE), axis=-1)
+  return {
+    f'{name}_max': jnp.max(share_NE) * num_shares,
+    f'{name}_min': jnp.min(share_NE) * num_shares,
+    f'{name}_entropy': jnp.mean(entropy_N) / math.log(num_shares),
+  }
 
 
 def _accumulate(gradient_sums, params, batch, key, num_microbatches):

@@ -7,19 +7,29 @@
     tensorboard/
     frozen/         what is handed to life two
 
-`frozen/freeze.py` reads run.json, tokenizer/ and checkpoints/.
+`frozen/freeze.py` reads run.json, tokenizer/ and checkpoints/. Of several
+processes the first writes all of it, but for its part of the checkpoints, and
+the others read: the workdir is on a file system that they share.
 """
 
 import json
 import pathlib
+import secrets
 import shutil
 import subprocess
+import time
 from typing import Any
 
+import numpy as np
+
 from data import sources, vocabulary
+from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import config as config_lib
 
+# Longer than NFS keeps what it knows of a directory (acdirmin, 30 s at most
+# by default) would be safer, and annoying where the path is simply wrong.
+_SECONDS_TO_APPEAR = 5.0
 RUN = 'run.json'
 TOKENIZER = 'tokenizer'
 FROZEN = 'frozen'
@@ -43,6 +53,45 @@ def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
       f'--workdir={workdir}: got a directory with other files in it, expected'
       ' an empty one or one that a run was started in; use another --workdir'
     )
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Refuses a workdir that the processes of a run do not share.
+
+  The first one writes a file, and the others look for it.
+
+  Raises:
+    ValueError: a process does not see it.
+  """
+  if processes.count() == 1:
+    return
+  drawn = int(processes.gather(secrets.randbelow(2**31))[0, 0])
+  probe = workdir / f'.shared-{drawn:08x}'
+  try:
+    with processes.together('workdir'):
+      if processes.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    lost = np.flatnonzero(processes.gather(not _appears(probe))[:, 0])
+  finally:
+    if processes.is_first():
+      probe.unlink(missing_ok=True)
+  if lost.size:
+    raise ValueError(
+      f'--workdir={workdir}: got a directory of its own in process'
+      f' {", ".join(map(str, lost))}, expected one that all'
+      f' {processes.count()} processes share; put it on a shared file system'
+    )
+
+
+def _appears(path: pathlib.Path) -> bool:
+  """Returns whether the path exists soon: network file systems are slow."""
+  give_up = time.monotonic() + _SECONDS_TO_APPEAR
+  while not path.exists():
+    if time.monotonic() > give_up:
+      return False
+    time.sleep(0.05)
+  return True
 
 
 def record(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
@@ -76,14 +125,14 @@ def tokenizer(
     ValueError: it has more tokens than the model has embeddings.
   """
   directory = workdir / TOKENIZER
-  if directory.exists():
-    loaded = tokenizer_lib.load(directory)
-  else:
-    loaded = vocabulary.build_tokenizer(experiment.data.tokenizer, source)
-    # Written aside and renamed: a killed run leaves no half a tokenizer.
-    partial = directory.with_suffix('.tmp')
-    loaded.save(partial)
-    partial.replace(directory)
+  with processes.together('tokenizer'):
+    if processes.is_first() and not directory.exists():
+      built = vocabulary.build_tokenizer(experiment.data.tokenizer, source)
+      # Written aside and renamed: a killed run leaves no half a tokenizer.
+      partial = directory.with_suffix('.tmp')
+      built.save(partial)
+      partial.replace(directory)
+  loaded = tokenizer_lib.load(directory)
   if loaded.vocab_size > experiment.model.vocab_size:
     raise ValueError(
       f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'

@@ -33,9 +33,22 @@ def chunked_nll(
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   dtype: Any,
+  *,
+  vocab_shards: int = 1,
 ) -> jax.Array:
-  """Returns `weighted_nll` with as many chunks as the shapes ask for."""
-  chunks = num_chunks(*weights_BT.shape, head_VD.shape[0])
+  """Returns `weighted_nll` with as many chunks as the shapes ask for.
+
+  Args:
+    hidden_BTD: as all that follow but the last, see `weighted_nll`.
+    head_VD: the unembedding matrix.
+    targets_BT: token ids.
+    weights_BT: weight of each target.
+    dtype: the dtype that the head multiplies in.
+    vocab_shards: over how many devices the vocabulary is split meanwhile; each
+      holds so much less of a chunk.
+  """
+  batch, time = weights_BT.shape
+  chunks = num_chunks(batch, time, -(-head_VD.shape[0] // vocab_shards))
   nll: Any = weighted_nll(
     hidden_BTD, head_VD, targets_BT, weights_BT, chunks, jnp.dtype(dtype)
   )

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from models import remat
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(
@@ -23,6 +25,7 @@ def linear(
 def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
   y = _contract(x_cast, w_cast, (x.ndim - 1,), (0,)).astype(dtype)
+  y = remat.named_product(y)
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   # Zero-size arrays carry the input dtypes through the residuals.
@@ -35,12 +38,7 @@ def _backward(dtype, residuals, dy):
   x, dy = materialised(x, dy.astype(dtype))
   leading = tuple(range(x.ndim - 1))
   dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,)).astype(x_like.dtype)
-  if x.shape[-1] > dy.shape[-1]:
-    # The left operand is transposed in memory: let it be the smaller one.
-    (dw_OI,) = materialised(_contract(dy, x, leading, leading))
-    dw_IO = dw_OI.T
-  else:
-    dw_IO = _contract(x, dy, leading, leading)
+  dw_IO = weight_gradient(x, dy)
   dbias_O = None
   if bias_like is not None:
     dbias_O = jnp.sum(dy, axis=leading, dtype=jnp.float32)
@@ -49,6 +47,16 @@ def _backward(dtype, residuals, dy):
 
 
 linear.defvjp(_forward, _backward)
+
+
+def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+  """Returns x[..., I]^T @ dy[..., O], [I, O], in float32."""
+  leading = tuple(range(x.ndim - 1))
+  if x.shape[-1] > dy.shape[-1]:
+    # The left operand is transposed in memory: let it be the smaller one.
+    (dw_OI,) = materialised(_contract(dy, x, leading, leading))
+    return dw_OI.T
+  return _contract(x, dy, leading, leading)
 
 
 def _contract(a, b, a_axes: tuple[int, ...], b_axes: tuple[int, ...]):

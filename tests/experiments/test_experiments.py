@@ -18,6 +18,7 @@ DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments'
 NOT_EXPERIMENTS = {'__init__', 'presets'}
 VARIANTS = {
   'shakespeare_char': ['cpu', 'gpu'],
+  'pretrain': ['124m', '1b', '8b', '70b', '30b-a3b'],
   'pretrain_files': ['text', 'jsonl', 'parquet', 'tfds'],
 }
 ALL = [
@@ -44,9 +45,12 @@ def test_an_experiment_takes_one_step(name, variant):
     num_layers=min(2, experiment.model.num_layers),
     model_width=32,
     num_heads=4,
-    num_kv_heads=4 // experiment.model.queries_per_kv,
+    num_kv_heads=max(1, 4 // experiment.model.queries_per_kv),
     head_width=8,
-    mlp_width=48,
+    mlp_width=0 if experiment.model.num_experts else 48,
+    num_experts=min(4, experiment.model.num_experts),
+    num_active_experts=min(2, experiment.model.num_active_experts),
+    expert_width=min(24, experiment.model.expert_width),
     max_length=32,
   )
   model = transformer.Transformer(config, jnp.dtype(experiment.compute_dtype))

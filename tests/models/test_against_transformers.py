@@ -144,6 +144,64 @@ def _llama(config):
   return model, {'params': tree}
 
 
+def _mixtral(config):
+  model = transformers.MixtralForCausalLM(
+    transformers.MixtralConfig(
+      vocab_size=config.vocab_size,
+      num_hidden_layers=config.num_layers,
+      hidden_size=config.model_width,
+      num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads,
+      head_dim=config.head_width,
+      intermediate_size=config.expert_width,
+      num_local_experts=config.num_experts,
+      num_experts_per_tok=config.num_active_experts,
+      max_position_embeddings=config.max_length,
+      rms_norm_eps=config.norm_epsilon,
+      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
+      tie_word_embeddings=config.tie_embeddings,
+      bos_token_id=None,
+      eos_token_id=None,
+    )
+  )
+  model = _randomised(model)
+  w = _weights(model)
+
+  def dense(name):
+    return {'kernel': w[f'{name}.weight'].T}  # torch stores [out, in]
+
+  def norm(name):
+    return {'scale': w[f'{name}.weight']}
+
+  tree = {
+    'embed': {'embedding': w['model.embed_tokens.weight']},
+    'head': {'embedding': w['lm_head.weight']},
+    'final_norm': norm('model.norm'),
+  }
+  for n in range(config.num_layers):
+    at = f'model.layers.{n}'
+    gate_up = w[f'{at}.mlp.experts.gate_up_proj'].swapaxes(1, 2)
+    gate, up = np.split(gate_up, 2, axis=2)
+    down = w[f'{at}.mlp.experts.down_proj'].swapaxes(1, 2)
+    tree[f'layer_{n}'] = {
+      'attention_norm': norm(f'{at}.input_layernorm'),
+      'attention': {
+        'query': dense(f'{at}.self_attn.q_proj'),
+        'key': dense(f'{at}.self_attn.k_proj'),
+        'value': dense(f'{at}.self_attn.v_proj'),
+        'out': dense(f'{at}.self_attn.o_proj'),
+      },
+      'mlp_norm': norm(f'{at}.post_attention_layernorm'),
+      'moe': {
+        'router': dense(f'{at}.mlp.gate'),
+        'expert_gate': {'kernel': gate},
+        'expert_up': {'kernel': up},
+        'expert_down': {'kernel': down},
+      },
+    }
+  return model, {'params': tree}
+
+
 @pytest.mark.parametrize('scan_layers', [False, True])
 @pytest.mark.parametrize(
   ('build', 'config'),
@@ -151,8 +209,9 @@ def _llama(config):
     (_gpt2, fixtures.gpt2_like(max_length=LENGTH)),
     (_llama, fixtures.llama_like(max_length=LENGTH, rope_base=500.0)),
     (_llama, fixtures.llama_like(max_length=LENGTH, tie_embeddings=True)),
+    (_mixtral, fixtures.mixture(max_length=LENGTH, num_shared_experts=0)),
   ],
-  ids=['gpt2', 'llama', 'llama_tied'],
+  ids=['gpt2', 'llama', 'llama_tied', 'mixtral'],
 )
 def test_logits_equal_those_of_transformers(build, config, scan_layers):
   theirs, params = build(config)

@@ -16,6 +16,8 @@ CONFIGS = {
   'llama_tied': fixtures.llama_like(tie_embeddings=True),
   'gpt2': fixtures.gpt2_like(),
   'gpt2_scanned': fixtures.gpt2_like(scan_layers=True),
+  'mixture': fixtures.mixture(),
+  'mixture_scanned': fixtures.mixture(scan_layers=True),
 }
 every_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 

@@ -22,6 +22,9 @@ def next_token(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the summed cross-entropy of the targets, in nats.
 
+  Of a mixture of experts the loss has the router's losses in it, as weighted in
+  the model's config.
+
   Args:
     params: the model's variables.
     batch: tokens, targets, positions, segment_ids: int32 [B, T]; weights:
@@ -30,7 +33,8 @@ def next_token(
 
   Returns:
     The sum of weight * -log p(target), and the sums that the step reports:
-    `weight`, what the loss is divided by.
+    `weight`, what the loss is divided by; of a mixture also `nll`, the loss
+    without what the router adds, and what `models.moe.routing_sums` counts.
   """
   hidden_BTD, _, routing = apply(
     params,
@@ -47,5 +51,15 @@ def next_token(
     batch['weights'],
     method='weighted_nll',
   )
-  del routing
-  return nll_sum, {'weight': jnp.sum(batch['weights'])}
+  sums = {'weight': jnp.sum(batch['weights'])}
+  if routing is None:
+    return nll_sum, sums
+  # The loss of a mixture is that of its layers added up; what is reported is
+  # their average, in which even experts make a balance_loss of 1.
+  sums |= {
+    'nll': nll_sum,
+    'balance_loss': jnp.mean(routing['balance_loss'], axis=0),
+    'router_z_loss': jnp.mean(routing['router_z_loss'], axis=0),
+    'expert_load': routing['expert_load'],
+  }
+  return nll_sum + jnp.sum(routing['loss']), sums

@@ -121,6 +121,20 @@ def test_chunks_divide_time(batch, time, vocab, expected):
   assert cross_entropy.num_chunks(batch, time, vocab) == expected
 
 
+@pytest.mark.parametrize(('vocab_shards', 'chunks'), [(1, 6), (2, 3)])
+def test_a_split_vocabulary_is_cut_into_fewer_chunks(
+  vocab_shards, chunks, monkeypatch
+):
+  inputs = _loss_inputs(batch=3, time=12, vocab=10)
+  monkeypatch.setattr(cross_entropy, 'MAX_CHUNK_LOGITS', 3 * 12 * 10 // 6)
+  jaxpr = jax.make_jaxpr(
+    lambda *inputs: cross_entropy.chunked_nll(
+      *inputs, jnp.float32, vocab_shards=vocab_shards
+    )
+  )(*inputs)
+  assert f' length={chunks}\n' in str(jaxpr)
+
+
 def test_a_large_vocabulary_is_never_materialised():
   """The compiled gradient needs a fraction of the [B, T, V] logits."""
   batch, time, width, vocab = 8, 512, 16, 32_768

@@ -1,0 +1,106 @@
+"""What training with 8-bit products costs in loss: execution.matmul, compared.
+
+    python -m benchmarks.matmul_loss_gap --text=tiny_shakespeare.txt
+
+Trains the same small byte model on the same batches from the same seeds with
+float, int8 and fp8 products, and prints the loss on a held-out tenth of the
+text. `gap` is the mean over seeds of the difference to the float run of the
+same seed, with its standard error: seeds are paired, so that what they share
+cancels. CPUs emulate 8-bit products: nothing here says anything about speed.
+"""
+
+import statistics
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from data import config as data_config
+from experiments import presets
+from training import config as config_lib, learner as learner_lib, optimizer
+
+_TEXT = flags.DEFINE_string('text', None, 'A file of text.', required=True)
+_STEPS = flags.DEFINE_integer('steps', 300, 'Optimizer steps.', lower_bound=10)
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds per format.', lower_bound=2)
+
+ROWS, LENGTH, EVAL_ROWS = 16, 64, 512
+
+
+def experiment(matmul: str, num_steps: int) -> config_lib.Experiment:
+  """Returns two layers of width 64 over bytes: 0.1M parameters."""
+  return config_lib.Experiment(
+    name='matmul_loss_gap',
+    model=presets.llama(
+      vocab_size=256, num_layers=2, num_heads=4, num_kv_heads=2, width=64,
+      mlp_width=192, length=LENGTH,
+    ),
+    data=data_config.DataConfig(row_length=LENGTH, batch_size=ROWS),
+    optimizer=optimizer.OptimizerConfig(
+      peak_lr=4e-3, end_lr=4e-4, warmup_steps=num_steps // 10
+    ),
+    execution=config_lib.ExecutionConfig(matmul=matmul),
+    num_steps=num_steps,
+    compute_dtype='bfloat16',
+  )  # fmt: skip
+
+
+def batch(bytes_L: np.ndarray, starts_B: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns rows of the text, as `data.pipeline` would lay them out."""
+  rows = bytes_L[starts_B[:, None] + np.arange(LENGTH + 1)[None, :]]
+  shape = len(starts_B), LENGTH
+  return {
+    'tokens': rows[:, :-1].astype(np.int32),
+    'targets': rows[:, 1:].astype(np.int32),
+    'positions': np.tile(np.arange(LENGTH, dtype=np.int32), (shape[0], 1)),
+    'segment_ids': np.ones(shape, np.int32),
+    'weights': np.ones(shape, np.float32),
+  }
+
+
+def held_out_losses(text: bytes, matmul: str, num_steps: int, num_seeds: int):
+  """Returns the loss in nats per byte after training, one per seed."""
+  learner = learner_lib.make(experiment(matmul, num_steps), jax.devices()[:1])
+  train_step = learner.compile_train_step()
+  eval_step = learner.compile_eval_step()
+  put = learner.placement.put_batch
+  bytes_L = np.frombuffer(text, np.uint8)
+  split = len(bytes_L) * 9 // 10
+  places = np.linspace(split, len(bytes_L) - LENGTH - 1, EVAL_ROWS)
+  losses = []
+  for seed in range(num_seeds):
+    rng = np.random.default_rng(seed)
+    state = learner.init(jax.random.key(seed))
+    for _ in range(num_steps):
+      starts_B = rng.integers(0, split - LENGTH - 1, ROWS)
+      state, _ = train_step(state, put(batch(bytes_L, starts_B)))
+    sums = [
+      eval_step(state.params, put(batch(bytes_L, part)))
+      for part in places.astype(int).reshape(-1, ROWS)
+    ]
+    total = sum(float(part['loss']) for part in sums)
+    losses.append(total / sum(float(part['weight']) for part in sums))
+    print(f'{matmul:6} seed {seed}: {losses[-1]:.4f} nats/byte', flush=True)
+  return losses
+
+
+def main(argv: list[str]) -> None:
+  """Trains with each format and prints losses and gaps."""
+  if len(argv) > 1:
+    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
+  with open(_TEXT.value, 'rb') as file:
+    text = file.read()
+  reference: list[float] = []
+  for matmul in config_lib.MATMULS:
+    losses = held_out_losses(text, matmul, _STEPS.value, _SEEDS.value)
+    reference = reference or losses
+    gaps = [a - b for a, b in zip(losses, reference, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    print(
+      f'{matmul:6} mean {statistics.mean(losses):.4f}, gap'
+      f' {statistics.mean(gaps):+.4f} +- {error:.4f}',
+      flush=True,
+    )
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,181 @@
+"""The plans of the presets, formula beside compiler, as experiments/PLANS.md.
+
+    make plan-table
+    python -m benchmarks.plan_table --presets=124m,8b
+
+Compiles the train step of each preset for its target ahead of time: minutes
+each on two cores, no accelerator, no data (`pip install -r
+requirements-plan.txt`). Rows of presets that are not named stay as they are in
+the file.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from parallel import ahead, targets
+from training import plan as plan_lib
+
+PATH = pathlib.Path(__file__).parents[1] / 'experiments' / 'PLANS.md'
+# A target of sensible size for each variant of experiments/pretrain.py, and
+# the on-demand list price of its device-hour in dollars
+# (cloud.google.com/tpu/pricing, us-central1 and us-east5, 2025).
+PRESETS = {
+  '124m': ('v5e:2x4', 1.20),
+  '1b': ('v5e:4x4', 1.20),
+  '8b': ('v5p:4x4x4', 4.20),
+  '70b': ('v5p:4x8x8', 4.20),
+  '30b-a3b': ('v5p:4x4x4', 4.20),
+}
+# What needs no compiler, and what does.
+ANALYTIC = (
+  'preset',
+  'target',
+  'mesh',
+  'parameters',
+  'tokens per step',
+  'formula GiB',
+)
+COMPILED = (
+  'compiler GiB',
+  'ratio',
+  'fits',
+  'collectives GB',
+  'compute s',
+  'HBM s',
+  'links s',
+  'binds',
+  'step s',
+  'MFU',
+  'tokens',
+  'device-hours',
+  'dollars',
+)
+_HEADER = """# Plans of the presets
+
+What `python train.py --config=experiments/pretrain.py:PRESET --plan=TARGET`
+says of each; written by
+
+    make plan-table
+
+on a machine without accelerators. Memory is of one device at its peak: by the
+formula of `training/memory.py`, by the compiler (`memory_analysis` of the very
+train step, compiled ahead of time), and the first over the second. Collectives
+are what one device sends in a step. The three times are the least that each
+resource takes, at the peaks of `parallel/device_peaks.py`; the largest binds.
+The step is expected at {mfu:.0%} MFU, or at what binds where that allows less.
+Tokens are those of the whole run, dollars at {prices}
+per device-hour (on demand, list price of 2025).
+
+"""
+
+
+def plan(preset: str, *, is_compiled: bool) -> plan_lib.Plan:
+  """Returns the plan of a preset for its target."""
+  from experiments import pretrain
+
+  target, price = PRESETS[preset]
+  return plan_lib.make(
+    pretrain.get_config(preset),
+    target,
+    price_per_device_hour=price,
+    is_compiled=is_compiled,
+  )
+
+
+def analytic_cells(preset: str, made: plan_lib.Plan) -> list[str]:
+  """Returns the cells that follow from shapes alone."""
+  parameters = f'{made.num_params / 1e9:.3f}B'
+  if made.num_active_params != made.num_params:
+    parameters += f', {made.num_active_params / 1e9:.3f}B active'
+  return [
+    preset,
+    made.target,
+    made.mesh,
+    parameters,
+    f'{made.tokens_per_step:,}',
+    f'{made.memory.total / 2**30:.2f}',
+  ]
+
+
+def compiled_cells(made: plan_lib.Plan) -> list[str]:
+  """Returns the cells that the compiler has a part in."""
+  if not isinstance(made.compiled, ahead.Program):
+    raise ValueError(
+      f'{made.experiment.name}: got a step that does not fit {made.target}'
+      f' ({made.compiled}), expected presets that do; change its experiment'
+    )
+  roof = made.roofline
+  assert roof is not None
+  return [
+    f'{made.compiled.in_use / 2**30:.2f}',
+    f'{made.formula_ratio:.3f}',
+    'yes' if made.fits else 'NO',
+    f'{made.compiled.traffic.sent_bytes / 1e9:.1f}',
+    *(f'{s:.3g}' for s in (roof.compute, roof.memory, roof.links)),
+    roof.binds,
+    f'{made.step_seconds:.3g}',
+    f'{made.mfu:.1%}',
+    f'{made.tokens:.3g}',
+    f'{made.device_hours:,.0f}',
+    f'{made.cost:,.0f}',
+  ]
+
+
+def read(text: str) -> dict[str, dict[str, str]]:
+  """Returns the rows of a written table, {preset: {column: cell}}."""
+  lines = [line for line in text.splitlines() if line.startswith('|')]
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
+  if not rows:
+    return {}
+  header, _, *cells = rows
+  return {row[0]: dict(zip(header, row, strict=True)) for row in cells}
+
+
+def write(rows: dict[str, dict[str, str]]) -> str:
+  """Returns the file of the rows, in the order of PRESETS."""
+  columns = [*ANALYTIC, *COMPILED]
+  lines = [columns, ['---'] * len(columns)]
+  lines += [
+    [rows[preset].get(column, '') for column in columns]
+    for preset in PRESETS
+    if preset in rows
+  ]
+  prices = ' and '.join(
+    f'{price:.2f} ({generation})'
+    for generation, price in sorted(
+      {(target.split(':')[0], price) for target, price in PRESETS.values()}
+    )
+  )
+  header = _HEADER.format(mfu=plan_lib.DEFAULT_MFU, prices=prices)
+  table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return f'{header}{table}\n'
+
+
+def main(argv: list[str]) -> None:
+  """Plans the presets that were asked for and rewrites the file."""
+  del argv
+  wanted = flags.FLAGS.presets or list(PRESETS)
+  unknown = [preset for preset in wanted if preset not in PRESETS]
+  if unknown:
+    sys.exit(
+      f'error: --presets: got {", ".join(unknown)}, expected some of'
+      f' {", ".join(PRESETS)}'
+    )
+  path = pathlib.Path(flags.FLAGS.out)
+  for preset in wanted:
+    made = plan(preset, is_compiled=True)
+    print(f'{plan_lib.report(made)}\n', flush=True)
+    cells = [*analytic_cells(preset, made), *compiled_cells(made)]
+    # After each, as others take minutes more.
+    rows = read(path.read_text(encoding='utf-8')) if path.exists() else {}
+    rows[preset] = dict(zip((*ANALYTIC, *COMPILED), cells, strict=True))
+    path.write_text(write(rows), encoding='utf-8')
+
+
+if __name__ == '__main__':
+  targets.prepare_environment()
+  flags.DEFINE_list('presets', [], 'Which; all if empty.')
+  flags.DEFINE_string('out', str(PATH), 'The file to write.')
+  app.run(main)

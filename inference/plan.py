@@ -1,0 +1,298 @@
+"""What serving a frozen model takes: `serve.py --plan`.
+
+    python serve.py --model=DIR --plan
+    python serve.py --model=DIR --plan=v5e:2x4
+
+Read from the manifest alone: no weights are opened. Decoding reads every weight
+and every cached key and value once per step, so that memory bandwidth bounds
+its speed until the batch is large enough to keep the multipliers busy (Pope et
+al., arXiv:2211.05102, section 2). For a target the decode step itself is
+compiled ahead of time, and the compiler's memory stands beside the formula's.
+
+Life two runs on one device: figures are those of one, whatever the target.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from frozen import manifest as manifest_lib
+from inference import decode, sampling
+from models import config as config_lib, flops, kv_cache, transformer
+from parallel import ahead, device_peaks, targets
+
+# Left free: activations, what the runtime keeps, and what no formula knows.
+_MARGIN = 0.05
+# Of the compiled decode step; a power of two, as batches are.
+_MOST_COMPILED_SEQUENCES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """The figures of one device that serves a model."""
+
+  name: str  # the experiment that the weights come from
+  target: str
+  device_kind: str
+  peaks: device_peaks.Peaks
+  config: config_lib.ModelConfig
+  dtype: str
+  num_params: int
+  compiled: ahead.Program | ahead.OutOfMemory | None = None
+  compiled_sequences: int = 0
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes of a weight, and of a cached channel."""
+    return jnp.dtype(self.dtype).itemsize
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of all weights."""
+    return self.num_params * self.itemsize
+
+  @property
+  def kv_bytes_per_token(self) -> int:
+    """Bytes of the keys and values that one token leaves in the cache."""
+    config = self.config
+    channels = config.num_kv_heads * config.head_width
+    return 2 * config.num_layers * channels * self.itemsize
+
+  def bytes_of(self, num_sequences: int, length: int) -> float:
+    """Returns what so many sequences of a cache so long take, weights too."""
+    # Float32 logits; sampling sorts nothing but holds a copy as weights.
+    logits = 2 * 4 * num_sequences * self.config.vocab_size
+    cache = num_sequences * length * self.kv_bytes_per_token
+    return self.weight_bytes + cache + logits
+
+  def num_sequences(self, length: int) -> int:
+    """Returns how many sequences of a cache so long fit; 0: not even one."""
+    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.weight_bytes
+    each = self.bytes_of(1, length) - self.weight_bytes
+    return max(int(room // each), 0)
+
+  def step_bytes(self, num_sequences: int, context: float) -> float:
+    """Returns what a decode step reads of weights and cache.
+
+    A mixture reads the experts that some token takes: with B tokens that choose
+    A of E independently, E (1 - (1 - A/E)^B) of them.
+    """
+    weights = flops.num_matmul_params(self.config)
+    config = self.config
+    if config.num_experts:
+      share = config.num_active_experts / config.num_experts
+      taken = config.num_experts * (1 - (1 - share) ** num_sequences)
+      each = (flops.num_params(config) - flops.num_active_params(config)) / (
+        config.num_experts - config.num_active_experts or 1
+      )
+      weights += (taken - config.num_active_experts) * each
+    cache = num_sequences * context * self.kv_bytes_per_token
+    return weights * self.itemsize + cache
+
+  def step_seconds(self, num_sequences: int, context: float) -> float:
+    """Returns the least time of a decode step."""
+    products = num_sequences * flops.forward_flops_per_token(
+      self.config, context
+    )
+    return max(
+      self.step_bytes(num_sequences, context) / self.peaks.bytes_per_s,
+      products / self.peaks.flops_per_s[self.dtype],
+    )
+
+  def tokens_per_s(self, num_sequences: int, context: float) -> float:
+    """Returns the ceiling of decoding, tokens of all sequences together."""
+    return num_sequences / self.step_seconds(num_sequences, context)
+
+  def compute_bound_batch(self, context: float) -> int | None:
+    """Returns from which batch on products take longer than reading.
+
+    None where a token's own cache takes longer to read than its products take
+    to compute: then no batch is large enough.
+    """
+    per_token = flops.forward_flops_per_token(self.config, context)
+    compute = per_token / self.peaks.flops_per_s[self.dtype]
+
+    def is_bound(batch: int) -> bool:
+      read = self.step_bytes(batch, context) / self.peaks.bytes_per_s
+      return batch * compute >= read
+
+    cache = context * self.kv_bytes_per_token / self.peaks.bytes_per_s
+    if compute <= cache:
+      return None
+    high = 1
+    while not is_bound(high):
+      high *= 2
+    low = high // 2
+    while high - low > 1:
+      middle = (low + high) // 2
+      low, high = (low, middle) if is_bound(middle) else (middle, high)
+    return high
+
+
+def make(
+  directory: str, target_name: str = targets.HERE, *, is_compiled: bool = True
+) -> Plan:
+  """Plans to serve a frozen directory, of which only the manifest is read.
+
+  Raises:
+    FileNotFoundError, ValueError: no such model, or no such target.
+  """
+  manifest = manifest_lib.read(pathlib.Path(directory))
+  config = config_lib.ModelConfig.from_dict(manifest.model)
+  is_here = target_name == targets.HERE
+  device = (
+    jax.devices()[0]
+    if is_here
+    else targets.devices(targets.parse(target_name))[0]
+  )
+  plan = Plan(
+    name=manifest.experiment,
+    target=target_name,
+    device_kind=device.device_kind,
+    peaks=device_peaks.peaks(device),
+    config=config,
+    dtype=manifest.dtype,
+    num_params=manifest.num_params,
+  )
+  if is_here or not is_compiled:
+    return plan
+  fitting = max(plan.num_sequences(config.max_length), 1)
+  sequences = min(1 << fitting.bit_length() - 1, _MOST_COMPILED_SEQUENCES)
+  return dataclasses.replace(
+    plan,
+    compiled=compile_decode_step(plan, device, sequences),
+    compiled_sequences=sequences,
+  )
+
+
+def compile_decode_step(
+  plan: Plan, device: jax.Device, num_sequences: int
+) -> ahead.Program | ahead.OutOfMemory:
+  """Compiles the decode step for caches of the model's whole length."""
+  mesh = Mesh(np.array([device]), ('device',))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  model = transformer.Transformer(plan.config, jnp.dtype(plan.dtype))
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )
+  params = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(plan.dtype)), shapes
+  )
+
+  def put(tree: Any) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      tree,
+    )
+
+  with jax.set_mesh(mesh):
+    return ahead.compile(
+      decode.decode_step.lower(
+        put(params),
+        put(jax.eval_shape(lambda: _state(plan, num_sequences))),
+        model=model,
+        vocab_size=plan.config.vocab_size,
+      )
+    )
+
+
+def _state(plan: Plan, num_sequences: int) -> decode.DecodeState:
+  ones_B = [1] * num_sequences
+  return decode.DecodeState(
+    cache=kv_cache.init(
+      plan.config,
+      batch_size=num_sequences,
+      length=plan.config.max_length,
+      dtype=jnp.dtype(plan.dtype),
+    ),
+    tokens_B=jnp.zeros((num_sequences,), jnp.int32),
+    positions_B=jnp.zeros((num_sequences,), jnp.int32),
+    sampler=sampling.init(
+      temperature=ones_B, top_k=ones_B, top_p=ones_B, min_p=ones_B, seed=ones_B
+    ),
+  )
+
+
+def report(plan: Plan) -> str:
+  """Returns the plan as text, a line per figure."""
+  lines = [*_model_lines(plan), *_speed_lines(plan), *_compiled_lines(plan)]
+  return '\n'.join(f'{name:<16}{text}'.rstrip() for name, text in lines)
+
+
+def _model_lines(plan: Plan):
+  limit = plan.peaks.memory_bytes
+  yield 'model', f'{plan.name}, {plan.num_params:,} parameters, {plan.dtype}'
+  yield (
+    'device',
+    f'{plan.device_kind} ({plan.target}), one of them:'
+    f' {ahead.size(limit) if limit else "unknown"} of memory,'
+    f' {plan.peaks.bytes_per_s / 1e9:.4g} GB/s ({plan.peaks.source})',
+  )
+  share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
+  yield 'weights', f'{ahead.size(plan.weight_bytes)}{share}'
+  yield 'cache', f'{ahead.size(plan.kv_bytes_per_token)} per token'
+  if limit and plan.num_sequences(1) == 0:
+    yield 'fits', 'NO: not the weights and one token; take a larger device'
+  elif limit:
+    yield (
+      'sequences',
+      ', '.join(
+        f'{plan.num_sequences(length):,} of {length}'
+        for length in _lengths(plan)
+      )
+      + ' tokens fit',
+    )
+
+
+def _lengths(plan: Plan) -> list[int]:
+  """Lengths worth telling: the model's own, and shorter ones."""
+  longest = plan.config.max_length
+  return [length for length in (longest // 4, longest // 2, longest) if length]
+
+
+def _speed_lines(plan: Plan):
+  context = plan.config.max_length / 2
+  yield 'decode', f'at best, {context:g} tokens of context in each sequence'
+  batches = {1: 'alone'}
+  most = plan.num_sequences(plan.config.max_length)
+  if most > 1:
+    batches[most] = 'all that fit'
+  for batch, name in batches.items():
+    yield (
+      '',
+      f'{plan.tokens_per_s(batch, context):,.4g} tokens/s with'
+      f' {batch:,} ({name})',
+    )
+  for told, tokens in (('that context', context), ('an empty one', 0)):
+    bound = plan.compute_bound_batch(tokens)
+    text = 'never' if bound is None else f'from {bound:,} sequences on'
+    yield '', f'compute-bound {text}, at {told}'
+
+
+def _compiled_lines(plan: Plan):
+  compiled = plan.compiled
+  if compiled is None:
+    return
+  count, length = plan.compiled_sequences, plan.config.max_length
+  formula = plan.bytes_of(count, length)
+  told = f'{count} sequences of {length}: '
+  if isinstance(compiled, ahead.OutOfMemory):
+    needed = ahead.size(compiled.needed) if compiled.needed else 'more'
+    available = ahead.size(compiled.available or plan.peaks.memory_bytes)
+    yield 'compiler', f'{told}needs {needed} of {available}: DOES NOT FIT'
+    return
+  temporaries = ahead.size(compiled.temporaries)
+  yield (
+    'compiler',
+    f'{told}{ahead.size(compiled.in_use)} at its peak (formula'
+    f' {ahead.size(formula)}, {formula / compiled.in_use:.1%}); arguments'
+    f' {ahead.size(compiled.arguments)}, temporaries {temporaries},'
+    f' {ahead.size(compiled.aliased)} updated in place',
+  )

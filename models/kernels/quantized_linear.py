@@ -1,0 +1,123 @@
+"""Matrix multiplication by a weight in 8 bits: training's fast products.
+
+`int8` and `fp8` are ports of `models.execution.Execution`, in place of
+`models.kernels.linear.linear`. Operands are quantised on the fly, from float32
+weights that stay float32, each row along the sum by a scale of its own (its
+largest magnitude), multiplied with a wide accumulator, and scaled back.
+Rounding is passed straight through: gradients are those of the product, taken
+at the quantised values.
+
+    product          int8            fp8
+    y = x w          int8 x int8     e4m3 x e4m3
+    dx = dy w^T      int8 x int8     e5m2 x e4m3
+    dw = x^T dy      compute dtype   e5m2 x e4m3
+
+A weight's gradient is a sum over tokens, of which a few are far larger than the
+rest: in 8 evenly spaced bits, rounded to nearest, most would vanish. e5m2 has
+the range for them (FP8 formats: Micikevicius et al., arXiv:2209.05433, section
+3; int8 training: Zhang et al., arXiv:2105.03536). Embedding, head, norms and
+attention's own products stay as they are.
+
+qwix quantises and multiplies; it is imported when first asked for.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import remat
+from models.kernels import linear as linear_lib
+
+FORMATS = ('int8', 'fp8')
+
+_FORWARD = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
+_COTANGENT = {'int8': jnp.int8, 'fp8': jnp.float8_e5m2}
+_QUANTISES_WEIGHT_GRADIENT = {'int8': False, 'fp8': True}
+
+
+def check_installed() -> None:
+  """Raises ValueError unless qwix can be imported."""
+  try:
+    _qwix()
+  except ImportError as error:
+    raise ValueError(
+      f'execution.matmul: got {error}, expected qwix; pip install -r'
+      ' requirements-quant.txt or set execution.matmul = float'
+    ) from error
+
+
+def int8(
+  x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
+) -> jax.Array:
+  """Returns x[..., I] @ w[I, O] + bias[O] as `dtype`, multiplied in int8."""
+  return _linear(x, w_IO, bias_O, dtype, 'int8')
+
+
+def fp8(
+  x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
+) -> jax.Array:
+  """Returns x[..., I] @ w[I, O] + bias[O] as `dtype`, multiplied in fp8."""
+  return _linear(x, w_IO, bias_O, dtype, 'fp8')
+
+
+def _linear(x, w_IO, bias_O, dtype, form: str):
+  y: Any = _product(x, w_IO, jnp.dtype(dtype), form)
+  if bias_O is not None:
+    y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, w_IO, dtype, form: str):
+  y, _ = _forward(x, w_IO, dtype, form)
+  return y
+
+
+def _forward(x, w_IO, dtype, form: str):
+  y = _contract(x, w_IO, (x.ndim - 1,), (0,), (_FORWARD[form], _FORWARD[form]))
+  y = remat.named_product(y.astype(dtype))
+  return y, (x, w_IO)
+
+
+def _backward(dtype, form: str, residuals, dy):
+  x, w_IO = residuals
+  x_dtype = x.dtype
+  # As in the float product: without it XLA:CPU computes dy in every reader.
+  x, dy = linear_lib.materialised(x.astype(dtype), dy.astype(dtype))
+  narrow = (_COTANGENT[form], _FORWARD[form])
+  dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,), narrow)
+  leading = tuple(range(x.ndim - 1))
+  if _QUANTISES_WEIGHT_GRADIENT[form]:
+    dw_IO = _contract(dy, x, leading, leading, narrow).T
+  else:
+    dw_IO = linear_lib.weight_gradient(x, dy)
+  return dx.astype(x_dtype), dw_IO.astype(w_IO.dtype)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _contract(a, b, a_axes, b_axes, qtypes):
+  """Sums over the given axes of both, quantised; float32."""
+  qwix = _qwix()
+
+  def quantised(array, axes, qtype):
+    # In float32, so that scales are exact to more than 8 bits.
+    kept = tuple(axis for axis in range(array.ndim) if axis not in axes)
+    return qwix.quantize(
+      array.astype(jnp.float32), qtype, channelwise_axes=kept
+    )
+
+  return qwix.dot_general(
+    quantised(a, a_axes, qtypes[0]),
+    quantised(b, b_axes, qtypes[1]),
+    ((a_axes, b_axes), ((), ())),
+  )
+
+
+def _qwix() -> Any:
+  import qwix  # noqa: PLC0415  seconds to import, and an extra requirement
+
+  return qwix

@@ -1,0 +1,220 @@
+"""Attention of some queries over some of their keys, and its gradients.
+
+The parts that context parallelism is put together from: an attention over all
+keys is merged from attentions over pieces of them (online softmax: Milakov and
+Gimelshein, arXiv:1805.02867), and the gradients of a piece follow from the
+log-sum-exp over all keys (FlashAttention-2, arXiv:2307.08691, algorithm 2).
+Scores are float32; no more of them exist at once than of `MAX_BLOCK_ROWS`
+queries.
+
+Letters as in `models`: B batch, K key/value heads, G query heads for each of
+them, T queries, R of these in a block, S keys, C channels per head.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Rows of queries whose scores exist at once: the memory of a block grows with
+# it, and how often the gradients of all keys are read and written falls.
+MAX_BLOCK_ROWS = 256
+
+# Finite, so that a row of which no key is visible here has finite numbers; the
+# merge with a piece where one is visible gives them the weight zero.
+_MASKED = -1e30
+
+
+# Where tokens are in the arrays of queries and of keys. Those of fewer axes,
+# [B, T] and [T], have them last.
+QUERY_AXIS = 3
+KEY_AXIS = 2
+
+
+class Queries(NamedTuple):
+  """Some queries, scaled, and what decides which keys they see."""
+
+  q_BKGTC: jax.Array
+  segment_ids_BT: jax.Array | None
+  index_T: jax.Array | None = None  # place in the row; None: after all keys
+
+
+class Keys(NamedTuple):
+  """Some keys and values, and who sees them."""
+
+  k_BKSC: jax.Array
+  v_BKSC: jax.Array
+  segment_ids_BS: jax.Array | None
+  index_S: jax.Array | None = None  # place in the row
+
+
+class Partial(NamedTuple):
+  """Attention over a part of the keys, not yet normalised; float32."""
+
+  out_BKGTC: jax.Array  # sum of exp(score - max) * value
+  max_BKGT: jax.Array  # of the scores
+  sum_BKGT: jax.Array  # of exp(score - max)
+
+
+class Saved(NamedTuple):
+  """What the gradients of any piece need of the attention over all keys."""
+
+  log_sum_BKGT: jax.Array  # log of the sum of exp(score)
+  delta_BKGT: jax.Array  # sum over channels of dout * out
+  dout_BKGTC: jax.Array
+
+
+def axis_of(x: jax.Array, axis: int) -> int:
+  """Returns where tokens are in an array of queries or keys."""
+  return min(x.ndim - 1, axis)
+
+
+def halves(tree: Any, axis: int) -> tuple[Any, Any]:
+  """Returns the first and the second half of some tokens.
+
+  Args:
+    tree: of arrays of queries, or of keys.
+    axis: `QUERY_AXIS` or `KEY_AXIS`.
+  """
+
+  def half(x, index):
+    return jnp.split(x, 2, axis_of(x, axis))[index]
+
+  return tuple(jax.tree.map(lambda x, i=i: half(x, i), tree) for i in (0, 1))
+
+
+def whole(first: Any, second: Any, axis: int) -> Any:
+  """The inverse of `halves`."""
+  return jax.tree.map(
+    lambda a, b: jnp.concatenate([a, b], axis_of(a, axis)), first, second
+  )
+
+
+def attend(queries: Queries, keys: Keys) -> Partial:
+  """Returns the attention of the queries over these keys alone."""
+
+  def attend_rows(queries):
+    scores_BKGRS = _scores(queries, keys)
+    max_BKGR = jnp.max(scores_BKGRS, axis=-1)
+    weights_BKGRS = jnp.exp(scores_BKGRS - max_BKGR[..., None])
+    out_BKGRC = _over_keys(weights_BKGRS, keys.v_BKSC)
+    return Partial(out_BKGRC, max_BKGR, jnp.sum(weights_BKGRS, axis=-1))
+
+  blocks = jax.lax.map(attend_rows, _split_rows(queries))
+  return jax.tree.map(_join_rows, blocks)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+  """Returns the attention over the keys of both."""
+  max_BKGT = jnp.maximum(a.max_BKGT, b.max_BKGT)
+  a_BKGT = jnp.exp(a.max_BKGT - max_BKGT)
+  b_BKGT = jnp.exp(b.max_BKGT - max_BKGT)
+  return Partial(
+    a.out_BKGTC * a_BKGT[..., None] + b.out_BKGTC * b_BKGT[..., None],
+    max_BKGT,
+    a.sum_BKGT * a_BKGT + b.sum_BKGT * b_BKGT,
+  )
+
+
+def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
+  """Returns the output, [B, K, G, T, C], and the log-sum-exp; float32."""
+  out_BKGTC = partial.out_BKGTC / partial.sum_BKGT[..., None]
+  return out_BKGTC, partial.max_BKGT + jnp.log(partial.sum_BKGT)
+
+
+def gradients(
+  queries: Queries, keys: Keys, saved: Saved
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns dq and (dk, dv), all float32, from these keys and queries alone."""
+
+  def add_rows(totals, block):
+    dk_BKSC, dv_BKSC = totals
+    queries, saved = block
+    scores_BKGRS = _scores(queries, keys)
+    probs_BKGRS = jnp.exp(scores_BKGRS - saved.log_sum_BKGT[..., None])
+    dprobs_BKGRS = _over_channels(saved.dout_BKGTC, keys.v_BKSC)
+    # The softmax's Jacobian: a score gains by its weight in excess of the mean.
+    dscores_BKGRS = probs_BKGRS * (dprobs_BKGRS - saved.delta_BKGT[..., None])
+    dv_BKSC += _over_rows(probs_BKGRS, saved.dout_BKGTC)
+    dk_BKSC += _over_rows(dscores_BKGRS, queries.q_BKGTC)
+    dq_BKGRC = _over_keys(dscores_BKGRS, keys.k_BKSC)
+    return (dk_BKSC, dv_BKSC), dq_BKGRC
+
+  zeros = jnp.zeros(keys.k_BKSC.shape, jnp.float32)
+  dkeys, dq = jax.lax.scan(
+    add_rows, (zeros, zeros), (_split_rows(queries), _split_rows(saved))
+  )
+  return _join_rows(dq), dkeys
+
+
+def _scores(queries: Queries, keys: Keys) -> jax.Array:
+  """Returns the scores, [B, K, G, R, S], of what is not seen all but -inf."""
+  scores_BKGRS = _over_channels(queries.q_BKGTC, keys.k_BKSC)
+  is_seen = []
+  if queries.index_T is not None and keys.index_S is not None:
+    is_seen.append((keys.index_S[None, :] <= queries.index_T[:, None])[None])
+  if queries.segment_ids_BT is not None and keys.segment_ids_BS is not None:
+    is_seen.append(
+      queries.segment_ids_BT[:, :, None] == keys.segment_ids_BS[:, None, :]
+    )
+  for mask_BRS in is_seen:
+    scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
+  return scores_BKGRS
+
+
+# Products in the dtype of what is not a score, added up in float32. Groups and
+# rows are one axis of a matrix product per sequence and key/value head.
+
+
+def _over_channels(x_BKGRC: jax.Array, y_BKSC: jax.Array) -> jax.Array:
+  return _product(x_BKGRC, y_BKSC, (3, 3)).reshape(
+    (*x_BKGRC.shape[:4], y_BKSC.shape[2])
+  )
+
+
+def _over_keys(x_BKGRS: jax.Array, y_BKSC: jax.Array) -> jax.Array:
+  return _product(x_BKGRS.astype(y_BKSC.dtype), y_BKSC, (3, 2)).reshape(
+    (*x_BKGRS.shape[:4], y_BKSC.shape[3])
+  )
+
+
+def _over_rows(x_BKGRS: jax.Array, y_BKGRC: jax.Array) -> jax.Array:
+  return _product(x_BKGRS.astype(y_BKGRC.dtype), _flat(y_BKGRC), (2, 2))
+
+
+def _product(x_BKGRI, y_BKJL, contracted):
+  return jax.lax.dot_general(
+    _flat(x_BKGRI),
+    y_BKJL,
+    (((contracted[0],), (contracted[1],)), ((0, 1), (0, 1))),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _flat(x_BKGRI: jax.Array) -> jax.Array:
+  batch, num_kv, groups, rows, size = x_BKGRI.shape
+  return x_BKGRI.reshape(batch, num_kv, groups * rows, size)
+
+
+def num_blocks(rows: int) -> int:
+  """Returns into how many equal blocks so many query rows are cut."""
+  least = -(-rows // MAX_BLOCK_ROWS)
+  return next(n for n in range(least, rows + 1) if rows % n == 0)
+
+
+def _split_rows(tree: Any) -> Any:
+  """Cuts the query rows into blocks, which become a first axis."""
+
+  def split(x):
+    axis = axis_of(x, QUERY_AXIS)
+    blocks = num_blocks(x.shape[axis])
+    x = x.reshape((*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]))
+    return jnp.moveaxis(x, axis, 0)
+
+  return jax.tree.map(split, tree)
+
+
+def _join_rows(x: jax.Array) -> jax.Array:
+  """The inverse, for [blocks, B, K, G, R] and [blocks, B, K, G, R, C]."""
+  x = jnp.moveaxis(x, 0, 3)
+  return x.reshape((*x.shape[:3], -1, *x.shape[5:]))

@@ -1,0 +1,92 @@
+"""Attention over gathered keys: every device collects all keys of its rows.
+
+Simpler than a ring and one collective instead of n - 1, for the memory of all
+keys and values of a layer while it is computed. With tokens in
+`context.balanced_order` the earlier of a device's two chunks lies in the first
+half of the row and needs the keys of that alone. To be called with the mesh
+axis `context` in scope.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from parallel import block_attention as blocks
+
+_AXIS = 'context'
+
+
+def attend(
+  queries: blocks.Queries, keys: blocks.Keys, num_shards: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output and log-sum-exp of a device's queries, float32."""
+  lo, hi = _with_index(queries, num_shards)
+  keys = _gathered(keys, num_shards)
+  first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
+  return blocks.whole(
+    blocks.finish(blocks.attend(lo, first_half)),
+    blocks.finish(blocks.attend(hi, keys)),
+    blocks.QUERY_AXIS,
+  )
+
+
+def gradients(
+  queries: blocks.Queries,
+  keys: blocks.Keys,
+  saved: blocks.Saved,
+  num_shards: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns dq and (dk, dv) of a device's queries and keys, float32."""
+  lo, hi = _with_index(queries, num_shards)
+  saved_lo, saved_hi = blocks.halves(saved, blocks.QUERY_AXIS)
+  keys = _gathered(keys, num_shards)
+  first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
+  dlo, dkeys_lo = blocks.gradients(lo, first_half, saved_lo)
+  dhi, dkeys_hi = blocks.gradients(hi, keys, saved_hi)
+
+  def scatter(d_BKSC, dlo_BKSC):
+    first, second = blocks.halves(d_BKSC, blocks.KEY_AXIS)
+    d_BKSC = jnp.concatenate([first + dlo_BKSC, second], blocks.KEY_AXIS)
+    return jax.lax.psum_scatter(
+      _to_balanced(d_BKSC, num_shards),
+      _AXIS,
+      scatter_dimension=blocks.KEY_AXIS,
+      tiled=True,
+    )
+
+  dkeys = jax.tree.map(scatter, dkeys_hi, dkeys_lo)
+  return blocks.whole(dlo, dhi, blocks.QUERY_AXIS), dkeys
+
+
+def _with_index(queries, num_shards):
+  """Returns a device's two chunks of queries, with their places in the row."""
+  lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
+  chunk_R = jnp.arange(lo.q_BKGTC.shape[3])
+  device = jax.lax.axis_index(_AXIS)
+  start = device * len(chunk_R)
+  start_hi = (2 * num_shards - 1 - device) * len(chunk_R)
+  return lo._replace(index_T=start + chunk_R), hi._replace(
+    index_T=start_hi + chunk_R
+  )
+
+
+def _gathered(keys: blocks.Keys, num_shards: int) -> blocks.Keys:
+  """Returns the keys of all devices, in the order of the row."""
+
+  def collect(x):
+    axis = blocks.axis_of(x, blocks.KEY_AXIS)
+    x = jax.lax.all_gather(x, _AXIS, axis=axis, tiled=True)
+    x = x.reshape((*x.shape[:axis], num_shards, 2, -1, *x.shape[axis + 1 :]))
+    lo, hi = jnp.moveaxis(x, axis + 1, 0)
+    x = jnp.concatenate([lo, jnp.flip(hi, axis)], axis)
+    return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))
+
+  keys = jax.tree.map(collect, keys)
+  return keys._replace(index_S=jnp.arange(keys.k_BKSC.shape[2]))
+
+
+def _to_balanced(x_BKSC: jax.Array, num_shards: int) -> jax.Array:
+  """Orders keys as they lie on the devices: the inverse of collecting them."""
+  batch, num_kv, size, channels = x_BKSC.shape
+  x = x_BKSC.reshape(batch, num_kv, 2, num_shards, -1, channels)
+  pairs = jnp.stack([x[:, :, 0], jnp.flip(x[:, :, 1], 2)], axis=3)
+  return pairs.reshape(batch, num_kv, size, channels)

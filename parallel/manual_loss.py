@@ -1,0 +1,85 @@
+"""The loss over a mesh: each device sums its own tokens, all add up once.
+
+A chunked loss adds the gradient of the head up over its chunks. Left to the
+compiler (GSPMD), the chunks are counted from the global shape, and that sum,
+which is split over devices by tokens, would be completed across them in every
+chunk. Here a device sees only its own tokens: as many chunks as these need,
+and one sum across devices behind the loop.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from parallel import rules
+
+# As around the head every axis but `tensor` splits tokens, stages included.
+TIME_AXES = ('context', 'stage')
+_VOCAB_AXIS = 'tensor'
+
+# (hidden_BTD, head_VD, targets_BT, weights_BT, dtype) -> summed nll; and, as
+# `vocab_shards`, over how many devices the vocabulary is split meanwhile.
+Nll = Callable[..., jax.Array]
+
+
+def check_row_length(row_length: int, mesh: Mesh) -> None:
+  """Raises ValueError for rows that cannot be split for the head."""
+  parts = rules.num_parts(mesh, TIME_AXES)
+  if row_length % parts:
+    split = [axis for axis in TIME_AXES if mesh.shape[axis] > 1]
+    raise ValueError(
+      f'data.row_length: got {row_length}, expected a multiple of'
+      f' {" x ".join(f"parallel.{axis}" for axis in split)} = {parts}, by which'
+      ' the tokens of a row are split for the head; change one of them'
+    )
+
+
+def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
+  """Returns `nll` summed over the mesh, on whole arrays.
+
+  Tokens are split by hand; the vocabulary is left to the compiler, which
+  splits the logits as the head is (over `tensor`) and adds across devices what
+  a softmax needs: two numbers per token, and the gradient of its hidden state.
+
+  Args:
+    nll: computes the loss in place; sums over tokens.
+    mesh: from `parallel.mesh`.
+  """
+  manual = tuple(name for name in mesh.axis_names if name != _VOCAB_AXIS)
+  tokens = PartitionSpec(rules.BATCH_AXES, TIME_AXES)
+
+  def weighted_nll(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    dtype: Any,
+  ) -> jax.Array:
+    check_row_length(hidden_BTD.shape[1], mesh)
+
+    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
+      total = nll(
+        hidden_BTD,
+        head_VD,
+        targets_BT,
+        weights_BT,
+        dtype,
+        vocab_shards=mesh.shape[_VOCAB_AXIS],
+      )
+      return jax.lax.psum(total, manual)
+
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      # The head is gathered at the entrance, split over `tensor` alone: a
+      # gather inside would collect the vocabulary as well.
+      in_specs=(tokens, PartitionSpec(), tokens, tokens),
+      out_specs=PartitionSpec(),
+      axis_names=set(manual),
+      # The loss is not to know of mesh axes, which its loop would have to say.
+      check_vma=False,
+    )(hidden_BTD, head_VD, targets_BT, weights_BT)
+
+  return weighted_nll

@@ -1,0 +1,279 @@
+"""Devices that are not here: what a plan compiles for ahead of time.
+
+    prepare_environment()            # before anything imports jax
+    target = targets.parse('v5p:4x4x4')
+    devices = targets.devices(target)
+
+`v5p:4x4x4` is a slice of TPU chips in their torus, `h100:8` so many GPUs. XLA's
+own compilers make the program, and need no device to do so: libtpu for a TPU;
+for a GPU the CUDA plugin and a description of the device, which is written here
+from figures of its datasheet. What a program asks of its devices comes from
+`parallel.device_peaks`, under the same names as for devices at hand.
+
+Importing this file does not import jax, which reads its environment once.
+"""
+
+import dataclasses
+import glob
+import math
+import os
+import re
+import sys
+from typing import Any
+
+# Compiling for an absent TPU, libtpu would look for the machine it is part of,
+# wait for a metadata server and complain of not finding either. The lock file
+# that keeps two processes from one TPU would keep two plans apart. CUDA would
+# be tried, and reported missing, though nothing is to run.
+_ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'CUDA_VISIBLE_DEVICES': '',
+  # What libtpu and XLA say of compiling for absent devices helps nobody.
+  'TF_CPP_MIN_LOG_LEVEL': '3',
+  'TPU_STDERR_LOG_LEVEL': '3',
+  'TPU_MIN_LOG_LEVEL': '3',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tpu:
+  """A generation of TPU."""
+
+  device_kind: str  # as jax shows it; keys device_peaks.DATASHEETS
+  num_dims: int  # of the torus
+  most_chips: int  # of one slice, docs.cloud.google.com/tpu/docs
+  devices_per_chip: int = 1
+  options: tuple[tuple[str, Any], ...] = ()  # for libtpu
+
+
+_TPUS = {
+  # As jax shows a v4 at work: the two cores of a chip are one device.
+  'v4': _Tpu(
+    device_kind='TPU v4',
+    num_dims=3,
+    most_chips=4096,
+    options=(('chip_config_name', 'megacore'),),
+  ),
+  'v5e': _Tpu(device_kind='TPU v5 lite', num_dims=2, most_chips=256),
+  'v5p': _Tpu(device_kind='TPU v5', num_dims=3, most_chips=8960),
+  'v6e': _Tpu(device_kind='TPU v6 lite', num_dims=2, most_chips=256),
+  'tpu7x': _Tpu(
+    device_kind='TPU7x', num_dims=3, most_chips=9216, devices_per_chip=2
+  ),
+}
+_GPUS = {
+  'a100': 'NVIDIA A100-SXM4-80GB',
+  'h100': 'NVIDIA H100 80GB HBM3',
+  'h200': 'NVIDIA H200',
+}
+# Device files of TPUs (v4 and before, v5 and after), NVIDIA's and AMD's GPUs,
+# and of GPUs under WSL.
+_ACCELERATORS = (
+  '/dev/accel*',
+  '/dev/vfio/*',
+  '/dev/nvidia*',
+  '/dev/kfd',
+  '/dev/dxg',
+)
+HERE = 'here'  # not a target: the devices of this machine
+# GPUs of one host, all connected by NVLink.
+GPUS_PER_HOST = 8
+_EXAMPLES = 'v5e:2x4, v5p:4x4x4 or h100:8'
+
+
+class TargetError(ValueError):
+  """A target that cannot be planned for; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+  """A set of devices that are not here."""
+
+  name: str  # 'v5p:4x4x4'
+  generation: str  # 'v5p'
+  device_kind: str  # keys device_peaks.DATASHEETS
+  shape: tuple[int, ...]  # chips along each axis, or number of GPUs
+  num_devices: int
+  is_tpu: bool
+
+
+def parse(name: str) -> Target:
+  """Returns the target of that name. Compiles and imports nothing.
+
+  Raises:
+    TargetError: no such target.
+  """
+  generation, _, size = name.partition(':')
+  if generation not in _TPUS and generation not in _GPUS:
+    raise TargetError(
+      f'--plan: got the unknown target {name!r}, expected one of'
+      f' {", ".join([*_TPUS, *_GPUS])} with a size, as in {_EXAMPLES}'
+    )
+  is_tpu = generation in _TPUS
+  num_dims = _TPUS[generation].num_dims if is_tpu else 1
+  if not re.fullmatch('x'.join([r'[1-9]\d*'] * num_dims), size):
+    expected = (
+      f'{num_dims} sizes, as in {generation}:{"x".join("4" * num_dims)}'
+      if is_tpu
+      else f'a number of devices, as in {generation}:8'
+    )
+    raise TargetError(f'--plan: got {name!r}, expected {expected}')
+  shape = tuple(int(part) for part in size.split('x'))
+  num_devices = math.prod(shape)
+  if is_tpu:
+    if num_devices > _TPUS[generation].most_chips:
+      raise TargetError(
+        f'--plan: got {name!r} of {num_devices} chips, expected at most'
+        f' {_TPUS[generation].most_chips}, the largest slice of {generation};'
+        ' plan for a smaller one'
+      )
+    num_devices *= _TPUS[generation].devices_per_chip
+  elif num_devices > GPUS_PER_HOST and num_devices % GPUS_PER_HOST:
+    raise TargetError(
+      f'--plan: got {name!r}, expected at most {GPUS_PER_HOST} devices or a'
+      f' multiple of {GPUS_PER_HOST}: hosts are planned for as a whole'
+    )
+  return Target(
+    name=name,
+    generation=generation,
+    device_kind=_TPUS[generation].device_kind if is_tpu else _GPUS[generation],
+    shape=shape,
+    num_devices=num_devices,
+    is_tpu=is_tpu,
+  )
+
+
+def prepare_environment() -> None:
+  """Lets this process compile for absent devices, quietly.
+
+  To be called before jax looks for devices; the process then sees its CPU only.
+  """
+  os.environ.update(_ENVIRONMENT)
+  if 'jax' in sys.modules:  # which read its environment when it was imported
+    sys.modules['jax'].config.update('jax_platforms', 'cpu')
+
+
+def prepare_for(plan: str | None) -> None:
+  """Prepares for what a `--plan` flag says: nothing, `here`, or a target.
+
+  Without a target nothing is decided for the user, but where this machine has
+  no accelerator jax is not to look for one: with compilers for them installed
+  (requirements-plan.txt) it would take seconds to report that there is none.
+  """
+  if plan and plan != HERE:
+    prepare_environment()
+  elif sys.platform == 'linux' and not any(map(glob.glob, _ACCELERATORS)):
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+def with_default(argv: list[str], flag: str = 'plan') -> list[str]:
+  """Returns argv with `--plan` alone, a flag of text, as `--plan=here`."""
+  return [
+    f'{arg}={HERE}' if arg in (f'-{flag}', f'--{flag}') else arg for arg in argv
+  ]
+
+
+def value_in(argv: list[str], flag: str = 'plan') -> str | None:
+  """Returns the value that argv, after `with_default`, gives the flag."""
+  for arg in argv[1:]:
+    name, _, value = arg.partition('=')
+    if name in (f'-{flag}', f'--{flag}'):
+      return value
+  return None
+
+
+def devices(target: Target) -> list[Any]:
+  """Returns devices to make a mesh of, with nothing behind them.
+
+  Raises:
+    TargetError: no such topology, or the compiler is not installed.
+  """
+  from jax.experimental import topologies
+
+  try:
+    if target.is_tpu:
+      generation = _TPUS[target.generation]
+      options = dict(generation.options)
+      if math.prod(target.shape) == 1:
+        # A host holds four chips unless told otherwise.
+        options['chips_per_host_bounds'] = (1, 1, 1)
+      topology = topologies.get_topology_desc(
+        platform='tpu', topology_name=target.name, **options
+      )
+    else:
+      hosts = -(-target.num_devices // GPUS_PER_HOST)
+      topology = topologies.get_topology_desc(
+        platform='cuda',
+        target_config=gpu_description(target),
+        topology=f'1x{hosts}x{target.num_devices // hosts}',
+      )
+  except Exception as error:  # libraries raise what they like
+    raise TargetError(_why_not(target, error)) from None
+  return list(topology.devices)
+
+
+def _why_not(target: Target, error: Exception) -> str:
+  """Tells a missing compiler from a topology that there is not."""
+  message = str(error).split('\n')[0]
+  package = 'libtpu' if target.is_tpu else 'jax-cuda13-pjrt'
+  if re.search(r'INVALID_ARGUMENT|divisible|bounds', message):
+    return (
+      f'--plan: got the topology {target.name!r}, expected one that there is,'
+      f' as in {_EXAMPLES}; the compiler says: {message}'
+    )
+  return (
+    f'--plan={target.name}: got no compiler for it ({message}), expected'
+    f' {package}; fix: pip install -r requirements-plan.txt'
+  )
+
+
+# What XLA's GPU compiler wants to know of a device: (compute capability,
+# multiprocessors, shared memory of one and of one block, L2 cache, clock in
+# GHz). NVIDIA's datasheets and white papers of the A100, H100 and H200, and the
+# CUDA programming guide, table of compute capabilities. Memory and its rate
+# come from device_peaks.
+_GPU_COMPUTE = {
+  'a100': (8, 108, 167_936, 166_912, 41_943_040, 1.41),
+  'h100': (9, 132, 233_472, 232_448, 52_428_800, 1.98),
+  'h200': (9, 132, 233_472, 232_448, 52_428_800, 1.98),
+}
+
+
+def gpu_description(target: Target) -> str:
+  """Returns the text form of XLA's GpuTargetConfigProto for the device."""
+  from parallel import device_peaks
+
+  peaks = device_peaks.DATASHEETS[target.device_kind]
+  major, cores, shared, shared_block, cache, clock = _GPU_COMPUTE[
+    target.generation
+  ]
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(peaks.bytes_per_s)}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: {peaks.memory_bytes}
+  shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 }}
+runtime_version {{ major: 13 minor: 5 }}
+device_description_str: "{target.device_kind}"
+"""

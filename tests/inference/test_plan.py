@@ -1,0 +1,203 @@
+"""Plans of life two against the arrays, and the compiler, they speak of."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from inference import plan as plan_lib
+from models import flops, kv_cache
+from parallel import ahead, device_peaks, targets
+from tests import fixtures, frozen_fixtures
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  """A directory of which the manifest alone is left."""
+  directory = tmp_path_factory.mktemp('plan') / 'tiny'
+  frozen_fixtures.write(directory)
+  shutil.rmtree(directory / 'params')
+  return str(directory)
+
+
+def _plan(config=None, **fields):
+  config = config or frozen_fixtures.config()
+  return plan_lib.Plan(
+    **{
+      'name': 'tiny',
+      'target': 'v5e:2x2',
+      'device_kind': 'TPU v5 lite',
+      'peaks': device_peaks.DATASHEETS['TPU v5e'],
+      'config': config,
+      'dtype': 'bfloat16',
+      'num_params': flops.num_params(config),
+      **fields,
+    }
+  )
+
+
+def _large():
+  """A model whose weights take a third of a v5e."""
+  return frozen_fixtures.config(
+    vocab_size=32_000,
+    num_layers=32,
+    model_width=2048,
+    num_heads=16,
+    num_kv_heads=4,
+    head_width=128,
+    mlp_width=8192,
+    max_length=4096,
+    scan_layers=True,
+  )
+
+
+def test_only_the_manifest_is_read(model):
+  plan = plan_lib.make(model)
+  assert plan.num_params == flops.num_params(frozen_fixtures.config())
+  assert plan.weight_bytes == 4 * plan.num_params
+  assert plan.compiled is None
+  assert f'{plan.num_params:,} parameters, float32' in plan_lib.report(plan)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_cache_bytes_are_those_of_a_real_cache(dtype):
+  plan = _plan(dtype=dtype)
+  cache = kv_cache.init(
+    plan.config, batch_size=3, length=5, dtype=jnp.dtype(dtype)
+  )
+  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  assert plan.kv_bytes_per_token * 3 * 5 == num_bytes
+
+
+@pytest.mark.parametrize('length', [128, 4096])
+def test_one_sequence_more_does_not_fit(length):
+  plan = _plan(_large())
+  count = plan.num_sequences(length)
+  room = plan.peaks.memory_bytes * (1 - plan_lib._MARGIN)
+  assert count > 0
+  assert plan.bytes_of(count, length) <= room
+  assert plan.bytes_of(count + 1, length) > room
+
+
+def test_a_model_that_does_not_fit_is_told():
+  plan = _plan(num_params=10**11)
+  assert plan.num_sequences(1) == 0
+  text = plan_lib.report(plan)
+  assert 'fits            NO: not the weights and one token' in text
+
+
+def test_one_sequence_is_bound_by_reading_the_weights():
+  plan = _plan(_large())
+  # Every weight that multiplies is read once per token.
+  expected = 819e9 / (2 * flops.num_matmul_params(plan.config))
+  assert plan.tokens_per_s(1, context=0) == pytest.approx(expected)
+  assert plan.tokens_per_s(1, context=2048) < expected
+  assert plan.tokens_per_s(8, context=0) == pytest.approx(8 * expected)
+
+
+@pytest.mark.parametrize('context', [0, 64])
+def test_compute_binds_from_the_batch_that_the_plan_says(context):
+  plan = _plan(_large())
+  batch = plan.compute_bound_batch(context)
+  assert batch is not None
+  per_token = flops.forward_flops_per_token(plan.config, context) / 197e12
+
+  def is_bound(size):
+    return plan.step_seconds(size, context) == pytest.approx(size * per_token)
+
+  assert is_bound(batch)
+  assert not is_bound(batch - 1)
+
+
+def test_long_caches_are_never_compute_bound():
+  plan = _plan(_large())
+  assert plan.compute_bound_batch(context=100_000) is None
+  assert 'compute-bound never' in plan_lib.report(
+    dataclasses.replace(
+      plan, config=dataclasses.replace(plan.config, max_length=200_000)
+    )
+  )
+
+
+def test_a_mixture_reads_the_experts_that_are_taken():
+  config = dataclasses.replace(
+    _large(),
+    mlp_width=0,
+    num_experts=16,
+    num_active_experts=2,
+    expert_width=1024,
+  )
+  plan = _plan(config)
+  one, many = (plan.step_bytes(batch, context=0) for batch in (1, 10_000))
+  assert one == 2 * flops.num_matmul_params(config)
+  # With many tokens, all of them; the embedding of the input is looked up.
+  lookup = config.vocab_size * config.model_width
+  norms = (2 * config.num_layers + 1) * config.model_width
+  assert many == pytest.approx(2 * (plan.num_params - lookup - norms))
+
+
+def test_the_compilers_memory_stands_beside_the_formula():
+  plan = _plan()
+  program = ahead.Program(
+    arguments=2**30,
+    outputs=2**29,
+    temporaries=2**28,
+    aliased=2**29,
+    peak=2**31,
+    traffic=ahead.hlo.Traffic(collectives=(), memory_bytes=1.0, unknown=()),
+  )
+  text = plan_lib.report(
+    dataclasses.replace(plan, compiled=program, compiled_sequences=4)
+  )
+  assert '4 sequences of 64: 2 GiB at its peak' in text
+  refused = ahead.OutOfMemory(needed=2**31, available=2**30, message='')
+  text = plan_lib.report(
+    dataclasses.replace(plan, compiled=refused, compiled_sequences=4)
+  )
+  assert 'needs 2 GiB of 1 GiB: DOES NOT FIT' in text
+
+
+def _run(*flags):
+  return subprocess.run(
+    [sys.executable, 'serve.py', *flags],
+    env=fixtures.subprocess_env(),
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+  )
+
+
+def test_serve_plans(model):
+  done = _run(f'--model={model}', '--plan')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert re.search(r'weights +\S+ KiB', done.stdout)
+  assert re.search(r'[\d,.e+]+ tokens/s with 1 \(alone\)', done.stdout)
+
+
+def test_a_bad_target_is_one_line(model):
+  done = _run(f'--model={model}', '--plan=v9:4')
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: --plan: got the unknown target 'v9:4'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', ['v5e:2x2', 'h100:1'])
+def test_the_decode_step_is_compiled_for_a_device_that_is_not_here(
+  model, target, monkeypatch
+):
+  pytest.importorskip('libtpu')
+  pytest.importorskip('jax_cuda13_plugin')
+  for name, value in targets._ENVIRONMENT.items():
+    monkeypatch.setenv(name, value)
+  plan = plan_lib.make(model, target)
+  assert isinstance(plan.compiled, ahead.Program)
+  cache = plan.kv_bytes_per_token * 64 * plan.compiled_sequences
+  assert plan.compiled.arguments >= plan.weight_bytes + cache
+  assert plan.compiled.aliased >= cache  # written in place

@@ -1,0 +1,188 @@
+"""The loss over a mesh is the loss, and sums the head's gradient once."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.kernels import cross_entropy
+from parallel import config as config_lib, manual_loss, mesh as mesh_lib, rules
+
+MESHES = (
+  {'data': 8},
+  {'fsdp': 4, 'tensor': 2},
+  {'context': 4, 'data': 2},
+  {'stage': 2, 'fsdp': 2, 'tensor': 2},
+)
+BATCH, TIME, WIDTH, VOCAB = 8, 16, 12, 64
+CHUNKS = 4
+
+
+def _mesh(**sizes):
+  return mesh_lib.make_mesh(config_lib.ParallelConfig(**({'data': 1} | sizes)))
+
+
+def _inputs():
+  keys = jax.random.split(jax.random.key(0), 4)
+  return (
+    jax.random.normal(keys[0], (BATCH, TIME, WIDTH)),
+    jax.random.normal(keys[1], (VOCAB, WIDTH)),
+    jax.random.randint(keys[2], (BATCH, TIME), 0, VOCAB),
+    jax.random.uniform(keys[3], (BATCH, TIME)),
+  )
+
+
+def _several_chunks(monkeypatch, mesh):
+  """Makes each device cut its share into CHUNKS."""
+  chunk_logits = BATCH * TIME * VOCAB // mesh.size // CHUNKS
+  monkeypatch.setattr(cross_entropy, 'MAX_CHUNK_LOGITS', chunk_logits)
+
+
+def _compiled(mesh, nll, dtype=jnp.float32):
+  """Returns a jitted gradient of 3 * nll and its arguments, laid out."""
+  shardings = [
+    jax.NamedSharding(mesh, spec)
+    for spec in (
+      jax.P(rules.BATCH_AXES, ('context', 'stage')),
+      jax.P('tensor', ('fsdp', 'expert')),
+      jax.P(rules.BATCH_AXES, 'context'),
+      jax.P(rules.BATCH_AXES, 'context'),
+    )
+  ]
+
+  def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
+    # A factor checks that the cotangent is used.
+    return 3.0 * nll(hidden_BTD, head_VD, targets_BT, weights_BT, dtype)
+
+  gradient = jax.jit(
+    jax.value_and_grad(loss, (0, 1)), out_shardings=(None, tuple(shardings[:2]))
+  )
+  return gradient, jax.tree.map(jax.device_put, list(_inputs()), shardings)
+
+
+@functools.cache
+def _expected():
+  """3 * nll of one device in one chunk, and its gradients."""
+
+  def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
+    return 3.0 * cross_entropy.weighted_nll(
+      hidden_BTD, head_VD, targets_BT, weights_BT, 1, jnp.dtype(jnp.float32)
+    )
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1)))(*_inputs())
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_the_split_loss_is_the_loss(sizes, monkeypatch):
+  mesh = _mesh(**sizes)
+  expected = _expected()
+  _several_chunks(monkeypatch, mesh)
+  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  with rules.applied(mesh):
+    gradient, arguments = _compiled(mesh, nll)
+    value, grads = gradient(*arguments)
+  # Without a gradient it is another program.
+  with rules.applied(mesh):
+    alone = jax.jit(nll, static_argnums=4)(*arguments, jnp.float32)
+  np.testing.assert_allclose(3.0 * alone, expected[0], rtol=1e-6)
+  np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+  for a, b in zip(grads, expected[1], strict=True):
+    # 128 float32 terms of order one, in another order.
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def _collectives(text):
+  """Returns (kind, shapes, whether in a loop's body) of each in an HLO text."""
+  found = []
+  for line in text.splitlines():
+    match = re.search(r'= (.*?) (all-\w+|reduce-scatter)(?:-start)?\(', line)
+    if match:
+      found.append((match[2], match[1], 'while/body' in line))
+  return found
+
+
+def _of_head(mesh, collectives):
+  """Those whose result is as large as a device's part of the vocabulary."""
+  rows = VOCAB // mesh.shape['tensor']
+  shape = re.compile(rf'\[({rows},\d+|\d+,{rows})\]')
+  return [c for c in collectives if c[0] != 'all-gather' and shape.search(c[1])]
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_the_head_gradient_is_summed_once_behind_the_loop(sizes, monkeypatch):
+  mesh = _mesh(**sizes)
+  _several_chunks(monkeypatch, mesh)
+  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  with rules.applied(mesh):
+    gradient, arguments = _compiled(mesh, nll)
+    text = gradient.lower(*arguments).compile().as_text()
+  assert ' while(' in text
+  collectives = _collectives(text)
+  of_head = _of_head(mesh, collectives)
+  assert len(of_head) == 1, collectives
+  assert not of_head[0][2], 'summed in every chunk'
+  # The vocabulary stays split: whole, nothing but the head would have 64 rows.
+  if mesh.shape['tensor'] > 1:
+    assert not re.search(rf'f32\[(\d+,)*{VOCAB}(,\d+)*\]', text)
+
+
+def test_left_to_the_compiler_it_would_be_summed_in_every_chunk(monkeypatch):
+  """What this file is about; and the test above can tell."""
+  mesh = _mesh(data=8)
+  _several_chunks(monkeypatch, mesh)
+  with rules.applied(mesh):
+    gradient, arguments = _compiled(mesh, cross_entropy.chunked_nll)
+    text = gradient.lower(*arguments).compile().as_text()
+  assert any(c[2] for c in _of_head(mesh, _collectives(text)))
+
+
+def test_bfloat16_products(monkeypatch):
+  mesh = _mesh(fsdp=4, tensor=2)
+  hidden, head, targets, weights = _inputs()
+  hidden = hidden.astype(jnp.bfloat16)
+  expected = jax.grad(cross_entropy.chunked_nll, (0, 1))(
+    hidden, head, targets, weights, jnp.bfloat16
+  )
+  _several_chunks(monkeypatch, mesh)
+  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  with rules.applied(mesh):
+    got = jax.jit(jax.grad(nll, (0, 1)), static_argnums=4)(
+      hidden, head, targets, weights, jnp.bfloat16
+    )
+  assert got[0].dtype == jnp.bfloat16
+  assert got[1].dtype == jnp.float32
+  # The gradient of a hidden state is rounded to 8 bits, on either side of a
+  # boundary; that of the head is summed in float32 from the same products.
+  a, b = (np.asarray(x[0], np.float32) for x in (got, expected))
+  np.testing.assert_allclose(a, b, atol=2**-8 * np.abs(b).max())
+  np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+
+
+def test_the_loss_sees_what_a_device_holds():
+  seen = []
+
+  def nll(hidden, head, targets, weights, dtype, *, vocab_shards):
+    del head, targets, dtype
+    seen.append((hidden.shape, vocab_shards))
+    return jnp.sum(weights)
+
+  mesh = _mesh(data=2, context=2, tensor=2)
+  total = jax.jit(manual_loss.make_weighted_nll(nll, mesh), static_argnums=4)(
+    *_inputs(), jnp.float32
+  )
+  np.testing.assert_allclose(total, jnp.sum(_inputs()[3]), rtol=1e-6)
+  assert seen == [((BATCH // 2, TIME // 2, WIDTH), 2)]
+
+
+def test_rows_that_do_not_divide_are_refused():
+  mesh = _mesh(stage=4, data=2)
+  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  hidden, head, targets, weights = _inputs()
+  with pytest.raises(
+    ValueError,
+    match='data.row_length: got 14, expected a multiple of parallel.stage = 4',
+  ):
+    nll(hidden[:, :14], head, targets[:, :14], weights[:, :14], jnp.float32)
