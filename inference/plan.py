@@ -223,7 +223,7 @@ def _state(plan: Plan, num_sequences: int) -> decode.DecodeState:
 def report(plan: Plan) -> str:
   """Returns the plan as text, a line per figure."""
   lines = [*_model_lines(plan), *_speed_lines(plan), *_compiled_lines(plan)]
-  return '\n'.join(f'{name:<16}{text}'.rstrip() for name, text in lines)
+  return '\n'.join(f'{name:<16} {text}'.rstrip() for name, text in lines)
 
 
 def _model_lines(plan: Plan):

@@ -11,6 +11,7 @@ mesh.
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -59,9 +60,17 @@ def apply_experts(
   else:
     hidden_JF = nn.gelu(up_JF, approximate=True)
   y_JD = _collect(grouped_linear('down', hidden_JF), order_J, inverse_J)
-  y_MAD = y_JD.reshape((-1, num_active, shape[-1])).astype(jnp.float32)
-  gates_MA1 = gates_BTA.reshape((-1, num_active, 1))
-  return jnp.sum(y_MAD * gates_MA1, axis=1).astype(dtype).reshape(shape)
+  y_MAD = y_JD.reshape((-1, num_active, shape[-1]))
+  gates_MA = gates_BTA.reshape((-1, num_active))
+  return _weighted_sum(y_MAD, gates_MA).astype(dtype).reshape(shape)
+
+
+# What waits for the backward pass is what goes in, in the compute dtype, and
+# not its copy in float32: the largest array of a mixture.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _weighted_sum(y_MAD, gates_MA):
+  """Returns the float32 sum over a token's experts of gate * y."""
+  return jnp.sum(y_MAD.astype(jnp.float32) * gates_MA[..., None], axis=1)
 
 
 def _sorted_copies(ids_BTA, num_experts):

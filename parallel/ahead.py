@@ -143,4 +143,5 @@ def size(num_bytes: float) -> str:
     return '0 B'
   power = min(int(math.log2(num_bytes) // 10), 4)
   unit = ('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]
-  return f'{num_bytes / 2 ** (10 * power):.3g} {unit}'
+  amount = num_bytes / 2 ** (10 * power)
+  return f'{amount:.0f} {unit}' if amount >= 100 else f'{amount:.3g} {unit}'

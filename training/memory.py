@@ -331,12 +331,11 @@ def _working_bytes(learner, tokens: float) -> float:
   kept, or else the gradients of it. What its norms compute in float32 is
   neither: the compiler makes it where it is read. In its place are two float32
   gradients of the stream, the one that arrives and the one that leaves. A
-  mixture weighs the results of a token's experts in float32, and has their
-  gradient, as large, besides.
+  mixture has the gradient of what its experts return besides.
   """
   experiment = learner.experiment
   model, sizes = experiment.model, _sizes(learner)
-  is_narrow = jnp.dtype(experiment.compute_dtype).itemsize < 4
+  itemsize = jnp.dtype(experiment.compute_dtype).itemsize
   stream = (
     _rows(experiment, sizes),
     experiment.data.row_length // sizes['context'],
@@ -345,10 +344,11 @@ def _working_bytes(learner, tokens: float) -> float:
   kept = [
     leaf
     for leaf in _residuals(learner, 'none')
-    if not (is_narrow and leaf.dtype == jnp.float32 and leaf.shape == stream)
+    if not (itemsize < 4 and leaf.dtype == jnp.float32 and leaf.shape == stream)
   ]
   copies = tokens * model.num_active_experts * sizes['expert']
-  return _bytes(kept) + 4 * model.model_width * (2 * tokens + copies)
+  wide = 4 * 2 * tokens + itemsize * copies
+  return _bytes(kept) + model.model_width * wide
 
 
 def _residual_bytes(learner, policy: str) -> float:

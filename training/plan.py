@@ -198,9 +198,16 @@ def make(
   experiment.validate()
   is_here = target_name == targets.HERE
   target = None if is_here else targets.parse(target_name)
-  learner = learner_lib.make(
-    experiment, targets.devices(target) if target else None
-  )
+  try:
+    learner = learner_lib.make(
+      experiment, targets.devices(target) if target else None
+    )
+  except ValueError as error:
+    if target or isinstance(error, targets.TargetError):
+      raise
+    raise ValueError(
+      f'{error}; or plan for other devices, as in --plan=v5p:4x4x4'
+    ) from None
   compiled = compile_step(learner) if target and is_compiled else None
   device = learner.placement.devices[0]
   return Plan(
@@ -248,7 +255,7 @@ def report(plan: Plan) -> str:
     *_cost_lines(plan),
     *_scaling_lines(plan),
   ]
-  return '\n'.join(f'{name:<16}{text}'.rstrip() for name, text in lines)
+  return '\n'.join(f'{name:<16} {text}'.rstrip() for name, text in lines)
 
 
 def _run_lines(plan: Plan):
@@ -371,7 +378,7 @@ def _cost_lines(plan: Plan):
   )
   price = plan.price_per_device_hour
   money = (
-    f', {plan.cost:,.0f} at {price:g} per device-hour'
+    f', {_money(plan.cost)} at {price:g} per device-hour'
     if price
     else '; --price_per_device_hour says what that costs'
   )
@@ -381,6 +388,10 @@ def _cost_lines(plan: Plan):
     f'{hours:,.4g} device-hours, {hours / plan.num_devices / 24:,.3g} days'
     f'{money}',
   )
+
+
+def _money(amount: float) -> str:
+  return f'{amount:,.0f}' if amount >= 100 else f'{amount:.3g}'
 
 
 def _fix(remedy: Remedy | None) -> str:

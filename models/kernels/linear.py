@@ -1,8 +1,10 @@
 """Matrix multiplication by a weight, with a backward pass XLA:CPU runs well.
 
-The forward pass is `x @ w` on operands of the compute dtype, accumulated and
-returned in float32: on CPU a bfloat16 product with a bfloat16 result misses
-the fast kernel, and on TPU and GPU float32 accumulation is free.
+Operands have the compute dtype, sums over an operand's axis are float32. On CPU
+results are float32 as well, and cast: a bfloat16 product with a bfloat16 result
+misses the fast kernel. Elsewhere the unit that adds up in float32 rounds by
+itself, and where devices each have a part of a sum (`tensor`), it is the rounded
+parts that travel: half the bytes.
 """
 
 import functools
@@ -24,7 +26,7 @@ def linear(
 
 def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
-  y = _contract(x_cast, w_cast, (x.ndim - 1,), (0,)).astype(dtype)
+  y = _product(x_cast, w_cast, (x.ndim - 1,), (0,), dtype)
   y = remat.named_product(y)
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -37,7 +39,7 @@ def _backward(dtype, residuals, dy):
   x, w_IO, (x_like, w_like, bias_like) = residuals
   x, dy = materialised(x, dy.astype(dtype))
   leading = tuple(range(x.ndim - 1))
-  dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,)).astype(x_like.dtype)
+  dx = _product(dy, w_IO, (dy.ndim - 1,), (1,), x_like.dtype)
   dw_IO = weight_gradient(x, dy)
   dbias_O = None
   if bias_like is not None:
@@ -57,6 +59,20 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     (dw_OI,) = materialised(_contract(dy, x, leading, leading))
     return dw_OI.T
   return _contract(x, dy, leading, leading)
+
+
+def _product(a, b, a_axes, b_axes, dtype):
+  """Sums over the given axes of both, in float32; returns `dtype`."""
+  if dtype == jnp.float32:
+    return _contract(a, b, a_axes, b_axes)
+  return jax.lax.platform_dependent(
+    a,
+    b,
+    cpu=lambda a, b: _contract(a, b, a_axes, b_axes).astype(dtype),
+    default=lambda a, b: jax.lax.dot_general(
+      a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype
+    ),
+  )
 
 
 def _contract(a, b, a_axes: tuple[int, ...], b_axes: tuple[int, ...]):

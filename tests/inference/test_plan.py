@@ -88,7 +88,7 @@ def test_a_model_that_does_not_fit_is_told():
   plan = _plan(num_params=10**11)
   assert plan.num_sequences(1) == 0
   text = plan_lib.report(plan)
-  assert 'fits            NO: not the weights and one token' in text
+  assert 'fits             NO: not the weights and one token' in text
 
 
 def test_one_sequence_is_bound_by_reading_the_weights():

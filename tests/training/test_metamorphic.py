@@ -59,6 +59,9 @@ MODELS = {
   ),
 }
 
+# Compiling a mixture takes twice as long: most of its cases are slow ones.
+KINDS = ['dense', pytest.param('mixture', marks=pytest.mark.slow)]
+
 # Ways over eight devices: each axis alone, some products, and pmap.
 PARALLEL = {
   'data': {'data': 8},
@@ -179,7 +182,7 @@ def _check(kind, num_devices=8, **options):
   _assert_same(_losses(learner), _expected(model))
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('name', PARALLEL)
 def test_each_way_across_devices(kind, name):
   _check(kind, parallel=PARALLEL[name])
@@ -203,13 +206,13 @@ def test_accumulation(kind, microbatches):
   _check(kind, num_devices=1, microbatches=microbatches)
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('remat', ['minimal', 'full'])
 def test_rematerialisation(kind, remat):
   _check(kind, num_devices=1, remat=remat)
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_layers_apart(kind):
   model = MODELS[kind]
   apart = dataclasses.replace(model, scan_layers=False)
@@ -217,7 +220,7 @@ def test_layers_apart(kind):
   _assert_same(_losses(learner), _expected(model))
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('loss', ['plain', 'chunked'])
 def test_chunked_and_plain_loss(kind, loss, monkeypatch):
   """The default is one chunk here; `chunked` has eight, `plain` all logits."""
@@ -247,7 +250,7 @@ def _plain_nll(hidden_BTD, head_VD, targets_BT, weights_BT, dtype):
   return -jnp.sum(chosen_BT1[..., 0] * weights_BT)
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_packed_and_padded(kind):
   """Two documents in a row, or each in a row of its own.
 

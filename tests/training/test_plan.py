@@ -127,7 +127,7 @@ def test_the_figures_of_a_plan_follow_from_each_other():
   assert plan.fits
   text = plan_lib.report(plan)
   for told in (
-    f'parameters      {plan.num_params:,}',
+    f'parameters       {plan.num_params:,}',
     '10 steps, 5.120e+03 tokens',
     'at 50.0% MFU (assumed, --plan_mfu)',
     'at 3 per device-hour',
@@ -167,8 +167,8 @@ def test_the_compiler_is_believed_over_the_formula():
   assert _program(peak=0).in_use == 100 + 90 - 80 + 50
   text = plan_lib.report(plan)
   assert '2 GiB at its peak: formula' in text
-  assert 'all-reduce    4 times, 6.68 MiB sent' in text
-  assert 'unknown       loop.7' in text
+  assert 'all-reduce     4 times, 6.68 MiB sent' in text
+  assert 'unknown        loop.7' in text
   assert re.search(r'fits +NO', text)
 
 
@@ -209,7 +209,7 @@ def test_a_refusal_is_a_plan_and_not_a_traceback():
   assert plan.roofline is None
   text = plan_lib.report(plan)
   assert 'needs 3 GiB of 1 GiB: DOES NOT FIT' in text
-  assert 'fix           none found; take more devices' in text
+  assert 'fix            none found; take more devices' in text
 
 
 def test_changes_come_cheapest_first_and_are_flags():
@@ -282,6 +282,14 @@ def test_a_mesh_that_is_not_the_target_is_refused(monkeypatch):
     monkeypatch.setenv(name, value)
   with pytest.raises(ValueError, match='expected the number of devices, 8'):
     plan_lib.make(_experiment(parallel={'data': 3}), 'v5e:2x4')
+
+
+def test_a_mesh_that_is_not_here_is_refused_with_a_way_out():
+  with pytest.raises(
+    ValueError,
+    match=r'devices, 8; .* or plan for other devices, as in --plan=v5p:4x4x4',
+  ):
+    plan_lib.make(_experiment(parallel={'data': 3}))
 
 
 def test_pmap_is_planned_for_here_and_refused_elsewhere():
@@ -362,7 +370,7 @@ def test_plan_needs_neither_workdir_nor_data(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert done.stderr == ''
-  assert 'experiment      pretrain_jsonl' in done.stdout
+  assert 'experiment       pretrain_jsonl' in done.stdout
   assert '1 x cpu (here)' in done.stdout
   assert 'at 2 per device-hour' in done.stdout
 
