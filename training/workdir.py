@@ -31,6 +31,7 @@ from training import config as config_lib
 # by default) would be safer, and annoying where the path is simply wrong.
 _SECONDS_TO_APPEAR = 5.0
 RUN = 'run.json'
+_PARTIAL_RUN = 'run.tmp'
 TOKENIZER = 'tokenizer'
 FROZEN = 'frozen'
 
@@ -48,11 +49,18 @@ def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
     if _has_checkpoints(workdir):
       old = json.loads((workdir / RUN).read_text())
       _check_same(workdir, _describe(experiment), old)
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif workdir.exists() and not all(map(_is_leftover, workdir.iterdir())):
     raise ValueError(
       f'--workdir={workdir}: got a directory with other files in it, expected'
       ' an empty one or one that a run was started in; use another --workdir'
     )
+
+
+def _is_leftover(path: pathlib.Path) -> bool:
+  """Whether a run that was killed before it wrote run.json leaves the path."""
+  if path.name == 'checkpoints' and path.is_dir():
+    return not any(path.iterdir())
+  return path.name.startswith('.shared-') or path.name == _PARTIAL_RUN
 
 
 def check_shared(workdir: pathlib.Path) -> None:
@@ -105,7 +113,7 @@ def record(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
   if path.exists() and not _has_checkpoints(workdir):
     # Nothing was trained yet, and the old tokenizer may be of other values.
     shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
-  partial = path.with_suffix('.tmp')
+  partial = path.with_name(_PARTIAL_RUN)
   partial.write_text(json.dumps(new, indent=2) + '\n')
   partial.replace(path)
 

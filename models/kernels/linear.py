@@ -3,7 +3,7 @@
 Operands have the compute dtype, sums over an operand's axis are float32. On CPU
 results are float32 as well, and cast: a bfloat16 product with a bfloat16 result
 misses the fast kernel. Elsewhere the unit that adds up in float32 rounds by
-itself, and where devices each have a part of a sum (`tensor`), it is the rounded
+itself, and where devices each have a part of a sum (`tensor`), it is rounded
 parts that travel: half the bytes.
 """
 
