@@ -149,6 +149,11 @@ def _plain(params, x_BTD, shared, key):
   )
 
 
+def _assert_same_but_for_rounding(found, expected):
+  atol = 5e-6 * max(1.0, float(np.abs(expected).max()))
+  np.testing.assert_allclose(found, expected, rtol=2e-4, atol=atol)
+
+
 @pytest.mark.parametrize(
   ('sizes', 'repeats', 'num_microbatches'),
   [
@@ -175,12 +180,9 @@ def test_outputs_sums_and_gradients_are_a_plain_loops(
   np.testing.assert_array_equal(
     sums['count'], NUM_LAYERS * [num_microbatches * rows_per_microbatch]
   )
-  # The same products in float32, added over parts in another order.
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
-    found,
-    expected,
-  )
+  # The same products in float32, added over parts in another order: gradients
+  # of a few hundred differ by a few units in their last place, 2^-24 each.
+  jax.tree.map(_assert_same_but_for_rounding, found, expected)
 
 
 def test_bubbles_never_make_a_gradient_infinite():
