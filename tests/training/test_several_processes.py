@@ -237,6 +237,25 @@ def test_a_signal_to_one_process_stops_and_saves_all(one_process, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mixture_trains_the_same_in_two_processes(tmp_path):
+  """Every expert's tokens come from both: its group is all devices."""
+  mixture = {
+    'num_steps': 6,
+    'model.mlp_width': 0,
+    'model.num_experts': 8,
+    'model.num_active_experts': 2,
+    'model.expert_width': 32,
+    'model.balance_loss_weight': 0.01,
+    'parallel.expert': 8,
+  }
+  for name, num_processes in (('one', 1), ('two', 2)):
+    _run(tmp_path / name, num_processes=num_processes, **mixture)
+  records = [_records(tmp_path / name) for name in ('one', 'two')]
+  assert 'expert_load_max' in records[0][0]
+  _assert_close(*records)
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):
   with _started(
     tmp_path, num_processes=2, **{'optimizer.peak_lr': 1e30}
