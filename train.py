@@ -72,9 +72,17 @@ _PRICE_PER_DEVICE_HOUR = flags.DEFINE_float(
 def main(argv: list[str]) -> int:
   """Runs what the flags say; errors of the user's are one line."""
   if len(argv) > 1:
-    raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
+    raise app.UsageError(
+      f'got arguments {argv[1:]}, expected flags only, each with its value'
+      ' behind a = sign, as in --plan=v5e:2x4'
+    )
   if _CONFIG.value is not None and _PLAN.value is not None:
     return _plan(_PLAN.value)
+  if _PLAN.value is not None:
+    raise app.UsageError(
+      'got --plan without --config, expected both, as in --config='
+      'experiments/quickstart.py --plan'
+    )
   if _CONFIG.value is None or not _WORKDIR.value:
     raise app.UsageError(
       'got no --config or no --workdir, expected both, as in --config='

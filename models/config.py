@@ -5,6 +5,7 @@ ever inferred from a path or from the shape of an array.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 NORMS = ('rmsnorm', 'layernorm')
@@ -86,7 +87,7 @@ class ModelConfig:
         f'model.dropout_rate: got {self.dropout_rate}, expected 0 <= rate < 1'
       )
     for name in ('norm_epsilon', 'rope_base', 'init_std'):
-      if not getattr(self, name) > 0:
+      if not 0 < getattr(self, name) < math.inf:
         raise ValueError(
           f'model.{name}: got {getattr(self, name)}, expected a positive number'
         )
@@ -98,9 +99,9 @@ class ModelConfig:
         'model.num_experts: got 1, expected 0 for a dense model or at least 2'
       )
     for name in ('num_experts', *_EXPERT_COUNTS, *_EXPERT_WEIGHTS):
-      if getattr(self, name) < 0:
+      if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(
-          f'model.{name}: got {getattr(self, name)}, expected no less than 0'
+          f'model.{name}: got {getattr(self, name)}, expected a number >= 0'
         )
     if not self.num_experts:
       for name in (*_EXPERT_COUNTS, *_EXPERT_WEIGHTS):

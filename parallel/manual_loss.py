@@ -58,6 +58,17 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
     dtype: Any,
   ) -> jax.Array:
     check_row_length(hidden_BTD.shape[1], mesh)
+    if all(mesh.shape[name] == 1 for name in manual):
+      # Only the vocabulary is split. XLA refuses to add up over manual axes
+      # that are all of size one (a failed check in its partitioner).
+      return nll(
+        hidden_BTD,
+        head_VD,
+        targets_BT,
+        weights_BT,
+        dtype,
+        vocab_shards=mesh.shape[_VOCAB_AXIS],
+      )
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
       total = nll(

@@ -31,6 +31,8 @@ In one process every helper below is trivial, so callers need not ask.
 from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
+import socket
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -107,7 +109,8 @@ def start(
   go on from the last checkpoint.
 
   Raises:
-    ValueError: the timeout is none.
+    ValueError: the timeout is none, the coordinator's port is taken, or the
+      processes were told different numbers of them.
   """
   if heartbeat_timeout_s < 1:
     raise ValueError(
@@ -115,6 +118,8 @@ def start(
     )
   if cluster is None:
     return
+  if cluster.process_id == 0 and cluster.coordinator is not None:
+    _check_port(cluster.coordinator)
   # jax would take SIGTERM for itself, from here to the end, and the process
   # could no longer be ended by it. training/interrupt.py does better.
   jax.config.update('jax_enable_preemption_service', False)
@@ -129,6 +134,23 @@ def start(
     # One that failed alone waits so long for the others, then tells them.
     shutdown_timeout_seconds=heartbeat_timeout_s,
   )
+  if cluster.num_processes is not None:
+    check_same('--num_processes', str(cluster.num_processes))
+
+
+def _check_port(coordinator: str) -> None:
+  """Refuses a port that is taken: jax's service would crash the process."""
+  port = int(coordinator.rpartition(':')[2])
+  with socket.socket(socket.AF_INET) as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      listener.bind(('', port))
+    except OSError as error:
+      raise ValueError(
+        f'--coordinator: got port {port}, which process 0 cannot listen on'
+        f' ({error.strerror}), expected a free one; choose another for all'
+        ' processes'
+      ) from None
 
 
 def count() -> int:
@@ -165,6 +187,22 @@ def gather(*values: int) -> np.ndarray:
   if count() == 1:
     return row[None]
   return np.asarray(multihost_utils.process_allgather(row))
+
+
+def check_same(what: str, value: str) -> None:
+  """Refuses values that are not the same in all processes. A collective.
+
+  Raises:
+    ValueError: in every process; names those that differ from the first.
+  """
+  digests_P = gather(zlib.crc32(value.encode()) >> 1)[:, 0]
+  others = np.flatnonzero(digests_P != digests_P[0])
+  if others.size:
+    raise ValueError(
+      f'{what}: got other values in process {", ".join(map(str, others))},'
+      ' expected those of process 0 in all; start every process with the same'
+      ' flags'
+    )
 
 
 def agree(flag: bool) -> bool:

@@ -11,6 +11,7 @@ data is opened.
 
 import dataclasses
 import math
+import re
 
 from models import flops, scaling
 from parallel import (
@@ -203,7 +204,8 @@ def make(
       experiment, targets.devices(target) if target else None
     )
   except ValueError as error:
-    if target or isinstance(error, targets.TargetError):
+    is_about_devices = re.search('number of devices|platform', str(error))
+    if target or not is_about_devices:
       raise
     raise ValueError(
       f'{error}; or plan for other devices, as in --plan=v5p:4x4x4'

@@ -14,6 +14,7 @@ them.
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -60,6 +61,9 @@ def run(
     loop.NonFiniteError: a loss was not finite.
     processes.PeerError: another process failed, and this one did not.
   """
+  processes.check_same(
+    '--config', json.dumps(experiment.to_dict(), sort_keys=True)
+  )
   experiment.validate()
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)

@@ -229,11 +229,18 @@ def test_bfloat16_computes_experts_and_not_the_choice_in_bfloat16():
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
-    ({'num_experts': -1}, 'num_experts: got -1, expected no less than 0'),
+    (
+      {'balance_loss_weight': float('nan')},
+      'balance_loss_weight: got nan, expected a number >= 0',
+    ),
+    ({'num_experts': -1}, 'num_experts: got -1, expected a number >= 0'),
     ({'num_experts': 1}, 'num_experts: got 1, expected 0 for a dense'),
     ({'num_active_experts': 9}, 'got 9, expected 1 to num_experts = 8'),
     ({'num_active_experts': 0}, 'got 0, expected 1 to num_experts = 8'),
-    ({'num_shared_experts': -2}, 'num_shared_experts: got -2, expected no'),
+    (
+      {'num_shared_experts': -2},
+      'num_shared_experts: got -2, expected a number',
+    ),
     ({'expert_width': 0}, 'expert_width: got 0, expected a positive integer'),
     ({'mlp_width': 40}, 'mlp_width: got 40 in a mixture, expected 0'),
     ({'use_bias': True}, 'use_bias: got True in a mixture, expected False'),

@@ -3,6 +3,8 @@
 Real ones are started by tests/training/test_several_processes.py.
 """
 
+import socket
+
 import jax
 import numpy as np
 import pytest
@@ -229,3 +231,23 @@ def test_a_process_alone_waits_for_nobody():
   assert not processes.agree(False)
   with pytest.raises(ZeroDivisionError), processes.together('dividing'):
     _ = 1 / 0
+
+
+def test_a_port_that_is_taken_is_refused():
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(
+      ValueError,
+      match=f'--coordinator: got port {port}, which process 0 cannot',
+    ):
+      processes.start(
+        processes.Cluster(
+          coordinator=f'127.0.0.1:{port}', num_processes=2, process_id=0
+        )
+      )
+
+
+def test_one_process_is_the_same_as_itself():
+  processes.check_same('--config', 'anything')

@@ -188,6 +188,13 @@ def test_each_way_across_devices(kind, name):
   _check(kind, parallel=PARALLEL[name])
 
 
+@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('axis', ['stage', 'fsdp', 'context', 'tensor'])
+def test_an_axis_that_is_all_devices(kind, axis):
+  """Two devices: every other axis has size one, which XLA treats apart."""
+  _check(kind, num_devices=2, parallel={axis: 2})
+
+
 @pytest.mark.parametrize('name', EXPERT)
 def test_experts_across_devices(name):
   _check('mixture', parallel=EXPERT[name])

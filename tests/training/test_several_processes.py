@@ -62,10 +62,13 @@ def _free_port():
 
 
 @contextlib.contextmanager
-def _started(workdir, *, num_processes, num_devices=8, **overrides):
+def _started(
+  workdir, *, num_processes, num_devices=8, more_flags=None, **overrides
+):
   """Starts all processes of a run; none outlives the block.
 
-  `workdir` is one for all, or a list with one for each.
+  `workdir` is one for all, or a list with one for each; `more_flags` is a list
+  of flags for each.
   """
   port = _free_port()
   env = fixtures.subprocess_env(num_devices=num_devices // num_processes)
@@ -80,6 +83,7 @@ def _started(workdir, *, num_processes, num_devices=8, **overrides):
             f'--coordinator=127.0.0.1:{port}',
             f'--num_processes={num_processes}',
             f'--process_id={i}',
+            *(more_flags[i] if more_flags else ()),
           ],
           cwd=ROOT,
           env=env,
@@ -293,6 +297,27 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
       ' in process 1, expected one that all 2 processes share'
     ) in output
   assert not list(tmp_path.glob('*/*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--config.seed=7', '--config: got other values in process 1, expected'),
+    ('--num_processes=3', '--num_processes: got other values in process 1'),
+  ],
+)
+def test_processes_that_were_told_different_things_are_refused(
+  tmp_path, flag, message
+):
+  with _started(tmp_path, num_processes=2, more_flags=[[], [flag]]) as running:
+    codes, outputs = _finished(running)
+  assert codes == [1, 1], '\n'.join(outputs)
+  for i, output in enumerate(outputs):
+    assert re.search(
+      f'^(process {i}: )?error: {message}', output, re.MULTILINE
+    ), output
+  assert not (tmp_path / 'run.json').exists()
 
 
 def test_flags_that_name_half_a_cluster_are_refused(tmp_path):
