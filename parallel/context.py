@@ -14,16 +14,15 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
 
-from parallel import block_attention as blocks, gather, ring, rules
+from parallel import block_attention as blocks, gather, per_device, ring
 
 # As a model's port: (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout).
 Attend = Callable[..., jax.Array]
 
 _AXIS = 'context'  # as in parallel/ring.py and parallel/gather.py
-_HEADS = 'tensor'
 
 
 def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
@@ -91,9 +90,6 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
       log-sum-exp: kept, keys need not travel to compute them a second time.
   """
   num_shards = mesh.shape[_AXIS]
-  q_spec = PartitionSpec(rules.BATCH_AXES, _AXIS, _HEADS, None)
-  kv_spec = PartitionSpec(rules.BATCH_AXES, _HEADS, _AXIS, None)
-  segment_spec = PartitionSpec(rules.BATCH_AXES, _AXIS)
   if kind not in ('ring', 'gather'):
     raise ValueError(
       f'parallel.context_attention: got {kind!r}, expected ring or gather'
@@ -127,23 +123,13 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
         ' no device has all weights of a query; set model.dropout_rate = 0'
       )
     check_row_length(q_BTHC.shape[1], num_shards)
-    repeats = kv_repeats(q_BTHC.shape[2], k_BKTC.shape[1], mesh.shape[_HEADS])
+    num_parts = mesh.shape[per_device.HEADS]
+    repeats = kv_repeats(q_BTHC.shape[2], k_BKTC.shape[1], num_parts)
     if repeats > 1:
       k_BKTC, v_BKTC = (jnp.repeat(x, repeats, 1) for x in (k_BKTC, v_BKTC))
-    return jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(
-        q_spec,
-        kv_spec,
-        kv_spec,
-        None if segment_ids_BT is None else segment_spec,
-      ),
-      out_specs=q_spec,
-      # Everything is split over every axis in use; saying so of each zero
-      # that a sum starts from would be in the way.
-      check_vma=False,
-    )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
+    return per_device.over_mesh(
+      local, mesh, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT
+    )
 
   return attend
 

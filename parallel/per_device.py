@@ -16,7 +16,8 @@ from parallel import rules
 # As a model's port: (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout).
 Attend = Callable[..., jax.Array]
 
-_HEADS = 'tensor'
+HEADS = 'tensor'  # mesh axis
+_TIME = 'context'
 
 
 def attend(local_attend: Attend, mesh: Mesh) -> Attend:
@@ -40,9 +41,11 @@ def attend(local_attend: Attend, mesh: Mesh) -> Attend:
     )
   if mesh.size == 1:
     return local_attend
-  q_spec = PartitionSpec(rules.BATCH_AXES, None, _HEADS, None)
-  kv_spec = PartitionSpec(rules.BATCH_AXES, _HEADS, None, None)
-  segment_spec = PartitionSpec(rules.BATCH_AXES, None)
+
+  def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
+    return local_attend(
+      q_BTHC, k_BKTC, v_BKTC, segment_ids_BT=segment_ids_BT, dropout=None
+    )
 
   def spread(
     q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None
@@ -52,32 +55,46 @@ def attend(local_attend: Attend, mesh: Mesh) -> Attend:
         'attention per device: got dropout, expected none: every device would'
         ' draw the same mask; set model.dropout_rate = 0'
       )
-
-    def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
-      return local_attend(
-        q_BTHC, k_BKTC, v_BKTC, segment_ids_BT=segment_ids_BT, dropout=None
-      )
-
-    return jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(
-        q_spec,
-        kv_spec,
-        kv_spec,
-        None if segment_ids_BT is None else segment_spec,
-      ),
-      out_specs=q_spec,
-      # Pallas calls do not say over which axes their results vary.
-      check_vma=False,
-    )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
+    return over_mesh(local, mesh, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
 
   return spread
 
 
+def over_mesh(
+  local: Callable[..., jax.Array],
+  mesh: Mesh,
+  q_BTHC: jax.Array,
+  k_BKTC: jax.Array,
+  v_BKTC: jax.Array,
+  segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+  """Returns local(q, k, v, segment_ids), called with each device's part.
+
+  Rows are split over the batch axes, tokens over `context`, heads over
+  `tensor`; the result is split as the queries are.
+  """
+  q_spec = PartitionSpec(rules.BATCH_AXES, _TIME, HEADS, None)
+  kv_spec = PartitionSpec(rules.BATCH_AXES, HEADS, _TIME, None)
+  segment_spec = PartitionSpec(rules.BATCH_AXES, _TIME)
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(
+      q_spec,
+      kv_spec,
+      kv_spec,
+      None if segment_ids_BT is None else segment_spec,
+    ),
+    out_specs=q_spec,
+    # Everything is split over every axis in use. Pallas calls do not say so,
+    # and a ring would have to of each zero that a sum starts from.
+    check_vma=False,
+  )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
+
+
 def heads_problem(mesh: Mesh, num_heads: int, num_kv_heads: int) -> str:
   """Returns why a model's heads cannot be dealt out over a mesh, or ''."""
-  parts = mesh.shape[_HEADS]
+  parts = mesh.shape[HEADS]
   for name, heads in (('num_heads', num_heads), ('num_kv_heads', num_kv_heads)):
     if heads % parts:
       return (

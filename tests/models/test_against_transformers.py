@@ -91,29 +91,49 @@ def _gpt2(config):
   return model, {'params': tree}
 
 
+def _llama_fields(config):
+  """What Llama's config and Mixtral's call by the same names."""
+  return {
+    'vocab_size': config.vocab_size,
+    'num_hidden_layers': config.num_layers,
+    'hidden_size': config.model_width,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_width,
+    'max_position_embeddings': config.max_length,
+    'rms_norm_eps': config.norm_epsilon,
+    'rope_parameters': {
+      'rope_type': 'default',
+      'rope_theta': config.rope_base,
+    },
+    'tie_word_embeddings': config.tie_embeddings,
+    'bos_token_id': None,
+    'eos_token_id': None,
+  }
+
+
+def _dense(w, name):
+  return {'kernel': w[f'{name}.weight'].T}  # torch stores [out, in]
+
+
+def _llama_attention(w, at):
+  return {
+    'query': _dense(w, f'{at}.self_attn.q_proj'),
+    'key': _dense(w, f'{at}.self_attn.k_proj'),
+    'value': _dense(w, f'{at}.self_attn.v_proj'),
+    'out': _dense(w, f'{at}.self_attn.o_proj'),
+  }
+
+
 def _llama(config):
   model = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
-      vocab_size=config.vocab_size,
-      num_hidden_layers=config.num_layers,
-      hidden_size=config.model_width,
-      num_attention_heads=config.num_heads,
-      num_key_value_heads=config.num_kv_heads,
-      head_dim=config.head_width,
       intermediate_size=config.mlp_width,
-      max_position_embeddings=config.max_length,
-      rms_norm_eps=config.norm_epsilon,
-      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
-      tie_word_embeddings=config.tie_embeddings,
-      bos_token_id=None,
-      eos_token_id=None,
+      **_llama_fields(config),
     )
   )
   model = _randomised(model)
   w = _weights(model)
-
-  def dense(name):
-    return {'kernel': w[f'{name}.weight'].T}  # torch stores [out, in]
 
   def norm(name):
     return {'scale': w[f'{name}.weight']}
@@ -128,17 +148,12 @@ def _llama(config):
     at = f'model.layers.{n}'
     tree[f'layer_{n}'] = {
       'attention_norm': norm(f'{at}.input_layernorm'),
-      'attention': {
-        'query': dense(f'{at}.self_attn.q_proj'),
-        'key': dense(f'{at}.self_attn.k_proj'),
-        'value': dense(f'{at}.self_attn.v_proj'),
-        'out': dense(f'{at}.self_attn.o_proj'),
-      },
+      'attention': _llama_attention(w, at),
       'mlp_norm': norm(f'{at}.post_attention_layernorm'),
       'mlp': {
-        'gate': dense(f'{at}.mlp.gate_proj'),
-        'up': dense(f'{at}.mlp.up_proj'),
-        'down': dense(f'{at}.mlp.down_proj'),
+        'gate': _dense(w, f'{at}.mlp.gate_proj'),
+        'up': _dense(w, f'{at}.mlp.up_proj'),
+        'down': _dense(w, f'{at}.mlp.down_proj'),
       },
     }
   return model, {'params': tree}
@@ -147,28 +162,14 @@ def _llama(config):
 def _mixtral(config):
   model = transformers.MixtralForCausalLM(
     transformers.MixtralConfig(
-      vocab_size=config.vocab_size,
-      num_hidden_layers=config.num_layers,
-      hidden_size=config.model_width,
-      num_attention_heads=config.num_heads,
-      num_key_value_heads=config.num_kv_heads,
-      head_dim=config.head_width,
       intermediate_size=config.expert_width,
       num_local_experts=config.num_experts,
       num_experts_per_tok=config.num_active_experts,
-      max_position_embeddings=config.max_length,
-      rms_norm_eps=config.norm_epsilon,
-      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
-      tie_word_embeddings=config.tie_embeddings,
-      bos_token_id=None,
-      eos_token_id=None,
+      **_llama_fields(config),
     )
   )
   model = _randomised(model)
   w = _weights(model)
-
-  def dense(name):
-    return {'kernel': w[f'{name}.weight'].T}  # torch stores [out, in]
 
   def norm(name):
     return {'scale': w[f'{name}.weight']}
@@ -185,15 +186,10 @@ def _mixtral(config):
     down = w[f'{at}.mlp.experts.down_proj'].swapaxes(1, 2)
     tree[f'layer_{n}'] = {
       'attention_norm': norm(f'{at}.input_layernorm'),
-      'attention': {
-        'query': dense(f'{at}.self_attn.q_proj'),
-        'key': dense(f'{at}.self_attn.k_proj'),
-        'value': dense(f'{at}.self_attn.v_proj'),
-        'out': dense(f'{at}.self_attn.o_proj'),
-      },
+      'attention': _llama_attention(w, at),
       'mlp_norm': norm(f'{at}.post_attention_layernorm'),
       'moe': {
-        'router': dense(f'{at}.mlp.gate'),
+        'router': _dense(w, f'{at}.mlp.gate'),
         'expert_gate': {'kernel': gate},
         'expert_up': {'kernel': up},
         'expert_down': {'kernel': down},
