@@ -19,8 +19,8 @@ from training import plan as plan_lib
 
 PATH = pathlib.Path(__file__).parents[1] / 'experiments' / 'PLANS.md'
 # A target of sensible size for each variant of experiments/pretrain.py, and
-# the on-demand list price of its device-hour in dollars
-# (cloud.google.com/tpu/pricing, us-central1 and us-east5, 2025).
+# what its device-hour is taken to cost, in dollars: round figures to compare
+# presets by, not a quotation.
 PRESETS = {
   '124m': ('v5e:2x4', 1.20),
   '1b': ('v5e:4x4', 1.20),
@@ -66,7 +66,8 @@ are what one device sends in a step. The three times are the least that each
 resource takes, at the peaks of `parallel/device_peaks.py`; the largest binds.
 The step is expected at {mfu:.0%} MFU, or at what binds where that allows less.
 Tokens are those of the whole run, dollars at {prices}
-per device-hour (on demand, list price of 2025).
+per device-hour, which is assumed and not a quotation: prices change, and
+`--price_per_device_hour` takes yours.
 
 """
 

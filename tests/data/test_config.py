@@ -8,8 +8,11 @@ import pytest
 from data import config, sources
 
 
-def test_defaults_are_valid():
-  config.DataConfig().validate()
+@pytest.mark.parametrize('packing', config.PACKINGS)
+def test_defaults_are_valid_with_every_packing(packing):
+  settings = config.DataConfig(packing=packing)
+  settings.validate()  # raises for what is not
+  assert settings.packing == packing
 
 
 @pytest.mark.parametrize(
