@@ -26,11 +26,11 @@ from training import (
   assemble,
   checkpoint,
   config as config_lib,
-  evaluate,
+  hooks,
   interrupt,
   loop,
   metrics,
-  state as state_lib,
+  story,
   workdir as workdir_lib,
 )
 
@@ -74,7 +74,9 @@ def run(
   ) as saved:
     step = saved.latest_step() or 0
     if step >= experiment.num_steps and frozen.exists():
-      _say(console, f'{workdir} is complete: step {step}, frozen in {frozen}')
+      story.say(
+        console, f'{workdir} is complete: step {step}, frozen in {frozen}'
+      )
       return Result(step=step, exit_code=0)
     if step < experiment.num_steps:
       result = _train(experiment, workdir, console, saved)
@@ -102,7 +104,7 @@ def _freeze(experiment, workdir, step, console) -> None:
     # The run's own hand-off: a longer run replaces that of a shorter one.
     overwrite=True,
   )
-  _show_manifest(frozen, manifest, console)
+  story.show_manifest(frozen, manifest, console)
 
 
 def _train(experiment, workdir, console, saved) -> Result:
@@ -112,7 +114,7 @@ def _train(experiment, workdir, console, saved) -> Result:
   parts = assemble.assemble(experiment, workdir)
   state, progress = _start_or_restore(experiment, parts, saved)
   first_step = saved.latest_step() or 0
-  _describe(experiment, parts, first_step, console)
+  story.describe(experiment, parts, first_step, console)
   with contextlib.ExitStack() as stack:
     stack.callback(parts.batches.close)
     log: metrics.Log = (
@@ -133,7 +135,7 @@ def _train(experiment, workdir, console, saved) -> Result:
       / parts.learner.peak_flops_per_s(),
       last_checkpoint=saved.latest_step,
     )
-    keeper = _Keeper(
+    keeper = hooks.Keeper(
       experiment, parts, saved, progress, reporter, log, terminal
     )
     stop = stack.enter_context(
@@ -159,7 +161,7 @@ def _train(experiment, workdir, console, saved) -> Result:
     saved.wait()
   step = saved.latest_step()
   if processes.is_first():
-    _summarise(workdir, reporter, step, stop, console)
+    story.summarise(workdir, reporter, step, stop, console)
   return Result(step=step, exit_code=stop.exit_code)
 
 
@@ -171,145 +173,3 @@ def _start_or_restore(experiment, parts, saved):
   state, progress = saved.restore(parts.learner.placement.abstract_whole())
   parts.batches.set_state(progress.data_state)
   return parts.learner.placement.restored(state), progress
-
-
-class _Keeper:
-  """The two hooks of a run: evaluates, and saves with what it evaluated."""
-
-  def __init__(
-    self,
-    experiment: config_lib.Experiment,
-    parts: assemble.Parts,
-    saved: checkpoint.Checkpoints,
-    progress: checkpoint.Progress,
-    reporter: loop.Reporter,
-    log: metrics.Log,
-    terminal: metrics.Terminal,
-  ):
-    self._parts = parts
-    self._saved = saved
-    self._before = progress  # what earlier starts of this run had done
-    self._reporter = reporter
-    self._log = log
-    self._terminal = terminal
-    self._max_eval_batches = experiment.eval_batches
-    self._eval_step = parts.learner.compile_eval_step()
-    self._last_eval: tuple[int, float] | None = None
-
-  def evaluate(self, step: int, state: state_lib.TrainState) -> None:
-    """Records the validation loss of `state`."""
-    values = evaluate.evaluate(
-      self._eval_step,
-      state.params,
-      self._parts.eval_batches,
-      put_batch=self._parts.learner.placement.put_batch,
-      num_bytes_V=self._parts.tokenizer.num_bytes_V(),
-      max_batches=self._max_eval_batches,
-    )
-    self._log.write('eval', step, values)
-    self._last_eval = step, values['loss']
-    self._terminal.say(
-      f'step {step}: validation loss {values["loss"]:.4f} nats/token,'
-      f' {values["bits_per_byte"]:.4f} bits/byte'
-    )
-
-  def save(self, step: int, state: state_lib.TrainState) -> None:
-    """Starts to save a checkpoint of `state`."""
-    evaluated_at, loss = self._last_eval or (None, None)
-    tokens_seen = self._before.tokens_seen + self._reporter.tokens_seen
-    self._saved.save(
-      self._parts.learner.placement.whole(state),
-      checkpoint.Progress(
-        tokens_seen=tokens_seen,
-        training_flops=tokens_seen * self._parts.learner.flops_per_token,
-        train_seconds=self._before.train_seconds + self._reporter.train_seconds,
-        data_state=self._parts.batches.get_state(),
-      ),
-      eval_loss=loss if evaluated_at == step else None,
-    )
-
-
-def _describe(experiment, parts, first_step, console) -> None:
-  """Says what is about to run."""
-  data = experiment.data
-  source = f'{data.open_source.__name__} {data.path}'.strip()
-  tokens_per_step = data.batch_size * data.row_length
-  tokens = experiment.num_steps * tokens_per_step
-  devices = parts.learner.placement.devices
-  rows = {
-    'experiment': experiment.name,
-    'data': (
-      f'{source}, {len(parts.source):,} documents in {data.train_split};'
-      f' {data.tokenizer.kind} tokenizer of {parts.tokenizer.vocab_size:,}'
-    ),
-    'model': f'{parts.learner.num_params:,} parameters',
-    'batch': (
-      f'{data.batch_size} rows x {data.row_length} = {tokens_per_step:,} tokens'
-    ),
-    'run': (
-      f'{experiment.num_steps:,} steps, {tokens:,} tokens,'
-      f' {tokens * parts.learner.flops_per_token:.2e} FLOPs'
-    ),
-    'devices': (
-      f'{len(devices)} x {devices[0].device_kind}{_in_processes()},'
-      f' {experiment.parallel.kind},'
-      f' {experiment.compute_dtype}'
-    ),
-  }
-  if first_step:
-    rows['resumed'] = f'after step {first_step}'
-  for name, value in rows.items():
-    _say(console, f'{name:<10} {value}')
-
-
-def _in_processes() -> str:
-  num = processes.count()
-  return f' in {num} processes' if num > 1 else ''
-
-
-def _show_manifest(directory, manifest, console) -> None:
-  """Shows what was handed over."""
-  _say(
-    console,
-    f'frozen     {directory}: {manifest.num_params:,} {manifest.dtype}'
-    f' parameters in {len(manifest.files)} files\n'
-    f'  step {manifest.step}, {manifest.tokens_seen:,} tokens,'
-    f' {manifest.training_flops:.2e} FLOPs,'
-    f' {manifest.train_seconds:.0f} s\n'
-    f'  data {", ".join(mix["source"] for mix in manifest.data_mix)},'
-    f' knowledge cutoff {manifest.knowledge_cutoff or "unknown"}\n'
-    f'  code {manifest.code_commit}\n'
-    f'  weights {manifest.weights_digest}',
-  )
-
-
-def _summarise(workdir, reporter, step, stop, console) -> None:
-  """Shows the loss curve of the whole run, and its speed."""
-  records = metrics.read(workdir)
-  losses = [r['loss'] for r in records if r['kind'] == 'train']
-  _say(
-    console,
-    f'loss       {losses[0]:.3f} {metrics.sparkline(losses)} {losses[-1]:.3f}',
-  )
-  evals = [r for r in records if r['kind'] == 'eval']
-  for record in evals[-1:]:
-    _say(
-      console,
-      f'validation {record["loss"]:.4f} nats/token,'
-      f' {record["bits_per_byte"]:.4f} bits/byte at step {record["step"]}',
-    )
-  _say(
-    console,
-    f'time       {reporter.train_seconds:.0f} s training,'
-    f' {reporter.compile_seconds:.0f} s compiling and first step',
-  )
-  if stop:
-    _say(
-      console,
-      f'stopped by {stop.signal.name} after step {step}; saved. The same'
-      ' command goes on from there.',
-    )
-
-
-def _say(console: rich.console.Console, text: str) -> None:
-  console.print(text, highlight=False, markup=False, soft_wrap=True)
