@@ -1,53 +1,44 @@
-"""Documents to batches: tokenise, pack into rows, shuffle, batch.
+"""Batches for training and evaluation: rows of tokens in a known order.
 
-    source -> shuffled, endless documents -> [bos, text, eos] -> pairs
-           -> packed rows -> rows shuffled among each other -> batches
+    source -> token store -> packing plan -> rows -> batches
+              (once)         (once)
 
-A pair is (input, target): a token and the one after it in the same document.
-Pairs are made per document, before packing, so that every pair is trained
-exactly once per epoch and no document predicts the next one, wherever rows are
-cut. With windows packing, the whole corpus counts as one document.
+Pairs (input, target) are made within a document, so that no document predicts
+the next one, and every pair is trained exactly once per epoch wherever rows are
+cut. The plan of a source, `data/packing.py`, is the same in every epoch; its
+rows are shuffled over the whole source anew in each. With windows packing, all
+texts are joined, without bos and eos, and rows are drawn from anywhere in it,
+as nanoGPT trains.
 
-Packings:
-  concat_then_split: pieces of documents fill every row; no padding.
-  first_fit, best_fit: whole documents (or row-sized chunks of long ones) side
-    by side; a few percent of padding, fewer documents cut.
-  none: one document or chunk per row, padded.
-  windows: all texts joined, without bos and eos, and rows drawn from anywhere
-    in it, as nanoGPT trains; no epochs.
-
-The order is a function of the seed, and of nothing else: with several processes
-each makes whole global batches and uses its rows, so that their number changes
-neither the order nor the position in a checkpoint (grain's own sharding by
-process ties both to it). Every host then reads, tokenises and packs everything,
-at the rate of the whole run: spend more `num_threads` on it where that binds.
-grain does the work, and its position is
-saved with the checkpoint (`TrainBatches.get_state`), small and exact.
-
-Reference for the packers: Ding et al. 2024 (arXiv:2404.10830).
+The batch of a step is a function of the seed, the step and the weights of the
+mixture, and of nothing else: not of how many threads, workers or processes
+there are, and not of the batches before. A run goes on from any step in the
+same time. Each process makes every global batch and uses its rows; tokens are
+on disk (`data/token_store.py`), so that a row costs microseconds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from typing import Any
 
 import grain
 import numpy as np
 
-from data import config as config_lib, sources
-from text import tokenizer as tokenizer_lib
+from data import (
+  batch_ramp as ramp_lib,
+  config as config_lib,
+  mixture,
+  rows as rows_lib,
+)
 
-Batch = dict[str, np.ndarray]
+Batch = rows_lib.Batch
 
-# Rows that first_fit and best_fit fill at a time; more of them pad less.
-_NUM_BINS = 64
-# Documents read and tokenised ahead, per thread.
-_DOCUMENTS_PER_THREAD = 8
+# More steps than any run has; grain wants an end.
+_END = 2**62
 
 
 def train_batches(
-  source: sources.Source,
-  tokenizer: tokenizer_lib.Tokenizer,
+  sources: Sequence[rows_lib.Rows],
   config: config_lib.DataConfig,
   *,
   seed: int,
@@ -55,54 +46,32 @@ def train_batches(
   """Returns an endless iterator of batches, a function of `seed`.
 
   A batch has tokens, targets, positions and segment_ids, int32 [B, T], and
-  weights, float32 [B, T]: 1 where the target is trained, 0 in padding. Segments
-  count from 1 in each row, 0 is padding; positions restart in each segment.
+  weights, float32 [B, T]; `data/rows.py` says what they hold.
+
+  Args:
+    sources: those of `config.train_sources()`, in that order.
+    config: what to make of them.
+    seed: of the order.
 
   Raises:
-    ValueError: a setting cannot work, or `source` holds no text.
+    ValueError: a setting cannot work.
   """
   config.validate()
   if seed < 0:
     raise ValueError(f'got data seed {seed}, expected 0 or more')
-  _check_has_text(source)
-  seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
-  if config.packing == 'windows':
-    rows = _random_windows(source, tokenizer, config, seed=seeds[0])
-  else:
-    documents = (
-      # Shuffles anew in every epoch: grain seeds by the number of the epoch.
-      grain.MapDataset.source(source).seed(seeds[0]).shuffle().repeat()
-    )
-    rows = _packed_rows(documents, tokenizer, config, seed=seeds[1])
-    if config.shuffle_rows > 1:
-      rows = grain.experimental.WindowShuffleIterDataset(
-        rows,
-        window_size=config.shuffle_rows,
-        # grain adds the number of the window and wants 32 bits.
-        seed=seeds[2] // 2,
+  for source in sources:
+    if source.is_random and source.store.num_ids <= config.row_length:
+      raise ValueError(
+        f'{source.name}: the text has {source.store.num_ids} tokens, expected'
+        f' at least row_length + 1 = {config.row_length + 1} for windows'
+        ' packing; shorten the rows'
       )
-  batches = rows.batch(config.batch_size, drop_remainder=True)
-  batches = grain.experimental.ThreadPrefetchIterDataset(
-    batches,
-    prefetch_buffer_size=-(-config.prefetch_rows // config.batch_size),
-  )
-  settings = {
-    'seed': seed,
-    'packing': config.packing,
-    'row_length': config.row_length,
-    'batch_size': config.batch_size,
-    'shuffle_rows': config.shuffle_rows,
-    'num_documents': len(source),
-    'vocab_size': tokenizer.vocab_size,
-  }
-  return TrainBatches(iter(batches), settings)
+  return TrainBatches(sources, config, seed)
 
 
 def eval_batches(
-  source: sources.Source,
-  tokenizer: tokenizer_lib.Tokenizer,
-  config: config_lib.DataConfig,
-) -> Iterable[Batch]:
+  source: rows_lib.Rows, config: config_lib.DataConfig
+) -> 'EvalBatches':
   """Returns one pass over every pair of `source`, in order, as batches.
 
   Batches are those of `train_batches`; the last one is filled up with rows of
@@ -110,50 +79,149 @@ def eval_batches(
   the rows are the consecutive pieces of the joined text.
 
   Raises:
-    ValueError: a setting cannot work, or `source` holds no text.
+    ValueError: a setting cannot work.
   """
   config.validate()
-  _check_has_text(source)
-  if config.packing == 'windows':
-    corpus = {'pairs': _to_pairs(_joined_tokens(source, tokenizer))}
-    rows = _pack(
-      grain.MapDataset.source([corpus]).to_iter_dataset(),
-      dataclasses.replace(config, packing='concat_then_split'),
-      pad_id=tokenizer.pad_id,
+  return EvalBatches(source, config.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+  """All rows of a source in order, as often as asked."""
+
+  source: rows_lib.Rows
+  batch_size: int
+
+  def __len__(self) -> int:
+    return -(-self.source.num_rows // self.batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    source = self.source
+    for first in range(0, source.num_rows, self.batch_size):
+      end = min(first + self.batch_size, source.num_rows)
+      yield rows_lib.batch_of(
+        ((source, source.plan.pieces(row)) for row in range(first, end)),
+        num_rows=self.batch_size,
+        row_length=source.row_length,
+        pad_id=source.pad_id,
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Order:
+  """From a step to its batch. Pickles small, for workers."""
+
+  sources: tuple[rows_lib.Rows, ...]
+  seeds: tuple[int, ...]  # of the order within each source
+  phases: tuple[mixture.Phase, ...]
+  ramp: ramp_lib.Ramp
+
+  def __call__(self, step: int) -> Batch:
+    """Returns the batch of `step`, counted from 0."""
+    first = ramp_lib.rows_before(self.ramp, step)
+    size = ramp_lib.rows_at(self.ramp, step)
+    sources_B, indices_B = mixture.assign(
+      self.phases, np.arange(first, first + size)
     )
-  else:
-    rows = _packed_rows(grain.MapDataset.source(source), tokenizer, config)
-  pad_id = tokenizer.pad_id
-  return rows.batch(config.batch_size, drop_remainder=False).map(
-    lambda batch: _fill_batch(batch, config.batch_size, pad_id)
-  )
+    rows: list[Any] = [None] * size
+    for i, (source, seed) in enumerate(
+      zip(self.sources, self.seeds, strict=True)
+    ):
+      places = np.flatnonzero(sources_B == i)
+      pieces = source.shuffled_pieces(indices_B[places], seed)
+      for place, piece in zip(places.tolist(), pieces, strict=True):
+        rows[place] = source, piece
+    return rows_lib.batch_of(
+      rows,
+      num_rows=size,
+      row_length=self.sources[0].row_length,
+      pad_id=self.sources[0].pad_id,
+    )
 
 
 class TrainBatches:
-  """An endless iterator of batches whose position can be saved."""
+  """An endless iterator of batches that can be set to any step."""
 
   def __init__(
-    self, iterator: grain.DatasetIterator[Batch], settings: dict[str, Any]
+    self,
+    sources: Sequence[rows_lib.Rows],
+    config: config_lib.DataConfig,
+    seed: int,
   ):
-    self._iterator = iterator
+    self._config = config
+    self._weights = [source.weight for source in config.train_sources()]
+    self._order = _Order(
+      sources=tuple(sources),
+      seeds=tuple(
+        int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0])
+        for i in range(len(sources))
+      ),
+      phases=mixture.start(self._weights),
+      ramp=config.ramp,
+    )
     # A position means something only under the settings it was taken with.
-    self._settings = settings
+    self._settings = {
+      'seed': seed,
+      'packing': config.packing,
+      'row_length': config.row_length,
+    }
+    self._step = 0
+    self._iterator: grain.DatasetIterator[Batch] | None = None
+
+  @property
+  def sources(self) -> tuple[rows_lib.Rows, ...]:
+    """Returns what is mixed."""
+    return self._order.sources
 
   def __iter__(self) -> 'TrainBatches':
     return self
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    if self._iterator is None:
+      self._iterator = self._dataset().__iter__()
+    batch = next(self._iterator)
+    self._step += 1
+    return batch
+
+  def seek(self, step: int) -> None:
+    """Goes on with the batch of `step`, counted from 0."""
+    self.close()
+    self._step = step
+
+  def epochs(self, num_steps: int) -> dict[str, float]:
+    """Returns how often so many steps train each source, by its name."""
+    row = self._config.rows_before(num_steps)
+    taken = mixture.taken_before(self._order.phases, row)
+    return {
+      source.name: source.epochs(count)
+      for source, count in zip(self.sources, taken, strict=True)
+    }
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position after the last batch taken, ready for JSON."""
-    return {'settings': self._settings, 'position': self._iterator.get_state()}
+    return {
+      'settings': self._settings,
+      'sources': self._described_sources(),
+      'step': self._step,
+      'row': self._config.rows_before(self._step),
+      'phases': [
+        {
+          'from_row': phase.from_row,
+          'weights': list(phase.weights),
+          'taken': list(phase.taken),
+        }
+        for phase in self._order.phases
+      ],
+    }
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken, with bit-identical batches.
 
+    Weights of a mixture, and sizes of batches that are still to come, may be
+    others than those it was taken with.
+
     Raises:
-      ValueError: it was taken under other settings.
+      ValueError: it was taken under other settings, or of other data.
     """
     saved = state['settings']
     for name, value in self._settings.items():
@@ -163,195 +231,78 @@ class TrainBatches:
           f'has {value!r}; continue with the saved value, or start a new '
           'workdir'
         )
-    self._iterator.set_state(_lists_to_tuples(state['position']))
+    self._check_sources(state['sources'])
+    row = self._config.rows_before(state['step'])
+    if row != state['row']:
+      raise ValueError(
+        f'the saved data position is after {state["row"]} rows in'
+        f' {state["step"]} steps, which are {row} rows by the batch_size and'
+        ' batch_ramp of this run; a data.batch_ramp may change only steps that'
+        ' are to come'
+      )
+    phases = tuple(
+      mixture.Phase(
+        from_row=phase['from_row'],
+        weights=tuple(phase['weights']),
+        taken=tuple(phase['taken']),
+      )
+      for phase in state['phases']
+    )
+    self._order = dataclasses.replace(
+      self._order, phases=mixture.changed(phases, self._weights, row)
+    )
+    self.seek(state['step'])
 
   def close(self) -> None:
-    """Stops the threads that prepare batches."""
-    self._iterator.close()
+    """Stops the threads and processes that prepare batches."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
 
-
-def _packed_rows(
-  documents: grain.MapDataset,
-  tokenizer: tokenizer_lib.Tokenizer,
-  config: config_lib.DataConfig,
-  *,
-  seed: int | None = None,
-) -> grain.IterDataset:
-  """Tokenises `documents` in threads and packs them; no seed, no shuffling."""
-  read_options = grain.ReadOptions(
-    num_threads=config.num_threads,
-    prefetch_buffer_size=config.num_threads * _DOCUMENTS_PER_THREAD,
-  )
-  pairs = documents.map(_PairsOf(tokenizer)).to_iter_dataset(read_options)
-  return _pack(pairs, config, pad_id=tokenizer.pad_id, seed=seed)
-
-
-def _pack(
-  documents: grain.IterDataset,
-  config: config_lib.DataConfig,
-  *,
-  pad_id: int,
-  seed: int | None = None,
-) -> grain.IterDataset:
-  """Packs {'pairs': [T, 2]} of any T, 0 included, into rows."""
-  length = config.row_length
-  # concat_then_split cuts by itself, where the row ends.
-  max_chunk = None if config.packing == 'concat_then_split' else length
-  chunks = grain.experimental.FlatMapIterDataset(documents, _Chunks(max_chunk))
-  if config.packing == 'none':
-    return chunks.map(lambda chunk: _row_of_one(chunk, length, pad_id))
-  if config.packing == 'concat_then_split':
-    packed = grain.experimental.ConcatThenSplitIterDataset(
-      chunks, length_struct={'pairs': length}
-    )
-  else:
-    packers = {
-      'first_fit': grain.experimental.FirstFitPackIterDataset,
-      'best_fit': grain.experimental.BestFitPackIterDataset,
-    }
-    packed = packers[config.packing](
-      chunks,
-      length_struct={'pairs': length},
-      num_packing_bins=_NUM_BINS,
-      shuffle_bins=seed is not None,
-      seed=seed or 0,
-    )
-  return packed.map(lambda row: _row_of_packed(row, pad_id))
-
-
-def _random_windows(
-  source: sources.Source,
-  tokenizer: tokenizer_lib.Tokenizer,
-  config: config_lib.DataConfig,
-  *,
-  seed: int,
-) -> grain.IterDataset:
-  """Returns rows cut at random places out of the joined text."""
-  ids_T = _joined_tokens(source, tokenizer)
-  length = config.row_length
-  num_starts = len(ids_T) - length
-  if num_starts < 1:
-    raise ValueError(
-      f'the text has {len(ids_T)} tokens, expected at least row_length + 1 '
-      f'= {length + 1} for windows packing; shorten the rows'
-    )
-
-  def draw(_: Any, rng: np.random.Generator) -> Batch:
-    start = rng.integers(num_starts)
-    window = {'pairs': _to_pairs(ids_T[start : start + length + 1])}
-    return _row_of_one(window, length, tokenizer.pad_id)
-
-  # grain hands out a generator per index, so row i is a function of the seed
-  # and i alone. Drawing is cheaper than passing it to another thread.
-  rows = grain.MapDataset.range(1).seed(seed).repeat().random_map(draw)
-  return rows.to_iter_dataset(
-    grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  )
-
-
-class _PairsOf:
-  """Document to {'pairs': int32 [T, 2]}, T = 0 for an empty text."""
-
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
-    self._tokenizer = tokenizer
-
-  def __call__(self, document: dict[str, str]) -> Batch:
-    tokenizer = self._tokenizer
-    ids = tokenizer.encode(document['text'])
-    if ids:
-      ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
-    return {'pairs': _to_pairs(np.array(ids, np.int32))}
-
-
-class _Chunks(grain.experimental.FlatMapTransform):
-  """Cuts pairs into chunks, if a length is given; an empty text gives none."""
-
-  def __init__(self, max_length: int | None):
-    self._max_length = max_length
-
-  def flat_map(self, element: Batch) -> Sequence[Batch]:
-    pairs_T2 = element['pairs']
-    step = self._max_length or max(len(pairs_T2), 1)
+  def _described_sources(self) -> list[dict[str, str]]:
     return [
-      {'pairs': pairs_T2[start : start + step]}
-      for start in range(0, len(pairs_T2), step)
+      {'name': source.name, 'digest': source.store.digest}
+      for source in self.sources
     ]
 
+  def _check_sources(self, saved: list[dict[str, str]]) -> None:
+    """Refuses the position of a run on other tokens."""
+    now = self._described_sources()
+    if [s['name'] for s in saved] != [s['name'] for s in now]:
+      raise ValueError(
+        'the saved data position is of the sources'
+        f' {", ".join(s["name"] for s in saved)}, this run has'
+        f' {", ".join(s["name"] for s in now)}; a run may change the weights of'
+        ' its sources, and neither which they are nor their order'
+      )
+    for old, new in zip(saved, now, strict=True):
+      if old['digest'] != new['digest']:
+        raise ValueError(
+          f'{new["name"]}: the saved data position is of tokens with SHA-256'
+          f' {old["digest"][:12]}, this run has {new["digest"][:12]}: its'
+          ' documents or the tokenizer have changed; put them back, or start a'
+          ' new workdir'
+        )
 
-def _to_pairs(ids_T: np.ndarray) -> np.ndarray:
-  """Returns int32 [T - 1, 2]: each id and its successor."""
-  return np.stack([ids_T[:-1], ids_T[1:]], axis=1)
-
-
-def _joined_tokens(
-  source: sources.Source, tokenizer: tokenizer_lib.Tokenizer
-) -> np.ndarray:
-  """Returns the ids of all documents in order, int32, held in memory."""
-  return np.concatenate(
-    [
-      np.array(tokenizer.encode(source[i]['text']), np.int32)
-      for i in range(len(source))
-    ]
-  )
-
-
-def _row_of_packed(packed: Batch, pad_id: int) -> Batch:
-  """Names what a packer returns, with `pad_id` where no document is."""
-  segment_ids_T = packed['pairs_segment_ids'].astype(np.int32)
-  is_text_T = segment_ids_T > 0
-  pairs_T2 = np.where(is_text_T[:, None], packed['pairs'], np.int32(pad_id))
-  return {
-    'tokens': pairs_T2[:, 0],
-    'targets': pairs_T2[:, 1],
-    'positions': packed['pairs_positions'].astype(np.int32),
-    'segment_ids': segment_ids_T,
-    'weights': is_text_T.astype(np.float32),
-  }
-
-
-def _row_of_one(chunk: Batch, length: int, pad_id: int) -> Batch:
-  """Returns a row with one segment, padded at the end."""
-  used = len(chunk['pairs'])
-  slots_T = np.arange(length)
-  is_text_T = slots_T < used
-  return _row_of_packed(
-    {
-      'pairs': np.pad(chunk['pairs'], ((0, length - used), (0, 0))),
-      'pairs_segment_ids': is_text_T,
-      'pairs_positions': np.where(is_text_T, slots_T, 0),
-    },
-    pad_id,
-  )
-
-
-def _fill_batch(batch: Batch, batch_size: int, pad_id: int) -> Batch:
-  """Appends rows of padding until there are `batch_size`."""
-  missing = batch_size - len(batch['tokens'])
-  if not missing:
-    return batch
-  fill = {'tokens': pad_id, 'targets': pad_id}
-  return {
-    name: np.pad(
-      array_BT, ((0, missing), (0, 0)), constant_values=fill.get(name, 0)
+  def _dataset(self) -> grain.IterDataset[Batch]:
+    """Returns the batches from the current step on, made ahead of it."""
+    config = self._config
+    ahead = -(-config.prefetch_rows // config.batch_size)
+    batches = (
+      grain.MapDataset.range(self._step, _END)
+      .map(self._order)
+      .to_iter_dataset(
+        grain.ReadOptions(
+          num_threads=min(config.num_threads, ahead),
+          prefetch_buffer_size=ahead,
+        )
+      )
     )
-    for name, array_BT in batch.items()
-  }
-
-
-def _check_has_text(source: sources.Source) -> None:
-  """Refuses a source on which the endless iterator would never return."""
-  if not any(source[i]['text'] for i in range(len(source))):
-    raise ValueError(
-      f'got {len(source)} documents without any text, expected some; check the '
-      'path and text_key'
+    if not config.num_workers:
+      return batches
+    # Each makes every so-manieth batch: their number changes no batch.
+    return batches.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=config.num_workers, per_worker_buffer_size=max(1, ahead)
+      )
     )
-
-
-def _lists_to_tuples(value: Any) -> Any:
-  # JSON makes lists of tuples, and grain's concat_then_split compares with a
-  # tuple: left as lists, an empty remainder would be taken for a real one.
-  if isinstance(value, dict):
-    return {key: _lists_to_tuples(item) for key, item in value.items()}
-  if isinstance(value, list):
-    return tuple(map(_lists_to_tuples, value))
-  return value

@@ -5,14 +5,14 @@ exists is complete. What it does not do is wait: of two processes that prepare
 the same data, the second fails on the rename. A lock file puts them in line.
 """
 
-from collections.abc import Iterator
 import contextlib
-import fcntl
 import io
 import pathlib
 import shutil
 
 import tensorflow_datasets as tfds
+
+from data import locks
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
@@ -21,7 +21,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
   if directory.is_dir():  # needs no write access: the cache may be read-only
     return directory
   directory.parent.mkdir(parents=True, exist_ok=True)
-  with _locked(directory.parent / '.preparing.lock'):
+  with locks.locked(directory.parent / '.preparing.lock'):
     if not directory.is_dir():
       # Nobody else is preparing, so these are what a killed process left.
       for leftover in directory.parent.glob('incomplete.*'):
@@ -34,11 +34,3 @@ def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
           download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
   return directory
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Holds `path` locked; the kernel unlocks it if the process dies."""
-  with path.open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

@@ -60,10 +60,17 @@ class Tfds:
         f'{", ".join(sorted(builder.info.splits))}'
       ) from None
     self._text_key = text_key
+    self._directory = directory
+    self._split = split
     _check_not_empty(self, f'split {split!r} of {str(directory)!r}')
 
   def __len__(self) -> int:
     return len(self._examples)
+
+  def fingerprint(self) -> str:
+    """Returns what changes when the documents do."""
+    files = sorted(path for path in self._directory.iterdir() if path.is_file())
+    return f'tfds {self._split} {self._text_key} {_describe(files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     example = self._examples[index]
@@ -99,6 +106,10 @@ class Jsonl:
 
   def __len__(self) -> int:
     return len(self._rows)
+
+  def fingerprint(self) -> str:
+    """Returns what changes when the documents do."""
+    return f'jsonl {self._text_key} {_describe(self._files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     file_index, line_number, offset = self._rows[index].tolist()
@@ -146,10 +157,15 @@ class Parquet:
         num_rows.append(metadata.row_group(group).num_rows)
     # Row group g holds the documents from start g up to start g + 1.
     self._starts = np.cumsum([0, *num_rows])
+    self._files = list(files)
     _check_not_empty(self, ', '.join(map(str, files)))
 
   def __len__(self) -> int:
     return int(self._starts[-1])
+
+  def fingerprint(self) -> str:
+    """Returns what changes when the documents do."""
+    return f'parquet {self._text_key} {_describe(self._files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     if not 0 <= index < len(self):
@@ -172,10 +188,20 @@ class TextFiles:
   def __len__(self) -> int:
     return len(self._files)
 
+  def fingerprint(self) -> str:
+    """Returns what changes when the documents do."""
+    return f'text {_describe(self._files)}'
+
   def __getitem__(self, index: int) -> dict[str, str]:
     file = self._files[index]
     # Bytes, not text mode, which would rewrite line ends.
     return {'text': _decode(file.read_bytes(), str(file)), 'id': str(file)}
+
+
+def _describe(files: Sequence[pathlib.Path]) -> str:
+  """Says which files these are, and whether they are what they were."""
+  stats = [(str(file.resolve()), file.stat()) for file in files]
+  return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _line_offsets(file: pathlib.Path):

@@ -3,8 +3,10 @@
     source = open_source(path, split, data_dir, text_key)
 
 A source is random access: `len(source)`, and `source[i]` is a document
-{'text': str, 'id': str}. It can be pickled and read from several threads. What
-is missing is an error that says how to get it, before any network is touched.
+{'text': str, 'id': str}. It can be read from several threads, and may have a
+method `fingerprint()` that returns a string which changes when the documents
+do; of a source without one they are all read to see whether they did. What is
+missing is an error that says how to get it, before any network is touched.
 `data/pipeline.py` turns sources into batches.
 """
 

@@ -5,6 +5,8 @@ that a resumed run loads it instead of training it again.
 """
 
 from collections.abc import Iterator
+import itertools
+import math
 import os
 
 from data import config as config_lib, sources
@@ -12,13 +14,15 @@ from text import bpe, tokenizer as tokenizer_lib
 
 
 def build_tokenizer(
-  config: config_lib.TokenizerConfig, source: sources.Source
+  config: config_lib.TokenizerConfig,
+  *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer that `config` describes.
 
   Args:
     config: what to build.
-    source: the training documents; read by kind 'bpe' only.
+    *mixed: the training documents, each source with its weight: its share of
+      the text to learn from. Read by kind 'bpe' only.
 
   Raises:
     FileNotFoundError: `config.path` holds no tokenizer.
@@ -30,7 +34,12 @@ def build_tokenizer(
     return tokenizer_lib.ByteTokenizer()
   if config.kind == 'directory':
     return tokenizer_lib.load(os.path.expanduser(config.path))
-  tokenizer = bpe.train(_texts(source, config.train_bytes), config.vocab_size)
+  total = sum(weight for _, weight in mixed)
+  texts = itertools.chain.from_iterable(
+    _texts(source, math.ceil(config.train_bytes * weight / total))
+    for source, weight in mixed
+  )
+  tokenizer = bpe.train(texts, config.vocab_size)
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(
       f'the text gives {tokenizer.vocab_size} tokens, expected '

@@ -8,7 +8,7 @@ References: Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2019
 (GPT-2), which works on bytes and whose split is used here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -75,6 +75,22 @@ class BpeTokenizer:
     except (TypeError, UnicodeEncodeError):
       utf8.encode(text)  # says where the surrogate is
       raise
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the ids of each text, int32; on all cores.
+
+    Raises:
+      ValueError: a text holds a lone surrogate.
+    """
+    try:
+      encodings = self._model.encode_batch_fast(
+        list(texts), add_special_tokens=False
+      )
+    except (TypeError, UnicodeEncodeError):
+      for text in texts:
+        utf8.encode(text)  # says where the surrogate is
+      raise
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`, with U+FFFD for what is not UTF-8."""

@@ -9,7 +9,7 @@ a special token ('<|eos|>') is ordinary text. Callers add `bos_id` and `eos_id`
 themselves, so no document and no user can forge a document boundary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import json
 import os
 import pathlib
@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`; `decode` gives exactly `text` back."""
+    ...
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns what `encode` gives for each text, as integer arrays."""
     ...
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -69,6 +73,14 @@ class ByteTokenizer:
       ValueError: `text` holds a lone surrogate.
     """
     return list(utf8.encode(text))
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the bytes of each text, uint8.
+
+    Raises:
+      ValueError: a text holds a lone surrogate.
+    """
+    return [np.frombuffer(utf8.encode(text), np.uint8) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`, with U+FFFD for what is not UTF-8."""

@@ -4,11 +4,21 @@ Below this file nothing knows of experiments: functions receive the objects, or
 the plain numbers, that they need.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
+import json
 import pathlib
+from typing import Any
 
-from data import pipeline, sources
+from data import (
+  config as data_config,
+  contamination,
+  pipeline,
+  rows as rows_lib,
+  sources,
+)
+from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import (
   config as config_lib,
@@ -22,29 +32,114 @@ class Parts:
   """Everything a run is made of."""
 
   learner: learner_lib.Learner
-  source: sources.Source
   tokenizer: tokenizer_lib.Tokenizer
   batches: pipeline.TrainBatches
-  eval_batches: Iterable[pipeline.Batch]
+  eval_batches: pipeline.EvalBatches
+  overlaps: tuple[contamination.Overlap, ...]  # of each source, if looked for
+
+  def describe_data(self) -> dict[str, Any]:
+    """Returns what is trained and evaluated on, as JSON values."""
+    return {
+      'sources': [
+        rows.describe() | {'weight': source.weight}
+        for source, rows in zip(
+          self.learner.experiment.data.train_sources(),
+          self.batches.sources,
+          strict=True,
+        )
+      ],
+      'evaluation': self.eval_batches.source.describe(),
+      'contamination': [
+        dataclasses.asdict(overlap) | {'share': overlap.share}
+        for overlap in self.overlaps
+      ],
+    }
 
 
-def assemble(experiment: config_lib.Experiment, workdir: pathlib.Path) -> Parts:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+  """The text of a run, opened."""
+
+  train: tuple[sources.Source, ...]
+  evaluated: sources.Source
+
+
+def open_documents(experiment: config_lib.Experiment) -> Documents:
+  """Opens the data of a run; writes nothing that belongs to it.
+
+  Raises:
+    ValueError, FileNotFoundError: it cannot be opened, or has no text.
+  """
+  data = experiment.data
+  named = *data.train_sources(), data.eval_source()
+  opened = []
+  for source in named:
+    documents = source.open(data.data_dir)
+    if not any(documents[i]['text'] for i in range(len(documents))):
+      raise ValueError(
+        f'{source.name}: got {len(documents)} documents without any text,'
+        ' expected some; check the path and text_key'
+      )
+    opened.append(documents)
+  return Documents(train=tuple(opened[:-1]), evaluated=opened[-1])
+
+
+def assemble(
+  experiment: config_lib.Experiment,
+  workdir: pathlib.Path,
+  say: Callable[[str], None] = lambda _: None,
+  documents: Documents | None = None,
+) -> Parts:
   """Builds the parts of a run.
+
+  Args:
+    experiment: what to run.
+    workdir: where its tokenizer is, or will be.
+    say: is told of what takes long.
+    documents: what to train and evaluate on; opened now if None.
 
   Raises:
     ValueError, FileNotFoundError: the data cannot be opened, the vocabulary
       does not fit the model, or the model does not fit the devices.
   """
   learner = learner_lib.make(experiment)
-  source = experiment.data.open_split(experiment.data.train_split)
-  eval_source = experiment.data.open_split(experiment.data.eval_split)
-  tokenizer = workdir_lib.tokenizer(workdir, experiment, source)
+  data = experiment.data
+  documents = documents or open_documents(experiment)
+  mixed = list(zip(data.train_sources(), documents.train, strict=True))
+  tokenizer = workdir_lib.tokenizer(
+    workdir, experiment, *((opened, s.weight) for s, opened in mixed)
+  )
+  open_rows = functools.partial(
+    rows_lib.open_rows,
+    tokenizer=tokenizer,
+    config=data,
+    say=say,
+  )
+  with processes.together('data'):
+    train = [open_rows(opened, name=s.name) for s, opened in mixed]
+    held_out = open_rows(documents.evaluated, name=data.eval_source().name)
+  processes.check_same(
+    'data', json.dumps([rows.store.digest for rows in (*train, held_out)])
+  )
   return Parts(
     learner=learner,
-    source=source,
     tokenizer=tokenizer,
-    batches=pipeline.train_batches(
-      source, tokenizer, experiment.data, seed=experiment.seed
-    ),
-    eval_batches=pipeline.eval_batches(eval_source, tokenizer, experiment.data),
+    batches=pipeline.train_batches(train, data, seed=experiment.seed),
+    eval_batches=pipeline.eval_batches(held_out, data),
+    overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
   )
+
+
+def _overlaps(
+  train: Sequence[rows_lib.Rows],
+  held_out: rows_lib.Rows,
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: data_config.DataConfig,
+) -> Iterator[contamination.Overlap]:
+  """Looks for the evaluation text in the training text; one process does."""
+  ngram = data.contamination_ngram
+  if ngram < 0:
+    ngram = contamination.default_ngram(tokenizer)
+  if ngram and processes.is_first():
+    for rows in train:
+      yield contamination.between_stores(rows.store, held_out.store, ngram)

@@ -1,9 +1,11 @@
 """The workdir: what a run writes about itself, and how it is recognised.
 
     run.json        the experiment, the data mix, lineage, code commit
+    data.json       what was found of the data: tokens, fill rates, overlaps
     tokenizer/      the vocabulary the run was started with
     checkpoints/    training/checkpoint.py
     metrics.jsonl   training/metrics.py
+    goodput.jsonl   training/goodput.py
     tensorboard/
     frozen/         what is handed to life two
 
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data import sources, vocabulary
+from frozen import seals
 from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import config as config_lib
@@ -31,6 +34,7 @@ from training import config as config_lib
 # by default) would be safer, and annoying where the path is simply wrong.
 _SECONDS_TO_APPEAR = 5.0
 RUN = 'run.json'
+DATA = 'data.json'
 _PARTIAL_RUN = 'run.tmp'
 TOKENIZER = 'tokenizer'
 FROZEN = 'frozen'
@@ -47,8 +51,7 @@ def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
   """
   if (workdir / RUN).exists():
     if _has_checkpoints(workdir):
-      old = json.loads((workdir / RUN).read_text())
-      _check_same(workdir, _describe(experiment), old)
+      _check_same(workdir, identity(experiment), _recorded(workdir))
   elif workdir.exists() and not all(map(_is_leftover, workdir.iterdir())):
     raise ValueError(
       f'--workdir={workdir}: got a directory with other files in it, expected'
@@ -113,21 +116,49 @@ def record(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
   if path.exists() and not _has_checkpoints(workdir):
     # Nothing was trained yet, and the old tokenizer may be of other values.
     shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
-  partial = path.with_name(_PARTIAL_RUN)
-  partial.write_text(json.dumps(new, indent=2) + '\n')
-  partial.replace(path)
+  seals.write_atomically(path, json.dumps(new, indent=2) + '\n')
+
+
+def identity(experiment: config_lib.Experiment) -> dict[str, Any]:
+  """Returns what makes a checkpoint the experiment's, see `seals.identity`."""
+  return seals.identity(_describe(experiment))
+
+
+def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the identity of the run that the workdir is of."""
+  path = workdir / RUN
+  try:
+    return seals.identity(json.loads(path.read_text(encoding='utf-8')))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{path}: got a file that cannot be read ({error!r}), expected the record'
+      ' of a run; it was damaged: put a copy there, or use another --workdir'
+    ) from None
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-  return any(workdir.glob('checkpoints/[0-9]*'))
+  root = workdir / seals.DIRECTORY
+  return bool(seals.steps(root) or seals.set_aside(root))
+
+
+def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
+  """Writes data.json: what this start of the run trains and evaluates on."""
+  partial = workdir / 'data.tmp'
+  partial.write_text(json.dumps(described, indent=2) + '\n')
+  partial.replace(workdir / DATA)
 
 
 def tokenizer(
   workdir: pathlib.Path,
   experiment: config_lib.Experiment,
-  source: sources.Source,
+  *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
   """Returns the run's tokenizer: built and saved once, loaded from then on.
+
+  Args:
+    workdir: where it is saved.
+    experiment: describes it.
+    *mixed: the training documents, each source with its weight.
 
   Raises:
     ValueError: it has more tokens than the model has embeddings.
@@ -135,7 +166,7 @@ def tokenizer(
   directory = workdir / TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():
-      built = vocabulary.build_tokenizer(experiment.data.tokenizer, source)
+      built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
       # Written aside and renamed: a killed run leaves no half a tokenizer.
       partial = directory.with_suffix('.tmp')
       built.save(partial)
@@ -157,11 +188,13 @@ def _describe(experiment: config_lib.Experiment) -> dict[str, Any]:
     'model': config['model'],
     'data_mix': [
       {
-        'source': data['open_source'],
-        'path': data['path'],
-        'split': data['train_split'],
-        'weight': 1.0,
+        'source': f'{open_source.__module__}.{open_source.__qualname__}',
+        'path': source.path,
+        'split': source.split,
+        'weight': source.weight,
       }
+      for source in experiment.data.train_sources()
+      for open_source in [source.open_source]
     ],
     'knowledge_cutoff': data['knowledge_cutoff'],
     'lineage': {},
@@ -176,25 +209,11 @@ def _check_same(
   workdir: pathlib.Path, new: dict[str, Any], old: dict[str, Any]
 ) -> None:
   """Compares what decides the meaning of the weights."""
-
-  def identity(run):
-    config = run['config']
-    flat = {'experiment': run['experiment'], 'seed': config['seed']}
-    for prefix, fields in (
-      ('model', run['model']),
-      ('data.tokenizer', config['data']['tokenizer']),
-    ):
-      flat |= {f'{prefix}.{name}': value for name, value in fields.items()}
-    return flat
-
-  got, expected = identity(new), identity(old)
-  for name in sorted(got.keys() | expected.keys()):
-    if got.get(name) != expected.get(name):
-      raise ValueError(
-        f'--workdir={workdir} holds another run: got {name} ='
-        f' {got.get(name)!r}, expected {expected.get(name)!r}; use another'
-        ' --workdir, or the value it was started with'
-      )
+  if words := seals.difference(new, old):
+    raise ValueError(
+      f'--workdir={workdir} holds another run: {words}; use another --workdir,'
+      ' or the value it was started with'
+    )
 
 
 def _code_commit() -> str:

@@ -24,6 +24,10 @@ _SKIPPED_DIRS = frozenset(
 )
 _SKIPPED_PREFIXES = ('_sysconfigdata', 'config-')
 
+# Character maps, generated and alike but for a few lines: with some of them
+# held out, 37 % of the 13-grams of the validation split were trained on.
+_TRAINED_ON = 'encodings/'
+
 # Cumulative share of the documents.
 _SPLITS = (('train', 0.90), ('validation', 0.95), ('test', 1.0))
 
@@ -31,7 +35,7 @@ _SPLITS = (('train', 0.90), ('validation', 0.95), ('test', 1.0))
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   """Source files of the running interpreter's standard library."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   BUILDER_CONFIGS = [
     tfds.core.BuilderConfig(
       name=f'{platform.python_implementation().lower()}_'
@@ -89,6 +93,8 @@ def documents_under(root: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 def split_of(key: str) -> str:
   """Returns the split of a document, a function of its path alone."""
+  if key.startswith(_TRAINED_ON):
+    return 'train'
   digest = hashlib.sha256(key.encode('utf-8')).digest()
   position = int.from_bytes(digest[:8]) / 2**64
   return next(split for split, end in _SPLITS if position < end)

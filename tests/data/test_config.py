@@ -21,7 +21,9 @@ def test_defaults_are_valid_with_every_packing(packing):
     ({'packing': 'tight'}, "data.packing is 'tight', expected one of concat"),
     ({'row_length': 0}, 'data.row_length is 0, expected at least 1'),
     ({'batch_size': 0}, 'data.batch_size is 0, expected at least 1'),
-    ({'shuffle_rows': -1}, 'data.shuffle_rows is -1, expected at least 0'),
+    ({'num_workers': -1}, 'data.num_workers is -1, expected at least 0'),
+    ({'contamination_ngram': -2}, 'contamination_ngram is -2, expected at lea'),
+    ({'contamination_warning': 2.0}, 'data.contamination_warning is 2.0, exp'),
     ({'num_threads': 0}, 'data.num_threads is 0, expected at least 1'),
     ({'prefetch_rows': -1}, 'data.prefetch_rows is -1, expected at least 0'),
   ],
@@ -29,6 +31,36 @@ def test_defaults_are_valid_with_every_packing(packing):
 def test_data_config_refuses(fields, error):
   with pytest.raises(ValueError, match=error):
     config.DataConfig(**fields).validate()
+
+
+def _source(**fields):
+  return config.SourceConfig(open_source=sources.text_files, **fields)
+
+
+@pytest.mark.parametrize('weight', [0.0, -1.0, float('nan'), float('inf')])
+def test_weights_that_are_no_shares_are_refused(weight):
+  mixed = _source(name='good'), _source(name='bad', weight=weight)
+  with pytest.raises(
+    ValueError, match=f'data.sources: bad has weight {weight}, expected a numb'
+  ):
+    config.DataConfig(sources=mixed).validate()
+
+
+def test_sources_of_one_name_are_refused():
+  mixed = _source(path='a'), _source(path='b')
+  with pytest.raises(ValueError, match='got several called text_files, exp'):
+    config.DataConfig(sources=mixed).validate()
+
+
+def test_a_single_source_is_a_mixture_of_one():
+  data = config.DataConfig(
+    open_source=sources.jsonl, path='p', text_key='k', train_split='t'
+  )
+  (source,) = data.train_sources()
+  assert source == config.SourceConfig(
+    open_source=sources.jsonl, path='p', split='t', text_key='k', name='jsonl'
+  )
+  assert data.eval_source().split == 'validation'
 
 
 @pytest.mark.parametrize(
@@ -46,7 +78,7 @@ def test_tokenizer_config_refuses(fields, error):
     config.DataConfig(tokenizer=tokenizer).validate()
 
 
-def test_open_split_passes_the_fields_on():
+def test_opening_passes_the_fields_on():
   seen = []
 
   def open_source(*args):
@@ -58,8 +90,9 @@ def test_open_split_passes_the_fields_on():
     path='p',
     data_dir='d',
     text_key='k',
+    eval_split='test',
   )
-  data.open_split('test')
+  data.eval_source().open(data.data_dir)
   assert seen == [('p', 'test', 'd', 'k')]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import config, pipeline, sources
-from tests import fixtures
+from data import config, pipeline, rows as rows_lib, sources
+from tests import data_fixtures, fixtures
 from text import tokenizer as tokenizer_lib
 
 BOS, EOS, PAD = 256, 257, 258
@@ -20,23 +20,9 @@ PACKINGS = ['concat_then_split', 'first_fit', 'best_fit', 'none']
 TOK = fixtures.byte_tokenizer()
 
 
-class Texts:
-  """A source of the given texts."""
-
-  def __init__(self, *texts):
-    self._texts = texts
-
-  def __len__(self):
-    return len(self._texts)
-
-  def __getitem__(self, index):
-    return {'text': self._texts[index], 'id': str(index)}
-
-
-# Lengths around and far beyond a row of 8; empty ones are no documents. Not
-# fewer of them: grain takes milliseconds to shuffle an index below 30.
+# Lengths around and far beyond a row of 8; empty ones are no documents.
 LENGTHS = (3, 1, 0, 30, 7, 6, 8, 0, 16, 2, 2, 5) * 3
-DOCUMENTS = Texts(
+DOCUMENTS = data_fixtures.Texts(
   *(
     ''.join(chr(33 + 2 * i + j % 2) for j in range(length))
     for i, length in enumerate(LENGTHS)
@@ -44,37 +30,37 @@ DOCUMENTS = Texts(
 )
 
 
+@pytest.fixture(scope='module', autouse=True)
+def stores(tmp_path_factory):
+  """Where all tests of this file keep tokens."""
+  _config.data_dir = str(tmp_path_factory.mktemp('stores'))
+
+
 def _config(**fields: Any) -> config.DataConfig:
   defaults: dict[str, Any] = {
+    'data_dir': _config.data_dir,
     'row_length': 8,
     'batch_size': 2,
-    'shuffle_rows': 0,
     'prefetch_rows': 4,
   }
   return config.DataConfig(**(defaults | fields))
 
 
 def _train(source: sources.Source = DOCUMENTS, seed=0, **fields):
-  return pipeline.train_batches(source, TOK, _config(**fields), seed=seed)
+  settings = _config(**fields)
+  opened = rows_lib.open_rows(source, TOK, settings, name='s')
+  return pipeline.train_batches([opened], settings, seed=seed)
 
 
-def _take(batches, n):
-  taken = [next(batches) for _ in range(n)]
-  batches.close()
-  return taken
-
-
-def _rows(batches):
-  """Joins batches into one, of all their rows."""
-  return {
-    name: np.concatenate([batch[name] for batch in batches])
-    for name in batches[0]
-  }
+def _eval(source: sources.Source = DOCUMENTS, **fields):
+  settings = _config(**fields)
+  opened = rows_lib.open_rows(source, TOK, settings, name='s')
+  return pipeline.eval_batches(opened, settings)
 
 
 def _pairs(batches):
   """Lists the trained (input, target) pairs in the order of rows."""
-  rows = _rows(batches)
+  rows = data_fixtures.joined(batches)
   used_BT = rows['weights'] > 0
   return list(
     zip(
@@ -94,16 +80,14 @@ def _expected_pairs(source=DOCUMENTS):
   return pairs
 
 
-def _assert_same(batch, other):
-  assert batch.keys() == other.keys()
-  for name in batch:
-    assert batch[name].dtype == other[name].dtype
-    np.testing.assert_array_equal(batch[name], other[name])
-
-
 def _eval_row_matrices(texts, packing, row_length):
-  settings = _config(packing=packing, row_length=row_length, batch_size=1)
-  rows = _rows(list(pipeline.eval_batches(Texts(*texts), TOK, settings)))
+  batches = _eval(
+    data_fixtures.Texts(*texts),
+    packing=packing,
+    row_length=row_length,
+    batch_size=1,
+  )
+  rows = data_fixtures.joined(list(batches))
   return {name: rows[name].tolist() for name in rows}
 
 
@@ -170,10 +154,9 @@ def test_eval_windows_are_consecutive_pieces_of_the_joined_text():
 
 @pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
 def test_shapes_and_dtypes(packing):
-  settings = _config(packing=packing, batch_size=3)
-  batches = pipeline.train_batches(DOCUMENTS, TOK, settings, seed=0)
-  evaluated = pipeline.eval_batches(DOCUMENTS, TOK, settings)
-  for batch in [*_take(batches, 3), *evaluated]:
+  batches = _train(packing=packing, batch_size=3)
+  evaluated = _eval(packing=packing, batch_size=3)
+  for batch in [*data_fixtures.take(batches, 3), *evaluated]:
     dtypes = {name: array.dtype.name for name, array in batch.items()}
     assert dtypes == {
       'tokens': 'int32',
@@ -193,7 +176,7 @@ def test_shapes_and_dtypes(packing):
 
 @pytest.mark.parametrize('packing', PACKINGS)
 def test_segments_hold_consecutive_pairs_of_one_document(packing):
-  rows = _rows(_take(_train(packing=packing), 40))
+  rows = data_fixtures.joined(data_fixtures.take(_train(packing=packing), 40))
   for b in range(len(rows['tokens'])):
     for segment in range(1, rows['segment_ids'][b].max() + 1):
       at_T = rows['segment_ids'][b] == segment
@@ -209,8 +192,7 @@ def test_segments_hold_consecutive_pairs_of_one_document(packing):
 @pytest.mark.parametrize('packing', PACKINGS)
 @pytest.mark.parametrize('row_length', [1, 3, 8, 64])
 def test_eval_sees_every_pair_once(packing, row_length):
-  settings = _config(packing=packing, row_length=row_length, batch_size=4)
-  batches = list(pipeline.eval_batches(DOCUMENTS, TOK, settings))
+  batches = list(_eval(packing=packing, row_length=row_length, batch_size=4))
   assert sorted(_pairs(batches)) == sorted(_expected_pairs())
   total = sum(float(batch['weights'].sum()) for batch in batches)
   assert total == len(_expected_pairs())
@@ -218,25 +200,22 @@ def test_eval_sees_every_pair_once(packing, row_length):
 
 def test_eval_of_windows_sees_every_pair_of_the_text_once():
   text = ''.join(DOCUMENTS[i]['text'] for i in range(len(DOCUMENTS)))
-  batches = list(
-    pipeline.eval_batches(DOCUMENTS, TOK, _config(packing='windows'))
-  )
+  batches = list(_eval(packing='windows'))
   ids = list(text.encode())
   assert _pairs(batches) == list(zip(ids[:-1], ids[1:], strict=True))
 
 
 def test_eval_can_be_iterated_again():
-  batches = pipeline.eval_batches(DOCUMENTS, TOK, _config())
+  batches = _eval()
   first, second = list(batches), list(batches)
   assert len(first) == len(second) > 1
   for batch, other in zip(first, second, strict=True):
-    _assert_same(batch, other)
+    data_fixtures.assert_same(batch, other)
 
 
 def test_eval_fills_the_last_batch_with_rows_of_no_weight():
-  settings = _config(packing='none', batch_size=5)
   batches = list(
-    pipeline.eval_batches(Texts('a', 'b', 'c', 'd', 'e', 'f'), TOK, settings)
+    _eval(data_fixtures.Texts(*'abcdef'), packing='none', batch_size=5)
   )
   assert len(batches) == 2
   np.testing.assert_array_equal(
@@ -244,144 +223,143 @@ def test_eval_fills_the_last_batch_with_rows_of_no_weight():
   )
 
 
-@pytest.mark.parametrize('packing', ['concat_then_split', 'none'])
+@pytest.mark.parametrize('packing', PACKINGS)
 def test_each_epoch_trains_every_pair_once(packing):
   expected = collections.Counter(_expected_pairs())
-  size = expected.total()
-  pairs = _pairs(_take(_train(packing=packing, batch_size=1), 240))
-  assert len(pairs) > 4 * size
-  for epoch in range(4):
-    seen = collections.Counter(pairs[epoch * size : (epoch + 1) * size])
-    assert seen == expected
-
-
-@pytest.mark.parametrize('packing', ['first_fit', 'best_fit'])
-def test_fitted_groups_train_every_pair_equally_often(packing):
-  # Bins are filled and handed out in groups of 64 rows: a group holds
-  # consecutive documents, so after whole groups counts differ by one at most.
-  num_groups = 4
-  rows = _rows(_take(_train(packing=packing, batch_size=64), num_groups))
-  expected = collections.Counter(_expected_pairs())
-  seen = collections.Counter(_pairs([rows]))
-  assert seen.keys() == expected.keys()
-  # Unlike the pairs of one letter, those of bos tell documents apart.
-  counts = [n for (token, _), n in seen.items() if token == BOS]
-  assert max(counts) - min(counts) <= 1
-  assert min(counts) > 3
-  epochs = seen.total() / expected.total()
-  for pair, n in expected.items():
-    assert abs(seen[pair] - n * epochs) <= n + 1e-6
+  batches = _train(packing=packing, batch_size=1)
+  size = batches.sources[0].num_rows
+  for _ in range(3):
+    epoch = [next(batches) for _ in range(size)]
+    assert collections.Counter(_pairs(epoch)) == expected
+  assert batches.epochs(3 * size) == {'s': 3.0}
+  batches.close()
 
 
 def test_epochs_are_shuffled_anew():
   texts = [chr(97 + i) for i in range(20)]
-  batches = _train(Texts(*texts), packing='none', batch_size=20)
-  orders = [tuple(batch['tokens'][:, 1]) for batch in _take(batches, 4)]
+  batches = _train(data_fixtures.Texts(*texts), packing='none', batch_size=20)
+  orders = [
+    tuple(batch['tokens'][:, 1]) for batch in data_fixtures.take(batches, 4)
+  ]
   assert all(sorted(order) == sorted(orders[0]) for order in orders)
   assert len({*orders, tuple(sorted(orders[0]))}) == 5
 
 
-def test_rows_are_shuffled_within_their_window():
-  # Long documents: without shuffling, a batch is 8 chunks of one of them.
-  source = Texts(*(chr(97 + i) * 79 for i in range(8)))
-  fields = {'packing': 'none', 'batch_size': 8}
-  ordered = _take(_train(source, **fields), 20)
-  shuffled = _take(_train(source, shuffle_rows=80, **fields), 20)
-
-  def documents_per_batch(batches):
-    return np.mean([len(np.unique(batch['tokens'])) for batch in batches])
-
-  assert documents_per_batch(ordered) < 4
-  assert documents_per_batch(shuffled) > 5
-  for start in (0, 10):  # 80 rows, the same in another order
-    windows = [
-      sorted(map(tuple, _rows(batches[start : start + 10])['tokens'].tolist()))
-      for batches in (ordered, shuffled)
-    ]
-    assert windows[0] == windows[1]
+def test_rows_of_a_long_document_are_spread_over_the_epoch():
+  source = data_fixtures.Texts(*(chr(97 + i) * 79 for i in range(8)))
+  batches = data_fixtures.take(_train(source, packing='none', batch_size=8), 10)
+  kinds = [len(np.unique(batch['tokens'])) for batch in batches]
+  assert np.mean(kinds) > 5  # in order it would be 2 or 3
 
 
 @pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
 def test_order_is_a_function_of_the_seed(packing):
-  fields = {'packing': packing, 'shuffle_rows': 64}
-  first = _take(_train(seed=7, **fields), 40)
-  again = _take(_train(seed=7, num_threads=5, prefetch_rows=0, **fields), 40)
-  other = _take(_train(seed=8, **fields), 40)
+  fields = {'packing': packing}
+  first = data_fixtures.take(_train(seed=7, **fields), 40)
+  again = data_fixtures.take(
+    _train(seed=7, num_threads=5, prefetch_rows=0, **fields), 40
+  )
+  other = data_fixtures.take(_train(seed=8, **fields), 40)
   for batch, same in zip(first, again, strict=True):
-    _assert_same(batch, same)
+    data_fixtures.assert_same(batch, same)
   assert any(
     (batch['tokens'] != different['tokens']).any()
     for batch, different in zip(first, other, strict=True)
   )
 
 
-@pytest.mark.parametrize('shuffle_rows', [0, 64])
+@pytest.mark.slow
+def test_order_does_not_know_of_worker_processes():
+  alone = data_fixtures.take(_train(), 9)
+  for batch, other in zip(
+    alone, data_fixtures.take(_train(num_workers=2), 9), strict=True
+  ):
+    data_fixtures.assert_same(batch, other)
+
+
+def test_the_order_is_what_it_was():
+  """A golden value: a run that is resumed by newer code has to find its place.
+
+  A change here makes checkpoints of older runs go on in another order.
+  """
+  batches = data_fixtures.take(_train(seed=3, batch_size=4), 2)
+  rows = data_fixtures.joined(batches)
+  assert rows['tokens'][:, 0].tolist() == [40, 97, 46, 49, 40, 65, 256, 64]
+
+
 @pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
-def test_resume_is_bit_identical(packing, shuffle_rows):
-  fields = {'packing': packing, 'shuffle_rows': shuffle_rows}
-  run = _train(**fields)
+def test_resume_is_bit_identical(packing):
+  run = _train(packing=packing)
   states, batches = [], []
-  for _ in range(70):  # three epochs, two windows of rows
+  for _ in range(70):  # three epochs
     states.append(json.loads(json.dumps(run.get_state())))
     batches.append(next(run))
   run.close()
-  for start in (0, 1, 2, 7, 31, 32, 33, 63):
-    resumed = _train(**fields)
+  for start in (0, 1, 2, 7, 31, 32, 63):
+    resumed = _train(packing=packing)
     resumed.set_state(states[start])
     assert json.loads(json.dumps(resumed.get_state())) == states[start]
     for batch, other in zip(
-      batches[start:][:5], _take(resumed, 5), strict=True
+      batches[start:][:5], data_fixtures.take(resumed, 5), strict=True
     ):
-      _assert_same(batch, other)
+      data_fixtures.assert_same(batch, other)
 
 
-def test_resume_where_a_document_ends_with_its_row():
-  # Then concat_then_split has no remainder, which JSON must not turn into one.
-  texts = Texts(*('abcdefg' for _ in range(40)))  # 8 pairs each, a row of 8
-  run = _train(texts, batch_size=1)
-  for _ in range(3):
-    next(run)
-  state = json.loads(json.dumps(run.get_state()))
-  expected = _take(run, 60)
-  resumed = _train(texts, batch_size=1)
-  resumed.set_state(state)
-  for batch, other in zip(expected, _take(resumed, 60), strict=True):
-    _assert_same(batch, other)
+@pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
+def test_any_step_costs_as_much_as_the_first(packing, monkeypatch):
+  made = []
+  real = rows_lib.batch_of
+  monkeypatch.setattr(
+    rows_lib, 'batch_of', lambda *a, **k: (made.append(1), real(*a, **k))[1]
+  )
+  batches = _train(packing=packing, prefetch_rows=0)
+  for step in (0, 70, 10**9, 10**15):
+    made.clear()
+    batches.seek(step)
+    assert next(batches)['tokens'].shape == (2, 8)
+    assert len(made) == 1
+    assert batches.get_state()['step'] == step + 1
+  batches.close()
 
 
 def test_state_can_be_set_on_an_iterator_in_use():
-  batches = _train(shuffle_rows=64)
+  batches = _train()
   next(batches)
   state = batches.get_state()
   expected = [next(batches) for _ in range(3)]
   batches.set_state(state)
-  for batch, other in zip(expected, _take(batches, 3), strict=True):
-    _assert_same(batch, other)
+  for batch, other in zip(
+    expected, data_fixtures.take(batches, 3), strict=True
+  ):
+    data_fixtures.assert_same(batch, other)
 
 
 @pytest.mark.parametrize(
   ('change', 'error'),
   [
     ({'row_length': 4}, 'has row_length 8, this run has 4; continue with'),
-    ({'batch_size': 4}, 'has batch_size 2, this run has 4;'),
     ({'packing': 'none'}, "has packing 'concat_then_split', this run has"),
-    ({'shuffle_rows': 3}, 'has shuffle_rows 0, this run has 3;'),
     ({'seed': 1}, 'has seed 0, this run has 1;'),
-    ({'source': Texts('a')}, 'has num_documents 36, this run has 1;'),
+    ({'batch_size': 4}, 'is after 6 rows in 3 steps, which are 12 rows by'),
+    (
+      {'source': data_fixtures.Texts('a')},
+      's: the saved data position is of tokens with',
+    ),
   ],
 )
 def test_position_of_other_settings_is_refused(change, error):
-  state = _train().get_state()
+  batches = _train()
+  batches.seek(3)
   with pytest.raises(ValueError, match=error):
-    _train(**change).set_state(state)
+    _train(**change).set_state(batches.get_state())
 
 
 def test_random_windows_reach_both_ends_evenly():
-  source = Texts('abcdef', '', 'ghij')
-  batches = _take(
+  source = data_fixtures.Texts('abcdef', '', 'ghij')
+  batches = data_fixtures.take(
     _train(source, packing='windows', row_length=3, batch_size=70), 30
   )
-  rows = _rows(batches)
+  rows = data_fixtures.joined(batches)
   starts_B = rows['tokens'][:, 0] - ord('a')
   np.testing.assert_array_equal(
     rows['tokens'], ord('a') + starts_B[:, None] + np.arange(3)[None, :]
@@ -399,26 +377,31 @@ def test_random_windows_reach_both_ends_evenly():
 
 
 def test_windows_need_a_text_longer_than_a_row():
-  _take(_train(Texts('abcd'), packing='windows', row_length=3), 1)
+  data_fixtures.take(
+    _train(data_fixtures.Texts('abcd'), packing='windows', row_length=3), 1
+  )
   with pytest.raises(
     ValueError, match=r'has 3 tokens, expected at least row_length \+ 1 = 4'
   ):
-    _train(Texts('abc'), packing='windows', row_length=3)
+    _train(data_fixtures.Texts('abc'), packing='windows', row_length=3)
 
 
-@pytest.mark.parametrize('source', [Texts(), Texts('', '')])
+@pytest.mark.parametrize(
+  'source', [data_fixtures.Texts(), data_fixtures.Texts('', '')]
+)
 def test_source_without_text_is_refused(source):
-  with pytest.raises(ValueError, match='documents without any text, expected'):
+  error = 's: got . documents without any text, expected'
+  with pytest.raises(ValueError, match=error):
     _train(source)
-  with pytest.raises(ValueError, match='documents without any text, expected'):
-    pipeline.eval_batches(source, TOK, _config())
+  with pytest.raises(ValueError, match=error):
+    _eval(source)
 
 
 def test_settings_are_checked():
   with pytest.raises(ValueError, match='data.batch_size is 0'):
     _train(batch_size=0)
   with pytest.raises(ValueError, match='data.row_length is 0'):
-    pipeline.eval_batches(DOCUMENTS, TOK, _config(row_length=0))
+    _eval(row_length=0)
   with pytest.raises(ValueError, match='got data seed -1, expected 0 or more'):
     _train(seed=-1)
 
@@ -426,16 +409,38 @@ def test_settings_are_checked():
 def test_an_unreadable_document_stops_training_with_its_place(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"text": "good"}\n{"text": \n{"text": "good"}\n')
-  batches = _train(sources.jsonl(str(path)))
   with pytest.raises(ValueError, match=r'x\.jsonl:2 is not JSON'):
-    _take(batches, 10)
-  batches.close()
+    _train(sources.jsonl(str(path)))
+
+
+def test_a_ramp_of_the_batch_takes_the_same_rows(tmp_path):
+  plain = data_fixtures.joined(data_fixtures.take(_train(batch_size=1), 30))[
+    'tokens'
+  ]
+  ramp = ((0, 1), (3, 2), (5, 4))
+  batches = data_fixtures.take(_train(batch_size=4, batch_ramp=ramp), 9)
+  sizes = [len(batch['tokens']) for batch in batches]
+  assert sizes == [1] * 3 + [2] * 2 + [4] * 4
+  np.testing.assert_array_equal(
+    data_fixtures.joined(batches)['tokens'], plain[:23]
+  )
+
+
+def test_a_ramp_may_change_on_resume_in_what_is_to_come():
+  run = _train(batch_size=2)
+  data_fixtures.take(run, 3)
+  resumed = _train(batch_size=4, batch_ramp=((0, 2), (4, 4)))
+  resumed.set_state(run.get_state())
+  sizes = [len(batch['tokens']) for batch in data_fixtures.take(resumed, 3)]
+  assert sizes == [2, 4, 4]
+  with pytest.raises(ValueError, match='is after 6 rows in 3 steps, which are'):
+    _train(batch_size=2, batch_ramp=((0, 1), (2, 2))).set_state(run.get_state())
 
 
 def test_real_text_through_a_real_source(data_dir):
   source = sources.python_stdlib(split='test', data_dir=str(data_dir))
-  settings = _config(row_length=64, batch_size=16, shuffle_rows=100)
-  batch = _take(pipeline.train_batches(source, TOK, settings, seed=0), 1)[0]
+  batches = _train(source, row_length=64, batch_size=16)
+  batch = data_fixtures.take(batches, 1)[0]
   assert batch['weights'].sum() == 16 * 64
   segment_T = batch['tokens'][0][batch['segment_ids'][0] == 1]
   text = tokenizer_lib.ByteTokenizer().decode(segment_T.tolist())

@@ -60,6 +60,11 @@ def test_split_depends_on_the_path_alone():
   assert counts.total() == 4000
 
 
+def test_copies_of_each_other_are_on_one_side():
+  maps = [f'encodings/cp{i}.py' for i in range(400)]
+  assert set(map(python_stdlib.split_of, maps)) == {'train'}
+
+
 def test_splits_of_the_real_library(data_dir):
   documents = {}
   for split in ('train', 'validation', 'test'):
@@ -90,7 +95,7 @@ def test_missing_split_lists_those_available(data_dir):
 
 def test_interpreters_do_not_share_data(data_dir):
   version = f'cpython_{platform.python_version()}'
-  assert (data_dir / 'python_stdlib' / version / '1.0.0').is_dir()
+  assert (data_dir / 'python_stdlib' / version / '1.1.0').is_dir()
 
 
 def test_a_path_is_refused():

@@ -1,0 +1,234 @@
+"""How fast the input pipeline is beside what a training step consumes.
+
+    python -m benchmarks.input_pipeline
+    python -m benchmarks.input_pipeline --data_dir=... --out=pipeline.json
+
+The quickstart's data, once for every packing and once as a mixture of two
+sources: batches are taken from the pipeline alone, and from it the quickstart's
+model takes steps on this machine's devices, in turns. `times` is rows per
+second over those of the step, the median over rounds; a run waits for its data
+where it is less than 1. Tokenising, which happens once, is timed by itself. A
+pipeline alone has all cores; beside a step on a CPU it competes for them.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+
+from benchmarks import timing
+from data import (
+  config as data_config,
+  pipeline,
+  rows as rows_lib,
+  sources,
+  token_store,
+  vocabulary,
+)
+from experiments import quickstart
+from text import tokenizer as tokenizer_lib
+from training import config as config_lib, learner as learner_lib
+
+MIXTURE = 'mixture of 2'
+STEP = 'train step'
+
+
+def data_configs(data: data_config.DataConfig) -> dict[str, Any]:
+  """Returns what is timed: every packing, and two splits as a mixture."""
+  alone = {
+    packing: dataclasses.replace(data, packing=packing)
+    for packing in data_config.PACKINGS
+  }
+  mixed = tuple(
+    data_config.SourceConfig(
+      open_source=data.open_source, split=split, weight=weight, name=split
+    )
+    for split, weight in ((data.train_split, 3.0), (data.eval_split, 1.0))
+  )
+  return alone | {MIXTURE: dataclasses.replace(data, sources=mixed)}
+
+
+def open_batches(
+  data: data_config.DataConfig, tokenizer: tokenizer_lib.Tokenizer
+) -> pipeline.TrainBatches:
+  """Returns the batches of one of `data_configs`."""
+  opened = [
+    rows_lib.open_rows(
+      source.open(data.data_dir), tokenizer, data, name=source.name
+    )
+    for source in data.train_sources()
+  ]
+  return pipeline.train_batches(opened, data, seed=0)
+
+
+def time_batches(batches: pipeline.TrainBatches, num: int) -> float:
+  """Returns the seconds that `num` batches take, the prefetched ones apart."""
+  next(batches)  # starts the threads
+  start = time.perf_counter()
+  for _ in range(num):
+    next(batches)
+  seconds = time.perf_counter() - start
+  batches.close()
+  return seconds
+
+
+def make_step_turn(
+  experiment: config_lib.Experiment,
+  batches: pipeline.TrainBatches,
+  num: int,
+) -> timing.Turn:
+  """Returns a turn of `num` training steps on one batch that is there."""
+  learner = learner_lib.make(experiment)
+  state = learner.init(jax.random.key(0))
+  step = learner.compile_train_step()
+  batch = learner.placement.put_batch(next(batches))
+  batches.close()
+
+  def take_steps() -> float:
+    nonlocal state
+    start = time.perf_counter()
+    for _ in range(num):
+      state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    return time.perf_counter() - start
+
+  take_steps()  # compiles
+  return take_steps
+
+
+def time_tokenising(
+  source: sources.Source, tokenizer: tokenizer_lib.Tokenizer, threads: int
+) -> dict[str, float]:
+  """Returns bytes and tokens per second of writing a store."""
+  num_bytes = sum(
+    len(source[i]['text'].encode('utf-8')) for i in range(len(source))
+  )
+  with tempfile.TemporaryDirectory() as directory:
+    start = time.perf_counter()
+    store = token_store.open_or_write(
+      source, tokenizer, directory, name='source', num_threads=threads
+    )
+    seconds = time.perf_counter() - start
+  return {
+    'bytes_per_s': num_bytes / seconds,
+    'tokens_per_s': store.num_ids / seconds,
+  }
+
+
+def measure(
+  experiment: config_lib.Experiment,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  rounds: int,
+  num_batches: int,
+  num_steps: int,
+) -> dict[str, Any]:
+  """Times everything in turns; returns figures by name."""
+  configs = data_configs(experiment.data)
+  opened = {
+    name: open_batches(data, tokenizer) for name, data in configs.items()
+  }
+  turns: dict[str, timing.Turn] = {
+    name: lambda batches=batches: time_batches(batches, num_batches)
+    for name, batches in opened.items()
+  }
+  turns[STEP] = make_step_turn(
+    experiment, opened['concat_then_split'], num_steps
+  )
+  seconds = timing.interleave(turns, rounds)
+  rows, length = experiment.data.batch_size, experiment.data.row_length
+  per_row = {
+    name: [s / (rows * (num_steps if name == STEP else num_batches)) for s in x]
+    for name, x in seconds.items()
+  }
+  return {
+    name: {
+      'rows_per_s': 1 / statistics.median(values),
+      'tokens_per_s': length / statistics.median(values),
+      'times': timing.median_ratio(per_row[STEP], values),
+      'fill_rate': (
+        min(source.fill_rate for source in opened[name].sources)
+        if name in opened
+        else 1.0
+      ),
+    }
+    for name, values in per_row.items()
+  }
+
+
+def report(
+  experiment: config_lib.Experiment,
+  measured: dict[str, Any],
+  tokenising: dict[str, float],
+) -> str:
+  """Formats what was measured."""
+  data = experiment.data
+  heads = ('', 'fill', 'rows/s', 'tokens/s', 'times')
+  lines = [
+    (
+      name,
+      f'{values["fill_rate"]:.1%}',
+      f'{values["rows_per_s"]:,.0f}',
+      f'{values["tokens_per_s"]:,.0f}',
+      f'{values["times"]:.1f}',
+    )
+    for name, values in measured.items()
+  ]
+  title = (
+    f'input pipeline: {data.batch_size} x {data.row_length},'
+    f' {data.num_threads} threads; {STEP} on {jax.devices()[0].device_kind}'
+  )
+  return '\n'.join(
+    [
+      timing.table(title, [heads, *lines]),
+      f'tokenising, once: {tokenising["bytes_per_s"] / 1e6:.1f} MB/s,'
+      f' {tokenising["tokens_per_s"]:,.0f} tokens/s',
+    ]
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures what the flags name."""
+  if len(argv) > 1:
+    raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
+  args = flags.FLAGS
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
+  experiment = quickstart.get_config()
+  experiment.data.data_dir = args.data_dir
+  experiment.data.num_threads = args.threads
+  experiment.data.num_workers = args.workers
+  (source,) = experiment.data.train_sources()
+  documents = source.open(args.data_dir)
+  tokenizer = vocabulary.build_tokenizer(
+    experiment.data.tokenizer, (documents, 1.0)
+  )
+  tokenising = time_tokenising(documents, tokenizer, args.threads)
+  measured = measure(
+    experiment,
+    tokenizer,
+    rounds=args.rounds,
+    num_batches=args.batches,
+    num_steps=args.steps,
+  )
+  print(report(experiment, measured, tokenising))
+  if args.out:
+    result = {'tokenising': tokenising, 'measured': measured}
+    timing.write_json(str(pathlib.Path(args.out)), result)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('data_dir', '~/.cache/two_lives', 'Where tokens are.')
+  flags.DEFINE_integer('threads', 2, 'Threads that make batches.', 1)
+  flags.DEFINE_integer('workers', 0, 'Processes that make batches.', 0)
+  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.', 1)
+  flags.DEFINE_integer('batches', 400, 'Batches per turn.', 1)
+  flags.DEFINE_integer('steps', 4, 'Training steps per turn.', 1)
+  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  app.run(main)

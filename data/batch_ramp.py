@@ -1,0 +1,61 @@
+"""Batch sizes that grow during a run, in closed form.
+
+A ramp lists (step, rows): from that step on, counted from 0, a batch has so
+many rows.
+
+Reference: Smith et al. 2018 (arXiv:1711.00489); GPT-3 grew its batch over the
+first billions of tokens (Brown et al. 2020, arXiv:2005.14165, table 2.1).
+"""
+
+from collections.abc import Iterable, Sequence
+
+Ramp = Sequence[tuple[int, int]]
+
+
+def rows_at(ramp: Ramp, step: int) -> int:
+  """Returns the rows of the batch of `step`, counted from 0."""
+  return [rows for start, rows in ramp if start <= step][-1]
+
+
+def rows_before(ramp: Ramp, step: int) -> int:
+  """Returns the rows of all batches before that of `step`."""
+  ends = [start for start, _ in ramp[1:]] + [step]
+  return sum(
+    rows * max(0, min(end, step) - start)
+    for (start, rows), end in zip(ramp, ends, strict=True)
+  )
+
+
+def check(batch_ramp: Ramp, batch_size: int) -> None:
+  """Refuses a ramp that cannot be.
+
+  Raises:
+    ValueError: names what is wrong.
+  """
+  if not batch_ramp:
+    return
+  name = 'data.batch_ramp'
+  if any(len(entry) != 2 for entry in batch_ramp):
+    raise ValueError(
+      f'{name}: got {batch_ramp}, expected pairs of (from_step, rows)'
+    )
+  steps = [start for start, _ in batch_ramp]
+  if steps[0] != 0 or any(_decreases(steps)):
+    raise ValueError(
+      f'{name}: got steps {steps}, expected them to increase from 0'
+    )
+  rows = [size for _, size in batch_ramp]
+  if min(rows) < 1 or max(rows) > batch_size:
+    raise ValueError(
+      f'{name}: got rows {rows}, expected 1 to data.batch_size = {batch_size}'
+    )
+  if rows[-1] != batch_size:
+    raise ValueError(
+      f'{name}: ends with {rows[-1]} rows, expected data.batch_size ='
+      f' {batch_size}; set one to the other'
+    )
+
+
+def _decreases(values: Sequence[int]) -> Iterable[bool]:
+  """Whether each value is not above the one before it."""
+  return (b <= a for a, b in zip(values, values[1:], strict=False))

@@ -1,0 +1,252 @@
+"""How documents fill rows: plans, made from the lengths of documents alone.
+
+A plan says of every row which pieces of documents lie side by side in it. A
+piece is a run of pairs of one document; with
+
+  concat_then_split  rows are cut from all pairs in a row: no padding but at
+                     the end of the last one. Nothing is stored.
+  first_fit          documents, or row-sized chunks of long ones, each into the
+                     first row that has room for it.
+  best_fit           the longest first, each into the fullest row that has room.
+  none               one document or chunk per row.
+
+so that a plan has every pair once. Fitting looks at `_WINDOW` documents at a
+time, which bounds its memory and costs a row or so of padding each.
+
+Reference: Ding et al. 2024 (arXiv:2404.10830), whose best fit this is.
+"""
+
+import atexit
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import pathlib
+import shutil
+import tempfile
+from typing import Protocol
+
+import numpy as np
+
+from data import locks, token_store
+
+# Documents that are fitted with each other.
+_WINDOW = 2**16
+_STARTS, _LENGTHS, _ROWS = 'starts.bin', 'lengths.bin', 'rows.bin'
+
+
+class Plan(Protocol):
+  """What every row of a source consists of."""
+
+  @property
+  def num_rows(self) -> int: ...
+
+  def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int64 [pieces] each: first ids, and numbers of pairs."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Concatenated:
+  """Row r has the pairs r T to (r + 1) T of all documents."""
+
+  store: token_store.TokenStore
+  row_length: int
+
+  @property
+  def num_rows(self) -> int:
+    """Returns the rows of an epoch."""
+    return -(-self.store.num_pairs // self.row_length)
+
+  def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where pieces start, and their lengths."""
+    starts_D = self.store.starts_D
+    first = row * self.row_length
+    end = min(first + self.row_length, self.store.num_pairs)
+    # The last document that starts at or before the pair, and the one after.
+    low = int(np.searchsorted(starts_D, first, side='right')) - 1
+    high = int(np.searchsorted(starts_D, end, side='left'))
+    edges = starts_D[low : high + 1].copy()
+    edges[0], edges[-1] = first, end
+    lengths = np.diff(edges)
+    starts = edges[:-1] + np.arange(low, high)
+    # Documents of one id, of which a joined store may have some, have no pair.
+    return starts[lengths > 0], lengths[lengths > 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """Row r has the pairs r T to (r + 1) T of the joined text."""
+
+  num_pairs: int
+  row_length: int
+
+  @property
+  def num_rows(self) -> int:
+    """Returns the rows that together are the text."""
+    return -(-self.num_pairs // self.row_length)
+
+  def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the only piece starts, and its length."""
+    start = row * self.row_length
+    length = min(self.row_length, self.num_pairs - start)
+    return np.array([start]), np.array([length])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """Rows that were planned, on disk. Pickles as the path that they are at."""
+
+  directory: pathlib.Path
+
+  @property
+  def num_rows(self) -> int:
+    """Returns the rows of an epoch."""
+    return len(self._rows) - 1
+
+  def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where pieces start, and their lengths."""
+    which = slice(*self._rows[row : row + 2].tolist())
+    return self._starts[which], self._lengths[which].astype(np.int64)
+
+  @functools.cached_property
+  def _rows(self) -> np.ndarray:
+    return token_store.mapped(self.directory / _ROWS, 'int64')
+
+  @functools.cached_property
+  def _starts(self) -> np.ndarray:
+    return token_store.mapped(self.directory / _STARTS, 'int64')
+
+  @functools.cached_property
+  def _lengths(self) -> np.ndarray:
+    return token_store.mapped(self.directory / _LENGTHS, 'int32')
+
+  def __getstate__(self) -> dict[str, object]:
+    """Leaves out what is mapped: it would be copied into the pickle."""
+    return {'directory': self.directory}
+
+
+def plan(store: token_store.TokenStore, packing: str, row_length: int) -> Plan:
+  """Returns the plan of a source; one that is stored is made only once.
+
+  Args:
+    store: the documents; joined ones for windows.
+    packing: one of `data.config.PACKINGS`; windows are cut in order.
+    row_length: T, pairs per row.
+
+  Raises:
+    ValueError: the plan cannot be written beside the store.
+  """
+  if packing == 'concat_then_split':
+    return Concatenated(store, row_length)
+  if packing == 'windows':
+    return Windows(store.num_ids - 1, row_length)
+  fit = {'first_fit': first_fit, 'best_fit': best_fit, 'none': _alone}[packing]
+  directory = store.directory / f'{packing}-{row_length}'
+
+  def write(partial: pathlib.Path) -> None:
+    _write(partial, _windows(store, row_length), fit, row_length)
+
+  try:
+    locks.write_once(directory, write)
+  except OSError:
+    # A store that may only be read: the plan is then this process's own.
+    directory = pathlib.Path(tempfile.mkdtemp(prefix='two_lives_plan_'))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    write(directory)
+  return Fitted(directory)
+
+
+def first_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
+  """Returns int64 [pieces]: the first row with room for each, in order."""
+  size = 1 << max(1, int(len(lengths_P) - 1).bit_length())
+  # A tournament: node i has the most room of its children 2i and 2i + 1.
+  room = [row_length] * (2 * size)
+  rows = []
+  for length in lengths_P.tolist():
+    node = 1
+    while node < size:
+      node *= 2
+      node += room[node] < length
+    rows.append(node - size)
+    room[node] -= length
+    while node > 1:
+      node //= 2
+      room[node] = max(room[2 * node], room[2 * node + 1])
+  return np.array(rows, np.int64)
+
+
+def best_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
+  """Returns int64 [pieces]: rows filled by the longest first, tightly."""
+  # Rows by the room they have, and the rooms there are as the bits of a number.
+  by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+  rooms = 0
+  num_rows = 0
+  rows_P = np.zeros(len(lengths_P), np.int64)
+  by_length = np.argsort(-lengths_P, kind='stable')
+  lengths = lengths_P[by_length].tolist()
+  for piece, length in zip(by_length.tolist(), lengths, strict=True):
+    fitting = rooms >> length
+    if fitting:
+      room = length + (fitting & -fitting).bit_length() - 1
+      row = by_room[room].pop()
+      if not by_room[room]:
+        rooms ^= 1 << room
+    else:
+      room, row, num_rows = row_length, num_rows, num_rows + 1
+    rows_P[piece] = row
+    if room > length:  # what is full is not looked at again
+      by_room[room - length].append(row)
+      rooms |= 1 << (room - length)
+  return rows_P
+
+
+def _alone(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
+  """Returns a row of its own for every piece."""
+  del row_length
+  return np.arange(len(lengths_P))
+
+
+def _windows(
+  store: token_store.TokenStore, row_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields first ids and lengths of the pieces of some documents at a time."""
+  for first in range(0, store.num_documents, _WINDOW):
+    edges = store.starts_D[first : first + _WINDOW + 1]
+    num_pairs_D = np.diff(edges)
+    num_pieces_D = -(-num_pairs_D // row_length)
+    document_P = np.repeat(np.arange(len(num_pairs_D)), num_pieces_D)
+    before_D = np.cumsum(num_pieces_D) - num_pieces_D
+    offset_P = (np.arange(len(document_P)) - before_D[document_P]) * row_length
+    lengths_P = np.minimum(num_pairs_D[document_P] - offset_P, row_length)
+    yield edges[document_P] + offset_P + first + document_P, lengths_P
+
+
+def _write(
+  directory: pathlib.Path,
+  windows: Iterator[tuple[np.ndarray, np.ndarray]],
+  fit: Callable[[np.ndarray, int], np.ndarray],
+  row_length: int,
+) -> None:
+  """Writes the rows, those first whose first document is."""
+  num_pieces = 0
+  with (
+    (directory / _STARTS).open('wb') as starts,
+    (directory / _LENGTHS).open('wb') as lengths,
+    (directory / _ROWS).open('wb') as rows,
+  ):
+    rows.write(np.zeros(1, np.int64).data)
+    for starts_P, lengths_P in windows:
+      is_full_P = lengths_P == row_length
+      rows_P = np.zeros(len(lengths_P), np.int64)
+      rows_P[~is_full_P] = fit(lengths_P[~is_full_P], row_length)
+      rows_P[is_full_P] = len(rows_P) + np.arange(is_full_P.sum())
+      _, firsts, rows_P = np.unique(
+        rows_P, return_index=True, return_inverse=True
+      )
+      rows_P = np.argsort(np.argsort(firsts))[rows_P]
+      order_P = np.argsort(rows_P, kind='stable')
+      starts.write(starts_P[order_P].astype(np.int64).data)
+      lengths.write(lengths_P[order_P].astype(np.int32).data)
+      ends_R = num_pieces + np.cumsum(np.bincount(rows_P))
+      rows.write(ends_R.astype(np.int64).data)
+      num_pieces += len(lengths_P)

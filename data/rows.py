@@ -1,0 +1,161 @@
+"""Rows of one source: its tokens, laid out by a plan.
+
+A row is int32 [T] tokens, targets, positions and segment_ids, and float32 [T]
+weights: 1 where the target is trained, 0 in padding. Segments count from 1 in
+each row, 0 is padding; positions restart in each segment.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from data import (
+  config as config_lib,
+  order,
+  packing as packing_lib,
+  sources,
+  token_store,
+)
+from text import tokenizer as tokenizer_lib
+
+Batch = dict[str, np.ndarray]
+Pieces = tuple[np.ndarray, np.ndarray]  # first ids, numbers of pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """The rows of one source. Small to pickle."""
+
+  store: token_store.TokenStore
+  plan: packing_lib.Plan
+  row_length: int
+  pad_id: int
+  # Whether training takes rows from anywhere instead of those of the plan.
+  is_random: bool
+
+  @property
+  def name(self) -> str:
+    """Returns the source's name."""
+    return self.store.name
+
+  @property
+  def num_rows(self) -> int:
+    """Returns the rows of one epoch."""
+    return self.plan.num_rows
+
+  @property
+  def fill_rate(self) -> float:
+    """Returns the share of slots with a target that is trained."""
+    if self.is_random:
+      return 1.0
+    return self.store.num_pairs / (self.num_rows * self.row_length)
+
+  def epochs(self, num_rows: int) -> float:
+    """Returns how often so many rows have trained each pair."""
+    if self.is_random:
+      return num_rows * self.row_length / (self.store.num_ids - 1)
+    return num_rows / self.num_rows
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what these are, as JSON values."""
+    return {
+      'name': self.name,
+      'documents': self.store.num_documents,
+      'tokens': self.store.num_ids,
+      'rows': self.num_rows,
+      'fill_rate': self.fill_rate,
+      'digest': self.store.digest,
+    }
+
+  def shuffled_pieces(self, indices_N: np.ndarray, seed: int) -> list[Pieces]:
+    """Returns the pieces of rows of an endless, shuffled training order."""
+    if self.is_random:
+      num_starts = self.store.num_ids - self.row_length
+      length_1 = np.array([self.row_length])
+      starts_N = order.drawn(indices_N, num_starts, seed)
+      return [(start_1, length_1) for start_1 in starts_N[:, None]]
+    rows_N = order.shuffled(indices_N, self.num_rows, seed)
+    return [self.plan.pieces(row) for row in rows_N.tolist()]
+
+
+def open_rows(
+  source: sources.Source,
+  tokenizer: tokenizer_lib.Tokenizer,
+  config: config_lib.DataConfig,
+  *,
+  name: str,
+  say: token_store.Say = lambda _: None,
+) -> Rows:
+  """Returns the rows of `source`, tokenised and planned unless they were.
+
+  Raises:
+    ValueError: a setting cannot work, no document has text, one cannot be
+      read, or the data directory cannot be written.
+  """
+  config.validate()
+  joined = config.packing == 'windows'
+  store = token_store.open_or_write(
+    source,
+    tokenizer,
+    config.data_dir,
+    name=name,
+    joined=joined,
+    num_threads=config.num_threads,
+    say=say,
+  )
+  return Rows(
+    store=store,
+    plan=packing_lib.plan(store, config.packing, config.row_length),
+    row_length=config.row_length,
+    pad_id=tokenizer.pad_id,
+    is_random=joined,
+  )
+
+
+def batch_of(
+  rows: Iterable[tuple[Rows, Pieces]],
+  *,
+  num_rows: int,
+  row_length: int,
+  pad_id: int,
+) -> Batch:
+  """Returns [B, T] arrays; rows that are not given are padding."""
+  shape = num_rows, row_length
+  batch = {
+    'tokens': np.full(shape, pad_id, np.int32),
+    'targets': np.full(shape, pad_id, np.int32),
+    'positions': np.zeros(shape, np.int32),
+    'segment_ids': np.zeros(shape, np.int32),
+    'weights': np.zeros(shape, np.float32),
+  }
+  for b, (source, (starts, lengths)) in enumerate(rows):
+    row = {name: array[b] for name, array in batch.items()}
+    _fill(row, source, starts, lengths)
+  return batch
+
+
+def _fill(
+  row: Batch, source: Rows, starts: np.ndarray, lengths: np.ndarray
+) -> None:
+  """Writes pieces side by side, from the left."""
+  ids_N = source.store.ids_N
+  if len(starts) == 1:
+    start, used = int(starts[0]), int(lengths[0])
+    row['tokens'][:used] = ids_N[start : start + used]
+    row['targets'][:used] = ids_N[start + 1 : start + used + 1]
+    row['positions'][:used] = np.arange(used)
+    row['segment_ids'][:used] = 1
+  else:
+    ends = np.cumsum(lengths)
+    used = int(ends[-1])
+    slots_T = np.arange(used)
+    positions_T = slots_T - np.repeat(ends - lengths, lengths)
+    ids_T = np.repeat(starts, lengths) + positions_T
+    row['tokens'][:used] = ids_N[ids_T]
+    row['targets'][:used] = ids_N[ids_T + 1]
+    row['positions'][:used] = positions_T
+    segments = np.arange(1, len(starts) + 1)
+    row['segment_ids'][:used] = np.repeat(segments, lengths)
+  row['weights'][:used] = 1

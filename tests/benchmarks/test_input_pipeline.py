@@ -1,0 +1,44 @@
+"""The pipeline's table; how fast it is is the machine's business."""
+
+import dataclasses
+
+from benchmarks import input_pipeline
+from data import config as data_config, sources
+from experiments import quickstart
+from tests import fixtures
+
+TOK = fixtures.byte_tokenizer()
+
+
+def _experiment(tmp_path):
+  for split in ('train', 'validation'):
+    (tmp_path / f'{split}.txt').write_text(f'some text of {split} ' * 9)
+  experiment = quickstart.get_config()
+  data = data_config.DataConfig(
+    open_source=lambda path, split, data_dir, text_key: sources.text_files(
+      str(tmp_path / '{split}.txt'), split
+    ),
+    data_dir=str(tmp_path / 'data'),
+    row_length=16,
+    batch_size=8,
+  )
+  return dataclasses.replace(
+    experiment, data=data, model=fixtures.llama_like(vocab_size=259)
+  )
+
+
+def test_every_packing_and_a_mixture_are_measured(tmp_path):
+  experiment = _experiment(tmp_path)
+  measured = input_pipeline.measure(
+    experiment, TOK, rounds=1, num_batches=2, num_steps=1
+  )
+  names = [*data_config.PACKINGS, input_pipeline.MIXTURE, input_pipeline.STEP]
+  assert list(measured) == names
+  assert measured[input_pipeline.STEP]['times'] == 1
+  assert all(values['rows_per_s'] > 0 for values in measured.values())
+  (source,) = experiment.data.train_sources()
+  tokenising = input_pipeline.time_tokenising(source.open(''), TOK, 1)
+  assert tokenising['tokens_per_s'] > tokenising['bytes_per_s'] > 0
+  text = input_pipeline.report(experiment, measured, tokenising)
+  assert text.startswith('input pipeline: 8 x 16, 2 threads; train step on')
+  assert 'MB/s' in text

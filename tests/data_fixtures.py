@@ -1,0 +1,39 @@
+"""A source of documents for tests of data/, and what they do with batches."""
+
+import numpy as np
+
+
+class Texts:
+  """A source of the given texts."""
+
+  def __init__(self, *texts: str):
+    self._texts = texts
+
+  def __len__(self) -> int:
+    return len(self._texts)
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    return {'text': self._texts[index], 'id': str(index)}
+
+
+def take(batches, n):
+  """Returns the next `n` batches of an iterator that is then closed."""
+  taken = [next(batches) for _ in range(n)]
+  batches.close()
+  return taken
+
+
+def joined(batches):
+  """Joins batches into one, of all their rows."""
+  return {
+    name: np.concatenate([batch[name] for batch in batches])
+    for name in batches[0]
+  }
+
+
+def assert_same(batch, other):
+  """Asserts that two batches are equal, dtypes included."""
+  assert batch.keys() == other.keys()
+  for name in batch:
+    assert batch[name].dtype == other[name].dtype
+    np.testing.assert_array_equal(batch[name], other[name])
