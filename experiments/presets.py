@@ -82,7 +82,7 @@ def llama3(
 def qwen3_30b_a3b(*, length: int) -> config_lib.ModelConfig:
   """Qwen3-30B-A3B (arXiv:2505.09388, table 2): 8 of 128 experts per token.
 
-  Without the norms of queries and keys, which no shape here has.
+  30.53B parameters, 3.35B of them active per token.
   """
   return dataclasses.replace(
     llama(
@@ -99,5 +99,7 @@ def qwen3_30b_a3b(*, length: int) -> config_lib.ModelConfig:
     num_active_experts=8,
     expert_width=768,
     rope_base=1_000_000.0,
+    norm_epsilon=1e-6,
+    qk_norm=True,
     balance_loss_weight=1e-3,
   )

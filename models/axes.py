@@ -48,7 +48,7 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),
 }
-_NORMS = ('attention_norm', 'mlp_norm', 'final_norm')
+_NORMS = 'attention_norm', 'query_norm', 'key_norm', 'mlp_norm', 'final_norm'
 LAYERS = 'layers'
 
 
@@ -73,17 +73,18 @@ def is_decayed(params: Any) -> Any:
   The decision is by name: with scanned layers a norm's scale is a matrix too.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: _names(path)[-1] in ('kernel', 'embedding'), params
+    lambda path, _: names(path)[-1] in ('kernel', 'embedding'), params
   )
 
 
-def _names(path: tuple[Any, ...]) -> list[str]:
+def names(path: tuple[Any, ...]) -> list[str]:
+  """Returns the keys of a parameter's path, outermost module first."""
   return [str(getattr(part, 'key', part)) for part in path]
 
 
 def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
-  names = _names(path)
-  owner, kind = names[-2], names[-1]
+  keys = names(path)
+  owner, kind = keys[-2], keys[-1]
   if owner in _NORMS and kind in ('scale', 'bias'):
     axes: tuple[str | None, ...] = ('norm',)
   elif owner in _MATRIX_AXES and kind in ('kernel', 'embedding'):
@@ -92,14 +93,14 @@ def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
     axes = _MATRIX_AXES[owner][1:]
   else:
     raise ValueError(
-      f'no logical axes for parameter {"/".join(names)}: got an unknown'
+      f'no logical axes for parameter {"/".join(keys)}: got an unknown'
       ' name, expected one of the glossary; add it to models/axes.py'
     )
-  if LAYERS in names:
+  if LAYERS in keys:
     axes = (LAYERS, *axes)
   if len(axes) != leaf.ndim:
     raise ValueError(
-      f'parameter {"/".join(names)}: got {leaf.ndim} axes, expected'
+      f'parameter {"/".join(keys)}: got {leaf.ndim} axes, expected'
       f' {len(axes)} {axes}; mend models/axes.py or the module'
     )
   return axes

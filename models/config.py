@@ -36,8 +36,12 @@ class ModelConfig:
   mlp: str = 'swiglu'  # swiglu (arXiv:2002.05202) | gelu (tanh form)
   use_bias: bool = False  # biases in linear layers and in LayerNorm
   tie_embeddings: bool = True  # the head is the embedding
+  qk_norm: bool = False  # RMSNorm of each head's queries and keys, before rope
+  logit_softcap: float = 0.0  # cap; logits are cap tanh(logits / cap). 0: none
   dropout_rate: float = 0.0  # embeddings, attention weights, both residuals
   init_std: float = 0.02  # GPT-2; residual outputs divide by sqrt(2N)
+  mup_base_width: int = 0  # D that muP agrees with; 0: no muP. models/mup.py
+  mup_base_head_width: int = 0  # C at that D; 0: C does not grow with D
   scan_layers: bool = True  # one stacked block (compiles once) or N of them
   num_experts: int = 0  # E, routed experts of a mixture; 0: a dense model
   num_active_experts: int = 0  # A, routed experts that a token takes
@@ -91,7 +95,27 @@ class ModelConfig:
         raise ValueError(
           f'model.{name}: got {getattr(self, name)}, expected a positive number'
         )
+    if not 0 <= self.logit_softcap < math.inf:
+      raise ValueError(
+        f'model.logit_softcap: got {self.logit_softcap}, expected a number >='
+        ' 0: the bound of the logits, or 0 for none'
+      )
+    self._validate_mup()
     self._validate_experts()
+
+  def _validate_mup(self) -> None:
+    for name in ('mup_base_width', 'mup_base_head_width'):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 0:
+        raise ValueError(
+          f'model.{name}: got {value!r}, expected a positive integer, or 0 for'
+          ' none'
+        )
+    if self.mup_base_head_width and not self.mup_base_width:
+      raise ValueError(
+        f'model.mup_base_head_width: got {self.mup_base_head_width} without'
+        ' muP, expected 0; set model.mup_base_width too'
+      )
 
   def _validate_experts(self) -> None:
     if self.num_experts == 1:

@@ -23,8 +23,8 @@ REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout) -> out_BTHC, causal.
 Attend = Callable[..., jax.Array]
-# (hidden_BTD, head_VD, targets_BT, weights_BT, dtype) -> summed nll.
-WeightedNll = Callable[..., jax.Array]
+# (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> sums.
+WeightedNll = Callable[..., cross_entropy.LossSums]
 # (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
 Linear = Callable[..., Any]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.

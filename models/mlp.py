@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib, execution as execution_lib
+from models import config as config_lib, execution as execution_lib, mup
 from models.kernels import linear as linear_lib
 
 
@@ -38,7 +38,7 @@ def residual_std(config: config_lib.ModelConfig) -> float:
   Divided by the root of the number of such layers, so that the variance of
   the stream does not grow with depth (GPT-2, section 2.3).
   """
-  return config.init_std / (2 * config.num_layers) ** 0.5
+  return mup.hidden_std(config) / (2 * config.num_layers) ** 0.5
 
 
 class Mlp(nn.Module):
@@ -62,9 +62,10 @@ class Mlp(nn.Module):
         name=name,
       )
 
-    up_BTF = linear(config.mlp_width, config.init_std, 'up')(x_BTD)
+    into = config.mlp_width, mup.hidden_std(config)
+    up_BTF = linear(*into, 'up')(x_BTD)
     if config.mlp == 'swiglu':
-      gate_BTF = linear(config.mlp_width, config.init_std, 'gate')(x_BTD)
+      gate_BTF = linear(*into, 'gate')(x_BTD)
       hidden_BTF = nn.silu(gate_BTF) * up_BTF
     else:
       hidden_BTF = nn.gelu(up_BTF, approximate=True)

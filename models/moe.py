@@ -22,6 +22,7 @@ from models import (
   execution as execution_lib,
   experts,
   mlp,
+  mup,
 )
 
 
@@ -49,7 +50,7 @@ class Moe(nn.Module):
       config.num_experts,
       jnp.float32,
       False,
-      config.init_std,
+      mup.router_std(config),
       _exact_linear,
       name='router',
     )(x_BTD)
@@ -70,11 +71,11 @@ class Moe(nn.Module):
 
   def _kernels(self) -> dict[str, jax.Array]:
     config = self.config
-    out_std = mlp.residual_std(config)
+    std, out_std = mup.hidden_std(config), mlp.residual_std(config)
     into = config.num_experts, config.model_width, config.expert_width
-    shapes = {'up': (into, config.init_std)}
+    shapes = {'up': (into, std)}
     if config.mlp == 'swiglu':
-      shapes['gate'] = into, config.init_std
+      shapes['gate'] = into, std
     shapes['down'] = (into[0], into[2], into[1]), out_std
     return {
       name: _Kernel(shape, std, name=f'expert_{name}')()

@@ -11,6 +11,7 @@ class Norm(nn.Module):
   """Normalises the last axis; statistics and scale are computed in float32."""
 
   config: config_lib.ModelConfig
+  gain: float = 1.0  # the result is multiplied by it, before it is rounded
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -25,6 +26,8 @@ class Norm(nn.Module):
     if self.config.norm == 'layernorm' and self.config.use_bias:
       bias_D = self.param('bias', nn.initializers.zeros, (width,))
       y = y + _along_last(bias_D, x.ndim)
+    if self.gain != 1:
+      y = y * self.gain
     return y.astype(x.dtype)
 
 

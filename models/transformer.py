@@ -8,9 +8,13 @@ it, whether the call is a prompt or a single token. Nothing is stored in Flax
 collections; what a call needs it is given, what it changes it returns.
 
 Pre-norm residual blocks as in GPT-2 and Llama (arXiv:2302.13971), told apart by
-`ModelConfig` fields only.
+`ModelConfig` fields only. Two of these keep long and large training stable:
+`qk_norm` bounds the scores of attention (ViT-22B, arXiv:2302.05442, section 2;
+here the RMSNorm per head of Qwen3, arXiv:2505.09388) and `logit_softcap` the
+logits (Gemma 2, arXiv:2408.00118, section 2).
 """
 
+import dataclasses
 from typing import Any, cast
 
 from flax import linen as nn
@@ -25,10 +29,12 @@ from models import (
   kv_cache,
   mlp,
   moe,
+  mup,
   norms,
   remat,
   rope,
 )
+from models.kernels import cross_entropy
 
 
 class Attention(nn.Module):
@@ -54,7 +60,7 @@ class Attention(nn.Module):
         heads * config.head_width,
         self.dtype,
         config.use_bias,
-        config.init_std,
+        mup.hidden_std(config),
         self.execution.linear,
         name=name,
       )(x_BTD)
@@ -63,6 +69,12 @@ class Attention(nn.Module):
     q_BTHC = project('query', config.num_heads)
     k_BTKC = project('key', config.num_kv_heads)
     v_BTKC = project('value', config.num_kv_heads)
+    if config.qk_norm:
+      norm = dataclasses.replace(config, norm='rmsnorm')  # whatever the others
+      q_BTHC = norms.Norm(norm, name='query_norm')(q_BTHC)
+      k_BTKC = norms.Norm(norm, name='key_norm')(k_BTKC)
+    if (multiplier := mup.query_multiplier(config)) != 1:
+      q_BTHC = q_BTHC * multiplier  # here, for every way of attending
     if angles_BTc is not None:
       q_BTHC = rope.rotate(q_BTHC, angles_BTc)
       k_BTKC = rope.rotate(k_BTKC, angles_BTc)
@@ -165,7 +177,9 @@ class Transformer(nn.Module):
         for _ in range(config.num_layers)
       ]
     self.dropout = nn.Dropout(config.dropout_rate)
-    self.final_norm = norms.Norm(config)
+    # Logits are linear in what the head is applied to: multiplied here, they
+    # are so in every loss and in decoding.
+    self.final_norm = norms.Norm(config, mup.logit_multiplier(config))
     if not config.tie_embeddings:
       self.head = nn.Embed(
         config.vocab_size, config.model_width, embedding_init=normal
@@ -294,22 +308,39 @@ class Transformer(nn.Module):
     )
 
   def weighted_nll(
-    self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-  ) -> jax.Array:
-    """Returns the sum of weight * -log p(target), in nats, without logits."""
+    self,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss_weight: float = 0.0,
+  ) -> cross_entropy.LossSums:
+    """Returns the loss of the targets, in nats, without logits.
+
+    Args:
+      hidden_BTD: from `hidden`.
+      targets_BT: token ids.
+      weights_BT: float32 weight of each.
+      z_loss_weight: see `models.kernels.cross_entropy`.
+    """
+    form = cross_entropy.LossForm(
+      dtype=jnp.dtype(self.dtype),
+      softcap=self.config.logit_softcap,
+      z_weight=z_loss_weight,
+    )
     return self.execution.weighted_nll(
-      hidden_BTD, self.head_matrix(), targets_BT, weights_BT, self.dtype
+      hidden_BTD, self.head_matrix(), targets_BT, weights_BT, form
     )
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D]."""
     head_VD = self.head_matrix()
-    return jax.lax.dot_general(
+    logits = jax.lax.dot_general(
       hidden.astype(self.dtype),
       head_VD.astype(self.dtype),
       (((hidden.ndim - 1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
+    return cross_entropy.capped(logits, self.config.logit_softcap)
 
   def _check_length(self, tokens_BT, cache) -> None:
     # Beyond the table a lookup would be clamped: wrong, and silent.

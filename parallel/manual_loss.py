@@ -19,9 +19,10 @@ from parallel import rules
 TIME_AXES = ('context', 'stage')
 _VOCAB_AXIS = 'tensor'
 
-# (hidden_BTD, head_VD, targets_BT, weights_BT, dtype) -> summed nll; and, as
-# `vocab_shards`, over how many devices the vocabulary is split meanwhile.
-Nll = Callable[..., jax.Array]
+# (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> a tree of sums over
+# tokens; and, as `vocab_shards`, over how many devices the vocabulary is split
+# meanwhile. What the form of the loss is, is the model's business.
+Nll = Callable[..., Any]
 
 
 def check_row_length(row_length: int, mesh: Mesh) -> None:
@@ -55,8 +56,8 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
     head_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    dtype: Any,
-  ) -> jax.Array:
+    form: Any,
+  ) -> Any:
     check_row_length(hidden_BTD.shape[1], mesh)
     if all(mesh.shape[name] == 1 for name in manual):
       # Only the vocabulary is split. XLA refuses to add up over manual axes
@@ -66,20 +67,20 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
         head_VD,
         targets_BT,
         weights_BT,
-        dtype,
+        form,
         vocab_shards=mesh.shape[_VOCAB_AXIS],
       )
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
-      total = nll(
+      sums = nll(
         hidden_BTD,
         head_VD,
         targets_BT,
         weights_BT,
-        dtype,
+        form,
         vocab_shards=mesh.shape[_VOCAB_AXIS],
       )
-      return jax.lax.psum(total, manual)
+      return jax.lax.psum(sums, manual)
 
     return jax.shard_map(
       local,

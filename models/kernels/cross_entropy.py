@@ -8,10 +8,20 @@ holds 1.6 GB of float32 logits, several times over.
 
 The chunks are cut along time, not batch: the batch axis may be laid out over
 devices, and stays so.
+
+Per token, with logits l of the head and log Z = log(sum(exp(c))),
+
+    c = cap tanh(l / cap)                    soft-cap; c = l without
+    loss = log Z - c[target] + z (log Z)^2   z-loss, of weight z
+
+The soft-cap bounds logits (Gemma 2, arXiv:2408.00118, section 2); the z-loss
+keeps them from drifting, which the softmax does not notice and bfloat16 does
+(PaLM, arXiv:2204.02311, section 5, with z = 1e-4).
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +31,37 @@ import jax.numpy as jnp
 MAX_CHUNK_LOGITS = 2**26
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossForm:
+  """Which function of hidden states and head the loss is."""
+
+  dtype: jnp.dtype  # that the head multiplies in; all that follows is float32
+  softcap: float = 0.0  # bound of the logits; 0: none
+  z_weight: float = 0.0  # of (log Z)^2
+
+
+class LossSums(NamedTuple):
+  """Sums over tokens, each times its weight; float32 scalars.
+
+  Only the loss has a gradient. It is made in the forward pass, where what is
+  added to what has to be known already: the weight of the z-loss is an argument
+  and the two terms are for reading.
+  """
+
+  loss: jax.Array  # nll + z_weight * z
+  nll: jax.Array  # of -log p(target)
+  z: jax.Array  # of (log Z)^2
+
+
 def num_chunks(batch: int, time: int, vocab_size: int) -> int:
   """Returns into how many parts of equal length time is cut."""
   wanted = -(-batch * time * vocab_size // MAX_CHUNK_LOGITS)
   return next(n for n in range(min(wanted, time), time + 1) if time % n == 0)
+
+
+def capped(logits: jax.Array, softcap: float) -> jax.Array:
+  """Returns logits bounded by `softcap`, or as they are where it is 0."""
+  return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def chunked_nll(
@@ -32,10 +69,10 @@ def chunked_nll(
   head_VD: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
-  dtype: Any,
+  form: LossForm,
   *,
   vocab_shards: int = 1,
-) -> jax.Array:
+) -> LossSums:
   """Returns `weighted_nll` with as many chunks as the shapes ask for.
 
   Args:
@@ -43,28 +80,24 @@ def chunked_nll(
     head_VD: the unembedding matrix.
     targets_BT: token ids.
     weights_BT: weight of each target.
-    dtype: the dtype that the head multiplies in.
+    form: of the loss.
     vocab_shards: over how many devices the vocabulary is split meanwhile; each
       holds so much less of a chunk.
   """
   batch, time = weights_BT.shape
   chunks = num_chunks(batch, time, -(-head_VD.shape[0] // vocab_shards))
-  nll: Any = weighted_nll(
-    hidden_BTD, head_VD, targets_BT, weights_BT, chunks, jnp.dtype(dtype)
-  )
-  return nll
+  return weighted_nll(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_nll(
   hidden_BTD: jax.Array,
   head_VD: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   chunks: int,
-  dtype: jnp.dtype,
-) -> jax.Array:
-  """Returns the sum of weight * -log p(target), a float32 scalar, in nats.
+  form: LossForm,
+) -> LossSums:
+  """Returns the loss of the targets and its terms, in nats.
 
   Args:
     hidden_BTD: what the head is applied to.
@@ -72,35 +105,40 @@ def weighted_nll(
     targets_BT: token ids; their value is of no matter where the weight is 0.
     weights_BT: float32 weight of each target. Not differentiated.
     chunks: how many parts time is cut into; divides T (see `num_chunks`).
-    dtype: the dtype that the head multiplies in; log-softmax is float32.
+    form: of the loss.
   """
-  head_VD = head_VD.astype(dtype)
+  found: Any = _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form)
+  loss, terms = found
+  return LossSums(loss, *jax.lax.stop_gradient(terms))
 
-  def add_chunk(total, chunk):
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
+  """Returns the loss and (nll, z), of which only the loss has a gradient."""
+  head_VD = head_VD.astype(form.dtype)
+
+  def add_chunk(terms, chunk):
     hidden, targets, weights = chunk
-    nll, _ = _token_nll(_logits(hidden.astype(dtype), head_VD), targets)
-    return total + jnp.sum(nll * weights), None
+    logits = _logits(hidden.astype(form.dtype), head_VD, form)
+    new, _ = _terms(logits, targets, weights)
+    return jax.tree.map(jnp.add, terms, new), None
 
   parts = _split_time((hidden_BTD, targets_BT, weights_BT), chunks)
-  total, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), parts)
-  return total
+  terms, _ = jax.lax.scan(add_chunk, _no_terms(), parts)
+  return _total(terms, form), terms
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, dtype):
-  head_cast_VD = head_VD.astype(dtype)
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
+  head_cast_VD = head_VD.astype(form.dtype)
 
   def add_chunk(carry, chunk):
-    total, dhead_VD = carry
+    terms, dhead_VD = carry
     hidden, targets, weights = chunk
-    hidden = hidden.astype(dtype)
-    logits = _logits(hidden, head_cast_VD)
-    nll, log_z = _token_nll(logits, targets)
-    # d nll / d logits = softmax - onehot(target).
-    probs = jnp.exp(logits - log_z[..., None])
-    vocab_ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
-    onehot = vocab_ids == targets[..., None]
-    dlogits = (probs - onehot) * weights[..., None]
-    dlogits = dlogits.astype(dtype)
+    hidden = hidden.astype(form.dtype)
+    logits = _logits(hidden, head_cast_VD, form)
+    new, log_z = _terms(logits, targets, weights)
+    dlogits = _dlogits(logits, log_z, targets, weights, form)
+    dlogits = dlogits.astype(form.dtype)
     dhidden = jax.lax.dot_general(
       dlogits,
       head_cast_VD,
@@ -113,44 +151,74 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, dtype):
       (((0, 1), (0, 1)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    total += jnp.sum(nll * weights)
-    return (total, dhead_VD), dhidden.astype(hidden_BTD.dtype)
+    terms = jax.tree.map(jnp.add, terms, new)
+    return (terms, dhead_VD), dhidden.astype(hidden_BTD.dtype)
 
   parts = _split_time((hidden_BTD, targets_BT, weights_BT), chunks)
-  zero = jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32)
-  (total, dhead_VD), dhidden = jax.lax.scan(add_chunk, zero, parts)
+  zero = _no_terms(), jnp.zeros(head_VD.shape, jnp.float32)
+  (terms, dhead_VD), dhidden = jax.lax.scan(add_chunk, zero, parts)
   dhidden_BTD = jnp.moveaxis(dhidden, 0, 2).reshape(hidden_BTD.shape)
-  return total, (dhidden_BTD, dhead_VD.astype(head_VD.dtype))
+  grads = dhidden_BTD, dhead_VD.astype(head_VD.dtype)
+  return (_total(terms, form), terms), grads
 
 
-def _backward(chunks, dtype, residuals, dtotal):
-  del chunks, dtype
-  dhidden_BTD, dhead_VD = residuals
+def _backward(chunks, form, grads, cotangents):
+  del chunks, form
+  dloss, _ = cotangents
+  dhidden_BTD, dhead_VD = grads
   return (
-    (dtotal * dhidden_BTD).astype(dhidden_BTD.dtype),
-    (dtotal * dhead_VD).astype(dhead_VD.dtype),
+    (dloss * dhidden_BTD).astype(dhidden_BTD.dtype),
+    (dloss * dhead_VD).astype(dhead_VD.dtype),
     None,
     None,
   )
 
 
-weighted_nll.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward)
 
 
-def _logits(hidden_BtD: jax.Array, head_VD: jax.Array) -> jax.Array:
-  return jax.lax.dot_general(
+def _logits(hidden_BtD, head_VD, form: LossForm) -> jax.Array:
+  """Returns the logits of a chunk, float32 and capped."""
+  logits_BtV = jax.lax.dot_general(
     hidden_BtD,
     head_VD,
     (((2,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
+  return capped(logits_BtV, form.softcap)
 
 
-def _token_nll(logits_BtV, targets_Bt):
-  """Returns -log p(target) and log of the partition function, both [B, t]."""
-  log_z = jax.nn.logsumexp(logits_BtV, axis=-1)
-  target = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)
-  return log_z - target[..., 0], log_z
+def _no_terms():
+  return (jnp.zeros((), jnp.float32),) * 2
+
+
+def _terms(logits_BtV, targets_Bt, weights_Bt):
+  """Returns (nll, z) of a chunk, and the log of its partition functions."""
+  log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+  target_Bt1 = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)
+  nll = jnp.sum((log_z_Bt - target_Bt1[..., 0]) * weights_Bt)
+  z = jnp.sum(jnp.square(log_z_Bt) * weights_Bt)
+  return (nll, z), log_z_Bt
+
+
+def _total(terms, form: LossForm) -> jax.Array:
+  nll, z = terms
+  return nll + form.z_weight * z if form.z_weight else nll
+
+
+def _dlogits(logits_BtV, log_z_Bt, targets_Bt, weights_Bt, form):
+  """Returns the gradient of the loss with respect to logits before the cap."""
+  probs = jnp.exp(logits_BtV - log_z_Bt[..., None])
+  vocab_ids = jax.lax.broadcasted_iota(targets_Bt.dtype, logits_BtV.shape, 2)
+  onehot = vocab_ids == targets_Bt[..., None]
+  # d log Z / d logits = softmax, so that z (log Z)^2 adds 2 z log Z softmax.
+  if form.z_weight:
+    probs = probs * (1 + 2 * form.z_weight * log_z_Bt[..., None])
+  dlogits = (probs - onehot) * weights_Bt[..., None]
+  if form.softcap:
+    # d cap tanh(l / cap) / d l = 1 - tanh^2, and tanh is what c / cap is.
+    dlogits = dlogits * (1 - jnp.square(logits_BtV / form.softcap))
+  return dlogits
 
 
 def _split_time(arrays, chunks):

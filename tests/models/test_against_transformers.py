@@ -117,21 +117,24 @@ def _dense(w, name):
 
 
 def _llama_attention(w, at):
-  return {
+  tree = {
     'query': _dense(w, f'{at}.self_attn.q_proj'),
     'key': _dense(w, f'{at}.self_attn.k_proj'),
     'value': _dense(w, f'{at}.self_attn.v_proj'),
     'out': _dense(w, f'{at}.self_attn.o_proj'),
   }
+  for ours, theirs in (('query_norm', 'q_norm'), ('key_norm', 'k_norm')):
+    if (name := f'{at}.self_attn.{theirs}.weight') in w:
+      tree[ours] = {'scale': w[name]}
+  return tree
 
 
 def _llama(config):
-  model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      intermediate_size=config.mlp_width,
-      **_llama_fields(config),
-    )
-  )
+  fields = {'intermediate_size': config.mlp_width, **_llama_fields(config)}
+  if config.qk_norm:
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
+  else:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
   model = _randomised(model)
   w = _weights(model)
 
@@ -160,14 +163,27 @@ def _llama(config):
 
 
 def _mixtral(config):
-  model = transformers.MixtralForCausalLM(
-    transformers.MixtralConfig(
-      intermediate_size=config.expert_width,
-      num_local_experts=config.num_experts,
-      num_experts_per_tok=config.num_active_experts,
-      **_llama_fields(config),
+  fields = {
+    'num_experts_per_tok': config.num_active_experts,
+    **_llama_fields(config),
+  }
+  if config.qk_norm:
+    model = transformers.Qwen3MoeForCausalLM(
+      transformers.Qwen3MoeConfig(
+        moe_intermediate_size=config.expert_width,
+        num_experts=config.num_experts,
+        norm_topk_prob=config.norm_topk,
+        **fields,
+      )
     )
-  )
+  else:
+    model = transformers.MixtralForCausalLM(
+      transformers.MixtralConfig(
+        intermediate_size=config.expert_width,
+        num_local_experts=config.num_experts,
+        **fields,
+      )
+    )
   model = _randomised(model)
   w = _weights(model)
 
@@ -205,9 +221,14 @@ def _mixtral(config):
     (_gpt2, fixtures.gpt2_like(max_length=LENGTH)),
     (_llama, fixtures.llama_like(max_length=LENGTH, rope_base=500.0)),
     (_llama, fixtures.llama_like(max_length=LENGTH, tie_embeddings=True)),
+    (_llama, fixtures.llama_like(max_length=LENGTH, qk_norm=True)),
     (_mixtral, fixtures.mixture(max_length=LENGTH, num_shared_experts=0)),
+    (
+      _mixtral,
+      fixtures.mixture(max_length=LENGTH, num_shared_experts=0, qk_norm=True),
+    ),
   ],
-  ids=['gpt2', 'llama', 'llama_tied', 'mixtral'],
+  ids=['gpt2', 'llama', 'llama_tied', 'qwen3', 'mixtral', 'qwen3_moe'],
 )
 def test_logits_equal_those_of_transformers(build, config, scan_layers):
   theirs, params = build(config)
@@ -229,8 +250,9 @@ def test_logits_equal_those_of_transformers(build, config, scan_layers):
   np.testing.assert_allclose(logits_BTV, expected_BTV, atol=TOLERANCE, rtol=0)
 
 
-def test_every_parameter_of_ours_comes_from_theirs():
-  config = fixtures.llama_like()
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_every_parameter_of_ours_comes_from_theirs(qk_norm):
+  config = fixtures.llama_like(qk_norm=qk_norm)
   _, params = _llama(config)
   ours = jax.eval_shape(
     transformer.Transformer(config).init,

@@ -1,5 +1,7 @@
 """Norms, rotary positions, layouts, axes, sizes: each against a closed form."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,17 @@ def test_norms_are_computed_in_float32(kind):
   assert half.dtype == jnp.bfloat16
 
 
+def test_a_gain_multiplies_what_is_normalised():
+  config = fixtures.gpt2_like()
+  x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+  params = norms.Norm(config).init(jax.random.key(0), x)
+  params = jax.tree.map(lambda leaf: leaf + 0.5, params)
+  plain = norms.Norm(config).apply(params, x)
+  np.testing.assert_allclose(
+    norms.Norm(config, 0.25).apply(params, x), 0.25 * plain, rtol=1e-6
+  )
+
+
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
@@ -82,7 +95,9 @@ def test_stack_is_the_inverse_of_unstack(make):
   assert layout.stack(params, config) == (params, config)
 
 
-@pytest.mark.parametrize('make', [fixtures.llama_like, fixtures.gpt2_like])
+@pytest.mark.parametrize(
+  'make', [fixtures.llama_like, fixtures.gpt2_like, fixtures.stable]
+)
 @pytest.mark.parametrize('scan', [True, False])
 def test_every_parameter_has_axes_and_only_matrices_decay(make, scan):
   params = _params(make(scan_layers=scan))
@@ -110,7 +125,11 @@ def test_unknown_parameters_have_no_axes():
 
 
 def test_matmul_params_are_the_kernels_and_the_head():
-  for config in (fixtures.llama_like(), fixtures.gpt2_like()):
+  for config in (
+    fixtures.llama_like(),
+    fixtures.gpt2_like(),
+    fixtures.llama_like(qk_norm=True),
+  ):
     leaves = jax.tree_util.tree_leaves_with_path(_params(config))
     kernels = sum(
       leaf.size for path, leaf in leaves if 'kernel' in str(path[-1])
@@ -163,6 +182,16 @@ def test_gpt2_small_has_the_published_size():
     ('head_width', 5, 'expected an even number'),
     ('dropout_rate', 1.0, 'expected 0 <= rate < 1'),
     ('init_std', 0.0, 'expected a positive number'),
+    ('logit_softcap', -1.0, 'model.logit_softcap: got -1.0, expected a number'),
+    ('logit_softcap', math.nan, 'model.logit_softcap: got nan, expected'),
+    ('mup_base_width', -1, 'mup_base_width: got -1, expected a positive int'),
+    ('mup_base_width', 2.5, 'mup_base_width: got 2.5, expected a positive int'),
+    (
+      'mup_base_head_width',
+      -8,
+      'mup_base_head_width: got -8, expected a posit',
+    ),
+    ('mup_base_head_width', 8, 'got 8 without muP, expected 0; set model.mup'),
   ],
 )
 def test_impossible_configs_are_refused(field, value, message):
@@ -170,8 +199,9 @@ def test_impossible_configs_are_refused(field, value, message):
     fixtures.llama_like(**{field: value}).validate()
 
 
-def test_config_survives_json_and_refuses_other_fields():
-  config = fixtures.gpt2_like()
+@pytest.mark.parametrize('make', [fixtures.gpt2_like, fixtures.stable])
+def test_config_survives_json_and_refuses_other_fields(make):
+  config = make()
   assert config_lib.ModelConfig.from_dict(config.to_dict()) == config
   with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
     config_lib.ModelConfig.from_dict({**config.to_dict(), 'depth': 3})

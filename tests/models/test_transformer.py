@@ -1,5 +1,6 @@
 """The decoder: one function for training, prefill and decode."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,8 @@ CONFIGS = {
   'llama_tied': fixtures.llama_like(tie_embeddings=True),
   'gpt2': fixtures.gpt2_like(),
   'gpt2_scanned': fixtures.gpt2_like(scan_layers=True),
+  'stable': fixtures.stable(),
+  'stable_scanned': fixtures.stable(scan_layers=True, tie_embeddings=True),
   'mixture': fixtures.mixture(),
   'mixture_scanned': fixtures.mixture(scan_layers=True),
 }
@@ -75,6 +78,38 @@ def test_decode_parity(config):
     steps.append(logits)
   # The issue's bound; observed 2e-7.
   np.testing.assert_allclose(np.concatenate(steps, axis=1), full_BTV, atol=1e-5)
+
+
+@pytest.mark.parametrize('owner', ['query', 'key'])
+def test_normed_queries_and_keys_do_not_depend_on_their_size(owner):
+  config = CONFIGS['stable']
+  _, params = _model(config)
+  layer = params['params']['layer_0']
+  attention = layer['attention']
+
+  def logits(factor):
+    scaled = {owner: {'kernel': factor * attention[owner]['kernel']}}
+    layer_0 = {**layer, 'attention': {**attention, **scaled}}
+    tree = {'params': {**params['params'], 'layer_0': layer_0}}
+    return _jitted(config)(tree, _tokens(config))[0]
+
+  # All but the epsilon that is added to the variance: 1e-5 of 1, here.
+  np.testing.assert_allclose(logits(100.0), logits(1.0), atol=1e-3)
+  assert np.abs(logits(0.0) - logits(1.0)).max() > 0.1
+  # One scale per channel, for all heads.
+  assert attention[f'{owner}_norm']['scale'].shape == (config.head_width,)
+
+
+def test_capped_logits_are_those_of_the_uncapped_model_capped():
+  config = CONFIGS['stable']
+  uncapped = dataclasses.replace(config, logit_softcap=0.0)
+  _, params = _model(config)
+  tokens_BT = _tokens(config)
+  logits_BTV, _ = _jitted(uncapped)(params, tokens_BT)
+  expected_BTV = 3 * np.tanh(np.asarray(logits_BTV) / 3)
+  got_BTV, _ = _jitted(config)(params, tokens_BT)
+  np.testing.assert_allclose(got_BTV, expected_BTV, atol=1e-5)
+  assert np.abs(logits_BTV).max() > 2 > np.abs(expected_BTV).max() - 1
 
 
 def test_rows_decode_at_positions_of_their_own():
@@ -165,7 +200,7 @@ def test_rows_longer_than_a_block_of_queries_equal_decoding_them():
   np.testing.assert_allclose(cached_BTV, full_BTV, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'stable'])
 def test_scanned_and_unrolled_layers_are_the_same_function(name):
   config = CONFIGS[name + '_scanned']
   model, params = _model(config)
@@ -195,7 +230,7 @@ def test_dropout_is_of_the_calls_that_bring_a_key():
   assert np.abs(dropped(0) - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'stable'])
 def test_bfloat16_stays_near_float32(name):
   config = CONFIGS[name]
   model, params = _model(config)

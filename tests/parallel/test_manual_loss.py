@@ -19,6 +19,9 @@ MESHES = (
 )
 BATCH, TIME, WIDTH, VOCAB = 8, 16, 12, 64
 CHUNKS = 4
+# With every term that a loss may have.
+TERMS = {'softcap': 3.0, 'z_weight': 0.1}
+FORM = cross_entropy.LossForm(dtype=jnp.dtype(jnp.float32), **TERMS)
 
 
 def _mesh(**sizes):
@@ -41,8 +44,8 @@ def _several_chunks(monkeypatch, mesh):
   monkeypatch.setattr(cross_entropy, 'MAX_CHUNK_LOGITS', chunk_logits)
 
 
-def _compiled(mesh, nll, dtype=jnp.float32):
-  """Returns a jitted gradient of 3 * nll and its arguments, laid out."""
+def _compiled(mesh, nll):
+  """Returns a jitted gradient of 3 * loss and its arguments, laid out."""
   shardings = [
     jax.NamedSharding(mesh, spec)
     for spec in (
@@ -55,41 +58,47 @@ def _compiled(mesh, nll, dtype=jnp.float32):
 
   def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
     # A factor checks that the cotangent is used.
-    return 3.0 * nll(hidden_BTD, head_VD, targets_BT, weights_BT, dtype)
+    sums = nll(hidden_BTD, head_VD, targets_BT, weights_BT, FORM)
+    return 3.0 * sums.loss, sums
 
   gradient = jax.jit(
-    jax.value_and_grad(loss, (0, 1)), out_shardings=(None, tuple(shardings[:2]))
+    jax.value_and_grad(loss, (0, 1), has_aux=True),
+    out_shardings=(None, tuple(shardings[:2])),
   )
   return gradient, jax.tree.map(jax.device_put, list(_inputs()), shardings)
 
 
 @functools.cache
 def _expected():
-  """3 * nll of one device in one chunk, and its gradients."""
+  """The sums of one device in one chunk, and the gradients of 3 * loss."""
 
   def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
-    return 3.0 * cross_entropy.weighted_nll(
-      hidden_BTD, head_VD, targets_BT, weights_BT, 1, jnp.dtype(jnp.float32)
+    sums = cross_entropy.weighted_nll(
+      hidden_BTD, head_VD, targets_BT, weights_BT, 1, FORM
     )
+    return 3.0 * sums.loss, sums
 
-  return jax.jit(jax.value_and_grad(loss, (0, 1)))(*_inputs())
+  (_, sums), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+    *_inputs()
+  )
+  return sums, grads
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_the_split_loss_is_the_loss(sizes, monkeypatch):
   mesh = _mesh(**sizes)
-  expected = _expected()
+  expected, expected_grads = _expected()
   _several_chunks(monkeypatch, mesh)
   nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   with rules.applied(mesh):
     gradient, arguments = _compiled(mesh, nll)
-    value, grads = gradient(*arguments)
+    (_, beside), grads = gradient(*arguments)
   # Without a gradient it is another program.
   with rules.applied(mesh):
-    alone = jax.jit(nll, static_argnums=4)(*arguments, jnp.float32)
-  np.testing.assert_allclose(3.0 * alone, expected[0], rtol=1e-6)
-  np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-  for a, b in zip(grads, expected[1], strict=True):
+    alone = jax.jit(nll, static_argnums=4)(*arguments, FORM)
+  np.testing.assert_allclose(alone, expected, rtol=1e-6)
+  np.testing.assert_allclose(beside, expected, rtol=1e-6)
+  for a, b in zip(grads, expected_grads, strict=True):
     # 128 float32 terms of order one, in another order.
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -143,15 +152,19 @@ def test_bfloat16_products(monkeypatch):
   mesh = _mesh(fsdp=4, tensor=2)
   hidden, head, targets, weights = _inputs()
   hidden = hidden.astype(jnp.bfloat16)
-  expected = jax.grad(cross_entropy.chunked_nll, (0, 1))(
-    hidden, head, targets, weights, jnp.bfloat16
-  )
+  form = cross_entropy.LossForm(dtype=jnp.dtype(jnp.bfloat16), **TERMS)
+
+  def gradient(nll):
+    def loss(hidden, head):
+      return nll(hidden, head, targets, weights, form).loss
+
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+  expected = gradient(cross_entropy.chunked_nll)(hidden, head)
   _several_chunks(monkeypatch, mesh)
   nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   with rules.applied(mesh):
-    got = jax.jit(jax.grad(nll, (0, 1)), static_argnums=4)(
-      hidden, head, targets, weights, jnp.bfloat16
-    )
+    got = gradient(nll)(hidden, head)
   assert got[0].dtype == jnp.bfloat16
   assert got[1].dtype == jnp.float32
   # The gradient of a hidden state is rounded to 8 bits, on either side of a
@@ -164,14 +177,15 @@ def test_bfloat16_products(monkeypatch):
 def test_the_loss_sees_what_a_device_holds():
   seen = []
 
-  def nll(hidden, head, targets, weights, dtype, *, vocab_shards):
-    del head, targets, dtype
+  def nll(hidden, head, targets, weights, form, *, vocab_shards):
+    del head, targets
+    assert form is FORM
     seen.append((hidden.shape, vocab_shards))
     return jnp.sum(weights)
 
   mesh = _mesh(data=2, context=2, tensor=2)
   total = jax.jit(manual_loss.make_weighted_nll(nll, mesh), static_argnums=4)(
-    *_inputs(), jnp.float32
+    *_inputs(), FORM
   )
   np.testing.assert_allclose(total, jnp.sum(_inputs()[3]), rtol=1e-6)
   assert seen == [((BATCH // 2, TIME // 2, WIDTH), 2)]
@@ -185,4 +199,4 @@ def test_rows_that_do_not_divide_are_refused():
     ValueError,
     match='data.row_length: got 14, expected a multiple of parallel.stage = 4',
   ):
-    nll(hidden[:, :14], head, targets[:, :14], weights[:, :14], jnp.float32)
+    nll(hidden[:, :14], head, targets[:, :14], weights[:, :14], FORM)

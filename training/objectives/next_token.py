@@ -18,7 +18,7 @@ Apply = Callable[..., Any]
 
 
 def next_token(
-  params: Any, batch: Batch, apply: Apply
+  params: Any, batch: Batch, apply: Apply, *, z_loss_weight: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the summed cross-entropy of the targets, in nats.
 
@@ -30,11 +30,13 @@ def next_token(
     batch: tokens, targets, positions, segment_ids: int32 [B, T]; weights:
       float32 [B, T], 0 where nothing is to be learnt.
     apply: the model's apply.
+    z_loss_weight: of the z-loss, see `models.kernels.cross_entropy`.
 
   Returns:
-    The sum of weight * -log p(target), and the sums that the step reports:
-    `weight`, what the loss is divided by; of a mixture also `nll`, the loss
-    without what the router adds, and what `models.moe.routing_sums` counts.
+    The sum of weight * loss, and the sums that the step reports: `weight`, what
+    the loss is divided by; where the loss is more than that, `nll`, the sum of
+    weight * -log p(target); with a z-loss, `z_loss` before it is weighted; of a
+    mixture, what `models.moe.routing_sums` counts.
   """
   hidden_BTD, _, routing = apply(
     params,
@@ -44,22 +46,25 @@ def next_token(
     batch['segment_ids'],
     method='hidden_and_routing',
   )
-  nll_sum = apply(
+  found = apply(
     params,
     hidden_BTD,
     batch['targets'],
     batch['weights'],
+    z_loss_weight,
     method='weighted_nll',
   )
   sums = {'weight': jnp.sum(batch['weights'])}
+  if z_loss_weight:
+    sums |= {'nll': found.nll, 'z_loss': found.z}
   if routing is None:
-    return nll_sum, sums
+    return found.loss, sums
   # The loss of a mixture is that of its layers added up; what is reported is
   # their average, in which even experts make a balance_loss of 1.
   sums |= {
-    'nll': nll_sum,
+    'nll': found.nll,
     'balance_loss': jnp.mean(routing['balance_loss'], axis=0),
     'router_z_loss': jnp.mean(routing['router_z_loss'], axis=0),
     'expert_load': routing['expert_load'],
   }
-  return nll_sum + jnp.sum(routing['loss']), sums
+  return found.loss + jnp.sum(routing['loss']), sums

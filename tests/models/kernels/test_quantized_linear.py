@@ -96,7 +96,10 @@ def _train(form, *, num_steps=20, **model_fields):
     ),
   )
   optimizer = optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2), num_steps
+    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    num_steps,
+    model.config,
+    state_lib.abstract_params(model),
   )
   state = jax.jit(functools.partial(state_lib.init, model, optimizer))(
     jax.random.key(0)
