@@ -3,7 +3,8 @@
 A formula for what `--plan` prints in seconds; the compiler's own figure stands
 beside it where there is a compiler. Every term is something that has to exist:
 
-    state        parameters and optimizer, as the placement splits them
+    state        parameters, optimizer and the average of the parameters if the
+                 run keeps one, as the placement splits them
     gradients    of every parameter, split alike; with micro-batches a second
                  time, the sum so far and what is being added to it
     cast         the stacked weights in the compute dtype: XLA converts them
@@ -18,6 +19,8 @@ and, at its largest, the place of the step where most exists besides:
     layers       one layer's weights gathered and their float32 gradients
                  before they are scattered; what its backward pass recomputes
     embedding    the table's float32 gradient, whole but for `tensor`
+    update       what Muon makes of the gradients: its momentum and its steps,
+                 and one matrix, whole, to be multiplied with itself
 
 What a layer saves is not counted by hand: the layer is traced, abstractly, and
 asked what it keeps (`jax.vjp`), so that remat policies, attention kernels and
@@ -45,6 +48,7 @@ from training import (
   attention_path,
   config as config_lib,
   learner as learner_lib,
+  param_groups,
 )
 
 
@@ -54,12 +58,14 @@ class Memory:
 
   params: float
   optimizer: float
+  average: float
   gradients: float
   cast: float
   saved: float
   loss: float
   layers: float
   embedding: float
+  update: float
 
   @property
   def phases(self) -> dict[str, float]:
@@ -68,6 +74,7 @@ class Memory:
       'loss': self.saved + self.loss,
       'layers': self.saved + self.layers,
       'embedding': self.embedding,
+      'update': self.update,
     }
 
   @property
@@ -76,6 +83,7 @@ class Memory:
     return (
       self.params
       + self.optimizer
+      + self.average
       + self.gradients
       + self.cast
       + max(self.phases.values())
@@ -102,13 +110,39 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   return Memory(
     params=params,
     optimizer=optimizer,
+    average=params if learner.abstract_state.average is not None else 0.0,
     gradients=params * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
     loss=_loss_bytes(learner, tokens, table, itemsize),
     layers=layer_whole * (itemsize / 4 + 1) + _working_bytes(learner, tokens),
     embedding=table,
+    update=_update_bytes(learner),
   )
+
+
+def _update_bytes(learner) -> float:
+  """Returns what the update takes that is not computed number by number."""
+  if learner.experiment.optimizer.name != 'muon':
+    return 0.0
+  params = learner.abstract_state.params
+  is_hidden = param_groups.is_hidden_matrix(params)
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  hidden = param_groups.selected(is_hidden, params)
+  matrices = jax.tree.leaves(hidden)
+  num_bytes = (
+    _bytes(hidden)
+    if shardings is None
+    else _shard_bytes(
+      hidden, param_groups.selected(is_hidden, shardings.params)
+    )
+  )
+  # X, its square and the square's polynomial, and the product of the two.
+  whole = max(4 * math.prod(leaf.shape[-2:]) for leaf in matrices)
+  # A stage takes all of its layers at once, other devices one after the other.
+  stages = _sizes(learner)['stage']
+  num_layers = learner.experiment.model.num_layers
+  return 2 * num_bytes + 4 * whole * (num_layers / stages if stages > 1 else 1)
 
 
 def _loss_bytes(learner, tokens, table, itemsize) -> float:
@@ -336,15 +370,18 @@ def _working_bytes(learner, tokens: float) -> float:
   experiment = learner.experiment
   model, sizes = experiment.model, _sizes(learner)
   itemsize = jnp.dtype(experiment.compute_dtype).itemsize
-  stream = (
-    _rows(experiment, sizes),
-    experiment.data.row_length // sizes['context'],
-    model.model_width,
-  )
+  normed = [(model.model_width,)]  # [D] of the stream, [H, C] of each head
+  if model.qk_norm:
+    normed += [
+      (max(heads // sizes['tensor'], 1), model.head_width)
+      for heads in (model.num_heads, model.num_kv_heads)
+    ]
   kept = [
     leaf
     for leaf in _residuals(learner, 'none')
-    if not (itemsize < 4 and leaf.dtype == jnp.float32 and leaf.shape == stream)
+    if itemsize == 4
+    or leaf.dtype != jnp.float32
+    or leaf.shape[2:] not in normed
   ]
   copies = tokens * model.num_active_experts * sizes['expert']
   wide = 4 * 2 * tokens + itemsize * copies

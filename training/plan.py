@@ -70,14 +70,15 @@ class Plan:
 
   @property
   def tokens_per_step(self) -> int:
-    """Tokens of a step, over all devices."""
+    """Tokens of a step, over all devices; of the last, where batches grow."""
     data = self.experiment.data
     return data.batch_size * data.row_length
 
   @property
   def tokens(self) -> int:
     """Tokens of the whole run."""
-    return self.experiment.num_steps * self.tokens_per_step
+    data = self.experiment.data
+    return data.rows_before(self.experiment.num_steps) * data.row_length
 
   @property
   def flops(self) -> float:
@@ -126,7 +127,7 @@ class Plan:
   @property
   def device_hours(self) -> float:
     """Expected, of the whole run."""
-    seconds = self.step_seconds * self.experiment.num_steps
+    seconds = self.step_seconds * self.tokens / self.tokens_per_step
     return seconds * self.num_devices / 3600
 
   @property
@@ -297,6 +298,8 @@ def _memory_lines(plan: Plan):
   yield 'memory', 'of one device, by the formula'
   yield '  parameters', ahead.size(parts.params)
   yield '  optimizer', ahead.size(parts.optimizer)
+  if parts.average:
+    yield '  average of the weights', ahead.size(parts.average)
   yield '  gradients', ahead.size(parts.gradients)
   if parts.cast:
     yield (
@@ -313,6 +316,8 @@ def _memory_lines(plan: Plan):
   )
   yield '  loss', f'{ahead.size(parts.loss)} head and a chunk of logits'
   yield '  embedding', f'{ahead.size(parts.embedding)} gradient of the table'
+  if parts.update:
+    yield '  update', f'{ahead.size(parts.update)} while Muon orthogonalises'
   limit = plan.peaks.memory_bytes
   share = f' of {ahead.size(limit)}, {parts.total / limit:.0%}' if limit else ''
   yield (
