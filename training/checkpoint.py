@@ -1,16 +1,28 @@
 """Checkpoints of a run: what it needs to go on as if it had never stopped.
 
-Orbax, asynchronous, kept by policy. Params and optimizer are separate items, so
-that freezing reads the params alone; the third item, `progress`, is JSON: step,
-PRNG key, state of the data iterator, and what the run has cost so far.
+A checkpoint is a directory that is sealed (`frozen/seals.py`). It has an item
+of orbax for each tree of a `TrainState` (params, optimizer state, ...), so that
+freezing reads the weights alone, and progress.json: step, PRNG key, state of
+the data iterator, and what the run has cost so far.
 
-Of several processes each writes the shards of its own devices, and the first
-one the rest. What is written does not depend on how many there were: any other
-number of processes, or of devices, goes on from it.
+`training/saving.py` writes one, in a thread. Here is which there are: a run
+goes on from the newest that is whole, and one that is not is moved aside, with
+a word on what is wrong with which file. A save that fails, in any process and
+for any reason, fails in all of them, and does no harm to other checkpoints:
+nothing is deleted before what replaces it is sealed.
+
+What is written does not depend on how many processes there were: any other
+number of them, or of devices, goes on from it.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
+import importlib.metadata
+import json
 import pathlib
+import shutil
+import threading
+import time
 from typing import Any
 
 from etils import epath
@@ -18,102 +30,259 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from frozen import seals
 from parallel import processes
-from training import config as config_lib, state as state_lib
+from training import (
+  config as config_lib,
+  retention,
+  saving,
+  state as state_lib,
+)
 
-DIRECTORY = 'checkpoints'
-_METRIC = 'eval_loss'
+DIRECTORY = seals.DIRECTORY
 
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-  """What a checkpoint holds besides params and optimizer, as JSON values."""
+  """What a checkpoint holds besides arrays, as JSON values."""
 
   tokens_seen: int = 0  # targets that were trained on
   training_flops: float = 0.0  # analytic, see models/flops.py
   train_seconds: float = 0.0  # wall time in steps; not compiling or saving
-  data_state: dict[str, Any] | None = None  # of the grain iterator
+  data_state: dict[str, Any] | None = None  # of the data iterator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+  """How a save ended."""
+
+  step: int
+  error: str = ''  # empty: it is sealed
+  blocked_seconds: float  # of the loop, with the wait for the one before
+  seconds: float  # from its start until it was sealed, or had failed
+  num_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extras:
+  """What else `Checkpoints.save` is told."""
+
+  eval_loss: float | None = None  # of this very step, if it was evaluated
+  evaluation_owed: bool = False  # it was due, and cut short
+  before_seal: Callable[[], None] = lambda: None  # in the first process
+  done: Callable[[Outcome], None] = lambda outcome: None  # called by a thread
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: a thin face of orbax's manager."""
+  """The checkpoints of one workdir. Of several processes, the same in each."""
 
   def __init__(
-    self, workdir: pathlib.Path, config: config_lib.CheckpointConfig
+    self,
+    workdir: pathlib.Path,
+    config: config_lib.CheckpointConfig,
+    identity: Mapping[str, Any] | None = None,
   ):
-    policies = ocp.checkpoint_managers
-    keep: list[Any] = [policies.LatestN(config.keep_latest)]
-    if config.keep_best:
-      keep.append(
-        policies.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC],
-          reverse=True,  # the lowest loss is the best
-          n=config.keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
-    if config.keep_every_steps:
-      keep.append(policies.EveryNSteps(config.keep_every_steps))
-    directory = workdir.absolute() / DIRECTORY
-    directory.mkdir(parents=True, exist_ok=True)
-    if processes.is_first():
-      _remove_unfinished(directory)
-    processes.barrier('no unfinished checkpoints')
-    self._manager = ocp.CheckpointManager(
-      directory,
-      options=ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=True,
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        save_decision_policy=policies.FixedIntervalPolicy(1),
-        # Without it orbax keeps metrics in memory only, and forgets after a
-        # restart which checkpoint was the best.
-        best_fn=lambda metrics: metrics[_METRIC],
-        best_mode='min',
-      ),
-    )
+    """Looks, and changes nothing.
+
+    Args:
+      workdir: of the run.
+      config: what to keep.
+      identity: of the run, see `seals.identity`; others are refused.
+    """
+    self._root = workdir.absolute() / DIRECTORY
+    self._config = config
+    self._identity = dict(identity or {})
+    self._seals: dict[int, seals.Seal] = {}  # of what can be gone back to
+    self._thread: threading.Thread | None = None
+    self._channel = processes.Channel('save')
+    self._handler = ocp.StandardCheckpointHandler()
+
+  def newest_step(self) -> int | None:
+    """Returns the step of the newest checkpoint, verified or not, or None."""
+    found = seals.steps(self._root)
+    return found[-1] if found else None
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest complete checkpoint, or None."""
-    return self._manager.latest_step()
+    """Returns the step of the newest checkpoint to go on from, or None."""
+    return max(self._seals, default=None)
+
+  def finished_step(self) -> int | None:
+    """Returns the latest step when the save in flight has ended."""
+    self.wait()
+    return self.latest_step()
+
+  @property
+  def evaluation_owed(self) -> bool:
+    """Whether the latest one is of a step whose evaluation was cut short."""
+    step = self.latest_step()
+    return step is not None and self._seals[step].evaluation_owed
+
+  def recover(self, tell: Callable[[str], None] = lambda text: None) -> None:
+    """Finds the newest checkpoint that is whole; moves newer ones aside.
+
+    A collective: processes share the reading, and agree. Changes nothing if it
+    raises.
+
+    Args:
+      tell: is told what is wrong with which file, and what was done.
+
+    Raises:
+      ValueError: one is of another run, or all of them are damaged.
+    """
+    # As the first sees them: a network file system may show others less.
+    steps = json.loads(
+      self._channel.gather(json.dumps(seals.steps(self._root)))[0]
+    )
+    good, damaged = None, []
+    for step in reversed(steps):
+      wrong = self._problems(step)
+      if not wrong:
+        good = step
+        break
+      damaged.append((step, wrong))
+    if good is None and (damaged or seals.set_aside(self._root)):
+      raise ValueError(self._nothing_left(damaged))
+    for step, wrong in damaged:
+      with processes.together('damaged checkpoints'):
+        place = self._root / f'{step}'
+        if processes.is_first():
+          place = seals.move_aside(self._root, step)
+      tell(
+        f'checkpoint of step {step} is damaged: {wrong}. Moved to {place.name},'
+        f' going on from step {good}'
+      )
+    with processes.together('checkpoints'):
+      if processes.is_first():
+        seals.remove_unfinished(self._root)
+      for step in steps:
+        if good is not None and step <= good:
+          self._remember(step)
+
+  def _problems(self, step: int) -> str:
+    """Returns what is wrong with a checkpoint, in all processes the same."""
+    directory = self._root / str(step)
+    stranger = ''
+    try:
+      seal = seals.read(directory)
+      part = processes.index(), processes.count()
+      wrong = '; '.join(seals.problems(directory, seal, part=part))
+      try:
+        seals.check_owner(directory, seal, self._identity)
+      except ValueError as error:
+        stranger = str(error)
+    except (seals.DamagedError, OSError) as error:
+      wrong = str(error)
+    told = [json.loads(t) for t in self._channel.gather(
+      json.dumps([wrong, stranger])
+    )]  # fmt: skip
+    found = [text for text, _ in told if text]
+    if not found and any(text for _, text in told):
+      raise ValueError(next(text for _, text in told if text))
+    return found[0] if found else ''
+
+  def _nothing_left(self, damaged) -> str:
+    what = '; '.join(f'step {step}: {wrong}' for step, wrong in damaged)
+    return (
+      f'{self._root}: got no checkpoint that is whole'
+      f' ({what or ", ".join(seals.set_aside(self._root))}), expected at least'
+      ' one; put a good copy there, or start over: delete this directory, or'
+      ' use another --workdir'
+    )
+
+  def _remember(self, step: int) -> None:
+    try:
+      self._seals[step] = seals.read(self._root / str(step))
+    except seals.DamagedError:
+      # An old one, which nobody asked for: found out if it is ever needed.
+      return
 
   def save(
     self,
     state: state_lib.TrainState,
     progress: Progress,
-    eval_loss: float | None = None,
+    extras: Extras | None = None,
   ) -> None:
     """Starts to save; the copy off the device is done when it returns.
+
+    Waits for the save before this one. Never raises for one that fails: see
+    `Extras.done`, and `latest_step` after `wait`.
 
     Args:
       state: whole, see `parallel.placement.Placement.whole`.
       progress: of the same step.
-      eval_loss: validation loss of this very step, if it was evaluated.
+      extras: what else there is to say.
     """
+    extras = extras or Extras()
+    entered = time.monotonic()
+    self.wait()
     step = int(state.step)
     if step == self.latest_step():
       return
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        opt_state=ocp.args.StandardSave(state.opt_state),
-        progress=ocp.args.JsonSave(
-          {
-            'step': step,
-            'key_data': jax.random.key_data(state.key).tolist(),
-            'key_impl': str(jax.random.key_impl(state.key)),
-            **dataclasses.asdict(progress),
-          }
-        ),
-      ),
-      metrics=None if eval_loss is None else {_METRIC: eval_loss},
+    started = time.monotonic()
+    save = saving.Save(
+      root=self._root,
+      step=step,
+      handler=self._handler,
+      channel=self._channel,
+      before_seal=extras.before_seal,
     )
-    if not saved:
-      # Orbax returns False, and says nothing, for a step it takes for old.
-      raise RuntimeError(
-        f'checkpoint of step {step} was not saved: got latest step'
-        f' {self.latest_step()}, expected an earlier one'
-      )
+    # A failure here is told to the others by the thread.
+    save.start(_items(state), _progress(state, progress))
+    seal = seals.Seal(
+      step=step,
+      identity=self._identity,
+      leaves={k: _describe(tree) for k, tree in _items(state).items()},
+      libraries={
+        'jax': jax.__version__,
+        'orbax-checkpoint': importlib.metadata.version('orbax-checkpoint'),
+      },
+      eval_loss=extras.eval_loss,
+      evaluation_owed=extras.evaluation_owed,
+      files={},
+    )
+    blocked = time.monotonic() - entered
+
+    def finish():
+      outcome = Outcome(step=step, blocked_seconds=blocked, seconds=0.0)
+      try:
+        sealed = save.finish(seal)
+        self._seals = {**self._seals, step: sealed}
+        num_bytes = sum(size for size, _ in sealed.files.values())
+        outcome = dataclasses.replace(outcome, num_bytes=num_bytes)
+        self._delete_others()
+      except Exception as error:
+        if step not in self._seals:
+          outcome = dataclasses.replace(outcome, error=str(error))
+      seconds = time.monotonic() - started
+      extras.done(dataclasses.replace(outcome, seconds=seconds))
+
+    self._thread = threading.Thread(target=finish, name='save')
+    self._thread.start()
+
+  def _delete_others(self) -> None:
+    losses = {step: seal.eval_loss for step, seal in self._seals.items()}
+    kept = retention.kept(losses, self._config)
+    # Replaced, not changed: the loop may be looking at it.
+    self._seals = {step: self._seals[step] for step in kept}
+    for step in losses.keys() - kept:
+      if processes.is_first():
+        # Renamed first: half a directory must not look like a checkpoint.
+        doomed = self._root / f'{step}{seals.DELETED}'
+        (self._root / str(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+  def mark_evaluated(self, step: int, eval_loss: float) -> None:
+    """Adds the loss of an evaluation that a checkpoint still owed.
+
+    Raises:
+      OSError: it could not be written; the evaluation stays owed.
+    """
+    seal = dataclasses.replace(
+      self._seals[step], eval_loss=eval_loss, evaluation_owed=False
+    )
+    if processes.is_first():
+      seals.write(self._root / str(step), seal)
+    self._seals[step] = seal
 
   def restore(
     self, abstract_state: state_lib.TrainState
@@ -127,82 +296,114 @@ class Checkpoints:
       ValueError: the checkpoint holds other shapes or dtypes.
     """
     step = self.latest_step()
-    self._check_dtypes(step, abstract_state)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract_state.params),
-        opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
-        progress=ocp.args.JsonRestore(),
-      ),
-    )
-    fields = dict(restored['progress'])
+    assert step is not None, 'nothing to restore'
+    seal, directory = self._seals[step], self._root / str(step)
+    wanted = _items(abstract_state)
+    # An average that was not kept before begins with the weights of here.
+    sources = {name: name for name in wanted}
+    if 'average' not in seal.leaves:
+      sources['average'] = 'params'
+    leaves = {name: seal.leaves.get(sources[name], {}) for name in wanted}
+    # Orbax casts to the wanted dtype without a word.
+    _check_leaves(step, leaves, {k: _describe(v) for k, v in wanted.items()})
+    restored = {}
+    with processes.together('restoring'):
+      for name, tree in wanted.items():
+        restored[name] = self._handler.restore(
+          epath.Path(directory / sources[name]),
+          args=ocp.args.StandardRestore(tree),
+        )
+        _check_leaves(
+          step, {name: _describe(restored[name])}, {name: leaves[name]}
+        )
+      fields = json.loads(
+        (directory / saving.PROGRESS).read_text(encoding='utf-8')
+      )
     key = jax.random.wrap_key_data(
       jnp.asarray(fields.pop('key_data'), jnp.uint32),
       impl=fields.pop('key_impl'),
     )
-    state = state_lib.TrainState(
+    state = dataclasses.replace(
+      abstract_state,
       step=_place(
         jnp.asarray(fields.pop('step'), jnp.int32), abstract_state.step.sharding
       ),
-      params=restored['params'],
-      opt_state=restored['opt_state'],
       key=_place(key, abstract_state.key.sharding),
+      **restored,
     )
     return state, Progress(**fields)
 
   def wait(self) -> None:
-    """Returns when every save that was started is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the save that was started has ended, well or not."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
 
   def close(self) -> None:
-    """Waits for the saves and stops their threads."""
-    self._manager.close()
+    """Waits for the save."""
+    self.wait()
 
-  def _check_dtypes(self, step, abstract_state):
-    # Orbax casts to the wanted dtype without a word.
-    directory = self._manager.directory / str(step)
-    with ocp.StandardCheckpointer() as checkpointer:
-      found = checkpointer.metadata(directory / 'params').item_metadata.tree
-      moments = checkpointer.metadata(directory / 'opt_state').item_metadata
-    wanted = jax.tree_util.tree_leaves_with_path(abstract_state.params)
-    found = {
-      jax.tree_util.keystr(name): leaf
-      for name, leaf in jax.tree_util.tree_leaves_with_path(found)
-    }
-    for path, leaf in wanted:
-      name = jax.tree_util.keystr(path)
-      got = found.get(name)
-      if got is None or (got.shape, got.dtype) != (leaf.shape, leaf.dtype):
-        what = 'nothing' if got is None else f'{got.dtype}{list(got.shape)}'
+
+def _items(state: state_lib.TrainState) -> dict[str, Any]:
+  """Returns the trees of a state by name; the rest is in progress.json."""
+  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  return {
+    name: tree
+    for name, tree in fields.items()
+    if name not in ('step', 'key') and tree is not None
+  }
+
+
+def _progress(state: state_lib.TrainState, progress: Progress):
+  return {
+    'step': int(state.step),
+    'key_data': jax.random.key_data(state.key).tolist(),
+    'key_impl': str(jax.random.key_impl(state.key)),
+    **dataclasses.asdict(progress),
+  }
+
+
+def _describe(tree: Any) -> dict[str, str]:
+  """Returns dtype and shape of every leaf, by path."""
+  return {
+    jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}'
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _check_leaves(
+  step: int,
+  got: Mapping[str, Mapping[str, str]],
+  expected: Mapping[str, Mapping[str, str]],
+) -> None:
+  """Compares descriptions of items.
+
+  Raises:
+    ValueError: names the first leaf that differs.
+  """
+  for item in expected:
+    found, wanted = got.get(item, {}), expected[item]
+    if item == 'opt_state' and found != wanted:
+      dtypes = [
+        ', '.join(sorted({x.split('[')[0] for x in leaves if '[]' not in x}))
+        for leaves in (found.values(), wanted.values())
+      ]
+      if found.keys() == wanted.keys() and dtypes[0] != dtypes[1]:
         raise ValueError(
-          f'checkpoint of step {step}, parameter {name}: got {what}, expected'
-          f' {leaf.dtype}{list(leaf.shape)}; the model of this experiment is'
-          ' another one: use another --workdir'
+          f'checkpoint of step {step}, optimizer state: got {dtypes[0]},'
+          f' expected {dtypes[1]}; set optimizer.state_dtype back or use'
+          ' another --workdir'
         )
-    # Its tree is saved without the names of optax's tuples.
-    got, expected = (
-      {
-        jnp.dtype(leaf.dtype).name
-        for leaf in jax.tree.leaves(tree)
-        if leaf.shape
-      }
-      for tree in (moments.tree, abstract_state.opt_state)
-    )
-    if got != expected:
-      raise ValueError(
-        f'checkpoint of step {step}, optimizer state: got'
-        f' {", ".join(sorted(got))}, expected {", ".join(sorted(expected))};'
-        ' set optimizer.state_dtype back or use another --workdir'
-      )
+    for name in sorted(found.keys() | wanted.keys()):
+      if found.get(name) != wanted.get(name):
+        raise ValueError(
+          f'checkpoint of step {step}, {item}{name}: got'
+          f' {found.get(name, "nothing")}, expected'
+          f' {wanted.get(name, "nothing")}; the model or optimizer of this'
+          ' experiment is another one: set it back or use another --workdir'
+        )
 
 
 def _place(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
   # device_put refuses devices of other processes.
   return jax.jit(lambda x: x, out_shardings=sharding)(value)
-
-
-def _remove_unfinished(directory: pathlib.Path) -> None:
-  """Deletes what a killed save left behind; orbax lists but never clears it."""
-  for path in directory.glob('*.orbax-checkpoint-tmp*'):
-    epath.Path(path).rmtree()

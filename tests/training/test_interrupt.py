@@ -90,3 +90,47 @@ def test_different_signals_give_one_exit_code(others):
     os.kill(os.getpid(), signal.SIGINT)
     assert others.run(stop, 1) == 1
   assert stop.exit_code == 143
+
+
+def test_an_evaluation_asks_at_a_pace_of_its_own(others):
+  with interrupt.Interrupt() as stop:
+    assert others.run(stop, 30) is None
+    others.asked_at, others.answer = [], [0, 3]
+    stops = stop.between_batches()
+    for _ in range(7):
+      others.step += 1
+      assert not stops()
+    # Before the first two batches, and every third from then on.
+    assert others.asked_at == [31, 32, 35]
+    others.answer = [signal.SIGTERM, 3]
+    assert stops()
+    # Agreed on: nobody asks again.
+    others.asked_at = []
+    assert stops()
+    assert stop.after_step(99)
+    assert not others.asked_at
+
+
+def test_a_signal_that_came_too_late_changes_no_exit_code(others):
+  """The others have taken the last step and left: so does this one."""
+  with interrupt.Interrupt() as stop:
+    assert others.run(stop, 3) is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    assert stop.exit_code == 0
+
+
+def test_sigterm_may_come_twice():
+  """From a scheduler, and passed on by the supervisor that got it, too."""
+  with interrupt.Interrupt() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.after_step(1)
+  assert stop.exit_code == 143
+
+
+def test_the_second_ctrl_c_is_not_caught():
+  with interrupt.Interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,34 @@
+"""The experiment that the survival suites kill: small, and of many phases.
+
+About ten seconds, of which more than half are the start of the process. Steps,
+evaluations and saves take turns so often that a kill hits any of them.
+"""
+
+from data import config as data_config, sources
+from tests import fixtures
+from training import config as config_lib, optimizer
+
+NUM_STEPS = 240
+EVAL_EVERY = 20
+SAVE_EVERY = 30
+
+
+def get_config() -> config_lib.Experiment:
+  """Returns the experiment; `data.path` is given by a flag."""
+  return config_lib.Experiment(
+    name='survival',
+    model=fixtures.llama_like(vocab_size=264, max_length=64),
+    data=data_config.DataConfig(
+      open_source=sources.text_files,
+      row_length=64,
+      batch_size=24,
+      tokenizer=data_config.TokenizerConfig(kind='byte'),
+    ),
+    optimizer=optimizer.OptimizerConfig(warmup_steps=10),
+    num_steps=NUM_STEPS,
+    log_every_steps=5,
+    eval_every_steps=EVAL_EVERY,
+    checkpoint=config_lib.CheckpointConfig(
+      every_steps=SAVE_EVERY, keep_latest=2, keep_best=1
+    ),
+  )

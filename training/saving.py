@@ -1,0 +1,148 @@
+"""One save: from arrays on the devices to a sealed directory, or to nothing.
+
+    start()    makes STEP.partial, and copies off the devices; the loop waits
+    finish()   writes, merges, hashes, seals, renames to STEP; in a thread
+
+Orbax writes the arrays. The order of things is ours, and so is what processes
+tell each other in between: each writes and hashes its part, the first one the
+rest, and whatever fails in one of them, they all know of it before they go on.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from etils import epath
+import orbax.checkpoint as ocp
+
+from frozen import seals
+from parallel import processes
+
+PROGRESS = 'progress.json'
+
+
+class SaveError(RuntimeError):
+  """A checkpoint or a frozen directory that could not be written."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Save:
+  """One save, of one process."""
+
+  root: pathlib.Path
+  step: int
+  handler: ocp.StandardCheckpointHandler
+  channel: processes.Channel
+  before_seal: Callable[[], None]
+  _futures: list[Any] = dataclasses.field(default_factory=list)
+  _failure: Exception | None = None
+
+  @property
+  def _partial(self) -> pathlib.Path:
+    return self.root / f'{self.step}{seals.PARTIAL}'
+
+  def start(self, items: Mapping[str, Any], progress: dict[str, Any]) -> None:
+    """Copies off the devices, and starts to write."""
+
+    def make_directories():
+      if processes.is_first():
+        if self._partial.exists():
+          shutil.rmtree(self._partial)
+        for name in items:
+          (self._partial / name).mkdir(parents=True)
+        text = json.dumps(progress)
+        (self._partial / PROGRESS).write_text(text, encoding='utf-8')
+
+    try:
+      self._together(make_directories)
+      for name, tree in items.items():
+        self._futures += (
+          asyncio.run(
+            self.handler.async_save(
+              epath.Path(self._partial / name),
+              args=ocp.args.StandardSave(tree),
+            )
+            # None where there is nothing left to wait for.
+          )
+          or []
+        )
+    except Exception as error:
+      self._failure = error
+
+  def finish(self, seal: seals.Seal) -> seals.Seal:
+    """Waits, merges, hashes, seals and renames; returns the seal.
+
+    Raises:
+      Exception: any process failed; nothing is left.
+    """
+    names = list(seal.leaves)
+    try:
+      self._together(self._write)
+      files = self._together(lambda: self._merge(names))[0]
+      parts = self._together(
+        lambda: seals.digest(
+          self._partial,
+          files[processes.index() :: processes.count()],
+          sync=True,
+        )
+      )
+      digests = {name: d for part in parts for name, d in part.items()}
+      sealed = dataclasses.replace(seal, files=digests)
+      self._together(lambda: self._seal(sealed))
+    except Exception:
+      if processes.is_first():
+        shutil.rmtree(self._partial, ignore_errors=True)
+      raise
+    return sealed
+
+  def _write(self) -> None:
+    failure = self._failure
+    for future in self._futures:  # all: none may still write when this fails
+      try:
+        future.result()
+      except Exception as error:
+        failure = failure or error
+    if failure is not None:
+      raise failure
+
+  def _merge(self, items: list[str]) -> list[str]:
+    if not processes.is_first():
+      return []
+    for name in items:
+      self.handler.finalize(epath.Path(self._partial / name))
+    return seals.file_names(self._partial)
+
+  def _seal(self, seal: seals.Seal) -> None:
+    if not processes.is_first():
+      return
+    self.before_seal()
+    seals.write(self._partial, seal)
+    self._partial.rename(self.root / str(self.step))
+    seals.sync_directory(self.root)
+
+  def _together(self, do: Callable[[], Any]) -> list[Any]:
+    """Returns what `do` returned in every process, as JSON values.
+
+    Raises:
+      Exception: it failed here.
+      SaveError: it failed elsewhere.
+    """
+    failure, value = None, None
+    try:
+      value = do()
+    except Exception as error:
+      failure = error
+    words = '' if failure is None else f'{type(failure).__name__}: {failure}'
+    told = [
+      json.loads(text)
+      for text in self.channel.gather(json.dumps([words, value]))
+    ]
+    for i, (words, _) in enumerate(told):
+      if words:
+        where = f'process {i}: ' if len(told) > 1 else ''
+        raise SaveError(f'{where}{words}') from failure
+    return [value for _, value in told]
