@@ -266,5 +266,16 @@ def _move(partial: pathlib.Path, target: pathlib.Path) -> None:
   shutil.rmtree(previous)
 
 
+def remove_unfinished(directory: str | os.PathLike) -> None:
+  """Deletes what a kill left of an earlier `write` to the directory.
+
+  Only where nobody else writes to it at the same time.
+  """
+  target = pathlib.Path(directory).resolve()
+  for role in ('partial', 'previous'):
+    for path in target.parent.glob(f'.{target.name}.{role}-*'):
+      shutil.rmtree(path, ignore_errors=True)
+
+
 def _sibling(target: pathlib.Path, role: str) -> pathlib.Path:
   return target.with_name(f'.{target.name}.{role}-{secrets.token_hex(4)}')

@@ -7,9 +7,11 @@ leaves behind (the files below), and imports nothing of training.
 
     WORKDIR/run.json                       config, data, lineage
     WORKDIR/tokenizer/
-    WORKDIR/checkpoints/STEP/params/       restored
+    WORKDIR/checkpoints/STEP/params/       restored, or
+    WORKDIR/checkpoints/STEP/average/      of the weights, where a run keeps one
     WORKDIR/checkpoints/STEP/opt_state/    never read: three times the size
-    WORKDIR/checkpoints/STEP/progress/     step, tokens, cost
+    WORKDIR/checkpoints/STEP/progress.json step, tokens, cost
+    WORKDIR/checkpoints/STEP/seal.json     verified first: frozen/seals.py
 """
 
 from collections.abc import Mapping
@@ -22,9 +24,8 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
-from frozen import format as frozen_format, manifest as manifest_lib
+from frozen import format as frozen_format, manifest as manifest_lib, seals
 from models import config as config_lib, layout
 
 LATEST = -1
@@ -71,6 +72,7 @@ def freeze_checkpoint(
   step: int = LATEST,
   out: str | os.PathLike,
   dtype: str = 'float32',
+  weights: str = 'auto',
   generation: Mapping[str, Any] | None = None,
   chat_template: str = '',
   overwrite: bool = False,
@@ -82,13 +84,16 @@ def freeze_checkpoint(
     step: a step that has a checkpoint; LATEST for the last.
     out: the frozen directory to write.
     dtype: of the weights and of the computation that will use them.
+    weights: one of `frozen.manifest.WEIGHTS`.
     generation: recommended settings, those of DEFAULT_GENERATION besides.
     chat_template: Jinja source; empty for the default transcript.
     overwrite: replace a frozen directory that holds other weights.
 
   Raises:
     FileNotFoundError: no run, or no such checkpoint; names those there are.
-    ValueError: an unknown dtype, or `out` holds something else.
+    ValueError: an unknown dtype, an average that the run does not keep, a
+      checkpoint that is damaged or of another run, or `out` holds something
+      else.
   """
   if dtype not in DTYPES:
     raise ValueError(
@@ -98,10 +103,12 @@ def freeze_checkpoint(
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
   config = config_lib.ModelConfig.from_dict(run['model'])
-  progress = ocp.JsonCheckpointHandler().restore(
-    checkpoint / 'progress'  # pyright: ignore[reportArgumentType]
+  seals.check(checkpoint, run)
+  progress = json.loads((checkpoint / 'progress.json').read_text('utf-8'))
+  weights = _chosen_weights(checkpoint, weights)
+  params = _restore_params(
+    checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
-  params = _restore_params(checkpoint / 'params')
   params, config = serving_params(params, config, dtype=dtype)
   return frozen_format.write(
     out,
@@ -113,6 +120,7 @@ def freeze_checkpoint(
       code_commit=run['code_commit'],
       data_mix=run['data_mix'],
       knowledge_cutoff=run['knowledge_cutoff'],
+      weights=weights,
       lineage=run['lineage'],
       has_bos=run['has_bos'],
       step=progress['step'],
@@ -146,9 +154,8 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Returns the directory of a finished checkpoint."""
-  root = workdir / 'checkpoints'
-  # Orbax names what it has not finished '<step>.orbax-checkpoint-tmp'.
-  steps = sorted(int(p.name) for p in root.glob('*') if p.name.isdigit())
+  root = workdir / seals.DIRECTORY
+  steps = seals.steps(root)
   if not steps:
     raise FileNotFoundError(
       f'{root}: got no checkpoints, expected at least one; train for longer'
@@ -162,6 +169,24 @@ def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
       ' last'
     )
   return root / str(step)
+
+
+def _chosen_weights(checkpoint: pathlib.Path, weights: str) -> str:
+  """Returns raw or average, for what is asked for."""
+  if weights not in manifest_lib.WEIGHTS:
+    raise ValueError(
+      f'weights: got {weights!r}, expected one of'
+      f' {", ".join(manifest_lib.WEIGHTS)}'
+    )
+  has_average = (checkpoint / 'average').is_dir()
+  if weights == 'average' and not has_average:
+    raise ValueError(
+      f'weights: got average, but {checkpoint} has none, expected raw or auto;'
+      ' a run keeps one that is trained with --config.ema_decay=0.999'
+    )
+  if weights == 'auto':
+    return 'average' if has_average else 'raw'
+  return weights
 
 
 def _restore_params(path: pathlib.Path) -> frozen_format.Params:
@@ -183,13 +208,14 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
   values = flags.FLAGS
-  logging.set_verbosity(logging.WARNING)  # orbax tells its every step
+  logging.set_verbosity(logging.ERROR)  # orbax tells its every step
   try:
     manifest = freeze_checkpoint(
       values.workdir,
       step=values.step,
       out=values.out,
       dtype=values.dtype,
+      weights=values.weights,
       overwrite=values.overwrite,
     )
   except (ValueError, FileNotFoundError) as error:
@@ -199,7 +225,7 @@ def main(argv) -> None:
   print(
     f'step {manifest.step}, {manifest.num_params:,} {manifest.dtype} params'
   )
-  print(f'weights {manifest.weights_digest}')
+  print(f'weights {manifest.weights_digest} ({manifest.weights})')
 
 
 def _define_flags() -> None:
@@ -207,6 +233,12 @@ def _define_flags() -> None:
   flags.DEFINE_integer('step', LATEST, 'Checkpoint to freeze; -1 is the last.')
   flags.DEFINE_string('out', None, 'Frozen directory to write.')
   flags.DEFINE_enum('dtype', 'float32', DTYPES, 'Of the frozen weights.')
+  flags.DEFINE_enum(
+    'weights',
+    'auto',
+    manifest_lib.WEIGHTS,
+    'Which of the run; auto: the average where it keeps one.',
+  )
   flags.DEFINE_bool(
     'overwrite', False, 'Replace a frozen directory that holds other weights.'
   )

@@ -14,6 +14,8 @@ from typing import Any
 
 FORMAT_VERSION = 1
 FILE_NAME = 'manifest.json'
+# Of a run, to be frozen; auto: the average where the run keeps one.
+WEIGHTS = ('auto', 'raw', 'average')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Provenance:
   train_seconds: float  # wall clock of the training
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
   knowledge_cutoff: str  # date of the newest text, '' if unknown
+  weights: str  # of the run, that are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
 

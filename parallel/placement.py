@@ -61,6 +61,18 @@ class Placement(Protocol):
     """Returns eval_step(params, batch) -> sums."""
     ...
 
+  def compile_probe(self, build: BuildStep) -> Callable[..., Any]:
+    """Returns probe(state, batch) -> small arrays. Donates nothing.
+
+    `build` returns a function of a whole state. Each result has one more axis
+    in front: of 1, or under pmap of what each device found by itself.
+    """
+    ...
+
+  def compile_weights(self, read: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Returns fn(state) -> a tree like the parameters, laid out as they."""
+    ...
+
   def whole(self, state: Any) -> Any:
     """Returns the state as global arrays: what a checkpoint holds."""
     ...
@@ -172,6 +184,29 @@ class MeshPlacement:
       out_shardings=rules.replicated(self.mesh),
     )
 
+  def compile_probe(self, build):
+    def build_whole(all_sum, shard_key):
+      probe = build(all_sum, shard_key)
+      return lambda state, batch: jax.tree.map(
+        lambda x: x[None], probe(self.fold.unfold(state), batch)
+      )
+
+    return self._compiled(
+      build_whole,
+      in_shardings=(
+        self.state_shardings,
+        rules.batch_sharding(self.mesh),
+      ),
+      out_shardings=rules.replicated(self.mesh),
+    )
+
+  def compile_weights(self, read):
+    return jax.jit(
+      read,
+      in_shardings=(self.state_shardings,),
+      out_shardings=self.state_shardings.params,
+    )
+
   def whole(self, state):
     if self.fold.is_identity:
       return state
@@ -264,6 +299,18 @@ class PmapPlacement:
       devices=self.devices,
     )
     return lambda params, batch: _first(pmapped(params, batch))
+
+  def compile_probe(self, build):
+    probe = build(_psum, _fold_in_device)
+    pmapped = jax.pmap(
+      lambda *args: jax.lax.all_gather(probe(*args), _PMAP_AXIS),
+      axis_name=_PMAP_AXIS,
+      devices=self.devices,
+    )
+    return lambda state, batch: _first(pmapped(state, batch))
+
+  def compile_weights(self, read):
+    return jax.pmap(read, axis_name=_PMAP_AXIS, devices=self.devices)
 
   def whole(self, state):
     state = _first(state)

@@ -48,6 +48,7 @@ def provenance(**overrides) -> manifest_lib.Provenance:
     'train_seconds': 2.5,
     'data_mix': [{'source': 's', 'path': '', 'split': 'train', 'weight': 1.0}],
     'knowledge_cutoff': '2026-01-31',
+    'weights': 'raw',
     'lineage': {'init_from': 'ab' * 32},
   }
   return manifest_lib.Provenance(**{**fields, **overrides})

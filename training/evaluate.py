@@ -13,6 +13,10 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 
 
+class Stopped(Exception):
+  """The run was asked to stop before the evaluation was done."""
+
+
 def evaluate(
   eval_step: Callable[[Any, Any], dict[str, Any]],
   params: Any,
@@ -21,6 +25,7 @@ def evaluate(
   put_batch: Callable[[Batch], Any],
   num_bytes_V: np.ndarray,
   max_batches: int = 0,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
   """Returns `loss` (nats/token) and `bits_per_byte` over the batches.
 
@@ -35,8 +40,10 @@ def evaluate(
     put_batch: sends a batch to the devices.
     num_bytes_V: UTF-8 bytes of each token, 0 for special ones.
     max_batches: take the first so many; 0 takes all.
+    should_stop: asked before every batch.
 
   Raises:
+    Stopped: `should_stop` said so.
     ValueError: there is nothing to evaluate on.
   """
   loss = weight = 0.0
@@ -44,6 +51,8 @@ def evaluate(
   if max_batches:
     batches = itertools.islice(batches, max_batches)
   for batch in batches:
+    if should_stop():
+      raise Stopped
     sums = eval_step(params, put_batch(batch))
     counted_BT = batch['weights'] > 0
     num_bytes += int(num_bytes_V[batch['targets'][counted_BT]].sum())
@@ -59,3 +68,21 @@ def evaluate(
     'loss': loss / weight,
     'bits_per_byte': loss / (num_bytes * math.log(2)),
   }
+
+
+def report(values: dict[str, float]) -> str:
+  """Returns what `evaluate` found in words, of averaged weights too.
+
+  Args:
+    values: loss and bits_per_byte, and the same with `average_` in front.
+  """
+  text = (
+    f'validation loss {values["loss"]:.4f} nats/token,'
+    f' {values["bits_per_byte"]:.4f} bits/byte'
+  )
+  if 'average_loss' in values:
+    text += (
+      f'; of the averaged weights {values["average_loss"]:.4f} and'
+      f' {values["average_bits_per_byte"]:.4f}'
+    )
+  return text

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training import state as state_lib
+from training import average, outliers, state as state_lib
 
 Metrics = dict[str, jax.Array]
 # (params, batch, apply) -> (loss summed, sums with 'weight'). Sums are scalars,
@@ -25,6 +25,8 @@ Objective = Callable[[Any, Any, Callable[..., Any]], tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
 ]
+# Names of parts of the step, in profiles and in training/diagnose.py.
+UPDATE, MICROBATCHES = 'optimizer', 'microbatches'
 
 
 def _identity(tree: Any) -> Any:
@@ -37,6 +39,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   num_microbatches: int = 1,
+  ema_decay: float = 0.0,
   all_sum: Callable[[Any], Any] = _identity,
   shard_key: Callable[[jax.Array], jax.Array] = _identity,
 ) -> TrainStep:
@@ -47,6 +50,7 @@ def make_train_step(
     objective: returns sums over its batch, see `training.objectives`.
     optimizer: optax.
     num_microbatches: how many parts the gradient is accumulated over.
+    ema_decay: of `state.average`, where there is one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
   """
@@ -66,15 +70,31 @@ def make_train_step(
     # A batch of nothing but padding is a step of zero gradient, not of NaN.
     weight = jnp.maximum(sums.pop('weight'), 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope(UPDATE):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+    skipped = outliers.was_skipped(opt_state)
+    new_state = state.replace(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      average=average.update(
+        state.average,
+        params,
+        num_updates=state.step,
+        decay=ema_decay,
+        skipped=skipped,
+      ),
+    )
     metrics = _reported(sums, weight)
     metrics['weight'] = weight
     metrics['grad_norm'] = optax.tree.norm(grads)
-    new_state = state.replace(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-    )
+    # Where a finite gradient leaves weights that are not, nothing else tells.
+    metrics['param_norm'] = optax.tree.norm(params)
+    if skipped is not None:
+      metrics['skipped'] = skipped.astype(jnp.float32)
     return new_state, metrics
 
   return train_step
@@ -151,7 +171,8 @@ def _accumulate(gradient_sums, params, batch, key, num_microbatches):
     new = gradient_sums(params, part, part_key)
     return jax.tree.map(jnp.add, total, new), None
 
-  total, _ = jax.lax.scan(
-    add_part, zeros, (jnp.arange(num_microbatches), parts)
-  )
+  with jax.named_scope(MICROBATCHES):
+    total, _ = jax.lax.scan(
+      add_part, zeros, (jnp.arange(num_microbatches), parts)
+    )
   return total

@@ -291,6 +291,7 @@ def test_the_manifest_says_all_that_the_design_asks(original):
     'train_seconds',
     'data_mix',
     'has_bos',
+    'weights',
     'knowledge_cutoff',
     'experiment',
     'num_params',

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from frozen import format as frozen_format, freeze
+from frozen import format as frozen_format, freeze, seals
 from models import transformer
 from tests import fixtures, frozen_fixtures
 
@@ -78,27 +78,68 @@ def workdir(tmp_path_factory):
   }
   (workdir / 'run.json').write_text(json.dumps(run))
   fixtures.byte_tokenizer().save(workdir / 'tokenizer')
-  with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-    for step in (4, 10):
-      values = jax.tree.map(lambda x, step=step: x + step, params)
-      progress = {
-        'step': step,
-        'tokens_seen': step * 128,
-        'training_flops': 1e9,
-        'train_seconds': 2.0,
-        'key_data': [0, 1],
-        'data_state': {},
-      }
-      manager.save(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(values),
-          opt_state=ocp.args.StandardSave({'count': jnp.zeros(2)}),
-          progress=ocp.args.JsonSave(progress),
-        ),
+  for step in (4, 10):
+    directory = workdir / 'checkpoints' / str(step)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(
+        directory / 'params',
+        jax.tree.map(lambda x, step=step: x + step, params),
       )
-  (workdir / 'checkpoints' / '12.orbax-checkpoint-tmp').mkdir()
+      checkpointer.save(directory / 'opt_state', {'count': jnp.zeros(2)})
+    progress = {
+      'step': step,
+      'tokens_seen': step * 128,
+      'training_flops': 1e9,
+      'train_seconds': 2.0,
+      'key_data': [0, 1],
+      'data_state': {},
+    }
+    (directory / 'progress.json').write_text(json.dumps(progress))
+    _seal(directory, run)
+  (workdir / 'checkpoints' / '12.partial').mkdir()
   return workdir
+
+
+def _seal(directory, run):
+  seals.write(
+    directory,
+    seals.Seal(
+      step=int(directory.name),
+      identity=seals.identity(run),
+      leaves={},
+      libraries={},
+      eval_loss=None,
+      evaluation_owed=False,
+      files=seals.digest(directory, seals.file_names(directory)),
+    ),
+  )
+
+
+def test_a_damaged_checkpoint_is_not_frozen(workdir, tmp_path):
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  (copy / 'checkpoints' / '10' / 'progress.json').write_text('{}')
+  with pytest.raises(
+    seals.DamagedError,
+    match=r'10/progress.json: got 2 bytes with SHA-256 .*, expected \d+ with'
+    ' .*; put a good copy there, or choose another step',
+  ):
+    freeze.freeze_checkpoint(copy, out=tmp_path / 'f')
+  assert not (tmp_path / 'f').exists()
+  freeze.freeze_checkpoint(copy, step=4, out=tmp_path / 'f')
+
+
+def test_a_checkpoint_of_another_run_is_not_frozen(workdir, tmp_path):
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  run = json.loads((copy / 'run.json').read_text())
+  run['model']['num_layers'] += 1
+  (copy / 'run.json').write_text(json.dumps(run))
+  with pytest.raises(
+    ValueError, match='of another run: got model.num_layers = .*, expected'
+  ):
+    freeze.freeze_checkpoint(copy, out=tmp_path / 'f')
+  assert not (tmp_path / 'f').exists()
 
 
 @pytest.mark.parametrize(('step', 'expected'), [(-1, 10), (10, 10), (4, 4)])
