@@ -9,9 +9,11 @@ VENV ?= .venv
 # The interpreter that creates $(VENV); looked for when empty.
 PYTHON ?=
 WORKDIR ?= runs/quickstart
-# Passed on: TEST_ARGS='-k decode -x', BENCH_ARGS='--rounds=3'.
+# Passed on: TEST_ARGS='-k decode -x', BENCH_ARGS='--rounds=3',
+# SURVIVE_ARGS='--figure=experiments/figures/survival.svg'.
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SURVIVE_ARGS ?=
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.installed-core
@@ -21,7 +23,7 @@ PLAN := $(VENV)/.installed-plan
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format bench bench-peer plan-table clean
+.PHONY: help quickstart test test-slow lint format bench bench-peer plan-table survive clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
@@ -53,12 +55,16 @@ bench: $(CORE)  ## Speed beside this machine's roofline
 	@$(PY) -m benchmarks.roofline
 	@$(PY) -m benchmarks.train_throughput $(BENCH_ARGS)
 	@$(PY) -m benchmarks.decode_latency $(BENCH_ARGS)
+	@$(PY) -m benchmarks.loop_overhead
 
 bench-peer: $(PEER)  ## The same, and beside transformers on torch
 	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'
 
 plan-table: $(PLAN)  ## Plan the presets ahead of time, into experiments/PLANS.md
 	@$(PY) -m benchmarks.plan_table
+
+survive: $(DEV)  ## Kill, damage and starve a run in every way; minutes
+	@$(PY) -m tests.survival.full --kills=20 --flips=200 $(SURVIVE_ARGS)
 
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
@@ -106,7 +112,8 @@ endef
 $(CORE): requirements.txt | $(PY)
 	$(call install,requirements.txt)
 
-$(DEV): requirements-dev.txt requirements-serve.txt $(CORE)
+$(DEV): requirements-dev.txt requirements-serve.txt requirements-plot.txt \
+    $(CORE)
 	$(call install,requirements-dev.txt)
 
 $(PEER): requirements-peer.txt requirements-quant.txt requirements-plan.txt \

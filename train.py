@@ -19,17 +19,25 @@ workdir is on a file system that they share:
 Under Slurm, Open MPI, torchrun, an Indexed Job of Kubernetes and on TPU pods
 the three flags are not needed: parallel/processes.py says what is read instead.
 A run may go on with any other number of processes.
+
+With --max_restarts=3 it is started again when it crashes, or when another of
+its processes does, up to so often without a new checkpoint in between:
+training/supervisor.py. What it exits with is listed in training/exit_codes.py:
+0 complete, 1 yours to change, 3 a loss that is not finite, 4 the same step
+crashed again, 143 or 130 stopped by SIGTERM or Ctrl-C and saved; any from 64 up
+is worth starting again.
 """
 
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from parallel import targets
-from training import config_flags as training_flags
+from training import config_flags as training_flags, exit_codes, supervisor
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -54,6 +62,13 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
   'heartbeat_timeout_s',
   60,
   'Seconds of silence after which a process is dead, and ends the others.',
+)
+_MAX_RESTARTS = flags.DEFINE_integer(
+  'max_restarts',
+  0,
+  'How often a run that crashes is started again, by a parent of its own,'
+  ' without a new checkpoint in between.',
+  lower_bound=0,
 )
 _PLAN = flags.DEFINE_string(
   'plan',
@@ -94,7 +109,7 @@ def main(argv: list[str]) -> int:
   import rich.console
 
   from parallel import host_memory, processes
-  from training import loop, run
+  from training import goodput, loop, run, saving
 
   host_memory.reuse_freed_memory()
   _join_processes()
@@ -103,15 +118,21 @@ def main(argv: list[str]) -> int:
       _CONFIG.value,
       pathlib.Path(_WORKDIR.value),
       rich.console.Console(soft_wrap=True, quiet=not processes.is_first()),
+      seconds_before=goodput.process_age(),
     )
-  except (
-    ValueError,
-    FileNotFoundError,
-    loop.NonFiniteError,
-    processes.PeerError,
-  ) as error:
-    sys.exit(f'{_who()}error: {error}')
+  except (ValueError, FileNotFoundError) as error:
+    return _failed(error, exit_codes.USER_ERROR)
+  except loop.NonFiniteError as error:
+    return _failed(error, exit_codes.NON_FINITE)
+  except (processes.PeerError, saving.SaveError) as error:
+    return _failed(error, exit_codes.TRY_AGAIN)
   return result.exit_code
+
+
+def _failed(error: Exception, code: int) -> int:
+  """Tells of an error in one line, and by which of the processes."""
+  print(f'{_who()}error: {error}', file=sys.stderr)
+  return code
 
 
 def _plan(target: str) -> int:
@@ -166,5 +187,37 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(f'error: {error}')
 
 
+def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
+  """Returns what runs the command line as a child, if that is asked for."""
+  values = flags.FlagValues()
+  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  flags.DEFINE_integer(_MAX_RESTARTS.name, 0, '', 0, flag_values=values)
+  values.set_gnu_getopt()
+  try:
+    rest = values(argv, known_only=True)
+  except flags.Error:
+    return None  # to be told of by the parser of all flags
+  if not values.max_restarts or not values.workdir:
+    return None
+  return supervisor.Supervisor(
+    [sys.executable, *rest, f'--{_WORKDIR.name}={values.workdir}'],
+    pathlib.Path(values.workdir),
+    max_restarts=values.max_restarts,
+  )
+
+
+def _run() -> None:
+  """Supervises, or trains; leaves with one of `training.exit_codes`."""
+  if supervising := _supervisor(sys.argv):
+    sys.exit(supervising.run())
+  supervisor.die_with_supervisor()
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except Exception:
+    # Python's own code for it is 1, which is for errors of the user's.
+    traceback.print_exc()
+    sys.exit(exit_codes.CRASHED)
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parse_flags)
+  _run()

@@ -36,6 +36,21 @@ def llama_like(**overrides) -> model_config.ModelConfig:
   return model_config.ModelConfig(**(fields | overrides))
 
 
+def stable(**overrides) -> model_config.ModelConfig:
+  """`llama_like` with all that keeps training stable, twice its base width.
+
+  Initialised with weights so large that each of these shows.
+  """
+  fields = {
+    'qk_norm': True,
+    'logit_softcap': 3.0,
+    'init_std': 0.3,
+    'mup_base_width': 12,
+    'mup_base_head_width': 3,
+  }
+  return llama_like(**(fields | overrides))
+
+
 def gpt2_like(**overrides) -> model_config.ModelConfig:
   """LayerNorm, learned positions, one kv head per head, GELU, biases, tied."""
   fields = {

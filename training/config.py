@@ -5,13 +5,15 @@ writes it to its workdir. The parts are defined beside the code that reads them.
 """
 
 import dataclasses
+import inspect
+import math
 from typing import Any
 
 from data import config as data_config
 from models import config as model_config, execution
 from models.kernels import quantized_linear
 from parallel import config as parallel_config
-from training import optimizer
+from training import average, optimizer, outliers
 from training.objectives import next_token
 
 # See training/attention_path.py and models/kernels/quantized_linear.py.
@@ -21,12 +23,14 @@ MATMULS = ('float', *quantized_linear.FORMATS)
 
 @dataclasses.dataclass(kw_only=True)
 class CheckpointConfig:
-  """When to save, and what to keep (orbax preservation policies)."""
+  """When to save, and what to keep."""
 
   every_steps: int = 200  # also at the end, and when asked to stop
   keep_latest: int = 2
   keep_best: int = 1  # by validation loss; kept besides the latest
   keep_every_steps: int = 0  # keep these for good; 0 keeps none
+  # Seconds that the cluster leaves a run between SIGTERM and SIGKILL.
+  grace_s: float = 30.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,6 +39,7 @@ class FreezeConfig:
 
   enabled: bool = True
   dtype: str = 'float32'  # of the frozen params: float32 | bfloat16
+  weights: str = 'auto'  # raw | average | auto: the average where one is kept
   temperature: float = 0.8  # generation defaults that travel along
   max_tokens: int = 128
 
@@ -81,6 +86,12 @@ class Experiment:
   )
   freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
   objective: Any = next_token.next_token  # objective(params, batch, apply)
+  z_loss_weight: float = 0.0  # of log(Z)^2, PaLM took 1e-4; 0: no z-loss
+  spikes: outliers.SpikeConfig = dataclasses.field(
+    default_factory=outliers.SpikeConfig
+  )
+  ema_decay: float = 0.0  # of an average of the weights, as 0.999; 0: none
+  diagnose_non_finite: bool = True  # take a step that gave NaN again, and look
   seed: int = 0  # of initialisation, dropout and data order
   num_steps: int = 1000  # optimizer steps of the whole run
   num_microbatches: int = 1  # a batch is taken in so many parts
@@ -103,6 +114,11 @@ class Experiment:
       _at_least(1, f'checkpoint.{name}', getattr(self.checkpoint, name))
     for name in ('keep_best', 'keep_every_steps'):
       _at_least(0, f'checkpoint.{name}', getattr(self.checkpoint, name))
+    if not self.checkpoint.grace_s > 0:
+      raise ValueError(
+        f'checkpoint.grace_s: got {self.checkpoint.grace_s}, expected more'
+        ' than 0 seconds'
+      )
     _at_least(1, 'freeze.max_tokens', self.freeze.max_tokens)
     for name, value in (
       ('config.compute_dtype', self.compute_dtype),
@@ -110,16 +126,35 @@ class Experiment:
     ):
       if value not in ('float32', 'bfloat16'):
         raise ValueError(f'{name}: got {value!r}, expected float32 or bfloat16')
+    self._validate_z_loss()
     self.optimizer.validate(self.num_steps)
-    if self.data.batch_size % self.num_microbatches:
-      raise ValueError(
-        f'config.num_microbatches: got {self.num_microbatches}, expected a'
-        f' divisor of data.batch_size = {self.data.batch_size}'
-      )
+    self.spikes.validate()
+    average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
+    for size in self.data.batch_sizes:
+      if size % self.num_microbatches:
+        name = 'size' if size == self.data.batch_size else 'ramp'
+        raise ValueError(
+          f'config.num_microbatches: got {self.num_microbatches}, expected a'
+          f' divisor of the {size} rows of data.batch_{name}'
+        )
     if self.data.row_length > self.model.max_length:
       raise ValueError(
         f'data.row_length: got {self.data.row_length}, expected at most'
         f' model.max_length = {self.model.max_length}'
+      )
+
+  def _validate_z_loss(self) -> None:
+    weight = self.z_loss_weight
+    if not 0 <= weight < math.inf:
+      raise ValueError(
+        f'config.z_loss_weight: got {weight}, expected a number >= 0'
+      )
+    taken = inspect.signature(self.objective).parameters
+    if weight and 'z_loss_weight' not in taken:
+      raise ValueError(
+        f'config.z_loss_weight: got {weight} with the objective'
+        f' {_jsonable(self.objective)}, expected one that takes z_loss_weight;'
+        ' set config.z_loss_weight = 0'
       )
 
   def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ that. `train.py --plan` stops here: nothing in this file allocates.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -34,6 +35,7 @@ from training import (
   attention_path,
   config as config_lib,
   optimizer as optimizer_lib,
+  outliers,
   state as state_lib,
   step as step_lib,
 )
@@ -56,12 +58,27 @@ class Learner:
     """Returns how many numbers are trained."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
+  @property
+  def objective(self) -> step_lib.Objective:
+    """The experiment's, told what else the experiment wants in the loss."""
+    objective = self.experiment.objective
+    weight = self.experiment.z_loss_weight
+    if not weight:
+      return objective
+    return functools.partial(objective, z_loss_weight=weight)
+
   def init(self, key: jax.Array) -> state_lib.TrainState:
     """Returns the state before the first step, on the devices."""
     # With nothing of the mesh's: a model is initialised on a single token.
     model = self.model.clone(execution=execution_lib.Execution())
     return self.placement.init(
-      lambda key: state_lib.init(model, self.optimizer, key), key
+      lambda key: state_lib.init(
+        model,
+        self.optimizer,
+        key,
+        has_average=self.experiment.ema_decay > 0,
+      ),
+      key,
     )
 
   def peak_flops_per_s(self) -> float:
@@ -76,9 +93,10 @@ class Learner:
     """What `placement.compile_train` and `lower_train` take."""
     return step_lib.make_train_step(
       self.model,
-      self.experiment.objective,
+      self.objective,
       self.optimizer,
       num_microbatches=self.experiment.num_microbatches,
+      ema_decay=self.experiment.ema_decay,
       all_sum=all_sum,
       shard_key=shard_key,
     )
@@ -91,12 +109,12 @@ class Learner:
     """Returns the evaluation step on the run's devices."""
     return self.placement.compile_eval(
       lambda all_sum, _: step_lib.make_eval_step(
-        self.model, self.experiment.objective, all_sum=all_sum
+        self.model, self.objective, all_sum=all_sum
       )
     )
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a batch looks like."""
+    """Returns what a batch looks like; the last, where batches grow."""
     data = self.experiment.data
     shape = data.batch_size, data.row_length
     dtypes = dict.fromkeys(
@@ -124,17 +142,25 @@ def make(
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
   optimizer = optimizer_lib.make_optimizer(
-    experiment.optimizer, experiment.num_steps
+    experiment.optimizer,
+    experiment.num_steps,
+    experiment.model,
+    state_lib.abstract_params(model),
+    is_staged=experiment.parallel.stage > 1,
   )
+  optimizer = outliers.skipping(experiment.spikes, optimizer)
   abstract_state = jax.eval_shape(
-    lambda key: state_lib.init(model, optimizer, key), jax.random.key(0)
+    lambda key: state_lib.init(
+      model, optimizer, key, has_average=experiment.ema_decay > 0
+    ),
+    jax.random.key(0),
   )
   _check_model(experiment)
   placement = placement_lib.make(
     experiment.parallel,
     abstract_state,
     state_lib.logical_axes(
-      abstract_state, optimizer, axes.param_axes(abstract_state.params)
+      abstract_state, axes.param_axes(abstract_state.params)
     ),
     devices,
   )
@@ -298,19 +324,22 @@ def _check_experts(experiment: config_lib.Experiment) -> None:
 
 def _check_batch(experiment: config_lib.Experiment, num_shards: int) -> None:
   data, parallel = experiment.data, experiment.parallel
-  rows = data.batch_size // experiment.num_microbatches
   parts = num_shards * parallel.num_stage_microbatches
-  if rows % parts:
+  for size in data.batch_sizes:
+    rows = size // experiment.num_microbatches
+    if rows % parts == 0:
+      continue
     stages = (
       f' x {parallel.num_stage_microbatches} parts for the stages'
       if parallel.stage > 1
       else ''
     )
+    name = 'batch_size' if size == data.batch_size else 'batch_ramp'
     raise ValueError(
-      f'data.batch_size: got {data.batch_size} rows in'
+      f'data.{name}: got {size} rows in'
       f' {experiment.num_microbatches} micro-batches of {rows}, expected a'
       f' multiple of the {num_shards} devices that split the batch{stages};'
-      ' change data.batch_size, config.num_microbatches or parallel'
+      f' change data.{name}, config.num_microbatches or parallel'
     )
   if data.row_length % (2 * parallel.context) and parallel.context > 1:
     raise ValueError(

@@ -1,17 +1,20 @@
 """What a run reports: JSONL (the source of truth), TensorBoard, the terminal.
 
-`metrics.jsonl` has three kinds of records. `train` has every step once and
-`eval` every evaluation once, both reproducible to the bit; `speed` has what
-depends on the machine.
+`metrics.jsonl` has every step once as a `train` record and every evaluation
+once as `eval`, both reproducible to the bit. Others depend on the machine:
+`speed`, and `save`, of which a failed one has `saved` 0.
 """
 
+from collections.abc import Callable
 import json
 import pathlib
+import threading
 from typing import Any, Protocol
 
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+
+from training import journal
 
 JSONL = 'metrics.jsonl'
 _BARS = '▁▂▃▄▅▆▇█'
@@ -22,6 +25,14 @@ class Log(Protocol):
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
     """Adds one record."""
+    ...
+
+  def sync(self) -> None:
+    """Returns when all records are on disk.
+
+    Raises:
+      OSError: they are not.
+    """
     ...
 
   def close(self) -> None:
@@ -35,50 +46,106 @@ class NoLog:
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
     """Does nothing."""
 
+  def sync(self) -> None:
+    """Does nothing."""
+
   def close(self) -> None:
     """Does nothing."""
 
 
 class MetricsLog:
-  """Appends records to `metrics.jsonl` and to TensorBoard."""
+  """Appends records to `metrics.jsonl` and to TensorBoard. Thread-safe."""
 
-  def __init__(self, workdir: pathlib.Path, *, first_step: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    first_step: int,
+    evaluation_owed: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+  ):
     """Opens the log of a run that goes on after `first_step` steps.
 
     Records of later steps, which a killed run wrote after its last
     checkpoint, are dropped: those steps are about to be taken again.
+
+    Args:
+      workdir: of the run.
+      first_step: steps that were taken.
+      evaluation_owed: the one after the last of them is about to be done again.
+      tell: is told what goes wrong with the file later on.
+
+    Raises:
+      ValueError: a line is no record.
     """
-    self._path = workdir / JSONL
-    self._path.touch()
+    path = workdir / JSONL
+    path.touch()
     records = read(workdir)
-    kept = [record for record in records if record['step'] <= first_step]
-    if len(kept) != len(records) or not _ends_in_newline(self._path):
-      partial = self._path.with_suffix('.tmp')
+    kept = [
+      record
+      for record in records
+      if record['step'] <= first_step
+      and not (
+        evaluation_owed
+        and record['kind'] == 'eval'
+        and record['step'] == first_step
+      )
+    ]
+    if len(kept) != len(records) or not _ends_in_newline(path):
+      partial = path.with_suffix('.tmp')
       partial.write_text(''.join(_line(record) for record in kept))
-      partial.replace(self._path)
-    self._file = self._path.open('a')
-    self._tensorboard = SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=first_step + 1
+      partial.replace(path)
+    self._journal = journal.Journal(path, tell)
+    self._tensorboard = journal.TensorBoard(
+      workdir / 'tensorboard', purge_step=first_step + 1
     )
+    self._lock = threading.Lock()
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    """Adds one record; it is in the file when this returns."""
-    self._file.write(_line({'kind': kind, 'step': step, **values}))
-    self._file.flush()
-    for name, value in values.items():
-      self._tensorboard.add_scalar(f'{kind}/{name}', value, step)
+    """Adds one record; it is in the file when this returns, if it can be."""
+    with self._lock:
+      self._journal.write(_line({'kind': kind, 'step': step, **values}))
+      self._tensorboard.write(
+        step, {f'{kind}/{name}': value for name, value in values.items()}
+      )
+
+  def sync(self) -> None:
+    """Returns when all records are on disk.
+
+    Raises:
+      OSError: they are not; they are kept, and written when that works again.
+    """
+    self._journal.sync()
 
   def close(self) -> None:
     """Flushes and closes both."""
-    self._file.close()
+    self._journal.close()
     self._tensorboard.close()
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a run; a last line cut short by a kill is no one."""
+  """Returns the records of a run; a last line cut short by a kill is no one.
+
+  Raises:
+    ValueError: another line is no record.
+  """
   path = workdir / JSONL
-  lines = path.read_text().split('\n') if path.exists() else ['']
-  return [json.loads(line) for line in lines[:-1]]
+  lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
+  records = []
+  for i, line in enumerate(lines[:-1], 1):
+    try:
+      record = json.loads(line)
+      is_record = {'kind', 'step'} <= record.keys()
+    except (ValueError, AttributeError):
+      is_record = False
+    if not is_record:
+      raise ValueError(
+        f'{path}, line {i}: got {line[:60]!r}, expected a record as JSON; the'
+        ' file was damaged: put a copy there, or delete it to go on without'
+        ' the records so far'
+      )
+    records.append(record)
+  return records
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
@@ -109,6 +176,7 @@ class Terminal:
       rich.progress.TextColumn('{task.fields[text]}'),
       console=console,
       transient=True,
+      refresh_per_second=4,
       disable=not console.is_terminal,
     )
     self._task = self._bar.add_task('', total=num_steps, text='compiling')
@@ -128,6 +196,7 @@ class Terminal:
       parts += [
         f'{speed["tokens_per_s"]:,.0f} tokens/s',
         f'MFU {speed["mfu"]:.1%}',
+        f'goodput {speed["goodput"]:.0%}',
         f'{_duration(left)} left',
       ]
     text = ' | '.join(parts)

@@ -6,8 +6,8 @@ command starts a run, resumes it, and does nothing once it is complete.
 Several processes (`parallel/processes.py`) run the same code side by side. Each
 of them makes every global batch and sends its devices their rows: the order of
 the data, and its position in a checkpoint, are one thing that does not know how
-many processes there are. What it costs is that each host tokenises and packs
-all of the data, and not its part: see `data/pipeline.py`. The first process
+many processes there are. Text is tokenised once per data directory, by whoever
+comes first (`data/token_store.py`), and rows cost little. The first process
 writes what is written once, and tells the user; errors are told by whoever has
 them.
 """
@@ -20,16 +20,19 @@ import pathlib
 import jax
 import rich.console
 
-from frozen import freeze
+from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
 from training import (
   assemble,
   checkpoint,
   config as config_lib,
+  diagnose,
+  goodput as goodput_lib,
   hooks,
   interrupt,
   loop,
   metrics,
+  saving,
   story,
   workdir as workdir_lib,
 )
@@ -47,6 +50,8 @@ def run(
   experiment: config_lib.Experiment,
   workdir: pathlib.Path,
   console: rich.console.Console,
+  *,
+  seconds_before: float = 0.0,
 ) -> Result:
   """Trains to the experiment's last step, then freezes.
 
@@ -54,12 +59,14 @@ def run(
     experiment: what to run.
     workdir: where everything is written; what is there is gone on with.
     console: where the user is told.
+    seconds_before: how long the process has been running for this.
 
   Raises:
     ValueError, FileNotFoundError: the experiment, the workdir or the data
       cannot be used; nothing was changed.
     loop.NonFiniteError: a loss was not finite.
     processes.PeerError: another process failed, and this one did not.
+    saving.SaveError: the last step, or what is frozen, cannot be written.
   """
   processes.check_same(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
@@ -70,57 +77,93 @@ def run(
   workdir_lib.check_shared(workdir)
   frozen = workdir / workdir_lib.FROZEN
   with contextlib.closing(
-    checkpoint.Checkpoints(workdir, experiment.checkpoint)
+    checkpoint.Checkpoints(
+      workdir, experiment.checkpoint, workdir_lib.identity(experiment)
+    )
   ) as saved:
-    step = saved.latest_step() or 0
-    if step >= experiment.num_steps and frozen.exists():
+    step = saved.newest_step() or 0
+    is_complete = step >= experiment.num_steps and _is_frozen(frozen, step)
+    # As the first sees it: a network file system may show others less.
+    is_complete, step = processes.gather(is_complete, step)[0].tolist()
+    if is_complete:
       story.say(
         console, f'{workdir} is complete: step {step}, frozen in {frozen}'
       )
       return Result(step=step, exit_code=0)
-    if step < experiment.num_steps:
-      result = _train(experiment, workdir, console, saved)
-      if result.exit_code:
-        return result
-      step = result.step
-  if experiment.freeze.enabled:
-    with processes.together('freezing'):
+    saved.recover(lambda text: story.say(console, text))
+    step = saved.latest_step() or 0
+    goodput = goodput_lib.Goodput(
+      workdir if processes.is_first() else None,
+      first_step=step,
+      seconds_before=seconds_before,
+    )
+    result = Result(step=step, exit_code=0)
+    if step < experiment.num_steps or saved.evaluation_owed:
+      result = _train(experiment, workdir, console, saved, goodput)
+  if experiment.freeze.enabled and not result.exit_code:
+    with goodput.during('freeze'), processes.together('freezing'):
       if processes.is_first():
-        _freeze(experiment, workdir, step, console)
-  return Result(step=step, exit_code=0)
+        _freeze(experiment, workdir, result.step, console)
+  goodput.write()
+  story.say(console, goodput_lib.report(goodput.life()))
+  return result
+
+
+def _is_frozen(frozen: pathlib.Path, step: int) -> bool:
+  """Whether a frozen directory is of that step: not of a shorter run."""
+  try:
+    return manifest_lib.read(frozen).step == step
+  except (OSError, ValueError):
+    return False
 
 
 def _freeze(experiment, workdir, step, console) -> None:
   frozen = workdir / workdir_lib.FROZEN
-  manifest = freeze.freeze_checkpoint(
-    workdir,
-    step=step,
-    out=frozen,
-    dtype=experiment.freeze.dtype,
-    generation={
-      'temperature': experiment.freeze.temperature,
-      'max_tokens': experiment.freeze.max_tokens,
-    },
-    # The run's own hand-off: a longer run replaces that of a shorter one.
-    overwrite=True,
-  )
+  frozen_format.remove_unfinished(frozen)
+  try:
+    manifest = freeze.freeze_checkpoint(
+      workdir,
+      step=step,
+      out=frozen,
+      dtype=experiment.freeze.dtype,
+      weights=experiment.freeze.weights,
+      generation={
+        'temperature': experiment.freeze.temperature,
+        'max_tokens': experiment.freeze.max_tokens,
+      },
+      # The run's own hand-off: a longer run replaces that of a shorter one.
+      overwrite=True,
+    )
+  except FileNotFoundError:
+    raise  # the user's to change, as any ValueError
+  except OSError as error:
+    raise saving.SaveError(
+      f'{frozen}: got {error}, expected to write it; make room, or make it'
+      f' writable, and start again: step {step} is saved'
+    ) from error
   story.show_manifest(frozen, manifest, console)
 
 
-def _train(experiment, workdir, console, saved) -> Result:
+def _train(experiment, workdir, console, saved, goodput) -> Result:
+  # Before anything is written: data that cannot be read leaves no traces.
+  with processes.together('data'):
+    documents = assemble.open_documents(experiment)
   with processes.together('run.json'):
     if processes.is_first():
       workdir_lib.record(workdir, experiment)
-  parts = assemble.assemble(experiment, workdir)
-  state, progress = _start_or_restore(experiment, parts, saved)
+  parts = assemble.assemble(
+    experiment, workdir, lambda text: story.say(console, text), documents
+  )
+  with processes.together('data.json'):
+    if processes.is_first():
+      workdir_lib.record_data(workdir, parts.describe_data())
+  state, progress = _start_or_restore(experiment, parts, saved, goodput)
   first_step = saved.latest_step() or 0
   story.describe(experiment, parts, first_step, console)
   with contextlib.ExitStack() as stack:
     stack.callback(parts.batches.close)
-    log: metrics.Log = (
-      metrics.MetricsLog(workdir, first_step=first_step)
-      if processes.is_first()
-      else metrics.NoLog()
+    log = hooks.WithEpochs(
+      _open_log(workdir, saved, console), parts.batches.epochs
     )
     stack.callback(log.close)
     terminal = stack.enter_context(
@@ -129,47 +172,120 @@ def _train(experiment, workdir, console, saved) -> Result:
     reporter = loop.Reporter(
       log,
       terminal,
+      goodput,
       learning_rate=parts.learner.schedule,
-      tokens_per_step=experiment.data.batch_size * experiment.data.row_length,
       mfu_per_token_rate=parts.learner.flops_per_token
       / parts.learner.peak_flops_per_s(),
-      last_checkpoint=saved.latest_step,
+      last_checkpoint=saved.finished_step,
+    )
+    stack.callback(reporter.close)
+    # An attempt that failed is told of, too.
+    stack.callback(goodput.write)
+    stop = stack.enter_context(
+      interrupt.Interrupt(
+        grace_s=experiment.checkpoint.grace_s, wait_for_steps=reporter.wait
+      )
     )
     keeper = hooks.Keeper(
-      experiment, parts, saved, progress, reporter, log, terminal
+      experiment,
+      parts,
+      saved,
+      progress,
+      reporter,
+      stop,
+      hooks.Outlets(log, terminal),
     )
-    stop = stack.enter_context(
-      interrupt.Interrupt(wait_for_steps=reporter.wait)
+    # Whatever else goes wrong: a save in flight still has things to tell.
+    stack.callback(saved.wait)
+    train_step = parts.learner.compile_train_step()
+    stack.enter_context(
+      _diagnosing(experiment, parts, saved, goodput, train_step)
     )
-    state = loop.run(
-      state,
-      parts.batches,
-      parts.learner.compile_train_step(),
-      first_step=first_step,
-      num_steps=experiment.num_steps,
-      put_batch=parts.learner.placement.put_batch,
-      reporter=reporter,
-      report_every=experiment.log_every_steps,
-      hooks=[
-        loop.Hook(experiment.eval_every_steps, keeper.evaluate),
-        loop.Hook(
-          experiment.checkpoint.every_steps, keeper.save, when_stopped=True
-        ),
-      ],
-      should_stop=stop.after_step,
-    )
-    saved.wait()
+    if not _is_stopped_in_owed(keeper, saved, state, goodput):
+      state = loop.run(
+        state,
+        parts.batches,
+        train_step,
+        first_step=first_step,
+        num_steps=experiment.num_steps,
+        put_batch=parts.learner.placement.put_batch,
+        reporter=reporter,
+        report_every=experiment.log_every_steps,
+        hooks=_hooks(experiment, keeper),
+        should_stop=stop.after_step,
+      )
+    goodput.enter('end')
+    with goodput.during('save'):
+      keeper.finish(state)
   step = saved.latest_step()
   if processes.is_first():
-    story.summarise(workdir, reporter, step, stop, console)
+    story.summarise(workdir, step, stop, console)
+    story.say_epochs(parts.batches.epochs(step or 0), console)
   return Result(step=step, exit_code=stop.exit_code)
 
 
-def _start_or_restore(experiment, parts, saved):
+def _open_log(workdir, saved, console) -> metrics.Log:
+  with processes.together('metrics'):
+    if processes.is_first():
+      return metrics.MetricsLog(
+        workdir,
+        first_step=saved.latest_step() or 0,
+        evaluation_owed=saved.evaluation_owed,
+        tell=lambda text: story.say(console, text),
+      )
+  return metrics.NoLog()
+
+
+def _is_stopped_in_owed(keeper, saved, state, goodput) -> bool:
+  """Does the evaluation that the last start owes; whether it owes it still."""
+  if not saved.evaluation_owed:
+    return False
+  with goodput.during('evaluate'):
+    return keeper.evaluate_owed(saved.latest_step(), state)
+
+
+def _hooks(experiment, keeper) -> list[loop.Hook]:
+  saving_every = experiment.checkpoint.every_steps
+  return [
+    loop.Hook(experiment.eval_every_steps, keeper.evaluate, 'evaluate'),
+    loop.Hook(saving_every, keeper.save, 'save', when_stopped=True),
+  ]
+
+
+@contextlib.contextmanager
+def _diagnosing(experiment, parts, saved, goodput, train_step):
+  """Makes a NonFiniteError say where it comes from: goes back, and looks."""
+  data_start = parts.batches.get_state()
+
+  def restart():
+    saved.wait()
+    parts.batches.set_state(data_start)
+    state, _ = _start_or_restore(experiment, parts, saved, goodput)
+    return state, saved.latest_step() or 0
+
+  try:
+    yield
+  except loop.NonFiniteError as error:
+    if not experiment.diagnose_non_finite:
+      raise
+    goodput.enter('end')
+    raise diagnose.explained(
+      error,
+      diagnose.Replay(
+        learner=parts.learner,
+        train_step=train_step,
+        batches=parts.batches,
+        restart=restart,
+      ),
+    ) from None
+
+
+def _start_or_restore(experiment, parts, saved, goodput):
   """Returns the placed state and its progress; moves the data along."""
   if saved.latest_step() is None:
     state = parts.learner.init(jax.random.key(experiment.seed))
     return state, checkpoint.Progress()
-  state, progress = saved.restore(parts.learner.placement.abstract_whole())
-  parts.batches.set_state(progress.data_state)
-  return parts.learner.placement.restored(state), progress
+  with goodput.during('restore'):
+    state, progress = saved.restore(parts.learner.placement.abstract_whole())
+    parts.batches.set_state(progress.data_state)
+    return parts.learner.placement.restored(state), progress

@@ -6,7 +6,13 @@ import rich.console
 
 from frozen import manifest as manifest_lib
 from parallel import processes
-from training import assemble, config as config_lib, interrupt, loop, metrics
+from training import (
+  assemble,
+  config as config_lib,
+  evaluate,
+  interrupt,
+  metrics,
+)
 
 
 def describe(
@@ -17,34 +23,58 @@ def describe(
 ) -> None:
   """Says what is about to run."""
   data = experiment.data
-  source = f'{data.open_source.__name__} {data.path}'.strip()
-  tokens_per_step = data.batch_size * data.row_length
-  tokens = experiment.num_steps * tokens_per_step
+  tokens = data.rows_before(experiment.num_steps) * data.row_length
   devices = parts.learner.placement.devices
-  rows = {
-    'experiment': experiment.name,
-    'data': (
-      f'{source}, {len(parts.source):,} documents in {data.train_split};'
-      f' {data.tokenizer.kind} tokenizer of {parts.tokenizer.vocab_size:,}'
+  rows = [
+    ('experiment', experiment.name),
+    ('data', _describe_data(experiment, parts)),
+    ('tokenizer', f'{data.tokenizer.kind}, {parts.tokenizer.vocab_size:,} ids'),
+    ('model', f'{parts.learner.num_params:,} parameters'),
+    (
+      'batch',
+      f'{" -> ".join(map(str, data.batch_sizes))} rows x {data.row_length} ='
+      f' {data.batch_size * data.row_length:,} tokens',
     ),
-    'model': f'{parts.learner.num_params:,} parameters',
-    'batch': (
-      f'{data.batch_size} rows x {data.row_length} = {tokens_per_step:,} tokens'
-    ),
-    'run': (
+    (
+      'run',
       f'{experiment.num_steps:,} steps, {tokens:,} tokens,'
-      f' {tokens * parts.learner.flops_per_token:.2e} FLOPs'
+      f' {tokens * parts.learner.flops_per_token:.2e} FLOPs',
     ),
-    'devices': (
+    (
+      'devices',
       f'{len(devices)} x {devices[0].device_kind}{_in_processes()},'
-      f' {experiment.parallel.kind},'
-      f' {experiment.compute_dtype}'
+      f' {experiment.parallel.kind}, {experiment.compute_dtype}',
     ),
-  }
+  ]
+  for overlap in parts.overlaps:
+    is_much = overlap.share > data.contamination_warning or overlap.num_copied
+    rows.append(('WARNING' if is_much else 'overlap', str(overlap)))
   if first_step:
-    rows['resumed'] = f'after step {first_step}'
-  for name, value in rows.items():
+    rows.append(('resumed', f'after step {first_step}'))
+  for name, value in rows:
     say(console, f'{name:<10} {value}')
+
+
+def _describe_data(
+  experiment: config_lib.Experiment, parts: assemble.Parts
+) -> str:
+  """Says of each source what it has and how much of its rows is text."""
+  data = experiment.data
+  mixed = data.train_sources()
+  total = sum(source.weight for source in mixed)
+  epochs = parts.batches.epochs(experiment.num_steps)
+  lines = []
+  for source, rows in zip(mixed, parts.batches.sources, strict=True):
+    share = f' {source.weight / total:.2%} of the rows,' if total else ''
+    lines.append(
+      f'{rows.name} {source.path}'.strip()
+      + f':{share if len(mixed) > 1 else ""}'
+      f' {rows.store.num_documents:,} documents in {source.split},'
+      f' {rows.store.num_ids:,} tokens, {data.packing} fills'
+      f' {rows.fill_rate:.2%} of {rows.num_rows:,} rows;'
+      f' {epochs[rows.name]:.3g} epochs'
+    )
+  return ('\n' + ' ' * 11).join(lines)
 
 
 def _in_processes() -> str:
@@ -68,18 +98,17 @@ def show_manifest(
     f'  data {", ".join(mix["source"] for mix in manifest.data_mix)},'
     f' knowledge cutoff {manifest.knowledge_cutoff or "unknown"}\n'
     f'  code {manifest.code_commit}\n'
-    f'  weights {manifest.weights_digest}',
+    f'  weights {manifest.weights_digest} ({manifest.weights})',
   )
 
 
 def summarise(
   workdir: pathlib.Path,
-  reporter: loop.Reporter,
   step: int | None,
   stop: interrupt.Interrupt,
   console: rich.console.Console,
 ) -> None:
-  """Shows the loss curve of the whole run, and its speed."""
+  """Shows the loss curve of the whole run, and what it came to."""
   records = metrics.read(workdir)
   losses = [r['loss'] for r in records if r['kind'] == 'train']
   say(
@@ -88,22 +117,27 @@ def summarise(
   )
   evals = [r for r in records if r['kind'] == 'eval']
   for record in evals[-1:]:
+    say(console, f'{evaluate.report(record)} at step {record["step"]}')
+  skipped = [r['step'] for r in records if r.get('skipped')]
+  if skipped:
     say(
       console,
-      f'validation {record["loss"]:.4f} nats/token,'
-      f' {record["bits_per_byte"]:.4f} bits/byte at step {record["step"]}',
+      f'skipped    {len(skipped)} steps with outlying gradients, the last was'
+      f' {skipped[-1]}',
     )
-  say(
-    console,
-    f'time       {reporter.train_seconds:.0f} s training,'
-    f' {reporter.compile_seconds:.0f} s compiling and first step',
-  )
   if stop.signal:
     say(
       console,
-      f'stopped by {stop.signal.name} after step {step}; saved. The same'
-      ' command goes on from there.',
+      f'stopped by {stop.signal.name} after step {step}; saved within'
+      f' {stop.seconds():.1f} s, of {stop.grace_s:g} s in checkpoint.grace_s.'
+      ' The same command goes on from there.',
     )
+
+
+def say_epochs(epochs: dict[str, float], console: rich.console.Console) -> None:
+  """Shows how often each source was trained."""
+  of_each = ', '.join(f'{name} {value:.3g}' for name, value in epochs.items())
+  say(console, f'epochs     {of_each}')
 
 
 def say(console: rich.console.Console, text: str) -> None:

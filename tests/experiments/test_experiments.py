@@ -20,6 +20,9 @@ VARIANTS = {
   'shakespeare_char': ['cpu', 'gpu'],
   'pretrain': ['124m', '1b', '8b', '70b', '30b-a3b'],
   'pretrain_files': ['text', 'jsonl', 'parquet', 'tfds'],
+  'muon_against_adamw': ['adamw', 'muon'],
+  'wsd_against_cosine': ['cosine', 'wsd'],
+  'mup_transfer': ['mup-64', 'mup-512', 'standard-512'],
 }
 ALL = [
   (path.stem, variant)
@@ -55,7 +58,10 @@ def test_an_experiment_takes_one_step(name, variant):
   )
   model = transformer.Transformer(config, jnp.dtype(experiment.compute_dtype))
   optimizer = optimizer_lib.make_optimizer(
-    experiment.optimizer, experiment.num_steps
+    experiment.optimizer,
+    experiment.num_steps,
+    config,
+    state_lib.abstract_params(model),
   )
   state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(
     jax.random.key(experiment.seed)

@@ -59,6 +59,16 @@ MODELS = {
   ),
 }
 
+# With all that keeps training stable, and a z-loss; for a few cases of its own.
+STABLE = fixtures.llama_like(
+  **_SIZES,
+  mlp_width=64,
+  qk_norm=True,
+  logit_softcap=3.0,
+  mup_base_width=16,
+  mup_base_head_width=4,
+)
+
 # Compiling a mixture takes twice as long: most of its cases are slow ones.
 KINDS = ['dense', pytest.param('mixture', marks=pytest.mark.slow)]
 
@@ -121,6 +131,7 @@ def _experiment(model, *, parallel=None, remat='none', microbatches=1):
     execution=config_lib.ExecutionConfig(remat=remat),
     num_steps=NUM_STEPS,
     num_microbatches=microbatches,
+    z_loss_weight=0.01 if model == STABLE else 0.0,
   )
 
 
@@ -175,7 +186,10 @@ def _assert_same(losses, expected):
 
 
 def _check(kind, num_devices=8, **options):
-  model = MODELS[kind]
+  _check_model(MODELS[kind], num_devices, **options)
+
+
+def _check_model(model, num_devices, **options):
   learner = learner_lib.make(
     _experiment(model, **options), jax.devices()[:num_devices]
   )
@@ -186,6 +200,20 @@ def _check(kind, num_devices=8, **options):
 @pytest.mark.parametrize('name', PARALLEL)
 def test_each_way_across_devices(kind, name):
   _check(kind, parallel=PARALLEL[name])
+
+
+@pytest.mark.parametrize(
+  'parallel',
+  [
+    PRODUCTS['fsdp-ring-tensor'],
+    pytest.param(PRODUCTS['stage-fsdp-tensor'], marks=pytest.mark.slow),
+    pytest.param(PRODUCTS['fsdp-gather-tensor'], marks=pytest.mark.slow),
+    pytest.param(PARALLEL['pmap'], marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_what_keeps_training_stable_across_devices(parallel):
+  _check_model(STABLE, 8, parallel=parallel, remat='minimal', microbatches=2)
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -249,12 +277,13 @@ def test_chunked_and_plain_loss(kind, loss, monkeypatch):
   _assert_same(_losses(learner), expected)
 
 
-def _plain_nll(hidden_BTD, head_VD, targets_BT, weights_BT, dtype):
-  del dtype
+def _plain_nll(hidden_BTD, head_VD, targets_BT, weights_BT, form):
+  del form
   logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD)
   log_probs_BTV = jax.nn.log_softmax(logits_BTV)
   chosen_BT1 = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], 2)
-  return -jnp.sum(chosen_BT1[..., 0] * weights_BT)
+  nll = -jnp.sum(chosen_BT1[..., 0] * weights_BT)
+  return cross_entropy.LossSums(nll, nll, jnp.zeros(()))
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -28,7 +28,10 @@ def test_golden_step():
   """Guards against unintended changes, as in test_step."""
   model, _ = _model()
   optimizer = optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2), 20
+    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    20,
+    model.config,
+    state.abstract_params(model),
   )
   current = jax.jit(lambda key: state.init(model, optimizer, key))(
     jax.random.key(0)

@@ -63,11 +63,19 @@ def test_plain_output_has_a_line_per_report():
   with metrics.Terminal(console, num_steps=100) as terminal:
     terminal.update(1, 3.0, {})
     terminal.update(
-      40, 2.0, {'tokens_per_s': 1234.5, 'mfu': 0.5, 'seconds_per_step': 61.0}
+      40,
+      2.0,
+      {
+        'tokens_per_s': 1234.5,
+        'mfu': 0.5,
+        'seconds_per_step': 61.0,
+        'goodput': 0.931,
+      },
     )
   assert out.getvalue().splitlines() == [
     'step 1/100 | loss 3.0000',
-    'step 40/100 | loss 2.0000 | 1,234 tokens/s | MFU 50.0% | 1h01m left',
+    'step 40/100 | loss 2.0000 | 1,234 tokens/s | MFU 50.0% | goodput 93%'
+    ' | 1h01m left',
   ]
 
 
@@ -122,7 +130,7 @@ QUICKSTART = '--config=experiments/quickstart.py'
     (
       [QUICKSTART, '--config.optimizer.lr=1'],
       "--config.optimizer.lr: got the unknown field 'lr', expected one of"
-      ' peak_lr, end_lr',
+      ' name, peak_lr, end_lr',
     ),
     (
       [QUICKSTART, '--config.optimiser.peak_lr=1'],

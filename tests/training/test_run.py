@@ -1,10 +1,10 @@
 """Whole runs on real text: resuming, refusing, stopping, freezing."""
 
-import dataclasses
 import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +16,19 @@ import pytest
 import rich.console
 
 from data import config as data_config, sources
-from frozen import format as frozen_format
+from frozen import format as frozen_format, seals
 from tests import fixtures
 from training import (
+  assemble,
   checkpoint,
   config as config_lib,
+  hooks,
+  learner as learner_lib,
   loop,
   metrics,
   optimizer as optimizer_lib,
   run as run_lib,
+  saving,
   workdir as workdir_lib,
 )
 
@@ -52,9 +56,9 @@ def _experiment(corpus, **overrides):
     'data': data_config.DataConfig(
       open_source=sources.text_files,
       path=corpus,
+      data_dir=str(pathlib.Path(corpus).parents[1] / 'data'),
       row_length=16,
       batch_size=8,
-      shuffle_rows=16,
       tokenizer=data_config.TokenizerConfig(kind='byte'),
       knowledge_cutoff='2024-05',
     ),
@@ -88,12 +92,12 @@ def _saved(workdir, step):
       restored = checkpointer.restore(directory / item, target)
       for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
         arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-  progress = json.loads((directory / 'progress' / 'metadata').read_text())
+  progress = json.loads((directory / 'progress.json').read_text())
   return arrays, progress
 
 
 def _deterministic_records(workdir):
-  return [r for r in metrics.read(workdir) if r['kind'] != 'speed']
+  return [r for r in metrics.read(workdir) if r['kind'] in ('train', 'eval')]
 
 
 @pytest.fixture(scope='module')
@@ -117,8 +121,9 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   frozen = frozen_format.read(workdir / 'frozen')
   assert frozen.manifest.step == 12
   assert frozen.manifest.knowledge_cutoff == '2024-05'
-  # Packing fills every row: each of the 8 x 16 targets is trained.
-  assert frozen.manifest.tokens_seen == 12 * 8 * 16
+  # Every row is filled, but for the last of an epoch: there is one at most.
+  padded = 12 * 8 * 16 - frozen.manifest.tokens_seen
+  assert 0 <= padded < 16
   assert frozen.manifest.weights_digest in printed
   assert frozen.manifest.has_bos
 
@@ -185,12 +190,12 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
   command = [
     sys.executable, 'train.py',
     '--config=experiments/pretrain_files.py:text',
-    f'--config.data.path={corpus}',
+    f'--config.data.path={corpus}', f'--config.data.data_dir={tmp_path}',
     '--config.num_steps=200', '--config.checkpoint.every_steps=40',
     '--config.eval_every_steps=0', '--config.log_every_steps=5',
     '--config.data.row_length=32', '--config.model.max_length=32',
     '--config.model.num_layers=1', '--config.data.batch_size=4',
-    '--config.data.shuffle_rows=16', '--config.optimizer.warmup_steps=5',
+    '--config.optimizer.warmup_steps=5',
     '--config.data.tokenizer.kind=byte',
   ]  # fmt: skip
   env = fixtures.subprocess_env()
@@ -334,6 +339,10 @@ def test_a_directory_with_other_files_is_not_taken_for_a_workdir(
   [
     ({'num_steps': 0}, 'config.num_steps: got 0, expected at least 1'),
     ({'num_microbatches': 3}, 'num_microbatches: got 3, expected a divisor'),
+    (
+      {'checkpoint': config_lib.CheckpointConfig(grace_s=0)},
+      'checkpoint.grace_s: got 0, expected more than 0 seconds',
+    ),
     ({'compute_dtype': 'float16'}, "compute_dtype: got 'float16'"),
     ({'num_microbatches': 8}, 'micro-batches of 1, expected a multiple of'),
     (
@@ -354,23 +363,127 @@ def test_impossible_experiments_are_refused(
   assert not (tmp_path / 'run' / 'checkpoints' / '1').exists()
 
 
-def test_a_checkpoint_of_another_dtype_is_refused(corpus, uninterrupted):
-  """Orbax would cast it without a word."""
-  workdir, _, _ = uninterrupted
-  saved = checkpoint.Checkpoints(workdir, config_lib.CheckpointConfig())
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  with ocp.StandardCheckpointer() as checkpointer:
-    path = workdir / checkpoint.DIRECTORY / '12' / 'params'
-    tree = checkpointer.metadata(path).item_metadata.tree
-  wanted = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, 'bfloat16', sharding=sharding),
-    tree,
+def _terminate_in_batch(monkeypatch, number):
+  """Sends SIGTERM while the so many-th batch is evaluated, once."""
+  real, calls = learner_lib.Learner.compile_eval_step, []
+
+  def compile_eval_step(learner):
+    step = real(learner)
+
+    def evaluate(*args):
+      calls.append(1)
+      if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(*args)
+
+    return evaluate
+
+  monkeypatch.setattr(
+    learner_lib.Learner, 'compile_eval_step', compile_eval_step
   )
 
-  @dataclasses.dataclass
-  class Abstract:
-    params: object
 
-  with pytest.raises(ValueError, match=r'got float32\[.*expected bfloat16'):
-    saved.restore(Abstract(wanted))  # type: ignore[arg-type]
-  saved.close()
+@pytest.mark.parametrize('step', [6, 12])
+def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(
+  corpus, tmp_path, uninterrupted, monkeypatch, step
+):
+  """At a step that no checkpoint is due at, and at the last one."""
+  experiment = _experiment(corpus)
+  num_batches = _num_eval_batches(experiment, uninterrupted[0])
+  assert num_batches > 2
+  _terminate_in_batch(monkeypatch, num_batches * (step // 6 - 1) + 2)
+  result, printed = _run(experiment, tmp_path)
+  assert result == run_lib.Result(step=step, exit_code=128 + signal.SIGTERM)
+  assert f'stopped by SIGTERM after step {step}; saved within' in printed
+  assert 'of 30 s in checkpoint.grace_s' in printed
+  assert not [r for r in metrics.read(tmp_path) if r['kind'] == 'eval'][
+    step // 6 - 1 :
+  ]
+  assert not (tmp_path / 'frozen').exists()
+  result, _ = _run(experiment, tmp_path)
+  assert result == run_lib.Result(step=12, exit_code=0)
+  _assert_same_run(uninterrupted[0], tmp_path)
+  digests = [
+    frozen_format.read(workdir / 'frozen').manifest.weights_digest
+    for workdir in (tmp_path, uninterrupted[0])
+  ]
+  assert digests[0] == digests[1]
+
+
+def _num_eval_batches(experiment, workdir):
+  parts = assemble.assemble(experiment, workdir, lambda text: None)
+  parts.batches.close()
+  return sum(1 for _ in parts.eval_batches)
+
+
+def test_a_longer_run_is_not_complete_until_it_is_frozen_anew(
+  corpus, uninterrupted, tmp_path
+):
+  """Killed between the last checkpoint and the freeze."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted[0], workdir)
+  result, _ = _run(
+    _experiment(
+      corpus, num_steps=14, freeze=config_lib.FreezeConfig(enabled=False)
+    ),
+    workdir,
+  )
+  assert result.step == 14
+  (workdir / '.frozen.partial-0a1b2c3d').mkdir()
+  _, printed = _run(_experiment(corpus, num_steps=14), workdir)
+  assert 'is complete' not in printed
+  assert frozen_format.read(workdir / 'frozen').manifest.step == 14
+  assert not list(workdir.glob('.frozen.*'))
+
+
+def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
+  corpus, uninterrupted, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(hooks, '_PAUSES_S', (0.0, 0.0))
+  tried = []
+
+  def no_space(directory, seal):
+    tried.append(seal.step)
+    if until is None or seal.step < until:
+      raise OSError(28, 'No space left on device')
+    write(directory, seal)
+
+  write, until = seals.write, None
+  monkeypatch.setattr(seals, 'write', no_space)
+  with pytest.raises(
+    saving.SaveError,
+    match='step 12, the last one: got no checkpoint of it, .*from its start',
+  ):
+    _run(_experiment(corpus), tmp_path)
+  assert tried == [4, 8, 12, 12, 12]
+  assert not list((tmp_path / 'checkpoints').iterdir())
+  tried, until = [], 8
+  _, printed = _run(_experiment(corpus), tmp_path)
+  assert tried == [4, 8, 12]
+  assert (
+    'step 4: the checkpoint was not saved: got OSError: [Errno 28] No space'
+    ' left on device; it is tried again when the next one is due'
+  ) in printed
+  saves = [r for r in metrics.read(tmp_path) if r['kind'] == 'save']
+  assert [(r['step'], r['saved']) for r in saves] == [(4, 0), (8, 1), (12, 1)]
+  _assert_same_run(uninterrupted[0], tmp_path)
+
+
+def test_a_grace_that_is_too_short_is_told_of(corpus, tmp_path):
+  config = config_lib.CheckpointConfig(every_steps=4, grace_s=1e-3)
+  _, printed = _run(_experiment(corpus, checkpoint=config), tmp_path)
+  assert printed.count('more than the 0.001 s of checkpoint.grace_s') == 1
+
+
+def test_damaged_run_json_is_named_and_nothing_changed(
+  corpus, uninterrupted, tmp_path
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted[0], workdir)
+  (workdir / 'run.json').write_text('{"experiment": "ti')
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  with pytest.raises(
+    ValueError, match='run.json: got a file that cannot be re'
+  ):
+    _run(_experiment(corpus), workdir)
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before

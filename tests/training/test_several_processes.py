@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +20,9 @@ import time
 import numpy as np
 import pytest
 
-from frozen import manifest
+from frozen import manifest, seals
 from tests import fixtures
-from training import metrics
+from training import exit_codes, goodput, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The quickstart's model and data, made small: every start of a process costs
@@ -146,11 +148,11 @@ def _run_and_kill(workdir, **options):
 
 
 def _records(workdir):
-  return [r for r in metrics.read(workdir) if r['kind'] != 'speed']
+  return [r for r in metrics.read(workdir) if r['kind'] in ('train', 'eval')]
 
 
 def _data_state(workdir, step=12):
-  path = workdir / 'checkpoints' / str(step) / 'progress' / 'metadata'
+  path = workdir / 'checkpoints' / str(step) / 'progress.json'
   return json.loads(path.read_text())['data_state']
 
 
@@ -241,6 +243,50 @@ def test_a_signal_to_one_process_stops_and_saves_all(one_process, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_in_one_process_fails_in_all_and_is_repeated(
+  one_process, tmp_path
+):
+  """Process 1 cannot write its part; as soon as it is told, it can again."""
+  fsdp = {'parallel.data': 1, 'parallel.fsdp': 8}
+  limit = resource.RLIMIT_FSIZE
+  with _started(
+    tmp_path, num_processes=2, **fsdp, **{'checkpoint.every_steps': 6}
+  ) as running:
+    hard = resource.prlimit(running[1].pid, limit)[1]
+    _wait_for_line(running[0], 'step 1/')
+    resource.prlimit(running[1].pid, limit, (100_000, hard))
+    _wait_for_line(
+      running[0], 'step 6: the checkpoint was not saved: got process 1: '
+    )
+    assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+    resource.prlimit(running[1].pid, limit, (hard, hard))
+    codes, outputs = _finished(running)
+  assert codes == [0, 0], '\n'.join(outputs)
+  assert (tmp_path / 'checkpoints' / '12' / 'seal.json').exists()
+  assert not list((tmp_path / 'checkpoints').glob('*.partial'))
+  _assert_close(_records(tmp_path), _records(one_process))
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_checkpoint_before_a_damaged_one(
+  one_process, tmp_path
+):
+  """Each reads a part of the files: one finds it, all go on from step 8."""
+  shutil.copytree(one_process, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'frozen')
+  newest = tmp_path / 'run' / 'checkpoints' / '12'
+  names = seals.file_names(newest)
+  file = newest / names[len(names) // 2 * 2 + 1 - 2]  # process 1 reads it
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  outputs = _run(tmp_path / 'run', num_processes=2)
+  assert f'step 12 is damaged: {file}: got' in outputs[0]
+  assert 'going on from step 8' in outputs[0]
+  assert _records(tmp_path / 'run') == _records(one_process)
+
+
+@pytest.mark.slow
 def test_a_mixture_trains_the_same_in_two_processes(tmp_path):
   """Every expert's tokens come from both: its group is all devices."""
   mixture = {
@@ -265,7 +311,7 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
     tmp_path, num_processes=2, **{'optimizer.peak_lr': 1e30}
   ) as running:
     codes, outputs = _finished(running)
-  assert codes == [1, 1], '\n'.join(outputs)
+  assert codes == [exit_codes.NON_FINITE] * 2, '\n'.join(outputs)
   for i, output in enumerate(outputs):
     assert re.search(
       rf'^process {i}: error: step \d+: got \w+ = (nan|inf), expected a finite',
@@ -283,6 +329,31 @@ def test_a_dead_process_ends_the_other(tmp_path):
     codes, _ = _finished(running)
   assert codes[1] == -signal.SIGKILL
   assert codes[0] not in (0, None)
+
+
+def _child(process):
+  """Returns the process id of a supervisor's child."""
+  path = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children')
+  (child,) = path.read_text().split()
+  return int(child)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds children by /proc')
+def test_supervisors_start_a_dead_run_again(one_process, tmp_path):
+  """One process is killed: both are started again, and meet."""
+  flags = [['--max_restarts=3']] * 2
+  with _started(tmp_path, num_processes=2, more_flags=flags) as running:
+    _wait_for_line(running[0], 'step 6/')
+    os.kill(_child(running[1]), signal.SIGKILL)
+    codes, outputs = _finished(running)
+  assert codes == [0, 0], '\n'.join(outputs)
+  assert 'supervisor: died of SIGKILL after step' in outputs[1]
+  assert 'restart 1 of 3' in outputs[0]
+  assert re.search(r'^resumed    after step [4-8]$', outputs[0], re.MULTILINE)
+  assert _records(tmp_path) == _records(one_process)
+  assert _data_state(tmp_path) == _data_state(one_process)
+  assert goodput.life(goodput.read(tmp_path)).num_attempts >= 2
 
 
 @pytest.mark.slow

@@ -32,9 +32,12 @@ def _batch(index):
   )
 
 
-def _optimizer():
+def _optimizer(model):
   return optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2), NUM_STEPS
+    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    NUM_STEPS,
+    model.config,
+    state_lib.abstract_params(model),
   )
 
 
@@ -48,7 +51,7 @@ def _losses(
   config, parallel, num_devices, *, num_steps=NUM_STEPS, microbatches=1
 ):
   model = transformer.Transformer(config)
-  optimizer = _optimizer()
+  optimizer = _optimizer(model)
 
   def init(key):
     return state_lib.init(model, optimizer, key)
@@ -57,9 +60,7 @@ def _losses(
   placement = placement_lib.make(
     parallel,
     abstract,
-    state_lib.logical_axes(
-      abstract, optimizer, axes.param_axes(abstract.params)
-    ),
+    state_lib.logical_axes(abstract, axes.param_axes(abstract.params)),
     jax.devices()[:num_devices],
   )
   state = placement.init(init, jax.random.key(0))
@@ -104,14 +105,15 @@ def test_every_way_across_devices_trains_the_same(parallel):
 
 def test_scanned_and_unrolled_layers_train_the_same():
   """From the same numbers: a scan draws its initial params in another order."""
-  optimizer = _optimizer()
   model = transformer.Transformer(CONFIG)
-  state = _init(model, optimizer)
+  state = _init(model, _optimizer(model))
   params, scanned_config = layout.stack(state.params, CONFIG)
   scanned = transformer.Transformer(scanned_config)
-  scanned_state = state.replace(params=params, opt_state=optimizer.init(params))
+  scanned_state = state.replace(
+    params=params, opt_state=_optimizer(scanned).init(params)
+  )
   steps = [
-    jax.jit(step.make_train_step(m, next_token.next_token, optimizer))
+    jax.jit(step.make_train_step(m, next_token.next_token, _optimizer(m)))
     for m in (model, scanned)
   ]
   for index in range(5):
@@ -169,7 +171,7 @@ def test_golden_step(make, loss, grad_norm):
   numbers here and say so in the commit.
   """
   model = transformer.Transformer(make())
-  optimizer = _optimizer()
+  optimizer = _optimizer(model)
   state = _init(model, optimizer)
   train_step = jax.jit(
     step.make_train_step(model, next_token.next_token, optimizer)
@@ -185,7 +187,7 @@ def test_golden_step(make, loss, grad_norm):
 
 def test_the_state_is_donated_and_the_key_kept():
   model = transformer.Transformer(fixtures.llama_like(num_layers=1))
-  optimizer = _optimizer()
+  optimizer = _optimizer(model)
   state = _init(model, optimizer)
   kept_key = np.array(jax.random.key_data(state.key))
   train_step = jax.jit(

@@ -1,0 +1,289 @@
+"""What the loop costs beside the bare jitted step: at most 3 %.
+
+    python -m benchmarks.loop_overhead
+
+Two sides take turns of 200 steps:
+
+    bare   the compiled train step, again and again on one batch that lies on
+           the devices, waited for at the end
+    loop   what `train.py` runs: batches from the text, metrics to JSONL and
+           TensorBoard, the progress bar, and one checkpoint as the quickstart
+           has it, which is written while the steps go on
+
+`overhead` is the median over rounds of loop / bare - 1. Of the quickstart it is
+what the project promises; a model too small for anything, without checkpoints,
+shows what a step costs the host. The same is broken out by part with a step
+that does nothing, so that no part can hide behind the devices: an accelerator
+sees of it what is longer than its step, and the reports. Evaluation is not the
+loop's.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+import rich.console
+
+from benchmarks import timing
+from experiments import quickstart
+from parallel import host_memory
+from training import (
+  assemble,
+  checkpoint,
+  config as config_lib,
+  goodput as goodput_lib,
+  hooks,
+  interrupt,
+  loop,
+  metrics,
+  workdir as workdir_lib,
+)
+
+# Steps of the loop are numbered on from turn to turn; the last is never taken.
+_NO_END = 1_000_000
+_STEPS = 200  # of a turn
+_PARTS = {
+  goodput_lib.STEPS: 'dispatch and bookkeeping',
+  'input': 'next batch, and sending it',
+  'report': 'metrics, TensorBoard, progress',
+  'save': 'held up by the checkpoint',
+}
+
+
+def experiments() -> dict[str, config_lib.Experiment]:
+  """Returns what is trained, by name."""
+  small = quickstart.get_config()
+  small.num_steps = _NO_END
+  tiny = dataclasses.replace(
+    small,
+    model=dataclasses.replace(
+      small.model,
+      num_layers=1,
+      num_heads=2,
+      num_kv_heads=1,
+      model_width=32,
+      mlp_width=64,
+      max_length=32,
+    ),
+    data=dataclasses.replace(small.data, row_length=32),
+    checkpoint=config_lib.CheckpointConfig(every_steps=_NO_END),
+  )
+  return {'quickstart': small, 'tiny': tiny}
+
+
+class Looped:
+  """The loop of a run, which goes on for some steps at a time."""
+
+  def __init__(
+    self,
+    experiment: config_lib.Experiment,
+    parts: assemble.Parts,
+    workdir: pathlib.Path,
+    stack: contextlib.ExitStack,
+  ):
+    self._experiment, self._parts = experiment, parts
+    self._state = parts.learner.init(jax.random.key(0))
+    self._train_step = parts.learner.compile_train_step()
+    self._step = 0
+    self.goodput = goodput_lib.Goodput(workdir)
+    self._saved = stack.enter_context(
+      contextlib.closing(
+        checkpoint.Checkpoints(
+          workdir, experiment.checkpoint, workdir_lib.identity(experiment)
+        )
+      )
+    )
+    self._saved.recover(lambda text: None)
+    log = stack.enter_context(
+      contextlib.closing(metrics.MetricsLog(workdir, first_step=0))
+    )
+    # The bar is drawn as on a terminal, which costs more than lines do.
+    null = open(os.devnull, 'w')  # noqa: SIM115
+    stack.callback(null.close)
+    terminal = stack.enter_context(
+      metrics.Terminal(
+        rich.console.Console(file=null, force_terminal=True),
+        num_steps=experiment.num_steps,
+      )
+    )
+    self._reporter = loop.Reporter(
+      log,
+      terminal,
+      self.goodput,
+      learning_rate=parts.learner.schedule,
+      mfu_per_token_rate=1.0,
+      last_checkpoint=self._saved.latest_step,
+    )
+    stack.callback(self._reporter.close)
+    self._keeper = hooks.Keeper(
+      experiment,
+      parts,
+      self._saved,
+      checkpoint.Progress(),
+      self._reporter,
+      interrupt.Interrupt(),
+      hooks.Outlets(log, terminal),
+    )
+
+  def take(self, num_steps: int, train_step: Any = None) -> float:
+    """Takes steps, with a checkpoint where one is due; returns the seconds."""
+    last = self._step + num_steps
+    start = time.perf_counter()
+    self._state = loop.run(
+      self._state,
+      self._parts.batches,
+      train_step or self._train_step,
+      first_step=self._step,
+      num_steps=_NO_END,
+      put_batch=self._parts.learner.placement.put_batch,
+      reporter=self._reporter,
+      report_every=self._experiment.log_every_steps,
+      hooks=[
+        loop.Hook(
+          self._experiment.checkpoint.every_steps, self._keeper.save, 'save'
+        )
+      ],
+      should_stop=lambda step: step == last,
+    )
+    self._reporter.flush()
+    with self.goodput.during('end'):
+      self._saved.wait()
+    self._step = last
+    return time.perf_counter() - start
+
+  def take_nothing(self) -> dict[str, float]:
+    """Goes round without taking a step; returns seconds by part."""
+    before = {part: self.goodput.seconds(part) for part in _PARTS}
+    done = {'loss': jax.numpy.float32(1.0), 'weight': jax.numpy.float32(1.0)}
+    numbers = iter(range(self._step + 1, _NO_END))
+
+    def step_of_nothing(state, batch):
+      del batch
+      # A checkpoint is saved under the step that its state names.
+      return dataclasses.replace(state, step=next(numbers)), done
+
+    self.take(_STEPS, step_of_nothing)
+    return {
+      part: self.goodput.seconds(part) - seconds
+      for part, seconds in before.items()
+    }
+
+
+def bare_turn(parts: assemble.Parts) -> timing.Turn:
+  """Returns a turn of the compiled step alone, warmed up."""
+  train_step = parts.learner.compile_train_step()
+  state = parts.learner.init(jax.random.key(0))
+  batch = parts.learner.placement.put_batch(next(parts.batches))
+
+  def turn(num_steps: int = _STEPS) -> float:
+    nonlocal state
+    start = time.perf_counter()
+    for _ in range(num_steps):
+      state, _ = train_step(state, batch)
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+  turn(1)
+  return turn
+
+
+def measure(
+  name: str, experiment: config_lib.Experiment, rounds: int
+) -> dict[str, Any]:
+  """Measures one model; returns everything that `report` prints."""
+  with contextlib.ExitStack() as stack:
+    workdir = pathlib.Path(
+      stack.enter_context(tempfile.TemporaryDirectory(prefix='loop_overhead_'))
+    )
+    parts = assemble.assemble(experiment, workdir, lambda text: None)
+    stack.callback(parts.batches.close)
+    looped = Looped(experiment, parts, workdir, stack)
+    # Turns end halfway between checkpoints: none is still being written.
+    looped.take(_STEPS // 2)
+    seconds = timing.interleave(
+      {
+        'bare': bare_turn(parts),
+        'loop': functools.partial(looped.take, _STEPS),
+      },
+      rounds,
+    )
+    idle = [looped.take_nothing() for _ in range(rounds)]
+  return {
+    'benchmark': 'loop_overhead',
+    'model': name,
+    'device': jax.devices()[0].device_kind,
+    'num_params': parts.learner.num_params,
+    'checkpoints_per_turn': _STEPS // experiment.checkpoint.every_steps,
+    'log_every_steps': experiment.log_every_steps,
+    'seconds_per_turn': seconds,
+    'overhead': timing.median_ratio(seconds['loop'], seconds['bare']) - 1,
+    'host_seconds_per_step': {
+      part: statistics.median(turn[part] for turn in idle) / _STEPS
+      for part in _PARTS
+    },
+  }
+
+
+def report(result: dict[str, Any]) -> str:
+  """Returns the tables of one model."""
+  bare, looped = (
+    statistics.median(result['seconds_per_turn'][side]) / _STEPS * 1e6
+    for side in ('bare', 'loop')
+  )
+  title = (
+    f'Loop, {result["model"]}: {result["num_params"] / 1e6:.2f}M parameters,'
+    f' {result["checkpoints_per_turn"]} checkpoint in {_STEPS} steps, a report'
+    f' in {result["log_every_steps"]}; {result["device"]}'
+  )
+  rows = [
+    ('us per step', 'median'),
+    ('bare step', f'{bare:,.0f}'),
+    ('loop', f'{looped:,.0f}'),
+  ]
+  parts = result['host_seconds_per_step']
+  idle = [
+    ('us per step of nothing', 'median'),
+    *((_PARTS[part], f'{s * 1e6:,.0f}') for part, s in parts.items()),
+    ('all', f'{sum(parts.values()) * 1e6:,.0f}'),
+  ]
+  return '\n'.join(
+    [
+      timing.table(title, rows),
+      f'  overhead: {result["overhead"]:.1%}',
+      timing.table('  by part', idle),
+    ]
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures, prints, and writes what the flags ask for."""
+  del argv
+  logging.set_verbosity(logging.ERROR)
+  host_memory.reuse_freed_memory()  # as train.py does
+  args = flags.FLAGS
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
+  results = []
+  for name, experiment in experiments().items():
+    if args.model in ('all', name):
+      results.append(measure(name, experiment, args.rounds))
+      print(report(results[-1]), flush=True)
+  if args.out:
+    timing.write_json(args.out, {'results': results})
+
+
+if __name__ == '__main__':
+  flags.DEFINE_enum('model', 'all', ['all', *experiments()], 'What to train.')
+  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
+  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  app.run(main)

@@ -1,0 +1,155 @@
+"""The command line of life one: exit codes, and a run that is supervised."""
+
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests import fixtures
+from training import exit_codes, goodput, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+# The quickstart, made small.
+SMALL = [
+  '--config=experiments/quickstart.py',
+  '--config.num_steps=12',
+  '--config.log_every_steps=1',
+  '--config.eval_batches=2',
+  '--config.checkpoint.every_steps=4',
+  '--config.optimizer.warmup_steps=6',
+  '--config.data.row_length=32',
+  '--config.data.tokenizer.train_bytes=200000',
+  '--config.model.num_layers=1',
+  '--config.model.max_length=32',
+  '--config.model.mlp_width=64',
+]
+# Runs train.py with something broken in it.
+BREAK = """
+import runpy, sys
+{patch}
+sys.argv = sys.argv[1:]
+runpy.run_path('train.py', run_name='__main__')
+"""
+# train.py, killed after some steps, once each; {marks} tells which are done.
+KILLED = """
+import os, pathlib, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+from training import loop
+add = loop.Reporter.add
+def add_and_die(reporter, step, step_metrics):
+  add(reporter, step, step_metrics)
+  mark = pathlib.Path({marks!r}) / str(step)
+  if step in (6, 11) and not mark.exists():
+    mark.touch()
+    reporter.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+loop.Reporter.add = add_and_die
+runpy.run_path('train.py', run_name='__main__')
+"""
+# The supervisor of a script, as train.py makes it of itself.
+SUPERVISED = """
+import pathlib, sys
+from training import supervisor
+sys.exit(supervisor.Supervisor(
+  [sys.executable, *sys.argv[1:]], pathlib.Path({workdir!r}),
+  max_restarts=3, first_pause_s=0.1,
+).run())
+"""
+
+
+def _train(*flags, patch='', timeout=240):
+  return subprocess.run(
+    [sys.executable, '-c', BREAK.format(patch=patch), 'train.py', *flags],
+    cwd=ROOT,
+    env=fixtures.subprocess_env(),
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def test_an_unexpected_exception_has_a_code_of_its_own(tmp_path):
+  patch = (
+    'from parallel import processes\n'
+    'def start(*_, **__): raise OSError("the disk is gone")\n'
+    'processes.start = start'
+  )
+  result = _train(*SMALL, f'--workdir={tmp_path}', patch=patch)
+  assert result.returncode == exit_codes.CRASHED
+  assert result.stderr.splitlines()[-1] == 'OSError: the disk is gone'
+  assert 'Traceback' in result.stderr
+
+
+def test_errors_of_the_users_are_final(tmp_path):
+  flags = [*SMALL, f'--workdir={tmp_path / "run"}', '--config.num_steps=0']
+  result = _train(*flags, '--max_restarts', '3')
+  assert result.returncode == exit_codes.USER_ERROR
+  assert result.stderr.splitlines() == [
+    'error: config.num_steps: got 0, expected at least 1',
+    'supervisor: exit code 1 is final, not restarted',
+  ]
+
+
+@pytest.mark.parametrize('value', ['-1', 'many'])
+def test_a_wrong_number_of_restarts_is_refused(tmp_path, value):
+  result = _train(
+    *SMALL, f'--workdir={tmp_path / "run"}', f'--max_restarts={value}'
+  )
+  assert result.returncode == exit_codes.USER_ERROR
+  assert f'flag --max_restarts={value}: ' in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_of_exit_codes():
+  assert exit_codes.name(137) == 'SIGKILL'
+  assert exit_codes.name(70) == 'exit code 70'
+  assert exit_codes.of_returncode(-signal.SIGSEGV) == 139
+  assert exit_codes.of_returncode(143) == 143
+
+
+# ------------------------------------------------------------------------------
+# Real crashes of real runs.
+
+
+def _records(workdir):
+  return [r for r in metrics.read(workdir) if r['kind'] in ('train', 'eval')]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  result = _train(*SMALL, f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_supervised_run_survives_kills(uninterrupted, tmp_path):
+  """SIGKILL in two of three attempts, as for want of memory."""
+  workdir, script = tmp_path / 'run', tmp_path / 'killed.py'
+  script.write_text(KILLED.format(marks=str(tmp_path)))
+  result = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      SUPERVISED.format(workdir=str(workdir)),
+      script,
+      *SMALL,
+      f'--workdir={workdir}',
+    ],
+    cwd=ROOT,
+    env=fixtures.subprocess_env(),
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert result.stderr.count('supervisor: died of SIGKILL') == 2
+  assert _records(workdir) == _records(uninterrupted)
+  told = goodput.life(goodput.read(workdir))
+  assert told.num_attempts == 3
+  assert told.lost > 0
+  assert re.search(r'^goodput .*, 3 attempts$', result.stdout, re.MULTILINE)
