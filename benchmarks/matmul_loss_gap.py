@@ -15,13 +15,13 @@ from absl import app, flags
 import jax
 import numpy as np
 
+from benchmarks import study_flags
 from data import config as data_config
 from experiments import presets
 from training import config as config_lib, learner as learner_lib, optimizer
 
 _TEXT = flags.DEFINE_string('text', None, 'A file of text.', required=True)
-_STEPS = flags.DEFINE_integer('steps', 300, 'Optimizer steps.', lower_bound=10)
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds per format.', lower_bound=2)
+_NUM_STEPS, _NUM_SEEDS = 300, 3
 
 ROWS, LENGTH, EVAL_ROWS = 16, 64, 512
 
@@ -91,7 +91,12 @@ def main(argv: list[str]) -> None:
     text = file.read()
   reference: list[float] = []
   for matmul in config_lib.MATMULS:
-    losses = held_out_losses(text, matmul, _STEPS.value, _SEEDS.value)
+    losses = held_out_losses(
+      text,
+      matmul,
+      study_flags.STEPS.value or _NUM_STEPS,
+      study_flags.SEEDS.value or _NUM_SEEDS,
+    )
     reference = reference or losses
     gaps = [a - b for a, b in zip(losses, reference, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5

@@ -85,7 +85,9 @@ OPTIMIZER = optimizer_lib.OptimizerConfig(
 def our_turn(shape: Shape) -> timing.Turn:
   """Compiles and warms up our train step; returns a turn of it."""
   model = transformer.Transformer(shape.model)
-  optimizer = optimizer_lib.make_optimizer(OPTIMIZER, num_steps=1)
+  optimizer = optimizer_lib.make_optimizer(
+    OPTIMIZER, 1, shape.model, state_lib.abstract_params(model)
+  )
   state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(
     jax.random.key(0)
   )

@@ -1,0 +1,218 @@
+"""Experiments beside each other, over seeds: which is better?
+
+    E=experiments/muon_against_adamw.py
+    python -m benchmarks.compare_experiments --experiments=$E:adamw,$E:muon \
+      --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
+
+Trains every experiment with every seed as `train.py` would (each run has a
+workdir below --workdir, named after the experiment: the same command goes on
+after an interruption, and another one shares what it has in common), and prints
+the validation losses, and of each the difference to the first. Seeds are
+paired: a seed gives both sides the same order of data, and the same initial
+weights where the models are the same, so what they share cancels. The interval
+is Student's, at 95 %, over seeds; `seeds to resolve` is how many pairs a test
+at that level needs to see the measured difference four times out of five
+(normal approximation, two-sided).
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import statistics
+
+from absl import app, flags, logging
+import numpy as np
+import rich.console
+from scipy import stats
+
+from benchmarks import figure, study_flags
+from parallel import host_memory
+from training import config as config_lib, metrics, run
+
+_EXPERIMENTS = flags.DEFINE_list(
+  'experiments',
+  None,
+  'FILE:VARIANT of each; the first is what the others are compared with.',
+  required=True,
+)
+_NUM_SEEDS = 5
+_LEVEL, _POWER = 0.95, 0.8
+_SMOOTHED_STEPS = 10  # averaged per point of a curve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """What a run came to."""
+
+  losses: list[float]  # of training, nats per token, one per step
+  validation_loss: float  # nats per token, of the last step
+  bits_per_byte: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+  """A paired difference over seeds, and how well it is known."""
+
+  mean: float
+  half_width: float  # of the 95 % interval
+  seeds_to_resolve: float  # infinite where no difference was seen
+
+  @property
+  def is_resolved(self) -> bool:
+    """Whether the interval excludes zero."""
+    return abs(self.mean) > self.half_width
+
+
+def load(place: str) -> config_lib.Experiment:
+  """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
+
+  Raises:
+    ValueError: there is no such file, or no such variant in it.
+  """
+  path, _, variant = place.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ValueError(
+      f'--experiments: got {place!r}, expected FILE:VARIANT of a file in'
+      ' experiments/'
+    )
+  spec = importlib.util.spec_from_file_location('compared', path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*([variant] if variant else []))
+
+
+def train(
+  experiment: config_lib.Experiment, workdir: pathlib.Path
+) -> Trained | None:
+  """Trains, or goes on, in `workdir`; None if a signal stopped the run."""
+  result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+  if result.exit_code:
+    return None
+  records = metrics.read(workdir)
+  last = [record for record in records if record['kind'] == 'eval'][-1]
+  return Trained(
+    losses=[r['loss'] for r in records if r['kind'] == 'train'],
+    validation_loss=last['loss'],
+    bits_per_byte=last['bits_per_byte'],
+  )
+
+
+def difference(side: Sequence[float], reference: Sequence[float]) -> Difference:
+  """Returns the mean of side - reference over pairs, with its interval.
+
+  Raises:
+    ValueError: fewer than two pairs.
+  """
+  if len(side) < 2:
+    raise ValueError(f'difference: got {len(side)} pairs, expected at least 2')
+  gaps = [a - b for a, b in zip(side, reference, strict=True)]
+  mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
+  quantile = float(stats.t.ppf((1 + _LEVEL) / 2, len(gaps) - 1))
+  z = float(stats.norm.ppf((1 + _LEVEL) / 2) + stats.norm.ppf(_POWER))
+  return Difference(
+    mean=mean,
+    half_width=quantile * deviation / math.sqrt(len(gaps)),
+    seeds_to_resolve=(z * deviation / mean) ** 2 if mean else math.inf,
+  )
+
+
+def report(runs: dict[str, list[Trained]]) -> str:
+  """Returns a table of losses and of differences to the first variant."""
+  lines = [
+    '| variant | validation loss, by seed | mean | bits/byte | difference |',
+    '|---|---|---|---|---|',
+  ]
+  reference = next(iter(runs.values()))
+  for variant, trained in runs.items():
+    losses = [one.validation_loss for one in trained]
+    cells = [
+      variant,
+      ' '.join(f'{loss:.4f}' for loss in losses),
+      f'{statistics.mean(losses):.4f}',
+      f'{statistics.mean(one.bits_per_byte for one in trained):.4f}',
+      _difference_cell(trained, reference),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _difference_cell(trained: list[Trained], reference: list[Trained]) -> str:
+  if trained is reference:
+    return ''
+  found = difference(
+    [one.validation_loss for one in trained],
+    [one.validation_loss for one in reference],
+  )
+  verdict = 'resolved' if found.is_resolved else 'not resolved'
+  return (
+    f'{found.mean:+.4f} +- {found.half_width:.4f} ({verdict};'
+    f' {math.ceil(found.seeds_to_resolve)} seeds to resolve)'
+    if math.isfinite(found.seeds_to_resolve)
+    else 'none at all'
+  )
+
+
+def curves(runs: dict[str, list[Trained]]) -> figure.Panel:
+  """Returns the training loss of each variant: mean and range over seeds."""
+  lines = {}
+  for variant, trained in runs.items():
+    width = min(_SMOOTHED_STEPS, len(trained[0].losses))
+    points_SX = np.stack([_averaged(one.losses, width) for one in trained])
+    lines[variant] = figure.Line(
+      x=((np.arange(points_SX.shape[1]) + 0.5) * width).tolist(),
+      y=points_SX.mean(axis=0).tolist(),
+      low=points_SX.min(axis=0).tolist(),
+      high=points_SX.max(axis=0).tolist(),
+    )
+  return figure.Panel(
+    title=f'training loss, mean and range of {len(trained)} seeds',
+    x_label='step',
+    y_label='nats per token',
+    lines=lines,
+  )
+
+
+def _averaged(losses: list[float], width: int) -> np.ndarray:
+  """Returns means of `width` steps each; a rest at the end is left out."""
+  num_points = len(losses) // width
+  return np.reshape(losses[: num_points * width], (-1, width)).mean(axis=1)
+
+
+def main(argv: list[str]) -> int:
+  """Trains every variant with every seed and prints the comparison."""
+  if len(argv) > 1:
+    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
+  # Orbax reports and warns at length about saves that went well.
+  logging.set_verbosity(logging.ERROR)
+  host_memory.reuse_freed_memory()
+  kept = pathlib.Path(study_flags.required_workdir())
+  runs: dict[str, list[Trained]] = {}
+  for seed in range(study_flags.SEEDS.value or _NUM_SEEDS):
+    for place in _EXPERIMENTS.value:
+      experiment = load(place)
+      experiment.seed = seed
+      experiment.num_steps = study_flags.STEPS.value or experiment.num_steps
+      variant = place.partition(':')[2] or experiment.name
+      workdir = kept / f'{experiment.name}-seed{seed}'
+      trained = train(experiment, workdir)
+      if trained is None:
+        print('stopped; the same command goes on from here')
+        return 1
+      print(
+        f'{variant} seed {seed}: {trained.validation_loss:.4f} nats/token,'
+        f' {trained.bits_per_byte:.4f} bits/byte',
+        flush=True,
+      )
+      runs.setdefault(variant, []).append(trained)
+  print(report(runs))
+  if study_flags.FIGURE.value:
+    figure.save(study_flags.FIGURE.value, [curves(runs)])
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

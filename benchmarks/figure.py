@@ -1,0 +1,91 @@
+"""Figures of the notebook: lines on axes, saved as small SVG files.
+
+Text stays text and ids are fixed, so that a figure drawn again from the same
+numbers is the same file, and a change shows in a diff.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """One line: points, and how far values spread around each of them."""
+
+  x: Sequence[float]
+  y: Sequence[float]
+  low: Sequence[float] | None = None  # shaded between low and high
+  high: Sequence[float] | None = None
+  style: str = '-'  # matplotlib's
+  width: float = 1.0  # points
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+  """One pair of axes with its lines, by their label."""
+
+  title: str
+  x_label: str
+  y_label: str
+  lines: Mapping[str, Line]
+  log_x: bool = False
+  y_limits: tuple[float, float] | None = None
+
+
+def save(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
+  """Draws panels side by side, sharing the y axis, into an SVG file.
+
+  Raises:
+    ValueError: matplotlib is not installed, or there is nothing to draw.
+  """
+  if not panels or not all(panel.lines for panel in panels):
+    raise ValueError(
+      'figure: got a panel without lines, expected at least one in each'
+    )
+  try:
+    import matplotlib
+    from matplotlib import figure as matplotlib_figure
+  except ModuleNotFoundError:
+    raise ValueError(
+      'figure: got no matplotlib, expected it to be installed; run pip install'
+      ' -r requirements-plot.txt'
+    ) from None
+  settings: dict[Any, Any] = {
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'two-lives',
+    'font.size': 9,
+    'path.simplify_threshold': 0.5,
+  }
+  with matplotlib.rc_context(settings):
+    # Not pyplot: no window system is asked for, no figure is kept.
+    drawn = matplotlib_figure.Figure(
+      figsize=(1 + 4 * len(panels), 3.4), layout='constrained'
+    )
+    all_axes = np.ravel(drawn.subplots(1, len(panels), sharey=True))
+    for axes, panel in zip(all_axes, panels, strict=True):
+      _draw(axes, panel)
+    drawn.savefig(path, format='svg', metadata={'Date': None})
+
+
+def _draw(axes, panel: Panel) -> None:
+  for label, line in panel.lines.items():
+    (drawn,) = axes.plot(
+      line.x, line.y, line.style, label=label, linewidth=line.width
+    )
+    if line.low is not None and line.high is not None:
+      axes.fill_between(
+        line.x, line.low, line.high, color=drawn.get_color(), alpha=0.2, lw=0
+      )
+  if panel.log_x:
+    axes.set_xscale('log', base=2)
+  if panel.y_limits:
+    axes.set_ylim(*panel.y_limits)
+  axes.set_title(panel.title)
+  axes.set_xlabel(panel.x_label)
+  axes.set_ylabel(panel.y_label)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)

@@ -1,0 +1,63 @@
+"""muP: the best learning rate of a narrow model is that of a wide one.
+
+    python -m benchmarks.mup_transfer --workdir=runs/mup --figure=runs/mup.svg
+
+Yang et al., arXiv:2203.03466, figure 1: in the standard parametrisation the
+best learning rate falls as models get wider, under muP it stays where it is.
+Here: two layers over the quickstart's data, widths 64 to 512, Adam, learning
+rates in powers of two. At width 64, the base, both are the same model.
+Expected: the optimum of muP within one step of the grid over all widths, the
+other one falling; see LOG.md for what came out. One model alone:
+
+    python train.py --config=experiments/mup_transfer.py:mup-256 \
+      --config.optimizer.peak_lr=0.01 --workdir=runs/mup-256
+
+Cost: about half an hour on two CPU cores.
+"""
+
+import dataclasses
+
+from experiments import presets, quickstart
+from training import config as config_lib, optimizer
+
+BASE_WIDTH = 64
+WIDTHS = (64, 128, 256, 512)
+HEAD_WIDTH = 32
+LENGTH = 64
+
+
+def get_config(variant: str = 'mup-64') -> config_lib.Experiment:
+  """Returns `mup-WIDTH` or `standard-WIDTH`, of any multiple of 64."""
+  kind, _, width = variant.partition('-')
+  if kind not in ('mup', 'standard') or not width.isdigit() or int(width) % 64:
+    raise ValueError(
+      f'variant: got {variant!r}, expected mup-WIDTH or standard-WIDTH, of a'
+      ' multiple of 64, as in mup-256'
+    )
+  data = quickstart.get_config().data
+  return config_lib.Experiment(
+    name=f'mup_transfer_{variant}',
+    model=dataclasses.replace(
+      presets.llama(
+        vocab_size=quickstart.VOCAB_SIZE,
+        num_layers=2,
+        num_heads=int(width) // HEAD_WIDTH,
+        num_kv_heads=int(width) // HEAD_WIDTH,
+        width=int(width),
+        mlp_width=int(width) * 8 // 3 // 16 * 16,
+        length=LENGTH,
+      ),
+      mup_base_width=BASE_WIDTH if kind == 'mup' else 0,
+      scan_layers=False,
+    ),
+    data=dataclasses.replace(data, row_length=LENGTH, batch_size=16),
+    optimizer=optimizer.OptimizerConfig(
+      peak_lr=2**-7,
+      end_lr=0.0,
+      schedule='linear',
+      warmup_steps=10,
+      weight_decay=0.0,
+    ),
+    freeze=config_lib.FreezeConfig(enabled=False),
+    num_steps=100,
+  )
