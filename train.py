@@ -103,14 +103,15 @@ def main(argv: list[str]) -> int:
       'got no --config or no --workdir, expected both, as in --config='
       'experiments/quickstart.py --workdir=runs/quickstart'
     )
-  # Orbax reports and warns at length about saves that went well.
+  # Orbax reports and warns at length about saves that went well,
   logging.set_verbosity(logging.ERROR)
   # Not at the top: --help and a mistyped flag should not wait for jax.
   import rich.console
 
   from parallel import host_memory, processes
-  from training import goodput, loop, run, saving
+  from training import goodput, loop, run, saving, workdir
 
+  saving.quiet_libraries()  # and those that did not
   host_memory.reuse_freed_memory()
   _join_processes()
   try:
@@ -124,7 +125,11 @@ def main(argv: list[str]) -> int:
     return _failed(error, exit_codes.USER_ERROR)
   except loop.NonFiniteError as error:
     return _failed(error, exit_codes.NON_FINITE)
-  except (processes.PeerError, saving.SaveError) as error:
+  except (
+    processes.PeerError,
+    saving.SaveError,
+    workdir.InUseError,
+  ) as error:
     return _failed(error, exit_codes.TRY_AGAIN)
   return result.exit_code
 

@@ -8,6 +8,7 @@ first billions of tokens (Brown et al. 2020, arXiv:2005.14165, table 2.1).
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 Ramp = Sequence[tuple[int, int]]
 
@@ -35,9 +36,10 @@ def check(batch_ramp: Ramp, batch_size: int) -> None:
   if not batch_ramp:
     return
   name = 'data.batch_ramp'
-  if any(len(entry) != 2 for entry in batch_ramp):
+  if not _are_pairs(batch_ramp):
     raise ValueError(
-      f'{name}: got {batch_ramp}, expected pairs of (from_step, rows)'
+      f'{name}: got {batch_ramp!r}, expected pairs of whole numbers (from_step,'
+      ' rows), as ((0, 8), (100, 16))'
     )
   steps = [start for start, _ in batch_ramp]
   if steps[0] != 0 or any(_decreases(steps)):
@@ -54,6 +56,15 @@ def check(batch_ramp: Ramp, batch_size: int) -> None:
       f'{name}: ends with {rows[-1]} rows, expected data.batch_size ='
       f' {batch_size}; set one to the other'
     )
+
+
+def _are_pairs(value: Any) -> bool:
+  return isinstance(value, tuple | list) and all(
+    isinstance(entry, tuple | list)
+    and len(entry) == 2
+    and all(type(number) is int for number in entry)
+    for entry in value
+  )
 
 
 def _decreases(values: Sequence[int]) -> Iterable[bool]:

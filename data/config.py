@@ -171,6 +171,14 @@ class DataConfig:
         ' a share from 0 to 1'
       )
     ramp_lib.check(self.batch_ramp, self.batch_size)
+    if not isinstance(self.sources, tuple | list) or not all(
+      isinstance(source, SourceConfig) for source in self.sources
+    ):
+      raise ValueError(
+        f'data.sources: got {self.sources!r}, expected SourceConfigs, which the'
+        ' file of an experiment lists; a flag sets a field of one, as in'
+        ' --config.data.sources[0].weight=2'
+      )
     _check_sources(self.train_sources())
     self.tokenizer.validate()
 

@@ -176,9 +176,15 @@ def read(
     config=config,
     params=params,
     tokenizer_dir=directory / _TOKENIZER_DIR,
-    generation=json.loads((directory / GENERATION_FILE).read_text('utf-8')),
+    generation=read_generation(directory),
     chat_template=(directory / _TEMPLATE_FILE).read_text('utf-8'),
   )
+
+
+def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the recommended settings of a frozen directory, unverified."""
+  path = pathlib.Path(directory) / GENERATION_FILE
+  return json.loads(path.read_text('utf-8'))
 
 
 def _leaves(params: Params) -> dict[str, Any]:

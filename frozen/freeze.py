@@ -104,7 +104,7 @@ def freeze_checkpoint(
   checkpoint = _checkpoint(workdir, step)
   config = config_lib.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
-  progress = json.loads((checkpoint / 'progress.json').read_text('utf-8'))
+  progress = json.loads((checkpoint / seals.PROGRESS).read_text('utf-8'))
   weights = _chosen_weights(checkpoint, weights)
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]

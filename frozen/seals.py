@@ -24,6 +24,7 @@ from typing import Any
 
 FORMAT_VERSION = 1
 FILE_NAME = 'seal.json'
+PROGRESS = 'progress.json'  # step, PRNG key, data, cost
 _PARTIAL_FILE = 'seal.tmp'
 DIRECTORY = 'checkpoints'
 PARTIAL = '.partial'
@@ -212,6 +213,10 @@ def problems(
     for name in sorted(seal.files.keys() - found)
   ]
   wrong += [
+    f'{directory}: got a seal that lists nothing of {name}, expected some of it'
+    for name in lost(seal)
+  ]
+  wrong += [
     f'{directory / name}: got a file that the seal does not list, expected none'
     for name in sorted(found - seal.files.keys())
   ]
@@ -229,6 +234,12 @@ def problems(
         f' expected {expected[0]} with {expected[1]}'
       )
   return wrong
+
+
+def lost(seal: Seal) -> list[str]:
+  """Returns what a checkpoint should have, and its seal lists no file of."""
+  items = {name.partition('/')[0] for name in seal.files}
+  return sorted({*seal.leaves, PROGRESS} - items)
 
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:

@@ -73,6 +73,10 @@ class Extras:
   done: Callable[[Outcome], None] = lambda outcome: None  # called by a thread
 
 
+class MismatchError(ValueError):
+  """A checkpoint that holds other arrays than a run has."""
+
+
 class Checkpoints:
   """The checkpoints of one workdir. Of several processes, the same in each."""
 
@@ -101,6 +105,16 @@ class Checkpoints:
     """Returns the step of the newest checkpoint, verified or not, or None."""
     found = seals.steps(self._root)
     return found[-1] if found else None
+
+  def newest_owes(self) -> bool:
+    """Returns whether the newest one is not all that there is to its step."""
+    step = self.newest_step()
+    try:
+      return (
+        step is not None and seals.read(self._root / str(step)).evaluation_owed
+      )
+    except (seals.DamagedError, OSError):
+      return True
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest checkpoint to go on from, or None."""
@@ -293,7 +307,7 @@ class Checkpoints:
       abstract_state: shapes, dtypes and shardings of a whole state.
 
     Raises:
-      ValueError: the checkpoint holds other shapes or dtypes.
+      MismatchError: the checkpoint holds other names, shapes or dtypes.
     """
     step = self.latest_step()
     assert step is not None, 'nothing to restore'
@@ -317,7 +331,7 @@ class Checkpoints:
           step, {name: _describe(restored[name])}, {name: leaves[name]}
         )
       fields = json.loads(
-        (directory / saving.PROGRESS).read_text(encoding='utf-8')
+        (directory / seals.PROGRESS).read_text(encoding='utf-8')
       )
     key = jax.random.wrap_key_data(
       jnp.asarray(fields.pop('key_data'), jnp.uint32),
@@ -379,7 +393,7 @@ def _check_leaves(
   """Compares descriptions of items.
 
   Raises:
-    ValueError: names the first leaf that differs.
+    MismatchError: names the first leaf that differs.
   """
   for item in expected:
     found, wanted = got.get(item, {}), expected[item]
@@ -389,14 +403,14 @@ def _check_leaves(
         for leaves in (found.values(), wanted.values())
       ]
       if found.keys() == wanted.keys() and dtypes[0] != dtypes[1]:
-        raise ValueError(
+        raise MismatchError(
           f'checkpoint of step {step}, optimizer state: got {dtypes[0]},'
           f' expected {dtypes[1]}; set optimizer.state_dtype back or use'
           ' another --workdir'
         )
     for name in sorted(found.keys() | wanted.keys()):
       if found.get(name) != wanted.get(name):
-        raise ValueError(
+        raise MismatchError(
           f'checkpoint of step {step}, {item}{name}: got'
           f' {found.get(name, "nothing")}, expected'
           f' {wanted.get(name, "nothing")}; the model or optimizer of this'

@@ -130,6 +130,13 @@ class Experiment:
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
     average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
+    last_start = self.data.ramp[-1][0]
+    if last_start >= self.num_steps:
+      raise ValueError(
+        f'data.batch_ramp: got a size from step {last_start}, expected one that'
+        f' is reached in config.num_steps = {self.num_steps}; leave it out, or'
+        ' train for longer'
+      )
     for size in self.data.batch_sizes:
       if size % self.num_microbatches:
         name = 'size' if size == self.data.batch_size else 'ramp'

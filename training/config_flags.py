@@ -37,37 +37,63 @@ def parse(
     FlagError: got / expected / fix, in one line.
   """
   try:
+    _refuse_negative_index(argv)
     rest = flag_values(argv)
     # A file that cannot be loaded is reported when the value is first used.
     _ = getattr(flag_values.config, 'name', None)
     return rest
   except flags.Error as error:
     raise FlagError(_last_line(str(error))) from None
-  except KeyError as error:
+  except (KeyError, IndexError) as error:
     raise FlagError(_unknown_field(argv) or _last_line(str(error))) from None
   except (OSError, TypeError, ValueError, AttributeError) as error:
     raise FlagError(_last_line(str(error))) from None
+
+
+def _refuse_negative_index(argv: list[str]) -> None:
+  # The library counts from the end, and sets what then has another name.
+  for arg in argv[1:]:
+    if match := re.match(r'--?config\.[^=]*\[-\d+\]', arg):
+      raise FlagError(
+        f'{match.group(0)}: got an index below 0, expected one counted from 0'
+      )
 
 
 def _unknown_field(argv: list[str]) -> str | None:
   """Finds the override that names no field; says which there are."""
   config = _without_overrides(argv)
   for arg in argv[1:]:
-    match = re.match(r'--?config\.([\w.]+)', arg)
-    node = config
-    for name in match.group(1).split('.') if match else ():
-      fields = (
-        [field.name for field in dataclasses.fields(node)]
-        if dataclasses.is_dataclass(node)
-        else []
-      )
-      if name not in fields:
-        return (
-          f'{match.group(0) if match else arg}: got the unknown field {name!r},'
-          f' expected one of {", ".join(fields)}'
-        )
-      node = getattr(node, name)
+    match = re.match(r'--?config\.([\w.\[\]]+)', arg)
+    if match and (words := _lost(config, match.group(1))):
+      return f'{match.group(0)}: {words}'
   return None
+
+
+def _lost(node: Any, path: str) -> str:
+  """Says where 'data.sources[5].weight' leads nowhere; '' if it leads."""
+  for index, name in re.findall(r'(\[\d+\])|(\w+)', path):
+    if index:
+      length = len(node) if isinstance(node, tuple | list) else 0
+      if int(index[1:-1]) >= length:
+        most = (
+          f'at most [{length - 1}]' if length else 'none: it has no entries'
+        )
+        return f'got the index {index}, expected {most}'
+      node = node[int(index[1:-1])]
+      continue
+    fields = (
+      [field.name for field in dataclasses.fields(node)]
+      if dataclasses.is_dataclass(node)
+      else []
+    )
+    if name not in fields:
+      return (
+        f'got the unknown field {name!r}, expected one of {", ".join(fields)}'
+        if fields
+        else f'got the unknown field {name!r}, expected none: it has no fields'
+      )
+    node = getattr(node, name)
+  return ''
 
 
 def _without_overrides(argv: list[str]) -> Any:

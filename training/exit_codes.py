@@ -7,8 +7,8 @@
     4        supervised: died of the same step again and again
     70       an unexpected exception, told with its traceback (EX_SOFTWARE)
     75       try again, perhaps elsewhere: another process of the run failed,
-             the last checkpoint could not be written, or the supervisor ran
-             out of restarts (EX_TEMPFAIL)
+             the disk is full, another run holds the workdir, or the supervisor
+             ran out of restarts (EX_TEMPFAIL)
     128 + n  ended by signal n. 143 and 130: SIGTERM and Ctrl-C asked it to
              stop, and everything is saved
 

@@ -24,6 +24,7 @@ from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
 from training import (
   assemble,
+  average,
   checkpoint,
   config as config_lib,
   diagnose,
@@ -67,6 +68,7 @@ def run(
     loop.NonFiniteError: a loss was not finite.
     processes.PeerError: another process failed, and this one did not.
     saving.SaveError: the last step, or what is frozen, cannot be written.
+    workdir.InUseError: another run writes there.
   """
   processes.check_same(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
@@ -74,22 +76,20 @@ def run(
   experiment.validate()
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)
-  workdir_lib.check_shared(workdir)
-  frozen = workdir / workdir_lib.FROZEN
-  with contextlib.closing(
-    checkpoint.Checkpoints(
-      workdir, experiment.checkpoint, workdir_lib.identity(experiment)
-    )
-  ) as saved:
-    step = saved.newest_step() or 0
-    is_complete = step >= experiment.num_steps and _is_frozen(frozen, step)
-    # As the first sees it: a network file system may show others less.
-    is_complete, step = processes.gather(is_complete, step)[0].tolist()
-    if is_complete:
-      story.say(
-        console, f'{workdir} is complete: step {step}, frozen in {frozen}'
-      )
-      return Result(step=step, exit_code=0)
+  saved = checkpoint.Checkpoints(
+    workdir, experiment.checkpoint, workdir_lib.identity(experiment)
+  )
+  step = _complete_step(experiment, workdir, saved, console)
+  if step is not None:
+    return Result(step=step, exit_code=0)
+  with contextlib.ExitStack() as stack:
+    with processes.together('workdir'), saving.writing(workdir):
+      if processes.is_first():
+        stack.enter_context(
+          workdir_lib.held(workdir, lambda text: story.say(console, text))
+        )
+    workdir_lib.check_shared(workdir)
+    stack.enter_context(contextlib.closing(saved))
     saved.recover(lambda text: story.say(console, text))
     step = saved.latest_step() or 0
     goodput = goodput_lib.Goodput(
@@ -100,27 +100,74 @@ def run(
     result = Result(step=step, exit_code=0)
     if step < experiment.num_steps or saved.evaluation_owed:
       result = _train(experiment, workdir, console, saved, goodput)
-  if experiment.freeze.enabled and not result.exit_code:
-    with goodput.during('freeze'), processes.together('freezing'):
-      if processes.is_first():
-        _freeze(experiment, workdir, result.step, console)
-  goodput.write()
+    if experiment.freeze.enabled and not result.exit_code:
+      with goodput.during('freeze'), processes.together('freezing'):
+        if processes.is_first():
+          _freeze(experiment, workdir, result.step, console)
+    goodput.write()
   story.say(console, goodput_lib.report(goodput.life()))
   return result
 
 
-def _is_frozen(frozen: pathlib.Path, step: int) -> bool:
-  """Whether a frozen directory is of that step: not of a shorter run."""
+def _complete_step(experiment, workdir, saved, console) -> int | None:
+  """Returns the step of a run that has nothing left to do; tells of it."""
+  frozen = workdir / workdir_lib.FROZEN
+  step = saved.newest_step() or 0
+  is_trained = step >= experiment.num_steps and not saved.newest_owes()
+  why_not = ''
+  if is_trained and experiment.freeze.enabled and processes.is_first():
+    why_not = _unlike(frozen, step, experiment)
+  # As the first sees it: a network file system may show others less.
+  is_complete, is_trained, step = processes.gather(
+    is_trained and not why_not, is_trained, step
+  )[0].tolist()
+  if not is_trained:
+    return None
+  story.tell_unused(
+    step, experiment, workdir_lib.changes(workdir, experiment), console
+  )
+  if not is_complete:
+    if why_not:
+      story.say(console, f'{why_not}: freezing')
+    return None
+  where = f', frozen in {frozen}' if experiment.freeze.enabled else ''
+  story.say(console, f'{workdir} is complete: step {step}{where}')
+  return step
+
+
+def _unlike(
+  frozen: pathlib.Path, step: int, experiment: config_lib.Experiment
+) -> str:
+  """Says how a frozen directory is not what a run would hand over now."""
+  if not frozen.exists():
+    return f'nothing is in {frozen}'
   try:
-    return manifest_lib.read(frozen).step == step
-  except (OSError, ValueError):
-    return False
+    manifest = manifest_lib.read(frozen)
+    manifest_lib.check_files(frozen, manifest)
+    generation = frozen_format.read_generation(frozen)
+  except (OSError, ValueError) as error:
+    return str(error)
+  wanted = experiment.freeze
+  weights = wanted.weights
+  if weights == 'auto':
+    has_average = average.reader(experiment.optimizer, experiment.ema_decay)
+    weights = 'raw' if has_average is None else 'average'
+  for name, got, expected in (
+    ('step', manifest.step, step),
+    ('freeze.dtype', manifest.dtype, wanted.dtype),
+    ('freeze.weights', manifest.weights, weights),
+    ('freeze.temperature', generation['temperature'], wanted.temperature),
+    ('freeze.max_tokens', generation['max_tokens'], wanted.max_tokens),
+  ):
+    if got != expected:
+      return f'{frozen} has {name} = {got}, not {expected}'
+  return ''
 
 
 def _freeze(experiment, workdir, step, console) -> None:
   frozen = workdir / workdir_lib.FROZEN
   frozen_format.remove_unfinished(frozen)
-  try:
+  with saving.writing(frozen, saved=f'step {step} is saved'):
     manifest = freeze.freeze_checkpoint(
       workdir,
       step=step,
@@ -134,33 +181,26 @@ def _freeze(experiment, workdir, step, console) -> None:
       # The run's own hand-off: a longer run replaces that of a shorter one.
       overwrite=True,
     )
-  except FileNotFoundError:
-    raise  # the user's to change, as any ValueError
-  except OSError as error:
-    raise saving.SaveError(
-      f'{frozen}: got {error}, expected to write it; make room, or make it'
-      f' writable, and start again: step {step} is saved'
-    ) from error
   story.show_manifest(frozen, manifest, console)
 
 
 def _train(experiment, workdir, console, saved, goodput) -> Result:
-  # Before anything is written: data that cannot be read leaves no traces.
-  with processes.together('data'):
-    documents = assemble.open_documents(experiment)
-  with processes.together('run.json'):
-    if processes.is_first():
-      workdir_lib.record(workdir, experiment)
-  parts = assemble.assemble(
-    experiment, workdir, lambda text: story.say(console, text), documents
-  )
-  with processes.together('data.json'):
-    if processes.is_first():
-      workdir_lib.record_data(workdir, parts.describe_data())
-  state, progress = _start_or_restore(experiment, parts, saved, goodput)
+  changes = workdir_lib.changes(workdir, experiment)
+  parts = _assemble(experiment, workdir, console)
   first_step = saved.latest_step() or 0
+  try:
+    state, progress = _start_or_restore(experiment, parts, saved, goodput)
+  except checkpoint.MismatchError as error:
+    raise ValueError(_explained(error, workdir, changes)) from None
+  # Only now: a run that cannot begin changes nothing.
+  _record(experiment, workdir, parts, changes, console)
   story.describe(experiment, parts, first_step, console)
+  if first_step and changes:
+    story.say(console, 'changed    ' + '\n           '.join(changes))
+  goodput.write()
   with contextlib.ExitStack() as stack:
+    # An attempt that failed is told of, too.
+    stack.callback(goodput.write)
     stack.callback(parts.batches.close)
     log = hooks.WithEpochs(
       _open_log(workdir, saved, console), parts.batches.epochs
@@ -179,8 +219,6 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
       last_checkpoint=saved.finished_step,
     )
     stack.callback(reporter.close)
-    # An attempt that failed is told of, too.
-    stack.callback(goodput.write)
     stop = stack.enter_context(
       interrupt.Interrupt(
         grace_s=experiment.checkpoint.grace_s, wait_for_steps=reporter.wait
@@ -222,6 +260,49 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
     story.summarise(workdir, step, stop, console)
     story.say_epochs(parts.batches.epochs(step or 0), console)
   return Result(step=step, exit_code=stop.exit_code)
+
+
+def _assemble(experiment, workdir, console) -> assemble.Parts:
+  """Builds the parts of the run; writes no more than its tokenizer."""
+  # Before anything is written: data that cannot be read leaves no traces.
+  with processes.together('data'):
+    documents = assemble.open_documents(experiment)
+  with processes.together('workdir'):
+    if processes.is_first():
+      workdir_lib.prepare(workdir)
+  with saving.writing(pathlib.Path(f'{workdir} or {experiment.data.data_dir}')):
+    return assemble.assemble(
+      experiment, workdir, lambda text: story.say(console, text), documents
+    )
+
+
+def _record(experiment, workdir, parts, changes, console) -> None:
+  """Writes what the run is; says what it evaluates on if that is new."""
+  before = workdir_lib.evaluated_before(workdir)
+  now = parts.eval_batches.source.store.digest
+  with processes.together('run.json'):
+    if processes.is_first():
+      phases = parts.batches.get_state()['phases']
+      with saving.writing(workdir):
+        workdir_lib.record(workdir, experiment, phases)
+        workdir_lib.record_data(workdir, parts.describe_data())
+  if before and before != now:
+    story.say(
+      console,
+      f'WARNING    evaluating on tokens with SHA-256 {now[:12]}, until now'
+      f' {before[:12]}: losses before and after are of different text',
+    )
+
+
+def _explained(error, workdir, changes) -> str:
+  """Says which values made a state of another structure."""
+  if not changes:
+    return str(error)
+  return (
+    f'--workdir={workdir} was trained with another optimizer or model:'
+    f' {"; ".join(changes)}; set back what changes their state, or use another'
+    f' --workdir ({error})'
+  )
 
 
 def _open_log(workdir, saved, console) -> metrics.Log:

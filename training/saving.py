@@ -9,24 +9,77 @@ rest, and whatever fails in one of them, they all know of it before they go on.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
+import sys
 from typing import Any
 
+from absl import logging as absl_logging
 from etils import epath
 import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
 
-PROGRESS = 'progress.json'
-
 
 class SaveError(RuntimeError):
   """A checkpoint or a frozen directory that could not be written."""
+
+
+@contextlib.contextmanager
+def writing(
+  place: pathlib.Path, saved: str = 'nothing was changed'
+) -> Iterator[None]:
+  """Makes one line of a disk that cannot be written.
+
+  Args:
+    place: where to.
+    saved: what the user has all the same.
+
+  Raises:
+    SaveError: it may be possible later: a full disk.
+    ValueError: it will not be by itself: no permission, no directory.
+  """
+  try:
+    yield
+  except FileNotFoundError:
+    raise  # something to be read
+  except OSError as error:
+    words = f'{place}: got {error}, expected to write there'
+    if isinstance(
+      error, PermissionError | NotADirectoryError | FileExistsError
+    ):
+      raise ValueError(
+        f'{words}; make it writable, or choose another place: {saved}'
+      ) from error
+    raise SaveError(f'{words}; make room, and start again: {saved}') from error
+
+
+def quiet_libraries() -> None:
+  """Keeps orbax and what it uses from printing what is raised besides.
+
+  Of many writes that fail together the first is raised. Orbax logs its
+  traceback; asyncio those of the others, which nobody asked for; and
+  TensorStore one for each that ends after the loop was closed.
+  """
+  absl_logging.get_absl_logger().addFilter(
+    lambda r: '/orbax/' not in r.pathname
+  )
+  logging.getLogger('asyncio').addFilter(
+    lambda r: 'exception was never retrieved' not in r.getMessage()
+  )
+  hook = sys.unraisablehook
+
+  def filtered(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      hook(unraisable)
+
+  sys.unraisablehook = filtered
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,21 +108,19 @@ class Save:
         for name in items:
           (self._partial / name).mkdir(parents=True)
         text = json.dumps(progress)
-        (self._partial / PROGRESS).write_text(text, encoding='utf-8')
+        (self._partial / seals.PROGRESS).write_text(text, encoding='utf-8')
 
     try:
       self._together(make_directories)
       for name, tree in items.items():
-        self._futures += (
-          asyncio.run(
-            self.handler.async_save(
-              epath.Path(self._partial / name),
-              args=ocp.args.StandardSave(tree),
-            )
-            # None where there is nothing left to wait for.
+        started = asyncio.run(
+          self.handler.async_save(
+            epath.Path(self._partial / name),
+            args=ocp.args.StandardSave(tree),
           )
-          or []
         )
+        # None where there is nothing left to wait for.
+        self._futures += started or []
     except Exception as error:
       self._failure = error
 
@@ -92,6 +143,11 @@ class Save:
       )
       digests = {name: d for part in parts for name, d in part.items()}
       sealed = dataclasses.replace(seal, files=digests)
+      if lost := seals.lost(sealed):
+        raise SaveError(
+          f'{self._partial}: got no {", ".join(lost)}, expected what was just'
+          ' written; somebody else deletes here'
+        )
       self._together(lambda: self._seal(sealed))
     except Exception:
       if processes.is_first():

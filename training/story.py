@@ -1,5 +1,6 @@
 """What the user is told of a run: before, when it is frozen, and after."""
 
+from collections.abc import Sequence
 import pathlib
 
 import rich.console
@@ -33,7 +34,8 @@ def describe(
     (
       'batch',
       f'{" -> ".join(map(str, data.batch_sizes))} rows x {data.row_length} ='
-      f' {data.batch_size * data.row_length:,} tokens',
+      f' {" -> ".join(f"{n * data.row_length:,}" for n in data.batch_sizes)}'
+      ' tokens',
     ),
     (
       'run',
@@ -48,7 +50,9 @@ def describe(
   ]
   for overlap in parts.overlaps:
     is_much = overlap.share > data.contamination_warning or overlap.num_copied
-    rows.append(('WARNING' if is_much else 'overlap', str(overlap)))
+    rows.append(
+      ('WARNING' if is_much else 'overlap', f'{overlap.source} {overlap}')
+    )
   if first_step:
     rows.append(('resumed', f'after step {first_step}'))
   for name, value in rows:
@@ -80,6 +84,30 @@ def _describe_data(
 def _in_processes() -> str:
   num = processes.count()
   return f' in {num} processes' if num > 1 else ''
+
+
+def tell_unused(
+  step: int,
+  experiment: config_lib.Experiment,
+  changes: Sequence[str],
+  console: rich.console.Console,
+) -> None:
+  """Says what a run that has no step left to take makes no use of."""
+  if step > experiment.num_steps:
+    say(
+      console,
+      f'note: {step} steps are taken, more than the {experiment.num_steps} of'
+      ' config.num_steps: the last one counts',
+    )
+  unused = [
+    words for words in changes if not words.startswith(('freeze.', 'num_steps'))
+  ]
+  if unused:
+    say(
+      console,
+      f'note: nothing is left to train, so this changes nothing:'
+      f' {"; ".join(unused)}',
+    )
 
 
 def show_manifest(

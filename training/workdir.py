@@ -8,16 +8,22 @@
     goodput.jsonl   training/goodput.py
     tensorboard/
     frozen/         what is handed to life two
+    .lock           held while a run writes here, see `held`
 
 `frozen/freeze.py` reads run.json, tokenizer/ and checkpoints/. Of several
 processes the first writes all of it, but for its part of the checkpoints, and
 the others read: the workdir is on a file system that they share.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import secrets
 import shutil
+import socket
 import subprocess
 import time
 from typing import Any
@@ -37,7 +43,13 @@ RUN = 'run.json'
 DATA = 'data.json'
 _PARTIAL_RUN = 'run.tmp'
 TOKENIZER = 'tokenizer'
+_PARTIAL_TOKENIZER = 'tokenizer.tmp'
 FROZEN = 'frozen'
+_LOCK = '.lock'
+
+
+class InUseError(RuntimeError):
+  """Another run writes into the workdir."""
 
 
 def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
@@ -52,6 +64,11 @@ def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
   if (workdir / RUN).exists():
     if _has_checkpoints(workdir):
       _check_same(workdir, identity(experiment), _recorded(workdir))
+  elif workdir.exists() and not workdir.is_dir():
+    raise ValueError(
+      f'--workdir={workdir}: got a file, expected a directory or nothing; use'
+      ' another --workdir'
+    )
   elif workdir.exists() and not all(map(_is_leftover, workdir.iterdir())):
     raise ValueError(
       f'--workdir={workdir}: got a directory with other files in it, expected'
@@ -61,9 +78,85 @@ def check(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
 
 def _is_leftover(path: pathlib.Path) -> bool:
   """Whether a run that was killed before it wrote run.json leaves the path."""
-  if path.name == 'checkpoints' and path.is_dir():
+  if path.name == seals.DIRECTORY and path.is_dir():
     return not any(path.iterdir())
-  return path.name.startswith('.shared-') or path.name == _PARTIAL_RUN
+  if path.name in (TOKENIZER, _PARTIAL_TOKENIZER):
+    # Or anybody's.
+    return (path.parent / _LOCK).exists()
+  return path.name.startswith('.shared-') or path.name in (_LOCK, _PARTIAL_RUN)
+
+
+@contextlib.contextmanager
+def held(
+  workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
+  """Makes a workdir if there is none, and keeps other runs out of it.
+
+  By a lock that goes with the process, however it ends, and that hosts share
+  wherever their file system does. A run that ends before it is recorded leaves
+  nothing behind.
+
+  Args:
+    workdir: whose.
+    tell: is told where the file system has no locks.
+
+  Raises:
+    InUseError: another run holds it.
+    OSError: it cannot be made.
+  """
+  is_new = not workdir.exists()
+  descriptor = _lock(workdir, tell)
+  try:
+    me = f'process {os.getpid()} of {socket.gethostname()}'
+    with contextlib.suppress(OSError):  # a full disk: said when it matters
+      os.truncate(descriptor, 0)
+      os.write(descriptor, me.encode())
+    yield
+  finally:
+    try:
+      if not (workdir / RUN).exists():
+        _clear(workdir, is_new=is_new)
+    finally:
+      os.close(descriptor)
+
+
+def _lock(workdir: pathlib.Path, tell: Callable[[str], None]) -> int:
+  """Returns the descriptor of a lock file that is locked."""
+  path = workdir / _LOCK
+  while True:
+    workdir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # Whoever held it may have removed it meanwhile.
+      if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+        return descriptor
+      os.close(descriptor)
+    except BlockingIOError:
+      holder = path.read_text(errors='replace') or 'a process'
+      os.close(descriptor)
+      raise InUseError(
+        f'--workdir={workdir}: got a workdir that {holder} writes into,'
+        ' expected one that no run is using; wait for it, stop it, or use'
+        ' another --workdir'
+      ) from None
+    except OSError as error:
+      tell(
+        f'warning: {path}: got {error}, expected a file system with locks: make'
+        ' sure that no other run is started in this --workdir'
+      )
+      return descriptor
+
+
+def _clear(workdir: pathlib.Path, *, is_new: bool) -> None:
+  """Removes what a run has made that was never recorded."""
+  for name in (TOKENIZER, _PARTIAL_TOKENIZER):
+    shutil.rmtree(workdir / name, ignore_errors=True)
+  with contextlib.suppress(OSError):
+    (workdir / _PARTIAL_RUN).unlink(missing_ok=True)
+    (workdir / _LOCK).unlink(missing_ok=True)
+    if is_new:
+      workdir.rmdir()
 
 
 def check_shared(workdir: pathlib.Path) -> None:
@@ -105,18 +198,73 @@ def _appears(path: pathlib.Path) -> bool:
   return True
 
 
-def record(workdir: pathlib.Path, experiment: config_lib.Experiment) -> None:
+def prepare(workdir: pathlib.Path) -> None:
+  """Removes a tokenizer that nothing was trained with.
+
+  The run that made it may have been started with other values.
+  """
+  if not _has_checkpoints(workdir):
+    for name in (TOKENIZER, _PARTIAL_TOKENIZER):
+      shutil.rmtree(workdir / name, ignore_errors=True)
+
+
+def record(
+  workdir: pathlib.Path,
+  experiment: config_lib.Experiment,
+  phases: Sequence[Mapping[str, Any]] = (),
+) -> None:
   """Writes run.json: the experiment and the code that train from now on.
 
-  Only for a run that is about to train: of a complete one, run.json names the
-  code that its weights came from.
+  Only for a run that is about to train, and can: of a complete one, run.json
+  names the code that its weights came from.
+
+  Args:
+    workdir: where.
+    experiment: what is trained.
+    phases: of the weights of its sources, as in `TrainBatches.get_state`.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  path, new = workdir / RUN, _describe(experiment)
-  if path.exists() and not _has_checkpoints(workdir):
-    # Nothing was trained yet, and the old tokenizer may be of other values.
-    shutil.rmtree(workdir / TOKENIZER, ignore_errors=True)
-  seals.write_atomically(path, json.dumps(new, indent=2) + '\n')
+  new = _describe(experiment)
+  if len(phases) > 1:
+    for i, source in enumerate(new['data_mix']):
+      source['phases'] = [
+        {'from_row': phase['from_row'], 'weight': phase['weights'][i]}
+        for phase in phases
+      ]
+  seals.write_atomically(workdir / RUN, json.dumps(new, indent=2) + '\n')
+
+
+def changes(
+  workdir: pathlib.Path, experiment: config_lib.Experiment
+) -> list[str]:
+  """Returns what the experiment has otherwise than the run before, in words."""
+  try:
+    text = (workdir / RUN).read_text(encoding='utf-8')
+    before = _flat(json.loads(text)['config'])
+  except FileNotFoundError:
+    return []
+  except (ValueError, KeyError, AttributeError):
+    return [f'{workdir / RUN} cannot be read']
+  now = _flat(experiment.to_dict())
+  return [
+    f'{name}: got {_short(now.get(name))}, before {_short(before.get(name))}'
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+  ]
+
+
+def _flat(values: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns the leaves of nested values by their path, as in a flag."""
+  if isinstance(values, dict):
+    items = [(f'{prefix}.{k}' if prefix else k, v) for k, v in values.items()]
+  elif isinstance(values, list) and any(isinstance(v, dict) for v in values):
+    items = [(f'{prefix}[{i}]', v) for i, v in enumerate(values)]
+  else:
+    return {prefix: values}
+  return {k: v for name, value in items for k, v in _flat(value, name).items()}
+
+
+def _short(value: Any) -> str:
+  return 'nothing' if value is None else repr(value)
 
 
 def identity(experiment: config_lib.Experiment) -> dict[str, Any]:
@@ -143,9 +291,17 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
   """Writes data.json: what this start of the run trains and evaluates on."""
-  partial = workdir / 'data.tmp'
-  partial.write_text(json.dumps(described, indent=2) + '\n')
-  partial.replace(workdir / DATA)
+  text = json.dumps(described, indent=2) + '\n'
+  seals.write_atomically(workdir / DATA, text)
+
+
+def evaluated_before(workdir: pathlib.Path) -> str:
+  """Returns the digest of the tokens evaluated on before; '' if unknown."""
+  try:
+    text = (workdir / DATA).read_text(encoding='utf-8')
+    return json.loads(text)['evaluation']['digest']
+  except (OSError, ValueError, KeyError, TypeError):
+    return ''
 
 
 def tokenizer(
@@ -161,17 +317,24 @@ def tokenizer(
     *mixed: the training documents, each source with its weight.
 
   Raises:
-    ValueError: it has more tokens than the model has embeddings.
+    ValueError: it has more tokens than the model has embeddings, or is damaged.
   """
   directory = workdir / TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():
       built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
       # Written aside and renamed: a killed run leaves no half a tokenizer.
-      partial = directory.with_suffix('.tmp')
+      partial = workdir / _PARTIAL_TOKENIZER
       built.save(partial)
       partial.replace(directory)
-  loaded = tokenizer_lib.load(directory)
+  try:
+    loaded = tokenizer_lib.load(directory)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{directory}: got a tokenizer that cannot be read ({error}), expected'
+      f' the one that the run was started with; put a copy there, as the one in'
+      f' {FROZEN}/ is, or use another --workdir'
+    ) from None
   if loaded.vocab_size > experiment.model.vocab_size:
     raise ValueError(
       f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'

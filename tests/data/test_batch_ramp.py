@@ -25,7 +25,10 @@ def test_a_config_without_a_ramp_has_one_size():
 @pytest.mark.parametrize(
   ('ramp', 'error'),
   [
-    (((0, 2, 3),), r'expected pairs of \(from_step, rows\)'),
+    (((0, 2, 3),), r'expected pairs of whole numbers \(from_step, rows\)'),
+    (5, r'got 5, expected pairs of whole numbers'),
+    ((0, 8), r'got \(0, 8\), expected pairs of whole numbers'),
+    (((0, 4.0), (2, 6)), 'expected pairs of whole numbers'),
     (((1, 8),), r'got steps \[1\], expected them to increase from 0'),
     (((0, 2), (5, 4), (5, 8)), 'expected them to increase from 0'),
     (((0, 0), (5, 8)), r'got rows \[0, 8\], expected 1 to data.batch_size = 8'),

@@ -54,6 +54,8 @@ def try_large_files(
   done = [record['saved'] for record in saves(workdir)]
   if done != sorted(done) or not 0 < sum(done) < len(done):
     wrong.append(f'got saves {done}, expected failures, then none')
+  if 'Traceback' in output:
+    wrong.append(f'more was said than what is wrong: {output}')
   if 'the checkpoint was not saved: got' not in output:
     wrong.append(f'nothing was said: {output}')
   return wrong

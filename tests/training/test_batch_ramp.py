@@ -97,7 +97,7 @@ def test_tokens_are_those_of_every_size(whole):
   # But for the end of the last row of each source every target is real.
   assert tokens[:2] == pytest.approx([128, 128], abs=15)
   assert tokens[2:] == pytest.approx([256, 256, 256], abs=30)
-  assert '8 -> 16 rows x 16 = 256 tokens' in printed
+  assert '8 -> 16 rows x 16 = 128 -> 256 tokens' in printed
   assert f'{NUM_STEPS} steps, 1,024 tokens' in printed
 
 

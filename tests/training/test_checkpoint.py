@@ -200,6 +200,19 @@ def test_what_was_moved_aside_is_no_new_start(copy):
     _open(copy)
 
 
+def test_a_checkpoint_that_was_sealed_without_a_part_is_not_used(copy):
+  newest = copy / 'checkpoints' / '8'
+  shutil.rmtree(newest / 'params')
+  (newest / 'progress.json').unlink()
+  seal = seals.read(newest)
+  files = seals.digest(newest, seals.file_names(newest))
+  seals.write(newest, dataclasses.replace(seal, files=files))
+  told = []
+  assert _open(copy, tell=told.append).latest_step() == 4
+  assert 'got a seal that lists nothing of params, expected some' in told[0]
+  assert 'lists nothing of progress.json' in told[0]
+
+
 def test_what_kills_left_behind_is_removed(copy):
   root = copy / 'checkpoints'
   for name in ('12.partial', '2.deleted'):

@@ -150,6 +150,15 @@ QUICKSTART = '--config=experiments/quickstart.py'
       [QUICKSTART, '--config.objective=x'],
       '--config.objective: got a value, expected none: it is a function',
     ),
+    (
+      [QUICKSTART, '--config.data.sources[5].weight=1'],
+      '--config.data.sources[5].weight: got the index [5], expected none: it'
+      ' has no entries',
+    ),
+    (
+      [QUICKSTART, '--config.data.sources[-1].weight=1'],
+      '--config.data.sources[-1]: got an index below 0, expected one counted',
+    ),
     (['--config=experiments/shakespeare_char.py:tpu'], "got 'tpu', expected"),
     (['--config=experiments/none.py'], 'none.py'),
     ([QUICKSTART, '--wrkdir=x'], "Unknown command line flag 'wrkdir'"),

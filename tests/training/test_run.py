@@ -1,6 +1,5 @@
 """Whole runs on real text: resuming, refusing, stopping, freezing."""
 
-import io
 import json
 import os
 import pathlib
@@ -13,11 +12,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import rich.console
 
-from data import config as data_config, sources
 from frozen import format as frozen_format, seals
 from tests import fixtures
+from tests.training import tiny_run
 from training import (
   assemble,
   checkpoint,
@@ -26,7 +24,6 @@ from training import (
   learner as learner_lib,
   loop,
   metrics,
-  optimizer as optimizer_lib,
   run as run_lib,
   saving,
   workdir as workdir_lib,
@@ -37,44 +34,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-  """Three splits of plain text, one file per document."""
-  directory = tmp_path_factory.mktemp('corpus')
-  rng = np.random.default_rng(0)
-  words = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
-  for split, count in (('train', 40), ('validation', 3)):
-    (directory / split).mkdir()
-    for i in range(count):
-      text = ' '.join(rng.choice(words, rng.integers(5, 60)))
-      (directory / split / f'{i:02d}.txt').write_text(text)
-  return str(directory / '{split}' / '*.txt')
+  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
 
 
-def _experiment(corpus, **overrides):
-  fields = {
-    'name': 'tiny',
-    'model': fixtures.llama_like(vocab_size=264, num_layers=1),
-    'data': data_config.DataConfig(
-      open_source=sources.text_files,
-      path=corpus,
-      data_dir=str(pathlib.Path(corpus).parents[1] / 'data'),
-      row_length=16,
-      batch_size=8,
-      tokenizer=data_config.TokenizerConfig(kind='byte'),
-      knowledge_cutoff='2024-05',
-    ),
-    'optimizer': optimizer_lib.OptimizerConfig(warmup_steps=2),
-    'num_steps': 12,
-    'log_every_steps': 3,
-    'eval_every_steps': 6,
-    'checkpoint': config_lib.CheckpointConfig(every_steps=4),
-  }
-  return config_lib.Experiment(**{**fields, **overrides})
-
-
-def _run(experiment, workdir):
-  console = rich.console.Console(file=io.StringIO(), width=200)
-  result = run_lib.run(experiment, workdir, console)
-  return result, console.file.getvalue()
+_experiment, _run = tiny_run.experiment, tiny_run.run
 
 
 def _saved(workdir, step):

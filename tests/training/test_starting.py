@@ -1,0 +1,295 @@
+"""What a start refuses, says has changed, and leaves behind: no trace."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from data import config as data_config
+from frozen import format as frozen_format, freeze
+from tests.training import tiny_run
+from training import (
+  config as config_lib,
+  goodput,
+  optimizer as optimizer_lib,
+  saving,
+  workdir as workdir_lib,
+)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='module')
+def complete(corpus, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('complete')
+  tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
+  return workdir
+
+
+@pytest.fixture
+def copy(complete, tmp_path):
+  shutil.copytree(complete, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def _files(workdir):
+  return {
+    path.relative_to(workdir): path.read_bytes()
+    for path in workdir.rglob('*')
+    if path.is_file() and path.name != '.lock'
+  }
+
+
+_HOLD = textwrap.dedent(
+  """
+  import pathlib, sys
+  from training import workdir
+  with workdir.held(pathlib.Path(sys.argv[1])):
+    print('held', flush=True)
+    sys.stdin.read()
+  """
+)
+
+
+@pytest.fixture
+def held(tmp_path):
+  """A workdir that another process writes into."""
+  workdir = tmp_path / 'held'
+  with subprocess.Popen(
+    [sys.executable, '-c', _HOLD, str(workdir)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  ) as process:
+    assert process.stdout.readline() == b'held\n'
+    yield workdir, process
+    if process.poll() is None:
+      process.kill()
+
+
+def test_two_runs_do_not_share_a_workdir(corpus, held):
+  workdir, process = held
+  with pytest.raises(
+    workdir_lib.InUseError,
+    match=rf'got a workdir that process {process.pid} of \S+ writes into,'
+    ' expected one that no run is using; wait for it, stop it, or use another',
+  ):
+    tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
+  process.kill()
+  process.wait()
+  result, _ = tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
+  assert result.step == 4
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+  def no_locks(descriptor, operation):
+    raise OSError(95, 'Operation not supported')
+
+  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
+  told = []
+  with workdir_lib.held(tmp_path / 'run', told.append):
+    pass
+  assert 'expected a file system with locks' in told[0]
+
+
+def test_a_start_that_fails_leaves_nothing(corpus, tmp_path):
+  large = dataclasses.replace(tiny_run.experiment(corpus).model, vocab_size=200)
+  for change in (
+    {'model': large},
+    {'data': {'path': str(tmp_path / '{split}.txt')}},
+  ):
+    with pytest.raises((ValueError, FileNotFoundError)):
+      tiny_run.run(tiny_run.experiment(corpus, **change), tmp_path / 'run')
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
+  workdir = tmp_path / 'run'
+  (workdir / 'tokenizer').mkdir(parents=True)
+  (workdir / 'tokenizer' / 'tokenizer_config.json').write_text('{"ki')
+  with pytest.raises(ValueError, match='a directory with other files in it'):
+    tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
+  (workdir / '.lock').touch()
+  result, _ = tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
+  assert result.step == 4
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (
+      {'optimizer': optimizer_lib.OptimizerConfig(name='lion', warmup_steps=2)},
+      r'was trained with another optimizer or model: .*optimizer.name: got'
+      r" 'lion', before 'adamw'.*; set back what changes their state",
+    ),
+    ({'data': {'row_length': 8}}, 'the saved data position has row_length 16'),
+  ],
+)
+def test_a_resume_that_is_refused_changes_nothing(
+  corpus, copy, change, message
+):
+  before = _files(copy)
+  with pytest.raises(ValueError, match=message):
+    tiny_run.run(tiny_run.experiment(corpus, num_steps=6, **change), copy)
+  assert _files(copy) == before
+
+
+def test_a_resume_says_what_it_has_otherwise(corpus, copy):
+  optimizer = optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=2e-3)
+  _, printed = tiny_run.run(
+    tiny_run.experiment(corpus, num_steps=6, optimizer=optimizer), copy
+  )
+  assert 'changed    num_steps: got 6, before 4' in printed
+  assert 'optimizer.peak_lr: got 0.002, before ' in printed
+
+
+def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
+  before = _files(copy)
+  optimizer = optimizer_lib.OptimizerConfig(warmup_steps=1, peak_lr=2e-3)
+  _, printed = tiny_run.run(
+    tiny_run.experiment(corpus, num_steps=3, optimizer=optimizer), copy
+  )
+  assert '4 steps are taken, more than the 3 of config.num_steps' in printed
+  assert (
+    'nothing is left to train, so this changes nothing: optimizer.peak_lr: got'
+    ' 0.002'
+  ) in printed
+  assert 'is complete: step 4' in printed
+  assert _files(copy) == before
+
+
+def test_a_complete_run_is_frozen_as_it_is_asked_for_now(corpus, copy):
+  freezing = config_lib.FreezeConfig(dtype='bfloat16', max_tokens=7)
+  asked = tiny_run.experiment(corpus, num_steps=4, freeze=freezing)
+  _, printed = tiny_run.run(asked, copy)
+  assert 'has freeze.dtype = float32, not bfloat16: freezing' in printed
+  frozen = frozen_format.read(copy / 'frozen')
+  assert frozen.manifest.dtype == 'bfloat16'
+  assert frozen.generation['max_tokens'] == 7
+  _, printed = tiny_run.run(asked, copy)
+  assert 'freezing' not in printed
+
+
+def test_a_damaged_hand_over_is_named_and_made_again(corpus, copy):
+  weights = next((copy / 'frozen' / 'params').rglob('d/*'))
+  weights.write_bytes(b'')
+  _, printed = tiny_run.run(tiny_run.experiment(corpus, num_steps=4), copy)
+  assert f'{weights}: got SHA-256' in printed
+  assert frozen_format.read(copy / 'frozen').manifest.step == 4
+
+
+def test_new_text_to_evaluate_on_is_told_of(corpus, copy, tmp_path):
+  other = tmp_path / 'corpus'
+  shutil.copytree(os.path.dirname(os.path.dirname(corpus)), other)
+  (other / 'validation' / '00.txt').write_text('another text')
+  path = str(other / '{split}' / '*.txt')
+  data_dir = tiny_run.experiment(corpus).data.data_dir
+  _, printed = tiny_run.run(
+    tiny_run.experiment(
+      corpus, num_steps=6, data={'path': path, 'data_dir': data_dir}
+    ),
+    copy,
+  )
+  assert 'losses before and after are of different text' in printed
+
+
+def test_the_manifest_tells_of_weights_that_changed(corpus, tmp_path):
+  sources = tuple(
+    data_config.SourceConfig(
+      open_source=tiny_run.experiment(corpus).data.open_source,
+      path=corpus,
+      name=name,
+    )
+    for name in ('first', 'second')
+  )
+  for num_steps, weight in ((2, 1.0), (4, 3.0)):
+    mixed = (dataclasses.replace(sources[0], weight=weight), sources[1])
+    tiny_run.run(
+      tiny_run.experiment(corpus, num_steps=num_steps, data={'sources': mixed}),
+      tmp_path,
+    )
+  mix = frozen_format.read(tmp_path / 'frozen').manifest.data_mix
+  assert [source['weight'] for source in mix] == [3.0, 1.0]
+  assert mix[0]['phases'] == [
+    {'from_row': 0, 'weight': 1.0},
+    {'from_row': 16, 'weight': 3.0},
+  ]
+
+
+def test_a_damaged_tokenizer_is_named(corpus, copy):
+  (copy / 'tokenizer' / 'tokenizer_config.json').write_text('{"ki')
+  with pytest.raises(
+    ValueError, match='tokenizer: got a tokenizer that cannot be read'
+  ):
+    tiny_run.run(tiny_run.experiment(corpus, num_steps=6), copy)
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(
+  corpus, tmp_path, monkeypatch
+):
+  def no_space(path, text):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(workdir_lib.seals, 'write_atomically', no_space)
+  with pytest.raises(
+    saving.SaveError,
+    match=r'run: got .*No space left on device, expected to write there; make'
+    ' room, and start again: nothing was changed',
+  ):
+    tiny_run.run(tiny_run.experiment(corpus), tmp_path / 'run')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_is_a_file_is_refused(corpus, tmp_path):
+  path = tmp_path / 'run'
+  path.write_text('precious')
+  with pytest.raises(ValueError, match='got a file, expected a directory'):
+    tiny_run.run(tiny_run.experiment(corpus), path)
+  with pytest.raises(ValueError, match='expected to write there'):
+    tiny_run.run(tiny_run.experiment(corpus), path / 'below')
+  assert path.read_text() == 'precious'
+
+
+def test_an_attempt_that_dies_before_its_loop_is_counted(
+  corpus, copy, monkeypatch
+):
+  before = len(goodput.read(copy))
+
+  def die(*args, **kwargs):
+    raise RuntimeError('no devices')
+
+  monkeypatch.setattr('training.learner.Learner.compile_train_step', die)
+  with pytest.raises(RuntimeError, match='no devices'):
+    tiny_run.run(tiny_run.experiment(corpus, num_steps=6), copy)
+  assert len(goodput.read(copy)) == before + 1
+
+
+@pytest.mark.parametrize(
+  ('data', 'message'),
+  [
+    ({'sources': 5}, 'data.sources: got 5, expected SourceConfigs'),
+    (
+      {'batch_ramp': ((0, 4), (12, 8))},
+      'data.batch_ramp: got a size from step 12, expected one that is reached'
+      ' in config.num_steps = 12',
+    ),
+  ],
+)
+def test_data_that_cannot_be_is_refused(corpus, data, message):
+  with pytest.raises(ValueError, match=message):
+    tiny_run.experiment(corpus, data=data).validate()
+
+
+def test_a_step_that_is_frozen_by_hand_needs_all_of_it(copy):
+  shutil.rmtree(copy / 'checkpoints' / '4' / 'params')
+  with pytest.raises(ValueError, match='got no such file'):
+    freeze.freeze_checkpoint(copy, out=copy / 'out')
+  record = json.loads((copy / 'run.json').read_text())
+  assert record['experiment'] == 'tiny'

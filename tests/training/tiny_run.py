@@ -1,0 +1,62 @@
+"""A whole run, as small as it can be: on text files, in seconds."""
+
+import io
+import pathlib
+
+import numpy as np
+import rich.console
+
+from data import config as data_config, sources
+from tests import fixtures
+from training import (
+  config as config_lib,
+  optimizer as optimizer_lib,
+  run as run_lib,
+)
+
+_WORDS = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
+
+
+def write_corpus(directory: pathlib.Path) -> str:
+  """Writes two splits of plain text, a file per document; returns the path."""
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 40), ('validation', 3)):
+    (directory / split).mkdir()
+    for i in range(count):
+      text = ' '.join(rng.choice(_WORDS, rng.integers(5, 60)))
+      (directory / split / f'{i:02d}.txt').write_text(text)
+  return str(directory / '{split}' / '*.txt')
+
+
+def experiment(corpus: str, **overrides) -> config_lib.Experiment:
+  """Returns twelve steps, a checkpoint in four, an evaluation in six."""
+  data = {
+    'open_source': sources.text_files,
+    'path': corpus,
+    'data_dir': str(pathlib.Path(corpus).parents[1] / 'data'),
+    'row_length': 16,
+    'batch_size': 8,
+    'tokenizer': data_config.TokenizerConfig(kind='byte'),
+    'knowledge_cutoff': '2024-05',
+    **overrides.pop('data', {}),
+  }
+  fields = {
+    'name': 'tiny',
+    'model': fixtures.llama_like(vocab_size=264, num_layers=1),
+    'data': data_config.DataConfig(**data),
+    'optimizer': optimizer_lib.OptimizerConfig(warmup_steps=2),
+    'num_steps': 12,
+    'log_every_steps': 3,
+    'eval_every_steps': 6,
+    'checkpoint': config_lib.CheckpointConfig(every_steps=4),
+  }
+  return config_lib.Experiment(**{**fields, **overrides})
+
+
+def run(
+  experiment: config_lib.Experiment, workdir: pathlib.Path
+) -> tuple[run_lib.Result, str]:
+  """Returns what a run came to, and all that it printed."""
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  result = run_lib.run(experiment, workdir, console)
+  return result, console.file.getvalue()
