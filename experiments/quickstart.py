@@ -44,10 +44,16 @@ def get_config() -> config_lib.Experiment:
       # The library's text is as old as the interpreter, to the year.
       knowledge_cutoff=_RELEASE_YEARS.get(sys.version_info[:2], ''),
     ),
+    # Ahead of AdamW at equal steps: experiments/muon_against_adamw.py.
     optimizer=optimizer.OptimizerConfig(
-      peak_lr=4e-3, end_lr=4e-4, warmup_steps=40, weight_decay=0.1
+      name='muon',
+      peak_lr=2e-2,
+      end_lr=0.0,
+      schedule='linear',
+      warmup_steps=50,
+      weight_decay=0.1,
     ),
-    num_steps=400,
+    num_steps=600,
     log_every_steps=25,
     eval_every_steps=0,
   )

@@ -28,7 +28,7 @@ class MuonConfig:
 
   momentum: float = 0.95
   newton_schulz_steps: int = 5
-  adam_peak_lr: float = 3e-3  # AdamW's; it follows the schedule of peak_lr
+  adam_peak_lr: float = 2e-3  # AdamW's; it follows the schedule of peak_lr
 
 
 @dataclasses.dataclass(kw_only=True)
