@@ -17,7 +17,9 @@ def get_config() -> config_lib.Experiment:
   """Returns the experiment; `data.path` is given by a flag."""
   return config_lib.Experiment(
     name='survival',
-    model=fixtures.llama_like(vocab_size=264, max_length=64),
+    # Of more ids than it needs: its embeddings are one chunk of a file that is
+    # larger than all that a run writes besides (full_disk.MAX_FILE_BYTES).
+    model=fixtures.llama_like(vocab_size=1024, max_length=64),
     data=data_config.DataConfig(
       open_source=sources.text_files,
       row_length=64,
