@@ -11,8 +11,8 @@ having planned it. The claim is that it costs nothing against a cosine over the
 same tokens (also Haegele et al., arXiv:2405.18392). Model, data, batches,
 initial weights and peak learning rate are those of the AdamW side of
 `experiments/muon_against_adamw.py`, whose runs are taken over where they are.
-What came out, with its interval, is in LOG.md. Cost: about two minutes per run
-on two CPU cores, ten runs.
+What came out, with its interval, is in LOG.md: WSD ahead, in so short a run.
+Cost: about two minutes per run on two CPU cores, ten runs.
 """
 
 import dataclasses
