@@ -16,8 +16,8 @@ add up to the wall time. What the figures cannot see:
   the loop's, so a device that waits for another one, or for a slow dispatch,
   counts as taking steps.
 - An attempt counts from its process' start to its last report. What it did
-  after that, if it was killed, is time between attempts; so is one that died
-  before its loop began.
+  after that, if it was killed, is time between attempts; so is one that was
+  killed before it had its data and its state.
 - Start-up is of the first process; the others are taken to be alike.
 
 `goodput.jsonl` has a line for each attempt, replaced as a whole at most once a

@@ -270,7 +270,7 @@ def _assemble(experiment, workdir, console) -> assemble.Parts:
   with processes.together('workdir'):
     if processes.is_first():
       workdir_lib.prepare(workdir)
-  with saving.writing(pathlib.Path(f'{workdir} or {experiment.data.data_dir}')):
+  with saving.writing(f'{workdir} or {experiment.data.data_dir}'):
     return assemble.assemble(
       experiment, workdir, lambda text: story.say(console, text), documents
     )

@@ -33,7 +33,7 @@ class SaveError(RuntimeError):
 
 @contextlib.contextmanager
 def writing(
-  place: pathlib.Path, saved: str = 'nothing was changed'
+  place: pathlib.Path | str, saved: str = 'nothing was changed'
 ) -> Iterator[None]:
   """Makes one line of a disk that cannot be written.
 

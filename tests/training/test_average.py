@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-import io
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 
 from data import config as data_config, sources
 from frozen import format as frozen_format, freeze, seals
 from parallel import config as parallel_config
 from tests import fixtures
+from tests.training import tiny_run
 from training import (
   average,
   checkpoint,
@@ -23,7 +22,6 @@ from training import (
   memory,
   metrics,
   optimizer as optimizer_lib,
-  run as run_lib,
 )
 
 
@@ -151,29 +149,11 @@ def test_every_way_across_devices_keeps_the_same(parallel, num_devices):
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-  """Two splits of plain text."""
-  directory = tmp_path_factory.mktemp('corpus')
-  rng = np.random.default_rng(0)
-  words = ['def', 'return', 'self', 'for', 'in', 'import']
-  for split, count in (('train', 30), ('validation', 2)):
-    (directory / split).mkdir()
-    for i in range(count):
-      text = ' '.join(rng.choice(words, rng.integers(20, 60)))
-      (directory / split / f'{i:02d}.txt').write_text(text)
-  return str(directory / '{split}' / '*.txt')
+  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
 
 
 def _experiment(corpus, **overrides):
   fields = {
-    'name': 'tiny',
-    'model': fixtures.llama_like(vocab_size=264, num_layers=1),
-    'data': data_config.DataConfig(
-      open_source=sources.text_files,
-      path=corpus,
-      row_length=16,
-      batch_size=8,
-      tokenizer=data_config.TokenizerConfig(kind='byte'),
-    ),
     'optimizer': optimizer_lib.OptimizerConfig(
       schedule='constant', end_lr=1e-4, warmup_steps=0, peak_lr=1e-2
     ),
@@ -183,13 +163,11 @@ def _experiment(corpus, **overrides):
     'eval_every_steps': 2,
     'checkpoint': config_lib.CheckpointConfig(every_steps=2),
   }
-  return config_lib.Experiment(**{**fields, **overrides})
+  return tiny_run.experiment(corpus, **{**fields, **overrides})
 
 
 def _run(experiment, workdir):
-  console = rich.console.Console(file=io.StringIO(), width=300)
-  run_lib.run(experiment, workdir, console)
-  return console.file.getvalue()
+  return tiny_run.run(experiment, workdir)[1]
 
 
 def _item(workdir, step, item):

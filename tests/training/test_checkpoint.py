@@ -17,6 +17,7 @@ from training import (
   checkpoint,
   config as config_lib,
   retention,
+  saving,
   state as state_lib,
 )
 
@@ -211,6 +212,22 @@ def test_a_checkpoint_that_was_sealed_without_a_part_is_not_used(copy):
   assert _open(copy, tell=told.append).latest_step() == 4
   assert 'got a seal that lists nothing of params, expected some' in told[0]
   assert 'lists nothing of progress.json' in told[0]
+
+
+def test_a_checkpoint_that_lost_a_part_is_not_sealed(copy, monkeypatch):
+  merge = saving.Save._merge
+
+  def merge_and_lose(save, items):
+    (save.root / f'{save.step}.partial' / 'progress.json').unlink()
+    return merge(save, items)
+
+  monkeypatch.setattr(saving.Save, '_merge', merge_and_lose)
+  saved = _open(copy)
+  assert (
+    'got no progress.json, expected what was just' in _save(saved, 12).error
+  )
+  assert saved.latest_step() == 8
+  assert seals.steps(copy / 'checkpoints') == [4, 8]
 
 
 def test_what_kills_left_behind_is_removed(copy):

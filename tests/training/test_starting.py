@@ -1,7 +1,6 @@
 """What a start refuses, says has changed, and leaves behind: no trace."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import textwrap
 import pytest
 
 from data import config as data_config
-from frozen import format as frozen_format, freeze
+from frozen import format as frozen_format
 from tests.training import tiny_run
 from training import (
   config as config_lib,
@@ -285,11 +284,3 @@ def test_an_attempt_that_dies_before_its_loop_is_counted(
 def test_data_that_cannot_be_is_refused(corpus, data, message):
   with pytest.raises(ValueError, match=message):
     tiny_run.experiment(corpus, data=data).validate()
-
-
-def test_a_step_that_is_frozen_by_hand_needs_all_of_it(copy):
-  shutil.rmtree(copy / 'checkpoints' / '4' / 'params')
-  with pytest.raises(ValueError, match='got no such file'):
-    freeze.freeze_checkpoint(copy, out=copy / 'out')
-  record = json.loads((copy / 'run.json').read_text())
-  assert record['experiment'] == 'tiny'
