@@ -60,8 +60,9 @@ class Plan:
   def kv_bytes_per_token(self) -> int:
     """Bytes of the keys and values that one token leaves in the cache."""
     config = self.config
-    channels = config.num_kv_heads * config.head_width
-    return 2 * config.num_layers * channels * self.itemsize
+    heads, key_width, value_width = kv_cache.head_shapes(config)
+    channels = heads * (key_width + value_width)
+    return config.num_layers * channels * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
     """Returns what so many sequences of a cache so long take, weights too."""

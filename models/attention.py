@@ -1,16 +1,19 @@
 """Causal grouped-query attention, for training, prefill and decode alike.
 
-One entry point, `attend`. Queries are taken in blocks of rows: a block sees
-only the keys that can precede it, so the upper triangle of the score matrix is
+Queries are taken in blocks of rows: a block sees only the keys that can precede
+it, and of a window only those within reach, so the rest of the score matrix is
 never computed, and no [T, T] array exists. Grouped-query attention: Ainslie et
 al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+
+from models import kv_cache
 
 # Rows of queries per block. Smaller skips more of the triangle (a share of
 # (1 - R/T) / 2), larger multiplies bigger matrices and compiles less code.
@@ -19,9 +22,25 @@ MAX_BLOCKS = 16
 
 # Finite, so that a row with every key masked gives a uniform average and
 # finite gradients rather than NaN.
-_MASKED = -1e30
+MASKED = -1e30
 
 Dropout = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """Which function of queries, keys and values attention is. Static."""
+
+  window: int = 0  # keys seen, the query's own included; 0: all before it
+  softcap: float = 0.0  # cap; scores are cap tanh(score / cap). 0: none
+  scale: float | None = None  # of scores; None: 1 / sqrt(C)
+
+  def scale_of(self, channels: int) -> float:
+    """Returns what scores of so many channels are multiplied by."""
+    return 1 / math.sqrt(channels) if self.scale is None else self.scale
+
+
+PLAIN = Form()
 
 
 def attend(
@@ -32,31 +51,71 @@ def attend(
   slots_BT: jax.Array | None = None,
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
+  form: Form = PLAIN,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
     k_BKSC: keys, one per slot.
-    v_BKSC: values, one per slot.
+    v_BKSC: values, one per slot; they may have another C, as the output then.
     slots_BT: the slot of each query; it sees the slots up to its own. None
       when the keys are those of this very call (S = T, query t in slot t).
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
+    form: window, soft-cap and scale.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
   q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
-  q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) / math.sqrt(channels)
+  q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   if slots_BT is not None:
-    slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
-    mask_BTS = slot_S[None, None, :] <= slots_BT[:, :, None]
-    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout)
+    mask_BTS = slots_seen(slots_BT, k_BKSC.shape[2], form.window)
+    out_BKGTC = _attend_rows(
+      q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form.softcap
+    )
   else:
-    out_BKGTC = _attend_causal(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout)
+    out_BKGTC = _attend_causal(
+      q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout, form
+    )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
-  return out_BTKGC.reshape(batch, time, heads, channels)
+  return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
+
+
+def attend_cached(
+  q_BTHC: jax.Array,
+  cache: kv_cache.LayerCache,
+  positions_BT: jax.Array,
+  *,
+  form: Form = PLAIN,
+) -> jax.Array:
+  """Returns the attention of queries over what a cache holds, [B, T, H, C].
+
+  Args:
+    q_BTHC: queries, whose own keys are in the cache already.
+    cache: of one layer.
+    positions_BT: of the queries.
+    form: window, soft-cap and scale.
+  """
+  return attend(q_BTHC, *cache, slots_BT=positions_BT, form=form)
+
+
+def slots_seen(
+  slots_BT: jax.Array, num_slots: int, window: int = 0
+) -> jax.Array:
+  """Returns which slots the query of each slot sees, bool [B, T, S]."""
+  slot_11S = jnp.arange(num_slots, dtype=slots_BT.dtype)[None, None, :]
+  slots_BT1 = slots_BT[:, :, None]
+  mask_BTS = slot_11S <= slots_BT1
+  if window:
+    mask_BTS = mask_BTS & (slot_11S > slots_BT1 - window)
+  return mask_BTS
+
+
+def capped(scores: jax.Array, softcap: float) -> jax.Array:
+  """Returns scores between -softcap and softcap; as they are if it is 0."""
+  return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
 def block_rows(time: int) -> int:
@@ -64,33 +123,39 @@ def block_rows(time: int) -> int:
   return max(MIN_BLOCK_ROWS, -(-time // MAX_BLOCKS))
 
 
-def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout):
+def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
   time = q_BKGTC.shape[3]
   rows = block_rows(time)
   blocks = []
   for start in range(0, time, rows):
     stop = min(start + rows, time)
-    query_R = jnp.arange(start, stop)
-    mask = (jnp.arange(stop)[None, :] <= query_R[:, None])[None]
+    # The first key that the block's first row sees.
+    first = max(0, start - form.window + 1) if form.window else 0
+    query_R1 = jnp.arange(start, stop)[:, None]
+    key_1S = jnp.arange(first, stop)[None, :]
+    mask = (key_1S <= query_R1)[None]
+    if form.window:
+      mask = mask & (key_1S > query_R1 - form.window)[None]
     if segment_ids_BT is not None:
       query_segments, key_segments = (
         segment_ids_BT[:, start:stop, None],
-        segment_ids_BT[:, None, :stop],
+        segment_ids_BT[:, None, first:stop],
       )
       mask = mask & (query_segments == key_segments)
     blocks.append(
       _attend_rows(
         q_BKGTC[:, :, :, start:stop],
-        k_BKTC[:, :, :stop],
-        v_BKTC[:, :, :stop],
+        k_BKTC[:, :, first:stop],
+        v_BKTC[:, :, first:stop],
         mask,
         dropout,
+        form.softcap,
       )
     )
   return jnp.concatenate(blocks, axis=3)
 
 
-def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
+def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, softcap):
   """Attention of one block of rows, materialising its scores in float32."""
   batch, num_kv, groups, rows, channels = q_BKGRC.shape
   # Groups and rows become one axis: a matrix product per sequence and head.
@@ -102,8 +167,9 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
+  scores = capped(scores, softcap)
   scores_BKGRS = scores.reshape(batch, num_kv, groups, rows, -1)
-  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
+  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, MASKED)
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
   if dropout is not None:
     probs_BKGRS = dropout(probs_BKGRS)
@@ -113,4 +179,4 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
     (((3,), (2,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  return out.reshape(q_BKGRC.shape).astype(q_BKGRC.dtype)
+  return out.reshape((*q_BKGRC.shape[:4], -1)).astype(q_BKGRC.dtype)

@@ -21,7 +21,8 @@ from models.kernels import cross_entropy, linear
 # full: nothing; offload: nothing, and what enters waits in host memory.
 REMAT = ('none', 'minimal', 'full', 'offload')
 
-# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout) -> out_BTHC, causal.
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
+# causal, form a `models.attention.Form`.
 Attend = Callable[..., jax.Array]
 # (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> sums.
 WeightedNll = Callable[..., cross_entropy.LossSums]

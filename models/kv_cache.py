@@ -6,7 +6,8 @@ be padded on the right; what padding leaves behind is overwritten by the token
 that really has that position before anything can see it.
 
 Stored [B, K, S, C]: attention multiplies per sequence and head, and finds its
-operands contiguous.
+operands contiguous. Latent attention keeps a single head of two widths: as the
+key what is rotated, as the value the latent (`models/latent_attention.py`).
 """
 
 from typing import Any, NamedTuple
@@ -37,15 +38,23 @@ def init(
   dtype: Any = jnp.float32,
 ) -> Cache:
   """Returns an empty cache for `batch_size` sequences of up to `length`."""
-  shape = (batch_size, config.num_kv_heads, length, config.head_width)
+  heads, *widths = head_shapes(config)
+  shapes = [(batch_size, heads, length, width) for width in widths]
   if config.scan_layers:
-    shape = (config.num_layers, *shape)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shapes = [(config.num_layers, *shape) for shape in shapes]
+    return LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
   # Distinct buffers: the decode step donates each of them.
   return tuple(
-    LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    LayerCache(*(jnp.zeros(shape, dtype) for shape in shapes))
     for _ in range(config.num_layers)
   )
+
+
+def head_shapes(config: config_lib.ModelConfig) -> tuple[int, int, int]:
+  """Returns the number of heads that are kept, and widths of key and value."""
+  if config.latent_width:
+    return 1, config.rotary_width, config.latent_width
+  return config.num_kv_heads, config.head_width, config.head_width
 
 
 def length(cache: Cache) -> int:

@@ -3,7 +3,10 @@
 Takes the place of `models.mlp.Mlp` in a block. Every token takes the
 `num_active_experts` that the router finds likeliest, weighted by their
 probabilities, and the shared experts besides (DeepSeekMoE, arXiv:2401.06066);
-the experts themselves are in `models/experts.py`.
+the experts themselves are in `models/experts.py`. The choice may be limited to
+a few groups of experts, and corrected by a number of each expert's that its
+weight does not show (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No gradient
+reaches these numbers: training leaves them as they are.
 
 What the router is told to do well, it is told by two losses. Both are sums over
 rows, like every loss here, so that they do not depend on how a batch is cut up;
@@ -54,9 +57,10 @@ class Moe(nn.Module):
       _exact_linear,
       name='router',
     )(x_BTD)
-    ids_BTA, gates_BTA = route(
-      logits_BTE, config.num_active_experts, norm_topk=config.norm_topk
-    )
+    correction_E = None
+    if config.router_correction:
+      correction_E = _Bias(config.num_experts, name='router_correction')()
+    ids_BTA, gates_BTA = route(config, logits_BTE, correction_E)
     apply = self.execution.apply_experts
     if self.is_initializing():  # with one token, which no mesh can split
       apply = experts.apply_experts
@@ -96,22 +100,67 @@ class _Kernel(nn.Module):
     )
 
 
+class _Bias(nn.Module):
+  """One number per expert, named as the bias of a layer is."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param('bias', nn.initializers.zeros, (self.size,))
+
+
 def route(
-  logits_BTE: jax.Array, num_active: int, *, norm_topk: bool
+  config: config_lib.ModelConfig,
+  logits_BTE: jax.Array,
+  correction_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the likeliest experts of each token and their weights, [B, T, A].
 
+  With `norm_topk` the weights add up to `router_scale` (Mixtral,
+  arXiv:2401.04088, section 2.1), else to that times the scores of the chosen.
+
   Args:
+    config: how experts are scored and chosen.
     logits_BTE: float32.
-    num_active: A.
-    norm_topk: the weights add up to 1 (Mixtral, arXiv:2401.04088, section 2.1)
-      rather than to the probability of the chosen ones.
+    correction_E: added to scores where they are compared.
   """
-  probs_BTE = jax.nn.softmax(logits_BTE)
-  gates_BTA, ids_BTA = jax.lax.top_k(probs_BTE, num_active)
-  if norm_topk:
-    gates_BTA = gates_BTA / jnp.sum(gates_BTA, axis=-1, keepdims=True)
+  is_sigmoid = config.router_score == 'sigmoid'
+  score = jax.nn.sigmoid if is_sigmoid else jax.nn.softmax
+  scores_BTE = score(logits_BTE)
+  compared_BTE = scores_BTE
+  if correction_E is not None:
+    compared_BTE = scores_BTE + correction_E.astype(jnp.float32)[None, None, :]
+  if config.num_expert_groups:
+    compared_BTE = _in_best_groups(config, compared_BTE)
+  if compared_BTE is scores_BTE:
+    gates_BTA, ids_BTA = jax.lax.top_k(scores_BTE, config.num_active_experts)
+  else:
+    _, ids_BTA = jax.lax.top_k(compared_BTE, config.num_active_experts)
+    gates_BTA = jnp.take_along_axis(scores_BTE, ids_BTA, axis=-1)
+  if config.norm_topk:
+    total_BT1 = jnp.sum(gates_BTA, axis=-1, keepdims=True)
+    if is_sigmoid:  # all of them may be 0
+      total_BT1 = total_BT1 + 1e-20
+    gates_BTA = gates_BTA / total_BT1
+  if config.router_scale != 1:
+    gates_BTA = gates_BTA * config.router_scale
   return ids_BTA, gates_BTA
+
+
+def _in_best_groups(config, scores_BTE):
+  """Returns -inf for experts outside of the best groups of each token."""
+  groups = config.num_expert_groups
+  shape = (*scores_BTE.shape[:2], groups, -1)
+  each = scores_BTE.reshape(shape)
+  best, _ = jax.lax.top_k(each, config.expert_group_best)
+  _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.num_active_groups)
+  is_chosen = jnp.any(
+    chosen[..., None] == jnp.arange(groups)[None, None, None, :], axis=2
+  )
+  return jnp.where(is_chosen[..., None], each, -jnp.inf).reshape(
+    scores_BTE.shape
+  )
 
 
 def routing_sums(
@@ -140,7 +189,12 @@ def routing_sums(
     jnp.sum((ids_BTA[..., a, None] == expert_11E) * real_BT1, axis=1)
     for a in range(config.num_active_experts)
   )
-  probs_BE = jnp.sum(jax.nn.softmax(logits_BTE) * real_BT1, axis=1)
+  if config.router_score == 'sigmoid':  # equation 19: out of their sum
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+  else:
+    probs_BTE = jax.nn.softmax(logits_BTE)
+  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)
   even = config.num_experts / config.num_active_experts
   # Rows of nothing but padding have no tokens, and no loss.
   balance_B = even * jnp.sum(load_BE * probs_BE, axis=1)
