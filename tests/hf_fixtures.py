@@ -21,7 +21,7 @@ from tokenizers import (
 CORPUS = (
   'the cat sat on the mat; the bat sat on the hat, and did not say a word.\n'
   "It's 1234 o'clock: don't  you   think so? user assistant system\n\n",
-  'def f(x):\n  return {"a": [1, 2], "b": x}  # caf\u00e9 na\u00efve \u65e5\u672c\n',
+  'def f(x):\n  return {"a": [1, 2]}  # caf\u00e9 na\u00efve \u65e5\u672c\n',
   '<think> thought </think> [INST] </s> <s> <|im_end|> <0x41> ',
 )
 

@@ -70,6 +70,21 @@ def test_tokens_that_only_the_config_has(tmp_path):
   assert tok.pad_id == theirs.pad_token_id
 
 
+def test_how_tokens_match_is_said_by_the_config(tmp_path):
+  directory = hf_fixtures.llama2(tmp_path)
+  flags = {'content': '</s>', 'special': True, 'rstrip': True}
+  _edit(
+    directory,
+    'tokenizer_config.json',
+    lambda config: config.update(added_tokens_decoder={'2': flags}),
+  )
+  tok, theirs = _convert(directory), _theirs(directory)
+  text = 'the</s>  cat'
+  ids = tok.encode_marked(text, hf_fixtures.spans_of(tok, text)).ids
+  assert ids == theirs.encode(text, add_special_tokens=False)
+  assert tok.decode(ids) == 'the cat'
+
+
 def test_added_tokens_in_a_file_of_their_own(tmp_path):
   directory = hf_fixtures.gpt2(tmp_path)
   num_ids = _convert(directory).vocab_size

@@ -53,7 +53,7 @@ def test_defaults_are_those_of_transformers():
 
 def test_every_field_of_transformers_is_known():
   generation = pytest.importorskip('transformers').GenerationConfig()
-  fields = {name: 0.5 for name in vars(generation)}
+  fields = dict.fromkeys(vars(generation), 0.5)
   del fields['max_length']
   with pytest.raises(ValueError) as caught:
     hf_generation.generation_settings(fields)
