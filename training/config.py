@@ -13,7 +13,7 @@ from data import config as data_config
 from models import config as model_config, execution
 from models.kernels import quantized_linear
 from parallel import config as parallel_config
-from training import average, optimizer, outliers
+from training import average, eval_config, optimizer, outliers
 from training.objectives import next_token
 
 # See training/attention_path.py and models/kernels/quantized_linear.py.
@@ -90,6 +90,9 @@ class Experiment:
   spikes: outliers.SpikeConfig = dataclasses.field(
     default_factory=outliers.SpikeConfig
   )
+  evals: eval_config.EvalsConfig = dataclasses.field(
+    default_factory=eval_config.EvalsConfig
+  )
   ema_decay: float = 0.0  # of an average of the weights, as 0.999; 0: none
   diagnose_non_finite: bool = True  # take a step that gave NaN again, and look
   seed: int = 0  # of initialisation, dropout and data order
@@ -129,6 +132,7 @@ class Experiment:
     self._validate_z_loss()
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
+    self.evals.validate(self.eval_every_steps)
     average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
     last_start = self.data.ramp[-1][0]
     if last_start >= self.num_steps:

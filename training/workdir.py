@@ -361,8 +361,7 @@ def _describe(experiment: config_lib.Experiment) -> dict[str, Any]:
     ],
     'knowledge_cutoff': data['knowledge_cutoff'],
     'lineage': {},
-    # Windows are cut from joined text: their models never see BOS.
-    'has_bos': data['packing'] != 'windows',
+    'has_bos': experiment.data.has_bos,
     'code_commit': _code_commit(),
     'config': config,
   }
