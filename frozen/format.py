@@ -74,7 +74,7 @@ def weights_digest(params: Params) -> str:
   wherever and however they are stored.
   """
   digest = hashlib.sha256()
-  for name, leaf in sorted(_leaves(params).items()):
+  for name, leaf in sorted(leaves_by_path(params).items()):
     array = np.ascontiguousarray(leaf)
     digest.update(f'{name}\0{array.dtype.name}\0{leaf.shape}\0'.encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
@@ -97,7 +97,7 @@ def write(
 
   Args:
     directory: where; its parent is created.
-    params: serving params, all of `dtype`.
+    params: serving params, all of `dtype`; arrays of jax or numpy.
     config: what they are params of.
     dtype: of the weights.
     provenance: where they come from.
@@ -111,7 +111,7 @@ def write(
       holds something else.
   """
   target = pathlib.Path(directory).resolve()
-  _check_params(params, _abstract_params(config, dtype), 'params')
+  _check_params(params, abstract_params(config, dtype), 'params')
   digest = weights_digest(params)
   _check_replaceable(target, digest, overwrite)
   partial = _sibling(target, 'partial')
@@ -158,10 +158,7 @@ def read(
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
   manifest_lib.check_files(directory, manifest)
-  try:
-    config = config_lib.ModelConfig.from_dict(manifest.model)
-  except ValueError as error:
-    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+  config = _config_of(directory, manifest)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = _restore(directory / _PARAMS_DIR, config, manifest.dtype, sharding)
@@ -181,13 +178,7 @@ def read(
   )
 
 
-def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the recommended settings of a frozen directory, unverified."""
-  path = pathlib.Path(directory) / GENERATION_FILE
-  return json.loads(path.read_text('utf-8'))
-
-
-def _leaves(params: Params) -> dict[str, Any]:
+def leaves_by_path(params: Params) -> dict[str, Any]:
   """Returns the leaves by path, 'params/layer_0/mlp/up/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {
@@ -196,7 +187,9 @@ def _leaves(params: Params) -> dict[str, Any]:
   }
 
 
-def _abstract_params(config, dtype: str, sharding=None) -> Params:
+def abstract_params(
+  config: config_lib.ModelConfig, dtype: str, sharding: Any = None
+) -> Params:
   """Returns the shapes of the variables of a model, all of one dtype."""
   model = transformer.Transformer(config=config)
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
@@ -206,9 +199,28 @@ def _abstract_params(config, dtype: str, sharding=None) -> Params:
   )
 
 
+def read_config(directory: str | os.PathLike) -> config_lib.ModelConfig:
+  """Returns the model of a frozen directory; verifies the manifest alone."""
+  directory = pathlib.Path(directory).absolute()
+  return _config_of(directory, manifest_lib.read(directory))
+
+
+def _config_of(directory: pathlib.Path, manifest) -> config_lib.ModelConfig:
+  try:
+    return config_lib.ModelConfig.from_dict(manifest.model)
+  except ValueError as error:
+    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+
+
+def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the recommended settings of a frozen directory, unverified."""
+  path = pathlib.Path(directory) / GENERATION_FILE
+  return json.loads(path.read_text('utf-8'))
+
+
 def _check_params(params: Params, abstract_params: Params, where) -> None:
   """Raises ValueError if names, shapes or dtypes are not those expected."""
-  got, expected = _leaves(params), _leaves(abstract_params)
+  got, expected = leaves_by_path(params), leaves_by_path(abstract_params)
   for name in sorted(got.keys() | expected.keys()):
     found, wanted = (
       f'{np.dtype(side[name].dtype).name}{list(side[name].shape)}'
@@ -224,7 +236,7 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
 
 
 def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
-  target = _abstract_params(config, dtype, sharding)
+  target = abstract_params(config, dtype, sharding)
   with checkpointer() as reader:
     # Orbax casts silently to the dtype asked for, and answers a wrong shape
     # with pages of noise: compare first.

@@ -33,6 +33,8 @@ class Provenance:
   weights: str  # of the run, that are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
+  # Of weights that were trained elsewhere: format, family, source, revision.
+  origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ def read(directory: pathlib.Path) -> Manifest:
       ' use the code that wrote it, or freeze again with this code'
     )
   known = {field.name for field in dataclasses.fields(Manifest)}
-  if set(fields) != known:
+  # Directories were frozen before there was an `origin`.
+  if set(fields) not in (known, known - {'origin'}):
     raise ValueError(
       f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
       f' fields {sorted(known - set(fields))}, expected exactly those of'

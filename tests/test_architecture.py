@@ -23,7 +23,7 @@ MAY_IMPORT = {
   'parallel': set(),
   'data': {'text'},
   'evals': set(),
-  'frozen': {'models', 'parallel'},
+  'frozen': {'models', 'parallel', 'text'},
   'training': {'data', 'evals', 'frozen', 'models', 'parallel', 'text'},
   'inference': {'frozen', 'models', 'parallel', 'text'},
   'experiments': {'data', 'evals', 'models', 'parallel', 'text', 'training'},

@@ -85,6 +85,8 @@ class Experiment:
     default_factory=CheckpointConfig
   )
   freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
+  # Frozen directory whose weights are the first of the run; '': random ones.
+  init_from: str = ''
   objective: Any = next_token.next_token  # objective(params, batch, apply)
   z_loss_weight: float = 0.0  # of log(Z)^2, PaLM took 1e-4; 0: no z-loss
   spikes: outliers.SpikeConfig = dataclasses.field(
