@@ -1,12 +1,13 @@
 """Causal grouped-query attention, for training, prefill and decode alike.
 
-One entry point, `attend`. Queries are taken in blocks of rows: a block sees
-only the keys that can precede it, so the upper triangle of the score matrix is
-never computed, and no [T, T] array exists. Grouped-query attention: Ainslie et
-al., arXiv:2305.13245.
+One entry point, `attend`; over a cache, `models/cached_attention.py`. Queries
+are taken in blocks of rows: a block sees only the keys that can precede it, so
+the upper triangle of the score matrix is never computed, and no [T, T] array
+exists. Grouped-query attention: Ainslie et al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 
 import jax
@@ -24,6 +25,34 @@ _MASKED = -1e30
 Dropout = Callable[[jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """How scores are made of queries and keys; static."""
+
+  window: int = 0  # keys that a query sees, its own included; 0: all before it
+  softcap: float = 0.0  # scores are cap tanh(scores / cap); 0: none
+  scale: float | None = None  # of the scores; None: 1 / sqrt(C)
+
+  def scale_of(self, channels: int) -> float:
+    """Returns what scores are multiplied by."""
+    return 1 / math.sqrt(channels) if self.scale is None else self.scale
+
+
+def sees(slot: jax.Array, position: jax.Array, form: Form) -> jax.Array:
+  """Whether the query at `position` sees the key in `slot`."""
+  is_seen = slot <= position
+  if form.window:
+    is_seen &= slot > position - form.window
+  return is_seen
+
+
+def capped_scores(scores: jax.Array, form: Form) -> jax.Array:
+  """Returns float32 scores within the soft cap (Gemma 2, section 2)."""
+  if not form.softcap:
+    return scores
+  return form.softcap * jnp.tanh(scores / form.softcap)
+
+
 def attend(
   q_BTHC: jax.Array,
   k_BKSC: jax.Array,
@@ -32,6 +61,7 @@ def attend(
   slots_BT: jax.Array | None = None,
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
+  form: Form = Form(),
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
@@ -44,17 +74,20 @@ def attend(
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
+    form: how scores are made.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
   q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
-  q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) / math.sqrt(channels)
+  q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   if slots_BT is not None:
     slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
-    mask_BTS = slot_S[None, None, :] <= slots_BT[:, :, None]
-    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout)
+    mask_BTS = sees(slot_S[None, None, :], slots_BT[:, :, None], form)
+    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form)
   else:
-    out_BKGTC = _attend_causal(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout)
+    out_BKGTC = _attend_causal(
+      q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout, form
+    )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, channels)
 
@@ -64,14 +97,14 @@ def block_rows(time: int) -> int:
   return max(MIN_BLOCK_ROWS, -(-time // MAX_BLOCKS))
 
 
-def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout):
+def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
   time = q_BKGTC.shape[3]
   rows = block_rows(time)
   blocks = []
   for start in range(0, time, rows):
     stop = min(start + rows, time)
     query_R = jnp.arange(start, stop)
-    mask = (jnp.arange(stop)[None, :] <= query_R[:, None])[None]
+    mask = sees(jnp.arange(stop)[None, :], query_R[:, None], form)[None]
     if segment_ids_BT is not None:
       query_segments, key_segments = (
         segment_ids_BT[:, start:stop, None],
@@ -85,12 +118,13 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout):
         v_BKTC[:, :, :stop],
         mask,
         dropout,
+        form,
       )
     )
   return jnp.concatenate(blocks, axis=3)
 
 
-def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
+def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
   """Attention of one block of rows, materialising its scores in float32."""
   batch, num_kv, groups, rows, channels = q_BKGRC.shape
   # Groups and rows become one axis: a matrix product per sequence and head.
@@ -102,7 +136,9 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  scores_BKGRS = scores.reshape(batch, num_kv, groups, rows, -1)
+  scores_BKGRS = capped_scores(
+    scores.reshape(batch, num_kv, groups, rows, -1), form
+  )
   scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
   if dropout is not None:

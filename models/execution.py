@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from models import attention, experts
-from models.kernels import cross_entropy, linear
+from models import attention, cached_attention, experts
+from models.kernels import cross_entropy, linear as linear_lib
 
 # What the backward pass finds stored, besides what enters each layer:
 # none: everything; minimal: the results of the layers' matrix products;
@@ -23,10 +23,14 @@ REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout) -> out_BTHC, causal.
 Attend = Callable[..., jax.Array]
+# (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
+AttendCached = Callable[..., jax.Array]
 # (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> sums.
 WeightedNll = Callable[..., cross_entropy.LossSums]
 # (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
 Linear = Callable[..., Any]
+# (hidden[..., D], head_VD, dtype) -> float32 logits[..., V]
+Unembed = Callable[..., jax.Array]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.
 ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
@@ -37,15 +41,17 @@ RunLayers = Callable[..., tuple[jax.Array, Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a training or evaluation pass is computed.
+  """How a pass is computed.
 
-  Hashable, as linen modules are. Of all ports, passes with a cache use
-  `linear` and `apply_experts` alone.
+  Hashable, as linen modules are. Passes with a cache use `attend_cached`,
+  `linear`, `unembed` and `apply_experts`, those of training all but the first.
   """
 
   remat: str = 'none'  # one of REMAT
   attend: Attend = attention.attend
+  attend_cached: AttendCached = cached_attention.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
-  linear: Linear = linear.linear
+  linear: Linear = linear_lib.linear
+  unembed: Unembed = linear_lib.unembed
   apply_experts: ApplyExperts = experts.apply_experts
   run_layers: RunLayers | None = None  # None: one after the other

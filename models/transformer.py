@@ -89,7 +89,9 @@ class Attention(nn.Module):
       )
     else:
       cache = kv_cache.write(cache, k_BTKC, v_BTKC, positions_BT)
-      out_BTHC = attention.attend(q_BTHC, *cache, slots_BT=positions_BT)
+      out_BTHC = self.execution.attend_cached(
+        q_BTHC, cache, positions_BT, attention.Form()
+      )
     out_BTD = mlp.Linear(
       config.model_width,
       self.dtype,
@@ -333,20 +335,16 @@ class Transformer(nn.Module):
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D]."""
-    head_VD = self.head_matrix()
-    logits = jax.lax.dot_general(
-      hidden.astype(self.dtype),
-      head_VD.astype(self.dtype),
-      (((hidden.ndim - 1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    logits = self.execution.unembed(hidden, self.head_matrix(), self.dtype)
     return cross_entropy.capped(logits, self.config.logit_softcap)
 
   def _check_length(self, tokens_BT, cache) -> None:
     # Beyond the table a lookup would be clamped: wrong, and silent.
     length = tokens_BT.shape[1]
     if cache is not None:
-      length = max(length, kv_cache.length(cache))
+      # Who fills pages keeps to the length: what a table could hold may be more.
+      slots = kv_cache.length(cache)
+      length = 0 if slots is None else max(length, slots)
     if self.config.positions == 'learned' and length > self.config.max_length:
       raise ValueError(
         f'learned positions: got a row or cache of {length} tokens, expected'

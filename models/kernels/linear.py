@@ -24,6 +24,13 @@ def linear(
   return y
 
 
+def unembed(hidden: jax.Array, head_VD: jax.Array, dtype) -> jax.Array:
+  """Returns float32 logits [..., V] of hidden states [..., D]."""
+  return _contract(
+    hidden.astype(dtype), head_VD.astype(dtype), (hidden.ndim - 1,), (1,)
+  )
+
+
 def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
   y = _product(x_cast, w_cast, (x.ndim - 1,), (0,), dtype)
