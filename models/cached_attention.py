@@ -1,18 +1,17 @@
-"""Attention over a cache, dense or paged: `Execution.attend_cached`, the default.
+"""Attention over a cache, dense or paged: the default of an `Execution`.
 
-Accelerators have kernels for pages (`models/kernels/`); whoever builds an engine
-chooses one of them in this one's place.
+Accelerators have kernels for pages (`models/kernels/`); whoever builds an
+engine chooses one of them in this one's place.
 """
 
 import jax
-import jax.numpy as jnp
 
 from models import attention, kv_cache, paged_attention
 
 
 def attend(
   q_BTHC: jax.Array,
-  cache: kv_cache.LayerCache | kv_cache.PagedLayer,
+  cache: kv_cache.Layer,
   positions_BT: jax.Array,
   form: attention.Form,
 ) -> jax.Array:

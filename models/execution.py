@@ -31,6 +31,8 @@ WeightedNll = Callable[..., cross_entropy.LossSums]
 Linear = Callable[..., Any]
 # (hidden[..., D], head_VD, dtype) -> float32 logits[..., V]
 Unembed = Callable[..., jax.Array]
+# (function, x[..., I]) -> function(x), which treats every [I] by itself.
+ByRow = Callable[..., Any]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.
 ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
@@ -39,12 +41,17 @@ ApplyExperts = Callable[..., jax.Array]
 RunLayers = Callable[..., tuple[jax.Array, Any]]
 
 
+def at_once(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+  """Applies a function of rows to all of them together."""
+  return function(x)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
   """How a pass is computed.
 
-  Hashable, as linen modules are. Passes with a cache use `attend_cached`,
-  `linear`, `unembed` and `apply_experts`, those of training all but the first.
+  Hashable, as linen modules are. Passes with a cache use `attend_cached` in
+  place of `attend`, and neither `weighted_nll` nor `run_layers`.
   """
 
   remat: str = 'none'  # one of REMAT
@@ -52,6 +59,8 @@ class Execution:
   attend_cached: AttendCached = cached_attention.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
   linear: Linear = linear_lib.linear
+  exact_linear: Linear = linear_lib.exact_linear  # of routers
   unembed: Unembed = linear_lib.unembed
+  by_row: ByRow = at_once  # norms and routing: what adds up within a row
   apply_experts: ApplyExperts = experts.apply_experts
   run_layers: RunLayers | None = None  # None: one after the other

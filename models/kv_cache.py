@@ -63,6 +63,8 @@ class PagedLayer(NamedTuple):
     return (num_tokens - num_decodes) // num_blocks if num_blocks else 0
 
 
+Layer = LayerCache | PagedLayer
+
 # A tuple with a LayerCache per layer; one stacked LayerCache if layers are
 # scanned. The tuple decodes faster: a scan copies the cache in and out. A paged
 # cache is always a tuple.
@@ -121,11 +123,11 @@ def length(cache: Cache) -> int | None:
 
 
 def write(
-  cache: LayerCache | PagedLayer,
+  cache: Layer,
   k_BTKC: jax.Array,
   v_BTKC: jax.Array,
   positions_BT: jax.Array,
-) -> LayerCache | PagedLayer:
+) -> Any:
   """Puts the keys and values of position p where the cache has position p.
 
   Positions beyond the last slot of a dense cache, and negative ones in a paged

@@ -11,6 +11,7 @@ balance is therefore judged within each row, as in DeepSeek-V3.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -51,11 +52,16 @@ class Moe(nn.Module):
       jnp.float32,
       False,
       mup.router_std(config),
-      _exact_linear,
+      self.execution.exact_linear,
       name='router',
     )(x_BTD)
-    ids_BTA, gates_BTA = route(
-      logits_BTE, config.num_active_experts, norm_topk=config.norm_topk
+    ids_BTA, gates_BTA = self.execution.by_row(
+      functools.partial(
+        route,
+        num_active=config.num_active_experts,
+        norm_topk=config.norm_topk,
+      ),
+      logits_BTE,
     )
     apply = self.execution.apply_experts
     if self.is_initializing():  # with one token, which no mesh can split
@@ -97,7 +103,7 @@ class _Kernel(nn.Module):
 
 
 def route(
-  logits_BTE: jax.Array, num_active: int, *, norm_topk: bool
+  logits_BTE: jax.Array, *, num_active: int, norm_topk: bool
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the likeliest experts of each token and their weights, [B, T, A].
 
@@ -154,11 +160,3 @@ def routing_sums(
     + config.router_z_weight * z_sum,
     'expert_load': jnp.sum(load_BE, axis=0),
   }
-
-
-def _exact_linear(x, w_IO, bias_O, dtype):
-  """Multiplies in float32 everywhere: no TensorFloat-32, no bfloat16 passes."""
-  del bias_O
-  return jnp.matmul(
-    x.astype(dtype), w_IO.astype(dtype), precision=jax.lax.Precision.HIGHEST
-  )

@@ -4,7 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib
+from models import config as config_lib, execution as execution_lib
 
 
 class Norm(nn.Module):
@@ -12,16 +12,13 @@ class Norm(nn.Module):
 
   config: config_lib.ModelConfig
   gain: float = 1.0  # the result is multiplied by it, before it is rounded
+  by_row: execution_lib.ByRow = execution_lib.at_once
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     scale_D = self.param('scale', nn.initializers.ones, (width,))
-    y = x.astype(jnp.float32)
-    if self.config.norm == 'layernorm':
-      y = y - jnp.mean(y, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+    y = self.by_row(self._normalised, x.astype(jnp.float32))
     y = y * _along_last(scale_D, x.ndim)
     if self.config.norm == 'layernorm' and self.config.use_bias:
       bias_D = self.param('bias', nn.initializers.zeros, (width,))
@@ -29,6 +26,12 @@ class Norm(nn.Module):
     if self.gain != 1:
       y = y * self.gain
     return y.astype(x.dtype)
+
+  def _normalised(self, y: jax.Array) -> jax.Array:
+    if self.config.norm == 'layernorm':
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(variance + self.config.norm_epsilon)
 
 
 def _along_last(vector: jax.Array, ndim: int) -> jax.Array:

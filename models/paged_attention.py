@@ -84,7 +84,17 @@ def attend_rows(
       result means nothing.
     form: how scores are made.
     group: sequences that share a loop over tiles, a divisor of B.
+
+  Raises:
+    ValueError: the slots of a page table are no whole number of tiles.
   """
+  if (slots := table_BL.shape[1] * pages.page_size) % TILE_SLOTS:
+    # The last tile would be moved back to fit, and read other positions.
+    raise ValueError(
+      f'page table: got {table_BL.shape[1]} pages of {pages.page_size} tokens,'
+      f' {slots} slots, expected a multiple of {TILE_SLOTS}; widen the table'
+      ' with page 0'
+    )
   batch, rows, heads, channels = q_BRHC.shape
   num_kv = pages.kv_PQYC.shape[2] // 2
   q_BRKGC = q_BRHC.reshape(batch, rows, num_kv, -1, channels)
@@ -97,7 +107,8 @@ def attend_rows(
   split = batch // group, group
 
   def one_group(args):
-    return _attend_group(*args, pages, form, rows)
+    q_BKMC, table_BL, positions_BR = args
+    return _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows)
 
   grouped = jax.tree.map(
     lambda x: x.reshape(*split, *x.shape[1:]), (q_BKMC, table_BL, positions_BR)

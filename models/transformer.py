@@ -51,8 +51,8 @@ class Attention(nn.Module):
     angles_BTc: jax.Array | None,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    cache: kv_cache.LayerCache | None,
-  ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
+    cache: kv_cache.Layer | None,
+  ) -> tuple[jax.Array, kv_cache.Layer | None]:
     config = self.config
 
     def project(name: str, heads: int) -> jax.Array:
@@ -71,8 +71,9 @@ class Attention(nn.Module):
     v_BTKC = project('value', config.num_kv_heads)
     if config.qk_norm:
       norm = dataclasses.replace(config, norm='rmsnorm')  # whatever the others
-      q_BTHC = norms.Norm(norm, name='query_norm')(q_BTHC)
-      k_BTKC = norms.Norm(norm, name='key_norm')(k_BTKC)
+      by_row = self.execution.by_row
+      q_BTHC = norms.Norm(norm, by_row=by_row, name='query_norm')(q_BTHC)
+      k_BTKC = norms.Norm(norm, by_row=by_row, name='key_norm')(k_BTKC)
     if (multiplier := mup.query_multiplier(config)) != 1:
       q_BTHC = q_BTHC * multiplier  # here, for every way of attending
     if angles_BTc is not None:
@@ -119,17 +120,19 @@ class Block(nn.Module):
   def __call__(self, x_BTD, cache, angles_BTc, positions_BT, segment_ids_BT):
     config = self.config
     dropout = _dropout(self, config.dropout_rate)
+    by_row = self.execution.by_row
     x_BTD = remat.named_input(nn.with_logical_constraint(x_BTD, axes.STREAM))
     attend = Attention(config, self.dtype, self.execution, name='attention')
     y_BTD, cache = attend(
-      norms.Norm(config, name='attention_norm')(x_BTD),
+      norms.Norm(config, by_row=by_row, name='attention_norm')(x_BTD),
       angles_BTc,
       positions_BT,
       segment_ids_BT,
       cache,
     )
     x_BTD = x_BTD + dropout(y_BTD)
-    normed_BTD = norms.Norm(config, name='mlp_norm')(x_BTD)
+    mlp_norm = norms.Norm(config, by_row=by_row, name='mlp_norm')
+    normed_BTD = mlp_norm(x_BTD)
     parts = config, self.dtype, self.execution
     routing = None
     if config.num_experts:
@@ -181,7 +184,9 @@ class Transformer(nn.Module):
     self.dropout = nn.Dropout(config.dropout_rate)
     # Logits are linear in what the head is applied to: multiplied here, they
     # are so in every loss and in decoding.
-    self.final_norm = norms.Norm(config, mup.logit_multiplier(config))
+    self.final_norm = norms.Norm(
+      config, mup.logit_multiplier(config), self.execution.by_row
+    )
     if not config.tie_embeddings:
       self.head = nn.Embed(
         config.vocab_size, config.model_width, embedding_init=normal
@@ -342,7 +347,7 @@ class Transformer(nn.Module):
     # Beyond the table a lookup would be clamped: wrong, and silent.
     length = tokens_BT.shape[1]
     if cache is not None:
-      # Who fills pages keeps to the length: what a table could hold may be more.
+      # Whoever fills pages keeps to the length; tables could hold more.
       slots = kv_cache.length(cache)
       length = 0 if slots is None else max(length, slots)
     if self.config.positions == 'learned' and length > self.config.max_length:

@@ -137,7 +137,9 @@ def _sums(config, logits_BTE, is_real_BT=None):
   @jax.jit
   def sums(logits_BTE):
     ids_BTA, _ = moe.route(
-      logits_BTE, config.num_active_experts, norm_topk=config.norm_topk
+      logits_BTE,
+      num_active=config.num_active_experts,
+      norm_topk=config.norm_topk,
     )
     return moe.routing_sums(config, logits_BTE, ids_BTA, is_real_BT)
 

@@ -190,3 +190,11 @@ def test_copied_pages_hold_what_their_sources_held_in_every_layer():
     np.testing.assert_array_equal(
       pool.kv_PQYC[:, 0, 0, 0], np.asarray([0, 2, 2, 3]) + 10 * n
     )
+
+
+def test_a_table_that_is_no_whole_number_of_tiles_is_refused():
+  case = _Case(16, [100])
+  case.table_BL = case.table_BL[:, :6]
+  q_B1HC = _normal(np.random.default_rng(1), 1, 1, _HEADS, _WIDTH)
+  with pytest.raises(ValueError, match='got 6 pages of 16 tokens, 96 slots'):
+    _both(case, q_B1HC, jnp.asarray([[90]]))
