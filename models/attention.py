@@ -1,9 +1,10 @@
 """Causal grouped-query attention, for training, prefill and decode alike.
 
-Queries are taken in blocks of rows: a block sees only the keys that can precede
-it, and of a window only those within reach, so the rest of the score matrix is
-never computed, and no [T, T] array exists. Grouped-query attention: Ainslie et
-al., arXiv:2305.13245.
+One entry point, `attend`; over a cache, `models/cached_attention.py`. Queries
+are taken in blocks of rows: a block sees only the keys that can precede it, and
+of a window those within reach, so that the rest of the score matrix is never
+computed, and no [T, T] array exists. Grouped-query attention: Ainslie et al.,
+arXiv:2305.13245.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models import kv_cache
-
 # Rows of queries per block. Smaller skips more of the triangle (a share of
 # (1 - R/T) / 2), larger multiplies bigger matrices and compiles less code.
 MIN_BLOCK_ROWS = 64
@@ -22,25 +21,37 @@ MAX_BLOCKS = 16
 
 # Finite, so that a row with every key masked gives a uniform average and
 # finite gradients rather than NaN.
-MASKED = -1e30
+_MASKED = -1e30
 
 Dropout = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """Which function of queries, keys and values attention is. Static."""
+  """How scores are made of queries and keys; static."""
 
-  window: int = 0  # keys seen, the query's own included; 0: all before it
-  softcap: float = 0.0  # cap; scores are cap tanh(score / cap). 0: none
-  scale: float | None = None  # of scores; None: 1 / sqrt(C)
+  window: int = 0  # keys that a query sees, its own included; 0: all before it
+  softcap: float = 0.0  # scores are cap tanh(scores / cap); 0: none
+  scale: float | None = None  # of the scores; None: 1 / sqrt(C)
 
   def scale_of(self, channels: int) -> float:
-    """Returns what scores of so many channels are multiplied by."""
+    """Returns what scores are multiplied by."""
     return 1 / math.sqrt(channels) if self.scale is None else self.scale
 
 
-PLAIN = Form()
+def sees(slot: jax.Array, position: jax.Array, form: Form) -> jax.Array:
+  """Whether the query at `position` sees the key in `slot`."""
+  is_seen = slot <= position
+  if form.window:
+    is_seen &= slot > position - form.window
+  return is_seen
+
+
+def capped_scores(scores: jax.Array, form: Form) -> jax.Array:
+  """Returns float32 scores within the soft cap (Gemma 2, section 2)."""
+  if not form.softcap:
+    return scores
+  return form.softcap * jnp.tanh(scores / form.softcap)
 
 
 def attend(
@@ -51,71 +62,35 @@ def attend(
   slots_BT: jax.Array | None = None,
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
-  form: Form = PLAIN,
+  form: Form = Form(),
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
     k_BKSC: keys, one per slot.
-    v_BKSC: values, one per slot; they may have another C, as the output then.
+    v_BKSC: values, one per slot; of another C, the output has that one.
     slots_BT: the slot of each query; it sees the slots up to its own. None
       when the keys are those of this very call (S = T, query t in slot t).
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
-    form: window, soft-cap and scale.
+    form: how scores are made.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
   q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
   q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   if slots_BT is not None:
-    mask_BTS = slots_seen(slots_BT, k_BKSC.shape[2], form.window)
-    out_BKGTC = _attend_rows(
-      q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form.softcap
-    )
+    slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
+    mask_BTS = sees(slot_S[None, None, :], slots_BT[:, :, None], form)
+    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form)
   else:
     out_BKGTC = _attend_causal(
       q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout, form
     )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
-
-
-def attend_cached(
-  q_BTHC: jax.Array,
-  cache: kv_cache.LayerCache,
-  positions_BT: jax.Array,
-  *,
-  form: Form = PLAIN,
-) -> jax.Array:
-  """Returns the attention of queries over what a cache holds, [B, T, H, C].
-
-  Args:
-    q_BTHC: queries, whose own keys are in the cache already.
-    cache: of one layer.
-    positions_BT: of the queries.
-    form: window, soft-cap and scale.
-  """
-  return attend(q_BTHC, *cache, slots_BT=positions_BT, form=form)
-
-
-def slots_seen(
-  slots_BT: jax.Array, num_slots: int, window: int = 0
-) -> jax.Array:
-  """Returns which slots the query of each slot sees, bool [B, T, S]."""
-  slot_11S = jnp.arange(num_slots, dtype=slots_BT.dtype)[None, None, :]
-  slots_BT1 = slots_BT[:, :, None]
-  mask_BTS = slot_11S <= slots_BT1
-  if window:
-    mask_BTS = mask_BTS & (slot_11S > slots_BT1 - window)
-  return mask_BTS
-
-
-def capped(scores: jax.Array, softcap: float) -> jax.Array:
-  """Returns scores between -softcap and softcap; as they are if it is 0."""
-  return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
 def block_rows(time: int) -> int:
@@ -131,11 +106,8 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
     stop = min(start + rows, time)
     # The first key that the block's first row sees.
     first = max(0, start - form.window + 1) if form.window else 0
-    query_R1 = jnp.arange(start, stop)[:, None]
-    key_1S = jnp.arange(first, stop)[None, :]
-    mask = (key_1S <= query_R1)[None]
-    if form.window:
-      mask = mask & (key_1S > query_R1 - form.window)[None]
+    query_R = jnp.arange(start, stop)
+    mask = sees(jnp.arange(first, stop)[None, :], query_R[:, None], form)[None]
     if segment_ids_BT is not None:
       query_segments, key_segments = (
         segment_ids_BT[:, start:stop, None],
@@ -149,13 +121,13 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
         v_BKTC[:, :, first:stop],
         mask,
         dropout,
-        form.softcap,
+        form,
       )
     )
   return jnp.concatenate(blocks, axis=3)
 
 
-def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, softcap):
+def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
   """Attention of one block of rows, materialising its scores in float32."""
   batch, num_kv, groups, rows, channels = q_BKGRC.shape
   # Groups and rows become one axis: a matrix product per sequence and head.
@@ -167,9 +139,10 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, softcap):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  scores = capped(scores, softcap)
-  scores_BKGRS = scores.reshape(batch, num_kv, groups, rows, -1)
-  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, MASKED)
+  scores_BKGRS = capped_scores(
+    scores.reshape(batch, num_kv, groups, rows, -1), form
+  )
+  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
   if dropout is not None:
     probs_BKGRS = dropout(probs_BKGRS)

@@ -11,7 +11,10 @@ literal axis (`mask_1TS`). Einsum strings use the same letters.
   N layers                     R rows of queries handled together
   E experts                    M tokens of all rows, B x T
   A active experts             J copies of tokens for experts, M x A
-                               L latent, what keys and values are made from
+  P pages in a pool            Q tokens per page
+  Y keys and values of heads   L pages of a sequence, its page table
+    in turn, 2K                X blocks of prompt tokens in a step
+  U latent, what keys and values are made from
 
 Logical axes name what a dimension of a parameter or an activation *is*. Only
 `parallel/rules.py` knows on which mesh axis, if any, each of them is laid out.

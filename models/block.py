@@ -9,6 +9,7 @@ soft-caps bound scores and logits (Gemma 2, arXiv:2408.00118, section 2).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -60,8 +61,8 @@ class Attention(nn.Module):
     angles_BTc: jax.Array | None,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    cache: kv_cache.LayerCache | None,
-  ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
+    cache: kv_cache.Layer | None,
+  ) -> tuple[jax.Array, kv_cache.Layer | None]:
     config = self.config
     q_BTHC, k_BTKC, v_BTKC = self._project(x_BTD)
     if (multiplier := mup.query_multiplier(config)) != 1:
@@ -89,7 +90,7 @@ class Attention(nn.Module):
       )
     else:
       cache = kv_cache.write(cache, k_BTKC, v_BTKC, positions_BT)
-      out_BTHC = attention.attend_cached(q_BTHC, cache, positions_BT, form=form)
+      out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
     out_BTD = mlp.Linear(
       config.model_width,
       self.dtype,
@@ -103,7 +104,11 @@ class Attention(nn.Module):
   def _project(self, x_BTD):
     """Returns queries, keys and values, the first two normalised."""
     config = self.config
-    norm = dataclasses.replace(config, norm='rmsnorm')  # whatever the others
+    norm = functools.partial(
+      norms.Norm,
+      dataclasses.replace(config, norm='rmsnorm'),  # whatever the others
+      by_row=self.execution.by_row,
+    )
 
     def project(name: str, heads: int, norm_name: str = '') -> jax.Array:
       y = mlp.Linear(
@@ -116,10 +121,10 @@ class Attention(nn.Module):
       )(x_BTD)
       has_norm = config.qk_norm and norm_name
       if has_norm and config.qk_norm_whole:
-        y = norms.Norm(norm, name=norm_name)(y)
+        y = norm(name=norm_name)(y)
       y = y.reshape((*y.shape[:2], heads, config.head_width))
       if has_norm and not config.qk_norm_whole:
-        y = norms.Norm(norm, name=norm_name)(y)
+        y = norm(name=norm_name)(y)
       return y
 
     return (
@@ -173,13 +178,16 @@ class Block(nn.Module):
     """Normalises what goes into one of the two."""
     if self.config.norm_place == 'after':
       return x_BTD
-    return norms.Norm(self.config, name=name)(x_BTD)
+    return self._norm(name)(x_BTD)
 
   def _after(self, name, y_BTD):
     """Normalises what comes out of it, before it is added to the stream."""
     if self.config.norm_place == 'before':
       return y_BTD
-    return norms.Norm(self.config, name=f'{name}_after')(y_BTD)
+    return self._norm(f'{name}_after')(y_BTD)
+
+  def _norm(self, name):
+    return norms.Norm(self.config, by_row=self.execution.by_row, name=name)
 
   def _feed_forward(self, x_BTD, segment_ids_BT):
     """Returns what a dense block makes of it, or experts, and the routing."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from models import attention, experts
-from models.kernels import cross_entropy, linear
+from models import attention, cached_attention, experts
+from models.kernels import cross_entropy, linear as linear_lib
 
 # What the backward pass finds stored, besides what enters each layer:
 # none: everything; minimal: the results of the layers' matrix products;
@@ -24,10 +24,16 @@ REMAT = ('none', 'minimal', 'full', 'offload')
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
 # causal, form a `models.attention.Form`.
 Attend = Callable[..., jax.Array]
+# (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
+AttendCached = Callable[..., jax.Array]
 # (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> sums.
 WeightedNll = Callable[..., cross_entropy.LossSums]
 # (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
 Linear = Callable[..., Any]
+# (hidden[..., D], head_VD, dtype) -> float32 logits[..., V]
+Unembed = Callable[..., jax.Array]
+# (function, x[..., I]) -> function(x), which treats every [I] by itself.
+ByRow = Callable[..., Any]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.
 ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
@@ -36,17 +42,26 @@ ApplyExperts = Callable[..., jax.Array]
 RunLayers = Callable[..., tuple[jax.Array, Any]]
 
 
+def at_once(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+  """Applies a function of rows to all of them together."""
+  return function(x)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a training or evaluation pass is computed.
+  """How a pass is computed.
 
-  Hashable, as linen modules are. Of all ports, passes with a cache use
-  `linear` and `apply_experts` alone.
+  Hashable, as linen modules are. Passes with a cache use `attend_cached` in
+  place of `attend`, and neither `weighted_nll` nor `run_layers`.
   """
 
   remat: str = 'none'  # one of REMAT
   attend: Attend = attention.attend
+  attend_cached: AttendCached = cached_attention.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
-  linear: Linear = linear.linear
+  linear: Linear = linear_lib.linear
+  exact_linear: Linear = linear_lib.exact_linear  # of routers
+  unembed: Unembed = linear_lib.unembed
+  by_row: ByRow = at_once  # norms and routing: what adds up within a row
   apply_experts: ApplyExperts = experts.apply_experts
   run_layers: RunLayers | None = None  # None: one after the other

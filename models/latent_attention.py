@@ -1,19 +1,21 @@
 """Multi-head latent attention: keys and values from one small vector per token.
 
-DeepSeek-V2, arXiv:2405.04434, section 2.1. Of every token a vector of L numbers
+DeepSeek-V2, arXiv:2405.04434, section 2.1. Of every token a vector of U numbers
 is kept, from which each head makes its keys and values, and besides them the
 few channels of a key that are rotated, which all heads share:
 
-    latent = norm(x W_latent)            [L]   kept in the cache as the value
-    rope   = rotate(x W_key_rope)        [r]   kept in the cache as the key
-    key    = [rope, latent W_key_up]           of each head
-    value  = latent W_value_up                 of each head
+    latent = norm(x W_latent)        [U]
+    rope   = rotate(x W_key_rope)    [r]
+    key    = [rope, latent W_key_up]       of each head
+    value  = latent W_value_up             of each head
 
 A pass without a cache computes keys and values and attends as any other. One
 with a cache never does: a score is q W_key_up^T latent, so queries are taken
 into the space of latents, attend there, and what they find is taken out of it
-by W_value_up (the paper's appendix C, "absorbed"). The cache is read once, with
-(L + r) numbers per token and layer instead of 2 H C.
+by W_value_up (the paper's appendix C). To the cache, and to whatever attends
+over it, that is a single head whose keys [rope, latent] are its values, too; of
+what comes out, the channels of the rope mean nothing. A token and layer keep
+r + U numbers instead of 2 H C.
 
 Rotated channels are the first r of a head, where the paper has the last: an
 order of channels that scores do not depend on.
@@ -57,14 +59,14 @@ class LatentAttention(nn.Module):
     angles_BTc: jax.Array | None,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    cache: kv_cache.LayerCache | None,
-  ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
+    cache: kv_cache.Layer | None,
+  ) -> tuple[jax.Array, kv_cache.Layer | None]:
     config = self.config
     q_BTHC = self._queries(x_BTD)
-    latent_BTL = self._linear('latent', config.latent_width, config.qkv_bias)(
+    latent_BTU = self._linear('latent', config.latent_width, config.qkv_bias)(
       x_BTD
     )
-    latent_BTL = self._norm('latent_norm')(latent_BTL)
+    latent_BTU = self._norm('latent_norm')(latent_BTU)
     rope_BT1r = self._linear('key_rope', config.rotary_width, config.qkv_bias)(
       x_BTD
     )[:, :, None, :]
@@ -73,19 +75,16 @@ class LatentAttention(nn.Module):
       q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
       rope_BT1r = rope.rotate(rope_BT1r, angles_BTc, amplitude)
     up = Up(config, name='key_up')(), Up(config, name='value_up')()
-    form = attention.Form(scale=config.query_scale or None)
+    # By the width of the heads, not of what queries are taken into.
+    form = attention.Form(scale=config.query_scale or config.head_width**-0.5)
     if cache is None:
       out_BTHC = self._attend_whole(
-        q_BTHC, latent_BTL, rope_BT1r, up, segment_ids_BT, form
+        q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
       )
     else:
-      cache = kv_cache.write(
-        cache, rope_BT1r, latent_BTL[:, :, None, :], positions_BT
-      )
-      key_LHC, value_LHC = (w.astype(self.dtype) for w in up)
-      out_BTHC = attend_latent(
-        q_BTHC, cache, positions_BT, key_LHC, value_LHC, form
-      )
+      kv_BT1C = jnp.concatenate([rope_BT1r, latent_BTU[:, :, None]], axis=3)
+      cache = kv_cache.write(cache, kv_BT1C, kv_BT1C, positions_BT)
+      out_BTHC = self._attend_cached(q_BTHC, cache, positions_BT, up, form)
     out_BTD = self._linear(
       'out', config.model_width, config.out_bias, mlp.residual_std(config)
     )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))
@@ -109,12 +108,12 @@ class LatentAttention(nn.Module):
     return q_BTHC
 
   def _attend_whole(
-    self, q_BTHC, latent_BTL, rope_BT1r, up, segment_ids_BT, form
+    self, q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
   ):
     """Attends with the keys and values of every head, as training does."""
     config = self.config
-    key_LHC, value_LHC = (w.astype(self.dtype) for w in up)
-    k_BHTC = jnp.einsum('BTL,LHC->BHTC', latent_BTL, key_LHC)
+    key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
+    k_BHTC = jnp.einsum('BTU,UHC->BHTC', latent_BTU, key_UHC)
     rope_BHTr = jnp.broadcast_to(
       rope_BT1r.swapaxes(1, 2), (*k_BHTC.shape[:3], rope_BT1r.shape[3])
     )
@@ -122,13 +121,22 @@ class LatentAttention(nn.Module):
     return self.execution.attend(
       q_BTHC,
       jnp.concatenate([rope_BHTr, k_BHTC], axis=3),
-      jnp.einsum('BTL,LHC->BHTC', latent_BTL, value_LHC),
+      jnp.einsum('BTU,UHC->BHTC', latent_BTU, value_UHC),
       segment_ids_BT=segment_ids_BT,
       dropout=nn.Dropout(config.dropout_rate, deterministic=False)
       if has_dropout
       else None,
       form=form,
     )
+
+  def _attend_cached(self, q_BTHC, cache, positions_BT, up, form):
+    """Attends with queries that were taken into the space of latents."""
+    key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
+    width = self.config.rotary_width
+    q_BTHU = jnp.einsum('BTHC,UHC->BTHU', q_BTHC[..., width:], key_UHC)
+    q_BTHC = jnp.concatenate([q_BTHC[..., :width], q_BTHU], axis=3)
+    out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
+    return jnp.einsum('BTHU,UHC->BTHC', out_BTHC[..., width:], value_UHC)
 
   def _linear(self, name, width, use_bias=False, std=None):
     config = self.config
@@ -141,11 +149,11 @@ class LatentAttention(nn.Module):
     config = dataclasses.replace(
       self.config, norm='rmsnorm', norm_epsilon=LATENT_EPSILON
     )
-    return norms.Norm(config, name=name)
+    return norms.Norm(config, by_row=self.execution.by_row, name=name)
 
 
 class Up(nn.Module):
-  """What makes the keys or values of all heads from a latent, [L, H, C]."""
+  """What makes the keys or values of all heads from a latent, [U, H, C]."""
 
   config: config_lib.ModelConfig
 
@@ -160,46 +168,3 @@ class Up(nn.Module):
       'kernel', nn.initializers.normal(mup.hidden_std(config)), shape
     )
     return kernel.reshape((shape[0], config.num_heads, channels))
-
-
-def attend_latent(
-  q_BTHC: jax.Array,
-  cache: kv_cache.LayerCache,
-  positions_BT: jax.Array,
-  key_LHC: jax.Array,
-  value_LHC: jax.Array,
-  form: attention.Form,
-) -> jax.Array:
-  """Returns the attention of queries over cached latents, [B, T, H, C].
-
-  Args:
-    q_BTHC: queries, rotated channels first.
-    cache: of one layer: rotated channels [B, 1, S, r], latents [B, 1, S, L].
-    positions_BT: of the queries.
-    key_LHC: makes a head's other channels of a key.
-    value_LHC: makes a head's value.
-    form: of which only the scale may be set.
-  """
-  rope_BSr, latent_BSL = cache.k_BKSC[:, 0], cache.v_BKSC[:, 0]
-  q_BTHC = q_BTHC * form.scale_of(q_BTHC.shape[3])
-  width = rope_BSr.shape[2]
-  q_BTHL = jnp.einsum('BTHC,LHC->BTHL', q_BTHC[..., width:], key_LHC)
-
-  def over_channels(x_BTHI, y_BSI):
-    # Heads and tokens are rows of one matrix product per sequence.
-    return jnp.einsum(
-      'BTHI,BSI->BTHS', x_BTHI, y_BSI, preferred_element_type=jnp.float32
-    )
-
-  scores_BTHS = over_channels(q_BTHC[..., :width], rope_BSr)
-  scores_BTHS = scores_BTHS + over_channels(q_BTHL, latent_BSL)
-  mask_BTS = attention.slots_seen(positions_BT, rope_BSr.shape[1])
-  scores_BTHS = jnp.where(mask_BTS[:, :, None], scores_BTHS, attention.MASKED)
-  probs_BTHS = jax.nn.softmax(scores_BTHS, axis=-1)
-  out_BTHL = jnp.einsum(
-    'BTHS,BSL->BTHL',
-    probs_BTHS.astype(latent_BSL.dtype),
-    latent_BSL,
-    preferred_element_type=jnp.float32,
-  )
-  return jnp.einsum('BTHL,LHC->BTHC', out_BTHL.astype(q_BTHC.dtype), value_LHC)

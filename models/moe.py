@@ -14,6 +14,7 @@ balance is therefore judged within each row, as in DeepSeek-V3.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -54,13 +55,15 @@ class Moe(nn.Module):
       jnp.float32,
       False,
       mup.router_std(config),
-      _exact_linear,
+      self.execution.exact_linear,
       name='router',
     )(x_BTD)
     correction_E = None
     if config.router_correction:
       correction_E = _Bias(config.num_experts, name='router_correction')()
-    ids_BTA, gates_BTA = route(config, logits_BTE, correction_E)
+    ids_BTA, gates_BTA = self.execution.by_row(
+      functools.partial(route, config, correction_E=correction_E), logits_BTE
+    )
     apply = self.execution.apply_experts
     if self.is_initializing():  # with one token, which no mesh can split
       apply = experts.apply_experts
@@ -112,55 +115,51 @@ class _Bias(nn.Module):
 
 def route(
   config: config_lib.ModelConfig,
-  logits_BTE: jax.Array,
+  logits: jax.Array,
   correction_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the likeliest experts of each token and their weights, [B, T, A].
+  """Returns the likeliest experts of each token and their weights, [..., A].
 
   With `norm_topk` the weights add up to `router_scale` (Mixtral,
   arXiv:2401.04088, section 2.1), else to that times the scores of the chosen.
 
   Args:
     config: how experts are scored and chosen.
-    logits_BTE: float32.
+    logits: float32, [..., E].
     correction_E: added to scores where they are compared.
   """
   is_sigmoid = config.router_score == 'sigmoid'
-  score = jax.nn.sigmoid if is_sigmoid else jax.nn.softmax
-  scores_BTE = score(logits_BTE)
-  compared_BTE = scores_BTE
+  scores = (jax.nn.sigmoid if is_sigmoid else jax.nn.softmax)(logits)
+  compared = scores
   if correction_E is not None:
-    compared_BTE = scores_BTE + correction_E.astype(jnp.float32)[None, None, :]
+    correction = correction_E.astype(jnp.float32)
+    compared = scores + correction.reshape((1,) * (logits.ndim - 1) + (-1,))
   if config.num_expert_groups:
-    compared_BTE = _in_best_groups(config, compared_BTE)
-  if compared_BTE is scores_BTE:
-    gates_BTA, ids_BTA = jax.lax.top_k(scores_BTE, config.num_active_experts)
+    compared = _in_best_groups(config, compared)
+  if compared is scores:
+    gates, ids = jax.lax.top_k(scores, config.num_active_experts)
   else:
-    _, ids_BTA = jax.lax.top_k(compared_BTE, config.num_active_experts)
-    gates_BTA = jnp.take_along_axis(scores_BTE, ids_BTA, axis=-1)
+    _, ids = jax.lax.top_k(compared, config.num_active_experts)
+    gates = jnp.take_along_axis(scores, ids, axis=-1)
   if config.norm_topk:
-    total_BT1 = jnp.sum(gates_BTA, axis=-1, keepdims=True)
+    total = jnp.sum(gates, axis=-1, keepdims=True)
     if is_sigmoid:  # all of them may be 0
-      total_BT1 = total_BT1 + 1e-20
-    gates_BTA = gates_BTA / total_BT1
+      total = total + 1e-20
+    gates = gates / total
   if config.router_scale != 1:
-    gates_BTA = gates_BTA * config.router_scale
-  return ids_BTA, gates_BTA
+    gates = gates * config.router_scale
+  return ids, gates
 
 
-def _in_best_groups(config, scores_BTE):
+def _in_best_groups(config, scores):
   """Returns -inf for experts outside of the best groups of each token."""
   groups = config.num_expert_groups
-  shape = (*scores_BTE.shape[:2], groups, -1)
-  each = scores_BTE.reshape(shape)
+  each = scores.reshape((*scores.shape[:-1], groups, -1))
   best, _ = jax.lax.top_k(each, config.expert_group_best)
   _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.num_active_groups)
-  is_chosen = jnp.any(
-    chosen[..., None] == jnp.arange(groups)[None, None, None, :], axis=2
-  )
-  return jnp.where(is_chosen[..., None], each, -jnp.inf).reshape(
-    scores_BTE.shape
-  )
+  is_chosen = jnp.any(jax.nn.one_hot(chosen, groups, dtype=bool), axis=-2)
+  each = jnp.where(is_chosen[..., None], each, -jnp.inf)
+  return each.reshape(scores.shape)
 
 
 def routing_sums(
@@ -208,11 +207,3 @@ def routing_sums(
     + config.router_z_weight * z_sum,
     'expert_load': jnp.sum(load_BE, axis=0),
   }
-
-
-def _exact_linear(x, w_IO, bias_O, dtype):
-  """Multiplies in float32 everywhere: no TensorFloat-32, no bfloat16 passes."""
-  del bias_O
-  return jnp.matmul(
-    x.astype(dtype), w_IO.astype(dtype), precision=jax.lax.Precision.HIGHEST
-  )

@@ -4,7 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib
+from models import config as config_lib, execution as execution_lib
 
 
 class Norm(nn.Module):
@@ -12,6 +12,7 @@ class Norm(nn.Module):
 
   config: config_lib.ModelConfig
   gain: float = 1.0  # the result is multiplied by it, before it is rounded
+  by_row: execution_lib.ByRow = execution_lib.at_once
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -22,11 +23,7 @@ class Norm(nn.Module):
     scale_D = self.param('scale', initial, (width,))
     if from_one:
       scale_D = 1 + scale_D.astype(jnp.float32)
-    y = x.astype(jnp.float32)
-    if config.norm == 'layernorm':
-      y = y - jnp.mean(y, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(variance + config.norm_epsilon)
+    y = self.by_row(self._normalised, x.astype(jnp.float32))
     y = y * _along_last(scale_D, x.ndim)
     has_bias = config.use_bias or config.norm_bias
     if config.norm == 'layernorm' and has_bias:
@@ -35,6 +32,12 @@ class Norm(nn.Module):
     if self.gain != 1:
       y = y * self.gain
     return y.astype(x.dtype)
+
+  def _normalised(self, y: jax.Array) -> jax.Array:
+    if self.config.norm == 'layernorm':
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(variance + self.config.norm_epsilon)
 
 
 def _along_last(vector: jax.Array, ndim: int) -> jax.Array:

@@ -74,7 +74,9 @@ class Transformer(nn.Module):
     self.dropout = nn.Dropout(config.dropout_rate)
     # Logits are linear in what the head is applied to: multiplied here, they
     # are so in every loss and in decoding.
-    self.final_norm = norms.Norm(config, mup.logit_multiplier(config))
+    self.final_norm = norms.Norm(
+      config, mup.logit_multiplier(config), self.execution.by_row
+    )
     if not config.tie_embeddings:
       self.head = nn.Embed(
         config.vocab_size, config.model_width, embedding_init=normal
@@ -253,20 +255,16 @@ class Transformer(nn.Module):
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D]."""
-    head_VD = self.head_matrix()
-    logits = jax.lax.dot_general(
-      hidden.astype(self.dtype),
-      head_VD.astype(self.dtype),
-      (((hidden.ndim - 1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    logits = self.execution.unembed(hidden, self.head_matrix(), self.dtype)
     return cross_entropy.capped(logits, self.config.logit_softcap)
 
   def _check_length(self, tokens_BT, cache) -> None:
     # Beyond the table a lookup would be clamped: wrong, and silent.
     length = tokens_BT.shape[1]
     if cache is not None:
-      length = max(length, kv_cache.length(cache))
+      # Whoever fills pages keeps to the length; tables could hold more.
+      slots = kv_cache.length(cache)
+      length = 0 if slots is None else max(length, slots)
     if self.config.positions == 'learned' and length > self.config.max_length:
       raise ValueError(
         f'learned positions: got a row or cache of {length} tokens, expected'

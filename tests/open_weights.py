@@ -330,7 +330,10 @@ def build(name: str, **overrides):
       counts_from_zero = kind.startswith('Gemma')
       is_norm = 'norm' in key or '.ln_' in key
       mean = 1.0 if is_norm and not counts_from_zero else 0.0
-      p.copy_(mean + 0.2 * torch.randn(p.shape, generator=generator))
+      # A tied head would otherwise say again what it was told.
+      is_table = key.endswith(('embed_tokens.weight', 'wte.weight'))
+      std = 0.05 if is_table else 0.25
+      p.copy_(mean + std * torch.randn(p.shape, generator=generator))
   return model.eval()
 
 

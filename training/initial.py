@@ -9,12 +9,13 @@ parameters are float32, as those of any run.
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from frozen import format as frozen_format
+from frozen import format as frozen_format, manifest as manifest_lib
 from models import config as model_config, layout
 from training import (
   config as config_lib,
@@ -44,16 +45,19 @@ def model_of(directory: str) -> model_config.ModelConfig:
   return dataclasses.replace(config, scan_layers=config.is_uniform)
 
 
-@dataclasses.dataclass(frozen=True)
-class Initial:
-  """The first weights of a run."""
+def lineage(experiment: config_lib.Experiment) -> dict[str, str]:
+  """Returns the digest of the weights that a run starts from, by their role."""
+  if not experiment.init_from:
+    return {}
+  manifest = manifest_lib.read(pathlib.Path(experiment.init_from))
+  return {'init_from': manifest.weights_digest}
 
-  params: Any  # variables of its model, in the dtype that they were frozen in
-  digest: str  # of the frozen weights, for the lineage
 
-
-def read(experiment: config_lib.Experiment) -> Initial:
+def read(experiment: config_lib.Experiment) -> Any:
   """Reads and verifies the weights that `experiment.init_from` names.
+
+  Returns:
+    Variables of the experiment's model, in the dtype that they were frozen in.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
@@ -81,7 +85,7 @@ def read(experiment: config_lib.Experiment) -> Initial:
   params, config = layout.unstack(frozen.params, frozen.config)
   if experiment.model.scan_layers:
     params, _ = layout.stack(params, config)
-  return Initial(params, frozen.manifest.weights_digest)
+  return params
 
 
 def start(

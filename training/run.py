@@ -30,7 +30,7 @@ from training import (
   diagnose,
   goodput as goodput_lib,
   hooks,
-  initial as initial_lib,
+  initial,
   interrupt,
   loop,
   metrics,
@@ -189,19 +189,12 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
   first_step = saved.latest_step() or 0
-  initial = None
-  if experiment.init_from and saved.latest_step() is None:
-    initial = initial_lib.read(experiment)
   try:
-    state, progress = _start_or_restore(
-      experiment, parts, saved, goodput, initial
-    )
+    state, progress = _start_or_restore(experiment, parts, saved, goodput)
   except checkpoint.MismatchError as error:
     raise ValueError(_explained(error, workdir, changes)) from None
   # Only now: a run that cannot begin changes nothing.
-  lineage = {'init_from': initial.digest} if initial else None
-  del initial  # as large as the model
-  _record(experiment, workdir, parts, lineage, console)
+  _record(experiment, workdir, parts, first_step, console)
   story.describe(experiment, parts, first_step, console)
   if first_step and changes:
     story.say(console, 'changed    ' + '\n           '.join(changes))
@@ -284,7 +277,7 @@ def _assemble(experiment, workdir, console) -> assemble.Parts:
     )
 
 
-def _record(experiment, workdir, parts, lineage, console) -> None:
+def _record(experiment, workdir, parts, first_step, console) -> None:
   """Writes what the run is; says what it evaluates on if that is new."""
   before = workdir_lib.evaluated_before(workdir)
   now = parts.eval_batches.source.store.digest
@@ -292,6 +285,7 @@ def _record(experiment, workdir, parts, lineage, console) -> None:
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
       with saving.writing(workdir):
+        lineage = None if first_step else initial.lineage(experiment)
         workdir_lib.record(workdir, experiment, phases, lineage)
         workdir_lib.record_data(workdir, parts.describe_data())
   if before and before != now:
@@ -349,10 +343,7 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
   def restart():
     saved.wait()
     parts.batches.set_state(data_start)
-    initial = None
-    if experiment.init_from and saved.latest_step() is None:
-      initial = initial_lib.read(experiment)
-    state, _ = _start_or_restore(experiment, parts, saved, goodput, initial)
+    state, _ = _start_or_restore(experiment, parts, saved, goodput)
     return state, saved.latest_step() or 0
 
   try:
@@ -372,14 +363,14 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
     ) from None
 
 
-def _start_or_restore(experiment, parts, saved, goodput, initial):
+def _start_or_restore(experiment, parts, saved, goodput):
   """Returns the placed state and its progress; moves the data along."""
   if saved.latest_step() is None:
     key = jax.random.key(experiment.seed)
-    if initial is None:
-      return parts.learner.init(key), checkpoint.Progress()
-    state = initial_lib.start(parts.learner, key, initial.params)
-    return state, checkpoint.Progress()
+    if experiment.init_from:
+      params = initial.read(experiment)
+      return initial.start(parts.learner, key, params), checkpoint.Progress()
+    return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())
     parts.batches.set_state(progress.data_state)

@@ -153,6 +153,10 @@ def write(
     written = {
       'architectures': [family.architecture],
       'model_type': name,
+      # Absent, they would be some id of the family's first model.
+      'bos_token_id': None,
+      'eos_token_id': None,
+      'pad_token_id': None,
       **family.write(config),
     }
     # Through JSON, as it will be read.

@@ -31,7 +31,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
-  form: attention.Form = attention.PLAIN,
+  form: attention.Form = attention.Form(),
   implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.

@@ -24,6 +24,23 @@ def linear(
   return y
 
 
+def exact_linear(
+  x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+  """Multiplies in float32 everywhere: no TensorFloat-32, no bfloat16 passes."""
+  del bias_O
+  return jnp.matmul(
+    x.astype(dtype), w_IO.astype(dtype), precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def unembed(hidden: jax.Array, head_VD: jax.Array, dtype) -> jax.Array:
+  """Returns float32 logits [..., V] of hidden states [..., D]."""
+  return _contract(
+    hidden.astype(dtype), head_VD.astype(dtype), (hidden.ndim - 1,), (1,)
+  )
+
+
 def _forward(x, w_IO, bias_O, dtype):
   x_cast, w_cast = x.astype(dtype), w_IO.astype(dtype)
   y = _product(x_cast, w_cast, (x.ndim - 1,), (0,), dtype)

@@ -35,7 +35,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
-  form: attention.Form = attention.PLAIN,
+  form: attention.Form = attention.Form(),
   interpret: bool = False,
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.

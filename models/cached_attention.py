@@ -1,0 +1,31 @@
+"""Attention over a cache, dense or paged: the default of an `Execution`.
+
+Accelerators have kernels for pages (`models/kernels/`); whoever builds an
+engine chooses one of them in this one's place.
+"""
+
+import jax
+
+from models import attention, kv_cache, paged_attention
+
+
+def attend(
+  q_BTHC: jax.Array,
+  cache: kv_cache.Layer,
+  positions_BT: jax.Array,
+  form: attention.Form,
+) -> jax.Array:
+  """Returns the attention output, [B, T, H, C], in the dtype of the queries.
+
+  Args:
+    q_BTHC: queries; head h uses key/value head h // (H / K).
+    cache: one layer's, already written to.
+    positions_BT: of each query; it sees the positions up to its own.
+    form: how scores are made.
+  """
+  if isinstance(cache, kv_cache.PagedLayer):
+    return paged_attention.attend(q_BTHC, cache, positions_BT, form)
+  keys, values = cache[0], cache[-1]  # of latents one and the same
+  return attention.attend(
+    q_BTHC, keys, values, slots_BT=positions_BT, form=form
+  )
