@@ -121,28 +121,37 @@ def specification(files: Files) -> Specification:
   """
   config = _json(files, CONFIG)
   if 'added_tokens_decoder' not in config:  # written by transformers < 4.34
-    # Both may list extra tokens; what only one of them lists must survive.
     config |= _json(files, _NAMES)
   names = dict(_named(config))
-  model, base = _model(files)
+  model = _model(files)
   extra = config.get('extra_special_tokens')
   if not extra:
     extra = config.get('additional_special_tokens')
   extra = (
     [_content(token) for token in extra] if isinstance(extra, list) else []
   )
-  wanted = _added_by_config(files, config, {*names.values(), *extra})
+  special = {*names.values(), *extra}
   known = {token['content']: token for token in model['added_tokens']}
+  wanted = _declared(config, special)
+  if wanted is None:  # here tokenizer.json knows better where both know one
+    wanted = [
+      tokenizers.AddedToken(
+        token, normalized=token not in special, special=token in special
+      )
+      for token in _by_id(_json(files, _ADDED))
+      if token not in known
+    ]
+  there = known.keys() | {token.content for token in wanted}
   wanted += [
     tokenizers.AddedToken(content, special=True)
     for content in dict.fromkeys((*names.values(), *extra))
-    if content not in known and content not in {t.content for t in wanted}
+    if content not in there
   ]
   if any(_differs(token, known.get(token.content)) for token in wanted):
-    base.add_tokens(wanted)
-    model = json.loads(base.to_str())
+    loaded = load_model(model)
+    loaded.add_tokens(wanted)
+    model = json.loads(loaded.to_str())
   _check_ids(config, model)
-  special = {*names.values(), *extra}
   return Specification(
     model=model,
     names=names,
@@ -156,26 +165,38 @@ def specification(files: Files) -> Specification:
   )
 
 
-def _model(files: Files) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
-  """Returns `tokenizer.json`, parsed and loaded.
+def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  """Returns what `tokenizers` makes of `tokenizer.json`.
+
+  Raises:
+    ValueError: it finds it damaged.
+  """
+  try:
+    return tokenizers.Tokenizer.from_str(json.dumps(model))
+  except Exception as error:  # tokenizers raises bare Exception
+    raise ValueError(
+      f'{MODEL} is not a tokenizer ({error}); copy it again'
+    ) from None
+
+
+def _model(files: Files) -> dict[str, Any]:
+  """Returns `tokenizer.json`.
 
   Raises:
     ValueError: it is damaged, or encodes at random.
   """
   model = _json(files, MODEL)
-  try:
-    loaded = tokenizers.Tokenizer.from_str(files[MODEL].decode())
-  except Exception as error:  # tokenizers raises bare Exception
+  inner = model.get('model')
+  if not isinstance(inner, dict) or not inner.get('vocab'):
     raise ValueError(
-      f'{MODEL} is not a tokenizer ({error}); copy it again'
-    ) from None
-  model.setdefault('added_tokens', [])
-  if model['model'].get('dropout'):
-    raise ValueError(
-      f'{MODEL}: got BPE dropout {model["model"]["dropout"]}, expected null:'
-      ' the same text would have different ids each time; set it to null'
+      f'{MODEL} is not a tokenizer (it has no vocabulary); copy it again'
     )
-  return model, loaded
+  if inner.get('dropout'):
+    raise ValueError(
+      f'{MODEL}: got BPE dropout {inner["dropout"]}, expected null: the same'
+      ' text would have different ids each time; set it to null'
+    )
+  return {'added_tokens': [], **model}
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
@@ -218,23 +239,23 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, _content(token)
 
 
-def _added_by_config(
-  files: Files, config: Mapping[str, Any], special: set[str]
-) -> list[tokenizers.AddedToken]:
-  """Returns the tokens that files beside `tokenizer.json` add or change."""
+def _by_id(added: Mapping[str, Any]) -> list[str]:
+  """Returns the tokens of `added_tokens.json` in the order of their ids."""
+  try:
+    return sorted(added, key=lambda token: int(added[token]))
+  except (TypeError, ValueError):
+    raise ValueError(
+      f'{_ADDED}: got {dict(added)!r}, expected an id for each token'
+    ) from None
+
+
+def _declared(
+  config: Mapping[str, Any], special: set[str]
+) -> list[tokenizers.AddedToken] | None:
+  """Returns the tokens that the config adds or changes; None: it is older."""
   declared = config.get('added_tokens_decoder')
   if declared is None:
-    # Here tokenizer.json knows better where both know a token.
-    model = _json(files, MODEL)
-    known = {token['content'] for token in model.get('added_tokens', ())}
-    by_id = sorted((i, token) for token, i in _json(files, _ADDED).items())
-    return [
-      tokenizers.AddedToken(
-        token, normalized=token not in special, special=token in special
-      )
-      for _, token in by_id
-      if token not in known
-    ]
+    return None
   try:
     by_id = sorted((int(i), dict(fields)) for i, fields in declared.items())
     for _, fields in by_id:

@@ -58,9 +58,13 @@ def tabulate(
   steps = _steps(decoder)
   inside = [b''] * num_ids
   at_start = {}
+  # Applied twice only where that can differ: there may be 250 000 ids.
+  has_start = any(step not in _ALIKE for step in steps)
   for token_id, token in tokens.items():
-    inside[token_id] = _apply(steps, token, False)
-    if (first := _apply(steps, token, True)) != inside[token_id]:
+    inside[token_id] = first = _apply(steps, token, False)
+    if has_start:
+      first = _apply(steps, token, True)
+    if first != inside[token_id]:
       at_start[token_id] = first
   return Pieces(inside, at_start)
 
@@ -108,7 +112,7 @@ def _step(part: Mapping[str, Any], is_fused: bool) -> _Step | None:
   """Returns one step, None if it is unknown or needs its neighbours."""
   kind = part['type']
   if kind == 'Fuse':
-    return lambda token, is_first: token
+    return _fuse
   if kind == 'Replace' and 'String' in part['pattern']:
     pattern, content = part['pattern']['String'], part['content']
     # After Fuse a longer pattern could match across tokens.
@@ -149,10 +153,14 @@ def _byte_level(token: _Token, is_first: bool) -> _Token:
   """
   if isinstance(token, bytes):
     return token
-  byte_of_char = bpe.byte_of_char()
-  if all(char in byte_of_char for char in token):
-    return bytes(byte_of_char[char] for char in token)
-  return token.encode()
+  try:
+    return bytes(map(bpe.byte_of_char().__getitem__, token))
+  except KeyError:
+    return token.encode()
+
+
+def _fuse(token: _Token, is_first: bool) -> _Token:
+  return token
 
 
 def _byte_fallback(token: _Token, is_first: bool) -> _Token:
@@ -208,3 +216,7 @@ def _word_piece(prefix: str, is_cleaned: bool) -> _Step:
     return token
 
   return step
+
+
+# Steps that treat the first token like any other.
+_ALIKE = (_fuse, _byte_level, _byte_fallback)

@@ -2,12 +2,14 @@
 
     python -c "from text import hf_tokenizer; hf_tokenizer.convert(DIR, OUT)"
 
-Ids and decoded text are those of `transformers` on the same files, whatever the
-kind: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE with byte
-fallback (Llama 2, Mistral, Gemma), Unigram, WordPiece. Some of them change
-text: they normalise, know no rare characters, take '\u2581' for a space, or
-lose one at the start. Then `decode` does not always give it back, and
-`is_exact` is False.
+Ids and decoded text are those of `transformers` on the same `tokenizer.json`,
+whatever the kind: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE
+with byte fallback (Llama 2, Mistral, Gemma), Unigram, WordPiece. Some of them
+change text: they normalise, know no rare characters, take '\u2581' for a space,
+or lose one at the start. Then `decode` does not always give it back, and
+`is_exact` is False. A few classes of `transformers` 5 ignore the pipeline in
+the file and build their own, `LlamaTokenizer` for one; what they save agrees
+with what they do, and its `TokenizersBackend` reads older files as done here.
 
 No text becomes a special token. The library would have to be asked for that
 (`encode_special_tokens`), and even then a Unigram or WordPiece model finds
@@ -19,7 +21,6 @@ vocabulary and are found in any text.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import json
 import os
 import pathlib
 import re
@@ -326,9 +327,7 @@ def _hide(
     token | {'content': hidden.get(token['content'], token['content'])}
     for token in model['added_tokens']
   ]
-  loaded = tokenizers.Tokenizer.from_str(
-    json.dumps({**model, 'model': inner, 'added_tokens': added})
-  )
+  loaded = hf_files.load_model({**model, 'model': inner, 'added_tokens': added})
   loaded.no_truncation()
   loaded.no_padding()
   return loaded

@@ -92,7 +92,7 @@ def test_template_may_refuse():
 def test_names_in_templates_are_what_jinja_offers():
   template = (
     '{% set ns = namespace(self=1, n=2) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}'
-    '{{ ns.self }}{{ dict(a=1) }}{{ dict.fromkeys([1]) }}'
+    '{{ ns.self }}{{ dict(a=1) }}{{ dict.fromkeys([1]) }}{{ dict.update }}'
   )
   assert _render(template) == "31{'a': 1}{1: None}"
 
