@@ -4,6 +4,8 @@ Where a context ends and its continuation begins is decided here, in the way of
 the LM Evaluation Harness (`TemplateLM._encode_pair`), so that numbers compare.
 """
 
+from collections.abc import Callable
+import re
 from typing import NamedTuple
 
 from evals import ports
@@ -80,6 +82,21 @@ def encode_trusted(model: ports.Model, text: str) -> list[int]:
   ids = (model.encode_prompt or model.tokenizer.encode)(text)
   first = bos(model)
   return ids if ids[:1] == first else first + ids
+
+
+def naming_special_tokens(
+  tokenizer: ports.MarkingTokenizer,
+) -> Callable[[str], list[int]]:
+  """Returns an `encode_prompt`: each name of a special token is that token."""
+  # The longest first: one name may begin with another.
+  names = sorted(tokenizer.special_tokens, key=lambda name: (-len(name), name))
+  finder = re.compile('|'.join(map(re.escape, names)) or '(?!)')  # or nothing
+
+  def encode_prompt(text: str) -> list[int]:
+    spans = [match.span() for match in finder.finditer(text)]
+    return tokenizer.encode_marked(text, spans)[0]
+
+  return encode_prompt
 
 
 def fit_prompt(model: ports.Model, ids: list[int], max_tokens: int) -> Pair:

@@ -151,15 +151,12 @@ def _encoded(prompts, model, max_tokens, is_chat):
 
 
 def _chat_pair(text, model, max_tokens) -> encoding.Pair:
-  if model.render_chat is None:
+  if model.encode_chat is None:
     raise ValueError(
       'chat: got a model without a chat template, expected one that has one;'
       ' ask without chat'
     )
-  rendered = model.render_chat(
-    [{'role': 'user', 'content': text}], add_generation_prompt=True
-  )
-  ids = encoding.encode_trusted(model, rendered)
+  ids = model.encode_chat([{'role': 'user', 'content': text}])
   return encoding.fit_prompt(model, ids, max_tokens)
 
 

@@ -4,7 +4,9 @@ Needs lm_eval (requirements-eval.txt); nothing imports this file but
 `evals/lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
 What is asked of the model, token by token, is what lm_eval's own `hf` model
 asks: the same cut between context and continuation, the same BOS, windows,
-truncation and stop strings. So the same weights get the same scores.
+truncation and stop strings. So the same weights get the same scores. One thing
+is not copied: where some prompts of a batch begin with BOS of their own and
+others do not, `hf` treats all of them like the first.
 
 Reference: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13,
 `lm_eval/models/huggingface.py`.

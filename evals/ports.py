@@ -39,6 +39,19 @@ class Tokenizer(Protocol):
     ...
 
 
+class MarkingTokenizer(Protocol):
+  """A tokenizer that can be told where special tokens stand in a text."""
+
+  @property
+  def special_tokens(self) -> Mapping[str, int]:
+    """All strings that name a token, with its id."""
+    ...
+
+  def encode_marked(self, text: str, spans: Any) -> tuple[list[int], Any]:
+    """Returns the ids of `text`, in which (start, end) are special tokens."""
+    ...
+
+
 class Scored(NamedTuple):
   """How probable a continuation is."""
 
@@ -97,7 +110,7 @@ class SampleFn(Protocol):
 
 
 class ChatFn(Protocol):
-  """Renders a conversation as the text of a prompt."""
+  """Renders a conversation as the text of a prompt, for tasks of lm_eval."""
 
   def __call__(
     self, messages: list[dict[str, Any]], *, add_generation_prompt: bool
@@ -122,9 +135,12 @@ class Model:
   # What a text without context is predicted from; None: bos_id, or eos_id.
   prefix_id: int | None = None
   # Like tokenizer.encode, but strings that name special tokens become their
-  # ids: for prompts whose author is trusted, as rendered chats are.
+  # ids: what tasks of lm_eval mean, chats that were rendered among them.
   encode_prompt: Callable[[str], list[int]] | None = None
   render_chat: ChatFn | None = None
+  # The ids of a conversation, up to the opening of the assistant's turn. What
+  # looks like a special token in a message is text.
+  encode_chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
   # What to call it in a result: digest of the weights, name, step.
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

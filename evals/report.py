@@ -153,6 +153,8 @@ def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
   stated = _delta(a, difference) / (a.value if is_log else 1)
   lines = []
   for what, delta in (('seen', abs(found.value)), ('stated', stated)):
+    if not delta:
+      continue  # no number of examples would do
     apart = statistics.num_to_resolve(delta, math.hypot(*errors), count)
     words = f'{_count(apart)} different ones each'
     if is_paired:
@@ -232,7 +234,7 @@ def _probability(value: float) -> str:
 def _count(value: float) -> str:
   if math.isnan(value):
     return 'an unknown number'
-  return f'{value:,.0f}' if math.isfinite(value) else 'no number'
+  return f'{value:,.0f}' if math.isfinite(value) else 'infinitely many'
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -207,9 +207,10 @@ def num_to_resolve(
     num_examples: that the error was found with.
 
   Returns:
-    A whole number; inf for a difference of 0, nan for an error that is unknown.
+    A whole number; inf for a difference of 0, nan where the examples do not
+    show how much they vary.
   """
-  if math.isnan(standard_error):
+  if math.isnan(standard_error) or not standard_error:
     return math.nan
   if not difference:
     return math.inf

@@ -76,6 +76,24 @@ def test_special_names_are_text_unless_the_prompt_is_trusted():
   assert encoding.encode_trusted(model, '<|bos|>a') == [BOS, 97]
 
 
+class _Marking:
+  special_tokens = {'<s>': 1, '<s>x': 2}
+
+  def encode_marked(self, text, spans):
+    ids, end = [], 0
+    for start, stop in spans:
+      ids += [*text[end:start].encode(), self.special_tokens[text[start:stop]]]
+      end = stop
+    return [*ids, *text[end:].encode()], None
+
+
+def test_names_of_special_tokens_are_found_the_longest_first():
+  encode_prompt = encoding.naming_special_tokens(_Marking())
+  assert encode_prompt('a<s>b<s>xc') == [97, 1, 98, 2, 99]
+  assert encode_prompt('plain <s') == list(b'plain <s')
+  assert encode_prompt('') == []
+
+
 def test_a_prompt_leaves_room_for_its_completion():
   model = tiny_model.model(max_length=8)
   assert encoding.fit_prompt(model, [1, 2, 3, 4, 5], 5).context == [3, 4, 5]

@@ -96,15 +96,15 @@ def test_a_long_prompt_is_cut_and_told_of():
 
 
 def test_a_chat_goes_through_the_template():
-  def render_chat(messages, *, add_generation_prompt):
-    assert add_generation_prompt
-    return f'<{messages[0]["role"]}>{messages[0]["content"]}<assistant>'
+  def encode_chat(messages):
+    (message,) = messages
+    return list(f'<{message["role"]}>{message["content"]}<assistant>'.encode())
 
   seen = []
   model = tiny_model.model(
     sample_fn=tiny_model.writer([['a']], seen=seen),
     max_length=64,
-    render_chat=render_chat,
+    encode_chat=encode_chat,
   )
   generation.measure([_prompt('x', 'a')], model, SETTINGS, is_chat=True)
   assert bytes(seen[0][0][0]) == b'<user>x<assistant>'

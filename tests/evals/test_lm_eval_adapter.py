@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from evals import ports, run
+from evals import encoding, ports, run
 from models import transformer
 from tests.evals import network, tiny_model
 
@@ -80,7 +80,9 @@ def _write_tasks(directory):
       for i in range(24)
     ],
     'generate': [
-      {'prompt': text(1, 60), 'answer': text(1, 4)} for _ in range(8)
+      # As a chat that was rendered has them, one with BOS of its own.
+      {'prompt': f'{start}{text(1, 60)}<|eos|> a', 'answer': text(1, 4)}
+      for start in ('', '<|bos|>', '<|pad|>', '') * 2
     ],
     # From one token to several windows.
     'rolling': [{'text': text(1, 2 + 12 * i)} for i in range(8)],
@@ -146,11 +148,14 @@ def test_the_same_weights_score_as_in_lm_eval_s_own_model(
     logprob_fn=net.score,
     sample_fn=net.sample,
     adds_bos=adds_bos,
+    encode_prompt=encoding.naming_special_tokens(ours),
   )
   paths = _write_tasks(tmp_path)
   got = _evaluate(lm_eval_adapter.LM(model), paths)
   want = _evaluate(
-    huggingface.HFLM(pretrained=peer, tokenizer=theirs, batch_size=4), paths
+    # Of a batch, it puts BOS before all texts or none, as the first one needs.
+    huggingface.HFLM(pretrained=peer, tokenizer=theirs, batch_size=1),
+    paths,
   )
   _check_same(got, want)
 
@@ -210,8 +215,6 @@ def test_contexts_are_cut_as_lm_eval_cuts_them():
 
 
 def test_ours_and_lm_eval_s_pairs_are_the_same():
-  from evals import encoding
-
   for adds_bos in (False, True):
     model = tiny_model.model(adds_bos=adds_bos)
     lm = lm_eval_adapter.LM(model)

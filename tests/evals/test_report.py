@@ -93,7 +93,10 @@ def test_the_direction_of_better_is_the_score_s():
   )
   assert 'B is worse' in report.compare(first, second)
   assert 'B is better' in report.compare(second, first)
-  assert 'not resolved' in report.compare(first, first)
+  same = report.compare(first, first)
+  assert 'not resolved' in same
+  assert 'the difference seen' not in same
+  assert 'the difference stated, 0.01075: an unknown number that both' in same
 
 
 def test_other_examples_are_compared_unpaired_and_said_to_be():

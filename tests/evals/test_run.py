@@ -1,6 +1,7 @@
 """Tasks by name: what is read, asked, scored and refused."""
 
 import json
+import sys
 
 import pytest
 
@@ -124,9 +125,9 @@ def test_a_model_that_cannot_is_refused(files):
 
 
 def test_lm_eval_is_asked_for_where_it_is_not_installed(monkeypatch):
-  import sys
-
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
+  # Other tests may have imported it: from there, and from its package.
   monkeypatch.delitem(sys.modules, 'evals.lm_eval_tasks', raising=False)
+  monkeypatch.delattr('evals.lm_eval_tasks', raising=False)
   with pytest.raises(ModuleNotFoundError, match='requirements-eval.txt'):
     run.open_task('lm_eval:arc_easy')

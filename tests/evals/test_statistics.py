@@ -159,6 +159,8 @@ def test_the_number_needed_is_the_textbook_s():
   assert statistics.num_to_resolve(0.05, error, 100) == 1570
   assert statistics.num_to_resolve(0.0, error, 100) == math.inf
   assert math.isnan(statistics.num_to_resolve(0.1, math.nan, 1))
+  # Where all examples are alike, nothing says how others would be.
+  assert math.isnan(statistics.num_to_resolve(0.1, 0.0, 50))
   assert statistics.num_to_resolve(9.0, error, 100) == 1
 
 
