@@ -56,13 +56,15 @@ def checkpointer() -> ocp.StandardCheckpointer:
 
   A frozen directory is written by one of them, and read by each for itself.
   """
+  return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
   me = jax.process_index()
-  return ocp.StandardCheckpointer(
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=me,
-      active_processes={me},
-      barrier_sync_key_prefix=f'frozen_{me}',
-    )
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me,
+    active_processes={me},
+    barrier_sync_key_prefix=f'frozen_{me}',
   )
 
 
@@ -117,10 +119,7 @@ def write(
   partial = _sibling(target, 'partial')
   partial.mkdir(parents=True)
   try:
-    with checkpointer() as writer:
-      # As numpy: orbax takes jax arrays of one process among several for a
-      # mistake.
-      writer.save(partial / _PARAMS_DIR, jax.tree.map(np.asarray, params))
+    _save(partial / _PARAMS_DIR, params)
     shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
     (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
     (partial / GENERATION_FILE).write_text(
@@ -216,6 +215,27 @@ def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the recommended settings of a frozen directory, unverified."""
   path = pathlib.Path(directory) / GENERATION_FILE
   return json.loads(path.read_text('utf-8'))
+
+
+def _save(path: pathlib.Path, params: Params) -> None:
+  """Writes the weights; while it does, they are there once.
+
+  What orbax does by default takes them three times: it copies arrays of numpy,
+  to write them while others go on, and holds what it compresses, all at once.
+  """
+  params = jax.tree.map(np.asarray, params)
+  options = _alone()
+  if jax.process_count() == 1:
+    # Of one process among several, orbax takes jax arrays for a mistake.
+    cpu = jax.local_devices(backend='cpu')[0]
+    params = jax.device_put(params, cpu)  # where aligned, the same memory
+  handler = ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=1,
+    use_compression=False,
+    multiprocessing_options=options,
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
+    writer.save(path, args=ocp.args.PyTreeSave(params))
 
 
 def _check_params(params: Params, abstract_params: Params, where) -> None:

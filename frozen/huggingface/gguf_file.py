@@ -188,10 +188,15 @@ def _metadata(reader: Any) -> dict[str, Any]:
     )
   prefix = f'{_ARCHITECTURE}.'
   return {
-    name.removeprefix(prefix): value
+    name.removeprefix(prefix): _number(value)
     for name, value in found.items()
     if name.startswith(prefix)
   }
+
+
+def _number(value: Any) -> Any:
+  """Returns a float32 as what it was written for: 1e-5, not 9.99999974e-6."""
+  return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _config(path, metadata, tensors, has_head) -> dict[str, Any]:

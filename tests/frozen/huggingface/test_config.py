@@ -35,7 +35,10 @@ def test_llama_is_what_our_own_preset_is():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'model_type': 'mamba'}, "got model_type = 'mamba'.*expected one of llama"),
+    (
+      {'model_type': 'mamba'},
+      "got model_type = 'mamba'.*expected one of llama",
+    ),
     ({'model_type': ['llama']}, r"got model_type = \['llama'\]"),
     (
       {'architectures': ['LlamaForSequenceClassification']},
@@ -70,9 +73,7 @@ def test_a_missing_size_is_named():
 
 
 def test_old_and_new_rotary_fields_say_the_same():
-  old = _read(
-    rope_theta=500.0, rope_scaling={'type': 'linear', 'factor': 4.0}
-  )
+  old = _read(rope_theta=500.0, rope_scaling={'type': 'linear', 'factor': 4.0})
   new = _read(
     rope_parameters={
       'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 500.0

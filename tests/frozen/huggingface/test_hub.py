@@ -11,7 +11,9 @@ def test_a_directory_is_not_fetched(tmp_path):
   fetched = hub.fetch(str(tmp_path))
   assert fetched.directory == tmp_path
   assert fetched.origin == {'source': str(tmp_path)}
-  with pytest.raises(ValueError, match="--revision: got 'v1' for the directory"):
+  with pytest.raises(
+    ValueError, match="--revision: got 'v1' for the directory"
+  ):
     hub.fetch(str(tmp_path), 'v1')
 
 

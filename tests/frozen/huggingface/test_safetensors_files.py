@@ -58,9 +58,7 @@ def _edit_header(path, change):
   header = json.loads(data[8 : 8 + length])
   change(header)
   text = json.dumps(header).encode()
-  path.write_bytes(
-    len(text).to_bytes(8, 'little') + text + data[8 + length :]
-  )
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + length :])
 
 
 @pytest.mark.parametrize(
