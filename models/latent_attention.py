@@ -132,11 +132,22 @@ class LatentAttention(nn.Module):
   def _attend_cached(self, q_BTHC, cache, positions_BT, up, form):
     """Attends with queries that were taken into the space of latents."""
     key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
-    width = self.config.rotary_width
-    q_BTHU = jnp.einsum('BTHC,UHC->BTHU', q_BTHC[..., width:], key_UHC)
+    width, heads = self.config.rotary_width, self.config.num_heads
+
+    def by_token(equation, x_BTHI, w_UHC):
+      """Multiplies each head of a token, whatever other tokens there are."""
+
+      def multiply(x):
+        x = x.reshape((*x.shape[:-1], heads, -1))
+        return jnp.einsum(equation, x, w_UHC)
+
+      rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
+      return self.execution.by_row(multiply, rows)
+
+    q_BTHU = by_token('...HC,UHC->...HU', q_BTHC[..., width:], key_UHC)
     q_BTHC = jnp.concatenate([q_BTHC[..., :width], q_BTHU], axis=3)
     out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
-    return jnp.einsum('BTHU,UHC->BTHC', out_BTHC[..., width:], value_UHC)
+    return by_token('...HU,UHC->...HC', out_BTHC[..., width:], value_UHC)
 
   def _linear(self, name, width, use_bias=False, std=None):
     config = self.config

@@ -48,7 +48,6 @@ _YARN = {
 _DIVISORS = [1.0, 1.2, 1.5, 2.0], [1.5, 3.0, 5.0, 9.0]
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-  'llama': ('Llama', {'tie_word_embeddings': True}),
   'llama3': (
     'Llama',
     {
@@ -65,6 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
       },
     },
   ),
+  'llama': ('Llama', {'tie_word_embeddings': True}),
   'llama_linear': (
     'Llama',
     {
@@ -332,7 +332,7 @@ def build(name: str, **overrides):
       mean = 1.0 if is_norm and not counts_from_zero else 0.0
       # A tied head would otherwise say again what it was told.
       is_table = key.endswith(('embed_tokens.weight', 'wte.weight'))
-      std = 0.05 if is_table else 0.25
+      std = 0.05 if is_table or key.endswith('.bias') else 0.3
       p.copy_(mean + std * torch.randn(p.shape, generator=generator))
   return model.eval()
 

@@ -40,7 +40,16 @@ def _quiet():
   transformers.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope='module', params=list(open_weights.MODELS))
+def _params():
+  """All models; of each family one is enough for `make test`."""
+  families = set()
+  for name, (family, _) in open_weights.MODELS.items():
+    marks = [pytest.mark.slow] if family in families else []
+    families.add(family)
+    yield pytest.param(name, marks=marks)
+
+
+@pytest.fixture(scope='module', params=list(_params()))
 def pair(request, tmp_path_factory):
   """Their model, the directory it was saved in, ours and its params."""
   theirs = open_weights.build(request.param)
