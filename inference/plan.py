@@ -60,9 +60,8 @@ class Plan:
   def kv_bytes_per_token(self) -> int:
     """Bytes of the keys and values that one token leaves in the cache."""
     config = self.config
-    heads, key_width, value_width = kv_cache.head_shapes(config)
-    channels = heads * (key_width + value_width)
-    return config.num_layers * channels * self.itemsize
+    rows, width = kv_cache.rows_and_width(config)
+    return config.num_layers * rows * width * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
     """Returns what so many sequences of a cache so long take, weights too."""

@@ -47,7 +47,7 @@ def _segments(num_segments=3, num_padding=5):
   )['segment_ids']
 
 
-def _run(attend, q, k, v, dout, segments, form=attention.PLAIN):
+def _run(attend, q, k, v, dout, segments, form=attention.Form()):
   """Returns the output and the three gradients, all as float32."""
 
   def loss(q, k, v):
@@ -60,7 +60,7 @@ def _run(attend, q, k, v, dout, segments, form=attention.PLAIN):
   return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def _run_split(mesh, kind, q, k, v, dout, segments, form=attention.PLAIN):
+def _run_split(mesh, kind, q, k, v, dout, segments, form=attention.Form()):
   """As `_run`, over the mesh; permutes its arguments, and its results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
