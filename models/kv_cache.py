@@ -96,6 +96,7 @@ def init_pages(
   num_pages: int,
   page_size: int,
   dtype: Any = jnp.float32,
+  channels: int = 0,
 ) -> tuple[Pages, ...]:
   """Returns the empty pools of all layers.
 
@@ -104,8 +105,11 @@ def init_pages(
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
     dtype: of what is stored; `INT8` stores a scale per token and head beside.
+    channels: of a stored head, at least the model's; 0: the model's. What is
+      beyond stays zero, for a kernel that reads whole registers.
   """
-  shape = num_pages, page_size, 2 * config.num_kv_heads, config.head_width
+  channels = channels or config.head_width
+  shape = num_pages, page_size, 2 * config.num_kv_heads, channels
 
   def pool() -> Pages:
     is_int8 = jnp.dtype(dtype) == jnp.int8
@@ -154,8 +158,10 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
   pages = cache.pages
   num_pages, page_size, num_heads, channels = pages.kv_PQYC.shape
   kv_TYC = jnp.stack([k_1TKC[0], v_1TKC[0]], axis=2).reshape(
-    -1, num_heads, channels
+    -1, num_heads, k_1TKC.shape[-1]
   )
+  spare = channels - kv_TYC.shape[-1]
+  kv_TYC = jnp.pad(kv_TYC, ((0, 0), (0, 0), (0, spare)))
   page_T, slot_T = _places(cache, positions_1T[0], num_pages, page_size)
   # As in a dense cache, more indices than one: a single token's scatter along
   # the pages alone would become a slice update that copies the pool.
