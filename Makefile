@@ -55,6 +55,8 @@ bench: $(CORE)  ## Speed beside this machine's roofline
 	@$(PY) -m benchmarks.roofline
 	@$(PY) -m benchmarks.train_throughput $(BENCH_ARGS)
 	@$(PY) -m benchmarks.decode_latency $(BENCH_ARGS)
+	@$(PY) -m benchmarks.serving_throughput $(BENCH_ARGS)
+	@$(PY) -m benchmarks.serving_latency
 	@$(PY) -m benchmarks.loop_overhead
 
 bench-peer: $(PEER)  ## The same, and beside transformers on torch

@@ -24,12 +24,16 @@ from typing import Any
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peer_process, timing
-from inference import decode, sampling
-from models import config as model_config, flops, transformer
+from benchmarks import made_up_text, peer_process, timing
+from inference import (
+  engine as engine_lib,
+  engine_config,
+  requests,
+  settings as settings_lib,
+)
+from models import config as model_config, flops
 from parallel import device_peaks
 
 
@@ -79,43 +83,32 @@ def prompt_ids(request: Request) -> list[int]:
 
 
 def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
-  """Compiles our prefill and decode step for one request.
+  """Makes an engine of one sequence.
 
   Returns:
     A turn that answers the request, and the list to which each turn adds its
     seconds to the first token.
   """
-  model = transformer.Transformer(request.model)
-  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  limit = request.model.max_length
-  length = decode.bucket(request.prompt_tokens, limit=limit)
-  num_tokens = request.prompt_tokens + request.new_tokens
-  tokens_1T = np.zeros((1, length), np.int32)
-  tokens_1T[0, : request.prompt_tokens] = prompt_ids(request)
-  sampler = sampling.init(
-    temperature=[0.0], top_k=[0], top_p=[1.0], min_p=[0.0], seed=[0]
+  engine = engine_lib.Engine(
+    request.model,
+    made_up_text.random_params(request.model),
+    tokenizer=made_up_text.Tokenizer(request.model.vocab_size),
+    weights_digest='',
+    engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
-  static = {'model': model, 'vocab_size': request.model.vocab_size}
+  asked = requests.Request(
+    prompt_ids=tuple(prompt_ids(request)),
+    settings=settings_lib.Settings(
+      temperature=0.0, max_tokens=request.new_tokens, ignore_eos=True
+    ),
+  )
   first_token_seconds: list[float] = []
 
   def turn() -> float:
     start = time.perf_counter()
-    state, tokens_B = decode.prefill(
-      params,
-      jnp.asarray(tokens_1T),
-      jnp.asarray([request.prompt_tokens], jnp.int32),
-      sampler,
-      cache_length=decode.bucket(num_tokens, limit=limit),
-      **static,
-    )
-    for i in range(request.new_tokens):
-      # As `inference.generate` does: the next step is dispatched, then the
-      # host waits for the token before it.
-      current_B = tokens_B
-      if i + 1 < request.new_tokens:
-        state, tokens_B = decode.decode_step(params, state, **static)
-      np.asarray(current_B)
-      if i == 0:
+    engine.submit(asked)
+    for count, _ in enumerate(engine.run()):
+      if not count:
         first_token_seconds.append(time.perf_counter() - start)
     return time.perf_counter() - start
 
@@ -126,23 +119,27 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
 
 def peer_spec(request: Request) -> dict[str, Any]:
   """The same request for `peer_worker`."""
-  model = request.model
   return {
     'workload': 'generate_llama',
     'prompt': prompt_ids(request),
     'new_tokens': request.new_tokens,
-    'model': {
-      'vocab_size': model.vocab_size,
-      'num_hidden_layers': model.num_layers,
-      'hidden_size': model.model_width,
-      'num_attention_heads': model.num_heads,
-      'num_key_value_heads': model.num_kv_heads,
-      'head_dim': model.head_width,
-      'intermediate_size': model.mlp_width,
-      'max_position_embeddings': model.max_length,
-      'rms_norm_eps': model.norm_epsilon,
-      'tie_word_embeddings': model.tie_embeddings,
-    },
+    'model': peer_model(request.model),
+  }
+
+
+def peer_model(model: model_config.ModelConfig) -> dict[str, Any]:
+  """The same model as transformers' LlamaConfig has it."""
+  return {
+    'vocab_size': model.vocab_size,
+    'num_hidden_layers': model.num_layers,
+    'hidden_size': model.model_width,
+    'num_attention_heads': model.num_heads,
+    'num_key_value_heads': model.num_kv_heads,
+    'head_dim': model.head_width,
+    'intermediate_size': model.mlp_width,
+    'max_position_embeddings': model.max_length,
+    'rms_norm_eps': model.norm_epsilon,
+    'tie_word_embeddings': model.tie_embeddings,
   }
 
 

@@ -58,30 +58,46 @@ def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
 
 def _generate_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
   """Llama and the function that greedily continues a prompt with it."""
+  batch = {'prompts': [spec['prompt']], 'new_tokens': spec['new_tokens']}
+  return _serve_llama({'model': spec['model'], 'batches': [batch]})
+
+
+def _serve_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+  """Llama and the function that greedily continues batches of prompts."""
   # Without an end-of-text id, because random weights would stop anywhere.
   config = transformers.LlamaConfig(
     **spec['model'], bos_token_id=None, eos_token_id=None, pad_token_id=0
   )
   model: Any = transformers.LlamaForCausalLM(config).eval()
-  prompt_1T = torch.tensor([spec['prompt']])
-  mask_1T = torch.ones_like(prompt_1T)
+
+  def generate(prompts: list[list[int]], new_tokens: int):
+    width = max(map(len, prompts))
+    padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [
+      [0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts
+    ]
+    with torch.inference_mode():
+      out_BT = model.generate(
+        torch.tensor(padded),
+        attention_mask=torch.tensor(mask),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+      )
+    if (num_new := out_BT.shape[1] - width) != new_tokens:
+      raise ValueError(f'got {num_new} tokens, expected {new_tokens}')
 
   def run():
-    with torch.inference_mode():
-      out_1T = model.generate(
-        prompt_1T,
-        attention_mask=mask_1T,
-        do_sample=False,
-        max_new_tokens=spec['new_tokens'],
-      )
-    num_new = out_1T.shape[1] - prompt_1T.shape[1]
-    if num_new != spec['new_tokens']:
-      raise ValueError(f'got {num_new} tokens, expected {spec["new_tokens"]}')
+    for batch in spec['batches']:
+      generate(batch['prompts'], batch['new_tokens'])
 
   return model, run
 
 
-_WORKLOADS = {'train_gpt2': _train_gpt2, 'generate_llama': _generate_llama}
+_WORKLOADS = {
+  'train_gpt2': _train_gpt2,
+  'generate_llama': _generate_llama,
+  'serve_llama': _serve_llama,
+}
 
 
 def main() -> None:

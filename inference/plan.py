@@ -6,8 +6,9 @@
 Read from the manifest alone: no weights are opened. Decoding reads every weight
 and every cached key and value once per step, so that memory bandwidth bounds
 its speed until the batch is large enough to keep the multipliers busy (Pope et
-al., arXiv:2211.05102, section 2). For a target the decode step itself is
-compiled ahead of time, and the compiler's memory stands beside the formula's.
+al., arXiv:2211.05102, section 2). For a target the engine's decode step
+itself is compiled ahead of time, and the compiler's memory stands beside the
+formula's.
 
 Life two runs on one device: figures are those of one, whatever the target.
 """
@@ -22,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from frozen import manifest as manifest_lib
-from inference import decode, sampling
-from models import config as config_lib, flops, kv_cache, transformer
+from inference import backends, engine_config, programs
+from models import config as config_lib, flops, kv_cache, layout, transformer
 from parallel import ahead, device_peaks, targets
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
@@ -173,15 +174,38 @@ def make(
 def compile_decode_step(
   plan: Plan, device: jax.Device, num_sequences: int
 ) -> ahead.Program | ahead.OutOfMemory:
-  """Compiles the decode step for caches of the model's whole length."""
+  """Compiles the engine's step of that many sequences of the whole context."""
   mesh = Mesh(np.array([device]), ('device',))
   sharding = NamedSharding(mesh, PartitionSpec())
-  model = transformer.Transformer(plan.config, jnp.dtype(plan.dtype))
-  shapes = jax.eval_shape(
-    model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  engine = engine_config.EngineConfig(max_sequences=num_sequences)
+  dtype = jnp.dtype(plan.dtype)
+  params, config = (
+    jax.eval_shape(
+      lambda: layout.unstack(_params(plan.config, dtype), plan.config)[0]
+    ),
+    dataclasses.replace(plan.config, scan_layers=False),
   )
-  params = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(plan.dtype)), shapes
+  backend = backends.choose(engine, config, dtype, device.platform)
+  model = transformer.Transformer(config, dtype, backend.execution)
+  tokens = engine.page_tokens(config.max_length)
+  per_sequence = -(-config.max_length // tokens)
+  state = jax.eval_shape(
+    lambda: programs.init_state(
+      model,
+      num_slots=num_sequences,
+      num_pages=num_sequences * per_sequence + 1,
+      page_size=tokens,
+      kv_dtype=dtype,
+      channels=backend.channels,
+      vocab_size=config.vocab_size,
+    )
+  )
+  inputs = programs.empty_inputs(
+    programs.Shape(num_sequences, 0),
+    block_rows=engine.block_rows,
+    table_width=engine.table_width(config.max_length),
+    num_rows=num_sequences,
+    nobody=num_sequences,
   )
 
   def put(tree: Any) -> Any:
@@ -194,30 +218,21 @@ def compile_decode_step(
 
   with jax.set_mesh(mesh):
     return ahead.compile(
-      decode.decode_step.lower(
+      programs.lower_forward(
+        model,
         put(params),
-        put(jax.eval_shape(lambda: _state(plan, num_sequences))),
-        model=model,
-        vocab_size=plan.config.vocab_size,
+        put(state.pools),
+        put(state.slots.last_B),
+        put(inputs),
+        vocab_size=config.vocab_size,
       )
     )
 
 
-def _state(plan: Plan, num_sequences: int) -> decode.DecodeState:
-  ones_B = [1] * num_sequences
-  return decode.DecodeState(
-    cache=kv_cache.init(
-      plan.config,
-      batch_size=num_sequences,
-      length=plan.config.max_length,
-      dtype=jnp.dtype(plan.dtype),
-    ),
-    tokens_B=jnp.zeros((num_sequences,), jnp.int32),
-    positions_B=jnp.zeros((num_sequences,), jnp.int32),
-    sampler=sampling.init(
-      temperature=ones_B, top_k=ones_B, top_p=ones_B, min_p=ones_B, seed=ones_B
-    ),
-  )
+def _params(config: config_lib.ModelConfig, dtype) -> Any:
+  model = transformer.Transformer(config)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def report(plan: Plan) -> str:

@@ -21,17 +21,18 @@ class StopMatcher:
     self._held = ''
     self.matched: str | None = None  # the stop string found, if any
 
-  def push(self, piece: str) -> str:
-    """Returns the text that `piece` makes safe to show, possibly none."""
+  def push(self, piece: str, *, may_match: bool = True) -> str:
+    """Returns the text that `piece` makes safe to show, possibly none.
+
+    Args:
+      piece: the text that follows.
+      may_match: whether a stop string counts that `piece` completes. One that
+        begins in a piece without and ends in a piece with it does count.
+    """
     if self.matched is not None:
       return ''
     text = self._held + piece
-    found = [
-      (start + len(stop), start, stop)
-      for stop in self._stop
-      if (start := text.find(stop)) >= 0
-    ]
-    if found:
+    if may_match and (found := self._found(text)):
       _, start, self.matched = min(found)
       self._held = ''
       return text[:start]
@@ -44,10 +45,22 @@ class StopMatcher:
     rest, self._held = self._held, ''
     return rest
 
+  def _found(self, text: str) -> list[tuple[int, int, str]]:
+    """Returns (end, start, string) of what ends behind the held text."""
+    # What ends in the held text was seen before, and did not count.
+    starts = (
+      (stop, text.find(stop, max(0, len(self._held) - len(stop) + 1)))
+      for stop in self._stop
+    )
+    return [
+      (start + len(stop), start, stop) for stop, start in starts if start >= 0
+    ]
+
   def _num_pending(self, text: str) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     longest = max((len(stop) for stop in self._stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
-      if any(stop.startswith(text[-length:]) for stop in self._stop):
+      end = text[-length:]
+      if any(stop.startswith(end) and stop != end for stop in self._stop):
         return length
     return 0

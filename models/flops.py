@@ -99,6 +99,27 @@ def forward_flops_per_token(
   return 2.0 * num_matmul_params(config) + 2.0 * channels * keys
 
 
+def span_flops(
+  config: config_lib.ModelConfig, start: int, length: int, num_logits: int
+) -> float:
+  """Returns the FLOPs of successive tokens of one sequence, as served.
+
+  Args:
+    config: of the model.
+    start: position of the first token; it attends to that many and itself.
+    length: tokens.
+    num_logits: of these, positions that the head is applied to.
+  """
+  head = config.vocab_size * config.model_width
+  attended = length * (start + (length + 1) / 2)
+  attention_width = config.num_heads * config.head_width
+  return (
+    2.0 * (num_matmul_params(config) - head) * length
+    + 2.0 * head * num_logits
+    + 4.0 * config.num_layers * attention_width * attended
+  )
+
+
 def train_flops_per_token(
   config: config_lib.ModelConfig, row_length: int
 ) -> float:

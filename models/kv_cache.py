@@ -125,6 +125,7 @@ def init_pages(
   num_pages: int,
   page_size: int,
   dtype: Any = jnp.float32,
+  channels: int = 0,
 ) -> tuple[Pages, ...]:
   """Returns the empty pools of all layers.
 
@@ -133,8 +134,11 @@ def init_pages(
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
     dtype: of what is stored; `INT8` stores a scale per token and head beside.
+    channels: of a stored head, at least the model's; 0: the model's. What is
+      beyond stays zero, for a kernel that reads whole registers.
   """
-  shape = num_pages, page_size, *rows_and_width(config)
+  rows, width = rows_and_width(config)
+  shape = num_pages, page_size, rows, max(channels, width)
 
   def pool() -> Pages:
     is_int8 = jnp.dtype(dtype) == jnp.int8
@@ -188,7 +192,9 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
   kv_TYC = k_1TKC[0]
   if num_heads > 1:
     kv_TYC = jnp.stack([k_1TKC[0], v_1TKC[0]], axis=2)
-  kv_TYC = kv_TYC.reshape(-1, num_heads, channels)
+  kv_TYC = kv_TYC.reshape(-1, num_heads, k_1TKC.shape[-1])
+  spare = channels - kv_TYC.shape[-1]
+  kv_TYC = jnp.pad(kv_TYC, ((0, 0), (0, 0), (0, spare)))
   page_T, slot_T = _places(cache, positions_1T[0], num_pages, page_size)
   # As in a dense cache, more indices than one: a single token's scatter along
   # the pages alone would become a slice update that copies the pool.

@@ -130,7 +130,10 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
 
   def fold(tile, state):
     m_BKM, l_BKM, out_BKMC = state
-    k_BKSC, v_BKSC = _gather_tile(pages, table_BL, tile, q_BKMC.dtype)
+    k_BKSC, v_BKSC = (
+      x[..., :channels]
+      for x in _gather_tile(pages, table_BL, tile, q_BKMC.dtype)
+    )
     scores_BKMS = attention.capped_scores(
       jnp.einsum(
         'BKMC,BKSC->BKMS', q_BKMC, k_BKSC, preferred_element_type=jnp.float32

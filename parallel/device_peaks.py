@@ -211,6 +211,20 @@ def _measured(device: jax.Device) -> Peaks:
   )
 
 
+def memory_bytes(device: jax.Device) -> int:
+  """Returns the memory that a program may use of `device`; measures nothing.
+
+  Of a CPU it is the machine's, divided among its virtual devices; 0 where
+  nobody says.
+  """
+  if device.platform == 'cpu':
+    return _machine_bytes() // len(device.client.local_devices())
+  if limit := (device.memory_stats() or {}).get('bytes_limit'):
+    return limit
+  datasheet = DATASHEETS.get(device.device_kind)
+  return datasheet.memory_bytes if datasheet else 0
+
+
 def _machine_bytes() -> int:
   """Returns the memory of this machine, or 0 where nobody says."""
   try:

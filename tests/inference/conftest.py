@@ -1,15 +1,29 @@
-"""One tiny generator for all tests of life two: its programs compile once."""
+"""One tiny engine for the tests of life two: its programs compile once.
+
+An engine belongs to one thread at a time. A test that uses `generator` itself
+may do so beside a server of it, whose thread sleeps while nothing is asked.
+"""
 
 import pytest
 
-from inference import generate
+from inference import engine_config, generate
 from tests import frozen_fixtures
+
+# Several sequences, blocks and pages, in few shapes: each takes its time.
+ENGINE = engine_config.EngineConfig(
+  max_sequences=4,
+  decode_shapes=(4,),
+  block_rows=8,
+  max_blocks=2,
+  max_mixed_blocks=1,
+  page_size=8,
+)
 
 
 @pytest.fixture(scope='session')
 def frozen_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('frozen') / 'tiny'
-  # One layer: what it computes is the business of test_decode.
+  # One layer: what it computes is the business of the engine's tests.
   config = frozen_fixtures.config(num_layers=1)
   frozen_fixtures.write(directory, config=config)
   return directory
@@ -17,4 +31,4 @@ def frozen_dir(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def generator(frozen_dir):
-  return generate.load(frozen_dir)
+  return generate.load(frozen_dir, ENGINE)

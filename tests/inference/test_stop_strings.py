@@ -50,9 +50,21 @@ def test_the_stop_string_completed_first_wins(stop, text, matched):
     assert (''.join(shown), found) == (text, matched)
 
 
-def _first_stop(text, stop):
+def test_a_stop_string_completed_where_none_counts_is_text():
+  matcher = stop_strings.StopMatcher(('bc', 'abcd'))
+  assert matcher.push('abc', may_match=False) == ''  # 'abcd' may follow
+  assert matcher.push('x') == 'abcx'
+  assert matcher.push('b', may_match=False) == ''
+  assert matcher.push('c') == ''
+  assert matcher.matched == 'bc'
+  # Whole, it is the beginning of nothing and not held back.
+  matcher = stop_strings.StopMatcher(('bc', 'wxyz'))
+  assert matcher.push('abc', may_match=False) == 'abc'
+
+
+def _first_stop(text, stop, num_passed=0):
   """Character by character, as the definition says."""
-  for end in range(1, len(text) + 1):
+  for end in range(num_passed + 1, len(text) + 1):
     for found in sorted(stop, key=len, reverse=True):
       if text[:end].endswith(found):
         return text[: end - len(found)], found
@@ -63,9 +75,14 @@ def _first_stop(text, stop):
   text=st.text('abc', max_size=12),
   stop=st.lists(st.text('abc', min_size=1, max_size=4), max_size=3),
   cuts=st.lists(st.integers(0, 12), max_size=4),
+  num_unmatched=st.integers(0, 3),
 )
-def test_however_the_text_is_cut(text, stop, cuts):
+def test_however_the_text_is_cut(text, stop, cuts, num_unmatched):
   edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-  pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-  shown, matched = _run(pieces, stop)
-  assert (''.join(shown), matched) == _first_stop(text, stop)
+  matcher = stop_strings.StopMatcher(stop)
+  shown = ''
+  for number, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    shown += matcher.push(text[a:b], may_match=number >= num_unmatched)
+  shown += matcher.finish()
+  num_passed = edges[min(num_unmatched, len(edges) - 1)]
+  assert (shown, matcher.matched) == _first_stop(text, stop, num_passed)

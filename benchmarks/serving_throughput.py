@@ -1,0 +1,319 @@
+"""How much the engine serves at once, beside other ways and a peer.
+
+    python -m benchmarks.serving_throughput --peer
+
+A Llama-like model of 110M parameters (`decode_latency.llama_110m`) answers a
+trace of requests of mixed lengths: prompts and completions of 16 to 256 tokens,
+log-uniform, all asked at once; greedy, no EOS. Four ways take turns:
+
+  continuous  the engine as it is, 32 sequences at a time
+  serial      one request after another, on the first of the trace
+  static      batches of 32 in order; each runs until its longest is done, and
+              what a row makes after its own end counts for nothing
+  peer        transformers' `generate` on the same batches, padded on the left
+
+How to read it. `tokens/s` counts the new tokens that were asked for over the
+whole time, prompts included; ratios are medians of rounds. `roofline` is the
+least time of the continuous side's steps, reading weights and cache at the rate
+of this machine or multiplying at its rate, whichever is longer, over the time
+taken. Of the engine's own figures: `KV waste` is the share of slots in used
+pages that holds no token, averaged over steps; `contiguous` what it would be if
+each sequence had a row of the whole context, or of exactly its final length.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from benchmarks import decode_latency, made_up_text, peer_process, timing
+from inference import (
+  engine as engine_lib,
+  engine_config,
+  requests,
+  settings as settings_lib,
+)
+from models import config as model_config, flops
+from parallel import device_peaks, host_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One request of a trace."""
+
+  prompt: tuple[int, ...]
+  new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+  """A trace and what serves it."""
+
+  model: model_config.ModelConfig
+  jobs: tuple[Job, ...]
+  num_serial: int  # of the first jobs, those served one after another
+  engine: engine_config.EngineConfig
+
+
+def mixed_jobs(
+  count: int, vocab_size: int, *, least: int, most: int, seed: int = 0
+) -> tuple[Job, ...]:
+  """Returns requests whose lengths are log-uniform in [least, most]."""
+  rng = np.random.default_rng(seed)
+
+  def length() -> int:
+    return round(math.exp(rng.uniform(math.log(least), math.log(most))))
+
+  return tuple(
+    Job(tuple(rng.integers(3, vocab_size, length()).tolist()), length())
+    for _ in range(count)
+  )
+
+
+def judged(num_jobs: int) -> Workload:
+  """The workload that is judged."""
+  model = decode_latency.llama_110m().model
+  return Workload(
+    model=model,
+    jobs=mixed_jobs(num_jobs, model.vocab_size, least=16, most=256),
+    num_serial=8,
+    # The trace repeats itself in every round: prefixes would be found.
+    engine=engine_config.EngineConfig(max_sequences=32, prefix_cache=False),
+  )
+
+
+class Ours:
+  """Our side: one engine, used in three ways."""
+
+  def __init__(self, workload: Workload):
+    self.workload = workload
+    self.engine = engine_lib.Engine(
+      workload.model,
+      made_up_text.random_params(workload.model),
+      tokenizer=made_up_text.Tokenizer(workload.model.vocab_size),
+      weights_digest='',
+      engine=workload.engine,
+    )
+    self.waste: list[float] = []  # of each step of `continuous`
+    self.contiguous: list[float] = []
+    self.host_shares: list[float] = []
+
+  def continuous(self) -> float:
+    """Serves the trace as it comes; returns the seconds it took."""
+    metrics = self.engine.metrics
+    names = 'engine_host_seconds_total', 'engine_step_seconds_total'
+    before = [metrics.value(name) for name in names]
+    start = time.perf_counter()
+    for job in self.workload.jobs:
+      self._submit(job, job.new_tokens)
+    while self.engine.has_work:
+      self.engine.step()
+      self._note_memory()
+    seconds = time.perf_counter() - start
+    host, steps = (
+      metrics.value(name) - value
+      for name, value in zip(names, before, strict=True)
+    )
+    self.host_shares.append(host / steps)
+    return seconds
+
+  def serial(self) -> float:
+    """Serves the first jobs one after another."""
+    start = time.perf_counter()
+    for job in self.workload.jobs[: self.workload.num_serial]:
+      self._submit(job, job.new_tokens)
+      self._drain()
+    return time.perf_counter() - start
+
+  def static(self) -> float:
+    """Serves batches, each until its longest is done."""
+    start = time.perf_counter()
+    for batch in batches(self.workload):
+      longest = max(job.new_tokens for job in batch)
+      for job in batch:
+        self._submit(job, longest)
+      self._drain()
+    return time.perf_counter() - start
+
+  def _submit(self, job: Job, new_tokens: int) -> None:
+    settings = settings_lib.Settings(
+      temperature=0.0, max_tokens=new_tokens, ignore_eos=True
+    )
+    self.engine.submit(
+      requests.Request(prompt_ids=job.prompt, settings=settings)
+    )
+
+  def _drain(self) -> None:
+    for _ in self.engine.run():
+      pass
+
+  def _note_memory(self) -> None:
+    gauges = self.engine.roster.gauges()
+    if slots := gauges.pages_used * self.engine.page_tokens:
+      self.waste.append(1 - gauges.tokens_held / slots)
+      whole = gauges.num_running * self.workload.model.max_length
+      self.contiguous.append(1 - gauges.tokens_held / whole)
+
+
+def batches(workload: Workload) -> list[Sequence[Job]]:
+  """Returns the trace cut into batches of as many as run at once."""
+  size = workload.engine.max_sequences
+  jobs = workload.jobs
+  return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def final_length_waste(jobs: Sequence[Job]) -> float:
+  """Returns the waste of rows that are reserved for exactly the final length.
+
+  While a sequence grows evenly to its length, the average step finds half of
+  what it will have made still empty.
+  """
+  reserved = sum(
+    job.new_tokens * (len(job.prompt) + job.new_tokens) for job in jobs
+  )
+  empty = sum(job.new_tokens * job.new_tokens / 2 for job in jobs)
+  return empty / reserved
+
+
+def least_seconds(workload: Workload, peaks: device_peaks.Peaks) -> float:
+  """Returns the least time of the trace on this device, float32.
+
+  Every product once, at the peak rate; or the weights once for as many steps as
+  the tokens take with every row in use, and each token's cache when it is read;
+  whichever is longer.
+  """
+  model, rows = workload.model, workload.engine.max_sequences
+  products = memory = 0.0
+  for job in workload.jobs:
+    num_prompt, num_new = len(job.prompt), job.new_tokens
+    products += flops.span_flops(model, 0, num_prompt, 1)
+    products += flops.span_flops(model, num_prompt, num_new - 1, num_new - 1)
+    width = 2 * model.num_layers * model.num_kv_heads * model.head_width
+    memory += 4 * width * num_new * (num_prompt + num_new / 2)
+  steps = sum(job.new_tokens for job in workload.jobs) / rows
+  memory += 4 * flops.num_matmul_params(model) * steps
+  return max(
+    products / peaks.flops_per_s['float32'], memory / peaks.bytes_per_s
+  )
+
+
+def peer_spec(workload: Workload) -> dict[str, Any]:
+  """The same batches for `peer_worker`."""
+  return {
+    'workload': 'serve_llama',
+    'model': decode_latency.peer_model(workload.model),
+    'batches': [
+      {
+        'prompts': [job.prompt for job in batch],
+        'new_tokens': max(job.new_tokens for job in batch),
+      }
+      for batch in batches(workload)
+    ],
+  }
+
+
+def run(workload: Workload, *, with_peer: bool, rounds: int) -> dict[str, Any]:
+  """Measures the ways in turn; returns everything that `report` prints."""
+  device = jax.devices()[0]
+  peaks = device_peaks.peaks(device)
+  with contextlib.ExitStack() as stack:
+    turns: dict[str, timing.Turn] = {}
+    if with_peer:
+      peer = stack.enter_context(peer_process.PeerProcess(peer_spec(workload)))
+      peer_process.check_same_size(peer.info, flops.num_params(workload.model))
+      turns['peer'] = peer.turn
+    ours = Ours(workload)
+    turns.update(
+      serial=ours.serial, static=ours.static, continuous=ours.continuous
+    )
+    ours.serial()  # the first run touches memory for the first time
+    taken = timing.interleave(turns, rounds)
+  wanted = sum(job.new_tokens for job in workload.jobs)
+  first = workload.jobs[: workload.num_serial]
+  counts = dict.fromkeys(taken, wanted)
+  counts['serial'] = sum(job.new_tokens for job in first)
+  rates = {
+    way: [counts[way] / seconds for seconds in taken[way]] for way in taken
+  }
+  least = least_seconds(workload, peaks)
+  metrics = ours.engine.metrics
+  return {
+    'benchmark': 'serving_throughput',
+    'device': device.device_kind,
+    'num_params': flops.num_params(workload.model),
+    'num_jobs': len(workload.jobs),
+    'new_tokens': wanted,
+    'seconds': taken,
+    'tokens_per_s': {way: statistics.median(rates[way]) for way in rates},
+    'ratios': {
+      way: timing.median_ratio(rates['continuous'], rates[way])
+      for way in rates
+      if way != 'continuous'
+    },
+    'roofline': least / statistics.median(taken['continuous']),
+    'kv_waste': statistics.fmean(ours.waste),
+    'contiguous_waste': statistics.fmean(ours.contiguous),
+    'final_length_waste': final_length_waste(workload.jobs),
+    'padding': metrics.padding_waste,
+    'host_share': statistics.median(ours.host_shares),
+    'compilations': metrics.value('compilations_after_ready_total'),
+    'compile_seconds': ours.engine.compile_seconds,
+  }
+
+
+def report(result: dict[str, Any]) -> str:
+  """Returns the table, and the engine's own figures."""
+  rows = [('', 'tokens/s', 'continuous is')]
+  for way, rate in result['tokens_per_s'].items():
+    ratio = result['ratios'].get(way)
+    rows.append((way, f'{rate:.1f}', f'{ratio:.2f} x' if ratio else ''))
+  title = (
+    f'Serving {result["num_jobs"]} mixed requests:'
+    f' {result["num_params"] / 1e6:.1f}M parameters, float32,'
+    f' {result["new_tokens"]} new tokens'
+  )
+  return '\n'.join(
+    [
+      timing.table(title, rows),
+      f'  continuous: {result["roofline"]:.0%} of the roofline;'
+      f' host {result["host_share"]:.1%} of a step;'
+      f' {result["compilations"]:.0f} compilations after ready'
+      f' ({result["compile_seconds"]:.0f} s before)',
+      f'  KV waste {result["kv_waste"]:.1%}; contiguous rows of the whole'
+      f' context {result["contiguous_waste"]:.1%}, of the final length'
+      f' {result["final_length_waste"]:.1%}; padding rows, all ways together'
+      f' {result["padding"]:.1%}',
+    ]
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints, and writes what the flags ask for."""
+  del argv
+  args = flags.FLAGS
+  if note := timing.busy_note():
+    print(note, file=sys.stderr)
+  host_memory.reuse_freed_memory()
+  try:
+    result = run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  print(report(result))
+  if args.out:
+    timing.write_json(args.out, result)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
+  flags.DEFINE_integer('jobs', 96, 'Requests in the trace.')
+  flags.DEFINE_integer('rounds', 2, 'Turns that each way gets.')
+  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  app.run(main)

@@ -1,0 +1,124 @@
+"""What changes logits before temperature, and the counts it is decided by.
+
+`seen_BV` holds, for every sequence and every token of the vocabulary, how often
+the sequence's completion has the token, and in one bit whether its prompt has
+it: one int32 array on the device, written one element per sampled token.
+
+Each change costs nothing where no sequence asks for it, and leaves the logits
+of a sequence that does not ask as they are, bit for bit.
+
+References: repetition penalty, Keskar et al., arXiv:1909.05858, equation 1, but
+that negative logits are multiplied (divided, as there, they would grow), which
+is what Transformers and vLLM do; presence and frequency penalties and bias as
+OpenAI's API documents them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+PROMPT_FLAG = 1 << 30  # above any count that fits a context
+
+
+def recount(
+  ids_T: jax.Array, num_prompt_tokens: jax.Array, vocab_size: int
+) -> jax.Array:
+  """Returns seen_V of one sequence, counted from all of its tokens.
+
+  Args:
+    ids_T: int32, the prompt and the completion so far; -1 is no token.
+    num_prompt_tokens: how many of the first are the prompt's.
+    vocab_size: static.
+  """
+  ids_T = _drop_negative(ids_T, vocab_size)
+  is_prompt_T = jnp.arange(ids_T.shape[0]) < num_prompt_tokens
+  counts_V = jnp.zeros((vocab_size,), jnp.int32)
+  counts_V = counts_V.at[ids_T].add((~is_prompt_T).astype(jnp.int32))
+  in_prompt_V = jnp.zeros((vocab_size,), bool).at[ids_T].max(is_prompt_T)
+  return counts_V | jnp.where(in_prompt_V, PROMPT_FLAG, 0)
+
+
+def count(
+  seen_BV: jax.Array, slots_R: jax.Array, tokens_R: jax.Array
+) -> jax.Array:
+  """Adds sampled tokens to the sequences in `slots_R`; -1 of either adds none.
+
+  Donate `seen_BV`, or every call copies it.
+  """
+  slots_R = _drop_negative(slots_R, seen_BV.shape[0])
+  tokens_R = _drop_negative(tokens_R, seen_BV.shape[1])
+  return seen_BV.at[slots_R, tokens_R].add(1, mode='drop')
+
+
+def penalize(
+  logits_BV: jax.Array,
+  seen_BV: jax.Array,
+  *,
+  repetition_B: jax.Array,
+  presence_B: jax.Array,
+  frequency_B: jax.Array,
+  slots_B: jax.Array | None = None,
+) -> jax.Array:
+  """Applies the repetition, then the presence and the frequency penalty.
+
+  Args:
+    logits_BV: float32.
+    seen_BV: as `recount` and `count` make it.
+    repetition_B: 1 changes nothing.
+    presence_B: 0 changes nothing.
+    frequency_B: 0 changes nothing.
+    slots_B: the row of `seen_BV` that each sequence has; None is in order.
+  """
+
+  def penalized(logits_BV):
+    # Gathered in here: where nobody asks it would be the largest cost of all.
+    own_BV = seen_BV if slots_B is None else seen_BV[slots_B]
+    counts_BV = own_BV & (PROMPT_FLAG - 1)
+    factor_B1 = repetition_B[:, None]
+    repeated_BV = jnp.where(
+      logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1
+    )
+    repeated_BV = jnp.where(own_BV > 0, repeated_BV, logits_BV)
+    fall_BV = frequency_B[:, None] * counts_BV.astype(jnp.float32)
+    fall_BV += jnp.where(counts_BV > 0, presence_B[:, None], 0.0)
+    # Neutral arithmetic is not enough: it turns subnormal numbers into zero.
+    return jnp.where(asks_B[:, None], repeated_BV - fall_BV, logits_BV)
+
+  asks_B = (repetition_B != 1) | (presence_B != 0) | (frequency_B != 0)
+  return jax.lax.cond(jnp.any(asks_B), penalized, _unchanged, logits_BV)
+
+
+def add_bias(
+  logits_BV: jax.Array, ids_BL: jax.Array, values_BL: jax.Array
+) -> jax.Array:
+  """Adds to the logit of each given id its value; an id of -1 is none."""
+
+  def biased(logits_BV):
+    ids = _drop_negative(ids_BL, logits_BV.shape[-1])
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    return logits_BV.at[rows_B1, ids].add(values_BL, mode='drop')
+
+  return jax.lax.cond(jnp.any(ids_BL >= 0), biased, _unchanged, logits_BV)
+
+
+def forbid(
+  logits_BV: jax.Array, ids_BI: jax.Array, is_forbidden_B: jax.Array
+) -> jax.Array:
+  """Makes the given ids impossible where `is_forbidden_B`; -1 is none."""
+  ids_BI = jnp.where(is_forbidden_B[:, None], ids_BI, -1)
+
+  def masked(logits_BV):
+    ids = _drop_negative(ids_BI, logits_BV.shape[-1])
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    return logits_BV.at[rows_B1, ids].set(-jnp.inf, mode='drop')
+
+  return jax.lax.cond(jnp.any(ids_BI >= 0), masked, _unchanged, logits_BV)
+
+
+def _drop_negative(ids, size: int) -> jax.Array:
+  """Moves negative ids past the end, where a write is dropped."""
+  # JAX counts negative indices from the end, as Python does.
+  return jnp.where(ids < 0, size, ids)
+
+
+def _unchanged(logits_BV):
+  return logits_BV

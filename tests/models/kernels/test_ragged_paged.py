@@ -1,0 +1,314 @@
+"""JAX's paged attention for TPU: what it is given, and that it compiles.
+
+The kernel does not run interpreted. JAX's own account of it does, from the very
+same arguments: what it computes is compared with the reference in plain JAX.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import (
+  attention,
+  cached_attention,
+  execution,
+  kv_cache,
+  paged_attention,
+  transformer,
+)
+from models.kernels import ragged_paged
+from parallel import targets
+from tests import fixtures
+
+_NUM_KV, _GROUPS = 2, 3
+_SLOTS = 192
+_ROWS = 24
+# Two decoding sequences and an idle one; a block in the middle of a context,
+# one that begins it and ends early, one whose padding would end past its last
+# page, and one that is all padding.
+_DECODES = (0, 150, -1)
+_BLOCKS = ((100, 24), (0, 5), (180, 12), (-1, 0))
+V5E, V5P = 'v5e:1x1', 'v5p:1x1x1'
+
+
+def _positions():
+  rows = [
+    np.where(np.arange(_ROWS) < count, start + np.arange(_ROWS), -1)
+    for start, count in _BLOCKS
+  ]
+  return jnp.asarray(np.concatenate([_DECODES, *rows])[None], jnp.int32)
+
+
+def _call(page_size=16, channels=128, dtype=jnp.float32, width=128):
+  """Queries of a mixed call, and a pool with something in every slot."""
+  rng = np.random.default_rng(0)
+  num_sequences = len(_DECODES) + len(_BLOCKS)
+  per_sequence = _SLOTS // page_size
+  num_pages = num_sequences * per_sequence + 1
+  shape = num_pages, page_size, 2 * _NUM_KV, channels
+  kv_PQYC = jnp.pad(
+    jnp.asarray(rng.normal(size=shape), dtype),
+    [(0, 0)] * 3 + [(0, width - channels)],
+  )
+  tables = 1 + rng.permutation(num_pages - 1).reshape(num_sequences, -1)
+  # Who has no tokens has no pages either.
+  tables[len(_DECODES) - 1] = tables[-1] = 0
+  tables = jnp.asarray(tables, jnp.int32)
+  layer = kv_cache.PagedLayer(
+    kv_cache.Pages(kv_PQYC), tables[: len(_DECODES)], tables[len(_DECODES) :]
+  )
+  shape = 1, _positions().shape[1], _NUM_KV * _GROUPS, channels
+  return jnp.asarray(rng.normal(size=shape), dtype), layer
+
+
+def _real(out_1THC, positions_1T=None):
+  positions_1T = _positions() if positions_1T is None else positions_1T
+  return np.asarray(out_1THC, np.float32)[np.asarray(positions_1T) >= 0]
+
+
+@pytest.mark.parametrize(
+  ('page_size', 'form'),
+  [
+    (16, attention.Form()),
+    (64, attention.Form(window=70, softcap=2.0, scale=0.05)),
+    (1, attention.Form(window=3, scale=0.05)),
+  ],
+)
+def test_the_kernel_is_asked_for_what_the_reference_gives(page_size, form):
+  q_1THC, layer = _call(page_size)
+  out = ragged_paged.attend(
+    q_1THC, layer, _positions(), form, implementation='reference'
+  )
+  expected = paged_attention.attend(q_1THC, layer, _positions(), form)
+  assert np.isfinite(np.asarray(out)).all()  # padding means nothing, harms none
+  # Scores are float32 sums of 128 terms, some 10 large, and then exponents.
+  np.testing.assert_allclose(_real(out), _real(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['decodes', 'blocks'])
+def test_calls_of_one_kind(kind):
+  q_1THC, layer = _call()
+  num_decodes = len(_DECODES)
+  if kind == 'decodes':
+    tokens = slice(None, num_decodes)
+    layer = layer._replace(block_table_XL=layer.block_table_XL[:0])
+  else:
+    tokens = slice(num_decodes, None)
+    layer = layer._replace(decode_table_DL=layer.decode_table_DL[:0])
+  args = q_1THC[:, tokens], layer, _positions()[:, tokens], attention.Form()
+  out = ragged_paged.attend(*args, implementation='reference')
+  np.testing.assert_allclose(
+    _real(out, args[2]),
+    _real(paged_attention.attend(*args), args[2]),
+    atol=1e-5,  # as above
+  )
+
+
+def test_heads_narrower_than_their_pages():
+  q_1THC, layer = _call(channels=64)
+  exact = layer._replace(pages=kv_cache.Pages(layer.pages.kv_PQYC[..., :64]))
+  form = attention.Form()  # its scale is of 64 channels, not of 128
+  out = ragged_paged.attend(
+    q_1THC, layer, _positions(), form, implementation='reference'
+  )
+  expected = paged_attention.attend(q_1THC, exact, _positions(), form)
+  assert out.shape == q_1THC.shape
+  np.testing.assert_allclose(_real(out), _real(expected), atol=1e-5)
+
+
+def test_a_calls_tokens_as_sequences():
+  _, layer = _call()
+  lengths_B, table_BL, ends, count = ragged_paged.sequences(
+    layer, _positions()[0]
+  )
+  # An idle one has a slot for each of its queries.
+  np.testing.assert_array_equal(lengths_B, [1, 151, 1, 124, 24, 204, 24])
+  np.testing.assert_array_equal(ends, [0, 1, 2, 3, 27, 51, 75, 99])
+  np.testing.assert_array_equal(
+    table_BL, np.concatenate([layer.decode_table_DL, layer.block_table_XL])
+  )
+  assert count.tolist() == [7]
+
+
+def test_pages_in_int8_and_dense_caches_are_attended_as_ever():
+  q_1THC, layer = _call(channels=16, width=16)
+  pages = kv_cache.Pages(*kv_cache.quantize(layer.pages.kv_PQYC))
+  dense = kv_cache.LayerCache(
+    *jax.random.normal(jax.random.key(0), (2, 1, _NUM_KV, _SLOTS, 16))
+  )
+  for cache in (layer._replace(pages=pages), dense):
+    args = q_1THC, cache, _positions(), attention.Form()
+    np.testing.assert_array_equal(
+      ragged_paged.attend(*args), cached_attention.attend(*args)
+    )
+
+
+def _shapes(
+  heads=8,
+  kv_heads=4,
+  channels=128,
+  width=128,
+  dtype=jnp.bfloat16,
+  stored=None,
+  sequences=8,
+  pages=16,
+  page_size=16,
+):
+  pool = 64, page_size, 2 * kv_heads, width
+  table = jax.ShapeDtypeStruct((sequences // 2, pages), jnp.int32)
+  layer = kv_cache.PagedLayer(
+    kv_cache.Pages(jax.ShapeDtypeStruct(pool, stored or dtype)), table, table
+  )
+  return jax.ShapeDtypeStruct((1, 64, heads, channels), dtype), layer
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'channels': 64, 'width': 64},
+      'got heads of 64 channels in pages of 64, expected pages of 128',
+    ),
+    (
+      {'channels': 256, 'width': 256},
+      'got heads of 256 channels in pages of 256, expected pages of 128',
+    ),
+    (
+      {'dtype': jnp.float32, 'stored': jnp.bfloat16},
+      'got queries in float32 and pages in bfloat16, expected both in',
+    ),
+    ({'dtype': jnp.float16}, 'got queries in float16 and pages in float16'),
+    (
+      {'heads': 6, 'kv_heads': 3},
+      'got 3 key/value heads in bfloat16, expected 1, 2 or 4, or a multiple',
+    ),
+    (
+      {'kv_heads': 8, 'dtype': jnp.float32},
+      'got 8 query heads over 8 key/value heads in float32, of which a block',
+    ),
+    (
+      {'sequences': 256, 'pages': 1024},
+      'got a table of 256 sequences with 1024 pages of 16 tokens each',
+    ),
+  ],
+)
+def test_what_the_kernel_cannot_do_is_refused(fields, message):
+  assert message in ragged_paged.shape_problem(*_shapes(**fields))
+  q_1THC, layer = _shapes(**fields)
+  with pytest.raises(ValueError, match='ragged paged attention: got'):
+    ragged_paged.attend(q_1THC, layer, None, attention.Form())
+
+
+@pytest.mark.parametrize(
+  ('fields', 'pages', 'rows'),
+  [
+    ({}, 16, 32),  # no more copies than that in the program
+    ({'page_size': 64}, 8, 32),
+    ({'page_size': 1024}, 1, 32),
+    ({'pages': 4}, 4, 32),
+    ({'heads': 128}, 16, 16),
+    # Seven query heads each: no part of them fills registers, so a block has
+    # all, and fewer slots.
+    ({'heads': 224, 'kv_heads': 32, 'page_size': 32}, 4, 9),
+  ],
+)
+def test_blocks_are_cut_to_on_chip_memory(fields, pages, rows):
+  q_1THC, layer = _shapes(**fields)
+  sizes = ragged_paged.block_sizes(64, q_1THC.shape[2], layer)
+  assert sizes == {
+    'num_kv_pages_per_block': pages,
+    'num_queries_per_block': rows,
+  }
+
+
+# Compiled for TPUs that are not here.
+
+
+def _compile(target, f, *args, **options):
+  pytest.importorskip('libtpu', reason='needs requirements-plan.txt')
+  targets.prepare_environment()
+  mesh = jax.sharding.Mesh(
+    np.array(targets.devices(targets.parse(target))), ('data',)
+  )
+  sharding = jax.NamedSharding(mesh, jax.P())
+  args = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+  )
+  with jax.set_mesh(mesh):
+    return jax.jit(f, **options).lower(*args).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', [V5E, V5P])
+@pytest.mark.parametrize(
+  ('num_blocks', 'fields', 'form'),
+  [
+    (0, {}, attention.Form()),
+    (1, {}, attention.Form()),
+    (1, {'channels': 64}, attention.Form(window=70, softcap=2.0)),
+    # As much as is let into on-chip and scalar memory.
+    (1, {'heads': 64, 'kv_heads': 8, 'page_size': 32}, attention.Form()),
+    (1, {'sequences': 240, 'pages': 1024}, attention.Form()),
+  ],
+)
+def test_it_compiles_for_tpus(target, num_blocks, fields, form):
+  q_1THC, layer = _shapes(**fields)
+  num_decodes, width = layer.decode_table_DL.shape
+  layer = layer._replace(
+    decode_table_DL=jax.ShapeDtypeStruct(
+      (2 * num_decodes - num_blocks, width), jnp.int32
+    ),
+    block_table_XL=jax.ShapeDtypeStruct((num_blocks, width), jnp.int32),
+  )
+  num_tokens = 2 * num_decodes + 31 * num_blocks
+  text = _compile(
+    target,
+    functools.partial(ragged_paged.attend, form=form),
+    jax.ShapeDtypeStruct((1, num_tokens, *q_1THC.shape[2:]), q_1THC.dtype),
+    layer,
+    jax.ShapeDtypeStruct((1, num_tokens), jnp.int32),
+  ).as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', [V5E, V5P])
+def test_a_model_compiles_for_tpus_and_writes_its_pages_in_place(target):
+  config = fixtures.llama_like(model_width=128, head_width=128, mlp_width=128)
+  model = transformer.Transformer(
+    config,
+    jnp.bfloat16,
+    execution.Execution(attend_cached=ragged_paged.attend),
+  )
+
+  def step(params, pools, tables, tokens_1T, positions_1T):
+    cache = tuple(kv_cache.PagedLayer(pool, *tables) for pool in pools)
+    hidden_1TD, cache = model.apply(
+      params, tokens_1T, positions_1T, cache, method='hidden'
+    )
+    return hidden_1TD, tuple(layer.pages for layer in cache)
+
+  tokens_1T = jax.eval_shape(_positions)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens_1T)
+  pools = jax.eval_shape(
+    functools.partial(
+      kv_cache.init_pages,
+      config,
+      num_pages=2048,
+      page_size=16,
+      dtype=jnp.bfloat16,
+    )
+  )
+  tables = jax.eval_shape(lambda: _call()[1][1:])
+  args = params, pools, tables, tokens_1T, tokens_1T
+  compiled = _compile(target, step, *args, donate_argnums=1)
+  memory = compiled.memory_analysis()
+  pool_bytes = sum(pool.kv_PQYC.size * 2 for pool in pools)
+  assert memory.alias_size_in_bytes == pool_bytes
+  # Nothing is as large as one layer's pool: it is never copied.
+  assert memory.temp_size_in_bytes < pool_bytes / config.num_layers
+  text = compiled.as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == config.num_layers
