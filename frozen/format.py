@@ -13,7 +13,8 @@ stored. A directory appears whole or not at all: it is written beside its place,
 in a hidden directory, and renamed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -114,30 +115,32 @@ def write(
   """
   target = pathlib.Path(directory).resolve()
   _check_params(params, abstract_params(config, dtype), 'params')
-  digest = weights_digest(params)
-  _check_replaceable(target, digest, overwrite)
-  partial = _sibling(target, 'partial')
-  partial.mkdir(parents=True)
-  try:
-    _save(partial / _PARAMS_DIR, params)
-    shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
-    (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
-    (partial / GENERATION_FILE).write_text(
-      json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
-    )
-    manifest = manifest_lib.sign(
-      **dataclasses.asdict(provenance),
-      model=config.to_dict(),
-      dtype=dtype,
-      quantization={'kind': 'none'},
-      num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-      weights_digest=digest,
-      files=manifest_lib.file_digests(partial),
-    )
-    manifest_lib.write(partial, manifest)
-    _move(partial, target)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # While the disk is written to, a core has time for it.
+    digest = pool.submit(weights_digest, params)
+    _check_replaceable(target, digest.result, overwrite)
+    partial = _sibling(target, 'partial')
+    partial.mkdir(parents=True)
+    try:
+      _save(partial / _PARAMS_DIR, params)
+      shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
+      (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
+      (partial / GENERATION_FILE).write_text(
+        json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
+      )
+      manifest = manifest_lib.sign(
+        **dataclasses.asdict(provenance),
+        model=config.to_dict(),
+        dtype=dtype,
+        quantization={'kind': 'none'},
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        weights_digest=digest.result(),
+        files=manifest_lib.file_digests(partial),
+      )
+      manifest_lib.write(partial, manifest)
+      _move(partial, target)
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
   return manifest
 
 
@@ -266,7 +269,7 @@ def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
 
 
 def _check_replaceable(
-  target: pathlib.Path, digest: str, overwrite: bool
+  target: pathlib.Path, digest: Callable[[], str], overwrite: bool
 ) -> None:
   """Raises ValueError if writing to `target` would lose something."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -282,10 +285,11 @@ def _check_replaceable(
     existing = manifest_lib.read(target).weights_digest
   except ValueError as error:
     existing = f'that cannot be read ({error})'
-  if existing != digest:
+  if existing != digest():
     raise ValueError(
       f'{target}: got a frozen directory with weights {existing}, expected'
-      f' those of now, {digest}, or none; choose another place or say overwrite'
+      f' those of now, {digest()}, or none; choose another place or say'
+      ' overwrite'
     )
 
 

@@ -38,6 +38,11 @@ TOLERANCE = 2e-4
 def _quiet():
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
+  # Threads that wait for each other at full speed stop all tests beside them.
+  num_threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(num_threads)
 
 
 def _params():
