@@ -37,11 +37,19 @@ _FREE = (
 def model_of(directory: str) -> model_config.ModelConfig:
   """Returns the model of a frozen directory, with its layers stacked if alike.
 
+  Args:
+    directory: as the variant of an experiment names it.
+
   Raises:
-    FileNotFoundError: there is no frozen directory.
-    ValueError: it is damaged.
+    ValueError: there is no frozen directory, or it is damaged.
   """
-  config = frozen_format.read_config(directory)
+  try:
+    config = frozen_format.read_config(directory)
+  except FileNotFoundError:
+    raise ValueError(
+      f'variant: got {directory!r}, expected a frozen directory; make one with'
+      ' `python -m frozen.huggingface import` or `python -m frozen.freeze`'
+    ) from None
   return dataclasses.replace(config, scan_layers=config.is_uniform)
 
 
