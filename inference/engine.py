@@ -328,8 +328,8 @@ class Engine:
       step,
       block_rows=self.config.block_rows,
       scored_prompt=lambda live_id: self._live[live_id].scored_prompt(),
-      forced_token=lambda live_id, position: (
-        self._live[live_id].forced_token(position)
+      forced_token=lambda live_id, position: self._live[live_id].forced_token(
+        position
       ),
     )
     self._state, outputs = self._programs.step(

@@ -1,7 +1,8 @@
 """The terminal conversation: history is sent again, and nothing is lost."""
 
-from inference import chat, generate
-from tests import frozen_fixtures
+import dataclasses
+
+from inference import chat
 
 
 def _talk(generator, lines, **chosen):
@@ -77,9 +78,18 @@ def test_the_context_is_named_when_history_outgrows_it(generator):
   assert 'expected at most 64 together (the context of this model)' in written
 
 
-def test_a_template_of_the_model_is_used(tmp_path):
+def test_what_was_said_before_is_not_computed_again(generator):
+  metrics = generator.engine.metrics
+  before = metrics.value('cached_tokens_total')
+  written = _talk(generator, ['a long one', 'k'], max_tokens=2, temperature=0.0)
+  assert written.count('Model: ') == 2
+  # The first turn has 29 tokens with BOS: three whole pages of eight.
+  assert metrics.value('cached_tokens_total') - before >= 24
+
+
+def test_a_template_of_the_model_is_used(generator, monkeypatch):
   template = '{% for m in messages %}[{{ m.content }}]{% endfor %}>'
-  frozen_fixtures.write(tmp_path / 'm', chat_template=template)
-  generator = generate.load(tmp_path / 'm')
+  with_template = dataclasses.replace(generator.frozen, chat_template=template)
+  monkeypatch.setattr(generator, 'frozen', with_template)
   messages = [{'role': 'user', 'content': 'hi'}]
   assert chat.render(generator, messages) == ('[hi]>', ())
