@@ -122,6 +122,12 @@ class DataConfig:
     """Returns every number of rows that a batch may have."""
     return tuple(rows for _, rows in self.ramp)
 
+  @property
+  def has_bos(self) -> bool:
+    """Returns whether documents begin with BOS in training."""
+    # Windows are cut from joined text: their models never see it.
+    return self.packing != 'windows'
+
   def batch_size_at(self, step: int) -> int:
     """Returns the rows of the batch of `step`, counted from 0."""
     return ramp_lib.rows_at(self.ramp, step)

@@ -13,7 +13,8 @@ stored. A directory appears whole or not at all: it is written beside its place,
 in a hidden directory, and renamed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -56,13 +57,15 @@ def checkpointer() -> ocp.StandardCheckpointer:
 
   A frozen directory is written by one of them, and read by each for itself.
   """
+  return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
   me = jax.process_index()
-  return ocp.StandardCheckpointer(
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=me,
-      active_processes={me},
-      barrier_sync_key_prefix=f'frozen_{me}',
-    )
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me,
+    active_processes={me},
+    barrier_sync_key_prefix=f'frozen_{me}',
   )
 
 
@@ -74,7 +77,7 @@ def weights_digest(params: Params) -> str:
   wherever and however they are stored.
   """
   digest = hashlib.sha256()
-  for name, leaf in sorted(_leaves(params).items()):
+  for name, leaf in sorted(leaves_by_path(params).items()):
     array = np.ascontiguousarray(leaf)
     digest.update(f'{name}\0{array.dtype.name}\0{leaf.shape}\0'.encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
@@ -97,7 +100,7 @@ def write(
 
   Args:
     directory: where; its parent is created.
-    params: serving params, all of `dtype`.
+    params: serving params, all of `dtype`; arrays of jax or numpy.
     config: what they are params of.
     dtype: of the weights.
     provenance: where they come from.
@@ -111,34 +114,33 @@ def write(
       holds something else.
   """
   target = pathlib.Path(directory).resolve()
-  _check_params(params, _abstract_params(config, dtype), 'params')
-  digest = weights_digest(params)
-  _check_replaceable(target, digest, overwrite)
-  partial = _sibling(target, 'partial')
-  partial.mkdir(parents=True)
-  try:
-    with checkpointer() as writer:
-      # As numpy: orbax takes jax arrays of one process among several for a
-      # mistake.
-      writer.save(partial / _PARAMS_DIR, jax.tree.map(np.asarray, params))
-    shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
-    (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
-    (partial / GENERATION_FILE).write_text(
-      json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
-    )
-    manifest = manifest_lib.sign(
-      **dataclasses.asdict(provenance),
-      model=config.to_dict(),
-      dtype=dtype,
-      quantization={'kind': 'none'},
-      num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-      weights_digest=digest,
-      files=manifest_lib.file_digests(partial),
-    )
-    manifest_lib.write(partial, manifest)
-    _move(partial, target)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  _check_params(params, abstract_params(config, dtype), 'params')
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # While the disk is written to, a core has time for it.
+    digest = pool.submit(weights_digest, params)
+    _check_replaceable(target, digest.result, overwrite)
+    partial = _sibling(target, 'partial')
+    partial.mkdir(parents=True)
+    try:
+      _save(partial / _PARAMS_DIR, params)
+      shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
+      (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
+      (partial / GENERATION_FILE).write_text(
+        json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
+      )
+      manifest = manifest_lib.sign(
+        **dataclasses.asdict(provenance),
+        model=config.to_dict(),
+        dtype=dtype,
+        quantization={'kind': 'none'},
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        weights_digest=digest.result(),
+        files=manifest_lib.file_digests(partial),
+      )
+      manifest_lib.write(partial, manifest)
+      _move(partial, target)
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
   return manifest
 
 
@@ -158,10 +160,7 @@ def read(
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
   manifest_lib.check_files(directory, manifest)
-  try:
-    config = config_lib.ModelConfig.from_dict(manifest.model)
-  except ValueError as error:
-    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+  config = _config_of(directory, manifest)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = _restore(directory / _PARAMS_DIR, config, manifest.dtype, sharding)
@@ -181,13 +180,7 @@ def read(
   )
 
 
-def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the recommended settings of a frozen directory, unverified."""
-  path = pathlib.Path(directory) / GENERATION_FILE
-  return json.loads(path.read_text('utf-8'))
-
-
-def _leaves(params: Params) -> dict[str, Any]:
+def leaves_by_path(params: Params) -> dict[str, Any]:
   """Returns the leaves by path, 'params/layer_0/mlp/up/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {
@@ -196,7 +189,9 @@ def _leaves(params: Params) -> dict[str, Any]:
   }
 
 
-def _abstract_params(config, dtype: str, sharding=None) -> Params:
+def abstract_params(
+  config: config_lib.ModelConfig, dtype: str, sharding: Any = None
+) -> Params:
   """Returns the shapes of the variables of a model, all of one dtype."""
   model = transformer.Transformer(config=config)
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
@@ -206,9 +201,49 @@ def _abstract_params(config, dtype: str, sharding=None) -> Params:
   )
 
 
+def read_config(directory: str | os.PathLike) -> config_lib.ModelConfig:
+  """Returns the model of a frozen directory; verifies the manifest alone."""
+  directory = pathlib.Path(directory).absolute()
+  return _config_of(directory, manifest_lib.read(directory))
+
+
+def _config_of(directory: pathlib.Path, manifest) -> config_lib.ModelConfig:
+  try:
+    return config_lib.ModelConfig.from_dict(manifest.model)
+  except ValueError as error:
+    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+
+
+def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the recommended settings of a frozen directory, unverified."""
+  path = pathlib.Path(directory) / GENERATION_FILE
+  return json.loads(path.read_text('utf-8'))
+
+
+def _save(path: pathlib.Path, params: Params) -> None:
+  """Writes the weights; while it does, they are there once.
+
+  What orbax does by default takes them three times: it copies arrays of numpy,
+  to write them while others go on, and holds what it compresses, all at once.
+  """
+  params = jax.tree.map(np.asarray, params)
+  options = _alone()
+  if jax.process_count() == 1:
+    # Of one process among several, orbax takes jax arrays for a mistake.
+    cpu = jax.local_devices(backend='cpu')[0]
+    params = jax.device_put(params, cpu)  # where aligned, the same memory
+  handler = ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=1,
+    use_compression=False,
+    multiprocessing_options=options,
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
+    writer.save(path, args=ocp.args.PyTreeSave(params))
+
+
 def _check_params(params: Params, abstract_params: Params, where) -> None:
   """Raises ValueError if names, shapes or dtypes are not those expected."""
-  got, expected = _leaves(params), _leaves(abstract_params)
+  got, expected = leaves_by_path(params), leaves_by_path(abstract_params)
   for name in sorted(got.keys() | expected.keys()):
     found, wanted = (
       f'{np.dtype(side[name].dtype).name}{list(side[name].shape)}'
@@ -224,7 +259,7 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
 
 
 def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
-  target = _abstract_params(config, dtype, sharding)
+  target = abstract_params(config, dtype, sharding)
   with checkpointer() as reader:
     # Orbax casts silently to the dtype asked for, and answers a wrong shape
     # with pages of noise: compare first.
@@ -234,7 +269,7 @@ def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
 
 
 def _check_replaceable(
-  target: pathlib.Path, digest: str, overwrite: bool
+  target: pathlib.Path, digest: Callable[[], str], overwrite: bool
 ) -> None:
   """Raises ValueError if writing to `target` would lose something."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -250,10 +285,11 @@ def _check_replaceable(
     existing = manifest_lib.read(target).weights_digest
   except ValueError as error:
     existing = f'that cannot be read ({error})'
-  if existing != digest:
+  if existing != digest():
     raise ValueError(
       f'{target}: got a frozen directory with weights {existing}, expected'
-      f' those of now, {digest}, or none; choose another place or say overwrite'
+      f' those of now, {digest()}, or none; choose another place or say'
+      ' overwrite'
     )
 
 

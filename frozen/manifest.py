@@ -6,6 +6,7 @@ that neither a weight nor, say, the rotary base can change unnoticed.
 """
 
 from collections.abc import Mapping
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -33,6 +34,8 @@ class Provenance:
   weights: str  # of the run, that are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
+  # Of weights that were trained elsewhere: format, family, source, revision.
+  origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,8 @@ def read(directory: pathlib.Path) -> Manifest:
       ' use the code that wrote it, or freeze again with this code'
     )
   known = {field.name for field in dataclasses.fields(Manifest)}
-  if set(fields) != known:
+  # Directories were frozen before there was an `origin`.
+  if set(fields) not in (known, known - {'origin'}):
     raise ValueError(
       f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
       f' fields {sorted(known - set(fields))}, expected exactly those of'
@@ -106,13 +110,19 @@ def read(directory: pathlib.Path) -> Manifest:
 
 def file_digests(directory: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of every file but the manifest, by relative path."""
-  digests = {}
-  for path in sorted(directory.rglob('*')):
-    name = path.relative_to(directory).as_posix()
-    if path.is_file() and name != FILE_NAME:
-      with path.open('rb') as file:
-        digests[name] = hashlib.file_digest(file, 'sha256').hexdigest()
-  return digests
+  names = [
+    name
+    for path in sorted(directory.rglob('*'))
+    if path.is_file()
+    and (name := path.relative_to(directory).as_posix()) != FILE_NAME
+  ]
+
+  def digest(name: str) -> str:
+    with (directory / name).open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def check_files(directory: pathlib.Path, manifest: Manifest) -> None:

@@ -32,22 +32,28 @@ def choose(
   Raises:
     ValueError: the kernel was asked for and cannot be had.
   """
+  _, width = kv_cache.rows_and_width(model)
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
       raise ValueError(
         "engine.attention: got 'kernel' with invariant numerics, expected"
         " 'auto'; kernels choose their shapes themselves"
       )
-    return Backend(invariant.execution(), model.head_width)
-  plain = Backend(execution_lib.Execution(), model.head_width)
+    return Backend(invariant.execution(), width)
+  plain = Backend(execution_lib.Execution(), width)
   kernels = {'tpu': ragged_paged, 'gpu': paged_triton}
   if config.attention == 'reference':
     return plain
   if platform not in kernels:
     problem = f'got platform {platform!r}, expected one of tpu, gpu'
+  elif model.latent_width:
+    problem = (
+      f'got model.latent_width = {model.latent_width}, expected 0: kernels read'
+      ' keys and values of their own'
+    )
   else:
     kernel = kernels[platform]
-    channels = model.head_width
+    channels = width
     if platform == 'tpu' and channels < ragged_paged.LANES:
       channels = ragged_paged.LANES  # narrower ones take as much memory there
     problem = kernel.shape_problem(

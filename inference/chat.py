@@ -53,11 +53,20 @@ def run(
 
 def render(
   generator: generate.Generator, messages: list[dict[str, str]]
-) -> tuple[str, tuple[str, ...]]:
-  """Returns the prompt of a conversation, and what ends the answer to it."""
+) -> tuple[generate.Prompt, tuple[str, ...]]:
+  """Returns the prompt of a conversation, and what ends the answer to it.
+
+  Of an open model, ids: its template writes its special tokens itself.
+  """
   template, stop = generator.frozen.chat_template, ()
   if not template:
     template, stop = chat_lib.DEFAULT_TEMPLATE, chat_lib.DEFAULT_STOP
+  elif generator.tokenizer.kind == 'huggingface':
+    conversation = chat_lib.Conversation(
+      messages=messages, add_generation_prompt=True
+    )
+    found = chat_lib.encode(generator.tokenizer, template, conversation)
+    return found.ids, stop
   prompt = chat_lib.render(
     template,
     messages,

@@ -436,4 +436,5 @@ def _kv_bytes_per_token(config, dtype, channels: int) -> float:
   vector = channels * jnp.dtype(dtype).itemsize
   if jnp.dtype(dtype) == jnp.int8:
     vector += 4  # its scale
-  return 2 * config.num_layers * config.num_kv_heads * vector
+  rows, _ = kv_cache.rows_and_width(config)
+  return config.num_layers * rows * vector

@@ -24,7 +24,7 @@ import numpy as np
 
 from frozen import manifest as manifest_lib
 from inference import backends, engine_config, programs
-from models import config as config_lib, flops, layout, transformer
+from models import config as config_lib, flops, kv_cache, layout, transformer
 from parallel import ahead, device_peaks, targets
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
@@ -61,8 +61,8 @@ class Plan:
   def kv_bytes_per_token(self) -> int:
     """Bytes of the keys and values that one token leaves in the cache."""
     config = self.config
-    channels = config.num_kv_heads * config.head_width
-    return 2 * config.num_layers * channels * self.itemsize
+    rows, width = kv_cache.rows_and_width(config)
+    return config.num_layers * rows * width * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
     """Returns what so many sequences of a cache so long take, weights too."""

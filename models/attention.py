@@ -1,9 +1,10 @@
 """Causal grouped-query attention, for training, prefill and decode alike.
 
 One entry point, `attend`; over a cache, `models/cached_attention.py`. Queries
-are taken in blocks of rows: a block sees only the keys that can precede it, so
-the upper triangle of the score matrix is never computed, and no [T, T] array
-exists. Grouped-query attention: Ainslie et al., arXiv:2305.13245.
+are taken in blocks of rows: a block sees only the keys that can precede it, and
+of a window those within reach, so that the rest of the score matrix is never
+computed, and no [T, T] array exists. Grouped-query attention: Ainslie et al.,
+arXiv:2305.13245.
 """
 
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def attend(
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
     k_BKSC: keys, one per slot.
-    v_BKSC: values, one per slot.
+    v_BKSC: values, one per slot; of another C, the output has that one.
     slots_BT: the slot of each query; it sees the slots up to its own. None
       when the keys are those of this very call (S = T, query t in slot t).
     segment_ids_BT: queries and keys of different segments do not see each
@@ -89,7 +90,7 @@ def attend(
       q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout, form
     )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
-  return out_BTKGC.reshape(batch, time, heads, channels)
+  return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
 
 def block_rows(time: int) -> int:
@@ -103,19 +104,21 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
   blocks = []
   for start in range(0, time, rows):
     stop = min(start + rows, time)
+    # The first key that the block's first row sees.
+    first = max(0, start - form.window + 1) if form.window else 0
     query_R = jnp.arange(start, stop)
-    mask = sees(jnp.arange(stop)[None, :], query_R[:, None], form)[None]
+    mask = sees(jnp.arange(first, stop)[None, :], query_R[:, None], form)[None]
     if segment_ids_BT is not None:
       query_segments, key_segments = (
         segment_ids_BT[:, start:stop, None],
-        segment_ids_BT[:, None, :stop],
+        segment_ids_BT[:, None, first:stop],
       )
       mask = mask & (query_segments == key_segments)
     blocks.append(
       _attend_rows(
         q_BKGTC[:, :, :, start:stop],
-        k_BKTC[:, :, :stop],
-        v_BKTC[:, :, :stop],
+        k_BKTC[:, :, first:stop],
+        v_BKTC[:, :, first:stop],
         mask,
         dropout,
         form,
@@ -149,4 +152,4 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
     (((3,), (2,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  return out.reshape(q_BKGRC.shape).astype(q_BKGRC.dtype)
+  return out.reshape((*q_BKGRC.shape[:4], -1)).astype(q_BKGRC.dtype)

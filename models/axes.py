@@ -14,6 +14,7 @@ literal axis (`mask_1TS`). Einsum strings use the same letters.
   P pages in a pool            Q tokens per page
   Y keys and values of heads   L pages of a sequence, its page table
     in turn, 2K                X blocks of prompt tokens in a step
+  U latent, what keys and values are made from
 
 Logical axes name what a dimension of a parameter or an activation *is*. Only
 `parallel/rules.py` knows on which mesh axis, if any, each of them is laid out.
@@ -41,9 +42,17 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'gate': ('embed', 'mlp'),
   'up': ('embed', 'mlp'),
   'down': ('mlp', 'embed'),
+  # Each device makes all of a latent: what its heads need.
+  'query_down': ('embed', None),
+  'query_up': ('embed', 'heads'),
+  'latent': ('embed', None),
+  'key_rope': ('embed', None),
+  'key_up': ('embed', 'heads'),
+  'value_up': ('embed', 'heads'),
   # Every device decides for itself; what it holds of experts is gathered by
   # parallel/experts.py, not by the compiler, and split along axes of its own.
   'router': ('embed', None),
+  'router_correction': (None, None),  # as if it were the bias of a matrix
   'expert_gate': ('experts', 'expert_embed', 'mlp'),
   'expert_up': ('experts', 'expert_embed', 'mlp'),
   'expert_down': ('experts', 'mlp', 'expert_embed'),
@@ -51,7 +60,17 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),
 }
-_NORMS = 'attention_norm', 'query_norm', 'key_norm', 'mlp_norm', 'final_norm'
+_NORMS = (
+  'attention_norm',
+  'attention_norm_after',
+  'query_norm',
+  'key_norm',
+  'query_latent_norm',
+  'latent_norm',
+  'mlp_norm',
+  'mlp_norm_after',
+  'final_norm',
+)
 LAYERS = 'layers'
 
 

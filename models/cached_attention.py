@@ -25,4 +25,7 @@ def attend(
   """
   if isinstance(cache, kv_cache.PagedLayer):
     return paged_attention.attend(q_BTHC, cache, positions_BT, form)
-  return attention.attend(q_BTHC, *cache, slots_BT=positions_BT, form=form)
+  keys, values = cache[0], cache[-1]  # of latents one and the same
+  return attention.attend(
+    q_BTHC, keys, values, slots_BT=positions_BT, form=form
+  )

@@ -21,7 +21,8 @@ from models.kernels import cross_entropy, linear as linear_lib
 # full: nothing; offload: nothing, and what enters waits in host memory.
 REMAT = ('none', 'minimal', 'full', 'offload')
 
-# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout) -> out_BTHC, causal.
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
+# causal, form a `models.attention.Form`.
 Attend = Callable[..., jax.Array]
 # (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
 AttendCached = Callable[..., jax.Array]

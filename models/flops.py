@@ -9,7 +9,7 @@ half that is needed, so that no implementation is credited for wasted work.
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib, transformer
+from models import config as config_lib, mlp, transformer
 
 
 def num_params(config: config_lib.ModelConfig) -> int:
@@ -28,8 +28,13 @@ def num_active_params(config: config_lib.ModelConfig) -> int:
   All but the experts that it does not take: the '3B' of a 30B-A3B.
   """
   num_idle = config.num_experts - config.num_active_experts
-  idle = config.num_layers * num_idle * _expert_params(config)
+  idle = _num_mixtures(config) * num_idle * _expert_params(config)
   return num_params(config) - idle
+
+
+def _num_mixtures(config: config_lib.ModelConfig) -> int:
+  """Returns how many layers have experts."""
+  return sum(config.layer(n).has_experts for n in range(config.num_layers))
 
 
 def _expert_params(config: config_lib.ModelConfig) -> int:
@@ -37,7 +42,7 @@ def _expert_params(config: config_lib.ModelConfig) -> int:
 
 
 def _num_matrices(config: config_lib.ModelConfig) -> int:
-  return 3 if config.mlp == 'swiglu' else 2
+  return 3 if mlp.is_gated(config.mlp) else 2
 
 
 def num_matmul_params(config: config_lib.ModelConfig) -> int:
@@ -46,25 +51,52 @@ def num_matmul_params(config: config_lib.ModelConfig) -> int:
   The embedding is a lookup and counts only where it is also the head. Of a
   mixture count the experts that one token takes, and the router.
   """
-  heads = 2 * config.num_heads + 2 * config.num_kv_heads
-  attention = config.model_width * config.head_width * heads
-  mlp = _num_matrices(config) * config.model_width * config.mlp_width
-  if config.num_experts:
-    num_taken = config.num_active_experts + config.num_shared_experts
-    router = config.num_experts * config.model_width
-    mlp = num_taken * _expert_params(config) + router
+  dense = _num_matrices(config) * config.model_width * config.mlp_width
+  num_taken = config.num_active_experts + config.num_shared_experts
+  router = config.num_experts * config.model_width
+  mixture = num_taken * _expert_params(config) + router
+  num_mixtures = _num_mixtures(config)
+  num_dense = config.num_layers - num_mixtures
   head = config.vocab_size * config.model_width
-  return config.num_layers * (attention + mlp) + head
+  return (
+    config.num_layers * _attention_params(config)
+    + num_dense * dense
+    + num_mixtures * mixture
+    + head
+  )
+
+
+def _attention_params(config: config_lib.ModelConfig) -> int:
+  """Returns the weights of a layer's attention, all of them matrices."""
+  width, heads = config.model_width, config.num_heads
+  if not config.latent_width:
+    return width * config.head_width * (2 * heads + 2 * config.num_kv_heads)
+  queries = heads * config.head_width
+  if config.query_latent_width:
+    into = config.query_latent_width * (width + queries)
+  else:
+    into = width * queries
+  channels = config.head_width - config.rotary_width + config.value_head_width
+  return (
+    into
+    + width * (config.latent_width + config.rotary_width)
+    + config.latent_width * heads * channels
+    + heads * config.value_head_width * width
+  )
 
 
 def forward_flops_per_token(
   config: config_lib.ModelConfig, context: float
 ) -> float:
   """Returns the FLOPs of one token that attends to `context` tokens."""
-  attention_width = config.num_heads * config.head_width
+  channels = config.num_heads * (config.head_width + config.value_head_width)
+  # A token of a window sees no more than that, however long its row is.
+  keys = sum(
+    min(context, config.window) if config.layer(n).is_local else context
+    for n in range(config.num_layers)
+  )
   # Scores and weighted values: a multiply-add per channel and key, each.
-  attention = 4.0 * config.num_layers * attention_width * context
-  return 2.0 * num_matmul_params(config) + attention
+  return 2.0 * num_matmul_params(config) + 2.0 * channels * keys
 
 
 def span_flops(

@@ -9,7 +9,8 @@ position s, so no lengths are needed: attention from position p sees the slots
 s <= p. A prompt may be padded on the right; what padding leaves behind is
 overwritten by the token that really has that position before anything can see
 it. Stored [B, K, S, C]: attention multiplies per sequence and head, and finds
-its operands contiguous.
+its operands contiguous. `LatentCache` is its like for latent attention: a
+single head whose keys are its values, too (`models/latent_attention.py`).
 
 **Paged**, `PagedLayer`: all sequences share one pool of pages of Q slots, and a
 page table says in which page a position is (Kwon et al., arXiv:2309.06180). A
@@ -17,6 +18,7 @@ call holds the tokens of many sequences in one row [1, T]: first D tokens that
 each continue a sequence of their own, then X blocks of R successive tokens of
 one sequence each. Stored [P, Q, Y, C] with a head's keys and values in turn, as
 JAX's ragged paged attention for TPU reads them; a token's write is contiguous.
+Where keys are values, Y is 1.
 """
 
 from typing import Any, NamedTuple
@@ -37,16 +39,28 @@ class LayerCache(NamedTuple):
   v_BKSC: jax.Array
 
 
+class LatentCache(NamedTuple):
+  """Of one layer, or of all with a leading axis N: keys that are values."""
+
+  kv_B1SC: jax.Array
+
+
 class Pages(NamedTuple):
   """One layer's pool of pages; page 0 belongs to nobody and stays zero."""
 
-  kv_PQYC: jax.Array  # head k's keys are in row 2k, its values in 2k + 1
+  # Head k's keys are in row 2k, its values in 2k + 1; of latents both in one.
+  kv_PQYC: jax.Array
   scale_PQY: jax.Array | None = None  # float32, of int8 pages
 
   @property
   def page_size(self) -> int:
     """Q."""
     return self.kv_PQYC.shape[1]
+
+  @property
+  def num_kv_heads(self) -> int:
+    """K."""
+    return max(self.kv_PQYC.shape[2] // 2, 1)
 
 
 class PagedLayer(NamedTuple):
@@ -63,12 +77,18 @@ class PagedLayer(NamedTuple):
     return (num_tokens - num_decodes) // num_blocks if num_blocks else 0
 
 
-Layer = LayerCache | PagedLayer
+Layer = LayerCache | LatentCache | PagedLayer
 
-# A tuple with a LayerCache per layer; one stacked LayerCache if layers are
-# scanned. The tuple decodes faster: a scan copies the cache in and out. A paged
-# cache is always a tuple.
-Cache = tuple[LayerCache, ...] | LayerCache | tuple[PagedLayer, ...]
+# A tuple with an entry per layer; one stacked entry if layers are scanned. The
+# tuple decodes faster: a scan copies the cache in and out. A paged cache is
+# always a tuple.
+Cache = (
+  tuple[LayerCache, ...]
+  | LayerCache
+  | tuple[LatentCache, ...]
+  | LatentCache
+  | tuple[PagedLayer, ...]
+)
 
 
 def init(
@@ -79,15 +99,24 @@ def init(
   dtype: Any = jnp.float32,
 ) -> Cache:
   """Returns an empty cache for `batch_size` sequences of up to `length`."""
-  shape = (batch_size, config.num_kv_heads, length, config.head_width)
+  rows, width = rows_and_width(config)
+  kind = LatentCache if rows == 1 else LayerCache
+  shape = (batch_size, max(rows // 2, 1), length, width)
+
+  def entry(shape) -> Any:
+    # Distinct buffers: the decode step donates each of them.
+    return kind(*(jnp.zeros(shape, dtype) for _ in kind._fields))
+
   if config.scan_layers:
-    shape = (config.num_layers, *shape)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-  # Distinct buffers: the decode step donates each of them.
-  return tuple(
-    LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    for _ in range(config.num_layers)
-  )
+    return entry((config.num_layers, *shape))
+  return tuple(entry(shape) for _ in range(config.num_layers))
+
+
+def rows_and_width(config: config_lib.ModelConfig) -> tuple[int, int]:
+  """Returns Y, how many vectors a layer keeps of a token, and C of each."""
+  if config.latent_width:
+    return 1, config.rotary_width + config.latent_width
+  return 2 * config.num_kv_heads, config.head_width
 
 
 def init_pages(
@@ -108,8 +137,8 @@ def init_pages(
     channels: of a stored head, at least the model's; 0: the model's. What is
       beyond stays zero, for a kernel that reads whole registers.
   """
-  channels = channels or config.head_width
-  shape = num_pages, page_size, 2 * config.num_kv_heads, channels
+  rows, width = rows_and_width(config)
+  shape = num_pages, page_size, rows, max(channels, width)
 
   def pool() -> Pages:
     is_int8 = jnp.dtype(dtype) == jnp.int8
@@ -135,15 +164,16 @@ def write(
   """Puts the keys and values of position p where the cache has position p.
 
   Positions beyond the last slot of a dense cache, and negative ones in a paged
-  cache, are dropped: never wrapped or clamped onto another token's slot.
+  cache, are dropped: never wrapped or clamped onto another token's slot. Where
+  keys are values, the values are not looked at.
   """
   if isinstance(cache, PagedLayer):
     return _write_pages(cache, k_BTKC, v_BTKC, positions_BT)
   # Sequence, head and slot are all indices of one scatter. A scatter along the
   # slots alone would, for a single sequence, become a dynamic-update-slice that
   # XLA:CPU fuses into every reader: several copies of the cache per layer.
-  batch = jnp.arange(cache.k_BKSC.shape[0])[:, None, None]
-  head = jnp.arange(cache.k_BKSC.shape[1])[None, :, None]
+  batch = jnp.arange(cache[0].shape[0])[:, None, None]
+  head = jnp.arange(cache[0].shape[1])[None, :, None]
   slot = positions_BT[:, None, :]
 
   def put(cache_BKSC, new_BTKC):
@@ -151,15 +181,18 @@ def write(
       new_BTKC.astype(cache_BKSC.dtype).swapaxes(1, 2), mode='drop'
     )
 
+  if isinstance(cache, LatentCache):
+    return LatentCache(put(cache.kv_B1SC, k_BTKC))
   return LayerCache(put(cache.k_BKSC, k_BTKC), put(cache.v_BKSC, v_BTKC))
 
 
 def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
   pages = cache.pages
   num_pages, page_size, num_heads, channels = pages.kv_PQYC.shape
-  kv_TYC = jnp.stack([k_1TKC[0], v_1TKC[0]], axis=2).reshape(
-    -1, num_heads, k_1TKC.shape[-1]
-  )
+  kv_TYC = k_1TKC[0]
+  if num_heads > 1:
+    kv_TYC = jnp.stack([k_1TKC[0], v_1TKC[0]], axis=2)
+  kv_TYC = kv_TYC.reshape(-1, num_heads, k_1TKC.shape[-1])
   spare = channels - kv_TYC.shape[-1]
   kv_TYC = jnp.pad(kv_TYC, ((0, 0), (0, 0), (0, spare)))
   page_T, slot_T = _places(cache, positions_1T[0], num_pages, page_size)

@@ -1,4 +1,11 @@
-"""The feed-forward block, and the linear layer that every block is made of."""
+"""The feed-forward block, and the linear layer that every block is made of.
+
+`ModelConfig.mlp` names its activation. Two matrices lead into a gated block, of
+which one is activated and multiplies the other (Shazeer, arXiv:2002.05202):
+
+    gated     swiglu (SiLU)  geglu (GELU, tanh form)  geglu_exact (erf)  reglu
+    not       gelu (tanh form)  gelu_exact (erf)  relu
+"""
 
 from typing import Any
 
@@ -41,8 +48,21 @@ def residual_std(config: config_lib.ModelConfig) -> float:
   return mup.hidden_std(config) / (2 * config.num_layers) ** 0.5
 
 
+def is_gated(mlp: str) -> bool:
+  """Returns whether a block of that name has a gate."""
+  return mlp in ('swiglu', 'geglu', 'geglu_exact', 'reglu')
+
+
+def _activate(mlp: str, x: jax.Array) -> jax.Array:
+  if mlp == 'swiglu':
+    return nn.silu(x)
+  if mlp in ('reglu', 'relu'):
+    return nn.relu(x)
+  return nn.gelu(x, approximate=not mlp.endswith('exact'))
+
+
 class Mlp(nn.Module):
-  """SwiGLU (Shazeer, arXiv:2002.05202, equation 6) or GELU in its tanh form."""
+  """What is activated, times what is not if it is gated, and back."""
 
   config: config_lib.ModelConfig
   dtype: Any
@@ -56,7 +76,7 @@ class Mlp(nn.Module):
       return Linear(
         width,
         self.dtype,
-        config.use_bias,
+        config.use_bias or config.mlp_bias,
         std,
         self.execution.linear,
         name=name,
@@ -64,11 +84,11 @@ class Mlp(nn.Module):
 
     into = config.mlp_width, mup.hidden_std(config)
     up_BTF = linear(*into, 'up')(x_BTD)
-    if config.mlp == 'swiglu':
+    if is_gated(config.mlp):
       gate_BTF = linear(*into, 'gate')(x_BTD)
-      hidden_BTF = nn.silu(gate_BTF) * up_BTF
+      hidden_BTF = _activate(config.mlp, gate_BTF) * up_BTF
     else:
-      hidden_BTF = nn.gelu(up_BTF, approximate=True)
+      hidden_BTF = _activate(config.mlp, up_BTF)
     return linear(x_BTD.shape[-1], residual_std(config), 'down')(
       hidden_BTF.astype(jnp.dtype(self.dtype))
     )

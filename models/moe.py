@@ -3,7 +3,10 @@
 Takes the place of `models.mlp.Mlp` in a block. Every token takes the
 `num_active_experts` that the router finds likeliest, weighted by their
 probabilities, and the shared experts besides (DeepSeekMoE, arXiv:2401.06066);
-the experts themselves are in `models/experts.py`.
+the experts themselves are in `models/experts.py`. The choice may be limited to
+a few groups of experts, and corrected by a number of each expert's that its
+weight does not show (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No gradient
+reaches these numbers: training leaves them as they are.
 
 What the router is told to do well, it is told by two losses. Both are sums over
 rows, like every loss here, so that they do not depend on how a batch is cut up;
@@ -55,13 +58,11 @@ class Moe(nn.Module):
       self.execution.exact_linear,
       name='router',
     )(x_BTD)
+    correction_E = None
+    if config.router_correction:
+      correction_E = _Bias(config.num_experts, name='router_correction')()
     ids_BTA, gates_BTA = self.execution.by_row(
-      functools.partial(
-        route,
-        num_active=config.num_active_experts,
-        norm_topk=config.norm_topk,
-      ),
-      logits_BTE,
+      functools.partial(route, config, correction_E=correction_E), logits_BTE
     )
     apply = self.execution.apply_experts
     if self.is_initializing():  # with one token, which no mesh can split
@@ -102,22 +103,63 @@ class _Kernel(nn.Module):
     )
 
 
+class _Bias(nn.Module):
+  """One number per expert, named as the bias of a layer is."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param('bias', nn.initializers.zeros, (self.size,))
+
+
 def route(
-  logits_BTE: jax.Array, *, num_active: int, norm_topk: bool
+  config: config_lib.ModelConfig,
+  logits: jax.Array,
+  correction_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the likeliest experts of each token and their weights, [B, T, A].
+  """Returns the likeliest experts of each token and their weights, [..., A].
+
+  With `norm_topk` the weights add up to `router_scale` (Mixtral,
+  arXiv:2401.04088, section 2.1), else to that times the scores of the chosen.
 
   Args:
-    logits_BTE: float32.
-    num_active: A.
-    norm_topk: the weights add up to 1 (Mixtral, arXiv:2401.04088, section 2.1)
-      rather than to the probability of the chosen ones.
+    config: how experts are scored and chosen.
+    logits: float32, [..., E].
+    correction_E: added to scores where they are compared.
   """
-  probs_BTE = jax.nn.softmax(logits_BTE)
-  gates_BTA, ids_BTA = jax.lax.top_k(probs_BTE, num_active)
-  if norm_topk:
-    gates_BTA = gates_BTA / jnp.sum(gates_BTA, axis=-1, keepdims=True)
-  return ids_BTA, gates_BTA
+  is_sigmoid = config.router_score == 'sigmoid'
+  scores = (jax.nn.sigmoid if is_sigmoid else jax.nn.softmax)(logits)
+  compared = scores
+  if correction_E is not None:
+    correction = correction_E.astype(jnp.float32)
+    compared = scores + correction.reshape((1,) * (logits.ndim - 1) + (-1,))
+  if config.num_expert_groups:
+    compared = _in_best_groups(config, compared)
+  if compared is scores:
+    gates, ids = jax.lax.top_k(scores, config.num_active_experts)
+  else:
+    _, ids = jax.lax.top_k(compared, config.num_active_experts)
+    gates = jnp.take_along_axis(scores, ids, axis=-1)
+  if config.norm_topk:
+    total = jnp.sum(gates, axis=-1, keepdims=True)
+    if is_sigmoid:  # all of them may be 0
+      total = total + 1e-20
+    gates = gates / total
+  if config.router_scale != 1:
+    gates = gates * config.router_scale
+  return ids, gates
+
+
+def _in_best_groups(config, scores):
+  """Returns -inf for experts outside of the best groups of each token."""
+  groups = config.num_expert_groups
+  each = scores.reshape((*scores.shape[:-1], groups, -1))
+  best, _ = jax.lax.top_k(each, config.expert_group_best)
+  _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.num_active_groups)
+  is_chosen = jnp.any(jax.nn.one_hot(chosen, groups, dtype=bool), axis=-2)
+  each = jnp.where(is_chosen[..., None], each, -jnp.inf)
+  return each.reshape(scores.shape)
 
 
 def routing_sums(
@@ -146,7 +188,12 @@ def routing_sums(
     jnp.sum((ids_BTA[..., a, None] == expert_11E) * real_BT1, axis=1)
     for a in range(config.num_active_experts)
   )
-  probs_BE = jnp.sum(jax.nn.softmax(logits_BTE) * real_BT1, axis=1)
+  if config.router_score == 'sigmoid':  # equation 19: out of their sum
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+  else:
+    probs_BTE = jax.nn.softmax(logits_BTE)
+  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)
   even = config.num_experts / config.num_active_experts
   # Rows of nothing but padding have no tokens, and no loss.
   balance_B = even * jnp.sum(load_BE * probs_BE, axis=1)

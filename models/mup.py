@@ -8,6 +8,7 @@ the standard parametrisation are one and the same: m = D / mup_base_width.
 
     parameters                          initial std    learning rate
     query key value, gate up, experts   s / sqrt(m)    1 / m
+    of latent attention, all            s / sqrt(m)    1 / m
     out down, of experts too            r / sqrt(m)    1 / m
     router                              s / m          1 / m
     embed position_embed head           s              1
@@ -46,6 +47,12 @@ _HIDDEN = (
   'query',
   'key',
   'value',
+  'query_down',
+  'query_up',
+  'latent',
+  'key_rope',
+  'key_up',
+  'value_up',
   'out',
   'gate',
   'up',

@@ -16,11 +16,17 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    width = x.shape[-1]
-    scale_D = self.param('scale', nn.initializers.ones, (width,))
+    config, width = self.config, x.shape[-1]
+    # A scale near 1 has few digits left in bfloat16 for how near.
+    from_one = config.norm_from_one
+    initial = nn.initializers.zeros if from_one else nn.initializers.ones
+    scale_D = self.param('scale', initial, (width,))
+    if from_one:
+      scale_D = 1 + scale_D.astype(jnp.float32)
     y = self.by_row(self._normalised, x.astype(jnp.float32))
     y = y * _along_last(scale_D, x.ndim)
-    if self.config.norm == 'layernorm' and self.config.use_bias:
+    has_bias = config.use_bias or config.norm_bias
+    if config.norm == 'layernorm' and has_bias:
       bias_D = self.param('bias', nn.initializers.zeros, (width,))
       y = y + _along_last(bias_D, x.ndim)
     if self.gain != 1:

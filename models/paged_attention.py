@@ -96,7 +96,7 @@ def attend_rows(
       ' with page 0'
     )
   batch, rows, heads, channels = q_BRHC.shape
-  num_kv = pages.kv_PQYC.shape[2] // 2
+  num_kv = pages.num_kv_heads
   q_BRKGC = q_BRHC.reshape(batch, rows, num_kv, -1, channels)
   # Scaled in float32 before it is rounded, as in models/attention.py.
   q_BKGRC = q_BRKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
@@ -208,9 +208,11 @@ def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
   if pages.scale_PQY is not None:
     scale_BSY = gather(pages.scale_PQY)
     kv_BSYC = kv_BSYC.astype(jnp.float32) * scale_BSY[..., None]
-  kv_BSK2C = kv_BSYC.astype(dtype).reshape(
-    batch, TILE_SLOTS, num_heads // 2, 2, channels
-  )
+  kv_BSYC = kv_BSYC.astype(dtype)
+  if num_heads == 1:  # keys that are values
+    kv_B1SC = kv_BSYC.swapaxes(1, 2)
+    return kv_B1SC, kv_B1SC
+  kv_BSK2C = kv_BSYC.reshape(batch, TILE_SLOTS, num_heads // 2, 2, channels)
   k_BKSC, v_BKSC = (kv_BSK2C[:, :, :, i].swapaxes(1, 2) for i in (0, 1))
   return k_BKSC, v_BKSC
 

@@ -1,30 +1,87 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34).
 
 Channel i is paired with channel i + C/2 (the layout of Llama checkpoints),
-which differs from the paper's neighbouring pairs by a permutation only.
+which differs from the paper's neighbouring pairs by a permutation only. Models
+that rotate a part of the channels rotate the first ones.
 """
 
 import jax
 import jax.numpy as jnp
 
+from models import rope_scaling
 
-def angles(positions_BT: jax.Array, head_width: int, base: float) -> jax.Array:
+
+def angles(
+  positions_BT: jax.Array,
+  rotary_width: int,
+  base: float,
+  scaling: rope_scaling.RopeScaling | None = None,
+  cached_length: int = 0,
+) -> jax.Array:
   """Returns the rotation angle of each pair of channels, radians, [B, T, C/2].
 
   Computed once per forward pass and shared by all layers, in float32: a
   bfloat16 angle is wrong by whole turns after a few hundred positions.
+
+  Args:
+    positions_BT: of the tokens.
+    rotary_width: channels that are rotated, an even number.
+    base: wavelength base.
+    scaling: how frequencies are stretched; None: not.
+    cached_length: of a pass with a cache, how long texts may get that the model
+      is configured for; 0 for a pass without one. See `models.rope_scaling`.
   """
-  pairs = jnp.arange(head_width // 2, dtype=jnp.float32)
-  frequencies = base ** (-2.0 * pairs / head_width)
   positions = positions_BT.astype(jnp.float32)[:, :, None]
-  return positions * frequencies[None, None, :]
+  scaling = scaling or rope_scaling.RopeScaling()
+  fixed = jnp.asarray(rope_scaling.stretched(base, rotary_width, scaling))
+  frequencies = fixed[None, None, :]
+  if scaling.kind in ('dynamic', 'longrope'):
+    lengths = positions + 1
+    if not cached_length:
+      lengths = jnp.max(lengths, axis=1, keepdims=True)
+    elif scaling.kind == 'longrope':
+      lengths = jnp.full((1, 1, 1), cached_length, jnp.float32)
+    frequencies = _of_length(lengths, frequencies, base, rotary_width, scaling)
+  return positions * frequencies
 
 
-def rotate(x_BTHC: jax.Array, angles_BTc: jax.Array) -> jax.Array:
-  """Rotates each pair of channels of every head by its angle."""
+def _of_length(lengths, short, base, width, scaling):
+  """Returns frequencies that depend on lengths [B or 1, T or 1, 1]."""
+  original = scaling.original_length
+  if scaling.kind == 'longrope':
+    plain = rope_scaling.frequencies(base, width)
+    long = jnp.asarray(plain / jnp.asarray(scaling.long_divisors, jnp.float32))
+    return jnp.where(lengths > original, long[None, None, :], short)
+  # NTK-aware: the base for which the slowest pair turns as far as it would at
+  # the original length; a single pair has no base to change.
+  growth = scaling.factor * jnp.maximum(lengths, original) / original
+  growth = growth - (scaling.factor - 1)
+  bases = base * growth ** (width / max(width - 2, 1))
+  exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+  return bases ** -exponents[None, None, :]
+
+
+def rotate(
+  x_BTHC: jax.Array, angles_BTc: jax.Array, amplitude: float = 1.0
+) -> jax.Array:
+  """Rotates each pair of channels of every head by its angle.
+
+  Channels past twice the number of angles stay as they are.
+
+  Args:
+    x_BTHC: queries or keys.
+    angles_BTc: from `angles`.
+    amplitude: what is rotated is multiplied by it.
+  """
   cos, sin = (f(angles_BTc)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-  first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+  if amplitude != 1:
+    cos, sin = cos * amplitude, sin * amplitude
+  width = 2 * angles_BTc.shape[-1]
+  first, second = jnp.split(x_BTHC[..., :width].astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
-  return rotated.astype(x_BTHC.dtype)
+  rotated = rotated.astype(x_BTHC.dtype)
+  if width == x_BTHC.shape[-1]:
+    return rotated
+  return jnp.concatenate([rotated, x_BTHC[..., width:]], axis=-1)

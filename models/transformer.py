@@ -7,14 +7,10 @@ With a cache the call's keys and values are written into it and attention reads
 it, whether the call is a prompt or a single token. Nothing is stored in Flax
 collections; what a call needs it is given, what it changes it returns.
 
-Pre-norm residual blocks as in GPT-2 and Llama (arXiv:2302.13971), told apart by
-`ModelConfig` fields only. Two of these keep long and large training stable:
-`qk_norm` bounds the scores of attention (ViT-22B, arXiv:2302.05442, section 2;
-here the RMSNorm per head of Qwen3, arXiv:2505.09388) and `logit_softcap` the
-logits (Gemma 2, arXiv:2408.00118, section 2).
+The layers are in `models/block.py`. Families of models are told apart by
+`ModelConfig` fields only; no module belongs to one of them.
 """
 
-import dataclasses
 from typing import Any, cast
 
 from flax import linen as nn
@@ -22,125 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from models import (
-  attention,
   axes,
+  block as block_lib,
   config as config_lib,
   execution as execution_lib,
   kv_cache,
-  mlp,
-  moe,
   mup,
   norms,
   remat,
   rope,
 )
 from models.kernels import cross_entropy
-
-
-class Attention(nn.Module):
-  """Projects to queries, keys and values, attends, and projects back."""
-
-  config: config_lib.ModelConfig
-  dtype: Any
-  execution: execution_lib.Execution
-
-  @nn.compact
-  def __call__(
-    self,
-    x_BTD: jax.Array,
-    angles_BTc: jax.Array | None,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    cache: kv_cache.Layer | None,
-  ) -> tuple[jax.Array, kv_cache.Layer | None]:
-    config = self.config
-
-    def project(name: str, heads: int) -> jax.Array:
-      y = mlp.Linear(
-        heads * config.head_width,
-        self.dtype,
-        config.use_bias,
-        mup.hidden_std(config),
-        self.execution.linear,
-        name=name,
-      )(x_BTD)
-      return y.reshape((*y.shape[:2], heads, config.head_width))
-
-    q_BTHC = project('query', config.num_heads)
-    k_BTKC = project('key', config.num_kv_heads)
-    v_BTKC = project('value', config.num_kv_heads)
-    if config.qk_norm:
-      norm = dataclasses.replace(config, norm='rmsnorm')  # whatever the others
-      by_row = self.execution.by_row
-      q_BTHC = norms.Norm(norm, by_row=by_row, name='query_norm')(q_BTHC)
-      k_BTKC = norms.Norm(norm, by_row=by_row, name='key_norm')(k_BTKC)
-    if (multiplier := mup.query_multiplier(config)) != 1:
-      q_BTHC = q_BTHC * multiplier  # here, for every way of attending
-    if angles_BTc is not None:
-      q_BTHC = rope.rotate(q_BTHC, angles_BTc)
-      k_BTKC = rope.rotate(k_BTKC, angles_BTc)
-    if cache is None:
-      has_dropout = config.dropout_rate and self.has_rng('dropout')
-      out_BTHC = self.execution.attend(
-        q_BTHC,
-        k_BTKC.swapaxes(1, 2),
-        v_BTKC.swapaxes(1, 2),
-        segment_ids_BT=segment_ids_BT,
-        dropout=_dropout(self, config.dropout_rate) if has_dropout else None,
-      )
-    else:
-      cache = kv_cache.write(cache, k_BTKC, v_BTKC, positions_BT)
-      out_BTHC = self.execution.attend_cached(
-        q_BTHC, cache, positions_BT, attention.Form()
-      )
-    out_BTD = mlp.Linear(
-      config.model_width,
-      self.dtype,
-      config.use_bias,
-      mlp.residual_std(config),
-      self.execution.linear,
-      name='out',
-    )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))
-    return out_BTD, cache
-
-
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)).
-
-  Takes and returns in the order that `nn.scan` wants: the carry first, then
-  what each layer has of its own, then what all layers share. The second result
-  is (cache, routing), both of which may be None.
-  """
-
-  config: config_lib.ModelConfig
-  dtype: Any
-  execution: execution_lib.Execution
-
-  @nn.compact
-  def __call__(self, x_BTD, cache, angles_BTc, positions_BT, segment_ids_BT):
-    config = self.config
-    dropout = _dropout(self, config.dropout_rate)
-    by_row = self.execution.by_row
-    x_BTD = remat.named_input(nn.with_logical_constraint(x_BTD, axes.STREAM))
-    attend = Attention(config, self.dtype, self.execution, name='attention')
-    y_BTD, cache = attend(
-      norms.Norm(config, by_row=by_row, name='attention_norm')(x_BTD),
-      angles_BTc,
-      positions_BT,
-      segment_ids_BT,
-      cache,
-    )
-    x_BTD = x_BTD + dropout(y_BTD)
-    mlp_norm = norms.Norm(config, by_row=by_row, name='mlp_norm')
-    normed_BTD = mlp_norm(x_BTD)
-    parts = config, self.dtype, self.execution
-    routing = None
-    if config.num_experts:
-      is_real_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-      y_BTD, routing = moe.Moe(*parts, name='moe')(normed_BTD, is_real_BT)
-    else:
-      y_BTD = mlp.Mlp(*parts, name='mlp')(normed_BTD)
-    return x_BTD + dropout(y_BTD), (cache, routing)
 
 
 class Transformer(nn.Module):
@@ -167,7 +55,9 @@ class Transformer(nn.Module):
       self.position_embed = nn.Embed(
         config.max_length, config.model_width, embedding_init=normal
       )
-    block = remat.wrap(Block, self.execution.remat, config.scan_layers)
+    block = remat.wrap(
+      block_lib.Block, self.execution.remat, config.scan_layers
+    )
     if config.scan_layers:
       self.layers = nn.scan(
         block,
@@ -175,11 +65,11 @@ class Transformer(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=cast(Any, (0, *[nn.broadcast] * 3)),  # cache; what is shared
         length=config.num_layers,
-      )(config, self.dtype, self.execution)
+      )(config, self.dtype, self.execution, config.layer(0))
     else:
       self.layer = [
-        block(config, self.dtype, self.execution)
-        for _ in range(config.num_layers)
+        block(config, self.dtype, self.execution, config.layer(n))
+        for n in range(config.num_layers)
       ]
     self.dropout = nn.Dropout(config.dropout_rate)
     # Logits are linear in what the head is applied to: multiplied here, they
@@ -256,21 +146,38 @@ class Transformer(nn.Module):
     )
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, axes.STREAM)
-    angles_BTc = None
+    if config.embed_multiplier != 1:
+      x_BTD = x_BTD * config.embed_multiplier
     if config.positions == 'learned':
       x_BTD = x_BTD + self.position_embed(positions_BT)
-    else:
-      angles_BTc = rope.angles(
-        positions_BT, config.head_width, config.rope_base
-      )
     x_BTD = x_BTD.astype(self.dtype)
     x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
+    angles = self._angles(positions_BT, cache)
     x_BTD, cache, routing = self._run_layers(
-      x_BTD, cache, (angles_BTc, positions_BT, segment_ids_BT)
+      x_BTD, cache, (angles, positions_BT, segment_ids_BT)
     )
     hidden_BTD = self.final_norm(x_BTD)
     hidden_BTD = nn.with_logical_constraint(hidden_BTD, axes.HEAD_STREAM)
     return hidden_BTD, cache, routing
+
+  def _angles(self, positions_BT, cache) -> block_lib.Angles:
+    """Returns the rotations of global and of local layers."""
+    config = self.config
+    if config.positions != 'rope':
+      return block_lib.Angles(None)
+    global_BTc = rope.angles(
+      positions_BT,
+      config.rotated_width,
+      config.rope_base,
+      config.rope_scaling,
+      0 if cache is None else config.max_length,
+    )
+    if not config.rope_local_base:
+      return block_lib.Angles(global_BTc)
+    return block_lib.Angles(
+      global_BTc,
+      rope.angles(positions_BT, config.rotated_width, config.rope_local_base),
+    )
 
   def _run_layers(self, x_BTD, cache, shared):
     """Returns x after every layer, the cache, and the routing of each layer."""
@@ -287,7 +194,11 @@ class Transformer(nn.Module):
       x_BTD, result = layer(x_BTD, entry, *shared)
       results.append(result)
     written, routings = zip(*results, strict=True)
-    routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    # Of a mixture's first layers, some may be dense and have none.
+    routings = [routing for routing in routings if routing is not None]
+    routing = None
+    if routings:
+      routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
     return x_BTD, written if cache is not None else None, routing
 
   def _run_layers_elsewhere(self, x_BTD, shared):
@@ -297,8 +208,12 @@ class Transformer(nn.Module):
         'got scan_layers = False with layers run in stages, expected True:'
         ' stages take their layers from a stack; set model.scan_layers'
       )
-    block = remat.wrap(Block, self.execution.remat, True)(
-      self.config, self.dtype, self.execution, parent=None
+    block = remat.wrap(block_lib.Block, self.execution.remat, True)(
+      self.config,
+      self.dtype,
+      self.execution,
+      self.config.layer(0),
+      parent=None,
     )
 
     def apply_layer(params, x_BTD, shared, key):
@@ -360,8 +275,3 @@ class Transformer(nn.Module):
   def head_matrix(self) -> jax.Array:
     """Returns the unembedding, [V, D]: the embedding itself when tied."""
     return (self.embed if self.config.tie_embeddings else self.head).embedding
-
-
-def _dropout(module: nn.Module, rate: float) -> nn.Dropout:
-  """Dropout in calls that were given a key for it; evaluation gives none."""
-  return nn.Dropout(rate, deterministic=not module.has_rng('dropout'))

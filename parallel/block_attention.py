@@ -7,6 +7,9 @@ log-sum-exp over all keys (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 Scores are float32; no more of them exist at once than of `MAX_BLOCK_ROWS`
 queries.
 
+The piece of a form (`models.attention.Form`) that is not the scale: a window
+hides keys by their place in the row, a soft-cap bounds scores.
+
 Letters as in `models`: B batch, K key/value heads, G query heads for each of
 them, T queries, R of these in a block, S keys, C channels per head.
 """
@@ -29,6 +32,16 @@ _MASKED = -1e30
 # [B, T] and [T], have them last.
 QUERY_AXIS = 3
 KEY_AXIS = 2
+
+
+class Shape(NamedTuple):
+  """What scores go through, besides the scale. Static."""
+
+  window: int = 0  # keys seen, the query's own included; 0: all before it
+  softcap: float = 0.0  # bound of scores; 0: none
+
+
+PLAIN = Shape()
 
 
 class Queries(NamedTuple):
@@ -90,11 +103,14 @@ def whole(first: Any, second: Any, axis: int) -> Any:
   )
 
 
-def attend(queries: Queries, keys: Keys) -> Partial:
-  """Returns the attention of the queries over these keys alone."""
+def attend(queries: Queries, keys: Keys, shape: Shape = PLAIN) -> Partial:
+  """Returns the attention of the queries over these keys alone.
+
+  With a window, queries and keys have to know their places in the row.
+  """
 
   def attend_rows(queries):
-    scores_BKGRS = _scores(queries, keys)
+    scores_BKGRS, _ = _scores(queries, keys, shape)
     max_BKGR = jnp.max(scores_BKGRS, axis=-1)
     weights_BKGRS = jnp.exp(scores_BKGRS - max_BKGR[..., None])
     out_BKGRC = _over_keys(weights_BKGRS, keys.v_BKSC)
@@ -123,43 +139,65 @@ def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
 
 
 def gradients(
-  queries: Queries, keys: Keys, saved: Saved
+  queries: Queries, keys: Keys, saved: Saved, shape: Shape = PLAIN
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv), all float32, from these keys and queries alone."""
 
   def add_rows(totals, block):
     dk_BKSC, dv_BKSC = totals
     queries, saved = block
-    scores_BKGRS = _scores(queries, keys)
+    scores_BKGRS, slope_BKGRS = _scores(queries, keys, shape)
     probs_BKGRS = jnp.exp(scores_BKGRS - saved.log_sum_BKGT[..., None])
     dprobs_BKGRS = _over_channels(saved.dout_BKGTC, keys.v_BKSC)
     # The softmax's Jacobian: a score gains by its weight in excess of the mean.
     dscores_BKGRS = probs_BKGRS * (dprobs_BKGRS - saved.delta_BKGT[..., None])
+    dscores_BKGRS = dscores_BKGRS * slope_BKGRS
     dv_BKSC += _over_rows(probs_BKGRS, saved.dout_BKGTC)
     dk_BKSC += _over_rows(dscores_BKGRS, queries.q_BKGTC)
     dq_BKGRC = _over_keys(dscores_BKGRS, keys.k_BKSC)
     return (dk_BKSC, dv_BKSC), dq_BKGRC
 
-  zeros = jnp.zeros(keys.k_BKSC.shape, jnp.float32)
+  zeros = (
+    jnp.zeros(keys.k_BKSC.shape, jnp.float32),
+    jnp.zeros(keys.v_BKSC.shape, jnp.float32),
+  )
   dkeys, dq = jax.lax.scan(
-    add_rows, (zeros, zeros), (_split_rows(queries), _split_rows(saved))
+    add_rows, zeros, (_split_rows(queries), _split_rows(saved))
   )
   return _join_rows(dq), dkeys
 
 
-def _scores(queries: Queries, keys: Keys) -> jax.Array:
-  """Returns the scores, [B, K, G, R, S], of what is not seen all but -inf."""
+def _scores(
+  queries: Queries, keys: Keys, shape: Shape
+) -> tuple[jax.Array, jax.Array | float]:
+  """Returns the scores, [B, K, G, R, S], of what is not seen all but -inf.
+
+  And the derivative of each by what it was before the soft-cap.
+  """
   scores_BKGRS = _over_channels(queries.q_BKGTC, keys.k_BKSC)
+  slope_BKGRS = 1.0
+  if shape.softcap:
+    tanh_BKGRS = jnp.tanh(scores_BKGRS / shape.softcap)
+    scores_BKGRS = shape.softcap * tanh_BKGRS
+    slope_BKGRS = 1 - tanh_BKGRS**2
   is_seen = []
   if queries.index_T is not None and keys.index_S is not None:
-    is_seen.append((keys.index_S[None, :] <= queries.index_T[:, None])[None])
+    query_R1, key_1S = queries.index_T[:, None], keys.index_S[None, :]
+    is_seen.append((key_1S <= query_R1)[None])
+    if shape.window:
+      is_seen.append((key_1S > query_R1 - shape.window)[None])
+  elif shape.window:
+    raise ValueError(
+      f'got a window of {shape.window} keys without places in the row, expected'
+      ' index_T and index_S'
+    )
   if queries.segment_ids_BT is not None and keys.segment_ids_BS is not None:
     is_seen.append(
       queries.segment_ids_BT[:, :, None] == keys.segment_ids_BS[:, None, :]
     )
   for mask_BRS in is_seen:
     scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
-  return scores_BKGRS
+  return scores_BKGRS, slope_BKGRS
 
 
 # Products in the dtype of what is not a score, added up in float32. Groups and

@@ -19,7 +19,8 @@ import numpy as np
 
 from parallel import block_attention as blocks, gather, per_device, ring
 
-# As a model's port: (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout).
+# As a model's port:
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form).
 Attend = Callable[..., jax.Array]
 
 _AXIS = 'context'  # as in parallel/ring.py and parallel/gather.py
@@ -99,15 +100,25 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
       'context parallelism: got parallel.context = 1, expected more: there is'
       ' nothing to collect; attend in place'
     )
-  settings = num_shards, kind, saved_name
 
-  def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
+  def local(form, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
     batch, time, heads, channels = q_BTHC.shape
     num_kv = k_BKTC.shape[1]
+    scale, shape = 1 / math.sqrt(channels), blocks.PLAIN
+    if form is not None:
+      scale = form.scale_of(channels)
+      shape = blocks.Shape(form.window, form.softcap)
     q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
-    q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) / math.sqrt(channels)
-    out_BKGTC: Any = _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings)
-    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(q_BTHC.shape)
+    q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * scale
+    out_BKGTC: Any = _attend(
+      q_BKGTC,
+      k_BKTC,
+      v_BKTC,
+      segment_ids_BT,
+      (num_shards, kind, saved_name, shape),
+    )
+    out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
+    return out_BTKGC.reshape(batch, time, heads, -1)
 
   def attend(
     q_BTHC: jax.Array,
@@ -116,6 +127,7 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
     *,
     segment_ids_BT: jax.Array | None = None,
     dropout: Any = None,
+    form: Any = None,  # models.attention.Form
   ) -> jax.Array:
     if dropout is not None:
       raise ValueError(
@@ -128,7 +140,12 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
     if repeats > 1:
       k_BKTC, v_BKTC = (jnp.repeat(x, repeats, 1) for x in (k_BKTC, v_BKTC))
     return per_device.over_mesh(
-      local, mesh, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT
+      functools.partial(local, form),
+      mesh,
+      q_BTHC,
+      k_BKTC,
+      v_BKTC,
+      segment_ids_BT,
     )
 
   return attend
@@ -142,11 +159,11 @@ def _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
 
 
 def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
-  num_shards, kind, saved_name = settings
+  num_shards, kind, saved_name, shape = settings
   queries = blocks.Queries(q_BKGTC, segment_ids_BT)
   keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
   run = ring.attend if kind == 'ring' else gather.attend
-  out_BKGTC, log_sum_BKGT = run(queries, keys, num_shards)
+  out_BKGTC, log_sum_BKGT = run(queries, keys, num_shards, shape)
   out_BKGTC = out_BKGTC.astype(q_BKGTC.dtype)
   if saved_name:
     out_BKGTC = checkpoint_name(out_BKGTC, saved_name)
@@ -156,7 +173,7 @@ def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
 
 
 def _attend_backward(settings, residuals, dout_BKGTC):
-  num_shards, kind, _ = settings
+  num_shards, kind, _, shape = settings
   q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, out_BKGTC, log_sum_BKGT = residuals
   delta_BKGT = jnp.sum(
     dout_BKGTC.astype(jnp.float32) * out_BKGTC.astype(jnp.float32), axis=-1
@@ -165,7 +182,7 @@ def _attend_backward(settings, residuals, dout_BKGTC):
   queries = blocks.Queries(q_BKGTC, segment_ids_BT)
   keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
   run = ring.gradients if kind == 'ring' else gather.gradients
-  dq, (dk, dv) = run(queries, keys, saved, num_shards)
+  dq, (dk, dv) = run(queries, keys, saved, num_shards, shape)
   return (
     dq.astype(q_BKGTC.dtype),
     dk.astype(k_BKTC.dtype),

@@ -16,15 +16,18 @@ _AXIS = 'context'
 
 
 def attend(
-  queries: blocks.Queries, keys: blocks.Keys, num_shards: int
+  queries: blocks.Queries,
+  keys: blocks.Keys,
+  num_shards: int,
+  shape: blocks.Shape = blocks.PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and log-sum-exp of a device's queries, float32."""
   lo, hi = _with_index(queries, num_shards)
   keys = _gathered(keys, num_shards)
   first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
   return blocks.whole(
-    blocks.finish(blocks.attend(lo, first_half)),
-    blocks.finish(blocks.attend(hi, keys)),
+    blocks.finish(blocks.attend(lo, first_half, shape)),
+    blocks.finish(blocks.attend(hi, keys, shape)),
     blocks.QUERY_AXIS,
   )
 
@@ -34,14 +37,15 @@ def gradients(
   keys: blocks.Keys,
   saved: blocks.Saved,
   num_shards: int,
+  shape: blocks.Shape = blocks.PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv) of a device's queries and keys, float32."""
   lo, hi = _with_index(queries, num_shards)
   saved_lo, saved_hi = blocks.halves(saved, blocks.QUERY_AXIS)
   keys = _gathered(keys, num_shards)
   first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
-  dlo, dkeys_lo = blocks.gradients(lo, first_half, saved_lo)
-  dhi, dkeys_hi = blocks.gradients(hi, keys, saved_hi)
+  dlo, dkeys_lo = blocks.gradients(lo, first_half, saved_lo, shape)
+  dhi, dkeys_hi = blocks.gradients(hi, keys, saved_hi, shape)
 
   def scatter(d_BKSC, dlo_BKSC):
     first, second = blocks.halves(d_BKSC, blocks.KEY_AXIS)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallel import rules
 
-# As a model's port: (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout).
+# As a model's port:
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form).
 Attend = Callable[..., jax.Array]
 
 HEADS = 'tensor'  # mesh axis
@@ -42,19 +43,25 @@ def attend(local_attend: Attend, mesh: Mesh) -> Attend:
   if mesh.size == 1:
     return local_attend
 
-  def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
-    return local_attend(
-      q_BTHC, k_BKTC, v_BKTC, segment_ids_BT=segment_ids_BT, dropout=None
-    )
-
   def spread(
-    q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None
+    q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None, **form
   ) -> jax.Array:
     if dropout is not None:
       raise ValueError(
         'attention per device: got dropout, expected none: every device would'
         ' draw the same mask; set model.dropout_rate = 0'
       )
+
+    def local(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
+      return local_attend(
+        q_BTHC,
+        k_BKTC,
+        v_BKTC,
+        segment_ids_BT=segment_ids_BT,
+        dropout=None,
+        **form,
+      )
+
     return over_mesh(local, mesh, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
 
   return spread

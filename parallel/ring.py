@@ -11,7 +11,12 @@ hi see the lo ones, and only those, if that device is earlier (j < i); hi alone
 sees both chunks if it is later. That is two chunk pairs, without a mask, either
 way: which two is a selection of operands, so that all devices do the same work
 and none waits for another. To be called with the mesh axis `context` in scope.
+
+With a window all chunks know their places in the row, and masks hide what is
+out of reach; the keys travel all the same.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +27,28 @@ _AXIS = 'context'
 
 
 def attend(
-  queries: blocks.Queries, keys: blocks.Keys, num_shards: int
+  queries: blocks.Queries,
+  keys: blocks.Keys,
+  num_shards: int,
+  shape: blocks.Shape = blocks.PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and log-sum-exp of a device's queries, float32."""
+  queries, keys = _placed(queries, keys, num_shards, shape)
+  attend_piece = functools.partial(blocks.attend, shape=shape)
   lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
   own_lo, own_hi = blocks.halves(keys, blocks.KEY_AXIS)
   held = _pass_on(keys, num_shards)
   parts = (
-    blocks.attend(*_causal(lo, own_lo)),
-    blocks.merge(
-      blocks.attend(hi, own_lo), blocks.attend(*_causal(hi, own_hi))
-    ),
+    attend_piece(*_causal(lo, own_lo)),
+    blocks.merge(attend_piece(hi, own_lo), attend_piece(*_causal(hi, own_hi))),
   )
 
   def add(parts, held, hops):
     part_lo, part_hi = parts
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
     held_lo, held_hi = blocks.halves(held, blocks.KEY_AXIS)
-    first = blocks.attend(_select(is_earlier, lo, hi), held_lo)
-    second = blocks.attend(hi, _select(is_earlier, held_lo, held_hi))
+    first = attend_piece(_select(is_earlier, lo, hi), held_lo)
+    second = attend_piece(hi, _select(is_earlier, held_lo, held_hi))
     merged = blocks.merge(_select(is_earlier, part_lo, part_hi), first)
     part_lo = _select(is_earlier, merged, part_lo)
     part_hi = _select(is_earlier, part_hi, merged)
@@ -66,15 +74,18 @@ def gradients(
   keys: blocks.Keys,
   saved: blocks.Saved,
   num_shards: int,
+  shape: blocks.Shape = blocks.PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv) of a device's queries and keys, float32."""
+  queries, keys = _placed(queries, keys, num_shards, shape)
+  gradients_of = functools.partial(blocks.gradients, shape=shape)
   lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
   saved_lo, saved_hi = blocks.halves(saved, blocks.QUERY_AXIS)
   own_lo, own_hi = blocks.halves(keys, blocks.KEY_AXIS)
   held = _pass_on(keys, num_shards)
-  dlo, dkeys_lo = blocks.gradients(*_causal(lo, own_lo), saved_lo)
-  dhi, dkeys_too = blocks.gradients(hi, own_lo, saved_hi)
-  dhi_too, dkeys_hi = blocks.gradients(*_causal(hi, own_hi), saved_hi)
+  dlo, dkeys_lo = gradients_of(*_causal(lo, own_lo), saved_lo)
+  dhi, dkeys_too = gradients_of(hi, own_lo, saved_hi)
+  dhi_too, dkeys_hi = gradients_of(*_causal(hi, own_hi), saved_hi)
   dqueries = dlo, dhi + dhi_too
   dkeys = _add(dkeys_lo, dkeys_too), dkeys_hi
 
@@ -84,12 +95,12 @@ def gradients(
     dkeys_lo, dkeys_hi = _pass_on(dkeys, num_shards)
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
     held_lo, held_hi = blocks.halves(held, blocks.KEY_AXIS)
-    dq, dfirst = blocks.gradients(
+    dq, dfirst = gradients_of(
       _select(is_earlier, lo, hi),
       held_lo,
       _select(is_earlier, saved_lo, saved_hi),
     )
-    dq_hi, dsecond = blocks.gradients(
+    dq_hi, dsecond = gradients_of(
       hi, _select(is_earlier, held_lo, held_hi), saved_hi
     )
     dlo, dhi = _add_to(is_earlier, dq, dlo, dhi)
@@ -118,8 +129,25 @@ def _pass_on(tree, num_shards):
   return jax.tree.map(lambda x: jax.lax.ppermute(x, _AXIS, ring), tree)
 
 
+def _placed(queries, keys, num_shards, shape):
+  """Tells queries and keys their places in the row, where a window asks."""
+  if not shape.window:
+    return queries, keys
+  chunk = jnp.arange(keys.k_BKSC.shape[2] // 2)
+  device = jax.lax.axis_index(_AXIS)
+  index = jnp.concatenate(
+    [
+      device * len(chunk) + chunk,
+      (2 * num_shards - 1 - device) * len(chunk) + chunk,
+    ]
+  )
+  return queries._replace(index_T=index), keys._replace(index_S=index)
+
+
 def _causal(queries, keys):
   """Marks queries and keys of the same chunk with their order."""
+  if queries.index_T is not None:
+    return queries, keys
   index = jnp.arange(keys.k_BKSC.shape[2])
   return queries._replace(index_T=index), keys._replace(index_S=index)
 

@@ -9,15 +9,17 @@ References: Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2019
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import functools
 import json
 import os
 import pathlib
+import types
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from text import utf8
+from text import spans as spans_lib, utf8
 
 SPECIAL_TOKENS = {'bos': '<|bos|>', 'eos': '<|eos|>', 'pad': '<|pad|>'}
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -51,9 +53,15 @@ class BpeTokenizer:
     model.encode_special_tokens = True
     self._model = model
     self._special_tokens = dict(special_tokens)
+    self.names: Mapping[str, str] = {
+      f'{name}_token': token for name, token in special_tokens.items()
+    }
     self.bos_id = self._special_id('bos')
     self.eos_id = self._special_id('eos')
     self.pad_id = self._special_id('pad')
+    self.special_tokens: Mapping[str, int] = {
+      token: self._special_id(name) for name, token in special_tokens.items()
+    }
     self._bytes = _bytes_per_token(model)
     self.vocab_size = len(self._bytes)
     for probe in (_PROBE, f' {_PROBE}'):
@@ -92,6 +100,22 @@ class BpeTokenizer:
       raise
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+  def encode_marked(
+    self, text: str, spans: Sequence[spans_lib.Span]
+  ) -> spans_lib.Encoded:
+    """Returns the ids of `text`, in which the spans are `special_tokens`.
+
+    Raises:
+      ValueError: `text` holds a lone surrogate.
+    """
+    utf8.encode(text)
+    return spans_lib.encode(
+      text,
+      spans,
+      special_tokens=self.special_tokens,
+      encode_text=self._encode_with_offsets,
+    )
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`, with U+FFFD for what is not UTF-8."""
     return utf8.decode(b''.join(self.token_bytes(i) for i in ids))
@@ -109,6 +133,10 @@ class BpeTokenizer:
       )
     return self._bytes[token_id]
 
+  def first_bytes(self, token_id: int) -> bytes:
+    """Returns `token_bytes(token_id)`."""
+    return self.token_bytes(token_id)
+
   def num_bytes_V(self) -> np.ndarray:
     """Returns int32 [V], bytes per id, 0 for special ids."""
     return np.array([len(b) for b in self._bytes], np.int32)
@@ -120,6 +148,10 @@ class BpeTokenizer:
     self._model.save(os.fspath(directory / _MODEL_FILE))
     config = {'kind': self.kind, 'special_tokens': self._special_tokens}
     (directory / _CONFIG_FILE).write_text(json.dumps(config))
+
+  def _encode_with_offsets(self, text: str) -> spans_lib.Encoded:
+    encoding = self._model.encode(text, add_special_tokens=False)
+    return spans_lib.Encoded(encoding.ids, encoding.offsets)
 
   def _special_id(self, name: str) -> int:
     """Returns the id of the special token called `name`."""
@@ -193,7 +225,7 @@ def load(
 
 def _bytes_per_token(model: tokenizers.Tokenizer) -> list[bytes]:
   """Returns what each id stands for, indexed by id."""
-  byte_of_char = {char: byte for byte, char in enumerate(_byte_chars())}
+  chars = byte_of_char()
   added = model.get_added_tokens_decoder()
   # An id that no token owns stands for nothing, like a special one.
   result = [b''] * (1 + max(model.get_vocab(with_added_tokens=True).values()))
@@ -203,7 +235,7 @@ def _bytes_per_token(model: tokenizers.Tokenizer) -> list[bytes]:
         result[token_id] = utf8.encode(token)
       continue
     try:
-      result[token_id] = bytes(byte_of_char[char] for char in token)
+      result[token_id] = bytes(chars[char] for char in token)
     except KeyError:
       raise ValueError(
         f'token {token!r} (id {token_id}) is not made of byte characters; '
@@ -212,15 +244,13 @@ def _bytes_per_token(model: tokenizers.Tokenizer) -> list[bytes]:
   return result
 
 
-def _byte_chars() -> list[str]:
-  """Returns GPT-2's printable character for each byte 0..255."""
+@functools.cache
+def byte_of_char() -> Mapping[str, int]:
+  """Returns the byte that each of GPT-2's printable characters stands for."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  chars = []
-  num_hidden = 0
-  for byte in range(256):
-    if byte in printable:
-      chars.append(chr(byte))
-    else:  # the n-th byte without a printable character becomes U+0100 + n
-      chars.append(chr(256 + num_hidden))
-      num_hidden += 1
-  return chars
+  # The n-th byte without a printable character becomes U+0100 + n.
+  hidden = [byte for byte in range(256) if byte not in printable]
+  return types.MappingProxyType(
+    {chr(byte): byte for byte in printable}
+    | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+  )

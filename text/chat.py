@@ -3,17 +3,27 @@
 Templates come with weights from anywhere, so they run in Jinja's immutable
 sandbox, set up as the ecosystem's templates expect: trimmed blocks, loop
 controls, the `generation` block, `tojson`, `raise_exception`, `strftime_now`.
+What they render is what `transformers` renders (`apply_chat_template`).
 
-The result is text: `Tokenizer.encode` treats special-token strings in it as
-ordinary text, so that no message can forge a turn.
+`encode` gives the ids: special tokens that the template writes are special
+tokens, those in a message are text, so that no message can forge a turn
+(`text.chat_inputs` says how, and what no one can rule out). `render` gives text
+alone, in which they cannot be told apart any more; `Tokenizer.encode` takes all
+of them for text.
 """
 
+from collections.abc import Collection, Mapping, Sequence
+import dataclasses
 import datetime
+import functools
 import json
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import ext, nodes, sandbox
+from jinja2 import ext, nodes, sandbox, utils
+
+from text import chat_inputs, spans as spans_lib, tokenizer as tokenizer_lib
 
 # A plain transcript, for base models: they know this form from ordinary text.
 DEFAULT_TEMPLATE = """\
@@ -26,31 +36,76 @@ DEFAULT_TEMPLATE = """\
 # Where a base model that continues the transcript starts the next turn.
 DEFAULT_STOP = ('\nUser:', '\nSystem:', '\nAssistant:')
 
+_ARGUMENTS = ('messages', 'tools', 'documents', 'add_generation_prompt')
 
-class _GenerationBlock(ext.Extension):
-  """`{% generation %}...{% endgeneration %}` renders as its contents."""
 
-  tags = {'generation'}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversation:
+  """What a template renders: JSON values, not trusted."""
 
-  def parse(self, parser):
-    lineno = next(parser.stream).lineno
-    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-    return nodes.Scope(body, lineno=lineno)
+  # Turns: 'role', and 'content' as a string or a list of parts; further keys,
+  # 'tool_calls' for one, are the template's.
+  messages: Sequence[Mapping[str, Any]]
+  tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas
+  documents: Sequence[Mapping[str, Any]] | None = None
+  # Others that the template knows, such as 'enable_thinking'.
+  variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  add_generation_prompt: bool = False  # end with the opening of the answer
+  continue_final_message: bool = False  # end within the last message
+
+
+class Prompt(NamedTuple):
+  """A rendered conversation."""
+
+  text: str
+  specials: list[spans_lib.Span]  # special tokens that the template wrote
+  # What the assistant says, which training learns; None if the template has no
+  # `generation` block to tell.
+  answers: list[spans_lib.Span] | None
+
+
+class Encoded(NamedTuple):
+  """An encoded conversation."""
+
+  text: str
+  ids: list[int]
+  is_answer: list[bool] | None  # by id; None as in `Prompt`
+
+
+def encode(
+  tokenizer: tokenizer_lib.Tokenizer, template: str, conversation: Conversation
+) -> Encoded:
+  """Returns the ids of a conversation, BOS only if the template writes it.
+
+  Raises:
+    ValueError: a message is malformed, or the template is, or refuses them.
+  """
+  found = prompt(
+    template,
+    conversation,
+    names=tokenizer.names,
+    special_tokens=tokenizer.special_tokens,
+  )
+  ids, offsets = tokenizer.encode_marked(found.text, found.specials)
+  is_answer = None
+  if found.answers is not None:
+    is_answer = spans_lib.overlaps(offsets, found.answers)
+  return Encoded(found.text, ids, is_answer)
 
 
 def render(
   template: str,
-  messages: list[dict[str, Any]],
+  messages: Sequence[Mapping[str, Any]],
   *,
   add_generation_prompt: bool,
-  bos_token: str,
-  eos_token: str,
+  bos_token: str = '',
+  eos_token: str = '',
 ) -> str:
   """Returns the prompt text for `messages`.
 
   Args:
     template: Jinja source.
-    messages: turns, each with a string 'role' and a string 'content'.
+    messages: turns, as in `Conversation`.
     add_generation_prompt: end with the opening of the assistant's turn.
     bos_token: what `{{ bos_token }}` becomes.
     eos_token: what `{{ eos_token }}` becomes.
@@ -58,50 +113,257 @@ def render(
   Raises:
     ValueError: a message is malformed, or the template is, or refuses them.
   """
-  for i, message in enumerate(messages):
-    for key in ('role', 'content'):
-      if not isinstance(message.get(key), str):
-        raise ValueError(
-          f'message {i} has {key} {message.get(key)!r}, expected a string'
-        )
+  conversation = Conversation(
+    messages=messages, add_generation_prompt=add_generation_prompt
+  )
+  names = {'bos_token': bos_token, 'eos_token': eos_token}
+  return prompt(template, conversation, names=names, special_tokens=()).text
+
+
+def prompt(
+  template: str,
+  conversation: Conversation,
+  *,
+  names: Mapping[str, str],
+  special_tokens: Collection[str],
+) -> Prompt:
+  """Renders a conversation, keeping track of special tokens and answers.
+
+  Args:
+    template: Jinja source.
+    conversation: what to render.
+    names: variables of the tokenizer, such as 'bos_token'.
+    special_tokens: strings that are tokens where the template writes them.
+
+  Raises:
+    ValueError: a message is malformed, or the template is, or refuses them.
+  """
+  given = _given(conversation)
+  texts = (template, *names.values(), *chat_inputs.strings(given))
+  mark, end, *brackets = chat_inputs.unused_characters(texts, 4)
+  guard = chat_inputs.Guard(special_tokens, mark)
+  given = guard.cut(given)
+  if conversation.continue_final_message:
+    _append(given['messages'][-1], f'{end} ')
   try:
-    return (
-      _environment()
-      .from_string(template)
-      .render(
-        messages=messages,
-        add_generation_prompt=add_generation_prompt,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        # Templates ask `tools is not none`, which an undefined name passes.
-        tools=None,
-        documents=None,
-      )
-    )
+    compiled = _compiled(template, mark, *brackets)
+    # A client's variable of the same name is what it asks for, as text.
+    raw = compiled.template.render(**{**names, **given})
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(
       f'chat template line {error.lineno}: {error.message}'
     ) from error
   except Exception as error:  # a template is a program: it can raise anything
     raise ValueError(f'chat template: {error}') from error
+  if conversation.continue_final_message:
+    raw = _up_to(raw, end)
+  text, answers = _unbracketed(raw, *brackets)
+  marks = [match.start() for match in re.finditer(mark, text)]
+  return Prompt(
+    text.replace(mark, ''),
+    _without(marks, guard.whole(text)),
+    _without(marks, answers) if compiled.has_answers else None,
+  )
 
 
-def _environment() -> sandbox.ImmutableSandboxedEnvironment:
-  """Returns the sandbox that chat templates of the ecosystem expect."""
+def choose_template(
+  templates: Mapping[str, str], tools: Sequence[Any] | None = None
+) -> str:
+  """Returns the template for a conversation with `tools`, or without.
+
+  Raises:
+    ValueError: there are only templates for other purposes.
+  """
+  if tools is not None and 'tool_use' in templates:
+    return templates['tool_use']
+  if 'default' in templates:
+    return templates['default']
+  raise ValueError(
+    f'got chat templates for {", ".join(sorted(templates)) or "nothing"},'
+    " expected one called 'default'; choose one by its name"
+  )
+
+
+def _given(conversation: Conversation) -> dict[str, Any]:
+  """Returns all that the template may read of a conversation, checked."""
+  variables = chat_inputs.plain(conversation.variables, 'template variables')
+  if reserved := sorted(set(variables) & set(_ARGUMENTS)):
+    raise ValueError(
+      f'template variables: got {", ".join(reserved)}, expected other names'
+      ' than those of the conversation itself'
+    )
+  if conversation.add_generation_prompt and conversation.continue_final_message:
+    raise ValueError(
+      'got both add_generation_prompt and continue_final_message, expected one:'
+      ' a new answer, or more of the last message'
+    )
+  given = {
+    'messages': chat_inputs.plain_messages(conversation.messages),
+    'add_generation_prompt': conversation.add_generation_prompt,
+  }
+  for name in ('tools', 'documents'):
+    # Templates ask `tools is not none`, which an undefined name passes.
+    given[name] = chat_inputs.plain(getattr(conversation, name), name)
+    for item in given[name] or ():
+      if not isinstance(item, dict):
+        raise ValueError(f'{name}: got {item!r}, expected objects')
+  return variables | given
+
+
+def _append(message: dict[str, Any], ending: str) -> None:
+  """Appends to the text of a message."""
+  content = message.get('content')
+  if isinstance(content, str):
+    message['content'] = content + ending
+    return
+  for part in reversed(content or []):
+    if isinstance(part.get('text'), str):
+      part['text'] += ending
+      return
+  raise ValueError(
+    f'continue_final_message: got a last message with content {content!r},'
+    ' expected some text to continue'
+  )
+
+
+def _up_to(raw: str, end: str) -> str:
+  """Returns what comes before the end of the last message."""
+  place = raw.rfind(end)
+  if place < 0:
+    raise ValueError(
+      'continue_final_message: got a chat template that does not render the'
+      ' last message to its end, expected one that does'
+    )
+  # Without the space behind it, the template trims messages.
+  is_kept = raw.startswith(f'{end} ', place)
+  return raw[:place] if is_kept else raw[:place].rstrip()
+
+
+def _unbracketed(
+  raw: str, opening: str, closing: str
+) -> tuple[str, list[spans_lib.Span]]:
+  """Returns the text without brackets, and the spans that were in them."""
+  parts: list[str] = []
+  spans: list[spans_lib.Span] = []
+  length = start = 0
+  for part in re.split(f'([{opening}{closing}])', raw):
+    if part == opening:
+      start = length
+    elif part == closing:
+      spans.append((start, length))
+    else:
+      parts.append(part)
+      length += len(part)
+  if raw.count(opening) > len(spans):  # the last message is to be continued
+    spans.append((start, length))
+  return ''.join(parts), spans
+
+
+def _without(
+  marks: Sequence[int], spans: Sequence[spans_lib.Span]
+) -> list[spans_lib.Span]:
+  """Returns the spans where the marks of the text are taken out."""
+  result = []
+  passed = 0
+  for start, end in spans:
+    while passed < len(marks) and marks[passed] < start:
+      passed += 1
+    inside = sum(mark < end for mark in marks[passed:])
+    result.append((start - passed, end - passed - inside))
+  return result
+
+
+class _Compiled(NamedTuple):
+  template: jinja2.Template
+  has_answers: bool  # there is a generation block
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+  template: str, mark: str, opening: str, closing: str
+) -> _Compiled:
+  """Compiles in the sandbox that chat templates of the ecosystem expect."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[_GenerationBlock, ext.loopcontrols],
   )
-  environment.filters['tojson'] = _to_json
+  block: Any = environment.extensions[_GenerationBlock.identifier]
+  block.brackets = (opening, closing)
+  environment.filters['tojson'] = functools.partial(_to_json, mark=mark)
   environment.globals['raise_exception'] = _raise_exception
   environment.globals['strftime_now'] = _strftime_now
-  return environment
+  environment.globals['dict'] = _Dict()
+  environment.globals['namespace'] = _Namespace
+  return _Compiled(environment.from_string(template), block.is_used)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+class _GenerationBlock(ext.Extension):
+  """`{% generation %}...{% endgeneration %}` renders as its contents.
+
+  Between brackets, which the rendering is searched for: a block may be in a
+  macro or a loop, so that only the result tells where it went.
+  """
+
+  tags = {'generation'}
+
+  def __init__(self, environment: jinja2.Environment):
+    super().__init__(environment)
+    self.brackets = ('', '')
+    self.is_used = False
+
+  def parse(self, parser):
+    self.is_used = True
+    lineno = next(parser.stream).lineno
+    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    opening, closing = (
+      nodes.Output([nodes.TemplateData(bracket)]) for bracket in self.brackets
+    )
+    return nodes.Scope([opening, *body, closing], lineno=lineno)
+
+
+class _Dict:
+  """Python's dict for templates, without the class's other attributes."""
+
+  def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    return dict(*args, **kwargs)
+
+  def fromkeys(self, *args: Any) -> dict:
+    """Returns a dict with these keys."""
+    return dict.fromkeys(*args)
+
+
+class _Namespace(utils.Namespace):
+  """Jinja's namespace, without access to what Python keeps in objects."""
+
+  def __init__(*args: Any, **kwargs: Any):  # so that 'self' can be a name
+    self, args = args[0], args[1:]
+    for name in (names := dict(*args, **kwargs)):
+      _check_name(name)
+    utils.Namespace.__init__(self, names)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    _check_name(name)
+    super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+  if isinstance(name, str) and name.startswith('_'):
+    raise jinja2.exceptions.SecurityError(
+      f'namespace: got the unsafe name {name!r}, expected no leading underscore'
+    )
+
+
+def _to_json(
+  value: Any, ensure_ascii: bool = False, *, mark: str, **options: Any
+) -> str:
   # Jinja's own filter escapes HTML characters, which would change the prompt.
-  return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+  text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+  if ensure_ascii:
+    # The mark must stay one, or what it cuts would be whole again.
+    escaped = json.dumps(mark)[1:-1].replace('\\', r'\\')
+    text = re.sub(rf'(?<!\\)((?:\\\\)*){escaped}', rf'\1{mark}', text)
+  return text
 
 
 def _raise_exception(message: str) -> None:

@@ -18,11 +18,13 @@ from data import (
   rows as rows_lib,
   sources,
 )
+from evals import run as evals_run
 from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import (
   config as config_lib,
   learner as learner_lib,
+  task_evals,
   workdir as workdir_lib,
 )
 
@@ -36,6 +38,7 @@ class Parts:
   batches: pipeline.TrainBatches
   eval_batches: pipeline.EvalBatches
   overlaps: tuple[contamination.Overlap, ...]  # of each source, if looked for
+  tasks: tuple[evals_run.Task, ...]  # that the run is measured by
 
   def describe_data(self) -> dict[str, Any]:
     """Returns what is trained and evaluated on, as JSON values."""
@@ -49,6 +52,7 @@ class Parts:
         )
       ],
       'evaluation': self.eval_batches.source.describe(),
+      'tasks': {task.name: task.files for task in self.tasks},
       'contamination': [
         dataclasses.asdict(overlap) | {'share': overlap.share}
         for overlap in self.overlaps
@@ -62,6 +66,7 @@ class Documents:
 
   train: tuple[sources.Source, ...]
   evaluated: sources.Source
+  tasks: tuple[evals_run.Task, ...]
 
 
 def open_documents(experiment: config_lib.Experiment) -> Documents:
@@ -81,7 +86,11 @@ def open_documents(experiment: config_lib.Experiment) -> Documents:
         ' expected some; check the path and text_key'
       )
     opened.append(documents)
-  return Documents(train=tuple(opened[:-1]), evaluated=opened[-1])
+  return Documents(
+    train=tuple(opened[:-1]),
+    evaluated=opened[-1],
+    tasks=task_evals.open_tasks(experiment.evals),
+  )
 
 
 def assemble(
@@ -118,15 +127,16 @@ def assemble(
   with processes.together('data'):
     train = [open_rows(opened, name=s.name) for s, opened in mixed]
     held_out = open_rows(documents.evaluated, name=data.eval_source().name)
-  processes.check_same(
-    'data', json.dumps([rows.store.digest for rows in (*train, held_out)])
-  )
+  digests = [rows.store.digest for rows in (*train, held_out)]
+  digests += [d for task in documents.tasks for d in task.files.values()]
+  processes.check_same('data', json.dumps(digests))
   return Parts(
     learner=learner,
     tokenizer=tokenizer,
     batches=pipeline.train_batches(train, data, seed=experiment.seed),
     eval_batches=pipeline.eval_batches(held_out, data),
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
+    tasks=documents.tasks,
   )
 
 

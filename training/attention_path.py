@@ -85,6 +85,15 @@ def problem(
       f'got parallel.context = {experiment.parallel.context}, expected 1: the'
       ' kernel sees whole rows; change it or set execution.attention = auto'
     )
+  if model.latent_width:
+    return (
+      f'got model.latent_width = {model.latent_width}, expected 0: the kernel'
+      ' wants keys and values of one width; set execution.attention = reference'
+    )
+  if path == 'cudnn' and (
+    reason := cudnn.form_problem(model.attention_softcap)
+  ):
+    return reason
   mesh = getattr(placement, 'mesh', None)
   reason = (
     per_device.heads_problem(mesh, model.num_heads, model.num_kv_heads)

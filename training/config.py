@@ -13,7 +13,7 @@ from data import config as data_config
 from models import config as model_config, execution
 from models.kernels import quantized_linear
 from parallel import config as parallel_config
-from training import average, optimizer, outliers
+from training import average, eval_config, optimizer, outliers
 from training.objectives import next_token
 
 # See training/attention_path.py and models/kernels/quantized_linear.py.
@@ -85,10 +85,15 @@ class Experiment:
     default_factory=CheckpointConfig
   )
   freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
+  # Frozen directory whose weights are the first of the run; '': random ones.
+  init_from: str = ''
   objective: Any = next_token.next_token  # objective(params, batch, apply)
   z_loss_weight: float = 0.0  # of log(Z)^2, PaLM took 1e-4; 0: no z-loss
   spikes: outliers.SpikeConfig = dataclasses.field(
     default_factory=outliers.SpikeConfig
+  )
+  evals: eval_config.EvalsConfig = dataclasses.field(
+    default_factory=eval_config.EvalsConfig
   )
   ema_decay: float = 0.0  # of an average of the weights, as 0.999; 0: none
   diagnose_non_finite: bool = True  # take a step that gave NaN again, and look
@@ -129,6 +134,7 @@ class Experiment:
     self._validate_z_loss()
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
+    self.evals.validate(self.eval_every_steps)
     average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
     last_start = self.data.ramp[-1][0]
     if last_start >= self.num_steps:

@@ -20,7 +20,9 @@ from training import (
   loop,
   metrics,
   saving,
+  scoring,
   state as state_lib,
+  task_evals,
 )
 
 # Between attempts at the last save of a run, which is not given up lightly.
@@ -81,6 +83,10 @@ class Keeper:
     self._log, self._terminal = outlets
     self._max_eval_batches = experiment.eval_batches
     self._eval_step = parts.learner.compile_eval_step()
+    self._tasks_every = experiment.evals.every_steps
+    self._num_steps = experiment.num_steps
+    self._has_bos = experiment.data.has_bos
+    self._scorer = scoring.Scorer(parts.learner)
     # Of the weights that `freeze.weights` asks for: it decides which is best.
     self._best_by = (
       'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
@@ -99,23 +105,48 @@ class Keeper:
     """Records the validation loss of `state`; returns whether to stop.
 
     Where the run keeps an average of its weights, its loss is told besides.
+    Tasks are measured with the weights that will be frozen.
 
     An evaluation that a signal cuts short is owed: the state is saved, and the
     run that goes on from there evaluates it before it takes a step.
     """
     try:
-      values = self._evaluate(state.params)
+      values, frozen = self._evaluate(state.params), state.params
       if self._average is not None:
-        averaged = self._evaluate(self._place_average(state))
+        average_params = self._place_average(state)
+        averaged = self._evaluate(average_params)
         values |= {f'average_{k}': value for k, value in averaged.items()}
+        if self._best_by != 'loss':
+          frozen = average_params
+      measured = self._measure(step, frozen)
     except evaluate.Stopped:
       self._owed_at = step
       self.save(step, state)
       return True
-    self._log.write('eval', step, values)
+    self._log.write('eval', step, values | measured)
     self._last_eval = step, values.get(self._best_by, values['loss'])
     self._terminal.say(f'step {step}: {evaluate.report(values)}')
+    if measured:
+      self._terminal.say(f'step {step}: {task_evals.report(measured)}')
     return False
+
+  def _measure(self, step: int, params) -> dict[str, float]:
+    """Returns what the tasks that are due give."""
+    is_due = (
+      step == self._num_steps
+      or not self._tasks_every
+      or step % self._tasks_every == 0
+    )
+    if not self._parts.tasks or not is_due:
+      return {}
+    return task_evals.measure(
+      self._parts.tasks,
+      self._scorer,
+      params,
+      self._parts.tokenizer,
+      has_bos=self._has_bos,
+      should_stop=self._stop.between_batches(),
+    )
 
   def _evaluate(self, params) -> dict[str, float]:
     return evaluate.evaluate(

@@ -38,10 +38,10 @@ import jax.numpy as jnp
 
 from models import (
   attention,
+  block as block_lib,
   execution as execution_lib,
   experts,
   remat,
-  transformer,
 )
 from models.kernels import cross_entropy
 from training import (
@@ -269,7 +269,7 @@ def residuals(
       config, expert_width=model.expert_width // sizes['tensor']
     )
   dtype = jnp.dtype(experiment.compute_dtype)
-  block = remat.wrap(transformer.Block, policy, is_scanned=False)(
+  block = remat.wrap(block_lib.Block, policy, is_scanned=False)(
     config,
     dtype,
     execution_lib.Execution(
@@ -277,16 +277,19 @@ def residuals(
       attend=_fused_attend if is_fused else attention.attend,
       apply_experts=functools.partial(_apply_experts, sizes['expert']),
     ),
+    # Where layers differ, those with experts come last, and keep the most.
+    config.layer(config.num_layers - 1),
   )
   rows = _rows(experiment, sizes)
   time = experiment.data.row_length // sizes['context']
   shape = functools.partial(jax.ShapeDtypeStruct, (rows, time))
   x_BTD = jax.ShapeDtypeStruct((rows, time, model.model_width), dtype)
-  angles = (
-    jax.ShapeDtypeStruct((rows, time, model.head_width // 2), jnp.float32)
+  angles_BTc: Any = (
+    jax.ShapeDtypeStruct((rows, time, model.rotated_width // 2), jnp.float32)
     if model.positions == 'rope'
     else None
   )
+  angles = block_lib.Angles(angles_BTc)
   shared = angles, shape(dtype=jnp.int32), shape(dtype=jnp.int32)
 
   def kept(key, x_BTD, shared):
@@ -344,9 +347,11 @@ def _fused_backward(kept, dout_BTHC):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _fused_attend(q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None):
+def _fused_attend(
+  q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None, form=None
+):
   """Stands in for a kernel while shapes are traced."""
-  del segment_ids_BT, dropout
+  del segment_ids_BT, dropout, form
   out_BTHC: Any = _fused(q_BTHC, k_BKTC, v_BKTC)
   return out_BTHC
 

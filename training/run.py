@@ -30,6 +30,7 @@ from training import (
   diagnose,
   goodput as goodput_lib,
   hooks,
+  initial,
   interrupt,
   loop,
   metrics,
@@ -193,7 +194,7 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
   except checkpoint.MismatchError as error:
     raise ValueError(_explained(error, workdir, changes)) from None
   # Only now: a run that cannot begin changes nothing.
-  _record(experiment, workdir, parts, changes, console)
+  _record(experiment, workdir, parts, first_step, console)
   story.describe(experiment, parts, first_step, console)
   if first_step and changes:
     story.say(console, 'changed    ' + '\n           '.join(changes))
@@ -276,7 +277,7 @@ def _assemble(experiment, workdir, console) -> assemble.Parts:
     )
 
 
-def _record(experiment, workdir, parts, changes, console) -> None:
+def _record(experiment, workdir, parts, first_step, console) -> None:
   """Writes what the run is; says what it evaluates on if that is new."""
   before = workdir_lib.evaluated_before(workdir)
   now = parts.eval_batches.source.store.digest
@@ -284,7 +285,8 @@ def _record(experiment, workdir, parts, changes, console) -> None:
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
       with saving.writing(workdir):
-        workdir_lib.record(workdir, experiment, phases)
+        lineage = None if first_step else initial.lineage(experiment)
+        workdir_lib.record(workdir, experiment, phases, lineage)
         workdir_lib.record_data(workdir, parts.describe_data())
   if before and before != now:
     story.say(
@@ -364,8 +366,11 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
 def _start_or_restore(experiment, parts, saved, goodput):
   """Returns the placed state and its progress; moves the data along."""
   if saved.latest_step() is None:
-    state = parts.learner.init(jax.random.key(experiment.seed))
-    return state, checkpoint.Progress()
+    key = jax.random.key(experiment.seed)
+    if experiment.init_from:
+      params = initial.read(experiment)
+      return initial.start(parts.learner, key, params), checkpoint.Progress()
+    return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())
     parts.batches.set_state(progress.data_state)

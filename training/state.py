@@ -27,8 +27,20 @@ def init(
   has_average: bool = False,
 ) -> TrainState:
   """Returns the state before the first step. Pure: jit or eval_shape it."""
-  init_key, train_key = jax.random.split(key)
+  init_key, _ = jax.random.split(key)
   params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))
+  return init_with(optimizer, key, params, has_average=has_average)
+
+
+def init_with(
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  params: Any,
+  *,
+  has_average: bool = False,
+) -> TrainState:
+  """Returns the state before the first step of training on from `params`."""
+  _, train_key = jax.random.split(key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

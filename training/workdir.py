@@ -212,6 +212,7 @@ def record(
   workdir: pathlib.Path,
   experiment: config_lib.Experiment,
   phases: Sequence[Mapping[str, Any]] = (),
+  lineage: Mapping[str, str] | None = None,
 ) -> None:
   """Writes run.json: the experiment and the code that train from now on.
 
@@ -222,8 +223,13 @@ def record(
     workdir: where.
     experiment: what is trained.
     phases: of the weights of its sources, as in `TrainBatches.get_state`.
+    lineage: digests of the weights that it starts from; None: of a run that
+      goes on, those that are recorded.
   """
   new = _describe(experiment)
+  if lineage is None:
+    lineage = _recorded_lineage(workdir)
+  new['lineage'] = dict(lineage)
   if len(phases) > 1:
     for i, source in enumerate(new['data_mix']):
       source['phases'] = [
@@ -287,6 +293,13 @@ def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
   root = workdir / seals.DIRECTORY
   return bool(seals.steps(root) or seals.set_aside(root))
+
+
+def _recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
+  try:
+    return json.loads((workdir / RUN).read_text(encoding='utf-8'))['lineage']
+  except (OSError, ValueError, KeyError, TypeError):
+    return {}
 
 
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
@@ -361,8 +374,7 @@ def _describe(experiment: config_lib.Experiment) -> dict[str, Any]:
     ],
     'knowledge_cutoff': data['knowledge_cutoff'],
     'lineage': {},
-    # Windows are cut from joined text: their models never see BOS.
-    'has_bos': data['packing'] != 'windows',
+    'has_bos': experiment.data.has_bos,
     'code_commit': _code_commit(),
     'config': config,
   }

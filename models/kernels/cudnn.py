@@ -17,6 +17,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from models import attention
+
 # What every GPU since Ampere takes.
 MAX_HEAD_WIDTH = 128
 HEAD_WIDTH_MULTIPLE = 8
@@ -29,6 +31,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
+  form: attention.Form = attention.Form(),
   implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.
@@ -40,10 +43,12 @@ def attend(
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
     dropout: must be None: weights never exist as an array.
+    form: window, which goes into the mask, and scale; no soft-cap.
     implementation: xla computes the same anywhere, unfused; for tests.
 
   Raises:
-    ValueError: dropout, or shapes and dtypes that cuDNN has no kernel for.
+    ValueError: dropout, a soft-cap, or shapes and dtypes that cuDNN has no
+      kernel for.
   """
   if dropout is not None:
     raise ValueError(
@@ -51,24 +56,45 @@ def attend(
       ' kernel never stores them; set model.dropout_rate = 0 or'
       ' execution.attention = reference'
     )
+  if problem := form_problem(form.softcap):
+    raise ValueError(f'cudnn attention: {problem}')
   _, time, _, channels = q_BTHC.shape
+  if v_BKTC.shape[3] != channels:
+    raise ValueError(
+      f'cudnn attention: got values of {v_BKTC.shape[3]} channels for keys of'
+      f' {channels}, expected equal widths; set execution.attention ='
+      ' reference'
+    )
   if implementation == 'cudnn':
     problem = shape_problem(time, channels, q_BTHC.dtype.name)
     if problem:
       raise ValueError(f'cudnn attention: {problem}')
-  mask_B1TT = None
+  mask_BTT = None
   if segment_ids_BT is not None:
-    mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[
-      :, None
-    ]
+    mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  if form.window:
+    place_T = jnp.arange(time)
+    near_1TT = (place_T[None, :] > place_T[:, None] - form.window)[None]
+    mask_BTT = near_1TT if mask_BTT is None else mask_BTT & near_1TT
   return jax.nn.dot_product_attention(
     q_BTHC,
     k_BKTC.swapaxes(1, 2),
     v_BKTC.swapaxes(1, 2),
-    mask=mask_B1TT,
+    mask=None if mask_BTT is None else mask_BTT[:, None],
+    scale=form.scale_of(channels),
     is_causal=True,
     implementation=implementation,
   )
+
+
+def form_problem(softcap: float) -> str:
+  """Returns why cuDNN has no kernel for scores that are bounded so, or ''."""
+  if softcap:
+    return (
+      f'got model.attention_softcap = {softcap}, expected 0: the kernel has no'
+      ' soft-cap of scores; set execution.attention = reference'
+    )
+  return ''
 
 
 def shape_problem(time: int, channels: int, dtype: str) -> str:

@@ -174,15 +174,13 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
   return out.reshape(batch, -1, heads, channels)[:, :time]
 
 
-def _as_pages(cache: kv_cache.LayerCache):
+def _as_pages(cache: kv_cache.LayerCache | kv_cache.LatentCache):
   """Returns a dense cache as pages of one tile, and their table."""
   slots = paged_attention.TILE_SLOTS
-  batch, num_kv, length, channels = cache.k_BKSC.shape
-  kv_BSK2C = jnp.stack(
-    [cache.k_BKSC.swapaxes(1, 2), cache.v_BKSC.swapaxes(1, 2)], axis=3
-  )
-  kv_BSK2C = jnp.pad(kv_BSK2C, ((0, 0), (0, -length % slots), *[(0, 0)] * 3))
-  kv_PQYC = kv_BSK2C.reshape(-1, slots, 2 * num_kv, channels)
+  batch, num_kv, length, channels = cache[0].shape
+  kv = jnp.stack([each.swapaxes(1, 2) for each in cache], axis=3)
+  kv = jnp.pad(kv, ((0, 0), (0, -length % slots), *[(0, 0)] * 3))
+  kv_PQYC = kv.reshape(-1, slots, len(cache) * num_kv, channels)
   table_BL = jnp.arange(kv_PQYC.shape[0], dtype=jnp.int32).reshape(batch, -1)
   return kv_cache.Pages(kv_PQYC), table_BL
 

@@ -11,7 +11,6 @@ et al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as mask_lib,
 )
 
-from models import remat
+from models import attention, remat
 
 # Rows of queries and of keys per block. A block of scores is a float32 square,
 # 1 MiB at 512; the backward kernels hold several of them in the 16 MiB that a
@@ -36,6 +35,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
+  form: attention.Form = attention.Form(),
   interpret: bool = False,
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.
@@ -50,6 +50,8 @@ def attend(
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
     dropout: must be None: weights never exist as an array.
+    form: window, soft-cap and scale; blocks out of a window's reach are not
+      computed.
     interpret: run on any device, slowly; for tests.
 
   Raises:
@@ -65,8 +67,8 @@ def attend(
   problem = row_length_problem(time)
   if problem:
     raise ValueError(f'splash attention: {problem}')
-  kernel = _kernel(time, heads, interpret)
-  q_BHTC = (q_BTHC / math.sqrt(channels)).swapaxes(1, 2)
+  kernel = _kernel(time, heads, form, interpret)
+  q_BHTC = (q_BTHC * form.scale_of(channels)).swapaxes(1, 2)
   segments = None
   if segment_ids_BT is not None:
     segments = kernel_lib.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
@@ -91,11 +93,17 @@ def block_rows(time: int) -> int:
   )
 
 
-def _kernel(time: int, heads: int, interpret: bool):
+def _kernel(time: int, heads: int, form: attention.Form, interpret: bool):
   """The kernel for one row: (q_HTC, k_KTC, v_KTC, segments) -> out_HTC."""
   rows = block_rows(time)
+  mask = mask_lib.CausalMask((time, time))
+  if form.window:
+    mask = mask_lib.LocalMask(
+      (time, time), window_size=(form.window - 1, 0), offset=0
+    )
   return kernel_lib.make_splash_mha(
-    mask_lib.MultiHeadMask([mask_lib.CausalMask((time, time))] * heads),
+    mask_lib.MultiHeadMask([mask] * heads),
+    attn_logits_soft_cap=form.softcap or None,
     block_sizes=kernel_lib.BlockSizes(
       block_q=rows,
       block_kv=rows,

@@ -241,7 +241,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     raise _Interrupted
 
   if moment == 'params':
-    monkeypatch.setattr(ocp.StandardCheckpointer, 'save', interrupt)
+    monkeypatch.setattr(ocp.Checkpointer, 'save', interrupt)
   elif moment == 'tokenizer':
     monkeypatch.setattr(shutil, 'copytree', interrupt)
   elif moment == 'manifest':
@@ -284,6 +284,7 @@ def test_the_manifest_says_all_that_the_design_asks(original):
     'files',
     'weights_digest',
     'lineage',
+    'origin',
     'code_commit',
     'step',
     'tokens_seen',
@@ -300,3 +301,25 @@ def test_the_manifest_says_all_that_the_design_asks(original):
   config_fields = {f.name for f in dataclasses.fields(frozen_fixtures.config())}
   assert set(fields['model']) == config_fields
   assert set(fields['files']) == set(_files(original)) - {'manifest.json'}
+
+
+def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
+  """Without the fields of a model that came later, and without an origin."""
+  fields = json.loads((copy / 'manifest.json').read_text())
+  del fields['origin'], fields['manifest_digest']
+  later = list(fields['model'])
+  later = later[later.index('qkv_bias') :]
+  fields['model'] = {
+    name: value for name, value in fields['model'].items() if name not in later
+  }
+  fields['manifest_digest'] = manifest_lib._digest(fields)
+  (copy / 'manifest.json').write_text(json.dumps(fields))
+  frozen = frozen_format.read(copy)
+  assert frozen.config == frozen_fixtures.config()
+  assert frozen.manifest.origin == {}
+  # Some of them alone is neither what was written then, nor now.
+  fields['model']['window'] = 0
+  fields['manifest_digest'] = manifest_lib._digest(fields)
+  (copy / 'manifest.json').write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match='missing fields'):
+    frozen_format.read(copy)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from inference import chat
+from inference import chat, engine_config, generate
+from tests import frozen_fixtures, hf_fixtures
+from text import hf_tokenizer
 
 
 def _talk(generator, lines, **chosen):
@@ -93,3 +95,31 @@ def test_a_template_of_the_model_is_used(generator, monkeypatch):
   monkeypatch.setattr(generator, 'frozen', with_template)
   messages = [{'role': 'user', 'content': 'hi'}]
   assert chat.render(generator, messages) == ('[hi]>', ())
+
+
+def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
+  template = (
+    '{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}'
+    '{% endfor %}'
+  )
+  hf_fixtures.llama2(tmp_path / 'source', template=template)
+  hf_tokenizer.convert(tmp_path / 'source', tmp_path / 'hf')
+  frozen_fixtures.write(
+    tmp_path / 'm',
+    config=frozen_fixtures.config(num_layers=1, vocab_size=410),
+    tokenizer_dir=tmp_path / 'hf',
+    chat_template=template,
+  )
+  alone = engine_config.EngineConfig(
+    max_sequences=1, max_blocks=1, max_mixed_blocks=1
+  )
+  generator = generate.load(tmp_path / 'm', alone)
+  tok = generator.tokenizer
+  messages = [{'role': 'user', 'content': 'the </s>'}]
+  ids, stop = chat.render(generator, messages)
+  assert ids == [tok.bos_id, *tok.encode('the </s>'), tok.eos_id]
+  assert stop == ()
+  # As they are: no second BOS.
+  assert generator.prompt_ids(ids) == ids
+  written = _talk(generator, ['hi'], max_tokens=3, temperature=0.0)
+  assert 'error' not in written

@@ -19,17 +19,20 @@ def _inputs(time, memory=None, heads=4, kv_heads=2, channels=6, batch=2):
   return q, k, v
 
 
-def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS):
+def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS, softcap=0.0, scale=None):
   """One query and one head at a time, in NumPy, float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q_BTHC, k_BKSC, v_BKSC))
   batch, time, heads, channels = q.shape
+  scale = scale or 1 / math.sqrt(channels)
   group = heads // k.shape[1]
-  out = np.zeros_like(q)
+  out = np.zeros((batch, time, heads, v.shape[3]))
   for b in range(batch):
     for t in range(time):
       for h in range(heads):
         seen = np.flatnonzero(mask_BTS[b, t])
-        scores = k[b, h // group, seen] @ q[b, t, h] / math.sqrt(channels)
+        scores = k[b, h // group, seen] @ q[b, t, h] * scale
+        if softcap:
+          scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights / weights.sum() @ v[b, h // group, seen]
   return out
@@ -100,6 +103,48 @@ def test_queries_see_the_slots_up_to_their_own():
     _oracle(q, k, v, mask),
     atol=1e-5,
   )
+
+
+# Below, at and above a block of 64 rows; a window no row is longer than.
+@pytest.mark.parametrize('window', [1, 5, 64, 70, 200])
+def test_a_window_is_the_latest_keys_own_included(window):
+  q, k, v = _inputs(150, batch=1, heads=2, kv_heads=1)
+  form = attention.Form(window=window)
+  gap = np.arange(150)[:, None] - np.arange(150)[None, :]
+  mask = ((gap >= 0) & (gap < window))[None]
+  expected = _oracle(q, k, v, mask)
+  np.testing.assert_allclose(
+    attention.attend(q, k, v, form=form), expected, atol=1e-5
+  )
+  slots = jnp.arange(150)[None, :]
+  np.testing.assert_allclose(
+    attention.attend(q, k, v, slots_BT=slots, form=form), expected, atol=1e-5
+  )
+
+
+def test_keys_out_of_a_windows_reach_are_not_multiplied():
+  time = 640
+  q, k, v = _inputs(time, heads=1, kv_heads=1, batch=1)
+  flops = [
+    jax.jit(lambda q, k, v, w=window: attention.attend(
+      q, k, v, form=attention.Form(window=w)
+    )).lower(q, k, v).compile().cost_analysis()['flops']
+    for window in (0, 64)
+  ]  # fmt: skip
+  # Ten blocks: 55 pairs of blocks, or of each its own and the one before.
+  assert flops[1] < 0.4 * flops[0]
+
+
+def test_soft_cap_scale_and_narrower_values():
+  q, k, v = _inputs(9)
+  v = v[..., :4]
+  mask = np.tril(np.ones((9, 9), bool))[None].repeat(2, 0)
+  got = attention.attend(q, k, v, form=attention.Form(softcap=0.7, scale=1.3))
+  expected = _oracle(q, k, v, mask, softcap=0.7, scale=1.3)
+  assert got.shape == (2, 9, 4, 4)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  plain = _oracle(q, k, v, mask, scale=1.3)
+  assert np.abs(expected - plain).max() > 1e-2  # the cap bites
 
 
 def test_no_array_is_as_large_as_the_square_of_time():

@@ -136,11 +136,7 @@ def test_identical_experts_are_the_dense_block(kind):
 def _sums(config, logits_BTE, is_real_BT=None):
   @jax.jit
   def sums(logits_BTE):
-    ids_BTA, _ = moe.route(
-      logits_BTE,
-      num_active=config.num_active_experts,
-      norm_topk=config.norm_topk,
-    )
+    ids_BTA, _ = moe.route(config, logits_BTE)
     return moe.routing_sums(config, logits_BTE, ids_BTA, is_real_BT)
 
   return sums(jnp.asarray(logits_BTE, jnp.float32))

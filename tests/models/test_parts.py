@@ -176,7 +176,7 @@ def test_gpt2_small_has_the_published_size():
   [
     ('num_layers', 0, 'model.num_layers: got 0, expected a positive integer'),
     ('norm', 'batchnorm', "got 'batchnorm', expected one of rmsnorm"),
-    ('mlp', 'relu', "got 'relu', expected one of swiglu, gelu"),
+    ('mlp', 'mish', "got 'mish', expected one of swiglu, geglu"),
     ('positions', 'none', "got 'none', expected one of rope, learned"),
     ('num_kv_heads', 3, 'expected a divisor of num_heads = 4'),
     ('head_width', 5, 'expected an even number'),

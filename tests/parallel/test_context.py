@@ -47,11 +47,11 @@ def _segments(num_segments=3, num_padding=5):
   )['segment_ids']
 
 
-def _run(attend, q, k, v, dout, segments):
+def _run(attend, q, k, v, dout, segments, form=attention.Form()):
   """Returns the output and the three gradients, all as float32."""
 
   def loss(q, k, v):
-    out = attend(q, k, v, segment_ids_BT=segments, dropout=None)
+    out = attend(q, k, v, segment_ids_BT=segments, dropout=None, form=form)
     total = jnp.sum((out * dout).astype(jnp.float32))
     return total, out
 
@@ -60,7 +60,7 @@ def _run(attend, q, k, v, dout, segments):
   return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def _run_split(mesh, kind, q, k, v, dout, segments):
+def _run_split(mesh, kind, q, k, v, dout, segments, form=attention.Form()):
   """As `_run`, over the mesh; permutes its arguments, and its results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
@@ -72,6 +72,7 @@ def _run_split(mesh, kind, q, k, v, dout, segments):
       v[:, :, order],
       dout[:, order],
       None if segments is None else segments[:, order],
+      form,
     )
   return [out[:, back], dq[:, back], dk[:, :, back], dv[:, :, back]]
 
@@ -103,6 +104,34 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
   got = _run_split(_mesh(**sizes), kind, *inputs, segments)
   for a, b in zip(got, expected, strict=True):
     # Sums of some tens of float32 terms of order one, in another order.
+    np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'form',
+  [
+    attention.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
+    attention.Form(window=29),  # over several
+  ],
+  ids=str,
+)
+def test_windows_soft_caps_and_scales_of_split_rows(kind, form):
+  inputs = _inputs()
+  expected = _run(attention.attend, *inputs, _segments(), form)
+  mesh = _mesh(data=4, context=2)
+  got = _run_split(mesh, kind, *inputs, _segments(), form)
+  for a, b in zip(got, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_values_may_be_narrower_than_keys(kind):
+  q, k, v, dout = _inputs()
+  inputs = q, k, v[..., :4], dout[..., :4]
+  expected = _run(attention.attend, *inputs, None)
+  got = _run_split(_mesh(data=4, context=2), kind, *inputs, None)
+  for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from tests import fixtures
+from tests import fixtures, hf_fixtures
 from text import bpe, tokenizer
 
 CORPUS = [
@@ -71,6 +71,34 @@ def test_special_ids_contribute_nothing(tok):
   assert [tok.token_bytes(i) for i in special] == [b''] * 3
 
 
+def test_marked_text_has_special_ids_where_it_is_marked(tok):
+  text = 'h\u00e9<|eos|>b<|eos|>\U0001f600'
+  spans = [(2, 9)] if tok.special_tokens else []
+  ids, offsets = tok.encode_marked(text, spans)
+  assert len(ids) == len(offsets)
+  assert ids.count(tok.eos_id) == len(spans)
+  assert tok.decode(ids) == (text[:2] + text[9:] if spans else text)
+  for token_id, (start, end) in zip(ids, offsets, strict=True):
+    # A character of several ids is that of each.
+    assert tok.token_bytes(token_id) in (text[start:end].encode() or b'')
+    assert start < end
+  assert sorted(offsets) == offsets
+
+
+def test_bytes_refuse_marks():
+  with pytest.raises(
+    ValueError, match=r'special tokens at \[\(0, 1\)\], expect'
+  ):
+    tokenizer.ByteTokenizer().encode_marked('ab', [(0, 1)])
+
+
+def test_names_are_the_strings_of_special_tokens(tok):
+  for name, token in tok.names.items():
+    if token:
+      token_id = getattr(tok, name.replace('_token', '_id'))
+      assert tok.special_tokens[token] == token_id
+
+
 def test_decode_replaces_what_is_not_utf8(tok):
   half = tok.encode('\u00e9')[:1]
   assert len(tok.encode('\u00e9')) == 2
@@ -127,7 +155,15 @@ def test_load_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize('config', [{'kind': 'wordpiece'}, {}, []])
 def test_load_of_an_unknown_kind(tmp_path, config):
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-  with pytest.raises(ValueError, match='expected one of byte, bpe'):
+  with pytest.raises(ValueError, match='expected one of byte, bpe, hugging'):
+    tokenizer.load(tmp_path)
+
+
+def test_load_of_a_directory_that_was_not_converted(tmp_path):
+  hf_fixtures.gpt2(tmp_path)
+  with pytest.raises(
+    ValueError, match=r'convert it with text\.hf_tokenizer\.c'
+  ):
     tokenizer.load(tmp_path)
 
 

@@ -79,8 +79,8 @@ def test_golden_step(attend, parallel):
 
 
 def test_a_wrong_path_is_noticed():
-  def attend(*args, segment_ids_BT, dropout):
-    del segment_ids_BT, dropout
+  def attend(*args, segment_ids_BT, dropout, form):
+    del segment_ids_BT, dropout, form
     return attention.attend(*args)
 
   assert _metrics(attend) != pytest.approx(GOLDEN, rel=1e-3)

@@ -80,6 +80,27 @@ def test_kernels_equal_plain_attention(
 
 
 @pytest.mark.usefixtures('small_blocks')
+@pytest.mark.parametrize(
+  ('kernel', 'form'),
+  [
+    ('splash', attention.Form(window=90, softcap=1.5, scale=0.4)),
+    ('cudnn', attention.Form(window=90, scale=0.4)),
+  ],
+)
+def test_kernels_have_windows_soft_caps_and_scales(kernel, form):
+  inputs = _inputs(4, 2)
+  attends = KERNELS[kernel], attention.attend
+  got, expected = (
+    _value_and_gradients(
+      functools.partial(attend, form=form), *inputs, _packed_segments()
+    )
+    for attend in attends
+  )
+  for ours, reference in zip(got, expected, strict=True):
+    np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures('small_blocks')
 def test_bfloat16_loses_no_more_than_plain_attention_does():
   inputs = _inputs(dtype=jnp.bfloat16)
   exact = [x.astype(jnp.float32) for x in inputs]
@@ -151,3 +172,12 @@ def test_what_a_kernel_cannot_do_is_refused(attend, fields, message):
   kv = q.swapaxes(1, 2)
   with pytest.raises(ValueError, match=message):
     attend(q, kv, kv, dropout=fields['dropout'])
+
+
+def test_cudnn_refuses_soft_caps_and_values_of_another_width():
+  q = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
+  kv = q.swapaxes(1, 2)
+  with pytest.raises(ValueError, match='model.attention_softcap = 2.0, expect'):
+    cudnn.attend(q, kv, kv, form=attention.Form(softcap=2.0))
+  with pytest.raises(ValueError, match='values of 4 channels for keys of 8'):
+    cudnn.attend(q, kv, kv[..., :4])

@@ -1,0 +1,122 @@
+"""Text to the token ids that a model is asked about.
+
+Where a context ends and its continuation begins is decided here, in the way of
+the LM Evaluation Harness (`TemplateLM._encode_pair`), so that numbers compare.
+"""
+
+from collections.abc import Callable
+import re
+from typing import NamedTuple
+
+from evals import ports
+
+
+class Pair(NamedTuple):
+  """A context and what is scored after it, neither empty."""
+
+  context: list[int]
+  continuation: list[int]
+  num_dropped: int = 0  # tokens cut from the left of the context
+
+
+def encode(model: ports.Model, text: str) -> list[int]:
+  """Returns the ids of a text, after BOS where the model's texts have it."""
+  return bos(model) + model.tokenizer.encode(text)
+
+
+def encode_pair(model: ports.Model, context: str, continuation: str) -> Pair:
+  """Returns the ids of a context and of the continuation to score after it.
+
+  The text is encoded as a whole and then cut at the length of the encoded
+  context, so a token that spans the border belongs to the continuation. White
+  space at the end of the context moves to the continuation, where tokenizers
+  have it. An empty context is the model's prefix.
+
+  Raises:
+    ValueError: there is nothing to score, or more than the model can read.
+  """
+  if context:
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    whole = encode(model, stripped + continuation)
+    context_ids = encode(model, stripped)
+    continuation_ids = whole[len(context_ids) :]
+    # Nothing but white space, and no BOS.
+    context_ids = context_ids or [model.prefix]
+  else:
+    context_ids = [model.prefix]
+    continuation_ids = model.tokenizer.encode(continuation)
+  if not continuation_ids:
+    raise ValueError(
+      f'got a continuation {continuation[:60]!r} that adds no token to its'
+      ' context, expected at least one'
+    )
+  return fit(model, context_ids, continuation_ids)
+
+
+def fit(
+  model: ports.Model, context: list[int], continuation: list[int]
+) -> Pair:
+  """Drops tokens from the left of a context that is too long.
+
+  Raises:
+    ValueError: the continuation is empty, or alone longer than the model reads.
+  """
+  if not 1 <= len(continuation) <= model.max_length:
+    raise ValueError(
+      f'got a continuation of {len(continuation)} tokens, expected 1 to'
+      f' max_length = {model.max_length}'
+    )
+  # The last token is predicted, not read.
+  room = model.max_length + 1 - len(continuation)
+  num_dropped = max(len(context) - room, 0)
+  return Pair(context[num_dropped:], continuation, num_dropped)
+
+
+def encode_trusted(model: ports.Model, text: str) -> list[int]:
+  """Returns the ids of a text in which the names of special tokens are those.
+
+  Of a chat that was rendered by the model's template, say. One that begins with
+  BOS gets no second one.
+  """
+  ids = (model.encode_prompt or model.tokenizer.encode)(text)
+  first = bos(model)
+  return ids if ids[:1] == first else first + ids
+
+
+def naming_special_tokens(
+  tokenizer: ports.MarkingTokenizer,
+) -> Callable[[str], list[int]]:
+  """Returns an `encode_prompt`: each name of a special token is that token."""
+  # The longest first: one name may begin with another.
+  names = sorted(tokenizer.special_tokens, key=lambda name: (-len(name), name))
+  finder = re.compile('|'.join(map(re.escape, names)) or '(?!)')  # or nothing
+
+  def encode_prompt(text: str) -> list[int]:
+    spans = [match.span() for match in finder.finditer(text)]
+    return tokenizer.encode_marked(text, spans)[0]
+
+  return encode_prompt
+
+
+def fit_prompt(model: ports.Model, ids: list[int], max_tokens: int) -> Pair:
+  """Returns a prompt that leaves room for `max_tokens`; no continuation.
+
+  Raises:
+    ValueError: the model cannot read that many tokens.
+  """
+  room = model.max_length - max_tokens
+  if room < 1:
+    raise ValueError(
+      f'max_tokens: got {max_tokens}, expected less than the {model.max_length}'
+      ' tokens that the model can read: the prompt needs room too'
+    )
+  ids = ids or [model.prefix]
+  num_dropped = max(len(ids) - room, 0)
+  return Pair(ids[num_dropped:], [], num_dropped)
+
+
+def bos(model: ports.Model) -> list[int]:
+  """Returns what stands before every text: BOS, or nothing."""
+  bos_id = model.tokenizer.bos_id
+  return [bos_id] if model.adds_bos and bos_id is not None else []

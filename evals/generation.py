@@ -1,0 +1,183 @@
+"""Generation: the model writes, and what it wrote is graded.
+
+With several samples per prompt, a score of an example is its mean over samples,
+and pass@k says how likely one of k samples is right.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+
+from evals import encoding, gsm8k, pass_at_k, ports, scores
+
+MATCHES = ('exact', 'number')
+# (completion) -> scores from 0 to 1; the first of them decides pass@k.
+Grade = Callable[[str], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+  """What to complete, and how the completion is graded."""
+
+  id: str
+  text: str
+  grade: Grade
+  answer: str  # for the reader of a saved result
+  stop: tuple[str, ...] = ()
+  cluster: str = ''  # prompts of one cluster may err together
+
+
+def exact_match(answers: Sequence[str], match: str = 'exact') -> Grade:
+  """Returns a grade: the completion is one of the answers.
+
+  Args:
+    answers: any of which is right.
+    match: 'exact' compares texts without surrounding white space; 'number'
+      the last number of the completion, however it is written.
+  """
+  if match == 'number':
+    right = [gsm8k.number(answer) for answer in answers]
+    if None in right:
+      raise ValueError(
+        f'answer: got {list(answers)} with match number, expected numbers'
+      )
+    return lambda text: {'exact_match': float(gsm8k.last_number(text) in right)}
+  texts = {answer.strip() for answer in answers}
+  return lambda text: {'exact_match': float(text.strip() in texts)}
+
+
+def measure(
+  prompts: Sequence[Prompt],
+  model: ports.Model,
+  settings: ports.SampleSettings,
+  *,
+  num_samples: int = 1,
+  is_chat: bool = False,
+) -> scores.Group:
+  """Returns the grades of what the model writes.
+
+  Args:
+    prompts: what to complete; their stop strings come on top of the settings'.
+    model: writes.
+    settings: how.
+    num_samples: per prompt.
+    is_chat: put each prompt into the model's chat template as a user's message.
+
+  Raises:
+    ValueError: there are no prompts, or one cannot be asked.
+  """
+  if not prompts:
+    raise ValueError('got no prompts, expected at least one')
+  if num_samples > 1 and not settings.temperature:
+    raise ValueError(
+      f'num_samples: got {num_samples} with temperature 0, expected 1: they'
+      ' would all be the same; set a temperature'
+    )
+  ids, notes = _encoded(prompts, model, settings.max_tokens, is_chat)
+  completions = _completed(prompts, ids, model, settings, num_samples)
+  examples = []
+  for prompt, samples in zip(prompts, completions, strict=True):
+    texts = [sample.text for sample in samples]
+    examples.append(
+      {
+        'id': prompt.id,
+        'answer': prompt.answer,
+        'completions': texts,
+        'grades': [dict(prompt.grade(text)) for text in texts],
+      }
+    )
+  clusters = None
+  if any(prompt.cluster for prompt in prompts):
+    clusters = tuple(
+      f'cluster {prompt.cluster}' if prompt.cluster else f'id {prompt.id}'
+      for prompt in prompts
+    )
+  return scores.Group(
+    name='generation',
+    scores=tuple(
+      scores.of_values(name, values, higher_is_better=True, clusters=clusters)
+      for name, values in _columns(examples, num_samples).items()
+    ),
+    num_examples=len(prompts),
+    example_ids=tuple(prompt.id for prompt in prompts),
+    clusters=clusters,
+    examples=tuple(examples),
+    details={'num_samples': num_samples},
+    notes=notes,
+  )
+
+
+def _columns(examples, num_samples) -> dict[str, list[float]]:
+  """Returns the values of every score, one per example."""
+  names = list(examples[0]['grades'][0])
+  columns = {
+    name: [
+      sum(grade[name] for grade in example['grades']) / num_samples
+      for example in examples
+    ]
+    for name in names
+  }
+  if num_samples > 1:
+    num_right = [
+      sum(grade[names[0]] == 1 for grade in example['grades'])
+      for example in examples
+    ]
+    for k in pass_at_k.useful_ks(num_samples):
+      columns[f'pass@{k}'] = pass_at_k.values(
+        [num_samples] * len(examples), num_right, k
+      )
+  return columns
+
+
+def _encoded(prompts, model, max_tokens, is_chat):
+  ids, num_cut = [], 0
+  for prompt in prompts:
+    try:
+      if is_chat:
+        pair = _chat_pair(prompt.text, model, max_tokens)
+      else:
+        text_ids = encoding.encode(model, prompt.text)
+        pair = encoding.fit_prompt(model, text_ids, max_tokens)
+    except ValueError as error:
+      raise ValueError(f'{prompt.id}: {error}') from None
+    ids.append(pair.context)
+    num_cut += pair.num_dropped > 0
+  notes = []
+  if num_cut:
+    notes.append(
+      f'{num_cut} of {len(prompts)} prompts were cut from the left to'
+      f' {model.max_length - max_tokens} tokens'
+    )
+  return ids, tuple(notes)
+
+
+def _chat_pair(text, model, max_tokens) -> encoding.Pair:
+  if model.encode_chat is None:
+    raise ValueError(
+      'chat: got a model without a chat template, expected one that has one;'
+      ' ask without chat'
+    )
+  ids = model.encode_chat([{'role': 'user', 'content': text}])
+  return encoding.fit_prompt(model, ids, max_tokens)
+
+
+def _completed(prompts, ids, model, settings, num_samples):
+  """Samples prompts that share stop strings in one call each."""
+  sample = model.samples()
+  by_stop: dict[tuple[str, ...], list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    by_stop.setdefault((*settings.stop, *prompt.stop), []).append(i)
+  completions: list = [None] * len(prompts)
+  for stop, members in by_stop.items():
+    found = sample(
+      [ids[i] for i in members],
+      dataclasses.replace(settings, stop=stop),
+      num_samples,
+    )
+    for i, samples in zip(members, found, strict=True):
+      if len(samples) != num_samples:
+        raise ValueError(
+          f'sample_fn: got {len(samples)} completions of a prompt, expected'
+          f' {num_samples}'
+        )
+      completions[i] = samples
+  return completions

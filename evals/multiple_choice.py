@@ -1,0 +1,140 @@
+"""Multiple choice: which of the given answers is the most probable?
+
+Three ways of asking, as the LM Evaluation Harness has them: `acc` takes the
+answer of the highest log-probability, `acc_norm` divides it by the characters
+of the answer and `acc_bytes` by its bytes, so that a long answer is not wrong
+for being long. The separator before an answer is scored and not counted. Of two
+that are equal the first is taken.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from evals import calibration, encoding, ports, scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """A context and what may follow it."""
+
+  id: str
+  context: str
+  choices: tuple[str, ...]
+  label: int  # which of the choices is right
+  delimiter: str = ' '  # between the context and each choice
+  cluster: str = ''  # questions of one cluster may err together
+
+
+def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
+  """Returns the accuracies, and how far the model's confidence can be trusted.
+
+  `ece`, `brier` and `nll` are of the probabilities that the model gives to the
+  choices, as `acc` compares them.
+
+  Raises:
+    ValueError: there are no questions, or one cannot be asked.
+  """
+  if not questions:
+    raise ValueError('got no questions, expected at least one')
+  pairs, notes = _pairs(questions, model)
+  scored = model.scores()([(pair.context, pair.continuation) for pair in pairs])
+  if len(scored) != len(pairs):
+    raise ValueError(
+      f'logprob_fn: got {len(scored)} scores of {len(pairs)} requests, expected'
+      ' one for each'
+    )
+  logprobs = iter(float(one.logprob) for one in scored)
+  asked = [
+    np.array([next(logprobs) for _ in question.choices])
+    for question in questions
+  ]
+  clusters = _clusters(questions)
+  examples = [_answered(*one) for one in zip(questions, asked, strict=True)]
+  confidences = [example['confidence'] for example in examples]
+  is_right = [example['acc'] for example in examples]
+  columns = {
+    name: [example[name] for example in examples]
+    for name in ('acc', 'acc_norm', 'acc_bytes', 'brier', 'nll')
+  }
+  columns['ece'] = calibration.error_values(confidences, is_right).tolist()
+  return scores.Group(
+    name='choice',
+    scores=tuple(
+      scores.of_values(
+        name,
+        values,
+        higher_is_better=name.startswith('acc'),
+        clusters=clusters,
+      )
+      for name, values in columns.items()
+    ),
+    num_examples=len(questions),
+    example_ids=tuple(question.id for question in questions),
+    clusters=clusters,
+    examples=tuple(examples),
+    details={
+      'reliability': [
+        found._asdict() for found in calibration.bins(confidences, is_right)
+      ]
+    },
+    notes=notes,
+  )
+
+
+def _pairs(questions, model):
+  pairs = []
+  num_dropped = 0
+  for question in questions:
+    try:
+      pairs += [
+        encoding.encode_pair(
+          model, question.context, question.delimiter + choice
+        )
+        for choice in question.choices
+      ]
+    except ValueError as error:
+      raise ValueError(f'{question.id}: {error}') from None
+    last = pairs[-len(question.choices) :]
+    num_dropped += any(pair.num_dropped for pair in last)
+  notes = []
+  if num_dropped:
+    notes.append(
+      f'{num_dropped} of {len(questions)} contexts were cut from the left to'
+      f' the {model.max_length} tokens that the model reads'
+    )
+  return pairs, tuple(notes)
+
+
+def _answered(question: Question, logprobs: np.ndarray) -> dict:
+  num_chars = np.array([len(choice) for choice in question.choices])
+  num_bytes = np.array([len(choice.encode()) for choice in question.choices])
+  ways = {
+    'acc': logprobs,
+    'acc_norm': logprobs / num_chars,
+    'acc_bytes': logprobs / num_bytes,
+  }
+  probabilities = calibration.probabilities(logprobs)
+  return {
+    'id': question.id,
+    'label': question.label,
+    'logprobs': logprobs.tolist(),
+    'confidence': float(np.max(probabilities)),
+    'brier': calibration.brier_value(probabilities, question.label),
+    'nll': calibration.nll_value(logprobs, question.label),
+    **{
+      name: float(np.argmax(values) == question.label)
+      for name, values in ways.items()
+    },
+  }
+
+
+def _clusters(questions: Sequence[Question]) -> tuple[str, ...] | None:
+  """Returns the cluster of each; a question without one is its own."""
+  if not any(question.cluster for question in questions):
+    return None
+  return tuple(
+    f'cluster {question.cluster}' if question.cluster else f'id {question.id}'
+    for question in questions
+  )

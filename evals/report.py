@@ -1,0 +1,250 @@
+"""Results as text: every score with its error, and what it would take to know.
+
+A difference between two results is tested example by example where both have
+the same examples, which needs far fewer of them: what makes a question hard is
+the same for both and cancels.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from evals import scores, statistics
+
+# To be told apart where nothing else is asked for: a hundredth of a share, and
+# of the value of any other score.
+DIFFERENCE = 0.01
+
+
+def text(result: scores.Result, difference: float = 0.0) -> str:
+  """Returns the scores of a result as a table.
+
+  Args:
+    result: what was found.
+    difference: how many examples resolve it is told; 0: DIFFERENCE.
+  """
+  lines = [f'{result.task}{_of(result.model)}', '']
+  lines += _table(
+    [
+      (
+        'group',
+        'score',
+        'value',
+        'standard error',
+        'examples',
+        'smallest difference seen',
+        'examples to resolve',
+      )
+    ]
+    + [
+      _row(group, score, difference)
+      for group in result.groups
+      for score in group.scores
+    ]
+  )
+  lines += [
+    '',
+    f'A difference is seen, or resolved, with {statistics.POWER:.0%}'
+    f' probability by a two-sided test at {statistics.LEVEL:.0%}, of two'
+    ' results on different examples of that number each. On the same examples'
+    ' fewer do: compare two results to see how many.',
+  ]
+  lines += [
+    f'note: {group.name}: {note}'
+    for group in result.groups
+    for note in group.notes
+  ]
+  return '\n'.join(lines)
+
+
+def _row(group, score, difference) -> tuple[str, ...]:
+  error = score.standard_error
+  delta = _delta(score, difference)
+  # Of the difference of two scores that are known as well as this one.
+  of_two = error * math.sqrt(2)
+  needed = statistics.num_to_resolve(delta, of_two, group.num_examples)
+  return (
+    group.name,
+    score.name,
+    _number(score.value),
+    _number(error),
+    f'{group.num_examples:,}',
+    _number(statistics.smallest_seen(of_two)),
+    f'{_count(needed)} for {_number(delta)}',
+  )
+
+
+def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
+  """Returns b - a for every score that both have, tested.
+
+  Args:
+    a: the baseline.
+    b: what is compared with it.
+    difference: how many examples resolve it is told; 0: DIFFERENCE.
+
+  Raises:
+    ValueError: the results are of different tasks, or share no score.
+  """
+  groups = {group.name: group for group in a.groups}
+  shared = [
+    (groups[other.name], other) for other in b.groups if other.name in groups
+  ]
+  if a.task.partition(':')[0] != b.task.partition(':')[0] or not shared:
+    raise ValueError(
+      f'got results of {a.task} and {b.task}, expected two of one task'
+    )
+  lines = [f'A  {a.task}{_of(a.model)}', f'B  {b.task}{_of(b.model)}']
+  lines += _differences(a, b)
+  for group_a, group_b in shared:
+    in_a = {score.name for score in group_a.scores}
+    for score_b in group_b.scores:
+      if score_b.name in in_a:
+        lines.append('')
+        lines += _compared(group_a, group_b, score_b.name, difference)
+  return '\n'.join(lines)
+
+
+def _compared(group_a, group_b, name, difference) -> list[str]:
+  """Returns what is told of one score of two groups."""
+  a, b = group_a.score(name), group_b.score(name)
+  lines = [
+    f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}',
+  ]
+  if a.per == 'token' and _tokens(group_a) != _tokens(group_b):
+    return [
+      *lines,
+      f'  not comparable: {_tokens(group_a)} tokens against'
+      f' {_tokens(group_b)}, the tokenizers differ; compare bits_per_byte',
+    ]
+  is_paired = _is_paired(group_a, group_b, a, b)
+  if is_paired:
+    found = statistics.compare(a.values, b.values, group_b.clusters)
+    resampled = statistics.paired_bootstrap(
+      a.values, b.values, group_b.clusters
+    )
+  else:
+    found = statistics.unpaired(
+      a.value, a.standard_error, b.value, b.standard_error
+    )
+    resampled = None
+  is_log = is_paired and a.is_exponential
+  what = f'log B - log A = {found.value:+.4g}' if is_log else ''
+  what = what or f'B - A = {found.value:+.4g}'
+  lines.append(
+    f'  {what}, 95 % interval {found.low:+.4g} to {found.high:+.4g},'
+    f' p = {_probability(found.p_value)} ({found.test}): {_verdict(found, b)}'
+  )
+  if resampled is not None:
+    lines.append(
+      f'  by {resampled.test}: 95 % interval {resampled.low:+.4g} to'
+      f' {resampled.high:+.4g}, p = {_probability(resampled.p_value)}'
+    )
+  lines += _needed(group_a, group_b, a, b, found, is_paired, difference)
+  return lines
+
+
+def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
+  """Returns how many examples resolve the difference seen, and the stated."""
+  count = min(group_a.num_examples, group_b.num_examples)
+  is_log = is_paired and a.is_exponential
+  errors = [
+    score.standard_error / (score.value if is_log else 1) for score in (a, b)
+  ]
+  stated = _delta(a, difference) / (a.value if is_log else 1)
+  lines = []
+  for what, delta in (('seen', abs(found.value)), ('stated', stated)):
+    if not delta:
+      continue  # no number of examples would do
+    apart = statistics.num_to_resolve(delta, math.hypot(*errors), count)
+    words = f'{_count(apart)} different ones each'
+    if is_paired:
+      same = statistics.num_to_resolve(delta, found.standard_error, count)
+      words = f'{_count(same)} that both answer, or {words}'
+    lines.append(
+      f'  to resolve the difference {what}, {_number(delta)}: {words}'
+      f' (here {count:,})'
+    )
+  return lines
+
+
+def _is_paired(group_a, group_b, a, b) -> bool:
+  """Whether values of the same examples can be set against each other."""
+  return (
+    bool(a.values)
+    and len(a.values) == len(b.values)
+    and a.is_exponential == b.is_exponential
+    and group_a.example_ids == group_b.example_ids
+    and group_a.clusters == group_b.clusters
+  )
+
+
+def _differences(a: scores.Result, b: scores.Result) -> list[str]:
+  """Says in what the two were measured differently."""
+  lines = []
+  for name in sorted(a.options.keys() | b.options.keys()):
+    got, other = a.options.get(name), b.options.get(name)
+    if got != other:
+      lines.append(f'note: {name} is {got!r} in A and {other!r} in B')
+  files_a, files_b = (sorted(one.files.values()) for one in (a, b))
+  if files_a != files_b:
+    lines.append('note: the files differ: pairs are examples of the same id')
+  ids_a, ids_b = ([g.example_ids for g in one.groups] for one in (a, b))
+  if ids_a != ids_b:
+    lines.append('note: the examples differ: what follows is not paired')
+  return lines
+
+
+def _tokens(group: scores.Group) -> Any:
+  return group.details.get('num_tokens')
+
+
+def _delta(score: scores.Score, difference: float) -> float:
+  if difference:
+    return difference
+  return DIFFERENCE * (1.0 if score.is_share else abs(score.value))
+
+
+def _verdict(found: statistics.Difference, b: scores.Score) -> str:
+  if math.isnan(found.p_value) or found.p_value >= statistics.LEVEL:
+    return 'not resolved'
+  return (
+    'B is better' if (found.value > 0) == b.higher_is_better else ('B is worse')
+  )
+
+
+def _of(model: Mapping[str, Any]) -> str:
+  named = ', '.join(f'{name} {value}' for name, value in model.items())
+  return f'  ({named})' if named else ''
+
+
+def _with_error(score: scores.Score) -> str:
+  return f'{_number(score.value)} +- {_number(score.standard_error)}'
+
+
+def _number(value: float) -> str:
+  return 'unknown' if math.isnan(value) else f'{value:.4g}'
+
+
+def _probability(value: float) -> str:
+  if math.isnan(value):
+    return 'unknown'
+  return '< 0.0001' if value < 1e-4 else f'{value:.4f}'
+
+
+def _count(value: float) -> str:
+  if math.isnan(value):
+    return 'an unknown number'
+  return f'{value:,.0f}' if math.isfinite(value) else 'infinitely many'
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+  """Returns rows as Markdown, columns aligned for a terminal."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '| '
+    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+    + ' |'
+    for row in rows
+  ]
+  lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
+  return lines

@@ -1,0 +1,201 @@
+"""What an evaluation found: scores, the examples behind them, and a file.
+
+A result is saved with what every example contributed, so that another one can
+be compared with it example by example, now or years later.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from evals import statistics
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+  """One figure and how well it is known."""
+
+  name: str
+  value: float
+  standard_error: float  # nan where it cannot be known
+  higher_is_better: bool
+  per: str = 'example'  # what it is a mean over: example | byte | token
+  # One per example, with mean `value`, or log(value) of an exponential; empty
+  # where the score is not a function of single examples.
+  values: tuple[float, ...] = ()
+  is_exponential: bool = False
+
+  @property
+  def is_share(self) -> bool:
+    """Whether examples are right or wrong, or partly right."""
+    return (
+      bool(self.values)
+      and self.per == 'example'
+      and all(0 <= value <= 1 for value in self.values)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """Scores of the same examples."""
+
+  name: str
+  scores: tuple[Score, ...]
+  num_examples: int
+  example_ids: tuple[str, ...] = ()
+  clusters: tuple[str, ...] | None = None  # see statistics.standard_error
+  examples: tuple[Mapping[str, Any], ...] = ()  # what was asked and answered
+  details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()  # what a reader of the scores should know
+
+  def score(self, name: str) -> Score:
+    """Returns the score of that name.
+
+    Raises:
+      KeyError: there is none.
+    """
+    for score in self.scores:
+      if score.name == name:
+        return score
+    raise KeyError(
+      f'{self.name}: got {name!r}, expected one of'
+      f' {", ".join(score.name for score in self.scores)}'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """Everything that one call of `evals.run.run` found."""
+
+  task: str
+  groups: tuple[Group, ...]
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256
+
+  def score(self, name: str) -> Score:
+    """Returns the score of that name of the only, or the first, group."""
+    return self.groups[0].score(name)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the result as JSON values; what is not known becomes null."""
+    return _plain({'format': FORMAT, **dataclasses.asdict(self)})
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes what `load` reads."""
+    path = pathlib.Path(path)
+    text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
+    path.write_text(text + '\n', encoding='utf-8')
+
+
+def load(path: str | os.PathLike) -> Result:
+  """Returns a result that was saved.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is no result, or one of another version.
+  """
+  path = pathlib.Path(path)
+  try:
+    tree = json.loads(path.read_text(encoding='utf-8'))
+    version = tree['format']
+    if version == FORMAT:
+      del tree['format']
+      groups = tuple(_group(group) for group in tree.pop('groups'))
+      return Result(groups=groups, **tree)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{path}: got a file that cannot be read ({error!r}), expected a result'
+      ' that an evaluation saved'
+    ) from None
+  raise ValueError(
+    f'{path}: got a result of format {version!r}, expected {FORMAT}; evaluate'
+    ' again with this version'
+  )
+
+
+def of_values(
+  name: str,
+  values: Sequence[float],
+  *,
+  higher_is_better: bool,
+  clusters: Sequence[str] | None = None,
+  per: str = 'example',
+  is_exponential: bool = False,
+) -> Score:
+  """Returns the score that is the mean of `values`, or its exponential.
+
+  Raises:
+    ValueError: there are no values, or one is no number.
+  """
+  plain = tuple(float(value) for value in values)
+  if not plain or any(math.isnan(value) for value in plain):
+    raise ValueError(
+      f'{name}: got {len(plain)} values,'
+      f' {sum(map(math.isnan, plain))} of them NaN, expected some, all of them'
+      ' numbers'
+    )
+  value = math.fsum(plain) / len(plain)
+  error = statistics.standard_error(plain, clusters)
+  if is_exponential:
+    value = _exp(value)
+    error = value * error  # to first order
+  return Score(
+    name=name,
+    value=value,
+    standard_error=error,
+    higher_is_better=higher_is_better,
+    per=per,
+    values=plain,
+    is_exponential=is_exponential,
+  )
+
+
+def digest(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a file."""
+  with pathlib.Path(path).open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _exp(value: float) -> float:
+  try:
+    return math.exp(value)
+  except OverflowError:
+    return math.inf
+
+
+def _group(tree: dict[str, Any]) -> Group:
+  found = []
+  for score in tree.pop('scores'):
+    for name in ('value', 'standard_error'):
+      if score[name] is None:
+        score[name] = math.nan
+    score['values'] = tuple(score['values'])
+    found.append(Score(**score))
+  for name in ('example_ids', 'examples', 'notes'):
+    tree[name] = tuple(tree[name])
+  if tree['clusters'] is not None:
+    tree['clusters'] = tuple(tree['clusters'])
+  return Group(scores=tuple(found), **tree)
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value as JSON has it, and null for what is no number."""
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if hasattr(value, 'tolist'):  # numpy's
+    return _plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  if value is None or isinstance(value, str | bool | int | float):
+    return value
+  return str(value)

@@ -1,0 +1,54 @@
+"""Trains on from frozen weights: one's own, or open ones that were imported.
+
+    python -m frozen.huggingface import --source=org/model --out=runs/base
+    python train.py --config=experiments/finetune.py:runs/base \
+      --workdir=runs/tuned --config.data.path='corpus/{split}.jsonl'
+    python -m frozen.huggingface export --source=runs/tuned/frozen --out=tuned
+
+The variant is the frozen directory: its model, its tokenizer and its first
+weights are the run's. Without one, a small model starts from nothing, to try
+the data with. The learning rate is a tenth of what models of that size are
+trained with from the start.
+"""
+
+from data import config as data_config, sources
+from experiments import presets
+from training import config as config_lib, initial, optimizer
+
+VOCAB_SIZE = 4096
+LENGTH = 512
+
+
+def get_config(directory: str = '') -> config_lib.Experiment:
+  """Returns the experiment that goes on from a frozen directory."""
+  model = presets.llama(
+    vocab_size=VOCAB_SIZE,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    width=256,
+    mlp_width=704,
+    length=LENGTH,
+  )
+  tokenizer = data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE)
+  if directory:
+    model = initial.model_of(directory)
+    tokenizer = data_config.TokenizerConfig(
+      kind='directory', path=f'{directory}/tokenizer'
+    )
+  return config_lib.Experiment(
+    name='finetune',
+    model=model,
+    init_from=directory,
+    data=data_config.DataConfig(
+      open_source=sources.jsonl,
+      row_length=min(LENGTH, model.max_length),
+      batch_size=16,
+      packing='first_fit',
+      tokenizer=tokenizer,
+    ),
+    optimizer=optimizer.OptimizerConfig(
+      peak_lr=3e-5, end_lr=3e-6, warmup_steps=20
+    ),
+    num_steps=500,
+  )

@@ -1,0 +1,121 @@
+"""Open weights in and out.
+
+    python -m frozen.huggingface import --source=DIR_OR_REPO --out=FROZEN
+    python -m frozen.huggingface export --source=FROZEN --out=DIR
+
+A source is a directory with config.json and safetensors, a GGUF file, or the
+name of a repository on the hub (requirements-hub.txt).
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+_USAGE = 'expected one of import, export, as in import --source=DIR --out=DIR'
+
+
+def main(argv: list[str]) -> None:
+  """Imports or exports what the flags name; errors are one line."""
+  if len(argv) != 2 or argv[1] not in ('import', 'export'):
+    raise app.UsageError(f'got arguments {argv[1:]}, {_USAGE}')
+  logging.set_verbosity(logging.ERROR)  # orbax tells its every step
+  try:
+    (_import if argv[1] == 'import' else _export)()
+  except (ValueError, FileNotFoundError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _import() -> None:
+  from frozen.huggingface import gguf_file, hub, importing
+
+  values = flags.FLAGS
+  if values.family:
+    raise ValueError('--family: got one to import, expected it of an export')
+  fetched = hub.fetch(values.source, values.revision)
+  if fetched.directory.suffix == '.gguf':
+    result = gguf_file.import_file(
+      fetched.directory,
+      values.out,
+      tokenizer_source=values.tokenizer,
+      dtype=values.dtype,
+      origin=fetched.origin,
+      overwrite=values.overwrite,
+    )
+  elif values.tokenizer:
+    raise ValueError(
+      '--tokenizer: got one with a directory that has its own, expected it with'
+      ' a GGUF file alone'
+    )
+  else:
+    result = importing.import_directory(
+      fetched.directory,
+      values.out,
+      dtype=values.dtype,
+      origin=fetched.origin,
+      overwrite=values.overwrite,
+    )
+  manifest = result.manifest
+  print(f'frozen: {values.out}')
+  print(
+    f'{manifest.origin["family"]}, {manifest.num_params:,}'
+    f' {manifest.dtype} params'
+  )
+  print(f'weights {manifest.weights_digest}')
+  _tell(result.notes)
+
+
+def _export() -> None:
+  from frozen.huggingface import exporting
+
+  values = flags.FLAGS
+  for name, neutral in (
+    ('dtype', 'auto'),
+    ('revision', ''),
+    ('tokenizer', ''),
+    ('overwrite', False),
+  ):
+    if values[name].value != neutral:
+      raise ValueError(
+        f'--{name}: got {values[name].value} to export, expected it of an'
+        ' import alone'
+      )
+  result = exporting.export_directory(
+    values.source, values.out, family=values.family
+  )
+  print(f'exported: {values.out} as {result.family}')
+  _tell(result.notes)
+
+
+def _tell(notes: list[str]) -> None:
+  for note in notes:
+    print(f'note: {note}')
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string('source', None, 'What to read.')
+  flags.DEFINE_string('out', None, 'Directory to write.')
+  flags.DEFINE_enum(
+    'dtype',
+    'auto',
+    ('auto', 'float32', 'bfloat16'),
+    'Of the frozen weights; auto: the one that rounds nothing.',
+  )
+  flags.DEFINE_string(
+    'revision', '', 'Commit, branch or tag of a repository on the hub.'
+  )
+  flags.DEFINE_string(
+    'tokenizer', '', 'Directory of the tokenizer of a GGUF file.'
+  )
+  flags.DEFINE_string(
+    'family', '', 'model_type to export as; else what it was, or what fits.'
+  )
+  flags.DEFINE_bool(
+    'overwrite', False, 'Replace a frozen directory that holds other weights.'
+  )
+  flags.mark_flags_as_required(['source', 'out'])
+
+
+if __name__ == '__main__':
+  _define_flags()
+  app.run(main)

@@ -1,0 +1,234 @@
+"""config.json: to a ModelConfig, and from one.
+
+A family is a pair of functions. What an export writes is read again and has to
+say the same model: a family that cannot say something of it is thereby found
+out, and the next one tried.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from frozen.huggingface import (
+  dense_families as dense,
+  fields as fields_lib,
+  layer_kinds,
+  mixture_families as mixture,
+)
+from models import config as config_lib
+
+FILE = 'config.json'
+
+
+class Family(NamedTuple):
+  """How the models of one `model_type` are described."""
+
+  architecture: str
+  read: Callable[[fields_lib.Fields], config_lib.ModelConfig]
+  write: Callable[[config_lib.ModelConfig], dict[str, Any]]
+
+
+# In the order in which an export that may choose tries them.
+FAMILIES: Mapping[str, Family] = {
+  'llama': Family('LlamaForCausalLM', dense.read_llama, dense.write_llama),
+  'mistral': Family(
+    'MistralForCausalLM', dense.read_mistral, dense.write_mistral
+  ),
+  'qwen2': Family('Qwen2ForCausalLM', dense.read_qwen2, dense.write_qwen2),
+  'qwen3': Family('Qwen3ForCausalLM', dense.read_qwen3, dense.write_qwen3),
+  'smollm3': Family(
+    'SmolLM3ForCausalLM', dense.read_smollm3, dense.write_smollm3
+  ),
+  'phi3': Family('Phi3ForCausalLM', dense.read_phi3, dense.write_phi3),
+  'olmo2': Family('Olmo2ForCausalLM', dense.read_olmo2, dense.write_olmo2),
+  'gemma': Family('GemmaForCausalLM', dense.read_gemma, dense.write_gemma),
+  'gemma2': Family('Gemma2ForCausalLM', dense.read_gemma2, dense.write_gemma2),
+  'gemma3_text': Family(
+    'Gemma3ForCausalLM', dense.read_gemma3, dense.write_gemma3
+  ),
+  'gpt2': Family('GPT2LMHeadModel', dense.read_gpt2, dense.write_gpt2),
+  'gpt_neox': Family(
+    'GPTNeoXForCausalLM', dense.read_gpt_neox, dense.write_gpt_neox
+  ),
+  'mixtral': Family(
+    'MixtralForCausalLM', mixture.read_mixtral, mixture.write_mixtral
+  ),
+  'qwen3_moe': Family(
+    'Qwen3MoeForCausalLM', mixture.read_qwen3_moe, mixture.write_qwen3_moe
+  ),
+  'deepseek_v2': Family(
+    'DeepseekV2ForCausalLM',
+    mixture.read_deepseek_v2,
+    mixture.write_deepseek_v2,
+  ),
+  'deepseek_v3': Family(
+    'DeepseekV3ForCausalLM',
+    mixture.read_deepseek_v3,
+    mixture.write_deepseek_v3,
+  ),
+}
+
+
+def load(directory: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of a directory.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is not a JSON object.
+  """
+  path = directory / FILE
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path}: got no such file, expected the directory of a Hugging Face'
+      ' model'
+    )
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(
+      f'{path}: got a file that is not JSON ({error}), expected a config; copy'
+      ' it again'
+    ) from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path}: got {values!r}, expected a JSON object')
+  return values
+
+
+def read(
+  values: Mapping[str, Any], where: str = FILE
+) -> tuple[str, config_lib.ModelConfig]:
+  """Returns the family (`model_type`) and the model of a config.json.
+
+  Raises:
+    ValueError: the family is not known, or a field says something that is not
+      supported.
+  """
+  model_type = values.get('model_type')
+  family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+  if family is None:
+    raise ValueError(
+      f'{where}: got model_type = {model_type!r} (architectures ='
+      f' {values.get("architectures")!r}), expected one of'
+      f' {", ".join(FAMILIES)}; other architectures are not supported'
+    )
+  named = values.get('architectures') or [family.architecture]
+  if named != [family.architecture]:
+    raise ValueError(
+      f'{where}: got architectures = {named!r}, expected'
+      f' [{family.architecture!r}]: only language models are read, without'
+      ' classifiers or images'
+    )
+  fields = fields_lib.Fields(values, where)
+  config = family.read(fields)
+  fields.finish()
+  try:
+    config.validate()
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from None
+  return str(model_type), config
+
+
+def write(
+  config: config_lib.ModelConfig, model_type: str = ''
+) -> tuple[str, dict[str, Any]]:
+  """Returns a family that computes what the model does, and its config.json.
+
+  Args:
+    config: the model.
+    model_type: the family it is to be; '' for the first that fits.
+
+  Raises:
+    ValueError: no family, or not this one, computes that.
+  """
+  if model_type and model_type not in FAMILIES:
+    raise ValueError(
+      f'family: got {model_type!r}, expected one of {", ".join(FAMILIES)}'
+    )
+  wanted = _function_of(config)
+  problems = []
+  for name in [model_type] if model_type else FAMILIES:
+    family = FAMILIES[name]
+    written = {
+      'architectures': [family.architecture],
+      'model_type': name,
+      # Absent, they would be some id of the family's first model.
+      'bos_token_id': None,
+      'eos_token_id': None,
+      'pad_token_id': None,
+      **family.write(config),
+    }
+    # Through JSON, as it will be read.
+    as_read = json.loads(json.dumps(written))
+    try:
+      _, again = read(as_read)
+    except ValueError as error:
+      problems.append(f'{name}: {error}')
+      continue
+    differing = _difference(wanted, _function_of(again))
+    if not differing:
+      return name, written
+    problems.append(f'{name}: {differing}')
+  raise ValueError(
+    'export: got a model that no family of transformers computes, expected one'
+    f' of {", ".join(FAMILIES)}: ' + '; '.join(problems)
+  )
+
+
+def _function_of(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Returns the fields that decide what is computed, in one form."""
+  letters = layer_kinds.letters_of(config)
+  has_local = bool(set(letters) & set('lm'))
+  config = dataclasses.replace(
+    config,
+    layer_pattern=letters,
+    window=config.window if has_local else 0,
+    rope_local_base=config.rope_local_base if has_local else 0.0,
+    # Of training alone, or how parameters lie.
+    dropout_rate=0.0,
+    init_std=0.02,
+    scan_layers=False,
+    balance_loss_weight=0.0,
+    router_z_weight=0.0,
+  )
+  fields = dataclasses.asdict(config)
+  if config.use_bias:
+    fields |= dict.fromkeys(('qkv_bias', 'out_bias', 'mlp_bias'), True)
+    fields['norm_bias'] = config.norm == 'layernorm'
+  del fields['use_bias']
+  if config.norm == 'rmsnorm':
+    fields['norm_bias'] = False
+  if config.positions == 'learned':
+    for name in ('rope_base', 'rope_scaling', 'rotary_width'):
+      del fields[name]
+  else:
+    fields['rotary_width'] = config.rotated_width
+  fields['value_width'] = config.value_head_width
+  fields['query_scale'] = config.query_scale or config.head_width**-0.5
+  if not config.num_experts:
+    fields['norm_topk'] = True
+  if not config.num_expert_groups:
+    fields['expert_group_best'] = 1
+  return fields
+
+
+def _difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> str:
+  """Says in which fields two functions differ; '' if in none."""
+  names = [
+    name
+    for name in sorted(wanted.keys() | got.keys())
+    if not _is_close(wanted.get(name), got.get(name))
+  ]
+  return ', '.join(
+    f'{name} is {wanted.get(name)!r}, there {got.get(name)!r}' for name in names
+  )
+
+
+def _is_close(a: Any, b: Any) -> bool:
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(_is_close(a[k], b[k]) for k in a)
+  if isinstance(a, float) and isinstance(b, float):
+    # What went through the square of a root, or a logarithm.
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+  return a == b

@@ -1,0 +1,476 @@
+"""Families without experts: config.json to ModelConfig and back.
+
+Each has two functions, `read_*` of the fields and `write_*` of a ModelConfig.
+A writer writes what it can; whether that says all of the model is found out by
+reading it again (`frozen.huggingface.config`). Defaults of fields that may be
+absent are those of `transformers`.
+"""
+
+from typing import Any
+
+from frozen.huggingface import (
+  fields as fields_lib,
+  layer_kinds,
+  rope_fields,
+)
+from models import config as config_lib
+
+Fields = fields_lib.Fields
+ModelConfig = config_lib.ModelConfig
+
+GATED = {
+  'silu': 'swiglu',
+  'swish': 'swiglu',
+  'gelu_pytorch_tanh': 'geglu',
+  'gelu_new': 'geglu',
+  'gelu': 'geglu_exact',
+  'relu': 'reglu',
+}
+UNGATED = {
+  'gelu_new': 'gelu',
+  'gelu_pytorch_tanh': 'gelu',
+  'gelu_fast': 'gelu',
+  'gelu': 'gelu_exact',
+  'relu': 'relu',
+}
+_SILU = 'silu'
+
+
+def activation(fields: Fields, name: str, default: str, known: dict) -> str:
+  """Returns what `ModelConfig.mlp` calls an activation."""
+  value = fields.get(name, default)
+  if value not in known:
+    fields.refuse(name, f'one of {", ".join(known)}')
+  return known[value]
+
+
+def activation_name(mlp: str, known: dict[str, str]) -> str | None:
+  """Returns what a config.json calls it; None if it has no name for it."""
+  return next((theirs for theirs, ours in known.items() if ours == mlp), None)
+
+
+def sizes(
+  fields: Fields,
+  *,
+  kv_heads: int | None = None,
+  head_width: int | None = None,
+  epsilon: float = 1e-6,
+  is_tied: bool = False,
+) -> dict[str, Any]:
+  """Returns what nearly all families call by the same names.
+
+  Args:
+    fields: of the config.
+    kv_heads: default; None: as many as heads.
+    head_width: default; None: the width divided by the heads.
+    epsilon: default.
+    is_tied: default.
+  """
+  width = fields.count('hidden_size')
+  heads = fields.count('num_attention_heads')
+  head_width = fields.count('head_dim', head_width)
+  if not head_width:
+    if not heads or width % heads:
+      fields.refuse('hidden_size', f'a multiple of {heads} heads')
+    head_width = width // heads
+  return {
+    'vocab_size': fields.count('vocab_size'),
+    'num_layers': fields.count('num_hidden_layers'),
+    'model_width': width,
+    'num_heads': heads,
+    'num_kv_heads': fields.count('num_key_value_heads', kv_heads) or heads,
+    'head_width': head_width,
+    'mlp_width': fields.count('intermediate_size'),
+    'max_length': fields.count('max_position_embeddings'),
+    'norm_epsilon': fields.number('rms_norm_eps', epsilon),
+    'tie_embeddings': fields.flag('tie_word_embeddings', is_tied),
+    'init_std': fields.number('initializer_range', 0.02) or 0.02,
+    'scan_layers': False,
+  }
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `sizes`."""
+  return {
+    'vocab_size': config.vocab_size,
+    'num_hidden_layers': config.num_layers,
+    'hidden_size': config.model_width,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_width,
+    'intermediate_size': config.mlp_width,
+    'max_position_embeddings': config.max_length,
+    'rms_norm_eps': config.norm_epsilon,
+    'tie_word_embeddings': config.tie_embeddings,
+    'initializer_range': config.init_std,
+    'hidden_act': activation_name(config.mlp, GATED),
+    'rope_theta': config.rope_base,
+    'rope_scaling': rope_fields.write(config.rope_scaling),
+  }
+
+
+def rotary(fields: Fields, rope: rope_fields.Rope, head_width: int) -> dict:
+  """Returns the fields of a ModelConfig that rotary positions decide."""
+  width = int(head_width * rope.partial)
+  if rope.partial != 1 and (width < 2 or width % 2):
+    raise ValueError(
+      f'partial rotary positions: got {width} of {head_width} channels,'
+      ' expected an even number of them'
+    )
+  return {
+    'rope_base': rope.base,
+    'rope_scaling': rope.scaling,
+    'rotary_width': 0 if width == head_width else width,
+  }
+
+
+def read_llama(fields: Fields) -> ModelConfig:
+  """Llama 1 to 3.x, SmolLM 1 and 2, and what is built alike."""
+  found = sizes(fields)
+  has_bias = fields.flag('attention_bias', False)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    qkv_bias=has_bias,
+    out_bias=has_bias,
+    mlp_bias=fields.flag('mlp_bias', False),
+  )
+
+
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_llama` reads."""
+  return write_sizes(config) | {
+    'attention_bias': config.qkv_bias,
+    'mlp_bias': config.mlp_bias,
+  }
+
+
+def read_mistral(fields: Fields) -> ModelConfig:
+  """Mistral: Llama with a window, in all layers."""
+  found = sizes(fields, kv_heads=8)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    window=fields.count('sliding_window', 4096),
+  )
+
+
+def write_mistral(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_mistral` reads."""
+  return write_sizes(config) | {'sliding_window': config.window or None}
+
+
+def read_qwen2(fields: Fields) -> ModelConfig:
+  """Qwen 2 and 2.5: Llama with biases of queries, keys and values."""
+  found = sizes(fields, kv_heads=32)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    **layer_kinds.read_qwen(fields, found['num_layers']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    qkv_bias=True,
+  )
+
+
+def write_qwen2(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_qwen2` reads."""
+  written = write_sizes(config) | layer_kinds.write_qwen(config)
+  # Absent, it is the quotient; older versions know no other.
+  if config.head_width * config.num_heads == config.model_width:
+    del written['head_dim']
+  return written
+
+
+def read_qwen3(fields: Fields) -> ModelConfig:
+  """Qwen 3: Llama with normalised queries and keys."""
+  found = sizes(fields, kv_heads=32, head_width=128)
+  has_bias = fields.flag('attention_bias', False)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    **layer_kinds.read_qwen(fields, found['num_layers']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    qk_norm=True,
+    qkv_bias=has_bias,
+    out_bias=has_bias,
+  )
+
+
+def write_qwen3(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_qwen3` reads."""
+  return (
+    write_sizes(config)
+    | layer_kinds.write_qwen(config)
+    | {'attention_bias': config.qkv_bias}
+  )
+
+
+def read_smollm3(fields: Fields) -> ModelConfig:
+  """SmolLM 3: Llama of which some layers have no positions."""
+  found = sizes(fields, kv_heads=4, is_tied=True)
+  rope = rope_fields.read(fields, rope_fields.Family(2_000_000.0))
+  has_bias = fields.flag('attention_bias', False)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope, found['head_width']),
+    **layer_kinds.read_smollm3(fields, found['num_layers']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    qkv_bias=has_bias,
+    out_bias=has_bias,
+    mlp_bias=fields.flag('mlp_bias', False),
+  )
+
+
+def write_smollm3(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_smollm3` reads."""
+  return write_llama(config) | layer_kinds.write_smollm3(config)
+
+
+def read_phi3(fields: Fields) -> ModelConfig:
+  """Phi-3 and 3.5: Llama whose matrices are stored joined."""
+  found = sizes(fields, epsilon=1e-5)
+  rope = rope_fields.read(fields, rope_fields.Family(original_length=4096))
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope, found['head_width']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    window=fields.count('sliding_window', None),
+  )
+
+
+def write_phi3(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_phi3` reads."""
+  written = write_sizes(config) | {
+    'sliding_window': config.window or None,
+    'partial_rotary_factor': config.rotated_width / config.head_width,
+  }
+  if config.rope_scaling.kind == 'longrope':
+    original = config.rope_scaling.original_length
+    written['original_max_position_embeddings'] = original
+  if config.head_width * config.num_heads == config.model_width:
+    del written['head_dim']
+  return written
+
+
+def read_olmo2(fields: Fields) -> ModelConfig:
+  """OLMo 2: norms after each block, and of all queries and keys together."""
+  found = sizes(fields, epsilon=1e-5)
+  has_bias = fields.flag('attention_bias', False)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    norm_place='after',
+    qk_norm=True,
+    qk_norm_whole=True,
+    qkv_bias=has_bias,
+    out_bias=has_bias,
+  )
+
+
+def write_olmo2(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_olmo2` reads."""
+  written = write_sizes(config) | {'attention_bias': config.qkv_bias}
+  if config.head_width * config.num_heads == config.model_width:
+    del written['head_dim']
+  return written
+
+
+def _read_gemma(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
+  """Returns what all three generations of Gemma have."""
+  has_bias = fields.flag('attention_bias', False)
+  width = found['model_width']
+  return found | {
+    'norm_from_one': True,
+    'embed_multiplier': width**0.5,
+    'qkv_bias': has_bias,
+    'out_bias': has_bias,
+  }
+
+
+def read_gemma(fields: Fields) -> ModelConfig:
+  """Gemma: scaled embeddings, norms that count from one, GELU."""
+  found = sizes(fields, kv_heads=16, head_width=256, is_tied=True)
+  # The first release said gelu and meant its tanh form.
+  known = GATED | {'gelu': 'geglu'}
+  name = 'hidden_act'
+  if fields.has('hidden_activation'):
+    name, _ = 'hidden_activation', fields.get('hidden_act', None)
+  fields.get('hidden_activation', None)
+  return ModelConfig(
+    **_read_gemma(fields, found),
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    mlp=activation(fields, name, 'gelu_pytorch_tanh', known),
+  )
+
+
+def write_gemma(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_gemma` reads."""
+  name = activation_name(config.mlp, GATED)
+  return write_sizes(config) | {
+    'hidden_act': name,
+    'hidden_activation': name,
+    'attention_bias': config.qkv_bias,
+  }
+
+
+def read_gemma2(fields: Fields) -> ModelConfig:
+  """Gemma 2: soft-caps, norms on both sides, every second layer local."""
+  found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
+  fields.get('hidden_act', None)  # only `hidden_activation` is meant
+  return ModelConfig(
+    **_read_gemma(fields, found),
+    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    **layer_kinds.read_alternating(fields, found['num_layers'], every=2),
+    mlp=activation(fields, 'hidden_activation', 'gelu_pytorch_tanh', GATED),
+    norm_place='both',
+    query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,
+    attention_softcap=fields.number('attn_logit_softcapping', 50.0),
+    logit_softcap=fields.number('final_logit_softcapping', 30.0),
+  )
+
+
+def write_gemma2(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_gemma2` reads."""
+  return (
+    write_gemma(config)
+    | layer_kinds.write_types(config)
+    | {
+      'query_pre_attn_scalar': _query_scalar(config),
+      'attn_logit_softcapping': config.attention_softcap or None,
+      'final_logit_softcapping': config.logit_softcap or None,
+    }
+  )
+
+
+def read_gemma3(fields: Fields) -> ModelConfig:
+  """Gemma 3, text: five of six layers local, with a rotary base of theirs."""
+  found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
+  fields.get('hidden_act', None)
+  # transformers reads the first of these and computes without it.
+  fields.expect('attn_logit_softcapping', None)
+  local_base, rope = rope_fields.read_local_and_global(
+    fields, 10_000.0, 1_000_000.0
+  )
+  every = fields.count('sliding_window_pattern', 6)
+  fields.get('_sliding_window_pattern', None)  # what layer_types came from
+  kinds = layer_kinds.read_alternating(fields, found['num_layers'], every=every)
+  return ModelConfig(
+    **_read_gemma(fields, found),
+    **rotary(fields, rope, found['head_width']),
+    **kinds,
+    rope_local_base=local_base if kinds['window'] else 0.0,
+    mlp=activation(fields, 'hidden_activation', 'gelu_pytorch_tanh', GATED),
+    norm_place='both',
+    qk_norm=True,
+    query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,
+    logit_softcap=fields.number('final_logit_softcapping', None),
+  )
+
+
+def write_gemma3(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_gemma3` reads."""
+  return (
+    write_gemma(config)
+    | layer_kinds.write_types(config)
+    | {
+      'query_pre_attn_scalar': _query_scalar(config),
+      'final_logit_softcapping': config.logit_softcap or None,
+      'rope_local_base_freq': config.rope_local_base or config.rope_base,
+    }
+  )
+
+
+def _query_scalar(config: ModelConfig) -> int | float:
+  scalar = config.query_scale**-2 if config.query_scale else config.head_width
+  # An integer, which the square of a root is but for the last digit.
+  return round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
+
+
+def read_gpt2(fields: Fields) -> ModelConfig:
+  """GPT-2."""
+  width, heads = fields.count('n_embd'), fields.count('n_head')
+  if not heads or width % heads:
+    fields.refuse('n_embd', f'a multiple of {heads} heads')
+  fields.get('n_ctx', None)  # as n_positions, which it was called once
+  fields.expect('scale_attn_by_inverse_layer_idx', False)
+  return ModelConfig(
+    vocab_size=fields.count('vocab_size'),
+    num_layers=fields.count('n_layer'),
+    model_width=width,
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_width=width // heads,
+    mlp_width=fields.count('n_inner', None) or 4 * width,
+    max_length=fields.count('n_positions'),
+    norm='layernorm',
+    norm_epsilon=fields.number('layer_norm_epsilon', 1e-5),
+    positions='learned',
+    mlp=activation(fields, 'activation_function', 'gelu_new', UNGATED),
+    use_bias=True,
+    tie_embeddings=fields.flag('tie_word_embeddings', True),
+    init_std=fields.number('initializer_range', 0.02) or 0.02,
+    query_scale=0.0 if fields.flag('scale_attn_weights', True) else 1.0,
+    scan_layers=False,
+  )
+
+
+def write_gpt2(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_gpt2` reads."""
+  return {
+    'vocab_size': config.vocab_size,
+    'n_layer': config.num_layers,
+    'n_embd': config.model_width,
+    'n_head': config.num_heads,
+    'n_inner': config.mlp_width,
+    'n_positions': config.max_length,
+    'layer_norm_epsilon': config.norm_epsilon,
+    'activation_function': activation_name(config.mlp, UNGATED),
+    'tie_word_embeddings': config.tie_embeddings,
+    'initializer_range': config.init_std,
+    'scale_attn_weights': config.query_scale != 1.0,
+  }
+
+
+def read_gpt_neox(fields: Fields) -> ModelConfig:
+  """GPT-NeoX and Pythia: both blocks see the same stream, partly rotated."""
+  fields.get('num_key_value_heads', None)  # there, and never looked at
+  found: dict[str, Any] = sizes(fields, epsilon=1e-5) | {
+    'norm_epsilon': fields.number('layer_norm_eps', 1e-5)
+  }
+  found['num_kv_heads'] = found['num_heads']
+  rope = rope_fields.read(
+    fields,
+    rope_fields.Family(
+      base_name='rotary_emb_base', partial=0.25, partial_name='rotary_pct'
+    ),
+  )
+  has_bias = fields.flag('attention_bias', True)
+  return ModelConfig(
+    **found,
+    **rotary(fields, rope, found['head_width']),
+    mlp=activation(fields, 'hidden_act', 'gelu', UNGATED),
+    norm='layernorm',
+    qkv_bias=has_bias,
+    out_bias=has_bias,
+    mlp_bias=True,
+    norm_bias=True,
+    parallel_residual=fields.flag('use_parallel_residual', True),
+  )
+
+
+def write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
+  """Writes what `read_gpt_neox` reads."""
+  written = write_sizes(config)
+  for name in ('head_dim', 'num_key_value_heads', 'rms_norm_eps', 'rope_theta'):
+    del written[name]
+  return written | {
+    'hidden_act': activation_name(config.mlp, UNGATED),
+    'layer_norm_eps': config.norm_epsilon,
+    'rotary_emb_base': config.rope_base,
+    'rotary_pct': config.rotated_width / config.head_width,
+    'attention_bias': config.qkv_bias,
+    'use_parallel_residual': config.parallel_residual,
+  }

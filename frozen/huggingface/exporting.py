@@ -1,0 +1,200 @@
+"""A frozen directory becomes one of Hugging Face's, which `transformers` loads.
+
+The way of `frozen.huggingface.importing`, backwards and by the same maps. What
+no family of `transformers` computes is refused before anything is written.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frozen import format as frozen_format
+from frozen.huggingface import (
+  config as config_io,
+  safetensors_files,
+  tensor_map,
+)
+from models import layout
+from text import hf_generation, tokenizer as tokenizer_lib
+
+# A file of ours beside the tokenizer's, of no meaning elsewhere.
+_TOKENIZER_KIND = 'huggingface'
+
+
+class Exported(NamedTuple):
+  """What an export came to."""
+
+  family: str
+  notes: list[str]  # what the user should know
+
+
+def export_directory(
+  source: str | os.PathLike,
+  out: str | os.PathLike,
+  *,
+  family: str = '',
+  shard_bytes: int = safetensors_files.SHARD_BYTES,
+) -> Exported:
+  """Writes a frozen directory as a Hugging Face one.
+
+  Args:
+    source: the frozen directory.
+    out: where; must not exist yet, or be empty.
+    family: the `model_type` to write; '' for the one that it was imported as,
+      or else the first that computes the same.
+    shard_bytes: of a file of weights.
+
+  Raises:
+    FileNotFoundError: there is no frozen directory.
+    ValueError: no family computes this model, or `out` holds something.
+  """
+  target = pathlib.Path(out).absolute()
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ValueError(
+      f'{target}: got a place that holds something, expected a new directory;'
+      ' choose another place'
+    )
+  frozen = frozen_format.read(source)
+  model_type, values = _describe(frozen, family)
+  partial = target.with_name(f'.{target.name}.partial-{secrets.token_hex(4)}')
+  partial.mkdir(parents=True)
+  try:
+    _write_weights(partial, frozen, model_type, values, shard_bytes)
+    notes = _write_tokenizer(partial, frozen)
+    values |= _special_ids(frozen, notes)
+    values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
+    _write_json(partial / config_io.FILE, values)
+    generation, more = generation_config(frozen.generation)
+    _write_json(
+      partial / hf_generation.FILE,
+      generation | _special_ids(frozen, []) | _end_ids(frozen.generation),
+    )
+    if target.exists():
+      target.rmdir()
+    partial.rename(target)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return Exported(model_type, notes + more)
+
+
+def _describe(frozen: frozen_format.Frozen, family: str):
+  """Returns the family and the config.json."""
+  if family:
+    return config_io.write(frozen.config, family)
+  imported = frozen.manifest.origin.get('family', '')
+  if imported in config_io.FAMILIES:
+    try:
+      return config_io.write(frozen.config, imported)
+    except ValueError:
+      pass  # trained on as something else; another may do
+  return config_io.write(frozen.config)
+
+
+def tensors_of(
+  params: frozen_format.Params,
+  pieces: list[tensor_map.Piece],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the tensors of a family, made from leaves of ours."""
+  leaves = frozen_format.leaves_by_path(params['params'])
+  for piece in pieces:
+    parts = [np.asarray(leaves[path]) for path in piece.ours]
+    if piece.expert is not None:
+      parts = [part[piece.expert] for part in parts]
+    yield piece.theirs, piece.layout.write(*parts)
+
+
+def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
+  params, config = layout.unstack(frozen.params, frozen.config)
+  pieces = tensor_map.pieces(model_type, config, values)
+  leaves = frozen_format.leaves_by_path(params['params'])
+  named = {path for piece in pieces for path in piece.ours}
+  if left := sorted(leaves.keys() ^ named):
+    raise ValueError(
+      f'export: got {", ".join(left)}, which {model_type} has no tensors for,'
+      ' or has and the model does not'
+    )
+  shapes = {}
+  for piece in pieces:
+    parts = [leaves[path].shape for path in piece.ours]
+    if piece.expert is not None:
+      parts = [shape[1:] for shape in parts]
+    shapes[piece.theirs] = tuple(piece.layout.shape(*parts))
+  safetensors_files.write_directory(
+    directory,
+    shapes,
+    np.dtype(leaves[pieces[0].ours[0]].dtype),
+    tensors_of(params, pieces),
+    shard_bytes=shard_bytes,
+  )
+
+
+def _write_tokenizer(directory: pathlib.Path, frozen) -> list[str]:
+  """Copies the files of a tokenizer that others understand."""
+  tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
+  if tokenizer.kind != _TOKENIZER_KIND:
+    return [
+      f'the tokenizer is of kind {tokenizer.kind}, which transformers does not'
+      ' read: none was written'
+    ]
+  tokenizer.save(directory)
+  return []
+
+
+def _special_ids(frozen, notes: list[str]) -> dict[str, int]:
+  """Returns the ids of special tokens that generation asks for."""
+  if notes:
+    return {}
+  tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
+  if tokenizer.kind != _TOKENIZER_KIND:
+    return {}
+  found = {}
+  for name in ('bos_token', 'eos_token', 'pad_token'):
+    token = tokenizer.names.get(name)
+    if token is not None and token in tokenizer.special_tokens:
+      found[f'{name}_id'] = tokenizer.special_tokens[token]
+  return found
+
+
+def _end_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what ends a text, if more than one id does."""
+  ids = list(generation.get('stop_ids', ()))
+  return {'eos_token_id': ids if len(ids) > 1 else ids[0]} if ids else {}
+
+
+def generation_config(
+  generation: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns generation_config.json, and which settings have no place in it."""
+  rest = dict(generation)
+  written: dict[str, Any] = {}
+  if rest.pop('temperature', 1.0) == 0:
+    written['do_sample'] = False
+    for name in ('top_k', 'top_p', 'min_p'):
+      rest.pop(name, None)
+  else:
+    written['do_sample'] = True
+    written['temperature'] = generation.get('temperature', 1.0)
+    written['top_k'] = rest.pop('top_k', 0)
+    written['top_p'] = rest.pop('top_p', 1.0)
+    if min_p := rest.pop('min_p', 0.0):
+      written['min_p'] = min_p
+  for ours, theirs in (
+    ('max_tokens', 'max_new_tokens'),
+    ('min_tokens', 'min_new_tokens'),
+    ('repetition_penalty', 'repetition_penalty'),
+    ('stop', 'stop_strings'),
+  ):
+    if value := rest.pop(ours, None):
+      written[theirs] = list(value) if ours == 'stop' else value
+  rest.pop('stop_ids', None)
+  return written, [f'{name} {rest[name]!r} was not written' for name in rest]
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

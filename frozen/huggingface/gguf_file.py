@@ -1,0 +1,307 @@
+"""GGUF: one file of llama.cpp's with a model of the Llama family.
+
+Parsed, and dequantised row by row, by the `gguf` package
+(requirements-hub.txt). Weights become floats: what was rounded stays so. The
+rows of queries and keys are ordered there for rotations of neighbours, and
+brought back into halves.
+
+A GGUF file has a vocabulary but not all of a tokenizer (how text is cut before
+merges is a name, to be looked up in llama.cpp); the tokenizer is read from the
+Hugging Face directory of the same model instead.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from frozen.huggingface import (
+  config as config_io,
+  importing,
+  layouts,
+  tensor_map,
+)
+from models import config as config_lib, rope_scaling
+from text import hf_tokenizer
+
+# Of weights: as they are, or in blocks of numbers that share a scale.
+PLAIN = ('F32', 'F16', 'BF16')
+QUANTIZED = ('Q8_0', 'Q4_0', 'Q4_K', 'Q6_K')
+_ARCHITECTURE = 'llama'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor of an open file."""
+
+  path: pathlib.Path
+  kind: str  # of PLAIN and QUANTIZED
+  shape: tuple[int, ...]  # [out, in]
+  data: Any  # mapped: rows of numbers, or of bytes
+
+  @property
+  def dtype(self) -> str:
+    """As safetensors has it, or GGML_ and the kind."""
+    return self.kind if self.kind in PLAIN else f'GGML_{self.kind}'
+
+  @property
+  def place(self) -> tuple[str, int]:
+    """What tensors are read in the order of."""
+    return str(self.path), int(self.data.ctypes.data)
+
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """Reads some rows, as float32."""
+    gguf = _library()
+    kind = gguf.GGMLQuantizationType[self.kind]
+    rows = np.asarray(self.data[start:stop])
+    x = gguf.quants.dequantize(rows, kind)
+    return np.asarray(x, np.float32).reshape((stop - start, *self.shape[1:]))
+
+  def whole(self) -> np.ndarray:
+    """Reads the tensor, as float32."""
+    return self.rows(0, self.shape[0])
+
+
+def open_file(path: str | os.PathLike) -> tuple[importing.Source, Any]:
+  """Opens a GGUF file.
+
+  Returns:
+    The model, with the names of Llama's config and of its own tensors, and the
+    pieces that they are.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, or of another family or kind of numbers.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'{path}: got no such file, expected a GGUF file')
+  gguf = _library()
+  try:
+    reader = gguf.GGUFReader(path)
+  except (ValueError, KeyError, IndexError, OverflowError) as error:
+    raise ValueError(
+      f'{path}: got {error}, expected a GGUF file; it was truncated or is none:'
+      ' copy it again'
+    ) from None
+  tensors = dict(_tensors(path, reader))
+  divisors = tensors.pop('rope_freqs.weight', None)
+  has_head = 'output.weight' in tensors
+  values = _config(path, _metadata(reader), tensors, has_head)
+  _, config = config_io.read(values, str(path))
+  if divisors is not None:
+    config = _divided(config, divisors.whole())
+  return (
+    importing.Source(str(path), _ARCHITECTURE, values, config, tensors),
+    list(_pieces(config)),
+  )
+
+
+def import_file(
+  path: str | os.PathLike,
+  out: str | os.PathLike,
+  *,
+  tokenizer_source: str,
+  dtype: str = 'auto',
+  origin: Mapping[str, str] | None = None,
+  overwrite: bool = False,
+) -> importing.Imported:
+  """Makes a frozen directory of a GGUF file.
+
+  Args:
+    path: of the file.
+    out: the frozen directory to write.
+    tokenizer_source: a directory with the tokenizer of the same model.
+    dtype: one of `importing.DTYPES`; auto is float32.
+    origin: what is known besides of where it comes from.
+    overwrite: replace a frozen directory that holds other weights.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the model is not supported, or a file is damaged.
+  """
+  if not tokenizer_source:
+    raise ValueError(
+      '--tokenizer: got none, expected the directory with tokenizer.json of'
+      f' the model: {path} has a vocabulary but not all of a tokenizer'
+    )
+  source, pieces = open_file(path)
+  with tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir:
+    tokenizer = hf_tokenizer.convert(tokenizer_source, tokenizer_dir)
+    importing.check_vocabulary(source, tokenizer)
+    generation, notes = importing.read_generation(
+      pathlib.Path(tokenizer_source)
+    )
+    return importing.freeze_source(
+      source,
+      out,
+      pieces=pieces,
+      dtype=dtype,
+      tokenizer_dir=tokenizer_dir,
+      has_bos=bool(tokenizer.adds_bos),
+      generation=generation,
+      notes=notes,
+      origin={**(origin or {}), 'format': 'gguf'},
+      overwrite=overwrite,
+    )
+
+
+def _library() -> Any:
+  try:
+    import gguf
+  except ImportError:
+    raise ValueError(
+      'gguf is not installed, expected it to read a GGUF file; pip install -r'
+      ' requirements-hub.txt'
+    ) from None
+  return gguf
+
+
+def _tensors(path: pathlib.Path, reader: Any) -> Iterator[tuple[str, Tensor]]:
+  for found in reader.tensors:
+    kind = found.tensor_type.name
+    if kind not in (*PLAIN, *QUANTIZED):
+      raise ValueError(
+        f'{path}: got {found.name} of kind {kind}, expected one of'
+        f' {", ".join((*PLAIN, *QUANTIZED))}; convert the model to one of them'
+      )
+    shape = tuple(int(n) for n in reversed(found.shape.tolist()))
+    yield found.name, Tensor(path, kind, shape, found.data)
+
+
+def _metadata(reader: Any) -> dict[str, Any]:
+  """Returns the fields that describe the model, without its name in front."""
+  found = {
+    name: field.contents()
+    for name, field in reader.fields.items()
+    if not name.startswith(('GGUF.', 'tokenizer.'))
+  }
+  architecture = found.get('general.architecture')
+  if architecture != _ARCHITECTURE:
+    raise ValueError(
+      f'got a GGUF file of architecture {architecture!r}, expected'
+      f' {_ARCHITECTURE!r}: other families are read from safetensors'
+    )
+  prefix = f'{_ARCHITECTURE}.'
+  return {
+    name.removeprefix(prefix): _number(value)
+    for name, value in found.items()
+    if name.startswith(prefix)
+  }
+
+
+def _number(value: Any) -> Any:
+  """Returns a float32 as what it was written for: 1e-5, not 9.99999974e-6."""
+  return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _config(path, metadata, tensors, has_head) -> dict[str, Any]:
+  """Returns the config.json that says what the metadata says."""
+  rest = dict(metadata)
+
+  def take(name, *default):
+    if name not in rest and not default:
+      raise ValueError(f'{path}: got no llama.{name}, expected one')
+    return rest.pop(name, *default)
+
+  table = tensors.get('token_embd.weight')
+  if table is None:
+    raise ValueError(
+      f'{path}: got no token_embd.weight, expected the embedding'
+    )
+  heads = take('attention.head_count')
+  width = take('embedding_length')
+  head_width = take('attention.key_length', width // heads)
+  values = {
+    'model_type': _ARCHITECTURE,
+    'vocab_size': take('vocab_size', table.shape[0]),
+    'hidden_size': width,
+    'num_hidden_layers': take('block_count'),
+    'intermediate_size': take('feed_forward_length'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': take('attention.head_count_kv', heads),
+    'head_dim': head_width,
+    'max_position_embeddings': take('context_length'),
+    'rms_norm_eps': take('attention.layer_norm_rms_epsilon'),
+    'rope_theta': take('rope.freq_base', 10_000.0),
+    'tie_word_embeddings': not has_head,
+  }
+  for name in ('attention.value_length', 'rope.dimension_count'):
+    if (got := take(name, head_width)) != head_width:
+      raise ValueError(
+        f'{path}: got llama.{name} = {got}, expected {head_width}: a whole head'
+      )
+  scaling = take('rope.scaling.type', 'none')
+  if scaling in ('linear', 'yarn'):
+    values['rope_scaling'] = {
+      'rope_type': scaling,
+      'factor': take('rope.scaling.factor'),
+      'original_max_position_embeddings': take(
+        'rope.scaling.original_context_length', None
+      ),
+    }
+  elif scaling != 'none':
+    raise ValueError(
+      f'{path}: got llama.rope.scaling.type = {scaling!r}, expected none,'
+      ' linear or yarn'
+    )
+  take('rope.scaling.finetuned', None)  # about training
+  if rest:
+    raise ValueError(
+      f'{path}: got {", ".join(f"llama.{x}" for x in sorted(rest))}, expected'
+      ' no fields but those of Llama: what they change is not known here'
+    )
+  return values
+
+
+def _divided(config, divisors: np.ndarray) -> config_lib.ModelConfig:
+  """Returns the model with its rotary frequencies divided, pair by pair."""
+  values = tuple(float(x) for x in divisors.reshape(-1))
+  return dataclasses.replace(
+    config,
+    rope_scaling=rope_scaling.RopeScaling(
+      kind='longrope',  # whose two tables are the same one
+      original_length=config.max_length,
+      short_divisors=values,
+      long_divisors=values,
+    ),
+  )
+
+
+def _pieces(config: config_lib.ModelConfig) -> Iterator[tensor_map.Piece]:
+  def piece(theirs, ours, layout=layouts.TRANSPOSED):
+    return tensor_map.Piece(f'{theirs}.weight', (ours,), layout)
+
+  def rotated(heads):
+    order = layouts.halves_of_pairs(heads, 0, config.head_width)
+    return layouts.joined([heads * config.head_width], order=order)
+
+  yield piece('token_embd', 'embed/embedding', layouts.AS_IT_IS)
+  yield piece('output_norm', 'final_norm/scale', layouts.AS_IT_IS)
+  if not config.tie_embeddings:
+    yield piece('output', 'head/embedding', layouts.AS_IT_IS)
+  for n in range(config.num_layers):
+    at, ours = f'blk.{n}', f'layer_{n}'
+    for theirs, name in (
+      ('attn_norm', 'attention_norm'),
+      ('ffn_norm', 'mlp_norm'),
+    ):
+      yield piece(f'{at}.{theirs}', f'{ours}/{name}/scale', layouts.AS_IT_IS)
+    for theirs, name, heads in (
+      ('attn_q', 'query', config.num_heads),
+      ('attn_k', 'key', config.num_kv_heads),
+    ):
+      leaf = f'{ours}/attention/{name}/kernel'
+      yield piece(f'{at}.{theirs}', leaf, rotated(heads))
+    for theirs, name in (
+      ('attn_v', 'attention/value'),
+      ('attn_output', 'attention/out'),
+      ('ffn_gate', 'mlp/gate'),
+      ('ffn_up', 'mlp/up'),
+      ('ffn_down', 'mlp/down'),
+    ):
+      yield piece(f'{at}.{theirs}', f'{ours}/{name}/kernel')

@@ -1,0 +1,139 @@
+"""Which layers are local and which have no positions, as a config.json says it.
+
+Told in four ways: a list `layer_types`; every how many layers one is global; up
+to which layer all are (`max_window_layers`); and a list of the layers that are
+rotated. `ModelConfig.layer_pattern` is the shortest pattern that repeats.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from frozen.huggingface import fields as fields_lib
+from models import config as config_lib
+
+_LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}
+
+
+def pattern(letters: str) -> str:
+  """Returns the shortest pattern that, repeated, gives these layers.
+
+  '' if the config gives them without: all global, or all local.
+  """
+  if set(letters) in ({'g'}, {'l'}):
+    return ''
+  sizes = range(1, len(letters) + 1)
+  return next(
+    letters[:size]
+    for size in sizes
+    if all(letters[i] == letters[i % size] for i in range(len(letters)))
+  )
+
+
+def letters_of(config: config_lib.ModelConfig) -> str:
+  """Returns a letter of `LAYER_KINDS` for every layer."""
+  given = config.layer_pattern or ('l' if config.window else 'g')
+  return ''.join(given[n % len(given)] for n in range(config.num_layers))
+
+
+def _fields(letters: str, window: int) -> dict[str, Any]:
+  has_local = bool(set(letters) & set('lm'))
+  return {
+    'layer_pattern': pattern(letters),
+    'window': window if has_local else 0,
+  }
+
+
+def _from_types(fields: fields_lib.Fields, num_layers: int) -> str | None:
+  """Returns a letter per layer where the config lists them."""
+  types = fields.get('layer_types', None)
+  if types is None:
+    return None
+  if (
+    not isinstance(types, Sequence)
+    or len(types) != num_layers
+    or not set(types) <= set(_LETTERS)
+  ):
+    fields.refuse(
+      'layer_types', f'{num_layers} of {" and ".join(sorted(_LETTERS))}'
+    )
+  return ''.join(_LETTERS[kind] for kind in types)
+
+
+def read_alternating(
+  fields: fields_lib.Fields, num_layers: int, *, every: int
+) -> dict[str, Any]:
+  """All layers are local but one of every so many, the last (Gemma)."""
+  window = fields.count('sliding_window', 4096)
+  letters = _from_types(fields, num_layers) or ''.join(
+    'g' if every and (n + 1) % every == 0 else 'l' for n in range(num_layers)
+  )
+  if 'l' in letters and not window:
+    fields.refuse('sliding_window', 'what the local layers see')
+  return _fields(letters, window)
+
+
+def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
+  """All layers are global but, if that is on, those from a certain one."""
+  is_used = fields.flag('use_sliding_window', False)
+  window = fields.count('sliding_window', 4096) if is_used else 0
+  first = fields.count('max_window_layers', 28)
+  fields.get('sliding_window', None)
+  letters = _from_types(fields, num_layers) or ''.join(
+    'l' if window and n >= first else 'g' for n in range(num_layers)
+  )
+  if 'l' in letters and not window:
+    fields.refuse('layer_types', 'no sliding_attention without a window in use')
+  return _fields(letters, window)
+
+
+def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
+  """Some layers have no positions; of these, some may be local."""
+  every = fields.count('no_rope_layer_interval', 4)
+  has_rope = fields.get('no_rope_layers', None)
+  if has_rope is None:
+    has_rope = [int((n + 1) % every != 0) for n in range(num_layers)]
+  if (
+    not isinstance(has_rope, list)
+    or len(has_rope) < num_layers
+    or not set(has_rope) <= {0, 1}
+  ):
+    fields.refuse('no_rope_layers', f'{num_layers} times 0 or 1')
+  is_used = fields.flag('use_sliding_window', False)
+  window = fields.count('sliding_window', None) if is_used else 0
+  fields.get('sliding_window', None)
+  types = _from_types(fields, num_layers) or ''.join(
+    'l' if window and not has_rope[n] else 'g' for n in range(num_layers)
+  )
+  if 'l' in types and not window:
+    types = 'g' * num_layers  # the attention of a layer looks at both
+  kinds = {('g', 1): 'g', ('g', 0): 'n', ('l', 1): 'l', ('l', 0): 'm'}
+  letters = ''.join(kinds[kind, has_rope[n]] for n, kind in enumerate(types))
+  return _fields(letters, window)
+
+
+def write_types(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Returns `layer_types`, and the window."""
+  names = {'g': 'full_attention', 'n': 'full_attention'}
+  return {
+    'sliding_window': config.window or None,
+    'layer_types': [
+      names.get(letter, 'sliding_attention') for letter in letters_of(config)
+    ],
+  }
+
+
+def write_qwen(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """The inverse of `read_qwen`."""
+  letters = letters_of(config)
+  return write_types(config) | {
+    'use_sliding_window': bool(config.window),
+    'max_window_layers': letters.find('l') if 'l' in letters else len(letters),
+  }
+
+
+def write_smollm3(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """The inverse of `read_smollm3`."""
+  return write_types(config) | {
+    'use_sliding_window': bool(config.window),
+    'no_rope_layers': [int(x in 'gl') for x in letters_of(config)],
+  }

@@ -1,0 +1,277 @@
+"""safetensors: a header in JSON, then the bytes of every tensor.
+
+    8 bytes   length of the header, little-endian
+    header    {name: {dtype, shape, data_offsets: [begin, end]}, ...}
+    data      tensors one after the other, row by row
+
+Read here and not by the library of that name, which maps files into memory: the
+pages of a mapped file count as this process's memory, and would double what an
+import takes. Nothing is trusted: a length, an offset or a shape that does not
+fit the file is an error that names the file.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+DTYPES: Mapping[str, Any] = {
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+# Of the format, besides; they have a size, and cannot be weights here.
+_SIZES = {
+  'BOOL': 1, 'U8': 1, 'I8': 1, 'F8_E5M2': 1, 'F8_E4M3': 1, 'F8_E8M0': 1,
+  'I16': 2, 'U16': 2, 'I32': 4, 'U32': 4, 'I64': 8, 'U64': 8, 'F64': 8,
+}  # fmt: skip
+_MAX_HEADER = 100 * 2**20  # bytes, of the library
+SHARD_BYTES = 5 * 10**9  # of a file that is written, as others cut them
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor is."""
+
+  path: pathlib.Path
+  dtype: str  # as the format calls it
+  shape: tuple[int, ...]
+  offset: int  # bytes from the start of the file
+
+  @property
+  def place(self) -> tuple[str, int]:
+    """What tensors are read in the order of."""
+    return str(self.path), self.offset
+
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """Reads some rows; of what has no rows, the whole."""
+    dtype = DTYPES[self.dtype]
+    row_shape = self.shape[1:]
+    row = math.prod(row_shape)
+    try:
+      with self.path.open('rb') as file:
+        x = np.fromfile(
+          file,
+          dtype,
+          count=(stop - start) * row,
+          offset=self.offset + start * row * dtype.itemsize,
+        )
+    except OSError as error:
+      raise ValueError(
+        f'{self.path}: got {error}, expected to read it; copy it again'
+      ) from None
+    if x.size != (stop - start) * row:
+      raise ValueError(
+        f'{self.path}: got a file that ends early; copy it again'
+      )
+    return x.reshape((stop - start, *row_shape))
+
+  def whole(self) -> np.ndarray:
+    """Reads the tensor."""
+    if not self.shape:
+      return self.rows(0, 1).reshape(())
+    return self.rows(0, self.shape[0])
+
+
+def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a directory, of one file or of several.
+
+  Raises:
+    FileNotFoundError: there are none, or a shard of the index is missing.
+    ValueError: a file is damaged, or does not have what the index says.
+  """
+  index = directory / INDEX
+  if not index.is_file():
+    if not (directory / SINGLE).is_file():
+      raise FileNotFoundError(_nothing(directory))
+    return read_header(directory / SINGLE)
+  weight_map = _weight_map(index)
+  tensors: dict[str, Tensor] = {}
+  for name in sorted(set(weight_map.values())):
+    path = directory / name
+    if pathlib.PurePath(name).name != name:
+      raise ValueError(f'{index}: got the file name {name!r}, expected no path')
+    if not path.is_file():
+      raise FileNotFoundError(
+        f'{path}: got no such file, expected the shard that {INDEX} lists; copy'
+        ' it too'
+      )
+    tensors |= read_header(path)
+  listed = {(name, directory / file) for name, file in weight_map.items()}
+  found = {(name, tensor.path) for name, tensor in tensors.items()}
+  if listed != found:
+    names = sorted(name for name, _ in listed ^ found)
+    raise ValueError(
+      f'{index}: got {_some(names)} in other files than it says, or in none,'
+      ' expected each in the shard that lists it; index and shards are not of'
+      ' the same model'
+    )
+  return tensors
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  try:
+    found = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    if all(isinstance(name, str) for name in (*found, *found.values())):
+      return found
+  except (ValueError, KeyError, TypeError, AttributeError):
+    pass
+  raise ValueError(
+    f'{index}: got a file without a weight_map of names, expected an index of'
+    ' shards; copy it again'
+  )
+
+
+def _nothing(directory: pathlib.Path) -> str:
+  others = [
+    path.name
+    for pattern in ('*.bin', '*.pt', '*.pth', '*.safetensors', '*.gguf')
+    for path in sorted(directory.glob(pattern))
+  ]
+  found = f'{_some(others)} alone' if others else 'no weights'
+  return (
+    f'{directory}: got {found}, expected {SINGLE} or {INDEX}; save the model'
+    ' with transformers (save_pretrained) to have them'
+  )
+
+
+def _some(names: list[str]) -> str:
+  """Lists names, not all of very many."""
+  more = f' and {len(names) - 8} more' if len(names) > 8 else ''
+  return ', '.join(names[:8]) + more
+
+
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a file, without reading them.
+
+  Raises:
+    ValueError: the file is not what its header says.
+  """
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+      raise ValueError(
+        f'{path}: got a header of {length} bytes in a file of {size}, expected'
+        ' less; it was truncated, or is no safetensors file: copy it again'
+      )
+    try:
+      header = json.loads(file.read(length))
+      header.pop('__metadata__', None)
+      entries = {
+        name: (x['dtype'], tuple(x['shape']), *x['data_offsets'])
+        for name, x in header.items()
+      }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f'{path}: got a header that cannot be read ({error!r}); copy the file'
+        ' again'
+      ) from None
+  end = 0
+  for name, (dtype, shape, begin, stop) in sorted(
+    entries.items(), key=lambda item: item[1][2]
+  ):
+    if begin != end or stop - begin != _num_bytes(path, name, dtype, shape):
+      raise ValueError(
+        f'{path}: got {name} as {dtype}{list(shape)} in bytes {begin} to'
+        f' {stop}, expected its size, where the tensor before it ends ({end});'
+        ' the file is damaged'
+      )
+    end = stop
+  if end != size - 8 - length:
+    raise ValueError(
+      f'{path}: got {size} bytes, expected {8 + length + end} by its header; it'
+      ' was truncated or added to: copy it again'
+    )
+  return {
+    name: Tensor(path, dtype, shape, 8 + length + begin)
+    for name, (dtype, shape, begin, _) in entries.items()
+  }
+
+
+def _num_bytes(path: pathlib.Path, name: str, dtype: str, shape: Any) -> int:
+  if not all(type(n) is int and n >= 0 for n in shape):
+    raise ValueError(f'{path}: got {name} of shape {shape}, expected integers')
+  if dtype in DTYPES:
+    return DTYPES[dtype].itemsize * math.prod(shape)
+  if dtype in _SIZES:
+    return _SIZES[dtype] * math.prod(shape)
+  raise ValueError(
+    f'{path}: got {name} of dtype {dtype!r}, expected one of'
+    f' {", ".join((*DTYPES, *_SIZES))}'
+  )
+
+
+def write_directory(
+  directory: pathlib.Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: Any,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  *,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes tensors as they come, into one file or several.
+
+  Args:
+    directory: exists.
+    shapes: of all tensors, in the order in which they come.
+    dtype: of all of them.
+    tensors: names and values.
+    shard_bytes: of a file; what is larger alone has a file of its own.
+  """
+  dtype = np.dtype(dtype)
+  code = next(name for name, other in DTYPES.items() if other == dtype)
+  sizes = {name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}
+  shards: list[list[str]] = [[]]
+  for name, size in sizes.items():
+    held = sum(sizes[other] for other in shards[-1])
+    if shards[-1] and held + size > shard_bytes:
+      shards.append([])
+    shards[-1].append(name)
+  files = [SINGLE] if len(shards) == 1 else [
+    f'model-{i + 1:05}-of-{len(shards):05}.safetensors'
+    for i in range(len(shards))
+  ]  # fmt: skip
+  for file_name, names in zip(files, shards, strict=True):
+    with (directory / file_name).open('wb') as file:
+      _write_header(file, {n: (code, shapes[n], sizes[n]) for n in names})
+      for expected in names:
+        name, x = next(tensors)
+        assert (name, x.shape) == (expected, shapes[expected]), name
+        # In little-endian order, as every machine is that JAX runs on.
+        np.ascontiguousarray(x, dtype).tofile(file)
+      file.flush()
+      os.fsync(file.fileno())
+  if len(files) > 1:
+    index = {
+      'metadata': {'total_size': sum(sizes.values())},
+      'weight_map': {
+        name: file
+        for file, names in zip(files, shards, strict=True)
+        for name in names
+      },
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n')
+
+
+def _write_header(file: BinaryIO, entries: Mapping[str, Any]) -> None:
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  begin = 0
+  for name, (code, shape, size) in entries.items():
+    header[name] = {
+      'dtype': code,
+      'shape': list(shape),
+      'data_offsets': [begin, begin + size],
+    }
+    begin += size
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)  # data starts at a multiple of 8
+  file.write(len(text).to_bytes(8, 'little') + text)

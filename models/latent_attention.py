@@ -1,0 +1,181 @@
+"""Multi-head latent attention: keys and values from one small vector per token.
+
+DeepSeek-V2, arXiv:2405.04434, section 2.1. Of every token a vector of U numbers
+is kept, from which each head makes its keys and values, and besides them the
+few channels of a key that are rotated, which all heads share:
+
+    latent = norm(x W_latent)        [U]
+    rope   = rotate(x W_key_rope)    [r]
+    key    = [rope, latent W_key_up]       of each head
+    value  = latent W_value_up             of each head
+
+A pass without a cache computes keys and values and attends as any other. One
+with a cache never does: a score is q W_key_up^T latent, so queries are taken
+into the space of latents, attend there, and what they find is taken out of it
+by W_value_up (the paper's appendix C). To the cache, and to whatever attends
+over it, that is a single head whose keys [rope, latent] are its values, too; of
+what comes out, the channels of the rope mean nothing. A token and layer keep
+r + U numbers instead of 2 H C.
+
+Rotated channels are the first r of a head, where the paper has the last: an
+order of channels that scores do not depend on.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import (
+  attention,
+  config as config_lib,
+  execution as execution_lib,
+  kv_cache,
+  mlp,
+  mup,
+  norms,
+  rope,
+)
+
+# Of the norms of latents, whatever the epsilon of the others is: so in every
+# implementation of DeepSeek's models.
+LATENT_EPSILON = 1e-6
+
+
+class LatentAttention(nn.Module):
+  """Takes and returns what `models.block.Attention` does."""
+
+  config: config_lib.ModelConfig
+  dtype: Any
+  execution: execution_lib.Execution
+  layer: config_lib.Layer
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    angles_BTc: jax.Array | None,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    cache: kv_cache.Layer | None,
+  ) -> tuple[jax.Array, kv_cache.Layer | None]:
+    config = self.config
+    q_BTHC = self._queries(x_BTD)
+    latent_BTU = self._linear('latent', config.latent_width, config.qkv_bias)(
+      x_BTD
+    )
+    latent_BTU = self._norm('latent_norm')(latent_BTU)
+    rope_BT1r = self._linear('key_rope', config.rotary_width, config.qkv_bias)(
+      x_BTD
+    )[:, :, None, :]
+    if angles_BTc is not None:
+      amplitude = config.rope_scaling.amplitude
+      q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
+      rope_BT1r = rope.rotate(rope_BT1r, angles_BTc, amplitude)
+    up = Up(config, name='key_up')(), Up(config, name='value_up')()
+    # By the width of the heads, not of what queries are taken into.
+    form = attention.Form(scale=config.query_scale or config.head_width**-0.5)
+    if cache is None:
+      out_BTHC = self._attend_whole(
+        q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
+      )
+    else:
+      kv_BT1C = jnp.concatenate([rope_BT1r, latent_BTU[:, :, None]], axis=3)
+      cache = kv_cache.write(cache, kv_BT1C, kv_BT1C, positions_BT)
+      out_BTHC = self._attend_cached(q_BTHC, cache, positions_BT, up, form)
+    out_BTD = self._linear(
+      'out', config.model_width, config.out_bias, mlp.residual_std(config)
+    )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))
+    return out_BTD, cache
+
+  def _queries(self, x_BTD):
+    config = self.config
+    width = config.num_heads * config.head_width
+    if config.query_latent_width:
+      latent = self._linear(
+        'query_down', config.query_latent_width, config.qkv_bias
+      )(x_BTD)
+      q = self._linear('query_up', width)(
+        self._norm('query_latent_norm')(latent)
+      )
+    else:
+      q = self._linear('query', width)(x_BTD)
+    q_BTHC = q.reshape((*q.shape[:2], config.num_heads, config.head_width))
+    if (multiplier := mup.query_multiplier(config)) != 1:
+      q_BTHC = q_BTHC * multiplier
+    return q_BTHC
+
+  def _attend_whole(
+    self, q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
+  ):
+    """Attends with the keys and values of every head, as training does."""
+    config = self.config
+    key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
+    k_BHTC = jnp.einsum('BTU,UHC->BHTC', latent_BTU, key_UHC)
+    rope_BHTr = jnp.broadcast_to(
+      rope_BT1r.swapaxes(1, 2), (*k_BHTC.shape[:3], rope_BT1r.shape[3])
+    )
+    has_dropout = config.dropout_rate and self.has_rng('dropout')
+    return self.execution.attend(
+      q_BTHC,
+      jnp.concatenate([rope_BHTr, k_BHTC], axis=3),
+      jnp.einsum('BTU,UHC->BHTC', latent_BTU, value_UHC),
+      segment_ids_BT=segment_ids_BT,
+      dropout=nn.Dropout(config.dropout_rate, deterministic=False)
+      if has_dropout
+      else None,
+      form=form,
+    )
+
+  def _attend_cached(self, q_BTHC, cache, positions_BT, up, form):
+    """Attends with queries that were taken into the space of latents."""
+    key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
+    width, heads = self.config.rotary_width, self.config.num_heads
+
+    def by_token(equation, x_BTHI, w_UHC):
+      """Multiplies each head of a token, whatever other tokens there are."""
+
+      def multiply(x):
+        x = x.reshape((*x.shape[:-1], heads, -1))
+        return jnp.einsum(equation, x, w_UHC)
+
+      rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
+      return self.execution.by_row(multiply, rows)
+
+    q_BTHU = by_token('...HC,UHC->...HU', q_BTHC[..., width:], key_UHC)
+    q_BTHC = jnp.concatenate([q_BTHC[..., :width], q_BTHU], axis=3)
+    out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
+    return by_token('...HU,UHC->...HC', out_BTHC[..., width:], value_UHC)
+
+  def _linear(self, name, width, use_bias=False, std=None):
+    config = self.config
+    std = mup.hidden_std(config) if std is None else std
+    return mlp.Linear(
+      width, self.dtype, use_bias, std, self.execution.linear, name=name
+    )
+
+  def _norm(self, name):
+    config = dataclasses.replace(
+      self.config, norm='rmsnorm', norm_epsilon=LATENT_EPSILON
+    )
+    return norms.Norm(config, by_row=self.execution.by_row, name=name)
+
+
+class Up(nn.Module):
+  """What makes the keys or values of all heads from a latent, [U, H, C]."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    config = self.config
+    channels = config.value_head_width
+    if self.name == 'key_up':
+      channels = config.head_width - config.rotary_width
+    shape = config.latent_width, config.num_heads * channels
+    kernel = self.param(
+      'kernel', nn.initializers.normal(mup.hidden_std(config)), shape
+    )
+    return kernel.reshape((shape[0], config.num_heads, channels))

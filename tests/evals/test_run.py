@@ -1,0 +1,133 @@
+"""Tasks by name: what is read, asked, scored and refused."""
+
+import json
+import sys
+
+import pytest
+
+from evals import report, run, scores
+from tests.evals import tiny_model
+
+
+@pytest.fixture
+def files(tmp_path):
+  """Returns a directory with a file of each kind."""
+  (tmp_path / 'text.txt').write_text('Once upon a time. ' * 20)
+  lines = {
+    'choice': {'context': 'Is it?', 'choices': ['yes', 'no'], 'label': 0},
+    'generate': {'prompt': 'say a', 'answer': 'a'},
+    'gsm8k': {'question': '1+1?', 'answer': '#### 2'},
+  }
+  for kind, line in lines.items():
+    text = ''.join(
+      json.dumps(line | {'id': f'{kind} {i}'}) + '\n' for i in range(4)
+    )
+    (tmp_path / f'{kind}.jsonl').write_text(text)
+  return tmp_path
+
+
+def test_perplexity_by_name(files):
+  task = f'perplexity:{files}/text.txt'
+  model = tiny_model.model(description={'name': 'table'})
+  result = run.run(task, model, run.Options(stride=8))
+  assert result.task == task
+  assert result.model == {'name': 'table'}
+  assert result.options['stride'] == 8
+  assert result.groups[0].details['stride'] == 8
+  (digest,) = result.files.values()
+  assert digest == scores.digest(files / 'text.txt')
+  assert 'bits_per_byte' in report.text(result)
+  json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_choices_by_name(files):
+  result = run.run(
+    f'choice:{files}/choice.jsonl', tiny_model.model(), run.Options(limit=3)
+  )
+  assert result.groups[0].num_examples == 3
+  # The same question four times is answered alike.
+  assert result.score('acc').value in (0.0, 1.0)
+
+
+def test_generation_by_name(files):
+  seen = []
+  model = tiny_model.model(
+    max_length=64, sample_fn=tiny_model.writer([['a', 'b']] * 4, seen=seen)
+  )
+  result = run.run(
+    f'generate:{files}/generate.jsonl',
+    model,
+    run.Options(max_tokens=4, temperature=0.5, num_samples=2, seed=3),
+  )
+  assert result.score('pass@2').value == 1.0
+  assert seen[0][1].seed == 3
+  assert (seen[0][1].max_tokens, seen[0][1].temperature) == (4, 0.5)
+
+
+def test_gsm8k_by_name(files):
+  sample = tiny_model.writer([['#### 2'], ['2'], ['#### 3'], ['']])
+  model = tiny_model.model(max_length=200, sample_fn=sample)
+  options = run.Options(
+    max_tokens=16, num_fewshot=2, fewshot_path=f'{files}/gsm8k.jsonl'
+  )
+  result = run.run(f'gsm8k:{files}/gsm8k.jsonl', model, options)
+  assert result.score('exact_match').values == (1.0, 0.0, 0.0, 0.0)
+  assert result.score('exact_match_last').value == 0.5
+
+
+def test_a_task_is_read_once_for_many_models(files):
+  task = run.open_task(f'choice:{files}/choice.jsonl')
+  (files / 'choice.jsonl').unlink()
+  assert task.run(tiny_model.model()) == task.run(tiny_model.model())
+
+
+@pytest.mark.parametrize('task', ['perplexity', 'perplexity:', 'x:y', '', 'a'])
+def test_a_name_that_is_no_task_is_refused(task):
+  with pytest.raises(ValueError, match='expected KIND:FILE, where KIND is one'):
+    run.open_task(task)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'limit': -1}, 'limit: got -1'),
+    ({'max_tokens': 0}, 'max_tokens: got 0'),
+    ({'temperature': -0.5}, 'temperature: got -0.5'),
+    ({'num_fewshot': -1}, 'num_fewshot: got -1'),
+  ],
+)
+def test_options_out_of_range_are_refused(fields, words):
+  with pytest.raises(ValueError, match=words):
+    run.Options(**fields)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'fields'),
+  [
+    ('choice', {'stride': 4}),
+    ('choice', {'num_samples': 2}),
+    ('perplexity', {'chat': True}),
+    ('generate', {'num_fewshot': 2}),
+  ],
+)
+def test_an_option_that_would_be_ignored_is_refused(kind, fields):
+  (name,) = fields
+  with pytest.raises(ValueError, match=f'{name}: got .* of kind {kind}'):
+    run.open_task(f'{kind}:a.jsonl', run.Options(**fields))
+
+
+def test_a_model_that_cannot_is_refused(files):
+  with pytest.raises(ValueError, match='sample_fn: got none'):
+    run.run(
+      f'gsm8k:{files}/gsm8k.jsonl',
+      tiny_model.model(max_length=600),
+    )
+
+
+def test_lm_eval_is_asked_for_where_it_is_not_installed(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'lm_eval', None)
+  # Other tests may have imported it: from there, and from its package.
+  monkeypatch.delitem(sys.modules, 'evals.lm_eval_tasks', raising=False)
+  monkeypatch.delattr('evals.lm_eval_tasks', raising=False)
+  with pytest.raises(ModuleNotFoundError, match='requirements-eval.txt'):
+    run.open_task('lm_eval:arc_easy')

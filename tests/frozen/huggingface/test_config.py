@@ -1,0 +1,184 @@
+"""config.json: what is read, what is refused, and what an export chooses."""
+
+import dataclasses
+import math
+
+import pytest
+
+from frozen.huggingface import config as config_io, layer_kinds
+from models import rope_scaling
+from tests import fixtures
+
+LLAMA = {
+  'architectures': ['LlamaForCausalLM'],
+  'model_type': 'llama',
+  'vocab_size': 61,
+  'hidden_size': 24,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'intermediate_size': 40,
+  'max_position_embeddings': 32,
+  'rms_norm_eps': 1e-5,
+}
+
+
+def _read(**fields):
+  return config_io.read(LLAMA | fields)[1]
+
+
+def test_llama_is_what_our_own_preset_is():
+  expected = fixtures.llama_like()
+  assert _read(hidden_act='silu') == expected
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'model_type': 'mamba'},
+      "got model_type = 'mamba'.*expected one of llama",
+    ),
+    ({'model_type': ['llama']}, r"got model_type = \['llama'\]"),
+    (
+      {'architectures': ['LlamaForSequenceClassification']},
+      'only language models are read',
+    ),
+    ({'key_value_gain': 2.0}, 'got key_value_gain = 2.0, expected no fields'),
+    ({'hidden_act': 'mish'}, "got hidden_act = 'mish', expected one of silu"),
+    ({'hidden_size': 25}, 'got hidden_size = 25, expected a multiple of 4 he'),
+    ({'num_hidden_layers': '2'}, "num_hidden_layers = '2', expected an integ"),
+    ({'num_hidden_layers': 0}, 'model.num_layers: got 0, expected a positive'),
+    ({'num_key_value_heads': 3}, 'expected a divisor of num_heads'),
+    ({'rms_norm_eps': math.nan}, 'got rms_norm_eps = nan, expected a number'),
+    ({'tie_word_embeddings': 1}, 'tie_word_embeddings = 1, expected true or'),
+    ({'quantization_config': {'bits': 4}}, 'got quantization_config = '),
+    ({'rope_scaling': {'type': 'x'}}, 'expected a type of default, linear'),
+    ({'rope_scaling': {'type': 'llama3', 'factor': 8.0}}, 'low_freq_factor'),
+    (
+      {'rope_scaling': {'type': 'linear', 'factor': 2.0, 'mrope_section': [1]}},
+      'expected no mrope_section of linear',
+    ),
+    ({'rope_scaling': 'yarn'}, "got rope_scaling = 'yarn', expected an object"),
+  ],
+)
+def test_what_changes_the_mathematics_unseen_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    _read(**fields)
+
+
+def test_a_missing_size_is_named():
+  with pytest.raises(ValueError, match='got no hidden_size, expected one'):
+    config_io.read({k: v for k, v in LLAMA.items() if k != 'hidden_size'})
+
+
+def test_old_and_new_rotary_fields_say_the_same():
+  old = _read(rope_theta=500.0, rope_scaling={'type': 'linear', 'factor': 4.0})
+  new = _read(
+    rope_parameters={
+      'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 500.0
+    }
+  )  # fmt: skip
+  assert old == new
+  assert old.rope_scaling.factor == 4.0
+  assert old.rope_base == 500.0
+
+
+def test_fields_without_effect_are_passed_over():
+  extra = {'use_cache': True, 'torch_dtype': 'float16', 'new_switch': False}
+  assert _read(**extra) == _read()
+
+
+@pytest.mark.parametrize(
+  ('letters', 'pattern'),
+  [
+    ('gggg', ''),
+    ('ll', ''),
+    ('lglg', 'lg'),
+    ('lllglllg', 'lllg'),
+    ('lllgl', 'lllg'),
+    ('ggl', 'ggl'),
+    ('nn', 'n'),
+  ],
+)
+def test_patterns_are_the_shortest(letters, pattern):
+  assert layer_kinds.pattern(letters) == pattern
+
+
+@pytest.mark.parametrize(
+  ('config', 'family'),
+  [
+    (fixtures.llama_like(), 'llama'),
+    (fixtures.llama_like(scan_layers=True, dropout_rate=0.1), 'llama'),
+    (fixtures.llama_like(qk_norm=True), 'qwen3'),
+    (fixtures.llama_like(window=7), 'mistral'),
+    (fixtures.llama_like(qkv_bias=True), 'qwen2'),
+    (fixtures.llama_like(layer_pattern='gn'), 'smollm3'),
+    (fixtures.gpt2_like(), 'gpt2'),
+    (fixtures.mixture(num_shared_experts=0), 'mixtral'),
+    (fixtures.mixture(num_shared_experts=0, qk_norm=True), 'qwen3_moe'),
+  ],
+)
+def test_an_export_chooses_a_family_that_computes_the_same(config, family):
+  assert config_io.write(config)[0] == family
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    fixtures.stable(),  # muP
+    fixtures.mixture(),  # shared experts without latent attention
+    fixtures.llama_like(logit_softcap=5.0),
+    fixtures.llama_like(mlp='gelu'),
+    fixtures.gpt2_like(use_bias=False),
+  ],
+)
+def test_what_no_family_computes_is_refused(config):
+  with pytest.raises(ValueError, match='got a model that no family of transf'):
+    config_io.write(config)
+
+
+def test_a_family_that_was_asked_for_must_fit():
+  config = fixtures.llama_like(qk_norm=True)
+  with pytest.raises(ValueError, match='llama: qk_norm is True, there False'):
+    config_io.write(config, 'llama')
+  with pytest.raises(ValueError, match="family: got 'mamba', expected one of"):
+    config_io.write(config, 'mamba')
+
+
+def test_every_kind_of_stretching_survives_the_way_there_and_back():
+  pairs = 3
+  for scaling in (
+    rope_scaling.RopeScaling(kind='linear', factor=2.0),
+    rope_scaling.RopeScaling(kind='dynamic', factor=2.0, original_length=32),
+    rope_scaling.RopeScaling(
+      kind='llama3',
+      factor=8.0,
+      original_length=16,
+      low_frequency=1.0,
+      high_frequency=4.0,
+    ),
+    rope_scaling.RopeScaling(
+      kind='yarn',
+      factor=3.0,
+      original_length=16,
+      beta_fast=30.0,
+      beta_slow=2.0,
+      is_truncated=False,
+      amplitude=1.25,
+    ),
+    rope_scaling.RopeScaling(
+      kind='longrope',
+      original_length=16,
+      amplitude=1.5,
+      short_divisors=(1.0, 1.5, 2.0),
+      long_divisors=(2.0, 3.0, 4.0),
+    ),
+  ):
+    config = fixtures.llama_like(rope_scaling=scaling)
+    config.validate()
+    assert len(scaling.short_divisors) in (0, pairs)
+    family, values = config_io.write(config)
+    again = config_io.read(values)[1]
+    assert again.rope_scaling == scaling
+    assert dataclasses.replace(again, rope_scaling=scaling) == again

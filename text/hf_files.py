@@ -1,0 +1,307 @@
+"""The files of a Hugging Face tokenizer: read, checked, and made one.
+
+What a tokenizer is, is spread over several files that grew over the years.
+`tokenizer.json` holds the pipeline; `tokenizer_config.json` names the special
+tokens and may add more or change how they match; older directories keep the
+names in `special_tokens_map.json` and additions in `added_tokens.json`. The
+rules of precedence here are those of `transformers`.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from text import hf_generation
+
+MODEL = 'tokenizer.json'
+CONFIG = 'tokenizer_config.json'
+GENERATION = hf_generation.FILE
+_NAMES = 'special_tokens_map.json'
+_ADDED = 'added_tokens.json'
+_TEMPLATE = 'chat_template.jinja'
+_MORE_TEMPLATES = 'additional_chat_templates'
+
+# Tokenizers that were not converted, and what converts them.
+_UNCONVERTED = re.compile(
+  r'.*\.model|vocab\.(json|txt)|tekken\.json|.*tiktoken'
+)
+
+Files = Mapping[str, bytes]
+
+
+class Specification(NamedTuple):
+  """A tokenizer in one piece."""
+
+  model: dict[str, Any]  # tokenizer.json, with all added tokens
+  names: dict[str, str]  # 'bos_token' -> '<s>', as templates know them
+  specials: dict[str, int]  # strings that are not text, with their ids
+  eos_ids: tuple[int, ...]  # of generation_config.json, else none
+  is_cleaned: bool  # clean_up_tokenization_spaces
+
+
+def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
+  """Returns the files that make a tokenizer, by name.
+
+  Raises:
+    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+  """
+  directory = pathlib.Path(directory)
+  if not (directory / MODEL).is_file():
+    raise FileNotFoundError(_no_model(directory))
+  names = (MODEL, CONFIG, GENERATION, _NAMES, _ADDED, _TEMPLATE)
+  return {
+    name: (directory / name).read_bytes()
+    for name in names
+    if (directory / name).is_file()
+  }
+
+
+def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
+  """Returns the files of a Hugging Face directory, chat templates in one place.
+
+  Several templates go into the config: what is saved has no directories.
+
+  Raises:
+    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+    ValueError: a file is not JSON.
+  """
+  files = read_saved(directory)
+  config = _json(files, CONFIG)
+  more = pathlib.Path(directory) / _MORE_TEMPLATES
+  if more.is_dir():
+    default = files.pop(_TEMPLATE, None)
+    named = {'default': default.decode()} if default is not None else {}
+    for path in sorted(more.glob('*.jinja')):
+      named[path.name.removesuffix('.jinja')] = path.read_text('utf-8')
+    if named:
+      config['chat_template'] = [
+        {'name': name, 'template': named[name]} for name in named
+      ]
+  config['kind'] = 'huggingface'
+  text = json.dumps(config, indent=2, ensure_ascii=False)
+  return files | {CONFIG: f'{text}\n'.encode()}
+
+
+def chat_templates(files: Files) -> dict[str, str]:
+  """Returns the chat templates by name; one alone is 'default'; may be empty.
+
+  Raises:
+    ValueError: the config holds something that is not a template.
+  """
+  if _TEMPLATE in files:
+    return {'default': files[_TEMPLATE].decode()}
+  found = _json(files, CONFIG).get('chat_template')
+  if found is None:
+    return {}
+  if isinstance(found, str):
+    return {'default': found}
+  try:
+    if not isinstance(found, dict):
+      found = {entry['name']: entry['template'] for entry in found}
+    if all(isinstance(text, str) for text in found.values()):
+      return found
+  except (TypeError, KeyError):
+    pass
+  raise ValueError(
+    f'{CONFIG}: got the chat_template {found!r}, expected a string or a list'
+    ' of names and templates'
+  )
+
+
+def specification(files: Files) -> Specification:
+  """Returns what the files say together.
+
+  Raises:
+    ValueError: a file is damaged, or the files contradict each other.
+  """
+  config = _json(files, CONFIG)
+  if 'added_tokens_decoder' not in config:  # written by transformers < 4.34
+    config |= _json(files, _NAMES)
+  names = dict(_named(config))
+  model = _model(files)
+  extra = config.get('extra_special_tokens')
+  if not extra:
+    extra = config.get('additional_special_tokens')
+  extra = (
+    [_content(token) for token in extra] if isinstance(extra, list) else []
+  )
+  special = {*names.values(), *extra}
+  known = {token['content']: token for token in model['added_tokens']}
+  wanted = _declared(config, special)
+  if wanted is None:  # here tokenizer.json knows better where both know one
+    wanted = [
+      tokenizers.AddedToken(
+        token, normalized=token not in special, special=token in special
+      )
+      for token in _by_id(_json(files, _ADDED))
+      if token not in known
+    ]
+  there = known.keys() | {token.content for token in wanted}
+  wanted += [
+    tokenizers.AddedToken(content, special=True)
+    for content in dict.fromkeys((*names.values(), *extra))
+    if content not in there
+  ]
+  if any(_differs(token, known.get(token.content)) for token in wanted):
+    loaded = load_model(model)
+    loaded.add_tokens(wanted)
+    model = json.loads(loaded.to_str())
+  _check_ids(config, model)
+  return Specification(
+    model=model,
+    names=names,
+    specials={
+      token['content']: token['id']
+      for token in model['added_tokens']
+      if token['special'] or token['content'] in special
+    },
+    eos_ids=tuple(hf_generation.eos_ids(_json(files, GENERATION))),
+    is_cleaned=config.get('clean_up_tokenization_spaces') is True,
+  )
+
+
+def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  """Returns what `tokenizers` makes of `tokenizer.json`.
+
+  Raises:
+    ValueError: it finds it damaged.
+  """
+  try:
+    return tokenizers.Tokenizer.from_str(json.dumps(model))
+  except Exception as error:  # tokenizers raises bare Exception
+    raise ValueError(
+      f'{MODEL} is not a tokenizer ({error}); copy it again'
+    ) from None
+
+
+def _model(files: Files) -> dict[str, Any]:
+  """Returns `tokenizer.json`.
+
+  Raises:
+    ValueError: it is damaged, or encodes at random.
+  """
+  model = _json(files, MODEL)
+  inner = model.get('model')
+  if not isinstance(inner, dict) or not inner.get('vocab'):
+    raise ValueError(
+      f'{MODEL} is not a tokenizer (it has no vocabulary); copy it again'
+    )
+  if inner.get('dropout'):
+    raise ValueError(
+      f'{MODEL}: got BPE dropout {inner["dropout"]}, expected null: the same'
+      ' text would have different ids each time; set it to null'
+    )
+  return {'added_tokens': [], **model}
+
+
+def _json(files: Files, name: str) -> dict[str, Any]:
+  """Returns a file as a dict; empty if there is none.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  try:
+    value = json.loads(files.get(name, b'{}'))
+  except ValueError as error:
+    raise ValueError(f'{name} is not JSON ({error}); copy it again') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{name} holds {type(value).__name__}, expected an object')
+  return value
+
+
+def _content(token: Any) -> str:
+  """Returns the string of a token, given as such or with its properties."""
+  content = token.get('content') if isinstance(token, dict) else token
+  if not isinstance(content, str) or not content:
+    raise ValueError(
+      f'{CONFIG}: got the special token {token!r}, expected a string or an'
+      ' object with its content'
+    )
+  return content
+
+
+def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields names and strings of the special tokens, models' own included."""
+  for source in (
+    config,
+    config.get('model_specific_special_tokens'),
+    config.get('extra_special_tokens'),
+  ):
+    for name, token in source.items() if isinstance(source, dict) else ():
+      # Not add_bos_token, which is a bool, nor what is declared to be absent.
+      is_own = source is not config
+      if isinstance(token, str | dict) and (is_own or name.endswith('_token')):
+        yield name, _content(token)
+
+
+def _by_id(added: Mapping[str, Any]) -> list[str]:
+  """Returns the tokens of `added_tokens.json` in the order of their ids."""
+  try:
+    return sorted(added, key=lambda token: int(added[token]))
+  except (TypeError, ValueError):
+    raise ValueError(
+      f'{_ADDED}: got {dict(added)!r}, expected an id for each token'
+    ) from None
+
+
+def _declared(
+  config: Mapping[str, Any], special: set[str]
+) -> list[tokenizers.AddedToken] | None:
+  """Returns the tokens that the config adds or changes; None: it is older."""
+  declared = config.get('added_tokens_decoder')
+  if declared is None:
+    return None
+  try:
+    by_id = sorted((int(i), dict(fields)) for i, fields in declared.items())
+    for _, fields in by_id:
+      fields.pop('__type', None)
+      fields['special'] = fields.get('special') or fields['content'] in special
+    return [tokenizers.AddedToken(**fields) for _, fields in by_id]
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    raise ValueError(
+      f'{CONFIG}: added_tokens_decoder is damaged ({error}); expected tokens'
+      ' by id, with their content and how they match'
+    ) from None
+
+
+def _differs(
+  token: tokenizers.AddedToken, known: Mapping[str, Any] | None
+) -> bool:
+  flags = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+  return known is None or any(
+    getattr(token, flag) != known[flag] for flag in flags
+  )
+
+
+def _check_ids(config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+  """Raises ValueError if a token is not where the config says it is."""
+  found = {token['content']: token['id'] for token in model['added_tokens']}
+  for token_id, fields in (config.get('added_tokens_decoder') or {}).items():
+    content = fields['content']
+    if found.get(content) != int(token_id):
+      raise ValueError(
+        f'{CONFIG}: got {content!r} with id {token_id}, expected'
+        f' {found.get(content)}, where {MODEL} has it or would add it; the'
+        ' files are not of the same tokenizer'
+      )
+
+
+def _no_model(directory: pathlib.Path) -> str:
+  """Returns what to say of a directory without `tokenizer.json`."""
+  names = sorted(path.name for path in directory.glob('*') if path.is_file())
+  found = [name for name in names if _UNCONVERTED.fullmatch(name)]
+  if not found:
+    return (
+      f'no {MODEL} in {os.fspath(directory)!r}; expected the files of a Hugging'
+      ' Face tokenizer; copy them beside the weights'
+    )
+  return (
+    f'no {MODEL} in {os.fspath(directory)!r}, only {", ".join(found)}; convert'
+    ' it once, where transformers and sentencepiece are installed:'
+    ' transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)'
+  )

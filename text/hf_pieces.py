@@ -1,0 +1,222 @@
+"""What each id of a `tokenizer.json` stands for, as bytes.
+
+The file's decoder is a pipeline over the strings of tokens. Those of language
+models work on one token at a time, except that the first one may lose the space
+that encoding put in front of the text. So a decoder becomes two tables: the
+bytes of an id inside a text, and at its start. Then streaming needs no look
+back, and constrained decoding and bits per byte have exact bytes to work with.
+
+One deliberate difference: a run of byte tokens that is not UTF-8 gives one
+U+FFFD for each of its bytes in `tokenizers`, though most of it may be whole
+characters; here only what is broken is replaced, or no character could be shown
+before the run ends.
+
+A decoder that looks at several tokens is refused.
+"""
+
+from collections.abc import Callable, Mapping
+import re
+from typing import Any, NamedTuple
+
+from text import bpe
+
+_BYTE_TOKEN = re.compile('<0x[0-9A-Fa-f]{2}>')
+
+# What WordPiece undoes in English text, as the library does, in its order.
+_CLEANED = (
+  (' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"),
+  (" n't", "n't"), (" 'm", "'m"), (' do not', " don't"), (" 's", "'s"),
+  (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+# One step of a decoder: what it makes of a token, given whether it is the
+# first. A token is a string until a step knows its bytes.
+_Token = str | bytes
+_Step = Callable[[_Token, bool], _Token]
+
+
+class Pieces(NamedTuple):
+  """Bytes by id: inside a text, and at its start where that differs."""
+
+  inside: list[bytes]
+  at_start: dict[int, bytes]
+
+
+def tabulate(
+  decoder: Mapping[str, Any] | None, tokens: Mapping[int, str], num_ids: int
+) -> Pieces:
+  """Returns the bytes of every id; b'' for one that is not in `tokens`.
+
+  Args:
+    decoder: the entry of `tokenizer.json`.
+    tokens: the strings of the ids that have text.
+    num_ids: one more than the largest id.
+
+  Raises:
+    ValueError: the decoder is unknown or looks at several tokens at once.
+  """
+  steps = _steps(decoder)
+  inside = [b''] * num_ids
+  at_start = {}
+  # Applied twice only where that can differ: there may be 250 000 ids.
+  has_start = any(step not in _ALIKE for step in steps)
+  for token_id, token in tokens.items():
+    inside[token_id] = first = _apply(steps, token, False)
+    if has_start:
+      first = _apply(steps, token, True)
+    if first != inside[token_id]:
+      at_start[token_id] = first
+  return Pieces(inside, at_start)
+
+
+def _apply(steps: list[_Step], token: str, is_first: bool) -> bytes:
+  value: _Token = token
+  for step in steps:
+    value = step(value, is_first)
+  return value if isinstance(value, bytes) else value.encode()
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> list[_Step]:
+  """Returns the steps of a decoder.
+
+  Raises:
+    ValueError: there is one that cannot be done token by token.
+  """
+  if decoder is None:  # the library then joins with spaces
+    return [lambda token, is_first: token if is_first else _joined(token)]
+  parts = [decoder]
+  while any(part['type'] == 'Sequence' for part in parts):
+    parts = [
+      inner
+      for part in parts
+      for inner in (part['decoders'] if part['type'] == 'Sequence' else [part])
+    ]
+  steps: list[_Step] = []
+  is_fused = False
+  for part in parts:
+    step = _step(part, is_fused)
+    if step is None:
+      raise ValueError(
+        f'got the decoder step {dict(part)}'
+        f'{" after Fuse" if is_fused else ""}, expected ByteLevel, Metaspace,'
+        ' WordPiece, or Replace, ByteFallback, Fuse and Strip as sentencepiece'
+        ' models have them: this one cannot be applied token by token, which'
+        ' streaming needs'
+      )
+    steps.append(step)
+    is_fused |= part['type'] == 'Fuse'
+  return steps
+
+
+def _step(part: Mapping[str, Any], is_fused: bool) -> _Step | None:
+  """Returns one step, None if it is unknown or needs its neighbours."""
+  kind = part['type']
+  if kind == 'Fuse':
+    return _fuse
+  if kind == 'Replace' and 'String' in part['pattern']:
+    pattern, content = part['pattern']['String'], part['content']
+    # After Fuse a longer pattern could match across tokens.
+    return None if is_fused and len(pattern) > 1 else _replace(pattern, content)
+  if kind == 'Strip' and len(part['content']) == 1:
+    if not is_fused:
+      return _strip(part['content'], part['start'], part['stop'], False)
+    # Of the whole text only its first character can be known at once.
+    is_simple = part['start'] <= 1 and part['stop'] == 0
+    return (
+      _strip(part['content'], part['start'], 0, True) if is_simple else None
+    )
+  if is_fused:
+    return None
+  if kind == 'ByteLevel':
+    return _byte_level
+  if kind == 'ByteFallback':
+    return _byte_fallback
+  if kind == 'Metaspace':
+    scheme = part.get('prepend_scheme')
+    if scheme is None:  # files of before 2024
+      scheme = 'always' if part.get('add_prefix_space', True) else 'never'
+    return _metaspace(part['replacement'], scheme != 'never')
+  if kind == 'WordPiece':
+    return _word_piece(part['prefix'], part['cleanup'])
+  return None
+
+
+def _joined(token: _Token) -> _Token:
+  return b' ' + token if isinstance(token, bytes) else f' {token}'
+
+
+def _byte_level(token: _Token, is_first: bool) -> _Token:
+  """Maps GPT-2's printable characters back to bytes.
+
+  An added token holds plain text; where all of that happens to be such
+  characters it is mapped as well, as in the library.
+  """
+  if isinstance(token, bytes):
+    return token
+  try:
+    return bytes(map(bpe.byte_of_char().__getitem__, token))
+  except KeyError:
+    return token.encode()
+
+
+def _fuse(token: _Token, is_first: bool) -> _Token:
+  return token
+
+
+def _byte_fallback(token: _Token, is_first: bool) -> _Token:
+  if isinstance(token, str) and _BYTE_TOKEN.fullmatch(token):
+    return bytes([int(token[3:5], 16)])
+  return token
+
+
+def _replace(pattern: str, content: str) -> _Step:
+  def step(token: _Token, is_first: bool) -> _Token:
+    return (
+      token if isinstance(token, bytes) else token.replace(pattern, content)
+    )
+
+  return step
+
+
+def _metaspace(replacement: str, is_prefixed: bool) -> _Step:
+  def step(token: _Token, is_first: bool) -> _Token:
+    if isinstance(token, bytes):
+      return token
+    # All of those of the first token go: so does the library.
+    space = '' if is_first and is_prefixed else ' '
+    return token.replace(replacement, space)
+
+  return step
+
+
+def _strip(content: str, start: int, stop: int, only_first: bool) -> _Step:
+  def step(token: _Token, is_first: bool) -> _Token:
+    if only_first and not is_first:
+      return token
+    cut = content.encode() if isinstance(token, bytes) else content
+    for _ in range(start):
+      token = token.removeprefix(cut)  # type: ignore[arg-type]
+    for _ in range(stop):
+      token = token.removesuffix(cut)  # type: ignore[arg-type]
+    return token
+
+  return step
+
+
+def _word_piece(prefix: str, is_cleaned: bool) -> _Step:
+  def step(token: _Token, is_first: bool) -> _Token:
+    if isinstance(token, bytes):
+      return token
+    if not is_first:
+      is_tail = token.startswith(prefix)
+      token = token.removeprefix(prefix) if is_tail else f' {token}'
+    if is_cleaned:
+      for dirty, clean in _CLEANED:
+        token = token.replace(dirty, clean)
+    return token
+
+  return step
+
+
+# Steps that treat the first token like any other.
+_ALIKE = (_fuse, _byte_level, _byte_fallback)

@@ -1,0 +1,385 @@
+"""Tokenizers of open models: a Hugging Face directory as our `Tokenizer`.
+
+    python -c "from text import hf_tokenizer; hf_tokenizer.convert(DIR, OUT)"
+
+Ids and decoded text are those of `transformers` on the same `tokenizer.json`,
+whatever the kind: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE
+with byte fallback (Llama 2, Mistral, Gemma), Unigram, WordPiece. Some of them
+change text: they normalise, know no rare characters, take '\u2581' for a space,
+or lose one at the start. Then `decode` does not always give it back, and
+`is_exact` is False. A few classes of `transformers` 5 ignore the pipeline in
+the file and build their own, `LlamaTokenizer` for one; what they save agrees
+with what they do, and its `TokenizersBackend` reads older files as done here.
+
+No text becomes a special token. The library would have to be asked for that
+(`encode_special_tokens`), and even then a Unigram or WordPiece model finds
+'</s>' in its vocabulary like any other piece. So in the model that encodes, the
+special tokens have other strings: random ones, drawn when it is loaded, which
+nobody can write. `encode_marked` puts them where a template wrote a special
+token. Added tokens that are not special ('<think>' in some models) are ordinary
+vocabulary and are found in any text.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import os
+import pathlib
+import re
+import secrets
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from text import hf_files, hf_pieces, spans as spans_lib, utf8
+
+_BYTE_TOKEN = re.compile('<0x[0-9A-Fa-f]{2}>')
+# Text that a normalizer, a prefix, a missing character, or sentencepiece's sign
+# for a space would change.
+_PROBE = (
+  ' caf\u00e9 cafe\u0301  \t\r\n\x00x \ufb01 \U0001f600\ufffd \u2581\u65e5 '
+)
+
+
+class HuggingFaceTokenizer:
+  """The tokenizer of an open model.
+
+  A vocabulary may lack what the rest of the code asks for: without BOS,
+  `bos_id` is EOS, which stood between the documents of such models; without
+  padding, `pad_id` is EOS, and never looked at. `names` says what there is.
+  """
+
+  kind = 'huggingface'
+
+  def __init__(self, files: hf_files.Files):
+    """Makes a tokenizer of the files that `hf_files` read.
+
+    Raises:
+      ValueError: the files are damaged, contradict each other, or describe
+        what cannot be done here.
+    """
+    self._files = dict(files)
+    found = hf_files.specification(self._files)
+    if found.is_cleaned and 'merges' not in found.model['model']:
+      raise ValueError(
+        f'{hf_files.CONFIG}: got clean_up_tokenization_spaces true, expected'
+        ' false: it would change text that is already shown; set it to false'
+      )
+    self.names: Mapping[str, str] = found.names
+    self.special_tokens: Mapping[str, int] = found.specials
+    self._hidden = _hidden_names(found)
+    self._model = _hide(found.model, self._hidden)
+    self._special_ids = frozenset(found.specials.values())
+    tokens = _tokens(found.model)
+    self.vocab_size = 1 + max(tokens)
+    self._pieces = hf_pieces.tabulate(
+      found.model.get('decoder'),
+      {i: text for i, text in tokens.items() if i not in self._special_ids},
+      self.vocab_size,
+    )
+    self.eos_ids = self._all_eos_ids(found.eos_ids)
+    self.eos_id = self.eos_ids[0]
+    self.bos_id = self._named_id('bos_token', self.eos_id)
+    self.pad_id = self._named_id('pad_token', self.eos_id)
+    self.adds_bos, self.adds_eos = self._added_around_text()
+    self.is_exact = all(
+      self.decode(self.encode(text)) == text for text in (_PROBE, _PROBE[1:])
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without special ids; UNK may be among them.
+
+    Raises:
+      ValueError: `text` holds a lone surrogate.
+    """
+    return self._encode(text).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the ids of each text, int32; on all cores.
+
+    Raises:
+      ValueError: a text holds a lone surrogate.
+    """
+    try:
+      encodings = self._model.encode_batch_fast(
+        list(texts), add_special_tokens=False
+      )
+    except (TypeError, UnicodeEncodeError):
+      for text in texts:
+        utf8.encode(text)  # says where the surrogate is
+      raise
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_marked(
+    self, text: str, spans: Sequence[spans_lib.Span]
+  ) -> spans_lib.Encoded:
+    """Returns the ids of a rendered template; special tokens are at `spans`.
+
+    As `transformers` encodes such a text, had it special tokens there only.
+    """
+    spans = list(spans)
+    while True:
+      replaced, moved = self._with_hidden(text, spans)
+      encoding = self._encode(replaced)
+      # How some special tokens match (single_word, normalized) keeps the
+      # library from finding them in some places: there they are text to it.
+      lost = _lost(encoding, moved, [self._id_at(text, span) for span in spans])
+      if not lost:
+        return _moved_back(encoding, spans, moved)
+      spans = [span for i, span in enumerate(spans) if i not in lost]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`, with U+FFFD for what is not UTF-8.
+
+    Special ids contribute nothing. The space that encoding puts in front of
+    every text is removed again, if it does: ids that continue a text lose it.
+    """
+    parts: list[bytes] = []
+    for token_id in ids:
+      inside = self.token_bytes(token_id)
+      # A special id does not start the text.
+      is_start = not parts
+      part = self.first_bytes(token_id) if is_start else inside
+      if inside or part:
+        parts.append(part)
+    return utf8.decode(b''.join(parts))
+
+  def token_bytes(self, token_id: int) -> bytes:
+    """Returns the bytes of `token_id` inside a text, b'' for a special id.
+
+    Raises:
+      ValueError: `token_id` is not in the vocabulary.
+    """
+    if not 0 <= token_id < self.vocab_size:
+      raise ValueError(
+        f'got token id {token_id}, expected 0 <= id < {self.vocab_size}; is '
+        'this the tokenizer that the model was trained with?'
+      )
+    return self._pieces.inside[token_id]
+
+  def first_bytes(self, token_id: int) -> bytes:
+    """Returns the bytes of `token_id` where it is the first of a text."""
+    inside = self.token_bytes(token_id)
+    return self._pieces.at_start.get(token_id, inside)
+
+  def num_bytes_V(self) -> np.ndarray:
+    """Returns int32 [V], bytes per id inside a text, 0 for special ids."""
+    return np.array([len(b) for b in self._pieces.inside], np.int32)
+
+  def chat_templates(self) -> dict[str, str]:
+    """Returns the chat templates by name; one alone is 'default'."""
+    return hf_files.chat_templates(self._files)
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the files into `directory`, as they were read."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in self._files.items():
+      (directory / name).write_bytes(data)
+
+  def _encode(self, text: str) -> tokenizers.Encoding:
+    try:
+      return self._model.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+      utf8.encode(text)  # says where the surrogate is
+      raise
+
+  def _named_id(self, name: str, default: int) -> int:
+    token = self.names.get(name)
+    return default if token is None else self.special_tokens[token]
+
+  def _all_eos_ids(self, recommended: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the ids that end a text; the tokenizer's own is first.
+
+    Where generation_config.json lists others, generating stops at those alone.
+    """
+    own = self._named_id('eos_token', -1)
+    if own >= 0 and (own in recommended or not recommended):
+      return (own, *(i for i in recommended if i != own))
+    if not recommended:
+      raise ValueError(
+        f'got a tokenizer without an end of text, expected eos_token in'
+        f' {hf_files.CONFIG} or eos_token_id in {hf_files.GENERATION}; add one'
+      )
+    return recommended
+
+  def _added_around_text(self) -> tuple[bool, bool]:
+    """Returns whether the model was fed BOS before, and EOS after, each text.
+
+    Raises:
+      ValueError: it was fed something else.
+    """
+    bos, eos = ([self._named_id(n, -1)] for n in ('bos_token', 'eos_token'))
+    encoding = self._model.encode('a', add_special_tokens=True)
+    ids, mask = encoding.ids, encoding.special_tokens_mask
+    # Without any text, where the vocabulary lacks that letter: BOS is before.
+    first = mask.index(0) if 0 in mask else len(bos) * (ids[:1] == bos)
+    before, after = ids[:first], ids[first + mask.count(0) :]
+    if before not in ([], bos) or after not in ([], eos):
+      raise ValueError(
+        f'{hf_files.MODEL}: its post_processor puts the ids {before} before and'
+        f' {after} after a text, expected BOS {bos} and EOS {eos} at most; name'
+        f' them bos_token and eos_token in {hf_files.CONFIG}'
+      )
+    return bool(before), bool(after)
+
+  def _id_at(self, text: str, span: spans_lib.Span) -> int:
+    token = text[slice(*span)]
+    if token not in self.special_tokens:
+      raise ValueError(
+        f'got {token!r} at {span}, expected one of the special tokens'
+        f' {", ".join(self.special_tokens)}'
+      )
+    return self.special_tokens[token]
+
+  def _with_hidden(
+    self, text: str, spans: Sequence[spans_lib.Span]
+  ) -> tuple[str, list[spans_lib.Span]]:
+    """Returns `text` with the special tokens' other strings, and where."""
+    parts: list[str] = []
+    moved = []
+    position = length = 0
+    for start, end in spans:
+      token = text[start:end]
+      parts += [text[position:start], self._hidden.get(token, token)]
+      length += start - position
+      moved.append((length, length + len(parts[-1])))
+      length, position = moved[-1][1], end
+    return ''.join((*parts, text[position:])), moved
+
+
+def convert(
+  source: str | os.PathLike, out: str | os.PathLike
+) -> HuggingFaceTokenizer:
+  """Reads the tokenizer of a Hugging Face directory and saves it in `out`.
+
+  What is saved loads here and in `transformers`.
+
+  Raises:
+    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+    ValueError: the tokenizer is damaged or cannot be used here.
+  """
+  try:
+    tokenizer = HuggingFaceTokenizer(hf_files.read_source(source))
+  except ValueError as error:
+    raise ValueError(f'{os.fspath(source)}: {error}') from None
+  tokenizer.save(out)
+  return tokenizer
+
+
+def load(directory: str | os.PathLike) -> HuggingFaceTokenizer:
+  """Returns the tokenizer that `convert` or `save` wrote.
+
+  Raises:
+    FileNotFoundError: there is no `tokenizer.json`.
+    ValueError: the files are damaged.
+  """
+  try:
+    return HuggingFaceTokenizer(hf_files.read_saved(directory))
+  except ValueError as error:
+    raise ValueError(f'{os.fspath(directory)}: {error}') from None
+
+
+def _tokens(model: Mapping[str, Any]) -> dict[int, str]:
+  """Returns the string of every id."""
+  vocab = model['model']['vocab']
+  if isinstance(vocab, dict):
+    tokens = {i: token for token, i in vocab.items()}
+  else:  # Unigram: pieces and their scores
+    tokens = {i: piece for i, (piece, _) in enumerate(vocab)}
+  return tokens | {t['id']: t['content'] for t in model['added_tokens']}
+
+
+def _hidden_names(found: hf_files.Specification) -> dict[str, str]:
+  """Returns a random string for every special token.
+
+  Plain lower-case letters and digits: no normalizer changes them.
+  """
+  secret = secrets.token_hex(16)
+  has_bytes = bool(found.model['model'].get('byte_fallback'))
+  return {
+    token: f'{secret}{i:06d}'
+    for i, token in enumerate(found.specials)
+    # The library looks for these by their strings.
+    if not (has_bytes and _BYTE_TOKEN.fullmatch(token))
+  }
+
+
+def _hide(
+  model: Mapping[str, Any], hidden: Mapping[str, str]
+) -> tokenizers.Tokenizer:
+  """Loads `tokenizer.json` with other strings for the special tokens."""
+  inner = dict(model['model'])
+  if isinstance(inner['vocab'], dict):
+    inner['vocab'] = {hidden.get(t, t): i for t, i in inner['vocab'].items()}
+  else:
+    inner['vocab'] = [[hidden.get(t, t), score] for t, score in inner['vocab']]
+  if inner.get('unk_token') is not None:
+    inner['unk_token'] = hidden.get(inner['unk_token'], inner['unk_token'])
+  if inner.get('merges'):
+    pairs = (_pair(merge) for merge in inner['merges'])
+    # Merges must not spell a special token, nor could they: it is hidden.
+    inner['merges'] = [
+      [left, right]
+      for left, right in pairs
+      if not {left, right, left + right} & hidden.keys()
+    ]
+  added = [
+    token | {'content': hidden.get(token['content'], token['content'])}
+    for token in model['added_tokens']
+  ]
+  loaded = hf_files.load_model({**model, 'model': inner, 'added_tokens': added})
+  loaded.no_truncation()
+  loaded.no_padding()
+  return loaded
+
+
+def _pair(merge: str | Sequence[str]) -> Sequence[str]:
+  """Returns both sides; files of before 2024 have them in one string."""
+  return merge.split(' ', 1) if isinstance(merge, str) else merge
+
+
+def _lost(
+  encoding: tokenizers.Encoding,
+  spans: Sequence[spans_lib.Span],
+  ids: Sequence[int],
+) -> set[int]:
+  """Returns which of the spans did not become their id."""
+  wanted = set(ids)
+  found = {
+    (token_id, offset)
+    for token_id, (start, end) in zip(
+      encoding.ids, encoding.offsets, strict=True
+    )
+    if token_id in wanted
+    for offset in range(start, end)
+  }
+  return {
+    i
+    for i, (token_id, (start, _)) in enumerate(zip(ids, spans, strict=True))
+    if (token_id, start) not in found
+  }
+
+
+def _moved_back(
+  encoding: tokenizers.Encoding,
+  spans: Sequence[spans_lib.Span],
+  moved: Sequence[spans_lib.Span],
+) -> spans_lib.Encoded:
+  """Returns the encoding with offsets into the text that was asked for."""
+  corners = [(0, 0)]
+  for (start, end), (moved_start, moved_end) in zip(spans, moved, strict=True):
+    corners += [(moved_start, start), (moved_end, end)]
+  offsets = []
+  current = 0
+  for start, end in encoding.offsets:
+    while current + 1 < len(corners) and corners[current + 1][0] <= start:
+      current += 1
+    offsets.append((_at(corners, current, start), _at(corners, current, end)))
+  return spans_lib.Encoded(encoding.ids, offsets)
+
+
+def _at(corners: Sequence[tuple[int, int]], current: int, position: int) -> int:
+  while current + 1 < len(corners) and corners[current + 1][0] <= position:
+    current += 1
+  moved, original = corners[current]
+  return original + position - moved
