@@ -3,6 +3,7 @@
     python serve.py --model=DIR --prompt='def add('
     python serve.py --model=DIR --chat
     python serve.py --model=DIR --port=8000 --engine.max_sequences=64
+    python serve.py --model=DIR --eval=perplexity:book.txt --eval.limit=100
     python serve.py --model=DIR --plan=v5e:2x4
 
 DIR is a frozen directory: `train.py` writes one, and so does
@@ -21,7 +22,7 @@ import sys
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-_WAYS = 'prompt', 'chat', 'port', 'plan'
+_WAYS = 'prompt', 'chat', 'port', 'eval', 'plan'
 _SETTINGS = (
   'temperature',
   'top_k',
@@ -39,6 +40,7 @@ _SETTINGS = (
   'ignore_eos',
 )
 _ENGINE = 'engine.'  # in front of the fields of an EngineConfig
+_EVAL = 'eval.'  # and of evals.run.Options
 
 
 def main(argv: list[str]) -> None:
@@ -69,9 +71,11 @@ def main(argv: list[str]) -> None:
       from inference import chat
 
       chat.run(_load_small(1), _chosen(), read=input, write=_show)
+    elif way == 'eval':
+      _evaluate()
     else:
       _complete(FLAGS.prompt, _chosen())
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     _fail(str(error))
   except KeyboardInterrupt:
     print()
@@ -129,6 +133,62 @@ def _speed(completions, compile_seconds: float) -> str:
     f'decode          {decode} ({num_decoded} tokens, ended by'
     f' {reasons}, seed {first.seed})\n'
     f'compilation     {compile_seconds:.1f} s, not counted above'
+  )
+
+
+def _evaluate() -> None:
+  """Runs a task on the engine, and prints its scores with their errors."""
+  from evals import report, run
+  from inference import generate
+
+  given = {
+    name.removeprefix(_EVAL): FLAGS[name].value
+    for name in FLAGS
+    if name.startswith(_EVAL) and FLAGS[name].value is not None
+  }
+  # Files are read first: a wrong one need not wait for the engine.
+  task = run.open_task(FLAGS.eval, run.Options(**given))
+  generator = generate.load(FLAGS.model, _engine_config())
+  result = task.run(_evaluated(generator))
+  print(report.text(result))
+  if FLAGS.eval_out:
+    result.save(FLAGS.eval_out)
+    print(f'saved {FLAGS.eval_out}; python -m evals.compare A.json B.json')
+
+
+def _evaluated(generator):
+  """Returns the model that evaluations ask, which is the engine that serves."""
+  from evals import encoding, ports
+  from inference import chat, scoring
+
+  manifest, engine = generator.frozen.manifest, generator.engine
+  # Several ids may end a text; a tokenizer has one of them as its EOS.
+  sample = scoring.sampler(engine, stop_ids=generator.defaults.stop_ids)
+
+  def complete(prompts, settings, num_samples):
+    return [
+      [ports.Completion(each.text, each.ids) for each in samples]
+      for samples in sample(prompts, settings, num_samples)
+    ]
+
+  def encode_chat(messages):
+    prompt, _ = chat.render(generator, messages)
+    return list(generator.prompt_ids(prompt))
+
+  return ports.Model(
+    tokenizer=generator.tokenizer,
+    max_length=engine.model_config.max_length,
+    logprob_fn=scoring.scorer(engine),
+    sample_fn=complete,
+    adds_bos=manifest.has_bos,
+    encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
+    encode_chat=encode_chat,
+    description={
+      'experiment': manifest.experiment,
+      'weights_digest': manifest.weights_digest,
+      'dtype': manifest.dtype,
+      'step': manifest.step,
+    },
   )
 
 
@@ -242,8 +302,10 @@ def _heeded_by(name: str) -> tuple[str, ...]:
     return 'prompt', 'chat'
   if name in ('host', 'api_keys', 'drain_seconds'):
     return ('port',)
+  if name == 'eval_out' or name.startswith(_EVAL):
+    return ('eval',)
   if name == 'compilation_cache' or name.startswith(_ENGINE):
-    return 'prompt', 'chat', 'port'
+    return 'prompt', 'chat', 'port', 'eval'
   return _WAYS
 
 
@@ -286,6 +348,13 @@ def _define_flags() -> None:
     ' v5e:2x4 or h100:8, by compiling for it.',
   )
   flags.DEFINE_string(
+    'eval',
+    None,
+    'Run a task: perplexity:FILE, choice:FILE.jsonl, generate:FILE.jsonl,'
+    ' gsm8k:FILE.jsonl, lm_eval:TASK[,TASK].',
+  )
+  flags.DEFINE_string('eval_out', None, 'File for the result of --eval, JSON.')
+  flags.DEFINE_string(
     'compilation_cache',
     None,
     'Directory that keeps compiled programs for the next start; empty: none.'
@@ -298,6 +367,7 @@ def _define_flags() -> None:
   )
   _define_settings()
   _define_engine()
+  _define_options()
 
 
 def _define_settings() -> None:
@@ -355,6 +425,24 @@ def _define_engine() -> None:
     'decode_shapes',
     'Numbers of decode rows to compile for; may be repeated.',
   )
+
+
+def _define_options() -> None:
+  """Defines the fields of `evals.run.Options`, without their defaults."""
+
+  def define(kind, name: str, text: str):
+    kind(_EVAL + name, None, text)
+
+  count = flags.DEFINE_integer
+  define(count, 'limit', 'First examples, or blocks of text, to take.')
+  define(count, 'stride', 'Of perplexity, tokens; half of the context if none.')
+  define(count, 'num_fewshot', 'Solved examples in front of each.')
+  define(flags.DEFINE_string, 'fewshot_path', 'File with those, of gsm8k.')
+  define(count, 'max_tokens', 'Of a completion.')
+  define(flags.DEFINE_float, 'temperature', '0 is greedy.')
+  define(count, 'num_samples', 'Of each prompt, for pass@k.')
+  define(count, 'seed', 'Of the samples.')
+  define(flags.DEFINE_bool, 'chat', "Through the model's chat template.")
 
 
 if __name__ == '__main__':

@@ -9,9 +9,13 @@ import time
 
 from absl import flags
 import httpx2
+import numpy as np
 import pytest
 
+from evals import run as eval_run, scores
+from frozen import format as frozen_format
 from inference import engine_config
+from models import transformer
 import serve
 from tests import fixtures, frozen_fixtures
 
@@ -132,6 +136,10 @@ def test_bad_input_is_one_line_and_no_traceback(model, tmp_path):
     # Found out by the thread that loads, when the server listens already.
     ([*port, '--engine.attention=kernel'], "engine.attention: got 'kernel'"),
     (
+      [f'--model={directory}', '--eval=perplexity:nowhere.txt'],
+      'nowhere.txt',
+    ),
+    (
       [f'--model={directory}', '--prompt=a', '--temperature=-1'],
       'temperature: got -1.0, expected a number >= 0',
     ),
@@ -147,6 +155,44 @@ def test_bad_input_is_one_line_and_no_traceback(model, tmp_path):
     line = err.splitlines()[-1]
     assert line.startswith(f'error: {message}'), err
     assert 'Traceback' not in err
+
+
+def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
+  directory, digest = model
+  text = 'Of what is written, some is read; of what is read, little is kept.'
+  (tmp_path / 'text.txt').write_text(text)
+  out_file = tmp_path / 'result.json'
+  code, out, err = _run(
+    f'--model={directory}',
+    f'--eval=perplexity:{tmp_path / "text.txt"}',
+    '--eval.stride=8',
+    f'--eval_out={out_file}',
+    *_ENGINE,
+  )
+  assert (code, err) == (0, '')
+  assert 'bits_per_byte' in out
+  result = scores.load(out_file)
+  assert result.model['weights_digest'] == digest
+  frozen = frozen_format.read(directory)
+  # A text of one window behind BOS: the full forward scores each byte once.
+  ids = [256, *text.encode()]
+  network = transformer.Transformer(frozen.config)
+  total, start = 0.0, 1
+  while start < len(ids):  # as evals.perplexity documents its windows
+    stop = min(len(ids), start + (32 if start == 1 else 8))
+    window = ids[max(0, stop - 33) : stop]
+    logits_1TV, _ = network.apply(frozen.params, np.asarray([window[:-1]]))
+    logits_TV = np.asarray(logits_1TV[0, :, :259], np.float64)
+    logprobs_TV = logits_TV - np.logaddexp.reduce(
+      logits_TV, axis=-1, keepdims=True
+    )
+    scored = range(len(window) - (stop - start), len(window))
+    total += sum(logprobs_TV[t - 1, window[t]] for t in scored)
+    start = stop
+  expected = -total / np.log(2) / len(text.encode())
+  (group,) = result.groups
+  found = group.score('bits_per_byte').value
+  assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_help_does_not_wait_for_jax():
@@ -187,6 +233,18 @@ def test_every_field_of_an_engine_is_a_flag_that_does_not_change_it():
     ) == engine_config.EngineConfig(
       page_size=8, block_rows=128, decode_shapes=(2, 32)
     )
+  finally:
+    for name in names:
+      delattr(flags.FLAGS, name)
+
+
+def test_every_option_of_an_evaluation_is_a_flag():
+  serve._define_options()
+  names = [name for name in flags.FLAGS if name.startswith('eval.')]
+  try:
+    fields = dataclasses.fields(eval_run.Options)
+    assert sorted(names) == sorted(f'eval.{field.name}' for field in fields)
+    assert all(flags.FLAGS[name].value is None for name in names)
   finally:
     for name in names:
       delattr(flags.FLAGS, name)
