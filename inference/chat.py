@@ -1,7 +1,8 @@
 """A conversation in the terminal.
 
 The model remembers nothing between turns: each turn renders the whole history
-through the chat template, and reads it again from the beginning.
+through the chat template. What of it is as before, the engine's prefix cache
+finds computed; only the rest is read.
 """
 
 from collections.abc import Callable

@@ -172,7 +172,7 @@ class Engine:
         ' shorten the prompt or lower max_tokens'
       )
     capacity = self.page_tokens * self.roster.tables.allocator.num_usable
-    if num_prompt + wanted > capacity:
+    if num_prompt + wanted - 1 > capacity:  # the last one is never computed
       raise ValueError(
         f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
         f' most {capacity} together (the cache of this engine); lower'

@@ -67,10 +67,11 @@ class EngineConfig:
         raise ValueError(
           f'engine.{name}: got {getattr(self, name)}, expected a number >= 0'
         )
-    if self.decode_shapes and max(self.decode_shapes) != self.max_sequences:
+    shapes = self.decode_shapes
+    if shapes and not (min(shapes) >= 1 and max(shapes) == self.max_sequences):
       raise ValueError(
-        f'engine.decode_shapes: got {self.decode_shapes}, expected the largest'
-        f' to be max_sequences = {self.max_sequences}'
+        f'engine.decode_shapes: got {shapes}, expected numbers >= 1, the'
+        f' largest of them max_sequences = {self.max_sequences}'
       )
     self.limits(tile)  # checks what the scheduler is told
 
@@ -92,9 +93,8 @@ class EngineConfig:
   def table_width(self, max_length: int) -> int:
     """Returns L, pages of a sequence of the whole context."""
     # A block may reach beyond a context that it ends with.
-    return _tiles(max_length + self.block_rows) // self.page_tokens(
-      max_length
-    ) + int(not self.page_size)
+    slots = _tiles(max_length + self.block_rows)
+    return -(-slots // self.page_tokens(max_length))
 
   def step_shapes(self) -> list[tuple[int, int]]:
     """Returns the (D, X) that steps are compiled for.

@@ -91,6 +91,9 @@ class Generator:
       self.defaults.max_tokens or math.inf
     ):
       chosen['max_tokens'] = None
+    if chosen.get('ignore_eos'):
+      # An open model recommends its several ends of text as stop ids.
+      chosen.setdefault('stop_ids', ())
     return dataclasses.replace(self.defaults, **chosen)
 
   def request(

@@ -11,7 +11,7 @@ ids are still in flight. Nothing waits for the device when pages change hands: a
 page that is released while a dispatched step writes to it is safe to hand on,
 because the device runs steps in order, and its next owner writes later.
 
-Not safe for threads: one loop owns it.
+One thread owns it.
 """
 
 import collections
@@ -261,10 +261,6 @@ class Roster:
       del self._active[sequence.principal]
     self._planned = None
 
-  def cancel(self, id: Hashable):
-    """Lets a sequence go that is not finished; the next plan has its pages."""
-    self.end(id)
-
   def preempt(self, id: Hashable):
     """Makes a sequence give back its pages and wait, as a plan would.
 
@@ -490,7 +486,8 @@ class Roster:
         ' a token that starts a text, and ignore a token that is not wanted'
       )
     usable = self.tables.allocator.num_usable
-    needed = self.limits.num_pages(num_prompt + max_new_tokens)
+    # The last token is sampled and never computed.
+    needed = self.limits.num_pages(num_prompt + max_new_tokens - 1)
     if needed > usable:
       raise Refused(
         f'sequence {id!r}: got {num_prompt} prompt tokens and up to'

@@ -27,9 +27,9 @@ pass anyway take its pages. A run that ends in preemption counts as waiting,
 since nothing came of it but the tokens, which it keeps.
 
 Admission needs room for all the tokens that a sequence knows, after all those
-that the running ones know, and a page more for each of these to grow into. One
-that has just given its pages back is not let in again before somebody leaves.
-Those of a worse priority make room for it, others do not.
+that the running ones know, and a page more for each of these that may grow into
+one. One that has just given its pages back is not let in again before somebody
+leaves. Those of a worse priority make room for it, others do not.
 """
 
 import collections
@@ -98,6 +98,7 @@ class Task:
   waited_steps: int = 0  # since submission, the current run left out
   seniority: int = 0  # order of first admission; kept when preempted
   num_known: int  # tokens known, those still in flight included
+  max_known: int = 2**62  # tokens of prompt and completion, at most
   num_computed: int = 0  # of these, or where it would start from
   pages: tuple[int, ...] = ()  # held now
   num_hit_pages: int = 0  # that a prefix hit would give a waiting one
@@ -256,7 +257,7 @@ class _Draft:
     # What running ones know takes pages before those who enter do, computed or
     # not; and each of them will want a page to grow into.
     self.claims = {
-      task.id: self._pages_for(task, task.num_known) + 1
+      task.id: self._pages_for(task, task.num_known) + self._growth(task)
       for task in self.running
     }
     self.room = self.num_available - sum(self.claims.values())
@@ -271,7 +272,7 @@ class _Draft:
         return
       if not (length := self._length(task)):
         return
-      self.room -= needed + 1
+      self.room -= needed + self._growth(task)
       self.admitted[task.id] = task
       self._give(task, length)
 
@@ -339,6 +340,11 @@ class _Draft:
       self.is_mixed = True
     else:
       self.num_blocks += self.limits.num_blocks(length)
+
+  def _growth(self, task: Task) -> int:
+    """Returns 1 if `task` may ever want a page beyond what it knows, else 0."""
+    most = self.limits.num_pages(task.max_known - 1)  # the last is not computed
+    return int(most > self.limits.num_pages(task.num_known))
 
   def _pages_for(self, task: Task, num_tokens: int) -> int:
     """Pages to allocate until so many tokens of `task` are computed."""

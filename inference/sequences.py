@@ -131,6 +131,7 @@ class PageTables:
       waited_steps=sequence.waited_steps,
       seniority=sequence.seniority or 0,
       num_known=sequence.num_known,
+      max_known=sequence.max_known,
       num_computed=num_computed,
       pages=sequence.pages,
       num_hit_pages=len(hit),

@@ -68,7 +68,8 @@ class Transcript:
     self._tokenizer = tokenizer
     self._settings = settings
     self._max_tokens = max_tokens
-    self._decoder = detokenize.StreamDecoder(tokenizer)
+    # A completion goes on from a prompt: a first space is one.
+    self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
     # Follows the decoder, for what it does not tell: is it inside a character?
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._matcher = stop_strings.StopMatcher(settings.stop)

@@ -111,13 +111,25 @@ def span_flops(
     num_logits: of these, positions that the head is applied to.
   """
   head = config.vocab_size * config.model_width
-  attended = length * (start + (length + 1) / 2)
-  attention_width = config.num_heads * config.head_width
+  channels = config.num_heads * (config.head_width + config.value_head_width)
+  keys = sum(
+    _keys_seen(start, length, config.window if layer.is_local else 0)
+    for layer in map(config.layer, range(config.num_layers))
+  )
   return (
     2.0 * (num_matmul_params(config) - head) * length
     + 2.0 * head * num_logits
-    + 4.0 * config.num_layers * attention_width * attended
+    + 2.0 * channels * keys
   )
+
+
+def _keys_seen(start: int, length: int, window: int) -> float:
+  """Returns how many keys successive tokens see together, each its own too."""
+  if not window:
+    return length * (start + (length + 1) / 2)
+  num_growing = min(max(window - start, 0), length)  # see all before them
+  growing = num_growing * (start + (num_growing + 1) / 2)
+  return growing + (length - num_growing) * window
 
 
 def train_flops_per_token(

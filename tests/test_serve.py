@@ -1,20 +1,33 @@
 """serve.py as a user runs it: in a process of its own."""
 
+import dataclasses
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+from absl import flags
 import httpx2
+import numpy as np
 import pytest
 
+from evals import run as eval_run, scores
+from frozen import format as frozen_format
+from inference import engine_config
+from models import transformer
+import serve
 from tests import fixtures, frozen_fixtures
 
-# As long as what --chat makes of 'hi': all of these tests compile one shape,
-# and find it in the compilation cache that the session shares.
 _PROMPT = 'User: hi\n\nAssistant:'
+# Few shapes for --port. Those of --prompt and --chat are few, and are found in
+# the compilation cache that the session shares.
+_ENGINE = [
+  '--engine.max_sequences=1',
+  '--engine.block_rows=128',
+  '--engine.max_blocks=1',
+  '--engine.max_mixed_blocks=1',
+]
 
 
 @pytest.fixture(scope='module')
@@ -48,12 +61,36 @@ def test_prompt_streams_then_reports_speed_and_an_unchanged_digest(model):
   code, out, err = _run(*flags, f'--prompt={_PROMPT}', '--top_k=20')
   assert (code, err) == (0, '')
   assert out.startswith(_PROMPT)
-  assert re.search(r'prefill +[\d,]+ tokens/s \(21 tokens\)', out)
+  assert re.search(
+    r'prefill +[\d,]+ tokens/s \(21 tokens, 0 of them cached\)', out
+  )
   assert re.search(r'decode +[\d,.]+ tokens/s \(4 tokens, ended by length', out)
   assert 'seed 3' in out
   assert re.search(r'compilation +[\d.]+ s, not counted above', out)
   assert f'weights before  {digest}' in out
   assert f'weights after   {digest}  unchanged' in out
+
+
+def test_several_completions_of_a_prompt(model):
+  directory, _ = model
+  code, out, err = _run(
+    f'--model={directory}',
+    f'--prompt={_PROMPT}',
+    '--n=2',
+    '--seed=3',
+    '--max_tokens=4',
+    '--min_tokens=4',
+    '--repetition_penalty=1.2',
+    '--presence_penalty=0.5',
+    '--frequency_penalty=0.5',
+    '--stop_ids=5',
+    '--ignore_eos',
+    '--engine.max_sequences=1',  # one after the other
+  )
+  assert (code, err) == (0, '')
+  assert '--- seed 3\n' in out
+  assert '--- seed 4\n' in out
+  assert re.search(r'decode .*\(6 tokens, ended by length', out)
 
 
 def test_chat_ends_with_its_input(model):
@@ -69,9 +106,17 @@ def test_chat_ends_with_its_input(model):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], 'got none of them, expected one of --prompt, --chat, --port'),
+    ([], 'got none, expected one of --prompt, --chat, --port'),
     (['--chat', '--prompt=a'], 'got --prompt and --chat, expected one of'),
     (['--prompt=a', 'b'], 'got --prompt and b, expected one of'),
+    # What would change nothing is not accepted.
+    (
+      ['--port=1', '--temperature=0'],
+      'got --temperature with --port, expected it with --prompt or --chat',
+    ),
+    (['--chat', '--n=2'], 'got --n with --chat, expected it with --prompt;'),
+    (['--prompt=a', '--api_keys=k'], 'got --api_keys with --prompt, expected'),
+    (['--plan=v5e:1x1', '--engine.page_size=8'], 'got --engine.page_size with'),
   ],
 )
 def test_one_way_to_ask_is_required(flags, message):
@@ -82,7 +127,18 @@ def test_one_way_to_ask_is_required(flags, message):
 
 def test_bad_input_is_one_line_and_no_traceback(model, tmp_path):
   directory, _ = model
-  for flags, message in (
+  keys = tmp_path / 'keys'
+  keys.write_text('nobody')
+  port = [f'--model={directory}', '--port=0']
+  for chosen, message in (
+    ([*port, '--engine.page_size=7'], 'engine.page_size: got 7, expected a'),
+    ([*port, f'--api_keys={keys}'], f'{keys}:1: got a line that is not name'),
+    # Found out by the thread that loads, when the server listens already.
+    ([*port, '--engine.attention=kernel'], "engine.attention: got 'kernel'"),
+    (
+      [f'--model={directory}', '--eval=perplexity:nowhere.txt'],
+      'nowhere.txt',
+    ),
     (
       [f'--model={directory}', '--prompt=a', '--temperature=-1'],
       'temperature: got -1.0, expected a number >= 0',
@@ -92,10 +148,51 @@ def test_bad_input_is_one_line_and_no_traceback(model, tmp_path):
       f'{tmp_path}/manifest.json: got no such file, expected a frozen',
     ),
   ):
-    code, out, err = _run(*flags)
-    assert (code, out) == (2, '')
-    (line,) = err.splitlines()
-    assert line.startswith(f'error: {message}')
+    code, out, err = _run(*chosen)
+    assert code == 2
+    if '--port=0' not in chosen:  # a server says more
+      assert (out, err.count('\n')) == ('', 1)
+    line = err.splitlines()[-1]
+    assert line.startswith(f'error: {message}'), err
+    assert 'Traceback' not in err
+
+
+def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
+  directory, digest = model
+  text = 'Of what is written, some is read; of what is read, little is kept.'
+  (tmp_path / 'text.txt').write_text(text)
+  out_file = tmp_path / 'result.json'
+  code, out, err = _run(
+    f'--model={directory}',
+    f'--eval=perplexity:{tmp_path / "text.txt"}',
+    '--eval.stride=8',
+    f'--eval_out={out_file}',
+    *_ENGINE,
+  )
+  assert (code, err) == (0, '')
+  assert 'bits_per_byte' in out
+  result = scores.load(out_file)
+  assert result.model['weights_digest'] == digest
+  frozen = frozen_format.read(directory)
+  # A text of one window behind BOS: the full forward scores each byte once.
+  ids = [256, *text.encode()]
+  network = transformer.Transformer(frozen.config)
+  total, start = 0.0, 1
+  while start < len(ids):  # as evals.perplexity documents its windows
+    stop = min(len(ids), start + (32 if start == 1 else 8))
+    window = ids[max(0, stop - 33) : stop]
+    logits_1TV, _ = network.apply(frozen.params, np.asarray([window[:-1]]))
+    logits_TV = np.asarray(logits_1TV[0, :, :259], np.float64)
+    logprobs_TV = logits_TV - np.logaddexp.reduce(
+      logits_TV, axis=-1, keepdims=True
+    )
+    scored = range(len(window) - (stop - start), len(window))
+    total += sum(logprobs_TV[t - 1, window[t]] for t in scored)
+    start = stop
+  expected = -total / np.log(2) / len(text.encode())
+  (group,) = result.groups
+  found = group.score('bits_per_byte').value
+  assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_help_does_not_wait_for_jax():
@@ -116,35 +213,110 @@ def test_help_does_not_wait_for_jax():
   assert ' jax' not in process.stderr
 
 
-def test_port_serves_until_it_is_stopped(model):
-  directory, digest = model
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  process = _start(f'--model={directory}', f'--port={port}')
+def test_every_field_of_an_engine_is_a_flag_that_does_not_change_it():
+  serve._define_engine()
+  names = [name for name in flags.FLAGS if name.startswith('engine.')]
   try:
-    _wait_for(f'http://127.0.0.1:{port}/health', process)
+    fields = dataclasses.fields(engine_config.EngineConfig)
+    assert sorted(names) == sorted(f'engine.{field.name}' for field in fields)
+    assert serve._engine_config() == engine_config.EngineConfig()
+    for field in fields:
+      flag, kind = flags.FLAGS[f'engine.{field.name}'], type(field.default)
+      assert flag.value is None
+      assert flag.help
+      parsed = flag.parser.parse({int: '3', bool: 'true'}.get(kind, '4'))
+      assert type(parsed) is (int if kind is tuple else kind)
+    flags.FLAGS['engine.page_size'].value = 8
+    flags.FLAGS['engine.decode_shapes'].value = [2, 32]
+    assert serve._engine_config(
+      page_size=4, block_rows=128
+    ) == engine_config.EngineConfig(
+      page_size=8, block_rows=128, decode_shapes=(2, 32)
+    )
+  finally:
+    for name in names:
+      delattr(flags.FLAGS, name)
+
+
+def test_every_option_of_an_evaluation_is_a_flag():
+  serve._define_options()
+  names = [name for name in flags.FLAGS if name.startswith('eval.')]
+  try:
+    fields = dataclasses.fields(eval_run.Options)
+    assert sorted(names) == sorted(f'eval.{field.name}' for field in fields)
+    assert all(flags.FLAGS[name].value is None for name in names)
+  finally:
+    for name in names:
+      delattr(flags.FLAGS, name)
+
+
+def test_port_serves_until_it_is_stopped(model, tmp_path):
+  directory, digest = model
+  keys = tmp_path / 'keys'
+  keys.write_text('me:my-key')
+  process = _start(
+    f'--model={directory}', '--port=0', f'--api_keys={keys}', *_ENGINE
+  )
+  try:
+    url = _url(process)
+    _wait_for(f'{url}/ready', process)
     answer = httpx2.post(
-      f'http://127.0.0.1:{port}/v1/completions',
+      f'{url}/v1/completions',
       json={'model': frozen_fixtures.EXPERIMENT, 'prompt': _PROMPT},
+      headers={'authorization': 'Bearer my-key'},
       timeout=60,
     )
     assert answer.json()['usage']['completion_tokens'] > 0
+    assert httpx2.get(f'{url}/metrics').status_code == 401
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
   finally:
     process.kill()
+  assert process.returncode == 0
   assert digest in out
   assert f'weights {digest}: unchanged' in err
   assert 'Traceback' not in err
 
 
+def test_a_server_that_still_compiles_stops_at_once(model, tmp_path):
+  directory, _ = model
+  process = _start(
+    f'--model={directory}',
+    '--port=0',
+    f'--compilation_cache={tmp_path / "empty"}',
+    '--engine.max_sequences=64',
+  )
+  try:
+    url = _url(process)
+    assert httpx2.get(f'{url}/ready').status_code == 503
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  # All of its programs take a minute or more.
+  assert time.monotonic() - start < 10
+  assert process.returncode == 1
+  assert 'Traceback' not in err
+
+
+def _url(process):
+  """Returns where a server listens, once it says so."""
+  seen = []
+  for line in process.stderr:
+    seen.append(line)
+    if found := re.search(r'running on (http://\S+)', line):
+      return found[1]
+  pytest.fail(''.join(seen))
+
+
 def _wait_for(url, process):
-  for _ in range(600):
+  for _ in range(1200):
     assert process.poll() is None, process.communicate()
     try:
       if httpx2.get(url).status_code == 200:
         return
     except httpx2.TransportError:
-      time.sleep(0.1)
+      pass
+    time.sleep(0.1)
   pytest.fail(f'{url} did not answer')

@@ -142,7 +142,7 @@ def import_file(
       pieces=pieces,
       dtype=dtype,
       tokenizer_dir=tokenizer_dir,
-      has_bos=bool(tokenizer.adds_bos),
+      tokenizer=tokenizer,
       generation=generation,
       notes=notes,
       origin={**(origin or {}), 'format': 'gguf'},

@@ -183,7 +183,7 @@ def import_directory(
       out,
       dtype=dtype,
       tokenizer_dir=tokenizer_dir,
-      has_bos=bool(tokenizer.adds_bos),
+      tokenizer=tokenizer,
       generation=generation,
       notes=notes,
       origin=dict(origin or {}),
@@ -210,7 +210,7 @@ def freeze_source(
   pieces: list[tensor_map.Piece] | None = None,
   dtype: str,
   tokenizer_dir: str | os.PathLike,
-  has_bos: bool,
+  tokenizer: hf_tokenizer.HuggingFaceTokenizer,
   generation: Mapping[str, Any],
   notes: list[str],
   origin: Mapping[str, str],
@@ -238,7 +238,7 @@ def freeze_source(
       knowledge_cutoff='',
       weights='raw',
       lineage={},
-      has_bos=has_bos,
+      has_bos=bool(tokenizer.adds_bos),
       origin={
         'format': 'huggingface',
         'family': source.model_type,
@@ -248,6 +248,8 @@ def freeze_source(
     ),
     tokenizer_dir=tokenizer_dir,
     generation=generation,
+    # Templates by other names stay among the tokenizer's files.
+    chat_template=tokenizer.chat_templates().get('default', ''),
     overwrite=overwrite,
   )
   return Imported(manifest, notes)

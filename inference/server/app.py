@@ -1,17 +1,24 @@
 """The HTTP face of life two, in the shapes of OpenAI's API.
 
-    GET  /health            200 while the process can answer
+    GET  /health            200 while the process can answer, 503 if it failed
+    GET  /ready             503 until every program is compiled
+    GET  /metrics           counters of the engine, as Prometheus collects them
     GET  /v1/models         the one model, with the lineage of its weights
     GET  /v1/models/{id}
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
 A request is checked whole before the first byte of an answer: the 200 of a
-stream cannot be taken back. The weights' digest is computed again when the
-server stops, and has to be the one it started with.
+stream cannot be taken back. Who leaves before the end cancels what was asked.
+With keys, all but /health and /ready want one. The weights' digest is computed
+again when the server stops, and has to be the one it started with.
+
+Chat completions would be another route like `complete`: messages rendered by
+`text.chat`, and another form of `completions.Answer`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 import contextlib
 import json
 import logging
@@ -23,46 +30,95 @@ import fastapi
 from fastapi import exceptions, responses
 from starlette import exceptions as starlette_exceptions
 
-from frozen import format as frozen_format
-from inference import generate
-from inference.server import completions, schema, worker as worker_lib
+from frozen import format as frozen_format, manifest as manifest_lib
+from inference import engine as engine_lib, generate
+from inference.server import (
+  api_keys,
+  completions,
+  engine_loop as engine_loop_lib,
+  schema,
+  tokenization,
+)
 
 _LOG = logging.getLogger('uvicorn.error')
-_DISCONNECT_POLL_SECONDS = 0.2
 _CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it
+_METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
 def create_app(
-  generator: generate.Generator, model_name: str
+  engine_loop: engine_loop_lib.EngineLoop,
+  manifest: manifest_lib.Manifest,
+  model_name: str,
+  keys: api_keys.ApiKeys | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI app that answers with `generator` as `model_name`."""
-  worker = worker_lib.Worker()
-  card = _model_card(generator, model_name)
+  """Returns the ASGI app that answers as `model_name`.
+
+  Args:
+    engine_loop: what generates; the app starts and closes it.
+    manifest: of the model, which need not be loaded yet.
+    model_name: what requests have to call it.
+    keys: whose requests are answered; None: everybody's.
+  """
 
   @contextlib.asynccontextmanager
   async def lifespan(_):
+    engine_loop.start()
     yield
-    worker.close()
-    _report_digest(generator.frozen)
+    await engine_loop.close()
+    if engine_loop.generator:
+      _report_digest(engine_loop.generator.frozen)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
-  app.add_middleware(_RequestId)
+  app.add_middleware(api_keys.Authentication, keys=keys)
+  app.add_middleware(_RequestId)  # outermost: a refusal has one too
   app.add_exception_handler(exceptions.RequestValidationError, _on_validation)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(schema.ApiError, _on_api_error)
+  _add_probes(app, engine_loop)
+  _add_models(app, manifest, model_name)
+  _add_tokenizer(app, engine_loop, model_name)
 
-  def check_model(name: str) -> None:
-    if name != model_name:
-      raise schema.ApiError(
-        404,
-        f'model: got {name!r}, expected {model_name!r}, the model served here',
-        param='model',
-        code='model_not_found',
-      )
+  @app.post('/v1/completions')
+  async def complete(body: schema.CompletionRequest, request: fastapi.Request):
+    _check_model(body.model, model_name)
+    body.check(is_shared=keys is not None)
+    answer = completions.Answer(
+      _generator(engine_loop), body, principal=request.state.principal
+    )
+    if body.stream:
+      updates = await _submit(engine_loop, answer)
+      return _EventStream(_events(answer.chunks(updates)), updates)
+    return await _unless_disconnected(request, _whole(engine_loop, answer))
+
+  return app
+
+
+def _add_probes(
+  app: fastapi.FastAPI, engine_loop: engine_loop_lib.EngineLoop
+) -> None:
+  def tell(is_good: bool) -> responses.JSONResponse:
+    # Of no path: what a probe may know, see `api_keys.OPEN_PATHS`.
+    status = {'status': 'ok' if is_good else engine_loop.state}
+    return responses.JSONResponse(status, 200 if is_good else 503)
 
   @app.get('/health')
   async def health():
-    return {'status': 'ok'}
+    return tell(engine_loop.state != engine_loop_lib.FAILED)
+
+  @app.get('/ready')
+  async def ready():
+    return tell(engine_loop.state == engine_loop_lib.READY)
+
+  @app.get('/metrics')
+  async def metrics():
+    text = _generator(engine_loop).engine.metrics.text()
+    return responses.Response(text, media_type=_METRICS_TYPE)
+
+
+def _add_models(
+  app: fastapi.FastAPI, manifest: manifest_lib.Manifest, model_name: str
+) -> None:
+  card = _model_card(manifest, model_name)
 
   @app.get('/v1/models')
   async def models():
@@ -70,32 +126,39 @@ def create_app(
 
   @app.get('/v1/models/{name:path}')
   async def model(name: str):
-    check_model(name)
+    _check_model(name, model_name)
     return card
 
-  @app.post('/v1/completions')
-  async def complete(body: schema.CompletionRequest, request: fastapi.Request):
-    check_model(body.model)
-    body.check()
-    answer = completions.Answer(generator, body)
-    updates = worker.run(answer.start())
-    if body.stream:
-      return _EventStream(_events(answer.chunks(updates)))
-    return await _unless_disconnected(request, answer.whole(updates))
 
-  return app
+def _add_tokenizer(
+  app: fastapi.FastAPI,
+  engine_loop: engine_loop_lib.EngineLoop,
+  model_name: str,
+) -> None:
+  @app.get('/tokenizer_info')
+  async def tokenizer_info():
+    return tokenization.info(_generator(engine_loop))
+
+  @app.post('/tokenize')
+  async def tokenize(body: schema.TokenizeRequest):
+    _check_model(body.model or model_name, model_name)
+    return tokenization.tokenize(_generator(engine_loop), body)
+
+  @app.post('/detokenize')
+  async def detokenize(body: schema.DetokenizeRequest):
+    _check_model(body.model or model_name, model_name)
+    return tokenization.detokenize(_generator(engine_loop), body)
 
 
 def _model_card(
-  generator: generate.Generator, model_name: str
+  manifest: manifest_lib.Manifest, model_name: str
 ) -> dict[str, Any]:
-  manifest = generator.frozen.manifest
   return {
     'id': model_name,
     'object': 'model',
-    'created': int(time.time()),  # when this server loaded it
+    'created': int(time.time()),  # when this server began to load it
     'owned_by': 'two-lives',
-    'max_model_len': generator.frozen.config.max_length,
+    'max_model_len': manifest.model['max_length'],
     'lineage': {
       'weights_digest': manifest.weights_digest,
       'num_params': manifest.num_params,
@@ -110,6 +173,32 @@ def _model_card(
   }
 
 
+def _check_model(name: str, model_name: str) -> None:
+  if name != model_name:
+    raise schema.ApiError(
+      404,
+      f'model: got {name!r}, expected {model_name!r}, the model served here',
+      param='model',
+      code='model_not_found',
+    )
+
+
+def _generator(engine_loop: engine_loop_lib.EngineLoop) -> generate.Generator:
+  """Returns what answers.
+
+  Raises:
+    ApiError: status 503, nothing does, yet or any more.
+  """
+  if engine_loop.state != engine_loop_lib.READY or not engine_loop.generator:
+    raise schema.ApiError(
+      503,
+      f'the server is not ready: {engine_loop.state}; ask /ready',
+      param=None,
+      code='not_ready',
+    )
+  return engine_loop.generator
+
+
 def _report_digest(frozen: frozen_format.Frozen) -> None:
   expected = frozen.manifest.weights_digest
   digest = frozen_format.weights_digest(frozen.params)
@@ -119,12 +208,38 @@ def _report_digest(frozen: frozen_format.Frozen) -> None:
     _LOG.error('weights %s: CHANGED, were %s', digest, expected)
 
 
-async def _unless_disconnected(request: fastapi.Request, work):
+async def _submit(
+  engine_loop: engine_loop_lib.EngineLoop, answer: completions.Answer
+) -> engine_loop_lib.Updates:
+  try:
+    return await engine_loop.submit(answer.requests)
+  except engine_lib.Overloaded as error:
+    raise schema.ApiError(
+      429, str(error), param=None, code='overloaded'
+    ) from error
+  except ValueError as error:
+    raise completions.refused_prompt(error) from error
+  except (engine_loop_lib.Failed, engine_loop_lib.Stopped) as error:
+    raise _failure(error) from error
+
+
+async def _whole(
+  engine_loop: engine_loop_lib.EngineLoop, answer: completions.Answer
+) -> dict[str, Any]:
+  updates = await _submit(engine_loop, answer)
+  with contextlib.closing(updates):
+    return await answer.whole(updates)
+
+
+async def _unless_disconnected(
+  request: fastapi.Request, work: Coroutine[Any, Any, dict[str, Any]]
+) -> responses.Response:
   """Awaits the body of an answer, but gives up when the client does."""
 
   async def disconnected():
-    while not await request.is_disconnected():
-      await asyncio.sleep(_DISCONNECT_POLL_SECONDS)
+    # The body has been read: what else comes is the end.
+    while (await request.receive())['type'] != 'http.disconnect':
+      pass
 
   working = asyncio.create_task(work)
   watching = asyncio.create_task(disconnected())
@@ -136,7 +251,7 @@ async def _unless_disconnected(request: fastapi.Request, work):
   except schema.ApiError:
     raise
   except Exception as error:
-    return _error_response(_failure(error))
+    return _failure(error).response()
   finally:
     working.cancel()
     watching.cancel()
@@ -149,7 +264,7 @@ async def _events(
   try:
     async with contextlib.aclosing(chunks):
       async for chunk in chunks:
-        yield f'data: {json.dumps(chunk)}\n\n'
+        yield f'data: {json.dumps(chunk, allow_nan=False)}\n\n'
   except Exception as error:
     # The 200 is out: clients raise on an event with an 'error'.
     yield f'data: {json.dumps(_failure(error).body())}\n\n'
@@ -161,9 +276,17 @@ class _EventStream(responses.StreamingResponse):
 
   media_type = 'text/event-stream'
 
+  def __init__(
+    self, events: AsyncGenerator[str], updates: engine_loop_lib.Updates
+  ):
+    super().__init__(events)
+    self._updates = updates
+
   async def __call__(self, scope, receive, send):
-    async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
-      await super().__call__(scope, receive, send)
+    # Even if nothing has been asked of the stream yet.
+    with contextlib.closing(self._updates):
+      async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
+        await super().__call__(scope, receive, send)
 
 
 class _RequestId:
@@ -184,26 +307,25 @@ class _RequestId:
 
 
 async def _on_validation(_, error):
-  return _error_response(schema.from_validation(error.errors()))
+  return schema.from_validation(error.errors()).response()
 
 
 async def _on_http(_, error):
-  return _error_response(
-    schema.ApiError(error.status_code, error.detail, param=None, code=None)
-  )
+  return schema.ApiError(
+    error.status_code, error.detail, param=None, code=None
+  ).response()
 
 
 async def _on_api_error(_, error):
-  return _error_response(error)
+  return error.response()
 
 
 def _failure(error: Exception) -> schema.ApiError:
   """Logs a fault of ours and returns what the client may know of it."""
-  _LOG.error('generation failed', exc_info=error)
+  if isinstance(error, engine_loop_lib.Stopped):
+    return schema.ApiError(503, str(error), param=None, code='stopped')
+  if not isinstance(error, engine_loop_lib.Failed):  # that is in the log
+    _LOG.error('generation failed', exc_info=error)
   return schema.ApiError(
     500, 'the generation failed; see the server log', param=None, code=None
   )
-
-
-def _error_response(error: schema.ApiError) -> responses.JSONResponse:
-  return responses.JSONResponse(error.body(), status_code=error.status)

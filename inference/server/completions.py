@@ -1,34 +1,71 @@
 """One completions request on its way: from a checked body to OpenAI's shapes.
 
 Choices are numbered as OpenAI does: n of the first prompt, then n of the
-second. All of a request's sequences are decoded as one batch.
+second. Each sequence is one of the running batch, beside those of others.
+
+What is not OpenAI's, in the last piece of a choice:
+
+    seed          with the settings and the weights: the same text again
+    stop_reason   the stop string or id that ended it, as in vLLM
+    accounting    what it took, see `inference.requests.Usage`: tokens computed
+                  and found computed, floating-point operations, bytes of its
+                  pages times seconds, seconds of waiting, reading and writing
 """
 
-from collections.abc import AsyncGenerator, Generator
-import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable
 import dataclasses
 import logging
 import time
 from typing import Any
 import uuid
 
-from inference import generate, settings as settings_lib
-from inference.server import schema
+from inference import generate, requests, settings as settings_lib
+from inference.server import schema, token_scores
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
+
+Updates = AsyncIterable[tuple[int, requests.Update]]
 
 
 class Answer:
   """Makes the answer to one request, whole or in chunks."""
 
   def __init__(
-    self, generator: generate.Generator, body: schema.CompletionRequest
+    self,
+    generator: generate.Generator,
+    body: schema.CompletionRequest,
+    *,
+    principal: str,
   ):
-    self._generator = generator
-    self._body = body
-    self._prompts = [p for p in body.prompts() for _ in range(body.n or 1)]
-    self._done: dict[int, generate.Completion] = {}
+    """Checks prompts and settings.
+
+    Args:
+      generator: whose engine will answer.
+      body: of the request.
+      principal: whose request it is.
+
+    Raises:
+      ApiError: status 400; `param` names the field.
+    """
+    self._generator, self._body = generator, body
+    self._principal = principal
+    self._prompts = body.prompts()
+    try:
+      self.requests = [self._request(prompt) for prompt in self._prompts]
+    except settings_lib.SettingError as error:
+      raise schema.from_setting(error) from error
+    except ValueError as error:
+      raise refused_prompt(error) from error
+    self._n = self.requests[0].settings.n
+    if len(self.requests) * self._n > schema.MAX_CHOICES:
+      raise schema.invalid(
+        'n',
+        f'got {len(self.requests) * self._n} completions to make (prompts times'
+        f' n), expected at most {schema.MAX_CHOICES}; send several requests',
+      )
+    self._echoes = [self._echo(prompt) for prompt in self._prompts]
+    self._done: dict[int, requests.Completion] = {}
     self._head = {
       'id': f'cmpl-{uuid.uuid4().hex}',
       'object': 'text_completion',
@@ -38,103 +75,188 @@ class Answer:
       'system_fingerprint': generator.frozen.manifest.weights_digest[:16],
     }
 
-  def start(self) -> Generator[generate.Update]:
-    """Checks prompts and settings, and returns the generation, not yet run.
-
-    Raises:
-      ApiError: status 400; `param` names the field.
-    """
-    try:
-      settings = [self._settings(i, p) for i, p in enumerate(self._prompts)]
-      return self._generator.updates(self._prompts, settings)
-    except settings_lib.SettingError as error:
-      raise schema.invalid(error.setting, str(error)) from error
-    except ValueError as error:
-      raise schema.invalid('prompt', str(error)) from error
-
-  async def whole(
-    self, updates: AsyncGenerator[generate.Update]
-  ) -> dict[str, Any]:
+  async def whole(self, updates: Updates) -> dict[str, Any]:
     """Returns the body of an answer that is not streamed."""
-    async for update in updates:
-      self._keep(update)
+    async for which, update in updates:
+      self._keep(which, update)
     choices = [
-      self._choice(index, self._echo(index) + completion.text, completion)
+      self._whole_choice(index, completion)
       for index, completion in sorted(self._done.items())
     ]
     return {**self._head, 'choices': choices, 'usage': self._usage()}
 
-  async def chunks(
-    self, updates: AsyncGenerator[generate.Update]
-  ) -> AsyncGenerator[dict[str, Any]]:
-    """Yields the events of a stream, one per token that adds text."""
+  async def chunks(self, updates: Updates) -> AsyncGenerator[dict[str, Any]]:
+    """Yields the events of a stream, one per token that is released."""
     options = self._body.stream_options
     with_usage = options is not None and options.include_usage
     # Clients that asked for usage find null everywhere but in its own event.
     head = {**self._head, 'usage': None} if with_usage else self._head
+    writers = [
+      _Writer(self._scores_after(echo), len(echo))
+      for echo in self._echoes
+      for _ in range(self._n)
+    ]
     if self._body.echo:
-      for index in range(len(self._prompts)):
-        choice = self._choice(index, self._echo(index), None)
+      for index in range(len(writers)):
+        yield {**head, 'choices': [_choice(index, self._echo_of(index))]}
+    async for which, update in updates:
+      self._keep(which, update)
+      index = which * self._n + update.index
+      # A token whose text is held back comes with the one that releases it.
+      if update.token_ids or update.completion:
+        choice = self._piece(index, update, writers[index])
         yield {**head, 'choices': [choice]}
-    async with contextlib.aclosing(updates):
-      async for update in updates:
-        self._keep(update)
-        if update.piece or update.completion:
-          choice = self._choice(update.index, update.piece, update.completion)
-          yield {**head, 'choices': [choice]}
     if with_usage:
       # Clients read usage only from an event without choices.
       yield {**head, 'choices': [], 'usage': self._usage()}
 
-  def _settings(self, index: int, prompt) -> settings_lib.Settings:
-    settings = self._generator.settings_for(prompt, **self._body.chosen())
-    if settings.seed is None:
-      return settings
-    # Each choice of a prompt has a seed of its own; the first has the given.
-    choice = index % (self._body.n or 1)
-    seed = (settings.seed + choice) % settings_lib.NUM_SEEDS
-    return dataclasses.replace(settings, seed=seed)
+  def _request(self, prompt: generate.Prompt) -> requests.Request:
+    body = self._body
+    settings = self._generator.settings_for(prompt, **body.chosen())
+    if body.echo and settings.logprobs is not None:
+      settings = dataclasses.replace(
+        settings, prompt_logprobs=settings.logprobs
+      )
+    return self._generator.request(
+      prompt,
+      settings,
+      principal=self._principal,
+      priority=body.priority or 0,
+      # Some token has to follow. One that is given is not sampled, and the
+      # prompt may fill the context.
+      target=0 if self._is_echo_alone else None,
+    )
 
-  def _keep(self, update: generate.Update) -> None:
+  def _keep(self, which: int, update: requests.Update) -> None:
     if update.completion is None:
       return
-    self._done[update.index] = update.completion
-    if len(self._done) == len(self._prompts):
+    self._done[which * self._n + update.index] = update.completion
+    if len(self._done) == len(self._prompts) * self._n:
       _LOG.info(
-        '%s user=%r %s', self._head['id'], self._body.user, self._usage()
+        '%s principal=%r user=%r %s',
+        self._head['id'],
+        self._principal,
+        self._body.user,
+        self._usage(),
       )
 
-  def _choice(
-    self, index: int, text: str, completion: generate.Completion | None
+  @property
+  def _is_echo_alone(self) -> bool:
+    """Whether nothing is wanted behind the prompt."""
+    return self._body.max_tokens == 0
+
+  @property
+  def _wants_scores(self) -> bool:
+    return self.requests[0].settings.logprobs is not None
+
+  def _whole_choice(
+    self, index: int, completion: requests.Completion
   ) -> dict[str, Any]:
-    choice = {
-      'index': index,
-      'text': text,
-      'logprobs': None,
-      'finish_reason': completion.finish_reason if completion else None,
-    }
-    if completion:
-      choice['seed'] = completion.seed  # not OpenAI's
+    echo = self._echo_of(index)
+    text = '' if self._is_echo_alone else completion.text
+    choice = _choice(index, echo + text, self._ended(completion))
+    if not self._wants_scores:
+      return choice
+    parts = []
+    if self._body.echo:
+      which = index // self._n
+      # A prompt is computed once, by the first of its choices.
+      scores = self._done[which * self._n].prompt_logprobs
+      assert scores is not None
+      parts.append(
+        self._scores_after('').write(
+          self.requests[which].prompt_ids, scores, end=len(echo)
+        )
+      )
+    if not self._is_echo_alone:
+      assert completion.logprobs is not None
+      parts.append(
+        self._scores_after(echo).write(
+          completion.token_ids, completion.logprobs, end=len(echo + text)
+        )
+      )
+    choice['logprobs'] = token_scores.joined(*parts)
     return choice
 
-  def _echo(self, index: int) -> str:
+  def _piece(
+    self, index: int, update: requests.Update, writer: '_Writer'
+  ) -> dict[str, Any]:
+    completion = update.completion and self._ended(update.completion)
+    if self._is_echo_alone:
+      return _choice(index, '', completion)
+    writer.end += len(update.text)
+    choice = _choice(index, update.text, completion)
+    if self._wants_scores:
+      choice['logprobs'] = writer.scores.write(
+        update.token_ids, update.logprobs, end=writer.end
+      )
+    return choice
+
+  def _ended(self, completion: requests.Completion) -> requests.Completion:
+    if not self._is_echo_alone:
+      return completion
+    return dataclasses.replace(
+      completion, finish_reason='length', stop_reason=None
+    )
+
+  def _scores_after(self, text: str) -> token_scores.TokenScores:
+    return token_scores.TokenScores(
+      self._generator.tokenizer,
+      as_ids=bool(self._body.return_tokens_as_token_ids),
+      offset=len(text),
+    )
+
+  def _echo(self, prompt: generate.Prompt) -> str:
     if not self._body.echo:
       return ''
-    prompt = self._prompts[index]
     if isinstance(prompt, str):
       return prompt
     return self._generator.tokenizer.decode(prompt)
 
-  def _usage(self) -> dict[str, int]:
+  def _echo_of(self, index: int) -> str:
+    return self._echoes[index // self._n]
+
+  def _usage(self) -> dict[str, Any]:
     # A prompt is read once however many choices are made of it.
-    prompts = [
-      completion.num_prompt_tokens
-      for index, completion in self._done.items()
-      if index % (self._body.n or 1) == 0
-    ]
-    num_sampled = sum(c.num_completion_tokens for c in self._done.values())
+    firsts = [self._done[i] for i in sorted(self._done) if i % self._n == 0]
+    num_read = sum(each.num_prompt_tokens for each in firsts)
+    num_made = sum(each.num_completion_tokens for each in self._done.values())
+    if self._is_echo_alone:
+      num_made = 0
     return {
-      'prompt_tokens': sum(prompts),
-      'completion_tokens': num_sampled,
-      'total_tokens': sum(prompts) + num_sampled,
+      'prompt_tokens': num_read,
+      'completion_tokens': num_made,
+      'total_tokens': num_read + num_made,
+      'prompt_tokens_details': {
+        'cached_tokens': sum(each.usage.cached_tokens for each in firsts)
+      },
     }
+
+
+@dataclasses.dataclass
+class _Writer:
+  """How far the stream of one choice is."""
+
+  scores: token_scores.TokenScores
+  end: int  # characters sent
+
+
+def refused_prompt(error: ValueError) -> schema.ApiError:
+  """Returns a 400 about a prompt that the engine could never answer."""
+  return schema.invalid('prompt', str(error).removeprefix('prompt: '))
+
+
+def _choice(
+  index: int, text: str, completion: requests.Completion | None = None
+) -> dict[str, Any]:
+  choice = {
+    'index': index,
+    'text': text,
+    'logprobs': None,
+    'finish_reason': completion.finish_reason if completion else None,
+  }
+  if completion:
+    choice['stop_reason'] = completion.stop_reason
+    choice['seed'] = completion.seed
+    choice['accounting'] = dataclasses.asdict(completion.usage)
+  return choice

@@ -1,6 +1,8 @@
 """The terminal conversation: history is sent again, and nothing is lost."""
 
-from inference import chat, generate
+import dataclasses
+
+from inference import chat, engine_config, generate
 from tests import frozen_fixtures, hf_fixtures
 from text import hf_tokenizer
 
@@ -78,10 +80,19 @@ def test_the_context_is_named_when_history_outgrows_it(generator):
   assert 'expected at most 64 together (the context of this model)' in written
 
 
-def test_a_template_of_the_model_is_used(tmp_path):
+def test_what_was_said_before_is_not_computed_again(generator):
+  metrics = generator.engine.metrics
+  before = metrics.value('cached_tokens_total')
+  written = _talk(generator, ['a long one', 'k'], max_tokens=2, temperature=0.0)
+  assert written.count('Model: ') == 2
+  # The first turn has 29 tokens with BOS: three whole pages of eight.
+  assert metrics.value('cached_tokens_total') - before >= 24
+
+
+def test_a_template_of_the_model_is_used(generator, monkeypatch):
   template = '{% for m in messages %}[{{ m.content }}]{% endfor %}>'
-  frozen_fixtures.write(tmp_path / 'm', chat_template=template)
-  generator = generate.load(tmp_path / 'm')
+  with_template = dataclasses.replace(generator.frozen, chat_template=template)
+  monkeypatch.setattr(generator, 'frozen', with_template)
   messages = [{'role': 'user', 'content': 'hi'}]
   assert chat.render(generator, messages) == ('[hi]>', ())
 
@@ -99,7 +110,10 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
     tokenizer_dir=tmp_path / 'hf',
     chat_template=template,
   )
-  generator = generate.load(tmp_path / 'm')
+  alone = engine_config.EngineConfig(
+    max_sequences=1, max_blocks=1, max_mixed_blocks=1
+  )
+  generator = generate.load(tmp_path / 'm', alone)
   tok = generator.tokenizer
   messages = [{'role': 'user', 'content': 'the </s>'}]
   ids, stop = chat.render(generator, messages)

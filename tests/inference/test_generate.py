@@ -1,15 +1,18 @@
-"""Completions: tokens against the model itself, then every way to end."""
+"""Prompts to completions offline: prompts, settings, streams side by side.
+
+What the engine makes of them is the business of its own tests.
+"""
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from frozen import format as frozen_format
 from inference import generate, settings as settings_lib
-from tests import fixtures, frozen_fixtures
+from models import transformer
+from tests import frozen_fixtures
 
 _GREEDY = settings_lib.Settings(temperature=0.0, max_tokens=10)
 _PROMPTS = ['def', '', 'longer than others', 'é']
@@ -17,10 +20,10 @@ _PROMPTS = ['def', '', 'longer than others', 'é']
 
 def test_greedy_tokens_are_the_full_forwards(generator):
   (completion,) = generator.generate(['hello'], _GREEDY)
-  ids = generator.prompt_ids('hello') + completion.token_ids
-  padded_1T = jnp.asarray([ids + [0] * (64 - len(ids))], jnp.int32)
-  logits_1TV, _ = jax.jit(generator.model.apply)(
-    generator.frozen.params, padded_1T
+  ids = [*generator.prompt_ids('hello'), *completion.token_ids]
+  model = transformer.Transformer(generator.frozen.config)
+  logits_1TV, _ = model.apply(
+    generator.frozen.params, jnp.asarray([ids], jnp.int32)
   )
   # Ids beyond the tokenizer's are never sampled.
   choice_T = np.argmax(logits_1TV[0, :, :259], axis=-1)
@@ -85,51 +88,31 @@ def test_a_stop_string_ends_the_text_before_it(generator):
   assert len(completion.token_ids) > len(completion.text.encode())
 
 
-def test_eos_ends_a_completion(generator, monkeypatch):
-  (free,) = generator.generate(['hello'], _GREEDY)
-  eos_id = free.token_ids[4]
-  monkeypatch.setattr(generator.tokenizer, 'eos_id', eos_id, raising=False)
-  (completion,) = generator.generate(['hello'], _GREEDY)
-  end = free.token_ids.index(eos_id) + 1
-  assert completion.finish_reason == 'stop'
-  assert completion.token_ids == free.token_ids[:end]
-
-
-def _texts(ids, *, stop=(), max_tokens=99):
-  sequence = generate._Sequence(fixtures.byte_tokenizer(), stop, max_tokens)
-  pieces = [sequence.push(token_id) for token_id in ids]
-  assert ''.join(pieces) == sequence.text
-  return pieces, sequence.finish_reason
-
-
-def test_no_half_characters_and_nothing_lost_at_the_end():
-  euro = '€'.encode()
-  assert _texts(euro)[0] == ['', '', '€']
-  # Length or EOS in the middle of a character: a mark in its place.
-  assert _texts(euro[:2], max_tokens=2) == (['', '\ufffd'], 'length')
-  assert _texts([*euro[:2], 257]) == (['', '', '\ufffd'], 'stop')
-
-
-def test_held_text_is_flushed_by_eos_and_by_length():
-  assert _texts(b'a\nU', stop=('\nUser',), max_tokens=3)[0] == ['a', '', '\nU']
-  assert _texts([*b'a\n', 257], stop=('\nUser',))[0] == ['a', '', '\n']
+def test_n_completions_of_each_prompt_come_in_order(generator):
+  settings = settings_lib.Settings(n=3, seed=7, max_tokens=5)
+  several = generator.generate(['ab', 'c'], settings)
+  assert [completion.seed for completion in several] == [7, 8, 9, 7, 8, 9]
+  one = dataclasses.replace(settings, n=1, seed=8)
+  assert several[1].text == generator.generate(['ab'], one)[0].text
+  assert several[4].text == generator.generate(['c'], one)[0].text
+  with pytest.raises(ValueError, match='n: got 3, expected 1 in a stream'):
+    generator.stream('ab', settings)
 
 
 def test_a_text_prompt_gets_bos_and_ids_are_taken_verbatim(generator):
-  assert generator.prompt_ids('ab') == [256, 97, 98]
-  assert generator.prompt_ids('') == [256]
-  assert generator.prompt_ids([97, 98]) == [97, 98]
+  assert generator.prompt_ids('ab') == (256, 97, 98)
+  assert generator.prompt_ids('') == (256,)
+  assert generator.prompt_ids([97, 98]) == (97, 98)
   by_text, by_ids = generator.generate(['ab', [256, 97, 98]], _GREEDY)
   assert by_text.token_ids == by_ids.token_ids
 
 
-def test_a_model_that_never_saw_bos_gets_none(tmp_path):
-  frozen_fixtures.write(
-    tmp_path / 'frozen', provenance=frozen_fixtures.provenance(has_bos=False)
-  )
-  without_bos = generate.load(tmp_path / 'frozen')
-  assert without_bos.prompt_ids('ab') == [97, 98]
-  assert without_bos.prompt_ids('') == [256]
+def test_a_model_that_never_saw_bos_gets_none(generator, monkeypatch):
+  manifest = dataclasses.replace(generator.frozen.manifest, has_bos=False)
+  without_bos = dataclasses.replace(generator.frozen, manifest=manifest)
+  monkeypatch.setattr(generator, 'frozen', without_bos)
+  assert generator.prompt_ids('ab') == (97, 98)
+  assert generator.prompt_ids('') == (256,)
 
 
 @pytest.mark.parametrize(
@@ -194,23 +177,51 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     generate.load(tmp_path / 'small')
 
 
-def test_a_shape_compiles_once_and_the_time_is_set_apart(frozen_dir):
-  generator = generate.load(frozen_dir)
-  (first,) = generator.generate(['abc'], _GREEDY)
-  sampled = settings_lib.Settings(seed=3, top_k=4, top_p=0.9, max_tokens=8)
-  (second,) = generator.generate(['other'], sampled)
-  assert first.compile_seconds > 0
-  assert second.compile_seconds == 0
-  assert len(generator._programs) == 1
-  assert second.prefill_seconds > 0
-  assert second.decode_seconds > 0
+def test_more_prompts_than_may_wait_are_all_answered(generator, monkeypatch):
+  config = dataclasses.replace(generator.engine.config, max_waiting=2)
+  monkeypatch.setattr(generator.engine, 'config', config)
+  settings = dataclasses.replace(_GREEDY, max_tokens=2)
+  prompts = [f'{index}' for index in range(9)]
+  together = generator.generate(prompts, settings)
+  assert len(together) == 9
+  assert together[8].text == generator.generate(['8'], settings)[0].text
+  # One of three sequences is larger than the queue will ever be.
+  with pytest.raises(RuntimeError, match='got 3 more sequences while 0 wait'):
+    generator.generate(['a'], dataclasses.replace(settings, n=3))
+
+
+def test_nothing_is_compiled_for_a_request(generator):
+  metrics = generator.engine.metrics
+  before = metrics.value('compilations_after_ready_total')
+  sampled = settings_lib.Settings(
+    seed=3, top_k=4, top_p=0.9, max_tokens=8, presence_penalty=1.0, logprobs=2
+  )
+  generator.generate(_PROMPTS, [_GREEDY, sampled, sampled, _GREEDY])
+  assert before == metrics.value('compilations_after_ready_total') == 0
+  assert generator.engine.compile_seconds > 0
+
+
+def test_streams_that_are_open_together_lose_nothing(generator):
+  settings = dataclasses.replace(_GREEDY, max_tokens=20)
+  alone = [generator.generate([p], settings)[0].text for p in ('ab', 'xyz')]
+  streams = [generator.stream(prompt, settings) for prompt in ('ab', 'xyz')]
+  texts = ['', '']
+  for _ in range(6):  # by turns, until one of them is left alone
+    for index, stream in enumerate(streams):
+      texts[index] += next(stream)
+  for index, stream in enumerate(streams):
+    *pieces, completion = stream
+    assert texts[index] + ''.join(pieces) == completion.text == alone[index]
 
 
 def test_closing_the_updates_stops_the_work(generator):
-  updates = generator.updates(['abc'], _GREEDY)
+  updates = generator.updates(['abc', 'd'], _GREEDY)
   next(updates)
+  assert generator.engine.roster.gauges().pages_used > 0
   updates.close()
   assert list(updates) == []
+  assert list(generator.engine.run()) == []
+  assert generator.engine.roster.gauges().pages_used == 0
 
 
 def test_generation_leaves_the_weights_as_they_were(generator):

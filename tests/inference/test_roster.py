@@ -106,7 +106,7 @@ def test_a_plan_is_good_for_one_step_of_an_unchanged_roster():
   roster.begin(plan)
   for change in (
     lambda: roster.preempt('a'),
-    lambda: roster.cancel('a'),
+    lambda: roster.end('a'),
     lambda: roster.forget(None),
     lambda: roster.submit('d', range(4), 5, parent='b'),
   ):
@@ -150,7 +150,7 @@ def test_the_planner_sees_the_next_in_turn_and_knows_of_the_others(
 @pytest.mark.parametrize(
   ('num_prompt', 'max_new_tokens', 'match'),
   [
-    (100, 25, 'got 100 prompt tokens and up to 25 new ones, 32 pages'),
+    (100, 26, 'got 100 prompt tokens and up to 26 new ones, 32 pages'),
     (125, 1, 'expected at most 124 tokens, 31 pages'),
     (0, 1, 'got a prompt of 0 tokens'),
     (1, 0, 'and 0 new ones, expected at least one of each'),
@@ -343,7 +343,7 @@ def test_a_child_that_ends_before_its_parent_gets_nothing():
   loop.submit('a', range(30), 3)
   loop.submit('b', range(30), 3, parent='a')
   loop.step()
-  loop.roster.cancel('b')
+  loop.roster.end('b')
   del loop.truths['b']
   loop.run()
   loop.roster.check()

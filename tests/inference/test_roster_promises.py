@@ -90,7 +90,7 @@ class RosterMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(data=st.data())
   def cancel(self, data):
     id = self._some(data, self.loop.truths)
-    self.loop.roster.cancel(id)
+    self.loop.roster.end(id)
     del self.loop.truths[id]
 
   @stateful.rule(data=st.data())
@@ -153,7 +153,7 @@ def test_after_ten_thousand_random_operations_every_page_is_free():
         )
       case 3 if loop.truths and rng.random() < 0.3:
         id = rng.choice(list(loop.truths))
-        loop.roster.cancel(id)
+        loop.roster.end(id)
         del loop.truths[id]
       case 4:
         held = [id for id in loop.truths if loop.roster.num_pages_held(id)]
@@ -167,7 +167,7 @@ def test_after_ten_thousand_random_operations_every_page_is_free():
   assert loop.roster.gauges().prefix_tokens_found > 1000
   assert sum(len(step.copies) for step in loop.steps) > 100
   for id in list(loop.truths):
-    loop.roster.cancel(id)
+    loop.roster.end(id)
   loop.roster.clear()
   loop.roster.check()
   assert loop.roster.gauges().pages_free == NUM_PAGES - 1

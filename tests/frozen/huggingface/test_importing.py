@@ -88,6 +88,14 @@ def test_an_import_is_exported_as_it_was(tmp_path):
   assert again.manifest.weights_digest == manifest.weights_digest
 
 
+def test_a_chat_template_comes_along(tmp_path):
+  template = '{% for m in messages %}<{{ m.content }}>{% endfor %}'
+  _save(tmp_path / 'theirs')
+  hf_fixtures.llama3(tmp_path / 'theirs', template=template)
+  importing.import_directory(tmp_path / 'theirs', tmp_path / 'ours')
+  assert frozen_format.read(tmp_path / 'ours').chat_template == template
+
+
 def _equal_files(a, b, name):
   first, second = (
     safetensors_files.read_header(place / name) for place in (a, b)

@@ -1,0 +1,305 @@
+"""One thread owns the engine; the tasks of an event loop talk to it.
+
+    engine_loop.start()                          # within the event loop
+    updates = await engine_loop.submit(requests)
+    async for which, update in updates: ...
+    updates.close()                              # in the middle: cancels
+
+Requests join the running batch between two steps and leave it likewise: what is
+asked waits in an inbox, which the thread empties before every step, and what a
+step brings is handed to the event loop in one go. Without work the thread
+sleeps. The event loop stays free meanwhile: it answers /health, takes requests
+in, and notices who has left.
+
+The thread makes the engine too, so that a server listens while that compiles.
+
+If a step fails, so does everything that is open and everything that comes: what
+the device holds is not to be trusted any more. Nobody waits for an answer that
+will not come.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import functools
+import logging
+import queue
+import threading
+
+from inference import engine as engine_lib, generate, requests
+
+_LOG = logging.getLogger('uvicorn.error')
+
+LOADING, READY, FAILED, STOPPED = 'loading', 'ready', 'failed', 'stopped'
+
+
+_Command = Callable[[], None]
+
+
+class Failed(RuntimeError):
+  """The engine has failed: there is no answer, now or later."""
+
+
+class Stopped(RuntimeError):
+  """The server stops: there is no answer here."""
+
+
+class Updates:
+  """What arrives for some requests, as (which of them, update)."""
+
+  def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
+    self._num_left, self._cancel = num_sequences, cancel
+    self._arrived: asyncio.Queue[tuple[int, requests.Update] | Exception] = (
+      asyncio.Queue()
+    )
+
+  def __aiter__(self):
+    return self
+
+  async def __anext__(self) -> tuple[int, requests.Update]:
+    if not self._num_left:
+      raise StopAsyncIteration
+    item = await self._arrived.get()
+    if isinstance(item, Exception):
+      self._num_left = 0
+      raise item
+    self._num_left -= item[1].completion is not None
+    return item
+
+  def put(self, item: tuple[int, requests.Update] | Exception) -> None:
+    """Adds what has arrived."""
+    self._arrived.put_nowait(item)
+
+  def close(self) -> None:
+    """Cancels what is not finished; its pages are free at the next step."""
+    if self._num_left:
+      self._cancel(self)
+    self._num_left = 0
+
+
+@dataclasses.dataclass
+class _Open:
+  """A request that the engine works on."""
+
+  updates: Updates  # whose it is
+  which: int  # of those that were submitted together
+  num_left: int  # sequences that go on
+
+
+class EngineLoop:
+  """Runs an engine in a thread of its own, once."""
+
+  def __init__(
+    self,
+    load: Callable[[], generate.Generator],
+    *,
+    on_load_failure: Callable[[], None] = lambda: None,
+  ):
+    """Does not start yet.
+
+    Args:
+      load: makes the generator; called in the thread.
+      on_load_failure: called in the event loop if that raises; the error is in
+        `failure`.
+    """
+    self.generator: generate.Generator | None = None
+    self.failure: Exception | None = None
+    self._load, self._on_load_failure = load, on_load_failure
+    self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+    self._open: dict[int, _Open] = {}  # by the engine's id; the thread's own
+    self._is_closed = False
+    self._event_loop: asyncio.AbstractEventLoop | None = None
+    # A daemon: XLA cannot be interrupted, and a process that is told to stop
+    # while it compiles need not wait for that.
+    self._thread = threading.Thread(
+      target=self._run, name='engine', daemon=True
+    )
+
+  @property
+  def state(self) -> str:
+    """LOADING until every program is compiled, then READY; or how it ended."""
+    if self.failure:
+      return FAILED
+    if self._is_closed:
+      return STOPPED
+    return READY if self.generator else LOADING
+
+  @property
+  def is_loading(self) -> bool:
+    """Whether the thread still makes its generator, closed or not."""
+    return self._thread.is_alive() and not (self.generator or self.failure)
+
+  def start(self) -> None:
+    """Starts the thread, for the running event loop."""
+    self._event_loop = asyncio.get_running_loop()
+    self._thread.start()
+
+  async def submit(self, asked: Sequence[requests.Request]) -> Updates:
+    """Takes requests in, all of them or none.
+
+    Raises:
+      ValueError: one could never be answered.
+      engine.Overloaded: too many wait; try again later.
+      Failed, Stopped: nothing is answered any more.
+    """
+    if self._is_closed:
+      raise _stopping()
+    updates = Updates(
+      sum(request.settings.n for request in asked),
+      lambda each: self._inbox.put(functools.partial(self._cancel, each)),
+    )
+    accepted = asyncio.get_running_loop().create_future()
+    self._inbox.put(functools.partial(self._take, asked, updates, accepted))
+    try:
+      await accepted
+    except asyncio.CancelledError:
+      updates.close()  # whoever asked has left before it was taken in
+      raise
+    return updates
+
+  async def close(self) -> None:
+    """Cancels what is open and ends the thread, unless that still loads."""
+    self._is_closed = True
+    self._inbox.put(None)
+    if not self.is_loading:
+      await asyncio.to_thread(self._thread.join)
+
+  # --------------------------------------------------------------------------
+  # In the thread
+
+  def _run(self) -> None:
+    try:
+      self.generator = self._load()
+    except Exception as error:
+      self.failure = error
+      self._call(self._on_load_failure)
+    else:
+      _LOG.info('ready')
+      try:
+        self._work(self.generator.engine)
+      except Exception as error:
+        _LOG.error('the engine failed', exc_info=error)
+        self.failure = error
+    self._end_all(_failed() if self.failure else _stopping())
+    while (command := self._inbox.get()) is not None:
+      command()  # refuses: nobody is to wait
+
+  def _work(self, engine: engine_lib.Engine) -> None:
+    while self._obey(is_idle=not engine.has_work):
+      if engine.has_work:
+        self._hand_out(engine.step())
+    self._inbox.put(None)  # for `_run`: this end has been read
+    for request_id in self._open:
+      engine.cancel(request_id)
+    while engine.has_work:
+      engine.step()  # takes in what is still under way
+
+  def _obey(self, *, is_idle: bool) -> bool:
+    """Does what the inbox says, which without work it waits for.
+
+    Returns:
+      False at the end.
+    """
+    try:
+      command = self._inbox.get(block=is_idle)
+      while command is not None:
+        command()
+        command = self._inbox.get_nowait()
+    except queue.Empty:
+      return True
+    return False
+
+  def _take(
+    self,
+    asked: Sequence[requests.Request],
+    updates: Updates,
+    accepted: asyncio.Future,
+  ) -> None:
+    if self.failure or not self.generator:
+      self._call(_settle, accepted, _failed())
+      return
+    engine = self.generator.engine
+    try:
+      _check_room(engine, asked)
+      for which, request in enumerate(asked):
+        request_id = engine.submit(request)
+        self._open[request_id] = _Open(updates, which, request.settings.n)
+    except (ValueError, engine_lib.Overloaded) as error:
+      self._cancel(updates)
+      self._call(_settle, accepted, error)
+    except Exception:
+      self._call(_settle, accepted, _failed())
+      raise
+    else:
+      self._call(_settle, accepted, None)
+
+  def _cancel(self, updates: Updates) -> None:
+    for request_id, each in list(self._open.items()):
+      if each.updates is updates and self.generator:
+        del self._open[request_id]
+        self.generator.engine.cancel(request_id)
+
+  def _hand_out(self, arrived: Sequence[requests.Update]) -> None:
+    """Gives the event loop what a step brought: one call, it wakes once."""
+    items = []
+    for update in arrived:
+      each = self._open[update.request_id]
+      items.append((each.updates, (each.which, update)))
+      each.num_left -= update.completion is not None
+      if not each.num_left:
+        del self._open[update.request_id]
+    if items:
+      self._call(_put_all, items)
+
+  def _end_all(self, error: Exception) -> None:
+    whose = {id(each.updates): each.updates for each in self._open.values()}
+    self._open.clear()
+    self._call(_put_all, [(updates, error) for updates in whose.values()])
+
+  def _call(self, function: Callable, *args) -> None:
+    """Calls a function in the event loop, if there still is one."""
+    assert self._event_loop
+    with contextlib.suppress(RuntimeError):
+      self._event_loop.call_soon_threadsafe(function, *args)
+
+
+def _failed() -> Failed:
+  return Failed('the engine has failed; see the log of the server')
+
+
+def _stopping() -> Stopped:
+  return Stopped('the server is stopping')
+
+
+def _check_room(
+  engine: engine_lib.Engine, asked: Sequence[requests.Request]
+) -> None:
+  """Raises if not all of them can wait."""
+  num = sum(request.settings.n for request in asked)
+  most, waiting = engine.config.max_waiting, engine.num_waiting
+  if num > most:
+    raise ValueError(
+      f'prompt: got {num} completions to make, expected at most {most}, which'
+      ' is what this server lets wait; send several requests'
+    )
+  if waiting + num > most:
+    engine.metrics.refused.labels('overloaded').inc()
+    raise engine_lib.Overloaded(
+      f'got {num} more completions to make while {waiting} wait, expected at'
+      f' most {most} to wait; try again later'
+    )
+
+
+def _settle(future: asyncio.Future, error: Exception | None) -> None:
+  if future.done():
+    return  # nobody waits any more
+  if error:
+    future.set_exception(error)
+  else:
+    future.set_result(None)
+
+
+def _put_all(items) -> None:
+  for updates, item in items:
+    updates.put(item)

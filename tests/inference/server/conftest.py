@@ -1,0 +1,39 @@
+"""A server of the tiny engine, for each module: an engine has one owner."""
+
+import httpx2
+import openai
+import pytest
+
+from tests import server_fixtures
+
+
+@pytest.fixture(scope='module')
+def served(generator):
+  with server_fixtures.running(generator) as served:
+    yield served
+
+
+@pytest.fixture(scope='module')
+def http(served):
+  with httpx2.Client(base_url=served.url, timeout=60) as http:
+    yield http
+
+
+@pytest.fixture(scope='module')
+def client(served):
+  with openai.OpenAI(base_url=f'{served.url}/v1', api_key='none') as client:
+    yield client
+
+
+@pytest.fixture(scope='module')
+def complete(http):
+  """Returns a function that asks for a completion and returns the answer."""
+
+  def complete(**fields):
+    answer = http.post(
+      '/v1/completions', json={**server_fixtures.GREEDY, **fields}
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+  return complete

@@ -1,0 +1,178 @@
+"""Keys: who they belong to, who is refused, and that tenants stay apart."""
+
+import hashlib
+
+import httpx2
+import openai
+import pytest
+
+from inference.server import api_keys
+from tests import server_fixtures
+
+_FILE = """\
+# who: what
+alice:key-of-alice
+
+  bob : key:of:bob
+alice:newer-key
+"""
+
+
+def _read(tmp_path, text):
+  (tmp_path / 'keys').write_text(text, encoding='utf-8')
+  return api_keys.read(tmp_path / 'keys')
+
+
+def test_a_key_belongs_to_a_principal(tmp_path):
+  keys = _read(tmp_path, _FILE)
+  assert keys.principal('key-of-alice') == 'alice'
+  assert keys.principal('newer-key') == 'alice'
+  assert keys.principal('key:of:bob') == 'bob'
+  for nobody in ('', 'alice', 'key-of-alic', 'key-of-alice ', '\u00e9', 'who'):
+    assert keys.principal(nobody) is None
+
+
+def test_keys_are_kept_as_digests_and_all_of_them_are_compared(
+  tmp_path, monkeypatch
+):
+  keys = _read(tmp_path, _FILE)
+  assert 'key-of-alice' not in str(vars(keys))
+  compared = []
+
+  def compare(a, b):
+    compared.append((a, b))
+    return a == b
+
+  monkeypatch.setattr(api_keys.hmac, 'compare_digest', compare)
+  assert keys.principal('key-of-alice') == 'alice'
+  # The first one fits, and the others are looked at all the same.
+  assert len(compared) == 3
+  assert {len(digest) for pair in compared for digest in pair} == {
+    hashlib.sha256().digest_size
+  }
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('alice', 'keys:1: got a line that is not name:key'),
+    ('# a\n:key', 'keys:2: got a line that is not name:key'),
+    ('alice:', 'keys:1: got a line that is not name:key'),
+    ('alice:caf\u00e9', 'a key of printable ASCII'),
+    ('a:same\nb:same', "keys:2: got the key of 'a' for 'b' too"),
+    ('# nobody\n', 'got no key, expected at least one line name:key'),
+  ],
+)
+def test_a_bad_file_is_refused_and_tells_no_key(tmp_path, text, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    _read(tmp_path, text)
+  assert 'same' not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no such file; expected one of'):
+    api_keys.read(tmp_path / 'nowhere')
+
+
+# ------------------------------------------------------------------------------
+# Over HTTP
+
+
+@pytest.fixture(scope='module')
+def keyed(generator, tmp_path_factory):
+  keys = _read(tmp_path_factory.mktemp('keys'), _FILE)
+  with (
+    server_fixtures.running(generator, keys) as served,
+    httpx2.Client(base_url=served.url, timeout=60) as http,
+  ):
+    yield http
+
+
+def _headers(key):
+  return {'authorization': f'Bearer {key}'}
+
+
+@pytest.mark.parametrize(
+  'headers',
+  [
+    {},
+    _headers('wrong'),
+    {'authorization': 'Bearer'},
+    {'authorization': 'key-of-alice'},
+    {'authorization': 'Basic key-of-alice'},
+  ],
+)
+def test_who_has_no_key_is_refused_before_anything_is_read(keyed, headers):
+  for path in ('/v1/models', '/metrics', '/tokenizer_info', '/v1/nowhere'):
+    assert keyed.get(path, headers=headers).status_code == 401
+  answer = keyed.post('/v1/completions', content=b'{', headers=headers)
+  assert answer.status_code == 401
+  assert answer.headers['www-authenticate'] == 'Bearer'
+  assert answer.headers['x-request-id'].startswith('req_')
+  error = answer.json()['error']
+  assert error['type'] == 'authentication_error'
+  assert error['code'] == 'invalid_api_key'
+
+
+def test_probes_want_no_key(keyed):
+  assert keyed.get('/health').status_code == 200
+  assert keyed.get('/ready').status_code == 200
+
+
+def test_a_key_opens_in_any_spelling_of_the_scheme(keyed):
+  for scheme in ('Bearer', 'bearer', 'BEARER '):
+    headers = {'authorization': f'{scheme} key-of-alice'}
+    assert keyed.get('/v1/models', headers=headers).status_code == 200
+  assert keyed.get('/metrics', headers=_headers('newer-key')).status_code == 200
+
+
+def test_openais_client_sends_its_key(keyed):
+  with openai.OpenAI(base_url=f'{keyed.base_url}/v1', api_key='no') as client:
+    with pytest.raises(openai.AuthenticationError, match='got no key that'):
+      client.models.list()
+    client.api_key = 'key-of-alice'
+    assert client.models.list().data[0].id == server_fixtures.MODEL
+
+
+def _cached(http, key, prompt, **fields):
+  body = {'prompt': prompt, **server_fixtures.GREEDY, **fields}
+  answer = http.post('/v1/completions', json=body, headers=_headers(key))
+  assert answer.status_code == 200, answer.text
+  answer = answer.json()
+  cached = answer['usage']['prompt_tokens_details']['cached_tokens']
+  assert answer['choices'][0]['accounting']['cached_tokens'] == cached
+  return cached, answer['choices'][0]['text']
+
+
+def test_one_principals_prompts_never_speed_up_anothers(keyed):
+  prompt = 'a secret of several pages of tokens'
+  first, text = _cached(keyed, 'key-of-alice', prompt)
+  assert first == 0
+  again, same = _cached(keyed, 'key-of-alice', prompt)
+  other, _ = _cached(keyed, 'key:of:bob', prompt)
+  newer, _ = _cached(keyed, 'newer-key', prompt)
+  # 36 tokens with BOS: four full pages of eight.
+  assert (again, other, newer) == (32, 0, 32)
+  assert same == text
+
+
+def test_the_body_does_not_say_who_asks(keyed):
+  prompt = 'another secret of several pages'
+  assert _cached(keyed, 'key-of-alice', prompt, user='alice')[0] == 0
+  assert _cached(keyed, 'key:of:bob', prompt, user='alice')[0] == 0
+  body = {'prompt': prompt, 'principal': 'alice', **server_fixtures.GREEDY}
+  answer = keyed.post(
+    '/v1/completions', json=body, headers=_headers('key:of:bob')
+  )
+  assert answer.status_code == 400
+
+
+def test_among_principals_nobody_comes_first_on_their_own_word(keyed):
+  body = {'prompt': 'a', **server_fixtures.GREEDY}
+  for priority, status in ((-1, 400), (0, 200), (5, 200)):
+    answer = keyed.post(
+      '/v1/completions',
+      json={**body, 'priority': priority},
+      headers=_headers('key-of-alice'),
+    )
+    assert answer.status_code == status

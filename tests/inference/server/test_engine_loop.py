@@ -1,0 +1,282 @@
+"""The thread that owns the engine, with an engine that a test can hold up."""
+
+import asyncio
+import threading
+import types
+
+import pytest
+
+from inference import (
+  engine as engine_lib,
+  engine_config,
+  metrics as metrics_lib,
+  requests,
+  settings as settings_lib,
+)
+from inference.server import engine_loop as engine_loop_lib
+
+_WAIT = 20  # seconds after which a test gives up
+
+
+class _Engine:
+  """Counts to max_tokens for each request, a token per step."""
+
+  def __init__(self):
+    self.config = engine_config.EngineConfig(max_waiting=4)
+    self.metrics = metrics_lib.Metrics()
+    self.num_waiting = 0
+    self.open: dict[int, requests.Request] = {}
+    self.made: dict[int, int] = {}
+    self.cancelled: list[int] = []
+    self.threads: set[str] = set()
+    self.may_step = threading.Event()
+    self.may_step.set()
+    self.is_burning = False
+    self.num_steps = 0
+
+  @property
+  def has_work(self):
+    return bool(self.open)
+
+  def submit(self, request):
+    self.threads.add(threading.current_thread().name)
+    if request.settings.seed == 13:
+      raise ValueError('prompt: unlucky')
+    request_id = len(self.made)
+    self.open[request_id], self.made[request_id] = request, 0
+    return request_id
+
+  def cancel(self, request_id):
+    self.cancelled.append(request_id)
+    del self.open[request_id]
+
+  def step(self):
+    self.threads.add(threading.current_thread().name)
+    assert self.may_step.wait(_WAIT)
+    self.num_steps += 1
+    if self.is_burning:
+      raise RuntimeError('the device is on fire')
+    updates = []
+    for request_id, request in list(self.open.items()):
+      self.made[request_id] += 1
+      is_last = self.made[request_id] == request.settings.max_tokens
+      if is_last:
+        del self.open[request_id]
+      for index in range(request.settings.n):
+        updates.append(
+          requests.Update(
+            request_id, index, 'x', (1,), (), 'done' if is_last else None
+          )
+        )
+    return updates
+
+
+def _request(max_tokens=3, **fields):
+  return requests.Request(
+    prompt_ids=(1,),
+    settings=settings_lib.Settings(max_tokens=max_tokens, **fields),
+  )
+
+
+def _run(test, engine=None, load=None, **kwargs):
+  """Runs a coroutine function of (engine, loop), and closes the loop."""
+  engine = engine or _Engine()
+  loop = engine_loop_lib.EngineLoop(
+    load or (lambda: types.SimpleNamespace(engine=engine)), **kwargs
+  )
+
+  async def main():
+    loop.start()
+    try:
+      await test(engine, loop)
+    finally:
+      engine.may_step.set()
+      await asyncio.wait_for(loop.close(), _WAIT)
+
+  asyncio.run(asyncio.wait_for(main(), 2 * _WAIT))
+  assert not loop._thread.is_alive()
+  return engine
+
+
+async def _count(updates):
+  return len([item async for item in updates])
+
+
+async def _until(condition):
+  async with asyncio.timeout(_WAIT):
+    while not condition():
+      await asyncio.sleep(0.001)
+
+
+def test_updates_arrive_in_order_from_one_thread():
+  async def test(_, loop):
+    updates = await loop.submit([_request(), _request(max_tokens=1, n=2)])
+    got = [(which, update.index) async for which, update in updates]
+    assert got == [(0, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
+    assert [item async for item in updates] == []  # and that is all
+    assert loop.state == engine_loop_lib.READY
+
+  engine = _run(test)
+  assert engine.threads == {'engine'}
+  assert engine.cancelled == []
+
+
+def test_requests_join_a_batch_that_runs_and_leave_it():
+  async def test(engine, loop):
+    engine.may_step.clear()
+    first = await loop.submit([_request(max_tokens=1000)])
+    asked = asyncio.create_task(loop.submit([_request()]))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    second = await asked
+    assert await _count(second) == 3
+    assert len(engine.open) == 1  # the first goes on
+    first.close()
+    first.close()  # once is enough
+    await _until(lambda: engine.cancelled)
+    assert [item async for item in first] == []
+
+  engine = _run(test)
+  assert engine.cancelled == [0]
+  assert engine.num_steps < 1000
+
+
+def test_without_work_nothing_is_done():
+  async def test(engine, loop):
+    assert await _count(await loop.submit([_request()])) == 3
+    await asyncio.sleep(0.05)
+    assert engine.num_steps == 3
+
+  _run(test)
+
+
+def test_all_of_several_requests_are_taken_in_or_none():
+  async def test(engine, loop):
+    with pytest.raises(ValueError, match='unlucky'):
+      await loop.submit([_request(), _request(seed=13)])
+    assert engine.open == {}
+    with pytest.raises(ValueError, match='got 5 completions to make, expected'):
+      await loop.submit([_request(n=2), _request(n=3)])
+    engine.num_waiting = 1
+    with pytest.raises(engine_lib.Overloaded, match='while 1 wait, expected'):
+      await loop.submit([_request(n=2), _request(n=2)])
+    await loop.submit([_request(n=3)])
+
+  engine = _run(test)
+  assert len(engine.made) == 2  # that before the unlucky one, and the last
+  assert engine.metrics.value('refused_total', reason='overloaded') == 1
+
+
+def test_who_leaves_before_being_taken_in_is_cancelled():
+  async def test(engine, loop):
+    engine.may_step.clear()
+    first = await loop.submit([_request(max_tokens=1000)])
+    asked = asyncio.create_task(loop.submit([_request(max_tokens=1000)]))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await asked
+    engine.may_step.set()
+    await _until(lambda: engine.cancelled == [1])
+    first.close()
+
+  _run(test)
+
+
+def test_a_failed_step_fails_everything_and_nothing_hangs(caplog):
+  async def test(engine, loop):
+    asked = [_request(max_tokens=10**6)]
+    open_ones = [await loop.submit(asked) for _ in range(2)]
+    engine.is_burning = True
+    for updates in open_ones:
+      with pytest.raises(engine_loop_lib.Failed, match='the engine has failed'):
+        await asyncio.wait_for(_count(updates), _WAIT)
+      updates.close()
+    assert loop.state == engine_loop_lib.FAILED
+    for _ in range(2):
+      with pytest.raises(engine_loop_lib.Failed):
+        await loop.submit(asked)
+
+  _run(test)
+  assert 'the device is on fire' in caplog.text
+
+
+def test_a_failed_submission_is_a_failed_engine():
+  async def test(engine, loop):
+    engine.submit = lambda _: 1 / 0
+    with pytest.raises(engine_loop_lib.Failed):
+      await loop.submit([_request()])
+    await _until(lambda: loop.state == engine_loop_lib.FAILED)
+    assert isinstance(loop.failure, ZeroDivisionError)
+
+  _run(test)
+
+
+def test_closing_cancels_what_is_open():
+  async def test(engine, loop):
+    updates = await loop.submit([_request(max_tokens=10**6)])
+    await loop.close()
+    assert engine.open == {}
+    with pytest.raises(engine_loop_lib.Stopped, match='the server is stopping'):
+      await _count(updates)
+    with pytest.raises(engine_loop_lib.Stopped):
+      await loop.submit([_request()])
+    assert loop.state == engine_loop_lib.STOPPED
+
+  _run(test)
+
+
+def test_it_is_loading_until_it_is_ready():
+  may_load = threading.Event()
+  engine = _Engine()
+
+  def load():
+    assert may_load.wait(_WAIT)
+    return types.SimpleNamespace(engine=engine)
+
+  async def test(_, loop):
+    assert (loop.state, loop.is_loading) == (engine_loop_lib.LOADING, True)
+    asked = asyncio.create_task(loop.submit([_request()]))
+    await asyncio.sleep(0.01)
+    assert not asked.done()
+    may_load.set()
+    assert await _count(await asked) == 3
+    assert (loop.state, loop.is_loading) == (engine_loop_lib.READY, False)
+
+  _run(test, engine, load)
+
+
+def test_closing_does_not_wait_for_what_cannot_be_interrupted():
+  may_load = threading.Event()
+
+  def load():
+    assert may_load.wait(_WAIT)
+    return types.SimpleNamespace(engine=_Engine())
+
+  async def main():
+    loop = engine_loop_lib.EngineLoop(load)
+    loop.start()
+    await asyncio.wait_for(loop.close(), 5)
+    assert loop.is_loading
+    return loop
+
+  loop = asyncio.run(main())
+  may_load.set()
+  loop._thread.join(_WAIT)
+  assert not loop._thread.is_alive()
+
+
+def test_a_failed_load_is_told():
+  told = []
+
+  def load():
+    raise ValueError('engine.page_size: got 7')
+
+  async def test(_, loop):
+    await _until(lambda: told)
+    assert 'got 7' in str(loop.failure)
+    assert (loop.state, loop.is_loading) == (engine_loop_lib.FAILED, False)
+    with pytest.raises(engine_loop_lib.Failed):
+      await loop.submit([_request()])
+
+  _run(test, load=load, on_load_failure=lambda: told.append(True))

@@ -1,0 +1,223 @@
+"""Clients that leave, engines that fail, servers that are told to stop."""
+
+import concurrent.futures
+import contextlib
+import copy
+import logging
+import threading
+import time
+
+import httpx2
+import pytest
+
+from frozen import format as frozen_format
+from inference.server import app as app_lib, engine_loop as engine_loop_lib
+from tests import server_fixtures
+
+_MODEL = server_fixtures.MODEL
+_STEP_SECONDS = 0.05
+_LONG = {'prompt': 'a', 'model': _MODEL, 'max_tokens': 60, 'ignore_eos': True}
+
+
+class _Slow:
+  """An engine that takes its time, and can fail."""
+
+  def __init__(self, engine):
+    self._engine = engine
+    self.fails = False
+
+  def __getattr__(self, name):
+    return getattr(self._engine, name)
+
+  def step(self):
+    time.sleep(_STEP_SECONDS)
+    if self.fails:
+      raise RuntimeError('the device is on fire')
+    return self._engine.step()
+
+
+@pytest.fixture
+def slow(generator):
+  """A generator of a slow engine, which is left as it was."""
+  slow = copy.copy(generator)
+  slow.engine = _Slow(generator.engine)
+  yield slow
+  for request_id in {
+    live.request_id for live in generator.engine._live.values()
+  }:
+    generator.engine.cancel(request_id)
+  assert list(generator.engine.run()) == []
+
+
+def _cancelled(served):
+  return served.generator.engine.metrics.value(
+    'finished_total', reason='cancelled'
+  )
+
+
+def _is_idle(served):
+  engine = served.generator.engine
+  return not engine.has_work and not engine.roster.gauges().pages_used
+
+
+@pytest.mark.parametrize('stream', [True, False])
+@pytest.mark.parametrize('n', [1, 6])
+def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
+  body = {**_LONG, 'stream': stream, 'n': n}
+  with server_fixtures.running(slow) as served:
+    engine = slow.engine
+    before = _cancelled(served)
+    num_steps = engine.metrics.value('engine_steps_total')
+    with (
+      contextlib.suppress(httpx2.ReadTimeout),
+      httpx2.stream(
+        'POST', f'{served.url}/v1/completions', json=body, timeout=0.5
+      ) as answer,
+    ):
+      next(answer.iter_bytes())
+    server_fixtures.until(lambda: _is_idle(served), seconds=2)
+    num_steps = engine.metrics.value('engine_steps_total') - num_steps
+    # Not at the end: all of them would have taken at least 60.
+    assert 0 < num_steps < 45
+    # With n = 6 two were still waiting for one of four places.
+    assert _cancelled(served) == before + n
+
+
+def test_a_client_that_leaves_disturbs_nobody(slow):
+  body = {**_LONG, 'temperature': 0.0, 'max_tokens': 20}
+  path, num_live = '/v1/completions', lambda: len(slow.engine._live)
+  with (
+    server_fixtures.running(slow) as served,
+    httpx2.Client(base_url=served.url, timeout=30) as http,
+    concurrent.futures.ThreadPoolExecutor(1) as pool,
+  ):
+    alone = http.post(path, json=body).json()
+    with http.stream('POST', path, json={**_LONG, 'stream': True}) as leaves:
+      arriving = leaves.iter_bytes()  # without this the stream would close
+      next(arriving)
+      stays = pool.submit(http.post, path, json=body)
+      server_fixtures.until(lambda: num_live() == 2)
+    server_fixtures.until(lambda: num_live() == 1)
+    assert not stays.done()
+    stays = stays.result().json()
+  assert stays['choices'][0]['text'] == alone['choices'][0]['text']
+  assert stays['choices'][0]['finish_reason'] == 'length'
+
+
+def test_probes_answer_while_the_engine_works(slow):
+  with (
+    server_fixtures.running(slow) as served,
+    httpx2.stream(
+      'POST', f'{served.url}/v1/completions', json={**_LONG, 'stream': True}
+    ) as answer,
+  ):
+    next(answer.iter_bytes())
+    for _ in range(5):
+      start = time.monotonic()
+      assert httpx2.get(f'{served.url}/health').status_code == 200
+      # Far less than the three seconds that the answer takes.
+      assert time.monotonic() - start < 1
+
+
+def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
+  with (
+    server_fixtures.running(slow) as served,
+    httpx2.Client(base_url=served.url, timeout=30) as http,
+    concurrent.futures.ThreadPoolExecutor(2) as pool,
+  ):
+    whole, stream = (
+      pool.submit(
+        http.post, '/v1/completions', json={**_LONG, 'stream': stream}
+      )
+      for stream in (False, True)
+    )
+    server_fixtures.until(lambda: len(slow.engine._live) == 2)
+    slow.engine.fails = True
+    whole, stream = whole.result(), stream.result()
+    later = http.post('/v1/completions', json=_LONG)
+    probes = [http.get(path) for path in ('/health', '/ready')]
+  assert whole.status_code == 500
+  assert whole.headers['x-request-id']
+  assert whole.json()['error']['type'] == 'server_error'
+  assert 'on fire' not in whole.text
+  *_, error = server_fixtures.events(stream.content)
+  assert 'see the server log' in error['error']['message']
+  assert later.status_code == 503
+  assert later.json()['error']['code'] == 'not_ready'
+  for probe in probes:
+    assert (probe.status_code, probe.json()) == (503, {'status': 'failed'})
+  assert 'the device is on fire' in caplog.text
+
+
+def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
+  may_load = threading.Event()
+
+  def load():
+    assert may_load.wait(30)
+    return generator
+
+  loop = engine_loop_lib.EngineLoop(load)
+  app = app_lib.create_app(loop, generator.frozen.manifest, _MODEL)
+  with (
+    server_fixtures.running_app(app) as url,
+    httpx2.Client(base_url=url, timeout=30) as http,
+  ):
+    assert http.get('/health').status_code == 200
+    answer = http.get('/ready')
+    assert (answer.status_code, answer.json()['status']) == (503, 'loading')
+    assert http.get('/v1/models').json()['data'][0]['id'] == _MODEL
+    for answer in (
+      http.get('/metrics'),
+      http.get('/tokenizer_info'),
+      http.post('/v1/completions', json=_LONG),
+    ):
+      assert answer.status_code == 503
+      assert answer.headers['retry-after']
+      assert answer.json()['error']['code'] == 'not_ready'
+    may_load.set()
+    server_fixtures.until(lambda: http.get('/ready').status_code == 200)
+    assert http.post('/v1/completions', json=_LONG).status_code == 200
+
+
+def test_a_server_that_stops_finishes_what_was_asked(slow):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with server_fixtures.running(slow) as served:
+      asked = pool.submit(
+        httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
+      )
+      server_fixtures.until(lambda: slow.engine._live)
+    answer = asked.result()
+  assert answer.json()['choices'][0]['finish_reason'] == 'length'
+
+
+def test_but_not_for_longer_than_it_may(slow, caplog):
+  caplog.set_level(logging.INFO, logger='uvicorn.error')
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with server_fixtures.running(slow, timeout_graceful_shutdown=0.2) as served:
+      asked = pool.submit(
+        httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
+      )
+      server_fixtures.until(lambda: slow.engine._live)
+      start = time.monotonic()
+    assert time.monotonic() - start < 2  # of the three that it takes
+    error = asked.exception()
+    assert isinstance(error, httpx2.TransportError) or (
+      asked.result().status_code >= 500
+    )
+  assert _is_idle(served)
+  assert 'unchanged' in caplog.text
+
+
+def test_the_digest_is_compared_when_the_server_stops(
+  generator, caplog, monkeypatch
+):
+  caplog.set_level(logging.INFO, logger='uvicorn.error')
+  body = {'prompt': 'a', **server_fixtures.GREEDY}
+  with server_fixtures.running(generator) as served:
+    httpx2.post(f'{served.url}/v1/completions', json=body, timeout=30)
+  digest = generator.frozen.manifest.weights_digest
+  assert f'weights {digest}: unchanged' in caplog.text
+  monkeypatch.setattr(frozen_format, 'weights_digest', lambda _: 'other')
+  with server_fixtures.running(generator):
+    pass
+  assert f'weights other: CHANGED, were {digest}' in caplog.text

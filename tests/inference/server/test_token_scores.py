@@ -1,0 +1,105 @@
+"""Log-probabilities as clients read them: names, values, places."""
+
+import pytest
+
+from inference import logprobs as logprobs_lib
+from inference.server import token_scores
+from tests import fixtures
+
+
+def _score(chosen, *pairs):
+  ids, values = zip(*pairs, strict=True) if pairs else ((), ())
+  return logprobs_lib.TokenLogprobs(chosen, ids, values)
+
+
+def _scores(**kwargs):
+  return token_scores.TokenScores(fixtures.byte_tokenizer(), **kwargs)
+
+
+def test_tokens_are_written_with_values_names_and_places():
+  written = _scores(offset=5).write(
+    [104, 105],
+    [_score(-0.5, (104, -0.5), (97, -1.5)), _score(-3.0, (97, -0.25))],
+    end=7,
+  )
+  assert written == {
+    'tokens': ['h', 'i'],
+    'token_logprobs': [-0.5, -3.0],
+    # The most probable first, and the chosen one whether it is or not.
+    'top_logprobs': [{'h': -0.5, 'a': -1.5}, {'a': -0.25, 'i': -3.0}],
+    'text_offset': [5, 6],
+  }
+  assert list(written['top_logprobs'][1]) == ['a', 'i']
+
+
+def test_the_first_token_of_a_prompt_follows_nothing():
+  written = _scores().write([256, 97], [None, _score(-1.0)], end=1)
+  assert written['token_logprobs'] == [None, -1.0]
+  assert written['top_logprobs'] == [None, {'a': -1.0}]
+  # BOS has no text: both begin where the text does.
+  assert written['text_offset'] == [0, 0]
+
+
+def test_tokens_without_text_of_their_own_are_named_by_their_ids():
+  euro = list('€'.encode())
+  written = _scores().write(
+    [*euro, 257], [_score(-1.0, (128, -0.5))] * 4, end=1
+  )
+  names = [f'token_id:{token_id}' for token_id in [*euro, 257]]
+  assert written['tokens'] == names
+  assert all(len(top) == 2 for top in written['top_logprobs'])
+  # The character is there once its last byte is; EOS is behind it.
+  assert written['text_offset'] == [0, 0, 0, 1]
+
+
+def test_ids_if_that_is_asked_for():
+  written = _scores(as_ids=True).write([104], [_score(-1.0, (97, -0.5))], end=1)
+  assert written['tokens'] == ['token_id:104']
+  assert written['top_logprobs'] == [{'token_id:97': -0.5, 'token_id:104': -1}]
+
+
+class _Doubled:
+  """A tokenizer in which ids that differ by 10 have the same text."""
+
+  def token_bytes(self, token_id):
+    return b'%d' % (token_id % 10)
+
+
+@pytest.mark.parametrize(('chosen', 'name'), [(3, '3'), (13, 'token_id:13')])
+def test_two_tokens_of_one_text_keep_an_entry_each(chosen, name):
+  scores = _score({3: -0.5, 13: -1.5}[chosen], (3, -0.5), (13, -1.5))
+  written = token_scores.TokenScores(_Doubled()).write(
+    [chosen], [scores], end=1
+  )
+  assert written['tokens'] == [name]
+  assert written['top_logprobs'] == [{'3': -0.5, 'token_id:13': -1.5}]
+  assert written['token_logprobs'] == [written['top_logprobs'][0][name]]
+
+
+def test_what_is_not_in_the_text_is_placed_at_its_end():
+  written = _scores().write([97, 98, 99], [_score(-1.0)] * 3, end=1)
+  assert written['text_offset'] == [0, 1, 1]
+
+
+def test_minus_infinity_is_spelled_and_spare_places_are_left_out():
+  scores = _score(-1e30, (97, -0.5), (98, float('-inf')), (-1, 0.0))
+  written = _scores().write([120], [scores], end=1)
+  assert written['top_logprobs'] == [{'a': -0.5, 'b': -9999.0, 'x': -9999.0}]
+  assert written['token_logprobs'] == [-9999.0]
+
+
+def test_what_is_not_a_number_is_not_hidden():
+  (value,) = _scores().write([97], [_score(float('nan'))], end=1)[
+    'token_logprobs'
+  ]
+  assert value != value
+
+
+def test_parts_are_joined_and_nothing_is_a_part():
+  scores = _scores()
+  first = scores.write([97], [_score(-1.0)], end=1)
+  second = scores.write([98], [_score(-2.0)], end=2)
+  nothing = scores.write([], [], end=2)
+  joined = token_scores.joined(first, nothing, second)
+  assert joined['tokens'] == ['a', 'b']
+  assert joined['text_offset'] == [0, 1]

@@ -1,0 +1,84 @@
+"""A real server on a free port, for the tests of the HTTP face."""
+
+from concurrent import futures
+import contextlib
+import json
+import threading
+import time
+from typing import Any
+
+import uvicorn
+
+from inference.server import app as app_lib, engine_loop as engine_loop_lib
+
+MODEL = 'tiny'
+GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
+
+
+class Served:
+  """What runs, and where."""
+
+  def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop):
+    self.url, self.engine_loop = url, engine_loop
+
+  @property
+  def generator(self) -> Any:
+    return self.engine_loop.generator
+
+  def offline(self, *args):
+    """Returns what `generate` does, in the thread that owns the engine."""
+    done = futures.Future()
+    self.engine_loop._inbox.put(
+      lambda: done.set_result(self.generator.generate(*args))
+    )
+    return done.result(timeout=60)
+
+  def counted(self, name: str, **labels: str) -> float:
+    """Returns a metric; those of a step are in once the engine sleeps."""
+    until(lambda: not self.generator.engine.has_work)
+    return self.generator.engine.metrics.value(name, **labels)
+
+
+@contextlib.contextmanager
+def running(generator: Any, keys=None, **config):
+  """Serves on a free loopback port; yields a `Served` that is ready."""
+  engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
+  manifest = generator.frozen.manifest
+  with running_app(
+    app_lib.create_app(engine_loop, manifest, MODEL, keys), **config
+  ) as url:
+    until(lambda: engine_loop.state == engine_loop_lib.READY)
+    yield Served(url, engine_loop)
+
+
+@contextlib.contextmanager
+def running_app(app, **config):
+  """Serves an app on a free loopback port; yields the base URL."""
+  server = uvicorn.Server(
+    uvicorn.Config(app, host='127.0.0.1', port=0, log_config=None, **config)
+  )
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  try:
+    until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f'http://127.0.0.1:{port}'
+  finally:
+    server.should_exit = True
+    thread.join(timeout=60)
+  assert not thread.is_alive()
+
+
+def until(condition, seconds=30):
+  """Waits for a condition."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, 'gave up waiting'
+    time.sleep(0.01)
+
+
+def events(content: bytes) -> list[dict[str, Any]]:
+  """Returns the events of a stream but for the [DONE] that it ends with."""
+  *texts, done, rest = content.split(b'\n\n')
+  assert (done, rest) == (b'data: [DONE]', b'')
+  return [json.loads(text.removeprefix(b'data: ')) for text in texts]
