@@ -18,6 +18,7 @@ import contextlib
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -141,7 +142,7 @@ def _evaluate() -> None:
   from evals import report, run
   from inference import generate
 
-  given = {
+  given: dict[str, Any] = {
     name.removeprefix(_EVAL): FLAGS[name].value
     for name in FLAGS
     if name.startswith(_EVAL) and FLAGS[name].value is not None
@@ -164,6 +165,10 @@ def _evaluated(generator):
   manifest, engine = generator.frozen.manifest, generator.engine
   # Several ids may end a text; a tokenizer has one of them as its EOS.
   sample = scoring.sampler(engine, stop_ids=generator.defaults.stop_ids)
+  score = scoring.scorer(engine)
+
+  def score_all(requests):
+    return [ports.Scored(*each) for each in score(requests)]
 
   def complete(prompts, settings, num_samples):
     return [
@@ -178,7 +183,7 @@ def _evaluated(generator):
   return ports.Model(
     tokenizer=generator.tokenizer,
     max_length=engine.model_config.max_length,
-    logprob_fn=scoring.scorer(engine),
+    logprob_fn=score_all,
     sample_fn=complete,
     adds_bos=manifest.has_bos,
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),

@@ -187,7 +187,7 @@ def run(scenario: Scenario, *, rounds: int) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
   """Returns both tables."""
-  rows = [('', 'median', 'p95', 'largest')]
+  rows: list[tuple[str, ...]] = [('', 'median', 'p95', 'largest')]
   bounded = result['stalls']['bounded']
   rows.append(('before it', '1.00', f'{bounded["before_p95"]:.2f}', ''))
   for name, found in result['stalls'].items():
