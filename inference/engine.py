@@ -171,8 +171,9 @@ class Engine:
         f' expected at most {context} together (the context of this model);'
         ' shorten the prompt or lower max_tokens'
       )
-    capacity = self.page_tokens * self.roster.tables.allocator.num_usable
-    if num_prompt + wanted - 1 > capacity:  # the last one is never computed
+    # The last token is sampled and never computed: it needs no slot.
+    capacity = self.page_tokens * self.roster.tables.allocator.num_usable + 1
+    if num_prompt + wanted > capacity:
       raise ValueError(
         f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
         f' most {capacity} together (the cache of this engine); lower'

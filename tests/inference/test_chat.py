@@ -120,6 +120,6 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
   assert ids == [tok.bos_id, *tok.encode('the </s>'), tok.eos_id]
   assert stop == ()
   # As they are: no second BOS.
-  assert generator.prompt_ids(ids) == ids
+  assert generator.prompt_ids(ids) == tuple(ids)
   written = _talk(generator, ['hi'], max_tokens=3, temperature=0.0)
   assert 'error' not in written

@@ -108,17 +108,18 @@ def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
   small = roster.Roster(engine.roster.limits, num_pages=5)
   monkeypatch.setattr(engine, 'roster', small)
   one = _requests()[0]
-  for prompt, wanted in ((40, 25), (64, None), (70, 1)):
+  # Four pages of 16, and a last token that is never computed.
+  for prompt, wanted in ((40, 26), (65, None), (70, 1)):
     changed = dataclasses.replace(one.settings, max_tokens=wanted)
     request = requests.Request(prompt_ids=(1,) * prompt, settings=changed)
     with pytest.raises(
-      ValueError, match='expected at most 64 together .the cache'
+      ValueError, match='expected at most 65 together .the cache'
     ):
       engine.submit(request)
   assert not engine.has_work
   fits = dataclasses.replace(one.settings, max_tokens=None)
   request = requests.Request(prompt_ids=(1,) * 40, settings=fits)
-  assert engine.room_for(request) == 24
+  assert engine.room_for(request) == 25
 
 
 # ------------------------------------------------------------------------------

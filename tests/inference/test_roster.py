@@ -314,7 +314,7 @@ def test_a_late_child_shares_at_once():
   loop.run()
 
 
-@pytest.mark.parametrize('leave', ['cancel', 'preempt', 'end'])
+@pytest.mark.parametrize('leave', ['preempt', 'end'])
 def test_children_of_one_who_leaves_before_go_their_own_way(leave):
   loop = _loop()
   loop.submit('a', range(100, 130), 3)

@@ -64,6 +64,8 @@ class _Doubled:
   def token_bytes(self, token_id):
     return b'%d' % (token_id % 10)
 
+  first_bytes = token_bytes
+
 
 @pytest.mark.parametrize(('chosen', 'name'), [(3, '3'), (13, 'token_id:13')])
 def test_two_tokens_of_one_text_keep_an_entry_each(chosen, name):
