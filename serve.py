@@ -412,6 +412,7 @@ def _define_engine() -> None:
   define(count, 'block_rows', 'Prompt tokens computed together, a block.')
   define(count, 'max_blocks', 'Blocks of a step in which nobody decodes.')
   define(count, 'max_mixed_blocks', 'Blocks of a step in which somebody does.')
+  define(count, 'stall_context', 'Tokens before such a block: it counts twice.')
   define(choice, 'kv_dtype', 'What pages hold: model or int8.')
   define(
     choice, 'numerics', 'fast, or invariant: the same bits in any company.'

@@ -27,10 +27,13 @@ class EngineConfig:
   max_sequences: int = 32  # that run at once
   page_size: int = 16  # Q, tokens; 0: one page for the whole context (dense)
   num_pages: int = 0  # of the pool; 0: what memory allows, at most what fills
-  block_rows: int = 32  # R, prompt tokens computed together
-  max_blocks: int = 8  # of a step without decode rows
+  block_rows: int = 16  # R, prompt tokens computed together
+  max_blocks: int = 16  # of a step without decode rows
   # Of a step with some: what bounds how long a prompt stalls others.
-  max_mixed_blocks: int = 2
+  max_mixed_blocks: int = 4
+  # Tokens before a block that make it count twice there: on CPU, where it was
+  # measured, attention to so many takes as long as the block's products.
+  stall_context: int = 1000
   kv_dtype: str = 'model'  # what pages are stored as, one of KV_DTYPES
   # fast: XLA's choice of shapes; invariant: a token's bits do not depend on
   # its company, see models/kernels/invariant.py.
@@ -86,6 +89,7 @@ class EngineConfig:
       block_rows=self.block_rows,
       max_blocks=self.max_blocks,
       max_mixed_blocks=self.max_mixed_blocks,
+      stall_context=self.stall_context,
       page_size=page_tokens,
       aging_steps=self.aging_steps,
     )

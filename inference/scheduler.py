@@ -45,7 +45,9 @@ class Limits:
 
   The bound on how long a long prompt stalls others: a step with decode rows
   computes at most `max_mixed_blocks * block_rows` prompt tokens beside them,
-  whatever waits, and every running sequence has its row in every step.
+  whatever waits, and every running sequence has its row in every step. What a
+  block attends to makes it dearer, so that fewer fit: behind `stall_context`
+  tokens half as many, behind twice that a third, but always one.
 
   Raises:
     ValueError: a count is below 1, or more blocks fit beside decode rows than
@@ -56,6 +58,7 @@ class Limits:
   block_rows: int  # tokens of a block
   max_blocks: int  # of a step without decode rows
   max_mixed_blocks: int  # of a step with decode rows
+  stall_context: int  # tokens before a block that make it count twice there
   page_size: int  # tokens of a page
   aging_steps: int  # of waiting that are worth one level of priority
 
@@ -221,6 +224,7 @@ class _Draft:
     self.admitted: dict[Hashable, Task] = {}
     self.work: dict[Hashable, tuple[Task, int]] = {}  # tokens of this step
     self.num_blocks = 0
+    self.cost = 0.0  # of those, what counts towards `max_mixed_blocks`
     self.claims: dict[Hashable, int] = {}
     self.references: collections.Counter[int] | None = None
     # Blocks are given out before it is known who enters. So the next in turn
@@ -329,9 +333,15 @@ class _Draft:
     most_mixed = self.limits.max_mixed_blocks
     if task.num_remaining == 1:
       return int(self.num_blocks <= most_mixed)
-    most = most_mixed if self.is_mixed else self.limits.max_blocks
-    left = (most - self.num_blocks) * self.limits.block_rows
-    return max(min(task.num_remaining, left), 0)
+    left = self.limits.max_blocks - self.num_blocks
+    if self.is_mixed:
+      left = int((most_mixed - self.cost) / self._weight(task) + 0.5)
+      left = max(left, int(not self.num_blocks))
+    return max(min(task.num_remaining, left * self.limits.block_rows), 0)
+
+  def _weight(self, task: Task) -> float:
+    """Returns what a block of `task` counts beside decode rows."""
+    return 1 + task.num_computed / self.limits.stall_context
 
   def _give(self, task: Task, length: int):
     """Enters a row or a chunk."""
@@ -339,7 +349,9 @@ class _Draft:
     if task.num_remaining == 1:
       self.is_mixed = True
     else:
-      self.num_blocks += self.limits.num_blocks(length)
+      num_blocks = self.limits.num_blocks(length)
+      self.num_blocks += num_blocks
+      self.cost += num_blocks * self._weight(task)
 
   def _growth(self, task: Task) -> int:
     """Returns 1 if `task` may ever want a page beyond what it knows, else 0."""

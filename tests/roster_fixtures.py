@@ -20,6 +20,7 @@ def limits(**changes) -> scheduler.Limits:
     'block_rows': 4,
     'max_blocks': 4,
     'max_mixed_blocks': 2,
+    'stall_context': 10**9,  # contexts here are short
     'page_size': 4,
     'aging_steps': 8,
   }

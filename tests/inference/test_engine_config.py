@@ -28,7 +28,7 @@ _Config = engine_config.EngineConfig
     ('max_sequences', 0, 'max_sequences: got 0, expected a whole number'),
     ('block_rows', 0, 'block_rows: got 0, expected a whole number'),
     ('max_blocks', 1.5, 'max_blocks: got 1.5, expected a whole number'),
-    ('max_mixed_blocks', 9, 'got 9, expected at most max_blocks, 8'),
+    ('max_mixed_blocks', 17, 'got 17, expected at most max_blocks, 16'),
     ('aging_steps', 0, 'aging_steps: got 0, expected a whole number'),
   ],
 )
@@ -65,7 +65,7 @@ def test_steps_are_compiled_for_few_shapes():
     max_sequences=12, decode_shapes=(2, 12), max_blocks=1, max_mixed_blocks=1
   )
   assert config.step_shapes() == [(2, 0), (12, 0), (0, 1), (12, 1)]
-  config = _Config(max_sequences=1, max_blocks=2)
+  config = _Config(max_sequences=1, max_blocks=2, max_mixed_blocks=1)
   assert config.step_shapes() == [(1, 0), (0, 1), (0, 2)]
 
 

@@ -89,6 +89,27 @@ def test_a_prompt_takes_no_more_than_the_bound_beside_decode_rows(pool):
   assert _chunks(plan) == [('b', 0, 8)]
 
 
+_DEARER = {'max_blocks': 8, 'max_mixed_blocks': 6, 'stall_context': 100}
+
+
+def test_fewer_blocks_fit_beside_decode_rows_the_more_they_attend_to(pool):
+  limits = roster_fixtures.limits(**_DEARER)
+  for context, num_blocks in ((0, 6), (20, 5), (100, 3), (200, 2), (5000, 1)):
+    prompt, decode = pool.running('p', context, 100), pool.running('d', 3)
+    plan = _plan(decode, prompt, limits=limits)
+    assert _chunks(plan) == [('p', context, 4 * num_blocks)]
+    # Where nobody decodes, nobody is stalled.
+    assert _chunks(_plan(prompt, limits=limits)) == [('p', context, 32)]
+
+
+def test_what_one_prompt_costs_is_not_left_for_another(pool):
+  limits = roster_fixtures.limits(**{**_DEARER, 'max_mixed_blocks': 4})
+  decode, short = pool.running('d', 3), pool.running('s', 0, 100)
+  long = pool.running('l', 200, 4, seniority=-1)  # one block, counts three
+  plan = _plan(decode, long, short, limits=limits)
+  assert _chunks(plan) == [('l', 200, 4), ('s', 0, 4)]
+
+
 def test_blocks_hold_tokens_of_one_sequence_each(pool):
   # Five tokens take two blocks, so that one of the four is left for b.
   plan = _plan(
@@ -159,6 +180,15 @@ def test_room_is_left_for_each_to_grow_into(pool):
   first, second = pool.waiting('first', 8), pool.waiting('second', 2)
   assert _plan(first, second, room=3).admitted == ('first',)
   assert _plan(first, second, room=4).admitted == ('first', 'second')
+
+
+def test_no_room_is_left_for_who_cannot_grow_into_it(pool):
+  # Ten tokens, of which the last is never computed: three pages to the end.
+  runs = pool.running('a', 9, max_known=10)
+  enters = pool.waiting('b', 5, max_known=9)
+  assert _plan(runs, enters, room=2).admitted == ('b',)
+  more = pool.running('a', 12, max_known=14)
+  assert not _plan(more, enters, room=2).admitted
 
 
 def test_room_is_left_for_what_running_ones_know_and_will(pool):
