@@ -7,10 +7,11 @@ multi-process readers need outside `absl.app.run`.
 
 import atexit
 import os
-import shutil
-import tempfile
 
 from absl import flags
+import pytest
+
+from tests.helpers import compiled_programs
 
 NUM_FAKE_DEVICES = 8
 # Tests compile far more than they compute: without LLVM's optimisation the
@@ -18,7 +19,7 @@ NUM_FAKE_DEVICES = 8
 COMPILE_QUICKLY = '--xla_backend_optimization_level=0'
 
 
-def _set_environment():
+def _set_environment() -> compiled_programs.CompiledPrograms:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ['XLA_FLAGS'] = ' '.join(
     [
@@ -32,15 +33,34 @@ def _set_environment():
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
   # No test may reach for the network through a library's default.
   os.environ['HF_HUB_OFFLINE'] = '1'
-  # Many tests compile the same tiny programs, some in child processes. One
-  # directory per session: JAX writes cache entries in place, so two sessions
-  # sharing one could read each other's half-written files.
-  cache = tempfile.mkdtemp(prefix='two_lives_jax_cache_')
-  atexit.register(shutil.rmtree, cache, ignore_errors=True)
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
+  # Child processes of a test find its compiled programs by this variable.
+  programs = compiled_programs.CompiledPrograms(
+    compiled_programs.default_store()
+  )
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(programs.directory)
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  # Otherwise XLA's own caches put this process's directory into every key.
+  os.environ['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] = 'none'
+  atexit.register(programs.close)
+  return programs
 
 
-_set_environment()
+PROGRAMS = _set_environment()
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+  """Shares compiled programs with the other workers, test by test."""
+  PROGRAMS.adopt()
+  try:
+    return (yield)
+  finally:
+    PROGRAMS.publish()
+
+
+def pytest_sessionfinish():
+  """Removes programs that have not been used for weeks."""
+  if 'PYTEST_XDIST_WORKER' not in os.environ:
+    compiled_programs.prune(compiled_programs.default_store())
