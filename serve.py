@@ -334,7 +334,7 @@ def _fail(message: str) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  from parallel import targets
+  from hardware import targets
 
   argv = targets.with_default(argv)
   targets.prepare_for(targets.value_in(argv))

@@ -36,7 +36,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from parallel import targets
+from hardware import targets
 from training import config_flags as training_flags, exit_codes, supervisor
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -108,7 +108,8 @@ def main(argv: list[str]) -> int:
   # Not at the top: --help and a mistyped flag should not wait for jax.
   import rich.console
 
-  from parallel import host_memory, processes
+  from hardware import host_memory
+  from parallel import processes
   from training import goodput, loop, run, saving, workdir
 
   saving.quiet_libraries()  # and those that did not

@@ -28,7 +28,7 @@ import rich.console
 from scipy import stats
 
 from benchmarks import figure, study_flags
-from parallel import host_memory
+from hardware import host_memory
 from training import config as config_lib, metrics, run
 
 _EXPERIMENTS = flags.DEFINE_list(

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from benchmarks import made_up_text, peer_process, timing
+from hardware import peaks
 from inference import (
   engine as engine_lib,
   engine_config,
@@ -34,7 +35,6 @@ from inference import (
   settings as settings_lib,
 )
 from models import config as model_config, flops
-from parallel import device_peaks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def run(
   num_params = flops.num_params(request.model)
 
   def read_turn() -> float:
-    rate = device_peaks.read_bytes_per_s(
+    rate = peaks.read_bytes_per_s(
       megabytes=megabytes, seconds=0.3, device=device
     )
     return 1 / rate  # seconds per byte

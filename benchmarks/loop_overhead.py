@@ -36,7 +36,7 @@ import rich.console
 
 from benchmarks import timing
 from experiments import quickstart
-from parallel import host_memory
+from hardware import host_memory
 from training import (
   assemble,
   checkpoint,

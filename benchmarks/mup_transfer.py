@@ -26,7 +26,7 @@ import optax
 from benchmarks import figure, study_flags
 from data import pipeline
 from experiments import mup_transfer
-from parallel import host_memory
+from hardware import host_memory
 from training import (
   assemble,
   config as config_lib,

@@ -14,7 +14,7 @@ import sys
 
 from absl import app, flags
 
-from parallel import ahead, targets
+from hardware import compile_ahead, targets
 from training import plan as plan_lib
 
 PATH = pathlib.Path(__file__).parents[1] / 'experiments' / 'PLANS.md'
@@ -63,7 +63,7 @@ on a machine without accelerators. Memory is of one device at its peak: by the
 formula of `training/memory.py`, by the compiler (`memory_analysis` of the very
 train step, compiled ahead of time), and the first over the second. Collectives
 are what one device sends in a step. The three times are the least that each
-resource takes, at the peaks of `parallel/device_peaks.py`; the largest binds.
+resource takes, at the peaks of `hardware/peaks.py`; the largest binds.
 The step is expected at {mfu:.0%} MFU, or at what binds where that allows less.
 Tokens are those of the whole run, dollars at {prices}
 per device-hour, which is assumed and not a quotation: prices change, and
@@ -102,7 +102,7 @@ def analytic_cells(preset: str, made: plan_lib.Plan) -> list[str]:
 
 def compiled_cells(made: plan_lib.Plan) -> list[str]:
   """Returns the cells that the compiler has a part in."""
-  if not isinstance(made.compiled, ahead.Program):
+  if not isinstance(made.compiled, compile_ahead.Program):
     raise ValueError(
       f'{made.experiment.name}: got a step that does not fit {made.target}'
       f' ({made.compiled}), expected presets that do; change its experiment'

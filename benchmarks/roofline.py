@@ -17,7 +17,7 @@ from absl import app, flags
 import jax
 
 from benchmarks import timing
-from parallel import device_peaks
+from hardware import peaks
 
 
 def measure(
@@ -41,12 +41,12 @@ def measure(
   """
 
   def matmul(dtype):
-    return lambda: device_peaks.matmul_flops_per_s(
+    return lambda: peaks.matmul_flops_per_s(
       dtype, size=size, seconds=seconds, device=device
     )
 
   turns = {dtype: matmul(dtype) for dtype in dtypes}
-  turns['read'] = lambda: device_peaks.read_bytes_per_s(
+  turns['read'] = lambda: peaks.read_bytes_per_s(
     megabytes=megabytes, seconds=seconds, device=device
   )
   return timing.interleave(turns, rounds)
@@ -60,7 +60,7 @@ def report(device: jax.Device, rates: dict[str, list[float]]) -> str:
     median, best = statistics.median(values), max(values)
     rows.append((name, f'{median / 1e9:.1f}', f'{best / 1e9:.1f}', unit))
   lines = [timing.table(f'Roofline of {device.device_kind}', rows)]
-  if datasheet := device_peaks.DATASHEETS.get(device.device_kind):
+  if datasheet := peaks.DATASHEETS.get(device.device_kind):
     lines.append(
       f'  {datasheet.source}: {datasheet.bytes_per_s / 1e9:.0f} GB/s; '
       + ', '.join(

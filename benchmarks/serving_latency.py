@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import decode_latency, made_up_text, timing
+from hardware import host_memory
 from inference import (
   engine as engine_lib,
   engine_config,
@@ -31,7 +32,6 @@ from inference import (
   settings as settings_lib,
 )
 from models import config as model_config, flops
-from parallel import host_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ import jax
 import numpy as np
 
 from benchmarks import decode_latency, made_up_text, peer_process, timing
+from hardware import host_memory, peaks as peaks_lib
 from inference import (
   engine as engine_lib,
   engine_config,
@@ -42,7 +43,6 @@ from inference import (
   settings as settings_lib,
 )
 from models import config as model_config, flops
-from parallel import device_peaks, host_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def final_length_waste(jobs: Sequence[Job]) -> float:
   return empty / reserved
 
 
-def least_seconds(workload: Workload, peaks: device_peaks.Peaks) -> float:
+def least_seconds(workload: Workload, peaks: peaks_lib.Peaks) -> float:
   """Returns the least time of the trace on this device, float32.
 
   Every product once, at the peak rate; or the weights once for as many steps as
@@ -223,7 +223,7 @@ def peer_spec(workload: Workload) -> dict[str, Any]:
 def run(workload: Workload, *, with_peer: bool, rounds: int) -> dict[str, Any]:
   """Measures the ways in turn; returns everything that `report` prints."""
   device = jax.devices()[0]
-  peaks = device_peaks.peaks(device)
+  peaks = peaks_lib.peaks(device)
   with contextlib.ExitStack() as stack:
     turns: dict[str, timing.Turn] = {}
     if with_peer:

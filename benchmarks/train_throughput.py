@@ -30,8 +30,8 @@ import numpy as np
 
 from benchmarks import peer_process, timing
 from experiments import presets
+from hardware import host_memory, peaks
 from models import config as model_config, flops, transformer
-from parallel import device_peaks, host_memory
 from training import optimizer as optimizer_lib, state as state_lib, step
 from training.objectives import next_token
 
@@ -160,7 +160,7 @@ def run(
   size = 1024 if device.platform == 'cpu' else 8192
 
   def matmul_turn() -> float:
-    rate = device_peaks.matmul_flops_per_s(
+    rate = peaks.matmul_flops_per_s(
       'float32', size=size, seconds=0.3, device=device
     )
     return 1 / rate  # seconds per FLOP

@@ -2,9 +2,9 @@
 
 import dataclasses
 
+from hardware import peaks
 from inference import scheduler
 from models import config as config_lib, kv_cache, paged_attention
-from parallel import device_peaks
 
 NUMERICS = ('fast', 'invariant')
 KV_DTYPES = ('model', kv_cache.INT8)
@@ -136,7 +136,7 @@ class EngineConfig:
     tokens = self.page_tokens(model.max_length)
     per_sequence = -(-model.max_length // tokens)
     if not (num_pages := self.num_pages):
-      memory = device_peaks.memory_bytes(device)
+      memory = peaks.memory_bytes(device)
       share = _HOST_SHARE if device.platform == 'cpu' else _KV_SHARE
       room = (memory - weight_bytes) * share
       fitting = int(room // (bytes_per_token * tokens))

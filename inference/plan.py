@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from frozen import manifest as manifest_lib
+from hardware import compile_ahead, peaks as peaks_lib, targets
 from inference import backends, engine_config, programs
 from models import config as config_lib, flops, kv_cache, layout, transformer
-from parallel import ahead, device_peaks, targets
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
 _MARGIN = 0.05
@@ -40,11 +40,11 @@ class Plan:
   name: str  # the experiment that the weights come from
   target: str
   device_kind: str
-  peaks: device_peaks.Peaks
+  peaks: peaks_lib.Peaks
   config: config_lib.ModelConfig
   dtype: str
   num_params: int
-  compiled: ahead.Program | ahead.OutOfMemory | None = None
+  compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
   @property
@@ -155,7 +155,7 @@ def make(
     name=manifest.experiment,
     target=target_name,
     device_kind=device.device_kind,
-    peaks=device_peaks.peaks(device),
+    peaks=peaks_lib.peaks(device),
     config=config,
     dtype=manifest.dtype,
     num_params=manifest.num_params,
@@ -173,7 +173,7 @@ def make(
 
 def compile_decode_step(
   plan: Plan, device: jax.Device, num_sequences: int
-) -> ahead.Program | ahead.OutOfMemory:
+) -> compile_ahead.Program | compile_ahead.OutOfMemory:
   """Compiles the engine's step of that many sequences of the whole context."""
   mesh = Mesh(np.array([device]), ('device',))
   sharding = NamedSharding(mesh, PartitionSpec())
@@ -217,7 +217,7 @@ def compile_decode_step(
     )
 
   with jax.set_mesh(mesh):
-    return ahead.compile(
+    return compile_ahead.compile(
       programs.lower_forward(
         model,
         put(params),
@@ -247,12 +247,12 @@ def _model_lines(plan: Plan):
   yield (
     'device',
     f'{plan.device_kind} ({plan.target}), one of them:'
-    f' {ahead.size(limit) if limit else "unknown"} of memory,'
+    f' {compile_ahead.size(limit) if limit else "unknown"} of memory,'
     f' {plan.peaks.bytes_per_s / 1e9:.4g} GB/s ({plan.peaks.source})',
   )
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
-  yield 'weights', f'{ahead.size(plan.weight_bytes)}{share}'
-  yield 'cache', f'{ahead.size(plan.kv_bytes_per_token)} per token'
+  yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}'
+  yield 'cache', f'{compile_ahead.size(plan.kv_bytes_per_token)} per token'
   if limit and plan.num_sequences(1) == 0:
     yield 'fits', 'NO: not the weights and one token; take a larger device'
   elif limit:
@@ -298,16 +298,19 @@ def _compiled_lines(plan: Plan):
   count, length = plan.compiled_sequences, plan.config.max_length
   formula = plan.bytes_of(count, length)
   told = f'{count} sequences of {length}: '
-  if isinstance(compiled, ahead.OutOfMemory):
-    needed = ahead.size(compiled.needed) if compiled.needed else 'more'
-    available = ahead.size(compiled.available or plan.peaks.memory_bytes)
+  if isinstance(compiled, compile_ahead.OutOfMemory):
+    needed = compile_ahead.size(compiled.needed) if compiled.needed else 'more'
+    available = compile_ahead.size(
+      compiled.available or plan.peaks.memory_bytes
+    )
     yield 'compiler', f'{told}needs {needed} of {available}: DOES NOT FIT'
     return
-  temporaries = ahead.size(compiled.temporaries)
+  temporaries = compile_ahead.size(compiled.temporaries)
   yield (
     'compiler',
-    f'{told}{ahead.size(compiled.in_use)} at its peak (formula'
-    f' {ahead.size(formula)}, {formula / compiled.in_use:.1%}); arguments'
-    f' {ahead.size(compiled.arguments)}, temporaries {temporaries},'
-    f' {ahead.size(compiled.aliased)} updated in place',
+    f'{told}{compile_ahead.size(compiled.in_use)} at its peak (formula'
+    f' {compile_ahead.size(formula)}, {formula / compiled.in_use:.1%});'
+    f' arguments {compile_ahead.size(compiled.arguments)},'
+    f' temporaries {temporaries},'
+    f' {compile_ahead.size(compiled.aliased)} updated in place',
   )

@@ -21,11 +21,20 @@ MAY_IMPORT = {
   'models': set(),
   'text': set(),
   'parallel': set(),
+  'hardware': set(),
   'data': {'text'},
   'evals': set(),
   'frozen': {'models', 'parallel', 'text'},
-  'training': {'data', 'evals', 'frozen', 'models', 'parallel', 'text'},
-  'inference': {'frozen', 'models', 'parallel', 'text'},
+  'training': {
+    'data',
+    'evals',
+    'frozen',
+    'hardware',
+    'models',
+    'parallel',
+    'text',
+  },
+  'inference': {'frozen', 'hardware', 'models', 'parallel', 'text'},
   'experiments': {'data', 'evals', 'models', 'parallel', 'text', 'training'},
 }
 # Only these see both lives, and nothing imports them except tests.

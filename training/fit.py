@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from parallel import ahead, targets
+from hardware import compile_ahead, targets
 from training import (
   config as config_lib,
   learner as learner_lib,
@@ -65,7 +65,7 @@ def _remedy(plan: plan_lib.Plan) -> plan_lib.Remedy | None:
       return plan_lib.Remedy(flags=flags, bytes=total, is_confirmed=False)
     num_compiled += 1
     compiled = plan_lib.compile_step(learner)
-    if isinstance(compiled, ahead.Program):
+    if isinstance(compiled, compile_ahead.Program):
       return plan_lib.Remedy(
         flags=flags, bytes=compiled.in_use, is_confirmed=True
       )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hardware import peaks
 from models import (
   axes,
   execution as execution_lib,
@@ -25,7 +26,6 @@ from models import (
 from models.kernels import cross_entropy, linear, quantized_linear
 from parallel import (
   context,
-  device_peaks,
   experts as parallel_experts,
   manual_loss,
   pipeline,
@@ -85,7 +85,7 @@ class Learner:
     """Returns what all devices together can do at best in the model's dtype."""
     dtype = jnp.dtype(self.experiment.compute_dtype).name
     return sum(
-      device_peaks.peaks(device).flops_per_s[dtype]
+      peaks.peaks(device).flops_per_s[dtype]
       for device in self.placement.devices
     )
 

@@ -4,7 +4,7 @@
     python train.py --config=experiments/pretrain.py:8b --plan=v5p:4x4x4
 
 The first is arithmetic and takes seconds. The second also compiles the very
-step that would run, for devices that are not here (`parallel.targets`), and
+step that would run, for devices that are not here (`hardware.targets`), and
 sets the compiler's figures beside the formula's. Nothing is allocated and no
 data is opened.
 """
@@ -13,14 +13,9 @@ import dataclasses
 import math
 import re
 
+from hardware import compile_ahead, peaks as peaks_lib, targets
 from models import flops, scaling
-from parallel import (
-  ahead,
-  config as parallel_config,
-  device_peaks,
-  placement as placement_lib,
-  targets,
-)
+from parallel import config as parallel_config, placement as placement_lib
 from training import config as config_lib, learner as learner_lib, memory
 
 # Share of the peak that a run is taken to reach. 38 to 43 % are reported for
@@ -46,12 +41,12 @@ class Plan:
   target: str
   device_kind: str
   num_devices: int
-  peaks: device_peaks.Peaks
+  peaks: peaks_lib.Peaks
   num_params: int
   num_active_params: int
   flops_per_token: float
   memory: memory.Memory
-  compiled: ahead.Program | ahead.OutOfMemory | None
+  compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None
   assumed_mfu: float
   price_per_device_hour: float  # of any currency; 0: unknown
   remedy: Remedy | None = None  # looked for by `training.fit`
@@ -91,13 +86,13 @@ class Plan:
     return self.peaks.flops_per_s[self.experiment.compute_dtype]
 
   @property
-  def roofline(self) -> ahead.Roofline | None:
+  def roofline(self) -> compile_ahead.Roofline | None:
     """The least that a step takes; None unless it was compiled."""
-    if not isinstance(self.compiled, ahead.Program):
+    if not isinstance(self.compiled, compile_ahead.Program):
       return None
     again = 4 / 3 if self.experiment.execution.remat in _FORWARD_TWICE else 1.0
     needed = self.tokens_per_step * self.flops_per_token / self.num_devices
-    return ahead.roofline(
+    return compile_ahead.roofline(
       again * needed,
       self.compiled.traffic,
       self.peaks,
@@ -138,7 +133,7 @@ class Plan:
   @property
   def memory_needed(self) -> float:
     """Bytes of one device: the compiler's where it said, else the formula's."""
-    if isinstance(self.compiled, ahead.OutOfMemory):
+    if isinstance(self.compiled, compile_ahead.OutOfMemory):
       return self.compiled.needed or self.memory.total
     if self.compiled is not None:
       return self.compiled.in_use
@@ -152,7 +147,7 @@ class Plan:
   @property
   def fits(self) -> bool | None:
     """Whether the step fits its devices; None where nobody knows their size."""
-    if isinstance(self.compiled, ahead.OutOfMemory):
+    if isinstance(self.compiled, compile_ahead.OutOfMemory):
       return False
     if not self.peaks.memory_bytes:
       return None
@@ -179,7 +174,7 @@ def make(
 
   Args:
     experiment: what would be run.
-    target_name: `here`, or a name that `parallel.targets` knows.
+    target_name: `here`, or a name that `hardware.targets` knows.
     assumed_mfu: in (0, 1].
     price_per_device_hour: 0 if unknown.
     is_compiled: whether to compile the step for a target.
@@ -218,7 +213,7 @@ def make(
     target=target_name,
     device_kind=device.device_kind,
     num_devices=len(learner.placement.devices),
-    peaks=device_peaks.peaks(device),
+    peaks=peaks_lib.peaks(device),
     num_params=learner.num_params,
     num_active_params=flops.num_active_params(experiment.model),
     flops_per_token=learner.flops_per_token,
@@ -231,7 +226,7 @@ def make(
 
 def compile_step(
   learner: learner_lib.Learner,
-) -> ahead.Program | ahead.OutOfMemory:
+) -> compile_ahead.Program | compile_ahead.OutOfMemory:
   """Compiles the train step ahead of time, for a learner's absent devices.
 
   Raises:
@@ -244,7 +239,7 @@ def compile_step(
       ' devices that are not here, expected mesh; set parallel.kind=mesh, which'
       ' computes the same, or plan with --plan alone'
     )
-  return ahead.compile(
+  return compile_ahead.compile(
     placement.lower_train(learner.build_train_step, learner.batch_shapes())
   )
 
@@ -296,33 +291,43 @@ def _memory_lines(plan: Plan):
   parts = plan.memory
   remat = plan.experiment.execution.remat
   yield 'memory', 'of one device, by the formula'
-  yield '  parameters', ahead.size(parts.params)
-  yield '  optimizer', ahead.size(parts.optimizer)
+  yield '  parameters', compile_ahead.size(parts.params)
+  yield '  optimizer', compile_ahead.size(parts.optimizer)
   if parts.average:
-    yield '  average of the weights', ahead.size(parts.average)
-  yield '  gradients', ahead.size(parts.gradients)
+    yield '  average of the weights', compile_ahead.size(parts.average)
+  yield '  gradients', compile_ahead.size(parts.gradients)
   if parts.cast:
     yield (
       '  cast',
-      f'{ahead.size(parts.cast)} in {plan.experiment.compute_dtype}',
+      f'{compile_ahead.size(parts.cast)} in {plan.experiment.compute_dtype}',
     )
   yield (
     '  activations',
-    f'{ahead.size(parts.saved)} kept from layers (remat {remat})',
+    f'{compile_ahead.size(parts.saved)} kept from layers (remat {remat})',
   )
   yield (
     '  one layer',
-    f'{ahead.size(parts.layers)} while its gradient is computed',
+    f'{compile_ahead.size(parts.layers)} while its gradient is computed',
   )
-  yield '  loss', f'{ahead.size(parts.loss)} head and a chunk of logits'
-  yield '  embedding', f'{ahead.size(parts.embedding)} gradient of the table'
+  yield '  loss', f'{compile_ahead.size(parts.loss)} head and a chunk of logits'
+  yield (
+    '  embedding',
+    f'{compile_ahead.size(parts.embedding)} gradient of the table',
+  )
   if parts.update:
-    yield '  update', f'{ahead.size(parts.update)} while Muon orthogonalises'
+    yield (
+      '  update',
+      f'{compile_ahead.size(parts.update)} while Muon orthogonalises',
+    )
   limit = plan.peaks.memory_bytes
-  share = f' of {ahead.size(limit)}, {parts.total / limit:.0%}' if limit else ''
+  share = (
+    f' of {compile_ahead.size(limit)}, {parts.total / limit:.0%}'
+    if limit
+    else ''
+  )
   yield (
     '  peak',
-    f'{ahead.size(parts.total)}{share}; not all exist at the same time',
+    f'{compile_ahead.size(parts.total)}{share}; not all exist at the same time',
   )
 
 
@@ -331,13 +336,16 @@ def _compiled_lines(plan: Plan):
   if compiled is None:
     return
   yield 'compiler', 'of the step as it would run, on one device'
-  if isinstance(compiled, ahead.OutOfMemory):
-    needed = ahead.size(compiled.needed) if compiled.needed else 'more'
+  if isinstance(compiled, compile_ahead.OutOfMemory):
+    needed = compile_ahead.size(compiled.needed) if compiled.needed else 'more'
     available = compiled.available or plan.peaks.memory_bytes
-    yield '  memory', f'needs {needed} of {ahead.size(available)}: DOES NOT FIT'
+    yield (
+      '  memory',
+      f'needs {needed} of {compile_ahead.size(available)}: DOES NOT FIT',
+    )
     return
   in_use, outputs, aliased, temporaries, allocated = map(
-    ahead.size,
+    compile_ahead.size,
     (
       compiled.in_use,
       compiled.outputs,
@@ -349,16 +357,17 @@ def _compiled_lines(plan: Plan):
   yield (
     '  memory',
     f'{in_use} at its peak: formula {plan.formula_ratio:.1%} of it; arguments'
-    f' {ahead.size(compiled.arguments)}, outputs {outputs} ({aliased} in'
-    f' place), temporaries {temporaries} with gaps: {allocated} allocated',
+    f' {compile_ahead.size(compiled.arguments)}, outputs {outputs}'
+    f' ({aliased} in place), temporaries {temporaries} with gaps:'
+    f' {allocated} allocated',
   )
   for kind, (count, sent) in sorted(compiled.traffic.by_kind().items()):
-    yield f'  {kind}', f'{count:,} times, {ahead.size(sent)} sent'
+    yield f'  {kind}', f'{count:,} times, {compile_ahead.size(sent)} sent'
   if compiled.traffic.unknown:
     yield (
       '  unknown',
       f'{", ".join(compiled.traffic.unknown)}: loops counted once, or'
-      ' collectives not counted; parallel/hlo.py cannot read them',
+      ' collectives not counted; hardware/hlo.py cannot read them',
     )
   roof = plan.roofline
   assert roof is not None
@@ -405,7 +414,8 @@ def _fix(remedy: Remedy | None) -> str:
   if remedy is None:
     return 'none found; take more devices, larger ones, or a smaller model'
   by = 'the compiler' if remedy.is_confirmed else 'the formula'
-  return f'{" ".join(remedy.flags)} takes {ahead.size(remedy.bytes)}, says {by}'
+  taken = compile_ahead.size(remedy.bytes)
+  return f'{" ".join(remedy.flags)} takes {taken}, says {by}'
 
 
 def _scaling_lines(plan: Plan):

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import plan_table
-from parallel import targets
+from hardware import targets
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from benchmarks import serving_latency, serving_throughput
+from hardware import peaks
 from inference import engine_config
-from parallel import device_peaks
 from tests import fixtures
 
 _ENGINE = engine_config.EngineConfig(
@@ -17,7 +17,7 @@ _ENGINE = engine_config.EngineConfig(
   num_pages=64,
   decode_shapes=(4,),
 )
-_PEAKS = device_peaks.Peaks(
+_PEAKS = peaks.Peaks(
   flops_per_s={'float32': 1e12}, bytes_per_s=1e10, source='made up'
 )
 
@@ -35,7 +35,7 @@ def _workload():
 
 @pytest.fixture(autouse=True)
 def quick_roofline(monkeypatch):
-  monkeypatch.setattr(device_peaks, 'peaks', lambda device: _PEAKS)
+  monkeypatch.setattr(peaks, 'peaks', lambda device: _PEAKS)
 
 
 def test_lengths_are_mixed_and_within_bounds():

@@ -4,9 +4,9 @@ import types
 
 import pytest
 
+from hardware import peaks
 from inference import engine_config
 from models import paged_attention
-from parallel import device_peaks
 from tests import fixtures
 
 _Config = engine_config.EngineConfig
@@ -83,7 +83,7 @@ def test_every_step_that_may_be_planned_has_a_shape(most, mixed):
 
 
 def _pool(config, monkeypatch, *, memory=0, platform='gpu', max_length=100):
-  monkeypatch.setattr(device_peaks, 'memory_bytes', lambda device: memory)
+  monkeypatch.setattr(peaks, 'memory_bytes', lambda device: memory)
   return config.pool_pages(
     fixtures.llama_like(max_length=max_length),
     bytes_per_token=10.0,

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from hardware import compile_ahead, peaks, targets
 from inference import plan as plan_lib
 from models import flops, kv_cache
-from parallel import ahead, device_peaks, targets
 from tests import fixtures, frozen_fixtures
 
 
@@ -32,7 +32,7 @@ def _plan(config=None, **fields):
       'name': 'tiny',
       'target': 'v5e:2x2',
       'device_kind': 'TPU v5 lite',
-      'peaks': device_peaks.DATASHEETS['TPU v5e'],
+      'peaks': peaks.DATASHEETS['TPU v5e'],
       'config': config,
       'dtype': 'bfloat16',
       'num_params': flops.num_params(config),
@@ -143,19 +143,21 @@ def test_a_mixture_reads_the_experts_that_are_taken():
 
 def test_the_compilers_memory_stands_beside_the_formula():
   plan = _plan()
-  program = ahead.Program(
+  program = compile_ahead.Program(
     arguments=2**30,
     outputs=2**29,
     temporaries=2**28,
     aliased=2**29,
     peak=2**31,
-    traffic=ahead.hlo.Traffic(collectives=(), memory_bytes=1.0, unknown=()),
+    traffic=compile_ahead.hlo.Traffic(
+      collectives=(), memory_bytes=1.0, unknown=()
+    ),
   )
   text = plan_lib.report(
     dataclasses.replace(plan, compiled=program, compiled_sequences=4)
   )
   assert '4 sequences of 64: 2 GiB at its peak' in text
-  refused = ahead.OutOfMemory(needed=2**31, available=2**30, message='')
+  refused = compile_ahead.OutOfMemory(needed=2**31, available=2**30, message='')
   text = plan_lib.report(
     dataclasses.replace(plan, compiled=refused, compiled_sequences=4)
   )
@@ -197,7 +199,7 @@ def test_the_decode_step_is_compiled_for_a_device_that_is_not_here(
   for name, value in targets._ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
   plan = plan_lib.make(model, target)
-  assert isinstance(plan.compiled, ahead.Program)
+  assert isinstance(plan.compiled, compile_ahead.Program)
   cache = plan.kv_bytes_per_token * 64 * plan.compiled_sequences
   assert plan.compiled.arguments >= plan.weight_bytes + cache
   assert plan.compiled.aliased >= cache  # written in place

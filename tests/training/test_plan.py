@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data import config as data_config
+from hardware import compile_ahead, hlo, targets
 from models import flops, transformer
-from parallel import ahead, config as parallel_config, hlo, targets
+from parallel import config as parallel_config
 from tests import fixtures
 from training import (
   config as config_lib,
@@ -194,7 +195,7 @@ def _program(*, peak, memory_bytes=1e9):
   reduced = hlo.Collective(
     kind='all-reduce', num_devices=8, payload_bytes=10**6, count=4
   )
-  return ahead.Program(
+  return compile_ahead.Program(
     arguments=100,
     outputs=90,
     temporaries=50,
@@ -247,7 +248,7 @@ def test_recomputing_costs_a_third_of_the_products(remat):
 
 
 def test_a_refusal_is_a_plan_and_not_a_traceback():
-  refused = ahead.OutOfMemory(
+  refused = compile_ahead.OutOfMemory(
     needed=3 * 2**30, available=2**30, message='RESOURCE_EXHAUSTED'
   )
   plan = _with_compiled(plan_lib.make(_experiment()), refused)
@@ -444,7 +445,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_here(monkeypatch):
     parallel={'fsdp': 4}, compute_dtype='bfloat16', remat='full'
   )
   plan = plan_lib.make(experiment, 'v5e:2x2')
-  assert isinstance(plan.compiled, ahead.Program)
+  assert isinstance(plan.compiled, compile_ahead.Program)
   assert plan.fits
   # The state is donated: all of it is updated in place.
   assert plan.compiled.aliased >= plan.memory.params + plan.memory.optimizer
@@ -475,7 +476,7 @@ def test_what_does_not_fit_a_tpu_is_told_with_a_remedy_that_does(monkeypatch):
     data=data_config.DataConfig(row_length=4096, batch_size=64),
   )
   plan = fit.make(experiment, 'v5e:2x2')
-  assert isinstance(plan.compiled, ahead.OutOfMemory)
+  assert isinstance(plan.compiled, compile_ahead.OutOfMemory)
   assert plan.compiled.needed > plan.compiled.available > 15 * 2**30
   assert plan.remedy is not None
   assert plan.remedy.is_confirmed

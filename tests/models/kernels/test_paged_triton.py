@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hardware import targets
 from models import attention, execution, kv_cache, paged_attention, transformer
 from models.kernels import paged_triton
-from parallel import targets
 from tests import fixtures
 
 _NUM_KV, _GROUPS = 2, 3

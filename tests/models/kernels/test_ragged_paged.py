@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hardware import targets
 from models import (
   attention,
   cached_attention,
@@ -20,7 +21,6 @@ from models import (
   transformer,
 )
 from models.kernels import ragged_paged
-from parallel import targets
 from tests import fixtures
 
 _NUM_KV, _GROUPS = 2, 3

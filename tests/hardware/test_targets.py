@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from parallel import device_peaks, targets
+from hardware import peaks, targets
 from tests import fixtures
 
 
@@ -33,8 +33,8 @@ def compilers(monkeypatch):
 def test_a_name_says_how_many_devices_of_what_kind(name, num_devices, kind):
   target = targets.parse(name)
   assert (target.num_devices, target.device_kind) == (num_devices, kind)
-  assert device_peaks.DATASHEETS[kind].memory_bytes > 1e10
-  assert device_peaks.DATASHEETS[kind].link_bytes_per_s > 1e11
+  assert peaks.DATASHEETS[kind].memory_bytes > 1e10
+  assert peaks.DATASHEETS[kind].link_bytes_per_s > 1e11
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_machine_with_accelerators_is_left_to_jax(monkeypatch, tmp_path):
 
 
 def test_importing_targets_does_not_import_jax():
-  code = 'import sys, parallel.targets; sys.exit("jax" in sys.modules)'
+  code = 'import sys, hardware.targets; sys.exit("jax" in sys.modules)'
   done = subprocess.run(
     [sys.executable, '-c', code], env=fixtures.subprocess_env(), check=False
   )

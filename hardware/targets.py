@@ -8,7 +8,7 @@
 own compilers make the program, and need no device to do so: libtpu for a TPU;
 for a GPU the CUDA plugin and a description of the device, which is written here
 from figures of its datasheet. What a program asks of its devices comes from
-`parallel.device_peaks`, under the same names as for devices at hand.
+`hardware.peaks`, under the same names as for devices at hand.
 
 Importing this file does not import jax, which reads its environment once.
 """
@@ -245,9 +245,9 @@ _GPU_COMPUTE = {
 
 def gpu_description(target: Target) -> str:
   """Returns the text form of XLA's GpuTargetConfigProto for the device."""
-  from parallel import device_peaks
+  from hardware import peaks as peaks_lib
 
-  peaks = device_peaks.DATASHEETS[target.device_kind]
+  peaks = peaks_lib.DATASHEETS[target.device_kind]
   major, cores, shared, shared_block, cache, clock = _GPU_COMPUTE[
     target.generation
   ]

@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from parallel import device_peaks, hlo
+from hardware import hlo, peaks as peaks_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def roofline(
-  flops: float, traffic: hlo.Traffic, peaks: device_peaks.Peaks, dtype: str
+  flops: float, traffic: hlo.Traffic, peaks: peaks_lib.Peaks, dtype: str
 ) -> Roofline:
   """Returns the least seconds of a program on one device.
 

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from parallel import hlo
+from hardware import hlo
 
 # As XLA writes it: a loop of 5 whose body gathers, asynchronously, and adds up
 # in a fusion; TPU's layouts with memory on the chip, S(1); a kernel's metadata

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel import ahead, device_peaks, hlo
+from hardware import compile_ahead, hlo, peaks
 
 _GIB = 2**30
 
@@ -27,7 +27,7 @@ _GIB = 2**30
   ],
 )
 def test_a_refusal_says_what_was_needed(message, needed, available):
-  refusal = ahead.out_of_memory(message)
+  refusal = compile_ahead.out_of_memory(message)
   assert refusal is not None
   # The message has two decimals.
   assert refusal.needed == pytest.approx(needed * _GIB, rel=1e-6)
@@ -44,7 +44,7 @@ def test_a_refusal_says_what_was_needed(message, needed, available):
   ],
 )
 def test_other_failures_are_not_taken_for_a_refusal(message):
-  assert ahead.out_of_memory(message) is None
+  assert compile_ahead.out_of_memory(message) is None
 
 
 class _Refusing:
@@ -56,10 +56,10 @@ class _Refusing:
 
 
 def test_compile_turns_a_refusal_into_a_result_and_nothing_else():
-  refused = ahead.compile(_Refusing('RESOURCE_EXHAUSTED: no memory'))
-  assert isinstance(refused, ahead.OutOfMemory)
+  refused = compile_ahead.compile(_Refusing('RESOURCE_EXHAUSTED: no memory'))
+  assert isinstance(refused, compile_ahead.OutOfMemory)
   with pytest.raises(RuntimeError, match='of another kind'):
-    ahead.compile(_Refusing('a bug of another kind'))
+    compile_ahead.compile(_Refusing('a bug of another kind'))
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_the_slowest_resource_binds(
   reduced = hlo.Collective(
     kind='all-reduce', num_devices=2, payload_bytes=payload, count=1
   )
-  roof = ahead.roofline(
+  roof = compile_ahead.roofline(
     flops,
     hlo.Traffic(collectives=(reduced,), memory_bytes=memory_bytes, unknown=()),
-    device_peaks.DATASHEETS['TPU v5e'],
+    peaks.DATASHEETS['TPU v5e'],
     'bfloat16',
   )
   assert roof.binds == binds
@@ -92,4 +92,4 @@ def test_the_slowest_resource_binds(
   [(0, '0 B'), (1023, '1023 B'), (1536, '1.5 KiB'), (95 * _GIB, '95 GiB')],
 )
 def test_sizes_are_read_by_people(num_bytes, text):
-  assert ahead.size(num_bytes) == text
+  assert compile_ahead.size(num_bytes) == text
