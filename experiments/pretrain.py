@@ -20,7 +20,7 @@ in device-years. `--plan` says what each would cost.
 
 from data import config as data_config, sources
 from experiments import presets, pretrain_124m
-from parallel import config as parallel_config
+from parallel import parallel_config
 from training import config as config_lib, optimizer
 
 LENGTH = 4096

@@ -50,7 +50,8 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'key_up': ('embed', 'heads'),
   'value_up': ('embed', 'heads'),
   # Every device decides for itself; what it holds of experts is gathered by
-  # parallel/experts.py, not by the compiler, and split along axes of its own.
+  # parallel/expert_parallel.py, not by the compiler, and split along axes of
+  # its own.
   'router': ('embed', None),
   'router_correction': (None, None),  # as if it were the bias of a matrix
   'expert_gate': ('experts', 'expert_embed', 'mlp'),

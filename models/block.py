@@ -79,13 +79,15 @@ class Attention(nn.Module):
       scale=config.query_scale or None,
     )
     if cache is None:
-      has_dropout = config.dropout_rate and self.has_rng('dropout')
+      dropout = None
+      if config.dropout_rate and self.has_rng('dropout'):
+        dropout = mlp.dropout_of(self, config.dropout_rate)
       out_BTHC = self.execution.attend(
         q_BTHC,
         k_BTKC.swapaxes(1, 2),
         v_BTKC.swapaxes(1, 2),
         segment_ids_BT=segment_ids_BT,
-        dropout=dropout_of(self, config.dropout_rate) if has_dropout else None,
+        dropout=dropout,
         form=form,
       )
     else:
@@ -165,13 +167,13 @@ class Block(nn.Module):
       cache,
     )
     y_BTD = self._after('attention_norm', y_BTD)
-    attended_BTD = x_BTD + dropout_of(self, config.dropout_rate)(y_BTD)
+    attended_BTD = x_BTD + mlp.dropout_of(self, config.dropout_rate)(y_BTD)
     seen_BTD = x_BTD if config.parallel_residual else attended_BTD
     y_BTD, routing = self._feed_forward(
       self._before('mlp_norm', seen_BTD), segment_ids_BT
     )
     y_BTD = self._after('mlp_norm', y_BTD)
-    y_BTD = dropout_of(self, config.dropout_rate)(y_BTD)
+    y_BTD = mlp.dropout_of(self, config.dropout_rate)(y_BTD)
     return attended_BTD + y_BTD, (cache, routing)
 
   def _before(self, name, x_BTD):
@@ -196,8 +198,3 @@ class Block(nn.Module):
       return mlp.Mlp(*parts, name='mlp')(x_BTD), None
     is_real_BT = None if segment_ids_BT is None else segment_ids_BT > 0
     return moe.Moe(*parts, name='moe')(x_BTD, is_real_BT)
-
-
-def dropout_of(module: nn.Module, rate: float) -> nn.Dropout:
-  """Dropout in calls that were given a key for it; evaluation gives none."""
-  return nn.Dropout(rate, deterministic=not module.has_rng('dropout'))

@@ -6,8 +6,8 @@ back in the order of the tokens and added up, weighted. All shapes are static
 and no token is dropped, however uneven the choice.
 
 `models.moe` decides which expert a token goes to; this file is a pure function
-and a port of `models.execution`, which `parallel/experts.py` spreads over a
-mesh.
+and a port of `models.execution`, which `parallel/expert_parallel.py` spreads
+over a mesh.
 """
 
 from collections.abc import Mapping

@@ -92,3 +92,8 @@ class Mlp(nn.Module):
     return linear(x_BTD.shape[-1], residual_std(config), 'down')(
       hidden_BTF.astype(jnp.dtype(self.dtype))
     )
+
+
+def dropout_of(module: nn.Module, rate: float) -> nn.Dropout:
+  """Dropout in calls that were given a key for it; evaluation gives none."""
+  return nn.Dropout(rate, deterministic=not module.has_rng('dropout'))

@@ -6,13 +6,13 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from parallel import config as config_lib
+from parallel import parallel_config
 
-AXES = config_lib.AXES
+AXES = parallel_config.AXES
 
 
 def make_mesh(
-  config: config_lib.ParallelConfig,
+  config: parallel_config.ParallelConfig,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Returns the mesh of `config` over the given devices, or over all.

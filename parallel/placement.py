@@ -17,13 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from parallel import (
-  config as config_lib,
-  context,
-  mesh as mesh_lib,
-  rules,
-  stack_fold,
-)
+from parallel import mesh as mesh_lib, parallel_config, rules, stage_layout
+from parallel.attention import context
 
 AllSum = Callable[[Any], Any]
 ShardKey = Callable[[jax.Array], jax.Array]
@@ -87,7 +82,7 @@ class Placement(Protocol):
 
 
 def make(
-  config: config_lib.ParallelConfig,
+  config: parallel_config.ParallelConfig,
   abstract_state: Any,
   logical_axes: Any,
   devices: Sequence[jax.Device] | None = None,
@@ -109,7 +104,7 @@ def make(
       )
     return PmapPlacement(devices=devices, abstract_state=abstract_state)
   mesh = mesh_lib.make_mesh(config, devices)
-  folded = stack_fold.Fold(logical_axes, config.stage_repeats)
+  folded = stage_layout.Fold(logical_axes, config.stage_repeats)
   return MeshPlacement(
     mesh=mesh,
     abstract_state=abstract_state,
@@ -127,7 +122,7 @@ class MeshPlacement:
 
   mesh: Mesh
   abstract_state: Any  # whole, as a checkpoint has it
-  fold: stack_fold.Fold  # whole to placed: how a circular pipeline stacks
+  fold: stage_layout.Fold  # whole to placed: how a circular pipeline stacks
   state_shardings: Any  # of a placed state
   whole_shardings: Any
 

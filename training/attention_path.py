@@ -20,7 +20,8 @@ from typing import Any
 
 from models import attention
 from models.kernels import cudnn, splash
-from parallel import per_device, placement as placement_lib
+from parallel import placement as placement_lib
+from parallel.attention import sharded
 from training import config as config_lib
 
 _PLATFORMS = {'splash': ('tpu',), 'cudnn': ('gpu', 'cuda')}
@@ -39,7 +40,7 @@ def attend(
     return attention.attend
   local = {'splash': splash.attend, 'cudnn': cudnn.attend}[path]
   mesh = getattr(placement, 'mesh', None)
-  return local if mesh is None else per_device.attend(local, mesh)
+  return local if mesh is None else sharded.attend(local, mesh)
 
 
 def resolve(
@@ -96,7 +97,7 @@ def problem(
     return reason
   mesh = getattr(placement, 'mesh', None)
   reason = (
-    per_device.heads_problem(mesh, model.num_heads, model.num_kv_heads)
+    sharded.heads_problem(mesh, model.num_heads, model.num_kv_heads)
     if mesh is not None
     else ''
   )

@@ -12,7 +12,7 @@ from typing import Any
 from data import config as data_config
 from models import config as model_config, execution
 from models.kernels import quantized_linear
-from parallel import config as parallel_config
+from parallel import parallel_config
 from training import average, eval_config, optimizer, outliers
 from training.objectives import next_token
 

@@ -25,12 +25,12 @@ from models import (
 )
 from models.kernels import cross_entropy, linear, quantized_linear
 from parallel import (
-  context,
-  experts as parallel_experts,
-  manual_loss,
+  expert_parallel,
   pipeline,
   placement as placement_lib,
+  sharded_loss,
 )
+from parallel.attention import context
 from training import (
   attention_path,
   config as config_lib,
@@ -214,8 +214,8 @@ def _weighted_nll(
   is_mesh = isinstance(placement, placement_lib.MeshPlacement)
   if not is_mesh or placement.mesh.size == 1:
     return cross_entropy.chunked_nll
-  manual_loss.check_row_length(experiment.data.row_length, placement.mesh)
-  return manual_loss.make_weighted_nll(
+  sharded_loss.check_row_length(experiment.data.row_length, placement.mesh)
+  return sharded_loss.make_weighted_nll(
     cross_entropy.chunked_nll, placement.mesh
   )
 
@@ -225,7 +225,7 @@ def _apply_experts(
 ) -> execution_lib.ApplyExperts:
   """Returns what applies the experts of a mixture on the run's devices."""
   if isinstance(placement, placement_lib.MeshPlacement):
-    return parallel_experts.spread(experts.apply_experts, placement.mesh)
+    return expert_parallel.spread(experts.apply_experts, placement.mesh)
   return experts.apply_experts
 
 

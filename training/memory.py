@@ -310,7 +310,7 @@ def residuals(
 
 
 def _apply_experts(num_shards, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
-  """What a device does of `parallel.experts`: its experts, the group's rows."""
+  """Applies the experts of one device to the rows of its group."""
 
   def gathered(part):
     return jnp.concatenate([part] * num_shards) if num_shards > 1 else part

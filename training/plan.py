@@ -15,7 +15,7 @@ import re
 
 from hardware import compile_ahead, peaks as peaks_lib, targets
 from models import flops, scaling
-from parallel import config as parallel_config, placement as placement_lib
+from parallel import parallel_config, placement as placement_lib
 from training import config as config_lib, learner as learner_lib, memory
 
 # Share of the peak that a run is taken to reach. 38 to 43 % are reported for

@@ -3,8 +3,8 @@
 `attend` is a port of `models.execution.Execution`, exact for packed rows, with
 a backward pass of its own. Scores exist one block at a time in on-chip memory,
 and blocks above the diagonal are never computed. A Pallas call is opaque to the
-compiler's partitioning: over a mesh, `parallel.per_device` has each device call
-this on its own rows and heads.
+compiler's partitioning: over a mesh, `parallel.attention.sharded` has each
+device call this on its own rows and heads.
 
 FlashAttention: Dao et al., arXiv:2205.14135; grouped-query attention: Ainslie
 et al., arXiv:2305.13245.

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel import config as config_lib, mesh as mesh_lib, pipeline, rules
+from parallel import mesh as mesh_lib, parallel_config, pipeline, rules
 
-Config = config_lib.ParallelConfig
+Config = parallel_config.ParallelConfig
 NUM_LAYERS = 8
 WIDTH, HIDDEN = 24, 40
 
 
 def _mesh(**sizes):
   config = Config(**{'data': 1} | sizes)
-  num_devices = np.prod([getattr(config, axis) for axis in config_lib.AXES])
+  num_devices = np.prod(
+    [getattr(config, axis) for axis in parallel_config.AXES]
+  )
   return mesh_lib.make_mesh(config, jax.devices()[:num_devices])
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel import config as config_lib, mesh as mesh_lib, placement, rules
+from parallel import mesh as mesh_lib, parallel_config, placement, rules
 
-Config = config_lib.ParallelConfig
+Config = parallel_config.ParallelConfig
 
 
 def test_remaining_devices_go_to_data():

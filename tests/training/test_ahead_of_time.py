@@ -13,7 +13,7 @@ import pytest
 from data import config as data_config
 from hardware import targets
 from models import config as model_config
-from parallel import config as parallel_config
+from parallel import parallel_config
 from training import (
   attention_path,
   config as config_lib,

@@ -14,7 +14,7 @@ import pytest
 from data import config as data_config, sources
 from models import attention
 from models.kernels import cudnn, splash
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from training import config as config_lib, learner as learner_lib, optimizer
 

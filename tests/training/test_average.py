@@ -11,7 +11,7 @@ import pytest
 
 from data import config as data_config, sources
 from frozen import format as frozen_format, freeze, seals
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from tests.training import tiny_run
 from training import (

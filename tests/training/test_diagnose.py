@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import config as data_config, sources
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from training import (
   config as config_lib,

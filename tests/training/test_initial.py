@@ -13,7 +13,7 @@ from experiments import finetune
 from frozen import format as frozen_format
 from frozen.huggingface import exporting, importing
 from models import transformer
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures, frozen_fixtures
 from tests.training import tiny_run
 from training import initial, learner as learner_lib, metrics

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import config as data_config
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from training import (
   config as config_lib,

@@ -23,7 +23,7 @@ import pytest
 from data import config as data_config, sources
 from models import layout
 from models.kernels import cross_entropy
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from training import (
   config as config_lib,

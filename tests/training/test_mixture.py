@@ -1,6 +1,6 @@
 """How a mixture of experts trains: its loss, what it reports, golden numbers.
 
-That it trains the same on any mesh is tests/parallel/test_experts.py.
+That it trains the same on any mesh is tests/parallel/test_expert_parallel.py.
 """
 
 import functools

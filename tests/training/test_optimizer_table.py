@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from models import axes, transformer
-from parallel import config as parallel_config, placement as placement_lib
+from parallel import parallel_config, placement as placement_lib
 from tests import fixtures
 from training import (
   checkpoint,

@@ -14,7 +14,7 @@ import pytest
 from data import config as data_config
 from hardware import compile_ahead, hlo, targets
 from models import flops, transformer
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from training import (
   config as config_lib,

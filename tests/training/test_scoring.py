@@ -7,7 +7,7 @@ import pytest
 from evals import ports
 from models import execution
 from models.kernels import cross_entropy
-from parallel import config as parallel_config
+from parallel import parallel_config
 from tests import fixtures
 from tests.evals import network
 from tests.training import tiny_run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import config as data_config
-from parallel import config as config_lib, rules
+from parallel import parallel_config, rules
 from tests import fixtures
 from training import (
   config as experiment_lib,
@@ -16,7 +16,7 @@ from training import (
   optimizer as optimizer_lib,
 )
 
-Config = config_lib.ParallelConfig
+Config = parallel_config.ParallelConfig
 
 
 def _experiment(parallel, *, remat='none', num_microbatches=1, **model):

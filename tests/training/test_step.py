@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from models import axes, layout, transformer
-from parallel import config as parallel_config, placement as placement_lib
+from parallel import parallel_config, placement as placement_lib
 from tests import fixtures
 from training import optimizer as optimizer_lib, state as state_lib, step
 from training.objectives import next_token

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel import config as config_lib, placement, stack_fold
+from parallel import parallel_config, placement, stage_layout
 
 AXES = {
   'kernel': ('layers', 'embed', 'mlp'),
@@ -25,7 +25,7 @@ def _init(key):
 
 
 def test_only_stacked_leaves_are_folded():
-  fold = stack_fold.Fold(AXES, repeats=2)
+  fold = stage_layout.Fold(AXES, repeats=2)
   tree = _init(jax.random.key(0))
   folded = fold.fold(tree)
   assert jax.tree.map(lambda x: x.shape, folded) == {
@@ -44,7 +44,7 @@ def test_only_stacked_leaves_are_folded():
 
 
 def test_one_time_round_changes_nothing():
-  fold = stack_fold.Fold(AXES, repeats=1)
+  fold = stage_layout.Fold(AXES, repeats=1)
   tree = _init(jax.random.key(0))
   assert fold.is_identity
   assert fold.logical_axes is AXES
@@ -54,7 +54,7 @@ def test_one_time_round_changes_nothing():
 
 def _placed(num_devices, **parallel):
   return placement.make(
-    config_lib.ParallelConfig(**parallel),
+    parallel_config.ParallelConfig(**parallel),
     jax.eval_shape(_init, jax.random.key(0)),
     AXES,
     jax.devices()[:num_devices],

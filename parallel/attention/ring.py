@@ -21,38 +21,38 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from parallel import block_attention as blocks
+from parallel.attention import partial
 
 _AXIS = 'context'
 
 
 def attend(
-  queries: blocks.Queries,
-  keys: blocks.Keys,
+  queries: partial.Queries,
+  keys: partial.Keys,
   num_shards: int,
-  shape: blocks.Shape = blocks.PLAIN,
+  shape: partial.Shape = partial.PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and log-sum-exp of a device's queries, float32."""
   queries, keys = _placed(queries, keys, num_shards, shape)
-  attend_piece = functools.partial(blocks.attend, shape=shape)
-  lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
-  own_lo, own_hi = blocks.halves(keys, blocks.KEY_AXIS)
+  attend_piece = functools.partial(partial.attend, shape=shape)
+  lo, hi = partial.halves(queries, partial.QUERY_AXIS)
+  own_lo, own_hi = partial.halves(keys, partial.KEY_AXIS)
   held = _pass_on(keys, num_shards)
   parts = (
     attend_piece(*_causal(lo, own_lo)),
-    blocks.merge(attend_piece(hi, own_lo), attend_piece(*_causal(hi, own_hi))),
+    partial.merge(attend_piece(hi, own_lo), attend_piece(*_causal(hi, own_hi))),
   )
 
   def add(parts, held, hops):
     part_lo, part_hi = parts
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
-    held_lo, held_hi = blocks.halves(held, blocks.KEY_AXIS)
+    held_lo, held_hi = partial.halves(held, partial.KEY_AXIS)
     first = attend_piece(_select(is_earlier, lo, hi), held_lo)
     second = attend_piece(hi, _select(is_earlier, held_lo, held_hi))
-    merged = blocks.merge(_select(is_earlier, part_lo, part_hi), first)
+    merged = partial.merge(_select(is_earlier, part_lo, part_hi), first)
     part_lo = _select(is_earlier, merged, part_lo)
     part_hi = _select(is_earlier, part_hi, merged)
-    return part_lo, blocks.merge(part_hi, second)
+    return part_lo, partial.merge(part_hi, second)
 
   def hop(carry, hops):
     parts, held = carry
@@ -64,24 +64,24 @@ def attend(
     hop, (parts, held), jnp.arange(1, num_shards - 1)
   )
   part_lo, part_hi = add(parts, held, num_shards - 1)
-  return blocks.whole(
-    blocks.finish(part_lo), blocks.finish(part_hi), blocks.QUERY_AXIS
+  return partial.whole(
+    partial.finish(part_lo), partial.finish(part_hi), partial.QUERY_AXIS
   )
 
 
 def gradients(
-  queries: blocks.Queries,
-  keys: blocks.Keys,
-  saved: blocks.Saved,
+  queries: partial.Queries,
+  keys: partial.Keys,
+  saved: partial.Saved,
   num_shards: int,
-  shape: blocks.Shape = blocks.PLAIN,
+  shape: partial.Shape = partial.PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv) of a device's queries and keys, float32."""
   queries, keys = _placed(queries, keys, num_shards, shape)
-  gradients_of = functools.partial(blocks.gradients, shape=shape)
-  lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
-  saved_lo, saved_hi = blocks.halves(saved, blocks.QUERY_AXIS)
-  own_lo, own_hi = blocks.halves(keys, blocks.KEY_AXIS)
+  gradients_of = functools.partial(partial.gradients, shape=shape)
+  lo, hi = partial.halves(queries, partial.QUERY_AXIS)
+  saved_lo, saved_hi = partial.halves(saved, partial.QUERY_AXIS)
+  own_lo, own_hi = partial.halves(keys, partial.KEY_AXIS)
   held = _pass_on(keys, num_shards)
   dlo, dkeys_lo = gradients_of(*_causal(lo, own_lo), saved_lo)
   dhi, dkeys_too = gradients_of(hi, own_lo, saved_hi)
@@ -94,7 +94,7 @@ def gradients(
     # The sums of these keys so far, from the device that had them before.
     dkeys_lo, dkeys_hi = _pass_on(dkeys, num_shards)
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
-    held_lo, held_hi = blocks.halves(held, blocks.KEY_AXIS)
+    held_lo, held_hi = partial.halves(held, partial.KEY_AXIS)
     dq, dfirst = gradients_of(
       _select(is_earlier, lo, hi),
       held_lo,
@@ -118,8 +118,8 @@ def gradients(
   (dlo, dhi), dkeys = add(carry, held, num_shards - 1)
   dkeys_lo, dkeys_hi = _pass_on(dkeys, num_shards)  # home
   return (
-    blocks.whole(dlo, dhi, blocks.QUERY_AXIS),
-    blocks.whole(dkeys_lo, dkeys_hi, blocks.KEY_AXIS),
+    partial.whole(dlo, dhi, partial.QUERY_AXIS),
+    partial.whole(dkeys_lo, dkeys_hi, partial.KEY_AXIS),
   )
 
 

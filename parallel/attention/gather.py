@@ -10,60 +10,60 @@ axis `context` in scope.
 import jax
 import jax.numpy as jnp
 
-from parallel import block_attention as blocks
+from parallel.attention import partial
 
 _AXIS = 'context'
 
 
 def attend(
-  queries: blocks.Queries,
-  keys: blocks.Keys,
+  queries: partial.Queries,
+  keys: partial.Keys,
   num_shards: int,
-  shape: blocks.Shape = blocks.PLAIN,
+  shape: partial.Shape = partial.PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and log-sum-exp of a device's queries, float32."""
   lo, hi = _with_index(queries, num_shards)
   keys = _gathered(keys, num_shards)
-  first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
-  return blocks.whole(
-    blocks.finish(blocks.attend(lo, first_half, shape)),
-    blocks.finish(blocks.attend(hi, keys, shape)),
-    blocks.QUERY_AXIS,
+  first_half, _ = partial.halves(keys, partial.KEY_AXIS)
+  return partial.whole(
+    partial.finish(partial.attend(lo, first_half, shape)),
+    partial.finish(partial.attend(hi, keys, shape)),
+    partial.QUERY_AXIS,
   )
 
 
 def gradients(
-  queries: blocks.Queries,
-  keys: blocks.Keys,
-  saved: blocks.Saved,
+  queries: partial.Queries,
+  keys: partial.Keys,
+  saved: partial.Saved,
   num_shards: int,
-  shape: blocks.Shape = blocks.PLAIN,
+  shape: partial.Shape = partial.PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv) of a device's queries and keys, float32."""
   lo, hi = _with_index(queries, num_shards)
-  saved_lo, saved_hi = blocks.halves(saved, blocks.QUERY_AXIS)
+  saved_lo, saved_hi = partial.halves(saved, partial.QUERY_AXIS)
   keys = _gathered(keys, num_shards)
-  first_half, _ = blocks.halves(keys, blocks.KEY_AXIS)
-  dlo, dkeys_lo = blocks.gradients(lo, first_half, saved_lo, shape)
-  dhi, dkeys_hi = blocks.gradients(hi, keys, saved_hi, shape)
+  first_half, _ = partial.halves(keys, partial.KEY_AXIS)
+  dlo, dkeys_lo = partial.gradients(lo, first_half, saved_lo, shape)
+  dhi, dkeys_hi = partial.gradients(hi, keys, saved_hi, shape)
 
   def scatter(d_BKSC, dlo_BKSC):
-    first, second = blocks.halves(d_BKSC, blocks.KEY_AXIS)
-    d_BKSC = jnp.concatenate([first + dlo_BKSC, second], blocks.KEY_AXIS)
+    first, second = partial.halves(d_BKSC, partial.KEY_AXIS)
+    d_BKSC = jnp.concatenate([first + dlo_BKSC, second], partial.KEY_AXIS)
     return jax.lax.psum_scatter(
       _to_balanced(d_BKSC, num_shards),
       _AXIS,
-      scatter_dimension=blocks.KEY_AXIS,
+      scatter_dimension=partial.KEY_AXIS,
       tiled=True,
     )
 
   dkeys = jax.tree.map(scatter, dkeys_hi, dkeys_lo)
-  return blocks.whole(dlo, dhi, blocks.QUERY_AXIS), dkeys
+  return partial.whole(dlo, dhi, partial.QUERY_AXIS), dkeys
 
 
 def _with_index(queries, num_shards):
   """Returns a device's two chunks of queries, with their places in the row."""
-  lo, hi = blocks.halves(queries, blocks.QUERY_AXIS)
+  lo, hi = partial.halves(queries, partial.QUERY_AXIS)
   chunk_R = jnp.arange(lo.q_BKGTC.shape[3])
   device = jax.lax.axis_index(_AXIS)
   start = device * len(chunk_R)
@@ -73,11 +73,11 @@ def _with_index(queries, num_shards):
   )
 
 
-def _gathered(keys: blocks.Keys, num_shards: int) -> blocks.Keys:
+def _gathered(keys: partial.Keys, num_shards: int) -> partial.Keys:
   """Returns the keys of all devices, in the order of the row."""
 
   def collect(x):
-    axis = blocks.axis_of(x, blocks.KEY_AXIS)
+    axis = partial.axis_of(x, partial.KEY_AXIS)
     x = jax.lax.all_gather(x, _AXIS, axis=axis, tiled=True)
     x = x.reshape((*x.shape[:axis], num_shards, 2, -1, *x.shape[axis + 1 :]))
     lo, hi = jnp.moveaxis(x, axis + 1, 0)

@@ -10,7 +10,8 @@ import pytest
 
 from models import attention
 from models.kernels import splash
-from parallel import config as parallel_config, mesh as mesh_lib, per_device
+from parallel import mesh as mesh_lib, parallel_config
+from parallel.attention import sharded
 
 TIME = 128
 
@@ -57,7 +58,7 @@ def _value_and_gradients(attend, q, k, v, segments):
 def test_devices_compute_their_rows_and_heads(axes, local):
   mesh = _mesh(**axes)
   inputs = _inputs()
-  spread = per_device.attend(local, mesh)
+  spread = sharded.attend(local, mesh)
   with jax.set_mesh(mesh):
     run = _value_and_gradients.lower(spread, *inputs).compile()
     got, text = run(*inputs), run.as_text()
@@ -75,7 +76,7 @@ def test_stages_side_by_side_each_use_their_own_devices():
   mesh = _mesh(stage=2, fsdp=2, tensor=2)
   q, k, v, segments = _inputs(rows=2)
   stacked = [jnp.stack([x, x[::-1]]) for x in (q, k, v, segments)]
-  spread = per_device.attend(attention.attend, mesh)
+  spread = sharded.attend(attention.attend, mesh)
   run = functools.partial(_value_and_gradients, spread)
   with jax.set_mesh(mesh):
     got = jax.jit(jax.vmap(run, spmd_axis_name='stage'))(*stacked)
@@ -88,21 +89,21 @@ def test_stages_side_by_side_each_use_their_own_devices():
 
 def test_a_row_in_parts_is_refused():
   with pytest.raises(ValueError, match='got parallel.context = 8, expected 1'):
-    per_device.attend(attention.attend, _mesh(context=8))
+    sharded.attend(attention.attend, _mesh(context=8))
 
 
 def test_dropout_is_refused():
   q, k, v, segments = _inputs()
-  spread = per_device.attend(attention.attend, _mesh(fsdp=8))
+  spread = sharded.attend(attention.attend, _mesh(fsdp=8))
   with pytest.raises(ValueError, match='got dropout, expected none'):
     spread(q, k, v, segment_ids_BT=segments, dropout=lambda x: x)
 
 
 def test_heads_that_do_not_divide_are_named():
   mesh = _mesh(tensor=4, fsdp=2)
-  assert not per_device.heads_problem(mesh, 8, 4)
+  assert not sharded.heads_problem(mesh, 8, 4)
   for heads, kv_heads, message in (
     (6, 2, 'got model.num_heads = 6, expected a multiple of parallel.tensor'),
     (8, 2, 'got model.num_kv_heads = 2, expected a multiple of parallel.tens'),
   ):
-    assert message in per_device.heads_problem(mesh, heads, kv_heads)
+    assert message in sharded.heads_problem(mesh, heads, kv_heads)

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from models import attention, execution, transformer
-from parallel import (
-  block_attention,
-  config as config_lib,
-  context,
-  mesh as mesh_lib,
-  rules,
-)
+from parallel import mesh as mesh_lib, parallel_config, rules
+from parallel.attention import context, partial
 from tests import fixtures
 
 KINDS = ('ring', 'gather')
@@ -23,7 +18,9 @@ BATCH, TIME, CHANNELS = 4, 48, 6
 
 
 def _mesh(**sizes):
-  return mesh_lib.make_mesh(config_lib.ParallelConfig(**({'data': 1} | sizes)))
+  return mesh_lib.make_mesh(
+    parallel_config.ParallelConfig(**({'data': 1} | sizes))
+  )
 
 
 def _inputs(num_heads=4, num_kv=2, dtype=jnp.float32):
@@ -138,8 +135,8 @@ def test_values_may_be_narrower_than_keys(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_queries_are_taken_in_blocks(kind, monkeypatch):
   """Several blocks of rows per chunk, of a size that divides it."""
-  monkeypatch.setattr(block_attention, 'MAX_BLOCK_ROWS', 5)
-  assert block_attention.num_blocks(12) == 3
+  monkeypatch.setattr(partial, 'MAX_BLOCK_ROWS', 5)
+  assert partial.num_blocks(12) == 3
   inputs = _inputs()
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, _segments())
   expected = _run(attention.attend, *inputs, _segments())

@@ -1,9 +1,10 @@
 """Context parallelism: the tokens of a row split across devices.
 
-A query needs keys that lie elsewhere. `parallel/gather.py` collects all of them
-on every device, `parallel/ring.py` passes them around; both are put together
-from `parallel/block_attention.py`. Neither stores scores, or keys of other
-devices, for the backward pass, which collects or passes them around again.
+A query needs keys that lie elsewhere. `parallel/attention/gather.py` collects
+all of them on every device, `parallel/attention/ring.py` passes them around;
+both are put together from `parallel/attention/partial.py`. Neither stores
+scores, or keys of other devices, for the backward pass, which collects or
+passes them around again.
 """
 
 from collections.abc import Callable
@@ -17,13 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from parallel import block_attention as blocks, gather, per_device, ring
+from parallel.attention import gather, partial, ring, sharded
 
 # As a model's port:
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form).
 Attend = Callable[..., jax.Array]
 
-_AXIS = 'context'  # as in parallel/ring.py and parallel/gather.py
+_AXIS = 'context'  # the mesh axis of ring.py and gather.py, too
 
 
 def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
@@ -104,10 +105,10 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
   def local(form, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
     batch, time, heads, channels = q_BTHC.shape
     num_kv = k_BKTC.shape[1]
-    scale, shape = 1 / math.sqrt(channels), blocks.PLAIN
+    scale, shape = 1 / math.sqrt(channels), partial.PLAIN
     if form is not None:
       scale = form.scale_of(channels)
-      shape = blocks.Shape(form.window, form.softcap)
+      shape = partial.Shape(form.window, form.softcap)
     q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
     q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * scale
     out_BKGTC: Any = _attend(
@@ -135,11 +136,11 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
         ' no device has all weights of a query; set model.dropout_rate = 0'
       )
     check_row_length(q_BTHC.shape[1], num_shards)
-    num_parts = mesh.shape[per_device.HEADS]
+    num_parts = mesh.shape[sharded.HEADS]
     repeats = kv_repeats(q_BTHC.shape[2], k_BKTC.shape[1], num_parts)
     if repeats > 1:
       k_BKTC, v_BKTC = (jnp.repeat(x, repeats, 1) for x in (k_BKTC, v_BKTC))
-    return per_device.over_mesh(
+    return sharded.over_mesh(
       functools.partial(local, form),
       mesh,
       q_BTHC,
@@ -160,8 +161,8 @@ def _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
 
 def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
   num_shards, kind, saved_name, shape = settings
-  queries = blocks.Queries(q_BKGTC, segment_ids_BT)
-  keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
+  queries = partial.Queries(q_BKGTC, segment_ids_BT)
+  keys = partial.Keys(k_BKTC, v_BKTC, segment_ids_BT)
   run = ring.attend if kind == 'ring' else gather.attend
   out_BKGTC, log_sum_BKGT = run(queries, keys, num_shards, shape)
   out_BKGTC = out_BKGTC.astype(q_BKGTC.dtype)
@@ -178,9 +179,9 @@ def _attend_backward(settings, residuals, dout_BKGTC):
   delta_BKGT = jnp.sum(
     dout_BKGTC.astype(jnp.float32) * out_BKGTC.astype(jnp.float32), axis=-1
   )
-  saved = blocks.Saved(log_sum_BKGT, delta_BKGT, dout_BKGTC)
-  queries = blocks.Queries(q_BKGTC, segment_ids_BT)
-  keys = blocks.Keys(k_BKTC, v_BKTC, segment_ids_BT)
+  saved = partial.Saved(log_sum_BKGT, delta_BKGT, dout_BKGTC)
+  queries = partial.Queries(q_BKGTC, segment_ids_BT)
+  keys = partial.Keys(k_BKTC, v_BKTC, segment_ids_BT)
   run = ring.gradients if kind == 'ring' else gather.gradients
   dq, (dk, dv) = run(queries, keys, saved, num_shards, shape)
   return (

@@ -10,12 +10,7 @@ import pytest
 
 from data import config as data_config, sources
 from models import experts
-from parallel import (
-  config as parallel_config,
-  experts as parallel_experts,
-  mesh as mesh_lib,
-  rules,
-)
+from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
 from tests import fixtures
 from training import config as config_lib, learner, optimizer
 
@@ -67,7 +62,7 @@ def _run(apply_experts, operands):
 
 @functools.cache
 def _spread(**sizes):
-  return parallel_experts.spread(experts.apply_experts, _mesh(**sizes))
+  return expert_parallel.spread(experts.apply_experts, _mesh(**sizes))
 
 
 def _assert_equal(ours, theirs):
@@ -141,7 +136,7 @@ def test_a_device_reads_no_kernels_but_its_own():
 
 def test_one_device_needs_no_spreading():
   mesh = mesh_lib.make_mesh(parallel_config.ParallelConfig(), jax.devices()[:1])
-  apply = parallel_experts.spread(experts.apply_experts, mesh)
+  apply = expert_parallel.spread(experts.apply_experts, mesh)
   assert apply is experts.apply_experts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.kernels import cross_entropy
-from parallel import config as config_lib, manual_loss, mesh as mesh_lib, rules
+from parallel import mesh as mesh_lib, parallel_config, rules, sharded_loss
 
 MESHES = (
   {'data': 8},
@@ -25,7 +25,9 @@ FORM = cross_entropy.LossForm(dtype=jnp.dtype(jnp.float32), **TERMS)
 
 
 def _mesh(**sizes):
-  return mesh_lib.make_mesh(config_lib.ParallelConfig(**({'data': 1} | sizes)))
+  return mesh_lib.make_mesh(
+    parallel_config.ParallelConfig(**({'data': 1} | sizes))
+  )
 
 
 def _inputs():
@@ -89,7 +91,7 @@ def test_the_split_loss_is_the_loss(sizes, monkeypatch):
   mesh = _mesh(**sizes)
   expected, expected_grads = _expected()
   _several_chunks(monkeypatch, mesh)
-  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  nll = sharded_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   with rules.applied(mesh):
     gradient, arguments = _compiled(mesh, nll)
     (_, beside), grads = gradient(*arguments)
@@ -124,7 +126,7 @@ def _of_head(mesh, collectives):
 def test_the_head_gradient_is_summed_once_behind_the_loop(sizes, monkeypatch):
   mesh = _mesh(**sizes)
   _several_chunks(monkeypatch, mesh)
-  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  nll = sharded_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   with rules.applied(mesh):
     gradient, arguments = _compiled(mesh, nll)
     text = gradient.lower(*arguments).compile().as_text()
@@ -162,7 +164,7 @@ def test_bfloat16_products(monkeypatch):
 
   expected = gradient(cross_entropy.chunked_nll)(hidden, head)
   _several_chunks(monkeypatch, mesh)
-  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  nll = sharded_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   with rules.applied(mesh):
     got = gradient(nll)(hidden, head)
   assert got[0].dtype == jnp.bfloat16
@@ -184,7 +186,7 @@ def test_the_loss_sees_what_a_device_holds():
     return jnp.sum(weights)
 
   mesh = _mesh(data=2, context=2, tensor=2)
-  total = jax.jit(manual_loss.make_weighted_nll(nll, mesh), static_argnums=4)(
+  total = jax.jit(sharded_loss.make_weighted_nll(nll, mesh), static_argnums=4)(
     *_inputs(), FORM
   )
   np.testing.assert_allclose(total, jnp.sum(_inputs()[3]), rtol=1e-6)
@@ -193,7 +195,7 @@ def test_the_loss_sees_what_a_device_holds():
 
 def test_rows_that_do_not_divide_are_refused():
   mesh = _mesh(stage=4, data=2)
-  nll = manual_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
+  nll = sharded_loss.make_weighted_nll(cross_entropy.chunked_nll, mesh)
   hidden, head, targets, weights = _inputs()
   with pytest.raises(
     ValueError,
