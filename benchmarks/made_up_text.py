@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import config as model_config, transformer
+from models import model_config, transformer
 from text import tokenizer as tokenizer_lib
 
 

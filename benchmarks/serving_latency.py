@@ -31,7 +31,7 @@ from inference import (
   requests,
   settings as settings_lib,
 )
-from models import config as model_config, flops
+from models import flops, model_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import peer_process, timing
 from experiments import presets
 from hardware import host_memory, peaks
-from models import config as model_config, flops, transformer
+from models import flops, model_config, transformer
 from training import optimizer as optimizer_lib, state as state_lib, step
 from training.objectives import next_token
 

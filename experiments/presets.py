@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from models import config as config_lib
+from models import model_config
 
 
 def gpt2(
   *, vocab_size: int, num_layers: int, num_heads: int, width: int, length: int
-) -> config_lib.ModelConfig:
+) -> model_config.ModelConfig:
   """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases."""
-  return config_lib.ModelConfig(
+  return model_config.ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
     model_width=width,
@@ -35,9 +35,9 @@ def llama(
   width: int,
   mlp_width: int,
   length: int,
-) -> config_lib.ModelConfig:
+) -> model_config.ModelConfig:
   """Llama (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, no biases."""
-  return config_lib.ModelConfig(
+  return model_config.ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
     model_width=width,
@@ -58,7 +58,7 @@ def llama3(
   mlp_width: int,
   length: int,
   tie_embeddings: bool = False,
-) -> config_lib.ModelConfig:
+) -> model_config.ModelConfig:
   """Llama 3 (arXiv:2407.21783, table 3): 8 kv heads, 128,256 ids, long waves.
 
   8B: 32 layers, 32 heads, width 4096, mlp_width 14336. 70B: 80, 64, 8192,
@@ -79,7 +79,7 @@ def llama3(
   )
 
 
-def qwen3_30b_a3b(*, length: int) -> config_lib.ModelConfig:
+def qwen3_30b_a3b(*, length: int) -> model_config.ModelConfig:
   """Qwen3-30B-A3B (arXiv:2505.09388, table 2): 8 of 128 experts per token.
 
   30.53B parameters, 3.35B of them active per token.

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib
-from models import config as config_lib, transformer
+from models import model_config, transformer
 
 GENERATION_FILE = 'generation.json'
 _TEMPLATE_FILE = 'chat_template.jinja'
@@ -45,7 +45,7 @@ class Frozen:
 
   directory: pathlib.Path
   manifest: manifest_lib.Manifest
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   params: Params
   tokenizer_dir: pathlib.Path
   generation: dict[str, Any]
@@ -88,7 +88,7 @@ def write(
   directory: str | os.PathLike,
   *,
   params: Params,
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   dtype: str,
   provenance: manifest_lib.Provenance,
   tokenizer_dir: str | os.PathLike,
@@ -190,7 +190,7 @@ def leaves_by_path(params: Params) -> dict[str, Any]:
 
 
 def abstract_params(
-  config: config_lib.ModelConfig, dtype: str, sharding: Any = None
+  config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
   """Returns the shapes of the variables of a model, all of one dtype."""
   model = transformer.Transformer(config=config)
@@ -201,15 +201,15 @@ def abstract_params(
   )
 
 
-def read_config(directory: str | os.PathLike) -> config_lib.ModelConfig:
+def read_config(directory: str | os.PathLike) -> model_config.ModelConfig:
   """Returns the model of a frozen directory; verifies the manifest alone."""
   directory = pathlib.Path(directory).absolute()
   return _config_of(directory, manifest_lib.read(directory))
 
 
-def _config_of(directory: pathlib.Path, manifest) -> config_lib.ModelConfig:
+def _config_of(directory: pathlib.Path, manifest) -> model_config.ModelConfig:
   try:
-    return config_lib.ModelConfig.from_dict(manifest.model)
+    return model_config.ModelConfig.from_dict(manifest.model)
   except ValueError as error:
     raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
 

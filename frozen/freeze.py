@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from frozen import format as frozen_format, manifest as manifest_lib, seals
-from models import config as config_lib, layout
+from models import layout, model_config
 
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
@@ -54,8 +54,8 @@ DEFAULT_GENERATION = {
 
 
 def serving_params(
-  params: frozen_format.Params, config: config_lib.ModelConfig, *, dtype: str
-) -> tuple[frozen_format.Params, config_lib.ModelConfig]:
+  params: frozen_format.Params, config: model_config.ModelConfig, *, dtype: str
+) -> tuple[frozen_format.Params, model_config.ModelConfig]:
   """Turns training params into serving params, and their config.
 
   Copies, never aliases: the train step donates its params, and would take the
@@ -102,7 +102,7 @@ def freeze_checkpoint(
   workdir = pathlib.Path(workdir).resolve()
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
-  config = config_lib.ModelConfig.from_dict(run['model'])
+  config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / seals.PROGRESS).read_text('utf-8'))
   weights = _chosen_weights(checkpoint, weights)

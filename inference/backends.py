@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from inference import engine_config
-from models import config as config_lib, execution as execution_lib, kv_cache
-from models.kernels import invariant, paged_triton, ragged_paged
+from models import execution as execution_lib, invariant, kv_cache, model_config
+from models.attention import paged_gpu, paged_tpu
 
 
 class Backend(NamedTuple):
@@ -19,7 +19,7 @@ class Backend(NamedTuple):
 
 def choose(
   config: engine_config.EngineConfig,
-  model: config_lib.ModelConfig,
+  model: model_config.ModelConfig,
   dtype: Any,
   platform: str,
 ) -> Backend:
@@ -41,7 +41,7 @@ def choose(
       )
     return Backend(invariant.execution(), width)
   plain = Backend(execution_lib.Execution(), width)
-  kernels = {'tpu': ragged_paged, 'gpu': paged_triton}
+  kernels = {'tpu': paged_tpu, 'gpu': paged_gpu}
   if config.attention == 'reference':
     return plain
   if platform not in kernels:
@@ -54,8 +54,8 @@ def choose(
   else:
     kernel = kernels[platform]
     channels = width
-    if platform == 'tpu' and channels < ragged_paged.LANES:
-      channels = ragged_paged.LANES  # narrower ones take as much memory there
+    if platform == 'tpu' and channels < paged_tpu.LANES:
+      channels = paged_tpu.LANES  # narrower ones take as much memory there
     problem = kernel.shape_problem(
       *_largest_step(config, model, dtype, channels)
     )
@@ -69,7 +69,9 @@ def choose(
   return plain
 
 
-def _largest_step(config, model: config_lib.ModelConfig, dtype, channels: int):
+def _largest_step(
+  config, model: model_config.ModelConfig, dtype, channels: int
+):
   """Returns the shapes of queries and cache of the largest step."""
   decodes = config.max_sequences
   blocks = config.max_mixed_blocks

@@ -40,7 +40,7 @@ from inference import (
   roster as roster_lib,
   settings as settings_lib,
 )
-from models import config as config_lib, flops, kv_cache, layout, transformer
+from models import flops, kv_cache, layout, model_config, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -61,7 +61,7 @@ class Engine:
 
   def __init__(
     self,
-    config: config_lib.ModelConfig,
+    config: model_config.ModelConfig,
     params: programs_lib.Params,
     *,
     tokenizer: tokenizer_lib.Tokenizer,

@@ -4,7 +4,8 @@ import dataclasses
 
 from hardware import peaks
 from inference import scheduler
-from models import config as config_lib, kv_cache, paged_attention
+from models import kv_cache, model_config
+from models.attention import paged
 
 NUMERICS = ('fast', 'invariant')
 KV_DTYPES = ('model', kv_cache.INT8)
@@ -36,7 +37,7 @@ class EngineConfig:
   stall_context: int = 1000
   kv_dtype: str = 'model'  # what pages are stored as, one of KV_DTYPES
   # fast: XLA's choice of shapes; invariant: a token's bits do not depend on
-  # its company, see models/kernels/invariant.py.
+  # its company, see models/invariant.py.
   numerics: str = 'fast'
   # auto: the platform's kernel where there is one | kernel: it, or an error |
   # reference: plain JAX.
@@ -58,7 +59,7 @@ class EngineConfig:
           f'engine.{name}: got {getattr(self, name)!r}, expected one of'
           f' {", ".join(allowed)}'
         )
-    tile = paged_attention.TILE_SLOTS
+    tile = paged.TILE_SLOTS
     size = self.page_size
     if size < 0 or (size and tile % size and size % tile):
       raise ValueError(
@@ -122,7 +123,7 @@ class EngineConfig:
 
   def pool_pages(
     self,
-    model: config_lib.ModelConfig,
+    model: model_config.ModelConfig,
     *,
     bytes_per_token: float,
     weight_bytes: float,
@@ -151,7 +152,7 @@ class EngineConfig:
 
 
 def _tiles(num_tokens: int) -> int:
-  tile = paged_attention.TILE_SLOTS
+  tile = paged.TILE_SLOTS
   return -(-num_tokens // tile) * tile
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from frozen import manifest as manifest_lib
 from hardware import compile_ahead, peaks as peaks_lib, targets
 from inference import backends, engine_config, programs
-from models import config as config_lib, flops, kv_cache, layout, transformer
+from models import flops, kv_cache, layout, model_config, transformer
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
 _MARGIN = 0.05
@@ -41,7 +41,7 @@ class Plan:
   target: str
   device_kind: str
   peaks: peaks_lib.Peaks
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   dtype: str
   num_params: int
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
@@ -144,7 +144,7 @@ def make(
     FileNotFoundError, ValueError: no such model, or no such target.
   """
   manifest = manifest_lib.read(pathlib.Path(directory))
-  config = config_lib.ModelConfig.from_dict(manifest.model)
+  config = model_config.ModelConfig.from_dict(manifest.model)
   is_here = target_name == targets.HERE
   device = (
     jax.devices()[0]
@@ -229,7 +229,7 @@ def compile_decode_step(
     )
 
 
-def _params(config: config_lib.ModelConfig, dtype) -> Any:
+def _params(config: model_config.ModelConfig, dtype) -> Any:
   model = transformer.Transformer(config)
   params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

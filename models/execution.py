@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 
-from models import attention, cached_attention, experts
-from models.kernels import cross_entropy, linear as linear_lib
+from models import cross_entropy
+from models.attention import cached, dense
+from models.linear import plain
+from models.moe import dispatch
 
 # What the backward pass finds stored, besides what enters each layer:
 # none: everything; minimal: the results of the layers' matrix products;
@@ -22,7 +24,7 @@ from models.kernels import cross_entropy, linear as linear_lib
 REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
-# causal, form a `models.attention.Form`.
+# causal, form a `models.attention.dense.Form`.
 Attend = Callable[..., jax.Array]
 # (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
 AttendCached = Callable[..., jax.Array]
@@ -34,7 +36,8 @@ Linear = Callable[..., Any]
 Unembed = Callable[..., jax.Array]
 # (function, x[..., I]) -> function(x), which treats every [I] by itself.
 ByRow = Callable[..., Any]
-# (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see models/experts.py.
+# (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see
+# models/moe/dispatch.py.
 ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
 # apply_layer(layer_params, x_BTD, shared, key) -> (x_BTD, sums): of each leaf
@@ -56,12 +59,12 @@ class Execution:
   """
 
   remat: str = 'none'  # one of REMAT
-  attend: Attend = attention.attend
-  attend_cached: AttendCached = cached_attention.attend
+  attend: Attend = dense.attend
+  attend_cached: AttendCached = cached.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
-  linear: Linear = linear_lib.linear
-  exact_linear: Linear = linear_lib.exact_linear  # of routers
-  unembed: Unembed = linear_lib.unembed
+  linear: Linear = plain.linear
+  exact_linear: Linear = plain.exact_linear  # of routers
+  unembed: Unembed = plain.unembed
   by_row: ByRow = at_once  # norms and routing: what adds up within a row
-  apply_experts: ApplyExperts = experts.apply_experts
+  apply_experts: ApplyExperts = dispatch.apply_experts
   run_layers: RunLayers | None = None  # None: one after the other

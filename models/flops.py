@@ -9,10 +9,10 @@ half that is needed, so that no implementation is credited for wasted work.
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib, mlp, transformer
+from models import mlp, model_config, transformer
 
 
-def num_params(config: config_lib.ModelConfig) -> int:
+def num_params(config: model_config.ModelConfig) -> int:
   """Returns the number of trained parameters, embeddings included."""
   shapes = jax.eval_shape(
     transformer.Transformer(config).init,
@@ -22,7 +22,7 @@ def num_params(config: config_lib.ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def num_active_params(config: config_lib.ModelConfig) -> int:
+def num_active_params(config: model_config.ModelConfig) -> int:
   """Returns the number of parameters that one token makes use of.
 
   All but the experts that it does not take: the '3B' of a 30B-A3B.
@@ -32,20 +32,20 @@ def num_active_params(config: config_lib.ModelConfig) -> int:
   return num_params(config) - idle
 
 
-def _num_mixtures(config: config_lib.ModelConfig) -> int:
+def _num_mixtures(config: model_config.ModelConfig) -> int:
   """Returns how many layers have experts."""
   return sum(config.layer(n).has_experts for n in range(config.num_layers))
 
 
-def _expert_params(config: config_lib.ModelConfig) -> int:
+def _expert_params(config: model_config.ModelConfig) -> int:
   return _num_matrices(config) * config.model_width * config.expert_width
 
 
-def _num_matrices(config: config_lib.ModelConfig) -> int:
+def _num_matrices(config: model_config.ModelConfig) -> int:
   return 3 if mlp.is_gated(config.mlp) else 2
 
 
-def num_matmul_params(config: config_lib.ModelConfig) -> int:
+def num_matmul_params(config: model_config.ModelConfig) -> int:
   """Returns the number of weights that multiply every token: layers and head.
 
   The embedding is a lookup and counts only where it is also the head. Of a
@@ -66,7 +66,7 @@ def num_matmul_params(config: config_lib.ModelConfig) -> int:
   )
 
 
-def _attention_params(config: config_lib.ModelConfig) -> int:
+def _attention_params(config: model_config.ModelConfig) -> int:
   """Returns the weights of a layer's attention, all of them matrices."""
   width, heads = config.model_width, config.num_heads
   if not config.latent_width:
@@ -86,7 +86,7 @@ def _attention_params(config: config_lib.ModelConfig) -> int:
 
 
 def forward_flops_per_token(
-  config: config_lib.ModelConfig, context: float
+  config: model_config.ModelConfig, context: float
 ) -> float:
   """Returns the FLOPs of one token that attends to `context` tokens."""
   channels = config.num_heads * (config.head_width + config.value_head_width)
@@ -100,7 +100,7 @@ def forward_flops_per_token(
 
 
 def span_flops(
-  config: config_lib.ModelConfig, start: int, length: int, num_logits: int
+  config: model_config.ModelConfig, start: int, length: int, num_logits: int
 ) -> float:
   """Returns the FLOPs of successive tokens of one sequence, as served.
 
@@ -133,7 +133,7 @@ def _keys_seen(start: int, length: int, window: int) -> float:
 
 
 def train_flops_per_token(
-  config: config_lib.ModelConfig, row_length: int
+  config: model_config.ModelConfig, row_length: int
 ) -> float:
   """Returns the FLOPs of training on one token: forward, and twice backward.
 

@@ -10,7 +10,7 @@ s <= p. A prompt may be padded on the right; what padding leaves behind is
 overwritten by the token that really has that position before anything can see
 it. Stored [B, K, S, C]: attention multiplies per sequence and head, and finds
 its operands contiguous. `LatentCache` is its like for latent attention: a
-single head whose keys are its values, too (`models/latent_attention.py`).
+single head whose keys are its values, too (`models/attention/latent_layer.py`).
 
 **Paged**, `PagedLayer`: all sequences share one pool of pages of Q slots, and a
 page table says in which page a position is (Kwon et al., arXiv:2309.06180). A
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib
+from models import model_config
 
 # What pages may be stored as besides the dtype of the computation.
 INT8 = 'int8'
@@ -92,7 +92,7 @@ Cache = (
 
 
 def init(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   *,
   batch_size: int,
   length: int,
@@ -112,7 +112,7 @@ def init(
   return tuple(entry(shape) for _ in range(config.num_layers))
 
 
-def rows_and_width(config: config_lib.ModelConfig) -> tuple[int, int]:
+def rows_and_width(config: model_config.ModelConfig) -> tuple[int, int]:
   """Returns Y, how many vectors a layer keeps of a token, and C of each."""
   if config.latent_width:
     return 1, config.rotary_width + config.latent_width
@@ -120,7 +120,7 @@ def rows_and_width(config: config_lib.ModelConfig) -> tuple[int, int]:
 
 
 def init_pages(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   *,
   num_pages: int,
   page_size: int,

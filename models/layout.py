@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib
+from models import model_config
 
 
 def unstack(
-  params: Any, config: config_lib.ModelConfig
-) -> tuple[Any, config_lib.ModelConfig]:
+  params: Any, config: model_config.ModelConfig
+) -> tuple[Any, model_config.ModelConfig]:
   """Returns the params with layers apart, and the config that says so."""
   if not config.scan_layers:
     return params, config
@@ -28,8 +28,8 @@ def unstack(
 
 
 def stack(
-  params: Any, config: config_lib.ModelConfig
-) -> tuple[Any, config_lib.ModelConfig]:
+  params: Any, config: model_config.ModelConfig
+) -> tuple[Any, model_config.ModelConfig]:
   """Returns the params with layers stacked: the inverse of `unstack`."""
   if config.scan_layers:
     return params, config

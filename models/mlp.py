@@ -13,8 +13,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib, execution as execution_lib, mup
-from models.kernels import linear as linear_lib
+from models import execution as execution_lib, model_config, mup
+from models.linear import plain
 
 
 class Linear(nn.Module):
@@ -24,7 +24,7 @@ class Linear(nn.Module):
   dtype: Any
   use_bias: bool
   init_std: float
-  linear: execution_lib.Linear = linear_lib.linear
+  linear: execution_lib.Linear = plain.linear
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ class Linear(nn.Module):
     return self.linear(x, kernel_IO, bias_O, self.dtype)
 
 
-def residual_std(config: config_lib.ModelConfig) -> float:
+def residual_std(config: model_config.ModelConfig) -> float:
   """Initial scale of a layer that writes to the residual stream.
 
   Divided by the root of the number of such layers, so that the variance of
@@ -64,7 +64,7 @@ def _activate(mlp: str, x: jax.Array) -> jax.Array:
 class Mlp(nn.Module):
   """What is activated, times what is not if it is gated, and back."""
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   dtype: Any
   execution: execution_lib.Execution
 

@@ -40,7 +40,7 @@ from typing import Any
 
 import jax
 
-from models import axes, config as config_lib
+from models import axes, model_config
 
 # By the name of the module that owns them; biases are not among them.
 _HIDDEN = (
@@ -64,33 +64,33 @@ _HIDDEN = (
 )
 
 
-def width_ratio(config: config_lib.ModelConfig) -> float:
+def width_ratio(config: model_config.ModelConfig) -> float:
   """Returns m, how many times wider than its base a model is; 1 without muP."""
   return config.model_width / (config.mup_base_width or config.model_width)
 
 
-def hidden_std(config: config_lib.ModelConfig) -> float:
+def hidden_std(config: model_config.ModelConfig) -> float:
   """Returns the initial scale of matrices with a fan-in that grows."""
   return config.init_std / width_ratio(config) ** 0.5
 
 
-def router_std(config: config_lib.ModelConfig) -> float:
+def router_std(config: model_config.ModelConfig) -> float:
   """Returns the initial scale of a router."""
   return config.init_std / width_ratio(config)
 
 
-def logit_multiplier(config: config_lib.ModelConfig) -> float:
+def logit_multiplier(config: model_config.ModelConfig) -> float:
   """Returns what logits are multiplied by."""
   return 1 / width_ratio(config)
 
 
-def query_multiplier(config: config_lib.ModelConfig) -> float:
+def query_multiplier(config: model_config.ModelConfig) -> float:
   """Returns what queries are multiplied by, besides the usual 1 / sqrt(C)."""
   base = config.mup_base_head_width or config.head_width
   return (base / config.head_width) ** 0.5
 
 
-def lr_multipliers(config: config_lib.ModelConfig, params: Any) -> Any:
+def lr_multipliers(config: model_config.ModelConfig, params: Any) -> Any:
   """Returns what the learning rate of each parameter is multiplied by.
 
   For optimizers whose update does not depend on the scale of the gradient, as

@@ -4,13 +4,13 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import config as config_lib, execution as execution_lib
+from models import execution as execution_lib, model_config
 
 
 class Norm(nn.Module):
   """Normalises the last axis; statistics and scale are computed in float32."""
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   gain: float = 1.0  # the result is multiplied by it, before it is rounded
   by_row: execution_lib.ByRow = execution_lib.at_once
 

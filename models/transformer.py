@@ -20,15 +20,15 @@ import jax.numpy as jnp
 from models import (
   axes,
   block as block_lib,
-  config as config_lib,
+  cross_entropy,
   execution as execution_lib,
   kv_cache,
+  model_config,
   mup,
   norms,
   remat,
-  rope,
 )
-from models.kernels import cross_entropy
+from models.attention import rope
 
 
 class Transformer(nn.Module):
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
     execution: how it is computed; of no matter to what is computed.
   """
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   dtype: Any = jnp.float32
   execution: execution_lib.Execution = execution_lib.Execution()
 
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, kv_cache.Cache | None, Any]:
     """Returns hidden states and cache as `hidden` does, and the routing.
 
-    The routing of a mixture of experts is what `models.moe.routing_sums`
+    The routing of a mixture of experts is what `models.moe.layer.routing_sums`
     returns, each stacked over layers [N, ...]; None for a dense model.
     """
     if cache is not None and segment_ids_BT is not None:
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
       hidden_BTD: from `hidden`.
       targets_BT: token ids.
       weights_BT: float32 weight of each.
-      z_loss_weight: see `models.kernels.cross_entropy`.
+      z_loss_weight: see `models.cross_entropy`.
     """
     form = cross_entropy.LossForm(
       dtype=jnp.dtype(self.dtype),

@@ -22,8 +22,7 @@ from inference import (
   requests as requests_lib,
   settings as settings_lib,
 )
-from models import kv_cache, transformer
-from models.kernels import invariant
+from models import invariant, kv_cache, transformer
 from tests import fixtures
 from text import tokenizer as tokenizer_lib
 

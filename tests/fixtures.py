@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from models import config as model_config
+from models import model_config
 from text import tokenizer
 
 

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen import format as frozen_format, manifest as manifest_lib
-from models import config as config_lib, transformer
+from models import model_config as model_config_lib, transformer
 from tests import fixtures
 
 EXPERIMENT = 'tiny'
 
 
-def config(**overrides) -> config_lib.ModelConfig:
+def config(**overrides) -> model_config_lib.ModelConfig:
   """A Llama-like model that a byte tokenizer fits, with rows to spare."""
   return fixtures.llama_like(
     **{'vocab_size': 270, 'max_length': 64, **overrides}
   )
 
 
-def params(of: config_lib.ModelConfig, *, dtype='float32', seed: int = 0):
+def params(of: model_config_lib.ModelConfig, *, dtype='float32', seed: int = 0):
   """Random variables of a model."""
   rng = np.random.default_rng(seed)
   model = transformer.Transformer(config=of)

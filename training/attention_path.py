@@ -1,8 +1,8 @@
 """Which attention a run computes with: `execution.attention`, resolved.
 
-    reference  models.attention: plain array code, on any device
-    splash     models.kernels.splash: TPU
-    cudnn      models.kernels.cudnn: NVIDIA GPU, bfloat16
+    reference  models.attention.dense: plain array code, on any device
+    splash     models.attention.splash_tpu: TPU
+    cudnn      models.attention.cudnn_gpu: NVIDIA GPU, bfloat16
     auto       splash where devices and shapes allow it, else reference
 
 All compute the same function. `auto` takes splash on TPUs if the row length is
@@ -18,8 +18,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-from models import attention
-from models.kernels import cudnn, splash
+from models.attention import cudnn_gpu, dense, splash_tpu
 from parallel import placement as placement_lib
 from parallel.attention import sharded
 from training import config as config_lib
@@ -37,8 +36,8 @@ def attend(
   """
   path = resolve(experiment, placement)
   if path == 'reference':
-    return attention.attend
-  local = {'splash': splash.attend, 'cudnn': cudnn.attend}[path]
+    return dense.attend
+  local = {'splash': splash_tpu.attend, 'cudnn': cudnn_gpu.attend}[path]
   mesh = getattr(placement, 'mesh', None)
   return local if mesh is None else sharded.attend(local, mesh)
 
@@ -92,7 +91,7 @@ def problem(
       ' wants keys and values of one width; set execution.attention = reference'
     )
   if path == 'cudnn' and (
-    reason := cudnn.form_problem(model.attention_softcap)
+    reason := cudnn_gpu.form_problem(model.attention_softcap)
   ):
     return reason
   mesh = getattr(placement, 'mesh', None)
@@ -104,9 +103,12 @@ def problem(
   return (
     reason
     or {
-      'splash': functools.partial(splash.row_length_problem, time),
+      'splash': functools.partial(splash_tpu.row_length_problem, time),
       'cudnn': functools.partial(
-        cudnn.shape_problem, time, model.head_width, experiment.compute_dtype
+        cudnn_gpu.shape_problem,
+        time,
+        model.head_width,
+        experiment.compute_dtype,
       ),
     }[path]()
   )

@@ -10,15 +10,15 @@ import math
 from typing import Any
 
 from data import config as data_config
-from models import config as model_config, execution
-from models.kernels import quantized_linear
+from models import execution, model_config
+from models.linear import quantized
 from parallel import parallel_config
 from training import average, eval_config, optimizer, outliers
 from training.objectives import next_token
 
-# See training/attention_path.py and models/kernels/quantized_linear.py.
+# See training/attention_path.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
-MATMULS = ('float', *quantized_linear.FORMATS)
+MATMULS = ('float', *quantized.FORMATS)
 
 
 @dataclasses.dataclass(kw_only=True)

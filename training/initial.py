@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from frozen import format as frozen_format, manifest as manifest_lib
-from models import config as model_config, layout
+from models import layout, model_config
 from training import (
   config as config_lib,
   learner as learner_lib,

@@ -17,13 +17,14 @@ import optax
 from hardware import peaks
 from models import (
   axes,
+  cross_entropy,
   execution as execution_lib,
-  experts,
   flops,
   remat,
   transformer,
 )
-from models.kernels import cross_entropy, linear, quantized_linear
+from models.linear import plain, quantized
+from models.moe import dispatch
 from parallel import (
   expert_parallel,
   pipeline,
@@ -225,8 +226,8 @@ def _apply_experts(
 ) -> execution_lib.ApplyExperts:
   """Returns what applies the experts of a mixture on the run's devices."""
   if isinstance(placement, placement_lib.MeshPlacement):
-    return expert_parallel.spread(experts.apply_experts, placement.mesh)
-  return experts.apply_experts
+    return expert_parallel.spread(dispatch.apply_experts, placement.mesh)
+  return dispatch.apply_experts
 
 
 def _run_layers(
@@ -267,15 +268,15 @@ def _linear(experiment: config_lib.Experiment) -> execution_lib.Linear:
     experiment.model.num_experts,
   )
   if matmul == 'float':
-    return linear.linear
+    return plain.linear
   if num_experts:
     raise ValueError(
       f'execution.matmul: got {matmul} with model.num_experts = {num_experts},'
       ' expected float: grouped products of experts are not quantised; set'
       ' execution.matmul = float'
     )
-  quantized_linear.check_installed()
-  return {'int8': quantized_linear.int8, 'fp8': quantized_linear.fp8}[matmul]
+  quantized.check_installed()
+  return {'int8': quantized.int8, 'fp8': quantized.fp8}[matmul]
 
 
 def _check_model(experiment: config_lib.Experiment) -> None:

@@ -37,13 +37,13 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from models import (
-  attention,
   block as block_lib,
+  cross_entropy,
   execution as execution_lib,
-  experts,
   remat,
 )
-from models.kernels import cross_entropy
+from models.attention import dense
+from models.moe import dispatch
 from training import (
   attention_path,
   config as config_lib,
@@ -274,7 +274,7 @@ def residuals(
     dtype,
     execution_lib.Execution(
       remat=policy,
-      attend=_fused_attend if is_fused else attention.attend,
+      attend=_fused_attend if is_fused else dense.attend,
       apply_experts=functools.partial(_apply_experts, sizes['expert']),
     ),
     # Where layers differ, those with experts come last, and keep the most.
@@ -315,7 +315,7 @@ def _apply_experts(num_shards, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
   def gathered(part):
     return jnp.concatenate([part] * num_shards) if num_shards > 1 else part
 
-  y_BTD = experts.apply_experts(
+  y_BTD = dispatch.apply_experts(
     gathered(x_BTD.astype(dtype)),
     gathered(ids_BTA),
     gathered(gates_BTA),

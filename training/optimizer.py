@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from models import config as model_config_lib, mup
+from models import model_config as model_config_lib, mup
 from training import directions, optimizer_checks, param_groups, schedules
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evals import ports
-from models.kernels import cross_entropy
+from models import cross_entropy
 from training import evaluate, learner as learner_lib
 
 _Requests = Sequence[tuple[ports.Ids, ports.Ids]]

@@ -17,7 +17,7 @@ from frozen.huggingface import (
   layer_kinds,
   mixture_families as mixture,
 )
-from models import config as config_lib
+from models import model_config
 
 FILE = 'config.json'
 
@@ -26,8 +26,8 @@ class Family(NamedTuple):
   """How the models of one `model_type` are described."""
 
   architecture: str
-  read: Callable[[fields_lib.Fields], config_lib.ModelConfig]
-  write: Callable[[config_lib.ModelConfig], dict[str, Any]]
+  read: Callable[[fields_lib.Fields], model_config.ModelConfig]
+  write: Callable[[model_config.ModelConfig], dict[str, Any]]
 
 
 # In the order in which an export that may choose tries them.
@@ -98,7 +98,7 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
 
 def read(
   values: Mapping[str, Any], where: str = FILE
-) -> tuple[str, config_lib.ModelConfig]:
+) -> tuple[str, model_config.ModelConfig]:
   """Returns the family (`model_type`) and the model of a config.json.
 
   Raises:
@@ -131,7 +131,7 @@ def read(
 
 
 def write(
-  config: config_lib.ModelConfig, model_type: str = ''
+  config: model_config.ModelConfig, model_type: str = ''
 ) -> tuple[str, dict[str, Any]]:
   """Returns a family that computes what the model does, and its config.json.
 
@@ -176,7 +176,7 @@ def write(
   )
 
 
-def _function_of(config: config_lib.ModelConfig) -> dict[str, Any]:
+def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
   """Returns the fields that decide what is computed, in one form."""
   letters = layer_kinds.letters_of(config)
   has_local = bool(set(letters) & set('lm'))

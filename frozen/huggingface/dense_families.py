@@ -13,10 +13,10 @@ from frozen.huggingface import (
   layer_kinds,
   rope_fields,
 )
-from models import config as config_lib
+from models import model_config
 
 Fields = fields_lib.Fields
-ModelConfig = config_lib.ModelConfig
+ModelConfig = model_config.ModelConfig
 
 GATED = {
   'silu': 'swiglu',

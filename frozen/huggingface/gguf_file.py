@@ -25,7 +25,8 @@ from frozen.huggingface import (
   layouts,
   tensor_map,
 )
-from models import config as config_lib, rope_scaling
+from models import model_config
+from models.attention import rope_scaling
 from text import hf_tokenizer
 
 # Of weights: as they are, or in blocks of numbers that share a scale.
@@ -258,7 +259,7 @@ def _config(path, metadata, tensors, has_head) -> dict[str, Any]:
   return values
 
 
-def _divided(config, divisors: np.ndarray) -> config_lib.ModelConfig:
+def _divided(config, divisors: np.ndarray) -> model_config.ModelConfig:
   """Returns the model with its rotary frequencies divided, pair by pair."""
   values = tuple(float(x) for x in divisors.reshape(-1))
   return dataclasses.replace(
@@ -272,7 +273,7 @@ def _divided(config, divisors: np.ndarray) -> config_lib.ModelConfig:
   )
 
 
-def _pieces(config: config_lib.ModelConfig) -> Iterator[tensor_map.Piece]:
+def _pieces(config: model_config.ModelConfig) -> Iterator[tensor_map.Piece]:
   def piece(theirs, ours, layout=layouts.TRANSPOSED):
     return tensor_map.Piece(f'{theirs}.weight', (ours,), layout)
 

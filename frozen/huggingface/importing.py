@@ -26,7 +26,7 @@ from frozen.huggingface import (
   safetensors_files,
   tensor_map,
 )
-from models import config as config_lib
+from models import model_config
 from text import hf_generation, hf_tokenizer
 
 DTYPES = ('auto', 'float32', 'bfloat16')
@@ -38,7 +38,7 @@ class Source(NamedTuple):
   where: str
   model_type: str
   values: Mapping[str, Any]  # of its config.json
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
 
 

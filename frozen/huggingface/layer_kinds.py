@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from frozen.huggingface import fields as fields_lib
-from models import config as config_lib
+from models import model_config
 
 _LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}
 
@@ -29,7 +29,7 @@ def pattern(letters: str) -> str:
   )
 
 
-def letters_of(config: config_lib.ModelConfig) -> str:
+def letters_of(config: model_config.ModelConfig) -> str:
   """Returns a letter of `LAYER_KINDS` for every layer."""
   given = config.layer_pattern or ('l' if config.window else 'g')
   return ''.join(given[n % len(given)] for n in range(config.num_layers))
@@ -111,7 +111,7 @@ def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
   return _fields(letters, window)
 
 
-def write_types(config: config_lib.ModelConfig) -> dict[str, Any]:
+def write_types(config: model_config.ModelConfig) -> dict[str, Any]:
   """Returns `layer_types`, and the window."""
   names = {'g': 'full_attention', 'n': 'full_attention'}
   return {
@@ -122,7 +122,7 @@ def write_types(config: config_lib.ModelConfig) -> dict[str, Any]:
   }
 
 
-def write_qwen(config: config_lib.ModelConfig) -> dict[str, Any]:
+def write_qwen(config: model_config.ModelConfig) -> dict[str, Any]:
   """The inverse of `read_qwen`."""
   letters = letters_of(config)
   return write_types(config) | {
@@ -131,7 +131,7 @@ def write_qwen(config: config_lib.ModelConfig) -> dict[str, Any]:
   }
 
 
-def write_smollm3(config: config_lib.ModelConfig) -> dict[str, Any]:
+def write_smollm3(config: model_config.ModelConfig) -> dict[str, Any]:
   """The inverse of `read_smollm3`."""
   return write_types(config) | {
     'use_sliding_window': bool(config.window),

@@ -7,10 +7,10 @@ from frozen.huggingface import (
   fields as fields_lib,
   rope_fields,
 )
-from models import config as config_lib
+from models import model_config
 
 Fields = fields_lib.Fields
-ModelConfig = config_lib.ModelConfig
+ModelConfig = model_config.ModelConfig
 
 
 def read_mixtral(fields: Fields) -> ModelConfig:

@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from frozen.huggingface import fields as fields_lib
-from models import rope_scaling
+from models.attention import rope_scaling
 
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 

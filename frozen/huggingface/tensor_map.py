@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from frozen.huggingface import layouts
-from models import config as config_lib, mlp
+from models import mlp, model_config
 
 # Tensors that only repeat what the config says: rotary frequencies, and the
 # triangles of masks in old files.
@@ -57,7 +57,7 @@ _NAMES: Mapping[str, Names] = {
 
 
 def pieces(
-  model_type: str, config: config_lib.ModelConfig, values: Mapping[str, Any]
+  model_type: str, config: model_config.ModelConfig, values: Mapping[str, Any]
 ) -> list[Piece]:
   """Returns all tensors of a model.
 

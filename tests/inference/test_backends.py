@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 from inference import backends, engine_config
-from models import cached_attention
-from models.kernels import invariant, paged_triton, ragged_paged
+from models import invariant
+from models.attention import cached, paged_gpu, paged_tpu
 from tests import fixtures
 
 _Config = engine_config.EngineConfig
@@ -23,30 +23,30 @@ def test_plain_jax_where_there_is_no_kernel_or_none_is_wanted():
     ('gpu', {'attention': 'reference'}),
   ):
     backend = _choose(platform, **fields)
-    assert backend.execution.attend_cached is cached_attention.attend
+    assert backend.execution.attend_cached is cached.attend
     assert backend.channels == 64
 
 
 @pytest.mark.parametrize('attention', ['auto', 'kernel'])
 def test_kernels_where_there_are_some(attention):
   gpu = _choose('gpu', attention=attention)
-  assert gpu.execution.attend_cached is paged_triton.attend
+  assert gpu.execution.attend_cached is paged_gpu.attend
   assert gpu.channels == 64
   tpu = _choose('tpu', attention=attention)
-  assert tpu.execution.attend_cached is ragged_paged.attend
+  assert tpu.execution.attend_cached is paged_tpu.attend
   # Narrow heads are stored as wide as the kernel reads them.
-  assert tpu.channels == ragged_paged.LANES
+  assert tpu.channels == paged_tpu.LANES
   assert _choose('tpu', head_width=128).channels == 128
 
 
 def test_a_model_that_the_kernel_does_not_take_is_attended_without():
   for platform, fields in (
-    ('gpu', {'head_width': paged_triton.MAX_CHANNELS + 2}),
-    ('tpu', {'head_width': ragged_paged.LANES + 2}),
+    ('gpu', {'head_width': paged_gpu.MAX_CHANNELS + 2}),
+    ('tpu', {'head_width': paged_tpu.LANES + 2}),
     ('tpu', {'kv_dtype': 'int8'}),
   ):
     backend = _choose(platform, **fields)
-    assert backend.execution.attend_cached is cached_attention.attend
+    assert backend.execution.attend_cached is cached.attend
     assert backend.channels == fields.get('head_width', 64)
     with pytest.raises(
       ValueError, match="attention: got 'kernel', but got .* leave it at 'auto'"

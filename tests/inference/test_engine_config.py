@@ -6,7 +6,7 @@ import pytest
 
 from hardware import peaks
 from inference import engine_config
-from models import paged_attention
+from models.attention import paged
 from tests import fixtures
 
 _Config = engine_config.EngineConfig
@@ -48,7 +48,7 @@ def test_a_table_holds_the_context_in_whole_tiles(page_size, max_length):
     assert page_tokens == page_size or (
       not page_size and page_tokens >= max_length
     )
-    assert slots % paged_attention.TILE_SLOTS == 0
+    assert slots % paged.TILE_SLOTS == 0
     assert slots >= max_length + block_rows
     assert slots < max_length + block_rows + max(64, page_tokens)
     assert config.limits(page_tokens).page_size == page_tokens

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention, mup, transformer
+from models import mup, transformer
+from models.attention import dense
 from tests import fixtures
 
 # Four times the base, heads wider by as much.
@@ -96,7 +97,7 @@ def test_scores_are_scaled_by_one_over_channels():
 
   def attend(q_BTHC, k_BKTC, v_BKTC, **kwargs):
     seen.append(np.asarray(q_BTHC))
-    return attention.attend(q_BTHC, k_BKTC, v_BKTC, **kwargs)
+    return dense.attend(q_BTHC, k_BKTC, v_BKTC, **kwargs)
 
   for config in (WIDE, dataclasses.replace(WIDE, mup_base_head_width=0)):
     model = transformer.Transformer(config)

@@ -7,15 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import (
-  axes,
-  config as config_lib,
-  flops,
-  layout,
-  norms,
-  rope,
-  transformer,
-)
+from models import axes, flops, layout, model_config, norms, transformer
+from models.attention import rope
 from tests import fixtures
 
 
@@ -24,7 +17,7 @@ def _params(config):
   return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-@pytest.mark.parametrize('kind', config_lib.NORMS)
+@pytest.mark.parametrize('kind', model_config.NORMS)
 def test_norms_are_computed_in_float32(kind):
   config = fixtures.llama_like(norm=kind, use_bias=True, norm_epsilon=1e-6)
   x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 8)) + 50
@@ -202,6 +195,6 @@ def test_impossible_configs_are_refused(field, value, message):
 @pytest.mark.parametrize('make', [fixtures.gpt2_like, fixtures.stable])
 def test_config_survives_json_and_refuses_other_fields(make):
   config = make()
-  assert config_lib.ModelConfig.from_dict(config.to_dict()) == config
+  assert model_config.ModelConfig.from_dict(config.to_dict()) == config
   with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
-    config_lib.ModelConfig.from_dict({**config.to_dict(), 'depth': 3})
+    model_config.ModelConfig.from_dict({**config.to_dict(), 'depth': 3})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models import execution, remat, transformer
-from models.kernels import linear
+from models.linear import plain
 from tests import fixtures
 from training.objectives import next_token
 
@@ -83,8 +83,8 @@ def _residuals(policy, dtype):
 
   def layer(x_BTD, w_DF, v_FD):
     x_BTD = remat.named_input(x_BTD)
-    hidden_BTF = jnp.sin(linear.linear(x_BTD, w_DF, None, dtype))
-    return jnp.sin(linear.linear(hidden_BTF, v_FD, None, dtype))
+    hidden_BTF = jnp.sin(plain.linear(x_BTD, w_DF, None, dtype))
+    return jnp.sin(plain.linear(hidden_BTF, v_FD, None, dtype))
 
   if policy != 'none':
     layer = jax.checkpoint(layer, policy=remat.policy(policy))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data import config as data_config, sources
-from models import experts
+from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
 from tests import fixtures
 from training import config as config_lib, learner, optimizer
@@ -62,7 +62,7 @@ def _run(apply_experts, operands):
 
 @functools.cache
 def _spread(**sizes):
-  return expert_parallel.spread(experts.apply_experts, _mesh(**sizes))
+  return expert_parallel.spread(dispatch.apply_experts, _mesh(**sizes))
 
 
 def _assert_equal(ours, theirs):
@@ -85,7 +85,7 @@ def test_no_token_is_dropped_and_no_gradient_lost(sizes, choice):
   operands = _operands(choice)
   with rules.applied(_mesh(**sizes)):
     spread = _run(_spread(**sizes), operands)
-  _assert_equal(spread, _run(experts.apply_experts, operands))
+  _assert_equal(spread, _run(dispatch.apply_experts, operands))
 
 
 def test_tokens_split_along_rows_and_along_time():
@@ -93,7 +93,7 @@ def test_tokens_split_along_rows_and_along_time():
   operands = _operands()
   with rules.applied(_mesh(**sizes)):
     spread = _run(_spread(**sizes), operands)
-  _assert_equal(spread, _run(experts.apply_experts, operands))
+  _assert_equal(spread, _run(dispatch.apply_experts, operands))
 
 
 def test_stages_side_by_side():
@@ -107,7 +107,7 @@ def test_stages_side_by_side():
         functools.partial(_run, _spread(**sizes)), spmd_axis_name='stage'
       )
     )(stacked)
-  alone = [_run(experts.apply_experts, operands) for operands in stages]
+  alone = [_run(dispatch.apply_experts, operands) for operands in stages]
   _assert_equal(spread, jax.tree.map(lambda *xs: jnp.stack(xs), *alone))
 
 
@@ -136,8 +136,8 @@ def test_a_device_reads_no_kernels_but_its_own():
 
 def test_one_device_needs_no_spreading():
   mesh = mesh_lib.make_mesh(parallel_config.ParallelConfig(), jax.devices()[:1])
-  apply = expert_parallel.spread(experts.apply_experts, mesh)
-  assert apply is experts.apply_experts
+  apply = expert_parallel.spread(dispatch.apply_experts, mesh)
+  assert apply is dispatch.apply_experts
 
 
 # Sizes that divide by every mesh axis below.

@@ -12,7 +12,7 @@ import pytest
 
 from data import config as data_config
 from hardware import targets
-from models import config as model_config
+from models import model_config
 from parallel import parallel_config
 from training import (
   attention_path,

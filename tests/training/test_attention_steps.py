@@ -12,8 +12,7 @@ import jax
 import pytest
 
 from data import config as data_config, sources
-from models import attention
-from models.kernels import cudnn, splash
+from models.attention import cudnn_gpu, dense, splash_tpu
 from parallel import parallel_config
 from tests import fixtures
 from training import config as config_lib, learner as learner_lib, optimizer
@@ -64,9 +63,9 @@ def _metrics(attend=None, **parallel):
 @pytest.mark.parametrize(
   ('attend', 'parallel'),
   [
-    (attention.attend, {}),
-    (functools.partial(splash.attend, interpret=True), {}),
-    (functools.partial(cudnn.attend, implementation='xla'), {}),
+    (dense.attend, {}),
+    (functools.partial(splash_tpu.attend, interpret=True), {}),
+    (functools.partial(cudnn_gpu.attend, implementation='xla'), {}),
     (None, {'context': 4}),
     (None, {'context': 4, 'context_attention': 'gather'}),
     (None, {'stage': 1, 'tensor': 2}),
@@ -81,6 +80,6 @@ def test_golden_step(attend, parallel):
 def test_a_wrong_path_is_noticed():
   def attend(*args, segment_ids_BT, dropout, form):
     del segment_ids_BT, dropout, form
-    return attention.attend(*args)
+    return dense.attend(*args)
 
   assert _metrics(attend) != pytest.approx(GOLDEN, rel=1e-3)

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from data import config as data_config, sources
-from models import attention, execution
-from models.kernels import cross_entropy
+from models import cross_entropy, execution
+from models.attention import dense
 from parallel import parallel_config
 from tests import fixtures
 from training import config as config_lib, learner as learner_lib, optimizer
@@ -48,7 +48,7 @@ def test_split_rows_are_attended_to_as_asked(kind, collective):
   )
   assert collective in lowered.as_text()
   whole = _make(parallel={'data': 8})
-  assert whole.model.execution.attend is attention.attend
+  assert whole.model.execution.attend is dense.attend
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 
 from data import config as data_config, sources
-from models import layout
-from models.kernels import cross_entropy
+from models import cross_entropy, layout
 from parallel import parallel_config
 from tests import fixtures
 from training import (

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from evals import ports
-from models import execution
-from models.kernels import cross_entropy
+from models import cross_entropy, execution
 from parallel import parallel_config
 from tests import fixtures
 from tests.evals import network

@@ -30,13 +30,13 @@ def next_token(
     batch: tokens, targets, positions, segment_ids: int32 [B, T]; weights:
       float32 [B, T], 0 where nothing is to be learnt.
     apply: the model's apply.
-    z_loss_weight: of the z-loss, see `models.kernels.cross_entropy`.
+    z_loss_weight: of the z-loss, see `models.cross_entropy`.
 
   Returns:
     The sum of weight * loss, and the sums that the step reports: `weight`, what
     the loss is divided by; where the loss is more than that, `nll`, the sum of
     weight * -log p(target); with a z-loss, `z_loss` before it is weighted; of a
-    mixture, what `models.moe.routing_sums` counts.
+    mixture, what `models.moe.layer.routing_sums` counts.
   """
   hidden_BTD, _, routing = apply(
     params,

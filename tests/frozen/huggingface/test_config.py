@@ -6,7 +6,7 @@ import math
 import pytest
 
 from frozen.huggingface import config as config_io, layer_kinds
-from models import rope_scaling
+from models.attention import rope_scaling
 from tests import fixtures
 
 LLAMA = {

@@ -5,7 +5,7 @@ import pytest
 
 from frozen import format as frozen_format
 from frozen.huggingface import gguf_file, importing, layouts
-from models import rope_scaling
+from models.attention import rope_scaling
 from tests import fixtures, frozen_fixtures, hf_fixtures
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention, execution, transformer
+from models import execution, transformer
+from models.attention import dense
 from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.attention import context, partial
 from tests import fixtures
@@ -44,7 +45,7 @@ def _segments(num_segments=3, num_padding=5):
   )['segment_ids']
 
 
-def _run(attend, q, k, v, dout, segments, form=attention.Form()):
+def _run(attend, q, k, v, dout, segments, form=dense.Form()):
   """Returns the output and the three gradients, all as float32."""
 
   def loss(q, k, v):
@@ -57,7 +58,7 @@ def _run(attend, q, k, v, dout, segments, form=attention.Form()):
   return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def _run_split(mesh, kind, q, k, v, dout, segments, form=attention.Form()):
+def _run_split(mesh, kind, q, k, v, dout, segments, form=dense.Form()):
   """As `_run`, over the mesh; permutes its arguments, and its results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
@@ -97,7 +98,7 @@ def _run_split(mesh, kind, q, k, v, dout, segments, form=attention.Form()):
 def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
   inputs = _inputs(num_heads, num_kv)
   segments = None if segments is None else _segments(*segments)
-  expected = _run(attention.attend, *inputs, segments)
+  expected = _run(dense.attend, *inputs, segments)
   got = _run_split(_mesh(**sizes), kind, *inputs, segments)
   for a, b in zip(got, expected, strict=True):
     # Sums of some tens of float32 terms of order one, in another order.
@@ -108,14 +109,14 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
 @pytest.mark.parametrize(
   'form',
   [
-    attention.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
-    attention.Form(window=29),  # over several
+    dense.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
+    dense.Form(window=29),  # over several
   ],
   ids=str,
 )
 def test_windows_soft_caps_and_scales_of_split_rows(kind, form):
   inputs = _inputs()
-  expected = _run(attention.attend, *inputs, _segments(), form)
+  expected = _run(dense.attend, *inputs, _segments(), form)
   mesh = _mesh(data=4, context=2)
   got = _run_split(mesh, kind, *inputs, _segments(), form)
   for a, b in zip(got, expected, strict=True):
@@ -126,7 +127,7 @@ def test_windows_soft_caps_and_scales_of_split_rows(kind, form):
 def test_values_may_be_narrower_than_keys(kind):
   q, k, v, dout = _inputs()
   inputs = q, k, v[..., :4], dout[..., :4]
-  expected = _run(attention.attend, *inputs, None)
+  expected = _run(dense.attend, *inputs, None)
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, None)
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)
@@ -139,7 +140,7 @@ def test_queries_are_taken_in_blocks(kind, monkeypatch):
   assert partial.num_blocks(12) == 3
   inputs = _inputs()
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, _segments())
-  expected = _run(attention.attend, *inputs, _segments())
+  expected = _run(dense.attend, *inputs, _segments())
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)
 
@@ -158,8 +159,8 @@ def test_bfloat16_is_as_close_as_unsplit_attention(kind, sizes):
   """Both against float32: splitting may not lose what bfloat16 has."""
   inputs = _inputs(dtype=jnp.bfloat16)
   exact_inputs = [x.astype(jnp.float32) for x in inputs]
-  exact = _run(attention.attend, *exact_inputs, _segments())
-  plain = _run(attention.attend, *inputs, _segments())
+  exact = _run(dense.attend, *exact_inputs, _segments())
+  plain = _run(dense.attend, *inputs, _segments())
   got = _run_split(_mesh(**sizes), kind, *inputs, _segments())
   for a, b, reference in zip(got, plain, exact, strict=True):
     # A bfloat16 has 8 bits: an ulp of the largest result is 2^-8 of it, and

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention
-from models.kernels import splash
+from models.attention import dense, splash_tpu
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.attention import sharded
 
@@ -51,8 +50,10 @@ def _value_and_gradients(attend, q, k, v, segments):
 @pytest.mark.parametrize(
   'local',
   [
-    pytest.param(attention.attend, id='reference'),
-    pytest.param(functools.partial(splash.attend, interpret=True), id='splash'),
+    pytest.param(dense.attend, id='reference'),
+    pytest.param(
+      functools.partial(splash_tpu.attend, interpret=True), id='splash'
+    ),
   ],
 )
 def test_devices_compute_their_rows_and_heads(axes, local):
@@ -62,7 +63,7 @@ def test_devices_compute_their_rows_and_heads(axes, local):
   with jax.set_mesh(mesh):
     run = _value_and_gradients.lower(spread, *inputs).compile()
     got, text = run(*inputs), run.as_text()
-  expected = _value_and_gradients(attention.attend, *inputs)
+  expected = _value_and_gradients(dense.attend, *inputs)
   for ours, reference in zip(got, expected, strict=True):
     # The same sums, in the kernel's order for splash.
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
@@ -76,25 +77,25 @@ def test_stages_side_by_side_each_use_their_own_devices():
   mesh = _mesh(stage=2, fsdp=2, tensor=2)
   q, k, v, segments = _inputs(rows=2)
   stacked = [jnp.stack([x, x[::-1]]) for x in (q, k, v, segments)]
-  spread = sharded.attend(attention.attend, mesh)
+  spread = sharded.attend(dense.attend, mesh)
   run = functools.partial(_value_and_gradients, spread)
   with jax.set_mesh(mesh):
     got = jax.jit(jax.vmap(run, spmd_axis_name='stage'))(*stacked)
-  expected = jax.vmap(
-    functools.partial(_value_and_gradients, attention.attend)
-  )(*stacked)
+  expected = jax.vmap(functools.partial(_value_and_gradients, dense.attend))(
+    *stacked
+  )
   for ours, reference in zip(got, expected, strict=True):
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_in_parts_is_refused():
   with pytest.raises(ValueError, match='got parallel.context = 8, expected 1'):
-    sharded.attend(attention.attend, _mesh(context=8))
+    sharded.attend(dense.attend, _mesh(context=8))
 
 
 def test_dropout_is_refused():
   q, k, v, segments = _inputs()
-  spread = sharded.attend(attention.attend, _mesh(fsdp=8))
+  spread = sharded.attend(dense.attend, _mesh(fsdp=8))
   with pytest.raises(ValueError, match='got dropout, expected none'):
     spread(q, k, v, segment_ids_BT=segments, dropout=lambda x: x)
 

@@ -12,8 +12,8 @@ nothing was written to, of the sequence's own pages, or where its table ends of
 its first page again; what comes of them means nothing, as in any other port.
 
 The kernel has one scale for a whole pool, pages in int8 have one per token and
-head. These are attended by `models.paged_attention`, and a dense cache by
-`models.attention`.
+head. These are attended by `models.attention.paged`, and a dense cache by
+`models.attention.dense`.
 """
 
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 )
 import jax.numpy as jnp
 
-from models import attention, cached_attention, kv_cache
+from models import kv_cache
+from models.attention import cached, dense
 
 # Channels of a page, no more and no less: the kernel (of jax 0.10) reads every
 # other row of a page, which the compiler can do at the width of a register.
@@ -53,7 +54,7 @@ def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
   *,
   implementation: Literal['kernel', 'reference'] = 'kernel',
 ) -> jax.Array:
@@ -73,7 +74,7 @@ def attend(
     ValueError: pages, queries or tables that the kernel does not take.
   """
   if not isinstance(cache, kv_cache.PagedLayer) or _is_int8(cache):
-    return cached_attention.attend(q_BTHC, cache, positions_BT, form)
+    return cached.attend(q_BTHC, cache, positions_BT, form)
   problem = shape_problem(q_BTHC, cache)
   if problem:
     raise ValueError(f'ragged paged attention: {problem}')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.kernels import grouped
+from models.linear import grouped
 
 GROUPS, WIDTH_IN, WIDTH_OUT = 5, 7, 11
 

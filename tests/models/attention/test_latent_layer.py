@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import execution, kv_cache, layout, transformer
-from models.kernels import invariant
+from models import execution, invariant, kv_cache, layout, transformer
 from tests import fixtures, frozen_fixtures
 
 CONFIG = fixtures.llama_like(

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention
-from models.kernels import cudnn, splash
+from models.attention import cudnn_gpu, dense, splash_tpu
 
 TIME = 256  # two blocks of 128: one of them above the diagonal
 KERNELS = {
-  'splash': functools.partial(splash.attend, interpret=True),
-  'cudnn': functools.partial(cudnn.attend, implementation='xla'),
+  'splash': functools.partial(splash_tpu.attend, interpret=True),
+  'cudnn': functools.partial(cudnn_gpu.attend, implementation='xla'),
 }
 
 
@@ -52,7 +51,7 @@ def _value_and_gradients(attend, q, k, v, cotangent, segments):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(splash, 'MAX_BLOCK_ROWS', 128)
+  monkeypatch.setattr(splash_tpu, 'MAX_BLOCK_ROWS', 128)
 
 
 @pytest.mark.usefixtures('small_blocks')
@@ -72,7 +71,7 @@ def test_kernels_equal_plain_attention(
   inputs = _inputs(heads, kv_heads, channels)
   segments = _packed_segments() if is_packed else None
   got = _value_and_gradients(KERNELS[kernel], *inputs, segments)
-  expected = _value_and_gradients(attention.attend, *inputs, segments)
+  expected = _value_and_gradients(dense.attend, *inputs, segments)
   for ours, reference in zip(got, expected, strict=True):
     assert ours.shape == reference.shape
     # float32 sums of up to 256 terms of order one, in another order.
@@ -83,13 +82,13 @@ def test_kernels_equal_plain_attention(
 @pytest.mark.parametrize(
   ('kernel', 'form'),
   [
-    ('splash', attention.Form(window=90, softcap=1.5, scale=0.4)),
-    ('cudnn', attention.Form(window=90, scale=0.4)),
+    ('splash', dense.Form(window=90, softcap=1.5, scale=0.4)),
+    ('cudnn', dense.Form(window=90, scale=0.4)),
   ],
 )
 def test_kernels_have_windows_soft_caps_and_scales(kernel, form):
   inputs = _inputs(4, 2)
-  attends = KERNELS[kernel], attention.attend
+  attends = KERNELS[kernel], dense.attend
   got, expected = (
     _value_and_gradients(
       functools.partial(attend, form=form), *inputs, _packed_segments()
@@ -106,8 +105,8 @@ def test_bfloat16_loses_no_more_than_plain_attention_does():
   exact = [x.astype(jnp.float32) for x in inputs]
   segments = _packed_segments()
   got = _value_and_gradients(KERNELS['splash'], *inputs, segments)
-  plain = _value_and_gradients(attention.attend, *inputs, segments)
-  expected = _value_and_gradients(attention.attend, *exact, segments)
+  plain = _value_and_gradients(dense.attend, *inputs, segments)
+  expected = _value_and_gradients(dense.attend, *exact, segments)
   for ours, theirs, reference in zip(got, plain, expected, strict=True):
     assert ours.dtype == jnp.bfloat16
     error, plain_error = (
@@ -142,23 +141,31 @@ def test_nothing_flows_between_documents_or_backwards_in_time():
   ('time', 'expected'), [(128, 128), (256, 256), (640, 128), (1536, 512)]
 )
 def test_blocks_divide_rows(time, expected):
-  assert splash.block_rows(time) == expected
+  assert splash_tpu.block_rows(time) == expected
 
 
 @pytest.mark.parametrize(
   ('attend', 'fields', 'message'),
   [
-    (splash.attend, {'time': 100}, 'got rows of 100 tokens, expected a mult'),
-    (splash.attend, {'dropout': lambda x: x}, 'got dropout of attention'),
-    (cudnn.attend, {'dropout': lambda x: x}, 'got dropout of attention'),
-    (cudnn.attend, {}, 'got config.compute_dtype = float32, expected bfloat16'),
     (
-      cudnn.attend,
+      splash_tpu.attend,
+      {'time': 100},
+      'got rows of 100 tokens, expected a mult',
+    ),
+    (splash_tpu.attend, {'dropout': lambda x: x}, 'got dropout of attention'),
+    (cudnn_gpu.attend, {'dropout': lambda x: x}, 'got dropout of attention'),
+    (
+      cudnn_gpu.attend,
+      {},
+      'got config.compute_dtype = float32, expected bfloat16',
+    ),
+    (
+      cudnn_gpu.attend,
       {'channels': 12, 'dtype': jnp.bfloat16},
       'got model.head_width = 12, expected a multiple of 8 up to 128',
     ),
     (
-      cudnn.attend,
+      cudnn_gpu.attend,
       {'time': 129, 'dtype': jnp.bfloat16},
       'got rows of 129 tokens, expected an even number',
     ),
@@ -178,6 +185,6 @@ def test_cudnn_refuses_soft_caps_and_values_of_another_width():
   q = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
   kv = q.swapaxes(1, 2)
   with pytest.raises(ValueError, match='model.attention_softcap = 2.0, expect'):
-    cudnn.attend(q, kv, kv, form=attention.Form(softcap=2.0))
+    cudnn_gpu.attend(q, kv, kv, form=dense.Form(softcap=2.0))
   with pytest.raises(ValueError, match='values of 4 channels for keys of 8'):
-    cudnn.attend(q, kv, kv[..., :4])
+    cudnn_gpu.attend(q, kv, kv[..., :4])

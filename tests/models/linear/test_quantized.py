@@ -10,14 +10,14 @@ import optax
 import pytest
 
 from models import execution, transformer
-from models.kernels import linear, quantized_linear
+from models.linear import plain, quantized
 from tests import fixtures
 from training import optimizer as optimizer_lib, state as state_lib, step
 from training.objectives import next_token
 
 pytest.importorskip('qwix', reason='needs requirements-quant.txt')
 
-PRODUCTS = {'int8': quantized_linear.int8, 'fp8': quantized_linear.fp8}
+PRODUCTS = {'int8': quantized.int8, 'fp8': quantized.fp8}
 # Rounding to n bits below the leading one errs by at most 2^-(n+1) of a value,
 # uniformly: 2^-(n+1) / sqrt(3) of it on average. Two such operands, and for
 # int8 a scale set by the largest of 64 normal values, 2.5 of their deviations.
@@ -34,7 +34,7 @@ def _relative_error(got, expected):
   )
 
 
-@pytest.mark.parametrize('form', quantized_linear.FORMATS)
+@pytest.mark.parametrize('form', quantized.FORMATS)
 @pytest.mark.parametrize('use_bias', [True, False])
 def test_values_and_gradients_are_near_the_float_product(form, use_bias):
   keys = jax.random.split(jax.random.key(0), 4)
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_near_the_float_product(form, use_bias):
 
   y, dx, dw, dbias = jax.jit(run, static_argnums=0)(PRODUCTS[form])
   y_float, dx_float, dw_float, dbias_float = jax.jit(run, static_argnums=0)(
-    linear.linear
+    plain.linear
   )
   assert 0 < _relative_error(y, y_float) < FORWARD_ERROR[form]
   assert 0 < _relative_error(dx, dx_float) < GRADIENT_ERROR[form]
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_near_the_float_product(form, use_bias):
     np.testing.assert_allclose(dbias, dbias_float, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('form', quantized_linear.FORMATS)
+@pytest.mark.parametrize('form', quantized.FORMATS)
 def test_rows_of_zeros_give_zeros(form):
   """Padding, or a dead channel: its scale must not be divided by."""
   x = jnp.zeros((2, 3, 8)).at[0, 0].set(1.0)
@@ -72,7 +72,7 @@ def test_rows_of_zeros_give_zeros(form):
   assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
-@pytest.mark.parametrize('form', quantized_linear.FORMATS)
+@pytest.mark.parametrize('form', quantized.FORMATS)
 def test_operands_reach_the_multiplier_in_eight_bits(form):
   x, w = jnp.ones((2, 4, 8), jnp.bfloat16), jnp.ones((8, 6))
 
@@ -92,7 +92,7 @@ def _train(form, *, num_steps=20, **model_fields):
     jnp.bfloat16,
     execution.Execution(
       remat='minimal',
-      linear=PRODUCTS.get(form, linear.linear),
+      linear=PRODUCTS.get(form, plain.linear),
     ),
   )
   optimizer = optimizer_lib.make_optimizer(
@@ -135,4 +135,4 @@ def test_training_learns_what_float_training_learns(form):
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'qwix', None)
   with pytest.raises(ValueError, match='pip install -r requirements-quant.txt'):
-    quantized_linear.check_installed()
+    quantized.check_installed()

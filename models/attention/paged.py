@@ -16,7 +16,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models import attention, kv_cache
+from models import kv_cache
+from models.attention import dense
 
 # Slots per tile. On CPU a tile of a few sequences stays in the cache of a core:
 # measured 2 times as fast as 128 and as gathering all pages first, 6 times.
@@ -25,14 +26,14 @@ TILE_SLOTS = 64
 # by length, so that a group ends together. One loop over 32 was half as fast.
 DECODE_GROUP = 4
 
-_MASKED = -1e30  # as in models/attention.py
+_MASKED = -1e30  # as in models/attention/dense.py
 
 
 def attend(
   q_1THC: jax.Array,
   cache: kv_cache.PagedLayer,
   positions_1T: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
 ) -> jax.Array:
   """Returns the attention output [1, T, H, C]; see `cached_attention`."""
   num_decodes = cache.decode_table_DL.shape[0]
@@ -69,7 +70,7 @@ def attend_rows(
   pages: kv_cache.Pages,
   table_BL: jax.Array,
   positions_BR: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
   *,
   group: int,
 ) -> jax.Array:
@@ -98,7 +99,7 @@ def attend_rows(
   batch, rows, heads, channels = q_BRHC.shape
   num_kv = pages.num_kv_heads
   q_BRKGC = q_BRHC.reshape(batch, rows, num_kv, -1, channels)
-  # Scaled in float32 before it is rounded, as in models/attention.py.
+  # Scaled in float32 before it is rounded, as in models/attention/dense.py.
   q_BKGRC = q_BRKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   num_queries = heads // num_kv * rows
   q_BKMC = q_BKGRC.astype(q_BRHC.dtype).reshape(
@@ -134,14 +135,14 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
       x[..., :channels]
       for x in _gather_tile(pages, table_BL, tile, q_BKMC.dtype)
     )
-    scores_BKMS = attention.capped_scores(
+    scores_BKMS = dense.capped_scores(
       jnp.einsum(
         'BKMC,BKSC->BKMS', q_BKMC, k_BKSC, preferred_element_type=jnp.float32
       ),
       form,
     )
     slot_S = tile * TILE_SLOTS + jnp.arange(TILE_SLOTS)
-    is_seen = attention.sees(
+    is_seen = dense.sees(
       slot_S[None, None, None, :], position_B1M[..., None], form
     )
     scores_BKMS = jnp.where(is_seen, scores_BKMS, _MASKED)
@@ -172,7 +173,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]
 
 
-def _tile_range(positions_BR, form: attention.Form):
+def _tile_range(positions_BR, form: dense.Form):
   """Returns the first tile that any row sees, and the one after the last."""
   stop = jnp.max(positions_BR) // TILE_SLOTS + 1
   if not form.window:

@@ -4,7 +4,7 @@
 queries that share a key/value head, those of G query heads and of R successive
 tokens, finds the pages of one tile of slots after the other in the page table,
 and folds the tile in with a running maximum and sum, as the reference in
-`models/paged_attention.py` does (Dao et al., arXiv:2205.14135). Tiles that no
+`models/attention/paged.py` does (Dao et al., arXiv:2205.14135). Tiles that no
 query of the program sees are not read, nor are slots beyond the last of them.
 
 Few sequences with long contexts would leave most of a GPU idle: there the tiles
@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
-from models import attention, cached_attention, kv_cache
+from models import kv_cache
+from models.attention import cached, dense
 
 # Queries of a program, and warps that it is made of. Tensor cores multiply 16
 # rows at least, those of an H100 64 at best. Products of float32 are not theirs
@@ -44,14 +45,14 @@ MIN_SPLIT_SLOTS = 256
 MAX_INT8_SIZE = 2**31
 
 _DTYPES = 'float32', 'bfloat16', 'float16'
-_MASKED = -1e30  # as in models/attention.py
+_MASKED = -1e30  # as in models/attention/dense.py
 
 
 def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
   *,
   num_splits: int | None = None,
   interpret: bool = False,
@@ -71,7 +72,7 @@ def attend(
     ValueError: heads or dtypes that the kernel is not made for.
   """
   if not isinstance(cache, kv_cache.PagedLayer):
-    return cached_attention.attend(q_BTHC, cache, positions_BT, form)
+    return cached.attend(q_BTHC, cache, positions_BT, form)
   problem = shape_problem(q_BTHC, cache)
   if problem:
     raise ValueError(f'paged attention on GPU: {problem}')
@@ -136,7 +137,7 @@ def _attend_rows(
   pages: kv_cache.Pages,
   table_BL,
   positions_T,
-  form: attention.Form,
+  form: dense.Form,
   *,
   num_rows: int,
   num_splits: int | None,
@@ -191,7 +192,7 @@ def _kernel(
   out_ref,
   log_sum_ref,
   *,
-  form: attention.Form,
+  form: dense.Form,
   num_rows: int,
   num_groups: int,
   block_rows: int,
@@ -236,8 +237,8 @@ def _kernel(
       _load(kv_ref, scale_ref, (page_S, slot_S, row), is_held_S, q_MC)
       for row in (2 * head, 2 * head + 1)
     )
-    scores_MS = attention.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
-    is_seen_MS = attention.sees(position_S[None, :], position_M[:, None], form)
+    scores_MS = dense.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
+    is_seen_MS = dense.sees(position_S[None, :], position_M[:, None], form)
     return _fold(state, jnp.where(is_seen_MS, scores_MS, _MASKED), v_SC)
 
   start, stop = _share_of_tiles(position_M, tile_slots, form.window)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hardware import targets
-from models import attention, execution, kv_cache, paged_attention, transformer
-from models.kernels import paged_triton
+from models import execution, kv_cache, transformer
+from models.attention import dense, paged, paged_gpu
 from tests import fixtures
 
 _NUM_KV, _GROUPS = 2, 3
@@ -24,9 +24,9 @@ _ROWS = 24  # of a block; with three heads each more than one program takes
 _DECODES = (0, 150, -1)
 _BLOCKS = ((168, 24), (0, 5), (-1, 0))
 _FORMS = {
-  'plain': attention.Form(),
-  'all': attention.Form(window=70, softcap=2.0, scale=0.5),
-  'narrow': attention.Form(window=3),
+  'plain': dense.Form(),
+  'all': dense.Form(window=70, softcap=2.0, scale=0.5),
+  'narrow': dense.Form(window=3),
 }
 
 
@@ -61,14 +61,14 @@ def _call(page_size, channels=16, dtype=jnp.float32, stored=None):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _kernel(q_1THC, layer, form, num_splits=1):
-  return paged_triton.attend(
+  return paged_gpu.attend(
     q_1THC, layer, _positions(), form, num_splits=num_splits, interpret=True
   )
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _reference(q_1THC, layer, form):
-  return paged_attention.attend(q_1THC, layer, _positions(), form)
+  return paged.attend(q_1THC, layer, _positions(), form)
 
 
 def _real(out_1THC):
@@ -92,7 +92,7 @@ def test_the_kernel_gives_what_the_reference_gives(page_size, name):
 
 def test_a_wide_head_whose_width_is_no_power_of_two():
   q_1THC, layer = _call(64, 136)
-  form = attention.Form(scale=0.2)  # so that no key has all the weight
+  form = dense.Form(scale=0.2)  # so that no key has all the weight
   np.testing.assert_allclose(
     _real(_kernel(q_1THC, layer, form)),
     _real(_reference(q_1THC, layer, form)),
@@ -162,7 +162,7 @@ def test_page_size_and_neighbours_leave_every_bit_with_one_split():
   )
   out = _kernel(q_1THC, small, _FORMS['plain'])
   np.testing.assert_array_equal(out, expected)
-  alone = paged_triton.attend(
+  alone = paged_gpu.attend(
     q_1THC[:, 1:2],
     layer._replace(
       decode_table_DL=layer.decode_table_DL[1:2],
@@ -187,17 +187,17 @@ def test_page_size_and_neighbours_leave_every_bit_with_one_split():
   ],
 )
 def test_splits_follow_from_shapes(num_programs, num_slots, expected):
-  assert paged_triton.splits(num_programs, num_slots) == expected
+  assert paged_gpu.splits(num_programs, num_slots) == expected
 
 
 def test_a_dense_cache_is_attended_as_ever():
   k_BKSC = jax.random.normal(jax.random.key(0), (1, 2, 8, 16))
   q_BTHC = jax.random.normal(jax.random.key(1), (1, 3, 4, 16))
   slots_BT = jnp.asarray([[2, 3, 4]])
-  out = paged_triton.attend(
-    q_BTHC, kv_cache.LayerCache(k_BKSC, k_BKSC), slots_BT, attention.Form()
+  out = paged_gpu.attend(
+    q_BTHC, kv_cache.LayerCache(k_BKSC, k_BKSC), slots_BT, dense.Form()
   )
-  expected = attention.attend(q_BTHC, k_BKSC, k_BKSC, slots_BT=slots_BT)
+  expected = dense.attend(q_BTHC, k_BKSC, k_BKSC, slots_BT=slots_BT)
   np.testing.assert_array_equal(out, expected)
 
 
@@ -212,7 +212,7 @@ def test_a_dense_cache_is_attended_as_ever():
 def test_what_the_kernel_cannot_do_is_refused(fields, message):
   q_1THC, layer = _call(64, **fields)
   with pytest.raises(ValueError, match=message):
-    paged_triton.attend(q_1THC, layer, _positions(), attention.Form())
+    paged_gpu.attend(q_1THC, layer, _positions(), dense.Form())
 
 
 def test_a_pool_of_int8_that_addresses_would_wrap_in_is_refused():
@@ -222,7 +222,7 @@ def test_a_pool_of_int8_that_addresses_would_wrap_in_is_refused():
     table = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     layer = kv_cache.PagedLayer(kv_cache.Pages(pool, scale), table, table)
     q_1THC = jax.ShapeDtypeStruct((1, 2, 16, 128), jnp.bfloat16)
-    return paged_triton.shape_problem(q_1THC, layer)
+    return paged_gpu.shape_problem(q_1THC, layer)
 
   assert problem(2**14 - 1) == ''
   assert 'got 2147483648 numbers in a pool of int8' in problem(2**14)
@@ -241,7 +241,7 @@ def test_the_kernel_on_a_gpu_that_is_here():
     with jax.default_device(gpu):
       q_1THC, layer = _call(16, 64, dtype)
       for form in _FORMS.values():
-        out = paged_triton.attend(q_1THC, layer, _positions(), form)
+        out = paged_gpu.attend(q_1THC, layer, _positions(), form)
         expected = _reference(q_1THC, layer, form)
         np.testing.assert_allclose(_real(out), _real(expected), atol=tolerance)
 
@@ -280,7 +280,7 @@ def _lower(f, *args):
 )
 def test_it_compiles_for_an_h100(dtype, stored, channels, page_size, name):
   call = jax.eval_shape(lambda: _call(page_size, channels, dtype, stored))
-  attend = functools.partial(paged_triton.attend, form=_FORMS[name])
+  attend = functools.partial(paged_gpu.attend, form=_FORMS[name])
   positions_1T = jax.eval_shape(_positions)
   lowered = _lower(
     jax.jit(lambda q, layer, p: attend(q, layer, p)), *call, positions_1T
@@ -294,7 +294,7 @@ def test_a_model_compiles_for_an_h100_and_writes_its_pages_in_place():
   model = transformer.Transformer(
     config,
     jnp.bfloat16,
-    execution.Execution(attend_cached=paged_triton.attend),
+    execution.Execution(attend_cached=paged_gpu.attend),
   )
 
   def step(params, pools, tables, tokens_1T, positions_1T):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import execution as execution_lib, kv_cache, transformer
-from models.kernels import invariant
+from models import execution as execution_lib, invariant, kv_cache, transformer
 from tests import fixtures
 
 _SIZE, _PAGES = 16, 8  # tokens of a page, pages of a sequence

@@ -9,7 +9,7 @@ matrix (measured on CPU: 14 times a dense product with 8 experts, 120 times with
 (1.5 to 2.5 times), as one batch of at most 3E on GPU, where a loop would
 wait for each launch.
 
-As in `models.kernels.linear`, operands have the compute dtype, sums float32.
+As in `models.linear.plain`, operands have the compute dtype, sums float32.
 """
 
 from collections.abc import Callable

@@ -29,15 +29,14 @@ import jax
 import jax.numpy as jnp
 
 from models import (
-  attention,
-  config as config_lib,
   execution as execution_lib,
   kv_cache,
   mlp,
+  model_config,
   mup,
   norms,
-  rope,
 )
+from models.attention import dense, rope
 
 # Of the norms of latents, whatever the epsilon of the others is: so in every
 # implementation of DeepSeek's models.
@@ -45,12 +44,12 @@ LATENT_EPSILON = 1e-6
 
 
 class LatentAttention(nn.Module):
-  """Takes and returns what `models.block.Attention` does."""
+  """Takes and returns what `models.attention.layer.Attention` does."""
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   dtype: Any
   execution: execution_lib.Execution
-  layer: config_lib.Layer
+  layer: model_config.Layer
 
   @nn.compact
   def __call__(
@@ -76,7 +75,7 @@ class LatentAttention(nn.Module):
       rope_BT1r = rope.rotate(rope_BT1r, angles_BTc, amplitude)
     up = Up(config, name='key_up')(), Up(config, name='value_up')()
     # By the width of the heads, not of what queries are taken into.
-    form = attention.Form(scale=config.query_scale or config.head_width**-0.5)
+    form = dense.Form(scale=config.query_scale or config.head_width**-0.5)
     if cache is None:
       out_BTHC = self._attend_whole(
         q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
@@ -166,7 +165,7 @@ class LatentAttention(nn.Module):
 class Up(nn.Module):
   """What makes the keys or values of all heads from a latent, [U, H, C]."""
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
 
   @nn.compact
   def __call__(self) -> jax.Array:

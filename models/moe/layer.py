@@ -3,10 +3,10 @@
 Takes the place of `models.mlp.Mlp` in a block. Every token takes the
 `num_active_experts` that the router finds likeliest, weighted by their
 probabilities, and the shared experts besides (DeepSeekMoE, arXiv:2401.06066);
-the experts themselves are in `models/experts.py`. The choice may be limited to
-a few groups of experts, and corrected by a number of each expert's that its
-weight does not show (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No gradient
-reaches these numbers: training leaves them as they are.
+the experts themselves are in `models/moe/dispatch.py`. The choice may be
+limited to a few groups of experts, and corrected by a number of each expert's
+that its weight does not show (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No
+gradient reaches these numbers: training leaves them as they are.
 
 What the router is told to do well, it is told by two losses. Both are sums over
 rows, like every loss here, so that they do not depend on how a batch is cut up;
@@ -21,19 +21,14 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import (
-  config as config_lib,
-  execution as execution_lib,
-  experts,
-  mlp,
-  mup,
-)
+from models import execution as execution_lib, mlp, model_config, mup
+from models.moe import dispatch
 
 
 class Moe(nn.Module):
   """Routed experts and shared ones."""
 
-  config: config_lib.ModelConfig
+  config: model_config.ModelConfig
   dtype: Any
   execution: execution_lib.Execution
 
@@ -66,7 +61,7 @@ class Moe(nn.Module):
     )
     apply = self.execution.apply_experts
     if self.is_initializing():  # with one token, which no mesh can split
-      apply = experts.apply_experts
+      apply = dispatch.apply_experts
     y_BTD = apply(x_BTD, ids_BTA, gates_BTA, self._kernels(), self.dtype)
     if config.num_shared_experts:
       width = config.num_shared_experts * config.expert_width
@@ -114,7 +109,7 @@ class _Bias(nn.Module):
 
 
 def route(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   logits: jax.Array,
   correction_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +158,7 @@ def _in_best_groups(config, scores):
 
 
 def routing_sums(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   logits_BTE: jax.Array,
   ids_BTA: jax.Array,
   is_real_BT: jax.Array | None,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention, cached_attention, kv_cache, paged_attention
+from models import kv_cache
+from models.attention import cached, dense as dense_lib, paged as paged_lib
 
 _NUM_KV, _GROUPS, _WIDTH = 2, 3, 8
 _HEADS = _NUM_KV * _GROUPS
@@ -49,11 +50,11 @@ class _Case:
     self.pages = kv_cache.write(layer, k_1TKC, v_1TKC, positions_1T[None]).pages
 
 
-def _both(case, q_BRHC, positions_BR, form=attention.Form(), group=1):
-  dense = attention.attend(
+def _both(case, q_BRHC, positions_BR, form=dense_lib.Form(), group=1):
+  dense = dense_lib.attend(
     q_BRHC, case.k_BKSC, case.v_BKSC, slots_BT=positions_BR, form=form
   )
-  paged = paged_attention.attend_rows(
+  paged = paged_lib.attend_rows(
     q_BRHC,
     case.pages,
     jnp.asarray(case.table_BL, jnp.int32),
@@ -68,9 +69,9 @@ def _both(case, q_BRHC, positions_BR, form=attention.Form(), group=1):
 @pytest.mark.parametrize(
   'form',
   [
-    attention.Form(),
-    attention.Form(window=70, softcap=2.0, scale=0.5),
-    attention.Form(window=3),
+    dense_lib.Form(),
+    dense_lib.Form(window=70, softcap=2.0, scale=0.5),
+    dense_lib.Form(window=3),
   ],
 )
 def test_pages_give_what_a_dense_cache_gives(page_size, form):
@@ -161,11 +162,11 @@ def test_decodes_and_blocks_of_one_call_are_attended_together():
   positions_1T = jnp.asarray([[49, 29, 60, 61, 62, 63]])
   tables = jnp.asarray(case.table_BL, jnp.int32)
   layer = kv_cache.PagedLayer(case.pages, tables[:2], tables[2:])
-  out = cached_attention.attend(q_1THC, layer, positions_1T, attention.Form())
+  out = cached.attend(q_1THC, layer, positions_1T, dense_lib.Form())
   rows = [(0, [49]), (1, [29]), (2, [60, 61, 62, 63])]
   at = 0
   for row, positions in rows:
-    expected = attention.attend(
+    expected = dense_lib.attend(
       q_1THC[:, at : at + len(positions)],
       case.k_BKSC[row : row + 1],
       case.v_BKSC[row : row + 1],

@@ -24,12 +24,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import (
-  attention,
-  execution as execution_lib,
-  kv_cache,
-  paged_attention,
-)
+from models import execution as execution_lib, kv_cache
+from models.attention import dense, paged
 
 TILE_ROWS = 32  # of matrix products
 # Queries of one sequence that attention handles together; each in its place of
@@ -129,9 +125,9 @@ def attend_cached(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
 ) -> jax.Array:
-  """Attends over pages or a dense cache: see `models.cached_attention`."""
+  """Attends over pages or a dense cache: see `models.attention.cached`."""
   if isinstance(cache, kv_cache.PagedLayer):
     return _attend_paged(q_BTHC, cache, positions_BT, form)
   pages, table_BL = _as_pages(cache)
@@ -163,7 +159,7 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
   q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0)))
   positions_BT = jnp.pad(positions_BT, ((0, 0), (0, spare)), constant_values=-1)
   tiles = (time + spare) // QUERY_ROWS
-  out = paged_attention.attend_rows(
+  out = paged.attend_rows(
     q_BTHC.reshape(batch * tiles, QUERY_ROWS, heads, channels),
     pages,
     jnp.repeat(table_BL, tiles, axis=0),
@@ -176,7 +172,7 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
 
 def _as_pages(cache: kv_cache.LayerCache | kv_cache.LatentCache):
   """Returns a dense cache as pages of one tile, and their table."""
-  slots = paged_attention.TILE_SLOTS
+  slots = paged.TILE_SLOTS
   batch, num_kv, length, channels = cache[0].shape
   kv = jnp.stack([each.swapaxes(1, 2) for each in cache], axis=3)
   kv = jnp.pad(kv, ((0, 0), (0, -length % slots), *[(0, 0)] * 3))

@@ -1,6 +1,6 @@
 """Causal grouped-query attention, for training, prefill and decode alike.
 
-One entry point, `attend`; over a cache, `models/cached_attention.py`. Queries
+One entry point, `attend`; over a cache, `models/attention/cached.py`. Queries
 are taken in blocks of rows: a block sees only the keys that can precede it, and
 of a window those within reach, so that the rest of the score matrix is never
 computed, and no [T, T] array exists. Grouped-query attention: Ainslie et al.,

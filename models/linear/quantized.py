@@ -1,7 +1,7 @@
 """Matrix multiplication by a weight in 8 bits: training's fast products.
 
 `int8` and `fp8` are ports of `models.execution.Execution`, in place of
-`models.kernels.linear.linear`. Operands are quantised on the fly, from float32
+`models.linear.plain.linear`. Operands are quantised on the fly, from float32
 weights that stay float32, each row along the sum by a scale of its own (its
 largest magnitude), multiplied with a wide accumulator, and scaled back.
 Rounding is passed straight through: gradients are those of the product, taken
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from models import remat
-from models.kernels import linear as linear_lib
+from models.linear import plain
 
 FORMATS = ('int8', 'fp8')
 
@@ -85,14 +85,14 @@ def _backward(dtype, form: str, residuals, dy):
   x, w_IO = residuals
   x_dtype = x.dtype
   # As in the float product: without it XLA:CPU computes dy in every reader.
-  x, dy = linear_lib.materialised(x.astype(dtype), dy.astype(dtype))
+  x, dy = plain.materialised(x.astype(dtype), dy.astype(dtype))
   narrow = (_COTANGENT[form], _FORWARD[form])
   dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,), narrow)
   leading = tuple(range(x.ndim - 1))
   if _QUANTISES_WEIGHT_GRADIENT[form]:
     dw_IO = _contract(dy, x, leading, leading, narrow).T
   else:
-    dw_IO = linear_lib.weight_gradient(x, dy)
+    dw_IO = plain.weight_gradient(x, dy)
   return dx.astype(x_dtype), dw_IO.astype(w_IO.dtype)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import config as config_lib, execution, flops, mlp, moe, transformer
+from models import execution, flops, mlp, model_config, transformer
+from models.moe import layer
 from tests import fixtures
 
 ROWS, TIME = 3, 10
@@ -21,7 +22,7 @@ ROWS, TIME = 3, 10
 
 def _moe(config, seed=0, dtype=jnp.float32):
   """A module, wide random values for it, and rows to apply it to."""
-  module = moe.Moe(config, dtype, execution.Execution())
+  module = layer.Moe(config, dtype, execution.Execution())
   x_BTD = np.random.default_rng(seed).normal(
     size=(ROWS, TIME, config.model_width)
   )
@@ -136,8 +137,8 @@ def test_identical_experts_are_the_dense_block(kind):
 def _sums(config, logits_BTE, is_real_BT=None):
   @jax.jit
   def sums(logits_BTE):
-    ids_BTA, _ = moe.route(config, logits_BTE)
-    return moe.routing_sums(config, logits_BTE, ids_BTA, is_real_BT)
+    ids_BTA, _ = layer.route(config, logits_BTE)
+    return layer.routing_sums(config, logits_BTE, ids_BTA, is_real_BT)
 
   return sums(jnp.asarray(logits_BTE, jnp.float32))
 
@@ -214,7 +215,7 @@ def test_bfloat16_computes_experts_and_not_the_choice_in_bfloat16():
   config = fixtures.mixture()
   module, params, x_BTD = _moe(config)
   x_BTD = x_BTD.astype(jnp.bfloat16)
-  half = moe.Moe(config, jnp.bfloat16, execution.Execution())
+  half = layer.Moe(config, jnp.bfloat16, execution.Execution())
   exact_BTD, sums = jax.jit(module.apply)(params, x_BTD.astype(jnp.float32))
   rounded_BTD, rounded_sums = jax.jit(half.apply)(params, x_BTD)
   assert rounded_BTD.dtype == jnp.bfloat16
@@ -256,7 +257,7 @@ def test_impossible_mixtures_are_refused(overrides, message):
 
 def test_a_mixture_survives_being_written_down():
   config = fixtures.mixture()
-  assert config_lib.ModelConfig.from_dict(config.to_dict()) == config
+  assert model_config.ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_flops_and_active_params_count_what_a_token_takes():

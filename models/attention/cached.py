@@ -1,19 +1,20 @@
 """Attention over a cache, dense or paged: the default of an `Execution`.
 
-Accelerators have kernels for pages (`models/kernels/`); whoever builds an
-engine chooses one of them in this one's place.
+Accelerators have kernels for pages (`paged_tpu.py`, `paged_gpu.py`); whoever
+builds an engine chooses one of them in this one's place.
 """
 
 import jax
 
-from models import attention, kv_cache, paged_attention
+from models import kv_cache
+from models.attention import dense, paged
 
 
 def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: attention.Form,
+  form: dense.Form,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
@@ -24,8 +25,6 @@ def attend(
     form: how scores are made.
   """
   if isinstance(cache, kv_cache.PagedLayer):
-    return paged_attention.attend(q_BTHC, cache, positions_BT, form)
+    return paged.attend(q_BTHC, cache, positions_BT, form)
   keys, values = cache[0], cache[-1]  # of latents one and the same
-  return attention.attend(
-    q_BTHC, keys, values, slots_BT=positions_BT, form=form
-  )
+  return dense.attend(q_BTHC, keys, values, slots_BT=positions_BT, form=form)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention
+from models.attention import dense
 
 
 def _inputs(time, memory=None, heads=4, kv_heads=2, channels=6, batch=2):
@@ -44,7 +44,7 @@ def test_causal_attention(time):
   q, k, v = _inputs(time)
   mask = np.tril(np.ones((time, time), bool))[None].repeat(2, 0)
   np.testing.assert_allclose(
-    attention.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
+    dense.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
   )
 
 
@@ -53,7 +53,7 @@ def test_heads_share_keys_and_values_in_groups(kv_heads):
   q, k, v = _inputs(7, kv_heads=kv_heads)
   mask = np.tril(np.ones((7, 7), bool))[None].repeat(2, 0)
   np.testing.assert_allclose(
-    attention.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
+    dense.attend(q, k, v), _oracle(q, k, v, mask), atol=1e-5
   )
 
 
@@ -82,7 +82,7 @@ def test_segments_do_not_see_each_other():
     bool,
   )
   np.testing.assert_allclose(
-    attention.attend(q, k, v, segment_ids_BT=segments),
+    dense.attend(q, k, v, segment_ids_BT=segments),
     _oracle(q, k, v, mask),
     atol=1e-5,
   )
@@ -99,7 +99,7 @@ def test_queries_see_the_slots_up_to_their_own():
     bool,
   )
   np.testing.assert_allclose(
-    attention.attend(q, k, v, slots_BT=slots),
+    dense.attend(q, k, v, slots_BT=slots),
     _oracle(q, k, v, mask),
     atol=1e-5,
   )
@@ -109,16 +109,16 @@ def test_queries_see_the_slots_up_to_their_own():
 @pytest.mark.parametrize('window', [1, 5, 64, 70, 200])
 def test_a_window_is_the_latest_keys_own_included(window):
   q, k, v = _inputs(150, batch=1, heads=2, kv_heads=1)
-  form = attention.Form(window=window)
+  form = dense.Form(window=window)
   gap = np.arange(150)[:, None] - np.arange(150)[None, :]
   mask = ((gap >= 0) & (gap < window))[None]
   expected = _oracle(q, k, v, mask)
   np.testing.assert_allclose(
-    attention.attend(q, k, v, form=form), expected, atol=1e-5
+    dense.attend(q, k, v, form=form), expected, atol=1e-5
   )
   slots = jnp.arange(150)[None, :]
   np.testing.assert_allclose(
-    attention.attend(q, k, v, slots_BT=slots, form=form), expected, atol=1e-5
+    dense.attend(q, k, v, slots_BT=slots, form=form), expected, atol=1e-5
   )
 
 
@@ -126,8 +126,8 @@ def test_keys_out_of_a_windows_reach_are_not_multiplied():
   time = 640
   q, k, v = _inputs(time, heads=1, kv_heads=1, batch=1)
   flops = [
-    jax.jit(lambda q, k, v, w=window: attention.attend(
-      q, k, v, form=attention.Form(window=w)
+    jax.jit(lambda q, k, v, w=window: dense.attend(
+      q, k, v, form=dense.Form(window=w)
     )).lower(q, k, v).compile().cost_analysis()['flops']
     for window in (0, 64)
   ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_soft_cap_scale_and_narrower_values():
   q, k, v = _inputs(9)
   v = v[..., :4]
   mask = np.tril(np.ones((9, 9), bool))[None].repeat(2, 0)
-  got = attention.attend(q, k, v, form=attention.Form(softcap=0.7, scale=1.3))
+  got = dense.attend(q, k, v, form=dense.Form(softcap=0.7, scale=1.3))
   expected = _oracle(q, k, v, mask, softcap=0.7, scale=1.3)
   assert got.shape == (2, 9, 4, 4)
   np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -150,6 +150,6 @@ def test_soft_cap_scale_and_narrower_values():
 def test_no_array_is_as_large_as_the_square_of_time():
   time = 2048
   q, k, v = _inputs(time, heads=1, kv_heads=1, batch=1)
-  compiled = jax.jit(attention.attend).lower(q, k, v).compile()
+  compiled = jax.jit(dense.attend).lower(q, k, v).compile()
   square = 4 * time * time
   assert compiled.memory_analysis().temp_size_in_bytes < square

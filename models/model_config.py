@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from models import rope_scaling as rope_scaling_lib
+from models.attention import rope_scaling as rope_scaling_lib
 
 NORMS = ('rmsnorm', 'layernorm')
 NORM_PLACES = ('before', 'after', 'both')
@@ -69,7 +69,9 @@ class ModelConfig:
   num_shared_experts: int = 0  # taken by every token, together one block
   expert_width: int = 0  # F of one expert, routed or shared
   norm_topk: bool = True  # weights of a token's experts add up to 1
-  balance_loss_weight: float = 0.0  # see models/moe.py; per layer and token
+  balance_loss_weight: float = (
+    0.0  # see models/moe/layer.py; per layer and token
+  )
   router_z_weight: float = 0.0  # likewise
   # Which families of open weights have the rest is told in frozen/hf_config.py.
   qkv_bias: bool = False  # biases of queries, keys and values, use_bias or not
@@ -90,7 +92,7 @@ class ModelConfig:
     default_factory=rope_scaling_lib.RopeScaling
   )
   rotary_width: int = 0  # channels of a head that are rotated; 0: all
-  latent_width: int = 0  # L, see models/latent_attention.py; 0: none
+  latent_width: int = 0  # L, see models/attention/latent_layer.py; 0: none
   query_latent_width: int = 0  # of compressed queries; 0: not compressed
   value_width: int = 0  # channels of a value; 0: C
   num_dense_layers: int = 0  # of a mixture: its first ones have no experts

@@ -8,7 +8,7 @@ that rotate a part of the channels rotate the first ones.
 import jax
 import jax.numpy as jnp
 
-from models import rope_scaling
+from models.attention import rope_scaling
 
 
 def angles(
@@ -29,7 +29,8 @@ def angles(
     base: wavelength base.
     scaling: how frequencies are stretched; None: not.
     cached_length: of a pass with a cache, how long texts may get that the model
-      is configured for; 0 for a pass without one. See `models.rope_scaling`.
+      is configured for; 0 for a pass without one. See
+      `models.attention.rope_scaling`.
   """
   positions = positions_BT.astype(jnp.float32)[:, :, None]
   scaling = scaling or rope_scaling.RopeScaling()

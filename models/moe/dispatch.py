@@ -5,9 +5,9 @@ multiplied in groups (MegaBlocks, arXiv:2211.15841: dropless, no capacity), put
 back in the order of the tokens and added up, weighted. All shapes are static
 and no token is dropped, however uneven the choice.
 
-`models.moe` decides which expert a token goes to; this file is a pure function
-and a port of `models.execution`, which `parallel/expert_parallel.py` spreads
-over a mesh.
+`models.moe.layer` decides which expert a token goes to; this file is a pure
+function and a port of `models.execution`, which `parallel/expert_parallel.py`
+spreads over a mesh.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.kernels import grouped
+from models.linear import grouped
 
 
 def apply_experts(

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from hardware import targets
-from models import (
-  attention,
-  cached_attention,
-  execution,
-  kv_cache,
-  paged_attention,
-  transformer,
-)
-from models.kernels import ragged_paged
+from models import execution, kv_cache, transformer
+from models.attention import cached, dense as dense_lib, paged, paged_tpu
 from tests import fixtures
 
 _NUM_KV, _GROUPS = 2, 3
@@ -72,17 +65,17 @@ def _real(out_1THC, positions_1T=None):
 @pytest.mark.parametrize(
   ('page_size', 'form'),
   [
-    (16, attention.Form()),
-    (64, attention.Form(window=70, softcap=2.0, scale=0.05)),
-    (1, attention.Form(window=3, scale=0.05)),
+    (16, dense_lib.Form()),
+    (64, dense_lib.Form(window=70, softcap=2.0, scale=0.05)),
+    (1, dense_lib.Form(window=3, scale=0.05)),
   ],
 )
 def test_the_kernel_is_asked_for_what_the_reference_gives(page_size, form):
   q_1THC, layer = _call(page_size)
-  out = ragged_paged.attend(
+  out = paged_tpu.attend(
     q_1THC, layer, _positions(), form, implementation='reference'
   )
-  expected = paged_attention.attend(q_1THC, layer, _positions(), form)
+  expected = paged.attend(q_1THC, layer, _positions(), form)
   assert np.isfinite(np.asarray(out)).all()  # padding means nothing, harms none
   # Scores are float32 sums of 128 terms, some 10 large, and then exponents.
   np.testing.assert_allclose(_real(out), _real(expected), atol=1e-5)
@@ -98,11 +91,11 @@ def test_calls_of_one_kind(kind):
   else:
     tokens = slice(num_decodes, None)
     layer = layer._replace(decode_table_DL=layer.decode_table_DL[:0])
-  args = q_1THC[:, tokens], layer, _positions()[:, tokens], attention.Form()
-  out = ragged_paged.attend(*args, implementation='reference')
+  args = q_1THC[:, tokens], layer, _positions()[:, tokens], dense_lib.Form()
+  out = paged_tpu.attend(*args, implementation='reference')
   np.testing.assert_allclose(
     _real(out, args[2]),
-    _real(paged_attention.attend(*args), args[2]),
+    _real(paged.attend(*args), args[2]),
     atol=1e-5,  # as above
   )
 
@@ -110,20 +103,18 @@ def test_calls_of_one_kind(kind):
 def test_heads_narrower_than_their_pages():
   q_1THC, layer = _call(channels=64)
   exact = layer._replace(pages=kv_cache.Pages(layer.pages.kv_PQYC[..., :64]))
-  form = attention.Form()  # its scale is of 64 channels, not of 128
-  out = ragged_paged.attend(
+  form = dense_lib.Form()  # its scale is of 64 channels, not of 128
+  out = paged_tpu.attend(
     q_1THC, layer, _positions(), form, implementation='reference'
   )
-  expected = paged_attention.attend(q_1THC, exact, _positions(), form)
+  expected = paged.attend(q_1THC, exact, _positions(), form)
   assert out.shape == q_1THC.shape
   np.testing.assert_allclose(_real(out), _real(expected), atol=1e-5)
 
 
 def test_a_calls_tokens_as_sequences():
   _, layer = _call()
-  lengths_B, table_BL, ends, count = ragged_paged.sequences(
-    layer, _positions()[0]
-  )
+  lengths_B, table_BL, ends, count = paged_tpu.sequences(layer, _positions()[0])
   # An idle one has a slot for each of its queries.
   np.testing.assert_array_equal(lengths_B, [1, 151, 1, 124, 24, 204, 24])
   np.testing.assert_array_equal(ends, [0, 1, 2, 3, 27, 51, 75, 99])
@@ -140,10 +131,8 @@ def test_pages_in_int8_and_dense_caches_are_attended_as_ever():
     *jax.random.normal(jax.random.key(0), (2, 1, _NUM_KV, _SLOTS, 16))
   )
   for cache in (layer._replace(pages=pages), dense):
-    args = q_1THC, cache, _positions(), attention.Form()
-    np.testing.assert_array_equal(
-      ragged_paged.attend(*args), cached_attention.attend(*args)
-    )
+    args = q_1THC, cache, _positions(), dense_lib.Form()
+    np.testing.assert_array_equal(paged_tpu.attend(*args), cached.attend(*args))
 
 
 def _shapes(
@@ -196,10 +185,10 @@ def _shapes(
   ],
 )
 def test_what_the_kernel_cannot_do_is_refused(fields, message):
-  assert message in ragged_paged.shape_problem(*_shapes(**fields))
+  assert message in paged_tpu.shape_problem(*_shapes(**fields))
   q_1THC, layer = _shapes(**fields)
   with pytest.raises(ValueError, match='ragged paged attention: got'):
-    ragged_paged.attend(q_1THC, layer, None, attention.Form())
+    paged_tpu.attend(q_1THC, layer, None, dense_lib.Form())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +206,7 @@ def test_what_the_kernel_cannot_do_is_refused(fields, message):
 )
 def test_blocks_are_cut_to_on_chip_memory(fields, pages, rows):
   q_1THC, layer = _shapes(**fields)
-  sizes = ragged_paged.block_sizes(64, q_1THC.shape[2], layer)
+  sizes = paged_tpu.block_sizes(64, q_1THC.shape[2], layer)
   assert sizes == {
     'num_kv_pages_per_block': pages,
     'num_queries_per_block': rows,
@@ -246,12 +235,12 @@ def _compile(target, f, *args, **options):
 @pytest.mark.parametrize(
   ('num_blocks', 'fields', 'form'),
   [
-    (0, {}, attention.Form()),
-    (1, {}, attention.Form()),
-    (1, {'channels': 64}, attention.Form(window=70, softcap=2.0)),
+    (0, {}, dense_lib.Form()),
+    (1, {}, dense_lib.Form()),
+    (1, {'channels': 64}, dense_lib.Form(window=70, softcap=2.0)),
     # As much as is let into on-chip and scalar memory.
-    (1, {'heads': 64, 'kv_heads': 8, 'page_size': 32}, attention.Form()),
-    (1, {'sequences': 240, 'pages': 1024}, attention.Form()),
+    (1, {'heads': 64, 'kv_heads': 8, 'page_size': 32}, dense_lib.Form()),
+    (1, {'sequences': 240, 'pages': 1024}, dense_lib.Form()),
   ],
 )
 def test_it_compiles_for_tpus(target, num_blocks, fields, form):
@@ -266,7 +255,7 @@ def test_it_compiles_for_tpus(target, num_blocks, fields, form):
   num_tokens = 2 * num_decodes + 31 * num_blocks
   text = _compile(
     target,
-    functools.partial(ragged_paged.attend, form=form),
+    functools.partial(paged_tpu.attend, form=form),
     jax.ShapeDtypeStruct((1, num_tokens, *q_1THC.shape[2:]), q_1THC.dtype),
     layer,
     jax.ShapeDtypeStruct((1, num_tokens), jnp.int32),
@@ -281,7 +270,7 @@ def test_a_model_compiles_for_tpus_and_writes_its_pages_in_place(target):
   model = transformer.Transformer(
     config,
     jnp.bfloat16,
-    execution.Execution(attend_cached=ragged_paged.attend),
+    execution.Execution(attend_cached=paged_tpu.attend),
   )
 
   def step(params, pools, tables, tokens_1T, positions_1T):
