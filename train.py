@@ -22,10 +22,10 @@ A run may go on with any other number of processes.
 
 With --max_restarts=3 it is started again when it crashes, or when another of
 its processes does, up to so often without a new checkpoint in between:
-training/supervisor.py. What it exits with is listed in training/exit_codes.py:
-0 complete, 1 yours to change, 3 a loss that is not finite, 4 the same step
-crashed again, 143 or 130 stopped by SIGTERM or Ctrl-C and saved; any from 64 up
-is worth starting again.
+training/lifecycle/supervisor.py. What it exits with is listed in
+training/lifecycle/exit_codes.py: 0 complete, 1 yours to change, 3 a loss that
+is not finite, 4 the same step crashed again, 143 or 130 stopped by SIGTERM or
+Ctrl-C and saved; any from 64 up is worth starting again.
 """
 
 import os
@@ -37,7 +37,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hardware import targets
-from training import config_flags as training_flags, exit_codes, supervisor
+from training import flags as flags_lib
+from training.lifecycle import exit_codes, supervisor
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -110,7 +111,9 @@ def main(argv: list[str]) -> int:
 
   from hardware import host_memory
   from parallel import processes
-  from training import goodput, loop, run, saving, workdir
+  from training import loop, run
+  from training.checkpoints import saving, workdir
+  from training.reporting import goodput
 
   saving.quiet_libraries()  # and those that did not
   host_memory.reuse_freed_memory()
@@ -143,10 +146,10 @@ def _failed(error: Exception, code: int) -> int:
 
 def _plan(target: str) -> int:
   """Prints what the run would take."""
-  from training import fit, plan
+  from training.planning import plan, remedy
 
   try:
-    made = fit.make(
+    made = remedy.make(
       _CONFIG.value,
       target,
       assumed_mfu=_PLAN_MFU.value,
@@ -188,8 +191,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   # The file of an experiment imports jax, which reads its environment once.
   targets.prepare_for(targets.value_in(argv))
   try:
-    return training_flags.parse(argv)
-  except training_flags.FlagError as error:
+    return flags_lib.parse(argv)
+  except flags_lib.FlagError as error:
     sys.exit(f'error: {error}')
 
 
@@ -213,7 +216,7 @@ def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
 
 
 def _run() -> None:
-  """Supervises, or trains; leaves with one of `training.exit_codes`."""
+  """Supervises or trains; exits with a code of `lifecycle/exit_codes.py`."""
   if supervising := _supervisor(sys.argv):
     sys.exit(supervising.run())
   supervisor.die_with_supervisor()

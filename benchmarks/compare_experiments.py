@@ -29,7 +29,8 @@ from scipy import stats
 
 from benchmarks import figure, study_flags
 from hardware import host_memory
-from training import config as config_lib, metrics, run
+from training import experiment as experiment_lib, run
+from training.reporting import metrics
 
 _EXPERIMENTS = flags.DEFINE_list(
   'experiments',
@@ -65,7 +66,7 @@ class Difference:
     return abs(self.mean) > self.half_width
 
 
-def load(place: str) -> config_lib.Experiment:
+def load(place: str) -> experiment_lib.Experiment:
   """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
 
   Raises:
@@ -86,7 +87,7 @@ def load(place: str) -> config_lib.Experiment:
 
 
 def train(
-  experiment: config_lib.Experiment, workdir: pathlib.Path
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> Trained | None:
   """Trains, or goes on, in `workdir`; None if a signal stopped the run."""
   result = run.run(experiment, workdir, rich.console.Console(quiet=True))

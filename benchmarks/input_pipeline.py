@@ -33,7 +33,7 @@ from data import (
 )
 from experiments import quickstart
 from text import tokenizer as tokenizer_lib
-from training import config as config_lib, learner as learner_lib
+from training import experiment as experiment_lib, learner as learner_lib
 
 MIXTURE = 'mixture of 2'
 STEP = 'train step'
@@ -79,7 +79,7 @@ def time_batches(batches: pipeline.TrainBatches, num: int) -> float:
 
 
 def make_step_turn(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   batches: pipeline.TrainBatches,
   num: int,
 ) -> timing.Turn:
@@ -122,7 +122,7 @@ def time_tokenising(
 
 
 def measure(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   tokenizer: tokenizer_lib.Tokenizer,
   *,
   rounds: int,
@@ -163,7 +163,7 @@ def measure(
 
 
 def report(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   measured: dict[str, Any],
   tokenising: dict[str, float],
 ) -> str:

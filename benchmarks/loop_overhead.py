@@ -37,30 +37,23 @@ import rich.console
 from benchmarks import timing
 from experiments import quickstart
 from hardware import host_memory
-from training import (
-  assemble,
-  checkpoint,
-  config as config_lib,
-  goodput as goodput_lib,
-  hooks,
-  interrupt,
-  loop,
-  metrics,
-  workdir as workdir_lib,
-)
+from training import assemble, experiment as experiment_lib, hooks, loop
+from training.checkpoints import checkpoint, workdir as workdir_lib
+from training.lifecycle import interrupt
+from training.reporting import goodput, metrics
 
 # Steps of the loop are numbered on from turn to turn; the last is never taken.
 _NO_END = 1_000_000
 _STEPS = 200  # of a turn
 _PARTS = {
-  goodput_lib.STEPS: 'dispatch and bookkeeping',
+  goodput.STEPS: 'dispatch and bookkeeping',
   'input': 'next batch, and sending it',
   'report': 'metrics, TensorBoard, progress',
   'save': 'held up by the checkpoint',
 }
 
 
-def experiments() -> dict[str, config_lib.Experiment]:
+def experiments() -> dict[str, experiment_lib.Experiment]:
   """Returns what is trained, by name."""
   small = quickstart.get_config()
   small.num_steps = _NO_END
@@ -76,7 +69,7 @@ def experiments() -> dict[str, config_lib.Experiment]:
       max_length=32,
     ),
     data=dataclasses.replace(small.data, row_length=32),
-    checkpoint=config_lib.CheckpointConfig(every_steps=_NO_END),
+    checkpoint=experiment_lib.CheckpointConfig(every_steps=_NO_END),
   )
   return {'quickstart': small, 'tiny': tiny}
 
@@ -86,7 +79,7 @@ class Looped:
 
   def __init__(
     self,
-    experiment: config_lib.Experiment,
+    experiment: experiment_lib.Experiment,
     parts: assemble.Parts,
     workdir: pathlib.Path,
     stack: contextlib.ExitStack,
@@ -95,7 +88,7 @@ class Looped:
     self._state = parts.learner.init(jax.random.key(0))
     self._train_step = parts.learner.compile_train_step()
     self._step = 0
-    self.goodput = goodput_lib.Goodput(workdir)
+    self.goodput = goodput.Goodput(workdir)
     self._saved = stack.enter_context(
       contextlib.closing(
         checkpoint.Checkpoints(
@@ -198,7 +191,7 @@ def bare_turn(parts: assemble.Parts) -> timing.Turn:
 
 
 def measure(
-  name: str, experiment: config_lib.Experiment, rounds: int
+  name: str, experiment: experiment_lib.Experiment, rounds: int
 ) -> dict[str, Any]:
   """Measures one model; returns everything that `report` prints."""
   with contextlib.ExitStack() as stack:

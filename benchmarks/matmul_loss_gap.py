@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks import study_flags
 from data import config as data_config
 from experiments import presets
-from training import config as config_lib, learner as learner_lib, optimizer
+from training import experiment as experiment_lib, learner as learner_lib
+from training.optimizer import chain
 
 _TEXT = flags.DEFINE_string('text', None, 'A file of text.', required=True)
 _NUM_STEPS, _NUM_SEEDS = 300, 3
@@ -26,19 +27,19 @@ _NUM_STEPS, _NUM_SEEDS = 300, 3
 ROWS, LENGTH, EVAL_ROWS = 16, 64, 512
 
 
-def experiment(matmul: str, num_steps: int) -> config_lib.Experiment:
+def experiment(matmul: str, num_steps: int) -> experiment_lib.Experiment:
   """Returns two layers of width 64 over bytes: 0.1M parameters."""
-  return config_lib.Experiment(
+  return experiment_lib.Experiment(
     name='matmul_loss_gap',
     model=presets.llama(
       vocab_size=256, num_layers=2, num_heads=4, num_kv_heads=2, width=64,
       mlp_width=192, length=LENGTH,
     ),
     data=data_config.DataConfig(row_length=LENGTH, batch_size=ROWS),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=4e-3, end_lr=4e-4, warmup_steps=num_steps // 10
     ),
-    execution=config_lib.ExecutionConfig(matmul=matmul),
+    execution=experiment_lib.ExecutionConfig(matmul=matmul),
     num_steps=num_steps,
     compute_dtype='bfloat16',
   )  # fmt: skip
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
   with open(_TEXT.value, 'rb') as file:
     text = file.read()
   reference: list[float] = []
-  for matmul in config_lib.MATMULS:
+  for matmul in experiment_lib.MATMULS:
     losses = held_out_losses(
       text,
       matmul,

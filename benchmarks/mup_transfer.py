@@ -29,7 +29,7 @@ from experiments import mup_transfer
 from hardware import host_memory
 from training import (
   assemble,
-  config as config_lib,
+  experiment as experiment_lib,
   learner as learner_lib,
   state as state_lib,
   step as step_lib,
@@ -54,7 +54,7 @@ Losses = dict[tuple[str, int, int], list[float]]
 class Model:
   """A model of the grid, compiled once for every learning rate."""
 
-  def __init__(self, experiment: config_lib.Experiment):
+  def __init__(self, experiment: experiment_lib.Experiment):
     learner = learner_lib.make(experiment, jax.devices()[:1])
     self._optimizer = optax.chain(
       learner.optimizer, optax.inject_hyperparams(optax.scale)(step_size=1.0)

@@ -15,7 +15,7 @@ import sys
 from absl import app, flags
 
 from hardware import compile_ahead, targets
-from training import plan as plan_lib
+from training.planning import plan as plan_lib
 
 PATH = pathlib.Path(__file__).parents[1] / 'experiments' / 'PLANS.md'
 # A target of sensible size for each variant of experiments/pretrain.py, and
@@ -60,13 +60,13 @@ says of each; written by
     make plan-table
 
 on a machine without accelerators. Memory is of one device at its peak: by the
-formula of `training/memory.py`, by the compiler (`memory_analysis` of the very
-train step, compiled ahead of time), and the first over the second. Collectives
-are what one device sends in a step. The three times are the least that each
-resource takes, at the peaks of `hardware/peaks.py`; the largest binds.
-The step is expected at {mfu:.0%} MFU, or at what binds where that allows less.
-Tokens are those of the whole run, dollars at {prices}
-per device-hour, which is assumed and not a quotation: prices change, and
+formula of `training/planning/memory.py`, by the compiler (`memory_analysis` of
+the very train step, compiled ahead of time), and the first over the second.
+Collectives are what one device sends in a step. The three times are the least
+that each resource takes, at the peaks of `hardware/peaks.py`; the largest
+binds. The step is expected at {mfu:.0%} MFU, or at what binds where that allows
+less. Tokens are those of the whole run, dollars at {prices} per device-hour,
+which is assumed and not a quotation: prices change, and
 `--price_per_device_hour` takes yours.
 
 """

@@ -32,8 +32,9 @@ from benchmarks import peer_process, timing
 from experiments import presets
 from hardware import host_memory, peaks
 from models import flops, model_config, transformer
-from training import optimizer as optimizer_lib, state as state_lib, step
+from training import state as state_lib, step
 from training.objectives import next_token
+from training.optimizer import chain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def shapes() -> dict[str, Shape]:
   }
 
 
-OPTIMIZER = optimizer_lib.OptimizerConfig(
+OPTIMIZER = chain.OptimizerConfig(
   peak_lr=1e-4, schedule='constant', warmup_steps=0
 )
 
@@ -85,7 +86,7 @@ OPTIMIZER = optimizer_lib.OptimizerConfig(
 def our_turn(shape: Shape) -> timing.Turn:
   """Compiles and warms up our train step; returns a turn of it."""
   model = transformer.Transformer(shape.model)
-  optimizer = optimizer_lib.make_optimizer(
+  optimizer = chain.make_optimizer(
     OPTIMIZER, 1, shape.model, state_lib.abstract_params(model)
   )
   state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(

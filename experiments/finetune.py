@@ -13,13 +13,15 @@ trained with from the start.
 
 from data import config as data_config, sources
 from experiments import presets
-from training import config as config_lib, initial, optimizer
+from training import experiment
+from training.checkpoints import init_from
+from training.optimizer import chain
 
 VOCAB_SIZE = 4096
 LENGTH = 512
 
 
-def get_config(directory: str = '') -> config_lib.Experiment:
+def get_config(directory: str = '') -> experiment.Experiment:
   """Returns the experiment that goes on from a frozen directory."""
   model = presets.llama(
     vocab_size=VOCAB_SIZE,
@@ -32,11 +34,11 @@ def get_config(directory: str = '') -> config_lib.Experiment:
   )
   tokenizer = data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE)
   if directory:
-    model = initial.model_of(directory)
+    model = init_from.model_of(directory)
     tokenizer = data_config.TokenizerConfig(
       kind='directory', path=f'{directory}/tokenizer'
     )
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='finetune',
     model=model,
     init_from=directory,
@@ -47,8 +49,6 @@ def get_config(directory: str = '') -> config_lib.Experiment:
       packing='first_fit',
       tokenizer=tokenizer,
     ),
-    optimizer=optimizer.OptimizerConfig(
-      peak_lr=3e-5, end_lr=3e-6, warmup_steps=20
-    ),
+    optimizer=chain.OptimizerConfig(peak_lr=3e-5, end_lr=3e-6, warmup_steps=20),
     num_steps=500,
   )

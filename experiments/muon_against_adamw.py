@@ -17,20 +17,21 @@ runs.
 import dataclasses
 
 from experiments import quickstart
-from training import config as config_lib, directions, optimizer
+from training import experiment
+from training.optimizer import chain, transforms
 
 NUM_STEPS = 250  # of 2,048 tokens
 
 
-def get_config(variant: str = 'adamw') -> config_lib.Experiment:
+def get_config(variant: str = 'adamw') -> experiment.Experiment:
   """Returns one side of the comparison, `adamw` or `muon`."""
   if variant == 'adamw':
-    chosen = optimizer.OptimizerConfig(peak_lr=2e-3)
+    chosen = chain.OptimizerConfig(peak_lr=2e-3)
   elif variant == 'muon':
-    chosen = optimizer.OptimizerConfig(
+    chosen = chain.OptimizerConfig(
       name='muon',
       peak_lr=2e-2,
-      muon=directions.MuonConfig(adam_peak_lr=2e-3),
+      muon=transforms.MuonConfig(adam_peak_lr=2e-3),
     )
   else:
     raise ValueError(f'variant: got {variant!r}, expected adamw or muon')
@@ -38,8 +39,8 @@ def get_config(variant: str = 'adamw') -> config_lib.Experiment:
     quickstart.get_config(),
     name=f'equal_steps_{variant}',
     optimizer=dataclasses.replace(chosen, end_lr=0.0, warmup_steps=50),
-    checkpoint=config_lib.CheckpointConfig(every_steps=NUM_STEPS),
-    freeze=config_lib.FreezeConfig(enabled=False),
+    checkpoint=experiment.CheckpointConfig(every_steps=NUM_STEPS),
+    freeze=experiment.FreezeConfig(enabled=False),
     num_steps=NUM_STEPS,
     eval_batches=64,
   )

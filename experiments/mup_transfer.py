@@ -18,7 +18,8 @@ Cost: about half an hour on two CPU cores.
 import dataclasses
 
 from experiments import presets, quickstart
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 BASE_WIDTH = 64
 WIDTHS = (64, 128, 256, 512)
@@ -26,7 +27,7 @@ HEAD_WIDTH = 32
 LENGTH = 64
 
 
-def get_config(variant: str = 'mup-64') -> config_lib.Experiment:
+def get_config(variant: str = 'mup-64') -> experiment.Experiment:
   """Returns `mup-WIDTH` or `standard-WIDTH`, of any multiple of 64."""
   kind, _, width = variant.partition('-')
   if kind not in ('mup', 'standard') or not width.isdigit() or int(width) % 64:
@@ -35,7 +36,7 @@ def get_config(variant: str = 'mup-64') -> config_lib.Experiment:
       ' multiple of 64, as in mup-256'
     )
   data = quickstart.get_config().data
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name=f'mup_transfer_{variant}',
     model=dataclasses.replace(
       presets.llama(
@@ -51,13 +52,13 @@ def get_config(variant: str = 'mup-64') -> config_lib.Experiment:
       scan_layers=False,
     ),
     data=dataclasses.replace(data, row_length=LENGTH, batch_size=16),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=2**-7,
       end_lr=0.0,
       schedule='linear',
       warmup_steps=10,
       weight_decay=0.0,
     ),
-    freeze=config_lib.FreezeConfig(enabled=False),
+    freeze=experiment.FreezeConfig(enabled=False),
     num_steps=100,
   )

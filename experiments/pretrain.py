@@ -21,12 +21,13 @@ in device-years. `--plan` says what each would cost.
 from data import config as data_config, sources
 from experiments import presets, pretrain_124m
 from parallel import parallel_config
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 LENGTH = 4096
 
 
-def get_config(variant: str = '8b') -> config_lib.Experiment:
+def get_config(variant: str = '8b') -> experiment.Experiment:
   """Returns the experiment of one size."""
   if variant == '124m':
     return pretrain_124m.get_config()
@@ -96,9 +97,9 @@ def get_config(variant: str = '8b') -> config_lib.Experiment:
 
 def _experiment(
   variant: str, model, *, batch_size: int, num_steps: int, peak_lr, parallel
-) -> config_lib.Experiment:
+) -> experiment.Experiment:
   """What the sizes have in common."""
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name=f'pretrain_{variant}',
     model=model,
     data=data_config.DataConfig(
@@ -109,16 +110,16 @@ def _experiment(
         kind='bpe', vocab_size=model.vocab_size, train_bytes=10**9
       ),
     ),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=peak_lr, end_lr=peak_lr / 10, warmup_steps=2000
     ),
     parallel=parallel,
-    execution=config_lib.ExecutionConfig(remat='full'),
+    execution=experiment.ExecutionConfig(remat='full'),
     compute_dtype='bfloat16',
     num_steps=num_steps,
     num_microbatches=4,
     eval_every_steps=1000,
     eval_batches=8,
-    checkpoint=config_lib.CheckpointConfig(every_steps=1000),
-    freeze=config_lib.FreezeConfig(dtype='bfloat16'),
+    checkpoint=experiment.CheckpointConfig(every_steps=1000),
+    freeze=experiment.FreezeConfig(dtype='bfloat16'),
   )

@@ -13,15 +13,16 @@ MFU of an H100 (989 TFLOP/s) would be 11 hours; it has not been run.
 
 from data import config as data_config, sources
 from experiments import presets
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 LENGTH = 1024
 NUM_STEPS = 19_073
 
 
-def get_config() -> config_lib.Experiment:
+def get_config() -> experiment.Experiment:
   """Returns the experiment."""
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='pretrain_124m',
     model=presets.gpt2(
       vocab_size=50_304,  # 50,257 rounded up to a multiple of 128
@@ -36,7 +37,7 @@ def get_config() -> config_lib.Experiment:
       batch_size=512,
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=50_257),
     ),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=6e-4, end_lr=6e-5, warmup_steps=700, weight_decay=0.1
     ),
     compute_dtype='bfloat16',
@@ -44,8 +45,8 @@ def get_config() -> config_lib.Experiment:
     num_microbatches=16,
     eval_every_steps=1000,
     eval_batches=40,
-    checkpoint=config_lib.CheckpointConfig(
+    checkpoint=experiment.CheckpointConfig(
       every_steps=1000, keep_every_steps=5000
     ),
-    freeze=config_lib.FreezeConfig(dtype='bfloat16'),
+    freeze=experiment.FreezeConfig(dtype='bfloat16'),
   )

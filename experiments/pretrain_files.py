@@ -11,7 +11,8 @@ changed by flags; the run prints its parameters and FLOPs before it starts.
 
 from data import config as data_config, sources
 from experiments import presets
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 _SOURCES = {
   'text': sources.text_files,
@@ -23,13 +24,13 @@ VOCAB_SIZE = 4096
 LENGTH = 512
 
 
-def get_config(variant: str = 'text') -> config_lib.Experiment:
+def get_config(variant: str = 'text') -> experiment.Experiment:
   """Returns the experiment for one kind of files."""
   if variant not in _SOURCES:
     raise ValueError(
       f'variant: got {variant!r}, expected one of {", ".join(_SOURCES)}'
     )
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name=f'pretrain_{variant}',
     model=presets.llama(
       vocab_size=VOCAB_SIZE,
@@ -46,7 +47,7 @@ def get_config(variant: str = 'text') -> config_lib.Experiment:
       batch_size=16,
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE),
     ),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=2e-3, end_lr=2e-4, schedule='wsd', decay_steps=100
     ),
     num_steps=500,

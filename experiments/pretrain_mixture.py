@@ -18,10 +18,10 @@ import dataclasses
 
 from data import config as data_config, sources
 from experiments import pretrain_files
-from training import config as config_lib
+from training import experiment
 
 
-def get_config() -> config_lib.Experiment:
+def get_config() -> experiment.Experiment:
   """Returns the experiment; paths are given by flags."""
   alone = pretrain_files.get_config('jsonl')
   mixed = tuple(

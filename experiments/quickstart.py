@@ -12,15 +12,16 @@ import sys
 
 from data import config as data_config, sources
 from experiments import presets
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 VOCAB_SIZE = 2048
 LENGTH = 256
 
 
-def get_config() -> config_lib.Experiment:
+def get_config() -> experiment.Experiment:
   """Returns the experiment."""
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='quickstart',
     model=dataclasses.replace(
       presets.llama(
@@ -45,7 +46,7 @@ def get_config() -> config_lib.Experiment:
       knowledge_cutoff=_RELEASE_YEARS.get(sys.version_info[:2], ''),
     ),
     # Ahead of AdamW at equal steps: experiments/muon_against_adamw.py.
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       name='muon',
       peak_lr=2e-2,
       end_lr=0.0,

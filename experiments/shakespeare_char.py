@@ -19,13 +19,14 @@ import dataclasses
 
 from data import config as data_config, sources
 from experiments import presets
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 # ByteTokenizer: 256 bytes and three special ids that windows never contain.
 VOCAB_SIZE = 259
 
 
-def get_config(variant: str = 'cpu') -> config_lib.Experiment:
+def get_config(variant: str = 'cpu') -> experiment.Experiment:
   """Returns the experiment, `cpu` or `gpu`."""
   if variant == 'cpu':
     layers, heads, width, length, batch, steps, dropout = (
@@ -37,7 +38,7 @@ def get_config(variant: str = 'cpu') -> config_lib.Experiment:
     )  # fmt: skip
   else:
     raise ValueError(f'variant: got {variant!r}, expected cpu or gpu')
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name=f'shakespeare_char_{variant}',
     model=dataclasses.replace(
       presets.gpt2(
@@ -59,7 +60,7 @@ def get_config(variant: str = 'cpu') -> config_lib.Experiment:
       tokenizer=data_config.TokenizerConfig(kind='byte'),
       knowledge_cutoff='1623',  # the First Folio
     ),
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=chain.OptimizerConfig(
       peak_lr=1e-3,
       end_lr=1e-4,
       schedule='cosine',
@@ -71,5 +72,5 @@ def get_config(variant: str = 'cpu') -> config_lib.Experiment:
     ),
     num_steps=steps,
     eval_every_steps=250,
-    checkpoint=config_lib.CheckpointConfig(every_steps=250),
+    checkpoint=experiment.CheckpointConfig(every_steps=250),
   )

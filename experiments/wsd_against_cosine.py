@@ -18,12 +18,12 @@ Cost: about two minutes per run on two CPU cores, ten runs.
 import dataclasses
 
 from experiments import muon_against_adamw
-from training import config as config_lib
+from training import experiment as experiment_lib
 
 DECAY_SHARE = 0.2  # of all steps, as in both papers
 
 
-def get_config(variant: str = 'cosine') -> config_lib.Experiment:
+def get_config(variant: str = 'cosine') -> experiment_lib.Experiment:
   """Returns one side of the comparison, `cosine` or `wsd`."""
   if variant not in ('cosine', 'wsd'):
     raise ValueError(f'variant: got {variant!r}, expected cosine or wsd')

@@ -124,7 +124,7 @@ def start(
   if cluster.process_id == 0 and cluster.coordinator is not None:
     _check_port(cluster.coordinator)
   # jax would take SIGTERM for itself, from here to the end, and the process
-  # could no longer be ended by it. training/interrupt.py does better.
+  # could no longer be ended by it. training/lifecycle/interrupt.py does better.
   jax.config.update('jax_enable_preemption_service', False)
   ids = cluster.local_device_ids
   jax.distributed.initialize(

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from tests import fixtures
-from training import exit_codes, goodput, metrics
+from training.lifecycle import exit_codes
+from training.reporting import goodput, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The quickstart, made small.

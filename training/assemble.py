@@ -21,12 +21,9 @@ from data import (
 from evals import run as evals_run
 from parallel import processes
 from text import tokenizer as tokenizer_lib
-from training import (
-  config as config_lib,
-  learner as learner_lib,
-  task_evals,
-  workdir as workdir_lib,
-)
+from training import experiment as experiment_lib, learner as learner_lib
+from training.checkpoints import workdir as workdir_lib
+from training.evaluation import tasks as tasks_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ class Documents:
   tasks: tuple[evals_run.Task, ...]
 
 
-def open_documents(experiment: config_lib.Experiment) -> Documents:
+def open_documents(experiment: experiment_lib.Experiment) -> Documents:
   """Opens the data of a run; writes nothing that belongs to it.
 
   Raises:
@@ -89,12 +86,12 @@ def open_documents(experiment: config_lib.Experiment) -> Documents:
   return Documents(
     train=tuple(opened[:-1]),
     evaluated=opened[-1],
-    tasks=task_evals.open_tasks(experiment.evals),
+    tasks=tasks_lib.open_tasks(experiment.evals),
   )
 
 
 def assemble(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   workdir: pathlib.Path,
   say: Callable[[str], None] = lambda _: None,
   documents: Documents | None = None,

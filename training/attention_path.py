@@ -21,13 +21,13 @@ from typing import Any
 from models.attention import cudnn_gpu, dense, splash_tpu
 from parallel import placement as placement_lib
 from parallel.attention import sharded
-from training import config as config_lib
+from training import experiment as experiment_lib
 
 _PLATFORMS = {'splash': ('tpu',), 'cudnn': ('gpu', 'cuda')}
 
 
 def attend(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> Callable[..., Any]:
   """Returns the model's `attend` port for rows that are not split.
 
@@ -43,7 +43,7 @@ def attend(
 
 
 def resolve(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> str:
   """Returns reference, splash or cudnn.
 
@@ -63,7 +63,7 @@ def resolve(
 
 def problem(
   path: str,
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   placement: placement_lib.Placement,
 ) -> str:
   """Returns why `splash` or `cudnn` cannot be taken: got, expected, fix; ''."""

@@ -12,18 +12,15 @@ import jax
 from parallel import processes
 from training import (
   assemble,
-  average,
-  checkpoint,
-  config as config_lib,
-  evaluate,
-  interrupt,
+  experiment as experiment_lib,
   loop,
-  metrics,
-  saving,
-  scoring,
   state as state_lib,
-  task_evals,
 )
+from training.checkpoints import checkpoint, saving
+from training.evaluation import model_port, tasks, validation
+from training.lifecycle import interrupt
+from training.optimizer import average
+from training.reporting import metrics
 
 # Between attempts at the last save of a run, which is not given up lightly.
 _PAUSES_S = (1.0, 5.0, 15.0)
@@ -67,7 +64,7 @@ class Keeper:
 
   def __init__(
     self,
-    experiment: config_lib.Experiment,
+    experiment: experiment_lib.Experiment,
     parts: assemble.Parts,
     saved: checkpoint.Checkpoints,
     progress: checkpoint.Progress,
@@ -86,7 +83,7 @@ class Keeper:
     self._tasks_every = experiment.evals.every_steps
     self._num_steps = experiment.num_steps
     self._has_bos = experiment.data.has_bos
-    self._scorer = scoring.Scorer(parts.learner)
+    self._scorer = model_port.Scorer(parts.learner)
     # Of the weights that `freeze.weights` asks for: it decides which is best.
     self._best_by = (
       'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
@@ -119,15 +116,15 @@ class Keeper:
         if self._best_by != 'loss':
           frozen = average_params
       measured = self._measure(step, frozen)
-    except evaluate.Stopped:
+    except validation.Stopped:
       self._owed_at = step
       self.save(step, state)
       return True
     self._log.write('eval', step, values | measured)
     self._last_eval = step, values.get(self._best_by, values['loss'])
-    self._terminal.say(f'step {step}: {evaluate.report(values)}')
+    self._terminal.say(f'step {step}: {validation.report(values)}')
     if measured:
-      self._terminal.say(f'step {step}: {task_evals.report(measured)}')
+      self._terminal.say(f'step {step}: {tasks.report(measured)}')
     return False
 
   def _measure(self, step: int, params) -> dict[str, float]:
@@ -139,7 +136,7 @@ class Keeper:
     )
     if not self._parts.tasks or not is_due:
       return {}
-    return task_evals.measure(
+    return tasks.measure(
       self._parts.tasks,
       self._scorer,
       params,
@@ -149,7 +146,7 @@ class Keeper:
     )
 
   def _evaluate(self, params) -> dict[str, float]:
-    return evaluate.evaluate(
+    return validation.evaluate(
       self._eval_step,
       params,
       self._parts.eval_batches,

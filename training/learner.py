@@ -34,19 +34,18 @@ from parallel import (
 from parallel.attention import context
 from training import (
   attention_path,
-  config as config_lib,
-  optimizer as optimizer_lib,
-  outliers,
+  experiment as experiment_lib,
   state as state_lib,
   step as step_lib,
 )
+from training.optimizer import chain, spikes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
   """A model on its devices, before it has any values."""
 
-  experiment: config_lib.Experiment
+  experiment: experiment_lib.Experiment
   model: nn.Module
   schedule: Callable[[Any], Any]  # learning rate of a step
   optimizer: optax.GradientTransformation
@@ -128,7 +127,7 @@ class Learner:
 
 
 def make(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   devices: Sequence[jax.Device] | None = None,
 ) -> Learner:
   """Builds the learner of a validated experiment.
@@ -142,14 +141,14 @@ def make(
   """
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
-  optimizer = optimizer_lib.make_optimizer(
+  optimizer = chain.make_optimizer(
     experiment.optimizer,
     experiment.num_steps,
     experiment.model,
     state_lib.abstract_params(model),
     is_staged=experiment.parallel.stage > 1,
   )
-  optimizer = outliers.skipping(experiment.spikes, optimizer)
+  optimizer = spikes.skipping(experiment.spikes, optimizer)
   abstract_state = jax.eval_shape(
     lambda key: state_lib.init(
       model, optimizer, key, has_average=experiment.ema_decay > 0
@@ -169,9 +168,7 @@ def make(
   return Learner(
     experiment=experiment,
     model=model.clone(execution=_execution(experiment, placement)),
-    schedule=optimizer_lib.make_schedule(
-      experiment.optimizer, experiment.num_steps
-    ),
+    schedule=chain.make_schedule(experiment.optimizer, experiment.num_steps),
     optimizer=optimizer,
     placement=placement,
     abstract_state=abstract_state,
@@ -182,7 +179,7 @@ def make(
 
 
 def _execution(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.Execution:
   """Joins the model's ports to what the experiment and its devices ask for."""
   return execution_lib.Execution(
@@ -196,7 +193,7 @@ def _execution(
 
 
 def _attend(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.Attend:
   """Returns the attention of whole rows, or of rows split across devices."""
   attend = attention_path.attend(experiment, placement)
@@ -209,7 +206,7 @@ def _attend(
 
 
 def _weighted_nll(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.WeightedNll:
   """Returns the loss, summed by hand where a mesh splits its tokens."""
   is_mesh = isinstance(placement, placement_lib.MeshPlacement)
@@ -231,7 +228,7 @@ def _apply_experts(
 
 
 def _run_layers(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.RunLayers | None:
   """Returns the pipeline that `parallel` asks for, if any."""
   parallel, kept = experiment.parallel, experiment.execution.remat
@@ -247,7 +244,7 @@ def _run_layers(
 
 
 def _remat(
-  experiment: config_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> str:
   """Returns the policy; refuses one that would silently be another."""
   asked = experiment.execution.remat
@@ -261,7 +258,7 @@ def _remat(
   return asked
 
 
-def _linear(experiment: config_lib.Experiment) -> execution_lib.Linear:
+def _linear(experiment: experiment_lib.Experiment) -> execution_lib.Linear:
   """Returns the product with a weight that `execution.matmul` names."""
   matmul, num_experts = (
     experiment.execution.matmul,
@@ -279,7 +276,7 @@ def _linear(experiment: config_lib.Experiment) -> execution_lib.Linear:
   return {'int8': quantized.int8, 'fp8': quantized.fp8}[matmul]
 
 
-def _check_model(experiment: config_lib.Experiment) -> None:
+def _check_model(experiment: experiment_lib.Experiment) -> None:
   """Refuses a model that cannot be cut up as the experiment asks."""
   model, parallel = experiment.model, experiment.parallel
   pieces = parallel.stage * parallel.stage_repeats
@@ -304,7 +301,7 @@ def _check_model(experiment: config_lib.Experiment) -> None:
     )
 
 
-def _check_experts(experiment: config_lib.Experiment) -> None:
+def _check_experts(experiment: experiment_lib.Experiment) -> None:
   """Refuses experts that cannot be dealt out over the devices."""
   model, parallel = experiment.model, experiment.parallel
   if parallel.expert == 1:
@@ -323,7 +320,9 @@ def _check_experts(experiment: config_lib.Experiment) -> None:
     )
 
 
-def _check_batch(experiment: config_lib.Experiment, num_shards: int) -> None:
+def _check_batch(
+  experiment: experiment_lib.Experiment, num_shards: int
+) -> None:
   data, parallel = experiment.data, experiment.parallel
   parts = num_shards * parallel.num_stage_microbatches
   for size in data.batch_sizes:

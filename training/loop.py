@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from training import (
+from training import state as state_lib
+from training.reporting import (
   goodput as goodput_lib,
   input_wait,
   metrics as metrics_lib,
-  state as state_lib,
 )
 
 
@@ -33,7 +33,7 @@ class Hook(NamedTuple):
 
   every: int  # 0: only after the last
   run: Callable[[int, state_lib.TrainState], bool | None]  # True: stop
-  part: str  # of training/goodput.py, which its time belongs to
+  part: str  # of training/reporting/goodput.py, which its time belongs to
   when_stopped: bool = False  # also when the run is asked to stop
 
 

@@ -22,22 +22,17 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
-from training import (
-  assemble,
-  average,
+from training import assemble, experiment as experiment_lib, hooks, loop
+from training.checkpoints import (
   checkpoint,
-  config as config_lib,
-  diagnose,
-  goodput as goodput_lib,
-  hooks,
-  initial,
-  interrupt,
-  loop,
-  metrics,
+  init_from,
   saving,
-  story,
   workdir as workdir_lib,
 )
+from training.diagnosis import diagnose
+from training.lifecycle import interrupt
+from training.optimizer import average
+from training.reporting import goodput as goodput_lib, metrics, summary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +44,7 @@ class Result:
 
 
 def run(
-  experiment: config_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   workdir: pathlib.Path,
   console: rich.console.Console,
   *,
@@ -87,11 +82,11 @@ def run(
     with processes.together('workdir'), saving.writing(workdir):
       if processes.is_first():
         stack.enter_context(
-          workdir_lib.held(workdir, lambda text: story.say(console, text))
+          workdir_lib.held(workdir, lambda text: summary.say(console, text))
         )
     workdir_lib.check_shared(workdir)
     stack.enter_context(contextlib.closing(saved))
-    saved.recover(lambda text: story.say(console, text))
+    saved.recover(lambda text: summary.say(console, text))
     step = saved.latest_step() or 0
     goodput = goodput_lib.Goodput(
       workdir if processes.is_first() else None,
@@ -106,7 +101,7 @@ def run(
         if processes.is_first():
           _freeze(experiment, workdir, result.step, console)
     goodput.write()
-  story.say(console, goodput_lib.report(goodput.life()))
+  summary.say(console, goodput_lib.report(goodput.life()))
   return result
 
 
@@ -124,20 +119,20 @@ def _complete_step(experiment, workdir, saved, console) -> int | None:
   )[0].tolist()
   if not is_trained:
     return None
-  story.tell_unused(
+  summary.tell_unused(
     step, experiment, workdir_lib.changes(workdir, experiment), console
   )
   if not is_complete:
     if why_not:
-      story.say(console, f'{why_not}: freezing')
+      summary.say(console, f'{why_not}: freezing')
     return None
   where = f', frozen in {frozen}' if experiment.freeze.enabled else ''
-  story.say(console, f'{workdir} is complete: step {step}{where}')
+  summary.say(console, f'{workdir} is complete: step {step}{where}')
   return step
 
 
 def _unlike(
-  frozen: pathlib.Path, step: int, experiment: config_lib.Experiment
+  frozen: pathlib.Path, step: int, experiment: experiment_lib.Experiment
 ) -> str:
   """Says how a frozen directory is not what a run would hand over now."""
   if not frozen.exists():
@@ -182,7 +177,7 @@ def _freeze(experiment, workdir, step, console) -> None:
       # The run's own hand-off: a longer run replaces that of a shorter one.
       overwrite=True,
     )
-  story.show_manifest(frozen, manifest, console)
+  summary.show_manifest(frozen, manifest, console)
 
 
 def _train(experiment, workdir, console, saved, goodput) -> Result:
@@ -195,9 +190,9 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
     raise ValueError(_explained(error, workdir, changes)) from None
   # Only now: a run that cannot begin changes nothing.
   _record(experiment, workdir, parts, first_step, console)
-  story.describe(experiment, parts, first_step, console)
+  summary.describe(experiment, parts, first_step, console)
   if first_step and changes:
-    story.say(console, 'changed    ' + '\n           '.join(changes))
+    summary.say(console, 'changed    ' + '\n           '.join(changes))
   goodput.write()
   with contextlib.ExitStack() as stack:
     # An attempt that failed is told of, too.
@@ -258,8 +253,8 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
       keeper.finish(state)
   step = saved.latest_step()
   if processes.is_first():
-    story.summarise(workdir, step, stop, console)
-    story.say_epochs(parts.batches.epochs(step or 0), console)
+    summary.summarise(workdir, step, stop, console)
+    summary.say_epochs(parts.batches.epochs(step or 0), console)
   return Result(step=step, exit_code=stop.exit_code)
 
 
@@ -273,7 +268,7 @@ def _assemble(experiment, workdir, console) -> assemble.Parts:
       workdir_lib.prepare(workdir)
   with saving.writing(f'{workdir} or {experiment.data.data_dir}'):
     return assemble.assemble(
-      experiment, workdir, lambda text: story.say(console, text), documents
+      experiment, workdir, lambda text: summary.say(console, text), documents
     )
 
 
@@ -285,11 +280,11 @@ def _record(experiment, workdir, parts, first_step, console) -> None:
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
       with saving.writing(workdir):
-        lineage = None if first_step else initial.lineage(experiment)
+        lineage = None if first_step else init_from.lineage(experiment)
         workdir_lib.record(workdir, experiment, phases, lineage)
         workdir_lib.record_data(workdir, parts.describe_data())
   if before and before != now:
-    story.say(
+    summary.say(
       console,
       f'WARNING    evaluating on tokens with SHA-256 {now[:12]}, until now'
       f' {before[:12]}: losses before and after are of different text',
@@ -314,7 +309,7 @@ def _open_log(workdir, saved, console) -> metrics.Log:
         workdir,
         first_step=saved.latest_step() or 0,
         evaluation_owed=saved.evaluation_owed,
-        tell=lambda text: story.say(console, text),
+        tell=lambda text: summary.say(console, text),
       )
   return metrics.NoLog()
 
@@ -368,8 +363,8 @@ def _start_or_restore(experiment, parts, saved, goodput):
   if saved.latest_step() is None:
     key = jax.random.key(experiment.seed)
     if experiment.init_from:
-      params = initial.read(experiment)
-      return initial.start(parts.learner, key, params), checkpoint.Progress()
+      params = init_from.read(experiment)
+      return init_from.start(parts.learner, key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())

@@ -16,7 +16,9 @@ class TrainState:
   params: Any  # the model's variables, float32
   opt_state: Any
   key: jax.Array  # typed; the step's key is fold_in(key, step)
-  average: Any = None  # of params, see training/average.py; None: not kept
+  average: Any = (
+    None  # of params, see training/optimizer/average.py; None: not kept
+  )
 
 
 def init(

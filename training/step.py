@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training import average, outliers, state as state_lib
+from training import state as state_lib
+from training.optimizer import average, spikes
 
 Metrics = dict[str, jax.Array]
 # (params, batch, apply) -> (loss summed, sums with 'weight'). Sums are scalars,
@@ -25,7 +26,7 @@ Objective = Callable[[Any, Any, Callable[..., Any]], tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
 ]
-# Names of parts of the step, in profiles and in training/diagnose.py.
+# Names of parts of the step, in profiles and in training/diagnosis/diagnose.py.
 UPDATE, MICROBATCHES = 'optimizer', 'microbatches'
 
 
@@ -75,7 +76,7 @@ def make_train_step(
         grads, state.opt_state, state.params
       )
       params = optax.apply_updates(state.params, updates)
-    skipped = outliers.was_skipped(opt_state)
+    skipped = spikes.was_skipped(opt_state)
     new_state = state.replace(
       step=state.step + 1,
       params=params,

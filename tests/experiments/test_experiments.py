@@ -12,7 +12,8 @@ import pytest
 
 from models import transformer
 from tests import fixtures
-from training import optimizer as optimizer_lib, state as state_lib, step
+from training import state as state_lib, step
+from training.optimizer import chain
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments'
 NOT_EXPERIMENTS = {'__init__', 'presets'}
@@ -57,7 +58,7 @@ def test_an_experiment_takes_one_step(name, variant):
     max_length=32,
   )
   model = transformer.Transformer(config, jnp.dtype(experiment.compute_dtype))
-  optimizer = optimizer_lib.make_optimizer(
+  optimizer = chain.make_optimizer(
     experiment.optimizer,
     experiment.num_steps,
     config,

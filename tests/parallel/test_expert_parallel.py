@@ -12,7 +12,8 @@ from data import config as data_config, sources
 from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
 from tests import fixtures
-from training import config as config_lib, learner, optimizer
+from training import experiment, learner
+from training.optimizer import chain
 
 ROWS, TIME, WIDTH, EXPERTS, EXPERT_WIDTH = 8, 4, 6, 8, 10
 
@@ -151,13 +152,13 @@ MODEL = fixtures.mixture(
 
 
 def _experiment(model=MODEL, **parallel):
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='mixture',
     model=model,
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=16, batch_size=16
     ),
-    optimizer=optimizer.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     parallel=parallel_config.ParallelConfig(**parallel),
     num_steps=10,
   )

@@ -12,7 +12,8 @@ import numpy as np
 
 from frozen import freeze, seals
 from tests.survival import process
-from training import checkpoint, config as config_lib
+from training import experiment
+from training.checkpoints import checkpoint
 
 Damage = Callable[[pathlib.Path, random.Random], pathlib.Path]
 
@@ -99,7 +100,7 @@ def recover(
   """Opens the checkpoints of a workdir, as a run that goes on does."""
   run = json.loads((workdir / 'run.json').read_text())
   saved = checkpoint.Checkpoints(
-    workdir, config_lib.CheckpointConfig(), seals.identity(run)
+    workdir, experiment.CheckpointConfig(), seals.identity(run)
   )
   saved.recover(tell)
   return saved

@@ -9,7 +9,7 @@ import time
 
 from frozen import seals
 from tests.survival import process
-from training import metrics
+from training.reporting import metrics
 
 # More than metrics.jsonl and TensorBoard need, less than a file of arrays.
 MAX_FILE_BYTES = 60_000

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib, seals
 from tests import fixtures
-from training import metrics
+from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT_S = 240

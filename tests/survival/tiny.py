@@ -6,16 +6,17 @@ evaluations and saves take turns so often that a kill hits any of them.
 
 from data import config as data_config, sources
 from tests import fixtures
-from training import config as config_lib, optimizer
+from training import experiment
+from training.optimizer import chain
 
 NUM_STEPS = 240
 EVAL_EVERY = 20
 SAVE_EVERY = 30
 
 
-def get_config() -> config_lib.Experiment:
+def get_config() -> experiment.Experiment:
   """Returns the experiment; `data.path` is given by a flag."""
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='survival',
     # Of more ids than it needs: its embeddings are one chunk of a file that is
     # larger than all that a run writes besides (full_disk.MAX_FILE_BYTES).
@@ -26,11 +27,11 @@ def get_config() -> config_lib.Experiment:
       batch_size=24,
       tokenizer=data_config.TokenizerConfig(kind='byte'),
     ),
-    optimizer=optimizer.OptimizerConfig(warmup_steps=10),
+    optimizer=chain.OptimizerConfig(warmup_steps=10),
     num_steps=NUM_STEPS,
     log_every_steps=5,
     eval_every_steps=EVAL_EVERY,
-    checkpoint=config_lib.CheckpointConfig(
+    checkpoint=experiment.CheckpointConfig(
       every_steps=SAVE_EVERY, keep_latest=2, keep_best=1
     ),
   )

@@ -16,10 +16,10 @@ from models import model_config
 from parallel import parallel_config
 from training import (
   attention_path,
-  config as config_lib,
+  experiment as experiment_lib,
   learner as learner_lib,
-  optimizer,
 )
+from training.optimizer import chain
 
 PARALLEL = {'fsdp': 4, 'tensor': 2, 'data': 1}
 ROW_LENGTH = 256
@@ -43,7 +43,7 @@ def _experiment(
   dtype='bfloat16',
   **execution,
 ):
-  return config_lib.Experiment(
+  return experiment_lib.Experiment(
     name='ahead_of_time',
     model=model_config.ModelConfig(
       **{
@@ -59,9 +59,9 @@ def _experiment(
       }
     ),
     data=data_config.DataConfig(batch_size=8, row_length=row_length),
-    optimizer=optimizer.OptimizerConfig(),
+    optimizer=chain.OptimizerConfig(),
     parallel=parallel_config.ParallelConfig(**(parallel or PARALLEL)),
-    execution=config_lib.ExecutionConfig(**execution),
+    execution=experiment_lib.ExecutionConfig(**execution),
     compute_dtype=dtype,
   )
 

@@ -12,15 +12,15 @@ import rich.console
 from data import config as data_config, sources
 from tests import fixtures
 from training import (
-  config as config_lib,
+  experiment as experiment_lib,
   learner as learner_lib,
   loop,
-  metrics,
-  optimizer as optimizer_lib,
-  plan,
   run as run_lib,
-  workdir as workdir_lib,
 )
+from training.checkpoints import workdir as workdir_lib
+from training.optimizer import chain
+from training.planning import plan
+from training.reporting import metrics
 
 RAMP = ((0, 8), (2, 16))
 NUM_STEPS = 5
@@ -60,16 +60,16 @@ def _experiment(corpus, data_dir, **data_fields):
     'batch_size': 16,
     'batch_ramp': RAMP,
   }
-  return config_lib.Experiment(
+  return experiment_lib.Experiment(
     name='ramp',
     model=fixtures.llama_like(vocab_size=264, num_layers=1),
     data=data_config.DataConfig(**(fields | data_fields)),
-    optimizer=optimizer_lib.OptimizerConfig(warmup_steps=2),
+    optimizer=chain.OptimizerConfig(warmup_steps=2),
     num_steps=NUM_STEPS,
     log_every_steps=1,
     eval_every_steps=0,
-    checkpoint=config_lib.CheckpointConfig(every_steps=3),
-    freeze=config_lib.FreezeConfig(enabled=False),
+    checkpoint=experiment_lib.CheckpointConfig(every_steps=3),
+    freeze=experiment_lib.FreezeConfig(enabled=False),
   )
 
 

@@ -8,17 +8,18 @@ from models import cross_entropy, execution
 from models.attention import dense
 from parallel import parallel_config
 from tests import fixtures
-from training import config as config_lib, learner as learner_lib, optimizer
+from training import experiment as experiment_lib, learner as learner_lib
+from training.optimizer import chain
 
 
 def _make(*, num_devices=8, row_length=16, parallel=None, **model):
-  experiment = config_lib.Experiment(
+  experiment = experiment_lib.Experiment(
     name='learner',
     model=fixtures.llama_like(vocab_size=64, scan_layers=True, **model),
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=row_length, batch_size=16
     ),
-    optimizer=optimizer.OptimizerConfig(warmup_steps=2),
+    optimizer=chain.OptimizerConfig(warmup_steps=2),
     parallel=parallel_config.ParallelConfig(**(parallel or {})),
     num_steps=4,
   )

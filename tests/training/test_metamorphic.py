@@ -24,12 +24,8 @@ from data import config as data_config, sources
 from models import cross_entropy, layout
 from parallel import parallel_config
 from tests import fixtures
-from training import (
-  config as config_lib,
-  learner as learner_lib,
-  optimizer,
-  state as state_lib,
-)
+from training import experiment, learner as learner_lib, state as state_lib
+from training.optimizer import chain
 
 NUM_STEPS = 12
 ROWS, LENGTH, VOCAB = 16, 16, 64
@@ -119,15 +115,15 @@ def _batch(index):
 
 
 def _experiment(model, *, parallel=None, remat='none', microbatches=1):
-  return config_lib.Experiment(
+  return experiment.Experiment(
     name='metamorphic',
     model=model,
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=LENGTH, batch_size=ROWS
     ),
-    optimizer=optimizer.OptimizerConfig(warmup_steps=2, peak_lr=3e-3),
+    optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=3e-3),
     parallel=parallel_config.ParallelConfig(**(parallel or {})),
-    execution=config_lib.ExecutionConfig(remat=remat),
+    execution=experiment.ExecutionConfig(remat=remat),
     num_steps=NUM_STEPS,
     num_microbatches=microbatches,
     z_loss_weight=0.01 if model == STABLE else 0.0,

@@ -13,8 +13,10 @@ import pytest
 
 from models import transformer
 from tests import fixtures
-from training import evaluate, optimizer as optimizer_lib, state, step
+from training import state, step
+from training.evaluation import validation
 from training.objectives import next_token
+from training.optimizer import chain
 
 
 @functools.cache
@@ -27,8 +29,8 @@ def _model(**overrides):
 def test_golden_step():
   """Guards against unintended changes, as in test_step."""
   model, _ = _model()
-  optimizer = optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+  optimizer = chain.make_optimizer(
+    chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     20,
     model.config,
     state.abstract_params(model),
@@ -80,7 +82,7 @@ def test_evaluation_reports_what_is_predicted_alone():
   model, params = _model(balance_loss_weight=0.5, router_z_weight=0.25)
   batch = fixtures.batch(num_padding=3)
   eval_step = jax.jit(step.make_eval_step(model, next_token.next_token))
-  result = evaluate.evaluate(
+  result = validation.evaluate(
     eval_step,
     params,
     [batch],

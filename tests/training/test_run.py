@@ -18,16 +18,14 @@ from tests import fixtures
 from tests.training import tiny_run
 from training import (
   assemble,
-  checkpoint,
-  config as config_lib,
+  experiment as experiment_lib,
   hooks,
   learner as learner_lib,
   loop,
-  metrics,
   run as run_lib,
-  saving,
-  workdir as workdir_lib,
 )
+from training.checkpoints import checkpoint, saving, workdir as workdir_lib
+from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -303,7 +301,7 @@ def test_a_directory_with_other_files_is_not_taken_for_a_workdir(
     ({'num_steps': 0}, 'config.num_steps: got 0, expected at least 1'),
     ({'num_microbatches': 3}, 'num_microbatches: got 3, expected a divisor'),
     (
-      {'checkpoint': config_lib.CheckpointConfig(grace_s=0)},
+      {'checkpoint': experiment_lib.CheckpointConfig(grace_s=0)},
       'checkpoint.grace_s: got 0, expected more than 0 seconds',
     ),
     ({'compute_dtype': 'float16'}, "compute_dtype: got 'float16'"),
@@ -387,7 +385,7 @@ def test_a_longer_run_is_not_complete_until_it_is_frozen_anew(
   shutil.copytree(uninterrupted[0], workdir)
   result, _ = _run(
     _experiment(
-      corpus, num_steps=14, freeze=config_lib.FreezeConfig(enabled=False)
+      corpus, num_steps=14, freeze=experiment_lib.FreezeConfig(enabled=False)
     ),
     workdir,
   )
@@ -433,7 +431,7 @@ def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
 
 
 def test_a_grace_that_is_too_short_is_told_of(corpus, tmp_path):
-  config = config_lib.CheckpointConfig(every_steps=4, grace_s=1e-3)
+  config = experiment_lib.CheckpointConfig(every_steps=4, grace_s=1e-3)
   _, printed = _run(_experiment(corpus, checkpoint=config), tmp_path)
   assert printed.count('more than the 0.001 s of checkpoint.grace_s') == 1
 

@@ -22,7 +22,8 @@ import pytest
 
 from frozen import manifest, seals
 from tests import fixtures
-from training import exit_codes, goodput, metrics
+from training.lifecycle import exit_codes
+from training.reporting import goodput, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The quickstart's model and data, made small: every start of a process costs

@@ -17,14 +17,10 @@ import pytest
 from data import config as data_config, sources
 from models import transformer
 from tests import fixtures
-from training import (
-  config as config_lib,
-  evaluate,
-  learner as learner_lib,
-  optimizer,
-  step,
-)
+from training import experiment as experiment_lib, learner as learner_lib, step
+from training.evaluation import validation
 from training.objectives import next_token
+from training.optimizer import chain
 
 Z_WEIGHT = 0.1
 
@@ -110,7 +106,7 @@ def test_of_a_mixture_the_loss_has_both():
 def test_evaluation_reports_what_is_predicted_alone():
   model, params = _model(fixtures.stable())
   batch = fixtures.batch(num_padding=3)
-  result = evaluate.evaluate(
+  result = validation.evaluate(
     jax.jit(step.make_eval_step(model, _objective())),
     params,
     [batch],
@@ -122,13 +118,13 @@ def test_evaluation_reports_what_is_predicted_alone():
 
 
 def _experiment(**fields):
-  return config_lib.Experiment(
+  return experiment_lib.Experiment(
     name='stability',
     model=fixtures.llama_like(vocab_size=64, scan_layers=True),
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=16, batch_size=8
     ),
-    optimizer=optimizer.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     num_steps=30,
     **fields,
   )

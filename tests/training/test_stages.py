@@ -10,11 +10,8 @@ import pytest
 from data import config as data_config
 from parallel import parallel_config, rules
 from tests import fixtures
-from training import (
-  config as experiment_lib,
-  learner as learner_lib,
-  optimizer as optimizer_lib,
-)
+from training import experiment as experiment_lib, learner as learner_lib
+from training.optimizer import chain
 
 Config = parallel_config.ParallelConfig
 
@@ -33,7 +30,7 @@ def _experiment(parallel, *, remat='none', num_microbatches=1, **model):
     name='pipeline',
     model=fixtures.llama_like(**fields | model),
     data=data_config.DataConfig(row_length=16, batch_size=16),
-    optimizer=optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     parallel=Config(**parallel),
     execution=experiment_lib.ExecutionConfig(remat=remat),
     num_steps=10,

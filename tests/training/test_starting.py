@@ -12,13 +12,10 @@ import pytest
 from data import config as data_config
 from frozen import format as frozen_format
 from tests.training import tiny_run
-from training import (
-  config as config_lib,
-  goodput,
-  optimizer as optimizer_lib,
-  saving,
-  workdir as workdir_lib,
-)
+from training import experiment
+from training.checkpoints import saving, workdir as workdir_lib
+from training.optimizer import chain
+from training.reporting import goodput
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +121,7 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   ('change', 'message'),
   [
     (
-      {'optimizer': optimizer_lib.OptimizerConfig(name='lion', warmup_steps=2)},
+      {'optimizer': chain.OptimizerConfig(name='lion', warmup_steps=2)},
       r'was trained with another optimizer or model: .*optimizer.name: got'
       r" 'lion', before 'adamw'.*; set back what changes their state",
     ),
@@ -141,7 +138,7 @@ def test_a_resume_that_is_refused_changes_nothing(
 
 
 def test_a_resume_says_what_it_has_otherwise(corpus, copy):
-  optimizer = optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=2e-3)
+  optimizer = chain.OptimizerConfig(warmup_steps=2, peak_lr=2e-3)
   _, printed = tiny_run.run(
     tiny_run.experiment(corpus, num_steps=6, optimizer=optimizer), copy
   )
@@ -151,7 +148,7 @@ def test_a_resume_says_what_it_has_otherwise(corpus, copy):
 
 def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
   before = _files(copy)
-  optimizer = optimizer_lib.OptimizerConfig(warmup_steps=1, peak_lr=2e-3)
+  optimizer = chain.OptimizerConfig(warmup_steps=1, peak_lr=2e-3)
   _, printed = tiny_run.run(
     tiny_run.experiment(corpus, num_steps=3, optimizer=optimizer), copy
   )
@@ -165,7 +162,7 @@ def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
 
 
 def test_a_complete_run_is_frozen_as_it_is_asked_for_now(corpus, copy):
-  freezing = config_lib.FreezeConfig(dtype='bfloat16', max_tokens=7)
+  freezing = experiment.FreezeConfig(dtype='bfloat16', max_tokens=7)
   asked = tiny_run.experiment(corpus, num_steps=4, freeze=freezing)
   _, printed = tiny_run.run(asked, copy)
   assert 'has freeze.dtype = float32, not bfloat16: freezing' in printed

@@ -10,8 +10,9 @@ import pytest
 from models import axes, layout, transformer
 from parallel import parallel_config, placement as placement_lib
 from tests import fixtures
-from training import optimizer as optimizer_lib, state as state_lib, step
+from training import state as state_lib, step
 from training.objectives import next_token
+from training.optimizer import chain
 
 NUM_STEPS = 20
 # Sizes that divide by every mesh axis below.
@@ -33,8 +34,8 @@ def _batch(index):
 
 
 def _optimizer(model):
-  return optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+  return chain.make_optimizer(
+    chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     NUM_STEPS,
     model.config,
     state_lib.abstract_params(model),

@@ -8,11 +8,8 @@ import rich.console
 
 from data import config as data_config, sources
 from tests import fixtures
-from training import (
-  config as config_lib,
-  optimizer as optimizer_lib,
-  run as run_lib,
-)
+from training import experiment as experiment_lib, run as run_lib
+from training.optimizer import chain
 
 _WORDS = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
 
@@ -28,7 +25,7 @@ def write_corpus(directory: pathlib.Path) -> str:
   return str(directory / '{split}' / '*.txt')
 
 
-def experiment(corpus: str, **overrides) -> config_lib.Experiment:
+def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
   """Returns twelve steps, a checkpoint in four, an evaluation in six."""
   data = {
     'open_source': sources.text_files,
@@ -44,17 +41,17 @@ def experiment(corpus: str, **overrides) -> config_lib.Experiment:
     'name': 'tiny',
     'model': fixtures.llama_like(vocab_size=264, num_layers=1),
     'data': data_config.DataConfig(**data),
-    'optimizer': optimizer_lib.OptimizerConfig(warmup_steps=2),
+    'optimizer': chain.OptimizerConfig(warmup_steps=2),
     'num_steps': 12,
     'log_every_steps': 3,
     'eval_every_steps': 6,
-    'checkpoint': config_lib.CheckpointConfig(every_steps=4),
+    'checkpoint': experiment_lib.CheckpointConfig(every_steps=4),
   }
-  return config_lib.Experiment(**{**fields, **overrides})
+  return experiment_lib.Experiment(**{**fields, **overrides})
 
 
 def run(
-  experiment: config_lib.Experiment, workdir: pathlib.Path
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> tuple[run_lib.Result, str]:
   """Returns what a run came to, and all that it printed."""
   console = rich.console.Console(file=io.StringIO(), width=200)

@@ -12,8 +12,9 @@ import pytest
 from models import execution, transformer
 from models.linear import plain, quantized
 from tests import fixtures
-from training import optimizer as optimizer_lib, state as state_lib, step
+from training import state as state_lib, step
 from training.objectives import next_token
+from training.optimizer import chain
 
 pytest.importorskip('qwix', reason='needs requirements-quant.txt')
 
@@ -95,8 +96,8 @@ def _train(form, *, num_steps=20, **model_fields):
       linear=PRODUCTS.get(form, plain.linear),
     ),
   )
-  optimizer = optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+  optimizer = chain.make_optimizer(
+    chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     num_steps,
     model.config,
     state_lib.abstract_params(model),

@@ -1,0 +1,110 @@
+"""Averages of the weights along a run, served in place of the last ones.
+
+The weights of a run with a high learning rate move around a better point than
+any they pass (Polyak & Juditsky 1992). There are two ways to that point:
+
+    EMA            `Experiment.ema_decay`: an exponential average, one more copy
+                   of the parameters, updated in the train step
+    schedule-free  the optimizer's own average (arXiv:2405.15682): its gradients
+                   are taken elsewhere than where it is to be evaluated
+
+Either is evaluated beside the raw weights, saved as the checkpoint's item
+`average`, and frozen unless `freeze.weights` says otherwise.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from frozen import manifest
+from training import state as state_lib
+from training.optimizer import chain
+
+
+def update(
+  average: Any,
+  params: Any,
+  *,
+  num_updates: jax.Array,
+  decay: float,
+  skipped: jax.Array | None = None,
+) -> Any:
+  """Moves the average towards the parameters of a step.
+
+  The decay is min(decay, (1 + t) / (10 + t)) of t updates, as TensorFlow's
+  ExponentialMovingAverage has it: the start, where the weights are of no use,
+  is forgotten soon, and there is nothing to correct when it is read. It is the
+  same in a run that began to average late, from the weights of then.
+
+  Args:
+    average: float32, like the parameters; None: none is kept.
+    params: after the step.
+    num_updates: t, steps before this one.
+    decay: for the long run, `Experiment.ema_decay`.
+    skipped: whether the step was not taken; the average then stays too.
+  """
+  if average is None:
+    return None
+  t = jnp.asarray(num_updates, jnp.float32)
+  share = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+  if skipped is not None:
+    share = jnp.where(skipped, 0.0, share)
+  return jax.tree.map(lambda a, p: a + share * (p - a), average, params)
+
+
+def reader(
+  config: chain.OptimizerConfig, ema_decay: float
+) -> Callable[[state_lib.TrainState], Any] | None:
+  """Returns what reads the averaged weights of a state; None: there are none.
+
+  The result is pure and goes through jit and pmap.
+  """
+  if ema_decay:
+    return lambda state: state.average
+  if _is_schedule_free(config):
+    return lambda state: chain.eval_params(
+      config, state.opt_state, state.params
+    )
+  return None
+
+
+def validate(
+  config: chain.OptimizerConfig, ema_decay: float, weights: str
+) -> None:
+  """Refuses averages that there are not, or are twice.
+
+  Args:
+    config: of the optimizer.
+    ema_decay: `Experiment.ema_decay`.
+    weights: `FreezeConfig.weights`.
+
+  Raises:
+    ValueError: names the field.
+  """
+  is_schedule_free = _is_schedule_free(config)
+  if not 0 <= ema_decay < 1:
+    raise ValueError(
+      f'config.ema_decay: got {ema_decay}, expected 0 <= ema_decay < 1; 0 keeps'
+      ' no average'
+    )
+  if ema_decay and is_schedule_free:
+    raise ValueError(
+      f'config.ema_decay: got {ema_decay} with a schedule-free optimizer,'
+      ' expected 0: that optimizer keeps an average of its own'
+    )
+  if weights not in manifest.WEIGHTS:
+    raise ValueError(
+      f'freeze.weights: got {weights!r}, expected one of'
+      f' {", ".join(manifest.WEIGHTS)}'
+    )
+  if weights == 'average' and not (ema_decay or is_schedule_free):
+    raise ValueError(
+      'freeze.weights: got average of a run that keeps none, expected auto or'
+      ' raw; set config.ema_decay to keep one'
+    )
+
+
+def _is_schedule_free(config: chain.OptimizerConfig) -> bool:
+  return config.name == 'schedule_free'

@@ -1,0 +1,397 @@
+"""Memory of a training step on each device, from shapes alone.
+
+A formula for what `--plan` prints in seconds; the compiler's own figure stands
+beside it where there is a compiler. Every term is something that has to exist:
+
+    state        parameters, optimizer and the average of the parameters if the
+                 run keeps one, as the placement splits them
+    gradients    of every parameter, split alike; with micro-batches a second
+                 time, the sum so far and what is being added to it
+    cast         the stacked weights in the compute dtype: XLA converts them
+                 once, before the loop over layers
+    saved        what the forward pass leaves for the backward pass, a layer
+                 after the other
+
+and, at its largest, the place of the step where most exists besides:
+
+    loss         the head in the compute dtype and its float32 gradient, whole
+                 but for `tensor`; a chunk of logits; the hidden states
+    layers       one layer's weights gathered and their float32 gradients
+                 before they are scattered; what its backward pass recomputes
+    embedding    the table's float32 gradient, whole but for `tensor`
+    update       what Muon makes of the gradients: its momentum and its steps,
+                 and one matrix, whole, to be multiplied with itself
+
+What a layer saves is not counted by hand: the layer is traced, abstractly, and
+asked what it keeps (`jax.vjp`), so that remat policies, attention kernels and
+mixtures of experts are what they are in the step.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from models import (
+  block as block_lib,
+  cross_entropy,
+  execution as execution_lib,
+  remat,
+)
+from models.attention import dense
+from models.moe import dispatch
+from training import (
+  attention_path,
+  experiment as experiment_lib,
+  learner as learner_lib,
+)
+from training.optimizer import param_groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Bytes on one device."""
+
+  params: float
+  optimizer: float
+  average: float
+  gradients: float
+  cast: float
+  saved: float
+  loss: float
+  layers: float
+  embedding: float
+  update: float
+
+  @property
+  def phases(self) -> dict[str, float]:
+    """What exists besides state and gradients, in turn."""
+    return {
+      'loss': self.saved + self.loss,
+      'layers': self.saved + self.layers,
+      'embedding': self.embedding,
+      'update': self.update,
+    }
+
+  @property
+  def total(self) -> float:
+    """The peak."""
+    return (
+      self.params
+      + self.optimizer
+      + self.average
+      + self.gradients
+      + self.cast
+      + max(self.phases.values())
+    )
+
+
+def estimate(learner: learner_lib.Learner) -> Memory:
+  """Returns the memory of a learner's train step. Allocates nothing."""
+  experiment = learner.experiment
+  model = experiment.model
+  parallel = _sizes(learner)
+  itemsize = jnp.dtype(experiment.compute_dtype).itemsize
+  params, optimizer = _state_bytes(learner)
+  layer_params = _layer_bytes(learner)
+  layer_whole = 4 * _layer_numbers(learner)
+  tokens = _tokens(experiment, parallel)
+  table = 4 * model.vocab_size * model.model_width / parallel['tensor']
+  saved = _residual_bytes(learner, experiment.execution.remat)
+  stages = parallel['stage']
+  parts = experiment.parallel.num_stage_microbatches
+  # A pipeline's buffers are as many as its ticks, of which some are idle.
+  in_flight = (parts + stages - 1) / parts
+  layers_here = model.num_layers / stages
+  return Memory(
+    params=params,
+    optimizer=optimizer,
+    average=params if learner.abstract_state.average is not None else 0.0,
+    gradients=params * (2 if experiment.num_microbatches > 1 else 1),
+    cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
+    saved=saved * layers_here * in_flight,
+    loss=_loss_bytes(learner, tokens, table, itemsize),
+    layers=layer_whole * (itemsize / 4 + 1) + _working_bytes(learner, tokens),
+    embedding=table,
+    update=_update_bytes(learner),
+  )
+
+
+def _update_bytes(learner) -> float:
+  """Returns what the update takes that is not computed number by number."""
+  if learner.experiment.optimizer.name != 'muon':
+    return 0.0
+  params = learner.abstract_state.params
+  is_hidden = param_groups.is_hidden_matrix(params)
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  hidden = param_groups.selected(is_hidden, params)
+  matrices = jax.tree.leaves(hidden)
+  num_bytes = (
+    _bytes(hidden)
+    if shardings is None
+    else _shard_bytes(
+      hidden, param_groups.selected(is_hidden, shardings.params)
+    )
+  )
+  # X, its square and the square's polynomial, and the product of the two.
+  whole = max(4 * math.prod(leaf.shape[-2:]) for leaf in matrices)
+  # A stage takes all of its layers at once, other devices one after the other.
+  stages = _sizes(learner)['stage']
+  num_layers = learner.experiment.model.num_layers
+  return 2 * num_bytes + 4 * whole * (num_layers / stages if stages > 1 else 1)
+
+
+def _loss_bytes(learner, tokens, table, itemsize) -> float:
+  model = learner.experiment.model
+  hidden = tokens * model.model_width * itemsize
+  tensor = _sizes(learner)['tensor']
+  logits = min(
+    tokens * model.vocab_size / tensor, cross_entropy.MAX_CHUNK_LOGITS
+  )
+  # Logits, and their gradient in the compute dtype.
+  return table * (itemsize / 4 + 1) + 2 * hidden + logits * (4 + itemsize)
+
+
+def _sizes(learner) -> dict[str, int]:
+  mesh = getattr(learner.placement, 'mesh', None)
+  if mesh is not None:
+    return dict(mesh.shape)
+  ones = dict.fromkeys(
+    ('stage', 'data', 'fsdp', 'expert', 'context', 'tensor'), 1
+  )
+  return ones | {'data': len(learner.placement.devices)}
+
+
+def _rows(experiment: experiment_lib.Experiment, sizes: dict[str, int]) -> int:
+  """Rows of a micro-batch on one device."""
+  rows = experiment.data.batch_size // experiment.num_microbatches
+  return rows // (sizes['data'] * sizes['fsdp'] * sizes['expert'])
+
+
+def _tokens(experiment, sizes) -> float:
+  row_length = experiment.data.row_length / sizes['context']
+  return _rows(experiment, sizes) * row_length
+
+
+def _state_bytes(learner) -> tuple[float, float]:
+  """Returns (params, optimizer) bytes of one device."""
+  state = learner.abstract_state
+  shardings = getattr(learner.placement, 'state_shardings', None)
+  if shardings is None:
+    return _bytes(state.params), _bytes(state.opt_state)
+  return (
+    _shard_bytes(state.params, learner.placement.whole_shardings.params),
+    _shard_bytes(state.opt_state, learner.placement.whole_shardings.opt_state),
+  )
+
+
+def _layer_bytes(learner) -> float:
+  """Returns the float32 bytes of all layers' weights on one device."""
+  params = learner.abstract_state.params['params']
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  names = [name for name in params if name.startswith('layer')]
+  layers = {name: params[name] for name in names}
+  if shardings is None:
+    return _bytes(layers)
+  split = {name: shardings.params['params'][name] for name in names}
+  return _shard_bytes(layers, split)
+
+
+def _layer_numbers(learner) -> float:
+  """Returns how many weights of one layer a device multiplies with.
+
+  All of them but for those that `tensor` splits, and of the experts its own.
+  """
+  params = learner.abstract_state.params['params']
+  layers = {k: v for k, v in params.items() if k.startswith('layer')}
+  sizes = _sizes(learner)
+  total = 0.0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+    is_expert = 'expert_' in jax.tree_util.keystr(path)
+    total += leaf.size / (sizes['expert'] if is_expert else 1)
+  return total / learner.experiment.model.num_layers / sizes['tensor']
+
+
+def _bytes(tree: Any) -> float:
+  return sum(
+    math.prod(leaf.shape) * _itemsize(leaf) for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _shard_bytes(tree: Any, shardings: Any) -> float:
+  sizes = jax.tree.map(
+    lambda leaf, sharding: (
+      math.prod(sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+    ),
+    tree,
+    shardings,
+  )
+  return float(sum(jax.tree.leaves(sizes)))
+
+
+def _itemsize(leaf) -> int:
+  # A typed key is two 32-bit words.
+  return (
+    8
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else (leaf.dtype.itemsize)
+  )
+
+
+def residuals(
+  experiment: experiment_lib.Experiment,
+  sizes: dict[str, int],
+  policy: str,
+  is_fused: bool,
+) -> list[jax.ShapeDtypeStruct]:
+  """Returns what one layer keeps of its tokens for the backward pass.
+
+  Args:
+    experiment: of which the layer is one.
+    sizes: of the mesh axes; the layer is traced with the heads, columns and
+      tokens that one device has.
+    policy: one of `models.execution.REMAT`.
+    is_fused: whether a kernel computes attention.
+  """
+  model = experiment.model
+  config = dataclasses.replace(
+    model,
+    num_heads=max(model.num_heads // sizes['tensor'], 1),
+    num_kv_heads=max(model.num_kv_heads // sizes['tensor'], 1),
+    mlp_width=model.mlp_width // sizes['tensor'],
+  )
+  if model.num_experts:
+    config = dataclasses.replace(
+      config, expert_width=model.expert_width // sizes['tensor']
+    )
+  dtype = jnp.dtype(experiment.compute_dtype)
+  block = remat.wrap(block_lib.Block, policy, is_scanned=False)(
+    config,
+    dtype,
+    execution_lib.Execution(
+      remat=policy,
+      attend=_fused_attend if is_fused else dense.attend,
+      apply_experts=functools.partial(_apply_experts, sizes['expert']),
+    ),
+    # Where layers differ, those with experts come last, and keep the most.
+    config.layer(config.num_layers - 1),
+  )
+  rows = _rows(experiment, sizes)
+  time = experiment.data.row_length // sizes['context']
+  shape = functools.partial(jax.ShapeDtypeStruct, (rows, time))
+  x_BTD = jax.ShapeDtypeStruct((rows, time, model.model_width), dtype)
+  angles_BTc: Any = (
+    jax.ShapeDtypeStruct((rows, time, model.rotated_width // 2), jnp.float32)
+    if model.positions == 'rope'
+    else None
+  )
+  angles = block_lib.Angles(angles_BTc)
+  shared = angles, shape(dtype=jnp.int32), shape(dtype=jnp.int32)
+
+  def kept(key, x_BTD, shared):
+    params = block.init(key, x_BTD, None, *shared)
+    _, vjp = jax.vjp(
+      lambda params, x: block.apply(params, x, None, *shared)[0], params, x_BTD
+    )
+    return params, vjp
+
+  params, vjp = jax.eval_shape(kept, jax.random.key(0), x_BTD, shared)
+  # The weights are there anyway, and what layers share is not theirs.
+  elsewhere = [leaf.shape for leaf in jax.tree.leaves((params, shared))]
+  return [
+    leaf
+    for leaf in jax.tree.leaves(vjp)
+    if hasattr(leaf, 'shape') and leaf.shape not in elsewhere
+  ]
+
+
+def _apply_experts(num_shards, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
+  """Applies the experts of one device to the rows of its group."""
+
+  def gathered(part):
+    return jnp.concatenate([part] * num_shards) if num_shards > 1 else part
+
+  y_BTD = dispatch.apply_experts(
+    gathered(x_BTD.astype(dtype)),
+    gathered(ids_BTA),
+    gathered(gates_BTA),
+    kernels,
+    dtype,
+  )
+  return y_BTD[: x_BTD.shape[0]]
+
+
+@functools.partial(jax.custom_vjp)
+def _fused(q_BTHC, k_BKTC, v_BKTC):
+  return _fused_forward(q_BTHC, k_BKTC, v_BKTC)[0]
+
+
+def _fused_forward(q_BTHC, k_BKTC, v_BKTC):
+  """What a kernel is given and keeps; the values are of no matter here."""
+  name = functools.partial(checkpoint_name, name=remat.ATTENTION)
+  out_BTHC = name(q_BTHC * 1)
+  log_sum_BTH = name(jnp.sum(q_BTHC, axis=-1, dtype=jnp.float32))
+  return out_BTHC, (q_BTHC, k_BKTC, v_BKTC, out_BTHC, log_sum_BTH)
+
+
+def _fused_backward(kept, dout_BTHC):
+  q_BTHC, k_BKTC, v_BKTC, *_ = kept
+  del dout_BTHC
+  return q_BTHC, k_BKTC, v_BKTC
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _fused_attend(
+  q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None, form=None
+):
+  """Stands in for a kernel while shapes are traced."""
+  del segment_ids_BT, dropout, form
+  out_BTHC: Any = _fused(q_BTHC, k_BKTC, v_BKTC)
+  return out_BTHC
+
+
+def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
+  path = attention_path.resolve(learner.experiment, learner.placement)
+  return residuals(
+    learner.experiment, _sizes(learner), policy, path != 'reference'
+  )
+
+
+def _working_bytes(learner, tokens: float) -> float:
+  """What the backward pass of one layer holds at a time.
+
+  Whatever the layer would keep without remat: made again where it was not
+  kept, or else the gradients of it. What its norms compute in float32 is
+  neither: the compiler makes it where it is read. In its place are two float32
+  gradients of the stream, the one that arrives and the one that leaves. A
+  mixture has the gradient of what its experts return besides.
+  """
+  experiment = learner.experiment
+  model, sizes = experiment.model, _sizes(learner)
+  itemsize = jnp.dtype(experiment.compute_dtype).itemsize
+  normed = [(model.model_width,)]  # [D] of the stream, [H, C] of each head
+  if model.qk_norm:
+    normed += [
+      (max(heads // sizes['tensor'], 1), model.head_width)
+      for heads in (model.num_heads, model.num_kv_heads)
+    ]
+  kept = [
+    leaf
+    for leaf in _residuals(learner, 'none')
+    if itemsize == 4
+    or leaf.dtype != jnp.float32
+    or leaf.shape[2:] not in normed
+  ]
+  copies = tokens * model.num_active_experts * sizes['expert']
+  wide = 4 * 2 * tokens + itemsize * copies
+  return _bytes(kept) + model.model_width * wide
+
+
+def _residual_bytes(learner, policy: str) -> float:
+  return _bytes(_residuals(learner, policy))

@@ -1,0 +1,170 @@
+"""What the user is told of a run: before, when it is frozen, and after."""
+
+from collections.abc import Sequence
+import pathlib
+
+import rich.console
+
+from frozen import manifest as manifest_lib
+from parallel import processes
+from training import assemble, experiment as experiment_lib
+from training.evaluation import validation
+from training.lifecycle import interrupt
+from training.reporting import metrics
+
+
+def describe(
+  experiment: experiment_lib.Experiment,
+  parts: assemble.Parts,
+  first_step: int,
+  console: rich.console.Console,
+) -> None:
+  """Says what is about to run."""
+  data = experiment.data
+  tokens = data.rows_before(experiment.num_steps) * data.row_length
+  devices = parts.learner.placement.devices
+  rows = [
+    ('experiment', experiment.name),
+    ('data', _describe_data(experiment, parts)),
+    ('tokenizer', f'{data.tokenizer.kind}, {parts.tokenizer.vocab_size:,} ids'),
+    ('model', f'{parts.learner.num_params:,} parameters'),
+    (
+      'batch',
+      f'{" -> ".join(map(str, data.batch_sizes))} rows x {data.row_length} ='
+      f' {" -> ".join(f"{n * data.row_length:,}" for n in data.batch_sizes)}'
+      ' tokens',
+    ),
+    (
+      'run',
+      f'{experiment.num_steps:,} steps, {tokens:,} tokens,'
+      f' {tokens * parts.learner.flops_per_token:.2e} FLOPs',
+    ),
+    (
+      'devices',
+      f'{len(devices)} x {devices[0].device_kind}{_in_processes()},'
+      f' {experiment.parallel.kind}, {experiment.compute_dtype}',
+    ),
+  ]
+  for overlap in parts.overlaps:
+    is_much = overlap.share > data.contamination_warning or overlap.num_copied
+    rows.append(
+      ('WARNING' if is_much else 'overlap', f'{overlap.source} {overlap}')
+    )
+  if first_step:
+    rows.append(('resumed', f'after step {first_step}'))
+  for name, value in rows:
+    say(console, f'{name:<10} {value}')
+
+
+def _describe_data(
+  experiment: experiment_lib.Experiment, parts: assemble.Parts
+) -> str:
+  """Says of each source what it has and how much of its rows is text."""
+  data = experiment.data
+  mixed = data.train_sources()
+  total = sum(source.weight for source in mixed)
+  epochs = parts.batches.epochs(experiment.num_steps)
+  lines = []
+  for source, rows in zip(mixed, parts.batches.sources, strict=True):
+    share = f' {source.weight / total:.2%} of the rows,' if total else ''
+    lines.append(
+      f'{rows.name} {source.path}'.strip()
+      + f':{share if len(mixed) > 1 else ""}'
+      f' {rows.store.num_documents:,} documents in {source.split},'
+      f' {rows.store.num_ids:,} tokens, {data.packing} fills'
+      f' {rows.fill_rate:.2%} of {rows.num_rows:,} rows;'
+      f' {epochs[rows.name]:.3g} epochs'
+    )
+  return ('\n' + ' ' * 11).join(lines)
+
+
+def _in_processes() -> str:
+  num = processes.count()
+  return f' in {num} processes' if num > 1 else ''
+
+
+def tell_unused(
+  step: int,
+  experiment: experiment_lib.Experiment,
+  changes: Sequence[str],
+  console: rich.console.Console,
+) -> None:
+  """Says what a run that has no step left to take makes no use of."""
+  if step > experiment.num_steps:
+    say(
+      console,
+      f'note: {step} steps are taken, more than the {experiment.num_steps} of'
+      ' config.num_steps: the last one counts',
+    )
+  unused = [
+    words for words in changes if not words.startswith(('freeze.', 'num_steps'))
+  ]
+  if unused:
+    say(
+      console,
+      f'note: nothing is left to train, so this changes nothing:'
+      f' {"; ".join(unused)}',
+    )
+
+
+def show_manifest(
+  directory: pathlib.Path,
+  manifest: manifest_lib.Manifest,
+  console: rich.console.Console,
+) -> None:
+  """Shows what was handed over."""
+  say(
+    console,
+    f'frozen     {directory}: {manifest.num_params:,} {manifest.dtype}'
+    f' parameters in {len(manifest.files)} files\n'
+    f'  step {manifest.step}, {manifest.tokens_seen:,} tokens,'
+    f' {manifest.training_flops:.2e} FLOPs,'
+    f' {manifest.train_seconds:.0f} s\n'
+    f'  data {", ".join(mix["source"] for mix in manifest.data_mix)},'
+    f' knowledge cutoff {manifest.knowledge_cutoff or "unknown"}\n'
+    f'  code {manifest.code_commit}\n'
+    f'  weights {manifest.weights_digest} ({manifest.weights})',
+  )
+
+
+def summarise(
+  workdir: pathlib.Path,
+  step: int | None,
+  stop: interrupt.Interrupt,
+  console: rich.console.Console,
+) -> None:
+  """Shows the loss curve of the whole run, and what it came to."""
+  records = metrics.read(workdir)
+  losses = [r['loss'] for r in records if r['kind'] == 'train']
+  say(
+    console,
+    f'loss       {losses[0]:.3f} {metrics.sparkline(losses)} {losses[-1]:.3f}',
+  )
+  evals = [r for r in records if r['kind'] == 'eval']
+  for record in evals[-1:]:
+    say(console, f'{validation.report(record)} at step {record["step"]}')
+  skipped = [r['step'] for r in records if r.get('skipped')]
+  if skipped:
+    say(
+      console,
+      f'skipped    {len(skipped)} steps with outlying gradients, the last was'
+      f' {skipped[-1]}',
+    )
+  if stop.signal:
+    say(
+      console,
+      f'stopped by {stop.signal.name} after step {step}; saved within'
+      f' {stop.seconds():.1f} s, of {stop.grace_s:g} s in checkpoint.grace_s.'
+      ' The same command goes on from there.',
+    )
+
+
+def say_epochs(epochs: dict[str, float], console: rich.console.Console) -> None:
+  """Shows how often each source was trained."""
+  of_each = ', '.join(f'{name} {value:.3g}' for name, value in epochs.items())
+  say(console, f'epochs     {of_each}')
+
+
+def say(console: rich.console.Console, text: str) -> None:
+  """Prints a line as it is."""
+  console.print(text, highlight=False, markup=False, soft_wrap=True)
