@@ -160,12 +160,12 @@ def _evaluate() -> None:
 def _evaluated(generator):
   """Returns the model that evaluations ask, which is the engine that serves."""
   from evals import encoding, ports
-  from inference import chat, scoring
+  from inference import chat, model_port
 
   manifest, engine = generator.frozen.manifest, generator.engine
   # Several ids may end a text; a tokenizer has one of them as its EOS.
-  sample = scoring.sampler(engine, stop_ids=generator.defaults.stop_ids)
-  score = scoring.scorer(engine)
+  sample = model_port.sampler(engine, stop_ids=generator.defaults.stop_ids)
+  score = model_port.scorer(engine)
 
   def score_all(requests):
     return [ports.Scored(*each) for each in score(requests)]
@@ -255,7 +255,7 @@ def _load_small(num_sequences: int):
 
 def _engine_config(**defaults):
   """Returns what the flags say of the engine, else the defaults."""
-  from inference import engine_config
+  from inference.engine import engine_config
 
   names = [name for name in FLAGS if name.startswith(_ENGINE)]
   given = {
@@ -396,7 +396,7 @@ def _define_settings() -> None:
 
 
 def _define_engine() -> None:
-  """Defines the fields of `inference.engine_config.EngineConfig`.
+  """Defines the fields of `inference.engine.engine_config.EngineConfig`.
 
   By hand: importing it would make --help wait for JAX. Without a value the
   default is the field's own.

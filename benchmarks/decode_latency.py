@@ -28,12 +28,8 @@ import numpy as np
 
 from benchmarks import made_up_text, peer_process, timing
 from hardware import peaks
-from inference import (
-  engine as engine_lib,
-  engine_config,
-  requests,
-  settings as settings_lib,
-)
+from inference.engine import engine as engine_lib, engine_config, requests
+from inference.sampling import settings
 from models import flops, model_config
 
 
@@ -98,7 +94,7 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
   )
   asked = requests.Request(
     prompt_ids=tuple(prompt_ids(request)),
-    settings=settings_lib.Settings(
+    settings=settings.Settings(
       temperature=0.0, max_tokens=request.new_tokens, ignore_eos=True
     ),
   )

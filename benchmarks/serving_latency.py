@@ -25,12 +25,8 @@ import numpy as np
 
 from benchmarks import decode_latency, made_up_text, timing
 from hardware import host_memory
-from inference import (
-  engine as engine_lib,
-  engine_config,
-  requests,
-  settings as settings_lib,
-)
+from inference.engine import engine as engine_lib, engine_config, requests
+from inference.sampling import settings as settings_lib
 from models import flops, model_config
 
 

@@ -21,12 +21,8 @@ import os
 import jax.numpy as jnp
 
 from frozen import format as frozen_format
-from inference import (
-  engine as engine_lib,
-  engine_config,
-  requests,
-  settings as settings_lib,
-)
+from inference.engine import engine as engine_lib, engine_config, requests
+from inference.sampling import settings as settings_lib
 from text import tokenizer as tokenizer_lib
 
 Prompt = str | abc.Sequence[int]

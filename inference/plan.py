@@ -24,7 +24,7 @@ import numpy as np
 
 from frozen import manifest as manifest_lib
 from hardware import compile_ahead, peaks as peaks_lib, targets
-from inference import backends, engine_config, programs
+from inference.engine import engine_config, execution, programs
 from models import flops, kv_cache, layout, model_config, transformer
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
@@ -185,7 +185,7 @@ def compile_decode_step(
     ),
     dataclasses.replace(plan.config, scan_layers=False),
   )
-  backend = backends.choose(engine, config, dtype, device.platform)
+  backend = execution.choose(engine, config, dtype, device.platform)
   model = transformer.Transformer(config, dtype, backend.execution)
   tokens = engine.page_tokens(config.max_length)
   per_sequence = -(-config.max_length // tokens)

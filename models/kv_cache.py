@@ -1,8 +1,8 @@
 """The KV cache: an explicit pytree, an argument and a result.
 
 Two kinds, told apart by the type of a layer's entry. Who owns which page is
-policy and lives in `inference/pages.py`; here are the arrays, and the pure
-functions that write them.
+policy and lives in `inference/scheduling/pages.py`; here are the arrays, and
+the pure functions that write them.
 
 **Dense**, `LayerCache`: slot s of a sequence holds the keys and values of its
 position s, so no lengths are needed: attention from position p sees the slots

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference import (
+from inference.engine import (
   engine as engine_lib,
   engine_config,
-  logprobs as logprobs_lib,
   requests as requests_lib,
+)
+from inference.sampling import (
+  logprobs as logprobs_lib,
   settings as settings_lib,
 )
 from models import invariant, kv_cache, transformer

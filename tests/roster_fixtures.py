@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import zlib
 
-from inference import pages as pages_lib, roster as roster_lib, scheduler
+from inference.scheduling import pages, scheduler, sequence_manager
 
 
 def limits(**changes) -> scheduler.Limits:
@@ -48,7 +48,7 @@ class Device:
     self.last_B: dict[int, int] = {}
     self._histories: dict[tuple, int] = {}
 
-  def execute(self, step: roster_lib.Step) -> list[tuple[object, int]]:
+  def execute(self, step: sequence_manager.Step) -> list[tuple[object, int]]:
     """Computes a step and returns the tokens that it samples."""
     self._copy(step.copies)
     written: set[tuple[int, int]] = set()
@@ -59,7 +59,7 @@ class Device:
       assert row.length >= 1
       assert len(row.pages) == -(-stop // self.page_size)
       assert len(set(row.pages)) == len(row.pages)
-      assert pages_lib.NULL_PAGE not in row.pages
+      assert pages.NULL_PAGE not in row.pages
       tokens = [self.last_B[row.slot]] if row.tokens is None else row.tokens
       assert list(tokens) == truth.tokens[row.start : stop], row
       history = self._read(row, truth)
@@ -92,7 +92,7 @@ class Device:
       (place, content) for place, content in read.items() if content is not None
     )
 
-  def _read(self, row: roster_lib.Row, truth: Truth) -> int:
+  def _read(self, row: sequence_manager.Row, truth: Truth) -> int:
     """Reads all that a row attends to; returns what its last token is from."""
     history = self._history(-1, truth.scope)
     for position in range(row.start):
@@ -101,7 +101,7 @@ class Device:
       assert found == history, f'{row} reads another sequence at {position}'
     return history
 
-  def _place(self, row: roster_lib.Row, position: int) -> tuple[int, int]:
+  def _place(self, row: sequence_manager.Row, position: int) -> tuple[int, int]:
     index, offset = divmod(position, self.page_size)
     return row.pages[index], offset
 
@@ -116,10 +116,10 @@ class Loop:
     self, limits: scheduler.Limits, *, num_pages: int, depth: int = 1
   ):
     self.limits = limits
-    self.roster = roster_lib.Roster(limits, num_pages=num_pages)
+    self.roster = sequence_manager.Roster(limits, num_pages=num_pages)
     self.device = Device(limits.page_size)
     self.depth = depth
-    self.steps: list[roster_lib.Step] = []
+    self.steps: list[sequence_manager.Step] = []
     self.in_flight: collections.deque[list] = collections.deque()
     self.ended: dict[object, Truth] = {}
     self.end_steps: dict[object, int] = {}
@@ -137,7 +137,7 @@ class Loop:
       settings.get('scope'), len(prompt), max_new_tokens, list(prompt)
     )
 
-  def step(self) -> roster_lib.Step | None:
+  def step(self) -> sequence_manager.Step | None:
     """Dispatches a step if there is one, and takes in a result that is due."""
     plan = self.roster.plan()
     step = None
@@ -180,7 +180,7 @@ class Loop:
       assert is_progress or was_in_flight, 'a step that does nothing'
     raise AssertionError(f'{len(self.truths)} left after {max_steps} steps')
 
-  def _check(self, step: roster_lib.Step):
+  def _check(self, step: sequence_manager.Step):
     limits = self.limits
     assert len(step.decodes) <= limits.max_sequences
     most = limits.max_mixed_blocks if step.decodes else limits.max_blocks

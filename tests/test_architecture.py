@@ -332,7 +332,7 @@ def test_the_files_were_found():
 @pytest.mark.parametrize(
   ('path', 'source'),
   [
-    ('training/loop.py', 'import inference.engine'),
+    ('training/loop.py', 'import inference.engine.engine'),
     ('training/loop.py', 'from inference import engine'),
     ('inference/decode.py', 'def f():\n  from training import state'),
     ('inference/decode.py', 'def f():\n  import optax'),

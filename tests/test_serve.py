@@ -14,7 +14,7 @@ import pytest
 
 from evals import run as eval_run, scores
 from frozen import format as frozen_format
-from inference import engine_config
+from inference.engine import engine_config
 from models import transformer
 import serve
 from tests import fixtures, frozen_fixtures

@@ -31,7 +31,8 @@ from fastapi import exceptions, responses
 from starlette import exceptions as starlette_exceptions
 
 from frozen import format as frozen_format, manifest as manifest_lib
-from inference import engine as engine_lib, generate
+from inference import generate
+from inference.engine import engine
 from inference.server import (
   api_keys,
   completions,
@@ -213,7 +214,7 @@ async def _submit(
 ) -> engine_loop_lib.Updates:
   try:
     return await engine_loop.submit(answer.requests)
-  except engine_lib.Overloaded as error:
+  except engine.Overloaded as error:
     raise schema.ApiError(
       429, str(error), param=None, code='overloaded'
     ) from error

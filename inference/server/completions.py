@@ -7,7 +7,8 @@ What is not OpenAI's, in the last piece of a choice:
 
     seed          with the settings and the weights: the same text again
     stop_reason   the stop string or id that ended it, as in vLLM
-    accounting    what it took, see `inference.requests.Usage`: tokens computed
+    accounting    what it took, see `inference.engine.requests.Usage`: tokens
+    computed
                   and found computed, floating-point operations, bytes of its
                   pages times seconds, seconds of waiting, reading and writing
 """
@@ -19,7 +20,9 @@ import time
 from typing import Any
 import uuid
 
-from inference import generate, requests, settings as settings_lib
+from inference import generate
+from inference.engine import requests
+from inference.sampling import settings as settings_lib
 from inference.server import schema, token_scores
 
 # Uvicorn shows this logger; under another server it is an ordinary one.

@@ -27,7 +27,8 @@ import logging
 import queue
 import threading
 
-from inference import engine as engine_lib, generate, requests
+from inference import generate
+from inference.engine import engine as engine_lib, requests
 
 _LOG = logging.getLogger('uvicorn.error')
 

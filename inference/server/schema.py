@@ -2,8 +2,8 @@
 
 Every field that clients of OpenAI's completions API send is here: implemented,
 or refused unless it holds the value that changes nothing. So are those of
-vLLM's that `inference.settings` has. A field that is not here is refused too.
-Nothing is ignored.
+vLLM's that `inference.sampling.settings` has. A field that is not here is
+refused too. Nothing is ignored.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import responses
 import pydantic
 
-from inference import settings as settings_lib
+from inference.sampling import settings
 
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
@@ -74,7 +74,7 @@ class CompletionRequest(_Model):
   """The body of POST /v1/completions; null means the default.
 
   The default is what the frozen directory recommends, else what
-  `inference.settings` says.
+  `inference.sampling.settings` says.
   """
 
   model: str
@@ -193,7 +193,7 @@ class CompletionRequest(_Model):
       'repetition_penalty': self.repetition_penalty,
       'presence_penalty': self.presence_penalty,
       'frequency_penalty': self.frequency_penalty,
-      'logit_bias': None if biases is None else settings_lib.bias_pairs(biases),
+      'logit_bias': None if biases is None else settings.bias_pairs(biases),
       'seed': self.seed,
       'n': self.n,
       # A token follows at least; `completions` drops it.
@@ -237,7 +237,7 @@ def invalid(param: str, message: str) -> ApiError:
   return ApiError(400, f'{param}: {message}', param=param, code=None)
 
 
-def from_setting(error: settings_lib.SettingError) -> ApiError:
+def from_setting(error: settings.SettingError) -> ApiError:
   """Returns a 400 about a setting, by its name in the API."""
   name = _API_NAMES.get(error.setting, error.setting)
   return invalid(name, str(error).removeprefix(f'{error.setting}: '))

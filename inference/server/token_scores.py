@@ -18,7 +18,7 @@ it is at OpenAI.
 from collections.abc import Sequence
 from typing import Any
 
-from inference import logprobs as logprobs_lib
+from inference.sampling import logprobs
 from text import detokenize, tokenizer as tokenizer_lib
 
 _LOWEST = -9999.0
@@ -48,7 +48,7 @@ class TokenScores:
   def write(
     self,
     token_ids: Sequence[int],
-    scores: Sequence[logprobs_lib.TokenLogprobs | None],
+    scores: Sequence[logprobs.TokenLogprobs | None],
     *,
     end: int,
   ) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class TokenScores:
     return dict(zip(_NAMES, map(list, columns), strict=True))
 
   def _top(
-    self, token_id: int, score: logprobs_lib.TokenLogprobs
+    self, token_id: int, score: logprobs.TokenLogprobs
   ) -> dict[str, tuple[int, float]]:
     """Returns the alternatives, most probable first, and the token, by name."""
     found = zip(score.ids, score.values, strict=True)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import serving_latency, serving_throughput
 from hardware import peaks
-from inference import engine_config
+from inference.engine import engine_config
 from tests import fixtures
 
 _ENGINE = engine_config.EngineConfig(

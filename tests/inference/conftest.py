@@ -6,7 +6,8 @@ may do so beside a server of it, whose thread sleeps while nothing is asked.
 
 import pytest
 
-from inference import engine_config, generate
+from inference import generate
+from inference.engine import engine_config
 from tests import frozen_fixtures
 
 # Several sequences, blocks and pages, in few shapes: each takes its time.

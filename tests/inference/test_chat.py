@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from inference import chat, engine_config, generate
+from inference import chat, generate
+from inference.engine import engine_config
 from tests import frozen_fixtures, hf_fixtures
 from text import hf_tokenizer
 

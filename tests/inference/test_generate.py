@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from frozen import format as frozen_format
-from inference import generate, settings as settings_lib
+from inference import generate
+from inference.sampling import settings as settings_lib
 from models import transformer
 from tests import frozen_fixtures
 

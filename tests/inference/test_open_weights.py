@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference import engine_config, generate, settings as settings_lib
+from inference import generate
+from inference.engine import engine_config
+from inference.sampling import settings as settings_lib
 from models import transformer
 from tests import frozen_fixtures
 

@@ -8,7 +8,7 @@ import openai
 import prometheus_client.parser
 import pytest
 
-from inference import settings as settings_lib
+from inference.sampling import settings as settings_lib
 from tests import server_fixtures
 
 _MODEL, _GREEDY = server_fixtures.MODEL, server_fixtures.GREEDY

@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 
-from inference import settings as settings_lib
+from inference.sampling import settings as settings_lib
 from tests import server_fixtures
 
 _MODEL, _GREEDY = server_fixtures.MODEL, server_fixtures.GREEDY

@@ -6,13 +6,13 @@ import types
 
 import pytest
 
-from inference import (
+from inference.engine import (
   engine as engine_lib,
   engine_config,
-  metrics as metrics_lib,
+  metrics,
   requests,
-  settings as settings_lib,
 )
+from inference.sampling import settings
 from inference.server import engine_loop as engine_loop_lib
 
 _WAIT = 20  # seconds after which a test gives up
@@ -23,7 +23,7 @@ class _Engine:
 
   def __init__(self):
     self.config = engine_config.EngineConfig(max_waiting=4)
-    self.metrics = metrics_lib.Metrics()
+    self.metrics = metrics.Metrics()
     self.num_waiting = 0
     self.open: dict[int, requests.Request] = {}
     self.made: dict[int, int] = {}
@@ -74,7 +74,7 @@ class _Engine:
 def _request(max_tokens=3, **fields):
   return requests.Request(
     prompt_ids=(1,),
-    settings=settings_lib.Settings(max_tokens=max_tokens, **fields),
+    settings=settings.Settings(max_tokens=max_tokens, **fields),
   )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pydantic
 import pytest
 
-from inference import settings as settings_lib
+from inference.sampling import settings as settings_lib
 from inference.server import schema
 
 _BODY = {'model': 'tiny', 'prompt': 'a'}

@@ -2,14 +2,14 @@
 
 import pytest
 
-from inference import logprobs as logprobs_lib
+from inference.sampling import logprobs
 from inference.server import token_scores
 from tests import fixtures
 
 
 def _score(chosen, *pairs):
   ids, values = zip(*pairs, strict=True) if pairs else ((), ())
-  return logprobs_lib.TokenLogprobs(chosen, ids, values)
+  return logprobs.TokenLogprobs(chosen, ids, values)
 
 
 def _scores(**kwargs):

@@ -1,0 +1,67 @@
+"""A planned step as arrays, laid out for the device."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from inference.engine import programs
+from inference.scheduling import sequence_manager
+
+# (id) -> (prompt, wanted): a sequence whose prompt is to be scored, with how
+# many alternatives; None: not to be scored.
+PromptOf = Callable[[Hashable], tuple[Sequence[int], int] | None]
+# (id, position) -> the token that it takes there instead of a sampled one, if
+# any.
+ForcedOf = Callable[[Hashable, int], int | None]
+
+
+def fill(
+  inputs: programs.Inputs,
+  step: sequence_manager.Step,
+  *,
+  block_rows: int,
+  scored_prompt: PromptOf,
+  forced_token: ForcedOf,
+) -> None:
+  """Writes a step's rows into empty inputs of a shape that holds them."""
+  num_decodes = inputs.decode_table_DL.shape[0]
+  for row, decode in enumerate(step.decodes):
+    inputs.tokens_T[row] = -1 if decode.tokens is None else decode.tokens[0]
+    inputs.positions_T[row] = decode.start
+    inputs.decode_table_DL[row, : len(decode.pages)] = decode.pages
+    inputs.rows_R[row] = row
+    inputs.slots_R[row] = decode.slot if decode.samples else inputs.slots_R[row]
+  for index, block in enumerate(step.blocks):
+    at = num_decodes + index * block_rows
+    part = slice(at, at + block.length)
+    inputs.tokens_T[part] = block.tokens
+    inputs.positions_T[part] = np.arange(
+      block.start, block.start + block.length
+    )
+    inputs.block_table_XL[index, : len(block.pages)] = block.pages
+    row = num_decodes + index
+    inputs.rows_R[row] = at + block.length - 1
+    if block.samples:
+      inputs.slots_R[row] = block.slot
+    if scored := scored_prompt(block.id):
+      prompt, inputs.prompt_logprobs_X[index] = scored
+      targets = prompt[block.start + 1 : block.start + block.length + 1]
+      at = index * block_rows
+      inputs.targets_M[at : at + len(targets)] = targets
+  for row, each in sampling_rows(step, num_decodes):
+    token = forced_token(each.id, each.start + each.length)
+    if token is not None:
+      inputs.forced_R[row] = token
+
+
+def sampling_rows(
+  step: sequence_manager.Step, num_decodes: int
+) -> list[tuple[int, sequence_manager.Row]]:
+  """Returns the rows that yield a token, each with its place in the outputs.
+
+  Args:
+    step: what was planned.
+    num_decodes: D of the shape that it was computed in.
+  """
+  rows = [*enumerate(step.decodes), *enumerate(step.blocks, num_decodes)]
+  return [(place, row) for place, row in rows if row.samples]

@@ -1,0 +1,173 @@
+"""The host side of one sequence: tokens in, text, ids and logprobs out.
+
+    transcript = Transcript(tokenizer, settings, max_tokens=limit)
+    release = transcript.push(token_id)        # until finish_reason is set
+
+One cursor moves over tokens, and all three are released behind it: a token is
+released when its last character is complete and cannot be part of a stop string
+any more. Until then the token waits, and with it those of its characters that
+are already safe. So at every moment before the end the text released is the
+text of the ids released.
+
+A sequence ends, in this order where one token does several of these:
+
+  stop string   reason 'stop', stop_reason the string; cut out of the text, with
+                all that follows it
+  EOS           reason 'stop', stop_reason None
+  stop id       reason 'stop', stop_reason the id; its own text is left out
+  length        reason 'length', stop_reason None
+
+The last release holds all ids that are left, so that ids add up to all that was
+sampled: those of EOS, of the stop id or of the stop string too, whose text is
+not released. `num_text_ids` tells how many of the first ids spell the text.
+
+The first `min_tokens` tokens end nothing but the length: a stop string that one
+of them completes is text like any other, as in vLLM; one that they only begin
+counts. The sampler holds EOS and stop ids off for as long.
+"""
+
+import codecs
+from typing import NamedTuple
+
+from inference.output import stop_strings
+from inference.sampling import (
+  logprobs as logprobs_lib,
+  settings as settings_lib,
+)
+from text import detokenize, tokenizer as tokenizer_lib
+
+
+class Release(NamedTuple):
+  """What one token set free, possibly nothing."""
+
+  text: str
+  token_ids: tuple[int, ...]
+  logprobs: tuple[logprobs_lib.TokenLogprobs, ...]  # one per id, or none
+
+
+class _Held(NamedTuple):
+  """A token that is not released yet."""
+
+  token_id: int
+  logprobs: logprobs_lib.TokenLogprobs | None
+  # Characters of the sequence up to its end; None if it ends inside one, or
+  # has no part in the text.
+  end: int | None
+
+
+class Transcript:
+  """Collects one sequence until it ends."""
+
+  def __init__(
+    self,
+    tokenizer: tokenizer_lib.Tokenizer,
+    settings: settings_lib.Settings,
+    *,
+    max_tokens: int,
+  ):
+    self._tokenizer = tokenizer
+    self._settings = settings
+    self._max_tokens = max_tokens
+    # A completion goes on from a prompt: a first space is one.
+    self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
+    # Follows the decoder, for what it does not tell: is it inside a character?
+    self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    self._matcher = stop_strings.StopMatcher(settings.stop)
+    self._held: list[_Held] = []
+    # Characters so far: out of the decoder, behind the matcher, released.
+    self._num_decoded = self._num_safe = self._num_released = 0
+    self._safe = ''  # behind the matcher, not released
+    self._pieces: list[str] = []
+    self.token_ids: list[int] = []  # all, released or not
+    self.num_text_ids = 0  # of the first ids: they spell `text`
+    self.finish_reason: str | None = None  # 'stop' | 'length'
+    self.stop_reason: str | int | None = None  # the string or id that matched
+
+  @property
+  def text(self) -> str:
+    """All text released."""
+    return ''.join(self._pieces)
+
+  def push(
+    self, token_id: int, logprobs: logprobs_lib.TokenLogprobs | None = None
+  ) -> Release:
+    """Takes the next token and returns what it sets free.
+
+    Raises:
+      ValueError: the sequence has ended.
+    """
+    if self.finish_reason:
+      raise ValueError(
+        f'token {token_id}: got one after the end ({self.finish_reason}),'
+        ' expected none; drop what was sampled before the end was known'
+      )
+    may_stop = len(self.token_ids) >= self._settings.min_tokens
+    self.token_ids.append(token_id)
+    is_eos = token_id == self._tokenizer.eos_id
+    is_eos = is_eos and not self._settings.ignore_eos
+    is_stop = may_stop and (is_eos or token_id in self._settings.stop_ids)
+    is_last = len(self.token_ids) == self._max_tokens
+    if is_stop:
+      self._flush(may_stop)
+      self._held.append(_Held(token_id, logprobs, None))
+    else:
+      self._decode(token_id, logprobs, may_stop)
+      if is_last:
+        self._flush(may_stop)
+    if self._matcher.matched is not None:
+      return self._finish('stop', self._matcher.matched)
+    if is_stop:
+      return self._finish('stop', None if is_eos else token_id)
+    return self._finish('length') if is_last else self._release()
+
+  def cut(self, finish_reason: str) -> Release:
+    """Ends the sequence from outside, as its length would, for that reason."""
+    self._flush(may_stop=False)
+    return self._finish(finish_reason)
+
+  def _decode(self, token_id, logprobs, may_stop: bool) -> None:
+    self._pass(self._decoder.push(token_id), may_stop)
+    self._utf8.decode(self._tokenizer.token_bytes(token_id))
+    is_whole = not self._utf8.getstate()[0]
+    end = self._num_decoded if is_whole else None
+    self._held.append(_Held(token_id, logprobs, end))
+
+  def _flush(self, may_stop: bool) -> None:
+    """Takes an unfinished character for what it is."""
+    self._pass(self._decoder.finish(), may_stop)
+    if self._held:
+      self._held[-1] = self._held[-1]._replace(end=self._num_decoded)
+
+  def _pass(self, piece: str, may_stop: bool) -> None:
+    """Takes decoded text through the matcher."""
+    self._num_decoded += len(piece)
+    safe = self._matcher.push(piece, may_match=may_stop)
+    self._num_safe += len(safe)
+    self._safe += safe
+
+  def _finish(self, finish_reason, stop_reason=None) -> Release:
+    self.finish_reason, self.stop_reason = finish_reason, stop_reason
+    rest = self._matcher.finish()
+    self._num_safe += len(rest)
+    self._safe += rest
+    return self._release(is_end=True)
+
+  def _release(self, *, is_end: bool = False) -> Release:
+    """Moves the cursor behind the last token that is safe, or to the end."""
+    num_tokens, end = 0, self._num_released
+    for index, held in enumerate(self._held, 1):
+      if held.end is not None and held.end <= self._num_safe:
+        num_tokens, end = index, held.end
+    self.num_text_ids += num_tokens
+    if is_end:
+      num_tokens, end = len(self._held), self._num_safe
+    free, self._held = self._held[:num_tokens], self._held[num_tokens:]
+    num_chars = end - self._num_released
+    text, self._safe = self._safe[:num_chars], self._safe[num_chars:]
+    self._num_released = end
+    self._pieces.append(text)
+    return Release(
+      text,
+      tuple(held.token_id for held in free),
+      tuple(held.logprobs for held in free if held.logprobs is not None),
+    )

@@ -1,0 +1,373 @@
+"""Picks the next token of each sequence.
+
+The last stage of prefill and of every decode step. Settings are arrays, one
+entry per sequence, so that no setting compiles anything anew.
+
+The order is fixed:
+
+  1. repetition penalty             } `adjusted_logits`; greedy sampling takes
+  2. presence, frequency penalties  } the largest of these
+  3. logit bias                     }
+  4. minimum of tokens: no EOS      }
+  5. temperature                         } `filtered_logits`: what is left of
+  6. top-k                               } the distribution that a token is
+  7. top-p, over what top-k left         } drawn from
+  8. min-p, share of the most probable   }
+
+What a sequence samples depends on its logits, its settings, its tokens so far,
+its key and the position of the token, and on nothing else: the key of a token
+is fold_in(sequence key, position), noise is drawn per row, a row's filters see
+that row only, and what is summed over the vocabulary is summed in an order that
+does not depend on the number of rows. Neighbours decide at most which branches
+run: each optional stage runs if any row asks for it.
+
+References: top-k, Fan et al., arXiv:1805.04833; top-p, Holtzman et al.,
+arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; sampling by Gumbel
+noise, Maddison et al., arXiv:1411.0030; of 1 to 3, see
+`inference.sampling.penalties`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.sampling import logprobs, penalties, settings as settings_lib
+
+# Below this, temperature means greedy: dividing by less overflows float32.
+MIN_TEMPERATURE = 1e-5
+_MAX_INT32 = 2**31 - 1
+_BLOCK = 256  # tokens that `_argmax` looks at together
+
+
+class Sampler(NamedTuple):
+  """How each sequence of a batch samples, and what is reported with it.
+
+  On the device a leading axis B numbers the sequences or the slots they sit in.
+  A single one on the host, made by `row`, has NumPy arrays without that axis.
+  """
+
+  temperature_B: Any  # float32; 0 is greedy
+  top_k_B: Any  # int32, tokens; 0 keeps all
+  top_p_B: Any  # float32 in (0, 1], probability mass; 1 keeps all
+  min_p_B: Any  # float32 in [0, 1), share of the largest probability
+  repetition_B: Any  # float32 above 0; 1 changes nothing
+  presence_B: Any  # float32; 0 changes nothing
+  frequency_B: Any  # float32; 0 changes nothing
+  bias_ids_BL: Any  # int32 [B, MAX_BIASED] token ids; -1 is none
+  bias_values_BL: Any  # float32, of those
+  stop_ids_BI: Any  # int32 [B, MAX_STOP_IDS + 1], EOS among them; -1 is none
+  min_position_B: Any  # int32, the first at which one of those may be sampled
+  num_logprobs_B: Any  # int32; -1 none, 0 of the sampled token, k more beside
+  key_B: Any  # typed PRNG keys; on the host the uint32 seed of one
+
+
+def row(
+  settings: settings_lib.Settings,
+  *,
+  num_prompt_tokens: int,
+  seed: int,
+  eos_id: int | None,
+) -> Sampler:
+  """Returns the settings of one sequence, on the host.
+
+  EOS is held off by `min_tokens` even if `ignore_eos` lets the sequence
+  continue behind it, as vLLM does.
+
+  Args:
+    settings: what was asked for.
+    num_prompt_tokens: the position of the first token to be sampled.
+    seed: an integer in [0, 2**32).
+    eos_id: None for a tokenizer without one.
+  """
+  stop_ids = [*settings.stop_ids] + ([] if eos_id is None else [eos_id])
+  biases = settings.logit_bias
+  least = settings.min_tokens
+  first_end = num_prompt_tokens + least if least else 0
+  info = np.finfo(np.float32)
+  return Sampler(
+    # Settings are Python's floats; these two may be out of float32's range.
+    temperature_B=np.float32(min(settings.temperature, float(info.max))),
+    top_k_B=np.int32(settings.top_k),
+    top_p_B=np.float32(max(settings.top_p, float(info.tiny))),
+    min_p_B=np.float32(settings.min_p),
+    repetition_B=np.float32(settings.repetition_penalty),
+    presence_B=np.float32(settings.presence_penalty),
+    frequency_B=np.float32(settings.frequency_penalty),
+    bias_ids_BL=_filled(
+      [i for i, _ in biases], settings_lib.MAX_BIASED, -1, np.int32
+    ),
+    bias_values_BL=_filled(
+      [bias for _, bias in biases], settings_lib.MAX_BIASED, 0, np.float32
+    ),
+    stop_ids_BI=_filled(stop_ids, settings_lib.MAX_STOP_IDS + 1, -1, np.int32),
+    min_position_B=np.int32(min(first_end, _MAX_INT32)),
+    num_logprobs_B=np.int32(
+      -1 if settings.logprobs is None else settings.logprobs
+    ),
+    key_B=np.uint32(seed),
+  )
+
+
+def idle() -> Sampler:
+  """Returns the row of a slot that nobody has: greedy, it costs nothing.
+
+  A slot that is left as it was goes on paying for its filters.
+  """
+  settings = settings_lib.Settings(temperature=0.0)
+  return row(settings, num_prompt_tokens=0, seed=0, eos_id=None)
+
+
+def empty(num_slots: int) -> Sampler:
+  """Returns the sampler of slots that nobody has, on the device."""
+  return stack([idle()] * num_slots)
+
+
+def stack(rows: Sequence[Sampler]) -> Sampler:
+  """Returns the sampler of several sequences, on the device."""
+  batch = jax.tree.map(lambda *fields: jnp.asarray(np.stack(fields)), *rows)
+  return batch._replace(key_B=jax.vmap(jax.random.key)(batch.key_B))
+
+
+def take(sampler: Sampler, slots_R: jax.Array) -> Sampler:
+  """Returns the settings of the given slots, in that order."""
+  return jax.tree.map(lambda field: field[slots_R], sampler)
+
+
+def put(sampler: Sampler, slot: jax.Array, row: Sampler) -> Sampler:
+  """Gives a slot the settings of one sequence."""
+  row = row._replace(key_B=jax.random.key(row.key_B))
+  return jax.tree.map(
+    lambda into, field: into.at[slot].set(field), sampler, row
+  )
+
+
+def sample(
+  logits_BV: jax.Array,
+  sampler: Sampler,
+  seen_BV: jax.Array,
+  positions_B: jax.Array,
+  *,
+  slots_B: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the next token of each sequence, int32 [B].
+
+  Args:
+    logits_BV: float32.
+    sampler: the settings of each sequence.
+    seen_BV: its tokens so far, as `penalties.recount` and `count` make it.
+    positions_B: the position that each new token will have.
+    slots_B: the row of `seen_BV` that each sequence has; None is in order.
+  """
+
+  def sampled(logits_BV):
+    adjusted_BV = adjusted_logits(
+      logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
+    )
+    # An all-greedy batch pays for no noise and no filters.
+    return jax.lax.cond(jnp.all(is_greedy_B), _argmax, mixed, adjusted_BV)
+
+  def mixed(logits_BV):
+    noisy_BV = _filtered(logits_BV, sampler) + _gumbel_noise(
+      sampler.key_B, positions_B, logits_BV.shape[-1]
+    )
+    return jnp.where(is_greedy_B, _argmax(logits_BV), _argmax(noisy_BV))
+
+  is_greedy_B = _is_greedy(sampler)
+  is_plain = jnp.all(is_greedy_B) & ~_any_adjusted(sampler, positions_B)
+  # Not even a copy of the logits where nothing is asked for.
+  return jax.lax.cond(is_plain, _argmax, sampled, logits_BV)
+
+
+def filtered_logits(
+  logits_BV: jax.Array,
+  sampler: Sampler,
+  seen_BV: jax.Array,
+  positions_B: jax.Array,
+  *,
+  slots_B: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the logits of the distribution that is sampled from, float32.
+
+  Adjusted, tempered, shifted so that the largest is 0, and -inf where a filter
+  removed the token. Rows with temperature 0 are computed as if it were 1.
+  Arguments are those of `sample`.
+  """
+  adjusted_BV = adjusted_logits(
+    logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
+  )
+  return _filtered(adjusted_BV, sampler)
+
+
+def adjusted_logits(
+  logits_BV: jax.Array,
+  sampler: Sampler,
+  seen_BV: jax.Array,
+  positions_B: jax.Array,
+  *,
+  slots_B: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the logits after penalties, bias and the minimum of tokens.
+
+  Arguments are those of `sample`.
+  """
+
+  def adjusted(logits_BV):
+    logits_BV = penalties.penalize(
+      logits_BV,
+      seen_BV,
+      repetition_B=sampler.repetition_B,
+      presence_B=sampler.presence_B,
+      frequency_B=sampler.frequency_B,
+      slots_B=slots_B,
+    )
+    logits_BV = penalties.add_bias(
+      logits_BV, sampler.bias_ids_BL, sampler.bias_values_BL
+    )
+    # A mask of what a grammar allows belongs right behind this one: a token
+    # that is impossible here stays so, whatever follows.
+    return penalties.forbid(
+      logits_BV, sampler.stop_ids_BI, _is_too_early(sampler, positions_B)
+    )
+
+  return jax.lax.cond(
+    _any_adjusted(sampler, positions_B), adjusted, lambda x: x, logits_BV
+  )
+
+
+def _any_adjusted(sampler: Sampler, positions_B) -> jax.Array:
+  """Whether any row asks for what `adjusted_logits` does."""
+  asks_B = (
+    (sampler.repetition_B != 1)
+    | (sampler.presence_B != 0)
+    | (sampler.frequency_B != 0)
+    | jnp.any(sampler.bias_ids_BL >= 0, axis=-1)
+    | _is_too_early(sampler, positions_B)
+  )
+  return jnp.any(asks_B)
+
+
+def _is_too_early(sampler: Sampler, positions_B) -> jax.Array:
+  """Marks the rows that have not sampled their minimum of tokens."""
+  return positions_B < sampler.min_position_B
+
+
+def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
+  """Temperature, then the filters."""
+  is_greedy_B = _is_greedy(sampler)
+  temperature_B = jnp.where(is_greedy_B, 1.0, sampler.temperature_B)
+  shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  # Adding zero turns -0.0 into 0.0, which the bit order would tell apart.
+  scaled_BV = shifted_BV / temperature_B[:, None] + 0.0
+
+  has_top_k_B = (sampler.top_k_B > 0) & (sampler.top_k_B < logits_BV.shape[-1])
+  has_top_p_B = sampler.top_p_B < 1.0
+  has_min_p_B = sampler.min_p_B > 0.0
+
+  def top_k(keep_BV):
+    count_B = sampler.top_k_B.astype(jnp.float32)
+    kept_BV = _heaviest(scaled_BV, jnp.ones_like(scaled_BV), count_B)
+    return keep_BV & (kept_BV | ~has_top_k_B[:, None])
+
+  def top_p(keep_BV):
+    mass_BV = jnp.where(keep_BV, jnp.exp(scaled_BV), 0.0)
+    wanted_B = sampler.top_p_B * logprobs.row_sum(mass_BV)
+    kept_BV = _heaviest(scaled_BV, mass_BV, wanted_B)
+    return keep_BV & (kept_BV | ~has_top_p_B[:, None])
+
+  def min_p(keep_BV):
+    # The largest probability survives both, so this compares with exp(0).
+    return keep_BV & (jnp.exp(scaled_BV) >= sampler.min_p_B[:, None])
+
+  def filtered(scaled_BV):
+    keep_BV = jnp.ones(scaled_BV.shape, bool)
+    # Each search costs 32 passes over the vocabulary: only when asked for.
+    for has_filter_B, keep in (
+      (has_top_k_B, top_k),
+      (has_top_p_B, top_p),
+      (has_min_p_B, min_p),
+    ):
+      is_needed = jnp.any(has_filter_B & ~is_greedy_B)
+      keep_BV = jax.lax.cond(is_needed, keep, lambda x: x, keep_BV)
+    return jnp.where(keep_BV, scaled_BV, -jnp.inf)
+
+  has_any_B = (has_top_k_B | has_top_p_B | has_min_p_B) & ~is_greedy_B
+  return jax.lax.cond(jnp.any(has_any_B), filtered, lambda x: x, scaled_BV)
+
+
+def _is_greedy(sampler: Sampler) -> jax.Array:
+  return sampler.temperature_B < MIN_TEMPERATURE
+
+
+def _argmax(values_BV: jax.Array) -> jax.Array:
+  """Returns the least index of each row's largest value, int32.
+
+  First the block that has it, then where in the block. `jnp.argmax` reduces
+  pairs, which XLA does not vectorise on CPU, and what made the values is fused
+  into that: measured for 32 rows of 32k, 5 ms against 0.25.
+  """
+  num_spare = -values_BV.shape[-1] % _BLOCK
+  spare = ((0, 0), (0, num_spare))
+  values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)
+  blocks = values_BV.reshape(values_BV.shape[0], -1, _BLOCK)
+  block_B = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  block = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1).squeeze(1)
+  index_B = block_B * _BLOCK + jnp.argmax(block, axis=-1)
+  return index_B.astype(jnp.int32)
+
+
+def _gumbel_noise(key_B, positions_B, num_tokens: int) -> jax.Array:
+  """Draws [B, V] noise, each row from its own key and position alone."""
+
+  def row(key, position):
+    return jax.random.gumbel(jax.random.fold_in(key, position), (num_tokens,))
+
+  return jax.vmap(row)(key_B, positions_B)
+
+
+def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
+  """Marks the shortest prefix, by falling value, that weighs `wanted_B`.
+
+  Equal values rank by token id. At least one token is kept. With weights of
+  one this is top-k, with probabilities top-p.
+
+  The value at which the prefix ends is found by bisection on the 32 bits of
+  the floats, which order like unsigned integers once the sign is dealt with.
+  Measured on CPU, one row of 50k: 1 ms, where a sort takes 10 ms.
+  """
+  num_tokens = values_BV.shape[-1]
+  # Padded here: padding in each of the sums takes twice to four times as long.
+  is_long = num_tokens > logprobs.ROW_UNIT
+  spare = ((0, 0), (0, -num_tokens % logprobs.ROW_UNIT if is_long else 0))
+  values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)
+  weights_BV = jnp.pad(weights_BV, spare)
+  bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
+
+  def weight_where(chosen_BV):
+    return logprobs.row_sum(jnp.where(chosen_BV, weights_BV, 0.0))
+
+  def set_bit(index, cut_B):
+    candidate_B = cut_B | (sign >> index.astype(jnp.uint32))
+    is_heavy_B = weight_where(order_BV >= candidate_B[:, None]) >= wanted_B
+    return jnp.where(is_heavy_B, candidate_B, cut_B)
+
+  cut_B = jnp.zeros(wanted_B.shape, jnp.uint32)
+  cut_BV = jax.lax.fori_loop(0, 32, set_bit, cut_B)[:, None]
+  is_above_BV, is_tied_BV = order_BV > cut_BV, order_BV == cut_BV
+  num_tied_before_BV = jnp.cumsum(is_tied_BV, axis=-1) - 1
+  weight_before_BV = (
+    weight_where(is_above_BV)[:, None] + num_tied_before_BV * weights_BV
+  )
+  is_wanted_BV = weight_before_BV < wanted_B[:, None]
+  return (is_above_BV | (is_tied_BV & is_wanted_BV))[:, :num_tokens]
+
+
+def _filled(values, width: int, fill, dtype) -> np.ndarray:
+  """Returns `values` in an array of static width."""
+  array = np.full((width,), fill, dtype)
+  array[: len(values)] = values
+  return array

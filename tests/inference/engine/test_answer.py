@@ -1,0 +1,115 @@
+"""One sequence's account, and its part of what a step brings."""
+
+import numpy as np
+
+from inference.engine import answer, requests
+from inference.sampling import logprobs, settings as settings_lib
+from inference.scheduling import sequence_manager
+from tests import fixtures
+
+_PROMPT = (256, 97, 98, 99)
+
+
+def _live(index=0, *, target=None, max_tokens=3, **settings):
+  request = requests.Request(
+    prompt_ids=_PROMPT,
+    settings=settings_lib.Settings(**settings),
+    target=target,
+  )
+  return answer.Live(
+    7, index, request, 40 + index, fixtures.byte_tokenizer(), max_tokens
+  )
+
+
+def _found(num_rows):
+  """Log-probabilities that tell by their value which row they are of."""
+  rows = np.arange(num_rows, dtype=np.float32)
+  return logprobs.Logprobs(
+    -rows,
+    np.tile(np.arange(20, dtype=np.int32), (num_rows, 1)),
+    -rows[:, None] - np.arange(20, dtype=np.float32) / 32,
+  )
+
+
+def _scored(row, num):
+  values = tuple(-row - k / 32 for k in range(num))
+  return logprobs.TokenLogprobs(-row, tuple(range(num)), values)
+
+
+def test_time_is_split_at_the_first_step_and_the_first_token():
+  live = _live()
+  live.submitted_at, live.seated_at = 10.0, 11.0
+  times = 14.0, 16.0, 21.0
+  updates = [
+    live.push(token, _found(1), 0, now)
+    for token, now in zip(b'abc', times, strict=True)
+  ]
+  assert [update.text for update in updates] == ['a', 'b', 'c']
+  completion = updates[-1].completion
+  assert completion.usage.prefill_seconds == 3
+  assert completion.usage.decode_seconds == 7
+  assert updates[0].completion is updates[1].completion is None
+  assert completion.token_ids == [*b'abc']
+  assert completion.num_completion_tokens == 3
+  assert completion.num_prompt_tokens == 4
+  assert completion.seed == 40
+  assert completion.logprobs is completion.prompt_logprobs is None
+  assert (updates[0].request_id, updates[0].index) == (7, 0)
+
+
+def test_each_token_has_the_log_probabilities_of_its_place():
+  live = _live(logprobs=2)
+  live.seated_at = 0.0
+  updates = [live.push(97, _found(6), place, 1.0) for place in (4, 0, 5)]
+  expected = [_scored(4, 2), _scored(0, 2), _scored(5, 2)]
+  assert updates[-1].completion.logprobs == expected
+  assert [list(update.logprobs) for update in updates] == [
+    [score] for score in expected
+  ]
+
+
+def test_a_prompt_is_scored_block_by_block_and_only_once_per_request():
+  live = _live(prompt_logprobs=1, max_tokens=1)
+  assert live.scored_prompt() == (_PROMPT, 1)
+  assert _live(1, prompt_logprobs=1).scored_prompt() is None
+  assert _live().scored_prompt() is None
+
+  def block(start, length):
+    return sequence_manager.Row(
+      id=live.id, slot=0, start=start, length=length, tokens=(), pages=(),
+      samples=False,
+    )  # fmt: skip
+
+  live.take_prompt_logprobs(_found(9), block(0, 2), 3)
+  # Behind the last token of the prompt is nothing that could be scored.
+  live.take_prompt_logprobs(_found(9), block(2, 2), 6)
+  live.seated_at = 0.0
+  completion = live.push(97, _found(1), 0, 1.0).completion
+  assert completion.prompt_logprobs == [
+    None,
+    _scored(3, 1),
+    _scored(4, 1),
+    _scored(6, 1),
+  ]
+
+
+def test_a_target_is_taken_at_its_position_alone():
+  live = _live(target=0)
+  assert live.forced_token(4) == 0
+  assert live.forced_token(5) is None
+  assert _live().forced_token(4) is None
+
+
+def test_how_it_samples_is_of_its_settings_and_its_seed():
+  row = _live(2, min_tokens=2, logprobs=5).sampler_row()
+  assert row.key_B == 42
+  assert row.min_position_B == len(_PROMPT) + 2
+  assert row.num_logprobs_B == 5
+  assert 257 in row.stop_ids_BI.tolist()  # EOS
+  for name, value in (
+    ('repetition_penalty', 1.1),
+    ('presence_penalty', -0.5),
+    ('frequency_penalty', 0.5),
+  ):
+    assert _live(**{name: value}).has_penalties
+  assert not _live(temperature=0.5, top_k=3).has_penalties

@@ -1,0 +1,211 @@
+"""More work than memory, and work that is taken back at any moment."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from inference.engine import engine as engine_lib, requests
+from inference.sampling import settings
+from inference.scheduling import sequence_manager
+from tests import engine_fixtures
+
+
+@pytest.fixture(autouse=True)
+def _engines_are_left_as_they_should():
+  yield
+  engine_fixtures.check_engines()
+
+
+@pytest.fixture
+def engine():
+  return engine_fixtures.engine(**engine_fixtures.TIGHT)
+
+
+@functools.cache
+def _reference():
+  return engine_fixtures.Reference()
+
+
+@functools.cache
+def _requests():
+  """Three times as many pages as there are, for twice as many as may run."""
+  rng = np.random.default_rng(2)
+  return [
+    requests.Request(
+      prompt_ids=tuple(rng.integers(0, 256, rng.integers(20, 60)).tolist()),
+      settings=settings.Settings(
+        seed=number,
+        temperature=number % 2,
+        max_tokens=int(rng.integers(20, 50)),
+        logprobs=1,
+      ),
+      principal=f'{number % 3}',
+      priority=number % 2,
+    )
+    for number in range(16)
+  ]
+
+
+def _is_as_expected(request, completion):
+  expected = _reference().answer(request)
+  return (
+    completion.token_ids == expected.token_ids
+    and completion.logprobs == expected.logprobs
+  )
+
+
+def test_more_than_memory_holds_is_finished_by_preemption(engine):
+  before = engine.metrics.value('preemptions_total')
+  pages = sum(
+    -(-(len(each.prompt_ids) + each.settings.max_tokens) // 16)
+    for each in _requests()
+  )
+  assert pages > 3 * engine.config.num_pages
+  numbers = {engine.submit(each): n for n, each in enumerate(_requests())}
+  done, work = {}, None
+  while engine.has_work:
+    now = [
+      engine.metrics.value(f'{name}_total')
+      for name in ('prefill_tokens', 'decode_tokens', 'sampled_tokens')
+    ]
+    assert now != work, 'a step without progress'
+    work = now
+    for update in engine.step():
+      if update.completion:
+        done[numbers[update.request_id]] = update.completion
+    gauges = engine.roster.gauges()
+    assert gauges.pages_used + gauges.pages_idle + gauges.pages_free == 20
+  assert engine.metrics.value('preemptions_total') > before
+  assert sum(each.usage.preemptions for each in done.values()) == (
+    engine.metrics.value('preemptions_total') - before
+  )
+  for number, request in enumerate(_requests()):
+    assert _is_as_expected(request, done[number])
+
+
+def test_a_queue_that_is_full_refuses_and_goes_on(engine, monkeypatch):
+  short = dataclasses.replace(engine.config, max_waiting=3)
+  monkeypatch.setattr(engine, 'config', short)
+  before = engine.metrics.value('refused_total', reason='overloaded')
+  for request in _requests()[:3]:
+    engine.submit(request)
+  with pytest.raises(
+    engine_lib.Overloaded,
+    match='got 1 more sequences while 3 wait, expected at most 3 to wait',
+  ):
+    engine.submit(_requests()[3])
+  after = engine.metrics.value('refused_total', reason='overloaded')
+  assert after == before + 1
+  engine.step()  # some have entered: there is room
+  engine.submit(_requests()[3])
+  several = dataclasses.replace(_requests()[4].settings, n=4)
+  with pytest.raises(engine_lib.Overloaded, match='got 4 more sequences'):
+    engine.submit(dataclasses.replace(_requests()[4], settings=several))
+  assert sum(bool(each.completion) for each in engine.run()) == 4
+
+
+def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
+  small = sequence_manager.Roster(engine.roster.limits, num_pages=5)
+  monkeypatch.setattr(engine, 'roster', small)
+  one = _requests()[0]
+  # Four pages of 16, and a last token that is never computed.
+  for prompt, wanted in ((40, 26), (65, None), (70, 1)):
+    changed = dataclasses.replace(one.settings, max_tokens=wanted)
+    request = requests.Request(prompt_ids=(1,) * prompt, settings=changed)
+    with pytest.raises(
+      ValueError, match='expected at most 65 together .the cache'
+    ):
+      engine.submit(request)
+  assert not engine.has_work
+  fits = dataclasses.replace(one.settings, max_tokens=None)
+  request = requests.Request(prompt_ids=(1,) * 40, settings=fits)
+  assert engine.room_for(request) == 25
+
+
+# ------------------------------------------------------------------------------
+# Cancellation.
+
+
+def _long(length=100, **chosen):
+  chosen = {'max_tokens': 20, 'seed': 1, 'logprobs': 1, **chosen}
+  return requests.Request(
+    prompt_ids=tuple(np.random.default_rng(9).integers(0, 256, length)),
+    settings=settings.Settings(**chosen),
+  )
+
+
+def _in_state(engine, state):
+  """Returns a request that has got as far as that; others may run."""
+  if state == 'waiting':
+    for request in _requests()[:12]:
+      engine.submit(request)
+  n = 12 if state == 'forks wait' else 1
+  request_id = engine.submit(_long(n=n))
+
+  def sequence():
+    return engine.roster._sequences[request_id, 0]
+
+  def waits(index):
+    return not engine.roster.is_running((request_id, index))
+
+  reached = {
+    'waiting': lambda: engine.roster.gauges().num_running and waits(0),
+    'prefilling': lambda: 0 < sequence().num_computed < 100,
+    'decoding': lambda: len(sequence().tokens) > 103,
+    'forks wait': lambda: len(sequence().tokens) > 100 and waits(11),
+    'preempted': lambda: sequence().num_preemptions,
+  }[state]
+  while not reached():
+    engine.step()
+    if state == 'preempted' and sequence().num_computed > 50:
+      engine.roster.preempt((request_id, 0))
+  return request_id
+
+
+@pytest.mark.parametrize(
+  'state', ['waiting', 'prefilling', 'decoding', 'forks wait', 'preempted']
+)
+def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
+  cancelled = engine.metrics.value('finished_total', reason='cancelled')
+  request_id = _in_state(engine, state)
+  # It is in flight too: all but those that wait are in the step just sent.
+  mine = [key for key in engine.roster._sequences if key[0] == request_id]
+  assert engine._flight is not None
+  engine.cancel(request_id)
+  engine.cancel(request_id)  # whom it is no more, it does not touch
+  after = engine.metrics.value('finished_total', reason='cancelled')
+  assert after == cancelled + len(mine)
+  updates = engine.step()
+  engine.roster.check()
+  assert all(key[0] != request_id for key in engine.roster._sequences)
+  if state != 'waiting':
+    gauges = engine.roster.gauges()
+    assert (gauges.pages_used, gauges.num_running) == (0, 0)
+    assert not engine.has_work
+  completions = {
+    each.request_id: each.completion
+    for each in (*updates, *engine.run())
+    if each.completion
+  }
+  assert request_id not in completions
+  # Those beside it are what they would have been.
+  assert len(completions) == (12 if state == 'waiting' else 0)
+  for request, completion in zip(
+    _requests(), [completions[key] for key in sorted(completions)], strict=False
+  ):
+    assert _is_as_expected(request, completion)
+
+
+def test_pages_of_the_cancelled_are_whole_for_whoever_is_next(engine):
+  # A step that was dispatched still writes to them; the next owner must not
+  # read that.
+  for _ in range(3):
+    request_id = _in_state(engine, 'decoding')
+    engine.cancel(request_id)
+    served = engine_fixtures.serve(engine, _requests()[:4])
+    for request, (completion,) in zip(
+      _requests(), served.completions, strict=False
+    ):
+      assert _is_as_expected(request, completion)

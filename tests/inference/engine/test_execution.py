@@ -1,0 +1,72 @@
+"""Which execution serves a model, by shapes alone."""
+
+import jax.numpy as jnp
+import pytest
+
+from inference.engine import engine_config, execution
+from models import invariant
+from models.attention import cached, paged_gpu, paged_tpu
+from tests import fixtures
+
+_Config = engine_config.EngineConfig
+
+
+def _choose(platform, *, dtype=jnp.float32, head_width=64, **fields):
+  model = fixtures.llama_like(head_width=head_width)
+  return execution.choose(_Config(**fields), model, dtype, platform)
+
+
+def test_plain_jax_where_there_is_no_kernel_or_none_is_wanted():
+  for platform, fields in (
+    ('cpu', {}),
+    ('tpu', {'attention': 'reference'}),
+    ('gpu', {'attention': 'reference'}),
+  ):
+    backend = _choose(platform, **fields)
+    assert backend.execution.attend_cached is cached.attend
+    assert backend.channels == 64
+
+
+@pytest.mark.parametrize('attention', ['auto', 'kernel'])
+def test_kernels_where_there_are_some(attention):
+  gpu = _choose('gpu', attention=attention)
+  assert gpu.execution.attend_cached is paged_gpu.attend
+  assert gpu.channels == 64
+  tpu = _choose('tpu', attention=attention)
+  assert tpu.execution.attend_cached is paged_tpu.attend
+  # Narrow heads are stored as wide as the kernel reads them.
+  assert tpu.channels == paged_tpu.LANES
+  assert _choose('tpu', head_width=128).channels == 128
+
+
+def test_a_model_that_the_kernel_does_not_take_is_attended_without():
+  for platform, fields in (
+    ('gpu', {'head_width': paged_gpu.MAX_CHANNELS + 2}),
+    ('tpu', {'head_width': paged_tpu.LANES + 2}),
+    ('tpu', {'kv_dtype': 'int8'}),
+  ):
+    backend = _choose(platform, **fields)
+    assert backend.execution.attend_cached is cached.attend
+    assert backend.channels == fields.get('head_width', 64)
+    with pytest.raises(
+      ValueError, match="attention: got 'kernel', but got .* leave it at 'auto'"
+    ):
+      _choose(platform, attention='kernel', **fields)
+
+
+def test_a_kernel_that_a_platform_lacks_is_refused():
+  with pytest.raises(
+    ValueError, match="got 'kernel', but got platform 'cpu', expected one of"
+  ):
+    _choose('cpu', attention='kernel')
+
+
+def test_invariant_numerics_have_an_attention_of_their_own():
+  for platform in ('cpu', 'gpu', 'tpu'):
+    backend = _choose(platform, numerics='invariant')
+    assert backend.execution == invariant.execution()
+    assert backend.channels == 64
+  with pytest.raises(
+    ValueError, match="got 'kernel' with invariant numerics, expected 'auto'"
+  ):
+    _choose('tpu', numerics='invariant', attention='kernel')

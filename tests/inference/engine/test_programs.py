@@ -1,0 +1,119 @@
+"""Programs of the device: what each may change, and the shapes they have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inference.engine import programs as programs_lib
+from inference.sampling import penalties, sampler as sampler_lib, settings
+from tests import engine_fixtures
+
+
+@pytest.fixture
+def programs():
+  return engine_fixtures.engine(**engine_fixtures.TIGHT)._programs
+
+
+@pytest.fixture
+def state():
+  """A state that is not the engine's, with something in every place."""
+  real = engine_fixtures.engine(**engine_fixtures.TIGHT)._state
+  rng = np.random.default_rng(0)
+  pools = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+    real.pools,
+  )
+  slots = programs_lib.Slots(
+    last_B=jnp.arange(9, dtype=jnp.int32) + 50,
+    sampler=sampler_lib.empty(9),
+    seen_BV=jnp.asarray(rng.integers(0, 5, (9, 259)), jnp.int32),
+  )
+  return programs_lib.State(pools, slots)
+
+
+def _host(tree):
+  return jax.tree.map(np.array, tree)
+
+
+def test_a_step_has_the_smallest_shape_that_holds_it(programs):
+  assert programs.shapes == [(0, 1), (0, 2), (2, 0), (2, 1), (8, 0), (8, 1)]
+  assert [
+    programs.shape_for(*needed)
+    for needed in ((1, 0), (3, 0), (0, 1), (0, 2), (1, 1), (2, 1), (3, 1))
+  ] == [(2, 0), (8, 0), (0, 1), (0, 2), (2, 1), (2, 1), (8, 1)]
+
+
+def test_numbers_of_rows_are_few_and_hold_every_shape():
+  for most, expected in (
+    (1, [1]), (2, [1, 2]), (4, [1, 4]), (5, [1, 4, 5]), (33, [1, 4, 16, 33]),
+  ):  # fmt: skip
+    assert programs_lib._row_counts(most) == expected
+
+
+def test_inputs_are_padding_until_they_are_filled(programs):
+  inputs = programs.empty_inputs(programs_lib.Shape(2, 1))
+  width = -(-(128 + 8) // 64) * 64 // 16
+  shapes = {
+    'tokens_T': (10,), 'positions_T': (10,), 'decode_table_DL': (2, width),
+    'block_table_XL': (1, width), 'rows_R': (4,), 'slots_R': (4,),
+    'forced_R': (4,), 'targets_M': (8,), 'prompt_logprobs_X': (1,),
+  }  # fmt: skip
+  assert {name: x.shape for name, x in inputs._asdict().items()} == shapes
+  assert all(x.dtype == np.int32 for x in inputs)
+  nothing = {
+    'positions_T': -1, 'slots_R': 8, 'forced_R': -1, 'targets_M': -1,
+    'prompt_logprobs_X': -1,
+  }  # fmt: skip
+  for name, x in inputs._asdict().items():
+    assert (x == nothing.get(name, 0)).all(), name
+
+
+def test_a_step_of_padding_changes_nothing_that_is_anybodys(programs, state):
+  before = _host((state.pools, state.slots.last_B, state.slots.seen_BV))
+  inputs = programs.empty_inputs(programs_lib.Shape(2, 1))
+  after, _ = programs.step(
+    programs_lib.Shape(2, 1), engine_fixtures.params(), state, inputs
+  )
+  after = _host((after.pools, after.slots.last_B, after.slots.seen_BV))
+  jax.tree.map(np.testing.assert_array_equal, before[0], after[0])
+  for old, new in zip(before[1:], after[1:], strict=True):
+    np.testing.assert_array_equal(old[:8], new[:8])  # the ninth is nobody's
+
+
+def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
+  before = _host((state.slots.last_B, state.slots.seen_BV))
+  row = sampler_lib.row(
+    settings.Settings(temperature=0.5, top_k=3, stop_ids=(4,)),
+    num_prompt_tokens=3,
+    seed=11,
+    eos_id=257,
+  )
+  state = programs.seat(state, 6, row)
+  state = programs.recount(state, 6, [5, 5, 9, 9, 9, 2], 3)
+  seen_BV = np.asarray(state.slots.seen_BV)
+  counts = {5: penalties.PROMPT_FLAG, 9: penalties.PROMPT_FLAG + 2, 2: 1}
+  expected_V = np.zeros(259, np.int32)
+  expected_V[list(counts)] = list(counts.values())
+  np.testing.assert_array_equal(seen_BV[6], expected_V)
+  others = np.arange(9) != 6
+  np.testing.assert_array_equal(seen_BV[others], before[1][others])
+  np.testing.assert_array_equal(state.slots.last_B, before[0])
+  sampler = state.slots.sampler
+  assert sampler.temperature_B.tolist() == [0] * 6 + [0.5] + [0] * 2
+  assert sampler.top_k_B.tolist() == [0] * 6 + [3] + [0] * 2
+  assert sampler.key_B[6] == jax.random.key(11)
+
+
+@pytest.mark.parametrize('num_copies', [1, 8, 11])
+def test_pages_are_copied_in_calls_that_run_in_order(
+  programs, state, num_copies
+):
+  (before,) = _host(state.pools)
+  # Each page is read before a later copy writes to it.
+  copies = [(page + 1, page) for page in range(1, num_copies + 1)]
+  state = programs.copy_pages(state, copies)
+  expected_PQYC = before.kv_PQYC.copy()
+  for source, target in copies:
+    expected_PQYC[target] = before.kv_PQYC[source]
+  np.testing.assert_array_equal(state.pools[0].kv_PQYC, expected_PQYC)
