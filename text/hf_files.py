@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from text import hf_generation
-
 MODEL = 'tokenizer.json'
 CONFIG = 'tokenizer_config.json'
-GENERATION = hf_generation.FILE
+GENERATION = 'generation_config.json'
 _NAMES = 'special_tokens_map.json'
 _ADDED = 'added_tokens.json'
 _TEMPLATE = 'chat_template.jinja'
@@ -160,9 +158,24 @@ def specification(files: Files) -> Specification:
       for token in model['added_tokens']
       if token['special'] or token['content'] in special
     },
-    eos_ids=tuple(hf_generation.eos_ids(_json(files, GENERATION))),
+    eos_ids=tuple(eos_ids(_json(files, GENERATION))),
     is_cleaned=config.get('clean_up_tokenization_spaces') is True,
   )
+
+
+def eos_ids(config: Mapping[str, Any]) -> list[int]:
+  """Returns the ids that end a text, as listed; empty if none are.
+
+  Raises:
+    ValueError: there is something else.
+  """
+  value = config.get('eos_token_id')
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(type(i) is int and i >= 0 for i in ids):
+    raise ValueError(
+      f'{GENERATION}: got eos_token_id {value!r}, expected an id or a list of ids'
+    )
+  return list(dict.fromkeys(ids))
 
 
 def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:

@@ -16,12 +16,13 @@ import numpy as np
 
 from frozen import format as frozen_format
 from frozen.huggingface import (
-  config as config_io,
+  config_json,
+  generation_config as generation_config_lib,
   safetensors_files,
   tensor_map,
 )
 from models import layout
-from text import hf_generation, tokenizer as tokenizer_lib
+from text import tokenizer as tokenizer_lib
 
 # A file of ours beside the tokenizer's, of no meaning elsewhere.
 _TOKENIZER_KIND = 'huggingface'
@@ -69,10 +70,10 @@ def export_directory(
     notes = _write_tokenizer(partial, frozen)
     values |= _special_ids(frozen, notes)
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
-    _write_json(partial / config_io.FILE, values)
+    _write_json(partial / config_json.FILE, values)
     generation, more = generation_config(frozen.generation)
     _write_json(
-      partial / hf_generation.FILE,
+      partial / generation_config_lib.FILE,
       generation | _special_ids(frozen, []) | _end_ids(frozen.generation),
     )
     if target.exists():
@@ -86,14 +87,14 @@ def export_directory(
 def _describe(frozen: frozen_format.Frozen, family: str):
   """Returns the family and the config.json."""
   if family:
-    return config_io.write(frozen.config, family)
+    return config_json.write(frozen.config, family)
   imported = frozen.manifest.origin.get('family', '')
-  if imported in config_io.FAMILIES:
+  if imported in config_json.FAMILIES:
     try:
-      return config_io.write(frozen.config, imported)
+      return config_json.write(frozen.config, imported)
     except ValueError:
       pass  # trained on as something else; another may do
-  return config_io.write(frozen.config)
+  return config_json.write(frozen.config)
 
 
 def tensors_of(

@@ -19,12 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from frozen.huggingface import (
-  config as config_io,
-  importing,
-  layouts,
-  tensor_map,
-)
+from frozen.huggingface import config_json, importing, layouts, tensor_map
 from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
@@ -93,7 +88,7 @@ def open_file(path: str | os.PathLike) -> tuple[importing.Source, Any]:
   divisors = tensors.pop('rope_freqs.weight', None)
   has_head = 'output.weight' in tensors
   values = _config(path, _metadata(reader), tensors, has_head)
-  _, config = config_io.read(values, str(path))
+  _, config = config_json.read(values, str(path))
   if divisors is not None:
     config = _divided(config, divisors.whole())
   return (

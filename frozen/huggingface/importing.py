@@ -1,9 +1,9 @@
 """A directory of Hugging Face's becomes a frozen one.
 
-    config.json               the model (`frozen.huggingface.config`)
+    config.json               the model (`frozen.huggingface.config_json`)
     model.safetensors         its weights, or several files and an index
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
-    generation_config.json    recommended settings (`text.hf_generation`)
+    generation_config.json    recommended settings (`generation_config.py`)
 
 Or a single GGUF file of llama.cpp's (`frozen.huggingface.gguf_file`).
 """
@@ -21,13 +21,14 @@ import numpy as np
 
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import (
-  config as config_io,
+  config_json,
+  generation_config,
   loading,
   safetensors_files,
   tensor_map,
 )
 from models import model_config
-from text import hf_generation, hf_tokenizer
+from text import hf_tokenizer
 
 DTYPES = ('auto', 'float32', 'bfloat16')
 
@@ -50,9 +51,9 @@ def open_source(directory: str | os.PathLike) -> Source:
     ValueError: the model is not supported, or a file is damaged.
   """
   directory = pathlib.Path(directory)
-  values = config_io.load(directory)
-  where = str(directory / config_io.FILE)
-  model_type, config = config_io.read(values, where)
+  values = config_json.load(directory)
+  where = str(directory / config_json.FILE)
+  model_type, config = config_json.read(values, where)
   tensors = safetensors_files.open_directory(directory)
   prefix = tensor_map.prefix_of(model_type)
   if not any(name.startswith(prefix) for name in tensors):
@@ -262,7 +263,7 @@ def read_generation(
 
   Without a file: sampling as `transformers` does without one, greedily.
   """
-  path = directory / hf_generation.FILE
+  path = directory / generation_config.FILE
   values: dict[str, Any] = {}
   if path.is_file():
     try:
@@ -271,7 +272,7 @@ def read_generation(
       raise ValueError(
         f'{path}: got a file that is not JSON ({error}); copy it again'
       ) from None
-  settings, notes = hf_generation.generation_settings(values)
+  settings, notes = generation_config.generation_settings(values)
   return settings, list(notes)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from frozen.huggingface import (
-  config as config_io,
+  config_json,
   exporting,
   importing,
   safetensors_files,
@@ -164,8 +164,8 @@ def test_greedy_continuations_are_theirs(pair):
 
 def test_an_export_is_loaded_with_the_same_logits(pair, tmp_path):
   theirs, directory, model, params = pair
-  family, values = config_io.write(
-    model.config, config_io.load(directory)['model_type']
+  family, values = config_json.write(
+    model.config, config_json.load(directory)['model_type']
   )
   pieces = tensor_map.pieces(family, model.config, values)
   tensors = dict(exporting.tensors_of(params, pieces))

@@ -13,7 +13,7 @@ import pytest
 
 from frozen import format as frozen_format
 from frozen.huggingface import (
-  config as config_io,
+  config_json,
   exporting,
   importing,
   safetensors_files,
@@ -28,7 +28,7 @@ CONFIG = fixtures.llama_like(vocab_size=400, num_layers=2)
 def _save(directory, config=CONFIG, *, dtype='float32', drop=(), **overrides):
   """Writes a Hugging Face directory by our own maps, and a tokenizer."""
   params = frozen_fixtures.params(config)
-  family, values = config_io.write(config)
+  family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
   tensors = {
     name: np.asarray(x, dtype)
@@ -212,7 +212,7 @@ def test_what_repeats_the_config_and_bare_names_are_no_obstacle(tmp_path):
   """Files of old versions, and of models that were saved without a head."""
   config = fixtures.gpt2_like()
   params = frozen_fixtures.params(config)
-  family, values = config_io.write(config)
+  family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
   tensors = {
     name.removeprefix('transformer.'): np.asarray(x)

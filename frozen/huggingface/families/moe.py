@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from frozen.huggingface import (
-  dense_families as dense,
-  fields as fields_lib,
-  rope_fields,
-)
+from frozen.huggingface.families import dense, fields as fields_lib, rope_fields
 from models import model_config
 
 Fields = fields_lib.Fields

@@ -2,13 +2,13 @@
 
 Each has two functions, `read_*` of the fields and `write_*` of a ModelConfig.
 A writer writes what it can; whether that says all of the model is found out by
-reading it again (`frozen.huggingface.config`). Defaults of fields that may be
-absent are those of `transformers`.
+reading it again (`frozen.huggingface.config_json`). Defaults of fields that may
+be absent are those of `transformers`.
 """
 
 from typing import Any
 
-from frozen.huggingface import (
+from frozen.huggingface.families import (
   fields as fields_lib,
   layer_kinds,
   rope_fields,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from text import hf_generation
+from frozen.huggingface import generation_config
 
 
 def test_sampling():
@@ -25,7 +25,7 @@ def test_sampling():
     'suppress_tokens': [],
     'num_beams': None,
   }
-  settings, notes = hf_generation.generation_settings(config)
+  settings, notes = generation_config.generation_settings(config)
   assert settings == {
     'temperature': 0.6,
     'top_k': 20,
@@ -44,7 +44,7 @@ def test_defaults_are_those_of_transformers():
   generation = pytest.importorskip('transformers').GenerationConfig
   defaults = generation._get_default_generation_params()
   assert defaults['do_sample'] is False
-  settings, notes = hf_generation.generation_settings({'do_sample': True})
+  settings, notes = generation_config.generation_settings({'do_sample': True})
   for name in ('temperature', 'top_k', 'top_p'):
     assert settings[name] == defaults[name]
   assert settings['min_p'] == 0
@@ -56,15 +56,15 @@ def test_every_field_of_transformers_is_known():
   fields = dict.fromkeys(vars(generation), 0.5)
   del fields['max_length']
   with pytest.raises(ValueError) as caught:
-    hf_generation.generation_settings(fields)
+    generation_config.generation_settings(fields)
   refused = str(caught.value)
   rest = {
     name: None if f'{name} 0.5' in refused else 'x'
     for name in fields
-    if name not in hf_generation.generation_settings({}).settings
+    if name not in generation_config.generation_settings({}).settings
   }
-  rest = {k: v for k, v in rest.items() if k not in hf_generation._HANDLED}
-  _, notes = hf_generation.generation_settings(rest)
+  rest = {k: v for k, v in rest.items() if k not in generation_config._HANDLED}
+  _, notes = generation_config.generation_settings(rest)
   assert sorted(note.split()[0] for note in notes) == [
     'max_time', 'num_return_sequences'
   ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_every_field_of_transformers_is_known():
 
 @pytest.mark.parametrize('config', [{}, {'do_sample': False}])
 def test_greedy(config):
-  assert hf_generation.generation_settings(config) == (
+  assert generation_config.generation_settings(config) == (
     {'temperature': 0.0}, []
   )  # fmt: skip
 
@@ -83,13 +83,13 @@ def test_greedy(config):
 )
 def test_greedy_says_what_it_does_not_use(config, reason):
   config = config | {'temperature': 0.7, 'top_p': 0.5}
-  settings, notes = hf_generation.generation_settings(config)
+  settings, notes = generation_config.generation_settings(config)
   assert settings == {'temperature': 0.0}
   assert notes == [f'temperature 0.7, top_p 0.5 not used: {reason}']
 
 
 def test_what_is_not_used_is_listed():
-  _, notes = hf_generation.generation_settings(
+  _, notes = generation_config.generation_settings(
     {'max_length': 4096, 'chat_format': 'chatml', 'max_time': 3.0}
   )
   assert notes == [
@@ -107,7 +107,7 @@ def test_what_changes_samples_is_refused_all_at_once():
     match='got num_beams 4, no_repeat_ngram_size 3, forced_eos_token_id 2,'
     ' expected none',
   ):
-    hf_generation.generation_settings(config)
+    generation_config.generation_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_what_changes_samples_is_refused_all_at_once():
 )
 def test_values_out_of_range(config, error):
   with pytest.raises(ValueError, match=error):
-    hf_generation.generation_settings({'do_sample': True} | config)
+    generation_config.generation_settings({'do_sample': True} | config)

@@ -9,7 +9,7 @@ which every version and every other program understands.
 import math
 from typing import Any, NamedTuple
 
-from frozen.huggingface import fields as fields_lib
+from frozen.huggingface.families import fields as fields_lib
 from models.attention import rope_scaling
 
 FULL, SLIDING = 'full_attention', 'sliding_attention'

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from frozen.huggingface import config as config_io, layer_kinds
+from frozen.huggingface import config_json
+from frozen.huggingface.families import layer_kinds
 from models.attention import rope_scaling
 from tests import fixtures
 
@@ -24,7 +25,7 @@ LLAMA = {
 
 
 def _read(**fields):
-  return config_io.read(LLAMA | fields)[1]
+  return config_json.read(LLAMA | fields)[1]
 
 
 def test_llama_is_what_our_own_preset_is():
@@ -69,7 +70,7 @@ def test_what_changes_the_mathematics_unseen_is_refused(fields, message):
 
 def test_a_missing_size_is_named():
   with pytest.raises(ValueError, match='got no hidden_size, expected one'):
-    config_io.read({k: v for k, v in LLAMA.items() if k != 'hidden_size'})
+    config_json.read({k: v for k, v in LLAMA.items() if k != 'hidden_size'})
 
 
 def test_old_and_new_rotary_fields_say_the_same():
@@ -120,7 +121,7 @@ def test_patterns_are_the_shortest(letters, pattern):
   ],
 )
 def test_an_export_chooses_a_family_that_computes_the_same(config, family):
-  assert config_io.write(config)[0] == family
+  assert config_json.write(config)[0] == family
 
 
 @pytest.mark.parametrize(
@@ -135,15 +136,15 @@ def test_an_export_chooses_a_family_that_computes_the_same(config, family):
 )
 def test_what_no_family_computes_is_refused(config):
   with pytest.raises(ValueError, match='got a model that no family of transf'):
-    config_io.write(config)
+    config_json.write(config)
 
 
 def test_a_family_that_was_asked_for_must_fit():
   config = fixtures.llama_like(qk_norm=True)
   with pytest.raises(ValueError, match='llama: qk_norm is True, there False'):
-    config_io.write(config, 'llama')
+    config_json.write(config, 'llama')
   with pytest.raises(ValueError, match="family: got 'mamba', expected one of"):
-    config_io.write(config, 'mamba')
+    config_json.write(config, 'mamba')
 
 
 def test_every_kind_of_stretching_survives_the_way_there_and_back():
@@ -178,7 +179,7 @@ def test_every_kind_of_stretching_survives_the_way_there_and_back():
     config = fixtures.llama_like(rope_scaling=scaling)
     config.validate()
     assert len(scaling.short_divisors) in (0, pairs)
-    family, values = config_io.write(config)
-    again = config_io.read(values)[1]
+    family, values = config_json.write(config)
+    again = config_json.read(values)[1]
     assert again.rope_scaling == scaling
     assert dataclasses.replace(again, rope_scaling=scaling) == again

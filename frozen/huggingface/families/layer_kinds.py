@@ -8,7 +8,7 @@ rotated. `ModelConfig.layer_pattern` is the shortest pattern that repeats.
 from collections.abc import Sequence
 from typing import Any
 
-from frozen.huggingface import fields as fields_lib
+from frozen.huggingface.families import fields as fields_lib
 from models import model_config
 
 _LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
-FILE = 'generation_config.json'
+from text import hf_files
+
+FILE = hf_files.GENERATION
 
 # Read here, or by whoever reads the tokenizer.
 _HANDLED = frozenset(
@@ -101,7 +103,7 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
       settings[ours] = _count(given[theirs], theirs, ours == 'max_tokens')
   if stop := _strings(given.get('stop_strings', [])):
     settings['stop'] = stop
-  if stop_ids := eos_ids(given):
+  if stop_ids := hf_files.eos_ids(given):
     settings['stop_ids'] = stop_ids
   if 'max_length' in given and 'max_new_tokens' not in given:
     notes.append(
@@ -113,21 +115,6 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
     f'{key} {given[key]!r} is not used' for key in given if key not in known
   ]
   return Recommended(settings, notes)
-
-
-def eos_ids(config: Mapping[str, Any]) -> list[int]:
-  """Returns the ids that end a text, as listed; empty if none are.
-
-  Raises:
-    ValueError: there is something else.
-  """
-  value = config.get('eos_token_id')
-  ids = value if isinstance(value, list) else [] if value is None else [value]
-  if not all(type(i) is int and i >= 0 for i in ids):
-    raise ValueError(
-      f'{FILE}: got eos_token_id {value!r}, expected an id or a list of ids'
-    )
-  return list(dict.fromkeys(ids))
 
 
 def _check_supported(given: Mapping[str, Any]) -> None:

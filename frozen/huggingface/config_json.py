@@ -11,11 +11,11 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from frozen.huggingface import (
-  dense_families as dense,
+from frozen.huggingface.families import (
+  dense,
   fields as fields_lib,
   layer_kinds,
-  mixture_families as mixture,
+  moe,
 )
 from models import model_config
 
@@ -52,21 +52,19 @@ FAMILIES: Mapping[str, Family] = {
   'gpt_neox': Family(
     'GPTNeoXForCausalLM', dense.read_gpt_neox, dense.write_gpt_neox
   ),
-  'mixtral': Family(
-    'MixtralForCausalLM', mixture.read_mixtral, mixture.write_mixtral
-  ),
+  'mixtral': Family('MixtralForCausalLM', moe.read_mixtral, moe.write_mixtral),
   'qwen3_moe': Family(
-    'Qwen3MoeForCausalLM', mixture.read_qwen3_moe, mixture.write_qwen3_moe
+    'Qwen3MoeForCausalLM', moe.read_qwen3_moe, moe.write_qwen3_moe
   ),
   'deepseek_v2': Family(
     'DeepseekV2ForCausalLM',
-    mixture.read_deepseek_v2,
-    mixture.write_deepseek_v2,
+    moe.read_deepseek_v2,
+    moe.write_deepseek_v2,
   ),
   'deepseek_v3': Family(
     'DeepseekV3ForCausalLM',
-    mixture.read_deepseek_v3,
-    mixture.write_deepseek_v3,
+    moe.read_deepseek_v3,
+    moe.write_deepseek_v3,
   ),
 }
 
