@@ -24,8 +24,8 @@ import jax
 
 from benchmarks import timing
 from data import (
-  config as data_config,
-  pipeline,
+  batches as batches_lib,
+  data_config,
   rows as rows_lib,
   sources,
   token_store,
@@ -56,7 +56,7 @@ def data_configs(data: data_config.DataConfig) -> dict[str, Any]:
 
 def open_batches(
   data: data_config.DataConfig, tokenizer: tokenizer_lib.Tokenizer
-) -> pipeline.TrainBatches:
+) -> batches_lib.TrainBatches:
   """Returns the batches of one of `data_configs`."""
   opened = [
     rows_lib.open_rows(
@@ -64,10 +64,10 @@ def open_batches(
     )
     for source in data.train_sources()
   ]
-  return pipeline.train_batches(opened, data, seed=0)
+  return batches_lib.train_batches(opened, data, seed=0)
 
 
-def time_batches(batches: pipeline.TrainBatches, num: int) -> float:
+def time_batches(batches: batches_lib.TrainBatches, num: int) -> float:
   """Returns the seconds that `num` batches take, the prefetched ones apart."""
   next(batches)  # starts the threads
   start = time.perf_counter()
@@ -80,7 +80,7 @@ def time_batches(batches: pipeline.TrainBatches, num: int) -> float:
 
 def make_step_turn(
   experiment: experiment_lib.Experiment,
-  batches: pipeline.TrainBatches,
+  batches: batches_lib.TrainBatches,
   num: int,
 ) -> timing.Turn:
   """Returns a turn of `num` training steps on one batch that is there."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import study_flags
-from data import config as data_config
+from data import data_config
 from experiments import presets
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
@@ -46,7 +46,7 @@ def experiment(matmul: str, num_steps: int) -> experiment_lib.Experiment:
 
 
 def batch(bytes_L: np.ndarray, starts_B: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns rows of the text, as `data.pipeline` would lay them out."""
+  """Returns rows of the text, as `data.batches` would lay them out."""
   rows = bytes_L[starts_B[:, None] + np.arange(LENGTH + 1)[None, :]]
   shape = len(starts_B), LENGTH
   return {

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from benchmarks import figure, study_flags
-from data import pipeline
+from data import batches as batches_lib
 from experiments import mup_transfer
 from hardware import host_memory
 from training import (
@@ -74,8 +74,8 @@ class Model:
     self,
     rate: float,
     seed: int,
-    batches: Sequence[pipeline.Batch],
-    eval_batches: Sequence[pipeline.Batch],
+    batches: Sequence[batches_lib.Batch],
+    eval_batches: Sequence[batches_lib.Batch],
   ) -> float:
     """Returns the validation loss after training on the batches, nats/token."""
     state = jax.jit(

@@ -130,7 +130,7 @@ def plan(store: token_store.TokenStore, packing: str, row_length: int) -> Plan:
 
   Args:
     store: the documents; joined ones for windows.
-    packing: one of `data.config.PACKINGS`; windows are cut in order.
+    packing: one of `data.data_config.PACKINGS`; windows are cut in order.
     row_length: T, pairs per row.
 
   Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data import (
-  config as config_lib,
+  data_config,
   order,
   packing as packing_lib,
   sources,
@@ -83,7 +83,7 @@ class Rows:
 def open_rows(
   source: sources.Source,
   tokenizer: tokenizer_lib.Tokenizer,
-  config: config_lib.DataConfig,
+  config: data_config.DataConfig,
   *,
   name: str,
   say: token_store.Say = lambda _: None,

@@ -7,18 +7,18 @@ A source is random access: `len(source)`, and `source[i]` is a document
 method `fingerprint()` that returns a string which changes when the documents
 do; of a source without one they are all read to see whether they did. What is
 missing is an error that says how to get it, before any network is touched.
-`data/pipeline.py` turns sources into batches.
+`data/batches.py` turns sources into batches.
 """
 
 import os
 import pathlib
 from typing import Protocol
 
-from data import files, preparation, readers
 from data.builders import (
   python_stdlib as python_stdlib_builder,
   tiny_shakespeare as tiny_shakespeare_builder,
 )
+from data.reading import files, readers, tfds_builders
 
 
 class Source(Protocol):
@@ -42,7 +42,7 @@ def python_stdlib(
       "interpreter's own library; for other files use text_files"
     )
   builder = python_stdlib_builder.PythonStdlib(data_dir=_expand(data_dir))
-  return readers.Tfds(preparation.prepare(builder), split, text_key)
+  return readers.Tfds(tfds_builders.prepare(builder), split, text_key)
 
 
 def tiny_shakespeare(
@@ -57,7 +57,7 @@ def tiny_shakespeare(
     data_dir=directory,
     text_path=tiny_shakespeare_builder.find_or_download(path, directory),
   )
-  return readers.Tfds(preparation.prepare(builder), split, text_key)
+  return readers.Tfds(tfds_builders.prepare(builder), split, text_key)
 
 
 def tfds_directory(

@@ -9,12 +9,12 @@ import itertools
 import math
 import os
 
-from data import config as config_lib, sources
+from data import data_config, sources
 from text import bpe, tokenizer as tokenizer_lib
 
 
 def build_tokenizer(
-  config: config_lib.TokenizerConfig,
+  config: data_config.TokenizerConfig,
   *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer that `config` describes.

@@ -11,7 +11,7 @@ the data with. The learning rate is a tenth of what models of that size are
 trained with from the start.
 """
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets
 from training import experiment
 from training.checkpoints import init_from

@@ -18,7 +18,7 @@ files `data.path` names. None has been run: compute for the largest is measured
 in device-years. `--plan` says what each would cost.
 """
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets, pretrain_124m
 from parallel import parallel_config
 from training import experiment

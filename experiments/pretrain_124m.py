@@ -11,7 +11,7 @@ Parquet files `data.path` names. For accelerators: 8.0e18 FLOPs, which at 20 %
 MFU of an H100 (989 TFLOP/s) would be 11 hours; it has not been run.
 """
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets
 from training import experiment
 from training.optimizer import chain

@@ -9,7 +9,7 @@ document's text is under `data.text_key`. A small Llama-like model, to be
 changed by flags; the run prints its parameters and FLOPs before it starts.
 """
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets
 from training import experiment
 from training.optimizer import chain

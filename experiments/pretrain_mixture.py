@@ -16,7 +16,7 @@ weights is evaluated beside them, and frozen. The model is that of
 
 import dataclasses
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import pretrain_files
 from training import experiment
 

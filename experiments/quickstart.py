@@ -10,7 +10,7 @@ validation split; see LOG.md for what was measured.
 import dataclasses
 import sys
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets
 from training import experiment
 from training.optimizer import chain

@@ -17,7 +17,7 @@ terms. Cost: minutes on a CPU, minutes on a GPU.
 
 import dataclasses
 
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import presets
 from training import experiment
 from training.optimizer import chain

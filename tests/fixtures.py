@@ -104,7 +104,7 @@ def batch(
   num_padding: int = 0,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
-  """A random batch with the keys, dtypes and rules of `data.pipeline`.
+  """A random batch with the keys, dtypes and rules of `data.batches`.
 
   Each row holds `num_segments` documents of nearly equal length, then
   `num_padding` slots of segment 0 and weight 0.

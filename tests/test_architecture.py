@@ -350,7 +350,7 @@ def test_the_files_were_found():
     ('models/moe/layer.py', 'from parallel import mesh'),
     ('text/chat.py', 'import models.model_config'),
     ('parallel/mesh.py', 'if True:\n  from models import axes'),
-    ('data/pipeline.py', 'from models import config'),
+    ('data/batches.py', 'from models import config'),
     ('frozen/freeze.py', 'from training import checkpoint'),
     ('experiments/a.py', 'from inference import decode'),
     ('models/moe/layer.py', 'from . import axes'),

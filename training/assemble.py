@@ -12,9 +12,9 @@ import pathlib
 from typing import Any
 
 from data import (
-  config as data_config,
+  batches as batches_lib,
   contamination,
-  pipeline,
+  data_config,
   rows as rows_lib,
   sources,
 )
@@ -32,8 +32,8 @@ class Parts:
 
   learner: learner_lib.Learner
   tokenizer: tokenizer_lib.Tokenizer
-  batches: pipeline.TrainBatches
-  eval_batches: pipeline.EvalBatches
+  batches: batches_lib.TrainBatches
+  eval_batches: batches_lib.EvalBatches
   overlaps: tuple[contamination.Overlap, ...]  # of each source, if looked for
   tasks: tuple[evals_run.Task, ...]  # that the run is measured by
 
@@ -130,8 +130,8 @@ def assemble(
   return Parts(
     learner=learner,
     tokenizer=tokenizer,
-    batches=pipeline.train_batches(train, data, seed=experiment.seed),
-    eval_batches=pipeline.eval_batches(held_out, data),
+    batches=batches_lib.train_batches(train, data, seed=experiment.seed),
+    eval_batches=batches_lib.eval_batches(held_out, data),
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
   )

@@ -9,7 +9,7 @@ import inspect
 import math
 from typing import Any
 
-from data import config as data_config
+from data import data_config
 from models import execution, model_config
 from models.linear import quantized
 from parallel import parallel_config

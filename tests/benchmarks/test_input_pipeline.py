@@ -3,7 +3,7 @@
 import dataclasses
 
 from benchmarks import input_pipeline
-from data import config as data_config, sources
+from data import data_config, sources
 from experiments import quickstart
 from tests import fixtures
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import batch_ramp, config
+from data import batch_ramp, data_config
 
 RAMP = ((0, 2), (3, 5), (4, 8))
 
@@ -16,7 +16,7 @@ def test_rows_add_up_to_the_rows_before():
 
 
 def test_a_config_without_a_ramp_has_one_size():
-  data = config.DataConfig(batch_size=6)
+  data = data_config.DataConfig(batch_size=6)
   assert data.batch_sizes == (6,)
   assert data.batch_size_at(10**9) == 6
   assert data.rows_before(10) == 60
@@ -38,4 +38,4 @@ def test_a_config_without_a_ramp_has_one_size():
 )
 def test_impossible_ramps_are_refused(ramp, error):
   with pytest.raises(ValueError, match=f'data.batch_ramp: .*{error}|{error}'):
-    config.DataConfig(batch_size=8, batch_ramp=ramp).validate()
+    data_config.DataConfig(batch_size=8, batch_ramp=ramp).validate()

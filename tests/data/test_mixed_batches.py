@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data import config, pipeline, rows as rows_lib
+from data import batches as batches_lib, data_config, rows as rows_lib
 from tests import data_fixtures, fixtures
 
 
@@ -12,7 +12,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
   """A mixture of sources of one letter each, 'a', 'b', ..., and its batches."""
   texts = texts or [[chr(97 + i) * 5] * 10 for i in range(len(weights))]
   mixed = tuple(
-    config.SourceConfig(
+    data_config.SourceConfig(
       open_source=lambda *_, t=t: data_fixtures.Texts(*t),
       weight=w,
       name=f's{i}',
@@ -20,7 +20,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
     for i, (t, w) in enumerate(zip(texts, weights, strict=True))
   )
   defaults = {'row_length': 6, 'packing': 'none', 'batch_size': 2}
-  settings = config.DataConfig(
+  settings = data_config.DataConfig(
     sources=mixed, data_dir=str(tmp_path), **(defaults | fields)
   )
   opened = [
@@ -29,7 +29,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
     )
     for source in settings.train_sources()
   ]
-  return pipeline.train_batches(opened, settings, seed=0)
+  return batches_lib.train_batches(opened, settings, seed=0)
 
 
 def _letters(batches):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import config, vocabulary
+from data import data_config, vocabulary
 from text import bpe, tokenizer
 
 
@@ -27,21 +27,21 @@ WORDS = 'the cat sat on the mat, the bat sat on the hat '
 def test_byte():
   source = Texts(WORDS)
   tok = vocabulary.build_tokenizer(
-    config.TokenizerConfig(kind='byte'), (source, 1)
+    data_config.TokenizerConfig(kind='byte'), (source, 1)
   )
   assert isinstance(tok, tokenizer.ByteTokenizer)
   assert source.num_read == 0
 
 
 def test_bpe():
-  settings = config.TokenizerConfig(kind='bpe', vocab_size=270)
+  settings = data_config.TokenizerConfig(kind='bpe', vocab_size=270)
   tok = vocabulary.build_tokenizer(settings, (Texts(WORDS, WORDS * 3), 1))
   assert tok.vocab_size == 270
   assert tok.encode(WORDS) == bpe.train([WORDS * 4], 270).encode(WORDS)
 
 
 def test_bpe_stops_after_train_bytes():
-  settings = config.TokenizerConfig(
+  settings = data_config.TokenizerConfig(
     kind='bpe', vocab_size=262, train_bytes=len(WORDS) + 4
   )
   # The é lies across the limit and is left out whole.
@@ -52,7 +52,7 @@ def test_bpe_stops_after_train_bytes():
 
 
 def test_bpe_learns_from_each_source_by_its_weight():
-  settings = config.TokenizerConfig(
+  settings = data_config.TokenizerConfig(
     kind='bpe', vocab_size=262, train_bytes=4 * len(WORDS)
   )
   mixed = (Texts(*[WORDS] * 9), 3), (Texts(*['xyz ' * 12] * 9), 1)
@@ -63,7 +63,7 @@ def test_bpe_learns_from_each_source_by_its_weight():
 
 
 def test_bpe_with_too_little_text():
-  settings = config.TokenizerConfig(kind='bpe', vocab_size=5000)
+  settings = data_config.TokenizerConfig(kind='bpe', vocab_size=5000)
   with pytest.raises(
     ValueError, match=r'the text gives \d+ tokens, .*vocab_size = 5000; ask'
   ):
@@ -72,16 +72,16 @@ def test_bpe_with_too_little_text():
 
 def test_directory(tmp_path):
   bpe.train([WORDS * 9], 265).save(tmp_path)
-  settings = config.TokenizerConfig(kind='directory', path=str(tmp_path))
+  settings = data_config.TokenizerConfig(kind='directory', path=str(tmp_path))
   assert vocabulary.build_tokenizer(settings, (Texts(), 1)).vocab_size == 265
 
 
 def test_directory_without_a_tokenizer(tmp_path):
-  settings = config.TokenizerConfig(kind='directory', path=str(tmp_path))
+  settings = data_config.TokenizerConfig(kind='directory', path=str(tmp_path))
   with pytest.raises(FileNotFoundError, match='no tokenizer_config.json in'):
     vocabulary.build_tokenizer(settings, (Texts(), 1))
 
 
 def test_settings_are_checked():
   with pytest.raises(ValueError, match="tokenizer.kind is 'gpt'"):
-    vocabulary.build_tokenizer(config.TokenizerConfig(kind='gpt'))
+    vocabulary.build_tokenizer(data_config.TokenizerConfig(kind='gpt'))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
 from tests import fixtures

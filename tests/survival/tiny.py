@@ -4,7 +4,7 @@ About ten seconds, of which more than half are the start of the process. Steps,
 evaluations and saves take turns so often that a kill hits any of them.
 """
 
-from data import config as data_config, sources
+from data import data_config, sources
 from tests import fixtures
 from training import experiment
 from training.optimizer import chain

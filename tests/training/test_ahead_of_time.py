@@ -10,7 +10,7 @@ import re
 import jax
 import pytest
 
-from data import config as data_config
+from data import data_config
 from hardware import targets
 from models import model_config
 from parallel import parallel_config

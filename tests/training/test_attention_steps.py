@@ -11,7 +11,7 @@ import functools
 import jax
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from models.attention import cudnn_gpu, dense, splash_tpu
 from parallel import parallel_config
 from tests import fixtures

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from data import config as data_config, sources
+from data import data_config, sources
 from tests import fixtures
 from training import (
   experiment as experiment_lib,

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from models import cross_entropy, execution
 from models.attention import dense
 from parallel import parallel_config

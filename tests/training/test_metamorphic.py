@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from models import cross_entropy, layout
 from parallel import parallel_config
 from tests import fixtures

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from models import transformer
 from tests import fixtures
 from training import experiment as experiment_lib, learner as learner_lib, step

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import config as data_config
+from data import data_config
 from parallel import parallel_config, rules
 from tests import fixtures
 from training import experiment as experiment_lib, learner as learner_lib

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from data import config as data_config
+from data import data_config
 from frozen import format as frozen_format
 from tests.training import tiny_run
 from training import experiment

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import rich.console
 
-from data import config as data_config, sources
+from data import data_config, sources
 from tests import fixtures
 from training import experiment as experiment_lib, run as run_lib
 from training.optimizer import chain

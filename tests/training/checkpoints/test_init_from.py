@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import config as data_config
+from data import data_config
 from experiments import finetune
 from frozen import format as frozen_format
 from frozen.huggingface import exporting, importing

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from parallel import parallel_config
 from tests import fixtures
 from training import experiment as experiment_lib, learner as learner_lib, loop

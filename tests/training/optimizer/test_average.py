@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import config as data_config, sources
+from data import data_config, sources
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
 from tests import fixtures

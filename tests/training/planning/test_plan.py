@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import config as data_config
+from data import data_config
 from hardware import compile_ahead, hlo, targets
 from models import flops, transformer
 from parallel import parallel_config

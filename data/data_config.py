@@ -1,6 +1,6 @@
 """What an experiment says about its data: plain values, checked at start.
 
-Read by `data/pipeline.py` and `data/vocabulary.py`; experiments fill it in and
+Read by `data/batches.py` and `data/vocabulary.py`; experiments fill it in and
 any field can be overridden by a flag.
 """
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from data import config, sources
+from data import data_config, sources
 
 
-@pytest.mark.parametrize('packing', config.PACKINGS)
+@pytest.mark.parametrize('packing', data_config.PACKINGS)
 def test_defaults_are_valid_with_every_packing(packing):
-  settings = config.DataConfig(packing=packing)
+  settings = data_config.DataConfig(packing=packing)
   settings.validate()  # raises for what is not
   assert settings.packing == packing
 
@@ -30,11 +30,11 @@ def test_defaults_are_valid_with_every_packing(packing):
 )
 def test_data_config_refuses(fields, error):
   with pytest.raises(ValueError, match=error):
-    config.DataConfig(**fields).validate()
+    data_config.DataConfig(**fields).validate()
 
 
 def _source(**fields):
-  return config.SourceConfig(open_source=sources.text_files, **fields)
+  return data_config.SourceConfig(open_source=sources.text_files, **fields)
 
 
 @pytest.mark.parametrize('weight', [0.0, -1.0, float('nan'), float('inf')])
@@ -43,21 +43,21 @@ def test_weights_that_are_no_shares_are_refused(weight):
   with pytest.raises(
     ValueError, match=f'data.sources: bad has weight {weight}, expected a numb'
   ):
-    config.DataConfig(sources=mixed).validate()
+    data_config.DataConfig(sources=mixed).validate()
 
 
 def test_sources_of_one_name_are_refused():
   mixed = _source(path='a'), _source(path='b')
   with pytest.raises(ValueError, match='got several called text_files, exp'):
-    config.DataConfig(sources=mixed).validate()
+    data_config.DataConfig(sources=mixed).validate()
 
 
 def test_a_single_source_is_a_mixture_of_one():
-  data = config.DataConfig(
+  data = data_config.DataConfig(
     open_source=sources.jsonl, path='p', text_key='k', train_split='t'
   )
   (source,) = data.train_sources()
-  assert source == config.SourceConfig(
+  assert source == data_config.SourceConfig(
     open_source=sources.jsonl, path='p', split='t', text_key='k', name='jsonl'
   )
   assert data.eval_source().split == 'validation'
@@ -73,9 +73,9 @@ def test_a_single_source_is_a_mixture_of_one():
   ],
 )
 def test_tokenizer_config_refuses(fields, error):
-  tokenizer = config.TokenizerConfig(**fields)
+  tokenizer = data_config.TokenizerConfig(**fields)
   with pytest.raises(ValueError, match=error):
-    config.DataConfig(tokenizer=tokenizer).validate()
+    data_config.DataConfig(tokenizer=tokenizer).validate()
 
 
 def test_opening_passes_the_fields_on():
@@ -85,7 +85,7 @@ def test_opening_passes_the_fields_on():
     seen.append(args)
     return sources.text_files(__file__)
 
-  data = config.DataConfig(
+  data = data_config.DataConfig(
     open_source=open_source,
     path='p',
     data_dir='d',

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import files
+from data.reading import files
 
 
 @pytest.fixture

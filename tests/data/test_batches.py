@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import config, pipeline, rows as rows_lib, sources
+from data import batches as batches_lib, data_config, rows as rows_lib, sources
 from tests import data_fixtures, fixtures
 from text import tokenizer as tokenizer_lib
 
@@ -36,26 +36,26 @@ def stores(tmp_path_factory):
   _config.data_dir = str(tmp_path_factory.mktemp('stores'))
 
 
-def _config(**fields: Any) -> config.DataConfig:
+def _config(**fields: Any) -> data_config.DataConfig:
   defaults: dict[str, Any] = {
     'data_dir': _config.data_dir,
     'row_length': 8,
     'batch_size': 2,
     'prefetch_rows': 4,
   }
-  return config.DataConfig(**(defaults | fields))
+  return data_config.DataConfig(**(defaults | fields))
 
 
 def _train(source: sources.Source = DOCUMENTS, seed=0, **fields):
   settings = _config(**fields)
   opened = rows_lib.open_rows(source, TOK, settings, name='s')
-  return pipeline.train_batches([opened], settings, seed=seed)
+  return batches_lib.train_batches([opened], settings, seed=seed)
 
 
 def _eval(source: sources.Source = DOCUMENTS, **fields):
   settings = _config(**fields)
   opened = rows_lib.open_rows(source, TOK, settings, name='s')
-  return pipeline.eval_batches(opened, settings)
+  return batches_lib.eval_batches(opened, settings)
 
 
 def _pairs(batches):

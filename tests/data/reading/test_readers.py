@@ -9,7 +9,8 @@ from pyarrow import parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from data import preparation, sources
+from data import sources
+from data.reading import tfds_builders
 
 TEXTS = ['one\r\ntwo', 'héllo 日本', '', '{"text": "no"}', 'last \u2028 line']
 
@@ -66,7 +67,7 @@ class TinyDataset(tfds.core.GeneratorBasedBuilder):
 
 def _tfds(tmp_path, texts):
   builder = TinyDataset(texts=texts, data_dir=tmp_path)
-  return sources.tfds_directory(str(preparation.prepare(builder)), 'train')
+  return sources.tfds_directory(str(tfds_builders.prepare(builder)), 'train')
 
 
 OPENERS = [_jsonl, _parquet, _text_files, _tfds]

@@ -26,9 +26,9 @@ import numpy as np
 
 from data import (
   batch_ramp as ramp_lib,
-  config as config_lib,
-  mixture,
+  data_config,
   rows as rows_lib,
+  source_mix,
 )
 
 Batch = rows_lib.Batch
@@ -39,7 +39,7 @@ _END = 2**62
 
 def train_batches(
   sources: Sequence[rows_lib.Rows],
-  config: config_lib.DataConfig,
+  config: data_config.DataConfig,
   *,
   seed: int,
 ) -> 'TrainBatches':
@@ -70,7 +70,7 @@ def train_batches(
 
 
 def eval_batches(
-  source: rows_lib.Rows, config: config_lib.DataConfig
+  source: rows_lib.Rows, config: data_config.DataConfig
 ) -> 'EvalBatches':
   """Returns one pass over every pair of `source`, in order, as batches.
 
@@ -113,14 +113,14 @@ class _Order:
 
   sources: tuple[rows_lib.Rows, ...]
   seeds: tuple[int, ...]  # of the order within each source
-  phases: tuple[mixture.Phase, ...]
+  phases: tuple[source_mix.Phase, ...]
   ramp: ramp_lib.Ramp
 
   def __call__(self, step: int) -> Batch:
     """Returns the batch of `step`, counted from 0."""
     first = ramp_lib.rows_before(self.ramp, step)
     size = ramp_lib.rows_at(self.ramp, step)
-    sources_B, indices_B = mixture.assign(
+    sources_B, indices_B = source_mix.assign(
       self.phases, np.arange(first, first + size)
     )
     rows: list[Any] = [None] * size
@@ -145,7 +145,7 @@ class TrainBatches:
   def __init__(
     self,
     sources: Sequence[rows_lib.Rows],
-    config: config_lib.DataConfig,
+    config: data_config.DataConfig,
     seed: int,
   ):
     self._config = config
@@ -156,7 +156,7 @@ class TrainBatches:
         int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0])
         for i in range(len(sources))
       ),
-      phases=mixture.start(self._weights),
+      phases=source_mix.start(self._weights),
       ramp=config.ramp,
     )
     # A position means something only under the settings it was taken with.
@@ -191,7 +191,7 @@ class TrainBatches:
   def epochs(self, num_steps: int) -> dict[str, float]:
     """Returns how often so many steps train each source, by its name."""
     row = self._config.rows_before(num_steps)
-    taken = mixture.taken_before(self._order.phases, row)
+    taken = source_mix.taken_before(self._order.phases, row)
     return {
       source.name: source.epochs(count)
       for source, count in zip(self.sources, taken, strict=True)
@@ -241,7 +241,7 @@ class TrainBatches:
         ' are to come'
       )
     phases = tuple(
-      mixture.Phase(
+      source_mix.Phase(
         from_row=phase['from_row'],
         weights=tuple(phase['weights']),
         taken=tuple(phase['taken']),
@@ -249,7 +249,7 @@ class TrainBatches:
       for phase in state['phases']
     )
     self._order = dataclasses.replace(
-      self._order, phases=mixture.changed(phases, self._weights, row)
+      self._order, phases=source_mix.changed(phases, self._weights, row)
     )
     self.seek(state['step'])
 
