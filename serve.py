@@ -139,7 +139,8 @@ def _speed(completions, compile_seconds: float) -> str:
 
 def _evaluate() -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
-  from evals import report, run
+  from evals import run
+  from evals.results import report
   from inference import generate
 
   given: dict[str, Any] = {

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from evals import report, scores
+from evals.results import report, scores
 
 
 def main(argv: list[str]) -> int:

@@ -6,21 +6,16 @@
     gsm8k:FILE.jsonl         word problems in the format of GSM8K
     lm_eval:TASK[,TASK]      any task of the LM Evaluation Harness, or its YAML
 
-evals/local_tasks.py says what the files hold.
+evals/tasks/local_tasks.py says what the files hold.
 """
 
 from collections.abc import Callable
 import dataclasses
 import math
 
-from evals import (
-  generation,
-  local_tasks,
-  multiple_choice,
-  perplexity,
-  ports,
-  scores,
-)
+from evals import ports
+from evals.results import scores
+from evals.tasks import generation, local_tasks, multiple_choice, perplexity
 
 KINDS = ('perplexity', 'choice', 'generate', 'gsm8k', 'lm_eval')
 _GENERATING = ('generate', 'gsm8k')
@@ -209,7 +204,7 @@ def _generating(prompts, options: Options):
 
 def _open_lm_eval(tasks: list[str], options: Options):
   try:
-    from evals import lm_eval_tasks
+    from evals.harness import lm_eval_tasks
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       f'{error}; for tasks of lm_eval: pip install -r requirements-eval.txt'

@@ -12,7 +12,8 @@ import httpx2
 import numpy as np
 import pytest
 
-from evals import run as eval_run, scores
+from evals import run as eval_run
+from evals.results import scores
 from frozen import format as frozen_format
 from inference.engine import engine_config
 from models import transformer
@@ -178,7 +179,7 @@ def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
   ids = [256, *text.encode()]
   network = transformer.Transformer(frozen.config)
   total, start = 0.0, 1
-  while start < len(ids):  # as evals.perplexity documents its windows
+  while start < len(ids):  # as evals.tasks.perplexity documents its windows
     stop = min(len(ids), start + (32 if start == 1 else 8))
     window = ids[max(0, stop - 33) : stop]
     logits_1TV, _ = network.apply(frozen.params, np.asarray([window[:-1]]))

@@ -9,7 +9,8 @@ import math
 import numpy as np
 import pytest
 
-from evals import perplexity, ports
+from evals import ports
+from evals.tasks import perplexity
 from models import transformer
 from tests.evals import network
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from evals import report, run, scores
+from evals import run
+from evals.results import report, scores
 from tests.evals import tiny_model
 
 
@@ -127,7 +128,7 @@ def test_a_model_that_cannot_is_refused(files):
 def test_lm_eval_is_asked_for_where_it_is_not_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
   # Other tests may have imported it: from there, and from its package.
-  monkeypatch.delitem(sys.modules, 'evals.lm_eval_tasks', raising=False)
-  monkeypatch.delattr('evals.lm_eval_tasks', raising=False)
+  monkeypatch.delitem(sys.modules, 'evals.harness.lm_eval_tasks', raising=False)
+  monkeypatch.delattr('evals.harness.lm_eval_tasks', raising=False)
   with pytest.raises(ModuleNotFoundError, match='requirements-eval.txt'):
     run.open_task('lm_eval:arc_easy')

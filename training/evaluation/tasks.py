@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
-from evals import ports, run as evals_run, scores
+from evals import ports, run as evals_run
+from evals.results import scores
 from text import tokenizer as tokenizer_lib
 from training.evaluation import evals_config, model_port
 

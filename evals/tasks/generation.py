@@ -7,7 +7,9 @@ and pass@k says how likely one of k samples is right.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 
-from evals import encoding, gsm8k, pass_at_k, ports, scores
+from evals import encoding, ports
+from evals.results import pass_at_k, scores
+from evals.tasks import gsm8k
 
 MATCHES = ('exact', 'number')
 # (completion) -> scores from 0 to 1; the first of them decides pass@k.

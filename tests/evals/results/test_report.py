@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from evals import report, scores, statistics
+from evals.results import report, scores, statistics
 from tests import fixtures
 
 

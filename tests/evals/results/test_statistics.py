@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals import statistics
+from evals.results import statistics
 
 
 def test_a_standard_error_is_the_usual_one():

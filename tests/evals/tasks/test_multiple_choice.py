@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from evals import multiple_choice, ports
+from evals import ports
+from evals.tasks import multiple_choice
 from tests.evals import tiny_model
 
 

@@ -1,7 +1,7 @@
 """A model of ours as one of the LM Evaluation Harness, in process.
 
 Needs lm_eval (requirements-eval.txt); nothing imports this file but
-`evals/lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
+`evals/harness/lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
 What is asked of the model, token by token, is what lm_eval's own `hf` model
 asks: the same cut between context and continuation, the same BOS, windows,
 truncation and stop strings. So the same weights get the same scores. One thing
@@ -19,7 +19,8 @@ from typing import Any
 from lm_eval.api import model as lm_eval_model
 from lm_eval.models import utils as lm_eval_utils
 
-from evals import encoding, perplexity, ports
+from evals import encoding, ports
+from evals.tasks import perplexity
 
 _log = logging.getLogger('lm_eval')  # where lm_eval's own warnings go
 _MAX_GEN_TOKENS = 256  # of tasks that do not say, as in lm_eval

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evals import calibration
+from evals.results import calibration
 
 
 def test_the_expected_calibration_error_by_hand():

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals import ports, scores, statistics
+from evals import ports
+from evals.results import scores, statistics
 
 # An example is so much text. Neighbouring tokens err together, and blocks of
 # text are the same for every tokenizer, which tokens are not.

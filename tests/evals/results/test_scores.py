@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evals import scores
+from evals.results import scores
 
 
 def _result():

@@ -12,7 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from evals import calibration, encoding, ports, scores
+from evals import encoding, ports
+from evals.results import calibration, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,10 @@ from tests.evals import network, tiny_model
 _WHY = 'not installed: pip install -r requirements-peer.txt'
 lm_eval = pytest.importorskip('lm_eval', reason=_WHY)
 
-from evals import lm_eval_adapter, lm_eval_tasks  # noqa: E402
+from evals.harness import (
+  lm_eval_adapter,
+  lm_eval_tasks,  # noqa: E402
+)
 
 CHOICE = """\
 task: local_choice

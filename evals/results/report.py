@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-from evals import scores, statistics
+from evals.results import scores, statistics
 
 # To be told apart where nothing else is asked for: a hundredth of a share, and
 # of the value of any other score.

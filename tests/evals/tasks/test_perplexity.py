@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evals import perplexity
+from evals.tasks import perplexity
 from tests.evals import tiny_model
 from text import tokenizer
 

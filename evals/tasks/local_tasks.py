@@ -23,7 +23,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from evals import generation, gsm8k, multiple_choice
+from evals.tasks import generation, gsm8k, multiple_choice
 
 _REQUIRED = {
   'choice': ('context', 'choices', 'label'),

@@ -4,7 +4,7 @@ import decimal
 
 import pytest
 
-from evals import gsm8k
+from evals.tasks import gsm8k
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evals import local_tasks
+from evals.tasks import local_tasks
 
 
 def _write(path, *lines):

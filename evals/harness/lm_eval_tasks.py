@@ -11,7 +11,9 @@ from typing import Any
 
 from lm_eval import evaluator, tasks as tasks_lib
 
-from evals import lm_eval_adapter, ports, scores, statistics
+from evals import ports
+from evals.harness import lm_eval_adapter
+from evals.results import scores, statistics
 
 # Of scores that lm_eval only knows the error of by resampling.
 _BOOTSTRAP_ITERS = 1000

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from evals import pass_at_k
+from evals.results import pass_at_k
 
 
 @pytest.mark.parametrize('num_samples', [1, 2, 5, 8])

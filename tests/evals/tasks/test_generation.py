@@ -2,7 +2,8 @@
 
 import pytest
 
-from evals import generation, ports
+from evals import ports
+from evals.tasks import generation
 from tests.evals import tiny_model
 
 SETTINGS = ports.SampleSettings(max_tokens=8)

@@ -13,7 +13,7 @@ import os
 import pathlib
 from typing import Any
 
-from evals import statistics
+from evals.results import statistics
 
 FORMAT = 1
 
