@@ -26,7 +26,8 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import made_up_text, peer_process, timing
+from benchmarks import made_up_text, timing
+from benchmarks.peer import peer_process
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config, requests
 from inference.sampling import settings

@@ -34,7 +34,8 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, made_up_text, peer_process, timing
+from benchmarks import decode_latency, made_up_text, timing
+from benchmarks.peer import peer_process
 from hardware import host_memory, peaks as peaks_lib
 from inference.engine import engine as engine_lib, engine_config, requests
 from inference.sampling import settings as settings_lib

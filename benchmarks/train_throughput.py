@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peer_process, timing
+from benchmarks import timing
+from benchmarks.peer import peer_process
 from experiments import presets
 from hardware import host_memory, peaks
 from models import flops, model_config, transformer

@@ -1,6 +1,7 @@
 """muP: the best learning rate of a narrow model is that of a wide one.
 
-    python -m benchmarks.mup_transfer --workdir=runs/mup --figure=runs/mup.svg
+    python -m benchmarks.studies.mup_transfer --workdir=runs/mup
+    --figure=runs/mup.svg
 
 Yang et al., arXiv:2203.03466, figure 1: in the standard parametrisation the
 best learning rate falls as models get wider, under muP it stays where it is.

@@ -1,7 +1,8 @@
 """Warm-up, stable, decay against a cosine, at equal tokens.
 
     E=experiments/wsd_against_cosine.py
-    python -m benchmarks.compare_experiments --experiments=$E:cosine,$E:wsd \
+    python -m benchmarks.studies.compare_experiments
+    --experiments=$E:cosine,$E:wsd \
       --seeds=5 --workdir=runs/compared --figure=runs/wsd.svg
     python train.py --config=$E:wsd --workdir=...   # one side alone
 

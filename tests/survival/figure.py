@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import pathlib
 
-from benchmarks import figure
+from benchmarks.studies import figure
 
 
 def write(

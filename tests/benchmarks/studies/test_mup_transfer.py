@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import mup_transfer
+from benchmarks.studies import mup_transfer
 from experiments import mup_transfer as page
 from tests import fixtures
 from training import learner as learner_lib

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import compare_experiments
+from benchmarks.studies import compare_experiments
 
 
 def _trained(losses, validation_loss):

@@ -26,7 +26,7 @@ class PeerProcess(contextlib.AbstractContextManager):
   def __init__(self, spec: dict[str, Any]):
     check_available()
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 'benchmarks.peer_worker'],
+      [sys.executable, '-m', 'benchmarks.peer.peer_worker'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

@@ -1,6 +1,7 @@
 """Where the best learning rate lies, by width, with muP and without.
 
-    python -m benchmarks.mup_transfer --workdir=runs/mup --figure=runs/mup.svg
+    python -m benchmarks.studies.mup_transfer --workdir=runs/mup
+    --figure=runs/mup.svg
 
 Runs `experiments/mup_transfer.py` over widths and learning rates and prints the
 validation loss of each, and the optimum of each width: the lowest point of the
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import figure, study_flags
+from benchmarks.studies import figure, study_flags
 from data import batches as batches_lib
 from experiments import mup_transfer
 from hardware import host_memory

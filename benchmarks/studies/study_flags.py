@@ -1,6 +1,6 @@
 """Flags of the studies that train many small models; absl knows each name once.
 
-benchmarks/compare_experiments.py, mup_transfer.py, matmul_loss_gap.py.
+benchmarks/studies/compare_experiments.py, mup_transfer.py, matmul_loss_gap.py.
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """What training with 8-bit products costs in loss: execution.matmul, compared.
 
-    python -m benchmarks.matmul_loss_gap --text=tiny_shakespeare.txt
+    python -m benchmarks.studies.matmul_loss_gap --text=tiny_shakespeare.txt
 
 Trains the same small byte model on the same batches from the same seeds with
 float, int8 and fp8 products, and prints the loss on a held-out tenth of the
@@ -15,7 +15,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import study_flags
+from benchmarks.studies import study_flags
 from data import data_config
 from experiments import presets
 from training import experiment as experiment_lib, learner as learner_lib

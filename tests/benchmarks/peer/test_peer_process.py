@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks import peer_process
+from benchmarks.peer import peer_process
 
 
 def test_missing_peer_is_refused_with_the_way_to_get_it(monkeypatch):
@@ -30,7 +30,8 @@ def test_different_sizes_are_refused():
 
 def test_a_peer_that_dies_is_reported(monkeypatch, tmp_path):
   monkeypatch.setattr(peer_process, 'check_available', lambda: None)
-  # `-m benchmarks.peer_worker` finds this one: it leaves without an answer.
+  # `-m benchmarks.peer.peer_worker` finds this one: it leaves without an
+  # answer.
   (tmp_path / 'benchmarks').mkdir()
   (tmp_path / 'benchmarks' / 'peer_worker.py').write_text('raise SystemExit(3)')
   monkeypatch.setattr(peer_process, '_ROOT', tmp_path)

@@ -1,7 +1,8 @@
 """Experiments beside each other, over seeds: which is better?
 
     E=experiments/muon_against_adamw.py
-    python -m benchmarks.compare_experiments --experiments=$E:adamw,$E:muon \
+    python -m benchmarks.studies.compare_experiments
+    --experiments=$E:adamw,$E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
 
 Trains every experiment with every seed as `train.py` would (each run has a
@@ -27,7 +28,7 @@ import numpy as np
 import rich.console
 from scipy import stats
 
-from benchmarks import figure, study_flags
+from benchmarks.studies import figure, study_flags
 from hardware import host_memory
 from training import experiment as experiment_lib, run
 from training.reporting import metrics

@@ -1,9 +1,9 @@
 """The peer's side of a benchmark: transformers on torch, in its own process.
 
-Started by `benchmarks.peer_process`, never by hand. Reads one JSON line that
-says what to build, answers when it is built and warm, then runs once for every
-further line it reads and answers with the seconds taken. Between turns it is
-blocked on the pipe: the thread pools of two frameworks in one process would
+Started by `benchmarks.peer.peer_process`, never by hand. Reads one JSON line
+that says what to build, answers when it is built and warm, then runs once for
+every further line it reads and answers with the seconds taken. Between turns it
+is blocked on the pipe: the thread pools of two frameworks in one process would
 take each other's cores.
 
 torch eager, float32, every core, transformers' default attention (sdpa).
