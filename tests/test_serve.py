@@ -18,7 +18,7 @@ from frozen import format as frozen_format
 from inference.engine import engine_config
 from models import transformer
 import serve
-from tests import fixtures, frozen_fixtures
+from tests.helpers import frozen_dirs, tiny_models
 
 _PROMPT = 'User: hi\n\nAssistant:'
 # Few shapes for --port. Those of --prompt and --chat are few, and are found in
@@ -34,8 +34,8 @@ _ENGINE = [
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   directory = tmp_path_factory.mktemp('serve') / 'tiny'
-  config = frozen_fixtures.config(num_layers=1, max_length=32)
-  manifest = frozen_fixtures.write(directory, config=config)
+  config = frozen_dirs.config(num_layers=1, max_length=32)
+  manifest = frozen_dirs.write(directory, config=config)
   return directory, manifest.weights_digest
 
 
@@ -45,7 +45,7 @@ def _start(*args, **kwargs):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    env=fixtures.subprocess_env(PYTHONUNBUFFERED='1', PYTHONUTF8='1'),
+    env=tiny_models.subprocess_env(PYTHONUNBUFFERED='1', PYTHONUTF8='1'),
     **kwargs,
   )
 
@@ -263,7 +263,7 @@ def test_port_serves_until_it_is_stopped(model, tmp_path):
     _wait_for(f'{url}/ready', process)
     answer = httpx2.post(
       f'{url}/v1/completions',
-      json={'model': frozen_fixtures.EXPERIMENT, 'prompt': _PROMPT},
+      json={'model': frozen_dirs.EXPERIMENT, 'prompt': _PROMPT},
       headers={'authorization': 'Bearer my-key'},
       timeout=60,
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import fixtures
+from tests.helpers import tiny_models
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
@@ -65,7 +65,7 @@ def _train(*flags, patch='', timeout=240):
   return subprocess.run(
     [sys.executable, '-c', BREAK.format(patch=patch), 'train.py', *flags],
     cwd=ROOT,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     timeout=timeout,
@@ -142,7 +142,7 @@ def test_a_supervised_run_survives_kills(uninterrupted, tmp_path):
       f'--workdir={workdir}',
     ],
     cwd=ROOT,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     timeout=240,

@@ -173,7 +173,8 @@ def eos_ids(config: Mapping[str, Any]) -> list[int]:
   ids = value if isinstance(value, list) else [] if value is None else [value]
   if not all(type(i) is int and i >= 0 for i in ids):
     raise ValueError(
-      f'{GENERATION}: got eos_token_id {value!r}, expected an id or a list of ids'
+      f'{GENERATION}: got eos_token_id {value!r}, expected an id or a list of'
+      ' ids'
     )
   return list(dict.fromkeys(ids))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 class PeerProcess(contextlib.AbstractContextManager):

@@ -1,7 +1,7 @@
 """A model of ours as one of the LM Evaluation Harness, in process.
 
 Needs lm_eval (requirements-eval.txt); nothing imports this file but
-`evals/harness/lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
+`lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
 What is asked of the model, token by token, is what lm_eval's own `hf` model
 asks: the same cut between context and continuation, the same BOS, windows,
 truncation and stop strings. So the same weights get the same scores. One thing

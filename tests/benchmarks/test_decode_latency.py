@@ -4,12 +4,12 @@ import pytest
 
 from benchmarks import decode_latency
 from models import flops
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 def _tiny():
   return decode_latency.Request(
-    model=fixtures.llama_like(), prompt_tokens=5, new_tokens=4
+    model=tiny_models.llama_like(), prompt_tokens=5, new_tokens=4
   )
 
 

@@ -5,9 +5,9 @@ import dataclasses
 from benchmarks import input_pipeline
 from data import data_config, sources
 from experiments import quickstart
-from tests import fixtures
+from tests.helpers import tiny_models
 
-TOK = fixtures.byte_tokenizer()
+TOK = tiny_models.byte_tokenizer()
 
 
 def _experiment(tmp_path):
@@ -23,7 +23,7 @@ def _experiment(tmp_path):
     batch_size=8,
   )
   return dataclasses.replace(
-    experiment, data=data, model=fixtures.llama_like(vocab_size=259)
+    experiment, data=data, model=tiny_models.llama_like(vocab_size=259)
   )
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import serving_latency, serving_throughput
 from hardware import peaks
 from inference.engine import engine_config
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _ENGINE = engine_config.EngineConfig(
   max_sequences=4,
@@ -23,7 +23,9 @@ _PEAKS = peaks.Peaks(
 
 
 def _workload():
-  model = fixtures.llama_like(num_layers=1, scan_layers=False, max_length=128)
+  model = tiny_models.llama_like(
+    num_layers=1, scan_layers=False, max_length=128
+  )
   jobs = serving_throughput.mixed_jobs(6, model.vocab_size, least=3, most=12)
   return serving_throughput.Workload(
     model=model,
@@ -84,7 +86,9 @@ def test_rows_of_the_final_length_are_half_empty_where_nothing_is_prompt():
 
 
 def test_prefixes_and_arrivals_are_measured():
-  model = fixtures.llama_like(num_layers=1, scan_layers=False, max_length=256)
+  model = tiny_models.llama_like(
+    num_layers=1, scan_layers=False, max_length=256
+  )
   scenario = serving_latency.Scenario(
     model=model,
     engine=_ENGINE,

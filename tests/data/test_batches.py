@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from data import batches as batches_lib, data_config, rows as rows_lib, sources
-from tests import data_fixtures, fixtures
+from tests.helpers import corpora, tiny_models
 from text import tokenizer as tokenizer_lib
 
 BOS, EOS, PAD = 256, 257, 258
 PACKINGS = ['concat_then_split', 'first_fit', 'best_fit', 'none']
-TOK = fixtures.byte_tokenizer()
+TOK = tiny_models.byte_tokenizer()
 
 
 # Lengths around and far beyond a row of 8; empty ones are no documents.
 LENGTHS = (3, 1, 0, 30, 7, 6, 8, 0, 16, 2, 2, 5) * 3
-DOCUMENTS = data_fixtures.Texts(
+DOCUMENTS = corpora.Texts(
   *(
     ''.join(chr(33 + 2 * i + j % 2) for j in range(length))
     for i, length in enumerate(LENGTHS)
@@ -60,7 +60,7 @@ def _eval(source: sources.Source = DOCUMENTS, **fields):
 
 def _pairs(batches):
   """Lists the trained (input, target) pairs in the order of rows."""
-  rows = data_fixtures.joined(batches)
+  rows = corpora.joined(batches)
   used_BT = rows['weights'] > 0
   return list(
     zip(
@@ -82,12 +82,12 @@ def _expected_pairs(source=DOCUMENTS):
 
 def _eval_row_matrices(texts, packing, row_length):
   batches = _eval(
-    data_fixtures.Texts(*texts),
+    corpora.Texts(*texts),
     packing=packing,
     row_length=row_length,
     batch_size=1,
   )
-  rows = data_fixtures.joined(list(batches))
+  rows = corpora.joined(list(batches))
   return {name: rows[name].tolist() for name in rows}
 
 
@@ -156,7 +156,7 @@ def test_eval_windows_are_consecutive_pieces_of_the_joined_text():
 def test_shapes_and_dtypes(packing):
   batches = _train(packing=packing, batch_size=3)
   evaluated = _eval(packing=packing, batch_size=3)
-  for batch in [*data_fixtures.take(batches, 3), *evaluated]:
+  for batch in [*corpora.take(batches, 3), *evaluated]:
     dtypes = {name: array.dtype.name for name, array in batch.items()}
     assert dtypes == {
       'tokens': 'int32',
@@ -176,7 +176,7 @@ def test_shapes_and_dtypes(packing):
 
 @pytest.mark.parametrize('packing', PACKINGS)
 def test_segments_hold_consecutive_pairs_of_one_document(packing):
-  rows = data_fixtures.joined(data_fixtures.take(_train(packing=packing), 40))
+  rows = corpora.joined(corpora.take(_train(packing=packing), 40))
   for b in range(len(rows['tokens'])):
     for segment in range(1, rows['segment_ids'][b].max() + 1):
       at_T = rows['segment_ids'][b] == segment
@@ -210,13 +210,11 @@ def test_eval_can_be_iterated_again():
   first, second = list(batches), list(batches)
   assert len(first) == len(second) > 1
   for batch, other in zip(first, second, strict=True):
-    data_fixtures.assert_same(batch, other)
+    corpora.assert_same(batch, other)
 
 
 def test_eval_fills_the_last_batch_with_rows_of_no_weight():
-  batches = list(
-    _eval(data_fixtures.Texts(*'abcdef'), packing='none', batch_size=5)
-  )
+  batches = list(_eval(corpora.Texts(*'abcdef'), packing='none', batch_size=5))
   assert len(batches) == 2
   np.testing.assert_array_equal(
     batches[1]['weights'].sum(axis=1), [2, 0, 0, 0, 0]
@@ -237,17 +235,15 @@ def test_each_epoch_trains_every_pair_once(packing):
 
 def test_epochs_are_shuffled_anew():
   texts = [chr(97 + i) for i in range(20)]
-  batches = _train(data_fixtures.Texts(*texts), packing='none', batch_size=20)
-  orders = [
-    tuple(batch['tokens'][:, 1]) for batch in data_fixtures.take(batches, 4)
-  ]
+  batches = _train(corpora.Texts(*texts), packing='none', batch_size=20)
+  orders = [tuple(batch['tokens'][:, 1]) for batch in corpora.take(batches, 4)]
   assert all(sorted(order) == sorted(orders[0]) for order in orders)
   assert len({*orders, tuple(sorted(orders[0]))}) == 5
 
 
 def test_rows_of_a_long_document_are_spread_over_the_epoch():
-  source = data_fixtures.Texts(*(chr(97 + i) * 79 for i in range(8)))
-  batches = data_fixtures.take(_train(source, packing='none', batch_size=8), 10)
+  source = corpora.Texts(*(chr(97 + i) * 79 for i in range(8)))
+  batches = corpora.take(_train(source, packing='none', batch_size=8), 10)
   kinds = [len(np.unique(batch['tokens'])) for batch in batches]
   assert np.mean(kinds) > 5  # in order it would be 2 or 3
 
@@ -255,13 +251,13 @@ def test_rows_of_a_long_document_are_spread_over_the_epoch():
 @pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
 def test_order_is_a_function_of_the_seed(packing):
   fields = {'packing': packing}
-  first = data_fixtures.take(_train(seed=7, **fields), 40)
-  again = data_fixtures.take(
+  first = corpora.take(_train(seed=7, **fields), 40)
+  again = corpora.take(
     _train(seed=7, num_threads=5, prefetch_rows=0, **fields), 40
   )
-  other = data_fixtures.take(_train(seed=8, **fields), 40)
+  other = corpora.take(_train(seed=8, **fields), 40)
   for batch, same in zip(first, again, strict=True):
-    data_fixtures.assert_same(batch, same)
+    corpora.assert_same(batch, same)
   assert any(
     (batch['tokens'] != different['tokens']).any()
     for batch, different in zip(first, other, strict=True)
@@ -270,11 +266,11 @@ def test_order_is_a_function_of_the_seed(packing):
 
 @pytest.mark.slow
 def test_order_does_not_know_of_worker_processes():
-  alone = data_fixtures.take(_train(), 9)
+  alone = corpora.take(_train(), 9)
   for batch, other in zip(
-    alone, data_fixtures.take(_train(num_workers=2), 9), strict=True
+    alone, corpora.take(_train(num_workers=2), 9), strict=True
   ):
-    data_fixtures.assert_same(batch, other)
+    corpora.assert_same(batch, other)
 
 
 def test_the_order_is_what_it_was():
@@ -282,8 +278,8 @@ def test_the_order_is_what_it_was():
 
   A change here makes checkpoints of older runs go on in another order.
   """
-  batches = data_fixtures.take(_train(seed=3, batch_size=4), 2)
-  rows = data_fixtures.joined(batches)
+  batches = corpora.take(_train(seed=3, batch_size=4), 2)
+  rows = corpora.joined(batches)
   assert rows['tokens'][:, 0].tolist() == [40, 97, 46, 49, 40, 65, 256, 64]
 
 
@@ -300,9 +296,9 @@ def test_resume_is_bit_identical(packing):
     resumed.set_state(states[start])
     assert json.loads(json.dumps(resumed.get_state())) == states[start]
     for batch, other in zip(
-      batches[start:][:5], data_fixtures.take(resumed, 5), strict=True
+      batches[start:][:5], corpora.take(resumed, 5), strict=True
     ):
-      data_fixtures.assert_same(batch, other)
+      corpora.assert_same(batch, other)
 
 
 @pytest.mark.parametrize('packing', [*PACKINGS, 'windows'])
@@ -328,10 +324,8 @@ def test_state_can_be_set_on_an_iterator_in_use():
   state = batches.get_state()
   expected = [next(batches) for _ in range(3)]
   batches.set_state(state)
-  for batch, other in zip(
-    expected, data_fixtures.take(batches, 3), strict=True
-  ):
-    data_fixtures.assert_same(batch, other)
+  for batch, other in zip(expected, corpora.take(batches, 3), strict=True):
+    corpora.assert_same(batch, other)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +336,7 @@ def test_state_can_be_set_on_an_iterator_in_use():
     ({'seed': 1}, 'has seed 0, this run has 1;'),
     ({'batch_size': 4}, 'is after 6 rows in 3 steps, which are 12 rows by'),
     (
-      {'source': data_fixtures.Texts('a')},
+      {'source': corpora.Texts('a')},
       's: the saved data position is of tokens with',
     ),
   ],
@@ -355,11 +349,11 @@ def test_position_of_other_settings_is_refused(change, error):
 
 
 def test_random_windows_reach_both_ends_evenly():
-  source = data_fixtures.Texts('abcdef', '', 'ghij')
-  batches = data_fixtures.take(
+  source = corpora.Texts('abcdef', '', 'ghij')
+  batches = corpora.take(
     _train(source, packing='windows', row_length=3, batch_size=70), 30
   )
-  rows = data_fixtures.joined(batches)
+  rows = corpora.joined(batches)
   starts_B = rows['tokens'][:, 0] - ord('a')
   np.testing.assert_array_equal(
     rows['tokens'], ord('a') + starts_B[:, None] + np.arange(3)[None, :]
@@ -377,18 +371,16 @@ def test_random_windows_reach_both_ends_evenly():
 
 
 def test_windows_need_a_text_longer_than_a_row():
-  data_fixtures.take(
-    _train(data_fixtures.Texts('abcd'), packing='windows', row_length=3), 1
+  corpora.take(
+    _train(corpora.Texts('abcd'), packing='windows', row_length=3), 1
   )
   with pytest.raises(
     ValueError, match=r'has 3 tokens, expected at least row_length \+ 1 = 4'
   ):
-    _train(data_fixtures.Texts('abc'), packing='windows', row_length=3)
+    _train(corpora.Texts('abc'), packing='windows', row_length=3)
 
 
-@pytest.mark.parametrize(
-  'source', [data_fixtures.Texts(), data_fixtures.Texts('', '')]
-)
+@pytest.mark.parametrize('source', [corpora.Texts(), corpora.Texts('', '')])
 def test_source_without_text_is_refused(source):
   error = 's: got . documents without any text, expected'
   with pytest.raises(ValueError, match=error):
@@ -414,24 +406,20 @@ def test_an_unreadable_document_stops_training_with_its_place(tmp_path):
 
 
 def test_a_ramp_of_the_batch_takes_the_same_rows(tmp_path):
-  plain = data_fixtures.joined(data_fixtures.take(_train(batch_size=1), 30))[
-    'tokens'
-  ]
+  plain = corpora.joined(corpora.take(_train(batch_size=1), 30))['tokens']
   ramp = ((0, 1), (3, 2), (5, 4))
-  batches = data_fixtures.take(_train(batch_size=4, batch_ramp=ramp), 9)
+  batches = corpora.take(_train(batch_size=4, batch_ramp=ramp), 9)
   sizes = [len(batch['tokens']) for batch in batches]
   assert sizes == [1] * 3 + [2] * 2 + [4] * 4
-  np.testing.assert_array_equal(
-    data_fixtures.joined(batches)['tokens'], plain[:23]
-  )
+  np.testing.assert_array_equal(corpora.joined(batches)['tokens'], plain[:23])
 
 
 def test_a_ramp_may_change_on_resume_in_what_is_to_come():
   run = _train(batch_size=2)
-  data_fixtures.take(run, 3)
+  corpora.take(run, 3)
   resumed = _train(batch_size=4, batch_ramp=((0, 2), (4, 4)))
   resumed.set_state(run.get_state())
-  sizes = [len(batch['tokens']) for batch in data_fixtures.take(resumed, 3)]
+  sizes = [len(batch['tokens']) for batch in corpora.take(resumed, 3)]
   assert sizes == [2, 4, 4]
   with pytest.raises(ValueError, match='is after 6 rows in 3 steps, which are'):
     _train(batch_size=2, batch_ramp=((0, 1), (2, 2))).set_state(run.get_state())
@@ -440,7 +428,7 @@ def test_a_ramp_may_change_on_resume_in_what_is_to_come():
 def test_real_text_through_a_real_source(data_dir):
   source = sources.python_stdlib(split='test', data_dir=str(data_dir))
   batches = _train(source, row_length=64, batch_size=16)
-  batch = data_fixtures.take(batches, 1)[0]
+  batch = corpora.take(batches, 1)[0]
   assert batch['weights'].sum() == 16 * 64
   segment_T = batch['tokens'][0][batch['segment_ids'][0] == 1]
   text = tokenizer_lib.ByteTokenizer().decode(segment_T.tolist())

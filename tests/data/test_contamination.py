@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from data import contamination, ngrams, order, token_store
-from tests import fixtures
-from tests.data_fixtures import Texts
+from tests.helpers import corpora, tiny_models
 
-TOK = fixtures.byte_tokenizer()
+TOK = tiny_models.byte_tokenizer()
 WORDS = [f'w{i}' for i in range(6)]
 
 
@@ -71,7 +70,7 @@ def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
   texts = _random_texts(2, 20), [*_random_texts(3, 10), 'w1 w2']
   train, evaluated = (
     token_store.open_or_write(
-      Texts(*t), TOK, tmp_path, name=f's{i}', joined=joined
+      corpora.Texts(*t), TOK, tmp_path, name=f's{i}', joined=joined
     )
     for i, t in enumerate(texts)
   )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data import batches as batches_lib, data_config, rows as rows_lib
-from tests import data_fixtures, fixtures
+from tests.helpers import corpora, tiny_models
 
 
 def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
@@ -13,7 +13,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
   texts = texts or [[chr(97 + i) * 5] * 10 for i in range(len(weights))]
   mixed = tuple(
     data_config.SourceConfig(
-      open_source=lambda *_, t=t: data_fixtures.Texts(*t),
+      open_source=lambda *_, t=t: corpora.Texts(*t),
       weight=w,
       name=f's{i}',
     )
@@ -25,7 +25,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
   )
   opened = [
     rows_lib.open_rows(
-      source.open(''), fixtures.byte_tokenizer(), settings, name=source.name
+      source.open(''), tiny_models.byte_tokenizer(), settings, name=source.name
     )
     for source in settings.train_sources()
   ]
@@ -34,11 +34,11 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
 
 def _letters(batches):
   """The letter of each row."""
-  return ''.join(map(chr, data_fixtures.joined(batches)['tokens'][:, 1]))
+  return ''.join(map(chr, corpora.joined(batches)['tokens'][:, 1]))
 
 
 def test_a_mixture_has_its_shares_in_every_prefix(tmp_path):
-  letters = _letters(data_fixtures.take(_mixed(tmp_path), 50))
+  letters = _letters(corpora.take(_mixed(tmp_path), 50))
   for n in range(1, 101):
     assert abs(letters[:n].count('a') - 0.75 * n) < 1
   batches = _mixed(tmp_path)
@@ -47,10 +47,8 @@ def test_a_mixture_has_its_shares_in_every_prefix(tmp_path):
 
 def test_each_source_of_a_mixture_is_trained_as_if_alone(tmp_path):
   texts = [[f'{i}{j}' for j in range(9)] for i in range(3)]
-  batches = data_fixtures.take(
-    _mixed(tmp_path, (2, 1, 0.5), texts, batch_size=7), 20
-  )
-  rows = data_fixtures.joined(batches)['tokens'][:, 1:3]
+  batches = corpora.take(_mixed(tmp_path, (2, 1, 0.5), texts, batch_size=7), 20)
+  rows = corpora.joined(batches)['tokens'][:, 1:3]
   for i in range(3):
     mine = [chr(b) for a, b in rows.tolist() if chr(a) == str(i)]
     assert len(mine) >= 18
@@ -61,13 +59,13 @@ def test_each_source_of_a_mixture_is_trained_as_if_alone(tmp_path):
 @pytest.mark.parametrize('change_at', [0, 1, 13])
 def test_weights_may_change_on_resume_from_there_on(tmp_path, change_at):
   old = _mixed(tmp_path, (3, 1))
-  before = data_fixtures.take(old, change_at) if change_at else []
+  before = corpora.take(old, change_at) if change_at else []
   state = json.loads(json.dumps(old.get_state()))
   new = _mixed(tmp_path, (1, 9))
   new.set_state(state)
   after = [next(new) for _ in range(40)]
   later = json.loads(json.dumps(new.get_state()))
-  more = data_fixtures.take(new, 10)
+  more = corpora.take(new, 10)
   assert abs(_letters(after).count('b') - 0.9 * 80) < 2
   # The whole run, from its last state, is what it was: prefix, change, rest.
   again = _mixed(tmp_path, (1, 9))
@@ -75,10 +73,10 @@ def test_weights_may_change_on_resume_from_there_on(tmp_path, change_at):
   again.seek(0)
   for batch, other in zip(
     [*before, *after, *more],
-    data_fixtures.take(again, change_at + 50),
+    corpora.take(again, change_at + 50),
     strict=True,
   ):
-    data_fixtures.assert_same(batch, other)
+    corpora.assert_same(batch, other)
   taken = sum(again.epochs(change_at + 50).values()) * 10
   assert taken == pytest.approx(2 * (change_at + 50))
 

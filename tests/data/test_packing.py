@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import packing, token_store
-from tests import fixtures
+from tests.helpers import tiny_models
 
 PLANS = ('concat_then_split', 'first_fit', 'best_fit', 'none')
 
@@ -26,7 +26,7 @@ class Texts:
 
 def _store(lengths, directory, **fields):
   return token_store.open_or_write(
-    Texts(lengths), fixtures.byte_tokenizer(), directory, name='s', **fields
+    Texts(lengths), tiny_models.byte_tokenizer(), directory, name='s', **fields
   )
 
 

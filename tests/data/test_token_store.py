@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from data import locks, sources, token_store
-from tests import fixtures
+from tests.helpers import tiny_models
 from text import bpe
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOK = fixtures.byte_tokenizer()
+TOK = tiny_models.byte_tokenizer()
 BOS, EOS = TOK.bos_id, TOK.eos_id
 
 

@@ -12,7 +12,7 @@ import pytest
 from evals import ports
 from evals.tasks import perplexity
 from models import transformer
-from tests.evals import network
+from tests.helpers import no_network
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)
@@ -55,20 +55,25 @@ def _loss_by_transformers(model, ids, max_length, stride) -> float:
 
 @pytest.mark.parametrize('stride', [24, 48])
 def test_perplexity_is_that_of_transformers(tmp_path, stride):
-  from tests.evals import peers
+  from tests.helpers import eval_peers
 
-  tokenizer, _ = peers.tokenizers(tmp_path)
-  config, params, peer = peers.llama(tokenizer.vocab_size, tokenizer.eos_id)
-  net = network.Network(
-    transformer.Transformer(config).apply, params, tokenizer, peers.MAX_LENGTH
+  tokenizer, _ = eval_peers.tokenizers(tmp_path)
+  config, params, peer = eval_peers.llama(
+    tokenizer.vocab_size, tokenizer.eos_id
+  )
+  net = no_network.Network(
+    transformer.Transformer(config).apply,
+    params,
+    tokenizer,
+    eval_peers.MAX_LENGTH,
   )
   model = ports.Model(
-    tokenizer=tokenizer, max_length=peers.MAX_LENGTH, logprob_fn=net.score
+    tokenizer=tokenizer, max_length=eval_peers.MAX_LENGTH, logprob_fn=net.score
   )
   text = _text()
   group = perplexity.measure([text], model, stride=stride)
   ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-  loss = _loss_by_transformers(peer, ids, peers.MAX_LENGTH, stride)
+  loss = _loss_by_transformers(peer, ids, eval_peers.MAX_LENGTH, stride)
   # float32 sums in another order: 2e-6 when measured. Asked for are 1e-4.
   assert group.score('perplexity').value == pytest.approx(
     math.exp(loss), rel=2e-5

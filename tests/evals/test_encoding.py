@@ -3,10 +3,9 @@
 import pytest
 
 from evals import encoding
-from tests import fixtures
-from tests.evals import tiny_model
+from tests.helpers import eval_models, tiny_models
 
-BOS = fixtures.byte_tokenizer().bos_id
+BOS = tiny_models.byte_tokenizer().bos_id
 
 
 def _ids(text):
@@ -14,20 +13,20 @@ def _ids(text):
 
 
 def test_white_space_moves_to_the_continuation():
-  pair = encoding.encode_pair(tiny_model.model(), 'a \n', ' b')
+  pair = encoding.encode_pair(eval_models.model(), 'a \n', ' b')
   assert pair == (_ids('a'), _ids(' \n b'), 0)
 
 
 def test_bos_begins_a_context_where_the_model_has_it():
-  model = tiny_model.model(adds_bos=True)
+  model = eval_models.model(adds_bos=True)
   assert encoding.encode_pair(model, 'a', 'b') == ([BOS, *_ids('a')], [98], 0)
   # Not twice, where there is no context.
   assert encoding.encode_pair(model, '', 'b') == ([BOS], [98], 0)
 
 
 def test_an_empty_context_is_the_prefix():
-  assert encoding.encode_pair(tiny_model.model(), '', 'b').context == [BOS]
-  model = tiny_model.model(prefix_id=7)
+  assert encoding.encode_pair(eval_models.model(), '', 'b').context == [BOS]
+  model = eval_models.model(prefix_id=7)
   assert encoding.encode_pair(model, '', 'b').context == [7]
   # White space alone leaves nothing before the continuation.
   assert encoding.encode_pair(model, '  ', 'b') == ([7], _ids('  b'), 0)
@@ -44,19 +43,19 @@ class _Merging:
 
 def test_a_token_across_the_border_is_scored_as_part_of_nothing():
   # Like lm_eval's: the whole, cut at the length of the encoded context.
-  model = tiny_model.model(tokenizer=_Merging())
+  model = eval_models.model(tokenizer=_Merging())
   assert encoding.encode_pair(model, 'ca', 'bd') == ([99, 97], [100], 0)
 
 
 def test_a_long_context_is_cut_from_the_left():
-  model = tiny_model.model(max_length=4)
+  model = eval_models.model(max_length=4)
   pair = encoding.encode_pair(model, 'abcdef', 'gh')
   # 5 tokens in all: the last one is predicted and never read.
   assert pair == (_ids('def'), _ids('gh'), 3)
 
 
 def test_continuations_that_cannot_be_scored_are_refused():
-  model = tiny_model.model(max_length=4)
+  model = eval_models.model(max_length=4)
   with pytest.raises(ValueError, match='adds no token'):
     encoding.encode_pair(model, 'abc', '')
   with pytest.raises(ValueError, match='continuation of 5 tokens, expected 1'):
@@ -70,7 +69,7 @@ def test_special_names_are_text_unless_the_prompt_is_trusted():
       i for n, part in enumerate(parts) for i in [BOS] * (n > 0) + _ids(part)
     ]
 
-  model = tiny_model.model(adds_bos=True, encode_prompt=encode_prompt)
+  model = eval_models.model(adds_bos=True, encode_prompt=encode_prompt)
   assert BOS not in encoding.encode(model, '<|bos|>a')[1:]
   assert encoding.encode_trusted(model, 'a') == [BOS, 97]
   assert encoding.encode_trusted(model, '<|bos|>a') == [BOS, 97]
@@ -95,7 +94,7 @@ def test_names_of_special_tokens_are_found_the_longest_first():
 
 
 def test_a_prompt_leaves_room_for_its_completion():
-  model = tiny_model.model(max_length=8)
+  model = eval_models.model(max_length=8)
   assert encoding.fit_prompt(model, [1, 2, 3, 4, 5], 5).context == [3, 4, 5]
   with pytest.raises(ValueError, match='max_tokens: got 8, expected less than'):
     encoding.fit_prompt(model, [1], 8)
@@ -106,14 +105,14 @@ def test_a_model_needs_something_to_begin_with():
     bos_id = eos_id = None
 
   with pytest.raises(ValueError, match='prefix_id: got None'):
-    tiny_model.model(tokenizer=NoSpecials())
+    eval_models.model(tokenizer=NoSpecials())
   with pytest.raises(ValueError, match='adds_bos: got True'):
-    tiny_model.model(tokenizer=NoSpecials(), adds_bos=True, prefix_id=1)
-  assert tiny_model.model(tokenizer=NoSpecials(), prefix_id=1).prefix == 1
+    eval_models.model(tokenizer=NoSpecials(), adds_bos=True, prefix_id=1)
+  assert eval_models.model(tokenizer=NoSpecials(), prefix_id=1).prefix == 1
 
 
 def test_a_model_without_a_function_says_so():
   with pytest.raises(ValueError, match='sample_fn: got none'):
-    tiny_model.model().samples()
+    eval_models.model().samples()
   with pytest.raises(ValueError, match='logprob_fn: got none'):
-    tiny_model.model(logprob_fn=None).scores()
+    eval_models.model(logprob_fn=None).scores()

@@ -7,7 +7,7 @@ import pytest
 
 from evals import run
 from evals.results import report, scores
-from tests.evals import tiny_model
+from tests.helpers import eval_models
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def files(tmp_path):
 
 def test_perplexity_by_name(files):
   task = f'perplexity:{files}/text.txt'
-  model = tiny_model.model(description={'name': 'table'})
+  model = eval_models.model(description={'name': 'table'})
   result = run.run(task, model, run.Options(stride=8))
   assert result.task == task
   assert result.model == {'name': 'table'}
@@ -43,7 +43,7 @@ def test_perplexity_by_name(files):
 
 def test_choices_by_name(files):
   result = run.run(
-    f'choice:{files}/choice.jsonl', tiny_model.model(), run.Options(limit=3)
+    f'choice:{files}/choice.jsonl', eval_models.model(), run.Options(limit=3)
   )
   assert result.groups[0].num_examples == 3
   # The same question four times is answered alike.
@@ -52,8 +52,8 @@ def test_choices_by_name(files):
 
 def test_generation_by_name(files):
   seen = []
-  model = tiny_model.model(
-    max_length=64, sample_fn=tiny_model.writer([['a', 'b']] * 4, seen=seen)
+  model = eval_models.model(
+    max_length=64, sample_fn=eval_models.writer([['a', 'b']] * 4, seen=seen)
   )
   result = run.run(
     f'generate:{files}/generate.jsonl',
@@ -66,8 +66,8 @@ def test_generation_by_name(files):
 
 
 def test_gsm8k_by_name(files):
-  sample = tiny_model.writer([['#### 2'], ['2'], ['#### 3'], ['']])
-  model = tiny_model.model(max_length=200, sample_fn=sample)
+  sample = eval_models.writer([['#### 2'], ['2'], ['#### 3'], ['']])
+  model = eval_models.model(max_length=200, sample_fn=sample)
   options = run.Options(
     max_tokens=16, num_fewshot=2, fewshot_path=f'{files}/gsm8k.jsonl'
   )
@@ -79,7 +79,7 @@ def test_gsm8k_by_name(files):
 def test_a_task_is_read_once_for_many_models(files):
   task = run.open_task(f'choice:{files}/choice.jsonl')
   (files / 'choice.jsonl').unlink()
-  assert task.run(tiny_model.model()) == task.run(tiny_model.model())
+  assert task.run(eval_models.model()) == task.run(eval_models.model())
 
 
 @pytest.mark.parametrize('task', ['perplexity', 'perplexity:', 'x:y', '', 'a'])
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_is_refused(files):
   with pytest.raises(ValueError, match='sample_fn: got none'):
     run.run(
       f'gsm8k:{files}/gsm8k.jsonl',
-      tiny_model.model(max_length=600),
+      eval_models.model(max_length=600),
     )
 
 

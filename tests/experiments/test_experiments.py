@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib, step
 from training.optimizer import chain
 
@@ -77,7 +77,7 @@ def test_an_experiment_takes_one_step(name, variant):
   )
   for index in range(2):  # the rate of the very first step may be zero
     state, metrics = train_step(
-      state, fixtures.batch(batch_size=4, vocab_size=64, seed=index)
+      state, tiny_models.batch(batch_size=4, vocab_size=64, seed=index)
     )
   assert np.isfinite(float(metrics['loss']))
   assert float(metrics['loss']) == pytest.approx(np.log(64), rel=0.1)

@@ -12,13 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
-from tests import frozen_fixtures
+from tests.helpers import frozen_dirs
 
 
 @pytest.fixture(scope='module')
 def original(tmp_path_factory):
   directory = tmp_path_factory.mktemp('original') / 'tiny'
-  frozen_fixtures.write(directory, chat_template='{{ messages }} é')
+  frozen_dirs.write(directory, chat_template='{{ messages }} é')
   return directory
 
 
@@ -34,9 +34,9 @@ def _equal(a, b):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_round_trip(tmp_path, dtype):
-  config = frozen_fixtures.config()
-  params = frozen_fixtures.params(config, dtype=dtype)
-  written = frozen_fixtures.write(tmp_path / 'f', params=params, dtype=dtype)
+  config = frozen_dirs.config()
+  params = frozen_dirs.params(config, dtype=dtype)
+  written = frozen_dirs.write(tmp_path / 'f', params=params, dtype=dtype)
   frozen = frozen_format.read(tmp_path / 'f')
   _equal(frozen.params, params)
   assert {x.dtype.name for x in jax.tree.leaves(frozen.params)} == {dtype}
@@ -144,7 +144,7 @@ def _sign_again(directory, **changes):
 
 
 def test_a_config_that_does_not_fit_the_params_is_refused(copy):
-  model = frozen_fixtures.config(mlp_width=41).to_dict()
+  model = frozen_dirs.config(mlp_width=41).to_dict()
   _sign_again(copy, model=model)
   with pytest.raises(
     ValueError,
@@ -152,7 +152,7 @@ def test_a_config_that_does_not_fit_the_params_is_refused(copy):
     r' float32\[41, 24\]',
   ):
     frozen_format.read(copy)
-  _sign_again(copy, model=frozen_fixtures.config(num_layers=3).to_dict())
+  _sign_again(copy, model=frozen_dirs.config(num_layers=3).to_dict())
   with pytest.raises(ValueError, match='got nothing at params/layer_2/'):
     frozen_format.read(copy)
   _sign_again(copy, model={**model, 'mlp_depth': 3})
@@ -162,7 +162,7 @@ def test_a_config_that_does_not_fit_the_params_is_refused(copy):
 
 def test_a_dtype_that_is_not_the_stored_one_is_refused(copy):
   # Orbax would cast in silence.
-  model = frozen_fixtures.config().to_dict()
+  model = frozen_dirs.config().to_dict()
   _sign_again(copy, model=model, dtype='bfloat16')
   with pytest.raises(ValueError, match=r'got float32\[.*expected bfloat16\['):
     frozen_format.read(copy)
@@ -177,31 +177,31 @@ def test_weights_with_another_digest_are_refused(copy):
 
 
 def test_writing_refuses_params_of_another_model(tmp_path):
-  params = frozen_fixtures.params(frozen_fixtures.config(num_layers=1))
+  params = frozen_dirs.params(frozen_dirs.config(num_layers=1))
   with pytest.raises(ValueError, match='params: got nothing at params/layer_1'):
-    frozen_fixtures.write(tmp_path / 'f', params=params)
-  params = frozen_fixtures.params(frozen_fixtures.config(), dtype='bfloat16')
+    frozen_dirs.write(tmp_path / 'f', params=params)
+  params = frozen_dirs.params(frozen_dirs.config(), dtype='bfloat16')
   with pytest.raises(ValueError, match=r'got bfloat16\[.*expected float32\['):
-    frozen_fixtures.write(tmp_path / 'f', params=params)
+    frozen_dirs.write(tmp_path / 'f', params=params)
   assert not (tmp_path / 'f').exists()
 
 
 def test_other_weights_are_not_overwritten_unless_asked(tmp_path):
   target = tmp_path / 'f'
-  config = frozen_fixtures.config()
-  first = frozen_fixtures.write(target)
+  config = frozen_dirs.config()
+  first = frozen_dirs.write(target)
   # The same weights again: the rest may change.
-  frozen_fixtures.write(target, chat_template='new')
+  frozen_dirs.write(target, chat_template='new')
   assert frozen_format.read(target).chat_template == 'new'
-  other = frozen_fixtures.params(config, seed=1)
+  other = frozen_dirs.params(config, seed=1)
   with pytest.raises(
     ValueError, match=f'with weights {first.weights_digest}, expected those of'
   ):
-    frozen_fixtures.write(target, params=other)
+    frozen_dirs.write(target, params=other)
   assert frozen_format.read(target).manifest.weights_digest == (
     first.weights_digest
   )
-  frozen_fixtures.write(target, params=other, overwrite=True)
+  frozen_dirs.write(target, params=other, overwrite=True)
   _equal(frozen_format.read(target).params, other)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
 
@@ -209,8 +209,8 @@ def test_other_weights_are_not_overwritten_unless_asked(tmp_path):
 def test_a_damaged_directory_is_overwritten_only_when_asked(copy):
   (copy / 'manifest.json').write_text('{')
   with pytest.raises(ValueError, match='weights that cannot be read'):
-    frozen_fixtures.write(copy)
-  frozen_fixtures.write(copy, overwrite=True)
+    frozen_dirs.write(copy)
+  frozen_dirs.write(copy, overwrite=True)
   frozen_format.read(copy)
 
 
@@ -219,10 +219,10 @@ def test_what_is_not_frozen_is_never_replaced(tmp_path, overwrite):
   (tmp_path / 'home').mkdir()
   (tmp_path / 'home' / 'thesis.tex').write_text('years')
   with pytest.raises(ValueError, match='a place that holds something else'):
-    frozen_fixtures.write(tmp_path / 'home', overwrite=overwrite)
+    frozen_dirs.write(tmp_path / 'home', overwrite=overwrite)
   assert (tmp_path / 'home' / 'thesis.tex').read_text() == 'years'
   (tmp_path / 'empty').mkdir()
-  frozen_fixtures.write(tmp_path / 'empty')
+  frozen_dirs.write(tmp_path / 'empty')
   frozen_format.read(tmp_path / 'empty')
 
 
@@ -235,7 +235,7 @@ def test_an_interrupted_write_leaves_what_was_there(
   tmp_path, monkeypatch, moment
 ):
   target = tmp_path / 'f'
-  first = frozen_fixtures.write(target)
+  first = frozen_dirs.write(target)
 
   def interrupt(*_, **__):
     raise _Interrupted
@@ -248,17 +248,17 @@ def test_an_interrupted_write_leaves_what_was_there(
     monkeypatch.setattr(manifest_lib, 'write', interrupt)
   else:
     monkeypatch.setattr(frozen_format, '_move', interrupt)
-  other = frozen_fixtures.params(frozen_fixtures.config(), seed=1)
+  other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   for place in (target, tmp_path / 'new'):
     with pytest.raises(_Interrupted):
-      frozen_fixtures.write(place, params=other, overwrite=True)
+      frozen_dirs.write(place, params=other, overwrite=True)
   assert frozen_format.read(target).manifest == first
   assert not (tmp_path / 'new').exists()
 
 
 def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
   target = tmp_path / 'f'
-  first = frozen_fixtures.write(target)
+  first = frozen_dirs.write(target)
   rename = type(target).rename
 
   def fail_for_partial(self, to):
@@ -267,9 +267,9 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     return rename(self, to)
 
   monkeypatch.setattr(type(target), 'rename', fail_for_partial)
-  other = frozen_fixtures.params(frozen_fixtures.config(), seed=1)
+  other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   with pytest.raises(OSError, match='disk says no'):
-    frozen_fixtures.write(target, params=other, overwrite=True)
+    frozen_dirs.write(target, params=other, overwrite=True)
   assert frozen_format.read(target).manifest == first
   assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
 
@@ -298,7 +298,7 @@ def test_the_manifest_says_all_that_the_design_asks(original):
     'num_params',
     'manifest_digest',
   }
-  config_fields = {f.name for f in dataclasses.fields(frozen_fixtures.config())}
+  config_fields = {f.name for f in dataclasses.fields(frozen_dirs.config())}
   assert set(fields['model']) == config_fields
   assert set(fields['files']) == set(_files(original)) - {'manifest.json'}
 
@@ -315,7 +315,7 @@ def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
   fields['manifest_digest'] = manifest_lib._digest(fields)
   (copy / 'manifest.json').write_text(json.dumps(fields))
   frozen = frozen_format.read(copy)
-  assert frozen.config == frozen_fixtures.config()
+  assert frozen.config == frozen_dirs.config()
   assert frozen.manifest.origin == {}
   # Some of them alone is neither what was written then, nor now.
   fields['model']['window'] = 0

@@ -13,12 +13,12 @@ import pytest
 
 from frozen import format as frozen_format, freeze, seals
 from models import transformer
-from tests import fixtures, frozen_fixtures
+from tests.helpers import frozen_dirs, tiny_models
 
 
 def _scanned():
-  config = frozen_fixtures.config(scan_layers=True)
-  return config, frozen_fixtures.params(config)
+  config = frozen_dirs.config(scan_layers=True)
+  return config, frozen_dirs.params(config)
 
 
 def _pointers(tree):
@@ -29,8 +29,8 @@ def _pointers(tree):
 def test_serving_params_survive_the_donation_of_the_training_params(
   scan_layers,
 ):
-  config = frozen_fixtures.config(scan_layers=scan_layers)
-  params = frozen_fixtures.params(config)
+  config = frozen_dirs.config(scan_layers=scan_layers)
+  params = frozen_dirs.params(config)
   served, _ = freeze.serving_params(params, config, dtype='float32')
   before = jax.tree.map(np.array, served)
   assert not _pointers(served) & _pointers(params)
@@ -77,7 +77,7 @@ def workdir(tmp_path_factory):
     'has_bos': True,
   }
   (workdir / 'run.json').write_text(json.dumps(run))
-  fixtures.byte_tokenizer().save(workdir / 'tokenizer')
+  tiny_models.byte_tokenizer().save(workdir / 'tokenizer')
   for step in (4, 10):
     directory = workdir / 'checkpoints' / str(step)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -193,7 +193,7 @@ def _cli(*args):
     [sys.executable, '-m', 'frozen.freeze', *args],
     capture_output=True,
     text=True,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     timeout=120,
     check=False,
   )

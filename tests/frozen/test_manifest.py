@@ -5,7 +5,7 @@ import json
 import pytest
 
 from frozen import manifest as manifest_lib
-from tests import frozen_fixtures
+from tests.helpers import frozen_dirs
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def directory(tmp_path):
   manifest_lib.write(
     tmp_path,
     manifest_lib.sign(
-      **vars(frozen_fixtures.provenance()),
+      **vars(frozen_dirs.provenance()),
       model={'rope_base': 10_000.0},
       dtype='float32',
       quantization={'kind': 'none'},
@@ -34,7 +34,7 @@ def _edit(directory, change):
 
 def test_round_trip(directory):
   manifest = manifest_lib.read(directory)
-  assert manifest.experiment == frozen_fixtures.EXPERIMENT
+  assert manifest.experiment == frozen_dirs.EXPERIMENT
   assert manifest.format_version == manifest_lib.FORMAT_VERSION
   _edit(directory, lambda fields: None)  # other white space, the same contents
   assert manifest_lib.read(directory) == manifest

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _STEPS = """
 import resource, sys
@@ -33,7 +33,7 @@ def test_steps_stop_faulting_in_their_temporaries():
   for choice in ('keep', 'default'):
     result = subprocess.run(
       [sys.executable, '-c', _STEPS, choice],
-      env=fixtures.subprocess_env(PYTHONPATH='.'),
+      env=tiny_models.subprocess_env(PYTHONPATH='.'),
       capture_output=True,
       text=True,
       check=True,

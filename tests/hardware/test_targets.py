@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hardware import peaks, targets
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 @pytest.fixture
@@ -135,6 +135,6 @@ def test_a_machine_with_accelerators_is_left_to_jax(monkeypatch, tmp_path):
 def test_importing_targets_does_not_import_jax():
   code = 'import sys, hardware.targets; sys.exit("jax" in sys.modules)'
   done = subprocess.run(
-    [sys.executable, '-c', code], env=fixtures.subprocess_env(), check=False
+    [sys.executable, '-c', code], env=tiny_models.subprocess_env(), check=False
   )
   assert done.returncode == 0

@@ -8,7 +8,7 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests import frozen_fixtures
+from tests.helpers import frozen_dirs
 
 # Several sequences, blocks and pages, in few shapes: each takes its time.
 ENGINE = engine_config.EngineConfig(
@@ -25,8 +25,8 @@ ENGINE = engine_config.EngineConfig(
 def frozen_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('frozen') / 'tiny'
   # One layer: what it computes is the business of the engine's tests.
-  config = frozen_fixtures.config(num_layers=1)
-  frozen_fixtures.write(directory, config=config)
+  config = frozen_dirs.config(num_layers=1)
+  frozen_dirs.write(directory, config=config)
   return directory
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from inference import chat, generate
 from inference.engine import engine_config
-from tests import frozen_fixtures, hf_fixtures
+from tests.helpers import frozen_dirs, hf_files
 from text import hf_tokenizer
 
 
@@ -103,11 +103,11 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
     '{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}'
     '{% endfor %}'
   )
-  hf_fixtures.llama2(tmp_path / 'source', template=template)
+  hf_files.llama2(tmp_path / 'source', template=template)
   hf_tokenizer.convert(tmp_path / 'source', tmp_path / 'hf')
-  frozen_fixtures.write(
+  frozen_dirs.write(
     tmp_path / 'm',
-    config=frozen_fixtures.config(num_layers=1, vocab_size=410),
+    config=frozen_dirs.config(num_layers=1, vocab_size=410),
     tokenizer_dir=tmp_path / 'hf',
     chat_template=template,
   )

@@ -13,7 +13,7 @@ from frozen import format as frozen_format
 from inference import generate
 from inference.sampling import settings as settings_lib
 from models import transformer
-from tests import frozen_fixtures
+from tests.helpers import frozen_dirs
 
 _GREEDY = settings_lib.Settings(temperature=0.0, max_tokens=10)
 _PROMPTS = ['def', '', 'longer than others', 'é']
@@ -172,8 +172,8 @@ def test_recommended_length_yields_to_the_context_a_chosen_one_does_not(
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-  config = frozen_fixtures.config(vocab_size=100)
-  frozen_fixtures.write(tmp_path / 'small', config=config)
+  config = frozen_dirs.config(vocab_size=100)
+  frozen_dirs.write(tmp_path / 'small', config=config)
   with pytest.raises(ValueError, match='got a tokenizer of 259 ids, expected'):
     generate.load(tmp_path / 'small')
 

@@ -14,7 +14,7 @@ from inference import generate
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
 from models import transformer
-from tests import frozen_fixtures
+from tests.helpers import frozen_dirs
 
 ENGINE = engine_config.EngineConfig(
   max_sequences=2,
@@ -63,8 +63,8 @@ MODELS = {
 
 @pytest.mark.parametrize('name', list(MODELS))
 def test_greedy_tokens_are_the_full_forwards(tmp_path, name):
-  config = frozen_fixtures.config(**MODELS[name])
-  frozen_fixtures.write(tmp_path / 'frozen', config=config)
+  config = frozen_dirs.config(**MODELS[name])
+  frozen_dirs.write(tmp_path / 'frozen', config=config)
   generator = generate.load(tmp_path / 'frozen', ENGINE)
   settings = settings_lib.Settings(
     temperature=0.0, max_tokens=12, ignore_eos=True

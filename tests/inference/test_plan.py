@@ -13,20 +13,20 @@ import pytest
 from hardware import compile_ahead, peaks, targets
 from inference import plan as plan_lib
 from models import flops, kv_cache
-from tests import fixtures, frozen_fixtures
+from tests.helpers import frozen_dirs, tiny_models
 
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   """A directory of which the manifest alone is left."""
   directory = tmp_path_factory.mktemp('plan') / 'tiny'
-  frozen_fixtures.write(directory)
+  frozen_dirs.write(directory)
   shutil.rmtree(directory / 'params')
   return str(directory)
 
 
 def _plan(config=None, **fields):
-  config = config or frozen_fixtures.config()
+  config = config or frozen_dirs.config()
   return plan_lib.Plan(
     **{
       'name': 'tiny',
@@ -43,7 +43,7 @@ def _plan(config=None, **fields):
 
 def _large():
   """A model whose weights take a third of a v5e."""
-  return frozen_fixtures.config(
+  return frozen_dirs.config(
     vocab_size=32_000,
     num_layers=32,
     model_width=2048,
@@ -58,7 +58,7 @@ def _large():
 
 def test_only_the_manifest_is_read(model):
   plan = plan_lib.make(model)
-  assert plan.num_params == flops.num_params(frozen_fixtures.config())
+  assert plan.num_params == flops.num_params(frozen_dirs.config())
   assert plan.weight_bytes == 4 * plan.num_params
   assert plan.compiled is None
   assert f'{plan.num_params:,} parameters, float32' in plan_lib.report(plan)
@@ -167,7 +167,7 @@ def test_the_compilers_memory_stands_beside_the_formula():
 def _run(*flags):
   return subprocess.run(
     [sys.executable, 'serve.py', *flags],
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     check=False,

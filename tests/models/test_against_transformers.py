@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models import layout, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)
@@ -218,14 +218,16 @@ def _mixtral(config):
 @pytest.mark.parametrize(
   ('build', 'config'),
   [
-    (_gpt2, fixtures.gpt2_like(max_length=LENGTH)),
-    (_llama, fixtures.llama_like(max_length=LENGTH, rope_base=500.0)),
-    (_llama, fixtures.llama_like(max_length=LENGTH, tie_embeddings=True)),
-    (_llama, fixtures.llama_like(max_length=LENGTH, qk_norm=True)),
-    (_mixtral, fixtures.mixture(max_length=LENGTH, num_shared_experts=0)),
+    (_gpt2, tiny_models.gpt2_like(max_length=LENGTH)),
+    (_llama, tiny_models.llama_like(max_length=LENGTH, rope_base=500.0)),
+    (_llama, tiny_models.llama_like(max_length=LENGTH, tie_embeddings=True)),
+    (_llama, tiny_models.llama_like(max_length=LENGTH, qk_norm=True)),
+    (_mixtral, tiny_models.mixture(max_length=LENGTH, num_shared_experts=0)),
     (
       _mixtral,
-      fixtures.mixture(max_length=LENGTH, num_shared_experts=0, qk_norm=True),
+      tiny_models.mixture(
+        max_length=LENGTH, num_shared_experts=0, qk_norm=True
+      ),
     ),
   ],
   ids=['gpt2', 'llama', 'llama_tied', 'qwen3', 'mixtral', 'qwen3_moe'],
@@ -252,7 +254,7 @@ def test_logits_equal_those_of_transformers(build, config, scan_layers):
 
 @pytest.mark.parametrize('qk_norm', [False, True])
 def test_every_parameter_of_ours_comes_from_theirs(qk_norm):
-  config = fixtures.llama_like(qk_norm=qk_norm)
+  config = tiny_models.llama_like(qk_norm=qk_norm)
   _, params = _llama(config)
   ours = jax.eval_shape(
     transformer.Transformer(config).init,

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from models import execution as execution_lib, invariant, kv_cache, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _SIZE, _PAGES = 16, 8  # tokens of a page, pages of a sequence
 _SEQUENCES, _LENGTH = 9, 90
 _MODELS = {
-  'llama': fixtures.llama_like,
-  'gpt2': fixtures.gpt2_like,
-  'mixture': fixtures.mixture,
+  'llama': tiny_models.llama_like,
+  'gpt2': tiny_models.gpt2_like,
+  'mixture': tiny_models.mixture,
 }
 _TABLE = 1 + np.random.default_rng(5).permutation(_SEQUENCES * _PAGES).reshape(
   _SEQUENCES, _PAGES

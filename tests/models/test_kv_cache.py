@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import kv_cache
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 def test_shapes_of_both_layouts():
-  unrolled = kv_cache.init(fixtures.llama_like(), batch_size=3, length=7)
+  unrolled = kv_cache.init(tiny_models.llama_like(), batch_size=3, length=7)
   assert isinstance(unrolled, tuple)
   assert len(unrolled) == 2
   assert unrolled[0].k_BKSC.shape == (3, 2, 7, 6)
   scanned = kv_cache.init(
-    fixtures.llama_like(scan_layers=True),
+    tiny_models.llama_like(scan_layers=True),
     batch_size=3,
     length=7,
     dtype=jnp.bfloat16,
@@ -27,13 +27,13 @@ def test_shapes_of_both_layouts():
 
 def test_no_buffer_is_shared():
   """The decode step donates each of them; a shared one could not be."""
-  cache = kv_cache.init(fixtures.llama_like(), batch_size=1, length=4)
+  cache = kv_cache.init(tiny_models.llama_like(), batch_size=1, length=4)
   pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
   assert len(set(pointers)) == len(pointers)
 
 
 def test_write_puts_position_p_into_slot_p_and_drops_what_is_beyond():
-  config = fixtures.llama_like()
+  config = tiny_models.llama_like()
   layer = kv_cache.init(config, batch_size=2, length=4)[0]
   new = jnp.arange(1, 2 * 3 * 2 * 6 + 1, dtype=jnp.float32)
   new_BTKC = new.reshape(2, 3, 2, 6)

@@ -13,18 +13,18 @@ import pytest
 
 from models import mup, transformer
 from models.attention import dense
-from tests import fixtures
+from tests.helpers import tiny_models
 
 # Four times the base, heads wider by as much.
 RATIO = 4
-WIDE = fixtures.llama_like(
+WIDE = tiny_models.llama_like(
   model_width=96,
   head_width=24,
   mlp_width=160,
   mup_base_width=24,
   mup_base_head_width=6,
 )
-MIXTURE = fixtures.mixture(
+MIXTURE = tiny_models.mixture(
   model_width=96, expert_width=80, mup_base_width=24, scan_layers=True
 )
 STANDARD = {'mup_base_width': 0, 'mup_base_head_width': 0}
@@ -109,7 +109,7 @@ def test_scores_are_scaled_by_one_over_channels():
   np.testing.assert_allclose(scale, np.sqrt(6) / 24, rtol=1e-5)
 
 
-@pytest.mark.parametrize('make', [fixtures.llama_like, fixtures.mixture])
+@pytest.mark.parametrize('make', [tiny_models.llama_like, tiny_models.mixture])
 def test_at_its_base_it_is_the_standard_parametrisation(make):
   standard = make()
   base = make(mup_base_width=24, mup_base_head_width=6)

@@ -9,7 +9,7 @@ import pytest
 
 from models import axes, flops, layout, model_config, norms, transformer
 from models.attention import rope
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 def _params(config):
@@ -19,7 +19,7 @@ def _params(config):
 
 @pytest.mark.parametrize('kind', model_config.NORMS)
 def test_norms_are_computed_in_float32(kind):
-  config = fixtures.llama_like(norm=kind, use_bias=True, norm_epsilon=1e-6)
+  config = tiny_models.llama_like(norm=kind, use_bias=True, norm_epsilon=1e-6)
   x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 8)) + 50
   module = norms.Norm(config)
   params = {'params': {'scale': jnp.arange(1.0, 9.0)}}
@@ -38,7 +38,7 @@ def test_norms_are_computed_in_float32(kind):
 
 
 def test_a_gain_multiplies_what_is_normalised():
-  config = fixtures.gpt2_like()
+  config = tiny_models.gpt2_like()
   x = jax.random.normal(jax.random.key(0), (2, 3, 8))
   params = norms.Norm(config).init(jax.random.key(0), x)
   params = jax.tree.map(lambda leaf: leaf + 0.5, params)
@@ -74,7 +74,9 @@ def test_first_pair_turns_one_radian_per_position():
   )
 
 
-@pytest.mark.parametrize('make', [fixtures.llama_like, fixtures.gpt2_like])
+@pytest.mark.parametrize(
+  'make', [tiny_models.llama_like, tiny_models.gpt2_like]
+)
 def test_stack_is_the_inverse_of_unstack(make):
   config = make(scan_layers=True)
   params = _params(config)
@@ -89,7 +91,7 @@ def test_stack_is_the_inverse_of_unstack(make):
 
 
 @pytest.mark.parametrize(
-  'make', [fixtures.llama_like, fixtures.gpt2_like, fixtures.stable]
+  'make', [tiny_models.llama_like, tiny_models.gpt2_like, tiny_models.stable]
 )
 @pytest.mark.parametrize('scan', [True, False])
 def test_every_parameter_has_axes_and_only_matrices_decay(make, scan):
@@ -119,9 +121,9 @@ def test_unknown_parameters_have_no_axes():
 
 def test_matmul_params_are_the_kernels_and_the_head():
   for config in (
-    fixtures.llama_like(),
-    fixtures.gpt2_like(),
-    fixtures.llama_like(qk_norm=True),
+    tiny_models.llama_like(),
+    tiny_models.gpt2_like(),
+    tiny_models.llama_like(qk_norm=True),
   ):
     leaves = jax.tree_util.tree_leaves_with_path(_params(config))
     kernels = sum(
@@ -134,7 +136,7 @@ def test_matmul_params_are_the_kernels_and_the_head():
 
 def test_flops_agree_with_the_compiler():
   """On an unrolled forward, whose cost analysis counts every layer."""
-  config = fixtures.llama_like(model_width=64, mlp_width=256, vocab_size=512)
+  config = tiny_models.llama_like(model_width=64, mlp_width=256, vocab_size=512)
   batch, time = 2, 32
   model = transformer.Transformer(config)
   compiled = (
@@ -150,7 +152,7 @@ def test_flops_agree_with_the_compiler():
 
 
 def test_gpt2_small_has_the_published_size():
-  config = fixtures.gpt2_like(
+  config = tiny_models.gpt2_like(
     vocab_size=50_257,
     num_layers=12,
     model_width=768,
@@ -189,10 +191,10 @@ def test_gpt2_small_has_the_published_size():
 )
 def test_impossible_configs_are_refused(field, value, message):
   with pytest.raises(ValueError, match=message):
-    fixtures.llama_like(**{field: value}).validate()
+    tiny_models.llama_like(**{field: value}).validate()
 
 
-@pytest.mark.parametrize('make', [fixtures.gpt2_like, fixtures.stable])
+@pytest.mark.parametrize('make', [tiny_models.gpt2_like, tiny_models.stable])
 def test_config_survives_json_and_refuses_other_fields(make):
   config = make()
   assert model_config.ModelConfig.from_dict(config.to_dict()) == config

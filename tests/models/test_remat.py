@@ -13,17 +13,17 @@ import pytest
 
 from models import execution, remat, transformer
 from models.linear import plain
-from tests import fixtures
+from tests.helpers import tiny_models
 from training.objectives import next_token
 
-BATCH = fixtures.batch(
+BATCH = tiny_models.batch(
   batch_size=8, row_length=64, num_segments=2, num_padding=3
 )
 
 
 @functools.cache
 def _parts(policy, scan_layers, dtype):
-  config = fixtures.llama_like(
+  config = tiny_models.llama_like(
     scan_layers=scan_layers, num_layers=4, model_width=64, mlp_width=128,
     head_width=16, max_length=64,
   )  # fmt: skip
@@ -79,7 +79,7 @@ def test_each_policy_stores_less_than_the_one_before():
 
 def _residuals(policy, dtype):
   """Returns (shape, dtype) of what one layer keeps for its backward pass."""
-  config = fixtures.llama_like()
+  config = tiny_models.llama_like()
 
   def layer(x_BTD, w_DF, v_FD):
     x_BTD = remat.named_input(x_BTD)
@@ -100,7 +100,7 @@ def _residuals(policy, dtype):
 
 def test_minimal_keeps_products_in_the_dtype_of_activations():
   """And not as they were accumulated: in float32, twice the bytes."""
-  config = fixtures.llama_like()
+  config = tiny_models.llama_like()
   kept = _residuals('minimal', jnp.bfloat16)
   assert kept == {
     (config.model_width, 'bfloat16'),  # the input, and the second product

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from models import kv_cache, layout, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 
 CONFIGS = {
-  'llama': fixtures.llama_like(),
-  'llama_scanned': fixtures.llama_like(scan_layers=True),
-  'llama_tied': fixtures.llama_like(tie_embeddings=True),
-  'gpt2': fixtures.gpt2_like(),
-  'gpt2_scanned': fixtures.gpt2_like(scan_layers=True),
-  'stable': fixtures.stable(),
-  'stable_scanned': fixtures.stable(scan_layers=True, tie_embeddings=True),
-  'mixture': fixtures.mixture(),
-  'mixture_scanned': fixtures.mixture(scan_layers=True),
+  'llama': tiny_models.llama_like(),
+  'llama_scanned': tiny_models.llama_like(scan_layers=True),
+  'llama_tied': tiny_models.llama_like(tie_embeddings=True),
+  'gpt2': tiny_models.gpt2_like(),
+  'gpt2_scanned': tiny_models.gpt2_like(scan_layers=True),
+  'stable': tiny_models.stable(),
+  'stable_scanned': tiny_models.stable(scan_layers=True, tie_embeddings=True),
+  'mixture': tiny_models.mixture(),
+  'mixture_scanned': tiny_models.mixture(scan_layers=True),
 }
 every_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 
@@ -191,7 +191,7 @@ def test_packed_rows_see_only_their_own_document(name):
 
 def test_rows_longer_than_a_block_of_queries_equal_decoding_them():
   """Rows of several query blocks, the last one not full."""
-  config = fixtures.llama_like(num_layers=1, max_length=200)
+  config = tiny_models.llama_like(num_layers=1, max_length=200)
   model, params = _model(config)
   tokens_BT = _tokens(config, time=150)
   full_BTV, _ = _jitted(config)(params, tokens_BT)
@@ -214,7 +214,7 @@ def test_scanned_and_unrolled_layers_are_the_same_function(name):
 
 
 def test_dropout_is_of_the_calls_that_bring_a_key():
-  config = fixtures.gpt2_like(dropout_rate=0.5)
+  config = tiny_models.gpt2_like(dropout_rate=0.5)
   model, params = _model(config)
   tokens_BT = _tokens(config)
   plain, _ = _jitted(config)(params, tokens_BT)
@@ -245,7 +245,7 @@ def test_bfloat16_stays_near_float32(name):
 
 
 def test_learned_positions_refuse_what_they_do_not_have():
-  config = fixtures.gpt2_like(max_length=16)
+  config = tiny_models.gpt2_like(max_length=16)
   model, params = _model(config)
   with pytest.raises(ValueError, match='got a row or cache of 17 tokens'):
     _jitted(config)(params, _tokens(config, time=17))

@@ -11,7 +11,7 @@ import pytest
 from data import data_config, sources
 from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment, learner
 from training.optimizer import chain
 
@@ -142,7 +142,7 @@ def test_one_device_needs_no_spreading():
 
 
 # Sizes that divide by every mesh axis below.
-MODEL = fixtures.mixture(
+MODEL = tiny_models.mixture(
   vocab_size=64,
   model_width=32,
   head_width=8,
@@ -172,7 +172,7 @@ def _trajectory(num_devices, **parallel):
   train_step = learns.compile_train_step()
   reported = []
   for index in range(10):
-    batch = fixtures.batch(
+    batch = tiny_models.batch(
       batch_size=16,
       row_length=16,
       vocab_size=64,
@@ -218,7 +218,7 @@ def test_every_way_across_devices_trains_the_same(parallel):
   ('model', 'parallel', 'message'),
   [
     (
-      fixtures.llama_like(),
+      tiny_models.llama_like(),
       {'expert': 2},
       'parallel.expert: got 2 with a dense model, expected 1: there are no',
     ),
@@ -228,7 +228,7 @@ def test_every_way_across_devices_trains_the_same(parallel):
       'got 16 for model.num_experts = 8, expected a divisor of it',
     ),
     (
-      fixtures.mixture(num_experts=6),
+      tiny_models.mixture(num_experts=6),
       {'expert': 4},
       'got 4 for model.num_experts = 6, expected a divisor of it',
     ),

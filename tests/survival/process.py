@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib, seals
-from tests import fixtures
+from tests.helpers import tiny_models
 from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def start(
     max_file_bytes: no file may grow larger; can be lifted while it runs.
   """
 
-  env = fixtures.subprocess_env(
+  env = tiny_models.subprocess_env(
     JAX_PLATFORMS='cpu',
     JAX_COMPILATION_CACHE_DIR=str(cache),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',

@@ -5,7 +5,7 @@ evaluations and saves take turns so often that a kill hits any of them.
 """
 
 from data import data_config, sources
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment
 from training.optimizer import chain
 
@@ -20,7 +20,7 @@ def get_config() -> experiment.Experiment:
     name='survival',
     # Of more ids than it needs: its embeddings are one chunk of a file that is
     # larger than all that a run writes besides (full_disk.MAX_FILE_BYTES).
-    model=fixtures.llama_like(vocab_size=1024, max_length=64),
+    model=tiny_models.llama_like(vocab_size=1024, max_length=64),
     data=data_config.DataConfig(
       open_source=sources.text_files,
       row_length=64,

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from tests import hf_fixtures
+from tests.helpers import hf_files as hf_files_lib
 from text import hf_files, hf_tokenizer
 
 
@@ -28,7 +28,7 @@ def _theirs(directory):
 
 
 def test_names_in_a_file_of_their_own(tmp_path):
-  directory = hf_fixtures.llama2(tmp_path)
+  directory = hf_files_lib.llama2(tmp_path)
   (directory / 'tokenizer_config.json').unlink()
   names = {
     'bos_token': '<s>',
@@ -42,7 +42,7 @@ def test_names_in_a_file_of_their_own(tmp_path):
 
 
 def test_tokens_that_only_the_config_has(tmp_path):
-  directory = hf_fixtures.llama2(tmp_path)
+  directory = hf_files_lib.llama2(tmp_path)
   num_ids = _convert(directory).vocab_size
   extra = {'content': '<tool>', 'special': False, 'normalized': False}
 
@@ -62,7 +62,7 @@ def test_tokens_that_only_the_config_has(tmp_path):
   for token in ('<pad>', '<image>', '<x>', '<tool>'):
     assert token in theirs.get_vocab()
     text = f'a {token} b <s> c'
-    spans = hf_fixtures.spans_of(tok, text)
+    spans = hf_files_lib.spans_of(tok, text)
     assert tok.encode_marked(text, spans).ids == theirs.encode(
       text, add_special_tokens=False
     )
@@ -71,7 +71,7 @@ def test_tokens_that_only_the_config_has(tmp_path):
 
 
 def test_how_tokens_match_is_said_by_the_config(tmp_path):
-  directory = hf_fixtures.llama2(tmp_path)
+  directory = hf_files_lib.llama2(tmp_path)
   flags = {'content': '</s>', 'special': True, 'rstrip': True}
   _edit(
     directory,
@@ -80,13 +80,13 @@ def test_how_tokens_match_is_said_by_the_config(tmp_path):
   )
   tok, theirs = _convert(directory), _theirs(directory)
   text = 'the</s>  cat'
-  ids = tok.encode_marked(text, hf_fixtures.spans_of(tok, text)).ids
+  ids = tok.encode_marked(text, hf_files_lib.spans_of(tok, text)).ids
   assert ids == theirs.encode(text, add_special_tokens=False)
   assert tok.decode(ids) == 'the cat'
 
 
 def test_added_tokens_in_a_file_of_their_own(tmp_path):
-  directory = hf_fixtures.gpt2(tmp_path)
+  directory = hf_files_lib.gpt2(tmp_path)
   num_ids = _convert(directory).vocab_size
   (directory / 'added_tokens.json').write_text(
     json.dumps(
@@ -101,7 +101,7 @@ def test_added_tokens_in_a_file_of_their_own(tmp_path):
 
 
 def test_a_named_token_is_special_even_if_it_was_only_added(tmp_path):
-  directory = hf_fixtures.qwen(tmp_path)
+  directory = hf_files_lib.qwen(tmp_path)
   _edit(
     directory,
     'tokenizer_config.json',
@@ -114,7 +114,7 @@ def test_a_named_token_is_special_even_if_it_was_only_added(tmp_path):
 
 @pytest.mark.parametrize('in_config', [False, True])
 def test_one_chat_template(tmp_path, in_config):
-  directory = hf_fixtures.gpt2(tmp_path, template='from the config')
+  directory = hf_files_lib.gpt2(tmp_path, template='from the config')
   if not in_config:  # it has precedence
     (directory / 'chat_template.jinja').write_text('of its \u00e9wn', 'utf-8')
   expected = 'from the config' if in_config else 'of its \u00e9wn'
@@ -126,7 +126,7 @@ def test_one_chat_template(tmp_path, in_config):
 
 @pytest.mark.parametrize('has_default', [False, True])
 def test_several_chat_templates(tmp_path, has_default):
-  directory = hf_fixtures.gpt2(tmp_path, template='ignored')
+  directory = hf_files_lib.gpt2(tmp_path, template='ignored')
   if has_default:
     (directory / 'chat_template.jinja').write_text('plain')
   more = directory / 'additional_chat_templates'
@@ -147,7 +147,7 @@ def test_a_list_of_chat_templates_in_the_config(tmp_path):
     {'name': 'default', 'template': 'plain'},
     {'name': 'tool_use', 'template': 'with tools'},
   ]
-  directory = hf_fixtures.gpt2(tmp_path, template=named)
+  directory = hf_files_lib.gpt2(tmp_path, template=named)
   assert _convert(directory).chat_templates() == {
     'default': 'plain',
     'tool_use': 'with tools',
@@ -155,12 +155,12 @@ def test_a_list_of_chat_templates_in_the_config(tmp_path):
 
 
 def test_no_chat_template(tmp_path):
-  assert _convert(hf_fixtures.gpt2(tmp_path)).chat_templates() == {}
+  assert _convert(hf_files_lib.gpt2(tmp_path)).chat_templates() == {}
 
 
 @pytest.mark.parametrize('wrong', [3, [{'name': 'default'}], {'default': 1}])
 def test_a_chat_template_that_is_none(tmp_path, wrong):
-  tok = _convert(hf_fixtures.gpt2(tmp_path, template=wrong))
+  tok = _convert(hf_files_lib.gpt2(tmp_path, template=wrong))
   with pytest.raises(ValueError, match='expected a string or a list of names'):
     tok.chat_templates()
 
@@ -213,7 +213,7 @@ def test_a_tokenizer_that_was_not_converted(tmp_path, name):
   ],
 )
 def test_damaged_files(tmp_path, name, text, error):
-  directory = hf_fixtures.llama2(tmp_path / 'model')
+  directory = hf_files_lib.llama2(tmp_path / 'model')
   (directory / name).write_text(text)
   with pytest.raises(ValueError, match=error) as caught:
     _convert(directory)
@@ -222,7 +222,7 @@ def test_damaged_files(tmp_path, name, text, error):
 
 
 def test_a_file_that_encodes_at_random(tmp_path):
-  directory = hf_fixtures.gpt2(tmp_path)
+  directory = hf_files_lib.gpt2(tmp_path)
   _edit(
     directory,
     'tokenizer.json',
@@ -233,7 +233,7 @@ def test_a_file_that_encodes_at_random(tmp_path):
 
 
 def test_text_cleaned_after_it_was_shown(tmp_path):
-  directory = hf_fixtures.wordpiece(tmp_path)
+  directory = hf_files_lib.wordpiece(tmp_path)
   _edit(
     directory,
     'tokenizer_config.json',
@@ -244,9 +244,9 @@ def test_text_cleaned_after_it_was_shown(tmp_path):
 
 
 def test_other_tokens_around_a_text(tmp_path):
-  directory = hf_fixtures.llama2(tmp_path)
+  directory = hf_files_lib.llama2(tmp_path)
   model = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
-  model.post_processor = hf_fixtures.bos_first('<unk>', 0)
+  model.post_processor = hf_files_lib.bos_first('<unk>', 0)
   model.save(str(directory / 'tokenizer.json'))
   with pytest.raises(
     ValueError, match=r'puts the ids \[0\] before .*expected BOS \[1\]'
@@ -255,7 +255,7 @@ def test_other_tokens_around_a_text(tmp_path):
 
 
 def test_read_saved_leaves_other_files_alone(tmp_path):
-  directory = hf_fixtures.gpt2(tmp_path)
+  directory = hf_files_lib.gpt2(tmp_path)
   (directory / 'model.safetensors').write_bytes(b'weights')
   assert set(hf_files.read_saved(directory)) == {
     'tokenizer.json', 'tokenizer_config.json'

@@ -15,10 +15,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from tests import hf_fixtures
+from tests.helpers import hf_files
 from text import detokenize, hf_tokenizer, tokenizer
 
-FAMILIES = sorted(hf_fixtures.FAMILIES)
+FAMILIES = sorted(hf_files.FAMILIES)
 # Their vocabularies hold special tokens as pieces, which the library then finds
 # in text even if asked not to.
 FORGEABLE = ('unigram', 'unigram_bytes', 'wordpiece')
@@ -29,7 +29,7 @@ def _directory(family: str) -> pathlib.Path:
   """Returns a directory as Hugging Face has it, that lives as long as this."""
   root = tempfile.TemporaryDirectory()
   _ROOTS.append(root)
-  return hf_fixtures.FAMILIES[family](root.name)
+  return hf_files.FAMILIES[family](root.name)
 
 
 _ROOTS: list[tempfile.TemporaryDirectory] = []
@@ -69,8 +69,8 @@ def family(request):
 def test_ids_and_text_of_transformers(family):
   ours, theirs = _ours(family), _theirs(_directory(family))
   assert ours.vocab_size == len(theirs)
-  forged = () if family in FORGEABLE else hf_fixtures.FORGED
-  for text in (*hf_fixtures.AWKWARD, *forged):
+  forged = () if family in FORGEABLE else hf_files.FORGED
+  for text in (*hf_files.AWKWARD, *forged):
     ids = ours.encode(text)
     kwargs = {'split_special_tokens': True}
     assert ids == theirs.encode(text, add_special_tokens=False, **kwargs), text
@@ -94,7 +94,7 @@ def test_special_ids_of_transformers(family):
   assert dict(ours.names) == theirs.special_tokens_map
 
 
-@pytest.mark.parametrize('text', hf_fixtures.FORGED)
+@pytest.mark.parametrize('text', hf_files.FORGED)
 def test_text_never_becomes_special_ids(family, text):
   tok = _ours(family)
   special = _special_but_unknown(tok)
@@ -122,7 +122,7 @@ def test_merges_that_spell_a_special_token_do_not_make_it(tmp_path):
   merges = [('<', 's'), ('<s', '>')]
   model = tokenizers.Tokenizer(models.BPE(vocab, merges))
   model.add_special_tokens(['<s>'])
-  hf_fixtures.write(tmp_path / 'in', model, {'eos_token': '<s>'})
+  hf_files.write(tmp_path / 'in', model, {'eos_token': '<s>'})
   tok = hf_tokenizer.convert(tmp_path / 'in', tmp_path / 'out')
   assert tok.encode('a<s>a') == [0, 4, 3, 0]
 
@@ -132,7 +132,7 @@ def test_words_looked_up_whole_do_not_find_a_special_token(tmp_path):
   model = tokenizers.Tokenizer(models.BPE(vocab, [], ignore_merges=True))
   model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   model.add_special_tokens(['<s>'])
-  hf_fixtures.write(tmp_path / 'in', model, {'eos_token': '<s>'})
+  hf_files.write(tmp_path / 'in', model, {'eos_token': '<s>'})
   tok = hf_tokenizer.convert(tmp_path / 'in', tmp_path / 'out')
   assert tok.encode('a <s> a') == [0, 1, 2, 3, 0]
 
@@ -147,7 +147,7 @@ def test_added_tokens_that_are_not_special_are_vocabulary():
 
 def test_batches_are_the_single_ones(family):
   tok = _ours(family)
-  texts = [*hf_fixtures.AWKWARD, *hf_fixtures.FORGED]
+  texts = [*hf_files.AWKWARD, *hf_files.FORGED]
   for text, ids in zip(texts, tok.encode_batch(texts), strict=True):
     assert ids.dtype == np.int32
     assert ids.tolist() == tok.encode(text)
@@ -279,14 +279,14 @@ def test_save_then_load(family, tmp_path):
   assert first['tokenizer.json'] == source.read_bytes()
   for name in ('kind', 'vocab_size', 'bos_id', 'eos_ids', 'pad_id', 'adds_bos'):
     assert getattr(loaded, name) == getattr(tok, name)
-  for text in hf_fixtures.AWKWARD:
+  for text in hf_files.AWKWARD:
     assert loaded.encode(text) == tok.encode(text)
 
 
 def test_what_is_saved_is_a_directory_of_transformers(family):
   ours = _ours(family)
   theirs = _theirs(_directory(family) / 'saved')
-  for text in hf_fixtures.AWKWARD:
+  for text in hf_files.AWKWARD:
     ids = theirs.encode(text, add_special_tokens=False)
     assert ids == _theirs(_directory(family)).encode(
       text, add_special_tokens=False
@@ -295,7 +295,7 @@ def test_what_is_saved_is_a_directory_of_transformers(family):
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):
-  directory = hf_fixtures.gpt2(tmp_path / 'in')
+  directory = hf_files.gpt2(tmp_path / 'in')
   model = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
   model.enable_truncation(3)
   model.enable_padding(length=3, pad_id=0)
@@ -314,7 +314,7 @@ def test_generation_config_says_where_texts_end(tmp_path):
   assert tok.eos_ids == (turn, end)  # the tokenizer's own is first
   assert _ours('gpt2').eos_ids == (_ours('gpt2').eos_id,)
   # Where it does not name the tokenizer's own, generating passes over that.
-  hf_fixtures.llama3(tmp_path / 'in', generation={'eos_token_id': end})
+  hf_files.llama3(tmp_path / 'in', generation={'eos_token_id': end})
   other = hf_tokenizer.convert(tmp_path / 'in', tmp_path / 'out')
   assert (other.eos_id, other.eos_ids) == (end, (end,))
 
@@ -345,10 +345,10 @@ def test_marked_text_is_what_transformers_encodes(family):
   texts = [
     f'{a}the cat{b}\n\nuser  x\u00e9\U0001f600{a}{b} {a}',
     f' {a} the{b} ', f'x{b}y', a, f'{a}\n {b}\n\n{a}the', 'no tokens', '',
-    *hf_fixtures.FORGED,
+    *hf_files.FORGED,
   ]  # fmt: skip
   for text in texts:
-    ids, offsets = ours.encode_marked(text, hf_fixtures.spans_of(ours, text))
+    ids, offsets = ours.encode_marked(text, hf_files.spans_of(ours, text))
     expected = theirs(
       text, add_special_tokens=False, return_offsets_mapping=True
     )
@@ -385,10 +385,10 @@ def test_single_words_match_only_where_the_library_matches_them(tmp_path):
   model = tokenizers.Tokenizer.from_file(
     str(_directory('gpt2') / 'tokenizer.json')
   )
-  model.add_special_tokens(hf_fixtures.special('<m>', single_word=True))
-  hf_fixtures.write(tmp_path / 'in', model, {'eos_token': '<|endoftext|>'})
+  model.add_special_tokens(hf_files.special('<m>', single_word=True))
+  hf_files.write(tmp_path / 'in', model, {'eos_token': '<|endoftext|>'})
   tok = hf_tokenizer.convert(tmp_path / 'in', tmp_path / 'out')
   theirs = _theirs(tmp_path / 'in')
   for text in ('a <m> b', 'a<m>b <m>', '<m>b<m>'):
-    ids = tok.encode_marked(text, hf_fixtures.spans_of(tok, text)).ids
+    ids = tok.encode_marked(text, hf_files.spans_of(tok, text)).ids
     assert ids == theirs.encode(text, add_special_tokens=False)

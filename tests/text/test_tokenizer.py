@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from tests import fixtures, hf_fixtures
+from tests.helpers import hf_files, tiny_models
 from text import bpe, tokenizer
 
 CORPUS = [
@@ -141,7 +141,7 @@ def test_save_then_load(tok, tmp_path):
 
 
 def test_byte_ids_are_the_bytes():
-  tok = fixtures.byte_tokenizer()
+  tok = tiny_models.byte_tokenizer()
   assert tok.encode('a\u00e9') == [97, 195, 169]
   assert (tok.bos_id, tok.eos_id, tok.pad_id) == (256, 257, 258)
   assert tok.vocab_size == 259
@@ -160,7 +160,7 @@ def test_load_of_an_unknown_kind(tmp_path, config):
 
 
 def test_load_of_a_directory_that_was_not_converted(tmp_path):
-  hf_fixtures.gpt2(tmp_path)
+  hf_files.gpt2(tmp_path)
   with pytest.raises(
     ValueError, match=r'convert it with text\.hf_tokenizer\.c'
   ):

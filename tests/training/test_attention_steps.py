@@ -14,7 +14,7 @@ import pytest
 from data import data_config, sources
 from models.attention import cudnn_gpu, dense, splash_tpu
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 
@@ -22,7 +22,7 @@ from training.optimizer import chain
 # in the commit.
 GOLDEN = {'loss': 5.518987, 'grad_norm': 1.759946, 'weight': 4 * 120.0}
 
-MODEL = fixtures.llama_like(
+MODEL = tiny_models.llama_like(
   vocab_size=64,
   num_layers=1,
   model_width=32,
@@ -51,7 +51,7 @@ def _metrics(attend=None, **parallel):
     learner = dataclasses.replace(
       learner, model=learner.model.clone(execution=execution)
     )
-  batch = fixtures.batch(
+  batch = tiny_models.batch(
     batch_size=4, row_length=128, vocab_size=64, num_segments=2, num_padding=8
   )
   placement = learner.placement

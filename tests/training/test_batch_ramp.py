@@ -10,7 +10,7 @@ import pytest
 import rich.console
 
 from data import data_config, sources
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import (
   experiment as experiment_lib,
   learner as learner_lib,
@@ -62,7 +62,7 @@ def _experiment(corpus, data_dir, **data_fields):
   }
   return experiment_lib.Experiment(
     name='ramp',
-    model=fixtures.llama_like(vocab_size=264, num_layers=1),
+    model=tiny_models.llama_like(vocab_size=264, num_layers=1),
     data=data_config.DataConfig(**(fields | data_fields)),
     optimizer=chain.OptimizerConfig(warmup_steps=2),
     num_steps=NUM_STEPS,

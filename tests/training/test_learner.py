@@ -7,7 +7,7 @@ from data import data_config, sources
 from models import cross_entropy, execution
 from models.attention import dense
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 
@@ -15,7 +15,7 @@ from training.optimizer import chain
 def _make(*, num_devices=8, row_length=16, parallel=None, **model):
   experiment = experiment_lib.Experiment(
     name='learner',
-    model=fixtures.llama_like(vocab_size=64, scan_layers=True, **model),
+    model=tiny_models.llama_like(vocab_size=64, scan_layers=True, **model),
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=row_length, batch_size=16
     ),

@@ -23,7 +23,7 @@ import pytest
 from data import data_config, sources
 from models import cross_entropy, layout
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment, learner as learner_lib, state as state_lib
 from training.optimizer import chain
 
@@ -41,8 +41,8 @@ _SIZES = {
   'scan_layers': True,
 }
 MODELS = {
-  'dense': fixtures.llama_like(**_SIZES, mlp_width=64),
-  'mixture': fixtures.llama_like(
+  'dense': tiny_models.llama_like(**_SIZES, mlp_width=64),
+  'mixture': tiny_models.llama_like(
     **_SIZES,
     mlp_width=0,
     num_experts=4,
@@ -55,7 +55,7 @@ MODELS = {
 }
 
 # With all that keeps training stable, and a z-loss; for a few cases of its own.
-STABLE = fixtures.llama_like(
+STABLE = tiny_models.llama_like(
   **_SIZES,
   mlp_width=64,
   qk_norm=True,
@@ -104,7 +104,7 @@ EXPERT = {
 
 def _batch(index):
   # Four batches over and over, so that there is something to learn.
-  return fixtures.batch(
+  return tiny_models.batch(
     batch_size=ROWS,
     row_length=LENGTH,
     vocab_size=VOCAB,

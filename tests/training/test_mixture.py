@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from models import transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state, step
 from training.evaluation import validation
 from training.objectives import next_token
@@ -21,7 +21,7 @@ from training.optimizer import chain
 
 @functools.cache
 def _model(**overrides):
-  model = transformer.Transformer(fixtures.mixture(**overrides))
+  model = transformer.Transformer(tiny_models.mixture(**overrides))
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   return model, params
 
@@ -42,7 +42,7 @@ def test_golden_step():
     step.make_train_step(model, next_token.next_token, optimizer)
   )
   for index in range(2):
-    batch = fixtures.batch(seed=index, num_segments=2, num_padding=3)
+    batch = tiny_models.batch(seed=index, num_segments=2, num_padding=3)
     current, metrics = train_step(current, batch)
   # Another order of float32 sums moves the sixth digit.
   for name, golden in {
@@ -59,7 +59,7 @@ def test_golden_step():
 
 def test_the_loss_is_what_is_predicted_and_what_each_layers_router_adds():
   model, params = _model(balance_loss_weight=0.5, router_z_weight=0.25)
-  batch = fixtures.batch(num_padding=3)
+  batch = tiny_models.batch(num_padding=3)
   loss, sums = jax.jit(
     lambda params, batch: next_token.next_token(params, batch, model.apply)
   )(params, batch)
@@ -80,7 +80,7 @@ def test_the_loss_is_what_is_predicted_and_what_each_layers_router_adds():
 
 def test_evaluation_reports_what_is_predicted_alone():
   model, params = _model(balance_loss_weight=0.5, router_z_weight=0.25)
-  batch = fixtures.batch(num_padding=3)
+  batch = tiny_models.batch(num_padding=3)
   eval_step = jax.jit(step.make_eval_step(model, next_token.next_token))
   result = validation.evaluate(
     eval_step,
@@ -109,7 +109,7 @@ def test_counts_are_reported_by_how_even_they_are():
     key=jax.random.key(0),
   )
   train_step = step.make_train_step(
-    transformer.Transformer(fixtures.llama_like()), objective, optimizer
+    transformer.Transformer(tiny_models.llama_like()), objective, optimizer
   )
 
   def reported(load_NE):

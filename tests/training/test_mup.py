@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from models import mup, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training.objectives import next_token
 
 WIDTHS = 64, 128, 256
@@ -47,7 +47,7 @@ def _config(shape, width, *, is_mup):
   fields = SHAPES[shape](width)
   if not is_mup:
     fields['mup_base_head_width'] = 0
-  return fixtures.llama_like(
+  return tiny_models.llama_like(
     model_width=width,
     mlp_width=2 * width,
     mup_base_width=WIDTHS[0] if is_mup else 0,
@@ -75,7 +75,7 @@ def _activations(model, params, tokens_BT):
 def _movement(config, seed):
   """Trains, and returns the mean absolute change of each activation."""
   model = transformer.Transformer(config)
-  batch = fixtures.batch(batch_size=8, row_length=16)
+  batch = tiny_models.batch(batch_size=8, row_length=16)
 
   def loss(params):
     total, sums = next_token.next_token(params, batch, model.apply)

@@ -14,8 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
-from tests import fixtures
-from tests.training import tiny_run
+from tests.helpers import tiny_models, tiny_run
 from training import (
   assemble,
   experiment as experiment_lib,
@@ -159,7 +158,7 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
     '--config.optimizer.warmup_steps=5',
     '--config.data.tokenizer.kind=byte',
   ]  # fmt: skip
-  env = fixtures.subprocess_env()
+  env = tiny_models.subprocess_env()
 
   def start(workdir):
     return subprocess.Popen(
@@ -253,7 +252,7 @@ def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(
   [
     ({'name': 'other'}, "got experiment = 'other', expected 'tiny'"),
     (
-      {'model': fixtures.llama_like(vocab_size=264, num_layers=2)},
+      {'model': tiny_models.llama_like(vocab_size=264, num_layers=2)},
       'got model.num_layers = 2, expected 1',
     ),
     ({'seed': 1}, 'got seed = 1, expected 0'),
@@ -270,7 +269,7 @@ def test_a_workdir_of_another_experiment_is_refused(
 
 
 def test_a_run_that_failed_to_start_can_be_corrected(corpus, tmp_path):
-  small = fixtures.llama_like(vocab_size=200, num_layers=1)
+  small = tiny_models.llama_like(vocab_size=200, num_layers=1)
   with pytest.raises(ValueError, match=r'model.vocab_size: got 200'):
     _run(_experiment(corpus, model=small), tmp_path / 'run')
   result, _ = _run(_experiment(corpus, num_steps=2), tmp_path / 'run')
@@ -307,11 +306,11 @@ def test_a_directory_with_other_files_is_not_taken_for_a_workdir(
     ({'compute_dtype': 'float16'}, "compute_dtype: got 'float16'"),
     ({'num_microbatches': 8}, 'micro-batches of 1, expected a multiple of'),
     (
-      {'model': fixtures.llama_like(vocab_size=200)},
+      {'model': tiny_models.llama_like(vocab_size=200)},
       "model.vocab_size: got 200, expected at least the tokenizer's 259",
     ),
     (
-      {'model': fixtures.llama_like(vocab_size=264, max_length=8)},
+      {'model': tiny_models.llama_like(vocab_size=264, max_length=8)},
       'data.row_length: got 16, expected at most model.max_length = 8',
     ),
   ],

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from frozen import manifest, seals
-from tests import fixtures
+from tests.helpers import tiny_models
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
@@ -76,7 +76,7 @@ def _started(
   of flags for each.
   """
   port = _free_port()
-  env = fixtures.subprocess_env(num_devices=num_devices // num_processes)
+  env = tiny_models.subprocess_env(num_devices=num_devices // num_processes)
   workdirs = workdir if isinstance(workdir, list) else [workdir] * num_processes
   running = []
   try:
@@ -206,7 +206,7 @@ def test_one_process_that_nobody_told_gives_the_same_losses(
   result = subprocess.run(
     _command(tmp_path),
     cwd=ROOT,
-    env=fixtures.subprocess_env(num_devices=8),
+    env=tiny_models.subprocess_env(num_devices=8),
     capture_output=True,
     text=True,
     timeout=TIMEOUT_S,
@@ -398,7 +398,7 @@ def test_flags_that_name_half_a_cluster_are_refused(tmp_path):
   result = subprocess.run(
     [*_command(tmp_path / 'run'), '--num_processes=2'],
     cwd=ROOT,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     timeout=60,

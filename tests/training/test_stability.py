@@ -16,7 +16,7 @@ import pytest
 
 from data import data_config, sources
 from models import transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib, step
 from training.evaluation import validation
 from training.objectives import next_token
@@ -52,8 +52,8 @@ def _plain(model, params, batch):
 
 
 def test_the_objective_and_its_gradient_are_the_formulas():
-  model, params = _model(fixtures.stable())
-  batch = fixtures.batch(num_padding=3)
+  model, params = _model(tiny_models.stable())
+  batch = tiny_models.batch(num_padding=3)
 
   def both(objective):
     def loss(params):
@@ -78,8 +78,8 @@ def test_the_objective_and_its_gradient_are_the_formulas():
 
 
 def test_without_a_weight_the_loss_is_the_nll_and_nothing_else_is_reported():
-  model, params = _model(fixtures.stable())
-  batch = fixtures.batch()
+  model, params = _model(tiny_models.stable())
+  batch = tiny_models.batch()
   loss, sums = jax.jit(
     lambda params: next_token.next_token(params, batch, model.apply)
   )(params)
@@ -89,8 +89,8 @@ def test_without_a_weight_the_loss_is_the_nll_and_nothing_else_is_reported():
 
 
 def test_of_a_mixture_the_loss_has_both():
-  model, params = _model(fixtures.mixture(balance_loss_weight=0.5))
-  batch = fixtures.batch(num_padding=3)
+  model, params = _model(tiny_models.mixture(balance_loss_weight=0.5))
+  batch = tiny_models.batch(num_padding=3)
 
   @functools.partial(jax.jit, static_argnums=1)
   def sums(params, weight):
@@ -104,8 +104,8 @@ def test_of_a_mixture_the_loss_has_both():
 
 
 def test_evaluation_reports_what_is_predicted_alone():
-  model, params = _model(fixtures.stable())
-  batch = fixtures.batch(num_padding=3)
+  model, params = _model(tiny_models.stable())
+  batch = tiny_models.batch(num_padding=3)
   result = validation.evaluate(
     jax.jit(step.make_eval_step(model, _objective())),
     params,
@@ -120,7 +120,7 @@ def test_evaluation_reports_what_is_predicted_alone():
 def _experiment(**fields):
   return experiment_lib.Experiment(
     name='stability',
-    model=fixtures.llama_like(vocab_size=64, scan_layers=True),
+    model=tiny_models.llama_like(vocab_size=64, scan_layers=True),
     data=data_config.DataConfig(
       open_source=sources.text_files, row_length=16, batch_size=8
     ),
@@ -141,7 +141,7 @@ def _train(z_loss_weight):
   tree['head'] = {'embedding': tree['head']['embedding'] + 0.3}
   state = state.replace(params={'params': tree})
   train_step = learner.compile_train_step()
-  batch = learner.placement.put_batch(fixtures.batch(vocab_size=64))
+  batch = learner.placement.put_batch(tiny_models.batch(vocab_size=64))
   for _ in range(experiment.num_steps):
     state, metrics = train_step(state, batch)
   return metrics

@@ -9,7 +9,7 @@ import pytest
 
 from data import data_config
 from parallel import parallel_config, rules
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 
@@ -28,7 +28,7 @@ def _experiment(parallel, *, remat='none', num_microbatches=1, **model):
   }
   experiment = experiment_lib.Experiment(
     name='pipeline',
-    model=fixtures.llama_like(**fields | model),
+    model=tiny_models.llama_like(**fields | model),
     data=data_config.DataConfig(row_length=16, batch_size=16),
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     parallel=Config(**parallel),
@@ -42,7 +42,7 @@ def _experiment(parallel, *, remat='none', num_microbatches=1, **model):
 
 def _batch(index):
   # Two batches in turn, so that there is something to learn.
-  return fixtures.batch(
+  return tiny_models.batch(
     batch_size=16,
     row_length=16,
     vocab_size=64,
@@ -103,7 +103,7 @@ def test_stages_train_as_one_device_does(parallel, options):
 @pytest.mark.slow
 def test_a_mixture_in_stages_trains_as_on_one_device():
   """Experts are split inside each stage; a layer's routing is added up."""
-  mixture = dataclasses.asdict(fixtures.mixture())
+  mixture = dataclasses.asdict(tiny_models.mixture())
   options = {
     name: mixture[name]
     for name in mixture

@@ -11,7 +11,7 @@ import pytest
 
 from data import data_config
 from frozen import format as frozen_format
-from tests.training import tiny_run
+from tests.helpers import tiny_run
 from training import experiment
 from training.checkpoints import saving, workdir as workdir_lib
 from training.optimizer import chain

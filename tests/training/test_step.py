@@ -9,21 +9,21 @@ import pytest
 
 from models import axes, layout, transformer
 from parallel import parallel_config, placement as placement_lib
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib, step
 from training.objectives import next_token
 from training.optimizer import chain
 
 NUM_STEPS = 20
 # Sizes that divide by every mesh axis below.
-CONFIG = fixtures.llama_like(
+CONFIG = tiny_models.llama_like(
   vocab_size=64, model_width=32, num_heads=4, num_kv_heads=2, head_width=8
 )
 
 
 def _batch(index):
   # Four batches over and over, so that there is something to learn.
-  return fixtures.batch(
+  return tiny_models.batch(
     batch_size=16,
     row_length=16,
     vocab_size=64,
@@ -161,8 +161,8 @@ def test_accumulation_weighs_tokens_not_micro_batches():
 @pytest.mark.parametrize(
   ('make', 'loss', 'grad_norm'),
   [
-    (fixtures.llama_like, 4.118610, 0.695082),
-    (fixtures.gpt2_like, 4.098193, 0.969996),
+    (tiny_models.llama_like, 4.118610, 0.695082),
+    (tiny_models.gpt2_like, 4.098193, 0.969996),
   ],
 )
 def test_golden_step(make, loss, grad_norm):
@@ -178,7 +178,7 @@ def test_golden_step(make, loss, grad_norm):
     step.make_train_step(model, next_token.next_token, optimizer)
   )
   for index in range(2):
-    batch = fixtures.batch(seed=index, num_segments=2, num_padding=3)
+    batch = tiny_models.batch(seed=index, num_segments=2, num_padding=3)
     state, metrics = train_step(state, batch)
   # Another order of float32 sums moves the sixth digit.
   assert float(metrics['loss']) == pytest.approx(loss, rel=2e-5)
@@ -187,7 +187,7 @@ def test_golden_step(make, loss, grad_norm):
 
 
 def test_the_state_is_donated_and_the_key_kept():
-  model = transformer.Transformer(fixtures.llama_like(num_layers=1))
+  model = transformer.Transformer(tiny_models.llama_like(num_layers=1))
   optimizer = _optimizer(model)
   state = _init(model, optimizer)
   kept_key = np.array(jax.random.key_data(state.key))
@@ -195,7 +195,7 @@ def test_the_state_is_donated_and_the_key_kept():
     step.make_train_step(model, next_token.next_token, optimizer),
     donate_argnums=0,
   )
-  new_state, _ = train_step(state, fixtures.batch())
+  new_state, _ = train_step(state, tiny_models.batch())
   assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
   assert int(new_state.step) == 1
   np.testing.assert_array_equal(jax.random.key_data(new_state.key), kept_key)
@@ -203,25 +203,25 @@ def test_the_state_is_donated_and_the_key_kept():
 
 def test_dropout_differs_between_steps_and_not_between_runs():
   model = transformer.Transformer(
-    fixtures.llama_like(dropout_rate=0.3, num_layers=1)
+    tiny_models.llama_like(dropout_rate=0.3, num_layers=1)
   )
   optimizer = optax.sgd(0.0)  # the params stay: only the key changes
   state = _init(model, optimizer)
   train_step = jax.jit(
     step.make_train_step(model, next_token.next_token, optimizer)
   )
-  first_state, first = train_step(state, fixtures.batch())
-  _, again = train_step(state, fixtures.batch())
-  _, second = train_step(first_state, fixtures.batch())
+  first_state, first = train_step(state, tiny_models.batch())
+  _, again = train_step(state, tiny_models.batch())
+  _, second = train_step(first_state, tiny_models.batch())
   assert first['loss'] == again['loss']
   assert abs(first['loss'] - second['loss']) > 1e-5
 
 
 def test_a_batch_of_padding_changes_nothing_but_the_step():
-  model = transformer.Transformer(fixtures.llama_like(num_layers=1))
+  model = transformer.Transformer(tiny_models.llama_like(num_layers=1))
   optimizer = optax.sgd(1.0)
   state = _init(model, optimizer)
-  batch = fixtures.batch()
+  batch = tiny_models.batch()
   batch['weights'] = np.zeros_like(batch['weights'])
   new_state, metrics = jax.jit(
     step.make_train_step(model, next_token.next_token, optimizer)
@@ -231,9 +231,9 @@ def test_a_batch_of_padding_changes_nothing_but_the_step():
 
 
 def test_evaluation_sums_what_training_averages():
-  model = transformer.Transformer(fixtures.llama_like(num_layers=1))
+  model = transformer.Transformer(tiny_models.llama_like(num_layers=1))
   params = _init(model, optax.sgd(1.0)).params
-  batch = fixtures.batch(num_padding=4)
+  batch = tiny_models.batch(num_padding=4)
   sums = jax.jit(step.make_eval_step(model, next_token.next_token))(
     params, batch
   )

@@ -32,8 +32,9 @@ def test_a_peer_that_dies_is_reported(monkeypatch, tmp_path):
   monkeypatch.setattr(peer_process, 'check_available', lambda: None)
   # `-m benchmarks.peer.peer_worker` finds this one: it leaves without an
   # answer.
-  (tmp_path / 'benchmarks').mkdir()
-  (tmp_path / 'benchmarks' / 'peer_worker.py').write_text('raise SystemExit(3)')
+  peer = tmp_path / 'benchmarks' / 'peer'
+  peer.mkdir(parents=True)
+  (peer / 'peer_worker.py').write_text('raise SystemExit(3)')
   monkeypatch.setattr(peer_process, '_ROOT', tmp_path)
   with pytest.raises(RuntimeError, match='exited with status 3'):
     peer_process.PeerProcess({'workload': 'any'})
@@ -41,8 +42,9 @@ def test_a_peer_that_dies_is_reported(monkeypatch, tmp_path):
 
 def test_turns_go_over_the_pipe(monkeypatch, tmp_path):
   monkeypatch.setattr(peer_process, 'check_available', lambda: None)
-  (tmp_path / 'benchmarks').mkdir()
-  (tmp_path / 'benchmarks' / 'peer_worker.py').write_text(
+  peer = tmp_path / 'benchmarks' / 'peer'
+  peer.mkdir(parents=True)
+  (peer / 'peer_worker.py').write_text(
     'import json, sys\n'
     'spec = json.loads(sys.stdin.readline())\n'
     'print(json.dumps({"echo": spec}), flush=True)\n'

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.studies import mup_transfer
 from experiments import mup_transfer as page
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import learner as learner_lib
 
 
@@ -30,11 +30,11 @@ def test_the_rate_as_an_argument_is_the_rate_of_the_optimizer():
   experiment = page.get_config('mup-128')
   experiment = dataclasses.replace(
     experiment,
-    model=fixtures.llama_like(mup_base_width=12),
+    model=tiny_models.llama_like(mup_base_width=12),
     data=dataclasses.replace(experiment.data, row_length=16, batch_size=8),
     num_steps=12,
   )
-  batches = [fixtures.batch(seed=seed) for seed in range(12)]
+  batches = [tiny_models.batch(seed=seed) for seed in range(12)]
   rate = 2.0**-6
   experiment.optimizer.peak_lr = rate
   learner = learner_lib.make(experiment, jax.devices()[:1])

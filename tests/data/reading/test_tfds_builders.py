@@ -8,7 +8,7 @@ import time
 
 from data import sources
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 LEFTOVER = 'python_stdlib/*_*/incomplete.*'
 
 # Prints the number of documents, and whether a heavy library was imported.

@@ -13,15 +13,12 @@ import pytest
 
 from evals import encoding, ports, run
 from models import transformer
-from tests.evals import network, tiny_model
+from tests.helpers import eval_models, no_network
 
 _WHY = 'not installed: pip install -r requirements-peer.txt'
 lm_eval = pytest.importorskip('lm_eval', reason=_WHY)
 
-from evals.harness import (
-  lm_eval_adapter,
-  lm_eval_tasks,  # noqa: E402
-)
+from evals.harness import lm_eval_adapter, lm_eval_tasks  # noqa: E402
 
 CHOICE = """\
 task: local_choice
@@ -132,22 +129,22 @@ def test_the_same_weights_score_as_in_lm_eval_s_own_model(
   from lm_eval.models import huggingface
   import tokenizers as hf_tokenizers
 
-  from tests.evals import peers
+  from tests.helpers import eval_peers
 
-  ours, theirs = peers.tokenizers(tmp_path)
+  ours, theirs = eval_peers.tokenizers(tmp_path)
   if adds_bos:
     theirs._tokenizer.post_processor = (
       hf_tokenizers.processors.TemplateProcessing(
         single='<|bos|> $A', special_tokens=[('<|bos|>', ours.bos_id)]
       )
     )
-  config, params, peer = peers.llama(ours.vocab_size, ours.eos_id)
-  net = network.Network(
-    transformer.Transformer(config).apply, params, ours, peers.MAX_LENGTH
+  config, params, peer = eval_peers.llama(ours.vocab_size, ours.eos_id)
+  net = no_network.Network(
+    transformer.Transformer(config).apply, params, ours, eval_peers.MAX_LENGTH
   )
   model = ports.Model(
     tokenizer=ours,
-    max_length=peers.MAX_LENGTH,
+    max_length=eval_peers.MAX_LENGTH,
     logprob_fn=net.score,
     sample_fn=net.sample,
     adds_bos=adds_bos,
@@ -205,7 +202,7 @@ def _request(*args):
 
 
 def test_contexts_are_cut_as_lm_eval_cuts_them():
-  model = tiny_model.model()
+  model = eval_models.model()
   table = model.logprob_fn.__self__
   lm = lm_eval_adapter.LM(model)
   lm.loglikelihood(
@@ -219,7 +216,7 @@ def test_contexts_are_cut_as_lm_eval_cuts_them():
 
 def test_ours_and_lm_eval_s_pairs_are_the_same():
   for adds_bos in (False, True):
-    model = tiny_model.model(adds_bos=adds_bos)
+    model = eval_models.model(adds_bos=adds_bos)
     lm = lm_eval_adapter.LM(model)
     for context in ('a', 'a b', 'a \n', 'naïve '):
       for continuation in ('c', ' c', '\nd'):
@@ -228,7 +225,7 @@ def test_ours_and_lm_eval_s_pairs_are_the_same():
 
 
 def test_a_long_context_is_cut_with_a_warning(caplog):
-  model = tiny_model.model(max_length=4)
+  model = eval_models.model(max_length=4)
   table = model.logprob_fn.__self__
   lm_eval_adapter.LM(model).loglikelihood(
     [_request('abcdef', 'gh')], disable_tqdm=True
@@ -238,7 +235,7 @@ def test_a_long_context_is_cut_with_a_warning(caplog):
 
 
 def test_rolling_windows_have_one_token_of_context():
-  model = tiny_model.model(max_length=4)
+  model = eval_models.model(max_length=4)
   table = model.logprob_fn.__self__
   (answer,) = lm_eval_adapter.LM(model).loglikelihood_rolling(
     [_request('abcdefg')]
@@ -259,8 +256,8 @@ def _generate(lm, *requests):
 
 def test_generation_stops_where_the_task_says():
   seen = []
-  sample = tiny_model.writer([['a.b'], ['c'], ['d']], seen=seen)
-  lm = lm_eval_adapter.LM(tiny_model.model(sample_fn=sample))
+  sample = eval_models.writer([['a.b'], ['c'], ['d']], seen=seen)
+  lm = lm_eval_adapter.LM(eval_models.model(sample_fn=sample))
   answers = _generate(
     lm,
     ('1', {'until': ['.'], 'max_gen_toks': 8}),
@@ -278,8 +275,8 @@ def test_generation_stops_where_the_task_says():
 
 def test_repeats_are_samples_of_one_prompt():
   seen = []
-  sample = tiny_model.writer([['a', 'b'], ['c']], seen=seen)
-  lm = lm_eval_adapter.LM(tiny_model.model(sample_fn=sample), seed=5)
+  sample = eval_models.writer([['a', 'b'], ['c']], seen=seen)
+  lm = lm_eval_adapter.LM(eval_models.model(sample_fn=sample), seed=5)
   kwargs = {
     'until': [],
     'max_gen_toks': 8,
@@ -296,8 +293,8 @@ def test_repeats_are_samples_of_one_prompt():
 
 def test_a_prompt_is_cut_to_leave_room(caplog):
   seen = []
-  sample = tiny_model.writer([['a']], seen=seen)
-  lm = lm_eval_adapter.LM(tiny_model.model(sample_fn=sample))
+  sample = eval_models.writer([['a']], seen=seen)
+  lm = lm_eval_adapter.LM(eval_models.model(sample_fn=sample))
   _generate(lm, ('x' * 30, {'until': [], 'max_gen_toks': 8}))
   assert len(seen[0][0][0]) == 24
   assert '6 tokens of a prompt were cut' in caplog.text
@@ -313,7 +310,7 @@ def test_a_prompt_is_cut_to_leave_room(caplog):
   ],
 )
 def test_what_the_ports_do_not_have_is_refused(kwargs, words):
-  lm = lm_eval_adapter.LM(tiny_model.model(sample_fn=tiny_model.writer([])))
+  lm = lm_eval_adapter.LM(eval_models.model(sample_fn=eval_models.writer([])))
   with pytest.raises(ValueError, match=words):
     _generate(lm, ('x', {'until': [], 'max_gen_toks': 8} | kwargs))
 
@@ -324,7 +321,7 @@ def _render(messages, *, add_generation_prompt):
 
 
 def test_a_chat_is_rendered_and_the_last_turn_left_open():
-  lm = lm_eval_adapter.LM(tiny_model.model(render_chat=_render))
+  lm = lm_eval_adapter.LM(eval_models.model(render_chat=_render))
   turns = [{'role': 'user', 'content': 'hi'}]
   assert lm.apply_chat_template(turns) == '<user>hi<end><assistant>'
   turns.append({'role': 'assistant', 'content': 'The answer is '})
@@ -336,12 +333,12 @@ def test_a_chat_is_rendered_and_the_last_turn_left_open():
   with pytest.raises(ValueError, match='the model has one template'):
     lm.chat_template('other')
   with pytest.raises(ValueError, match='got a model without a chat template'):
-    lm_eval_adapter.LM(tiny_model.model()).apply_chat_template(turns)
+    lm_eval_adapter.LM(eval_models.model()).apply_chat_template(turns)
 
 
 def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
   paths = _write_tasks(tmp_path)
-  model = tiny_model.model(max_length=400)
+  model = eval_models.model(max_length=400)
   result = run.run(f'lm_eval:{paths[0]},{paths[2]}', model)
   choice, rolling = result.groups
   assert (choice.name, rolling.name) == ('local_choice', 'local_rolling')
@@ -368,7 +365,9 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
 def test_a_limit_and_an_unknown_task(tmp_path, offline):
   path = _write_tasks(tmp_path)[0]
   options = run.Options(limit=3)
-  result = run.run(f'lm_eval:{path}', tiny_model.model(max_length=400), options)
+  result = run.run(
+    f'lm_eval:{path}', eval_models.model(max_length=400), options
+  )
   assert result.groups[0].num_examples == 3
   with pytest.raises(ValueError, match='expected names of its tasks'):
     run.open_task(f'lm_eval:{tmp_path}/none.yaml')

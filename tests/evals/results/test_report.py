@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evals.results import report, scores, statistics
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 def _result(name, values, **fields):
@@ -173,7 +173,7 @@ def test_the_command_compares_files(tmp_path):
       capture_output=True,
       text=True,
       check=False,
-      env=fixtures.subprocess_env(),
+      env=tiny_models.subprocess_env(),
     )
 
   done = run(

@@ -4,7 +4,7 @@ import pytest
 
 from evals import ports
 from evals.tasks import generation
-from tests.evals import tiny_model
+from tests.helpers import eval_models
 
 SETTINGS = ports.SampleSettings(max_tokens=8)
 SAMPLED = ports.SampleSettings(max_tokens=8, temperature=0.5)
@@ -23,10 +23,10 @@ def _prompt(text, answer, **fields):
 
 
 def test_completions_are_graded():
-  sample = tiny_model.writer([['4'], [' 5 \n']])
+  sample = eval_models.writer([['4'], [' 5 \n']])
   group = generation.measure(
     [_prompt('2+2=', '5'), _prompt('2+3=', '5')],
-    tiny_model.model(sample_fn=sample),
+    eval_models.model(sample_fn=sample),
     SETTINGS,
   )
   assert group.score('exact_match').values == (0.0, 1.0)
@@ -45,10 +45,10 @@ def test_an_answer_may_be_any_of_several_or_a_number():
 
 
 def test_samples_give_pass_at_k():
-  sample = tiny_model.writer([['a', 'b', 'a', 'b'], ['b'] * 4])
+  sample = eval_models.writer([['a', 'b', 'a', 'b'], ['b'] * 4])
   group = generation.measure(
     [_prompt('x', 'a'), _prompt('y', 'a')],
-    tiny_model.model(sample_fn=sample),
+    eval_models.model(sample_fn=sample),
     SAMPLED,
     num_samples=4,
   )
@@ -64,7 +64,7 @@ def test_greedy_samples_would_all_be_the_same():
   with pytest.raises(ValueError, match='num_samples: got 2 with temperature 0'):
     generation.measure(
       [_prompt('x', 'a')],
-      tiny_model.model(sample_fn=tiny_model.writer([])),
+      eval_models.model(sample_fn=eval_models.writer([])),
       SETTINGS,
       num_samples=2,
     )
@@ -72,14 +72,14 @@ def test_greedy_samples_would_all_be_the_same():
 
 def test_stop_strings_are_the_prompt_s_and_answers_keep_their_order():
   seen = []
-  sample = tiny_model.writer([['a'], ['c'], ['b']], seen=seen)
+  sample = eval_models.writer([['a'], ['c'], ['b']], seen=seen)
   prompts = [
     _prompt('1', 'a', stop=('\n',)),
     _prompt('2', 'b', stop=('.',)),
     _prompt('3', 'c', stop=('\n',)),
   ]
   group = generation.measure(
-    prompts, tiny_model.model(sample_fn=sample), SETTINGS
+    prompts, eval_models.model(sample_fn=sample), SETTINGS
   )
   assert [settings.stop for _, settings, _ in seen] == [('\n',), ('.',)]
   assert [prompts for prompts, _, _ in seen] == [[[49], [51]], [[50]]]
@@ -88,9 +88,9 @@ def test_stop_strings_are_the_prompt_s_and_answers_keep_their_order():
 
 def test_a_long_prompt_is_cut_and_told_of():
   seen = []
-  sample = tiny_model.writer([['a']], seen=seen)
+  sample = eval_models.writer([['a']], seen=seen)
   group = generation.measure(
-    [_prompt('x' * 40, 'a')], tiny_model.model(sample_fn=sample), SETTINGS
+    [_prompt('x' * 40, 'a')], eval_models.model(sample_fn=sample), SETTINGS
   )
   assert len(seen[0][0][0]) == 24
   assert '1 of 1 prompts were cut' in group.notes[0]
@@ -102,8 +102,8 @@ def test_a_chat_goes_through_the_template():
     return list(f'<{message["role"]}>{message["content"]}<assistant>'.encode())
 
   seen = []
-  model = tiny_model.model(
-    sample_fn=tiny_model.writer([['a']], seen=seen),
+  model = eval_models.model(
+    sample_fn=eval_models.writer([['a']], seen=seen),
     max_length=64,
     encode_chat=encode_chat,
   )
@@ -112,18 +112,18 @@ def test_a_chat_goes_through_the_template():
   with pytest.raises(ValueError, match='x: chat: got a model without'):
     generation.measure(
       [_prompt('x', 'a')],
-      tiny_model.model(sample_fn=tiny_model.writer([])),
+      eval_models.model(sample_fn=eval_models.writer([])),
       SETTINGS,
       is_chat=True,
     )
 
 
 def test_too_few_completions_are_noticed():
-  sample = tiny_model.writer([['a']])
+  sample = eval_models.writer([['a']])
   with pytest.raises(ValueError, match='got 1 completions of a prompt'):
     generation.measure(
       [_prompt('x', 'a')],
-      tiny_model.model(sample_fn=sample),
+      eval_models.model(sample_fn=sample),
       SAMPLED,
       num_samples=3,
     )

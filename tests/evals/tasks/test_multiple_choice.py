@@ -7,7 +7,7 @@ import pytest
 
 from evals import ports
 from evals.tasks import multiple_choice
-from tests.evals import tiny_model
+from tests.helpers import eval_models
 
 
 def _question(choices, label, **fields):
@@ -35,7 +35,7 @@ def test_three_ways_of_asking():
   # Per byte: 'öö' has four (-0.875).
   question = _question(('no', 'perhaps', 'öö'), 1)
   scored = _scores({' no': -3.0, ' perhaps': -3.5, ' öö': -3.4})
-  model = tiny_model.model(logprob_fn=scored)
+  model = eval_models.model(logprob_fn=scored)
   group = multiple_choice.measure([question], model)
   got = {score.name: score.value for score in group.scores}
   assert (got['acc'], got['acc_norm'], got['acc_bytes']) == (0.0, 1.0, 1.0)
@@ -44,7 +44,7 @@ def test_three_ways_of_asking():
   question = _question(('abc', 'öö'), 1)
   scored = _scores({' abc': -3.0, ' öö': -3.2})
   group = multiple_choice.measure(
-    [question], tiny_model.model(logprob_fn=scored)
+    [question], eval_models.model(logprob_fn=scored)
   )
   got = {score.name: score.value for score in group.scores}
   assert (got['acc'], got['acc_norm'], got['acc_bytes']) == (0.0, 0.0, 1.0)
@@ -54,7 +54,7 @@ def test_the_first_of_equals_wins():
   scored = _scores({' a': -1.0, ' b': -1.0})
   group = multiple_choice.measure(
     [_question(('a', 'b'), 0), _question(('a', 'b'), 1)],
-    tiny_model.model(logprob_fn=scored),
+    eval_models.model(logprob_fn=scored),
   )
   assert group.score('acc').value == 0.5
   assert group.score('acc').standard_error == pytest.approx(0.5)
@@ -63,7 +63,7 @@ def test_the_first_of_equals_wins():
 def test_confidence_is_the_share_among_the_choices():
   scored = _scores({' a': math.log(0.06), ' b': math.log(0.02)})
   group = multiple_choice.measure(
-    [_question(('a', 'b'), 0)], tiny_model.model(logprob_fn=scored)
+    [_question(('a', 'b'), 0)], eval_models.model(logprob_fn=scored)
   )
   got = {score.name: score.value for score in group.scores}
   assert got['nll'] == pytest.approx(-math.log(0.75))
@@ -75,7 +75,7 @@ def test_confidence_is_the_share_among_the_choices():
 
 def test_questions_of_a_passage_cluster():
   scored = _scores({' a': -1.0, ' b': -2.0})
-  model = tiny_model.model(logprob_fn=scored)
+  model = eval_models.model(logprob_fn=scored)
   questions = [
     _question(('a', 'b'), 0, id='1', cluster='x'),
     _question(('a', 'b'), 0, id='2', cluster='x'),
@@ -92,7 +92,7 @@ def test_questions_of_a_passage_cluster():
 def test_a_context_that_was_cut_is_told_of():
   long = _question(('a', 'b'), 0, context='x' * 40, id='long')
   group = multiple_choice.measure(
-    [long, _question(('a', 'b'), 1)], tiny_model.model()
+    [long, _question(('a', 'b'), 1)], eval_models.model()
   )
   assert group.notes == (
     '1 of 2 contexts were cut from the left to the 32 tokens that the model'
@@ -102,4 +102,6 @@ def test_a_context_that_was_cut_is_told_of():
 
 def test_a_choice_that_cannot_be_read_names_its_question():
   with pytest.raises(ValueError, match='q0: got a continuation of 41 tokens'):
-    multiple_choice.measure([_question(('a', 'b' * 40), 0)], tiny_model.model())
+    multiple_choice.measure(
+      [_question(('a', 'b' * 40), 0)], eval_models.model()
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evals.tasks import perplexity
-from tests.evals import tiny_model
+from tests.helpers import eval_models
 from text import tokenizer
 
 TEXT = 'In the beginning there was nothing, naïvely put. ' * 3
@@ -45,7 +45,7 @@ def test_a_stride_beyond_the_window_is_refused():
 
 @pytest.mark.parametrize('stride', [1, 5, 32])
 def test_scores_are_sums_over_tokens(stride):
-  model = tiny_model.model()
+  model = eval_models.model()
   table = model.logprob_fn.__self__
   group = perplexity.measure([TEXT], model, stride=stride)
   ids = [model.prefix, *TEXT.encode()]
@@ -69,7 +69,7 @@ def test_scores_are_sums_over_tokens(stride):
 
 def test_context_helps_only_where_it_is_read():
   # Three tokens decide: every stride that leaves three gives the same.
-  model = tiny_model.model()
+  model = eval_models.model()
   values = [
     perplexity.measure([TEXT], model, stride=stride).score('perplexity').value
     for stride in (1, 7, 29, 32)
@@ -100,7 +100,7 @@ class _Pairs:
 
 def test_bytes_are_those_of_the_text_whatever_the_tokens():
   text = 'abcdefghij' * 1000  # 10000 bytes: 3 blocks
-  uniform = tiny_model.model(tokenizer=_Pairs(), logprob_fn=_uniform)
+  uniform = eval_models.model(tokenizer=_Pairs(), logprob_fn=_uniform)
   group = perplexity.measure([text], uniform)
   # 5001 tokens of log(1000) nats each.
   bits = 5001 * math.log2(1000) / 10_000
@@ -108,7 +108,7 @@ def test_bytes_are_those_of_the_text_whatever_the_tokens():
   assert group.details['num_bytes'] == 10_000
   assert group.details['num_tokens'] == 5001
   # Blocks are of the text: another tokenizer has the same ones.
-  by_bytes = perplexity.measure([text], tiny_model.model(logprob_fn=_uniform))
+  by_bytes = perplexity.measure([text], eval_models.model(logprob_fn=_uniform))
   assert by_bytes.example_ids == group.example_ids
   assert len(group.example_ids) == 3
   # Of equal tokens a block has its share, but for one at a border.
@@ -127,7 +127,7 @@ def _uniform(requests):
 
 def test_a_block_is_an_example():
   text = TEXT * 80
-  group = perplexity.measure([text], tiny_model.model(), stride=32)
+  group = perplexity.measure([text], eval_models.model(), stride=32)
   num_blocks = -(-len(text.encode()) // perplexity.BLOCK_BYTES)
   assert group.num_examples == num_blocks == 3
   assert group.clusters is None
@@ -142,7 +142,7 @@ def test_a_block_is_an_example():
 
 
 def test_documents_are_scored_apart_and_cluster():
-  model = tiny_model.model()
+  model = eval_models.model()
   group = perplexity.measure(['abc', '', 'abcdef'], model)
   assert group.clusters == ('0', '1')
   alone = [
@@ -156,11 +156,11 @@ def test_documents_are_scored_apart_and_cluster():
 def test_a_limit_takes_whole_characters_of_the_first_blocks():
   text = 'é' * 5000  # 2 bytes each
   limited = perplexity.measure(
-    [text, 'more'], tiny_model.model(logprob_fn=_uniform), max_blocks=2
+    [text, 'more'], eval_models.model(logprob_fn=_uniform), max_blocks=2
   )
   assert limited.details['num_bytes'] == 2 * perplexity.BLOCK_BYTES
   odd = perplexity.measure(
-    ['a' + text], tiny_model.model(logprob_fn=_uniform), max_blocks=1
+    ['a' + text], eval_models.model(logprob_fn=_uniform), max_blocks=1
   )
   assert odd.details['num_bytes'] == perplexity.BLOCK_BYTES - 1
 
@@ -170,11 +170,11 @@ def test_a_tokenizer_that_loses_text_is_told_of():
     def encode(self, text):
       return super().encode(text.lower())
 
-  group = perplexity.measure(['ABC'], tiny_model.model(tokenizer=Lower()))
+  group = perplexity.measure(['ABC'], eval_models.model(tokenizer=Lower()))
   assert 'does not give back 1 of the texts' in group.notes[0]
-  assert not perplexity.measure(['ABC'], tiny_model.model()).notes
+  assert not perplexity.measure(['ABC'], eval_models.model()).notes
 
 
 def test_no_text_is_no_perplexity():
   with pytest.raises(ValueError, match='got no text'):
-    perplexity.measure(['', ''], tiny_model.model())
+    perplexity.measure(['', ''], eval_models.model())

@@ -8,7 +8,7 @@ import pytest
 from frozen.huggingface import config_json
 from frozen.huggingface.families import layer_kinds
 from models.attention import rope_scaling
-from tests import fixtures
+from tests.helpers import tiny_models
 
 LLAMA = {
   'architectures': ['LlamaForCausalLM'],
@@ -29,7 +29,7 @@ def _read(**fields):
 
 
 def test_llama_is_what_our_own_preset_is():
-  expected = fixtures.llama_like()
+  expected = tiny_models.llama_like()
   assert _read(hidden_act='silu') == expected
 
 
@@ -109,15 +109,15 @@ def test_patterns_are_the_shortest(letters, pattern):
 @pytest.mark.parametrize(
   ('config', 'family'),
   [
-    (fixtures.llama_like(), 'llama'),
-    (fixtures.llama_like(scan_layers=True, dropout_rate=0.1), 'llama'),
-    (fixtures.llama_like(qk_norm=True), 'qwen3'),
-    (fixtures.llama_like(window=7), 'mistral'),
-    (fixtures.llama_like(qkv_bias=True), 'qwen2'),
-    (fixtures.llama_like(layer_pattern='gn'), 'smollm3'),
-    (fixtures.gpt2_like(), 'gpt2'),
-    (fixtures.mixture(num_shared_experts=0), 'mixtral'),
-    (fixtures.mixture(num_shared_experts=0, qk_norm=True), 'qwen3_moe'),
+    (tiny_models.llama_like(), 'llama'),
+    (tiny_models.llama_like(scan_layers=True, dropout_rate=0.1), 'llama'),
+    (tiny_models.llama_like(qk_norm=True), 'qwen3'),
+    (tiny_models.llama_like(window=7), 'mistral'),
+    (tiny_models.llama_like(qkv_bias=True), 'qwen2'),
+    (tiny_models.llama_like(layer_pattern='gn'), 'smollm3'),
+    (tiny_models.gpt2_like(), 'gpt2'),
+    (tiny_models.mixture(num_shared_experts=0), 'mixtral'),
+    (tiny_models.mixture(num_shared_experts=0, qk_norm=True), 'qwen3_moe'),
   ],
 )
 def test_an_export_chooses_a_family_that_computes_the_same(config, family):
@@ -127,11 +127,11 @@ def test_an_export_chooses_a_family_that_computes_the_same(config, family):
 @pytest.mark.parametrize(
   'config',
   [
-    fixtures.stable(),  # muP
-    fixtures.mixture(),  # shared experts without latent attention
-    fixtures.llama_like(logit_softcap=5.0),
-    fixtures.llama_like(mlp='gelu'),
-    fixtures.gpt2_like(use_bias=False),
+    tiny_models.stable(),  # muP
+    tiny_models.mixture(),  # shared experts without latent attention
+    tiny_models.llama_like(logit_softcap=5.0),
+    tiny_models.llama_like(mlp='gelu'),
+    tiny_models.gpt2_like(use_bias=False),
   ],
 )
 def test_what_no_family_computes_is_refused(config):
@@ -140,7 +140,7 @@ def test_what_no_family_computes_is_refused(config):
 
 
 def test_a_family_that_was_asked_for_must_fit():
-  config = fixtures.llama_like(qk_norm=True)
+  config = tiny_models.llama_like(qk_norm=True)
   with pytest.raises(ValueError, match='llama: qk_norm is True, there False'):
     config_json.write(config, 'llama')
   with pytest.raises(ValueError, match="family: got 'mamba', expected one of"):
@@ -176,7 +176,7 @@ def test_every_kind_of_stretching_survives_the_way_there_and_back():
       long_divisors=(2.0, 3.0, 4.0),
     ),
   ):
-    config = fixtures.llama_like(rope_scaling=scaling)
+    config = tiny_models.llama_like(rope_scaling=scaling)
     config.validate()
     assert len(scaling.short_divisors) in (0, pairs)
     family, values = config_json.write(config)

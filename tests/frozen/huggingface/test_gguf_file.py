@@ -6,12 +6,12 @@ import pytest
 from frozen import format as frozen_format
 from frozen.huggingface import gguf_file, importing, layouts
 from models.attention import rope_scaling
-from tests import fixtures, frozen_fixtures, hf_fixtures
+from tests.helpers import frozen_dirs, hf_files, tiny_models
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
 
 # Rows of whole blocks: 32 numbers, 256 of the K kinds.
-CONFIG = fixtures.llama_like(
+CONFIG = tiny_models.llama_like(
   vocab_size=400, model_width=256, head_width=64, mlp_width=256
 )
 
@@ -25,7 +25,7 @@ def _leaves(params):
 
 def _write(path, config=CONFIG, *, kind='F32', extra=(), fields=()):
   """Writes a model as llama.cpp's converter does; returns the params."""
-  params = frozen_fixtures.params(config)
+  params = frozen_dirs.params(config)
   leaves = _leaves(params)
   writer = gguf.GGUFWriter(path, 'llama')
   writer.add_context_length(config.max_length)
@@ -169,7 +169,7 @@ def test_divisors_of_frequencies_are_taken_along(tmp_path):
 
 def test_a_frozen_directory_is_made_with_a_tokenizer_from_elsewhere(tmp_path):
   _write(tmp_path / 'a.gguf')
-  hf_fixtures.llama3(tmp_path / 'tokenizer')
+  hf_files.llama3(tmp_path / 'tokenizer')
   result = gguf_file.import_file(
     tmp_path / 'a.gguf',
     tmp_path / 'ours',

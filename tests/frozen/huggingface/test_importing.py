@@ -19,15 +19,15 @@ from frozen.huggingface import (
   safetensors_files,
 )
 from models import transformer
-from tests import fixtures, frozen_fixtures, hf_fixtures
+from tests.helpers import frozen_dirs, hf_files, tiny_models
 
 ROOT = pathlib.Path(__file__).parents[3]
-CONFIG = fixtures.llama_like(vocab_size=400, num_layers=2)
+CONFIG = tiny_models.llama_like(vocab_size=400, num_layers=2)
 
 
 def _save(directory, config=CONFIG, *, dtype='float32', drop=(), **overrides):
   """Writes a Hugging Face directory by our own maps, and a tokenizer."""
-  params = frozen_fixtures.params(config)
+  params = frozen_dirs.params(config)
   family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
   tensors = {
@@ -43,7 +43,7 @@ def _save(directory, config=CONFIG, *, dtype='float32', drop=(), **overrides):
     dtype,
     iter(tensors.items()),
   )
-  hf_fixtures.llama3(directory)
+  hf_files.llama3(directory)
   exporting._write_json(directory / 'config.json', values)
   exporting._write_json(
     directory / 'generation_config.json',
@@ -91,7 +91,7 @@ def test_an_import_is_exported_as_it_was(tmp_path):
 def test_a_chat_template_comes_along(tmp_path):
   template = '{% for m in messages %}<{{ m.content }}>{% endfor %}'
   _save(tmp_path / 'theirs')
-  hf_fixtures.llama3(tmp_path / 'theirs', template=template)
+  hf_files.llama3(tmp_path / 'theirs', template=template)
   importing.import_directory(tmp_path / 'theirs', tmp_path / 'ours')
   assert frozen_format.read(tmp_path / 'ours').chat_template == template
 
@@ -161,7 +161,7 @@ def _integers(directory):
 
 def _tied_and_not(directory):
   head = np.ones((400, 24), np.float32)
-  config = fixtures.llama_like(vocab_size=400, tie_embeddings=True)
+  config = tiny_models.llama_like(vocab_size=400, tie_embeddings=True)
   _save(directory, config, **{'lm_head.weight': head})
 
 
@@ -171,7 +171,7 @@ def _no_json(directory):
 
 
 def _few_ids(directory):
-  _save(directory, fixtures.llama_like(vocab_size=100))
+  _save(directory, tiny_models.llama_like(vocab_size=100))
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_a_directory_that_is_not_what_it_says_is_refused(
 
 def test_what_repeats_the_config_and_bare_names_are_no_obstacle(tmp_path):
   """Files of old versions, and of models that were saved without a head."""
-  config = fixtures.gpt2_like()
-  params = frozen_fixtures.params(config)
+  config = tiny_models.gpt2_like()
+  params = frozen_dirs.params(config)
   family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
   tensors = {
@@ -232,7 +232,7 @@ def test_what_repeats_the_config_and_bare_names_are_no_obstacle(tmp_path):
 
 def test_an_export_in_shards_of_layers_that_were_stacked(tmp_path):
   """What training leaves: layers apart in what is frozen, whatever it was."""
-  frozen_fixtures.write(tmp_path / 'ours')
+  frozen_dirs.write(tmp_path / 'ours')
   exported = exporting.export_directory(
     tmp_path / 'ours', tmp_path / 'theirs', shard_bytes=20_000
   )
@@ -246,8 +246,8 @@ def test_an_export_in_shards_of_layers_that_were_stacked(tmp_path):
 
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path):
-  frozen_fixtures.write(
-    tmp_path / 'ours', config=frozen_fixtures.config(logit_softcap=3.0)
+  frozen_dirs.write(
+    tmp_path / 'ours', config=frozen_dirs.config(logit_softcap=3.0)
   )
   with pytest.raises(ValueError, match='logit_softcap is 3.0, there 0.0'):
     exporting.export_directory(tmp_path / 'ours', tmp_path / 'theirs')
@@ -258,7 +258,7 @@ def _command(*args):
   return subprocess.run(
     [sys.executable, '-m', 'frozen.huggingface', *args],
     cwd=ROOT,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     check=False,

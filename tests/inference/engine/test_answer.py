@@ -5,7 +5,7 @@ import numpy as np
 from inference.engine import answer, requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.scheduling import sequence_manager
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _PROMPT = (256, 97, 98, 99)
 
@@ -17,7 +17,7 @@ def _live(index=0, *, target=None, max_tokens=3, **settings):
     target=target,
   )
   return answer.Live(
-    7, index, request, 40 + index, fixtures.byte_tokenizer(), max_tokens
+    7, index, request, 40 + index, tiny_models.byte_tokenizer(), max_tokens
   )
 
 

@@ -13,7 +13,7 @@ import pytest
 from inference.engine import answer, engine as engine_lib, metrics, requests
 from inference.sampling import settings as settings_lib
 from models import layout
-from tests import engine_fixtures
+from tests.helpers import reference_engine
 
 _Settings = settings_lib.Settings
 _GREEDY = {'temperature': 0.0, 'max_tokens': 8, 'logprobs': 0}
@@ -25,17 +25,17 @@ _LETTERS = tuple((i, 60.0) for i in range(97, 105))
 @pytest.fixture(autouse=True)
 def _engines_are_left_as_they_should():
   yield
-  engine_fixtures.check_engines()
+  reference_engine.check_engines()
 
 
 @pytest.fixture
 def engine():
-  return engine_fixtures.engine(**engine_fixtures.TIGHT)
+  return reference_engine.engine(**reference_engine.TIGHT)
 
 
 @functools.cache
 def _reference():
-  return engine_fixtures.Reference()
+  return reference_engine.Reference()
 
 
 def _request(prompt=_PROMPT, *, principal='', priority=0, **settings):
@@ -49,7 +49,7 @@ def _request(prompt=_PROMPT, *, principal='', priority=0, **settings):
 
 def _serve(engine, *wanted, **how):
   """Returns the first completion of each request."""
-  served = engine_fixtures.serve(engine, wanted, **how)
+  served = reference_engine.serve(engine, wanted, **how)
   return [completions[0] for completions in served.completions]
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_is_off_is_not_read(engine, monkeypatch):
 def test_prompt_logprobs_do_not_read_the_cache_and_others_read_theirs(engine):
   _serve(engine, _request())
   scored = _request(prompt_logprobs=2, n=2, seed=5, temperature=1.0)
-  served = engine_fixtures.serve(engine, [scored])
+  served = reference_engine.serve(engine, [scored])
   first, second = served.completions[0]
   assert first.usage.cached_tokens == 0
   assert first.usage.prefill_tokens == len(_PROMPT)
@@ -144,7 +144,7 @@ def test_prompt_logprobs_do_not_read_the_cache_and_others_read_theirs(engine):
 
 
 def test_n_samples_are_those_of_seeds_in_a_row(engine):
-  (together,) = engine_fixtures.serve(
+  (together,) = reference_engine.serve(
     engine, [_request(n=5, seed=2**32 - 2, temperature=1.0)]
   ).completions
   seeds = [completion.seed for completion in together]
@@ -221,7 +221,7 @@ def test_a_stop_string_ends_and_no_part_of_it_is_ever_released(engine):
 
 def test_text_and_ids_are_one_cursor(engine):
   wanted = [_request(seed=seed, temperature=1.0) for seed in range(4)]
-  served = engine_fixtures.serve(engine, wanted)
+  served = reference_engine.serve(engine, wanted)
   for number, (completion,) in enumerate(served.completions):
     assert served.texts[number, 0] == completion.text
     assert completion.text == engine.tokenizer.decode(completion.token_ids)
@@ -312,8 +312,8 @@ def test_latencies_are_observed_once_per_token(engine):
 
 @pytest.fixture
 def other_params(engine):
-  yield engine_fixtures.params(seed=1)
-  engine.set_params(engine_fixtures.params(), 'first')
+  yield reference_engine.params(seed=1)
+  engine.set_params(reference_engine.params(), 'first')
 
 
 def test_new_weights_are_served_and_find_nothing_of_the_old(
@@ -328,12 +328,12 @@ def test_new_weights_are_served_and_find_nothing_of_the_old(
   expected = _reference().answer(_request(), weights=other_params)
   assert new.logprobs == expected.logprobs
   assert new.logprobs != old.logprobs
-  engine.set_params(engine_fixtures.params(), 'first')
+  engine.set_params(reference_engine.params(), 'first')
   (again,) = _serve(engine, _request())
   assert again.usage.cached_tokens == 48
   assert again.logprobs == old.logprobs
   monkeypatch.undo()
-  engine.set_params(engine_fixtures.params(), 'first')
+  engine.set_params(reference_engine.params(), 'first')
   assert _serve(engine, _request())[0].usage.cached_tokens == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from hardware import peaks
 from inference.engine import engine_config
 from models.attention import paged
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig
 
@@ -85,7 +85,7 @@ def test_every_step_that_may_be_planned_has_a_shape(most, mixed):
 def _pool(config, monkeypatch, *, memory=0, platform='gpu', max_length=100):
   monkeypatch.setattr(peaks, 'memory_bytes', lambda device: memory)
   return config.pool_pages(
-    fixtures.llama_like(max_length=max_length),
+    tiny_models.llama_like(max_length=max_length),
     bytes_per_token=10.0,
     weight_bytes=1000.0,
     device=types.SimpleNamespace(platform=platform),

@@ -14,7 +14,7 @@ import pytest
 
 from inference.engine import requests
 from inference.sampling import settings as settings_lib
-from tests import engine_fixtures
+from tests.helpers import reference_engine
 
 _Settings = settings_lib.Settings
 _DENSE = {
@@ -71,12 +71,12 @@ _INVARIANT = {**_SIMPLE, 'numerics': 'invariant'}
 @pytest.fixture(autouse=True)
 def _engines_are_left_as_they_should():
   yield
-  engine_fixtures.check_engines()
+  reference_engine.check_engines()
 
 
 @functools.cache
 def _reference(kind='llama'):
-  return engine_fixtures.Reference(kind)
+  return reference_engine.Reference(kind)
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def _check_alone(kind, engine):
   for number, request in enumerate(_requests()):
     for is_hit in (False, True):
       wanted = [_of(request, f'alone {number}')]
-      served = engine_fixtures.serve(engine, wanted)
+      served = reference_engine.serve(engine, wanted)
       _check(kind, wanted, served)
       (first, *forks), settings = served.completions[0], request.settings
       num_prompt = len(request.prompt_ids)
@@ -161,7 +161,7 @@ def _check_crowds(kind, engine, *, num_crowds, num_requests):
     wanted = [
       _of(_requests()[number], f'{crowd} {rng.integers(2)}') for number in order
     ]
-    served = engine_fixtures.serve(
+    served = reference_engine.serve(
       engine,
       wanted,
       rng=rng,
@@ -184,12 +184,12 @@ def _check_crowds(kind, engine, *, num_crowds, num_requests):
 
 
 def _check_everything(kind, layout, *, num_crowds=2, num_requests=24):
-  engine = engine_fixtures.engine(kind, **layout)
+  engine = reference_engine.engine(kind, **layout)
   _check_alone(kind, engine)
   _check_crowds(kind, engine, num_crowds=num_crowds, num_requests=num_requests)
 
 
-@pytest.mark.parametrize('layout', [engine_fixtures.TIGHT, _DENSE])
+@pytest.mark.parametrize('layout', [reference_engine.TIGHT, _DENSE])
 def test_one_function_paged_and_dense(layout):
   _check_everything('llama', layout)
 
@@ -202,14 +202,14 @@ def test_one_function_for_every_page_size(layout):
 
 @pytest.mark.slow
 def test_one_function_in_a_crowd_of_32():
-  engine = engine_fixtures.engine(**_CROWD)
+  engine = reference_engine.engine(**_CROWD)
   _check_crowds('llama', engine, num_crowds=4, num_requests=60)
   # More pages copied in one step than one call copies.
   forked = requests.Request(
     prompt_ids=tuple(range(40)),
     settings=_Settings(seed=1, n=25, max_tokens=4, logprobs=3),
   )
-  served = engine_fixtures.serve(engine, [forked])
+  served = reference_engine.serve(engine, [forked])
   _check('llama', [forked], served)
   assert served.num_running >= 24
 
@@ -227,7 +227,7 @@ def test_one_function_for_every_kind_of_model(kind):
 def _errors(engine):
   """Differences of log-probabilities to the reference's; checks greedy ids."""
   wanted = [*_requests(), *_requests()]
-  served = engine_fixtures.serve(engine, wanted, preemptions=(0, 1), spread=9)
+  served = reference_engine.serve(engine, wanted, preemptions=(0, 1), spread=9)
   errors = []
   for request, completions in zip(wanted, served.completions, strict=True):
     for index, completion in enumerate(completions):
@@ -254,7 +254,7 @@ def _errors(engine):
 
 
 def test_fast_numerics_are_within_their_bound_and_do_differ():
-  errors = _errors(engine_fixtures.engine(**_SIMPLE))
+  errors = _errors(reference_engine.engine(**_SIMPLE))
   # What the matrix compares bit for bit is not equal by itself: it can fail.
   # Measured: a quarter of them differ.
   assert (errors > 0).mean() > 0.01
@@ -263,7 +263,7 @@ def test_fast_numerics_are_within_their_bound_and_do_differ():
 
 
 def test_int8_pages_are_within_their_bound_and_do_round():
-  errors = _errors(engine_fixtures.engine(**_SIMPLE, kv_dtype='int8'))
+  errors = _errors(reference_engine.engine(**_SIMPLE, kv_dtype='int8'))
   # A channel is off by up to 1/254 of its vector's largest, and this model's
   # logits are large. Measured: 0.015 and 0.063.
   assert 1e-3 < np.sqrt(np.mean(errors**2)) < 0.03

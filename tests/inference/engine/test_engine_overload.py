@@ -9,23 +9,23 @@ import pytest
 from inference.engine import engine as engine_lib, requests
 from inference.sampling import settings
 from inference.scheduling import sequence_manager
-from tests import engine_fixtures
+from tests.helpers import reference_engine
 
 
 @pytest.fixture(autouse=True)
 def _engines_are_left_as_they_should():
   yield
-  engine_fixtures.check_engines()
+  reference_engine.check_engines()
 
 
 @pytest.fixture
 def engine():
-  return engine_fixtures.engine(**engine_fixtures.TIGHT)
+  return reference_engine.engine(**reference_engine.TIGHT)
 
 
 @functools.cache
 def _reference():
-  return engine_fixtures.Reference()
+  return reference_engine.Reference()
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def test_pages_of_the_cancelled_are_whole_for_whoever_is_next(engine):
   for _ in range(3):
     request_id = _in_state(engine, 'decoding')
     engine.cancel(request_id)
-    served = engine_fixtures.serve(engine, _requests()[:4])
+    served = reference_engine.serve(engine, _requests()[:4])
     for request, (completion,) in zip(
       _requests(), served.completions, strict=False
     ):

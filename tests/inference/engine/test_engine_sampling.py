@@ -14,7 +14,7 @@ from scipy import stats
 
 from inference.engine import requests
 from inference.sampling import settings as settings_lib
-from tests import engine_fixtures
+from tests.helpers import reference_engine
 
 _LAYOUT = {
   'max_sequences': 32,
@@ -59,13 +59,13 @@ _SETTINGS = {
 @pytest.fixture(autouse=True)
 def _engines_are_left_as_they_should():
   yield
-  engine_fixtures.check_engines()
+  reference_engine.check_engines()
 
 
 @pytest.fixture(scope='module')
 def counts():
   """How often each outcome was sampled, by name of the settings."""
-  engine = engine_fixtures.engine(is_small=True, **_LAYOUT)
+  engine = reference_engine.engine(is_small=True, **_LAYOUT)
   counts = {name: collections.Counter() for name in _SETTINGS}
   num_each = 50
   pending = collections.deque(
@@ -91,8 +91,8 @@ def counts():
 @pytest.fixture(scope='module')
 def logits():
   """Logits behind the prompt, and behind the prompt and each token."""
-  reference = engine_fixtures.Reference(is_small=True)
-  vocabulary = range(engine_fixtures.SmallTokenizer.vocab_size)
+  reference = reference_engine.Reference(is_small=True)
+  vocabulary = range(reference_engine.SmallTokenizer.vocab_size)
   each = [reference.logits_TV([*_PROMPT, token])[-2:] for token in vocabulary]
   return each[0][0], [behind for _, behind in each]
 
@@ -100,11 +100,11 @@ def logits():
 def _expected(logits, chosen):
   """The probability of each outcome, exactly."""
   settings = settings_lib.Settings(**chosen)
-  eos_id = engine_fixtures.SmallTokenizer.eos_id
+  eos_id = reference_engine.SmallTokenizer.eos_id
   first_V, second_VV = logits
 
   def next_V(logits_V, output):
-    return engine_fixtures.distribution(
+    return reference_engine.distribution(
       logits_V, settings, _PROMPT, output, eos_id
     )
 

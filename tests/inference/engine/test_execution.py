@@ -6,13 +6,13 @@ import pytest
 from inference.engine import engine_config, execution
 from models import invariant
 from models.attention import cached, paged_gpu, paged_tpu
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig
 
 
 def _choose(platform, *, dtype=jnp.float32, head_width=64, **fields):
-  model = fixtures.llama_like(head_width=head_width)
+  model = tiny_models.llama_like(head_width=head_width)
   return execution.choose(_Config(**fields), model, dtype, platform)
 
 

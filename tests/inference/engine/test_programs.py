@@ -7,18 +7,18 @@ import pytest
 
 from inference.engine import programs as programs_lib
 from inference.sampling import penalties, sampler as sampler_lib, settings
-from tests import engine_fixtures
+from tests.helpers import reference_engine
 
 
 @pytest.fixture
 def programs():
-  return engine_fixtures.engine(**engine_fixtures.TIGHT)._programs
+  return reference_engine.engine(**reference_engine.TIGHT)._programs
 
 
 @pytest.fixture
 def state():
   """A state that is not the engine's, with something in every place."""
-  real = engine_fixtures.engine(**engine_fixtures.TIGHT)._state
+  real = reference_engine.engine(**reference_engine.TIGHT)._state
   rng = np.random.default_rng(0)
   pools = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
@@ -73,7 +73,7 @@ def test_a_step_of_padding_changes_nothing_that_is_anybodys(programs, state):
   before = _host((state.pools, state.slots.last_B, state.slots.seen_BV))
   inputs = programs.empty_inputs(programs_lib.Shape(2, 1))
   after, _ = programs.step(
-    programs_lib.Shape(2, 1), engine_fixtures.params(), state, inputs
+    programs_lib.Shape(2, 1), reference_engine.params(), state, inputs
   )
   after = _host((after.pools, after.slots.last_B, after.slots.seen_BV))
   jax.tree.map(np.testing.assert_array_equal, before[0], after[0])

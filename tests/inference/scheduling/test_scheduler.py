@@ -5,10 +5,10 @@ import random
 import pytest
 
 from inference.scheduling import scheduler
-from tests import roster_fixtures
+from tests.helpers import simulated_device
 
 # Pages of 4 tokens, blocks of 4 rows; 4 blocks, or 2 beside decode rows.
-LIMITS = roster_fixtures.limits()
+LIMITS = simulated_device.limits()
 
 
 class Pool:
@@ -93,7 +93,7 @@ _DEARER = {'max_blocks': 8, 'max_mixed_blocks': 6, 'stall_context': 100}
 
 
 def test_fewer_blocks_fit_beside_decode_rows_the_more_they_attend_to(pool):
-  limits = roster_fixtures.limits(**_DEARER)
+  limits = simulated_device.limits(**_DEARER)
   for context, num_blocks in ((0, 6), (20, 5), (100, 3), (200, 2), (5000, 1)):
     prompt, decode = pool.running('p', context, 100), pool.running('d', 3)
     plan = _plan(decode, prompt, limits=limits)
@@ -103,7 +103,7 @@ def test_fewer_blocks_fit_beside_decode_rows_the_more_they_attend_to(pool):
 
 
 def test_what_one_prompt_costs_is_not_left_for_another(pool):
-  limits = roster_fixtures.limits(**{**_DEARER, 'max_mixed_blocks': 4})
+  limits = simulated_device.limits(**{**_DEARER, 'max_mixed_blocks': 4})
   decode, short = pool.running('d', 3), pool.running('s', 0, 100)
   long = pool.running('l', 200, 4, seniority=-1)  # one block, counts three
   plan = _plan(decode, long, short, limits=limits)
@@ -240,7 +240,7 @@ def test_a_fork_needs_room_for_the_page_it_copies(pool):
 def test_the_turn_decides_who_enters(pool):
   ann = [pool.waiting(i, 2) for i in range(3)]
   bob = pool.waiting('bob', 2, principal='bob')
-  limits = roster_fixtures.limits(max_sequences=2)
+  limits = simulated_device.limits(max_sequences=2)
   assert _plan(*ann, bob, limits=limits).admitted == (0, 'bob')
   plan = _plan(*ann, bob, limits=limits, served={'bob': 100})
   assert plan.admitted == (0, 1)
@@ -428,14 +428,14 @@ def test_limits_are_counts(name, value):
   with pytest.raises(
     ValueError, match=f'{name}: got {value}, expected a whole'
   ):
-    roster_fixtures.limits(**{name: value})
+    simulated_device.limits(**{name: value})
 
 
 def test_no_more_blocks_beside_decode_rows_than_without():
   with pytest.raises(
     ValueError, match='max_mixed_blocks: got 5, expected at most max_blocks, 4'
   ):
-    roster_fixtures.limits(max_mixed_blocks=5)
+    simulated_device.limits(max_mixed_blocks=5)
 
 
 def _random_tasks(rng):

@@ -3,12 +3,12 @@
 import pytest
 
 from inference.scheduling import page_tables, scheduler, sequence_manager
-from tests import roster_fixtures
+from tests.helpers import simulated_device
 
 
 def _loop(*, num_pages=32, depth=1, **limits):
-  return roster_fixtures.Loop(
-    roster_fixtures.limits(**limits), num_pages=num_pages, depth=depth
+  return simulated_device.Loop(
+    simulated_device.limits(**limits), num_pages=num_pages, depth=depth
   )
 
 
@@ -18,7 +18,7 @@ def _begin(roster):
 
 def _roster(*, num_pages=32, **limits):
   return sequence_manager.Roster(
-    roster_fixtures.limits(**limits), num_pages=num_pages
+    simulated_device.limits(**limits), num_pages=num_pages
   )
 
 

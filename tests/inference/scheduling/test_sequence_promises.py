@@ -1,7 +1,7 @@
 """What the roster promises under any load: no leak, no starvation, no mix-up.
 
-All loads run on the device of `roster_fixtures`, which notices when a row reads
-what is not its own. Seeds are fixed.
+All loads run on the device of `simulated_device`, which notices when a row
+reads what is not its own. Seeds are fixed.
 """
 
 import itertools
@@ -11,15 +11,15 @@ import hypothesis
 from hypothesis import stateful, strategies as st
 import pytest
 
-from tests import roster_fixtures
+from tests.helpers import simulated_device
 
 NUM_PAGES = 14  # 13 to own, of 4 tokens
 MOST_TOKENS = 13 * 4
 
 
 def _loop(*, num_pages=NUM_PAGES, depth=1, **limits):
-  return roster_fixtures.Loop(
-    roster_fixtures.limits(**limits), num_pages=num_pages, depth=depth
+  return simulated_device.Loop(
+    simulated_device.limits(**limits), num_pages=num_pages, depth=depth
   )
 
 

@@ -4,12 +4,12 @@ import httpx2
 import openai
 import pytest
 
-from tests import server_fixtures
+from tests.helpers import servers
 
 
 @pytest.fixture(scope='module')
 def served(generator):
-  with server_fixtures.running(generator) as served:
+  with servers.running(generator) as served:
     yield served
 
 
@@ -30,9 +30,7 @@ def complete(http):
   """Returns a function that asks for a completion and returns the answer."""
 
   def complete(**fields):
-    answer = http.post(
-      '/v1/completions', json={**server_fixtures.GREEDY, **fields}
-    )
+    answer = http.post('/v1/completions', json={**servers.GREEDY, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from inference.server import api_keys
-from tests import server_fixtures
+from tests.helpers import servers
 
 _FILE = """\
 # who: what
@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(tmp_path):
 def keyed(generator, tmp_path_factory):
   keys = _read(tmp_path_factory.mktemp('keys'), _FILE)
   with (
-    server_fixtures.running(generator, keys) as served,
+    servers.running(generator, keys) as served,
     httpx2.Client(base_url=served.url, timeout=60) as http,
   ):
     yield http
@@ -131,11 +131,11 @@ def test_openais_client_sends_its_key(keyed):
     with pytest.raises(openai.AuthenticationError, match='got no key that'):
       client.models.list()
     client.api_key = 'key-of-alice'
-    assert client.models.list().data[0].id == server_fixtures.MODEL
+    assert client.models.list().data[0].id == servers.MODEL
 
 
 def _cached(http, key, prompt, **fields):
-  body = {'prompt': prompt, **server_fixtures.GREEDY, **fields}
+  body = {'prompt': prompt, **servers.GREEDY, **fields}
   answer = http.post('/v1/completions', json=body, headers=_headers(key))
   assert answer.status_code == 200, answer.text
   answer = answer.json()
@@ -160,7 +160,7 @@ def test_the_body_does_not_say_who_asks(keyed):
   prompt = 'another secret of several pages'
   assert _cached(keyed, 'key-of-alice', prompt, user='alice')[0] == 0
   assert _cached(keyed, 'key:of:bob', prompt, user='alice')[0] == 0
-  body = {'prompt': prompt, 'principal': 'alice', **server_fixtures.GREEDY}
+  body = {'prompt': prompt, 'principal': 'alice', **servers.GREEDY}
   answer = keyed.post(
     '/v1/completions', json=body, headers=_headers('key:of:bob')
   )
@@ -168,7 +168,7 @@ def test_the_body_does_not_say_who_asks(keyed):
 
 
 def test_among_principals_nobody_comes_first_on_their_own_word(keyed):
-  body = {'prompt': 'a', **server_fixtures.GREEDY}
+  body = {'prompt': 'a', **servers.GREEDY}
   for priority, status in ((-1, 400), (0, 200), (5, 200)):
     answer = keyed.post(
       '/v1/completions',

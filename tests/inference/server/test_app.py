@@ -9,9 +9,9 @@ import prometheus_client.parser
 import pytest
 
 from inference.sampling import settings as settings_lib
-from tests import server_fixtures
+from tests.helpers import servers
 
-_MODEL, _GREEDY = server_fixtures.MODEL, server_fixtures.GREEDY
+_MODEL, _GREEDY = servers.MODEL, servers.GREEDY
 
 
 @pytest.fixture(scope='module')
@@ -95,8 +95,7 @@ def test_an_event_per_token(http):
   }
   answer = http.post('/v1/completions', json={**body, 'stream': True})
   pieces = [
-    event['choices'][0]['text']
-    for event in server_fixtures.events(answer.content)
+    event['choices'][0]['text'] for event in servers.events(answer.content)
   ]
   assert len(pieces) == 8
   assert all(len(piece) == 1 for piece in pieces)
@@ -122,7 +121,7 @@ def test_requests_share_steps(served, http):
 
   # The thread is held up until all three are there to join.
   inbox = served.engine_loop._inbox
-  inbox.put(lambda: server_fixtures.until(lambda: inbox.qsize() >= 3))
+  inbox.put(lambda: servers.until(lambda: inbox.qsize() >= 3))
   num_steps, together = steps_of(['x1', 'y2', 'z3'])
   alone = [steps_of([prompt]) for prompt in ('x1', 'y2', 'z3')]
   assert together == [text for _, (text,) in alone]

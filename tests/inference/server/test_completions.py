@@ -9,9 +9,9 @@ import openai
 import pytest
 
 from inference.sampling import settings as settings_lib
-from tests import server_fixtures
+from tests.helpers import servers
 
-_MODEL, _GREEDY = server_fixtures.MODEL, server_fixtures.GREEDY
+_MODEL, _GREEDY = servers.MODEL, servers.GREEDY
 _TEXT = 'hello'
 _IDS = [256, *_TEXT.encode()]
 
@@ -57,7 +57,7 @@ def test_several_choices_are_streamed_by_index(http, complete, fields):
     '/v1/completions', json={**_GREEDY, **body, 'stream': True}
   )
   texts, reasons = [''] * len(whole), [None] * len(whole)
-  for event in server_fixtures.events(answer.content):
+  for event in servers.events(answer.content):
     (choice,) = event['choices']
     texts[choice['index']] += choice['text']
     reasons[choice['index']] = choice['finish_reason']
@@ -184,7 +184,7 @@ def test_logprobs_of_a_stream_are_those_of_the_whole(http, complete):
     '/v1/completions', json={**_GREEDY, **body, 'stream': True}
   )
   joined = {name: [] for name in whole['logprobs']}
-  for event in server_fixtures.events(answer.content):
+  for event in servers.events(answer.content):
     (choice,) = event['choices']
     for name, values in choice['logprobs'].items():
       joined[name] += values
@@ -265,7 +265,7 @@ def test_a_prompt_is_scored_without_a_completion(http, complete):
   assert len(answer['choices'][0]['logprobs']['tokens']) == 64
   body = {**_GREEDY, 'prompt': _TEXT, 'max_tokens': 0, 'echo': True}
   stream = http.post('/v1/completions', json={**body, 'stream': True})
-  first, last = server_fixtures.events(stream.content)
+  first, last = servers.events(stream.content)
   assert [first['choices'][0]['text'], last['choices'][0]['text']] == [
     _TEXT,
     '',
@@ -288,11 +288,11 @@ def test_scores_that_are_no_numbers_fail_and_are_not_sent(
   assert whole.status_code == 500
   stream = http.post('/v1/completions', json={**body, 'stream': True})
   assert b'NaN' not in whole.content + stream.content
-  *_, last = server_fixtures.events(stream.content)
+  *_, last = servers.events(stream.content)
   assert last['error']['type'] == 'server_error'
   monkeypatch.undo()
   assert 'not JSON compliant' in caplog.text
-  server_fixtures.until(lambda: not engine.has_work)
+  servers.until(lambda: not engine.has_work)
 
 
 def _with_nan(update):
@@ -361,11 +361,11 @@ def test_a_priority_changes_who_comes_first(served, http):
 
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     # All wait before any runs; four of them can at once.
-    inbox.put(lambda: server_fixtures.until(lambda: inbox.qsize() >= 3))
+    inbox.put(lambda: servers.until(lambda: inbox.qsize() >= 3))
     pool.submit(ask, 'first', 0, 4)
-    server_fixtures.until(lambda: inbox.qsize() == 1)
+    servers.until(lambda: inbox.qsize() == 1)
     pool.submit(ask, 'later', 5, 4)
-    server_fixtures.until(lambda: inbox.qsize() == 2)
+    servers.until(lambda: inbox.qsize() == 2)
     pool.submit(ask, 'sooner', -5, 4)
   assert done == ['sooner', 'first', 'later']
 

@@ -12,9 +12,9 @@ import pytest
 
 from frozen import format as frozen_format
 from inference.server import app as app_lib, engine_loop as engine_loop_lib
-from tests import server_fixtures
+from tests.helpers import servers
 
-_MODEL = server_fixtures.MODEL
+_MODEL = servers.MODEL
 _STEP_SECONDS = 0.05
 _LONG = {'prompt': 'a', 'model': _MODEL, 'max_tokens': 60, 'ignore_eos': True}
 
@@ -64,7 +64,7 @@ def _is_idle(served):
 @pytest.mark.parametrize('n', [1, 6])
 def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
   body = {**_LONG, 'stream': stream, 'n': n}
-  with server_fixtures.running(slow) as served:
+  with servers.running(slow) as served:
     engine = slow.engine
     before = _cancelled(served)
     num_steps = engine.metrics.value('engine_steps_total')
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
       ) as answer,
     ):
       next(answer.iter_bytes())
-    server_fixtures.until(lambda: _is_idle(served), seconds=2)
+    servers.until(lambda: _is_idle(served), seconds=2)
     num_steps = engine.metrics.value('engine_steps_total') - num_steps
     # Not at the end: all of them would have taken at least 60.
     assert 0 < num_steps < 45
@@ -87,7 +87,7 @@ def test_a_client_that_leaves_disturbs_nobody(slow):
   body = {**_LONG, 'temperature': 0.0, 'max_tokens': 20}
   path, num_live = '/v1/completions', lambda: len(slow.engine._live)
   with (
-    server_fixtures.running(slow) as served,
+    servers.running(slow) as served,
     httpx2.Client(base_url=served.url, timeout=30) as http,
     concurrent.futures.ThreadPoolExecutor(1) as pool,
   ):
@@ -96,8 +96,8 @@ def test_a_client_that_leaves_disturbs_nobody(slow):
       arriving = leaves.iter_bytes()  # without this the stream would close
       next(arriving)
       stays = pool.submit(http.post, path, json=body)
-      server_fixtures.until(lambda: num_live() == 2)
-    server_fixtures.until(lambda: num_live() == 1)
+      servers.until(lambda: num_live() == 2)
+    servers.until(lambda: num_live() == 1)
     assert not stays.done()
     stays = stays.result().json()
   assert stays['choices'][0]['text'] == alone['choices'][0]['text']
@@ -106,7 +106,7 @@ def test_a_client_that_leaves_disturbs_nobody(slow):
 
 def test_probes_answer_while_the_engine_works(slow):
   with (
-    server_fixtures.running(slow) as served,
+    servers.running(slow) as served,
     httpx2.stream(
       'POST', f'{served.url}/v1/completions', json={**_LONG, 'stream': True}
     ) as answer,
@@ -121,7 +121,7 @@ def test_probes_answer_while_the_engine_works(slow):
 
 def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
   with (
-    server_fixtures.running(slow) as served,
+    servers.running(slow) as served,
     httpx2.Client(base_url=served.url, timeout=30) as http,
     concurrent.futures.ThreadPoolExecutor(2) as pool,
   ):
@@ -131,7 +131,7 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
       )
       for stream in (False, True)
     )
-    server_fixtures.until(lambda: len(slow.engine._live) == 2)
+    servers.until(lambda: len(slow.engine._live) == 2)
     slow.engine.fails = True
     whole, stream = whole.result(), stream.result()
     later = http.post('/v1/completions', json=_LONG)
@@ -140,7 +140,7 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
   assert whole.headers['x-request-id']
   assert whole.json()['error']['type'] == 'server_error'
   assert 'on fire' not in whole.text
-  *_, error = server_fixtures.events(stream.content)
+  *_, error = servers.events(stream.content)
   assert 'see the server log' in error['error']['message']
   assert later.status_code == 503
   assert later.json()['error']['code'] == 'not_ready'
@@ -159,7 +159,7 @@ def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
   loop = engine_loop_lib.EngineLoop(load)
   app = app_lib.create_app(loop, generator.frozen.manifest, _MODEL)
   with (
-    server_fixtures.running_app(app) as url,
+    servers.running_app(app) as url,
     httpx2.Client(base_url=url, timeout=30) as http,
   ):
     assert http.get('/health').status_code == 200
@@ -175,17 +175,17 @@ def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
       assert answer.headers['retry-after']
       assert answer.json()['error']['code'] == 'not_ready'
     may_load.set()
-    server_fixtures.until(lambda: http.get('/ready').status_code == 200)
+    servers.until(lambda: http.get('/ready').status_code == 200)
     assert http.post('/v1/completions', json=_LONG).status_code == 200
 
 
 def test_a_server_that_stops_finishes_what_was_asked(slow):
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with server_fixtures.running(slow) as served:
+    with servers.running(slow) as served:
       asked = pool.submit(
         httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
       )
-      server_fixtures.until(lambda: slow.engine._live)
+      servers.until(lambda: slow.engine._live)
     answer = asked.result()
   assert answer.json()['choices'][0]['finish_reason'] == 'length'
 
@@ -193,11 +193,11 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
 def test_but_not_for_longer_than_it_may(slow, caplog):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with server_fixtures.running(slow, timeout_graceful_shutdown=0.2) as served:
+    with servers.running(slow, timeout_graceful_shutdown=0.2) as served:
       asked = pool.submit(
         httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
       )
-      server_fixtures.until(lambda: slow.engine._live)
+      servers.until(lambda: slow.engine._live)
       start = time.monotonic()
     assert time.monotonic() - start < 2  # of the three that it takes
     error = asked.exception()
@@ -212,12 +212,12 @@ def test_the_digest_is_compared_when_the_server_stops(
   generator, caplog, monkeypatch
 ):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
-  body = {'prompt': 'a', **server_fixtures.GREEDY}
-  with server_fixtures.running(generator) as served:
+  body = {'prompt': 'a', **servers.GREEDY}
+  with servers.running(generator) as served:
     httpx2.post(f'{served.url}/v1/completions', json=body, timeout=30)
   digest = generator.frozen.manifest.weights_digest
   assert f'weights {digest}: unchanged' in caplog.text
   monkeypatch.setattr(frozen_format, 'weights_digest', lambda _: 'other')
-  with server_fixtures.running(generator):
+  with servers.running(generator):
     pass
   assert f'weights other: CHANGED, were {digest}' in caplog.text

@@ -4,7 +4,7 @@ import pytest
 
 from inference.sampling import logprobs
 from inference.server import token_scores
-from tests import fixtures
+from tests.helpers import tiny_models
 
 
 def _score(chosen, *pairs):
@@ -13,7 +13,7 @@ def _score(chosen, *pairs):
 
 
 def _scores(**kwargs):
-  return token_scores.TokenScores(fixtures.byte_tokenizer(), **kwargs)
+  return token_scores.TokenScores(tiny_models.byte_tokenizer(), **kwargs)
 
 
 def test_tokens_are_written_with_values_names_and_places():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from models import execution, invariant, kv_cache, layout, transformer
-from tests import fixtures, frozen_fixtures
+from tests.helpers import frozen_dirs, tiny_models
 
-CONFIG = fixtures.llama_like(
+CONFIG = tiny_models.llama_like(
   num_kv_heads=4,
   head_width=10,
   rotary_width=4,
@@ -24,7 +24,7 @@ TIME, PROMPT = 20, 13
 
 @pytest.fixture(scope='module')
 def case():
-  params = frozen_fixtures.params(CONFIG)
+  params = frozen_dirs.params(CONFIG)
   tokens_1T = jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, TIME)))
   full_1TV, _ = transformer.Transformer(CONFIG).apply(params, tokens_1T)
   return params, tokens_1T, np.asarray(full_1TV[0])

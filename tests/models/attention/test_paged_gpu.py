@@ -14,7 +14,7 @@ import pytest
 from hardware import targets
 from models import execution, kv_cache, transformer
 from models.attention import dense, paged, paged_gpu
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192  # of a sequence, in three tiles
@@ -290,7 +290,7 @@ def test_it_compiles_for_an_h100(dtype, stored, channels, page_size, name):
 
 @pytest.mark.slow
 def test_a_model_compiles_for_an_h100_and_writes_its_pages_in_place():
-  config = fixtures.llama_like(model_width=64, head_width=64, mlp_width=64)
+  config = tiny_models.llama_like(model_width=64, head_width=64, mlp_width=64)
   model = transformer.Transformer(
     config,
     jnp.bfloat16,

@@ -14,7 +14,7 @@ import pytest
 from hardware import targets
 from models import execution, kv_cache, transformer
 from models.attention import cached, dense as dense_lib, paged, paged_tpu
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192
@@ -266,7 +266,9 @@ def test_it_compiles_for_tpus(target, num_blocks, fields, form):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', [V5E, V5P])
 def test_a_model_compiles_for_tpus_and_writes_its_pages_in_place(target):
-  config = fixtures.llama_like(model_width=128, head_width=128, mlp_width=128)
+  config = tiny_models.llama_like(
+    model_width=128, head_width=128, mlp_width=128
+  )
   model = transformer.Transformer(
     config,
     jnp.bfloat16,

@@ -11,7 +11,7 @@ import pytest
 
 from models import execution, transformer
 from models.linear import plain, quantized
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib, step
 from training.objectives import next_token
 from training.optimizer import chain
@@ -89,7 +89,7 @@ def test_operands_reach_the_multiplier_in_eight_bits(form):
 
 def _train(form, *, num_steps=20, **model_fields):
   model = transformer.Transformer(
-    fixtures.llama_like(scan_layers=True, **model_fields),
+    tiny_models.llama_like(scan_layers=True, **model_fields),
     jnp.bfloat16,
     execution.Execution(
       remat='minimal',
@@ -112,7 +112,7 @@ def _train(form, *, num_steps=20, **model_fields):
   losses = []
   for index in range(num_steps):
     state, metrics = train_step(
-      state, fixtures.batch(num_segments=2, num_padding=3, seed=index % 2)
+      state, tiny_models.batch(num_segments=2, num_padding=3, seed=index % 2)
     )
     losses.append(float(metrics['loss']))
   return np.array(losses), state

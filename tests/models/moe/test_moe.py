@@ -15,7 +15,7 @@ import pytest
 
 from models import execution, flops, mlp, model_config, transformer
 from models.moe import layer
-from tests import fixtures
+from tests.helpers import tiny_models
 
 ROWS, TIME = 3, 10
 
@@ -79,7 +79,7 @@ def _numpy_moe(config, params, x_BTD):
   ids=['swiglu', 'probabilities, none shared', 'gelu, one active', 'all'],
 )
 def test_a_mixture_is_a_loop_over_experts(overrides):
-  config = fixtures.mixture(**overrides)
+  config = tiny_models.mixture(**overrides)
   config.validate()
   module, params, x_BTD = _moe(config)
   y_BTD, sums = jax.jit(module.apply)(params, x_BTD)
@@ -93,14 +93,14 @@ def test_a_mixture_is_a_loop_over_experts(overrides):
 @pytest.mark.parametrize('kind', ['swiglu', 'gelu'])
 def test_identical_experts_are_the_dense_block(kind):
   """Outputs and gradients, whatever the router says."""
-  config = fixtures.mixture(mlp=kind, num_shared_experts=0)
+  config = tiny_models.mixture(mlp=kind, num_shared_experts=0)
   module, params, x_BTD = _moe(config)
   tree = {
     name: {'kernel': leaf['kernel'][:1]}
     for name, leaf in params['params'].items()
     if name.startswith('expert_')
   }
-  dense_config = fixtures.llama_like(mlp=kind, mlp_width=config.expert_width)
+  dense_config = tiny_models.llama_like(mlp=kind, mlp_width=config.expert_width)
   dense = mlp.Mlp(dense_config, jnp.float32, execution.Execution())
   dense_tree = {
     name.removeprefix('expert_'): {'kernel': leaf['kernel'][0]}
@@ -144,7 +144,7 @@ def _sums(config, logits_BTE, is_real_BT=None):
 
 
 def test_a_router_without_preference_has_losses_of_one_and_log_squared():
-  config = fixtures.mixture(balance_loss_weight=0.5, router_z_weight=0.25)
+  config = tiny_models.mixture(balance_loss_weight=0.5, router_z_weight=0.25)
   sums = _sums(config, np.zeros((ROWS, TIME, 8)))
   num_tokens = ROWS * TIME
   assert float(sums['balance_loss']) == pytest.approx(num_tokens, rel=1e-6)
@@ -155,7 +155,7 @@ def test_a_router_without_preference_has_losses_of_one_and_log_squared():
 
 
 def test_a_router_with_one_favourite_has_the_largest_balance_loss():
-  config = fixtures.mixture(num_active_experts=1)
+  config = tiny_models.mixture(num_active_experts=1)
   logits_BTE = np.zeros((ROWS, TIME, 8))
   logits_BTE[..., 5] = 50.0  # its probability is 1 to the last bit
   sums = _sums(config, logits_BTE)
@@ -166,7 +166,7 @@ def test_a_router_with_one_favourite_has_the_largest_balance_loss():
 
 def test_balance_is_judged_within_each_row():
   """Each row with a favourite of its own: even in sum, uneven in each."""
-  config = fixtures.mixture(num_active_experts=1)
+  config = tiny_models.mixture(num_active_experts=1)
   logits_BTE = 50.0 * np.eye(8)[:, None, :] * np.ones((1, TIME, 1))
   sums = _sums(config, logits_BTE)
   np.testing.assert_array_equal(sums['expert_load'], TIME)
@@ -175,7 +175,7 @@ def test_balance_is_judged_within_each_row():
 
 def test_balance_loss_follows_deepseek_v3():
   """Equations 17 to 20 of arXiv:2412.19437, token by token, for one row."""
-  config = fixtures.mixture()
+  config = tiny_models.mixture()
   logits_TE = np.random.default_rng(0).normal(size=(TIME, 8))
   probs_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(1, keepdims=True)
   is_chosen_TE = np.argsort(np.argsort(-probs_TE, axis=1), axis=1) < 3
@@ -186,7 +186,7 @@ def test_balance_loss_follows_deepseek_v3():
 
 
 def test_sums_add_up_over_rows_and_do_not_count_padding():
-  config = fixtures.mixture()
+  config = tiny_models.mixture()
   logits_BTE = np.random.default_rng(0).normal(size=(ROWS, TIME, 8))
   is_real_BT = jnp.arange(TIME)[None, :] < jnp.array([TIME, 4, 0])[:, None]
   whole = _sums(config, logits_BTE, is_real_BT)
@@ -201,7 +201,7 @@ def test_sums_add_up_over_rows_and_do_not_count_padding():
 
 def test_the_balance_loss_pulls_towards_balance():
   """Its gradient lowers the logits of experts that have more than a share."""
-  config = fixtures.mixture(num_active_experts=1, balance_loss_weight=1.0)
+  config = tiny_models.mixture(num_active_experts=1, balance_loss_weight=1.0)
   config.router_z_weight = 0.0
   logits_BTE = np.random.default_rng(0).normal(size=(1, 64, 8))
   logits_BTE[..., 2] += 3.0
@@ -212,7 +212,7 @@ def test_the_balance_loss_pulls_towards_balance():
 
 
 def test_bfloat16_computes_experts_and_not_the_choice_in_bfloat16():
-  config = fixtures.mixture()
+  config = tiny_models.mixture()
   module, params, x_BTD = _moe(config)
   x_BTD = x_BTD.astype(jnp.bfloat16)
   half = layer.Moe(config, jnp.bfloat16, execution.Execution())
@@ -252,16 +252,16 @@ def test_bfloat16_computes_experts_and_not_the_choice_in_bfloat16():
 )
 def test_impossible_mixtures_are_refused(overrides, message):
   with pytest.raises(ValueError, match=message):
-    fixtures.mixture(**overrides).validate()
+    tiny_models.mixture(**overrides).validate()
 
 
 def test_a_mixture_survives_being_written_down():
-  config = fixtures.mixture()
+  config = tiny_models.mixture()
   assert model_config.ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_flops_and_active_params_count_what_a_token_takes():
-  config = fixtures.mixture(num_experts=16, tie_embeddings=False)
+  config = tiny_models.mixture(num_experts=16, tie_embeddings=False)
   smallest = dataclasses.replace(config, num_experts=3)
   # With three experts in all, every parameter but the router's idle columns.
   idle_router = config.num_layers * config.model_width * 13

@@ -12,7 +12,7 @@ from models import execution, transformer
 from models.attention import dense
 from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.attention import context, partial
-from tests import fixtures
+from tests.helpers import tiny_models
 
 KINDS = ('ring', 'gather')
 BATCH, TIME, CHANNELS = 4, 48, 6
@@ -37,7 +37,7 @@ def _inputs(num_heads=4, num_kv=2, dtype=jnp.float32):
 
 
 def _segments(num_segments=3, num_padding=5):
-  return fixtures.batch(
+  return tiny_models.batch(
     batch_size=BATCH,
     row_length=TIME,
     num_segments=num_segments,
@@ -262,7 +262,7 @@ def test_what_cannot_be_split_is_refused():
 def test_a_token_learns_from_what_it_sees_alone(kind):
   """Causality and packing, by gradients through a model of split rows."""
   time, mesh = 16, _mesh(context=8)
-  config = fixtures.llama_like(num_layers=1)
+  config = tiny_models.llama_like(num_layers=1)
   attend = context.make_attend(mesh, kind)
   model = transformer.Transformer(
     config, execution=execution.Execution(attend=attend)
@@ -270,7 +270,7 @@ def test_a_token_learns_from_what_it_sees_alone(kind):
   plain = transformer.Transformer(config)
   params = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   # Every token is another one: its row of the table tells whose gradient it is.
-  batch = fixtures.batch(
+  batch = tiny_models.batch(
     batch_size=1, row_length=time, num_segments=2, num_padding=3
   )
   batch['tokens'] = np.arange(time, dtype=np.int32)[None]

@@ -14,8 +14,7 @@ from frozen import format as frozen_format
 from frozen.huggingface import exporting, importing
 from models import transformer
 from parallel import parallel_config
-from tests import fixtures, frozen_fixtures
-from tests.training import tiny_run
+from tests.helpers import frozen_dirs, tiny_models, tiny_run
 from training import learner as learner_lib
 from training.checkpoints import init_from
 from training.reporting import metrics
@@ -63,10 +62,10 @@ def corpus(tmp_path_factory):
 
 
 def _frozen(directory, **overrides):
-  config = fixtures.llama_like(
+  config = tiny_models.llama_like(
     **{'vocab_size': 264, 'max_length': 32, **overrides}
   )
-  frozen_fixtures.write(directory, config=config)
+  frozen_dirs.write(directory, config=config)
   return config
 
 

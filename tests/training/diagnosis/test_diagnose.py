@@ -12,7 +12,7 @@ import pytest
 
 from data import data_config, sources
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib, loop
 from training.diagnosis import diagnose
 from training.lifecycle import exit_codes
@@ -25,7 +25,7 @@ SIZES = {
   'num_kv_heads': 2,
   'head_width': 8,
 }
-MODEL = fixtures.llama_like(**SIZES, num_layers=3, scan_layers=True)
+MODEL = tiny_models.llama_like(**SIZES, num_layers=3, scan_layers=True)
 
 
 def _experiment(**overrides):
@@ -50,7 +50,7 @@ def _explained(
   learner = learner_lib.make(experiment, jax.devices()[:devices])
   if batches is None:
     batches = [
-      fixtures.batch(seed=i, vocab_size=64, num_segments=2)
+      tiny_models.batch(seed=i, vocab_size=64, num_segments=2)
       for i in range(failed)
     ]
   error = diagnose.explained(
@@ -116,7 +116,7 @@ def test_an_overflow_of_a_stacked_layer_is_named():
     ),
     (
       {
-        'model': fixtures.mixture(**SIZES, scan_layers=True),
+        'model': tiny_models.mixture(**SIZES, scan_layers=True),
         'execution': experiment_lib.ExecutionConfig(remat='full'),
       },
       ('layers', 'moe', 'router', 'kernel'),
@@ -137,7 +137,7 @@ _TOKEN, _ROWS = 63, (3, 6)
 
 
 def _batch_with_a_token():
-  batch = fixtures.batch(vocab_size=63)
+  batch = tiny_models.batch(vocab_size=63)
   for row in _ROWS:
     batch['tokens'][row, 5] = _TOKEN
   return batch
@@ -238,8 +238,8 @@ def test_a_run_that_overflows_says_where_and_exits_with_its_code(tmp_path):
   ]  # fmt: skip
   done = subprocess.run(
     command,
-    cwd=pathlib.Path(__file__).parents[2],
-    env=fixtures.subprocess_env(),
+    cwd=pathlib.Path(__file__).parents[3],
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     timeout=300,

@@ -7,9 +7,7 @@ import pytest
 from evals import ports
 from models import cross_entropy, execution
 from parallel import parallel_config
-from tests import fixtures
-from tests.evals import network
-from tests.training import tiny_run
+from tests.helpers import no_network, tiny_models, tiny_run
 from training import learner as learner_lib
 from training.evaluation import model_port, validation
 
@@ -22,7 +20,7 @@ TOLERANCE = 2e-5
 def _learner(parallel=None, **model):
   experiment = tiny_run.experiment(
     'corpus/{split}/*.txt',
-    model=fixtures.llama_like(vocab_size=264, **model),
+    model=tiny_models.llama_like(vocab_size=264, **model),
     parallel=parallel_config.ParallelConfig(**(parallel or {})),
   )
   experiment.validate()
@@ -33,7 +31,9 @@ def _network(learner, state):
   """Returns the same weights, run one request at a time on one device."""
   params = jax.device_get(learner.placement.whole(state).params)
   model = learner.model.clone(execution=execution.Execution())
-  return network.Network(model.apply, params, fixtures.byte_tokenizer(), LENGTH)
+  return no_network.Network(
+    model.apply, params, tiny_models.byte_tokenizer(), LENGTH
+  )
 
 
 def _requests(net):

@@ -14,14 +14,12 @@ import pytest
 from evals import ports, run as evals_run
 from frozen import format as frozen_format
 from models import transformer
-from tests import fixtures
-from tests.evals import network
-from tests.training import tiny_run
+from tests.helpers import no_network, tiny_models, tiny_run
 from training import flags as flags_lib, hooks, learner as learner_lib
 from training.evaluation import evals_config, model_port, tasks as tasks_lib
 from training.reporting import metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture(scope='module')
@@ -63,8 +61,8 @@ def test_a_run_records_scores_with_their_errors(corpus, tasks, tmp_path):
     assert f'{name} {last[name]:.4g} +- ' in printed
   # What the frozen weights score, through the plainest port.
   frozen = frozen_format.read(workdir / 'frozen')
-  tokenizer = fixtures.byte_tokenizer()
-  net = network.Network(
+  tokenizer = tiny_models.byte_tokenizer()
+  net = no_network.Network(
     transformer.Transformer(experiment.model).apply,
     frozen.params,
     tokenizer,
@@ -180,7 +178,7 @@ def test_what_is_not_finite_is_not_recorded(corpus, tasks, tmp_path):
     tasks_lib.open_tasks(experiment.evals),
     model_port.Scorer(learner),
     state.params,
-    fixtures.byte_tokenizer(),
+    tiny_models.byte_tokenizer(),
     has_bos=True,
   )
   # One example has no error.

@@ -14,7 +14,7 @@ from training.checkpoints import checkpoint
 from training.lifecycle import exit_codes, supervisor
 from training.reporting import metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 # Every attempt takes a number, and does what the test says of that number.
 CHILD = """
 import json, os, pathlib, signal, sys, time

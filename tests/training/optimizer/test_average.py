@@ -12,8 +12,7 @@ import pytest
 from data import data_config, sources
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
-from tests import fixtures
-from tests.training import tiny_run
+from tests.helpers import tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.checkpoints import checkpoint
 from training.optimizer import average, chain
@@ -78,7 +77,7 @@ def _averaged(parallel, num_devices):
   """Three steps; returns average and params, as a checkpoint has them."""
   experiment = experiment_lib.Experiment(
     name='tiny',
-    model=fixtures.llama_like(
+    model=tiny_models.llama_like(
       vocab_size=64,
       num_layers=4,
       model_width=32,
@@ -99,7 +98,7 @@ def _averaged(parallel, num_devices):
   state = learner.init(jax.random.key(0))
   train_step = learner.compile_train_step()
   for seed in range(3):
-    batch = placement.put_batch(fixtures.batch(vocab_size=64, seed=seed))
+    batch = placement.put_batch(tiny_models.batch(vocab_size=64, seed=seed))
     previous = state
     state, _ = train_step(state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(previous.average))

@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from models import axes, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib, step as step_lib
 from training.objectives import next_token
 from training.optimizer import chain, checks, transforms
 
 Config = chain.OptimizerConfig
 STEPS = 50
-MODEL = fixtures.llama_like()
+MODEL = tiny_models.llama_like()
 # A step of rate 0.1 from the first on.
 PLAIN = {
   'schedule': 'constant', 'warmup_steps': 0, 'peak_lr': 0.1, 'clip_norm': 0.0,
@@ -138,7 +138,7 @@ def test_frozen_parameters_are_served_as_they_are():
 
 @every_optimizer
 def test_mup_scales_the_steps_of_hidden_matrices_but_not_muons(name):
-  model = fixtures.llama_like(mup_base_width=MODEL.model_width // 4)
+  model = tiny_models.llama_like(mup_base_width=MODEL.model_width // 4)
   grads = jax.tree.map(
     lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)),
     _params(),
@@ -364,7 +364,7 @@ def _moments(state):
 
 @functools.cache
 def _learner(state_dtype):
-  model = transformer.Transformer(fixtures.llama_like(scan_layers=True))
+  model = transformer.Transformer(tiny_models.llama_like(scan_layers=True))
   optimizer = chain.make_optimizer(
     Config(state_dtype=state_dtype, warmup_steps=2, peak_lr=1e-2),
     STEPS,
@@ -383,7 +383,7 @@ def _train(state_dtype):
   state = init(jax.random.key(0))
   losses = []
   for index in range(STEPS):
-    batch = fixtures.batch(num_segments=2, num_padding=3, seed=index % 4)
+    batch = tiny_models.batch(num_segments=2, num_padding=3, seed=index % 4)
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
   return state, np.array(losses)

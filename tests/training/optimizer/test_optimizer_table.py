@@ -14,14 +14,14 @@ import pytest
 
 from models import axes, transformer
 from parallel import parallel_config, placement as placement_lib
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment, state as state_lib
 from training.checkpoints import checkpoint
 from training.optimizer import chain, checks, transforms
 
 STEPS = 300
 # Every size divides by the mesh axes below; the queries' matrix is square.
-MODEL = fixtures.mixture(
+MODEL = tiny_models.mixture(
   scan_layers=True,
   num_layers=4,
   vocab_size=64,

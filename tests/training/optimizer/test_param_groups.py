@@ -4,14 +4,14 @@ import jax
 import pytest
 
 from models import transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib
 from training.optimizer import param_groups
 
 MODELS = {
-  'mixture': fixtures.mixture(scan_layers=True, qk_norm=True),
-  'mixture apart': fixtures.mixture(qk_norm=True),
-  'gpt2': fixtures.gpt2_like(scan_layers=True),
+  'mixture': tiny_models.mixture(scan_layers=True, qk_norm=True),
+  'mixture apart': tiny_models.mixture(qk_norm=True),
+  'gpt2': tiny_models.gpt2_like(scan_layers=True),
 }
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from models import transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib, step
 from training.objectives import next_token
 from training.optimizer import spikes
@@ -124,7 +124,7 @@ def _train(poisoned_at, *, skip_std, left_out=()):
     )
     return loss_sum * jnp.mean(batch['factor']), sums
 
-  model = transformer.Transformer(fixtures.llama_like(num_layers=1))
+  model = transformer.Transformer(tiny_models.llama_like(num_layers=1))
   optimizer = spikes.skipping(
     dataclasses.replace(CONFIG, skip_std=skip_std), optax.sgd(0.3)
   )
@@ -138,7 +138,7 @@ def _train(poisoned_at, *, skip_std, left_out=()):
   for index in range(12):
     if index in left_out:
       continue
-    batch = fixtures.batch(seed=index % 2)
+    batch = tiny_models.batch(seed=index % 2)
     batch['factor'] = np.full(8, 1e4 if index in poisoned_at else 1.0)
     previous = state
     state, metrics = train_step(state, batch)

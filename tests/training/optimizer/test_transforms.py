@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from models import axes, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import state as state_lib
 from training.optimizer import chain, transforms
 
 Config = chain.OptimizerConfig
-MODEL = fixtures.llama_like()
+MODEL = tiny_models.llama_like()
 STEPS = 20
 # Nothing but the direction: a step of rate 1, neither decayed nor clipped.
 _BARE = {
@@ -199,7 +199,7 @@ def test_muon_orthogonalises(shape):
   assert (np.diag(inner) > 0).all()
 
 
-_STACKED = fixtures.mixture(scan_layers=True, num_experts=3)
+_STACKED = tiny_models.mixture(scan_layers=True, num_experts=3)
 # The others go number by number: there are no matrices to tell apart.
 _STACK_FIELDS = {
   'muon': {'name': 'muon'},

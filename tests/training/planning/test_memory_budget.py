@@ -13,7 +13,7 @@ import pytest
 
 from data import data_config
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 
@@ -25,7 +25,7 @@ ROWS, ROW_LENGTH, VOCAB = 8, 8, 64
 def _learner(num_devices, **parallel):
   experiment = experiment_lib.Experiment(
     name='oversize',
-    model=fixtures.llama_like(
+    model=tiny_models.llama_like(
       vocab_size=VOCAB,
       num_layers=8,
       model_width=128,
@@ -66,7 +66,7 @@ def _losses(learner):
   train_step = learner.compile_train_step()
   losses = []
   for index in range(NUM_STEPS):
-    batch = fixtures.batch(
+    batch = tiny_models.batch(
       batch_size=ROWS, row_length=ROW_LENGTH, vocab_size=VOCAB, seed=index
     )
     state, metrics = train_step(state, learner.placement.put_batch(batch))

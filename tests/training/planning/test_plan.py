@@ -15,7 +15,7 @@ from data import data_config
 from hardware import compile_ahead, hlo, targets
 from models import flops, transformer
 from parallel import parallel_config
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 from training.planning import memory, plan as plan_lib, remedy as remedy_lib
@@ -24,7 +24,7 @@ from training.planning import memory, plan as plan_lib, remedy as remedy_lib
 def _experiment(*, parallel=None, remat='none', model=None, **fields):
   return experiment_lib.Experiment(
     name='tiny',
-    model=model or fixtures.llama_like(scan_layers=True, vocab_size=64),
+    model=model or tiny_models.llama_like(scan_layers=True, vocab_size=64),
     data=data_config.DataConfig(row_length=32, batch_size=16),
     optimizer=chain.OptimizerConfig(warmup_steps=1),
     parallel=parallel_config.ParallelConfig(**(parallel or {})),
@@ -70,7 +70,7 @@ def test_state_bytes_are_those_of_a_real_state(name):
 @pytest.mark.parametrize('parallel', [{'fsdp': 8}, {'fsdp': 4, 'tensor': 2}])
 def test_the_update_of_muon_is_in_the_formula(parallel):
   """Against the compiler, where parameters are nearly all there is."""
-  model = fixtures.llama_like(
+  model = tiny_models.llama_like(
     scan_layers=True,
     vocab_size=1024,
     num_layers=8,
@@ -132,7 +132,7 @@ def test_a_kernel_keeps_no_scores():
 
 @pytest.mark.parametrize('axis', ['fsdp', 'tensor', 'context'])
 def test_splitting_a_layer_splits_what_it_keeps(axis):
-  model = fixtures.llama_like(scan_layers=True, vocab_size=64)
+  model = tiny_models.llama_like(scan_layers=True, vocab_size=64)
   whole, half = (
     memory.estimate(
       learner_lib.make(
@@ -346,7 +346,7 @@ def test_pmap_is_planned_for_here_and_refused_elsewhere():
 
 
 def _unrolled():
-  return fixtures.llama_like(
+  return tiny_models.llama_like(
     vocab_size=256,
     model_width=128,
     num_heads=4,
@@ -397,7 +397,7 @@ def test_flops_of_the_train_step_are_those_the_compiler_counts():
 def _run(*flags):
   return subprocess.run(
     [sys.executable, 'train.py', *flags],
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     check=False,
@@ -457,7 +457,7 @@ def test_what_does_not_fit_a_tpu_is_told_with_a_remedy_that_does(monkeypatch):
   for name, value in targets._ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
   # 64 rows of 4096 tokens of 24 layers are some 100 GB of activations.
-  model = fixtures.llama_like(
+  model = tiny_models.llama_like(
     scan_layers=True,
     vocab_size=512,
     model_width=512,
@@ -483,7 +483,7 @@ def test_what_does_not_fit_a_tpu_is_told_with_a_remedy_that_does(monkeypatch):
 def test_help_does_not_wait_for_jax():
   done = subprocess.run(
     [sys.executable, '-X', 'importtime', 'train.py', '--help'],
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
     check=False,

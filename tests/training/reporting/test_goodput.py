@@ -13,7 +13,7 @@ import pytest
 from training import loop
 from training.reporting import goodput, input_wait, metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 class _Clock:

@@ -10,7 +10,7 @@ import pytest
 
 from training.reporting import journal, metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def _fails_after(monkeypatch, num_bytes):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import rich.console
 
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import flags as flags_lib
 from training.evaluation import validation
 from training.reporting import metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
@@ -84,7 +84,7 @@ def test_plain_output_has_a_line_per_report():
 def test_bits_per_byte_from_a_known_distribution():
   """A uniform model of 8 tokens: 3 bits per token, 2 bytes each."""
   num_bytes_V = np.array([2, 2, 2, 2, 2, 2, 2, 0])
-  batch = fixtures.batch(vocab_size=7, num_padding=5)
+  batch = tiny_models.batch(vocab_size=7, num_padding=5)
 
   def eval_step(params, batch):
     del params
@@ -117,7 +117,7 @@ def _train(*args):
   return subprocess.run(
     [sys.executable, 'train.py', *args],
     cwd=ROOT,
-    env=fixtures.subprocess_env(),
+    env=tiny_models.subprocess_env(),
     capture_output=True,
     text=True,
   )

@@ -1,6 +1,6 @@
 """Tiny frozen directories, for the tests of the bridge and of life two.
 
-`from tests import frozen_fixtures`. Weights are wide and random: what they say
+Weights are wide and random: what they say
 is nonsense, but it differs from token to token and from prompt to prompt.
 """
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from frozen import format as frozen_format, manifest as manifest_lib
 from models import model_config as model_config_lib, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 
 EXPERIMENT = 'tiny'
 
 
 def config(**overrides) -> model_config_lib.ModelConfig:
   """A Llama-like model that a byte tokenizer fits, with rows to spare."""
-  return fixtures.llama_like(
+  return tiny_models.llama_like(
     **{'vocab_size': 270, 'max_length': 64, **overrides}
   )
 
@@ -57,7 +57,7 @@ def provenance(**overrides) -> manifest_lib.Provenance:
 def write(directory: pathlib.Path, **overrides) -> manifest_lib.Manifest:
   """Writes a frozen directory at `directory`, and a tokenizer beside it."""
   tokenizer_dir = directory.with_name('tokenizer')
-  fixtures.byte_tokenizer().save(tokenizer_dir)
+  tiny_models.byte_tokenizer().save(tokenizer_dir)
   model_config = overrides.pop('config', config())
   fields = {
     'params': overrides.pop('params', None) or params(model_config),

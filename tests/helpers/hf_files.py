@@ -1,6 +1,6 @@
 """Small tokenizers in the style of open models, written as Hugging Face does.
 
-`from tests import hf_fixtures`. Each function fills a directory. The vocabulary
+Each function fills a directory. The vocabulary
 is learnt from a few lines, so every pipeline is real and every id is small.
 """
 

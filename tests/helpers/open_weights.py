@@ -1,6 +1,6 @@
 """Tiny random models of `transformers`, of every family.
 
-`from tests import open_weights`. Each entry of `MODELS` is a family and what
+Each entry of `MODELS` is a family and what
 its config has besides the sizes below: odd head counts, shared heads, a window
 that texts outgrow, stretched rotary positions, tied heads.
 """

@@ -1,6 +1,6 @@
 """Tiny models, tokenizers and batches that the tests share.
 
-`from tests import fixtures`. Every size is different from every other, so that
+Every size is different from every other, so that
 a transposed axis cannot pass for the right one.
 """
 

@@ -25,14 +25,14 @@ from inference.sampling import (
   settings as settings_lib,
 )
 from models import invariant, kv_cache, transformer
-from tests import fixtures
+from tests.helpers import tiny_models
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128
 _MODELS = {
-  'llama': fixtures.llama_like,
-  'gpt2': fixtures.gpt2_like,
-  'mixture': fixtures.mixture,
+  'llama': tiny_models.llama_like,
+  'gpt2': tiny_models.gpt2_like,
+  'mixture': tiny_models.mixture,
 }
 _ENGINES: list[engine_lib.Engine] = []
 
@@ -82,7 +82,7 @@ def engine(
     is_small: with the vocabulary of `SmallTokenizer`.
     **layout: fields of `EngineConfig`.
   """
-  tokenizer = SmallTokenizer() if is_small else fixtures.byte_tokenizer()
+  tokenizer = SmallTokenizer() if is_small else tiny_models.byte_tokenizer()
   vocab_size = 13 if is_small else 261
   made = engine_lib.Engine(
     model_config(kind, vocab_size),
@@ -143,7 +143,9 @@ class Reference:
     vocab_size = 13 if is_small else 261
     self.config = model_config(kind, vocab_size)
     self.params = params(kind, vocab_size)
-    self.tokenizer = SmallTokenizer() if is_small else fixtures.byte_tokenizer()
+    self.tokenizer = (
+      SmallTokenizer() if is_small else tiny_models.byte_tokenizer()
+    )
     model = transformer.Transformer(
       self.config, jnp.float32, invariant.execution()
     )

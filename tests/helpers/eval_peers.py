@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import torch
 import transformers
 
-from tests import fixtures
+from tests.helpers import tiny_models
 from text import bpe
 
 TEXTS = [
@@ -35,7 +35,7 @@ def tokenizers(directory: pathlib.Path, **options):
 
 def llama(vocab_size: int, eos_id: int):
   """Returns (our config, our params, transformers' model)."""
-  config = fixtures.llama_like(vocab_size=vocab_size, max_length=MAX_LENGTH)
+  config = tiny_models.llama_like(vocab_size=vocab_size, max_length=MAX_LENGTH)
   model = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       vocab_size=vocab_size,

@@ -7,7 +7,7 @@ import numpy as np
 import rich.console
 
 from data import data_config, sources
-from tests import fixtures
+from tests.helpers import tiny_models
 from training import experiment as experiment_lib, run as run_lib
 from training.optimizer import chain
 
@@ -39,7 +39,7 @@ def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
   }
   fields = {
     'name': 'tiny',
-    'model': fixtures.llama_like(vocab_size=264, num_layers=1),
+    'model': tiny_models.llama_like(vocab_size=264, num_layers=1),
     'data': data_config.DataConfig(**data),
     'optimizer': chain.OptimizerConfig(warmup_steps=2),
     'num_steps': 12,

@@ -8,7 +8,7 @@ therefore shows.
 import numpy as np
 
 from evals import ports
-from tests import fixtures
+from tests.helpers import tiny_models
 
 _READ = 3  # tokens that a prediction depends on
 
@@ -49,7 +49,7 @@ class TableModel:
 
 def model(**fields) -> ports.Model:
   """Returns a byte model that scores by a table and reads 32 tokens."""
-  tokenizer = fixtures.byte_tokenizer()
+  tokenizer = tiny_models.byte_tokenizer()
   table = TableModel(tokenizer.vocab_size)
   return ports.Model(
     **{
