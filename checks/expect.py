@@ -1,0 +1,64 @@
+"""Checks of a value at the boundary, with one form of error.
+
+    NAME: got VALUE, expected RANGE; FIX
+
+NAME is the flag or the field as its user writes it. Every function raises
+ValueError where the value is out of range and returns nothing where it is fine.
+Imports nothing of ours, so that every package can use it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def one_of(
+  name: str, value: Any, allowed: Iterable[Any], fix: str = ''
+) -> None:
+  """Raises ValueError if `value` is not among `allowed`."""
+  allowed = list(allowed)
+  if value not in allowed:
+    _refuse(name, value, f'one of {", ".join(map(str, allowed))}', fix)
+
+
+def at_least(name: str, value: float, least: float, fix: str = '') -> None:
+  """Raises ValueError if `value` is below `least`, or NaN."""
+  if not value >= least:
+    _refuse(name, value, f'at least {least}', fix)
+
+
+def divides(
+  name: str, value: int, whole_name: str, whole: int, fix: str = ''
+) -> None:
+  """Raises ValueError if `value` is no divisor of `whole`.
+
+  Args:
+    name: of the value.
+    value: a positive integer.
+    whole_name: of the number that is divided.
+    whole: that number.
+    fix: how the user mends it.
+  """
+  if value < 1 or whole % value:
+    _refuse(name, value, f'a divisor of {whole_name} = {whole}', fix)
+
+
+def multiple_of(
+  name: str, value: int, part_name: str, part: int, fix: str = ''
+) -> None:
+  """Raises ValueError if `value` is no multiple of `part`.
+
+  Args:
+    name: of the value.
+    value: the number that is divided.
+    part_name: of the divisor; '' where a number needs no name.
+    part: the divisor, a positive integer.
+    fix: how the user mends it.
+  """
+  if value % part:
+    named = f'{part_name} = {part}' if part_name else f'{part}'
+    _refuse(name, value, f'a multiple of {named}', fix)
+
+
+def _refuse(name: str, value: Any, expected: str, fix: str) -> None:
+  end = f'; {fix}' if fix else ''
+  raise ValueError(f'{name}: got {value!r}, expected {expected}{end}')
