@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from models import axes, transformer
+from models import transformer
 from tests.helpers import tiny_models
 from training import state as state_lib, step as step_lib
 from training.objectives import next_token
-from training.optimizer import chain, checks, transforms
+from training.optimizer import chain, checks, param_groups, transforms
 
 Config = chain.OptimizerConfig
 STEPS = 50
@@ -178,7 +178,8 @@ def test_the_chain_is_adamw():
     optax.clip_by_global_norm(0.5),
     optax.adamw(
       chain.make_schedule(config, STEPS), config.beta1, config.beta2,
-      config.epsilon, weight_decay=config.weight_decay, mask=axes.is_decayed,
+      config.epsilon, weight_decay=config.weight_decay,
+      mask=functools.partial(param_groups.is_decayed, 'matrices'),
     ),
   )  # fmt: skip
   state, expected_state = ours.init(params), theirs.init(params)
