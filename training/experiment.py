@@ -17,7 +17,7 @@ from training.evaluation import evals_config
 from training.objectives import next_token
 from training.optimizer import average, chain, spikes as spikes_lib
 
-# See training/attention_path.py and models/linear/quantized.py.
+# See training/execution.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
 MATMULS = ('float', *quantized.FORMATS)
 

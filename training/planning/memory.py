@@ -45,7 +45,7 @@ from models import (
 from models.attention import dense
 from models.moe import dispatch
 from training import (
-  attention_path,
+  execution as run_execution,
   experiment as experiment_lib,
   learner as learner_lib,
 )
@@ -357,7 +357,7 @@ def _fused_attend(
 
 
 def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
-  path = attention_path.resolve(learner.experiment, learner.placement)
+  path = run_execution.attention_path(learner.experiment, learner.placement)
   return residuals(
     learner.experiment, _sizes(learner), policy, path != 'reference'
   )

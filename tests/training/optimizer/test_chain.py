@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from models import axes, transformer
+from models import transformer
 from tests.helpers import tiny_models
 from training import state as state_lib, step as step_lib
 from training.objectives import next_token
-from training.optimizer import chain, rules
+from training.optimizer import chain, param_groups, rules
 
 Config = chain.OptimizerConfig
 STEPS = 50
@@ -185,7 +185,8 @@ def test_the_chain_is_adamw():
     optax.clip_by_global_norm(0.5),
     optax.adamw(
       chain.make_schedule(config, STEPS), rule.beta1, rule.beta2,
-      rule.epsilon, weight_decay=config.weight_decay, mask=axes.is_decayed,
+      rule.epsilon, weight_decay=config.weight_decay,
+      mask=functools.partial(param_groups.is_decayed, 'matrices'),
     ),
   )  # fmt: skip
   state, expected_state = ours.init(params), theirs.init(params)
