@@ -282,3 +282,8 @@ def test_an_attempt_that_dies_before_its_loop_is_counted(
 def test_data_that_cannot_be_is_refused(corpus, data, message):
   with pytest.raises(ValueError, match=message):
     tiny_run.experiment(corpus, data=data).validate()
+
+
+def test_a_seed_below_zero_is_refused(corpus):
+  with pytest.raises(ValueError, match='config.seed: got -1, expected at lea'):
+    tiny_run.experiment(corpus, seed=-1).validate()
