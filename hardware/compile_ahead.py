@@ -1,7 +1,7 @@
 """Compiles a program for devices that are not here, and says what it takes.
 
-    compiled = ahead.compile(lowered)      # Program, or OutOfMemory
-    roof = ahead.roofline(flops, compiled.traffic, peaks, 'bfloat16')
+    compiled = compile_ahead.compile(lowered)      # Program, or OutOfMemory
+    roof = compile_ahead.roofline(flops, compiled.traffic, peaks, 'bfloat16')
 
 A roofline (Williams et al. 2009): a step takes at least as long as its
 products, its reads and writes of main memory, and what it sends over the links

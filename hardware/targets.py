@@ -43,7 +43,7 @@ _ENVIRONMENT = {
 class _Tpu:
   """A generation of TPU."""
 
-  device_kind: str  # as jax shows it; keys device_peaks.DATASHEETS
+  device_kind: str  # as jax shows it; keys hardware.peaks.DATASHEETS
   num_dims: int  # of the torus
   most_chips: int  # of one slice, docs.cloud.google.com/tpu/docs
   devices_per_chip: int = 1
@@ -95,7 +95,7 @@ class Target:
 
   name: str  # 'v5p:4x4x4'
   generation: str  # 'v5p'
-  device_kind: str  # keys device_peaks.DATASHEETS
+  device_kind: str  # keys hardware.peaks.DATASHEETS
   shape: tuple[int, ...]  # chips along each axis, or number of GPUs
   num_devices: int
   is_tpu: bool
@@ -235,7 +235,7 @@ def _why_not(target: Target, error: Exception) -> str:
 # multiprocessors, shared memory of one and of one block, L2 cache, clock in
 # GHz). NVIDIA's datasheets and white papers of the A100, H100 and H200, and the
 # CUDA programming guide, table of compute capabilities. Memory and its rate
-# come from device_peaks.
+# come from hardware.peaks.
 _GPU_COMPUTE = {
   'a100': (8, 108, 167_936, 166_912, 41_943_040, 1.41),
   'h100': (9, 132, 233_472, 232_448, 52_428_800, 1.98),
