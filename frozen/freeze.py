@@ -108,7 +108,10 @@ def freeze_checkpoint(
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
-  params, config = serving_params(params, config, dtype=dtype)
+  # An objective's own parameters stay behind: what is served is the model.
+  params, config = serving_params(
+    {'params': params['params']}, config, dtype=dtype
+  )
   return frozen_format.write(
     out,
     params=params,

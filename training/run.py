@@ -22,7 +22,13 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
-from training import assemble, experiment as experiment_lib, hooks, loop
+from training import (
+  assemble,
+  experiment as experiment_lib,
+  frozen_models,
+  hooks,
+  loop,
+)
 from training.checkpoints import (
   checkpoint,
   init_from,
@@ -186,6 +192,10 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
   first_step = saved.latest_step() or 0
+  if first_step:
+    frozen_models.check_lineage(
+      experiment.objective, workdir_lib.recorded_lineage(workdir)
+    )
   try:
     state, progress = _start_or_restore(experiment, parts, saved, goodput)
   except checkpoint.MismatchError as error:
@@ -366,9 +376,9 @@ def _start_or_restore(experiment, parts, saved, goodput):
     key = jax.random.key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)
-      return init_from.start(parts.learner, key, params), checkpoint.Progress()
+      return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())
     parts.batches.set_state(progress.data_state)
-    return parts.learner.placement.restored(state), progress
+    return parts.learner.placed(state), progress
