@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-from frozen import format as frozen_format
+from storage import layout
 
 NUM_SEEDS = 2**32
 # Of each, the most that one request may ask for: each sequence's place on the
@@ -190,7 +190,7 @@ def recommended(generation: dict[str, Any]) -> Settings:
   known = [field.name for field in dataclasses.fields(Settings)]
   if unknown := sorted(set(generation) - set(known)):
     raise ValueError(
-      f'{frozen_format.GENERATION_FILE}: got the settings {unknown}, expected'
+      f'{layout.GENERATION}: got the settings {unknown}, expected'
       f' only {", ".join(known)}; freeze again without them'
     )
   fields = dict(generation)
