@@ -158,10 +158,13 @@ def of_values(
   )
 
 
-def digest(path: str | os.PathLike) -> str:
-  """Returns the SHA-256 of a file."""
-  with pathlib.Path(path).open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+def digests(paths: Sequence[str]) -> dict[str, str]:
+  """Returns the SHA-256 of each file, by its path."""
+  found = {}
+  for path in paths:
+    with pathlib.Path(path).open('rb') as file:
+      found[path] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return found
 
 
 def _exp(value: float) -> float:
