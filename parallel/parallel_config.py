@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from checks import expect
+
 KINDS = ('mesh', 'pmap')
 CONTEXT_ATTENTION = ('ring', 'gather')
 
@@ -36,22 +38,16 @@ class ParallelConfig:
 
   def validate(self) -> None:
     """Raises ValueError for a layout that no set of devices can have."""
-    for name, allowed in (
-      ('kind', KINDS),
-      ('context_attention', CONTEXT_ATTENTION),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f'parallel.{name}: got {getattr(self, name)!r}, expected one of'
-          f' {", ".join(allowed)}'
-        )
+    expect.one_of('parallel.kind', self.kind, KINDS)
+    expect.one_of(
+      'parallel.context_attention', self.context_attention, CONTEXT_ATTENTION
+    )
     for name in (*AXES, 'stage_repeats'):
       size = getattr(self, name)
-      if size < 1 and not (name == 'data' and size == -1):
-        raise ValueError(
-          f'parallel.{name}: got {size}, expected a positive number'
-          + (' of devices (or -1 for data: all that remain)') * (name in AXES)
-        )
+      if name == 'data' and size == -1:
+        continue
+      fix = 'set -1 for all remaining devices' if name == 'data' else ''
+      expect.at_least(f'parallel.{name}', size, 1, fix)
     self._validate_stages()
     split = {
       name: getattr(self, name)
@@ -75,11 +71,14 @@ class ParallelConfig:
         f' stage_microbatches = {self.stage_microbatches} without stages,'
         ' expected 1 and 0; set parallel.stage'
       )
-    if self.stage_microbatches < 0 or self.num_stage_microbatches % self.stage:
-      raise ValueError(
-        f'parallel.stage_microbatches: got {self.stage_microbatches}, expected'
-        f' a multiple of stage = {self.stage} (or 0 for just as many)'
-      )
+    expect.at_least('parallel.stage_microbatches', self.stage_microbatches, 0)
+    expect.multiple_of(
+      'parallel.stage_microbatches',
+      self.num_stage_microbatches,
+      'parallel.stage',
+      self.stage,
+      'set 0 for as many micro-batches as stages',
+    )
     if self.stage > 1 and self.context > 1:
       raise ValueError(
         f'parallel: got stage = {self.stage} and context = {self.context},'

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from checks import expect
 from parallel import rules
 
 _STAGE = 'stage'
@@ -92,20 +93,23 @@ def make_run_layers(
       not divide.
   """
   num_stages = mesh.shape[_STAGE]
-  if num_microbatches % num_stages:
-    raise ValueError(
-      f'num_microbatches: got {num_microbatches}, expected a multiple of the'
-      f' {num_stages} stages; change parallel.stage_microbatches'
-    )
+  expect.multiple_of(
+    'parallel.stage_microbatches',
+    num_microbatches,
+    'parallel.stage',
+    num_stages,
+    'change one of them',
+  )
   plan = schedule(num_stages, repeats, num_microbatches)
 
   def run_layers(apply_layer, stacked_params, x_BTD, shared, key):
-    if x_BTD.shape[0] % num_microbatches:
-      raise ValueError(
-        f'rows: got {x_BTD.shape[0]}, expected a multiple of'
-        f' {num_microbatches}, the parts that the stages take them in; change'
-        ' data.batch_size or parallel.stage_microbatches'
-      )
+    expect.multiple_of(
+      'rows',
+      x_BTD.shape[0],
+      'parallel.stage_microbatches',
+      num_microbatches,
+      'change data.batch_size or parallel.stage_microbatches',
+    )
     run_stages = _make_run_stages(
       apply_layer,
       jax.tree.map(lambda x: _by_stage(x, repeats, num_stages), stacked_params),

@@ -39,6 +39,8 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from checks import expect
+
 _DAY_MS = 24 * 60 * 60 * 1000
 
 AUTO = 'auto'
@@ -115,10 +117,7 @@ def start(
     ValueError: the timeout is none, the coordinator's port is taken, or the
       processes were told different numbers of them.
   """
-  if heartbeat_timeout_s < 1:
-    raise ValueError(
-      f'--heartbeat_timeout_s: got {heartbeat_timeout_s}, expected at least 1'
-    )
+  expect.at_least('--heartbeat_timeout_s', heartbeat_timeout_s, 1)
   if cluster is None:
     return
   if cluster.process_id == 0 and cluster.coordinator is not None:

@@ -16,6 +16,8 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checks import expect
+
 BATCH_AXES = ('data', 'fsdp', 'expert')
 
 RULES: tuple[tuple[str, Any], ...] = (
@@ -73,16 +75,15 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
   def leaf_sharding(path, leaf, axes):
     spec = [table[name] if name is not None else None for name in axes]
     for size, name, mesh_axes in zip(leaf.shape, axes, spec, strict=True):
-      parts = num_parts(mesh, mesh_axes)
-      if size % parts:
-        named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
-        split = [str(axis) for axis in named if mesh.shape[axis] > 1]
-        raise ValueError(
-          f'{jax.tree_util.keystr(path)}: got axis {name} of size {size},'
-          f' expected a multiple of {parts}, the size of mesh axis'
-          f' {" x ".join(split)}; change the model or'
-          f' {" or ".join(f"parallel.{axis}" for axis in split)}'
-        )
+      named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+      split = [f'parallel.{a}' for a in named if a and mesh.shape[a] > 1]
+      expect.multiple_of(
+        f'axis {name} of {jax.tree_util.keystr(path)}',
+        size,
+        ' x '.join(split),
+        num_parts(mesh, mesh_axes),
+        f'change the model or {" or ".join(split)}',
+      )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, logical_axes)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from checks import expect
 from parallel import rules
 
 # As around the head every axis but `tensor` splits tokens, stages included.
@@ -27,14 +28,14 @@ Nll = Callable[..., Any]
 
 def check_row_length(row_length: int, mesh: Mesh) -> None:
   """Raises ValueError for rows that cannot be split for the head."""
-  parts = rules.num_parts(mesh, TIME_AXES)
-  if row_length % parts:
-    split = [axis for axis in TIME_AXES if mesh.shape[axis] > 1]
-    raise ValueError(
-      f'data.row_length: got {row_length}, expected a multiple of'
-      f' {" x ".join(f"parallel.{axis}" for axis in split)} = {parts}, by which'
-      ' the tokens of a row are split for the head; change one of them'
-    )
+  split = [f'parallel.{axis}' for axis in TIME_AXES if mesh.shape[axis] > 1]
+  expect.multiple_of(
+    'data.row_length',
+    row_length,
+    ' x '.join(split),
+    rules.num_parts(mesh, TIME_AXES),
+    'the head splits the tokens of a row over them: change one of them',
+  )
 
 
 def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:

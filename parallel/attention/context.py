@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from checks import expect
+from parallel import parallel_config
 from parallel.attention import gather, partial, ring, sharded
 
 # As a model's port:
@@ -47,10 +49,13 @@ def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
 
 def check_row_length(row_length: int, num_shards: int) -> None:
   """Raises ValueError for a row that does not divide into 2n chunks."""
-  if num_shards > 1 and row_length % (2 * num_shards):
-    raise ValueError(
-      f'data.row_length: got {row_length}, expected a multiple of 2 x'
-      f' parallel.context = {2 * num_shards}; change one of them'
+  if num_shards > 1:
+    expect.multiple_of(
+      'data.row_length',
+      row_length,
+      '2 x parallel.context',
+      2 * num_shards,
+      'change one of them',
     )
 
 
@@ -92,10 +97,9 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
       log-sum-exp: kept, keys need not travel to compute them a second time.
   """
   num_shards = mesh.shape[_AXIS]
-  if kind not in ('ring', 'gather'):
-    raise ValueError(
-      f'parallel.context_attention: got {kind!r}, expected ring or gather'
-    )
+  expect.one_of(
+    'parallel.context_attention', kind, parallel_config.CONTEXT_ATTENTION
+  )
   if num_shards == 1:
     raise ValueError(
       'context parallelism: got parallel.context = 1, expected more: there is'

@@ -252,7 +252,9 @@ def test_what_cannot_be_split_is_refused():
     ValueError, match=r'got dropout .* expected none.*set model.dropout_rate'
   ):
     context.make_attend(mesh, 'ring')(q, k, v, dropout=lambda x: x)
-  with pytest.raises(ValueError, match="got 'all', expected ring or gather"):
+  with pytest.raises(
+    ValueError, match="got 'all', expected one of ring, gather"
+  ):
     context.make_attend(mesh, 'all')
   with pytest.raises(ValueError, match='got parallel.context = 1, expected'):
     context.make_attend(_mesh(data=8), 'ring')
