@@ -361,7 +361,8 @@ def _open_mpi(environ: Mapping[str, str]) -> _Found:
 def _tpu(environ: Mapping[str, str]) -> _Found:
   hosts = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
   is_pod = len(hosts) > 1 or 'MEGASCALE_COORDINATOR_ADDRESS' in environ
-  return is_pod, Cluster(method='tpu') if is_pod else None
+  # jax names a class per kind of TPU machine; only its own search picks one.
+  return is_pod, Cluster(method=None) if is_pod else None
 
 
 def _is_one(environ: Mapping[str, str], count_name: str) -> bool:
