@@ -1,10 +1,10 @@
-"""The rules: on which mesh axes each logical axis is laid out.
+"""The sharding rules: the mesh axes over which each logical axis is split.
 
-The only place that knows both vocabularies. Models name what a dimension is,
-`parallel.mesh` builds the devices' axes, and these lines join the two.
-Batches are split over `data`, `fsdp` and `expert`, and along time over
-`context`; fully sharded data parallelism splits the `embed` dimension of each
-matrix, tensor parallelism the other one, a pipeline the stack of layers.
+Models name their dimensions by logical axes and `parallel.mesh` names the axes
+of the devices; only this file knows both. Batches are split over `data`,
+`fsdp` and `expert`, and along time over `context`. Fully sharded data
+parallelism splits the `embed` dimension of each matrix, tensor parallelism the
+other dimension, and a pipeline the stack of layers.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,11 @@ RULES: tuple[tuple[str, Any], ...] = (
   # Activations.
   ('batch', BATCH_AXES),
   ('time', 'context'),
-  # Around the layers every stage holds all of the batch: they share the head.
+  # Outside the layers every stage holds the whole batch, so the stages share
+  # the work of the head: they split its tokens.
   ('head_time', ('context', 'stage')),
   ('width', None),
-  # Parameters. Where experts are split, the dense matrices are split along.
+  # Parameters. Devices along `expert` split the dense matrices, too.
   ('embed', ('fsdp', 'expert')),
   ('heads', 'tensor'),
   ('kv_heads', 'tensor'),
@@ -42,17 +43,17 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the layout of an array [B, T, ...]."""
+  """Returns the sharding of an array [B, T, ...]."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the layout of an array that every device holds whole."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def num_parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
-  """Returns into how many parts an axis laid out over `mesh_axes` is split."""
+  """Returns the number of shards of a dimension split over `mesh_axes`."""
   if mesh_axes is None:
     return 1
   names = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
@@ -91,6 +92,6 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
 
 @contextlib.contextmanager
 def applied(mesh: Mesh) -> Iterator[None]:
-  """Makes the logical constraints inside models mean this mesh."""
+  """Applies the logical constraints inside models to this mesh."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield

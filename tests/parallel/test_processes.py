@@ -181,7 +181,7 @@ def test_flags_come_first():
     (
       {},
       {'num_processes': 2, 'process_id': 0},
-      'got --num_processes=2, --process_id=0, expected --coordinator besides;'
+      'got --num_processes=2, --process_id=0, expected --coordinator as well;'
       ' give all three or none',
     ),
     (
@@ -208,14 +208,14 @@ def test_flags_come_first():
     (
       {},
       {'coordinator': 'auto', 'num_processes': 2},
-      '--coordinator=auto: got --num_processes or --process_id besides,'
+      '--coordinator=auto: got --num_processes or --process_id as well,'
       ' expected neither',
     ),
     (
       {'NUM_PROCESSES': '4', 'JOB_COMPLETION_INDEX': '1'},
       {},
       'got NUM_PROCESSES=4, JOB_COMPLETION_INDEX=1, expected'
-      ' JAX_COORDINATOR_ADDRESS besides',
+      ' JAX_COORDINATOR_ADDRESS as well',
     ),
     (
       {**KUBERNETES, 'NUM_PROCESSES': 'four'},
@@ -235,13 +235,13 @@ def test_flags_come_first():
     (
       {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'a'},
       {},
-      'MASTER_PORT: got nothing beside WORLD_SIZE or RANK, expected the',
+      'MASTER_PORT: got no value with WORLD_SIZE or RANK set, expected the',
     ),
     (
       {'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '1'},
       {},
       'got OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_RANK=1, expected'
-      ' JAX_COORDINATOR_ADDRESS besides',
+      ' JAX_COORDINATOR_ADDRESS as well',
     ),
   ],
 )
