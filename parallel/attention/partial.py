@@ -7,7 +7,7 @@ log-sum-exp over all keys (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 Scores are float32. They exist for one tile of queries at a time, at most
 `MAX_TILE_ROWS` of them.
 
-`Shape` has the settings of `models.attention.dense.Form` except the scale: a
+`Shape` has the settings of `models.attention.form.Form` except the scale: a
 window hides keys by their index in the row, a soft-cap bounds scores.
 
 Letters as in `models`: B batch, K key/value heads, G query heads per key/value

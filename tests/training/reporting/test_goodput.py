@@ -210,7 +210,7 @@ def test_the_table_adds_up(tmp_path, clock):
 def test_the_age_of_a_process_includes_its_imports():
   source = (
     'import time\ntime.sleep(0.3)\n'
-    'from training import goodput\nprint(goodput.process_age())'
+    'from training.reporting import goodput\nprint(goodput.process_age())'
   )
   start = time.monotonic()
   printed = subprocess.run(

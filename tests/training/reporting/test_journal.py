@@ -62,7 +62,7 @@ def test_a_full_disk_does_not_stop_tensorboard_or_the_run():
   """The writer that is replaced hung here, in its eleventh event."""
   program = (
     'import pathlib, resource, tempfile\n'
-    'from training import journal\n'
+    'from training.reporting import journal\n'
     'resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n'
     'with tempfile.TemporaryDirectory() as name:\n'
     '  board = journal.TensorBoard(pathlib.Path(name), purge_step=1)\n'
