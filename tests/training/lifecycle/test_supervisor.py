@@ -262,7 +262,7 @@ def test_a_signal_between_attempts_ends_it(tmp_path):
 def test_a_killed_supervisor_takes_its_child_along(tmp_path):
   orphan = f"""
     sys.path.insert(0, {str(ROOT)!r})
-    from training import supervisor
+    from training.lifecycle import supervisor
     supervisor.die_with_supervisor()
     (workdir / 'pid').write_text(str(os.getpid()))
     print('ready', flush=True)
