@@ -204,6 +204,7 @@ def main(argv: list[str]) -> None:
   experiment.data.data_dir = args.data_dir
   experiment.data.num_threads = args.threads
   experiment.data.num_workers = args.workers
+  experiment.data.validate()
   (source,) = experiment.data.train_sources()
   documents = source.open(args.data_dir)
   tokenizer = vocabulary.build_tokenizer(

@@ -8,7 +8,7 @@ The 110M model of `decode_latency`, with a context of 4,096.
   one of which nothing was: seconds to the first token, alone on the engine.
 - **Arrival.** 16 sequences decode; then a prompt of 2,000 tokens arrives.
   Inter-token latency of the others from its arrival to its first token, over
-  their median before: the scheduler's bound is `max_mixed_blocks` blocks of
+  their median before: the scheduler's bound is `max_mixed_chunks` chunks of
   prompt beside the decode rows of a step. `whole` is the same engine without
   that bound.
 """
@@ -135,7 +135,7 @@ def run(scenario: Scenario, *, rounds: int) -> dict[str, Any]:
   unbounded = Bench(
     scenario,
     dataclasses.replace(
-      scenario.engine, max_mixed_blocks=scenario.engine.max_blocks
+      scenario.engine, max_mixed_chunks=scenario.engine.max_chunks
     ),
   )
   cold, warm, stalls = [], [], {'bounded': [], 'whole': []}

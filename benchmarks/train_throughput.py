@@ -35,7 +35,7 @@ from hardware import host_memory, peaks
 from models import flops, model_config, transformer
 from training import state as state_lib, step
 from training.objectives import next_token
-from training.optimizer import chain
+from training.optimizer import chain, rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,9 @@ def shapes() -> dict[str, Shape]:
   }
 
 
+RULE = rules.AdamW()
 OPTIMIZER = chain.OptimizerConfig(
-  peak_lr=1e-4, schedule='constant', warmup_steps=0
+  rule=RULE, peak_lr=1e-4, schedule='constant', warmup_steps=0
 )
 
 
@@ -135,8 +136,8 @@ def peer_spec(shape: Shape) -> dict[str, Any]:
     'clip_norm': OPTIMIZER.clip_norm,
     'optimizer': {
       'lr': OPTIMIZER.peak_lr,
-      'betas': (OPTIMIZER.beta1, OPTIMIZER.beta2),
-      'eps': OPTIMIZER.epsilon,
+      'betas': (RULE.beta1, RULE.beta2),
+      'eps': RULE.epsilon,
       'weight_decay': OPTIMIZER.weight_decay,
     },
     'model': {

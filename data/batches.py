@@ -54,11 +54,8 @@ def train_batches(
     seed: of the order.
 
   Raises:
-    ValueError: a setting cannot work.
+    ValueError: a text is too short for windows packing.
   """
-  config.validate()
-  if seed < 0:
-    raise ValueError(f'got data seed {seed}, expected 0 or more')
   for source in sources:
     if source.is_random and source.store.num_ids <= config.row_length:
       raise ValueError(
@@ -77,11 +74,7 @@ def eval_batches(
   Batches are those of `train_batches`; the last one is filled up with rows of
   weight 0. Each iteration over the result is a new pass. With windows packing,
   the rows are the consecutive pieces of the joined text.
-
-  Raises:
-    ValueError: a setting cannot work.
   """
-  config.validate()
   return EvalBatches(source, config.batch_size)
 
 

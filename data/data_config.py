@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import math
 
+from checks import expect
 from data import batch_ramp as ramp_lib, sources as sources_lib
 
 TOKENIZER_KINDS = ('byte', 'bpe', 'directory')
@@ -32,17 +33,17 @@ class TokenizerConfig:
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value cannot work."""
-    _check_choice('tokenizer.kind', self.kind, TOKENIZER_KINDS)
+    expect.one_of('tokenizer.kind', self.kind, TOKENIZER_KINDS)
     if self.kind == 'directory' and not self.path:
       raise ValueError(
-        "tokenizer.path is empty, expected a directory for kind 'directory'"
+        "tokenizer.path: got '', expected a directory for kind 'directory'"
       )
     if self.kind != 'directory' and self.path:
       raise ValueError(
-        f'tokenizer.path is {self.path!r} but tokenizer.kind is '
-        f"{self.kind!r}, which reads no path; use kind 'directory'"
+        f"tokenizer.path: got {self.path!r}, expected '' for kind"
+        f" {self.kind!r}, which reads no path; use kind 'directory'"
       )
-    _check_at_least('tokenizer.train_bytes', self.train_bytes, 1)
+    expect.at_least('tokenizer.train_bytes', self.train_bytes, 1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,7 +103,7 @@ class DataConfig:
   # Rows made ahead of the step, rounded up to whole batches.
   prefetch_rows: int = 128
   # Tokens that count as copied where training and evaluation text share them
-  # (data/contamination.py); 0: do not look, -1: 13, or 50 of single bytes.
+  # (data/contamination/); 0: do not look, -1: 13, or 50 of single bytes.
   contamination_ngram: int = -1
   # Share of the evaluation text found in training above which to warn.
   contamination_warning: float = 0.1
@@ -127,10 +128,6 @@ class DataConfig:
     """Returns whether documents begin with BOS in training."""
     # Windows are cut from joined text: their models never see it.
     return self.packing != 'windows'
-
-  def batch_size_at(self, step: int) -> int:
-    """Returns the rows of the batch of `step`, counted from 0."""
-    return ramp_lib.rows_at(self.ramp, step)
 
   def rows_before(self, step: int) -> int:
     """Returns the rows of all batches before that of `step`."""
@@ -161,7 +158,7 @@ class DataConfig:
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value cannot work."""
-    _check_choice('data.packing', self.packing, PACKINGS)
+    expect.one_of('data.packing', self.packing, PACKINGS)
     for name, least in (
       ('row_length', 1),
       ('batch_size', 1),
@@ -170,11 +167,11 @@ class DataConfig:
       ('prefetch_rows', 0),
       ('contamination_ngram', -1),
     ):
-      _check_at_least(f'data.{name}', getattr(self, name), least)
+      expect.at_least(f'data.{name}', getattr(self, name), least)
     if not 0 <= self.contamination_warning <= 1:
       raise ValueError(
-        f'data.contamination_warning is {self.contamination_warning}, expected'
-        ' a share from 0 to 1'
+        f'data.contamination_warning: got {self.contamination_warning},'
+        ' expected a share from 0 to 1'
       )
     ramp_lib.check(self.batch_ramp, self.batch_size)
     if not isinstance(self.sources, tuple | list) or not all(
@@ -194,8 +191,8 @@ def _check_sources(mixed: tuple[SourceConfig, ...]) -> None:
   for source in mixed:
     if not (math.isfinite(source.weight) and source.weight > 0):
       raise ValueError(
-        f'data.sources: {source.name} has weight {source.weight}, expected a'
-        ' number above 0; leave out what should not be trained on'
+        f'data.sources: got weight {source.weight} for {source.name}, expected'
+        ' a number above 0; leave out a source that should not be trained on'
       )
   names = [source.name for source in mixed]
   repeated = sorted({name for name in names if names.count(name) > 1})
@@ -204,15 +201,3 @@ def _check_sources(mixed: tuple[SourceConfig, ...]) -> None:
       f'data.sources: got several called {", ".join(repeated)}, expected'
       ' different names; set their name'
     )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-  if value not in choices:
-    raise ValueError(
-      f'{name} is {value!r}, expected one of {", ".join(choices)}'
-    )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-  if value < least:
-    raise ValueError(f'{name} is {value}, expected at least {least}')

@@ -10,7 +10,7 @@ piece is a run of pairs of one document; with
   best_fit           the longest first, each into the fullest row that has room.
   none               one document or chunk per row.
 
-so that a plan has every pair once. Fitting looks at `_WINDOW` documents at a
+so that a plan has every pair once. Fitting looks at `_GROUP` documents at a
 time, which bounds its memory and costs a row or so of padding each.
 
 Reference: Ding et al. 2024 (arXiv:2404.10830), whose best fit this is.
@@ -30,11 +30,11 @@ import numpy as np
 from data import locks, token_store
 
 # Documents that are fitted with each other.
-_WINDOW = 2**16
+_GROUP = 2**16
 _STARTS, _LENGTHS, _ROWS = 'starts.bin', 'lengths.bin', 'rows.bin'
 
 
-class Plan(Protocol):
+class RowPlan(Protocol):
   """What every row of a source consists of."""
 
   @property
@@ -125,7 +125,9 @@ class Fitted:
     return {'directory': self.directory}
 
 
-def plan(store: token_store.TokenStore, packing: str, row_length: int) -> Plan:
+def row_plan(
+  store: token_store.TokenStore, packing: str, row_length: int
+) -> RowPlan:
   """Returns the plan of a source; one that is stored is made only once.
 
   Args:
@@ -144,7 +146,7 @@ def plan(store: token_store.TokenStore, packing: str, row_length: int) -> Plan:
   directory = store.directory / f'{packing}-{row_length}'
 
   def write(partial: pathlib.Path) -> None:
-    _write(partial, _windows(store, row_length), fit, row_length)
+    _write(partial, _groups(store, row_length), fit, row_length)
 
   try:
     locks.write_once(directory, write)
@@ -206,12 +208,12 @@ def _alone(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
   return np.arange(len(lengths_P))
 
 
-def _windows(
+def _groups(
   store: token_store.TokenStore, row_length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields first ids and lengths of the pieces of some documents at a time."""
-  for first in range(0, store.num_documents, _WINDOW):
-    edges = store.starts_D[first : first + _WINDOW + 1]
+  for first in range(0, store.num_documents, _GROUP):
+    edges = store.starts_D[first : first + _GROUP + 1]
     num_pairs_D = np.diff(edges)
     num_pieces_D = -(-num_pairs_D // row_length)
     document_P = np.repeat(np.arange(len(num_pairs_D)), num_pieces_D)
@@ -223,7 +225,7 @@ def _windows(
 
 def _write(
   directory: pathlib.Path,
-  windows: Iterator[tuple[np.ndarray, np.ndarray]],
+  groups: Iterator[tuple[np.ndarray, np.ndarray]],
   fit: Callable[[np.ndarray, int], np.ndarray],
   row_length: int,
 ) -> None:
@@ -235,7 +237,7 @@ def _write(
     (directory / _ROWS).open('wb') as rows,
   ):
     rows.write(np.zeros(1, np.int64).data)
-    for starts_P, lengths_P in windows:
+    for starts_P, lengths_P in groups:
       is_full_P = lengths_P == row_length
       rows_P = np.zeros(len(lengths_P), np.int64)
       rows_P[~is_full_P] = fit(lengths_P[~is_full_P], row_length)

@@ -13,8 +13,8 @@ import numpy as np
 
 from data import (
   data_config,
-  order,
   packing as packing_lib,
+  row_order,
   sources,
   token_store,
 )
@@ -29,7 +29,7 @@ class Rows:
   """The rows of one source. Small to pickle."""
 
   store: token_store.TokenStore
-  plan: packing_lib.Plan
+  plan: packing_lib.RowPlan
   row_length: int
   pad_id: int
   # Whether training takes rows from anywhere instead of those of the plan.
@@ -74,9 +74,9 @@ class Rows:
     if self.is_random:
       num_starts = self.store.num_ids - self.row_length
       length_1 = np.array([self.row_length])
-      starts_N = order.drawn(indices_N, num_starts, seed)
+      starts_N = row_order.drawn(indices_N, num_starts, seed)
       return [(start_1, length_1) for start_1 in starts_N[:, None]]
-    rows_N = order.shuffled(indices_N, self.num_rows, seed)
+    rows_N = row_order.shuffled(indices_N, self.num_rows, seed)
     return [self.plan.pieces(row) for row in rows_N.tolist()]
 
 
@@ -91,10 +91,9 @@ def open_rows(
   """Returns the rows of `source`, tokenised and planned unless they were.
 
   Raises:
-    ValueError: a setting cannot work, no document has text, one cannot be
-      read, or the data directory cannot be written.
+    ValueError: no document has text, one cannot be read, or the data directory
+      cannot be written.
   """
-  config.validate()
   joined = config.packing == 'windows'
   store = token_store.open_or_write(
     source,
@@ -107,7 +106,7 @@ def open_rows(
   )
   return Rows(
     store=store,
-    plan=packing_lib.plan(store, config.packing, config.row_length),
+    plan=packing_lib.row_plan(store, config.packing, config.row_length),
     row_length=config.row_length,
     pad_id=tokenizer.pad_id,
     is_random=joined,

@@ -26,10 +26,9 @@ def build_tokenizer(
 
   Raises:
     FileNotFoundError: `config.path` holds no tokenizer.
-    ValueError: a setting cannot work, or the text is too small for the
-      vocabulary.
+    ValueError: the text is too small for the vocabulary, or the vocabulary for
+      bytes and special tokens.
   """
-  config.validate()
   if config.kind == 'byte':
     return tokenizer_lib.ByteTokenizer()
   if config.kind == 'directory':

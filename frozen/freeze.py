@@ -47,7 +47,6 @@ DEFAULT_GENERATION = {
   'temperature': 0.8,
   'top_k': 0,
   'top_p': 0.95,
-  'min_p': 0.0,
   'max_tokens': 256,
   'stop': [],
 }

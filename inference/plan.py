@@ -202,7 +202,7 @@ def compile_decode_step(
   )
   inputs = programs.empty_inputs(
     programs.Shape(num_sequences, 0),
-    block_rows=engine.block_rows,
+    chunk_tokens=engine.chunk_tokens,
     table_width=engine.table_width(config.max_length),
     num_rows=num_sequences,
     nobody=num_sequences,

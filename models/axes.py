@@ -90,16 +90,6 @@ def param_axes(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(_leaf_axes, params)
 
 
-def is_decayed(params: Any) -> Any:
-  """Marks the parameters that weight decay applies to: matrices, not vectors.
-
-  The decision is by name: with scanned layers a norm's scale is a matrix too.
-  """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: names(path)[-1] in ('kernel', 'embedding'), params
-  )
-
-
 def names(path: tuple[Any, ...]) -> list[str]:
   """Returns the keys of a parameter's path, outermost module first."""
   return [str(getattr(part, 'key', part)) for part in path]

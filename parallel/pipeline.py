@@ -67,11 +67,6 @@ def schedule(num_stages: int, repeats: int, num_microbatches: int) -> Schedule:
   )
 
 
-def bubble_share(num_stages: int, repeats: int, num_microbatches: int) -> float:
-  """Returns the share of its time that a stage works on nothing."""
-  return (num_stages - 1) / (num_microbatches * repeats + num_stages - 1)
-
-
 def make_run_layers(
   mesh: Mesh, *, repeats: int, num_microbatches: int, policy: Any = None
 ) -> Callable[..., tuple[jax.Array, Any]]:

@@ -17,7 +17,7 @@ from training.evaluation import evals_config
 from training.objectives import next_token
 from training.optimizer import average, chain, spikes as spikes_lib
 
-# See training/attention_path.py and models/linear/quantized.py.
+# See training/execution.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
 MATMULS = ('float', *quantized.FORMATS)
 
@@ -136,7 +136,7 @@ class Experiment:
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
     self.evals.validate(self.eval_every_steps)
-    average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
+    average.validate(self.optimizer.rule, self.ema_decay, self.freeze.weights)
     last_start = self.data.ramp[-1][0]
     if last_start >= self.num_steps:
       raise ValueError(
@@ -172,8 +172,12 @@ class Experiment:
       )
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the experiment as JSON values; functions by qualified name."""
-    return _jsonable(dataclasses.asdict(self))
+    """Returns the experiment as JSON values; functions by qualified name.
+
+    A frozen dataclass (a rule, an objective) has its qualified name besides its
+    fields, as `type`: the name says which it is.
+    """
+    return _jsonable(self)
 
 
 def _at_least(least: int, name: str, value: int) -> None:
@@ -182,6 +186,11 @@ def _at_least(least: int, name: str, value: int) -> None:
 
 
 def _jsonable(value: Any) -> Any:
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if value.__dataclass_params__.frozen:
+      fields = {'type': type(value)} | fields
+    return _jsonable(fields)
   if isinstance(value, dict):
     return {key: _jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

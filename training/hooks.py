@@ -88,7 +88,9 @@ class Keeper:
     self._best_by = (
       'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
     )
-    self._average = average.reader(experiment.optimizer, experiment.ema_decay)
+    self._average = average.reader(
+      experiment.optimizer.rule, experiment.ema_decay
+    )
     self._place_average = parts.learner.placement.compile_weights(
       self._average or (lambda state: state.params)
     )

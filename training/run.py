@@ -146,7 +146,9 @@ def _unlike(
   wanted = experiment.freeze
   weights = wanted.weights
   if weights == 'auto':
-    has_average = average.reader(experiment.optimizer, experiment.ema_decay)
+    has_average = average.reader(
+      experiment.optimizer.rule, experiment.ema_decay
+    )
     weights = 'raw' if has_average is None else 'average'
   for name, got, expected in (
     ('step', manifest.step, step),

@@ -19,7 +19,7 @@ def fill(
   inputs: programs.Inputs,
   step: sequence_manager.Step,
   *,
-  block_rows: int,
+  chunk_tokens: int,
   scored_prompt: PromptOf,
   forced_token: ForcedOf,
 ) -> None:
@@ -31,22 +31,22 @@ def fill(
     inputs.decode_table_DL[row, : len(decode.pages)] = decode.pages
     inputs.rows_R[row] = row
     inputs.slots_R[row] = decode.slot if decode.samples else inputs.slots_R[row]
-  for index, block in enumerate(step.blocks):
-    at = num_decodes + index * block_rows
-    part = slice(at, at + block.length)
-    inputs.tokens_T[part] = block.tokens
+  for index, chunk in enumerate(step.chunks):
+    at = num_decodes + index * chunk_tokens
+    part = slice(at, at + chunk.length)
+    inputs.tokens_T[part] = chunk.tokens
     inputs.positions_T[part] = np.arange(
-      block.start, block.start + block.length
+      chunk.start, chunk.start + chunk.length
     )
-    inputs.block_table_XL[index, : len(block.pages)] = block.pages
+    inputs.chunk_table_XL[index, : len(chunk.pages)] = chunk.pages
     row = num_decodes + index
-    inputs.rows_R[row] = at + block.length - 1
-    if block.samples:
-      inputs.slots_R[row] = block.slot
-    if scored := scored_prompt(block.id):
+    inputs.rows_R[row] = at + chunk.length - 1
+    if chunk.samples:
+      inputs.slots_R[row] = chunk.slot
+    if scored := scored_prompt(chunk.id):
       prompt, inputs.prompt_logprobs_X[index] = scored
-      targets = prompt[block.start + 1 : block.start + block.length + 1]
-      at = index * block_rows
+      targets = prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
+      at = index * chunk_tokens
       inputs.targets_M[at : at + len(targets)] = targets
   for row, each in sampling_rows(step, num_decodes):
     token = forced_token(each.id, each.start + each.length)
@@ -63,5 +63,5 @@ def sampling_rows(
     step: what was planned.
     num_decodes: D of the shape that it was computed in.
   """
-  rows = [*enumerate(step.decodes), *enumerate(step.blocks, num_decodes)]
+  rows = [*enumerate(step.decodes), *enumerate(step.chunks, num_decodes)]
   return [(place, row) for place, row in rows if row.samples]

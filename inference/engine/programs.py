@@ -4,7 +4,7 @@
     slots, outputs = sample(slots, logits_RV, inputs)
 
 One step computes the tokens of many sequences in one row [1, T]: D tokens that
-each continue a sequence, and X blocks of R prompt tokens (`models.kv_cache`
+each continue a sequence, and X chunks of R prompt tokens (`models.kv_cache`
 says how pages and tables go with them). `forward` gives the logits behind the
 last known token of each; `sample` takes a token from them. What changes the
 logits in between, a grammar's mask or a verifier, has its place there.
@@ -62,18 +62,18 @@ class Inputs(NamedTuple):
   """What one step computes; NumPy on the host.
 
   R rows are sampled: those of the D decode tokens, the last of each of the X
-  blocks, and padding up to a number that `sample` is compiled for.
+  chunks, and padding up to a number that `sample` is compiled for.
   """
 
   tokens_T: Any  # int32; -1: the last one sampled in the row's slot
   positions_T: Any  # int32; -1: padding
   decode_table_DL: Any  # int32
-  block_table_XL: Any  # int32
+  chunk_table_XL: Any  # int32
   rows_R: Any  # int32, which tokens are sampled behind
   slots_R: Any  # int32; the last slot of all: nothing is kept
   forced_R: Any  # int32, taken instead of a sampled token; -1: none
-  targets_M: Any  # int32, the token behind each of the blocks' tokens; -1: none
-  prompt_logprobs_X: Any  # int32, wanted of each block; -1: none
+  targets_M: Any  # int32, the token behind each of the chunks' tokens; -1: none
+  prompt_logprobs_X: Any  # int32, wanted of each chunk; -1: none
 
 
 class Outputs(NamedTuple):
@@ -81,7 +81,7 @@ class Outputs(NamedTuple):
 
   tokens_R: Any  # int32
   logprobs: logprobs_lib.Logprobs  # of those tokens
-  prompt: logprobs_lib.Logprobs | None  # of the targets; None without blocks
+  prompt: logprobs_lib.Logprobs | None  # of the targets; None without chunks
 
 
 def init_state(
@@ -139,7 +139,7 @@ def forward(
     [jnp.where(known_D < 0, last_D, known_D), inputs.tokens_T[num_decodes:]]
   )
   cache = tuple(
-    kv_cache.PagedLayer(pool, inputs.decode_table_DL, inputs.block_table_XL)
+    kv_cache.PagedLayer(pool, inputs.decode_table_DL, inputs.chunk_table_XL)
     for pool in pools
   )
   hidden_1TD, cache = _apply(
@@ -152,7 +152,7 @@ def forward(
   # The head is the largest matrix: only rows that sample need it.
   logits_RV = logits_of(hidden_1TD[0, inputs.rows_R])
   prompt = None
-  if inputs.block_table_XL.shape[0]:
+  if inputs.chunk_table_XL.shape[0]:
     prompt = _prompt_logprobs(hidden_1TD[0, num_decodes:], inputs, logits_of)
   return tuple(layer.pages for layer in cache), logits_RV, prompt
 
@@ -191,27 +191,27 @@ def _prompt_logprobs(
   inputs: Inputs,
   logits_of: Callable[[jax.Array], jax.Array],
 ) -> logprobs_lib.Logprobs:
-  """Scores the targets, block by block: all logits at once could be large."""
-  num_blocks = inputs.prompt_logprobs_X.shape[0]
-  hidden_XRD = hidden_MD.reshape(num_blocks, -1, hidden_MD.shape[-1])
-  targets_XR = inputs.targets_M.reshape(num_blocks, -1)
+  """Scores the targets, chunk by chunk: all logits at once could be large."""
+  num_chunks = inputs.prompt_logprobs_X.shape[0]
+  hidden_XRD = hidden_MD.reshape(num_chunks, -1, hidden_MD.shape[-1])
+  targets_XR = inputs.targets_M.reshape(num_chunks, -1)
 
-  def score(block):
-    hidden_RD, targets_R, wanted = block
+  def score(chunk):
+    hidden_RD, targets_R, wanted = chunk
     wanted_R = jnp.where(targets_R < 0, -1, wanted)
     return logprobs_lib.logprobs(
       logits_of(hidden_RD), jnp.maximum(targets_R, 0), wanted_R
     )
 
-  blocks = hidden_XRD, targets_XR, inputs.prompt_logprobs_X
-  shapes = jax.eval_shape(lambda: jax.lax.map(score, blocks))
+  chunks = hidden_XRD, targets_XR, inputs.prompt_logprobs_X
+  shapes = jax.eval_shape(lambda: jax.lax.map(score, chunks))
 
   def nothing():
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   found = jax.lax.cond(
     jnp.any(inputs.prompt_logprobs_X >= 0),
-    lambda: jax.lax.map(score, blocks),
+    lambda: jax.lax.map(score, chunks),
     nothing,
   )
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
@@ -244,13 +244,13 @@ class Shape(NamedTuple):
   """What a step is compiled for."""
 
   num_decodes: int  # D
-  num_blocks: int  # X
+  num_chunks: int  # X
 
 
 def empty_inputs(
   shape: Shape,
   *,
-  block_rows: int,
+  chunk_tokens: int,
   table_width: int,
   num_rows: int,
   nobody: int,
@@ -259,13 +259,13 @@ def empty_inputs(
 
   Args:
     shape: of the step.
-    block_rows: R of a block.
+    chunk_tokens: R of a chunk.
     table_width: L, pages of a sequence of the whole context.
-    num_rows: R that are sampled, at least one per decode row and block.
+    num_rows: R that are sampled, at least one per decode row and chunk.
     nobody: the slot that is nobody's.
   """
-  num_decodes, num_blocks = shape
-  num_prompt = num_blocks * block_rows
+  num_decodes, num_chunks = shape
+  num_prompt = num_chunks * chunk_tokens
 
   def full(*size: int, value: int = 0) -> np.ndarray:
     return np.full(size, value, np.int32)
@@ -274,12 +274,12 @@ def empty_inputs(
     tokens_T=full(num_decodes + num_prompt),
     positions_T=full(num_decodes + num_prompt, value=-1),
     decode_table_DL=full(num_decodes, table_width),
-    block_table_XL=full(num_blocks, table_width),
+    chunk_table_XL=full(num_chunks, table_width),
     rows_R=full(num_rows),
     slots_R=full(num_rows, value=nobody),
     forced_R=full(num_rows, value=-1),
     targets_M=full(num_prompt, value=-1),
-    prompt_logprobs_X=full(num_blocks, value=-1),
+    prompt_logprobs_X=full(num_chunks, value=-1),
   )
 
 
@@ -310,7 +310,7 @@ class Programs:
     params: Params,
     state: State,
     shapes: list[Shape],
-    block_rows: int,
+    chunk_tokens: int,
     table_width: int,
     vocab_size: int,
   ):
@@ -321,12 +321,12 @@ class Programs:
       params: arrays or shapes, as is `state`.
       state: of the engine.
       shapes: of steps.
-      block_rows: R of a block.
+      chunk_tokens: R of a chunk.
       table_width: L, pages of a sequence of the whole context.
       vocab_size: ids that may be sampled.
     """
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
-    self._block_rows = block_rows
+    self._chunk_tokens = chunk_tokens
     self._table_width = table_width
     self._nobody = state.slots.last_B.shape[0] - 1
     self._max_length = model.config.max_length
@@ -367,19 +367,19 @@ class Programs:
     lowered['copy'] = copy.lower(state.pools, pages_Z, pages_Z)
     return lowered
 
-  def shape_for(self, num_decodes: int, num_blocks: int) -> Shape:
-    """Returns the smallest shape that holds so many rows and blocks."""
+  def shape_for(self, num_decodes: int, num_chunks: int) -> Shape:
+    """Returns the smallest shape that holds so many rows and chunks."""
     return next(
       shape
       for shape in self.shapes
-      if shape.num_decodes >= num_decodes and shape.num_blocks >= num_blocks
+      if shape.num_decodes >= num_decodes and shape.num_chunks >= num_chunks
     )
 
   def empty_inputs(self, shape: Shape) -> Inputs:
     """Returns inputs of which every row is padding."""
     return empty_inputs(
       shape,
-      block_rows=self._block_rows,
+      chunk_tokens=self._chunk_tokens,
       table_width=self._table_width,
       num_rows=next(n for n in self._row_counts if n >= sum(shape)),
       nobody=self._nobody,

@@ -128,7 +128,7 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
     *,
     segment_ids_BT: jax.Array | None = None,
     dropout: Any = None,
-    form: Any = None,  # models.attention.dense.Form
+    form: Any = None,  # models.attention.form.Form
   ) -> jax.Array:
     if dropout is not None:
       raise ValueError(

@@ -7,7 +7,7 @@ log-sum-exp over all keys (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 Scores are float32; no more of them exist at once than of `MAX_BLOCK_ROWS`
 queries.
 
-The piece of a form (`models.attention.dense.Form`) that is not the scale: a
+The piece of a form (`models.attention.form.Form`) that is not the scale: a
 window hides keys by their place in the row, a soft-cap bounds scores.
 
 Letters as in `models`: B batch, K key/value heads, G query heads for each of

@@ -195,7 +195,7 @@ def test_a_source_without_text_is_refused_before_anything_is_written(
   with pytest.raises(ValueError, match='prose: got 1 documents without any t'):
     _run(experiment, tmp_path / 'run')
   experiment.data.sources[1].weight = 0.0
-  with pytest.raises(ValueError, match=r'prose has weight 0\.0, expected a'):
+  with pytest.raises(ValueError, match=r'got weight 0\.0 for prose, expected'):
     _run(experiment, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'run.json').exists()
   assert not (tmp_path / 'data').exists()

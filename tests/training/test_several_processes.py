@@ -33,7 +33,7 @@ SMALL = {
   'log_every_steps': 1,
   'eval_batches': 2,
   'checkpoint.every_steps': 4,
-  'optimizer.name': 'adamw',
+  'optimizer.rule': 'adamw',
   'optimizer.peak_lr': 4e-3,
   'optimizer.warmup_steps': 6,
   'data.row_length': 32,

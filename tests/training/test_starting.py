@@ -14,7 +14,7 @@ from frozen import format as frozen_format
 from tests.helpers import tiny_run
 from training import experiment
 from training.checkpoints import saving, workdir as workdir_lib
-from training.optimizer import chain
+from training.optimizer import chain, rules
 from training.reporting import goodput
 
 
@@ -121,9 +121,10 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   ('change', 'message'),
   [
     (
-      {'optimizer': chain.OptimizerConfig(name='lion', warmup_steps=2)},
-      r'was trained with another optimizer or model: .*optimizer.name: got'
-      r" 'lion', before 'adamw'.*; set back what changes their state",
+      {'optimizer': chain.OptimizerConfig(rule=rules.Lion(), warmup_steps=2)},
+      r'was trained with another optimizer or model: .*optimizer.rule.type: got'
+      r" '[\w.]*Lion', before '[\w.]*AdamW'.*; set back what changes"
+      ' their state',
     ),
     ({'data': {'row_length': 8}}, 'the saved data position has row_length 16'),
   ],
@@ -281,3 +282,8 @@ def test_an_attempt_that_dies_before_its_loop_is_counted(
 def test_data_that_cannot_be_is_refused(corpus, data, message):
   with pytest.raises(ValueError, match=message):
     tiny_run.experiment(corpus, data=data).validate()
+
+
+def test_a_seed_below_zero_is_refused(corpus):
+  with pytest.raises(ValueError, match='config.seed: got -1, expected at lea'):
+    tiny_run.experiment(corpus, seed=-1).validate()

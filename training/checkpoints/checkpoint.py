@@ -401,7 +401,7 @@ def _check_leaves(
       if found.keys() == wanted.keys() and dtypes[0] != dtypes[1]:
         raise MismatchError(
           f'checkpoint of step {step}, optimizer state: got {dtypes[0]},'
-          f' expected {dtypes[1]}; set optimizer.state_dtype back or use'
+          f' expected {dtypes[1]}; set optimizer.rule.state_dtype back or use'
           ' another --workdir'
         )
     for name in sorted(found.keys() | wanted.keys()):

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.studies import compare_experiments
+from training.optimizer import rules
 
 
 def _trained(losses, validation_loss):
@@ -71,7 +72,7 @@ def test_an_unknown_file_is_refused(tmp_path):
 
 def test_a_page_is_loaded_with_its_variant():
   muon = compare_experiments.load('experiments/muon_against_adamw.py:muon')
-  assert muon.optimizer.name == 'muon'
+  assert isinstance(muon.optimizer.rule, rules.Muon)
   cosine, wsd = (
     compare_experiments.load(f'experiments/wsd_against_cosine.py:{variant}')
     for variant in ('cosine', 'wsd')

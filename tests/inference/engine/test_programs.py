@@ -56,7 +56,7 @@ def test_inputs_are_padding_until_they_are_filled(programs):
   width = -(-(128 + 8) // 64) * 64 // 16
   shapes = {
     'tokens_T': (10,), 'positions_T': (10,), 'decode_table_DL': (2, width),
-    'block_table_XL': (1, width), 'rows_R': (4,), 'slots_R': (4,),
+    'chunk_table_XL': (1, width), 'rows_R': (4,), 'slots_R': (4,),
     'forced_R': (4,), 'targets_M': (8,), 'prompt_logprobs_X': (1,),
   }  # fmt: skip
   assert {name: x.shape for name, x in inputs._asdict().items()} == shapes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models import execution, transformer
-from models.attention import dense
+from models.attention import dense, form as form_lib
 from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.attention import context, partial
 from tests.helpers import tiny_models
@@ -45,7 +45,7 @@ def _segments(num_segments=3, num_padding=5):
   )['segment_ids']
 
 
-def _run(attend, q, k, v, dout, segments, form=dense.Form()):
+def _run(attend, q, k, v, dout, segments, form=form_lib.Form()):
   """Returns the output and the three gradients, all as float32."""
 
   def loss(q, k, v):
@@ -58,7 +58,7 @@ def _run(attend, q, k, v, dout, segments, form=dense.Form()):
   return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def _run_split(mesh, kind, q, k, v, dout, segments, form=dense.Form()):
+def _run_split(mesh, kind, q, k, v, dout, segments, form=form_lib.Form()):
   """As `_run`, over the mesh; permutes its arguments, and its results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
@@ -109,8 +109,8 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
 @pytest.mark.parametrize(
   'form',
   [
-    dense.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
-    dense.Form(window=29),  # over several
+    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
+    form_lib.Form(window=29),  # over several
   ],
   ids=str,
 )

@@ -15,7 +15,7 @@ from parallel import parallel_config
 from tests.helpers import tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.checkpoints import checkpoint
-from training.optimizer import average, chain
+from training.optimizer import average, chain, rules
 from training.planning import memory
 from training.reporting import metrics
 
@@ -47,30 +47,38 @@ def test_a_skipped_step_is_no_part_of_it():
 
 
 @pytest.mark.parametrize(
-  ('overrides', 'decay', 'weights', 'message'),
+  ('rule', 'decay', 'weights', 'message'),
   [
-    ({}, 1.0, 'auto', 'config.ema_decay: got 1.0, expected 0 <= ema_decay < 1'),
-    ({}, np.nan, 'auto', 'config.ema_decay: got nan'),
     (
-      {'name': 'schedule_free', 'schedule': 'constant'},
+      rules.AdamW(),
+      1.0,
+      'auto',
+      'config.ema_decay: got 1.0, expected 0 <= ema_decay < 1',
+    ),
+    (rules.AdamW(), np.nan, 'auto', 'config.ema_decay: got nan'),
+    (
+      rules.ScheduleFree(),
       0.9,
       'auto',
-      'config.ema_decay: got 0.9 with a schedule-free optimizer, expected 0',
+      'config.ema_decay: got 0.9 with rule ScheduleFree, expected 0',
     ),
-    ({}, 0.9, 'best', "freeze.weights: got 'best', expected one of auto, raw"),
     (
-      {},
+      rules.AdamW(),
+      0.9,
+      'best',
+      "freeze.weights: got 'best', expected one of auto, raw",
+    ),
+    (
+      rules.AdamW(),
       0.0,
       'average',
       'freeze.weights: got average of a run that keeps none',
     ),
   ],
 )
-def test_averages_that_there_are_not_are_refused(
-  overrides, decay, weights, message
-):
+def test_averages_that_there_are_not_are_refused(rule, decay, weights, message):
   with pytest.raises(ValueError, match=message):
-    average.validate(chain.OptimizerConfig(**overrides), decay, weights)
+    average.validate(rule, decay, weights)
 
 
 def _averaged(parallel, num_devices):
@@ -251,7 +259,7 @@ def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
 @pytest.mark.parametrize('kind', ['mesh', 'pmap'])
 def test_a_schedule_free_run_serves_its_average(corpus, tmp_path, kind):
   optimizer = chain.OptimizerConfig(
-    name='schedule_free', schedule='constant', warmup_steps=0, peak_lr=1e-2
+    rule=rules.ScheduleFree(), schedule='constant', warmup_steps=0, peak_lr=1e-2
   )
   experiment = _experiment(
     corpus,

@@ -132,7 +132,7 @@ QUICKSTART = '--config=experiments/quickstart.py'
     (
       [QUICKSTART, '--config.optimizer.lr=1'],
       "--config.optimizer.lr: got the unknown field 'lr', expected one of"
-      ' name, peak_lr, end_lr',
+      ' rule, peak_lr, end_lr',
     ),
     (
       [QUICKSTART, '--config.optimiser.peak_lr=1'],

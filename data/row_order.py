@@ -17,7 +17,7 @@ _NUM_ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def mix(values_N: np.ndarray) -> np.ndarray:
+def splitmix64(values_N: np.ndarray) -> np.ndarray:
   """Returns uint64 [N]: the same values always, and nothing like them."""
   x_N = values_N.astype(np.uint64) + _GOLDEN
   x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -37,7 +37,7 @@ def shuffled(indices_N: np.ndarray, size: int, seed: int) -> np.ndarray:
     int64 [N]; the indices of one epoch give every number once.
   """
   epochs_N, places_N = np.divmod(indices_N, size)
-  keys_N = mix(epochs_N.astype(np.uint64) ^ mix(np.array([seed])))
+  keys_N = splitmix64(epochs_N.astype(np.uint64) ^ splitmix64(np.array([seed])))
   half_bits = max(1, -(-(size - 1).bit_length() // 2))
   result_N = places_N.astype(np.uint64)
   is_outside_N = np.ones(len(result_N), bool)
@@ -52,7 +52,9 @@ def shuffled(indices_N: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 def drawn(indices_N: np.ndarray, size: int, seed: int) -> np.ndarray:
   """Returns int64 [N]: a random number below `size` for every index."""
-  mixed_N = mix(indices_N.astype(np.uint64) ^ mix(np.array([seed])))
+  mixed_N = splitmix64(
+    indices_N.astype(np.uint64) ^ splitmix64(np.array([seed]))
+  )
   # The 53 bits that float64 can hold.
   share_N = (mixed_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
   return (share_N * size).astype(np.int64)
@@ -66,6 +68,6 @@ def _permute(
   left_N, right_N = values_N >> shift, values_N & mask
   for _ in range(_NUM_ROUNDS):
     keys_N = keys_N + _GOLDEN
-    round_N = mix(right_N ^ keys_N) & mask
+    round_N = splitmix64(right_N ^ keys_N) & mask
     left_N, right_N = right_N, left_N ^ round_N
   return (left_N << shift) | right_N

@@ -21,11 +21,11 @@ import json
 import os
 import pathlib
 import re
-import sys
 
 import numpy as np
 
-from data import ngrams, order, sources, token_store
+from data import row_order, token_store
+from data.contamination import ngrams
 from text import tokenizer as tokenizer_lib
 
 TOKENS, BYTES, WORDS = 13, 50, 13
@@ -80,7 +80,7 @@ def between_stores(
   documents = ngrams.Documents(*_text_of(evaluated), ngram)
   for first in range(0, train.num_ids, _PIECE):
     piece_N = train.ids_N[first : first + _PIECE + ngram - 1]
-    documents.mark(order.mix(piece_N))
+    documents.mark(row_order.splitmix64(piece_N))
   for first in range(0, train.num_documents, _PIECE):
     documents.mark_documents(*_text_of(train, first, first + _PIECE))
   overlap = _overlap(documents, train.name, 'tokens')
@@ -109,7 +109,7 @@ def _text_of(
   """Returns codes of some documents, bos and eos left out, and their edges."""
   starts_D = store.starts_D[first : None if end is None else end + 1]
   edges_D = starts_D + np.arange(first, first + len(starts_D))
-  codes_N = order.mix(store.ids_N[edges_D[0] : edges_D[-1]])
+  codes_N = row_order.splitmix64(store.ids_N[edges_D[0] : edges_D[-1]])
   edges_D = edges_D - edges_D[0]
   if store.joined:
     return codes_N, edges_D
@@ -163,49 +163,6 @@ def _words(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     codes.append(np.fromiter(map(hash, words), np.int64, len(words)))
     edges.append(edges[-1] + len(words))
   joined_N = np.concatenate([*codes, np.zeros(0, np.int64)])
-  return order.mix(joined_N.view(np.uint64)), np.array(edges, np.int64)
-
-
-_OPENERS = {
-  '.jsonl': sources.jsonl,
-  '.parquet': sources.parquet,
-}
-
-
-def _texts(path: str, text_key: str) -> Iterator[str]:
-  """Yields the documents of files that their ending says the kind of."""
-  open_source = _OPENERS.get(pathlib.PurePath(path).suffix, sources.text_files)
-  source = open_source(path, 'all', '', text_key)
-  for i in range(len(source)):
-    yield source[i]['text']
-
-
-def main(argv: list[str]) -> None:
-  """Compares what the flags name."""
-  del argv
-  values = flags.FLAGS
-  try:
-    overlap = between_texts(
-      _texts(values.train, values.text_key),
-      _texts(values.eval, values.text_key),
-      values.ngram,
-      values.train,
-    )
-  except (ValueError, FileNotFoundError) as error:
-    sys.exit(f'error: {error}')
-  print(overlap.source, overlap)
-  if overlap.most_copied:
-    indices = ', '.join(map(str, overlap.most_copied))
-    print(f'copied documents, counted from 0: {indices}')
-
-
-if __name__ == '__main__':
-  from absl import app, flags
-
-  flags.DEFINE_string(
-    'train', None, 'Text, .jsonl or .parquet: a file or a glob.', required=True
+  return row_order.splitmix64(joined_N.view(np.uint64)), np.array(
+    edges, np.int64
   )
-  flags.DEFINE_string('eval', None, 'The evaluation text, too.', required=True)
-  flags.DEFINE_string('text_key', 'text', 'Field or column of the text.')
-  flags.DEFINE_integer('ngram', WORDS, 'Words that count as copied.', 1)
-  app.run(main)
