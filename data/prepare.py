@@ -23,7 +23,7 @@ import subprocess
 import sys
 import venv
 
-from data import locks
+from storage import atomic, locks
 
 # The oldest that read and wrote ArrayRecord as we read it.
 PACKAGES = (
@@ -136,7 +136,7 @@ def make_environment(
         stderr=subprocess.PIPE,
         text=True,
       )
-      done.write_text(json.dumps(wanted))
+      atomic.write_text(done, json.dumps(wanted))
   except subprocess.CalledProcessError as error:
     raise ValueError(
       f'{directory}: {", ".join(packages)} cannot be installed'

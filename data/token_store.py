@@ -8,7 +8,7 @@ A store is a directory `tokens/<key>/` of the data directory:
 
 The key stands for the documents, as far as their source can tell, and for the
 tokenizer; whoever finds its directory uses it, and else writes it
-(`data/locks.py`). Of several hosts, each has a data directory of its own, or
+(`storage/locks.py`). Of several hosts, each has a data directory of its own, or
 they share one and the first to come tokenises for all.
 
 A document is [bos, ids of its text, eos], or the ids alone in a store that is
@@ -29,7 +29,8 @@ import time
 
 import numpy as np
 
-from data import locks, sources
+from data import sources
+from storage import locks
 from text import tokenizer as tokenizer_lib
 
 Say = Callable[[str], None]

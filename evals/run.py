@@ -16,6 +16,7 @@ import math
 from evals import ports
 from evals.results import scores
 from evals.tasks import generation, local_tasks, multiple_choice, perplexity
+from storage import digests
 
 KINDS = ('perplexity', 'choice', 'generate', 'gsm8k', 'lm_eval')
 _GENERATING = ('generate', 'gsm8k')
@@ -137,7 +138,7 @@ def open_task(task: str, options: Options | None = None) -> Task:
   return Task(
     name=task,
     options=options,
-    files={path: scores.digest(path) for path in paths},
+    files={path: digests.of_file(path) for path in paths},
     measure=measure,
   )
 

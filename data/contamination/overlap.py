@@ -16,9 +16,9 @@ shares some n-grams with any other: names, quotations, licences.
 """
 
 from collections.abc import Iterable, Iterator
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 
@@ -26,6 +26,7 @@ import numpy as np
 
 from data import row_order, token_store
 from data.contamination import ngrams
+from storage import atomic
 from text import tokenizer as tokenizer_lib
 
 TOKENS, BYTES, WORDS = 13, 50, 13
@@ -136,12 +137,9 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
 
 
 def _write(path: pathlib.Path, overlap: Overlap) -> None:
-  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-  try:
-    partial.write_text(json.dumps(dataclasses.asdict(overlap)))
-    partial.replace(path)
-  except OSError:
-    pass  # a store that may only be read: it is looked for again next time
+  # A store that may only be read: the overlap is looked for again next time.
+  with contextlib.suppress(OSError):
+    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from evals import run
-from evals.results import report, scores
+from evals.results import report
+from storage import digests
 from tests.helpers import eval_models
 
 
@@ -36,7 +37,7 @@ def test_perplexity_by_name(files):
   assert result.options['stride'] == 8
   assert result.groups[0].details['stride'] == 8
   (digest,) = result.files.values()
-  assert digest == scores.digest(files / 'text.txt')
+  assert digest == digests.of_file(files / 'text.txt')
   assert 'bits_per_byte' in report.text(result)
   json.dumps(result.to_json(), allow_nan=False)
 
