@@ -41,11 +41,8 @@ class Task(task.Task):
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the prompts."""
-    return cls(
-      options=options,
-      files=scores.digests([path]),
-      prompts=tuple(read_prompts(path)),
-    )
+    prompts = tuple(read_prompts(path))
+    return cls(options=options, files=scores.digests([path]), prompts=prompts)
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
     """Returns one group: the grades, and pass@k of several samples."""

@@ -48,10 +48,9 @@ class Task(task.Task):
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the documents."""
+    documents = tuple(read_documents(path))
     return cls(
-      options=options,
-      files=scores.digests([path]),
-      documents=tuple(read_documents(path)),
+      options=options, files=scores.digests([path]), documents=documents
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
