@@ -48,8 +48,13 @@ MAY_NOT_USE = {
 }
 
 # Beside entry points: parses the command line for train.py, in its own words;
-# what several benchmarks ask for: absl refuses a name that is given twice.
-MAY_READ_FLAGS = {'training/flags.py', 'benchmarks/studies/study_flags.py'}
+# makes the flags of serve.py from dataclasses; what several benchmarks ask for:
+# absl refuses a name that is given twice.
+MAY_READ_FLAGS = {
+  'training/flags.py',
+  'inference/flags.py',
+  'benchmarks/studies/study_flags.py',
+}
 
 MAX_FUNCTION_LINES = 80
 MAX_FILE_LINES = 500
