@@ -12,6 +12,7 @@ from typing import Self
 from evals import encoding, options as options_lib, ports
 from evals.results import pass_at_k, scores
 from evals.tasks import numbers, records, task
+from storage import digests
 
 MATCHES = ('exact', 'number')
 # (completion) -> scores from 0 to 1; the first of them decides pass@k.
@@ -42,7 +43,9 @@ class Task(task.Task):
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the prompts."""
     prompts = tuple(read_prompts(path))
-    return cls(options=options, files=scores.digests([path]), prompts=prompts)
+    return cls(
+      options=options, files={path: digests.of_file(path)}, prompts=prompts
+    )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
     """Returns one group: the grades, and pass@k of several samples."""

@@ -17,8 +17,8 @@ import re
 from typing import Self
 
 from evals import options as options_lib
-from evals.results import scores
 from evals.tasks import generation, numbers, records
+from storage import digests
 
 _MARKED = re.compile(rf'####\s*({numbers.PATTERN})')
 # A base model that has answered goes on with the next question.
@@ -37,7 +37,9 @@ class Task(generation.Task):
     prompts = read_prompts(path, options.fewshot_path, options.num_fewshot or 0)
     paths = [each for each in (path, options.fewshot_path) if each]
     return cls(
-      options=options, files=scores.digests(paths), prompts=tuple(prompts)
+      options=options,
+      files={path: digests.of_file(path) for path in paths},
+      prompts=tuple(prompts),
     )
 
 

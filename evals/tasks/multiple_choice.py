@@ -17,6 +17,7 @@ import numpy as np
 from evals import encoding, options as options_lib, ports
 from evals.results import calibration, scores
 from evals.tasks import records, task
+from storage import digests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Task(task.Task):
     questions = read_questions(path)[: options.limit or None]
     return cls(
       options=options,
-      files=scores.digests([path]),
+      files={path: digests.of_file(path)},
       questions=tuple(questions),
     )
 

@@ -29,6 +29,7 @@ import numpy as np
 from evals import options as options_lib, ports
 from evals.results import scores, statistics
 from evals.tasks import records, task
+from storage import digests
 
 # An example is so much text. Neighbouring tokens err together, and blocks of
 # text are the same for every tokenizer, which tokens are not.
@@ -50,7 +51,9 @@ class Task(task.Task):
     """Reads the documents."""
     documents = tuple(read_documents(path))
     return cls(
-      options=options, files=scores.digests([path]), documents=documents
+      options=options,
+      files={path: digests.of_file(path)},
+      documents=documents,
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:

@@ -23,6 +23,8 @@ import dataclasses
 import math
 from typing import Any
 
+from storage import layout
+
 NUM_SEEDS = 2**32
 # The most entries that one request may have. The arrays of a slot on the device
 # have this width, so that no request compiles a new program.
@@ -272,7 +274,7 @@ def recommended(generation: dict[str, Any]) -> Settings:
   known = [field.name for field in dataclasses.fields(Settings)]
   if unknown := sorted(set(generation) - set(known)):
     raise ValueError(
-      f'generation.json: got the settings {unknown}, expected'
+      f'{layout.GENERATION}: got the settings {unknown}, expected'
       f' only {", ".join(known)}; freeze again without them'
     )
   fields = dict(generation)

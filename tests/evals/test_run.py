@@ -1,7 +1,6 @@
 """Tasks by name: what is read, asked, scored and refused."""
 
 import dataclasses
-import hashlib
 import json
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 from evals import options as options_lib, run
 from evals.results import report, scores
 from evals.tasks import task as task_lib
+from storage import digests
 from tests.helpers import eval_models
 
 
@@ -39,8 +39,7 @@ def test_perplexity_by_name(files):
   assert result.options['stride'] == 8
   assert result.groups[0].details['stride'] == 8
   (digest,) = result.files.values()
-  text = (files / 'text.txt').read_bytes()
-  assert digest == hashlib.sha256(text).hexdigest()
+  assert digest == digests.of_file(files / 'text.txt')
   assert 'bits_per_byte' in report.text(result)
   json.dumps(result.to_json(), allow_nan=False)
 
