@@ -1,21 +1,22 @@
-"""One thread owns the engine; the tasks of an event loop talk to it.
+"""The thread that owns the engine, and its connection to an event loop.
 
     engine_loop.start()                          # within the event loop
     updates = await engine_loop.submit(requests)
     async for which, update in updates: ...
-    updates.close()                              # in the middle: cancels
+    updates.close()                              # before the end: cancels
 
-Requests join the running batch between two steps and leave it likewise: what is
-asked waits in an inbox, which the thread empties before every step, and what a
-step brings is handed to the event loop in one go. Without work the thread
-sleeps. The event loop stays free meanwhile: it answers /health, takes requests
-in, and notices who has left.
+Requests join and leave the running batch between two steps. Commands wait in an
+inbox, which the thread empties before every step. The thread hands the updates
+of a step to the event loop in one call. Without work it sleeps. The event loop
+stays free meanwhile: it answers /health, accepts requests, and notices clients
+that disconnect.
 
-The thread makes the engine too, so that a server listens while that compiles.
+The thread also makes the engine, so that the server listens while the engine
+compiles.
 
-If a step fails, so does everything that is open and everything that comes: what
-the device holds is not to be trusted any more. Nobody waits for an answer that
-will not come.
+If a step fails, all open requests and all later ones fail too, since the state
+on the device cannot be trusted any more. So no client waits for an answer that
+never comes.
 """
 
 import asyncio
@@ -39,15 +40,18 @@ _Command = Callable[[], None]
 
 
 class Failed(RuntimeError):
-  """The engine has failed: there is no answer, now or later."""
+  """The engine has failed: no request is answered any more."""
 
 
 class Stopped(RuntimeError):
-  """The server stops: there is no answer here."""
+  """The server stops: the request is not answered."""
 
 
 class Updates:
-  """What arrives for some requests, as (which of them, update)."""
+  """The updates of requests that were submitted together.
+
+  An asynchronous iterator over (index of the request, update).
+  """
 
   def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
     self._num_left, self._cancel = num_sequences, cancel
@@ -69,11 +73,11 @@ class Updates:
     return item
 
   def put(self, item: tuple[int, requests.Update] | Exception) -> None:
-    """Adds what has arrived."""
+    """Adds an update, or the error that ends the iteration."""
     self._arrived.put_nowait(item)
 
   def close(self) -> None:
-    """Cancels what is not finished; its pages are free at the next step."""
+    """Cancels unfinished requests; the next step frees their pages."""
     if self._num_left:
       self._cancel(self)
     self._num_left = 0
@@ -83,9 +87,9 @@ class Updates:
 class _Open:
   """A request that the engine works on."""
 
-  updates: Updates  # whose it is
-  which: int  # of those that were submitted together
-  num_left: int  # sequences that go on
+  updates: Updates  # of the submission that has the request
+  which: int  # index of the request in its submission
+  num_left: int  # unfinished sequences
 
 
 class EngineLoop:
@@ -97,29 +101,29 @@ class EngineLoop:
     *,
     on_load_failure: Callable[[], None] = lambda: None,
   ):
-    """Does not start yet.
+    """Prepares the thread; `start` starts it.
 
     Args:
       load: makes the generator; called in the thread.
-      on_load_failure: called in the event loop if that raises; the error is in
-        `failure`.
+      on_load_failure: called in the event loop if `load` raises; the error is
+        in `failure`.
     """
     self.generator: generate.Generator | None = None
     self.failure: Exception | None = None
     self._load, self._on_load_failure = load, on_load_failure
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-    self._open: dict[int, _Open] = {}  # by the engine's id; the thread's own
+    self._open: dict[int, _Open] = {}  # by request id; of the thread
     self._is_closed = False
     self._event_loop: asyncio.AbstractEventLoop | None = None
-    # A daemon: XLA cannot be interrupted, and a process that is told to stop
-    # while it compiles need not wait for that.
+    # A daemon, so that the process can exit while XLA compiles, which cannot be
+    # interrupted.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
     )
 
   @property
   def state(self) -> str:
-    """LOADING until every program is compiled, then READY; or how it ended."""
+    """LOADING until all programs are compiled; READY, FAILED or STOPPED."""
     if self.failure:
       return FAILED
     if self._is_closed:
@@ -128,21 +132,21 @@ class EngineLoop:
 
   @property
   def is_loading(self) -> bool:
-    """Whether the thread still makes its generator, closed or not."""
+    """Whether the thread still makes the generator, even after `close`."""
     return self._thread.is_alive() and not (self.generator or self.failure)
 
   def start(self) -> None:
-    """Starts the thread, for the running event loop."""
+    """Starts the thread, which reports to the running event loop."""
     self._event_loop = asyncio.get_running_loop()
     self._thread.start()
 
   async def submit(self, asked: Sequence[requests.Request]) -> Updates:
-    """Takes requests in, all of them or none.
+    """Submits requests to the engine, either all of them or none.
 
     Raises:
-      ValueError: one could never be answered.
-      engine.Overloaded: too many wait; try again later.
-      Failed, Stopped: nothing is answered any more.
+      ValueError: a request could never be answered.
+      engine.Overloaded: too many sequences wait; the client may try again.
+      Failed, Stopped: no request is answered any more.
     """
     if self._is_closed:
       raise _stopping()
@@ -155,12 +159,12 @@ class EngineLoop:
     try:
       await accepted
     except asyncio.CancelledError:
-      updates.close()  # whoever asked has left before it was taken in
+      updates.close()  # the client disconnected before the engine took them
       raise
     return updates
 
   async def close(self) -> None:
-    """Cancels what is open and ends the thread, unless that still loads."""
+    """Cancels open requests and ends the thread, unless it still loads."""
     self._is_closed = True
     self._inbox.put(None)
     if not self.is_loading:
@@ -184,23 +188,23 @@ class EngineLoop:
         self.failure = error
     self._end_all(_failed() if self.failure else _stopping())
     while (command := self._inbox.get()) is not None:
-      command()  # refuses: nobody is to wait
+      command()  # fails the request, so that its client does not wait
 
   def _work(self, engine: engine_lib.Engine) -> None:
     while self._obey(is_idle=not engine.has_work):
       if engine.has_work:
         self._hand_out(engine.step())
-    self._inbox.put(None)  # for `_run`: this end has been read
+    self._inbox.put(None)  # `_obey` took the None that `_run` waits for
     for request_id in self._open:
       engine.cancel(request_id)
     while engine.has_work:
-      engine.step()  # takes in what is still under way
+      engine.step()  # finishes the steps that the device still computes
 
   def _obey(self, *, is_idle: bool) -> bool:
-    """Does what the inbox says, which without work it waits for.
+    """Runs the commands of the inbox; waits for one if the engine is idle.
 
     Returns:
-      False at the end.
+      False if the inbox says that the loop is closed.
     """
     try:
       command = self._inbox.get(block=is_idle)
@@ -242,7 +246,7 @@ class EngineLoop:
         self.generator.engine.cancel(request_id)
 
   def _hand_out(self, arrived: Sequence[requests.Update]) -> None:
-    """Gives the event loop what a step brought: one call, it wakes once."""
+    """Hands the updates of a step to the event loop, which wakes up once."""
     items = []
     for update in arrived:
       each = self._open[update.request_id]
@@ -259,7 +263,7 @@ class EngineLoop:
     self._call(_put_all, [(updates, error) for updates in whose.values()])
 
   def _call(self, function: Callable, *args) -> None:
-    """Calls a function in the event loop, if there still is one."""
+    """Calls a function in the event loop, unless that is closed."""
     assert self._event_loop
     with contextlib.suppress(RuntimeError):
       self._event_loop.call_soon_threadsafe(function, *args)
@@ -276,13 +280,13 @@ def _stopping() -> Stopped:
 def _check_room(
   engine: engine_lib.Engine, asked: Sequence[requests.Request]
 ) -> None:
-  """Raises if not all of them can wait."""
+  """Raises if the engine's queue has no room for all of the requests."""
   num = sum(request.settings.n for request in asked)
   most, waiting = engine.config.max_waiting, engine.num_waiting
   if num > most:
     raise ValueError(
-      f'prompt: got {num} completions to make, expected at most {most}, which'
-      ' is what this server lets wait; send several requests'
+      f'prompt: got {num} completions to make, expected at most {most}, the'
+      ' size of the queue of this server; send several requests'
     )
   if waiting + num > most:
     engine.metrics.refused.labels('overloaded').inc()
@@ -294,7 +298,7 @@ def _check_room(
 
 def _settle(future: asyncio.Future, error: Exception | None) -> None:
   if future.done():
-    return  # nobody waits any more
+    return  # the client has disconnected
   if error:
     future.set_exception(error)
   else:

@@ -15,7 +15,7 @@ class EvalsConfig:
   # With every so many-th step's evaluation, and with the last; a multiple of
   # config.eval_every_steps. 0: with every evaluation.
   every_steps: int = 0
-  limit: int = 0  # first examples, or blocks of text, of each; 0 takes all
+  limit: int = 0  # first examples, or pieces of text, of each; 0 takes all
   stride: int = 0  # of perplexity, in tokens; 0: half of data.row_length
 
   def validate(self, eval_every_steps: int) -> None:
