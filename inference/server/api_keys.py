@@ -36,7 +36,7 @@ class ApiKeys:
     self._principals = tuple(keys.items())
 
   def principal(self, key: str) -> str | None:
-    """Returns the principal of a key, or None; in the same time for all keys."""
+    """Returns the principal of a key, or None; in the same time for any key."""
     digest = _digest(key)
     found = None
     for known, name in self._principals:
