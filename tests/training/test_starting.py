@@ -47,7 +47,7 @@ def _files(workdir):
 _HOLD = textwrap.dedent(
   """
   import pathlib, sys
-  from training import workdir
+  from training.checkpoints import workdir
   with workdir.held(pathlib.Path(sys.argv[1])):
     print('held', flush=True)
     sys.stdin.read()
