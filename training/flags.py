@@ -124,7 +124,10 @@ def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:
         f'{flag}: got {text!r}, expected one of {", ".join(choices)}'
       )
     return choices[text]()
-  if (parser := _PARSERS.get(type(getattr(holder, name)))) is None:
+  value_type = type(getattr(holder, name))
+  # The annotation first: the value of a float field may be written as 1.
+  parser = _PARSERS.get(field.type) or _PARSERS.get(value_type)
+  if parser is None:
     raise FlagError(
       f'{flag}: got a value, expected none: it is chosen in the file of an'
       ' experiment; write one of your own, or set one of its fields'

@@ -3,8 +3,9 @@
 A formula for what `--plan` prints in seconds; the compiler's own figure stands
 beside it where there is a compiler. Every term is something that has to exist:
 
-    state        parameters, optimizer and the average of the parameters if the
-                 run keeps one, as the placement splits them
+    state        parameters, optimizer, the average of the parameters if the run
+                 keeps one, and the objective's frozen models, as the placement
+                 splits them
     gradients    of every parameter, split alike; with micro-batches a second
                  time, the sum so far and what is being added to it
     cast         the stacked weights in the compute dtype: XLA converts them
@@ -59,6 +60,7 @@ class Memory:
   params: float
   optimizer: float
   average: float
+  frozen: float  # models of the objective
   gradients: float
   cast: float
   saved: float
@@ -84,6 +86,7 @@ class Memory:
       self.params
       + self.optimizer
       + self.average
+      + self.frozen
       + self.gradients
       + self.cast
       + max(self.phases.values())
@@ -111,6 +114,7 @@ def estimate(learner: learner_lib.Learner) -> Memory:
     params=params,
     optimizer=optimizer,
     average=params if learner.abstract_state.average is not None else 0.0,
+    frozen=_frozen_bytes(learner),
     gradients=params * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
@@ -187,6 +191,15 @@ def _state_bytes(learner) -> tuple[float, float]:
     _shard_bytes(state.params, learner.placement.whole_shardings.params),
     _shard_bytes(state.opt_state, learner.placement.whole_shardings.opt_state),
   )
+
+
+def _frozen_bytes(learner) -> float:
+  """Returns the bytes of the objective's frozen models on one device."""
+  state = learner.abstract_state
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  if shardings is None:
+    return _bytes(state.frozen_params)
+  return _shard_bytes(state.frozen_params, shardings.frozen_params)
 
 
 def _layer_bytes(learner) -> float:

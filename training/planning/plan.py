@@ -296,6 +296,8 @@ def _memory_lines(plan: Plan):
   yield '  optimizer', compile_ahead.size(parts.optimizer)
   if parts.average:
     yield '  average of the weights', compile_ahead.size(parts.average)
+  if parts.frozen:
+    yield '  frozen models', compile_ahead.size(parts.frozen)
   yield '  gradients', compile_ahead.size(parts.gradients)
   if parts.cast:
     yield (

@@ -24,6 +24,7 @@ from training import experiment as experiment_lib, learner as learner_lib
 from training.checkpoints import checkpoint
 from training.objectives import next_token, port
 from training.optimizer import chain, rules
+from training.planning import memory
 from training.reporting import metrics as metrics_lib
 
 MODEL = tiny_models.llama_like(
@@ -253,6 +254,8 @@ def test_a_reference_is_split_as_the_model_is(reference):
     _experiment(Dpo(reference=reference), parallel=parallel)
   )
   state = learner.init(KEY)
+  estimated = memory.estimate(learner)
+  assert estimated.frozen == estimated.params > 0
   own = jax.tree.map(lambda x: x.sharding, state.params)
   of_reference = jax.tree.map(
     lambda x: x.sharding, state.frozen_params['reference']
