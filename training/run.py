@@ -22,6 +22,7 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
+from storage import layout
 from training import (
   assemble,
   experiment as experiment_lib,
@@ -70,7 +71,7 @@ def run(
     loop.NonFiniteError: a loss was not finite.
     processes.PeerError: another process failed, and this one did not.
     saving.SaveError: the last step, or what is frozen, cannot be written.
-    workdir.InUseError: another run writes there.
+    locks.InUseError: another run writes there.
   """
   processes.check_same(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
@@ -113,7 +114,7 @@ def run(
 
 def _complete_step(experiment, workdir, saved, console) -> int | None:
   """Returns the step of a run that has nothing left to do; tells of it."""
-  frozen = workdir / workdir_lib.FROZEN
+  frozen = workdir / layout.FROZEN
   step = saved.newest_step() or 0
   is_trained = step >= experiment.num_steps and not saved.newest_owes()
   why_not = ''
@@ -169,8 +170,7 @@ def _unlike(
 
 
 def _freeze(experiment, workdir, step, console) -> None:
-  frozen = workdir / workdir_lib.FROZEN
-  frozen_format.remove_unfinished(frozen)
+  frozen = workdir / layout.FROZEN
   with saving.writing(frozen, saved=f'step {step} is saved'):
     manifest = freeze.freeze_checkpoint(
       workdir,
