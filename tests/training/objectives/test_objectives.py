@@ -434,6 +434,21 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path, path, message):
     learner_lib.make(_experiment(objective))
 
 
+def test_an_objective_whose_arrays_the_data_lacks_is_refused(
+  corpus, tmp_path, reference
+):
+  experiment = tiny_run.experiment(
+    corpus, objective=Reward(reference=reference)
+  )
+  with pytest.raises(
+    ValueError,
+    match=r'config.objective: got batches with tokens \(int32 BT\), .*, expected'
+    r' chosen_tokens \(int32 BT\), .* for Reward; use an objective for these',
+  ):
+    tiny_run.run(experiment, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'run.json').exists()
+
+
 def test_token_logprobs_are_those_of_the_logits_in_any_number_of_chunks(
   monkeypatch,
 ):
