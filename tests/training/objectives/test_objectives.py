@@ -442,8 +442,8 @@ def test_an_objective_whose_arrays_the_data_lacks_is_refused(
   )
   with pytest.raises(
     ValueError,
-    match=r'config.objective: got batches with tokens \(int32 BT\), .*, expected'
-    r' chosen_tokens \(int32 BT\), .* for Reward; use an objective for these',
+    match=r'config.objective: got batches with tokens \(int32 BT\), .*, '
+    r'expected chosen_tokens \(int32 BT\), .* for Reward; use an objective',
   ):
     tiny_run.run(experiment, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'run.json').exists()
