@@ -213,7 +213,8 @@ class Experiment:
 def _jsonable(value: Any) -> Any:
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if value.__dataclass_params__.frozen:  # pyright: ignore
+    # dataclasses has no public function for it.
+    if vars(type(value))['__dataclass_params__'].frozen:
       fields = {'type': type(value)} | fields
     return _jsonable(fields)
   if isinstance(value, dict):

@@ -93,13 +93,14 @@ class Learner:
     if self.frozen_models:
       abstract = self.placement.abstract_whole().frozen_params
       sources = self.experiment.objective.models_needed
-      state = state.replace(
+      state = dataclasses.replace(
+        state,
         frozen_params={
           name: frozen_models_lib.place(
             frozen_models_lib.read(sources[name], model.config), abstract[name]
           )
           for name, model in self.frozen_models.items()
-        }
+        },
       )
     return self.placement.restored(state)
 
@@ -203,11 +204,12 @@ def make(
   if frozen_models:
     for own in frozen_as.values():
       execution.check_model(own)
-    abstract_state = abstract_state.replace(
+    abstract_state = dataclasses.replace(
+      abstract_state,
       frozen_params={
         name: state_lib.abstract_params(frozen)
         for name, frozen in frozen_models.items()
-      }
+      },
     )
   placement = placement_lib.make(
     experiment.parallel,
