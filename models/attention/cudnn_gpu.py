@@ -12,16 +12,13 @@ backward kernel needs has no name that a remat policy could keep: under any but
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from models.attention import form as form_lib
-
-# What every GPU since Ampere takes.
-MAX_HEAD_WIDTH = 128
-HEAD_WIDTH_MULTIPLE = 8
+from models.attention import form as form_lib, supports
 
 
 def attend(
@@ -50,25 +47,17 @@ def attend(
     ValueError: dropout, a soft-cap, or shapes and dtypes that cuDNN has no
       kernel for.
   """
-  if dropout is not None:
-    raise ValueError(
-      'cudnn attention: got dropout of attention weights, expected none: the'
-      ' kernel never stores them; set model.dropout_rate = 0 or'
-      ' execution.attention = reference'
-    )
-  if problem := form_problem(form.softcap):
-    raise ValueError(f'cudnn attention: {problem}')
   _, time, _, channels = q_BTHC.shape
-  if v_BKTC.shape[3] != channels:
-    raise ValueError(
-      f'cudnn attention: got values of {v_BKTC.shape[3]} channels for keys of'
-      f' {channels}, expected equal widths; set execution.attention ='
-      ' reference'
+  request = supports.Request(form=form, has_dropout=dropout is not None)
+  if implementation == 'cudnn':  # XLA takes any shape and dtype
+    request = dataclasses.replace(
+      request,
+      head_width=channels,
+      value_width=v_BKTC.shape[3],
+      dtype=q_BTHC.dtype.name,
+      row_length=time,
     )
-  if implementation == 'cudnn':
-    problem = shape_problem(time, channels, q_BTHC.dtype.name)
-    if problem:
-      raise ValueError(f'cudnn attention: {problem}')
+  supports.check(supports.CUDNN, request)
   mask_BTT = None
   if segment_ids_BT is not None:
     mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -85,34 +74,3 @@ def attend(
     is_causal=True,
     implementation=implementation,
   )
-
-
-def form_problem(softcap: float) -> str:
-  """Returns why cuDNN has no kernel for scores that are bounded so, or ''."""
-  if softcap:
-    return (
-      f'got model.attention_softcap = {softcap}, expected 0: the kernel has no'
-      ' soft-cap of scores; set execution.attention = reference'
-    )
-  return ''
-
-
-def shape_problem(time: int, channels: int, dtype: str) -> str:
-  """Returns why cuDNN has no kernel for these shapes and dtype, or ''."""
-  if jnp.dtype(dtype) != jnp.bfloat16:
-    return (
-      f'got config.compute_dtype = {dtype}, expected bfloat16; change it or set'
-      ' execution.attention = reference'
-    )
-  if channels % HEAD_WIDTH_MULTIPLE or channels > MAX_HEAD_WIDTH:
-    return (
-      f'got model.head_width = {channels}, expected a multiple of'
-      f' {HEAD_WIDTH_MULTIPLE} up to {MAX_HEAD_WIDTH}; change it or set'
-      ' execution.attention = reference'
-    )
-  if time % 2:
-    return (
-      f'got rows of {time} tokens, expected an even number; change'
-      ' data.row_length or set execution.attention = reference'
-    )
-  return ''

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import cached, form as form_lib
+from models.attention import cached, form as form_lib, supports
 
 # Queries of a program, and warps that it is made of. Tensor cores multiply 16
 # rows at least, those of an H100 64 at best. Products of float32 are not theirs
@@ -35,16 +35,10 @@ MAX_FLOAT32_ROWS, FLOAT32_WARPS = 32, 8
 # program may use on A100 and the 227 on H100. Wider heads: half as many slots.
 TILE_SLOTS = 64
 MAX_TILE_CHANNELS = 128
-MAX_CHANNELS = 256
 # Programs that keep a GPU busy, two for each multiprocessor of an H100, and
 # slots that are worth a program of their own.
 WANTED_PROGRAMS = 264
 MIN_SPLIT_SLOTS = 256
-# Above 2**32 bytes Pallas addresses an array with 64 bits, else with 32 and a
-# sign, which is enough for numbers of two bytes or more.
-MAX_INT8_SIZE = 2**31
-
-_DTYPES = 'float32', 'bfloat16', 'float16'
 _MASKED = -1e30  # as in models/attention/dense.py
 
 
@@ -73,9 +67,7 @@ def attend(
   """
   if not isinstance(cache, kv_cache.PagedLayer):
     return cached.attend(q_BTHC, cache, positions_BT, form)
-  problem = shape_problem(q_BTHC, cache)
-  if problem:
-    raise ValueError(f'paged attention on GPU: {problem}')
+  supports.check(supports.PAGED_GPU, supports.of_call(q_BTHC, cache, form))
   num_decodes = cache.decode_table_DL.shape[0]
   rows = cache.num_block_rows(q_BTHC.shape[1])
   parts = (
@@ -97,33 +89,6 @@ def attend(
     if table_BL.shape[0]
   ]
   return jnp.concatenate(outs)[None]
-
-
-def shape_problem(q_1THC: jax.Array, cache: kv_cache.PagedLayer) -> str:
-  """Returns why the kernel does not take a call, or ''; shapes are enough."""
-  channels, dtype = q_1THC.shape[3], q_1THC.dtype.name
-  stored = cache.pages.kv_PQYC.dtype.name
-  if channels > MAX_CHANNELS:
-    return (
-      f'got heads of {channels} channels, expected at most {MAX_CHANNELS};'
-      ' attend by cached_attention.attend'
-    )
-  is_scaled = cache.pages.scale_PQY is not None
-  if dtype not in _DTYPES or stored not in (
-    ('int8',) if is_scaled else _DTYPES
-  ):
-    return (
-      f'got queries in {dtype} and pages in {stored}, expected'
-      f' {", ".join(_DTYPES)}, or pages in int8 with their scales; attend by'
-      ' cached_attention.attend'
-    )
-  size = cache.pages.kv_PQYC.size
-  if is_scaled and MAX_INT8_SIZE <= size <= 2 * MAX_INT8_SIZE:
-    return (
-      f'got {size} numbers in a pool of int8, expected fewer than'
-      f' {MAX_INT8_SIZE}, or more than twice that; change the number of pages'
-    )
-  return ''
 
 
 def splits(num_programs: int, num_slots: int) -> int:

@@ -25,11 +25,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import cached, form as form_lib
+from models.attention import cached, form as form_lib, supports
 
-# Channels of a page, no more and no less: the kernel (of jax 0.10) reads every
-# other row of a page, which the compiler can do at the width of a register.
-LANES = 128
 # A block of keys and values: pages, each of them a copy in the program, slots,
 # and bytes, of which there are two at a time. No entry of JAX's table of tuned
 # sizes has more pages; at most page sizes 128 to 1,024 slots are the fastest.
@@ -43,11 +40,6 @@ MAX_BLOCK_BYTES = 2 * 2**20
 # memory that a kernel may use on TPU v5.
 MAX_QUERY_ROWS = 32
 MAX_QUERIES = 2048
-# Heads of a block that is not all of them: rows of a vector register.
-HEADS_MULTIPLE = 8
-# Entries of the page table, each sequence's padded to lanes. It is in scalar
-# memory, 1 MiB, of which lengths and the like need a part.
-MAX_TABLE_ENTRIES = 240 * 1024
 
 
 def attend(
@@ -75,9 +67,7 @@ def attend(
   """
   if not isinstance(cache, kv_cache.PagedLayer) or _is_int8(cache):
     return cached.attend(q_BTHC, cache, positions_BT, form)
-  problem = shape_problem(q_BTHC, cache)
-  if problem:
-    raise ValueError(f'ragged paged attention: {problem}')
+  supports.check(supports.PAGED_TPU, supports.of_call(q_BTHC, cache, form))
   heads, channels = q_BTHC.shape[2:]
   kernel: Any = kernel_lib.ref_ragged_paged_attention
   blocks = {}
@@ -124,53 +114,6 @@ def sequences(
   table_BL = jnp.concatenate([cache.decode_table_DL, cache.block_table_XL])
   count = jnp.asarray([num_decodes + num_blocks], jnp.int32)
   return lengths_B.astype(jnp.int32), table_BL, ends.astype(jnp.int32), count
-
-
-def shape_problem(q_1THC: jax.Array, cache: kv_cache.PagedLayer) -> str:
-  """Returns why the kernel does not take a call, or ''; shapes are enough."""
-  heads, channels = q_1THC.shape[2:]
-  pool = cache.pages.kv_PQYC
-  _, page_size, num_rows, width = pool.shape
-  if channels > width or width != LANES:
-    return (
-      f'got heads of {channels} channels in pages of {width}, expected pages of'
-      f' {LANES}; store narrower heads with zeros beyond them, or attend by'
-      ' cached_attention.attend'
-    )
-  if q_1THC.dtype != pool.dtype or pool.dtype not in (
-    jnp.float32, jnp.bfloat16
-  ):  # fmt: skip
-    return (
-      f'got queries in {q_1THC.dtype.name} and pages in {pool.dtype.name},'
-      ' expected both in float32 or both in bfloat16; store pages in the dtype'
-      ' of the computation'
-    )
-  # Rows in registers of 32 bits, which come in tiles of eight.
-  num_words = num_rows * pool.dtype.itemsize // 4
-  if num_words not in (1, 2, 4) and num_words % 8:
-    return (
-      f'got {num_rows // 2} key/value heads in {pool.dtype.name}, expected 1, 2'
-      ' or 4, or a multiple of 8 (float32: of 4); attend by'
-      ' cached_attention.attend'
-    )
-  block_heads, _ = _heads_of_a_block(heads, pool)
-  if block_heads != heads and block_heads % HEADS_MULTIPLE:
-    return (
-      f'got {heads} query heads over {num_rows // 2} key/value heads in'
-      f' {pool.dtype.name}, of which a block has {block_heads}, expected a'
-      f' multiple of {HEADS_MULTIPLE}; use bfloat16 or attend by'
-      ' cached_attention.attend'
-    )
-  table_DL, table_XL = cache.decode_table_DL, cache.block_table_XL
-  num_sequences = table_DL.shape[0] + table_XL.shape[0]
-  entries = num_sequences * (-(-table_DL.shape[1] // LANES) * LANES)
-  if entries > MAX_TABLE_ENTRIES:
-    return (
-      f'got a table of {num_sequences} sequences with {table_DL.shape[1]} pages'
-      f' of {page_size} tokens each, {entries} entries, expected at most'
-      f' {MAX_TABLE_ENTRIES}; serve fewer at a time or in larger pages'
-    )
-  return ''
 
 
 def block_sizes(

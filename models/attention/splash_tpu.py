@@ -20,13 +20,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from models import remat
-from models.attention import form as form_lib
+from models.attention import form as form_lib, supports
 
 # Rows of queries and of keys per block. A block of scores is a float32 square,
 # 1 MiB at 512; the backward kernels hold several of them in the 16 MiB that a
 # kernel may use. Blocks must be multiples of the vector unit's 128 lanes.
 MAX_BLOCK_ROWS = 512
-LANES = 128
 
 
 def attend(
@@ -58,16 +57,13 @@ def attend(
   Raises:
     ValueError: dropout, or rows that blocks cannot be cut from.
   """
-  if dropout is not None:
-    raise ValueError(
-      'splash attention: got dropout of attention weights, expected none: the'
-      ' kernel never stores them; set model.dropout_rate = 0 or'
-      ' execution.attention = reference'
-    )
   _, time, heads, channels = q_BTHC.shape
-  problem = row_length_problem(time)
-  if problem:
-    raise ValueError(f'splash attention: {problem}')
+  supports.check(
+    supports.SPLASH,
+    supports.Request(
+      form=form, has_dropout=dropout is not None, row_length=time
+    ),
+  )
   kernel = _kernel(time, heads, form, interpret)
   q_BHTC = (q_BTHC * form.scale_of(channels)).swapaxes(1, 2)
   segments = None
@@ -77,20 +73,12 @@ def attend(
   return out_BHTC.swapaxes(1, 2)
 
 
-def row_length_problem(time: int) -> str:
-  """Returns why rows of `time` tokens cannot be taken, or ''."""
-  if time % LANES:
-    return (
-      f'got rows of {time} tokens, expected a multiple of {LANES}; change'
-      ' data.row_length or set execution.attention = reference'
-    )
-  return ''
-
-
 def block_rows(time: int) -> int:
   """Returns the largest block that divides rows of `time` tokens."""
   return max(
-    rows for rows in range(LANES, MAX_BLOCK_ROWS + 1, LANES) if time % rows == 0
+    rows
+    for rows in range(supports.LANES, MAX_BLOCK_ROWS + 1, supports.LANES)
+    if time % rows == 0
   )
 
 

@@ -167,7 +167,7 @@ def test_blocks_divide_rows(time, expected):
     (
       cudnn_gpu.attend,
       {'time': 129, 'dtype': jnp.bfloat16},
-      'got rows of 129 tokens, expected an even number',
+      'got rows of 129 tokens, expected a multiple of 2',
     ),
   ],
 )
