@@ -1,14 +1,14 @@
 """Causal attention on NVIDIA GPUs by cuDNN's fused kernels, through JAX.
 
-`attend` is a port of `models.execution.Execution`. Causality is the kernel's
-own; which documents of a packed row see each other is handed to it as a mask
-[B, 1, T, T] that it adds to the scores, a very negative number where a key is
-hidden: its weight is then exactly zero. The mask costs 2 B T^2 bytes while a
-layer is computed, a part in H of what the scores would.
+`attend` is a port of `models.execution.Execution`. The kernel itself is causal.
+The documents of a packed row are kept apart by a mask [B, 1, T, T] that the
+kernel adds to the scores: a very negative number where a key is hidden, whose
+weight is then exactly zero. The mask takes 2 B T^2 bytes while a layer is
+computed, 1/H of the memory of the scores.
 
-cuDNN multiplies in bfloat16 only and takes the softmax in float32. What its
-backward kernel needs has no name that a remat policy could keep: under any but
-`none`, the forward kernel runs twice.
+cuDNN multiplies in bfloat16 only and computes the softmax in float32. The
+residuals of its backward kernel have no name that a remat policy could keep:
+under any policy but `none`, the forward kernel runs twice.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,12 @@ def attend(
     v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
-    dropout: must be None: weights never exist as an array.
-    form: window, which goes into the mask, and scale; no soft-cap.
-    implementation: xla computes the same anywhere, unfused; for tests.
+    dropout: must be None: the weights never exist as an array.
+    form: window, as part of the mask, and scale; no soft-cap.
+    implementation: xla computes the same on any device, unfused; for tests.
 
   Raises:
-    ValueError: dropout, a soft-cap, or shapes and dtypes that cuDNN has no
-      kernel for.
+    ValueError: a call that `supports.CUDNN` refuses.
   """
   _, time, _, channels = q_BTHC.shape
   request = supports.Request(form=form, has_dropout=dropout is not None)
