@@ -242,7 +242,7 @@ def of_call(
   heads, channels = q_1THC.shape[2:]
   pool = cache.pages.kv_PQYC
   _, page_size, _, width = pool.shape
-  tables = cache.decode_table_DL, cache.block_table_XL
+  tables = cache.decode_table_DL, cache.chunk_table_XL
   is_bare = pool.dtype == jnp.int8 and cache.pages.scale_PQY is None
   return Request(
     form=form,

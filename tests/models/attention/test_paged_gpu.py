@@ -18,8 +18,8 @@ from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192  # of a sequence, in three tiles
-_ROWS = 24  # of a block; with three heads each more than one program takes
-# Two decoding sequences and an idle one; a block in the middle of a context,
+_ROWS = 24  # of a chunk; with three heads each more than one program takes
+# Two decoding sequences and an idle one; a chunk in the middle of a context,
 # one that begins it and ends early, and one that is all padding.
 _DECODES = (0, 150, -1)
 _BLOCKS = ((168, 24), (0, 5), (-1, 0))
@@ -166,7 +166,7 @@ def test_page_size_and_neighbours_leave_every_bit_with_one_split():
     q_1THC[:, 1:2],
     layer._replace(
       decode_table_DL=layer.decode_table_DL[1:2],
-      block_table_XL=layer.block_table_XL[:0],
+      chunk_table_XL=layer.chunk_table_XL[:0],
     ),
     _positions()[:, 1:2],
     _FORMS['plain'],
