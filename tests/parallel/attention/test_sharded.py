@@ -98,13 +98,3 @@ def test_dropout_is_refused():
   spread = sharded.attend(dense.attend, _mesh(fsdp=8))
   with pytest.raises(ValueError, match='got dropout, expected none'):
     spread(q, k, v, segment_ids_BT=segments, dropout=lambda x: x)
-
-
-def test_heads_that_do_not_divide_are_named():
-  mesh = _mesh(tensor=4, fsdp=2)
-  assert not sharded.heads_problem(mesh, 8, 4)
-  for heads, kv_heads, message in (
-    (6, 2, 'got model.num_heads = 6, expected a multiple of parallel.tensor'),
-    (8, 2, 'got model.num_kv_heads = 2, expected a multiple of parallel.tens'),
-  ):
-    assert message in sharded.heads_problem(mesh, heads, kv_heads)
