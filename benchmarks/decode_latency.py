@@ -91,7 +91,7 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
     made_up_text.random_params(request.model),
     tokenizer=made_up_text.Tokenizer(request.model.vocab_size),
     weights_digest='',
-    engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
+    config=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
   asked = requests.Request(
     prompt_ids=tuple(prompt_ids(request)),

@@ -71,7 +71,7 @@ class Bench:
       made_up_text.random_params(scenario.model),
       tokenizer=made_up_text.Tokenizer(scenario.model.vocab_size),
       weights_digest='',
-      engine=engine,
+      config=engine,
     )
     self._rng = np.random.default_rng(0)
 

@@ -97,7 +97,7 @@ class Ours:
       made_up_text.random_params(workload.model),
       tokenizer=made_up_text.Tokenizer(workload.model.vocab_size),
       weights_digest='',
-      engine=workload.engine,
+      config=workload.engine,
     )
     self.waste: list[float] = []  # of each step of `continuous`
     self.contiguous: list[float] = []
@@ -153,7 +153,7 @@ class Ours:
       pass
 
   def _note_memory(self) -> None:
-    gauges = self.engine.roster.gauges()
+    gauges = self.engine.manager.gauges()
     if slots := gauges.pages_used * self.engine.page_tokens:
       self.waste.append(1 - gauges.tokens_held / slots)
       whole = gauges.num_running * self.workload.model.max_length

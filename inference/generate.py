@@ -12,7 +12,6 @@ Several streams may be open at once: whichever is asked for its next piece runs
 the engine, and what that brings to the others waits for them.
 """
 
-import collections
 from collections import abc
 import dataclasses
 import math
@@ -52,9 +51,8 @@ class Generator:
       tokenizer=self.tokenizer,
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
-      engine=engine,
+      config=engine,
     )
-    self._arrived: dict[int, collections.deque[requests.Update]] = {}
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: as text was trained on, or verbatim."""
@@ -105,11 +103,11 @@ class Generator:
     Raises:
       ValueError: it could never be answered.
     """
-    request = requests.Request(
-      prompt_ids=self.prompt_ids(prompt), settings=settings, **whose
+    return self.engine.checked(
+      requests.Request(
+        prompt_ids=self.prompt_ids(prompt), settings=settings, **whose
+      )
     )
-    self.engine.room_for(request)
-    return request
 
   def generate(
     self,
@@ -161,9 +159,9 @@ class Generator:
       )
     # Checked here, at the call; a generator function would check at the first
     # `next`, when a server has already answered 200.
-    return self._updates(
+    return self.engine.answer(
       [
-        self.request(prompt, wanted)
+        requests.Request(prompt_ids=self.prompt_ids(prompt), settings=wanted)
         for prompt, wanted in zip(prompts, settings, strict=True)
       ]
     )
@@ -174,37 +172,6 @@ class Generator:
         yield update.text
       if update.completion:
         yield update.completion
-
-  def _updates(self, asked: list[requests.Request]):
-    pending = collections.deque(enumerate(asked))
-    which: dict[int, int] = {}  # prompt of each request
-    left: dict[int, int] = {}  # sequences of each that go on
-    try:
-      while pending or left:
-        while pending and self.engine.has_room_for(pending[0][1]):
-          index, request = pending.popleft()
-          request_id = self.engine.submit(request)
-          which[request_id], left[request_id] = index, request.settings.n
-          self._arrived[request_id] = collections.deque()
-        for request_id in [key for key in left if self._arrived[key]]:
-          update = self._arrived[request_id].popleft()
-          if update.completion:
-            left[request_id] -= 1
-            if not left[request_id]:
-              del left[request_id], self._arrived[request_id]
-          yield which[request_id], update
-          break
-        else:
-          self._run_step()
-    finally:
-      for request_id in left:
-        self.engine.cancel(request_id)
-        del self._arrived[request_id]
-
-  def _run_step(self) -> None:
-    for update in self.engine.step():
-      if update.request_id in self._arrived:
-        self._arrived[update.request_id].append(update)
 
 
 def load(

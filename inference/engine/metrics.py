@@ -7,6 +7,8 @@ process.
 
 import prometheus_client
 
+from inference.scheduling import sequence_manager
+
 # Seconds. From a step of a small model to a prompt that waits for its turn.
 _SECONDS = tuple(
   base * 10.0**power for power in range(-4, 3) for base in (1, 1.5, 2, 3, 5, 7)
@@ -72,6 +74,21 @@ class Metrics:
     self.queue = histogram(
       'queue_seconds', 'From submission to the first step.'
     )
+
+  def set_gauges(
+    self, gauges: sequence_manager.Gauges, page_tokens: int
+  ) -> None:
+    """Sets the gauges to the state of the sequences and their pages."""
+    self.running.set(gauges.num_running)
+    self.waiting.set(gauges.num_waiting)
+    self.pages_used.set(gauges.pages_used)
+    self.pages_idle.set(gauges.pages_idle)
+    self.pages_free.set(gauges.pages_free)
+    slots = gauges.pages_used * page_tokens
+    self.kv_waste.set(1 - gauges.tokens_held / slots if slots else 0.0)
+    looked_up = gauges.prefix_tokens_looked_up
+    found = gauges.prefix_tokens_found
+    self.prefix_hit_rate.set(found / looked_up if looked_up else 0.0)
 
   def value(self, name: str, **labels: str) -> float:
     """Returns a sample by the name that it is exported with."""

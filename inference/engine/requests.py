@@ -16,14 +16,17 @@ class Request:
 
   prompt_ids: tuple[int, ...]
   settings: settings_lib.Settings = settings_lib.Settings()
-  # On whose behalf: fairness is between principals, and so is the isolation of
-  # cached prefixes. From who authenticated the request, never from its body.
+  # The tenant. Fairness is between principals, and cached prefixes are not
+  # shared between them. It comes from authentication, never from the body.
   principal: str = ''
   priority: int = 0  # lower is sooner
-  # Taken as the first token instead of a sampled one: to score it by
-  # `logprobs`. With max_tokens = 1 it is never read, so that the prompt may
-  # fill the context.
+  # Taken as the first token instead of a sampled one, to get its logprob. With
+  # max_tokens = 1 no later step reads it, so that the prompt may fill the
+  # context.
   target: int | None = None
+  # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
+  # the engine has not checked the request yet.
+  room: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,3 +76,49 @@ class Update:
   token_ids: Sequence[int]  # those that `text` is the text of
   logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if asked for
   completion: Completion | None = None  # with the last one
+
+
+def room_for(
+  request: Request, *, vocab_size: int, context: int, capacity: int
+) -> int:
+  """Returns how many tokens may follow the prompt of a request.
+
+  Args:
+    request: the request to check.
+    vocab_size: V, ids below it exist.
+    context: tokens that the model can attend to.
+    capacity: tokens of one sequence that the KV cache holds.
+
+  Raises:
+    ValueError: a token id is outside the vocabulary, or prompt and completion
+      do not fit into the context or the KV cache.
+  """
+  settings = request.settings
+  num_prompt, wanted = len(request.prompt_ids), settings.max_tokens or 1
+  target = () if request.target is None else (request.target,)
+  for token_id in (*request.prompt_ids, *target):
+    if not 0 <= token_id < vocab_size:
+      raise ValueError(
+        f'prompt: got token id {token_id}, expected 0 <= id < {vocab_size}'
+      )
+  if not num_prompt:
+    raise ValueError(
+      "prompt: got no token ids, expected at least one; send the text '' to"
+      ' start from BOS'
+    )
+  settings.check_ids(vocab_size)
+  # A target that no token follows is never computed: it needs no position.
+  most = context + (request.target is not None and wanted == 1)
+  if num_prompt + wanted > most:
+    raise ValueError(
+      f'prompt: got {num_prompt} tokens and {wanted} to generate,'
+      f' expected at most {context} together (the context of this model);'
+      ' shorten the prompt or lower max_tokens'
+    )
+  if num_prompt + wanted > capacity:
+    raise ValueError(
+      f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
+      f' most {capacity} together (the cache of this engine); lower'
+      ' max_tokens or give the engine more pages'
+    )
+  return settings.max_tokens or max(min(context, capacity) - num_prompt, 1)

@@ -220,19 +220,17 @@ class EngineLoop:
     if self.failure or not self.generator:
       self._call(_settle, accepted, _failed())
       return
-    engine = self.generator.engine
     try:
-      _check_room(engine, asked)
-      for which, request in enumerate(asked):
-        request_id = engine.submit(request)
-        self._open[request_id] = _Open(updates, which, request.settings.n)
+      request_ids = self.generator.engine.submit_all(asked)
     except (ValueError, engine_lib.Overloaded) as error:
-      self._cancel(updates)
       self._call(_settle, accepted, error)
     except Exception:
       self._call(_settle, accepted, _failed())
       raise
     else:
+      for which, request_id in enumerate(request_ids):
+        num = asked[which].settings.n
+        self._open[request_id] = _Open(updates, which, num)
       self._call(_settle, accepted, None)
 
   def _cancel(self, updates: Updates) -> None:
@@ -271,25 +269,6 @@ def _failed() -> Failed:
 
 def _stopping() -> Stopped:
   return Stopped('the server is stopping')
-
-
-def _check_room(
-  engine: engine_lib.Engine, asked: Sequence[requests.Request]
-) -> None:
-  """Raises if not all of them can wait."""
-  num = sum(request.settings.n for request in asked)
-  most, waiting = engine.config.max_waiting, engine.num_waiting
-  if num > most:
-    raise ValueError(
-      f'prompt: got {num} completions to make, expected at most {most}, which'
-      ' is what this server lets wait; send several requests'
-    )
-  if waiting + num > most:
-    engine.metrics.refused.labels('overloaded').inc()
-    raise engine_lib.Overloaded(
-      f'got {num} more completions to make while {waiting} wait, expected at'
-      f' most {most} to wait; try again later'
-    )
 
 
 def _settle(future: asyncio.Future, error: Exception | None) -> None:

@@ -25,7 +25,7 @@ from inference.sampling import (
   settings as settings_lib,
 )
 from models import invariant, kv_cache, transformer
-from tests.helpers import tiny_models
+from tests.helpers import simulated_device, tiny_models
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128
@@ -89,7 +89,7 @@ def engine(
     params(kind, vocab_size),
     tokenizer=tokenizer,
     weights_digest='first',
-    engine=engine_config.EngineConfig(**layout),
+    config=engine_config.EngineConfig(**layout),
   )
   _ENGINES.append(made)
   return made
@@ -103,9 +103,9 @@ def check_engines():
       # Or one test's failure would be the next one's.
       made.cancel(live.request_id)
     list(made.run())
-    gauges = made.roster.gauges()
-    made.roster.check()
-    made.roster.clear()
+    gauges = made.manager.gauges()
+    made.manager.check()
+    made.manager.clear()
     assert made.metrics.value('compilations_after_ready_total') == 0
     assert not was_busy
     assert gauges.pages_used == gauges.num_running == gauges.num_waiting == 0
@@ -329,25 +329,26 @@ def serve(
     ):
       number = len(which)
       which[engine.submit(requests[number])] = number
-    for live_id in list(engine.roster.running()):
-      quotas.setdefault(live_id, int(rng.choice(preemptions)))
-      if quotas[live_id] and rng.random() < 0.2:
-        quotas[live_id] -= 1
-        served.preemptions[which[live_id[0]], live_id[1]] += 1
-        engine.roster.preempt(live_id)
+    for sequence in list(engine.manager.running()):
+      quotas.setdefault(sequence.id, int(rng.choice(preemptions)))
+      if quotas[sequence.id] and rng.random() < 0.2:
+        quotas[sequence.id] -= 1
+        request_id, index = sequence.id
+        served.preemptions[which[request_id], index] += 1
+        simulated_device.preempt(engine.manager, sequence)
     for update in engine.step():
       key = which[update.request_id], update.index
       served.texts[key] += update.text
       if update.completion:
         found[key] = update.completion
         served.preemptions[key] += update.completion.usage.preemptions
-    running = engine.roster.running()
-    for live_id in running:
-      key = which[live_id[0]], live_id[1]
-      served.slots[key].add(engine.roster.slot(live_id))
+    running = engine.manager.running()
+    for sequence in running:
+      request_id, index = sequence.id
+      served.slots[which[request_id], index].add(sequence.slot)
     served.num_running = max(served.num_running, len(running))
     served.num_steps += 1
-    engine.roster.check()
+    engine.manager.check()
   served.completions = [
     [found[number, index] for index in range(request.settings.n)]
     for number, request in enumerate(requests)

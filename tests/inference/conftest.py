@@ -8,7 +8,7 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs
+from tests.helpers import frozen_dirs, reference_engine
 
 # Several sequences, chunks and pages, in few shapes: each takes its time.
 ENGINE = engine_config.EngineConfig(
@@ -19,6 +19,12 @@ ENGINE = engine_config.EngineConfig(
   max_mixed_chunks=1,
   page_size=8,
 )
+
+
+@pytest.fixture(autouse=True)
+def _engines_are_left_idle():
+  yield
+  reference_engine.check_engines()
 
 
 @pytest.fixture(scope='session')

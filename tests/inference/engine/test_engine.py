@@ -22,12 +22,6 @@ _PROMPT = tuple(range(40, 90))  # three whole pages of 16, and two tokens
 _LETTERS = tuple((i, 60.0) for i in range(97, 105))
 
 
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
-
-
 @pytest.fixture
 def engine():
   return reference_engine.engine(**reference_engine.TIGHT)
@@ -55,10 +49,12 @@ def _serve(engine, *wanted, **how):
 
 def _pages(engine):
   """The pages of each sequence, by id."""
-  return {
-    live_id: set(engine.roster._sequences[live_id].pages)
-    for live_id in engine.roster._sequences
-  }
+  return {sequence.id: set(sequence.pages) for sequence in engine._live}
+
+
+def _sequence(engine, request_id):
+  """The first sequence of a request."""
+  return next(each for each in engine._live if each.id == (request_id, 0))
 
 
 def _work(engine):
@@ -74,7 +70,7 @@ def _work(engine):
 def test_principals_share_no_page_while_one_and_its_samples_do(engine):
   long = {'principal': 'a', 'max_tokens': 30}
   first = engine.submit(_request(**long, n=2, seed=1))
-  while len(engine.roster.tokens((first, 0))) == len(_PROMPT):
+  while len(_sequence(engine, first).tokens) == len(_PROMPT):
     engine.step()
   # Its prompt is computed, and its pages are where others could find them.
   second = engine.submit(_request(principal='b'))
@@ -134,7 +130,7 @@ def test_prompt_logprobs_do_not_read_the_cache_and_others_read_theirs(engine):
   # Of one prompt, once.
   assert second.prompt_logprobs is None
   assert second.usage.cached_tokens == len(_PROMPT) - 1
-  engine.roster.clear()
+  engine.manager.clear()
   _serve(engine, scored)
   assert _serve(engine, _request())[0].usage.cached_tokens == 48
 
@@ -265,7 +261,7 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
     clock.now += seconds
     for update in engine.step():
       completion = completion or update.completion
-    held.append(engine.roster.gauges().pages_used)
+    held.append(engine.manager.gauges().pages_used)
   usage = completion.usage
   assert usage.queue_seconds == 5  # before the first step
   assert usage.prefill_seconds == 1  # then until its token was read
@@ -279,12 +275,12 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
 
 def test_gauges_say_what_pages_hold(engine):
   first = engine.submit(_request(principal='a'))
-  while engine.roster.num_pages_held((first, 0)) != 4:
+  while len(_sequence(engine, first).pages) != 4:
     engine.step()
   value = engine.metrics.value
   assert value('running') == 1
   assert value('kv_pages_used') == 4
-  held = engine.roster.gauges().tokens_held
+  held = engine.manager.gauges().tokens_held
   assert 48 < held < 64
   assert value('kv_waste') == pytest.approx(1 - held / 64)
   free = value('kv_pages_free') + value('kv_pages_idle')
@@ -321,7 +317,7 @@ def test_new_weights_are_served_and_find_nothing_of_the_old(
 ):
   (old,) = _serve(engine, _request())
   # Even if the cache were not emptied: its prefixes are the old weights'.
-  monkeypatch.setattr(engine.roster, 'clear', lambda: None)
+  monkeypatch.setattr(engine.manager, 'clear', lambda: None)
   engine.set_params(other_params, 'second')
   (new,) = _serve(engine, _request())
   assert new.usage.cached_tokens == 0

@@ -29,7 +29,7 @@ _Config = engine_config.EngineConfig
     ('max_sequences', 0, 'max_sequences: got 0, expected a whole number'),
     ('chunk_tokens', 0, 'chunk_tokens: got 0, expected a whole number'),
     ('max_chunks', 1.5, 'max_chunks: got 1.5, expected a whole number'),
-    ('max_mixed_chunks', 17, 'got 17, expected at most max_chunks, 16'),
+    ('max_mixed_chunks', 17, 'got 17, expected at most max_chunks = 16'),
     ('aging_steps', 0, 'aging_steps: got 0, expected a whole number'),
   ],
 )

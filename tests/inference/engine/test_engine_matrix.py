@@ -68,12 +68,6 @@ _SIMPLE = {
 _INVARIANT = {**_SIMPLE, 'numerics': 'invariant'}
 
 
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
-
-
 @functools.cache
 def _reference(kind='llama'):
   return reference_engine.Reference(kind)

@@ -56,12 +56,6 @@ _SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
-
-
 @pytest.fixture(scope='module')
 def counts():
   """How often each outcome was sampled, by name of the settings."""

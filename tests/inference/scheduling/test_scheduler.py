@@ -66,7 +66,7 @@ def _prefills(plan):
 
 
 def test_nothing_to_do_is_an_empty_plan():
-  assert _plan() == scheduler.Plan()
+  assert _plan() == scheduler.StepPlan()
   assert _plan().is_empty
 
 
@@ -433,7 +433,8 @@ def test_limits_are_counts(name, value):
 
 def test_no_more_chunks_beside_decode_rows_than_without():
   with pytest.raises(
-    ValueError, match='max_mixed_chunks: got 5, expected at most max_chunks, 4'
+    ValueError,
+    match='max_mixed_chunks: got 5, expected at most max_chunks = 4; raise',
   ):
     simulated_device.limits(max_mixed_chunks=5)
 
