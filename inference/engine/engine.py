@@ -23,7 +23,7 @@ One thread owns an engine.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import itertools
 import secrets
@@ -209,7 +209,7 @@ class Engine:
 
   def answer(
     self, asked: Sequence[requests.Request]
-  ) -> Iterator[tuple[int, requests.Update]]:
+  ) -> Generator[tuple[int, requests.Update]]:
     """Yields updates, each with the index of its request among `asked`.
 
     Submits requests as the queue has room for them. Several iterators may be

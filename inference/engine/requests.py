@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it answers, and what that took."""
+"""Requests to the engine, its answers, and their usage of resources."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,7 +12,7 @@ from inference.sampling import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """A prompt and how it is to be continued."""
+  """A prompt and the settings of its continuation."""
 
   prompt_ids: tuple[int, ...]
   settings: settings_lib.Settings = settings_lib.Settings()
@@ -31,17 +31,17 @@ class Request:
 
 @dataclasses.dataclass(kw_only=True)
 class Usage:
-  """What one sequence took; seconds are of wall time."""
+  """The resources that one sequence used; seconds are wall time."""
 
-  prefill_tokens: int = 0  # computed in chunks, again after a preemption too
+  prefill_tokens: int = 0  # computed in chunks, also after a preemption
   decode_tokens: int = 0  # computed one at a time
-  cached_tokens: int = 0  # of the prompt, found computed
-  preemptions: int = 0  # times that its pages were taken
-  flops: float = 0.0  # of matrix products; padding is nobody's
-  kv_byte_seconds: float = 0.0  # memory of its pages, times how long
-  queue_seconds: float = 0.0  # until it first ran
-  prefill_seconds: float = 0.0  # from then to its first token
-  decode_seconds: float = 0.0  # from then to its last
+  cached_tokens: int = 0  # prompt tokens that other sequences had computed
+  preemptions: int = 0  # times that it gave its pages back
+  flops: float = 0.0  # of matrix products, without padding
+  kv_byte_seconds: float = 0.0  # bytes of its pages, times the duration
+  queue_seconds: float = 0.0  # from submission to its first step
+  prefill_seconds: float = 0.0  # from its first step to its first token
+  decode_seconds: float = 0.0  # from its first token to its last token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,33 +49,33 @@ class Completion:
   """One continuation of a prompt."""
 
   text: str  # without the stop string
-  token_ids: list[int]  # all sampled: with those of EOS or a stop string
-  num_text_ids: int  # of the first ids: they spell the text
+  token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
+  num_text_ids: int  # the first ids that spell the text
   finish_reason: str  # 'stop' (EOS, stop string or id) | 'length'
   stop_reason: str | int | None  # the stop string or id; None for EOS
   num_prompt_tokens: int  # with BOS
-  seed: int  # with the settings and the weights: the same text again
+  seed: int  # the same seed, settings and weights give the same text
   logprobs: list[logprobs_lib.TokenLogprobs] | None  # of token_ids
-  # Of the prompt's tokens; None for the first, which follows nothing.
+  # Of the prompt's tokens; None for the first token, which has no context.
   prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] | None
   usage: Usage
 
   @property
   def num_completion_tokens(self) -> int:
-    """Tokens sampled."""
+    """Number of sampled tokens."""
     return len(self.token_ids)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Update:
-  """What a step adds to one sequence of a request."""
+  """The addition of one step to one sequence of a request."""
 
   request_id: Any
-  index: int  # which of the request's n
+  index: int  # of the sequence among the n of the request
   text: str  # may be empty
-  token_ids: Sequence[int]  # those that `text` is the text of
-  logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if asked for
-  completion: Completion | None = None  # with the last one
+  token_ids: Sequence[int]  # the ids that spell `text`
+  logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if requested
+  completion: Completion | None = None  # in the last update of the sequence
 
 
 def room_for(

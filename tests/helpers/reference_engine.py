@@ -333,8 +333,8 @@ def serve(
       quotas.setdefault(sequence.id, int(rng.choice(preemptions)))
       if quotas[sequence.id] and rng.random() < 0.2:
         quotas[sequence.id] -= 1
-        request_id, index = sequence.id
-        served.preemptions[which[request_id], index] += 1
+        live = engine._live[sequence]
+        served.preemptions[which[live.request_id], live.index] += 1
         simulated_device.preempt(engine.manager, sequence)
     for update in engine.step():
       key = which[update.request_id], update.index
@@ -344,8 +344,8 @@ def serve(
         served.preemptions[key] += update.completion.usage.preemptions
     running = engine.manager.running()
     for sequence in running:
-      request_id, index = sequence.id
-      served.slots[which[request_id], index].add(sequence.slot)
+      live = engine._live[sequence]
+      served.slots[which[live.request_id], live.index].add(sequence.slot)
     served.num_running = max(served.num_running, len(running))
     served.num_steps += 1
     engine.manager.check()

@@ -153,13 +153,6 @@ def test_a_stop_string_may_be_what_an_unfinished_character_becomes():
   assert (script.stop_reason, script.num_text_ids) == ('\ufffd', 1)
 
 
-def test_a_sequence_that_is_cut_shows_what_was_held():
-  script = _start(stop=('bc',))
-  _push_all(script, b'ab')
-  assert script.cut('cancelled') == stopping.Release('b', (98,), ())
-  assert script.finish_reason == 'cancelled'
-
-
 def test_a_token_after_the_end_is_refused():
   script = _start(max_tokens=1)
   script.push(97)

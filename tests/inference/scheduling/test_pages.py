@@ -92,7 +92,7 @@ def test_pages_become_idle_from_the_last_on_and_anew_after_use():
   ('operation', 'match'),
   [
     (lambda allocator, page: allocator.share([page]), 'a free page to share'),
-    (lambda allocator, page: allocator.release([page]), 'nobody references'),
+    (lambda allocator, page: allocator.release([page]), 'without references'),
     (lambda allocator, page: allocator.mark_cached(page), 'got 0 references'),
     (lambda allocator, page: allocator.unmark_cached(page), 'not cached'),
   ],
