@@ -111,16 +111,24 @@ def check_engines():
     assert gauges.pages_used == gauges.num_running == gauges.num_waiting == 0
 
 
-# The engine that most tests use: several shapes, and memory for few.
+# The engine of most tests: three shapes, since compiling takes the time, and
+# memory for few sequences.
 TIGHT = {
   'max_sequences': 8,
-  'decode_shapes': (2, 8),
+  'decode_shapes': (8,),
   'page_size': 16,
   'num_pages': 20,
-  'chunk_tokens': 8,
-  'max_chunks': 2,
+  'chunk_tokens': 16,
+  'max_chunks': 1,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+}
+# For tests of shapes: two numbers of decodes, and up to two chunks.
+SIX_SHAPES = {
+  **TIGHT,
+  'decode_shapes': (2, 8),
+  'chunk_tokens': 8,
+  'max_chunks': 2,
 }
 
 

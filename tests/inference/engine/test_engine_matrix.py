@@ -183,7 +183,7 @@ def _check_everything(kind, layout, *, num_crowds=2, num_requests=24):
   _check_crowds(kind, engine, num_crowds=num_crowds, num_requests=num_requests)
 
 
-@pytest.mark.parametrize('layout', [reference_engine.TIGHT, _DENSE])
+@pytest.mark.parametrize('layout', [reference_engine.SIX_SHAPES, _DENSE])
 def test_one_function_paged_and_dense(layout):
   _check_everything('llama', layout)
 

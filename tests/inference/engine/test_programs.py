@@ -12,13 +12,13 @@ from tests.helpers import reference_engine
 
 @pytest.fixture
 def programs():
-  return reference_engine.engine(**reference_engine.TIGHT)._programs
+  return reference_engine.engine(**reference_engine.SIX_SHAPES)._programs
 
 
 @pytest.fixture
 def state():
   """A state that is not the engine's, with something in every place."""
-  real = reference_engine.engine(**reference_engine.TIGHT)._state
+  real = reference_engine.engine(**reference_engine.SIX_SHAPES)._state
   rng = np.random.default_rng(0)
   pages = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
