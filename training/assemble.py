@@ -13,12 +13,12 @@ from typing import Any
 
 from data import (
   batches as batches_lib,
-  contamination,
   data_config,
   rows as rows_lib,
   sources,
 )
-from evals import run as evals_run
+from data.contamination import overlap
+from evals.tasks import task as task_lib
 from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
@@ -34,8 +34,8 @@ class Parts:
   tokenizer: tokenizer_lib.Tokenizer
   batches: batches_lib.TrainBatches
   eval_batches: batches_lib.EvalBatches
-  overlaps: tuple[contamination.Overlap, ...]  # of each source, if looked for
-  tasks: tuple[evals_run.Task, ...]  # that the run is measured by
+  overlaps: tuple[overlap.Overlap, ...]  # of each source, if looked for
+  tasks: tuple[task_lib.Task, ...]  # that the run is measured by
 
   def describe_data(self) -> dict[str, Any]:
     """Returns what is trained and evaluated on, as JSON values."""
@@ -63,7 +63,7 @@ class Documents:
 
   train: tuple[sources.Source, ...]
   evaluated: sources.Source
-  tasks: tuple[evals_run.Task, ...]
+  tasks: tuple[task_lib.Task, ...]
 
 
 def open_documents(experiment: experiment_lib.Experiment) -> Documents:
@@ -142,11 +142,11 @@ def _overlaps(
   held_out: rows_lib.Rows,
   tokenizer: tokenizer_lib.Tokenizer,
   data: data_config.DataConfig,
-) -> Iterator[contamination.Overlap]:
+) -> Iterator[overlap.Overlap]:
   """Looks for the evaluation text in the training text; one process does."""
   ngram = data.contamination_ngram
   if ngram < 0:
-    ngram = contamination.default_ngram(tokenizer)
+    ngram = overlap.default_ngram(tokenizer)
   if ngram and processes.is_first():
     for rows in train:
-      yield contamination.between_stores(rows.store, held_out.store, ngram)
+      yield overlap.between_stores(rows.store, held_out.store, ngram)

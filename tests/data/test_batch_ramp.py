@@ -18,7 +18,7 @@ def test_rows_add_up_to_the_rows_before():
 def test_a_config_without_a_ramp_has_one_size():
   data = data_config.DataConfig(batch_size=6)
   assert data.batch_sizes == (6,)
-  assert data.batch_size_at(10**9) == 6
+  assert batch_ramp.rows_at(data.ramp, 10**9) == 6
   assert data.rows_before(10) == 60
 
 

@@ -389,15 +389,6 @@ def test_source_without_text_is_refused(source):
     _eval(source)
 
 
-def test_settings_are_checked():
-  with pytest.raises(ValueError, match='data.batch_size is 0'):
-    _train(batch_size=0)
-  with pytest.raises(ValueError, match='data.row_length is 0'):
-    _eval(row_length=0)
-  with pytest.raises(ValueError, match='got data seed -1, expected 0 or more'):
-    _train(seed=-1)
-
-
 def test_an_unreadable_document_stops_training_with_its_place(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"text": "good"}\n{"text": \n{"text": "good"}\n')

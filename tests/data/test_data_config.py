@@ -18,14 +18,14 @@ def test_defaults_are_valid_with_every_packing(packing):
 @pytest.mark.parametrize(
   ('fields', 'error'),
   [
-    ({'packing': 'tight'}, "data.packing is 'tight', expected one of concat"),
-    ({'row_length': 0}, 'data.row_length is 0, expected at least 1'),
-    ({'batch_size': 0}, 'data.batch_size is 0, expected at least 1'),
-    ({'num_workers': -1}, 'data.num_workers is -1, expected at least 0'),
-    ({'contamination_ngram': -2}, 'contamination_ngram is -2, expected at lea'),
-    ({'contamination_warning': 2.0}, 'data.contamination_warning is 2.0, exp'),
-    ({'num_threads': 0}, 'data.num_threads is 0, expected at least 1'),
-    ({'prefetch_rows': -1}, 'data.prefetch_rows is -1, expected at least 0'),
+    ({'packing': 'tight'}, "data.packing: got 'tight', expected one of concat"),
+    ({'row_length': 0}, 'data.row_length: got 0, expected at least 1'),
+    ({'batch_size': 0}, 'data.batch_size: got 0, expected at least 1'),
+    ({'num_workers': -1}, 'data.num_workers: got -1, expected at least 0'),
+    ({'contamination_ngram': -2}, 'contamination_ngram: got -2, expected at'),
+    ({'contamination_warning': 2.0}, 'data.contamination_warning: got 2.0, e'),
+    ({'num_threads': 0}, 'data.num_threads: got 0, expected at least 1'),
+    ({'prefetch_rows': -1}, 'data.prefetch_rows: got -1, expected at least'),
   ],
 )
 def test_data_config_refuses(fields, error):
@@ -41,7 +41,7 @@ def _source(**fields):
 def test_weights_that_are_no_shares_are_refused(weight):
   mixed = _source(name='good'), _source(name='bad', weight=weight)
   with pytest.raises(
-    ValueError, match=f'data.sources: bad has weight {weight}, expected a numb'
+    ValueError, match=f'data.sources: got weight {weight} for bad, expected'
   ):
     data_config.DataConfig(sources=mixed).validate()
 
@@ -52,7 +52,7 @@ def test_sources_of_one_name_are_refused():
     data_config.DataConfig(sources=mixed).validate()
 
 
-def test_a_single_source_is_a_mixture_of_one():
+def test_a_single_source_is_a_mix_of_one():
   data = data_config.DataConfig(
     open_source=sources.jsonl, path='p', text_key='k', train_split='t'
   )
@@ -66,10 +66,13 @@ def test_a_single_source_is_a_mixture_of_one():
 @pytest.mark.parametrize(
   ('fields', 'error'),
   [
-    ({'kind': 'word'}, "tokenizer.kind is 'word', expected one of byte, bpe"),
-    ({'kind': 'directory'}, 'tokenizer.path is empty, expected a directory'),
-    ({'kind': 'bpe', 'path': 'x'}, "tokenizer.path is 'x' but .* is 'bpe'"),
-    ({'train_bytes': 0}, 'tokenizer.train_bytes is 0, expected at least 1'),
+    ({'kind': 'word'}, "tokenizer.kind: got 'word', expected one of byte, bpe"),
+    ({'kind': 'directory'}, "tokenizer.path: got '', expected a directory"),
+    (
+      {'kind': 'bpe', 'path': 'x'},
+      "tokenizer.path: got 'x', expected '' for kind 'bpe'",
+    ),
+    ({'train_bytes': 0}, 'tokenizer.train_bytes: got 0, expected at least 1'),
   ],
 )
 def test_tokenizer_config_refuses(fields, error):
@@ -99,7 +102,7 @@ def test_opening_passes_the_fields_on():
 def test_config_stays_light():
   # `train.py --help` and flag errors read experiments, which read this.
   code = (
-    'import sys; from data import config; '
+    'import sys; from data import data_config; '
     'print(sorted({"jax", "grain", "tensorflow"} & set(sys.modules)))'
   )
   result = subprocess.run(

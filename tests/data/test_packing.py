@@ -43,7 +43,7 @@ def _store(lengths, directory, **fields):
 def test_every_pair_is_in_one_row_once(tmp_path, name, lengths, row_length):
   hypothesis.assume(any(lengths))
   store = _store(lengths, tmp_path)
-  plan = packing.plan(store, name, row_length)
+  plan = packing.row_plan(store, name, row_length)
   seen = np.zeros(store.num_ids, np.int64)
   for row in range(plan.num_rows):
     starts, counts = plan.pieces(row)
@@ -57,11 +57,11 @@ def test_every_pair_is_in_one_row_once(tmp_path, name, lengths, row_length):
   np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize('window', [1, 3, 1000])
-def test_fitting_in_windows_loses_nothing(tmp_path, monkeypatch, window):
-  monkeypatch.setattr(packing, '_WINDOW', window)
+@pytest.mark.parametrize('size', [1, 3, 1000])
+def test_fitting_in_groups_loses_nothing(tmp_path, monkeypatch, size):
+  monkeypatch.setattr(packing, '_GROUP', size)
   store = _store([3, 30, 1, 1, 9, 2, 14, 7] * 4, tmp_path)
-  plan = packing.plan(store, 'best_fit', 12)
+  plan = packing.row_plan(store, 'best_fit', 12)
   counts = [plan.pieces(row)[1].sum() for row in range(plan.num_rows)]
   assert sum(counts) == store.num_pairs
 
@@ -99,7 +99,7 @@ def test_best_fit_fills_more_than_first_fit_more_than_none(tmp_path):
   lengths = np.minimum(rng.lognormal(3, 1, 3000).astype(int), 128).tolist()
   store = _store(lengths, tmp_path)
   rates = [
-    store.num_pairs / (packing.plan(store, name, 128).num_rows * 128)
+    store.num_pairs / (packing.row_plan(store, name, 128).num_rows * 128)
     for name in ('none', 'first_fit', 'best_fit', 'concat_then_split')
   ]
   assert rates == sorted(rates)
@@ -111,9 +111,9 @@ def test_best_fit_fills_more_than_first_fit_more_than_none(tmp_path):
 
 def test_a_plan_is_made_once(tmp_path, monkeypatch):
   store = _store([3, 5, 2], tmp_path)
-  plan = packing.plan(store, 'best_fit', 8)
+  plan = packing.row_plan(store, 'best_fit', 8)
   monkeypatch.setattr(packing, 'best_fit', None)
-  assert packing.plan(store, 'best_fit', 8) == plan
+  assert packing.row_plan(store, 'best_fit', 8) == plan
 
 
 def test_a_store_that_may_only_be_read_can_be_planned(tmp_path, monkeypatch):
@@ -123,13 +123,13 @@ def test_a_store_that_may_only_be_read_can_be_planned(tmp_path, monkeypatch):
     raise PermissionError('read-only')
 
   monkeypatch.setattr(packing.locks, 'write_once', refuse)
-  plan = packing.plan(store, 'first_fit', 8)
+  plan = packing.row_plan(store, 'first_fit', 8)
   assert plan.num_rows == 2
   assert not list(store.directory.glob('first_fit*'))
 
 
 def test_windows_in_order_are_the_text(tmp_path):
   store = _store([5, 0, 6], tmp_path, joined=True)
-  plan = packing.plan(store, 'windows', 4)
+  plan = packing.row_plan(store, 'windows', 4)
   pieces = [plan.pieces(row) for row in range(plan.num_rows)]
   assert [(int(s[0]), int(n[0])) for s, n in pieces] == [(0, 4), (4, 4), (8, 2)]

@@ -80,8 +80,3 @@ def test_directory_without_a_tokenizer(tmp_path):
   settings = data_config.TokenizerConfig(kind='directory', path=str(tmp_path))
   with pytest.raises(FileNotFoundError, match='no tokenizer_config.json in'):
     vocabulary.build_tokenizer(settings, (Texts(), 1))
-
-
-def test_settings_are_checked():
-  with pytest.raises(ValueError, match="tokenizer.kind is 'gpt'"):
-    vocabulary.build_tokenizer(data_config.TokenizerConfig(kind='gpt'))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from data import order
+from data import row_order
 
 
 @hypothesis.given(
@@ -16,15 +16,15 @@ from data import order
 @hypothesis.settings(deadline=None)
 def test_an_epoch_has_every_number_once(size, epoch, seed):
   indices = np.arange(size) + epoch * size
-  result = order.shuffled(indices, size, seed)
+  result = row_order.shuffled(indices, size, seed)
   assert sorted(result.tolist()) == list(range(size))
   # An index alone gives what it gives among others.
-  assert order.shuffled(indices[-1:], size, seed) == result[-1:]
+  assert row_order.shuffled(indices[-1:], size, seed) == result[-1:]
 
 
 @pytest.mark.parametrize('size', [2**16, 2**16 + 1])
 def test_large_epochs_around_a_power_of_two(size):
-  result = order.shuffled(np.arange(size), size, 5)
+  result = row_order.shuffled(np.arange(size), size, 5)
   assert len(np.unique(result)) == size
   # Neighbours end up anywhere: a third of the size apart on average.
   distance = np.abs(np.diff(result)).mean()
@@ -34,7 +34,7 @@ def test_large_epochs_around_a_power_of_two(size):
 def test_small_epochs_have_all_orders_about_equally_often():
   # 24 orders of 4, 400 each expected of 9600, +- 20: five sigma.
   indices = np.arange(4 * 9600)
-  epochs = order.shuffled(indices, 4, 1).reshape(-1, 4)
+  epochs = row_order.shuffled(indices, 4, 1).reshape(-1, 4)
   _, counts = np.unique(epochs, axis=0, return_counts=True)
   assert len(counts) == 24
   assert abs(counts - 400).max() < 100
@@ -42,20 +42,20 @@ def test_small_epochs_have_all_orders_about_equally_often():
 
 def test_indices_far_out_work():
   far = np.array([2**61, 2**61 + 1])
-  assert (order.shuffled(far, 10**12, 3) < 10**12).all()
+  assert (row_order.shuffled(far, 10**12, 3) < 10**12).all()
 
 
 def test_draws_are_even_and_of_the_seed():
-  drawn = order.drawn(np.arange(7000), 7, 1)
+  drawn = row_order.drawn(np.arange(7000), 7, 1)
   counts = np.bincount(drawn, minlength=7)
   assert len(counts) == 7
   assert abs(counts - 1000).max() < 150  # five sigma
-  assert (order.drawn(np.arange(7000), 7, 2) != drawn).any()
+  assert (row_order.drawn(np.arange(7000), 7, 2) != drawn).any()
 
 
 def test_the_order_is_what_it_was():
   """A golden value: resumed by newer code, a run has to find its place."""
-  shuffled = order.shuffled(np.arange(10), 10, 42)
+  shuffled = row_order.shuffled(np.arange(10), 10, 42)
   assert ' '.join(map(str, shuffled)) == '0 9 6 4 5 3 2 7 8 1'
-  drawn = order.drawn(np.arange(5), 1000, 42)
+  drawn = row_order.drawn(np.arange(5), 1000, 42)
   assert ' '.join(map(str, drawn)) == '343 950 446 977 284'

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from data import contamination, ngrams, order, token_store
+from data import row_order, token_store
+from data.contamination import ngrams, overlap as overlap_lib
 from tests.helpers import corpora, tiny_models
 
 TOK = tiny_models.byte_tokenizer()
@@ -52,10 +53,10 @@ def _numbers(overlap):
 
 @pytest.mark.parametrize('n', [1, 2, 5, 13])
 def test_words_are_counted_as_by_sets(n, monkeypatch):
-  monkeypatch.setattr(contamination, '_PIECE', 8)  # several passes
+  monkeypatch.setattr(overlap_lib, '_PIECE', 8)  # several passes
   train, evaluated = _random_texts(0, 30), _random_texts(1, 20)
   evaluated.append(train[3])
-  overlap = contamination.between_texts(train, evaluated, n, 'train')
+  overlap = overlap_lib.between_texts(train, evaluated, n, 'train')
   assert _numbers(overlap) == _counted(
     [t.split() for t in train], [t.split() for t in evaluated], n
   )
@@ -66,7 +67,7 @@ def test_words_are_counted_as_by_sets(n, monkeypatch):
 @pytest.mark.parametrize('joined', [False, True])
 @pytest.mark.parametrize('n', [1, 4, 30])
 def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
-  monkeypatch.setattr(contamination, '_PIECE', 64)
+  monkeypatch.setattr(overlap_lib, '_PIECE', 64)
   texts = _random_texts(2, 20), [*_random_texts(3, 10), 'w1 w2']
   train, evaluated = (
     token_store.open_or_write(
@@ -74,7 +75,7 @@ def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
     )
     for i, t in enumerate(texts)
   )
-  overlap = contamination.between_stores(train, evaluated, n)
+  overlap = overlap_lib.between_stores(train, evaluated, n)
   expected = _counted(*([list(t.encode()) for t in side] for side in texts), n)
   if joined:  # n-grams across two documents are text there
     assert overlap.num_ngrams == expected[0]
@@ -83,11 +84,11 @@ def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
     assert _numbers(overlap) == expected
   # Looked for once.
   monkeypatch.setattr(ngrams, 'Documents', None)
-  assert contamination.between_stores(train, evaluated, n) == overlap
+  assert overlap_lib.between_stores(train, evaluated, n) == overlap
 
 
 def test_case_and_punctuation_do_not_hide_a_copy():
-  overlap = contamination.between_texts(
+  overlap = overlap_lib.between_texts(
     ['It was the best of times, it was the worst of times.'],
     ['it was - THE BEST of times it was the worst of times'],
     8,
@@ -102,11 +103,11 @@ def test_a_hash_is_of_all_symbols_and_their_order():
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 4, 3000)
   for n in (1, 2, 3, 6, 7):
-    hashes = ngrams.hashes(order.mix(ids), n)
+    hashes = ngrams.hashes(row_order.splitmix64(ids), n)
     assert len(hashes) == 3000 - n + 1
     kinds = {tuple(ids[i : i + n]): int(h) for i, h in enumerate(hashes)}
     assert len(set(kinds.values())) == len(kinds) == len(set(hashes.tolist()))
-  assert not len(ngrams.hashes(order.mix(ids[:3]), 4))
+  assert not len(ngrams.hashes(row_order.splitmix64(ids[:3]), 4))
 
 
 def _command(*args):
