@@ -38,7 +38,7 @@ _ENGINES: list[engine_lib.Engine] = []
 
 
 class SmallTokenizer(tokenizer_lib.ByteTokenizer):
-  """Of so few tokens that every outcome can be counted."""
+  """A vocabulary so small that every outcome can be counted."""
 
   vocab_size = 13
   bos_id, eos_id, pad_id = 10, 11, 12
@@ -54,7 +54,7 @@ def model_config(kind: str = 'llama', vocab_size: int = 261):
 
 @functools.cache
 def params(kind: str = 'llama', vocab_size: int = 261, seed: int = 0):
-  """Returns weights so large that logits differ from each other."""
+  """Returns weights so large that logits differ clearly."""
   config = model_config(kind, vocab_size)
   shapes = jax.eval_shape(
     transformer.Transformer(config).init,
@@ -75,7 +75,7 @@ def params(kind: str = 'llama', vocab_size: int = 261, seed: int = 0):
 def engine(
   kind: str = 'llama', *, is_small: bool = False, **layout
 ) -> engine_lib.Engine:
-  """Returns the engine of a layout, made once: compiling is what takes time.
+  """Returns the engine of a layout, made once since compiling takes long.
 
   Args:
     kind: of model.
@@ -96,11 +96,11 @@ def engine(
 
 
 def check_engines():
-  """Asserts what holds of each engine that a test leaves, and tidies up."""
+  """Asserts that each engine is idle and consistent, and cleans up."""
   for made in _ENGINES:
     was_busy = made.has_work
     for live in list(made._live.values()):
-      # Or one test's failure would be the next one's.
+      # Otherwise the failure of one test would fail the next one.
       made.cancel(live.request_id)
     list(made.run())
     gauges = made.manager.gauges()
@@ -137,7 +137,7 @@ SIX_SHAPES = {
 
 
 class Expected(NamedTuple):
-  """What one sequence of a request should be."""
+  """The expected answer to one sequence of a request."""
 
   token_ids: list[int]
   logprobs: list[logprobs_lib.TokenLogprobs]
@@ -179,7 +179,7 @@ class Reference:
     return self._answers[key]
 
   def logits_TV(self, ids: Sequence[int], weights=None) -> np.ndarray:
-    """Returns the logits behind each of the ids."""
+    """Returns the logits after each of the ids."""
     self._begin(weights or self.params)
     return np.concatenate([self._next(token) for token in ids])
 
@@ -229,7 +229,7 @@ class Reference:
     return Expected(output, scores, prompt_logprobs if has_prompt else None)
 
   def _scored(self, logits_1V, token: int, wanted: int):
-    """Scores one row in float32 as engines do; NumPy says about the same."""
+    """Scores one token in float32 as engines do, and checks it with NumPy."""
     found = self._score(logits_1V, np.array([token]), np.array([wanted]))
     scored = logprobs_lib.of_row(jax.device_get(found), 0, wanted)
     exact_V = np.float64(logits_1V[0]) - np.max(logits_1V)
@@ -248,7 +248,7 @@ def distribution(
   output: Sequence[int],
   eos_id: int,
 ) -> np.ndarray:
-  """Returns the next token's distribution: float64, sorting, rule by rule."""
+  """Returns the next token's distribution, in float64, rule by rule."""
   logits_V = np.array(logits_V, np.float64)
   for token in {*prompt, *output}:
     factor = settings.repetition_penalty
@@ -274,7 +274,7 @@ def distribution(
 
 
 def _gumbel(seed, position, size: int):
-  """The key of a token is of the sequence's seed and the token's position."""
+  """Returns noise whose key is of the sequence's seed and the position."""
   key = jax.random.fold_in(jax.random.key(seed), position)
   return jax.random.gumbel(key, (size,))
 
@@ -289,11 +289,11 @@ def _field(factory):
 
 @dataclasses.dataclass
 class Served:
-  """What became of requests that were served together."""
+  """The completions of requests that were served together."""
 
   # By request, then by index.
   completions: list[list[requests_lib.Completion]] = _field(list)
-  # Of each sequence: what its updates add up to, and the slots it has had.
+  # Of each sequence: the text of its updates, and its slots.
   texts: dict[tuple[int, int], str] = _field(
     lambda: collections.defaultdict(str)
   )
@@ -315,7 +315,7 @@ def serve(
   spread: int = 0,
   preemptions: Sequence[int] = (0,),
 ) -> Served:
-  """Serves requests to the end, and checks the books after every step.
+  """Serves requests to the end, and checks invariants after every step.
 
   Args:
     engine: that has no work.

@@ -49,17 +49,17 @@ def forget(manager: sequence_manager.SequenceManager, scope):
 
 @dataclasses.dataclass
 class Truth:
-  """What a sequence should be, known without any pages."""
+  """The expected state of a sequence, known without pages."""
 
   scope: object
   num_prompt: int
   max_new_tokens: int
-  tokens: list[int]  # those in flight included
+  tokens: list[int]  # tokens in flight included
   num_appended: int = 0
 
 
 class Device:
-  """Executes steps; `last_B` is what a slot sampled last."""
+  """Executes steps; `last_B` is the last sampled token of each slot."""
 
   def __init__(self, page_size: int):
     self.page_size = page_size
@@ -93,8 +93,8 @@ class Device:
       if span.samples:
         sampled.append((span, history))
     for span, history in sampled:
-      # Of the sequence and its past only: samples of one prompt differ, and
-      # none depends on who else is there.
+      # A function of the sequence and its past: samples of one prompt differ,
+      # and no sample depends on other sequences.
       token = zlib.crc32(f'{span.sequence.id} {history}'.encode()) % 5
       self.last_B[span.slot] = token
       self.truths[span.sequence.id].tokens.append(token)
@@ -116,7 +116,7 @@ class Device:
     )
 
   def _read(self, span: sequence_manager.Span, truth: Truth) -> int:
-    """Reads all that a span attends to; returns what its last token is from."""
+    """Reads the past of a span; returns the history that it continues."""
     history = self._history(-1, truth.scope)
     for position in range(span.start):
       history = self._history(history, truth.tokens[position])
@@ -156,11 +156,11 @@ class Loop:
 
   @property
   def truths(self) -> dict[object, Truth]:
-    """What every sequence that is here should be."""
+    """The expected state of every unfinished sequence."""
     return self.device.truths
 
   def submit(self, id, prompt, max_new_tokens: int, *, parent=None, **settings):
-    """Submits a sequence to the manager, and to the truth."""
+    """Submits a sequence to the manager, and notes its truth."""
     self.sequences[id] = self.manager.submit(
       id,
       prompt,
@@ -173,7 +173,7 @@ class Loop:
     )
 
   def step(self) -> sequence_manager.Step | None:
-    """Dispatches a step if there is one, and takes in a result that is due."""
+    """Dispatches a step if there is one, and reads a result that is due."""
     plan = self.manager.plan()
     step = None
     if not plan.is_empty or plan.preempted:

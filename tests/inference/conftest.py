@@ -30,7 +30,7 @@ def _engines_are_left_idle():
 @pytest.fixture(scope='session')
 def frozen_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('frozen') / 'tiny'
-  # One layer: what it computes is the business of the engine's tests.
+  # One layer: the tests of the engine check its numbers.
   config = frozen_dirs.config(num_layers=1)
   frozen_dirs.write(directory, config=config)
   return directory

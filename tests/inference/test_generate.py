@@ -1,4 +1,4 @@
-"""Prompts to completions offline: prompts, settings, streams side by side.
+"""The generator: prompts, settings, streams side by side.
 
 What the engine makes of them is the business of its own tests.
 """
@@ -129,7 +129,7 @@ def test_a_model_that_never_saw_bos_gets_none(generator, monkeypatch):
 def test_a_prompt_that_cannot_be_answered_is_refused(
   generator, prompt, message
 ):
-  # At the call, before anything is generated or even iterated.
+  # At the call, before the first update is requested.
   with pytest.raises(ValueError, match=message):
     generator.updates([prompt], _GREEDY)
   with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""One sequence's account, and its part of what a step brings."""
+"""The answer to one sequence: its usage, tokens and logprobs."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def _live(index=0, *, target=None, max_tokens=3, **settings):
 
 
 def _found(num_rows):
-  """Log-probabilities that tell by their value which row they are of."""
+  """Returns log-probabilities whose values name their row."""
   rows = np.arange(num_rows, dtype=np.float32)
   return logprobs.Logprobs(
     -rows,
@@ -88,7 +88,7 @@ def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
     )  # fmt: skip
 
   live.take_prompt_logprobs(_found(9), chunk(0, 2), 3)
-  # Behind the last token of the prompt is nothing that could be scored.
+  # The last token of the prompt has no target.
   live.take_prompt_logprobs(_found(9), chunk(2, 2), 6)
   live.seated_at = 0.0
   completion = live.push(97, _found(1), 0, 1.0).completion

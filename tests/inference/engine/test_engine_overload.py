@@ -1,4 +1,4 @@
-"""More work than memory, and work that is taken back at any moment."""
+"""More work than memory holds, and cancellation at any moment."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def _reference():
 
 @functools.cache
 def _requests():
-  """Three times as many pages as there are, for twice as many as may run."""
+  """Needs three times the pages, for twice the sequences that may run."""
   rng = np.random.default_rng(2)
   return [
     requests.Request(
@@ -93,10 +93,10 @@ def test_a_queue_that_is_full_refuses_and_goes_on(engine, monkeypatch):
     engine.submit(_requests()[3])
   after = engine.metrics.value('refused_total', reason='overloaded')
   assert after == before + 1
-  engine.step()  # some have entered: there is room
+  engine.step()  # some sequences have entered: the queue has room
   engine.submit(_requests()[3])
   several = dataclasses.replace(_requests()[4].settings, n=4)
-  # More than the queue ever holds: no matter of trying again.
+  # More than the queue ever holds: trying again is useless.
   with pytest.raises(
     ValueError, match='got 4 completions to make, expected at'
   ):
@@ -174,7 +174,7 @@ def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
   small = sequence_manager.SequenceManager(engine.manager.limits, num_pages=5)
   monkeypatch.setattr(engine, 'manager', small)
   one = _requests()[0]
-  # Four pages of 16, and a last token that is never computed.
+  # Four pages of 16, and the last token, which is never computed.
   for prompt, wanted in ((40, 26), (65, None), (70, 1)):
     changed = dataclasses.replace(one.settings, max_tokens=wanted)
     request = requests.Request(prompt_ids=(1,) * prompt, settings=changed)
@@ -201,7 +201,7 @@ def _long(length=100, **chosen):
 
 
 def _in_state(engine, state):
-  """Returns a request that has got as far as that; others may run."""
+  """Returns a request in a state; other requests may run."""
   if state == 'waiting':
     for request in _requests()[:12]:
       engine.submit(request)
@@ -234,11 +234,11 @@ def _in_state(engine, state):
 def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
   cancelled = engine.metrics.value('finished_total', reason='cancelled')
   request_id = _in_state(engine, state)
-  # It is in flight too: all but those that wait are in the step just sent.
+  # Unless it waits, it is in the step that was dispatched last.
   mine = [key for key in engine.manager._sequences if key[0] == request_id]
   assert engine._flight is not None
   engine.cancel(request_id)
-  engine.cancel(request_id)  # whom it is no more, it does not touch
+  engine.cancel(request_id)  # the second call changes nothing
   after = engine.metrics.value('finished_total', reason='cancelled')
   assert after == cancelled + len(mine)
   updates = engine.step()
@@ -254,7 +254,7 @@ def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
     if each.completion
   }
   assert request_id not in completions
-  # Those beside it are what they would have been.
+  # The other requests are answered as if alone.
   assert len(completions) == (12 if state == 'waiting' else 0)
   for request, completion in zip(
     _requests(), [completions[key] for key in sorted(completions)], strict=False
@@ -263,8 +263,8 @@ def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
 
 
 def test_pages_of_the_cancelled_are_whole_for_whoever_is_next(engine):
-  # A step that was dispatched still writes to them; the next owner must not
-  # read that.
+  # A dispatched step still writes to the pages; their next owner must not read
+  # its keys and values.
   for _ in range(3):
     request_id = _in_state(engine, 'decoding')
     engine.cancel(request_id)

@@ -1,4 +1,4 @@
-"""Planned steps as arrays, written out."""
+"""The arrays of planned steps, written out."""
 
 from inference.engine import inputs as inputs_lib, steps
 from inference.scheduling import page_tables, sequence_manager
@@ -23,7 +23,7 @@ _SEQUENCES = {id: _sequence(id) for id in 'abcd'}
 
 
 class _Live:
-  """What an answer wants of a step."""
+  """The part of an answer that `fill` reads."""
 
   def __init__(self, scored, targets):
     self._scored, self._targets = scored, targets
@@ -47,8 +47,8 @@ def _span(id, slot, start, tokens, pages, *, length=0, samples=True):
   )
 
 
-# Two of three decodes, two of three chunks of four; the chunks are parts of
-# one prompt that is scored and of one that is not.
+# Two of three decodes, and two of three chunks of four tokens. One chunk is of
+# a prompt that is scored, the other of one that is not.
 _STEP = sequence_manager.Step(
   copies=(),
   decodes=(
@@ -92,7 +92,7 @@ def test_decodes_and_chunks_are_laid_out_with_padding_between():
   assert inputs.positions_T.tolist() == positions_T
   assert inputs.decode_table_DL.tolist() == [[4, 2, 0], [6, 7, 1], [0, 0, 0]]
   assert inputs.chunk_table_XL.tolist() == [[8, 9, 0], [5, 0, 0], [0, 0, 0]]
-  # The last row of a chunk is sampled behind; what yields no token is nobody's.
+  # A token follows the last of a chunk; padding has the padding slot.
   assert inputs.rows_R.tolist() == [0, 1, 0, 6, 8, 0, 0, 0]
   assert inputs.slots_R.tolist() == [5, 0, 9, 9, 3, 9, 9, 9]
   assert (inputs.targets_M == -1).all()
@@ -104,19 +104,19 @@ def test_the_targets_of_a_scored_prompt_are_one_further():
   prompt = tuple(range(10, 20))
   inputs = _filled({'c': (prompt, 2), 'd': ((20, 21), 0)})
   assert inputs.prompt_logprobs_X.tolist() == [2, 0, -1]
-  # The last token of a prompt has nothing behind it that is known.
+  # The token after a prompt is not known.
   targets = [15, 16, 17, 18] + [21, -1, -1, -1] + [-1] * 4
   assert inputs.targets_M.tolist() == targets
 
 
 def test_tokens_beyond_a_prompt_have_no_targets():
-  # After a preemption a chunk holds what was sampled too.
+  # After a preemption, a chunk holds sampled tokens too.
   inputs = _filled({'c': (tuple(range(10, 17)), 0)})
   assert inputs.targets_M.tolist() == [15, 16] + [-1] * 10
 
 
 def test_a_token_is_forced_at_its_position():
-  # After 7 + 1, 8 + 1 and 0 + 2 tokens; what samples nothing is not asked.
+  # After 7 + 1, 8 + 1 and 0 + 2 tokens; 'c' samples no token.
   inputs = _filled({}, {'a': {8: 70}, 'b': {8: 71}, 'c': {8: 72}, 'd': {2: 0}})
   assert inputs.forced_R.tolist() == [70, -1, -1, -1, 0, -1, -1, -1]
 

@@ -1,4 +1,4 @@
-"""The SequenceManager: what a step contains, and what becomes of a sequence."""
+"""The SequenceManager: its steps, and the life of a sequence."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_a_token_in_flight_is_left_to_the_device():
   _begin(manager)
   [span] = _begin(manager).decodes  # the token is not known yet
   assert (span.start, span.tokens, span.samples) == (4, None, True)
-  [span] = _begin(manager).decodes  # nor are the two
+  [span] = _begin(manager).decodes  # two tokens are not known now
   assert (span.start, span.tokens) == (5, None)
   for token in (7, 8, 9):
     manager.append(a, token)
@@ -102,7 +102,7 @@ def test_a_plan_is_good_for_one_step_of_unchanged_sequences():
   with pytest.raises(ValueError, match='made before a sequence or its pages'):
     manager.begin(plan)
   manager.begin(manager.plan())
-  b = manager.submit('b', range(4), 5)  # asks for nothing that is planned
+  b = manager.submit('b', range(4), 5)  # changes nothing that is planned
   plan = manager.plan()
   manager.submit('c', range(4), 5)
   manager.append(a, 7)
@@ -134,7 +134,7 @@ def test_the_planner_sees_the_next_in_turn_and_knows_of_the_others(
   manager.submit('a', range(4), 9, priority=2)
   for _ in range(3):
     _begin(manager)
-  # By now as good as the best, and of a principal that had nothing yet.
+  # It has aged up to the best level, and its principal was not served yet.
   manager.submit('aged', range(4), 9, priority=2, principal='other')
   manager.submit('busy', range(4), 9, priority=1)
   manager.served = {None: 100}
@@ -196,7 +196,7 @@ def test_a_prefix_is_computed_once():
   loop.run()
   loop.submit('b', [*range(10), 50], 3)
   step = loop.step()
-  # The ten tokens fill two pages; what came after them was something else.
+  # The ten tokens fill two pages; the tokens after them differ.
   assert [(span.start, span.length) for span in step.chunks] == [(8, 3)]
   assert loop.sequences['b'].num_cached == 8
   gauges = loop.manager.gauges()
@@ -240,8 +240,8 @@ def test_who_wants_all_positions_finds_none():
 
 
 def test_a_hit_is_not_evicted_in_the_step_that_takes_it():
-  # Seven pages: two idle, then one runs that wants all that are free, while
-  # another is admitted that wants the idle ones.
+  # Seven pages, of which two are idle. One sequence needs all free pages, while
+  # another is admitted with the idle ones.
   loop = _loop(num_pages=8)
   loop.submit('old', range(8), 1)
   loop.run()
@@ -280,7 +280,7 @@ def test_children_wait_for_the_prompt_and_share_it():
   assert loop.manager.gauges().tokens_held == 30
   step = loop.step()
   assert _ids(step.seated) == ['b', 'c']
-  # Three write to the page of the 30th token: two of them to a copy.
+  # Three sequences write to the page of the 30th token: two to a copy.
   assert len(step.decodes) == 3
   assert len(step.copies) == 2
   assert loop.sequences['b'].num_cached == 29
@@ -326,7 +326,7 @@ def test_children_of_one_who_leaves_before_go_their_own_way(leave):
   loop.manager.check()
   loop.run()
   assert loop.ended.keys() >= {'b', 'c'}
-  # They began with whole pages that the cache had, or had not.
+  # They start after whole pages of the cache, or at 0.
   for id in 'bc':
     first = next(
       span
@@ -382,7 +382,7 @@ def test_a_preempted_sequence_resumes_with_what_it_has(depth):
   assert _ids(step.seated) == ['a']
   spans = step.spans
   assert spans[-1].start + spans[-1].length == len(tokens) == 13
-  assert loop.sequences['a'].num_cached == 0  # it is about the first time
+  assert loop.sequences['a'].num_cached == 0  # counted at the first admission
   loop.run()
 
 
@@ -456,7 +456,7 @@ def test_a_principal_is_charged_for_what_is_computed_the_first_time():
   loop.preempt('a')
   while not loop.sequences['a'].is_running:
     loop.step()
-  # Eleven were computed again, and the token that was in flight.
+  # Eleven tokens were computed again, the token in flight for the first time.
   assert loop.manager.served['ann'] == 11 + 1
   loop.submit('c', range(10), 20, principal='ann')
   before = loop.manager.served['ann']

@@ -28,7 +28,7 @@ def _loop(*, num_pages=NUM_PAGES, depth=1, **limits):
 
 
 class ManagerMachine(stateful.RuleBasedStateMachine):
-  """Random operations; `check` and the device look on."""
+  """Random operations; `check` and the device verify each of them."""
 
   @stateful.initialize(
     depth=st.integers(0, 3), num_pages=st.sampled_from([8, NUM_PAGES, 40])
@@ -44,7 +44,7 @@ class ManagerMachine(stateful.RuleBasedStateMachine):
     return data.draw(st.sampled_from(ids))
 
   @stateful.rule(
-    # Two tokens, so that prompts have beginnings in common.
+    # Two tokens, so that prompts share prefixes.
     prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
     max_new_tokens=st.integers(1, 8),
     principal=st.sampled_from('ab'),
@@ -111,7 +111,7 @@ class ManagerMachine(stateful.RuleBasedStateMachine):
 
   def teardown(self):
     if hasattr(self, 'loop'):
-      self.loop.run()  # whatever is left ends
+      self.loop.run()  # all remaining sequences end
       self.loop.manager.clear()
       assert self.loop.manager.gauges().pages_used == 0
       assert self.loop.manager.gauges().pages_idle == 0
@@ -230,7 +230,7 @@ def test_a_long_prompt_never_takes_a_row_from_those_who_decode():
 
 
 def _steps_until_the_low_one_ends(aging_steps, principal):
-  """Somebody of the worst priority, under a load that never lets up."""
+  """Runs a sequence of the worst priority under a load that never ends."""
   loop = _loop(aging_steps=aging_steps)
   ids = itertools.count()
   for _ in range(8):
@@ -248,9 +248,9 @@ def _steps_until_the_low_one_ends(aging_steps, principal):
 @pytest.mark.parametrize('principal', [None, 'another'])
 def test_nobody_starves_under_a_load_of_better_priority(principal):
   num_steps = _steps_until_the_low_one_ends(8, principal)
-  # After 5 levels of 8 steps it is an equal, and the next to enter: when one of
-  # those that run has ended, a step for its prompt, 9 for the rest, 2 until
-  # that is known. Then it takes as long itself.
+  # After 5 levels of 8 steps it is equal, and the next to enter. It enters when
+  # a running sequence has ended: a step for its prompt, 9 for the rest, 2 until
+  # the end is known. Then it takes as long itself.
   assert num_steps is not None
   assert num_steps <= 5 * 8 + 2 * 12
   assert _steps_until_the_low_one_ends(8 * 1000, principal) is None
@@ -283,7 +283,7 @@ def test_everybody_ends_under_a_mixed_load_that_goes_on():
 
 
 def _delay_behind_a_flood(num_requests):
-  """Steps that a single request waits behind those of another principal."""
+  """Returns the steps that one request waits after a flood of another."""
   loop = _loop(num_pages=100)
   for i in range(num_requests):
     loop.submit(i, [1, 2, 3, i], 10, principal='flood')
@@ -298,8 +298,8 @@ def _delay_behind_a_flood(num_requests):
 
 def test_a_flood_delays_another_principal_by_one_of_its_requests_at_most():
   delays = {_delay_behind_a_flood(num) for num in (4, 20, 200)}
-  # Until the first of those that run has ended: a step for its prompt, 9 for
-  # the rest, of which 5 are over; a step to report, one to begin.
+  # Until the first running sequence has ended: a step for its prompt, 9 for the
+  # rest, of which 5 are over; a step to report, one to begin.
   assert len(delays) == 1
   assert delays.pop() <= 10 - 5 + 2
 
@@ -317,9 +317,9 @@ def test_principals_that_always_want_more_get_equal_shares():
         loop.submit(id, [1, 2], lengths[principal], principal=principal)
     loop.step()
   served = loop.manager.served
-  # Of what two requests of the longest compute in each of four slots: the
-  # counters of those with work waiting cannot be further apart (Sheng et al.,
-  # arXiv:2401.00588, section 4).
+  # The bound: the tokens of two of the longest requests in each of four slots.
+  # Counters of principals with waiting work cannot be further apart (Sheng et
+  # al., arXiv:2401.00588, section 4).
   assert abs(served['ann'] - served['bob']) <= 2 * 4 * 18
   assert served['ann'] + served['bob'] > 1500
 
@@ -329,7 +329,7 @@ def test_principals_that_always_want_more_get_equal_shares():
 
 
 def _shape(step):
-  """All of a step that costs time."""
+  """Returns all parts of a step that cost time."""
   return (
     [(span.start, span.length, len(span.pages)) for span in step.decodes],
     [(span.start, span.length, len(span.pages)) for span in step.chunks],
@@ -359,7 +359,7 @@ def test_the_same_prompt_of_another_scope_is_like_one_never_seen():
   never_seen, _ = _steps_of_a_second_prompt(range(100, 120), 'probe')
   assert same == never_seen
   assert not shared
-  # And it is the scope that makes the difference.
+  # The scope makes the difference.
   hit, shared = _steps_of_a_second_prompt(range(20), 'victim')
   assert hit != never_seen
   assert len(shared) == 4
