@@ -31,7 +31,7 @@ class Generator:
   def __init__(
     self,
     frozen: frozen_format.Frozen,
-    engine: engine_config.EngineConfig = engine_config.EngineConfig(),
+    config: engine_config.EngineConfig = engine_config.EngineConfig(),
   ):
     self.frozen = frozen
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
@@ -49,7 +49,7 @@ class Generator:
       tokenizer=self.tokenizer,
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
-      config=engine,
+      config=config,
     )
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class Generator:
 
 def load(
   directory: str | os.PathLike,
-  engine: engine_config.EngineConfig = engine_config.EngineConfig(),
+  config: engine_config.EngineConfig = engine_config.EngineConfig(),
 ) -> Generator:
   """Reads and verifies a frozen directory; returns its generator."""
-  return Generator(frozen_format.read(directory), engine)
+  return Generator(frozen_format.read(directory), config)

@@ -10,6 +10,8 @@ until another sequence needs the room (Kwon et al., arXiv:2309.06180, section
 
 from collections.abc import Iterable, Sequence
 
+from checks import expect
+
 # Padding writes to this page, and the unused end of a page table points to it.
 # No sequence owns it, and its contents are never used.
 NULL_PAGE = 0
@@ -30,11 +32,7 @@ class PageAllocator:
   """
 
   def __init__(self, num_pages: int):
-    if num_pages < 2:
-      raise ValueError(
-        f'num_pages: got {num_pages}, expected at least 2: the null page and'
-        ' one to own'
-      )
+    expect.at_least('num_pages', num_pages, 2, 'one of them is the null page')
     self.num_usable = num_pages - 1
     self._num_references = [0] * num_pages
     self._is_cached = [False] * num_pages

@@ -13,6 +13,7 @@ idle pages and the order in which they became idle.
 
 from collections.abc import Hashable, Iterable, Sequence
 
+from checks import expect
 from inference.scheduling import pages as pages_lib
 
 
@@ -42,10 +43,7 @@ class PrefixCache:
   """
 
   def __init__(self, allocator: pages_lib.PageAllocator, page_size: int):
-    if page_size < 1:
-      raise ValueError(
-        f'page_size: got {page_size}, expected at least 1 token to a page'
-      )
+    expect.at_least('page_size', page_size, 1)
     self._allocator = allocator
     self._page_size = page_size
     self._roots: dict[Hashable, _Node] = {}
