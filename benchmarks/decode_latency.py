@@ -90,7 +90,7 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
     random_model.params(request.model),
     tokenizer=random_model.Tokenizer(request.model.vocab_size),
     weights_digest='',
-    engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
+    config=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
   asked = requests.Request(
     prompt_ids=tuple(prompt_ids(request)),

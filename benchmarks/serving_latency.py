@@ -70,7 +70,7 @@ class Bench:
       random_model.params(scenario.model),
       tokenizer=random_model.Tokenizer(scenario.model.vocab_size),
       weights_digest='',
-      engine=engine,
+      config=engine,
     )
     self._rng = np.random.default_rng(0)
 

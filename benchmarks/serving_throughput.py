@@ -96,7 +96,7 @@ class Ours:
       random_model.params(workload.model),
       tokenizer=random_model.Tokenizer(workload.model.vocab_size),
       weights_digest='',
-      engine=workload.engine,
+      config=workload.engine,
     )
     self.waste: list[float] = []  # of each step of `continuous`
     self.contiguous: list[float] = []
@@ -152,7 +152,7 @@ class Ours:
       pass
 
   def _note_memory(self) -> None:
-    gauges = self.engine.roster.gauges()
+    gauges = self.engine.manager.gauges()
     if slots := gauges.pages_used * self.engine.page_tokens:
       self.waste.append(1 - gauges.tokens_held / slots)
       whole = gauges.num_running * self.workload.model.max_length

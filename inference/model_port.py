@@ -1,11 +1,11 @@
-"""The engine as the functions that evaluations and rollouts ask for.
+"""The model port: functions that score and sample with the engine.
 
-    score = scoring.scorer(engine)
+    score = model_port.scorer(engine)
     scores = score([(context_ids, continuation_ids), ...])
 
-Both go through the engine that serves: what is evaluated, and what on-policy RL
-samples with, is what clients get. `evals/ports.py` has the contracts; this file
-keeps to them without importing them, since evaluations are not part of serving.
+Evaluations and on-policy RL use the engine that serves, so that they see what
+clients get. `evals/ports.py` has the contracts; this file keeps to them without
+importing them, since evaluations are not part of serving.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ from inference.sampling import settings as settings_lib
 
 
 class Score(NamedTuple):
-  """How probable a continuation is."""
+  """The log-probabilities of a continuation."""
 
-  logprob: float  # of the whole, in nats
-  is_greedy: bool  # every token is the most probable one
+  logprob: float  # of the whole continuation, in nats
+  is_greedy: bool  # whether every token is the most probable one
   token_logprobs: np.ndarray  # float32, of each token
 
 
 class Sample(NamedTuple):
-  """A completion, and how probable the model itself finds its tokens."""
+  """A completion and the log-probabilities of its tokens."""
 
-  text: str  # without what ended it
-  ids: tuple[int, ...]  # those that the text is of
-  all_ids: tuple[int, ...]  # as sampled: with EOS, stop id or stop string
+  text: str  # without EOS, stop id or stop string
+  ids: tuple[int, ...]  # the ids that spell the text
+  all_ids: tuple[int, ...]  # all sampled ids, with EOS, stop id or string
   logprobs: np.ndarray  # float32, of `all_ids`, before temperature and filters
 
 
@@ -39,8 +39,9 @@ def scorer(
 ) -> Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[Score]]:
   """Returns a function that scores continuations of contexts, in order.
 
-  Context and continuation have at least a token each, and together at most one
-  more than the model's context: the last one is predicted and never read.
+  Context and continuation have at least one token each. Together they have at
+  most one token more than the model's context: the last one is predicted and
+  never computed.
   """
   settings = settings_lib.Settings(
     temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=1
@@ -75,17 +76,17 @@ def scorer(
 def sampler(
   engine: engine_lib.Engine, **fixed: Any
 ) -> Callable[[Sequence[Sequence[int]], Any, int], list[list[Sample]]]:
-  """Returns a function that completes prompts, several times each.
+  """Returns a function that samples several completions of each prompt.
 
   Args:
-    engine: what it samples with.
-    **fixed: fields of `Settings` that hold in every call.
+    engine: that samples.
+    **fixed: fields of `Settings` for every call.
 
   Returns:
-    A function of prompts, settings and the number of samples. The settings are
-    an object with fields of the names of
-    `inference.sampling.settings.Settings`. Samples of a call differ from each
-    other, also where prompts are the same; those of the same call repeat.
+    A function of prompts, settings and the number of samples per prompt. The
+    settings are any object with fields named like those of
+    `inference.sampling.settings.Settings`. Samples of one call differ from each
+    other, even for equal prompts. The same call gives the same samples again.
   """
 
   def sample(prompts: Sequence[Sequence[int]], wanted: Any, num_samples: int):
@@ -115,35 +116,25 @@ def sampler(
 def answer_all(
   engine: engine_lib.Engine, asked: Sequence[requests.Request]
 ) -> list[list[requests.Completion]]:
-  """Returns the n completions of each request; the engine is fed as it takes.
+  """Returns the n completions of each request.
 
   Raises:
     ValueError: a request could never be answered; before any work.
   """
-  for request in asked:
-    engine.room_for(request)
   answers: list[list[Any]] = [[None] * each.settings.n for each in asked]
-  which: dict[int, int] = {}
-  num_asked, num_open = 0, 0
-  while num_asked < len(asked) or num_open:
-    while num_asked < len(asked) and engine.has_room_for(asked[num_asked]):
-      which[engine.submit(asked[num_asked])] = num_asked
-      num_open += asked[num_asked].settings.n
-      num_asked += 1
-    for update in engine.step():
-      if update.completion and update.request_id in which:
-        answers[which[update.request_id]][update.index] = update.completion
-        num_open -= 1
+  for which, update in engine.answer(asked):
+    if update.completion:
+      answers[which][update.index] = update.completion
   return answers
 
 
 def _score(completion: requests.Completion, length: int) -> Score:
   read, target = completion.prompt_logprobs or [], completion.logprobs or []
-  # The first token of a prompt has no score, and is never of a continuation.
+  # The first token of a prompt has no logprob; it belongs to the context.
   found = [each for each in (*read, *target)[-length:] if each]
   token_logprobs = np.asarray([each.chosen for each in found], np.float32)
   return Score(
-    # In float64, as sums over long texts lose digits otherwise.
+    # In float64: a float32 sum over a long text loses digits.
     logprob=float(token_logprobs.sum(dtype=np.float64)),
     is_greedy=all(each.chosen >= each.values[0] for each in found),
     token_logprobs=token_logprobs,
