@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from evals import ports
+from text import tokenizer as tokenizer_lib
 
 
 class Pair(NamedTuple):
@@ -85,7 +86,7 @@ def encode_trusted(model: ports.Model, text: str) -> list[int]:
 
 
 def naming_special_tokens(
-  tokenizer: ports.MarkingTokenizer,
+  tokenizer: tokenizer_lib.Tokenizer,
 ) -> Callable[[str], list[int]]:
   """Returns an `encode_prompt`: each name of a special token is that token."""
   # The longest first: one name may begin with another.
@@ -118,5 +119,4 @@ def fit_prompt(model: ports.Model, ids: list[int], max_tokens: int) -> Pair:
 
 def bos(model: ports.Model) -> list[int]:
   """Returns what stands before every text: BOS, or nothing."""
-  bos_id = model.tokenizer.bos_id
-  return [bos_id] if model.adds_bos and bos_id is not None else []
+  return [model.tokenizer.bos_id] if model.adds_bos else []

@@ -24,8 +24,9 @@ from evals.tasks import perplexity
 
 _log = logging.getLogger('lm_eval')  # where lm_eval's own warnings go
 _MAX_GEN_TOKENS = 256  # of tasks that do not say, as in lm_eval
-# What a task may say of generation; anything else would be ignored.
-_SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p')
+# Filters that a task may ask for, as transformers names them. Any other
+# setting is refused, since the ports would ignore it.
+_FILTERS = ('top_k', 'top_p', 'min_p')
 # Texts, or None, and the ids of context and continuation.
 _Request = tuple[Any, list[int], list[int]]
 
@@ -50,9 +51,8 @@ class LM(lm_eval_model.TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    """Of the token that ends a document; the prefix where there is none."""
-    eos_id = self._model.tokenizer.eos_id
-    return self._model.prefix if eos_id is None else eos_id
+    """Returns the id of the token that ends a document."""
+    return self._model.tokenizer.eos_id
 
   @property
   def prefix_token_id(self) -> int:
@@ -208,24 +208,26 @@ class LM(lm_eval_model.TemplateLM):
     )
     max_tokens, until = rest.pop('max_gen_toks'), rest.pop('until') or []
     is_sampled = rest.pop('do_sample')
-    chosen = {name: rest.pop(name) for name in _SAMPLING if name in rest}
+    temperature = rest.pop('temperature', None)
+    filters = {name: rest.pop(name) for name in _FILTERS if name in rest}
     if rest:
       raise ValueError(
         f'generation_kwargs: got {rest}, expected only until,'
-        f' max_gen_toks, do_sample, {", ".join(_SAMPLING)}; change the task'
+        f' max_gen_toks, do_sample, temperature, {", ".join(_FILTERS)}; change'
+        ' the task'
       )
-    if is_sampled and not chosen.get('temperature'):
+    if is_sampled and not temperature:
       raise ValueError(
-        f'generation_kwargs: got do_sample with temperature'
-        f' {chosen.get("temperature")}, expected one above 0'
+        'generation_kwargs: got do_sample with temperature'
+        f' {temperature}, expected one above 0'
       )
-    if not is_sampled:
-      chosen = {}  # what shapes a distribution does not move its maximum
     return ports.SampleSettings(
       max_tokens=max_tokens,
+      temperature=temperature if is_sampled else 0.0,
+      # A filter never removes the most probable token, which greedy takes.
+      filters=filters if is_sampled else {},
       seed=self._seed,
       stop=tuple(stop for stop in until if stop),
-      **chosen,
     )
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:

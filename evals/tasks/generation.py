@@ -42,10 +42,9 @@ class Task(task.Task):
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the prompts."""
+    prompts = tuple(read_prompts(path))
     return cls(
-      options=options,
-      files={path: digests.of_file(path)},
-      prompts=tuple(read_prompts(path)),
+      options=options, files={path: digests.of_file(path)}, prompts=prompts
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:

@@ -49,10 +49,11 @@ class Task(task.Task):
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the documents."""
+    documents = tuple(read_documents(path))
     return cls(
       options=options,
       files={path: digests.of_file(path)},
-      documents=tuple(read_documents(path)),
+      documents=documents,
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
