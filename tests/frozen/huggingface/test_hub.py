@@ -48,5 +48,5 @@ def test_what_cannot_be_fetched_is_one_error():
 def test_the_library_is_asked_and_answers_offline():
   """The real one, which the tests' environment forbids the network."""
   pytest.importorskip('huggingface_hub', reason='requirements-hub.txt')
-  with pytest.raises(FileNotFoundError, match='expected to fetch it from the'):
+  with pytest.raises(FileNotFoundError, match='expected a download from the'):
     hub.fetch('no-such-organisation/no-such-model')
