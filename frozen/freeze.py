@@ -43,8 +43,7 @@ _RUN_FIELDS = {
   'code_commit',
 }
 
-# Recommended settings in the manifest of the weights; a request may override
-# them.
+# Recommended settings in the frozen directory; a request may override them.
 DEFAULT_GENERATION = {
   'temperature': 0.8,
   'top_k': 0,
@@ -59,8 +58,8 @@ def serving_params(
   params: frozen_format.Params, config: model_config.ModelConfig, *, dtype: str
 ) -> tuple[frozen_format.Params, model_config.ModelConfig]:
   """Returns serving params of training params, and their config."""
-  # Unstacked: decoding through a scan was measured 2.7 times slower on CPU, as it
-  # slices each layer's weights out.
+  # Unstacked: decoding through a scan was measured 2.7 times slower on CPU,
+  # because it slices each layer's weights out.
   params, config = layout.unstack(params, config)
   # Copies, never aliases: the train step donates its params, and would delete
   # aliased serving params with them.
