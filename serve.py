@@ -139,7 +139,7 @@ def _speed(completions, compile_seconds: float) -> str:
 
 def _evaluate() -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
-  from evals import run
+  from evals import options, run
   from evals.results import report
   from inference import generate
 
@@ -149,7 +149,7 @@ def _evaluate() -> None:
     if name.startswith(_EVAL) and FLAGS[name].value is not None
   }
   # Files are read first: a wrong one need not wait for the engine.
-  task = run.open_task(FLAGS.eval, run.Options(**given))
+  task = run.open_task(FLAGS.eval, options.Options(**given))
   generator = generate.load(FLAGS.model, _engine_config())
   result = task.run(_evaluated(generator))
   print(report.text(result))
@@ -247,9 +247,9 @@ def _load_small(num_sequences: int):
     _engine_config(
       max_sequences=num_sequences,
       decode_shapes=(num_sequences,),
-      block_rows=128,
-      max_blocks=1,
-      max_mixed_blocks=1,
+      chunk_tokens=128,
+      max_chunks=1,
+      max_mixed_chunks=1,
     ),
   )
 
@@ -410,9 +410,9 @@ def _define_engine() -> None:
   define(count, 'max_sequences', 'Sequences that run at once.')
   define(count, 'page_size', 'Tokens of a page; 0: the whole context.')
   define(count, 'num_pages', 'Pages of the cache; 0: what memory allows.')
-  define(count, 'block_rows', 'Prompt tokens computed together, a block.')
-  define(count, 'max_blocks', 'Blocks of a step in which nobody decodes.')
-  define(count, 'max_mixed_blocks', 'Blocks of a step in which somebody does.')
+  define(count, 'chunk_tokens', 'Prompt tokens computed together, a block.')
+  define(count, 'max_chunks', 'Blocks of a step in which nobody decodes.')
+  define(count, 'max_mixed_chunks', 'Blocks of a step in which somebody does.')
   define(count, 'stall_context', 'Tokens before such a block: it counts twice.')
   define(choice, 'kv_dtype', 'What pages hold: model or int8.')
   define(

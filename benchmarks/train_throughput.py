@@ -19,7 +19,6 @@ ratios of tokens/s: above 1, we are faster.
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -28,14 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from benchmarks.peer import peer_process
 from experiments import presets
 from hardware import host_memory, peaks
 from models import flops, model_config, transformer
 from training import state as state_lib, step
 from training.objectives import next_token
-from training.optimizer import chain
+from training.optimizer import chain, rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +78,9 @@ def shapes() -> dict[str, Shape]:
   }
 
 
+RULE = rules.AdamW()
 OPTIMIZER = chain.OptimizerConfig(
-  peak_lr=1e-4, schedule='constant', warmup_steps=0
+  rule=RULE, peak_lr=1e-4, schedule='constant', warmup_steps=0
 )
 
 
@@ -94,7 +94,7 @@ def our_turn(shape: Shape) -> timing.Turn:
     jax.random.key(0)
   )
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer),
+    step.make_train_step(model, next_token.NextToken(), optimizer),
     donate_argnums=0,
   )
   batch = _batch(shape)
@@ -135,8 +135,8 @@ def peer_spec(shape: Shape) -> dict[str, Any]:
     'clip_norm': OPTIMIZER.clip_norm,
     'optimizer': {
       'lr': OPTIMIZER.peak_lr,
-      'betas': (OPTIMIZER.beta1, OPTIMIZER.beta2),
-      'eps': OPTIMIZER.epsilon,
+      'betas': (RULE.beta1, RULE.beta2),
+      'eps': RULE.epsilon,
       'weight_decay': OPTIMIZER.weight_decay,
     },
     'model': {
@@ -222,28 +222,21 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
   host_memory.reuse_freed_memory()  # as train.py does
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  results = []
-  try:
-    for name in shapes() if args.shape == 'all' else [args.shape]:
-      results.append(
-        run(name, shapes()[name], with_peer=args.peer, rounds=args.rounds)
-      )
-      print(report(results[-1]), flush=True)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  if args.out:
-    timing.write_json(args.out, {'results': results})
+  entry.run(
+    lambda args: (
+      run(name, shape, with_peer=args.peer, rounds=args.rounds)
+      for name, shape in shapes().items()
+      if args.shape in ('all', name)
+    ),
+    report,
+    is_list=True,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_enum('shape', 'all', ['all', 'small', '124m'], 'What to train.')
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5, has_peer=True)
+  flags.DEFINE_enum('shape', 'all', ['all', *shapes()], 'The model to train.')
   app.run(main)

@@ -28,7 +28,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data import locks, token_store
+from data import token_store
+from storage import locks
 
 # Documents that are fitted together.
 _GROUP = 2**16

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import venv
 
-from data import locks
+from storage import atomic, locks
 
 # The oldest versions whose ArrayRecord files are read here.
 PACKAGES = (
@@ -137,7 +137,7 @@ def make_environment(
         stderr=subprocess.PIPE,
         text=True,
       )
-      done.write_text(json.dumps(wanted))
+      atomic.write_text(done, json.dumps(wanted))
   except subprocess.CalledProcessError as error:
     raise ValueError(
       f'{directory}: {", ".join(packages)} cannot be installed'

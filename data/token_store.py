@@ -8,7 +8,7 @@ A store is a directory `tokens/<key>/` of the data directory:
 
 The key is a hash of the source's fingerprint and of the tokenizer. The first
 process that needs a store writes it, and all others wait for it
-(`data/locks.py`). Hosts have a data directory each, or share one.
+(`storage/locks.py`). Hosts have a data directory each, or share one.
 
 A document is [bos, ids of its text, eos]. In a `joined` store, a document is
 the ids of its text alone. Documents without text are left out.
@@ -28,7 +28,8 @@ import time
 
 import numpy as np
 
-from data import locks, sources
+from data import sources
+from storage import locks
 from text import tokenizer as tokenizer_lib
 
 Say = Callable[[str], None]

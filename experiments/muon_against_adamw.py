@@ -19,7 +19,7 @@ import dataclasses
 
 from experiments import quickstart
 from training import experiment
-from training.optimizer import chain, transforms
+from training.optimizer import chain, rules
 
 NUM_STEPS = 250  # of 2,048 tokens
 
@@ -30,9 +30,7 @@ def get_config(variant: str = 'adamw') -> experiment.Experiment:
     chosen = chain.OptimizerConfig(peak_lr=2e-3)
   elif variant == 'muon':
     chosen = chain.OptimizerConfig(
-      name='muon',
-      peak_lr=2e-2,
-      muon=transforms.MuonConfig(adam_peak_lr=2e-3),
+      rule=rules.Muon(adam_peak_lr=2e-3), peak_lr=2e-2
     )
   else:
     raise ValueError(f'variant: got {variant!r}, expected adamw or muon')

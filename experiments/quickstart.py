@@ -13,7 +13,7 @@ import sys
 from data import data_config, sources
 from experiments import presets
 from training import experiment
-from training.optimizer import chain
+from training.optimizer import chain, rules
 
 VOCAB_SIZE = 2048
 LENGTH = 256
@@ -47,7 +47,7 @@ def get_config() -> experiment.Experiment:
     ),
     # Ahead of AdamW at equal steps: experiments/muon_against_adamw.py.
     optimizer=chain.OptimizerConfig(
-      name='muon',
+      rule=rules.Muon(),
       peak_lr=2e-2,
       end_lr=0.0,
       schedule='linear',

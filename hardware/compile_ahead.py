@@ -1,12 +1,16 @@
-"""Compiles a program for devices that are not here, and says what it takes.
+"""Ahead-of-time compilation for absent devices: memory, traffic and roofline.
 
-    compiled = ahead.compile(lowered)      # Program, or OutOfMemory
-    roof = ahead.roofline(flops, compiled.traffic, peaks, 'bfloat16')
+    compiled = compile_ahead.compile(lowered)      # Program, or OutOfMemory
+    roof = compile_ahead.roofline(flops, compiled.traffic, peaks, 'bfloat16')
 
-A roofline (Williams et al. 2009): a step takes at least as long as its
-products, its reads and writes of main memory, and what it sends over the links
-each take by themselves at the device's peak. The largest of the three binds;
-that the others hide behind it is the best case.
+The roofline (Williams et al. 2009) is a lower bound of a step's time. Its
+products, its main-memory traffic and its messages over the links each take some
+time at the device's peak rate. The longest of the three binds; in the best case
+it hides the two others.
+
+Breaks first when jax moves: `out_of_memory` reads the text of the compilers'
+RESOURCE_EXHAUSTED errors, and `compile` the fields of
+`compiled.memory_analysis()`.
 """
 
 import dataclasses
@@ -19,46 +23,46 @@ from hardware import hlo, peaks as peaks_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-  """What the compiler says of a program; bytes of one device."""
+  """The compiler's account of a program; bytes of one device."""
 
   arguments: int
   outputs: int
-  temporaries: int  # as allocated, gaps between them included
-  aliased: int  # outputs that take the place of arguments
-  peak: int  # most that is in use at a time; 0 where nobody says
+  temporaries: int  # as allocated, with the gaps between them
+  aliased: int  # outputs that reuse the memory of donated arguments
+  peak: int  # largest amount in use at one time; 0 if the compiler is silent
   traffic: hlo.Traffic
 
   @property
   def allocated(self) -> int:
-    """Bytes that the device must have for the program to be loaded."""
+    """The bytes that the device must have free to load the program."""
     return self.arguments + self.outputs - self.aliased + self.temporaries
 
   @property
   def in_use(self) -> int:
-    """The peak where the compiler tells it, else what is allocated."""
+    """The peak if the compiler reports it, else the allocated bytes."""
     return self.peak or self.allocated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutOfMemory:
-  """The compiler refused: the program does not fit its device."""
+  """The compiler's refusal of a program that does not fit its device."""
 
-  needed: int  # bytes; 0 where the message does not say
-  available: int
-  message: str
+  needed: int  # bytes; 0 if the message has no number
+  available: int  # bytes; 0 if the message has no number
+  message: str  # its first line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-  """Least seconds of each resource, and the one that binds."""
+  """The least seconds of a program on each resource of a device."""
 
-  compute: float
-  memory: float
-  links: float
+  compute: float  # matrix products
+  memory: float  # main memory (HBM)
+  links: float  # interconnect
 
   @property
   def binds(self) -> str:
-    """Which of them takes longest: compute, HBM or interconnect."""
+    """The resource that takes longest: compute, HBM or interconnect."""
     seconds = {
       'compute': self.compute,
       'HBM': self.memory,
@@ -68,15 +72,19 @@ class Roofline:
 
   @property
   def seconds(self) -> float:
-    """The step at best: everything else hides behind what binds."""
+    """The least seconds of the step: the binding resource hides the others."""
     return max(self.compute, self.memory, self.links)
 
 
 def compile(lowered: Any) -> Program | OutOfMemory:
-  """Compiles what `jit(f).lower(...)` returned for absent devices."""
+  """Returns the compiled program of `jit(f).lower(...)`, or the refusal.
+
+  Raises:
+    Exception: the compiler failed for another reason than memory.
+  """
   try:
     compiled = lowered.compile()
-  except Exception as error:  # the class is the compiler's own
+  except Exception as error:  # each compiler raises a class of its own
     refusal = out_of_memory(str(error))
     if refusal is None:
       raise
@@ -97,14 +105,18 @@ _SCALE = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
-  """Reads a compiler's refusal; None if the message is of something else."""
+  """Returns the refusal that a compiler's message reports, or None.
+
+  A message about anything but main memory is no refusal.
+  """
   is_main_memory = re.search(r'hbm|memory', message, re.IGNORECASE)
   if 'RESOURCE_EXHAUSTED' not in message or not is_main_memory:
     return None
   if re.search(r'vmem|smem', message, re.IGNORECASE) and not re.search(
     r'hbm', message, re.IGNORECASE
   ):
-    return None  # a kernel's blocks, which no layout of the model changes
+    # A kernel's own tiles are too large: no layout of the model changes them.
+    return None
   match = re.search(
     rf'Used {_AMOUNT} of {_AMOUNT} hbm', message, re.IGNORECASE
   ) or re.search(rf'\({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)', message)
@@ -124,10 +136,10 @@ def roofline(
   """Returns the least seconds of a program on one device.
 
   Args:
-    flops: of matrix products, those done twice for lack of memory included.
+    flops: of matrix products, including those that rematerialisation repeats.
     traffic: of the program.
     peaks: of the device.
-    dtype: that products are computed in.
+    dtype: of the operands of the products.
   """
   sent = traffic.sent_bytes
   return Roofline(
@@ -138,7 +150,7 @@ def roofline(
 
 
 def size(num_bytes: float) -> str:
-  """Returns a number of bytes as a person reads it."""
+  """Returns a number of bytes as text, e.g. '1.5 KiB'."""
   if not num_bytes:
     return '0 B'
   power = min(int(math.log2(num_bytes) // 10), 4)

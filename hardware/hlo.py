@@ -1,14 +1,18 @@
-"""Reads a compiled program: what it sends between devices, and what it reads.
+"""Traffic of a compiled program: bytes sent to other devices, bytes of memory.
 
-XLA's cost analysis counts the body of a loop once. Here the text of the
-optimised program is parsed, and what a loop's body does counts as often as the
-body runs. Figures are those of one device.
+XLA's cost analysis counts the body of a loop once. This module parses the text
+of the optimised program and counts a loop's body as often as the loop runs.
+All figures are those of one device.
 
     program = hlo.parse(compiled.as_text())
     traffic = hlo.traffic(program)
 
-The text is XLA's own format and no stable interface: what cannot be read (a
-loop without a visible end) is counted once and reported.
+Breaks first when jax moves: `compiled.as_text()` is XLA's own text format and
+no stable interface. The parser depends on how XLA spells opcodes, shapes and
+layouts, `replica_groups`, `source_target_pairs`, `known_trip_count` and the
+names of called computations. A loop whose number of turns cannot be read is
+counted once, a collective whose devices cannot be read is not counted, and both
+are reported in `Traffic.unknown`.
 """
 
 from collections import defaultdict
@@ -26,7 +30,7 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
-# Reads and writes nothing: names for what is there, or structure.
+# Instructions that move no bytes: they name existing arrays, or are structure.
 _FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
   'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'iota',
@@ -34,6 +38,7 @@ _FREE = {
 }  # fmt: skip
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0, 's4': 4, 'u4': 4}
 _SHAPE = re.compile(r'([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^{}]*\})?')
+# Memory space 0 is main memory; TPU layouts mark memory on the chip as S(1).
 _FAST_MEMORY = re.compile(r'S\([1-9]\)')
 
 
@@ -43,10 +48,10 @@ class Instruction:
 
   name: str
   opcode: str
-  shape: str  # 'f32[2,3]{1,0}' or a tuple of such
+  shape: str  # 'f32[2,3]{1,0}', or a tuple of such shapes
   operands: tuple[str, ...]
-  literal: str  # between the parentheses: a constant, a parameter's number
-  attributes: str  # what follows the operands
+  literal: str  # text in parentheses: a constant, or a parameter's number
+  attributes: str  # text after the operands
   is_root: bool
 
   def called(self, key: str) -> str | None:
@@ -68,18 +73,20 @@ class Collective:
   """All executions of one collective operation in a program."""
 
   kind: str  # one of COLLECTIVES
-  num_devices: int  # that take part together
+  num_devices: int  # of one group that exchanges data
   payload_bytes: int  # operands of one execution, on one device
-  count: int  # executions
+  count: int  # executions per execution of the program
 
   @property
   def sent_bytes(self) -> float:
-    """Bytes that a device sends, and receives, in all executions.
+    """The bytes that one device sends in all executions; it receives as many.
 
-    A ring moves no less: the other devices' parts once, and for a sum once to
-    add up and once to hand out (Patarasuk and Yuan 2009).
+    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
+    algorithms": a ring reaches the least possible number.
     """
     n = self.num_devices
+    # An operand is one device's part for a gather, the whole array for a sum.
+    # An all-reduce is a reduce-scatter and a gather of its result.
     factor = {
       'all-gather': n - 1,
       'all-reduce': 2 * (n - 1) / n,
@@ -92,14 +99,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-  """What one device moves in one execution of a program."""
+  """The bytes that one device moves in one execution of a program."""
 
   collectives: tuple[Collective, ...]
   memory_bytes: float  # read from and written to main memory
-  unknown: tuple[str, ...]  # loops counted once, collectives not counted
+  unknown: tuple[str, ...]  # names of unreadable loops and collectives
 
   def by_kind(self) -> dict[str, tuple[int, float]]:
-    """Returns (executions, bytes sent) of each kind of collective."""
+    """Returns {kind of collective: (executions, bytes sent)}."""
     totals: dict[str, tuple[int, float]] = {}
     for item in self.collectives:
       count, sent = totals.get(item.kind, (0, 0.0))
@@ -108,16 +115,16 @@ class Traffic:
 
   @property
   def sent_bytes(self) -> float:
-    """Bytes sent to other devices."""
+    """The bytes sent to other devices."""
     return sum(item.sent_bytes for item in self.collectives)
 
 
 def shape_bytes(shape: str, *, is_main_memory: bool = False) -> int:
-  """Returns the bytes of a shape or tuple of shapes, layouts unpadded.
+  """Returns the bytes of a shape or of a tuple of shapes, without padding.
 
   Args:
-    shape: as the text has it.
-    is_main_memory: leave out what lies in memory on the chip.
+    shape: text of the shape.
+    is_main_memory: counts arrays in main memory only, not those on the chip.
   """
   total = 0
   for dtype, dims, layout in _SHAPE.findall(shape):
@@ -148,7 +155,8 @@ def parse(text: str) -> Program:
     if match:
       current = computations.setdefault(match.group(2), {})
       entry = match.group(2) if match.group(1) else entry
-    # A kernel's metadata goes on over lines of its own; they are passed over.
+    # A kernel's metadata may continue on further lines, which are no
+    # instructions and are skipped.
     elif current is not None and (instruction := _instruction(line)):
       current[instruction.name] = instruction
   if not entry:
@@ -179,7 +187,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-  """Returns the index behind the parenthesis that closes the one at start."""
+  """Returns the index after the parenthesis that closes the one at `start`."""
   depth = 0
   for i in range(start, len(line)):
     depth += {'(': 1, ')': -1}.get(line[i], 0)
@@ -189,7 +197,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def traffic(program: Program) -> Traffic:
-  """Adds up collectives and main-memory traffic over all executions."""
+  """Returns the traffic of a program, summed over all executions of loops."""
   counts: dict[tuple[str, int, int], int] = defaultdict(int)
   memory_bytes, unknown = 0.0, []
   for instruction, name, times, is_fused in _executed(
@@ -198,7 +206,8 @@ def traffic(program: Program) -> Traffic:
     body = program.computations[name]
     kind = _collective_kind(instruction)
     if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
-      # A TPU's reduce-scatter: a sum of which each device keeps a slice.
+      # libtpu writes a reduce-scatter as a fusion of this name: an all-reduce
+      # of which each device keeps a slice.
       kind = 'reduce-scatter'
     if kind:
       payload = _operand_bytes(instruction, body)
@@ -207,6 +216,8 @@ def traffic(program: Program) -> Traffic:
         unknown.append(instruction.name)
       elif size > 1:
         counts[kind, size, payload] += times
+    # Values inside a fusion never reach main memory: its operands and results
+    # are counted where it is called.
     if not is_fused:
       memory_bytes += times * _memory_bytes(program, instruction, body)
   return Traffic(
@@ -226,7 +237,10 @@ def _executed(
   unknown: list[str],
   is_fused: bool = False,
 ) -> Iterator[tuple[Instruction, str, int, bool]]:
-  """Yields every instruction, its computation, and how often it runs."""
+  """Yields (instruction, computation, number of executions, is in a fusion).
+
+  Appends to `unknown` the loops whose number of turns cannot be read.
+  """
   body = program.computations.get(name, {})
   for instruction in body.values():
     yield instruction, name, times, is_fused
@@ -237,7 +251,7 @@ def _executed(
         unknown.append(instruction.name)
       called = [(instruction.called('body'), trips or 1, is_fused)]
     elif opcode == 'conditional':
-      # Which branch runs is known to nobody; that of most instructions counts.
+      # The branch is chosen at run time: the longest one is counted.
       names = re.findall(
         r'(?:branch_computations=\{|true_computation=|false_computation=|, )'
         r'%([\w.-]+)',
@@ -261,10 +275,10 @@ def _executed(
 def trip_count(
   program: Program, loop: Instruction, body: dict[str, Instruction]
 ) -> int | None:
-  """Returns how often a while loop runs, or None if it cannot be read.
+  """Returns the number of turns of a while loop, None if it cannot be read.
 
-  Some backends say so; else the condition compares a counter, which goes up by
-  one, with a constant.
+  Some backends write the number down. Otherwise the condition compares a
+  constant with a counter, which changes by one per turn.
   """
   match = re.search(
     r'known_trip_count\\?"?:\{\\?"n\\?":\\?"(\d+)', loop.attributes
@@ -285,10 +299,10 @@ def trip_count(
 
 
 def _compared(program, condition) -> tuple[int, int, str] | None:
-  """Returns (place of the counter, the constant, direction) of a condition."""
+  """Returns (the counter's index in the state, the limit, the direction)."""
   compare = next((i for i in condition.values() if i.is_root), None)
   inner = condition
-  given: dict[str, Instruction] = {}
+  given: dict[str, Instruction] = {}  # operands of a fused comparison
   if compare is not None and compare.opcode == 'fusion':
     outer = [condition.get(name) for name in compare.operands]
     inner = program.computations.get(compare.called('calls') or '', {})
@@ -305,6 +319,7 @@ def _compared(program, condition) -> tuple[int, int, str] | None:
     source = given.get(name) or inner.get(name)
     if source is None:
       return None
+    # An operand is the limit, or element `index` of the loop's state.
     if source.opcode == 'constant':
       limit = int(source.literal)
     elif match := re.search(r'index=(\d+)', source.attributes):
@@ -318,7 +333,7 @@ def _compared(program, condition) -> tuple[int, int, str] | None:
 def _initial(
   loop: Instruction, body: dict[str, Instruction], place: int
 ) -> int | None:
-  """Returns the constant that a loop's counter starts from."""
+  """Returns the constant from which a loop's counter starts."""
   start = body.get(loop.operands[0])
   if start is not None and start.opcode == 'tuple':
     start = body.get(start.operands[place])
@@ -330,7 +345,7 @@ def _initial(
 
 
 def _collective_kind(instruction: Instruction) -> str | None:
-  """Returns which collective an instruction starts or is, if any."""
+  """Returns the kind of the collective that an instruction is or starts."""
   kind = instruction.opcode.removesuffix('-start')
   return kind if kind in COLLECTIVES else None
 
@@ -344,9 +359,9 @@ def _operand_bytes(instruction, body) -> int:
 
 
 def _group_size(instruction: Instruction) -> int | None:
-  """Returns how many devices exchange data with each other; None: who knows.
+  """Returns the number of devices of a group, None if it cannot be read.
 
-  Groups are written as lists, {{0,1},{2,3}}; as an iota, [groups,size]<=[...];
+  XLA writes groups as lists, {{0,1},{2,3}}; as an iota, [groups,size]<=[...];
   or as axes of a mesh, mesh['a'=2,'b'=4] {'a'}.
   """
   text = instruction.attributes
@@ -367,10 +382,10 @@ def _group_size(instruction: Instruction) -> int | None:
 
 
 def _memory_bytes(program, instruction, body) -> float:
-  """Main-memory bytes of one execution: operands read, results written.
+  """Returns the main-memory bytes of one execution: reads and writes.
 
-  A slice reads what it takes, and an update in place writes what it puts, not
-  the array they take it from or put it in.
+  A slice reads the elements that it takes, not its whole operand. An update in
+  place writes the elements that it replaces, not the whole array.
   """
   opcode = instruction.opcode
   if (
@@ -389,7 +404,7 @@ def _memory_bytes(program, instruction, body) -> float:
       for parameter, name in zip(parameters, operands, strict=False)
     )
     return total + _written_bytes(program, inner, instruction)
-  if opcode == 'copy-start':  # (to, from, context): between two memories
+  if opcode == 'copy-start':  # (to, from, context), between two memories
     places = _SHAPE.finditer(instruction.shape)
     return float(
       sum(
@@ -414,14 +429,17 @@ def _memory_bytes(program, instruction, body) -> float:
 
 
 def _read_bytes(program, inner, parameter, operand) -> int:
-  """Bytes that a fusion reads of one operand."""
+  """Returns the bytes that a fusion reads of one operand."""
   shape = operand.shape if operand else parameter.shape
   whole = shape_bytes(shape, is_main_memory=True)
   return min(_taken_bytes(program, inner, parameter.name, whole), whole)
 
 
 def _taken_bytes(program, inner, name: str, whole: int) -> int:
-  """Bytes taken of a fused computation's value, at most `whole` per reader."""
+  """Returns the bytes read of a value in a fused computation.
+
+  Each user of the value reads at most `whole` bytes.
+  """
   total = 0
   for user in inner.values():
     if not whole or name not in user.operands:
@@ -439,13 +457,14 @@ def _taken_bytes(program, inner, name: str, whole: int) -> int:
         if parameter.opcode == 'parameter'
         and user.operands[int(parameter.literal)] == name
       )
+    # An update in place does not read the array that it updates.
     elif not (user.opcode == 'dynamic-update-slice' and is_first):
       return whole
   return total
 
 
 def _written_bytes(program, inner, fusion) -> int:
-  """Bytes that a fusion writes."""
+  """Returns the bytes that a fusion writes."""
   whole = shape_bytes(fusion.shape, is_main_memory=True)
   root = next((i for i in inner.values() if i.is_root), None)
   if root is None or not whole:
@@ -460,7 +479,7 @@ def _written_bytes(program, inner, fusion) -> int:
 
 
 def _put_bytes(program, inner, result) -> int:
-  """Bytes of one result of a fusion: of an update in place, the update."""
+  """Returns the bytes written of one result: the update, if it is in place."""
   if result.opcode == 'bitcast' and result.operands[0] in inner:
     return _put_bytes(program, inner, inner[result.operands[0]])
   if result.opcode == 'dynamic-update-slice' and result.operands[1] in inner:

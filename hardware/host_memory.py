@@ -1,9 +1,9 @@
-"""Keeps the memory that XLA:CPU frees, so that the next step has it at once.
+"""A malloc setting for XLA:CPU: freed memory stays with the process.
 
-A compiled program allocates its temporaries anew in every call. glibc takes
-blocks of that size from the kernel and gives them straight back, so every step
-pays for hundreds of megabytes of zeroed pages: a tenth of the step or more for
-small models. Has no effect on what accelerators allocate.
+A compiled program allocates its temporaries anew in every call. By default
+glibc takes large allocations from the kernel and returns them when they are
+freed. Every step then pays for hundreds of megabytes of zeroed pages: a tenth
+of the step or more for small models. Memory of accelerators is not affected.
 """
 
 import ctypes
@@ -14,18 +14,19 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def reuse_freed_memory() -> bool:
-  """Tells malloc to keep what is freed; returns whether it does.
+  """Makes malloc keep freed memory; returns whether it could be set.
 
-  To be called before jax allocates anything. Only glibc on Linux has it; with
-  another allocator nothing changes.
+  Call it before jax allocates anything. Only glibc on Linux has the setting;
+  another allocator is left as it is.
   """
   if sys.platform != 'linux':
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'mallopt'):
     return False
-  # One heap that only grows, and no mappings of their own for large blocks:
-  # heaps of threads end at 64 MB and would fall back to mappings.
+  # One heap for all threads that never shrinks, and no separate mappings for
+  # large allocations. With an arena per thread, whose heap ends at 64 MB, glibc
+  # would fall back to mappings.
   return all(
     libc.mallopt(parameter, value)
     for parameter, value in (

@@ -1,9 +1,9 @@
-"""What a device can do at best: the denominator of every utilisation figure.
+"""Peak rates of a device: the denominators of all utilisation figures.
 
-Training divides its FLOP/s by `Peaks.flops_per_s` to report MFU; the
-benchmarks divide bytes/s by `Peaks.bytes_per_s` to say how close decoding is to
-the memory roofline. Known accelerators come from their datasheets; any other
-device, CPUs included, is measured for about a second, once per process.
+Training divides its FLOP/s by `Peaks.flops_per_s` to report MFU. The benchmarks
+divide bytes/s by `Peaks.bytes_per_s` to report how close decoding is to the
+memory roofline. Figures of known accelerators come from their datasheets. Any
+other device, CPUs included, is measured for about a second, once per process.
 
 The float32 rates are those of XLA's default matmul precision: one bfloat16 pass
 on TPU, TF32 on GPU. All rates are dense (no structured sparsity).
@@ -25,11 +25,11 @@ class Peaks:
 
   flops_per_s: dict[str, float]  # dense matmul rate by operand dtype name
   bytes_per_s: float  # main memory (HBM on accelerators)
-  memory_bytes: int = 0  # that a program may use; 0 where nobody says
-  # To other devices, all links together, one direction; 0 where there are none
-  # to speak of. Datasheets add up both directions: theirs is twice this.
+  memory_bytes: int = 0  # that a program may use; 0 if unknown
+  # To other devices, all links together, one direction; 0 without such links.
+  # Datasheets add up both directions: their figure is twice this one.
   link_bytes_per_s: float = 0.0
-  source: str  # the datasheet, or how it was measured
+  source: str  # the datasheet, or the kind of measurement
 
 
 def _tpu(
@@ -71,9 +71,9 @@ def _gpu(
   )
 
 
-# Memory is what the compiler leaves to a program: libtpu 0.0.42 refuses more.
-# The datasheets say 16, 95, 32, 32 and 192 / 2 GB for v5e, v5p, v6e, v4 and
-# tpu7x, of which the system keeps a part.
+# Memory is the amount that a program may use: libtpu 0.0.42 refuses larger
+# programs. The datasheets have 16, 95, 32, 32 and 192 / 2 GB for v5e, v5p, v6e,
+# v4 and tpu7x, of which the system reserves a part.
 _V5E = _tpu(
   'TPU v5e',
   bfloat16=197,
@@ -116,8 +116,8 @@ DATASHEETS = {
   'TPU v5p': _V5P,
   'TPU v6 lite': _V6E,
   'TPU v6e': _V6E,
-  # jax shows each chip (2307 TFLOP/s, 7380 GB/s, 192 GB, 600 GB/s each way) as
-  # two devices.
+  # jax presents each chip (2307 TFLOP/s, 7380 GB/s, 192 GB, 600 GB/s each way)
+  # as two devices.
   'TPU7x': _tpu(
     'TPU7x, half a chip',
     bfloat16=2307 / 2,
@@ -178,11 +178,11 @@ DATASHEETS = {
 
 
 def peaks(device: jax.Device) -> Peaks:
-  """Return the peaks of `device`; measures once per process if it has to.
+  """Returns the peaks of `device`, measured once per process if unknown.
 
-  Virtual CPU devices share one machine, so each is given an equal part of what
-  was measured and the sum over devices stays the machine's. Devices that have
-  to be measured are taken to be like this process's first one: those of other
+  Virtual CPU devices share one machine: each gets an equal part of the measured
+  rate, so that the sum over devices is the machine's rate. An unknown device is
+  assumed to be like the first device of this process, because devices of other
   processes cannot be run from here.
   """
   if device.device_kind in DATASHEETS:
@@ -194,7 +194,7 @@ def peaks(device: jax.Device) -> Peaks:
 def _measured(device: jax.Device) -> Peaks:
   is_cpu = device.platform == 'cpu'
   num_sharing = len(device.client.local_devices()) if is_cpu else 1
-  # On an accelerator, large enough to fill it; on a CPU, to leave its caches.
+  # Large enough to fill an accelerator; on a CPU, to exceed its caches.
   size, megabytes = (1024, 128) if is_cpu else (8192, 1024)
   flops_per_s = {
     name: matmul_flops_per_s(name, size=size, seconds=0.2, device=device)
@@ -212,10 +212,10 @@ def _measured(device: jax.Device) -> Peaks:
 
 
 def memory_bytes(device: jax.Device) -> int:
-  """Returns the memory that a program may use of `device`; measures nothing.
+  """Returns the bytes of `device` that a program may use, 0 if unknown.
 
-  Of a CPU it is the machine's, divided among its virtual devices; 0 where
-  nobody says.
+  Measures nothing. A CPU's memory is the machine's, divided among its virtual
+  devices.
   """
   if device.platform == 'cpu':
     return _machine_bytes() // len(device.client.local_devices())
@@ -226,7 +226,7 @@ def memory_bytes(device: jax.Device) -> int:
 
 
 def _machine_bytes() -> int:
-  """Returns the memory of this machine, or 0 where nobody says."""
+  """Returns the memory of this machine in bytes, 0 if unknown."""
   try:
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   except (AttributeError, OSError, ValueError):
@@ -236,10 +236,10 @@ def _machine_bytes() -> int:
 def matmul_flops_per_s(
   dtype: str, *, size: int, seconds: float, device: jax.Device
 ) -> float:
-  """Measure the rate of `size` x `size` matmuls for about `seconds`.
+  """Returns the FLOP/s of `size` x `size` matmuls, measured for `seconds`.
 
-  Accumulates in float32 (int32 for integers), as models do. Returns the best
-  run: a roofline is what the device can do, not what it does on average.
+  Accumulates in float32 (int32 for integers), as models do. The best run
+  counts: a roofline is the device's limit, not its average.
   """
   is_integer = jnp.issubdtype(jnp.dtype(dtype), jnp.integer)
   out_dtype = jnp.int32 if is_integer else jnp.float32
@@ -253,10 +253,10 @@ def matmul_flops_per_s(
 def read_bytes_per_s(
   *, megabytes: int, seconds: float, device: jax.Device
 ) -> float:
-  """Measure how fast a float32 matrix is read by matrix @ vector.
+  """Returns the bytes/s at which matrix @ vector reads a float32 matrix.
 
-  This is what single-stream decoding does with its weights. A plain copy would
-  mostly measure page faults of the output on a CPU.
+  Single-stream decoding reads its weights in the same way. On a CPU, a plain
+  copy would mostly measure page faults of its output.
   """
   width = 8192
   height = max(1, megabytes * 10**6 // (4 * width))

@@ -1,16 +1,19 @@
-"""Devices that are not here: what a plan compiles for ahead of time.
+"""Targets: absent devices for which `--plan` compiles ahead of time.
 
-    prepare_environment()            # before anything imports jax
+    targets.prepare_environment()    # before anything imports jax
     target = targets.parse('v5p:4x4x4')
     devices = targets.devices(target)
 
-`v5p:4x4x4` is a slice of TPU chips in their torus, `h100:8` so many GPUs. XLA's
-own compilers make the program, and need no device to do so: libtpu for a TPU;
-for a GPU the CUDA plugin and a description of the device, which is written here
-from figures of its datasheet. What a program asks of its devices comes from
-`hardware.peaks`, under the same names as for devices at hand.
+`v5p:4x4x4` is a slice of TPU chips in a torus; `h100:8` is eight GPUs. XLA's
+own compilers need no device: libtpu compiles for a TPU; the CUDA plugin
+compiles for a GPU, from a description that this file writes from datasheets.
+Peak rates come from `hardware.peaks`, under the device kinds that jax reports
+for present devices.
 
 Importing this file does not import jax, which reads its environment once.
+
+Breaks first when jax moves: `jax.experimental.topologies`, libtpu's environment
+variables, and the text form of XLA's GpuTargetConfigProto.
 """
 
 import dataclasses
@@ -21,10 +24,10 @@ import re
 import sys
 from typing import Any
 
-# Compiling for an absent TPU, libtpu would look for the machine it is part of,
-# wait for a metadata server and complain of not finding either. The lock file
-# that keeps two processes from one TPU would keep two plans apart. CUDA would
-# be tried, and reported missing, though nothing is to run.
+# Without these variables libtpu would look for a TPU machine, wait for a
+# metadata server and complain that it found neither. Its lock file, which keeps
+# two processes off one TPU, would refuse a second plan on this machine. jax
+# would try CUDA and report that it is missing, although nothing runs on it.
 _ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'TPU_SKIP_MDS_QUERY': '1',
@@ -32,7 +35,7 @@ _ENVIRONMENT = {
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'CUDA_VISIBLE_DEVICES': '',
-  # What libtpu and XLA say of compiling for absent devices helps nobody.
+  # Warnings of libtpu and XLA about absent devices are noise here.
   'TF_CPP_MIN_LOG_LEVEL': '3',
   'TPU_STDERR_LOG_LEVEL': '3',
   'TPU_MIN_LOG_LEVEL': '3',
@@ -43,15 +46,15 @@ _ENVIRONMENT = {
 class _Tpu:
   """A generation of TPU."""
 
-  device_kind: str  # as jax shows it; keys device_peaks.DATASHEETS
+  device_kind: str  # as jax reports it; keys hardware.peaks.DATASHEETS
   num_dims: int  # of the torus
-  most_chips: int  # of one slice, docs.cloud.google.com/tpu/docs
+  most_chips: int  # of one slice; docs.cloud.google.com/tpu/docs
   devices_per_chip: int = 1
   options: tuple[tuple[str, Any], ...] = ()  # for libtpu
 
 
 _TPUS = {
-  # As jax shows a v4 at work: the two cores of a chip are one device.
+  # As on a real v4: the two cores of a chip are one jax device.
   'v4': _Tpu(
     device_kind='TPU v4',
     num_dims=3,
@@ -70,8 +73,8 @@ _GPUS = {
   'h100': 'NVIDIA H100 80GB HBM3',
   'h200': 'NVIDIA H200',
 }
-# Device files of TPUs (v4 and before, v5 and after), NVIDIA's and AMD's GPUs,
-# and of GPUs under WSL.
+# Device files of TPUs (up to v4; from v5 on), of NVIDIA and AMD GPUs, and of
+# GPUs under WSL.
 _ACCELERATORS = (
   '/dev/accel*',
   '/dev/vfio/*',
@@ -79,33 +82,32 @@ _ACCELERATORS = (
   '/dev/kfd',
   '/dev/dxg',
 )
-HERE = 'here'  # not a target: the devices of this machine
-# GPUs of one host, all connected by NVLink.
-GPUS_PER_HOST = 8
+HERE = 'here'  # value of --plan: the devices of this machine, no target
+GPUS_PER_HOST = 8  # all connected by NVLink
 _EXAMPLES = 'v5e:2x4, v5p:4x4x4 or h100:8'
 
 
 class TargetError(ValueError):
-  """A target that cannot be planned for; the message is for the user."""
+  """A target is unknown or impossible; the message is for the user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-  """A set of devices that are not here."""
+  """A set of absent devices."""
 
   name: str  # 'v5p:4x4x4'
   generation: str  # 'v5p'
-  device_kind: str  # keys device_peaks.DATASHEETS
+  device_kind: str  # keys hardware.peaks.DATASHEETS
   shape: tuple[int, ...]  # chips along each axis, or number of GPUs
   num_devices: int
   is_tpu: bool
 
 
 def parse(name: str) -> Target:
-  """Returns the target of that name. Compiles and imports nothing.
+  """Returns the target of that name; imports and compiles nothing.
 
   Raises:
-    TargetError: no such target.
+    TargetError: the name is unknown, or its size is impossible.
   """
   generation, _, size = name.partition(':')
   if generation not in _TPUS and generation not in _GPUS:
@@ -135,7 +137,7 @@ def parse(name: str) -> Target:
   elif num_devices > GPUS_PER_HOST and num_devices % GPUS_PER_HOST:
     raise TargetError(
       f'--plan: got {name!r}, expected at most {GPUS_PER_HOST} devices or a'
-      f' multiple of {GPUS_PER_HOST}: hosts are planned for as a whole'
+      f' multiple of {GPUS_PER_HOST}: a plan uses all GPUs of each host'
     )
   return Target(
     name=name,
@@ -148,21 +150,25 @@ def parse(name: str) -> Target:
 
 
 def prepare_environment() -> None:
-  """Lets this process compile for absent devices, quietly.
+  """Prepares this process to compile for absent devices without noise.
 
-  To be called before jax looks for devices; the process then sees its CPU only.
+  Call it before jax looks for devices. The process then sees only its CPU.
   """
   os.environ.update(_ENVIRONMENT)
-  if 'jax' in sys.modules:  # which read its environment when it was imported
+  if 'jax' in sys.modules:  # jax read its environment when it was imported
     sys.modules['jax'].config.update('jax_platforms', 'cpu')
 
 
 def prepare_for(plan: str | None) -> None:
-  """Prepares for what a `--plan` flag says: nothing, `here`, or a target.
+  """Prepares the environment for a value of `--plan`.
 
-  Without a target nothing is decided for the user, but where this machine has
-  no accelerator jax is not to look for one: with compilers for them installed
-  (requirements-plan.txt) it would take seconds to report that there is none.
+  With a target, as `prepare_environment`. Without one, jax is kept from looking
+  for accelerators on a machine that has none: with their compilers installed
+  (requirements-plan.txt) it would take seconds to report that none is there.
+  A user's own JAX_PLATFORMS wins.
+
+  Args:
+    plan: None or '' without the flag, 'here', or the name of a target.
   """
   if plan and plan != HERE:
     prepare_environment()
@@ -171,14 +177,14 @@ def prepare_for(plan: str | None) -> None:
 
 
 def with_default(argv: list[str], flag: str = 'plan') -> list[str]:
-  """Returns argv with `--plan` alone, a flag of text, as `--plan=here`."""
+  """Returns argv with a bare `--plan` as `--plan=here`."""
   return [
     f'{arg}={HERE}' if arg in (f'-{flag}', f'--{flag}') else arg for arg in argv
   ]
 
 
 def value_in(argv: list[str], flag: str = 'plan') -> str | None:
-  """Returns the value that argv, after `with_default`, gives the flag."""
+  """Returns the flag's value in argv, after `with_default`; None if absent."""
   for arg in argv[1:]:
     name, _, value = arg.partition('=')
     if name in (f'-{flag}', f'--{flag}'):
@@ -187,10 +193,10 @@ def value_in(argv: list[str], flag: str = 'plan') -> str | None:
 
 
 def devices(target: Target) -> list[Any]:
-  """Returns devices to make a mesh of, with nothing behind them.
+  """Returns the target's devices: a mesh can be made of them, nothing run.
 
   Raises:
-    TargetError: no such topology, or the compiler is not installed.
+    TargetError: the topology does not exist, or its compiler is not installed.
   """
   from jax.experimental import topologies
 
@@ -199,7 +205,7 @@ def devices(target: Target) -> list[Any]:
       generation = _TPUS[target.generation]
       options = dict(generation.options)
       if math.prod(target.shape) == 1:
-        # A host holds four chips unless told otherwise.
+        # By default libtpu gives a host four chips.
         options['chips_per_host_bounds'] = (1, 1, 1)
       topology = topologies.get_topology_desc(
         platform='tpu', topology_name=target.name, **options
@@ -211,19 +217,19 @@ def devices(target: Target) -> list[Any]:
         target_config=gpu_description(target),
         topology=f'1x{hosts}x{target.num_devices // hosts}',
       )
-  except Exception as error:  # libraries raise what they like
+  except Exception as error:  # each compiler raises a class of its own
     raise TargetError(_why_not(target, error)) from None
   return list(topology.devices)
 
 
 def _why_not(target: Target, error: Exception) -> str:
-  """Tells a missing compiler from a topology that there is not."""
+  """Returns the error text: no such topology, or a missing compiler."""
   message = str(error).split('\n')[0]
   package = 'libtpu' if target.is_tpu else 'jax-cuda13-pjrt'
   if re.search(r'INVALID_ARGUMENT|divisible|bounds', message):
     return (
-      f'--plan: got the topology {target.name!r}, expected one that there is,'
-      f' as in {_EXAMPLES}; the compiler says: {message}'
+      f'--plan: got the topology {target.name!r}, expected one that exists, as'
+      f' in {_EXAMPLES}; the compiler says: {message}'
     )
   return (
     f'--plan={target.name}: got no compiler for it ({message}), expected'
@@ -231,11 +237,11 @@ def _why_not(target: Target, error: Exception) -> str:
   )
 
 
-# What XLA's GPU compiler wants to know of a device: (compute capability,
-# multiprocessors, shared memory of one and of one block, L2 cache, clock in
-# GHz). NVIDIA's datasheets and white papers of the A100, H100 and H200, and the
-# CUDA programming guide, table of compute capabilities. Memory and its rate
-# come from device_peaks.
+# Figures for XLA's GPU compiler: (compute capability, multiprocessors, shared
+# memory of a multiprocessor and of a thread block in bytes, L2 cache in bytes,
+# clock in GHz). From NVIDIA's datasheets and white papers of the A100, H100 and
+# H200, and the CUDA programming guide, table of compute capabilities. Memory
+# and its rate come from hardware.peaks.
 _GPU_COMPUTE = {
   'a100': (8, 108, 167_936, 166_912, 41_943_040, 1.41),
   'h100': (9, 132, 233_472, 232_448, 52_428_800, 1.98),

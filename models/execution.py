@@ -24,7 +24,7 @@ from models.moe import dispatch
 REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
-# causal, form a `models.attention.dense.Form`.
+# causal, form a `models.attention.form.Form`.
 Attend = Callable[..., jax.Array]
 # (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
 AttendCached = Callable[..., jax.Array]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from models import execution as execution_lib, kv_cache
-from models.attention import dense, paged
+from models.attention import form as form_lib, paged
 
 TILE_ROWS = 32  # of matrix products
 # Queries of one sequence that attention handles together; each in its place of
@@ -125,7 +125,7 @@ def attend_cached(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
 ) -> jax.Array:
   """Attends over pages or a dense cache: see `models.attention.cached`."""
   if isinstance(cache, kv_cache.PagedLayer):

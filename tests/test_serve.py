@@ -25,9 +25,9 @@ _PROMPT = 'User: hi\n\nAssistant:'
 # the compilation cache that the session shares.
 _ENGINE = [
   '--engine.max_sequences=1',
-  '--engine.block_rows=128',
-  '--engine.max_blocks=1',
-  '--engine.max_mixed_blocks=1',
+  '--engine.chunk_tokens=128',
+  '--engine.max_chunks=1',
+  '--engine.max_mixed_chunks=1',
 ]
 
 
@@ -230,9 +230,9 @@ def test_every_field_of_an_engine_is_a_flag_that_does_not_change_it():
     flags.FLAGS['engine.page_size'].value = 8
     flags.FLAGS['engine.decode_shapes'].value = [2, 32]
     assert serve._engine_config(
-      page_size=4, block_rows=128
+      page_size=4, chunk_tokens=128
     ) == engine_config.EngineConfig(
-      page_size=8, block_rows=128, decode_shapes=(2, 32)
+      page_size=8, chunk_tokens=128, decode_shapes=(2, 32)
     )
   finally:
     for name in names:

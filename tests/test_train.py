@@ -53,7 +53,7 @@ runpy.run_path('train.py', run_name='__main__')
 # The supervisor of a script, as train.py makes it of itself.
 SUPERVISED = """
 import pathlib, sys
-from training import supervisor
+from training.lifecycle import supervisor
 sys.exit(supervisor.Supervisor(
   [sys.executable, *sys.argv[1:]], pathlib.Path({workdir!r}),
   max_restarts=3, first_pause_s=0.1,

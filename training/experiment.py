@@ -5,8 +5,6 @@ writes it to its workdir. The parts are defined beside the code that reads them.
 """
 
 import dataclasses
-import inspect
-import math
 from typing import Any
 
 from data import data_config
@@ -14,10 +12,10 @@ from models import execution, model_config
 from models.linear import quantized
 from parallel import parallel_config
 from training.evaluation import evals_config
-from training.objectives import next_token
+from training.objectives import next_token, port
 from training.optimizer import average, chain, spikes as spikes_lib
 
-# See training/attention_path.py and models/linear/quantized.py.
+# See training/execution.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
 MATMULS = ('float', *quantized.FORMATS)
 
@@ -88,8 +86,9 @@ class Experiment:
   freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
   # Frozen directory whose weights are the first of the run; '': random ones.
   init_from: str = ''
-  objective: Any = next_token.next_token  # objective(params, batch, apply)
-  z_loss_weight: float = 0.0  # of log(Z)^2, PaLM took 1e-4; 0: no z-loss
+  # The loss and its hyper-parameters. Chosen in the file of an experiment; a
+  # flag sets a field, as --config.objective.z_loss_weight=1e-4.
+  objective: port.Objective = next_token.NextToken()
   spikes: spikes_lib.SpikeConfig = dataclasses.field(
     default_factory=spikes_lib.SpikeConfig
   )
@@ -132,11 +131,16 @@ class Experiment:
     ):
       if value not in ('float32', 'bfloat16'):
         raise ValueError(f'{name}: got {value!r}, expected float32 or bfloat16')
-    self._validate_z_loss()
+    if not isinstance(self.objective, port.Objective):
+      raise ValueError(
+        f'config.objective: got {self.objective!r}, expected an objective of'
+        ' training/objectives, as NextToken(z_loss_weight=1e-4)'
+      )
+    self.objective.validate()
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
     self.evals.validate(self.eval_every_steps)
-    average.validate(self.optimizer, self.ema_decay, self.freeze.weights)
+    average.validate(self.optimizer.rule, self.ema_decay, self.freeze.weights)
     last_start = self.data.ramp[-1][0]
     if last_start >= self.num_steps:
       raise ValueError(
@@ -157,23 +161,13 @@ class Experiment:
         f' model.max_length = {self.model.max_length}'
       )
 
-  def _validate_z_loss(self) -> None:
-    weight = self.z_loss_weight
-    if not 0 <= weight < math.inf:
-      raise ValueError(
-        f'config.z_loss_weight: got {weight}, expected a number >= 0'
-      )
-    taken = inspect.signature(self.objective).parameters
-    if weight and 'z_loss_weight' not in taken:
-      raise ValueError(
-        f'config.z_loss_weight: got {weight} with the objective'
-        f' {_jsonable(self.objective)}, expected one that takes z_loss_weight;'
-        ' set config.z_loss_weight = 0'
-      )
-
   def to_dict(self) -> dict[str, Any]:
-    """Returns the experiment as JSON values; functions by qualified name."""
-    return _jsonable(dataclasses.asdict(self))
+    """Returns the experiment as JSON values; functions by qualified name.
+
+    A frozen dataclass (a rule, an objective) has its qualified name besides its
+    fields, as `type`: the name says which it is.
+    """
+    return _jsonable(self)
 
 
 def _at_least(least: int, name: str, value: int) -> None:
@@ -182,6 +176,11 @@ def _at_least(least: int, name: str, value: int) -> None:
 
 
 def _jsonable(value: Any) -> Any:
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if value.__dataclass_params__.frozen:
+      fields = {'type': type(value)} | fields
+    return _jsonable(fields)
   if isinstance(value, dict):
     return {key: _jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

@@ -1,10 +1,22 @@
-"""Makes what is wrong with a --config flag one line that says what is right.
+"""Parses --config and its overrides; a mistake is one line that says the fix.
 
-`ml_collections.config_flags` does the work: it loads the experiment file, calls
-its `get_config` and sets the fields named by `--config.<field>=<value>`. Its
-own complaints are tracebacks, or name no alternatives.
+`ml_collections.config_flags` does most of the work: it loads the experiment
+file, calls its `get_config` and sets the fields named by
+`--config.<field>=<value>`. Its own errors are tracebacks, or name no
+alternatives.
+
+Fields of a frozen dataclass (an optimizer's rule, an objective) are set here,
+because a frozen value is replaced, not changed:
+
+    --config.optimizer.rule=lion         one of the field's `choices`, with
+                                         the defaults of that class
+    --config.optimizer.rule.beta1=0.95   one field of it
+
+The order of these flags does not matter: a choice comes before its fields.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import re
 import sys
@@ -19,6 +31,15 @@ _EXPECTED = (
   (r'could not convert string to float', 'a number'),
   (r"\('Non-boolean argument", 'true or false'),
 )
+_OVERRIDE = re.compile(
+  r'(?P<flag>--?config\.(?P<path>[\w.\[\]]+))(=(?P<text>.*))?$'
+)
+_PARSERS: dict[type, flags.ArgumentParser] = {
+  bool: flags.BooleanParser(),
+  float: flags.FloatParser(),
+  int: flags.IntegerParser(),
+  str: flags.ArgumentParser(),
+}
 
 
 class FlagError(ValueError):
@@ -38,9 +59,14 @@ def parse(
   """
   try:
     _refuse_negative_index(argv)
-    rest = flag_values(argv)
+    own = _of_frozen_values(argv)
+    kept = [arg for arg in argv if arg not in own]
+    with _command_line(kept):
+      rest = flag_values(kept)
     # A file that cannot be loaded is reported when the value is first used.
     _ = getattr(flag_values.config, 'name', None)
+    for arg in own:
+      _replace(flag_values.config, arg)
     return rest
   except flags.Error as error:
     raise FlagError(_last_line(str(error))) from None
@@ -48,6 +74,65 @@ def parse(
     raise FlagError(_unknown_field(argv) or _last_line(str(error))) from None
   except (OSError, TypeError, ValueError, AttributeError) as error:
     raise FlagError(_last_line(str(error))) from None
+
+
+def _of_frozen_values(argv: list[str]) -> list[str]:
+  """Returns the overrides of frozen values, choices before their fields."""
+  config, found = None, []
+  for arg in argv[1:]:
+    if not (match := _OVERRIDE.match(arg)):
+      continue
+    # Loaded only if needed, and before the library changes anything in it.
+    config = config or _without_overrides(argv)
+    holder, names = config, match.group('path').split('.')
+    for name in names:
+      value = getattr(holder, name, None)
+      if dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
+        found.append(arg)
+        break
+      holder = value
+  return sorted(found, key=lambda arg: arg.partition('=')[0].count('.'))
+
+
+def _replace(config: Any, arg: str) -> None:
+  """Sets one field of a frozen value, or the value itself, in `config`."""
+  match = _OVERRIDE.match(arg)
+  assert match
+  flag, text, names = match['flag'], match['text'], match['path'].split('.')
+  if text is None:
+    raise FlagError(f'{flag}: got no value, expected one, as in {flag}=VALUE')
+  if words := _lost(config, match['path']):
+    raise FlagError(f'{flag}: {words}')
+  holders = [config]
+  for name in names[:-1]:
+    holders.append(getattr(holders[-1], name))
+  value = _parsed(holders[-1], names[-1], flag, text)
+  # From the inside out, to the first holder that can be changed.
+  for holder, name in zip(reversed(holders), reversed(names), strict=True):
+    if not holder.__dataclass_params__.frozen:
+      setattr(holder, name, value)
+      return
+    value = dataclasses.replace(holder, **{name: value})
+
+
+def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:
+  """Returns the value that a flag's text means for a field."""
+  (field,) = (f for f in dataclasses.fields(holder) if f.name == name)
+  if choices := field.metadata.get('choices'):
+    if text not in choices:
+      raise FlagError(
+        f'{flag}: got {text!r}, expected one of {", ".join(choices)}'
+      )
+    return choices[text]()
+  if (parser := _PARSERS.get(type(getattr(holder, name)))) is None:
+    raise FlagError(
+      f'{flag}: got a value, expected none: it is chosen in the file of an'
+      ' experiment; write one of your own, or set one of its fields'
+    )
+  try:
+    return parser.parse(text)
+  except (TypeError, ValueError) as error:
+    raise FlagError(_last_line(f'{flag}={text}: {error}')) from None
 
 
 def _refuse_negative_index(argv: list[str]) -> None:
@@ -106,13 +191,19 @@ def _without_overrides(argv: list[str]) -> Any:
     if re.match(r'--?config(=|$)', arg)
     or (i and re.match(r'--?config$', argv[i - 1]))
   ]
-  # The library looks for overrides in sys.argv, whatever it is given.
-  given, sys.argv = sys.argv, [argv[0], *kept]
-  try:
+  with _command_line([argv[0], *kept]):
     values([argv[0], *kept])
+  return config.value
+
+
+@contextlib.contextmanager
+def _command_line(argv: list[str]) -> Iterator[None]:
+  """Lets config_flags see `argv`: it looks for overrides in sys.argv."""
+  given, sys.argv = sys.argv, argv
+  try:
+    yield
   finally:
     sys.argv = given
-  return config.value
 
 
 def _last_line(message: str) -> str:

@@ -4,37 +4,22 @@ Everything that an experiment says but its data; `training/assemble.py` adds
 that. `train.py --plan` stops here: nothing in this file allocates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from hardware import peaks
-from models import (
-  axes,
-  cross_entropy,
-  execution as execution_lib,
-  flops,
-  remat,
-  transformer,
-)
-from models.linear import plain, quantized
-from models.moe import dispatch
-from parallel import (
-  expert_parallel,
-  pipeline,
-  placement as placement_lib,
-  sharded_loss,
-)
-from parallel.attention import context
+from models import axes, execution as execution_lib, flops, transformer
+from parallel import placement as placement_lib
 from training import (
-  attention_path,
+  execution,
   experiment as experiment_lib,
+  frozen_models as frozen_models_lib,
   state as state_lib,
   step as step_lib,
 )
@@ -46,7 +31,8 @@ class Learner:
   """A model on its devices, before it has any values."""
 
   experiment: experiment_lib.Experiment
-  model: nn.Module
+  model: transformer.Transformer
+  frozen_models: Mapping[str, transformer.Transformer]  # of the objective
   schedule: Callable[[Any], Any]  # learning rate of a step
   optimizer: optax.GradientTransformation
   placement: placement_lib.Placement
@@ -58,28 +44,61 @@ class Learner:
     """Returns how many numbers are trained."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
-  @property
-  def objective(self) -> step_lib.Objective:
-    """The experiment's, told what else the experiment wants in the loss."""
-    objective = self.experiment.objective
-    weight = self.experiment.z_loss_weight
-    if not weight:
-      return objective
-    return functools.partial(objective, z_loss_weight=weight)
-
   def init(self, key: jax.Array) -> state_lib.TrainState:
-    """Returns the state before the first step, on the devices."""
-    # With nothing of the mesh's: a model is initialised on a single token.
+    """Returns the state before the first step, on the devices.
+
+    Reads the objective's frozen models, if it needs any.
+    """
+    # Without the mesh: a model is initialised on a single token.
     model = self.model.clone(execution=execution_lib.Execution())
-    return self.placement.init(
-      lambda key: state_lib.init(
-        model,
-        self.optimizer,
-        key,
-        has_average=self.experiment.ema_decay > 0,
-      ),
-      key,
+    init = functools.partial(state_lib.init, model, self.optimizer)
+    init = functools.partial(init, **_state_options(self.experiment))
+    if not self.frozen_models:
+      return self.placement.init(init, key)
+    layout = jax.tree.map(
+      lambda leaf: leaf.sharding,
+      self.placement.abstract_whole().replace(frozen_params=None),
     )
+    return self.placed(jax.jit(init, out_shardings=layout)(key))
+
+  def init_with(self, key: jax.Array, params: Any) -> state_lib.TrainState:
+    """Returns the state before the first step, on the devices.
+
+    Args:
+      key: as `init` takes it.
+      params: variables of the model, of any float dtype.
+    """
+    abstract = self.placement.abstract_whole().replace(frozen_params=None)
+    own = {name: abstract.params[name] for name in params}
+    init = jax.jit(
+      functools.partial(
+        state_lib.init_with,
+        self.optimizer,
+        **_state_options(self.experiment),
+      ),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      donate_argnums=1,
+    )
+    return self.placed(init(key, frozen_models_lib.place(params, own)))
+
+  def placed(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """Returns the state as steps take it, with the weights of frozen models.
+
+    Args:
+      state: whole, without frozen models: new, or from a checkpoint.
+    """
+    if self.frozen_models:
+      abstract = self.placement.abstract_whole().frozen_params
+      sources = self.experiment.objective.models_needed
+      state = state.replace(
+        frozen_params={
+          name: frozen_models_lib.place(
+            frozen_models_lib.read(sources[name], model.config), abstract[name]
+          )
+          for name, model in self.frozen_models.items()
+        }
+      )
+    return self.placement.restored(state)
 
   def peak_flops_per_s(self) -> float:
     """Returns what all devices together can do at best in the model's dtype."""
@@ -93,8 +112,9 @@ class Learner:
     """What `placement.compile_train` and `lower_train` take."""
     return step_lib.make_train_step(
       self.model,
-      self.objective,
+      self.experiment.objective,
       self.optimizer,
+      frozen_models=self.frozen_models,
       num_microbatches=self.experiment.num_microbatches,
       ema_decay=self.experiment.ema_decay,
       all_sum=all_sum,
@@ -105,24 +125,31 @@ class Learner:
     """Returns the train step on the run's devices. Donates its state."""
     return self.placement.compile_train(self.build_train_step)
 
-  def compile_eval_step(self) -> Callable[[Any, Any], dict[str, Any]]:
-    """Returns the evaluation step on the run's devices."""
+  def compile_eval_step(self) -> Callable[..., dict[str, Any]]:
+    """Returns the evaluation step on the run's devices.
+
+    It takes params and a batch, and if the objective needs frozen models, the
+    `frozen_params` of a state.
+    """
     return self.placement.compile_eval(
       lambda all_sum, _: step_lib.make_eval_step(
-        self.model, self.objective, all_sum=all_sum
-      )
+        self.model,
+        self.experiment.objective,
+        frozen_models=self.frozen_models,
+        all_sum=all_sum,
+      ),
+      ('frozen_params',) if self.frozen_models else (),
     )
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a batch looks like; the last, where batches grow."""
+    """Returns shapes and dtypes of a batch; of the last, if batches grow."""
     data = self.experiment.data
-    shape = data.batch_size, data.row_length
-    dtypes = dict.fromkeys(
-      ('tokens', 'targets', 'positions', 'segment_ids'), jnp.int32
-    )
+    sizes = {'B': data.batch_size, 'T': data.row_length}
     return {
-      name: jax.ShapeDtypeStruct(shape, dtype)
-      for name, dtype in (dtypes | {'weights': jnp.float32}).items()
+      name: jax.ShapeDtypeStruct(
+        tuple(sizes[axis] for axis in spec.axes), spec.dtype
+      )
+      for name, spec in self.experiment.objective.batch_spec().items()
     }
 
 
@@ -141,21 +168,43 @@ def make(
   """
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
+  options = _state_options(experiment)
   optimizer = chain.make_optimizer(
     experiment.optimizer,
     experiment.num_steps,
     experiment.model,
-    state_lib.abstract_params(model),
+    state_lib.abstract_params(model, options['make_heads']),
     is_staged=experiment.parallel.stage > 1,
   )
   optimizer = spikes.skipping(experiment.spikes, optimizer)
   abstract_state = jax.eval_shape(
-    lambda key: state_lib.init(
-      model, optimizer, key, has_average=experiment.ema_decay > 0
-    ),
+    lambda key: state_lib.init(model, optimizer, key, **options),
     jax.random.key(0),
   )
-  _check_model(experiment)
+  execution.check_model(experiment)
+  # Each runs as the experiment's own model would, if it were that one.
+  frozen_as = {
+    name: dataclasses.replace(
+      experiment,
+      model=frozen_models_lib.config_of(
+        name, source, experiment.model.vocab_size
+      ),
+    )
+    for name, source in experiment.objective.models_needed.items()
+  }
+  frozen_models = {
+    name: transformer.Transformer(own.model, dtype)
+    for name, own in frozen_as.items()
+  }
+  if frozen_models:
+    for own in frozen_as.values():
+      execution.check_model(own)
+    abstract_state = abstract_state.replace(
+      frozen_params={
+        name: state_lib.abstract_params(frozen)
+        for name, frozen in frozen_models.items()
+      }
+    )
   placement = placement_lib.make(
     experiment.parallel,
     abstract_state,
@@ -164,10 +213,14 @@ def make(
     ),
     devices,
   )
-  _check_batch(experiment, placement.num_batch_shards)
+  execution.check_batch(experiment, placement.num_batch_shards)
   return Learner(
     experiment=experiment,
-    model=model.clone(execution=_execution(experiment, placement)),
+    model=model.clone(execution=execution.choose(experiment, placement)),
+    frozen_models={
+      name: frozen.clone(execution=execution.choose(frozen_as[name], placement))
+      for name, frozen in frozen_models.items()
+    },
     schedule=chain.make_schedule(experiment.optimizer, experiment.num_steps),
     optimizer=optimizer,
     placement=placement,
@@ -178,171 +231,11 @@ def make(
   )
 
 
-def _execution(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
-) -> execution_lib.Execution:
-  """Joins the model's ports to what the experiment and its devices ask for."""
-  return execution_lib.Execution(
-    remat=_remat(experiment, placement),
-    attend=_attend(experiment, placement),
-    weighted_nll=_weighted_nll(experiment, placement),
-    linear=_linear(experiment),
-    apply_experts=_apply_experts(placement),
-    run_layers=_run_layers(experiment, placement),
-  )
-
-
-def _attend(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
-) -> execution_lib.Attend:
-  """Returns the attention of whole rows, or of rows split across devices."""
-  attend = attention_path.attend(experiment, placement)
-  if experiment.parallel.context == 1:
-    return attend
-  assert isinstance(placement, placement_lib.MeshPlacement)
-  return context.make_attend(
-    placement.mesh, experiment.parallel.context_attention, remat.ATTENTION
-  )
-
-
-def _weighted_nll(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
-) -> execution_lib.WeightedNll:
-  """Returns the loss, summed by hand where a mesh splits its tokens."""
-  is_mesh = isinstance(placement, placement_lib.MeshPlacement)
-  if not is_mesh or placement.mesh.size == 1:
-    return cross_entropy.chunked_nll
-  sharded_loss.check_row_length(experiment.data.row_length, placement.mesh)
-  return sharded_loss.make_weighted_nll(
-    cross_entropy.chunked_nll, placement.mesh
-  )
-
-
-def _apply_experts(
-  placement: placement_lib.Placement,
-) -> execution_lib.ApplyExperts:
-  """Returns what applies the experts of a mixture on the run's devices."""
-  if isinstance(placement, placement_lib.MeshPlacement):
-    return expert_parallel.spread(dispatch.apply_experts, placement.mesh)
-  return dispatch.apply_experts
-
-
-def _run_layers(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
-) -> execution_lib.RunLayers | None:
-  """Returns the pipeline that `parallel` asks for, if any."""
-  parallel, kept = experiment.parallel, experiment.execution.remat
-  if parallel.stage == 1:
-    return None
-  assert isinstance(placement, placement_lib.MeshPlacement)
-  return pipeline.make_run_layers(
-    placement.mesh,
-    repeats=parallel.stage_repeats,
-    num_microbatches=parallel.num_stage_microbatches,
-    policy=None if kept == 'none' else remat.policy(kept),
-  )
-
-
-def _remat(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
-) -> str:
-  """Returns the policy; refuses one that would silently be another."""
-  asked = experiment.execution.remat
-  # XLA:CPU drops transfers to the host's memory: it has no other.
-  if asked == 'offload' and placement.devices[0].platform == 'cpu':
-    raise ValueError(
-      'execution.remat: got offload on devices of platform cpu, expected tpu or'
-      ' gpu: a CPU has no other memory to send activations to; set'
-      ' execution.remat = full, which stores the same'
-    )
-  return asked
-
-
-def _linear(experiment: experiment_lib.Experiment) -> execution_lib.Linear:
-  """Returns the product with a weight that `execution.matmul` names."""
-  matmul, num_experts = (
-    experiment.execution.matmul,
-    experiment.model.num_experts,
-  )
-  if matmul == 'float':
-    return plain.linear
-  if num_experts:
-    raise ValueError(
-      f'execution.matmul: got {matmul} with model.num_experts = {num_experts},'
-      ' expected float: grouped products of experts are not quantised; set'
-      ' execution.matmul = float'
-    )
-  quantized.check_installed()
-  return {'int8': quantized.int8, 'fp8': quantized.fp8}[matmul]
-
-
-def _check_model(experiment: experiment_lib.Experiment) -> None:
-  """Refuses a model that cannot be cut up as the experiment asks."""
-  model, parallel = experiment.model, experiment.parallel
-  pieces = parallel.stage * parallel.stage_repeats
-  if model.num_layers % pieces:
-    raise ValueError(
-      f'model.num_layers: got {model.num_layers}, expected a multiple of'
-      f' parallel.stage x stage_repeats = {pieces}; change one of them'
-    )
-  if parallel.stage > 1 and not model.scan_layers:
-    raise ValueError(
-      f'model.scan_layers: got False with parallel.stage = {parallel.stage},'
-      ' expected True: stages take their layers from a stack'
-    )
-  _check_experts(experiment)
-  if parallel.context > 1:
-    context.kv_repeats(model.num_heads, model.num_kv_heads, parallel.tensor)
-  if parallel.context > 1 and model.dropout_rate > 0:
-    raise ValueError(
-      f'model.dropout_rate: got {model.dropout_rate} with parallel.context ='
-      f' {parallel.context}, expected 0: no device has all attention weights'
-      ' of a query; change one of them'
-    )
-
-
-def _check_experts(experiment: experiment_lib.Experiment) -> None:
-  """Refuses experts that cannot be dealt out over the devices."""
-  model, parallel = experiment.model, experiment.parallel
-  if parallel.expert == 1:
-    return
-  if not model.num_experts:
-    raise ValueError(
-      f'parallel.expert: got {parallel.expert} with a dense model, expected 1:'
-      ' there are no experts to split; use parallel.fsdp or set'
-      ' model.num_experts'
-    )
-  if model.num_experts % parallel.expert:
-    raise ValueError(
-      f'parallel.expert: got {parallel.expert} for model.num_experts ='
-      f' {model.num_experts}, expected a divisor of it: each device holds as'
-      ' many experts as the next; change one of them'
-    )
-
-
-def _check_batch(
-  experiment: experiment_lib.Experiment, num_shards: int
-) -> None:
-  data, parallel = experiment.data, experiment.parallel
-  parts = num_shards * parallel.num_stage_microbatches
-  for size in data.batch_sizes:
-    rows = size // experiment.num_microbatches
-    if rows % parts == 0:
-      continue
-    stages = (
-      f' x {parallel.num_stage_microbatches} parts for the stages'
-      if parallel.stage > 1
-      else ''
-    )
-    name = 'batch_size' if size == data.batch_size else 'batch_ramp'
-    raise ValueError(
-      f'data.{name}: got {size} rows in'
-      f' {experiment.num_microbatches} micro-batches of {rows}, expected a'
-      f' multiple of the {num_shards} devices that split the batch{stages};'
-      f' change data.{name}, config.num_microbatches or parallel'
-    )
-  if data.row_length % (2 * parallel.context) and parallel.context > 1:
-    raise ValueError(
-      f'data.row_length: got {data.row_length}, expected a multiple of 2 x'
-      f' parallel.context = {2 * parallel.context}; change one of them'
-    )
+def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+  """Returns the parts of a state that depend on the experiment."""
+  return {
+    'has_average': experiment.ema_decay > 0,
+    'make_heads': functools.partial(
+      experiment.objective.init_heads, experiment.model
+    ),
+  }

@@ -9,11 +9,12 @@ Reference: Karpathy 2015, https://github.com/karpathy/char-rnn
 """
 
 import hashlib
-import os
 import pathlib
 import urllib.request
 
 import tensorflow_datasets as tfds
+
+from storage import atomic
 
 URL = (
   'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
@@ -102,10 +103,7 @@ def _download(target: pathlib.Path) -> pathlib.Path:
     ) from None
   _verify(data, URL)
   target.parent.mkdir(parents=True, exist_ok=True)
-  # Written aside and renamed: an interrupted download leaves no half file.
-  partial = target.with_name(f'{target.name}.{os.getpid()}.partial')
-  partial.write_bytes(data)
-  partial.replace(target)
+  atomic.write_bytes(target, data)
   return target
 
 

@@ -17,9 +17,9 @@ names, quotations, licences.
 """
 
 from collections.abc import Iterable, Iterator
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from data import row_order, token_store
 from data.contamination import ngrams
+from storage import atomic
 from text import tokenizer as tokenizer_lib
 
 TOKENS, BYTES, WORDS = 13, 50, 13
@@ -157,12 +158,9 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
 
 
 def _write(path: pathlib.Path, overlap: Overlap) -> None:
-  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-  try:
-    partial.write_text(json.dumps(dataclasses.asdict(overlap)))
-    partial.replace(path)
-  except OSError:
-    pass  # the store is read-only: the next run looks again
+  # In a read-only store, the next run looks for the overlap again.
+  with contextlib.suppress(OSError):
+    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:

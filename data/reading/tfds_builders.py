@@ -12,7 +12,7 @@ import shutil
 
 import tensorflow_datasets as tfds
 
-from data import locks
+from storage import locks
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:

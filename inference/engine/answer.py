@@ -79,12 +79,12 @@ class Live:
     return self._request.target if position == self.num_prompt else None
 
   def take_prompt_logprobs(
-    self, found: logprobs.Logprobs, block: sequence_manager.Row, at: int
+    self, found: logprobs.Logprobs, chunk: sequence_manager.Row, at: int
   ) -> None:
-    """Keeps the scores of a block's targets, which are found from `at` on."""
+    """Keeps the scores of a chunk's targets, which are found from `at` on."""
     wanted = self._request.settings.prompt_logprobs or 0
-    for row in range(block.length):
-      position = block.start + row + 1
+    for row in range(chunk.length):
+      position = chunk.start + row + 1
       if position < self.num_prompt:
         self._prompt_logprobs[position] = logprobs.of_row(
           found, at + row, wanted

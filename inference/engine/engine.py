@@ -28,15 +28,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hardware import peaks
 from inference.engine import (
   answer,
   compilations,
+  device_state,
   engine_config,
   execution,
   inputs as inputs_lib,
   metrics,
   programs,
   requests,
+  steps,
 )
 from inference.sampling import settings as settings_lib
 from inference.scheduling import sequence_manager
@@ -52,8 +55,8 @@ class _Flight(NamedTuple):
   """A step that is dispatched and not read."""
 
   step: sequence_manager.Step
-  shape: programs.Shape
-  outputs: programs.Outputs
+  shape: steps.Shape
+  outputs: steps.Outputs
 
 
 class Engine:
@@ -62,7 +65,7 @@ class Engine:
   def __init__(
     self,
     config: model_config.ModelConfig,
-    params: programs.Params,
+    params: device_state.Params,
     *,
     tokenizer: tokenizer_lib.Tokenizer,
     weights_digest: str,
@@ -85,7 +88,7 @@ class Engine:
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
-    kv_dtype = dtype if engine.kv_dtype == 'model' else kv_cache.INT8
+    kv_dtype = dtype if engine.kv_dtype == 'model' else engine.kv_dtype
     self.page_tokens = engine.page_tokens(config.max_length)
     backend = execution.choose(engine, config, dtype, device.platform)
     page_bytes = self.page_tokens * _kv_bytes_per_token(
@@ -95,7 +98,8 @@ class Engine:
       config,
       bytes_per_token=page_bytes / self.page_tokens,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-      device=device,
+      memory_bytes=peaks.memory_bytes(device),
+      is_host=device.platform == 'cpu',
     )
     self.page_bytes = page_bytes
     self.roster = sequence_manager.Roster(
@@ -103,7 +107,7 @@ class Engine:
     )
     model = transformer.Transformer(config, jnp.dtype(dtype), backend.execution)
     with jax.default_device(device):
-      self._state = programs.init_state(
+      self._state = device_state.init_state(
         model,
         num_slots=engine.max_sequences,
         num_pages=num_pages,
@@ -117,8 +121,8 @@ class Engine:
         model=model,
         params=params,
         state=self._state,
-        shapes=[programs.Shape(*shape) for shape in engine.step_shapes()],
-        block_rows=engine.block_rows,
+        shapes=[steps.Shape(*shape) for shape in engine.step_shapes()],
+        chunk_tokens=engine.chunk_tokens,
         table_width=engine.table_width(config.max_length),
         vocab_size=tokenizer.vocab_size,
       )
@@ -239,7 +243,9 @@ class Engine:
       if live.request_id == request_id:
         self._close(live, 'cancelled')
 
-  def set_params(self, params: programs.Params, weights_digest: str) -> None:
+  def set_params(
+    self, params: device_state.Params, weights_digest: str
+  ) -> None:
     """Serves other weights of the same model: the next step of on-policy RL.
 
     Raises:
@@ -318,14 +324,14 @@ class Engine:
         self._note_seated(live, now)
     if step.copies:
       self._state = self._programs.copy_pages(self._state, step.copies)
-    if not step.decodes and not step.blocks:
+    if not step.decodes and not step.chunks:
       return None
-    shape = self._programs.shape_for(len(step.decodes), len(step.blocks))
+    shape = self._programs.shape_for(len(step.decodes), len(step.chunks))
     inputs = self._programs.empty_inputs(shape)
     inputs_lib.fill(
       inputs,
       step,
-      block_rows=self.config.block_rows,
+      chunk_tokens=self.config.chunk_tokens,
       scored_prompt=lambda live_id: self._live[live_id].scored_prompt(),
       forced_token=lambda live_id, position: self._live[live_id].forced_token(
         position
@@ -358,10 +364,10 @@ class Engine:
     now = time.perf_counter()
     self._charge_memory(now)
     num_decodes = flight.shape.num_decodes
-    for index, block in enumerate(flight.step.blocks):
-      if (live := self._live.get(block.id)) and live.scored_prompt():
+    for index, chunk in enumerate(flight.step.chunks):
+      if (live := self._live.get(chunk.id)) and live.scored_prompt():
         live.take_prompt_logprobs(
-          outputs.prompt, block, index * self.config.block_rows
+          outputs.prompt, chunk, index * self.config.chunk_tokens
         )
     updates = []
     for place, row in inputs_lib.sampling_rows(flight.step, num_decodes):
@@ -394,7 +400,7 @@ class Engine:
   def _count(self, step: sequence_manager.Step, num_rows: int) -> None:
     """Charges the work of a step to its sequences, and counts its rows."""
     num_real = 0
-    for row in (*step.decodes, *step.blocks):
+    for row in (*step.decodes, *step.chunks):
       live = self._live[row.id]
       num_real += row.length
       num_logits = int(row.samples)
@@ -407,7 +413,7 @@ class Engine:
       self.metrics.flops.inc(cost)
     for row in step.decodes:
       self._live[row.id].usage.decode_tokens += 1
-    for row in step.blocks:
+    for row in step.chunks:
       self._live[row.id].usage.prefill_tokens += row.length
     num_prefill = num_real - len(step.decodes)
     self.metrics.steps.inc()

@@ -1,123 +1,177 @@
-"""How an engine is laid out: rows, pages, numerics. Checked when it is made."""
+"""EngineConfig: the layout of an engine, checked when it is made.
+
+Imports no JAX: serve.py makes a flag of each field, and `--help` should not
+wait for JAX.
+"""
 
 import dataclasses
+from typing import Any
 
-from hardware import peaks
+from checks import expect
 from inference.scheduling import scheduler
-from models import kv_cache, model_config
-from models.attention import paged
+from models import model_config
 
 NUMERICS = ('fast', 'invariant')
-KV_DTYPES = ('model', kv_cache.INT8)
+KV_DTYPES = ('model', 'int8')
 ATTENTION = ('auto', 'reference', 'kernel')
 
-# Of the memory that weights leave, for pages; the rest is for activations.
+# Share of the memory left by the weights that pages may take. Activations take
+# the rest.
 _KV_SHARE = 0.8
-# Of the memory of a host, which has other things to do than serve.
+# The same for a CPU: its memory also serves the rest of the machine.
 _HOST_SHARE = 0.25
+
+
+def _field(default: Any, text: str) -> Any:
+  """Returns a dataclass field with the help text of its flag."""
+  return dataclasses.field(default=default, metadata={'help': text})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-  """Every field is a flag of serve.py.
+  """The layout of an engine; every field is a flag `--engine.NAME` of serve.py.
 
   Raises:
-    ValueError: a value that cannot be.
+    ValueError: a value is out of range.
   """
 
-  max_sequences: int = 32  # that run at once
-  page_size: int = 16  # Q, tokens; 0: one page for the whole context (dense)
-  num_pages: int = 0  # of the pool; 0: what memory allows, at most what fills
-  block_rows: int = 16  # R, prompt tokens computed together
-  max_blocks: int = 16  # of a step without decode rows
-  # Of a step with some: what bounds how long a prompt stalls others.
-  max_mixed_blocks: int = 4
-  # Tokens before a block that make it count twice there: on CPU, where it was
-  # measured, attention to so many takes as long as the block's products.
-  stall_context: int = 1000
-  kv_dtype: str = 'model'  # what pages are stored as, one of KV_DTYPES
-  # fast: XLA's choice of shapes; invariant: a token's bits do not depend on
-  # its company, see models/invariant.py.
-  numerics: str = 'fast'
-  # auto: the platform's kernel where there is one | kernel: it, or an error |
-  # reference: plain JAX.
-  attention: str = 'auto'
-  prefix_cache: bool = True
-  share_prefixes: bool = False  # between principals; tells who asked for what
-  max_waiting: int = 1024  # sequences; more are refused
-  aging_steps: int = 256  # of waiting that are worth a level of priority
-  decode_shapes: tuple[int, ...] = ()  # rows compiled for; (): powers of two
+  max_sequences: int = _field(
+    32,
+    'Number of sequences that run at once. Raise it for more throughput; each'
+    ' sequence needs room in the KV cache.',
+  )
+  page_size: int = _field(
+    16,
+    'Tokens per page of the KV cache, Q: a divisor or a multiple of 64. 0 gives'
+    ' each sequence one page for the whole context (a dense cache).',
+  )
+  num_pages: int = _field(
+    0,
+    'Number of pages in the KV cache. 0 takes as many as memory allows, but not'
+    ' more than max_sequences sequences of the whole context need.',
+  )
+  chunk_tokens: int = _field(
+    16,
+    'Prompt tokens per chunk, R. A prompt is computed in chunks of this size.',
+  )
+  max_chunks: int = _field(
+    16,
+    'Largest number of prompt chunks in a step in which no sequence decodes.',
+  )
+  max_mixed_chunks: int = _field(
+    4,
+    'Largest number of prompt chunks in a step in which sequences decode. It'
+    ' bounds how long prompts delay running sequences. Lower it for a steadier'
+    ' inter-token latency, raise it for a shorter time to first token.',
+  )
+  # 1000: measured on CPU, attention to so many tokens takes as long as the
+  # other matrix products of a chunk.
+  stall_context: int = _field(
+    1000,
+    'A prompt chunk that attends to this many earlier tokens counts twice'
+    ' against max_mixed_chunks; with twice as many, three times. Lower it if'
+    ' long prompts delay other requests.',
+  )
+  kv_dtype: str = _field(
+    'model',
+    'Dtype of the KV cache: model (the dtype of the computation) or int8 (with'
+    ' a float32 scale per token and head). int8 holds more tokens.',
+  )
+  numerics: str = _field(
+    'fast',
+    'fast (XLA chooses the shapes of its operations) or invariant (the bits of'
+    ' a token do not depend on the other sequences of its batch; slower, see'
+    ' models/invariant.py).',
+  )
+  attention: str = _field(
+    'auto',
+    'auto (the kernel of the platform if it supports the model, else plain'
+    ' JAX), kernel (the kernel, or an error) or reference (plain JAX).',
+  )
+  prefix_cache: bool = _field(
+    True,
+    'Keep the pages of earlier prompts, and reuse them for equal prefixes.',
+  )
+  share_prefixes: bool = _field(
+    False,
+    'Share cached prefixes between API keys (principals) too. A client can then'
+    ' find out, by timing, what another client has asked.',
+  )
+  max_waiting: int = _field(
+    1024,
+    'Largest number of sequences that wait. Requests beyond it are refused as'
+    ' overload.',
+  )
+  aging_steps: int = _field(
+    256,
+    'Number of steps of waiting that lift a sequence by one priority level.',
+  )
+  decode_shapes: tuple[int, ...] = _field(
+    (),
+    'Numbers of decoding sequences to compile a step for; the largest must be'
+    ' max_sequences. Empty means powers of two. Fewer compile faster.',
+  )
 
   def __post_init__(self):
-    for name, allowed in (
-      ('numerics', NUMERICS),
-      ('kv_dtype', KV_DTYPES),
-      ('attention', ATTENTION),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f'engine.{name}: got {getattr(self, name)!r}, expected one of'
-          f' {", ".join(allowed)}'
-        )
-    tile = paged.TILE_SLOTS
-    size = self.page_size
+    expect.one_of('engine.numerics', self.numerics, NUMERICS)
+    expect.one_of('engine.kv_dtype', self.kv_dtype, KV_DTYPES)
+    expect.one_of('engine.attention', self.attention, ATTENTION)
+    expect.at_least('engine.num_pages', self.num_pages, 0)
+    expect.at_least('engine.max_waiting', self.max_waiting, 0)
+    tile, size = _tile_slots(), self.page_size
     if size < 0 or (size and tile % size and size % tile):
       raise ValueError(
         f'engine.page_size: got {size}, expected a divisor or a multiple of'
         f' {tile}, or 0 for one page per sequence'
       )
-    for name in ('num_pages', 'max_waiting'):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f'engine.{name}: got {getattr(self, name)}, expected a number >= 0'
-        )
     shapes = self.decode_shapes
     if shapes and not (min(shapes) >= 1 and max(shapes) == self.max_sequences):
       raise ValueError(
         f'engine.decode_shapes: got {shapes}, expected numbers >= 1, the'
         f' largest of them max_sequences = {self.max_sequences}'
       )
-    self.limits(tile)  # checks what the scheduler is told
+    self.limits(tile)  # Limits checks its own fields
 
   def page_tokens(self, max_length: int) -> int:
-    """Returns Q: of a dense layout the context, in whole tiles."""
-    return self.page_size or _tiles(max_length)
+    """Returns Q, tokens per page; a dense page holds the padded context."""
+    return self.page_size or _whole_tiles(max_length)
 
   def limits(self, page_tokens: int) -> scheduler.Limits:
-    """Returns what the scheduler plans for."""
+    """Returns the limits that the scheduler plans within."""
     return scheduler.Limits(
       max_sequences=self.max_sequences,
-      block_rows=self.block_rows,
-      max_blocks=self.max_blocks,
-      max_mixed_blocks=self.max_mixed_blocks,
+      chunk_tokens=self.chunk_tokens,
+      max_chunks=self.max_chunks,
+      max_mixed_chunks=self.max_mixed_chunks,
       stall_context=self.stall_context,
       page_size=page_tokens,
       aging_steps=self.aging_steps,
     )
 
   def table_width(self, max_length: int) -> int:
-    """Returns L, pages of a sequence of the whole context."""
-    # A block may reach beyond a context that it ends with.
-    slots = _tiles(max_length + self.block_rows)
+    """Returns L, the pages of a sequence that fills the context."""
+    # The padding of the last chunk may reach beyond the context.
+    slots = _whole_tiles(max_length + self.chunk_tokens)
     return -(-slots // self.page_tokens(max_length))
 
   def step_shapes(self) -> list[tuple[int, int]]:
-    """Returns the (D, X) that steps are compiled for.
+    """Returns the shapes (D decodes, X chunks) that steps are compiled for.
 
-    Decode alone in powers of two, since that is what runs most; beside blocks,
-    which dominate a step, few. Blocks alone in powers of two.
+    Steps without chunks run most often: they get every power of two. A step
+    with chunks takes most of its time for them, so few numbers of decodes are
+    compiled beside them.
     """
     most = self.max_sequences
     decodes = self.decode_shapes or _powers(most)
-    shapes = [(rows, 0) for rows in decodes]
-    shapes += [(0, blocks) for blocks in _powers(self.max_blocks)]
+    shapes = [(num, 0) for num in decodes]
+    shapes += [(0, chunks) for chunks in _powers(self.max_chunks)]
     if most == 1:
-      return shapes  # nobody is there to be beside
-    mixed = {next(rows for rows in decodes if 4 * rows >= most), most}
+      return shapes  # the only sequence either decodes or has chunks
+    mixed = {next(num for num in decodes if 4 * num >= most), most}
     shapes += [
-      (rows, blocks)
-      for rows in sorted(mixed)
-      for blocks in _powers(self.max_mixed_blocks)
+      (num, chunks)
+      for num in sorted(mixed)
+      for chunks in _powers(self.max_mixed_chunks)
     ]
     return shapes
 
@@ -127,19 +181,26 @@ class EngineConfig:
     *,
     bytes_per_token: float,
     weight_bytes: float,
-    device,
+    memory_bytes: int,
+    is_host: bool,
   ) -> int:
-    """Returns P: page 0, and what was asked for or what memory allows.
+    """Returns P, the pages of the pool: `num_pages` or what fits, and page 0.
+
+    Args:
+      model: its max_length is the context.
+      bytes_per_token: of the KV cache, all layers.
+      weight_bytes: of the model.
+      memory_bytes: of the device.
+      is_host: whether the device is the CPU.
 
     Raises:
-      ValueError: not one sequence of the whole context would fit.
+      ValueError: the memory does not hold a page.
     """
     tokens = self.page_tokens(model.max_length)
     per_sequence = -(-model.max_length // tokens)
     if not (num_pages := self.num_pages):
-      memory = peaks.memory_bytes(device)
-      share = _HOST_SHARE if device.platform == 'cpu' else _KV_SHARE
-      room = (memory - weight_bytes) * share
+      share = _HOST_SHARE if is_host else _KV_SHARE
+      room = (memory_bytes - weight_bytes) * share
       fitting = int(room // (bytes_per_token * tokens))
       num_pages = min(self.max_sequences * per_sequence, fitting)
     if num_pages < 1:
@@ -151,11 +212,17 @@ class EngineConfig:
     return num_pages + 1
 
 
-def _tiles(num_tokens: int) -> int:
-  tile = paged.TILE_SLOTS
+def _tile_slots() -> int:
+  from models.attention import paged  # here, since it imports JAX
+
+  return paged.TILE_SLOTS
+
+
+def _whole_tiles(num_tokens: int) -> int:
+  tile = _tile_slots()
   return -(-num_tokens // tile) * tile
 
 
 def _powers(most: int) -> tuple[int, ...]:
-  """Powers of two below `most`, and that."""
+  """Returns the powers of two below `most`, then `most`."""
   return (*(1 << i for i in range((most - 1).bit_length())), most)

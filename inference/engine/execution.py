@@ -74,7 +74,7 @@ def _largest_step(
 ):
   """Returns the shapes of queries and cache of the largest step."""
   decodes = config.max_sequences
-  blocks = config.max_mixed_blocks
+  blocks = config.max_mixed_chunks
   size = config.page_tokens(model.max_length)
   width = config.table_width(model.max_length)
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
@@ -83,7 +83,7 @@ def _largest_step(
     (pool, *_) = kv_cache.init_pages(
       model, num_pages=2, page_size=size, dtype=kv_dtype, channels=channels
     )
-    tokens = decodes + blocks * config.block_rows
+    tokens = decodes + blocks * config.chunk_tokens
     heads = model.num_heads, model.head_width
     return jnp.zeros((1, tokens, *heads), dtype), kv_cache.PagedLayer(
       pool,

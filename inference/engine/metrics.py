@@ -39,7 +39,7 @@ class Metrics:
       'Of that, planning, preparing, and taking tokens in.',
     )
     self.rows = counter('engine_rows', 'Rows computed.', ['kind'])
-    self.prefill_tokens = counter('prefill_tokens', 'Computed in blocks.')
+    self.prefill_tokens = counter('prefill_tokens', 'Computed in chunks.')
     self.decode_tokens = counter('decode_tokens', 'Computed one at a time.')
     self.cached_tokens = counter('cached_tokens', 'Of prompts, not computed.')
     self.sampled_tokens = counter('sampled_tokens', 'Tokens given to requests.')

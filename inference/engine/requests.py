@@ -30,7 +30,7 @@ class Request:
 class Usage:
   """What one sequence took; seconds are of wall time."""
 
-  prefill_tokens: int = 0  # computed in blocks, again after a preemption too
+  prefill_tokens: int = 0  # computed in chunks, again after a preemption too
   decode_tokens: int = 0  # computed one at a time
   cached_tokens: int = 0  # of the prompt, found computed
   preemptions: int = 0  # times that its pages were taken

@@ -1,10 +1,21 @@
-"""What a request may choose about its completion, checked when it is chosen.
+"""The generation settings of a request, checked when they are made.
 
-Values come from flags, from HTTP and from a frozen directory's generation.json;
-`inference.sampling.sampler.row` turns what the device needs of them into
-arrays, and `inference.output.stopping` reads what ends a sequence. The meaning
-of a field that clients of other servers send is theirs: OpenAI's where OpenAI
-has it, else vLLM's.
+Values come from flags, from HTTP and from a frozen directory's generation.json.
+`inference.sampling.sampler.row` turns the settings that the device needs into
+arrays, and `inference.output.stopping` reads the settings that end a sequence.
+A field that clients of other servers send means here what it means there: at
+OpenAI if OpenAI has it, else in vLLM.
+
+The fields of `Settings` are the only list of settings: serve.py makes a flag of
+each, and `inference.server.schema` a field of the request body. A new setting
+is a field here, with its check, and its effect in `inference.sampling.sampler`.
+The metadata of a field:
+
+    help      what the setting does, for users of the flag and of the API
+    flag      False: serve.py has no flag for it
+    api_name  its name in a request body, if another; '': not in the API
+
+Imports nothing heavy, so that `serve.py --help` need not wait for JAX.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +23,13 @@ import dataclasses
 import math
 from typing import Any
 
-from frozen import format as frozen_format
-
 NUM_SEEDS = 2**32
-# Of each, the most that one request may ask for: each sequence's place on the
-# device is as wide, so that no request compiles anything.
+# The most entries that one request may have. The arrays of a slot on the device
+# have this width, so that no request compiles a new program.
 MAX_BIASED = 300  # as OpenAI allows
 MAX_STOP_IDS = 16
 MAX_LOGPROBS = 20  # as OpenAI's chat API allows
-# Beyond these a float32 logit may overflow, or a token never recover.
+# Beyond this range a float32 logit may overflow, or a token never recover.
 _REPETITION_RANGE = 1e-3, 1e3
 
 
@@ -33,37 +42,109 @@ class SettingError(ValueError):
     self.setting = setting
 
 
+def _setting(default: Any, text: str = '', **metadata: Any) -> Any:
+  """Returns a field of `Settings`; the module docstring lists the metadata."""
+  return dataclasses.field(default=default, metadata={'help': text, **metadata})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What a request may choose; checked when made.
+  """The settings of one request.
 
   Raises:
     SettingError: a value is out of range.
   """
 
-  temperature: float = 1.0  # 0 is greedy
-  top_k: int = 0  # most probable tokens to keep; 0 keeps all
-  top_p: float = 1.0  # probability mass to keep; 1 keeps all
-  min_p: float = 0.0  # least share of the largest probability; 0 keeps all
-  # Divides the positive and multiplies the negative logits of tokens in the
-  # prompt or the completion; 1 changes nothing.
-  repetition_penalty: float = 1.0
-  presence_penalty: float = 0.0  # taken off tokens of the completion, once
-  frequency_penalty: float = 0.0  # and once per time that they occur in it
-  logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added)
-  seed: int | None = None  # None draws one, reported in the completion
-  n: int = 1  # completions of the prompt
-  max_tokens: int | None = None  # None is up to the end of the context
-  # Until so many are sampled, EOS and stop ids are not, and no stop string
-  # counts that they complete.
-  min_tokens: int = 0
-  stop: tuple[str, ...] = ()  # ends the completion, not part of its text
-  stop_ids: tuple[int, ...] = ()  # token ids that do the same
-  ignore_eos: bool = False  # EOS is a token like others: benchmarks
-  # Log-probabilities of each sampled token and of so many most probable ones;
-  # None is none at all, 0 those of the sampled tokens alone.
-  logprobs: int | None = None
-  prompt_logprobs: int | None = None  # the same of the prompt's tokens
+  temperature: float = _setting(
+    1.0,
+    'Divides the logits before sampling. 0 always takes the most probable token'
+    ' (greedy). Lower it for more predictable text.',
+  )
+  top_k: int = _setting(
+    0,
+    'Samples only from this many most probable tokens; 0 keeps all tokens.',
+  )
+  top_p: float = _setting(
+    1.0,
+    'Samples only from the most probable tokens that together have this'
+    ' probability, above 0 and at most 1; 1 keeps all tokens. Lower it if the'
+    ' text drifts.',
+  )
+  min_p: float = _setting(
+    0.0,
+    'Samples only from tokens with at least this share of the probability of'
+    ' the most probable token, from 0 to below 1; 0 keeps all tokens.',
+  )
+  repetition_penalty: float = _setting(
+    1.0,
+    'Divides the positive logits, and multiplies the negative logits, of every'
+    ' token in the prompt or the completion; 1 disables it. Raise it, for'
+    ' example to 1.1, if the text repeats itself.',
+  )
+  presence_penalty: float = _setting(
+    0.0,
+    'Subtracted once from the logit of every token that was generated, from -2'
+    ' to 2; 0 disables it.',
+  )
+  frequency_penalty: float = _setting(
+    0.0,
+    "Subtracted from a token's logit for every time it was generated, from -2"
+    ' to 2; 0 disables it.',
+  )
+  logit_bias: tuple[tuple[int, float], ...] = _setting(
+    (),
+    'Added to the logits of these token ids, from -100 to 100.',
+    flag=False,
+  )
+  seed: int | None = _setting(
+    None,
+    'Seed of the sampling. The same seed, settings and weights give the same'
+    ' text. If not given, a seed is drawn and reported with the completion.',
+  )
+  n: int = _setting(
+    1,
+    'Number of completions of the prompt, each with a seed of its own.',
+  )
+  max_tokens: int | None = _setting(
+    None,
+    'Most tokens to generate. If neither given nor recommended by the model, a'
+    ' completion may fill the context.',
+  )
+  min_tokens: int = _setting(
+    0,
+    'EOS and stop token ids are not sampled, and stop strings do not count,'
+    ' before this many tokens were generated; 0 disables it.',
+  )
+  stop: tuple[str, ...] = _setting(
+    (),
+    'Text that ends the completion. The text itself is left out of the'
+    ' completion. May be given several times.',
+  )
+  stop_ids: tuple[int, ...] = _setting(
+    (),
+    'Token id that ends the completion, like EOS. May be given several times,'
+    ' at most 16.',
+    api_name='stop_token_ids',
+  )
+  ignore_eos: bool = _setting(
+    False,
+    'Generates further after EOS, up to max_tokens. For benchmarks, which need'
+    ' completions of a known length.',
+  )
+  # None: no log-probabilities. 0: those of the sampled tokens. k: also those of
+  # the k most probable tokens.
+  logprobs: int | None = _setting(
+    None,
+    'Returns the log-probability of every generated token, and of this many'
+    ' most probable tokens beside it, at most 20.',
+    flag=False,
+  )
+  # The same for the tokens of the prompt. The API asks for it with `echo`.
+  prompt_logprobs: int | None = _setting(
+    None,
+    flag=False,
+    api_name='',
+  )
 
   def __post_init__(self):
     self._check('temperature', lambda x: 0 <= x < math.inf, 'a number >= 0')
@@ -184,13 +265,16 @@ def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
 def recommended(generation: dict[str, Any]) -> Settings:
   """Returns the settings that a frozen directory recommends.
 
+  Args:
+    generation: content of its generation.json.
+
   Raises:
     ValueError: a setting is unknown or out of range.
   """
   known = [field.name for field in dataclasses.fields(Settings)]
   if unknown := sorted(set(generation) - set(known)):
     raise ValueError(
-      f'{frozen_format.GENERATION_FILE}: got the settings {unknown}, expected'
+      f'generation.json: got the settings {unknown}, expected'
       f' only {", ".join(known)}; freeze again without them'
     )
   fields = dict(generation)

@@ -1,6 +1,6 @@
 """Decides what the next step of the engine computes: values in, a plan out.
 
-A step is one program over decode rows, a token of a sequence each, and blocks
+A step is one program over decode rows, a token of a sequence each, and chunks
 of consecutive prompt tokens (chunked prefill: Agrawal et al.,
 arXiv:2403.02310). `plan` chooses who gets which, who enters, and who has to
 give its pages back; it is a function of counts and knows no device, no clock
@@ -10,7 +10,7 @@ Three questions, and the order that answers each:
 
 - Who is admitted next? The *turn* (`fairness`): level, then the principal that
   was served least, then who came first. Strictly so: nobody passes one that
-  lacks pages or blocks, since what the small ones took meanwhile would keep a
+  lacks pages or chunks, since what the small ones took meanwhile would keep a
   large one out forever. And a prompt that has begun comes before one that has
   not.
 - Who is served first of those that run? The *standing*: level, then who was
@@ -44,21 +44,21 @@ class Limits:
   """What a step can hold; checked when made.
 
   The bound on how long a long prompt stalls others: a step with decode rows
-  computes at most `max_mixed_blocks * block_rows` prompt tokens beside them,
+  computes at most `max_mixed_chunks * chunk_tokens` prompt tokens beside them,
   whatever waits, and every running sequence has its row in every step. What a
-  block attends to makes it dearer, so that fewer fit: behind `stall_context`
+  chunk attends to makes it dearer, so that fewer fit: behind `stall_context`
   tokens half as many, behind twice that a third, but always one.
 
   Raises:
-    ValueError: a count is below 1, or more blocks fit beside decode rows than
+    ValueError: a count is below 1, or more chunks fit beside decode rows than
       without.
   """
 
   max_sequences: int  # that run at once: slots, and decode rows of a step
-  block_rows: int  # tokens of a block
-  max_blocks: int  # of a step without decode rows
-  max_mixed_blocks: int  # of a step with decode rows
-  stall_context: int  # tokens before a block that make it count twice there
+  chunk_tokens: int  # tokens of a chunk
+  max_chunks: int  # of a step without decode rows
+  max_mixed_chunks: int  # of a step with decode rows
+  stall_context: int  # tokens before a chunk that make it count twice there
   page_size: int  # tokens of a page
   aging_steps: int  # of waiting that are worth one level of priority
 
@@ -70,19 +70,19 @@ class Limits:
           f'{field.name}: got {value!r}, expected a whole number of at least 1;'
           ' none of these can be switched off'
         )
-    if self.max_mixed_blocks > self.max_blocks:
+    if self.max_mixed_chunks > self.max_chunks:
       raise ValueError(
-        f'max_mixed_blocks: got {self.max_mixed_blocks}, expected at most'
-        f' max_blocks, {self.max_blocks}; raise that'
+        f'max_mixed_chunks: got {self.max_mixed_chunks}, expected at most'
+        f' max_chunks, {self.max_chunks}; raise that'
       )
 
   def num_pages(self, num_tokens: int) -> int:
     """Returns how many pages hold so many tokens."""
     return -(-num_tokens // self.page_size)
 
-  def num_blocks(self, num_tokens: int) -> int:
-    """Returns how many blocks compute so many tokens."""
-    return -(-num_tokens // self.block_rows)
+  def num_chunks(self, num_tokens: int) -> int:
+    """Returns how many chunks compute so many tokens."""
+    return -(-num_tokens // self.chunk_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +128,8 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-  """Consecutive tokens of one sequence, computed in blocks."""
+class Prefill:
+  """Consecutive tokens of one sequence, computed in chunks."""
 
   id: Hashable
   start: int
@@ -143,12 +143,12 @@ class Plan:
   preempted: tuple[Hashable, ...] = ()  # give back all pages and wait again
   admitted: tuple[Hashable, ...] = ()  # each has work in this step
   decodes: tuple[Hashable, ...] = ()  # in ascending order of context length
-  chunks: tuple[Chunk, ...] = ()  # best standing first
+  prefills: tuple[Prefill, ...] = ()  # best standing first
 
   @property
   def is_empty(self) -> bool:
     """Whether nothing is computed."""
-    return not self.decodes and not self.chunks
+    return not self.decodes and not self.prefills
 
 
 def plan(
@@ -223,8 +223,8 @@ class _Draft:
     self.preempted: dict[Hashable, Task] = {}
     self.admitted: dict[Hashable, Task] = {}
     self.work: dict[Hashable, tuple[Task, int]] = {}  # tokens of this step
-    self.num_blocks = 0
-    self.cost = 0.0  # of those, what counts towards `max_mixed_blocks`
+    self.num_chunks = 0
+    self.cost = 0.0  # of those, what counts towards `max_mixed_chunks`
     self.claims: dict[Hashable, int] = {}
     self.references: collections.Counter[int] | None = None
     # Blocks are given out before it is known who enters. So the next in turn
@@ -239,7 +239,7 @@ class _Draft:
     length = self._length(task)
     if task.id in self.preempted or not task.is_ready or not length:
       return
-    # One token is worth a preemption, a longer chunk is not.
+    # One token is worth a preemption, a longer prefill is not.
     one_more = task.num_computed + 1
     if self._pages_for(task, one_more) > self.room:
       worse = self.holders[self.holders.index(task) + 1 :]
@@ -321,37 +321,37 @@ class _Draft:
       preempted=tuple(self.preempted),
       admitted=tuple(self.admitted),
       decodes=tuple(task.id for task in decodes),
-      chunks=tuple(
-        Chunk(task.id, task.num_computed, length)
+      prefills=tuple(
+        Prefill(task.id, task.num_computed, length)
         for task, length in work
         if task.num_remaining > 1
       ),
     )
 
   def _length(self, task: Task) -> int:
-    """Tokens that rows and blocks are left for."""
-    most_mixed = self.limits.max_mixed_blocks
+    """Tokens that rows and chunks are left for."""
+    most_mixed = self.limits.max_mixed_chunks
     if task.num_remaining == 1:
-      return int(self.num_blocks <= most_mixed)
-    left = self.limits.max_blocks - self.num_blocks
+      return int(self.num_chunks <= most_mixed)
+    left = self.limits.max_chunks - self.num_chunks
     if self.is_mixed:
       left = int((most_mixed - self.cost) / self._weight(task) + 0.5)
-      left = max(left, int(not self.num_blocks))
-    return max(min(task.num_remaining, left * self.limits.block_rows), 0)
+      left = max(left, int(not self.num_chunks))
+    return max(min(task.num_remaining, left * self.limits.chunk_tokens), 0)
 
   def _weight(self, task: Task) -> float:
-    """Returns what a block of `task` counts beside decode rows."""
+    """Returns what a chunk of `task` counts beside decode rows."""
     return 1 + task.num_computed / self.limits.stall_context
 
   def _give(self, task: Task, length: int):
-    """Enters a row or a chunk."""
+    """Enters a decode or a prefill."""
     self.work[task.id] = task, length
     if task.num_remaining == 1:
       self.is_mixed = True
     else:
-      num_blocks = self.limits.num_blocks(length)
-      self.num_blocks += num_blocks
-      self.cost += num_blocks * self._weight(task)
+      num_chunks = self.limits.num_chunks(length)
+      self.num_chunks += num_chunks
+      self.cost += num_chunks * self._weight(task)
 
   def _growth(self, task: Task) -> int:
     """Returns 1 if `task` may ever want a page beyond what it knows, else 0."""
@@ -426,7 +426,7 @@ class _Draft:
   def _preempt(self, victims: list[Task]):
     """Enters those who give their pages back, and takes back their work.
 
-    Their blocks stay unused: who enters in their place has been given its own.
+    Their chunks stay unused: who enters in their place has been given its own.
     """
     for victim in victims:
       self.preempted[victim.id] = victim

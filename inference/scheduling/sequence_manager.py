@@ -53,7 +53,7 @@ class Step:
 
   copies: tuple[tuple[int, int], ...]  # pages (source, destination)
   decodes: tuple[Row, ...]  # in ascending order of context length
-  blocks: tuple[Row, ...]  # at most `block_rows` tokens each
+  chunks: tuple[Row, ...]  # at most `chunk_tokens` tokens each
   seated: tuple[Hashable, ...]  # entered a slot in this step; all have a row
   preempted: tuple[Hashable, ...]  # left theirs before it
 
@@ -204,21 +204,21 @@ class Roster:
     for id in plan.admitted:
       self._seat(self._sequences[id])
     work = [(self._sequences[id], 1) for id in plan.decodes]
-    work += [(self._sequences[each.id], each.length) for each in plan.chunks]
+    work += [(self._sequences[each.id], each.length) for each in plan.prefills]
     copies = []
     for sequence, length in work:
       copies += self.tables.grow(sequence, length)
     decodes = work[: len(plan.decodes)]
-    chunks = work[len(plan.decodes) :]
+    prefills = work[len(plan.decodes) :]
     step = Step(
       copies=tuple(copies),
       decodes=tuple(
         self._row(sequence, sequence.num_computed, 1) for sequence, _ in decodes
       ),
-      blocks=tuple(
+      chunks=tuple(
         row
-        for sequence, length in chunks
-        for row in self._blocks(sequence, length)
+        for sequence, length in prefills
+        for row in self._chunks(sequence, length)
       ),
       seated=plan.admitted,
       preempted=plan.preempted,
@@ -392,9 +392,9 @@ class Roster:
       samples=stop == sequence.num_known,
     )
 
-  def _blocks(self, sequence: page_tables.Sequence, length: int) -> list[Row]:
-    """Cuts a chunk into rows of a block each."""
-    start, rows = sequence.num_computed, self.limits.block_rows
+  def _chunks(self, sequence: page_tables.Sequence, length: int) -> list[Row]:
+    """Cuts the prefill of a sequence into chunks."""
+    start, rows = sequence.num_computed, self.limits.chunk_tokens
     return [
       self._row(sequence, start + done, min(rows, length - done))
       for done in range(0, length, rows)
@@ -447,7 +447,7 @@ class Roster:
     self._disown(sequence)
 
   def _advance(self, sequence: page_tables.Sequence, length: int):
-    """Counts a row or a chunk as computed, and what it samples as known."""
+    """Counts tokens as computed, and what it samples as known."""
     was_prompt = sequence.num_computed < sequence.num_prompt
     sequence.num_computed += length
     if not sequence.num_remaining:

@@ -1,12 +1,15 @@
-"""What the server accepts, and how it refuses.
+"""The bodies of requests, and the errors that refuse them.
 
-Every field that clients of OpenAI's completions API send is here: implemented,
-or refused unless it holds the value that changes nothing. So are those of
-vLLM's that `inference.sampling.settings` has. A field that is not here is
-refused too. Nothing is ignored.
+`CompletionRequest` has every field that clients of OpenAI's completions API
+send. A field is implemented, or refused unless it holds the value that changes
+nothing. The settings that OpenAI does not have, with vLLM's names and meanings,
+are made from the fields of `inference.sampling.settings.Settings`. Any other
+field is refused. No field is ignored.
 """
 
 from collections.abc import Sequence
+import dataclasses
+import typing
 from typing import Any
 
 from fastapi import responses
@@ -17,10 +20,14 @@ from inference.sampling import settings
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
 
-# Fields that are refused unless absent, null, or one of these.
+# Fields that are refused unless absent, null, or one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
-# Settings that the API calls otherwise.
-_API_NAMES = {'stop_ids': 'stop_token_ids'}
+# The field of a request body for each setting that the API has.
+_API_NAMES = {
+  field.name: name
+  for field in dataclasses.fields(settings.Settings)
+  if (name := field.metadata.get('api_name', field.name))
+}
 _MAX_PRIORITY = 2**31 - 1
 _RETRY_AFTER_SECONDS = 1
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
@@ -70,42 +77,64 @@ class StreamOptions(_Model):
   include_usage: bool = False
 
 
-class CompletionRequest(_Model):
-  """The body of POST /v1/completions; null means the default.
-
-  The default is what the frozen directory recommends, else what
-  `inference.sampling.settings` says.
-  """
-
+class _OpenAiRequest(_Model):
   model: str
   prompt: str | list[str] | list[int] | list[list[int]]
-  max_tokens: int | None = None  # 0, with echo: the prompt alone
+  max_tokens: int | None = None  # 0, with echo: only the prompt is scored
   temperature: float | None = None
   top_p: float | None = None
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
   logit_bias: dict[str, float] | None = None
-  logprobs: int | None = None  # 0: of the chosen tokens alone
+  logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
   stop: str | list[str] | None = None
   n: int | None = None
   echo: bool | None = None
   stream: bool | None = None
   stream_options: StreamOptions | None = None
-  user: str | None = None  # goes to the server's log, as it is meant to
-
-  # Not OpenAI's; of these names and meanings in vLLM.
-  top_k: int | None = None
-  min_p: float | None = None
-  repetition_penalty: float | None = None
-  min_tokens: int | None = None
-  ignore_eos: bool | None = None
-  stop_token_ids: list[int] | None = None
-  return_tokens_as_token_ids: bool | None = None
-  priority: int | None = None  # lower is sooner; see `check`
-
+  user: str | None = None  # written to the server's log
   best_of: Any = None
   suffix: Any = None
+  min_tokens: int | None = None  # vLLM's; here since `_check_scores` reads it
+
+
+def _with_settings(
+  base: type[_OpenAiRequest], fields: Sequence[dataclasses.Field]
+) -> type[_OpenAiRequest]:
+  """Returns `base` with a field for each setting that it lacks.
+
+  A tuple becomes a list, as JSON has it. None means that the request does not
+  choose the setting.
+  """
+  added: dict[str, Any] = {}
+  for field in fields:
+    name = field.metadata.get('api_name', field.name)
+    if not name or name in base.model_fields:
+      continue
+    kind: Any = field.type
+    if typing.get_origin(kind) is tuple:
+      kind = list[typing.get_args(kind)[0]]
+    default = pydantic.Field(default=None, description=field.metadata['help'])
+    added[name] = (kind | None, default)
+  return pydantic.create_model('_VllmRequest', __base__=base, **added)
+
+
+_VllmRequest = _with_settings(
+  _OpenAiRequest, dataclasses.fields(settings.Settings)
+)
+
+
+class CompletionRequest(_VllmRequest):
+  """The body of POST /v1/completions; null means the default.
+
+  The default is what the frozen directory recommends, else the default in
+  `inference.sampling.settings`.
+  """
+
+  # vLLM's fields that are no settings.
+  return_tokens_as_token_ids: bool | None = None
+  priority: int | None = None  # a lower number is served sooner; see `check`
 
   def check(self, *, is_shared: bool) -> None:
     """Refuses what the types allow and this server does not do.
@@ -183,27 +212,18 @@ class CompletionRequest(_Model):
     Raises:
       SettingError: a key of logit_bias is no token id.
     """
-    stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-    biases = self.logit_bias
-    return {
-      'temperature': self.temperature,
-      'top_p': self.top_p,
-      'top_k': self.top_k,
-      'min_p': self.min_p,
-      'repetition_penalty': self.repetition_penalty,
-      'presence_penalty': self.presence_penalty,
-      'frequency_penalty': self.frequency_penalty,
-      'logit_bias': None if biases is None else settings.bias_pairs(biases),
-      'seed': self.seed,
-      'n': self.n,
-      # A token follows at least; `completions` drops it.
-      'max_tokens': 1 if self.max_tokens == 0 else self.max_tokens,
-      'min_tokens': self.min_tokens,
-      'stop': None if stop is None else tuple(stop),
-      'stop_ids': _tuple(self.stop_token_ids),
-      'ignore_eos': self.ignore_eos,
-      'logprobs': self.logprobs,
+    chosen = {
+      setting: _frozen(getattr(self, name))
+      for setting, name in _API_NAMES.items()
     }
+    if self.max_tokens == 0:
+      # The engine generates at least one token; `completions` drops it.
+      chosen['max_tokens'] = 1
+    if isinstance(self.stop, str):
+      chosen['stop'] = (self.stop,)
+    if self.logit_bias is not None:
+      chosen['logit_bias'] = settings.bias_pairs(self.logit_bias)
+    return chosen
 
 
 class TokenizeRequest(_Model):
@@ -270,5 +290,5 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
   return invalid(where[0], '; or: '.join(wanted))
 
 
-def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:
-  return None if values is None else tuple(values)
+def _frozen(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value

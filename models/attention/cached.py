@@ -7,14 +7,14 @@ builds an engine chooses one of them in this one's place.
 import jax
 
 from models import kv_cache
-from models.attention import dense, paged
+from models.attention import dense, form as form_lib, paged
 
 
 def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 

@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from models.attention import dense
+from models.attention import form as form_lib
 
 # What every GPU since Ampere takes.
 MAX_HEAD_WIDTH = 128
@@ -31,7 +31,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
-  form: dense.Form = dense.Form(),
+  form: form_lib.Form = form_lib.Form(),
   implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.

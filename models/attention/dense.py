@@ -8,11 +8,11 @@ arXiv:2305.13245.
 """
 
 from collections.abc import Callable
-import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
+
+from models.attention import form as form_lib
 
 # Rows of queries per block. Smaller skips more of the triangle (a share of
 # (1 - R/T) / 2), larger multiplies bigger matrices and compiles less code.
@@ -26,34 +26,6 @@ _MASKED = -1e30
 Dropout = Callable[[jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """How scores are made of queries and keys; static."""
-
-  window: int = 0  # keys that a query sees, its own included; 0: all before it
-  softcap: float = 0.0  # scores are cap tanh(scores / cap); 0: none
-  scale: float | None = None  # of the scores; None: 1 / sqrt(C)
-
-  def scale_of(self, channels: int) -> float:
-    """Returns what scores are multiplied by."""
-    return 1 / math.sqrt(channels) if self.scale is None else self.scale
-
-
-def sees(slot: jax.Array, position: jax.Array, form: Form) -> jax.Array:
-  """Whether the query at `position` sees the key in `slot`."""
-  is_seen = slot <= position
-  if form.window:
-    is_seen &= slot > position - form.window
-  return is_seen
-
-
-def capped_scores(scores: jax.Array, form: Form) -> jax.Array:
-  """Returns float32 scores within the soft cap (Gemma 2, section 2)."""
-  if not form.softcap:
-    return scores
-  return form.softcap * jnp.tanh(scores / form.softcap)
-
-
 def attend(
   q_BTHC: jax.Array,
   k_BKSC: jax.Array,
@@ -62,7 +34,7 @@ def attend(
   slots_BT: jax.Array | None = None,
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
-  form: Form = Form(),
+  form: form_lib.Form = form_lib.Form(),
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
@@ -83,7 +55,7 @@ def attend(
   q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   if slots_BT is not None:
     slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
-    mask_BTS = sees(slot_S[None, None, :], slots_BT[:, :, None], form)
+    mask_BTS = form_lib.sees(slot_S[None, None, :], slots_BT[:, :, None], form)
     out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form)
   else:
     out_BKGTC = _attend_causal(
@@ -107,7 +79,9 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
     # The first key that the block's first row sees.
     first = max(0, start - form.window + 1) if form.window else 0
     query_R = jnp.arange(start, stop)
-    mask = sees(jnp.arange(first, stop)[None, :], query_R[:, None], form)[None]
+    mask = form_lib.sees(
+      jnp.arange(first, stop)[None, :], query_R[:, None], form
+    )[None]
     if segment_ids_BT is not None:
       query_segments, key_segments = (
         segment_ids_BT[:, start:stop, None],
@@ -139,7 +113,7 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  scores_BKGRS = capped_scores(
+  scores_BKGRS = form_lib.capped_scores(
     scores.reshape(batch, num_kv, groups, rows, -1), form
   )
   scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)

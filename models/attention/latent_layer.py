@@ -36,7 +36,7 @@ from models import (
   mup,
   norms,
 )
-from models.attention import dense, rope
+from models.attention import form as form_lib, rope
 
 # Of the norms of latents, whatever the epsilon of the others is: so in every
 # implementation of DeepSeek's models.
@@ -75,7 +75,7 @@ class LatentAttention(nn.Module):
       rope_BT1r = rope.rotate(rope_BT1r, angles_BTc, amplitude)
     up = Up(config, name='key_up')(), Up(config, name='value_up')()
     # By the width of the heads, not of what queries are taken into.
-    form = dense.Form(scale=config.query_scale or config.head_width**-0.5)
+    form = form_lib.Form(scale=config.query_scale or config.head_width**-0.5)
     if cache is None:
       out_BTHC = self._attend_whole(
         q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form

@@ -21,7 +21,7 @@ from models import (
   mup,
   norms,
 )
-from models.attention import dense, rope
+from models.attention import form as form_lib, rope
 
 
 class Attention(nn.Module):
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         amplitude = 1.0
       q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
       k_BTKC = rope.rotate(k_BTKC, angles_BTc, amplitude)
-    form = dense.Form(
+    form = form_lib.Form(
       window=config.window if self.layer.is_local else 0,
       softcap=config.attention_softcap,
       scale=config.query_scale or None,

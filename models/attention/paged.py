@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import dense
+from models.attention import form as form_lib
 
 # Slots per tile. On CPU a tile of a few sequences stays in the cache of a core:
 # measured 2 times as fast as 128 and as gathering all pages first, 6 times.
@@ -33,7 +33,7 @@ def attend(
   q_1THC: jax.Array,
   cache: kv_cache.PagedLayer,
   positions_1T: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
 ) -> jax.Array:
   """Returns the attention output [1, T, H, C]; see `cached_attention`."""
   num_decodes = cache.decode_table_DL.shape[0]
@@ -70,7 +70,7 @@ def attend_rows(
   pages: kv_cache.Pages,
   table_BL: jax.Array,
   positions_BR: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
   *,
   group: int,
 ) -> jax.Array:
@@ -135,14 +135,14 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
       x[..., :channels]
       for x in _gather_tile(pages, table_BL, tile, q_BKMC.dtype)
     )
-    scores_BKMS = dense.capped_scores(
+    scores_BKMS = form_lib.capped_scores(
       jnp.einsum(
         'BKMC,BKSC->BKMS', q_BKMC, k_BKSC, preferred_element_type=jnp.float32
       ),
       form,
     )
     slot_S = tile * TILE_SLOTS + jnp.arange(TILE_SLOTS)
-    is_seen = dense.sees(
+    is_seen = form_lib.sees(
       slot_S[None, None, None, :], position_B1M[..., None], form
     )
     scores_BKMS = jnp.where(is_seen, scores_BKMS, _MASKED)
@@ -173,7 +173,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]
 
 
-def _tile_range(positions_BR, form: dense.Form):
+def _tile_range(positions_BR, form: form_lib.Form):
   """Returns the first tile that any row sees, and the one after the last."""
   stop = jnp.max(positions_BR) // TILE_SLOTS + 1
   if not form.window:

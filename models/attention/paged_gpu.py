@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import cached, dense
+from models.attention import cached, form as form_lib
 
 # Queries of a program, and warps that it is made of. Tensor cores multiply 16
 # rows at least, those of an H100 64 at best. Products of float32 are not theirs
@@ -52,7 +52,7 @@ def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
   *,
   num_splits: int | None = None,
   interpret: bool = False,
@@ -137,7 +137,7 @@ def _attend_rows(
   pages: kv_cache.Pages,
   table_BL,
   positions_T,
-  form: dense.Form,
+  form: form_lib.Form,
   *,
   num_rows: int,
   num_splits: int | None,
@@ -192,7 +192,7 @@ def _kernel(
   out_ref,
   log_sum_ref,
   *,
-  form: dense.Form,
+  form: form_lib.Form,
   num_rows: int,
   num_groups: int,
   block_rows: int,
@@ -237,8 +237,8 @@ def _kernel(
       _load(kv_ref, scale_ref, (page_S, slot_S, row), is_held_S, q_MC)
       for row in (2 * head, 2 * head + 1)
     )
-    scores_MS = dense.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
-    is_seen_MS = dense.sees(position_S[None, :], position_M[:, None], form)
+    scores_MS = form_lib.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
+    is_seen_MS = form_lib.sees(position_S[None, :], position_M[:, None], form)
     return _fold(state, jnp.where(is_seen_MS, scores_MS, _MASKED), v_SC)
 
   start, stop = _share_of_tiles(position_M, tile_slots, form.window)

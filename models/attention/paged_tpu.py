@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import cached, dense
+from models.attention import cached, form as form_lib
 
 # Channels of a page, no more and no less: the kernel (of jax 0.10) reads every
 # other row of a page, which the compiler can do at the width of a register.
@@ -54,7 +54,7 @@ def attend(
   q_BTHC: jax.Array,
   cache: kv_cache.Layer,
   positions_BT: jax.Array,
-  form: dense.Form,
+  form: form_lib.Form,
   *,
   implementation: Literal['kernel', 'reference'] = 'kernel',
 ) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from models import remat
-from models.attention import dense
+from models.attention import form as form_lib
 
 # Rows of queries and of keys per block. A block of scores is a float32 square,
 # 1 MiB at 512; the backward kernels hold several of them in the 16 MiB that a
@@ -36,7 +36,7 @@ def attend(
   *,
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
-  form: dense.Form = dense.Form(),
+  form: form_lib.Form = form_lib.Form(),
   interpret: bool = False,
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.
@@ -94,7 +94,7 @@ def block_rows(time: int) -> int:
   )
 
 
-def _kernel(time: int, heads: int, form: dense.Form, interpret: bool):
+def _kernel(time: int, heads: int, form: form_lib.Form, interpret: bool):
   """The kernel for one row: (q_HTC, k_KTC, v_KTC, segments) -> out_HTC."""
   rows = block_rows(time)
   mask = mask_lib.CausalMask((time, time))

@@ -16,7 +16,7 @@ def _tiny():
 @pytest.fixture(autouse=True)
 def quick_roofline(monkeypatch):
   monkeypatch.setattr(
-    decode_latency.device_peaks, 'read_bytes_per_s', lambda **_: 1e10
+    decode_latency.peaks, 'read_bytes_per_s', lambda **_: 1e10
   )
 
 

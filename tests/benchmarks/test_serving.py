@@ -11,9 +11,9 @@ from tests.helpers import tiny_models
 
 _ENGINE = engine_config.EngineConfig(
   max_sequences=4,
-  block_rows=8,
-  max_blocks=2,
-  max_mixed_blocks=1,
+  chunk_tokens=8,
+  max_chunks=2,
+  max_mixed_chunks=1,
   num_pages=64,
   decode_shapes=(4,),
 )

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from data import locks, sources, token_store
+from data import sources, token_store
+from storage import locks
 from tests.helpers import tiny_models
 from text import bpe
 
@@ -166,7 +167,7 @@ def test_it_says_how_far_it_is(tmp_path, monkeypatch):
 
 
 def _leftovers(directory):
-  return list(directory.glob('tokens/.*.partial'))
+  return list(directory.glob('tokens/.*.partial-*'))
 
 
 # A source that takes its time, and says where it is.
@@ -203,7 +204,7 @@ def _start(directory):
 def test_two_processes_and_one_that_was_killed_agree(tmp_path):
   killed = _start(tmp_path)
   deadline = time.monotonic() + 60
-  while not list(tmp_path.glob('tokens/.*.partial/ids.bin')):
+  while not list(tmp_path.glob('tokens/.*.partial-*/ids.bin')):
     assert time.monotonic() < deadline
     assert killed.poll() is None, killed.communicate()
     time.sleep(0.01)

@@ -9,7 +9,7 @@ from tests.helpers import tiny_models
 
 _STEPS = """
 import resource, sys
-from parallel import host_memory
+from hardware import host_memory
 if sys.argv[1] == 'keep':
   assert host_memory.reuse_freed_memory()
 import jax, jax.numpy as jnp

@@ -81,7 +81,7 @@ def test_gpus_are_described_to_the_compiler(compilers, name):
 def test_a_topology_that_there_is_not_is_refused(compilers):
   with pytest.raises(
     targets.TargetError,
-    match="got the topology 'v5e:3x3', expected one that there is, as in",
+    match="got the topology 'v5e:3x3', expected one that exists, as in",
   ):
     targets.devices(targets.parse('v5e:3x3'))
 

@@ -117,9 +117,9 @@ TIGHT = {
   'decode_shapes': (2, 8),
   'page_size': 16,
   'num_pages': 20,
-  'block_rows': 8,
-  'max_blocks': 2,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 8,
+  'max_chunks': 2,
+  'max_mixed_chunks': 1,
   'numerics': 'invariant',
 }
 

@@ -17,9 +17,9 @@ def limits(**changes) -> scheduler.Limits:
   """Returns tiny limits, with changes."""
   fields = {
     'max_sequences': 4,
-    'block_rows': 4,
-    'max_blocks': 4,
-    'max_mixed_blocks': 2,
+    'chunk_tokens': 4,
+    'max_chunks': 4,
+    'max_mixed_chunks': 2,
     'stall_context': 10**9,  # contexts here are short
     'page_size': 4,
     'aging_steps': 8,
@@ -53,7 +53,7 @@ class Device:
     self._copy(step.copies)
     written: set[tuple[int, int]] = set()
     sampled = []
-    for row in (*step.decodes, *step.blocks):
+    for row in (*step.decodes, *step.chunks):
       truth = self.truths[row.id]
       stop = row.start + row.length
       assert row.length >= 1
@@ -145,7 +145,7 @@ class Loop:
       step = self.roster.begin(plan)
       self._check(step)
       self.steps.append(step)
-      for row in (*step.decodes, *step.blocks):
+      for row in (*step.decodes, *step.chunks):
         self.first_steps.setdefault(row.id, len(self.steps))
       self.in_flight.append(self.device.execute(step))
     if len(self.in_flight) > self.depth or (step is None and self.in_flight):
@@ -176,22 +176,22 @@ class Loop:
         return
       was_in_flight = bool(self.in_flight)
       step = self.step()
-      is_progress = step is not None and (step.decodes or step.blocks)
+      is_progress = step is not None and (step.decodes or step.chunks)
       assert is_progress or was_in_flight, 'a step that does nothing'
     raise AssertionError(f'{len(self.truths)} left after {max_steps} steps')
 
   def _check(self, step: sequence_manager.Step):
     limits = self.limits
     assert len(step.decodes) <= limits.max_sequences
-    most = limits.max_mixed_blocks if step.decodes else limits.max_blocks
-    assert len(step.blocks) <= most
-    rows = (*step.decodes, *step.blocks)
+    most = limits.max_mixed_chunks if step.decodes else limits.max_chunks
+    assert len(step.chunks) <= most
+    rows = (*step.decodes, *step.chunks)
     assert {row.slot for row in rows} <= set(range(limits.max_sequences))
     slots = {row.id: row.slot for row in rows}
     assert len(set(slots.values())) == len(slots)
     assert set(step.seated) <= slots.keys()
     assert len(step.copies) <= len(slots)
     assert all(row.length == 1 for row in step.decodes)
-    assert all(row.length <= limits.block_rows for row in step.blocks)
+    assert all(row.length <= limits.chunk_tokens for row in step.chunks)
     lengths = [row.start for row in step.decodes]
     assert lengths == sorted(lengths)

@@ -10,13 +10,13 @@ from inference import generate
 from inference.engine import engine_config
 from tests.helpers import frozen_dirs
 
-# Several sequences, blocks and pages, in few shapes: each takes its time.
+# Several sequences, chunks and pages, in few shapes: each takes its time.
 ENGINE = engine_config.EngineConfig(
   max_sequences=4,
   decode_shapes=(4,),
-  block_rows=8,
-  max_blocks=2,
-  max_mixed_blocks=1,
+  chunk_tokens=8,
+  max_chunks=2,
+  max_mixed_chunks=1,
   page_size=8,
 )
 

@@ -112,7 +112,7 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
     chat_template=template,
   )
   alone = engine_config.EngineConfig(
-    max_sequences=1, max_blocks=1, max_mixed_blocks=1
+    max_sequences=1, max_chunks=1, max_mixed_chunks=1
   )
   generator = generate.load(tmp_path / 'm', alone)
   tok = generator.tokenizer

@@ -1,7 +1,7 @@
 """The engine on what families of open weights differ by, in tiny models.
 
 Windows with two rotary bases and soft-caps, latent attention, and layers
-without positions: through pages, blocks and decode steps, the tokens are those
+without positions: through pages, chunks and decode steps, the tokens are those
 of a full forward.
 """
 
@@ -19,9 +19,9 @@ from tests.helpers import frozen_dirs
 ENGINE = engine_config.EngineConfig(
   max_sequences=2,
   decode_shapes=(2,),
-  block_rows=8,
-  max_blocks=2,
-  max_mixed_blocks=1,
+  chunk_tokens=8,
+  max_chunks=2,
+  max_mixed_chunks=1,
   page_size=8,
 )
 MODELS = {

@@ -10,6 +10,7 @@ import pytest
 from models import axes, flops, layout, model_config, norms, transformer
 from models.attention import rope
 from tests.helpers import tiny_models
+from training.optimizer import param_groups
 
 
 def _params(config):
@@ -97,7 +98,7 @@ def test_stack_is_the_inverse_of_unstack(make):
 def test_every_parameter_has_axes_and_only_matrices_decay(make, scan):
   params = _params(make(scan_layers=scan))
   names = axes.param_axes(params)
-  decayed = axes.is_decayed(params)
+  decayed = param_groups.is_decayed('matrices', params)
   for (path, leaf), is_decayed in zip(
     jax.tree_util.tree_leaves_with_path(params),
     jax.tree.leaves(decayed),

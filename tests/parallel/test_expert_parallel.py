@@ -225,12 +225,12 @@ def test_every_way_across_devices_trains_the_same(parallel):
     (
       MODEL,
       {'expert': 16},
-      'got 16 for model.num_experts = 8, expected a divisor of it',
+      'got 16, expected a divisor of model.num_experts = 8',
     ),
     (
       tiny_models.mixture(num_experts=6),
       {'expert': 4},
-      'got 4 for model.num_experts = 6, expected a divisor of it',
+      'got 4, expected a divisor of model.num_experts = 6',
     ),
   ],
 )

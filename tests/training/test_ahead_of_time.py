@@ -15,7 +15,7 @@ from hardware import targets
 from models import model_config
 from parallel import parallel_config
 from training import (
-  attention_path,
+  execution,
   experiment as experiment_lib,
   learner as learner_lib,
 )
@@ -151,7 +151,7 @@ def test_auto_takes_splash_where_shapes_allow_it():
   ]
   for target, fields, expected in cases:
     learner = _learner(target, **fields)
-    path = attention_path.resolve(learner.experiment, learner.placement)
+    path = execution.attention_path(learner.experiment, learner.placement)
     assert path == expected, (target, fields)
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from data import data_config
 from frozen import format as frozen_format
+from storage import atomic, locks
 from tests.helpers import tiny_run
 from training import experiment
 from training.checkpoints import saving, workdir as workdir_lib
-from training.optimizer import chain
+from training.optimizer import chain, rules
 from training.reporting import goodput
 
 
@@ -47,7 +48,7 @@ def _files(workdir):
 _HOLD = textwrap.dedent(
   """
   import pathlib, sys
-  from training import workdir
+  from training.checkpoints import workdir
   with workdir.held(pathlib.Path(sys.argv[1])):
     print('held', flush=True)
     sys.stdin.read()
@@ -73,8 +74,8 @@ def held(tmp_path):
 def test_two_runs_do_not_share_a_workdir(corpus, held):
   workdir, process = held
   with pytest.raises(
-    workdir_lib.InUseError,
-    match=rf'got a workdir that process {process.pid} of \S+ writes into,'
+    locks.InUseError,
+    match=rf'got a directory that process {process.pid} of \S+ writes into,'
     ' expected one that no run is using; wait for it, stop it, or use another',
   ):
     tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
@@ -88,7 +89,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
   def no_locks(descriptor, operation):
     raise OSError(95, 'Operation not supported')
 
-  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
+  monkeypatch.setattr(locks.fcntl, 'flock', no_locks)
   told = []
   with workdir_lib.held(tmp_path / 'run', told.append):
     pass
@@ -121,9 +122,10 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   ('change', 'message'),
   [
     (
-      {'optimizer': chain.OptimizerConfig(name='lion', warmup_steps=2)},
-      r'was trained with another optimizer or model: .*optimizer.name: got'
-      r" 'lion', before 'adamw'.*; set back what changes their state",
+      {'optimizer': chain.OptimizerConfig(rule=rules.Lion(), warmup_steps=2)},
+      r'was trained with another optimizer or model: .*optimizer.rule.type: got'
+      r" '[\w.]*Lion', before '[\w.]*AdamW'.*; set back what changes"
+      ' their state',
     ),
     ({'data': {'row_length': 8}}, 'the saved data position has row_length 16'),
   ],
@@ -230,10 +232,10 @@ def test_a_damaged_tokenizer_is_named(corpus, copy):
 def test_a_disk_that_is_full_from_the_start_is_one_line(
   corpus, tmp_path, monkeypatch
 ):
-  def no_space(path, text):
+  def no_space(path, text, *, durable=True):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(workdir_lib.seals, 'write_atomically', no_space)
+  monkeypatch.setattr(atomic, 'write_text', no_space)
   with pytest.raises(
     saving.SaveError,
     match=r'run: got .*No space left on device, expected to write there; make'

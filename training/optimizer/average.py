@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from checks import expect
 from frozen import manifest
 from training import state as state_lib
-from training.optimizer import chain
+from training.optimizer import rules
 
 
 def update(
@@ -55,56 +56,44 @@ def update(
 
 
 def reader(
-  config: chain.OptimizerConfig, ema_decay: float
+  rule: rules.Rule, ema_decay: float
 ) -> Callable[[state_lib.TrainState], Any] | None:
-  """Returns what reads the averaged weights of a state; None: there are none.
+  """Returns a function from a state to its averaged weights.
 
-  The result is pure and goes through jit and pmap.
+  None if the run keeps no average. The function is pure and goes through jit
+  and pmap.
   """
   if ema_decay:
     return lambda state: state.average
-  if _is_schedule_free(config):
-    return lambda state: chain.eval_params(
-      config, state.opt_state, state.params
-    )
+  if rule.keeps_average:
+    return lambda state: rule.average(state.opt_state, state.params)
   return None
 
 
-def validate(
-  config: chain.OptimizerConfig, ema_decay: float, weights: str
-) -> None:
-  """Refuses averages that there are not, or are twice.
+def validate(rule: rules.Rule, ema_decay: float, weights: str) -> None:
+  """Refuses a missing average, and two averages.
 
   Args:
-    config: of the optimizer.
+    rule: of the optimizer.
     ema_decay: `Experiment.ema_decay`.
     weights: `FreezeConfig.weights`.
 
   Raises:
     ValueError: names the field.
   """
-  is_schedule_free = _is_schedule_free(config)
   if not 0 <= ema_decay < 1:
     raise ValueError(
       f'config.ema_decay: got {ema_decay}, expected 0 <= ema_decay < 1; 0 keeps'
       ' no average'
     )
-  if ema_decay and is_schedule_free:
+  if ema_decay and rule.keeps_average:
     raise ValueError(
-      f'config.ema_decay: got {ema_decay} with a schedule-free optimizer,'
+      f'config.ema_decay: got {ema_decay} with rule {type(rule).__name__},'
       ' expected 0: that optimizer keeps an average of its own'
     )
-  if weights not in manifest.WEIGHTS:
-    raise ValueError(
-      f'freeze.weights: got {weights!r}, expected one of'
-      f' {", ".join(manifest.WEIGHTS)}'
-    )
-  if weights == 'average' and not (ema_decay or is_schedule_free):
+  expect.one_of('freeze.weights', weights, manifest.WEIGHTS)
+  if weights == 'average' and not (ema_decay or rule.keeps_average):
     raise ValueError(
       'freeze.weights: got average of a run that keeps none, expected auto or'
       ' raw; set config.ema_decay to keep one'
     )
-
-
-def _is_schedule_free(config: chain.OptimizerConfig) -> bool:
-  return config.name == 'schedule_free'

@@ -92,10 +92,9 @@ def is_decayed(mask: str, params: Any) -> Any:
       the matrices but for those; or all, with scales of norms and biases.
     params: the model's variables, arrays or shapes.
   """
-  if mask == 'matrices':
-    return axes.is_decayed(params)
+  kinds = ('kernel', 'embedding') if mask == 'matrices' else ('kernel',)
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: mask == 'all' or axes.names(path)[-1] == 'kernel', params
+    lambda path, _: mask == 'all' or axes.names(path)[-1] in kinds, params
   )
 
 

@@ -45,7 +45,7 @@ from models import (
 from models.attention import dense
 from models.moe import dispatch
 from training import (
-  attention_path,
+  execution as run_execution,
   experiment as experiment_lib,
   learner as learner_lib,
 )
@@ -123,10 +123,10 @@ def estimate(learner: learner_lib.Learner) -> Memory:
 
 def _update_bytes(learner) -> float:
   """Returns what the update takes that is not computed number by number."""
-  if learner.experiment.optimizer.name != 'muon':
-    return 0.0
   params = learner.abstract_state.params
-  is_hidden = param_groups.is_hidden_matrix(params)
+  is_hidden = learner.experiment.optimizer.rule.orthogonalised(params)
+  if not any(jax.tree.leaves(is_hidden)):
+    return 0.0
   shardings = getattr(learner.placement, 'whole_shardings', None)
   hidden = param_groups.selected(is_hidden, params)
   matrices = jax.tree.leaves(hidden)
@@ -357,7 +357,7 @@ def _fused_attend(
 
 
 def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
-  path = attention_path.resolve(learner.experiment, learner.placement)
+  path = run_execution.attention_path(learner.experiment, learner.placement)
   return residuals(
     learner.experiment, _sizes(learner), policy, path != 'reference'
   )

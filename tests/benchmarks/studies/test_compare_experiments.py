@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.studies import compare_experiments
+from training.optimizer import rules
 
 
 def _trained(losses, validation_loss):
@@ -36,7 +37,9 @@ def test_what_is_shared_by_a_seed_cancels():
 
 
 def test_one_pair_has_no_interval():
-  with pytest.raises(ValueError, match='got 1 pairs, expected at least 2'):
+  with pytest.raises(
+    ValueError, match='pairs of runs: got 1, expected at least 2'
+  ):
     compare_experiments.difference([1.0], [2.0])
 
 
@@ -71,7 +74,7 @@ def test_an_unknown_file_is_refused(tmp_path):
 
 def test_a_page_is_loaded_with_its_variant():
   muon = compare_experiments.load('experiments/muon_against_adamw.py:muon')
-  assert muon.optimizer.name == 'muon'
+  assert isinstance(muon.optimizer.rule, rules.Muon)
   cosine, wsd = (
     compare_experiments.load(f'experiments/wsd_against_cosine.py:{variant}')
     for variant in ('cosine', 'wsd')

@@ -68,21 +68,21 @@ def test_each_token_has_the_log_probabilities_of_its_place():
   ]
 
 
-def test_a_prompt_is_scored_block_by_block_and_only_once_per_request():
+def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
   live = _live(prompt_logprobs=1, max_tokens=1)
   assert live.scored_prompt() == (_PROMPT, 1)
   assert _live(1, prompt_logprobs=1).scored_prompt() is None
   assert _live().scored_prompt() is None
 
-  def block(start, length):
+  def chunk(start, length):
     return sequence_manager.Row(
       id=live.id, slot=0, start=start, length=length, tokens=(), pages=(),
       samples=False,
     )  # fmt: skip
 
-  live.take_prompt_logprobs(_found(9), block(0, 2), 3)
+  live.take_prompt_logprobs(_found(9), chunk(0, 2), 3)
   # Behind the last token of the prompt is nothing that could be scored.
-  live.take_prompt_logprobs(_found(9), block(2, 2), 6)
+  live.take_prompt_logprobs(_found(9), chunk(2, 2), 6)
   live.seated_at = 0.0
   completion = live.push(97, _found(1), 0, 1.0).completion
   assert completion.prompt_logprobs == [

@@ -247,7 +247,7 @@ def test_tokens_and_flops_are_counted_one_by_one(engine):
   attention = sum(4 * query * context for context in range(1, 17))
   head = 2 * width * model.vocab_size
   assert usage.flops == 16 * 2 * layer + attention + 4 * head
-  # 13 tokens in two blocks of 8, then one of two rows three times.
+  # 13 tokens in two chunks of 8, then one of two rows three times.
   engine_rows = engine.metrics.value
   assert engine_rows('engine_rows_total', kind='real') - real == 16
   assert engine_rows('engine_rows_total', kind='padding') - padding == 6

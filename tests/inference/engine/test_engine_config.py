@@ -1,10 +1,11 @@
 """How an engine may be laid out, and what follows from it."""
 
-import types
+import dataclasses
+import subprocess
+import sys
 
 import pytest
 
-from hardware import peaks
 from inference.engine import engine_config
 from models.attention import paged
 from tests.helpers import tiny_models
@@ -21,14 +22,14 @@ _Config = engine_config.EngineConfig
     ('page_size', -1, 'got -1, expected a divisor or a multiple of 64'),
     ('page_size', 48, 'got 48, expected a divisor or a multiple of 64'),
     ('page_size', 96, 'got 96, expected a divisor or a multiple of 64'),
-    ('num_pages', -1, 'got -1, expected a number >= 0'),
-    ('max_waiting', -1, 'got -1, expected a number >= 0'),
+    ('num_pages', -1, 'got -1, expected at least 0'),
+    ('max_waiting', -1, 'got -1, expected at least 0'),
     ('decode_shapes', (2, 8), r'got \(2, 8\), expected .* max_sequences = 32'),
     ('decode_shapes', (0, 32), r'got \(0, 32\), expected numbers >= 1'),
     ('max_sequences', 0, 'max_sequences: got 0, expected a whole number'),
-    ('block_rows', 0, 'block_rows: got 0, expected a whole number'),
-    ('max_blocks', 1.5, 'max_blocks: got 1.5, expected a whole number'),
-    ('max_mixed_blocks', 17, 'got 17, expected at most max_blocks, 16'),
+    ('chunk_tokens', 0, 'chunk_tokens: got 0, expected a whole number'),
+    ('max_chunks', 1.5, 'max_chunks: got 1.5, expected a whole number'),
+    ('max_mixed_chunks', 17, 'got 17, expected at most max_chunks, 16'),
     ('aging_steps', 0, 'aging_steps: got 0, expected a whole number'),
   ],
 )
@@ -41,75 +42,89 @@ def test_what_cannot_be_is_refused(field, value, message):
 @pytest.mark.parametrize('page_size', [0, 1, 2, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize('max_length', [1, 63, 64, 65, 200, 1000, 1100])
 def test_a_table_holds_the_context_in_whole_tiles(page_size, max_length):
-  for block_rows in (1, 32, 100):
-    config = _Config(page_size=page_size, block_rows=block_rows)
+  for chunk_tokens in (1, 32, 100):
+    config = _Config(page_size=page_size, chunk_tokens=chunk_tokens)
     page_tokens = config.page_tokens(max_length)
     slots = config.table_width(max_length) * page_tokens
     assert page_tokens == page_size or (
       not page_size and page_tokens >= max_length
     )
     assert slots % paged.TILE_SLOTS == 0
-    assert slots >= max_length + block_rows
-    assert slots < max_length + block_rows + max(64, page_tokens)
+    assert slots >= max_length + chunk_tokens
+    assert slots < max_length + chunk_tokens + max(64, page_tokens)
     assert config.limits(page_tokens).page_size == page_tokens
 
 
 def test_steps_are_compiled_for_few_shapes():
-  config = _Config(max_sequences=12, max_blocks=6, max_mixed_blocks=2)
+  config = _Config(max_sequences=12, max_chunks=6, max_mixed_chunks=2)
   assert config.step_shapes() == [
     *((rows, 0) for rows in (1, 2, 4, 8, 12)),
-    *((0, blocks) for blocks in (1, 2, 4, 6)),
+    *((0, chunks) for chunks in (1, 2, 4, 6)),
     *((4, 1), (4, 2), (12, 1), (12, 2)),
   ]
   config = _Config(
-    max_sequences=12, decode_shapes=(2, 12), max_blocks=1, max_mixed_blocks=1
+    max_sequences=12, decode_shapes=(2, 12), max_chunks=1, max_mixed_chunks=1
   )
   assert config.step_shapes() == [(2, 0), (12, 0), (0, 1), (12, 1)]
-  config = _Config(max_sequences=1, max_blocks=2, max_mixed_blocks=1)
+  config = _Config(max_sequences=1, max_chunks=2, max_mixed_chunks=1)
   assert config.step_shapes() == [(1, 0), (0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize('most', [1, 2, 3, 5, 8])
 @pytest.mark.parametrize('mixed', [1, 3])
 def test_every_step_that_may_be_planned_has_a_shape(most, mixed):
-  config = _Config(max_sequences=most, max_blocks=4, max_mixed_blocks=mixed)
+  config = _Config(max_sequences=most, max_chunks=4, max_mixed_chunks=mixed)
   shapes = config.step_shapes()
   assert len(set(shapes)) == len(shapes)
   for decodes in range(most + 1):
-    # Who has a block has no row: where there is one sequence, it is either.
-    most_blocks = 4 if not decodes else mixed * (decodes < most or most > 1)
-    for blocks in range(most_blocks + 1):
-      assert any(d >= decodes and x >= blocks for d, x in shapes)
+    # Who has a chunk has no row: where there is one sequence, it is either.
+    most_chunks = 4 if not decodes else mixed * (decodes < most or most > 1)
+    for chunks in range(most_chunks + 1):
+      assert any(d >= decodes and x >= chunks for d, x in shapes)
 
 
-def _pool(config, monkeypatch, *, memory=0, platform='gpu', max_length=100):
-  monkeypatch.setattr(peaks, 'memory_bytes', lambda device: memory)
+def _pool(config, *, memory=0, is_host=False, max_length=100):
   return config.pool_pages(
     tiny_models.llama_like(max_length=max_length),
     bytes_per_token=10.0,
     weight_bytes=1000.0,
-    device=types.SimpleNamespace(platform=platform),
+    memory_bytes=memory,
+    is_host=is_host,
   )
 
 
-def test_a_pool_is_what_was_asked_for_or_what_memory_allows(monkeypatch):
+def test_a_pool_is_what_was_asked_for_or_what_memory_allows():
   # Page 0 is nobody's, and comes on top.
-  assert _pool(_Config(num_pages=5), monkeypatch) == 6
+  assert _pool(_Config(num_pages=5)) == 6
   # Seven pages of 16 hold a context of 100: all that could ever be used.
   few = _Config(max_sequences=4)
-  assert _pool(few, monkeypatch, memory=10**9) == 4 * 7 + 1
+  assert _pool(few, memory=10**9) == 4 * 7 + 1
   # Four fifths of what 1,000 bytes of weights leave, 160 bytes a page.
-  assert _pool(few, monkeypatch, memory=3000) == 10 + 1
+  assert _pool(few, memory=3000) == 10 + 1
   # A host has other things to do.
-  assert _pool(few, monkeypatch, memory=9000, platform='cpu') == 12 + 1
+  assert _pool(few, memory=9000, is_host=True) == 12 + 1
   # Dense: a page is the context, in whole tiles.
   dense = _Config(max_sequences=4, page_size=0)
-  assert _pool(dense, monkeypatch, memory=10**9) == 4 + 1
-  assert _pool(dense, monkeypatch, memory=1000 + 3300) == 2 + 1
+  assert _pool(dense, memory=10**9) == 4 + 1
+  assert _pool(dense, memory=1000 + 3300) == 2 + 1
 
 
-def test_a_pool_without_a_page_is_refused(monkeypatch):
+def test_a_pool_without_a_page_is_refused():
   with pytest.raises(
     ValueError, match='got room for 0 pages of 16 tokens of 10 bytes, expected'
   ):
-    _pool(_Config(), monkeypatch, memory=1100)
+    _pool(_Config(), memory=1100)
+
+
+def test_every_field_has_a_help_text():
+  for field in dataclasses.fields(_Config):
+    assert field.metadata['help'].endswith('.'), field.name
+
+
+def test_the_fields_are_read_without_jax():
+  code = (
+    'import sys\n'
+    'from inference.engine import engine_config\n'
+    "assert 'jax' not in sys.modules\n"
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=60)

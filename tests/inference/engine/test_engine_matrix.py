@@ -22,18 +22,18 @@ _DENSE = {
   'decode_shapes': (4,),
   'page_size': 0,
   'num_pages': 8,  # one each, and one that the planner keeps for growth
-  'block_rows': 128,  # a whole prompt in one block
-  'max_blocks': 1,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 128,  # a whole prompt in one chunk
+  'max_chunks': 1,
+  'max_mixed_chunks': 1,
   'numerics': 'invariant',
 }
 _PAGE_1 = {
   'max_sequences': 3,
   'decode_shapes': (3,),
   'page_size': 1,
-  'block_rows': 32,  # a whole prompt in several blocks of one step
-  'max_blocks': 4,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 32,  # a whole prompt in several chunks of one step
+  'max_chunks': 4,
+  'max_mixed_chunks': 1,
   'numerics': 'invariant',
 }
 _PAGE_64 = {
@@ -41,9 +41,9 @@ _PAGE_64 = {
   'decode_shapes': (5,),
   'page_size': 64,
   'num_pages': 6,
-  'block_rows': 5,  # prompts take up to 20 steps, and cross tiles anywhere
-  'max_blocks': 1,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 5,  # prompts take up to 20 steps, and cross tiles anywhere
+  'max_chunks': 1,
+  'max_mixed_chunks': 1,
   'numerics': 'invariant',
 }
 _CROWD = {
@@ -51,9 +51,9 @@ _CROWD = {
   'decode_shapes': (4, 32),
   'page_size': 16,
   'num_pages': 80,
-  'block_rows': 24,
-  'max_blocks': 3,
-  'max_mixed_blocks': 2,
+  'chunk_tokens': 24,
+  'max_chunks': 3,
+  'max_mixed_chunks': 2,
   'numerics': 'invariant',
 }
 _SIMPLE = {
@@ -61,9 +61,9 @@ _SIMPLE = {
   'decode_shapes': (4,),
   'page_size': 16,
   'num_pages': 14,
-  'block_rows': 16,
-  'max_blocks': 1,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 16,
+  'max_chunks': 1,
+  'max_mixed_chunks': 1,
 }
 _INVARIANT = {**_SIMPLE, 'numerics': 'invariant'}
 
@@ -81,7 +81,7 @@ def _reference(kind='llama'):
 
 @functools.cache
 def _requests():
-  """Prompts that share prefixes, of lengths around pages, blocks and tiles."""
+  """Prompts that share prefixes, of lengths around pages, chunks and tiles."""
   rng = np.random.default_rng(1)
   base = rng.integers(0, 259, 100).tolist()
 

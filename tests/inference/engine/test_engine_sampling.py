@@ -20,9 +20,9 @@ _LAYOUT = {
   'max_sequences': 32,
   'decode_shapes': (32,),
   'num_pages': 64,
-  'block_rows': 8,
-  'max_blocks': 1,
-  'max_mixed_blocks': 1,
+  'chunk_tokens': 8,
+  'max_chunks': 1,
+  'max_mixed_chunks': 1,
 }
 _PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 _NUM_SAMPLES = 600

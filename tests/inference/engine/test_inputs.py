@@ -1,8 +1,6 @@
 """Planned steps as arrays, written out."""
 
-import numpy as np
-
-from inference.engine import inputs as inputs_lib, programs
+from inference.engine import inputs as inputs_lib, steps
 from inference.scheduling import sequence_manager
 
 
@@ -18,24 +16,7 @@ def _row(id, slot, start, tokens, pages, *, length=0, samples=True):
   )
 
 
-def _empty(num_decodes, num_blocks, rows, num_sampled, width=3):
-  def full(*size, value=0):
-    return np.full(size, value, np.int32)
-
-  return programs.Inputs(
-    tokens_T=full(num_decodes + num_blocks * rows),
-    positions_T=full(num_decodes + num_blocks * rows, value=-1),
-    decode_table_DL=full(num_decodes, width),
-    block_table_XL=full(num_blocks, width),
-    rows_R=full(num_sampled),
-    slots_R=full(num_sampled, value=9),
-    forced_R=full(num_sampled, value=-1),
-    targets_M=full(num_blocks * rows, value=-1),
-    prompt_logprobs_X=full(num_blocks, value=-1),
-  )
-
-
-# Two of three decode rows, two of three blocks of four; the blocks are parts of
+# Two of three decode rows, two of three chunks of four; the chunks are parts of
 # one prompt that is scored and of one that is not.
 _STEP = sequence_manager.Step(
   copies=(),
@@ -43,7 +24,7 @@ _STEP = sequence_manager.Step(
     _row('a', 5, 7, None, (4, 2), length=1),
     _row('b', 0, 8, (33,), (6, 7, 1)),
   ),
-  blocks=(
+  chunks=(
     _row('c', 2, 4, (14, 15, 16, 17), (8, 9), samples=False),
     _row('d', 3, 0, (20, 21), (5,)),
   ),
@@ -53,26 +34,32 @@ _STEP = sequence_manager.Step(
 
 
 def _filled(scored, forced=lambda *_: None):
-  inputs = _empty(3, 3, 4, 8)
+  inputs = inputs_lib.empty(
+    steps.Shape(3, 3),
+    chunk_tokens=4,
+    table_width=3,
+    num_sampled=8,
+    padding_slot=9,
+  )
   inputs_lib.fill(
     inputs,
     _STEP,
-    block_rows=4,
+    chunk_tokens=4,
     scored_prompt=scored.get,
     forced_token=forced,
   )
   return inputs
 
 
-def test_rows_and_blocks_are_laid_out_with_padding_between():
+def test_rows_and_chunks_are_laid_out_with_padding_between():
   inputs = _filled({})
   tokens_T = [-1, 33, 0] + [14, 15, 16, 17] + [20, 21, 0, 0] + [0] * 4
   assert inputs.tokens_T.tolist() == tokens_T
   positions_T = [7, 8, -1] + [4, 5, 6, 7] + [0, 1, -1, -1] + [-1] * 4
   assert inputs.positions_T.tolist() == positions_T
   assert inputs.decode_table_DL.tolist() == [[4, 2, 0], [6, 7, 1], [0, 0, 0]]
-  assert inputs.block_table_XL.tolist() == [[8, 9, 0], [5, 0, 0], [0, 0, 0]]
-  # The last row of a block is sampled behind; what yields no token is nobody's.
+  assert inputs.chunk_table_XL.tolist() == [[8, 9, 0], [5, 0, 0], [0, 0, 0]]
+  # The last row of a chunk is sampled behind; what yields no token is nobody's.
   assert inputs.rows_R.tolist() == [0, 1, 0, 6, 8, 0, 0, 0]
   assert inputs.slots_R.tolist() == [5, 0, 9, 9, 3, 9, 9, 9]
   assert (inputs.targets_M == -1).all()
@@ -90,7 +77,7 @@ def test_the_targets_of_a_scored_prompt_are_one_further():
 
 
 def test_tokens_beyond_a_prompt_have_no_targets():
-  # After a preemption a block holds what was sampled too.
+  # After a preemption a chunk holds what was sampled too.
   inputs = _filled({'c': (tuple(range(10, 17)), 0)})
   assert inputs.targets_M.tolist() == [15, 16] + [-1] * 10
 

@@ -7,7 +7,7 @@ import pytest
 from inference.scheduling import scheduler
 from tests.helpers import simulated_device
 
-# Pages of 4 tokens, blocks of 4 rows; 4 blocks, or 2 beside decode rows.
+# Pages of 4 tokens, chunks of 4 rows; 4 chunks, or 2 beside decode rows.
 LIMITS = simulated_device.limits()
 
 
@@ -57,12 +57,12 @@ def _plan(*tasks, room=100, served=None, limits=LIMITS, **kwargs):
   )
 
 
-def _chunks(plan):
-  return [(chunk.id, chunk.start, chunk.length) for chunk in plan.chunks]
+def _prefills(plan):
+  return [(each.id, each.start, each.length) for each in plan.prefills]
 
 
 # ------------------------------------------------------------------------------
-# Rows and blocks.
+# Rows and chunks.
 
 
 def test_nothing_to_do_is_an_empty_plan():
@@ -74,54 +74,54 @@ def test_running_ones_decode_in_order_of_their_context(pool):
   tasks = [pool.running('long', 30), pool.running('short', 2)]
   plan = _plan(*tasks, pool.running('middle', 9))
   assert plan.decodes == ('short', 'middle', 'long')
-  assert not plan.chunks
+  assert not plan.prefills
   assert not plan.is_empty
 
 
-def test_a_prompt_takes_all_blocks_where_nobody_decodes(pool):
-  assert _chunks(_plan(pool.waiting('a', 100))) == [('a', 0, 16)]
-  assert _chunks(_plan(pool.running('a', 16, 84))) == [('a', 16, 16)]
+def test_a_prompt_takes_all_chunks_where_nobody_decodes(pool):
+  assert _prefills(_plan(pool.waiting('a', 100))) == [('a', 0, 16)]
+  assert _prefills(_plan(pool.running('a', 16, 84))) == [('a', 16, 16)]
 
 
 def test_a_prompt_takes_no_more_than_the_bound_beside_decode_rows(pool):
   plan = _plan(pool.running('a', 8), pool.waiting('b', 100))
   assert plan.decodes == ('a',)
-  assert _chunks(plan) == [('b', 0, 8)]
+  assert _prefills(plan) == [('b', 0, 8)]
 
 
-_DEARER = {'max_blocks': 8, 'max_mixed_blocks': 6, 'stall_context': 100}
+_DEARER = {'max_chunks': 8, 'max_mixed_chunks': 6, 'stall_context': 100}
 
 
-def test_fewer_blocks_fit_beside_decode_rows_the_more_they_attend_to(pool):
+def test_fewer_chunks_fit_beside_decode_rows_the_more_they_attend_to(pool):
   limits = simulated_device.limits(**_DEARER)
-  for context, num_blocks in ((0, 6), (20, 5), (100, 3), (200, 2), (5000, 1)):
+  for context, num_chunks in ((0, 6), (20, 5), (100, 3), (200, 2), (5000, 1)):
     prompt, decode = pool.running('p', context, 100), pool.running('d', 3)
     plan = _plan(decode, prompt, limits=limits)
-    assert _chunks(plan) == [('p', context, 4 * num_blocks)]
+    assert _prefills(plan) == [('p', context, 4 * num_chunks)]
     # Where nobody decodes, nobody is stalled.
-    assert _chunks(_plan(prompt, limits=limits)) == [('p', context, 32)]
+    assert _prefills(_plan(prompt, limits=limits)) == [('p', context, 32)]
 
 
 def test_what_one_prompt_costs_is_not_left_for_another(pool):
-  limits = simulated_device.limits(**{**_DEARER, 'max_mixed_blocks': 4})
+  limits = simulated_device.limits(**{**_DEARER, 'max_mixed_chunks': 4})
   decode, short = pool.running('d', 3), pool.running('s', 0, 100)
-  long = pool.running('l', 200, 4, seniority=-1)  # one block, counts three
+  long = pool.running('l', 200, 4, seniority=-1)  # one chunk, counts three
   plan = _plan(decode, long, short, limits=limits)
-  assert _chunks(plan) == [('l', 200, 4), ('s', 0, 4)]
+  assert _prefills(plan) == [('l', 200, 4), ('s', 0, 4)]
 
 
-def test_blocks_hold_tokens_of_one_sequence_each(pool):
-  # Five tokens take two blocks, so that one of the four is left for b.
+def test_chunks_hold_tokens_of_one_sequence_each(pool):
+  # Five tokens take two chunks, so that one of the four is left for b.
   plan = _plan(
     pool.running('a', 0, 5), pool.running('c', 0, 4), pool.waiting('b', 9)
   )
-  assert _chunks(plan) == [('a', 0, 5), ('c', 0, 4), ('b', 0, 4)]
+  assert _prefills(plan) == [('a', 0, 5), ('c', 0, 4), ('b', 0, 4)]
 
 
 def test_prompts_that_run_come_before_those_that_wait(pool):
   waiting = pool.waiting('first', 100, priority=0)
   plan = _plan(waiting, pool.running('second', 16, 50, priority=3))
-  assert _chunks(plan) == [('second', 16, 16)]
+  assert _prefills(plan) == [('second', 16, 16)]
   assert plan.admitted == ()
 
 
@@ -138,18 +138,18 @@ def test_prompts_do_not_shut_out_a_decode_row_that_is_next(pool):
   prompt = pool.running('a', 0, 100)
   plan = _plan(prompt, pool.waiting('b', 1))
   assert plan.decodes == ('b',)
-  assert _chunks(plan) == [('a', 0, 8)]
+  assert _prefills(plan) == [('a', 0, 8)]
 
 
-def test_prompts_keep_their_blocks_where_it_has_no_slot(pool):
+def test_prompts_keep_their_chunks_where_it_has_no_slot(pool):
   prompts = [pool.running(i, 0, 100) for i in range(4)]
   fork = pool.waiting('fork', 7, num_computed=6, pages=pool.pages(2))
-  assert _chunks(_plan(*prompts, fork)) == [(0, 0, 16)]
+  assert _prefills(_plan(*prompts, fork)) == [(0, 0, 16)]
 
 
-def test_a_decode_row_waits_where_more_blocks_are_taken_already(pool):
+def test_a_decode_row_waits_where_more_chunks_are_taken_already(pool):
   plan = _plan(pool.waiting('a', 12), pool.waiting('b', 1))
-  assert (plan.admitted, _chunks(plan)) == (('a',), [('a', 0, 12)])
+  assert (plan.admitted, _prefills(plan)) == (('a',), [('a', 0, 12)])
 
 
 def test_who_is_not_ready_keeps_its_place_and_gets_nothing(pool):
@@ -194,7 +194,7 @@ def test_no_room_is_left_for_who_cannot_grow_into_it(pool):
 def test_room_is_left_for_what_running_ones_know_and_will(pool):
   running = pool.running('a', 16, 24)  # 6 pages to come, and 1 to grow
   assert _plan(running, pool.waiting('b', 2), room=7).admitted == ()
-  # With room enough, but all blocks are taken.
+  # With room enough, but all chunks are taken.
   assert _plan(running, pool.waiting('b', 2), room=99).admitted == ()
   shorter = pool.running('a', 16, 8)
   assert _plan(shorter, pool.waiting('b', 2), room=4).admitted == ('b',)
@@ -305,15 +305,15 @@ def test_a_plan_that_preempts_for_running_ones_admits_nobody(pool):
   assert (plan.preempted, plan.admitted) == ((1,), ('urgent',))
 
 
-def test_a_longer_chunk_is_worth_nobodys_pages(pool):
+def test_a_longer_prefill_is_worth_nobodys_pages(pool):
   prompt = pool.running('a', 8, 20)
   plan = _plan(prompt, pool.running('b', 6), room=1)
   assert plan.preempted == ()
-  assert _chunks(plan) == [('a', 8, 4)]
+  assert _prefills(plan) == [('a', 8, 4)]
   # One token is.
   plan = _plan(prompt, pool.running('b', 6), room=0)
   assert plan.preempted == ('b',)
-  assert _chunks(plan) == [('a', 8, 8)]
+  assert _prefills(plan) == [('a', 8, 8)]
 
 
 def test_forks_that_wait_give_their_pages_first(pool):
@@ -431,11 +431,11 @@ def test_limits_are_counts(name, value):
     simulated_device.limits(**{name: value})
 
 
-def test_no_more_blocks_beside_decode_rows_than_without():
+def test_no_more_chunks_beside_decode_rows_than_without():
   with pytest.raises(
-    ValueError, match='max_mixed_blocks: got 5, expected at most max_blocks, 4'
+    ValueError, match='max_mixed_chunks: got 5, expected at most max_chunks, 4'
   ):
-    simulated_device.limits(max_mixed_blocks=5)
+    simulated_device.limits(max_mixed_chunks=5)
 
 
 def _random_tasks(rng):
@@ -466,21 +466,21 @@ def _random_tasks(rng):
   return tasks
 
 
-def test_any_plan_keeps_to_rows_blocks_and_pages():
+def test_any_plan_keeps_to_rows_chunks_and_pages():
   rng = random.Random(0)
   for _ in range(1000):
     tasks, room = _random_tasks(rng), rng.randrange(12)
     plan = _plan(*tasks, room=room)
     by_id = {task.id: task for task in tasks}
     lengths = dict.fromkeys(plan.decodes, 1)
-    lengths |= {chunk.id: chunk.length for chunk in plan.chunks}
+    lengths |= {each.id: each.length for each in plan.prefills}
     assert not lengths.keys() & set(plan.preempted)
     assert all(by_id[id].is_ready for id in lengths)
     assert set(plan.admitted) <= lengths.keys()
     assert all(by_id[id].num_remaining == 1 for id in plan.decodes)
-    most = LIMITS.max_mixed_blocks if plan.decodes else LIMITS.max_blocks
-    blocks = [LIMITS.num_blocks(chunk.length) for chunk in plan.chunks]
-    assert sum(blocks) <= most
+    most = LIMITS.max_mixed_chunks if plan.decodes else LIMITS.max_chunks
+    chunks = [LIMITS.num_chunks(prefill.length) for prefill in plan.prefills]
+    assert sum(chunks) <= most
     running = {task.id for task in tasks if task.is_running}
     seated = running - set(plan.preempted) | set(plan.admitted)
     assert len(seated) <= LIMITS.max_sequences

@@ -26,24 +26,24 @@ def _roster(*, num_pages=32, **limits):
 # Steps.
 
 
-def test_a_prompt_is_cut_into_blocks_and_sampled_at_its_end():
+def test_a_prompt_is_cut_into_chunks_and_sampled_at_its_end():
   roster = _roster()
   roster.submit('a', range(10), 5)
   step = _begin(roster)
   assert step.seated == ('a',)
-  assert [(row.start, row.length) for row in step.blocks] == [
+  assert [(row.start, row.length) for row in step.chunks] == [
     (0, 4),
     (4, 4),
     (8, 2),
   ]
-  assert [row.tokens for row in step.blocks] == [
+  assert [row.tokens for row in step.chunks] == [
     (0, 1, 2, 3),
     (4, 5, 6, 7),
     (8, 9),
   ]
-  assert [row.samples for row in step.blocks] == [False, False, True]
-  assert [len(row.pages) for row in step.blocks] == [1, 2, 3]
-  assert {row.slot for row in step.blocks} == {0}
+  assert [row.samples for row in step.chunks] == [False, False, True]
+  assert [len(row.pages) for row in step.chunks] == [1, 2, 3]
+  assert {row.slot for row in step.chunks} == {0}
   assert not step.decodes
 
 
@@ -85,7 +85,7 @@ def test_slots_are_given_anew():
   roster.end('a')
   step = _begin(roster)
   assert step.seated == ('c',)
-  assert {row.id: row.slot for row in (*step.decodes, *step.blocks)} == {
+  assert {row.id: row.slot for row in (*step.decodes, *step.chunks)} == {
     'b': 1,
     'c': 0,
   }
@@ -198,7 +198,7 @@ def test_a_prefix_is_computed_once():
   loop.submit('b', [*range(10), 50], 3)
   step = loop.step()
   # The ten tokens fill two pages; what came after them was something else.
-  assert [(row.start, row.length) for row in step.blocks] == [(8, 3)]
+  assert [(row.start, row.length) for row in step.chunks] == [(8, 3)]
   assert loop.roster.num_cached_tokens('b') == 8
   gauges = loop.roster.gauges()
   assert gauges.prefix_tokens_looked_up == 21
@@ -235,7 +235,7 @@ def test_who_wants_all_positions_finds_none():
   loop.run()
   loop.submit('b', range(10), 3, reads_prefix_cache=False)
   step = loop.step()
-  assert sum(row.length for row in step.blocks) == 10
+  assert sum(row.length for row in step.chunks) == 10
   assert loop.roster.num_cached_tokens('b') == 0
   assert loop.roster.gauges().prefix_tokens_looked_up == 10
   loop.run()
@@ -276,8 +276,8 @@ def test_children_wait_for_the_prompt_and_share_it():
   loop.submit('a', range(30), 3)
   for id in 'bc':
     loop.submit(id, range(30), 3, parent='a')
-  assert {row.id for row in loop.step().blocks} == {'a'}
-  assert {row.id for row in loop.step().blocks} == {'a'}
+  assert {row.id for row in loop.step().chunks} == {'a'}
+  assert {row.id for row in loop.step().chunks} == {'a'}
   assert loop.roster.gauges().pages_used == 8
   assert loop.roster.gauges().tokens_held == 30
   step = loop.step()
@@ -332,7 +332,7 @@ def test_children_of_one_who_leaves_before_go_their_own_way(leave):
     first = next(
       row
       for step in loop.steps
-      for row in (*step.decodes, *step.blocks)
+      for row in (*step.decodes, *step.chunks)
       if row.id == id
     )
     assert first.start % loop.limits.page_size == 0
@@ -380,7 +380,7 @@ def test_a_preempted_sequence_resumes_with_what_it_has(depth):
   tokens = list(loop.truths['a'].tokens)
   step = loop.step()
   assert step.seated == ('a',)
-  rows = (*step.decodes, *step.blocks)
+  rows = (*step.decodes, *step.chunks)
   assert rows[-1].start + rows[-1].length == len(tokens) == 13
   assert loop.roster.num_cached_tokens('a') == 0  # it is about the first time
   loop.run()

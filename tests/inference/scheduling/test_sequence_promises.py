@@ -228,8 +228,8 @@ def test_a_long_prompt_never_takes_a_row_from_those_who_decode():
     step = loop.step()
     num_steps += 1
     assert {row.id for row in step.decodes} >= set(running)
-    assert len(step.blocks) <= loop.limits.max_mixed_blocks
-  # 2 blocks of 4 in each: as many steps as the bound says, and one to report.
+    assert len(step.chunks) <= loop.limits.max_mixed_chunks
+  # 2 chunks of 4 in each: as many steps as the bound says, and one to report.
   assert num_steps == -(-300 // 8) + 1
 
 
@@ -336,7 +336,7 @@ def _shape(step):
   """All of a step that costs time."""
   return (
     [(row.start, row.length, len(row.pages)) for row in step.decodes],
-    [(row.start, row.length, len(row.pages)) for row in step.blocks],
+    [(row.start, row.length, len(row.pages)) for row in step.chunks],
     len(step.copies),
   )
 
@@ -353,7 +353,7 @@ def _steps_of_a_second_prompt(prompt, scope):
     step = loop.step()
     if step is not None:
       shapes.append(_shape(step))
-      for row in (*step.decodes, *step.blocks):
+      for row in (*step.decodes, *step.chunks):
         pages[row.id].update(row.pages)
   return shapes, pages['victim'] & pages['probe']
 

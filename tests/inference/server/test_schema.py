@@ -74,6 +74,23 @@ def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   assert names - reached == {'prompt_logprobs'}
 
 
+def test_a_new_setting_becomes_a_field_of_the_body():
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class More(settings_lib.Settings):
+    typical_p: float = dataclasses.field(default=1.0, metadata={'help': 'New.'})
+    bad_ids: tuple[int, ...] = dataclasses.field(
+      default=(), metadata={'help': 'New too.', 'api_name': 'bad_token_ids'}
+    )
+
+  body = schema._with_settings(schema._OpenAiRequest, dataclasses.fields(More))
+  assert body.model_fields['typical_p'].description == 'New.'
+  parsed = body.model_validate(_BODY | {'typical_p': 0.5, 'bad_token_ids': [3]})
+  assert parsed.model_dump()['typical_p'] == 0.5
+  with pytest.raises(pydantic.ValidationError, match='valid integer'):
+    body.model_validate(_BODY | {'bad_token_ids': ['3']})
+  assert not {'bad_ids', 'prompt_logprobs'} & body.model_fields.keys()
+
+
 @pytest.mark.parametrize(
   ('fields', 'param', 'message'),
   [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import dense
+from models.attention import dense, form as form_lib
 
 
 def _inputs(time, memory=None, heads=4, kv_heads=2, channels=6, batch=2):
@@ -109,7 +109,7 @@ def test_queries_see_the_slots_up_to_their_own():
 @pytest.mark.parametrize('window', [1, 5, 64, 70, 200])
 def test_a_window_is_the_latest_keys_own_included(window):
   q, k, v = _inputs(150, batch=1, heads=2, kv_heads=1)
-  form = dense.Form(window=window)
+  form = form_lib.Form(window=window)
   gap = np.arange(150)[:, None] - np.arange(150)[None, :]
   mask = ((gap >= 0) & (gap < window))[None]
   expected = _oracle(q, k, v, mask)
@@ -127,7 +127,7 @@ def test_keys_out_of_a_windows_reach_are_not_multiplied():
   q, k, v = _inputs(time, heads=1, kv_heads=1, batch=1)
   flops = [
     jax.jit(lambda q, k, v, w=window: dense.attend(
-      q, k, v, form=dense.Form(window=w)
+      q, k, v, form=form_lib.Form(window=w)
     )).lower(q, k, v).compile().cost_analysis()['flops']
     for window in (0, 64)
   ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_soft_cap_scale_and_narrower_values():
   q, k, v = _inputs(9)
   v = v[..., :4]
   mask = np.tril(np.ones((9, 9), bool))[None].repeat(2, 0)
-  got = dense.attend(q, k, v, form=dense.Form(softcap=0.7, scale=1.3))
+  got = dense.attend(q, k, v, form=form_lib.Form(softcap=0.7, scale=1.3))
   expected = _oracle(q, k, v, mask, softcap=0.7, scale=1.3)
   assert got.shape == (2, 9, 4, 4)
   np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from models import kv_cache
-from models.attention import cached, dense as dense_lib, paged as paged_lib
+from models.attention import (
+  cached,
+  dense as dense_lib,
+  form as form_lib,
+  paged as paged_lib,
+)
 
 _NUM_KV, _GROUPS, _WIDTH = 2, 3, 8
 _HEADS = _NUM_KV * _GROUPS
@@ -50,7 +55,7 @@ class _Case:
     self.pages = kv_cache.write(layer, k_1TKC, v_1TKC, positions_1T[None]).pages
 
 
-def _both(case, q_BRHC, positions_BR, form=dense_lib.Form(), group=1):
+def _both(case, q_BRHC, positions_BR, form=form_lib.Form(), group=1):
   dense = dense_lib.attend(
     q_BRHC, case.k_BKSC, case.v_BKSC, slots_BT=positions_BR, form=form
   )
@@ -69,9 +74,9 @@ def _both(case, q_BRHC, positions_BR, form=dense_lib.Form(), group=1):
 @pytest.mark.parametrize(
   'form',
   [
-    dense_lib.Form(),
-    dense_lib.Form(window=70, softcap=2.0, scale=0.5),
-    dense_lib.Form(window=3),
+    form_lib.Form(),
+    form_lib.Form(window=70, softcap=2.0, scale=0.5),
+    form_lib.Form(window=3),
   ],
 )
 def test_pages_give_what_a_dense_cache_gives(page_size, form):
@@ -162,7 +167,7 @@ def test_decodes_and_blocks_of_one_call_are_attended_together():
   positions_1T = jnp.asarray([[49, 29, 60, 61, 62, 63]])
   tables = jnp.asarray(case.table_BL, jnp.int32)
   layer = kv_cache.PagedLayer(case.pages, tables[:2], tables[2:])
-  out = cached.attend(q_1THC, layer, positions_1T, dense_lib.Form())
+  out = cached.attend(q_1THC, layer, positions_1T, form_lib.Form())
   rows = [(0, [49]), (1, [29]), (2, [60, 61, 62, 63])]
   at = 0
   for row, positions in rows:

@@ -13,7 +13,7 @@ import pytest
 
 from hardware import targets
 from models import execution, kv_cache, transformer
-from models.attention import dense, paged, paged_gpu
+from models.attention import dense, form as form_lib, paged, paged_gpu
 from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
@@ -24,9 +24,9 @@ _ROWS = 24  # of a block; with three heads each more than one program takes
 _DECODES = (0, 150, -1)
 _BLOCKS = ((168, 24), (0, 5), (-1, 0))
 _FORMS = {
-  'plain': dense.Form(),
-  'all': dense.Form(window=70, softcap=2.0, scale=0.5),
-  'narrow': dense.Form(window=3),
+  'plain': form_lib.Form(),
+  'all': form_lib.Form(window=70, softcap=2.0, scale=0.5),
+  'narrow': form_lib.Form(window=3),
 }
 
 
@@ -92,7 +92,7 @@ def test_the_kernel_gives_what_the_reference_gives(page_size, name):
 
 def test_a_wide_head_whose_width_is_no_power_of_two():
   q_1THC, layer = _call(64, 136)
-  form = dense.Form(scale=0.2)  # so that no key has all the weight
+  form = form_lib.Form(scale=0.2)  # so that no key has all the weight
   np.testing.assert_allclose(
     _real(_kernel(q_1THC, layer, form)),
     _real(_reference(q_1THC, layer, form)),
@@ -195,7 +195,7 @@ def test_a_dense_cache_is_attended_as_ever():
   q_BTHC = jax.random.normal(jax.random.key(1), (1, 3, 4, 16))
   slots_BT = jnp.asarray([[2, 3, 4]])
   out = paged_gpu.attend(
-    q_BTHC, kv_cache.LayerCache(k_BKSC, k_BKSC), slots_BT, dense.Form()
+    q_BTHC, kv_cache.LayerCache(k_BKSC, k_BKSC), slots_BT, form_lib.Form()
   )
   expected = dense.attend(q_BTHC, k_BKSC, k_BKSC, slots_BT=slots_BT)
   np.testing.assert_array_equal(out, expected)
@@ -212,7 +212,7 @@ def test_a_dense_cache_is_attended_as_ever():
 def test_what_the_kernel_cannot_do_is_refused(fields, message):
   q_1THC, layer = _call(64, **fields)
   with pytest.raises(ValueError, match=message):
-    paged_gpu.attend(q_1THC, layer, _positions(), dense.Form())
+    paged_gpu.attend(q_1THC, layer, _positions(), form_lib.Form())
 
 
 def test_a_pool_of_int8_that_addresses_would_wrap_in_is_refused():

@@ -13,7 +13,7 @@ import pytest
 
 from hardware import targets
 from models import execution, kv_cache, transformer
-from models.attention import cached, dense as dense_lib, paged, paged_tpu
+from models.attention import cached, form as form_lib, paged, paged_tpu
 from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
@@ -65,9 +65,9 @@ def _real(out_1THC, positions_1T=None):
 @pytest.mark.parametrize(
   ('page_size', 'form'),
   [
-    (16, dense_lib.Form()),
-    (64, dense_lib.Form(window=70, softcap=2.0, scale=0.05)),
-    (1, dense_lib.Form(window=3, scale=0.05)),
+    (16, form_lib.Form()),
+    (64, form_lib.Form(window=70, softcap=2.0, scale=0.05)),
+    (1, form_lib.Form(window=3, scale=0.05)),
   ],
 )
 def test_the_kernel_is_asked_for_what_the_reference_gives(page_size, form):
@@ -91,7 +91,7 @@ def test_calls_of_one_kind(kind):
   else:
     tokens = slice(num_decodes, None)
     layer = layer._replace(decode_table_DL=layer.decode_table_DL[:0])
-  args = q_1THC[:, tokens], layer, _positions()[:, tokens], dense_lib.Form()
+  args = q_1THC[:, tokens], layer, _positions()[:, tokens], form_lib.Form()
   out = paged_tpu.attend(*args, implementation='reference')
   np.testing.assert_allclose(
     _real(out, args[2]),
@@ -103,7 +103,7 @@ def test_calls_of_one_kind(kind):
 def test_heads_narrower_than_their_pages():
   q_1THC, layer = _call(channels=64)
   exact = layer._replace(pages=kv_cache.Pages(layer.pages.kv_PQYC[..., :64]))
-  form = dense_lib.Form()  # its scale is of 64 channels, not of 128
+  form = form_lib.Form()  # its scale is of 64 channels, not of 128
   out = paged_tpu.attend(
     q_1THC, layer, _positions(), form, implementation='reference'
   )
@@ -131,7 +131,7 @@ def test_pages_in_int8_and_dense_caches_are_attended_as_ever():
     *jax.random.normal(jax.random.key(0), (2, 1, _NUM_KV, _SLOTS, 16))
   )
   for cache in (layer._replace(pages=pages), dense):
-    args = q_1THC, cache, _positions(), dense_lib.Form()
+    args = q_1THC, cache, _positions(), form_lib.Form()
     np.testing.assert_array_equal(paged_tpu.attend(*args), cached.attend(*args))
 
 
@@ -188,7 +188,7 @@ def test_what_the_kernel_cannot_do_is_refused(fields, message):
   assert message in paged_tpu.shape_problem(*_shapes(**fields))
   q_1THC, layer = _shapes(**fields)
   with pytest.raises(ValueError, match='ragged paged attention: got'):
-    paged_tpu.attend(q_1THC, layer, None, dense_lib.Form())
+    paged_tpu.attend(q_1THC, layer, None, form_lib.Form())
 
 
 @pytest.mark.parametrize(
@@ -235,12 +235,12 @@ def _compile(target, f, *args, **options):
 @pytest.mark.parametrize(
   ('num_blocks', 'fields', 'form'),
   [
-    (0, {}, dense_lib.Form()),
-    (1, {}, dense_lib.Form()),
-    (1, {'channels': 64}, dense_lib.Form(window=70, softcap=2.0)),
+    (0, {}, form_lib.Form()),
+    (1, {}, form_lib.Form()),
+    (1, {'channels': 64}, form_lib.Form(window=70, softcap=2.0)),
     # As much as is let into on-chip and scalar memory.
-    (1, {'heads': 64, 'kv_heads': 8, 'page_size': 32}, dense_lib.Form()),
-    (1, {'sequences': 240, 'pages': 1024}, dense_lib.Form()),
+    (1, {'heads': 64, 'kv_heads': 8, 'page_size': 32}, form_lib.Form()),
+    (1, {'sequences': 240, 'pages': 1024}, form_lib.Form()),
   ],
 )
 def test_it_compiles_for_tpus(target, num_blocks, fields, form):

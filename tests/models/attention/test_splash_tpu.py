@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import cudnn_gpu, dense, splash_tpu
+from models.attention import cudnn_gpu, dense, form as form_lib, splash_tpu
 
 TIME = 256  # two blocks of 128: one of them above the diagonal
 KERNELS = {
@@ -82,8 +82,8 @@ def test_kernels_equal_plain_attention(
 @pytest.mark.parametrize(
   ('kernel', 'form'),
   [
-    ('splash', dense.Form(window=90, softcap=1.5, scale=0.4)),
-    ('cudnn', dense.Form(window=90, scale=0.4)),
+    ('splash', form_lib.Form(window=90, softcap=1.5, scale=0.4)),
+    ('cudnn', form_lib.Form(window=90, scale=0.4)),
   ],
 )
 def test_kernels_have_windows_soft_caps_and_scales(kernel, form):
@@ -185,6 +185,6 @@ def test_cudnn_refuses_soft_caps_and_values_of_another_width():
   q = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
   kv = q.swapaxes(1, 2)
   with pytest.raises(ValueError, match='model.attention_softcap = 2.0, expect'):
-    cudnn_gpu.attend(q, kv, kv, form=dense.Form(softcap=2.0))
+    cudnn_gpu.attend(q, kv, kv, form=form_lib.Form(softcap=2.0))
   with pytest.raises(ValueError, match='values of 4 channels for keys of 8'):
     cudnn_gpu.attend(q, kv, kv[..., :4])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models import execution, transformer
-from models.attention import dense
+from models.attention import dense, form as form_lib
 from parallel import mesh as mesh_lib, parallel_config, rules
 from parallel.attention import context, partial
 from tests.helpers import tiny_models
@@ -45,7 +45,7 @@ def _segments(num_segments=3, num_padding=5):
   )['segment_ids']
 
 
-def _run(attend, q, k, v, dout, segments, form=dense.Form()):
+def _run(attend, q, k, v, dout, segments, form=form_lib.Form()):
   """Returns the output and the three gradients, all as float32."""
 
   def loss(q, k, v):
@@ -58,7 +58,7 @@ def _run(attend, q, k, v, dout, segments, form=dense.Form()):
   return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def _run_split(mesh, kind, q, k, v, dout, segments, form=dense.Form()):
+def _run_split(mesh, kind, q, k, v, dout, segments, form=form_lib.Form()):
   """As `_run`, over the mesh; permutes its arguments, and its results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
@@ -109,8 +109,8 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
 @pytest.mark.parametrize(
   'form',
   [
-    dense.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
-    dense.Form(window=29),  # over several
+    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a part of 12
+    form_lib.Form(window=29),  # over several
   ],
   ids=str,
 )
@@ -134,10 +134,10 @@ def test_values_may_be_narrower_than_keys(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_queries_are_taken_in_blocks(kind, monkeypatch):
-  """Several blocks of rows per chunk, of a size that divides it."""
-  monkeypatch.setattr(partial, 'MAX_BLOCK_ROWS', 5)
-  assert partial.num_blocks(12) == 3
+def test_queries_are_taken_in_tiles(kind, monkeypatch):
+  """Several tiles of queries per part, of a size that divides it."""
+  monkeypatch.setattr(partial, 'MAX_TILE_ROWS', 5)
+  assert partial.num_tiles(12) == 3
   inputs = _inputs()
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, _segments())
   expected = _run(dense.attend, *inputs, _segments())
@@ -252,7 +252,9 @@ def test_what_cannot_be_split_is_refused():
     ValueError, match=r'got dropout .* expected none.*set model.dropout_rate'
   ):
     context.make_attend(mesh, 'ring')(q, k, v, dropout=lambda x: x)
-  with pytest.raises(ValueError, match="got 'all', expected ring or gather"):
+  with pytest.raises(
+    ValueError, match="got 'all', expected one of ring, gather"
+  ):
     context.make_attend(mesh, 'all')
   with pytest.raises(ValueError, match='got parallel.context = 1, expected'):
     context.make_attend(_mesh(data=8), 'ring')

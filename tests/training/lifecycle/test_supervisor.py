@@ -10,9 +10,7 @@ import time
 
 import pytest
 
-from training.checkpoints import checkpoint
 from training.lifecycle import exit_codes, supervisor
-from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Every attempt takes a number, and does what the test says of that number.
@@ -50,11 +48,6 @@ def supervise(tmp_path):
     return code, '\n'.join(said), int((tmp_path / 'count').read_text())
 
   return run
-
-
-def test_it_reads_what_the_run_writes():
-  assert supervisor.METRICS == metrics.JSONL
-  assert supervisor.CHECKPOINTS == checkpoint.DIRECTORY
 
 
 def test_it_does_without_jax():
@@ -203,7 +196,7 @@ def _assert_ends(pid):
 
 PARENT = """
 import pathlib, sys
-from training import supervisor
+from training.lifecycle import supervisor
 sys.exit(supervisor.Supervisor(
   [sys.executable, '-Ec', sys.argv[1], sys.argv[2]],
   pathlib.Path(sys.argv[2]), max_restarts=5, first_pause_s=PAUSE,
@@ -262,7 +255,7 @@ def test_a_signal_between_attempts_ends_it(tmp_path):
 def test_a_killed_supervisor_takes_its_child_along(tmp_path):
   orphan = f"""
     sys.path.insert(0, {str(ROOT)!r})
-    from training import supervisor
+    from training.lifecycle import supervisor
     supervisor.die_with_supervisor()
     (workdir / 'pid').write_text(str(os.getpid()))
     print('ready', flush=True)

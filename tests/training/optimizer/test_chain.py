@@ -1,6 +1,7 @@
 """What every optimizer has in common: clipping, multipliers, decay, rates."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from models import axes, transformer
+from models import transformer
 from tests.helpers import tiny_models
 from training import state as state_lib, step as step_lib
 from training.objectives import next_token
-from training.optimizer import chain, checks, transforms
+from training.optimizer import chain, param_groups, rules
 
 Config = chain.OptimizerConfig
 STEPS = 50
@@ -21,11 +22,11 @@ MODEL = tiny_models.llama_like()
 PLAIN = {
   'schedule': 'constant', 'warmup_steps': 0, 'peak_lr': 0.1, 'clip_norm': 0.0,
 }  # fmt: skip
-FIELDS = {
-  'muon': {'muon': transforms.MuonConfig(adam_peak_lr=0.02)},
-  'ademamix': {'ademamix': transforms.AdemamixConfig(beta3=0.99)},
+RULES = {name: rule() for name, rule in rules.RULES.items()} | {
+  'muon': rules.Muon(adam_peak_lr=0.02),
+  'ademamix': rules.Ademamix(beta3=0.99),
 }
-every_optimizer = pytest.mark.parametrize('name', checks.OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize('name', RULES)
 
 
 def _params(value=1.0, **shapes):
@@ -43,7 +44,7 @@ def _params(value=1.0, **shapes):
 
 def _first_updates(grads, params=None, *, model=MODEL, **fields):
   """Returns what the first step adds to the matrix, the table, the vector."""
-  config = Config(**PLAIN | FIELDS.get(fields.get('name', ''), {}) | fields)
+  config = Config(**PLAIN | fields)
   config.validate(STEPS)
   params = _params() if params is None else params
   optimizer = chain.make_optimizer(config, STEPS, model, params)
@@ -60,7 +61,10 @@ def _first_updates(grads, params=None, *, model=MODEL, **fields):
 def test_decay_is_the_rate_times_the_weight_in_every_group(name):
   """AdamW, line 12 of algorithm 2; whatever the multipliers of groups are."""
   matrix, table, vector = _first_updates(
-    _params(0.0), name=name, weight_decay=0.5, lr_multipliers=(('', 3.0),)
+    _params(0.0),
+    rule=RULES[name],
+    weight_decay=0.5,
+    lr_multipliers=(('', 3.0),),
   )
   rate, table_rate = (0.1, 0.02) if name == 'muon' else (0.1, 0.1)
   # Schedule-free's step is a difference of two points of about 1.
@@ -88,7 +92,7 @@ def test_multipliers_scale_the_step_of_their_group_only(name):
     lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)),
     _params(),
   )
-  fields = {'name': name, 'weight_decay': 0.0}
+  fields = {'rule': RULES[name], 'weight_decay': 0.0}
   plain = _first_updates(grads, **fields)
   scaled = _first_updates(grads, **fields, lr_multipliers=(('query', 0.25),))
   assert np.abs(plain[0]).min() > 0
@@ -122,13 +126,13 @@ def test_what_is_frozen_is_not_counted_by_clipping():
 
 def test_frozen_parameters_are_served_as_they_are():
   config = Config(
-    **PLAIN, name='schedule_free', lr_multipliers=(('embed/', 0.0),)
+    **PLAIN, rule=rules.ScheduleFree(), lr_multipliers=(('embed/', 0.0),)
   )
   params = _params()
   optimizer = chain.make_optimizer(config, STEPS, MODEL, params)
   updates, state = optimizer.update(params, optimizer.init(params), params)
   params = optax.apply_updates(params, updates)
-  average = chain.eval_params(config, state, params)
+  average = config.rule.average(state, params)
   np.testing.assert_array_equal(average['params']['embed']['embedding'], 1.0)
   # After one step the average is the iterate.
   np.testing.assert_allclose(
@@ -143,14 +147,14 @@ def test_mup_scales_the_steps_of_hidden_matrices_but_not_muons(name):
     lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)),
     _params(),
   )
-  fields = {'name': name, 'weight_decay': 0.0}
+  fields = {'rule': RULES[name], 'weight_decay': 0.0}
   if name == 'adafactor':
     with pytest.raises(
       ValueError,
       match='scale_by_parameter: got True with model.mup_base_width = 6',
     ):
       _first_updates(grads, **fields, model=model)
-    fields['adafactor'] = transforms.AdafactorConfig(scale_by_parameter=False)
+    fields['rule'] = rules.Adafactor(scale_by_parameter=False)
   plain = _first_updates(grads, **fields)
   scaled = _first_updates(grads, **fields, model=model)
   expected = 1.0 if name == 'muon' else 0.25
@@ -159,9 +163,11 @@ def test_mup_scales_the_steps_of_hidden_matrices_but_not_muons(name):
 
 
 def test_muon_without_a_matrix_to_orthogonalise_is_refused():
-  config = Config(**PLAIN, name='muon', lr_multipliers=(('attention', 0.0),))
+  config = Config(
+    **PLAIN, rule=rules.Muon(), lr_multipliers=(('attention', 0.0),)
+  )
   with pytest.raises(
-    ValueError, match="optimizer.name: got 'muon' without any matrix of atten"
+    ValueError, match='optimizer.rule: got Muon without any matrix of atten'
   ):
     chain.make_optimizer(config, STEPS, MODEL, _params())
 
@@ -172,13 +178,15 @@ def test_the_chain_is_adamw():
   grads = jax.tree.map(
     lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape)), params
   )
-  config = Config(warmup_steps=2, clip_norm=0.5)
+  rule = rules.AdamW()
+  config = Config(rule=rule, warmup_steps=2, clip_norm=0.5)
   ours = chain.make_optimizer(config, STEPS, MODEL, params)
   theirs = optax.chain(
     optax.clip_by_global_norm(0.5),
     optax.adamw(
-      chain.make_schedule(config, STEPS), config.beta1, config.beta2,
-      config.epsilon, weight_decay=config.weight_decay, mask=axes.is_decayed,
+      chain.make_schedule(config, STEPS), rule.beta1, rule.beta2,
+      rule.epsilon, weight_decay=config.weight_decay,
+      mask=functools.partial(param_groups.is_decayed, 'matrices'),
     ),
   )  # fmt: skip
   state, expected_state = ours.init(params), theirs.init(params)
@@ -195,7 +203,10 @@ def test_the_state_has_one_structure_whatever_the_numbers(name):
     jax.tree.structure(
       jax.eval_shape(
         chain.make_optimizer(
-          Config(**PLAIN | {'name': name} | fields), STEPS, MODEL, _params()
+          Config(**PLAIN | {'rule': RULES[name]} | fields),
+          STEPS,
+          MODEL,
+          _params(),
         ).init,
         _params(),
       )
@@ -237,8 +248,8 @@ def test_the_known_optimum_is_reached(name):
     else {'schedule': 'linear', 'end_lr': 0.0}
   )
   config = Config(
-    **PLAIN | schedule | FIELDS.get(name, {}),
-    name=name,
+    **PLAIN | schedule,
+    rule=RULES[name],
     weight_decay=0.0,
   )
   config.validate(num_steps)
@@ -260,8 +271,8 @@ def test_the_known_optimum_is_reached(name):
     return jax.lax.scan(take_step, carry, length=num_steps)[0]
 
   params, state = run(params)
-  average = chain.eval_params(config, state, params)
-  params = params if average is None else average
+  if config.rule.keeps_average:
+    params = config.rule.average(state, params)
   found = params['params']['layer_0']['attention']['query']['kernel']
   np.testing.assert_allclose(found, optimum, atol=_OFF[name])
 
@@ -270,12 +281,23 @@ def test_the_known_optimum_is_reached(name):
   ('fields', 'message'),
   [
     (
-      {'name': 'sgd'},
-      "name: got 'sgd', expected one of adamw, muon, adafactor",
+      {'rule': 'sgd'},
+      "optimizer.rule: got 'sgd', expected a rule of .*, as AdamW",
     ),
-    ({'beta2': 1.0}, 'beta2: got 1.0, expected 0 <= beta < 1'),
-    ({'beta1': -0.1}, 'beta1: got -0.1, expected 0 <= beta < 1'),
-    ({'epsilon': 0.0}, 'epsilon: got 0.0, expected > 0'),
+    (
+      {'rule': rules.AdamW(beta2=1.0)},
+      'rule.beta2: got 1.0, expected 0 <= beta < 1',
+    ),
+    (
+      {'rule': rules.AdamW(beta1=-0.1)},
+      'rule.beta1: got -0.1, expected 0 <= beta < 1',
+    ),
+    ({'rule': rules.AdamW(epsilon=0.0)}, 'epsilon: got 0.0, expected > 0'),
+    (
+      {'rule': rules.AdamW(epsilon=math.inf)},
+      'epsilon: got inf, expected a finite number',
+    ),
+    ({'peak_lr': 0.0}, 'peak_lr: got 0.0, expected > 0'),
     ({'clip_norm': -1.0}, 'clip_norm: got -1.0, expected >= 0'),
     ({'weight_decay': -0.1}, 'weight_decay: got -0.1, expected >= 0'),
     (
@@ -286,70 +308,49 @@ def test_the_known_optimum_is_reached(name):
       {'lr_multipliers': (('a', -1),)},
       r"got \('a', -1\) in .*, expected pairs",
     ),
-    ({'state_dtype': 'float16'}, "got 'float16', expected one of float32"),
     (
-      {'state_dtype': 'bfloat16', 'beta2': 0.999},
+      {'rule': rules.AdamW(state_dtype='float16')},
+      "state_dtype: got 'float16', expected one of float32",
+    ),
+    (
+      {'rule': rules.AdamW(state_dtype='bfloat16', beta2=0.999)},
       'beta2: got 0.999 with state_dtype = bfloat16, expected at most 0.99609',
     ),
     (
-      {'state_dtype': 'bfloat16', 'beta1': 0.997},
+      {'rule': rules.AdamW(state_dtype='bfloat16', beta1=0.997)},
       'beta1: got 0.997 with state_dtype = bfloat16',
     ),
     (
-      {
-        'name': 'muon',
-        'state_dtype': 'bfloat16',
-        'muon': transforms.MuonConfig(momentum=0.999),
-      },
-      'muon.momentum: got 0.999 with state_dtype = bfloat16',
+      {'rule': rules.Muon(state_dtype='bfloat16', momentum=0.999)},
+      'rule.momentum: got 0.999 with state_dtype = bfloat16',
     ),
     (
-      {'name': 'ademamix', 'state_dtype': 'bfloat16'},
-      'ademamix.beta3: got 0.9999 with state_dtype = bfloat16',
+      {'rule': rules.Ademamix(state_dtype='bfloat16')},
+      'rule.beta3: got 0.9999 with state_dtype = bfloat16',
     ),
     (
-      {'name': 'adafactor', 'beta2': 0.99},
-      "beta2: got 0.99 with name 'adafactor', which does not use it, expected"
-      ' its default, 0.95; set optimizer.beta2 back',
+      {'rule': rules.Muon(momentum=1.0)},
+      'rule.momentum: got 1.0, expected 0 <= beta < 1',
     ),
     (
-      {'name': 'adafactor', 'state_dtype': 'bfloat16'},
-      "state_dtype: got bfloat16 with name 'adafactor', which does not use it",
+      {'rule': rules.Muon(adam_peak_lr=0.0)},
+      'rule.adam_peak_lr: got 0.0, expected > 0',
     ),
     (
-      {'name': 'lion', 'epsilon': 1e-6},
-      "epsilon: got 1e-06 with name 'lion', which does not use it",
+      {'rule': rules.Muon(newton_schulz_steps=0)},
+      'rule.newton_schulz_steps: got 0, expected > 0',
     ),
     (
-      {'muon': transforms.MuonConfig(momentum=0.9)},
-      "muon: got MuonConfig.* with name 'adamw', which does not use it",
+      {'rule': rules.Ademamix(beta3=0.0)},
+      'rule.beta3: got 0.0, expected > 0',
     ),
     (
-      {'name': 'muon', 'muon': transforms.MuonConfig(momentum=1.0)},
-      'muon.momentum: got 1.0, expected 0 <= beta < 1',
+      {'rule': rules.ScheduleFree()},
+      "schedule: got 'cosine' with rule ScheduleFree, expected constant",
     ),
     (
-      {'name': 'muon', 'muon': transforms.MuonConfig(adam_peak_lr=0.0)},
-      'muon.adam_peak_lr: got 0.0, expected > 0',
-    ),
-    (
-      {
-        'name': 'muon',
-        'muon': transforms.MuonConfig(newton_schulz_steps=0),
-      },
-      'muon.newton_schulz_steps: got 0, expected > 0',
-    ),
-    (
-      {'name': 'ademamix', 'ademamix': transforms.AdemamixConfig(beta3=0.0)},
-      'ademamix.beta3: got 0.0, expected > 0',
-    ),
-    (
-      {'name': 'schedule_free'},
-      "schedule: got 'cosine' with name schedule_free, expected constant",
-    ),
-    (
-      {'name': 'schedule_free', 'schedule': 'constant', 'beta1': 0.0},
-      'beta1: got 0.0, expected > 0 with schedule_free',
+      {'rule': rules.ScheduleFree(beta1=0.0), 'schedule': 'constant'},
+      'beta1: got 0.0, expected > 0',
     ),
   ],
 )
@@ -366,14 +367,16 @@ def _moments(state):
 def _learner(state_dtype):
   model = transformer.Transformer(tiny_models.llama_like(scan_layers=True))
   optimizer = chain.make_optimizer(
-    Config(state_dtype=state_dtype, warmup_steps=2, peak_lr=1e-2),
+    Config(
+      rule=rules.AdamW(state_dtype=state_dtype), warmup_steps=2, peak_lr=1e-2
+    ),
     STEPS,
     model.config,
     state_lib.abstract_params(model),
   )
   init = jax.jit(functools.partial(state_lib.init, model, optimizer))
   train_step = jax.jit(
-    step_lib.make_train_step(model, next_token.next_token, optimizer)
+    step_lib.make_train_step(model, next_token.NextToken(), optimizer)
   )
   return init, train_step
 

@@ -17,7 +17,7 @@ from models import flops, transformer
 from parallel import parallel_config
 from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
-from training.optimizer import chain
+from training.optimizer import chain, rules
 from training.planning import memory, plan as plan_lib, remedy as remedy_lib
 
 
@@ -46,9 +46,9 @@ def _experiment(*, parallel=None, remat='none', model=None, **fields):
 def test_state_bytes_are_those_of_a_real_state(name):
   parallel = {'stage': 2, 'fsdp': 2, 'tensor': 2}
   experiment = _experiment(parallel=parallel)
-  experiment.optimizer.name = name
-  # What is small enough to be kept whole would not be told from AdamW's.
-  experiment.optimizer.adafactor.min_factored_size = 4
+  # With the default, matrices of this size would be kept whole, as AdamW's are.
+  fields = {'min_factored_size': 4} if name == 'adafactor' else {}
+  experiment.optimizer.rule = rules.RULES[name](**fields)
   learner = learner_lib.make(experiment)
   state = learner.init(jax.random.key(0))
   device = learner.placement.devices[0]
@@ -83,7 +83,7 @@ def test_the_update_of_muon_is_in_the_formula(parallel):
   experiment = _experiment(
     parallel=parallel, model=model, remat='full', compute_dtype='bfloat16'
   )
-  experiment.optimizer.name = 'muon'
+  experiment.optimizer.rule = rules.Muon()
   learner = learner_lib.make(experiment)
   compiled = learner.placement.lower_train(
     learner.build_train_step, learner.batch_shapes()

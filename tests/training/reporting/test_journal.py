@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from storage import layout
 from training.reporting import journal, metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -62,7 +63,7 @@ def test_a_full_disk_does_not_stop_tensorboard_or_the_run():
   """The writer that is replaced hung here, in its eleventh event."""
   program = (
     'import pathlib, resource, tempfile\n'
-    'from training import journal\n'
+    'from training.reporting import journal\n'
     'resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n'
     'with tempfile.TemporaryDirectory() as name:\n'
     '  board = journal.TensorBoard(pathlib.Path(name), purge_step=1)\n'
@@ -84,7 +85,7 @@ def test_a_full_disk_does_not_stop_tensorboard_or_the_run():
 
 
 def test_a_damaged_metrics_file_is_named(tmp_path):
-  (tmp_path / metrics.JSONL).write_text(
+  (tmp_path / layout.METRICS).write_text(
     '{"kind": "train", "step": 1}\n{"kind": "tr\x00in", "step": 2}\n'
   )
   with pytest.raises(

@@ -12,7 +12,7 @@ import pytest
 from models import axes, transformer
 from tests.helpers import tiny_models
 from training import state as state_lib
-from training.optimizer import chain, transforms
+from training.optimizer import chain, rules
 
 Config = chain.OptimizerConfig
 MODEL = tiny_models.llama_like()
@@ -105,44 +105,31 @@ def _adafactor(gradients):
 
 
 @pytest.mark.parametrize(
-  ('fields', 'oracle'),
+  ('rule', 'oracle'),
   [
-    ({'name': 'adamw'}, _adam),
-    ({'name': 'lion', 'beta2': 0.99}, _lion),
+    (rules.AdamW(), _adam),
+    (rules.Lion(beta2=0.99), _lion),
+    (rules.Ademamix(beta3=0.99), _ademamix),
     (
-      {
-        'name': 'ademamix',
-        'ademamix': transforms.AdemamixConfig(beta3=0.99),
-      },
-      _ademamix,
-    ),
-    (
-      {
-        'name': 'adafactor',
-        'adafactor': transforms.AdafactorConfig(
-          min_factored_size=4, scale_by_parameter=False
-        ),
-      },
+      rules.Adafactor(min_factored_size=4, scale_by_parameter=False),
       _adafactor,
     ),
   ],
-  ids=lambda value: value['name'] if isinstance(value, dict) else '',
+  ids=lambda value: type(value).__name__ * isinstance(value, rules.Rule),
 )
-def test_steps_are_those_of_the_paper(fields, oracle):
+def test_steps_are_those_of_the_paper(rule, oracle):
   gradients = _gradients()
-  found, _, _ = _run(gradients, **fields)
+  found, _, _ = _run(gradients, rule=rule)
   # float32 against float64, over four steps of about 1.
   np.testing.assert_allclose(found, list(oracle(gradients)), atol=2e-5)
 
 
 def test_adafactor_relative_to_the_parameter_is_scaled_by_its_rms():
   start = _gradients(1, seed=7)[0]
-  fields = {'name': 'adafactor', 'start': start}
-  config = transforms.AdafactorConfig
   (absolute,), *_ = _run(
-    _gradients(1), **fields, adafactor=config(scale_by_parameter=False)
+    _gradients(1), start=start, rule=rules.Adafactor(scale_by_parameter=False)
   )
-  (relative,), *_ = _run(_gradients(1), **fields)
+  (relative,), *_ = _run(_gradients(1), start=start, rule=rules.Adafactor())
   np.testing.assert_allclose(
     relative - start,
     (absolute - start) * np.sqrt((start**2).mean()),
@@ -156,7 +143,7 @@ def test_schedule_free_is_its_recursion():
   warmup, peak = 2, 0.5
   start, gradients = _gradients(1, seed=7)[0], _gradients(5)
   config = {
-    'name': 'schedule_free', 'warmup_steps': warmup, 'peak_lr': peak,
+    'rule': rules.ScheduleFree(), 'warmup_steps': warmup, 'peak_lr': peak,
     'weight_decay': decay,
   }  # fmt: skip
   found, state, params = _run(gradients, start=start, **config)
@@ -173,19 +160,22 @@ def test_schedule_free_is_its_recursion():
     x = (1 - share) * x + share * z
     y = (1 - beta1) * z + beta1 * x
     np.testing.assert_allclose(y_found, y, atol=2e-5)
-  average = chain.eval_params(Config(**_BARE | config), state, params)
+  average = rules.ScheduleFree().average(state, params)
   np.testing.assert_allclose(_matrix(average), x, atol=5e-5)
 
 
 def test_only_schedule_free_has_other_parameters_to_evaluate():
   _, state, params = _run(_gradients(1))
-  assert chain.eval_params(Config(), state, params) is None
+  keeping = [name for name, rule in rules.RULES.items() if rule.keeps_average]
+  assert keeping == ['schedule_free']
+  with pytest.raises(NotImplementedError, match='AdamW keeps no average'):
+    rules.AdamW().average(state, params)
 
 
 @pytest.mark.parametrize('shape', [(8, 12), (24, 8)])
 def test_muon_orthogonalises(shape):
   gradient = np.random.default_rng(0).normal(size=shape)
-  (found,), *_ = _run([gradient], start=np.zeros(shape), name='muon')
+  (found,), *_ = _run([gradient], start=np.zeros(shape), rule=rules.Muon())
   # Five iterations bring singular values to within about 0.3 of 1 (Jordan et
   # al.), scaled by the root of out / in where that is larger than 1.
   scale = max(1, shape[1] / shape[0]) ** 0.5
@@ -202,11 +192,8 @@ def test_muon_orthogonalises(shape):
 _STACKED = tiny_models.mixture(scan_layers=True, num_experts=3)
 # The others go number by number: there are no matrices to tell apart.
 _STACK_FIELDS = {
-  'muon': {'name': 'muon'},
-  'adafactor': {
-    'name': 'adafactor',
-    'adafactor': transforms.AdafactorConfig(min_factored_size=4),
-  },
+  'muon': {'rule': rules.Muon()},
+  'adafactor': {'rule': rules.Adafactor(min_factored_size=4)},
 }
 
 
@@ -291,8 +278,7 @@ def test_the_axes_of_factored_moments_are_the_ones_that_remain(shape):
   }
   config = Config(
     **_BARE,
-    name='adafactor',
-    adafactor=transforms.AdafactorConfig(min_factored_size=4),
+    rule=rules.Adafactor(min_factored_size=4),
   )
   optimizer = chain.make_optimizer(config, STEPS, MODEL, params)
   state = state_lib.TrainState(

@@ -1,0 +1,102 @@
+"""Flags that set fields of frozen values: an optimizer's rule, an objective."""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+import pytest
+
+from training import flags as flags_lib
+from training.optimizer import rules
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICKSTART = '--config=experiments/quickstart.py'
+RULE = '--config.optimizer.rule'
+
+
+def _parse(monkeypatch, *args):
+  argv = ['train.py', QUICKSTART, *args]
+  monkeypatch.setattr(sys, 'argv', argv)
+  monkeypatch.chdir(ROOT)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  assert flags_lib.parse(argv, values) == ['train.py']
+  assert sys.argv == argv
+  return values.config
+
+
+def test_a_rule_is_picked_with_its_defaults(monkeypatch):
+  config = _parse(monkeypatch, f'{RULE}=lion')
+  assert config.optimizer.rule == rules.Lion()
+  # The rest of the optimizer is that of the file.
+  assert config.optimizer.peak_lr == 2e-2
+
+
+def test_a_field_of_the_rule_in_the_file_is_set(monkeypatch):
+  config = _parse(
+    monkeypatch, f'{RULE}.momentum=0.9', '--config.optimizer.peak_lr=1e-3'
+  )
+  assert config.optimizer.rule == rules.Muon(momentum=0.9)
+  assert config.optimizer.peak_lr == 1e-3
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_choice_comes_before_its_fields_in_any_order(monkeypatch, order):
+  args = [f'{RULE}=ademamix', f'{RULE}.alpha=3', f'{RULE}.beta1=0.8'][::order]
+  config = _parse(monkeypatch, *args)
+  assert config.optimizer.rule == rules.Ademamix(alpha=3.0, beta1=0.8)
+
+
+def test_of_the_same_flag_the_last_counts(monkeypatch):
+  config = _parse(monkeypatch, f'{RULE}=lion', f'{RULE}=adafactor')
+  assert config.optimizer.rule == rules.Adafactor()
+
+
+def test_fields_have_the_types_of_their_values(monkeypatch):
+  config = _parse(
+    monkeypatch,
+    f'{RULE}=adafactor',
+    f'{RULE}.scale_by_parameter=false',
+    f'{RULE}.min_factored_size=4',
+  )
+  assert config.optimizer.rule == rules.Adafactor(
+    scale_by_parameter=False, min_factored_size=4
+  )
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (
+      [f'{RULE}=sgd'],
+      f"{RULE}: got 'sgd', expected one of adamw, muon, adafactor, lion,",
+    ),
+    (
+      [f'{RULE}=lion', f'{RULE}.epsilon=1e-6'],
+      f"{RULE}.epsilon: got the unknown field 'epsilon', expected one of beta1,"
+      ' beta2, state_dtype',
+    ),
+    (
+      [f'{RULE}.beta3=0.5'],
+      f"{RULE}.beta3: got the unknown field 'beta3', expected one of beta1,",
+    ),
+    ([f'{RULE}.beta1=many'], f'{RULE}.beta1=many: expected a number'),
+    ([f'{RULE}.newton_schulz_steps=2.5'], 'steps=2.5: expected an integer'),
+    ([f'{RULE}.beta1'], f'{RULE}.beta1: got no value, expected one, as in'),
+    ([f'{RULE}.beta1.x=1'], "got the unknown field 'x', expected none"),
+    (
+      ['--config.optimizer.beta2=0.9'],
+      "got the unknown field 'beta2', expected one of rule, peak_lr",
+    ),
+    (
+      ['--config.optimizer.name=lion'],
+      "got the unknown field 'name', expected one of rule, peak_lr",
+    ),
+  ],
+)
+def test_what_a_rule_does_not_have_is_refused(monkeypatch, args, message):
+  with pytest.raises(flags_lib.FlagError) as caught:
+    _parse(monkeypatch, *args)
+  assert message in str(caught.value)
+  assert '\n' not in str(caught.value)
