@@ -126,8 +126,8 @@ def unused_characters(texts: Collection[str], count: int) -> tuple[str, ...]:
       unused.append(chr(code))
   if len(unused) < count:
     raise ValueError(
-      'got messages with every private character of Unicode, expected at least'
-      f' {count} unused ones; send text'
+      'got messages with every private character of Unicode, expected some'
+      ' unused ones; remove these characters'
     )
   return tuple(unused)
 
@@ -178,6 +178,8 @@ class Guard:
     # A single word is not cut at its ends: templates compare names.
     if _WORD.fullmatch(text):
       return places
+    # A prefix of a token at the end, or a suffix at the start, may join to a
+    # whole token with the text next to it.
     for length in range(1, min(self._find.longest, len(text)) + 1):
       if text[-length:] in self._find.heads:
         places.add(len(text) - length + 1)

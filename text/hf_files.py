@@ -268,7 +268,7 @@ def _content(token: Any) -> str:
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  """Yields name and string of each special token, those of a model included."""
+  """Yields name and string of each special token, model-specific ones too."""
   for source in (
     config,
     config.get('model_specific_special_tokens'),

@@ -67,7 +67,7 @@ class Tokenizer(Protocol):
   def first_bytes(self, token_id: int) -> bytes:
     """Returns the bytes of an id at the start of a text.
 
-    They are those of `token_bytes`, without a space that `encode` has added.
+    Without a space that `encode` has added, else as `token_bytes`.
     """
     ...
 

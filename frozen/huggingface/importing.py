@@ -94,7 +94,7 @@ def load_params(
     dtype: float32 or bfloat16.
     sharding: returns the sharding of a leaf, by its path and shape; None keeps
       numpy arrays in the memory of this process.
-    pieces: the tensor map; None for that of the family.
+    pieces: the tensor map; None for the map of the family.
 
   Raises:
     ValueError: the tensors are not those of the model.

@@ -36,7 +36,7 @@ class Tensor(Protocol):
 
   @property
   def place(self) -> tuple[str, int]:
-    """A key: tensors are read in its order, which is that of the file."""
+    """The sort key in which tensors are read: their order in the file."""
     ...
 
   def rows(self, start: int, stop: int) -> np.ndarray:

@@ -48,7 +48,7 @@ class Tensor:
 
   @property
   def place(self) -> tuple[str, int]:
-    """A key: tensors are read in its order, which is that of the file."""
+    """The sort key in which tensors are read: their order in the file."""
     return str(self.path), self.offset
 
   def rows(self, start: int, stop: int) -> np.ndarray:

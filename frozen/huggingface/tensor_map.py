@@ -125,7 +125,7 @@ def _llama(config, names: Names, is_paired: bool) -> Iterator[Piece]:
     else:
       yield from _attention(config, names, *at_attention)
     if config.layer(n).has_experts:
-      yield from _mixture(config, names, f'{at}.{names.moe}', f'{layer}/moe')
+      yield from _experts(config, names, f'{at}.{names.moe}', f'{layer}/moe')
     else:
       yield from _dense(config, names, f'{at}.mlp', f'{layer}/mlp')
 
@@ -211,7 +211,7 @@ def _dense(config, names, at, ours, width: int = 0) -> Iterator[Piece]:
   yield from _linear(f'{at}.down_proj', f'{ours}/down', TRANSPOSED, has_bias)
 
 
-def _mixture(config, names, at, ours) -> Iterator[Piece]:
+def _experts(config, names, at, ours) -> Iterator[Piece]:
   yield _leaf(f'{at}.gate.weight', f'{ours}/router/kernel', TRANSPOSED)
   if config.router_correction:
     yield _leaf(

@@ -1,4 +1,4 @@
-"""Tokenised once: by whoever comes first, killed or not, and never twice."""
+"""A source is tokenised once, even with several processes or a killed one."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ BOS, EOS = TOK.bos_id, TOK.eos_id
 
 
 class Texts:
-  """A source of the given texts, which knows how often it was read."""
+  """A source of the given texts that counts how often it was read."""
 
   def __init__(self, *texts):
     self._texts = texts
@@ -37,7 +37,7 @@ class Texts:
 
 
 class Described(Texts):
-  """One that says what it is."""
+  """A source with a fingerprint."""
 
   def fingerprint(self):
     return repr(self._texts)

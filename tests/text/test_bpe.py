@@ -1,4 +1,4 @@
-"""Training, and what a tokenizer file must be to be accepted."""
+"""BPE: training, and saved tokenizers that are refused."""
 
 import json
 import pathlib
@@ -106,7 +106,7 @@ def test_missing_special_token(tmp_path, special):
 
 
 def _saved(directory, model):
-  """Saves a library's model in place of the trained one."""
+  """Replaces the saved model by another one, and loads it."""
   model.save(str(directory / 'tokenizer.json'))
   return tokenizer.load(directory)
 

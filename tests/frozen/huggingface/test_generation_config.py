@@ -1,4 +1,4 @@
-"""What a model recommends becomes settings, a refusal, or a note."""
+"""Fields of generation_config.json become settings, errors or notes."""
 
 import pytest
 

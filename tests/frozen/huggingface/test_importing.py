@@ -1,4 +1,4 @@
-"""Whole directories in and out, without another library's help."""
+"""Import and export of whole directories, without another library."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ CONFIG = tiny_models.llama_like(vocab_size=400, num_layers=2)
 
 
 def _save(directory, config=CONFIG, *, dtype='float32', drop=(), **overrides):
-  """Writes a Hugging Face directory by our own maps, and a tokenizer."""
+  """Writes a Hugging Face directory with a tokenizer, by our tensor maps."""
   params = frozen_dirs.params(config)
   family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
@@ -231,7 +231,7 @@ def test_what_repeats_the_config_and_bare_names_are_no_obstacle(tmp_path):
 
 
 def test_an_export_in_shards_of_layers_that_were_stacked(tmp_path):
-  """What training leaves: layers apart in what is frozen, whatever it was."""
+  """A frozen model has separate layers, however training stacked them."""
   frozen_dirs.write(tmp_path / 'ours')
   exported = exporting.export_directory(
     tmp_path / 'ours', tmp_path / 'theirs', shard_bytes=20_000
@@ -287,7 +287,7 @@ def test_the_command_imports_exports_and_fails_in_one_line(tmp_path):
 
 
 def test_an_imported_model_computes(tmp_path):
-  """With the arrays that reading made, where jax put them."""
+  """The loaded arrays, put on a device, compute the model."""
   params = _save(tmp_path)
   source = importing.open_source(tmp_path)
   loaded = importing.load_params(source, 'float32')
