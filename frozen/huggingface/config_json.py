@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from checks import expect
 from frozen.huggingface.families import (
   dense,
   fields as fields_lib,
@@ -82,12 +83,21 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
       f'{path}: got no such file, expected the directory of a Hugging Face'
       ' model'
     )
+  return read_object(path)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file.
+
+  Raises:
+    ValueError: the file has something else.
+  """
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(
-      f'{path}: got a file that is not JSON ({error}), expected a config; copy'
-      ' it again'
+      f'{path}: got a file that is not JSON ({error}), expected a JSON object;'
+      ' copy it again'
     ) from None
   if not isinstance(values, dict):
     raise ValueError(f'{path}: got {values!r}, expected a JSON object')
@@ -144,10 +154,8 @@ def write(
   Raises:
     ValueError: no family, or not the chosen one, computes the same function.
   """
-  if model_type and model_type not in FAMILIES:
-    raise ValueError(
-      f'family: got {model_type!r}, expected one of {", ".join(FAMILIES)}'
-    )
+  if model_type:
+    expect.one_of('family', model_type, FAMILIES)
   wanted = _function_of(config)
   problems = []
   for name in [model_type] if model_type else FAMILIES:

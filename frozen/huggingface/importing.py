@@ -17,7 +17,6 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from checks import expect
 from frozen import format as frozen_format, manifest as manifest_lib
@@ -256,18 +255,6 @@ def read_generation(
   Without generation_config.json, generation is greedy, as in `transformers`.
   """
   path = directory / generation_config.FILE
-  values: dict[str, Any] = {}
-  if path.is_file():
-    try:
-      values = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-      raise ValueError(
-        f'{path}: got a file that is not JSON ({error}); copy it again'
-      ) from None
+  values = config_json.read_object(path) if path.is_file() else {}
   settings, notes = generation_config.generation_settings(values)
   return settings, list(notes)
-
-
-def num_bytes(params: frozen_format.Params) -> int:
-  """Returns the bytes of all parameters."""
-  return sum(np.asarray(x).nbytes for x in jax.tree.leaves(params))

@@ -170,6 +170,11 @@ def _no_json(directory):
   (directory / 'config.json').write_text('{')
 
 
+def _list_of_settings(directory):
+  _save(directory)
+  (directory / 'generation_config.json').write_text('[]')
+
+
 def _few_ids(directory):
   _save(directory, tiny_models.llama_like(vocab_size=100))
 
@@ -178,14 +183,14 @@ def _few_ids(directory):
   ('make', 'message'),
   [
     (_missing, r'got no model.layers.1.mlp.up_proj.weight, expected'),
-    (_unknown, 'got model.layers.0.adapter, which no parameter of'),
+    (_unknown, 'got model.layers.0.adapter, expected only tensors of'),
     (
       lambda d: _lies(d, num_hidden_layers=3),
       'got no model.layers.2.input_layernorm.weight, .*the config is wr',
     ),
     (
       lambda d: _lies(d, num_hidden_layers=1),
-      'got model.layers.1.input_layernorm.weight, .*which no parameter',
+      'got model.layers.1.input_layernorm.weight, .*expected only tens',
     ),
     (
       lambda d: _lies(d, intermediate_size=41),
@@ -196,7 +201,8 @@ def _few_ids(directory):
     (_integers, 'of dtype I32, expected F32, F16 or BF16'),
     (_tied_and_not, 'got lm_head.weight unlike model.embed_tokens.weight'),
     (_no_json, 'config.json: got a file that is not JSON'),
-    (_few_ids, 'got a tokenizer of .* ids for a model of 100'),
+    (_few_ids, 'got a tokenizer of .* ids, expected at most 100'),
+    (_list_of_settings, r'generation_config.json: got \[\], expected a JSON'),
   ],
 )
 def test_a_directory_that_is_not_what_it_says_is_refused(
