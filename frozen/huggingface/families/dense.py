@@ -152,9 +152,9 @@ def _llama_like(
 def _without_head_width(
   config: ModelConfig, written: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns `written` without a head_dim that is width / heads.
+  """Returns `written` without a head_dim of width / heads, the default.
 
-  Older versions of transformers do not read head_dim in these families.
+  Older versions of transformers have no other head_dim in these families.
   """
   if config.head_width * config.num_heads == config.model_width:
     del written['head_dim']
@@ -356,7 +356,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     fields, 10_000.0, 1_000_000.0
   )
   every = fields.count('sliding_window_pattern', 6)
-  fields.get('_sliding_window_pattern', None)  # layer_types says the same
+  fields.get('_sliding_window_pattern', None)  # layer_types came from it
   kinds = layer_kinds.read_alternating(fields, found['num_layers'], every=every)
   return ModelConfig(
     **_read_gemma(fields, found),
