@@ -37,6 +37,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hardware import targets
+from storage import locks
 from training import flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
 
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
   from hardware import host_memory
   from parallel import processes
   from training import loop, run
-  from training.checkpoints import saving, workdir
+  from training.checkpoints import saving
   from training.reporting import goodput
 
   saving.quiet_libraries()  # and those that did not
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
   except (
     processes.PeerError,
     saving.SaveError,
-    workdir.InUseError,
+    locks.InUseError,
   ) as error:
     return _failed(error, exit_codes.TRY_AGAIN)
   return result.exit_code

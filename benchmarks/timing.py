@@ -13,6 +13,8 @@ import pathlib
 import statistics
 from typing import Any
 
+from storage import atomic
+
 # Runs one side once; returns the seconds taken.
 Turn = Callable[[], float]
 
@@ -70,6 +72,4 @@ def write_json(path: str, result: dict[str, Any]) -> None:
   """Writes a result; replaces an existing file only by a complete one."""
   target = pathlib.Path(path).expanduser()
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(target.name + '.partial')
-  partial.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, target)
+  atomic.write_text(target, json.dumps(result, indent=2) + '\n')

@@ -95,7 +95,7 @@ def our_turn(shape: Shape) -> timing.Turn:
     jax.random.key(0)
   )
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer),
+    step.make_train_step(model, next_token.NextToken(), optimizer),
     donate_argnums=0,
   )
   batch = _batch(shape)

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from typing import Any
 
@@ -30,11 +29,7 @@ import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib
 from models import model_config, transformer
-
-GENERATION_FILE = 'generation.json'
-_TEMPLATE_FILE = 'chat_template.jinja'
-_PARAMS_DIR = 'params'
-_TOKENIZER_DIR = 'tokenizer'
+from storage import atomic, layout
 
 Params = Any  # variables of `models.transformer.Transformer`
 
@@ -119,13 +114,13 @@ def write(
     # While the disk is written to, a core has time for it.
     digest = pool.submit(weights_digest, params)
     _check_replaceable(target, digest.result, overwrite)
-    partial = _sibling(target, 'partial')
-    partial.mkdir(parents=True)
-    try:
-      _save(partial / _PARAMS_DIR, params)
-      shutil.copytree(tokenizer_dir, partial / _TOKENIZER_DIR)
-      (partial / _TEMPLATE_FILE).write_text(chat_template, encoding='utf-8')
-      (partial / GENERATION_FILE).write_text(
+    with atomic.new_directory(target) as partial:
+      _save(partial / layout.PARAMS, params)
+      shutil.copytree(tokenizer_dir, partial / layout.TOKENIZER)
+      (partial / layout.CHAT_TEMPLATE).write_text(
+        chat_template, encoding='utf-8'
+      )
+      (partial / layout.GENERATION).write_text(
         json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
       )
       manifest = manifest_lib.sign(
@@ -138,9 +133,6 @@ def write(
         files=manifest_lib.file_digests(partial),
       )
       manifest_lib.write(partial, manifest)
-      _move(partial, target)
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
   return manifest
 
 
@@ -163,10 +155,10 @@ def read(
   config = _config_of(directory, manifest)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = _restore(directory / _PARAMS_DIR, config, manifest.dtype, sharding)
+  params = _restore(directory / layout.PARAMS, config, manifest.dtype, sharding)
   if (digest := weights_digest(params)) != manifest.weights_digest:
     raise ValueError(
-      f'{directory / _PARAMS_DIR}: got weights with digest {digest}, expected'
+      f'{directory / layout.PARAMS}: got weights with digest {digest}, expected'
       f' {manifest.weights_digest}; copy or freeze the directory again'
     )
   return Frozen(
@@ -174,9 +166,9 @@ def read(
     manifest=manifest,
     config=config,
     params=params,
-    tokenizer_dir=directory / _TOKENIZER_DIR,
+    tokenizer_dir=directory / layout.TOKENIZER,
     generation=read_generation(directory),
-    chat_template=(directory / _TEMPLATE_FILE).read_text('utf-8'),
+    chat_template=(directory / layout.CHAT_TEMPLATE).read_text('utf-8'),
   )
 
 
@@ -211,12 +203,12 @@ def _config_of(directory: pathlib.Path, manifest) -> model_config.ModelConfig:
   try:
     return model_config.ModelConfig.from_dict(manifest.model)
   except ValueError as error:
-    raise ValueError(f'{directory / manifest_lib.FILE_NAME}: {error}') from None
+    raise ValueError(f'{directory / layout.MANIFEST}: {error}') from None
 
 
 def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the recommended settings of a frozen directory, unverified."""
-  path = pathlib.Path(directory) / GENERATION_FILE
+  path = pathlib.Path(directory) / layout.GENERATION
   return json.loads(path.read_text('utf-8'))
 
 
@@ -274,7 +266,7 @@ def _check_replaceable(
   """Raises ValueError if writing to `target` would lose something."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
-  if not (target / manifest_lib.FILE_NAME).is_file():
+  if not (target / layout.MANIFEST).is_file():
     raise ValueError(
       f'{target}: got a place that holds something else, expected a new or a'
       ' frozen directory; choose another place'
@@ -291,33 +283,3 @@ def _check_replaceable(
       f' those of now, {digest()}, or none; choose another place or say'
       ' overwrite'
     )
-
-
-def _move(partial: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames `partial` to `target`; what was there is removed last."""
-  if not target.exists():
-    partial.rename(target)
-    return
-  previous = _sibling(target, 'previous')
-  target.rename(previous)
-  try:
-    partial.rename(target)
-  except OSError:
-    previous.rename(target)
-    raise
-  shutil.rmtree(previous)
-
-
-def remove_unfinished(directory: str | os.PathLike) -> None:
-  """Deletes what a kill left of an earlier `write` to the directory.
-
-  Only where nobody else writes to it at the same time.
-  """
-  target = pathlib.Path(directory).resolve()
-  for role in ('partial', 'previous'):
-    for path in target.parent.glob(f'.{target.name}.{role}-*'):
-      shutil.rmtree(path, ignore_errors=True)
-
-
-def _sibling(target: pathlib.Path, role: str) -> pathlib.Path:
-  return target.with_name(f'.{target.name}.{role}-{secrets.token_hex(4)}')

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from frozen import format as frozen_format, manifest as manifest_lib, seals
 from models import layout, model_config
+from storage import layout as storage_layout
 
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
@@ -103,12 +104,17 @@ def freeze_checkpoint(
   checkpoint = _checkpoint(workdir, step)
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
-  progress = json.loads((checkpoint / seals.PROGRESS).read_text('utf-8'))
+  progress = json.loads(
+    (checkpoint / storage_layout.PROGRESS).read_text('utf-8')
+  )
   weights = _chosen_weights(checkpoint, weights)
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
-  params, config = serving_params(params, config, dtype=dtype)
+  # An objective's own parameters stay behind: what is served is the model.
+  params, config = serving_params(
+    {'params': params['params']}, config, dtype=dtype
+  )
   return frozen_format.write(
     out,
     params=params,
@@ -127,7 +133,7 @@ def freeze_checkpoint(
       training_flops=progress['training_flops'],
       train_seconds=progress['train_seconds'],
     ),
-    tokenizer_dir=workdir / 'tokenizer',
+    tokenizer_dir=workdir / storage_layout.TOKENIZER,
     generation={**DEFAULT_GENERATION, **(generation or {})},
     chat_template=chat_template,
     overwrite=overwrite,
@@ -135,7 +141,7 @@ def freeze_checkpoint(
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
-  path = workdir / 'run.json'
+  path = workdir / storage_layout.RUN
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected the --workdir of a training run;'
@@ -153,7 +159,7 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Returns the directory of a finished checkpoint."""
-  root = workdir / seals.DIRECTORY
+  root = workdir / storage_layout.CHECKPOINTS
   steps = seals.steps(root)
   if not steps:
     raise FileNotFoundError(

@@ -5,16 +5,15 @@ It lists every other file with its SHA-256 and carries a digest of itself, so
 that neither a weight nor, say, the rotary base can change unnoticed.
 """
 
-from collections.abc import Mapping
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
+from storage import atomic, digests, layout
+
 FORMAT_VERSION = 1
-FILE_NAME = 'manifest.json'
 # Of a run, to be frozen; auto: the average where the run keeps one.
 WEIGHTS = ('auto', 'raw', 'average')
 
@@ -55,13 +54,13 @@ class Manifest(Provenance):
 def sign(**fields: Any) -> Manifest:
   """Returns the manifest of `fields`, all but the version and the digest."""
   fields['format_version'] = FORMAT_VERSION
-  return Manifest(**fields, manifest_digest=_digest(fields))
+  return Manifest(**fields, manifest_digest=digests.of_json(fields))
 
 
 def write(directory: pathlib.Path, manifest: Manifest) -> None:
   """Writes the manifest into `directory`."""
   text = json.dumps(dataclasses.asdict(manifest), indent=2)
-  (directory / FILE_NAME).write_text(text + '\n', encoding='utf-8')
+  atomic.write_text(directory / layout.MANIFEST, text + '\n')
 
 
 def read(directory: pathlib.Path) -> Manifest:
@@ -71,7 +70,7 @@ def read(directory: pathlib.Path) -> Manifest:
     FileNotFoundError: there is none.
     ValueError: it is damaged, altered, or of another format.
   """
-  path = directory / FILE_NAME
+  path = directory / layout.MANIFEST
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected a frozen directory; make one with'
@@ -99,7 +98,8 @@ def read(directory: pathlib.Path) -> Manifest:
       f' format {FORMAT_VERSION}; freeze again with this code'
     )
   manifest = Manifest(**fields)
-  if (digest := _digest(fields)) != manifest.manifest_digest:
+  signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}
+  if (digest := digests.of_json(signed)) != manifest.manifest_digest:
     raise ValueError(
       f'{path}: got contents with digest {digest}, expected'
       f' {manifest.manifest_digest}; it was altered, copy or freeze the'
@@ -110,19 +110,9 @@ def read(directory: pathlib.Path) -> Manifest:
 
 def file_digests(directory: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of every file but the manifest, by relative path."""
-  names = [
-    name
-    for path in sorted(directory.rglob('*'))
-    if path.is_file()
-    and (name := path.relative_to(directory).as_posix()) != FILE_NAME
-  ]
-
-  def digest(name: str) -> str:
-    with (directory / name).open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(digest, names), strict=True))
+  names = digests.names(directory, leave_out=layout.MANIFEST)
+  entries = digests.of_files(directory, names, num_threads=_num_threads())
+  return {name: entry.sha256 for name, entry in entries.items()}
 
 
 def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
@@ -132,25 +122,20 @@ def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
     FileNotFoundError: one is missing.
     ValueError: one is truncated, altered, or not listed.
   """
-  found = file_digests(directory)
-  for name, expected in manifest.files.items():
-    if name not in found:
-      raise FileNotFoundError(
-        f'{directory / name}: got no such file, expected one with SHA-256'
-        f' {expected}; copy or freeze the directory again'
-      )
-    if found[name] != expected:
-      raise ValueError(
-        f'{directory / name}: got SHA-256 {found[name]}, expected {expected};'
-        ' it was truncated or altered, copy or freeze the directory again'
-      )
-  for name in found.keys() - manifest.files.keys():
-    raise ValueError(
-      f'{directory / name}: got a file that the manifest does not list,'
-      ' expected none; move it elsewhere'
-    )
+  wrong = digests.differences(
+    directory,
+    digests.names(directory, leave_out=layout.MANIFEST),
+    {n: digests.Entry(None, sha256) for n, sha256 in manifest.files.items()},
+    listing=layout.MANIFEST,
+    num_threads=_num_threads(),
+  )
+  for text, kind in wrong:
+    if kind == 'missing':
+      raise FileNotFoundError(f'{text}; copy or freeze the directory again')
+    if kind == 'unlisted':
+      raise ValueError(f'{text}; move it elsewhere')
+    raise ValueError(f'{text}; copy or freeze the directory again')
 
 
-def _digest(fields: Mapping[str, Any]) -> str:
-  rest = {k: v for k, v in fields.items() if k != 'manifest_digest'}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _num_threads() -> int:
+  return os.cpu_count() or 1

@@ -13,23 +13,18 @@ in one bit, added or lost is named instead of trained on. The seal says whose
 checkpoint it is, too, and signs itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 from typing import Any
 
+from storage import atomic, digests, layout
+
 FORMAT_VERSION = 1
-FILE_NAME = 'seal.json'
-PROGRESS = 'progress.json'  # step, PRNG key, data, cost
-_PARTIAL_FILE = 'seal.tmp'
-DIRECTORY = 'checkpoints'
-PARTIAL = '.partial'
-DELETED = '.deleted'
-_DAMAGED = 'damaged-'
+# Left by a kill in earlier versions of this code.
+_OLD_LEFTOVER = 'seal.tmp'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +37,7 @@ class Seal:
   libraries: dict[str, str]  # what wrote it -> version
   eval_loss: float | None  # validation loss of this very step
   evaluation_owed: bool  # due at this step, and cut short by a signal
-  files: dict[str, list[Any]]  # relative path -> [bytes, SHA-256]
+  files: dict[str, digests.Entry]  # by relative path; JSON: [bytes, SHA-256]
 
 
 class DamagedError(ValueError):
@@ -76,13 +71,13 @@ def steps(root: pathlib.Path) -> list[int]:
 
 def set_aside(root: pathlib.Path) -> list[str]:
   """Returns the names of checkpoints that were found damaged before."""
-  return sorted(path.name for path in root.glob(f'{_DAMAGED}*'))
+  return sorted(path.name for path in root.glob(f'{layout.DAMAGED}*'))
 
 
 def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
   """Renames a damaged checkpoint, and returns its new place."""
   i = 0
-  while (place := root / f'{_DAMAGED}{step}-{i}').exists():
+  while (place := root / f'{layout.DAMAGED}{step}-{i}').exists():
     i += 1
   (root / str(step)).rename(place)
   return place
@@ -90,72 +85,24 @@ def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
 
 def remove_unfinished(root: pathlib.Path) -> None:
   """Deletes what a kill left of a save, or of a deletion."""
-  for suffix in (PARTIAL, DELETED):
+  for suffix in (layout.PARTIAL, layout.DELETED):
     for path in root.glob(f'*{suffix}'):
       shutil.rmtree(path, ignore_errors=True)
 
 
 def file_names(directory: pathlib.Path) -> list[str]:
   """Returns the relative paths of all files but the seal, sorted."""
-  return sorted(
+  return [
     name
-    for path in directory.rglob('*')
-    if path.is_file()
-    and (name := path.relative_to(directory).as_posix())
-    not in (FILE_NAME, _PARTIAL_FILE)  # the latter is left by a kill
-  )
-
-
-def digest(
-  directory: pathlib.Path, names: Sequence[str], *, sync: bool = False
-) -> dict[str, list[Any]]:
-  """Returns size and SHA-256 of files, read in chunks.
-
-  Args:
-    directory: that the names are relative to.
-    names: which files.
-    sync: also wait until the disk has them.
-  """
-  found = {}
-  for name in names:
-    with (directory / name).open('rb') as file:
-      if sync:
-        os.fsync(file.fileno())
-      sha = hashlib.file_digest(file, 'sha256').hexdigest()
-      found[name] = [file.tell(), sha]
-  return found
+    for name in digests.names(directory, leave_out=layout.SEAL)
+    if name != _OLD_LEFTOVER and not atomic.is_leftover(directory / name)
+  ]
 
 
 def write(directory: pathlib.Path, seal: Seal) -> None:
   """Writes the seal; all of it is on disk when this returns, or nothing."""
-  for path in (directory, *directory.rglob('*')):
-    if path.is_dir():
-      sync_directory(path)
-  write_atomically(directory / FILE_NAME, _text(dataclasses.asdict(seal)))
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is there whole or not at all, whatever happens."""
-  partial = path.with_name(f'{path.stem}.tmp')
-  try:
-    with partial.open('w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    partial.replace(path)
-  except OSError:
-    partial.unlink(missing_ok=True)
-    raise
-  sync_directory(path.parent)
-
-
-def sync_directory(directory: pathlib.Path) -> None:
-  """Waits until the disk has the names in a directory."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  text = _text(dataclasses.asdict(seal))
+  atomic.write_text(directory / layout.SEAL, text)
 
 
 def read(directory: pathlib.Path) -> Seal:
@@ -164,7 +111,7 @@ def read(directory: pathlib.Path) -> Seal:
   Raises:
     DamagedError: there is none, or it is not what was written.
   """
-  path = directory / FILE_NAME
+  path = directory / layout.SEAL
   try:
     text = path.read_text(encoding='utf-8')
     fields = json.loads(text)
@@ -174,7 +121,9 @@ def read(directory: pathlib.Path) -> Seal:
         f'{path}: got format version {version!r}, expected {FORMAT_VERSION}'
       )
     signature = fields.pop('seal_digest')
-    seal = Seal(**fields)
+    entries = fields.pop('files').items()
+    files = {name: digests.Entry(*entry) for name, entry in entries}
+    seal = Seal(**fields, files=files)
   except (FileNotFoundError, NotADirectoryError):
     raise DamagedError(
       f'{path}: got no such file, expected a seal: the checkpoint was never'
@@ -187,7 +136,7 @@ def read(directory: pathlib.Path) -> Seal:
       f'{path}: got a file that cannot be read ({error!r}), expected a seal'
     ) from None
   # As text: JSON can say one thing in several ways, and a flip may do so.
-  expected = _text(fields)
+  expected = _text(dataclasses.asdict(seal))
   if text != expected:
     raise DamagedError(
       f'{path}: got contents that do not match their digest {signature!r},'
@@ -206,40 +155,23 @@ def problems(
     seal: as `read`.
     part: (i, n): read every n-th file from the i-th on, one of n processes.
   """
-  found = set(file_names(directory))
-  wrong = [
-    f'{directory / name}: got no such file, expected {seal.files[name][0]}'
-    f' bytes with SHA-256 {seal.files[name][1]}'
-    for name in sorted(seal.files.keys() - found)
+  wrong = digests.differences(
+    directory, file_names(directory), seal.files, listing=layout.SEAL, part=part
+  )
+  return [
+    *(
+      f'{directory}: got a seal that lists nothing of {name}, expected some of'
+      ' it'
+      for name in lost(seal)
+    ),
+    *(difference.text for difference in wrong),
   ]
-  wrong += [
-    f'{directory}: got a seal that lists nothing of {name}, expected some of it'
-    for name in lost(seal)
-  ]
-  wrong += [
-    f'{directory / name}: got a file that the seal does not list, expected none'
-    for name in sorted(found - seal.files.keys())
-  ]
-  i, n = part
-  for name in sorted(found & seal.files.keys())[i::n]:
-    try:
-      got = digest(directory, [name])[name]
-    except OSError as error:
-      wrong.append(f'{directory / name}: got {error}, expected to read it')
-      continue
-    expected = seal.files[name]
-    if got != expected:
-      wrong.append(
-        f'{directory / name}: got {got[0]} bytes with SHA-256 {got[1]},'
-        f' expected {expected[0]} with {expected[1]}'
-      )
-  return wrong
 
 
 def lost(seal: Seal) -> list[str]:
   """Returns what a checkpoint should have, and its seal lists no file of."""
   items = {name.partition('/')[0] for name in seal.files}
-  return sorted({*seal.leaves, PROGRESS} - items)
+  return sorted({*seal.leaves, layout.PROGRESS} - items)
 
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:
@@ -288,7 +220,5 @@ def check_owner(
 def _text(fields: Mapping[str, Any]) -> str:
   """Returns the text of a seal, the only one for its fields."""
   fields = {'format_version': FORMAT_VERSION, **fields}
-  text = json.dumps(fields, sort_keys=True)
-  signature = hashlib.sha256(text.encode()).hexdigest()
-  fields['seal_digest'] = signature
+  fields['seal_digest'] = digests.of_json(fields)
   return json.dumps(fields, indent=1, sort_keys=True) + '\n'

@@ -24,7 +24,13 @@ import numpy as np
 
 from frozen import manifest as manifest_lib
 from hardware import compile_ahead, peaks as peaks_lib, targets
-from inference.engine import engine_config, execution, programs
+from inference.engine import (
+  device_state,
+  engine_config,
+  execution,
+  inputs as inputs_lib,
+  steps,
+)
 from models import flops, kv_cache, layout, model_config, transformer
 
 # Left free: activations, what the runtime keeps, and what no formula knows.
@@ -190,7 +196,7 @@ def compile_decode_step(
   tokens = engine.page_tokens(config.max_length)
   per_sequence = -(-config.max_length // tokens)
   state = jax.eval_shape(
-    lambda: programs.init_state(
+    lambda: device_state.init_state(
       model,
       num_slots=num_sequences,
       num_pages=num_sequences * per_sequence + 1,
@@ -200,12 +206,12 @@ def compile_decode_step(
       vocab_size=config.vocab_size,
     )
   )
-  inputs = programs.empty_inputs(
-    programs.Shape(num_sequences, 0),
+  inputs = inputs_lib.empty(
+    steps.Shape(num_sequences, 0),
     chunk_tokens=engine.chunk_tokens,
     table_width=engine.table_width(config.max_length),
-    num_rows=num_sequences,
-    nobody=num_sequences,
+    num_sampled=num_sequences,
+    padding_slot=num_sequences,
   )
 
   def put(tree: Any) -> Any:
@@ -218,12 +224,12 @@ def compile_decode_step(
 
   with jax.set_mesh(mesh):
     return compile_ahead.compile(
-      programs.lower_forward(
-        model,
+      steps.decode_step.lower(
         put(params),
-        put(state.pools),
+        put(state.kv_cache),
         put(state.slots.last_B),
         put(inputs),
+        model=model,
         vocab_size=config.vocab_size,
       )
     )

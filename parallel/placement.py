@@ -56,8 +56,10 @@ class Placement(Protocol):
     """Returns step(state, batch) -> (state, metrics). Donates `state`."""
     ...
 
-  def compile_eval(self, build: BuildStep) -> Callable[..., Any]:
-    """Returns eval_step(params, batch) -> sums."""
+  def compile_eval(
+    self, build: BuildStep, fields: Sequence[str] = ()
+  ) -> Callable[..., Any]:
+    """Returns eval_step(params, batch, *fields of the state) -> sums."""
     ...
 
   def compile_probe(self, build: BuildStep) -> Callable[..., Any]:
@@ -176,12 +178,13 @@ class MeshPlacement:
       out_shardings=(self.state_shardings, rules.replicated(self.mesh)),
     )
 
-  def compile_eval(self, build):
+  def compile_eval(self, build, fields=()):
     return self._compiled(
       build,
       in_shardings=(
         self.state_shardings.params,
         rules.batch_sharding(self.mesh),
+        *(getattr(self.state_shardings, name) for name in fields),
       ),
       out_shardings=rules.replicated(self.mesh),
     )
@@ -295,13 +298,14 @@ class PmapPlacement:
 
     return run
 
-  def compile_eval(self, build):
+  def compile_eval(self, build, fields=()):
+    del fields  # replicas are laid out alike
     pmapped = jax.pmap(
       build(_psum, _fold_in_device),
       axis_name=_PMAP_AXIS,
       devices=self.devices,
     )
-    return lambda params, batch: _first(pmapped(params, batch))
+    return lambda *args: _first(pmapped(*args))
 
   def compile_probe(self, build):
     probe = build(_psum, _fold_in_device)

@@ -5,8 +5,6 @@ writes it to its workdir. The parts are defined beside the code that reads them.
 """
 
 import dataclasses
-import inspect
-import math
 from typing import Any
 
 from data import data_config
@@ -14,7 +12,7 @@ from models import execution, model_config
 from models.linear import quantized
 from parallel import parallel_config
 from training.evaluation import evals_config
-from training.objectives import next_token
+from training.objectives import next_token, port
 from training.optimizer import average, chain, spikes as spikes_lib
 
 # See training/execution.py and models/linear/quantized.py.
@@ -88,8 +86,9 @@ class Experiment:
   freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
   # Frozen directory whose weights are the first of the run; '': random ones.
   init_from: str = ''
-  objective: Any = next_token.next_token  # objective(params, batch, apply)
-  z_loss_weight: float = 0.0  # of log(Z)^2, PaLM took 1e-4; 0: no z-loss
+  # The loss and its hyper-parameters. Chosen in the file of an experiment; a
+  # flag sets a field, as --config.objective.z_loss_weight=1e-4.
+  objective: port.Objective = next_token.NextToken()
   spikes: spikes_lib.SpikeConfig = dataclasses.field(
     default_factory=spikes_lib.SpikeConfig
   )
@@ -132,7 +131,12 @@ class Experiment:
     ):
       if value not in ('float32', 'bfloat16'):
         raise ValueError(f'{name}: got {value!r}, expected float32 or bfloat16')
-    self._validate_z_loss()
+    if not isinstance(self.objective, port.Objective):
+      raise ValueError(
+        f'config.objective: got {self.objective!r}, expected an objective of'
+        ' training/objectives, as NextToken(z_loss_weight=1e-4)'
+      )
+    self.objective.validate()
     self.optimizer.validate(self.num_steps)
     self.spikes.validate()
     self.evals.validate(self.eval_every_steps)
@@ -155,20 +159,6 @@ class Experiment:
       raise ValueError(
         f'data.row_length: got {self.data.row_length}, expected at most'
         f' model.max_length = {self.model.max_length}'
-      )
-
-  def _validate_z_loss(self) -> None:
-    weight = self.z_loss_weight
-    if not 0 <= weight < math.inf:
-      raise ValueError(
-        f'config.z_loss_weight: got {weight}, expected a number >= 0'
-      )
-    taken = inspect.signature(self.objective).parameters
-    if weight and 'z_loss_weight' not in taken:
-      raise ValueError(
-        f'config.z_loss_weight: got {weight} with the objective'
-        f' {_jsonable(self.objective)}, expected one that takes z_loss_weight;'
-        ' set config.z_loss_weight = 0'
       )
 
   def to_dict(self) -> dict[str, Any]:

@@ -110,10 +110,10 @@ class Keeper:
     run that goes on from there evaluates it before it takes a step.
     """
     try:
-      values, frozen = self._evaluate(state.params), state.params
+      values, frozen = self._evaluate(state.params, state), state.params
       if self._average is not None:
         average_params = self._place_average(state)
-        averaged = self._evaluate(average_params)
+        averaged = self._evaluate(average_params, state)
         values |= {f'average_{k}': value for k, value in averaged.items()}
         if self._best_by != 'loss':
           frozen = average_params
@@ -147,9 +147,10 @@ class Keeper:
       should_stop=self._stop.between_batches(),
     )
 
-  def _evaluate(self, params) -> dict[str, float]:
+  def _evaluate(self, params, state) -> dict[str, float]:
+    frozen = () if state.frozen_params is None else (state.frozen_params,)
     return validation.evaluate(
-      self._eval_step,
+      lambda params, batch: self._eval_step(params, batch, *frozen),
       params,
       self._parts.eval_batches,
       put_batch=self._parts.learner.placement.put_batch,

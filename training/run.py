@@ -22,7 +22,14 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
-from training import assemble, experiment as experiment_lib, hooks, loop
+from storage import layout
+from training import (
+  assemble,
+  experiment as experiment_lib,
+  frozen_models,
+  hooks,
+  loop,
+)
 from training.checkpoints import (
   checkpoint,
   init_from,
@@ -64,7 +71,7 @@ def run(
     loop.NonFiniteError: a loss was not finite.
     processes.PeerError: another process failed, and this one did not.
     saving.SaveError: the last step, or what is frozen, cannot be written.
-    workdir.InUseError: another run writes there.
+    locks.InUseError: another run writes there.
   """
   processes.check_same(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
@@ -107,7 +114,7 @@ def run(
 
 def _complete_step(experiment, workdir, saved, console) -> int | None:
   """Returns the step of a run that has nothing left to do; tells of it."""
-  frozen = workdir / workdir_lib.FROZEN
+  frozen = workdir / layout.FROZEN
   step = saved.newest_step() or 0
   is_trained = step >= experiment.num_steps and not saved.newest_owes()
   why_not = ''
@@ -163,8 +170,7 @@ def _unlike(
 
 
 def _freeze(experiment, workdir, step, console) -> None:
-  frozen = workdir / workdir_lib.FROZEN
-  frozen_format.remove_unfinished(frozen)
+  frozen = workdir / layout.FROZEN
   with saving.writing(frozen, saved=f'step {step} is saved'):
     manifest = freeze.freeze_checkpoint(
       workdir,
@@ -186,6 +192,10 @@ def _train(experiment, workdir, console, saved, goodput) -> Result:
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
   first_step = saved.latest_step() or 0
+  if first_step:
+    frozen_models.check_lineage(
+      experiment.objective, workdir_lib.recorded_lineage(workdir)
+    )
   try:
     state, progress = _start_or_restore(experiment, parts, saved, goodput)
   except checkpoint.MismatchError as error:
@@ -366,9 +376,9 @@ def _start_or_restore(experiment, parts, saved, goodput):
     key = jax.random.key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)
-      return init_from.start(parts.learner, key, params), checkpoint.Progress()
+      return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())
     parts.batches.set_state(progress.data_state)
-    return parts.learner.placement.restored(state), progress
+    return parts.learner.placed(state), progress

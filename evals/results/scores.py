@@ -6,7 +6,6 @@ be compared with it example by example, now or years later.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import pathlib
 from typing import Any
 
 from evals.results import statistics
+from storage import atomic
 
 FORMAT = 1
 
@@ -92,7 +92,7 @@ class Result:
     """Writes what `load` reads."""
     path = pathlib.Path(path)
     text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
-    path.write_text(text + '\n', encoding='utf-8')
+    atomic.write_text(path, text + '\n')
 
 
 def load(path: str | os.PathLike) -> Result:
@@ -156,12 +156,6 @@ def of_values(
     values=plain,
     is_exponential=is_exponential,
   )
-
-
-def digest(path: str | os.PathLike) -> str:
-  """Returns the SHA-256 of a file."""
-  with pathlib.Path(path).open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _exp(value: float) -> float:

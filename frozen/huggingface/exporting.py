@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 import json
 import os
 import pathlib
-import secrets
-import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from frozen.huggingface import (
   tensor_map,
 )
 from models import layout
+from storage import atomic
 from text import tokenizer as tokenizer_lib
 
 # A file of ours beside the tokenizer's, of no meaning elsewhere.
@@ -63,9 +62,7 @@ def export_directory(
     )
   frozen = frozen_format.read(source)
   model_type, values = _describe(frozen, family)
-  partial = target.with_name(f'.{target.name}.partial-{secrets.token_hex(4)}')
-  partial.mkdir(parents=True)
-  try:
+  with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
     notes = _write_tokenizer(partial, frozen)
     values |= _special_ids(frozen, notes)
@@ -76,11 +73,6 @@ def export_directory(
       partial / generation_config_lib.FILE,
       generation | _special_ids(frozen, []) | _end_ids(frozen.generation),
     )
-    if target.exists():
-      target.rmdir()
-    partial.rename(target)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return Exported(model_type, notes + more)
 
 

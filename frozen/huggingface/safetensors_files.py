@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from typing import Any, BinaryIO
 
@@ -248,8 +247,6 @@ def write_directory(
         assert (name, x.shape) == (expected, shapes[expected]), name
         # In little-endian order, as every machine is that JAX runs on.
         np.ascontiguousarray(x, dtype).tofile(file)
-      file.flush()
-      os.fsync(file.fileno())
   if len(files) > 1:
     index = {
       'metadata': {'total_size': sum(sizes.values())},

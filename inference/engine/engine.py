@@ -32,12 +32,14 @@ from hardware import peaks
 from inference.engine import (
   answer,
   compilations,
+  device_state,
   engine_config,
   execution,
   inputs as inputs_lib,
   metrics,
   programs,
   requests,
+  steps,
 )
 from inference.sampling import settings as settings_lib
 from inference.scheduling import sequence_manager
@@ -53,8 +55,8 @@ class _Flight(NamedTuple):
   """A step that is dispatched and not read."""
 
   step: sequence_manager.Step
-  shape: programs.Shape
-  outputs: programs.Outputs
+  shape: steps.Shape
+  outputs: steps.Outputs
 
 
 class Engine:
@@ -63,7 +65,7 @@ class Engine:
   def __init__(
     self,
     config: model_config.ModelConfig,
-    params: programs.Params,
+    params: device_state.Params,
     *,
     tokenizer: tokenizer_lib.Tokenizer,
     weights_digest: str,
@@ -105,7 +107,7 @@ class Engine:
     )
     model = transformer.Transformer(config, jnp.dtype(dtype), backend.execution)
     with jax.default_device(device):
-      self._state = programs.init_state(
+      self._state = device_state.init_state(
         model,
         num_slots=engine.max_sequences,
         num_pages=num_pages,
@@ -119,7 +121,7 @@ class Engine:
         model=model,
         params=params,
         state=self._state,
-        shapes=[programs.Shape(*shape) for shape in engine.step_shapes()],
+        shapes=[steps.Shape(*shape) for shape in engine.step_shapes()],
         chunk_tokens=engine.chunk_tokens,
         table_width=engine.table_width(config.max_length),
         vocab_size=tokenizer.vocab_size,
@@ -241,7 +243,9 @@ class Engine:
       if live.request_id == request_id:
         self._close(live, 'cancelled')
 
-  def set_params(self, params: programs.Params, weights_digest: str) -> None:
+  def set_params(
+    self, params: device_state.Params, weights_digest: str
+  ) -> None:
     """Serves other weights of the same model: the next step of on-policy RL.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from inference.engine import programs
+from inference.engine import steps
 from inference.scheduling import sequence_manager
 
 # (id) -> (prompt, wanted): a sequence whose prompt is to be scored, with how
@@ -15,8 +15,44 @@ PromptOf = Callable[[Hashable], tuple[Sequence[int], int] | None]
 ForcedOf = Callable[[Hashable, int], int | None]
 
 
+def empty(
+  shape: steps.Shape,
+  *,
+  chunk_tokens: int,
+  table_width: int,
+  num_sampled: int,
+  padding_slot: int,
+) -> steps.Inputs:
+  """Returns inputs of padding only.
+
+  Args:
+    shape: of the step.
+    chunk_tokens: tokens per chunk.
+    table_width: L, pages of a sequence that fills the context.
+    num_sampled: R, tokens to sample; at least one per decode and chunk.
+    padding_slot: the slot that belongs to no sequence.
+  """
+  num_decodes, num_chunks = shape
+  num_prompt = num_chunks * chunk_tokens
+
+  def full(*size: int, value: int = 0) -> np.ndarray:
+    return np.full(size, value, np.int32)
+
+  return steps.Inputs(
+    tokens_T=full(num_decodes + num_prompt),
+    positions_T=full(num_decodes + num_prompt, value=-1),
+    decode_table_DL=full(num_decodes, table_width),
+    chunk_table_XL=full(num_chunks, table_width),
+    rows_R=full(num_sampled),
+    slots_R=full(num_sampled, value=padding_slot),
+    forced_R=full(num_sampled, value=-1),
+    targets_M=full(num_prompt, value=-1),
+    prompt_logprobs_X=full(num_chunks, value=-1),
+  )
+
+
 def fill(
-  inputs: programs.Inputs,
+  inputs: steps.Inputs,
   step: sequence_manager.Step,
   *,
   chunk_tokens: int,

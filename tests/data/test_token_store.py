@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from data import locks, sources, token_store
+from data import sources, token_store
+from storage import locks
 from tests.helpers import tiny_models
 from text import bpe
 
@@ -61,7 +62,7 @@ def test_ids_and_starts_are_those_of_the_documents(tmp_path):
 
 
 def test_many_documents_come_in_order(tmp_path, monkeypatch):
-  monkeypatch.setattr(token_store, '_CHUNK_CHARS', 10)
+  monkeypatch.setattr(token_store, '_GROUP_CHARS', 10)
   texts = [chr(97 + i % 26) * (i % 7) for i in range(200)]
   store = _open(Texts(*texts), tmp_path, num_threads=3)
   ids = [[BOS, *text.encode(), EOS] for text in texts if text]
@@ -166,7 +167,7 @@ def test_it_says_how_far_it_is(tmp_path, monkeypatch):
 
 
 def _leftovers(directory):
-  return list(directory.glob('tokens/.*.partial'))
+  return list(directory.glob('tokens/.*.partial-*'))
 
 
 # A source that takes its time, and says where it is.
@@ -182,7 +183,7 @@ class Slow:
     time.sleep(0.02)
     return {'text': 'x' * (i + 1), 'id': str(i)}
 
-token_store._CHUNK_CHARS = 20
+token_store._GROUP_CHARS = 20
 store = token_store.open_or_write(
   Slow(), tokenizer.ByteTokenizer(), sys.argv[1], name='s', num_threads=1
 )
@@ -203,7 +204,7 @@ def _start(directory):
 def test_two_processes_and_one_that_was_killed_agree(tmp_path):
   killed = _start(tmp_path)
   deadline = time.monotonic() + 60
-  while not list(tmp_path.glob('tokens/.*.partial/ids.bin')):
+  while not list(tmp_path.glob('tokens/.*.partial-*/ids.bin')):
     assert time.monotonic() < deadline
     assert killed.poll() is None, killed.communicate()
     time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
+from storage import atomic
 from tests.helpers import frozen_dirs
 
 
@@ -120,7 +122,7 @@ def test_every_file_altered_truncated_or_missing_is_refused(original, tmp_path):
 def test_messages_name_the_file_and_the_remedy(copy):
   (copy / 'extra.txt').write_text('')
   with pytest.raises(
-    ValueError, match='extra.txt: got a file that the manifest does not list'
+    ValueError, match='extra.txt: got a file that manifest.json does not list'
   ):
     frozen_format.read(copy)
   (copy / 'extra.txt').unlink()
@@ -247,7 +249,7 @@ def test_an_interrupted_write_leaves_what_was_there(
   elif moment == 'manifest':
     monkeypatch.setattr(manifest_lib, 'write', interrupt)
   else:
-    monkeypatch.setattr(frozen_format, '_move', interrupt)
+    monkeypatch.setattr(atomic, 'publish', interrupt)
   other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   for place in (target, tmp_path / 'new'):
     with pytest.raises(_Interrupted):
@@ -259,14 +261,14 @@ def test_an_interrupted_write_leaves_what_was_there(
 def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
   target = tmp_path / 'f'
   first = frozen_dirs.write(target)
-  rename = type(target).rename
+  replace = os.replace
 
-  def fail_for_partial(self, to):
-    if '.partial-' in self.name:
+  def fail_for_partial(source, to):
+    if '.partial-' in source.name:
       raise OSError('disk says no')
-    return rename(self, to)
+    replace(source, to)
 
-  monkeypatch.setattr(type(target), 'rename', fail_for_partial)
+  monkeypatch.setattr(atomic.os, 'replace', fail_for_partial)
   other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   with pytest.raises(OSError, match='disk says no'):
     frozen_dirs.write(target, params=other, overwrite=True)

@@ -13,6 +13,7 @@ import pytest
 
 from frozen import format as frozen_format, freeze, seals
 from models import transformer
+from storage import digests
 from tests.helpers import frozen_dirs, tiny_models
 
 
@@ -110,7 +111,7 @@ def _seal(directory, run):
       libraries={},
       eval_loss=None,
       evaluation_owed=False,
-      files=seals.digest(directory, seals.file_names(directory)),
+      files=digests.of_files(directory, seals.file_names(directory)),
     ),
   )
 

@@ -12,7 +12,7 @@ import random
 import re
 import time
 
-from frozen import seals
+from storage import layout
 from tests.survival import process, tiny
 
 PHASES = ('start', 'steps', 'evaluation', 'saving', 'sealing', 'freeze')
@@ -119,10 +119,10 @@ def _unfinished(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
   What an earlier kill has left stays as it was until it is removed.
   """
   found = {}
-  root = workdir / seals.DIRECTORY
+  root = workdir / layout.CHECKPOINTS
   for path in (
-    *root.glob(f'*{seals.PARTIAL}'),
-    *root.glob(f'*{seals.DELETED}'),
+    *root.glob(f'*{layout.PARTIAL}'),
+    *root.glob(f'*{layout.DELETED}'),
     *workdir.glob('.frozen.*'),
   ):
     with contextlib.suppress(FileNotFoundError):
@@ -151,7 +151,7 @@ def _is_in(
     )
   if phase in ('saving', 'sealing'):
     return any(
-      path.suffix == seals.PARTIAL
+      path.suffix == layout.PARTIAL
       and int(path.stem) >= from_step
       and (phase == 'saving' or any(path.glob('seal.*')))
       for path in _new(workdir, stale)
@@ -187,6 +187,6 @@ def _hit(workdir: pathlib.Path, stale: Unfinished, output: str) -> str:
     return 'start'
   for path in new:
     # Deleting is the end of sealing.
-    is_sealed = path.suffix == seals.DELETED or any(path.glob('seal.*'))
+    is_sealed = path.suffix == layout.DELETED or any(path.glob('seal.*'))
     return 'sealing' if is_sealed else 'saving'
   return 'evaluation' if _is_evaluating(workdir) else 'steps'

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib, seals
+from storage import layout
 from tests.helpers import tiny_models
 from training.reporting import metrics
 
@@ -105,7 +106,7 @@ def stop(running: subprocess.Popen, workdir: pathlib.Path, step: int) -> int:
     time.sleep(0.005)
   running.send_signal(signal.SIGTERM)
   code, output = finish(running)
-  saved = seals.steps(workdir / seals.DIRECTORY)[-1]
+  saved = seals.steps(workdir / layout.CHECKPOINTS)[-1]
   words = f'stopped by SIGTERM after step {saved}; saved within'
   if code != 143 or words not in output:
     raise AssertionError(f'got exit code {code}, expected 143: {output}')
@@ -113,7 +114,7 @@ def stop(running: subprocess.Popen, workdir: pathlib.Path, step: int) -> int:
 
 
 def _last_step(workdir: pathlib.Path) -> int:
-  return max((r['step'] for r in tail(workdir / metrics.JSONL)), default=0)
+  return max((r['step'] for r in tail(workdir / layout.METRICS)), default=0)
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
@@ -125,7 +126,7 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
   """Returns every array of a checkpoint, bits as they are."""
   handler = ocp.StandardCheckpointHandler()
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  directory = workdir / seals.DIRECTORY / str(step)
+  directory = workdir / layout.CHECKPOINTS / str(step)
   found = {}
   for item in seals.read(directory).leaves:
     tree = handler.metadata(directory / item).tree
@@ -143,7 +144,9 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 def differences(workdir: pathlib.Path, expected: pathlib.Path) -> list[str]:
   """Returns what is not as in the uninterrupted run; empty if nothing."""
   found = []
-  steps = [seals.steps(w / seals.DIRECTORY)[-1:] for w in (workdir, expected)]
+  steps = [
+    seals.steps(w / layout.CHECKPOINTS)[-1:] for w in (workdir, expected)
+  ]
   if steps[0] != steps[1] or not steps[0]:
     return [f'got last checkpoint {steps[0]}, expected {steps[1]}']
   step = steps[0][0]
@@ -159,7 +162,7 @@ def differences(workdir: pathlib.Path, expected: pathlib.Path) -> list[str]:
   # PRNG key, position of the data (the next batch), tokens and FLOPs.
   progress = []
   for place in (workdir, expected):
-    path = place / seals.DIRECTORY / str(step) / 'progress.json'
+    path = place / layout.CHECKPOINTS / str(step) / 'progress.json'
     progress.append(json.loads(path.read_text()))
     del progress[-1]['train_seconds']
   if progress[0] != progress[1]:

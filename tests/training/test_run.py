@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
+from storage import layout
 from tests.helpers import tiny_models, tiny_run
 from training import (
   assemble,
@@ -23,7 +24,7 @@ from training import (
   loop,
   run as run_lib,
 )
-from training.checkpoints import checkpoint, saving, workdir as workdir_lib
+from training.checkpoints import saving, workdir as workdir_lib
 from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,7 +40,7 @@ _experiment, _run = tiny_run.experiment, tiny_run.run
 
 def _saved(workdir, step):
   """Returns every array of a checkpoint, and its progress."""
-  directory = workdir / checkpoint.DIRECTORY / str(step)
+  directory = workdir / layout.CHECKPOINTS / str(step)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   arrays = {}
   with ocp.StandardCheckpointer() as checkpointer:
@@ -93,11 +94,11 @@ def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   recorded = (workdir / 'run.json').read_bytes()
   # Newer code that finds nothing to do did not train these weights.
   monkeypatch.setattr(workdir_lib, '_code_commit', lambda: 'newer')
-  before = (workdir / metrics.JSONL).read_bytes()
+  before = (workdir / layout.METRICS).read_bytes()
   result, printed = _run(_experiment(corpus), workdir)
   assert result.step == 12
   assert 'is complete: step 12' in printed
-  assert (workdir / metrics.JSONL).read_bytes() == before
+  assert (workdir / layout.METRICS).read_bytes() == before
   assert (workdir / 'run.json').read_bytes() == recorded
 
 
@@ -136,7 +137,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   finally:
     loop.Reporter.add = real_add
   # What a kill in the middle of a line leaves behind.
-  with (tmp_path / metrics.JSONL).open('a') as file:
+  with (tmp_path / layout.METRICS).open('a') as file:
     file.write('{"kind": "train", "st')
   result, printed = _run(_experiment(corpus), tmp_path)
   assert result.step == 12

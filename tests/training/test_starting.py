@@ -11,6 +11,7 @@ import pytest
 
 from data import data_config
 from frozen import format as frozen_format
+from storage import atomic, locks
 from tests.helpers import tiny_run
 from training import experiment
 from training.checkpoints import saving, workdir as workdir_lib
@@ -73,8 +74,8 @@ def held(tmp_path):
 def test_two_runs_do_not_share_a_workdir(corpus, held):
   workdir, process = held
   with pytest.raises(
-    workdir_lib.InUseError,
-    match=rf'got a workdir that process {process.pid} of \S+ writes into,'
+    locks.InUseError,
+    match=rf'got a directory that process {process.pid} of \S+ writes into,'
     ' expected one that no run is using; wait for it, stop it, or use another',
   ):
     tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)
@@ -88,7 +89,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
   def no_locks(descriptor, operation):
     raise OSError(95, 'Operation not supported')
 
-  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
+  monkeypatch.setattr(locks.fcntl, 'flock', no_locks)
   told = []
   with workdir_lib.held(tmp_path / 'run', told.append):
     pass
@@ -231,10 +232,10 @@ def test_a_damaged_tokenizer_is_named(corpus, copy):
 def test_a_disk_that_is_full_from_the_start_is_one_line(
   corpus, tmp_path, monkeypatch
 ):
-  def no_space(path, text):
+  def no_space(path, text, *, durable=True):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(workdir_lib.seals, 'write_atomically', no_space)
+  monkeypatch.setattr(atomic, 'write_text', no_space)
   with pytest.raises(
     saving.SaveError,
     match=r'run: got .*No space left on device, expected to write there; make'

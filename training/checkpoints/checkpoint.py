@@ -32,10 +32,9 @@ import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
+from storage import layout
 from training import experiment, state as state_lib
 from training.checkpoints import retention, saving
-
-DIRECTORY = seals.DIRECTORY
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,7 +88,7 @@ class Checkpoints:
       config: what to keep.
       identity: of the run, see `seals.identity`; others are refused.
     """
-    self._root = workdir.absolute() / DIRECTORY
+    self._root = workdir.absolute() / layout.CHECKPOINTS
     self._config = config
     self._identity = dict(identity or {})
     self._seals: dict[int, seals.Seal] = {}  # of what can be gone back to
@@ -257,7 +256,7 @@ class Checkpoints:
       try:
         sealed = save.finish(seal)
         self._seals = {**self._seals, step: sealed}
-        num_bytes = sum(size for size, _ in sealed.files.values())
+        num_bytes = sum(e.num_bytes or 0 for e in sealed.files.values())
         outcome = dataclasses.replace(outcome, num_bytes=num_bytes)
         self._delete_others()
       except Exception as error:
@@ -277,7 +276,7 @@ class Checkpoints:
     for step in losses.keys() - kept:
       if processes.is_first():
         # Renamed first: half a directory must not look like a checkpoint.
-        doomed = self._root / f'{step}{seals.DELETED}'
+        doomed = self._root / f'{step}{layout.DELETED}'
         (self._root / str(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -327,7 +326,7 @@ class Checkpoints:
           step, {name: _describe(restored[name])}, {name: leaves[name]}
         )
       fields = json.loads(
-        (directory / seals.PROGRESS).read_text(encoding='utf-8')
+        (directory / layout.PROGRESS).read_text(encoding='utf-8')
       )
     key = jax.random.wrap_key_data(
       jnp.asarray(fields.pop('key_data'), jnp.uint32),
@@ -360,7 +359,7 @@ def _items(state: state_lib.TrainState) -> dict[str, Any]:
   return {
     name: tree
     for name, tree in fields.items()
-    if name not in ('step', 'key') and tree is not None
+    if name not in ('step', 'key', 'frozen_params') and tree is not None
   }
 
 

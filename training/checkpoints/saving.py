@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
+from storage import atomic, digests, layout
 
 
 class SaveError(RuntimeError):
@@ -96,7 +97,7 @@ class Save:
 
   @property
   def _partial(self) -> pathlib.Path:
-    return self.root / f'{self.step}{seals.PARTIAL}'
+    return self.root / f'{self.step}{layout.PARTIAL}'
 
   def start(self, items: Mapping[str, Any], progress: dict[str, Any]) -> None:
     """Copies off the devices, and starts to write."""
@@ -108,7 +109,7 @@ class Save:
         for name in items:
           (self._partial / name).mkdir(parents=True)
         text = json.dumps(progress)
-        (self._partial / seals.PROGRESS).write_text(text, encoding='utf-8')
+        (self._partial / layout.PROGRESS).write_text(text, encoding='utf-8')
 
     try:
       self._together(make_directories)
@@ -135,14 +136,14 @@ class Save:
       self._together(self._write)
       files = self._together(lambda: self._merge(names))[0]
       parts = self._together(
-        lambda: seals.digest(
-          self._partial,
-          files[processes.index() :: processes.count()],
-          sync=True,
-        )
+        lambda: self._digest(files[processes.index() :: processes.count()])
       )
-      digests = {name: d for part in parts for name, d in part.items()}
-      sealed = dataclasses.replace(seal, files=digests)
+      entries = {
+        name: digests.Entry(*entry)
+        for part in parts
+        for name, entry in part.items()
+      }
+      sealed = dataclasses.replace(seal, files=entries)
       if lost := seals.lost(sealed):
         raise SaveError(
           f'{self._partial}: got no {", ".join(lost)}, expected what was just'
@@ -172,13 +173,19 @@ class Save:
       self.handler.finalize(epath.Path(self._partial / name))
     return seals.file_names(self._partial)
 
+  def _digest(self, files: list[str]) -> dict[str, digests.Entry]:
+    # By the process that reads them: the first one cannot make other hosts
+    # write out what they hold in memory.
+    for name in files:
+      atomic.sync(self._partial / name)
+    return digests.of_files(self._partial, files)
+
   def _seal(self, seal: seals.Seal) -> None:
     if not processes.is_first():
       return
     self.before_seal()
     seals.write(self._partial, seal)
-    self._partial.rename(self.root / str(self.step))
-    seals.sync_directory(self.root)
+    atomic.publish(self._partial, self.root / str(self.step))
 
   def _together(self, do: Callable[[], Any]) -> list[Any]:
     """Returns what `do` returned in every process, as JSON values.

@@ -17,13 +17,10 @@ the others read: the workdir is on a file system that they share.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-import fcntl
 import json
-import os
 import pathlib
 import secrets
 import shutil
-import socket
 import subprocess
 import time
 from typing import Any
@@ -33,23 +30,13 @@ import numpy as np
 from data import sources, vocabulary
 from frozen import seals
 from parallel import processes
+from storage import atomic, layout, locks
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib
 
 # Longer than NFS keeps what it knows of a directory (acdirmin, 30 s at most
 # by default) would be safer, and annoying where the path is simply wrong.
 _SECONDS_TO_APPEAR = 5.0
-RUN = 'run.json'
-DATA = 'data.json'
-_PARTIAL_RUN = 'run.tmp'
-TOKENIZER = 'tokenizer'
-_PARTIAL_TOKENIZER = 'tokenizer.tmp'
-FROZEN = 'frozen'
-_LOCK = '.lock'
-
-
-class InUseError(RuntimeError):
-  """Another run writes into the workdir."""
 
 
 def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
@@ -61,7 +48,7 @@ def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
   Raises:
     ValueError: the workdir belongs to another experiment, or is no workdir.
   """
-  if (workdir / RUN).exists():
+  if (workdir / layout.RUN).exists():
     if _has_checkpoints(workdir):
       _check_same(workdir, identity(experiment), _recorded(workdir))
   elif workdir.exists() and not workdir.is_dir():
@@ -78,12 +65,16 @@ def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
 
 def _is_leftover(path: pathlib.Path) -> bool:
   """Whether a run that was killed before it wrote run.json leaves the path."""
-  if path.name == seals.DIRECTORY and path.is_dir():
+  if path.name == layout.CHECKPOINTS and path.is_dir():
     return not any(path.iterdir())
-  if path.name in (TOKENIZER, _PARTIAL_TOKENIZER):
+  if path.name == layout.TOKENIZER:
     # Or anybody's.
-    return (path.parent / _LOCK).exists()
-  return path.name.startswith('.shared-') or path.name in (_LOCK, _PARTIAL_RUN)
+    return (path.parent / layout.LOCK).exists()
+  return (
+    path.name == layout.LOCK
+    or path.name.startswith('.shared-')
+    or atomic.is_leftover(path)
+  )
 
 
 @contextlib.contextmanager
@@ -92,69 +83,32 @@ def held(
 ) -> Iterator[None]:
   """Makes a workdir if there is none, and keeps other runs out of it.
 
-  By a lock that goes with the process, however it ends, and that hosts share
-  wherever their file system does. A run that ends before it is recorded leaves
-  nothing behind.
+  A run that ends before it is recorded leaves nothing behind.
 
   Args:
     workdir: whose.
     tell: is told where the file system has no locks.
 
   Raises:
-    InUseError: another run holds it.
+    locks.InUseError: another run holds it.
     OSError: it cannot be made.
   """
   is_new = not workdir.exists()
-  descriptor = _lock(workdir, tell)
-  try:
-    me = f'process {os.getpid()} of {socket.gethostname()}'
-    with contextlib.suppress(OSError):  # a full disk: said when it matters
-      os.truncate(descriptor, 0)
-      os.write(descriptor, me.encode())
-    yield
-  finally:
+  with locks.held(workdir / layout.LOCK, f'--workdir={workdir}', tell):
     try:
-      if not (workdir / RUN).exists():
-        _clear(workdir, is_new=is_new)
+      atomic.remove_leftovers(workdir)
+      yield
     finally:
-      os.close(descriptor)
-
-
-def _lock(workdir: pathlib.Path, tell: Callable[[str], None]) -> int:
-  """Returns the descriptor of a lock file that is locked."""
-  path = workdir / _LOCK
-  while True:
-    workdir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      # Whoever held it may have removed it meanwhile.
-      if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-        return descriptor
-      os.close(descriptor)
-    except BlockingIOError:
-      holder = path.read_text(errors='replace') or 'a process'
-      os.close(descriptor)
-      raise InUseError(
-        f'--workdir={workdir}: got a workdir that {holder} writes into,'
-        ' expected one that no run is using; wait for it, stop it, or use'
-        ' another --workdir'
-      ) from None
-    except OSError as error:
-      tell(
-        f'warning: {path}: got {error}, expected a file system with locks: make'
-        ' sure that no other run is started in this --workdir'
-      )
-      return descriptor
+      if not (workdir / layout.RUN).exists():
+        _clear(workdir, is_new=is_new)
 
 
 def _clear(workdir: pathlib.Path, *, is_new: bool) -> None:
   """Removes what a run has made that was never recorded."""
-  for name in (TOKENIZER, _PARTIAL_TOKENIZER):
-    shutil.rmtree(workdir / name, ignore_errors=True)
+  shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
   with contextlib.suppress(OSError):
-    (workdir / _PARTIAL_RUN).unlink(missing_ok=True)
-    (workdir / _LOCK).unlink(missing_ok=True)
+    atomic.remove_leftovers(workdir)
+    (workdir / layout.LOCK).unlink(missing_ok=True)
     if is_new:
       workdir.rmdir()
 
@@ -204,8 +158,7 @@ def prepare(workdir: pathlib.Path) -> None:
   The run that made it may have been started with other values.
   """
   if not _has_checkpoints(workdir):
-    for name in (TOKENIZER, _PARTIAL_TOKENIZER):
-      shutil.rmtree(workdir / name, ignore_errors=True)
+    shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
 
 
 def record(
@@ -228,7 +181,7 @@ def record(
   """
   new = _describe(experiment)
   if lineage is None:
-    lineage = _recorded_lineage(workdir)
+    lineage = recorded_lineage(workdir)
   new['lineage'] = dict(lineage)
   if len(phases) > 1:
     for i, source in enumerate(new['data_mix']):
@@ -236,7 +189,7 @@ def record(
         {'from_row': phase['from_row'], 'weight': phase['weights'][i]}
         for phase in phases
       ]
-  seals.write_atomically(workdir / RUN, json.dumps(new, indent=2) + '\n')
+  atomic.write_text(workdir / layout.RUN, json.dumps(new, indent=2) + '\n')
 
 
 def changes(
@@ -244,12 +197,12 @@ def changes(
 ) -> list[str]:
   """Returns what the experiment has otherwise than the run before, in words."""
   try:
-    text = (workdir / RUN).read_text(encoding='utf-8')
+    text = (workdir / layout.RUN).read_text(encoding='utf-8')
     before = _flat(json.loads(text)['config'])
   except FileNotFoundError:
     return []
   except (ValueError, KeyError, AttributeError):
-    return [f'{workdir / RUN} cannot be read']
+    return [f'{workdir / layout.RUN} cannot be read']
   now = _flat(experiment.to_dict())
   return [
     f'{name}: got {_short(now.get(name))}, before {_short(before.get(name))}'
@@ -280,7 +233,7 @@ def identity(experiment: experiment_lib.Experiment) -> dict[str, Any]:
 
 def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the identity of the run that the workdir is of."""
-  path = workdir / RUN
+  path = workdir / layout.RUN
   try:
     return seals.identity(json.loads(path.read_text(encoding='utf-8')))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -291,13 +244,16 @@ def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-  root = workdir / seals.DIRECTORY
+  root = workdir / layout.CHECKPOINTS
   return bool(seals.steps(root) or seals.set_aside(root))
 
 
-def _recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
+def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
+  """Returns the digests that the run began with, by role."""
   try:
-    return json.loads((workdir / RUN).read_text(encoding='utf-8'))['lineage']
+    return json.loads((workdir / layout.RUN).read_text(encoding='utf-8'))[
+      'lineage'
+    ]
   except (OSError, ValueError, KeyError, TypeError):
     return {}
 
@@ -305,13 +261,13 @@ def _recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
   """Writes data.json: what this start of the run trains and evaluates on."""
   text = json.dumps(described, indent=2) + '\n'
-  seals.write_atomically(workdir / DATA, text)
+  atomic.write_text(workdir / layout.DATA, text)
 
 
 def evaluated_before(workdir: pathlib.Path) -> str:
   """Returns the digest of the tokens evaluated on before; '' if unknown."""
   try:
-    text = (workdir / DATA).read_text(encoding='utf-8')
+    text = (workdir / layout.DATA).read_text(encoding='utf-8')
     return json.loads(text)['evaluation']['digest']
   except (OSError, ValueError, KeyError, TypeError):
     return ''
@@ -332,21 +288,19 @@ def tokenizer(
   Raises:
     ValueError: it has more tokens than the model has embeddings, or is damaged.
   """
-  directory = workdir / TOKENIZER
+  directory = workdir / layout.TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():
       built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
-      # Written aside and renamed: a killed run leaves no half a tokenizer.
-      partial = workdir / _PARTIAL_TOKENIZER
-      built.save(partial)
-      partial.replace(directory)
+      with atomic.new_directory(directory) as partial:
+        built.save(partial)
   try:
     loaded = tokenizer_lib.load(directory)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f'{directory}: got a tokenizer that cannot be read ({error}), expected'
       f' the one that the run was started with; put a copy there, as the one in'
-      f' {FROZEN}/ is, or use another --workdir'
+      f' {layout.FROZEN}/ is, or use another --workdir'
     ) from None
   if loaded.vocab_size > experiment.model.vocab_size:
     raise ValueError(

@@ -8,15 +8,15 @@ program scores requests of every length.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evals import ports
-from models import cross_entropy
+from models import transformer
 from training import learner as learner_lib
 from training.evaluation import validation
+from training.objectives import port
 
 _Requests = Sequence[tuple[ports.Ids, ports.Ids]]
 
@@ -42,7 +42,6 @@ class Scorer:
     self._step = learner.placement.compile_eval(
       lambda all_sum, _: make_score_step(
         learner.model,
-        learner.experiment.model.vocab_size,
         num_places=data.batch_size * data.row_length,
         all_sum=all_sum,
       )
@@ -79,8 +78,7 @@ class Scorer:
 
 
 def make_score_step(
-  model: nn.Module,
-  vocab_size: int,
+  model: transformer.Transformer,
   *,
   num_places: int,
   all_sum: Callable[[Any], Any] = lambda tree: tree,
@@ -89,7 +87,6 @@ def make_score_step(
 
   Args:
     model: the transformer.
-    vocab_size: how many logits it has.
     num_places: B x T of the whole batch.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
 
@@ -100,24 +97,15 @@ def make_score_step(
     where the target is the most probable token.
   """
 
-  apply: Callable[..., Any] = model.apply
+  model_port = port.Model(model)
 
   def score_step(params, batch):
-    hidden_BTD, _ = apply(
-      params,
-      batch['tokens'],
-      batch['positions'],
-      None,
-      batch['segment_ids'],
-      method='hidden',
+    hidden = model_port.hidden(
+      params, batch['tokens'], batch['positions'], batch['segment_ids']
     )
-    # As in the loss, no more logits at a time than fit.
-    batch_size, time = batch['tokens'].shape
-    chunks = cross_entropy.num_chunks(batch_size, time, vocab_size)
 
-    def score_chunk(part):
-      hidden_BtD, targets_Bt = part
-      logits_BtV = apply(params, hidden_BtD, method='unembed')
+    def score_chunk(states_BtD, targets_Bt):
+      logits_BtV = model_port.logits(params, states_BtD)
       logprobs_BtV = jax.nn.log_softmax(logits_BtV, axis=-1)
       logprob_Bt1 = jnp.take_along_axis(
         logprobs_BtV, targets_Bt[:, :, None], axis=-1
@@ -125,31 +113,21 @@ def make_score_step(
       is_greedy_Bt = jnp.argmax(logits_BtV, axis=-1) == targets_Bt
       return logprob_Bt1[:, :, 0], is_greedy_Bt.astype(jnp.float32)
 
-    parts = _split(hidden_BTD, chunks), _split(batch['targets'], chunks)
-    found = jax.lax.map(score_chunk, parts)
-    # Each device has rows of its own, and time may be laid out in any order:
-    # by place they add up to the whole.
+    found = model_port.map_chunks(
+      score_chunk, hidden.states_BTD, batch['targets']
+    )
+    # Each device has its own rows, and time may be laid out in any order:
+    # summed by place, they are the whole.
     return all_sum(
       {
         name: jnp.zeros(num_places, jnp.float32)
         .at[batch['places'].reshape(-1)]
-        .set(_joined(values).reshape(-1))
-        for name, values in zip(('logprob', 'is_greedy'), found, strict=True)
+        .set(values_BT.reshape(-1))
+        for name, values_BT in zip(('logprob', 'is_greedy'), found, strict=True)
       }
     )
 
   return score_step
-
-
-def _split(x, chunks):
-  """Returns [chunks, B, T / chunks, ...] of [B, T, ...]."""
-  batch, time = x.shape[:2]
-  return x.reshape((batch, chunks, time // chunks, *x.shape[2:])).swapaxes(0, 1)
-
-
-def _joined(x):
-  """Returns [B, T] of [chunks, B, T / chunks]."""
-  return x.swapaxes(0, 1).reshape((x.shape[1], -1))
 
 
 def _pack(requests: _Requests, row_length: int) -> list[_Slot]:

@@ -50,20 +50,25 @@ def evaluate(
   num_bytes = 0
   if max_batches:
     batches = itertools.islice(batches, max_batches)
+  is_text = True
   for batch in batches:
     if should_stop():
       raise Stopped
+    is_text = {'targets', 'weights'} <= batch.keys()
     sums = eval_step(params, put_batch(batch))
-    counted_BT = batch['weights'] > 0
-    num_bytes += int(num_bytes_V[batch['targets'][counted_BT]].sum())
+    if is_text:
+      counted_BT = batch['weights'] > 0
+      num_bytes += int(num_bytes_V[batch['targets'][counted_BT]].sum())
     # Of a mixture of experts: what is predicted, not how tokens are routed.
     loss += float(sums.get('nll', sums['loss']))
     weight += float(sums['weight'])
-  if not weight or not num_bytes:
+  if not weight or is_text and not num_bytes:
     raise ValueError(
       'evaluation: got no text, expected at least one byte to predict; look at'
       ' data.eval_split'
     )
+  if not is_text:
+    return {'loss': loss / weight}
   return {
     'loss': loss / weight,
     'bits_per_byte': loss / (num_bytes * math.log(2)),
@@ -76,6 +81,11 @@ def report(values: dict[str, float]) -> str:
   Args:
     values: loss and bits_per_byte, and the same with `average_` in front.
   """
+  if 'bits_per_byte' not in values:
+    text = f'validation loss {values["loss"]:.4f}'
+    if 'average_loss' in values:
+      text += f'; of the averaged weights {values["average_loss"]:.4f}'
+    return text
   text = (
     f'validation loss {values["loss"]:.4f} nats/token,'
     f' {values["bits_per_byte"]:.4f} bits/byte'

@@ -33,10 +33,9 @@ import sys
 import threading
 from typing import IO
 
+from storage import layout
 from training.lifecycle import exit_codes
 
-METRICS = 'metrics.jsonl'  # as training/reporting/metrics.py writes it
-CHECKPOINTS = 'checkpoints'  # as training/checkpoints/checkpoint.py
 # Tells a child who its supervisor is.
 PARENT = 'TWO_LIVES_SUPERVISOR'
 _FIRST_PAUSE_S = 1.0
@@ -66,9 +65,9 @@ class Seen:
   @classmethod
   def look(cls, workdir: pathlib.Path) -> 'Seen':
     """Reads a workdir, which may not be there yet."""
-    names = [path.name for path in (workdir / CHECKPOINTS).glob('*')]
+    names = [path.name for path in (workdir / layout.CHECKPOINTS).glob('*')]
     checkpoint = max(map(int, filter(str.isdigit, names)), default=None)
-    path = workdir / METRICS
+    path = workdir / layout.METRICS
     if not path.exists():
       return cls(checkpoint=checkpoint, step=0, metrics=())
     stat = path.stat()

@@ -35,7 +35,8 @@ import time
 
 from absl import app, flags
 
-JSONL = 'goodput.jsonl'
+from storage import atomic, layout
+
 STEPS = 'steps'
 # What the time of an attempt is spent on, and what a user is told of it.
 PARTS = {
@@ -157,7 +158,7 @@ def report(told: Life) -> str:
 
 def read(workdir: pathlib.Path) -> list[Attempt]:
   """Returns the attempts of a run, in their order; none if there is no file."""
-  path = workdir / JSONL
+  path = workdir / layout.GOODPUT
   lines = path.read_text().splitlines() if path.exists() else []
   return [Attempt(**json.loads(line)) for line in lines]
 
@@ -260,10 +261,10 @@ class Goodput:
       json.dumps(dataclasses.asdict(attempt)) + '\n'
       for attempt in (*self._earlier, self._now)
     ]
-    partial = self._workdir / f'{JSONL}.tmp'
+    path = self._workdir / layout.GOODPUT
     with contextlib.suppress(OSError):
-      partial.write_text(''.join(lines))
-      partial.replace(self._workdir / JSONL)
+      # Not durable: the loop would wait for the disk once a second.
+      atomic.write_text(path, ''.join(lines), durable=False)
 
 
 def process_age() -> float:
@@ -290,8 +291,8 @@ def main(argv: Sequence[str]) -> None:
   attempts = read(workdir)
   if not attempts:
     sys.exit(
-      f'error: --workdir={workdir}: got no {JSONL}, expected the workdir of a'
-      ' run that has taken a step'
+      f'error: --workdir={workdir}: got no {layout.GOODPUT}, expected the'
+      ' workdir of a run that has taken a step'
     )
   print(report(life(attempts)))
 

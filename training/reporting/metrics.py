@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import rich.console
 import rich.progress
 
+from storage import atomic, layout
 from training.reporting import journal
 
-JSONL = 'metrics.jsonl'
 _BARS = '▁▂▃▄▅▆▇█'
 
 
@@ -78,7 +78,7 @@ class MetricsLog:
     Raises:
       ValueError: a line is no record.
     """
-    path = workdir / JSONL
+    path = workdir / layout.METRICS
     path.touch()
     records = read(workdir)
     kept = [
@@ -92,12 +92,10 @@ class MetricsLog:
       )
     ]
     if len(kept) != len(records) or not _ends_in_newline(path):
-      partial = path.with_suffix('.tmp')
-      partial.write_text(''.join(_line(record) for record in kept))
-      partial.replace(path)
+      atomic.write_text(path, ''.join(_line(record) for record in kept))
     self._journal = journal.Journal(path, tell)
     self._tensorboard = journal.TensorBoard(
-      workdir / 'tensorboard', purge_step=first_step + 1
+      workdir / layout.TENSORBOARD, purge_step=first_step + 1
     )
     self._lock = threading.Lock()
 
@@ -129,7 +127,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: another line is no record.
   """
-  path = workdir / JSONL
+  path = workdir / layout.METRICS
   lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
   records = []
   for i, line in enumerate(lines[:-1], 1):

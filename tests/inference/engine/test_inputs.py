@@ -1,8 +1,6 @@
 """Planned steps as arrays, written out."""
 
-import numpy as np
-
-from inference.engine import inputs as inputs_lib, programs
+from inference.engine import inputs as inputs_lib, steps
 from inference.scheduling import sequence_manager
 
 
@@ -15,23 +13,6 @@ def _row(id, slot, start, tokens, pages, *, length=0, samples=True):
     tokens=tokens,
     pages=pages,
     samples=samples,
-  )
-
-
-def _empty(num_decodes, num_chunks, rows, num_sampled, width=3):
-  def full(*size, value=0):
-    return np.full(size, value, np.int32)
-
-  return programs.Inputs(
-    tokens_T=full(num_decodes + num_chunks * rows),
-    positions_T=full(num_decodes + num_chunks * rows, value=-1),
-    decode_table_DL=full(num_decodes, width),
-    chunk_table_XL=full(num_chunks, width),
-    rows_R=full(num_sampled),
-    slots_R=full(num_sampled, value=9),
-    forced_R=full(num_sampled, value=-1),
-    targets_M=full(num_chunks * rows, value=-1),
-    prompt_logprobs_X=full(num_chunks, value=-1),
   )
 
 
@@ -53,7 +34,13 @@ _STEP = sequence_manager.Step(
 
 
 def _filled(scored, forced=lambda *_: None):
-  inputs = _empty(3, 3, 4, 8)
+  inputs = inputs_lib.empty(
+    steps.Shape(3, 3),
+    chunk_tokens=4,
+    table_width=3,
+    num_sampled=8,
+    padding_slot=9,
+  )
   inputs_lib.fill(
     inputs,
     _STEP,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from frozen import seals
+from storage import digests
 from training import experiment, state as state_lib
 from training.checkpoints import checkpoint, retention, saving
 
@@ -147,7 +148,7 @@ def _damage(directory, how):
     ('truncate', 'bytes with SHA-256'),
     ('empty', 'got 0 bytes'),
     ('remove', 'got no such file'),
-    ('add', 'got a file that the seal does not list, expected none'),
+    ('add', 'got a file that seal.json does not list, expected none'),
     ('half', 'got no such file'),
     ('unsealed', 'expected a seal: the checkpoint was never finished, or was'),
     ('seal', 'got contents that do not match their digest'),
@@ -201,7 +202,7 @@ def test_a_checkpoint_that_was_sealed_without_a_part_is_not_used(copy):
   shutil.rmtree(newest / 'params')
   (newest / 'progress.json').unlink()
   seal = seals.read(newest)
-  files = seals.digest(newest, seals.file_names(newest))
+  files = digests.of_files(newest, seals.file_names(newest))
   seals.write(newest, dataclasses.replace(seal, files=files))
   told = []
   assert _open(copy, tell=told.append).latest_step() == 4

@@ -10,9 +10,7 @@ import time
 
 import pytest
 
-from training.checkpoints import checkpoint
 from training.lifecycle import exit_codes, supervisor
-from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Every attempt takes a number, and does what the test says of that number.
@@ -50,11 +48,6 @@ def supervise(tmp_path):
     return code, '\n'.join(said), int((tmp_path / 'count').read_text())
 
   return run
-
-
-def test_it_reads_what_the_run_writes():
-  assert supervisor.METRICS == metrics.JSONL
-  assert supervisor.CHECKPOINTS == checkpoint.DIRECTORY
 
 
 def test_it_does_without_jax():

@@ -12,9 +12,9 @@ import pytest
 from data import data_config, sources
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
+from storage import layout
 from tests.helpers import tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
-from training.checkpoints import checkpoint
 from training.optimizer import average, chain, rules
 from training.planning import memory
 from training.reporting import metrics
@@ -175,7 +175,7 @@ def _run(experiment, workdir):
 
 def _item(workdir, step, item):
   """Returns an item of a checkpoint, on one device."""
-  path = workdir / checkpoint.DIRECTORY / str(step) / item
+  path = workdir / layout.CHECKPOINTS / str(step) / item
   return freeze._restore_params(path)
 
 
@@ -212,7 +212,7 @@ def test_the_average_is_evaluated_saved_and_frozen(whole_run):
 def test_a_checkpoint_is_judged_by_what_would_be_frozen(whole_run):
   workdir, _ = whole_run
   evals = [r for r in metrics.read(workdir) if r['kind'] == 'eval']
-  seal = seals.read(workdir / checkpoint.DIRECTORY / '4')
+  seal = seals.read(workdir / layout.CHECKPOINTS / '4')
   assert seal.eval_loss == evals[-1]['average_loss']
 
 
@@ -234,7 +234,7 @@ def test_a_resumed_run_keeps_the_same_average(whole_run, corpus, tmp_path):
 def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
   """It begins with the weights of the step that the run goes on from."""
   _run(_experiment(corpus, num_steps=2, ema_decay=0.0), tmp_path)
-  assert not (tmp_path / checkpoint.DIRECTORY / '2' / 'average').exists()
+  assert not (tmp_path / layout.CHECKPOINTS / '2' / 'average').exists()
   start = _item(tmp_path, 2, 'params')
   with pytest.raises(ValueError, match='got average, but .* has none'):
     freeze.freeze_checkpoint(tmp_path, out=tmp_path / 'no', weights='average')
@@ -251,7 +251,7 @@ def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
     _item(tmp_path, 3, 'params'),
   )
   _run(_experiment(corpus, ema_decay=0.0), tmp_path)
-  assert not (tmp_path / checkpoint.DIRECTORY / '4' / 'average').exists()
+  assert not (tmp_path / layout.CHECKPOINTS / '4' / 'average').exists()
   assert frozen_format.read(tmp_path / 'frozen').manifest.weights == 'raw'
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from storage import atomic
 from training import loop
 from training.reporting import goodput, input_wait, metrics
 
@@ -168,7 +169,7 @@ def test_clocks_that_disagree_give_no_negative_time():
 
 
 def test_the_file_is_replaced_now_and_then_and_survives_failures(
-  tmp_path, clock
+  tmp_path, clock, monkeypatch
 ):
   measured = _measure(tmp_path, clock)
   measured.begin(0)
@@ -180,8 +181,11 @@ def test_the_file_is_replaced_now_and_then_and_survives_failures(
   measured.reached(3)
   (attempt,) = goodput.read(tmp_path)
   assert (attempt.step, attempt.wall) == (3, 1.0)
-  # A directory in its place can be neither written nor replaced.
-  (tmp_path / f'{goodput.JSONL}.tmp').mkdir()
+
+  def no_space(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(atomic, 'write_text', no_space)
   measured.write()
   assert goodput.read(tmp_path) == [attempt]
 
