@@ -67,6 +67,7 @@ def bytes_per_token(request: Request) -> float:
   """
   model = request.model
   context = request.prompt_tokens + request.new_tokens / 2
+  # Keys and values; all numbers have 4 bytes.
   cache = 2 * model.num_layers * model.num_kv_heads * model.head_width * context
   return 4.0 * (flops.num_matmul_params(model) + cache)
 
@@ -89,6 +90,7 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
     random_model.params(request.model),
     tokenizer=random_model.Tokenizer(request.model.vocab_size),
     weights_digest='',
+    # Every turn repeats the prompt: a prefix cache would find it.
     engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
   asked = requests.Request(

@@ -193,8 +193,10 @@ def least_seconds(workload: Workload, peaks: peaks_lib.Peaks) -> float:
   products = memory = 0.0
   for job in workload.jobs:
     num_prompt, num_new = len(job.prompt), job.new_tokens
+    # The prompt gives the first new token; the last one is not fed back.
     products += flops.span_flops(model, 0, num_prompt, 1)
     products += flops.span_flops(model, num_prompt, num_new - 1, num_new - 1)
+    # Keys and values per token. On average half of the new tokens are cached.
     width = 2 * model.num_layers * model.num_kv_heads * model.head_width
     memory += 4 * width * num_new * (num_prompt + num_new / 2)
   steps = sum(job.new_tokens for job in workload.jobs) / rows

@@ -58,6 +58,7 @@ class Model:
 
   def __init__(self, experiment: experiment_lib.Experiment):
     learner = learner_lib.make(experiment, jax.devices()[:1])
+    # The update of learning rate 1, scaled by an argument of the program.
     self._optimizer = optax.chain(
       learner.optimizer, optax.inject_hyperparams(optax.scale)(step_size=1.0)
     )
@@ -104,6 +105,7 @@ def optimum(rates: Sequence[int], losses: Sequence[float]) -> float | None:
   best = int(np.argmin(finite))
   if best in (0, len(losses) - 1) or not np.isfinite(losses[best + 1]):
     return None
+  # The vertex of the parabola through three points that are one apart.
   left, middle, right = finite[best - 1 : best + 2]
   return rates[best] + 0.5 * (left - right) / (left - 2 * middle + right)
 
