@@ -139,7 +139,7 @@ def _speed(completions, compile_seconds: float) -> str:
 
 def _evaluate() -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
-  from evals import run
+  from evals import options, run
   from evals.results import report
   from inference import generate
 
@@ -149,7 +149,7 @@ def _evaluate() -> None:
     if name.startswith(_EVAL) and FLAGS[name].value is not None
   }
   # Files are read first: a wrong one need not wait for the engine.
-  task = run.open_task(FLAGS.eval, run.Options(**given))
+  task = run.open_task(FLAGS.eval, options.Options(**given))
   generator = generate.load(FLAGS.model, _engine_config())
   result = task.run(_evaluated(generator))
   print(report.text(result))

@@ -18,15 +18,14 @@ ratios of tokens/s: above 1, we are faster.
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app
 import jax
 import numpy as np
 
-from benchmarks import made_up_text, timing
+from benchmarks import entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config, requests
@@ -88,8 +87,8 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
   """
   engine = engine_lib.Engine(
     request.model,
-    made_up_text.random_params(request.model),
-    tokenizer=made_up_text.Tokenizer(request.model.vocab_size),
+    random_model.params(request.model),
+    tokenizer=random_model.Tokenizer(request.model.vocab_size),
     weights_digest='',
     engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
@@ -223,22 +222,14 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  try:
-    result = run(llama_110m(), with_peer=args.peer, rounds=args.rounds)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(
+    lambda args: [run(llama_110m(), with_peer=args.peer, rounds=args.rounds)],
+    report,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5, has_peer=True)
   app.run(main)

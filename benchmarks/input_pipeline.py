@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags
 import jax
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from data import (
   batches as batches_lib,
   data_config,
@@ -225,11 +225,14 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('data_dir', '~/.cache/two_lives', 'Where tokens are.')
+  entry.define_flags(rounds=5)
+  flags.DEFINE_string(
+    'data_dir', '~/.cache/two_lives', 'Directory that keeps tokenised data.'
+  )
   flags.DEFINE_integer('threads', 2, 'Threads that make batches.', 1)
-  flags.DEFINE_integer('workers', 0, 'Processes that make batches.', 0)
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.', 1)
+  flags.DEFINE_integer(
+    'workers', 0, 'Processes that make batches; 0: this process.', 0
+  )
   flags.DEFINE_integer('batches', 400, 'Batches per turn.', 1)
   flags.DEFINE_integer('steps', 4, 'Training steps per turn.', 1)
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
   app.run(main)

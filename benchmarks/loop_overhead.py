@@ -25,7 +25,6 @@ import functools
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -34,7 +33,7 @@ from absl import app, flags, logging
 import jax
 import rich.console
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from experiments import quickstart
 from hardware import host_memory
 from training import assemble, experiment as experiment_lib, hooks, loop
@@ -259,24 +258,24 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()  # as train.py does
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  results = []
-  for name, experiment in experiments().items():
-    if args.model in ('all', name):
-      results.append(measure(name, experiment, args.rounds))
-      print(report(results[-1]), flush=True)
-  if args.out:
-    timing.write_json(args.out, {'results': results})
+  entry.run(
+    lambda args: (
+      measure(name, experiment, args.rounds)
+      for name, experiment in experiments().items()
+      if args.model in ('all', name)
+    ),
+    report,
+    is_list=True,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_enum('model', 'all', ['all', *experiments()], 'What to train.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5)
+  flags.DEFINE_enum(
+    'model', 'all', ['all', *experiments()], 'The model to train.'
+  )
   app.run(main)

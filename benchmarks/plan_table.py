@@ -14,6 +14,7 @@ import sys
 
 from absl import app, flags
 
+from checks import expect
 from hardware import compile_ahead, targets
 from training.planning import plan as plan_lib
 
@@ -158,12 +159,11 @@ def main(argv: list[str]) -> None:
   """Plans the presets that were asked for and rewrites the file."""
   del argv
   wanted = flags.FLAGS.presets or list(PRESETS)
-  unknown = [preset for preset in wanted if preset not in PRESETS]
-  if unknown:
-    sys.exit(
-      f'error: --presets: got {", ".join(unknown)}, expected some of'
-      f' {", ".join(PRESETS)}'
-    )
+  try:
+    for preset in wanted:
+      expect.one_of('--presets', preset, PRESETS)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   path = pathlib.Path(flags.FLAGS.out)
   for preset in wanted:
     made = plan(preset, is_compiled=True)

@@ -15,15 +15,14 @@ The 110M model of `decode_latency`, with a context of 4,096.
 
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, made_up_text, timing
+from benchmarks import decode_latency, entry, random_model, timing
 from hardware import host_memory
 from inference.engine import engine as engine_lib, engine_config, requests
 from inference.sampling import settings as settings_lib
@@ -68,8 +67,8 @@ class Bench:
     self.scenario = scenario
     self.engine = engine_lib.Engine(
       scenario.model,
-      made_up_text.random_params(scenario.model),
-      tokenizer=made_up_text.Tokenizer(scenario.model.vocab_size),
+      random_model.params(scenario.model),
+      tokenizer=random_model.Tokenizer(scenario.model.vocab_size),
       weights_digest='',
       engine=engine,
     )
@@ -205,19 +204,12 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
   host_memory.reuse_freed_memory()
-  result = run(judged(), rounds=args.rounds)
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(lambda args: [run(judged(), rounds=args.rounds)], report)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('rounds', 3, 'Times that everything is measured.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=3)
   app.run(main)

@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -34,7 +33,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, made_up_text, timing
+from benchmarks import decode_latency, entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import host_memory, peaks as peaks_lib
 from inference.engine import engine as engine_lib, engine_config, requests
@@ -94,8 +93,8 @@ class Ours:
     self.workload = workload
     self.engine = engine_lib.Engine(
       workload.model,
-      made_up_text.random_params(workload.model),
-      tokenizer=made_up_text.Tokenizer(workload.model.vocab_size),
+      random_model.params(workload.model),
+      tokenizer=random_model.Tokenizer(workload.model.vocab_size),
       weights_digest='',
       engine=workload.engine,
     )
@@ -293,24 +292,18 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
   host_memory.reuse_freed_memory()
-  try:
-    result = run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(
+    lambda args: [
+      run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)
+    ],
+    report,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('jobs', 96, 'Requests in the trace.')
-  flags.DEFINE_integer('rounds', 2, 'Turns that each way gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=2, has_peer=True)
+  flags.DEFINE_integer('jobs', 96, 'Requests in the trace.', 1)
   app.run(main)

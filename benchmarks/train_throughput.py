@@ -19,7 +19,6 @@ ratios of tokens/s: above 1, we are faster.
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from benchmarks.peer import peer_process
 from experiments import presets
 from hardware import host_memory, peaks
@@ -223,28 +222,21 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
   host_memory.reuse_freed_memory()  # as train.py does
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  results = []
-  try:
-    for name in shapes() if args.shape == 'all' else [args.shape]:
-      results.append(
-        run(name, shapes()[name], with_peer=args.peer, rounds=args.rounds)
-      )
-      print(report(results[-1]), flush=True)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  if args.out:
-    timing.write_json(args.out, {'results': results})
+  entry.run(
+    lambda args: (
+      run(name, shape, with_peer=args.peer, rounds=args.rounds)
+      for name, shape in shapes().items()
+      if args.shape in ('all', name)
+    ),
+    report,
+    is_list=True,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_enum('shape', 'all', ['all', 'small', '124m'], 'What to train.')
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5, has_peer=True)
+  flags.DEFINE_enum('shape', 'all', ['all', *shapes()], 'The model to train.')
   app.run(main)

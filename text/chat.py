@@ -166,24 +166,6 @@ def prompt(
   )
 
 
-def choose_template(
-  templates: Mapping[str, str], tools: Sequence[Any] | None = None
-) -> str:
-  """Returns the template for a conversation with `tools`, or without.
-
-  Raises:
-    ValueError: there are only templates for other purposes.
-  """
-  if tools is not None and 'tool_use' in templates:
-    return templates['tool_use']
-  if 'default' in templates:
-    return templates['default']
-  raise ValueError(
-    f'got chat templates for {", ".join(sorted(templates)) or "nothing"},'
-    " expected one called 'default'; choose one by its name"
-  )
-
-
 def _given(conversation: Conversation) -> dict[str, Any]:
   """Returns all that the template may read of a conversation, checked."""
   variables = chat_inputs.plain(conversation.variables, 'template variables')

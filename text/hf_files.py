@@ -19,6 +19,8 @@ import tokenizers
 MODEL = 'tokenizer.json'
 CONFIG = 'tokenizer_config.json'
 GENERATION = 'generation_config.json'
+# Kind, in the config, of a tokenizer that `text/bpe.py` trained.
+TRAINED = 'bpe'
 _NAMES = 'special_tokens_map.json'
 _ADDED = 'added_tokens.json'
 _TEMPLATE = 'chat_template.jinja'
@@ -36,6 +38,7 @@ class Specification(NamedTuple):
   """A tokenizer in one piece."""
 
   model: dict[str, Any]  # tokenizer.json, with all added tokens
+  kind: str  # 'bpe' for one that was trained here, else 'huggingface'
   names: dict[str, str]  # 'bos_token' -> '<s>', as templates know them
   specials: dict[str, int]  # strings that are not text, with their ids
   eos_ids: tuple[int, ...]  # of generation_config.json, else none
@@ -118,10 +121,13 @@ def specification(files: Files) -> Specification:
     ValueError: a file is damaged, or the files contradict each other.
   """
   config = _json(files, CONFIG)
-  if 'added_tokens_decoder' not in config:  # written by transformers < 4.34
+  model = _model(files)
+  is_trained = config.get('kind') == TRAINED
+  if is_trained:
+    config = _trained_config(config, model)
+  elif 'added_tokens_decoder' not in config:  # written by transformers < 4.34
     config |= _json(files, _NAMES)
   names = dict(_named(config))
-  model = _model(files)
   extra = config.get('extra_special_tokens')
   if not extra:
     extra = config.get('additional_special_tokens')
@@ -152,6 +158,7 @@ def specification(files: Files) -> Specification:
   _check_ids(config, model)
   return Specification(
     model=model,
+    kind=TRAINED if is_trained else 'huggingface',
     names=names,
     specials={
       token['content']: token['id']
@@ -226,6 +233,26 @@ def _json(files: Files, name: str) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f'{name} holds {type(value).__name__}, expected an object')
   return value
+
+
+def _trained_config(
+  config: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns the config of a trained tokenizer as `transformers` spells it.
+
+  Raises:
+    ValueError: a special token is not in the vocabulary.
+  """
+  special = config.get('special_tokens')
+  special = special if isinstance(special, dict) else {}
+  known = {token['content'] for token in model['added_tokens']}
+  for name in ('bos', 'eos', 'pad'):
+    if special.get(name) not in known:
+      raise ValueError(
+        f'{CONFIG}: got {special.get(name)!r} for the {name} token, expected a'
+        f' special token of {MODEL}; name one under special_tokens'
+      )
+  return {f'{name}_token': token for name, token in special.items()}
 
 
 def _content(token: Any) -> str:

@@ -15,10 +15,10 @@ A decoder that looks at several tokens is refused.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import re
+import types
 from typing import Any, NamedTuple
-
-from text import bpe
 
 _BYTE_TOKEN = re.compile('<0x[0-9A-Fa-f]{2}>')
 
@@ -154,9 +154,21 @@ def _byte_level(token: _Token, is_first: bool) -> _Token:
   if isinstance(token, bytes):
     return token
   try:
-    return bytes(map(bpe.byte_of_char().__getitem__, token))
+    return bytes(map(_byte_of_char().__getitem__, token))
   except KeyError:
     return token.encode()
+
+
+@functools.cache
+def _byte_of_char() -> Mapping[str, int]:
+  """Returns the byte that each of GPT-2's printable characters stands for."""
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  # The n-th byte without a printable character becomes U+0100 + n.
+  hidden = [byte for byte in range(256) if byte not in printable]
+  return types.MappingProxyType(
+    {chr(byte): byte for byte in printable}
+    | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+  )
 
 
 def _fuse(token: _Token, is_first: bool) -> _Token:

@@ -48,8 +48,6 @@ class HuggingFaceTokenizer:
   padding, `pad_id` is EOS, and never looked at. `names` says what there is.
   """
 
-  kind = 'huggingface'
-
   def __init__(self, files: hf_files.Files):
     """Makes a tokenizer of the files that `hf_files` read.
 
@@ -64,6 +62,7 @@ class HuggingFaceTokenizer:
         f'{hf_files.CONFIG}: got clean_up_tokenization_spaces true, expected'
         ' false: it would change text that is already shown; set it to false'
       )
+    self.kind = found.kind
     self.names: Mapping[str, str] = found.names
     self.special_tokens: Mapping[str, int] = found.specials
     self._hidden = _hidden_names(found)
@@ -84,6 +83,11 @@ class HuggingFaceTokenizer:
     self.is_exact = all(
       self.decode(self.encode(text)) == text for text in (_PROBE, _PROBE[1:])
     )
+    if self.kind == hf_files.TRAINED and not self.is_exact:
+      raise ValueError(
+        f'{hf_files.MODEL}: got a tokenizer of kind {self.kind} that changes'
+        ' text, expected a byte-level BPE without normalizer or prefix space'
+      )
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, without special ids; UNK may be among them.

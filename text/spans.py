@@ -5,7 +5,7 @@ token, '<|eot|>' that a user wrote is six characters. Only who rendered it knows
 which is which, so the ranges come along with the text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Span = tuple[int, int]  # first character, one past the last
@@ -16,38 +16,6 @@ class Encoded(NamedTuple):
 
   ids: list[int]
   offsets: list[Span]
-
-
-def encode(
-  text: str,
-  spans: Sequence[Span],
-  *,
-  special_tokens: Mapping[str, int],
-  encode_text: Callable[[str], Encoded],
-) -> Encoded:
-  """Encodes what is between the spans as text, and each span as its one id.
-
-  Right for tokenizers that encode a part the same wherever it stands, as
-  byte-level ones do.
-
-  Args:
-    text: all of it.
-    spans: ascending, disjoint ranges that hold special tokens.
-    special_tokens: their ids.
-    encode_text: encodes text without special tokens.
-  """
-  ids: list[int] = []
-  offsets: list[Span] = []
-  position = 0
-  for start, end in (*spans, (len(text), len(text))):
-    part = encode_text(text[position:start])
-    ids += part.ids
-    offsets += [(a + position, b + position) for a, b in part.offsets]
-    if start < end:
-      ids.append(special_tokens[text[start:end]])
-      offsets.append((start, end))
-    position = end
-  return Encoded(ids, offsets)
 
 
 def overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from text import bpe, hf_tokenizer, spans as spans_lib, utf8
+from text import hf_tokenizer, spans as spans_lib, utf8
 
 _CONFIG_FILE = 'tokenizer_config.json'
 _KINDS = ('byte', 'bpe', 'huggingface')
@@ -172,9 +172,7 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   kind = config.get('kind') if isinstance(config, dict) else None
   if kind == 'byte':
     return ByteTokenizer()
-  if kind == 'bpe':
-    return bpe.load(directory, config)
-  if kind == 'huggingface':
+  if kind in ('bpe', 'huggingface'):
     return hf_tokenizer.load(directory)
   is_foreign = 'kind' not in config if isinstance(config, dict) else False
   fix = '; convert it with text.hf_tokenizer.convert' if is_foreign else ''

@@ -18,7 +18,7 @@ from data import (
   sources,
 )
 from data.contamination import overlap
-from evals import run as evals_run
+from evals.tasks import task as task_lib
 from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
@@ -35,7 +35,7 @@ class Parts:
   batches: batches_lib.TrainBatches
   eval_batches: batches_lib.EvalBatches
   overlaps: tuple[overlap.Overlap, ...]  # of each source, if looked for
-  tasks: tuple[evals_run.Task, ...]  # that the run is measured by
+  tasks: tuple[task_lib.Task, ...]  # that the run is measured by
 
   def describe_data(self) -> dict[str, Any]:
     """Returns what is trained and evaluated on, as JSON values."""
@@ -63,7 +63,7 @@ class Documents:
 
   train: tuple[sources.Source, ...]
   evaluated: sources.Source
-  tasks: tuple[evals_run.Task, ...]
+  tasks: tuple[task_lib.Task, ...]
 
 
 def open_documents(experiment: experiment_lib.Experiment) -> Documents:

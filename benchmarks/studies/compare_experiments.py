@@ -29,6 +29,7 @@ import rich.console
 from scipy import stats
 
 from benchmarks.studies import figure, study_flags
+from checks import expect
 from hardware import host_memory
 from training import experiment as experiment_lib, run
 from training.reporting import metrics
@@ -109,8 +110,7 @@ def difference(side: Sequence[float], reference: Sequence[float]) -> Difference:
   Raises:
     ValueError: fewer than two pairs.
   """
-  if len(side) < 2:
-    raise ValueError(f'difference: got {len(side)} pairs, expected at least 2')
+  expect.at_least('pairs of runs', len(side), 2, 'raise --seeds')
   gaps = [a - b for a, b in zip(side, reference, strict=True)]
   mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
   quantile = float(stats.t.ppf((1 + _LEVEL) / 2, len(gaps) - 1))

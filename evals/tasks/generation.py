@@ -6,10 +6,13 @@ and pass@k says how likely one of k samples is right.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import os
+from typing import Self
 
-from evals import encoding, ports
+from evals import encoding, options as options_lib, ports
 from evals.results import pass_at_k, scores
-from evals.tasks import gsm8k
+from evals.tasks import numbers, records, task
+from storage import digests
 
 MATCHES = ('exact', 'number')
 # (completion) -> scores from 0 to 1; the first of them decides pass@k.
@@ -28,6 +31,80 @@ class Prompt:
   cluster: str = ''  # prompts of one cluster may err together
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(task.Task):
+  """The kind `generate`, and the base of kinds that grade completions."""
+
+  READS = ('limit', 'max_tokens', 'temperature', 'num_samples', 'seed', 'chat')
+
+  prompts: tuple[Prompt, ...]
+
+  @classmethod
+  def read(cls, path: str, options: options_lib.Options) -> Self:
+    """Reads the prompts."""
+    return cls(
+      options=options,
+      files={path: digests.of_file(path)},
+      prompts=tuple(read_prompts(path)),
+    )
+
+  def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
+    """Returns one group: the grades, and pass@k of several samples."""
+    options = self.options
+    settings = ports.SampleSettings(
+      max_tokens=options.max_tokens,
+      temperature=options.temperature,
+      seed=options.seed,
+    )
+    group = measure(
+      self.prompts[: options.limit or None],
+      model,
+      settings,
+      num_samples=options.num_samples,
+      is_chat=options.chat,
+    )
+    return (group,)
+
+
+def read_prompts(path: str | os.PathLike) -> list[Prompt]:
+  """Returns the prompts of a file of the kind `generate`.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: a line is wrong, or there is none.
+  """
+  found = records.read(
+    path,
+    required=('prompt', 'answer'),
+    optional=('id', 'cluster', 'stop', 'match'),
+  )
+  return [_prompt(record) for record in found]
+
+
+def _prompt(record: records.Record) -> Prompt:
+  if isinstance(record.fields['answer'], str):
+    answers = (record.text('answer'),)
+  else:
+    answers = record.texts('answer', 1)
+  match = record.text('match', 'exact')
+  if match not in MATCHES:
+    raise record.error('match', f'one of {", ".join(MATCHES)}')
+  if not record.text('prompt'):
+    raise record.error('prompt', 'text')
+  try:
+    grade = exact_match(answers, match)
+  except ValueError as error:
+    raise ValueError(f'{record.place}: {error}') from None
+  return Prompt(
+    id=record.id,
+    text=record.text('prompt'),
+    grade=grade,
+    answer=' | '.join(answers),
+    stop=record.texts('stop', 0),
+    cluster=record.text('cluster', ''),
+  )
+
+
 def exact_match(answers: Sequence[str], match: str = 'exact') -> Grade:
   """Returns a grade: the completion is one of the answers.
 
@@ -37,12 +114,14 @@ def exact_match(answers: Sequence[str], match: str = 'exact') -> Grade:
       the last number of the completion, however it is written.
   """
   if match == 'number':
-    right = [gsm8k.number(answer) for answer in answers]
+    right = [numbers.number(answer) for answer in answers]
     if None in right:
       raise ValueError(
         f'answer: got {list(answers)} with match number, expected numbers'
       )
-    return lambda text: {'exact_match': float(gsm8k.last_number(text) in right)}
+    return lambda text: {
+      'exact_match': float(numbers.last_number(text) in right)
+    }
   texts = {answer.strip() for answer in answers}
   return lambda text: {'exact_match': float(text.strip() in texts)}
 

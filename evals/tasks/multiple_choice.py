@@ -9,11 +9,15 @@ that are equal the first is taken.
 
 from collections.abc import Sequence
 import dataclasses
+import os
+from typing import Self
 
 import numpy as np
 
-from evals import encoding, ports
+from evals import encoding, options as options_lib, ports
 from evals.results import calibration, scores
+from evals.tasks import records, task
+from storage import digests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,65 @@ class Question:
   label: int  # which of the choices is right
   delimiter: str = ' '  # between the context and each choice
   cluster: str = ''  # questions of one cluster may err together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(task.Task):
+  """The kind `choice`."""
+
+  READS = ('limit',)
+
+  questions: tuple[Question, ...]
+
+  @classmethod
+  def read(cls, path: str, options: options_lib.Options) -> Self:
+    """Reads the questions."""
+    questions = read_questions(path)[: options.limit or None]
+    return cls(
+      options=options,
+      files={path: digests.of_file(path)},
+      questions=tuple(questions),
+    )
+
+  def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
+    """Returns one group: accuracies, and how well calibrated the model is."""
+    return (measure(self.questions, model),)
+
+
+def read_questions(path: str | os.PathLike) -> list[Question]:
+  """Returns the questions of a file.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: a line is wrong, or there is none.
+  """
+  found = records.read(
+    path,
+    required=('context', 'choices', 'label'),
+    optional=('id', 'cluster', 'delimiter'),
+  )
+  return [_question(record) for record in found]
+
+
+def _question(record: records.Record) -> Question:
+  choices = record.texts('choices', 2)
+  label = record.fields['label']
+  if (
+    not isinstance(label, int)
+    or isinstance(label, bool)
+    or not 0 <= label < len(choices)
+  ):
+    raise record.error(
+      'label', f'an integer from 0 to {len(choices) - 1}: which choice is right'
+    )
+  return Question(
+    id=record.id,
+    context=record.text('context'),
+    choices=choices,
+    label=label,
+    delimiter=record.text('delimiter', ' '),
+    cluster=record.text('cluster', ''),
+  )
 
 
 def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:

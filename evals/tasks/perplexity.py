@@ -17,20 +17,70 @@ the text itself.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+import os
+import pathlib
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from evals import ports
+from evals import options as options_lib, ports
 from evals.results import scores, statistics
+from evals.tasks import records, task
+from storage import digests
 
 # An example is so much text. Neighbouring tokens err together, and blocks of
 # text are the same for every tokenizer, which tokens are not.
 BLOCK_BYTES = 4096
 # Windows scored per call: enough for any batch, few enough to hold.
 _WINDOWS_PER_CALL = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(task.Task):
+  """The kind `perplexity`: any text, or JSON Lines with a field `text`."""
+
+  READS = ('limit', 'stride')
+
+  documents: tuple[str, ...]
+
+  @classmethod
+  def read(cls, path: str, options: options_lib.Options) -> Self:
+    """Reads the documents."""
+    return cls(
+      options=options,
+      files={path: digests.of_file(path)},
+      documents=tuple(read_documents(path)),
+    )
+
+  def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
+    """Returns one group: perplexity, nats per token, bits per byte."""
+    group = measure(
+      self.documents,
+      model,
+      stride=self.options.stride,
+      max_blocks=self.options.limit,
+    )
+    return (group,)
+
+
+def read_documents(path: str | os.PathLike) -> list[str]:
+  """Returns the texts of a .jsonl, or the whole text of any other file.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is not UTF-8, has no text, or a line is wrong.
+  """
+  if pathlib.Path(path).suffix == '.jsonl':
+    found = records.read(path, required=('text',), optional=('id',))
+    documents = [record.text('text') for record in found]
+  else:
+    documents = [records.read_text(path)]
+  if not any(documents):
+    raise ValueError(f'{path}: got no text, expected some')
+  return documents
 
 
 class Window(NamedTuple):

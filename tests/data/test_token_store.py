@@ -62,7 +62,7 @@ def test_ids_and_starts_are_those_of_the_documents(tmp_path):
 
 
 def test_many_documents_come_in_order(tmp_path, monkeypatch):
-  monkeypatch.setattr(token_store, '_CHUNK_CHARS', 10)
+  monkeypatch.setattr(token_store, '_GROUP_CHARS', 10)
   texts = [chr(97 + i % 26) * (i % 7) for i in range(200)]
   store = _open(Texts(*texts), tmp_path, num_threads=3)
   ids = [[BOS, *text.encode(), EOS] for text in texts if text]
@@ -183,7 +183,7 @@ class Slow:
     time.sleep(0.02)
     return {'text': 'x' * (i + 1), 'id': str(i)}
 
-token_store._CHUNK_CHARS = 20
+token_store._GROUP_CHARS = 20
 store = token_store.open_or_write(
   Slow(), tokenizer.ByteTokenizer(), sys.argv[1], name='s', num_threads=1
 )

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
-from evals import ports, run as evals_run
+from evals import options as options_lib, ports, run as evals_run
 from evals.results import scores
+from evals.tasks import task as task_lib
 from text import tokenizer as tokenizer_lib
 from training.evaluation import evals_config, model_port
 
 
-def open_tasks(config: evals_config.EvalsConfig) -> tuple[evals_run.Task, ...]:
+def open_tasks(config: evals_config.EvalsConfig) -> tuple[task_lib.Task, ...]:
   """Reads the files of the tasks.
 
   Raises:
@@ -23,7 +24,7 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[evals_run.Task, ...]:
   """
   opened = []
   for task in config.tasks:
-    options = evals_run.Options(
+    options = options_lib.Options(
       limit=config.limit,
       stride=config.stride if task.startswith('perplexity:') else 0,
     )
@@ -32,7 +33,7 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[evals_run.Task, ...]:
 
 
 def measure(
-  tasks: Sequence[evals_run.Task],
+  tasks: Sequence[task_lib.Task],
   scorer: model_port.Scorer,
   params: Any,
   tokenizer: tokenizer_lib.Tokenizer,

@@ -33,7 +33,6 @@ UNGATED = {
   'gelu': 'gelu_exact',
   'relu': 'relu',
 }
-_SILU = 'silu'
 
 
 def activation(fields: Fields, name: str, default: str, known: dict) -> str:
@@ -124,16 +123,49 @@ def rotary(fields: Fields, rope: rope_fields.Rope, head_width: int) -> dict:
   }
 
 
+def attention_bias(fields: Fields) -> dict[str, Any]:
+  """Returns the biases of attention's projections: all of them or none."""
+  has_bias = fields.flag('attention_bias', False)
+  return {'qkv_bias': has_bias, 'out_bias': has_bias}
+
+
+def _llama_like(
+  fields: Fields,
+  rope: rope_fields.Family = rope_fields.Family(),
+  **defaults: Any,
+) -> dict[str, Any]:
+  """Returns the fields that the relatives of Llama share.
+
+  Args:
+    fields: of the config.
+    rope: names and defaults of the family's rotary fields.
+    **defaults: of `sizes`.
+  """
+  found = sizes(fields, **defaults)
+  return (
+    found
+    | rotary(fields, rope_fields.read(fields, rope), found['head_width'])
+    | {'mlp': activation(fields, 'hidden_act', 'silu', GATED)}
+  )
+
+
+def _without_head_width(
+  config: ModelConfig, written: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns `written` without a head_dim that is width / heads.
+
+  Older versions of transformers do not read head_dim in these families.
+  """
+  if config.head_width * config.num_heads == config.model_width:
+    del written['head_dim']
+  return written
+
+
 def read_llama(fields: Fields) -> ModelConfig:
   """Llama 1 to 3.x, SmolLM 1 and 2, and what is built alike."""
-  found = sizes(fields)
-  has_bias = fields.flag('attention_bias', False)
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
-    qkv_bias=has_bias,
-    out_bias=has_bias,
+    **_llama_like(fields),
+    **attention_bias(fields),
     mlp_bias=fields.flag('mlp_bias', False),
   )
 
@@ -148,11 +180,8 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 def read_mistral(fields: Fields) -> ModelConfig:
   """Mistral: Llama with a window, in all layers."""
-  found = sizes(fields, kv_heads=8)
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, kv_heads=8),
     window=fields.count('sliding_window', 4096),
   )
 
@@ -164,12 +193,10 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen2(fields: Fields) -> ModelConfig:
   """Qwen 2 and 2.5: Llama with biases of queries, keys and values."""
-  found = sizes(fields, kv_heads=32)
+  found = _llama_like(fields, kv_heads=32)
   return ModelConfig(
     **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
     **layer_kinds.read_qwen(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
     qkv_bias=True,
   )
 
@@ -177,24 +204,17 @@ def read_qwen2(fields: Fields) -> ModelConfig:
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
   """Writes what `read_qwen2` reads."""
   written = write_sizes(config) | layer_kinds.write_qwen(config)
-  # Absent, it is the quotient; older versions know no other.
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def read_qwen3(fields: Fields) -> ModelConfig:
   """Qwen 3: Llama with normalised queries and keys."""
-  found = sizes(fields, kv_heads=32, head_width=128)
-  has_bias = fields.flag('attention_bias', False)
+  found = _llama_like(fields, kv_heads=32, head_width=128)
   return ModelConfig(
     **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
     **layer_kinds.read_qwen(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **attention_bias(fields),
     qk_norm=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
@@ -209,16 +229,12 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 def read_smollm3(fields: Fields) -> ModelConfig:
   """SmolLM 3: Llama of which some layers have no positions."""
-  found = sizes(fields, kv_heads=4, is_tied=True)
-  rope = rope_fields.read(fields, rope_fields.Family(2_000_000.0))
-  has_bias = fields.flag('attention_bias', False)
+  rope = rope_fields.Family(2_000_000.0)
+  found = _llama_like(fields, rope, kv_heads=4, is_tied=True)
   return ModelConfig(
     **found,
-    **rotary(fields, rope, found['head_width']),
     **layer_kinds.read_smollm3(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
-    qkv_bias=has_bias,
-    out_bias=has_bias,
+    **attention_bias(fields),
     mlp_bias=fields.flag('mlp_bias', False),
   )
 
@@ -230,12 +246,9 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
 
 def read_phi3(fields: Fields) -> ModelConfig:
   """Phi-3 and 3.5: Llama whose matrices are stored joined."""
-  found = sizes(fields, epsilon=1e-5)
-  rope = rope_fields.read(fields, rope_fields.Family(original_length=4096))
+  rope = rope_fields.Family(original_length=4096)
   return ModelConfig(
-    **found,
-    **rotary(fields, rope, found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, rope, epsilon=1e-5),
     window=fields.count('sliding_window', None),
   )
 
@@ -249,45 +262,33 @@ def write_phi3(config: ModelConfig) -> dict[str, Any]:
   if config.rope_scaling.kind == 'longrope':
     original = config.rope_scaling.original_length
     written['original_max_position_embeddings'] = original
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def read_olmo2(fields: Fields) -> ModelConfig:
   """OLMo 2: norms after each block, and of all queries and keys together."""
-  found = sizes(fields, epsilon=1e-5)
-  has_bias = fields.flag('attention_bias', False)
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, epsilon=1e-5),
+    **attention_bias(fields),
     norm_place='after',
     qk_norm=True,
     qk_norm_whole=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
 def write_olmo2(config: ModelConfig) -> dict[str, Any]:
   """Writes what `read_olmo2` reads."""
   written = write_sizes(config) | {'attention_bias': config.qkv_bias}
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def _read_gemma(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
   """Returns what all three generations of Gemma have."""
-  has_bias = fields.flag('attention_bias', False)
-  width = found['model_width']
-  return found | {
-    'norm_from_one': True,
-    'embed_multiplier': width**0.5,
-    'qkv_bias': has_bias,
-    'out_bias': has_bias,
-  }
+  return (
+    found
+    | attention_bias(fields)
+    | {'norm_from_one': True, 'embed_multiplier': found['model_width'] ** 0.5}
+  )
 
 
 def read_gemma(fields: Fields) -> ModelConfig:

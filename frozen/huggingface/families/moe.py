@@ -46,14 +46,12 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   if fields.flag('use_sliding_window', False):
     window = fields.count('sliding_window', 4096)
   fields.get('sliding_window', None)
-  has_bias = fields.flag('attention_bias', False)
   return ModelConfig(
     **found,
     **dense.rotary(fields, rope_fields.read(fields), found['head_width']),
     window=window,
+    **dense.attention_bias(fields),
     qk_norm=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
@@ -111,25 +109,26 @@ def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
   scale = 0.0
   if rope.score_amplitude != 1:
     scale = found['head_width'] ** -0.5 * rope.score_amplitude**2
-  has_bias = fields.flag('attention_bias', False)
   dense_layers = fields.count('first_k_dense_replace')
-  return found | {
-    'rope_base': rope.base,
-    'rope_scaling': rope.scaling,
-    'rotary_width': rotary_width,
-    'value_width': 0 if value_width == found['head_width'] else value_width,
-    'latent_width': fields.count('kv_lora_rank', 512),
-    'query_latent_width': fields.count('q_lora_rank', 1536),
-    'query_scale': scale,
-    'qkv_bias': has_bias,
-    'out_bias': has_bias,
-    'num_dense_layers': dense_layers,
-    'mlp_width': found['mlp_width'] if dense_layers else 0,
-    'num_experts': fields.count('n_routed_experts'),
-    'num_active_experts': fields.count('num_experts_per_tok'),
-    'num_shared_experts': fields.count('n_shared_experts', shared),
-    'expert_width': fields.count('moe_intermediate_size'),
-  }
+  return (
+    found
+    | dense.attention_bias(fields)
+    | {
+      'rope_base': rope.base,
+      'rope_scaling': rope.scaling,
+      'rotary_width': rotary_width,
+      'value_width': 0 if value_width == found['head_width'] else value_width,
+      'latent_width': fields.count('kv_lora_rank', 512),
+      'query_latent_width': fields.count('q_lora_rank', 1536),
+      'query_scale': scale,
+      'num_dense_layers': dense_layers,
+      'mlp_width': found['mlp_width'] if dense_layers else 0,
+      'num_experts': fields.count('n_routed_experts'),
+      'num_active_experts': fields.count('num_experts_per_tok'),
+      'num_shared_experts': fields.count('n_shared_experts', shared),
+      'expert_width': fields.count('moe_intermediate_size'),
+    }
+  )
 
 
 def _groups(fields: Fields, groups: int, active: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from evals import encoding, ports, run
+from evals import encoding, options as options_lib, ports, run
 from models import transformer
 from tests.helpers import eval_models, no_network
 
@@ -364,7 +364,7 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
 
 def test_a_limit_and_an_unknown_task(tmp_path, offline):
   path = _write_tasks(tmp_path)[0]
-  options = run.Options(limit=3)
+  options = options_lib.Options(limit=3)
   result = run.run(
     f'lm_eval:{path}', eval_models.model(max_length=400), options
   )

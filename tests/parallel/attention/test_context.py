@@ -109,7 +109,7 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
 @pytest.mark.parametrize(
   'form',
   [
-    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
+    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a part of 12
     form_lib.Form(window=29),  # over several
   ],
   ids=str,
@@ -134,10 +134,10 @@ def test_values_may_be_narrower_than_keys(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_queries_are_taken_in_blocks(kind, monkeypatch):
-  """Several blocks of rows per chunk, of a size that divides it."""
-  monkeypatch.setattr(partial, 'MAX_BLOCK_ROWS', 5)
-  assert partial.num_blocks(12) == 3
+def test_queries_are_taken_in_tiles(kind, monkeypatch):
+  """Several tiles of queries per part, of a size that divides it."""
+  monkeypatch.setattr(partial, 'MAX_TILE_ROWS', 5)
+  assert partial.num_tiles(12) == 3
   inputs = _inputs()
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, _segments())
   expected = _run(dense.attend, *inputs, _segments())
@@ -252,7 +252,9 @@ def test_what_cannot_be_split_is_refused():
     ValueError, match=r'got dropout .* expected none.*set model.dropout_rate'
   ):
     context.make_attend(mesh, 'ring')(q, k, v, dropout=lambda x: x)
-  with pytest.raises(ValueError, match="got 'all', expected ring or gather"):
+  with pytest.raises(
+    ValueError, match="got 'all', expected one of ring, gather"
+  ):
     context.make_attend(mesh, 'all')
   with pytest.raises(ValueError, match='got parallel.context = 1, expected'):
     context.make_attend(_mesh(data=8), 'ring')
