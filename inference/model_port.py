@@ -131,25 +131,15 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
 def answer_all(
   engine: engine_lib.Engine, asked: Sequence[requests.Request]
 ) -> list[list[requests.Completion]]:
-  """Returns the n completions of each request; the engine is fed as it takes.
+  """Returns the n completions of each request.
 
   Raises:
     ValueError: a request could never be answered; before any work.
   """
-  for request in asked:
-    engine.room_for(request)
   answers: list[list[Any]] = [[None] * each.settings.n for each in asked]
-  which: dict[int, int] = {}
-  num_asked, num_open = 0, 0
-  while num_asked < len(asked) or num_open:
-    while num_asked < len(asked) and engine.has_room_for(asked[num_asked]):
-      which[engine.submit(asked[num_asked])] = num_asked
-      num_open += asked[num_asked].settings.n
-      num_asked += 1
-    for update in engine.step():
-      if update.completion and update.request_id in which:
-        answers[which[update.request_id]][update.index] = update.completion
-        num_open -= 1
+  for which, update in engine.answer(asked):
+    if update.completion:
+      answers[which][update.index] = update.completion
   return answers
 
 

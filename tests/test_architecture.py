@@ -161,6 +161,22 @@ def import_violations(path: str, source: str) -> list[str]:
   ]
 
 
+# Folders that import no JAX: plain counts, and the books about them.
+WITHOUT_JAX = {'inference/scheduling/': {'checks', 'inference.scheduling'}}
+
+
+def jax_violations(path: str, source: str) -> list[str]:
+  """JAX, or a module of ours that may import it, in a folder without JAX."""
+  return [
+    f'{path}:{line}: {folder} may not import {module}'
+    for folder, allowed in WITHOUT_JAX.items()
+    if path.startswith(folder)
+    for line, module in _imports(ast.parse(source))
+    if module.split('.')[0] not in sys.stdlib_module_names
+    and module not in allowed
+  ]
+
+
 def size_violations(path: str, source: str) -> list[str]:
   """Files and functions over the size guide."""
   violations = []
@@ -279,6 +295,7 @@ def name_violations(names: set[str]) -> list[str]:
 
 RULES = (
   import_violations,
+  jax_violations,
   size_violations,
   flag_violations,
   import_time_violations,
@@ -380,6 +397,15 @@ def test_a_forbidden_import_is_found(path, source):
 )
 def test_an_allowed_import_passes(path, source):
   assert not import_violations(path, source)
+
+
+def test_jax_in_a_folder_without_it_is_found():
+  path = 'inference/scheduling/pages.py'
+  for source in ('import jax', 'import numpy', 'from models import kv_cache'):
+    assert jax_violations(path, source)
+    assert not jax_violations('inference/engine/engine.py', source)
+  allowed = 'import heapq\nfrom inference.scheduling import pages'
+  assert not jax_violations(path, allowed)
 
 
 def test_an_oversized_function_or_file_is_found():

@@ -1,22 +1,22 @@
-"""The thread that owns the engine, and its connection to an event loop.
+"""The engine's thread, and the queue through which an event loop talks to it.
 
     engine_loop.start()                          # within the event loop
     updates = await engine_loop.submit(requests)
     async for which, update in updates: ...
-    updates.close()                              # before the end: cancels
+    updates.close()                              # in the middle: cancels
 
-Requests join and leave the running batch between two steps. Commands wait in an
-inbox, which the thread empties before every step. The thread hands the updates
-of a step to the event loop in one call. Without work it sleeps. The event loop
-stays free meanwhile: it answers /health, accepts requests, and notices clients
-that disconnect.
+Requests join and leave the running batch between two steps. Commands of the
+event loop wait in an inbox, which the thread empties before every step. The
+updates of a step go to the event loop in one call. Without work the thread
+sleeps. The event loop stays free: it answers /health, accepts requests, and
+notices clients that have left.
 
 The thread also makes the engine, so that the server listens while the engine
 compiles.
 
-If a step fails, all open requests and all later ones fail too, since the state
-on the device cannot be trusted any more. So no client waits for an answer that
-never comes.
+If a step fails, all open requests and all later requests fail: the state on the
+device cannot be trusted any more. So no client waits for an answer that will
+never come.
 """
 
 import asyncio
@@ -40,18 +40,15 @@ _Command = Callable[[], None]
 
 
 class Failed(RuntimeError):
-  """The engine has failed: no request is answered any more."""
+  """The engine has failed; no request is answered any more."""
 
 
 class Stopped(RuntimeError):
-  """The server stops: the request is not answered."""
+  """The server is stopping; no request is answered any more."""
 
 
 class Updates:
-  """The updates of requests that were submitted together.
-
-  An asynchronous iterator over (index of the request, update).
-  """
+  """The updates of requests submitted together, as (index, update)."""
 
   def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
     self._num_left, self._cancel = num_sequences, cancel
@@ -73,11 +70,11 @@ class Updates:
     return item
 
   def put(self, item: tuple[int, requests.Update] | Exception) -> None:
-    """Adds an update, or the error that ends the iteration."""
+    """Adds an update, or the error that ends all of them."""
     self._arrived.put_nowait(item)
 
   def close(self) -> None:
-    """Cancels unfinished requests; the next step frees their pages."""
+    """Cancels unfinished requests; their pages are free at the next step."""
     if self._num_left:
       self._cancel(self)
     self._num_left = 0
@@ -85,10 +82,10 @@ class Updates:
 
 @dataclasses.dataclass
 class _Open:
-  """A request that the engine works on."""
+  """An unfinished request."""
 
-  updates: Updates  # of the submission that has the request
-  which: int  # index of the request in its submission
+  updates: Updates  # that it belongs to
+  which: int  # index among the requests submitted together
   num_left: int  # unfinished sequences
 
 
@@ -101,7 +98,7 @@ class EngineLoop:
     *,
     on_load_failure: Callable[[], None] = lambda: None,
   ):
-    """Prepares the thread; `start` starts it.
+    """Makes the thread without starting it.
 
     Args:
       load: makes the generator; called in the thread.
@@ -112,18 +109,18 @@ class EngineLoop:
     self.failure: Exception | None = None
     self._load, self._on_load_failure = load, on_load_failure
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-    self._open: dict[int, _Open] = {}  # by request id; of the thread
+    self._open: dict[int, _Open] = {}  # by request id; used in the thread only
     self._is_closed = False
     self._event_loop: asyncio.AbstractEventLoop | None = None
-    # A daemon, so that the process can exit while XLA compiles, which cannot be
-    # interrupted.
+    # A daemon: XLA cannot be interrupted, and a process that is told to stop
+    # during a compilation must not wait for its end.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
     )
 
   @property
   def state(self) -> str:
-    """LOADING until all programs are compiled; READY, FAILED or STOPPED."""
+    """LOADING while programs compile, READY, FAILED or STOPPED."""
     if self.failure:
       return FAILED
     if self._is_closed:
@@ -132,20 +129,20 @@ class EngineLoop:
 
   @property
   def is_loading(self) -> bool:
-    """Whether the thread still makes the generator, even after `close`."""
+    """Whether the thread still makes the generator, closed or not."""
     return self._thread.is_alive() and not (self.generator or self.failure)
 
   def start(self) -> None:
-    """Starts the thread, which reports to the running event loop."""
+    """Starts the thread, for the running event loop."""
     self._event_loop = asyncio.get_running_loop()
     self._thread.start()
 
   async def submit(self, asked: Sequence[requests.Request]) -> Updates:
-    """Submits requests to the engine, either all of them or none.
+    """Submits requests, all or none; returns their updates.
 
     Raises:
       ValueError: a request could never be answered.
-      engine.Overloaded: too many sequences wait; the client may try again.
+      engine.Overloaded: too many sequences wait; try again later.
       Failed, Stopped: no request is answered any more.
     """
     if self._is_closed:
@@ -159,7 +156,7 @@ class EngineLoop:
     try:
       await accepted
     except asyncio.CancelledError:
-      updates.close()  # the client disconnected before the engine took them
+      updates.close()  # the client left before the submission
       raise
     return updates
 
@@ -188,23 +185,23 @@ class EngineLoop:
         self.failure = error
     self._end_all(_failed() if self.failure else _stopping())
     while (command := self._inbox.get()) is not None:
-      command()  # fails the request, so that its client does not wait
+      command()  # fails its request: no client may wait forever
 
   def _work(self, engine: engine_lib.Engine) -> None:
     while self._obey(is_idle=not engine.has_work):
       if engine.has_work:
         self._hand_out(engine.step())
-    self._inbox.put(None)  # `_obey` took the None that `_run` waits for
+    self._inbox.put(None)  # again, for `_run`: `_obey` has read the first
     for request_id in self._open:
       engine.cancel(request_id)
     while engine.has_work:
-      engine.step()  # finishes the steps that the device still computes
+      engine.step()  # reads the step in flight
 
   def _obey(self, *, is_idle: bool) -> bool:
-    """Runs the commands of the inbox; waits for one if the engine is idle.
+    """Runs the commands of the inbox; without work, waits for one.
 
     Returns:
-      False if the inbox says that the loop is closed.
+      False if the end was among them.
     """
     try:
       command = self._inbox.get(block=is_idle)
@@ -224,19 +221,17 @@ class EngineLoop:
     if self.failure or not self.generator:
       self._call(_settle, accepted, _failed())
       return
-    engine = self.generator.engine
     try:
-      _check_room(engine, asked)
-      for which, request in enumerate(asked):
-        request_id = engine.submit(request)
-        self._open[request_id] = _Open(updates, which, request.settings.n)
+      request_ids = self.generator.engine.submit_all(asked)
     except (ValueError, engine_lib.Overloaded) as error:
-      self._cancel(updates)
       self._call(_settle, accepted, error)
     except Exception:
       self._call(_settle, accepted, _failed())
       raise
     else:
+      for which, request_id in enumerate(request_ids):
+        num = asked[which].settings.n
+        self._open[request_id] = _Open(updates, which, num)
       self._call(_settle, accepted, None)
 
   def _cancel(self, updates: Updates) -> None:
@@ -246,7 +241,7 @@ class EngineLoop:
         self.generator.engine.cancel(request_id)
 
   def _hand_out(self, arrived: Sequence[requests.Update]) -> None:
-    """Hands the updates of a step to the event loop, which wakes up once."""
+    """Gives the updates of a step to the event loop, which wakes once."""
     items = []
     for update in arrived:
       each = self._open[update.request_id]
@@ -263,7 +258,7 @@ class EngineLoop:
     self._call(_put_all, [(updates, error) for updates in whose.values()])
 
   def _call(self, function: Callable, *args) -> None:
-    """Calls a function in the event loop, unless that is closed."""
+    """Calls a function in the event loop, unless it is closed."""
     assert self._event_loop
     with contextlib.suppress(RuntimeError):
       self._event_loop.call_soon_threadsafe(function, *args)
@@ -277,28 +272,9 @@ def _stopping() -> Stopped:
   return Stopped('the server is stopping')
 
 
-def _check_room(
-  engine: engine_lib.Engine, asked: Sequence[requests.Request]
-) -> None:
-  """Raises if the engine's queue has no room for all of the requests."""
-  num = sum(request.settings.n for request in asked)
-  most, waiting = engine.config.max_waiting, engine.num_waiting
-  if num > most:
-    raise ValueError(
-      f'prompt: got {num} completions to make, expected at most {most}, the'
-      ' size of the queue of this server; send several requests'
-    )
-  if waiting + num > most:
-    engine.metrics.refused.labels('overloaded').inc()
-    raise engine_lib.Overloaded(
-      f'got {num} more completions to make while {waiting} wait, expected at'
-      f' most {most} to wait; try again later'
-    )
-
-
 def _settle(future: asyncio.Future, error: Exception | None) -> None:
   if future.done():
-    return  # the client has disconnected
+    return  # the client has left
   if error:
     future.set_exception(error)
   else:

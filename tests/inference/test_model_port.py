@@ -11,7 +11,7 @@ from models import transformer
 
 
 def _logprobs(generator, ids):
-  """Log-softmax of the full forward behind each of `ids`, in float64."""
+  """Returns the log-softmax after each of `ids`, in float64."""
   model_config = generator.engine.model_config
   model = transformer.Transformer(model_config)
   padded_1T = np.zeros((1, model_config.max_length), np.int32)
@@ -29,7 +29,7 @@ def test_scores_are_those_of_the_full_forward(generator):
   pairs = [
     ([256], [97]),
     ([256, 1, 2], [3, 4, 5]),
-    # With the token that is only predicted, one more than the context.
+    # One token more than the context: the last one is only predicted.
     (rng.integers(0, 256, length - 19).tolist(), [9] * 20),
     (rng.integers(0, 256, 33).tolist(), rng.integers(0, 256, 2).tolist()),
   ]
