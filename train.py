@@ -217,7 +217,7 @@ def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
 
 
 def _run() -> None:
-  """Supervises or trains; exits with a code of `lifecycle/exit_codes.py`."""
+  """Supervises or trains, then exits with a code of `exit_codes.py`."""
   if supervising := _supervisor(sys.argv):
     sys.exit(supervising.run())
   supervisor.die_with_supervisor()

@@ -1,4 +1,4 @@
-"""DESIGN.md, ADDING.md and the comments name files that exist, and say the truth.
+"""The pages and the comments name files that exist, and say the truth.
 
 Nothing is imported: the pages and the source are read as text.
 """
@@ -24,12 +24,15 @@ ELSEWHERE = {
   'config/train_shakespeare_char.py',  # nanoGPT
   'lm_eval/models/huggingface.py',  # LM Evaluation Harness
 }
-PLACEHOLDERS = {'x.py', 'my_run.py', 'my_task.py'}  # files that a user would add
+# Names in examples of commands.
+PLACEHOLDERS = {'x.py', 'file.py'}
 NOTEBOOK = 'experiments/LOG.md'  # dated: it names files as they were called
 
 _FILE = re.compile(r'(?<![\w./<-])((?:[\w-]+/)*[\w-]+\.py)\b')
 _PACKAGES = '|'.join(sorted(test_architecture.MAY_IMPORT))
-_FOLDER = re.compile(rf'(?<![\w./<-])((?:{_PACKAGES}|tests)/(?:[a-z_]+/)*)(?!\w)')
+_FOLDER = re.compile(
+  rf'(?<![\w./<-])((?:{_PACKAGES}|tests)/(?:[a-z_]+/)*)(?!\w)'
+)
 _MODULE = re.compile(
   r'`((?:benchmarks|checks|frozen|hardware|inference|models|storage|training)'
   r'\.[a-z_]\w*)'
@@ -63,7 +66,7 @@ def _exists(path: str, where: str) -> bool:
 
 
 def reference_violations(path: str, source: str) -> list[str]:
-  """Files, folders and modules that a comment or a page names and nobody has."""
+  """Names of files, folders and modules in the prose that do not exist."""
   violations = []
   for line, text in _prose(path, source):
     named = _FILE.findall(text) + _FOLDER.findall(text)
@@ -80,7 +83,9 @@ def reference_violations(path: str, source: str) -> list[str]:
 
 def test_every_file_that_the_prose_names_exists():
   pages = {p: t for p, t in test_architecture.TEXTS.items() if p != NOTEBOOK}
-  violations = [v for item in pages.items() for v in reference_violations(*item)]
+  violations = [
+    v for item in pages.items() for v in reference_violations(*item)
+  ]
   assert not violations, '\n'.join(violations)
 
 
@@ -116,9 +121,13 @@ def _section(page: str, title: str) -> str:
 
 def test_the_import_table_is_the_one_that_is_enforced():
   rows = re.findall(
-    r'^\| `(\w+)/` \| (.*?) \|', _section('DESIGN.md', 'Who may import whom'), re.M
+    r'^\| `(\w+)/` \| (.*?) \|',
+    _section('DESIGN.md', 'Who may import whom'),
+    re.M,
   )
-  written = {package: set(re.findall(r'`(\w+)/`', seen)) for package, seen in rows}
+  written = {
+    package: set(re.findall(r'`(\w+)/`', seen)) for package, seen in rows
+  }
   assert written == test_architecture.MAY_IMPORT
 
 
@@ -150,10 +159,10 @@ def test_the_reading_order_has_ten_files():
 
 # ------------------------------------------------------------------------------
 # ADDING.md: every recipe names an example that the code has. The files of the
-# recipe are those in which the example occurs, no more and no fewer.
+# recipe are the files in which the example occurs, no more and no fewer.
 
 _RECIPE = re.compile(r'^## (.+)\n', re.M)
-_EXAMPLE = re.compile(r'^Example: `([^`]+)`', re.M)
+_EXAMPLES = re.compile(r'^Example: ((?:`\w+`(?:, )?)+)', re.M)
 _LISTED = re.compile(r'^- `([\w/]+\.py)`', re.M)
 
 
@@ -179,17 +188,17 @@ def _without_prose(source: str) -> str:
 
 @pytest.mark.parametrize(('title', 'text'), _recipes(), ids=lambda x: x[:30])
 def test_a_recipe_lists_the_files_of_its_example(title, text):
-  (example,) = _EXAMPLE.findall(text)
-  listed = set(_LISTED.findall(text))
-  word = re.compile(rf'(?<![\w-]){re.escape(example)}(?![\w-])')
+  (examples,) = _EXAMPLES.findall(text)
+  words = re.findall(r'\w+', examples)
+  occurs = re.compile(rf'(?<![A-Za-z])(?:{"|".join(words)})(?![A-Za-z0-9])')
   found = {
     path
     for path, source in PRODUCT.items()
-    if word.search(_without_prose(source)) and not path.startswith('benchmarks/')
+    if pathlib.PurePosixPath(path).stem in words
+    or not path.startswith('benchmarks/')
+    and occurs.search(_without_prose(source))
   }
-  if title == 'A benchmark':
-    found = {p for p in PRODUCT if p == f'benchmarks/{example}.py'}
-  assert listed == found
+  assert set(_LISTED.findall(text)) == found
 
 
 def test_every_recipe_is_there():
