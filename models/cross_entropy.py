@@ -130,7 +130,7 @@ def _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
   """Returns (loss, terms) and the gradients of the loss."""
-  head_cast_VD = head_VD.astype(form.dtype)
+  head_cast_VD = head_VD.astype(form.dtype)  # once, not in every chunk
 
   def add_chunk(carry, chunk):
     terms, dhead_VD = carry

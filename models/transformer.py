@@ -185,6 +185,7 @@ class Transformer(nn.Module):
 
   def _run_layers(self, x_BTD, cache, shared):
     """Returns x after every layer, the cache, and the routing of each layer."""
+    # Initialisation runs in place: a pipeline needs parameters that exist.
     is_port = self.execution.run_layers is not None and cache is None
     if is_port and not self.is_initializing():
       x_BTD, routing = self._run_layers_elsewhere(x_BTD, shared)

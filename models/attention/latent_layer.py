@@ -82,6 +82,7 @@ class LatentAttention(nn.Module):
         q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
       )
     else:
+      # One head with C = r + U, whose keys are also its values.
       kv_BT1C = jnp.concatenate([rope_BT1r, latent_BTU[:, :, None]], axis=3)
       cache = kv_cache.write(cache, kv_BT1C, kv_BT1C, positions_BT)
       out_BTHC = self._attend_cached(q_BTHC, cache, positions_BT, up, form)
@@ -114,6 +115,7 @@ class LatentAttention(nn.Module):
     config = self.config
     key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
     k_BHTC = jnp.einsum('BTU,UHC->BHTC', latent_BTU, key_UHC)
+    # All heads share the rotated channels of a key.
     rope_BHTr = jnp.broadcast_to(
       rope_BT1r.swapaxes(1, 2), (*k_BHTC.shape[:3], rope_BT1r.shape[3])
     )
@@ -144,9 +146,13 @@ class LatentAttention(nn.Module):
       rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
       return self.execution.by_row(multiply, rows)
 
+    # q (W_key_up^T latent) = (q W_key_up^T) latent: queries go to the latents,
+    # so that no key is computed. The rotated channels of a query stay as they
+    # are.
     q_BTHU = by_token('...HC,UHC->...HU', q_BTHC[..., width:], key_UHC)
     q_BTHC = jnp.concatenate([q_BTHC[..., :width], q_BTHU], axis=3)
     out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
+    # The rope channels of the result are weighted keys, not values.
     return by_token('...HU,UHC->...HC', out_BTHC[..., width:], value_UHC)
 
   def _linear(self, name, width, use_bias=False, std=None):

@@ -54,12 +54,13 @@ def _forward(x, w_IO, bias_O, dtype):
 
 def _backward(dtype, residuals, dy):
   x, w_IO, (x_like, w_like, bias_like) = residuals
-  x, dy = materialised(x, dy.astype(dtype))
+  x, dy = materialised(x, dy.astype(dtype))  # read two and three times below
   leading = tuple(range(x.ndim - 1))
   dx = _product(dy, w_IO, (dy.ndim - 1,), (1,), x_like.dtype)
   dw_IO = weight_gradient(x, dy)
   dbias_O = None
   if bias_like is not None:
+    # A sum over all tokens: bfloat16 would lose most of them.
     dbias_O = jnp.sum(dy, axis=leading, dtype=jnp.float32)
     dbias_O = dbias_O.astype(bias_like.dtype)
   return dx, dw_IO.astype(w_like.dtype), dbias_O

@@ -84,6 +84,7 @@ def _sorted_copies(ids_BTA, num_experts):
   # The sort is stable: the copies of an expert keep the order of the tokens.
   sorted_J, order_J = jax.lax.sort_key_val(ids_J, places_J)
   _, inverse_J = jax.lax.sort_key_val(order_J, places_J)
+  # Ids of E or more sort last and are in no group.
   end_E = jnp.searchsorted(
     sorted_J, jnp.arange(num_experts, dtype=ids_J.dtype), side='right'
   ).astype(jnp.int32)
@@ -109,6 +110,7 @@ def _spread_forward(x_MD, order_J, inverse_J):
 def _spread_backward(residuals, dx_JD):
   like, inverse_J = residuals
   dx_MAD = dx_JD[inverse_J].reshape((like.shape[0], -1, dx_JD.shape[1]))
+  # A token's gradient is the sum over its copies.
   dx_MD = jnp.sum(dx_MAD, axis=1, dtype=jnp.float32)
   return dx_MD.astype(like.dtype), None, None
 

@@ -65,7 +65,7 @@ class Moe(nn.Module):
     if self.is_initializing():  # on one token, which a mesh cannot split
       apply = dispatch.apply_experts
     y_BTD = apply(x_BTD, ids_BTA, gates_BTA, self._kernels(), self.dtype)
-    if config.num_shared_experts:
+    if config.num_shared_experts:  # one MLP, as wide as all of them together
       width = config.num_shared_experts * config.expert_width
       shared = dataclasses.replace(config, mlp_width=width)
       y_BTD = y_BTD + mlp.Mlp(
@@ -128,7 +128,7 @@ def route(
   """
   is_sigmoid = config.router_score == 'sigmoid'
   scores = (jax.nn.sigmoid if is_sigmoid else jax.nn.softmax)(logits)
-  compared = scores
+  compared = scores  # decides the choice; the weights are of `scores`
   if correction_E is not None:
     correction = correction_E.astype(jnp.float32)
     compared = scores + correction.reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -183,6 +183,7 @@ def routing_sums(
   real_BT1 = is_real_BT.astype(jnp.float32)[..., None]
   num_real_B = jnp.sum(real_BT1, axis=(1, 2))
   expert_11E = jnp.arange(config.num_experts)[None, None, :]
+  # Equation 18: f = load E / (A T), with T tokens in the row.
   load_BE = sum(
     jnp.sum((ids_BTA[..., a, None] == expert_11E) * real_BT1, axis=1)
     for a in range(config.num_active_experts)
@@ -192,7 +193,7 @@ def routing_sums(
     probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
   else:
     probs_BTE = jax.nn.softmax(logits_BTE)
-  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)
+  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)  # equation 20, times T
   even = config.num_experts / config.num_active_experts
   # A row of padding only has no tokens and no loss.
   balance_B = even * jnp.sum(load_BE * probs_BE, axis=1)
