@@ -1,4 +1,4 @@
-"""Rows times their group's matrix: against a loop over the groups."""
+"""Rows times the matrix of their group, against a loop over the groups."""
 
 import functools
 
@@ -77,7 +77,7 @@ def test_products_and_gradients_equal_a_loop_over_groups(name):
 @pytest.mark.parametrize('w_axis', [1, 2])
 @pytest.mark.parametrize('name', ['uneven', 'rows of no group', 'one group'])
 def test_pieces_equal_what_accelerators_compute(name, w_axis):
-  """Every platform's way, where they can all be run: here."""
+  """The implementations of all platforms, which all run on CPU."""
   sizes, num_rows = SIZES[name]
   x_JI, w_EIO, sizes_E = _operands(num_rows, sizes)
   if w_axis == 2:
@@ -129,7 +129,7 @@ def test_operands_are_of_the_compute_dtype_and_gradients_of_the_weights():
 def test_no_group_is_computed_with_the_matrices_of_others():
   """On CPU the work grows with the rows, not with rows times groups.
 
-  The compiler counts a loop's body once: one piece times one matrix.
+  The compiler counts the body of a loop once: one piece times one matrix.
   """
   rows, groups, width = 1024, 32, 64
   compiled = jax.jit(
@@ -168,7 +168,7 @@ def test_side_by_side_as_stages_of_a_pipeline_are():
 
 @pytest.mark.parametrize('sizes', [[100, 0, 28, 150], [0, 0, 0, 0]])
 def test_the_gradient_kernel_of_tpu_equals_a_loop_over_groups(sizes):
-  """Rows that fill no tile, tiles that groups share, rows of no group."""
+  """Partial tiles, tiles that two groups share, and rows of no group."""
   rng = np.random.default_rng(0)
   x_JI, dy_JO = (rng.normal(size=(300, width)) for width in (128, 256))
   dw_EIO = grouped._outer_in_tiles(
