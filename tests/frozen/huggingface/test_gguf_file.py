@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     gguf_file.open_file(path)
   _write(path)
   path.write_bytes(path.read_bytes()[:5000])
-  with pytest.raises(ValueError, match='expected a GGUF file; it was trunca'):
+  with pytest.raises(ValueError, match='expected a GGUF file; it is truncated'):
     gguf_file.open_file(path)
   writer = gguf.GGUFWriter(path, 'mamba')
   writer.write_header_to_file()
