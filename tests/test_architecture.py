@@ -48,9 +48,10 @@ MAY_NOT_USE = {
 }
 
 # Beside entry points: parses the command line for train.py, in its own words;
-# what several benchmarks ask for: absl refuses a name that is given twice.
+# makes the flags of serve.py from dataclasses; what several benchmarks ask for:
+# absl refuses a name that is given twice.
 MAY_READ_FLAGS = {
-  'training/flags.py', 'benchmarks/entry.py',
+  'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
   'benchmarks/studies/study_flags.py',
 }  # fmt: skip
 

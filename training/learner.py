@@ -1,7 +1,8 @@
-"""What learns: a model, its optimizer, and how both lie on the devices.
+"""The learner: model, optimizer and their placement on devices.
 
-Everything that an experiment says but its data; `training/assemble.py` adds
-that. `train.py --plan` stops here: nothing in this file allocates.
+It holds everything that an experiment says except its data, which
+training/assemble.py adds. `train.py --plan` stops here: building a learner
+allocates no arrays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,20 +29,22 @@ from training.optimizer import chain, spikes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
-  """A model on its devices, before it has any values."""
+  """A model, its optimizer and their devices, before any value exists."""
 
   experiment: experiment_lib.Experiment
   model: transformer.Transformer
   frozen_models: Mapping[str, transformer.Transformer]  # of the objective
-  schedule: Callable[[Any], Any]  # learning rate of a step
+  schedule: Callable[[Any], Any]  # from a step to its learning rate
   optimizer: optax.GradientTransformation
   placement: placement_lib.Placement
-  abstract_state: state_lib.TrainState  # shapes and dtypes, whole
-  flops_per_token: float  # analytic, of training
+  # Shapes and dtypes of a whole state, as a checkpoint has it.
+  abstract_state: state_lib.TrainState
+  # Analytic, of the forward and the backward pass of the trained model.
+  flops_per_token: float
 
   @property
   def num_params(self) -> int:
-    """Returns how many numbers are trained."""
+    """Returns the number of trained parameters."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
   def init(self, key: jax.Array) -> state_lib.TrainState:
@@ -90,18 +93,19 @@ class Learner:
     if self.frozen_models:
       abstract = self.placement.abstract_whole().frozen_params
       sources = self.experiment.objective.models_needed
-      state = state.replace(
+      state = dataclasses.replace(
+        state,
         frozen_params={
           name: frozen_models_lib.place(
             frozen_models_lib.read(sources[name], model.config), abstract[name]
           )
           for name, model in self.frozen_models.items()
-        }
+        },
       )
     return self.placement.restored(state)
 
   def peak_flops_per_s(self) -> float:
-    """Returns what all devices together can do at best in the model's dtype."""
+    """Returns the peak FLOP/s of all devices in the compute dtype."""
     dtype = jnp.dtype(self.experiment.compute_dtype).name
     return sum(
       peaks.peaks(device).flops_per_s[dtype]
@@ -109,7 +113,7 @@ class Learner:
     )
 
   def build_train_step(self, all_sum: Any, shard_key: Any) -> Any:
-    """What `placement.compile_train` and `lower_train` take."""
+    """Builds the step for `placement.compile_train` and `lower_train`."""
     return step_lib.make_train_step(
       self.model,
       self.experiment.objective,
@@ -161,7 +165,8 @@ def make(
 
   Args:
     experiment: what to run.
-    devices: all devices if None; those of an ahead-of-time target else.
+    devices: of the run, or of an ahead-of-time target; None: all devices of
+      this process's platform.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
@@ -199,11 +204,12 @@ def make(
   if frozen_models:
     for own in frozen_as.values():
       execution.check_model(own)
-    abstract_state = abstract_state.replace(
+    abstract_state = dataclasses.replace(
+      abstract_state,
       frozen_params={
         name: state_lib.abstract_params(frozen)
         for name, frozen in frozen_models.items()
-      }
+      },
     )
   placement = placement_lib.make(
     experiment.parallel,

@@ -1,6 +1,7 @@
 """TrainState: all arrays of a training run, as one pytree."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import linen as nn, struct
@@ -125,12 +126,12 @@ def logical_axes(state: TrainState, param_axes: Any) -> TrainState:
     return (None,) * leaf.ndim
 
   named = jax.tree_util.tree_map_with_path(
-    axes_of, state.replace(frozen_params=None)
+    axes_of, dataclasses.replace(state, frozen_params=None)
   )
   if state.frozen_params is None:
     return named
   frozen = {k: axes.param_axes(v) for k, v in state.frozen_params.items()}
-  return named.replace(frozen_params=frozen)
+  return dataclasses.replace(named, frozen_params=frozen)
 
 
 def _axes_like(path, shape, param_shape, axes):

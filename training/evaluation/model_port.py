@@ -1,8 +1,8 @@
 """Log-probabilities of any text under the weights of a run.
 
-The port of `evals/ports.py`, made of the run's own model on the run's own
-devices: requests are packed into rows like documents are in training, so one
-program scores requests of every length.
+This is the `LogprobFn` of `evals/ports.py`, made of the run's own model on the
+run's own devices. Requests are packed into rows as documents are in training,
+so one compiled program scores requests of every length.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +22,19 @@ _Requests = Sequence[tuple[ports.Ids, ports.Ids]]
 
 
 class _Slot(NamedTuple):
-  """Where a request lies."""
+  """The place of a request in the rows."""
 
   request: int
   row: int
-  first: int  # place in the row
-  size: int  # tokens that are read
+  first: int  # position in the row
+  size: int  # tokens that the model reads
 
 
 class Scorer:
-  """Scores with the weights it is given; compiled when first used."""
+  """Scores text with given weights. Compiles its program at the first use."""
 
   def __init__(self, learner: learner_lib.Learner):
-    """Prepares to score with the learner's model, on its devices."""
+    """Uses the learner's model, on its devices."""
     data = learner.experiment.data
     self.max_length = data.row_length
     self._shape = data.batch_size, data.row_length
@@ -50,15 +50,15 @@ class Scorer:
   def logprob_fn(
     self, params: Any, should_stop: Callable[[], bool] = lambda: False
   ) -> ports.LogprobFn:
-    """Returns the port for these weights.
+    """Returns the `LogprobFn` of these weights.
 
     Args:
       params: the model's variables, placed on the devices.
-      should_stop: asked before every batch; if it says so, the function raises
-        `evaluate.Stopped`.
+      should_stop: called before every batch; if it returns True, the function
+        raises `validation.Stopped`.
     """
 
-    def score(requests: _Requests) -> Sequence[ports.Scored]:
+    def score(requests: _Requests) -> Sequence[ports.Logprobs]:
       found: list[Any] = [None] * len(requests)
       slots = _pack(requests, self.max_length)
       for batch, members in _batches(requests, slots, self._shape):
@@ -67,7 +67,7 @@ class Scorer:
         sums = jax.device_get(self._step(params, self._put_batch(batch)))
         for index, places in members:
           token_logprobs = np.asarray(sums['logprob'][places], np.float64)
-          found[index] = ports.Scored(
+          found[index] = ports.Logprobs(
             logprob=float(np.sum(token_logprobs)),
             is_greedy=bool(np.all(sums['is_greedy'][places] > 0)),
             token_logprobs=token_logprobs,
@@ -83,18 +83,18 @@ def make_score_step(
   num_places: int,
   all_sum: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """Builds `score_step(params, batch)`: log p(target) at every place.
+  """Builds `score_step(params, batch)`: log p(target) at every token.
 
   Args:
     model: the transformer.
     num_places: B x T of the whole batch.
-    all_sum: adds a tree of sums across devices where the caller must (pmap).
+    all_sum: adds a tree of sums across devices, under pmap.
 
   Returns:
-    A function of the model's variables and of tokens, targets, positions,
-    segment_ids and places, int32 [B, T], where places are 0..B x T - 1 in any
-    order. It returns float32 [B x T] by place: `logprob`, and `is_greedy`, 1
-    where the target is the most probable token.
+    A function of the model's variables and of a batch: tokens, targets,
+    positions, segment_ids and places, int32 [B, T]. Places are the numbers
+    0..B x T - 1 in any order. It returns float32 [B x T] by place: `logprob`,
+    and `is_greedy`, which is 1 where the target is the most probable token.
   """
 
   model_port = port.Model(model)
@@ -131,7 +131,7 @@ def make_score_step(
 
 
 def _pack(requests: _Requests, row_length: int) -> list[_Slot]:
-  """Returns a slot for each request, longest first, row by row."""
+  """Returns a slot for each request: longest first, row by row."""
   # The last token is predicted, not read.
   sizes = [len(context) + len(rest) - 1 for context, rest in requests]
   for size, (context, rest) in zip(sizes, requests, strict=True):
@@ -152,7 +152,7 @@ def _pack(requests: _Requests, row_length: int) -> list[_Slot]:
 def _batches(
   requests: _Requests, slots: list[_Slot], shape: tuple[int, int]
 ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, slice]]]]:
-  """Yields batches, each with the places of the requests that it answers."""
+  """Yields each batch with its requests and the places of their answers."""
   num_rows, row_length = shape
   last_row = slots[-1].row if slots else -1
   for start in range(0, last_row + 1, num_rows):
@@ -173,7 +173,7 @@ def _batches(
       batch['tokens'][at] = ids[:-1]
       batch['targets'][at] = ids[1:]
       batch['positions'][at] = np.arange(slot.size)
-      # Any number that the neighbours in the row do not have, but 0.
+      # Any number except 0 that no other request in the row has.
       batch['segment_ids'][at] = slot.first + 1
       end = at[0] * row_length + slot.first + slot.size
       members.append((slot.request, slice(end - len(rest), end)))
