@@ -77,7 +77,7 @@ def test_a_comparison_of_the_same_examples_is_paired():
     math.hypot(statistics.standard_error(a), statistics.standard_error(b)),
     400,
   )
-  assert f'or {apart:,.0f} different ones each (here 400)' in text
+  assert f'or {apart:,.0f} different examples each (here 400)' in text
   assert paired < apart / 3
 
 
@@ -158,7 +158,7 @@ def test_what_was_measured_otherwise_is_said():
 
 def test_results_of_different_tasks_are_refused():
   a = _result('', [0.0, 1.0])
-  with pytest.raises(ValueError, match='expected two of one task'):
+  with pytest.raises(ValueError, match='expected two results of one task'):
     report.compare(a, dataclasses.replace(a, task='perplexity:a.txt'))
 
 
