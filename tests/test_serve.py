@@ -19,8 +19,8 @@ import serve
 from tests.helpers import frozen_dirs, tiny_models
 
 _PROMPT = 'User: hi\n\nAssistant:'
-# Few shapes for --port. Those of --prompt and --chat are few, and are found in
-# the compilation cache that the session shares.
+# Few shapes for --port. --prompt and --chat compile few shapes by default, and
+# find them in the compilation cache that the session shares.
 _ENGINE = [
   '--engine.max_sequences=1',
   '--engine.chunk_tokens=128',
@@ -94,7 +94,7 @@ def test_several_completions_of_a_prompt(model):
     '--frequency_penalty=0.5',
     '--stop_ids=5',
     '--ignore_eos',
-    '--engine.max_sequences=1',  # one after the other
+    '--engine.max_sequences=1',  # the completions run one after the other
   )
   assert (code, err) == (0, '')
   assert '--- seed 3\n' in out
@@ -118,7 +118,7 @@ def test_chat_ends_with_its_input(model):
     ([], 'got none, expected one of --prompt, --chat, --port'),
     (['--chat', '--prompt=a'], 'got --prompt and --chat, expected one of'),
     (['--prompt=a', 'b'], 'got --prompt and b, expected one of'),
-    # What would change nothing is not accepted.
+    # A flag without effect is refused.
     (
       ['--port=1', '--temperature=0'],
       'got --temperature with --port, expected it with --prompt or --chat',
@@ -202,7 +202,7 @@ def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
   result = scores.load(out_file)
   assert result.model['weights_digest'] == digest
   frozen = frozen_format.read(directory)
-  # A text of one window behind BOS: the full forward scores each byte once.
+  # BOS and the text: windows of the full forward score each byte once.
   ids = [256, *text.encode()]
   network = transformer.Transformer(frozen.config)
   total, start = 0.0, 1
@@ -239,7 +239,7 @@ def test_help_does_not_wait_for_jax():
   )
   for name in ('prompt', 'min_p', 'engine.page_size', 'eval.limit'):
     assert f'--{name}: ' in process.stdout
-  # Of every import there is a line: time, time, name.
+  # Every import has a line: own time, total time, name.
   assert ' inference.flags\n' in process.stderr
   for name in ('jax', 'scipy', 'orbax'):
     assert f' {name}\n' not in process.stderr
@@ -316,14 +316,14 @@ def test_a_server_that_still_compiles_stops_at_once(model, tmp_path):
     _, err = process.communicate(timeout=60)
   finally:
     process.kill()
-  # All of its programs take a minute or more.
+  # Compiling all programs would take a minute or more.
   assert time.monotonic() - start < 10
   assert process.returncode == 1
   assert 'Traceback' not in err
 
 
 def _url(process):
-  """Returns where a server listens, once it says so."""
+  """Returns the URL of a server, once it listens."""
   seen = []
   for line in process.stderr:
     seen.append(line)
