@@ -1,21 +1,21 @@
-"""What the loop costs beside the bare jitted step: at most 3 %.
+"""Overhead of the train loop over the bare jitted step: at most 3 %.
 
     python -m benchmarks.loop_overhead
 
 Two sides take turns of 200 steps:
 
-    bare   the compiled train step, again and again on one batch that lies on
-           the devices, waited for at the end
-    loop   what `train.py` runs: batches from the text, metrics to JSONL and
+    bare   the compiled train step, on one batch that is already on the devices;
+           waits for the devices once, at the end
+    loop   the loop of `train.py`: batches from text, metrics to JSONL and
            TensorBoard, the progress bar, and one checkpoint as the quickstart
-           has it, which is written while the steps go on
+           has it, written while steps continue
 
-`overhead` is the median over rounds of loop / bare - 1. Of the quickstart it is
-what the project promises; a model too small for anything, without checkpoints,
-shows what a step costs the host. The same is broken out by part with a step
-that does nothing, so that no part can hide behind the devices: an accelerator
-sees of it what is longer than its step, and the reports. Evaluation is not the
-loop's.
+`overhead` is the median over rounds of loop / bare - 1. The promise of 3 % is
+for the quickstart. A tiny model without checkpoints shows the host's time per
+step. The second table splits the host's time by part, with a step that does
+nothing, so that no part can hide behind the devices. On an accelerator, only
+the part that is longer than its step costs time, and the reports do. Evaluation
+is not measured: it is no part of the loop.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ from training.checkpoints import checkpoint, workdir as workdir_lib
 from training.lifecycle import interrupt
 from training.reporting import goodput, metrics
 
-# Steps of the loop are numbered on from turn to turn; the last is never taken.
+# The step number continues from turn to turn and never reaches this end.
 _NO_END = 1_000_000
-_STEPS = 200  # of a turn
+_STEPS = 200  # per turn
 _PARTS = {
   goodput.STEPS: 'dispatch and bookkeeping',
   'input': 'next batch, and sending it',
@@ -53,7 +53,7 @@ _PARTS = {
 
 
 def experiments() -> dict[str, experiment_lib.Experiment]:
-  """Returns what is trained, by name."""
+  """Returns the experiments to measure, by name."""
   small = quickstart.get_config()
   small.num_steps = _NO_END
   tiny = dataclasses.replace(
@@ -74,7 +74,7 @@ def experiments() -> dict[str, experiment_lib.Experiment]:
 
 
 class Looped:
-  """The loop of a run, which goes on for some steps at a time."""
+  """The loop of a run, in turns of some steps."""
 
   def __init__(
     self,
@@ -99,7 +99,7 @@ class Looped:
     log = stack.enter_context(
       contextlib.closing(metrics.MetricsLog(workdir, first_step=0))
     )
-    # The bar is drawn as on a terminal, which costs more than lines do.
+    # The progress bar is drawn as on a terminal, which costs more than lines.
     null = open(os.devnull, 'w')  # noqa: SIM115
     stack.callback(null.close)
     terminal = stack.enter_context(
@@ -128,7 +128,7 @@ class Looped:
     )
 
   def take(self, num_steps: int, train_step: Any = None) -> float:
-    """Takes steps, with a checkpoint where one is due; returns the seconds."""
+    """Takes steps, and checkpoints that are due; returns the seconds."""
     last = self._step + num_steps
     start = time.perf_counter()
     self._state = loop.run(
@@ -154,14 +154,14 @@ class Looped:
     return time.perf_counter() - start
 
   def take_nothing(self) -> dict[str, float]:
-    """Goes round without taking a step; returns seconds by part."""
+    """Runs the loop with a step that does nothing; returns seconds by part."""
     before = {part: self.goodput.seconds(part) for part in _PARTS}
     done = {'loss': jax.numpy.float32(1.0), 'weight': jax.numpy.float32(1.0)}
     numbers = iter(range(self._step + 1, _NO_END))
 
     def step_of_nothing(state, batch):
       del batch
-      # A checkpoint is saved under the step that its state names.
+      # The state's own step number is the name of its checkpoint.
       return dataclasses.replace(state, step=next(numbers)), done
 
     self.take(_STEPS, step_of_nothing)
@@ -172,7 +172,7 @@ class Looped:
 
 
 def bare_turn(parts: assemble.Parts) -> timing.Turn:
-  """Returns a turn of the compiled step alone, warmed up."""
+  """Returns a turn of the compiled train step alone, warmed up."""
   train_step = parts.learner.compile_train_step()
   state = parts.learner.init(jax.random.key(0))
   batch = parts.learner.placement.put_batch(next(parts.batches))
@@ -200,7 +200,8 @@ def measure(
     parts = assemble.assemble(experiment, workdir, lambda text: None)
     stack.callback(parts.batches.close)
     looped = Looped(experiment, parts, workdir, stack)
-    # Turns end halfway between checkpoints: none is still being written.
+    # Half a turn first, so that turns end halfway between two checkpoints and
+    # none is still being written.
     looped.take(_STEPS // 2)
     seconds = timing.interleave(
       {

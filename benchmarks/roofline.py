@@ -1,12 +1,13 @@
-"""What this machine can do at best, measured: every other speed's yardstick.
+"""Measured peak rates of this machine, the limits of all other benchmarks.
 
     python -m benchmarks.roofline --out=runs/bench/roofline.json
 
-Matmul rate per dtype (float32 accumulation, int32 for int8) and the rate at
-which weights are read from memory. Median over rounds, with the best round
-beside it; the two lie apart where the machine is shared. Training cannot exceed
-the first, single-stream decoding cannot exceed the second (Williams et al.,
-"Roofline", 2009). Where the device has a datasheet, its figures follow.
+Measures the matmul rate per dtype (float32 accumulation, int32 for int8) and
+the rate at which weights are read from memory. Prints the median over rounds
+and the best round; the two differ on a shared machine. Training cannot exceed
+the matmul rate, single-stream decoding cannot exceed the memory rate (Williams
+et al., "Roofline", 2009). Figures of the device's datasheet follow if it has
+one.
 """
 
 import statistics
@@ -31,12 +32,12 @@ def measure(
   """Returns the rates of every round: FLOP/s by dtype, and 'read' in bytes/s.
 
   Args:
-    device: what is measured.
+    device: the device to measure.
     dtypes: operand types of the matmuls.
     size: rows and columns of the matrices.
     megabytes: size of the matrix that is read.
-    rounds: how often everything is measured.
-    seconds: of each measurement.
+    rounds: number of measurements of each rate.
+    seconds: duration of each measurement.
   """
 
   def matmul(dtype):

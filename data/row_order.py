@@ -65,7 +65,7 @@ def drawn(indices_N: np.ndarray, size: int, seed: int) -> np.ndarray:
 def _permute(
   values_N: np.ndarray, keys_N: np.ndarray, half_bits: int
 ) -> np.ndarray:
-  """Permutes the numbers of 2 x `half_bits` bits; each key permutes its way."""
+  """Permutes the numbers of 2 x `half_bits` bits; each value by its own key."""
   shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
   left_N, right_N = values_N >> shift, values_N & mask
   for _ in range(_NUM_ROUNDS):

@@ -162,7 +162,7 @@ def _fill(
 ) -> None:
   """Writes the pieces of one row side by side, from the left."""
   ids_N = source.store.ids_N
-  # Most rows of concat_then_split and windows are one piece: slices are faster.
+  # A single piece is contiguous: slices are faster than an array of indices.
   if len(starts) == 1:
     start, used = int(starts[0]), int(lengths[0])
     row['tokens'][:used] = ids_N[start : start + used]

@@ -133,7 +133,7 @@ def _rounded(count: int, node: _Node) -> int:
 @functools.lru_cache(maxsize=64)
 def _tree(weights: tuple[float, ...]) -> _Node:
   """Returns Huffman's tree; 0.7 and 0.3 give the same tree as 7 and 3."""
-  # By decimals as written: 0.1 is a tenth here, and not its binary neighbour.
+  # Exact decimals: 0.1 counts as one tenth, not as the nearest binary fraction.
   exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
   scale = math.lcm(*(share.denominator for share in exact))
   units = [int(share * scale) for share in exact]

@@ -25,8 +25,8 @@ class Options:
 
   limit: int = _field(
     0,
-    'Evaluates only this many first examples, or windows of 4096 bytes for'
-    ' perplexity; 0 takes all. Set it for a quick look.',
+    'Evaluates only this many first examples, for perplexity pieces of 4096'
+    ' bytes of text; 0 takes all. Set it for a quick look.',
   )
   stride: int = _field(
     0,

@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     """Returns the entry as a part of an error text."""
     if self.num_bytes is None:
       return f'SHA-256 {self.sha256}'
-    return f'{self.num_bytes} bytes with SHA-256 {self.sha256}'
+    return f'{self.num_bytes} bytes and SHA-256 {self.sha256}'
 
 
 class Difference(NamedTuple):
@@ -103,7 +103,8 @@ def differences(
   """
   missing = [
     Difference(
-      f'{directory / name}: got no such file, expected {entry}', 'missing'
+      f'{directory / name}: got no such file, expected a file with {entry}',
+      'missing',
     )
     for name, entry in sorted(listed.items())
     if name not in set(found)

@@ -1,8 +1,8 @@
-"""Encoding a text of which some ranges are not text but special tokens.
+"""Spans: ranges of a text that are special tokens.
 
-A rendered chat prompt is such a text: '<|eot|>' that the template wrote is a
-token, '<|eot|>' that a user wrote is six characters. Only who rendered it knows
-which is which, so the ranges come along with the text.
+In a rendered chat prompt, '<|eot|>' from the template is a special token, and
+'<|eot|>' from a user is seven characters of text. Only the renderer knows the
+difference, so it returns the spans with the text.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Span = tuple[int, int]  # first character, one past the last
 
 
 class Encoded(NamedTuple):
-  """Token ids, and the characters of the text that each one stands for."""
+  """Token ids, and the range of characters that each id stands for."""
 
   ids: list[int]
   offsets: list[Span]
@@ -21,7 +21,9 @@ class Encoded(NamedTuple):
 def overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
   """Returns for each offset whether it shares a character with a span.
 
-  Both ascending. A token that only partly lies in a span counts as in it.
+  Args:
+    offsets: ranges of characters, ascending.
+    spans: ranges of characters, ascending and disjoint.
   """
   result = []
   current = 0

@@ -52,7 +52,7 @@ class Programs:
     self._max_length = model.config.max_length
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
     lowered = self._lower(model, params, state, vocab_size)
-    # XLA compiles outside Python's lock: several take the time of one.
+    # XLA compiles without Python's lock: several programs at once.
     with futures.ThreadPoolExecutor() as pool:
       compiled = pool.map(lambda each: each.compile(), lowered.values())
       self._compiled = dict(zip(lowered, compiled, strict=True))
@@ -132,14 +132,14 @@ class Programs:
   def seat(
     self, state: device_state.State, slot: int, row: sampler_lib.Sampler
   ) -> device_state.State:
-    """Gives a slot to a sequence. Donates its slots."""
+    """Gives a slot the settings of a sequence. Donates the slots of `state`."""
     slots = self._compiled['seat'](state.slots, np.int32(slot), row)
     return state._replace(slots=slots)
 
   def recount(
     self, state: device_state.State, slot: int, ids, num_prompt_tokens: int
   ) -> device_state.State:
-    """Counts a sequence's tokens so far. Donates its slots."""
+    """Counts the tokens of a sequence. Donates the slots of `state`."""
     ids_T = np.full((self._max_length,), -1, np.int32)
     ids_T[: len(ids)] = ids
     slots = self._compiled['recount'](
@@ -148,10 +148,10 @@ class Programs:
     return state._replace(slots=slots)
 
   def copy_pages(self, state: device_state.State, copies) -> device_state.State:
-    """Copies pages, (source, target) each, in order. Donates its KV cache.
+    """Copies pages, (source, target) each. Donates the KV cache of `state`.
 
-    A page may be the source of one copy and the target of a later one: of one
-    call all sources are read first, and calls run in order.
+    A page may be the source of one copy and the target of a later one: the
+    program reads all sources before it writes, and its calls run in order.
     """
     kv_cache = state.kv_cache
     num_pages = kv_cache[0].kv_PQYC.shape[0]

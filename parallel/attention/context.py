@@ -42,6 +42,7 @@ def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
     return None
   check_row_length(time, num_shards)
   parts = np.arange(time).reshape(2 * num_shards, -1)
+  # Part p sees p + 1 parts: i + 1 and 2n - i add up to 2n + 1 for every i.
   order = [[i, 2 * num_shards - 1 - i] for i in range(num_shards)]
   return parts[np.array(order).reshape(-1)].reshape(-1)
 
@@ -67,6 +68,7 @@ def kv_repeats(num_heads: int, num_kv_heads: int, num_parts: int) -> int:
   Raises:
     ValueError: the heads do not divide.
   """
+  # The least number of key/value heads that `num_parts` divides.
   whole = math.lcm(num_kv_heads, num_parts)
   if num_heads % whole:
     raise ValueError(
@@ -156,6 +158,8 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
   return attend
 
 
+# A derivative of its own: JAX's would store the scores, and the keys of other
+# devices, of every step of a ring.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
   """Attention of one device's queries over all devices' keys."""
@@ -180,6 +184,7 @@ def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
 def _attend_backward(settings, residuals, dout_BKGTC):
   num_shards, kind, _, shape = settings
   q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, out_BKGTC, log_sum_BKGT = residuals
+  # The mean of dP under P, without P (FlashAttention-2, algorithm 2).
   delta_BKGT = jnp.sum(
     dout_BKGTC.astype(jnp.float32) * out_BKGTC.astype(jnp.float32), axis=-1
   )
@@ -192,7 +197,7 @@ def _attend_backward(settings, residuals, dout_BKGTC):
     dq.astype(q_BKGTC.dtype),
     dk.astype(k_BKTC.dtype),
     dv.astype(v_BKTC.dtype),
-    None,
+    None,  # segment ids have no gradient
   )
 
 

@@ -48,8 +48,10 @@ def gradients(
   dhi, dkeys_hi = partial.gradients(hi, keys, saved_hi, shape)
 
   def scatter(d_BKSC, dlo_BKSC):
+    # The lo queries saw the first half of the keys only.
     first, second = partial.halves(d_BKSC, partial.KEY_AXIS)
     d_BKSC = jnp.concatenate([first + dlo_BKSC, second], partial.KEY_AXIS)
+    # Sums over all devices; each device keeps the gradients of its own keys.
     return jax.lax.psum_scatter(
       _to_balanced(d_BKSC, num_shards),
       _AXIS,

@@ -53,6 +53,8 @@ def attend(
     # The held keys come from device (i - hops) mod n.
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
     held_lo, held_hi = partial.halves(held, partial.KEY_AXIS)
+    # Of an earlier device: (lo, lo keys) and (hi, lo keys); of a later device:
+    # (hi, lo keys) and (hi, hi keys).
     first = attend_part(_select(is_earlier, lo, hi), held_lo)
     second = attend_part(hi, _select(is_earlier, held_lo, held_hi))
     merged = partial.merge(_select(is_earlier, result_lo, result_hi), first)
@@ -93,6 +95,7 @@ def gradients(
   dlo, dkeys_lo = gradients_of(*_causal(lo, own_lo), saved_lo)
   dhi, dkeys_too = gradients_of(hi, own_lo, saved_hi)
   dhi_too, dkeys_hi = gradients_of(*_causal(hi, own_hi), saved_hi)
+  # Both parts of queries see the device's own lo keys.
   dqueries = dlo, dhi + dhi_too
   dkeys = _add(dkeys_lo, dkeys_too), dkeys_hi
 
@@ -102,6 +105,7 @@ def gradients(
     dkeys_lo, dkeys_hi = _pass_on(dkeys, num_shards)
     is_earlier = jax.lax.axis_index(_AXIS) >= hops
     held_lo, held_hi = partial.halves(held, partial.KEY_AXIS)
+    # The same two pairs as in the forward pass.
     dq, dfirst = gradients_of(
       _select(is_earlier, lo, hi),
       held_lo,

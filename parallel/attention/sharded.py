@@ -99,15 +99,3 @@ def over_mesh(
     # declare their axes.
     check_vma=False,
   )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
-
-
-def heads_problem(mesh: Mesh, num_heads: int, num_kv_heads: int) -> str:
-  """Returns why a model's heads do not divide over a mesh; '' if they do."""
-  parts = mesh.shape[HEADS]
-  for name, heads in (('num_heads', num_heads), ('num_kv_heads', num_kv_heads)):
-    if heads % parts:
-      return (
-        f'got model.{name} = {heads}, expected a multiple of parallel.tensor ='
-        f' {parts}; change one of them or set execution.attention = reference'
-      )
-  return ''

@@ -1,4 +1,4 @@
-"""The roofline's table; the rates themselves are the machine's business."""
+"""The table of measured rates; no assertion on the rates."""
 
 import jax
 

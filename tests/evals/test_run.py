@@ -123,6 +123,13 @@ def test_an_option_that_would_be_ignored_is_refused(kind, fields):
     run.open_task(f'{kind}:a.jsonl', options_lib.Options(**fields))
 
 
+@pytest.mark.parametrize('kind', [k for k in run.KINDS if k != 'lm_eval'])
+def test_a_file_that_is_missing_is_named(kind, tmp_path):
+  path = tmp_path / 'none.jsonl'
+  with pytest.raises(FileNotFoundError, match=f'^{path}: got no such file'):
+    run.open_task(f'{kind}:{path}')
+
+
 def test_a_new_kind_is_a_class_and_a_line(files, monkeypatch):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Lengths(task_lib.Task):

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
-from storage import atomic
+from storage import atomic, digests
 from tests.helpers import frozen_dirs
 
 
@@ -133,7 +133,7 @@ def test_messages_name_the_file_and_the_remedy(copy):
     frozen_format.read(copy)
   (copy / 'generation.json').unlink()
   with pytest.raises(
-    FileNotFoundError, match='generation.json: got no such file, expected one'
+    FileNotFoundError, match='generation.json: got no such file, expected a'
   ):
     frozen_format.read(copy)
 
@@ -314,14 +314,14 @@ def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
   fields['model'] = {
     name: value for name, value in fields['model'].items() if name not in later
   }
-  fields['manifest_digest'] = manifest_lib._digest(fields)
+  fields['manifest_digest'] = digests.of_json(fields)
   (copy / 'manifest.json').write_text(json.dumps(fields))
   frozen = frozen_format.read(copy)
   assert frozen.config == frozen_dirs.config()
   assert frozen.manifest.origin == {}
   # Some of them alone is neither what was written then, nor now.
   fields['model']['window'] = 0
-  fields['manifest_digest'] = manifest_lib._digest(fields)
+  fields['manifest_digest'] = digests.of_json(fields)
   (copy / 'manifest.json').write_text(json.dumps(fields))
   with pytest.raises(ValueError, match='missing fields'):
     frozen_format.read(copy)

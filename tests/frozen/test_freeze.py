@@ -65,7 +65,7 @@ def test_params_are_cast():
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """What training leaves behind, written by orbax alone."""
+  """A workdir as training writes it, but written by orbax alone."""
   workdir = tmp_path_factory.mktemp('run')
   config, params = _scanned()
   run = {
@@ -122,8 +122,8 @@ def test_a_damaged_checkpoint_is_not_frozen(workdir, tmp_path):
   (copy / 'checkpoints' / '10' / 'progress.json').write_text('{}')
   with pytest.raises(
     seals.DamagedError,
-    match=r'10/progress.json: got 2 bytes with SHA-256 .*, expected \d+ with'
-    ' .*; put a good copy there, or choose another step',
+    match=r'10/progress.json: got 2 bytes and SHA-256 .*, expected \d+ bytes'
+    ' and .*; put a good copy there, or choose another step',
   ):
     freeze.freeze_checkpoint(copy, out=tmp_path / 'f')
   assert not (tmp_path / 'f').exists()

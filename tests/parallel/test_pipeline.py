@@ -1,4 +1,4 @@
-"""The pipeline: its schedule, and that it computes what a plain loop does."""
+"""The pipeline: its schedule, its results and its messages."""
 
 import functools
 import re
@@ -68,7 +68,7 @@ def test_the_schedule_as_a_table():
   [(2, 1, 2), (4, 1, 8), (2, 2, 4), (4, 3, 8), (3, 2, 9)],
 )
 def test_the_schedule_is_that_of_a_ring(num_stages, repeats, num_microbatches):
-  """Played out: a stage takes what its neighbour had, or the next in line."""
+  """Simulated: a stage takes its neighbour's micro-batch, or a waiting one."""
   schedule = pipeline.make_schedule(num_stages, repeats, num_microbatches)
   waiting = list(range(num_microbatches))
   held = [None] * num_stages  # (micro-batch, repeat) that each works on
@@ -88,21 +88,21 @@ def test_the_schedule_is_that_of_a_ring(num_stages, repeats, num_microbatches):
       if job is not None:
         assert (schedule.microbatch[t, s], schedule.repeat[t, s]) == job
   assert [*finished, held[-1][0]] == list(range(num_microbatches))
-  # The bubble's share of the time, as the module's docstring has it.
+  # The share of the bubble, by the formula of the module's docstring.
   bubble = num_stages - 1
   assert np.mean(~schedule.is_real) == pytest.approx(
     bubble / (num_microbatches * repeats + bubble)
   )
 
 
-# What is computed.
+# Results against a plain loop over the layers.
 
 
 @pytest.mark.parametrize(
   ('num_stages', 'repeats'), [(2, 1), (4, 1), (2, 2), (4, 2), (2, 4)]
 )
 def test_every_microbatch_visits_every_layer_in_order(num_stages, repeats):
-  """Each layer writes its number down as the next digit."""
+  """Each layer appends its number to x as a decimal digit."""
 
   def write_down(params, x_BTD, shared, key):
     del shared, key
@@ -123,7 +123,7 @@ def test_every_microbatch_visits_every_layer_in_order(num_stages, repeats):
 
 
 def _mlp_layer(params, x_BTD, shared, key):
-  """A residual layer whose sums have a gradient too."""
+  """A residual layer; its sums have a gradient, too."""
   del key
   offsets_BT, nothing = shared
   assert nothing is None
@@ -179,7 +179,7 @@ def test_outputs_sums_and_gradients_are_a_plain_loops(
   found = jax.jit(functools.partial(grad, run))(*inputs)
   (_, (_, sums)), _ = found
   assert sums['load'].shape == (NUM_LAYERS, HIDDEN)
-  # A layer sees each micro-batch once, whatever a bubble has passed through it.
+  # A layer counts each micro-batch once: work of bubbles is not added.
   rows_per_microbatch = 16 // num_microbatches
   np.testing.assert_array_equal(
     sums['count'], NUM_LAYERS * [num_microbatches * rows_per_microbatch]
@@ -190,7 +190,7 @@ def test_outputs_sums_and_gradients_are_a_plain_loops(
 
 
 def test_bubbles_never_make_a_gradient_infinite():
-  """A norm without epsilon has no derivative where there is nothing."""
+  """A norm without epsilon has no derivative at zero."""
 
   def normalise(params, x_BTD, shared, key):
     del shared, key
@@ -235,7 +235,7 @@ def test_keys_belong_to_microbatch_and_layer_not_to_the_schedule():
 
 
 def test_a_port_that_spells_out_devices_runs_inside_a_stage():
-  """As attention kernels and experts do: shard_map, 'stage' unmentioned."""
+  """As attention kernels and experts: shard_map specs that omit 'stage'."""
   mesh = _mesh(stage=2, data=2, tensor=2)
   spec = jax.sharding.PartitionSpec
 
@@ -265,7 +265,7 @@ def test_a_port_that_spells_out_devices_runs_inside_a_stage():
   )
 
 
-# What is sent.
+# Messages between devices.
 
 
 def _collectives(run, mesh, params, x_BTD, offsets_BT):

@@ -1,4 +1,4 @@
-"""Meshes, rules and pmap; what they compute is tests/training/test_step.py."""
+"""Meshes, rules and pmap; tests/training/test_step.py has their results."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Who the processes are, found out from environments that launchers leave.
+"""Detection of the processes of a run from the environments of launchers.
 
-Real ones are started by tests/training/test_several_processes.py.
+tests/training/test_several_processes.py starts real processes.
 """
 
 import socket
@@ -147,14 +147,14 @@ def test_what_launchers_leave_is_understood(environ, expected):
 def test_jax_finds_the_rest_by_the_method_that_is_named(
   monkeypatch, environ, host, count, index, devices
 ):
-  """What `start` leaves to jax, without starting anything."""
+  """The values that `start` leaves to jax, without starting a cluster."""
   for name, value in environ.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(
     cloud_tpu_cluster, 'running_in_cloud_tpu_vm', environ is TPU_POD
   )
   monkeypatch.setattr(cluster, 'running_in_cloud_tpu_vm', environ is TPU_POD)
-  # No metadata server: jax would ask it for whatever is not set.
+  # jax would ask a metadata server for variables that are not set.
   monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
   for name in ('COORDINATOR_ADDRESS', 'NUM_SLICES', 'SLICE_ID'):
     monkeypatch.setenv(f'MEGASCALE_{name}', '')

@@ -47,13 +47,13 @@ def test_what_differs_is_named(directory):
   texts = {d.kind: d.text for d in _differences(directory)}
   assert texts.keys() == {'missing', 'unlisted', 'altered'}
   assert texts['missing'].startswith(
-    f'{directory}/a: got no such file, expected 1 bytes with SHA-256 '
+    f'{directory}/a: got no such file, expected a file with 1 bytes and SHA-'
   )
   assert texts['unlisted'] == (
     f'{directory}/new: got a file that list does not list, expected none'
   )
-  assert texts['altered'].startswith(f'{directory}/b/c: got 1 bytes with SHA-')
-  assert 'expected 2 bytes with' in texts['altered']
+  assert texts['altered'].startswith(f'{directory}/b/c: got 1 bytes and SHA-')
+  assert 'expected 2 bytes and' in texts['altered']
   assert texts['altered'].endswith(': it was truncated or altered')
 
 

@@ -1,4 +1,4 @@
-"""Training, and what a tokenizer file must be to be accepted."""
+"""BPE: training, and saved tokenizers that are refused."""
 
 import json
 import pathlib
@@ -71,6 +71,25 @@ def test_training_is_deterministic_across_processes(tmp_path):
   assert here == there
 
 
+def test_saved_files_and_ids_are_what_they_were(tmp_path):
+  """Golden values: saved tokenizers, and token stores, outlive the code."""
+  tok = bpe.train(TEXTS, 275)
+  tok.save(tmp_path)
+  assert (tmp_path / 'tokenizer_config.json').read_text() == (
+    '{"kind": "bpe", "special_tokens":'
+    ' {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}}'
+  )
+  path = tmp_path / 'tokenizer.json'
+  saved = path.read_bytes()
+  tokenizers.Tokenizer.from_file(str(path)).save(str(path))
+  assert path.read_bytes() == saved
+  for same in (tok, tokenizer.load(tmp_path)):
+    assert same.kind == 'bpe'
+    assert same.encode('the café sat<|eos|>') == [
+      260, 71, 223, 69, 67, 72, 271, 266, 30, 94, 71, 81, 85, 94, 32
+    ]  # fmt: skip
+
+
 def test_decodes_like_the_library_that_trained_it(tmp_path):
   tok = bpe.train(TEXTS, 300)
   tok.save(tmp_path)
@@ -106,7 +125,7 @@ def test_missing_special_token(tmp_path, special):
 
 
 def _saved(directory, model):
-  """Saves a library's model in place of the trained one."""
+  """Replaces the saved model by another one, and loads it."""
   model.save(str(directory / 'tokenizer.json'))
   return tokenizer.load(directory)
 

@@ -1,4 +1,4 @@
-"""Chat templates render as the ecosystem's do, and their failures are told."""
+"""Chat templates: rendering as in transformers, and errors."""
 
 import datetime
 

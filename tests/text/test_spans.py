@@ -1,4 +1,4 @@
-"""Ranges of a text that are not text."""
+"""Spans: ranges of a text that are special tokens."""
 
 import pytest
 

@@ -376,7 +376,7 @@ def _fused_attend(
 def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
   path = run_execution.attention_path(learner.experiment, learner.placement)
   return residuals(
-    learner.experiment, _sizes(learner), policy, path != 'reference'
+    learner.experiment, _sizes(learner), policy, path in ('splash', 'cudnn')
   )
 
 

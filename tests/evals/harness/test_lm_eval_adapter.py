@@ -288,7 +288,8 @@ def test_repeats_are_samples_of_one_prompt():
   assert answers == ['a', 'c', 'b']
   (_, settings, num_samples), _ = seen
   assert num_samples == 2
-  assert (settings.temperature, settings.top_p, settings.seed) == (0.5, 0.9, 5)
+  assert (settings.temperature, settings.seed) == (0.5, 5)
+  assert settings.filters == {'top_p': 0.9}
 
 
 def test_a_prompt_is_cut_to_leave_room(caplog):

@@ -1,4 +1,4 @@
-"""Programs of the device: what each may change, and the shapes they have."""
+"""The compiled programs: their shapes, and the state that each changes."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ from tests.helpers import reference_engine
 
 @pytest.fixture
 def programs():
-  return reference_engine.engine(**reference_engine.TIGHT)._programs
+  return reference_engine.engine(**reference_engine.SIX_SHAPES)._programs
 
 
 @pytest.fixture
 def state():
-  """A state that is not the engine's, with something in every place."""
-  real = reference_engine.engine(**reference_engine.TIGHT)._state
+  """Returns another state than the engine's, with values in every place."""
+  real = reference_engine.engine(**reference_engine.SIX_SHAPES)._state
   rng = np.random.default_rng(0)
   pages = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
@@ -78,7 +78,7 @@ def test_a_step_of_padding_changes_nothing_that_is_anybodys(programs, state):
   after = _host((after.kv_cache, after.slots.last_B, after.slots.seen_BV))
   jax.tree.map(np.testing.assert_array_equal, before[0], after[0])
   for old, new in zip(before[1:], after[1:], strict=True):
-    np.testing.assert_array_equal(old[:8], new[:8])  # the ninth is nobody's
+    np.testing.assert_array_equal(old[:8], new[:8])  # the ninth slot is padding
 
 
 def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):

@@ -144,8 +144,8 @@ def _damage(directory, how):
 @pytest.mark.parametrize(
   ('how', 'words'),
   [
-    ('flip', 'bytes with SHA-256'),
-    ('truncate', 'bytes with SHA-256'),
+    ('flip', 'bytes and SHA-256'),
+    ('truncate', 'bytes and SHA-256'),
     ('empty', 'got 0 bytes'),
     ('remove', 'got no such file'),
     ('add', 'got a file that seal.json does not list, expected none'),
@@ -358,7 +358,7 @@ def _fails_to_seal(monkeypatch, workdir):
 
 
 def _fails_to_hash(monkeypatch, workdir):
-  monkeypatch.setattr(seals, 'digest', _no_space)
+  monkeypatch.setattr(digests, 'of_files', _no_space)
 
 
 def _is_no_directory(monkeypatch, workdir):
