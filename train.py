@@ -37,7 +37,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hardware import targets
-from storage import locks
+from storage import disk, locks
 from training import flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
 
@@ -112,11 +112,10 @@ def main(argv: list[str]) -> int:
 
   from hardware import host_memory
   from parallel import processes
-  from training import loop, run
-  from training.checkpoints import saving
-  from training.reporting import goodput
+  from training import run
+  from training.reporting import goodput, library_logs, reporter
 
-  saving.quiet_libraries()  # and those that did not
+  library_logs.quiet()  # and about those that failed
   host_memory.reuse_freed_memory()
   _join_processes()
   try:
@@ -128,11 +127,11 @@ def main(argv: list[str]) -> int:
     )
   except (ValueError, FileNotFoundError) as error:
     return _failed(error, exit_codes.USER_ERROR)
-  except loop.NonFiniteError as error:
+  except reporter.NonFiniteError as error:
     return _failed(error, exit_codes.NON_FINITE)
   except (
     processes.PeerError,
-    saving.SaveError,
+    disk.SaveError,
     locks.InUseError,
   ) as error:
     return _failed(error, exit_codes.TRY_AGAIN)

@@ -37,10 +37,16 @@ import rich.console
 from benchmarks import timing
 from experiments import quickstart
 from hardware import host_memory
-from training import assemble, experiment as experiment_lib, hooks, loop
+from training import (
+  assemble,
+  evaluator,
+  experiment as experiment_lib,
+  loop,
+  run_context,
+  saver,
+)
 from training.checkpoints import checkpoint, workdir as workdir_lib
-from training.lifecycle import interrupt
-from training.reporting import goodput, metrics
+from training.reporting import goodput
 
 # Steps of the loop are numbered on from turn to turn; the last is never taken.
 _NO_END = 1_000_000
@@ -96,36 +102,29 @@ class Looped:
         )
       )
     )
-    self._saved.recover(lambda text: None)
-    log = stack.enter_context(
-      contextlib.closing(metrics.MetricsLog(workdir, first_step=0))
-    )
+    resume = self._saved.open()
     # The bar is drawn as on a terminal, which costs more than lines do.
-    null = open(os.devnull, 'w')  # noqa: SIM115
-    stack.callback(null.close)
-    terminal = stack.enter_context(
-      metrics.Terminal(
+    null = stack.enter_context(open(os.devnull, 'w'))  # noqa: SIM115
+    context = stack.enter_context(
+      run_context.opened(
+        experiment,
+        parts,
+        workdir,
         rich.console.Console(file=null, force_terminal=True),
-        num_steps=experiment.num_steps,
+        goodput=self.goodput,
+        resume=resume,
+        last_checkpoint=self._saved.wait,
       )
     )
-    self._reporter = loop.Reporter(
-      log,
-      terminal,
-      self.goodput,
-      learning_rate=parts.learner.schedule,
-      mfu_per_token_rate=1.0,
-      last_checkpoint=self._saved.latest_step,
-    )
-    stack.callback(self._reporter.close)
-    self._keeper = hooks.Keeper(
+    self._reporter = context.reporter
+    self._saver = saver.Saver(
       experiment,
       parts,
-      self._saved,
-      checkpoint.Progress(),
-      self._reporter,
-      interrupt.Interrupt(),
-      hooks.Outlets(log, terminal),
+      context,
+      saved=self._saved,
+      evaluator=evaluator.Evaluator(experiment, parts, context),
+      before=checkpoint.Progress(),
+      first_step=resume.step,
     )
 
   def take(self, num_steps: int, train_step: Any = None) -> float:
@@ -143,7 +142,7 @@ class Looped:
       report_every=self._experiment.log_every_steps,
       hooks=[
         loop.Hook(
-          self._experiment.checkpoint.every_steps, self._keeper.save, 'save'
+          self._experiment.checkpoint.every_steps, self._saver.save, 'save'
         )
       ],
       should_stop=lambda step: step == last,

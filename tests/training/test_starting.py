@@ -11,10 +11,10 @@ import pytest
 
 from data import data_config
 from frozen import format as frozen_format
-from storage import atomic, locks
+from storage import atomic, disk, locks
 from tests.helpers import tiny_run
 from training import experiment
-from training.checkpoints import saving, workdir as workdir_lib
+from training.checkpoints import workdir as workdir_lib
 from training.optimizer import chain, rules
 from training.reporting import goodput
 
@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
 
   monkeypatch.setattr(atomic, 'write_text', no_space)
   with pytest.raises(
-    saving.SaveError,
+    disk.SaveError,
     match=r'run: got .*No space left on device, expected to write there; make'
     ' room, and start again: nothing was changed',
   ):

@@ -266,6 +266,18 @@ class Goodput:
       # Not durable: the loop would wait for the disk once a second.
       atomic.write_text(path, ''.join(lines), durable=False)
 
+  @contextlib.contextmanager
+  def written(self) -> Iterator[None]:
+    """Brings the file up to date before and after the block.
+
+    After it even if the block fails: the time of a failed attempt counts.
+    """
+    self.write()
+    try:
+      yield
+    finally:
+      self.write()
+
 
 def process_age() -> float:
   """Returns how long ago this process was started; 0 where nobody tells.

@@ -10,7 +10,7 @@ from parallel import processes
 from training import assemble, experiment as experiment_lib
 from training.evaluation import validation
 from training.lifecycle import interrupt
-from training.reporting import metrics
+from training.reporting import metrics, terminal
 
 
 def describe(
@@ -138,7 +138,7 @@ def summarise(
   losses = [r['loss'] for r in records if r['kind'] == 'train']
   say(
     console,
-    f'loss       {losses[0]:.3f} {metrics.sparkline(losses)} {losses[-1]:.3f}',
+    f'loss       {losses[0]:.3f} {terminal.sparkline(losses)} {losses[-1]:.3f}',
   )
   evals = [r for r in records if r['kind'] == 'eval']
   for record in evals[-1:]:
