@@ -1,21 +1,21 @@
-"""What the loop costs beside the bare jitted step: at most 3 %.
+"""The cost of the loop beside the bare jitted step: at most 3 %.
 
     python -m benchmarks.loop_overhead
 
 Two sides take turns of 200 steps:
 
-    bare   the compiled train step, again and again on one batch that lies on
-           the devices, waited for at the end
-    loop   what `train.py` runs: batches from the text, metrics to JSONL and
-           TensorBoard, the progress bar, and one checkpoint as the quickstart
-           has it, which is written while the steps go on
+    bare   the compiled train step, repeated on one batch that is already on the
+           devices, and waited for at the end
+    loop   the loop of `train.py`: batches from the text, metrics to JSONL and
+           TensorBoard, the progress bar, and one checkpoint as in the
+           quickstart, which is written while the steps continue
 
-`overhead` is the median over rounds of loop / bare - 1. Of the quickstart it is
-what the project promises; a model too small for anything, without checkpoints,
-shows what a step costs the host. The same is broken out by part with a step
-that does nothing, so that no part can hide behind the devices: an accelerator
-sees of it what is longer than its step, and the reports. Evaluation is not the
-loop's.
+`overhead` is the median over rounds of loop / bare - 1. The project promises a
+limit for the quickstart. A tiny model without checkpoints shows the cost of a
+step on the host. The second table gives this cost by part, measured with a step
+that does nothing, so that no part is hidden behind the devices. On an
+accelerator only the reports cost time, and host work that takes longer than the
+step. Evaluation is not measured.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ from training import (
 from training.checkpoints import checkpoint, workdir as workdir_lib
 from training.reporting import goodput
 
-# Steps of the loop are numbered on from turn to turn; the last is never taken.
+# The step numbers of the loop continue from turn to turn, and never end.
 _NO_END = 1_000_000
 _STEPS = 200  # of a turn
 _PARTS = {
@@ -60,7 +60,7 @@ _PARTS = {
 
 
 def experiments() -> dict[str, experiment_lib.Experiment]:
-  """Returns what is trained, by name."""
+  """Returns the experiments by name."""
   small = quickstart.get_config()
   small.num_steps = _NO_END
   tiny = dataclasses.replace(
@@ -81,7 +81,7 @@ def experiments() -> dict[str, experiment_lib.Experiment]:
 
 
 class Looped:
-  """The loop of a run, which goes on for some steps at a time."""
+  """The loop of a run, taken in turns of some steps."""
 
   def __init__(
     self,
@@ -103,7 +103,7 @@ class Looped:
       )
     )
     resume = self._saved.open()
-    # The bar is drawn as on a terminal, which costs more than lines do.
+    # Drawn as on a terminal: the bar costs more than plain lines.
     null = stack.enter_context(open(os.devnull, 'w'))  # noqa: SIM115
     context = stack.enter_context(
       run_context.opened(
@@ -154,7 +154,7 @@ class Looped:
     return time.perf_counter() - start
 
   def take_nothing(self) -> dict[str, float]:
-    """Goes round without taking a step; returns seconds by part."""
+    """Runs the loop with a step that does nothing; returns seconds by part."""
     before = {part: self.goodput.seconds(part) for part in _PARTS}
     done = {'loss': jax.numpy.float32(1.0), 'weight': jax.numpy.float32(1.0)}
     numbers = iter(range(self._step + 1, _NO_END))
@@ -172,7 +172,7 @@ class Looped:
 
 
 def bare_turn(parts: assemble.Parts) -> timing.Turn:
-  """Returns a turn of the compiled step alone, warmed up."""
+  """Returns a turn of the compiled step alone, already warm."""
   train_step = parts.learner.compile_train_step()
   state = parts.learner.init(jax.random.key(0))
   batch = parts.learner.placement.put_batch(next(parts.batches))
@@ -192,7 +192,7 @@ def bare_turn(parts: assemble.Parts) -> timing.Turn:
 def measure(
   name: str, experiment: experiment_lib.Experiment, rounds: int
 ) -> dict[str, Any]:
-  """Measures one model; returns everything that `report` prints."""
+  """Measures one model; returns the values that `report` prints."""
   with contextlib.ExitStack() as stack:
     workdir = pathlib.Path(
       stack.enter_context(tempfile.TemporaryDirectory(prefix='loop_overhead_'))
@@ -200,7 +200,7 @@ def measure(
     parts = assemble.assemble(experiment, workdir, lambda text: None)
     stack.callback(parts.batches.close)
     looped = Looped(experiment, parts, workdir, stack)
-    # Turns end halfway between checkpoints: none is still being written.
+    # A turn ends halfway between two checkpoints, when none is being written.
     looped.take(_STEPS // 2)
     seconds = timing.interleave(
       {
@@ -258,7 +258,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Measures the models of the flags, and prints and writes the results."""
   del argv
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()  # as train.py does
@@ -275,7 +275,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_enum('model', 'all', ['all', *experiments()], 'What to train.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
+  flags.DEFINE_enum(
+    'model', 'all', ['all', *experiments()], 'Model to measure.'
+  )
+  flags.DEFINE_integer('rounds', 5, 'Turns of each side.')
   flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
   app.run(main)

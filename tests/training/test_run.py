@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_before_run_json_can_be_started(corpus, tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'checkpoints').mkdir(parents=True)
   (workdir / '.shared-0a1b2c3d').touch()
-  (workdir / 'run.tmp').write_text('{"experi')
+  (workdir / '.run.json.partial-0a1b2c3d').write_text('{"experi')
   result, _ = _run(_experiment(corpus, num_steps=2), workdir)
   assert result.step == 2
 

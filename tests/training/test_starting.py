@@ -154,9 +154,10 @@ def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
   _, printed = tiny_run.run(
     tiny_run.experiment(corpus, num_steps=3, optimizer=optimizer), copy
   )
-  assert '4 steps are taken, more than the 3 of config.num_steps' in printed
+  assert 'taken 4 steps, more than config.num_steps = 3:' in printed
   assert (
-    'nothing is left to train, so this changes nothing: optimizer.peak_lr: got'
+    'no step is left to take, so these values have no effect: optimizer.peak_lr'
+    ': got'
     ' 0.002'
   ) in printed
   assert 'is complete: step 4' in printed
