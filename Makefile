@@ -15,6 +15,11 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 SURVIVE_ARGS ?=
 
+# One worker per core. A file stays on one worker, so that what its tests share
+# is made once; tests/conftest.py starts the files that took longest first.
+PYTEST = $(PY) -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
+  --durations=25
+
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
@@ -23,7 +28,7 @@ PLAN := $(VENV)/.installed-plan
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format bench bench-peer plan-table survive clean
+.PHONY: help quickstart test test-slow test-all lint format bench bench-peer plan-table survive clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
@@ -37,10 +42,13 @@ quickstart: $(CORE)  ## Train a small model (minutes), freeze it, complete promp
 	  --prompt='import '
 
 test: $(DEV)  ## The fast tests; TEST_ARGS='-k name' to choose
-	@$(PY) -m pytest -n auto -m 'not slow' $(TEST_ARGS)
+	@$(PYTEST) -m 'not slow' $(TEST_ARGS)
 
 test-slow: $(DEV)  ## The slow tests, which CI runs too
-	@$(PY) -m pytest -n auto -m slow $(TEST_ARGS)
+	@$(PYTEST) -m slow $(TEST_ARGS)
+
+test-all: $(DEV)  ## All tests, as CI runs them
+	@$(PYTEST) $(TEST_ARGS)
 
 lint: $(DEV)  ## Check format, lint and types
 	@$(PY) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""Life two: frozen weights answer prompts, and nothing here changes them.
+"""Life two: frozen weights answer prompts, and no weight changes.
 
     python serve.py --model=DIR --prompt='def add('
     python serve.py --model=DIR --chat
@@ -7,41 +7,50 @@
     python serve.py --model=DIR --plan=v5e:2x4
 
 DIR is a frozen directory: `train.py` writes one, and so does
-`python -m frozen.freeze`. What is not chosen by a flag is as DIR recommends.
+`python -m frozen.freeze`. A setting without a flag is as DIR recommends.
 
---port answers for anybody who reaches it, unless --api_keys names a file of
-lines `name:key`: then for who sends one of them, and each name has its share
-of the engine and its own cache of prompts.
+--port answers every client that can reach it. With --api_keys=FILE, where FILE
+has lines `name:key`, it answers only clients that send one of the keys. Each
+name then has its share of the engine and its own cache of prompts.
 """
 
 import contextlib
 import os
 import pathlib
 import sys
-from typing import Any
 
 from absl import app, flags, logging
 
+# None of these imports JAX: --help and a wrong flag need not wait for it.
+from evals import options as eval_options
+from inference import flags as flags_lib
+from inference.engine import engine_config
+from inference.sampling import settings as settings_lib
+
 FLAGS = flags.FLAGS
 _WAYS = 'prompt', 'chat', 'port', 'eval', 'plan'
-_SETTINGS = (
-  'temperature',
-  'top_k',
-  'top_p',
-  'min_p',
-  'repetition_penalty',
-  'presence_penalty',
-  'frequency_penalty',
-  'seed',
-  'n',
-  'max_tokens',
-  'min_tokens',
-  'stop',
-  'stop_ids',
-  'ignore_eos',
+_SETTINGS = flags_lib.Group(
+  config=settings_lib.Settings,
+  ways=('prompt', 'chat'),
+  default_words="the model's recommendation, else {}",
 )
-_ENGINE = 'engine.'  # in front of the fields of an EngineConfig
-_EVAL = 'eval.'  # and of evals.run.Options
+_ENGINE = flags_lib.Group(
+  config=engine_config.EngineConfig,
+  prefix='engine.',
+  ways=('prompt', 'chat', 'port', 'eval'),
+)
+_EVAL = flags_lib.Group(
+  config=eval_options.Options, prefix='eval.', ways=('eval',)
+)
+# Ways of asking that the other flags matter to, where it is not all of them.
+_HEEDED_BY = {
+  'n': ('prompt',),
+  'host': ('port',),
+  'api_keys': ('port',),
+  'drain_seconds': ('port',),
+  'eval_out': ('eval',),
+  'compilation_cache': _ENGINE.ways,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -55,11 +64,11 @@ def main(argv: list[str]) -> None:
     )
   (way,) = asked
   _check_heeded(way)
-  logging.set_verbosity(logging.WARNING)  # orbax tells its every step
-  # A terminal that cannot show a character shows a mark in its place.
+  logging.set_verbosity(logging.WARNING)  # orbax logs each of its steps
+  # A terminal that cannot show a character shows a question mark instead.
   sys.stdout.reconfigure(errors='replace')  # pyright: ignore
   try:
-    # Imported here: --help and a wrong flag need not wait for JAX.
+    # Imported here, since these import JAX.
     if way == 'plan':
       from inference import plan
 
@@ -71,11 +80,11 @@ def main(argv: list[str]) -> None:
     elif way == 'chat':
       from inference import chat
 
-      chat.run(_load_small(1), _chosen(), read=input, write=_show)
+      chat.run(_load_small(1), _SETTINGS.given(), read=input, write=_show)
     elif way == 'eval':
       _evaluate()
     else:
-      _complete(FLAGS.prompt, _chosen())
+      _complete(FLAGS.prompt, _SETTINGS.given())
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     _fail(str(error))
   except KeyboardInterrupt:
@@ -117,10 +126,11 @@ def _complete(prompt: str, chosen) -> None:
 
 
 def _speed(completions, compile_seconds: float) -> str:
-  """Returns what the completions of one prompt took, compilation apart."""
+  """Returns the speed of the completions of one prompt, without compilation."""
   first = completions[0]
   took = first.usage
-  # The first token of each comes out of prefill. All are decoded together.
+  # Prefill gives the first token of each completion. The others are decoded
+  # together, so the slowest completion has the time of all.
   num_decoded = sum(each.num_completion_tokens - 1 for each in completions)
   seconds = max(each.usage.decode_seconds for each in completions)
   prefill = f'{took.prefill_tokens / took.prefill_seconds:,.0f} tokens/s'
@@ -141,65 +151,20 @@ def _evaluate() -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
   from evals import run
   from evals.results import report
-  from inference import generate
+  from inference import generate, model_port
 
-  given: dict[str, Any] = {
-    name.removeprefix(_EVAL): FLAGS[name].value
-    for name in FLAGS
-    if name.startswith(_EVAL) and FLAGS[name].value is not None
-  }
-  # Files are read first: a wrong one need not wait for the engine.
-  task = run.open_task(FLAGS.eval, run.Options(**given))
+  # Files are read first, so that a wrong one is refused before weights load.
+  task = run.open_task(FLAGS.eval, eval_options.Options(**_EVAL.given()))
   generator = generate.load(FLAGS.model, _engine_config())
-  result = task.run(_evaluated(generator))
+  result = task.run(model_port.evaluated(generator))
   print(report.text(result))
   if FLAGS.eval_out:
     result.save(FLAGS.eval_out)
     print(f'saved {FLAGS.eval_out}; python -m evals.compare A.json B.json')
 
 
-def _evaluated(generator):
-  """Returns the model that evaluations ask, which is the engine that serves."""
-  from evals import encoding, ports
-  from inference import chat, model_port
-
-  manifest, engine = generator.frozen.manifest, generator.engine
-  # Several ids may end a text; a tokenizer has one of them as its EOS.
-  sample = model_port.sampler(engine, stop_ids=generator.defaults.stop_ids)
-  score = model_port.scorer(engine)
-
-  def score_all(requests):
-    return [ports.Scored(*each) for each in score(requests)]
-
-  def complete(prompts, settings, num_samples):
-    return [
-      [ports.Completion(each.text, each.ids) for each in samples]
-      for samples in sample(prompts, settings, num_samples)
-    ]
-
-  def encode_chat(messages):
-    prompt, _ = chat.render(generator, messages)
-    return list(generator.prompt_ids(prompt))
-
-  return ports.Model(
-    tokenizer=generator.tokenizer,
-    max_length=engine.model_config.max_length,
-    logprob_fn=score_all,
-    sample_fn=complete,
-    adds_bos=manifest.has_bos,
-    encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
-    encode_chat=encode_chat,
-    description={
-      'experiment': manifest.experiment,
-      'weights_digest': manifest.weights_digest,
-      'dtype': manifest.dtype,
-      'step': manifest.step,
-    },
-  )
-
-
 def _listen() -> None:
-  """Serves HTTP until it is told to stop."""
+  """Serves HTTP until a signal stops the server."""
   from frozen import manifest as manifest_lib
   from inference import generate
 
@@ -230,8 +195,8 @@ def _listen() -> None:
       server.run()
   finally:
     if loop.is_loading:
-      # The thread is inside XLA, which nothing interrupts, and in which an
-      # ordinary end of the process would wait, or crash.
+      # The thread compiles. XLA cannot be interrupted, and an ordinary exit of
+      # the process would wait for XLA, or crash.
       sys.stdout.flush()
       os._exit(1)
   if loop.failure:
@@ -239,7 +204,7 @@ def _listen() -> None:
 
 
 def _load_small(num_sequences: int):
-  """Loads an engine that compiles quickly: few sequences, few shapes."""
+  """Loads an engine that compiles quickly, with few sequences and shapes."""
   from inference import generate
 
   return generate.load(
@@ -254,29 +219,21 @@ def _load_small(num_sequences: int):
   )
 
 
-def _engine_config(**defaults):
-  """Returns what the flags say of the engine, else the defaults."""
-  from inference.engine import engine_config
-
-  names = [name for name in FLAGS if name.startswith(_ENGINE)]
-  given = {
-    name.removeprefix(_ENGINE): FLAGS[name].value
-    for name in names
-    if FLAGS[name].value is not None
-  }
-  if (shapes := given.get('decode_shapes')) is not None:
-    given['decode_shapes'] = tuple(shapes)
-  elif 'max_sequences' in given:
+def _engine_config(**defaults) -> engine_config.EngineConfig:
+  """Returns the config of the flags; `defaults` are for flags not given."""
+  given = _ENGINE.given()
+  if 'max_sequences' in given and 'decode_shapes' not in given:
+    # Decode shapes end with max_sequences: those of `defaults` do not fit.
     defaults.pop('decode_shapes', None)
   return engine_config.EngineConfig(**{**defaults, **given})
 
 
 def _cache_compilations() -> None:
-  """Keeps what is compiled for the next start."""
+  """Keeps compiled programs on disk, for the next start."""
   directory = FLAGS.compilation_cache
   if directory is None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
-      return  # JAX reads it
+      return  # JAX reads the variable
     base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     directory = pathlib.Path(base) / 'two-lives' / 'xla'
   if directory == '':
@@ -291,32 +248,18 @@ def _cache_compilations() -> None:
     jax.config.update(name, value)
 
 
-def _chosen() -> dict:
-  """Returns the settings that flags give; None: not given."""
-  chosen = {name: FLAGS[name].value for name in _SETTINGS}
-  for name in ('stop', 'stop_ids'):
-    if (several := FLAGS[name].value) is not None:
-      chosen[name] = tuple(several)
-  return chosen
-
-
 def _heeded_by(name: str) -> tuple[str, ...]:
-  """Returns the ways of asking that a flag means something to."""
-  if name == 'n':
-    return ('prompt',)
-  if name in _SETTINGS:
-    return 'prompt', 'chat'
-  if name in ('host', 'api_keys', 'drain_seconds'):
-    return ('port',)
-  if name == 'eval_out' or name.startswith(_EVAL):
-    return ('eval',)
-  if name == 'compilation_cache' or name.startswith(_ENGINE):
-    return 'prompt', 'chat', 'port', 'eval'
+  """Returns the ways of asking that a flag matters to."""
+  if name in _HEEDED_BY:
+    return _HEEDED_BY[name]
+  for group in (_SETTINGS, _ENGINE, _EVAL):
+    if name in group.fields:
+      return group.ways
   return _WAYS
 
 
 def _check_heeded(way: str) -> None:
-  """Refuses a flag that would change nothing."""
+  """Refuses a flag that would have no effect."""
   for name in FLAGS:
     if FLAGS[name].present and way not in (ways := _heeded_by(name)):
       _fail(
@@ -343,113 +286,63 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('model', None, 'Frozen directory.', required=True)
-  flags.DEFINE_string('prompt', None, 'Complete this text and report speed.')
-  flags.DEFINE_bool('chat', False, 'Talk in the terminal.')
-  flags.DEFINE_integer('port', None, "Serve OpenAI's completions API here.")
-  flags.DEFINE_string(
+  text, count = flags.DEFINE_string, flags.DEFINE_integer
+  text('model', None, 'Frozen directory with the weights.', required=True)
+  text(
+    'prompt',
+    None,
+    'Completes this text, then reports speed and the digest of the weights.',
+  )
+  flags.DEFINE_bool('chat', False, 'Talks with the model in the terminal.')
+  count(
+    'port',
+    None,
+    "Serves OpenAI's completions API over HTTP on this port; 0 picks a free"
+    ' one.',
+  )
+  text(
     'plan',
     None,
-    'Print what serving takes and leave; of a device that is not here, as in'
-    ' v5e:2x4 or h100:8, by compiling for it.',
+    'Prints the memory that serving needs and the speed to expect. With a'
+    ' device that is not here, such as v5e:2x4 or h100:8, compiles for it.',
   )
-  flags.DEFINE_string(
+  text(
     'eval',
     None,
-    'Run a task: perplexity:FILE, choice:FILE.jsonl, generate:FILE.jsonl,'
-    ' gsm8k:FILE.jsonl, lm_eval:TASK[,TASK].',
+    'Evaluates the model in a task, KIND:FILE, such as perplexity:book.txt,'
+    ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl or lm_eval:arc_easy;'
+    ' evals/run.py lists all kinds.',
   )
-  flags.DEFINE_string('eval_out', None, 'File for the result of --eval, JSON.')
-  flags.DEFINE_string(
+  text(
+    'eval_out',
+    None,
+    'File for the result of --eval, as JSON, to compare with other results. If'
+    ' not given, scores are only printed.',
+  )
+  text(
     'compilation_cache',
     None,
-    'Directory that keeps compiled programs for the next start; empty: none.'
-    ' By default JAX_COMPILATION_CACHE_DIR, else ~/.cache/two-lives/xla.',
+    'Directory that keeps compiled programs for the next start; empty keeps'
+    ' none. Default: JAX_COMPILATION_CACHE_DIR, else ~/.cache/two-lives/xla.',
   )
-  flags.DEFINE_string('host', '127.0.0.1', 'Address that --port listens on.')
-  flags.DEFINE_string('api_keys', None, 'File of lines name:key for --port.')
-  flags.DEFINE_integer(
-    'drain_seconds', 30, 'When told to stop: to finish what was asked.'
+  text(
+    'host',
+    '127.0.0.1',
+    'Address that --port listens on. 0.0.0.0 serves other machines too.',
   )
-  _define_settings()
-  _define_engine()
-  _define_options()
-
-
-def _define_settings() -> None:
-  number, count = flags.DEFINE_float, flags.DEFINE_integer
-  number('temperature', None, '0 is greedy.')
-  count('top_k', None, 'Most probable tokens to keep; 0: all.')
-  number('top_p', None, 'Probability mass to keep; 1: all.')
-  number('min_p', None, 'Least share of the top probability.')
-  number('repetition_penalty', None, 'Divides logits of tokens seen; 1: none.')
-  number('presence_penalty', None, 'Taken off tokens made; 0: none.')
-  number('frequency_penalty', None, 'The same, per time made; 0: none.')
-  count('seed', None, 'Of the sampling; drawn if not given.')
-  count('n', None, 'Completions of --prompt.')
-  count('max_tokens', None, 'Most tokens to generate.')
-  count('min_tokens', None, 'Tokens before which nothing stops.')
-  flags.DEFINE_multi_string('stop', None, 'Text to stop at; may be repeated.')
-  flags.DEFINE_multi_integer(
-    'stop_ids', None, 'Token id to stop at; may be repeated.'
+  text(
+    'api_keys',
+    None,
+    'File of lines name:key. --port then answers only clients that send one of'
+    ' the keys. If not given, it answers all clients.',
   )
-  flags.DEFINE_bool('ignore_eos', None, 'Go on behind the end of the text.')
-
-
-def _define_engine() -> None:
-  """Defines the fields of `inference.engine.engine_config.EngineConfig`.
-
-  By hand: importing it would make --help wait for JAX. Without a value the
-  default is the field's own.
-  """
-
-  def define(kind, name: str, text: str, **kwargs):
-    kind(_ENGINE + name, None, text, **kwargs)
-
-  count, choice = flags.DEFINE_integer, flags.DEFINE_string
-  define(count, 'max_sequences', 'Sequences that run at once.')
-  define(count, 'page_size', 'Tokens of a page; 0: the whole context.')
-  define(count, 'num_pages', 'Pages of the cache; 0: what memory allows.')
-  define(count, 'chunk_tokens', 'Prompt tokens computed together, a block.')
-  define(count, 'max_chunks', 'Blocks of a step in which nobody decodes.')
-  define(count, 'max_mixed_chunks', 'Blocks of a step in which somebody does.')
-  define(count, 'stall_context', 'Tokens before such a block: it counts twice.')
-  define(choice, 'kv_dtype', 'What pages hold: model or int8.')
-  define(
-    choice, 'numerics', 'fast, or invariant: the same bits in any company.'
+  count(
+    'drain_seconds',
+    30,
+    'Seconds in which --port finishes open requests after a signal to stop.',
   )
-  define(choice, 'attention', 'auto, reference or kernel.')
-  define(flags.DEFINE_bool, 'prefix_cache', 'Keep the prompts of before.')
-  define(
-    flags.DEFINE_bool,
-    'share_prefixes',
-    'Between principals too, who can then tell what others asked.',
-  )
-  define(count, 'max_waiting', 'Sequences that may wait; more are refused.')
-  define(count, 'aging_steps', 'Of waiting, worth a level of priority.')
-  define(
-    flags.DEFINE_multi_integer,
-    'decode_shapes',
-    'Numbers of decode rows to compile for; may be repeated.',
-  )
-
-
-def _define_options() -> None:
-  """Defines the fields of `evals.run.Options`, without their defaults."""
-
-  def define(kind, name: str, text: str):
-    kind(_EVAL + name, None, text)
-
-  count = flags.DEFINE_integer
-  define(count, 'limit', 'First examples, or blocks of text, to take.')
-  define(count, 'stride', 'Of perplexity, tokens; half of the context if none.')
-  define(count, 'num_fewshot', 'Solved examples in front of each.')
-  define(flags.DEFINE_string, 'fewshot_path', 'File with those, of gsm8k.')
-  define(count, 'max_tokens', 'Of a completion.')
-  define(flags.DEFINE_float, 'temperature', '0 is greedy.')
-  define(count, 'num_samples', 'Of each prompt, for pass@k.')
-  define(count, 'seed', 'Of the samples.')
-  define(flags.DEFINE_bool, 'chat', "Through the model's chat template.")
+  for group in (_SETTINGS, _ENGINE, _EVAL):
+    group.define()
 
 
 if __name__ == '__main__':

@@ -1,32 +1,31 @@
-"""How fast life two answers one request, beside the roofline and a peer.
+"""Decoding speed of one request, beside the memory roofline and a peer.
 
     python -m benchmarks.decode_latency --peer
 
 A Llama-like model of 110M parameters (12 layers, width 768, vocabulary 32000;
-float32, random weights) reads a prompt of 32 tokens and greedily makes 128 more
-for a single stream.
+float32, random weights) reads a prompt of 32 tokens and generates 128 tokens
+greedily, for a single stream.
 
-How to read it. `tokens/s` counts the new tokens over the whole request, prompt
-included; `ms/token` is a decode step alone. Decoding one stream is bound by
-memory: each step reads every weight and the keys and values so far, and
-`bandwidth` is that many bytes per second over the rate at which this device
-read memory in the same round. With `--peer`, transformers' `generate` answers
-the same request in turns with us; `ours / peer` is the median of the rounds'
-ratios of tokens/s: above 1, we are faster.
+Columns. `tokens/s` is the new tokens over the time of the whole request, prompt
+included; `ms/token` is one decode step. Decoding one stream is bound by memory:
+each step reads every weight and all keys and values so far. `bandwidth` is
+these bytes per second over the rate at which this device read memory in the
+same round. With `--peer`, transformers' `generate` answers the same request,
+taking turns with ours. `ours / peer` is the median over rounds of the ratio of
+tokens/s; above 1, ours is faster.
 """
 
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app
 import jax
 import numpy as np
 
-from benchmarks import made_up_text, timing
+from benchmarks import entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config, requests
@@ -36,7 +35,7 @@ from models import flops, model_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """One stream: what answers it, and how long it is."""
+  """One stream: its model and its lengths."""
 
   model: model_config.ModelConfig
   prompt_tokens: int
@@ -44,7 +43,7 @@ class Request:
 
 
 def llama_110m() -> Request:
-  """The request that is judged."""
+  """Returns the request of the published figures."""
   model = model_config.ModelConfig(
     vocab_size=32000,
     num_layers=12,
@@ -61,13 +60,14 @@ def llama_110m() -> Request:
 
 
 def bytes_per_token(request: Request) -> float:
-  """Returns the bytes that the average decode step has to read, float32.
+  """Returns the bytes that the average decode step must read, float32.
 
-  Every weight that multiplies the token, and the keys and values of half of
-  the new tokens after all of the prompt's.
+  These are all weights that multiply the token, the keys and values of the
+  prompt, and those of half of the new tokens.
   """
   model = request.model
   context = request.prompt_tokens + request.new_tokens / 2
+  # Keys and values; all numbers have 4 bytes.
   cache = 2 * model.num_layers * model.num_kv_heads * model.head_width * context
   return 4.0 * (flops.num_matmul_params(model) + cache)
 
@@ -80,18 +80,18 @@ def prompt_ids(request: Request) -> list[int]:
 
 
 def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
-  """Makes an engine of one sequence.
+  """Returns a turn of our engine, warmed up, and its first-token times.
 
-  Returns:
-    A turn that answers the request, and the list to which each turn adds its
-    seconds to the first token.
+  The turn answers the request, and appends the seconds to its first token to
+  the list.
   """
   engine = engine_lib.Engine(
     request.model,
-    made_up_text.random_params(request.model),
-    tokenizer=made_up_text.Tokenizer(request.model.vocab_size),
+    random_model.params(request.model),
+    tokenizer=random_model.Tokenizer(request.model.vocab_size),
     weights_digest='',
-    engine=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
+    # Every turn repeats the prompt: a prefix cache would find it.
+    config=engine_config.EngineConfig(max_sequences=1, prefix_cache=False),
   )
   asked = requests.Request(
     prompt_ids=tuple(prompt_ids(request)),
@@ -115,7 +115,7 @@ def our_turn(request: Request) -> tuple[timing.Turn, list[float]]:
 
 
 def peer_spec(request: Request) -> dict[str, Any]:
-  """The same request for `peer_worker`."""
+  """Returns the same request for `peer_worker`."""
   return {
     'workload': 'generate_llama',
     'prompt': prompt_ids(request),
@@ -125,7 +125,7 @@ def peer_spec(request: Request) -> dict[str, Any]:
 
 
 def peer_model(model: model_config.ModelConfig) -> dict[str, Any]:
-  """The same model as transformers' LlamaConfig has it."""
+  """Returns the fields of transformers' LlamaConfig for the same model."""
   return {
     'vocab_size': model.vocab_size,
     'num_hidden_layers': model.num_layers,
@@ -194,7 +194,7 @@ def run(
 
 
 def report(result: dict[str, Any]) -> str:
-  """Returns the table, and what our side's request consisted of."""
+  """Returns the table, and the times of our side's request."""
   rows = [('', 'tokens/s', 'bandwidth')]
   for side in ('ours', 'peer'):
     if side in result:
@@ -223,22 +223,14 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  try:
-    result = run(llama_110m(), with_peer=args.peer, rounds=args.rounds)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(
+    lambda args: [run(llama_110m(), with_peer=args.peer, rounds=args.rounds)],
+    report,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5, has_peer=True)
   app.run(main)

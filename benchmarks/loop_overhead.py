@@ -1,21 +1,21 @@
-"""The cost of the loop beside the bare jitted step: at most 3 %.
+"""Overhead of the train loop over the bare jitted step: at most 3 %.
 
     python -m benchmarks.loop_overhead
 
 Two sides take turns of 200 steps:
 
-    bare   the compiled train step, repeated on one batch that is already on the
-           devices, and waited for at the end
-    loop   the loop of `train.py`: batches from the text, metrics to JSONL and
-           TensorBoard, the progress bar, and one checkpoint as in the
-           quickstart, which is written while the steps continue
+    bare   the compiled train step, on one batch that is already on the devices;
+           waits for the devices once, at the end
+    loop   the loop of `train.py`: batches from text, metrics to JSONL and
+           TensorBoard, the progress bar, and one checkpoint as the quickstart
+           has it, written while steps continue
 
-`overhead` is the median over rounds of loop / bare - 1. The project promises a
-limit for the quickstart. A tiny model without checkpoints shows the cost of a
-step on the host. The second table gives this cost by part, measured with a step
-that does nothing, so that no part is hidden behind the devices. On an
-accelerator only the reports cost time, and host work that takes longer than the
-step. Evaluation is not measured.
+`overhead` is the median over rounds of loop / bare - 1. The promise of 3 % is
+for the quickstart. A tiny model without checkpoints shows the host's time per
+step. The second table splits the host's time by part, with a step that does
+nothing, so that no part can hide behind the devices. On an accelerator, only
+the part that is longer than its step costs time, and the reports do. Evaluation
+is not measured: it is no part of the loop.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,6 @@ import functools
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -34,7 +33,7 @@ from absl import app, flags, logging
 import jax
 import rich.console
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from experiments import quickstart
 from hardware import host_memory
 from training import (
@@ -48,9 +47,9 @@ from training import (
 from training.checkpoints import checkpoint, workdir as workdir_lib
 from training.reporting import goodput
 
-# The step numbers of the loop continue from turn to turn, and never end.
+# The step number continues from turn to turn and never reaches this end.
 _NO_END = 1_000_000
-_STEPS = 200  # of a turn
+_STEPS = 200  # per turn
 _PARTS = {
   goodput.STEPS: 'dispatch and bookkeeping',
   'input': 'next batch, and sending it',
@@ -60,7 +59,7 @@ _PARTS = {
 
 
 def experiments() -> dict[str, experiment_lib.Experiment]:
-  """Returns the experiments by name."""
+  """Returns the experiments to measure, by name."""
   small = quickstart.get_config()
   small.num_steps = _NO_END
   tiny = dataclasses.replace(
@@ -81,7 +80,7 @@ def experiments() -> dict[str, experiment_lib.Experiment]:
 
 
 class Looped:
-  """The loop of a run, taken in turns of some steps."""
+  """The loop of a run, in turns of some steps."""
 
   def __init__(
     self,
@@ -128,7 +127,7 @@ class Looped:
     )
 
   def take(self, num_steps: int, train_step: Any = None) -> float:
-    """Takes steps, with a checkpoint where one is due; returns the seconds."""
+    """Takes steps, and checkpoints that are due; returns the seconds."""
     last = self._step + num_steps
     start = time.perf_counter()
     self._state = loop.run(
@@ -161,7 +160,7 @@ class Looped:
 
     def step_of_nothing(state, batch):
       del batch
-      # A checkpoint is saved under the step that its state names.
+      # The state's own step number is the name of its checkpoint.
       return dataclasses.replace(state, step=next(numbers)), done
 
     self.take(_STEPS, step_of_nothing)
@@ -172,7 +171,7 @@ class Looped:
 
 
 def bare_turn(parts: assemble.Parts) -> timing.Turn:
-  """Returns a turn of the compiled step alone, already warm."""
+  """Returns a turn of the compiled train step alone, warmed up."""
   train_step = parts.learner.compile_train_step()
   state = parts.learner.init(jax.random.key(0))
   batch = parts.learner.placement.put_batch(next(parts.batches))
@@ -200,7 +199,8 @@ def measure(
     parts = assemble.assemble(experiment, workdir, lambda text: None)
     stack.callback(parts.batches.close)
     looped = Looped(experiment, parts, workdir, stack)
-    # A turn ends halfway between two checkpoints, when none is being written.
+    # Half a turn first, so that turns end halfway between two checkpoints and
+    # none is still being written.
     looped.take(_STEPS // 2)
     seconds = timing.interleave(
       {
@@ -258,26 +258,24 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Measures the models of the flags, and prints and writes the results."""
+  """Runs the benchmark."""
   del argv
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()  # as train.py does
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  results = []
-  for name, experiment in experiments().items():
-    if args.model in ('all', name):
-      results.append(measure(name, experiment, args.rounds))
-      print(report(results[-1]), flush=True)
-  if args.out:
-    timing.write_json(args.out, {'results': results})
+  entry.run(
+    lambda args: (
+      measure(name, experiment, args.rounds)
+      for name, experiment in experiments().items()
+      if args.model in ('all', name)
+    ),
+    report,
+    is_list=True,
+  )
 
 
 if __name__ == '__main__':
+  entry.define_flags(rounds=5)
   flags.DEFINE_enum(
-    'model', 'all', ['all', *experiments()], 'Model to measure.'
+    'model', 'all', ['all', *experiments()], 'The model to train.'
   )
-  flags.DEFINE_integer('rounds', 5, 'Turns of each side.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
   app.run(main)

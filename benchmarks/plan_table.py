@@ -1,12 +1,11 @@
-"""The plans of the presets, formula beside compiler, as experiments/PLANS.md.
+"""The table of plans in experiments/PLANS.md: memory and cost of the presets.
 
     make plan-table
     python -m benchmarks.plan_table --presets=124m,8b
 
-Compiles the train step of each preset for its target ahead of time: minutes
-each on two cores, no accelerator, no data (`pip install -r
-requirements-plan.txt`). Rows of presets that are not named stay as they are in
-the file.
+Compiles the train step of each preset for its target ahead of time. This takes
+minutes each on two cores, and needs no accelerator and no data (`pip install -r
+requirements-plan.txt`). Lines of other presets stay as they are in the file.
 """
 
 import pathlib
@@ -14,13 +13,14 @@ import sys
 
 from absl import app, flags
 
+from checks import expect
 from hardware import compile_ahead, targets
 from training.planning import plan as plan_lib
 
 PATH = pathlib.Path(__file__).parents[1] / 'experiments' / 'PLANS.md'
-# A target of sensible size for each variant of experiments/pretrain.py, and
-# what its device-hour is taken to cost, in dollars: round figures to compare
-# presets by, not a quotation.
+# A target of sensible size for each variant of experiments/pretrain.py, and the
+# assumed price of its device-hour in dollars: round figures to compare presets
+# by, not a quotation.
 PRESETS = {
   '124m': ('v5e:2x4', 1.20),
   '1b': ('v5e:4x4', 1.20),
@@ -28,7 +28,7 @@ PRESETS = {
   '70b': ('v5p:4x8x8', 4.20),
   '30b-a3b': ('v5p:4x4x4', 4.20),
 }
-# What needs no compiler, and what does.
+# Columns that need no compiler, and columns that do.
 ANALYTIC = (
   'preset',
   'target',
@@ -54,20 +54,23 @@ COMPILED = (
 )
 _HEADER = """# Plans of the presets
 
-What `python train.py --config=experiments/pretrain.py:PRESET --plan=TARGET`
-says of each; written by
+The answers of `python train.py --config=experiments/pretrain.py:PRESET
+--plan=TARGET`, written on a machine without accelerators by
 
     make plan-table
 
-on a machine without accelerators. Memory is of one device at its peak: by the
-formula of `training/planning/memory.py`, by the compiler (`memory_analysis` of
-the very train step, compiled ahead of time), and the first over the second.
-Collectives are what one device sends in a step. The three times are the least
-that each resource takes, at the peaks of `hardware/peaks.py`; the largest
-binds. The step is expected at {mfu:.0%} MFU, or at what binds where that allows
-less. Tokens are those of the whole run, dollars at {prices} per device-hour,
-which is assumed and not a quotation: prices change, and
-`--price_per_device_hour` takes yours.
+- formula and compiler GiB: peak memory of one device, by the formula of
+  `training/planning/memory.py`, and by the compiler (`memory_analysis` of the
+  same train step, compiled ahead of time). The ratio is formula over compiler.
+- collectives GB: sent by one device in a step.
+- compute, HBM and links: the least seconds of a step on each resource, at the
+  peaks of `hardware/peaks.py`. The longest binds.
+- step: expected seconds, at {mfu:.0%} MFU, or at the limit of the binding
+  resource if that is slower.
+- tokens: of the whole run.
+- dollars: at {prices} per device-hour.
+  These prices are assumptions, not quotations; `--price_per_device_hour` takes
+  yours.
 
 """
 
@@ -101,7 +104,11 @@ def analytic_cells(preset: str, made: plan_lib.Plan) -> list[str]:
 
 
 def compiled_cells(made: plan_lib.Plan) -> list[str]:
-  """Returns the cells that the compiler has a part in."""
+  """Returns the cells that need the compiler.
+
+  Raises:
+    ValueError: the step does not fit its target.
+  """
   if not isinstance(made.compiled, compile_ahead.Program):
     raise ValueError(
       f'{made.experiment.name}: got a step that does not fit {made.target}'
@@ -135,7 +142,7 @@ def read(text: str) -> dict[str, dict[str, str]]:
 
 
 def write(rows: dict[str, dict[str, str]]) -> str:
-  """Returns the file of the rows, in the order of PRESETS."""
+  """Returns the text of the file, with lines in the order of PRESETS."""
   columns = [*ANALYTIC, *COMPILED]
   lines = [columns, ['---'] * len(columns)]
   lines += [
@@ -155,21 +162,20 @@ def write(rows: dict[str, dict[str, str]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Plans the presets that were asked for and rewrites the file."""
+  """Plans the presets of the flag and rewrites the file."""
   del argv
   wanted = flags.FLAGS.presets or list(PRESETS)
-  unknown = [preset for preset in wanted if preset not in PRESETS]
-  if unknown:
-    sys.exit(
-      f'error: --presets: got {", ".join(unknown)}, expected some of'
-      f' {", ".join(PRESETS)}'
-    )
+  try:
+    for preset in wanted:
+      expect.one_of('--presets', preset, PRESETS)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   path = pathlib.Path(flags.FLAGS.out)
   for preset in wanted:
     made = plan(preset, is_compiled=True)
     print(f'{plan_lib.report(made)}\n', flush=True)
     cells = [*analytic_cells(preset, made), *compiled_cells(made)]
-    # After each, as others take minutes more.
+    # Written after each preset, because the others take minutes more.
     rows = read(path.read_text(encoding='utf-8')) if path.exists() else {}
     rows[preset] = dict(zip((*ANALYTIC, *COMPILED), cells, strict=True))
     path.write_text(write(rows), encoding='utf-8')
@@ -177,6 +183,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   targets.prepare_environment()
-  flags.DEFINE_list('presets', [], 'Which; all if empty.')
-  flags.DEFINE_string('out', str(PATH), 'The file to write.')
+  flags.DEFINE_list('presets', [], 'Presets to plan; all if empty.')
+  flags.DEFINE_string('out', str(PATH), 'The file to rewrite.')
   app.run(main)

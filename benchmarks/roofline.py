@@ -1,22 +1,22 @@
-"""What this machine can do at best, measured: every other speed's yardstick.
+"""Measured peak rates of this machine, the limits of all other benchmarks.
 
     python -m benchmarks.roofline --out=runs/bench/roofline.json
 
-Matmul rate per dtype (float32 accumulation, int32 for int8) and the rate at
-which weights are read from memory. Median over rounds, with the best round
-beside it; the two lie apart where the machine is shared. Training cannot exceed
-the first, single-stream decoding cannot exceed the second (Williams et al.,
-"Roofline", 2009). Where the device has a datasheet, its figures follow.
+Measures the matmul rate per dtype (float32 accumulation, int32 for int8) and
+the rate at which weights are read from memory. Prints the median over rounds
+and the best round; the two differ on a shared machine. Training cannot exceed
+the matmul rate, single-stream decoding cannot exceed the memory rate (Williams
+et al., "Roofline", 2009). Figures of the device's datasheet follow if it has
+one.
 """
 
 import statistics
-import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app
 import jax
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from hardware import peaks
 
 
@@ -32,12 +32,12 @@ def measure(
   """Returns the rates of every round: FLOP/s by dtype, and 'read' in bytes/s.
 
   Args:
-    device: what is measured.
+    device: the device to measure.
     dtypes: operand types of the matmuls.
     size: rows and columns of the matrices.
     megabytes: size of the matrix that is read.
-    rounds: how often everything is measured.
-    seconds: of each measurement.
+    rounds: number of measurements of each rate.
+    seconds: duration of each measurement.
   """
 
   def matmul(dtype):
@@ -52,15 +52,15 @@ def measure(
   return timing.interleave(turns, rounds)
 
 
-def report(device: jax.Device, rates: dict[str, list[float]]) -> str:
-  """Returns the table of measured rates."""
+def report(result: dict[str, Any]) -> str:
+  """Returns the table of measured rates, with those of the datasheet if any."""
   rows = [('', 'median', 'best', '')]
-  for name, values in rates.items():
+  for name, values in result['rates'].items():
     unit = 'GB/s' if name == 'read' else 'GFLOP/s'
     median, best = statistics.median(values), max(values)
     rows.append((name, f'{median / 1e9:.1f}', f'{best / 1e9:.1f}', unit))
-  lines = [timing.table(f'Roofline of {device.device_kind}', rows)]
-  if datasheet := peaks.DATASHEETS.get(device.device_kind):
+  lines = [timing.table(f'Roofline of {result["device"]}', rows)]
+  if datasheet := peaks.DATASHEETS.get(result['device']):
     lines.append(
       f'  {datasheet.source}: {datasheet.bytes_per_s / 1e9:.0f} GB/s; '
       + ', '.join(
@@ -71,32 +71,32 @@ def report(device: jax.Device, rates: dict[str, list[float]]) -> str:
   return '\n'.join(lines)
 
 
-def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
-  del argv
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
+def run(rounds: int) -> dict[str, Any]:
+  """Measures the first device; returns everything that `report` prints."""
   device = jax.devices()[0]
   is_cpu = device.platform == 'cpu'
   rates = measure(
     device,
     dtypes=['float32', 'bfloat16', 'int8'],
+    # Large enough to fill an accelerator; on a CPU, to exceed its caches.
     size=1024 if is_cpu else 8192,
     megabytes=128 if is_cpu else 1024,
-    rounds=flags.FLAGS.rounds,
+    rounds=rounds,
     seconds=0.3,
   )
-  print(report(device, rates))
-  if flags.FLAGS.out:
-    result: dict[str, Any] = {
-      'benchmark': 'roofline',
-      'device': device.device_kind,
-      'rates': rates,
-    }
-    timing.write_json(flags.FLAGS.out, result)
+  return {
+    'benchmark': 'roofline',
+    'device': device.device_kind,
+    'rates': rates,
+  }
+
+
+def main(argv: list[str]) -> None:
+  """Runs the benchmark."""
+  del argv
+  entry.run(lambda args: [run(args.rounds)], report)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('rounds', 5, 'How often everything is measured.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5)
   app.run(main)

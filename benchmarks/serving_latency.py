@@ -1,29 +1,28 @@
-"""What one request costs another: shared prefixes, and prompts that arrive.
+"""Serving latency: prefix reuse, and the cost of an arriving prompt for others.
 
     python -m benchmarks.serving_latency
 
 The 110M model of `decode_latency`, with a context of 4,096.
 
-- **Prefix.** A prompt of 1,000 tokens whose first 900 were seen before, beside
-  one of which nothing was: seconds to the first token, alone on the engine.
-- **Arrival.** 16 sequences decode; then a prompt of 2,000 tokens arrives.
-  Inter-token latency of the others from its arrival to its first token, over
-  their median before: the scheduler's bound is `max_mixed_chunks` chunks of
-  prompt beside the decode rows of a step. `whole` is the same engine without
-  that bound.
+- **Prefix.** Time to first token of a prompt of 1,000 tokens, alone on the
+  engine: with no token seen before, over the first 900 tokens seen before.
+- **Arrival.** While 16 sequences decode, a prompt of 2,000 tokens arrives. The
+  figures are the inter-token latency of these sequences from the arrival to the
+  prompt's first token, over their median latency before. `bounded` is the
+  engine as it is: a step that decodes has at most `max_mixed_chunks` chunks of
+  prompt. `whole` is the same engine without that bound.
 """
 
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, made_up_text, timing
+from benchmarks import decode_latency, entry, random_model, timing
 from hardware import host_memory
 from inference.engine import engine as engine_lib, engine_config, requests
 from inference.sampling import settings as settings_lib
@@ -32,20 +31,20 @@ from models import flops, model_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scenario:
-  """The sizes of both experiments."""
+  """The sizes of both measurements."""
 
   model: model_config.ModelConfig
   engine: engine_config.EngineConfig
-  prefix_tokens: int  # of which `shared` were seen before
-  shared_tokens: int
-  num_decoding: int
-  context_tokens: int  # of each of those
-  settled_steps: int  # before the prompt arrives
-  arriving_tokens: int
+  prefix_tokens: int  # of the prompt whose first token is timed
+  shared_tokens: int  # of these, seen before
+  num_decoding: int  # sequences that decode when the prompt arrives
+  context_tokens: int  # prompt of each decoding sequence
+  settled_steps: int  # decode steps before the prompt arrives
+  arriving_tokens: int  # of the arriving prompt
 
 
 def judged() -> Scenario:
-  """The scenario that is judged."""
+  """Returns the scenario of the published figures."""
   model = decode_latency.llama_110m().model
   return Scenario(
     model=dataclasses.replace(model, max_length=4096),
@@ -62,16 +61,16 @@ def judged() -> Scenario:
 
 
 class Bench:
-  """An engine and a source of prompts that were never seen."""
+  """An engine, and a source of prompts that it has not seen."""
 
   def __init__(self, scenario: Scenario, engine: engine_config.EngineConfig):
     self.scenario = scenario
     self.engine = engine_lib.Engine(
       scenario.model,
-      made_up_text.random_params(scenario.model),
-      tokenizer=made_up_text.Tokenizer(scenario.model.vocab_size),
+      random_model.params(scenario.model),
+      tokenizer=random_model.Tokenizer(scenario.model.vocab_size),
       weights_digest='',
-      engine=engine,
+      config=engine,
     )
     self._rng = np.random.default_rng(0)
 
@@ -81,7 +80,7 @@ class Bench:
     return tuple(self._rng.integers(3, size, num_tokens).tolist())
 
   def submit(self, prompt: tuple[int, ...], new_tokens: int) -> int:
-    """Asks for so many tokens, greedily."""
+    """Submits a greedy request for `new_tokens` tokens; returns its id."""
     settings = settings_lib.Settings(
       temperature=0.0, max_tokens=new_tokens, ignore_eos=True
     )
@@ -90,7 +89,7 @@ class Bench:
     )
 
   def first_token_seconds(self, prompt: tuple[int, ...]) -> float:
-    """Returns the time to the only token of a request, alone."""
+    """Returns the seconds to the first token of a request, alone."""
     start = time.perf_counter()
     self.submit(prompt, 1)
     for _ in self.engine.run():
@@ -98,7 +97,10 @@ class Bench:
     return time.perf_counter() - start
 
   def arrival(self) -> tuple[list[float], list[float]]:
-    """Returns inter-token seconds of the others: before, and during."""
+    """Returns inter-token seconds of decoding sequences: before, and during.
+
+    "During" is from the arrival of the prompt to its first token.
+    """
     scenario, engine = self.scenario, self.engine
     steps = scenario.settled_steps
     room = scenario.model.max_length - scenario.context_tokens
@@ -130,7 +132,7 @@ class Bench:
 
 
 def run(scenario: Scenario, *, rounds: int) -> dict[str, Any]:
-  """Measures both; returns everything that `report` prints."""
+  """Measures prefix and arrival; returns everything that `report` prints."""
   bench = Bench(scenario, scenario.engine)
   unbounded = Bench(
     scenario,
@@ -182,7 +184,7 @@ def run(scenario: Scenario, *, rounds: int) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-  """Returns both tables."""
+  """Returns the line on prefixes and the table on arrivals."""
   rows: list[tuple[str, ...]] = [('', 'median', 'p95', 'largest')]
   bounded = result['stalls']['bounded']
   rows.append(('before it', '1.00', f'{bounded["before_p95"]:.2f}', ''))
@@ -205,19 +207,12 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
   host_memory.reuse_freed_memory()
-  result = run(judged(), rounds=args.rounds)
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(lambda args: [run(judged(), rounds=args.rounds)], report)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('rounds', 3, 'Times that everything is measured.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=3)
   app.run(main)

@@ -1,24 +1,24 @@
-"""How much the engine serves at once, beside other ways and a peer.
+"""Serving speed of many requests, beside other batching and a peer.
 
     python -m benchmarks.serving_throughput --peer
 
 A Llama-like model of 110M parameters (`decode_latency.llama_110m`) answers a
-trace of requests of mixed lengths: prompts and completions of 16 to 256 tokens,
-log-uniform, all asked at once; greedy, no EOS. Four ways take turns:
+trace of requests: prompts and completions of 16 to 256 tokens, log-uniform, all
+submitted at once; greedy, no EOS. Four ways take turns:
 
-  continuous  the engine as it is, 32 sequences at a time
-  serial      one request after another, on the first of the trace
-  static      batches of 32 in order; each runs until its longest is done, and
-              what a row makes after its own end counts for nothing
+  continuous  the engine's continuous batching, 32 sequences at a time
+  serial      one request after another, for the first requests of the trace
+  static      batches of 32 in order; each runs until its longest completion
+              ends, and tokens after a row's own end do not count
   peer        transformers' `generate` on the same batches, padded on the left
 
-How to read it. `tokens/s` counts the new tokens that were asked for over the
-whole time, prompts included; ratios are medians of rounds. `roofline` is the
-least time of the continuous side's steps, reading weights and cache at the rate
-of this machine or multiplying at its rate, whichever is longer, over the time
-taken. Of the engine's own figures: `KV waste` is the share of slots in used
-pages that holds no token, averaged over steps; `contiguous` what it would be if
-each sequence had a row of the whole context, or of exactly its final length.
+Columns. `tokens/s` is the requested new tokens over the whole time, prompts
+included; ratios are medians over rounds. `roofline` is the least time of the
+continuous way over its measured time. The least time is that of reading weights
+and cache, or of all products, at this machine's rates, whichever is longer.
+`KV waste` is the share of slots in used pages that hold no token, averaged over
+steps. `contiguous` is the same share if each sequence had a contiguous row for
+the whole context, or for exactly its final length.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -34,7 +33,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, made_up_text, timing
+from benchmarks import decode_latency, entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import host_memory, peaks as peaks_lib
 from inference.engine import engine as engine_lib, engine_config, requests
@@ -52,11 +51,11 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-  """A trace and what serves it."""
+  """A trace of requests, and the model and engine that serve it."""
 
   model: model_config.ModelConfig
   jobs: tuple[Job, ...]
-  num_serial: int  # of the first jobs, those served one after another
+  num_serial: int  # the first so many jobs are served one after another
   engine: engine_config.EngineConfig
 
 
@@ -76,35 +75,35 @@ def mixed_jobs(
 
 
 def judged(num_jobs: int) -> Workload:
-  """The workload that is judged."""
+  """Returns the workload of the published figures."""
   model = decode_latency.llama_110m().model
   return Workload(
     model=model,
     jobs=mixed_jobs(num_jobs, model.vocab_size, least=16, most=256),
     num_serial=8,
-    # The trace repeats itself in every round: prefixes would be found.
+    # Every round repeats the trace: a prefix cache would find all prompts.
     engine=engine_config.EngineConfig(max_sequences=32, prefix_cache=False),
   )
 
 
 class Ours:
-  """Our side: one engine, used in three ways."""
+  """Our side: one engine, used in three of the ways."""
 
   def __init__(self, workload: Workload):
     self.workload = workload
     self.engine = engine_lib.Engine(
       workload.model,
-      made_up_text.random_params(workload.model),
-      tokenizer=made_up_text.Tokenizer(workload.model.vocab_size),
+      random_model.params(workload.model),
+      tokenizer=random_model.Tokenizer(workload.model.vocab_size),
       weights_digest='',
-      engine=workload.engine,
+      config=workload.engine,
     )
     self.waste: list[float] = []  # of each step of `continuous`
     self.contiguous: list[float] = []
     self.host_shares: list[float] = []
 
   def continuous(self) -> float:
-    """Serves the trace as it comes; returns the seconds it took."""
+    """Serves all jobs at once; returns the seconds taken."""
     metrics = self.engine.metrics
     names = 'engine_host_seconds_total', 'engine_step_seconds_total'
     before = [metrics.value(name) for name in names]
@@ -123,7 +122,7 @@ class Ours:
     return seconds
 
   def serial(self) -> float:
-    """Serves the first jobs one after another."""
+    """Serves the first jobs one after another; returns the seconds taken."""
     start = time.perf_counter()
     for job in self.workload.jobs[: self.workload.num_serial]:
       self._submit(job, job.new_tokens)
@@ -131,7 +130,10 @@ class Ours:
     return time.perf_counter() - start
 
   def static(self) -> float:
-    """Serves batches, each until its longest is done."""
+    """Serves batch after batch; returns the seconds taken.
+
+    Every job of a batch generates as many tokens as the longest one.
+    """
     start = time.perf_counter()
     for batch in batches(self.workload):
       longest = max(job.new_tokens for job in batch)
@@ -153,7 +155,7 @@ class Ours:
       pass
 
   def _note_memory(self) -> None:
-    gauges = self.engine.roster.gauges()
+    gauges = self.engine.manager.gauges()
     if slots := gauges.pages_used * self.engine.page_tokens:
       self.waste.append(1 - gauges.tokens_held / slots)
       whole = gauges.num_running * self.workload.model.max_length
@@ -161,17 +163,17 @@ class Ours:
 
 
 def batches(workload: Workload) -> list[Sequence[Job]]:
-  """Returns the trace cut into batches of as many as run at once."""
+  """Returns the trace in batches of `max_sequences` jobs."""
   size = workload.engine.max_sequences
   jobs = workload.jobs
   return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
 def final_length_waste(jobs: Sequence[Job]) -> float:
-  """Returns the waste of rows that are reserved for exactly the final length.
+  """Returns the waste of contiguous rows of exactly the final length.
 
-  While a sequence grows evenly to its length, the average step finds half of
-  what it will have made still empty.
+  A sequence grows evenly to its final length: in the average step, half of its
+  new tokens are not there yet.
   """
   reserved = sum(
     job.new_tokens * (len(job.prompt) + job.new_tokens) for job in jobs
@@ -181,18 +183,20 @@ def final_length_waste(jobs: Sequence[Job]) -> float:
 
 
 def least_seconds(workload: Workload, peaks: peaks_lib.Peaks) -> float:
-  """Returns the least time of the trace on this device, float32.
+  """Returns the least seconds of the trace on this device, float32.
 
-  Every product once, at the peak rate; or the weights once for as many steps as
-  the tokens take with every row in use, and each token's cache when it is read;
-  whichever is longer.
+  The longer of two times: all products at the peak rate; or all reads of
+  memory, which are the weights once per step of full batches, and the cache of
+  each sequence once per new token.
   """
   model, rows = workload.model, workload.engine.max_sequences
   products = memory = 0.0
   for job in workload.jobs:
     num_prompt, num_new = len(job.prompt), job.new_tokens
+    # The prompt gives the first new token; the last one is not fed back.
     products += flops.span_flops(model, 0, num_prompt, 1)
     products += flops.span_flops(model, num_prompt, num_new - 1, num_new - 1)
+    # Keys and values per token. On average half of the new tokens are cached.
     width = 2 * model.num_layers * model.num_kv_heads * model.head_width
     memory += 4 * width * num_new * (num_prompt + num_new / 2)
   steps = sum(job.new_tokens for job in workload.jobs) / rows
@@ -203,7 +207,7 @@ def least_seconds(workload: Workload, peaks: peaks_lib.Peaks) -> float:
 
 
 def peer_spec(workload: Workload) -> dict[str, Any]:
-  """The same batches for `peer_worker`."""
+  """Returns the same batches for `peer_worker`."""
   return {
     'workload': 'serve_llama',
     'model': decode_latency.peer_model(workload.model),
@@ -218,7 +222,7 @@ def peer_spec(workload: Workload) -> dict[str, Any]:
 
 
 def run(workload: Workload, *, with_peer: bool, rounds: int) -> dict[str, Any]:
-  """Measures the ways in turn; returns everything that `report` prints."""
+  """Measures all ways in turns; returns everything that `report` prints."""
   device = jax.devices()[0]
   peaks = peaks_lib.peaks(device)
   with contextlib.ExitStack() as stack:
@@ -231,7 +235,7 @@ def run(workload: Workload, *, with_peer: bool, rounds: int) -> dict[str, Any]:
     turns.update(
       serial=ours.serial, static=ours.static, continuous=ours.continuous
     )
-    ours.serial()  # the first run touches memory for the first time
+    ours.serial()  # warm-up: the first run touches memory for the first time
     taken = timing.interleave(turns, rounds)
   wanted = sum(job.new_tokens for job in workload.jobs)
   first = workload.jobs[: workload.num_serial]
@@ -267,7 +271,7 @@ def run(workload: Workload, *, with_peer: bool, rounds: int) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-  """Returns the table, and the engine's own figures."""
+  """Returns the table of all ways, and the engine's own figures."""
   rows = [('', 'tokens/s', 'continuous is')]
   for way, rate in result['tokens_per_s'].items():
     ratio = result['ratios'].get(way)
@@ -293,24 +297,18 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
   host_memory.reuse_freed_memory()
-  try:
-    result = run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  print(report(result))
-  if args.out:
-    timing.write_json(args.out, result)
+  entry.run(
+    lambda args: [
+      run(judged(args.jobs), with_peer=args.peer, rounds=args.rounds)
+    ],
+    report,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('jobs', 96, 'Requests in the trace.')
-  flags.DEFINE_integer('rounds', 2, 'Turns that each way gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=2, has_peer=True)
+  flags.DEFINE_integer('jobs', 96, 'Requests in the trace.', 1)
   app.run(main)

@@ -1,9 +1,9 @@
-"""Fair timing on a machine that other things happen on.
+"""Fair timing on a shared machine, and the form of results.
 
-Two sides that are compared take turns, A B A B, so that a slow minute of the
-machine falls on both; the figures are medians over rounds, and a ratio is the
-median of the rounds' ratios. Every benchmark prints a table and, with `--out`,
-writes what it measured as JSON.
+The sides of a comparison take turns, so that a slow minute of the machine slows
+all of them. Figures are medians over rounds, and a ratio is the median of the
+rounds' ratios. Every benchmark prints a table and, with `--out`, writes its
+result as JSON.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from typing import Any
 
 from storage import atomic
 
-# Runs once and returns the seconds it took.
+# Runs one side once; returns the seconds taken.
 Turn = Callable[[], float]
 
 
 def interleave(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
-  """Gives every side one turn per round; returns seconds per side.
+  """Gives every side one turn per round; returns the seconds of each turn.
 
-  The order is reversed in every other round: whoever goes second would else
-  always find the caches and the clock speed that the first left behind.
+  Every second round has the reverse order. Otherwise the same side would always
+  run with the caches and the clock speed that another side left behind.
   """
   seconds = {name: [] for name in turns}
   for i in range(rounds):
@@ -40,23 +40,23 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def busy_note() -> str:
-  """Returns a warning if others are using this machine's cores, or ''.
+  """Returns a warning if other processes use this machine's cores, or ''.
 
-  Contention does not fall evenly: whoever synchronises more threads loses more
-  to it, so a ratio measured on a busy machine flatters one of the sides.
+  Contention does not slow all sides alike: a side that synchronises more
+  threads loses more, so that a ratio from a busy machine is biased.
   """
   cores = os.cpu_count() or 1
   load = os.getloadavg()[0]
   if load <= 0.5 * cores:
     return ''
   return (
-    f'note: load average {load:.1f} on {cores} cores before the start; measure'
-    ' again on an idle machine before believing a ratio'
+    f'note: load average {load:.1f} on {cores} cores before the start; trust a'
+    ' ratio only from an idle machine'
   )
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> str:
-  """Formats rows under a title; the first row holds the column heads."""
+  """Returns rows as text under a title; the first row has the column heads."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [title]
   for row in rows:
@@ -69,7 +69,7 @@ def table(title: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def write_json(path: str, result: dict[str, Any]) -> None:
-  """Writes a result; an existing file is replaced only by a whole one."""
+  """Writes a result; replaces an existing file only by a complete one."""
   target = pathlib.Path(path).expanduser()
   target.parent.mkdir(parents=True, exist_ok=True)
   atomic.write_text(target, json.dumps(result, indent=2) + '\n')

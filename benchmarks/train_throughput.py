@@ -1,4 +1,4 @@
-"""How fast life one trains, beside the roofline and beside a peer.
+"""Training speed of one device, beside the matmul roofline and a peer.
 
     python -m benchmarks.train_throughput --shape=small --peer
 
@@ -8,18 +8,17 @@ a GPT-2 at two shapes:
     small  6 layers, width 384, vocabulary 65: 10.8M; batch 8 x 256
     124m   12 layers, width 768, vocabulary 50304: GPT-2; batch 4 x 256
 
-How to read it. `tokens/s` is the median over rounds. `MFU` is the FLOPs that
-the model needs (`models.flops`, the unneeded half of causal attention not
-counted) per second, over the matmul rate that this device reached in the same
-round. With `--peer`, transformers' GPT2LMHeadModel trains in torch eager on the
-same shapes and takes turns with us; `ours / peer` is the median of the rounds'
-ratios of tokens/s: above 1, we are faster.
+Columns. `tokens/s` is the median over rounds. `MFU` is the FLOPs per second
+that the model needs (`models.flops`, without the masked half of causal
+attention) over the matmul rate that this device reached in the same round. With
+`--peer`, transformers' GPT2LMHeadModel trains in torch eager on the same
+shapes, taking turns with ours. `ours / peer` is the median over rounds of the
+ratio of tokens/s; above 1, ours is faster.
 """
 
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from benchmarks.peer import peer_process
 from experiments import presets
 from hardware import host_memory, peaks
@@ -40,25 +39,26 @@ from training.optimizer import chain, rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-  """What is trained, and on how much per step."""
+  """A model, and the size of its batches."""
 
   model: model_config.ModelConfig
   batch_size: int  # rows
   row_length: int  # tokens
-  steps: int  # optimizer steps per turn, a few seconds' worth
+  steps: int  # optimizer steps per turn, for a few seconds
 
   @property
   def tokens_per_turn(self) -> int:
+    """The tokens that one turn trains on."""
     return self.steps * self.batch_size * self.row_length
 
 
 def gpt2(**sizes: int) -> model_config.ModelConfig:
-  """GPT-2 with its layers apart, which XLA:CPU runs faster than scanned."""
+  """Returns GPT-2 with unrolled layers, which XLA:CPU runs faster."""
   return dataclasses.replace(presets.gpt2(**sizes), scan_layers=False)
 
 
 def shapes() -> dict[str, Shape]:
-  """The shapes by name."""
+  """Returns the shapes by name."""
   return {
     'small': Shape(
       model=gpt2(
@@ -86,7 +86,7 @@ OPTIMIZER = chain.OptimizerConfig(
 
 
 def our_turn(shape: Shape) -> timing.Turn:
-  """Compiles and warms up our train step; returns a turn of it."""
+  """Returns a turn of our train step, compiled and warmed up."""
   model = transformer.Transformer(shape.model)
   optimizer = chain.make_optimizer(
     OPTIMIZER, 1, shape.model, state_lib.abstract_params(model)
@@ -95,7 +95,7 @@ def our_turn(shape: Shape) -> timing.Turn:
     jax.random.key(0)
   )
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer),
+    step.make_train_step(model, next_token.NextToken(), optimizer),
     donate_argnums=0,
   )
   batch = _batch(shape)
@@ -126,7 +126,7 @@ def _batch(shape: Shape) -> dict[str, jax.Array]:
 
 
 def peer_spec(shape: Shape) -> dict[str, Any]:
-  """The same training for `peer_worker`."""
+  """Returns the same training for `peer_worker`."""
   model = shape.model
   return {
     'workload': 'train_gpt2',
@@ -223,28 +223,21 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints, and writes what the flags ask for."""
+  """Runs the benchmark."""
   del argv
   host_memory.reuse_freed_memory()  # as train.py does
-  args = flags.FLAGS
-  if note := timing.busy_note():
-    print(note, file=sys.stderr)
-  results = []
-  try:
-    for name in shapes() if args.shape == 'all' else [args.shape]:
-      results.append(
-        run(name, shapes()[name], with_peer=args.peer, rounds=args.rounds)
-      )
-      print(report(results[-1]), flush=True)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  if args.out:
-    timing.write_json(args.out, {'results': results})
+  entry.run(
+    lambda args: (
+      run(name, shape, with_peer=args.peer, rounds=args.rounds)
+      for name, shape in shapes().items()
+      if args.shape in ('all', name)
+    ),
+    report,
+    is_list=True,
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_enum('shape', 'all', ['all', 'small', '124m'], 'What to train.')
-  flags.DEFINE_bool('peer', False, 'Compare with transformers on torch.')
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.')
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
+  entry.define_flags(rounds=5, has_peer=True)
+  flags.DEFINE_enum('shape', 'all', ['all', *shapes()], 'The model to train.')
   app.run(main)

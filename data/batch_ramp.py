@@ -1,7 +1,7 @@
 """Batch sizes that grow during a run, in closed form.
 
-A ramp lists (step, rows): from that step on, counted from 0, a batch has so
-many rows.
+A ramp is a list of (step, rows): from `step` on, counted from 0, each batch has
+`rows` rows.
 
 Reference: Smith et al. 2018 (arXiv:1711.00489); GPT-3 grew its batch over the
 first billions of tokens (Brown et al. 2020, arXiv:2005.14165, table 2.1).
@@ -19,7 +19,7 @@ def rows_at(ramp: Ramp, step: int) -> int:
 
 
 def rows_before(ramp: Ramp, step: int) -> int:
-  """Returns the rows of all batches before that of `step`."""
+  """Returns the number of rows in all batches before `step`."""
   ends = [start for start, _ in ramp[1:]] + [step]
   return sum(
     rows * max(0, min(end, step) - start)
@@ -28,10 +28,11 @@ def rows_before(ramp: Ramp, step: int) -> int:
 
 
 def check(batch_ramp: Ramp, batch_size: int) -> None:
-  """Refuses a ramp that cannot be.
+  """Raises ValueError if `batch_ramp` does not grow from step 0 to batch_size.
 
-  Raises:
-    ValueError: names what is wrong.
+  Args:
+    batch_ramp: the ramp; an empty one is always valid.
+    batch_size: rows of the last batches.
   """
   if not batch_ramp:
     return
@@ -68,5 +69,5 @@ def _are_pairs(value: Any) -> bool:
 
 
 def _decreases(values: Sequence[int]) -> Iterable[bool]:
-  """Whether each value is not above the one before it."""
+  """Yields for each value after the first whether it does not increase."""
   return (b <= a for a, b in zip(values, values[1:], strict=False))

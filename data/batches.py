@@ -3,18 +3,18 @@
     source -> token store -> packing plan -> rows -> batches
               (once)         (once)
 
-Pairs (input, target) are made within a document, so that no document predicts
-the next one, and every pair is trained exactly once per epoch wherever rows are
-cut. The plan of a source, `data/packing.py`, is the same in every epoch; its
-rows are shuffled over the whole source anew in each. With windows packing, all
-texts are joined, without bos and eos, and rows are drawn from anywhere in it,
-as nanoGPT trains.
+A pair (input, target) lies within one document, so no document predicts the
+next one. Every pair is trained exactly once per epoch, wherever rows are cut.
+The row plan of a source (`data/packing.py`) is the same in every epoch. Each
+epoch shuffles the rows of the whole source anew. With windows packing, all
+texts are joined without bos and eos, and rows start at random tokens of the
+joined text, as in nanoGPT.
 
-The batch of a step is a function of the seed, the step and the weights of the
-mixture, and of nothing else: not of how many threads, workers or processes
-there are, and not of the batches before. A run goes on from any step in the
-same time. Each process makes every global batch and uses its rows; tokens are
-on disk (`data/token_store.py`), so that a row costs microseconds.
+The batch of a step depends on the seed, the step and the weights of the source
+mix only. It does not depend on the number of threads, workers or processes, nor
+on earlier batches. A run therefore resumes from any step in constant time. Each
+process makes every global batch and uses its own rows of it. Tokens are on disk
+(`data/token_store.py`), so a row costs microseconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ from data import (
 
 Batch = rows_lib.Batch
 
-# More steps than any run has; grain wants an end.
+# More steps than any run has: grain needs a finite range.
 _END = 2**62
 
 
@@ -43,18 +43,18 @@ def train_batches(
   *,
   seed: int,
 ) -> 'TrainBatches':
-  """Returns an endless iterator of batches, a function of `seed`.
+  """Returns an endless iterator over training batches.
 
   A batch has tokens, targets, positions and segment_ids, int32 [B, T], and
-  weights, float32 [B, T]; `data/rows.py` says what they hold.
+  weights, float32 [B, T]; `data/rows.py` describes them.
 
   Args:
-    sources: those of `config.train_sources()`, in that order.
-    config: what to make of them.
-    seed: of the order.
+    sources: the rows of `config.train_sources()`, in the same order.
+    config: the data settings, validated.
+    seed: of the order of rows, 0 or more.
 
   Raises:
-    ValueError: a text is too short for windows packing.
+    ValueError: a text has too few tokens for windows packing.
   """
   for source in sources:
     if source.is_random and source.store.num_ids <= config.row_length:
@@ -69,18 +69,18 @@ def train_batches(
 def eval_batches(
   source: rows_lib.Rows, config: data_config.DataConfig
 ) -> 'EvalBatches':
-  """Returns one pass over every pair of `source`, in order, as batches.
+  """Returns batches of one pass over every pair of `source`, in order.
 
-  Batches are those of `train_batches`; the last one is filled up with rows of
-  weight 0. Each iteration over the result is a new pass. With windows packing,
-  the rows are the consecutive pieces of the joined text.
+  Batches have the arrays of `train_batches`. The last batch is filled up with
+  rows of weight 0. Each iteration over the result is a new pass. With windows
+  packing, rows are consecutive parts of the joined text.
   """
   return EvalBatches(source, config.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-  """All rows of a source in order, as often as asked."""
+  """All rows of a source, in order; each iteration is one pass."""
 
   source: rows_lib.Rows
   batch_size: int
@@ -102,10 +102,10 @@ class EvalBatches:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Order:
-  """From a step to its batch. Pickles small, for workers."""
+  """The function from a step to its batch. Its pickle is small, for workers."""
 
   sources: tuple[rows_lib.Rows, ...]
-  seeds: tuple[int, ...]  # of the order within each source
+  seeds: tuple[int, ...]  # of the order of rows within each source
   phases: tuple[source_mix.Phase, ...]
   ramp: ramp_lib.Ramp
 
@@ -133,7 +133,7 @@ class _Order:
 
 
 class TrainBatches:
-  """An endless iterator of batches that can be set to any step."""
+  """An endless iterator over training batches that can be set to any step."""
 
   def __init__(
     self,
@@ -152,7 +152,7 @@ class TrainBatches:
       phases=source_mix.start(self._weights),
       ramp=config.ramp,
     )
-    # A position means something only under the settings it was taken with.
+    # A saved position is valid only with these settings: `set_state` compares.
     self._settings = {
       'seed': seed,
       'packing': config.packing,
@@ -163,7 +163,7 @@ class TrainBatches:
 
   @property
   def sources(self) -> tuple[rows_lib.Rows, ...]:
-    """Returns what is mixed."""
+    """Returns the rows of each source of the source mix."""
     return self._order.sources
 
   def __iter__(self) -> 'TrainBatches':
@@ -177,12 +177,12 @@ class TrainBatches:
     return batch
 
   def seek(self, step: int) -> None:
-    """Goes on with the batch of `step`, counted from 0."""
+    """Sets the iterator to the batch of `step`, counted from 0."""
     self.close()
     self._step = step
 
   def epochs(self, num_steps: int) -> dict[str, float]:
-    """Returns how often so many steps train each source, by its name."""
+    """Returns the epochs of each source after `num_steps` steps, by name."""
     row = self._config.rows_before(num_steps)
     taken = source_mix.taken_before(self._order.phases, row)
     return {
@@ -191,7 +191,7 @@ class TrainBatches:
     }
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position after the last batch taken, ready for JSON."""
+    """Returns the position after the last batch taken, as JSON values."""
     return {
       'settings': self._settings,
       'sources': self._described_sources(),
@@ -208,13 +208,13 @@ class TrainBatches:
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, with bit-identical batches.
+    """Continues from `state`, with bit-identical batches.
 
-    Weights of a mixture, and sizes of batches that are still to come, may be
-    others than those it was taken with.
+    The weights of the source mix may differ from those of `state`. So may the
+    sizes of batches that are still to come.
 
     Raises:
-      ValueError: it was taken under other settings, or of other data.
+      ValueError: `state` was saved with other settings or other data.
     """
     saved = state['settings']
     for name, value in self._settings.items():
@@ -230,8 +230,7 @@ class TrainBatches:
       raise ValueError(
         f'the saved data position is after {state["row"]} rows in'
         f' {state["step"]} steps, which are {row} rows by the batch_size and'
-        ' batch_ramp of this run; a data.batch_ramp may change only steps that'
-        ' are to come'
+        ' batch_ramp of this run; change data.batch_ramp for later steps only'
       )
     phases = tuple(
       source_mix.Phase(
@@ -259,14 +258,14 @@ class TrainBatches:
     ]
 
   def _check_sources(self, saved: list[dict[str, str]]) -> None:
-    """Refuses the position of a run on other tokens."""
+    """Raises ValueError if a saved position is of other sources or tokens."""
     now = self._described_sources()
     if [s['name'] for s in saved] != [s['name'] for s in now]:
       raise ValueError(
         'the saved data position is of the sources'
         f' {", ".join(s["name"] for s in saved)}, this run has'
-        f' {", ".join(s["name"] for s in now)}; a run may change the weights of'
-        ' its sources, and neither which they are nor their order'
+        f' {", ".join(s["name"] for s in now)}; a resumed run may change the'
+        ' weights of its sources, but not the sources or their order'
       )
     for old, new in zip(saved, now, strict=True):
       if old['digest'] != new['digest']:
@@ -278,7 +277,7 @@ class TrainBatches:
         )
 
   def _dataset(self) -> grain.IterDataset[Batch]:
-    """Returns the batches from the current step on, made ahead of it."""
+    """Returns the batches from the current step on, prefetched."""
     config = self._config
     ahead = -(-config.prefetch_rows // config.batch_size)
     batches = (
@@ -293,7 +292,7 @@ class TrainBatches:
     )
     if not config.num_workers:
       return batches
-    # Each makes every so-manieth batch: their number changes no batch.
+    # Worker i of n makes batches i, i + n, ...: n does not change any batch.
     return batches.mp_prefetch(
       grain.MultiprocessingOptions(
         num_workers=config.num_workers, per_worker_buffer_size=max(1, ahead)

@@ -1,7 +1,7 @@
-"""What an experiment says about its data: plain values, checked at start.
+"""The data settings of an experiment.
 
-Read by `data/batches.py` and `data/vocabulary.py`; experiments fill it in and
-any field can be overridden by a flag.
+An experiment fills in the fields, and a flag can override each of them. They
+are validated once, with the experiment; the rest of data/ trusts them.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ PACKINGS = ('concat_then_split', 'first_fit', 'best_fit', 'none', 'windows')
 
 @dataclasses.dataclass(kw_only=True)
 class TokenizerConfig:
-  """Where the vocabulary comes from."""
+  """The tokenizer of a run, and how it is made."""
 
-  # 'byte': one id per byte; 'bpe': trained on the training documents;
+  # 'byte': one id per byte. 'bpe': trained on the training documents.
   # 'directory': loaded from `path`.
   kind: str = 'byte'
-  # Ids to learn, special ones included; used by 'bpe' only.
+  # Number of ids that 'bpe' learns, special ids included. Read by 'bpe' only.
   vocab_size: int = 2048
-  # Directory written by Tokenizer.save; used by 'directory' only.
+  # Directory that Tokenizer.save wrote. Read by 'directory' only.
   path: str = ''
-  # UTF-8 bytes of text that 'bpe' learns from at most. With 2048 ids on
+  # Maximum of UTF-8 bytes of text that 'bpe' learns from. With 2048 ids on
   # python_stdlib, 2, 4 and 11 MB give 2.85, 2.95 and 2.94 bytes per token on
-  # the validation split; 4 MB take 2 to 4 s on two CPU cores.
+  # the validation split. 4 MB take 2 to 4 s on two CPU cores.
   train_bytes: int = 4_000_000
 
   def validate(self) -> None:
@@ -48,19 +48,19 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class SourceConfig:
-  """One source of a mixture."""
+  """One source of a source mix."""
 
   # One of the functions of data/sources.py, or one with their signature.
   open_source: Callable[..., sources_lib.Source]
-  # What the source reads; '{split}' in it becomes the split's name.
+  # Files that the source reads; '{split}' in it becomes the split's name.
   path: str = ''
   split: str = 'train'
   # Field, column or feature that holds a document's text.
   text_key: str = 'text'
-  # Rows of this source for so many of the others. May be changed on resume,
-  # from that step on.
+  # Share of this source in the rows, relative to the weights of the other
+  # sources. A resumed run may change it; the change holds from that step on.
   weight: float = 1.0
-  # In messages and metrics; that of `open_source` if empty.
+  # Name in messages and metrics; if empty, the name of `open_source`.
   name: str = ''
 
   def open(self, data_dir: str) -> sources_lib.Source:
@@ -70,44 +70,47 @@ class SourceConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
-  """Which documents, and how they become rows of tokens."""
+  """The documents of a run, and how they become batches."""
 
   # One of the functions of data/sources.py, or one with their signature.
   open_source: Callable[..., sources_lib.Source] = sources_lib.python_stdlib
-  # What the source reads; '{split}' in it becomes the split's name.
+  # Files that the source reads; '{split}' in it becomes the split's name.
   path: str = ''
-  # Splits to train and to evaluate on; TFDS expressions such as
-  # 'train[:10%]' and 'validation+test' where the source is TFDS-backed.
+  # Splits to train and to evaluate on. A source that reads TFDS also takes
+  # expressions such as 'train[:10%]' and 'validation+test'.
   train_split: str = 'train'
   eval_split: str = 'validation'
   # Field, column or feature that holds a document's text.
   text_key: str = 'text'
-  # A mixture to train on instead of the one source above, which is then only
-  # evaluated on. By flag: --config.data.sources[0].weight=2.
+  # A source mix to train on. The single source above is then used for
+  # evaluation only. A flag sets one field: --config.data.sources[0].weight=2.
   sources: tuple[SourceConfig, ...] = ()
-  # Where prepared datasets, downloads and tokens are kept.
+  # Directory of prepared datasets, downloads and tokens.
   data_dir: str = '~/.cache/two_lives'
-  # Tokens per row (T) and rows per step over all devices (B).
+  # Tokens per row (T), and rows per step over all devices (B).
   row_length: int = 256
   batch_size: int = 32
-  # Fewer rows at first: pairs of (from_step, rows), steps counted from 0, the
-  # last of them of batch_size rows; empty: never.
+  # Batch sizes that grow: pairs of (from_step, rows), with steps counted from
+  # 0. The last pair has batch_size rows. Empty: batch_size from the start.
   batch_ramp: tuple[tuple[int, int], ...] = ()
-  # How documents fill rows: data/packing.py says what each does.
+  # How documents fill rows, one of PACKINGS; see data/packing.py.
   packing: str = 'concat_then_split'
-  # Threads that read documents, and that make batches.
+  # Threads that read documents, and threads that make batches.
   num_threads: int = 2
-  # Processes that make batches, each with so many threads; 0: this one. They
-  # take seconds to start: for hosts that feed many fast devices.
+  # Processes that make batches, each with num_threads threads. 0: batches are
+  # made in the training process. Processes take seconds to start; use them on
+  # hosts that feed many fast devices.
   num_workers: int = 0
-  # Rows made ahead of the step, rounded up to whole batches.
+  # Rows that are made ahead of the step, rounded up to whole batches.
   prefetch_rows: int = 128
-  # Tokens that count as copied where training and evaluation text share them
-  # (data/contamination/); 0: do not look, -1: 13, or 50 of single bytes.
+  # Length of the n-grams of tokens that are looked for in training and
+  # evaluation text (data/contamination/). 0: no check. -1: 13 tokens, or 50
+  # with a byte tokenizer.
   contamination_ngram: int = -1
-  # Share of the evaluation text found in training above which to warn.
+  # The run warns if more than this share of the n-grams of the evaluation text
+  # is in the training text.
   contamination_warning: float = 0.1
-  # Last date the documents speak of (ISO 8601); goes into the manifest.
+  # Last date that the documents speak of (ISO 8601). Goes into the manifest.
   knowledge_cutoff: str = ''
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
@@ -115,26 +118,26 @@ class DataConfig:
 
   @property
   def ramp(self) -> ramp_lib.Ramp:
-    """Returns the batch ramp, or that of a size which never changes."""
+    """Returns the batch ramp; without one, a ramp of one constant size."""
     return self.batch_ramp or ((0, self.batch_size),)
 
   @property
   def batch_sizes(self) -> tuple[int, ...]:
-    """Returns every number of rows that a batch may have."""
+    """Returns every batch size of the run, in rows."""
     return tuple(rows for _, rows in self.ramp)
 
   @property
   def has_bos(self) -> bool:
     """Returns whether documents begin with BOS in training."""
-    # Windows are cut from joined text: their models never see it.
+    # Windows are cut from joined text without BOS, so the model never sees one.
     return self.packing != 'windows'
 
   def rows_before(self, step: int) -> int:
-    """Returns the rows of all batches before that of `step`."""
+    """Returns the number of rows in all batches before `step`."""
     return ramp_lib.rows_before(self.ramp, step)
 
   def train_sources(self) -> tuple[SourceConfig, ...]:
-    """Returns what is trained on, each with a name."""
+    """Returns the training sources, each with a name."""
     alone = self._source(self.train_split)
     return tuple(
       dataclasses.replace(
@@ -144,7 +147,7 @@ class DataConfig:
     )
 
   def eval_source(self) -> SourceConfig:
-    """Returns what is evaluated on."""
+    """Returns the evaluation source; its name is that of the split."""
     source = self._source(self.eval_split)
     return dataclasses.replace(source, name=self.eval_split)
 
@@ -178,8 +181,8 @@ class DataConfig:
       isinstance(source, SourceConfig) for source in self.sources
     ):
       raise ValueError(
-        f'data.sources: got {self.sources!r}, expected SourceConfigs, which the'
-        ' file of an experiment lists; a flag sets a field of one, as in'
+        f'data.sources: got {self.sources!r}, expected SourceConfigs; list them'
+        " in the experiment's file; a flag can set a field of one of them, as"
         ' --config.data.sources[0].weight=2'
       )
     _check_sources(self.train_sources())
@@ -187,7 +190,7 @@ class DataConfig:
 
 
 def _check_sources(mixed: tuple[SourceConfig, ...]) -> None:
-  """Refuses weights that are no shares, and sources of one name."""
+  """Raises ValueError for a weight of 0 or less and for a repeated name."""
   for source in mixed:
     if not (math.isfinite(source.weight) and source.weight > 0):
       raise ValueError(
@@ -199,5 +202,5 @@ def _check_sources(mixed: tuple[SourceConfig, ...]) -> None:
   if repeated:
     raise ValueError(
       f'data.sources: got several called {", ".join(repeated)}, expected'
-      ' different names; set their name'
+      ' different names; set the field `name` of each'
     )

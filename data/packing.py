@@ -1,19 +1,20 @@
-"""How documents fill rows: plans, made from the lengths of documents alone.
+"""Row plans: the pieces of documents in each row, by document lengths alone.
 
-A plan says of every row which pieces of documents lie side by side in it. A
-piece is a run of pairs of one document; with
+A piece is a run of consecutive pairs of one document. The kinds of packing:
 
-  concat_then_split  rows are cut from all pairs in a row: no padding but at
-                     the end of the last one. Nothing is stored.
-  first_fit          documents, or row-sized chunks of long ones, each into the
-                     first row that has room for it.
-  best_fit           the longest first, each into the fullest row that has room.
-  none               one document or chunk per row.
+  concat_then_split  all pairs of all documents are joined and cut into rows.
+                     Only the last row has padding. Nothing is stored.
+  first_fit          each document goes into the first row that has room for
+                     it. Longer documents are cut into row-sized pieces first.
+  best_fit           the longest pieces first, each into the fullest row that
+                     has room for it.
+  none               one piece per row.
+  windows            the joined text is cut into rows, in order.
 
-so that a plan has every pair once. Fitting looks at `_GROUP` documents at a
-time, which bounds its memory and costs a row or so of padding each.
+A plan has every pair exactly once. Fitting works on `_GROUP` documents at a
+time. This bounds its memory and costs about one row of padding per group.
 
-Reference: Ding et al. 2024 (arXiv:2404.10830), whose best fit this is.
+Reference: Ding et al. 2024 (arXiv:2404.10830) for best fit.
 """
 
 import atexit
@@ -30,25 +31,25 @@ import numpy as np
 from data import token_store
 from storage import locks
 
-# Documents that are fitted with each other.
+# Documents that are fitted together.
 _GROUP = 2**16
 _STARTS, _LENGTHS, _ROWS = 'starts.bin', 'lengths.bin', 'rows.bin'
 
 
 class RowPlan(Protocol):
-  """What every row of a source consists of."""
+  """The pieces of every row of a source."""
 
   @property
   def num_rows(self) -> int: ...
 
   def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int64 [pieces] each: first ids, and numbers of pairs."""
+    """Returns int64 [pieces] each: index of the first id, number of pairs."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Concatenated:
-  """Row r has the pairs r T to (r + 1) T of all documents."""
+  """Row r has the pairs r T to (r + 1) T, counted over all documents."""
 
   store: token_store.TokenStore
   row_length: int
@@ -63,31 +64,32 @@ class Concatenated:
     starts_D = self.store.starts_D
     first = row * self.row_length
     end = min(first + self.row_length, self.store.num_pairs)
-    # The last document that starts at or before the pair, and the one after.
+    # Documents low to high - 1 have pairs of this row.
     low = int(np.searchsorted(starts_D, first, side='right')) - 1
     high = int(np.searchsorted(starts_D, end, side='left'))
     edges = starts_D[low : high + 1].copy()
     edges[0], edges[-1] = first, end
     lengths = np.diff(edges)
+    # Pair i of document d begins at id i + d (`TokenStore`).
     starts = edges[:-1] + np.arange(low, high)
-    # Documents of one id, of which a joined store may have some, have no pair.
+    # A document of one id has no pair; only joined stores have such documents.
     return starts[lengths > 0], lengths[lengths > 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Row r has the pairs r T to (r + 1) T of the joined text."""
+  """Row r has the pairs r T to (r + 1) T of a joined text."""
 
   num_pairs: int
   row_length: int
 
   @property
   def num_rows(self) -> int:
-    """Returns the rows that together are the text."""
+    """Returns the number of rows that cover the text."""
     return -(-self.num_pairs // self.row_length)
 
   def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the only piece starts, and its length."""
+    """Returns the start of the only piece, and its length."""
     start = row * self.row_length
     length = min(self.row_length, self.num_pairs - start)
     return np.array([start]), np.array([length])
@@ -95,7 +97,7 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-  """Rows that were planned, on disk. Pickles as the path that they are at."""
+  """A plan on disk. Only its path is pickled."""
 
   directory: pathlib.Path
 
@@ -122,22 +124,22 @@ class Fitted:
     return token_store.mapped(self.directory / _LENGTHS, 'int32')
 
   def __getstate__(self) -> dict[str, object]:
-    """Leaves out what is mapped: it would be copied into the pickle."""
+    """Returns the path only: mapped arrays would be copied into the pickle."""
     return {'directory': self.directory}
 
 
 def row_plan(
   store: token_store.TokenStore, packing: str, row_length: int
 ) -> RowPlan:
-  """Returns the plan of a source; one that is stored is made only once.
+  """Returns the row plan of a source.
+
+  A fitted plan is stored beside the tokens when it is first made. If that
+  directory is read-only, the plan goes into a temporary directory.
 
   Args:
-    store: the documents; joined ones for windows.
-    packing: one of `data.data_config.PACKINGS`; windows are cut in order.
+    store: the documents; a joined store for windows.
+    packing: one of `data.data_config.PACKINGS`.
     row_length: T, pairs per row.
-
-  Raises:
-    ValueError: the plan cannot be written beside the store.
   """
   if packing == 'concat_then_split':
     return Concatenated(store, row_length)
@@ -152,7 +154,7 @@ def row_plan(
   try:
     locks.write_once(directory, write)
   except OSError:
-    # A store that may only be read: the plan is then this process's own.
+    # The store is read-only: this process makes a plan of its own.
     directory = pathlib.Path(tempfile.mkdtemp(prefix='two_lives_plan_'))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     write(directory)
@@ -160,9 +162,18 @@ def row_plan(
 
 
 def first_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
-  """Returns int64 [pieces]: the first row with room for each, in order."""
+  """Returns the first row with room for each piece, in order.
+
+  Args:
+    lengths_P: int64 [P], lengths of pieces, 1 to `row_length`.
+    row_length: T.
+
+  Returns:
+    int64 [P], rows counted from 0.
+  """
   size = 1 << max(1, int(len(lengths_P) - 1).bit_length())
-  # A tournament: node i has the most room of its children 2i and 2i + 1.
+  # A tournament tree over rows: node i has the larger room of its children 2i
+  # and 2i + 1. A search takes log2(P) steps instead of P.
   room = [row_length] * (2 * size)
   rows = []
   for length in lengths_P.tolist():
@@ -179,8 +190,12 @@ def first_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def best_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
-  """Returns int64 [pieces]: rows filled by the longest first, tightly."""
-  # Rows by the room they have, and the rooms there are as the bits of a number.
+  """Returns the fullest row with room for each piece, the longest piece first.
+
+  Arguments and result are those of `first_fit`.
+  """
+  # Rows by their room. Bit r of `rooms` is set if some row has room r, so that
+  # the smallest sufficient room is found by bit operations.
   by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
   rooms = 0
   num_rows = 0
@@ -197,7 +212,7 @@ def best_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
     else:
       room, row, num_rows = row_length, num_rows, num_rows + 1
     rows_P[piece] = row
-    if room > length:  # what is full is not looked at again
+    if room > length:  # a full row is not needed again
       by_room[room - length].append(row)
       rooms |= 1 << (room - length)
   return rows_P
@@ -212,7 +227,10 @@ def _alone(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
 def _groups(
   store: token_store.TokenStore, row_length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields first ids and lengths of the pieces of some documents at a time."""
+  """Yields first ids and lengths of the pieces of a group of documents.
+
+  Both are int64 [P]. Documents of more than `row_length` pairs are cut.
+  """
   for first in range(0, store.num_documents, _GROUP):
     edges = store.starts_D[first : first + _GROUP + 1]
     num_pairs_D = np.diff(edges)
@@ -230,7 +248,7 @@ def _write(
   fit: Callable[[np.ndarray, int], np.ndarray],
   row_length: int,
 ) -> None:
-  """Writes the rows, those first whose first document is."""
+  """Writes the plan; rows are in the order of their first documents."""
   num_pieces = 0
   with (
     (directory / _STARTS).open('wb') as starts,
@@ -239,10 +257,12 @@ def _write(
   ):
     rows.write(np.zeros(1, np.int64).data)
     for starts_P, lengths_P in groups:
+      # Pieces that fill a row need no fitting: each has a row of its own.
       is_full_P = lengths_P == row_length
       rows_P = np.zeros(len(lengths_P), np.int64)
       rows_P[~is_full_P] = fit(lengths_P[~is_full_P], row_length)
       rows_P[is_full_P] = len(rows_P) + np.arange(is_full_P.sum())
+      # Number the rows by the first piece that each contains.
       _, firsts, rows_P = np.unique(
         rows_P, return_index=True, return_inverse=True
       )

@@ -1,16 +1,16 @@
-"""Prepares a stock TFDS data set, in an environment of its own.
+"""Preparation of a stock TFDS data set, in a virtual environment of its own.
 
     python -m data.prepare --dataset=lm1b --data_dir=~/tfds
     python -m data.prepare --dataset=tiny_shakespeare --data_dir=~/tfds \
-      --manual_dir=downloads  # that holds input.txt
+      --manual_dir=downloads  # a directory that has input.txt
 
-Most of TFDS's own builders need TensorFlow, which nothing else here does. This
-makes a virtual environment, installs it there, has TFDS write ArrayRecord, and
-says how to train on the result, which is read without TensorFlow. It can be
-started again: what is there is kept.
+Most of TFDS's own builders need TensorFlow, and nothing else in this repository
+does. This command makes a virtual environment, installs TensorFlow there, and
+lets TFDS write ArrayRecord, which is read without TensorFlow. At the end, it
+prints how to train on the data. A second start keeps finished work.
 
-A file in `--manual_dir` that is called as in the data set's checksums.tsv is
-used instead of its download; its SHA-256 is checked. Some data sets want more
+A file in `--manual_dir` with a name from the data set's checksums.tsv replaces
+the download of that file; its SHA-256 is checked. Some data sets need more
 libraries: --packages=apache-beam,mwparserfromhell.
 """
 
@@ -25,14 +25,14 @@ import venv
 
 from storage import atomic, locks
 
-# The oldest that read and wrote ArrayRecord as we read it.
+# The oldest versions whose ArrayRecord files are read here.
 PACKAGES = (
   'tensorflow>=2.19',
   'tensorflow-datasets>=4.9.10,<5',
-  'importlib_resources>=6',  # which TFDS needs and does not declare
+  'importlib_resources>=6',  # TFDS needs it and does not declare it
 )
-# Runs in the environment, which has none of our code. The last line it prints
-# is the result.
+# Runs in the virtual environment, which has none of our code. Its last line of
+# output is the result.
 _PROGRAM = """
 import json, sys
 name, data_dir, manual_dir = sys.argv[1:]
@@ -60,7 +60,7 @@ except Exception as error:
   result = {'error': f'{type(error).__name__}: {words}'}
 print(json.dumps(result))
 """
-_MAX_ERROR = 200  # characters: TFDS lists all that it knows
+_MAX_ERROR = 200  # characters: TFDS lists every data set it knows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Prepared:
   """A data set that `sources.tfds_directory` opens."""
 
   directory: str
-  splits: dict[str, int]  # their documents
+  splits: dict[str, int]  # documents of each split
   text_keys: list[str]
 
 
@@ -80,17 +80,18 @@ def prepare(
   venv_dir: str = '',
   packages: Sequence[str] = (),
 ) -> Prepared:
-  """Prepares a data set, unless it is.
+  """Returns a data set, prepared now if it was not.
 
   Args:
     dataset: a name of TFDS's catalogue, with an optional /config:version.
-    data_dir: where data sets are.
-    manual_dir: holds files that are not to be downloaded; may be empty.
-    venv_dir: the environment; beside the data sets if empty.
-    packages: what else to install in it.
+    data_dir: directory of all data sets.
+    manual_dir: directory of files that replace downloads; '' for none.
+    venv_dir: the virtual environment; '' for one in `data_dir`.
+    packages: further packages to install there.
 
   Raises:
-    ValueError: the environment cannot be made, or TFDS cannot prepare it.
+    ValueError: the environment cannot be made, or TFDS cannot prepare the data
+      set.
   """
   directory = pathlib.Path(data_dir).expanduser().resolve()
   if manual_dir and not pathlib.Path(manual_dir).expanduser().is_dir():
@@ -116,10 +117,10 @@ def make_environment(
   """Returns the interpreter of a virtual environment that has `packages`.
 
   Raises:
-    ValueError: they cannot be installed.
+    ValueError: the packages cannot be installed.
   """
   python = directory / 'bin' / 'python'
-  # Written when all is there: an installation that was killed is repeated.
+  # Written at the end: an installation that was killed is repeated.
   done = directory / 'installed.json'
   wanted = sorted(packages)
   try:
@@ -140,12 +141,13 @@ def make_environment(
   except subprocess.CalledProcessError as error:
     raise ValueError(
       f'{directory}: {", ".join(packages)} cannot be installed'
-      f' ({_last_line(error.stderr)}); pip needs an index: a network, or'
-      ' PIP_INDEX_URL or PIP_FIND_LINKS set to another'
+      f' ({_last_line(error.stderr)}); pip needs a package index: a network, or'
+      ' another index in PIP_INDEX_URL or PIP_FIND_LINKS'
     ) from None
   except OSError as error:
     raise ValueError(
-      f'{directory}: no environment can be made there ({error}); set --venv'
+      f'{directory}: no environment can be made there ({error}); choose another'
+      ' directory with --venv'
     ) from None
   return python
 
@@ -156,16 +158,16 @@ def run_in(
   data_dir: pathlib.Path,
   manual_dir: pathlib.Path | None,
 ) -> Prepared:
-  """Has TFDS prepare a data set in another interpreter.
+  """Prepares a data set with the TFDS of another interpreter.
 
   Raises:
-    ValueError: it cannot; says what TFDS says.
+    ValueError: TFDS failed; has the error of TFDS.
   """
   result = subprocess.run(
     [python, '-c', _PROGRAM, dataset, str(data_dir), str(manual_dir or '')],
     stdout=subprocess.PIPE,
     text=True,
-    # TensorFlow tells of every accelerator it does not find.
+    # TensorFlow logs a line for every accelerator that it does not find.
     env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': ''},
     check=False,
   )
@@ -173,7 +175,7 @@ def run_in(
   if not line.startswith('{'):
     raise ValueError(
       f'--dataset={dataset}: TFDS died with exit code {result.returncode};'
-      ' what it said is above'
+      ' its output is above'
     )
   values = json.loads(line)
   if 'error' in values:
@@ -187,7 +189,7 @@ def run_in(
 
 
 def usage(prepared: Prepared) -> str:
-  """Says what there is, and how to train on it."""
+  """Returns a summary of the data set, and a command that trains on it."""
   splits = ', '.join(f'{k} {n:,}' for k, n in prepared.splits.items())
   lines = [f'prepared   {prepared.directory}', f'documents  {splits}']
   if not prepared.text_keys:
@@ -209,7 +211,7 @@ def _last_line(text: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Prepares what the flags name."""
+  """Prepares the data set that the flags name."""
   del argv
   values = flags.FLAGS
   try:
@@ -229,10 +231,24 @@ if __name__ == '__main__':
   from absl import app, flags
 
   flags.DEFINE_string(
-    'dataset', None, "Name in TFDS's catalogue, as in lm1b.", required=True
+    'dataset', None, "Name in TFDS's catalogue, such as lm1b.", required=True
   )
-  flags.DEFINE_string('data_dir', '~/tensorflow_datasets', 'Where it goes.')
-  flags.DEFINE_string('manual_dir', '', 'Files that are not to be downloaded.')
-  flags.DEFINE_string('venv', '', 'The environment; in data_dir if not given.')
-  flags.DEFINE_list('packages', [], 'What else the data set needs.')
+  flags.DEFINE_string(
+    'data_dir', '~/tensorflow_datasets', 'Directory of all prepared data sets.'
+  )
+  flags.DEFINE_string(
+    'manual_dir',
+    '',
+    'Directory of files that replace downloads; set it for data sets that TFDS'
+    ' cannot download.',
+  )
+  flags.DEFINE_string(
+    'venv',
+    '',
+    'Virtual environment for TensorFlow, made if missing; default tfds_venv in'
+    ' --data_dir.',
+  )
+  flags.DEFINE_list(
+    'packages', [], 'Further packages that the data set needs, by commas.'
+  )
   app.run(main)

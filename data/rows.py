@@ -1,8 +1,9 @@
-"""Rows of one source: its tokens, laid out by a plan.
+"""Rows of one source: its tokens, laid out by a row plan.
 
-A row is int32 [T] tokens, targets, positions and segment_ids, and float32 [T]
-weights: 1 where the target is trained, 0 in padding. Segments count from 1 in
-each row, 0 is padding; positions restart in each segment.
+A row has the arrays tokens, targets, positions and segment_ids, int32 [T], and
+weights, float32 [T]. A weight is 1 where the target is trained and 0 in
+padding. Segments, which are pieces of documents, count from 1 in each row, and
+segment 0 is padding. Positions restart at 0 in each segment.
 """
 
 from collections.abc import Iterable
@@ -26,13 +27,14 @@ Pieces = tuple[np.ndarray, np.ndarray]  # first ids, numbers of pairs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-  """The rows of one source. Small to pickle."""
+  """The rows of one source. Its pickle is small."""
 
   store: token_store.TokenStore
   plan: packing_lib.RowPlan
   row_length: int
   pad_id: int
-  # Whether training takes rows from anywhere instead of those of the plan.
+  # True for windows packing: training rows start at random tokens, and only
+  # evaluation takes the rows of the plan.
   is_random: bool
 
   @property
@@ -42,24 +44,24 @@ class Rows:
 
   @property
   def num_rows(self) -> int:
-    """Returns the rows of one epoch."""
+    """Returns the number of rows of one epoch."""
     return self.plan.num_rows
 
   @property
   def fill_rate(self) -> float:
-    """Returns the share of slots with a target that is trained."""
+    """Returns the share of row positions that are trained, not padding."""
     if self.is_random:
       return 1.0
     return self.store.num_pairs / (self.num_rows * self.row_length)
 
   def epochs(self, num_rows: int) -> float:
-    """Returns how often so many rows have trained each pair."""
+    """Returns how often `num_rows` rows train each pair, on average."""
     if self.is_random:
       return num_rows * self.row_length / (self.store.num_ids - 1)
     return num_rows / self.num_rows
 
   def describe(self) -> dict[str, Any]:
-    """Returns what these are, as JSON values."""
+    """Returns name, sizes and digest of the source, as JSON values."""
     return {
       'name': self.name,
       'documents': self.store.num_documents,
@@ -70,8 +72,14 @@ class Rows:
     }
 
   def shuffled_pieces(self, indices_N: np.ndarray, seed: int) -> list[Pieces]:
-    """Returns the pieces of rows of an endless, shuffled training order."""
+    """Returns the pieces of some rows of an endless, shuffled training order.
+
+    Args:
+      indices_N: int64 [N], places in that order, from 0.
+      seed: of the order.
+    """
     if self.is_random:
+      # A row of T pairs needs T + 1 ids: the last start is num_ids - T - 1.
       num_starts = self.store.num_ids - self.row_length
       length_1 = np.array([self.row_length])
       starts_N = row_order.drawn(indices_N, num_starts, seed)
@@ -88,11 +96,18 @@ def open_rows(
   name: str,
   say: token_store.Say = lambda _: None,
 ) -> Rows:
-  """Returns the rows of `source`, tokenised and planned unless they were.
+  """Returns the rows of `source`; tokens and plan are made if not on disk.
+
+  Args:
+    source: the documents.
+    tokenizer: makes token ids of the documents.
+    config: the settings of all sources, validated.
+    name: of the source, in messages and metrics.
+    say: receives lines about progress.
 
   Raises:
-    ValueError: no document has text, one cannot be read, or the data directory
-      cannot be written.
+    ValueError: no document has text, a document cannot be read, or the data
+      directory cannot be written.
   """
   joined = config.packing == 'windows'
   store = token_store.open_or_write(
@@ -120,7 +135,14 @@ def batch_of(
   row_length: int,
   pad_id: int,
 ) -> Batch:
-  """Returns [B, T] arrays; rows that are not given are padding."""
+  """Returns a batch of [B, T] arrays.
+
+  Args:
+    rows: a source and the pieces of one row, for each row.
+    num_rows: B; missing rows are padding of weight 0.
+    row_length: T.
+    pad_id: token id of padding.
+  """
   shape = num_rows, row_length
   batch = {
     'tokens': np.full(shape, pad_id, np.int32),
@@ -138,8 +160,9 @@ def batch_of(
 def _fill(
   row: Batch, source: Rows, starts: np.ndarray, lengths: np.ndarray
 ) -> None:
-  """Writes pieces side by side, from the left."""
+  """Writes the pieces of one row side by side, from the left."""
   ids_N = source.store.ids_N
+  # A single piece is contiguous: slices are faster than an array of indices.
   if len(starts) == 1:
     start, used = int(starts[0]), int(lengths[0])
     row['tokens'][:used] = ids_N[start : start + used]
@@ -150,6 +173,7 @@ def _fill(
     ends = np.cumsum(lengths)
     used = int(ends[-1])
     slots_T = np.arange(used)
+    # Distance to the start of the piece, as ends - lengths are the starts.
     positions_T = slots_T - np.repeat(ends - lengths, lengths)
     ids_T = np.repeat(starts, lengths) + positions_T
     row['tokens'][:used] = ids_N[ids_T]

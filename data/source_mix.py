@@ -1,15 +1,16 @@
-"""Which source each row comes from: weights as exact shares of the rows.
+"""The source mix: the source of each row, in exact shares by weight.
 
-A row knows its source without the rows before it. Sources are the leaves of a
-binary tree; a node whose left side has the share q sends its row i to the left
-where round((i + 1) q) is more than round(i q), so that of its first n rows
-round(n q) went left, and a row learns on the way down which row of its source
-it is. All of it is done in integers.
+The source of a row is computed without the rows before it. Sources are the
+leaves of a binary tree. A node whose left side has the share q sends its row i
+to the left if round((i + 1) q) > round(i q). Of its first n rows, round(n q)
+then go left. On the way down, a row's index at each node becomes its index
+within its source. All arithmetic is in integers.
 
-A node is off by half a row at most, and hands on what it is off times a share.
-The tree is Huffman's, in which an inner node has at most two thirds of the one
-above it: of any first rows, each source has had its share to less than one row
-in a mixture of up to three sources, and to less than two in any other.
+A node errs by half a row at most, and passes its error on times a share. The
+tree is Huffman's, in which an inner node has at most two thirds of the share of
+its parent. So after any number of rows, each source has had its share of rows
+to within one row in a mix of up to three sources, and to within two rows in
+larger ones.
 
 Reference: Huffman 1952 (A method for the construction of minimum-redundancy
 codes).
@@ -28,35 +29,41 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-  """Rows that are mixed by the same weights."""
+  """A range of rows of the run that are mixed by the same weights."""
 
-  from_row: int  # of the run
+  from_row: int  # first row of the phase, counted over the run
   weights: tuple[float, ...]  # of each source
   taken: tuple[int, ...]  # rows of each source before this phase
 
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-  """A source, or two nodes between which rows are divided."""
+  """A leaf, which is a source, or a node that divides rows between two."""
 
-  share: int  # of the tree's total
-  source: int = -1  # of a leaf
+  share: int  # integer weight; the root has the total
+  source: int = -1  # index of a leaf's source
   left: '_Node | None' = None
   right: '_Node | None' = None
 
 
 def start(weights: Sequence[float]) -> tuple[Phase, ...]:
-  """Returns the phases of a run that was never told other weights."""
+  """Returns the phases of a run whose weights have never changed."""
   return (Phase(from_row=0, weights=tuple(weights), taken=(0,) * len(weights)),)
 
 
 def changed(
   phases: tuple[Phase, ...], weights: Sequence[float], row: int
 ) -> tuple[Phase, ...]:
-  """Returns the phases of a run that has other weights from `row` on."""
+  """Returns the phases of a run whose weights change at `row`.
+
+  Args:
+    phases: up to now.
+    weights: of each source from `row` on; equal shares change nothing.
+    row: first row of the run with the new weights.
+  """
   if _tree(phases[-1].weights) == _tree(tuple(weights)):
     return phases
-  # Of a change that no row has seen nothing is left.
+  # A phase that starts at `row` or later has no rows yet: it is dropped.
   kept = tuple(phase for phase in phases if phase.from_row < row)
   if not kept:
     return start(weights)
@@ -67,14 +74,14 @@ def changed(
 def assign(
   phases: Sequence[Phase], rows_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns where rows of the run come from.
+  """Returns the source of each row, and the row's index in that source.
 
   Args:
-    phases: in order, the first from row 0.
-    rows_N: int64 [N].
+    phases: in order; the first starts at row 0.
+    rows_N: int64 [N], rows counted over the run.
 
   Returns:
-    int64 [N] each: the source of a row, and which of that source's rows it is.
+    int64 [N] each.
   """
   if len(phases[0].weights) == 1:
     return np.zeros_like(rows_N), rows_N
@@ -84,7 +91,7 @@ def assign(
 
 
 def taken_before(phases: Sequence[Phase], row: int) -> list[int]:
-  """Returns how many of the rows before `row` come from each source."""
+  """Returns the number of rows before `row` of each source."""
   phase = _phase_of(phases, row)
   taken = list(phase.taken)
   nodes = [(_tree(phase.weights), row - phase.from_row)]
@@ -104,7 +111,7 @@ def _phase_of(phases: Sequence[Phase], row: int) -> Phase:
 
 
 def _locate(phases: Sequence[Phase], row: int) -> tuple[int, int]:
-  """Walks down to the source of a row."""
+  """Returns (source, index in the source) of a row, by a walk down the tree."""
   phase = _phase_of(phases, row)
   node, index = _tree(phase.weights), row - phase.from_row
   while node.left is not None and node.right is not None:
@@ -117,19 +124,21 @@ def _locate(phases: Sequence[Phase], row: int) -> tuple[int, int]:
 
 
 def _rounded(count: int, node: _Node) -> int:
-  """Returns how many of a node's first `count` rows went left."""
+  """Returns how many of a node's first `count` rows go left."""
   assert node.left is not None
+  # round(count x q) for q = left.share / node.share, halves up.
   return (2 * count * node.left.share + node.share) // (2 * node.share)
 
 
 @functools.lru_cache(maxsize=64)
 def _tree(weights: tuple[float, ...]) -> _Node:
-  """Returns Huffman's tree; the same one for 0.7 and 0.3 as for 7 and 3."""
+  """Returns Huffman's tree; 0.7 and 0.3 give the same tree as 7 and 3."""
+  # Exact decimals: 0.1 counts as one tenth, not as the nearest binary fraction.
   exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
   scale = math.lcm(*(share.denominator for share in exact))
   units = [int(share * scale) for share in exact]
   common = math.gcd(*units)
-  # The second entry settles ties, so that nodes are never compared.
+  # The second entry breaks ties, as nodes have no order.
   heap = [
     (unit // common, i, _Node(unit // common, i))
     for i, unit in enumerate(units)

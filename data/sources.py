@@ -1,13 +1,13 @@
-"""Where documents come from: one function per kind, all with one signature.
+"""Sources of documents: one function per kind, all with one signature.
 
     source = open_source(path, split, data_dir, text_key)
 
-A source is random access: `len(source)`, and `source[i]` is a document
-{'text': str, 'id': str}. It can be read from several threads, and may have a
-method `fingerprint()` that returns a string which changes when the documents
-do; of a source without one they are all read to see whether they did. What is
-missing is an error that says how to get it, before any network is touched.
-`data/batches.py` turns sources into batches.
+A source has random access: `len(source)`, and `source[i]` is a document
+{'text': str, 'id': str}. Several threads may read it. It may have a method
+`fingerprint()`, which returns a string that changes when the documents change.
+A source without this method is read whole at each start, to see whether it has
+changed. Missing data is an error that says how to get the data, raised before
+any network access. `data/batches.py` turns sources into batches.
 """
 
 import os
@@ -35,11 +35,15 @@ def python_stdlib(
   data_dir: str = '~/.cache/two_lives',
   text_key: str = 'text',
 ) -> Source:
-  """Opens the standard library of the running interpreter; takes no `path`."""
+  """Opens the source files of the running interpreter's standard library.
+
+  Raises:
+    ValueError: there is a `path`.
+  """
   if path:
     raise ValueError(
-      f'python_stdlib got path {path!r}, expected none: it reads the running '
-      "interpreter's own library; for other files use text_files"
+      f'python_stdlib: got path {path!r}, expected none; it reads the library'
+      ' of the running interpreter: use text_files for other files'
     )
   builder = python_stdlib_builder.PythonStdlib(data_dir=_expand(data_dir))
   return readers.Tfds(tfds_builders.prepare(builder), split, text_key)
@@ -51,7 +55,7 @@ def tiny_shakespeare(
   data_dir: str = '~/.cache/two_lives',
   text_key: str = 'text',
 ) -> Source:
-  """Opens tiny Shakespeare from `path`, `data_dir`, or else its URL."""
+  """Opens tiny Shakespeare from `path` or `data_dir`, or downloads it."""
   directory = pathlib.Path(_expand(data_dir))
   builder = tiny_shakespeare_builder.TinyShakespeare(
     data_dir=directory,
@@ -63,7 +67,7 @@ def tiny_shakespeare(
 def tfds_directory(
   path: str, split: str, data_dir: str = '', text_key: str = 'text'
 ) -> Source:
-  """Opens a prepared TFDS dataset; `path` holds its dataset_info.json."""
+  """Opens a prepared TFDS dataset; `path` is the directory of its version."""
   del data_dir
   return readers.Tfds(path, split, text_key)
 
@@ -88,7 +92,7 @@ def text_files(
   path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
 ) -> Source:
   """Opens plain text: a file, all files of a directory, or a glob."""
-  del data_dir, text_key  # the file is the text
+  del data_dir, text_key  # the whole file is the text
   return readers.TextFiles(files.resolve(path, split, ''))
 
 

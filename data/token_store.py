@@ -1,18 +1,17 @@
-"""Documents as token ids on disk: tokenised once, mapped into memory since.
+"""Token stores: the token ids of a source on disk, tokenised only once.
 
 A store is a directory `tokens/<key>/` of the data directory:
 
     ids.bin      the ids of all documents, one after the other
     starts.bin   int64 [documents + 1]; see `TokenStore`
-    store.json   what they are, and a digest of both
+    store.json   sizes and dtype, and one digest of both files
 
-The key stands for the documents, as far as their source can tell, and for the
-tokenizer; whoever finds its directory uses it, and else writes it
-(`storage/locks.py`). Of several hosts, each has a data directory of its own, or
-they share one and the first to come tokenises for all.
+The key is a hash of the source's fingerprint and of the tokenizer. The first
+process that needs a store writes it, and all others wait for it
+(`storage/locks.py`). Hosts have a data directory each, or share one.
 
-A document is [bos, ids of its text, eos], or the ids alone in a store that is
-`joined`; documents without text are left out.
+A document is [bos, ids of its text, eos]. In a `joined` store, a document is
+the ids of its text alone. Documents without text are left out.
 """
 
 import collections
@@ -37,20 +36,22 @@ Say = Callable[[str], None]
 
 _FORMAT = 1
 _META, _IDS, _STARTS = 'store.json', 'ids.bin', 'starts.bin'
-# Characters that are tokenised at once; a document may have more.
-_CHUNK_CHARS = 1_000_000
-# Documents that are read ahead, per thread.
+# Documents are tokenised in groups. A group ends with the document in which it
+# reaches this number of characters.
+_GROUP_CHARS = 1_000_000
+# Documents that each thread reads ahead.
 _AHEAD = 4
 _SECONDS_BETWEEN_REPORTS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-  """Tokens of one source. Pickles as the path that it is at.
+  """The tokens of one source. Its pickle has the path, not the tokens.
 
-  A pair is (input, target): an id and the one after it in the same document.
-  Pairs are counted through all documents: those of document d are
-  starts[d] to starts[d + 1], and pair i of them begins at id i + d.
+  A pair is (input, target): an id and the next id of the same document. Pairs
+  are counted over all documents. Document d has the pairs starts[d] to
+  starts[d + 1] - 1. Pair i of document d has its input at id i + d, because
+  each earlier document has one pair less than it has ids.
   """
 
   directory: pathlib.Path
@@ -63,12 +64,12 @@ class TokenStore:
 
   @property
   def num_pairs(self) -> int:
-    """Returns how many pairs an epoch trains."""
+    """Returns the number of pairs that an epoch trains."""
     return self.num_ids - self.num_documents
 
   @functools.cached_property
   def ids_N(self) -> np.ndarray:
-    """Returns the ids, mapped: what is not used is not in memory."""
+    """Returns the ids [N], mapped: only the pages in use are in memory."""
     return mapped(self.directory / _IDS, self.dtype)
 
   @functools.cached_property
@@ -77,7 +78,7 @@ class TokenStore:
     return mapped(self.directory / _STARTS, 'int64')
 
   def __getstate__(self) -> dict[str, object]:
-    """Leaves out what is mapped: it would be copied into the pickle."""
+    """Returns the fields; mapped arrays would be copied into the pickle."""
     names = [field.name for field in dataclasses.fields(self)]
     return {name: getattr(self, name) for name in names}
 
@@ -92,20 +93,20 @@ def open_or_write(
   num_threads: int = 2,
   say: Say = lambda _: None,
 ) -> TokenStore:
-  """Returns the tokens of `source`, written now unless they are there.
+  """Returns the token store of `source`; writes it if it does not exist.
 
   Args:
     source: the documents.
-    tokenizer: makes ids of them.
-    data_dir: where stores are; need not be writable if this one is there.
+    tokenizer: makes ids of the documents.
+    data_dir: directory of all stores; may be read-only if this store exists.
     name: of the source, in messages.
     joined: whether documents are without bos and eos.
-    num_threads: that read documents; tokenising takes what cores there are.
-    say: is told how far it is, when it takes long.
+    num_threads: threads that read documents; tokenising uses all cores.
+    say: receives a line about progress every ten seconds.
 
   Raises:
-    ValueError: no document has text, one is not text, or the data directory
-      cannot be written.
+    ValueError: no document has text, a document has no UTF-8 form, or the data
+      directory cannot be written.
   """
   directory = (
     pathlib.Path(data_dir).expanduser()
@@ -117,12 +118,12 @@ def open_or_write(
     documents = _reporting(_documents(source, num_threads), name, source, say)
     writer = _Writer(partial, tokenizer, joined)
     with writer:
-      for chunk in _chunks(documents):
-        writer.add(chunk)
+      for group in _groups(documents):
+        writer.add(group)
     if not writer.num_ids:
       raise ValueError(
-        f'{name}: got {len(source)} documents without any text, expected some;'
-        ' check the path and text_key'
+        f'{name}: got {len(source)} documents without any text, expected some'
+        ' text; check the path and text_key'
       )
 
   try:
@@ -130,14 +131,14 @@ def open_or_write(
   except OSError as error:
     raise ValueError(
       f'{name}: its tokens cannot be written to {directory.parent} ({error});'
-      ' set data.data_dir to a directory with room that can be written'
+      ' set data.data_dir to a writable directory with enough room'
     ) from error
   meta = json.loads((directory / _META).read_text())
   return TokenStore(directory=directory, name=name, **meta)
 
 
 def _tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
-  """Returns the SHA-256 of what the tokenizer saves of itself."""
+  """Returns the SHA-256 of the files that the tokenizer saves."""
   digest = hashlib.sha256()
   with tempfile.TemporaryDirectory() as directory:
     tokenizer.save(directory)
@@ -148,15 +149,16 @@ def _tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
 
 
 def mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
-  """Returns the numbers of a file, read when they are used."""
-  if not path.stat().st_size:  # which cannot be mapped
+  """Returns a file as a mapped array; its pages are read when used."""
+  if not path.stat().st_size:  # an empty file cannot be mapped
     return np.zeros(0, dtype)
-  # A view of class ndarray: indexing a memmap costs several times as much.
+  # A plain ndarray over the same pages: indexing an np.memmap costs several
+  # times as much.
   return np.asarray(np.memmap(path, dtype, mode='r'))
 
 
 class _Writer:
-  """Writes a store, a chunk of documents at a time."""
+  """Writes a store, one group of documents at a time."""
 
   def __init__(
     self,
@@ -196,13 +198,13 @@ class _Writer:
     (self._directory / _META).write_text(json.dumps(meta))
 
   def add(self, documents: Sequence[dict[str, str]]) -> None:
-    """Appends documents, none of them empty."""
+    """Appends documents; none of them may be empty."""
     texts = _encode(self._tokenizer, documents)
     with_ends = [part for ids in texts for part in (self._bos, ids, self._eos)]
     ids_N = np.concatenate(with_ends).astype(self._dtype)
     num_ends = len(self._bos) + len(self._eos)
     lengths_D = np.array([len(ids) + num_ends for ids in texts], np.int64)
-    # Of n ids all but the last are the input of a pair.
+    # A document of n ids has n - 1 pairs.
     first = self.num_ids - self._num_documents
     self._add_starts(first + np.cumsum(lengths_D - 1))
     self._ids.write(ids_N.data)
@@ -221,6 +223,7 @@ def _encode(
   try:
     return tokenizer.encode_batch([document['text'] for document in documents])
   except ValueError:
+    # The batch does not tell which document failed: find it one by one.
     for document in documents:
       try:
         tokenizer.encode(document['text'])
@@ -232,7 +235,7 @@ def _encode(
 def _key(
   source: sources.Source, tokenizer: tokenizer_lib.Tokenizer, joined: bool
 ) -> str:
-  """Returns a name that a store of other text or other ids would not have."""
+  """Returns the directory name of a store, a hash of its text and tokenizer."""
   describe = getattr(source, 'fingerprint', None)
   described = describe() if describe else _hash_of_documents(source)
   parts = [_FORMAT, described, _tokenizer_digest(tokenizer), joined]
@@ -251,7 +254,7 @@ def _hash_of_documents(source: sources.Source) -> str:
 def _documents(
   source: sources.Source, num_threads: int
 ) -> Iterator[dict[str, str]]:
-  """Yields the documents in order; threads read a few of them ahead."""
+  """Yields the documents in order; threads read a few documents ahead."""
   queue: collections.deque[futures.Future] = collections.deque()
   with futures.ThreadPoolExecutor(num_threads) as pool:
     try:
@@ -265,21 +268,21 @@ def _documents(
       pool.shutdown(cancel_futures=True)
 
 
-def _chunks(
+def _groups(
   documents: Iterator[dict[str, str]],
 ) -> Iterator[list[dict[str, str]]]:
-  """Yields documents with text, as many as are worth tokenising at once."""
-  chunk, num_chars = [], 0
+  """Yields groups of documents that have text, to be tokenised together."""
+  group, num_chars = [], 0
   for document in documents:
     if not document['text']:
       continue
-    chunk.append(document)
+    group.append(document)
     num_chars += len(document['text'])
-    if num_chars >= _CHUNK_CHARS:
-      yield chunk
-      chunk, num_chars = [], 0
-  if chunk:
-    yield chunk
+    if num_chars >= _GROUP_CHARS:
+      yield group
+      group, num_chars = [], 0
+  if group:
+    yield group
 
 
 def _reporting(
@@ -288,7 +291,7 @@ def _reporting(
   source: sources.Source,
   say: Say,
 ) -> Iterator[dict[str, str]]:
-  """Says now and then how far the documents are."""
+  """Yields the documents; reports progress every ten seconds."""
   started = reported = time.monotonic()
   for i, document in enumerate(documents):
     now = time.monotonic()

@@ -1,7 +1,7 @@
-"""The tokenizer of an experiment: bytes, trained on its documents, or loaded.
+"""The tokenizer of an experiment: bytes, trained BPE, or loaded from disk.
 
-Called once at the start of training; the result is saved in the workdir, so
-that a resumed run loads it instead of training it again.
+It is built once, at the start of training, and saved in the workdir. A resumed
+run loads it from there.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ def build_tokenizer(
   """Returns the tokenizer that `config` describes.
 
   Args:
-    config: what to build.
-    *mixed: the training documents, each source with its weight: its share of
-      the text to learn from. Read by kind 'bpe' only.
+    config: the tokenizer to build, validated.
+    *mixed: the training sources, each with its weight, which is its share of
+      the text that 'bpe' learns from. Only kind 'bpe' reads them.
 
   Raises:
     FileNotFoundError: `config.path` holds no tokenizer.
-    ValueError: the text is too small for the vocabulary, or the vocabulary for
-      bytes and special tokens.
+    ValueError: the text is too small for the vocabulary, or the vocabulary is
+      too small for all bytes and special tokens.
   """
   if config.kind == 'byte':
     return tokenizer_lib.ByteTokenizer()
@@ -42,14 +42,14 @@ def build_tokenizer(
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(
       f'the text gives {tokenizer.vocab_size} tokens, expected '
-      f'tokenizer.vocab_size = {config.vocab_size}; ask for fewer or give it '
+      f'tokenizer.vocab_size = {config.vocab_size}; ask for fewer ids or give '
       'more text'
     )
   return tokenizer
 
 
 def _texts(source: sources.Source, max_bytes: int) -> Iterator[str]:
-  """Yields documents in order, the last one cut, up to `max_bytes` of text."""
+  """Yields texts in order, up to `max_bytes` in all; the last one is cut."""
   left = max_bytes
   for i in range(len(source)):
     data = source[i]['text'].encode('utf-8')[:left]

@@ -1,7 +1,7 @@
-"""What an evaluation asks of a model: two functions and a tokenizer.
+"""The ports of evaluations: what they ask of a model.
 
-Evaluations import nothing of ours. Whoever has a model, in training or in
-serving, wraps it into these functions; what is measured is then the same.
+Training and serving each wrap their model into these functions, so that the
+same evaluation measures both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,90 +10,61 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from text import tokenizer as tokenizer_lib
+
 Ids = Sequence[int]
 
 
-class Tokenizer(Protocol):
-  """What is asked of a tokenizer; those of `text/` have it."""
+class Logprobs(NamedTuple):
+  """The log-probabilities of a continuation, in nats."""
 
-  @property
-  def bos_id(self) -> int | None:
-    """Of the token that begins a document; None if there is none."""
-    ...
-
-  @property
-  def eos_id(self) -> int | None:
-    """Of the token that ends a document; None if there is none."""
-    ...
-
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, no special ones among them."""
-    ...
-
-  def decode(self, ids: Any) -> str:
-    """Returns the text of `ids`; special ids contribute nothing."""
-    ...
-
-  def num_bytes_V(self) -> np.ndarray:
-    """Returns integers [V], bytes of text per id, 0 for special ids."""
-    ...
-
-
-class MarkingTokenizer(Protocol):
-  """A tokenizer that can be told where special tokens stand in a text."""
-
-  @property
-  def special_tokens(self) -> Mapping[str, int]:
-    """All strings that name a token, with its id."""
-    ...
-
-  def encode_marked(self, text: str, spans: Any) -> tuple[list[int], Any]:
-    """Returns the ids of `text`, in which (start, end) are special tokens."""
-    ...
-
-
-class Scored(NamedTuple):
-  """How probable a continuation is."""
-
-  logprob: float  # of the whole, in nats
+  logprob: float  # of the whole continuation
   is_greedy: bool  # every token is the most probable one
   token_logprobs: np.ndarray  # of each token
 
 
 class LogprobFn(Protocol):
-  """Scores continuations. Requests come in any number and any length."""
+  """Scores any number of continuations, each of any length that fits."""
 
-  def __call__(self, requests: Sequence[tuple[Ids, Ids]]) -> Sequence[Scored]:
-    """Returns one score per (context_ids, continuation_ids), in order.
+  def __call__(
+    self, requests: Sequence[tuple[Ids, Ids]], /
+  ) -> Sequence[Logprobs]:
+    """Returns the log-probabilities per (context_ids, continuation_ids).
 
-    Neither part is empty. Together they have at most `max_length + 1` tokens:
-    the last one is predicted and never read.
+    Neither part is empty. Together they have at most `max_length + 1` tokens,
+    since the last token is predicted and never read.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-  """How completions are drawn."""
+  """The settings of a completion."""
 
   max_tokens: int  # of a completion, at most
-  temperature: float = 0.0  # 0 is greedy
-  top_k: int = 0  # most probable tokens to keep; 0 keeps all
-  top_p: float = 1.0  # probability mass to keep; 1 keeps all
-  min_p: float = 0.0  # least share of the largest probability; 0 keeps all
-  seed: int = 0  # samples of one call differ, those of the same call repeat
+  temperature: float = 0.0  # divides the logits; 0 is greedy
+  # Further settings of the sampler by name, such as {'top_p': 0.9}.
+  filters: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  # Samples of one call differ. The same call again returns the same samples.
+  seed: int = 0
   stop: tuple[str, ...] = ()  # ends a completion, not part of its text
 
 
 class Completion(NamedTuple):
-  """What a prompt was continued with."""
+  """One completion of a prompt.
+
+  Evaluations read the text. The other fields are for training on samples.
+  """
 
   text: str  # without the stop string or the end-of-document token
-  ids: tuple[int, ...]
+  ids: tuple[int, ...]  # of the text
+  all_ids: tuple[int, ...] = ()  # as sampled, with what ended the completion
+  # float32, of `all_ids`, before temperature and filters.
+  logprobs: np.ndarray | None = None
 
 
 class SampleFn(Protocol):
-  """Completes prompts. They come in any number and any length."""
+  """Completes any number of prompts, each of any length that fits."""
 
   def __call__(
     self,
@@ -103,8 +74,9 @@ class SampleFn(Protocol):
   ) -> Sequence[Sequence[Completion]]:
     """Returns `num_samples` completions per prompt of token ids, in order.
 
-    A completion ends with a stop string, with the end-of-document token or with
-    `max_tokens`. A prompt and its completion fit into `max_length` tokens.
+    A completion ends with a stop string, with the end-of-document token or
+    after `max_tokens`. A prompt and its completion fit into `max_length`
+    tokens.
     """
     ...
 
@@ -121,27 +93,27 @@ class ChatFn(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """What is evaluated. An evaluation refuses a model that lacks what it needs.
+  """A model as evaluations see it; a task refuses one that lacks a function.
 
   Raises:
     ValueError: no token can stand before a text.
   """
 
-  tokenizer: Tokenizer
-  max_length: int  # tokens that the model reads at most
+  tokenizer: tokenizer_lib.Tokenizer
+  max_length: int  # tokens of the context, prompt and completion together
   logprob_fn: LogprobFn | None = None
   sample_fn: SampleFn | None = None
   adds_bos: bool = False  # a text begins with bos_id, as it did in training
-  # What a text without context is predicted from; None: bos_id, or eos_id.
+  # The id that a text without context is predicted from; None: bos_id.
   prefix_id: int | None = None
-  # Like tokenizer.encode, but strings that name special tokens become their
-  # ids: what tasks of lm_eval mean, chats that were rendered among them.
+  # Like tokenizer.encode, but names of special tokens become their ids. Tasks
+  # of lm_eval expect it, also for the chats that they render.
   encode_prompt: Callable[[str], list[int]] | None = None
   render_chat: ChatFn | None = None
-  # The ids of a conversation, up to the opening of the assistant's turn. What
-  # looks like a special token in a message is text.
+  # The ids of a conversation, up to the opening of the assistant's turn. A name
+  # of a special token in a message is plain text.
   encode_chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
-  # What to call it in a result: digest of the weights, name, step.
+  # Identifies the model in results: digest of the weights, name, step.
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -149,41 +121,26 @@ class Model:
       raise ValueError(
         f'max_length: got {self.max_length}, expected at least 1 token'
       )
-    if self.adds_bos and self.tokenizer.bos_id is None:
-      raise ValueError(
-        'adds_bos: got True with a tokenizer that has no bos_id, expected False'
-      )
-    _ = self.prefix
 
   @property
   def prefix(self) -> int:
     """Returns the id that the first token of a text is predicted from."""
-    for candidate in (
-      self.prefix_id,
-      self.tokenizer.bos_id,
-      self.tokenizer.eos_id,
-    ):
-      if candidate is not None:
-        return candidate
-    raise ValueError(
-      'prefix_id: got None with a tokenizer that has neither bos_id nor'
-      ' eos_id, expected an id that the first token is predicted from'
-    )
+    return self.tokenizer.bos_id if self.prefix_id is None else self.prefix_id
 
-  def scores(self) -> LogprobFn:
+  def required_logprob_fn(self) -> LogprobFn:
     """Returns `logprob_fn`, or raises ValueError if there is none."""
     if self.logprob_fn is None:
       raise ValueError(
-        'logprob_fn: got none, expected one: this task scores text that is'
-        ' given; give the model a logprob_fn'
+        'logprob_fn: got none, expected one: this task scores given text;'
+        ' give the model a logprob_fn'
       )
     return self.logprob_fn
 
-  def samples(self) -> SampleFn:
+  def required_sample_fn(self) -> SampleFn:
     """Returns `sample_fn`, or raises ValueError if there is none."""
     if self.sample_fn is None:
       raise ValueError(
-        'sample_fn: got none, expected one: this task reads what the model'
-        ' writes; give the model a sample_fn'
+        'sample_fn: got none, expected one: this task reads completions of the'
+        ' model; give the model a sample_fn'
       )
     return self.sample_fn

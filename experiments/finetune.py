@@ -1,14 +1,14 @@
-"""Trains on from frozen weights: one's own, or open ones that were imported.
+"""Fine-tuning: training continues from frozen weights, own or imported.
 
     python -m frozen.huggingface import --source=org/model --out=runs/base
     python train.py --config=experiments/finetune.py:runs/base \
       --workdir=runs/tuned --config.data.path='corpus/{split}.jsonl'
     python -m frozen.huggingface export --source=runs/tuned/frozen --out=tuned
 
-The variant is the frozen directory: its model, its tokenizer and its first
-weights are the run's. Without one, a small model starts from nothing, to try
-the data with. The learning rate is a tenth of what models of that size are
-trained with from the start.
+The variant names a frozen directory. The run takes its model, its tokenizer and
+its weights. Without a variant, a small model starts from random weights, to try
+the data. The learning rate is a tenth of the usual one for training models of
+that size from the start.
 """
 
 from data import data_config, sources

@@ -1,18 +1,18 @@
 """Muon against AdamW at equal steps, on the data and model of the quickstart.
 
     E=experiments/muon_against_adamw.py
-    python -m benchmarks.studies.compare_experiments
-    --experiments=$E:adamw,$E:muon \
+    python -m benchmarks.studies.compare_experiments \
+      --experiments=$E:adamw,$E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
     python train.py --config=$E:muon --workdir=...   # one side alone
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon;
 at scale: Liu et al., arXiv:2502.16982) orthogonalises the update of every
-matrix of the layers; embeddings and norms are left to AdamW. Both take the same
-batches from the same initial weights. How the learning rates were chosen, and
-what came out with its interval, is in LOG.md; expected is Muon ahead at equal
-steps, as in its papers. Cost: about two minutes per run on two CPU cores, ten
-runs.
+matrix of the layers; AdamW updates embeddings and norms. Both sides train on
+the same batches from the same initial weights. LOG.md says how the learning
+rates were chosen, and the measured difference with its interval. Expected: Muon
+is ahead at equal steps, as in its papers. Cost: about two minutes per run on
+two CPU cores, ten runs.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""muP: the best learning rate of a narrow model is that of a wide one.
+"""muP: the best learning rate of a narrow model is also that of a wide model.
 
-    python -m benchmarks.studies.mup_transfer --workdir=runs/mup
-    --figure=runs/mup.svg
+    python -m benchmarks.studies.mup_transfer --workdir=runs/mup \
+      --figure=runs/mup.svg
 
 Yang et al., arXiv:2203.03466, figure 1: in the standard parametrisation the
-best learning rate falls as models get wider, under muP it stays where it is.
-Here: two layers over the quickstart's data, widths 64 to 512, Adam, learning
-rates in powers of two. At width 64, the base, both are the same model.
-Expected: the optimum of muP within one step of the grid over all widths, the
-other one falling; see LOG.md for what came out. One model alone:
+best learning rate falls as models get wider; with muP it stays the same. Here:
+two layers on the quickstart's data, widths 64 to 512, Adam, learning rates in
+powers of two. At the base width, 64, both parametrisations are the same model.
+Expected: the optimum of muP stays within one step of the grid over all widths,
+and the standard optimum falls. LOG.md has the measured result. One model alone:
 
     python train.py --config=experiments/mup_transfer.py:mup-256 \
       --config.optimizer.peak_lr=0.01 --workdir=runs/mup-256

@@ -1,4 +1,4 @@
-"""Model shapes that experiments share, under the names people know them by."""
+"""Model shapes that several experiments share, under their published names."""
 
 import dataclasses
 

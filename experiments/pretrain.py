@@ -1,21 +1,22 @@
-"""Pretraining at the sizes people name, each with a cluster that suits it.
+"""Pretraining at well-known model sizes, each with a cluster that suits it.
 
     python train.py --config=experiments/pretrain.py:8b --plan=v5p:4x4x4
     python train.py --config=experiments/pretrain.py:8b --workdir=runs/8b \
       --config.data.path='text/{split}-*.parquet'
 
-Variants, and what `PLANS.md` expects of them on the target of each:
+Variants, and the target that `PLANS.md` has figures for:
 
     :124m     GPT-2 small, of `pretrain_124m.py`            v5e:2x4
     :1b       the shape of Llama 3.2 1B                     v5e:4x4
     :8b       Llama 3 8B (arXiv:2407.21783, table 3)        v5p:4x4x4
     :70b      Llama 3 70B (the same table)                  v5p:4x8x8
-    :30b-a3b  a mixture: Qwen3-30B-A3B (arXiv:2505.09388)   v5p:4x4x4
+    :30b-a3b  a mixture of experts: Qwen3-30B-A3B           v5p:4x4x4
+              (arXiv:2505.09388)
 
-The shapes and peak learning rates are the papers'; the number of steps is that
-of 20 tokens per parameter (Chinchilla, arXiv:2203.15556), of whatever Parquet
-files `data.path` names. None has been run: compute for the largest is measured
-in device-years. `--plan` says what each would cost.
+Shapes and peak learning rates are those of the papers. The number of steps
+gives 20 tokens per parameter (Chinchilla, arXiv:2203.15556), of the Parquet
+files that `data.path` names. None of these runs has been made: the largest
+needs device-years. `--plan` says what each would cost.
 """
 
 from data import data_config, sources
@@ -45,8 +46,8 @@ def get_config(variant: str = '8b') -> experiment.Experiment:
       batch_size=256,  # a million tokens
       num_steps=24_000,
       peak_lr=3e-4,
-      # Twice 8: over a whole v5e torus XLA splits each product into as many
-      # as there are devices, and adds these up in main memory.
+      # Two groups of 8: over a whole v5e torus XLA splits each product into as
+      # many parts as there are devices, and adds the parts in main memory.
       parallel=parallel_config.ParallelConfig(fsdp=8),
     )
   if variant == '8b':
@@ -62,8 +63,8 @@ def get_config(variant: str = '8b') -> experiment.Experiment:
       batch_size=1024,  # four million
       num_steps=39_000,
       peak_lr=3e-4,
-      # Twice 32: a group of all 64 spans the three axes of the torus, along
-      # which XLA gathers by adding up zeros, at twice the traffic.
+      # Two groups of 32: one group of 64 spans all three axes of the torus. XLA
+      # then gathers by adding zeros, with twice the traffic.
       parallel=parallel_config.ParallelConfig(fsdp=32),
     )
   if variant == '70b':

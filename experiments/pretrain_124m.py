@@ -3,12 +3,14 @@
     python train.py --config=experiments/pretrain_124m.py --workdir=runs/124m \
       --config.data.path='text/{split}-*.parquet'
 
-Shape and schedule of nanoGPT's reproduction of GPT-2 (config/train_gpt2.py,
-https://github.com/karpathy/nanoGPT): half a million tokens per step, peak rate
-6e-4, 0.1 weight decay, 600,000 steps there; 2.85 nats per token on OpenWebText
-after four days on 8 A100. Here 19,073 steps, 10 billion tokens, of whatever
-Parquet files `data.path` names. For accelerators: 8.0e18 FLOPs, which at 20 %
-MFU of an H100 (989 TFLOP/s) would be 11 hours; it has not been run.
+Shape and schedule are those of nanoGPT's reproduction of GPT-2
+(config/train_gpt2.py, https://github.com/karpathy/nanoGPT): half a million
+tokens per step, peak learning rate 6e-4, weight decay 0.1. nanoGPT takes
+600,000 steps and reaches 2.85 nats per token on OpenWebText after four days on
+8 A100.
+This run takes 19,073 steps, 10 billion tokens, of the Parquet files that
+`data.path` names. It is meant for accelerators: its 8.0e18 FLOPs would take 11
+hours at 20 % MFU of an H100 (989 TFLOP/s). It has not been run.
 """
 
 from data import data_config, sources

@@ -1,12 +1,13 @@
-"""Pretraining on files of your own: plain text, JSONL, Parquet, or TFDS.
+"""Pretraining on your own files: plain text, JSONL, Parquet, or TFDS.
 
     python train.py --config=experiments/pretrain_files.py:jsonl \
       --workdir=runs/mine --config.data.path='corpus/{split}.jsonl'
 
-`{split}` in the path becomes `train` and `validation`. Variants: text (each
-file a document), jsonl, parquet, tfds (a prepared data set's directory). Every
-document's text is under `data.text_key`. A small Llama-like model, to be
-changed by flags; the run prints its parameters and FLOPs before it starts.
+`{split}` in the path becomes `train` and `validation`. Variants: text (one
+document per file), jsonl, parquet, tfds (the directory of a prepared data set).
+`data.text_key` names the field with a document's text. The model is small and
+Llama-like; change it with flags. The run prints its parameters and FLOPs before
+it starts.
 """
 
 from data import data_config, sources

@@ -1,17 +1,17 @@
-"""Pretraining on a mixture of two sources, with a batch that grows.
+"""Pretraining on a mix of two sources, with a batch that grows.
 
     python train.py --config=experiments/pretrain_mixture.py \
       --workdir=runs/mixture --config.data.path='prose/{split}.jsonl' \
       --config.data.sources[0].path='code/{split}.jsonl' \
       --config.data.sources[1].path='prose/{split}.jsonl'
 
-Three rows in four are code, one is prose; `data.path` is what is evaluated on.
-Started again with --config.data.sources[0].weight=1, the run goes on with equal
-shares from that step, and the manifest of what is frozen tells of both. How
-often each source was trained is printed, and so is how much of the evaluation
-text they contain. Packing cuts as few documents as it can; the average of the
-weights is evaluated beside them, and frozen. The model is that of
-`experiments/pretrain_files.py`.
+Three of four rows are code, one is prose. The run is evaluated on `data.path`.
+If it is resumed with --config.data.sources[0].weight=1, both sources have equal
+shares from that step on, and the manifest of the frozen directory records both
+phases. The run prints how often each source was trained, and how much of the
+evaluation text each source contains. Packing splits as few documents as
+possible. The average of the weights is evaluated beside them, and frozen. The
+model is that of `experiments/pretrain_files.py`.
 """
 
 import dataclasses

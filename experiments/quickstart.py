@@ -1,10 +1,10 @@
-"""The whole of life one in minutes on two CPU cores: a model of Python code.
+"""A complete training run in minutes on two CPU cores: a model of Python code.
 
     make quickstart
 
-Trains on the source of the running interpreter's standard library, real text
-that is on every machine. Expected: at most 1.75 bits per byte on its
-validation split; see LOG.md for what was measured.
+It trains on the source of the running interpreter's standard library: real text
+that is on every machine. Expected: at most 1.75 bits per byte on its validation
+split. LOG.md has the measured figures.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ def get_config() -> experiment.Experiment:
         length=LENGTH,
       ),
       tie_embeddings=True,
-      # Four layers compile quickly apart, and XLA:CPU runs them faster so.
+      # Four layers still compile quickly unrolled, and then run faster on
+      # XLA:CPU.
       scan_layers=False,
     ),
     data=data_config.DataConfig(
@@ -42,10 +43,10 @@ def get_config() -> experiment.Experiment:
       row_length=LENGTH,
       batch_size=8,
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE),
-      # The library's text is as old as the interpreter, to the year.
+      # The year of the interpreter's release is that of the library's text.
       knowledge_cutoff=_RELEASE_YEARS.get(sys.version_info[:2], ''),
     ),
-    # Ahead of AdamW at equal steps: experiments/muon_against_adamw.py.
+    # Muon is ahead of AdamW at equal steps: muon_against_adamw.py.
     optimizer=chain.OptimizerConfig(
       rule=rules.Muon(),
       peak_lr=2e-2,
@@ -60,5 +61,5 @@ def get_config() -> experiment.Experiment:
   )
 
 
-# First release of each, https://devguide.python.org/versions/.
+# Year of the first release, https://devguide.python.org/versions/.
 _RELEASE_YEARS = {(3, 11): '2022', (3, 12): '2023', (3, 13): '2024'}

@@ -10,9 +10,9 @@ config/train_shakespeare_char.py. Validation loss in nats per character:
     :gpu  6 layers, 6 heads, width 384, context 256, batch 64, 5000 steps,
           dropout 0.2                                                    1.4697
 
-The text is ASCII, so bytes are its characters. nanoGPT validates on the last
-tenth, which the builder splits in two, hence `validation+test`; it has no bias
-terms. Cost: minutes on a CPU, minutes on a GPU.
+The text is ASCII, so its bytes are its characters. nanoGPT validates on the
+last tenth of the text. The builder splits that tenth in two, hence
+`validation+test`. nanoGPT has no bias terms. Cost: minutes on a CPU or a GPU.
 """
 
 import dataclasses

@@ -1,19 +1,19 @@
-"""Warm-up, stable, decay against a cosine, at equal tokens.
+"""Warm-up, stable, decay (WSD) against a cosine schedule, at equal tokens.
 
     E=experiments/wsd_against_cosine.py
-    python -m benchmarks.studies.compare_experiments
-    --experiments=$E:cosine,$E:wsd \
+    python -m benchmarks.studies.compare_experiments \
+      --experiments=$E:cosine,$E:wsd \
       --seeds=5 --workdir=runs/compared --figure=runs/wsd.svg
     python train.py --config=$E:wsd --workdir=...   # one side alone
 
 The schedule of MiniCPM (Hu et al., arXiv:2404.06395) keeps the learning rate
-where it is and decays it over the last fifth: a run can be made longer without
-having planned it. The claim is that it costs nothing against a cosine over the
-same tokens (also Haegele et al., arXiv:2405.18392). Model, data, batches,
+constant and decays it over the last fifth. So a run can be made longer without
+having been planned longer. The claim: this costs nothing against a cosine over
+the same tokens (also Haegele et al., arXiv:2405.18392). Model, data, batches,
 initial weights and peak learning rate are those of the AdamW side of
-`experiments/muon_against_adamw.py`, whose runs are taken over where they are.
-What came out, with its interval, is in LOG.md: WSD ahead, in so short a run.
-Cost: about two minutes per run on two CPU cores, ten runs.
+`experiments/muon_against_adamw.py`; its runs are reused if they exist. LOG.md
+has the measured difference with its interval: WSD is ahead, in a run this
+short. Cost: about two minutes per run on two CPU cores, ten runs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def get_config(variant: str = 'cosine') -> experiment_lib.Experiment:
   """Returns one side of the comparison, `cosine` or `wsd`."""
   if variant not in ('cosine', 'wsd'):
     raise ValueError(f'variant: got {variant!r}, expected cosine or wsd')
-  # AdamW with a cosine: the very runs that Muon is compared with.
+  # The same runs of AdamW with a cosine that Muon is compared with.
   experiment = muon_against_adamw.get_config('adamw')
   if variant == 'wsd':
     experiment.name = 'equal_steps_wsd'

@@ -1,14 +1,14 @@
-"""Freezes a training run: a checkpoint becomes a frozen directory.
+"""Freezing: a checkpoint of a training run becomes a frozen directory.
 
     python -m frozen.freeze --workdir=runs/quickstart --out=/tmp/quickstart
 
-`train.py` does the same at the end of a run. This module knows what training
-leaves behind (the files below), and imports nothing of training.
+`train.py` does the same at the end of a run. This module reads the files that
+training writes, and imports nothing of training:
 
     WORKDIR/run.json                       config, data, lineage
     WORKDIR/tokenizer/
-    WORKDIR/checkpoints/STEP/params/       restored, or
-    WORKDIR/checkpoints/STEP/average/      of the weights, where a run keeps one
+    WORKDIR/checkpoints/STEP/params/       the weights, or
+    WORKDIR/checkpoints/STEP/average/      their average, if the run keeps one
     WORKDIR/checkpoints/STEP/opt_state/    never read: three times the size
     WORKDIR/checkpoints/STEP/progress.json step, tokens, cost
     WORKDIR/checkpoints/STEP/seal.json     verified first: frozen/seals.py
@@ -25,6 +25,7 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 
+from checks import expect
 from frozen import (
   format as frozen_format,
   manifest as manifest_lib,
@@ -37,7 +38,7 @@ from storage import layout as storage_layout
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
 
-# What training writes into run.json for whoever freezes it.
+# Fields that training writes into run.json, and that freezing needs.
 _RUN_FIELDS = {
   'experiment',
   'model',
@@ -48,7 +49,7 @@ _RUN_FIELDS = {
   'code_commit',
 }
 
-# Recommended to whoever serves the weights; a request may choose otherwise.
+# Recommended settings in the frozen directory; a request may override them.
 DEFAULT_GENERATION = {
   'temperature': 0.8,
   'top_k': 0,
@@ -61,13 +62,12 @@ DEFAULT_GENERATION = {
 def serving_params(
   params: frozen_format.Params, config: model_config.ModelConfig, *, dtype: str
 ) -> tuple[frozen_format.Params, model_config.ModelConfig]:
-  """Turns training params into serving params, and their config.
-
-  Copies, never aliases: the train step donates its params, and would take the
-  served ones with it. Unstacks scanned layers: decoding through a scan was
-  measured 2.7 times slower on CPU, since it slices each layer's weights out.
-  """
+  """Returns serving params of training params, and their config."""
+  # Unstacked: decoding through a scan was measured 2.7 times slower on CPU,
+  # because it slices each layer's weights out.
   params, config = layout.unstack(params, config)
+  # Copies, never aliases: the train step donates its params, and would delete
+  # aliased serving params with them.
   return jax.tree.map(lambda leaf: jnp.array(leaf, dtype), params), config
 
 
@@ -82,28 +82,25 @@ def freeze_checkpoint(
   chat_template: str = '',
   overwrite: bool = False,
 ) -> manifest_lib.Manifest:
-  """Freezes one checkpoint of a run.
+  """Writes one checkpoint of a run as a frozen directory.
 
   Args:
     workdir: of the run.
-    step: a step that has a checkpoint; LATEST for the last.
+    step: step of the checkpoint; LATEST for the last one.
     out: the frozen directory to write.
-    dtype: of the weights and of the computation that will use them.
+    dtype: of the weights, and of the computation that will use them.
     weights: one of `frozen.manifest.WEIGHTS`.
-    generation: recommended settings, those of DEFAULT_GENERATION besides.
+    generation: recommended settings, which override DEFAULT_GENERATION.
     chat_template: Jinja source; empty for the default transcript.
-    overwrite: replace a frozen directory that holds other weights.
+    overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
-    FileNotFoundError: no run, or no such checkpoint; names those there are.
-    ValueError: an unknown dtype, an average that the run does not keep, a
-      checkpoint that is damaged or of another run, or `out` holds something
-      else.
+    FileNotFoundError: there is no run or no such checkpoint; lists those that
+      exist.
+    ValueError: the dtype is unknown, the run keeps no average, the checkpoint
+      is damaged or of another run, or `out` has other files.
   """
-  if dtype not in DTYPES:
-    raise ValueError(
-      f'dtype: got {dtype!r}, expected one of {", ".join(DTYPES)}'
-    )
+  expect.one_of('dtype', dtype, DTYPES)
   workdir = pathlib.Path(workdir).resolve()
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
@@ -116,7 +113,10 @@ def freeze_checkpoint(
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
-  params, config = serving_params(params, config, dtype=dtype)
+  # An objective's own parameters stay behind: what is served is the model.
+  params, config = serving_params(
+    {'params': params['params']}, config, dtype=dtype
+  )
   return frozen_format.write(
     out,
     params=params,
@@ -153,8 +153,8 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
   if missing := _RUN_FIELDS - run.keys():
     raise ValueError(
       f'{path}: got no {", ".join(sorted(missing))}, expected all of'
-      f' {", ".join(sorted(_RUN_FIELDS))}; it is of another version of this'
-      ' code: freeze with that one'
+      f' {", ".join(sorted(_RUN_FIELDS))}; another version of this code wrote'
+      ' the run: freeze it with that version'
     )
   return run
 
@@ -179,17 +179,13 @@ def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def _chosen_weights(checkpoint: pathlib.Path, weights: str) -> str:
-  """Returns raw or average, for what is asked for."""
-  if weights not in manifest_lib.WEIGHTS:
-    raise ValueError(
-      f'weights: got {weights!r}, expected one of'
-      f' {", ".join(manifest_lib.WEIGHTS)}'
-    )
+  """Returns 'raw' or 'average': the weights to freeze."""
+  expect.one_of('weights', weights, manifest_lib.WEIGHTS)
   has_average = (checkpoint / 'average').is_dir()
   if weights == 'average' and not has_average:
     raise ValueError(
       f'weights: got average, but {checkpoint} has none, expected raw or auto;'
-      ' a run keeps one that is trained with --config.ema_decay=0.999'
+      ' a run keeps an average if it trains with --config.ema_decay=0.999'
     )
   if weights == 'auto':
     return 'average' if has_average else 'raw'
@@ -197,8 +193,8 @@ def _chosen_weights(checkpoint: pathlib.Path, weights: str) -> str:
 
 
 def _restore_params(path: pathlib.Path) -> frozen_format.Params:
-  """Restores params as they were saved, onto one device."""
-  # Without a sharding orbax would rebuild the mesh that they were trained on.
+  """Returns the saved params, on one device."""
+  # Without a sharding, orbax would rebuild the mesh of the training run.
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   with frozen_format.checkpointer() as checkpointer:
     target = jax.tree.map(
@@ -211,11 +207,11 @@ def _restore_params(path: pathlib.Path) -> frozen_format.Params:
 
 
 def main(argv) -> None:
-  """Freezes what the flags name and prints the manifest's main lines."""
+  """Freezes the run that the flags name, and prints a summary."""
   if len(argv) > 1:
     raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
   values = flags.FLAGS
-  logging.set_verbosity(logging.ERROR)  # orbax tells its every step
+  logging.set_verbosity(logging.ERROR)  # orbax logs every step that it takes
   try:
     manifest = freeze_checkpoint(
       values.workdir,
@@ -237,17 +233,25 @@ def main(argv) -> None:
 
 def _define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'Directory of a training run.')
-  flags.DEFINE_integer('step', LATEST, 'Checkpoint to freeze; -1 is the last.')
+  flags.DEFINE_integer(
+    'step', LATEST, 'Step of the checkpoint to freeze; -1 is the last one.'
+  )
   flags.DEFINE_string('out', None, 'Frozen directory to write.')
-  flags.DEFINE_enum('dtype', 'float32', DTYPES, 'Of the frozen weights.')
+  flags.DEFINE_enum(
+    'dtype',
+    'float32',
+    DTYPES,
+    'Dtype of the frozen weights and of the computation that uses them.',
+  )
   flags.DEFINE_enum(
     'weights',
     'auto',
     manifest_lib.WEIGHTS,
-    'Which of the run; auto: the average where it keeps one.',
+    'Weights to freeze: raw, or their average over training. auto takes the'
+    ' average if the run keeps one.',
   )
   flags.DEFINE_bool(
-    'overwrite', False, 'Replace a frozen directory that holds other weights.'
+    'overwrite', False, 'Replace a frozen directory with other weights.'
   )
   flags.mark_flags_as_required(['workdir', 'out'])
 

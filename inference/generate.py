@@ -1,18 +1,15 @@
-"""Prompts to completions with one frozen model: the engine, used offline.
+"""The generator: prompts to completions with one frozen model.
 
     generator = generate.load(directory)
     for piece in generator.stream('def add(', settings): ...
 
-A text prompt gets the tokenizer's BOS in front of it if the documents that the
-model was trained on had it, and '' is BOS alone; a prompt of token ids is used
-verbatim. A sequence ends at EOS, at a stop string or id, or at its length.
-Nothing is truncated silently.
+A text prompt starts with the tokenizer's BOS if the training documents did. The
+prompt '' is BOS alone. A prompt of token ids is used verbatim. A sequence ends
+at EOS, at a stop string or id, or at its length. Nothing is truncated silently.
 
-Several streams may be open at once: whichever is asked for its next piece runs
-the engine, and what that brings to the others waits for them.
+Several streams may be open at once, see `Engine.answer`.
 """
 
-import collections
 from collections import abc
 import dataclasses
 import math
@@ -29,12 +26,12 @@ Prompt = str | abc.Sequence[int]
 
 
 class Generator:
-  """Answers prompts with one frozen model; not for several threads."""
+  """Answers prompts with one frozen model; one thread owns it."""
 
   def __init__(
     self,
     frozen: frozen_format.Frozen,
-    engine: engine_config.EngineConfig = engine_config.EngineConfig(),
+    config: engine_config.EngineConfig = engine_config.EngineConfig(),
   ):
     self.frozen = frozen
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
@@ -52,29 +49,28 @@ class Generator:
       tokenizer=self.tokenizer,
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
-      engine=engine,
+      config=config,
     )
-    self._arrived: dict[int, collections.deque[requests.Update]] = {}
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-    """Returns the ids of a prompt: as text was trained on, or verbatim."""
+    """Returns the ids of a prompt: text as in training, ids verbatim."""
     if not isinstance(prompt, str):
       return tuple(prompt)
     ids = self.tokenizer.encode(prompt)
-    # '' has to start from something, even if training never showed BOS.
+    # An empty prompt needs a first token, even if training had no BOS.
     if self.frozen.manifest.has_bos or not ids:
       ids = [self.tokenizer.bos_id, *ids]
     return tuple(ids)
 
   def settings_for(self, prompt: Prompt, **chosen) -> settings_lib.Settings:
-    """Returns the model's recommended settings, but for those chosen.
+    """Returns the recommended settings of the model, with changes.
 
-    A recommended max_tokens is lowered to what fits behind the prompt; a
-    chosen one is not.
+    A recommended max_tokens is lowered to the room after the prompt; a chosen
+    max_tokens is not.
 
     Args:
-      prompt: what the settings are for.
-      **chosen: fields of `Settings`; None leaves the recommendation.
+      prompt: that the settings are for.
+      **chosen: fields of `Settings`; None keeps the recommendation.
 
     Raises:
       SettingError: a value is out of range, or contradicts another.
@@ -88,35 +84,35 @@ class Generator:
     ):
       chosen['max_tokens'] = None
     if chosen.get('ignore_eos'):
-      # An open model recommends its several ends of text as stop ids.
+      # Open models recommend their several EOS ids as stop ids.
       chosen.setdefault('stop_ids', ())
     return dataclasses.replace(self.defaults, **chosen)
 
   def request(
-    self, prompt: Prompt, settings: settings_lib.Settings, **whose
+    self, prompt: Prompt, settings: settings_lib.Settings, **fields
   ) -> requests.Request:
-    """Returns what the engine is asked, checked.
+    """Returns a request that the engine has checked.
 
     Args:
       prompt: text or ids.
-      settings: how it is continued.
-      **whose: principal and priority.
+      settings: of the sampling.
+      **fields: of the request: principal, priority, target.
 
     Raises:
-      ValueError: it could never be answered.
+      ValueError: the request could never be answered.
     """
-    request = requests.Request(
-      prompt_ids=self.prompt_ids(prompt), settings=settings, **whose
+    return self.engine.checked(
+      requests.Request(
+        prompt_ids=self.prompt_ids(prompt), settings=settings, **fields
+      )
     )
-    self.engine.room_for(request)
-    return request
 
   def generate(
     self,
     prompts: abc.Sequence[Prompt],
     settings: settings_lib.Settings | abc.Sequence[settings_lib.Settings],
   ) -> list[requests.Completion]:
-    """Returns the completions: n of the first prompt, then of the second."""
+    """Returns the n completions of the first prompt, then of the second."""
     completions: dict[tuple[int, int], requests.Completion] = {}
     for which, update in self.updates(prompts, settings):
       if update.completion:
@@ -126,10 +122,10 @@ class Generator:
   def stream(
     self, prompt: Prompt, settings: settings_lib.Settings
   ) -> abc.Iterator[str | requests.Completion]:
-    """Yields pieces of text that join to the completion's, then that.
+    """Yields pieces of the completion's text, then the completion.
 
     Raises:
-      ValueError: before any work, for a prompt that cannot be answered.
+      ValueError: at the call, for a prompt that cannot be answered.
     """
     if settings.n != 1:
       raise settings_lib.SettingError(
@@ -142,15 +138,15 @@ class Generator:
     prompts: abc.Sequence[Prompt],
     settings: settings_lib.Settings | abc.Sequence[settings_lib.Settings],
   ) -> abc.Generator[tuple[int, requests.Update]]:
-    """Yields what each step adds, and to which prompt; closing it stops.
+    """Yields updates, each with the index of its prompt; closing it cancels.
 
     Args:
-      prompts: at least one; as many as there are, the engine is given those
-        that it takes in.
-      settings: of all prompts, or one of each.
+      prompts: at least one. The engine gets them as its queue has room.
+      settings: of all prompts, or one per prompt.
 
     Raises:
-      ValueError: before any work, for a prompt that cannot be answered.
+      ValueError: at the call, for a prompt that cannot be answered. A server
+        has not answered 200 then.
     """
     if isinstance(settings, settings_lib.Settings):
       settings = [settings] * len(prompts)
@@ -159,11 +155,9 @@ class Generator:
         f'prompts: got {len(prompts)} prompts and {len(settings)} settings,'
         ' expected at least one prompt, and as many settings'
       )
-    # Checked here, at the call; a generator function would check at the first
-    # `next`, when a server has already answered 200.
-    return self._updates(
+    return self.engine.answer(
       [
-        self.request(prompt, wanted)
+        requests.Request(prompt_ids=self.prompt_ids(prompt), settings=wanted)
         for prompt, wanted in zip(prompts, settings, strict=True)
       ]
     )
@@ -175,41 +169,10 @@ class Generator:
       if update.completion:
         yield update.completion
 
-  def _updates(self, asked: list[requests.Request]):
-    pending = collections.deque(enumerate(asked))
-    which: dict[int, int] = {}  # prompt of each request
-    left: dict[int, int] = {}  # sequences of each that go on
-    try:
-      while pending or left:
-        while pending and self.engine.has_room_for(pending[0][1]):
-          index, request = pending.popleft()
-          request_id = self.engine.submit(request)
-          which[request_id], left[request_id] = index, request.settings.n
-          self._arrived[request_id] = collections.deque()
-        for request_id in [key for key in left if self._arrived[key]]:
-          update = self._arrived[request_id].popleft()
-          if update.completion:
-            left[request_id] -= 1
-            if not left[request_id]:
-              del left[request_id], self._arrived[request_id]
-          yield which[request_id], update
-          break
-        else:
-          self._run_step()
-    finally:
-      for request_id in left:
-        self.engine.cancel(request_id)
-        del self._arrived[request_id]
-
-  def _run_step(self) -> None:
-    for update in self.engine.step():
-      if update.request_id in self._arrived:
-        self._arrived[update.request_id].append(update)
-
 
 def load(
   directory: str | os.PathLike,
-  engine: engine_config.EngineConfig = engine_config.EngineConfig(),
+  config: engine_config.EngineConfig = engine_config.EngineConfig(),
 ) -> Generator:
-  """Reads and verifies a frozen directory, ready to answer prompts."""
-  return Generator(frozen_format.read(directory), engine)
+  """Reads and verifies a frozen directory; returns its generator."""
+  return Generator(frozen_format.read(directory), config)

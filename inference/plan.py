@@ -1,16 +1,16 @@
-"""What serving a frozen model takes: `serve.py --plan`.
+"""The plan of serving a frozen model: memory and speed, for `serve.py --plan`.
 
     python serve.py --model=DIR --plan
     python serve.py --model=DIR --plan=v5e:2x4
 
-Read from the manifest alone: no weights are opened. Decoding reads every weight
-and every cached key and value once per step, so that memory bandwidth bounds
-its speed until the batch is large enough to keep the multipliers busy (Pope et
-al., arXiv:2211.05102, section 2). For a target the engine's decode step
-itself is compiled ahead of time, and the compiler's memory stands beside the
-formula's.
+The plan needs the manifest only: no weights are read. Decoding reads every
+weight and every cached key and value once per step, so that memory bandwidth
+bounds its speed until the batch is large enough to keep the multipliers busy
+(Pope et al., arXiv:2211.05102, section 2). For a target device, the engine's
+decode step is compiled ahead of time, and the plan shows the compiler's memory
+beside the formula's.
 
-Life two runs on one device: figures are those of one, whatever the target.
+Life two runs on one device: all figures are of one device, whatever the target.
 """
 
 import dataclasses
@@ -24,20 +24,27 @@ import numpy as np
 
 from frozen import manifest as manifest_lib
 from hardware import compile_ahead, peaks as peaks_lib, targets
-from inference.engine import engine_config, execution, programs
+from inference.engine import (
+  device_state,
+  engine_config,
+  execution,
+  inputs as inputs_lib,
+  steps,
+)
 from models import flops, kv_cache, layout, model_config, transformer
 
-# Left free: activations, what the runtime keeps, and what no formula knows.
+# Share of the memory left free, for activations, the runtime, and everything
+# else that no formula knows.
 _MARGIN = 0.05
-# Of the compiled decode step; a power of two, as batches are.
+# Largest batch of the compiled decode step; a power of two, as batches are.
 _MOST_COMPILED_SEQUENCES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The figures of one device that serves a model."""
+  """The figures of serving one model on one device."""
 
-  name: str  # the experiment that the weights come from
+  name: str  # the experiment that trained the weights
   target: str
   device_kind: str
   peaks: peaks_lib.Peaks
@@ -49,7 +56,7 @@ class Plan:
 
   @property
   def itemsize(self) -> int:
-    """Bytes of a weight, and of a cached channel."""
+    """Bytes of one weight, and of one cached channel."""
     return jnp.dtype(self.dtype).itemsize
 
   @property
@@ -59,29 +66,29 @@ class Plan:
 
   @property
   def kv_bytes_per_token(self) -> int:
-    """Bytes of the keys and values that one token leaves in the cache."""
+    """Bytes of the cached keys and values of one token, all layers."""
     config = self.config
     rows, width = kv_cache.rows_and_width(config)
     return config.num_layers * rows * width * self.itemsize
 
   def bytes_of(self, num_sequences: int, length: int) -> float:
-    """Returns what so many sequences of a cache so long take, weights too."""
-    # Float32 logits; sampling sorts nothing but holds a copy as weights.
+    """Returns the bytes of weights and of sequences with `length` tokens."""
+    # Float32 logits, and a copy of them: the weights of the sampler's search.
     logits = 2 * 4 * num_sequences * self.config.vocab_size
     cache = num_sequences * length * self.kv_bytes_per_token
     return self.weight_bytes + cache + logits
 
   def num_sequences(self, length: int) -> int:
-    """Returns how many sequences of a cache so long fit; 0: not even one."""
+    """Returns how many sequences with `length` tokens fit; may be 0."""
     room = self.peaks.memory_bytes * (1 - _MARGIN) - self.weight_bytes
     each = self.bytes_of(1, length) - self.weight_bytes
     return max(int(room // each), 0)
 
   def step_bytes(self, num_sequences: int, context: float) -> float:
-    """Returns what a decode step reads of weights and cache.
+    """Returns the bytes of weights and cache that a decode step reads.
 
-    A mixture reads the experts that some token takes: with B tokens that choose
-    A of E independently, E (1 - (1 - A/E)^B) of them.
+    A mixture of experts reads each expert that any token chooses: for B tokens
+    that choose A of E experts independently, E (1 - (1 - A/E)^B) experts.
     """
     weights = flops.num_matmul_params(self.config)
     config = self.config
@@ -96,7 +103,7 @@ class Plan:
     return weights * self.itemsize + cache
 
   def step_seconds(self, num_sequences: int, context: float) -> float:
-    """Returns the least time of a decode step."""
+    """Returns the least time of a decode step, in seconds."""
     products = num_sequences * flops.forward_flops_per_token(
       self.config, context
     )
@@ -106,14 +113,14 @@ class Plan:
     )
 
   def tokens_per_s(self, num_sequences: int, context: float) -> float:
-    """Returns the ceiling of decoding, tokens of all sequences together."""
+    """Returns the upper bound of decoding speed, of all sequences together."""
     return num_sequences / self.step_seconds(num_sequences, context)
 
   def compute_bound_batch(self, context: float) -> int | None:
-    """Returns from which batch on products take longer than reading.
+    """Returns the smallest batch whose products take longer than its reads.
 
-    None where a token's own cache takes longer to read than its products take
-    to compute: then no batch is large enough.
+    None if reading the cache of a token takes longer than its products: then no
+    batch is compute-bound.
     """
     per_token = flops.forward_flops_per_token(self.config, context)
     compute = per_token / self.peaks.flops_per_s[self.dtype]
@@ -138,10 +145,10 @@ class Plan:
 def make(
   directory: str, target_name: str = targets.HERE, *, is_compiled: bool = True
 ) -> Plan:
-  """Plans to serve a frozen directory, of which only the manifest is read.
+  """Returns the plan for a frozen directory; reads its manifest only.
 
   Raises:
-    FileNotFoundError, ValueError: no such model, or no such target.
+    FileNotFoundError, ValueError: the model or the target does not exist.
   """
   manifest = manifest_lib.read(pathlib.Path(directory))
   config = model_config.ModelConfig.from_dict(manifest.model)
@@ -174,7 +181,7 @@ def make(
 def compile_decode_step(
   plan: Plan, device: jax.Device, num_sequences: int
 ) -> compile_ahead.Program | compile_ahead.OutOfMemory:
-  """Compiles the engine's step of that many sequences of the whole context."""
+  """Compiles the decode step of sequences that fill the context."""
   mesh = Mesh(np.array([device]), ('device',))
   sharding = NamedSharding(mesh, PartitionSpec())
   engine = engine_config.EngineConfig(max_sequences=num_sequences)
@@ -190,7 +197,7 @@ def compile_decode_step(
   tokens = engine.page_tokens(config.max_length)
   per_sequence = -(-config.max_length // tokens)
   state = jax.eval_shape(
-    lambda: programs.init_state(
+    lambda: device_state.init_state(
       model,
       num_slots=num_sequences,
       num_pages=num_sequences * per_sequence + 1,
@@ -200,12 +207,12 @@ def compile_decode_step(
       vocab_size=config.vocab_size,
     )
   )
-  inputs = programs.empty_inputs(
-    programs.Shape(num_sequences, 0),
+  inputs = inputs_lib.empty(
+    steps.Shape(num_sequences, 0),
     chunk_tokens=engine.chunk_tokens,
     table_width=engine.table_width(config.max_length),
-    num_rows=num_sequences,
-    nobody=num_sequences,
+    num_sampled=num_sequences,
+    padding_slot=num_sequences,
   )
 
   def put(tree: Any) -> Any:
@@ -218,12 +225,12 @@ def compile_decode_step(
 
   with jax.set_mesh(mesh):
     return compile_ahead.compile(
-      programs.lower_forward(
-        model,
+      steps.decode_step.lower(
         put(params),
-        put(state.pools),
+        put(state.kv_cache),
         put(state.slots.last_B),
         put(inputs),
+        model=model,
         vocab_size=config.vocab_size,
       )
     )
@@ -236,7 +243,7 @@ def _params(config: model_config.ModelConfig, dtype) -> Any:
 
 
 def report(plan: Plan) -> str:
-  """Returns the plan as text, a line per figure."""
+  """Returns the plan as text, one line per figure."""
   lines = [*_model_lines(plan), *_speed_lines(plan), *_compiled_lines(plan)]
   return '\n'.join(f'{name:<16} {text}'.rstrip() for name, text in lines)
 
@@ -267,7 +274,7 @@ def _model_lines(plan: Plan):
 
 
 def _lengths(plan: Plan) -> list[int]:
-  """Lengths worth telling: the model's own, and shorter ones."""
+  """Returns the lengths to report: a quarter, half and all of the context."""
   longest = plan.config.max_length
   return [length for length in (longest // 4, longest // 2, longest) if length]
 

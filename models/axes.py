@@ -73,6 +73,13 @@ _NORMS = (
   'final_norm',
 )
 LAYERS = 'layers'
+# The collection of an objective's own parameters. A head reads the residual
+# stream; its outputs have no name.
+HEADS = 'heads'
+_HEAD_AXES: dict[str, tuple[str | None, ...]] = {
+  'kernel': ('embed', None),
+  'bias': (None,),
+}
 
 
 def param_axes(params: Any) -> Any:
@@ -98,8 +105,10 @@ def names(path: tuple[Any, ...]) -> list[str]:
 def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   keys = names(path)
   owner, kind = keys[-2], keys[-1]
-  if owner in _NORMS and kind in ('scale', 'bias'):
-    axes: tuple[str | None, ...] = ('norm',)
+  if keys[0] == HEADS and kind in _HEAD_AXES:
+    axes: tuple[str | None, ...] = _HEAD_AXES[kind]
+  elif owner in _NORMS and kind in ('scale', 'bias'):
+    axes = ('norm',)
   elif owner in _MATRIX_AXES and kind in ('kernel', 'embedding'):
     axes = _MATRIX_AXES[owner]
   elif owner in _MATRIX_AXES and kind == 'bias':

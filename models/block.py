@@ -1,8 +1,8 @@
-"""One layer: attention and a feed-forward block, each added to the stream.
+"""The transformer block: attention and an MLP, each added to the stream.
 
-Residual blocks as in GPT-2 and Llama (arXiv:2302.13971), normalised before each
-of the two; after it, as in OLMo 2 (arXiv:2501.00656, section 2.1); or on both
-sides, as in Gemma 2.
+`ModelConfig.norm_place` has the place of the norms: before attention and before
+the MLP, as in GPT-2 and Llama (arXiv:2302.13971); after each of them, as in
+OLMo 2 (arXiv:2501.00656, section 2.1); or on both sides, as in Gemma 2.
 """
 
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from models.moe import layer as moe_layer
 
 
 class Angles(NamedTuple):
-  """Of the rotations, from `rope.angles`; None without rotary positions."""
+  """The rotation angles of `rope.angles`; None without rotary positions."""
 
   global_BTc: jax.Array | None
-  local_BTc: jax.Array | None = None  # None: as the global ones
+  local_BTc: jax.Array | None = None  # None: local layers use global_BTc
 
   def of(self, layer: model_config.Layer) -> jax.Array | None:
-    """Returns those of a layer, None if it rotates nothing."""
+    """Returns the angles of a layer, or None if it rotates nothing."""
     if not layer.has_rope:
       return None
     if layer.is_local and self.local_BTc is not None:
@@ -40,9 +40,9 @@ class Angles(NamedTuple):
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), or as the config has it.
 
-  Takes and returns in the order that `nn.scan` wants: the carry first, then
-  what each layer has of its own, then what all layers share. The second result
-  is (cache, routing), both of which may be None.
+  Arguments are in the order of `nn.scan`: the carry x_BTD, then the value of
+  this layer, its cache, then the values that all layers share. The results are
+  x_BTD and (cache, routing), both of which may be None.
   """
 
   config: model_config.ModelConfig
@@ -78,13 +78,13 @@ class Block(nn.Module):
     return attended_BTD + y_BTD, (cache, routing)
 
   def _before(self, name, x_BTD):
-    """Normalises what goes into one of the two."""
+    """Returns the input of attention or MLP, normalised if the config says."""
     if self.config.norm_place == 'after':
       return x_BTD
     return self._norm(name)(x_BTD)
 
   def _after(self, name, y_BTD):
-    """Normalises what comes out of it, before it is added to the stream."""
+    """Returns the output of attention or MLP, normalised if the config says."""
     if self.config.norm_place == 'before':
       return y_BTD
     return self._norm(f'{name}_after')(y_BTD)
@@ -93,9 +93,10 @@ class Block(nn.Module):
     return norms.Norm(self.config, by_row=self.execution.by_row, name=name)
 
   def _feed_forward(self, x_BTD, segment_ids_BT):
-    """Returns what a dense block makes of it, or experts, and the routing."""
+    """Returns the output of the MLP or of the experts, and their routing."""
     parts = self.config, self.dtype, self.execution
     if not self.layer.has_experts:
       return mlp.Mlp(*parts, name='mlp')(x_BTD), None
+    # Segment 0 is padding: it must not count in the statistics of routing.
     is_real_BT = None if segment_ids_BT is None else segment_ids_BT > 0
     return moe_layer.Moe(*parts, name='moe')(x_BTD, is_real_BT)

@@ -1,10 +1,11 @@
-"""Execution: how a model is computed, which never changes what it computes.
+"""Execution: the way in which a model is computed on one set of devices.
 
-`ModelConfig` says which function a parameter tree is and travels with the
-weights; an `Execution` belongs to one run on one set of devices. Its functions
-are ports: the model calls them with whole arrays and knows nothing of devices;
-`parallel/` makes the ones that spread the work over a mesh, and whoever wires a
-run together hands them in. The defaults compute everything in place.
+`ModelConfig` defines the function of a parameter tree and travels with the
+weights. An `Execution` belongs to one run; it never changes that function. Its
+fields are ports: the model calls them with whole arrays and knows no devices.
+`parallel/` has the ports that spread work over a mesh; `training/execution.py`
+and `inference/engine/execution.py` choose the ports of a run. The default ports
+compute everything in place.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from models.attention import cached, dense
 from models.linear import plain
 from models.moe import dispatch
 
-# What the backward pass finds stored, besides what enters each layer:
-# none: everything; minimal: the results of the layers' matrix products;
-# full: nothing; offload: nothing, and what enters waits in host memory.
+# Rematerialisation: the activations that are stored for the backward pass,
+# besides the input of each layer. none: all; minimal: the results of the matrix
+# products; full: none; offload: none, and the inputs wait in host memory.
 REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
-# causal, form a `models.attention.form.Form`.
+# causal; `form` is a `models.attention.form.Form`.
 Attend = Callable[..., jax.Array]
 # (q_BTHC, cache, positions_BT, form) -> out_BTHC, over one layer's cache.
 AttendCached = Callable[..., jax.Array]
@@ -34,28 +35,30 @@ WeightedNll = Callable[..., cross_entropy.LossSums]
 Linear = Callable[..., Any]
 # (hidden[..., D], head_VD, dtype) -> float32 logits[..., V]
 Unembed = Callable[..., jax.Array]
-# (function, x[..., I]) -> function(x), which treats every [I] by itself.
+# (function, x[..., I]) -> function(x), for a function of each row [I] by
+# itself.
 ByRow = Callable[..., Any]
 # (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD, see
 # models/moe/dispatch.py.
 ApplyExperts = Callable[..., jax.Array]
 # (apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD, sums), where
-# apply_layer(layer_params, x_BTD, shared, key) -> (x_BTD, sums): of each leaf
-# of `shared`, and of x, the first axis is the batch; sums are added up.
+# apply_layer(layer_params, x_BTD, shared, key) -> (x_BTD, sums). The batch is
+# the first axis of x and of each leaf of `shared`. The result adds up the sums.
 RunLayers = Callable[..., tuple[jax.Array, Any]]
 
 
 def at_once(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-  """Applies a function of rows to all of them together."""
+  """Applies a function of rows to all rows together."""
   return function(x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a pass is computed.
+  """The ports of a model and its rematerialisation policy.
 
-  Hashable, as linen modules are. Passes with a cache use `attend_cached` in
-  place of `attend`, and neither `weighted_nll` nor `run_layers`.
+  Hashable, as a linen module has to be. A pass with a cache uses
+  `attend_cached` in place of `attend`, and neither `weighted_nll` nor
+  `run_layers`.
   """
 
   remat: str = 'none'  # one of REMAT
@@ -65,6 +68,6 @@ class Execution:
   linear: Linear = plain.linear
   exact_linear: Linear = plain.exact_linear  # of routers
   unembed: Unembed = plain.unembed
-  by_row: ByRow = at_once  # norms and routing: what adds up within a row
+  by_row: ByRow = at_once  # for sums within a row: norms and routing
   apply_experts: ApplyExperts = dispatch.apply_experts
-  run_layers: RunLayers | None = None  # None: one after the other
+  run_layers: RunLayers | None = None  # None: one layer after the other

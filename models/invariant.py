@@ -1,20 +1,22 @@
-"""The same bits for a token, whoever it is computed with.
+"""Batch-invariant execution: a token has the same bits in every batch.
 
-XLA chooses how to add up a matrix product by the shapes of the operands: on CPU
-a row of a product of 1, 16 and 32 rows may have three different last bits. So a
-token's log-probabilities would depend on how many others are in the step. Here
-every product has one shape, whatever the call's: rows are taken in tiles of a
-fixed number, the last one padded, one tile after the other. Which row of a tile
-a token has, and what the other rows hold, does not matter to a matrix product.
+XLA chooses the summation order of a matrix product by the shapes of its
+operands. On CPU, a row of a product may have different last bits in products of
+1, 16 and 32 rows. So the log-probabilities of a token would depend on the
+number of other tokens in the step. Here every product has one fixed shape: rows
+are taken in tiles of a fixed number of rows, one tile after the other, and the
+last tile is padded. The result of a row of a product does not depend on its
+place in the tile, nor on the other rows.
 
-The same goes for whatever adds up within a row, like norms.
+The same holds for every operation that sums within a row, such as norms.
 
-These are ports of `models.execution.Execution`; `execution()` has all of them.
-What is left to XLA is element by element. Made for proofs, evaluation and
-reproducible serving: a single token costs a whole tile.
+The functions are ports of `models.execution.Execution`; `execution()` returns
+all of them together. The operations that XLA still schedules freely are
+elementwise. This execution is for proofs, evaluation and reproducible serving:
+a single token costs a whole tile.
 
-The idea is that of batch-invariant kernels (He, "Defeating Nondeterminism in
-LLM Inference", 2025), by fixing shapes rather than by writing kernels.
+Reference: batch-invariant kernels, He, "Defeating Nondeterminism in LLM
+Inference", 2025. Here shapes are fixed instead of writing kernels.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,13 +30,13 @@ from models import execution as execution_lib, kv_cache
 from models.attention import form as form_lib, paged
 
 TILE_ROWS = 32  # of matrix products
-# Queries of one sequence that attention handles together; each in its place of
-# a tile, whether a prompt brings many of them or a decode step one.
+# Queries of one sequence that attention computes together. A prompt fills such
+# a tile; a decode step has one query in it, and padding.
 QUERY_ROWS = 8
 
 
 def execution() -> execution_lib.Execution:
-  """Returns the execution of which every port is invariant."""
+  """Returns an execution whose ports are all batch-invariant."""
   return execution_lib.Execution(
     attend_cached=attend_cached,
     linear=linear,
@@ -48,7 +50,7 @@ def execution() -> execution_lib.Execution:
 def linear(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
 ) -> jax.Array:
-  """Returns x[..., I] @ w[I, O] + bias[O], multiplied in and as `dtype`."""
+  """Returns x[..., I] @ w[I, O] + bias[O], computed and returned in `dtype`."""
   w_IO = w_IO.astype(dtype)
   y = by_row(lambda x_RI: _product(x_RI, w_IO).astype(dtype), x.astype(dtype))
   if bias_O is not None:
@@ -59,7 +61,7 @@ def linear(
 def exact_linear(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
 ) -> jax.Array:
-  """Returns the product in full float32 precision, whatever the backend."""
+  """Returns the product in full float32 precision, on every platform."""
   del bias_O
   return by_row(
     lambda x_RI: jnp.matmul(
@@ -92,8 +94,9 @@ def apply_experts(
 ) -> jax.Array:
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
-  Every expert multiplies every token and what was not asked for is dropped: E/A
-  times the work of grouping tokens, whose groups depend on all of them.
+  Every expert multiplies every token, and the results of unselected experts are
+  dropped. That is E/A times the work of grouping tokens by expert, but the size
+  of a group would depend on all tokens.
   """
   num_active = ids_BTA.shape[-1]
 
@@ -105,9 +108,9 @@ def apply_experts(
     else:
       hidden_BTF = nn.gelu(up_BTF, approximate=True)
     out_BTD = linear(hidden_BTF, kernel['down'], None, dtype)
-    is_asked_BTA = ids_BTA == index
+    is_chosen_BTA = ids_BTA == index
     return jnp.where(
-      is_asked_BTA[..., None], out_BTD[:, :, None, :], y_BTAD
+      is_chosen_BTA[..., None], out_BTD[:, :, None, :], y_BTAD
     ), None
 
   num_experts = kernels['down'].shape[0]
@@ -116,7 +119,7 @@ def apply_experts(
     expert, empty_BTAD, (jnp.arange(num_experts), dict(kernels))
   )
   y_BTD = jnp.zeros(x_BTD.shape, jnp.float32)
-  for a in range(num_active):  # in this order, always
+  for a in range(num_active):  # a fixed order of summation
     y_BTD += y_BTAD[:, :, a].astype(jnp.float32) * gates_BTA[:, :, a, None]
   return y_BTD.astype(dtype)
 
@@ -127,7 +130,7 @@ def attend_cached(
   positions_BT: jax.Array,
   form: form_lib.Form,
 ) -> jax.Array:
-  """Attends over pages or a dense cache: see `models.attention.cached`."""
+  """Returns the attention output over pages or a dense cache, [B, T, H, C]."""
   if isinstance(cache, kv_cache.PagedLayer):
     return _attend_paged(q_BTHC, cache, positions_BT, form)
   pages, table_BL = _as_pages(cache)
@@ -136,12 +139,12 @@ def attend_cached(
 
 def _attend_paged(q_1THC, cache, positions_1T, form):
   num_decodes = cache.decode_table_DL.shape[0]
-  num_blocks = cache.block_table_XL.shape[0]
-  block_rows = cache.num_block_rows(q_1THC.shape[1])
+  num_chunks = cache.chunk_table_XL.shape[0]
+  chunk_tokens = cache.chunk_tokens(q_1THC.shape[1])
   outs = []
   for start, batch, rows, table_BL in (
     (0, num_decodes, 1, cache.decode_table_DL),
-    (num_decodes, num_blocks, block_rows, cache.block_table_XL),
+    (num_decodes, num_chunks, chunk_tokens, cache.chunk_table_XL),
   ):
     if batch:
       part = slice(start, start + batch * rows)
@@ -153,7 +156,7 @@ def _attend_paged(q_1THC, cache, positions_1T, form):
 
 
 def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
-  """Attends in tiles of QUERY_ROWS queries, each by itself."""
+  """Attends tile by tile, QUERY_ROWS queries of one sequence at a time."""
   batch, time, heads, channels = q_BTHC.shape
   spare = -time % QUERY_ROWS
   q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0)))
@@ -171,7 +174,7 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
 
 
 def _as_pages(cache: kv_cache.LayerCache | kv_cache.LatentCache):
-  """Returns a dense cache as pages of one tile, and their table."""
+  """Returns a dense cache as pages of one tile each, and their page table."""
   slots = paged.TILE_SLOTS
   batch, num_kv, length, channels = cache[0].shape
   kv = jnp.stack([each.swapaxes(1, 2) for each in cache], axis=3)
@@ -185,16 +188,16 @@ def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
   """Applies `function` to the rows of x [..., I], TILE_ROWS at a time.
 
   Returns:
-    What it returns, arrays of which the first axis is that of the rows, with
-    the leading axes of x instead.
+    The arrays that `function` returns, with the leading axes of x in place of
+    their first axis, which is that of the rows.
   """
   rows = x.reshape(-1, x.shape[-1])
   num_rows = rows.shape[0]
   rows = jnp.pad(rows, ((0, -num_rows % TILE_ROWS), (0, 0)))
 
   def tile(x_RI):
-    # A loop of one turn is no loop: without barriers XLA would fuse it with
-    # what is around it, and a sum may then be added up in another order.
+    # XLA removes a loop of one iteration. Without the barriers it would then
+    # fuse the tile with the code around it, which may reorder a sum.
     x_RI = jax.lax.optimization_barrier(x_RI)
     return jax.lax.optimization_barrier(function(x_RI))
 

@@ -1,24 +1,24 @@
-"""The KV cache: an explicit pytree, an argument and a result.
+"""The KV cache: an explicit pytree, an argument and a result of the model.
 
-Two kinds, told apart by the type of a layer's entry. Who owns which page is
-policy and lives in `inference/scheduling/pages.py`; here are the arrays, and
-the pure functions that write them.
+There are two kinds; the type of a layer's entry tells them apart. This file has
+the arrays and the pure functions that write them. Which sequence owns which
+page is policy, in `inference/scheduling/pages.py`.
 
 **Dense**, `LayerCache`: slot s of a sequence holds the keys and values of its
-position s, so no lengths are needed: attention from position p sees the slots
-s <= p. A prompt may be padded on the right; what padding leaves behind is
-overwritten by the token that really has that position before anything can see
-it. Stored [B, K, S, C]: attention multiplies per sequence and head, and finds
-its operands contiguous. `LatentCache` is its like for latent attention: a
-single head whose keys are its values, too (`models/attention/latent_layer.py`).
+position s. Attention from position p sees the slots s <= p, so no lengths are
+stored. A prompt may be padded on the right: the token that really has such a
+position overwrites the padding before any query can see it. Arrays are
+[B, K, S, C], so that the operands of each sequence and head are contiguous.
+`LatentCache` is the dense cache of latent attention: a single head whose keys
+are also its values (`models/attention/latent_layer.py`).
 
 **Paged**, `PagedLayer`: all sequences share one pool of pages of Q slots, and a
-page table says in which page a position is (Kwon et al., arXiv:2309.06180). A
-call holds the tokens of many sequences in one row [1, T]: first D tokens that
-each continue a sequence of their own, then X blocks of R successive tokens of
-one sequence each. Stored [P, Q, Y, C] with a head's keys and values in turn, as
-JAX's ragged paged attention for TPU reads them; a token's write is contiguous.
-Where keys are values, Y is 1.
+page table maps the positions of a sequence to pages (Kwon et al.,
+arXiv:2309.06180). A call holds the tokens of many sequences in one row [1, T]:
+first D tokens of D decoding sequences, then X chunks of R successive tokens,
+each chunk of one sequence. Pages are [P, Q, Y, C] and alternate the keys and
+the values of each head, as JAX's ragged paged attention for TPU reads them. So
+the write of a token is contiguous. For latent attention Y is 1.
 """
 
 from typing import Any, NamedTuple
@@ -28,60 +28,64 @@ import jax.numpy as jnp
 
 from models import model_config
 
-# What pages may be stored as besides the dtype of the computation.
+# The dtype of pages that are quantized; the other choice is the model's dtype.
 INT8 = 'int8'
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer, or of all with a leading axis N."""
+  """Keys and values of one layer, or of all layers with a leading axis N."""
 
   k_BKSC: jax.Array
   v_BKSC: jax.Array
 
 
 class LatentCache(NamedTuple):
-  """Of one layer, or of all with a leading axis N: keys that are values."""
+  """Latents of one layer, or of all layers with a leading axis N.
+
+  They are both the keys and the values of one head.
+  """
 
   kv_B1SC: jax.Array
 
 
 class Pages(NamedTuple):
-  """One layer's pool of pages; page 0 belongs to nobody and stays zero."""
+  """One layer's pool of pages. Page 0 belongs to no sequence and stays zero."""
 
-  # Head k's keys are in row 2k, its values in 2k + 1; of latents both in one.
+  # On axis Y, the keys of head k are at 2k and its values at 2k + 1; Y is 1 for
+  # latents.
   kv_PQYC: jax.Array
   scale_PQY: jax.Array | None = None  # float32, of int8 pages
 
   @property
   def page_size(self) -> int:
-    """Q."""
+    """Returns Q, the slots of a page."""
     return self.kv_PQYC.shape[1]
 
   @property
   def num_kv_heads(self) -> int:
-    """K."""
+    """Returns K, the key/value heads."""
     return max(self.kv_PQYC.shape[2] // 2, 1)
 
 
 class PagedLayer(NamedTuple):
-  """A layer's pool, and where the sequences of this call have their pages."""
+  """A layer's pool, and the page tables of the sequences of this call."""
 
   pages: Pages
-  decode_table_DL: jax.Array  # int32, pages of the sequence of each token
-  block_table_XL: jax.Array  # int32, pages of the sequence of each block
+  decode_table_DL: jax.Array  # int32, pages of each decoding sequence
+  chunk_table_XL: jax.Array  # int32, pages of each chunk's sequence
 
-  def num_block_rows(self, num_tokens: int) -> int:
-    """Returns R for a call of so many tokens."""
-    num_blocks = self.block_table_XL.shape[0]
+  def chunk_tokens(self, num_tokens: int) -> int:
+    """Returns R, the tokens of a chunk, for a call of `num_tokens`."""
+    num_chunks = self.chunk_table_XL.shape[0]
     num_decodes = self.decode_table_DL.shape[0]
-    return (num_tokens - num_decodes) // num_blocks if num_blocks else 0
+    return (num_tokens - num_decodes) // num_chunks if num_chunks else 0
 
 
 Layer = LayerCache | LatentCache | PagedLayer
 
-# A tuple with an entry per layer; one stacked entry if layers are scanned. The
-# tuple decodes faster: a scan copies the cache in and out. A paged cache is
-# always a tuple.
+# A tuple with an entry per layer, or one stacked entry if layers are scanned.
+# The tuple decodes faster, because a scan copies the cache in and out. A paged
+# cache is always a tuple.
 Cache = (
   tuple[LayerCache, ...]
   | LayerCache
@@ -104,7 +108,7 @@ def init(
   shape = (batch_size, max(rows // 2, 1), length, width)
 
   def entry(shape) -> Any:
-    # Distinct buffers: the decode step donates each of them.
+    # Each entry has its own buffer, because the decode step donates each.
     return kind(*(jnp.zeros(shape, dtype) for _ in kind._fields))
 
   if config.scan_layers:
@@ -113,7 +117,7 @@ def init(
 
 
 def rows_and_width(config: model_config.ModelConfig) -> tuple[int, int]:
-  """Returns Y, how many vectors a layer keeps of a token, and C of each."""
+  """Returns Y, the vectors that a layer stores per token, and their width C."""
   if config.latent_width:
     return 1, config.rotary_width + config.latent_width
   return 2 * config.num_kv_heads, config.head_width
@@ -130,12 +134,14 @@ def init_pages(
   """Returns the empty pools of all layers.
 
   Args:
-    config: of a model whose layers are apart (`models.layout.unstack`).
+    config: of a model whose layers are not stacked (`models.layout.unstack`).
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
-    dtype: of what is stored; `INT8` stores a scale per token and head beside.
-    channels: of a stored head, at least the model's; 0: the model's. What is
-      beyond stays zero, for a kernel that reads whole registers.
+    dtype: of the stored keys and values; `INT8` adds a scale per token and
+      head.
+    channels: of a stored head, at least those of the model; 0: those of the
+      model. Further channels stay zero, for a kernel that reads whole
+      registers.
   """
   rows, width = rows_and_width(config)
   shape = num_pages, page_size, rows, max(channels, width)
@@ -149,7 +155,7 @@ def init_pages(
 
 
 def length(cache: Cache) -> int | None:
-  """Returns S, the slots per sequence of a dense cache; None if paged."""
+  """Returns S, the slots per sequence of a dense cache; None for pages."""
   if isinstance(cache, tuple) and isinstance(cache[0], PagedLayer):
     return None
   return jax.tree.leaves(cache)[0].shape[-2]
@@ -161,17 +167,18 @@ def write(
   v_BTKC: jax.Array,
   positions_BT: jax.Array,
 ) -> Any:
-  """Puts the keys and values of position p where the cache has position p.
+  """Returns the cache with the keys and values of this call at their positions.
 
-  Positions beyond the last slot of a dense cache, and negative ones in a paged
-  cache, are dropped: never wrapped or clamped onto another token's slot. Where
-  keys are values, the values are not looked at.
+  Tokens past the last slot of a dense cache, and tokens with a negative
+  position in a paged cache, are dropped. They are never wrapped or clamped onto
+  the slot of another token. A latent cache ignores `v_BTKC`.
   """
   if isinstance(cache, PagedLayer):
     return _write_pages(cache, k_BTKC, v_BTKC, positions_BT)
-  # Sequence, head and slot are all indices of one scatter. A scatter along the
-  # slots alone would, for a single sequence, become a dynamic-update-slice that
-  # XLA:CPU fuses into every reader: several copies of the cache per layer.
+  # Sequence, head and slot are all indices of one scatter. For a single
+  # sequence, a scatter along the slots alone would become a
+  # dynamic-update-slice. XLA:CPU fuses that into every reader, which copies the
+  # cache several times per layer.
   batch = jnp.arange(cache[0].shape[0])[:, None, None]
   head = jnp.arange(cache[0].shape[1])[None, :, None]
   slot = positions_BT[:, None, :]
@@ -196,7 +203,7 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
   spare = channels - kv_TYC.shape[-1]
   kv_TYC = jnp.pad(kv_TYC, ((0, 0), (0, 0), (0, spare)))
   page_T, slot_T = _places(cache, positions_1T[0], num_pages, page_size)
-  # As in a dense cache, more indices than one: a single token's scatter along
+  # Several indices, as in a dense cache: for a single token, a scatter along
   # the pages alone would become a slice update that copies the pool.
   head_1Y = jnp.arange(num_heads)[None, :]
   where = page_T[:, None], slot_T[:, None], head_1Y
@@ -211,9 +218,9 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
 
 
 def _places(cache: PagedLayer, positions_T, num_pages: int, page_size: int):
-  """Returns page and slot of each token; out of range where it has none."""
-  table_DL, table_XL = cache.decode_table_DL, cache.block_table_XL
-  rows = cache.num_block_rows(positions_T.shape[0])
+  """Returns page and slot of each token; the page of padding is num_pages."""
+  table_DL, table_XL = cache.decode_table_DL, cache.chunk_table_XL
+  rows = cache.chunk_tokens(positions_T.shape[0])
   row_T = jnp.concatenate(
     [
       jnp.arange(table_DL.shape[0]),
@@ -230,12 +237,12 @@ def _places(cache: PagedLayer, positions_T, num_pages: int, page_size: int):
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns int8 [..., C] and the float32 scale [...] of each vector.
 
-  Symmetric, one scale per token and head: the largest channel becomes 127, so
-  that a channel is off by at most half a scale, 1/254 of the largest.
+  Symmetric, with one scale per token and head. The largest channel becomes 127,
+  so the error of a channel is at most half a scale, 1/254 of the largest.
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / 127
-  # A vector of zeros has no scale to divide by, and needs none.
+  # A vector of zeros has scale 0, which must not divide.
   safe = jnp.where(scale == 0, 1.0, scale)
   return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
 
@@ -243,7 +250,10 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def copy_pages(
   pools: tuple[Pages, ...], source_Z: jax.Array, target_Z: jax.Array
 ) -> tuple[Pages, ...]:
-  """Copies whole pages in every layer; a target out of range is dropped."""
+  """Returns the pools with pages copied from `source_Z` to `target_Z`.
+
+  Each page is copied in every layer. A target out of range is dropped.
+  """
   return jax.tree.map(
     lambda pool: pool.at[target_Z].set(pool[source_Z], mode='drop'), pools
   )

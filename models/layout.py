@@ -1,8 +1,8 @@
-"""The two layouts of a parameter tree: layers stacked, or layers apart.
+"""The two layouts of a parameter tree: stacked layers and separate layers.
 
-Scanned training stacks the parameters of all blocks on a leading axis N under
-'layers'; decoding reads 'layer_0' ... 'layer_<N-1>' faster. The same values
-give the same function in either.
+Scanned training stacks the parameters of all blocks on a leading axis N, under
+'layers'. Decoding is faster with separate layers 'layer_0' to 'layer_<N-1>'.
+Both layouts compute the same function.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from models import model_config
 def unstack(
   params: Any, config: model_config.ModelConfig
 ) -> tuple[Any, model_config.ModelConfig]:
-  """Returns the params with layers apart, and the config that says so."""
+  """Returns the params with separate layers, and their config."""
   if not config.scan_layers:
     return params, config
   tree = dict(params['params'])
@@ -30,7 +30,7 @@ def unstack(
 def stack(
   params: Any, config: model_config.ModelConfig
 ) -> tuple[Any, model_config.ModelConfig]:
-  """Returns the params with layers stacked: the inverse of `unstack`."""
+  """Returns the params with stacked layers, and their config."""
   if config.scan_layers:
     return params, config
   tree = dict(params['params'])

@@ -1,10 +1,11 @@
-"""The feed-forward block, and the linear layer that every block is made of.
+"""The MLP (feed-forward layer), and the linear layer of the whole model.
 
-`ModelConfig.mlp` names its activation. Two matrices lead into a gated block, of
-which one is activated and multiplies the other (Shazeer, arXiv:2002.05202):
+`ModelConfig.mlp` names the activation. A gated MLP has two input matrices: the
+activated product of one multiplies the product of the other (Shazeer,
+arXiv:2002.05202).
 
-    gated     swiglu (SiLU)  geglu (GELU, tanh form)  geglu_exact (erf)  reglu
-    not       gelu (tanh form)  gelu_exact (erf)  relu
+    gated      swiglu (SiLU)  geglu (GELU, tanh form)  geglu_exact (erf)  reglu
+    not gated  gelu (tanh form)  gelu_exact (erf)  relu
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from models.linear import plain
 
 
 class Linear(nn.Module):
-  """y = x @ kernel (+ bias); float32 parameters, multiplied in `dtype`."""
+  """y = x @ kernel (+ bias), with float32 parameters, computed in `dtype`."""
 
   width_out: int
   dtype: Any
@@ -40,16 +41,16 @@ class Linear(nn.Module):
 
 
 def residual_std(config: model_config.ModelConfig) -> float:
-  """Initial scale of a layer that writes to the residual stream.
+  """Returns the initial std of a layer that writes to the residual stream.
 
-  Divided by the root of the number of such layers, so that the variance of
-  the stream does not grow with depth (GPT-2, section 2.3).
+  It is divided by the square root of the number of such layers, 2N, so that the
+  variance of the stream does not grow with depth (GPT-2, section 2.3).
   """
   return mup.hidden_std(config) / (2 * config.num_layers) ** 0.5
 
 
 def is_gated(mlp: str) -> bool:
-  """Returns whether a block of that name has a gate."""
+  """Returns whether the MLP of that name has a gate."""
   return mlp in ('swiglu', 'geglu', 'geglu_exact', 'reglu')
 
 
@@ -62,7 +63,7 @@ def _activate(mlp: str, x: jax.Array) -> jax.Array:
 
 
 class Mlp(nn.Module):
-  """What is activated, times what is not if it is gated, and back."""
+  """down(activation(up(x))), or down(activation(gate(x)) * up(x)) if gated."""
 
   config: model_config.ModelConfig
   dtype: Any
@@ -95,5 +96,8 @@ class Mlp(nn.Module):
 
 
 def dropout_of(module: nn.Module, rate: float) -> nn.Dropout:
-  """Dropout in calls that were given a key for it; evaluation gives none."""
+  """Returns dropout, which does nothing in a call without a dropout key.
+
+  Training passes the key; evaluation and inference do not.
+  """
   return nn.Dropout(rate, deterministic=not module.has_rng('dropout'))

@@ -1,6 +1,6 @@
-"""ModelConfig: everything that decides what function a parameter tree is.
+"""ModelConfig: the function that a parameter tree computes.
 
-It is stored whole in every checkpoint and frozen directory, so that nothing is
+Every checkpoint and every frozen directory stores the whole config. Nothing is
 ever inferred from a path or from the shape of an array.
 """
 
@@ -8,18 +8,18 @@ import dataclasses
 import math
 from typing import Any
 
+from checks import expect
 from models.attention import rope_scaling as rope_scaling_lib
 
 NORMS = ('rmsnorm', 'layernorm')
 NORM_PLACES = ('before', 'after', 'both')
 POSITIONS = ('rope', 'learned')
 MLPS = ('swiglu', 'geglu', 'geglu_exact', 'reglu', 'gelu', 'gelu_exact', 'relu')
-# Of these, what experts can be.
-EXPERT_MLPS = ('swiglu', 'gelu')
+EXPERT_MLPS = ('swiglu', 'gelu')  # the MLPS that experts can have
 SCORES = ('softmax', 'sigmoid')
 LAYER_KINDS = {
-  'g': 'global: sees all tokens before it',
-  'l': 'local: sees those of a window',
+  'g': 'global: a token sees all tokens before it',
+  'l': 'local: a token sees the tokens of its window',
   'n': 'global, without rotary positions',
   'm': 'local, without rotary positions',
 }
@@ -27,7 +27,7 @@ LAYER_KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-  """What one layer has of its own, besides its weights."""
+  """The properties of one layer that may differ from other layers."""
 
   is_local: bool
   has_rope: bool
@@ -38,88 +38,84 @@ class Layer:
 class ModelConfig:
   """A decoder-only transformer.
 
-  Hashable because linen modules are; flags may set fields before the first
-  use, and nothing does afterwards.
+  Hashable, as a linen module has to be. Flags may set fields before the first
+  use; after that no field changes.
   """
 
   vocab_size: int  # V, rows of the embedding
   num_layers: int  # N
-  model_width: int  # D, the residual stream
+  model_width: int  # D, width of the residual stream
   num_heads: int  # H, query heads
-  num_kv_heads: int  # K, key/value heads; H for multi-head attention
+  num_kv_heads: int  # K, key/value heads; K = H is multi-head attention
   head_width: int  # C, channels per head
-  mlp_width: int  # F, hidden width of the feed-forward block; 0 in a mixture
-  max_length: int  # positions the model is trained for, in tokens
+  mlp_width: int  # F, hidden width of the MLP; 0 if every layer has experts
+  max_length: int  # positions that the model is trained for, in tokens
   norm: str = 'rmsnorm'  # rmsnorm (arXiv:1910.07467) | layernorm
   norm_epsilon: float = 1e-5  # added to the variance
   positions: str = 'rope'  # rope (arXiv:2104.09864) | learned
-  rope_base: float = 10_000.0  # wavelength base, RoPE section 3.3
-  mlp: str = 'swiglu'  # see models/mlp.py
+  rope_base: float = 10_000.0  # base of the wavelengths, RoPE section 3.3
+  mlp: str = 'swiglu'  # one of MLPS, see models/mlp.py
   use_bias: bool = False  # biases in linear layers and in LayerNorm
   tie_embeddings: bool = True  # the head is the embedding
   qk_norm: bool = False  # RMSNorm of each head's queries and keys, before rope
-  logit_softcap: float = 0.0  # cap; logits are cap tanh(logits / cap). 0: none
-  dropout_rate: float = 0.0  # embeddings, attention weights, both residuals
-  init_std: float = 0.02  # GPT-2; residual outputs divide by sqrt(2N)
-  mup_base_width: int = 0  # D that muP agrees with; 0: no muP. models/mup.py
-  mup_base_head_width: int = 0  # C at that D; 0: C does not grow with D
-  scan_layers: bool = True  # one stacked block (compiles once) or N of them
-  num_experts: int = 0  # E, routed experts of a mixture; 0: a dense model
-  num_active_experts: int = 0  # A, routed experts that a token takes
-  num_shared_experts: int = 0  # taken by every token, together one block
+  logit_softcap: float = 0.0  # logits become cap tanh(logits / cap); 0: no cap
+  dropout_rate: float = 0.0  # of embeddings, attention weights, both residuals
+  init_std: float = 0.02  # GPT-2; residual outputs divide it by sqrt(2N)
+  mup_base_width: int = 0  # D of the tuned model; 0: no muP. models/mup.py
+  mup_base_head_width: int = 0  # C of that model; 0: C does not grow with D
+  scan_layers: bool = True  # one stacked block (compiles once), or N blocks
+  num_experts: int = 0  # E, routed experts of a layer; 0: a dense model
+  num_active_experts: int = 0  # A, routed experts per token
+  num_shared_experts: int = 0  # experts of every token, computed as one MLP
   expert_width: int = 0  # F of one expert, routed or shared
-  norm_topk: bool = True  # weights of a token's experts add up to 1
-  balance_loss_weight: float = (
-    0.0  # see models/moe/layer.py; per layer and token
-  )
-  router_z_weight: float = 0.0  # likewise
-  # Which families of open weights have the rest is told in frozen/hf_config.py.
-  qkv_bias: bool = False  # biases of queries, keys and values, use_bias or not
-  out_bias: bool = False  # of the projection back, likewise
-  mlp_bias: bool = False  # of the feed-forward block, likewise
-  norm_bias: bool = False  # of LayerNorm, likewise
-  norm_place: str = 'before'  # before | after each of the two | both
-  norm_from_one: bool = False  # the weight of a scale is what it exceeds 1 by
-  parallel_residual: bool = False  # attention and mlp see the same stream
-  embed_multiplier: float = 1.0  # of embedded tokens; Gemma: sqrt(D)
+  norm_topk: bool = True  # the weights of a token's experts add up to 1
+  # Weights of the two losses of routers, models/moe/layer.py; per layer and
+  # token.
+  balance_loss_weight: float = 0.0
+  router_z_weight: float = 0.0
+  # The fields below are those of families of open weights;
+  # frozen/huggingface/families/ has which family sets which field.
+  qkv_bias: bool = False  # biases of queries, keys, values even if not use_bias
+  out_bias: bool = False  # the same for the projection out of attention
+  mlp_bias: bool = False  # the same for the MLP
+  norm_bias: bool = False  # the same for LayerNorm
+  norm_place: str = 'before'  # norms before | after attention and MLP | both
+  norm_from_one: bool = False  # norms multiply by 1 + scale
+  parallel_residual: bool = False  # attention and MLP read the same stream
+  embed_multiplier: float = 1.0  # multiplies embedded tokens; Gemma: sqrt(D)
   qk_norm_whole: bool = False  # qk_norm over all heads together
-  query_scale: float = 0.0  # of scores, instead of 1 / sqrt(C); 0: that
-  attention_softcap: float = 0.0  # cap of scores, as logit_softcap; 0: none
-  window: int = 0  # keys that local layers see, their own included; 0: none
-  layer_pattern: str = ''  # of LAYER_KINDS, repeated; '': all alike
-  rope_local_base: float = 0.0  # of local layers, never stretched; 0: as others
+  query_scale: float = 0.0  # multiplies attention scores; 0: 1 / sqrt(C)
+  attention_softcap: float = 0.0  # cap of attention scores; 0: no cap
+  window: int = 0  # keys that local layers see, with the query's own; 0: none
+  layer_pattern: str = ''  # letters of LAYER_KINDS, repeated; '': all alike
+  rope_local_base: float = 0.0  # of local layers, unscaled; 0: rope_base
   rope_scaling: rope_scaling_lib.RopeScaling = dataclasses.field(
     default_factory=rope_scaling_lib.RopeScaling
   )
   rotary_width: int = 0  # channels of a head that are rotated; 0: all
-  latent_width: int = 0  # L, see models/attention/latent_layer.py; 0: none
-  query_latent_width: int = 0  # of compressed queries; 0: not compressed
+  latent_width: int = 0  # U, models/attention/latent_layer.py; 0: no latents
+  query_latent_width: int = 0  # width of query latents; 0: none
   value_width: int = 0  # channels of a value; 0: C
-  num_dense_layers: int = 0  # of a mixture: its first ones have no experts
-  router_score: str = 'softmax'  # of all experts together | sigmoid of each
-  router_correction: bool = False  # added to scores only to choose by
-  num_expert_groups: int = 0  # that experts are chosen from; 0: no groups
-  num_active_groups: int = 0  # groups that a token's experts are from
-  expert_group_best: int = 1  # a group is judged by the sum of so many scores
-  router_scale: float = 1.0  # of the weights of routed experts
-
-  @property
-  def queries_per_kv(self) -> int:
-    """G: query heads that share one key/value head."""
-    return self.num_heads // self.num_kv_heads
+  num_dense_layers: int = 0  # leading layers of a moe model without experts
+  router_score: str = 'softmax'  # over all experts | sigmoid of each expert
+  router_correction: bool = False  # a bias of the scores, for the choice only
+  num_expert_groups: int = 0  # groups that routing chooses from; 0: no groups
+  num_active_groups: int = 0  # groups per token
+  expert_group_best: int = 1  # best scores of a group, summed to rank groups
+  router_scale: float = 1.0  # multiplies the weights of routed experts
 
   @property
   def rotated_width(self) -> int:
-    """Channels of a head that are rotated."""
+    """Returns the channels of a head that are rotated."""
     return self.rotary_width or self.head_width
 
   @property
   def value_head_width(self) -> int:
-    """Channels of a value."""
+    """Returns the channels of a value."""
     return self.value_width or self.head_width
 
   def layer(self, n: int) -> Layer:
-    """Returns what layer n has of its own."""
+    """Returns the properties of layer n."""
     pattern = self.layer_pattern or ('l' if self.window else 'g')
     kind = pattern[n % len(pattern)]
     return Layer(
@@ -134,15 +130,13 @@ class ModelConfig:
     return len({self.layer(n) for n in range(self.num_layers)}) == 1
 
   def validate(self) -> None:
-    """Raises ValueError, naming the value, for what cannot be built."""
+    """Raises ValueError, naming the field, for a model that cannot be built."""
     for name in _COUNTS:
       value = getattr(self, name)
       if name == 'mlp_width' and self.num_experts:
-        continue  # checked with the experts
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(
-          f'model.{name}: got {value!r}, expected a positive integer'
-        )
+        continue  # _validate_experts checks it
+      is_count = isinstance(value, int) and value >= 1
+      self._expect(is_count, name, 'a positive integer')
     for name, allowed in (
       ('norm', NORMS),
       ('positions', POSITIONS),
@@ -150,34 +144,22 @@ class ModelConfig:
       ('norm_place', NORM_PLACES),
       ('router_score', SCORES),
     ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)!r}, expected one of'
-          f' {", ".join(allowed)}'
-        )
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'model.num_kv_heads: got {self.num_kv_heads}, expected a divisor of'
-        f' num_heads = {self.num_heads}'
-      )
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(
-        f'model.dropout_rate: got {self.dropout_rate}, expected 0 <= rate < 1'
-      )
+      expect.one_of(f'model.{name}', getattr(self, name), allowed)
+    expect.divides(
+      'model.num_kv_heads', self.num_kv_heads, 'num_heads', self.num_heads
+    )
+    self._expect(
+      0.0 <= self.dropout_rate < 1.0, 'dropout_rate', '0 <= rate < 1'
+    )
     for name in ('norm_epsilon', 'rope_base', 'init_std'):
-      if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)}, expected a positive number'
-        )
+      self._expect_positive(name)
     for name, bounded in (
       ('logit_softcap', 'logits'),
       ('attention_softcap', 'scores of attention'),
     ):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)}, expected a number >= 0:'
-          f' the bound of the {bounded}, or 0 for none'
-        )
+      self._expect_not_negative(
+        name, f': the bound of the {bounded}, or 0 for none'
+      )
     self._validate_positions()
     self._validate_layers()
     self._validate_latent()
@@ -185,194 +167,207 @@ class ModelConfig:
     self._validate_experts()
     self._validate_router()
 
+  def _expect(
+    self, is_fine: bool, name: str, expected: str, given: str = ''
+  ) -> None:
+    """Raises ValueError: model.NAME: got VALUE GIVEN, expected EXPECTED."""
+    if not is_fine:
+      given = f' {given}' if given else ''
+      raise ValueError(
+        f'model.{name}: got {getattr(self, name)!r}{given}, expected {expected}'
+      )
+
+  def _expect_positive(self, name: str) -> None:
+    is_fine = 0 < getattr(self, name) < math.inf
+    self._expect(is_fine, name, 'a positive number')
+
+  def _expect_not_negative(self, name: str, meaning: str = '') -> None:
+    is_fine = 0 <= getattr(self, name) < math.inf
+    self._expect(is_fine, name, f'a number >= 0{meaning}')
+
   def _validate_positions(self) -> None:
-    width, name = self.rotated_width, 'rotary_width'
-    if not self.rotary_width:
-      name = 'head_width'
-    if self.positions == 'rope' and width % 2:
-      raise ValueError(
-        f'model.{name}: got {width}, expected an even number: rotary positions'
-        ' rotate pairs of channels'
-      )
-    if not 0 <= self.rotary_width <= self.head_width:
-      raise ValueError(
-        f'model.rotary_width: got {self.rotary_width}, expected at most'
-        f' head_width = {self.head_width}, or 0 for all of it'
-      )
+    width = self.rotated_width
+    self._expect(
+      self.positions != 'rope' or width % 2 == 0,
+      'rotary_width' if self.rotary_width else 'head_width',
+      'an even number: rotary positions rotate pairs of channels',
+    )
+    self._expect(
+      0 <= self.rotary_width <= self.head_width,
+      'rotary_width',
+      f'at most head_width = {self.head_width}, or 0 for all of it',
+    )
     for name in ('rope_local_base', 'query_scale'):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)}, expected a number >= 0'
-        )
-    if not 0 < self.embed_multiplier < math.inf:
-      raise ValueError(
-        f'model.embed_multiplier: got {self.embed_multiplier}, expected a'
-        ' positive number'
-      )
+      self._expect_not_negative(name)
+    self._expect_positive('embed_multiplier')
     self.rope_scaling.validate(width // 2)
 
   def _validate_layers(self) -> None:
-    if self.window < 0:
-      raise ValueError(
-        f'model.window: got {self.window}, expected a positive integer, or 0'
-        ' for none'
-      )
-    if unknown := set(self.layer_pattern) - set(LAYER_KINDS):
-      raise ValueError(
-        f'model.layer_pattern: got {self.layer_pattern!r} with'
-        f' {sorted(unknown)}, expected letters of {", ".join(LAYER_KINDS)}'
-      )
-    if set(self.layer_pattern) & set('lm') and not self.window:
-      raise ValueError(
-        f'model.window: got 0 with local layers, {self.layer_pattern!r},'
-        ' expected how many keys they see'
-      )
-    if self.scan_layers and not self.is_uniform:
-      raise ValueError(
-        'model.scan_layers: got True for layers that differ'
-        f' (layer_pattern = {self.layer_pattern!r}, num_dense_layers ='
-        f' {self.num_dense_layers}), expected False: a stack has layers that'
-        ' are alike'
-      )
-    if self.parallel_residual and self.norm_place == 'after':
-      raise ValueError(
-        "model.norm_place: got 'after' with parallel_residual, expected before"
-        ' or both'
-      )
-    if self.qk_norm_whole and not self.qk_norm:
-      raise ValueError(
-        'model.qk_norm_whole: got True without qk_norm, expected False; set'
-        ' model.qk_norm too'
-      )
+    self._expect(
+      self.window >= 0, 'window', 'a positive integer, or 0 for none'
+    )
+    unknown = sorted(set(self.layer_pattern) - set(LAYER_KINDS))
+    self._expect(
+      not unknown,
+      'layer_pattern',
+      f'letters of {", ".join(LAYER_KINDS)}',
+      given=f'with {unknown}',
+    )
+    self._expect(
+      bool(self.window) or not set(self.layer_pattern) & set('lm'),
+      'window',
+      'the number of keys that a query sees there',
+      given=f'with local layers, {self.layer_pattern!r}',
+    )
+    self._expect(
+      not self.scan_layers or self.is_uniform,
+      'scan_layers',
+      'False: a stack has layers that are alike',
+      given=f'for layers that differ (layer_pattern = {self.layer_pattern!r},'
+      f' num_dense_layers = {self.num_dense_layers})',
+    )
+    self._expect(
+      not (self.parallel_residual and self.norm_place == 'after'),
+      'norm_place',
+      'before or both',
+      given='with parallel_residual',
+    )
+    self._expect(
+      self.qk_norm or not self.qk_norm_whole,
+      'qk_norm_whole',
+      'False; set model.qk_norm too',
+      given='without qk_norm',
+    )
 
   def _validate_latent(self) -> None:
     if not self.latent_width:
       for name in ('query_latent_width', 'value_width'):
-        if getattr(self, name):
-          raise ValueError(
-            f'model.{name}: got {getattr(self, name)} without latent_width,'
-            ' expected 0; set model.latent_width too'
-          )
-      return
-    if not 0 < self.rotary_width < self.head_width:
-      raise ValueError(
-        f'model.rotary_width: got {self.rotary_width} with latent_width ='
-        f' {self.latent_width}, expected 1 to head_width - 1 ='
-        f' {self.head_width - 1}: what all heads share, and what each has'
-      )
-    if self.num_kv_heads != self.num_heads:
-      raise ValueError(
-        f'model.num_kv_heads: got {self.num_kv_heads} with latent_width,'
-        f' expected num_heads = {self.num_heads}: each head has keys of its own'
-      )
-    for name in ('qk_norm', 'window', 'attention_softcap', 'use_bias'):
-      if getattr(self, name):
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)} with latent_width, expected'
-          ' none: latent attention does without'
+        self._expect(
+          not getattr(self, name),
+          name,
+          '0; set model.latent_width too',
+          given='without latent_width',
         )
+      return
+    self._expect(
+      0 < self.rotary_width < self.head_width,
+      'rotary_width',
+      f'1 to head_width - 1 = {self.head_width - 1}: all heads share the'
+      ' rotated channels of a key, and each head has the others',
+      given=f'with latent_width = {self.latent_width}',
+    )
+    self._expect(
+      self.num_kv_heads == self.num_heads,
+      'num_kv_heads',
+      f'num_heads = {self.num_heads}: each head has its own keys',
+      given='with latent_width',
+    )
+    for name in ('qk_norm', 'window', 'attention_softcap', 'use_bias'):
+      self._expect(
+        not getattr(self, name),
+        name,
+        'none: latent attention does not have it',
+        given='with latent_width',
+      )
 
   def _validate_mup(self) -> None:
     for name in ('mup_base_width', 'mup_base_head_width'):
       value = getattr(self, name)
-      if not isinstance(value, int) or value < 0:
-        raise ValueError(
-          f'model.{name}: got {value!r}, expected a positive integer, or 0 for'
-          ' none'
-        )
-    if self.mup_base_head_width and not self.mup_base_width:
-      raise ValueError(
-        f'model.mup_base_head_width: got {self.mup_base_head_width} without'
-        ' muP, expected 0; set model.mup_base_width too'
+      self._expect(
+        isinstance(value, int) and value >= 0,
+        name,
+        'a positive integer, or 0 for none',
       )
+    self._expect(
+      bool(self.mup_base_width) or not self.mup_base_head_width,
+      'mup_base_head_width',
+      '0; set model.mup_base_width too',
+      given='without muP',
+    )
 
   def _validate_experts(self) -> None:
-    if self.num_experts == 1:
-      raise ValueError(
-        'model.num_experts: got 1, expected 0 for a dense model or at least 2'
-      )
+    self._expect(
+      self.num_experts != 1, 'num_experts', '0 for a dense model or at least 2'
+    )
     for name in ('num_experts', *_EXPERT_COUNTS, *_EXPERT_WEIGHTS):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise ValueError(
-          f'model.{name}: got {getattr(self, name)}, expected a number >= 0'
-        )
+      self._expect_not_negative(name)
     if not self.num_experts:
       for name in (*_EXPERT_COUNTS, *_EXPERT_WEIGHTS):
-        if getattr(self, name):
-          raise ValueError(
-            f'model.{name}: got {getattr(self, name)} in a dense model,'
-            ' expected 0; set model.num_experts for a mixture'
-          )
-      return
-    if not 1 <= self.num_active_experts <= self.num_experts:
-      raise ValueError(
-        f'model.num_active_experts: got {self.num_active_experts}, expected 1'
-        f' to num_experts = {self.num_experts}'
-      )
-    if self.expert_width < 1:
-      raise ValueError(
-        f'model.expert_width: got {self.expert_width}, expected a positive'
-        ' integer: the hidden width of one expert'
-      )
-    if self.mlp_width and not self.num_dense_layers:
-      raise ValueError(
-        f'model.mlp_width: got {self.mlp_width} in a mixture, expected 0: every'
-        ' layer has experts, of model.expert_width'
-      )
-    if self.num_dense_layers and self.mlp_width < 1:
-      raise ValueError(
-        f'model.mlp_width: got {self.mlp_width} with num_dense_layers ='
-        f' {self.num_dense_layers}, expected their hidden width'
-      )
-    for name in ('use_bias', 'mlp_bias'):
-      if getattr(self, name):
-        raise ValueError(
-          f'model.{name}: got True in a mixture, expected False: experts have'
-          ' no biases'
+        self._expect(
+          not getattr(self, name),
+          name,
+          '0; set model.num_experts for a mixture of experts',
+          given='in a dense model',
         )
-    if self.mlp not in EXPERT_MLPS:
-      raise ValueError(
-        f'model.mlp: got {self.mlp!r} in a mixture, expected one of'
-        f' {", ".join(EXPERT_MLPS)}'
+      return
+    self._expect(
+      1 <= self.num_active_experts <= self.num_experts,
+      'num_active_experts',
+      f'1 to num_experts = {self.num_experts}',
+    )
+    self._expect(
+      self.expert_width >= 1,
+      'expert_width',
+      'a positive integer: the hidden width of one expert',
+    )
+    self._expect(
+      bool(self.num_dense_layers) or not self.mlp_width,
+      'mlp_width',
+      '0: every layer has experts, of model.expert_width',
+      given='in a mixture of experts',
+    )
+    self._expect(
+      self.mlp_width >= 1 or not self.num_dense_layers,
+      'mlp_width',
+      'the hidden width of those layers',
+      given=f'with num_dense_layers = {self.num_dense_layers}',
+    )
+    for name in ('use_bias', 'mlp_bias'):
+      self._expect(
+        not getattr(self, name),
+        name,
+        'False: experts have no biases',
+        given='in a mixture of experts',
       )
+    self._expect(
+      self.mlp in EXPERT_MLPS,
+      'mlp',
+      f'one of {", ".join(EXPERT_MLPS)}',
+      given='in a mixture of experts',
+    )
 
   def _validate_router(self) -> None:
-    if not 0 <= self.num_dense_layers <= self.num_layers:
-      raise ValueError(
-        f'model.num_dense_layers: got {self.num_dense_layers}, expected 0 to'
-        f' num_layers = {self.num_layers}'
-      )
-    if not 0 < self.router_scale < math.inf:
-      raise ValueError(
-        f'model.router_scale: got {self.router_scale}, expected a positive'
-        ' number'
-      )
+    self._expect(
+      0 <= self.num_dense_layers <= self.num_layers,
+      'num_dense_layers',
+      f'0 to num_layers = {self.num_layers}',
+    )
+    self._expect_positive('router_scale')
     groups = self.num_expert_groups
     if not groups:
-      if self.num_active_groups:
-        raise ValueError(
-          f'model.num_active_groups: got {self.num_active_groups} without'
-          ' groups, expected 0; set model.num_expert_groups too'
-        )
+      self._expect(
+        not self.num_active_groups,
+        'num_active_groups',
+        '0; set model.num_expert_groups too',
+        given='without groups',
+      )
       return
-    if self.num_experts % groups:
-      raise ValueError(
-        f'model.num_expert_groups: got {groups}, expected a divisor of'
-        f' num_experts = {self.num_experts}'
-      )
+    expect.divides(
+      'model.num_expert_groups', groups, 'num_experts', self.num_experts
+    )
     each = self.num_experts // groups
-    if not 1 <= self.expert_group_best <= each:
-      raise ValueError(
-        f'model.expert_group_best: got {self.expert_group_best}, expected 1 to'
-        f' the {each} experts of a group'
-      )
+    self._expect(
+      1 <= self.expert_group_best <= each,
+      'expert_group_best',
+      f'1 to the {each} experts of a group',
+    )
     least = -(-self.num_active_experts // each)
-    if not least <= self.num_active_groups <= groups:
-      raise ValueError(
-        f'model.num_active_groups: got {self.num_active_groups}, expected'
-        f' {least} to {groups}: groups of {each} experts that hold'
-        f' {self.num_active_experts} active ones'
-      )
+    self._expect(
+      least <= self.num_active_groups <= groups,
+      'num_active_groups',
+      f'{least} to {groups}: groups of {each} experts that hold'
+      f' {self.num_active_experts} active ones',
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON values."""
@@ -384,10 +379,10 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
-    """Rebuilds a config, refusing fields that are unknown or missing.
+    """Returns the config of `to_dict`; refuses unknown and missing fields.
 
-    Those that came later may be missing, all of them together: what was written
-    before them means their defaults.
+    The fields that were added later may all be missing together: a file written
+    before them has their defaults.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     unknown, missing = set(fields) - known, known - set(fields)
@@ -406,7 +401,7 @@ class ModelConfig:
 
 
 def _scaling(fields: dict[str, Any]) -> rope_scaling_lib.RopeScaling:
-  """Rebuilds what `dataclasses.asdict` made of it, and JSON of that."""
+  """Returns the RopeScaling of a JSON object."""
   known = [f.name for f in dataclasses.fields(rope_scaling_lib.RopeScaling)]
   if sorted(fields) != sorted(known):
     raise ValueError(
@@ -431,6 +426,6 @@ _COUNTS = (
 )
 _EXPERT_COUNTS = ('num_active_experts', 'num_shared_experts', 'expert_width')
 _EXPERT_WEIGHTS = ('balance_loss_weight', 'router_z_weight')
-# Fields that frozen directories had not from the start: the last ones.
+# Fields that the first frozen directories lack: qkv_bias and all after it.
 _NAMES = [field.name for field in dataclasses.fields(ModelConfig)]
 _LATER = set(_NAMES[_NAMES.index('qkv_bias') :])

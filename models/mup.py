@@ -1,39 +1,40 @@
-"""muP: hyper-parameters found at one width stay good at every other.
+"""muP: hyper-parameters tuned at one width stay good at other widths.
 
-The maximal update parametrisation (Yang et al., arXiv:2203.03466, table 8, for
-Adam and its like) says how initialisation, learning rates and a few constants
-of the function depend on width, so that each activation changes by as much in a
-step, however wide the model. Widths are compared with a base, at which muP and
-the standard parametrisation are one and the same: m = D / mup_base_width.
+In the maximal update parametrisation (Yang et al., arXiv:2203.03466, table 8,
+for Adam and similar optimizers), initialisation, learning rates and a few
+constants of the function depend on width. A step then changes each activation
+by the same amount at every width. Widths are relative to a base width, at which
+muP equals the standard parametrisation: m = D / mup_base_width.
 
     parameters                          initial std    learning rate
     query key value, gate up, experts   s / sqrt(m)    1 / m
-    of latent attention, all            s / sqrt(m)    1 / m
-    out down, of experts too            r / sqrt(m)    1 / m
+    latent attention, all               s / sqrt(m)    1 / m
+    out down, also of experts           r / sqrt(m)    1 / m
     router                              s / m          1 / m
     embed position_embed head           s              1
-    scales of norms, biases             as ever        1
+    scales of norms, biases             unchanged      1
 
-with s = init_std and r = s / sqrt(2N). And of the function:
+with s = init_std and r = s / sqrt(2N). Two constants of the function change:
 
-    logits            times 1 / m, which is done to what the head is applied to
+    logits            times 1 / m, applied to the final hidden states
     attention scores  times sqrt(C_base) / C, with C_base = mup_base_head_width:
-                      1 / C where heads grow with D, 1 / sqrt(C) where not
+                      1 / C if heads grow with D, 1 / sqrt(C) if they do not
 
-The first three rows are matrices with a fan-in that grows. The family of models
-is meant to keep its proportions: H x C, F and the width of an expert grow as D
-does, so that m is the ratio of every fan-in. Depth, vocabulary, number of
-experts, batch and number of steps are no widths and are not transferred over.
+The first three rows are matrices whose fan-in grows. The models of a family
+must keep their proportions: H x C, F and expert_width grow as D does, so that m
+is the ratio of every fan-in. Depth, vocabulary, number of experts, batch size
+and number of steps are not widths; muP does not transfer over them.
 
-The head: a tied one is the embedding too. Table 8 is the form of muP in which
-both have the same std and the same learning rate, so that they can be one
-matrix. The router has a fan-in that grows and an output that does not, as the
-head has; it is scaled as in table 3, the same function without a multiplier.
+A tied head is also the embedding. In table 8, both have the same std and the
+same learning rate, so that they can be one matrix. The router, like the head,
+has a fan-in that grows and an output that does not. It is scaled as in table 3,
+which is the same function without a multiplier.
 
-Not in these numbers: decoupled weight decay is to be independent of them, or
-wide matrices would hardly decay (lr x decay is what shrinks a weight, and lr is
-divided by m); an epsilon of Adam that is not far below the gradients, which
-shrink as width grows; clipping by global norm, which is one number for all.
+These numbers do not cover three things. Decoupled weight decay must not depend
+on m: lr x decay shrinks a weight and lr is divided by m, so that wide matrices
+would hardly decay. The epsilon of Adam must be far below the gradients, which
+shrink as width grows. Clipping by global norm uses one number for all
+parameters.
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ import jax
 
 from models import axes, model_config
 
-# By the name of the module that owns them; biases are not among them.
+# Modules whose kernel has a fan-in that grows; their biases are not scaled.
 _HIDDEN = (
   'query',
   'key',
@@ -65,40 +66,41 @@ _HIDDEN = (
 
 
 def width_ratio(config: model_config.ModelConfig) -> float:
-  """Returns m, how many times wider than its base a model is; 1 without muP."""
+  """Returns m, the width of the model over its base width; 1 without muP."""
   return config.model_width / (config.mup_base_width or config.model_width)
 
 
 def hidden_std(config: model_config.ModelConfig) -> float:
-  """Returns the initial scale of matrices with a fan-in that grows."""
+  """Returns the initial std of matrices with a fan-in that grows."""
   return config.init_std / width_ratio(config) ** 0.5
 
 
 def router_std(config: model_config.ModelConfig) -> float:
-  """Returns the initial scale of a router."""
+  """Returns the initial std of a router."""
   return config.init_std / width_ratio(config)
 
 
 def logit_multiplier(config: model_config.ModelConfig) -> float:
-  """Returns what logits are multiplied by."""
+  """Returns the multiplier of the logits."""
   return 1 / width_ratio(config)
 
 
 def query_multiplier(config: model_config.ModelConfig) -> float:
-  """Returns what queries are multiplied by, besides the usual 1 / sqrt(C)."""
+  """Returns the multiplier of queries, besides the usual 1 / sqrt(C)."""
   base = config.mup_base_head_width or config.head_width
   return (base / config.head_width) ** 0.5
 
 
 def lr_multipliers(config: model_config.ModelConfig, params: Any) -> Any:
-  """Returns what the learning rate of each parameter is multiplied by.
+  """Returns the multiplier of each parameter's learning rate.
 
-  For optimizers whose update does not depend on the scale of the gradient, as
-  Adam's does not.
+  For optimizers whose update does not depend on the scale of the gradient, such
+  as Adam.
 
   Args:
-    config: the model's.
-    params: its variables, arrays or shapes, layers stacked or apart.
+    config: of the model.
+    params: the variables of the model, arrays or shapes; layers may be stacked
+      or separate.
 
   Returns:
     The same tree with a float at each leaf; all 1 without muP.

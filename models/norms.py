@@ -11,13 +11,13 @@ class Norm(nn.Module):
   """Normalises the last axis; statistics and scale are computed in float32."""
 
   config: model_config.ModelConfig
-  gain: float = 1.0  # the result is multiplied by it, before it is rounded
+  gain: float = 1.0  # multiplies the result before it is rounded
   by_row: execution_lib.ByRow = execution_lib.at_once
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     config, width = self.config, x.shape[-1]
-    # A scale near 1 has few digits left in bfloat16 for how near.
+    # In bfloat16, a scale near 1 has few digits left for its distance from 1.
     from_one = config.norm_from_one
     initial = nn.initializers.zeros if from_one else nn.initializers.ones
     scale_D = self.param('scale', initial, (width,))

@@ -1,7 +1,8 @@
-"""Rematerialisation: which results of a layer wait for the backward pass.
+"""Rematerialisation: the results of a layer that the backward pass keeps.
 
-What is not stored is computed again. Reference: Chen et al. 2016
-(arXiv:1604.06174); the policies are JAX's.
+Results that are not stored are computed again. The policies are JAX's.
+
+Reference: Chen et al. 2016, arXiv:1604.06174.
 """
 
 from typing import Any
@@ -12,34 +13,34 @@ from jax.ad_checkpoint import checkpoint_name
 
 _LAYER_INPUT = 'layer_input'
 _PRODUCT = 'product'
-# What a fused attention kernel must remember, its output and log-sum-exp, is
-# marked with this name. A kernel is no matrix product in the eyes of a policy:
-# unless named ones are kept, `minimal` would run it a second time.
+# The name of the output and the log-sum-exp of a fused attention kernel. A
+# policy does not see a kernel as a matrix product: unless arrays of this name
+# are kept, `minimal` would run the kernel a second time.
 ATTENTION = 'attention'
 
 
 def named_input(x: jax.Array) -> jax.Array:
-  """Marks what enters a layer, so that `offload` can send it to the host."""
+  """Names the input of a layer, so that `offload` can send it to the host."""
   return checkpoint_name(x, _LAYER_INPUT)
 
 
 def named_product(y: jax.Array) -> jax.Array:
-  """Marks the product with a weight, as `minimal` keeps it: in its dtype.
+  """Names the product with a weight, which `minimal` keeps in its own dtype.
 
-  The policy would find the product itself too, but as it was accumulated: in
-  float32, twice the bytes of a bfloat16 activation.
+  Without the name, JAX's policy for products would keep the accumulated float32
+  product, which has twice the bytes of a bfloat16 activation.
   """
   return checkpoint_name(y, _PRODUCT)
 
 
 def wrap(block: Any, remat: str, is_scanned: bool) -> Any:
-  """Returns the module class, computing again what `remat` does not store.
+  """Returns the module class with rematerialisation.
 
   Args:
     block: a linen module class.
-    remat: see `models.execution.REMAT`.
-    is_scanned: whether the block is the body of a loop; elsewhere the compiler
-      must be kept from finding out that the work is done twice.
+    remat: one of `models.execution.REMAT`.
+    is_scanned: whether the block is the body of a loop. Outside a loop, common
+      subexpression elimination would undo the recomputation and must be off.
   """
   if remat == 'none':
     return block
@@ -47,10 +48,10 @@ def wrap(block: Any, remat: str, is_scanned: bool) -> Any:
 
 
 def policy(remat: str) -> Any:
-  """Returns what `jax.checkpoint` takes as its policy, for a layer."""
+  """Returns the policy of `jax.checkpoint` for a layer."""
   policies = jax.checkpoint_policies
   if remat == 'minimal':
-    # Not the products of attention that exist as arrays: scores are made again.
+    # The scores of plain attention have no name: they are computed again.
     return policies.save_only_these_names(_PRODUCT, ATTENTION)
   if remat == 'full':
     return policies.nothing_saveable

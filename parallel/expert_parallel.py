@@ -1,16 +1,17 @@
 """Expert parallelism: each device of a group holds some of the experts.
 
-The tokens of a group, the devices along mesh axis `expert`, are gathered; each
-device applies the experts that it holds to those that chose them; and the
-results are added up on the way back to where the tokens came from. Whatever the
-router chooses no token is dropped and every shape is static, at the price of
-one gather and one scatter of all tokens of the group per layer, and of room on
-every device for all copies of the group's tokens (GShard, arXiv:2006.16668,
-sends each token only where it goes, and drops some). So a small group is better
-than a large one: let `fsdp` split what is left.
+A group is the devices along mesh axis `expert`. Per layer, every device gathers
+the tokens of its group, applies its own experts to the tokens that chose them,
+and a reduce-scatter adds the results on their way back to the tokens' devices.
+No token is dropped, whatever the router chooses, and every shape is static. The
+price is one gather and one scatter of the group's tokens per layer, and memory
+on every device for all of them, once per active expert. (GShard,
+arXiv:2006.16668, sends each token only to the devices of its experts, and drops
+some.) A small group is therefore better than a large one: let `fsdp` split the
+rest.
 
-The same code serves any mesh: left to itself, the compiler would gather the
-tokens of all devices to sort them by expert.
+The same code serves any mesh. Without it, the compiler would gather the tokens
+of all devices to sort them by expert.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallel import rules
 
-# A model's port: (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD.
+# The experts' port of `models.execution`:
+# (x_BTD, ids_BTA, gates_BTA, kernels, dtype) -> y_BTD.
 ApplyExperts = Callable[..., jax.Array]
 
 _GROUP = 'expert'
-# By mesh axis, which dimension of a kernel is split. Those split by `fsdp` are
-# made whole before they multiply; those split by `tensor` multiply in parts.
+# The mesh axis that splits each dimension of a kernel. A dimension split by
+# `fsdp` is gathered before the product; one split by `tensor` is not.
 _SPLIT = {
   'gate': (_GROUP, 'fsdp', 'tensor'),
   'up': (_GROUP, 'fsdp', 'tensor'),
@@ -37,16 +39,15 @@ _SPLIT = {
 def spread(local: ApplyExperts, mesh: Mesh) -> ApplyExperts:
   """Returns `local` spread over a mesh.
 
-  The specs name no stage: run side by side, stages are a further axis that
-  `jax.vmap(..., spmd_axis_name='stage')` adds to them.
+  The specs do not name the mesh axis `stage`: a pipeline adds it by
+  `jax.vmap(..., spmd_axis_name='stage')`.
 
   Args:
-    local: applies experts on one device: takes besides the port's arguments
-      `held`, which tells for each kernel how to gather its parts in the compute
-      dtype and how to scatter the gradient of the whole; an id that is not of
-      the kernels it is given must add nothing.
-    mesh: from `parallel.mesh`, with the kernels as `parallel.rules` lays them
-      out.
+    local: applies the experts of one device. Its last argument, `held`, has for
+      each kernel a function that gathers the kernel's shards and a function
+      that scatters the gradient of the whole kernel. An expert id outside the
+      given kernels must contribute zero.
+    mesh: from `parallel.mesh`; kernels are split as `parallel.rules` says.
   """
   if mesh.size == 1:
     return local
@@ -65,6 +66,8 @@ def spread(local: ApplyExperts, mesh: Mesh) -> ApplyExperts:
         jax.lax.all_gather(part, _GROUP, axis=0, tiled=True)
         for part in (x_BTD.astype(dtype), ids_BTA, gates_BTA)
       )
+      # Ids relative to this device's experts. `num_here` is out of range: such
+      # a token contributes zero.
       num_here = kernels['down'].shape[0]
       ids_BTA = ids_BTA - num_here * jax.lax.axis_index(_GROUP)
       is_here = (ids_BTA >= 0) & (ids_BTA < num_here)
@@ -85,7 +88,7 @@ def spread(local: ApplyExperts, mesh: Mesh) -> ApplyExperts:
         {name: PartitionSpec(*_SPLIT[name]) for name in kernels},
       ),
       out_specs=token_spec,
-      # Kernels do not say over which axes their results vary.
+      # Kernels do not declare the mesh axes over which their results vary.
       check_vma=False,
     )(x_BTD, ids_BTA, gates_BTA, kernels)
 

@@ -1,4 +1,4 @@
-"""Builds the device mesh of a run."""
+"""The device mesh of a run: devices arranged along the axes of its config."""
 
 from collections.abc import Sequence
 
@@ -27,5 +27,5 @@ def make_mesh(
   array = mesh_utils.create_device_mesh(
     sizes, devices=list(devices), allow_split_physical_axes=True
   )
-  # Linen's logical constraints need Auto axes.
+  # Flax linen's logical constraints work with Auto axes only.
   return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

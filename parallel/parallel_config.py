@@ -1,13 +1,15 @@
-"""ParallelConfig: how one run is spread over devices."""
+"""ParallelConfig: the mesh axes and sizes that spread a run over devices."""
 
 import dataclasses
 import math
 
+from checks import expect
+
 KINDS = ('mesh', 'pmap')
 CONTEXT_ATTENTION = ('ring', 'gather')
 
-# The axes of a mesh, and of ParallelConfig, slowest link first: neighbours
-# along the last one exchange the most, and are the nearest devices.
+# Mesh axes, which are fields of ParallelConfig. Devices along the last axis are
+# the nearest ones: the order is by growing traffic along an axis.
 AXES = ('stage', 'data', 'fsdp', 'expert', 'context', 'tensor')
 
 
@@ -15,43 +17,38 @@ AXES = ('stage', 'data', 'fsdp', 'expert', 'context', 'tensor')
 class ParallelConfig:
   """A mesh of named axes, or plain pmap.
 
-  Sizes are numbers of devices; their product is all of them.
+  `stage` to `tensor` are numbers of devices; their product is the number of all
+  devices. See parallel/rules.py for the arrays that each axis splits.
   """
 
   kind: str = 'mesh'  # mesh: jit over named axes | pmap: data parallel only
-  stage: int = 1  # pipeline: layers split into stages
-  data: int = -1  # batch axis, params replicated; -1: all remaining devices
-  fsdp: int = 1  # batch axis, params and optimizer state split
-  expert: int = 1  # batch axis, experts split
-  context: int = 1  # the rows' tokens split
-  tensor: int = 1  # heads, feed-forward and vocabulary split
+  stage: int = 1  # pipeline parallelism: splits the stack of layers
+  data: int = -1  # splits the batch, copies params; -1: all remaining devices
+  fsdp: int = 1  # splits the batch, the params and the optimizer state
+  expert: int = 1  # splits the batch and the experts
+  context: int = 1  # splits the tokens of each row
+  tensor: int = 1  # splits heads, feed-forward and vocabulary
   context_attention: str = 'ring'  # ring: keys travel | gather: keys collected
-  stage_repeats: int = 1  # circular pipeline: times that a row passes a stage
-  stage_microbatches: int = 0  # rows of a batch in so many parts; 0: stage
+  stage_repeats: int = 1  # times that a row passes a stage; > 1: circular
+  stage_microbatches: int = 0  # micro-batches in the pipeline; 0: one per stage
 
   @property
   def num_stage_microbatches(self) -> int:
-    """Parts that a (micro-)batch is cut into on its way through the stages."""
+    """Micro-batches into which the pipeline cuts the rows that it is given."""
     return self.stage_microbatches or self.stage
 
   def validate(self) -> None:
-    """Raises ValueError for a layout that no set of devices can have."""
-    for name, allowed in (
-      ('kind', KINDS),
-      ('context_attention', CONTEXT_ATTENTION),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f'parallel.{name}: got {getattr(self, name)!r}, expected one of'
-          f' {", ".join(allowed)}'
-        )
+    """Raises ValueError for a layout that is impossible on any devices."""
+    expect.one_of('parallel.kind', self.kind, KINDS)
+    expect.one_of(
+      'parallel.context_attention', self.context_attention, CONTEXT_ATTENTION
+    )
     for name in (*AXES, 'stage_repeats'):
       size = getattr(self, name)
-      if size < 1 and not (name == 'data' and size == -1):
-        raise ValueError(
-          f'parallel.{name}: got {size}, expected a positive number'
-          + (' of devices (or -1 for data: all that remain)') * (name in AXES)
-        )
+      if name == 'data' and size == -1:
+        continue
+      fix = 'set -1 for all remaining devices' if name == 'data' else ''
+      expect.at_least(f'parallel.{name}', size, 1, fix)
     self._validate_stages()
     split = {
       name: getattr(self, name)
@@ -75,20 +72,24 @@ class ParallelConfig:
         f' stage_microbatches = {self.stage_microbatches} without stages,'
         ' expected 1 and 0; set parallel.stage'
       )
-    if self.stage_microbatches < 0 or self.num_stage_microbatches % self.stage:
-      raise ValueError(
-        f'parallel.stage_microbatches: got {self.stage_microbatches}, expected'
-        f' a multiple of stage = {self.stage} (or 0 for just as many)'
-      )
+    expect.at_least('parallel.stage_microbatches', self.stage_microbatches, 0)
+    expect.multiple_of(
+      'parallel.stage_microbatches',
+      self.num_stage_microbatches,
+      'parallel.stage',
+      self.stage,
+      'set 0 for as many micro-batches as stages',
+    )
     if self.stage > 1 and self.context > 1:
       raise ValueError(
         f'parallel: got stage = {self.stage} and context = {self.context},'
-        ' expected one of them to be 1: stages are run side by side as one'
-        ' array, within which attention cannot talk across devices'
+        ' expected one of them to be 1: stages run side by side under vmap, in'
+        ' which ring and gather attention cannot exchange keys; change one of'
+        ' them'
       )
 
   def sizes(self, num_devices: int) -> tuple[int, ...]:
-    """Returns the size of each axis over so many devices.
+    """Returns the size of each axis of AXES over `num_devices` devices.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.

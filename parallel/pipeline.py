@@ -1,22 +1,23 @@
-"""Pipeline parallelism: the stack of layers split over the axis 'stage'.
+"""Pipeline parallelism: the stack of layers split over the mesh axis 'stage'.
 
-A batch is cut into M micro-batches, which follow each other through the S
-stages. A stage holds its layers in R pieces, one for each time that a
-micro-batch comes round: layer n = (r S + s) L + l is the l-th of stage s in
-repeat r. With R = 1 this is GPipe's schedule (arXiv:1811.06965); R > 1 is the
-circular, or interleaved, one (arXiv:2104.04473, section 2.2). Of M R + S - 1
-iterations a stage spends S - 1 on nothing: the bubble is the share
-(S - 1) / (M R + S - 1) of the time, smaller with more micro-batches and with
-more repeats, which cost R times the messages.
+A batch is cut into M micro-batches, which follow each other through S stages.
+A micro-batch passes every stage R times (repeats), and a stage holds L layers
+for each repeat: layer n = (r S + s) L + l is the l-th layer of stage s in
+repeat r. R = 1 is GPipe's schedule (arXiv:1811.06965); R > 1 is the circular,
+or interleaved, schedule (arXiv:2104.04473, section 2.2). A stage is idle in
+S - 1 of the M R + S - 1 iterations. This bubble is the share
+(S - 1) / (M R + S - 1) of the time. More micro-batches make it smaller, and so
+do more repeats, which cost R times the messages.
 
-There is one program for all devices and no explicit message in it. The stages
-are an array axis, `vmap` runs them side by side, and rolling that axis by one
-hands every micro-batch on: the compiler makes a collective-permute of it.
+All devices run one program without explicit messages. The stages are an array
+axis and `vmap` runs them side by side. Rolling that axis by one hands every
+micro-batch to the next stage; the compiler turns the roll into a
+collective-permute.
 
-For the backward pass each layer stores, for each micro-batch and for each
-bubble, what it stores without stages too. Storing only what enters an iteration
-would take an eighth less memory under remat = full (57 MB for 65 MB, 8 layers
-in 2 stages), and one more forward pass: not worth its while.
+For the backward pass each layer stores the same arrays as without stages, for
+each micro-batch and for each bubble. Storing only the inputs of an iteration
+would take an eighth less memory under remat = full (57 MB instead of 65 MB for
+8 layers in 2 stages) but one more forward pass, which is not worth it.
 """
 
 from collections.abc import Callable
@@ -28,35 +29,39 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from checks import expect
 from parallel import rules
 
 _STAGE = 'stage'
 
-# (layer_params, x_BTD, shared, key) -> (x_BTD, sums)
+# (layer_params, x_BTD, shared, key) -> (x_BTD, sums). `shared` holds arrays of
+# the batch that all layers read, as segment ids.
 ApplyLayer = Callable[..., tuple[jax.Array, Any]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """What every stage does in every iteration: [iterations, S] each.
+  """The work of every stage in every iteration; arrays [iterations, S].
 
-  In iteration t stage s is where stage 0 was s iterations ago, u = t - s.
-  Groups of S micro-batches go round together: micro-batch g S + p is in repeat
-  r of stage 0 at u = (g R + r) S + p, which is S after repeat r - 1.
+  In iteration t, stage s does the work that stage 0 did at u = t - s. Groups of
+  S micro-batches go round together: micro-batch g S + p is in repeat r of stage
+  0 at u = (g R + r) S + p, which is S iterations after its repeat r - 1.
   """
 
-  microbatch: np.ndarray  # which one it works on; any one in a bubble
-  repeat: np.ndarray
-  is_real: np.ndarray  # bool; False in a bubble, whose results go nowhere
+  microbatch: np.ndarray  # index of the micro-batch; arbitrary in a bubble
+  repeat: np.ndarray  # index of the repeat; arbitrary in a bubble
+  is_real: np.ndarray  # bool; False in a bubble, whose results are dropped
 
 
-def schedule(num_stages: int, repeats: int, num_microbatches: int) -> Schedule:
+def make_schedule(
+  num_stages: int, repeats: int, num_microbatches: int
+) -> Schedule:
   """Returns the circular schedule; M is a multiple of S."""
   num_steps = num_microbatches * repeats
   iteration_T1 = np.arange(num_steps + num_stages - 1)[:, None]
   age_TS = iteration_T1 - np.arange(num_stages)[None, :]
-  # What a bubble works on does not matter, but that it exists does.
+  # A bubble may compute anything, but its indices must be valid.
   step_TS = np.clip(age_TS, 0, num_steps - 1)
   group_TS, step_in_group_TS = np.divmod(step_TS, num_stages * repeats)
   repeat_TS, place_TS = np.divmod(step_in_group_TS, num_stages)
@@ -70,42 +75,45 @@ def schedule(num_stages: int, repeats: int, num_microbatches: int) -> Schedule:
 def make_run_layers(
   mesh: Mesh, *, repeats: int, num_microbatches: int, policy: Any = None
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """Returns `run_layers`: the layers of a stack, in stages over the mesh.
+  """Returns `run_layers`, which runs a stack of layers in stages over the mesh.
 
   Args:
-    mesh: with an axis 'stage' of size S.
-    repeats: R, how many times a micro-batch passes every stage.
-    num_microbatches: M, how many parts the rows are cut into; a multiple of S.
-    policy: what `jax.checkpoint` may store of a layer, where `apply_layer`
-      computes the rest again; None where it does not.
+    mesh: has an axis 'stage' of size S.
+    repeats: R, the number of times that a micro-batch passes every stage.
+    num_microbatches: M, a multiple of S.
+    policy: the arrays of a layer that `jax.checkpoint` may store, if
+      `apply_layer` rematerialises the others; None if it stores all of them.
 
   Returns:
     run_layers(apply_layer, stacked_params, x_BTD, shared, key) -> (x_BTD,
-    sums). Leaves of `stacked_params` are [N, ...], or [R, N / R, ...] where
-    R > 1, split over 'stage' along N or N / R. The first axis of x and of each
-    leaf of `shared` is the batch. `sums` has what apply_layer returns beside x,
-    added over micro-batches and stacked over layers, [N, ...]. Every layer of
-    every micro-batch is given a key of its own, the same for any S and R.
+    sums). Leaves of `stacked_params` are [N, ...], or [R, N / R, ...] if R > 1,
+    split over 'stage' along N or N / R. The first axis of x and of each leaf of
+    `shared` is the batch. `sums` are the second results of apply_layer, added
+    over micro-batches and stacked over layers, [N, ...]. Every layer of every
+    micro-batch gets its own key, which does not depend on S and R.
 
   Raises:
     ValueError: M is no multiple of S, or (from `run_layers`) rows or layers do
       not divide.
   """
   num_stages = mesh.shape[_STAGE]
-  if num_microbatches % num_stages:
-    raise ValueError(
-      f'num_microbatches: got {num_microbatches}, expected a multiple of the'
-      f' {num_stages} stages; change parallel.stage_microbatches'
-    )
-  plan = schedule(num_stages, repeats, num_microbatches)
+  expect.multiple_of(
+    'parallel.stage_microbatches',
+    num_microbatches,
+    'parallel.stage',
+    num_stages,
+    'change one of them',
+  )
+  schedule = make_schedule(num_stages, repeats, num_microbatches)
 
   def run_layers(apply_layer, stacked_params, x_BTD, shared, key):
-    if x_BTD.shape[0] % num_microbatches:
-      raise ValueError(
-        f'rows: got {x_BTD.shape[0]}, expected a multiple of'
-        f' {num_microbatches}, the parts that the stages take them in; change'
-        ' data.batch_size or parallel.stage_microbatches'
-      )
+    expect.multiple_of(
+      'rows',
+      x_BTD.shape[0],
+      'parallel.stage_microbatches',
+      num_microbatches,
+      'change data.batch_size or parallel.stage_microbatches',
+    )
     run_stages = _make_run_stages(
       apply_layer,
       jax.tree.map(lambda x: _by_stage(x, repeats, num_stages), stacked_params),
@@ -114,13 +122,13 @@ def make_run_layers(
       policy or _all_but_weights,
     )
     x_MBTD = _deal(x_BTD, num_microbatches)
-    # Every stage has a copy of the inputs, of which only the first one's is
-    # read, and a place for outputs, of which only the last one's is kept: a
-    # single copy would have its gradient, or itself, sent in every iteration.
+    # Every stage has a copy of the inputs, and room for the outputs, although
+    # only the first stage's inputs and the last stage's outputs are used. With
+    # a single copy, the copy or its gradient would be sent in every iteration.
     inputs_SMBTD = by_stage(
       jnp.broadcast_to(x_MBTD[None], (num_stages, *x_MBTD.shape))
     )
-    outputs_SMBTD, sums = _run(run_stages, inputs_SMBTD, plan, by_stage)
+    outputs_SMBTD, sums = _run(run_stages, inputs_SMBTD, schedule, by_stage)
     is_last_S = np.arange(num_stages) == num_stages - 1
     x_MBTD = jnp.sum(
       jnp.where(_expand(is_last_S, outputs_SMBTD), outputs_SMBTD, 0), axis=0
@@ -128,7 +136,7 @@ def make_run_layers(
     return x_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), sums
 
   def by_stage(x_SBTD):
-    """Lays out axis 0 over the stages and rows, third from last, as ever."""
+    """Splits axis 0 over the stages, and the rows (axis -3) over the batch."""
     spec = (_STAGE, *(None,) * (x_SBTD.ndim - 4), rules.BATCH_AXES, None, None)
     return jax.lax.with_sharding_constraint(
       x_SBTD, NamedSharding(mesh, PartitionSpec(*spec))
@@ -137,9 +145,9 @@ def make_run_layers(
   return run_layers
 
 
-def _run(run_stages, inputs_SMBTD, plan, by_stage):
-  """Returns outputs [S, M, ...], of which the last stage's are meant; sums."""
-  num_repeats = int(plan.repeat.max()) + 1
+def _run(run_stages, inputs_SMBTD, schedule, by_stage):
+  """Returns (outputs [S, M, ...], sums); the last stage's outputs are final."""
+  num_repeats = int(schedule.repeat.max()) + 1
   is_first_S = np.arange(inputs_SMBTD.shape[0]) == 0
 
   def iterate(carry, xs):
@@ -152,7 +160,7 @@ def _run(run_stages, inputs_SMBTD, plan, by_stage):
     x_SBTD = jnp.where(_expand(enters_S, x_SBTD), entering_SBTD, x_SBTD)
     x_SBTD, sums_SL = run_stages(by_stage(x_SBTD), now.microbatch, now.repeat)
     x_SBTD = by_stage(x_SBTD)
-    # Written on every pass; what counts is what the last one leaves there.
+    # Written in every repeat; the last repeat overwrites the others.
     outputs_SMBTD = jax.lax.dynamic_update_index_in_dim(
       outputs_SMBTD, x_SBTD, last, axis=1
     )
@@ -168,22 +176,26 @@ def _run(run_stages, inputs_SMBTD, plan, by_stage):
     )
     return (_hand_on(x_SBTD), outputs_SMBTD, sums_RSL), None
 
-  # A bubble computes on real rows: nobody reads its numbers, but a norm of
-  # nothing could be infinite, and infinity times no gradient is not zero.
+  # A bubble computes on real rows, although its results are dropped: the norm
+  # of zeros could be infinite, and infinity times a zero gradient is NaN.
   filler_SBTD = jax.lax.stop_gradient(inputs_SMBTD[:, 0])
   sums_SL = jax.eval_shape(
-    run_stages, filler_SBTD, plan.microbatch[0], plan.repeat[0]
+    run_stages, filler_SBTD, schedule.microbatch[0], schedule.repeat[0]
   )[1]
   zeros_RSL = jax.tree.map(
     lambda x: jnp.zeros((num_repeats, *x.shape), x.dtype), sums_SL
   )
-  # What all must know of the first stage and the last is in numbers of its own:
-  # taken from the stages' it would be sent to everyone in every iteration.
-  ends = plan.microbatch[:, 0], plan.microbatch[:, -1], plan.repeat[:, 0] == 0
+  # All stages need these indices of the first and the last stage. Sliced from
+  # arrays that are split over stages, they would be sent in every iteration.
+  ends = (
+    schedule.microbatch[:, 0],
+    schedule.microbatch[:, -1],
+    schedule.repeat[:, 0] == 0,
+  )
   (_, outputs_SMBTD, sums_RSL), _ = jax.lax.scan(
     iterate,
     (filler_SBTD, jnp.zeros_like(inputs_SMBTD), zeros_RSL),
-    (plan, ends),
+    (schedule, ends),
   )
   return outputs_SMBTD, jax.tree.map(
     lambda x: x.reshape((-1, *x.shape[3:])), sums_RSL
@@ -195,7 +207,7 @@ def _make_run_stages(apply_layer, params_RSL, shared_MB, key, policy):
   repeats, num_stages, num_layers = jax.tree.leaves(params_RSL)[0].shape[:3]
 
   def run_stage(params_RL, x_BTD, stage, microbatch, repeat):
-    """One stage: its layers of this repeat, one after the other."""
+    """Runs the layers of one stage and repeat, one after the other."""
     shared_B = jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, microbatch, keepdims=False),
       shared_MB,
@@ -204,7 +216,7 @@ def _make_run_stages(apply_layer, params_RSL, shared_MB, key, policy):
     def apply(params, x_BTD, index):
       layer_key = None
       if key is not None:
-        # Of a micro-batch and a layer, whichever stage and time they meet at.
+        # The key depends on micro-batch and layer, not on stage or iteration.
         n = (repeat * num_stages + stage) * num_layers + index
         layer_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), n)
       return apply_layer(params, x_BTD, shared_B, layer_key)
@@ -228,8 +240,8 @@ def _make_run_stages(apply_layer, params_RSL, shared_MB, key, policy):
         x_BTD,
         (params_L, indices),
       )
-    # Weights that were chosen are another array in every iteration. Left to
-    # itself JAX would store each for the backward pass: the model M times.
+    # The weights of this repeat are a new slice in every iteration. Without a
+    # checkpoint JAX would store each slice for the backward pass: M models.
     chosen = jax.checkpoint(chosen, prevent_cse=False, policy=policy)
     return jax.lax.scan(
       lambda x_BTD, index: chosen(params_RL, x_BTD, index), x_BTD, indices
@@ -243,7 +255,7 @@ def _make_run_stages(apply_layer, params_RSL, shared_MB, key, policy):
 
 
 def _all_but_weights(primitive: Any, *_, **__) -> bool:
-  """Of a layer: all that is computed, nothing that is only fetched or cast."""
+  """A checkpoint policy: stores computed values, not fetched or cast ones."""
   return primitive.name not in (
     'broadcast_in_dim',
     'convert_element_type',
@@ -257,11 +269,11 @@ def _all_but_weights(primitive: Any, *_, **__) -> bool:
 
 @jax.custom_vjp
 def _hand_on(x_SBTD):
-  """Gives each stage what the one before it has; the first, the last's."""
+  """Hands each stage's output to the next stage, and the last to the first."""
   return jnp.roll(x_SBTD, 1, axis=0)
 
 
-# A roll's own derivative is two halves, which would be two messages.
+# JAX's derivative of a roll is two slices, which would be two messages.
 _hand_on.defvjp(
   lambda x_SBTD: (_hand_on(x_SBTD), None),
   lambda _, dx_SBTD: (jnp.roll(dx_SBTD, -1, axis=0),),
@@ -269,19 +281,19 @@ _hand_on.defvjp(
 
 
 def _by_stage(x, repeats: int, num_stages: int):
-  """[N, ...] or [R, N / R, ...] to [R, S, L, ...]."""
+  """Reshapes [N, ...] or [R, N / R, ...] to [R, S, L, ...]."""
   per_layer = x.shape[1:] if repeats == 1 else x.shape[2:]
   return x.reshape((repeats, num_stages, -1, *per_layer))
 
 
 def _deal(x, num_parts: int):
-  """[B, ...] to [M, B / M, ...]: dealt out one by one.
+  """Reshapes [B, ...] to [M, B / M, ...]: row b goes to micro-batch b mod M.
 
-  Where rows are laid out over devices each keeps its own; nothing is moved.
+  Each device keeps its own rows, so that no row is moved.
   """
   return x.reshape((-1, num_parts, *x.shape[1:])).swapaxes(0, 1)
 
 
 def _expand(x, like):
-  """Appends axes of size 1, up to those of `like`."""
+  """Appends axes of size 1 until x has as many axes as `like`."""
   return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

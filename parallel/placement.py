@@ -1,10 +1,11 @@
-"""Runs a pure step across devices: `jit` over a mesh, or `pmap`.
+"""Placements: a state and a step on the devices of a run, by mesh or by pmap.
 
-Both take the same step and give the same numbers. A placement knows how a state
-is created, laid out and taken back, and how a step is compiled; the loop and
-the step know none of it. Steps are built from `build(all_sum, shard_key)`,
-because under pmap sums and dropout keys must be told of the other devices,
-while over a mesh the compiler sees the whole batch and inserts what is needed.
+Both kinds take the same step and give the same numbers. A placement creates a
+state, lays it out, gathers it for a checkpoint and compiles the steps; the loop
+and the step know nothing of devices. Steps come from `build(all_sum,
+shard_key)`: under pmap, sums and dropout keys have to include the other
+devices. Over a mesh both functions are identities, because the compiler sees
+the whole batch and inserts the collectives.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,64 +21,69 @@ import numpy as np
 from parallel import mesh as mesh_lib, parallel_config, rules, stage_layout
 from parallel.attention import context
 
-AllSum = Callable[[Any], Any]
-ShardKey = Callable[[jax.Array], jax.Array]
+AllSum = Callable[[Any], Any]  # sums a tree over the shards of a batch
+ShardKey = Callable[[jax.Array], jax.Array]  # the key of this shard
 BuildStep = Callable[[AllSum, ShardKey], Callable[..., Any]]
 
 _PMAP_AXIS = 'data'
 
 
 class Placement(Protocol):
-  """How states and batches of a run lie on its devices."""
+  """The layout of states and batches on the devices of a run."""
 
   @property
   def devices(self) -> Sequence[jax.Device]:
-    """The devices that the run is spread over."""
+    """The devices over which the run is spread."""
     ...
 
   @property
   def num_batch_shards(self) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of shards into which the rows of a batch are split."""
     ...
 
   def init(self, init_fn: Callable[[jax.Array], Any], key: jax.Array) -> Any:
-    """Creates a state in place: no device ever holds more than its share."""
+    """Returns a new state, created in place on its devices.
+
+    Over a mesh no device ever holds more than its own shards.
+    """
     ...
 
   def put_batch(self, batch: Any) -> Any:
-    """Sends a batch of host arrays to the devices."""
+    """Returns a batch of host arrays [B, T] as arrays on the devices."""
     ...
 
   def compile_train(self, build: BuildStep) -> Callable[..., Any]:
     """Returns step(state, batch) -> (state, metrics). Donates `state`."""
     ...
 
-  def compile_eval(self, build: BuildStep) -> Callable[..., Any]:
-    """Returns eval_step(params, batch) -> sums."""
+  def compile_eval(
+    self, build: BuildStep, fields: Sequence[str] = ()
+  ) -> Callable[..., Any]:
+    """Returns eval_step(params, batch, *fields of the state) -> sums."""
     ...
 
   def compile_probe(self, build: BuildStep) -> Callable[..., Any]:
     """Returns probe(state, batch) -> small arrays. Donates nothing.
 
-    `build` returns a function of a whole state. Each result has one more axis
-    in front: of 1, or under pmap of what each device found by itself.
+    `build` returns a function of a whole state. Each result gets one more axis
+    in front: of size 1 over a mesh, with one entry per device under pmap.
     """
     ...
 
   def compile_weights(self, read: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Returns fn(state) -> a tree like the parameters, laid out as they."""
+    """Returns fn(state) -> a tree with the structure and layout of params."""
     ...
 
   def whole(self, state: Any) -> Any:
-    """Returns the state as global arrays: what a checkpoint holds."""
+    """Returns the state as global arrays, in the layout of a checkpoint."""
     ...
 
   def restored(self, state: Any) -> Any:
-    """The inverse of `whole`."""
+    """Returns the placed state of a whole one: the inverse of `whole`."""
     ...
 
   def abstract_whole(self) -> Any:
-    """Returns shapes, dtypes and layout of `whole(state)`."""
+    """Returns shapes, dtypes and shardings of `whole(state)`."""
     ...
 
 
@@ -87,13 +93,16 @@ def make(
   logical_axes: Any,
   devices: Sequence[jax.Device] | None = None,
 ) -> Placement:
-  """Returns the placement that `config` asks for.
+  """Returns the placement of `config`.
 
   Args:
     config: kind and axis sizes.
     abstract_state: shapes and dtypes of the state.
     logical_axes: the same tree with a tuple of axis names per leaf.
     devices: all devices if None.
+
+  Raises:
+    ValueError: the sizes do not fit the devices, or the state the sizes.
   """
   devices = tuple(jax.devices() if devices is None else devices)
   if config.kind == 'pmap':
@@ -121,10 +130,10 @@ class MeshPlacement:
   """`jit` with a NamedSharding for every array."""
 
   mesh: Mesh
-  abstract_state: Any  # whole, as a checkpoint has it
-  fold: stage_layout.Fold  # whole to placed: how a circular pipeline stacks
+  abstract_state: Any  # of a whole state, as in a checkpoint
+  fold: stage_layout.Fold  # from whole to placed, for a circular pipeline
   state_shardings: Any  # of a placed state
-  whole_shardings: Any
+  whole_shardings: Any  # of a whole state
 
   @property
   def devices(self) -> Sequence[jax.Device]:
@@ -151,7 +160,7 @@ class MeshPlacement:
     def put(x_BT):
       if order_T is not None:
         x_BT = x_BT[:, order_T]
-      # Every process has the whole batch, and sends its devices their part.
+      # Every process has the whole batch and sends its devices their shards.
       return jax.make_array_from_callback(
         x_BT.shape, sharding, lambda index: x_BT[index]
       )
@@ -169,12 +178,13 @@ class MeshPlacement:
       out_shardings=(self.state_shardings, rules.replicated(self.mesh)),
     )
 
-  def compile_eval(self, build):
+  def compile_eval(self, build, fields=()):
     return self._compiled(
       build,
       in_shardings=(
         self.state_shardings.params,
         rules.batch_sharding(self.mesh),
+        *(getattr(self.state_shardings, name) for name in fields),
       ),
       out_shardings=rules.replicated(self.mesh),
     )
@@ -216,7 +226,7 @@ class MeshPlacement:
     return _abstract(self.abstract_state, self.whole_shardings)
 
   def lower_train(self, build, batch):
-    """Lowers the train step for shapes alone: nothing is allocated.
+    """Returns the lowered train step, from shapes alone; allocates nothing.
 
     Args:
       build: as for `compile_train`.
@@ -230,12 +240,13 @@ class MeshPlacement:
     return self.compile_train(build).lower(placed, batch)
 
   def _compiled(self, build, **jit_options):
+    # Sums and keys are of the whole batch already: nothing to add or to split.
     step = jax.jit(build(lambda tree: tree, lambda key: key), **jit_options)
     return _UnderMesh(step, self.mesh)
 
 
 class _UnderMesh:
-  """A jitted function that is traced, and called, with its mesh in force."""
+  """A jitted function that is traced and called inside its mesh's context."""
 
   def __init__(self, step: Any, mesh: Mesh):
     self._step = step
@@ -252,10 +263,10 @@ class _UnderMesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PmapPlacement:
-  """One replica per device; gradients are summed through an axis name.
+  """`pmap` with one replica per device and sums through an axis name.
 
-  With several processes, each calls the step with the shards of its own
-  devices, and gets back theirs.
+  With several processes, each process calls the step with the shards of its own
+  devices and gets the results of these devices.
   """
 
   devices: tuple[jax.Device, ...]
@@ -269,7 +280,7 @@ class PmapPlacement:
     return self.restored(jax.jit(init_fn)(key))
 
   def put_batch(self, batch):
-    # Every process has the whole batch, and sends its devices their part.
+    # Every process has the whole batch and sends its devices their shards.
     mine = [i for i, device in enumerate(self.devices) if _is_mine(device)]
     return jax.tree.map(
       lambda x: x.reshape((len(self.devices), -1, *x.shape[1:]))[mine], batch
@@ -287,13 +298,14 @@ class PmapPlacement:
 
     return run
 
-  def compile_eval(self, build):
+  def compile_eval(self, build, fields=()):
+    del fields  # replicas are laid out alike
     pmapped = jax.pmap(
       build(_psum, _fold_in_device),
       axis_name=_PMAP_AXIS,
       devices=self.devices,
     )
-    return lambda params, batch: _first(pmapped(params, batch))
+    return lambda *args: _first(pmapped(*args))
 
   def compile_probe(self, build):
     probe = build(_psum, _fold_in_device)
@@ -311,7 +323,7 @@ class PmapPlacement:
     state = _first(state)
     if self._is_alone:
       return state
-    # One array of all processes, of which every device has a copy.
+    # One global array of all processes, replicated on every device.
     return multihost_utils.host_local_array_to_global_array(
       state, self._mesh, PartitionSpec()
     )
@@ -325,7 +337,7 @@ class PmapPlacement:
         ),
         state,
       )
-    # What was restored is committed to one device: pmap would refuse it.
+    # A restored array is committed to one device, which pmap would refuse.
     sharding = NamedSharding(self._mesh, PartitionSpec(_PMAP_AXIS))
     return jax.tree.map(
       lambda x: jax.make_array_from_single_device_arrays(
@@ -381,5 +393,6 @@ def _fold_in_device(key):
 
 
 def _first(tree):
-  # Of the first shard: indexing the whole would be a program of all devices.
+  # From the first shard: indexing the global array would run a program on all
+  # devices.
   return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)

@@ -1,9 +1,9 @@
-"""Several processes, one run: who they are, and how they wait for each other.
+"""The processes of one run: detection, start, barriers and messages.
 
-Every process runs the same program on its own devices; `jax.distributed` makes
-one machine of them. `train.py` calls `start` before any device is used. How
-many processes there are, and which one this is, comes from flags or from what
-the launcher has left in the environment (`detect`):
+Every process runs the same program on its own devices, and `jax.distributed`
+connects them. `train.py` calls `start` before any device is used. The number of
+processes and the index of this one come from flags or from the launcher's
+environment variables (`detect`):
 
     flags        --coordinator=host:port --num_processes=2 --process_id=0
     Kubernetes   JAX_COORDINATOR_ADDRESS=host[:port] and NUM_PROCESSES, from the
@@ -16,16 +16,23 @@ the launcher has left in the environment (`detect`):
     Open MPI     mpirun's OMPI_* variables, read by jax in the same way; version
                  5 does not name a coordinator: set JAX_COORDINATOR_ADDRESS
     TPU pods     TPU_WORKER_HOSTNAMES with several hosts, read by jax
-    --coordinator=auto   whatever jax finds by itself: TPU virtual machines that
-                 are described by their metadata server only
+    --coordinator=auto   jax's own detection, e.g. for TPU virtual machines that
+                 only their metadata server describes
 
-Flags come before the environment, and the rest in this order. An environment
-of one process, or none, means one process, and nothing here does anything.
-(Flags of one process do: on CPU, jax then adds up across devices as it does
-between processes, by gloo, in an order of its own, and the numbers are those
-of several processes to the bit instead of to the last digits.)
+Flags win over the environment; launchers are tried in this order. Without a
+launcher, or with one that started one process, nothing is started, and every
+helper below is trivial: callers need not check.
 
-In one process every helper below is trivial, so callers need not ask.
+`jax.distributed.initialize()` alone would not do. It fails without a launcher,
+and for one process it starts a cluster of one. On CPU such a cluster sums over
+devices by gloo, as several processes do, in another order than one process:
+its numbers equal those of several processes to the bit, and those of one
+process only to the last digits. Flags with --num_processes=1 ask for that.
+
+Breaks first when jax moves: `Channel` uses the private client
+`jax._src.distributed.global_state.client` (key_value_set,
+blocking_key_value_get, key_value_delete), and `Cluster.method` names classes of
+the private `jax._src.clusters`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,25 +46,27 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from checks import expect
+
 _DAY_MS = 24 * 60 * 60 * 1000
 
-AUTO = 'auto'
-DEFAULT_PORT = 8476  # where an address names none
-DEFAULT_HEARTBEAT_S = 60  # jax's own is 100
+AUTO = 'auto'  # value of --coordinator
+DEFAULT_PORT = 8476  # of an address without a port
+DEFAULT_HEARTBEAT_S = 60  # jax's own default is 100
 
 
 class PeerError(RuntimeError):
-  """Another process failed where all have to succeed."""
+  """Another process failed in a section that all processes must complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-  """What `jax.distributed.initialize` is told; None: jax finds it out."""
+  """Arguments of `jax.distributed.initialize`; None: jax detects the value."""
 
   coordinator: str | None = None  # host:port of process 0
   num_processes: int | None = None
   process_id: int | None = None
-  local_device_ids: tuple[int, ...] | None = None  # GPUs; None: all there are
+  local_device_ids: tuple[int, ...] | None = None  # GPUs; None: all of the host
   method: str | None = 'deactivate'  # jax's cluster detection; None: any
 
 
@@ -68,9 +77,9 @@ def detect(
   num_processes: int = -1,
   process_id: int = -1,
 ) -> Cluster | None:
-  """Returns the cluster that this process is one of, or None if it is alone.
+  """Returns the cluster of this process, or None for a single process.
 
-  A pure function of its arguments: neither jax nor the network is asked.
+  A pure function of its arguments: it asks neither jax nor the network.
 
   Args:
     environ: environment variables.
@@ -79,7 +88,7 @@ def detect(
     process_id: flag; -1 if not given.
 
   Raises:
-    ValueError: something is missing, or values contradict each other.
+    ValueError: a value is missing, or values contradict each other.
   """
   given = {
     '--coordinator': coordinator,
@@ -89,7 +98,7 @@ def detect(
   if coordinator == AUTO:
     if num_processes != -1 or process_id != -1:
       raise ValueError(
-        f'--coordinator={AUTO}: got --num_processes or --process_id besides,'
+        f'--coordinator={AUTO}: got --num_processes or --process_id as well,'
         ' expected neither; leave them out, or give host:port'
       )
     return Cluster(method=None)
@@ -107,24 +116,21 @@ def start(
 ) -> None:
   """Joins `cluster`; does nothing for None. Call before any device is used.
 
-  A process that dies without a word ends all others (SIGABRT) within the
-  timeout: they could not go on without its devices. Start all of them again to
-  go on from the last checkpoint.
+  If a process dies without a message, jax ends all others (SIGABRT) within the
+  timeout, because they cannot continue without its devices. Restart all
+  processes to resume from the last checkpoint.
 
   Raises:
-    ValueError: the timeout is none, the coordinator's port is taken, or the
-      processes were told different numbers of them.
+    ValueError: the timeout is below 1 s, the coordinator's port is taken, or
+      processes have different values of --num_processes.
   """
-  if heartbeat_timeout_s < 1:
-    raise ValueError(
-      f'--heartbeat_timeout_s: got {heartbeat_timeout_s}, expected at least 1'
-    )
+  expect.at_least('--heartbeat_timeout_s', heartbeat_timeout_s, 1)
   if cluster is None:
     return
   if cluster.process_id == 0 and cluster.coordinator is not None:
     _check_port(cluster.coordinator)
-  # jax would take SIGTERM for itself, from here to the end, and the process
-  # could no longer be ended by it. training/lifecycle/interrupt.py does better.
+  # jax's service would catch SIGTERM until the end, and the signal could no
+  # longer stop the process. training/lifecycle/interrupt.py handles SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
   ids = cluster.local_device_ids
   jax.distributed.initialize(
@@ -134,7 +140,8 @@ def start(
     local_device_ids=None if ids is None else list(ids),
     cluster_detection_method=cluster.method,
     heartbeat_timeout_seconds=heartbeat_timeout_s,
-    # One that failed alone waits so long for the others, then tells them.
+    # A process that failed alone waits this long for the others, which then
+    # learn of its end.
     shutdown_timeout_seconds=heartbeat_timeout_s,
   )
   if cluster.num_processes is not None:
@@ -142,7 +149,7 @@ def start(
 
 
 def _check_port(coordinator: str) -> None:
-  """Refuses a port that is taken: jax's service would crash the process."""
+  """Raises ValueError for a taken port, on which jax would crash."""
   port = int(coordinator.rpartition(':')[2])
   with socket.socket(socket.AF_INET) as listener:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,25 +164,25 @@ def _check_port(coordinator: str) -> None:
 
 
 def count() -> int:
-  """Returns how many processes there are."""
+  """Returns the number of processes."""
   return jax.process_count()
 
 
 def index() -> int:
-  """Returns which of them this one is."""
+  """Returns the index of this process, from 0."""
   return jax.process_index()
 
 
 def is_first() -> bool:
-  """Returns whether this process writes what is written once per run."""
+  """Returns whether this process writes the files of the run."""
   return index() == 0
 
 
 def barrier(name: str) -> None:
-  """Returns when every process has called it, with the same name.
+  """Waits until every process has called it with the same name.
 
-  Waits as long as it takes: a living process may be preparing a dataset, and a
-  dead one is found out by its missing heartbeat.
+  There is no timeout: a living process may be preparing a dataset, and a dead
+  process is detected by its missing heartbeat.
   """
   if count() > 1:
     multihost_utils.sync_global_devices(name)
@@ -184,7 +191,7 @@ def barrier(name: str) -> None:
 def gather(*values: int) -> np.ndarray:
   """Returns the values of all processes, int32 [processes, values].
 
-  A collective: every process calls it, and waits for the others.
+  A collective: every process must call it, and waits for the others.
   """
   row = np.array(values, np.int32)
   if count() == 1:
@@ -193,55 +200,57 @@ def gather(*values: int) -> np.ndarray:
 
 
 def check_same(what: str, value: str) -> None:
-  """Refuses values that are not the same in all processes. A collective.
+  """Checks that `value` is the same in all processes. A collective.
 
   Raises:
-    ValueError: in every process; names those that differ from the first.
+    ValueError: in every process; names those that differ from process 0.
   """
+  # 31 bits, so that a digest fits into an int32.
   digests_P = gather(zlib.crc32(value.encode()) >> 1)[:, 0]
   others = np.flatnonzero(digests_P != digests_P[0])
   if others.size:
     raise ValueError(
       f'{what}: got other values in process {", ".join(map(str, others))},'
-      ' expected those of process 0 in all; start every process with the same'
-      ' flags'
+      ' expected the value of process 0 in all; start every process with the'
+      ' same flags'
     )
 
 
 def agree(flag: bool) -> bool:
-  """Returns whether any process says yes. A collective, as `gather`."""
+  """Returns whether `flag` is true in any process. A collective."""
   return bool(gather(int(flag)).any())
 
 
 class Channel:
-  """Texts that all processes tell each other, from any thread.
+  """A channel for texts between all processes, usable from any thread.
 
-  `gather` and its kin are computed by the devices, in one order with the steps;
-  a thread that saves meanwhile cannot use them. These texts go through the
-  coordinator. Every process uses a channel equally often, in the same order.
+  The devices compute `gather` and the functions built on it, in one order with
+  the train steps, so that a thread that saves a checkpoint cannot call them.
+  Texts of a channel go through the coordinator instead. Every process must use
+  a channel equally often and in the same order.
   """
 
   def __init__(self, name: str):
     self._name = name
     self._count = 0
-    self._previous: str | None = None  # the key of what was told last
+    self._previous: str | None = None  # key of this process's last text
 
   def gather(self, text: str) -> list[str]:
-    """Returns the texts of all processes; waits for those of the others."""
+    """Returns the texts of all processes, by index; waits for all of them."""
     if count() == 1:
       return [text]
-    # Public functions of jax make barriers of it, but pass no text on.
+    # jax's public functions built on this client send no text.
     client = distributed.global_state.client
     assert client is not None
     self._count += 1
     key = f'two_lives/{self._name}/{self._count}'
     client.key_value_set(f'{key}/{index()}', text)
-    # However long it takes: the dead are found out by their heartbeat.
+    # A day, in effect no timeout: a dead process is detected by its heartbeat.
     texts = [
       client.blocking_key_value_get(f'{key}/{i}', _DAY_MS)
       for i in range(count())
     ]
-    # All have told this one, so all have read the one before.
+    # All processes have sent this text, so all have read the previous one.
     if self._previous is not None:
       client.key_value_delete(self._previous)
     self._previous = f'{key}/{index()}'
@@ -250,17 +259,17 @@ class Channel:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-  """Leaves when every process has; if one fails inside, all of them do.
+  """Waits at the end for all processes; if one fails inside, all raise.
 
       with processes.together('tokenizer'):
         if processes.is_first():
           write()
       read()
 
-  Nothing inside may wait for another process.
+  The code inside must not wait for another process.
 
   Raises:
-    PeerError: another process failed; it says why.
+    PeerError: another process failed; its own message has the reason.
   """
   failure: Exception | None = None
   try:
@@ -279,7 +288,7 @@ def together(what: str) -> Iterator[None]:
     raise failure
 
 
-# (is this launcher there, the cluster; None: one process)
+# (whether this launcher was found, its cluster or None for one process)
 _Found = tuple[bool, Cluster | None]
 
 
@@ -302,13 +311,13 @@ def _torchrun(environ: Mapping[str, str]) -> _Found:
   values = dict(environ)
   address, port = environ.get('MASTER_ADDR', ''), environ.get('MASTER_PORT', '')
   if port and environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-    # torchrun itself listens on MASTER_PORT.
+    # torchrun itself listens on MASTER_PORT; the coordinator takes the next.
     port = str(_integer('MASTER_PORT', port) + 1)
   for name, value in (('MASTER_ADDR', address), ('MASTER_PORT', port)):
     if not value:
       raise ValueError(
-        f'{name}: got nothing beside WORLD_SIZE or RANK, expected the address'
-        ' and port of process 0; set it, or unset WORLD_SIZE and RANK'
+        f'{name}: got no value with WORLD_SIZE or RANK set, expected the'
+        ' address and port of process 0; set it, or unset WORLD_SIZE and RANK'
       )
   values['MASTER_ADDR and MASTER_PORT'] = f'{address}:{port}'
   cluster = _explicit(
@@ -324,8 +333,8 @@ def _torchrun(environ: Mapping[str, str]) -> _Found:
 
 
 def _slurm(environ: Mapping[str, str]) -> _Found:
-  # Those that jax wants. A batch script itself, outside srun, lacks the list
-  # of nodes; an interactive shell has it, in a step of one task.
+  # The variables that jax requires. A batch script outside srun lacks the list
+  # of nodes. An interactive shell has the list, in a step of one task.
   names = (
     'SLURM_JOB_ID',
     'SLURM_STEP_NODELIST',
@@ -362,7 +371,8 @@ def _open_mpi(environ: Mapping[str, str]) -> _Found:
 def _tpu(environ: Mapping[str, str]) -> _Found:
   hosts = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
   is_pod = len(hosts) > 1 or 'MEGASCALE_COORDINATOR_ADDRESS' in environ
-  return is_pod, Cluster(method='tpu') if is_pod else None
+  # jax names a class per kind of TPU machine; only its own search picks one.
+  return is_pod, Cluster(method=None) if is_pod else None
 
 
 def _is_one(environ: Mapping[str, str], count_name: str) -> bool:
@@ -373,13 +383,13 @@ def _is_one(environ: Mapping[str, str], count_name: str) -> bool:
 def _explicit(
   values: Mapping[str, str], address_name: str, count_name: str, id_name: str
 ) -> Cluster:
-  """Reads three values that belong together."""
+  """Returns the cluster of three named values, all of which must be given."""
   names = (address_name, count_name, id_name)
   if missing := [name for name in names if not values.get(name)]:
     here = [f'{name}={values[name]}' for name in names if values.get(name)]
     raise ValueError(
       f'several processes: got {", ".join(here)}, expected'
-      f' {", ".join(missing)} besides; give all three or none'
+      f' {", ".join(missing)} as well; give all three or none'
     )
   num_processes = _integer(count_name, values[count_name])
   process_id = _integer(id_name, values[id_name])
@@ -396,7 +406,7 @@ def _explicit(
 
 
 def _address(name: str, value: str) -> str:
-  """Returns host:port; only flags must name the port."""
+  """Returns host:port; the port is optional except in a flag."""
   host, _, port = value.rpartition(':')
   if not host and not name.startswith('--'):
     return f'{value}:{DEFAULT_PORT}'

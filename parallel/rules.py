@@ -1,10 +1,10 @@
-"""The rules: on which mesh axes each logical axis is laid out.
+"""The sharding rules: the mesh axes over which each logical axis is split.
 
-The only place that knows both vocabularies. Models name what a dimension is,
-`parallel.mesh` builds the devices' axes, and these lines join the two.
-Batches are split over `data`, `fsdp` and `expert`, and along time over
-`context`; fully sharded data parallelism splits the `embed` dimension of each
-matrix, tensor parallelism the other one, a pipeline the stack of layers.
+Models name their dimensions by logical axes and `parallel.mesh` names the axes
+of the devices; only this file knows both. Batches are split over `data`,
+`fsdp` and `expert`, and along time over `context`. Fully sharded data
+parallelism splits the `embed` dimension of each matrix, tensor parallelism the
+other dimension, and a pipeline the stack of layers.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,19 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checks import expect
+
 BATCH_AXES = ('data', 'fsdp', 'expert')
 
 RULES: tuple[tuple[str, Any], ...] = (
   # Activations.
   ('batch', BATCH_AXES),
   ('time', 'context'),
-  # Around the layers every stage holds all of the batch: they share the head.
+  # Outside the layers every stage holds the whole batch, so the stages share
+  # the work of the head: they split its tokens.
   ('head_time', ('context', 'stage')),
   ('width', None),
-  # Parameters. Where experts are split, the dense matrices are split along.
+  # Parameters. Devices along `expert` split the dense matrices, too.
   ('embed', ('fsdp', 'expert')),
   ('heads', 'tensor'),
   ('kv_heads', 'tensor'),
@@ -40,17 +43,17 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the layout of an array [B, T, ...]."""
+  """Returns the sharding of an array [B, T, ...]."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the layout of an array that every device holds whole."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def num_parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
-  """Returns into how many parts an axis laid out over `mesh_axes` is split."""
+  """Returns the number of shards of a dimension split over `mesh_axes`."""
   if mesh_axes is None:
     return 1
   names = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
@@ -73,16 +76,15 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
   def leaf_sharding(path, leaf, axes):
     spec = [table[name] if name is not None else None for name in axes]
     for size, name, mesh_axes in zip(leaf.shape, axes, spec, strict=True):
-      parts = num_parts(mesh, mesh_axes)
-      if size % parts:
-        named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
-        split = [str(axis) for axis in named if mesh.shape[axis] > 1]
-        raise ValueError(
-          f'{jax.tree_util.keystr(path)}: got axis {name} of size {size},'
-          f' expected a multiple of {parts}, the size of mesh axis'
-          f' {" x ".join(split)}; change the model or'
-          f' {" or ".join(f"parallel.{axis}" for axis in split)}'
-        )
+      named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+      split = [f'parallel.{a}' for a in named if a and mesh.shape[a] > 1]
+      expect.multiple_of(
+        f'axis {name} of {jax.tree_util.keystr(path)}',
+        size,
+        ' x '.join(split),
+        num_parts(mesh, mesh_axes),
+        f'change the model or {" or ".join(split)}',
+      )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, logical_axes)
@@ -90,6 +92,6 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
 
 @contextlib.contextmanager
 def applied(mesh: Mesh) -> Iterator[None]:
-  """Makes the logical constraints inside models mean this mesh."""
+  """Applies the logical constraints inside models to this mesh."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield

@@ -1,10 +1,10 @@
-"""The loss over a mesh: each device sums its own tokens, all add up once.
+"""The loss over a mesh: each device sums its own tokens, then all devices add.
 
-A chunked loss adds the gradient of the head up over its chunks. Left to the
-compiler (GSPMD), the chunks are counted from the global shape, and that sum,
-which is split over devices by tokens, would be completed across them in every
-chunk. Here a device sees only its own tokens: as many chunks as these need,
-and one sum across devices behind the loop.
+A chunked loss accumulates the gradient of the head over chunks of tokens. The
+compiler (GSPMD) would count the chunks from the global shape and would complete
+that gradient across devices in every chunk. Here a device sees only its own
+tokens: it runs as many chunks as they need, and the devices add once, after
+the loop.
 """
 
 from collections.abc import Callable
@@ -13,39 +13,41 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from checks import expect
 from parallel import rules
 
-# As around the head every axis but `tensor` splits tokens, stages included.
+# Around the head every mesh axis but `tensor` splits tokens: these two split
+# the tokens of a row, `rules.BATCH_AXES` split the rows.
 TIME_AXES = ('context', 'stage')
 _VOCAB_AXIS = 'tensor'
 
-# (hidden_BTD, head_VD, targets_BT, weights_BT, form) -> a tree of sums over
-# tokens; and, as `vocab_shards`, over how many devices the vocabulary is split
-# meanwhile. What the form of the loss is, is the model's business.
+# (hidden_BTD, head_VD, targets_BT, weights_BT, form, *, vocab_shards) -> a tree
+# of sums over tokens. `vocab_shards` is the number of devices over which the
+# vocabulary is split. `form` is the model's and only passed through.
 Nll = Callable[..., Any]
 
 
 def check_row_length(row_length: int, mesh: Mesh) -> None:
-  """Raises ValueError for rows that cannot be split for the head."""
-  parts = rules.num_parts(mesh, TIME_AXES)
-  if row_length % parts:
-    split = [axis for axis in TIME_AXES if mesh.shape[axis] > 1]
-    raise ValueError(
-      f'data.row_length: got {row_length}, expected a multiple of'
-      f' {" x ".join(f"parallel.{axis}" for axis in split)} = {parts}, by which'
-      ' the tokens of a row are split for the head; change one of them'
-    )
+  """Raises ValueError if the head cannot split the tokens of a row evenly."""
+  split = [f'parallel.{axis}' for axis in TIME_AXES if mesh.shape[axis] > 1]
+  expect.multiple_of(
+    'data.row_length',
+    row_length,
+    ' x '.join(split),
+    rules.num_parts(mesh, TIME_AXES),
+    'the head splits the tokens of a row over them: change one of them',
+  )
 
 
 def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
-  """Returns `nll` summed over the mesh, on whole arrays.
+  """Returns `nll` for whole arrays, summed over the mesh.
 
-  Tokens are split by hand; the vocabulary is left to the compiler, which
-  splits the logits as the head is (over `tensor`) and adds across devices what
-  a softmax needs: two numbers per token, and the gradient of its hidden state.
+  `shard_map` splits the tokens. The compiler splits the vocabulary: logits are
+  split over `tensor` like the head. A softmax then adds across devices two
+  numbers per token, and the gradient of the token's hidden state.
 
   Args:
-    nll: computes the loss in place; sums over tokens.
+    nll: the loss of arrays on one device, as sums over tokens.
     mesh: from `parallel.mesh`.
   """
   manual = tuple(name for name in mesh.axis_names if name != _VOCAB_AXIS)
@@ -60,8 +62,8 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
   ) -> Any:
     check_row_length(hidden_BTD.shape[1], mesh)
     if all(mesh.shape[name] == 1 for name in manual):
-      # Only the vocabulary is split. XLA refuses to add up over manual axes
-      # that are all of size one (a failed check in its partitioner).
+      # Only the vocabulary is split. XLA's partitioner fails a check if it has
+      # to sum over manual axes that all have size one.
       return nll(
         hidden_BTD,
         head_VD,
@@ -85,12 +87,12 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
     return jax.shard_map(
       local,
       mesh=mesh,
-      # The head is gathered at the entrance, split over `tensor` alone: a
+      # The head is gathered where it enters, and stays split over `tensor`. A
       # gather inside would collect the vocabulary as well.
       in_specs=(tokens, PartitionSpec(), tokens, tokens),
       out_specs=PartitionSpec(),
       axis_names=set(manual),
-      # The loss is not to know of mesh axes, which its loop would have to say.
+      # With the check on, the loop of the loss would have to name mesh axes.
       check_vma=False,
     )(hidden_BTD, head_VD, targets_BT, weights_BT)
 

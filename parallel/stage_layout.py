@@ -1,8 +1,9 @@
-"""How the stack of layers is held by a circular pipeline.
+"""The layout of the layer stack in a circular pipeline.
 
-Stage s of S runs layers s, S + s, 2S + s, ... (in groups of L): not one piece
-of the stack [N, ...], but one piece of [R, N / R, ...] for each of the R times
-that a row passes it. A checkpoint always has [N, ...], whatever wrote it.
+Stage s of S runs the groups of L layers s, S + s, 2 S + s, ...: one group for
+each of the R times that a row passes the stage. These groups are not one slice
+of the stack [N, ...], but one slice per repeat of the stack folded to
+[R, N / R, ...]. A checkpoint always has [N, ...], whichever layout wrote it.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ _LAYERS = 'layers'
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-  """Reshapes every leaf whose first logical axis is the stack of layers."""
+  """A reshape of all leaves whose first logical axis is the stack of layers."""
 
   whole_axes: Any  # a tuple of logical axis names per leaf
   repeats: int  # R
@@ -26,7 +27,7 @@ class Fold:
 
   @property
   def logical_axes(self) -> Any:
-    """The logical axes of a folded tree."""
+    """The logical axes of a folded tree; repeats are not split."""
     if self.is_identity:
       return self.whole_axes
     return jax.tree.map(
@@ -36,13 +37,13 @@ class Fold:
     )
 
   def fold(self, tree: Any) -> Any:
-    """[N, ...] to [R, N / R, ...]; raises ValueError if R does not divide N."""
+    """Returns the tree with stacks [N, ...] reshaped to [R, N / R, ...]."""
     return self._reshape(
       tree, lambda x: x.reshape((self.repeats, -1, *x.shape[1:]))
     )
 
   def unfold(self, tree: Any) -> Any:
-    """The inverse of `fold`."""
+    """Returns the tree with stacks [R, N / R, ...] reshaped to [N, ...]."""
     return self._reshape(tree, lambda x: x.reshape((-1, *x.shape[2:])))
 
   def _reshape(self, tree, reshape):

@@ -6,6 +6,8 @@ multi-process readers need outside `absl.app.run`.
 """
 
 import atexit
+import collections
+import gc
 import os
 
 from absl import flags
@@ -14,9 +16,15 @@ import pytest
 from tests.helpers import compiled_programs
 
 NUM_FAKE_DEVICES = 8
-# Tests compile far more than they compute: without LLVM's optimisation the
-# suite takes less than half the time. Matmuls are library calls either way.
-COMPILE_QUICKLY = '--xla_backend_optimization_level=0'
+# Tests compile far more than they compute. Without LLVM's optimisation the
+# suite takes less than half the time; matmuls are library calls either way. The
+# older emitter of fusions and one LLVM module per program bring the compilation
+# of a small mixture's training step from 5 to 1 s (2 cores, jax 0.10.2).
+COMPILE_QUICKLY = (
+  '--xla_backend_optimization_level=0'
+  ' --xla_cpu_use_fusion_emitters=false'
+  ' --xla_cpu_parallel_codegen_split_count=1'
+)
 
 
 def _set_environment() -> compiled_programs.CompiledPrograms:
@@ -46,6 +54,13 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
   return programs
 
 
+# A longer test is listed at the end of a session. Make it smaller, let it share
+# a run with other tests, or mark it slow.
+MAX_SECONDS = 10
+_SECONDS: dict[str, float] = collections.defaultdict(float)
+_TOO_LONG: list[str] = []
+_CACHE_KEY = 'two_lives/seconds_of_files'
+
 PROGRAMS = _set_environment()
 flags.FLAGS.mark_as_parsed()
 
@@ -60,7 +75,53 @@ def pytest_runtest_protocol():
     PROGRAMS.publish()
 
 
-def pytest_sessionfinish():
-  """Removes programs that have not been used for weeks."""
+def pytest_collection_modifyitems(config, items):
+  """Puts files first that took longest before: no worker ends long after."""
+  seconds = _seconds_before(config)
+  items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 0.0))
+
+
+def pytest_collection_finish():
+  """Makes the garbage collector run seldom, and on new objects only.
+
+  Tracing allocates so much that Python's defaults (700, 10, 10) walk all of
+  JAX's caches again and again: 15 % of a warm run of test_metamorphic.py.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 10, 20)
+
+
+def pytest_runtest_logreport(report):
+  """Adds up the time of each file, setup and teardown included."""
+  _SECONDS[_file(report.nodeid)] += report.duration
+  if report.duration > MAX_SECONDS:
+    _TOO_LONG.append(f'{report.duration:6.1f} s {report.when} {report.nodeid}')
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Lists tests over the time budget; a busy machine must not fail them."""
+  if _TOO_LONG:
+    terminalreporter.section(f'tests over their budget of {MAX_SECONDS} s')
+    terminalreporter.write_line('\n'.join(sorted(_TOO_LONG, reverse=True)))
+
+
+def pytest_sessionfinish(session):
+  """Remembers times of files; removes programs not used for weeks."""
   if 'PYTEST_XDIST_WORKER' not in os.environ:
     compiled_programs.prune(compiled_programs.default_store())
+    if cache := getattr(session.config, 'cache', None):
+      before = _seconds_before(session.config)
+      # The longest, since a session may run a few tests of a file.
+      longest = {f: max(s, before.get(f, 0.0)) for f, s in _SECONDS.items()}
+      cache.set(_CACHE_KEY, before | longest)
+
+
+def _file(nodeid: str) -> str:
+  return nodeid.partition('::')[0]
+
+
+def _seconds_before(config) -> dict[str, float]:
+  """Returns the time of each file in earlier sessions of this checkout."""
+  cache = getattr(config, 'cache', None)  # absent with -p no:cacheprovider
+  return cache.get(_CACHE_KEY, {}) if cache else {}

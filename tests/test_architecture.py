@@ -48,8 +48,12 @@ MAY_NOT_USE = {
 }
 
 # Beside entry points: parses the command line for train.py, in its own words;
-# what several benchmarks ask for: absl refuses a name that is given twice.
-MAY_READ_FLAGS = {'training/flags.py', 'benchmarks/studies/study_flags.py'}
+# makes the flags of serve.py from dataclasses; what several benchmarks ask for:
+# absl refuses a name that is given twice.
+MAY_READ_FLAGS = {
+  'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
+  'benchmarks/studies/study_flags.py',
+}  # fmt: skip
 
 MAX_FUNCTION_LINES = 80
 MAX_FILE_LINES = 500
@@ -154,6 +158,22 @@ def import_violations(path: str, source: str) -> list[str]:
     f'{path}:{line}: {package} {objection}'
     for line, module in _imports(ast.parse(source))
     if (objection := _objection(package, module))
+  ]
+
+
+# Folders that import no JAX: plain counts, and the books about them.
+WITHOUT_JAX = {'inference/scheduling/': {'checks', 'inference.scheduling'}}
+
+
+def jax_violations(path: str, source: str) -> list[str]:
+  """JAX, or a module of ours that may import it, in a folder without JAX."""
+  return [
+    f'{path}:{line}: {folder} may not import {module}'
+    for folder, allowed in WITHOUT_JAX.items()
+    if path.startswith(folder)
+    for line, module in _imports(ast.parse(source))
+    if module.split('.')[0] not in sys.stdlib_module_names
+    and module not in allowed
   ]
 
 
@@ -275,6 +295,7 @@ def name_violations(names: set[str]) -> list[str]:
 
 RULES = (
   import_violations,
+  jax_violations,
   size_violations,
   flag_violations,
   import_time_violations,
@@ -376,6 +397,15 @@ def test_a_forbidden_import_is_found(path, source):
 )
 def test_an_allowed_import_passes(path, source):
   assert not import_violations(path, source)
+
+
+def test_jax_in_a_folder_without_it_is_found():
+  path = 'inference/scheduling/pages.py'
+  for source in ('import jax', 'import numpy', 'from models import kv_cache'):
+    assert jax_violations(path, source)
+    assert not jax_violations('inference/engine/engine.py', source)
+  allowed = 'import heapq\nfrom inference.scheduling import pages'
+  assert not jax_violations(path, allowed)
 
 
 def test_an_oversized_function_or_file_is_found():

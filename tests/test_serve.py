@@ -1,6 +1,5 @@
 """serve.py as a user runs it: in a process of its own."""
 
-import dataclasses
 import re
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import httpx2
 import numpy as np
 import pytest
 
-from evals import run as eval_run
 from evals.results import scores
 from frozen import format as frozen_format
 from inference.engine import engine_config
@@ -210,45 +208,49 @@ def test_help_does_not_wait_for_jax():
     timeout=60,
     check=False,
   )
-  assert '--prompt' in process.stdout
-  assert ' jax' not in process.stderr
+  for name in ('prompt', 'min_p', 'engine.page_size', 'eval.limit'):
+    assert f'--{name}: ' in process.stdout
+  # Of every import there is a line: time, time, name.
+  assert ' inference.flags\n' in process.stderr
+  for name in ('jax', 'scipy', 'orbax'):
+    assert f' {name}\n' not in process.stderr
 
 
-def test_every_field_of_an_engine_is_a_flag_that_does_not_change_it():
-  serve._define_engine()
-  names = [name for name in flags.FLAGS if name.startswith('engine.')]
-  try:
-    fields = dataclasses.fields(engine_config.EngineConfig)
-    assert sorted(names) == sorted(f'engine.{field.name}' for field in fields)
-    assert serve._engine_config() == engine_config.EngineConfig()
-    for field in fields:
-      flag, kind = flags.FLAGS[f'engine.{field.name}'], type(field.default)
-      assert flag.value is None
-      assert flag.help
-      parsed = flag.parser.parse({int: '3', bool: 'true'}.get(kind, '4'))
-      assert type(parsed) is (int if kind is tuple else kind)
-    flags.FLAGS['engine.page_size'].value = 8
-    flags.FLAGS['engine.decode_shapes'].value = [2, 32]
-    assert serve._engine_config(
-      page_size=4, chunk_tokens=128
-    ) == engine_config.EngineConfig(
-      page_size=8, chunk_tokens=128, decode_shapes=(2, 32)
-    )
-  finally:
-    for name in names:
-      delattr(flags.FLAGS, name)
+@pytest.fixture
+def defined_flags():
+  """Defines the flags of serve.py, unparsed."""
+  before = set(flags.FLAGS)
+  serve._define_flags()
+  yield
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
 
 
-def test_every_option_of_an_evaluation_is_a_flag():
-  serve._define_options()
-  names = [name for name in flags.FLAGS if name.startswith('eval.')]
-  try:
-    fields = dataclasses.fields(eval_run.Options)
-    assert sorted(names) == sorted(f'eval.{field.name}' for field in fields)
-    assert all(flags.FLAGS[name].value is None for name in names)
-  finally:
-    for name in names:
-      delattr(flags.FLAGS, name)
+def test_flags_of_the_engine_come_before_the_defaults_of_a_way(defined_flags):
+  assert serve._engine_config() == engine_config.EngineConfig()
+  flags.FLAGS['engine.page_size'].value = 8
+  flags.FLAGS['engine.decode_shapes'].value = [2, 32]
+  assert serve._engine_config(
+    page_size=4, chunk_tokens=128
+  ) == engine_config.EngineConfig(
+    page_size=8, chunk_tokens=128, decode_shapes=(2, 32)
+  )
+
+
+def test_every_flag_says_which_ways_heed_it(defined_flags):
+  for name, ways in {
+    'model': serve._WAYS,
+    'n': ('prompt',),
+    'top_p': ('prompt', 'chat'),
+    'engine.page_size': ('prompt', 'chat', 'port', 'eval'),
+    'compilation_cache': ('prompt', 'chat', 'port', 'eval'),
+    'eval.limit': ('eval',),
+    'eval_out': ('eval',),
+    'api_keys': ('port',),
+  }.items():
+    assert name in flags.FLAGS
+    assert serve._heeded_by(name) == ways
+  assert serve._HEEDED_BY.keys() <= set(flags.FLAGS)
 
 
 def test_port_serves_until_it_is_stopped(model, tmp_path):

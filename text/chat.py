@@ -1,15 +1,15 @@
-"""A conversation to the text of a prompt, through a Jinja chat template.
+"""Chat templates: a conversation becomes a prompt, through a Jinja template.
 
-Templates come with weights from anywhere, so they run in Jinja's immutable
-sandbox, set up as the ecosystem's templates expect: trimmed blocks, loop
-controls, the `generation` block, `tojson`, `raise_exception`, `strftime_now`.
-What they render is what `transformers` renders (`apply_chat_template`).
+Templates come with weights from untrusted sources, so they run in Jinja's
+immutable sandbox. It has what templates of open models expect: trimmed blocks,
+loop controls, the `generation` block, `tojson`, `raise_exception` and
+`strftime_now`. The text equals that of `apply_chat_template` of `transformers`.
 
-`encode` gives the ids: special tokens that the template writes are special
-tokens, those in a message are text, so that no message can forge a turn
-(`text.chat_inputs` says how, and what no one can rule out). `render` gives text
-alone, in which they cannot be told apart any more; `Tokenizer.encode` takes all
-of them for text.
+`encode` returns ids. A special token that the template writes is a special
+token, and the same string in a message is text, so no message can forge a turn.
+`text.chat_inputs` describes how this works and where it cannot. `render`
+returns text alone, in which both look the same; `Tokenizer.encode` then encodes
+all of it as text.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +25,7 @@ from jinja2 import ext, nodes, sandbox, utils
 
 from text import chat_inputs, spans as spans_lib, tokenizer as tokenizer_lib
 
-# A plain transcript, for base models: they know this form from ordinary text.
+# A plain transcript, for base models: ordinary text has this form, too.
 DEFAULT_TEMPLATE = """\
 {% for message in messages %}
 {{ message.role | capitalize }}: {{ message.content }}
@@ -33,7 +33,7 @@ DEFAULT_TEMPLATE = """\
 {% endfor %}
 {% if add_generation_prompt %}Assistant:{% endif %}"""
 
-# Where a base model that continues the transcript starts the next turn.
+# Stop strings: the start of the next turn, which a base model would go on with.
 DEFAULT_STOP = ('\nUser:', '\nSystem:', '\nAssistant:')
 
 _ARGUMENTS = ('messages', 'tools', 'documents', 'add_generation_prompt')
@@ -41,17 +41,17 @@ _ARGUMENTS = ('messages', 'tools', 'documents', 'add_generation_prompt')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-  """What a template renders: JSON values, not trusted."""
+  """The input of a template: JSON values, which are not trusted."""
 
-  # Turns: 'role', and 'content' as a string or a list of parts; further keys,
-  # 'tool_calls' for one, are the template's.
+  # Turns with 'role', and with 'content', a string or a list of parts. Other
+  # keys, such as 'tool_calls', are for the template.
   messages: Sequence[Mapping[str, Any]]
   tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas
   documents: Sequence[Mapping[str, Any]] | None = None
-  # Others that the template knows, such as 'enable_thinking'.
+  # Further variables of the template, such as 'enable_thinking'.
   variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  add_generation_prompt: bool = False  # end with the opening of the answer
-  continue_final_message: bool = False  # end within the last message
+  add_generation_prompt: bool = False  # ends with the start of an answer
+  continue_final_message: bool = False  # ends inside the last message
 
 
 class Prompt(NamedTuple):
@@ -59,8 +59,8 @@ class Prompt(NamedTuple):
 
   text: str
   specials: list[spans_lib.Span]  # special tokens that the template wrote
-  # What the assistant says, which training learns; None if the template has no
-  # `generation` block to tell.
+  # Text of the assistant, which training learns. None if the template has no
+  # `generation` block.
   answers: list[spans_lib.Span] | None
 
 
@@ -69,16 +69,17 @@ class Encoded(NamedTuple):
 
   text: str
   ids: list[int]
-  is_answer: list[bool] | None  # by id; None as in `Prompt`
+  is_answer: list[bool] | None  # for each id; None as in `Prompt`
 
 
 def encode(
   tokenizer: tokenizer_lib.Tokenizer, template: str, conversation: Conversation
 ) -> Encoded:
-  """Returns the ids of a conversation, BOS only if the template writes it.
+  """Returns the ids of a conversation; BOS only if the template writes it.
 
   Raises:
-    ValueError: a message is malformed, or the template is, or refuses them.
+    ValueError: a message or the template is malformed, or the template raises
+      an error.
   """
   found = prompt(
     template,
@@ -101,17 +102,18 @@ def render(
   bos_token: str = '',
   eos_token: str = '',
 ) -> str:
-  """Returns the prompt text for `messages`.
+  """Returns the prompt text of `messages`.
 
   Args:
     template: Jinja source.
     messages: turns, as in `Conversation`.
-    add_generation_prompt: end with the opening of the assistant's turn.
-    bos_token: what `{{ bos_token }}` becomes.
-    eos_token: what `{{ eos_token }}` becomes.
+    add_generation_prompt: whether to end with the start of an answer.
+    bos_token: the value of `{{ bos_token }}`.
+    eos_token: the value of `{{ eos_token }}`.
 
   Raises:
-    ValueError: a message is malformed, or the template is, or refuses them.
+    ValueError: a message or the template is malformed, or the template raises
+      an error.
   """
   conversation = Conversation(
     messages=messages, add_generation_prompt=add_generation_prompt
@@ -127,16 +129,17 @@ def prompt(
   names: Mapping[str, str],
   special_tokens: Collection[str],
 ) -> Prompt:
-  """Renders a conversation, keeping track of special tokens and answers.
+  """Returns the rendered conversation, with spans of tokens and answers.
 
   Args:
     template: Jinja source.
-    conversation: what to render.
+    conversation: the messages and options.
     names: variables of the tokenizer, such as 'bos_token'.
-    special_tokens: strings that are tokens where the template writes them.
+    special_tokens: strings that are special tokens if the template writes them.
 
   Raises:
-    ValueError: a message is malformed, or the template is, or refuses them.
+    ValueError: a message or the template is malformed, or the template raises
+      an error.
   """
   given = _given(conversation)
   texts = (template, *names.values(), *chat_inputs.strings(given))
@@ -147,13 +150,13 @@ def prompt(
     _append(given['messages'][-1], f'{end} ')
   try:
     compiled = _compiled(template, mark, *brackets)
-    # A client's variable of the same name is what it asks for, as text.
+    # A variable of the client replaces a name of the tokenizer, as text.
     raw = compiled.template.render(**{**names, **given})
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(
       f'chat template line {error.lineno}: {error.message}'
     ) from error
-  except Exception as error:  # a template is a program: it can raise anything
+  except Exception as error:  # a template is a program that can raise anything
     raise ValueError(f'chat template: {error}') from error
   if conversation.continue_final_message:
     raw = _up_to(raw, end)
@@ -166,26 +169,8 @@ def prompt(
   )
 
 
-def choose_template(
-  templates: Mapping[str, str], tools: Sequence[Any] | None = None
-) -> str:
-  """Returns the template for a conversation with `tools`, or without.
-
-  Raises:
-    ValueError: there are only templates for other purposes.
-  """
-  if tools is not None and 'tool_use' in templates:
-    return templates['tool_use']
-  if 'default' in templates:
-    return templates['default']
-  raise ValueError(
-    f'got chat templates for {", ".join(sorted(templates)) or "nothing"},'
-    " expected one called 'default'; choose one by its name"
-  )
-
-
 def _given(conversation: Conversation) -> dict[str, Any]:
-  """Returns all that the template may read of a conversation, checked."""
+  """Returns the variables of the template, checked."""
   variables = chat_inputs.plain(conversation.variables, 'template variables')
   if reserved := sorted(set(variables) & set(_ARGUMENTS)):
     raise ValueError(
@@ -195,14 +180,14 @@ def _given(conversation: Conversation) -> dict[str, Any]:
   if conversation.add_generation_prompt and conversation.continue_final_message:
     raise ValueError(
       'got both add_generation_prompt and continue_final_message, expected one:'
-      ' a new answer, or more of the last message'
+      ' either a new answer or a continuation of the last message'
     )
   given = {
     'messages': chat_inputs.plain_messages(conversation.messages),
     'add_generation_prompt': conversation.add_generation_prompt,
   }
   for name in ('tools', 'documents'):
-    # Templates ask `tools is not none`, which an undefined name passes.
+    # Always defined: `tools is not none` is true of an undefined name.
     given[name] = chat_inputs.plain(getattr(conversation, name), name)
     for item in given[name] or ():
       if not isinstance(item, dict):
@@ -211,7 +196,7 @@ def _given(conversation: Conversation) -> dict[str, Any]:
 
 
 def _append(message: dict[str, Any], ending: str) -> None:
-  """Appends to the text of a message."""
+  """Appends `ending` to the text of a message, in place."""
   content = message.get('content')
   if isinstance(content, str):
     message['content'] = content + ending
@@ -227,14 +212,14 @@ def _append(message: dict[str, Any], ending: str) -> None:
 
 
 def _up_to(raw: str, end: str) -> str:
-  """Returns what comes before the end of the last message."""
+  """Returns the rendered text before `end`, the end of the last message."""
   place = raw.rfind(end)
   if place < 0:
     raise ValueError(
       'continue_final_message: got a chat template that does not render the'
       ' last message to its end, expected one that does'
     )
-  # Without the space behind it, the template trims messages.
+  # If the space after it is gone, the template trims messages, so we do, too.
   is_kept = raw.startswith(f'{end} ', place)
   return raw[:place] if is_kept else raw[:place].rstrip()
 
@@ -242,7 +227,7 @@ def _up_to(raw: str, end: str) -> str:
 def _unbracketed(
   raw: str, opening: str, closing: str
 ) -> tuple[str, list[spans_lib.Span]]:
-  """Returns the text without brackets, and the spans that were in them."""
+  """Returns the text without brackets, and the spans between them."""
   parts: list[str] = []
   spans: list[spans_lib.Span] = []
   length = start = 0
@@ -254,7 +239,7 @@ def _unbracketed(
     else:
       parts.append(part)
       length += len(part)
-  if raw.count(opening) > len(spans):  # the last message is to be continued
+  if raw.count(opening) > len(spans):  # cut inside the last message
     spans.append((start, length))
   return ''.join(parts), spans
 
@@ -262,7 +247,12 @@ def _unbracketed(
 def _without(
   marks: Sequence[int], spans: Sequence[spans_lib.Span]
 ) -> list[spans_lib.Span]:
-  """Returns the spans where the marks of the text are taken out."""
+  """Returns the spans in the text without its marks.
+
+  Args:
+    marks: positions of marks in the text, ascending.
+    spans: ranges of the text with marks, ascending.
+  """
   result = []
   passed = 0
   for start, end in spans:
@@ -275,14 +265,14 @@ def _without(
 
 class _Compiled(NamedTuple):
   template: jinja2.Template
-  has_answers: bool  # there is a generation block
+  has_answers: bool  # the template has a generation block
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
   template: str, mark: str, opening: str, closing: str
 ) -> _Compiled:
-  """Compiles in the sandbox that chat templates of the ecosystem expect."""
+  """Compiles a template in the sandbox that chat templates expect."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -301,8 +291,9 @@ def _compiled(
 class _GenerationBlock(ext.Extension):
   """`{% generation %}...{% endgeneration %}` renders as its contents.
 
-  Between brackets, which the rendering is searched for: a block may be in a
-  macro or a loop, so that only the result tells where it went.
+  The contents are put between two brackets, unused characters that are found in
+  the result and removed. A block may be in a macro or a loop, so its place is
+  known in the result only.
   """
 
   tags = {'generation'}
@@ -323,7 +314,7 @@ class _GenerationBlock(ext.Extension):
 
 
 class _Dict:
-  """Python's dict for templates, without the class's other attributes."""
+  """Python's dict for templates, without other attributes of the class."""
 
   def __call__(self, *args: Any, **kwargs: Any) -> dict:
     return dict(*args, **kwargs)
@@ -334,7 +325,7 @@ class _Dict:
 
 
 class _Namespace(utils.Namespace):
-  """Jinja's namespace, without access to what Python keeps in objects."""
+  """Jinja's namespace, without access to attributes with underscores."""
 
   def __init__(*args: Any, **kwargs: Any):  # so that 'self' can be a name
     self, args = args[0], args[1:]
@@ -360,7 +351,7 @@ def _to_json(
   # Jinja's own filter escapes HTML characters, which would change the prompt.
   text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
   if ensure_ascii:
-    # The mark must stay one, or what it cuts would be whole again.
+    # An escaped mark would no longer cut the special token around it.
     escaped = json.dumps(mark)[1:-1].replace('\\', r'\\')
     text = re.sub(rf'(?<!\\)((?:\\\\)*){escaped}', rf'\1{mark}', text)
   return text

@@ -1,17 +1,19 @@
-"""What a chat template is given: plain data, in which nothing can be forged.
+"""Inputs of a chat template: plain data in which special tokens are disarmed.
 
-A template writes a conversation down, and its special tokens between the
-messages. If a message holds the string of a special token, the text alone does
-not tell one from the other. So before rendering, every such string in a message
-is cut with a mark, a character that occurs nowhere else; afterwards a special
-token is what was found whole, and the marks are removed.
+A template writes special tokens between the messages. If a message has the
+string of a special token, the rendered text does not show the difference. So
+before rendering, every such string in a message is cut by a mark, a character
+that occurs nowhere else. After rendering, only the whole strings are special
+tokens, and the marks are removed.
 
-What a template may do to a message is taken into account: join parts of it (a
-string that could be the beginning or the end of a special token is cut too) and
-change its case. Not guarded against: a template that deletes text from within a
-message, so that what is left joins; one that makes a special token out of a
-role ('<|' + role + '|>'): who accepts messages decides which roles there are;
-and formats whose turns are marked with ordinary text ('[INST]' of Llama 2).
+A template may join parts of messages. So a string that may be the start or the
+end of a special token is cut, too. A template may also change the case of text.
+There is no guard against the following:
+
+- A template deletes text inside a message, and the rest joins to a token.
+- A template makes a special token of a role ('<|' + role + '|>'). The server
+  that accepts messages decides which roles are allowed.
+- A format marks turns with ordinary text ('[INST]' of Llama 2).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,23 +21,23 @@ import functools
 import re
 from typing import Any, NamedTuple
 
-# A template compares with these, so they stay as they are.
+# Templates compare roles with these names, so they are never cut.
 _ROLES = frozenset(
   {'system', 'developer', 'user', 'assistant', 'tool', 'function', 'ipython'}
 )
 _WORD = re.compile(r'[\w-]*')
-# Where clients put what a model thought before it answered; templates read the
-# first, those of gpt-oss the second.
+# Keys under which clients send the reasoning of a model. Templates read the
+# first key, and those of gpt-oss the second.
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
 
 
 def plain(value: Any, where: str) -> Any:
-  """Returns a copy that holds nothing but JSON values.
+  """Returns a copy of `value`, which has JSON values only.
 
   Objects with methods would be a way out of the sandbox.
 
   Raises:
-    ValueError: it holds something else.
+    ValueError: `value` has other objects; names `where`.
   """
   if value is None or type(value) in (str, int, float, bool):
     return value
@@ -50,12 +52,12 @@ def plain(value: Any, where: str) -> Any:
 
 
 def plain_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
-  """Returns a copy of the messages as templates expect them.
+  """Returns a copy of the messages in the form that templates expect.
 
-  A key without a value is left out: templates test for its presence.
+  Keys with the value None are left out, as templates test whether a key exists.
 
   Raises:
-    ValueError: a message is malformed, or there is none.
+    ValueError: a message is malformed, or there is no message.
   """
   result = []
   for i, message in enumerate(messages):
@@ -81,7 +83,7 @@ def _check_message(i: int, message: Mapping[str, Any]) -> None:
   role, content = message.get('role'), message.get('content')
   if not isinstance(role, str):
     raise ValueError(f'message {i} has role {role!r}, expected a string')
-  # An assistant that calls a tool may have nothing to say.
+  # An assistant that calls a tool may have no content.
   if content is None and role == 'assistant':
     return
   is_parts = isinstance(content, list) and all(
@@ -108,12 +110,13 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def unused_characters(texts: Collection[str], count: int) -> tuple[str, ...]:
-  """Returns characters that are in none of the texts, the same every time.
+  """Returns characters that are in none of the texts; equal for equal texts.
 
-  Unicode's noncharacters, which text does not hold, else private ones.
+  They are Unicode's noncharacters, which text does not have, or else characters
+  for private use.
 
   Raises:
-    ValueError: the texts use too many of them.
+    ValueError: the texts have too many of these characters.
   """
   unused: list[str] = []
   for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)):
@@ -123,24 +126,24 @@ def unused_characters(texts: Collection[str], count: int) -> tuple[str, ...]:
       unused.append(chr(code))
   if len(unused) < count:
     raise ValueError(
-      'got messages with every private character of Unicode, expected one to'
-      ' be left; this is no text'
+      'got messages with every private character of Unicode, expected some'
+      ' unused ones; remove these characters'
     )
   return tuple(unused)
 
 
 class Guard:
-  """Cuts the strings of special tokens in data, and finds those left whole."""
+  """Cuts the strings of special tokens in data, and finds whole ones."""
 
   def __init__(self, special_tokens: Iterable[str], mark: str):
     self._find = _finder(frozenset(special_tokens))
     self._mark = mark
-    # A special token of one character cannot be cut: where the data holds it,
-    # it is text everywhere.
+    # A special token of one character cannot be cut. If the data has it, it is
+    # text everywhere, even where the template writes it.
     self._uncut: set[str] = set()
 
   def cut(self, value: Any) -> Any:
-    """Returns plain data with a mark in all that looks like a special token."""
+    """Returns plain data with a mark in every string of a special token."""
     if isinstance(value, str):
       return self._cut(value)
     if isinstance(value, list):
@@ -153,7 +156,7 @@ class Guard:
     }
 
   def whole(self, text: str) -> list[tuple[int, int]]:
-    """Returns where special tokens are that no mark cuts; call `cut` first."""
+    """Returns the spans of special tokens without a mark; call `cut` first."""
     return [
       match.span()
       for match in self._find.exact.finditer(text)
@@ -170,10 +173,13 @@ class Guard:
     return self._mark.join(parts)
 
   def _places(self, text: str) -> set[int]:
-    """Returns where to cut `text`, in lower case, so that no token is left."""
+    """Returns the places at which to cut a text in lower case."""
     places = {match.start() + 1 for match in self._find.lowered.finditer(text)}
-    if _WORD.fullmatch(text):  # a name, which a template may compare
+    # A single word is not cut at its ends: templates compare names.
+    if _WORD.fullmatch(text):
       return places
+    # A prefix of a token at the end, or a suffix at the start, may join to a
+    # whole token with the text next to it.
     for length in range(1, min(self._find.longest, len(text)) + 1):
       if text[-length:] in self._find.heads:
         places.add(len(text) - length + 1)
@@ -183,14 +189,14 @@ class Guard:
 
 
 class _Finder(NamedTuple):
-  """What finds special tokens, whole or in part."""
+  """Patterns and sets that find special tokens, whole or in part."""
 
-  exact: re.Pattern[str]  # the longest first, as the tokenizer matches them
-  lowered: re.Pattern[str]  # in lower case; finds those that overlap as well
-  single: frozenset[str]  # those of one character
-  heads: frozenset[str]  # proper beginnings
-  tails: frozenset[str]  # proper ends
-  longest: int  # of heads and tails
+  exact: re.Pattern[str]  # longest token first, as tokenizers match
+  lowered: re.Pattern[str]  # in lower case, overlapping matches included
+  single: frozenset[str]  # tokens of one character
+  heads: frozenset[str]  # proper prefixes of tokens, in lower case
+  tails: frozenset[str]  # proper suffixes of tokens, in lower case
+  longest: int  # length of the longest head or tail
 
 
 @functools.lru_cache(maxsize=32)
@@ -218,7 +224,10 @@ def _is_known_role(key: str, value: Any) -> bool:
 
 
 def _lower(text: str) -> str:
-  """Returns lower case of the same length: a few characters become two."""
+  """Returns `text` in lower case, with the same length.
+
+  A few characters become two in lower case; they stay as they are.
+  """
   lowered = text.lower()
   if len(lowered) == len(text):
     return lowered

@@ -1,8 +1,8 @@
-"""Streaming detokenization: token ids in one by one, whole characters out.
+"""Streaming detokenization: one token id in, the completed characters out.
 
-A token may end inside a character, so the bytes are decoded incrementally and
-an unfinished character waits for its rest. Unlike comparing decoded prefixes
-and looking for U+FFFD, this lets a genuine U+FFFD through at once.
+A token may end inside a character. So bytes are decoded incrementally, and an
+unfinished character waits for its last bytes. The common alternative compares
+decoded prefixes and waits at U+FFFD, so it delays a U+FFFD that is in the text.
 """
 
 import codecs
@@ -11,7 +11,7 @@ from text import tokenizer as tokenizer_lib
 
 
 class StreamDecoder:
-  """Decodes one sequence; the pieces join to `tokenizer.decode(ids)`."""
+  """Decodes one sequence; its outputs join to `tokenizer.decode(ids)`."""
 
   def __init__(
     self, tokenizer: tokenizer_lib.Tokenizer, *, is_continued: bool = False
@@ -20,8 +20,9 @@ class StreamDecoder:
 
     Args:
       tokenizer: of the ids.
-      is_continued: the ids continue a text, so that a space in front of the
-        first word is one; otherwise it may be one that `encode` puts there.
+      is_continued: whether the ids continue a text. If so, a space before the
+        first word is kept. If not, it may be a space that `encode` has added,
+        which is removed.
     """
     self._tokenizer = tokenizer
     self._is_continued = is_continued
@@ -33,11 +34,12 @@ class StreamDecoder:
     data = self._tokenizer.token_bytes(token_id)
     if self._is_start:
       first = self._tokenizer.first_bytes(token_id)
-      self._is_start = not (data or first)  # a special id starts no text
+      # A special id has no bytes: the text starts at a later id.
+      self._is_start = not (data or first)
       data = first
     return self._decoder.decode(data)
 
   def finish(self) -> str:
-    """Returns what is left: U+FFFD for an unfinished character, else ''."""
+    """Ends the sequence; returns U+FFFD for an unfinished character, or ''."""
     self._is_start = not self._is_continued
     return self._decoder.decode(b'', final=True)

@@ -1,10 +1,10 @@
-"""The files of a Hugging Face tokenizer: read, checked, and made one.
+"""The files of a Hugging Face tokenizer: read, checked and joined.
 
-What a tokenizer is, is spread over several files that grew over the years.
-`tokenizer.json` holds the pipeline; `tokenizer_config.json` names the special
-tokens and may add more or change how they match; older directories keep the
-names in `special_tokens_map.json` and additions in `added_tokens.json`. The
-rules of precedence here are those of `transformers`.
+A tokenizer is spread over several files. `tokenizer.json` has the tokenizer
+itself. `tokenizer_config.json` names the special tokens, and may add tokens or
+change how they match. Older directories have the names in
+`special_tokens_map.json` and added tokens in `added_tokens.json`. If files
+differ, the rules of `transformers` decide.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,14 @@ import tokenizers
 MODEL = 'tokenizer.json'
 CONFIG = 'tokenizer_config.json'
 GENERATION = 'generation_config.json'
+# The kind, in the config, of a tokenizer that `text/bpe.py` has trained.
+TRAINED = 'bpe'
 _NAMES = 'special_tokens_map.json'
 _ADDED = 'added_tokens.json'
 _TEMPLATE = 'chat_template.jinja'
 _MORE_TEMPLATES = 'additional_chat_templates'
 
-# Tokenizers that were not converted, and what converts them.
+# Files of tokenizers that were not converted to `tokenizer.json`.
 _UNCONVERTED = re.compile(
   r'.*\.model|vocab\.(json|txt)|tekken\.json|.*tiktoken'
 )
@@ -33,20 +35,21 @@ Files = Mapping[str, bytes]
 
 
 class Specification(NamedTuple):
-  """A tokenizer in one piece."""
+  """A tokenizer, joined from its files."""
 
   model: dict[str, Any]  # tokenizer.json, with all added tokens
-  names: dict[str, str]  # 'bos_token' -> '<s>', as templates know them
-  specials: dict[str, int]  # strings that are not text, with their ids
-  eos_ids: tuple[int, ...]  # of generation_config.json, else none
+  kind: str  # 'bpe' for one that was trained here, else 'huggingface'
+  names: dict[str, str]  # 'bos_token' -> '<s>', as in chat templates
+  specials: dict[str, int]  # ids of the special tokens, by string
+  eos_ids: tuple[int, ...]  # of generation_config.json; may be empty
   is_cleaned: bool  # clean_up_tokenization_spaces
 
 
 def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the files that make a tokenizer, by name.
+  """Returns the files of a saved tokenizer, by name.
 
   Raises:
-    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+    FileNotFoundError: there is no `tokenizer.json`; tells how to make one.
   """
   directory = pathlib.Path(directory)
   if not (directory / MODEL).is_file():
@@ -60,12 +63,13 @@ def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
 
 
 def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the files of a Hugging Face directory, chat templates in one place.
+  """Returns the files of a Hugging Face directory, by name.
 
-  Several templates go into the config: what is saved has no directories.
+  Several chat templates are moved into the config, because a saved tokenizer
+  has no subdirectories.
 
   Raises:
-    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+    FileNotFoundError: there is no `tokenizer.json`; tells how to make one.
     ValueError: a file is not JSON.
   """
   files = read_saved(directory)
@@ -86,10 +90,10 @@ def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
 
 
 def chat_templates(files: Files) -> dict[str, str]:
-  """Returns the chat templates by name; one alone is 'default'; may be empty.
+  """Returns the chat templates by name; a single one is 'default'.
 
   Raises:
-    ValueError: the config holds something that is not a template.
+    ValueError: the config has a chat_template that is not a template.
   """
   if _TEMPLATE in files:
     return {'default': files[_TEMPLATE].decode()}
@@ -112,16 +116,19 @@ def chat_templates(files: Files) -> dict[str, str]:
 
 
 def specification(files: Files) -> Specification:
-  """Returns what the files say together.
+  """Returns the tokenizer that the files describe together.
 
   Raises:
     ValueError: a file is damaged, or the files contradict each other.
   """
   config = _json(files, CONFIG)
-  if 'added_tokens_decoder' not in config:  # written by transformers < 4.34
+  model = _model(files)
+  is_trained = config.get('kind') == TRAINED
+  if is_trained:
+    config = _trained_config(config, model)
+  elif 'added_tokens_decoder' not in config:  # written by transformers < 4.34
     config |= _json(files, _NAMES)
   names = dict(_named(config))
-  model = _model(files)
   extra = config.get('extra_special_tokens')
   if not extra:
     extra = config.get('additional_special_tokens')
@@ -131,7 +138,7 @@ def specification(files: Files) -> Specification:
   special = {*names.values(), *extra}
   known = {token['content']: token for token in model['added_tokens']}
   wanted = _declared(config, special)
-  if wanted is None:  # here tokenizer.json knows better where both know one
+  if wanted is None:  # older files: tokenizer.json decides how tokens match
     wanted = [
       tokenizers.AddedToken(
         token, normalized=token not in special, special=token in special
@@ -152,6 +159,7 @@ def specification(files: Files) -> Specification:
   _check_ids(config, model)
   return Specification(
     model=model,
+    kind=TRAINED if is_trained else 'huggingface',
     names=names,
     specials={
       token['content']: token['id']
@@ -164,10 +172,10 @@ def specification(files: Files) -> Specification:
 
 
 def eos_ids(config: Mapping[str, Any]) -> list[int]:
-  """Returns the ids that end a text, as listed; empty if none are.
+  """Returns the ids that end a text, in the order of the config.
 
   Raises:
-    ValueError: there is something else.
+    ValueError: eos_token_id is not an id or a list of ids.
   """
   value = config.get('eos_token_id')
   ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -180,10 +188,10 @@ def eos_ids(config: Mapping[str, Any]) -> list[int]:
 
 
 def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
-  """Returns what `tokenizers` makes of `tokenizer.json`.
+  """Returns the `tokenizers` object of a `tokenizer.json`.
 
   Raises:
-    ValueError: it finds it damaged.
+    ValueError: the library cannot read it.
   """
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(model))
@@ -194,10 +202,10 @@ def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _model(files: Files) -> dict[str, Any]:
-  """Returns `tokenizer.json`.
+  """Returns `tokenizer.json`, parsed.
 
   Raises:
-    ValueError: it is damaged, or encodes at random.
+    ValueError: it is damaged, or has BPE dropout.
   """
   model = _json(files, MODEL)
   inner = model.get('model')
@@ -214,10 +222,10 @@ def _model(files: Files) -> dict[str, Any]:
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
-  """Returns a file as a dict; empty if there is none.
+  """Returns a file, parsed; an empty dict if there is no such file.
 
   Raises:
-    ValueError: it is something else.
+    ValueError: the file is not a JSON object.
   """
   try:
     value = json.loads(files.get(name, b'{}'))
@@ -228,8 +236,28 @@ def _json(files: Files, name: str) -> dict[str, Any]:
   return value
 
 
+def _trained_config(
+  config: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns the config of a trained tokenizer as `transformers` spells it.
+
+  Raises:
+    ValueError: a special token is not in the vocabulary.
+  """
+  special = config.get('special_tokens')
+  special = special if isinstance(special, dict) else {}
+  known = {token['content'] for token in model['added_tokens']}
+  for name in ('bos', 'eos', 'pad'):
+    if special.get(name) not in known:
+      raise ValueError(
+        f'{CONFIG}: got {special.get(name)!r} for the {name} token, expected a'
+        f' special token of {MODEL}; name one under special_tokens'
+      )
+  return {f'{name}_token': token for name, token in special.items()}
+
+
 def _content(token: Any) -> str:
-  """Returns the string of a token, given as such or with its properties."""
+  """Returns the string of a token, given alone or with its properties."""
   content = token.get('content') if isinstance(token, dict) else token
   if not isinstance(content, str) or not content:
     raise ValueError(
@@ -240,14 +268,14 @@ def _content(token: Any) -> str:
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  """Yields names and strings of the special tokens, models' own included."""
+  """Yields name and string of each special token, model-specific ones too."""
   for source in (
     config,
     config.get('model_specific_special_tokens'),
     config.get('extra_special_tokens'),
   ):
     for name, token in source.items() if isinstance(source, dict) else ():
-      # Not add_bos_token, which is a bool, nor what is declared to be absent.
+      # Skips add_bos_token, which is a bool, and tokens that are null.
       is_own = source is not config
       if isinstance(token, str | dict) and (is_own or name.endswith('_token')):
         yield name, _content(token)
@@ -266,7 +294,7 @@ def _by_id(added: Mapping[str, Any]) -> list[str]:
 def _declared(
   config: Mapping[str, Any], special: set[str]
 ) -> list[tokenizers.AddedToken] | None:
-  """Returns the tokens that the config adds or changes; None: it is older."""
+  """Returns the tokens that the config adds or changes; None in older files."""
   declared = config.get('added_tokens_decoder')
   if declared is None:
     return None
@@ -293,20 +321,20 @@ def _differs(
 
 
 def _check_ids(config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-  """Raises ValueError if a token is not where the config says it is."""
+  """Raises ValueError if a token has another id than in the config."""
   found = {token['content']: token['id'] for token in model['added_tokens']}
   for token_id, fields in (config.get('added_tokens_decoder') or {}).items():
     content = fields['content']
     if found.get(content) != int(token_id):
       raise ValueError(
         f'{CONFIG}: got {content!r} with id {token_id}, expected'
-        f' {found.get(content)}, where {MODEL} has it or would add it; the'
-        ' files are not of the same tokenizer'
+        f' {found.get(content)}, its id by {MODEL}; the files are not of the'
+        ' same tokenizer'
       )
 
 
 def _no_model(directory: pathlib.Path) -> str:
-  """Returns what to say of a directory without `tokenizer.json`."""
+  """Returns the error text for a directory without `tokenizer.json`."""
   names = sorted(path.name for path in directory.glob('*') if path.is_file())
   found = [name for name in names if _UNCONVERTED.fullmatch(name)]
   if not found:

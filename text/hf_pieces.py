@@ -1,42 +1,41 @@
-"""What each id of a `tokenizer.json` stands for, as bytes.
+"""Tables of the bytes of each id of a `tokenizer.json`.
 
-The file's decoder is a pipeline over the strings of tokens. Those of language
-models work on one token at a time, except that the first one may lose the space
-that encoding put in front of the text. So a decoder becomes two tables: the
-bytes of an id inside a text, and at its start. Then streaming needs no look
-back, and constrained decoding and bits per byte have exact bytes to work with.
+The decoder in the file is a sequence of steps over the strings of tokens. In
+language models, each step works on one token at a time. Only the first token
+may differ: it loses the space that encoding has added in front of the text. So
+a decoder becomes two tables: the bytes of an id inside a text, and at its
+start. Then streaming needs no earlier tokens, and constrained decoding and bits
+per byte have exact bytes. A decoder that needs several tokens is refused.
 
-One deliberate difference: a run of byte tokens that is not UTF-8 gives one
-U+FFFD for each of its bytes in `tokenizers`, though most of it may be whole
-characters; here only what is broken is replaced, or no character could be shown
-before the run ends.
-
-A decoder that looks at several tokens is refused.
+One difference is deliberate. For a run of byte tokens that is not UTF-8,
+`tokenizers` returns one U+FFFD for each byte of the run, even if most of it is
+whole characters. Here, only broken bytes become U+FFFD. Otherwise no character
+of a run could be streamed before the run ends.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import re
+import types
 from typing import Any, NamedTuple
-
-from text import bpe
 
 _BYTE_TOKEN = re.compile('<0x[0-9A-Fa-f]{2}>')
 
-# What WordPiece undoes in English text, as the library does, in its order.
+# Replacements of WordPiece's clean-up of English text, in the library's order.
 _CLEANED = (
   (' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"),
   (" n't", "n't"), (" 'm", "'m"), (' do not', " don't"), (" 's", "'s"),
   (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
 
-# One step of a decoder: what it makes of a token, given whether it is the
-# first. A token is a string until a step knows its bytes.
+# A step of a decoder: a function of a token and of whether the token is the
+# first. A token is a string until a step turns it into bytes.
 _Token = str | bytes
 _Step = Callable[[_Token, bool], _Token]
 
 
 class Pieces(NamedTuple):
-  """Bytes by id: inside a text, and at its start where that differs."""
+  """Bytes by id: inside a text, and at its start if they differ there."""
 
   inside: list[bytes]
   at_start: dict[int, bytes]
@@ -48,7 +47,7 @@ def tabulate(
   """Returns the bytes of every id; b'' for one that is not in `tokens`.
 
   Args:
-    decoder: the entry of `tokenizer.json`.
+    decoder: the entry in `tokenizer.json`; None if there is none.
     tokens: the strings of the ids that have text.
     num_ids: one more than the largest id.
 
@@ -58,7 +57,7 @@ def tabulate(
   steps = _steps(decoder)
   inside = [b''] * num_ids
   at_start = {}
-  # Applied twice only where that can differ: there may be 250 000 ids.
+  # Ids may be 250 000, so the steps run twice only if the start can differ.
   has_start = any(step not in _ALIKE for step in steps)
   for token_id, token in tokens.items():
     inside[token_id] = first = _apply(steps, token, False)
@@ -80,9 +79,9 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[_Step]:
   """Returns the steps of a decoder.
 
   Raises:
-    ValueError: there is one that cannot be done token by token.
+    ValueError: a step cannot be applied token by token.
   """
-  if decoder is None:  # the library then joins with spaces
+  if decoder is None:  # then the library joins tokens with spaces
     return [lambda token, is_first: token if is_first else _joined(token)]
   parts = [decoder]
   while any(part['type'] == 'Sequence' for part in parts):
@@ -109,7 +108,7 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[_Step]:
 
 
 def _step(part: Mapping[str, Any], is_fused: bool) -> _Step | None:
-  """Returns one step, None if it is unknown or needs its neighbours."""
+  """Returns one step; None if it is unknown or needs other tokens."""
   kind = part['type']
   if kind == 'Fuse':
     return _fuse
@@ -120,7 +119,8 @@ def _step(part: Mapping[str, Any], is_fused: bool) -> _Step | None:
   if kind == 'Strip' and len(part['content']) == 1:
     if not is_fused:
       return _strip(part['content'], part['start'], part['stop'], False)
-    # Of the whole text only its first character can be known at once.
+    # After Fuse, Strip works on the whole text. Streaming knows its first
+    # character, but not its last.
     is_simple = part['start'] <= 1 and part['stop'] == 0
     return (
       _strip(part['content'], part['start'], 0, True) if is_simple else None
@@ -148,15 +148,27 @@ def _joined(token: _Token) -> _Token:
 def _byte_level(token: _Token, is_first: bool) -> _Token:
   """Maps GPT-2's printable characters back to bytes.
 
-  An added token holds plain text; where all of that happens to be such
-  characters it is mapped as well, as in the library.
+  An added token is plain text. If all its characters happen to be among the
+  printable ones, it is mapped as well, as in the library.
   """
   if isinstance(token, bytes):
     return token
   try:
-    return bytes(map(bpe.byte_of_char().__getitem__, token))
+    return bytes(map(_byte_of_char().__getitem__, token))
   except KeyError:
     return token.encode()
+
+
+@functools.cache
+def _byte_of_char() -> Mapping[str, int]:
+  """Returns the byte of each of GPT-2's printable characters."""
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  # The n-th byte without a printable character becomes U+0100 + n.
+  hidden = [byte for byte in range(256) if byte not in printable]
+  return types.MappingProxyType(
+    {chr(byte): byte for byte in printable}
+    | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+  )
 
 
 def _fuse(token: _Token, is_first: bool) -> _Token:
@@ -182,7 +194,7 @@ def _metaspace(replacement: str, is_prefixed: bool) -> _Step:
   def step(token: _Token, is_first: bool) -> _Token:
     if isinstance(token, bytes):
       return token
-    # All of those of the first token go: so does the library.
+    # In the first token, every sign is removed, as in the library.
     space = '' if is_first and is_prefixed else ' '
     return token.replace(replacement, space)
 
@@ -218,5 +230,5 @@ def _word_piece(prefix: str, is_cleaned: bool) -> _Step:
   return step
 
 
-# Steps that treat the first token like any other.
+# Steps that treat the first token like all others.
 _ALIKE = (_fuse, _byte_level, _byte_fallback)

@@ -1,21 +1,22 @@
-"""Tokenizers of open models: a Hugging Face directory as our `Tokenizer`.
+"""Tokenizers in a `tokenizer.json`: of open models, and those trained here.
 
     python -c "from text import hf_tokenizer; hf_tokenizer.convert(DIR, OUT)"
 
-Ids and decoded text are those of `transformers` on the same `tokenizer.json`,
-whatever the kind: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE
-with byte fallback (Llama 2, Mistral, Gemma), Unigram, WordPiece. Some of them
-change text: they normalise, know no rare characters, take '\u2581' for a space,
-or lose one at the start. Then `decode` does not always give it back, and
-`is_exact` is False. A few classes of `transformers` 5 ignore the pipeline in
-the file and build their own, `LlamaTokenizer` for one; what they save agrees
-with what they do, and its `TokenizersBackend` reads older files as done here.
+Ids and decoded text equal those of `transformers` on the same `tokenizer.json`
+for all kinds: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE with
+byte fallback (Llama 2, Mistral, Gemma), Unigram and WordPiece. Some tokenizers
+change text: they normalise it, lack rare characters, read '\u2581' as a space,
+or drop a space at the start. For these, `decode` does not always return the
+text, and `is_exact` is False. A few classes of `transformers` 5, such as
+`LlamaTokenizer`, ignore the pipeline in the file and build their own. The files
+that they save agree with what they compute. `TokenizersBackend` of
+`transformers` reads older files in the same way as this module.
 
-No text becomes a special token. The library would have to be asked for that
-(`encode_special_tokens`), and even then a Unigram or WordPiece model finds
-'</s>' in its vocabulary like any other piece. So in the model that encodes, the
-special tokens have other strings: random ones, drawn when it is loaded, which
-nobody can write. `encode_marked` puts them where a template wrote a special
+No text becomes a special token. The option of the library for that,
+`encode_special_tokens`, is not enough: a Unigram or WordPiece model still finds
+'</s>' in its vocabulary like any other piece. So the special tokens of the
+model that encodes have other strings: random ones, drawn at load, which no text
+can have. `encode_marked` puts these strings where a template wrote a special
 token. Added tokens that are not special ('<think>' in some models) are ordinary
 vocabulary and are found in any text.
 """
@@ -33,37 +34,37 @@ import tokenizers
 from text import hf_files, hf_pieces, spans as spans_lib, utf8
 
 _BYTE_TOKEN = re.compile('<0x[0-9A-Fa-f]{2}>')
-# Text that a normalizer, a prefix, a missing character, or sentencepiece's sign
-# for a space would change.
+# Text that changes under any normalizer, prefix space, missing character, or
+# sentencepiece's sign for a space.
 _PROBE = (
   ' caf\u00e9 cafe\u0301  \t\r\n\x00x \ufb01 \U0001f600\ufffd \u2581\u65e5 '
 )
 
 
 class HuggingFaceTokenizer:
-  """The tokenizer of an open model.
+  """A tokenizer in a `tokenizer.json`.
 
-  A vocabulary may lack what the rest of the code asks for: without BOS,
-  `bos_id` is EOS, which stood between the documents of such models; without
-  padding, `pad_id` is EOS, and never looked at. `names` says what there is.
+  A vocabulary may lack special tokens. Without BOS, `bos_id` is EOS, which
+  separated the documents of such models in training. Without padding, `pad_id`
+  is EOS; its value has no effect. `names` has the tokens that exist.
   """
 
-  kind = 'huggingface'
-
   def __init__(self, files: hf_files.Files):
-    """Makes a tokenizer of the files that `hf_files` read.
+    """Makes a tokenizer of the files that `hf_files` has read.
 
     Raises:
-      ValueError: the files are damaged, contradict each other, or describe
-        what cannot be done here.
+      ValueError: the files are damaged, contradict each other, or describe a
+        tokenizer that is not supported.
     """
     self._files = dict(files)
     found = hf_files.specification(self._files)
     if found.is_cleaned and 'merges' not in found.model['model']:
       raise ValueError(
         f'{hf_files.CONFIG}: got clean_up_tokenization_spaces true, expected'
-        ' false: it would change text that is already shown; set it to false'
+        ' false: it would change text that was already streamed; set it to'
+        ' false'
       )
+    self.kind = found.kind
     self.names: Mapping[str, str] = found.names
     self.special_tokens: Mapping[str, int] = found.specials
     self._hidden = _hidden_names(found)
@@ -84,6 +85,11 @@ class HuggingFaceTokenizer:
     self.is_exact = all(
       self.decode(self.encode(text)) == text for text in (_PROBE, _PROBE[1:])
     )
+    if self.kind == hf_files.TRAINED and not self.is_exact:
+      raise ValueError(
+        f'{hf_files.MODEL}: got a tokenizer of kind {self.kind} that changes'
+        ' text, expected a byte-level BPE without normalizer or prefix space'
+      )
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, without special ids; UNK may be among them.
@@ -105,7 +111,7 @@ class HuggingFaceTokenizer:
       )
     except (TypeError, UnicodeEncodeError):
       for text in texts:
-        utf8.encode(text)  # says where the surrogate is
+        utf8.encode(text)  # its error has the place of the surrogate
       raise
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -114,29 +120,29 @@ class HuggingFaceTokenizer:
   ) -> spans_lib.Encoded:
     """Returns the ids of a rendered template; special tokens are at `spans`.
 
-    As `transformers` encodes such a text, had it special tokens there only.
+    They are those of `transformers` for a text with no other special tokens.
     """
     spans = list(spans)
     while True:
       replaced, moved = self._with_hidden(text, spans)
       encoding = self._encode(replaced)
-      # How some special tokens match (single_word, normalized) keeps the
-      # library from finding them in some places: there they are text to it.
+      # The library does not match some special tokens everywhere (single_word,
+      # normalized). There, `transformers` reads them as text, and so do we.
       lost = _lost(encoding, moved, [self._id_at(text, span) for span in spans])
       if not lost:
         return _moved_back(encoding, spans, moved)
       spans = [span for i, span in enumerate(spans) if i not in lost]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`, with U+FFFD for what is not UTF-8.
+    """Returns the text of `ids`, with U+FFFD for bytes that are not UTF-8.
 
-    Special ids contribute nothing. The space that encoding puts in front of
-    every text is removed again, if it does: ids that continue a text lose it.
+    Special ids are left out. If `encode` adds a space in front of every text,
+    that space is removed, even from ids that continue a text.
     """
     parts: list[bytes] = []
     for token_id in ids:
       inside = self.token_bytes(token_id)
-      # A special id does not start the text.
+      # Special ids do not count as the start of the text.
       is_start = not parts
       part = self.first_bytes(token_id) if is_start else inside
       if inside or part:
@@ -157,7 +163,7 @@ class HuggingFaceTokenizer:
     return self._pieces.inside[token_id]
 
   def first_bytes(self, token_id: int) -> bytes:
-    """Returns the bytes of `token_id` where it is the first of a text."""
+    """Returns the bytes of `token_id` at the start of a text."""
     inside = self.token_bytes(token_id)
     return self._pieces.at_start.get(token_id, inside)
 
@@ -166,11 +172,11 @@ class HuggingFaceTokenizer:
     return np.array([len(b) for b in self._pieces.inside], np.int32)
 
   def chat_templates(self) -> dict[str, str]:
-    """Returns the chat templates by name; one alone is 'default'."""
+    """Returns the chat templates by name; a single one is 'default'."""
     return hf_files.chat_templates(self._files)
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes the files into `directory`, as they were read."""
+    """Writes the files into `directory`, unchanged."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in self._files.items():
@@ -180,7 +186,7 @@ class HuggingFaceTokenizer:
     try:
       return self._model.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
-      utf8.encode(text)  # says where the surrogate is
+      utf8.encode(text)  # its error has the place of the surrogate
       raise
 
   def _named_id(self, name: str, default: int) -> int:
@@ -188,9 +194,9 @@ class HuggingFaceTokenizer:
     return default if token is None else self.special_tokens[token]
 
   def _all_eos_ids(self, recommended: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the ids that end a text; the tokenizer's own is first.
+    """Returns the ids that end a text; the tokenizer's own id is first.
 
-    Where generation_config.json lists others, generating stops at those alone.
+    If generation_config.json lists other ids only, only those end a text.
     """
     own = self._named_id('eos_token', -1)
     if own >= 0 and (own in recommended or not recommended):
@@ -203,15 +209,16 @@ class HuggingFaceTokenizer:
     return recommended
 
   def _added_around_text(self) -> tuple[bool, bool]:
-    """Returns whether the model was fed BOS before, and EOS after, each text.
+    """Returns whether training put BOS before, and EOS after, each text.
 
     Raises:
-      ValueError: it was fed something else.
+      ValueError: the post-processor adds other ids.
     """
     bos, eos = ([self._named_id(n, -1)] for n in ('bos_token', 'eos_token'))
     encoding = self._model.encode('a', add_special_tokens=True)
     ids, mask = encoding.ids, encoding.special_tokens_mask
-    # Without any text, where the vocabulary lacks that letter: BOS is before.
+    # A vocabulary without the letter 'a' gives no text ids: BOS is counted as
+    # being before the text.
     first = mask.index(0) if 0 in mask else len(bos) * (ids[:1] == bos)
     before, after = ids[:first], ids[first + mask.count(0) :]
     if before not in ([], bos) or after not in ([], eos):
@@ -234,7 +241,7 @@ class HuggingFaceTokenizer:
   def _with_hidden(
     self, text: str, spans: Sequence[spans_lib.Span]
   ) -> tuple[str, list[spans_lib.Span]]:
-    """Returns `text` with the special tokens' other strings, and where."""
+    """Returns `text` with hidden strings at `spans`, and their new spans."""
     parts: list[str] = []
     moved = []
     position = length = 0
@@ -252,10 +259,10 @@ def convert(
 ) -> HuggingFaceTokenizer:
   """Reads the tokenizer of a Hugging Face directory and saves it in `out`.
 
-  What is saved loads here and in `transformers`.
+  The saved files load here and in `transformers`.
 
   Raises:
-    FileNotFoundError: there is no `tokenizer.json`; says how to make one.
+    FileNotFoundError: there is no `tokenizer.json`; tells how to make one.
     ValueError: the tokenizer is damaged or cannot be used here.
   """
   try:
@@ -267,7 +274,7 @@ def convert(
 
 
 def load(directory: str | os.PathLike) -> HuggingFaceTokenizer:
-  """Returns the tokenizer that `convert` or `save` wrote.
+  """Returns the tokenizer that `convert` or `save` has written.
 
   Raises:
     FileNotFoundError: there is no `tokenizer.json`.
@@ -292,14 +299,14 @@ def _tokens(model: Mapping[str, Any]) -> dict[int, str]:
 def _hidden_names(found: hf_files.Specification) -> dict[str, str]:
   """Returns a random string for every special token.
 
-  Plain lower-case letters and digits: no normalizer changes them.
+  It has lower-case letters and digits only, which no normalizer changes.
   """
   secret = secrets.token_hex(16)
   has_bytes = bool(found.model['model'].get('byte_fallback'))
   return {
     token: f'{secret}{i:06d}'
     for i, token in enumerate(found.specials)
-    # The library looks for these by their strings.
+    # The library finds byte tokens by their strings, so they stay.
     if not (has_bytes and _BYTE_TOKEN.fullmatch(token))
   }
 
@@ -317,7 +324,8 @@ def _hide(
     inner['unk_token'] = hidden.get(inner['unk_token'], inner['unk_token'])
   if inner.get('merges'):
     pairs = (_pair(merge) for merge in inner['merges'])
-    # Merges must not spell a special token, nor could they: it is hidden.
+    # A merge that spells a special token would name a string that is not in the
+    # vocabulary any more, which the library refuses.
     inner['merges'] = [
       [left, right]
       for left, right in pairs
@@ -334,7 +342,7 @@ def _hide(
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:
-  """Returns both sides; files of before 2024 have them in one string."""
+  """Returns both sides of a merge; files of before 2024 have one string."""
   return merge.split(' ', 1) if isinstance(merge, str) else merge
 
 
@@ -343,7 +351,7 @@ def _lost(
   spans: Sequence[spans_lib.Span],
   ids: Sequence[int],
 ) -> set[int]:
-  """Returns which of the spans did not become their id."""
+  """Returns the indices of the spans that did not become their id."""
   wanted = set(ids)
   found = {
     (token_id, offset)
@@ -365,7 +373,15 @@ def _moved_back(
   spans: Sequence[spans_lib.Span],
   moved: Sequence[spans_lib.Span],
 ) -> spans_lib.Encoded:
-  """Returns the encoding with offsets into the text that was asked for."""
+  """Returns the encoding with offsets into the original text.
+
+  Args:
+    encoding: of the text with hidden strings.
+    spans: of special tokens in the original text.
+    moved: of the same tokens in the text with hidden strings.
+  """
+  # Pairs (position with hidden strings, original position) at which the
+  # difference of both changes.
   corners = [(0, 0)]
   for (start, end), (moved_start, moved_end) in zip(spans, moved, strict=True):
     corners += [(moved_start, start), (moved_end, end)]

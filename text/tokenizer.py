@@ -1,13 +1,14 @@
-"""Text to token ids and back: the contract, and the byte tokenizer.
+"""Tokenizers, from text to token ids and back: the contract and the byte kind.
 
-Both lives use it: `data/` encodes documents, `inference/` encodes prompts and
-decodes samples. A tokenizer is saved beside the weights it was trained with and
-loaded with `load`, which reads the kind from `tokenizer_config.json`.
+Both lives use a tokenizer: `data/` encodes documents, `inference/` encodes
+prompts and decodes samples. It is saved beside the weights that were trained
+with it. `load` reads its kind from `tokenizer_config.json`.
 
-`encode` is for text only: it adds no special ids, and a string that looks like
-a special token ('<|eos|>') is ordinary text. Callers add `bos_id` and `eos_id`
-themselves, so no document and no user can forge a document boundary.
-`encode_marked` is for what a chat template rendered, where some are meant.
+`encode` takes text only. It adds no special ids, and it encodes a string that
+looks like a special token ('<|eos|>') as ordinary text. Callers add `bos_id`
+and `eos_id` themselves, so no document and no user can forge a document
+boundary. `encode_marked` encodes a rendered chat template, in which marked
+ranges are special tokens.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,76 +19,77 @@ from typing import Protocol
 
 import numpy as np
 
-from text import bpe, hf_tokenizer, spans as spans_lib, utf8
+from text import hf_tokenizer, spans as spans_lib, utf8
 
 _CONFIG_FILE = 'tokenizer_config.json'
 _KINDS = ('byte', 'bpe', 'huggingface')
 
 
 class Tokenizer(Protocol):
-  """What the rest of the code may ask of a tokenizer."""
+  """The members of every tokenizer."""
 
   kind: str
   vocab_size: int
   bos_id: int
   eos_id: int
   pad_id: int
-  # What a chat template may call its special tokens: 'bos_token' -> '<s>'.
+  # Names of special tokens in chat templates, as 'bos_token' -> '<s>'.
   names: Mapping[str, str]
-  # All strings that stand for an id where a chat template writes them.
+  # Ids of the strings that are special tokens where a chat template has them.
   special_tokens: Mapping[str, int]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`.
 
-    `decode` gives exactly `text` back, unless the kind is 'huggingface' and its
+    `decode` returns exactly `text`, unless the kind is 'huggingface' and
     `is_exact` is False.
     """
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns what `encode` gives for each text, as integer arrays."""
+    """Returns the ids of each text, as `encode` does, in integer arrays."""
     ...
 
   def encode_marked(
     self, text: str, spans: Sequence[spans_lib.Span]
   ) -> spans_lib.Encoded:
-    """Returns the ids of `text`, in which the spans are `special_tokens`."""
+    """Returns the ids of `text`, whose `spans` are special tokens."""
     ...
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`; special ids contribute nothing."""
+    """Returns the text of `ids`; special ids are left out."""
     ...
 
   def token_bytes(self, token_id: int) -> bytes:
-    """Returns the bytes that one id stands for, b'' for a special id."""
+    """Returns the bytes of one id, b'' for a special id."""
     ...
 
   def first_bytes(self, token_id: int) -> bytes:
-    """Returns the bytes of an id that starts a text.
+    """Returns the bytes of an id at the start of a text.
 
-    Those of `token_bytes`, without a space that `encode` put there.
+    Without a space that `encode` has added, else as `token_bytes`.
     """
     ...
 
   def num_bytes_V(self) -> np.ndarray:
-    """Returns int32 [V], bytes per id: what bits per byte divides by."""
+    """Returns int32 [V], the number of bytes of each id, for bits per byte."""
     ...
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes what `load` needs into `directory`."""
+    """Writes the files that `load` reads into `directory`."""
     ...
 
 
 class ByteTokenizer:
-  """One id per byte: 0..255 the bytes, then bos, eos and pad."""
+  """One id per byte: 0..255 are the bytes, 256..258 are bos, eos and pad."""
 
   kind = 'byte'
   vocab_size = 259
   bos_id = 256
   eos_id = 257
   pad_id = 258
-  names: Mapping[str, str] = {'bos_token': '', 'eos_token': ''}  # no strings
+  # Its special tokens have no strings, so no template can write them.
+  names: Mapping[str, str] = {'bos_token': '', 'eos_token': ''}
   special_tokens: Mapping[str, int] = {}
 
   def encode(self, text: str) -> list[int]:
@@ -109,7 +111,7 @@ class ByteTokenizer:
   def encode_marked(
     self, text: str, spans: Sequence[spans_lib.Span]
   ) -> spans_lib.Encoded:
-    """Returns the bytes of `text` and their characters; there are no spans."""
+    """Returns the bytes of `text` as ids; `spans` must be empty."""
     if spans:
       raise ValueError(
         f'got special tokens at {list(spans)}, expected none: bytes have no'
@@ -121,7 +123,7 @@ class ByteTokenizer:
     return spans_lib.Encoded(self.encode(text), offsets)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`, with U+FFFD for what is not UTF-8."""
+    """Returns the text of `ids`, with U+FFFD for bytes that are not UTF-8."""
     return utf8.decode(b''.join(self.token_bytes(i) for i in ids))
 
   def token_bytes(self, token_id: int) -> bytes:
@@ -146,7 +148,7 @@ class ByteTokenizer:
     return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes `tokenizer_config.json` into `directory`, made if missing."""
+    """Writes `tokenizer_config.json` into `directory`; makes the directory."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _CONFIG_FILE).write_text(json.dumps({'kind': self.kind}))
@@ -156,8 +158,8 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   """Returns the tokenizer saved in `directory`.
 
   Raises:
-    FileNotFoundError: `directory` holds no tokenizer.
-    ValueError: its config is damaged or of an unknown kind.
+    FileNotFoundError: `directory` has no tokenizer.
+    ValueError: the config is damaged or of an unknown kind.
   """
   path = pathlib.Path(directory) / _CONFIG_FILE
   try:
@@ -172,9 +174,7 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   kind = config.get('kind') if isinstance(config, dict) else None
   if kind == 'byte':
     return ByteTokenizer()
-  if kind == 'bpe':
-    return bpe.load(directory, config)
-  if kind == 'huggingface':
+  if kind in ('bpe', 'huggingface'):
     return hf_tokenizer.load(directory)
   is_foreign = 'kind' not in config if isinstance(config, dict) else False
   fix = '; convert it with text.hf_tokenizer.convert' if is_foreign else ''

@@ -1,8 +1,7 @@
-"""Between str and bytes: the one place where text that is not text is refused.
+"""Text as UTF-8 bytes, with an error that names the place of bad characters.
 
-Every tokenizer here is byte-level, so a document enters the system as its
-UTF-8 bytes. Python strings can hold lone surrogates, which have no UTF-8 form;
-they are refused here with their position instead of deep inside a library.
+A Python string can have lone surrogates, which have no UTF-8 form. They are
+refused here with their position, before a library fails without one.
 """
 
 
@@ -23,5 +22,5 @@ def encode(text: str) -> bytes:
 
 
 def decode(data: bytes) -> str:
-  """Returns the text of `data`, with U+FFFD for what is not UTF-8."""
+  """Returns the text of `data`, with U+FFFD for bytes that are not UTF-8."""
   return data.decode('utf-8', errors='replace')

@@ -1,7 +1,7 @@
-"""Turns what an experiment says into the objects that run it, each once.
+"""The parts of a run: learner, tokenizer, batches and evaluation tasks.
 
-Below this file nothing knows of experiments: functions receive the objects, or
-the plain numbers, that they need.
+`assemble` builds each of them once, from an experiment and its workdir.
+training/run.py then trains with them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +11,8 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from data import (
   batches as batches_lib,
   data_config,
@@ -19,27 +21,29 @@ from data import (
   vocabulary,
 )
 from data.contamination import overlap
-from evals import run as evals_run
+from evals.tasks import task as task_lib
 from parallel import processes
 from storage import atomic, layout
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
 from training.evaluation import tasks as tasks_lib
+from training.objectives import port
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-  """Everything a run is made of."""
+  """The objects that a run trains and evaluates with."""
 
   learner: learner_lib.Learner
   tokenizer: tokenizer_lib.Tokenizer
   batches: batches_lib.TrainBatches
   eval_batches: batches_lib.EvalBatches
-  overlaps: tuple[overlap.Overlap, ...]  # of each source, if looked for
-  tasks: tuple[evals_run.Task, ...]  # that the run is measured by
+  # Evaluation text found in each training source; empty if not searched for.
+  overlaps: tuple[overlap.Overlap, ...]
+  tasks: tuple[task_lib.Task, ...]  # measured together with validation loss
 
   def describe_data(self) -> dict[str, Any]:
-    """Returns what is trained and evaluated on, as JSON values."""
+    """Returns the training and evaluation data of the run, as JSON values."""
     return {
       'sources': [
         rows.describe() | {'weight': source.weight}
@@ -60,18 +64,18 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-  """The text of a run, opened."""
+  """The opened documents and evaluation tasks of a run."""
 
   train: tuple[sources.Source, ...]
   evaluated: sources.Source
-  tasks: tuple[evals_run.Task, ...]
+  tasks: tuple[task_lib.Task, ...]
 
 
 def open_documents(experiment: experiment_lib.Experiment) -> Documents:
-  """Opens the data of a run; writes nothing that belongs to it.
+  """Opens the documents of a run. Writes nothing to the workdir.
 
   Raises:
-    ValueError, FileNotFoundError: it cannot be opened, or has no text.
+    ValueError, FileNotFoundError: a source cannot be opened, or has no text.
   """
   data = experiment.data
   named = *data.train_sources(), data.eval_source()
@@ -101,9 +105,9 @@ def assemble(
 
   Args:
     experiment: what to run.
-    workdir: where its tokenizer is, or will be.
-    say: is told of what takes long.
-    documents: what to train and evaluate on; opened now if None.
+    workdir: of the run; its tokenizer is read from here, or written here.
+    say: receives lines about slow steps, such as tokenising.
+    documents: from `open_documents`; opened now if None.
 
   Raises:
     ValueError, FileNotFoundError: the data cannot be opened, the vocabulary
@@ -126,16 +130,40 @@ def assemble(
     train = [open_rows(opened, name=s.name) for s, opened in mixed]
     held_out = open_rows(documents.evaluated, name=data.eval_source().name)
   digests = [rows.store.digest for rows in (*train, held_out)]
+  # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
+  eval_batches = batches_lib.eval_batches(held_out, data)
+  _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
     learner=learner,
     tokenizer=tokenizer,
     batches=batches_lib.train_batches(train, data, seed=experiment.seed),
-    eval_batches=batches_lib.eval_batches(held_out, data),
+    eval_batches=eval_batches,
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
   )
+
+
+def _check_arrays(batch: rows_lib.Batch, objective: port.Objective) -> None:
+  """Refuses an objective that needs arrays which the data does not have."""
+  expected = {
+    name: f'{np.dtype(spec.dtype)} {spec.axes}'
+    for name, spec in objective.batch_spec().items()
+  }
+  got = {
+    name: f'{array.dtype} {"BT"[: array.ndim]}' for name, array in batch.items()
+  }
+  if got != expected:
+    raise ValueError(
+      f'config.objective: got batches with {_listed(got)}, expected'
+      f' {_listed(expected)} for {type(objective).__name__}; use an objective'
+      ' for these arrays, or data that has the others'
+    )
+
+
+def _listed(arrays: dict[str, str]) -> str:
+  return ', '.join(f'{name} ({kind})' for name, kind in arrays.items())
 
 
 def _overlaps(
@@ -144,7 +172,10 @@ def _overlaps(
   tokenizer: tokenizer_lib.Tokenizer,
   data: data_config.DataConfig,
 ) -> Iterator[overlap.Overlap]:
-  """Looks for the evaluation text in the training text; one process does."""
+  """Yields the share of evaluation text in each training source.
+
+  The first process alone searches.
+  """
   ngram = data.contamination_ngram
   if ngram < 0:
     ngram = overlap.default_ngram(tokenizer)

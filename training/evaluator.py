@@ -56,10 +56,10 @@ class Evaluator:
       Whether the run is asked to stop.
     """
     try:
-      values, frozen = self._validate(state.params), state.params
+      values, frozen = self._validate(state.params, state), state.params
       if self._average is not None:
         average_params = self._place_average(state)
-        averaged = self._validate(average_params)
+        averaged = self._validate(average_params, state)
         values |= {f'average_{k}': value for k, value in averaged.items()}
         if self._best_by != 'loss':
           frozen = average_params
@@ -102,9 +102,10 @@ class Evaluator:
       should_stop=self._context.stop.between_batches(),
     )
 
-  def _validate(self, params) -> dict[str, float]:
+  def _validate(self, params, state) -> dict[str, float]:
+    frozen = () if state.frozen_params is None else (state.frozen_params,)
     return validation.evaluate(
-      self._eval_step,
+      lambda params, batch: self._eval_step(params, batch, *frozen),
       params,
       self._parts.eval_batches,
       put_batch=self._parts.learner.placement.put_batch,

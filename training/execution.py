@@ -13,23 +13,23 @@ same function:
     cudnn      models.attention.cudnn_gpu: NVIDIA GPU, bfloat16
     auto       splash where devices and shapes allow it, else reference
 
-`auto` takes splash on TPUs if the row length is a multiple of 128, the
-attention weights have no dropout, and the heads divide among the devices of the
-tensor axis. It never takes cudnn: the tests compile that path for GPUs, but it
-has not been timed on one.
+`models/attention/supports.py` has what each path accepts. `auto` never takes
+cudnn: the tests compile that path for GPUs, but it has not been timed on one.
 
-If the tokens of a row are split over devices (parallel.context > 1), attention
-comes from `parallel.attention.context`; only `auto` and `reference` are
-accepted.
+If the tokens of a row are split over devices (parallel.context > 1), `auto` and
+`reference` take parallel.context_attention, ring or gather, of
+`parallel.attention.context`.
 """
 
 from collections.abc import Callable
-import functools
+import dataclasses
 from typing import Any
+
+import jax.numpy as jnp
 
 from checks import expect
 from models import cross_entropy, execution as execution_lib, remat
-from models.attention import cudnn_gpu, dense, splash_tpu
+from models.attention import cudnn_gpu, dense, splash_tpu, supports
 from models.linear import plain, quantized
 from models.moe import dispatch
 from parallel import (
@@ -41,7 +41,15 @@ from parallel import (
 from parallel.attention import context, sharded
 from training import experiment as experiment_lib
 
-_PLATFORMS = {'splash': ('tpu',), 'cudnn': ('gpu', 'cuda')}
+# The attention of whole rows, and of rows split over devices, by the values of
+# execution.attention and parallel.context_attention.
+_PATHS = {
+  'reference': supports.DENSE,
+  'splash': supports.SPLASH,
+  'cudnn': supports.CUDNN,
+  'ring': supports.RING,
+  'gather': supports.GATHER,
+}
 
 
 def check_model(experiment: experiment_lib.Experiment) -> None:
@@ -60,14 +68,6 @@ def check_model(experiment: experiment_lib.Experiment) -> None:
       ' expected True: stages take their layers from a stack'
     )
   _check_experts(experiment)
-  if parallel.context > 1:
-    context.kv_repeats(model.num_heads, model.num_kv_heads, parallel.tensor)
-  if parallel.context > 1 and model.dropout_rate > 0:
-    raise ValueError(
-      f'model.dropout_rate: got {model.dropout_rate} with parallel.context ='
-      f' {parallel.context}, expected 0: no device has all attention weights'
-      ' of a query; change one of them'
-    )
 
 
 def _check_experts(experiment: experiment_lib.Experiment) -> None:
@@ -91,10 +91,10 @@ def _check_experts(experiment: experiment_lib.Experiment) -> None:
 
 
 def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
-  """Raises ValueError if batches and rows do not divide over the devices.
+  """Raises ValueError if batches do not divide over the devices.
 
   Args:
-    experiment: with the batch sizes and the row length.
+    experiment: with the batch sizes.
     num_shards: devices, or groups of devices, that split the rows of a batch.
   """
   data, parallel = experiment.data, experiment.parallel
@@ -115,7 +115,6 @@ def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
       f' multiple of the {num_shards} devices that split the batch{stages};'
       f' change data.{name}, config.num_microbatches or parallel'
     )
-  context.check_row_length(data.row_length, parallel.context)
 
 
 def choose(
@@ -139,74 +138,37 @@ def choose(
 def attention_path(
   experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> str:
-  """Returns the attention path: reference, splash or cudnn.
+  """Returns the attention path: reference, splash, cudnn, ring or gather.
 
   Raises:
     ValueError: the path that the experiment names cannot be taken.
   """
-  asked = experiment.execution.attention
-  if asked == 'reference':
-    return asked
-  if asked == 'auto':
-    return (
-      'reference' if _problem('splash', experiment, placement) else 'splash'
-    )
-  reason = _problem(asked, experiment, placement)
-  if reason:
-    raise ValueError(f'execution.attention = {asked}: {reason}')
-  return asked
+  path, parallel = experiment.execution.attention, experiment.parallel
+  name, request = 'execution.attention', _request(experiment, placement)
+  if path == 'auto':
+    refusal = supports.problem(supports.SPLASH, request)
+    path = 'reference' if refusal else 'splash'
+  if path == 'reference' and parallel.context > 1:
+    name, path = 'parallel.context_attention', parallel.context_attention
+  if refusal := supports.problem(_PATHS[path], request):
+    raise ValueError(f'{name} = {path}: {refusal}')
+  return path
 
 
-def _problem(
-  path: str,
-  experiment: experiment_lib.Experiment,
-  placement: placement_lib.Placement,
-) -> str:
-  """Returns why `splash` or `cudnn` cannot be taken: got, expected, fix; ''."""
-  model, time = experiment.model, experiment.data.row_length
-  platform = placement.devices[0].platform
-  if platform not in _PLATFORMS[path]:
-    return (
-      f'got devices of platform {platform}, expected {_PLATFORMS[path][0]};'
-      ' set execution.attention = auto'
-    )
-  if model.dropout_rate:
-    return (
-      f'got model.dropout_rate = {model.dropout_rate}, expected 0: the kernel'
-      ' never stores the weights that it would drop; change it or set'
-      ' execution.attention = reference'
-    )
-  if experiment.parallel.context > 1:
-    return (
-      f'got parallel.context = {experiment.parallel.context}, expected 1: the'
-      ' kernel sees whole rows; change it or set execution.attention = auto'
-    )
-  if model.latent_width:
-    return (
-      f'got model.latent_width = {model.latent_width}, expected 0: the kernel'
-      ' wants keys and values of one width; set execution.attention = reference'
-    )
-  if path == 'cudnn' and (
-    reason := cudnn_gpu.form_problem(model.attention_softcap)
-  ):
-    return reason
-  mesh = getattr(placement, 'mesh', None)
-  reason = (
-    sharded.heads_problem(mesh, model.num_heads, model.num_kv_heads)
-    if mesh is not None
-    else ''
-  )
-  return (
-    reason
-    or {
-      'splash': functools.partial(splash_tpu.row_length_problem, time),
-      'cudnn': functools.partial(
-        cudnn_gpu.shape_problem,
-        time,
-        model.head_width,
-        experiment.compute_dtype,
-      ),
-    }[path]()
+def _request(
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+) -> supports.Request:
+  """Returns the request of a run, for the table of attention paths."""
+  model, parallel = experiment.model, experiment.parallel
+  return dataclasses.replace(
+    supports.of_model(model),
+    platform=placement.devices[0].platform,
+    context=parallel.context,
+    tensor=parallel.tensor,
+    has_dropout=model.dropout_rate > 0,
+    has_segments=True,
+    dtype=jnp.dtype(experiment.compute_dtype).name,
+    row_length=experiment.data.row_length,
   )
 
 
@@ -215,11 +177,9 @@ def _attend(
 ) -> execution_lib.Attend:
   """Returns the attention of whole rows, or of rows split across devices."""
   path = attention_path(experiment, placement)
-  if experiment.parallel.context > 1:
+  if path in ('ring', 'gather'):
     assert isinstance(placement, placement_lib.MeshPlacement)
-    return context.make_attend(
-      placement.mesh, experiment.parallel.context_attention, remat.ATTENTION
-    )
+    return context.make_attend(placement.mesh, path, remat.ATTENTION)
   if path == 'reference':
     return dense.attend
   local: Callable[..., Any] = {

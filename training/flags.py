@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-# What the libraries say of a wrong value, and what they mean.
+# Texts of the libraries about a wrong value, and the values that they expect.
 _EXPECTED = (
   (r'invalid literal for int\(\)', 'an integer'),
   (r'could not convert string to float', 'a number'),
@@ -34,7 +34,7 @@ _EXPECTED = (
 _OVERRIDE = re.compile(
   r'(?P<flag>--?config\.(?P<path>[\w.\[\]]+))(=(?P<text>.*))?$'
 )
-_PARSERS: dict[type, flags.ArgumentParser] = {
+_PARSERS: dict[Any, flags.ArgumentParser] = {
   bool: flags.BooleanParser(),
   float: flags.FloatParser(),
   int: flags.IntegerParser(),
@@ -43,7 +43,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
 
 
 class FlagError(ValueError):
-  """A flag that cannot be used; the message is for the user."""
+  """A flag with an error; the message is one line for the user."""
 
 
 def parse(
@@ -52,7 +52,7 @@ def parse(
   """Parses absl flags like `flags.FLAGS(argv)`, `--config` among them.
 
   Returns:
-    What is left of argv.
+    The arguments that are no flags.
 
   Raises:
     FlagError: got / expected / fix, in one line.
@@ -87,11 +87,17 @@ def _of_frozen_values(argv: list[str]) -> list[str]:
     holder, names = config, match.group('path').split('.')
     for name in names:
       value = getattr(holder, name, None)
-      if dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
+      if _is_frozen(value):
         found.append(arg)
         break
       holder = value
   return sorted(found, key=lambda arg: arg.partition('=')[0].count('.'))
+
+
+def _is_frozen(value: Any) -> bool:
+  # dataclasses has no public function for it.
+  params = getattr(type(value), '__dataclass_params__', None)
+  return params is not None and params.frozen
 
 
 def _replace(config: Any, arg: str) -> None:
@@ -109,7 +115,7 @@ def _replace(config: Any, arg: str) -> None:
   value = _parsed(holders[-1], names[-1], flag, text)
   # From the inside out, to the first holder that can be changed.
   for holder, name in zip(reversed(holders), reversed(names), strict=True):
-    if not holder.__dataclass_params__.frozen:
+    if not _is_frozen(holder):
       setattr(holder, name, value)
       return
     value = dataclasses.replace(holder, **{name: value})
@@ -124,7 +130,10 @@ def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:
         f'{flag}: got {text!r}, expected one of {", ".join(choices)}'
       )
     return choices[text]()
-  if (parser := _PARSERS.get(type(getattr(holder, name)))) is None:
+  value_type = type(getattr(holder, name))
+  # The annotation first: the value of a float field may be written as 1.
+  parser = _PARSERS.get(field.type) or _PARSERS.get(value_type)
+  if parser is None:
     raise FlagError(
       f'{flag}: got a value, expected none: it is chosen in the file of an'
       ' experiment; write one of your own, or set one of its fields'
@@ -136,7 +145,8 @@ def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:
 
 
 def _refuse_negative_index(argv: list[str]) -> None:
-  # The library counts from the end, and sets what then has another name.
+  # The library takes an index below 0 from the end, and then sets the field
+  # under a name that does not exist.
   for arg in argv[1:]:
     if match := re.match(r'--?config\.[^=]*\[-\d+\]', arg):
       raise FlagError(
@@ -145,7 +155,7 @@ def _refuse_negative_index(argv: list[str]) -> None:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-  """Finds the override that names no field; says which there are."""
+  """Returns an error about the first override of an unknown field, or None."""
   config = _without_overrides(argv)
   for arg in argv[1:]:
     match = re.match(r'--?config\.([\w.\[\]]+)', arg)
@@ -155,7 +165,10 @@ def _unknown_field(argv: list[str]) -> str | None:
 
 
 def _lost(node: Any, path: str) -> str:
-  """Says where 'data.sources[5].weight' leads nowhere; '' if it leads."""
+  """Returns an error about a path such as 'data.sources[5].weight'.
+
+  '' if every part of the path exists.
+  """
   for index, name in re.findall(r'(\[\d+\])|(\w+)', path):
     if index:
       length = len(node) if isinstance(node, tuple | list) else 0
@@ -182,7 +195,7 @@ def _lost(node: Any, path: str) -> str:
 
 
 def _without_overrides(argv: list[str]) -> Any:
-  """Loads the experiment named in argv as its file has it."""
+  """Returns the experiment that argv names, without overrides."""
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file('config', flag_values=values)
   kept = [
@@ -207,7 +220,7 @@ def _command_line(argv: list[str]) -> Iterator[None]:
 
 
 def _last_line(message: str) -> str:
-  """The error itself, where the library wraps it into a traceback."""
+  """Returns the error alone, if the library put it into a traceback."""
   lines = [line for line in message.split('\n') if line.strip()]
   if len(lines) <= 1:
     if match := re.search(r'field (\S+) is not supported for over', message):

@@ -1,15 +1,15 @@
-"""What learns: a model, its optimizer, and how both lie on the devices.
+"""The learner: model, optimizer and their placement on devices.
 
-Everything that an experiment says but its data; `training/assemble.py` adds
-that. `train.py --plan` stops here: nothing in this file allocates.
+It holds everything that an experiment says except its data, which
+training/assemble.py adds. `train.py --plan` stops here: building a learner
+allocates no arrays.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,6 +20,7 @@ from parallel import placement as placement_lib
 from training import (
   execution,
   experiment as experiment_lib,
+  frozen_models as frozen_models_lib,
   state as state_lib,
   step as step_lib,
 )
@@ -28,46 +29,83 @@ from training.optimizer import chain, spikes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
-  """A model on its devices, before it has any values."""
+  """A model, its optimizer and their devices, before any value exists."""
 
   experiment: experiment_lib.Experiment
-  model: nn.Module
-  schedule: Callable[[Any], Any]  # learning rate of a step
+  model: transformer.Transformer
+  frozen_models: Mapping[str, transformer.Transformer]  # of the objective
+  schedule: Callable[[Any], Any]  # from a step to its learning rate
   optimizer: optax.GradientTransformation
   placement: placement_lib.Placement
-  abstract_state: state_lib.TrainState  # shapes and dtypes, whole
-  flops_per_token: float  # analytic, of training
+  # Shapes and dtypes of a whole state, as a checkpoint has it.
+  abstract_state: state_lib.TrainState
+  # Analytic, of the forward and the backward pass of the trained model.
+  flops_per_token: float
 
   @property
   def num_params(self) -> int:
-    """Returns how many numbers are trained."""
+    """Returns the number of trained parameters."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
-  @property
-  def objective(self) -> step_lib.Objective:
-    """The experiment's, told what else the experiment wants in the loss."""
-    objective = self.experiment.objective
-    weight = self.experiment.z_loss_weight
-    if not weight:
-      return objective
-    return functools.partial(objective, z_loss_weight=weight)
-
   def init(self, key: jax.Array) -> state_lib.TrainState:
-    """Returns the state before the first step, on the devices."""
-    # With nothing of the mesh's: a model is initialised on a single token.
+    """Returns the state before the first step, on the devices.
+
+    Reads the objective's frozen models, if it needs any.
+    """
+    # Without the mesh: a model is initialised on a single token.
     model = self.model.clone(execution=execution_lib.Execution())
-    return self.placement.init(
-      lambda key: state_lib.init(
-        model,
-        self.optimizer,
-        key,
-        has_average=self.experiment.ema_decay > 0,
-      ),
-      key,
+    init = functools.partial(state_lib.init, model, self.optimizer)
+    init = functools.partial(init, **_state_options(self.experiment))
+    if not self.frozen_models:
+      return self.placement.init(init, key)
+    layout = jax.tree.map(
+      lambda leaf: leaf.sharding,
+      self.placement.abstract_whole().replace(frozen_params=None),
     )
+    return self.placed(jax.jit(init, out_shardings=layout)(key))
+
+  def init_with(self, key: jax.Array, params: Any) -> state_lib.TrainState:
+    """Returns the state before the first step, on the devices.
+
+    Args:
+      key: as `init` takes it.
+      params: variables of the model, of any float dtype.
+    """
+    abstract = self.placement.abstract_whole().replace(frozen_params=None)
+    own = {name: abstract.params[name] for name in params}
+    init = jax.jit(
+      functools.partial(
+        state_lib.init_with,
+        self.optimizer,
+        **_state_options(self.experiment),
+      ),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      donate_argnums=1,
+    )
+    return self.placed(init(key, frozen_models_lib.place(params, own)))
+
+  def placed(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """Returns the state as steps take it, with the weights of frozen models.
+
+    Args:
+      state: whole, without frozen models: new, or from a checkpoint.
+    """
+    if self.frozen_models:
+      abstract = self.placement.abstract_whole().frozen_params
+      sources = self.experiment.objective.models_needed
+      state = dataclasses.replace(
+        state,
+        frozen_params={
+          name: frozen_models_lib.place(
+            frozen_models_lib.read(sources[name], model.config), abstract[name]
+          )
+          for name, model in self.frozen_models.items()
+        },
+      )
+    return self.placement.restored(state)
 
   def peak_flops_per_s(self) -> float:
-    """Returns what all devices together can do at best in the model's dtype."""
+    """Returns the peak FLOP/s of all devices in the compute dtype."""
     dtype = jnp.dtype(self.experiment.compute_dtype).name
     return sum(
       peaks.peaks(device).flops_per_s[dtype]
@@ -75,11 +113,12 @@ class Learner:
     )
 
   def build_train_step(self, all_sum: Any, shard_key: Any) -> Any:
-    """What `placement.compile_train` and `lower_train` take."""
+    """Builds the step for `placement.compile_train` and `lower_train`."""
     return step_lib.make_train_step(
       self.model,
-      self.objective,
+      self.experiment.objective,
       self.optimizer,
+      frozen_models=self.frozen_models,
       num_microbatches=self.experiment.num_microbatches,
       ema_decay=self.experiment.ema_decay,
       all_sum=all_sum,
@@ -90,24 +129,31 @@ class Learner:
     """Returns the train step on the run's devices. Donates its state."""
     return self.placement.compile_train(self.build_train_step)
 
-  def compile_eval_step(self) -> Callable[[Any, Any], dict[str, Any]]:
-    """Returns the evaluation step on the run's devices."""
+  def compile_eval_step(self) -> Callable[..., dict[str, Any]]:
+    """Returns the evaluation step on the run's devices.
+
+    It takes params and a batch, and if the objective needs frozen models, the
+    `frozen_params` of a state.
+    """
     return self.placement.compile_eval(
       lambda all_sum, _: step_lib.make_eval_step(
-        self.model, self.objective, all_sum=all_sum
-      )
+        self.model,
+        self.experiment.objective,
+        frozen_models=self.frozen_models,
+        all_sum=all_sum,
+      ),
+      ('frozen_params',) if self.frozen_models else (),
     )
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a batch looks like; the last, where batches grow."""
+    """Returns shapes and dtypes of a batch; of the last, if batches grow."""
     data = self.experiment.data
-    shape = data.batch_size, data.row_length
-    dtypes = dict.fromkeys(
-      ('tokens', 'targets', 'positions', 'segment_ids'), jnp.int32
-    )
+    sizes = {'B': data.batch_size, 'T': data.row_length}
     return {
-      name: jax.ShapeDtypeStruct(shape, dtype)
-      for name, dtype in (dtypes | {'weights': jnp.float32}).items()
+      name: jax.ShapeDtypeStruct(
+        tuple(sizes[axis] for axis in spec.axes), spec.dtype
+      )
+      for name, spec in self.experiment.objective.batch_spec().items()
     }
 
 
@@ -119,28 +165,52 @@ def make(
 
   Args:
     experiment: what to run.
-    devices: all devices if None; those of an ahead-of-time target else.
+    devices: of the run, or of an ahead-of-time target; None: all devices of
+      this process's platform.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
+  options = _state_options(experiment)
   optimizer = chain.make_optimizer(
     experiment.optimizer,
     experiment.num_steps,
     experiment.model,
-    state_lib.abstract_params(model),
+    state_lib.abstract_params(model, options['make_heads']),
     is_staged=experiment.parallel.stage > 1,
   )
   optimizer = spikes.skipping(experiment.spikes, optimizer)
   abstract_state = jax.eval_shape(
-    lambda key: state_lib.init(
-      model, optimizer, key, has_average=experiment.ema_decay > 0
-    ),
+    lambda key: state_lib.init(model, optimizer, key, **options),
     jax.random.key(0),
   )
   execution.check_model(experiment)
+  # Each runs as the experiment's own model would, if it were that one.
+  frozen_as = {
+    name: dataclasses.replace(
+      experiment,
+      model=frozen_models_lib.config_of(
+        name, source, experiment.model.vocab_size
+      ),
+    )
+    for name, source in experiment.objective.models_needed.items()
+  }
+  frozen_models = {
+    name: transformer.Transformer(own.model, dtype)
+    for name, own in frozen_as.items()
+  }
+  if frozen_models:
+    for own in frozen_as.values():
+      execution.check_model(own)
+    abstract_state = dataclasses.replace(
+      abstract_state,
+      frozen_params={
+        name: state_lib.abstract_params(frozen)
+        for name, frozen in frozen_models.items()
+      },
+    )
   placement = placement_lib.make(
     experiment.parallel,
     abstract_state,
@@ -153,6 +223,10 @@ def make(
   return Learner(
     experiment=experiment,
     model=model.clone(execution=execution.choose(experiment, placement)),
+    frozen_models={
+      name: frozen.clone(execution=execution.choose(frozen_as[name], placement))
+      for name, frozen in frozen_models.items()
+    },
     schedule=chain.make_schedule(experiment.optimizer, experiment.num_steps),
     optimizer=optimizer,
     placement=placement,
@@ -161,3 +235,13 @@ def make(
       experiment.model, experiment.data.row_length
     ),
   )
+
+
+def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+  """Returns the parts of a state that depend on the experiment."""
+  return {
+    'has_average': experiment.ema_decay > 0,
+    'make_heads': functools.partial(
+      experiment.objective.init_heads, experiment.model
+    ),
+  }

@@ -28,6 +28,7 @@ from training import (
   assemble,
   evaluator as evaluator_lib,
   experiment as experiment_lib,
+  frozen_models,
   loop,
   run_context,
   saver as saver_lib,
@@ -234,6 +235,10 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   """Returns the parts of the run, its state and its progress; records it."""
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
+  if resume.step:
+    frozen_models.check_lineage(
+      experiment.objective, workdir_lib.recorded_lineage(workdir)
+    )
   try:
     state, progress = _start_or_restore(
       experiment, parts, saved, goodput, resume.step
@@ -360,9 +365,9 @@ def _start_or_restore(experiment, parts, saved, goodput, step):
     key = jax.random.key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)
-      return init_from.start(parts.learner, key, params), checkpoint.Progress()
+      return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):
     state, progress = saved.restore(parts.learner.placement.abstract_whole())
     parts.batches.set_state(progress.data_state)
-    return parts.learner.placement.restored(state), progress
+    return parts.learner.placed(state), progress

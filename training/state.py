@@ -1,5 +1,7 @@
-"""TrainState: all that training changes, as one pytree."""
+"""TrainState: all arrays of a training run, as one pytree."""
 
+from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import linen as nn, struct
@@ -7,18 +9,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from models import axes
+from training.objectives import port
+
+MakeHeads = Callable[[jax.Array], Any]
+
 
 @struct.dataclass
 class TrainState:
-  """What a step takes and returns. The key itself never changes."""
+  """The state that a step takes and returns."""
 
-  step: jax.Array  # int32 scalar: how many steps were taken
-  params: Any  # the model's variables, float32
+  step: jax.Array  # int32 scalar: number of steps taken
+  # The model's variables at 'params', and the objective's own parameters, if it
+  # has any, at 'heads'; float32.
+  params: Any
   opt_state: Any
-  key: jax.Array  # typed; the step's key is fold_in(key, step)
-  average: Any = (
-    None  # of params, see training/optimizer/average.py; None: not kept
-  )
+  key: jax.Array  # typed; never changes: a step's key is fold_in(key, step)
+  # Of params, see training/optimizer/average.py; None: the run keeps none.
+  average: Any = None
+  # Variables of the objective's frozen models, by name. No step changes them
+  # and no checkpoint holds them: training/frozen_models.py.
+  frozen_params: Any = None
 
 
 def init(
@@ -27,11 +38,22 @@ def init(
   key: jax.Array,
   *,
   has_average: bool = False,
+  make_heads: MakeHeads | None = None,
 ) -> TrainState:
-  """Returns the state before the first step. Pure: jit or eval_shape it."""
+  """Returns the state before the first step. Pure: jit or eval_shape it.
+
+  Args:
+    model: whose variables are drawn.
+    optimizer: whose state is made.
+    key: of the run.
+    has_average: whether the state keeps an average of the parameters.
+    make_heads: draws the objective's own parameters from a key.
+  """
   init_key, _ = jax.random.split(key)
   params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))
-  return init_with(optimizer, key, params, has_average=has_average)
+  return init_with(
+    optimizer, key, params, has_average=has_average, make_heads=make_heads
+  )
 
 
 def init_with(
@@ -40,9 +62,11 @@ def init_with(
   params: Any,
   *,
   has_average: bool = False,
+  make_heads: MakeHeads | None = None,
 ) -> TrainState:
-  """Returns the state before the first step of training on from `params`."""
+  """Returns the state before the first step, given the model's variables."""
   _, train_key = jax.random.split(key)
+  params = _with_heads(params, key, make_heads)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -52,52 +76,71 @@ def init_with(
   )
 
 
-def abstract_params(model: nn.Module) -> Any:
-  """Returns the shapes and dtypes of a model's variables."""
-  return jax.eval_shape(
-    lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)), jax.random.key(0)
-  )
+def abstract_params(
+  model: nn.Module, make_heads: MakeHeads | None = None
+) -> Any:
+  """Returns the shapes and dtypes of the parameters."""
+
+  def init(key):
+    params = model.init(key, jnp.zeros((1, 1), jnp.int32))
+    return _with_heads(params, key, make_heads)
+
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def _with_heads(params: Any, key: jax.Array, make_heads: MakeHeads | None):
+  # Another stream than those of `split`: models start from the same weights
+  # with and without heads.
+  heads = make_heads(jax.random.fold_in(key, 1)) if make_heads else None
+  return params if heads is None else {**params, port.HEADS: heads}
 
 
 def logical_axes(state: TrainState, param_axes: Any) -> TrainState:
-  """Names the logical axes of every leaf of an (abstract) state.
+  """Returns the logical axes of every leaf of an (abstract) state.
 
-  What belongs to a parameter lies at that parameter's path inside whatever
-  holds it (an optimizer's state inside others, an average), and is laid out as
-  the parameter is. What is neither (counts, the key) has no axes.
+  Moments and averages of a parameter lie at the parameter's own path inside
+  their container (an optimizer's state, possibly inside others), and are laid
+  out like the parameter. Counts and the key have no axes. Frozen models have
+  the axes of their own names.
 
   Args:
     state: arrays or shapes.
     param_axes: `models.axes.param_axes` of its parameters.
 
   Raises:
-    ValueError: of a parameter's state the axes cannot be told.
+    ValueError: the axes of a leaf beside a parameter are ambiguous.
   """
   params = {
-    path: (leaf.shape, axes)
-    for (path, leaf), axes in zip(
+    path: (leaf.shape, leaf_axes)
+    for (path, leaf), leaf_axes in zip(
       jax.tree_util.tree_leaves_with_path(state.params),
       jax.tree.leaves(param_axes, is_leaf=lambda x: isinstance(x, tuple)),
       strict=True,
     )
   }
 
-  def leaf_axes(path, leaf):
+  def axes_of(path, leaf):
     for start in range(len(path)):
       if path[start:] in params:
         return _axes_like(path, leaf.shape, *params[path[start:]])
     return (None,) * leaf.ndim
 
-  return jax.tree_util.tree_map_with_path(leaf_axes, state)
+  named = jax.tree_util.tree_map_with_path(
+    axes_of, dataclasses.replace(state, frozen_params=None)
+  )
+  if state.frozen_params is None:
+    return named
+  frozen = {k: axes.param_axes(v) for k, v in state.frozen_params.items()}
+  return dataclasses.replace(named, frozen_params=frozen)
 
 
 def _axes_like(path, shape, param_shape, axes):
-  """Returns the axes of what an optimizer keeps of a parameter.
+  """Returns the axes of an array that an optimizer keeps for a parameter.
 
-  Besides moments those are the row and column means of Adafactor, which leave
-  out the larger and the smaller one of a matrix's axes, or of equal ones the
-  last (`v_row`) and the one before (`v_col`); and the placeholder, of size 1,
-  that stands where there are none.
+  A moment has the parameter's shape. Adafactor's row and column means leave out
+  one axis of a matrix: the larger one and the smaller one, or, if both are
+  equal, the last (`v_row`) and the one before (`v_col`). Adafactor has a
+  placeholder of size 1 in place of means that it does not keep.
   """
   if shape == param_shape:
     return axes

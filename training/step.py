@@ -3,26 +3,26 @@
     state, metrics = train_step(state, batch)
 
 Pure, and written once without collectives. `parallel/` runs it: under `jit`
-over a mesh as it stands, under `pmap` with `all_sum` adding across devices.
+over a mesh as it is, under `pmap` with `all_sum` adding across devices.
 """
 
-from collections.abc import Callable
-import functools
-import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from models import transformer
+from models.moe import layer as moe_layer
 from training import state as state_lib
+from training.objectives import port
 from training.optimizer import average, spikes
 
 Metrics = dict[str, jax.Array]
-# (params, batch, apply) -> (loss summed, sums with 'weight'). Sums are scalars,
-# or counts [..., shares] of which evenness is reported.
-Objective = Callable[[Any, Any, Callable[..., Any]], tuple[jax.Array, Metrics]]
+# An instance of `port.Objective`, or a function with the signature of its
+# `__call__`.
+Objective = Callable[..., tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
 ]
@@ -35,10 +35,11 @@ def _identity(tree: Any) -> Any:
 
 
 def make_train_step(
-  model: nn.Module,
+  model: transformer.Transformer,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,
+  frozen_models: Mapping[str, transformer.Transformer] | None = None,
   num_microbatches: int = 1,
   ema_decay: float = 0.0,
   all_sum: Callable[[Any], Any] = _identity,
@@ -47,22 +48,27 @@ def make_train_step(
   """Builds the step, to be jitted once with its state donated.
 
   Args:
-    model: the transformer.
-    objective: returns sums over its batch, see `training.objectives`.
-    optimizer: optax.
+    model: the transformer that is trained.
+    objective: returns sums over its batch, see `training.objectives.port`.
+    optimizer: an optax transformation.
+    frozen_models: the other models that the objective needs, by name; their
+      weights are `state.frozen_params`.
     num_microbatches: how many parts the gradient is accumulated over.
-    ema_decay: of `state.average`, where there is one.
+    ema_decay: decay of `state.average`, if the run keeps one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
   """
   grad_fn = jax.value_and_grad(objective, has_aux=True)
 
-  def gradient_sums(params, batch, key):
-    apply = functools.partial(model.apply, rngs={'dropout': key})
-    (loss_sum, sums), grads = grad_fn(params, batch, apply)
-    return grads, {**sums, 'loss': loss_sum}
-
   def train_step(state, batch):
+    frozen = _frozen(frozen_models, state.frozen_params)
+
+    def gradient_sums(params, batch, key):
+      (loss_sum, sums), grads = grad_fn(
+        params, batch, port.Model(model, key), **frozen
+      )
+      return grads, {**sums, 'loss': loss_sum}
+
     key = shard_key(jax.random.fold_in(state.key, state.step))
     grads, sums = _accumulate(
       gradient_sums, state.params, batch, key, num_microbatches
@@ -102,47 +108,46 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: nn.Module,
+  model: transformer.Transformer,
   objective: Objective,
   *,
+  frozen_models: Mapping[str, transformer.Transformer] | None = None,
   all_sum: Callable[[Any], Any] = _identity,
-) -> Callable[[Any, Any], Metrics]:
-  """Builds `eval_step(params, batch) -> sums`: no dropout, nothing updated."""
+) -> Callable[..., Metrics]:
+  """Builds `eval_step(params, batch, frozen_params=None) -> sums`.
 
-  def eval_step(params, batch):
-    loss_sum, sums = objective(params, batch, model.apply)
+  Without dropout; nothing is updated. For the arguments, see
+  `make_train_step`; `frozen_params` are those of a state.
+  """
+
+  def eval_step(params, batch, frozen_params=None):
+    frozen = _frozen(frozen_models, frozen_params)
+    loss_sum, sums = objective(params, batch, port.Model(model), **frozen)
     return all_sum({**sums, 'loss': loss_sum})
 
   return eval_step
 
 
+def _frozen(models, params) -> dict[str, port.FrozenModel]:
+  """Joins frozen models to their weights, through which no gradient goes."""
+  return {
+    name: port.FrozenModel(
+      port.Model(model), jax.lax.stop_gradient(params[name])
+    )
+    for name, model in (models or {}).items()
+  }
+
+
 def _reported(sums, weight):
-  """Divides sums by the weight; of counts tells how even they are."""
+  """Divides scalar sums by the weight; tells how even arrays of counts are."""
   metrics = {}
   for name, value in sums.items():
     if value.ndim:
-      metrics |= _evenness(name, value)
+      for figure, how_even in moe_layer.load_evenness(value).items():
+        metrics[f'{name}_{figure}'] = how_even
     else:
       metrics[name] = value / weight
   return metrics
-
-
-def _evenness(name, counts_NE):
-  """Returns three figures of how evenly each row of counts is spread.
-
-  The largest and the smallest count of any layer, in multiples of an even
-  share (1 and 1 is even, E and 0 the other extreme), and the mean over layers
-  of the entropy over that of even shares (1 is even, 0 the other extreme).
-  """
-  num_shares = counts_NE.shape[-1]
-  total_N1 = jnp.sum(counts_NE, axis=-1, keepdims=True)
-  share_NE = counts_NE / jnp.maximum(total_N1, 1e-9)
-  entropy_N = jnp.sum(jax.scipy.special.entr(share_NE), axis=-1)
-  return {
-    f'{name}_max': jnp.max(share_NE) * num_shares,
-    f'{name}_min': jnp.min(share_NE) * num_shares,
-    f'{name}_entropy': jnp.mean(entropy_N) / math.log(num_shares),
-  }
 
 
 def _accumulate(gradient_sums, params, batch, key, num_microbatches):

@@ -1,4 +1,4 @@
-"""Our end of the pipe to the peer: starts `peer_worker` and gives it turns."""
+"""The process of a peer: starts `peer_worker` and gives it turns by a pipe."""
 
 import contextlib
 import importlib.util
@@ -14,13 +14,13 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 class PeerProcess(contextlib.AbstractContextManager):
-  """A running peer, built and warm; leaving the context ends it.
+  """A running peer, built and warmed up; leaving the context ends it.
 
   Args:
     spec: the workload and its shapes, see `peer_worker`.
 
   Raises:
-    ValueError: there is nothing to compare with here.
+    ValueError: no peer can run on this machine.
   """
 
   def __init__(self, spec: dict[str, Any]):
@@ -37,7 +37,7 @@ class PeerProcess(contextlib.AbstractContextManager):
     self.info = self._ask(spec)
 
   def turn(self) -> float:
-    """Lets the peer run once; returns the seconds it measured."""
+    """Lets the peer run once; returns the seconds that it measured."""
     return self._ask({})['seconds']
 
   def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class PeerProcess(contextlib.AbstractContextManager):
 
 
 def check_available() -> None:
-  """Raises ValueError, saying what to do, if no peer can be run."""
+  """Raises ValueError if no peer can run; its message has the fix."""
   missing = [
     name
     for name in ('torch', 'transformers')
@@ -78,7 +78,7 @@ def check_available() -> None:
 
 
 def check_same_size(info: dict[str, Any], num_params: int) -> None:
-  """Raises ValueError if the peer built a model of another size than ours."""
+  """Raises ValueError if the peer's model has not `num_params` parameters."""
   if info['num_params'] != num_params:
     raise ValueError(
       f'--peer: got {info["num_params"]} parameters, expected our {num_params};'

@@ -1,10 +1,11 @@
-"""The peer's side of a benchmark: transformers on torch, in its own process.
+"""The peer of a benchmark: transformers on torch, in a process of its own.
 
-Started by `benchmarks.peer.peer_process`, never by hand. Reads one JSON line
-that says what to build, answers when it is built and warm, then runs once for
-every further line it reads and answers with the seconds taken. Between turns it
-is blocked on the pipe: the thread pools of two frameworks in one process would
-take each other's cores.
+`benchmarks.peer.peer_process` starts it; do not start it by hand. It reads one
+JSON line with the workload, builds and warms up the model, and answers with a
+line. Then it runs once for every further line and answers with the seconds
+taken. Between turns it waits for the pipe and uses no core. It is a process of
+its own because the thread pools of two frameworks in one process would compete
+for the cores.
 
 torch eager, float32, every core, transformers' default attention (sdpa).
 """
@@ -21,7 +22,7 @@ import transformers  # pyright: ignore[reportMissingImports]
 
 
 def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
-  """GPT-2 and the function that takes `steps` optimizer steps with it."""
+  """Returns GPT-2, and a function that takes `steps` optimizer steps."""
   config = transformers.GPT2Config(
     **spec['model'],
     resid_pdrop=0.0,
@@ -32,7 +33,7 @@ def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
     eos_token_id=None,
   )
   model = transformers.GPT2LMHeadModel(config).train()
-  # The fused implementation is the fastest one and the Trainer's default.
+  # The fused implementation is the fastest, and the Trainer's default.
   optimizer = torch.optim.AdamW(
     model.parameters(), **spec['optimizer'], fused=True
   )
@@ -42,8 +43,8 @@ def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
 
   def run():
     for _ in range(spec['steps']):
-      # The loss of transformers would shift the targets and so train on one
-      # token per row less than we do.
+      # transformers' own loss shifts the targets, and so would train on one
+      # token per row less than our side.
       logits_BTV = model(input_ids=tokens_BT).logits
       loss = torch.nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1), targets_BT.flatten()
@@ -57,14 +58,14 @@ def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
 
 
 def _generate_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
-  """Llama and the function that greedily continues a prompt with it."""
+  """Returns Llama, and a function that continues one prompt greedily."""
   batch = {'prompts': [spec['prompt']], 'new_tokens': spec['new_tokens']}
   return _serve_llama({'model': spec['model'], 'batches': [batch]})
 
 
 def _serve_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
-  """Llama and the function that greedily continues batches of prompts."""
-  # Without an end-of-text id, because random weights would stop anywhere.
+  """Returns Llama, and a function that continues batches greedily."""
+  # No end-of-text id: random weights would stop at any token.
   config = transformers.LlamaConfig(
     **spec['model'], bos_token_id=None, eos_token_id=None, pad_token_id=0
   )
@@ -101,8 +102,8 @@ _WORKLOADS = {
 
 
 def main() -> None:
-  """Builds what the first line asks for, then runs once per line."""
-  # Answers go to the real stdout; whatever a library prints goes to stderr.
+  """Builds the workload of the first line, then runs once per line."""
+  # Answers go to the real stdout; prints of libraries go to stderr.
   answers = os.fdopen(os.dup(1), 'w', buffering=1)
   os.dup2(2, 1)
   spec = json.loads(sys.stdin.readline())

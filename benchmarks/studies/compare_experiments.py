@@ -1,19 +1,20 @@
-"""Experiments beside each other, over seeds: which is better?
+"""A paired comparison of experiments over seeds, with confidence intervals.
 
     E=experiments/muon_against_adamw.py
-    python -m benchmarks.studies.compare_experiments
-    --experiments=$E:adamw,$E:muon \
+    python -m benchmarks.studies.compare_experiments \
+      --experiments=$E:adamw,$E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
 
-Trains every experiment with every seed as `train.py` would (each run has a
-workdir below --workdir, named after the experiment: the same command goes on
-after an interruption, and another one shares what it has in common), and prints
-the validation losses, and of each the difference to the first. Seeds are
-paired: a seed gives both sides the same order of data, and the same initial
-weights where the models are the same, so what they share cancels. The interval
-is Student's, at 95 %, over seeds; `seeds to resolve` is how many pairs a test
-at that level needs to see the measured difference four times out of five
-(normal approximation, two-sided).
+Trains every experiment with every seed as `train.py` would. Prints the
+validation losses, and their differences to the first experiment. Each run has a
+workdir below --workdir, named after the experiment: the same command resumes
+after an interruption, and another comparison reuses finished runs.
+
+Seeds are paired. A seed gives both sides the same order of data, and the same
+initial weights if the models are the same, so that common noise cancels. The
+interval is Student's, at 95 %, over seeds. `seeds to resolve` is the number of
+pairs with which a test at that level would see the measured difference four
+times out of five (normal approximation, two-sided).
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ import rich.console
 from scipy import stats
 
 from benchmarks.studies import figure, study_flags
+from checks import expect
 from hardware import host_memory
 from training import experiment as experiment_lib, run
 from training.reporting import metrics
@@ -36,17 +38,17 @@ from training.reporting import metrics
 _EXPERIMENTS = flags.DEFINE_list(
   'experiments',
   None,
-  'FILE:VARIANT of each; the first is what the others are compared with.',
+  'FILE:VARIANT of each experiment; others are compared with the first.',
   required=True,
 )
 _NUM_SEEDS = 5
 _LEVEL, _POWER = 0.95, 0.8
-_SMOOTHED_STEPS = 10  # averaged per point of a curve
+_SMOOTHED_STEPS = 10  # averaged into one point of a curve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-  """What a run came to."""
+  """The result of a run."""
 
   losses: list[float]  # of training, nats per token, one per step
   validation_loss: float  # nats per token, of the last step
@@ -55,11 +57,11 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-  """A paired difference over seeds, and how well it is known."""
+  """A paired difference over seeds, with its uncertainty."""
 
   mean: float
   half_width: float  # of the 95 % interval
-  seeds_to_resolve: float  # infinite where no difference was seen
+  seeds_to_resolve: float  # infinite if the measured difference is zero
 
   @property
   def is_resolved(self) -> bool:
@@ -71,7 +73,7 @@ def load(place: str) -> experiment_lib.Experiment:
   """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
 
   Raises:
-    ValueError: there is no such file, or no such variant in it.
+    ValueError: the file or the variant does not exist.
   """
   path, _, variant = place.partition(':')
   if not pathlib.Path(path).is_file():
@@ -90,7 +92,7 @@ def load(place: str) -> experiment_lib.Experiment:
 def train(
   experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> Trained | None:
-  """Trains, or goes on, in `workdir`; None if a signal stopped the run."""
+  """Trains or resumes in `workdir`; None if a signal stopped the run."""
   result = run.run(experiment, workdir, rich.console.Console(quiet=True))
   if result.exit_code:
     return None
@@ -109,8 +111,7 @@ def difference(side: Sequence[float], reference: Sequence[float]) -> Difference:
   Raises:
     ValueError: fewer than two pairs.
   """
-  if len(side) < 2:
-    raise ValueError(f'difference: got {len(side)} pairs, expected at least 2')
+  expect.at_least('pairs of runs', len(side), 2, 'raise --seeds')
   gaps = [a - b for a, b in zip(side, reference, strict=True)]
   mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
   quantile = float(stats.t.ppf((1 + _LEVEL) / 2, len(gaps) - 1))
@@ -123,7 +124,7 @@ def difference(side: Sequence[float], reference: Sequence[float]) -> Difference:
 
 
 def report(runs: dict[str, list[Trained]]) -> str:
-  """Returns a table of losses and of differences to the first variant."""
+  """Returns the table of losses and of differences to the first variant."""
   lines = [
     '| variant | validation loss, by seed | mean | bits/byte | difference |',
     '|---|---|---|---|---|',
@@ -154,7 +155,7 @@ def _difference_cell(trained: list[Trained], reference: list[Trained]) -> str:
     f'{found.mean:+.4f} +- {found.half_width:.4f} ({verdict};'
     f' {math.ceil(found.seeds_to_resolve)} seeds to resolve)'
     if math.isfinite(found.seeds_to_resolve)
-    else 'none at all'
+    else 'no difference'
   )
 
 
@@ -179,7 +180,7 @@ def curves(runs: dict[str, list[Trained]]) -> figure.Panel:
 
 
 def _averaged(losses: list[float], width: int) -> np.ndarray:
-  """Returns means of `width` steps each; a rest at the end is left out."""
+  """Returns means of `width` steps each, without an incomplete last one."""
   num_points = len(losses) // width
   return np.reshape(losses[: num_points * width], (-1, width)).mean(axis=1)
 
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> int:
   """Trains every variant with every seed and prints the comparison."""
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  # Orbax reports and warns at length about saves that went well.
+  # Orbax logs many lines, warnings included, about successful saves.
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()
   kept = pathlib.Path(study_flags.required_workdir())
@@ -202,7 +203,7 @@ def main(argv: list[str]) -> int:
       workdir = kept / f'{experiment.name}-seed{seed}'
       trained = train(experiment, workdir)
       if trained is None:
-        print('stopped; the same command goes on from here')
+        print('stopped; the same command resumes from here')
         return 1
       print(
         f'{variant} seed {seed}: {trained.validation_loss:.4f} nats/token,'

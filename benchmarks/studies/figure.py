@@ -1,7 +1,7 @@
-"""Figures of the notebook: lines on axes, saved as small SVG files.
+"""Line charts for the notebook, saved as small SVG files.
 
-Text stays text and ids are fixed, so that a figure drawn again from the same
-numbers is the same file, and a change shows in a diff.
+Text stays text and ids are fixed. The same numbers give the same file, so that
+a change of numbers shows in a diff.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-  """One line: points, and how far values spread around each of them."""
+  """One line: its points, and the range of values around each point."""
 
   x: Sequence[float]
   y: Sequence[float]
@@ -26,7 +26,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-  """One pair of axes with its lines, by their label."""
+  """One pair of axes, and its lines by label."""
 
   title: str
   x_label: str
@@ -40,7 +40,7 @@ def save(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
   """Draws panels side by side, sharing the y axis, into an SVG file.
 
   Raises:
-    ValueError: matplotlib is not installed, or there is nothing to draw.
+    ValueError: matplotlib is not installed, or a panel has no lines.
   """
   if not panels or not all(panel.lines for panel in panels):
     raise ValueError(
@@ -61,7 +61,7 @@ def save(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
     'path.simplify_threshold': 0.5,
   }
   with matplotlib.rc_context(settings):
-    # Not pyplot: no window system is asked for, no figure is kept.
+    # Without pyplot, which would look for a display and keep every figure.
     drawn = matplotlib_figure.Figure(
       figsize=(1 + 4 * len(panels), 3.4), layout='constrained'
     )

@@ -1,12 +1,12 @@
-"""What training with 8-bit products costs in loss: execution.matmul, compared.
+"""The loss gap of training with 8-bit products: a study of execution.matmul.
 
     python -m benchmarks.studies.matmul_loss_gap --text=tiny_shakespeare.txt
 
-Trains the same small byte model on the same batches from the same seeds with
-float, int8 and fp8 products, and prints the loss on a held-out tenth of the
-text. `gap` is the mean over seeds of the difference to the float run of the
-same seed, with its standard error: seeds are paired, so that what they share
-cancels. CPUs emulate 8-bit products: nothing here says anything about speed.
+Trains the same small byte model on the same batches and seeds with float, int8
+and fp8 products. Prints the loss on a held-out tenth of the text. `gap` is the
+mean over seeds of the difference to the float run of the same seed, with its
+standard error. Seeds are paired, so that common noise cancels. CPUs emulate
+8-bit products: this study says nothing about speed.
 """
 
 import statistics
@@ -28,7 +28,7 @@ ROWS, LENGTH, EVAL_ROWS = 16, 64, 512
 
 
 def experiment(matmul: str, num_steps: int) -> experiment_lib.Experiment:
-  """Returns two layers of width 64 over bytes: 0.1M parameters."""
+  """Returns the experiment: two layers of width 64 over bytes, 0.1M params."""
   return experiment_lib.Experiment(
     name='matmul_loss_gap',
     model=presets.llama(
@@ -46,7 +46,7 @@ def experiment(matmul: str, num_steps: int) -> experiment_lib.Experiment:
 
 
 def batch(bytes_L: np.ndarray, starts_B: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns rows of the text, as `data.batches` would lay them out."""
+  """Returns rows of the text in the format of `data.batches`."""
   rows = bytes_L[starts_B[:, None] + np.arange(LENGTH + 1)[None, :]]
   shape = len(starts_B), LENGTH
   return {
@@ -59,7 +59,7 @@ def batch(bytes_L: np.ndarray, starts_B: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def held_out_losses(text: bytes, matmul: str, num_steps: int, num_seeds: int):
-  """Returns the loss in nats per byte after training, one per seed."""
+  """Returns the held-out loss after training in nats per byte, per seed."""
   learner = learner_lib.make(experiment(matmul, num_steps), jax.devices()[:1])
   train_step = learner.compile_train_step()
   eval_step = learner.compile_eval_step()

@@ -1,14 +1,15 @@
-"""Where the best learning rate lies, by width, with muP and without.
+"""The best learning rate by width, with muP and without.
 
-    python -m benchmarks.studies.mup_transfer --workdir=runs/mup
-    --figure=runs/mup.svg
+    python -m benchmarks.studies.mup_transfer --workdir=runs/mup \
+      --figure=runs/mup.svg
 
-Runs `experiments/mup_transfer.py` over widths and learning rates and prints the
-validation loss of each, and the optimum of each width: the lowest point of the
-parabola through the best learning rate and its two neighbours, in log2. Results
-are appended to a file in --workdir as they come: the same command goes on after
-an interruption. One program is compiled per model: the update of Adam without
-weight decay is proportional to the learning rate, which becomes an argument.
+Runs `experiments/mup_transfer.py` over widths and learning rates. Prints the
+validation loss of each run and the optimum of each width: the lowest point of
+the parabola through the best learning rate and its two neighbours, in log2.
+Results are appended to a file in --workdir as they come; the same command
+resumes after an interruption. One program is compiled per model: the update of
+Adam without weight decay is proportional to the learning rate, which is an
+argument of the program.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from training import (
 )
 
 _WIDTHS = flags.DEFINE_list(
-  'widths', [str(width) for width in mup_transfer.WIDTHS], 'Of the models.'
+  'widths', [str(width) for width in mup_transfer.WIDTHS], 'Model widths.'
 )
 _LOG2_RATES = flags.DEFINE_list(
   'log2_rates',
@@ -53,10 +54,11 @@ Losses = dict[tuple[str, int, int], list[float]]
 
 
 class Model:
-  """A model of the grid, compiled once for every learning rate."""
+  """A model of the grid, compiled once for all learning rates."""
 
   def __init__(self, experiment: experiment_lib.Experiment):
     learner = learner_lib.make(experiment, jax.devices()[:1])
+    # The update of learning rate 1, scaled by an argument of the program.
     self._optimizer = optax.chain(
       learner.optimizer, optax.inject_hyperparams(optax.scale)(step_size=1.0)
     )
@@ -78,7 +80,7 @@ class Model:
     batches: Sequence[batches_lib.Batch],
     eval_batches: Sequence[batches_lib.Batch],
   ) -> float:
-    """Returns the validation loss after training on the batches, nats/token."""
+    """Returns the validation loss after training on `batches`, nats/token."""
     state = jax.jit(
       lambda key: state_lib.init(self._model, self._optimizer, key)
     )(jax.random.key(seed))
@@ -97,18 +99,19 @@ def optimum(rates: Sequence[int], losses: Sequence[float]) -> float | None:
 
   Args:
     rates: log2 of the learning rates, ascending and one apart.
-    losses: of each, the mean over seeds; not finite where training diverged.
+    losses: mean over seeds per rate; not finite if training diverged.
   """
   finite = np.where(np.isfinite(losses), losses, np.inf)
   best = int(np.argmin(finite))
   if best in (0, len(losses) - 1) or not np.isfinite(losses[best + 1]):
     return None
+  # The vertex of the parabola through three points that are one apart.
   left, middle, right = finite[best - 1 : best + 2]
   return rates[best] + 0.5 * (left - right) / (left - 2 * middle + right)
 
 
 def panels(losses: Losses, rates: Sequence[int]) -> list[figure.Panel]:
-  """Returns loss by learning rate, a line per width and a panel per kind."""
+  """Returns panels of loss over learning rate: one per kind, lines by width."""
   titles = {'standard': 'standard parametrisation', 'mup': 'muP'}
   finite = [v for vs in losses.values() for v in vs if np.isfinite(v)]
   lowest = min(finite)
@@ -135,7 +138,7 @@ def panels(losses: Losses, rates: Sequence[int]) -> list[figure.Panel]:
 def measure(
   workdir: pathlib.Path, widths: Sequence[int], rates: Sequence[int]
 ) -> Losses:
-  """Trains what is not yet in the workdir's file and returns everything."""
+  """Trains the runs missing in the workdir's file; returns all losses."""
   workdir.mkdir(parents=True, exist_ok=True)
   kept = workdir / 'losses.jsonl'
   known = _read(kept)
@@ -154,7 +157,7 @@ def measure(
 
 
 def _measure_model(experiment, place, rates, known, kept) -> None:
-  """Adds what is missing of one model to `known` and to the file."""
+  """Adds the missing runs of one model to `known` and to the file."""
   missing = [
     (rate, seed)
     for seed in range(_num_seeds())
@@ -164,7 +167,7 @@ def _measure_model(experiment, place, rates, known, kept) -> None:
   if not missing:
     return
   experiment.num_steps = study_flags.STEPS.value or _NUM_STEPS
-  # The learning rate is an argument of the program, see Model.
+  # The learning rate is an argument of the program, see `Model`.
   experiment.optimizer.peak_lr = 1.0
   experiment.validate()
   model = Model(experiment)
@@ -191,7 +194,7 @@ def _read(path: pathlib.Path) -> dict[tuple[str, int, int, int], float]:
 
 
 def _batches(experiment, seed, workdir):
-  """Returns the batches of a run and those that it is evaluated on."""
+  """Returns the training batches and the evaluation batches of a run."""
   experiment = dataclasses.replace(experiment, seed=seed)
   parts = assemble.assemble(experiment, workdir)
   batches = list(itertools.islice(parts.batches, experiment.num_steps))
@@ -203,7 +206,7 @@ def main(argv: list[str]) -> None:
   """Measures the grid and prints losses and optima."""
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  # TFDS tells what it loads, twice.
+  # TFDS logs every data set that it loads, twice.
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()
   widths = [int(width) for width in _WIDTHS.value]

@@ -1,28 +1,27 @@
-"""Flags of the studies that train many small models; absl knows each name once.
+"""Flags of the studies in this folder, which train many small models.
 
-benchmarks/studies/compare_experiments.py, mup_transfer.py, matmul_loss_gap.py.
+They are defined here because absl allows a name only once per process, and
+tests import all studies.
 """
 
 from absl import flags
 
 WORKDIR = flags.DEFINE_string(
-  'workdir', '', 'Where runs or results are kept, and gone on with.'
+  'workdir', '', 'Directory that keeps runs or results, to resume from.'
 )
-FIGURE = flags.DEFINE_string('figure', '', 'An SVG file to draw.')
+FIGURE = flags.DEFINE_string(
+  'figure', '', 'An SVG file to write; none if empty.'
+)
 SEEDS = flags.DEFINE_integer(
-  'seeds', 0, 'Runs of each kind; 0: as many as its page says.', lower_bound=0
+  'seeds', 0, "Runs of each kind; 0: the study's own number.", lower_bound=0
 )
 STEPS = flags.DEFINE_integer(
-  'steps', 0, 'Of each run; 0: as many as its page says.', lower_bound=0
+  'steps', 0, "Steps of each run; 0: the study's own number.", lower_bound=0
 )
 
 
 def required_workdir() -> str:
-  """Returns --workdir.
-
-  Raises:
-    ValueError: it was not given.
-  """
+  """Returns --workdir; raises ValueError without one."""
   if not WORKDIR.value:
     raise ValueError(
       '--workdir: got none, expected a directory to keep results in, as in'

@@ -1,11 +1,11 @@
-"""TFDS builder `python_stdlib`: Python's standard library, one file a document.
+"""TFDS builder `python_stdlib`: Python's standard library, one document a file.
 
-Real text that every machine with Python already has: the source files of the
-running interpreter's standard library without its tests, 12 MB. It is what the
-quickstart trains on without a download.
+The documents are the source files of the running interpreter's standard library
+without its tests: 12 MB of real text that every machine with Python has. The
+quickstart trains on them without a download.
 
-Each interpreter version is a builder config ('cpython_3.11.7'), so the data of
-two interpreters never mix.
+Each interpreter version is a builder config of its own ('cpython_3.11.7'), so
+the data of two interpreters never mix.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,16 @@ import sysconfig
 from absl import logging
 import tensorflow_datasets as tfds
 
-# Tests, what is installed on top of the library, and what describes the
-# machine the interpreter was built on rather than being library source.
+# Directories of tests and of installed packages. Files with these prefixes
+# describe the machine that the interpreter was built on.
 _SKIPPED_DIRS = frozenset(
   ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages')
 )
 _SKIPPED_PREFIXES = ('_sysconfigdata', 'config-')
 
-# Character maps, generated and alike but for a few lines: with some of them
-# held out, 37 % of the 13-grams of the validation split were trained on.
+# Character maps: generated files that differ in a few lines. All of them are in
+# the training split. With some of them in the validation split, 37 % of its
+# 13-grams were in the training split.
 _TRAINED_ON = 'encodings/'
 
 # Cumulative share of the documents.
@@ -85,14 +86,14 @@ def documents_under(root: pathlib.Path) -> Iterator[tuple[str, str]]:
     ):
       continue
     try:
-      # Bytes, not text mode, which would rewrite line ends.
+      # As bytes: text mode would change line ends.
       yield relative.as_posix(), path.read_bytes().decode('utf-8')
     except UnicodeDecodeError:
       logging.warning('python_stdlib: left out %s, it is not UTF-8', path)
 
 
 def split_of(key: str) -> str:
-  """Returns the split of a document, a function of its path alone."""
+  """Returns the split of a document; it depends on the path only."""
   if key.startswith(_TRAINED_ON):
     return 'train'
   digest = hashlib.sha256(key.encode('utf-8')).digest()

@@ -1,9 +1,9 @@
 """TFDS builder `tiny_shakespeare`: 1.1 MB of Shakespeare's plays.
 
-The corpus of char-rnn and of nanoGPT's `shakespeare_char`. One document per
-split, cut as TFDS's own builder does: the first 90 % of the characters, the
-next 5 %, the rest. That one needs TensorFlow and always downloads; this one
-needs neither when the file is there.
+The corpus of char-rnn and of nanoGPT's `shakespeare_char`. Each split is one
+document, as in TFDS's own builder: the first 90 % of the characters, the next
+5 %, and the rest. TFDS's builder needs TensorFlow and always downloads. This
+builder needs no TensorFlow, and no download if the file is there.
 
 Reference: Karpathy 2015, https://github.com/karpathy/char-rnn
 """
@@ -27,7 +27,7 @@ _TIMEOUT_S = 20
 
 
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
-  """Tiny Shakespeare, from a file that `find_or_download` checked."""
+  """Tiny Shakespeare, from a file that `find_or_download` has verified."""
 
   VERSION = tfds.core.Version('1.0.0')
 
@@ -46,7 +46,8 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # find_or_download fails in seconds where TFDS takes 205
+    # find_or_download reports a failed download after seconds, TFDS after 205.
+    del dl_manager
     text = self._text_path.read_bytes().decode('utf-8')
     train_end = int(len(text) * 0.9)
     validation_end = train_end + int((len(text) - train_end) * 0.5)
@@ -63,14 +64,16 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
 
 
 def find_or_download(path: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Returns a verified copy of the text.
+  """Returns the path of a verified copy of the text.
 
-  Looked for at `path` (a file, or a directory that holds it) if given, else in
-  `data_dir`; only then downloaded into `data_dir`.
+  Args:
+    path: the file, or a directory that has it; '' looks into `data_dir`, and
+      downloads the file if it is not there.
+    data_dir: where a download is kept.
 
   Raises:
-    FileNotFoundError: it is not there and cannot be downloaded.
-    ValueError: a file is there, but it is another text.
+    FileNotFoundError: there is no such file, or the download failed.
+    ValueError: the file has another text.
   """
   place = pathlib.Path(path).expanduser() if path else data_dir
   candidates = [place / name for name in _FILE_NAMES]
@@ -89,7 +92,7 @@ def find_or_download(path: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def _download(target: pathlib.Path) -> pathlib.Path:
-  """Downloads the text to `target`."""
+  """Downloads the text to `target`, and verifies it."""
   try:
     with urllib.request.urlopen(URL, timeout=_TIMEOUT_S) as response:
       data = response.read()

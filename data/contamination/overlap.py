@@ -1,18 +1,19 @@
-"""Evaluation text that is in the training text, too: n-grams they share.
+"""The overlap of training and evaluation text: the n-grams that both have.
 
-A run looks for the evaluation split's n-grams of tokens in each of its training
-sources before it starts, once for each pair of token stores, and warns. Files
-are compared from the command line by their words, whatever the tokenizer:
+Before a run starts, it looks for the n-grams of tokens of the evaluation split
+in each training source, and warns. The result is kept for each pair of token
+stores. The command line compares files by their words, whatever the tokenizer:
 
     python -m data.contamination --train='corpus/train-*.parquet' \
       --eval=corpus/validation.jsonl
 
-which are lower-cased and freed of punctuation, 13 at a time, as GPT-3's authors
-did (Brown et al. 2020, arXiv:2005.14165, appendix C). Runs take 13 tokens, a
-little less text, or 50 single bytes, as GPT-4's (OpenAI 2023, arXiv:2303.08774,
-appendix C). A document of which at least 80 % is found counts as copied, as in
-Llama 2 (Touvron et al. 2023, arXiv:2307.09288, appendix A.6). Natural text
-shares some n-grams with any other: names, quotations, licences.
+Words are lower-cased and without punctuation. An n-gram has 13 words, as for
+GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C). A run takes n-grams of
+13 tokens, which are a little less text, or of 50 bytes with a byte tokenizer,
+as for GPT-4 (OpenAI 2023, arXiv:2303.08774, appendix C). A document counts as
+copied if at least 80 % of its n-grams are found, as for Llama 2 (Touvron et al.
+2023, arXiv:2307.09288, appendix A.6). Any two natural texts share some n-grams:
+names, quotations, licences.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,28 +32,28 @@ from text import tokenizer as tokenizer_lib
 
 TOKENS, BYTES, WORDS = 13, 50, 13
 _COPIED = 0.8
-# Tokens, words or documents that are looked at together.
+# Tokens or documents of one pass; a pass over words has about as many.
 _PIECE = 2**20
 _PUNCTUATION = re.compile(r'[^\w\s]+')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlap:
-  """What a training source has of an evaluation text."""
+  """The part of an evaluation text that a training source has."""
 
-  source: str  # its name
-  ngram: int
-  unit: str  # an n-gram is so many of: tokens | words
-  num_documents: int  # of the evaluation text; empty ones left out
-  num_touched: int  # with an n-gram that is found
-  num_copied: int  # with nearly all of them found
-  num_ngrams: int
-  num_found: int
-  most_copied: list[int]  # indices of some that are
+  source: str  # name of the training source
+  ngram: int  # length of an n-gram, in units
+  unit: str  # tokens | words
+  num_documents: int  # of the evaluation text, without empty documents
+  num_touched: int  # documents with at least one n-gram found
+  num_copied: int  # documents with at least 80 % of their n-grams found
+  num_ngrams: int  # of the evaluation text
+  num_found: int  # n-grams that are in the training text
+  most_copied: list[int]  # indices of the first copied documents, at most 5
 
   @property
   def share(self) -> float:
-    """Returns the share of n-grams that are found."""
+    """Returns the share of n-grams that were found."""
     return self.num_found / max(self.num_ngrams, 1)
 
   def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Overlap:
 
 
 def default_ngram(tokenizer: tokenizer_lib.Tokenizer) -> int:
-  """Returns how many tokens count as copied."""
+  """Returns the length of n-grams, in tokens of `tokenizer`."""
   return BYTES if tokenizer.kind == 'byte' else TOKENS
 
 
@@ -74,12 +75,21 @@ def between_stores(
   evaluated: token_store.TokenStore,
   ngram: int,
 ) -> Overlap:
-  """Returns what two stores of one tokenizer share, from a file if known."""
+  """Returns the overlap of two stores of one tokenizer.
+
+  The result is kept in a file beside the training tokens.
+
+  Args:
+    train: the training tokens.
+    evaluated: the evaluation tokens.
+    ngram: length of n-grams, in tokens.
+  """
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
   if path.is_file():
     return Overlap(**(json.loads(path.read_text()) | {'source': train.name}))
   documents = ngrams.Documents(*_text_of(evaluated), ngram)
   for first in range(0, train.num_ids, _PIECE):
+    # Pieces overlap, so that no n-gram is missed at a border.
     piece_N = train.ids_N[first : first + _PIECE + ngram - 1]
     documents.mark(row_order.splitmix64(piece_N))
   for first in range(0, train.num_documents, _PIECE):
@@ -92,14 +102,22 @@ def between_stores(
 def between_texts(
   train: Iterable[str], evaluated: Iterable[str], ngram: int, name: str
 ) -> Overlap:
-  """Returns what two texts share, by their words."""
+  """Returns the overlap of two texts, by their words.
+
+  Args:
+    train: the training documents.
+    evaluated: the evaluation documents.
+    ngram: length of n-grams, in words.
+    name: of the training text, in the result.
+  """
   words, edges = _words(evaluated)
   documents = ngrams.Documents(words, edges, ngram)
   texts = iter(train)
   while piece := list(_some(texts)):
     words_N, edges_D = _words(piece)
     documents.mark_documents(words_N, edges_D)
-    # No word has this number but by chance: no n-gram spans two documents.
+    # 0 is the code of no word, except by chance. Between two documents, it
+    # keeps n-grams from spanning both.
     documents.mark(np.insert(words_N, edges_D[1:-1], np.uint64(0)))
   return _overlap(documents, name, 'words')
 
@@ -107,7 +125,10 @@ def between_texts(
 def _text_of(
   store: token_store.TokenStore, first: int = 0, end: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns codes of some documents, bos and eos left out, and their edges."""
+  """Returns the codes of documents `first` to `end`, and their edges.
+
+  Codes are without bos and eos; both results are as `ngrams.Documents` wants.
+  """
   starts_D = store.starts_D[first : None if end is None else end + 1]
   edges_D = starts_D + np.arange(first, first + len(starts_D))
   codes_N = row_order.splitmix64(store.ids_N[edges_D[0] : edges_D[-1]])
@@ -137,27 +158,27 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
 
 
 def _write(path: pathlib.Path, overlap: Overlap) -> None:
-  # A store that may only be read: the overlap is looked for again next time.
+  # In a read-only store, the next run looks for the overlap again.
   with contextlib.suppress(OSError):
     atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:
-  """Yields texts until there is enough for one pass."""
+  """Yields texts until they are enough for one pass."""
   num_chars = 0
   for text in texts:
     yield text
     num_chars += len(text)
-    if num_chars > _PIECE * 4:
+    if num_chars > _PIECE * 4:  # about _PIECE short words
       return
 
 
 def _words(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns uint64 codes of all words, and int64 edges of the texts."""
+  """Returns codes of all words, uint64, and edges of the texts, int64."""
   codes, edges = [], [0]
   for text in texts:
     words = _PUNCTUATION.sub('', text.lower()).split()
-    # Python's hash is drawn anew by every process, which no one needs to know.
+    # Hashes of str differ between processes; these are never stored.
     codes.append(np.fromiter(map(hash, words), np.int64, len(words)))
     edges.append(edges[-1] + len(words))
   joined_N = np.concatenate([*codes, np.zeros(0, np.int64)])

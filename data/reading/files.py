@@ -1,4 +1,4 @@
-"""Which files a `path` and a split stand for: file, directory or glob."""
+"""Paths to files: resolves a file, a directory or a glob, for one split."""
 
 import glob
 import os
@@ -12,21 +12,21 @@ def resolve(path: str, split: str, suffix: str) -> list[pathlib.Path]:
   """Returns the files of `split`, sorted.
 
   Args:
-    path: a file, a directory (searched below, hidden files left out) or a
+    path: a file, a directory (searched recursively, without hidden files) or a
       glob; '{split}' in it stands for the split's name.
-    split: its name; 'all' where `path` has no '{split}'.
-    suffix: of the files wanted from a directory, such as '.jsonl'.
+    split: name of the split; must be 'all' if `path` has no '{split}'.
+    suffix: ending of the files to take from a directory, such as '.jsonl'.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: no such split, or `path` cannot tell splits apart.
+    FileNotFoundError: there is no such file.
+    ValueError: there is no such split, or `path` has no '{split}' for it.
   """
   if not path:
     raise ValueError('path is empty, expected a file, a directory or a glob')
   if SPLIT not in path:
     if split != 'all':
-      # Reading the whole file for every split would evaluate on what was
-      # trained on.
+      # Without '{split}', every split would be the same files: evaluation text
+      # would be training text.
       raise ValueError(
         f"path {path!r} has no '{SPLIT}', so split {split!r} cannot be told "
         f"from others; put '{SPLIT}' into the path or set the split to 'all'"
@@ -50,7 +50,7 @@ def resolve(path: str, split: str, suffix: str) -> list[pathlib.Path]:
 
 def _match(pattern: str, suffix: str) -> list[pathlib.Path]:
   """Returns the files that `pattern` names, sorted."""
-  # A name with '[' in it is a name before it is a glob.
+  # An existing name is taken as it is, even with '[' or '*' in it.
   names = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
   found = []
   for path in map(pathlib.Path, names):
@@ -73,8 +73,9 @@ def _available(pattern: str) -> list[str]:
   """Returns the names that '{split}' in `pattern` could take."""
   expression = re.escape(pattern).replace(r'\*', '[^/]*').replace(r'\?', '.')
   marker = re.escape(SPLIT)
-  # The first one captures, the others must repeat what it captured; reluctant,
-  # so that 'train-00000.parquet' of '{split}-*.parquet' gives 'train'.
+  # The first '{split}' captures the name, and later ones must repeat it. The
+  # match is reluctant, so that 'train-00000.parquet' of '{split}-*.parquet'
+  # gives 'train'.
   expression = expression.replace(marker, '(?P<split>[^/]+?)', 1)
   expression = expression.replace(marker, '(?P=split)')
   matches = (

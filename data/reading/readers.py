@@ -1,8 +1,8 @@
-"""Random access to documents on disk: TFDS directories, JSONL, Parquet, text.
+"""Readers: random access to documents in TFDS, JSON Lines, Parquet and text.
 
-The classes behind the functions of `data/sources.py`. Each holds file names and
-offsets only, so it pickles small, may be read from several threads, and keeps
-no file open. Errors name the file and the line or row.
+The functions of `data/sources.py` return these classes. A reader holds file
+names and offsets only. Its pickle is therefore small, several threads may read
+it, and it keeps no file open. Errors name the file and the line or row.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,20 @@ import tensorflow_datasets as tfds
 
 
 class Tfds:
-  """A prepared TFDS dataset in ArrayRecord, read without TensorFlow."""
+  """A prepared TFDS dataset in ArrayRecord format, read without TensorFlow."""
 
   def __init__(self, directory: str | os.PathLike, split: str, text_key: str):
-    """Opens `split`, any TFDS split expression, of a prepared `directory`.
+    """Opens a split of a prepared dataset.
+
+    Args:
+      directory: the directory of its version, with dataset_info.json.
+      split: a TFDS split expression.
+      text_key: the feature that holds a document's text.
 
     Raises:
       FileNotFoundError: nothing is prepared in `directory`.
-      ValueError: there is no such split or feature, or it is no ArrayRecord.
+      ValueError: there is no such split or feature, or the files are not
+        ArrayRecord.
     """
     directory = pathlib.Path(directory).expanduser()
     if not (directory / 'dataset_info.json').is_file():
@@ -53,7 +59,7 @@ class Tfds:
         f'{str(directory)!r} is stored as {builder.info.file_format}, expected '
         "array_record; prepare it with file_format='array_record'"
       ) from None
-    except (ValueError, AssertionError) as error:  # what TFDS's parser raises
+    except (ValueError, AssertionError) as error:  # from TFDS's split parser
       raise ValueError(
         f'no split {split!r} in {str(directory)!r} '
         f'({" ".join(str(error).split())}); available: '
@@ -68,7 +74,7 @@ class Tfds:
     return len(self._examples)
 
   def fingerprint(self) -> str:
-    """Returns what changes when the documents do."""
+    """Returns a string that changes when the documents change."""
     files = sorted(path for path in self._directory.iterdir() if path.is_file())
     return f'tfds {self._split} {self._text_key} {_describe(files)}'
 
@@ -88,31 +94,31 @@ class Tfds:
 
 
 class Jsonl:
-  """JSON Lines files: an object per line, its text under one key."""
+  """JSON Lines files: one object per line, with the text under one key."""
 
   def __init__(self, files: Sequence[pathlib.Path], text_key: str):
-    """Indexes the lines of `files`; blank lines are no documents."""
+    """Indexes the lines of `files`; blank lines are skipped."""
     self._files = list(files)
     self._text_key = text_key
-    rows = [
+    lines = [
       (file_index, line_number, offset)
       for file_index, file in enumerate(self._files)
       for line_number, offset in _line_offsets(file)
     ]
-    # One array [documents, 3], 24 bytes per document.
-    self._rows = np.array(rows, np.int64).reshape(-1, 3)
+    # One int64 array [documents, 3], so that a document costs 24 bytes.
+    self._lines = np.array(lines, np.int64).reshape(-1, 3)
     _check_not_empty(self, ', '.join(map(str, self._files)))
-    self[0]  # a wrong text_key shows here rather than during training
+    self[0]  # a wrong text_key is an error here, not during training
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return len(self._lines)
 
   def fingerprint(self) -> str:
-    """Returns what changes when the documents do."""
+    """Returns a string that changes when the documents change."""
     return f'jsonl {self._text_key} {_describe(self._files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
-    file_index, line_number, offset = self._rows[index].tolist()
+    file_index, line_number, offset = self._lines[index].tolist()
     file = self._files[file_index]
     place = f'{file}:{line_number}'
     with file.open('rb') as stream:
@@ -138,11 +144,11 @@ class Jsonl:
 
 
 class Parquet:
-  """Parquet files: a document per row, its text in one column.
+  """Parquet files: one document per row, with the text in one column.
 
-  A row group is decoded at once and a few are kept. Shuffled training over
-  files of many row groups decodes one per document: prepare such data as
-  ArrayRecord instead.
+  A row group is decoded as a whole, and the last four are kept. Random access
+  to files of many row groups decodes one group per document: prepare such data
+  as ArrayRecord instead.
   """
 
   def __init__(self, files: Sequence[pathlib.Path], text_key: str):
@@ -155,7 +161,7 @@ class Parquet:
       for group in range(metadata.num_row_groups):
         self._groups.append((file, group))
         num_rows.append(metadata.row_group(group).num_rows)
-    # Row group g holds the documents from start g up to start g + 1.
+    # Row group g has the documents starts[g] to starts[g + 1] - 1.
     self._starts = np.cumsum([0, *num_rows])
     self._files = list(files)
     _check_not_empty(self, ', '.join(map(str, files)))
@@ -164,7 +170,7 @@ class Parquet:
     return int(self._starts[-1])
 
   def fingerprint(self) -> str:
-    """Returns what changes when the documents do."""
+    """Returns a string that changes when the documents change."""
     return f'parquet {self._text_key} {_describe(self._files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
@@ -180,7 +186,7 @@ class Parquet:
 
 
 class TextFiles:
-  """Plain text files, each one document."""
+  """Plain text files, one document each."""
 
   def __init__(self, files: Sequence[pathlib.Path]):
     self._files = list(files)
@@ -189,23 +195,23 @@ class TextFiles:
     return len(self._files)
 
   def fingerprint(self) -> str:
-    """Returns what changes when the documents do."""
+    """Returns a string that changes when the documents change."""
     return f'text {_describe(self._files)}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     file = self._files[index]
-    # Bytes, not text mode, which would rewrite line ends.
+    # As bytes: text mode would change line ends.
     return {'text': _decode(file.read_bytes(), str(file)), 'id': str(file)}
 
 
 def _describe(files: Sequence[pathlib.Path]) -> str:
-  """Says which files these are, and whether they are what they were."""
+  """Returns names, sizes and times of change of the files, as one string."""
   stats = [(str(file.resolve()), file.stat()) for file in files]
   return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _line_offsets(file: pathlib.Path):
-  """Yields (line number from 1, byte offset) of every line with content."""
+  """Yields (line number from 1, byte offset) of each line with content."""
   offset = 0
   with file.open('rb') as stream:
     for line_number, line in enumerate(stream, 1):
@@ -215,7 +221,11 @@ def _line_offsets(file: pathlib.Path):
 
 
 def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
-  """Returns the footer of `file`, checked for a text column `text_key`."""
+  """Returns the footer of `file`.
+
+  Raises:
+    ValueError: the file is not Parquet or has no text column `text_key`.
+  """
   try:
     metadata = pq.read_metadata(file)
   except pa.ArrowInvalid as error:

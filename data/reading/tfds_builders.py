@@ -1,8 +1,8 @@
-"""Prepares a TFDS builder once, whoever asks and however often it is killed.
+"""TFDS builders: data is prepared once, even with several or killed processes.
 
 TFDS writes into a temporary directory and renames it, so a directory that
-exists is complete. What it does not do is wait: of two processes that prepare
-the same data, the second fails on the rename. A lock file puts them in line.
+exists is complete. But TFDS does not wait: if two processes prepare the same
+data, the rename of the second one fails. A lock file makes the second one wait.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from storage import locks
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
-  """Prepares `builder` as ArrayRecord unless it is; returns its directory."""
+  """Returns the directory of a builder's data, prepared as ArrayRecord."""
   directory = pathlib.Path(builder.data_dir)
-  if directory.is_dir():  # needs no write access: the cache may be read-only
+  if directory.is_dir():  # before the lock: the directory may be read-only
     return directory
   directory.parent.mkdir(parents=True, exist_ok=True)
   with locks.locked(directory.parent / '.preparing.lock'):
     if not directory.is_dir():
-      # Nobody else is preparing, so these are what a killed process left.
+      # This process holds the lock, so these are left by a killed process.
       for leftover in directory.parent.glob('incomplete.*'):
         shutil.rmtree(leftover, ignore_errors=True)
       tfds.disable_progress_bar()
-      # TFDS announces a download of unknown size, of data that is local.
+      # TFDS prints that it downloads, though the data is local.
       with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(
           file_format='array_record',

@@ -1,28 +1,110 @@
-"""Answers that are numbers, in the format of GSM8K.
+"""Word problems with a number as the answer, in the format of GSM8K.
 
     {"question": "...", "answer": "Janet sells ... <<9*2=18>>18 ...\\n#### 18"}
 
-The right answer stands after '####'. Of a completion, `exact_match` reads the
-number after its first '####', as the few-shot examples teach a model to write,
-and `exact_match_last` the last number anywhere.
+The right answer stands after '####'. `exact_match` reads the number after the
+first '####' of a completion, which is how the few-shot examples teach a model
+to write it. `exact_match_last` reads the last number of a completion.
 
 Reference: Cobbe et al. 2021 (arXiv:2110.14168).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import dataclasses
 import decimal
+import os
 import re
+from typing import Self
 
-# With thousands separators or without; a sign, a decimal part.
-_NUMBER = r'-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+'
-_MARKED = re.compile(rf'####\s*({_NUMBER})')
-_ANY = re.compile(_NUMBER)
-# What a base model writes once it has answered: the next question.
+from evals import options as options_lib
+from evals.tasks import generation, numbers, records
+from storage import digests
+
+_MARKED = re.compile(rf'####\s*({numbers.PATTERN})')
+# A base model that has answered goes on with the next question.
 STOP = ('Question:',)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(generation.Task):
+  """The kind `gsm8k`: completions are graded by their numbers."""
+
+  READS = (*generation.Task.READS, 'num_fewshot', 'fewshot_path')
+
+  @classmethod
+  def read(cls, path: str, options: options_lib.Options) -> Self:
+    """Reads the questions, and the solved examples if there are some."""
+    prompts = read_prompts(path, options.fewshot_path, options.num_fewshot or 0)
+    paths = [each for each in (path, options.fewshot_path) if each]
+    return cls(
+      options=options,
+      files={path: digests.of_file(path) for path in paths},
+      prompts=tuple(prompts),
+    )
+
+
+def read_prompts(
+  path: str | os.PathLike,
+  fewshot_path: str | os.PathLike = '',
+  num_fewshot: int = 0,
+) -> list[generation.Prompt]:
+  """Returns the prompts of a file in the format of GSM8K.
+
+  Args:
+    path: file of the questions.
+    fewshot_path: file of the same format. Its first examples stand, solved,
+      before each question.
+    num_fewshot: number of those examples.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a line is wrong, or there are too few examples.
+  """
+  solved: list[tuple[str, str]] = []
+  if num_fewshot:
+    if not fewshot_path:
+      raise ValueError(
+        f'num_fewshot: got {num_fewshot} without a fewshot_path, expected a'
+        ' file of solved examples, such as gsm8k_train.jsonl'
+      )
+    found = _records(fewshot_path)[:num_fewshot]
+    if len(found) < num_fewshot:
+      raise ValueError(
+        f'{fewshot_path}: got {len(found)} examples, expected at least'
+        f' num_fewshot = {num_fewshot}'
+      )
+    solved = [(each.text('question'), each.text('answer')) for each in found]
+  return [_prompt(record, solved) for record in _records(path)]
+
+
+def _records(path: str | os.PathLike) -> list[records.Record]:
+  return records.read(
+    path, required=('question', 'answer'), optional=('id', 'cluster')
+  )
+
+
+def _prompt(
+  record: records.Record, solved: Sequence[tuple[str, str]]
+) -> generation.Prompt:
+  answer = record.text('answer')
+  if marked_number(answer) is None:
+    raise record.error('answer', "text that ends with '####' and a number")
+  return generation.Prompt(
+    id=record.id,
+    text=prompt(record.text('question'), solved),
+    grade=_grade_by(answer),
+    answer=answer,
+    stop=STOP,
+    cluster=record.text('cluster', ''),
+  )
+
+
+def _grade_by(answer: str) -> Callable[[str], dict[str, float]]:
+  return lambda completion: grade(answer, completion)
+
+
 def prompt(question: str, solved: Sequence[tuple[str, str]] = ()) -> str:
-  """Returns what a model is asked, after (question, answer) examples."""
+  """Returns the prompt of a question, after (question, answer) examples."""
   parts = [f'Question: {q}\nAnswer: {a}\n\n' for q, a in solved]
   return f'{"".join(parts)}Question: {question}\nAnswer:'
 
@@ -30,36 +112,7 @@ def prompt(question: str, solved: Sequence[tuple[str, str]] = ()) -> str:
 def marked_number(text: str) -> decimal.Decimal | None:
   """Returns the number after the first '####', None if there is none."""
   match = _MARKED.search(text)
-  return number(match.group(1)) if match else None
-
-
-def last_number(text: str) -> decimal.Decimal | None:
-  """Returns the last number of a text, None if there is none.
-
-  A hyphen is a sign unless it joins: '5-3' ends in 3, 'is -3' in -3.
-  """
-  matches = list(_ANY.finditer(text))
-  if not matches:
-    return None
-  found, start = matches[-1].group(), matches[-1].start()
-  if found[0] == '-' and start and re.match(r'[\w)]', text[start - 1]):
-    found = found[1:]
-  return number(found)
-
-
-def number(text: str) -> decimal.Decimal | None:
-  """Returns the number that a text is, None if it is none.
-
-  '$1,200.50', ' 18. ', '18.0' and '18%' are numbers; equal ones compare equal
-  however they are written.
-  """
-  stripped = text.strip().rstrip('.').strip()
-  stripped = re.sub(r'[$,%]', '', stripped)
-  try:
-    value = decimal.Decimal(stripped)
-  except decimal.InvalidOperation:
-    return None
-  return value if value.is_finite() else None
+  return numbers.number(match.group(1)) if match else None
 
 
 def grade(answer: str, completion: str) -> dict[str, float]:
@@ -76,5 +129,5 @@ def grade(answer: str, completion: str) -> dict[str, float]:
     )
   return {
     'exact_match': float(marked_number(completion) == right),
-    'exact_match_last': float(last_number(completion) == right),
+    'exact_match_last': float(numbers.last_number(completion) == right),
   }

@@ -1,24 +1,33 @@
-"""Multiple choice: which of the given answers is the most probable?
+"""Multiple choice: the model takes the most probable answer. The kind `choice`.
 
-Three ways of asking, as the LM Evaluation Harness has them: `acc` takes the
-answer of the highest log-probability, `acc_norm` divides it by the characters
-of the answer and `acc_bytes` by its bytes, so that a long answer is not wrong
-for being long. The separator before an answer is scored and not counted. Of two
-that are equal the first is taken.
+    {"context": "...", "choices": ["...", "..."], "label": 0}
+
+Optional fields of a line are `delimiter`, the text between context and choice,
+by default a space; and those of `evals.tasks.records`.
+
+There are three accuracies, as in the LM Evaluation Harness. `acc` compares the
+log-probabilities of the answers. `acc_norm` divides each by the characters of
+the answer, and `acc_bytes` by its bytes, so that long answers are not at a
+disadvantage. The delimiter is scored, but its length does not count. Of equal
+answers the first is taken.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import os
+from typing import Self
 
 import numpy as np
 
-from evals import encoding, ports
+from evals import encoding, options as options_lib, ports
 from evals.results import calibration, scores
+from evals.tasks import records, task
+from storage import digests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-  """A context and what may follow it."""
+  """A context and the answers that may follow it."""
 
   id: str
   context: str
@@ -28,19 +37,80 @@ class Question:
   cluster: str = ''  # questions of one cluster may err together
 
 
-def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
-  """Returns the accuracies, and how far the model's confidence can be trusted.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(task.Task):
+  """The kind `choice`."""
 
-  `ece`, `brier` and `nll` are of the probabilities that the model gives to the
-  choices, as `acc` compares them.
+  READS = ('limit',)
+
+  questions: tuple[Question, ...]
+
+  @classmethod
+  def read(cls, path: str, options: options_lib.Options) -> Self:
+    """Reads the questions."""
+    questions = read_questions(path)[: options.limit or None]
+    return cls(
+      options=options,
+      files={path: digests.of_file(path)},
+      questions=tuple(questions),
+    )
+
+  def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
+    """Returns one group: accuracies, and how well calibrated the model is."""
+    return (measure(self.questions, model),)
+
+
+def read_questions(path: str | os.PathLike) -> list[Question]:
+  """Returns the questions of a file.
 
   Raises:
-    ValueError: there are no questions, or one cannot be asked.
+    FileNotFoundError: there is no file.
+    ValueError: a line is wrong, or there is none.
+  """
+  found = records.read(
+    path,
+    required=('context', 'choices', 'label'),
+    optional=('id', 'cluster', 'delimiter'),
+  )
+  return [_question(record) for record in found]
+
+
+def _question(record: records.Record) -> Question:
+  choices = record.texts('choices', 2)
+  label = record.fields['label']
+  if (
+    not isinstance(label, int)
+    or isinstance(label, bool)
+    or not 0 <= label < len(choices)
+  ):
+    raise record.error(
+      'label', f'an integer from 0 to {len(choices) - 1}: which choice is right'
+    )
+  return Question(
+    id=record.id,
+    context=record.text('context'),
+    choices=choices,
+    label=label,
+    delimiter=record.text('delimiter', ' '),
+    cluster=record.text('cluster', ''),
+  )
+
+
+def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
+  """Returns the accuracies and the calibration of the model.
+
+  `ece`, `brier` and `nll` use the probabilities of the choices that `acc`
+  compares.
+
+  Raises:
+    ValueError: there are no questions, or a question does not fit the model.
   """
   if not questions:
-    raise ValueError('got no questions, expected at least one')
+    raise ValueError('questions: got none, expected at least one')
   pairs, notes = _pairs(questions, model)
-  scored = model.scores()([(pair.context, pair.continuation) for pair in pairs])
+  scored = model.required_logprob_fn()(
+    [(pair.context, pair.continuation) for pair in pairs]
+  )
   if len(scored) != len(pairs):
     raise ValueError(
       f'logprob_fn: got {len(scored)} scores of {len(pairs)} requests, expected'
@@ -132,7 +202,7 @@ def _answered(question: Question, logprobs: np.ndarray) -> dict:
 
 
 def _clusters(questions: Sequence[Question]) -> tuple[str, ...] | None:
-  """Returns the cluster of each; a question without one is its own."""
+  """Returns the cluster of each question; one without is a cluster alone."""
   if not any(question.cluster for question in questions):
     return None
   return tuple(

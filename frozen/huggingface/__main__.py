@@ -1,10 +1,10 @@
-"""Open weights in and out.
+"""Import of open weights, and export to them, from the command line.
 
     python -m frozen.huggingface import --source=DIR_OR_REPO --out=FROZEN
     python -m frozen.huggingface export --source=FROZEN --out=DIR
 
-A source is a directory with config.json and safetensors, a GGUF file, or the
-name of a repository on the hub (requirements-hub.txt).
+The source of an import is a directory with config.json and safetensors, a GGUF
+file, or the name of a repository on the hub (requirements-hub.txt).
 """
 
 import sys
@@ -15,10 +15,10 @@ _USAGE = 'expected one of import, export, as in import --source=DIR --out=DIR'
 
 
 def main(argv: list[str]) -> None:
-  """Imports or exports what the flags name; errors are one line."""
+  """Imports or exports the model that the flags name; errors are one line."""
   if len(argv) != 2 or argv[1] not in ('import', 'export'):
     raise app.UsageError(f'got arguments {argv[1:]}, {_USAGE}')
-  logging.set_verbosity(logging.ERROR)  # orbax tells its every step
+  logging.set_verbosity(logging.ERROR)  # orbax logs every step that it takes
   try:
     (_import if argv[1] == 'import' else _export)()
   except (ValueError, FileNotFoundError) as error:
@@ -31,7 +31,10 @@ def _import() -> None:
 
   values = flags.FLAGS
   if values.family:
-    raise ValueError('--family: got one to import, expected it of an export')
+    raise ValueError(
+      f'--family: got {values.family} for an import, expected none; only an'
+      ' export has a --family'
+    )
   fetched = hub.fetch(values.source, values.revision)
   if fetched.directory.suffix == '.gguf':
     result = gguf_file.import_file(
@@ -44,8 +47,8 @@ def _import() -> None:
     )
   elif values.tokenizer:
     raise ValueError(
-      '--tokenizer: got one with a directory that has its own, expected it with'
-      ' a GGUF file alone'
+      f'--tokenizer: got {values.tokenizer} for a directory, expected none;'
+      ' only a GGUF file needs a --tokenizer'
     )
   else:
     result = importing.import_directory(
@@ -77,8 +80,8 @@ def _export() -> None:
   ):
     if values[name].value != neutral:
       raise ValueError(
-        f'--{name}: got {values[name].value} to export, expected it of an'
-        ' import alone'
+        f'--{name}: got {values[name].value} for an export, expected none; only'
+        f' an import has a --{name}'
       )
   result = exporting.export_directory(
     values.source, values.out, family=values.family
@@ -93,25 +96,41 @@ def _tell(notes: list[str]) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('source', None, 'What to read.')
+  flags.DEFINE_string(
+    'source',
+    None,
+    'Model to read. Import: a Hugging Face directory, a GGUF file, or a'
+    ' repository org/name. Export: a frozen directory.',
+  )
   flags.DEFINE_string('out', None, 'Directory to write.')
   flags.DEFINE_enum(
     'dtype',
     'auto',
     ('auto', 'float32', 'bfloat16'),
-    'Of the frozen weights; auto: the one that rounds nothing.',
+    'Import: dtype of the frozen weights. auto rounds nothing.',
   )
   flags.DEFINE_string(
-    'revision', '', 'Commit, branch or tag of a repository on the hub.'
+    'revision',
+    '',
+    'Import: commit, branch or tag of a repository on the hub; default its main'
+    ' branch.',
   )
   flags.DEFINE_string(
-    'tokenizer', '', 'Directory of the tokenizer of a GGUF file.'
+    'tokenizer',
+    '',
+    'Import of a GGUF file: Hugging Face directory with the tokenizer of the'
+    ' same model.',
   )
   flags.DEFINE_string(
-    'family', '', 'model_type to export as; else what it was, or what fits.'
+    'family',
+    '',
+    'Export: model_type to write; default the family that the model was'
+    ' imported as, or else the first that computes the same function.',
   )
   flags.DEFINE_bool(
-    'overwrite', False, 'Replace a frozen directory that holds other weights.'
+    'overwrite',
+    False,
+    'Import: replace a frozen directory with other weights.',
   )
   flags.mark_flags_as_required(['source', 'out'])
 

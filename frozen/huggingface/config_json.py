@@ -1,8 +1,8 @@
-"""config.json: to a ModelConfig, and from one.
+"""config.json: read to a ModelConfig, and written from one.
 
-A family is a pair of functions. What an export writes is read again and has to
-say the same model: a family that cannot say something of it is thereby found
-out, and the next one tried.
+A family is a pair of functions, to read and to write. An export reads its own
+config.json again and compares the model. If a family cannot express the model,
+the two differ, and the next family is tried.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from checks import expect
 from frozen.huggingface.families import (
   dense,
   fields as fields_lib,
@@ -23,14 +24,14 @@ FILE = 'config.json'
 
 
 class Family(NamedTuple):
-  """How the models of one `model_type` are described."""
+  """Architecture, reader and writer of one `model_type`."""
 
   architecture: str
   read: Callable[[fields_lib.Fields], model_config.ModelConfig]
   write: Callable[[model_config.ModelConfig], dict[str, Any]]
 
 
-# In the order in which an export that may choose tries them.
+# An export without a chosen family tries them in this order.
 FAMILIES: Mapping[str, Family] = {
   'llama': Family('LlamaForCausalLM', dense.read_llama, dense.write_llama),
   'mistral': Family(
@@ -73,7 +74,7 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of a directory.
 
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is no config.json.
     ValueError: it is not a JSON object.
   """
   path = directory / FILE
@@ -82,12 +83,21 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
       f'{path}: got no such file, expected the directory of a Hugging Face'
       ' model'
     )
+  return read_object(path)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file.
+
+  Raises:
+    ValueError: the file has something else.
+  """
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(
-      f'{path}: got a file that is not JSON ({error}), expected a config; copy'
-      ' it again'
+      f'{path}: got a file that is not JSON ({error}), expected a JSON object;'
+      ' copy it again'
     ) from None
   if not isinstance(values, dict):
     raise ValueError(f'{path}: got {values!r}, expected a JSON object')
@@ -97,10 +107,14 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
 def read(
   values: Mapping[str, Any], where: str = FILE
 ) -> tuple[str, model_config.ModelConfig]:
-  """Returns the family (`model_type`) and the model of a config.json.
+  """Returns the family (`model_type`) and the ModelConfig of a config.json.
+
+  Args:
+    values: the fields.
+    where: path of the file, for errors.
 
   Raises:
-    ValueError: the family is not known, or a field says something that is not
+    ValueError: the family is not known, or a field has a value that is not
       supported.
   """
   model_type = values.get('model_type')
@@ -131,19 +145,17 @@ def read(
 def write(
   config: model_config.ModelConfig, model_type: str = ''
 ) -> tuple[str, dict[str, Any]]:
-  """Returns a family that computes what the model does, and its config.json.
+  """Returns a family that computes the same function, and its config.json.
 
   Args:
-    config: the model.
-    model_type: the family it is to be; '' for the first that fits.
+    config: of the model.
+    model_type: the family to write; '' for the first that fits.
 
   Raises:
-    ValueError: no family, or not this one, computes that.
+    ValueError: no family, or not the chosen one, computes the same function.
   """
-  if model_type and model_type not in FAMILIES:
-    raise ValueError(
-      f'family: got {model_type!r}, expected one of {", ".join(FAMILIES)}'
-    )
+  if model_type:
+    expect.one_of('family', model_type, FAMILIES)
   wanted = _function_of(config)
   problems = []
   for name in [model_type] if model_type else FAMILIES:
@@ -151,13 +163,13 @@ def write(
     written = {
       'architectures': [family.architecture],
       'model_type': name,
-      # Absent, they would be some id of the family's first model.
+      # If absent, transformers takes the ids of the family's first model.
       'bos_token_id': None,
       'eos_token_id': None,
       'pad_token_id': None,
       **family.write(config),
     }
-    # Through JSON, as it will be read.
+    # Through JSON, as a reader will see it.
     as_read = json.loads(json.dumps(written))
     try:
       _, again = read(as_read)
@@ -175,7 +187,10 @@ def write(
 
 
 def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
-  """Returns the fields that decide what is computed, in one form."""
+  """Returns the fields that decide the function, in a normal form.
+
+  Two configs compute the same function if these are equal.
+  """
   letters = layer_kinds.letters_of(config)
   has_local = bool(set(letters) & set('lm'))
   config = dataclasses.replace(
@@ -183,7 +198,7 @@ def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
     layer_pattern=letters,
     window=config.window if has_local else 0,
     rope_local_base=config.rope_local_base if has_local else 0.0,
-    # Of training alone, or how parameters lie.
+    # Fields of training, and of the layout of parameters.
     dropout_rate=0.0,
     init_std=0.02,
     scan_layers=False,
@@ -212,7 +227,7 @@ def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
 
 
 def _difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> str:
-  """Says in which fields two functions differ; '' if in none."""
+  """Returns the fields in which two functions differ, as text; '' if none."""
   names = [
     name
     for name in sorted(wanted.keys() | got.keys())
@@ -227,6 +242,6 @@ def _is_close(a: Any, b: Any) -> bool:
   if isinstance(a, dict) and isinstance(b, dict):
     return a.keys() == b.keys() and all(_is_close(a[k], b[k]) for k in a)
   if isinstance(a, float) and isinstance(b, float):
-    # What went through the square of a root, or a logarithm.
+    # Roots, squares and logarithms in the two directions cost a few digits.
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
   return a == b

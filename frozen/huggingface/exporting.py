@@ -1,7 +1,7 @@
-"""A frozen directory becomes one of Hugging Face's, which `transformers` loads.
+"""Export: a frozen directory becomes a Hugging Face directory.
 
-The way of `frozen.huggingface.importing`, backwards and by the same maps. What
-no family of `transformers` computes is refused before anything is written.
+It is the reverse of `frozen.huggingface.importing`, with the same tensor maps.
+A model that no family of `transformers` computes is refused before any write.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,15 +23,15 @@ from models import layout
 from storage import atomic
 from text import tokenizer as tokenizer_lib
 
-# A file of ours beside the tokenizer's, of no meaning elsewhere.
+# The only kind of tokenizer that transformers can load.
 _TOKENIZER_KIND = 'huggingface'
 
 
 class Exported(NamedTuple):
-  """What an export came to."""
+  """The result of an export."""
 
   family: str
-  notes: list[str]  # what the user should know
+  notes: list[str]  # for the user
 
 
 def export_directory(
@@ -41,24 +41,24 @@ def export_directory(
   family: str = '',
   shard_bytes: int = safetensors_files.SHARD_BYTES,
 ) -> Exported:
-  """Writes a frozen directory as a Hugging Face one.
+  """Writes a frozen directory as a Hugging Face directory.
 
   Args:
     source: the frozen directory.
-    out: where; must not exist yet, or be empty.
-    family: the `model_type` to write; '' for the one that it was imported as,
-      or else the first that computes the same.
-    shard_bytes: of a file of weights.
+    out: the directory to write; must not exist, or be empty.
+    family: the `model_type` to write; '' for the family that the model was
+      imported as, or else the first family that computes the same function.
+    shard_bytes: maximum size of a file of weights.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
-    ValueError: no family computes this model, or `out` holds something.
+    ValueError: no family computes this function, or `out` is not empty.
   """
   target = pathlib.Path(out).absolute()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise ValueError(
-      f'{target}: got a place that holds something, expected a new directory;'
-      ' choose another place'
+      f'{target}: got a path with files, expected a new or empty directory;'
+      ' choose another --out'
     )
   frozen = frozen_format.read(source)
   model_type, values = _describe(frozen, family)
@@ -77,7 +77,7 @@ def export_directory(
 
 
 def _describe(frozen: frozen_format.Frozen, family: str):
-  """Returns the family and the config.json."""
+  """Returns the family and its config.json."""
   if family:
     return config_json.write(frozen.config, family)
   imported = frozen.manifest.origin.get('family', '')
@@ -85,7 +85,7 @@ def _describe(frozen: frozen_format.Frozen, family: str):
     try:
       return config_json.write(frozen.config, imported)
     except ValueError:
-      pass  # trained on as something else; another may do
+      pass  # further training changed the model: another family may fit
   return config_json.write(frozen.config)
 
 
@@ -93,7 +93,7 @@ def tensors_of(
   params: frozen_format.Params,
   pieces: list[tensor_map.Piece],
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the tensors of a family, made from leaves of ours."""
+  """Yields names and values of a family's tensors, made from our leaves."""
   leaves = frozen_format.leaves_by_path(params['params'])
   for piece in pieces:
     parts = [np.asarray(leaves[path]) for path in piece.ours]
@@ -109,8 +109,8 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
   named = {path for piece in pieces for path in piece.ours}
   if left := sorted(leaves.keys() ^ named):
     raise ValueError(
-      f'export: got {", ".join(left)}, which {model_type} has no tensors for,'
-      ' or has and the model does not'
+      f'export: got {", ".join(left)} in the model or in {model_type} alone,'
+      ' expected the same parameters in both'
     )
   shapes = {}
   for piece in pieces:
@@ -128,19 +128,19 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
 
 
 def _write_tokenizer(directory: pathlib.Path, frozen) -> list[str]:
-  """Copies the files of a tokenizer that others understand."""
+  """Copies the tokenizer; returns a note if transformers cannot read it."""
   tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
   if tokenizer.kind != _TOKENIZER_KIND:
     return [
-      f'the tokenizer is of kind {tokenizer.kind}, which transformers does not'
-      ' read: none was written'
+      f'no tokenizer was written: transformers does not read the kind'
+      f' {tokenizer.kind}'
     ]
   tokenizer.save(directory)
   return []
 
 
 def _special_ids(frozen, notes: list[str]) -> dict[str, int]:
-  """Returns the ids of special tokens that generation asks for."""
+  """Returns the ids of special tokens for config.json."""
   if notes:
     return {}
   tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
@@ -155,7 +155,7 @@ def _special_ids(frozen, notes: list[str]) -> dict[str, int]:
 
 
 def _end_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what ends a text, if more than one id does."""
+  """Returns the ids that end a text, as generation_config.json has them."""
   ids = list(generation.get('stop_ids', ()))
   return {'eos_token_id': ids if len(ids) > 1 else ids[0]} if ids else {}
 
@@ -163,7 +163,7 @@ def _end_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
 def generation_config(
   generation: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-  """Returns generation_config.json, and which settings have no place in it."""
+  """Returns generation_config.json, and notes on settings that it lacks."""
   rest = dict(generation)
   written: dict[str, Any] = {}
   if rest.pop('temperature', 1.0) == 0:

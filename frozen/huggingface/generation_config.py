@@ -1,9 +1,9 @@
-"""`generation_config.json` of an open model, as settings of ours.
+"""`generation_config.json` of an open model, as sampling settings of ours.
 
-The defaults are those of `transformers.generate`, so that a model answers here
-as it does there: greedily unless `do_sample` is set, and then from the 50 most
-probable tokens unless `top_k` says otherwise. What would change the samples and
-has no setting here is refused; what is only not used is listed.
+The defaults are those of `transformers.generate`, so a model answers here as
+it does there. Generation is greedy unless `do_sample` is true. It then samples
+from the 50 most probable tokens unless `top_k` is set. A field that changes the
+samples and has no setting here is refused. A field without effect is listed.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from text import hf_files
 
 FILE = hf_files.GENERATION
 
-# Read here, or by whoever reads the tokenizer.
+# Fields that this module or the tokenizer reads.
 _HANDLED = frozenset(
   {
     'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty',
@@ -22,7 +22,7 @@ _HANDLED = frozenset(
     'bos_token_id', 'pad_token_id',
   }
 )  # fmt: skip
-# Each changes which tokens come out, unless it has one of these values.
+# Each field changes the generated tokens, unless it has one of these values.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   'num_beams': (1,),
   'num_beam_groups': (1,),
@@ -51,8 +51,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   'dola_layers': (),
   'min_length': (0,),
 }
-# About speed, memory, what is returned beside the tokens, or the file itself;
-# and what only beam search reads.
+# Fields about speed, memory, further outputs or the file itself, and fields
+# that only beam search reads.
 _WITHOUT_EFFECT = frozenset(
   {
     'use_cache', 'cache_implementation', 'cache_config', 'max_cache_len',
@@ -69,24 +69,24 @@ _WITHOUT_EFFECT = frozenset(
     'transformers_version', '_from_model_config',
   }
 )  # fmt: skip
-_DEFAULT_TOP_K = 50  # of transformers, where sampling is on
+_DEFAULT_TOP_K = 50  # default of transformers if do_sample is true
 
 
 class Recommended(NamedTuple):
-  """Settings, and what the file says that they do not."""
+  """Settings, and notes on fields of the file that are not used."""
 
   settings: dict[str, Any]
   notes: list[str]
 
 
 def generation_settings(config: Mapping[str, Any]) -> Recommended:
-  """Returns the settings that `generation_config.json` recommends.
+  """Returns the settings that a `generation_config.json` recommends.
 
-  All end-of-text ids are in `stop_ids`.
+  All ids that end a text are in `stop_ids`.
 
   Raises:
-    ValueError: a value is out of range, or changes what is sampled in a way
-      that is not supported; all such fields are named.
+    ValueError: a value is out of range, or fields change the samples in a way
+      that is not supported; names all these fields.
   """
   given = {key: value for key, value in config.items() if value is not None}
   _check_supported(given)
@@ -107,8 +107,8 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
     settings['stop_ids'] = stop_ids
   if 'max_length' in given and 'max_new_tokens' not in given:
     notes.append(
-      f'max_length {given["max_length"]} counts the prompt: not used, a'
-      ' completion ends with max_tokens or the context'
+      f'max_length {given["max_length"]} is not used, as it counts the prompt;'
+      ' a completion ends with max_tokens or the context'
     )
   known = _HANDLED | _UNSUPPORTED.keys() | _WITHOUT_EFFECT | {'max_length'}
   notes += [
@@ -118,7 +118,7 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
 
 
 def _check_supported(given: Mapping[str, Any]) -> None:
-  """Raises ValueError if a field would change samples and cannot."""
+  """Raises ValueError if an unsupported field would change the samples."""
   refused = [
     f'{key} {given[key]!r}'
     for key, harmless in _UNSUPPORTED.items()
@@ -127,12 +127,12 @@ def _check_supported(given: Mapping[str, Any]) -> None:
   if refused:
     raise ValueError(
       f'{FILE}: got {", ".join(refused)}, expected none of these: they change'
-      ' what is generated and are not supported; remove them to go on without'
+      ' the generated tokens and are not supported; remove them from the file'
     )
 
 
 def _sampling(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  """Returns how tokens are chosen, and what is not used for it."""
+  """Returns the settings of sampling, and notes on unused fields."""
   do_sample = given.get('do_sample', False)
   if type(do_sample) is not bool:
     raise ValueError(f'{FILE}: got do_sample {do_sample!r}, expected a boolean')

@@ -1,13 +1,13 @@
-"""GGUF: one file of llama.cpp's with a model of the Llama family.
+"""GGUF: a file of llama.cpp with a model of the Llama family.
 
-Parsed, and dequantised row by row, by the `gguf` package
-(requirements-hub.txt). Weights become floats: what was rounded stays so. The
-rows of queries and keys are ordered there for rotations of neighbours, and
-brought back into halves.
+The `gguf` package (requirements-hub.txt) parses the file and dequantises it row
+by row. The weights become floats with the rounding of the file. In GGUF, the
+rows of queries and keys are ordered for rotations of neighbours; here, they are
+put into halves.
 
-A GGUF file has a vocabulary but not all of a tokenizer (how text is cut before
-merges is a name, to be looked up in llama.cpp); the tokenizer is read from the
-Hugging Face directory of the same model instead.
+A GGUF file has a vocabulary but not a whole tokenizer. For the rule that splits
+text before merges, it only has a name, whose meaning is in llama.cpp's code. So
+the tokenizer is read from the Hugging Face directory of the same model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
-# Of weights: as they are, or in blocks of numbers that share a scale.
+# Kinds of weights: plain floats, or groups of numbers that share a scale.
 PLAIN = ('F32', 'F16', 'BF16')
 QUANTIZED = ('Q8_0', 'Q4_0', 'Q4_K', 'Q6_K')
 _ARCHITECTURE = 'llama'
@@ -32,25 +32,25 @@ _ARCHITECTURE = 'llama'
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor of an open file."""
+  """A tensor in an open file."""
 
   path: pathlib.Path
   kind: str  # of PLAIN and QUANTIZED
   shape: tuple[int, ...]  # [out, in]
-  data: Any  # mapped: rows of numbers, or of bytes
+  data: Any  # mapped rows: of floats, or of bytes if quantised
 
   @property
   def dtype(self) -> str:
-    """As safetensors has it, or GGML_ and the kind."""
+    """The name in safetensors, or GGML_ and the kind."""
     return self.kind if self.kind in PLAIN else f'GGML_{self.kind}'
 
   @property
   def place(self) -> tuple[str, int]:
-    """What tensors are read in the order of."""
+    """The sort key in which tensors are read: their order in the file."""
     return str(self.path), int(self.data.ctypes.data)
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    """Reads some rows, as float32."""
+    """Reads the rows `start` to `stop` - 1, as float32."""
     gguf = _library()
     kind = gguf.GGMLQuantizationType[self.kind]
     rows = np.asarray(self.data[start:stop])
@@ -58,7 +58,7 @@ class Tensor:
     return np.asarray(x, np.float32).reshape((stop - start, *self.shape[1:]))
 
   def whole(self) -> np.ndarray:
-    """Reads the tensor, as float32."""
+    """Reads the whole tensor, as float32."""
     return self.rows(0, self.shape[0])
 
 
@@ -66,12 +66,13 @@ def open_file(path: str | os.PathLike) -> tuple[importing.Source, Any]:
   """Opens a GGUF file.
 
   Returns:
-    The model, with the names of Llama's config and of its own tensors, and the
-    pieces that they are.
+    The model, with the config.json of a Llama and the tensor names of GGUF, and
+    the tensor map.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is damaged, or of another family or kind of numbers.
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, of another family, or has an unsupported kind of
+      weights.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -81,8 +82,8 @@ def open_file(path: str | os.PathLike) -> tuple[importing.Source, Any]:
     reader = gguf.GGUFReader(path)
   except (ValueError, KeyError, IndexError, OverflowError) as error:
     raise ValueError(
-      f'{path}: got {error}, expected a GGUF file; it was truncated or is none:'
-      ' copy it again'
+      f'{path}: got {error}, expected a GGUF file; it is truncated or of'
+      ' another format: copy it again'
     ) from None
   tensors = dict(_tensors(path, reader))
   divisors = tensors.pop('rope_freqs.weight', None)
@@ -106,15 +107,15 @@ def import_file(
   origin: Mapping[str, str] | None = None,
   overwrite: bool = False,
 ) -> importing.Imported:
-  """Makes a frozen directory of a GGUF file.
+  """Writes the model of a GGUF file as a frozen directory.
 
   Args:
     path: of the file.
     out: the frozen directory to write.
     tokenizer_source: a directory with the tokenizer of the same model.
-    dtype: one of `importing.DTYPES`; auto is float32.
-    origin: what is known besides of where it comes from.
-    overwrite: replace a frozen directory that holds other weights.
+    dtype: one of `importing.DTYPES`; 'auto' is float32.
+    origin: further fields of the manifest's origin.
+    overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -122,8 +123,8 @@ def import_file(
   """
   if not tokenizer_source:
     raise ValueError(
-      '--tokenizer: got none, expected the directory with tokenizer.json of'
-      f' the model: {path} has a vocabulary but not all of a tokenizer'
+      '--tokenizer: got none, expected a directory with the tokenizer.json of'
+      f' the model; {path} has a vocabulary but not a whole tokenizer'
     )
   source, pieces = open_file(path)
   with tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir:
@@ -170,7 +171,7 @@ def _tensors(path: pathlib.Path, reader: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _metadata(reader: Any) -> dict[str, Any]:
-  """Returns the fields that describe the model, without its name in front."""
+  """Returns the fields that describe the model, without the prefix llama."""
   found = {
     name: field.contents()
     for name, field in reader.fields.items()
@@ -191,12 +192,12 @@ def _metadata(reader: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-  """Returns a float32 as what it was written for: 1e-5, not 9.99999974e-6."""
+  """Returns a float32 with its shortest decimals: 1e-5, not 9.99999974e-6."""
   return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _config(path, metadata, tensors, has_head) -> dict[str, Any]:
-  """Returns the config.json that says what the metadata says."""
+  """Returns the metadata as the fields of a config.json."""
   rest = dict(metadata)
 
   def take(name, *default):
@@ -245,11 +246,11 @@ def _config(path, metadata, tensors, has_head) -> dict[str, Any]:
       f'{path}: got llama.rope.scaling.type = {scaling!r}, expected none,'
       ' linear or yarn'
     )
-  take('rope.scaling.finetuned', None)  # about training
+  take('rope.scaling.finetuned', None)  # says how the model was trained
   if rest:
     raise ValueError(
       f'{path}: got {", ".join(f"llama.{x}" for x in sorted(rest))}, expected'
-      ' no fields but those of Llama: what they change is not known here'
+      ' only fields of Llama; their effect on the model is not known here'
     )
   return values
 
@@ -260,7 +261,7 @@ def _divided(config, divisors: np.ndarray) -> model_config.ModelConfig:
   return dataclasses.replace(
     config,
     rope_scaling=rope_scaling.RopeScaling(
-      kind='longrope',  # whose two tables are the same one
+      kind='longrope',  # with the same divisors for short and long texts
       original_length=config.max_length,
       short_divisors=values,
       long_divisors=values,

@@ -1,7 +1,7 @@
-"""Fetches a model from a hub: only the files that an import reads.
+"""Downloads of a model from the hub: only the files that an import reads.
 
-`huggingface_hub` (requirements-hub.txt) does the talking, the caching and the
-checking of what arrives; a directory that is there already needs none of it.
+`huggingface_hub` (requirements-hub.txt) downloads, caches and verifies them. A
+local directory needs no `huggingface_hub`.
 """
 
 import os
@@ -24,30 +24,30 @@ PATTERNS = (
 
 
 class Fetched(NamedTuple):
-  """A directory with a model's files."""
+  """A directory with the files of a model, and its origin."""
 
   directory: pathlib.Path
   origin: dict[str, str]
 
 
 def fetch(source: str, revision: str = '', download: Any = None) -> Fetched:
-  """Returns the directory of a model, fetched if it is the name of one.
+  """Returns the directory of a model, downloaded if `source` is a repository.
 
   Args:
     source: a directory, a GGUF file, or the name of a repository, 'org/name'.
     revision: a commit, branch or tag of a repository; '' for its main branch.
-    download: `huggingface_hub.snapshot_download`, or what stands in for it.
+    download: replaces `huggingface_hub.snapshot_download` in tests.
 
   Raises:
-    FileNotFoundError: it is neither, or the hub does not give it away.
-    ValueError: a revision of a directory, or `huggingface_hub` is missing.
+    FileNotFoundError: there is no such directory, or the download failed.
+    ValueError: a directory has a `revision`, or `huggingface_hub` is missing.
   """
   path = pathlib.Path(source).expanduser()
   if path.exists():
     if revision:
       raise ValueError(
         f'--revision: got {revision!r} for the directory {source}, expected'
-        ' none: it is what it is'
+        ' none; only repositories on the hub have revisions'
       )
     return Fetched(path, {'source': str(path)})
   if not _is_repository(source):
@@ -62,9 +62,9 @@ def fetch(source: str, revision: str = '', download: Any = None) -> Fetched:
     )
   except (OSError, ValueError) as error:
     raise FileNotFoundError(
-      f'{source}: got {error}, expected to fetch it from the hub; check the'
-      ' name, the network and what HF_TOKEN may read, or fetch it elsewhere and'
-      ' give the directory'
+      f'{source}: got {error}, expected a download from the hub; check the'
+      ' name, the network and the rights of HF_TOKEN, or download it elsewhere'
+      ' and pass the directory'
     ) from None
   # The cache names a snapshot after its commit.
   return Fetched(directory, {'source': source, 'revision': directory.name})
@@ -85,7 +85,7 @@ def _downloader() -> Any:
     import huggingface_hub
   except ImportError:
     raise ValueError(
-      'huggingface_hub is not installed, expected it to fetch a model; pip'
-      ' install -r requirements-hub.txt, or give a directory'
+      'huggingface_hub is not installed, expected it to download a model; pip'
+      ' install -r requirements-hub.txt, or pass a directory'
     ) from None
   return huggingface_hub.snapshot_download

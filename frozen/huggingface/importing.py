@@ -1,11 +1,11 @@
-"""A directory of Hugging Face's becomes a frozen one.
+"""Import: a Hugging Face directory becomes a frozen directory.
 
     config.json               the model (`frozen.huggingface.config_json`)
     model.safetensors         its weights, or several files and an index
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
     generation_config.json    recommended settings (`generation_config.py`)
 
-Or a single GGUF file of llama.cpp's (`frozen.huggingface.gguf_file`).
+`frozen.huggingface.gguf_file` imports a single GGUF file of llama.cpp.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from checks import expect
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import (
   config_json,
@@ -34,17 +34,17 @@ DTYPES = ('auto', 'float32', 'bfloat16')
 
 
 class Source(NamedTuple):
-  """An opened model: what it is, and its tensors, none of them read."""
+  """An opened model: its config, and its tensors, which are not read yet."""
 
-  where: str
+  where: str  # path, for errors
   model_type: str
-  values: Mapping[str, Any]  # of its config.json
+  values: Mapping[str, Any]  # of config.json
   config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
 
 
 def open_source(directory: str | os.PathLike) -> Source:
-  """Opens a directory; reads its config and the headers of its weights.
+  """Returns the model of a directory; reads config and headers only.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -57,7 +57,7 @@ def open_source(directory: str | os.PathLike) -> Source:
   tensors = safetensors_files.open_directory(directory)
   prefix = tensor_map.prefix_of(model_type)
   if not any(name.startswith(prefix) for name in tensors):
-    # Saved without its head, a model's names have nothing in front.
+    # A model that was saved without its head has names without the prefix.
     tensors = {
       name if name in ('lm_head.weight', 'embed_out.weight') else prefix + name:
       tensor
@@ -67,23 +67,17 @@ def open_source(directory: str | os.PathLike) -> Source:
 
 
 def choose_dtype(source: Source, asked: str) -> str:
-  """Returns float32 or bfloat16; auto keeps every digit there is.
+  """Returns the dtype of an import; 'auto' chooses one that rounds nothing.
 
   Raises:
-    ValueError: it is none of `DTYPES`.
+    ValueError: `asked` is not one of `DTYPES`.
   """
-  if asked not in DTYPES:
-    raise ValueError(
-      f'dtype: got {asked!r}, expected one of {", ".join(DTYPES)}'
-    )
+  expect.one_of('dtype', asked, DTYPES)
   if asked != 'auto':
     return asked
   found = {tensor.dtype for tensor in source.tensors.values()}
-  return (
-    'bfloat16'
-    if found & {'BF16'} and not found & {'F32', 'F16'}
-    else ('float32')
-  )
+  is_bfloat16 = found & {'BF16'} and not found & {'F32', 'F16'}
+  return 'bfloat16' if is_bfloat16 else 'float32'
 
 
 def load_params(
@@ -92,17 +86,14 @@ def load_params(
   sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
   pieces: list[tensor_map.Piece] | None = None,
 ) -> frozen_format.Params:
-  """Reads the weights.
+  """Returns the weights, as variables of `models.transformer.Transformer`.
 
   Args:
     source: from `open_source`.
     dtype: float32 or bfloat16.
-    sharding: returns where a leaf of a path and shape goes; numpy arrays in
-      this process's memory if None.
-    pieces: which tensors are which leaves; those of its family if None.
-
-  Returns:
-    Variables of `models.transformer.Transformer`.
+    sharding: returns the sharding of a leaf, by its path and shape; None keeps
+      numpy arrays in the memory of this process.
+    pieces: the tensor map; None for the map of the family.
 
   Raises:
     ValueError: the tensors are not those of the model.
@@ -136,7 +127,7 @@ def load_params(
 
 
 def _tied(source: Source) -> dict[str, str]:
-  """Returns a head that may be stored too, and what it has to equal."""
+  """Returns the name of a tied head, and the tensor that it must equal."""
   if not source.config.tie_embeddings:
     return {}
   prefix = tensor_map.prefix_of(source.model_type)
@@ -146,10 +137,10 @@ def _tied(source: Source) -> dict[str, str]:
 
 
 class Imported(NamedTuple):
-  """What an import came to."""
+  """The result of an import."""
 
   manifest: manifest_lib.Manifest
-  notes: list[str]  # what the user should know
+  notes: list[str]  # for the user
 
 
 def import_directory(
@@ -160,19 +151,19 @@ def import_directory(
   origin: Mapping[str, str] | None = None,
   overwrite: bool = False,
 ) -> Imported:
-  """Makes a frozen directory of a Hugging Face one.
+  """Writes the model of a Hugging Face directory as a frozen directory.
 
   Args:
-    directory: what `open_source` opens.
+    directory: with the files above.
     out: the frozen directory to write.
     dtype: one of `DTYPES`.
-    origin: what is known besides of where it comes from.
-    overwrite: replace a frozen directory that holds other weights.
+    origin: further fields of the manifest's origin.
+    overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: the model is not supported, a file is damaged, or `out` holds
-      something else.
+    ValueError: the model is not supported, a file is damaged, or `out` has
+      other files.
   """
   source = open_source(directory)
   with tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir:
@@ -198,9 +189,9 @@ def check_vocabulary(
   """Raises ValueError if the tokenizer has ids that the model does not."""
   if tokenizer.vocab_size > source.config.vocab_size:
     raise ValueError(
-      f'{source.where}: got a tokenizer of {tokenizer.vocab_size} ids for a'
-      f' model of {source.config.vocab_size}, expected at most as many; they'
-      ' are not of one model'
+      f'{source.where}: got a tokenizer of {tokenizer.vocab_size} ids, expected'
+      f' at most {source.config.vocab_size}, as the model has; they are not of'
+      ' the same model'
     )
 
 
@@ -217,7 +208,7 @@ def freeze_source(
   origin: Mapping[str, str],
   overwrite: bool,
 ) -> Imported:
-  """Reads the weights of a source and freezes them with all the rest."""
+  """Reads the weights of a source and writes the frozen directory."""
   chosen = choose_dtype(source, dtype)
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
   if chosen == 'bfloat16' and rounded:
@@ -249,7 +240,7 @@ def freeze_source(
     ),
     tokenizer_dir=tokenizer_dir,
     generation=generation,
-    # Templates by other names stay among the tokenizer's files.
+    # Templates with other names stay in the files of the tokenizer.
     chat_template=tokenizer.chat_templates().get('default', ''),
     overwrite=overwrite,
   )
@@ -259,23 +250,11 @@ def freeze_source(
 def read_generation(
   directory: pathlib.Path,
 ) -> tuple[dict[str, Any], list[str]]:
-  """Returns recommended settings, and what of the file is not used.
+  """Returns the recommended settings, and notes on fields without use.
 
-  Without a file: sampling as `transformers` does without one, greedily.
+  Without generation_config.json, generation is greedy, as in `transformers`.
   """
   path = directory / generation_config.FILE
-  values: dict[str, Any] = {}
-  if path.is_file():
-    try:
-      values = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-      raise ValueError(
-        f'{path}: got a file that is not JSON ({error}); copy it again'
-      ) from None
+  values = config_json.read_object(path) if path.is_file() else {}
   settings, notes = generation_config.generation_settings(values)
   return settings, list(notes)
-
-
-def num_bytes(params: frozen_format.Params) -> int:
-  """Returns what parameters take."""
-  return sum(np.asarray(x).nbytes for x in jax.tree.leaves(params))

@@ -1,8 +1,8 @@
-"""How a tensor of theirs holds parameters of ours.
+"""Layouts: how one Hugging Face tensor holds parameter leaves of ours.
 
-PyTorch stores matrices [out, in], ours are [in, out]; some families join the
-matrices of several projections, some of them head by head. A layout cuts one
-tensor of theirs into leaves of ours, and joins these again.
+PyTorch stores matrices as [out, in], and our kernels are [in, out]. Some
+families join the matrices of several projections, some of them head by head. A
+layout splits one of their tensors into leaves of ours, and joins them again.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A tensor's way in and out."""
+  """The conversion of one of their tensors to leaves of ours, and back."""
 
   read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
   write: Callable[..., np.ndarray]
-  shape: Callable[..., Shape]  # of theirs, from the shapes of ours
-  # Whether rows of theirs are rows (columns) of ours, one by one: such a tensor
-  # can be read in pieces.
+  shape: Callable[..., Shape]  # of their tensor, from the shapes of our leaves
+  # Whether each row of their tensor is one row (column) of our leaf. Such a
+  # tensor can be read in pieces.
   is_rows: bool = False
   is_columns: bool = False
 
 
 def _theirs(*shapes: Shape) -> Shape:
-  """Returns the shape of the transposed leaves, one above the other."""
+  """Returns the shape of the transposed leaves, joined along the rows."""
   return (sum(shape[-1] for shape in shapes), *shapes[0][:-1])
 
 
@@ -42,12 +42,12 @@ TRANSPOSED = Layout(
 def joined(
   sizes: Sequence[int], *, heads: int = 1, order: Sequence[int] | None = None
 ) -> Layout:
-  """Several matrices in one, or the biases of several.
+  """Returns the layout of several matrices, or biases, in one tensor.
 
   Args:
-    sizes: rows of each, of one head.
-    heads: how often the rows of all of them follow each other.
-    order: which row of theirs is the i-th of those; None: the i-th.
+    sizes: rows of each matrix in one head.
+    heads: number of heads; each has the rows of all matrices.
+    order: order[i] is their row that becomes row i; None keeps the order.
   """
   cuts = np.cumsum(sizes)[:-1]
 
@@ -73,7 +73,7 @@ def joined(
 
 
 def columns(num: int) -> Layout:
-  """Several matrices [in, out] side by side, or their biases."""
+  """Returns the layout of `num` matrices [in, out], or biases, side by side."""
 
   def read(x):
     return tuple(np.split(x, num, axis=-1))
@@ -90,9 +90,9 @@ def columns(num: int) -> Layout:
 def halves_of_pairs(heads: int, before: int, rotated: int) -> list[int]:
   """Returns the order of rows that puts rotated channels first, in halves.
 
-  Theirs has, for each head, `before` rows that are not rotated, and `rotated`
-  ones of which neighbours are a pair; ours has a pair's first channels, then
-  its second ones, then the rest.
+  In their tensor, each head has `before` rows that are not rotated and then
+  `rotated` rows, in which neighbours are a pair. In ours, each head has the
+  first channels of all pairs, then the second channels, then the other rows.
   """
   pairs = before + np.arange(rotated)
   head = np.concatenate([pairs[0::2], pairs[1::2], np.arange(before)])

@@ -1,7 +1,7 @@
-"""From tensors of theirs to parameters of ours, tensor by tensor.
+"""Loading: Hugging Face tensors become parameter leaves, one by one.
 
-What exists at a time is the result and a few pieces of tensors that are on
-their way into it: a matrix is transposed as it is read, some rows at a time.
+Memory holds the result and a few pieces of tensors. A matrix is transposed
+while it is read, some rows at a time.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import numpy as np
 
 from frozen.huggingface import tensor_map
 
-# Of a piece that is on its way: transposed, it fits the cache of a core.
+# Bytes of a piece of a tensor: read and transposed, it fits a core's cache.
 PIECE_BYTES = 2**20
 _THREADS = 2
 _ALIGNMENT = 64  # bytes
@@ -26,25 +26,25 @@ class Tensor(Protocol):
 
   @property
   def dtype(self) -> str:
-    """As safetensors calls it, or GGML_ and a kind."""
+    """The name in safetensors, or GGML_ and a kind."""
     ...
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the tensor, [out, in]."""
+    """The shape; [out, in] for a matrix."""
     ...
 
   @property
   def place(self) -> tuple[str, int]:
-    """What tensors are read in the order of."""
+    """The sort key in which tensors are read: their order in the file."""
     ...
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    """Reads some rows."""
+    """Reads the rows `start` to `stop` - 1."""
     ...
 
   def whole(self) -> np.ndarray:
-    """Reads the tensor."""
+    """Reads the whole tensor."""
     ...
 
 
@@ -56,18 +56,18 @@ def load(
   tied: Mapping[str, str],
   where: str,
 ) -> dict[str, np.ndarray]:
-  """Returns the leaves as numpy arrays.
+  """Returns the parameter leaves by path, as numpy arrays.
 
   Args:
-    tensors: what there is.
-    pieces: what is expected.
-    leaves: shapes and dtypes of ours, by path.
-    tied: names of tensors that may be there and must equal another one.
+    tensors: the tensors in the files.
+    pieces: the tensors of the model.
+    leaves: shapes and dtypes of the leaves, by path.
+    tied: optional tensors, each with the name of the tensor that it must equal.
     where: the directory, for errors.
 
   Raises:
-    ValueError: a tensor is missing, not known, of another shape, of a dtype
-      that is no float, or not equal to the one that it is tied to.
+    ValueError: a tensor is missing, unknown, of a wrong shape, of a dtype that
+      is not a float, or not equal to the tensor that it is tied to.
   """
   check(tensors, pieces, leaves, tied=tied, where=where)
   result = {
@@ -87,9 +87,10 @@ def load(
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """Returns an array at an address that jax on a CPU takes as it is.
+  """Returns an uninitialised array that JAX on a CPU can use without a copy.
 
-  Memory that nothing was written to yet takes no room.
+  For this, its address is a multiple of 64. The kernel allocates its pages when
+  they are first written.
   """
   num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
@@ -105,15 +106,15 @@ def check(
   tied: Mapping[str, str],
   where: str,
 ) -> None:
-  """Raises ValueError for tensors that are not those of the model."""
+  """Raises ValueError if the tensors are not those of the model."""
   expected = {piece.theirs for piece in pieces}
   filled = {path for piece in pieces for path in piece.ours}
   assert filled == set(leaves), filled ^ set(leaves)
   missing = sorted(expected - tensors.keys())
   if missing:
     raise ValueError(
-      f'{where}: got no {_list(missing)}, expected them for the model that its'
-      ' config describes; the config lies, or files are missing'
+      f'{where}: got no {_list(missing)}, expected them for the model of its'
+      ' config.json; the config is wrong, or files are missing'
     )
   unknown = sorted(
     name
@@ -122,9 +123,9 @@ def check(
   )
   if unknown:
     raise ValueError(
-      f'{where}: got {_list(unknown)}, which no parameter of the model that its'
-      ' config describes is made from, expected none: the config lies, or the'
-      ' model is of a kind that is not supported'
+      f'{where}: got {_list(unknown)}, expected only tensors of the model of'
+      ' its config.json; the config is wrong, or the model is of a kind that is'
+      ' not supported'
     )
   wrong = []
   for piece in pieces:
@@ -140,7 +141,7 @@ def check(
   if wrong:
     raise ValueError(
       f'{where}: got {_list(wrong)}, expected F32, F16 or BF16 tensors of the'
-      ' shapes that its config describes'
+      ' shapes of its config.json'
     )
 
 
@@ -150,13 +151,13 @@ def _list(names: list[str]) -> str:
 
 
 def _slot(leaves: Mapping[str, Any], path: str, expert: int | None):
-  """Returns the shape of a leaf, or of one expert's part of it."""
+  """Returns the shape of a leaf, or of one expert in it."""
   shape = leaves[path].shape
   return shape if expert is None else shape[1:]
 
 
 def _read(tensor: Tensor, piece: tensor_map.Piece, result) -> None:
-  """Fills the leaves that a tensor holds."""
+  """Fills the leaves that a tensor holds, in place."""
   targets = [
     result[path] if piece.expert is None else result[path][piece.expert]
     for path in piece.ours
@@ -179,12 +180,10 @@ def _read(tensor: Tensor, piece: tensor_map.Piece, result) -> None:
 
 
 def _transpose(target: np.ndarray, start: int, rows: np.ndarray) -> None:
-  """Puts rows into columns of a leaf, from `start` on.
-
-  numpy moves a number at a time, each from another line of the cache. Moving 8
-  bytes of neighbours instead, and sorting these apart where they have arrived,
-  was measured 3 times as fast.
-  """
+  """Writes rows into the columns of a leaf, from column `start` on."""
+  # numpy's transpose moves one number at a time, each from another cache line.
+  # Here, 8 bytes of neighbours move at once and are separated afterwards, which
+  # was measured 3 times as fast.
   rows = np.ascontiguousarray(rows, target.dtype)
   lanes = 8 // rows.itemsize
   stop, width = start + rows.shape[0], rows.shape[1]
@@ -199,25 +198,25 @@ def _transpose(target: np.ndarray, start: int, rows: np.ndarray) -> None:
 
 
 def _copy(target: np.ndarray, part: np.ndarray) -> None:
-  """Puts values into a part of a leaf, rounded to its dtype."""
+  """Writes values into a part of a leaf, rounded to its dtype."""
   if target.shape != part.shape:
     raise ValueError(f'got {part.shape}, expected {target.shape}')
   if part.dtype != target.dtype:
     part = part.astype(target.dtype)
   if target.dtype == ml_dtypes.bfloat16:
-    # As integers: numpy copies types of its own many times faster.
+    # As integers: numpy copies its own types many times faster.
     target, part = target.view(np.uint16), part.view(np.uint16)
   np.copyto(target, part)
 
 
 def _check_equal(tensor, name, other, result, piece) -> None:
-  """Compares a tensor with the leaf that it is said to be tied to."""
+  """Raises ValueError if a tensor differs from the leaf that it is tied to."""
   (path,) = piece.ours
   leaf = result[path]
   if tensor.shape != leaf.shape or not np.array_equal(
     tensor.whole().astype(leaf.dtype), leaf
   ):
     raise ValueError(
-      f'got {name} unlike {other}, expected the same values: the config says'
-      ' tie_word_embeddings; set it to false if they are two'
+      f'got {name} unlike {other}, expected the same values, as config.json has'
+      ' tie_word_embeddings; set it to false if the model has both'
     )

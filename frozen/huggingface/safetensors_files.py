@@ -1,13 +1,14 @@
-"""safetensors: a header in JSON, then the bytes of every tensor.
+"""safetensors files: a header in JSON, then the bytes of every tensor.
 
     8 bytes   length of the header, little-endian
     header    {name: {dtype, shape, data_offsets: [begin, end]}, ...}
     data      tensors one after the other, row by row
 
-Read here and not by the library of that name, which maps files into memory: the
-pages of a mapped file count as this process's memory, and would double what an
-import takes. Nothing is trusted: a length, an offset or a shape that does not
-fit the file is an error that names the file.
+The files are read here, and not by the library of that name, because it maps
+files into memory. The pages of a mapped file count as memory of this process
+and would double the memory of an import. Nothing in a file is trusted: a
+length, an offset or a shape that does not fit the file is an error that names
+the file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,31 +28,31 @@ DTYPES: Mapping[str, Any] = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-# Of the format, besides; they have a size, and cannot be weights here.
+# Bytes of the other dtypes of the format, which are no weights here.
 _SIZES = {
   'BOOL': 1, 'U8': 1, 'I8': 1, 'F8_E5M2': 1, 'F8_E4M3': 1, 'F8_E8M0': 1,
   'I16': 2, 'U16': 2, 'I32': 4, 'U32': 4, 'I64': 8, 'U64': 8, 'F64': 8,
 }  # fmt: skip
-_MAX_HEADER = 100 * 2**20  # bytes, of the library
-SHARD_BYTES = 5 * 10**9  # of a file that is written, as others cut them
+_MAX_HEADER = 100 * 2**20  # bytes, the limit of the library
+SHARD_BYTES = 5 * 10**9  # maximum of a written file
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor is."""
+  """A tensor in a file."""
 
   path: pathlib.Path
-  dtype: str  # as the format calls it
+  dtype: str  # name in the format, such as BF16
   shape: tuple[int, ...]
   offset: int  # bytes from the start of the file
 
   @property
   def place(self) -> tuple[str, int]:
-    """What tensors are read in the order of."""
+    """The sort key in which tensors are read: their order in the file."""
     return str(self.path), self.offset
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    """Reads some rows; of what has no rows, the whole."""
+    """Reads the rows `start` to `stop` - 1; a scalar has one row."""
     dtype = DTYPES[self.dtype]
     row_shape = self.shape[1:]
     row = math.prod(row_shape)
@@ -74,18 +75,18 @@ class Tensor:
     return x.reshape((stop - start, *row_shape))
 
   def whole(self) -> np.ndarray:
-    """Reads the tensor."""
+    """Reads the whole tensor."""
     if not self.shape:
       return self.rows(0, 1).reshape(())
     return self.rows(0, self.shape[0])
 
 
 def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a directory, of one file or of several.
+  """Returns the tensors of a directory, in one file or in several shards.
 
   Raises:
-    FileNotFoundError: there are none, or a shard of the index is missing.
-    ValueError: a file is damaged, or does not have what the index says.
+    FileNotFoundError: there are no files, or a shard of the index is missing.
+    ValueError: a file is damaged, or has other tensors than in the index.
   """
   index = directory / INDEX
   if not index.is_file():
@@ -101,7 +102,7 @@ def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
     if not path.is_file():
       raise FileNotFoundError(
         f'{path}: got no such file, expected the shard that {INDEX} lists; copy'
-        ' it too'
+        ' it, too'
       )
     tensors |= read_header(path)
   listed = {(name, directory / file) for name, file in weight_map.items()}
@@ -109,9 +110,9 @@ def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
   if listed != found:
     names = sorted(name for name, _ in listed ^ found)
     raise ValueError(
-      f'{index}: got {_some(names)} in other files than it says, or in none,'
-      ' expected each in the shard that lists it; index and shards are not of'
-      ' the same model'
+      f'{index}: got {_some(names)} in other shards, or not in both,'
+      ' expected each tensor in the shard of its entry; index and shards are'
+      ' not of the same model'
     )
   return tensors
 
@@ -143,16 +144,16 @@ def _nothing(directory: pathlib.Path) -> str:
 
 
 def _some(names: list[str]) -> str:
-  """Lists names, not all of very many."""
+  """Returns the first names as text, and the number of the others."""
   more = f' and {len(names) - 8} more' if len(names) > 8 else ''
   return ', '.join(names[:8]) + more
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a file, without reading them.
+  """Returns the tensors of a file; reads the header only.
 
   Raises:
-    ValueError: the file is not what its header says.
+    ValueError: the header is damaged, or does not fit the file.
   """
   size = path.stat().st_size
   with path.open('rb') as file:
@@ -160,7 +161,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
       raise ValueError(
         f'{path}: got a header of {length} bytes in a file of {size}, expected'
-        ' less; it was truncated, or is no safetensors file: copy it again'
+        ' less; it is truncated or of another format: copy it again'
       )
     try:
       header = json.loads(file.read(length))
@@ -217,14 +218,14 @@ def write_directory(
   *,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes tensors as they come, into one file or several.
+  """Writes tensors, one at a time, into one file or several shards.
 
   Args:
-    directory: exists.
-    shapes: of all tensors, in the order in which they come.
-    dtype: of all of them.
+    directory: an existing directory.
+    shapes: of all tensors, in the order of `tensors`.
+    dtype: of all tensors.
     tensors: names and values.
-    shard_bytes: of a file; what is larger alone has a file of its own.
+    shard_bytes: maximum size of a file; a larger tensor has its own file.
   """
   dtype = np.dtype(dtype)
   code = next(name for name, other in DTYPES.items() if other == dtype)
@@ -245,7 +246,7 @@ def write_directory(
       for expected in names:
         name, x = next(tensors)
         assert (name, x.shape) == (expected, shapes[expected]), name
-        # In little-endian order, as every machine is that JAX runs on.
+        # Little-endian, as are all machines that JAX runs on.
         np.ascontiguousarray(x, dtype).tofile(file)
   if len(files) > 1:
     index = {

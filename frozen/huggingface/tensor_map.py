@@ -1,8 +1,8 @@
-"""Which tensors of a family are which parameters of ours.
+"""Tensor maps: the tensors of a family, and the parameter leaves in each.
 
-A family's map is a list of pieces: a tensor's name, the leaves that it holds,
-and its layout. The same list serves both directions, and whatever it does not
-name is an error, on either side.
+A map is a list of pieces. A piece has the name of a tensor, the leaves that it
+holds, and its layout. The same list serves import and export. A tensor or a
+leaf that is not in the list is an error.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +13,8 @@ from typing import Any
 from frozen.huggingface import layouts
 from models import mlp, model_config
 
-# Tensors that only repeat what the config says: rotary frequencies, and the
-# triangles of masks in old files.
+# Tensors that follow from the config: rotary frequencies, and the triangular
+# masks in old files. They are ignored.
 DERIVED = re.compile(
   r'.*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias'
   r'|.*\.attention\.(masked_)?bias'
@@ -25,24 +25,24 @@ AS_IT_IS, TRANSPOSED = layouts.AS_IT_IS, layouts.TRANSPOSED
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """One tensor of theirs, and where it goes."""
+  """One of their tensors, and the leaves that it holds."""
 
   theirs: str
   ours: tuple[str, ...]  # paths of leaves, 'layer_0/mlp/up/kernel'
   layout: layouts.Layout
-  expert: int | None = None  # of the leaves, which hold all experts
+  expert: int | None = None  # index into leaves that hold all experts
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """What the families that resemble Llama call things differently."""
+  """Names in which the families that resemble Llama differ."""
 
   prefix: str = 'model.'
   attention_norm: str = 'input_layernorm'
   attention_norm_after: str = 'post_attention_layernorm'
   mlp_norm: str = 'post_attention_layernorm'
   mlp_norm_after: str = 'post_feedforward_layernorm'
-  is_joined: bool = False  # queries, keys and values, and gate and up
+  is_joined: bool = False  # one tensor for q, k, v, and one for gate and up
   moe: str = 'mlp'
   expert: tuple[str, str, str] = ('gate_proj', 'up_proj', 'down_proj')
 
@@ -59,12 +59,12 @@ _NAMES: Mapping[str, Names] = {
 def pieces(
   model_type: str, config: model_config.ModelConfig, values: Mapping[str, Any]
 ) -> list[Piece]:
-  """Returns all tensors of a model.
+  """Returns the pieces of all tensors of a model.
 
   Args:
-    model_type: one of `config.FAMILIES`.
-    config: the model.
-    values: its config.json, for what is of tensors alone.
+    model_type: one of `config_json.FAMILIES`.
+    config: of the model.
+    values: its config.json, for fields about the order of tensor rows.
   """
   if model_type == 'gpt2':
     return list(_gpt2(config))
@@ -78,7 +78,7 @@ def pieces(
 
 
 def prefix_of(model_type: str) -> str:
-  """Returns what names begin with; a model saved without head has it not."""
+  """Returns the prefix of tensor names; absent in files without a head."""
   given = {'gpt2': 'transformer.', 'gpt_neox': 'gpt_neox.'}
   return given.get(model_type, 'model.')
 
@@ -90,7 +90,7 @@ def _leaf(theirs: str, ours: str, layout: layouts.Layout = AS_IT_IS) -> Piece:
 def _linear(
   theirs: str, ours: str | Iterable[str], layout: layouts.Layout, has_bias: bool
 ) -> Iterator[Piece]:
-  """Yields a matrix, and the bias if there is one."""
+  """Yields the piece of a matrix, and of its bias if there is one."""
   owners = (ours,) if isinstance(ours, str) else tuple(ours)
   for kind, name in (('weight', 'kernel'), ('bias', 'bias'))[: 1 + has_bias]:
     leaves = tuple(f'{owner}/{name}' for owner in owners)
@@ -125,7 +125,7 @@ def _llama(config, names: Names, is_paired: bool) -> Iterator[Piece]:
     else:
       yield from _attention(config, names, *at_attention)
     if config.layer(n).has_experts:
-      yield from _mixture(config, names, f'{at}.{names.moe}', f'{layer}/moe')
+      yield from _experts(config, names, f'{at}.{names.moe}', f'{layer}/moe')
     else:
       yield from _dense(config, names, f'{at}.mlp', f'{layer}/mlp')
 
@@ -160,6 +160,7 @@ def _latent(config, at, ours, is_paired) -> Iterator[Piece]:
   others = config.head_width - rotated
 
   def order(heads, before):
+    # Ours has the rotated channels of each head first.
     if is_paired:
       return layouts.halves_of_pairs(heads, before, rotated)
     head = [*range(before, before + rotated), *range(before)]
@@ -210,7 +211,7 @@ def _dense(config, names, at, ours, width: int = 0) -> Iterator[Piece]:
   yield from _linear(f'{at}.down_proj', f'{ours}/down', TRANSPOSED, has_bias)
 
 
-def _mixture(config, names, at, ours) -> Iterator[Piece]:
+def _experts(config, names, at, ours) -> Iterator[Piece]:
   yield _leaf(f'{at}.gate.weight', f'{ours}/router/kernel', TRANSPOSED)
   if config.router_correction:
     yield _leaf(
@@ -226,7 +227,7 @@ def _mixture(config, names, at, ours) -> Iterator[Piece]:
 
 
 def _gpt2(config) -> Iterator[Piece]:
-  # Its matrices are [in, out], as ours.
+  # GPT-2 has Conv1D layers, whose matrices are [in, out] like our kernels.
   yield _leaf('transformer.wte.weight', 'embed/embedding')
   yield _leaf('transformer.wpe.weight', 'position_embed/embedding')
   yield from _norm('transformer.ln_f', 'final_norm', True)

@@ -1,50 +1,57 @@
-"""One sequence that the engine works on: its text so far and what it took."""
+"""The answer to one sequence: its text, logprobs and usage so far."""
 
 import time
 
 from inference.engine import requests
 from inference.output import stopping
 from inference.sampling import logprobs, sampler
-from inference.scheduling import sequence_manager
+from inference.scheduling import page_tables, sequence_manager
 from text import tokenizer as tokenizer_lib
 
 
 class Live:
-  """A sequence of a request, from submission to its end."""
+  """The answer to one sequence of a request, from submission to its end."""
 
   def __init__(
     self,
     request_id: int,
     index: int,
     request: requests.Request,
+    sequence: page_tables.Sequence,
+    *,
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
-    max_tokens: int,
   ):
+    """Starts without tokens.
+
+    Args:
+      request_id: of the request.
+      index: of the sequence among the n of the request.
+      request: that is answered.
+      sequence: its tokens, pages and slot, kept by the SequenceManager.
+      seed: of the sampling.
+      tokenizer: of the model.
+    """
     self.request_id, self.index = request_id, index
-    self.id = request_id, index
-    self.seed = seed
+    self.sequence, self.seed = sequence, seed
     self.usage = requests.Usage()
     self.transcript = stopping.Transcript(
-      tokenizer, request.settings, max_tokens=max_tokens
+      tokenizer,
+      request.settings,
+      max_tokens=sequence.max_known - sequence.num_prompt,
     )
     self.submitted_at = time.perf_counter()
-    self.seated_at: float | None = None  # first time that it ran
-    self.last_at: float | None = None  # its last token
+    self.seated_at: float | None = None  # time of its first step
+    self.last_at: float | None = None  # time of its last token
     self._request, self._eos_id = request, tokenizer.eos_id
     self._logprobs: list[logprobs.TokenLogprobs] = []
     self._prompt_logprobs: list[logprobs.TokenLogprobs | None] = [
       None
-    ] * self.num_prompt
-
-  @property
-  def num_prompt(self) -> int:
-    """Tokens of the prompt."""
-    return len(self._request.prompt_ids)
+    ] * sequence.num_prompt
 
   @property
   def has_penalties(self) -> bool:
-    """Whether what it samples depends on the tokens that it has."""
+    """Whether sampling depends on the tokens so far."""
     settings = self._request.settings
     return (
       settings.repetition_penalty != 1
@@ -53,18 +60,19 @@ class Live:
     )
 
   def sampler_row(self) -> sampler.Sampler:
-    """Returns how it samples."""
+    """Returns the sampler settings of the sequence."""
     return sampler.row(
       self._request.settings,
-      num_prompt_tokens=self.num_prompt,
+      num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,
       eos_id=self._eos_id,
     )
 
   def scored_prompt(self) -> tuple[tuple[int, ...], int] | None:
-    """Returns the prompt and the alternatives wanted, if it is to be scored.
+    """Returns the prompt and the number of alternatives per prompt token.
 
-    Of several sequences of one prompt, the first one computes it.
+    None if the request wants no prompt logprobs, or if another sequence of the
+    request computes them: the first one computes the prompt.
     """
     wanted = self._request.settings.prompt_logprobs
     if wanted is None or self.index:
@@ -72,28 +80,38 @@ class Live:
     return self._request.prompt_ids, wanted
 
   def forced_token(self, position: int) -> int | None:
-    """Returns what it has to take at a position: its target is the first.
+    """Returns the token to take at a position instead of a sampled one.
 
-    Told by position: when the second is dispatched, the first is not read yet.
+    The target of the request is its first new token. The position decides, not
+    the tokens so far: when the second token is dispatched, the first is in
+    flight.
     """
-    return self._request.target if position == self.num_prompt else None
+    is_first = position == self.sequence.num_prompt
+    return self._request.target if is_first else None
 
   def take_prompt_logprobs(
-    self, found: logprobs.Logprobs, chunk: sequence_manager.Row, at: int
+    self, found: logprobs.Logprobs, chunk: sequence_manager.Span, at: int
   ) -> None:
-    """Keeps the scores of a chunk's targets, which are found from `at` on."""
+    """Keeps the logprobs of a chunk's targets, which begin at index `at`."""
     wanted = self._request.settings.prompt_logprobs or 0
-    for row in range(chunk.length):
-      position = chunk.start + row + 1
-      if position < self.num_prompt:
+    for index in range(chunk.length):
+      position = chunk.start + index + 1
+      if position < self.sequence.num_prompt:
         self._prompt_logprobs[position] = logprobs.of_row(
-          found, at + row, wanted
+          found, at + index, wanted
         )
 
   def push(
     self, token: int, found: logprobs.Logprobs, place: int, now: float
   ) -> requests.Update:
-    """Takes the next token in, and returns what it adds to the answer."""
+    """Takes the next token, and returns what it adds to the answer.
+
+    Args:
+      token: the sampled token.
+      found: logprobs of a step.
+      place: index of the token in `found`.
+      now: the time, in seconds of `time.perf_counter`.
+    """
     wanted = self._request.settings.logprobs
     scored = None
     if wanted is not None:
@@ -124,7 +142,7 @@ class Live:
       num_text_ids=transcript.num_text_ids,
       finish_reason=transcript.finish_reason or '',
       stop_reason=transcript.stop_reason,
-      num_prompt_tokens=self.num_prompt,
+      num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,
       logprobs=self._logprobs if settings.logprobs is not None else None,
       prompt_logprobs=self._prompt_logprobs if self.scored_prompt() else None,

@@ -1,4 +1,4 @@
-"""Counts what XLA compiles, per thread: after an engine is ready, nothing."""
+"""The number of XLA compilations, per thread: 0 after an engine is ready."""
 
 import functools
 import threading
@@ -16,9 +16,9 @@ _COUNTER = _Counter()
 
 
 def on_this_thread() -> int:
-  """Returns how many programs were compiled on this thread since first asked.
+  """Returns the number of compilations on this thread since the first call.
 
-  A program found in the persistent cache counts too: its shape was not ready.
+  Programs from the persistent cache count too: they were not ready either.
   """
   _listen()
   return _COUNTER.count
@@ -26,7 +26,7 @@ def on_this_thread() -> int:
 
 @functools.cache
 def _listen() -> None:
-  # JAX keeps listeners for good: one for the whole process.
+  # JAX cannot remove listeners: register one for the whole process.
   jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 

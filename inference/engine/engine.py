@@ -1,24 +1,29 @@
 """The engine: many requests, one frozen model.
 
-    engine = Engine(config, params, tokenizer=..., weights_digest=...)
+    engine = Engine(model_config, params, tokenizer=..., weights_digest=...)
+    for which, update in engine.answer(requests): ...
+
+or, step by step:
+
     request_id = engine.submit(Request(prompt_ids=..., settings=...))
     while engine.has_work:
       for update in engine.step(): ...
 
-Sequences join and leave at every step (continuous batching: Yu et al., Orca,
-OSDI 2022). The roster plans on the host, `programs` computes on the device, and
-this class carries plans out: it is where the two meet, and the only part of
-life two that changes while it runs.
+Sequences join and leave the batch at every step (continuous batching: Yu et
+al., Orca, OSDI 2022). The SequenceManager plans on the host, `programs` compute
+on the device, and this class carries the plans out. It is the only part of life
+two that changes while it runs.
 
 The host is one step ahead. Step i+1 is planned and dispatched before the tokens
 of step i are read: a token reaches the next step without leaving the device,
-and what the host does with it takes no time from the device. A sequence that
-turns out to have ended has then computed a token too many, which is dropped.
+and the host works while the device computes. If a sequence turns out to have
+ended at step i, its token of step i+1 is dropped.
 
 One thread owns an engine.
 """
 
-from collections.abc import Hashable, Iterator
+import collections
+from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import itertools
 import secrets
@@ -30,84 +35,93 @@ import jax.numpy as jnp
 
 from hardware import peaks
 from inference.engine import (
-  answer,
+  answer as answer_lib,
   compilations,
+  device_state,
   engine_config,
   execution,
   inputs as inputs_lib,
   metrics,
   programs,
   requests,
+  steps,
 )
 from inference.sampling import settings as settings_lib
-from inference.scheduling import sequence_manager
-from models import flops, kv_cache, layout, model_config, transformer
+from inference.scheduling import page_tables, sequence_manager
+from models import (
+  flops,
+  kv_cache,
+  layout,
+  model_config as model_config_lib,
+  transformer,
+)
 from text import tokenizer as tokenizer_lib
 
 
 class Overloaded(RuntimeError):
-  """The engine has as many sequences waiting as it takes in."""
+  """Too many sequences wait for the engine to take more; try again later."""
 
 
 class _Flight(NamedTuple):
-  """A step that is dispatched and not read."""
+  """A step that is dispatched, and whose outputs are not read yet."""
 
   step: sequence_manager.Step
-  shape: programs.Shape
-  outputs: programs.Outputs
+  shape: steps.Shape
+  outputs: steps.Outputs
 
 
 class Engine:
-  """Answers requests with one model; not for several threads."""
+  """Answers requests with one model; one thread owns it."""
 
   def __init__(
     self,
-    config: model_config.ModelConfig,
-    params: programs.Params,
+    model_config: model_config_lib.ModelConfig,
+    params: device_state.Params,
     *,
     tokenizer: tokenizer_lib.Tokenizer,
     weights_digest: str,
     dtype: Any = jnp.float32,
-    engine: engine_config.EngineConfig = engine_config.EngineConfig(),
+    config: engine_config.EngineConfig = engine_config.EngineConfig(),
   ):
-    """Lays out the cache and compiles every program.
+    """Allocates the KV cache and compiles every program.
 
     Args:
-      config: of the model; scanned layers are served apart.
-      params: its variables, on one device. Never changed.
+      model_config: of the model; scanned layers are unstacked.
+      params: variables of the model, on one device. Never changed.
       tokenizer: of the model.
-      weights_digest: of the params; cached prefixes are theirs alone.
-      dtype: of the computation, and of pages unless they are int8.
-      engine: rows, pages, numerics.
+      weights_digest: of the params; cached prefixes belong to one digest.
+      dtype: of the computation, and of the KV cache unless it is int8.
+      config: the layout of the engine.
     """
-    params, config = layout.unstack(params, config)
-    self.config, self.model_config = engine, config
+    params, model_config = layout.unstack(params, model_config)
+    self.config, self.model_config = config, model_config
     self.params, self.weights_digest = params, weights_digest
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
-    kv_dtype = dtype if engine.kv_dtype == 'model' else engine.kv_dtype
-    self.page_tokens = engine.page_tokens(config.max_length)
-    backend = execution.choose(engine, config, dtype, device.platform)
-    page_bytes = self.page_tokens * _kv_bytes_per_token(
-      config, kv_dtype, backend.channels
+    kv_dtype = dtype if config.kv_dtype == 'model' else config.kv_dtype
+    self.page_tokens = config.page_tokens(model_config.max_length)
+    backend = execution.choose(config, model_config, dtype, device.platform)
+    self.page_bytes = self.page_tokens * _kv_bytes_per_token(
+      model_config, kv_dtype, backend.channels
     )
-    num_pages = engine.pool_pages(
-      config,
-      bytes_per_token=page_bytes / self.page_tokens,
+    num_pages = config.pool_pages(
+      model_config,
+      bytes_per_token=self.page_bytes / self.page_tokens,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
       memory_bytes=peaks.memory_bytes(device),
       is_host=device.platform == 'cpu',
     )
-    self.page_bytes = page_bytes
-    self.roster = sequence_manager.Roster(
-      engine.limits(self.page_tokens), num_pages=num_pages
+    self.manager = sequence_manager.SequenceManager(
+      config.limits(self.page_tokens), num_pages=num_pages
     )
-    model = transformer.Transformer(config, jnp.dtype(dtype), backend.execution)
+    model = transformer.Transformer(
+      model_config, jnp.dtype(dtype), backend.execution
+    )
     with jax.default_device(device):
-      self._state = programs.init_state(
+      self._state = device_state.init_state(
         model,
-        num_slots=engine.max_sequences,
+        num_slots=config.max_sequences,
         num_pages=num_pages,
         page_size=self.page_tokens,
         kv_dtype=kv_dtype,
@@ -119,14 +133,15 @@ class Engine:
         model=model,
         params=params,
         state=self._state,
-        shapes=[programs.Shape(*shape) for shape in engine.step_shapes()],
-        chunk_tokens=engine.chunk_tokens,
-        table_width=engine.table_width(config.max_length),
+        shapes=[steps.Shape(*shape) for shape in config.step_shapes()],
+        chunk_tokens=config.chunk_tokens,
+        table_width=config.table_width(model_config.max_length),
         vocab_size=tokenizer.vocab_size,
       )
       self.compile_seconds = time.perf_counter() - start
     self._flight: _Flight | None = None
-    self._live: dict[Hashable, answer.Live] = {}
+    self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
+    self._inboxes: dict[int, collections.deque[requests.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
 
@@ -140,112 +155,158 @@ class Engine:
 
   @property
   def num_waiting(self) -> int:
-    """Sequences that are not running."""
-    return self.roster.gauges().num_waiting
+    """Number of sequences that wait for a slot."""
+    return self.manager.gauges().num_waiting
 
-  def room_for(self, request: requests.Request) -> int:
-    """Returns how many tokens may follow the prompt of a request.
+  def checked(self, request: requests.Request) -> requests.Request:
+    """Returns a request with its `room`, the tokens that may follow its prompt.
 
     Raises:
-      ValueError: prompt and completion do not fit into the context or the
-        cache, or an id is outside the vocabulary.
+      ValueError: prompt and completion do not fit into the context or the KV
+        cache, or a token id is outside the vocabulary.
     """
-    settings, context = request.settings, self.model_config.max_length
-    num_prompt, wanted = len(request.prompt_ids), settings.max_tokens or 1
-    vocab_size = self.tokenizer.vocab_size
-    target = () if request.target is None else (request.target,)
-    for token_id in (*request.prompt_ids, *target):
-      if not 0 <= token_id < vocab_size:
-        raise ValueError(
-          f'prompt: got token id {token_id}, expected 0 <= id < {vocab_size}'
-        )
-    if not num_prompt:
-      raise ValueError(
-        "prompt: got no token ids, expected at least one; send the text '' to"
-        ' start from BOS'
-      )
-    settings.check_ids(vocab_size)
-    # A target that nothing follows is never read, and needs no position.
-    room = context + (request.target is not None and wanted == 1)
-    if num_prompt + wanted > room:
-      raise ValueError(
-        f'prompt: got {num_prompt} tokens and {wanted} to generate,'
-        f' expected at most {context} together (the context of this model);'
-        ' shorten the prompt or lower max_tokens'
-      )
-    # The last token is sampled and never computed: it needs no slot.
-    capacity = self.page_tokens * self.roster.tables.allocator.num_usable + 1
-    if num_prompt + wanted > capacity:
-      raise ValueError(
-        f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
-        f' most {capacity} together (the cache of this engine); lower'
-        ' max_tokens or give the engine more pages'
-      )
-    return settings.max_tokens or max(min(context, capacity) - num_prompt, 1)
-
-  def has_room_for(self, request: requests.Request) -> bool:
-    """Whether `submit` would take a request in now.
-
-    Of one that is larger than the whole queue it is told where nothing else is:
-    that it can never be taken in, submitting it says.
-    """
-    return not self.has_work or (
-      self.num_waiting + request.settings.n <= self.config.max_waiting
+    # The last token is sampled and never computed: it needs no place in a page.
+    capacity = self.page_tokens * self.manager.tables.allocator.num_usable + 1
+    room = requests.room_for(
+      request,
+      vocab_size=self.tokenizer.vocab_size,
+      context=self.model_config.max_length,
+      capacity=capacity,
     )
+    return dataclasses.replace(request, room=room)
 
   def submit(self, request: requests.Request) -> int:
-    """Takes a request in; returns the id that its updates carry.
+    """Submits one request, see `submit_all`; returns its id."""
+    (request_id,) = self.submit_all([request])
+    return request_id
+
+  def submit_all(self, asked: Sequence[requests.Request]) -> list[int]:
+    """Submits requests, all or none; returns the ids that updates carry.
 
     Raises:
-      ValueError: it could never be answered.
-      Overloaded: too many wait; try again later.
+      ValueError: a request could never be answered, or all together are more
+        sequences than the queue holds.
+      Overloaded: too many sequences wait; try again later.
     """
-    max_new = self.room_for(request)
-    num = request.settings.n
-    waiting = self.num_waiting
-    if waiting + num > self.config.max_waiting:
+    asked = [
+      self.checked(request) if request.room is None else request
+      for request in asked
+    ]
+    num = sum(request.settings.n for request in asked)
+    most, waiting = self.config.max_waiting, self.num_waiting
+    if num > most:
+      raise ValueError(
+        f'prompt: got {num} completions to make, expected at most {most}, which'
+        ' is how many may wait (engine.max_waiting); send several requests'
+      )
+    if waiting + num > most:
       self.metrics.refused.labels('overloaded').inc()
       raise Overloaded(
-        f'got {num} more sequences while {waiting} wait, expected at most'
-        f' {self.config.max_waiting} to wait; try again later'
+        f'got {num} more completions to make while {waiting} wait, expected at'
+        f' most {most} to wait; try again later'
       )
-    request_id = next(self._ids)
-    settings, prompt = request.settings, request.prompt_ids
+    return [self._submit(request) for request in asked]
+
+  def answer(
+    self, asked: Sequence[requests.Request]
+  ) -> Generator[tuple[int, requests.Update]]:
+    """Yields updates, each with the index of its request among `asked`.
+
+    Submits requests as the queue has room for them. Several iterators may be
+    open at once: the one that is asked for its next update runs a step, and
+    updates for the others wait in their inboxes. Closing an iterator cancels
+    its requests.
+
+    Raises:
+      ValueError: a request could never be answered; at the call, before any
+        work.
+    """
+    return self._answer([self.checked(request) for request in asked])
+
+  def _answer(self, asked: list[requests.Request]):
+    pending = collections.deque(enumerate(asked))
+    which: dict[int, int] = {}  # index in `asked`, by request id
+    num_left: dict[int, int] = {}  # unfinished sequences, by request id
+    try:
+      while pending or num_left:
+        while pending and self._has_room_for(pending[0][1]):
+          index, request = pending.popleft()
+          request_id = self.submit(request)
+          which[request_id], num_left[request_id] = index, request.settings.n
+          self._inboxes[request_id] = collections.deque()
+        full = next((key for key in num_left if self._inboxes[key]), None)
+        if full is None:
+          self._deliver(self.step())
+          continue
+        update = self._inboxes[full].popleft()
+        if update.completion:
+          num_left[full] -= 1
+          if not num_left[full]:
+            del num_left[full], self._inboxes[full]
+        yield which[full], update
+    finally:
+      for request_id in num_left:
+        self.cancel(request_id)
+        del self._inboxes[request_id]
+
+  def _has_room_for(self, request: requests.Request) -> bool:
+    # Without work, `submit` refuses a request that is larger than the queue.
+    waiting = self.num_waiting + request.settings.n
+    return not self.has_work or waiting <= self.config.max_waiting
+
+  def _deliver(self, updates: list[requests.Update]) -> None:
+    for update in updates:
+      if update.request_id in self._inboxes:
+        self._inboxes[update.request_id].append(update)
+
+  def _submit(self, request: requests.Request) -> int:
+    """Makes the n sequences of a checked request."""
+    assert request.room is not None
+    request_id, settings = next(self._ids), request.settings
     base = settings.seed
     if base is None:
       base = secrets.randbelow(settings_lib.NUM_SEEDS)
     principal = None if self.config.share_prefixes else request.principal
-    reads = self.config.prefix_cache and settings.prompt_logprobs is None
-    for index in range(num):
-      # Each has a seed of its own; the first has the one given.
-      seed = (base + index) % settings_lib.NUM_SEEDS
-      live = answer.Live(
-        request_id, index, request, seed, self.tokenizer, max_new
-      )
-      self.roster.submit(
-        live.id,
-        prompt,
-        max_new,
+    parent = None
+    for index in range(settings.n):
+      sequence = self.manager.submit(
+        (request_id, index),
+        request.prompt_ids,
+        request.room,
         principal=request.principal,
         priority=request.priority,
         scope=(self.weights_digest, principal),
-        reads_prefix_cache=reads,
-        parent=(request_id, 0) if index else None,
+        # Logprobs need every position of the prompt computed.
+        reads_prefix_cache=(
+          self.config.prefix_cache and settings.prompt_logprobs is None
+        ),
+        parent=parent,
       )
-      self._live[live.id] = live
+      parent = parent or sequence
+      self._live[sequence] = answer_lib.Live(
+        request_id,
+        index,
+        request,
+        sequence,
+        # Each sequence has its own seed; the first has the given one.
+        seed=(base + index) % settings_lib.NUM_SEEDS,
+        tokenizer=self.tokenizer,
+      )
     return request_id
 
   def cancel(self, request_id: int) -> None:
-    """Drops what is left of a request; its pages are free at the next step."""
+    """Ends the unfinished sequences of a request, and releases their pages."""
     for live in list(self._live.values()):
       if live.request_id == request_id:
         self._close(live, 'cancelled')
 
-  def set_params(self, params: programs.Params, weights_digest: str) -> None:
-    """Serves other weights of the same model: the next step of on-policy RL.
+  def set_params(
+    self, params: device_state.Params, weights_digest: str
+  ) -> None:
+    """Serves other weights of the same model, as on-policy RL does each step.
 
     Raises:
-      ValueError: sequences are in flight, or shapes and dtypes differ.
+      ValueError: a request is unfinished, or shapes or dtypes differ.
     """
     if self.has_work:
       raise ValueError(
@@ -266,30 +327,26 @@ class Engine:
         ' the same; make another engine for another model'
       )
     self.params, self.weights_digest = params, weights_digest
-    self.roster.clear()
+    self.manager.clear()
 
   # --------------------------------------------------------------------------
   # Steps
 
   def run(self) -> Iterator[requests.Update]:
-    """Yields updates until nothing is left to do."""
+    """Yields updates until no work is left."""
     while self.has_work:
       yield from self.step()
 
   def step(self) -> list[requests.Update]:
-    """Dispatches the next step, and returns what the one before has brought."""
+    """Dispatches the next step, and returns the updates of the step before."""
     start = time.perf_counter()
     compiled = compilations.on_this_thread()
-    # Before anybody enters: who does has held nothing until now, least of all
-    # while the engine had nothing to do.
+    # Before sequences enter: they have held no pages until now.
     self._charge_memory(start)
-    plan = self.roster.plan()
+    plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
-      self.metrics.preemptions.inc(len(plan.preempted))
-      for live_id in plan.preempted:
-        self._live[live_id].usage.preemptions += 1
-      flight = self._dispatch(self.roster.begin(plan))
+      flight = self._dispatch(self.manager.begin(plan))
     landed, self._flight = self._flight, flight
     if flight is None and landed is None and self._live:
       raise RuntimeError(
@@ -307,20 +364,23 @@ class Engine:
     self.metrics.step_seconds.inc(seconds)
     self.metrics.host_seconds.inc(seconds - waited)
     self.metrics.compilations.inc(compilations.on_this_thread() - compiled)
-    self._set_gauges()
+    self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
 
   def _dispatch(self, step: sequence_manager.Step) -> _Flight | None:
     """Sends a step to the device."""
     now = time.perf_counter()
-    for live_id in step.seated:
-      live = self._live[live_id]
-      self._seat(live, step)
+    self.metrics.preemptions.inc(len(step.preempted))
+    for sequence in step.preempted:
+      self._live[sequence].usage.preemptions += 1
+    for sequence in step.seated:
+      live = self._live[sequence]
+      self._seat(live)
       if live.seated_at is None:
         self._note_seated(live, now)
     if step.copies:
       self._state = self._programs.copy_pages(self._state, step.copies)
-    if not step.decodes and not step.chunks:
+    if not step.spans:
       return None
     shape = self._programs.shape_for(len(step.decodes), len(step.chunks))
     inputs = self._programs.empty_inputs(shape)
@@ -328,10 +388,7 @@ class Engine:
       inputs,
       step,
       chunk_tokens=self.config.chunk_tokens,
-      scored_prompt=lambda live_id: self._live[live_id].scored_prompt(),
-      forced_token=lambda live_id, position: self._live[live_id].forced_token(
-        position
-      ),
+      answers=self._live,
     )
     self._state, outputs = self._programs.step(
       shape, self.params, self._state, inputs
@@ -339,39 +396,44 @@ class Engine:
     self._count(step, len(inputs.tokens_T))
     return _Flight(step, shape, outputs)
 
-  def _seat(self, live: answer.Live, step: sequence_manager.Step) -> None:
-    slot = self.roster.slot(live.id)
-    self._state = self._programs.seat(self._state, slot, live.sampler_row())
+  def _seat(self, live: answer_lib.Live) -> None:
+    """Writes the settings of a sequence to its slot."""
+    sequence = live.sequence
+    assert sequence.slot is not None
+    self._state = self._programs.seat(
+      self._state, sequence.slot, live.sampler_row()
+    )
     if live.has_penalties:
-      ids = self.roster.tokens(live.id)
       self._state = self._programs.recount(
-        self._state, slot, ids, live.num_prompt
+        self._state, sequence.slot, sequence.tokens, sequence.num_prompt
       )
 
-  def _note_seated(self, live: answer.Live, now: float) -> None:
+  def _note_seated(self, live: answer_lib.Live, now: float) -> None:
     live.seated_at = now
     live.usage.queue_seconds = now - live.submitted_at
-    live.usage.cached_tokens = self.roster.num_cached_tokens(live.id)
+    live.usage.cached_tokens = live.sequence.num_cached
     self.metrics.queue.observe(live.usage.queue_seconds)
     self.metrics.cached_tokens.inc(live.usage.cached_tokens)
 
   def _land(self, flight: _Flight, outputs) -> list[requests.Update]:
-    """Takes in the tokens of a step."""
+    """Takes the tokens of a step, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)
-    num_decodes = flight.shape.num_decodes
     for index, chunk in enumerate(flight.step.chunks):
-      if (live := self._live.get(chunk.id)) and live.scored_prompt():
+      live = self._live.get(chunk.sequence)
+      if live and live.scored_prompt():
         live.take_prompt_logprobs(
           outputs.prompt, chunk, index * self.config.chunk_tokens
         )
     updates = []
-    for place, row in inputs_lib.sampling_rows(flight.step, num_decodes):
-      live = self._live.get(row.id)
+    for place, span in inputs_lib.sampling_spans(
+      flight.step, flight.shape.num_decodes
+    ):
+      live = self._live.get(span.sequence)
       if live is None:
         continue  # it ended while this step ran
       token = int(outputs.tokens_R[place])
-      self.roster.append(row.id, token)
+      self.manager.append(span.sequence, token)
       since = live.submitted_at if live.last_at is None else live.last_at
       which = 'first_token' if live.last_at is None else 'inter_token'
       getattr(self.metrics, which).observe(now - since)
@@ -381,61 +443,50 @@ class Engine:
         self._close(live, live.transcript.finish_reason)
     return updates
 
-  def _close(self, live: answer.Live, reason: str) -> None:
+  def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
-    self.roster.end(live.id)
-    del self._live[live.id]
+    self.manager.end(live.sequence)
+    del self._live[live.sequence]
 
   def _charge_memory(self, now: float) -> None:
-    """Charges each sequence for the pages that it held since last time."""
+    """Charges each sequence for its pages since the last charge."""
     seconds, self._last_charged = now - self._last_charged, now
-    for live_id in self.roster.running():
-      held = self.roster.num_pages_held(live_id) * self.page_bytes
-      self._live[live_id].usage.kv_byte_seconds += held * seconds
+    for sequence in self.manager.running():
+      held = len(sequence.pages) * self.page_bytes
+      self._live[sequence].usage.kv_byte_seconds += held * seconds
 
-  def _count(self, step: sequence_manager.Step, num_rows: int) -> None:
-    """Charges the work of a step to its sequences, and counts its rows."""
-    num_real = 0
-    for row in (*step.decodes, *step.chunks):
-      live = self._live[row.id]
-      num_real += row.length
-      num_logits = int(row.samples)
-      if live.scored_prompt():
-        num_logits = row.length
+  def _count(self, step: sequence_manager.Step, num_tokens: int) -> None:
+    """Charges the work of a step to its sequences, and counts its tokens.
+
+    Args:
+      step: that was dispatched.
+      num_tokens: T of its shape, padding included.
+    """
+    for span in step.spans:
+      live = self._live[span.sequence]
+      num_logits = span.length if live.scored_prompt() else int(span.samples)
       cost = flops.span_flops(
-        self.model_config, row.start, row.length, num_logits
+        self.model_config, span.start, span.length, num_logits
       )
       live.usage.flops += cost
       self.metrics.flops.inc(cost)
-    for row in step.decodes:
-      self._live[row.id].usage.decode_tokens += 1
-    for row in step.chunks:
-      self._live[row.id].usage.prefill_tokens += row.length
-    num_prefill = num_real - len(step.decodes)
+    for span in step.decodes:
+      self._live[span.sequence].usage.decode_tokens += 1
+    for span in step.chunks:
+      self._live[span.sequence].usage.prefill_tokens += span.length
+    num_real = sum(span.length for span in step.spans)
     self.metrics.steps.inc()
     self.metrics.decode_tokens.inc(len(step.decodes))
-    self.metrics.prefill_tokens.inc(num_prefill)
+    self.metrics.prefill_tokens.inc(num_real - len(step.decodes))
     self.metrics.rows.labels('real').inc(num_real)
-    self.metrics.rows.labels('padding').inc(num_rows - num_real)
-
-  def _set_gauges(self) -> None:
-    gauges = self.roster.gauges()
-    self.metrics.running.set(gauges.num_running)
-    self.metrics.waiting.set(gauges.num_waiting)
-    self.metrics.pages_used.set(gauges.pages_used)
-    self.metrics.pages_idle.set(gauges.pages_idle)
-    self.metrics.pages_free.set(gauges.pages_free)
-    slots = gauges.pages_used * self.page_tokens
-    held = gauges.tokens_held
-    self.metrics.kv_waste.set(1 - held / slots if slots else 0.0)
-    looked_up = gauges.prefix_tokens_looked_up
-    found = gauges.prefix_tokens_found
-    self.metrics.prefix_hit_rate.set(found / looked_up if looked_up else 0.0)
+    self.metrics.rows.labels('padding').inc(num_tokens - num_real)
 
 
-def _kv_bytes_per_token(config, dtype, channels: int) -> float:
+def _kv_bytes_per_token(
+  config: model_config_lib.ModelConfig, dtype: Any, channels: int
+) -> float:
   vector = channels * jnp.dtype(dtype).itemsize
   if jnp.dtype(dtype) == jnp.int8:
-    vector += 4  # its scale
-  rows, _ = kv_cache.rows_and_width(config)
-  return config.num_layers * rows * vector
+    vector += 4  # the float32 scale of the vector
+  num_vectors, _ = kv_cache.rows_and_width(config)
+  return config.num_layers * num_vectors * vector

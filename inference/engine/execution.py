@@ -1,5 +1,6 @@
-"""Which execution serves a model: by platform and by numerics."""
+"""The execution of an engine: the model's ports for a platform and numerics."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,16 @@ import jax.numpy as jnp
 
 from inference.engine import engine_config
 from models import execution as execution_lib, invariant, kv_cache, model_config
-from models.attention import paged_gpu, paged_tpu
+from models.attention import paged_gpu, paged_tpu, supports
+
+_KERNELS = {
+  'tpu': (supports.PAGED_TPU, paged_tpu.attend),
+  'gpu': (supports.PAGED_GPU, paged_gpu.attend),
+}
 
 
 class Backend(NamedTuple):
-  """How steps are computed, and the width of the pages that this takes."""
+  """The execution of a step, and the width of the pages that it needs."""
 
   execution: execution_lib.Execution
   channels: int  # C of pages
@@ -23,58 +29,72 @@ def choose(
   dtype: Any,
   platform: str,
 ) -> Backend:
-  """Returns the backend for 'cpu', 'gpu' or 'tpu'.
+  """Returns the backend of a model on 'cpu', 'gpu' or 'tpu'.
 
-  Plain JAX attends everywhere. TPU and GPU have kernels that read pages where
-  they lie; `attention='auto'` takes them where they take the model. Invariant
-  numerics have an attention of their own.
+  Plain JAX attends on every platform. TPU and GPU have kernels that read keys
+  and values from their pages without gathering them; `attention='auto'` takes
+  the kernel if `models/attention/supports.py` says that it accepts the model.
+  Invariant numerics have their own attention.
 
   Raises:
-    ValueError: the kernel was asked for and cannot be had.
+    ValueError: `attention` asks for a kernel that the platform lacks or that
+      does not accept the model, or no path accepts the model.
   """
   _, width = kv_cache.rows_and_width(model)
+  path, backend = supports.PAGED, Backend(execution_lib.Execution(), width)
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
       raise ValueError(
         "engine.attention: got 'kernel' with invariant numerics, expected"
         " 'auto'; kernels choose their shapes themselves"
       )
-    return Backend(invariant.execution(), width)
-  plain = Backend(execution_lib.Execution(), width)
-  kernels = {'tpu': paged_tpu, 'gpu': paged_gpu}
-  if config.attention == 'reference':
-    return plain
-  if platform not in kernels:
-    problem = f'got platform {platform!r}, expected one of tpu, gpu'
-  elif model.latent_width:
-    problem = (
-      f'got model.latent_width = {model.latent_width}, expected 0: kernels read'
-      ' keys and values of their own'
+    path, backend = supports.INVARIANT, Backend(invariant.execution(), width)
+  elif config.attention != 'reference':
+    refusal = (
+      f'got platform {platform!r}, expected one of {", ".join(_KERNELS)}; set'
+      ' engine.attention = auto'
     )
-  else:
-    kernel = kernels[platform]
-    channels = width
-    if platform == 'tpu' and channels < paged_tpu.LANES:
-      channels = paged_tpu.LANES  # narrower ones take as much memory there
-    problem = kernel.shape_problem(
-      *_largest_step(config, model, dtype, channels)
-    )
-    if not problem:
-      execution = execution_lib.Execution(attend_cached=kernel.attend)
-      return Backend(execution, channels)
-  if config.attention == 'kernel':
-    raise ValueError(
-      f"engine.attention: got 'kernel', but {problem}; or leave it at 'auto'"
-    )
-  return plain
+    if platform in _KERNELS:
+      kernel, attend = _KERNELS[platform]
+      # On TPU, heads narrower than a register take a register's memory anyway.
+      channels = max(width, kernel.page_width)
+      request = _request(config, model, dtype, channels)
+      request = dataclasses.replace(request, platform=platform)
+      refusal = supports.problem(kernel, request)
+      if not refusal:
+        return Backend(execution_lib.Execution(attend_cached=attend), channels)
+    if config.attention == 'kernel':
+      raise ValueError(f"engine.attention: got 'kernel', but {refusal}")
+  if refusal := supports.problem(path, _request(config, model, dtype, width)):
+    raise ValueError(f'{path.name}: {refusal}')
+  return backend
+
+
+def _request(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  dtype: Any,
+  channels: int,
+) -> supports.Request:
+  """Returns the request of the largest step, for the table of attention."""
+  of_model = supports.of_model(model)
+  return dataclasses.replace(
+    supports.of_call(
+      *_largest_step(config, model, dtype, channels), of_model.form
+    ),
+    latent_width=model.latent_width,
+  )
 
 
 def _largest_step(
-  config, model: model_config.ModelConfig, dtype, channels: int
-):
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  dtype: Any,
+  channels: int,
+) -> tuple[Any, kv_cache.PagedLayer]:
   """Returns the shapes of queries and cache of the largest step."""
   decodes = config.max_sequences
-  blocks = config.max_mixed_chunks
+  chunks = config.max_mixed_chunks
   size = config.page_tokens(model.max_length)
   width = config.table_width(model.max_length)
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
@@ -83,12 +103,12 @@ def _largest_step(
     (pool, *_) = kv_cache.init_pages(
       model, num_pages=2, page_size=size, dtype=kv_dtype, channels=channels
     )
-    tokens = decodes + blocks * config.chunk_tokens
+    tokens = decodes + chunks * config.chunk_tokens
     heads = model.num_heads, model.head_width
     return jnp.zeros((1, tokens, *heads), dtype), kv_cache.PagedLayer(
       pool,
       jnp.zeros((decodes, width), jnp.int32),
-      jnp.zeros((blocks, width), jnp.int32),
+      jnp.zeros((chunks, width), jnp.int32),
     )
 
   return jax.eval_shape(shapes)

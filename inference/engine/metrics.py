@@ -1,20 +1,22 @@
-"""Figures of one engine, as Prometheus collects them.
+"""The metrics of one engine, for Prometheus.
 
 Counters only grow, so that any two readings give the rate between them. Each
-engine has a registry of its own: tests and benchmarks have several engines in a
-process.
+engine has its own registry, since tests and benchmarks run several engines in
+one process.
 """
 
 import prometheus_client
 
-# Seconds. From a step of a small model to a prompt that waits for its turn.
+from inference.scheduling import sequence_manager
+
+# Bucket bounds in seconds, from a step of a small model to a long wait.
 _SECONDS = tuple(
   base * 10.0**power for power in range(-4, 3) for base in (1, 1.5, 2, 3, 5, 7)
 )
 
 
 class Metrics:
-  """The counters and histograms that the engine keeps."""
+  """The counters, gauges and histograms of one engine."""
 
   def __init__(self):
     self.registry = prometheus_client.CollectorRegistry()
@@ -36,54 +38,80 @@ class Metrics:
     self.step_seconds = counter('engine_step_seconds', 'Wall time of steps.')
     self.host_seconds = counter(
       'engine_host_seconds',
-      'Of that, planning, preparing, and taking tokens in.',
+      'Part of it in which the host did not wait for the device.',
     )
-    self.rows = counter('engine_rows', 'Rows computed.', ['kind'])
-    self.prefill_tokens = counter('prefill_tokens', 'Computed in chunks.')
-    self.decode_tokens = counter('decode_tokens', 'Computed one at a time.')
-    self.cached_tokens = counter('cached_tokens', 'Of prompts, not computed.')
-    self.sampled_tokens = counter('sampled_tokens', 'Tokens given to requests.')
+    self.rows = counter(
+      'engine_rows', 'Tokens computed, real or padding.', ['kind']
+    )
+    self.prefill_tokens = counter(
+      'prefill_tokens', 'Tokens computed in chunks.'
+    )
+    self.decode_tokens = counter(
+      'decode_tokens', 'Tokens computed one at a time.'
+    )
+    self.cached_tokens = counter(
+      'cached_tokens', 'Prompt tokens found computed.'
+    )
+    self.sampled_tokens = counter('sampled_tokens', 'Tokens of completions.')
     self.preemptions = counter(
-      'preemptions', 'Sequences that lost their pages.'
+      'preemptions', 'Sequences that gave their pages back.'
     )
-    self.flops = counter('flops', 'Of matrix products, padding left out.')
+    self.flops = counter('flops', 'FLOPs of matrix products, without padding.')
     self.finished = counter('finished', 'Sequences that ended.', ['reason'])
-    self.refused = counter('refused', 'Requests not taken in.', ['reason'])
+    self.refused = counter('refused', 'Submissions refused.', ['reason'])
     self.compilations = counter(
-      'compilations_after_ready', 'Programs compiled since; 0 by contract.'
+      'compilations_after_ready',
+      'Programs compiled after the engine was ready; 0 by contract.',
     )
     self.running = gauge('running', 'Sequences that have a slot.')
-    self.waiting = gauge('waiting', 'Sequences that wait for one.')
-    self.pages_used = gauge('kv_pages_used', 'Pages of sequences.')
-    self.pages_idle = gauge('kv_pages_idle', 'Pages of the prefix cache alone.')
+    self.waiting = gauge('waiting', 'Sequences that wait for a slot.')
+    self.pages_used = gauge('kv_pages_used', 'Pages held by sequences.')
+    self.pages_idle = gauge(
+      'kv_pages_idle', 'Pages held by the prefix cache only.'
+    )
     self.pages_free = gauge('kv_pages_free', 'Pages that hold nothing.')
     self.kv_waste = gauge(
-      'kv_waste', 'Share of the slots in used pages that holds no token.'
+      'kv_waste', 'Share of the places in used pages that hold no token.'
     )
     self.prefix_hit_rate = gauge(
-      'prefix_hit_rate', 'Share of the tokens looked up that were found.'
+      'prefix_hit_rate', 'Share of looked-up tokens found in the prefix cache.'
     )
     self.first_token = histogram(
       'time_to_first_token_seconds', 'From submission to the first token.'
     )
     self.inter_token = histogram(
-      'inter_token_seconds', 'Between tokens of a sequence.'
+      'inter_token_seconds', 'Between two tokens of a sequence.'
     )
     self.queue = histogram(
       'queue_seconds', 'From submission to the first step.'
     )
 
+  def set_gauges(
+    self, gauges: sequence_manager.Gauges, page_tokens: int
+  ) -> None:
+    """Sets the gauges to the state of the sequences and their pages."""
+    self.running.set(gauges.num_running)
+    self.waiting.set(gauges.num_waiting)
+    self.pages_used.set(gauges.pages_used)
+    self.pages_idle.set(gauges.pages_idle)
+    self.pages_free.set(gauges.pages_free)
+    slots = gauges.pages_used * page_tokens
+    self.kv_waste.set(1 - gauges.tokens_held / slots if slots else 0.0)
+    looked_up = gauges.prefix_tokens_looked_up
+    found = gauges.prefix_tokens_found
+    self.prefix_hit_rate.set(found / looked_up if looked_up else 0.0)
+
   def value(self, name: str, **labels: str) -> float:
-    """Returns a sample by the name that it is exported with."""
+    """Returns a value by its exported name; 0 if it is missing."""
     return self.registry.get_sample_value(name, labels) or 0.0
 
   @property
   def padding_waste(self) -> float:
-    """Share of the rows computed that were padding."""
+    """Share of the computed tokens that were padding."""
     real = self.value('engine_rows_total', kind='real')
     padding = self.value('engine_rows_total', kind='padding')
     return padding / (real + padding) if padding else 0.0
 
   def text(self) -> bytes:
-    """Returns everything in Prometheus' text format."""
+    """Returns all metrics in the text format of Prometheus."""
     return prometheus_client.generate_latest(self.registry)

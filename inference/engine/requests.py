@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it answers, and what that took."""
+"""Requests to the engine, its answers, and their usage of resources."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,33 +12,36 @@ from inference.sampling import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """A prompt and how it is to be continued."""
+  """A prompt and the settings of its continuation."""
 
   prompt_ids: tuple[int, ...]
   settings: settings_lib.Settings = settings_lib.Settings()
-  # On whose behalf: fairness is between principals, and so is the isolation of
-  # cached prefixes. From who authenticated the request, never from its body.
+  # The tenant. Fairness is between principals, and cached prefixes are not
+  # shared between them. It comes from authentication, never from the body.
   principal: str = ''
   priority: int = 0  # lower is sooner
-  # Taken as the first token instead of a sampled one: to score it by
-  # `logprobs`. With max_tokens = 1 it is never read, so that the prompt may
-  # fill the context.
+  # Taken as the first token instead of a sampled one, to get its logprob. With
+  # max_tokens = 1 no later step reads it, so that the prompt may fill the
+  # context.
   target: int | None = None
+  # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
+  # the engine has not checked the request yet.
+  room: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
 class Usage:
-  """What one sequence took; seconds are of wall time."""
+  """The resources that one sequence used; seconds are wall time."""
 
-  prefill_tokens: int = 0  # computed in chunks, again after a preemption too
+  prefill_tokens: int = 0  # computed in chunks, also after a preemption
   decode_tokens: int = 0  # computed one at a time
-  cached_tokens: int = 0  # of the prompt, found computed
-  preemptions: int = 0  # times that its pages were taken
-  flops: float = 0.0  # of matrix products; padding is nobody's
-  kv_byte_seconds: float = 0.0  # memory of its pages, times how long
-  queue_seconds: float = 0.0  # until it first ran
-  prefill_seconds: float = 0.0  # from then to its first token
-  decode_seconds: float = 0.0  # from then to its last
+  cached_tokens: int = 0  # prompt tokens that other sequences had computed
+  preemptions: int = 0  # times that it gave its pages back
+  flops: float = 0.0  # of matrix products, without padding
+  kv_byte_seconds: float = 0.0  # bytes of its pages, times the duration
+  queue_seconds: float = 0.0  # from submission to its first step
+  prefill_seconds: float = 0.0  # from its first step to its first token
+  decode_seconds: float = 0.0  # from its first token to its last token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,30 +49,76 @@ class Completion:
   """One continuation of a prompt."""
 
   text: str  # without the stop string
-  token_ids: list[int]  # all sampled: with those of EOS or a stop string
-  num_text_ids: int  # of the first ids: they spell the text
+  token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
+  num_text_ids: int  # the first ids that spell the text
   finish_reason: str  # 'stop' (EOS, stop string or id) | 'length'
   stop_reason: str | int | None  # the stop string or id; None for EOS
   num_prompt_tokens: int  # with BOS
-  seed: int  # with the settings and the weights: the same text again
+  seed: int  # the same seed, settings and weights give the same text
   logprobs: list[logprobs_lib.TokenLogprobs] | None  # of token_ids
-  # Of the prompt's tokens; None for the first, which follows nothing.
+  # Of the prompt's tokens; None for the first token, which has no context.
   prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] | None
   usage: Usage
 
   @property
   def num_completion_tokens(self) -> int:
-    """Tokens sampled."""
+    """Number of sampled tokens."""
     return len(self.token_ids)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Update:
-  """What a step adds to one sequence of a request."""
+  """The addition of one step to one sequence of a request."""
 
   request_id: Any
-  index: int  # which of the request's n
+  index: int  # of the sequence among the n of the request
   text: str  # may be empty
-  token_ids: Sequence[int]  # those that `text` is the text of
-  logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if asked for
-  completion: Completion | None = None  # with the last one
+  token_ids: Sequence[int]  # the ids that spell `text`
+  logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if requested
+  completion: Completion | None = None  # in the last update of the sequence
+
+
+def room_for(
+  request: Request, *, vocab_size: int, context: int, capacity: int
+) -> int:
+  """Returns how many tokens may follow the prompt of a request.
+
+  Args:
+    request: the request to check.
+    vocab_size: V, ids below it exist.
+    context: tokens that the model can attend to.
+    capacity: tokens of one sequence that the KV cache holds.
+
+  Raises:
+    ValueError: a token id is outside the vocabulary, or prompt and completion
+      do not fit into the context or the KV cache.
+  """
+  settings = request.settings
+  num_prompt, wanted = len(request.prompt_ids), settings.max_tokens or 1
+  target = () if request.target is None else (request.target,)
+  for token_id in (*request.prompt_ids, *target):
+    if not 0 <= token_id < vocab_size:
+      raise ValueError(
+        f'prompt: got token id {token_id}, expected 0 <= id < {vocab_size}'
+      )
+  if not num_prompt:
+    raise ValueError(
+      "prompt: got no token ids, expected at least one; send the text '' to"
+      ' start from BOS'
+    )
+  settings.check_ids(vocab_size)
+  # A target that no token follows is never computed: it needs no position.
+  most = context + (request.target is not None and wanted == 1)
+  if num_prompt + wanted > most:
+    raise ValueError(
+      f'prompt: got {num_prompt} tokens and {wanted} to generate,'
+      f' expected at most {context} together (the context of this model);'
+      ' shorten the prompt or lower max_tokens'
+    )
+  if num_prompt + wanted > capacity:
+    raise ValueError(
+      f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
+      f' most {capacity} together (the cache of this engine); lower'
+      ' max_tokens or give the engine more pages'
+    )
+  return settings.max_tokens or max(min(context, capacity) - num_prompt, 1)

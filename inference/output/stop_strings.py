@@ -1,4 +1,4 @@
-"""Finds stop strings in text that arrives in pieces, and lets no part leak.
+"""Stop strings in text that arrives in pieces; no part of one is ever shown.
 
 A stop string is matched on text, not on tokens: it may begin in the middle of
 one token and end in the middle of another.
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-  """Passes text through up to the first stop string.
+  """Passes text on up to the first stop string.
 
-  Text that may be the beginning of a stop string is held back until it is
-  known, at most one character less than the longest stop string. The stop
-  string that is completed first wins; of two completed by the same character,
-  the longer. So the result does not depend on how the text was cut.
+  Text that may begin a stop string is held back until the next text decides: at
+  most one character less than the longest stop string. The stop string that is
+  completed first wins. If one character completes two, the longer one wins. So
+  the result does not depend on how the text was cut into pieces.
   """
 
   def __init__(self, stop: Sequence[str]):
@@ -22,12 +22,12 @@ class StopMatcher:
     self.matched: str | None = None  # the stop string found, if any
 
   def push(self, piece: str, *, may_match: bool = True) -> str:
-    """Returns the text that `piece` makes safe to show, possibly none.
+    """Returns the text that is safe to show after `piece`; it may be empty.
 
     Args:
       piece: the text that follows.
-      may_match: whether a stop string counts that `piece` completes. One that
-        begins in a piece without and ends in a piece with it does count.
+      may_match: whether a stop string that `piece` completes counts. A stop
+        string counts if its last piece may match, wherever it begins.
     """
     if self.matched is not None:
       return ''
@@ -41,13 +41,13 @@ class StopMatcher:
     return text[:num_safe]
 
   def finish(self) -> str:
-    """Returns what was held back: the text ends here without a match."""
+    """Returns the held text: the text ends here without a match."""
     rest, self._held = self._held, ''
     return rest
 
   def _found(self, text: str) -> list[tuple[int, int, str]]:
-    """Returns (end, start, string) of what ends behind the held text."""
-    # What ends in the held text was seen before, and did not count.
+    """Returns (end, start, string) of stop strings that end in new text."""
+    # A stop string that ends in the held text did not count at that time.
     starts = (
       (stop, text.find(stop, max(0, len(self._held) - len(stop) + 1)))
       for stop in self._stop
@@ -57,7 +57,7 @@ class StopMatcher:
     ]
 
   def _num_pending(self, text: str) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
+    """Returns the length of the longest end of `text` that begins a stop."""
     longest = max((len(stop) for stop in self._stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
       end = text[-length:]

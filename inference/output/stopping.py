@@ -1,29 +1,30 @@
-"""The host side of one sequence: tokens in, text, ids and logprobs out.
+"""The transcript of one sequence: tokens in, text, ids and logprobs out.
 
     transcript = Transcript(tokenizer, settings, max_tokens=limit)
     release = transcript.push(token_id)        # until finish_reason is set
 
-One cursor moves over tokens, and all three are released behind it: a token is
-released when its last character is complete and cannot be part of a stop string
-any more. Until then the token waits, and with it those of its characters that
-are already safe. So at every moment before the end the text released is the
-text of the ids released.
+One cursor moves over the tokens and releases text, ids and logprobs together. A
+token is released when its last character is complete and can no longer be part
+of a stop string. Until then the whole token waits, including characters that
+are already safe. So, before the end, the released text is always the text of
+the released ids.
 
-A sequence ends, in this order where one token does several of these:
+A sequence ends for one of these reasons; if one token causes several, the first
+one of this list counts:
 
-  stop string   reason 'stop', stop_reason the string; cut out of the text, with
-                all that follows it
+  stop string   reason 'stop', stop_reason the string; the text ends before it
   EOS           reason 'stop', stop_reason None
   stop id       reason 'stop', stop_reason the id; its own text is left out
   length        reason 'length', stop_reason None
 
-The last release holds all ids that are left, so that ids add up to all that was
-sampled: those of EOS, of the stop id or of the stop string too, whose text is
-not released. `num_text_ids` tells how many of the first ids spell the text.
+The last release holds all remaining ids, so that released ids add up to all
+sampled ids. That includes the ids of EOS, of the stop id or of the stop string,
+whose text is not released. The first `num_text_ids` ids spell the text.
 
-The first `min_tokens` tokens end nothing but the length: a stop string that one
-of them completes is text like any other, as in vLLM; one that they only begin
-counts. The sampler holds EOS and stop ids off for as long.
+The first `min_tokens` tokens can only end the sequence by its length. A stop
+string that one of them completes is ordinary text, as in vLLM; one that begins
+in them and is completed later counts. The sampler excludes EOS and stop ids
+during these tokens.
 """
 
 import codecs
@@ -38,7 +39,7 @@ from text import detokenize, tokenizer as tokenizer_lib
 
 
 class Release(NamedTuple):
-  """What one token set free, possibly nothing."""
+  """The text, ids and logprobs that one token releases; may be empty."""
 
   text: str
   token_ids: tuple[int, ...]
@@ -50,8 +51,8 @@ class _Held(NamedTuple):
 
   token_id: int
   logprobs: logprobs_lib.TokenLogprobs | None
-  # Characters of the sequence up to its end; None if it ends inside one, or
-  # has no part in the text.
+  # Number of characters of the sequence up to the token's end. None if the
+  # token ends inside a character, or has no text.
   end: int | None
 
 
@@ -68,18 +69,18 @@ class Transcript:
     self._tokenizer = tokenizer
     self._settings = settings
     self._max_tokens = max_tokens
-    # A completion goes on from a prompt: a first space is one.
+    # A completion continues a prompt: its first space belongs to the text.
     self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
-    # Follows the decoder, for what it does not tell: is it inside a character?
+    # The decoder does not say whether it is inside a character; this one does.
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._matcher = stop_strings.StopMatcher(settings.stop)
     self._held: list[_Held] = []
-    # Characters so far: out of the decoder, behind the matcher, released.
+    # Numbers of characters so far: decoded, passed by the matcher, released.
     self._num_decoded = self._num_safe = self._num_released = 0
-    self._safe = ''  # behind the matcher, not released
+    self._safe = ''  # passed by the matcher, not released
     self._pieces: list[str] = []
     self.token_ids: list[int] = []  # all, released or not
-    self.num_text_ids = 0  # of the first ids: they spell `text`
+    self.num_text_ids = 0  # the first ids that spell `text`
     self.finish_reason: str | None = None  # 'stop' | 'length'
     self.stop_reason: str | int | None = None  # the string or id that matched
 
@@ -91,7 +92,7 @@ class Transcript:
   def push(
     self, token_id: int, logprobs: logprobs_lib.TokenLogprobs | None = None
   ) -> Release:
-    """Takes the next token and returns what it sets free.
+    """Takes the next token and returns the release.
 
     Raises:
       ValueError: the sequence has ended.
@@ -120,11 +121,6 @@ class Transcript:
       return self._finish('stop', None if is_eos else token_id)
     return self._finish('length') if is_last else self._release()
 
-  def cut(self, finish_reason: str) -> Release:
-    """Ends the sequence from outside, as its length would, for that reason."""
-    self._flush(may_stop=False)
-    return self._finish(finish_reason)
-
   def _decode(self, token_id, logprobs, may_stop: bool) -> None:
     self._pass(self._decoder.push(token_id), may_stop)
     self._utf8.decode(self._tokenizer.token_bytes(token_id))
@@ -133,13 +129,13 @@ class Transcript:
     self._held.append(_Held(token_id, logprobs, end))
 
   def _flush(self, may_stop: bool) -> None:
-    """Takes an unfinished character for what it is."""
+    """Decodes an unfinished character at the end."""
     self._pass(self._decoder.finish(), may_stop)
     if self._held:
       self._held[-1] = self._held[-1]._replace(end=self._num_decoded)
 
   def _pass(self, piece: str, may_stop: bool) -> None:
-    """Takes decoded text through the matcher."""
+    """Passes decoded text through the matcher."""
     self._num_decoded += len(piece)
     safe = self._matcher.push(piece, may_match=may_stop)
     self._num_safe += len(safe)
@@ -153,7 +149,7 @@ class Transcript:
     return self._release(is_end=True)
 
   def _release(self, *, is_end: bool = False) -> Release:
-    """Moves the cursor behind the last token that is safe, or to the end."""
+    """Moves the cursor after the last safe token, or to the end."""
     num_tokens, end = 0, self._num_released
     for index, held in enumerate(self._held, 1):
       if held.end is not None and held.end <= self._num_safe:

@@ -1,11 +1,11 @@
-"""Log-probabilities of tokens, and of the most probable ones beside them.
+"""Log-probabilities of tokens and of their most probable alternatives.
 
-They are those of the model itself: a log-softmax in float32 of the logits as
-they come out of it, before penalties, bias, temperature and filters, which is
-what OpenAI and vLLM report. What a token was drawn from is the business of
+They belong to the model itself: a float32 log-softmax of its logits, before
+penalties, bias, temperature and filters, as OpenAI and vLLM report them. The
+distribution that a token was drawn from is
 `inference.sampling.sampler.filtered_logits`.
 
-The numbers of a row depend on that row alone, to the bit: see `row_sum`.
+The logprobs of a row depend on that row alone, to the bit: see `row_sum`.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,17 @@ import jax.numpy as jnp
 
 from inference.sampling import settings
 
-# Neighbouring pieces of a row that `row_sum` adds at a time, and their size.
+# Number of neighbouring pieces that `row_sum` adds at a time, and their size.
 _PARTS = 16, 64
-ROW_UNIT = (
-  _PARTS[0] * _PARTS[1]
-)  # rows of a multiple of it are summed without padding
+# `row_sum` pads a row unless its length is a multiple of this.
+ROW_UNIT = _PARTS[0] * _PARTS[1]
 
 
 class Logprobs(NamedTuple):
-  """Log-probabilities of one position of each row; zeros where not asked."""
+  """Log-probabilities of one token per row; zeros where not requested."""
 
   chosen_B: jax.Array  # float32, of the given token
-  ids_BK: jax.Array  # int32, most probable first; -1 where not asked for
+  ids_BK: jax.Array  # int32, most probable first; -1 where not requested
   values_BK: jax.Array  # float32, of those ids
 
 
@@ -34,7 +33,7 @@ class TokenLogprobs(NamedTuple):
   """Log-probabilities of one token, on the host."""
 
   chosen: float
-  ids: tuple[int, ...]  # most probable first, as many as were asked for
+  ids: tuple[int, ...]  # alternatives requested, most probable first
   values: tuple[float, ...]
 
 
@@ -46,15 +45,15 @@ def logprobs(
 ) -> Logprobs:
   """Returns the log-probabilities of tokens and of their alternatives.
 
-  If a token is among the alternatives it has the same value in both, to the
-  bit: clients compare the two.
+  A token that is also an alternative has the same value in both, to the bit,
+  since clients compare the two.
 
   Args:
-    logits_BV: float32, as the model made them.
+    logits_BV: float32, of the model.
     tokens_B: int32, the token of each row.
-    num_logprobs_B: int32, -1 for none at all, 0 for the token's alone, else
-      the number of alternatives.
-    max_alternatives: static, K; no row gets more.
+    num_logprobs_B: int32, the number of alternatives; 0 gives the logprob of
+      the token only, -1 gives none.
+    max_alternatives: static, K, the largest number of alternatives.
   """
   batch_size, num_tokens = logits_BV.shape
   num_found = min(max_alternatives, num_tokens)
@@ -91,7 +90,7 @@ def logprobs(
   found = jax.lax.cond(
     jnp.any(num_logprobs_B >= 0), measured, nothing, logits_BV
   )
-  # A vocabulary smaller than K has fewer alternatives than that.
+  # A vocabulary smaller than K has fewer than K alternatives.
   spare = ((0, 0), (0, max_alternatives - num_found))
   return Logprobs(
     found.chosen_B,
@@ -101,12 +100,12 @@ def logprobs(
 
 
 def of_row(found: Logprobs, row: int, num_logprobs: int) -> TokenLogprobs:
-  """Returns one row of what was fetched from the device, as Python numbers.
+  """Returns the logprobs of one row as Python numbers.
 
   Args:
-    found: NumPy arrays; one transfer for all rows, not one for each.
-    row: which.
-    num_logprobs: alternatives that it asked for.
+    found: NumPy arrays: one transfer for all rows, not one per row.
+    row: index of the row.
+    num_logprobs: alternatives that the row requested.
   """
   return TokenLogprobs(
     float(found.chosen_B[row]),
@@ -116,15 +115,15 @@ def of_row(found: Logprobs, row: int, num_logprobs: int) -> TokenLogprobs:
 
 
 def row_sum(values_BV: jax.Array) -> jax.Array:
-  """Sums each row in an order that its length alone decides.
+  """Sums each row in an order that depends on its length only.
 
-  The compiler's own sum does not: on CPU it adds a row of 259 numbers in one
-  order among 8 rows and in another among 16, and the last bit, or the token at
-  the edge of a top-p filter, goes with it. Additions written out as such may
-  not be reordered. Neighbouring pieces are added, in pairs, so that memory is
-  read in one direction: half a row plus the other half took up to six times as
-  long where a row was a power of two. Measured on CPU, 32 rows, of a length
-  that needs no padding: 1 to 1.7 times the compiler's sum.
+  The order of the compiler's sum also depends on the number of rows: on CPU it
+  adds a row of 259 numbers in one order among 8 rows and in another among 16.
+  Then the last bit changes, or the token at the edge of a top-p filter. The
+  compiler may not reorder additions that are written out.
+
+  Measured on CPU, 32 rows of a length that needs no padding: 1 to 1.7 times the
+  time of the compiler's sum.
   """
   num_rows = values_BV.shape[0]
   while (width := values_BV.shape[-1]) > 1:
@@ -133,6 +132,9 @@ def row_sum(values_BV: jax.Array) -> jax.Array:
     values_BV = jnp.pad(values_BV, ((0, 0), (0, num_spare)))
     pieces = values_BV.reshape(num_rows, -1, num_parts, size)
     parts = [pieces[:, :, index] for index in range(num_parts)]
+    # Neighbouring pieces, so that memory is read in one direction. Adding one
+    # half of a row to the other took up to six times as long where the length
+    # was a power of two.
     while len(parts) > 1:
       parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     values_BV = parts[0].reshape(num_rows, -1)

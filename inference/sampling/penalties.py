@@ -1,16 +1,16 @@
-"""What changes logits before temperature, and the counts it is decided by.
+"""Penalties and bias on logits, and the token counts that they need.
 
 `seen_BV` holds, for every sequence and every token of the vocabulary, how often
-the sequence's completion has the token, and in one bit whether its prompt has
-it: one int32 array on the device, written one element per sampled token.
+the completion has the token, and in one bit whether the prompt has it. It is
+one int32 array on the device. Each sampled token writes one element.
 
-Each change costs nothing where no sequence asks for it, and leaves the logits
-of a sequence that does not ask as they are, bit for bit.
+A change costs nothing if no sequence requests it. It leaves the logits of other
+sequences as they are, bit for bit.
 
-References: repetition penalty, Keskar et al., arXiv:1909.05858, equation 1, but
-that negative logits are multiplied (divided, as there, they would grow), which
-is what Transformers and vLLM do; presence and frequency penalties and bias as
-OpenAI's API documents them.
+References: repetition penalty, Keskar et al., arXiv:1909.05858, equation 1,
+except that negative logits are multiplied, as in Transformers and vLLM (divided
+as in the paper, they would grow). Presence and frequency penalties and bias:
+the documentation of OpenAI's API.
 """
 
 import jax
@@ -26,8 +26,8 @@ def recount(
 
   Args:
     ids_T: int32, the prompt and the completion so far; -1 is no token.
-    num_prompt_tokens: how many of the first are the prompt's.
-    vocab_size: static.
+    num_prompt_tokens: length of the prompt.
+    vocab_size: static, V.
   """
   ids_T = _drop_negative(ids_T, vocab_size)
   is_prompt_T = jnp.arange(ids_T.shape[0]) < num_prompt_tokens
@@ -40,9 +40,9 @@ def recount(
 def count(
   seen_BV: jax.Array, slots_R: jax.Array, tokens_R: jax.Array
 ) -> jax.Array:
-  """Adds sampled tokens to the sequences in `slots_R`; -1 of either adds none.
+  """Counts a sampled token for each slot in `slots_R`; -1 counts none.
 
-  Donate `seen_BV`, or every call copies it.
+  The caller should donate `seen_BV`: otherwise each call copies it.
   """
   slots_R = _drop_negative(slots_R, seen_BV.shape[0])
   tokens_R = _drop_negative(tokens_R, seen_BV.shape[1])
@@ -62,15 +62,16 @@ def penalize(
 
   Args:
     logits_BV: float32.
-    seen_BV: as `recount` and `count` make it.
+    seen_BV: token counts of `recount` and `count`.
     repetition_B: 1 changes nothing.
     presence_B: 0 changes nothing.
     frequency_B: 0 changes nothing.
-    slots_B: the row of `seen_BV` that each sequence has; None is in order.
+    slots_B: the row of each sequence in `seen_BV`; None: in order.
   """
 
   def penalized(logits_BV):
-    # Gathered in here: where nobody asks it would be the largest cost of all.
+    # Gathered inside the branch: without penalties the gather would be the
+    # largest cost of sampling.
     own_BV = seen_BV if slots_B is None else seen_BV[slots_B]
     counts_BV = own_BV & (PROMPT_FLAG - 1)
     factor_B1 = repetition_B[:, None]
@@ -80,7 +81,7 @@ def penalize(
     repeated_BV = jnp.where(own_BV > 0, repeated_BV, logits_BV)
     fall_BV = frequency_B[:, None] * counts_BV.astype(jnp.float32)
     fall_BV += jnp.where(counts_BV > 0, presence_B[:, None], 0.0)
-    # Neutral arithmetic is not enough: it turns subnormal numbers into zero.
+    # Selected, since even neutral arithmetic turns subnormal numbers into zero.
     return jnp.where(asks_B[:, None], repeated_BV - fall_BV, logits_BV)
 
   asks_B = (repetition_B != 1) | (presence_B != 0) | (frequency_B != 0)
@@ -90,7 +91,7 @@ def penalize(
 def add_bias(
   logits_BV: jax.Array, ids_BL: jax.Array, values_BL: jax.Array
 ) -> jax.Array:
-  """Adds to the logit of each given id its value; an id of -1 is none."""
+  """Adds a value to the logit of each given id; an id of -1 is skipped."""
 
   def biased(logits_BV):
     ids = _drop_negative(ids_BL, logits_BV.shape[-1])
@@ -103,7 +104,7 @@ def add_bias(
 def forbid(
   logits_BV: jax.Array, ids_BI: jax.Array, is_forbidden_B: jax.Array
 ) -> jax.Array:
-  """Makes the given ids impossible where `is_forbidden_B`; -1 is none."""
+  """Makes the given ids impossible where `is_forbidden_B`; -1 is skipped."""
   ids_BI = jnp.where(is_forbidden_B[:, None], ids_BI, -1)
 
   def masked(logits_BV):
@@ -115,7 +116,7 @@ def forbid(
 
 
 def _drop_negative(ids, size: int) -> jax.Array:
-  """Moves negative ids past the end, where a write is dropped."""
+  """Moves negative ids past the end, where writes are dropped."""
   # JAX counts negative indices from the end, as Python does.
   return jnp.where(ids < 0, size, ids)
 

@@ -1,29 +1,29 @@
-"""Picks the next token of each sequence.
+"""The sampler: logits in, the next token of each sequence out.
 
-The last stage of prefill and of every decode step. Settings are arrays, one
-entry per sequence, so that no setting compiles anything anew.
+It follows prefill and every decode step. Settings are arrays with one entry per
+sequence, so that no setting causes a compilation.
 
 The order is fixed:
 
   1. repetition penalty             } `adjusted_logits`; greedy sampling takes
-  2. presence, frequency penalties  } the largest of these
+  2. presence, frequency penalties  } the largest one
   3. logit bias                     }
   4. minimum of tokens: no EOS      }
-  5. temperature                         } `filtered_logits`: what is left of
-  6. top-k                               } the distribution that a token is
-  7. top-p, over what top-k left         } drawn from
-  8. min-p, share of the most probable   }
+  5. temperature                          } `filtered_logits`, the distribution
+  6. top-k                                } that a token is drawn from
+  7. top-p, of the tokens after top-k     }
+  8. min-p, share of the most probable    }
 
-What a sequence samples depends on its logits, its settings, its tokens so far,
-its key and the position of the token, and on nothing else: the key of a token
-is fold_in(sequence key, position), noise is drawn per row, a row's filters see
-that row only, and what is summed over the vocabulary is summed in an order that
-does not depend on the number of rows. Neighbours decide at most which branches
-run: each optional stage runs if any row asks for it.
+The sampled token depends on the logits, the settings, the tokens so far, the
+key of the sequence and the position of the token, and on nothing else. The key
+of a token is fold_in(sequence key, position). Noise is drawn per row. The
+filters of a row see that row only. Sums over the vocabulary have an order that
+does not depend on the number of rows. Other rows only decide which branches
+run: each optional stage runs if any row needs it.
 
 References: top-k, Fan et al., arXiv:1805.04833; top-p, Holtzman et al.,
 arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; sampling by Gumbel
-noise, Maddison et al., arXiv:1411.0030; of 1 to 3, see
+noise, Maddison et al., arXiv:1411.0030; for stages 1 to 3, see
 `inference.sampling.penalties`.
 """
 
@@ -36,17 +36,17 @@ import numpy as np
 
 from inference.sampling import logprobs, penalties, settings as settings_lib
 
-# Below this, temperature means greedy: dividing by less overflows float32.
+# A lower temperature means greedy: dividing by it would overflow float32.
 MIN_TEMPERATURE = 1e-5
 _MAX_INT32 = 2**31 - 1
-_BLOCK = 256  # tokens that `_argmax` looks at together
+_GROUP = 256  # tokens that `_argmax` compares together
 
 
 class Sampler(NamedTuple):
-  """How each sequence of a batch samples, and what is reported with it.
+  """The sampler settings of each sequence of a batch.
 
-  On the device a leading axis B numbers the sequences or the slots they sit in.
-  A single one on the host, made by `row`, has NumPy arrays without that axis.
+  On the device, the leading axis B numbers sequences or slots. On the host,
+  `row` makes the settings of one sequence: NumPy arrays without that axis.
   """
 
   temperature_B: Any  # float32; 0 is greedy
@@ -57,11 +57,11 @@ class Sampler(NamedTuple):
   presence_B: Any  # float32; 0 changes nothing
   frequency_B: Any  # float32; 0 changes nothing
   bias_ids_BL: Any  # int32 [B, MAX_BIASED] token ids; -1 is none
-  bias_values_BL: Any  # float32, of those
+  bias_values_BL: Any  # float32, added to the logits of `bias_ids_BL`
   stop_ids_BI: Any  # int32 [B, MAX_STOP_IDS + 1], EOS among them; -1 is none
-  min_position_B: Any  # int32, the first at which one of those may be sampled
-  num_logprobs_B: Any  # int32; -1 none, 0 of the sampled token, k more beside
-  key_B: Any  # typed PRNG keys; on the host the uint32 seed of one
+  min_position_B: Any  # int32, first position where a stop id may be sampled
+  num_logprobs_B: Any  # int32, alternatives; 0: sampled token only, -1: none
+  key_B: Any  # typed PRNG keys; on the host, the uint32 seed
 
 
 def row(
@@ -73,12 +73,12 @@ def row(
 ) -> Sampler:
   """Returns the settings of one sequence, on the host.
 
-  EOS is held off by `min_tokens` even if `ignore_eos` lets the sequence
-  continue behind it, as vLLM does.
+  `min_tokens` excludes EOS even if `ignore_eos` lets the sequence continue
+  after EOS, as in vLLM.
 
   Args:
-    settings: what was asked for.
-    num_prompt_tokens: the position of the first token to be sampled.
+    settings: of the request.
+    num_prompt_tokens: the position of the first sampled token.
     seed: an integer in [0, 2**32).
     eos_id: None for a tokenizer without one.
   """
@@ -88,7 +88,7 @@ def row(
   first_end = num_prompt_tokens + least if least else 0
   info = np.finfo(np.float32)
   return Sampler(
-    # Settings are Python's floats; these two may be out of float32's range.
+    # Settings are Python floats; these two may be out of the float32 range.
     temperature_B=np.float32(min(settings.temperature, float(info.max))),
     top_k_B=np.int32(settings.top_k),
     top_p_B=np.float32(max(settings.top_p, float(info.tiny))),
@@ -112,21 +112,22 @@ def row(
 
 
 def idle() -> Sampler:
-  """Returns the row of a slot that nobody has: greedy, it costs nothing.
+  """Returns the settings of a slot without a sequence: greedy.
 
-  A slot that is left as it was goes on paying for its filters.
+  Greedy sampling costs nothing. Settings of a sequence that has ended would
+  still run its filters.
   """
   settings = settings_lib.Settings(temperature=0.0)
   return row(settings, num_prompt_tokens=0, seed=0, eos_id=None)
 
 
 def empty(num_slots: int) -> Sampler:
-  """Returns the sampler of slots that nobody has, on the device."""
+  """Returns the settings of slots without sequences, on the device."""
   return stack([idle()] * num_slots)
 
 
 def stack(rows: Sequence[Sampler]) -> Sampler:
-  """Returns the sampler of several sequences, on the device."""
+  """Returns the settings of several sequences, on the device."""
   batch = jax.tree.map(lambda *fields: jnp.asarray(np.stack(fields)), *rows)
   return batch._replace(key_B=jax.vmap(jax.random.key)(batch.key_B))
 
@@ -157,16 +158,16 @@ def sample(
   Args:
     logits_BV: float32.
     sampler: the settings of each sequence.
-    seen_BV: its tokens so far, as `penalties.recount` and `count` make it.
-    positions_B: the position that each new token will have.
-    slots_B: the row of `seen_BV` that each sequence has; None is in order.
+    seen_BV: token counts of `penalties.recount` and `penalties.count`.
+    positions_B: the position of each new token.
+    slots_B: the row of each sequence in `seen_BV`; None: in order.
   """
 
   def sampled(logits_BV):
     adjusted_BV = adjusted_logits(
       logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
     )
-    # An all-greedy batch pays for no noise and no filters.
+    # An all-greedy batch computes no noise and no filters.
     return jax.lax.cond(jnp.all(is_greedy_B), _argmax, mixed, adjusted_BV)
 
   def mixed(logits_BV):
@@ -177,7 +178,7 @@ def sample(
 
   is_greedy_B = _is_greedy(sampler)
   is_plain = jnp.all(is_greedy_B) & ~_any_adjusted(sampler, positions_B)
-  # Not even a copy of the logits where nothing is asked for.
+  # A plain batch does not even copy its logits.
   return jax.lax.cond(is_plain, _argmax, sampled, logits_BV)
 
 
@@ -191,9 +192,9 @@ def filtered_logits(
 ) -> jax.Array:
   """Returns the logits of the distribution that is sampled from, float32.
 
-  Adjusted, tempered, shifted so that the largest is 0, and -inf where a filter
-  removed the token. Rows with temperature 0 are computed as if it were 1.
-  Arguments are those of `sample`.
+  They are adjusted, divided by the temperature, shifted so that the largest is
+  0, and -inf where a filter removed the token. Temperature 0 counts as 1. The
+  arguments are those of `sample`.
   """
   adjusted_BV = adjusted_logits(
     logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
@@ -211,7 +212,7 @@ def adjusted_logits(
 ) -> jax.Array:
   """Returns the logits after penalties, bias and the minimum of tokens.
 
-  Arguments are those of `sample`.
+  The arguments are those of `sample`.
   """
 
   def adjusted(logits_BV):
@@ -226,8 +227,8 @@ def adjusted_logits(
     logits_BV = penalties.add_bias(
       logits_BV, sampler.bias_ids_BL, sampler.bias_values_BL
     )
-    # A mask of what a grammar allows belongs right behind this one: a token
-    # that is impossible here stays so, whatever follows.
+    # The mask of a grammar belongs directly after this one: a token that is
+    # impossible here stays impossible in all later stages.
     return penalties.forbid(
       logits_BV, sampler.stop_ids_BI, _is_too_early(sampler, positions_B)
     )
@@ -238,7 +239,7 @@ def adjusted_logits(
 
 
 def _any_adjusted(sampler: Sampler, positions_B) -> jax.Array:
-  """Whether any row asks for what `adjusted_logits` does."""
+  """Returns whether any row needs `adjusted_logits`."""
   asks_B = (
     (sampler.repetition_B != 1)
     | (sampler.presence_B != 0)
@@ -250,16 +251,16 @@ def _any_adjusted(sampler: Sampler, positions_B) -> jax.Array:
 
 
 def _is_too_early(sampler: Sampler, positions_B) -> jax.Array:
-  """Marks the rows that have not sampled their minimum of tokens."""
+  """Returns the rows that have not sampled their minimum of tokens."""
   return positions_B < sampler.min_position_B
 
 
 def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
-  """Temperature, then the filters."""
+  """Applies the temperature, then the filters."""
   is_greedy_B = _is_greedy(sampler)
   temperature_B = jnp.where(is_greedy_B, 1.0, sampler.temperature_B)
   shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-  # Adding zero turns -0.0 into 0.0, which the bit order would tell apart.
+  # Adding zero turns -0.0 into 0.0: `_heaviest` would order them by their bits.
   scaled_BV = shifted_BV / temperature_B[:, None] + 0.0
 
   has_top_k_B = (sampler.top_k_B > 0) & (sampler.top_k_B < logits_BV.shape[-1])
@@ -278,12 +279,12 @@ def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
     return keep_BV & (kept_BV | ~has_top_p_B[:, None])
 
   def min_p(keep_BV):
-    # The largest probability survives both, so this compares with exp(0).
+    # The most probable token passes both filters: its value is exp(0) = 1.
     return keep_BV & (jnp.exp(scaled_BV) >= sampler.min_p_B[:, None])
 
   def filtered(scaled_BV):
     keep_BV = jnp.ones(scaled_BV.shape, bool)
-    # Each search costs 32 passes over the vocabulary: only when asked for.
+    # A search costs 32 passes over the vocabulary: it runs only if needed.
     for has_filter_B, keep in (
       (has_top_k_B, top_k),
       (has_top_p_B, top_p),
@@ -302,24 +303,25 @@ def _is_greedy(sampler: Sampler) -> jax.Array:
 
 
 def _argmax(values_BV: jax.Array) -> jax.Array:
-  """Returns the least index of each row's largest value, int32.
+  """Returns the least index of the largest value of each row, int32.
 
-  First the block that has it, then where in the block. `jnp.argmax` reduces
-  pairs, which XLA does not vectorise on CPU, and what made the values is fused
-  into that: measured for 32 rows of 32k, 5 ms against 0.25.
+  Finds the group with the largest value, then the index in the group.
+  `jnp.argmax` reduces pairs, which XLA does not vectorise on CPU, and the
+  operations that made the values are fused into that reduction: measured on
+  CPU for 32 rows of 32k, 5 ms against 0.25.
   """
-  num_spare = -values_BV.shape[-1] % _BLOCK
+  num_spare = -values_BV.shape[-1] % _GROUP
   spare = ((0, 0), (0, num_spare))
   values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)
-  blocks = values_BV.reshape(values_BV.shape[0], -1, _BLOCK)
-  block_B = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-  block = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1).squeeze(1)
-  index_B = block_B * _BLOCK + jnp.argmax(block, axis=-1)
+  groups = values_BV.reshape(values_BV.shape[0], -1, _GROUP)
+  group_B = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
+  group = jnp.take_along_axis(groups, group_B[:, None, None], axis=1).squeeze(1)
+  index_B = group_B * _GROUP + jnp.argmax(group, axis=-1)
   return index_B.astype(jnp.int32)
 
 
 def _gumbel_noise(key_B, positions_B, num_tokens: int) -> jax.Array:
-  """Draws [B, V] noise, each row from its own key and position alone."""
+  """Draws noise [B, V]; each row depends on its key and position only."""
 
   def row(key, position):
     return jax.random.gumbel(jax.random.fold_in(key, position), (num_tokens,))
@@ -328,17 +330,17 @@ def _gumbel_noise(key_B, positions_B, num_tokens: int) -> jax.Array:
 
 
 def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
-  """Marks the shortest prefix, by falling value, that weighs `wanted_B`.
+  """Returns a mask of the largest values whose weights reach `wanted_B`.
 
-  Equal values rank by token id. At least one token is kept. With weights of
-  one this is top-k, with probabilities top-p.
+  The mask has as few tokens as possible, and at least one. Equal values rank by
+  token id. With weights of 1 this is top-k, with probabilities top-p.
 
-  The value at which the prefix ends is found by bisection on the 32 bits of
-  the floats, which order like unsigned integers once the sign is dealt with.
-  Measured on CPU, one row of 50k: 1 ms, where a sort takes 10 ms.
+  The smallest kept value is found by bisection on the 32 bits of the floats,
+  which order like unsigned integers after a change of the sign bit. Measured on
+  CPU, one row of 50k: 1 ms, where a sort takes 10 ms.
   """
   num_tokens = values_BV.shape[-1]
-  # Padded here: padding in each of the sums takes twice to four times as long.
+  # Padded once here: padding inside each sum takes two to four times as long.
   is_long = num_tokens > logprobs.ROW_UNIT
   spare = ((0, 0), (0, -num_tokens % logprobs.ROW_UNIT if is_long else 0))
   values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)

@@ -23,6 +23,8 @@ import dataclasses
 import math
 from typing import Any
 
+from storage import layout
+
 NUM_SEEDS = 2**32
 # The most entries that one request may have. The arrays of a slot on the device
 # have this width, so that no request compiles a new program.
@@ -42,7 +44,7 @@ class SettingError(ValueError):
     self.setting = setting
 
 
-def _setting(default: Any, text: str = '', **metadata: Any) -> Any:
+def _field(default: Any, text: str = '', **metadata: Any) -> Any:
   """Returns a field of `Settings`; the module docstring lists the metadata."""
   return dataclasses.field(default=default, metadata={'help': text, **metadata})
 
@@ -55,92 +57,90 @@ class Settings:
     SettingError: a value is out of range.
   """
 
-  temperature: float = _setting(
+  temperature: float = _field(
     1.0,
     'Divides the logits before sampling. 0 always takes the most probable token'
     ' (greedy). Lower it for more predictable text.',
   )
-  top_k: int = _setting(
+  top_k: int = _field(
     0,
     'Samples only from this many most probable tokens; 0 keeps all tokens.',
   )
-  top_p: float = _setting(
+  top_p: float = _field(
     1.0,
     'Samples only from the most probable tokens that together have this'
     ' probability, above 0 and at most 1; 1 keeps all tokens. Lower it if the'
     ' text drifts.',
   )
-  min_p: float = _setting(
+  min_p: float = _field(
     0.0,
     'Samples only from tokens with at least this share of the probability of'
     ' the most probable token, from 0 to below 1; 0 keeps all tokens.',
   )
-  repetition_penalty: float = _setting(
+  repetition_penalty: float = _field(
     1.0,
     'Divides the positive logits, and multiplies the negative logits, of every'
     ' token in the prompt or the completion; 1 disables it. Raise it, for'
     ' example to 1.1, if the text repeats itself.',
   )
-  presence_penalty: float = _setting(
+  presence_penalty: float = _field(
     0.0,
     'Subtracted once from the logit of every token that was generated, from -2'
     ' to 2; 0 disables it.',
   )
-  frequency_penalty: float = _setting(
+  frequency_penalty: float = _field(
     0.0,
     "Subtracted from a token's logit for every time it was generated, from -2"
     ' to 2; 0 disables it.',
   )
-  logit_bias: tuple[tuple[int, float], ...] = _setting(
+  logit_bias: tuple[tuple[int, float], ...] = _field(
     (),
     'Added to the logits of these token ids, from -100 to 100.',
     flag=False,
   )
-  seed: int | None = _setting(
+  seed: int | None = _field(
     None,
     'Seed of the sampling. The same seed, settings and weights give the same'
     ' text. If not given, a seed is drawn and reported with the completion.',
   )
-  n: int = _setting(
+  n: int = _field(
     1,
     'Number of completions of the prompt, each with a seed of its own.',
   )
-  max_tokens: int | None = _setting(
+  max_tokens: int | None = _field(
     None,
     'Most tokens to generate. If neither given nor recommended by the model, a'
     ' completion may fill the context.',
   )
-  min_tokens: int = _setting(
+  min_tokens: int = _field(
     0,
     'EOS and stop token ids are not sampled, and stop strings do not count,'
     ' before this many tokens were generated; 0 disables it.',
   )
-  stop: tuple[str, ...] = _setting(
+  stop: tuple[str, ...] = _field(
     (),
-    'Text that ends the completion. The text itself is left out of the'
-    ' completion. May be given several times.',
+    'Text that ends the completion, and is left out of it.',
   )
-  stop_ids: tuple[int, ...] = _setting(
+  stop_ids: tuple[int, ...] = _field(
     (),
-    'Token id that ends the completion, like EOS. May be given several times,'
-    ' at most 16.',
+    'Token id that ends the completion, as EOS does; at most 16 ids.',
     api_name='stop_token_ids',
   )
-  ignore_eos: bool = _setting(
+  ignore_eos: bool = _field(
     False,
     'Generates further after EOS, up to max_tokens. For benchmarks, which need'
     ' completions of a known length.',
   )
   # None: no log-probabilities. 0: those of the sampled tokens. k: also those of
   # the k most probable tokens.
-  logprobs: int | None = _setting(
+  logprobs: int | None = _field(
     None,
     'Returns the log-probability of every generated token, and of this many'
     ' most probable tokens beside it, at most 20.',
     flag=False,
   )
   # The same for the tokens of the prompt. The API asks for it with `echo`.
-  prompt_logprobs: int | None = _setting(
+  prompt_logprobs: int | None = _field(
     None,
     flag=False,
     api_name='',
@@ -173,14 +173,14 @@ class Settings:
         'min_tokens',
         self.min_tokens,
         f'at most max_tokens, which is {self.max_tokens}',
-        'lower the one or raise the other',
+        'lower min_tokens or raise max_tokens',
       )
 
   def check_ids(self, vocab_size: int) -> None:
-    """Checks the token ids among the settings against a vocabulary.
+    """Checks the token ids of the settings against a vocabulary.
 
     Raises:
-      SettingError: an id of `logit_bias` or `stop_ids` is outside.
+      SettingError: an id of `logit_bias` or `stop_ids` is not in it.
     """
     biased = [token_id for token_id, _ in self.logit_bias]
     for name, ids in (('logit_bias', biased), ('stop_ids', self.stop_ids)):
@@ -190,7 +190,7 @@ class Settings:
             name,
             token_id,
             f'token ids below {vocab_size}, the size of the vocabulary',
-            "take ids of this model's tokenizer",
+            "use ids of this model's tokenizer",
           )
 
   def _check_stops(self):
@@ -243,10 +243,10 @@ class Settings:
 
 
 def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
-  """Returns a `logit_bias` made of a mapping, as JSON spells it.
+  """Returns the `logit_bias` of a mapping from JSON.
 
   Args:
-    biases: from token id to bias; JSON can only spell the ids as strings.
+    biases: from token id to bias. The ids may be strings, as JSON keys are.
 
   Raises:
     SettingError: a key is not a token id.
@@ -274,7 +274,7 @@ def recommended(generation: dict[str, Any]) -> Settings:
   known = [field.name for field in dataclasses.fields(Settings)]
   if unknown := sorted(set(generation) - set(known)):
     raise ValueError(
-      f'generation.json: got the settings {unknown}, expected'
+      f'{layout.GENERATION}: got the settings {unknown}, expected'
       f' only {", ".join(known)}; freeze again without them'
     )
   fields = dict(generation)

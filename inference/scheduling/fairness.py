@@ -1,11 +1,14 @@
-"""Decides whose turn it is among those that wait: aging and fair shares.
+"""The order in which waiting sequences are admitted: aging and fair shares.
 
-Level first: the priority, lifted by one for every `aging_steps` of waiting, at
-most to the best priority present. Whoever has waited long becomes an equal of
-the best, never more. Among equals it is the turn of the principal that was
-served least, by the virtual token counter of Sheng et al. (arXiv:2401.00588):
-so a flood that has waited long gains nothing over a newcomer of another
-principal. Within a principal, who came first.
+Three keys decide, in this order:
+
+1. The level: the priority, lifted by one for every `aging_steps` steps of
+   waiting, at most to the best priority present. A sequence that has waited
+   long becomes equal to the best sequence, but never better.
+2. The principal that was served least, by the virtual token counter of Sheng et
+   al. (arXiv:2401.00588). So a flood of one principal that has waited long
+   gains nothing over a new request of another principal.
+3. The arrival, among sequences of one principal.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -14,14 +17,14 @@ from typing import Protocol, TypeVar
 
 
 class Queued(Protocol):
-  """What decides when a sequence has its turn."""
+  """The fields of a sequence that decide its turn."""
 
   @property
   def principal(self) -> Hashable: ...
   @property
   def priority(self) -> int: ...  # lower is sooner
   @property
-  def arrival(self) -> int: ...  # order of submission, no two alike
+  def arrival(self) -> int: ...  # order of submission; unique
   @property
   def waited_steps(self) -> int: ...
   @property
@@ -36,17 +39,6 @@ def level(task: Queued, *, best_priority: int, aging_steps: int) -> int:
   return max(task.priority - task.waited_steps // aging_steps, best_priority)
 
 
-def charge(
-  served: Mapping[Hashable, int], principal: Hashable, num_tokens: int
-) -> dict[Hashable, int]:
-  """Returns the counters after `principal` had so many tokens computed.
-
-  Tokens that are computed again after a preemption, or found in the prefix
-  cache, are not to be charged.
-  """
-  return {**served, principal: served.get(principal, 0) + num_tokens}
-
-
 def lift(
   served: Mapping[Hashable, int],
   principal: Hashable,
@@ -54,10 +46,15 @@ def lift(
 ) -> dict[Hashable, int]:
   """Returns the counters after an idle principal becomes active.
 
-  It is lifted to the smallest counter of those that are active already: time
-  in which one asked for nothing cannot be saved up (Sheng et al., section 4).
-  So a smaller one of somebody who is idle says nothing, and is dropped; where
-  nobody is active, nobody is owed anything.
+  Its counter is lifted to the smallest counter of the active principals: idle
+  time cannot be saved up (Sheng et al., section 4). Smaller counters of idle
+  principals are dropped, since they would be lifted too. Without active
+  principals, all counters restart at 0.
+
+  Args:
+    served: tokens computed per principal.
+    principal: that becomes active.
+    active: principals with unfinished sequences.
   """
   active = set(active)
   if not active:
@@ -78,10 +75,11 @@ def in_turn(
   best_priority: int,
   aging_steps: int,
 ) -> Iterator[QueuedT]:
-  """Yields those that wait, in the order in which they are to be admitted.
+  """Yields waiting sequences in the order in which they are to be admitted.
 
-  Each is charged to its principal before the next is chosen: one step may admit
-  many, and whoever asked for many at once would otherwise get all the slots.
+  Each sequence is charged to its principal before the next one is chosen. One
+  step may admit many sequences: without the charge, a principal that submits
+  many at once would get all the slots.
   """
   lines: dict[tuple[int, Hashable], list[QueuedT]] = {}
   for task in sorted(queue, key=lambda task: task.arrival, reverse=True):
@@ -92,7 +90,7 @@ def in_turn(
   counters = dict(served)
 
   def key(line: tuple[int, Hashable]):
-    # Arrivals differ, so that principals are never compared.
+    # Arrivals are unique, so that principals are never compared.
     return line[0], counters.get(line[1], 0), lines[line][-1].arrival, line
 
   heap = [key(line) for line in lines]
@@ -100,7 +98,7 @@ def in_turn(
   while heap:
     entry = heapq.heappop(heap)
     line = entry[-1]
-    if entry == key(line):  # else its principal was charged at another level
+    if entry == key(line):  # else stale: its principal was charged since
       task = lines[line].pop()
       counters[task.principal] = entry[1] + task.num_remaining
       yield task

@@ -1,9 +1,8 @@
-"""A sequence in the books of the engine, and what is done with its pages.
+"""A sequence as the SequenceManager sees it, and the pages of all sequences.
 
-`roster` says who runs; here is how a sequence finds, gets, shares and loses the
-pages that hold its keys and values. Pages are never moved and only ever written
-by one owner: whoever is to write to a page that is somebody else's too writes
-to a copy of its own.
+PageTables says how a sequence finds, gets, shares and loses the pages that hold
+its keys and values. A page never moves, and has one writer at a time: before a
+sequence writes to a page that it shares, it gets a copy.
 """
 
 from collections.abc import Hashable, Iterable
@@ -14,41 +13,41 @@ from inference.scheduling import pages as pages_lib, prefix_cache, scheduler
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
-  """A sequence from submission to its end; who waits has no slot."""
+  """A sequence from submission to its end; without a slot, it waits."""
 
   id: Hashable
-  tokens: list[int]  # the prompt, and what has been sampled
+  tokens: list[int]  # prompt and completion; tokens in flight are missing
   num_prompt: int
   max_known: int  # tokens of prompt and completion, at most
   principal: Hashable
   priority: int
   scope: Hashable
   reads_prefix_cache: bool
-  arrival: int
-  submitted: int  # the step
+  arrival: int  # order of submission
+  submitted: int  # number of the step
   awaits_parent: bool = False
   children: list['Sequence'] = dataclasses.field(default_factory=list)
   slot: int | None = None
-  pages: tuple[int, ...] = ()  # as many as hold what is computed
-  num_computed: int = 0
-  num_in_flight: int = 0  # tokens sampled, or about to be, ids unknown
+  pages: tuple[int, ...] = ()  # the pages of its computed tokens
+  num_computed: int = 0  # tokens whose keys and values are in the pages
+  num_in_flight: int = 0  # tokens that a dispatched step samples
   waited_steps: int = 0
   seniority: int | None = None  # order of first admission
   num_charged: int = 0  # tokens that its principal has been charged for
-  num_cached: int = 0  # found computed at its first admission
+  num_cached: int = 0  # prompt tokens found computed at first admission
   num_preemptions: int = 0
-  # The last lookup, and the version of the cache that it is true of.
+  # Pages of the last lookup, and the version of the cache at that time.
   hit: tuple[int, ...] = ()
   hit_version: int = -1
 
   @property
   def num_known(self) -> int:
-    """Tokens whose place is known; the ids of some may be in flight."""
+    """Tokens whose position is known; the ids of some may be in flight."""
     return len(self.tokens) + self.num_in_flight
 
   @property
   def num_remaining(self) -> int:
-    """Tokens known and not computed."""
+    """Known tokens that are not computed."""
     return self.num_known - self.num_computed
 
   @property
@@ -58,10 +57,11 @@ class Sequence:
 
   @property
   def is_ready(self) -> bool:
-    """Whether a step may compute something for it.
+    """Whether a step may compute tokens of the sequence.
 
-    A running one may have a token in flight: the device has it. A waiting one
-    may not, and neither may its parent be about to compute its prompt.
+    A running sequence may have a token in flight, since the device has it. A
+    waiting sequence may not: its token is lost with the slot. It also waits
+    while its parent computes the prompt.
     """
     if self.num_known >= self.max_known:
       return False
@@ -69,7 +69,7 @@ class Sequence:
 
 
 class PageTables:
-  """The pages of all sequences: allocator and prefix cache in one hand."""
+  """The pages of all sequences: the allocator and the prefix cache."""
 
   def __init__(self, *, num_pages: int, page_size: int):
     self.page_size = page_size
@@ -81,10 +81,10 @@ class PageTables:
     return -(-num_tokens // self.page_size)
 
   def hit(self, sequence: Sequence) -> tuple[int, ...]:
-    """Returns the pages that the cache knows of a sequence without pages.
+    """Returns the cached pages of a sequence that holds no pages.
 
-    The last known token is never among what they hold: it has to be computed,
-    to sample what follows.
+    They never hold the last known token: it has to be computed, because the
+    next token is sampled from its logits.
     """
     if not sequence.reads_prefix_cache:
       return ()
@@ -97,19 +97,20 @@ class PageTables:
     return sequence.hit
 
   def take_hit(self, sequence: Sequence):
-    """Lets a sequence without pages start from its last hit.
+    """Gives a sequence without pages the pages of its last lookup.
 
-    That of the plan: those who were preempted since may have left more.
+    The plan counted on that lookup. A new lookup could find more, since
+    sequences preempted by the plan may have left pages to the cache.
     """
     sequence.pages = sequence.hit
     self.allocator.share(sequence.pages)
     sequence.num_computed = len(sequence.pages) * self.page_size
 
   def copied(self, sequence: Sequence) -> int | None:
-    """Returns the page that has to be copied before the sequence writes.
+    """Returns the page to copy before the sequence writes; None: no page.
 
-    Only the page that it continues can be: whole pages are not written again.
-    Those that it shares in the middle of a page come from `fork`.
+    Only a page that is partly filled can be shared and written to. Such pages
+    come from `fork`: the prefix cache shares full pages only.
     """
     index, offset = divmod(sequence.num_computed, self.page_size)
     if not offset or self.allocator.is_exclusive(sequence.pages[index]):
@@ -117,7 +118,7 @@ class PageTables:
     return sequence.pages[index]
 
   def task(self, sequence: Sequence) -> scheduler.Task:
-    """Returns what the planner may know of a sequence."""
+    """Returns the counts of a sequence that the scheduler reads."""
     hit, num_computed = (), sequence.num_computed
     if not sequence.is_running and not sequence.pages:
       hit = self.hit(sequence)
@@ -143,21 +144,21 @@ class PageTables:
     )
 
   def grow(self, sequence: Sequence, length: int) -> list[tuple[int, int]]:
-    """Gets the pages to compute `length` more tokens.
+    """Allocates the pages for `length` more tokens.
 
     Returns:
       Pages to copy, (source, destination): one or none.
 
     Raises:
-      OutOfPages: neither free nor idle ones are left.
+      OutOfPages: too few pages are free or idle.
     """
     copies = []
     source = self.copied(sequence)
     if source is not None:
       (destination,) = self._allocate(1)
       copies.append((source, destination))
-      # Whoever gets the source may write to it in the same step: that is after
-      # all copies.
+      # The next owner of the source may write to it in the same step: copies
+      # come before all writes.
       self.allocator.release([source])
       sequence.pages = (*sequence.pages[:-1], destination)
     num_pages = self.num_pages(sequence.num_computed + length)
@@ -166,21 +167,21 @@ class PageTables:
     return copies
 
   def fork(self, source: Sequence, child: Sequence):
-    """Lets `child` share the prompt of `source`, which has been computed.
+    """Shares the computed prompt of `source` with `child`.
 
-    All but the last token: what follows that one is sampled by each on its own.
-    A page that would hold only that token is not shared.
+    The child computes the last prompt token itself, to sample its own first
+    token. A page that holds only the last token is not shared.
     """
     child.num_computed = child.num_charged = source.num_prompt - 1
     child.pages = source.pages[: self.num_pages(child.num_computed)]
     self.allocator.share(child.pages)
 
   def insert(self, sequence: Sequence):
-    """Offers what is computed of a sequence to the prefix cache.
+    """Offers the full pages of a sequence to the prefix cache.
 
-    Only positions whose ids are known. Their keys and values need not be there
-    yet: the step that computes them has been dispatched, and whoever finds the
-    page reads it in a later one.
+    Only pages of known token ids. Their keys and values may still be computed
+    by a dispatched step: a sequence that finds the page reads it in a later
+    step.
     """
     num_tokens = min(sequence.num_computed, len(sequence.tokens))
     self.cache.insert(
@@ -188,15 +189,15 @@ class PageTables:
     )
 
   def release(self, sequence: Sequence):
-    """Takes all pages from a sequence; the cache keeps the full ones."""
+    """Takes all pages of a sequence; the cache keeps the full ones."""
     self.insert(sequence)
     self.allocator.release(sequence.pages)
     sequence.pages = ()
     sequence.num_computed = 0
-    sequence.hit_version = -1  # it knows more tokens than when it last waited
+    sequence.hit_version = -1  # it has more tokens than at its last lookup
 
   def num_tokens_held(self, sequences: Iterable[Sequence]) -> int:
-    """Returns how many tokens the used pages hold, shared ones once."""
+    """Returns the tokens in used pages; those of a shared page count once."""
     full: set[int] = set()
     last: dict[int, int] = {}
     for sequence in sequences:
@@ -210,7 +211,7 @@ class PageTables:
     )
 
   def check(self, sequences: Iterable[Sequence]):
-    """Asserts what always holds; for tests, it looks at every page."""
+    """Asserts the invariants of every page; slow, for tests."""
     self.allocator.check()
     self.cache.check()
     holders: dict[int, list[tuple[int, Sequence]]] = {}

@@ -1,56 +1,54 @@
-"""Counts who holds which page of the paged KV cache.
+"""The allocator of the pages of the KV cache: owners, not contents.
 
 The device keeps keys and values in pages of a fixed number of tokens
-(`models/kv_cache.py`); here is only who owns them. A page is held by the
-sequences that reference it and kept by the prefix cache that marks it. It is
-free if neither does, and idle if only the mark remains: idle pages still hold
-what was computed, until somebody needs the room (Kwon et al.,
-arXiv:2309.06180, section 4).
+(`models/kv_cache.py`). Sequences hold a page by references, and the prefix
+cache keeps a page by a mark. A page without references and mark is free. A page
+with a mark and without references is idle: it still holds keys and values,
+until another sequence needs the room (Kwon et al., arXiv:2309.06180, section
+4).
 """
 
 from collections.abc import Iterable, Sequence
 
-# Where rows that carry no token write to, and what the unused end of a page
-# table points at: never owned, never read for its contents.
+from checks import expect
+
+# Padding writes to this page, and the unused end of a page table points to it.
+# No sequence owns it, and its contents are never used.
 NULL_PAGE = 0
 
 
 class OutOfPages(RuntimeError):
-  """More pages were asked for than are free."""
+  """A request for more pages than are free or idle."""
 
 
 class PageAllocator:
   """Hands out the pages 1 to `num_pages - 1`, and counts references to them.
 
   Every operation takes constant time per page. Idle pages are kept in the order
-  in which they became idle. `release` works from the last page to the first, so
-  that, where pages are those of sequences in the order of their positions, a
-  page becomes idle after all pages that continue it: the idle page of longest
-  standing is continued by none (see `prefix_cache`).
+  in which they became idle. `release` goes from the last page to the first. So,
+  as long as pages are given in the order of their positions, a page becomes
+  idle after all pages that continue it, and no page continues the oldest idle
+  page (see `prefix_cache`).
   """
 
   def __init__(self, num_pages: int):
-    if num_pages < 2:
-      raise ValueError(
-        f'num_pages: got {num_pages}, expected at least 2: the null page and'
-        ' one to own'
-      )
+    expect.at_least('num_pages', num_pages, 2, 'one of them is the null page')
     self.num_usable = num_pages - 1
     self._num_references = [0] * num_pages
     self._is_cached = [False] * num_pages
-    # Lowest first, and what was released last before what was never used: it
-    # may still be in a cache of the hardware.
+    # A stack. Pages released last are taken first, since they may still be in a
+    # hardware cache; unused pages follow, lowest first.
     self._free = list(range(num_pages - 1, NULL_PAGE, -1))
     self._idle: dict[int, None] = {}
 
   @property
   def num_free(self) -> int:
-    """Pages that hold nothing of use."""
+    """Pages without references and mark."""
     return len(self._free)
 
   @property
   def num_idle(self) -> int:
-    """Pages that only the prefix cache keeps: free as soon as it lets go."""
+    """Pages that only the prefix cache keeps; eviction frees them."""
     return len(self._idle)
 
   @property
@@ -72,18 +70,18 @@ class PageAllocator:
     return self._is_cached[page]
 
   def is_exclusive(self, page: int) -> bool:
-    """Returns whether its one holder may write into `page`.
+    """Returns whether the only holder of `page` may write to it.
 
-    What the prefix cache keeps is somebody else's as well: the next one to
-    find it reads what was written.
+    It may not write to a page that the prefix cache keeps: the next sequence
+    that finds the page would read the change.
     """
     return self._num_references[page] == 1 and not self._is_cached[page]
 
   def allocate(self, num_pages: int) -> list[int]:
-    """Takes free pages, each referenced once.
+    """Returns free pages with one reference each.
 
     Raises:
-      OutOfPages: fewer are free; idle ones are not taken.
+      OutOfPages: fewer pages are free; idle pages are not taken.
     """
     if num_pages > len(self._free):
       raise OutOfPages(
@@ -97,10 +95,10 @@ class PageAllocator:
     return pages
 
   def share(self, pages: Iterable[int]):
-    """Adds a reference to each page, of which none may be free.
+    """Adds a reference to each page; none may be free.
 
     Raises:
-      ValueError: a page is free; nothing promises what it holds.
+      ValueError: a page is free, so that its contents are undefined.
     """
     for page in pages:
       if not self._num_references[page] and page not in self._idle:
@@ -112,7 +110,7 @@ class PageAllocator:
       self._num_references[page] += 1
 
   def release(self, pages: Sequence[int]):
-    """Takes one reference from each page, from the last to the first.
+    """Removes one reference from each page, from the last to the first.
 
     Raises:
       ValueError: a page is not referenced.
@@ -120,8 +118,8 @@ class PageAllocator:
     for page in reversed(pages):
       if not self._num_references[page]:
         raise ValueError(
-          f'page {page}: got a page to release that nobody references,'
-          ' expected one that is held; release it once per reference'
+          f'page {page}: got a page without references to release, expected'
+          ' one with references; release a page once per reference'
         )
       self._num_references[page] -= 1
       if self._num_references[page]:
@@ -132,10 +130,10 @@ class PageAllocator:
         self._free.append(page)
 
   def mark_cached(self, page: int):
-    """Lets the prefix cache keep `page` after its last reference is gone.
+    """Marks `page` as kept by the prefix cache after its last reference.
 
     Raises:
-      ValueError: nobody references the page, or it is kept already.
+      ValueError: the page has no references, or has a mark already.
     """
     if not self._num_references[page] or self._is_cached[page]:
       raise ValueError(
@@ -146,15 +144,15 @@ class PageAllocator:
     self._is_cached[page] = True
 
   def unmark_cached(self, page: int):
-    """Takes the mark back: an idle page becomes free.
+    """Removes the mark of `page`: an idle page becomes free.
 
     Raises:
-      ValueError: the page is not kept.
+      ValueError: the page has no mark.
     """
     if not self._is_cached[page]:
       raise ValueError(
         f'page {page}: got a page that is not cached, expected one that is;'
-        ' let go of it once'
+        ' unmark it once'
       )
     self._is_cached[page] = False
     if not self._num_references[page]:
@@ -162,7 +160,7 @@ class PageAllocator:
       self._free.append(page)
 
   def check(self):
-    """Asserts what always holds; for tests, it looks at every page."""
+    """Asserts the invariants of every page; slow, for tests."""
     free = set(self._free)
     assert len(free) == len(self._free), 'a page is free twice'
     assert NULL_PAGE not in free, 'the null page is free'

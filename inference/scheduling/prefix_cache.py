@@ -1,55 +1,54 @@
-"""Remembers the pages of prompts and completions, to compute a prefix once.
+"""The prefix cache: pages of prompts and completions, found by their tokens.
 
-A radix tree (Zheng et al., arXiv:2312.07104, section 3) whose edges are whole
-pages of tokens: a node is a page of the KV cache, the way to it the tokens that
-its keys and values were computed from. One tree per scope: what may not be
-shared (other weights, another principal) has no path in common, so that nothing
-is found, and nothing takes less time, because of somebody else's prompt.
+It is a radix tree (Zheng et al., arXiv:2312.07104, section 3) whose edges are
+whole pages of tokens. A node is a page of the KV cache. The path to it holds
+the tokens that its keys and values were computed from. Each scope has its own
+tree: sequences that may not share (other weights, another principal) have no
+path in common. So a prompt is never found, and never takes less time, because
+of a prompt of another scope.
 
-The cache takes no references: it marks pages in the allocator, which says when
-they are idle and in which order they became so.
+The cache holds no references: it marks pages in the allocator, which knows the
+idle pages and the order in which they became idle.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
 
+from checks import expect
 from inference.scheduling import pages as pages_lib
 
 
 class _Node:
-  """A page that is kept, below the page that it continues."""
+  """A cached page; its parent is the page that it continues."""
 
   __slots__ = ('children', 'key', 'page', 'parent')
 
   def __init__(self, page: int, key: Hashable, parent: '_Node | None'):
     self.page = page
-    self.key = key  # its tokens; of a root, the scope
+    self.key = key  # the tokens of the page; of a root, the scope
     self.parent = parent
-    # Keyed by the tokens themselves: a dict compares them after their hash, so
-    # that a collision is a miss and never somebody else's page.
+    # Keyed by the tokens, not by a hash of them: a collision of hashes must not
+    # find a page of other tokens.
     self.children: dict[tuple[int, ...], _Node] = {}
 
 
 class PrefixCache:
-  """Which page holds which tokens, per scope.
+  """The cached pages of each scope, by their tokens.
 
-  Two promises hold at any time. Whoever holds a page of the tree holds all
-  pages above it: `lookup` returns whole paths, and `insert` stops at a page
-  that is not the sequence's own. So an idle page has only idle pages below it.
-  And these became idle before it did, since a sequence releases its last page
-  first. The oldest idle page is therefore always a leaf: taking pages in that
-  order is least recently used first, at constant cost.
+  Two invariants make eviction cheap. First, a sequence that holds a page of the
+  tree holds all pages above it: `lookup` returns whole paths, and `insert`
+  stops at a page of another sequence. So all pages below an idle page are idle.
+  Second, they became idle earlier, because a sequence releases its last page
+  first. Therefore the oldest idle page is always a leaf, and eviction in this
+  order evicts the least recently used page at constant cost.
   """
 
   def __init__(self, allocator: pages_lib.PageAllocator, page_size: int):
-    if page_size < 1:
-      raise ValueError(
-        f'page_size: got {page_size}, expected at least 1 token to a page'
-      )
+    expect.at_least('page_size', page_size, 1)
     self._allocator = allocator
     self._page_size = page_size
     self._roots: dict[Hashable, _Node] = {}
     self._nodes: dict[int, _Node] = {}
-    # Goes up whenever a lookup may find something else than before.
+    # Increases whenever a lookup may give another result than before.
     self.version = 0
     self.num_tokens_looked_up = 0
     self.num_tokens_found = 0
@@ -58,10 +57,10 @@ class PrefixCache:
     return len(self._nodes)
 
   def lookup(self, scope: Hashable, tokens: Sequence[int]) -> list[int]:
-    """Returns the pages of the longest known beginning of `tokens`.
+    """Returns the pages of the longest cached prefix of `tokens`.
 
-    Whole pages only. Takes no reference and counts for nothing: `share` what
-    is used before anything is evicted, and `record` it.
+    Whole pages only. The caller must `share` the pages before any eviction, and
+    `record` the lookup: this method takes no references and counts nothing.
     """
     found: list[int] = []
     node = self._roots.get(scope)
@@ -75,31 +74,31 @@ class PrefixCache:
     return found
 
   def num_idle(self, pages: Iterable[int]) -> int:
-    """Returns how many of `pages` no sequence references."""
+    """Returns how many of `pages` have no references."""
     return sum(not self._allocator.ref_count(page) for page in pages)
 
   def record(self, *, num_looked_up: int, num_found: int):
-    """Counts a lookup that was used, in tokens, for the hit rate."""
+    """Counts the tokens of a lookup that was used, for the hit rate."""
     self.num_tokens_looked_up += num_looked_up
     self.num_tokens_found += num_found
 
   def insert(
     self, scope: Hashable, tokens: Sequence[int], pages: Sequence[int]
   ) -> int:
-    """Keeps the pages of a sequence that hold whole pages of `tokens`.
+    """Caches the full pages of a sequence.
 
-    Stops at the first page of tokens that another sequence has put there
-    before: to hang one's own pages below a page that one does not hold would
-    break the promise above.
+    Stops at the first page whose tokens are cached from another sequence. The
+    sequence does not hold that page, so its own pages must not go below it: see
+    the first invariant.
 
     Args:
-      scope: Who may find the pages again.
-      tokens: What the keys and values were computed from; a last page that
-        they do not fill is left out.
-      pages: The pages of the sequence from its beginning, referenced by it.
+      scope: sequences of this scope find the pages.
+      tokens: the tokens that the keys and values were computed from. A last
+        page that they do not fill is not cached.
+      pages: the pages of the sequence from its beginning; it references them.
 
     Returns:
-      How many pages are newly kept.
+      The number of newly cached pages.
     """
     size = self._page_size
     num_pages = min(len(tokens) // size, len(pages))
@@ -124,10 +123,10 @@ class PrefixCache:
     return num_new
 
   def evict(self, num_pages: int):
-    """Frees the idle pages that were used least recently, of any scope.
+    """Frees the least recently used idle pages, of any scope.
 
     Raises:
-      OutOfPages: fewer are idle; nothing is evicted.
+      OutOfPages: fewer pages are idle; none is evicted.
     """
     if num_pages > self._allocator.num_idle:
       raise pages_lib.OutOfPages(
@@ -141,7 +140,7 @@ class PrefixCache:
       self.version += 1
 
   def forget(self, scope: Hashable):
-    """Lets go of all pages of a scope; sequences keep those that they hold."""
+    """Removes all pages of a scope; sequences keep the pages that they hold."""
     root = self._roots.get(scope)
     stack = list(root.children.values()) if root else []
     below: list[_Node] = []
@@ -149,17 +148,17 @@ class PrefixCache:
       node = stack.pop()
       below.append(node)
       stack.extend(node.children.values())
-    for node in reversed(below):  # a node comes after all nodes above it
+    for node in reversed(below):  # leaves first
       self._drop(node)
     self.version += 1
 
   def clear(self):
-    """Lets go of all pages of all scopes."""
+    """Removes all pages of all scopes."""
     for scope in list(self._roots):
       self.forget(scope)
 
   def _drop(self, node: _Node):
-    """Takes a leaf out of its tree, and an empty tree out of the forest."""
+    """Removes a leaf from its tree, and the tree if it is empty."""
     parent = node.parent
     assert parent is not None
     assert not node.children, f'page {node.page} is continued by others'
@@ -170,7 +169,7 @@ class PrefixCache:
       del self._roots[parent.key]
 
   def check(self):
-    """Asserts what always holds; for tests, it looks at every node."""
+    """Asserts the invariants of every node; slow, for tests."""
     seen: dict[int, _Node] = {}
     stack = list(self._roots.values())
     assert all(root.children for root in stack), 'an empty scope is kept'

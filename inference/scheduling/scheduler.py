@@ -1,35 +1,37 @@
-"""Decides what the next step of the engine computes: values in, a plan out.
+"""The scheduler: counts of sequences in, the plan of the next step out.
 
-A step is one program over decode rows, a token of a sequence each, and chunks
-of consecutive prompt tokens (chunked prefill: Agrawal et al.,
-arXiv:2403.02310). `plan` chooses who gets which, who enters, and who has to
-give its pages back; it is a function of counts and knows no device, no clock
-and no pages' contents. `roster` keeps the books and carries plans out.
+A step is one program over decodes (one token of a sequence each) and chunks of
+consecutive prompt tokens (chunked prefill: Agrawal et al., arXiv:2403.02310).
+`plan` chooses which sequences get decodes and chunks, which enter, and which
+give their pages back. It is a pure function of counts: it knows no device, no
+clock and no contents of pages. The SequenceManager keeps the books and carries
+plans out.
 
 Three questions, and the order that answers each:
 
-- Who is admitted next? The *turn* (`fairness`): level, then the principal that
-  was served least, then who came first. Strictly so: nobody passes one that
-  lacks pages or chunks, since what the small ones took meanwhile would keep a
-  large one out forever. And a prompt that has begun comes before one that has
-  not.
-- Who is served first of those that run? The *standing*: level, then who was
-  admitted first. The counter has no say here: it moves with each token served,
-  and two sequences would take each other's pages by turns for it.
-- Who gives pages back? The last in standing whose pages help, after the forks
-  that wait. So nobody loses pages to a worse one, and the best always makes
-  progress: it can have the pages of all others, and alone it fits.
+- Which sequence is admitted next? The *turn* (`fairness`): the level, then the
+  principal that was served least, then the arrival. No sequence passes another
+  one that lacks pages or chunks: small sequences would take the room again and
+  again, and keep a large one out forever. A prompt that has begun comes before
+  one that has not.
+- Which running sequence is served first? The *standing*: the level, then the
+  order of admission. The counters of served tokens do not count here: they
+  move with each token, and two sequences would take each other's pages in turn.
+- Which sequence gives pages back? The last in standing whose pages help, after
+  the forks that wait. So no sequence loses pages to one of worse standing, and
+  the best one always makes progress: it can have the pages of all others, and
+  alone it fits.
 
-Nobody starves. One that waits rises until it is an equal of the best, and of
-equals each principal has its share and each sequence its place in line. Once
-admitted, it keeps its level and its seniority: only those that it has to let
-pass anyway take its pages. A run that ends in preemption counts as waiting,
-since nothing came of it but the tokens, which it keeps.
+No sequence starves. A waiting sequence rises until it is equal to the best one.
+Among equals, each principal has its share and each sequence its place in line.
+An admitted sequence keeps its level and its seniority: only sequences that go
+before it anyway can take its pages. A run that ends in preemption counts as
+waiting, since only its tokens remain.
 
-Admission needs room for all the tokens that a sequence knows, after all those
-that the running ones know, and a page more for each of these that may grow into
-one. One that has just given its pages back is not let in again before somebody
-leaves. Those of a worse priority make room for it, others do not.
+Admission needs pages for all tokens that the sequence knows, after those of the
+running ones, and one page more for each sequence that may grow into one. A
+sequence that has just given its pages back is not admitted again before another
+one leaves. Running sequences of worse priority make room for it; others do not.
 """
 
 import collections
@@ -41,75 +43,76 @@ from inference.scheduling import fairness
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What a step can hold; checked when made.
+  """The limits of a step, checked when made.
 
-  The bound on how long a long prompt stalls others: a step with decode rows
-  computes at most `max_mixed_chunks * chunk_tokens` prompt tokens beside them,
-  whatever waits, and every running sequence has its row in every step. What a
-  chunk attends to makes it dearer, so that fewer fit: behind `stall_context`
-  tokens half as many, behind twice that a third, but always one.
+  They bound how long a long prompt delays running sequences. Every running
+  sequence that decodes has a token in every step, and a step with decodes
+  computes at most `max_mixed_chunks * chunk_tokens` prompt tokens. A chunk
+  costs more the more tokens it attends to, so fewer chunks fit: after
+  `stall_context` tokens half as many, after twice as many a third, but always
+  one.
 
   Raises:
-    ValueError: a count is below 1, or more chunks fit beside decode rows than
+    ValueError: a limit is below 1, or more chunks are allowed with decodes than
       without.
   """
 
-  max_sequences: int  # that run at once: slots, and decode rows of a step
-  chunk_tokens: int  # tokens of a chunk
-  max_chunks: int  # of a step without decode rows
-  max_mixed_chunks: int  # of a step with decode rows
-  stall_context: int  # tokens before a chunk that make it count twice there
-  page_size: int  # tokens of a page
-  aging_steps: int  # of waiting that are worth one level of priority
+  max_sequences: int  # that run at once: slots, and decodes of a step
+  chunk_tokens: int  # tokens per chunk
+  max_chunks: int  # of a step without decodes
+  max_mixed_chunks: int  # of a step with decodes
+  stall_context: int  # earlier tokens after which a chunk counts twice
+  page_size: int  # tokens per page
+  aging_steps: int  # steps of waiting that lift by one priority level
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
-          f'{field.name}: got {value!r}, expected a whole number of at least 1;'
-          ' none of these can be switched off'
+          f'engine.{field.name}: got {value!r}, expected a whole number of at'
+          ' least 1; no limit can be switched off'
         )
     if self.max_mixed_chunks > self.max_chunks:
       raise ValueError(
-        f'max_mixed_chunks: got {self.max_mixed_chunks}, expected at most'
-        f' max_chunks, {self.max_chunks}; raise that'
+        f'engine.max_mixed_chunks: got {self.max_mixed_chunks}, expected at'
+        f' most max_chunks = {self.max_chunks}; raise max_chunks'
       )
 
   def num_pages(self, num_tokens: int) -> int:
-    """Returns how many pages hold so many tokens."""
+    """Returns the number of pages that hold `num_tokens` tokens."""
     return -(-num_tokens // self.page_size)
 
   def num_chunks(self, num_tokens: int) -> int:
-    """Returns how many chunks compute so many tokens."""
+    """Returns the number of chunks that compute `num_tokens` tokens."""
     return -(-num_tokens // self.chunk_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-  """What the planner knows of a sequence.
+  """The counts of one sequence that the scheduler reads.
 
-  A running one holds pages for what it has computed. A waiting one holds none,
-  and starts from the pages of a prefix hit; a fork waits with those that it
-  shares.
+  A running sequence holds pages for its computed tokens. A waiting one holds no
+  pages, and starts from the pages of a prefix hit. A fork is a sequence that
+  waits with pages: those of the prompt that it shares with its parent.
   """
 
   id: Hashable
   principal: Hashable = None
   priority: int = 0  # lower is sooner
   arrival: int  # order of submission; kept when preempted
-  waited_steps: int = 0  # since submission, the current run left out
+  waited_steps: int = 0  # since submission, without the current run
   seniority: int = 0  # order of first admission; kept when preempted
-  num_known: int  # tokens known, those still in flight included
+  num_known: int  # known tokens, those in flight included
   max_known: int = 2**62  # tokens of prompt and completion, at most
-  num_computed: int = 0  # of these, or where it would start from
+  num_computed: int = 0  # computed tokens; of a waiting one, after its hit
   pages: tuple[int, ...] = ()  # held now
-  num_hit_pages: int = 0  # that a prefix hit would give a waiting one
-  num_idle_hit_pages: int = 0  # of these, idle now: taking them uses room up
+  num_hit_pages: int = 0  # pages that a prefix hit would give a waiting one
+  num_idle_hit_pages: int = 0  # idle ones of these: taking them uses up room
   num_copies: int = 0  # pages to copy before it can write: 0 or 1
-  is_tail_cached: bool = False  # then it copies even if nobody else holds it
+  is_tail_cached: bool = False  # then it copies even as the only holder
   is_running: bool = False
-  is_ready: bool = True  # False: keeps its place, but gets no work
+  is_ready: bool = True  # False: it keeps its place, but gets no work
 
   @property
   def num_pages(self) -> int:
@@ -118,12 +121,12 @@ class Task:
 
   @property
   def has_pages_while_waiting(self) -> bool:
-    """Whether it is a fork that waits with the pages that it shares."""
+    """Whether the sequence is a fork that waits."""
     return bool(self.pages) and not self.is_running
 
   @property
   def num_remaining(self) -> int:
-    """Tokens known but not computed; one of them is a decode row."""
+    """Tokens known but not computed; if it is one, the sequence decodes."""
     return self.num_known - self.num_computed
 
 
@@ -137,17 +140,17 @@ class Prefill:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-  """What a step does, in this order; ids of sequences."""
+class StepPlan:
+  """The plan of a step: ids of sequences, in the order of the actions."""
 
   preempted: tuple[Hashable, ...] = ()  # give back all pages and wait again
-  admitted: tuple[Hashable, ...] = ()  # each has work in this step
+  admitted: tuple[Hashable, ...] = ()  # get a slot, and work in this step
   decodes: tuple[Hashable, ...] = ()  # in ascending order of context length
   prefills: tuple[Prefill, ...] = ()  # best standing first
 
   @property
   def is_empty(self) -> bool:
-    """Whether nothing is computed."""
+    """Whether the step computes no tokens."""
     return not self.decodes and not self.prefills
 
 
@@ -159,17 +162,17 @@ def plan(
   served: Mapping[Hashable, int],
   limits: Limits,
   best_priority: int | None = None,
-) -> Plan:
+) -> StepPlan:
   """Plans the next step.
 
   Args:
-    tasks: All that run and all that hold pages; of the others, at least those
-      whose turn comes first, one for each slot that is free.
-    num_free: Pages that hold nothing.
-    num_idle: Pages that only the prefix cache keeps.
-    served: Tokens computed per principal.
-    limits: What a step can hold.
-    best_priority: Of all sequences, where `tasks` leaves some out.
+    tasks: all sequences that run or hold pages; of the others, at least the
+      first in turn, one for each free slot.
+    num_free: pages that hold nothing.
+    num_idle: pages that only the prefix cache keeps.
+    served: tokens computed per principal.
+    limits: of the step.
+    best_priority: of all sequences, if `tasks` leaves some out.
   """
   tasks = tuple(tasks)
   if best_priority is None:
@@ -193,14 +196,15 @@ def plan(
   draft = _Draft(running, list(waiting), levels, num_free + num_idle, limits)
   for task in running:
     draft.serve(task)
-  # Pages have just run out: whoever entered now would lose its own next.
+  # After a preemption, pages are short: a sequence that entered now would lose
+  # its pages next.
   if not draft.preempted:
     draft.admit()
   return draft.finish()
 
 
 class _Draft:
-  """A plan in the making; lives for one call of `plan`."""
+  """A plan in the making, for one call of `plan`."""
 
   def __init__(
     self,
@@ -215,31 +219,31 @@ class _Draft:
     self.levels = levels
     self.num_available = num_available
     self.limits = limits
-    self.room = num_available  # pages, less those given out by this plan
-    # Best first; the last to be served is the first to give pages back.
+    self.room = num_available  # pages that this plan has not given out
+    # Best standing first; the last one is the first to give pages back.
     self.holders = running + [
       task for task in waiting if task.has_pages_while_waiting
     ]
     self.preempted: dict[Hashable, Task] = {}
     self.admitted: dict[Hashable, Task] = {}
-    self.work: dict[Hashable, tuple[Task, int]] = {}  # tokens of this step
+    self.work: dict[Hashable, tuple[Task, int]] = {}  # with number of tokens
     self.num_chunks = 0
-    self.cost = 0.0  # of those, what counts towards `max_mixed_chunks`
+    self.cost = 0.0  # their weights, compared with `max_mixed_chunks`
     self.claims: dict[Hashable, int] = {}
     self.references: collections.Counter[int] | None = None
-    # Blocks are given out before it is known who enters. So the next in turn
-    # counts as a decode row if it is one: prompts do not shut it out.
+    # Chunks are given out before sequences enter. So the next in turn counts
+    # now if it will decode: prompts must not shut it out.
     ready = [task for task in running if task.is_ready]
     if len(running) < limits.max_sequences:
       ready += [task for task in waiting if task.is_ready][:1]
     self.is_mixed = any(task.num_remaining == 1 for task in ready)
 
   def serve(self, task: Task):
-    """Gives a running task its work, and the pages for it."""
+    """Gives a running task its tokens of this step, and pages for them."""
     length = self._length(task)
     if task.id in self.preempted or not task.is_ready or not length:
       return
-    # One token is worth a preemption, a longer prefill is not.
+    # Preempts others for one token, not for a longer prefill.
     one_more = task.num_computed + 1
     if self._pages_for(task, one_more) > self.room:
       worse = self.holders[self.holders.index(task) + 1 :]
@@ -254,12 +258,12 @@ class _Draft:
     self._give(task, length)
 
   def admit(self):
-    """Lets tasks enter in turn, up to the first for which there is no room.
+    """Admits tasks in turn, up to the first one without room.
 
-    Only in a plan that has preempted nobody.
+    Only in a plan without preemptions.
     """
-    # What running ones know takes pages before those who enter do, computed or
-    # not; and each of them will want a page to grow into.
+    # Known tokens of running tasks claim pages before tasks enter, computed or
+    # not. Each running task may also grow into one more page.
     self.claims = {
       task.id: self._pages_for(task, task.num_known) + self._growth(task)
       for task in self.running
@@ -281,13 +285,14 @@ class _Draft:
       self._give(task, length)
 
   def _admit_instead(self, task: Task, *, is_seated: bool):
-    """Admits `task` in the place of worse ones, if they make room enough.
+    """Admits `task` instead of worse tasks, if they make enough room.
 
-    These are the other forks, whose turn comes later, and running ones of a
-    worse priority that have not aged up to it. The priority itself must be
-    worse, which never changes: no two tasks drive each other out by turns.
+    Worse tasks are the other forks, whose turn comes later, and running tasks
+    of worse priority that have not aged up to its level. The priority itself
+    must be worse: it never changes, so two tasks cannot preempt each other in
+    turn.
     """
-    # Who was admitted just now may count on pages that a victim holds.
+    # A task admitted by this plan may count on pages that a victim holds.
     if self.admitted or not (length := self._length(task)):
       return
     worse = [
@@ -310,14 +315,14 @@ class _Draft:
       self.admitted[task.id] = task
       self._give(task, length)
 
-  def finish(self) -> Plan:
+  def finish(self) -> StepPlan:
     """Returns the plan."""
     work = list(self.work.values())
     decodes = sorted(
       (task for task, _ in work if task.num_remaining == 1),
       key=lambda task: (task.num_computed, task.arrival),
     )
-    return Plan(
+    return StepPlan(
       preempted=tuple(self.preempted),
       admitted=tuple(self.admitted),
       decodes=tuple(task.id for task in decodes),
@@ -329,7 +334,7 @@ class _Draft:
     )
 
   def _length(self, task: Task) -> int:
-    """Tokens that rows and chunks are left for."""
+    """Returns how many tokens of `task` the step can still hold."""
     most_mixed = self.limits.max_mixed_chunks
     if task.num_remaining == 1:
       return int(self.num_chunks <= most_mixed)
@@ -340,11 +345,11 @@ class _Draft:
     return max(min(task.num_remaining, left * self.limits.chunk_tokens), 0)
 
   def _weight(self, task: Task) -> float:
-    """Returns what a chunk of `task` counts beside decode rows."""
+    """Returns how often a chunk of `task` counts in a step with decodes."""
     return 1 + task.num_computed / self.limits.stall_context
 
   def _give(self, task: Task, length: int):
-    """Enters a decode or a prefill."""
+    """Adds tokens of a task to the plan."""
     self.work[task.id] = task, length
     if task.num_remaining == 1:
       self.is_mixed = True
@@ -354,18 +359,18 @@ class _Draft:
       self.cost += num_chunks * self._weight(task)
 
   def _growth(self, task: Task) -> int:
-    """Returns 1 if `task` may ever want a page beyond what it knows, else 0."""
+    """Returns 1 if `task` may need a page beyond its known tokens, else 0."""
     most = self.limits.num_pages(task.max_known - 1)  # the last is not computed
     return int(most > self.limits.num_pages(task.num_known))
 
   def _pages_for(self, task: Task, num_tokens: int) -> int:
-    """Pages to allocate until so many tokens of `task` are computed."""
+    """Returns the pages to allocate for `num_tokens` tokens of `task`."""
     missing = self.limits.num_pages(num_tokens)
     missing -= task.num_pages + task.num_hit_pages
     return max(missing, 0) + self._num_copies(task)
 
   def _num_copies(self, task: Task) -> int:
-    """Pages to copy; none where those who share the page are preempted."""
+    """Returns the pages to copy: 0 if the other holders are preempted."""
     if self.references is None or not task.num_copies or task.is_tail_cached:
       return task.num_copies
     tail = task.pages[task.num_computed // self.limits.page_size]
@@ -379,13 +384,22 @@ class _Draft:
     *,
     first: Task | None = None,
   ) -> bool:
-    """Preempts as few of the candidates as it takes, from the last on.
+    """Preempts as few candidates as needed, from the last on.
 
-    Passes over those whose pages are all held by others too, while there are
-    some whose pages help. If all together are not enough, nobody is preempted.
+    Skips candidates whose pages are all shared, as long as others free pages.
+    If all candidates together free too few pages, none is preempted.
+
+    Args:
+      task: that needs pages.
+      num_tokens: of the task, for which it needs pages.
+      candidates: best standing first.
+      first: preempted in any case, for its slot.
+
+    Returns:
+      Whether the task has room now.
     """
     room, rest, victims = self.room, list(candidates), []
-    # Hits that are in use now may be idle once others have gone: all count.
+    # Hit pages in use now may be idle after the preemptions: all of them count.
     while first is not None or (
       self._pages_for(task, num_tokens) + task.num_hit_pages > self.room
     ):
@@ -404,7 +418,7 @@ class _Draft:
     return True
 
   def _references(self) -> collections.Counter[int]:
-    """How many tasks hold each page; counted only where pages run out."""
+    """Returns the number of holders of each page; counted once, if needed."""
     if self.references is None:
       self.references = collections.Counter(
         page for holder in self.holders for page in holder.pages
@@ -412,21 +426,21 @@ class _Draft:
     return self.references
 
   def _helps(self, task: Task) -> bool:
-    """Whether pages become free when `task` alone gives back its own."""
+    """Whether preempting `task` alone frees a page."""
     references = self._references()
     return any(references[page] == 1 for page in reversed(task.pages))
 
   def _drop(self, task: Task) -> int:
-    """Takes back what `task` holds; returns the room that it leaves."""
+    """Takes back the pages of `task`; returns the room that it leaves."""
     references = self._references()
     references.subtract(task.pages)
     num_freed = sum(not references[page] for page in task.pages)
     return num_freed + self.claims.get(task.id, 0)
 
   def _preempt(self, victims: list[Task]):
-    """Enters those who give their pages back, and takes back their work.
+    """Marks tasks as preempted, and removes their work from the plan.
 
-    Their chunks stay unused: who enters in their place has been given its own.
+    Their chunks stay unused: the length of the next task is decided already.
     """
     for victim in victims:
       self.preempted[victim.id] = victim

@@ -1,17 +1,18 @@
-"""Keeps the books of the engine: who runs, who waits, who holds which pages.
+"""The SequenceManager: which sequences run, which wait, and their pages.
 
-Everything the engine decides that needs no device. `plan` asks the scheduler
-what to do, `begin` does it on paper and returns what the device has to compute;
-the engine dispatches that, and reports tokens (`append`) and ends (`end`) as
-they become known. A simulator drives the same roster on a virtual clock.
+It makes every decision of the engine that needs no device. `plan` asks the
+scheduler for the next step. `begin` updates the books as if the step were done,
+and returns the step for the device. The engine dispatches the step, and reports
+tokens (`append`) and ends of sequences (`end`) when it knows them. In tests a
+simulated device drives the same class.
 
-The host runs ahead of the device: a step begins before the tokens of the one
-before are known. Such tokens count as known, since their place is, though their
-ids are still in flight. Nothing waits for the device when pages change hands: a
-page that is released while a dispatched step writes to it is safe to hand on,
-because the device runs steps in order, and its next owner writes later.
+The host runs ahead of the device: a step begins before the tokens of the step
+before are known. The position of such a token in flight is known, its id is
+not. Pages change hands without waiting for the device: a page may be released
+while a dispatched step writes to it, because the device runs steps in order and
+the next owner of the page writes in a later step.
 
-One thread owns it.
+One thread owns a SequenceManager.
 """
 
 import collections
@@ -24,63 +25,71 @@ from inference.scheduling import fairness, page_tables, scheduler
 
 
 class Refused(ValueError):
-  """A sequence that could never run, or that contradicts another."""
+  """The sequence could never run, or contradicts its parent."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Span:
   """Consecutive tokens of one sequence that a step computes."""
 
-  id: Hashable
-  slot: int  # of device-side arrays; the sequence's own while it runs
+  sequence: page_tables.Sequence
+  slot: int  # of the sequence in this step; it may have another one later
   start: int  # position of the first token
   length: int
-  # Their ids. None: it is one token, in flight, the last sampled in this slot.
-  # A slot's new owner never sees the last owner's: its first tokens are known.
+  # Token ids. None: one token, in flight: the token sampled last in this slot.
+  # A new owner of a slot never reads the token of the owner before, since its
+  # first tokens are known.
   tokens: tuple[int, ...] | None
-  pages: tuple[int, ...]  # page table as far as start + length
-  samples: bool  # whether the last position yields a token
+  pages: tuple[int, ...]  # page table up to position start + length
+  samples: bool  # whether a token is sampled after the last position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-  """What the device computes in one step.
+  """The work of the device in one step.
 
-  First the copies: all sources are read before any page is written, since a
-  source may belong to another sequence in this very step. Then the rows, which
-  write only to pages of their own.
+  The copies come first, and all sources are read before any page is written: a
+  source may belong to another sequence of the same step. Spans write only to
+  pages of their own sequence.
   """
 
   copies: tuple[tuple[int, int], ...]  # pages (source, destination)
-  decodes: tuple[Row, ...]  # in ascending order of context length
-  chunks: tuple[Row, ...]  # at most `chunk_tokens` tokens each
-  seated: tuple[Hashable, ...]  # entered a slot in this step; all have a row
-  preempted: tuple[Hashable, ...]  # left theirs before it
+  decodes: tuple[Span, ...]  # one token each, in ascending order of context
+  chunks: tuple[Span, ...]  # at most `chunk_tokens` tokens each
+  # Sequences that got a slot in this step; each has a span.
+  seated: tuple[page_tables.Sequence, ...]
+  preempted: tuple[page_tables.Sequence, ...]  # lost their slot before it
+
+  @property
+  def spans(self) -> tuple[Span, ...]:
+    """Decodes, then chunks."""
+    return (*self.decodes, *self.chunks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gauges:
-  """The state of a roster, for metrics; the last two only ever grow."""
+  """The state of a manager for metrics; the last two values only grow."""
 
   num_running: int
   num_waiting: int
   pages_used: int
   pages_idle: int
   pages_free: int
-  tokens_held: int  # in the used pages; those of a shared page count once
+  tokens_held: int  # in the used pages; the tokens of a shared page count once
   prefix_tokens_looked_up: int
   prefix_tokens_found: int
 
-  @property
-  def hit_rate(self) -> float:
-    """Share of the prompts that the prefix cache knew, by tokens."""
-    return self.prefix_tokens_found / max(self.prefix_tokens_looked_up, 1)
 
-
-class Roster:
+class SequenceManager:
   """The sequences of an engine and their pages."""
 
   def __init__(self, limits: scheduler.Limits, *, num_pages: int):
+    """Starts without sequences.
+
+    Args:
+      limits: of a step.
+      num_pages: P, the null page included.
+    """
     self.limits = limits
     self.tables = page_tables.PageTables(
       num_pages=num_pages, page_size=limits.page_size
@@ -94,7 +103,7 @@ class Roster:
     self._free_slots = list(range(limits.max_sequences))
     self._num_submitted = 0
     self._num_seated = 0
-    self._planned: scheduler.Plan | None = None
+    self._planned: scheduler.StepPlan | None = None
 
   def submit(
     self,
@@ -106,35 +115,38 @@ class Roster:
     priority: int = 0,
     scope: Hashable = None,
     reads_prefix_cache: bool = True,
-    parent: Hashable = None,
-  ):
-    """Takes in a sequence, to run when it has its turn.
+    parent: page_tables.Sequence | None = None,
+  ) -> page_tables.Sequence:
+    """Adds a sequence to those that wait, and returns it.
 
     Args:
-      id: Of no other sequence that is here.
-      prompt: Token ids, at least one.
-      max_new_tokens: After so many it gets no more work, and waits for `end`.
-      principal: On whose behalf; fairness is between principals.
-      priority: Lower is sooner.
-      scope: Who shares prefixes: those of equal scope.
-      reads_prefix_cache: False if all positions of the prompt are wanted, not
-        only what follows; its pages are found by others all the same.
-      parent: A sequence of the same prompt. This one waits until the parent has
-        computed it, and shares its pages. If the parent is gone, or loses its
-        pages before, the two have nothing more to do with each other.
+      id: a name that no other sequence of the manager has.
+      prompt: token ids, at least one.
+      max_new_tokens: after this many tokens the sequence gets no more work, and
+        waits for `end`.
+      principal: the tenant; fairness is between principals.
+      priority: lower is sooner.
+      scope: prefixes are shared between sequences of equal scope.
+      reads_prefix_cache: False if logprobs of the whole prompt are wanted, so
+        that every position must be computed. Other sequences still find the
+        pages of this one.
+      parent: a sequence of the same prompt. The new sequence waits until the
+        parent has computed the prompt, and shares its pages. If the parent ends
+        or is preempted before that, the new sequence computes the prompt.
 
     Raises:
-      Refused: it could never run, or is not what its parent is.
+      Refused: the sequence could never run, or differs from its parent.
     """
     prompt = list(prompt)
     self._check_new(id, len(prompt), max_new_tokens)
-    source = self._sequences.get(parent) if parent is not None else None
-    if source and (
-      source.tokens[: source.num_prompt] != prompt or source.scope != scope
+    if parent and self._sequences.get(parent.id) is not parent:
+      parent = None  # it has ended
+    if parent and (
+      parent.tokens[: parent.num_prompt] != prompt or parent.scope != scope
     ):
       raise Refused(
         f'sequence {id!r}: got another prompt or scope than its parent'
-        f' {parent!r}, expected the same; submit it without a parent'
+        f' {parent.id!r}, expected the same; submit it without a parent'
       )
     if principal not in self._active:
       self.served = fairness.lift(self.served, principal, self._active)
@@ -153,16 +165,18 @@ class Roster:
     )
     self._num_submitted += 1
     self._sequences[id] = self._waiting[id] = sequence
-    if source:
-      source.children.append(sequence)
+    if parent:
+      parent.children.append(sequence)
       sequence.awaits_parent = True
-      if source.num_computed >= source.num_prompt:
-        self._fork(source)
+      if parent.num_computed >= parent.num_prompt:
+        self._fork(parent)
+    return sequence
 
-  def plan(self) -> scheduler.Plan:
-    """Plans the next step; to plan again gives the same."""
-    everybody = self._sequences.values()
-    best_priority = min((each.priority for each in everybody), default=0)
+  def plan(self) -> scheduler.StepPlan:
+    """Plans the next step; planning twice gives the same plan."""
+    best_priority = min(
+      (each.priority for each in self._sequences.values()), default=0
+    )
     for sequence in self._waiting.values():
       sequence.waited_steps = self.num_steps - sequence.submitted
     candidates = self._candidates(best_priority)
@@ -183,26 +197,29 @@ class Roster:
     )
     return self._planned
 
-  def begin(self, plan: scheduler.Plan) -> Step:
-    """Carries a plan out and returns what the device is to compute.
+  def begin(self, plan: scheduler.StepPlan) -> Step:
+    """Carries out a plan and returns the step for the device.
 
-    From here on everything in the step counts as computed, and each token that
-    it samples as known.
+    From here on, all tokens of the step count as computed. The positions of the
+    tokens that it samples count as known.
 
     Raises:
-      ValueError: `plan` is not the latest, or a sequence has left since.
+      ValueError: `plan` is not the latest plan, or a sequence has left since.
     """
     if plan is not self._planned:
       raise ValueError(
-        'plan: got one that was made before the roster changed, expected the'
-        ' latest; call plan() again'
+        'plan: got one that was made before a sequence or its pages changed,'
+        ' expected the latest; call plan() again'
       )
     self._planned = None
-    for id in plan.preempted:
-      self._vacate(self._sequences[id])
-    # Before anything is evicted: what they have found is theirs.
-    for id in plan.admitted:
-      self._seat(self._sequences[id])
+    preempted = [self._sequences[id] for id in plan.preempted]
+    for sequence in preempted:
+      self._vacate(sequence)
+    # Before pages are evicted: these sequences count on the pages of their
+    # prefix hits, which may be idle.
+    seated = [self._sequences[id] for id in plan.admitted]
+    for sequence in seated:
+      self._seat(sequence)
     work = [(self._sequences[id], 1) for id in plan.decodes]
     work += [(self._sequences[each.id], each.length) for each in plan.prefills]
     copies = []
@@ -213,15 +230,16 @@ class Roster:
     step = Step(
       copies=tuple(copies),
       decodes=tuple(
-        self._row(sequence, sequence.num_computed, 1) for sequence, _ in decodes
+        self._span(sequence, sequence.num_computed, 1)
+        for sequence, _ in decodes
       ),
       chunks=tuple(
-        row
+        span
         for sequence, length in prefills
-        for row in self._chunks(sequence, length)
+        for span in self._chunks(sequence, length)
       ),
-      seated=plan.admitted,
-      preempted=plan.preempted,
+      seated=tuple(seated),
+      preempted=tuple(preempted),
     )
     for sequence, length in work:
       self._advance(sequence, length)
@@ -229,106 +247,47 @@ class Roster:
     self.num_steps += 1
     return step
 
-  def append(self, id: Hashable, token: int):
-    """Reports a sampled token, the oldest of the sequence in flight.
+  def append(self, sequence: page_tables.Sequence, token: int) -> None:
+    """Reports the oldest token in flight of a sequence.
 
     Raises:
-      ValueError: none is in flight.
+      ValueError: the sequence has no token in flight.
     """
-    sequence = self._get(id)
     if not sequence.num_in_flight:
       raise ValueError(
-        f'sequence {id!r}: got a token, expected none, since no row that'
-        ' samples one has begun; append one for each Row.samples'
+        f'sequence {sequence.id!r}: got a token, expected none, since no token'
+        ' is in flight; append one token for each span that samples'
       )
     sequence.num_in_flight -= 1
     sequence.tokens.append(token)
 
-  def end(self, id: Hashable):
-    """Lets a sequence go that is finished; tokens still in flight are lost.
+  def end(self, sequence: page_tables.Sequence) -> None:
+    """Removes a sequence; its tokens in flight are lost.
 
-    Its pages are released at once, those that are full and of known tokens to
-    the prefix cache. A plan that is out may count on it: make a new one.
+    Its pages are released at once. The prefix cache keeps full pages of known
+    tokens. A plan made before is void, since it may count on the sequence.
     """
-    sequence = self._get(id)
     self._release(sequence)
     self._disown(sequence)
-    sequence.awaits_parent = False  # who finds it among its children
-    del self._sequences[id]
-    self._waiting.pop(id, None)
+    sequence.awaits_parent = False  # its parent may still list it as a child
+    del self._sequences[sequence.id]
+    self._waiting.pop(sequence.id, None)
     self._active[sequence.principal] -= 1
     if not self._active[sequence.principal]:
       del self._active[sequence.principal]
     self._planned = None
 
-  def preempt(self, id: Hashable):
-    """Makes a sequence give back its pages and wait, as a plan would.
-
-    Raises:
-      ValueError: it holds none.
-    """
-    sequence = self._get(id)
-    if not sequence.pages:
-      raise ValueError(
-        f'sequence {id!r}: got one that waits without pages to preempt,'
-        ' expected one that runs; nothing is gained by it'
-      )
-    self._vacate(sequence)
-    self._planned = None
-
-  def forget(self, scope: Hashable):
-    """Lets the prefix cache go of a scope, whose weights or principal left."""
-    self.tables.cache.forget(scope)
-    self._planned = None
-
-  def clear(self):
-    """Lets the prefix cache go of everything."""
+  def clear(self) -> None:
+    """Empties the prefix cache; sequences keep the pages that they hold."""
     self.tables.cache.clear()
     self._planned = None
 
-  def is_running(self, id: Hashable) -> bool:
-    """Returns whether a sequence has a slot."""
-    return self._get(id).is_running
-
-  def running(self) -> Collection[Hashable]:
-    """Returns the ids of those that have a slot."""
-    return self._running.keys()
-
-  def slot(self, id: Hashable) -> int:
-    """Returns the slot of one that runs."""
-    slot = self._get(id).slot
-    if slot is None:
-      raise ValueError(
-        f'sequence {id!r}: got one that waits, expected one that runs; it has'
-        ' no slot'
-      )
-    return slot
-
-  def tokens(self, id: Hashable) -> Sequence[int]:
-    """Returns the tokens of which the ids are known, those of the prompt first.
-
-    Not to be changed, and only good until the next `append`.
-    """
-    return self._get(id).tokens
-
-  def num_cached_tokens(self, id: Hashable) -> int:
-    """Returns how many prompt tokens it found computed.
-
-    By the prefix cache or by its parent, when it was first admitted; what it
-    finds after a preemption is its own.
-    """
-    return self._get(id).num_cached
-
-  def num_preemptions(self, id: Hashable) -> int:
-    """Returns how often a sequence gave its pages back."""
-    return self._get(id).num_preemptions
-
-  def num_pages_held(self, id: Hashable) -> int:
-    """Returns how many pages a sequence holds, shared ones included."""
-    return len(self._get(id).pages)
+  def running(self) -> Collection[page_tables.Sequence]:
+    """Returns the sequences that have a slot."""
+    return self._running.values()
 
   def gauges(self) -> Gauges:
-    """Returns the state of the roster."""
+    """Returns the state of the manager."""
     allocator, cache = self.tables.allocator, self.tables.cache
     return Gauges(
       num_running=len(self._running),
@@ -341,8 +300,8 @@ class Roster:
       prefix_tokens_found=cache.num_tokens_found,
     )
 
-  def check(self):
-    """Asserts what always holds; for tests, it looks at everything."""
+  def check(self) -> None:
+    """Asserts the invariants; slow, for tests."""
     everybody = self._sequences.values()
     self.tables.check(everybody)
     assert {**self._running, **self._waiting} == self._sequences
@@ -362,12 +321,15 @@ class Roster:
     )
 
   def _candidates(self, best_priority: int) -> list[page_tables.Sequence]:
-    """Those that may enter next: the planner need not see the whole queue."""
+    """Returns the waiting sequences that may enter in the next step.
+
+    The scheduler need not see the whole queue.
+    """
     ready = [each for each in self._waiting.values() if each.is_ready]
     num_slots = len(self._free_slots)
     worst = max((each.priority for each in self._running.values()), default=0)
     if not num_slots and all(each.priority >= worst for each in ready):
-      return []  # neither a slot nor anybody who would have to make room
+      return []  # no slot is free, and no running sequence has to make room
     queue = fairness.in_turn(
       ready,
       served=self.served,
@@ -376,14 +338,14 @@ class Roster:
     )
     return list(itertools.islice(queue, max(num_slots, 1)))
 
-  def _row(
+  def _span(
     self, sequence: page_tables.Sequence, start: int, length: int
-  ) -> Row:
+  ) -> Span:
     stop = start + length
     is_known = stop <= len(sequence.tokens)
     assert sequence.slot is not None
-    return Row(
-      id=sequence.id,
+    return Span(
+      sequence=sequence,
       slot=sequence.slot,
       start=start,
       length=length,
@@ -392,16 +354,16 @@ class Roster:
       samples=stop == sequence.num_known,
     )
 
-  def _chunks(self, sequence: page_tables.Sequence, length: int) -> list[Row]:
+  def _chunks(self, sequence: page_tables.Sequence, length: int) -> list[Span]:
     """Cuts the prefill of a sequence into chunks."""
-    start, rows = sequence.num_computed, self.limits.chunk_tokens
+    start, most = sequence.num_computed, self.limits.chunk_tokens
     return [
-      self._row(sequence, start + done, min(rows, length - done))
-      for done in range(0, length, rows)
+      self._span(sequence, start + done, min(most, length - done))
+      for done in range(0, length, most)
     ]
 
   def _seat(self, sequence: page_tables.Sequence):
-    """Lets a sequence run."""
+    """Gives a slot to a sequence, and the pages of its prefix hit."""
     if not sequence.pages:
       self.tables.take_hit(sequence)
       if sequence.seniority is None and sequence.reads_prefix_cache:
@@ -418,14 +380,14 @@ class Roster:
     self._running[sequence.id] = sequence
 
   def _vacate(self, sequence: page_tables.Sequence):
-    """Makes a sequence wait without pages."""
+    """Preempts a sequence: it gives its pages back and waits."""
     self._release(sequence)
     self._disown(sequence)
     sequence.num_preemptions += 1
     self._waiting[sequence.id] = sequence
 
   def _release(self, sequence: page_tables.Sequence):
-    """Takes slot and pages from a sequence, if it has any."""
+    """Takes the slot and the pages of a sequence, if it has them."""
     self.tables.release(sequence)
     if sequence.slot is not None:
       del self._running[sequence.id]
@@ -433,50 +395,45 @@ class Roster:
       sequence.slot = None
 
   def _disown(self, sequence: page_tables.Sequence):
-    """Lets those that wait for the prompt of a sequence go their own way."""
+    """Makes the children of a sequence compute the prompt themselves."""
     for child in sequence.children:
       child.awaits_parent = False
     sequence.children.clear()
 
   def _fork(self, sequence: page_tables.Sequence):
-    """Shares a prompt that is computed with those that wait for it."""
+    """Shares the computed prompt of a sequence with its children."""
     for child in sequence.children:
       if child.awaits_parent:  # else it has ended
         self.tables.fork(sequence, child)
-        self._planned = None  # its parent may have to copy a page now
+        self._planned = None  # the parent may have to copy a page now
     self._disown(sequence)
 
   def _advance(self, sequence: page_tables.Sequence, length: int):
-    """Counts tokens as computed, and what it samples as known."""
+    """Counts `length` tokens as computed, and a sampled token as known."""
     was_prompt = sequence.num_computed < sequence.num_prompt
     sequence.num_computed += length
     if not sequence.num_remaining:
       sequence.num_in_flight += 1
     if was_prompt and sequence.num_computed >= sequence.num_prompt:
-      # At once, not at its end: others with the same prompt are on their way.
+      # Now, not at the end of the sequence: requests with the same prompt often
+      # arrive together.
       self.tables.insert(sequence)
       self._fork(sequence)
 
   def _charge(self, work: list[tuple[page_tables.Sequence, int]]):
-    """Charges what is computed for the first time; see `fairness.charge`."""
-    charges = collections.Counter()
+    """Charges each principal for the tokens that are computed first now.
+
+    Tokens computed again after a preemption, and tokens found in the prefix
+    cache, are free.
+    """
     for sequence, _ in work:
       new = max(sequence.num_computed - sequence.num_charged, 0)
-      charges[sequence.principal] += new
       sequence.num_charged += new
-    for principal, num_tokens in charges.items():
-      self.served = fairness.charge(self.served, principal, num_tokens)
-
-  def _get(self, id: Hashable) -> page_tables.Sequence:
-    try:
-      return self._sequences[id]
-    except KeyError:
-      raise KeyError(
-        f'sequence {id!r}: got an id that is not here, expected one that is'
-      ) from None
+      served = self.served.get(sequence.principal, 0)
+      self.served[sequence.principal] = served + new
 
   def _check_new(self, id: Hashable, num_prompt: int, max_new_tokens: int):
-    """Refuses what could not run even alone."""
+    """Refuses a sequence that could not run even alone."""
     if id in self._sequences:
       raise Refused(
         f'sequence {id!r}: got an id that is taken; expected a new one'

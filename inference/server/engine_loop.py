@@ -1,21 +1,22 @@
-"""One thread owns the engine; the tasks of an event loop talk to it.
+"""The engine's thread, and the queue through which an event loop talks to it.
 
     engine_loop.start()                          # within the event loop
     updates = await engine_loop.submit(requests)
     async for which, update in updates: ...
     updates.close()                              # in the middle: cancels
 
-Requests join the running batch between two steps and leave it likewise: what is
-asked waits in an inbox, which the thread empties before every step, and what a
-step brings is handed to the event loop in one go. Without work the thread
-sleeps. The event loop stays free meanwhile: it answers /health, takes requests
-in, and notices who has left.
+Requests join and leave the running batch between two steps. Commands of the
+event loop wait in an inbox, which the thread empties before every step. The
+updates of a step go to the event loop in one call. Without work the thread
+sleeps. The event loop stays free: it answers /health, accepts requests, and
+notices clients that have left.
 
-The thread makes the engine too, so that a server listens while that compiles.
+The thread also makes the engine, so that the server listens while the engine
+compiles.
 
-If a step fails, so does everything that is open and everything that comes: what
-the device holds is not to be trusted any more. Nobody waits for an answer that
-will not come.
+If a step fails, all open requests and all later requests fail: the state on the
+device cannot be trusted any more. So no client waits for an answer that will
+never come.
 """
 
 import asyncio
@@ -39,15 +40,15 @@ _Command = Callable[[], None]
 
 
 class Failed(RuntimeError):
-  """The engine has failed: there is no answer, now or later."""
+  """The engine has failed; no request is answered any more."""
 
 
 class Stopped(RuntimeError):
-  """The server stops: there is no answer here."""
+  """The server is stopping; no request is answered any more."""
 
 
 class Updates:
-  """What arrives for some requests, as (which of them, update)."""
+  """The updates of requests submitted together, as (index, update)."""
 
   def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
     self._num_left, self._cancel = num_sequences, cancel
@@ -69,11 +70,11 @@ class Updates:
     return item
 
   def put(self, item: tuple[int, requests.Update] | Exception) -> None:
-    """Adds what has arrived."""
+    """Adds an update, or the error that ends all of them."""
     self._arrived.put_nowait(item)
 
   def close(self) -> None:
-    """Cancels what is not finished; its pages are free at the next step."""
+    """Cancels unfinished requests; their pages are free at the next step."""
     if self._num_left:
       self._cancel(self)
     self._num_left = 0
@@ -81,11 +82,11 @@ class Updates:
 
 @dataclasses.dataclass
 class _Open:
-  """A request that the engine works on."""
+  """An unfinished request."""
 
-  updates: Updates  # whose it is
-  which: int  # of those that were submitted together
-  num_left: int  # sequences that go on
+  updates: Updates  # that it belongs to
+  which: int  # index among the requests submitted together
+  num_left: int  # unfinished sequences
 
 
 class EngineLoop:
@@ -97,29 +98,29 @@ class EngineLoop:
     *,
     on_load_failure: Callable[[], None] = lambda: None,
   ):
-    """Does not start yet.
+    """Makes the thread without starting it.
 
     Args:
       load: makes the generator; called in the thread.
-      on_load_failure: called in the event loop if that raises; the error is in
-        `failure`.
+      on_load_failure: called in the event loop if `load` raises; the error is
+        in `failure`.
     """
     self.generator: generate.Generator | None = None
     self.failure: Exception | None = None
     self._load, self._on_load_failure = load, on_load_failure
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-    self._open: dict[int, _Open] = {}  # by the engine's id; the thread's own
+    self._open: dict[int, _Open] = {}  # by request id; used in the thread only
     self._is_closed = False
     self._event_loop: asyncio.AbstractEventLoop | None = None
     # A daemon: XLA cannot be interrupted, and a process that is told to stop
-    # while it compiles need not wait for that.
+    # during a compilation must not wait for its end.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
     )
 
   @property
   def state(self) -> str:
-    """LOADING until every program is compiled, then READY; or how it ended."""
+    """LOADING while programs compile, READY, FAILED or STOPPED."""
     if self.failure:
       return FAILED
     if self._is_closed:
@@ -128,7 +129,7 @@ class EngineLoop:
 
   @property
   def is_loading(self) -> bool:
-    """Whether the thread still makes its generator, closed or not."""
+    """Whether the thread still makes the generator, closed or not."""
     return self._thread.is_alive() and not (self.generator or self.failure)
 
   def start(self) -> None:
@@ -137,12 +138,12 @@ class EngineLoop:
     self._thread.start()
 
   async def submit(self, asked: Sequence[requests.Request]) -> Updates:
-    """Takes requests in, all of them or none.
+    """Submits requests, all or none; returns their updates.
 
     Raises:
-      ValueError: one could never be answered.
-      engine.Overloaded: too many wait; try again later.
-      Failed, Stopped: nothing is answered any more.
+      ValueError: a request could never be answered.
+      engine.Overloaded: too many sequences wait; try again later.
+      Failed, Stopped: no request is answered any more.
     """
     if self._is_closed:
       raise _stopping()
@@ -155,12 +156,12 @@ class EngineLoop:
     try:
       await accepted
     except asyncio.CancelledError:
-      updates.close()  # whoever asked has left before it was taken in
+      updates.close()  # the client left before the submission
       raise
     return updates
 
   async def close(self) -> None:
-    """Cancels what is open and ends the thread, unless that still loads."""
+    """Cancels open requests and ends the thread, unless it still loads."""
     self._is_closed = True
     self._inbox.put(None)
     if not self.is_loading:
@@ -184,23 +185,23 @@ class EngineLoop:
         self.failure = error
     self._end_all(_failed() if self.failure else _stopping())
     while (command := self._inbox.get()) is not None:
-      command()  # refuses: nobody is to wait
+      command()  # fails its request: no client may wait forever
 
   def _work(self, engine: engine_lib.Engine) -> None:
     while self._obey(is_idle=not engine.has_work):
       if engine.has_work:
         self._hand_out(engine.step())
-    self._inbox.put(None)  # for `_run`: this end has been read
+    self._inbox.put(None)  # again, for `_run`: `_obey` has read the first
     for request_id in self._open:
       engine.cancel(request_id)
     while engine.has_work:
-      engine.step()  # takes in what is still under way
+      engine.step()  # reads the step in flight
 
   def _obey(self, *, is_idle: bool) -> bool:
-    """Does what the inbox says, which without work it waits for.
+    """Runs the commands of the inbox; without work, waits for one.
 
     Returns:
-      False at the end.
+      False if the end was among them.
     """
     try:
       command = self._inbox.get(block=is_idle)
@@ -220,19 +221,17 @@ class EngineLoop:
     if self.failure or not self.generator:
       self._call(_settle, accepted, _failed())
       return
-    engine = self.generator.engine
     try:
-      _check_room(engine, asked)
-      for which, request in enumerate(asked):
-        request_id = engine.submit(request)
-        self._open[request_id] = _Open(updates, which, request.settings.n)
+      request_ids = self.generator.engine.submit_all(asked)
     except (ValueError, engine_lib.Overloaded) as error:
-      self._cancel(updates)
       self._call(_settle, accepted, error)
     except Exception:
       self._call(_settle, accepted, _failed())
       raise
     else:
+      for which, request_id in enumerate(request_ids):
+        num = asked[which].settings.n
+        self._open[request_id] = _Open(updates, which, num)
       self._call(_settle, accepted, None)
 
   def _cancel(self, updates: Updates) -> None:
@@ -242,7 +241,7 @@ class EngineLoop:
         self.generator.engine.cancel(request_id)
 
   def _hand_out(self, arrived: Sequence[requests.Update]) -> None:
-    """Gives the event loop what a step brought: one call, it wakes once."""
+    """Gives the updates of a step to the event loop, which wakes once."""
     items = []
     for update in arrived:
       each = self._open[update.request_id]
@@ -259,7 +258,7 @@ class EngineLoop:
     self._call(_put_all, [(updates, error) for updates in whose.values()])
 
   def _call(self, function: Callable, *args) -> None:
-    """Calls a function in the event loop, if there still is one."""
+    """Calls a function in the event loop, unless it is closed."""
     assert self._event_loop
     with contextlib.suppress(RuntimeError):
       self._event_loop.call_soon_threadsafe(function, *args)
@@ -273,28 +272,9 @@ def _stopping() -> Stopped:
   return Stopped('the server is stopping')
 
 
-def _check_room(
-  engine: engine_lib.Engine, asked: Sequence[requests.Request]
-) -> None:
-  """Raises if not all of them can wait."""
-  num = sum(request.settings.n for request in asked)
-  most, waiting = engine.config.max_waiting, engine.num_waiting
-  if num > most:
-    raise ValueError(
-      f'prompt: got {num} completions to make, expected at most {most}, which'
-      ' is what this server lets wait; send several requests'
-    )
-  if waiting + num > most:
-    engine.metrics.refused.labels('overloaded').inc()
-    raise engine_lib.Overloaded(
-      f'got {num} more completions to make while {waiting} wait, expected at'
-      f' most {most} to wait; try again later'
-    )
-
-
 def _settle(future: asyncio.Future, error: Exception | None) -> None:
   if future.done():
-    return  # nobody waits any more
+    return  # the client has left
   if error:
     future.set_exception(error)
   else:

@@ -1,7 +1,7 @@
 """Attention over a cache, dense or paged: the default of an `Execution`.
 
-Accelerators have kernels for pages (`paged_tpu.py`, `paged_gpu.py`); whoever
-builds an engine chooses one of them in this one's place.
+`inference/engine/execution.py` replaces it by a kernel for pages where an
+accelerator has one (`paged_tpu.py`, `paged_gpu.py`).
 """
 
 import jax
@@ -20,11 +20,12 @@ def attend(
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
-    cache: one layer's, already written to.
-    positions_BT: of each query; it sees the positions up to its own.
-    form: how scores are made.
+    cache: the cache of one layer, with the keys of this call already written.
+    positions_BT: the position of each query; it sees the positions up to its
+      own.
+    form: window, soft-cap and scale of the scores.
   """
   if isinstance(cache, kv_cache.PagedLayer):
     return paged.attend(q_BTHC, cache, positions_BT, form)
-  keys, values = cache[0], cache[-1]  # of latents one and the same
+  keys, values = cache[0], cache[-1]  # one array in a LatentCache
   return dense.attend(q_BTHC, keys, values, slots_BT=positions_BT, form=form)

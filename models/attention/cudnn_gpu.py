@@ -1,27 +1,24 @@
 """Causal attention on NVIDIA GPUs by cuDNN's fused kernels, through JAX.
 
-`attend` is a port of `models.execution.Execution`. Causality is the kernel's
-own; which documents of a packed row see each other is handed to it as a mask
-[B, 1, T, T] that it adds to the scores, a very negative number where a key is
-hidden: its weight is then exactly zero. The mask costs 2 B T^2 bytes while a
-layer is computed, a part in H of what the scores would.
+`attend` is a port of `models.execution.Execution`. The kernel itself is causal.
+The documents of a packed row are kept apart by a mask [B, 1, T, T] that the
+kernel adds to the scores: a very negative number where a key is hidden, whose
+weight is then exactly zero. The mask takes 2 B T^2 bytes while a layer is
+computed, 1/H of the memory of the scores.
 
-cuDNN multiplies in bfloat16 only and takes the softmax in float32. What its
-backward kernel needs has no name that a remat policy could keep: under any but
-`none`, the forward kernel runs twice.
+cuDNN multiplies in bfloat16 only and computes the softmax in float32. The
+residuals of its backward kernel have no name that a remat policy could keep:
+under any policy but `none`, the forward kernel runs twice.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from models.attention import form as form_lib
-
-# What every GPU since Ampere takes.
-MAX_HEAD_WIDTH = 128
-HEAD_WIDTH_MULTIPLE = 8
+from models.attention import form as form_lib, supports
 
 
 def attend(
@@ -42,33 +39,24 @@ def attend(
     v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
-    dropout: must be None: weights never exist as an array.
-    form: window, which goes into the mask, and scale; no soft-cap.
-    implementation: xla computes the same anywhere, unfused; for tests.
+    dropout: must be None: the weights never exist as an array.
+    form: window, as part of the mask, and scale; no soft-cap.
+    implementation: xla computes the same on any device, unfused; for tests.
 
   Raises:
-    ValueError: dropout, a soft-cap, or shapes and dtypes that cuDNN has no
-      kernel for.
+    ValueError: a call that `supports.CUDNN` refuses.
   """
-  if dropout is not None:
-    raise ValueError(
-      'cudnn attention: got dropout of attention weights, expected none: the'
-      ' kernel never stores them; set model.dropout_rate = 0 or'
-      ' execution.attention = reference'
-    )
-  if problem := form_problem(form.softcap):
-    raise ValueError(f'cudnn attention: {problem}')
   _, time, _, channels = q_BTHC.shape
-  if v_BKTC.shape[3] != channels:
-    raise ValueError(
-      f'cudnn attention: got values of {v_BKTC.shape[3]} channels for keys of'
-      f' {channels}, expected equal widths; set execution.attention ='
-      ' reference'
+  request = supports.Request(form=form, has_dropout=dropout is not None)
+  if implementation == 'cudnn':  # XLA takes any shape and dtype
+    request = dataclasses.replace(
+      request,
+      head_width=channels,
+      value_width=v_BKTC.shape[3],
+      dtype=q_BTHC.dtype.name,
+      row_length=time,
     )
-  if implementation == 'cudnn':
-    problem = shape_problem(time, channels, q_BTHC.dtype.name)
-    if problem:
-      raise ValueError(f'cudnn attention: {problem}')
+  supports.check(supports.CUDNN, request)
   mask_BTT = None
   if segment_ids_BT is not None:
     mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -85,34 +73,3 @@ def attend(
     is_causal=True,
     implementation=implementation,
   )
-
-
-def form_problem(softcap: float) -> str:
-  """Returns why cuDNN has no kernel for scores that are bounded so, or ''."""
-  if softcap:
-    return (
-      f'got model.attention_softcap = {softcap}, expected 0: the kernel has no'
-      ' soft-cap of scores; set execution.attention = reference'
-    )
-  return ''
-
-
-def shape_problem(time: int, channels: int, dtype: str) -> str:
-  """Returns why cuDNN has no kernel for these shapes and dtype, or ''."""
-  if jnp.dtype(dtype) != jnp.bfloat16:
-    return (
-      f'got config.compute_dtype = {dtype}, expected bfloat16; change it or set'
-      ' execution.attention = reference'
-    )
-  if channels % HEAD_WIDTH_MULTIPLE or channels > MAX_HEAD_WIDTH:
-    return (
-      f'got model.head_width = {channels}, expected a multiple of'
-      f' {HEAD_WIDTH_MULTIPLE} up to {MAX_HEAD_WIDTH}; change it or set'
-      ' execution.attention = reference'
-    )
-  if time % 2:
-    return (
-      f'got rows of {time} tokens, expected an even number; change'
-      ' data.row_length or set execution.attention = reference'
-    )
-  return ''

@@ -1,10 +1,12 @@
-"""Causal grouped-query attention, for training, prefill and decode alike.
+"""Plain causal grouped-query attention, for training, prefill and decode.
 
-One entry point, `attend`; over a cache, `models/attention/cached.py`. Queries
-are taken in blocks of rows: a block sees only the keys that can precede it, and
-of a window those within reach, so that the rest of the score matrix is never
-computed, and no [T, T] array exists. Grouped-query attention: Ainslie et al.,
-arXiv:2305.13245.
+`attend` is the one entry point; `models/attention/cached.py` calls it for a
+dense cache. Queries are processed in tiles of R rows. A tile is multiplied only
+with the keys that its queries can see: those at or before its last query and,
+with a window, those within the window of its first. The rest of the score
+matrix is never computed, and no [T, T] array exists.
+
+Reference: grouped-query attention, Ainslie et al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
@@ -14,13 +16,13 @@ import jax.numpy as jnp
 
 from models.attention import form as form_lib
 
-# Rows of queries per block. Smaller skips more of the triangle (a share of
-# (1 - R/T) / 2), larger multiplies bigger matrices and compiles less code.
-MIN_BLOCK_ROWS = 64
-MAX_BLOCKS = 16
+# Tiles of R query rows skip a share (1 - R/T) / 2 of the score matrix. Smaller
+# tiles skip more; larger ones multiply bigger matrices and compile less code.
+MIN_TILE_ROWS = 64
+MAX_TILES = 16
 
-# Finite, so that a row with every key masked gives a uniform average and
-# finite gradients rather than NaN.
+# Finite: a row with every key masked gives a uniform average and finite
+# gradients, where -inf would give NaN.
 _MASKED = -1e30
 
 Dropout = Callable[[jax.Array], jax.Array]
@@ -41,13 +43,14 @@ def attend(
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
     k_BKSC: keys, one per slot.
-    v_BKSC: values, one per slot; of another C, the output has that one.
-    slots_BT: the slot of each query; it sees the slots up to its own. None
-      when the keys are those of this very call (S = T, query t in slot t).
+    v_BKSC: values, one per slot. They may have another C than the keys; the
+      output has the C of the values.
+    slots_BT: the slot of each query; a query sees the slots up to its own.
+      None if the keys are those of this call: S = T, and query t is in slot t.
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
-    form: how scores are made.
+    form: window, soft-cap and scale of the scores.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
@@ -65,18 +68,19 @@ def attend(
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
 
-def block_rows(time: int) -> int:
-  """Returns the number of query rows per block for rows of `time` tokens."""
-  return max(MIN_BLOCK_ROWS, -(-time // MAX_BLOCKS))
+def tile_rows(time: int) -> int:
+  """Returns R, the query rows of a tile, for a call of `time` tokens."""
+  return max(MIN_TILE_ROWS, -(-time // MAX_TILES))
 
 
 def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
+  """Attends tile by tile, each over the keys that it can see."""
   time = q_BKGTC.shape[3]
-  rows = block_rows(time)
-  blocks = []
+  rows = tile_rows(time)
+  tiles = []
   for start in range(0, time, rows):
     stop = min(start + rows, time)
-    # The first key that the block's first row sees.
+    # The first key that the first query of the tile sees.
     first = max(0, start - form.window + 1) if form.window else 0
     query_R = jnp.arange(start, stop)
     mask = form_lib.sees(
@@ -88,7 +92,7 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
         segment_ids_BT[:, None, first:stop],
       )
       mask = mask & (query_segments == key_segments)
-    blocks.append(
+    tiles.append(
       _attend_rows(
         q_BKGTC[:, :, :, start:stop],
         k_BKTC[:, :, first:stop],
@@ -98,14 +102,15 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
         form,
       )
     )
-  return jnp.concatenate(blocks, axis=3)
+  return jnp.concatenate(tiles, axis=3)
 
 
 def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
-  """Attention of one block of rows, materialising its scores in float32."""
+  """Returns the attention of one tile, whose float32 scores are an array."""
   batch, num_kv, groups, rows, channels = q_BKGRC.shape
-  # Groups and rows become one axis: a matrix product per sequence and head.
-  # Given an axis of size one among them, XLA:CPU transposes the keys instead.
+  # Groups and rows become one axis, so that there is one matrix product per
+  # sequence and head. With separate axes, one of size 1, XLA:CPU would
+  # transpose the keys instead.
   queries = q_BKGRC.reshape(batch, num_kv, groups * rows, channels)
   scores = jax.lax.dot_general(
     queries,
@@ -113,6 +118,7 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
+  # Softmax in float32, whatever the dtype of the queries.
   scores_BKGRS = form_lib.capped_scores(
     scores.reshape(batch, num_kv, groups, rows, -1), form
   )

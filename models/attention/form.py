@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from models import model_config
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -22,6 +24,19 @@ class Form:
   def scale_of(self, channels: int) -> float:
     """Returns the multiplier of the scores for heads of `channels` channels."""
     return 1 / math.sqrt(channels) if self.scale is None else self.scale
+
+
+def of_layer(config: model_config.ModelConfig, *, is_local: bool) -> Form:
+  """Returns the form of a layer; a local layer has the model's window."""
+  scale = config.query_scale or None
+  if config.latent_width and scale is None:
+    # Over a cache, heads are as wide as a latent, which is not their C.
+    scale = config.head_width**-0.5
+  return Form(
+    window=config.window if is_local else 0,
+    softcap=config.attention_softcap,
+    scale=scale,
+  )
 
 
 def sees(slot: jax.Array, position: jax.Array, form: Form) -> jax.Array:

@@ -74,8 +74,7 @@ class LatentAttention(nn.Module):
       q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
       rope_BT1r = rope.rotate(rope_BT1r, angles_BTc, amplitude)
     up = Up(config, name='key_up')(), Up(config, name='value_up')()
-    # By the width of the heads, not of what queries are taken into.
-    form = form_lib.Form(scale=config.query_scale or config.head_width**-0.5)
+    form = form_lib.of_layer(config, is_local=self.layer.is_local)
     if cache is None:
       out_BTHC = self._attend_whole(
         q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form

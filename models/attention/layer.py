@@ -51,11 +51,7 @@ class Attention(nn.Module):
         amplitude = 1.0
       q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
       k_BTKC = rope.rotate(k_BTKC, angles_BTc, amplitude)
-    form = form_lib.Form(
-      window=config.window if self.layer.is_local else 0,
-      softcap=config.attention_softcap,
-      scale=config.query_scale or None,
-    )
+    form = form_lib.of_layer(config, is_local=self.layer.is_local)
     if cache is None:
       dropout = None
       if config.dropout_rate and self.has_rng('dropout'):

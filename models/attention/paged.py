@@ -1,14 +1,16 @@
-"""Attention over pages in plain JAX: the reference, for every backend.
+"""Attention over pages in plain JAX: the reference, for every platform.
 
 A query sees the slots up to its own position. Keys and values are gathered in
-tiles of a fixed number of slots and folded in one after the other with a
-running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
-arXiv:2205.14135). The loop ends with the longest context among the rows that
-share it, so rows cost what they hold, whatever the page table could hold.
+tiles of a fixed number of slots. The tiles are folded in one after the other
+with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; Dao et
+al., arXiv:2205.14135). The loop stops at the longest context among the
+sequences that share it, so the cost depends on the tokens in the cache, not on
+the width of the page table.
 
-A tile beyond a row's context changes nothing of that row's numbers: its maximum
-stays, what was summed is multiplied by exp(0) = 1, and zeros are added. So the
-result does not depend on page size, table width, or on neighbours' lengths.
+A tile beyond the context of a query does not change the result of that query:
+the maximum stays, the sums are multiplied by exp(0) = 1, and zeros are added.
+So the result does not depend on the page size, the table width, or the lengths
+of other sequences.
 """
 
 import math
@@ -19,11 +21,13 @@ import jax.numpy as jnp
 from models import kv_cache
 from models.attention import form as form_lib
 
-# Slots per tile. On CPU a tile of a few sequences stays in the cache of a core:
-# measured 2 times as fast as 128 and as gathering all pages first, 6 times.
+# Slots per tile. On CPU, a tile of a few sequences fits in the cache of a core:
+# measured 2 times as fast as tiles of 128, and 6 times as fast as gathering all
+# pages first.
 TILE_SLOTS = 64
-# Sequences that share a loop when each has one query: whoever plans sorts them
-# by length, so that a group ends together. One loop over 32 was half as fast.
+# Decoding sequences that share a loop. The scheduler sorts them by length, so
+# that the sequences of a group end together. One loop over 32 sequences was
+# half as fast.
 DECODE_GROUP = 4
 
 _MASKED = -1e30  # as in models/attention/dense.py
@@ -35,10 +39,10 @@ def attend(
   positions_1T: jax.Array,
   form: form_lib.Form,
 ) -> jax.Array:
-  """Returns the attention output [1, T, H, C]; see `cached_attention`."""
+  """Returns the attention output, [1, T, H, C]; the port `attend_cached`."""
   num_decodes = cache.decode_table_DL.shape[0]
-  num_blocks = cache.block_table_XL.shape[0]
-  rows = cache.num_block_rows(q_1THC.shape[1])
+  num_chunks = cache.chunk_table_XL.shape[0]
+  rows = cache.chunk_tokens(q_1THC.shape[1])
   outs = []
   if num_decodes:
     outs.append(
@@ -51,13 +55,13 @@ def attend(
         group=_group(num_decodes),
       )[:, 0]
     )
-  if num_blocks:
+  if num_chunks:
     heads, channels = q_1THC.shape[2:]
     out_XRHC = attend_rows(
-      q_1THC[0, num_decodes:].reshape(num_blocks, rows, heads, channels),
+      q_1THC[0, num_decodes:].reshape(num_chunks, rows, heads, channels),
       cache.pages,
-      cache.block_table_XL,
-      positions_1T[0, num_decodes:].reshape(num_blocks, rows),
+      cache.chunk_table_XL,
+      positions_1T[0, num_decodes:].reshape(num_chunks, rows),
       form,
       group=1,
     )
@@ -79,18 +83,19 @@ def attend_rows(
   Args:
     q_BRHC: queries.
     pages: the pool.
-    table_BL: pages of each sequence, in order; their slots are a multiple of
-      TILE_SLOTS.
-    positions_BR: position of each query; a negative one sees nothing, and its
-      result means nothing.
-    form: how scores are made.
+    table_BL: the pages of each sequence, in order. Their slots are a multiple
+      of TILE_SLOTS.
+    positions_BR: the position of each query. A query with a negative position
+      is padding: it sees nothing, and its result is undefined.
+    form: window, soft-cap and scale of the scores.
     group: sequences that share a loop over tiles, a divisor of B.
 
   Raises:
-    ValueError: the slots of a page table are no whole number of tiles.
+    ValueError: the slots of a page table are not a whole number of tiles.
   """
   if (slots := table_BL.shape[1] * pages.page_size) % TILE_SLOTS:
-    # The last tile would be moved back to fit, and read other positions.
+    # dynamic_slice would move the last tile back until it fits, and the tile
+    # would then hold other positions.
     raise ValueError(
       f'page table: got {table_BL.shape[1]} pages of {pages.page_size} tokens,'
       f' {slots} slots, expected a multiple of {TILE_SLOTS}; widen the table'
@@ -99,7 +104,7 @@ def attend_rows(
   batch, rows, heads, channels = q_BRHC.shape
   num_kv = pages.num_kv_heads
   q_BRKGC = q_BRHC.reshape(batch, rows, num_kv, -1, channels)
-  # Scaled in float32 before it is rounded, as in models/attention/dense.py.
+  # Scaled before the queries are rounded, as in models/attention/dense.py.
   q_BKGRC = q_BRKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
   num_queries = heads // num_kv * rows
   q_BKMC = q_BKGRC.astype(q_BRHC.dtype).reshape(
@@ -124,12 +129,13 @@ def attend_rows(
 
 
 def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
-  """Returns float32 [B, K, M, C]: one loop over the tiles of B sequences."""
+  """Returns the output of B sequences, float32 [B, K, M, C], by one loop."""
   batch, num_kv, num_queries, channels = q_BKMC.shape
   repeats = num_queries // rows
   position_B1M = jnp.tile(positions_BR, (1, repeats))[:, None, :]
 
   def fold(tile, state):
+    """Adds a tile to the maximum m, the sum l and the weighted sum."""
     m_BKM, l_BKM, out_BKMC = state
     k_BKSC, v_BKSC = (
       x[..., :channels]
@@ -148,6 +154,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
     scores_BKMS = jnp.where(is_seen, scores_BKMS, _MASKED)
     new_m_BKM = jnp.maximum(m_BKM, jnp.max(scores_BKMS, axis=-1))
     p_BKMS = jnp.exp(scores_BKMS - new_m_BKM[..., None])
+    # Sums so far are relative to the old maximum.
     keep_BKM = jnp.exp(m_BKM - new_m_BKM)
     out_BKMC = keep_BKM[..., None] * out_BKMC + jnp.einsum(
       'BKMS,BKSC->BKMC',
@@ -169,16 +176,16 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
       jnp.zeros((*shape, channels)),
     ),
   )
-  # A row of padding, alone in its group, ran through no tile at all.
+  # Padding that is alone in its group has a sum of 0: its loop saw no tile.
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]
 
 
 def _tile_range(positions_BR, form: form_lib.Form):
-  """Returns the first tile that any row sees, and the one after the last."""
+  """Returns the first tile that any query sees, and one past the last."""
   stop = jnp.max(positions_BR) // TILE_SLOTS + 1
   if not form.window:
     return 0, stop
-  # Padding (-1) sees nothing and must not widen the range.
+  # Padding (position -1) sees nothing, and must not widen the range.
   far = jnp.iinfo(positions_BR.dtype).max
   nearest = jnp.min(jnp.where(positions_BR < 0, far, positions_BR))
   first = jnp.maximum(nearest - form.window + 1, 0) // TILE_SLOTS
@@ -186,10 +193,11 @@ def _tile_range(positions_BR, form: form_lib.Form):
 
 
 def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
-  """Returns keys and values of one tile of every sequence, [B, K, S, C]."""
+  """Returns the keys and the values of one tile, each [B, K, S, C]."""
   num_pages, page_size, num_heads, channels = pages.kv_PQYC.shape
   batch = table_BL.shape[0]
-  # A tile is several pages, or a part of one: both are units of slots.
+  # A tile is several pages or a part of one page. A unit is the smaller of the
+  # two, so that both cases gather whole units.
   unit = min(page_size, TILE_SLOTS)
   parts = page_size // unit
   if parts > 1:
@@ -210,7 +218,7 @@ def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
     scale_BSY = gather(pages.scale_PQY)
     kv_BSYC = kv_BSYC.astype(jnp.float32) * scale_BSY[..., None]
   kv_BSYC = kv_BSYC.astype(dtype)
-  if num_heads == 1:  # keys that are values
+  if num_heads == 1:  # latent attention: the keys are the values
     kv_B1SC = kv_BSYC.swapaxes(1, 2)
     return kv_B1SC, kv_B1SC
   kv_BSK2C = kv_BSYC.reshape(batch, TILE_SLOTS, num_heads // 2, 2, channels)

@@ -1,17 +1,18 @@
-"""Attention over pages on GPU: a Pallas kernel of our own, lowered by Triton.
+"""Attention over pages on GPU: a Pallas kernel of this project, by Triton.
 
-`attend` is a port of `models.execution.Execution`. One program takes up to 64
-queries that share a key/value head, those of G query heads and of R successive
-tokens, finds the pages of one tile of slots after the other in the page table,
-and folds the tile in with a running maximum and sum, as the reference in
-`models/attention/paged.py` does (Dao et al., arXiv:2205.14135). Tiles that no
-query of the program sees are not read, nor are slots beyond the last of them.
+`attend` is a port of `models.execution.Execution`. One program computes up to
+64 queries that share a key/value head: G query heads times R successive tokens.
+It looks up the pages of one tile of slots after the other, and folds each tile
+in with a running maximum and sum, as the reference in
+`models/attention/paged.py` does (Dao et al., arXiv:2205.14135). A program does
+not read tiles that none of its queries sees, nor slots past its last position.
 
-Few sequences with long contexts would leave most of a GPU idle: there the tiles
-of a program are shared among several, whose results are weighted by their sums
-afterwards ("Flash-Decoding for long-context inference", Dao et al. 2023). How
-many follows from the shapes of a call: a sequence's last bits may differ from
-those it has among more or fewer neighbours. With `num_splits=1` they do not.
+A few sequences with long contexts would leave most of a GPU idle. Then several
+programs share the tiles of a sequence, and their results are combined with
+their sums as weights ("Flash-Decoding for long-context inference", Dao et al.
+2023). The number of programs follows from the shapes of a call. So the last
+bits of a sequence may differ when other sequences join; with `num_splits=1`
+they do not.
 """
 
 import functools
@@ -22,29 +23,24 @@ from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import cached, form as form_lib
+from models.attention import cached, form as form_lib, supports
 
-# Queries of a program, and warps that it is made of. Tensor cores multiply 16
-# rows at least, those of an H100 64 at best. Products of float32 are not theirs
-# and take registers: with 64 rows, or half the warps, they do not suffice.
+# Queries of a program, and its warps. Tensor cores multiply at least 16 rows;
+# those of an H100 are best at 64. Float32 products do not run on tensor cores
+# and need registers: 64 rows, or half the warps, would exceed the registers.
 MIN_ROWS = 16
 MAX_ROWS, NUM_WARPS = 64, 4
 MAX_FLOAT32_ROWS, FLOAT32_WARPS = 32, 8
-# Slots of a tile, whatever the page size. Keys and values, twice while the next
-# tile is fetched, take 64 KiB in bfloat16 and 128 in float32, of the 163 that a
-# program may use on A100 and the 227 on H100. Wider heads: half as many slots.
+# Slots of a tile, for every page size. Keys and values of two tiles (the next
+# one is fetched meanwhile) take 64 KiB in bfloat16 and 128 KiB in float32. A
+# program may use 163 KiB on A100 and 227 KiB on H100. Heads wider than
+# MAX_TILE_CHANNELS have tiles of half as many slots.
 TILE_SLOTS = 64
 MAX_TILE_CHANNELS = 128
-MAX_CHANNELS = 256
-# Programs that keep a GPU busy, two for each multiprocessor of an H100, and
-# slots that are worth a program of their own.
+# Programs that keep a GPU busy: two for each multiprocessor of an H100. And the
+# fewest slots that are worth a separate program.
 WANTED_PROGRAMS = 264
 MIN_SPLIT_SLOTS = 256
-# Above 2**32 bytes Pallas addresses an array with 64 bits, else with 32 and a
-# sign, which is enough for numbers of two bytes or more.
-MAX_INT8_SIZE = 2**31
-
-_DTYPES = 'float32', 'bfloat16', 'float16'
 _MASKED = -1e30  # as in models/attention/dense.py
 
 
@@ -57,30 +53,29 @@ def attend(
   num_splits: int | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Returns the attention output, [B, T, H, C]; see `cached_attention`.
+  """Returns the attention output, [B, T, H, C]; see `models.attention.cached`.
 
   Args:
     q_BTHC: queries, [1, T, H, C] over pages.
-    cache: one layer's, already written to; a dense one is attended by
-      `cached_attention`.
-    positions_BT: of each query; a negative one sees nothing and gets zeros.
-    form: how scores are made.
-    num_splits: programs that share a sequence's tiles; None: by shapes.
+    cache: the cache of one layer, with the keys of this call already written.
+      `models.attention.cached` attends over a dense one.
+    positions_BT: the position of each query. A query with a negative position
+      sees nothing, and its result is zero.
+    form: window, soft-cap and scale of the scores.
+    num_splits: programs that share the tiles of a sequence; None: `splits`.
     interpret: run on any device, slowly; for tests.
 
   Raises:
-    ValueError: heads or dtypes that the kernel is not made for.
+    ValueError: a call that `supports.PAGED_GPU` refuses.
   """
   if not isinstance(cache, kv_cache.PagedLayer):
     return cached.attend(q_BTHC, cache, positions_BT, form)
-  problem = shape_problem(q_BTHC, cache)
-  if problem:
-    raise ValueError(f'paged attention on GPU: {problem}')
+  supports.check(supports.PAGED_GPU, supports.of_call(q_BTHC, cache, form))
   num_decodes = cache.decode_table_DL.shape[0]
-  rows = cache.num_block_rows(q_BTHC.shape[1])
+  rows = cache.chunk_tokens(q_BTHC.shape[1])
   parts = (
     (cache.decode_table_DL, slice(None, num_decodes), 1),
-    (cache.block_table_XL, slice(num_decodes, None), rows),
+    (cache.chunk_table_XL, slice(num_decodes, None), rows),
   )
   outs = [
     _attend_rows(
@@ -99,35 +94,8 @@ def attend(
   return jnp.concatenate(outs)[None]
 
 
-def shape_problem(q_1THC: jax.Array, cache: kv_cache.PagedLayer) -> str:
-  """Returns why the kernel does not take a call, or ''; shapes are enough."""
-  channels, dtype = q_1THC.shape[3], q_1THC.dtype.name
-  stored = cache.pages.kv_PQYC.dtype.name
-  if channels > MAX_CHANNELS:
-    return (
-      f'got heads of {channels} channels, expected at most {MAX_CHANNELS};'
-      ' attend by cached_attention.attend'
-    )
-  is_scaled = cache.pages.scale_PQY is not None
-  if dtype not in _DTYPES or stored not in (
-    ('int8',) if is_scaled else _DTYPES
-  ):
-    return (
-      f'got queries in {dtype} and pages in {stored}, expected'
-      f' {", ".join(_DTYPES)}, or pages in int8 with their scales; attend by'
-      ' cached_attention.attend'
-    )
-  size = cache.pages.kv_PQYC.size
-  if is_scaled and MAX_INT8_SIZE <= size <= 2 * MAX_INT8_SIZE:
-    return (
-      f'got {size} numbers in a pool of int8, expected fewer than'
-      f' {MAX_INT8_SIZE}, or more than twice that; change the number of pages'
-    )
-  return ''
-
-
 def splits(num_programs: int, num_slots: int) -> int:
-  """Returns how many programs share the tiles of each of `num_programs`."""
+  """Returns the number of programs that share the tiles of each program."""
   wanted = -(-WANTED_PROGRAMS // num_programs)
   return max(1, min(wanted, num_slots // MIN_SPLIT_SLOTS))
 
@@ -152,12 +120,12 @@ def _attend_rows(
     max_rows, num_warps = MAX_FLOAT32_ROWS, FLOAT32_WARPS
     if channels > MAX_TILE_CHANNELS:
       max_rows //= 2
-  block_rows = min(max_rows, max(MIN_ROWS, pl.next_power_of_2(num_queries)))
-  grid = table_BL.shape[0], num_kv, pl.cdiv(num_queries, block_rows)
+  tile_rows = min(max_rows, max(MIN_ROWS, pl.next_power_of_2(num_queries)))
+  grid = table_BL.shape[0], num_kv, pl.cdiv(num_queries, tile_rows)
   if num_splits is None:
     num_slots = table_BL.shape[1] * pages.page_size
     num_splits = splits(grid[0] * grid[1] * grid[2], num_slots)
-  # Parts of a result are added up in float32, a whole one is final.
+  # Partial results are added up in float32; a single one is final.
   dtype = q_THC.dtype if num_splits == 1 else jnp.float32
   out, log_sum = pl.pallas_call(
     functools.partial(
@@ -165,14 +133,15 @@ def _attend_rows(
       form=form,
       num_rows=num_rows,
       num_groups=heads // num_kv,
-      block_rows=block_rows,
+      tile_rows=tile_rows,
     ),
     grid=(*grid, num_splits),
     out_shape=(
       jax.ShapeDtypeStruct((num_splits, *q_THC.shape), dtype),
       jax.ShapeDtypeStruct((num_splits, num_tokens, heads), jnp.float32),
     ),
-    # Without these, which compiler lowers a kernel depends on JAX's version.
+    # Without these parameters, the version of JAX decides whether Triton or
+    # another compiler lowers the kernel.
     compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=2),
     interpret=interpret,
     name='paged_attention',
@@ -195,17 +164,19 @@ def _kernel(
   form: form_lib.Form,
   num_rows: int,
   num_groups: int,
-  block_rows: int,
+  tile_rows: int,
 ):
-  """One program: queries of one sequence and head, over a share of its tiles.
+  """Computes one program: a sequence, a head, and a share of the tiles.
 
-  Refs are whole arrays in main memory, [T, H, C], [P, Q, Y, C], [P, Q, Y] or
-  None, [B, L], [T], and with the share first [_, T, H, C] and [_, T, H].
+  Refs are whole arrays in main memory: q [T, H, C], kv [P, Q, Y, C], scale
+  [P, Q, Y] or None, table [B, L], position [T]. The outputs have the share as
+  their first axis: [_, T, H, C] and [_, T, H].
   """
-  sequence, head, block, share = (pl.program_id(axis) for axis in range(4))
+  sequence, head, tile, share = (pl.program_id(axis) for axis in range(4))
   channels = q_ref.shape[2]
-  query_M = block * block_rows + jnp.arange(block_rows)
-  # Queries beyond the last would be the next sequence's: never read or written.
+  query_M = tile * tile_rows + jnp.arange(tile_rows)
+  # Queries past the last one belong to the next sequence: the mask keeps this
+  # program from reading or writing them.
   is_query_M = query_M < num_rows * num_groups
   token_M = sequence * num_rows + jax.lax.div(query_M, num_groups)
   head_M = head * num_groups + jax.lax.rem(query_M, num_groups)
@@ -247,12 +218,12 @@ def _kernel(
     stop,
     fold,
     (
-      jnp.full((block_rows,), _MASKED, jnp.float32),
-      jnp.zeros((block_rows,), jnp.float32),
+      jnp.full((tile_rows,), _MASKED, jnp.float32),
+      jnp.zeros((tile_rows,), jnp.float32),
       jnp.zeros(q_MC.shape, jnp.float32),
     ),
   )
-  l_M = jnp.where(l_M == 0, 1.0, l_M)  # nothing was seen: zeros
+  l_M = jnp.where(l_M == 0, 1.0, l_M)  # a query that saw nothing gets zeros
   triton.store(
     out_ref.at[share, token_M[:, None], head_M[:, None], channel_1C],
     (sum_MC / l_M[:, None]).astype(out_ref.dtype),
@@ -264,7 +235,7 @@ def _kernel(
 
 
 def _load(kv_ref, scale_ref, place, is_held_S, q_MC):
-  """Returns keys or values of a tile, [S, C], zeros where nothing is held."""
+  """Returns the keys or the values of a tile, [S, C]; empty slots are zero."""
   page_S, slot_S, row = place
   channel_1C = jnp.arange(q_MC.shape[1])[None, :]
   x_SC = triton.load(
@@ -284,8 +255,8 @@ def _fold(state, scores_MS, v_SC):
   """Adds a tile to the running maximum, sum of weights, and weighted sum."""
   m_M, l_M, sum_MC = state
   new_m_M = jnp.maximum(m_M, jnp.max(scores_MS, axis=1))
-  # A query that saw nothing yet has the masked score for its maximum: without
-  # the test, what is masked would weigh exp(0).
+  # The maximum of a query that has seen nothing yet is the masked score itself:
+  # without this test, masked keys would weigh exp(0) = 1.
   p_MS = jnp.where(
     scores_MS == _MASKED, 0.0, jnp.exp(scores_MS - new_m_M[:, None])
   )
@@ -295,11 +266,11 @@ def _fold(state, scores_MS, v_SC):
 
 
 def _share_of_tiles(position_M, tile_slots: int, window: int):
-  """Returns this program's first tile, and the one after its last."""
+  """Returns the first tile of this program, and one past its last."""
   stop = jax.lax.div(jnp.max(position_M) + tile_slots, tile_slots)
   start = jnp.int32(0)
   if window:
-    # Padding (-1) sees nothing and must not widen the range.
+    # Padding (position -1) sees nothing, and must not widen the range.
     far = jnp.iinfo(jnp.int32).max
     nearest = jnp.min(jnp.where(position_M < 0, far, position_M))
     first = jax.lax.div(jnp.maximum(nearest - window + 1, 0), tile_slots)
@@ -311,7 +282,7 @@ def _share_of_tiles(position_M, tile_slots: int, window: int):
 
 
 def _dot(a, b, b_axis: int):
-  """A product in float32; of float32 operands, not in TF32's 10 bits."""
+  """Returns a product in float32. HIGHEST keeps float32 operands from TF32."""
   return jax.lax.dot_general(
     a,
     b,

@@ -1,13 +1,13 @@
-"""Causal attention on TPU by JAX's Pallas kernels, "splash attention".
+"""Causal attention on TPU by JAX's Pallas kernel "splash attention".
 
-`attend` is a port of `models.execution.Execution`, exact for packed rows, with
-a backward pass of its own. Scores exist one block at a time in on-chip memory,
-and blocks above the diagonal are never computed. A Pallas call is opaque to the
-compiler's partitioning: over a mesh, `parallel.attention.sharded` has each
+`attend` is a port of `models.execution.Execution`. It is exact for packed rows
+and has its own backward pass. Scores exist one tile at a time in on-chip
+memory, and tiles above the diagonal are never computed. The compiler cannot
+partition a Pallas call: over a mesh, `parallel.attention.sharded` makes each
 device call this on its own rows and heads.
 
-FlashAttention: Dao et al., arXiv:2205.14135; grouped-query attention: Ainslie
-et al., arXiv:2305.13245.
+References: FlashAttention, Dao et al., arXiv:2205.14135; grouped-query
+attention, Ainslie et al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from models import remat
-from models.attention import form as form_lib
+from models.attention import form as form_lib, supports
 
-# Rows of queries and of keys per block. A block of scores is a float32 square,
-# 1 MiB at 512; the backward kernels hold several of them in the 16 MiB that a
-# kernel may use. Blocks must be multiples of the vector unit's 128 lanes.
-MAX_BLOCK_ROWS = 512
-LANES = 128
+# Queries, and keys, of a tile. The scores of a tile are a float32 square, 1 MiB
+# at 512. The backward kernels hold several such squares in the 16 MiB that a
+# kernel may use.
+MAX_TILE_ROWS = 512
 
 
 def attend(
@@ -41,8 +40,8 @@ def attend(
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.
 
-  Products accumulate, and the softmax is taken, in float32. Any head width
-  does: the compiler pads channels to its lanes by itself.
+  Products accumulate in float32, and the softmax is in float32. Any head width
+  works: the compiler pads the channels to its 128 lanes.
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
@@ -50,24 +49,20 @@ def attend(
     v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
-    dropout: must be None: weights never exist as an array.
-    form: window, soft-cap and scale; blocks out of a window's reach are not
-      computed.
+    dropout: must be None: the weights never exist as an array.
+    form: window, soft-cap and scale; tiles outside a window are not computed.
     interpret: run on any device, slowly; for tests.
 
   Raises:
-    ValueError: dropout, or rows that blocks cannot be cut from.
+    ValueError: a call that `supports.SPLASH` refuses.
   """
-  if dropout is not None:
-    raise ValueError(
-      'splash attention: got dropout of attention weights, expected none: the'
-      ' kernel never stores them; set model.dropout_rate = 0 or'
-      ' execution.attention = reference'
-    )
   _, time, heads, channels = q_BTHC.shape
-  problem = row_length_problem(time)
-  if problem:
-    raise ValueError(f'splash attention: {problem}')
+  supports.check(
+    supports.SPLASH,
+    supports.Request(
+      form=form, has_dropout=dropout is not None, row_length=time
+    ),
+  )
   kernel = _kernel(time, heads, form, interpret)
   q_BHTC = (q_BTHC * form.scale_of(channels)).swapaxes(1, 2)
   segments = None
@@ -77,26 +72,18 @@ def attend(
   return out_BHTC.swapaxes(1, 2)
 
 
-def row_length_problem(time: int) -> str:
-  """Returns why rows of `time` tokens cannot be taken, or ''."""
-  if time % LANES:
-    return (
-      f'got rows of {time} tokens, expected a multiple of {LANES}; change'
-      ' data.row_length or set execution.attention = reference'
-    )
-  return ''
-
-
-def block_rows(time: int) -> int:
-  """Returns the largest block that divides rows of `time` tokens."""
+def tile_rows(time: int) -> int:
+  """Returns the largest tile that divides rows of `time` tokens."""
   return max(
-    rows for rows in range(LANES, MAX_BLOCK_ROWS + 1, LANES) if time % rows == 0
+    rows
+    for rows in range(supports.LANES, MAX_TILE_ROWS + 1, supports.LANES)
+    if time % rows == 0
   )
 
 
 def _kernel(time: int, heads: int, form: form_lib.Form, interpret: bool):
-  """The kernel for one row: (q_HTC, k_KTC, v_KTC, segments) -> out_HTC."""
-  rows = block_rows(time)
+  """Returns the kernel of a row: (q_HTC, k_KTC, v_KTC, segments) -> out_HTC."""
+  rows = tile_rows(time)
   mask = mask_lib.CausalMask((time, time))
   if form.window:
     mask = mask_lib.LocalMask(
@@ -110,15 +97,15 @@ def _kernel(time: int, heads: int, form: form_lib.Form, interpret: bool):
       block_kv=rows,
       block_q_dkv=rows,
       block_kv_dkv=rows,
-      # Gradients of queries by a kernel of their own: fused with those of keys
-      # they would be written once per block of keys, then added up.
+      # The gradients of queries have their own kernel. Fused with those of
+      # keys, they would be written once per tile of keys and then added up.
       block_q_dq=rows,
       block_kv_dq=rows,
     ),
     head_shards=1,
     q_seq_shards=1,
-    # Named, the output and the log-sum-exp can be kept for the backward pass
-    # by a policy that would otherwise run the forward kernel twice.
+    # A remat policy can keep the output and the log-sum-exp by this name;
+    # without it the backward pass would run the forward kernel again.
     residual_checkpoint_name=remat.ATTENTION,
     interpret=interpret,
   )

@@ -15,6 +15,7 @@ balance is therefore judged within each row, as in DeepSeek-V3.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -201,4 +202,24 @@ def routing_sums(
     'loss': config.balance_loss_weight * balance
     + config.router_z_weight * z_sum,
     'expert_load': jnp.sum(load_BE, axis=0),
+  }
+
+
+def load_evenness(counts_NE: jax.Array) -> dict[str, jax.Array]:
+  """Returns how evenly the counts of each layer are spread over its experts.
+
+  Returns:
+    max, min: the largest and the smallest count of any layer, in multiples of
+      an even share. 1 and 1 is even, E and 0 is the other extreme.
+    entropy: mean over layers of the entropy of the shares, over that of even
+      shares. 1 is even, 0 is the other extreme.
+  """
+  num_experts = counts_NE.shape[-1]
+  total_N1 = jnp.sum(counts_NE, axis=-1, keepdims=True)
+  share_NE = counts_NE / jnp.maximum(total_N1, 1e-9)
+  entropy_N = jnp.sum(jax.scipy.special.entr(share_NE), axis=-1)
+  return {
+    'max': jnp.max(share_NE) * num_experts,
+    'min': jnp.min(share_NE) * num_experts,
+    'entropy': jnp.mean(entropy_N) / math.log(num_experts),
   }

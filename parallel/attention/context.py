@@ -1,10 +1,9 @@
-"""Context parallelism: the tokens of a row split across devices.
+"""Context parallelism: attention with the tokens of a row split over devices.
 
-A query needs keys that lie elsewhere. `parallel/attention/gather.py` collects
-all of them on every device, `parallel/attention/ring.py` passes them around;
-both are put together from `parallel/attention/partial.py`. Neither stores
-scores, or keys of other devices, for the backward pass, which collects or
-passes them around again.
+A query needs keys of other devices. `parallel/attention/gather.py` collects all
+keys on every device; `parallel/attention/ring.py` passes them around. Both are
+built from `parallel/attention/partial.py`. Neither stores scores or other
+devices' keys for the backward pass: it collects or passes the keys again.
 """
 
 from collections.abc import Callable
@@ -18,56 +17,64 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from checks import expect
+from parallel import parallel_config
 from parallel.attention import gather, partial, ring, sharded
 
-# As a model's port:
-# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form).
+# The attention port of `models.execution`:
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> [B, T, H, C].
 Attend = Callable[..., jax.Array]
 
-_AXIS = 'context'  # the mesh axis of ring.py and gather.py, too
+_AXIS = 'context'  # the same mesh axis as in ring.py and gather.py
 
 
 def balanced_order(time: int, num_shards: int) -> np.ndarray | None:
-  """Returns which token lies in each place of a row, or None for all as is.
+  """Returns the order of a row's tokens on the devices, [T]; None on one.
 
-  Cut evenly, a causal row gives its last device most of the work. Here device
-  i of n holds chunks i and 2n - 1 - i of 2n, which adds up to the same work on
-  every one.
+  With contiguous shards, causal attention would give the last device most of
+  the work. Here device i of n holds parts i and 2n - 1 - i of the row's 2n,
+  which is the same work for every device.
 
   Raises:
-    ValueError: the row does not divide into 2n chunks.
+    ValueError: the row does not divide into 2n parts.
   """
   if num_shards == 1:
     return None
   check_row_length(time, num_shards)
-  chunks = np.arange(time).reshape(2 * num_shards, -1)
+  parts = np.arange(time).reshape(2 * num_shards, -1)
+  # Part p sees p + 1 parts: i + 1 and 2n - i add up to 2n + 1 for every i.
   order = [[i, 2 * num_shards - 1 - i] for i in range(num_shards)]
-  return chunks[np.array(order).reshape(-1)].reshape(-1)
+  return parts[np.array(order).reshape(-1)].reshape(-1)
 
 
 def check_row_length(row_length: int, num_shards: int) -> None:
-  """Raises ValueError for a row that does not divide into 2n chunks."""
-  if num_shards > 1 and row_length % (2 * num_shards):
-    raise ValueError(
-      f'data.row_length: got {row_length}, expected a multiple of 2 x'
-      f' parallel.context = {2 * num_shards}; change one of them'
+  """Raises ValueError for a row that does not divide into 2n parts."""
+  if num_shards > 1:
+    expect.multiple_of(
+      'data.row_length',
+      row_length,
+      '2 x parallel.context',
+      2 * num_shards,
+      'change one of them',
     )
 
 
 def kv_repeats(num_heads: int, num_kv_heads: int, num_parts: int) -> int:
-  """Returns how often a key/value head is repeated to split into parts.
+  """Returns the number of copies of each key/value head over `num_parts`.
 
-  With fewer of them than devices, each device has a copy of the one it needs.
+  With fewer key/value heads than devices along `tensor`, each device has a copy
+  of the head that it needs.
 
   Raises:
-    ValueError: some device would need parts of heads.
+    ValueError: the heads do not divide.
   """
+  # The least number of key/value heads that `num_parts` divides.
   whole = math.lcm(num_kv_heads, num_parts)
   if num_heads % whole:
     raise ValueError(
       f'parallel.tensor: got {num_parts} with parallel.context > 1 and'
       f' model.num_heads, num_kv_heads = {num_heads}, {num_kv_heads}, expected'
-      f' the heads to be a multiple of both others, hence of {whole}; change'
+      f' num_heads to be a multiple of the two others, hence of {whole}; change'
       ' one of them'
     )
   return whole // num_kv_heads
@@ -77,29 +84,28 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
   """Returns causal attention over a mesh whose `context` axis splits the rows.
 
   The port takes q [B, T, H, C], k and v [B, K, T, C] and segment ids [B, T]
-  (or None) with tokens in `balanced_order`, and returns [B, T, H, C] in it.
-  Rows are split over the batch axes, heads over `tensor`.
+  (or None), and returns [B, T, H, C], all with tokens in `balanced_order`. Rows
+  are split over the batch axes, heads over `tensor`.
 
-  Of n devices' T x T scores, 1/2 is causal. `ring` computes (2n + 1) / 4n of
-  them: two of a pair of devices' four chunk pairs, and three of a device's own
-  four. `gather` computes 3/4: all keys for the later of a device's two chunks,
-  the first half of them for the earlier.
+  Half of a row's T x T scores are causal. `ring` computes the share
+  (2n + 1) / 4n of all scores: two of the four pairs of parts of two devices,
+  and three of the four pairs of a device with itself. `gather` computes 3/4:
+  all keys for the later part of a device, half of them for the earlier part.
 
   Args:
     mesh: from `parallel.mesh`; its `context` axis is more than 1.
     kind: ring or gather, as `ParallelConfig.context_attention`.
-    saved_name: what a rematerialisation policy knows the output by, and the
-      log-sum-exp: kept, keys need not travel to compute them a second time.
+    saved_name: the name of output and log-sum-exp in a rematerialisation
+      policy. With these kept, keys do not travel a second time to compute them.
   """
   num_shards = mesh.shape[_AXIS]
-  if kind not in ('ring', 'gather'):
-    raise ValueError(
-      f'parallel.context_attention: got {kind!r}, expected ring or gather'
-    )
+  expect.one_of(
+    'parallel.context_attention', kind, parallel_config.CONTEXT_ATTENTION
+  )
   if num_shards == 1:
     raise ValueError(
-      'context parallelism: got parallel.context = 1, expected more: there is'
-      ' nothing to collect; attend in place'
+      'context parallelism: got parallel.context = 1, expected at least 2: one'
+      ' device has all keys; use attention of whole rows'
     )
 
   def local(form, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):
@@ -152,6 +158,8 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
   return attend
 
 
+# A derivative of its own: JAX's would store the scores, and the keys of other
+# devices, of every step of a ring.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
   """Attention of one device's queries over all devices' keys."""
@@ -176,6 +184,7 @@ def _attend_forward(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, settings):
 def _attend_backward(settings, residuals, dout_BKGTC):
   num_shards, kind, _, shape = settings
   q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, out_BKGTC, log_sum_BKGT = residuals
+  # The mean of dP under P, without P (FlashAttention-2, algorithm 2).
   delta_BKGT = jnp.sum(
     dout_BKGTC.astype(jnp.float32) * out_BKGTC.astype(jnp.float32), axis=-1
   )
@@ -188,7 +197,7 @@ def _attend_backward(settings, residuals, dout_BKGTC):
     dq.astype(q_BKGTC.dtype),
     dk.astype(k_BKTC.dtype),
     dv.astype(v_BKTC.dtype),
-    None,
+    None,  # segment ids have no gradient
   )
 
 

@@ -1,10 +1,10 @@
 """Attention over gathered keys: every device collects all keys of its rows.
 
-Simpler than a ring and one collective instead of n - 1, for the memory of all
-keys and values of a layer while it is computed. With tokens in
-`context.balanced_order` the earlier of a device's two chunks lies in the first
-half of the row and needs the keys of that alone. To be called with the mesh
-axis `context` in scope.
+Simpler than a ring, with one collective instead of n - 1. The price is memory
+for all keys and values of a layer while the layer is computed. Tokens are in
+`context.balanced_order`: the earlier of a device's two parts lies in the first
+half of the row and needs the keys of that half only. Call these functions with
+the mesh axis `context` in scope.
 """
 
 import jax
@@ -48,8 +48,10 @@ def gradients(
   dhi, dkeys_hi = partial.gradients(hi, keys, saved_hi, shape)
 
   def scatter(d_BKSC, dlo_BKSC):
+    # The lo queries saw the first half of the keys only.
     first, second = partial.halves(d_BKSC, partial.KEY_AXIS)
     d_BKSC = jnp.concatenate([first + dlo_BKSC, second], partial.KEY_AXIS)
+    # Sums over all devices; each device keeps the gradients of its own keys.
     return jax.lax.psum_scatter(
       _to_balanced(d_BKSC, num_shards),
       _AXIS,
@@ -62,14 +64,14 @@ def gradients(
 
 
 def _with_index(queries, num_shards):
-  """Returns a device's two chunks of queries, with their places in the row."""
+  """Returns a device's two parts of queries, with their indices in the row."""
   lo, hi = partial.halves(queries, partial.QUERY_AXIS)
-  chunk_R = jnp.arange(lo.q_BKGTC.shape[3])
+  part_T = jnp.arange(lo.q_BKGTC.shape[3])
   device = jax.lax.axis_index(_AXIS)
-  start = device * len(chunk_R)
-  start_hi = (2 * num_shards - 1 - device) * len(chunk_R)
-  return lo._replace(index_T=start + chunk_R), hi._replace(
-    index_T=start_hi + chunk_R
+  start = device * len(part_T)
+  start_hi = (2 * num_shards - 1 - device) * len(part_T)
+  return lo._replace(index_T=start + part_T), hi._replace(
+    index_T=start_hi + part_T
   )
 
 
@@ -80,6 +82,7 @@ def _gathered(keys: partial.Keys, num_shards: int) -> partial.Keys:
     axis = partial.axis_of(x, partial.KEY_AXIS)
     x = jax.lax.all_gather(x, _AXIS, axis=axis, tiled=True)
     x = x.reshape((*x.shape[:axis], num_shards, 2, -1, *x.shape[axis + 1 :]))
+    # The hi parts lie in reverse: device 0 holds the last part of the row.
     lo, hi = jnp.moveaxis(x, axis + 1, 0)
     x = jnp.concatenate([lo, jnp.flip(hi, axis)], axis)
     return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))
@@ -89,7 +92,7 @@ def _gathered(keys: partial.Keys, num_shards: int) -> partial.Keys:
 
 
 def _to_balanced(x_BKSC: jax.Array, num_shards: int) -> jax.Array:
-  """Orders keys as they lie on the devices: the inverse of collecting them."""
+  """Returns keys in `context.balanced_order`: the inverse of `_gathered`."""
   batch, num_kv, size, channels = x_BKSC.shape
   x = x_BKSC.reshape(batch, num_kv, 2, num_shards, -1, channels)
   pairs = jnp.stack([x[:, :, 0], jnp.flip(x[:, :, 1], 2)], axis=3)

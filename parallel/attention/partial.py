@@ -1,17 +1,17 @@
-"""Attention of some queries over some of their keys, and its gradients.
+"""Attention over one part of the keys, and its gradients, on one device.
 
-The parts that context parallelism is put together from: an attention over all
-keys is merged from attentions over pieces of them (online softmax: Milakov and
-Gimelshein, arXiv:1805.02867), and the gradients of a piece follow from the
+Context parallelism is built from these functions. Attention over all keys is
+merged from attentions over parts of the keys (online softmax: Milakov and
+Gimelshein, arXiv:1805.02867). The gradients of a part follow from the
 log-sum-exp over all keys (FlashAttention-2, arXiv:2307.08691, algorithm 2).
-Scores are float32; no more of them exist at once than of `MAX_BLOCK_ROWS`
-queries.
+Scores are float32. They exist for one tile of queries at a time, at most
+`MAX_TILE_ROWS` of them.
 
-The piece of a form (`models.attention.form.Form`) that is not the scale: a
-window hides keys by their place in the row, a soft-cap bounds scores.
+`Shape` has the settings of `models.attention.form.Form` except the scale: a
+window hides keys by their index in the row, a soft-cap bounds scores.
 
-Letters as in `models`: B batch, K key/value heads, G query heads for each of
-them, T queries, R of these in a block, S keys, C channels per head.
+Letters as in `models`: B batch, K key/value heads, G query heads per key/value
+head, T queries, R queries of a tile, S keys, C channels per head.
 """
 
 from typing import Any, NamedTuple
@@ -19,25 +19,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Rows of queries whose scores exist at once: the memory of a block grows with
-# it, and how often the gradients of all keys are read and written falls.
-MAX_BLOCK_ROWS = 256
+# Queries of a tile, whose scores exist at once. A larger tile takes more
+# memory, a smaller tile reads and writes the gradients of all keys more often.
+MAX_TILE_ROWS = 256
 
-# Finite, so that a row of which no key is visible here has finite numbers; the
-# merge with a piece where one is visible gives them the weight zero.
+# Finite, so that a query that sees no key of this part has finite numbers.
+# Merging with a part where it sees a key gives these numbers the weight zero.
 _MASKED = -1e30
 
-
-# Where tokens are in the arrays of queries and of keys. Those of fewer axes,
-# [B, T] and [T], have them last.
+# The axis of tokens in arrays of queries and of keys. Arrays of fewer axes,
+# [B, T] and [T], have tokens last.
 QUERY_AXIS = 3
 KEY_AXIS = 2
 
 
 class Shape(NamedTuple):
-  """What scores go through, besides the scale. Static."""
+  """The settings of scores besides their scale. Static."""
 
-  window: int = 0  # keys seen, the query's own included; 0: all before it
+  window: int = 0  # visible keys, the query's own included; 0: all before it
   softcap: float = 0.0  # bound of scores; 0: none
 
 
@@ -45,20 +44,20 @@ PLAIN = Shape()
 
 
 class Queries(NamedTuple):
-  """Some queries, scaled, and what decides which keys they see."""
+  """Queries, already scaled, and the ids that decide which keys they see."""
 
   q_BKGTC: jax.Array
-  segment_ids_BT: jax.Array | None
-  index_T: jax.Array | None = None  # place in the row; None: after all keys
+  segment_ids_BT: jax.Array | None  # None: one segment
+  index_T: jax.Array | None = None  # index in the row; None: after all keys
 
 
 class Keys(NamedTuple):
-  """Some keys and values, and who sees them."""
+  """Keys and values, and the ids that decide which queries see them."""
 
   k_BKSC: jax.Array
   v_BKSC: jax.Array
   segment_ids_BS: jax.Array | None
-  index_S: jax.Array | None = None  # place in the row
+  index_S: jax.Array | None = None  # index in the row
 
 
 class Partial(NamedTuple):
@@ -70,7 +69,7 @@ class Partial(NamedTuple):
 
 
 class Saved(NamedTuple):
-  """What the gradients of any piece need of the attention over all keys."""
+  """Results of attention over all keys, for the gradients of any part."""
 
   log_sum_BKGT: jax.Array  # log of the sum of exp(score)
   delta_BKGT: jax.Array  # sum over channels of dout * out
@@ -78,15 +77,15 @@ class Saved(NamedTuple):
 
 
 def axis_of(x: jax.Array, axis: int) -> int:
-  """Returns where tokens are in an array of queries or keys."""
+  """Returns the axis of tokens in an array of queries or keys."""
   return min(x.ndim - 1, axis)
 
 
 def halves(tree: Any, axis: int) -> tuple[Any, Any]:
-  """Returns the first and the second half of some tokens.
+  """Returns the trees of the first and of the second half of the tokens.
 
   Args:
-    tree: of arrays of queries, or of keys.
+    tree: arrays of queries, or of keys.
     axis: `QUERY_AXIS` or `KEY_AXIS`.
   """
 
@@ -106,22 +105,22 @@ def whole(first: Any, second: Any, axis: int) -> Any:
 def attend(queries: Queries, keys: Keys, shape: Shape = PLAIN) -> Partial:
   """Returns the attention of the queries over these keys alone.
 
-  With a window, queries and keys have to know their places in the row.
+  With a window, queries and keys need their indices in the row.
   """
 
-  def attend_rows(queries):
+  def attend_tile(queries):
     scores_BKGRS, _ = _scores(queries, keys, shape)
     max_BKGR = jnp.max(scores_BKGRS, axis=-1)
     weights_BKGRS = jnp.exp(scores_BKGRS - max_BKGR[..., None])
     out_BKGRC = _over_keys(weights_BKGRS, keys.v_BKSC)
     return Partial(out_BKGRC, max_BKGR, jnp.sum(weights_BKGRS, axis=-1))
 
-  blocks = jax.lax.map(attend_rows, _split_rows(queries))
-  return jax.tree.map(_join_rows, blocks)
+  tiles = jax.lax.map(attend_tile, _split_tiles(queries))
+  return jax.tree.map(_join_tiles, tiles)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-  """Returns the attention over the keys of both."""
+  """Returns the attention of the same queries over the keys of both parts."""
   max_BKGT = jnp.maximum(a.max_BKGT, b.max_BKGT)
   a_BKGT = jnp.exp(a.max_BKGT - max_BKGT)
   b_BKGT = jnp.exp(b.max_BKGT - max_BKGT)
@@ -133,7 +132,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
-  """Returns the output, [B, K, G, T, C], and the log-sum-exp; float32."""
+  """Returns the output [B, K, G, T, C] and the log-sum-exp [B, K, G, T]."""
   out_BKGTC = partial.out_BKGTC / partial.sum_BKGT[..., None]
   return out_BKGTC, partial.max_BKGT + jnp.log(partial.sum_BKGT)
 
@@ -141,17 +140,25 @@ def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
 def gradients(
   queries: Queries, keys: Keys, saved: Saved, shape: Shape = PLAIN
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Returns dq and (dk, dv), all float32, from these keys and queries alone."""
+  """Returns dq and (dk, dv), float32: the share of these keys and queries.
 
-  def add_rows(totals, block):
+  Args:
+    queries: as for `attend`.
+    keys: as for `attend`.
+    saved: of the same queries, over all keys.
+    shape: as for `attend`.
+  """
+
+  def add_tile(totals, tile):
     dk_BKSC, dv_BKSC = totals
-    queries, saved = block
+    queries, saved = tile
     scores_BKGRS, slope_BKGRS = _scores(queries, keys, shape)
     probs_BKGRS = jnp.exp(scores_BKGRS - saved.log_sum_BKGT[..., None])
     dprobs_BKGRS = _over_channels(saved.dout_BKGTC, keys.v_BKSC)
-    # The softmax's Jacobian: a score gains by its weight in excess of the mean.
+    # Jacobian of the softmax: dS = P * (dP - delta), where delta is the mean of
+    # dP under the weights P.
     dscores_BKGRS = probs_BKGRS * (dprobs_BKGRS - saved.delta_BKGT[..., None])
-    dscores_BKGRS = dscores_BKGRS * slope_BKGRS
+    dscores_BKGRS = dscores_BKGRS * slope_BKGRS  # through the soft-cap
     dv_BKSC += _over_rows(probs_BKGRS, saved.dout_BKGTC)
     dk_BKSC += _over_rows(dscores_BKGRS, queries.q_BKGTC)
     dq_BKGRC = _over_keys(dscores_BKGRS, keys.k_BKSC)
@@ -162,17 +169,18 @@ def gradients(
     jnp.zeros(keys.v_BKSC.shape, jnp.float32),
   )
   dkeys, dq = jax.lax.scan(
-    add_rows, zeros, (_split_rows(queries), _split_rows(saved))
+    add_tile, zeros, (_split_tiles(queries), _split_tiles(saved))
   )
-  return _join_rows(dq), dkeys
+  return _join_tiles(dq), dkeys
 
 
 def _scores(
   queries: Queries, keys: Keys, shape: Shape
 ) -> tuple[jax.Array, jax.Array | float]:
-  """Returns the scores, [B, K, G, R, S], of what is not seen all but -inf.
+  """Returns the scores [B, K, G, R, S] and their slope through the soft-cap.
 
-  And the derivative of each by what it was before the soft-cap.
+  Scores of invisible keys are `_MASKED`. The slope is the derivative of each
+  score by the score before the soft-cap.
   """
   scores_BKGRS = _over_channels(queries.q_BKGTC, keys.k_BKSC)
   slope_BKGRS = 1.0
@@ -188,8 +196,8 @@ def _scores(
       is_seen.append((key_1S > query_R1 - shape.window)[None])
   elif shape.window:
     raise ValueError(
-      f'got a window of {shape.window} keys without places in the row, expected'
-      ' index_T and index_S'
+      f'got a window of {shape.window} keys without indices in the row,'
+      ' expected index_T and index_S'
     )
   if queries.segment_ids_BT is not None and keys.segment_ids_BS is not None:
     is_seen.append(
@@ -200,8 +208,9 @@ def _scores(
   return scores_BKGRS, slope_BKGRS
 
 
-# Products in the dtype of what is not a score, added up in float32. Groups and
-# rows are one axis of a matrix product per sequence and key/value head.
+# Products in the dtype of keys and values, accumulated in float32. Query heads
+# of a group and the queries of a tile are one axis: there is one matrix product
+# per batch row and key/value head.
 
 
 def _over_channels(x_BKGRC: jax.Array, y_BKSC: jax.Array) -> jax.Array:
@@ -234,25 +243,25 @@ def _flat(x_BKGRI: jax.Array) -> jax.Array:
   return x_BKGRI.reshape(batch, num_kv, groups * rows, size)
 
 
-def num_blocks(rows: int) -> int:
-  """Returns into how many equal blocks so many query rows are cut."""
-  least = -(-rows // MAX_BLOCK_ROWS)
+def num_tiles(rows: int) -> int:
+  """Returns the number of equal tiles into which `rows` queries are cut."""
+  least = -(-rows // MAX_TILE_ROWS)
   return next(n for n in range(least, rows + 1) if rows % n == 0)
 
 
-def _split_rows(tree: Any) -> Any:
-  """Cuts the query rows into blocks, which become a first axis."""
+def _split_tiles(tree: Any) -> Any:
+  """Cuts the queries into tiles, which become a first axis."""
 
   def split(x):
     axis = axis_of(x, QUERY_AXIS)
-    blocks = num_blocks(x.shape[axis])
-    x = x.reshape((*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]))
+    tiles = num_tiles(x.shape[axis])
+    x = x.reshape((*x.shape[:axis], tiles, -1, *x.shape[axis + 1 :]))
     return jnp.moveaxis(x, axis, 0)
 
   return jax.tree.map(split, tree)
 
 
-def _join_rows(x: jax.Array) -> jax.Array:
-  """The inverse, for [blocks, B, K, G, R] and [blocks, B, K, G, R, C]."""
+def _join_tiles(x: jax.Array) -> jax.Array:
+  """The inverse, for [tiles, B, K, G, R] and [tiles, B, K, G, R, C]."""
   x = jnp.moveaxis(x, 0, 3)
   return x.reshape((*x.shape[:3], -1, *x.shape[5:]))

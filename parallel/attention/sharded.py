@@ -1,9 +1,10 @@
-"""Attention that each device computes alone, on its own rows and heads.
+"""Sharded attention: each device computes its own rows and heads alone.
 
-A custom kernel is opaque to the compiler, which can only gather its operands
-and run it whole on every device. Rows and heads do not mix in attention, so a
-device needs nobody else's: `shard_map` hands each of them its part. Rows split
-along time (context parallelism) do mix, and are refused.
+The compiler cannot look into a custom kernel: it would gather the operands and
+run the whole kernel on every device. Attention does not mix rows or heads, so
+no device needs another's: `shard_map` gives each device its own. `attend`
+refuses rows whose tokens are split (context parallelism), because tokens of a
+row do mix.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallel import rules
 
-# As a model's port:
-# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form).
+# The attention port of `models.execution`:
+# (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> [B, T, H, C].
 Attend = Callable[..., jax.Array]
 
 HEADS = 'tensor'  # mesh axis
@@ -24,11 +25,11 @@ _TIME = 'context'
 def attend(local_attend: Attend, mesh: Mesh) -> Attend:
   """Returns `local_attend` spread over the rows and heads of a mesh.
 
-  The specs name no stage: run side by side, stages are a further axis that
-  `jax.vmap(..., spmd_axis_name='stage')` adds to them.
+  The specs do not name the mesh axis `stage`: a pipeline adds it by
+  `jax.vmap(..., spmd_axis_name='stage')`.
 
   Args:
-    local_attend: computes attention of whole arrays on one device.
+    local_attend: attention of whole arrays on one device.
     mesh: from `parallel.mesh`.
 
   Raises:
@@ -75,10 +76,10 @@ def over_mesh(
   v_BKTC: jax.Array,
   segment_ids_BT: jax.Array | None,
 ) -> jax.Array:
-  """Returns local(q, k, v, segment_ids), called with each device's part.
+  """Returns local(q, k, v, segment_ids), run on each device's shards.
 
   Rows are split over the batch axes, tokens over `context`, heads over
-  `tensor`; the result is split as the queries are.
+  `tensor`. The result is split like the queries.
   """
   q_spec = PartitionSpec(rules.BATCH_AXES, _TIME, HEADS, None)
   kv_spec = PartitionSpec(rules.BATCH_AXES, HEADS, _TIME, None)
@@ -93,19 +94,8 @@ def over_mesh(
       None if segment_ids_BT is None else segment_spec,
     ),
     out_specs=q_spec,
-    # Everything is split over every axis in use. Pallas calls do not say so,
-    # and a ring would have to of each zero that a sum starts from.
+    # All arrays are split over every mesh axis in use. With the check on, a
+    # Pallas call and each zero at the start of a ring's sums would have to
+    # declare their axes.
     check_vma=False,
   )(q_BTHC, k_BKTC, v_BKTC, segment_ids_BT)
-
-
-def heads_problem(mesh: Mesh, num_heads: int, num_kv_heads: int) -> str:
-  """Returns why a model's heads cannot be dealt out over a mesh, or ''."""
-  parts = mesh.shape[HEADS]
-  for name, heads in (('num_heads', num_heads), ('num_kv_heads', num_kv_heads)):
-    if heads % parts:
-      return (
-        f'got model.{name} = {heads}, expected a multiple of parallel.tensor ='
-        f' {parts}; change one of them or set execution.attention = reference'
-      )
-  return ''

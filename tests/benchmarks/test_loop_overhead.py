@@ -1,4 +1,4 @@
-"""The benchmark of the loop: what it reports, and that it runs."""
+"""The benchmark of the loop: its report, and a short run."""
 
 import dataclasses
 

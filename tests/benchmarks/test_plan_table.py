@@ -1,4 +1,4 @@
-"""The committed table of plans against what the code plans today."""
+"""The committed table of plans against the plans of today's code."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from hardware import targets
 
 @pytest.fixture
 def compilers(monkeypatch):
-  """The environment that libtpu wants, and gets from prepare_environment."""
+  """The environment that libtpu needs, as of prepare_environment."""
   pytest.importorskip('libtpu')
   for name, value in targets._ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
@@ -22,6 +22,9 @@ def committed():
 
 def test_every_preset_is_in_the_table(committed):
   assert list(committed) == list(plan_table.PRESETS)
+  # The words around the table are those of plan_table, too.
+  text = plan_table.PATH.read_text(encoding='utf-8')
+  assert plan_table.write(committed) == text
 
 
 @pytest.mark.parametrize('preset', plan_table.PRESETS)
@@ -37,7 +40,7 @@ def test_what_needs_no_compiler_is_as_committed(committed, preset, compilers):
 
 @pytest.mark.parametrize('preset', plan_table.PRESETS)
 def test_formula_and_compiler_agree(committed, preset):
-  # What issue and README promise: 10 %, 15 % for the mixture.
+  # Promised: 10 %, and 15 % for the mixture of experts.
   most = 0.15 if preset == '30b-a3b' else 0.10
   row = committed[preset]
   assert abs(float(row['ratio']) - 1) <= most

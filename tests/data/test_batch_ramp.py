@@ -1,4 +1,4 @@
-"""Growing batches in closed form, and ramps that cannot be."""
+"""Growing batches in closed form, and ramps that are refused."""
 
 import pytest
 

@@ -1,7 +1,6 @@
-"""Rows as literal matrices, no pair lost or doubled, positions exact.
+"""Batches: rows as literal matrices, every pair once, exact positions.
 
-Each document here has two letters of its own, so that a pair says where it
-comes from.
+Each document has two letters of its own, so a pair tells its document.
 """
 
 import collections
@@ -20,7 +19,7 @@ PACKINGS = ['concat_then_split', 'first_fit', 'best_fit', 'none']
 TOK = tiny_models.byte_tokenizer()
 
 
-# Lengths around and far beyond a row of 8; empty ones are no documents.
+# Lengths around and far beyond a row of 8; empty texts are left out.
 LENGTHS = (3, 1, 0, 30, 7, 6, 8, 0, 16, 2, 2, 5) * 3
 DOCUMENTS = corpora.Texts(
   *(
@@ -32,7 +31,7 @@ DOCUMENTS = corpora.Texts(
 
 @pytest.fixture(scope='module', autouse=True)
 def stores(tmp_path_factory):
-  """Where all tests of this file keep tokens."""
+  """One directory of tokens for all tests of this file."""
   _config.data_dir = str(tmp_path_factory.mktemp('stores'))
 
 
@@ -213,7 +212,7 @@ def test_eval_can_be_iterated_again():
     corpora.assert_same(batch, other)
 
 
-def test_eval_fills_the_last_batch_with_rows_of_no_weight():
+def test_eval_fills_the_last_batch_with_rows_of_weight_0():
   batches = list(_eval(corpora.Texts(*'abcdef'), packing='none', batch_size=5))
   assert len(batches) == 2
   np.testing.assert_array_equal(
@@ -274,9 +273,9 @@ def test_order_does_not_know_of_worker_processes():
 
 
 def test_the_order_is_what_it_was():
-  """A golden value: a run that is resumed by newer code has to find its place.
+  """A golden value: newer code must resume a run at the same row.
 
-  A change here makes checkpoints of older runs go on in another order.
+  After a change here, older runs would continue in another order.
   """
   batches = corpora.take(_train(seed=3, batch_size=4), 2)
   rows = corpora.joined(batches)

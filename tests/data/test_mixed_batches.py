@@ -1,4 +1,4 @@
-"""Mixtures of sources: shares, epochs, weights that change on resume."""
+"""Source mixes: shares, epochs, and weights that change on resume."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.helpers import corpora, tiny_models
 
 
 def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
-  """A mixture of sources of one letter each, 'a', 'b', ..., and its batches."""
+  """Batches of a mix of sources with one letter each: 'a', 'b', ..."""
   texts = texts or [[chr(97 + i) * 5] * 10 for i in range(len(weights))]
   mixed = tuple(
     data_config.SourceConfig(
@@ -37,7 +37,7 @@ def _letters(batches):
   return ''.join(map(chr, corpora.joined(batches)['tokens'][:, 1]))
 
 
-def test_a_mixture_has_its_shares_in_every_prefix(tmp_path):
+def test_a_mix_has_its_shares_in_every_prefix(tmp_path):
   letters = _letters(corpora.take(_mixed(tmp_path), 50))
   for n in range(1, 101):
     assert abs(letters[:n].count('a') - 0.75 * n) < 1
@@ -45,7 +45,7 @@ def test_a_mixture_has_its_shares_in_every_prefix(tmp_path):
   assert batches.epochs(50) == {'s0': 7.5, 's1': 2.5}  # 10 rows each
 
 
-def test_each_source_of_a_mixture_is_trained_as_if_alone(tmp_path):
+def test_each_source_of_a_mix_is_trained_as_if_alone(tmp_path):
   texts = [[f'{i}{j}' for j in range(9)] for i in range(3)]
   batches = corpora.take(_mixed(tmp_path, (2, 1, 0.5), texts, batch_size=7), 20)
   rows = corpora.joined(batches)['tokens'][:, 1:3]
@@ -88,6 +88,6 @@ def test_sources_are_not_added_or_removed_on_resume(tmp_path, weights):
     _mixed(tmp_path, weights).set_state(state)
 
 
-def test_an_empty_source_of_a_mixture_is_named(tmp_path):
+def test_an_empty_source_of_a_mix_is_named(tmp_path):
   with pytest.raises(ValueError, match='s1: got 2 documents without any text'):
     _mixed(tmp_path, texts=[['a'], ['', '']])

@@ -1,4 +1,4 @@
-"""Plans: every pair once, no row over its length, fill rates as they are."""
+"""Row plans: every pair once, no row over its length, known fill rates."""
 
 import hypothesis
 from hypothesis import strategies as st

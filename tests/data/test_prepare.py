@@ -1,4 +1,4 @@
-"""The parts of preparing stock data sets that need no TensorFlow."""
+"""Preparation of stock data sets, as far as it needs no TensorFlow."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from data import prepare
 
 
 def _python(directory, *lines):
-  """An interpreter that prints `lines` whatever it is told."""
+  """An interpreter that prints `lines` for any arguments."""
   path = directory / 'python'
   quoted = ''.join(f"echo '{line}'\n" for line in lines)
   path.write_text(f'#!/bin/sh\n{quoted}exit 3\n')
@@ -45,7 +45,7 @@ def test_errors_of_tfds_are_one_line(tmp_path):
 
 
 def test_the_program_that_runs_there_tells_what_went_wrong(tmp_path):
-  """With an interpreter that has no TFDS, which is all that it may assume."""
+  """The program must not need anything but Python to report its error."""
   (tmp_path / 'tensorflow_datasets.py').write_text('raise OSError("no\\nnet")')
   result = subprocess.run(
     [sys.executable, '-c', prepare._PROGRAM, 'x', str(tmp_path), ''],

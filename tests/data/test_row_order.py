@@ -1,4 +1,4 @@
-"""The order is a permutation in every epoch, another in each, and even."""
+"""Row order: a permutation in every epoch, a new one in each, and uniform."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -54,7 +54,7 @@ def test_draws_are_even_and_of_the_seed():
 
 
 def test_the_order_is_what_it_was():
-  """A golden value: resumed by newer code, a run has to find its place."""
+  """A golden value: newer code must resume a run at the same row."""
   shuffled = row_order.shuffled(np.arange(10), 10, 42)
   assert ' '.join(map(str, shuffled)) == '0 9 6 4 5 3 2 7 8 1'
   drawn = row_order.drawn(np.arange(5), 1000, 42)

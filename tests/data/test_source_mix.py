@@ -1,4 +1,4 @@
-"""Every row has a source, every source its share, whatever the weights."""
+"""Every row has a source, and every source its share, for any weights."""
 
 import fractions
 

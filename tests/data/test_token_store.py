@@ -1,4 +1,4 @@
-"""Tokenised once: by whoever comes first, killed or not, and never twice."""
+"""A source is tokenised once, even with several processes or a killed one."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 
 from data import sources, token_store
 from storage import locks
-from tests.helpers import tiny_models
+from tests.helpers import corpora, tiny_models
 from text import bpe
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,26 +21,11 @@ TOK = tiny_models.byte_tokenizer()
 BOS, EOS = TOK.bos_id, TOK.eos_id
 
 
-class Texts:
-  """A source of the given texts, which knows how often it was read."""
-
-  def __init__(self, *texts):
-    self._texts = texts
-    self.num_read = 0
-
-  def __len__(self):
-    return len(self._texts)
-
-  def __getitem__(self, index):
-    self.num_read += 1
-    return {'text': self._texts[index], 'id': f'document-{index}'}
-
-
-class Described(Texts):
-  """One that says what it is."""
+class Described(corpora.Texts):
+  """A source with a fingerprint."""
 
   def fingerprint(self):
-    return repr(self._texts)
+    return repr(self.texts)
 
 
 def _open(source, directory, **fields):
@@ -51,20 +36,20 @@ def _open(source, directory, **fields):
 
 
 def test_ids_and_starts_are_those_of_the_documents(tmp_path):
-  store = _open(Texts('ab', '', 'c'), tmp_path)
+  store = _open(corpora.Texts('ab', '', 'c'), tmp_path)
   assert store.ids_N.tolist() == [BOS, 97, 98, EOS, BOS, 99, EOS]
   assert store.starts_D.tolist() == [0, 3, 5]
   assert (store.num_documents, store.num_ids, store.num_pairs) == (2, 7, 5)
   assert store.dtype == 'uint16'
-  joined = _open(Texts('ab', '', 'c'), tmp_path, joined=True)
+  joined = _open(corpora.Texts('ab', '', 'c'), tmp_path, joined=True)
   assert joined.ids_N.tolist() == [97, 98, 99]
   assert joined.digest != store.digest
 
 
 def test_many_documents_come_in_order(tmp_path, monkeypatch):
-  monkeypatch.setattr(token_store, '_CHUNK_CHARS', 10)
+  monkeypatch.setattr(token_store, '_GROUP_CHARS', 10)
   texts = [chr(97 + i % 26) * (i % 7) for i in range(200)]
-  store = _open(Texts(*texts), tmp_path, num_threads=3)
+  store = _open(corpora.Texts(*texts), tmp_path, num_threads=3)
   ids = [[BOS, *text.encode(), EOS] for text in texts if text]
   assert store.ids_N.tolist() == sum(ids, [])
   starts = np.cumsum([0, *(len(document) - 1 for document in ids)])
@@ -74,7 +59,7 @@ def test_many_documents_come_in_order(tmp_path, monkeypatch):
 def test_bpe_gives_what_it_gives_one_by_one(tmp_path):
   texts = ['hello naïve 数 world', 'a', 'hello ' * 30]
   tok = bpe.train(texts, 270)
-  store = _open(Texts(*texts), tmp_path, tokenizer=tok)
+  store = _open(corpora.Texts(*texts), tmp_path, tokenizer=tok)
   expected = [[tok.bos_id, *tok.encode(t), tok.eos_id] for t in texts]
   assert store.ids_N.tolist() == sum(expected, [])
 
@@ -83,7 +68,7 @@ def test_a_large_vocabulary_takes_wider_ids(tmp_path):
   class Wide(type(TOK)):
     vocab_size = 2**16 + 1
 
-  assert _open(Texts('a'), tmp_path, tokenizer=Wide()).dtype == 'uint32'
+  assert _open(corpora.Texts('a'), tmp_path, tokenizer=Wide()).dtype == 'uint32'
 
 
 def test_a_source_that_describes_itself_is_read_once(tmp_path):
@@ -97,9 +82,9 @@ def test_a_source_that_describes_itself_is_read_once(tmp_path):
 
 def test_other_documents_or_another_tokenizer_are_another_store(tmp_path):
   stores = [
-    _open(Texts('abc'), tmp_path),
-    _open(Texts('abd'), tmp_path),
-    _open(Texts('abc'), tmp_path, tokenizer=bpe.train(['abc'], 259)),
+    _open(corpora.Texts('abc'), tmp_path),
+    _open(corpora.Texts('abd'), tmp_path),
+    _open(corpora.Texts('abc'), tmp_path, tokenizer=bpe.train(['abc'], 259)),
   ]
   assert len({store.directory for store in stores}) == 3
 
@@ -127,7 +112,7 @@ def test_every_source_of_files_describes_itself(tmp_path, data_dir):
 
 
 def test_a_store_pickles_small_and_opens_elsewhere(tmp_path):
-  store = _open(Texts('a' * 10**5), tmp_path)
+  store = _open(corpora.Texts('a' * 10**5), tmp_path)
   assert len(store.ids_N) == 10**5 + 2
   pickled = pickle.dumps(store)
   assert len(pickled) < 1000
@@ -136,33 +121,33 @@ def test_a_store_pickles_small_and_opens_elsewhere(tmp_path):
 
 def test_text_that_is_none_is_refused_with_its_document(tmp_path):
   with pytest.raises(ValueError, match=r'document-1: text has the lone surr'):
-    _open(Texts('good', 'bad \ud800'), tmp_path)
+    _open(corpora.Texts('good', 'bad \ud800'), tmp_path)
   tok = bpe.train(['good'], 259)
   with pytest.raises(ValueError, match=r'document-1: text has the lone surr'):
-    _open(Texts('good', 'bad \ud800'), tmp_path, tokenizer=tok)
+    _open(corpora.Texts('good', 'bad \ud800'), tmp_path, tokenizer=tok)
   assert not _leftovers(tmp_path)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match=r's: its tokens cannot be .*data_dir'):
-    _open(Texts('a'), tmp_path / 'file')
+    _open(corpora.Texts('a'), tmp_path / 'file')
 
 
 def test_a_store_that_is_there_needs_no_write_access(tmp_path, monkeypatch):
-  store = _open(Texts('abc'), tmp_path)
+  store = _open(corpora.Texts('abc'), tmp_path)
 
   def refuse(*args, **kwargs):
     raise PermissionError('read-only')
 
   monkeypatch.setattr(locks, 'locked', refuse)
-  assert _open(Texts('abc'), tmp_path) == store
+  assert _open(corpora.Texts('abc'), tmp_path) == store
 
 
 def test_it_says_how_far_it_is(tmp_path, monkeypatch):
   monkeypatch.setattr(token_store, '_SECONDS_BETWEEN_REPORTS', 0)
   said = []
-  _open(Texts('a', 'b'), tmp_path, say=said.append)
+  _open(corpora.Texts('a', 'b'), tmp_path, say=said.append)
   assert said[-1].startswith('tokenising s: 1 of 2 documents')
 
 
@@ -183,7 +168,7 @@ class Slow:
     time.sleep(0.02)
     return {'text': 'x' * (i + 1), 'id': str(i)}
 
-token_store._CHUNK_CHARS = 20
+token_store._GROUP_CHARS = 20
 store = token_store.open_or_write(
   Slow(), tokenizer.ByteTokenizer(), sys.argv[1], name='s', num_threads=1
 )

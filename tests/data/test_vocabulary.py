@@ -3,29 +3,14 @@
 import pytest
 
 from data import data_config, vocabulary
+from tests.helpers import corpora
 from text import bpe, tokenizer
-
-
-class Texts:
-  """A source of the given texts that counts how many were read."""
-
-  def __init__(self, *texts):
-    self._texts = texts
-    self.num_read = 0
-
-  def __len__(self):
-    return len(self._texts)
-
-  def __getitem__(self, index):
-    self.num_read += 1
-    return {'text': self._texts[index], 'id': str(index)}
-
 
 WORDS = 'the cat sat on the mat, the bat sat on the hat '
 
 
 def test_byte():
-  source = Texts(WORDS)
+  source = corpora.Texts(WORDS)
   tok = vocabulary.build_tokenizer(
     data_config.TokenizerConfig(kind='byte'), (source, 1)
   )
@@ -35,7 +20,9 @@ def test_byte():
 
 def test_bpe():
   settings = data_config.TokenizerConfig(kind='bpe', vocab_size=270)
-  tok = vocabulary.build_tokenizer(settings, (Texts(WORDS, WORDS * 3), 1))
+  tok = vocabulary.build_tokenizer(
+    settings, (corpora.Texts(WORDS, WORDS * 3), 1)
+  )
   assert tok.vocab_size == 270
   assert tok.encode(WORDS) == bpe.train([WORDS * 4], 270).encode(WORDS)
 
@@ -45,7 +32,7 @@ def test_bpe_stops_after_train_bytes():
     kind='bpe', vocab_size=262, train_bytes=len(WORDS) + 4
   )
   # The é lies across the limit and is left out whole.
-  source = Texts(WORDS, 'abcé' * 99, 'never read')
+  source = corpora.Texts(WORDS, 'abcé' * 99, 'never read')
   tok = vocabulary.build_tokenizer(settings, (source, 1))
   assert source.num_read == 2
   assert tok.encode('abc') == bpe.train([WORDS, 'abc'], 262).encode('abc')
@@ -55,7 +42,10 @@ def test_bpe_learns_from_each_source_by_its_weight():
   settings = data_config.TokenizerConfig(
     kind='bpe', vocab_size=262, train_bytes=4 * len(WORDS)
   )
-  mixed = (Texts(*[WORDS] * 9), 3), (Texts(*['xyz ' * 12] * 9), 1)
+  mixed = (
+    (corpora.Texts(*[WORDS] * 9), 3),
+    (corpora.Texts(*['xyz ' * 12] * 9), 1),
+  )
   tok = vocabulary.build_tokenizer(settings, *mixed)
   assert [source.num_read for source, _ in mixed] == [3, 1]
   learnt = bpe.train([WORDS * 3, ('xyz ' * 12)[: len(WORDS)]], 262)
@@ -67,16 +57,18 @@ def test_bpe_with_too_little_text():
   with pytest.raises(
     ValueError, match=r'the text gives \d+ tokens, .*vocab_size = 5000; ask'
   ):
-    vocabulary.build_tokenizer(settings, (Texts(WORDS), 1))
+    vocabulary.build_tokenizer(settings, (corpora.Texts(WORDS), 1))
 
 
 def test_directory(tmp_path):
   bpe.train([WORDS * 9], 265).save(tmp_path)
   settings = data_config.TokenizerConfig(kind='directory', path=str(tmp_path))
-  assert vocabulary.build_tokenizer(settings, (Texts(), 1)).vocab_size == 265
+  assert (
+    vocabulary.build_tokenizer(settings, (corpora.Texts(), 1)).vocab_size == 265
+  )
 
 
 def test_directory_without_a_tokenizer(tmp_path):
   settings = data_config.TokenizerConfig(kind='directory', path=str(tmp_path))
   with pytest.raises(FileNotFoundError, match='no tokenizer_config.json in'):
-    vocabulary.build_tokenizer(settings, (Texts(), 1))
+    vocabulary.build_tokenizer(settings, (corpora.Texts(), 1))

@@ -100,19 +100,8 @@ def test_a_prompt_leaves_room_for_its_completion():
     encoding.fit_prompt(model, [1], 8)
 
 
-def test_a_model_needs_something_to_begin_with():
-  class NoSpecials(_Merging):
-    bos_id = eos_id = None
-
-  with pytest.raises(ValueError, match='prefix_id: got None'):
-    eval_models.model(tokenizer=NoSpecials())
-  with pytest.raises(ValueError, match='adds_bos: got True'):
-    eval_models.model(tokenizer=NoSpecials(), adds_bos=True, prefix_id=1)
-  assert eval_models.model(tokenizer=NoSpecials(), prefix_id=1).prefix == 1
-
-
 def test_a_model_without_a_function_says_so():
   with pytest.raises(ValueError, match='sample_fn: got none'):
-    eval_models.model().samples()
+    eval_models.model().required_sample_fn()
   with pytest.raises(ValueError, match='logprob_fn: got none'):
-    eval_models.model(logprob_fn=None).scores()
+    eval_models.model(logprob_fn=None).required_logprob_fn()

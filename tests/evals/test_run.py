@@ -1,12 +1,14 @@
 """Tasks by name: what is read, asked, scored and refused."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
-from evals import run
-from evals.results import report
+from evals import options as options_lib, run
+from evals.results import report, scores
+from evals.tasks import task as task_lib
 from storage import digests
 from tests.helpers import eval_models
 
@@ -31,7 +33,7 @@ def files(tmp_path):
 def test_perplexity_by_name(files):
   task = f'perplexity:{files}/text.txt'
   model = eval_models.model(description={'name': 'table'})
-  result = run.run(task, model, run.Options(stride=8))
+  result = run.run(task, model, options_lib.Options(stride=8))
   assert result.task == task
   assert result.model == {'name': 'table'}
   assert result.options['stride'] == 8
@@ -44,7 +46,9 @@ def test_perplexity_by_name(files):
 
 def test_choices_by_name(files):
   result = run.run(
-    f'choice:{files}/choice.jsonl', eval_models.model(), run.Options(limit=3)
+    f'choice:{files}/choice.jsonl',
+    eval_models.model(),
+    options_lib.Options(limit=3),
   )
   assert result.groups[0].num_examples == 3
   # The same question four times is answered alike.
@@ -59,7 +63,7 @@ def test_generation_by_name(files):
   result = run.run(
     f'generate:{files}/generate.jsonl',
     model,
-    run.Options(max_tokens=4, temperature=0.5, num_samples=2, seed=3),
+    options_lib.Options(max_tokens=4, temperature=0.5, num_samples=2, seed=3),
   )
   assert result.score('pass@2').value == 1.0
   assert seen[0][1].seed == 3
@@ -69,7 +73,7 @@ def test_generation_by_name(files):
 def test_gsm8k_by_name(files):
   sample = eval_models.writer([['#### 2'], ['2'], ['#### 3'], ['']])
   model = eval_models.model(max_length=200, sample_fn=sample)
-  options = run.Options(
+  options = options_lib.Options(
     max_tokens=16, num_fewshot=2, fewshot_path=f'{files}/gsm8k.jsonl'
   )
   result = run.run(f'gsm8k:{files}/gsm8k.jsonl', model, options)
@@ -100,7 +104,7 @@ def test_a_name_that_is_no_task_is_refused(task):
 )
 def test_options_out_of_range_are_refused(fields, words):
   with pytest.raises(ValueError, match=words):
-    run.Options(**fields)
+    options_lib.Options(**fields)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,7 @@ def test_options_out_of_range_are_refused(fields, words):
   [
     ('choice', {'stride': 4}),
     ('choice', {'num_samples': 2}),
+    ('choice', {'seed': 3}),
     ('perplexity', {'chat': True}),
     ('generate', {'num_fewshot': 2}),
   ],
@@ -115,7 +120,51 @@ def test_options_out_of_range_are_refused(fields, words):
 def test_an_option_that_would_be_ignored_is_refused(kind, fields):
   (name,) = fields
   with pytest.raises(ValueError, match=f'{name}: got .* of kind {kind}'):
-    run.open_task(f'{kind}:a.jsonl', run.Options(**fields))
+    run.open_task(f'{kind}:a.jsonl', options_lib.Options(**fields))
+
+
+@pytest.mark.parametrize('kind', [k for k in run.KINDS if k != 'lm_eval'])
+def test_a_file_that_is_missing_is_named(kind, tmp_path):
+  path = tmp_path / 'none.jsonl'
+  with pytest.raises(FileNotFoundError, match=f'^{path}: got no such file'):
+    run.open_task(f'{kind}:{path}')
+
+
+def test_a_new_kind_is_a_class_and_a_line(files, monkeypatch):
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Lengths(task_lib.Task):
+    READS = ('limit',)
+    lines: list[str]
+
+    @classmethod
+    def read(cls, path, options):
+      lines = (files / path).read_text().splitlines()[: options.limit or None]
+      return cls(options=options, files={}, lines=lines)
+
+    def measure(self, model):
+      values = [len(model.tokenizer.encode(line)) for line in self.lines]
+      score = scores.of_values('length', values, higher_is_better=False)
+      return (
+        scores.Group(name='lengths', scores=(score,), num_examples=len(values)),
+      )
+
+  monkeypatch.setattr(run, 'KINDS', {**run.KINDS, 'lengths': Lengths})
+  (files / 'words').write_text('a\nbcd\nefghi')
+  options = options_lib.Options(limit=2)
+  result = run.run('lengths:words', eval_models.model(), options)
+  assert (result.task, result.score('length').value) == ('lengths:words', 2.0)
+  assert result.options['limit'] == 2
+  with pytest.raises(ValueError, match='chat: .* of kind lengths, .* generate'):
+    run.open_task('lengths:words', options_lib.Options(chat=True))
+  with pytest.raises(ValueError, match='KIND is one .*, lengths, as in'):
+    run.open_task('lengthy:words')
+
+
+def test_every_kind_reads_options_that_exist():
+  names = {field.name for field in dataclasses.fields(options_lib.Options)}
+  read = [set(kind.READS) for kind in run.KINDS.values()]
+  assert all(each <= names for each in read)
+  assert set.union(*read) == names
 
 
 def test_a_model_that_cannot_is_refused(files):

@@ -49,7 +49,9 @@ def test_an_experiment_takes_one_step(name, variant):
     num_layers=min(2, experiment.model.num_layers),
     model_width=32,
     num_heads=4,
-    num_kv_heads=max(1, 4 // experiment.model.queries_per_kv),
+    num_kv_heads=max(
+      1, 4 * experiment.model.num_kv_heads // experiment.model.num_heads
+    ),
     head_width=8,
     mlp_width=0 if experiment.model.num_experts else 48,
     num_experts=min(4, experiment.model.num_experts),

@@ -65,7 +65,7 @@ def test_params_are_cast():
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """What training leaves behind, written by orbax alone."""
+  """A workdir as training writes it, but written by orbax alone."""
   workdir = tmp_path_factory.mktemp('run')
   config, params = _scanned()
   run = {

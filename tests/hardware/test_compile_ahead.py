@@ -1,4 +1,4 @@
-"""The compiler's refusals, and which resource binds."""
+"""Refusals of the compiler, the roofline, and sizes as text."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_compile_turns_a_refusal_into_a_result_and_nothing_else():
   [
     (197e12, 0.0, 0, 'compute', 1.0),
     (0.0, 2 * 819e9, 0, 'HBM', 2.0),
-    # A ring of two sends each half of the sum twice: the payload.
+    # In a ring of two, a device sends half of the payload twice.
     (0.0, 0.0, int(3 * 200e9), 'interconnect', 3.0),
   ],
 )

@@ -1,4 +1,4 @@
-"""What is read from a program's text, against texts and real programs."""
+"""Traffic read from the text of a program: a written one and a real one."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ import pytest
 
 from hardware import hlo
 
-# As XLA writes it: a loop of 5 whose body gathers, asynchronously, and adds up
-# in a fusion; TPU's layouts with memory on the chip, S(1); a kernel's metadata
-# over several lines.
+# In XLA's format: a loop of 5 turns whose body has an asynchronous gather and a
+# sum in a fusion; TPU layouts with memory on the chip, S(1); a kernel's
+# metadata over several lines.
 _TEXT = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -77,7 +77,7 @@ def test_loops_async_starts_and_fused_sums_are_counted():
       kind='reduce-scatter', num_devices=4, payload_bytes=256, count=5
     ),
   }
-  # Each sends to three others what it has; and three of four parts of a sum.
+  # A device sends its shard to three others, and three of four parts of a sum.
   assert traffic.by_kind() == {
     'all-gather': (5, 5 * 3 * 64),
     'reduce-scatter': (5, 5 * 0.75 * 256),
@@ -140,7 +140,7 @@ def test_a_text_that_is_no_program_is_refused():
 
 
 def _compiled_text(num_turns):
-  """A scan whose every turn gathers a split matrix and adds a vector up."""
+  """Returns the text of a scan whose turns gather a matrix and sum a vector."""
   mesh = Mesh(np.array(jax.devices()), ('x',))
   whole, split = (
     NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec('x'))

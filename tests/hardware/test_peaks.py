@@ -1,4 +1,4 @@
-"""The datasheet table and the measurement that stands in for it."""
+"""The table of datasheets, and the measurement for other devices."""
 
 import types
 

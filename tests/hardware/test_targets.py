@@ -1,4 +1,4 @@
-"""Names of absent devices, and the devices that a compiler makes of them."""
+"""Names of targets, and the absent devices that a compiler makes of them."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.helpers import tiny_models
 
 @pytest.fixture
 def compilers(monkeypatch):
-  """The environment that libtpu wants, and gets from prepare_environment."""
+  """The environment that libtpu needs, as of prepare_environment."""
   pytest.importorskip('libtpu')
   for name, value in targets._ENVIRONMENT.items():
     monkeypatch.setenv(name, value)

@@ -4,16 +4,18 @@ import numpy as np
 
 
 class Texts:
-  """A source of the given texts."""
+  """A source of the given texts that counts how many documents were read."""
 
   def __init__(self, *texts: str):
-    self._texts = texts
+    self.texts = texts
+    self.num_read = 0
 
   def __len__(self) -> int:
-    return len(self._texts)
+    return len(self.texts)
 
   def __getitem__(self, index: int) -> dict[str, str]:
-    return {'text': self._texts[index], 'id': str(index)}
+    self.num_read += 1
+    return {'text': self.texts[index], 'id': f'document-{index}'}
 
 
 def take(batches, n):

@@ -25,7 +25,7 @@ from inference.sampling import (
   settings as settings_lib,
 )
 from models import invariant, kv_cache, transformer
-from tests.helpers import tiny_models
+from tests.helpers import simulated_device, tiny_models
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128
@@ -38,7 +38,7 @@ _ENGINES: list[engine_lib.Engine] = []
 
 
 class SmallTokenizer(tokenizer_lib.ByteTokenizer):
-  """Of so few tokens that every outcome can be counted."""
+  """A vocabulary so small that every outcome can be counted."""
 
   vocab_size = 13
   bos_id, eos_id, pad_id = 10, 11, 12
@@ -54,7 +54,7 @@ def model_config(kind: str = 'llama', vocab_size: int = 261):
 
 @functools.cache
 def params(kind: str = 'llama', vocab_size: int = 261, seed: int = 0):
-  """Returns weights so large that logits differ from each other."""
+  """Returns weights so large that logits differ clearly."""
   config = model_config(kind, vocab_size)
   shapes = jax.eval_shape(
     transformer.Transformer(config).init,
@@ -75,7 +75,7 @@ def params(kind: str = 'llama', vocab_size: int = 261, seed: int = 0):
 def engine(
   kind: str = 'llama', *, is_small: bool = False, **layout
 ) -> engine_lib.Engine:
-  """Returns the engine of a layout, made once: compiling is what takes time.
+  """Returns the engine of a layout, made once since compiling takes long.
 
   Args:
     kind: of model.
@@ -89,38 +89,46 @@ def engine(
     params(kind, vocab_size),
     tokenizer=tokenizer,
     weights_digest='first',
-    engine=engine_config.EngineConfig(**layout),
+    config=engine_config.EngineConfig(**layout),
   )
   _ENGINES.append(made)
   return made
 
 
 def check_engines():
-  """Asserts what holds of each engine that a test leaves, and tidies up."""
+  """Asserts that each engine is idle and consistent, and cleans up."""
   for made in _ENGINES:
     was_busy = made.has_work
     for live in list(made._live.values()):
-      # Or one test's failure would be the next one's.
+      # Otherwise the failure of one test would fail the next one.
       made.cancel(live.request_id)
     list(made.run())
-    gauges = made.roster.gauges()
-    made.roster.check()
-    made.roster.clear()
+    gauges = made.manager.gauges()
+    made.manager.check()
+    made.manager.clear()
     assert made.metrics.value('compilations_after_ready_total') == 0
     assert not was_busy
     assert gauges.pages_used == gauges.num_running == gauges.num_waiting == 0
 
 
-# The engine that most tests use: several shapes, and memory for few.
+# The engine of most tests: three shapes, since compiling takes the time, and
+# memory for few sequences.
 TIGHT = {
   'max_sequences': 8,
-  'decode_shapes': (2, 8),
+  'decode_shapes': (8,),
   'page_size': 16,
   'num_pages': 20,
-  'chunk_tokens': 8,
-  'max_chunks': 2,
+  'chunk_tokens': 16,
+  'max_chunks': 1,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+}
+# For tests of shapes: two numbers of decodes, and up to two chunks.
+SIX_SHAPES = {
+  **TIGHT,
+  'decode_shapes': (2, 8),
+  'chunk_tokens': 8,
+  'max_chunks': 2,
 }
 
 
@@ -129,7 +137,7 @@ TIGHT = {
 
 
 class Expected(NamedTuple):
-  """What one sequence of a request should be."""
+  """The expected answer to one sequence of a request."""
 
   token_ids: list[int]
   logprobs: list[logprobs_lib.TokenLogprobs]
@@ -171,7 +179,7 @@ class Reference:
     return self._answers[key]
 
   def logits_TV(self, ids: Sequence[int], weights=None) -> np.ndarray:
-    """Returns the logits behind each of the ids."""
+    """Returns the logits after each of the ids."""
     self._begin(weights or self.params)
     return np.concatenate([self._next(token) for token in ids])
 
@@ -221,7 +229,7 @@ class Reference:
     return Expected(output, scores, prompt_logprobs if has_prompt else None)
 
   def _scored(self, logits_1V, token: int, wanted: int):
-    """Scores one row in float32 as engines do; NumPy says about the same."""
+    """Scores one token in float32 as engines do, and checks it with NumPy."""
     found = self._score(logits_1V, np.array([token]), np.array([wanted]))
     scored = logprobs_lib.of_row(jax.device_get(found), 0, wanted)
     exact_V = np.float64(logits_1V[0]) - np.max(logits_1V)
@@ -240,7 +248,7 @@ def distribution(
   output: Sequence[int],
   eos_id: int,
 ) -> np.ndarray:
-  """Returns the next token's distribution: float64, sorting, rule by rule."""
+  """Returns the next token's distribution, in float64, rule by rule."""
   logits_V = np.array(logits_V, np.float64)
   for token in {*prompt, *output}:
     factor = settings.repetition_penalty
@@ -266,7 +274,7 @@ def distribution(
 
 
 def _gumbel(seed, position, size: int):
-  """The key of a token is of the sequence's seed and the token's position."""
+  """Returns noise whose key is of the sequence's seed and the position."""
   key = jax.random.fold_in(jax.random.key(seed), position)
   return jax.random.gumbel(key, (size,))
 
@@ -281,11 +289,11 @@ def _field(factory):
 
 @dataclasses.dataclass
 class Served:
-  """What became of requests that were served together."""
+  """The completions of requests that were served together."""
 
   # By request, then by index.
   completions: list[list[requests_lib.Completion]] = _field(list)
-  # Of each sequence: what its updates add up to, and the slots it has had.
+  # Of each sequence: the text of its updates, and its slots.
   texts: dict[tuple[int, int], str] = _field(
     lambda: collections.defaultdict(str)
   )
@@ -307,7 +315,7 @@ def serve(
   spread: int = 0,
   preemptions: Sequence[int] = (0,),
 ) -> Served:
-  """Serves requests to the end, and checks the books after every step.
+  """Serves requests to the end, and checks invariants after every step.
 
   Args:
     engine: that has no work.
@@ -329,25 +337,26 @@ def serve(
     ):
       number = len(which)
       which[engine.submit(requests[number])] = number
-    for live_id in list(engine.roster.running()):
-      quotas.setdefault(live_id, int(rng.choice(preemptions)))
-      if quotas[live_id] and rng.random() < 0.2:
-        quotas[live_id] -= 1
-        served.preemptions[which[live_id[0]], live_id[1]] += 1
-        engine.roster.preempt(live_id)
+    for sequence in list(engine.manager.running()):
+      quotas.setdefault(sequence.id, int(rng.choice(preemptions)))
+      if quotas[sequence.id] and rng.random() < 0.2:
+        quotas[sequence.id] -= 1
+        live = engine._live[sequence]
+        served.preemptions[which[live.request_id], live.index] += 1
+        simulated_device.preempt(engine.manager, sequence)
     for update in engine.step():
       key = which[update.request_id], update.index
       served.texts[key] += update.text
       if update.completion:
         found[key] = update.completion
         served.preemptions[key] += update.completion.usage.preemptions
-    running = engine.roster.running()
-    for live_id in running:
-      key = which[live_id[0]], live_id[1]
-      served.slots[key].add(engine.roster.slot(live_id))
+    running = engine.manager.running()
+    for sequence in running:
+      live = engine._live[sequence]
+      served.slots[which[live.request_id], live.index].add(sequence.slot)
     served.num_running = max(served.num_running, len(running))
     served.num_steps += 1
-    engine.roster.check()
+    engine.manager.check()
   served.completions = [
     [found[number, index] for index in range(request.settings.n)]
     for number, request in enumerate(requests)

@@ -1,4 +1,4 @@
-"""A real server on a free port, for the tests of the HTTP face."""
+"""A real server on a free port, for tests of the HTTP API."""
 
 from concurrent import futures
 import contextlib
@@ -16,7 +16,7 @@ GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
 
 
 class Served:
-  """What runs, and where."""
+  """A running server and its parts."""
 
   def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop):
     self.url, self.engine_loop = url, engine_loop
@@ -34,7 +34,7 @@ class Served:
     return done.result(timeout=60)
 
   def counted(self, name: str, **labels: str) -> float:
-    """Returns a metric; those of a step are in once the engine sleeps."""
+    """Returns a metric after the engine has finished its steps."""
     until(lambda: not self.generator.engine.has_work)
     return self.generator.engine.metrics.value(name, **labels)
 
@@ -78,7 +78,7 @@ def until(condition, seconds=30):
 
 
 def events(content: bytes) -> list[dict[str, Any]]:
-  """Returns the events of a stream but for the [DONE] that it ends with."""
+  """Returns the events of a stream without the final [DONE]."""
   *texts, done, rest = content.split(b'\n\n')
   assert (done, rest) == (b'data: [DONE]', b'')
   return [json.loads(text.removeprefix(b'data: ')) for text in texts]

@@ -1,4 +1,4 @@
-"""A device made of dictionaries, and a loop that drives a roster with it.
+"""A simulated device made of dictionaries, and a loop that drives it.
 
 The device remembers for each position of each page which tokens, from the first
 on and under which scope, its keys and values would have been computed from. So
@@ -10,7 +10,12 @@ import collections
 import dataclasses
 import zlib
 
-from inference.scheduling import pages, scheduler, sequence_manager
+from inference.scheduling import (
+  page_tables,
+  pages,
+  scheduler,
+  sequence_manager,
+)
 
 
 def limits(**changes) -> scheduler.Limits:
@@ -27,19 +32,34 @@ def limits(**changes) -> scheduler.Limits:
   return scheduler.Limits(**{**fields, **changes})
 
 
+def preempt(
+  manager: sequence_manager.SequenceManager, sequence: page_tables.Sequence
+):
+  """Makes a sequence give back its pages and wait, as a plan would."""
+  assert sequence.pages
+  manager._vacate(sequence)
+  manager._planned = None
+
+
+def forget(manager: sequence_manager.SequenceManager, scope):
+  """Empties the prefix cache of one scope."""
+  manager.tables.cache.forget(scope)
+  manager._planned = None
+
+
 @dataclasses.dataclass
 class Truth:
-  """What a sequence should be, known without any pages."""
+  """The expected state of a sequence, known without pages."""
 
   scope: object
   num_prompt: int
   max_new_tokens: int
-  tokens: list[int]  # those in flight included
+  tokens: list[int]  # tokens in flight included
   num_appended: int = 0
 
 
 class Device:
-  """Executes steps; `last_B` is what a slot sampled last."""
+  """Executes steps; `last_B` is the last sampled token of each slot."""
 
   def __init__(self, page_size: int):
     self.page_size = page_size
@@ -53,32 +73,35 @@ class Device:
     self._copy(step.copies)
     written: set[tuple[int, int]] = set()
     sampled = []
-    for row in (*step.decodes, *step.chunks):
-      truth = self.truths[row.id]
-      stop = row.start + row.length
-      assert row.length >= 1
-      assert len(row.pages) == -(-stop // self.page_size)
-      assert len(set(row.pages)) == len(row.pages)
-      assert pages.NULL_PAGE not in row.pages
-      tokens = [self.last_B[row.slot]] if row.tokens is None else row.tokens
-      assert list(tokens) == truth.tokens[row.start : stop], row
-      history = self._read(row, truth)
-      for position, token in enumerate(tokens, row.start):
-        place = self._place(row, position)
-        assert place not in written, f'{row} writes where another row does'
+    for span in step.spans:
+      truth = self.truths[span.sequence.id]
+      stop = span.start + span.length
+      assert span.length >= 1
+      assert len(span.pages) == -(-stop // self.page_size)
+      assert len(set(span.pages)) == len(span.pages)
+      assert pages.NULL_PAGE not in span.pages
+      tokens = [self.last_B[span.slot]] if span.tokens is None else span.tokens
+      assert list(tokens) == truth.tokens[span.start : stop], span
+      history = self._read(span, truth)
+      for position, token in enumerate(tokens, span.start):
+        place = self._place(span, position)
+        assert place not in written, f'{span} writes where another span does'
         written.add(place)
         history = self._history(history, token)
         self.contents[place] = history
-      assert row.samples == (stop == len(truth.tokens))
-      if row.samples:
-        sampled.append((row, history))
-    for row, history in sampled:
-      # Of the sequence and its past only: samples of one prompt differ, and
-      # none depends on who else is there.
-      token = zlib.crc32(f'{row.id} {history}'.encode()) % 5
-      self.last_B[row.slot] = token
-      self.truths[row.id].tokens.append(token)
-    return [(row.id, self.truths[row.id].tokens[-1]) for row, _ in sampled]
+      assert span.samples == (stop == len(truth.tokens))
+      if span.samples:
+        sampled.append((span, history))
+    for span, history in sampled:
+      # A function of the sequence and its past: samples of one prompt differ,
+      # and no sample depends on other sequences.
+      token = zlib.crc32(f'{span.sequence.id} {history}'.encode()) % 5
+      self.last_B[span.slot] = token
+      self.truths[span.sequence.id].tokens.append(token)
+    return [
+      (span.sequence.id, self.truths[span.sequence.id].tokens[-1])
+      for span, _ in sampled
+    ]
 
   def _copy(self, copies: tuple[tuple[int, int], ...]):
     destinations = [destination for _, destination in copies]
@@ -92,33 +115,39 @@ class Device:
       (place, content) for place, content in read.items() if content is not None
     )
 
-  def _read(self, row: sequence_manager.Row, truth: Truth) -> int:
-    """Reads all that a row attends to; returns what its last token is from."""
+  def _read(self, span: sequence_manager.Span, truth: Truth) -> int:
+    """Reads the past of a span; returns the history that it continues."""
     history = self._history(-1, truth.scope)
-    for position in range(row.start):
+    for position in range(span.start):
       history = self._history(history, truth.tokens[position])
-      found = self.contents.get(self._place(row, position))
-      assert found == history, f'{row} reads another sequence at {position}'
+      found = self.contents.get(self._place(span, position))
+      assert found == history, f'{span} reads another sequence at {position}'
     return history
 
-  def _place(self, row: sequence_manager.Row, position: int) -> tuple[int, int]:
+  def _place(
+    self, span: sequence_manager.Span, position: int
+  ) -> tuple[int, int]:
     index, offset = divmod(position, self.page_size)
-    return row.pages[index], offset
+    return span.pages[index], offset
 
   def _history(self, before: int, token) -> int:
     return self._histories.setdefault((before, token), len(self._histories))
 
 
 class Loop:
-  """Drives a roster as an engine would, `depth` steps ahead of the device."""
+  """Drives a SequenceManager as an engine would.
+
+  The host is `depth` steps ahead of the device.
+  """
 
   def __init__(
     self, limits: scheduler.Limits, *, num_pages: int, depth: int = 1
   ):
     self.limits = limits
-    self.roster = sequence_manager.Roster(limits, num_pages=num_pages)
+    self.manager = sequence_manager.SequenceManager(limits, num_pages=num_pages)
     self.device = Device(limits.page_size)
     self.depth = depth
+    self.sequences: dict[object, page_tables.Sequence] = {}
     self.steps: list[sequence_manager.Step] = []
     self.in_flight: collections.deque[list] = collections.deque()
     self.ended: dict[object, Truth] = {}
@@ -127,26 +156,32 @@ class Loop:
 
   @property
   def truths(self) -> dict[object, Truth]:
-    """What every sequence that is here should be."""
+    """The expected state of every unfinished sequence."""
     return self.device.truths
 
-  def submit(self, id, prompt, max_new_tokens: int, **settings):
-    """Submits a sequence to the roster, and to the truth."""
-    self.roster.submit(id, prompt, max_new_tokens, **settings)
+  def submit(self, id, prompt, max_new_tokens: int, *, parent=None, **settings):
+    """Submits a sequence to the manager, and notes its truth."""
+    self.sequences[id] = self.manager.submit(
+      id,
+      prompt,
+      max_new_tokens,
+      parent=None if parent is None else self.sequences[parent],
+      **settings,
+    )
     self.truths[id] = Truth(
       settings.get('scope'), len(prompt), max_new_tokens, list(prompt)
     )
 
   def step(self) -> sequence_manager.Step | None:
-    """Dispatches a step if there is one, and takes in a result that is due."""
-    plan = self.roster.plan()
+    """Dispatches a step if there is one, and reads a result that is due."""
+    plan = self.manager.plan()
     step = None
     if not plan.is_empty or plan.preempted:
-      step = self.roster.begin(plan)
+      step = self.manager.begin(plan)
       self._check(step)
       self.steps.append(step)
-      for row in (*step.decodes, *step.chunks):
-        self.first_steps.setdefault(row.id, len(self.steps))
+      for span in step.spans:
+        self.first_steps.setdefault(span.sequence.id, len(self.steps))
       self.in_flight.append(self.device.execute(step))
     if len(self.in_flight) > self.depth or (step is None and self.in_flight):
       self.take_results()
@@ -158,15 +193,27 @@ class Loop:
       if id not in self.truths:
         continue  # it has ended meanwhile
       truth = self.truths[id]
-      self.roster.append(id, token)
+      self.manager.append(self.sequences[id], token)
       truth.num_appended += 1
       if truth.num_appended == truth.max_new_tokens:
         self.end(id)
 
+  def cancel(self, id) -> Truth:
+    """Ends a sequence that does not count as ended; returns its truth."""
+    self.manager.end(self.sequences[id])
+    return self.truths.pop(id)
+
+  def preempt(self, id):
+    """Preempts a sequence that holds pages."""
+    preempt(self.manager, self.sequences[id])
+
+  def holders(self) -> list:
+    """Returns the ids of the sequences that hold pages."""
+    return [id for id in self.truths if self.sequences[id].pages]
+
   def end(self, id):
     """Ends a sequence."""
-    self.roster.end(id)
-    self.ended[id] = self.truths.pop(id)
+    self.ended[id] = self.cancel(id)
     self.end_steps[id] = len(self.steps)
 
   def run(self, max_steps: int = 10_000):
@@ -185,13 +232,13 @@ class Loop:
     assert len(step.decodes) <= limits.max_sequences
     most = limits.max_mixed_chunks if step.decodes else limits.max_chunks
     assert len(step.chunks) <= most
-    rows = (*step.decodes, *step.chunks)
-    assert {row.slot for row in rows} <= set(range(limits.max_sequences))
-    slots = {row.id: row.slot for row in rows}
+    spans = step.spans
+    assert {span.slot for span in spans} <= set(range(limits.max_sequences))
+    slots = {span.sequence.id: span.slot for span in spans}
     assert len(set(slots.values())) == len(slots)
-    assert set(step.seated) <= slots.keys()
+    assert {each.id for each in step.seated} <= slots.keys()
     assert len(step.copies) <= len(slots)
-    assert all(row.length == 1 for row in step.decodes)
-    assert all(row.length <= limits.chunk_tokens for row in step.chunks)
-    lengths = [row.start for row in step.decodes]
+    assert all(span.length == 1 for span in step.decodes)
+    assert all(span.length <= limits.chunk_tokens for span in step.chunks)
+    lengths = [span.start for span in step.decodes]
     assert lengths == sorted(lengths)

@@ -8,23 +8,29 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs
+from tests.helpers import frozen_dirs, reference_engine
 
-# Several sequences, chunks and pages, in few shapes: each takes its time.
+# Several sequences and pages in three shapes, since compiling takes the time.
 ENGINE = engine_config.EngineConfig(
   max_sequences=4,
   decode_shapes=(4,),
-  chunk_tokens=8,
-  max_chunks=2,
+  chunk_tokens=16,
+  max_chunks=1,
   max_mixed_chunks=1,
   page_size=8,
 )
 
 
+@pytest.fixture(autouse=True)
+def _engines_are_left_idle():
+  yield
+  reference_engine.check_engines()
+
+
 @pytest.fixture(scope='session')
 def frozen_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('frozen') / 'tiny'
-  # One layer: what it computes is the business of the engine's tests.
+  # One layer: the tests of the engine check its numbers.
   config = frozen_dirs.config(num_layers=1)
   frozen_dirs.write(directory, config=config)
   return directory

@@ -9,7 +9,7 @@ from text import hf_tokenizer
 
 
 def _talk(generator, lines, **chosen):
-  """Runs a conversation; returns all that was written."""
+  """Runs a conversation; returns all written text."""
   lines, written = iter(lines), []
 
   def read(prompt):
@@ -24,7 +24,7 @@ def _talk(generator, lines, **chosen):
 
 
 class _Recorder:
-  """A generator that answers without a model and keeps what it was asked."""
+  """A generator that answers without a model and keeps its prompts."""
 
   def __init__(self, generator):
     self.frozen = generator.frozen
@@ -55,7 +55,7 @@ def test_a_turn_that_does_not_fit_is_not_kept(generator):
   recorder = _Recorder(generator)
   recorder.stream = _refuse_long(recorder, recorder.stream)
   written = _talk(recorder, ['hi', 'x' * 200, 'so'])
-  assert 'error: prompt: too long\nThis turn was not kept.' in written
+  assert 'error: prompt: too long\nThe message was dropped.' in written
   assert recorder.asked[-1][0] == (
     'User: hi\n\nAssistant: I see.\n\nUser: so\n\nAssistant:'
   )
@@ -120,7 +120,7 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
   ids, stop = chat.render(generator, messages)
   assert ids == [tok.bos_id, *tok.encode('the </s>'), tok.eos_id]
   assert stop == ()
-  # As they are: no second BOS.
+  # Verbatim: no second BOS.
   assert generator.prompt_ids(ids) == tuple(ids)
   written = _talk(generator, ['hi'], max_tokens=3, temperature=0.0)
   assert 'error' not in written

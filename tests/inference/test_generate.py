@@ -1,4 +1,4 @@
-"""Prompts to completions offline: prompts, settings, streams side by side.
+"""The generator: prompts, settings, streams side by side.
 
 What the engine makes of them is the business of its own tests.
 """
@@ -129,7 +129,7 @@ def test_a_model_that_never_saw_bos_gets_none(generator, monkeypatch):
 def test_a_prompt_that_cannot_be_answered_is_refused(
   generator, prompt, message
 ):
-  # At the call, before anything is generated or even iterated.
+  # At the call, before the first update is requested.
   with pytest.raises(ValueError, match=message):
     generator.updates([prompt], _GREEDY)
   with pytest.raises(ValueError, match=message):
@@ -187,7 +187,9 @@ def test_more_prompts_than_may_wait_are_all_answered(generator, monkeypatch):
   assert len(together) == 9
   assert together[8].text == generator.generate(['8'], settings)[0].text
   # One of three sequences is larger than the queue will ever be.
-  with pytest.raises(RuntimeError, match='got 3 more sequences while 0 wait'):
+  with pytest.raises(
+    ValueError, match='got 3 completions to make, expected at'
+  ):
     generator.generate(['a'], dataclasses.replace(settings, n=3))
 
 
@@ -218,11 +220,11 @@ def test_streams_that_are_open_together_lose_nothing(generator):
 def test_closing_the_updates_stops_the_work(generator):
   updates = generator.updates(['abc', 'd'], _GREEDY)
   next(updates)
-  assert generator.engine.roster.gauges().pages_used > 0
+  assert generator.engine.manager.gauges().pages_used > 0
   updates.close()
   assert list(updates) == []
   assert list(generator.engine.run()) == []
-  assert generator.engine.roster.gauges().pages_used == 0
+  assert generator.engine.manager.gauges().pages_used == 0
 
 
 def test_generation_leaves_the_weights_as_they_were(generator):

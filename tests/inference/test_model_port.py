@@ -1,18 +1,17 @@
 """Scores and samples through the engine, against the model itself."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evals import ports
 from inference import model_port
 from models import transformer
 
 
 def _logprobs(generator, ids):
-  """Log-softmax of the full forward behind each of `ids`, in float64."""
+  """Returns the log-softmax after each of `ids`, in float64."""
   model_config = generator.engine.model_config
   model = transformer.Transformer(model_config)
   padded_1T = np.zeros((1, model_config.max_length), np.int32)
@@ -30,7 +29,7 @@ def test_scores_are_those_of_the_full_forward(generator):
   pairs = [
     ([256], [97]),
     ([256, 1, 2], [3, 4, 5]),
-    # With the token that is only predicted, one more than the context.
+    # One token more than the context: the last one is only predicted.
     (rng.integers(0, 256, length - 19).tolist(), [9] * 20),
     (rng.integers(0, 256, 33).tolist(), rng.integers(0, 256, 2).tolist()),
   ]
@@ -63,7 +62,7 @@ def test_nothing_is_scored_behind_nothing(generator):
 
 
 def _wanted(**fields):
-  return types.SimpleNamespace(max_tokens=6, temperature=1.0, **fields)
+  return ports.SampleSettings(max_tokens=6, temperature=1.0, **fields)
 
 
 def test_samples_differ_within_a_call_and_repeat_with_it(generator):
@@ -92,3 +91,14 @@ def test_a_request_that_cannot_be_answered_stops_all_of_them(generator):
   with pytest.raises(ValueError, match=f'got {length + 1} tokens'):
     model_port.scorer(generator.engine)([([1], [2]), ([1] * (length + 1), [2])])
   assert not generator.engine.has_work
+
+
+def test_filters_reach_the_sampler(generator):
+  sample = model_port.sampler(generator.engine)
+  greedy = ports.SampleSettings(max_tokens=6)
+  (first,), (second,) = sample([[256, 97]] * 2, greedy, 1)
+  assert first.all_ids == second.all_ids
+  (third,), (fourth,) = sample(
+    [[256, 97]] * 2, _wanted(filters={'top_k': 1}), 1
+  )
+  assert first.all_ids == third.all_ids == fourth.all_ids

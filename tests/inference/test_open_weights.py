@@ -1,4 +1,4 @@
-"""The engine on what families of open weights differ by, in tiny models.
+"""The engine on tiny models with the features of open weights.
 
 Windows with two rotary bases and soft-caps, latent attention, and layers
 without positions: through pages, chunks and decode steps, the tokens are those

@@ -1,4 +1,4 @@
-"""Plans of life two against the arrays, and the compiler, they speak of."""
+"""Plans of serving against real arrays and the compiler."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from tests.helpers import frozen_dirs, tiny_models
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-  """A directory of which the manifest alone is left."""
+  """Returns a frozen directory without its weights."""
   directory = tmp_path_factory.mktemp('plan') / 'tiny'
   frozen_dirs.write(directory)
   shutil.rmtree(directory / 'params')
@@ -42,7 +42,7 @@ def _plan(config=None, **fields):
 
 
 def _large():
-  """A model whose weights take a third of a v5e."""
+  """Returns a model whose weights take a third of a v5e."""
   return frozen_dirs.config(
     vocab_size=32_000,
     num_layers=32,

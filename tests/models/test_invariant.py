@@ -49,22 +49,22 @@ class _Paged:
       self.config, num_pages=_TABLE.size + 1, page_size=_SIZE
     )
 
-  def step(self, decodes, blocks, *, rows=32, num_decodes=1, num_blocks=0):
+  def step(self, decodes, chunks, *, rows=32, num_decodes=1, num_chunks=0):
     """Runs [(sequence, position)] and [(sequence, start, length)]."""
-    num_tokens = num_decodes + num_blocks * rows
+    num_tokens = num_decodes + num_chunks * rows
     tokens_T = np.zeros(num_tokens, np.int32)
     positions_T = np.full(num_tokens, -1, np.int32)
-    tables = np.zeros((num_decodes + num_blocks, _PAGES), np.int32)
+    tables = np.zeros((num_decodes + num_chunks, _PAGES), np.int32)
     for row, (sequence, position) in enumerate(decodes):
       tokens_T[row] = self.tokens[sequence, position]
       positions_T[row] = position
       tables[row] = _TABLE[sequence]
-    for block, (sequence, start, length) in enumerate(blocks):
-      at = num_decodes + block * rows
+    for chunk, (sequence, start, length) in enumerate(chunks):
+      at = num_decodes + chunk * rows
       part = slice(start, start + length)
       tokens_T[at : at + length] = self.tokens[sequence, part]
       positions_T[at : at + length] = range(start, start + length)
-      tables[num_decodes + block] = _TABLE[sequence]
+      tables[num_decodes + chunk] = _TABLE[sequence]
     cache = tuple(
       kv_cache.PagedLayer(pool, tables[:num_decodes], tables[num_decodes:])
       for pool in self.pools
@@ -75,12 +75,12 @@ class _Paged:
     self.pools = tuple(layer.pages for layer in cache)
     return np.asarray(logits_1TV[0])
 
-  def in_blocks(self):
-    """Sequence 0 in blocks of 32: every position's logits."""
+  def in_chunks(self):
+    """Sequence 0 in chunks of 32: every position's logits."""
     self.empty()
     return np.concatenate(
       [
-        self.step([], [(0, start, size)], num_blocks=1)[1 : 1 + size]
+        self.step([], [(0, start, size)], num_chunks=1)[1 : 1 + size]
         for start, size in ((0, 32), (32, 32), (64, 26))
       ]
     )
@@ -88,7 +88,7 @@ class _Paged:
   def alone(self):
     """Sequence 0 by itself, a token at a time behind a prompt of 58."""
     self.empty()
-    first = self.step([], [(0, 0, 58)], rows=64, num_blocks=1)[1:59]
+    first = self.step([], [(0, 0, 58)], rows=64, num_chunks=1)[1:59]
     rest = [self.step([(0, at)], []) for at in range(58, _LENGTH)]
     return np.concatenate([first, *rest])
 
@@ -97,7 +97,7 @@ class _Paged:
     self.empty()
     prompts = [(each, 0, 58) for each in range(7)]
     logits = [
-      self.step([], prompts, rows=64, num_decodes=9, num_blocks=7)[9 : 9 + 58]
+      self.step([], prompts, rows=64, num_decodes=9, num_chunks=7)[9 : 9 + 58]
     ]
     for at in range(58, _LENGTH):
       order = [(row + at) % 7 for row in range(7)]
@@ -106,7 +106,7 @@ class _Paged:
         [(8, 0, 40), (8, 40, 20)],
         rows=40,
         num_decodes=9,
-        num_blocks=2,
+        num_chunks=2,
       )
       logits.append(out[order.index(0)][None])
     return np.concatenate(logits)
@@ -133,7 +133,7 @@ def _logits(kind, is_invariant):
   )
   paged = _Paged(kind, execution)
   full, _ = paged.apply(paged.params, paged.tokens[:1])
-  ways = 'in_blocks', 'alone', 'in_a_crowd', 'dense'
+  ways = 'in_chunks', 'alone', 'in_a_crowd', 'dense'
   return np.asarray(full[0]), {way: getattr(paged, way)() for way in ways}
 
 
@@ -141,15 +141,15 @@ def _logits(kind, is_invariant):
 def test_a_token_has_the_same_bits_in_whatever_company(kind):
   full, ways = _logits(kind, is_invariant=True)
   for way in ways.values():
-    np.testing.assert_array_equal(way, ways['in_blocks'])
+    np.testing.assert_array_equal(way, ways['in_chunks'])
   # The forward of training attends by itself; float32 sums in another order.
-  np.testing.assert_allclose(ways['in_blocks'], full, atol=2e-5)
+  np.testing.assert_allclose(ways['in_chunks'], full, atol=2e-5)
 
 
 def test_without_fixed_shapes_the_bits_do_differ():
   # What the test above would not notice if it could not fail.
   full, ways = _logits('llama', is_invariant=False)
-  differences = [np.abs(way - ways['in_blocks']).max() for way in ways.values()]
+  differences = [np.abs(way - ways['in_chunks']).max() for way in ways.values()]
   assert any(difference > 0 for difference in differences)
   for way in ways.values():
     np.testing.assert_allclose(way, full, atol=2e-5)

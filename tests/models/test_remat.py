@@ -14,7 +14,7 @@ import pytest
 from models import execution, remat, transformer
 from models.linear import plain
 from tests.helpers import tiny_models
-from training.objectives import next_token
+from training.objectives import next_token, port
 
 BATCH = tiny_models.batch(
   batch_size=8, row_length=64, num_segments=2, num_padding=3
@@ -33,7 +33,7 @@ def _parts(policy, scan_layers, dtype):
   init = jax.jit(model.init)
 
   def loss(params):
-    return next_token.next_token(params, BATCH, model.apply)[0]
+    return next_token.NextToken()(params, BATCH, port.Model(model))[0]
 
   shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   return init, jax.jit(jax.value_and_grad(loss)).lower(shapes).compile()

@@ -1,4 +1,4 @@
-"""Experts on a mesh: the same as on one device, whatever the router chooses."""
+"""Experts on a mesh give the results of one device, for any routing."""
 
 import functools
 
@@ -23,7 +23,7 @@ def _mesh(**sizes):
 
 
 def _operands(choice='random', seed=0):
-  """Tokens, ids, gates, kernels, and weights for a loss."""
+  """Returns tokens, ids, gates, kernels, and weights of a loss."""
   rng = np.random.default_rng(seed)
   tokens = ROWS, TIME
   if choice == 'random':
@@ -82,7 +82,7 @@ def _assert_equal(ours, theirs):
   ids=str,
 )
 def test_no_token_is_dropped_and_no_gradient_lost(sizes, choice):
-  """Even if all tokens of the batch want the experts of one device."""
+  """Even if all tokens of the batch choose the experts of one device."""
   operands = _operands(choice)
   with rules.applied(_mesh(**sizes)):
     spread = _run(_spread(**sizes), operands)
@@ -98,7 +98,7 @@ def test_tokens_split_along_rows_and_along_time():
 
 
 def test_stages_side_by_side():
-  """As a pipeline runs them: one array axis, mapped over the mesh's."""
+  """As in a pipeline: stages are an array axis, mapped to the mesh axis."""
   sizes = {'stage': 2, 'data': 1, 'expert': 4}
   stages = [_operands(seed=seed) for seed in range(2)]
   stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *stages)
@@ -113,7 +113,7 @@ def test_stages_side_by_side():
 
 
 def test_a_device_reads_no_kernels_but_its_own():
-  """And gathers no tokens but those of its group."""
+  """A device gathers the tokens of its own group only."""
   mesh = _mesh(data=2, expert=4)
   x_BTD, ids_BTA, gates_BTA, kernels, _ = _operands()
   at = functools.partial(jax.sharding.NamedSharding, mesh)
@@ -166,7 +166,7 @@ def _experiment(model=MODEL, **parallel):
 
 @functools.cache
 def _trajectory(num_devices, **parallel):
-  """What ten steps report, [steps, metrics]."""
+  """Returns the metrics of ten steps, [steps, metrics]."""
   learns = learner.make(_experiment(**parallel), jax.devices()[:num_devices])
   state = learns.init(jax.random.key(0))
   train_step = learns.compile_train_step()

@@ -1,4 +1,4 @@
-"""The pipeline: its schedule, and that it computes what a plain loop does."""
+"""The pipeline: its schedule, its results and its messages."""
 
 import functools
 import re
@@ -40,11 +40,11 @@ def _run(mesh, repeats, num_microbatches, apply_layer, params, *args):
 
 def test_the_schedule_as_a_table():
   """2 stages, 2 repeats, 4 micro-batches: (micro-batch, repeat), - a bubble."""
-  plan = pipeline.schedule(2, 2, 4)
+  schedule = pipeline.make_schedule(2, 2, 4)
   table = [
     [
-      f'{plan.microbatch[t, s]}{"ab"[plan.repeat[t, s]]}'
-      if plan.is_real[t, s]
+      f'{schedule.microbatch[t, s]}{"ab"[schedule.repeat[t, s]]}'
+      if schedule.is_real[t, s]
       else '-'
       for s in range(2)
     ]
@@ -68,12 +68,12 @@ def test_the_schedule_as_a_table():
   [(2, 1, 2), (4, 1, 8), (2, 2, 4), (4, 3, 8), (3, 2, 9)],
 )
 def test_the_schedule_is_that_of_a_ring(num_stages, repeats, num_microbatches):
-  """Played out: a stage takes what its neighbour had, or the next in line."""
-  plan = pipeline.schedule(num_stages, repeats, num_microbatches)
+  """Simulated: a stage takes its neighbour's micro-batch, or a waiting one."""
+  schedule = pipeline.make_schedule(num_stages, repeats, num_microbatches)
   waiting = list(range(num_microbatches))
   held = [None] * num_stages  # (micro-batch, repeat) that each works on
   finished = []
-  for t in range(len(plan.microbatch)):
+  for t in range(len(schedule.microbatch)):
     back = held[-1]
     if back is not None and back[1] == repeats - 1:
       finished.append(back[0])
@@ -84,25 +84,25 @@ def test_the_schedule_is_that_of_a_ring(num_stages, repeats, num_microbatches):
       back = (waiting.pop(0), 0)
     held = [back, *held[:-1]]
     for s, job in enumerate(held):
-      assert plan.is_real[t, s] == (job is not None)
+      assert schedule.is_real[t, s] == (job is not None)
       if job is not None:
-        assert (plan.microbatch[t, s], plan.repeat[t, s]) == job
+        assert (schedule.microbatch[t, s], schedule.repeat[t, s]) == job
   assert [*finished, held[-1][0]] == list(range(num_microbatches))
-  # The bubble's share of the time, as the module's docstring has it.
+  # The share of the bubble, by the formula of the module's docstring.
   bubble = num_stages - 1
-  assert np.mean(~plan.is_real) == pytest.approx(
+  assert np.mean(~schedule.is_real) == pytest.approx(
     bubble / (num_microbatches * repeats + bubble)
   )
 
 
-# What is computed.
+# Results against a plain loop over the layers.
 
 
 @pytest.mark.parametrize(
   ('num_stages', 'repeats'), [(2, 1), (4, 1), (2, 2), (4, 2), (2, 4)]
 )
 def test_every_microbatch_visits_every_layer_in_order(num_stages, repeats):
-  """Each layer writes its number down as the next digit."""
+  """Each layer appends its number to x as a decimal digit."""
 
   def write_down(params, x_BTD, shared, key):
     del shared, key
@@ -123,7 +123,7 @@ def test_every_microbatch_visits_every_layer_in_order(num_stages, repeats):
 
 
 def _mlp_layer(params, x_BTD, shared, key):
-  """A residual layer whose sums have a gradient too."""
+  """A residual layer; its sums have a gradient, too."""
   del key
   offsets_BT, nothing = shared
   assert nothing is None
@@ -179,7 +179,7 @@ def test_outputs_sums_and_gradients_are_a_plain_loops(
   found = jax.jit(functools.partial(grad, run))(*inputs)
   (_, (_, sums)), _ = found
   assert sums['load'].shape == (NUM_LAYERS, HIDDEN)
-  # A layer sees each micro-batch once, whatever a bubble has passed through it.
+  # A layer counts each micro-batch once: work of bubbles is not added.
   rows_per_microbatch = 16 // num_microbatches
   np.testing.assert_array_equal(
     sums['count'], NUM_LAYERS * [num_microbatches * rows_per_microbatch]
@@ -190,7 +190,7 @@ def test_outputs_sums_and_gradients_are_a_plain_loops(
 
 
 def test_bubbles_never_make_a_gradient_infinite():
-  """A norm without epsilon has no derivative where there is nothing."""
+  """A norm without epsilon has no derivative at zero."""
 
   def normalise(params, x_BTD, shared, key):
     del shared, key
@@ -235,7 +235,7 @@ def test_keys_belong_to_microbatch_and_layer_not_to_the_schedule():
 
 
 def test_a_port_that_spells_out_devices_runs_inside_a_stage():
-  """As attention kernels and experts do: shard_map, 'stage' unmentioned."""
+  """As attention kernels and experts: shard_map specs that omit 'stage'."""
   mesh = _mesh(stage=2, data=2, tensor=2)
   spec = jax.sharding.PartitionSpec
 
@@ -265,7 +265,7 @@ def test_a_port_that_spells_out_devices_runs_inside_a_stage():
   )
 
 
-# What is sent.
+# Messages between devices.
 
 
 def _collectives(run, mesh, params, x_BTD, offsets_BT):
@@ -316,11 +316,14 @@ def test_weights_stay_where_they_are_and_activations_travel(repeats):
 def test_what_does_not_divide_is_refused():
   mesh = _mesh(stage=4)
   with pytest.raises(
-    ValueError, match='num_microbatches: got 6, expected a multiple of the 4'
+    ValueError,
+    match='stage_microbatches: got 6, expected a multiple of .*stage = 4',
   ):
     pipeline.make_run_layers(mesh, repeats=1, num_microbatches=6)
   params, x_BTD, offsets_BT = _mlp_inputs(rows=6)
-  with pytest.raises(ValueError, match='rows: got 6, expected a multiple of 4'):
+  with pytest.raises(
+    ValueError, match='rows: got 6, expected a multiple of .* = 4'
+  ):
     _run(mesh, 1, 4, _mlp_layer, params, x_BTD, (offsets_BT, None), None)
 
 
@@ -333,7 +336,7 @@ def test_what_does_not_divide_is_refused():
     ),
     (
       {'stage': 4, 'stage_microbatches': 6},
-      'stage_microbatches: got 6, expected a multiple of stage = 4',
+      'stage_microbatches: got 6, expected a multiple of parallel.stage = 4',
     ),
     ({'stage': 2, 'context': 2}, 'got stage = 2 and context = 2, expected one'),
     ({'stage': 2, 'kind': 'pmap'}, 'got pmap with stage = 2, expected 1'),

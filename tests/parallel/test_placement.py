@@ -1,4 +1,4 @@
-"""Meshes, rules and pmap; what they compute is tests/training/test_step.py."""
+"""Meshes, rules and pmap; tests/training/test_step.py has their results."""
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ def test_a_mesh_uses_every_device():
   ('config', 'message'),
   [
     (Config(kind='ring'), "got 'ring', expected one of mesh, pmap"),
-    (Config(fsdp=0), 'parallel.fsdp: got 0, expected a positive number'),
-    (Config(data=-2), 'parallel.data: got -2, expected a positive number'),
+    (Config(fsdp=0), 'parallel.fsdp: got 0, expected at least 1'),
+    (Config(data=-2), 'parallel.data: got -2, expected at least 1; set -1 for'),
     (Config(kind='pmap', fsdp=2), 'got pmap with fsdp = 2'),
   ],
 )
@@ -59,7 +59,8 @@ def test_rules_split_matrices_and_refuse_what_does_not_divide():
   assert found['scale'].shard_shape((5,)) == (5,)
   with pytest.raises(
     ValueError,
-    match='axis embed of size 6, expected a multiple of 4, the size of mesh',
+    match=r"axis embed of \['kernel'\]: got 6, expected a multiple of"
+    ' parallel.fsdp = 4; change the model or parallel.fsdp',
   ):
     rules.shardings(
       mesh,

@@ -1,11 +1,12 @@
-"""Who the processes are, found out from environments that launchers leave.
+"""Detection of the processes of a run from the environments of launchers.
 
-Real ones are started by tests/training/test_several_processes.py.
+tests/training/test_several_processes.py starts real processes.
 """
 
 import socket
 
 import jax
+from jax._src.clusters import cloud_tpu_cluster, cluster
 import numpy as np
 import pytest
 
@@ -37,7 +38,9 @@ OPEN_MPI_4 = {
   'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1:34911',
   'OMPI_COMM_WORLD_SIZE': '2',
   'OMPI_COMM_WORLD_RANK': '1',
+  'OMPI_COMM_WORLD_LOCAL_RANK': '0',
 }
+TPU_POD = {'TPU_WORKER_HOSTNAMES': '10.0.0.1,10.0.0.2', 'TPU_WORKER_ID': '1'}
 OPEN_MPI_5 = {
   'JAX_COORDINATOR_ADDRESS': '[fe80::1]:1234',
   'OMPI_COMM_WORLD_SIZE': '2',
@@ -115,8 +118,8 @@ OPEN_MPI_5 = {
       id='tpu_host',
     ),
     pytest.param(
-      {'TPU_WORKER_HOSTNAMES': '10.0.0.1,10.0.0.2', 'TPU_WORKER_ID': '1'},
-      Cluster(method='tpu'),
+      TPU_POD,
+      Cluster(method=None),
       id='tpu_pod',
     ),
     pytest.param(
@@ -124,13 +127,45 @@ OPEN_MPI_5 = {
         'TPU_WORKER_HOSTNAMES': '10.0.0.1',
         'MEGASCALE_COORDINATOR_ADDRESS': '10.0.0.1',
       },
-      Cluster(method='tpu'),
+      Cluster(method=None),
       id='tpu_slices_of_one_host',
     ),
   ],
 )
 def test_what_launchers_leave_is_understood(environ, expected):
   assert processes.detect(environ) == expected
+
+
+@pytest.mark.parametrize(
+  ('environ', 'host', 'count', 'index', 'devices'),
+  [
+    pytest.param(SLURM, 'node001', 4, 2, [0], id='srun'),
+    pytest.param(OPEN_MPI_4, '10.96.0.1', 2, 1, [0], id='mpirun_4'),
+    pytest.param(TPU_POD, '10.0.0.1', 2, 1, None, id='tpu_pod'),
+  ],
+)
+def test_jax_finds_the_rest_by_the_method_that_is_named(
+  monkeypatch, environ, host, count, index, devices
+):
+  """The values that `start` leaves to jax, without starting a cluster."""
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(
+    cloud_tpu_cluster, 'running_in_cloud_tpu_vm', environ is TPU_POD
+  )
+  monkeypatch.setattr(cluster, 'running_in_cloud_tpu_vm', environ is TPU_POD)
+  # jax would ask a metadata server for variables that are not set.
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  for name in ('COORDINATOR_ADDRESS', 'NUM_SLICES', 'SLICE_ID'):
+    monkeypatch.setenv(f'MEGASCALE_{name}', '')
+  found = processes.detect(environ)
+  assert found is not None
+  address, *rest = cluster.ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, found.method, 1
+  )
+  assert address is not None
+  assert address.rpartition(':')[0] == host
+  assert rest == [count, index, devices]
 
 
 def test_flags_come_first():
@@ -146,7 +181,7 @@ def test_flags_come_first():
     (
       {},
       {'num_processes': 2, 'process_id': 0},
-      'got --num_processes=2, --process_id=0, expected --coordinator besides;'
+      'got --num_processes=2, --process_id=0, expected --coordinator as well;'
       ' give all three or none',
     ),
     (
@@ -173,14 +208,14 @@ def test_flags_come_first():
     (
       {},
       {'coordinator': 'auto', 'num_processes': 2},
-      '--coordinator=auto: got --num_processes or --process_id besides,'
+      '--coordinator=auto: got --num_processes or --process_id as well,'
       ' expected neither',
     ),
     (
       {'NUM_PROCESSES': '4', 'JOB_COMPLETION_INDEX': '1'},
       {},
       'got NUM_PROCESSES=4, JOB_COMPLETION_INDEX=1, expected'
-      ' JAX_COORDINATOR_ADDRESS besides',
+      ' JAX_COORDINATOR_ADDRESS as well',
     ),
     (
       {**KUBERNETES, 'NUM_PROCESSES': 'four'},
@@ -200,13 +235,13 @@ def test_flags_come_first():
     (
       {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'a'},
       {},
-      'MASTER_PORT: got nothing beside WORLD_SIZE or RANK, expected the',
+      'MASTER_PORT: got no value with WORLD_SIZE or RANK set, expected the',
     ),
     (
       {'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '1'},
       {},
       'got OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_RANK=1, expected'
-      ' JAX_COORDINATOR_ADDRESS besides',
+      ' JAX_COORDINATOR_ADDRESS as well',
     ),
   ],
 )

@@ -19,7 +19,7 @@ MESHES = (
 )
 BATCH, TIME, WIDTH, VOCAB = 8, 16, 12, 64
 CHUNKS = 4
-# With every term that a loss may have.
+# A form with every term that a loss may have.
 TERMS = {'softcap': 3.0, 'z_weight': 0.1}
 FORM = cross_entropy.LossForm(dtype=jnp.dtype(jnp.float32), **TERMS)
 
@@ -41,13 +41,13 @@ def _inputs():
 
 
 def _several_chunks(monkeypatch, mesh):
-  """Makes each device cut its share into CHUNKS."""
+  """Makes each device cut its tokens into CHUNKS."""
   chunk_logits = BATCH * TIME * VOCAB // mesh.size // CHUNKS
   monkeypatch.setattr(cross_entropy, 'MAX_CHUNK_LOGITS', chunk_logits)
 
 
 def _compiled(mesh, nll):
-  """Returns a jitted gradient of 3 * loss and its arguments, laid out."""
+  """Returns a jitted gradient of 3 * loss and its placed arguments."""
   shardings = [
     jax.NamedSharding(mesh, spec)
     for spec in (
@@ -72,7 +72,7 @@ def _compiled(mesh, nll):
 
 @functools.cache
 def _expected():
-  """The sums of one device in one chunk, and the gradients of 3 * loss."""
+  """Returns sums of one device in one chunk, and gradients of 3 * loss."""
 
   def loss(hidden_BTD, head_VD, targets_BT, weights_BT):
     sums = cross_entropy.weighted_nll(
@@ -106,7 +106,7 @@ def test_the_split_loss_is_the_loss(sizes, monkeypatch):
 
 
 def _collectives(text):
-  """Returns (kind, shapes, whether in a loop's body) of each in an HLO text."""
+  """Returns (kind, shapes, is in a loop's body) of each collective."""
   found = []
   for line in text.splitlines():
     match = re.search(r'= (.*?) (all-\w+|reduce-scatter)(?:-start)?\(', line)
@@ -116,7 +116,7 @@ def _collectives(text):
 
 
 def _of_head(mesh, collectives):
-  """Those whose result is as large as a device's part of the vocabulary."""
+  """Returns sums whose result has a device's part of the vocabulary."""
   rows = VOCAB // mesh.shape['tensor']
   shape = re.compile(rf'\[({rows},\d+|\d+,{rows})\]')
   return [c for c in collectives if c[0] != 'all-gather' and shape.search(c[1])]

@@ -1,4 +1,4 @@
-"""How a circular pipeline holds its layers, and that checkpoints never tell."""
+"""The layer layout of a circular pipeline; checkpoints do not depend on it."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_only_stacked_leaves_are_folded():
     'kernel': (None, *AXES['kernel']),
     'scale': (None, *AXES['scale']),
   }
-  # Layer 5 is the second of the second time round.
+  # Layer 5 is the second layer of the second repeat.
   np.testing.assert_array_equal(folded['kernel'][1, 1], tree['kernel'][5])
   jax.tree.map(np.testing.assert_array_equal, fold.unfold(folded), tree)
 
@@ -63,11 +63,11 @@ def _placed(num_devices, **parallel):
 
 @pytest.mark.parametrize('repeats', [1, 2, 4])
 def test_a_whole_state_does_not_tell_how_it_was_placed(repeats):
-  """What one layout saves, any other goes on from."""
+  """A checkpoint of one layout is restored by any other."""
   expected = jax.jit(_init)(jax.random.key(3))
   circular = _placed(8, stage=2, data=4, stage_repeats=repeats)
   state = circular.init(_init, jax.random.key(3))
-  # A stage holds its share of every round: layers that are not neighbours.
+  # A stage holds layers of every repeat, which are not neighbours.
   held = state['kernel'].sharding.shard_shape(state['kernel'].shape)
   assert held == ((repeats,) * (repeats > 1) + (4 // repeats, 4, 6))
   whole = circular.whole(state)
@@ -90,6 +90,6 @@ def test_a_whole_state_does_not_tell_how_it_was_placed(repeats):
 def test_layers_that_do_not_divide_by_the_stages_are_refused():
   with pytest.raises(
     ValueError,
-    match='kernel.*: got axis layers of size 8, expected a multiple of 3',
+    match='axis layers of .*kernel.*: got 8, expected a multiple of .* = 3',
   ):
     _placed(3, stage=3)

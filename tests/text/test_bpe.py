@@ -1,4 +1,4 @@
-"""Training, and what a tokenizer file must be to be accepted."""
+"""BPE: training, and saved tokenizers that are refused."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def test_no_texts_give_the_bytes():
 @pytest.mark.parametrize('vocab_size', [0, 258])
 def test_vocabulary_too_small(vocab_size):
   with pytest.raises(
-    ValueError, match=f'got vocab_size {vocab_size}, expected at least 259'
+    ValueError, match=f'vocab_size: got {vocab_size}, expected at least 259'
   ):
     bpe.train(TEXTS, vocab_size)
 
@@ -69,6 +69,25 @@ def test_training_is_deterministic_across_processes(tmp_path):
     for name in ('here', 'there')
   )
   assert here == there
+
+
+def test_saved_files_and_ids_are_what_they_were(tmp_path):
+  """Golden values: saved tokenizers, and token stores, outlive the code."""
+  tok = bpe.train(TEXTS, 275)
+  tok.save(tmp_path)
+  assert (tmp_path / 'tokenizer_config.json').read_text() == (
+    '{"kind": "bpe", "special_tokens":'
+    ' {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}}'
+  )
+  path = tmp_path / 'tokenizer.json'
+  saved = path.read_bytes()
+  tokenizers.Tokenizer.from_file(str(path)).save(str(path))
+  assert path.read_bytes() == saved
+  for same in (tok, tokenizer.load(tmp_path)):
+    assert same.kind == 'bpe'
+    assert same.encode('the café sat<|eos|>') == [
+      260, 71, 223, 69, 67, 72, 271, 266, 30, 94, 71, 81, 85, 94, 32
+    ]  # fmt: skip
 
 
 def test_decodes_like_the_library_that_trained_it(tmp_path):
@@ -90,7 +109,7 @@ def test_truncated_file(tmp_path):
   bpe.train(TEXTS, 275).save(tmp_path)
   path = tmp_path / 'tokenizer.json'
   path.write_text(path.read_text()[:-100])
-  with pytest.raises(ValueError, match='is not a tokenizer'):
+  with pytest.raises(ValueError, match=r'tokenizer\.json is not JSON'):
     tokenizer.load(tmp_path)
 
 
@@ -99,8 +118,16 @@ def test_missing_special_token(tmp_path, special):
   bpe.train(TEXTS, 275).save(tmp_path)
   config = {'kind': 'bpe', 'special_tokens': special}
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-  with pytest.raises(ValueError, match='the bos token .* not in the vocab'):
+  with pytest.raises(
+    ValueError, match='got .* for the bos token, expected a spec'
+  ):
     tokenizer.load(tmp_path)
+
+
+def _saved(directory, model):
+  """Replaces the saved model by another one, and loads it."""
+  model.save(str(directory / 'tokenizer.json'))
+  return tokenizer.load(directory)
 
 
 def _library_model(tmp_path, change):
@@ -122,20 +149,21 @@ def _add_prefix_space(model):
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path, change):
   model = _library_model(tmp_path, change)
   with pytest.raises(ValueError, match='expected a byte-level BPE without'):
-    bpe.BpeTokenizer(model, bpe.SPECIAL_TOKENS)
+    _saved(tmp_path, model)
 
 
-def test_a_tokenizer_of_words_is_refused():
+def test_a_tokenizer_of_words_is_refused(tmp_path):
+  bpe.train(TEXTS, 275).save(tmp_path)
   vocab = {'<|bos|>': 0, '<|eos|>': 1, '<|pad|>': 2, '日本': 3}
   model = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<|pad|>'))
   model.add_special_tokens(list(bpe.SPECIAL_TOKENS.values()))
-  with pytest.raises(ValueError, match='not made of byte characters'):
-    bpe.BpeTokenizer(model, bpe.SPECIAL_TOKENS)
+  with pytest.raises(ValueError, match='expected a byte-level BPE without'):
+    _saved(tmp_path, model)
 
 
 def test_added_ordinary_token_keeps_its_text(tmp_path):
   model = _library_model(tmp_path, lambda m: m.add_tokens(['日本']))
-  tok = bpe.BpeTokenizer(model, bpe.SPECIAL_TOKENS)
+  tok = _saved(tmp_path, model)
   token_id = model.token_to_id('日本')
   assert token_id == tok.vocab_size - 1
   assert token_id in tok.encode('a日本b')

@@ -1,4 +1,4 @@
-"""Chat templates render as the ecosystem's do, and their failures are told."""
+"""Chat templates: rendering as in transformers, and errors."""
 
 import datetime
 
@@ -129,23 +129,6 @@ def test_special_tokens_are_found_where_the_template_wrote_them():
   )
   assert found.text == '<s>a</s><s</s></s>'
   assert found.specials == [(0, 3), (10, 14), (14, 18)]
-
-
-@pytest.mark.parametrize(
-  ('tools', 'expected'), [(None, 'plain'), ([], 'tools'), ([{}], 'tools')]
-)
-def test_the_template_for_tools(tools, expected):
-  templates = {'default': 'plain', 'tool_use': 'tools'}
-  assert chat.choose_template(templates, tools) == expected
-  assert chat.choose_template({'default': 'plain'}, tools) == 'plain'
-
-
-@pytest.mark.parametrize(
-  ('templates', 'got'), [({}, 'nothing'), ({'rag': 'x', 'b': 'y'}, 'b, rag')]
-)
-def test_no_template_for_a_conversation(templates, got):
-  with pytest.raises(ValueError, match=f'chat templates for {got}, expected'):
-    chat.choose_template(templates)
 
 
 def test_a_message_without_content_and_keys_without_values():

@@ -100,7 +100,7 @@ def _theirs(family: str):
 
 
 def _encode(family, **fields) -> chat.Encoded:
-  template = chat.choose_template(_ours(family).chat_templates())
+  template = _ours(family).chat_templates()['default']
   return chat.encode(_ours(family), template, chat.Conversation(**fields))
 
 

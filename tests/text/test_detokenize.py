@@ -1,4 +1,4 @@
-"""Streaming: pieces join to the whole, and no piece holds half a character."""
+"""Streaming: outputs join to the whole text and have whole characters only."""
 
 import hypothesis
 from hypothesis import strategies as st

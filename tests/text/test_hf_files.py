@@ -1,4 +1,4 @@
-"""Directories as they are found: older forms, contradictions, damage."""
+"""Tokenizer directories: older forms, contradictions and damage."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Decoders: token by token, each gives what the library gives for a whole."""
+"""Decoders: token by token, the text equals that of the library."""
 
 import json
 
@@ -44,7 +44,7 @@ DECODERS = {
 
 
 def _entry(decoder):
-  """Returns the decoder as `tokenizer.json` has it, and how it decodes."""
+  """Returns the decoder's entry in `tokenizer.json`, and its function."""
   model = tokenizers.Tokenizer(
     models.WordLevel({t: i for i, t in enumerate(TOKENS)}, 'a')
   )

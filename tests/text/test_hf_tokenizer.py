@@ -26,7 +26,7 @@ FORGEABLE = ('unigram', 'unigram_bytes', 'wordpiece')
 
 @functools.cache
 def _directory(family: str) -> pathlib.Path:
-  """Returns a directory as Hugging Face has it, that lives as long as this."""
+  """Returns a Hugging Face directory that exists until the tests end."""
   root = tempfile.TemporaryDirectory()
   _ROOTS.append(root)
   return hf_files.FAMILIES[family](root.name)
@@ -163,7 +163,7 @@ def _is_valid(run: list[str]) -> bool:
 
 
 def _has_broken_bytes(model: tokenizers.Tokenizer, ids: list[int]) -> bool:
-  """Whether a run of byte tokens is not UTF-8: where we differ on purpose."""
+  """Whether a run of byte tokens is not UTF-8: we differ there on purpose."""
   run: list[str] = []
   special = {
     i for i, t in model.get_added_tokens_decoder().items() if t.special

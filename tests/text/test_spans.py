@@ -1,4 +1,4 @@
-"""Ranges of a text that are not text."""
+"""Spans: ranges of a text that are special tokens."""
 
 import pytest
 
@@ -20,20 +20,3 @@ from text import spans
 )
 def test_overlaps(offsets, ranges, expected):
   assert spans.overlaps(offsets, ranges) == list(map(bool, expected))
-
-
-def test_encode_puts_special_tokens_between_texts():
-  def encode_text(text):
-    return spans.Encoded(
-      [ord(char) for char in text], [(i, i + 1) for i in range(len(text))]
-    )
-
-  ids, offsets = spans.encode(
-    '<a><b>xy<a>z',
-    [(0, 3), (8, 11)],
-    special_tokens={'<a>': 1, '<b>': 2},
-    encode_text=encode_text,
-  )
-  assert ids == [1, *map(ord, '<b>xy'), 1, ord('z')]
-  assert offsets[0] == (0, 3)
-  assert offsets[6:] == [(8, 11), (11, 12)]

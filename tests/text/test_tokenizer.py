@@ -1,6 +1,6 @@
-"""One battery over every tokenizer, and what only the byte tokenizer promises.
+"""Tests of every kind of tokenizer, and of the byte tokenizer alone.
 
-The BPE tokenizer of the battery is trained on this repository's own prose.
+The BPE tokenizer here is trained on this repository's own prose.
 """
 
 import json

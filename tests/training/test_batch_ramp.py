@@ -180,7 +180,8 @@ def test_every_size_of_a_ramp_has_to_fit_the_devices(corpus, tmp_path):
     learner_lib.make(experiment, jax.devices()[:8])
   changed = dataclasses.replace(experiment, num_microbatches=8)
   with pytest.raises(
-    ValueError, match='got 8, expected a divisor of the 4 rows of data.batch_ra'
+    ValueError,
+    match='got 8, expected a divisor of a size of data.batch_ramp = 4',
   ):
     changed.validate()
 

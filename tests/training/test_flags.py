@@ -8,6 +8,7 @@ from ml_collections import config_flags
 import pytest
 
 from training import flags as flags_lib
+from training.objectives import next_token
 from training.optimizer import rules
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,9 +66,28 @@ def test_fields_have_the_types_of_their_values(monkeypatch):
   )
 
 
+def test_a_field_of_the_objective_is_set(monkeypatch):
+  config = _parse(monkeypatch, '--config.objective.z_loss_weight=1e-4')
+  assert config.objective == next_token.NextToken(z_loss_weight=1e-4)
+
+
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
+    (
+      ['--config.objective=next_token'],
+      '--config.objective: got a value, expected none: it is chosen in the file'
+      ' of an experiment',
+    ),
+    (
+      ['--config.objective.beta=1'],
+      "--config.objective.beta: got the unknown field 'beta', expected one of"
+      ' z_loss_weight',
+    ),
+    (
+      ['--config.z_loss_weight=1e-4'],
+      "got the unknown field 'z_loss_weight', expected one of name, model",
+    ),
     (
       [f'{RULE}=sgd'],
       f"{RULE}: got 'sgd', expected one of adamw, muon, adafactor, lion,",

@@ -57,16 +57,16 @@ def test_split_rows_are_attended_to_as_asked(kind, collective):
   [
     (
       {'parallel': {'context': 2}, 'dropout_rate': 0.1},
-      'model.dropout_rate: got 0.1 with parallel.context = 2, expected 0',
+      'parallel.context_attention = ring: got dropout of attention weights',
     ),
     (
       {'parallel': {'context': 2, 'tensor': 4}, 'num_heads': 6},
-      'parallel.tensor: got 4 with parallel.context > 1 and model.num_heads,'
-      ' num_kv_heads = 6, 2, expected',
+      'got model.num_heads = 6 with num_kv_heads = 2 and parallel.tensor = 4,'
+      ' expected a multiple of both, hence of 4',
     ),
     (
       {'parallel': {'context': 4}, 'row_length': 12},
-      'data.row_length: got 12, expected a multiple of 2 x parallel.context',
+      'got data.row_length = 12, expected a multiple of 2 x parallel.context',
     ),
     (
       {'parallel': {'stage': 2}, 'row_length': 15},

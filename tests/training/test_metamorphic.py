@@ -25,6 +25,7 @@ from models import cross_entropy, layout
 from parallel import parallel_config
 from tests.helpers import tiny_models
 from training import experiment, learner as learner_lib, state as state_lib
+from training.objectives import next_token
 from training.optimizer import chain
 
 NUM_STEPS = 12
@@ -126,7 +127,9 @@ def _experiment(model, *, parallel=None, remat='none', microbatches=1):
     execution=experiment.ExecutionConfig(remat=remat),
     num_steps=NUM_STEPS,
     num_microbatches=microbatches,
-    z_loss_weight=0.01 if model == STABLE else 0.0,
+    objective=next_token.NextToken(
+      z_loss_weight=0.01 if model == STABLE else 0.0
+    ),
   )
 
 

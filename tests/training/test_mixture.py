@@ -15,7 +15,7 @@ from models import transformer
 from tests.helpers import tiny_models
 from training import state, step
 from training.evaluation import validation
-from training.objectives import next_token
+from training.objectives import next_token, port
 from training.optimizer import chain
 
 
@@ -39,7 +39,7 @@ def test_golden_step():
     jax.random.key(0)
   )
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer)
+    step.make_train_step(model, next_token.NextToken(), optimizer)
   )
   for index in range(2):
     batch = tiny_models.batch(seed=index, num_segments=2, num_padding=3)
@@ -61,7 +61,9 @@ def test_the_loss_is_what_is_predicted_and_what_each_layers_router_adds():
   model, params = _model(balance_loss_weight=0.5, router_z_weight=0.25)
   batch = tiny_models.batch(num_padding=3)
   loss, sums = jax.jit(
-    lambda params, batch: next_token.next_token(params, batch, model.apply)
+    lambda params, batch: next_token.NextToken()(
+      params, batch, port.Model(model)
+    )
   )(params, batch)
   # Two layers, of which the average is reported.
   added = 2 * (0.5 * sums['balance_loss'] + 0.25 * sums['router_z_loss'])
@@ -81,7 +83,7 @@ def test_the_loss_is_what_is_predicted_and_what_each_layers_router_adds():
 def test_evaluation_reports_what_is_predicted_alone():
   model, params = _model(balance_loss_weight=0.5, router_z_weight=0.25)
   batch = tiny_models.batch(num_padding=3)
-  eval_step = jax.jit(step.make_eval_step(model, next_token.next_token))
+  eval_step = jax.jit(step.make_eval_step(model, next_token.NextToken()))
   result = validation.evaluate(
     eval_step,
     params,
@@ -95,8 +97,8 @@ def test_evaluation_reports_what_is_predicted_alone():
 
 
 def test_counts_are_reported_by_how_even_they_are():
-  def objective(params, batch, apply):
-    del apply
+  def objective(params, batch, model):
+    del model
     loss = jnp.sum(params['w'] * batch['x'])
     return loss, {'weight': jnp.array(4.0), 'load': batch['load']}
 

@@ -20,7 +20,7 @@ import pytest
 
 from models import mup, transformer
 from tests.helpers import tiny_models
-from training.objectives import next_token
+from training.objectives import next_token, port
 
 WIDTHS = 64, 128, 256
 NUM_STEPS = 4
@@ -78,7 +78,7 @@ def _movement(config, seed):
   batch = tiny_models.batch(batch_size=8, row_length=16)
 
   def loss(params):
-    total, sums = next_token.next_token(params, batch, model.apply)
+    total, sums = next_token.NextToken()(params, batch, port.Model(model))
     return total / sums['weight']
 
   params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))

@@ -406,6 +406,6 @@ def test_flags_that_name_half_a_cluster_are_refused(tmp_path):
   assert result.returncode == 1
   assert result.stderr.strip() == (
     'error: several processes: got --num_processes=2, expected --coordinator,'
-    ' --process_id besides; give all three or none'
+    ' --process_id as well; give all three or none'
   )
   assert not (tmp_path / 'run').exists()

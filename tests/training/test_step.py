@@ -68,7 +68,7 @@ def _losses(
   train_step = placement.compile_train(
     lambda all_sum, shard_key: step.make_train_step(
       model,
-      next_token.next_token,
+      next_token.NextToken(),
       optimizer,
       num_microbatches=microbatches,
       all_sum=all_sum,
@@ -114,7 +114,7 @@ def test_scanned_and_unrolled_layers_train_the_same():
     params=params, opt_state=_optimizer(scanned).init(params)
   )
   steps = [
-    jax.jit(step.make_train_step(m, next_token.next_token, _optimizer(m)))
+    jax.jit(step.make_train_step(m, next_token.NextToken(), _optimizer(m)))
     for m in (model, scanned)
   ]
   for index in range(5):
@@ -141,7 +141,7 @@ def test_accumulation_weighs_tokens_not_micro_batches():
   results = [
     jax.jit(
       step.make_train_step(
-        model, next_token.next_token, optimizer, num_microbatches=n
+        model, next_token.NextToken(), optimizer, num_microbatches=n
       )
     )(state, batch)
     for n in (1, 4)
@@ -175,7 +175,7 @@ def test_golden_step(make, loss, grad_norm):
   optimizer = _optimizer(model)
   state = _init(model, optimizer)
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer)
+    step.make_train_step(model, next_token.NextToken(), optimizer)
   )
   for index in range(2):
     batch = tiny_models.batch(seed=index, num_segments=2, num_padding=3)
@@ -192,7 +192,7 @@ def test_the_state_is_donated_and_the_key_kept():
   state = _init(model, optimizer)
   kept_key = np.array(jax.random.key_data(state.key))
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer),
+    step.make_train_step(model, next_token.NextToken(), optimizer),
     donate_argnums=0,
   )
   new_state, _ = train_step(state, tiny_models.batch())
@@ -208,7 +208,7 @@ def test_dropout_differs_between_steps_and_not_between_runs():
   optimizer = optax.sgd(0.0)  # the params stay: only the key changes
   state = _init(model, optimizer)
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer)
+    step.make_train_step(model, next_token.NextToken(), optimizer)
   )
   first_state, first = train_step(state, tiny_models.batch())
   _, again = train_step(state, tiny_models.batch())
@@ -224,7 +224,7 @@ def test_a_batch_of_padding_changes_nothing_but_the_step():
   batch = tiny_models.batch()
   batch['weights'] = np.zeros_like(batch['weights'])
   new_state, metrics = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer)
+    step.make_train_step(model, next_token.NextToken(), optimizer)
   )(state, batch)
   assert metrics['loss'] == 0.0
   jax.tree.map(np.testing.assert_array_equal, new_state.params, state.params)
@@ -234,7 +234,7 @@ def test_evaluation_sums_what_training_averages():
   model = transformer.Transformer(tiny_models.llama_like(num_layers=1))
   params = _init(model, optax.sgd(1.0)).params
   batch = tiny_models.batch(num_padding=4)
-  sums = jax.jit(step.make_eval_step(model, next_token.next_token))(
+  sums = jax.jit(step.make_eval_step(model, next_token.NextToken()))(
     params, batch
   )
   assert sums['weight'] == 8 * 12

@@ -397,7 +397,7 @@ def _items(state: state_lib.TrainState) -> dict[str, Any]:
   return {
     name: tree
     for name, tree in fields.items()
-    if name not in ('step', 'key') and tree is not None
+    if name not in ('step', 'key', 'frozen_params') and tree is not None
   }
 
 

@@ -8,20 +8,12 @@ float32, as every run.
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from frozen import format as frozen_format, manifest as manifest_lib
 from models import layout, model_config
-from training import (
-  experiment as experiment_lib,
-  learner as learner_lib,
-  state as state_lib,
-)
+from training import experiment as experiment_lib, frozen_models
 
 # Model fields that may differ. They matter in training only, or change the
 # layout of the parameters, not what the weights compute.
@@ -57,11 +49,12 @@ def model_of(directory: str) -> model_config.ModelConfig:
 
 
 def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
-  """Returns the digests of the weights that a run starts from, by role."""
-  if not experiment.init_from:
-    return {}
-  manifest = manifest_lib.read(pathlib.Path(experiment.init_from))
-  return {'init_from': manifest.weights_digest}
+  """Returns the digests of the weights that a run begins with, by role."""
+  digests = frozen_models.lineage(experiment.objective)
+  if experiment.init_from:
+    manifest = manifest_lib.read(pathlib.Path(experiment.init_from))
+    digests['init_from'] = manifest.weights_digest
+  return digests
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:
@@ -97,34 +90,3 @@ def read(experiment: experiment_lib.Experiment) -> Any:
   if experiment.model.scan_layers:
     params, _ = layout.stack(params, config)
   return params
-
-
-def start(
-  learner: learner_lib.Learner, key: jax.Array, params: Any
-) -> state_lib.TrainState:
-  """Returns the placed state before the first step, with these parameters.
-
-  Args:
-    learner: of the run.
-    key: of the run, see `Learner.init`.
-    params: variables of the model, of any float dtype.
-  """
-  abstract = learner.placement.abstract_whole()
-  # As float32, and only its own part to each device.
-  placed = jax.tree.map(
-    lambda x, like: jax.device_put(
-      np.asarray(x).astype(like.dtype), like.sharding
-    ),
-    params,
-    abstract.params,
-  )
-  init = jax.jit(
-    functools.partial(
-      state_lib.init_with,
-      learner.optimizer,
-      has_average=learner.experiment.ema_decay > 0,
-    ),
-    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    donate_argnums=1,
-  )
-  return learner.placement.restored(init(key, placed))

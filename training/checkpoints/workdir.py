@@ -174,7 +174,7 @@ def record(
   """
   new = _describe(experiment)
   if lineage is None:
-    lineage = _recorded_lineage(workdir)
+    lineage = recorded_lineage(workdir)
   new['lineage'] = dict(lineage)
   if len(phases) > 1:
     for i, source in enumerate(new['data_mix']):
@@ -237,7 +237,8 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
   return bool(seals.steps(root) or seals.set_aside(root))
 
 
-def _recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
+def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
+  """Returns the digests that the run began with, by role."""
   try:
     return run_record.read(workdir)['lineage']
   except (OSError, ValueError, KeyError, TypeError):

@@ -1,16 +1,16 @@
-"""Says where a step first turned NaN or infinite.
+"""The first tensor of a step that turned NaN or infinite, found by replay.
 
-That a loss is not finite is found out some steps later, when it is fetched, and
-the state it came from is long gone: donated, and overwritten. But a run can be
-taken again bit for bit from any checkpoint. So the last one is restored, the
-steps up to the failing one are taken again, and that one is taken by
-`training/diagnosis/tensor_checks.py`, which looks at every tensor: of the
-layers, the loss, the backward pass and the optimizer's update, in this order.
-It is the step itself that is looked at, on the same devices and with the same
-dropout; nothing of this costs anything while all is well.
+A non-finite loss is noticed some steps later, when it is fetched. By then its
+state is gone: donated and overwritten. But every step of a run can be repeated
+bit for bit from a checkpoint. So the last checkpoint is restored, the steps up
+to the failing one are repeated, and the failing one is taken by
+`training/diagnosis/tensor_checks.py`. It looks at every tensor, in this order:
+of the layers, the loss, the backward pass and the optimizer's update. It looks
+at the step itself, on the same devices and with the same dropout. Healthy runs
+pay nothing for this.
 
-Results that are not finite in a healthy step either, such as masks of -inf, are
-known from the step before, and left out.
+Some tensors are not finite in healthy steps either, such as masks of -inf. They
+are found in the step before and left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,39 +32,39 @@ _MAX_NAMED = 4  # leaves, or rows, in a line
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replay:
-  """What it takes to go through steps of a run again."""
+  """The objects that repeat steps of a run."""
 
   learner: learner_lib.Learner
   train_step: Callable[..., Any]  # compiled; donates its state
   batches: Iterator[Any]
-  # Returns a placed state and how many steps it has taken, and moves `batches`
-  # to the same place.
+  # Returns a placed state and its number of steps, and moves `batches` to the
+  # same step.
   restart: Callable[[], tuple[state_lib.TrainState, int]]
 
 
 def explained(
   error: reporter.NonFiniteError, replay: Replay
 ) -> reporter.NonFiniteError:
-  """Returns the error with what a replay of its step has found.
+  """Returns the error, extended by the findings of a replay of its step.
 
-  Whatever goes wrong meanwhile is told as well, and hides nothing. With several
-  processes all of them have to call it, as all have the same error.
+  If the replay fails, the error says so; it is not hidden by the failure. With
+  several processes, all have the same error and all have to call this function.
   """
-  # The frames that it went through hold a state: there may be room for one.
+  # Frames of the traceback hold a state, and there may be memory for one only.
   traceback.clear_frames(error.__traceback__)
   try:
     found = _diagnose(error.step, replay)
   except Exception as failure:  # no memory, no file: the first error matters
     reason = str(failure).partition('\n')[0]
     found = [
-      f'where it comes from is not known: {type(failure).__name__} while the'
-      f' step was taken again: {reason}'
+      f'the cause is not known: {type(failure).__name__} while the step was'
+      f' repeated: {reason}'
     ]
   return reporter.NonFiniteError('\n  '.join([str(error), *found]), error.step)
 
 
 def _diagnose(failed: int, replay: Replay) -> list[str]:
-  """Returns what there is to say about step `failed`, as lines."""
+  """Returns the findings about step `failed`, as lines."""
   put_batch = replay.learner.placement.put_batch
   state, first = replay.restart()
   probe = _Probe(replay.learner)
@@ -77,7 +77,7 @@ def _diagnose(failed: int, replay: Replay) -> list[str]:
   seen = probe.look(state, batch)
   tensor = probe.first(seen)
   since = f'the checkpoint of step {first}' if first else 'the start'
-  lines = [f'step {failed} was taken again from {since}, tensor by tensor:']
+  lines = [f'step {failed} was repeated from {since}, tensor by tensor:']
   lines += _state_lines(
     seen['before'], 'before the step the state is not finite already'
   )
@@ -91,33 +91,38 @@ def _diagnose(failed: int, replay: Replay) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CloseUp:
-  """A tensor that is not finite."""
+  """Details of a tensor that is not finite."""
 
-  num_bad: float  # values that are not
-  size: int
-  largest: float  # magnitude of the others
-  rows: list[int]  # of the batch, with such values; empty if it has no rows
+  num_bad: float  # values that are not finite
+  size: int  # all values
+  largest: float  # magnitude of the finite values
+  # Rows of the batch with such values; empty if the tensor has no rows.
+  rows: list[int]
   num_rows: int  # of the whole batch
 
 
 class _Probe:
-  """A train step that is watched, and what is known of it."""
+  """A train step whose tensors are watched."""
 
   def __init__(self, learner: learner_lib.Learner):
-    # A pipeline is a kernel like any other; its layers one by one are not.
+    # A pipeline would be seen from outside only, as kernels are; without it,
+    # every layer is seen.
     execution = dataclasses.replace(learner.model.execution, run_layers=None)
     self._learner = dataclasses.replace(
       learner, model=learner.model.clone(execution=execution)
     )
     self._watch: Any = None  # of the latest trace
+    # Tensors that are not finite in a healthy step.
     self._usual: set[tensor_checks.Key] = set()
     self._compiled = learner.placement.compile_probe(self._build)
 
   def look(self, state: Any, batch: Any) -> dict[str, Any]:
-    """Takes the step; returns what was seen, on the host.
+    """Takes the step and returns its records, on the host.
 
-    `before` and `after` have [S] or [S, N] by name of a state's leaf, and
-    `records` what `Watch.tensors` takes, of each of S shards.
+    Returns:
+      before, after: a summary [S] or [S, N] of each leaf of the state, by name,
+        for S shards and N layers.
+      records: for each shard, the record that `Watch.tensors` takes.
     """
     seen = jax.device_get(self._compiled(state, batch))
     num_shards = len(next(iter(seen['before'].values())))
@@ -128,7 +133,7 @@ class _Probe:
     return {**seen, 'records': records}
 
   def learn_usual(self, state: Any, batch: Any) -> None:
-    """Remembers what is not finite in a step that is."""
+    """Remembers the tensors that are not finite in a healthy step."""
     for record in self.look(state, batch)['records']:
       self._usual |= {
         tensor.key
@@ -149,11 +154,7 @@ class _Probe:
   def close_up(
     self, state: Any, batch: Any, tensor: tensor_checks.Computed
   ) -> _CloseUp:
-    """Takes the step once more, with an eye on one tensor that is not finite.
-
-    Returns:
-      What it is like; `rows` are those of the whole batch.
-    """
+    """Takes the step again and returns details of one non-finite tensor."""
     num_parts = self._learner.experiment.num_microbatches
     *_, num_rows, row_length = next(iter(batch.values())).shape
     num_rows //= num_parts
@@ -184,7 +185,7 @@ class _Probe:
       size=math.prod(tensor.outputs[chosen].shape) * len(seen['num_bad']),
       largest=float(seen['largest'].max()),
       num_rows=num_rows * num_parts * len(seen['num_bad']),
-      # Rows are dealt out to parts one by one, see training/step.py.
+      # Micro-batches take rows in turn, see `_accumulate` in training/step.py.
       rows=[
         (shard * num_rows + row) * num_parts + part
         for shard, row in np.argwhere(seen.get('rows', np.zeros((0, 0))))
@@ -213,7 +214,7 @@ class _Probe:
 
 
 def _summaries(state):
-  """Returns summaries by name of a leaf: [], or of stacked layers [N]."""
+  """Returns a summary of each leaf by name: [], or [N] for stacked layers."""
   summaries = {}
   for name, leaf in zip(
     tensor_names.leaves(state), jax.tree.leaves(state), strict=True
@@ -226,10 +227,10 @@ def _summaries(state):
 
 
 def _has_rows(shape, num_rows, row_length) -> bool:
-  """Returns whether a tensor is of tokens, its first axis being of rows."""
+  """Returns whether the first axis of a tensor is the rows of the batch."""
   if shape[:1] == (num_rows * row_length,):
     return True
-  # Scores and heads of attention have rows, and no axis of the row's length.
+  # Scores and heads of attention have rows, but may lack an axis of length T.
   return shape[:1] == (num_rows,) and (
     row_length in shape[1:] or len(shape) > 3
   )
@@ -262,7 +263,7 @@ def _state_lines(summaries, what) -> list[str]:
     layers = np.flatnonzero(bad) if bad.ndim else []
     of_layers = ', '.join(map(str, layers[:_MAX_NAMED]))
     names.append(f'{name} (layer {of_layers})' if len(layers) else name)
-  # What an optimizer keeps is computed before the weights are.
+  # The optimizer's state is computed before the weights.
   names.sort(key=lambda name: not name.startswith('opt_state'))
   if not names:
     return []
@@ -276,13 +277,13 @@ def _conclusion(metrics, tensor) -> list[str]:
   bad = {k: v for k, v in values.items() if not math.isfinite(v)}
   if not bad:
     return [
-      f'it is not so again: the same step gives loss = {values["loss"]:.6g},'
-      f' grad_norm = {values["grad_norm"]:.6g} from the same state and batch;'
-      ' suspect the hardware, and go on from the checkpoint'
+      f'the repeated step is finite: loss = {values["loss"]:.6g}, grad_norm ='
+      f' {values["grad_norm"]:.6g} from the same state and batch; suspect the'
+      ' hardware, and resume from the checkpoint'
     ]
   told = ', '.join(f'{name} = {value}' for name, value in bad.items())
   if tensor is None:
-    return [f'it gives {told}, and no tensor was seen that is not finite']
+    return [f'it gives {told}, but every tensor that was seen is finite']
   return [f'it gives {told} again']
 
 

@@ -1,16 +1,19 @@
-"""Runs a function and looks at every tensor that it computes on the way.
+"""Records of every tensor that a function computes.
 
     watch = Watch(fn)
     out, record = jax.jit(watch)(*args)      # record: small arrays
     for tensor in watch.tensors(record): ... # in the order of the computation
 
-`fn` is traced to its jaxpr, which is then evaluated operation by operation,
-inside the same jit and on the same devices as `fn` would be: of every float
-result one number is kept, the largest magnitude, which is not finite if any
-value is not. Loops and inlined calls are entered (a scan over layers gives a
-record of each layer), and so is the backward pass, which is part of the jaxpr
-of a train step; conditionals, `while` and kernels are looked at from outside.
-Names come from the scopes that Flax modules open.
+`fn` is traced to its jaxpr. The jaxpr is evaluated operation by operation,
+inside the same jit and on the same devices as `fn` would be. The record holds
+one number for every float result: its largest magnitude, which is not finite if
+any value is not. Loops and inlined calls are entered: a scan over layers gives
+a record of each layer. The backward pass is part of the jaxpr of a train step,
+and so it is recorded, too. Conditionals, `while` and kernels are recorded by
+their results only. Names come from the scopes that Flax modules open.
+
+This file depends on jaxprs (`jax.extend.core`): look here first if a new
+version of jax breaks diagnosis.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
-# Calls that are evaluated in place, by the parameter that has their jaxpr.
+# Calls that are evaluated in place, and the parameter with their jaxpr.
 _CALLS = {
   'jit': 'jaxpr',
   'pjit': 'jaxpr',
@@ -34,7 +37,7 @@ _CALLS = {
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
 }
-# What these return is what they are given, under another name.
+# Operations whose result keeps the name of their input.
 _RENAMES = (
   'broadcast_in_dim',
   'convert_element_type',
@@ -50,16 +53,16 @@ Key = tuple[int, ...]  # the place of an operation: an index per nested jaxpr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sight:
-  """What was seen of a tensor."""
+  """The record of one tensor."""
 
-  name: str  # of an argument of the function, '' of what was computed
+  name: str  # of an argument of the function; '' if it was computed
   shape: tuple[int, ...]
   dtype: str
   largest: float  # magnitude; NaN or infinite if any value is
 
   @property
   def is_finite(self) -> bool:
-    """Returns whether all values are."""
+    """Returns whether all values are finite."""
     return math.isfinite(self.largest)
 
 
@@ -69,41 +72,41 @@ class Computed:
 
   key: Key
   operation: str
-  scope: str  # as jax writes it, with the scopes of the loops around it
-  loops: tuple[tuple[str, int], ...]  # scope of each loop around, iteration
+  scope: str  # of jax, including the scopes of the loops around it
+  loops: tuple[tuple[str, int], ...]  # scope and iteration of each loop
   inputs: tuple[Sight, ...]
   outputs: tuple[Sight, ...]
 
   @property
   def is_finite(self) -> bool:
-    """Returns whether all results are."""
+    """Returns whether all results are finite."""
     return all(sight.is_finite for sight in self.outputs)
 
 
 class Watch:
-  """A function that is watched; to be traced once."""
+  """A function whose tensors are recorded. Trace it once."""
 
   def __init__(self, fn: Callable[..., Any], names: Any = ()):
-    """Prepares to watch.
+    """Wraps a function.
 
     Args:
-      fn: of arrays; what it returns is returned.
-      names: of its arguments' leaves, flat, as `Sight.name` has them.
+      fn: a function of arrays.
+      names: of the leaves of its arguments, flat, for `Sight.name`.
     """
     self._fn = fn
     self._names = tuple(names)
     self._jaxpr: Any = None
 
   def __call__(self, *args: Any) -> tuple[Any, Any]:
-    """Returns what the function returns, and the record."""
+    """Returns the function's result, and the record."""
     return self._run(_seen, args)
 
   def close_up(
     self, key: Key, look: Callable[[list[jax.Array]], Any]
   ) -> Callable[..., Any]:
-    """Returns a function of the same arguments that looks at one operation.
+    """Returns a function of the same arguments that inspects one operation.
 
-    It returns `look` of the operation's float results, stacked over the loops
+    It returns `look(float results of the operation)`, stacked over the loops
     around it.
     """
 
@@ -118,7 +121,7 @@ class Watch:
     return run
 
   def tensors(self, record: Any) -> Iterator[Computed]:
-    """Yields what was computed, in order; `record` is from the host."""
+    """Yields the operations in order; `record` lies on the host."""
     closed = self._jaxpr
     names = dict(zip(closed.jaxpr.invars, self._names, strict=False))
     yield from _walk(closed.jaxpr, record, names, _Place())
@@ -147,7 +150,8 @@ def _evaluate(jaxpr, values, look, key):
       seen = [look((*at, -1), outs), inside]
     elif (body := _body(eqn)) is not None:
       if eqn.params.get('differentiated') and eqn.params.get('prevent_cse'):
-        # Or the compiler would keep what is here computed a second time.
+        # The backward pass computes this a second time. Without a barrier the
+        # compiler would keep the first results instead, and their memory.
         inputs = jax.lax.optimization_barrier(inputs)
       outs, inside = _evaluate(body[0], [*body[1], *inputs], look, at)
       seen = [look((*at, -1), outs), inside]
@@ -217,7 +221,7 @@ def is_float(x: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """Where a nested jaxpr is, and how to read its part of the record."""
+  """The place of a nested jaxpr, and of its part of the record."""
 
   key: Key = ()
   scope: str = ''
@@ -228,7 +232,7 @@ class _Place:
 
 
 def _walk(jaxpr, record, names, place) -> Iterator[Computed]:
-  """Yields the operations of a jaxpr. `names` are of its inputs."""
+  """Yields the operations of a jaxpr, whose inputs have `names`."""
   names = dict(names)
   sights = _sights(jaxpr.invars, record[0], names, place)
   for index, (eqn, entry) in enumerate(
@@ -269,7 +273,7 @@ def _walk_scan(eqn, record, names, place):
   length = eqn.params['length']
   order = range(length)
   body = eqn.params['jaxpr'].jaxpr
-  # What is carried has its name in the first iteration only.
+  # A carried value is the named argument in the first iteration only.
   start = eqn.params['num_consts']
   stop = start + eqn.params['num_carry']
   names = [*names[:start], *[''] * (stop - start), *names[stop:]]
@@ -282,7 +286,7 @@ def _walk_scan(eqn, record, names, place):
 
 
 def _sights(variables, stats, names, place):
-  """Joins float variables to what was recorded of them."""
+  """Joins float variables to their records."""
   floats = [v for v in variables if is_float(v.aval)]
   sights = {}
   for variable, stat in zip(floats, stats, strict=True):
@@ -296,7 +300,7 @@ def _sights(variables, stats, names, place):
 
 
 def _at(record, key):
-  """Returns the part of a record that is of one operation."""
+  """Returns the part of a record that belongs to one operation."""
   *calls, last = key
   for index in calls:
     record = record[index + 1][-1]

@@ -1,7 +1,7 @@
-"""What the tensors of a train step are called, for people.
+"""Readable names of the tensors of a train step.
 
-Of a state by the path of each leaf, and of what is computed by the scopes that
-Flax modules and the step open, as jax notes them beside every operation:
+A leaf of a state is named by its path. A computed tensor is named by the scopes
+that Flax modules and the step open; jax stores them with every operation:
 
     transpose(jvp(Transformer.hidden_and_routing))/Transformer._run_layers
       /layer_3/mlp/down                      layer 3, mlp/down, backward
@@ -18,9 +18,9 @@ from training.diagnosis import tensor_checks
 _LAYERS = 'layers'  # the stack of a scanned model, in trees and scopes
 _RUN_LAYERS = '_run_layers'  # the method that has the loop over it
 _TRANSFORMS = re.compile(r'\b(?:jvp|transpose|vmap|jit|pmap)\(|\)')
-# Scopes of transformations, and of what `nn.scan` and `nn.remat` make.
+# Scopes of transformations, and scopes that `nn.scan` and `nn.remat` open.
 _NOT_MODULES = ('checkpoint', 'rematted_computation', 'while', 'body')
-# What is computed outside of modules of its own, by the model's method.
+# Names of the model's own operations, outside of its modules, by method.
 _METHODS = {
   'hidden_and_routing': 'embedding',
   'weighted_nll': 'loss',
@@ -28,13 +28,13 @@ _METHODS = {
 
 
 def leaf(path: tuple[Any, ...]) -> str:
-  """Returns the name of a state's leaf, as in params/layer_0/mlp/up/kernel."""
+  """Returns the name of a state's leaf, as params/layer_0/mlp/up/kernel."""
   names = [
     str(getattr(key, 'name', getattr(key, 'key', '')))
     for key in path
     if not isinstance(key, jax.tree_util.SequenceKey)
   ]
-  # Flax's own level says nothing.
+  # Flax's own level, `params`, is left out below the state's.
   return '/'.join(n for i, n in enumerate(names) if not i or n != 'params')
 
 
@@ -49,7 +49,7 @@ def is_stacked(name: str) -> bool:
 
 
 def place(tensor: tensor_checks.Computed) -> str:
-  """Returns where a tensor is computed, as in 'layer 3, mlp/down, backward'."""
+  """Returns the place of a tensor, as 'layer 3, mlp/down, backward'."""
   parts = [
     part
     for part in _TRANSFORMS.sub('', tensor.scope).split('/')
@@ -74,7 +74,7 @@ def is_update(tensor: tensor_checks.Computed) -> bool:
 
 
 def microbatch(tensor: tensor_checks.Computed) -> int:
-  """Returns in which part of the batch a tensor is computed."""
+  """Returns the micro-batch that a tensor is computed in."""
   found = [
     index
     for scope, index in tensor.loops

@@ -1,25 +1,30 @@
-"""What an experiment says about the tasks that it is measured by."""
+"""The evaluation tasks of a run, as its experiment names them."""
 
 import dataclasses
 import pathlib
+
+from checks import expect
 
 KINDS = ('perplexity', 'choice')
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvalsConfig:
-  """Which tasks, and how often; read by `training/evaluation/tasks.py`."""
+  """Tasks and their interval; read by `training/evaluation/tasks.py`."""
 
   # perplexity:FILE and choice:FILE.jsonl, see evals/run.py.
   tasks: tuple[str, ...] = ()
-  # With every so many-th step's evaluation, and with the last; a multiple of
-  # config.eval_every_steps. 0: with every evaluation.
+  # Steps between measurements, a multiple of config.eval_every_steps. The last
+  # step is always measured. 0: with every evaluation of the validation loss.
   every_steps: int = 0
-  limit: int = 0  # first examples, or blocks of text, of each; 0 takes all
-  stride: int = 0  # of perplexity, in tokens; 0: half of data.row_length
+  # First examples, or pieces of text, of each task; 0 takes all.
+  limit: int = 0
+  # Tokens by which a window of perplexity advances; 0: half of data.row_length.
+  # A smaller stride gives each token more context, and takes longer.
+  stride: int = 0
 
   def validate(self, eval_every_steps: int) -> None:
-    """Raises ValueError for what cannot be, or would never be, measured."""
+    """Raises ValueError for tasks that cannot be, or are never, measured."""
     if not isinstance(self.tasks, tuple | list):
       raise ValueError(
         f'evals.tasks: got {self.tasks!r}, expected a tuple of tasks, as in'
@@ -30,8 +35,8 @@ class EvalsConfig:
       if kind not in KINDS or not path:
         raise ValueError(
           f'evals.tasks: got {task!r}, expected KIND:FILE with one of'
-          f' {", ".join(KINDS)}: other tasks read what a model writes; freeze'
-          ' the run and evaluate what is frozen'
+          f' {", ".join(KINDS)}: other tasks need generated text; freeze'
+          ' the run and evaluate the frozen directory'
         )
     names = [name_of(task) for task in self.tasks]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
@@ -40,10 +45,7 @@ class EvalsConfig:
         ' of different names'
       )
     for name in ('every_steps', 'limit', 'stride'):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f'evals.{name}: got {getattr(self, name)}, expected at least 0'
-        )
+      expect.at_least(f'evals.{name}', getattr(self, name), 0)
     if self.every_steps and (
       not eval_every_steps or self.every_steps % eval_every_steps
     ):
@@ -54,6 +56,6 @@ class EvalsConfig:
 
 
 def name_of(task: str) -> str:
-  """Returns what the task is called in metrics: 'perplexity_book'."""
+  """Returns the name of a task in metrics, as 'perplexity_book'."""
   kind, _, path = task.partition(':')
   return f'{kind}_{pathlib.Path(path).stem}'

@@ -1,40 +1,40 @@
 """Log-probabilities of any text under the weights of a run.
 
-The port of `evals/ports.py`, made of the run's own model on the run's own
-devices: requests are packed into rows like documents are in training, so one
-program scores requests of every length.
+This is the `LogprobFn` of `evals/ports.py`, made of the run's own model on the
+run's own devices. Requests are packed into rows as documents are in training,
+so one compiled program scores requests of every length.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evals import ports
-from models import cross_entropy
+from models import transformer
 from training import learner as learner_lib
 from training.evaluation import validation
+from training.objectives import port
 
 _Requests = Sequence[tuple[ports.Ids, ports.Ids]]
 
 
 class _Slot(NamedTuple):
-  """Where a request lies."""
+  """The place of a request in the rows."""
 
   request: int
   row: int
-  first: int  # place in the row
-  size: int  # tokens that are read
+  first: int  # position in the row
+  size: int  # tokens that the model reads
 
 
 class Scorer:
-  """Scores with the weights it is given; compiled when first used."""
+  """Scores text with given weights. Compiles its program at the first use."""
 
   def __init__(self, learner: learner_lib.Learner):
-    """Prepares to score with the learner's model, on its devices."""
+    """Uses the learner's model, on its devices."""
     data = learner.experiment.data
     self.max_length = data.row_length
     self._shape = data.batch_size, data.row_length
@@ -42,7 +42,6 @@ class Scorer:
     self._step = learner.placement.compile_eval(
       lambda all_sum, _: make_score_step(
         learner.model,
-        learner.experiment.model.vocab_size,
         num_places=data.batch_size * data.row_length,
         all_sum=all_sum,
       )
@@ -51,15 +50,15 @@ class Scorer:
   def logprob_fn(
     self, params: Any, should_stop: Callable[[], bool] = lambda: False
   ) -> ports.LogprobFn:
-    """Returns the port for these weights.
+    """Returns the `LogprobFn` of these weights.
 
     Args:
       params: the model's variables, placed on the devices.
-      should_stop: asked before every batch; if it says so, the function raises
-        `evaluate.Stopped`.
+      should_stop: called before every batch; if it returns True, the function
+        raises `validation.Stopped`.
     """
 
-    def score(requests: _Requests) -> Sequence[ports.Scored]:
+    def score(requests: _Requests) -> Sequence[ports.Logprobs]:
       found: list[Any] = [None] * len(requests)
       slots = _pack(requests, self.max_length)
       for batch, members in _batches(requests, slots, self._shape):
@@ -68,7 +67,7 @@ class Scorer:
         sums = jax.device_get(self._step(params, self._put_batch(batch)))
         for index, places in members:
           token_logprobs = np.asarray(sums['logprob'][places], np.float64)
-          found[index] = ports.Scored(
+          found[index] = ports.Logprobs(
             logprob=float(np.sum(token_logprobs)),
             is_greedy=bool(np.all(sums['is_greedy'][places] > 0)),
             token_logprobs=token_logprobs,
@@ -79,45 +78,34 @@ class Scorer:
 
 
 def make_score_step(
-  model: nn.Module,
-  vocab_size: int,
+  model: transformer.Transformer,
   *,
   num_places: int,
   all_sum: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """Builds `score_step(params, batch)`: log p(target) at every place.
+  """Builds `score_step(params, batch)`: log p(target) at every token.
 
   Args:
     model: the transformer.
-    vocab_size: how many logits it has.
     num_places: B x T of the whole batch.
-    all_sum: adds a tree of sums across devices where the caller must (pmap).
+    all_sum: adds a tree of sums across devices, under pmap.
 
   Returns:
-    A function of the model's variables and of tokens, targets, positions,
-    segment_ids and places, int32 [B, T], where places are 0..B x T - 1 in any
-    order. It returns float32 [B x T] by place: `logprob`, and `is_greedy`, 1
-    where the target is the most probable token.
+    A function of the model's variables and of a batch: tokens, targets,
+    positions, segment_ids and places, int32 [B, T]. Places are the numbers
+    0..B x T - 1 in any order. It returns float32 [B x T] by place: `logprob`,
+    and `is_greedy`, which is 1 where the target is the most probable token.
   """
 
-  apply: Callable[..., Any] = model.apply
+  model_port = port.Model(model)
 
   def score_step(params, batch):
-    hidden_BTD, _ = apply(
-      params,
-      batch['tokens'],
-      batch['positions'],
-      None,
-      batch['segment_ids'],
-      method='hidden',
+    hidden = model_port.hidden(
+      params, batch['tokens'], batch['positions'], batch['segment_ids']
     )
-    # As in the loss, no more logits at a time than fit.
-    batch_size, time = batch['tokens'].shape
-    chunks = cross_entropy.num_chunks(batch_size, time, vocab_size)
 
-    def score_chunk(part):
-      hidden_BtD, targets_Bt = part
-      logits_BtV = apply(params, hidden_BtD, method='unembed')
+    def score_chunk(states_BtD, targets_Bt):
+      logits_BtV = model_port.logits(params, states_BtD)
       logprobs_BtV = jax.nn.log_softmax(logits_BtV, axis=-1)
       logprob_Bt1 = jnp.take_along_axis(
         logprobs_BtV, targets_Bt[:, :, None], axis=-1
@@ -125,35 +113,25 @@ def make_score_step(
       is_greedy_Bt = jnp.argmax(logits_BtV, axis=-1) == targets_Bt
       return logprob_Bt1[:, :, 0], is_greedy_Bt.astype(jnp.float32)
 
-    parts = _split(hidden_BTD, chunks), _split(batch['targets'], chunks)
-    found = jax.lax.map(score_chunk, parts)
-    # Each device has rows of its own, and time may be laid out in any order:
-    # by place they add up to the whole.
+    found = model_port.map_chunks(
+      score_chunk, hidden.states_BTD, batch['targets']
+    )
+    # Each device has its own rows, and time may be laid out in any order:
+    # summed by place, they are the whole.
     return all_sum(
       {
         name: jnp.zeros(num_places, jnp.float32)
         .at[batch['places'].reshape(-1)]
-        .set(_joined(values).reshape(-1))
-        for name, values in zip(('logprob', 'is_greedy'), found, strict=True)
+        .set(values_BT.reshape(-1))
+        for name, values_BT in zip(('logprob', 'is_greedy'), found, strict=True)
       }
     )
 
   return score_step
 
 
-def _split(x, chunks):
-  """Returns [chunks, B, T / chunks, ...] of [B, T, ...]."""
-  batch, time = x.shape[:2]
-  return x.reshape((batch, chunks, time // chunks, *x.shape[2:])).swapaxes(0, 1)
-
-
-def _joined(x):
-  """Returns [B, T] of [chunks, B, T / chunks]."""
-  return x.swapaxes(0, 1).reshape((x.shape[1], -1))
-
-
 def _pack(requests: _Requests, row_length: int) -> list[_Slot]:
-  """Returns a slot for each request, longest first, row by row."""
+  """Returns a slot for each request: longest first, row by row."""
   # The last token is predicted, not read.
   sizes = [len(context) + len(rest) - 1 for context, rest in requests]
   for size, (context, rest) in zip(sizes, requests, strict=True):
@@ -174,7 +152,7 @@ def _pack(requests: _Requests, row_length: int) -> list[_Slot]:
 def _batches(
   requests: _Requests, slots: list[_Slot], shape: tuple[int, int]
 ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, slice]]]]:
-  """Yields batches, each with the places of the requests that it answers."""
+  """Yields each batch with its requests and the places of their answers."""
   num_rows, row_length = shape
   last_row = slots[-1].row if slots else -1
   for start in range(0, last_row + 1, num_rows):
@@ -195,7 +173,7 @@ def _batches(
       batch['tokens'][at] = ids[:-1]
       batch['targets'][at] = ids[1:]
       batch['positions'][at] = np.arange(slot.size)
-      # Any number that the neighbours in the row do not have, but 0.
+      # Any number except 0 that no other request in the row has.
       batch['segment_ids'][at] = slot.first + 1
       end = at[0] * row_length + slot.first + slot.size
       members.append((slot.request, slice(end - len(rest), end)))

@@ -1,29 +1,30 @@
-"""Tasks that a run is measured by while it trains, besides its validation loss.
+"""Evaluation tasks of a run, measured while it trains.
 
-They are those of `evals/run.py` that score text. Each score is recorded with
-its standard error: of two checkpoints that differ by less, nobody knows which
-is better.
+They are the tasks of `evals/run.py` that score text. Each score is recorded
+with its standard error: two checkpoints that differ by less cannot be told
+apart.
 """
 
 from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
-from evals import ports, run as evals_run
+from evals import options as options_lib, ports, run as evals_run
 from evals.results import scores
+from evals.tasks import task as task_lib
 from text import tokenizer as tokenizer_lib
 from training.evaluation import evals_config, model_port
 
 
-def open_tasks(config: evals_config.EvalsConfig) -> tuple[evals_run.Task, ...]:
+def open_tasks(config: evals_config.EvalsConfig) -> tuple[task_lib.Task, ...]:
   """Reads the files of the tasks.
 
   Raises:
-    FileNotFoundError, ValueError: a file is missing, or not what it should be.
+    FileNotFoundError, ValueError: a file is missing or has a wrong format.
   """
   opened = []
   for task in config.tasks:
-    options = evals_run.Options(
+    options = options_lib.Options(
       limit=config.limit,
       stride=config.stride if task.startswith('perplexity:') else 0,
     )
@@ -32,7 +33,7 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[evals_run.Task, ...]:
 
 
 def measure(
-  tasks: Sequence[evals_run.Task],
+  tasks: Sequence[task_lib.Task],
   scorer: model_port.Scorer,
   params: Any,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -40,26 +41,27 @@ def measure(
   has_bos: bool,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-  """Returns every score, and its standard error where there is one.
+  """Returns every score, and its standard error if it has one, by name.
 
   Args:
     tasks: from `open_tasks`.
     scorer: of the run.
     params: the model's variables, placed on the devices.
     tokenizer: of the run.
-    has_bos: documents begin with BOS in training.
-    should_stop: asked before every batch.
+    has_bos: whether documents begin with BOS in training.
+    should_stop: called before every batch; True raises.
 
   Raises:
-    evaluate.Stopped: the run was asked to stop.
-    ValueError: a task cannot be asked.
+    validation.Stopped: `should_stop` returned True.
+    ValueError: an example of a task is longer than a row.
   """
   model = ports.Model(
     tokenizer=tokenizer,
     max_length=scorer.max_length,
     logprob_fn=scorer.logprob_fn(params, should_stop),
     adds_bos=has_bos,
-    # A model that never saw BOS knows EOS: another document ended there.
+    # A model trained without BOS knows EOS as the start of a document: there
+    # the document before it ends.
     prefix_id=tokenizer.bos_id if has_bos else tokenizer.eos_id,
   )
   values = {}
@@ -74,12 +76,12 @@ def _recorded(name: str, score: scores.Score) -> dict[str, float]:
     f'{name}/{score.name}': score.value,
     f'{name}/{score.name}_stderr': score.standard_error,
   }
-  # Of one example there is no error; of a model gone wild no perplexity.
+  # A single example has no error, and a diverged model no finite perplexity.
   return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
 def report(values: dict[str, float]) -> str:
-  """Returns what `measure` found in words."""
+  """Returns the scores of `measure` as text."""
   parts = []
   for name, value in values.items():
     if name.endswith('_stderr'):

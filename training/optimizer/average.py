@@ -1,15 +1,17 @@
-"""Averages of the weights along a run, served in place of the last ones.
+"""Averages of the weights along a run, served in place of the last weights.
 
-The weights of a run with a high learning rate move around a better point than
-any they pass (Polyak & Juditsky 1992). There are two ways to that point:
+With a high learning rate the weights move around a point that is better than
+any point on their path (Polyak and Juditsky 1992). There are two ways to that
+point:
 
     EMA            `Experiment.ema_decay`: an exponential average, one more copy
                    of the parameters, updated in the train step
-    schedule-free  the optimizer's own average (arXiv:2405.15682): its gradients
-                   are taken elsewhere than where it is to be evaluated
+    schedule-free  `rules.ScheduleFree`: the optimizer's own average. Gradients
+                   are taken at another point than the one that is evaluated
+                   (arXiv:2405.15682)
 
-Either is evaluated beside the raw weights, saved as the checkpoint's item
-`average`, and frozen unless `freeze.weights` says otherwise.
+The average is evaluated beside the raw weights and saved as the checkpoint's
+item `average`. It is frozen unless `freeze.weights` says otherwise.
 """
 
 from collections.abc import Callable
@@ -32,19 +34,19 @@ def update(
   decay: float,
   skipped: jax.Array | None = None,
 ) -> Any:
-  """Moves the average towards the parameters of a step.
+  """Returns the average, moved towards the parameters after a step.
 
-  The decay is min(decay, (1 + t) / (10 + t)) of t updates, as TensorFlow's
-  ExponentialMovingAverage has it: the start, where the weights are of no use,
-  is forgotten soon, and there is nothing to correct when it is read. It is the
-  same in a run that began to average late, from the weights of then.
+  The decay at step t is min(decay, (1 + t) / (10 + t)), as in TensorFlow's
+  ExponentialMovingAverage. So the useless weights of the start are forgotten
+  soon, and the average needs no bias correction. A run that begins to average
+  late starts from its weights at that step, with the same formula.
 
   Args:
-    average: float32, like the parameters; None: none is kept.
+    average: float32, like the parameters; None: the run keeps no average.
     params: after the step.
-    num_updates: t, steps before this one.
-    decay: for the long run, `Experiment.ema_decay`.
-    skipped: whether the step was not taken; the average then stays too.
+    num_updates: t, the number of steps before this one.
+    decay: the largest decay, `Experiment.ema_decay`.
+    skipped: whether the step was skipped; the average then stays, too.
   """
   if average is None:
     return None

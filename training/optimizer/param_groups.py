@@ -1,7 +1,8 @@
-"""Which parameters an optimizer treats alike. Decided by name, never by shape.
+"""Groups of parameters that an optimizer treats alike.
 
-With scanned layers a norm's scale is a matrix [N, D] and a matrix is a stack
-[N, in, out]: the number of axes says nothing of what a parameter is.
+A parameter's group is decided by its name, never by its shape. With scanned
+layers, the scale of a norm is [N, D] and a matrix is [N, in, out], so the
+number of axes does not say whether a parameter is a matrix.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from models import axes
 DECAY_MASKS = ('matrices', 'no_embeddings', 'all')
 LrMultipliers = tuple[tuple[str, float], ...]
 
-# Matrices of which there are several, one per index of these leading axes.
+# Leading axes along which matrices are stacked: one matrix per index.
 _STACKS = (axes.LAYERS, 'experts')
-# Rows of these are looked up, or are one class each: none is a linear map.
+# Axes of tables. Their rows are looked up or are classes; a table is no linear
+# map between vectors of the model.
 _TABLES = ('vocab', 'position')
 
 
@@ -42,7 +44,9 @@ def _is_multiplier(pattern: Any, value: Any) -> bool:
 
 
 def lr_multipliers(pairs: LrMultipliers, params: Any) -> Any:
-  """Returns the multiplier of each parameter: of all that match, the product.
+  """Returns the multiplier of each parameter.
+
+  If several expressions match a parameter, their multipliers are multiplied.
 
   Args:
     pairs: regular expressions, searched for in names such as
@@ -50,14 +54,15 @@ def lr_multipliers(pairs: LrMultipliers, params: Any) -> Any:
     params: the model's variables, arrays or shapes.
 
   Raises:
-    ValueError: an expression matches nothing, or nothing is left to train.
+    ValueError: an expression matches no parameter, or all parameters would be
+      frozen.
   """
   names = [
     _name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
   ]
   for pattern, _ in pairs:
     if not any(re.search(pattern, name) for name in names):
-      # Layers that are apart differ by a number: one of them says it.
+      # Unrolled layers differ by their number only: the error lists one.
       known = {re.sub(r'^layer_\d+', 'layer_0', name) for name in names}
       raise ValueError(
         f'optimizer.lr_multipliers: got {pattern!r}, which matches no'
@@ -88,8 +93,9 @@ def is_decayed(mask: str, params: Any) -> Any:
   """Marks the parameters that weight decay applies to.
 
   Args:
-    mask: matrices, tables of embeddings and the head among them; no_embeddings,
-      the matrices but for those; or all, with scales of norms and biases.
+    mask: `matrices`: all matrices, including the tables of embeddings and the
+      head; `no_embeddings`: all matrices except these; `all`: scales of norms
+      and biases too.
     params: the model's variables, arrays or shapes.
   """
   kinds = ('kernel', 'embedding') if mask == 'matrices' else ('kernel',)
@@ -99,10 +105,11 @@ def is_decayed(mask: str, params: Any) -> Any:
 
 
 def is_hidden_matrix(params: Any) -> Any:
-  """Marks linear maps from one vector of the model to another.
+  """Marks the matrices that map one vector of the model to another.
 
-  Those of attention, feed-forward blocks and experts. Not embeddings and head,
-  whose rows are tokens; not a router, whose columns are experts.
+  They are the matrices of attention, feed-forward layers and experts. Excluded
+  are embeddings and head, whose rows are tokens, and routers, whose columns are
+  experts.
   """
   return _by_own_axes(
     lambda own: (
@@ -113,12 +120,12 @@ def is_hidden_matrix(params: Any) -> Any:
 
 
 def own_ndims(params: Any) -> Any:
-  """Returns how many axes each parameter has besides layers and experts."""
+  """Returns each parameter's number of axes without layers and experts."""
   return _by_own_axes(len, params)
 
 
 def is_stacked(params: Any) -> Any:
-  """Marks what has the stack of layers as its first axis."""
+  """Marks the parameters whose first axis is the stack of layers."""
   return _by_axes(lambda names: names[0] == axes.LAYERS, params)
 
 
@@ -134,12 +141,15 @@ def _by_axes(fn, params):
 
 
 def _is_axes(node) -> bool:
-  # The placeholder of what is not selected is a tuple, too.
+  # The placeholder of a parameter that is not selected is a tuple, too.
   return isinstance(node, tuple) and not isinstance(node, optax.MaskedNode)
 
 
 def selected(is_selected: Any, tree: Any) -> Any:
-  """Replaces what is not selected by optax's placeholder, which is no leaf."""
+  """Returns the tree with optax's placeholder for leaves not selected.
+
+  The placeholder is not a leaf: `jax.tree.map` passes over it.
+  """
   return jax.tree.map(
     lambda keep, leaf: leaf if keep else optax.MaskedNode(), is_selected, tree
   )

@@ -1,14 +1,13 @@
-"""Applies an optax transformation to every matrix of a stack by itself.
+"""Optax transformations of single matrices, applied to stacks of matrices.
 
-Layers that are scanned over, and experts, lie stacked: [N, in, out],
-[N, E, in, out]. What looks at a leaf as a whole (Muon's orthogonalisation,
-Adafactor's row and column means and its root mean squares) would take the stack
-for one matrix; here it is mapped over the axes before the matrix's own. They
-stay apart, where reshaping them into one would gather a stack that is split
-over devices along them.
+Scanned layers and experts are stacked: [N, in, out], [N, E, in, out]. Muon's
+orthogonalisation, and Adafactor's row and column means and root mean squares,
+look at a leaf as one matrix. Here such a transformation is mapped over the axes
+before the matrix's own. The stacking axes are not reshaped into one: that would
+gather a stack that is split over devices along them.
 
-Layers may be gone through one after the other: what multiplies matrices needs
-them whole, and then one layer at a time is gathered instead of all of them.
+Stacked layers may also be processed one after the other. A product of matrices
+needs them whole, and so only one layer at a time is gathered, not all.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +16,8 @@ from typing import Any
 import jax
 import optax
 
-# What a state has once for all parameters; its other fields are trees of them.
+# State fields that exist once for all parameters. All other fields are trees
+# like the parameters.
 _SHARED = ('count', 'ns_coeffs')
 
 
@@ -27,13 +27,13 @@ def per_matrix(
   """Returns `inner` mapped over all axes of a leaf but its last few.
 
   Args:
-    inner: with a state that is a named tuple of trees like the parameters, and
-      of `count` and the like.
-    own_ndims: per parameter, how many of its last axes are its own: 2 of a
-      matrix, 1 of a vector. The others may be reshaped between steps, as a
-      circular pipeline does.
-    in_turn: per parameter, whether the entries of its first axis are taken one
-      after the other; None: of none.
+    inner: its state is a named tuple of trees like the parameters, and of the
+      fields in `_SHARED`.
+    own_ndims: per parameter, the number of its own axes, the last ones: 2 for a
+      matrix, 1 for a vector. The axes before may be reshaped between steps, as
+      a circular pipeline does.
+    in_turn: per parameter, whether the entries of its first axis are processed
+      one after the other. None: no parameter's.
   """
   ndims = jax.tree.leaves(own_ndims)
   turns = [False] * len(ndims) if in_turn is None else jax.tree.leaves(in_turn)
@@ -76,7 +76,10 @@ def _over(fn: Callable, num_axes: int, in_axes: Any, out_axes: Any) -> Callable:
 
 
 def _in_turn(update: Callable) -> Callable:
-  """As `jax.vmap` over the first axis of all but what is shared, in a loop."""
+  """Returns `update` mapped over the first axis, as a loop.
+
+  It computes the same as `jax.vmap`, except that shared fields are not mapped.
+  """
 
   def mapped(leaf, state, param):
     shared = {f: getattr(state, f) for f in state._fields if f in _SHARED}
@@ -94,14 +97,14 @@ def _in_turn(update: Callable) -> Callable:
 
 
 def _mapped(state: Any) -> Any:
-  """Returns, per field of a state, the axis it is mapped over, or None."""
+  """Returns the mapped axis of each field of a state, or None."""
   return type(state)(
     *(None if field in _SHARED else 0 for field in state._fields)
   )
 
 
 def _split(state: Any, num_leaves: int) -> Iterator[Any]:
-  """Yields the state of each parameter alone."""
+  """Yields the state of one parameter after the other."""
   fields = [
     [getattr(state, field)] * num_leaves
     if field in _SHARED

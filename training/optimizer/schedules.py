@@ -1,7 +1,8 @@
-"""Learning-rate schedules: a function of the step, from 0.
+"""Learning-rate schedules: functions of the step, counted from 0.
 
-All warm up linearly from 0 at step 0 to the peak at step `warmup_steps`, and
-those that decay are at their end at step `num_steps`, one after the last.
+Every schedule warms up linearly, from 0 at step 0 to the peak at step
+`warmup_steps`. Schedules that decay reach their end at step `num_steps`, one
+after the last step of the run.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 DECAY_SHAPES = ('linear', 'sqrt')
-# Which fields, besides the peak and the warm-up, each schedule is made from.
+# The fields that each schedule uses besides the peak and the warm-up.
 SCHEDULES = {
   'constant': (),
   'linear': ('end_lr',),
@@ -23,7 +24,7 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-  """What a schedule is made from, in steps and learning rates."""
+  """The numbers of a schedule, in steps and learning rates."""
 
   peak_lr: float
   end_lr: float
@@ -37,8 +38,8 @@ def make_schedule(name: str, shape: Shape) -> optax.Schedule:
   """Returns the schedule of a name in `SCHEDULES`.
 
   Reference:
-    wsd: warm-up, stable, decay (MiniCPM, arXiv:2404.06395), whose decay is a
-    line or 1 - sqrt of the progress (Haegele et al., arXiv:2405.18392).
+    wsd: warm-up, stable, decay (MiniCPM, arXiv:2404.06395). The decay is linear
+    or 1 - sqrt of the progress (Haegele et al., arXiv:2405.18392).
     inverse_sqrt: peak x sqrt(warmup_steps / step) (T5, arXiv:1910.10683).
   """
   peak, end = shape.peak_lr, shape.end_lr
@@ -67,7 +68,8 @@ def make_schedule(name: str, shape: Shape) -> optax.Schedule:
 
 
 def _inverse_sqrt(peak: float, warmup_steps: int) -> optax.Schedule:
-  # Joined schedules count from where they begin, and are evaluated before it.
+  # optax counts the steps of a joined schedule from its own start, and also
+  # evaluates it before its start, at negative steps.
   def schedule(since_warmup: jax.typing.ArrayLike) -> jax.Array:
     since_warmup = jnp.maximum(since_warmup, 0)
     return peak * jnp.sqrt(warmup_steps / (since_warmup + warmup_steps))

@@ -1,23 +1,23 @@
-"""Skips steps whose gradient norm is far from what it has been lately.
+"""Spikes: steps are skipped whose gradient norm is far above recent norms.
 
-    optimizer = outliers.skipping(SpikeConfig(skip_std=6.0), optimizer)
+    optimizer = spikes.skipping(SpikeConfig(skip_std=6.0), optimizer)
 
-A few batches give a gradient many times as long as the others do; the step that
-is taken with one throws the run back for hundreds of others. PaLM went back to
-an older checkpoint and left out the batches around the spike
-(arXiv:2204.02311, section 5.1); OLMo 2 (arXiv:2501.00656) judges each step
-before it is taken, as is done here: skipped where the norm lies 6 standard
-deviations above the mean of the last 128 steps. Here mean and deviation are
-those of its logarithm, since norms are spread by factors, and are running
+A few batches give a gradient many times as long as usual. One step along such a
+gradient can cost a run the progress of hundreds of steps. PaLM restarted from
+an older checkpoint and left out the batches around the spike (arXiv:2204.02311,
+section 5.1). OLMo 2 (arXiv:2501.00656) judges each step before it is taken, and
+skips it if its norm lies 6 standard deviations above the mean of the last 128
+steps. This file does the same, with two changes. Mean and deviation are those
+of the norm's logarithm, because norms differ by factors. Both are running
 averages: two numbers instead of a window.
 
-Of a skipped step nothing remains but what it was judged by: parameters and the
-optimizer's moments are those from before. The learning rate remains a function
-of the step, and the data moves on to the next batch.
+A skipped step leaves the parameters and the optimizer's moments as they were.
+The learning rate stays a function of the step, and the data moves on to the
+next batch.
 
-What is not finite is never skipped: an overflow comes from the weights, not
-from the batch, and would come again. `training/diagnosis/diagnose.py` is for
-that.
+A non-finite gradient is never skipped. An overflow comes from the weights, not
+from the batch, so the next step would overflow too.
+`training/diagnosis/diagnose.py` explains such steps.
 """
 
 import dataclasses
@@ -28,19 +28,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Of the logarithm: where gradients hardly differ (tiny data, huge batches), 6
-# deviations of less than this would skip what is 30 % longer.
+from checks import expect
+
+# Least standard deviation of the log norm. If gradients hardly differ (tiny
+# data, huge batches), 6 deviations of less than this would skip a gradient that
+# is only 30 % longer.
 _LEAST_STD = 0.05
 
 
 @dataclasses.dataclass(kw_only=True)
 class SpikeConfig:
-  """Which steps are not taken."""
+  """The steps that are skipped."""
 
-  skip_std: float = 0.0  # standard deviations above the mean; 0 skips none
-  window_steps: int = 128  # the running averages decay by 1 / window per step
-  min_steps: int = 64  # are measured before one may be skipped
-  max_skipped: int = 8  # in a row; the next is taken, and all is measured anew
+  # A step is skipped if its log gradient norm lies more than this many standard
+  # deviations above the mean. 0 skips no step; OLMo 2 takes 6.
+  skip_std: float = 0.0
+  # Steps that the running averages remember; they decay by 1 / window per step.
+  window_steps: int = 128
+  min_steps: int = 64  # measured before the first step may be skipped
+  # Steps skipped in a row. The next step is taken in any case, and measuring
+  # starts anew: gradients have become longer for good.
+  max_skipped: int = 8
 
   def validate(self) -> None:
     """Raises ValueError for values no run can use."""
@@ -54,31 +62,28 @@ class SpikeConfig:
       ('min_steps', 2),
       ('max_skipped', 1),
     ):
-      if getattr(self, name) < least:
-        raise ValueError(
-          f'spikes.{name}: got {getattr(self, name)}, expected at least {least}'
-        )
+      expect.at_least(f'spikes.{name}', getattr(self, name), least)
 
 
 class OutlierState(NamedTuple):
-  """The optimizer's state, and what gradient norms have been like."""
+  """The optimizer's state, and statistics of recent gradient norms."""
 
   inner: Any
-  num_measured: jax.Array  # int32: steps that mean and variance are of
-  mean: jax.Array  # of the log norm, of the steps that were taken
-  variance: jax.Array
-  num_in_row: jax.Array  # int32: steps skipped since the last that was taken
+  num_measured: jax.Array  # int32: steps in mean and variance
+  mean: jax.Array  # of the log norms of taken steps
+  variance: jax.Array  # likewise
+  num_in_row: jax.Array  # int32: steps skipped since the last taken step
 
 
 def skipping(
   config: SpikeConfig, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Returns the optimizer, which takes no step on an outlier.
+  """Returns the optimizer, which now skips outliers.
 
   Args:
-    config: what an outlier is; of `skip_std` 0 the optimizer is returned as it
-      is.
-    optimizer: what takes the others. Its update is computed in any case.
+    config: defines an outlier. With `skip_std` 0, the optimizer is returned
+      unchanged.
+    optimizer: takes all other steps. Its update is computed in any case.
   """
   if not config.skip_std:
     return optimizer
@@ -91,7 +96,7 @@ def skipping(
   def update(updates, state, params=None, **extra):
     log_norm = jnp.log(optax.tree.norm(updates))
     is_outlier = _is_outlier(config, state, log_norm)
-    # A change for good is accepted after so many steps, and measured anew.
+    # After so many outliers in a row the longer norms are the new normal.
     is_change = is_outlier & (state.num_in_row >= config.max_skipped)
     skipped = is_outlier & ~is_change
     updates, inner = optimizer.update(updates, state.inner, params, **extra)
@@ -115,7 +120,7 @@ def skipping(
 
 
 def was_skipped(opt_state: Any) -> jax.Array | None:
-  """Returns whether the last step was skipped; None if none ever is."""
+  """Returns whether the last step was skipped; None if no step ever is."""
   return opt_state.num_in_row > 0 if _is_state(opt_state) else None
 
 
@@ -132,17 +137,17 @@ def _is_outlier(config, state, log_norm):
 
 
 def _measure(config, state, log_norm, is_change):
-  """Returns (count, mean, variance) with one more log norm in them.
+  """Returns (count, mean, variance) after one more log norm.
 
-  A plain average until there are `window_steps` of them, exponential from then
-  on; West's update of the variance (CACM 22(9), 1979), weighted.
+  A plain average for the first `window_steps` norms, an exponential one from
+  then on. The variance follows West (CACM 22(9), 1979), weighted.
   """
   count = jnp.where(is_change, 0, state.num_measured) + 1
   share = jnp.maximum(1.0 / count, 1.0 / config.window_steps)
   delta = log_norm - state.mean
   mean = state.mean + share * delta
   variance = (1 - share) * (state.variance + share * delta * delta)
-  # Saturates: a run may have more steps than int32 has numbers.
+  # The count saturates: a run may have more steps than an int32 can count.
   return (
     jnp.minimum(count, config.min_steps + config.window_steps),
     mean,
@@ -151,7 +156,7 @@ def _measure(config, state, log_norm, is_change):
 
 
 def _kept_if(condition, old, new):
-  """Returns `old` where the condition holds, but for a schedule's count."""
+  """Returns `old` if the condition holds, except for a schedule's count."""
 
   def choose(old, new):
     if isinstance(new, optax.ScaleByScheduleState):

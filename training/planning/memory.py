@@ -1,30 +1,32 @@
-"""Memory of a training step on each device, from shapes alone.
+"""Memory of a training step on each device, computed from shapes alone.
 
-A formula for what `--plan` prints in seconds; the compiler's own figure stands
-beside it where there is a compiler. Every term is something that has to exist:
+`--plan` prints the result of this formula in seconds, and the compiler's own
+figure beside it if the step was compiled. Every term is an array that has to
+exist:
 
-    state        parameters, optimizer and the average of the parameters if the
-                 run keeps one, as the placement splits them
-    gradients    of every parameter, split alike; with micro-batches a second
-                 time, the sum so far and what is being added to it
+    state        parameters, optimizer, the average of the parameters if the run
+                 keeps one, and the objective's frozen models, split over
+                 devices by the placement
+    gradients    of every parameter, split alike; twice with micro-batches: the
+                 sum so far, and the gradients that are added to it
     cast         the stacked weights in the compute dtype: XLA converts them
                  once, before the loop over layers
-    saved        what the forward pass leaves for the backward pass, a layer
-                 after the other
+    saved        results that the forward pass of all layers stores for the
+                 backward pass
 
-and, at its largest, the place of the step where most exists besides:
+The peak is their sum and the largest of four phases of the step:
 
     loss         the head in the compute dtype and its float32 gradient, whole
-                 but for `tensor`; a chunk of logits; the hidden states
-    layers       one layer's weights gathered and their float32 gradients
-                 before they are scattered; what its backward pass recomputes
-    embedding    the table's float32 gradient, whole but for `tensor`
-    update       what Muon makes of the gradients: its momentum and its steps,
-                 and one matrix, whole, to be multiplied with itself
+                 except along `tensor`; a chunk of logits; the hidden states
+    layers       one layer's weights gathered, and their float32 gradient before
+                 it is scattered; the results that its backward pass recomputes
+    embedding    the table's float32 gradient, whole except along `tensor`
+    update       for orthogonalised matrices, their momentum and their updates,
+                 and one whole matrix that is multiplied with itself
 
-What a layer saves is not counted by hand: the layer is traced, abstractly, and
-asked what it keeps (`jax.vjp`), so that remat policies, attention kernels and
-mixtures of experts are what they are in the step.
+The results that a layer saves are not counted by hand. The layer is traced with
+abstract values, and `jax.vjp` says what it keeps. So remat policies, attention
+kernels and mixtures of experts count as they are in the step.
 """
 
 import dataclasses
@@ -59,6 +61,7 @@ class Memory:
   params: float
   optimizer: float
   average: float
+  frozen: float  # models of the objective
   gradients: float
   cast: float
   saved: float
@@ -69,7 +72,7 @@ class Memory:
 
   @property
   def phases(self) -> dict[str, float]:
-    """What exists besides state and gradients, in turn."""
+    """Bytes of each phase, besides state and gradients."""
     return {
       'loss': self.saved + self.loss,
       'layers': self.saved + self.layers,
@@ -79,11 +82,12 @@ class Memory:
 
   @property
   def total(self) -> float:
-    """The peak."""
+    """Bytes at the peak of a step."""
     return (
       self.params
       + self.optimizer
       + self.average
+      + self.frozen
       + self.gradients
       + self.cast
       + max(self.phases.values())
@@ -91,7 +95,7 @@ class Memory:
 
 
 def estimate(learner: learner_lib.Learner) -> Memory:
-  """Returns the memory of a learner's train step. Allocates nothing."""
+  """Returns the memory of a learner's train step, without allocating any."""
   experiment = learner.experiment
   model = experiment.model
   parallel = _sizes(learner)
@@ -104,13 +108,14 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   saved = _residual_bytes(learner, experiment.execution.remat)
   stages = parallel['stage']
   parts = experiment.parallel.num_stage_microbatches
-  # A pipeline's buffers are as many as its ticks, of which some are idle.
+  # A pipeline has one buffer per tick, and some ticks are idle.
   in_flight = (parts + stages - 1) / parts
   layers_here = model.num_layers / stages
   return Memory(
     params=params,
     optimizer=optimizer,
     average=params if learner.abstract_state.average is not None else 0.0,
+    frozen=_frozen_bytes(learner),
     gradients=params * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
@@ -122,7 +127,7 @@ def estimate(learner: learner_lib.Learner) -> Memory:
 
 
 def _update_bytes(learner) -> float:
-  """Returns what the update takes that is not computed number by number."""
+  """Returns the bytes of the updates that need whole matrices."""
   params = learner.abstract_state.params
   is_hidden = learner.experiment.optimizer.rule.orthogonalised(params)
   if not any(jax.tree.leaves(is_hidden)):
@@ -137,9 +142,11 @@ def _update_bytes(learner) -> float:
       hidden, param_groups.selected(is_hidden, shardings.params)
     )
   )
-  # X, its square and the square's polynomial, and the product of the two.
+  # Newton and Schulz's iteration holds X, its square, a polynomial of the
+  # square, and the product of X and the polynomial.
   whole = max(4 * math.prod(leaf.shape[-2:]) for leaf in matrices)
-  # A stage takes all of its layers at once, other devices one after the other.
+  # With stages all layers of a stage are updated at once, without stages one
+  # layer after the other (`rules.Muon`).
   stages = _sizes(learner)['stage']
   num_layers = learner.experiment.model.num_layers
   return 2 * num_bytes + 4 * whole * (num_layers / stages if stages > 1 else 1)
@@ -189,6 +196,15 @@ def _state_bytes(learner) -> tuple[float, float]:
   )
 
 
+def _frozen_bytes(learner) -> float:
+  """Returns the bytes of the objective's frozen models on one device."""
+  state = learner.abstract_state
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  if shardings is None:
+    return _bytes(state.frozen_params)
+  return _shard_bytes(state.frozen_params, shardings.frozen_params)
+
+
 def _layer_bytes(learner) -> float:
   """Returns the float32 bytes of all layers' weights on one device."""
   params = learner.abstract_state.params['params']
@@ -202,9 +218,10 @@ def _layer_bytes(learner) -> float:
 
 
 def _layer_numbers(learner) -> float:
-  """Returns how many weights of one layer a device multiplies with.
+  """Returns the number of one layer's weights that a device multiplies with.
 
-  All of them but for those that `tensor` splits, and of the experts its own.
+  Weights are gathered, except along `tensor`; each device keeps to its own
+  experts.
   """
   params = learner.abstract_state.params['params']
   layers = {k: v for k, v in params.items() if k.startswith('layer')}
@@ -248,12 +265,12 @@ def residuals(
   policy: str,
   is_fused: bool,
 ) -> list[jax.ShapeDtypeStruct]:
-  """Returns what one layer keeps of its tokens for the backward pass.
+  """Returns the arrays that one layer stores for its backward pass.
 
   Args:
-    experiment: of which the layer is one.
-    sizes: of the mesh axes; the layer is traced with the heads, columns and
-      tokens that one device has.
+    experiment: of the layer.
+    sizes: of the mesh axes. The layer is traced with the heads, columns and
+      tokens of one device.
     policy: one of `models.execution.REMAT`.
     is_fused: whether a kernel computes attention.
   """
@@ -277,7 +294,7 @@ def residuals(
       attend=_fused_attend if is_fused else dense.attend,
       apply_experts=functools.partial(_apply_experts, sizes['expert']),
     ),
-    # Where layers differ, those with experts come last, and keep the most.
+    # If layers differ, those with experts come last, and store the most.
     config.layer(config.num_layers - 1),
   )
   rows = _rows(experiment, sizes)
@@ -300,7 +317,7 @@ def residuals(
     return params, vjp
 
   params, vjp = jax.eval_shape(kept, jax.random.key(0), x_BTD, shared)
-  # The weights are there anyway, and what layers share is not theirs.
+  # Weights and arrays that all layers share are counted elsewhere.
   elsewhere = [leaf.shape for leaf in jax.tree.leaves((params, shared))]
   return [
     leaf
@@ -310,7 +327,7 @@ def residuals(
 
 
 def _apply_experts(num_shards, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
-  """Applies the experts of one device to the rows of its group."""
+  """Applies the experts of one device to the rows of all devices of a group."""
 
   def gathered(part):
     return jnp.concatenate([part] * num_shards) if num_shards > 1 else part
@@ -331,7 +348,7 @@ def _fused(q_BTHC, k_BKTC, v_BKTC):
 
 
 def _fused_forward(q_BTHC, k_BKTC, v_BKTC):
-  """What a kernel is given and keeps; the values are of no matter here."""
+  """Keeps the arrays that a kernel keeps. Only their shapes matter here."""
   name = functools.partial(checkpoint_name, name=remat.ATTENTION)
   out_BTHC = name(q_BTHC * 1)
   log_sum_BTH = name(jnp.sum(q_BTHC, axis=-1, dtype=jnp.float32))
@@ -350,7 +367,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _fused_attend(
   q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT=None, dropout=None, form=None
 ):
-  """Stands in for a kernel while shapes are traced."""
+  """The stand-in for an attention kernel, to trace shapes."""
   del segment_ids_BT, dropout, form
   out_BTHC: Any = _fused(q_BTHC, k_BKTC, v_BKTC)
   return out_BTHC
@@ -359,18 +376,19 @@ def _fused_attend(
 def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
   path = run_execution.attention_path(learner.experiment, learner.placement)
   return residuals(
-    learner.experiment, _sizes(learner), policy, path != 'reference'
+    learner.experiment, _sizes(learner), policy, path in ('splash', 'cudnn')
   )
 
 
 def _working_bytes(learner, tokens: float) -> float:
-  """What the backward pass of one layer holds at a time.
+  """Returns the bytes that the backward pass of one layer holds at a time.
 
-  Whatever the layer would keep without remat: made again where it was not
-  kept, or else the gradients of it. What its norms compute in float32 is
-  neither: the compiler makes it where it is read. In its place are two float32
-  gradients of the stream, the one that arrives and the one that leaves. A
-  mixture has the gradient of what its experts return besides.
+  They are those of all results that the layer would store without remat: either
+  the results are recomputed, or their gradients are held. Float32 results of
+  norms are neither, because the compiler computes them where they are read.
+  Instead there are two float32 gradients of the residual stream, the incoming
+  one and the outgoing one. A mixture of experts also holds the gradient of the
+  experts' outputs.
   """
   experiment = learner.experiment
   model, sizes = experiment.model, _sizes(learner)

@@ -1,12 +1,12 @@
-"""What a run will take, before it starts: `train.py --plan`.
+"""The plan of a run before it starts: memory, time and cost, `train.py --plan`.
 
     python train.py --config=experiments/pretrain.py:8b --plan
     python train.py --config=experiments/pretrain.py:8b --plan=v5p:4x4x4
 
-The first is arithmetic and takes seconds. The second also compiles the very
-step that would run, for devices that are not here (`hardware.targets`), and
-sets the compiler's figures beside the formula's. Nothing is allocated and no
-data is opened.
+The first command computes formulas and takes seconds. The second one also
+compiles the step of the run, for devices that are not here
+(`hardware.targets`), and prints the compiler's figures beside those of the
+formulas. No array is allocated and no data is opened.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from parallel import parallel_config, placement as placement_lib
 from training import experiment as experiment_lib, learner as learner_lib
 from training.planning import memory, scaling_laws
 
-# Share of the peak that a run is taken to reach. 38 to 43 % are reported for
-# Llama 3 405B on up to 16,384 H100 (arXiv:2407.21783, table 4), 46 % for PaLM
-# (arXiv:2204.02311, table 3).
+# Assumed model FLOPs utilisation (MFU): the share of the peak that a run
+# reaches. Llama 3 405B reports 38 to 43 % on up to 16,384 H100
+# (arXiv:2407.21783, table 4), PaLM 46 % (arXiv:2204.02311, table 3).
 DEFAULT_MFU = 0.4
 
 
@@ -30,13 +30,13 @@ class Remedy:
   """A change that makes a run fit; see `training.planning.remedy`."""
 
   flags: tuple[str, ...]  # of train.py
-  bytes: float  # of one device, with the change
-  is_confirmed: bool  # by the compiler
+  bytes: float  # on one device, with the change
+  is_confirmed: bool  # whether the compiler agrees that it fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The figures of a run. Bytes are of one device, times of one step."""
+  """The figures of a run. Bytes are per device, times are per step."""
 
   experiment: experiment_lib.Experiment
   target: str
@@ -49,12 +49,12 @@ class Plan:
   memory: memory.Memory
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None
   assumed_mfu: float
-  price_per_device_hour: float  # of any currency; 0: unknown
-  remedy: Remedy | None = None  # looked for by `training.planning.remedy`
+  price_per_device_hour: float  # in any currency; 0: unknown
+  remedy: Remedy | None = None  # found by `training.planning.remedy`
 
   @property
   def mesh(self) -> str:
-    """The axes that split something, as a person reads them."""
+    """The mesh axes of more than one device, as in 'data 2 x fsdp 4'."""
     parallel = self.experiment.parallel
     sizes = parallel.sizes(self.num_devices)
     split = [
@@ -66,7 +66,7 @@ class Plan:
 
   @property
   def tokens_per_step(self) -> int:
-    """Tokens of a step, over all devices; of the last, where batches grow."""
+    """Tokens of a step on all devices; of the last step, if batches grow."""
     data = self.experiment.data
     return data.batch_size * data.row_length
 
@@ -78,17 +78,17 @@ class Plan:
 
   @property
   def flops(self) -> float:
-    """FLOPs of the whole run, each counted once."""
+    """FLOPs of the whole run. Recomputed operations are counted once."""
     return self.tokens * self.flops_per_token
 
   @property
   def peak_flops_per_s(self) -> float:
-    """Of one device, in the dtype that the run computes in."""
+    """Peak FLOP/s of one device in the compute dtype."""
     return self.peaks.flops_per_s[self.experiment.compute_dtype]
 
   @property
   def roofline(self) -> compile_ahead.Roofline | None:
-    """The least that a step takes; None unless it was compiled."""
+    """The least time of a step; None unless the step was compiled."""
     if not isinstance(self.compiled, compile_ahead.Program):
       return None
     again = 4 / 3 if self.experiment.execution.remat in _FORWARD_TWICE else 1.0
@@ -111,29 +111,29 @@ class Plan:
 
   @property
   def mfu(self) -> float:
-    """Expected: as assumed, or at the roofline where that is lower."""
+    """Expected MFU: the assumed one, or that of the roofline if it is lower."""
     return min(self.assumed_mfu, self.best_mfu)
 
   @property
   def step_seconds(self) -> float:
-    """Expected time of a step."""
+    """Expected time of a step, in seconds."""
     rate = self.num_devices * self.peak_flops_per_s * self.mfu
     return self.tokens_per_step * self.flops_per_token / rate
 
   @property
   def device_hours(self) -> float:
-    """Expected, of the whole run."""
+    """Expected device-hours of the whole run."""
     seconds = self.step_seconds * self.tokens / self.tokens_per_step
     return seconds * self.num_devices / 3600
 
   @property
   def cost(self) -> float:
-    """Expected, in the currency of the price."""
+    """Expected cost of the whole run, in the currency of the price."""
     return self.device_hours * self.price_per_device_hour
 
   @property
   def memory_needed(self) -> float:
-    """Bytes of one device: the compiler's where it said, else the formula's."""
+    """Bytes per device, by the compiler if the step was compiled."""
     if isinstance(self.compiled, compile_ahead.OutOfMemory):
       return self.compiled.needed or self.memory.total
     if self.compiled is not None:
@@ -147,19 +147,19 @@ class Plan:
 
   @property
   def fits(self) -> bool | None:
-    """Whether the step fits its devices; None where nobody knows their size."""
+    """Whether the step fits its devices; None if their memory is unknown."""
     if isinstance(self.compiled, compile_ahead.OutOfMemory):
       return False
     if not self.peaks.memory_bytes:
       return None
     needed = self.memory_needed
     if self.compiled is not None:
-      # Gaps between what is in use have to be there too.
+      # Gaps between buffers take memory, too.
       needed = max(needed, self.compiled.allocated)
     return needed <= self.peaks.memory_bytes
 
 
-# Rematerialisation that computes all of a layer's products a second time.
+# Rematerialisation policies that compute all products of a layer twice.
 _FORWARD_TWICE = ('full', 'offload')
 
 
@@ -171,14 +171,14 @@ def make(
   price_per_device_hour: float = 0.0,
   is_compiled: bool = True,
 ) -> Plan:
-  """Plans a run.
+  """Returns the plan of a run.
 
   Args:
-    experiment: what would be run.
-    target_name: `here`, or a name that `hardware.targets` knows.
-    assumed_mfu: in (0, 1].
-    price_per_device_hour: 0 if unknown.
-    is_compiled: whether to compile the step for a target.
+    experiment: the run.
+    target_name: `here`, or a name that `hardware.targets` knows, as v5p:4x4x4.
+    assumed_mfu: share of the peak that the run reaches, in (0, 1].
+    price_per_device_hour: in any currency; 0 if unknown.
+    is_compiled: whether the step is compiled, if devices are not here.
 
   Raises:
     ValueError: the experiment, the target or an assumption cannot be used.
@@ -228,10 +228,10 @@ def make(
 def compile_step(
   learner: learner_lib.Learner,
 ) -> compile_ahead.Program | compile_ahead.OutOfMemory:
-  """Compiles the train step ahead of time, for a learner's absent devices.
+  """Compiles the train step ahead of time, for devices that are not here.
 
   Raises:
-    ValueError: pmap, which compiles for devices that are here only.
+    ValueError: the run uses pmap, which compiles for present devices only.
   """
   placement = learner.placement
   if not isinstance(placement, placement_lib.MeshPlacement):
@@ -246,7 +246,7 @@ def compile_step(
 
 
 def report(plan: Plan) -> str:
-  """Returns the plan as text, a line per figure."""
+  """Returns the plan as text, one figure per line."""
   lines = [
     *_run_lines(plan),
     *_memory_lines(plan),
@@ -296,6 +296,8 @@ def _memory_lines(plan: Plan):
   yield '  optimizer', compile_ahead.size(parts.optimizer)
   if parts.average:
     yield '  average of the weights', compile_ahead.size(parts.average)
+  if parts.frozen:
+    yield '  frozen models', compile_ahead.size(parts.frozen)
   yield '  gradients', compile_ahead.size(parts.gradients)
   if parts.cast:
     yield (
@@ -318,7 +320,7 @@ def _memory_lines(plan: Plan):
   if parts.update:
     yield (
       '  update',
-      f'{compile_ahead.size(parts.update)} while Muon orthogonalises',
+      f'{compile_ahead.size(parts.update)} while matrices are orthogonalised',
     )
   limit = plan.peaks.memory_bytes
   share = (

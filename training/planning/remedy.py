@@ -1,9 +1,10 @@
-"""Makes a run fit its devices: the smallest change of how it is computed.
+"""Remedies: the cheapest change that makes a run fit its devices.
 
-What is changed costs time, never the result: more is computed twice (remat),
-the batch is taken in more parts (micro-batches), and what every replica holds
-is split over them (fsdp, tensor). The formula proposes, cheapest first; for a
-target the compiler confirms.
+A remedy costs time and never changes the result: results of layers are computed
+twice (remat), the batch is cut into more micro-batches, or arrays that every
+replica holds are split over the replicas (fsdp, tensor). The formula of
+training/planning/memory.py proposes changes, cheapest first. For a target that
+is not here, the compiler confirms them.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ from hardware import compile_ahead, targets
 from training import experiment as experiment_lib, learner as learner_lib
 from training.planning import memory, plan as plan_lib
 
-# How dear a change is, to order them by: recomputing products costs a third,
-# each doubling of the micro-batches gathers the weights once more per half of
-# the work, a split of every weight over more devices does so in every layer,
-# and a split of every product communicates activations besides.
+# Relative costs, which order the changes. Recomputing all products of a layer
+# costs a third of a step. Each doubling of the micro-batches gathers weights
+# twice as often. Splitting all weights gathers them in every layer. Splitting
+# every product communicates activations, too.
 _REMAT = {'none': 0, 'minimal': 1, 'full': 2}
 _PER_DOUBLING, _ALL_FSDP, _PER_TENSOR_DOUBLING = 3, 4, 8
 _MOST_DOUBLINGS = 6
-# A formula is not the compiler: what it proposes leaves this share free.
+# The formula is not exact: a proposal leaves this share of the memory free.
 _MARGIN = 0.1
-# Compiling takes minutes.
+# Proposals that are compiled; each takes minutes.
 _MOST_COMPILED = 2
 
 
@@ -53,7 +54,7 @@ def _remedy(plan: plan_lib.Plan) -> plan_lib.Remedy | None:
     try:
       learner = learner_lib.make(changed, devices)
     except ValueError:
-      continue  # it does not divide
+      continue  # rows or widths do not divide
     total = memory.estimate(learner).total
     if total > limit:
       continue
@@ -79,7 +80,7 @@ def candidates(
 ) -> Iterator[tuple[tuple[str, ...], experiment_lib.Experiment]]:
   """Yields (flags, changed experiment), cheapest first.
 
-  Not all of them are valid: rows and widths may not divide.
+  Some are invalid, because rows or widths do not divide.
   """
   options = itertools.product(
     _remats(experiment),

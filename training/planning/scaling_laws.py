@@ -1,12 +1,12 @@
-"""Scaling laws: which size and how many tokens a budget of FLOPs is best for.
+"""Scaling laws: the best model size and number of tokens for a budget of FLOPs.
 
     L(N, D) = E + A / N^alpha + B / D^beta     nats per token
 
-of N parameters and D tokens, minimised under C = 6 N D (Chinchilla, Hoffmann et
-al., arXiv:2203.15556, section 3.3). Two fits of the same data are published and
-disagree on what is best: the authors' own, and Besiroglu et al.
-(arXiv:2404.10102), who found that the first was reported to too few digits, and
-does not fit its data.
+for N parameters and D tokens, minimised under C = 6 N D (Chinchilla, Hoffmann
+et al., arXiv:2203.15556, section 3.3). Two fits of the same data are published,
+and their optima differ: the authors' own fit, and that of Besiroglu et al.
+(arXiv:2404.10102), who found that the first fit was reported with too few
+digits and does not match its data.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Fit:
     )
 
   def optimum(self, flops: float) -> tuple[float, float]:
-    """Returns the best (parameters, tokens) for so many FLOPs.
+    """Returns the best (parameters, tokens) for a budget of FLOPs.
 
     Equation 4 of arXiv:2203.15556: N = G (C/6)^a and D = (C/6)^b / G with
     a = beta / (alpha + beta), b = alpha / (alpha + beta) and

@@ -1,9 +1,9 @@
 """Families without experts: config.json to ModelConfig and back.
 
-Each has two functions, `read_*` of the fields and `write_*` of a ModelConfig.
-A writer writes what it can; whether that says all of the model is found out by
-reading it again (`frozen.huggingface.config_json`). Defaults of fields that may
-be absent are those of `transformers`.
+A family has two functions: `read_*` returns the ModelConfig of some fields, and
+`write_*` the fields of a ModelConfig. A writer does not check that its fields
+express the whole model: `frozen.huggingface.config_json` reads them again and
+compares. Defaults of absent fields are those of `transformers`.
 """
 
 from typing import Any
@@ -33,11 +33,10 @@ UNGATED = {
   'gelu': 'gelu_exact',
   'relu': 'relu',
 }
-_SILU = 'silu'
 
 
 def activation(fields: Fields, name: str, default: str, known: dict) -> str:
-  """Returns what `ModelConfig.mlp` calls an activation."""
+  """Returns the value of `ModelConfig.mlp` for an activation."""
   value = fields.get(name, default)
   if value not in known:
     fields.refuse(name, f'one of {", ".join(known)}')
@@ -45,7 +44,7 @@ def activation(fields: Fields, name: str, default: str, known: dict) -> str:
 
 
 def activation_name(mlp: str, known: dict[str, str]) -> str | None:
-  """Returns what a config.json calls it; None if it has no name for it."""
+  """Returns the activation in a config.json; None if it has no name there."""
   return next((theirs for theirs, ours in known.items() if ours == mlp), None)
 
 
@@ -57,14 +56,14 @@ def sizes(
   epsilon: float = 1e-6,
   is_tied: bool = False,
 ) -> dict[str, Any]:
-  """Returns what nearly all families call by the same names.
+  """Returns the fields that have the same names in nearly all families.
 
   Args:
     fields: of the config.
-    kv_heads: default; None: as many as heads.
-    head_width: default; None: the width divided by the heads.
-    epsilon: default.
-    is_tied: default.
+    kv_heads: default of num_key_value_heads; None for num_attention_heads.
+    head_width: default of head_dim; None for hidden_size / heads.
+    epsilon: default of rms_norm_eps.
+    is_tied: default of tie_word_embeddings.
   """
   width = fields.count('hidden_size')
   heads = fields.count('num_attention_heads')
@@ -90,7 +89,7 @@ def sizes(
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
-  """The inverse of `sizes`."""
+  """Returns the fields that `sizes` reads."""
   return {
     'vocab_size': config.vocab_size,
     'num_hidden_layers': config.num_layers,
@@ -110,7 +109,7 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def rotary(fields: Fields, rope: rope_fields.Rope, head_width: int) -> dict:
-  """Returns the fields of a ModelConfig that rotary positions decide."""
+  """Returns the fields of a ModelConfig that describe rotary positions."""
   width = int(head_width * rope.partial)
   if rope.partial != 1 and (width < 2 or width % 2):
     raise ValueError(
@@ -124,22 +123,55 @@ def rotary(fields: Fields, rope: rope_fields.Rope, head_width: int) -> dict:
   }
 
 
-def read_llama(fields: Fields) -> ModelConfig:
-  """Llama 1 to 3.x, SmolLM 1 and 2, and what is built alike."""
-  found = sizes(fields)
+def attention_bias(fields: Fields) -> dict[str, Any]:
+  """Returns the biases of attention's projections: all of them or none."""
   has_bias = fields.flag('attention_bias', False)
+  return {'qkv_bias': has_bias, 'out_bias': has_bias}
+
+
+def _llama_like(
+  fields: Fields,
+  rope: rope_fields.Family = rope_fields.Family(),
+  **defaults: Any,
+) -> dict[str, Any]:
+  """Returns the fields that the relatives of Llama share.
+
+  Args:
+    fields: of the config.
+    rope: names and defaults of the family's rotary fields.
+    **defaults: of `sizes`.
+  """
+  found = sizes(fields, **defaults)
+  return (
+    found
+    | rotary(fields, rope_fields.read(fields, rope), found['head_width'])
+    | {'mlp': activation(fields, 'hidden_act', 'silu', GATED)}
+  )
+
+
+def _without_head_width(
+  config: ModelConfig, written: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns `written` without a head_dim of width / heads, the default.
+
+  Older versions of transformers have no other head_dim in these families.
+  """
+  if config.head_width * config.num_heads == config.model_width:
+    del written['head_dim']
+  return written
+
+
+def read_llama(fields: Fields) -> ModelConfig:
+  """Llama 1 to 3.x, SmolLM 1 and 2, and models of the same structure."""
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
-    qkv_bias=has_bias,
-    out_bias=has_bias,
+    **_llama_like(fields),
+    **attention_bias(fields),
     mlp_bias=fields.flag('mlp_bias', False),
   )
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_llama` reads."""
+  """Returns the fields that `read_llama` reads."""
   return write_sizes(config) | {
     'attention_bias': config.qkv_bias,
     'mlp_bias': config.mlp_bias,
@@ -147,59 +179,47 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_mistral(fields: Fields) -> ModelConfig:
-  """Mistral: Llama with a window, in all layers."""
-  found = sizes(fields, kv_heads=8)
+  """Mistral: Llama with a window in all layers."""
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, kv_heads=8),
     window=fields.count('sliding_window', 4096),
   )
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_mistral` reads."""
+  """Returns the fields that `read_mistral` reads."""
   return write_sizes(config) | {'sliding_window': config.window or None}
 
 
 def read_qwen2(fields: Fields) -> ModelConfig:
   """Qwen 2 and 2.5: Llama with biases of queries, keys and values."""
-  found = sizes(fields, kv_heads=32)
+  found = _llama_like(fields, kv_heads=32)
   return ModelConfig(
     **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
     **layer_kinds.read_qwen(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
     qkv_bias=True,
   )
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_qwen2` reads."""
+  """Returns the fields that `read_qwen2` reads."""
   written = write_sizes(config) | layer_kinds.write_qwen(config)
-  # Absent, it is the quotient; older versions know no other.
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def read_qwen3(fields: Fields) -> ModelConfig:
   """Qwen 3: Llama with normalised queries and keys."""
-  found = sizes(fields, kv_heads=32, head_width=128)
-  has_bias = fields.flag('attention_bias', False)
+  found = _llama_like(fields, kv_heads=32, head_width=128)
   return ModelConfig(
     **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
     **layer_kinds.read_qwen(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **attention_bias(fields),
     qk_norm=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_qwen3` reads."""
+  """Returns the fields that `read_qwen3` reads."""
   return (
     write_sizes(config)
     | layer_kinds.write_qwen(config)
@@ -208,40 +228,33 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_smollm3(fields: Fields) -> ModelConfig:
-  """SmolLM 3: Llama of which some layers have no positions."""
-  found = sizes(fields, kv_heads=4, is_tied=True)
-  rope = rope_fields.read(fields, rope_fields.Family(2_000_000.0))
-  has_bias = fields.flag('attention_bias', False)
+  """SmolLM 3: Llama with some layers without positions."""
+  rope = rope_fields.Family(2_000_000.0)
+  found = _llama_like(fields, rope, kv_heads=4, is_tied=True)
   return ModelConfig(
     **found,
-    **rotary(fields, rope, found['head_width']),
     **layer_kinds.read_smollm3(fields, found['num_layers']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
-    qkv_bias=has_bias,
-    out_bias=has_bias,
+    **attention_bias(fields),
     mlp_bias=fields.flag('mlp_bias', False),
   )
 
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_smollm3` reads."""
+  """Returns the fields that `read_smollm3` reads."""
   return write_llama(config) | layer_kinds.write_smollm3(config)
 
 
 def read_phi3(fields: Fields) -> ModelConfig:
-  """Phi-3 and 3.5: Llama whose matrices are stored joined."""
-  found = sizes(fields, epsilon=1e-5)
-  rope = rope_fields.read(fields, rope_fields.Family(original_length=4096))
+  """Phi-3 and 3.5: Llama with joined matrices."""
+  rope = rope_fields.Family(original_length=4096)
   return ModelConfig(
-    **found,
-    **rotary(fields, rope, found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, rope, epsilon=1e-5),
     window=fields.count('sliding_window', None),
   )
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_phi3` reads."""
+  """Returns the fields that `read_phi3` reads."""
   written = write_sizes(config) | {
     'sliding_window': config.window or None,
     'partial_rotary_factor': config.rotated_width / config.head_width,
@@ -249,51 +262,39 @@ def write_phi3(config: ModelConfig) -> dict[str, Any]:
   if config.rope_scaling.kind == 'longrope':
     original = config.rope_scaling.original_length
     written['original_max_position_embeddings'] = original
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def read_olmo2(fields: Fields) -> ModelConfig:
-  """OLMo 2: norms after each block, and of all queries and keys together."""
-  found = sizes(fields, epsilon=1e-5)
-  has_bias = fields.flag('attention_bias', False)
+  """OLMo 2: norms after attention and MLP, and over all heads of q and k."""
   return ModelConfig(
-    **found,
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, 'hidden_act', _SILU, GATED),
+    **_llama_like(fields, epsilon=1e-5),
+    **attention_bias(fields),
     norm_place='after',
     qk_norm=True,
     qk_norm_whole=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
 def write_olmo2(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_olmo2` reads."""
+  """Returns the fields that `read_olmo2` reads."""
   written = write_sizes(config) | {'attention_bias': config.qkv_bias}
-  if config.head_width * config.num_heads == config.model_width:
-    del written['head_dim']
-  return written
+  return _without_head_width(config, written)
 
 
 def _read_gemma(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
-  """Returns what all three generations of Gemma have."""
-  has_bias = fields.flag('attention_bias', False)
-  width = found['model_width']
-  return found | {
-    'norm_from_one': True,
-    'embed_multiplier': width**0.5,
-    'qkv_bias': has_bias,
-    'out_bias': has_bias,
-  }
+  """Returns the fields that all three generations of Gemma share."""
+  return (
+    found
+    | attention_bias(fields)
+    | {'norm_from_one': True, 'embed_multiplier': found['model_width'] ** 0.5}
+  )
 
 
 def read_gemma(fields: Fields) -> ModelConfig:
   """Gemma: scaled embeddings, norms that count from one, GELU."""
   found = sizes(fields, kv_heads=16, head_width=256, is_tied=True)
-  # The first release said gelu and meant its tanh form.
+  # The first release has gelu in its config, and computes the tanh form.
   known = GATED | {'gelu': 'geglu'}
   name = 'hidden_act'
   if fields.has('hidden_activation'):
@@ -307,7 +308,7 @@ def read_gemma(fields: Fields) -> ModelConfig:
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_gemma` reads."""
+  """Returns the fields that `read_gemma` reads."""
   name = activation_name(config.mlp, GATED)
   return write_sizes(config) | {
     'hidden_act': name,
@@ -319,7 +320,7 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
 def read_gemma2(fields: Fields) -> ModelConfig:
   """Gemma 2: soft-caps, norms on both sides, every second layer local."""
   found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
-  fields.get('hidden_act', None)  # only `hidden_activation` is meant
+  fields.get('hidden_act', None)  # transformers reads hidden_activation only
   return ModelConfig(
     **_read_gemma(fields, found),
     **rotary(fields, rope_fields.read(fields), found['head_width']),
@@ -333,7 +334,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
 
 
 def write_gemma2(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_gemma2` reads."""
+  """Returns the fields that `read_gemma2` reads."""
   return (
     write_gemma(config)
     | layer_kinds.write_types(config)
@@ -346,16 +347,16 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gemma3(fields: Fields) -> ModelConfig:
-  """Gemma 3, text: five of six layers local, with a rotary base of theirs."""
+  """Gemma 3, text: five of six layers are local, with their own rotary base."""
   found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
   fields.get('hidden_act', None)
-  # transformers reads the first of these and computes without it.
+  # transformers reads attn_logit_softcapping and computes without it.
   fields.expect('attn_logit_softcapping', None)
   local_base, rope = rope_fields.read_local_and_global(
     fields, 10_000.0, 1_000_000.0
   )
   every = fields.count('sliding_window_pattern', 6)
-  fields.get('_sliding_window_pattern', None)  # what layer_types came from
+  fields.get('_sliding_window_pattern', None)  # layer_types came from it
   kinds = layer_kinds.read_alternating(fields, found['num_layers'], every=every)
   return ModelConfig(
     **_read_gemma(fields, found),
@@ -371,7 +372,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
 
 
 def write_gemma3(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_gemma3` reads."""
+  """Returns the fields that `read_gemma3` reads."""
   return (
     write_gemma(config)
     | layer_kinds.write_types(config)
@@ -385,7 +386,7 @@ def write_gemma3(config: ModelConfig) -> dict[str, Any]:
 
 def _query_scalar(config: ModelConfig) -> int | float:
   scalar = config.query_scale**-2 if config.query_scale else config.head_width
-  # An integer, which the square of a root is but for the last digit.
+  # Rounds the square of a root back to the integer that it came from.
   return round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
 
 
@@ -394,7 +395,7 @@ def read_gpt2(fields: Fields) -> ModelConfig:
   width, heads = fields.count('n_embd'), fields.count('n_head')
   if not heads or width % heads:
     fields.refuse('n_embd', f'a multiple of {heads} heads')
-  fields.get('n_ctx', None)  # as n_positions, which it was called once
+  fields.get('n_ctx', None)  # the old name of n_positions
   fields.expect('scale_attn_by_inverse_layer_idx', False)
   return ModelConfig(
     vocab_size=fields.count('vocab_size'),
@@ -418,7 +419,7 @@ def read_gpt2(fields: Fields) -> ModelConfig:
 
 
 def write_gpt2(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_gpt2` reads."""
+  """Returns the fields that `read_gpt2` reads."""
   return {
     'vocab_size': config.vocab_size,
     'n_layer': config.num_layers,
@@ -435,8 +436,8 @@ def write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gpt_neox(fields: Fields) -> ModelConfig:
-  """GPT-NeoX and Pythia: both blocks see the same stream, partly rotated."""
-  fields.get('num_key_value_heads', None)  # there, and never looked at
+  """GPT-NeoX, Pythia: attention and MLP in parallel, partly rotated heads."""
+  fields.get('num_key_value_heads', None)  # transformers ignores it
   found: dict[str, Any] = sizes(fields, epsilon=1e-5) | {
     'norm_epsilon': fields.number('layer_norm_eps', 1e-5)
   }
@@ -462,7 +463,7 @@ def read_gpt_neox(fields: Fields) -> ModelConfig:
 
 
 def write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_gpt_neox` reads."""
+  """Returns the fields that `read_gpt_neox` reads."""
   written = write_sizes(config)
   for name in ('head_dim', 'num_key_value_heads', 'rms_norm_eps', 'rope_theta'):
     del written[name]

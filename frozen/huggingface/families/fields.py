@@ -1,8 +1,8 @@
-"""A config.json, read field by field; what nobody read is an error.
+"""Fields of a config.json, read one by one; an unread field is an error.
 
-A field that changes the mathematics and is overlooked makes a model that is
-almost the right one. Every field is therefore asked for by name, or is one of
-those below, which say nothing about the function that the weights compute.
+An overlooked field that changes the mathematics would give a model that is
+almost right. So each field is either read by name or listed below, among the
+fields that do not change the function of the weights.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from typing import Any
 
 _REQUIRED = object()
 
-# About training, output formats, caches, or the file itself; ids of special
-# tokens are the tokenizer's and the generation config's.
+# Fields about training, output formats, caches, or the file itself. The ids of
+# special tokens come from the tokenizer and from generation_config.json.
 _WITHOUT_EFFECT = frozenset(
   {
     'architectures', 'auto_map', 'model_type', 'dtype', 'torch_dtype',
@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = frozenset(
     'transformers.js_config', 'unsloth_fixed', 'unsloth_version',
   }
 )  # fmt: skip
-# Each would change the function unless it has one of these values.
+# Each field changes the function, unless it has one of these values.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
   'add_cross_attention': (False,),
   'is_encoder_decoder': (False,),
@@ -52,11 +52,15 @@ class Fields:
     self._read: set[str] = set()
 
   def has(self, name: str) -> bool:
-    """Returns whether a field is there and is not null."""
+    """Returns whether a field exists and is not null."""
     return self._values.get(name) is not None
 
   def get(self, name: str, default: Any = _REQUIRED) -> Any:
-    """Returns a field as it is, null as None."""
+    """Returns a field unchanged; null is None.
+
+    Raises:
+      ValueError: there is no such field and no default.
+    """
     self._read.add(name)
     if name in self._values:
       return self._values[name]
@@ -68,7 +72,7 @@ class Fields:
     return default
 
   def count(self, name: str, default: Any = _REQUIRED) -> int:
-    """Returns a field that is an integer of at least 0; null as 0."""
+    """Returns a field that is an integer of at least 0; null is 0."""
     value = self.get(name, default)
     value = 0 if value is None else value
     if type(value) is not int or value < 0:
@@ -76,7 +80,7 @@ class Fields:
     return value
 
   def number(self, name: str, default: Any = _REQUIRED) -> float:
-    """Returns a field that is a number; null as 0."""
+    """Returns a field that is a finite number; null is 0."""
     value = self.get(name, default)
     value = 0.0 if value is None else value
     if type(value) not in (int, float) or not math.isfinite(value):
@@ -84,7 +88,7 @@ class Fields:
     return float(value)
 
   def flag(self, name: str, default: Any = _REQUIRED) -> bool:
-    """Returns a field that is true or false; null as false."""
+    """Returns a field that is true or false; null is false."""
     value = self.get(name, default)
     value = False if value is None else value
     if type(value) is not bool:
@@ -92,7 +96,7 @@ class Fields:
     return value
 
   def expect(self, name: str, *allowed: Any) -> None:
-    """Refuses a field that is there and has none of these values."""
+    """Raises ValueError if a field exists with none of these values."""
     if self.get(name, allowed[0]) not in allowed:
       self.refuse(name, ' or '.join(map(repr, allowed)))
 
@@ -100,21 +104,21 @@ class Fields:
     """Raises ValueError for the value of a field."""
     raise ValueError(
       f'{self._where}: got {name} = {self._values.get(name)!r}, expected'
-      f' {expected}: nothing else is supported'
+      f' {expected}; no other value is supported'
     )
 
   def finish(self) -> None:
-    """Raises ValueError if there are fields that nobody has read."""
+    """Raises ValueError if fields are left that were not read."""
     for name, allowed in _HARMLESS.items():
       if name in self._values:
         self.expect(name, *allowed)
     unread = self._values.keys() - self._read - _WITHOUT_EFFECT
-    # What is off, whatever it is, is as if it were not there.
+    # An unknown feature that is switched off changes nothing.
     unread = {n for n in unread if self._values[n] not in (None, False)}
     if unread:
       listed = ', '.join(f'{n} = {self._values[n]!r}' for n in sorted(unread))
       raise ValueError(
-        f'{self._where}: got {listed}, expected no fields but those of the'
-        ' family: what they change is not known here; remove them if they'
-        ' change nothing'
+        f'{self._where}: got {listed}, expected only fields of the family, as'
+        ' the effect of others is not known here; remove them if they change'
+        ' nothing'
       )

@@ -1,8 +1,9 @@
-"""Which layers are local and which have no positions, as a config.json says it.
+"""Kinds of layers in a config.json: local, global, and without positions.
 
-Told in four ways: a list `layer_types`; every how many layers one is global; up
-to which layer all are (`max_window_layers`); and a list of the layers that are
-rotated. `ModelConfig.layer_pattern` is the shortest pattern that repeats.
+A config.json has one of four forms: a list `layer_types`; a period, in which
+one layer is global; the number of first layers that are global
+(`max_window_layers`); or a list of the layers that are rotated.
+`ModelConfig.layer_pattern` is the shortest pattern that repeats to all layers.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ _LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}
 
 
 def pattern(letters: str) -> str:
-  """Returns the shortest pattern that, repeated, gives these layers.
+  """Returns the shortest pattern that repeats to these layers.
 
-  '' if the config gives them without: all global, or all local.
+  It is '' if all layers are global or all are local: `ModelConfig.window` alone
+  then tells the kind.
   """
   if set(letters) in ({'g'}, {'l'}):
     return ''
@@ -30,7 +32,7 @@ def pattern(letters: str) -> str:
 
 
 def letters_of(config: model_config.ModelConfig) -> str:
-  """Returns a letter of `LAYER_KINDS` for every layer."""
+  """Returns the letter in `LAYER_KINDS` of every layer, as one string."""
   given = config.layer_pattern or ('l' if config.window else 'g')
   return ''.join(given[n % len(given)] for n in range(config.num_layers))
 
@@ -44,7 +46,7 @@ def _fields(letters: str, window: int) -> dict[str, Any]:
 
 
 def _from_types(fields: fields_lib.Fields, num_layers: int) -> str | None:
-  """Returns a letter per layer where the config lists them."""
+  """Returns a letter per layer; None if the config has no list."""
   types = fields.get('layer_types', None)
   if types is None:
     return None
@@ -62,18 +64,18 @@ def _from_types(fields: fields_lib.Fields, num_layers: int) -> str | None:
 def read_alternating(
   fields: fields_lib.Fields, num_layers: int, *, every: int
 ) -> dict[str, Any]:
-  """All layers are local but one of every so many, the last (Gemma)."""
+  """Returns local layers, with each `every`-th one global (Gemma)."""
   window = fields.count('sliding_window', 4096)
   letters = _from_types(fields, num_layers) or ''.join(
     'g' if every and (n + 1) % every == 0 else 'l' for n in range(num_layers)
   )
   if 'l' in letters and not window:
-    fields.refuse('sliding_window', 'what the local layers see')
+    fields.refuse('sliding_window', 'the window of the local layers')
   return _fields(letters, window)
 
 
 def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
-  """All layers are global but, if that is on, those from a certain one."""
+  """Returns global layers; those from max_window_layers on may be local."""
   is_used = fields.flag('use_sliding_window', False)
   window = fields.count('sliding_window', 4096) if is_used else 0
   first = fields.count('max_window_layers', 28)
@@ -87,7 +89,7 @@ def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
 
 
 def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
-  """Some layers have no positions; of these, some may be local."""
+  """Returns layers of which some have no positions, and some may be local."""
   every = fields.count('no_rope_layer_interval', 4)
   has_rope = fields.get('no_rope_layers', None)
   if has_rope is None:
@@ -105,14 +107,14 @@ def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
     'l' if window and not has_rope[n] else 'g' for n in range(num_layers)
   )
   if 'l' in types and not window:
-    types = 'g' * num_layers  # the attention of a layer looks at both
+    types = 'g' * num_layers  # a layer is local only if it has a window, too
   kinds = {('g', 1): 'g', ('g', 0): 'n', ('l', 1): 'l', ('l', 0): 'm'}
   letters = ''.join(kinds[kind, has_rope[n]] for n, kind in enumerate(types))
   return _fields(letters, window)
 
 
 def write_types(config: model_config.ModelConfig) -> dict[str, Any]:
-  """Returns `layer_types`, and the window."""
+  """Returns the fields `layer_types` and `sliding_window`."""
   names = {'g': 'full_attention', 'n': 'full_attention'}
   return {
     'sliding_window': config.window or None,
@@ -123,7 +125,7 @@ def write_types(config: model_config.ModelConfig) -> dict[str, Any]:
 
 
 def write_qwen(config: model_config.ModelConfig) -> dict[str, Any]:
-  """The inverse of `read_qwen`."""
+  """Returns the fields that `read_qwen` reads."""
   letters = letters_of(config)
   return write_types(config) | {
     'use_sliding_window': bool(config.window),
@@ -132,7 +134,7 @@ def write_qwen(config: model_config.ModelConfig) -> dict[str, Any]:
 
 
 def write_smollm3(config: model_config.ModelConfig) -> dict[str, Any]:
-  """The inverse of `read_smollm3`."""
+  """Returns the fields that `read_smollm3` reads."""
   return write_types(config) | {
     'use_sliding_window': bool(config.window),
     'no_rope_layers': [int(x in 'gl') for x in letters_of(config)],

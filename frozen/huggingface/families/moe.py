@@ -10,7 +10,7 @@ ModelConfig = model_config.ModelConfig
 
 
 def read_mixtral(fields: Fields) -> ModelConfig:
-  """Mixtral: Mistral whose feed-forward blocks are experts."""
+  """Mixtral: Mistral with experts in place of the MLP."""
   fields.expect('hidden_act', 'silu', 'swish')
   found = dense.sizes(fields, kv_heads=8, epsilon=1e-5)
   rope = rope_fields.read(fields, rope_fields.Family(1_000_000.0))
@@ -27,7 +27,7 @@ def read_mixtral(fields: Fields) -> ModelConfig:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_mixtral` reads."""
+  """Returns the fields that `read_mixtral` reads."""
   return dense.write_sizes(config) | {
     'intermediate_size': config.expert_width,
     'sliding_window': config.window or None,
@@ -37,28 +37,26 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_qwen3_moe(fields: Fields) -> ModelConfig:
-  """Qwen 3 with experts; its first layers may be dense."""
+  """Qwen 3 with experts; the first layers may be dense."""
   fields.expect('hidden_act', 'silu', 'swish')
   found = dense.sizes(fields, kv_heads=4)
   found |= _experts(fields, found)
-  fields.get('max_window_layers', None)  # there, and never looked at
+  fields.get('max_window_layers', None)  # transformers ignores it here
   window = 0
   if fields.flag('use_sliding_window', False):
     window = fields.count('sliding_window', 4096)
   fields.get('sliding_window', None)
-  has_bias = fields.flag('attention_bias', False)
   return ModelConfig(
     **found,
     **dense.rotary(fields, rope_fields.read(fields), found['head_width']),
     window=window,
+    **dense.attention_bias(fields),
     qk_norm=True,
-    qkv_bias=has_bias,
-    out_bias=has_bias,
   )
 
 
 def _experts(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
-  """Returns the experts of Qwen 3, and which layers have none."""
+  """Returns the expert fields of Qwen 3, and the number of dense layers."""
   name = 'num_experts'
   if fields.has('num_local_experts'):
     name = 'num_local_experts'
@@ -77,9 +75,9 @@ def _experts(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_qwen3_moe` reads."""
+  """Returns the fields that `read_qwen3_moe` reads."""
   return dense.write_sizes(config) | {
-    # Present even where no layer reads it.
+    # Written even if no layer is dense.
     'intermediate_size': config.mlp_width or config.expert_width,
     'mlp_only_layers': list(range(config.num_dense_layers)),
     'decoder_sparse_step': 1,
@@ -94,13 +92,18 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
-  """Returns what both generations have: latent attention, most experts."""
+  """Returns the fields that V2 and V3 share.
+
+  Args:
+    fields: of the config.
+    shared: default number of shared experts.
+  """
   fields.expect('hidden_act', 'silu', 'swish')
   fields.expect('moe_layer_freq', 1)
   fields.expect('mlp_bias', False)
   rotary_width = fields.count('qk_rope_head_dim', 64)
   others = fields.count('qk_nope_head_dim', 128)
-  # Here it is the rotated part, where it is given at all.
+  # In these families, head_dim is the width of the rotated part.
   fields.expect('head_dim', None, rotary_width)
   fields.expect('qk_head_dim', None, rotary_width + others)
   found = dense.sizes(fields, head_width=rotary_width) | {
@@ -111,29 +114,36 @@ def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
   scale = 0.0
   if rope.score_amplitude != 1:
     scale = found['head_width'] ** -0.5 * rope.score_amplitude**2
-  has_bias = fields.flag('attention_bias', False)
   dense_layers = fields.count('first_k_dense_replace')
-  return found | {
-    'rope_base': rope.base,
-    'rope_scaling': rope.scaling,
-    'rotary_width': rotary_width,
-    'value_width': 0 if value_width == found['head_width'] else value_width,
-    'latent_width': fields.count('kv_lora_rank', 512),
-    'query_latent_width': fields.count('q_lora_rank', 1536),
-    'query_scale': scale,
-    'qkv_bias': has_bias,
-    'out_bias': has_bias,
-    'num_dense_layers': dense_layers,
-    'mlp_width': found['mlp_width'] if dense_layers else 0,
-    'num_experts': fields.count('n_routed_experts'),
-    'num_active_experts': fields.count('num_experts_per_tok'),
-    'num_shared_experts': fields.count('n_shared_experts', shared),
-    'expert_width': fields.count('moe_intermediate_size'),
-  }
+  return (
+    found
+    | dense.attention_bias(fields)
+    | {
+      'rope_base': rope.base,
+      'rope_scaling': rope.scaling,
+      'rotary_width': rotary_width,
+      'value_width': 0 if value_width == found['head_width'] else value_width,
+      'latent_width': fields.count('kv_lora_rank', 512),
+      'query_latent_width': fields.count('q_lora_rank', 1536),
+      'query_scale': scale,
+      'num_dense_layers': dense_layers,
+      'mlp_width': found['mlp_width'] if dense_layers else 0,
+      'num_experts': fields.count('n_routed_experts'),
+      'num_active_experts': fields.count('num_experts_per_tok'),
+      'num_shared_experts': fields.count('n_shared_experts', shared),
+      'expert_width': fields.count('moe_intermediate_size'),
+    }
+  )
 
 
 def _groups(fields: Fields, groups: int, active: int) -> dict[str, Any]:
-  """Returns the groups that experts are chosen from; of one, none."""
+  """Returns the groups of experts; empty if there is only one.
+
+  Args:
+    fields: of the config.
+    groups: default number of groups.
+    active: default number of groups that a token may use.
+  """
   groups = fields.count('n_group', groups)
   active = fields.count('topk_group', active)
   if groups <= 1 or active == groups:
@@ -145,7 +155,7 @@ def read_deepseek_v2(fields: Fields) -> ModelConfig:
   """DeepSeek-V2: latent attention, experts in groups."""
   found = _read_deepseek(fields, 2)
   fields.expect('scoring_func', 'softmax')
-  # Published code divides by the sum, transformers does not.
+  # The published code divides by the sum, and transformers does not.
   fields.expect('norm_topk_prob', False, None)
   method = fields.get('topk_method', 'greedy')
   if method not in ('greedy', 'group_limited_greedy'):
@@ -160,11 +170,11 @@ def read_deepseek_v2(fields: Fields) -> ModelConfig:
 
 
 def read_deepseek_v3(fields: Fields) -> ModelConfig:
-  """DeepSeek-V3 and R1: V2 whose experts are scored one by one."""
+  """DeepSeek-V3 and R1: V2 with a sigmoid score for each expert."""
   found = _read_deepseek(fields, 1)
   fields.expect('scoring_func', 'sigmoid')
   fields.expect('topk_method', 'noaux_tc')
-  fields.flag('rope_interleave', True)  # of the tensors, see tensor_map
+  fields.flag('rope_interleave', True)  # read by tensor_map
   groups = _groups(fields, 8, 4)
   return ModelConfig(
     **found,
@@ -204,14 +214,14 @@ def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
 
 
 def _score_weight(config: ModelConfig) -> float:
-  """Returns the weight that makes of a stretch what scores are scaled by."""
+  """Returns the mscale_all_dim that gives the model's scale of scores."""
   amplitude = (config.query_scale * config.head_width**0.5) ** 0.5
   slope = rope_fields.magnitude(config.rope_scaling.factor) - 1
   return round((amplitude - 1) / slope, 9) if slope else 0.0
 
 
 def write_deepseek_v2(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_deepseek_v2` reads."""
+  """Returns the fields that `read_deepseek_v2` reads."""
   grouped = config.num_expert_groups > 0
   return _write_deepseek(config) | {
     'topk_method': 'group_limited_greedy' if grouped else 'greedy'
@@ -219,7 +229,7 @@ def write_deepseek_v2(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_deepseek_v3(config: ModelConfig) -> dict[str, Any]:
-  """Writes what `read_deepseek_v3` reads."""
+  """Returns the fields that `read_deepseek_v3` reads."""
   return _write_deepseek(config) | {
     'rope_interleave': True,
     'scoring_func': 'sigmoid',

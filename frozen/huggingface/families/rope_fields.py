@@ -1,9 +1,9 @@
-"""Rotary positions as a config.json has them, old format and new.
+"""Rotary fields of a config.json, in the old and the new format.
 
-The old one has `rope_theta` and a `rope_scaling` that says what is stretched;
-the new one both in `rope_parameters`, which may be nested by kind of layer. Old
-files are read as `transformers` reads them; what is written is the old format,
-which every version and every other program understands.
+The old format has `rope_theta` and `rope_scaling`, which describes how
+positions are stretched. The new format has both in `rope_parameters`, which may
+be nested by kind of layer. Old files are read as `transformers` reads them. An
+export writes the old format, which every version and other programs read.
 """
 
 import math
@@ -16,23 +16,23 @@ FULL, SLIDING = 'full_attention', 'sliding_attention'
 
 
 class Rope(NamedTuple):
-  """What a config.json says of rotary positions."""
+  """The rotary positions of a config.json."""
 
   base: float
   scaling: rope_scaling.RopeScaling
-  partial: float  # share of the channels that is rotated
-  # Of a stretched DeepSeek: attention's scale is multiplied by its square.
+  partial: float  # share of the channels that are rotated
+  # The scale of attention is multiplied by its square (DeepSeek with YaRN).
   score_amplitude: float = 1.0
 
 
 class Family(NamedTuple):
-  """What families call the fields, and what they take for granted."""
+  """Names and defaults of the rotary fields of a family."""
 
   base: float = 10_000.0
   base_name: str = 'rope_theta'
   partial: float = 1.0
   partial_name: str = 'partial_rotary_factor'
-  original_length: int | None = None  # goes before what rope_scaling says
+  original_length: int | None = None  # takes precedence over rope_scaling
 
 
 def read(fields: fields_lib.Fields, family: Family = Family()) -> Rope:
@@ -50,7 +50,7 @@ def read(fields: fields_lib.Fields, family: Family = Family()) -> Rope:
 def read_local_and_global(
   fields: fields_lib.Fields, local_base: float, global_base: float
 ) -> tuple[float, Rope]:
-  """Returns the base of local layers, and what global ones have (Gemma 3)."""
+  """Returns the base of local layers, and the Rope of global ones (Gemma 3)."""
   given = _given(fields)
   is_nested = any(key in (FULL, SLIDING) for key in given)
   full = dict(given.get(FULL) or {}) if is_nested else given
@@ -83,7 +83,7 @@ def _rope(fields, given, family) -> Rope:
   inner = given.pop('original_max_position_embeddings', None)
   original = outer or inner or trained
   if kind == 'su' or (kind == 'yarn' and 'short_factor' in given):
-    kind = 'longrope'  # as Phi-3 called it
+    kind = 'longrope'  # old names in Phi-3
   read_kind = _KINDS.get(kind)
   if read_kind is None:
     fields.refuse(
@@ -113,7 +113,7 @@ def _linear(given, original, trained):
 
 def _dynamic(given, original, trained):
   factor = float(given.pop('factor'))
-  # Whatever length was trained on, bases grow from this one.
+  # The base grows from max_position_embeddings on, as in transformers.
   return rope_scaling.RopeScaling(
     kind='dynamic', factor=factor, original_length=trained
   ), 1.0
@@ -130,7 +130,7 @@ def _llama3(given, original, trained):
 
 
 def magnitude(factor: float, weight: float = 1.0) -> float:
-  """Returns YaRN's equation 22, with a weight of DeepSeek's."""
+  """Returns the magnitude of YaRN (equation 22), with DeepSeek's weight."""
   return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -182,7 +182,7 @@ _KINDS = {
 
 
 def write(scaling: rope_scaling.RopeScaling) -> dict[str, Any] | None:
-  """Returns the `rope_scaling` of a config.json, None for none."""
+  """Returns the `rope_scaling` of a config.json; None without a stretch."""
   if scaling.kind == 'none':
     return None
   written: dict[str, Any] = {'rope_type': scaling.kind}

@@ -1,4 +1,4 @@
-"""What the benchmarks say when there is no peer, or when it fails."""
+"""Errors of a benchmark whose peer is missing or fails."""
 
 import importlib.util
 

@@ -37,7 +37,9 @@ def test_what_is_shared_by_a_seed_cancels():
 
 
 def test_one_pair_has_no_interval():
-  with pytest.raises(ValueError, match='got 1 pairs, expected at least 2'):
+  with pytest.raises(
+    ValueError, match='pairs of runs: got 1, expected at least 2'
+  ):
     compare_experiments.difference([1.0], [2.0])
 
 

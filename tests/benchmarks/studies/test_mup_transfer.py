@@ -1,4 +1,4 @@
-"""The optimum of a grid, and that the learning rate may be an argument."""
+"""The optimum of a grid, and the learning rate as an argument of a program."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Which files of the standard library become documents, and where they go."""
+"""The documents of the standard library, and their splits."""
 
 import collections
 import pathlib

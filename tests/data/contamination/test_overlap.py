@@ -1,4 +1,4 @@
-"""What two texts share: counted against sets of n-grams, and on real files."""
+"""The overlap of two texts, against sets of n-grams, and on real files."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def _grams(tokens, n):
 
 
 def _counted(train, evaluated, n):
-  """The same by sets: (n-grams, found, touched, copied)."""
+  """Counts by sets: (n-grams, found, touched documents, copied documents)."""
   long = {g for t in train if len(t) >= n for g in _grams(t, n)}
   whole = {tuple(t) for t in train if len(t) < n}
   found = [

@@ -1,4 +1,4 @@
-"""What a path and a split name stand for."""
+"""The files of a path and a split."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every reader gives its documents back, by any index, from a pickle too."""
+"""Every reader returns its documents by any index, from a pickle too."""
 
 import json
 import pickle
@@ -38,7 +38,7 @@ def _text_files(tmp_path, texts):
 
 
 class TinyDataset(tfds.core.GeneratorBasedBuilder):
-  """A dataset with text under another name, and more than text."""
+  """A dataset with text under another name, and with other features."""
 
   VERSION = tfds.core.Version('1.0.0')
 

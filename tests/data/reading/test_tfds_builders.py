@@ -1,4 +1,4 @@
-"""Preparing survives two processes at once, and one that is killed."""
+"""Preparation with two processes at once, and after a killed process."""
 
 import pathlib
 import signal

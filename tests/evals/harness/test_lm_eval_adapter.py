@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from evals import encoding, ports, run
+from evals import encoding, options as options_lib, ports, run
 from models import transformer
 from tests.helpers import eval_models, no_network
 
@@ -288,7 +288,8 @@ def test_repeats_are_samples_of_one_prompt():
   assert answers == ['a', 'c', 'b']
   (_, settings, num_samples), _ = seen
   assert num_samples == 2
-  assert (settings.temperature, settings.top_p, settings.seed) == (0.5, 0.9, 5)
+  assert (settings.temperature, settings.seed) == (0.5, 5)
+  assert settings.filters == {'top_p': 0.9}
 
 
 def test_a_prompt_is_cut_to_leave_room(caplog):
@@ -364,7 +365,7 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
 
 def test_a_limit_and_an_unknown_task(tmp_path, offline):
   path = _write_tasks(tmp_path)[0]
-  options = run.Options(limit=3)
+  options = options_lib.Options(limit=3)
   result = run.run(
     f'lm_eval:{path}', eval_models.model(max_length=400), options
   )

@@ -4,7 +4,7 @@ import decimal
 
 import pytest
 
-from evals.tasks import gsm8k
+from evals.tasks import gsm8k, numbers
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ from evals.tasks import gsm8k
   ],
 )
 def test_a_number_is_what_it_says(text, value):
-  assert gsm8k.number(text) == decimal.Decimal(value)
+  assert numbers.number(text) == decimal.Decimal(value)
 
 
 @pytest.mark.parametrize('text', ['', 'ten', '1 2', 'nan', 'Infinity', '#'])
 def test_what_is_no_number(text):
-  assert gsm8k.number(text) is None
+  assert numbers.number(text) is None
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_what_is_no_number(text):
   ],
 )
 def test_the_last_number(text, value):
-  assert gsm8k.last_number(text) == decimal.Decimal(value)
+  assert numbers.last_number(text) == decimal.Decimal(value)
 
 
 def test_no_number_at_all():
-  assert gsm8k.last_number('none.') is None
+  assert numbers.last_number('none.') is None
   assert gsm8k.marked_number('the answer is 18') is None
 
 

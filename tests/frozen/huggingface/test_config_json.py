@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused, and what an export chooses."""
+"""config.json: fields that are read or refused, and the family of exports."""
 
 import dataclasses
 import math

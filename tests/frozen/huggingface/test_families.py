@@ -1,4 +1,4 @@
-"""Every family against its reference implementation, in and out.
+"""Import and export of every family, against its reference implementation.
 
 Skipped where torch and transformers are not installed
 (requirements-peer.txt); CI installs them.
@@ -46,7 +46,7 @@ def _quiet():
 
 
 def _params():
-  """All models; of each family one is enough for `make test`."""
+  """All models; all but one of each family are slow tests."""
   families = set()
   for name, (family, _) in open_weights.MODELS.items():
     marks = [pytest.mark.slow] if family in families else []
@@ -56,7 +56,7 @@ def _params():
 
 @pytest.fixture(scope='module', params=list(_params()))
 def pair(request, tmp_path_factory):
-  """Their model, the directory it was saved in, ours and its params."""
+  """The reference model, its directory, our model and its params."""
   theirs = open_weights.build(request.param)
   directory = tmp_path_factory.mktemp(request.param)
   open_weights.save(theirs, directory)
@@ -85,13 +85,13 @@ def test_logits_are_theirs(pair):
 
 
 def _depends_on_length(model) -> bool:
-  """Rotary positions that a longer text changes, in all implementations."""
+  """Rotary positions that a longer text changes, in both implementations."""
   return model.config.rope_scaling.kind in ('dynamic', 'longrope')
 
 
 @functools.lru_cache(maxsize=2)
 def _decoder(model):
-  """Compiles reading a prompt, and a step of one token."""
+  """Compiles a prefill, and a decode step."""
 
   @jax.jit
   def prefill(params, tokens_BT):
@@ -111,7 +111,7 @@ def _decoder(model):
 
 
 def test_cached_decoding_of_padded_prompts_is_the_full_forward(pair):
-  """Prompts of different lengths, padded on the right with garbage."""
+  """Prompts of different lengths, padded on the right with other tokens."""
   _, _, model, params = pair
   if _depends_on_length(model):
     pytest.skip('what a full pass computes depends on how long the text is')

@@ -1,4 +1,4 @@
-"""What a model recommends becomes settings, a refusal, or a note."""
+"""Fields of generation_config.json become settings, errors or notes."""
 
 import pytest
 
@@ -93,8 +93,8 @@ def test_what_is_not_used_is_listed():
     {'max_length': 4096, 'chat_format': 'chatml', 'max_time': 3.0}
   )
   assert notes == [
-    'max_length 4096 counts the prompt: not used, a completion ends with'
-    ' max_tokens or the context',
+    'max_length 4096 is not used, as it counts the prompt; a completion ends'
+    ' with max_tokens or the context',
     "chat_format 'chatml' is not used",
     'max_time 3.0 is not used',
   ]

@@ -1,4 +1,4 @@
-"""GGUF files, written by the library that llama.cpp writes them with."""
+"""GGUF files, written by the library of llama.cpp's converter."""
 
 import numpy as np
 import pytest

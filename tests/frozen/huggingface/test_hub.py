@@ -1,4 +1,4 @@
-"""Fetching from a hub, up to the call that would go over the network."""
+"""Downloads from the hub, up to the call that would use the network."""
 
 import pathlib
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_fetched_is_one_error():
 
 
 def test_the_library_is_asked_and_answers_offline():
-  """The real one, which the tests' environment forbids the network."""
+  """The real download, for which the tests forbid the network."""
   pytest.importorskip('huggingface_hub', reason='requirements-hub.txt')
-  with pytest.raises(FileNotFoundError, match='expected to fetch it from the'):
+  with pytest.raises(FileNotFoundError, match='expected a download from the'):
     hub.fetch('no-such-organisation/no-such-model')

@@ -1,4 +1,4 @@
-"""Whole directories in and out, without another library's help."""
+"""Import and export of whole directories, without another library."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ CONFIG = tiny_models.llama_like(vocab_size=400, num_layers=2)
 
 
 def _save(directory, config=CONFIG, *, dtype='float32', drop=(), **overrides):
-  """Writes a Hugging Face directory by our own maps, and a tokenizer."""
+  """Writes a Hugging Face directory with a tokenizer, by our tensor maps."""
   params = frozen_dirs.params(config)
   family, values = config_json.write(config)
   pieces = exporting.tensor_map.pieces(family, config, values)
@@ -170,6 +170,11 @@ def _no_json(directory):
   (directory / 'config.json').write_text('{')
 
 
+def _list_of_settings(directory):
+  _save(directory)
+  (directory / 'generation_config.json').write_text('[]')
+
+
 def _few_ids(directory):
   _save(directory, tiny_models.llama_like(vocab_size=100))
 
@@ -178,14 +183,14 @@ def _few_ids(directory):
   ('make', 'message'),
   [
     (_missing, r'got no model.layers.1.mlp.up_proj.weight, expected'),
-    (_unknown, 'got model.layers.0.adapter, which no parameter of'),
+    (_unknown, 'got model.layers.0.adapter, expected only tensors of'),
     (
       lambda d: _lies(d, num_hidden_layers=3),
-      'got no model.layers.2.input_layernorm.weight, .*the config lies',
+      'got no model.layers.2.input_layernorm.weight, .*the config is wr',
     ),
     (
       lambda d: _lies(d, num_hidden_layers=1),
-      'got model.layers.1.input_layernorm.weight, .*which no parameter',
+      'got model.layers.1.input_layernorm.weight, .*expected only tens',
     ),
     (
       lambda d: _lies(d, intermediate_size=41),
@@ -196,7 +201,8 @@ def _few_ids(directory):
     (_integers, 'of dtype I32, expected F32, F16 or BF16'),
     (_tied_and_not, 'got lm_head.weight unlike model.embed_tokens.weight'),
     (_no_json, 'config.json: got a file that is not JSON'),
-    (_few_ids, 'got a tokenizer of .* ids for a model of 100'),
+    (_few_ids, 'got a tokenizer of .* ids, expected at most 100'),
+    (_list_of_settings, r'generation_config.json: got \[\], expected a JSON'),
   ],
 )
 def test_a_directory_that_is_not_what_it_says_is_refused(
@@ -231,7 +237,7 @@ def test_what_repeats_the_config_and_bare_names_are_no_obstacle(tmp_path):
 
 
 def test_an_export_in_shards_of_layers_that_were_stacked(tmp_path):
-  """What training leaves: layers apart in what is frozen, whatever it was."""
+  """A frozen model has separate layers, however training stacked them."""
   frozen_dirs.write(tmp_path / 'ours')
   exported = exporting.export_directory(
     tmp_path / 'ours', tmp_path / 'theirs', shard_bytes=20_000
@@ -241,7 +247,7 @@ def test_an_export_in_shards_of_layers_that_were_stacked(tmp_path):
   source = importing.open_source(tmp_path / 'theirs')
   frozen = frozen_format.read(tmp_path / 'ours')
   _equal(importing.load_params(source, 'float32'), frozen.params)
-  with pytest.raises(ValueError, match='got a place that holds something'):
+  with pytest.raises(ValueError, match='got a path with files, expected a new'):
     exporting.export_directory(tmp_path / 'ours', tmp_path / 'theirs')
 
 
@@ -287,7 +293,7 @@ def test_the_command_imports_exports_and_fails_in_one_line(tmp_path):
 
 
 def test_an_imported_model_computes(tmp_path):
-  """With the arrays that reading made, where jax put them."""
+  """The loaded arrays, put on a device, compute the model."""
   params = _save(tmp_path)
   source = importing.open_source(tmp_path)
   loaded = importing.load_params(source, 'float32')

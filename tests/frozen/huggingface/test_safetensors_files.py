@@ -1,4 +1,4 @@
-"""Reading and writing safetensors, and files that are not what they say."""
+"""Reading and writing of safetensors, and damaged files."""
 
 import json
 import pathlib

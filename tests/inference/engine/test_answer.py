@@ -1,11 +1,11 @@
-"""One sequence's account, and its part of what a step brings."""
+"""The answer to one sequence: its usage, tokens and logprobs."""
 
 import numpy as np
 
 from inference.engine import answer, requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.scheduling import sequence_manager
-from tests.helpers import tiny_models
+from tests.helpers import simulated_device, tiny_models
 
 _PROMPT = (256, 97, 98, 99)
 
@@ -16,13 +16,20 @@ def _live(index=0, *, target=None, max_tokens=3, **settings):
     settings=settings_lib.Settings(**settings),
     target=target,
   )
+  limits = simulated_device.limits()
+  manager = sequence_manager.SequenceManager(limits, num_pages=32)
   return answer.Live(
-    7, index, request, 40 + index, tiny_models.byte_tokenizer(), max_tokens
+    7,
+    index,
+    request,
+    manager.submit((7, index), _PROMPT, max_tokens),
+    seed=40 + index,
+    tokenizer=tiny_models.byte_tokenizer(),
   )
 
 
 def _found(num_rows):
-  """Log-probabilities that tell by their value which row they are of."""
+  """Returns log-probabilities whose values name their row."""
   rows = np.arange(num_rows, dtype=np.float32)
   return logprobs.Logprobs(
     -rows,
@@ -75,13 +82,13 @@ def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
   assert _live().scored_prompt() is None
 
   def chunk(start, length):
-    return sequence_manager.Row(
-      id=live.id, slot=0, start=start, length=length, tokens=(), pages=(),
-      samples=False,
+    return sequence_manager.Span(
+      sequence=live.sequence, slot=0, start=start, length=length, tokens=(),
+      pages=(), samples=False,
     )  # fmt: skip
 
   live.take_prompt_logprobs(_found(9), chunk(0, 2), 3)
-  # Behind the last token of the prompt is nothing that could be scored.
+  # The last token of the prompt has no target.
   live.take_prompt_logprobs(_found(9), chunk(2, 2), 6)
   live.seated_at = 0.0
   completion = live.push(97, _found(1), 0, 1.0).completion

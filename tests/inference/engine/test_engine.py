@@ -1,4 +1,4 @@
-"""The engine from outside: isolation, endings, accounts, weights, contracts."""
+"""The engine: isolation, ends of sequences, usage, weights, contracts."""
 
 import dataclasses
 import functools
@@ -18,14 +18,8 @@ from tests.helpers import reference_engine
 _Settings = settings_lib.Settings
 _GREEDY = {'temperature': 0.0, 'max_tokens': 8, 'logprobs': 0}
 _PROMPT = tuple(range(40, 90))  # three whole pages of 16, and two tokens
-# So large a bias that nothing else is sampled: a..h, in ASCII.
+# A bias so large that only a..h, in ASCII, are sampled.
 _LETTERS = tuple((i, 60.0) for i in range(97, 105))
-
-
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
 
 
 @pytest.fixture
@@ -54,15 +48,17 @@ def _serve(engine, *wanted, **how):
 
 
 def _pages(engine):
-  """The pages of each sequence, by id."""
-  return {
-    live_id: set(engine.roster._sequences[live_id].pages)
-    for live_id in engine.roster._sequences
-  }
+  """Returns the pages of each sequence, by id."""
+  return {sequence.id: set(sequence.pages) for sequence in engine._live}
+
+
+def _sequence(engine, request_id):
+  """Returns the first sequence of a request."""
+  return next(each for each in engine._live if each.id == (request_id, 0))
 
 
 def _work(engine):
-  """What somebody with a watch could tell: steps and the rows in them."""
+  """Returns the work that a client could measure: steps and their tokens."""
   names = 'engine_steps', 'prefill_tokens', 'decode_tokens'
   return np.array([engine.metrics.value(f'{name}_total') for name in names])
 
@@ -74,9 +70,9 @@ def _work(engine):
 def test_principals_share_no_page_while_one_and_its_samples_do(engine):
   long = {'principal': 'a', 'max_tokens': 30}
   first = engine.submit(_request(**long, n=2, seed=1))
-  while len(engine.roster.tokens((first, 0))) == len(_PROMPT):
+  while len(_sequence(engine, first).tokens) == len(_PROMPT):
     engine.step()
-  # Its prompt is computed, and its pages are where others could find them.
+  # Its prompt is computed, and other sequences could find its pages.
   second = engine.submit(_request(principal='b'))
   third = engine.submit(_request(principal='a'))
   has_shared = False
@@ -131,16 +127,16 @@ def test_prompt_logprobs_do_not_read_the_cache_and_others_read_theirs(engine):
   assert first.prompt_logprobs == expected.prompt_logprobs
   assert first.prompt_logprobs[0] is None
   assert len(first.prompt_logprobs) == len(_PROMPT)
-  # Of one prompt, once.
+  # The first sequence computes the prompt for both.
   assert second.prompt_logprobs is None
   assert second.usage.cached_tokens == len(_PROMPT) - 1
-  engine.roster.clear()
+  engine.manager.clear()
   _serve(engine, scored)
   assert _serve(engine, _request())[0].usage.cached_tokens == 48
 
 
 # ------------------------------------------------------------------------------
-# Endings.
+# Ends of sequences.
 
 
 def test_n_samples_are_those_of_seeds_in_a_row(engine):
@@ -174,14 +170,14 @@ def test_eos_ends_after_the_least_tokens_and_costs_one_that_is_dropped(engine):
   assert ended.token_ids[3] == eos_id
   assert eos_id not in ended.token_ids[:3]
   assert len(ended.token_ids) == len(ended.logprobs) == 4
-  # Three rows for the second to fourth token; when the fourth was read, its
-  # own row was on the device. What came of it is nobody's.
+  # Three decodes for the second to fourth token. When the fourth was read, the
+  # device computed the next step already: its token is dropped.
   assert ended.usage.decode_tokens == 4
   assert engine.metrics.value('sampled_tokens_total') - before == 4
   (ignored,) = _serve(engine, _request(**wish, ignore_eos=True))
   assert ignored.finish_reason == 'length'
   assert ignored.token_ids == ended.token_ids + [eos_id] * 5
-  # An end that is known beforehand costs nothing.
+  # An end by length is known beforehand: no token is computed in vain.
   assert ignored.usage.decode_tokens == 8
 
 
@@ -228,7 +224,7 @@ def test_text_and_ids_are_one_cursor(engine):
 
 
 # ------------------------------------------------------------------------------
-# Accounts.
+# Usage.
 
 
 def test_tokens_and_flops_are_counted_one_by_one(engine):
@@ -247,10 +243,10 @@ def test_tokens_and_flops_are_counted_one_by_one(engine):
   attention = sum(4 * query * context for context in range(1, 17))
   head = 2 * width * model.vocab_size
   assert usage.flops == 16 * 2 * layer + attention + 4 * head
-  # 13 tokens in two chunks of 8, then one of two rows three times.
+  # 13 tokens in a chunk of 16, then a step of 8 decodes three times.
   engine_rows = engine.metrics.value
   assert engine_rows('engine_rows_total', kind='real') - real == 16
-  assert engine_rows('engine_rows_total', kind='padding') - padding == 6
+  assert engine_rows('engine_rows_total', kind='padding') - padding == 3 + 3 * 7
 
 
 def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
@@ -265,7 +261,7 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
     clock.now += seconds
     for update in engine.step():
       completion = completion or update.completion
-    held.append(engine.roster.gauges().pages_used)
+    held.append(engine.manager.gauges().pages_used)
   usage = completion.usage
   assert usage.queue_seconds == 5  # before the first step
   assert usage.prefill_seconds == 1  # then until its token was read
@@ -279,12 +275,12 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
 
 def test_gauges_say_what_pages_hold(engine):
   first = engine.submit(_request(principal='a'))
-  while engine.roster.num_pages_held((first, 0)) != 4:
+  while len(_sequence(engine, first).pages) != 4:
     engine.step()
   value = engine.metrics.value
   assert value('running') == 1
   assert value('kv_pages_used') == 4
-  held = engine.roster.gauges().tokens_held
+  held = engine.manager.gauges().tokens_held
   assert 48 < held < 64
   assert value('kv_waste') == pytest.approx(1 - held / 64)
   free = value('kv_pages_free') + value('kv_pages_idle')
@@ -320,8 +316,8 @@ def test_new_weights_are_served_and_find_nothing_of_the_old(
   engine, other_params, monkeypatch
 ):
   (old,) = _serve(engine, _request())
-  # Even if the cache were not emptied: its prefixes are the old weights'.
-  monkeypatch.setattr(engine.roster, 'clear', lambda: None)
+  # Even if the cache is not emptied: its scope has the old digest.
+  monkeypatch.setattr(engine.manager, 'clear', lambda: None)
   engine.set_params(other_params, 'second')
   (new,) = _serve(engine, _request())
   assert new.usage.cached_tokens == 0
@@ -353,7 +349,7 @@ def test_weights_change_only_between_sequences_and_keep_their_shapes(
     engine.set_params(other_params, 'second')
   engine.step()
   engine.cancel(request_id)
-  # A step is in flight still.
+  # A step is still in flight.
   with pytest.raises(ValueError, match='while 0 sequences run'):
     engine.set_params(other_params, 'second')
   engine.step()
@@ -368,7 +364,7 @@ def test_weights_change_only_between_sequences_and_keep_their_shapes(
 
 
 def test_what_compiles_in_a_step_is_counted(engine, monkeypatch):
-  # Figures of its own: those of the engine stay at the 0 of the contract.
+  # Its own metrics, since those of the engine must stay at 0.
   monkeypatch.setattr(engine, 'metrics', metrics.Metrics())
   step = engine._programs.step
 
@@ -380,7 +376,7 @@ def test_what_compiles_in_a_step_is_counted(engine, monkeypatch):
   engine.submit(_request(_PROMPT[:3], max_tokens=1))
   engine.step()
   assert engine.metrics.value('compilations_after_ready_total') == 1
-  assert len(engine.step()) == 1  # reads what the first has sent
+  assert len(engine.step()) == 1  # reads the outputs of the first
   assert engine.metrics.value('compilations_after_ready_total') == 1
 
 

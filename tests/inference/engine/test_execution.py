@@ -5,7 +5,7 @@ import pytest
 
 from inference.engine import engine_config, execution
 from models import invariant
-from models.attention import cached, paged_gpu, paged_tpu
+from models.attention import cached, paged_gpu, paged_tpu, supports
 from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig
@@ -35,21 +35,22 @@ def test_kernels_where_there_are_some(attention):
   tpu = _choose('tpu', attention=attention)
   assert tpu.execution.attend_cached is paged_tpu.attend
   # Narrow heads are stored as wide as the kernel reads them.
-  assert tpu.channels == paged_tpu.LANES
+  assert tpu.channels == supports.LANES
   assert _choose('tpu', head_width=128).channels == 128
 
 
 def test_a_model_that_the_kernel_does_not_take_is_attended_without():
   for platform, fields in (
-    ('gpu', {'head_width': paged_gpu.MAX_CHANNELS + 2}),
-    ('tpu', {'head_width': paged_tpu.LANES + 2}),
+    ('gpu', {'head_width': supports.PAGED_GPU.max_head_width + 2}),
+    ('tpu', {'head_width': supports.LANES + 2}),
     ('tpu', {'kv_dtype': 'int8'}),
   ):
     backend = _choose(platform, **fields)
     assert backend.execution.attend_cached is cached.attend
     assert backend.channels == fields.get('head_width', 64)
     with pytest.raises(
-      ValueError, match="attention: got 'kernel', but got .* leave it at 'auto'"
+      ValueError,
+      match="attention: got 'kernel', but got .* set engine.attention = auto",
     ):
       _choose(platform, attention='kernel', **fields)
 

@@ -1,14 +1,43 @@
-"""Planned steps as arrays, written out."""
+"""The arrays of planned steps, written out."""
 
-import numpy as np
-
-from inference.engine import inputs as inputs_lib, programs
-from inference.scheduling import sequence_manager
+from inference.engine import inputs as inputs_lib, steps
+from inference.scheduling import page_tables, sequence_manager
 
 
-def _row(id, slot, start, tokens, pages, *, length=0, samples=True):
-  return sequence_manager.Row(
+def _sequence(id):
+  return page_tables.Sequence(
     id=id,
+    tokens=[],
+    num_prompt=0,
+    max_known=0,
+    principal=None,
+    priority=0,
+    scope=None,
+    reads_prefix_cache=True,
+    arrival=0,
+    submitted=0,
+  )
+
+
+_SEQUENCES = {id: _sequence(id) for id in 'abcd'}
+
+
+class _Live:
+  """The part of an answer that `fill` reads."""
+
+  def __init__(self, scored, targets):
+    self._scored, self._targets = scored, targets
+
+  def scored_prompt(self):
+    return self._scored
+
+  def forced_token(self, position):
+    return self._targets.get(position)
+
+
+def _span(id, slot, start, tokens, pages, *, length=0, samples=True):
+  return sequence_manager.Span(
+    sequence=_SEQUENCES[id],
     slot=slot,
     start=start,
     length=length or len(tokens),
@@ -18,53 +47,44 @@ def _row(id, slot, start, tokens, pages, *, length=0, samples=True):
   )
 
 
-def _empty(num_decodes, num_chunks, rows, num_sampled, width=3):
-  def full(*size, value=0):
-    return np.full(size, value, np.int32)
-
-  return programs.Inputs(
-    tokens_T=full(num_decodes + num_chunks * rows),
-    positions_T=full(num_decodes + num_chunks * rows, value=-1),
-    decode_table_DL=full(num_decodes, width),
-    chunk_table_XL=full(num_chunks, width),
-    rows_R=full(num_sampled),
-    slots_R=full(num_sampled, value=9),
-    forced_R=full(num_sampled, value=-1),
-    targets_M=full(num_chunks * rows, value=-1),
-    prompt_logprobs_X=full(num_chunks, value=-1),
-  )
-
-
-# Two of three decode rows, two of three chunks of four; the chunks are parts of
-# one prompt that is scored and of one that is not.
+# Two of three decodes, and two of three chunks of four tokens. One chunk is of
+# a prompt that is scored, the other of one that is not.
 _STEP = sequence_manager.Step(
   copies=(),
   decodes=(
-    _row('a', 5, 7, None, (4, 2), length=1),
-    _row('b', 0, 8, (33,), (6, 7, 1)),
+    _span('a', 5, 7, None, (4, 2), length=1),
+    _span('b', 0, 8, (33,), (6, 7, 1)),
   ),
   chunks=(
-    _row('c', 2, 4, (14, 15, 16, 17), (8, 9), samples=False),
-    _row('d', 3, 0, (20, 21), (5,)),
+    _span('c', 2, 4, (14, 15, 16, 17), (8, 9), samples=False),
+    _span('d', 3, 0, (20, 21), (5,)),
   ),
   seated=(),
   preempted=(),
 )
 
 
-def _filled(scored, forced=lambda *_: None):
-  inputs = _empty(3, 3, 4, 8)
+def _filled(scored, targets=None):
+  inputs = inputs_lib.empty(
+    steps.Shape(3, 3),
+    chunk_tokens=4,
+    table_width=3,
+    num_sampled=8,
+    padding_slot=9,
+  )
   inputs_lib.fill(
     inputs,
     _STEP,
     chunk_tokens=4,
-    scored_prompt=scored.get,
-    forced_token=forced,
+    answers={
+      _SEQUENCES[id]: _Live(scored.get(id), (targets or {}).get(id, {}))
+      for id in _SEQUENCES
+    },
   )
   return inputs
 
 
-def test_rows_and_chunks_are_laid_out_with_padding_between():
+def test_decodes_and_chunks_are_laid_out_with_padding_between():
   inputs = _filled({})
   tokens_T = [-1, 33, 0] + [14, 15, 16, 17] + [20, 21, 0, 0] + [0] * 4
   assert inputs.tokens_T.tolist() == tokens_T
@@ -72,7 +92,7 @@ def test_rows_and_chunks_are_laid_out_with_padding_between():
   assert inputs.positions_T.tolist() == positions_T
   assert inputs.decode_table_DL.tolist() == [[4, 2, 0], [6, 7, 1], [0, 0, 0]]
   assert inputs.chunk_table_XL.tolist() == [[8, 9, 0], [5, 0, 0], [0, 0, 0]]
-  # The last row of a chunk is sampled behind; what yields no token is nobody's.
+  # A token follows the last of a chunk; padding has the padding slot.
   assert inputs.rows_R.tolist() == [0, 1, 0, 6, 8, 0, 0, 0]
   assert inputs.slots_R.tolist() == [5, 0, 9, 9, 3, 9, 9, 9]
   assert (inputs.targets_M == -1).all()
@@ -84,27 +104,26 @@ def test_the_targets_of_a_scored_prompt_are_one_further():
   prompt = tuple(range(10, 20))
   inputs = _filled({'c': (prompt, 2), 'd': ((20, 21), 0)})
   assert inputs.prompt_logprobs_X.tolist() == [2, 0, -1]
-  # The last token of a prompt has nothing behind it that is known.
+  # The token after a prompt is not known.
   targets = [15, 16, 17, 18] + [21, -1, -1, -1] + [-1] * 4
   assert inputs.targets_M.tolist() == targets
 
 
 def test_tokens_beyond_a_prompt_have_no_targets():
-  # After a preemption a chunk holds what was sampled too.
+  # After a preemption, a chunk holds sampled tokens too.
   inputs = _filled({'c': (tuple(range(10, 17)), 0)})
   assert inputs.targets_M.tolist() == [15, 16] + [-1] * 10
 
 
 def test_a_token_is_forced_at_its_position():
-  # Behind 7 + 1, 8 + 1 and 0 + 2 tokens; what samples nothing is not asked.
-  targets = {('a', 8): 70, ('b', 8): 71, ('c', 8): 72, ('d', 2): 0}
-  inputs = _filled({}, lambda *key: targets.get(key))
+  # After 7 + 1, 8 + 1 and 0 + 2 tokens; 'c' samples no token.
+  inputs = _filled({}, {'a': {8: 70}, 'b': {8: 71}, 'c': {8: 72}, 'd': {2: 0}})
   assert inputs.forced_R.tolist() == [70, -1, -1, -1, 0, -1, -1, -1]
 
 
-def test_rows_that_sample_are_found_in_the_outputs():
-  found = inputs_lib.sampling_rows(_STEP, num_decodes=3)
-  assert [(place, row.id) for place, row in found] == [
+def test_spans_that_sample_are_found_in_the_outputs():
+  found = inputs_lib.sampling_spans(_STEP, num_decodes=3)
+  assert [(place, span.sequence.id) for place, span in found] == [
     (0, 'a'),
     (1, 'b'),
     (4, 'd'),

@@ -1,4 +1,4 @@
-"""Figures as Prometheus reads them."""
+"""Metrics as Prometheus reads them."""
 
 from prometheus_client import parser
 import pytest

@@ -1,35 +1,35 @@
-"""Programs of the device: what each may change, and the shapes they have."""
+"""The compiled programs: their shapes, and the state that each changes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import programs as programs_lib
+from inference.engine import device_state, programs as programs_lib, steps
 from inference.sampling import penalties, sampler as sampler_lib, settings
 from tests.helpers import reference_engine
 
 
 @pytest.fixture
 def programs():
-  return reference_engine.engine(**reference_engine.TIGHT)._programs
+  return reference_engine.engine(**reference_engine.SIX_SHAPES)._programs
 
 
 @pytest.fixture
 def state():
-  """A state that is not the engine's, with something in every place."""
-  real = reference_engine.engine(**reference_engine.TIGHT)._state
+  """Returns another state than the engine's, with values in every place."""
+  real = reference_engine.engine(**reference_engine.SIX_SHAPES)._state
   rng = np.random.default_rng(0)
-  pools = jax.tree.map(
+  pages = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
-    real.pools,
+    real.kv_cache,
   )
-  slots = programs_lib.Slots(
+  slots = device_state.Slots(
     last_B=jnp.arange(9, dtype=jnp.int32) + 50,
     sampler=sampler_lib.empty(9),
     seen_BV=jnp.asarray(rng.integers(0, 5, (9, 259)), jnp.int32),
   )
-  return programs_lib.State(pools, slots)
+  return device_state.State(pages, slots)
 
 
 def _host(tree):
@@ -44,15 +44,15 @@ def test_a_step_has_the_smallest_shape_that_holds_it(programs):
   ] == [(2, 0), (8, 0), (0, 1), (0, 2), (2, 1), (2, 1), (8, 1)]
 
 
-def test_numbers_of_rows_are_few_and_hold_every_shape():
+def test_sizes_of_sample_are_few_and_hold_every_shape():
   for most, expected in (
     (1, [1]), (2, [1, 2]), (4, [1, 4]), (5, [1, 4, 5]), (33, [1, 4, 16, 33]),
   ):  # fmt: skip
-    assert programs_lib._row_counts(most) == expected
+    assert programs_lib._sample_sizes(most) == expected
 
 
 def test_inputs_are_padding_until_they_are_filled(programs):
-  inputs = programs.empty_inputs(programs_lib.Shape(2, 1))
+  inputs = programs.empty_inputs(steps.Shape(2, 1))
   width = -(-(128 + 8) // 64) * 64 // 16
   shapes = {
     'tokens_T': (10,), 'positions_T': (10,), 'decode_table_DL': (2, width),
@@ -70,15 +70,15 @@ def test_inputs_are_padding_until_they_are_filled(programs):
 
 
 def test_a_step_of_padding_changes_nothing_that_is_anybodys(programs, state):
-  before = _host((state.pools, state.slots.last_B, state.slots.seen_BV))
-  inputs = programs.empty_inputs(programs_lib.Shape(2, 1))
+  before = _host((state.kv_cache, state.slots.last_B, state.slots.seen_BV))
+  inputs = programs.empty_inputs(steps.Shape(2, 1))
   after, _ = programs.step(
-    programs_lib.Shape(2, 1), reference_engine.params(), state, inputs
+    steps.Shape(2, 1), reference_engine.params(), state, inputs
   )
-  after = _host((after.pools, after.slots.last_B, after.slots.seen_BV))
+  after = _host((after.kv_cache, after.slots.last_B, after.slots.seen_BV))
   jax.tree.map(np.testing.assert_array_equal, before[0], after[0])
   for old, new in zip(before[1:], after[1:], strict=True):
-    np.testing.assert_array_equal(old[:8], new[:8])  # the ninth is nobody's
+    np.testing.assert_array_equal(old[:8], new[:8])  # the ninth slot is padding
 
 
 def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
@@ -109,11 +109,11 @@ def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
 def test_pages_are_copied_in_calls_that_run_in_order(
   programs, state, num_copies
 ):
-  (before,) = _host(state.pools)
+  (before,) = _host(state.kv_cache)
   # Each page is read before a later copy writes to it.
   copies = [(page + 1, page) for page in range(1, num_copies + 1)]
   state = programs.copy_pages(state, copies)
   expected_PQYC = before.kv_PQYC.copy()
   for source, target in copies:
     expected_PQYC[target] = before.kv_PQYC[source]
-  np.testing.assert_array_equal(state.pools[0].kv_PQYC, expected_PQYC)
+  np.testing.assert_array_equal(state.kv_cache[0].kv_PQYC, expected_PQYC)

@@ -1,4 +1,4 @@
-"""Stop strings: found wherever the text is cut, and no part of them leaks."""
+"""Stop strings: found in any cut of the text, and never shown in part."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -57,13 +57,13 @@ def test_a_stop_string_completed_where_none_counts_is_text():
   assert matcher.push('b', may_match=False) == ''
   assert matcher.push('c') == ''
   assert matcher.matched == 'bc'
-  # Whole, it is the beginning of nothing and not held back.
+  # A whole stop string begins no other, so it is not held back.
   matcher = stop_strings.StopMatcher(('bc', 'wxyz'))
   assert matcher.push('abc', may_match=False) == 'abc'
 
 
 def _first_stop(text, stop, num_passed=0):
-  """Character by character, as the definition says."""
+  """Returns the result by definition, character by character."""
   for end in range(num_passed + 1, len(text) + 1):
     for found in sorted(stop, key=len, reverse=True):
       if text[:end].endswith(found):

@@ -15,7 +15,7 @@ _EOS = _BYTES.eos_id
 
 
 class _PieceTokenizer:
-  """Ids stand for given bytes; the last id is EOS, the one before it BOS."""
+  """Each id has given bytes; the last id is EOS, the one before it BOS."""
 
   def __init__(self, pieces):
     self._pieces = (*pieces, b'', b'')
@@ -61,7 +61,7 @@ def test_a_half_character_holds_its_ids_back():
 
 
 def test_a_possible_stop_string_holds_its_tokens_back():
-  # 'x\n' is safe in part: the token waits whole, and 'x' with it.
+  # A part of 'x\n' is safe: the whole token waits, and 'x' with it.
   tok = _PieceTokenizer([b'x\n', b'U', b'se', b'er:'])
   script = _start(tok=tok, stop=('\nUser:',))
   assert _push_all(script, [0, 1]) == [stopping.Release('', (), ())] * 2
@@ -77,7 +77,7 @@ def test_a_stop_string_ends_text_and_releases_all_ids():
   assert script.push(3) == stopping.Release(' x', (1, 2, 3), ())
   assert (script.finish_reason, script.stop_reason) == ('stop', '\nUser:')
   assert (script.text, script.token_ids) == ('yes x', [0, 1, 2, 3])
-  # Of the token ' x\n' half is cut: it does not spell the text.
+  # Half of the token ' x\n' is cut: it does not spell the text.
   assert script.num_text_ids == 1
 
 
@@ -101,11 +101,11 @@ def test_logprobs_travel_with_their_tokens():
     ('a<', {'ignore_eos': True, 'stop_ids': (_EOS,)}, 'a', 1, ('stop', _EOS)),
     ('a<', {'stop_ids': (_EOS,)}, 'a', 1, ('stop', None)),
     ('abc', {'max_tokens': 3}, 'abc', 3, ('length', None)),
-    # What ends it by itself is named before the length.
+    # Other reasons come before the length.
     ('ab<', {'max_tokens': 3}, 'ab', 2, ('stop', None)),
     ('abc', {'max_tokens': 3, 'stop': ('c',)}, 'ab', 2, ('stop', 'c')),
     ('ab<', {'max_tokens': 3, 'ignore_eos': True}, 'ab', 3, ('length', None)),
-    # Held back until the end comes.
+    # Held back until the end.
     ('ab<', {'stop': ('bc',)}, 'ab', 2, ('stop', None)),
     ('abd', {'stop': ('bc',), 'stop_ids': (100,)}, 'ab', 2, ('stop', 100)),
   ],
@@ -153,13 +153,6 @@ def test_a_stop_string_may_be_what_an_unfinished_character_becomes():
   assert (script.stop_reason, script.num_text_ids) == ('\ufffd', 1)
 
 
-def test_a_sequence_that_is_cut_shows_what_was_held():
-  script = _start(stop=('bc',))
-  _push_all(script, b'ab')
-  assert script.cut('cancelled') == stopping.Release('b', (98,), ())
-  assert script.finish_reason == 'cancelled'
-
-
 def test_a_token_after_the_end_is_refused():
   script = _start(max_tokens=1)
   script.push(97)
@@ -170,7 +163,7 @@ def test_a_token_after_the_end_is_refused():
 
 
 def _definition(pieces, settings, max_tokens):
-  """What the whole sequence comes to, character by character."""
+  """Returns the result by definition, character by character."""
   before = ''
   for number, piece in enumerate(pieces, 1):
     is_eos = piece is None and not settings.ignore_eos
@@ -231,7 +224,7 @@ def test_any_stream_cut_in_any_way(
     )
     shown += release.text
     released += release.token_ids
-    # Nothing of what a stop string cuts was ever shown.
+    # No text that a stop string cuts was ever shown.
     assert text.startswith(shown)
     assert [entry.chosen for entry in release.logprobs] == [
       float(i) for i in release.token_ids

@@ -1,4 +1,4 @@
-"""Log-probabilities against NumPy in float64; the same bits in any company."""
+"""Log-probabilities against NumPy in float64; bits in any batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from inference.sampling import logprobs
 
-# Rows of this length XLA sums in one order among 8 rows, in another among 16.
+# XLA sums rows of this length in one order among 8 rows, another among 16.
 _VOCAB = 259
 _logprobs = jax.jit(logprobs.logprobs, static_argnames='max_alternatives')
 
@@ -87,8 +87,8 @@ def test_a_row_that_asks_nothing_gets_zeros(asked):
 
 
 def _in_company(num_rows: int, place: int):
-  """Bits of the log-probabilities of each of eight rows among others."""
-  # A function of its own: jit would remember the other test's.
+  """Returns the bits of log-probabilities of eight rows among others."""
+  # Its own function: jit would reuse the program of the other test.
   compiled = jax.jit(lambda *args: logprobs.logprobs(*args))
   asked_B = np.where(np.arange(num_rows) == place, 4, -1 + place % 3)
   bits = b''
@@ -119,7 +119,7 @@ def test_without_row_sum_it_would_not(monkeypatch):
 @pytest.mark.parametrize('width', [1, 2, 3, 259, 1023, 1025, 2050])
 def test_row_sum_is_a_sum(width):
   values_BV = np.random.default_rng(1).random((3, width), np.float32)
-  # Halving adds a number to few others: 2 ulps of the sum are plenty.
+  # Pairwise sums add each number few times: 2 ulps are a wide bound.
   np.testing.assert_allclose(
     jax.jit(logprobs.row_sum)(values_BV),
     values_BV.astype(np.float64).sum(axis=-1),

@@ -1,4 +1,4 @@
-"""Penalties, bias and masks against NumPy; the counts they are decided by."""
+"""Penalties, bias and masks against NumPy, and the counts behind them."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def _ids(*ids):
 
 
 def _seen(prompt, output):
-  """What `recount` says, in plain words."""
+  """Returns the counts of `recount`, from plain Python."""
   counts = np.bincount(output, minlength=_VOCAB).astype(np.int32)
   counts[prompt] |= penalties.PROMPT_FLAG
   return counts
@@ -41,7 +41,7 @@ def test_recount_is_a_bincount_and_a_flag(prompt, output):
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(prompt=_TOKENS, output=_TOKENS)
 def test_counting_token_by_token_ends_where_recount_does(prompt, output):
-  # What a sequence has after preemption is what it had before.
+  # A sequence has the same counts before and after a preemption.
   before_V = _recount(_ids(*prompt), len(prompt), _VOCAB)
   others_BV = np.arange(3 * _VOCAB, dtype=np.int32).reshape(3, _VOCAB)
   seen_BV = jnp.asarray(others_BV).at[1].set(before_V)
@@ -75,9 +75,9 @@ def test_each_penalty_by_hand():
       )
     )[0, :8].tolist()
 
-  # Prompt and completion alike; both signs of a logit fall.
+  # Prompt and completion count alike; logits of both signs fall.
   assert penalize(repetition=2.0) == [1.0, -4.0, 0, 1.0, -4.0, 1, 0.5, 1]
-  # The completion alone: 3 twice, 4 and 6 once.
+  # Only the completion counts: 3 twice, 4 and 6 once.
   assert penalize(presence=0.5) == [2, -2, 0, 1.5, -2.5, 1, 0.5, 1]
   assert penalize(frequency=0.5) == [2, -2, 0, 1.0, -2.5, 1, 0.5, 1]
   assert penalize(frequency=-0.5) == [2, -2, 0, 3.0, -1.5, 1, 1.5, 1]
@@ -124,7 +124,7 @@ def test_bias_and_mask_touch_the_given_ids_of_the_given_rows():
 
 
 def test_a_row_that_asks_nothing_keeps_every_bit():
-  # Minus zero, infinities and a subnormal beside one that asks for all.
+  # Minus zero, infinities and a subnormal, beside a row with all penalties.
   logits_V = np.array([-0.0, -np.inf, 1e-40, 3.3] * 3, np.float32)
   seen_BV = np.full((2, _VOCAB), penalties.PROMPT_FLAG | 3, np.int32)
   penalized_BV = jax.jit(penalties.penalize)(

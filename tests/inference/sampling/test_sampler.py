@@ -1,4 +1,4 @@
-"""Sampling: distributions against a NumPy oracle, then draws, then company."""
+"""The sampler: distributions against NumPy, then draws, then batches."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _LOGITS_V = np.log(
   np.array([0.02, 0.25, 0.1, 0.05, 0.3, 0.01, 0.15, 0.12], np.float64)
 )
 _VOCAB = len(_LOGITS_V)
-# What the sequence has so far: 4 in both, 0 in neither.
+# Tokens so far: 4 is in prompt and completion, 0 in neither.
 _PROMPT, _OUTPUT = (4, 5, 5, 6), (1, 4, 1, 7)
 _EOS = 6
 _Settings = settings_lib.Settings
@@ -46,7 +46,7 @@ def _row(seed=0, **chosen):
 
 
 def _oracle(logits_V, **chosen):
-  """The next token's distribution: float64, sorting, one rule at a time."""
+  """Returns the next token's distribution, in float64, rule by rule."""
   settings = _Settings(**chosen)
   logits_V = np.array(logits_V, np.float64)
   for token in {*_PROMPT, *_OUTPUT}:
@@ -151,7 +151,7 @@ def test_distribution_is_the_oracles(chosen):
 @hypothesis.given(
   # Few distinct values, so that ties are the rule.
   logits=st.lists(st.integers(-3, 3), min_size=9, max_size=9),
-  # Powers of two and their likes, so that float32 keeps the ties.
+  # Powers of two and the like, so that float32 keeps the ties.
   temperature=st.sampled_from([0.5, 1.0, 4.0]),
   repetition_penalty=st.sampled_from([0.5, 1.0, 2.0]),
   presence_penalty=st.sampled_from([-2, -0.5, 0, 0.5]),
@@ -267,8 +267,8 @@ def test_greedy_takes_the_first_of_equals(num_tokens):
 
 
 # ------------------------------------------------------------------------------
-# A sequence and its company. At 259 tokens XLA sums rows in an order of its own
-# for 16 of them and more.
+# A sequence and its batch. At 259 tokens, XLA sums rows in another order for 16
+# rows and more.
 
 _WIDE = 259
 _SEQUENCES = (
@@ -278,7 +278,7 @@ _SEQUENCES = (
   {'seed': 10, 'repetition_penalty': 1.2, 'top_p': 0.97, 'min_tokens': 9},
   {'seed': 11, 'temperature': 0.0, 'presence_penalty': 1.0},
 )
-# Together they turn every branch on.
+# Together they run every branch.
 _NEIGHBOURS = (
   {'temperature': 0.0},
   {'top_k': 2},
@@ -297,7 +297,7 @@ def _step(logits_BV, sampler, seen_BV, positions_B):
 
 
 def _outcomes(num_rows: int, place: int, neighbour: dict):
-  """Bits of what each of the sequences gets at a place among neighbours."""
+  """Returns the bits of each sequence's result at a place of a batch."""
   rng = np.random.default_rng(3)
   rows_BV = rng.standard_normal((40, _WIDE)).astype(np.float32)
   outcomes = []
@@ -438,7 +438,7 @@ def test_put_and_take_move_rows():
     sampler = put(sampler, np.int32(slot), row)
   taken = sampler_lib.take(sampler, jnp.array([2, 0, 3]))
   assert _equal(taken, sampler_lib.stack([*rows, sampler_lib.idle()]))
-  # A slot that is left is as if nobody had been there.
+  # A slot that was given back is like one that was never used.
   for slot in (2, 0):
     sampler = put(sampler, np.int32(slot), sampler_lib.idle())
   assert _equal(sampler, sampler_lib.empty(4))
@@ -458,7 +458,7 @@ def test_every_setting_but_those_of_the_host_reaches_the_row():
     'stop_ids': (1,),
     'logprobs': 1,
   }
-  # Those that the engine or the transcript reads; `seed` comes by itself.
+  # Settings that the engine or the transcript reads; `seed` is an argument.
   of_the_host = {
     'seed', 'n', 'max_tokens', 'stop', 'ignore_eos', 'prompt_logprobs',
   }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whose turn it is: levels, fair shares, arrival."""
+"""The turn of waiting sequences: levels, fair shares, arrival."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def _turns(*queue, served=None, best_priority=0, aging_steps=5):
     (7, 4, 7),
     (7, 5, 6),
     (7, 29, 2),
-    (7, 1000, 2),  # an equal of the best, never more
+    (7, 1000, 2),  # equal to the best, never better
     (2, 1000, 2),
   ],
 )
@@ -89,14 +89,6 @@ def test_principals_need_no_order_of_their_own():
   ]
 
 
-def test_charges_add_up_and_leave_the_old_counters_alone():
-  before = {'ann': 3}
-  after = fairness.charge(before, 'ann', 4)
-  assert after == {'ann': 7}
-  assert fairness.charge(after, 'bob', 1) == {'ann': 7, 'bob': 1}
-  assert before == {'ann': 3}
-
-
 def test_idle_time_cannot_be_saved_up():
   served = {'ann': 50, 'bob': 30, 'eve': 99, 'old': 10}
   active = ['ann', 'bob']
@@ -109,6 +101,6 @@ def test_counters_that_say_nothing_are_dropped():
   served = {'ann': 50, 'bob': 30, 'eve': 99, 'old': 10}
   lifted = fairness.lift(served, 'new', ['ann', 'bob'])
   assert lifted == {'ann': 50, 'bob': 30, 'eve': 99, 'new': 30}
-  # Who comes back later is where it would have been.
+  # A principal that comes back has the counter that it would have had.
   assert fairness.lift(lifted, 'old', ['ann', 'bob', 'new'])['old'] == 30
   assert fairness.lift(served, 'eve', []) == {'eve': 0}

@@ -1,4 +1,4 @@
-"""What is done with the pages of a sequence."""
+"""The pages of a sequence: found, allocated, shared, copied, released."""
 
 import pytest
 
@@ -138,7 +138,7 @@ def test_a_fork_shares_the_prompt_and_copies_before_it_writes(tables):
   assert first.pages == (parent.pages[0], destination)
   [(source, _)] = _compute(tables, parent, 1)
   assert source == shared
-  # The last one who holds the page keeps it.
+  # The last holder keeps the page.
   assert tables.copied(second) is None
   assert _compute(tables, second, 1) == []
   assert second.pages[1] == shared
@@ -165,7 +165,7 @@ def test_a_page_that_the_cache_keeps_is_copied_by_its_only_holder(tables):
   shared = child.pages[1]
   assert tables.allocator.ref_count(shared) == 1
   assert [source for source, _ in _compute(tables, child, 1)] == [shared]
-  assert tables.allocator.num_idle == 1  # the cache has it still
+  assert tables.allocator.num_idle == 1  # the cache still has it
   tables.check([child])
 
 
@@ -201,7 +201,7 @@ def test_tokens_of_a_shared_page_are_held_once(tables):
   assert tables.num_tokens_held([parent, child]) == 6
   _compute(tables, child, 2)
   assert tables.num_tokens_held([parent, child]) == 4 + 2 + 3
-  _compute(tables, parent, 4)  # what was its last page is full
+  _compute(tables, parent, 4)  # its last page is full now
   assert tables.num_tokens_held([parent, child]) == 4 + 4 + 2 + 3
 
 
@@ -210,8 +210,11 @@ def test_tokens_of_a_shared_page_are_held_once(tables):
   [
     ({}, True),
     ({'max_known': 3}, False),  # at its length
-    ({'num_in_flight': 1}, False),  # its id is needed
-    ({'num_in_flight': 1, 'slot': 0, 'num_computed': 3}, True),  # not here
+    ({'num_in_flight': 1}, False),  # the token id is needed
+    (
+      {'num_in_flight': 1, 'slot': 0, 'num_computed': 3},
+      True,
+    ),  # the device has it
     ({'num_in_flight': 1, 'slot': 0, 'max_known': 4}, False),
     ({'awaits_parent': True}, False),
   ],

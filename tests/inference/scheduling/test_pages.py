@@ -1,4 +1,4 @@
-"""Pages: who holds them, and when they are free."""
+"""The page allocator: holders, marks, free and idle pages."""
 
 import random
 
@@ -44,7 +44,7 @@ def test_a_cached_page_is_idle_until_the_cache_lets_go():
   allocator = pages.PageAllocator(4)
   [page] = allocator.allocate(1)
   allocator.mark_cached(page)
-  assert not allocator.is_exclusive(page)  # whoever finds it reads it
+  assert not allocator.is_exclusive(page)  # others may find and read it
   allocator.release([page])
   assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (
     2,
@@ -92,7 +92,7 @@ def test_pages_become_idle_from_the_last_on_and_anew_after_use():
   ('operation', 'match'),
   [
     (lambda allocator, page: allocator.share([page]), 'a free page to share'),
-    (lambda allocator, page: allocator.release([page]), 'nobody references'),
+    (lambda allocator, page: allocator.release([page]), 'without references'),
     (lambda allocator, page: allocator.mark_cached(page), 'got 0 references'),
     (lambda allocator, page: allocator.unmark_cached(page), 'not cached'),
   ],

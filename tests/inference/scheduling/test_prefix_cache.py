@@ -1,4 +1,4 @@
-"""The prefix cache: whole pages, exact tokens, scopes, and who goes first."""
+"""The prefix cache: whole pages, exact tokens, scopes, eviction order."""
 
 import random
 
@@ -15,7 +15,7 @@ def _cache(num_pages=32):
 
 
 def _compute(cache, allocator, scope, tokens):
-  """Runs a sequence from submission to end; returns the pages it had."""
+  """Runs a sequence from submission to end; returns its pages."""
   found = cache.lookup(scope, tokens)
   allocator.share(found)
   missing = -(-len(tokens) // SIZE) - len(found)
@@ -70,7 +70,7 @@ def test_prompts_with_a_common_beginning_share_it():
 
 
 def test_tokens_of_equal_hash_are_not_equal():
-  # Python's own: integers are hashed modulo this prime.
+  # Python hashes integers modulo this prime.
   twin = 2**61 - 1
   assert hash((0, 1)) == hash((twin, 1))
   allocator, cache = _cache()
@@ -84,8 +84,8 @@ def test_insert_stops_where_another_sequence_was_first():
   allocator, cache = _cache()
   mine, theirs = allocator.allocate(3), allocator.allocate(3)
   assert cache.insert('a', [1, 2, 3, 4], theirs) == 2
-  # The same beginning, computed at the same time: what follows would hang
-  # below a page that this sequence does not hold.
+  # The same prefix, computed at the same time: the next page would go below a
+  # page that this sequence does not hold.
   assert cache.insert('a', [1, 2, 3, 4, 5, 6], mine) == 0
   assert cache.lookup('a', [1, 2, 3, 4, 5, 6]) == theirs[:2]
   allocator.release(mine)
@@ -114,7 +114,7 @@ def test_least_recently_used_leaves_go_first_across_scopes():
     cache.evict(1)
     evicted += set(allocator._free) - free
     cache.check()
-  # Of the first use only the leaf is old: its root was used again.
+  # Only the leaf of the first use is old: its root was used again.
   assert evicted == [old[1], new[1], new[0], again[1], again[0]]
   assert not cache._roots
 
@@ -215,7 +215,7 @@ def test_random_sequences_keep_the_promises():
       running.append((scope, tokens, found + allocator.allocate(missing)))
     allocator.check()
     cache.check()
-  assert num_found > 500  # the test is about something
+  assert num_found > 500  # the test has found pages
   for _, _, pages in running:
     allocator.release(pages)
   cache.clear()

@@ -1,4 +1,4 @@
-"""The planner, rule by rule: counts in, a plan out."""
+"""The scheduler, rule by rule: counts in, a plan out."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from inference.scheduling import scheduler
 from tests.helpers import simulated_device
 
-# Pages of 4 tokens, chunks of 4 rows; 4 chunks, or 2 beside decode rows.
+# Pages of 4 tokens, chunks of 4 tokens; 4 chunks, or 2 beside decodes.
 LIMITS = simulated_device.limits()
 
 
@@ -62,11 +62,11 @@ def _prefills(plan):
 
 
 # ------------------------------------------------------------------------------
-# Rows and chunks.
+# Decodes and chunks.
 
 
 def test_nothing_to_do_is_an_empty_plan():
-  assert _plan() == scheduler.Plan()
+  assert _plan() == scheduler.StepPlan()
   assert _plan().is_empty
 
 
@@ -98,7 +98,7 @@ def test_fewer_chunks_fit_beside_decode_rows_the_more_they_attend_to(pool):
     prompt, decode = pool.running('p', context, 100), pool.running('d', 3)
     plan = _plan(decode, prompt, limits=limits)
     assert _prefills(plan) == [('p', context, 4 * num_chunks)]
-    # Where nobody decodes, nobody is stalled.
+    # A step without decodes delays no sequence.
     assert _prefills(_plan(prompt, limits=limits)) == [('p', context, 32)]
 
 
@@ -194,7 +194,7 @@ def test_no_room_is_left_for_who_cannot_grow_into_it(pool):
 def test_room_is_left_for_what_running_ones_know_and_will(pool):
   running = pool.running('a', 16, 24)  # 6 pages to come, and 1 to grow
   assert _plan(running, pool.waiting('b', 2), room=7).admitted == ()
-  # With room enough, but all chunks are taken.
+  # With enough pages, but all chunks are taken.
   assert _plan(running, pool.waiting('b', 2), room=99).admitted == ()
   shorter = pool.running('a', 16, 8)
   assert _plan(shorter, pool.waiting('b', 2), room=4).admitted == ('b',)
@@ -231,7 +231,7 @@ def test_a_fork_needs_room_for_the_page_it_copies(pool):
   pages = pool.pages(2)
   parent = pool.running('a', 7, pages=pages, num_copies=1)
   fork = pool.waiting('b', 7, num_computed=6, pages=pages, num_copies=1)
-  # A copy each, and a page for the parent to grow into.
+  # A copy for each, and a page for the parent to grow into.
   assert _plan(parent, fork, room=2).admitted == ()
   plan = _plan(parent, fork, room=3)
   assert plan.decodes == ('b', 'a')
@@ -252,7 +252,7 @@ def test_the_best_priority_may_be_that_of_one_who_is_not_shown(pool):
   served = {'ann': 100}
   aged = pool.waiting('aged', 2, priority=3, waited_steps=16)
   bob = pool.waiting('bob', 2, priority=2, principal='bob')
-  # With 2 the best priority both are at that level, and bob has had less.
+  # With 2 as the best priority both have that level, and bob was served less.
   assert _plan(aged, bob, served=served).admitted[0] == 'bob'
   plan = _plan(aged, bob, served=served, best_priority=0)
   assert plan.admitted[0] == 'aged'
@@ -328,7 +328,7 @@ def test_those_whose_pages_help_nobody_are_passed_over(pool):
   parent = pool.running('a', 16)
   fork = pool.waiting('fork', 8, num_computed=7, pages=parent.pages[:2])
   plan = _plan(parent, pool.running('b', 6), fork, room=0)
-  assert plan.preempted == ('b',)  # all of the fork's pages are its parent's
+  assert plan.preempted == ('b',)  # the parent holds all pages of the fork
 
 
 def test_pages_that_only_victims_share_come_free_together(pool):
@@ -366,7 +366,7 @@ def test_a_copy_is_saved_where_the_others_who_share_are_preempted(pool):
   fork = pool.waiting('b', 7, num_computed=6, pages=pages, num_copies=1)
   plan = _plan(parent, fork, room=0)
   assert (plan.preempted, plan.decodes) == (('b',), ('a',))
-  # Not where the prefix cache has the page as well.
+  # It copies if the prefix cache keeps the page as well.
   cached = pool.running('a', 7, pages=pages, num_copies=1, is_tail_cached=True)
   assert _plan(cached, fork, room=0).preempted == ('a',)
 
@@ -378,7 +378,7 @@ def test_a_newcomer_takes_the_place_of_a_worse_priority(pool):
   assert (plan.preempted, plan.admitted) == ((3,), ('urgent',))
   assert set(plan.decodes) == {0, 1, 2}
   plan = _plan(*tasks[:3], urgent, room=3)
-  # It wants 5 pages, and 2 more for each of the others to go on and to grow.
+  # It needs 5 pages, and each of the others 2 more to continue and to grow.
   assert (plan.preempted, plan.admitted) == ((2, 1), ('urgent',))
 
 
@@ -396,7 +396,7 @@ def test_a_newcomer_waits_for_its_equals(pool, fields):
 
 
 def test_aging_alone_drives_nobody_out(pool):
-  # Of equal priority; the other has waited, and there is a better one about.
+  # Of equal priority; the other has waited, and a better one is present.
   tasks = [pool.running(i, 8, priority=2) for i in range(4)]
   aged = pool.waiting('aged', 8, priority=2, waited_steps=100)
   plan = _plan(*tasks, aged, best_priority=0)
@@ -419,7 +419,7 @@ def test_forks_make_room_for_whoever_comes_before_them(pool):
 
 
 # ------------------------------------------------------------------------------
-# Limits, and what holds for any plan.
+# Limits, and the invariants of any plan.
 
 
 @pytest.mark.parametrize('name', sorted(scheduler.Limits.__annotations__))
@@ -433,7 +433,8 @@ def test_limits_are_counts(name, value):
 
 def test_no_more_chunks_beside_decode_rows_than_without():
   with pytest.raises(
-    ValueError, match='max_mixed_chunks: got 5, expected at most max_chunks, 4'
+    ValueError,
+    match='max_mixed_chunks: got 5, expected at most max_chunks = 4; raise',
   ):
     simulated_device.limits(max_mixed_chunks=5)
 
@@ -490,7 +491,7 @@ def test_any_plan_keeps_to_rows_chunks_and_pages():
     )
     freed = sum(by_id[id].num_pages for id in plan.preempted)
     assert used <= room + freed
-    # All that run decode, but for lack of pages.
+    # Every running sequence decodes, unless pages are short.
     if not plan.preempted:
       assert set(plan.decodes) >= {
         task.id

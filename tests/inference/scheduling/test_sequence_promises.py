@@ -1,6 +1,6 @@
-"""What the roster promises under any load: no leak, no starvation, no mix-up.
+"""The SequenceManager under any load: no leak, no starvation, no mix-up.
 
-All loads run on the device of `simulated_device`, which notices when a row
+All loads run on the device of `simulated_device`, which notices when a span
 reads what is not its own. Seeds are fixed.
 """
 
@@ -27,8 +27,8 @@ def _loop(*, num_pages=NUM_PAGES, depth=1, **limits):
 # No leak, no mix-up: anything in any order.
 
 
-class RosterMachine(stateful.RuleBasedStateMachine):
-  """Random operations; `check` and the device look on."""
+class ManagerMachine(stateful.RuleBasedStateMachine):
+  """Random operations; `check` and the device verify each of them."""
 
   @stateful.initialize(
     depth=st.integers(0, 3), num_pages=st.sampled_from([8, NUM_PAGES, 40])
@@ -44,7 +44,7 @@ class RosterMachine(stateful.RuleBasedStateMachine):
     return data.draw(st.sampled_from(ids))
 
   @stateful.rule(
-    # Two tokens, so that prompts have beginnings in common.
+    # Two tokens, so that prompts share prefixes.
     prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
     max_new_tokens=st.integers(1, 8),
     principal=st.sampled_from('ab'),
@@ -90,14 +90,11 @@ class RosterMachine(stateful.RuleBasedStateMachine):
   @stateful.rule(data=st.data())
   def cancel(self, data):
     id = self._some(data, self.loop.truths)
-    self.loop.roster.end(id)
-    del self.loop.truths[id]
+    self.loop.cancel(id)
 
   @stateful.rule(data=st.data())
   def preempt(self, data):
-    roster = self.loop.roster
-    holders = [id for id in self.loop.truths if roster.num_pages_held(id)]
-    roster.preempt(self._some(data, holders))
+    self.loop.preempt(self._some(data, self.loop.holders()))
 
   @stateful.rule(data=st.data())
   def end(self, data):
@@ -105,23 +102,23 @@ class RosterMachine(stateful.RuleBasedStateMachine):
 
   @stateful.rule(scope=st.sampled_from('ab'))
   def forget(self, scope):
-    self.loop.roster.forget(scope)
+    simulated_device.forget(self.loop.manager, scope)
 
   @stateful.invariant()
   def check(self):
     if hasattr(self, 'loop'):
-      self.loop.roster.check()
+      self.loop.manager.check()
 
   def teardown(self):
     if hasattr(self, 'loop'):
-      self.loop.run()  # whatever is left ends
-      self.loop.roster.clear()
-      assert self.loop.roster.gauges().pages_used == 0
-      assert self.loop.roster.gauges().pages_idle == 0
+      self.loop.run()  # all remaining sequences end
+      self.loop.manager.clear()
+      assert self.loop.manager.gauges().pages_used == 0
+      assert self.loop.manager.gauges().pages_idle == 0
 
 
-TestRosterMachine = RosterMachine.TestCase
-TestRosterMachine.settings = hypothesis.settings(
+TestManagerMachine = ManagerMachine.TestCase
+TestManagerMachine.settings = hypothesis.settings(
   max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
 )
 
@@ -153,24 +150,23 @@ def test_after_ten_thousand_random_operations_every_page_is_free():
         )
       case 3 if loop.truths and rng.random() < 0.3:
         id = rng.choice(list(loop.truths))
-        loop.roster.end(id)
-        del loop.truths[id]
+        loop.cancel(id)
       case 4:
-        held = [id for id in loop.truths if loop.roster.num_pages_held(id)]
+        held = loop.holders()
         if held and rng.random() < 0.3:
-          loop.roster.preempt(rng.choice(held))
+          loop.preempt(rng.choice(held))
       case _:
         loop.step()
     if not i % 20:
-      loop.roster.check()
+      loop.manager.check()
   assert len(loop.ended) > 500
-  assert loop.roster.gauges().prefix_tokens_found > 1000
+  assert loop.manager.gauges().prefix_tokens_found > 1000
   assert sum(len(step.copies) for step in loop.steps) > 100
   for id in list(loop.truths):
-    loop.roster.end(id)
-  loop.roster.clear()
-  loop.roster.check()
-  assert loop.roster.gauges().pages_free == NUM_PAGES - 1
+    loop.cancel(id)
+  loop.manager.clear()
+  loop.manager.check()
+  assert loop.manager.gauges().pages_free == NUM_PAGES - 1
 
 
 # ------------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def test_twenty_times_more_work_than_pages_ends_step_by_step(has_children):
   loop.run()  # every step makes progress, or it fails
   assert loop.ended.keys() == ids
   assert sum(len(step.preempted) for step in loop.steps) > 10
-  loop.roster.check()
+  loop.manager.check()
 
 
 def test_the_largest_that_is_taken_in_runs_beside_any_others():
@@ -227,14 +223,14 @@ def test_a_long_prompt_never_takes_a_row_from_those_who_decode():
   while loop.truths['long'].num_appended == 0:
     step = loop.step()
     num_steps += 1
-    assert {row.id for row in step.decodes} >= set(running)
+    assert {span.sequence.id for span in step.decodes} >= set(running)
     assert len(step.chunks) <= loop.limits.max_mixed_chunks
   # 2 chunks of 4 in each: as many steps as the bound says, and one to report.
   assert num_steps == -(-300 // 8) + 1
 
 
 def _steps_until_the_low_one_ends(aging_steps, principal):
-  """Somebody of the worst priority, under a load that never lets up."""
+  """Runs a sequence of the worst priority under a load that never ends."""
   loop = _loop(aging_steps=aging_steps)
   ids = itertools.count()
   for _ in range(8):
@@ -252,9 +248,9 @@ def _steps_until_the_low_one_ends(aging_steps, principal):
 @pytest.mark.parametrize('principal', [None, 'another'])
 def test_nobody_starves_under_a_load_of_better_priority(principal):
   num_steps = _steps_until_the_low_one_ends(8, principal)
-  # After 5 levels of 8 steps it is an equal, and the next to enter: when one of
-  # those that run has ended, a step for its prompt, 9 for the rest, 2 until
-  # that is known. Then it takes as long itself.
+  # After 5 levels of 8 steps it is equal, and the next to enter. It enters when
+  # a running sequence has ended: a step for its prompt, 9 for the rest, 2 until
+  # the end is known. Then it takes as long itself.
   assert num_steps is not None
   assert num_steps <= 5 * 8 + 2 * 12
   assert _steps_until_the_low_one_ends(8 * 1000, principal) is None
@@ -287,7 +283,7 @@ def test_everybody_ends_under_a_mixed_load_that_goes_on():
 
 
 def _delay_behind_a_flood(num_requests):
-  """Steps that a single request waits behind those of another principal."""
+  """Returns the steps that one request waits after a flood of another."""
   loop = _loop(num_pages=100)
   for i in range(num_requests):
     loop.submit(i, [1, 2, 3, i], 10, principal='flood')
@@ -302,8 +298,8 @@ def _delay_behind_a_flood(num_requests):
 
 def test_a_flood_delays_another_principal_by_one_of_its_requests_at_most():
   delays = {_delay_behind_a_flood(num) for num in (4, 20, 200)}
-  # Until the first of those that run has ended: a step for its prompt, 9 for
-  # the rest, of which 5 are over; a step to report, one to begin.
+  # Until the first running sequence has ended: a step for its prompt, 9 for the
+  # rest, of which 5 are over; a step to report, one to begin.
   assert len(delays) == 1
   assert delays.pop() <= 10 - 5 + 2
 
@@ -320,10 +316,10 @@ def test_principals_that_always_want_more_get_equal_shares():
         id = principal, next(ids)
         loop.submit(id, [1, 2], lengths[principal], principal=principal)
     loop.step()
-  served = loop.roster.served
-  # Of what two requests of the longest compute in each of four slots: the
-  # counters of those with work waiting cannot be further apart (Sheng et al.,
-  # arXiv:2401.00588, section 4).
+  served = loop.manager.served
+  # The bound: the tokens of two of the longest requests in each of four slots.
+  # Counters of principals with waiting work cannot be further apart (Sheng et
+  # al., arXiv:2401.00588, section 4).
   assert abs(served['ann'] - served['bob']) <= 2 * 4 * 18
   assert served['ann'] + served['bob'] > 1500
 
@@ -333,10 +329,10 @@ def test_principals_that_always_want_more_get_equal_shares():
 
 
 def _shape(step):
-  """All of a step that costs time."""
+  """Returns all parts of a step that cost time."""
   return (
-    [(row.start, row.length, len(row.pages)) for row in step.decodes],
-    [(row.start, row.length, len(row.pages)) for row in step.chunks],
+    [(span.start, span.length, len(span.pages)) for span in step.decodes],
+    [(span.start, span.length, len(span.pages)) for span in step.chunks],
     len(step.copies),
   )
 
@@ -353,8 +349,8 @@ def _steps_of_a_second_prompt(prompt, scope):
     step = loop.step()
     if step is not None:
       shapes.append(_shape(step))
-      for row in (*step.decodes, *step.chunks):
-        pages[row.id].update(row.pages)
+      for span in step.spans:
+        pages[span.sequence.id].update(span.pages)
   return shapes, pages['victim'] & pages['probe']
 
 
@@ -363,7 +359,7 @@ def test_the_same_prompt_of_another_scope_is_like_one_never_seen():
   never_seen, _ = _steps_of_a_second_prompt(range(100, 120), 'probe')
   assert same == never_seen
   assert not shared
-  # And it is the scope that makes the difference.
+  # The scope makes the difference.
   hit, shared = _steps_of_a_second_prompt(range(20), 'victim')
   assert hit != never_seen
   assert len(shared) == 4

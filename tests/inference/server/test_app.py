@@ -154,10 +154,10 @@ def test_too_much_at_once_is_turned_away(served, http, monkeypatch):
   # What could never be taken in is no matter of trying again.
   error = _refused(http, {**body, 'n': 3})
   assert 'got 3 completions to make, expected at most 2' in error['message']
-  idle = engine.roster.gauges()
+  idle = engine.manager.gauges()
   with monkeypatch.context() as busy:
     busy.setattr(
-      engine.roster, 'gauges', lambda: dataclasses.replace(idle, num_waiting=2)
+      engine.manager, 'gauges', lambda: dataclasses.replace(idle, num_waiting=2)
     )
     answer = http.post('/v1/completions', json=body)
   assert answer.status_code == 429

@@ -6,12 +6,7 @@ import types
 
 import pytest
 
-from inference.engine import (
-  engine as engine_lib,
-  engine_config,
-  metrics,
-  requests,
-)
+from inference.engine import engine as engine_lib, requests
 from inference.sampling import settings
 from inference.server import engine_loop as engine_loop_lib
 
@@ -22,9 +17,6 @@ class _Engine:
   """Counts to max_tokens for each request, a token per step."""
 
   def __init__(self):
-    self.config = engine_config.EngineConfig(max_waiting=4)
-    self.metrics = metrics.Metrics()
-    self.num_waiting = 0
     self.open: dict[int, requests.Request] = {}
     self.made: dict[int, int] = {}
     self.cancelled: list[int] = []
@@ -38,13 +30,17 @@ class _Engine:
   def has_work(self):
     return bool(self.open)
 
-  def submit(self, request):
+  def submit_all(self, asked):
     self.threads.add(threading.current_thread().name)
-    if request.settings.seed == 13:
-      raise ValueError('prompt: unlucky')
-    request_id = len(self.made)
-    self.open[request_id], self.made[request_id] = request, 0
-    return request_id
+    for request in asked:
+      if request.settings.seed == 13:
+        raise ValueError('prompt: unlucky')
+      if request.settings.seed == 14:
+        raise engine_lib.Overloaded('try again later')
+    request_ids = [len(self.made) + which for which in range(len(asked))]
+    for request_id, request in zip(request_ids, asked, strict=True):
+      self.open[request_id], self.made[request_id] = request, 0
+    return request_ids
 
   def cancel(self, request_id):
     self.cancelled.append(request_id)
@@ -150,21 +146,18 @@ def test_without_work_nothing_is_done():
   _run(test)
 
 
-def test_all_of_several_requests_are_taken_in_or_none():
+def test_a_refusal_of_the_engine_reaches_who_asked():
   async def test(engine, loop):
     with pytest.raises(ValueError, match='unlucky'):
       await loop.submit([_request(), _request(seed=13)])
+    with pytest.raises(engine_lib.Overloaded, match='try again later'):
+      await loop.submit([_request(), _request(seed=14)])
     assert engine.open == {}
-    with pytest.raises(ValueError, match='got 5 completions to make, expected'):
-      await loop.submit([_request(n=2), _request(n=3)])
-    engine.num_waiting = 1
-    with pytest.raises(engine_lib.Overloaded, match='while 1 wait, expected'):
-      await loop.submit([_request(n=2), _request(n=2)])
-    await loop.submit([_request(n=3)])
+    assert loop._open == {}
+    assert await _count(await loop.submit([_request(n=3)])) == 3 * 3
 
   engine = _run(test)
-  assert len(engine.made) == 2  # that before the unlucky one, and the last
-  assert engine.metrics.value('refused_total', reason='overloaded') == 1
+  assert len(engine.made) == 1
 
 
 def test_who_leaves_before_being_taken_in_is_cancelled():
@@ -203,7 +196,7 @@ def test_a_failed_step_fails_everything_and_nothing_hangs(caplog):
 
 def test_a_failed_submission_is_a_failed_engine():
   async def test(engine, loop):
-    engine.submit = lambda _: 1 / 0
+    engine.submit_all = lambda _: 1 / 0
     with pytest.raises(engine_loop_lib.Failed):
       await loop.submit([_request()])
     await _until(lambda: loop.state == engine_loop_lib.FAILED)

@@ -57,7 +57,7 @@ def _cancelled(served):
 
 def _is_idle(served):
   engine = served.generator.engine
-  return not engine.has_work and not engine.roster.gauges().pages_used
+  return not engine.has_work and not engine.manager.gauges().pages_used
 
 
 @pytest.mark.parametrize('stream', [True, False])

@@ -41,7 +41,7 @@ class _Case:
       self._fill(row, length)
 
   def _fill(self, row, length):
-    """Writes a sequence as one block, which is how prompts are written."""
+    """Writes a sequence as one chunk, which is how prompts are written."""
     layer = kv_cache.PagedLayer(
       self.pages,
       jnp.zeros((0, self.table_BL.shape[1]), jnp.int32),
@@ -91,7 +91,7 @@ def test_pages_give_what_a_dense_cache_gives(page_size, form):
     np.testing.assert_allclose(paged, dense, atol=2e-6)
 
 
-def test_a_block_of_rows_sees_up_to_each_rows_own_position():
+def test_a_chunk_sees_up_to_each_rows_own_position():
   case = _Case(16, [100, 70])
   rng = np.random.default_rng(1)
   q_BRHC = _normal(rng, 2, 8, _HEADS, _WIDTH)
@@ -140,7 +140,7 @@ def test_zeros_are_stored_as_zeros():
   assert not scale.any()
 
 
-def test_a_call_writes_decodes_and_blocks_and_nothing_else():
+def test_a_call_writes_decodes_and_chunks_and_nothing_else():
   pool = kv_cache.Pages(jnp.full((6, 2, 2 * _NUM_KV, _WIDTH), 7.0))
   layer = kv_cache.PagedLayer(
     pool,
@@ -160,7 +160,7 @@ def test_a_call_writes_decodes_and_blocks_and_nothing_else():
   np.testing.assert_array_equal(keys_and_values[1::2], -1)
 
 
-def test_decodes_and_blocks_of_one_call_are_attended_together():
+def test_decodes_and_chunks_of_one_call_are_attended_together():
   case = _Case(16, [50, 30, 64])
   rng = np.random.default_rng(1)
   q_1THC = _normal(rng, 1, 2 + 4, _HEADS, _WIDTH)

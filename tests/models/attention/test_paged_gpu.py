@@ -13,13 +13,13 @@ import pytest
 
 from hardware import targets
 from models import execution, kv_cache, transformer
-from models.attention import dense, form as form_lib, paged, paged_gpu
+from models.attention import dense, form as form_lib, paged, paged_gpu, supports
 from tests.helpers import tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192  # of a sequence, in three tiles
-_ROWS = 24  # of a block; with three heads each more than one program takes
-# Two decoding sequences and an idle one; a block in the middle of a context,
+_ROWS = 24  # of a chunk; with three heads each more than one program takes
+# Two decoding sequences and an idle one; a chunk in the middle of a context,
 # one that begins it and ends early, and one that is all padding.
 _DECODES = (0, 150, -1)
 _BLOCKS = ((168, 24), (0, 5), (-1, 0))
@@ -166,7 +166,7 @@ def test_page_size_and_neighbours_leave_every_bit_with_one_split():
     q_1THC[:, 1:2],
     layer._replace(
       decode_table_DL=layer.decode_table_DL[1:2],
-      block_table_XL=layer.block_table_XL[:0],
+      chunk_table_XL=layer.chunk_table_XL[:0],
     ),
     _positions()[:, 1:2],
     _FORMS['plain'],
@@ -204,7 +204,7 @@ def test_a_dense_cache_is_attended_as_ever():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'channels': 264}, 'got heads of 264 channels, expected at most 256'),
+    ({'channels': 264}, 'got model.head_width = 264, expected at most 256'),
     ({'dtype': jnp.float8_e4m3fn}, 'got queries in float8_e4m3fn and pages in'),
     ({'stored': jnp.int16}, 'got queries in float32 and pages in int16, expec'),
   ],
@@ -222,7 +222,9 @@ def test_a_pool_of_int8_that_addresses_would_wrap_in_is_refused():
     table = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     layer = kv_cache.PagedLayer(kv_cache.Pages(pool, scale), table, table)
     q_1THC = jax.ShapeDtypeStruct((1, 2, 16, 128), jnp.bfloat16)
-    return paged_gpu.shape_problem(q_1THC, layer)
+    return supports.problem(
+      supports.PAGED_GPU, supports.of_call(q_1THC, layer, form_lib.Form())
+    )
 
   assert problem(2**14 - 1) == ''
   assert 'got 2147483648 numbers in a pool of int8' in problem(2**14)

@@ -19,7 +19,7 @@ from tests.helpers import tiny_models
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192
 _ROWS = 24
-# Two decoding sequences and an idle one; a block in the middle of a context,
+# Two decoding sequences and an idle one; a chunk in the middle of a context,
 # one that begins it and ends early, one whose padding would end past its last
 # page, and one that is all padding.
 _DECODES = (0, 150, -1)
@@ -81,13 +81,13 @@ def test_the_kernel_is_asked_for_what_the_reference_gives(page_size, form):
   np.testing.assert_allclose(_real(out), _real(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['decodes', 'blocks'])
+@pytest.mark.parametrize('kind', ['decodes', 'chunks'])
 def test_calls_of_one_kind(kind):
   q_1THC, layer = _call()
   num_decodes = len(_DECODES)
   if kind == 'decodes':
     tokens = slice(None, num_decodes)
-    layer = layer._replace(block_table_XL=layer.block_table_XL[:0])
+    layer = layer._replace(chunk_table_XL=layer.chunk_table_XL[:0])
   else:
     tokens = slice(num_decodes, None)
     layer = layer._replace(decode_table_DL=layer.decode_table_DL[:0])
@@ -119,7 +119,7 @@ def test_a_calls_tokens_as_sequences():
   np.testing.assert_array_equal(lengths_B, [1, 151, 1, 124, 24, 204, 24])
   np.testing.assert_array_equal(ends, [0, 1, 2, 3, 27, 51, 75, 99])
   np.testing.assert_array_equal(
-    table_BL, np.concatenate([layer.decode_table_DL, layer.block_table_XL])
+    table_BL, np.concatenate([layer.decode_table_DL, layer.chunk_table_XL])
   )
   assert count.tolist() == [7]
 
@@ -176,7 +176,7 @@ def _shapes(
     ),
     (
       {'kv_heads': 8, 'dtype': jnp.float32},
-      'got 8 query heads over 8 key/value heads in float32, of which a block',
+      'got 8 query heads over 8 key/value heads in float32, of which a tile',
     ),
     (
       {'sequences': 256, 'pages': 1024},
@@ -185,9 +185,9 @@ def _shapes(
   ],
 )
 def test_what_the_kernel_cannot_do_is_refused(fields, message):
-  assert message in paged_tpu.shape_problem(*_shapes(**fields))
   q_1THC, layer = _shapes(**fields)
-  with pytest.raises(ValueError, match='ragged paged attention: got'):
+  message = f'ragged paged attention: {message}'
+  with pytest.raises(ValueError, match=message):
     paged_tpu.attend(q_1THC, layer, None, form_lib.Form())
 
 
@@ -199,14 +199,14 @@ def test_what_the_kernel_cannot_do_is_refused(fields, message):
     ({'page_size': 1024}, 1, 32),
     ({'pages': 4}, 4, 32),
     ({'heads': 128}, 16, 16),
-    # Seven query heads each: no part of them fills registers, so a block has
+    # Seven query heads each: no part of them fills registers, so a tile has
     # all, and fewer slots.
     ({'heads': 224, 'kv_heads': 32, 'page_size': 32}, 4, 9),
   ],
 )
-def test_blocks_are_cut_to_on_chip_memory(fields, pages, rows):
+def test_tiles_are_cut_to_on_chip_memory(fields, pages, rows):
   q_1THC, layer = _shapes(**fields)
-  sizes = paged_tpu.block_sizes(64, q_1THC.shape[2], layer)
+  sizes = paged_tpu.tile_sizes(64, q_1THC.shape[2], layer)
   assert sizes == {
     'num_kv_pages_per_block': pages,
     'num_queries_per_block': rows,
@@ -233,7 +233,7 @@ def _compile(target, f, *args, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', [V5E, V5P])
 @pytest.mark.parametrize(
-  ('num_blocks', 'fields', 'form'),
+  ('num_chunks', 'fields', 'form'),
   [
     (0, {}, form_lib.Form()),
     (1, {}, form_lib.Form()),
@@ -243,16 +243,16 @@ def _compile(target, f, *args, **options):
     (1, {'sequences': 240, 'pages': 1024}, form_lib.Form()),
   ],
 )
-def test_it_compiles_for_tpus(target, num_blocks, fields, form):
+def test_it_compiles_for_tpus(target, num_chunks, fields, form):
   q_1THC, layer = _shapes(**fields)
   num_decodes, width = layer.decode_table_DL.shape
   layer = layer._replace(
     decode_table_DL=jax.ShapeDtypeStruct(
-      (2 * num_decodes - num_blocks, width), jnp.int32
+      (2 * num_decodes - num_chunks, width), jnp.int32
     ),
-    block_table_XL=jax.ShapeDtypeStruct((num_blocks, width), jnp.int32),
+    chunk_table_XL=jax.ShapeDtypeStruct((num_chunks, width), jnp.int32),
   )
-  num_tokens = 2 * num_decodes + 31 * num_blocks
+  num_tokens = 2 * num_decodes + 31 * num_chunks
   text = _compile(
     target,
     functools.partial(paged_tpu.attend, form=form),

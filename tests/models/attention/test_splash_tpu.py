@@ -14,7 +14,7 @@ import pytest
 
 from models.attention import cudnn_gpu, dense, form as form_lib, splash_tpu
 
-TIME = 256  # two blocks of 128: one of them above the diagonal
+TIME = 256  # two tiles of 128: one of them above the diagonal
 KERNELS = {
   'splash': functools.partial(splash_tpu.attend, interpret=True),
   'cudnn': functools.partial(cudnn_gpu.attend, implementation='xla'),
@@ -33,7 +33,7 @@ def _inputs(heads=4, kv_heads=2, channels=16, dtype=jnp.float32):
 
 
 def _packed_segments():
-  """Documents that cross and meet block borders; padding at one row's end."""
+  """Documents that cross and meet tile borders; padding at one row's end."""
   rows = [
     np.repeat([1, 2, 3], [100, 28, 128]),
     np.repeat([1, 2, 0], [130, 70, 56]),
@@ -50,11 +50,11 @@ def _value_and_gradients(attend, q, k, v, cotangent, segments):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-  monkeypatch.setattr(splash_tpu, 'MAX_BLOCK_ROWS', 128)
+def small_tiles(monkeypatch):
+  monkeypatch.setattr(splash_tpu, 'MAX_TILE_ROWS', 128)
 
 
-@pytest.mark.usefixtures('small_blocks')
+@pytest.mark.usefixtures('small_tiles')
 @pytest.mark.parametrize(
   ('kernel', 'heads', 'kv_heads', 'channels', 'is_packed'),
   [
@@ -78,7 +78,7 @@ def test_kernels_equal_plain_attention(
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.usefixtures('small_blocks')
+@pytest.mark.usefixtures('small_tiles')
 @pytest.mark.parametrize(
   ('kernel', 'form'),
   [
@@ -99,7 +99,7 @@ def test_kernels_have_windows_soft_caps_and_scales(kernel, form):
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.usefixtures('small_blocks')
+@pytest.mark.usefixtures('small_tiles')
 def test_bfloat16_loses_no_more_than_plain_attention_does():
   inputs = _inputs(dtype=jnp.bfloat16)
   exact = [x.astype(jnp.float32) for x in inputs]
@@ -118,7 +118,7 @@ def test_bfloat16_loses_no_more_than_plain_attention_does():
     assert error <= 2e-2 * float(jnp.linalg.norm(reference))
 
 
-@pytest.mark.usefixtures('small_blocks')
+@pytest.mark.usefixtures('small_tiles')
 def test_nothing_flows_between_documents_or_backwards_in_time():
   """Gradients of one token's output: exact zeros outside what it may see."""
   q, k, v, _ = _inputs()
@@ -140,8 +140,8 @@ def test_nothing_flows_between_documents_or_backwards_in_time():
 @pytest.mark.parametrize(
   ('time', 'expected'), [(128, 128), (256, 256), (640, 128), (1536, 512)]
 )
-def test_blocks_divide_rows(time, expected):
-  assert splash_tpu.block_rows(time) == expected
+def test_tiles_divide_rows(time, expected):
+  assert splash_tpu.tile_rows(time) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_blocks_divide_rows(time, expected):
     (
       cudnn_gpu.attend,
       {'time': 129, 'dtype': jnp.bfloat16},
-      'got rows of 129 tokens, expected an even number',
+      'got rows of 129 tokens, expected a multiple of 2',
     ),
   ],
 )

@@ -106,7 +106,7 @@ def _train(form, *, num_steps=20, **model_fields):
     jax.random.key(0)
   )
   train_step = jax.jit(
-    step.make_train_step(model, next_token.next_token, optimizer),
+    step.make_train_step(model, next_token.NextToken(), optimizer),
     donate_argnums=(0,),
   )
   losses = []

@@ -241,8 +241,14 @@ def test_bfloat16_computes_experts_and_not_the_choice_in_bfloat16():
       'num_shared_experts: got -2, expected a number',
     ),
     ({'expert_width': 0}, 'expert_width: got 0, expected a positive integer'),
-    ({'mlp_width': 40}, 'mlp_width: got 40 in a mixture, expected 0'),
-    ({'use_bias': True}, 'use_bias: got True in a mixture, expected False'),
+    (
+      {'mlp_width': 40},
+      'mlp_width: got 40 in a mixture of experts, expected 0',
+    ),
+    (
+      {'use_bias': True},
+      'use_bias: got True in a mixture of experts, expected',
+    ),
     ({'balance_loss_weight': -0.1}, 'balance_loss_weight: got -0.1'),
     (
       {'num_experts': 0, 'mlp_width': 40},

@@ -1,4 +1,4 @@
-"""Context parallelism: attention over split rows is attention over rows."""
+"""Context parallelism: attention of split rows equals that of whole rows."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ def _mesh(**sizes):
 
 
 def _inputs(num_heads=4, num_kv=2, dtype=jnp.float32):
-  """q, k, v, and the cotangent of the output, of TIME tokens."""
+  """Returns q, k, v, and the cotangent of the output, of TIME tokens."""
   keys = jax.random.split(jax.random.key(0), 4)
   q_shape = BATCH, TIME, num_heads, CHANNELS
   kv_shape = BATCH, num_kv, TIME, CHANNELS
@@ -59,7 +59,7 @@ def _run(attend, q, k, v, dout, segments, form=form_lib.Form()):
 
 
 def _run_split(mesh, kind, q, k, v, dout, segments, form=form_lib.Form()):
-  """As `_run`, over the mesh; permutes its arguments, and its results back."""
+  """As `_run`, over the mesh; permutes arguments, and results back."""
   order = context.balanced_order(TIME, mesh.shape['context'])
   back = np.argsort(order)
   with rules.applied(mesh):
@@ -109,7 +109,7 @@ def test_split_attention_is_attention(kind, sizes, num_heads, num_kv, segments):
 @pytest.mark.parametrize(
   'form',
   [
-    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a chunk of 12
+    form_lib.Form(window=7, softcap=1.0, scale=0.6),  # within a part of 12
     form_lib.Form(window=29),  # over several
   ],
   ids=str,
@@ -134,10 +134,10 @@ def test_values_may_be_narrower_than_keys(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_queries_are_taken_in_blocks(kind, monkeypatch):
-  """Several blocks of rows per chunk, of a size that divides it."""
-  monkeypatch.setattr(partial, 'MAX_BLOCK_ROWS', 5)
-  assert partial.num_blocks(12) == 3
+def test_queries_are_taken_in_tiles(kind, monkeypatch):
+  """Several tiles of queries per part, of a size that divides it."""
+  monkeypatch.setattr(partial, 'MAX_TILE_ROWS', 5)
+  assert partial.num_tiles(12) == 3
   inputs = _inputs()
   got = _run_split(_mesh(data=4, context=2), kind, *inputs, _segments())
   expected = _run(dense.attend, *inputs, _segments())
@@ -156,7 +156,7 @@ def test_queries_are_taken_in_blocks(kind, monkeypatch):
   ids=str,
 )
 def test_bfloat16_is_as_close_as_unsplit_attention(kind, sizes):
-  """Both against float32: splitting may not lose what bfloat16 has."""
+  """Both against float32: splitting may not lose precision of bfloat16."""
   inputs = _inputs(dtype=jnp.bfloat16)
   exact_inputs = [x.astype(jnp.float32) for x in inputs]
   exact = _run(dense.attend, *exact_inputs, _segments())
@@ -172,7 +172,7 @@ def test_bfloat16_is_as_close_as_unsplit_attention(kind, sizes):
 
 
 def _dot_flops(jaxpr, repeats=1):
-  """Multiply-adds of all matrix products of one device, loops counted."""
+  """Returns the multiply-adds of all products of one device, with loops."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
@@ -217,7 +217,7 @@ def test_devices_have_the_same_number_of_visible_pairs():
   assert order is not None
   pairs = (order + 1).reshape(num_shards, -1).sum(1)  # token t sees t + 1
   assert set(pairs) == {time * (time + 1) // 2 // num_shards}
-  # In order, the last device of the five would have nine times the first's.
+  # Contiguous shards would give the last of five devices nine times the first.
   uneven = (np.arange(time) + 1).reshape(num_shards, -1).sum(1)
   assert uneven[-1] > 8 * uneven[0]
   assert sorted(order) == list(range(time))
@@ -252,7 +252,9 @@ def test_what_cannot_be_split_is_refused():
     ValueError, match=r'got dropout .* expected none.*set model.dropout_rate'
   ):
     context.make_attend(mesh, 'ring')(q, k, v, dropout=lambda x: x)
-  with pytest.raises(ValueError, match="got 'all', expected ring or gather"):
+  with pytest.raises(
+    ValueError, match="got 'all', expected one of ring, gather"
+  ):
     context.make_attend(mesh, 'all')
   with pytest.raises(ValueError, match='got parallel.context = 1, expected'):
     context.make_attend(_mesh(data=8), 'ring')
@@ -269,7 +271,7 @@ def test_a_token_learns_from_what_it_sees_alone(kind):
   )
   plain = transformer.Transformer(config)
   params = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  # Every token is another one: its row of the table tells whose gradient it is.
+  # All tokens differ: a row of the table has the gradient of one token.
   batch = tiny_models.batch(
     batch_size=1, row_length=time, num_segments=2, num_padding=3
   )
@@ -307,7 +309,7 @@ def test_a_token_learns_from_what_it_sees_alone(kind):
 
 @pytest.mark.parametrize(('saved_name', 'products'), [('kept', 7), ('', 9)])
 def test_what_a_policy_keeps_is_not_computed_again(saved_name, products):
-  """Rematerialised, a forward pass is done twice unless its result is kept."""
+  """Rematerialisation repeats a forward pass unless its result is kept."""
   num_shards = 4
   mesh = _mesh(data=2, context=num_shards)
   q, k, v, _ = _inputs()

@@ -1,4 +1,4 @@
-"""Attention handed out to the devices of a mesh equals attention of it all."""
+"""Attention sharded over a mesh equals attention of the whole arrays."""
 
 import functools
 import re
@@ -67,7 +67,7 @@ def test_devices_compute_their_rows_and_heads(axes, local):
   for ours, reference in zip(got, expected, strict=True):
     # The same sums, in the kernel's order for splash.
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-5)
-  # Rows and heads do not mix: whatever is exchanged, each with itself only.
+  # Rows and heads do not mix: any collective has groups of one device.
   groups = re.findall(r'replica_groups=(\{\{[\d,{}]*\}\}|\[[\d,]+\])', text)
   assert set(groups) <= {'{{0},{1},{2},{3},{4},{5},{6},{7}}', '[8,1]'}
   assert 'collective-permute(' not in text
@@ -98,13 +98,3 @@ def test_dropout_is_refused():
   spread = sharded.attend(dense.attend, _mesh(fsdp=8))
   with pytest.raises(ValueError, match='got dropout, expected none'):
     spread(q, k, v, segment_ids_BT=segments, dropout=lambda x: x)
-
-
-def test_heads_that_do_not_divide_are_named():
-  mesh = _mesh(tensor=4, fsdp=2)
-  assert not sharded.heads_problem(mesh, 8, 4)
-  for heads, kv_heads, message in (
-    (6, 2, 'got model.num_heads = 6, expected a multiple of parallel.tensor'),
-    (8, 2, 'got model.num_kv_heads = 2, expected a multiple of parallel.tens'),
-  ):
-    assert message in sharded.heads_problem(mesh, heads, kv_heads)

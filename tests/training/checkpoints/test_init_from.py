@@ -140,7 +140,7 @@ def test_the_first_state_is_the_frozen_weights_wherever_it_lies(
   key = jax.random.key(3)
   params = init_from.read(experiment)
   expected = [np.asarray(x) for x in jax.tree.leaves(params)]
-  state = learner.placement.whole(init_from.start(learner, key, params))
+  state = learner.placement.whole(learner.init_with(key, params))
   for tree in (state.params, state.average):
     for got, x in zip(jax.tree.leaves(tree), expected, strict=True):
       np.testing.assert_array_equal(got, x)

@@ -1,4 +1,4 @@
-"""A step that is not finite is taken again, and what broke it is named."""
+"""A non-finite step is repeated, and the first broken tensor is named."""
 
 import dataclasses
 import pathlib
@@ -214,7 +214,7 @@ def test_a_step_that_is_finite_when_taken_again_speaks_for_itself():
 def test_a_diagnosis_that_fails_does_not_hide_the_error():
   message = _explained(_experiment(), failed=2, batches=[])
   assert message.startswith('step 2: got loss = nan\n')
-  assert 'where it comes from is not known: StopIteration' in message
+  assert 'the cause is not known: StopIteration' in message
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_tasks_can_be_named_by_a_flag(value, tasks, monkeypatch):
   ('fields', 'words'),
   [
     ({'tasks': 'perplexity:a.txt'}, 'expected a tuple of tasks'),
-    ({'tasks': ('gsm8k:a.jsonl',)}, 'other tasks read what a model writes'),
+    ({'tasks': ('gsm8k:a.jsonl',)}, 'other tasks need generated text'),
     ({'tasks': ('perplexity:',)}, 'expected KIND:FILE'),
     (
       {'tasks': ('perplexity:a/x.txt', 'perplexity:b/x.txt')},

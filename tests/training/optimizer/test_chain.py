@@ -376,7 +376,7 @@ def _learner(state_dtype):
   )
   init = jax.jit(functools.partial(state_lib.init, model, optimizer))
   train_step = jax.jit(
-    step_lib.make_train_step(model, next_token.next_token, optimizer)
+    step_lib.make_train_step(model, next_token.NextToken(), optimizer)
   )
   return init, train_step
 

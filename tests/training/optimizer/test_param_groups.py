@@ -65,6 +65,23 @@ def test_decay_masks_go_by_name(name):
   }
 
 
+@pytest.mark.parametrize(
+  'make', [tiny_models.llama_like, tiny_models.gpt2_like, tiny_models.stable]
+)
+@pytest.mark.parametrize('scan', [True, False])
+def test_only_matrices_decay_by_default(make, scan):
+  model = transformer.Transformer(make(scan_layers=scan))
+  params = state_lib.abstract_params(model)
+  decayed = param_groups.is_decayed('matrices', params)
+  for (path, leaf), is_decayed in zip(
+    jax.tree_util.tree_leaves_with_path(params),
+    jax.tree.leaves(decayed),
+    strict=True,
+  ):
+    scanned = 'layers' in jax.tree_util.keystr(path)
+    assert is_decayed == (leaf.ndim - scanned == 2)
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_own_axes_are_those_besides_layers_and_experts(name):
   params = _params(name)

@@ -118,9 +118,9 @@ def test_values_that_no_run_can_use_are_refused(change, message):
 def _train(poisoned_at, *, skip_std, left_out=()):
   """Losses of a run; one batch has a loss, and gradient, of 1e4 times it."""
 
-  def objective(params, batch, apply):
-    loss_sum, sums = next_token.next_token(
-      params, {k: v for k, v in batch.items() if k != 'factor'}, apply
+  def objective(params, batch, model):
+    loss_sum, sums = next_token.NextToken()(
+      params, {k: v for k, v in batch.items() if k != 'factor'}, model
     )
     return loss_sum * jnp.mean(batch['factor']), sums
 

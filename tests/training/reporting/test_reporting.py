@@ -151,7 +151,7 @@ QUICKSTART = '--config=experiments/quickstart.py'
     ),
     (
       [QUICKSTART, '--config.objective=x'],
-      '--config.objective: got a value, expected none: it is a function',
+      '--config.objective: got a value, expected none: it is chosen in the',
     ),
     (
       [QUICKSTART, '--config.data.sources[5].weight=1'],

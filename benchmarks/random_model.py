@@ -1,4 +1,4 @@
-"""Weights and words that mean nothing, for benchmarks of how fast they flow."""
+"""A model of random weights and a tokenizer for it: enough to measure speed."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from text import tokenizer as tokenizer_lib
 
 
 class Tokenizer(tokenizer_lib.ByteTokenizer):
-  """A vocabulary of any size in which every id is spelt as some letter."""
+  """A tokenizer with a vocabulary of any size; every id decodes to a letter."""
 
   bos_id, eos_id, pad_id = 0, 1, 2
 
@@ -18,11 +18,11 @@ class Tokenizer(tokenizer_lib.ByteTokenizer):
     self.vocab_size = vocab_size
 
   def token_bytes(self, token_id: int) -> bytes:
-    """Returns a letter."""
+    """Returns one letter, as UTF-8."""
     return b'%c' % (ord('a') + token_id % 26)
 
 
-def random_params(config: model_config.ModelConfig) -> Any:
-  """Returns weights as they are before training."""
+def params(config: model_config.ModelConfig) -> Any:
+  """Returns the initial weights of a model, as before training."""
   model = transformer.Transformer(config)
   return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))

@@ -1,8 +1,8 @@
-"""The pipeline's table; how fast it is is the machine's business."""
+"""The benchmark of input batches: its table, not its speed."""
 
 import dataclasses
 
-from benchmarks import input_pipeline
+from benchmarks import input_batches
 from data import data_config, sources
 from experiments import quickstart
 from tests.helpers import tiny_models
@@ -27,18 +27,22 @@ def _experiment(tmp_path):
   )
 
 
-def test_every_packing_and_a_mixture_are_measured(tmp_path):
+def test_every_packing_and_a_source_mix_are_measured(tmp_path):
   experiment = _experiment(tmp_path)
-  measured = input_pipeline.measure(
+  measured = input_batches.measure(
     experiment, TOK, rounds=1, num_batches=2, num_steps=1
   )
-  names = [*data_config.PACKINGS, input_pipeline.MIXTURE, input_pipeline.STEP]
+  names = [
+    *data_config.PACKINGS,
+    input_batches.SOURCE_MIX,
+    input_batches.STEP,
+  ]
   assert list(measured) == names
-  assert measured[input_pipeline.STEP]['times'] == 1
+  assert measured[input_batches.STEP]['times'] == 1
   assert all(values['rows_per_s'] > 0 for values in measured.values())
   (source,) = experiment.data.train_sources()
-  tokenising = input_pipeline.time_tokenising(source.open(''), TOK, 1)
+  tokenising = input_batches.time_tokenising(source.open(''), TOK, 1)
   assert tokenising['tokens_per_s'] > tokenising['bytes_per_s'] > 0
-  text = input_pipeline.report(experiment, measured, tokenising)
-  assert text.startswith('input pipeline: 8 x 16, 2 threads; train step on')
+  text = input_batches.report(experiment, measured, tokenising)
+  assert text.startswith('input batches: 8 x 16, 2 threads; train step on')
   assert 'MB/s' in text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evals.tasks import local_tasks
+from evals.tasks import generation, gsm8k, multiple_choice, perplexity
 
 
 def _write(path, *lines):
@@ -30,7 +30,7 @@ def test_questions(tmp_path):
       'delimiter': '',
     },
   )
-  first, second = local_tasks.read_choices(path)
+  first, second = multiple_choice.read_questions(path)
   assert (first.context, first.choices, first.label) == ('Q', ('a', 'b'), 1)
   assert first.delimiter == ' '
   assert first.id.startswith('1:')
@@ -43,7 +43,7 @@ def test_prompts(tmp_path):
     {'prompt': 'x', 'answer': ['a', 'b'], 'stop': ['\n'], 'id': 'one'},
     {'prompt': 'y', 'answer': '3', 'match': 'number'},
   )
-  first, second = local_tasks.read_prompts(path)
+  first, second = generation.read_prompts(path)
   assert (first.id, first.text, first.stop) == ('one', 'x', ('\n',))
   assert first.grade('b')['exact_match'] == 1.0
   assert second.grade('so 3.')['exact_match'] == 1.0
@@ -57,28 +57,28 @@ def test_word_problems_with_solved_ones_before(tmp_path):
   test = _write(
     tmp_path / 'test.jsonl', {'question': 'q', 'answer': 'so\n#### 18'}
   )
-  (alone,) = local_tasks.read_gsm8k(test)
+  (alone,) = gsm8k.read_prompts(test)
   assert alone.text == 'Question: q\nAnswer:'
-  (taught,) = local_tasks.read_gsm8k(test, train, 2)
+  (taught,) = gsm8k.read_prompts(test, train, 2)
   assert taught.text == (
     'Question: q0\nAnswer: #### 0\n\nQuestion: q1\nAnswer: #### 1\n\n'
     'Question: q\nAnswer:'
   )
   assert taught.grade('#### 18')['exact_match'] == 1.0
   with pytest.raises(ValueError, match='got 3 examples, expected at least'):
-    local_tasks.read_gsm8k(test, train, 4)
+    gsm8k.read_prompts(test, train, 4)
   with pytest.raises(ValueError, match='without a fewshot_path'):
-    local_tasks.read_gsm8k(test, '', 4)
+    gsm8k.read_prompts(test, '', 4)
 
 
 def test_texts(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'one\r\ntwo\n')
-  assert local_tasks.read_documents(tmp_path / 'a.txt') == ['one\r\ntwo\n']
+  assert perplexity.read_documents(tmp_path / 'a.txt') == ['one\r\ntwo\n']
   path = _write(tmp_path / 'a.jsonl', {'text': 'one'}, {'text': 'two'})
-  assert local_tasks.read_documents(path) == ['one', 'two']
+  assert perplexity.read_documents(path) == ['one', 'two']
   (tmp_path / 'empty.txt').write_text('')
   with pytest.raises(ValueError, match='got no text'):
-    local_tasks.read_documents(tmp_path / 'empty.txt')
+    perplexity.read_documents(tmp_path / 'empty.txt')
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_wrong_question_is_refused_by_its_line(tmp_path, line, words):
   good = {'context': 'Q', 'choices': ['a', 'b'], 'label': 1}
   path = _write(tmp_path / 'a.jsonl', good, '', line)
   with pytest.raises(ValueError, match=f'a.jsonl, line 3: .*{words}'):
-    local_tasks.read_choices(path)
+    multiple_choice.read_questions(path)
 
 
 @pytest.mark.parametrize(
@@ -133,32 +133,32 @@ def test_a_wrong_question_is_refused_by_its_line(tmp_path, line, words):
 def test_a_wrong_prompt_is_refused_by_its_line(tmp_path, line, words):
   path = _write(tmp_path / 'a.jsonl', line)
   with pytest.raises(ValueError, match=f'a.jsonl, line 1: .*{words}'):
-    local_tasks.read_prompts(path)
+    generation.read_prompts(path)
 
 
 def test_a_wrong_word_problem_is_refused_by_its_line(tmp_path):
   path = _write(tmp_path / 'a.jsonl', {'question': 'q', 'answer': '18'})
   with pytest.raises(ValueError, match="line 1: answer: .*ends with '####'"):
-    local_tasks.read_gsm8k(path)
+    gsm8k.read_prompts(path)
 
 
 def test_files_that_are_none(tmp_path):
   with pytest.raises(FileNotFoundError, match='got no such file'):
-    local_tasks.read_choices(tmp_path / 'none.jsonl')
+    multiple_choice.read_questions(tmp_path / 'none.jsonl')
   with pytest.raises(ValueError, match='got a directory'):
-    local_tasks.read_documents(tmp_path)
+    perplexity.read_documents(tmp_path)
   (tmp_path / 'a.jsonl').write_bytes(b'\n\xff\n')
   with pytest.raises(
     ValueError, match='a.jsonl, line 2: got bytes that are no'
   ):
-    local_tasks.read_choices(tmp_path / 'a.jsonl')
+    multiple_choice.read_questions(tmp_path / 'a.jsonl')
   (tmp_path / 'b.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='got no lines'):
-    local_tasks.read_choices(tmp_path / 'b.jsonl')
+    multiple_choice.read_questions(tmp_path / 'b.jsonl')
 
 
 def test_two_examples_of_one_name_are_refused(tmp_path):
   line = {'context': 'Q', 'choices': ['a', 'b'], 'label': 1, 'id': 'x'}
   path = _write(tmp_path / 'a.jsonl', line, line)
   with pytest.raises(ValueError, match='line 2: id: .*another than that of'):
-    local_tasks.read_choices(path)
+    multiple_choice.read_questions(path)

@@ -1,14 +1,14 @@
-"""How fast the input pipeline is beside what a training step consumes.
+"""Speed of the input batches, beside the speed of a training step.
 
-    python -m benchmarks.input_pipeline
-    python -m benchmarks.input_pipeline --data_dir=... --out=pipeline.json
+    python -m benchmarks.input_batches
+    python -m benchmarks.input_batches --data_dir=... --out=batches.json
 
-The quickstart's data, once for every packing and once as a mixture of two
-sources: batches are taken from the pipeline alone, and from it the quickstart's
-model takes steps on this machine's devices, in turns. `times` is rows per
-second over those of the step, the median over rounds; a run waits for its data
-where it is less than 1. Tokenising, which happens once, is timed by itself. A
-pipeline alone has all cores; beside a step on a CPU it competes for them.
+Makes batches of the quickstart's data with every packing, and with a mix of two
+sources; the quickstart's train step on this machine's devices takes turns with
+them. `times` is rows per second of the batches over rows per second of the
+step, the median over rounds. Below 1, a run waits for its data. Tokenising,
+which happens once, is timed by itself. Batches that are timed alone have all
+cores; beside a step on a CPU they compete for the cores.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags
 import jax
 
-from benchmarks import timing
+from benchmarks import entry, timing
 from data import (
   batches as batches_lib,
   data_config,
@@ -35,12 +35,12 @@ from experiments import quickstart
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
 
-MIXTURE = 'mixture of 2'
+SOURCE_MIX = 'mix of 2 sources'
 STEP = 'train step'
 
 
 def data_configs(data: data_config.DataConfig) -> dict[str, Any]:
-  """Returns what is timed: every packing, and two splits as a mixture."""
+  """Returns the timed configs by name: every packing, and a mix of splits."""
   alone = {
     packing: dataclasses.replace(data, packing=packing)
     for packing in data_config.PACKINGS
@@ -51,7 +51,7 @@ def data_configs(data: data_config.DataConfig) -> dict[str, Any]:
     )
     for split, weight in ((data.train_split, 3.0), (data.eval_split, 1.0))
   )
-  return alone | {MIXTURE: dataclasses.replace(data, sources=mixed)}
+  return alone | {SOURCE_MIX: dataclasses.replace(data, sources=mixed)}
 
 
 def open_batches(
@@ -68,8 +68,8 @@ def open_batches(
 
 
 def time_batches(batches: batches_lib.TrainBatches, num: int) -> float:
-  """Returns the seconds that `num` batches take, the prefetched ones apart."""
-  next(batches)  # starts the threads
+  """Returns the seconds that `num` further batches take."""
+  next(batches)  # starts the threads, which prefetch
   start = time.perf_counter()
   for _ in range(num):
     next(batches)
@@ -83,7 +83,7 @@ def make_step_turn(
   batches: batches_lib.TrainBatches,
   num: int,
 ) -> timing.Turn:
-  """Returns a turn of `num` training steps on one batch that is there."""
+  """Returns a turn of `num` training steps on one batch, already placed."""
   learner = learner_lib.make(experiment)
   state = learner.init(jax.random.key(0))
   step = learner.compile_train_step()
@@ -105,7 +105,7 @@ def make_step_turn(
 def time_tokenising(
   source: sources.Source, tokenizer: tokenizer_lib.Tokenizer, threads: int
 ) -> dict[str, float]:
-  """Returns bytes and tokens per second of writing a store."""
+  """Returns bytes and tokens per second of writing a token store."""
   num_bytes = sum(
     len(source[i]['text'].encode('utf-8')) for i in range(len(source))
   )
@@ -129,7 +129,7 @@ def measure(
   num_batches: int,
   num_steps: int,
 ) -> dict[str, Any]:
-  """Times everything in turns; returns figures by name."""
+  """Returns the figures of all configs and of the step, timed in turns."""
   configs = data_configs(experiment.data)
   opened = {
     name: open_batches(data, tokenizer) for name, data in configs.items()
@@ -167,7 +167,7 @@ def report(
   measured: dict[str, Any],
   tokenising: dict[str, float],
 ) -> str:
-  """Formats what was measured."""
+  """Returns the table of `measured`, and the line on tokenising."""
   data = experiment.data
   heads = ('', 'fill', 'rows/s', 'tokens/s', 'times')
   lines = [
@@ -181,7 +181,7 @@ def report(
     for name, values in measured.items()
   ]
   title = (
-    f'input pipeline: {data.batch_size} x {data.row_length},'
+    f'input batches: {data.batch_size} x {data.row_length},'
     f' {data.num_threads} threads; {STEP} on {jax.devices()[0].device_kind}'
   )
   return '\n'.join(
@@ -194,7 +194,7 @@ def report(
 
 
 def main(argv: list[str]) -> None:
-  """Measures what the flags name."""
+  """Runs the benchmark."""
   if len(argv) > 1:
     raise app.UsageError(f'got arguments {argv[1:]}, expected flags only')
   args = flags.FLAGS
@@ -225,11 +225,14 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('data_dir', '~/.cache/two_lives', 'Where tokens are.')
+  entry.define_flags(rounds=5)
+  flags.DEFINE_string(
+    'data_dir', '~/.cache/two_lives', 'Directory that keeps tokenised data.'
+  )
   flags.DEFINE_integer('threads', 2, 'Threads that make batches.', 1)
-  flags.DEFINE_integer('workers', 0, 'Processes that make batches.', 0)
-  flags.DEFINE_integer('rounds', 5, 'Turns that each side gets.', 1)
+  flags.DEFINE_integer(
+    'workers', 0, 'Processes that make batches; 0: this process.', 0
+  )
   flags.DEFINE_integer('batches', 400, 'Batches per turn.', 1)
   flags.DEFINE_integer('steps', 4, 'Training steps per turn.', 1)
-  flags.DEFINE_string('out', '', 'File to write the result to, as JSON.')
   app.run(main)

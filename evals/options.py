@@ -1,0 +1,82 @@
+"""The options of an evaluation: every field is a flag of serve.py.
+
+Imports nothing heavy, so that `serve.py --help` need not wait for SciPy.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from checks import expect
+
+
+def _field(default: Any, text: str) -> Any:
+  """Returns a dataclass field with the help text of its flag."""
+  return dataclasses.field(default=default, metadata={'help': text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What may be chosen about an evaluation; a task names the fields it reads.
+
+  Raises:
+    ValueError: a value is out of range.
+  """
+
+  limit: int = _field(
+    0,
+    'Evaluates only this many first examples, for perplexity pieces of 4096'
+    ' bytes of text; 0 takes all. Set it for a quick look.',
+  )
+  stride: int = _field(
+    0,
+    'perplexity: tokens that each window adds; 0 is half of the context. Lower'
+    ' it to give each token more context, which takes longer.',
+  )
+  num_fewshot: int | None = _field(
+    None,
+    'gsm8k and lm_eval: solved examples in front of each question. If not'
+    ' given: none, or what the task of lm_eval says.',
+  )
+  fewshot_path: str = _field(
+    '',
+    'gsm8k: file of the solved examples, in the format of the task. Needed with'
+    ' num_fewshot.',
+  )
+  max_tokens: int = _field(
+    512,
+    'generate and gsm8k: most tokens of a completion. Tasks of lm_eval have'
+    ' their own.',
+  )
+  temperature: float = _field(
+    0.0,
+    'generate and gsm8k: divides the logits before sampling; 0 is greedy. Tasks'
+    ' of lm_eval have their own.',
+  )
+  num_samples: int = _field(
+    1,
+    'generate and gsm8k: completions per prompt, for pass@k. More than 1 needs'
+    ' a temperature above 0.',
+  )
+  seed: int = _field(0, 'Seed of the samples, and of what lm_eval draws.')
+  chat: bool = _field(
+    False,
+    "generate, gsm8k and lm_eval: puts each prompt into the model's chat"
+    ' template. Set it for models that were trained on chats.',
+  )
+
+  def __post_init__(self):
+    for name, least in (
+      ('limit', 0),
+      ('stride', 0),
+      ('num_fewshot', 0),
+      ('max_tokens', 1),
+      ('num_samples', 1),
+      ('seed', 0),
+    ):
+      if (value := getattr(self, name)) is not None:
+        expect.at_least(name, value, least)
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(
+        f'temperature: got {self.temperature}, expected a number >= 0'
+      )

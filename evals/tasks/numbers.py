@@ -1,0 +1,37 @@
+"""Numbers in text: found, and equal however they are written."""
+
+import decimal
+import re
+
+# With or without a sign, thousands separators and a decimal part.
+PATTERN = r'-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+'
+_ANY = re.compile(PATTERN)
+
+
+def last_number(text: str) -> decimal.Decimal | None:
+  """Returns the last number of a text, None if there is none.
+
+  A hyphen is a sign unless it joins two words: '5-3' ends in 3, 'is -3' in -3.
+  """
+  matches = list(_ANY.finditer(text))
+  if not matches:
+    return None
+  found, start = matches[-1].group(), matches[-1].start()
+  if found[0] == '-' and start and re.match(r'[\w)]', text[start - 1]):
+    found = found[1:]
+  return number(found)
+
+
+def number(text: str) -> decimal.Decimal | None:
+  """Returns the value of a text that is a number, None for any other text.
+
+  '$1,200.50', ' 18. ', '18.0' and '18%' are numbers. Numbers of the same value
+  compare equal however they are written.
+  """
+  stripped = text.strip().rstrip('.').strip()
+  stripped = re.sub(r'[$,%]', '', stripped)
+  try:
+    value = decimal.Decimal(stripped)
+  except decimal.InvalidOperation:
+    return None
+  return value if value.is_finite() else None

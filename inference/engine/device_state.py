@@ -1,0 +1,86 @@
+"""The state of an engine on the device: the KV cache and the slots."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from inference.sampling import penalties, sampler as sampler_lib
+from models import kv_cache as kv_cache_lib, transformer
+
+Params = Any  # the variables of `models.transformer.Transformer`
+KVCache = tuple[kv_cache_lib.Pages, ...]  # the pages of each layer
+
+
+class Slots(NamedTuple):
+  """The sampling state of each slot; a running sequence has one slot.
+
+  The last slot belongs to no sequence: padding writes there.
+  """
+
+  last_B: jax.Array  # int32, the token sampled last
+  sampler: sampler_lib.Sampler
+  seen_BV: jax.Array  # int32, token counts, see `penalties.recount`
+
+
+class State(NamedTuple):
+  """Everything that stays on the device between steps."""
+
+  kv_cache: KVCache
+  slots: Slots
+
+
+def init_state(
+  model: transformer.Transformer,
+  *,
+  num_slots: int,
+  num_pages: int,
+  page_size: int,
+  kv_dtype: Any,
+  channels: int,
+  vocab_size: int,
+) -> State:
+  """Returns the state of an engine without sequences.
+
+  Args:
+    model: the model that is served.
+    num_slots: of sequences; the state has one more, for padding.
+    num_pages: P, of each layer.
+    page_size: Q, tokens per page.
+    kv_dtype: of the pages.
+    channels: C of the pages; some kernels want more than the model has.
+    vocab_size: V, ids that may be sampled.
+  """
+  pages = kv_cache_lib.init_pages(
+    model.config,
+    num_pages=num_pages,
+    page_size=page_size,
+    dtype=kv_dtype,
+    channels=channels,
+  )
+  slots = Slots(
+    last_B=jnp.zeros((num_slots + 1,), jnp.int32),
+    sampler=sampler_lib.empty(num_slots + 1),
+    seen_BV=jnp.zeros((num_slots + 1, vocab_size), jnp.int32),
+  )
+  return State(pages, slots)
+
+
+@functools.partial(jax.jit, donate_argnames=('slots',))
+def seat(slots: Slots, slot: jax.Array, row: sampler_lib.Sampler) -> Slots:
+  """Gives a slot the settings of a sequence. Donates `slots`."""
+  return slots._replace(sampler=sampler_lib.put(slots.sampler, slot, row))
+
+
+@functools.partial(jax.jit, donate_argnames=('slots',))
+def recount(
+  slots: Slots,
+  slot: jax.Array,
+  ids_T: jax.Array,
+  num_prompt_tokens: jax.Array,
+) -> Slots:
+  """Counts the tokens of a sequence for its penalties. Donates `slots`."""
+  vocab_size = slots.seen_BV.shape[1]
+  seen_V = penalties.recount(ids_T, num_prompt_tokens, vocab_size)
+  return slots._replace(seen_BV=slots.seen_BV.at[slot].set(seen_V))

@@ -1,0 +1,247 @@
+"""The steps of the engine: pure, jitted functions that run on the device.
+
+    kv_cache, logits_RV = decode_step(params, kv_cache, last_B, inputs, ...)
+    kv_cache, logits_RV, prompt = prefill(params, kv_cache, last_B, inputs, ...)
+    slots, tokens_R, logprobs = sample(slots, logits_RV, slots_R, ...)
+
+The story in five lines. A sequence first runs `prefill`: its prompt is computed
+in chunks of R tokens, which write keys and values into pages of the KV cache.
+Then it runs `decode_step` once per token: one token goes in, attends to its
+pages, and the logits of the next token come out. `sample` turns logits into
+tokens, and keeps the tokens on the device for the next step. Both functions
+compute many sequences at once, and `prefill` takes decodes along.
+
+The KV cache is an explicit pytree, an argument and a result. Each function
+donates the state that it returns, so that it is updated in place; the argument
+must not be used again.
+
+One call computes T tokens in one row [1, T]: first D tokens that each continue
+a sequence of their own (decodes), then X chunks of R prompt tokens each.
+`models.kv_cache` says how pages and page tables belong to them. A logits
+processor, as a grammar's mask or a verifier, belongs between a step and
+`sample`.
+
+`device_state` holds the state, `inputs` fills `Inputs` on the host, and
+`programs` compiles these functions for every shape before the engine is ready.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from inference.engine import device_state
+from inference.sampling import (
+  logprobs as logprobs_lib,
+  penalties,
+  sampler as sampler_lib,
+)
+from models import kv_cache as kv_cache_lib, transformer
+
+
+class Shape(NamedTuple):
+  """The numbers of decodes and chunks that a step is compiled for."""
+
+  num_decodes: int  # D
+  num_chunks: int  # X
+
+
+class Inputs(NamedTuple):
+  """The arrays that the host makes for one step; NumPy, all int32.
+
+  R tokens are sampled: after each of the D decodes, after the last token of
+  each of the X chunks, and padding up to a size that `sample` is compiled for.
+  M is the number of tokens in all chunks, L the pages of a page table.
+  """
+
+  tokens_T: Any  # -1: the token that was sampled last in the slot
+  positions_T: Any  # -1: padding
+  decode_table_DL: Any  # page table of each decode
+  chunk_table_XL: Any  # page table of each chunk
+  rows_R: Any  # index in T of the token that each sampled token follows
+  slots_R: Any  # slot of each sampled token; the last slot: it is not kept
+  forced_R: Any  # token to take instead of a sampled one; -1: none
+  targets_M: Any  # token that follows each chunk token in its prompt; -1: none
+  prompt_logprobs_X: Any  # alternatives wanted per token; -1: no logprobs
+
+
+class Outputs(NamedTuple):
+  """The results of one step that the host reads."""
+
+  tokens_R: Any  # int32
+  logprobs: logprobs_lib.Logprobs  # of those tokens
+  prompt: logprobs_lib.Logprobs | None  # of targets_M; None without chunks
+
+
+@functools.partial(
+  jax.jit,
+  donate_argnames=('kv_cache',),
+  static_argnames=('model', 'vocab_size'),
+)
+def decode_step(
+  params: device_state.Params,
+  kv_cache: device_state.KVCache,
+  last_B: jax.Array,
+  inputs: Inputs,
+  *,
+  model: transformer.Transformer,
+  vocab_size: int,
+) -> tuple[device_state.KVCache, jax.Array]:
+  """Computes one token of each of D sequences. Donates `kv_cache`.
+
+  Args:
+    params: serving params.
+    kv_cache: pages of all layers.
+    last_B: the token sampled last in each slot.
+    inputs: of a step without chunks.
+    model: the model that the params belong to.
+    vocab_size: V, ids that may be sampled; the embedding may have more rows.
+
+  Returns:
+    The KV cache with the keys and values of the D tokens, and the logits of
+    the tokens that follow, float32 [R, V].
+  """
+  hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
+  return kv_cache, _logits(model, params, vocab_size, hidden_TD[inputs.rows_R])
+
+
+@functools.partial(
+  jax.jit,
+  donate_argnames=('kv_cache',),
+  static_argnames=('model', 'vocab_size'),
+)
+def prefill(
+  params: device_state.Params,
+  kv_cache: device_state.KVCache,
+  last_B: jax.Array,
+  inputs: Inputs,
+  *,
+  model: transformer.Transformer,
+  vocab_size: int,
+) -> tuple[device_state.KVCache, jax.Array, logprobs_lib.Logprobs]:
+  """Computes X prompt chunks, and D decodes beside them. Donates `kv_cache`.
+
+  Arguments are those of `decode_step`.
+
+  Returns:
+    The KV cache with the keys and values of all T tokens, the logits of the
+    tokens that follow each decode and each chunk, float32 [R, V], and the
+    logprobs of the M prompt tokens in `inputs.targets_M`.
+  """
+  hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
+  logits_of = functools.partial(_logits, model, params, vocab_size)
+  logits_RV = logits_of(hidden_TD[inputs.rows_R])
+  num_decodes = inputs.decode_table_DL.shape[0]
+  prompt = _prompt_logprobs(hidden_TD[num_decodes:], inputs, logits_of)
+  return kv_cache, logits_RV, prompt
+
+
+@functools.partial(jax.jit, donate_argnames=('slots',))
+def sample(
+  slots: device_state.Slots,
+  logits_RV: jax.Array,
+  slots_R: jax.Array,
+  positions_R: jax.Array,
+  forced_R: jax.Array,
+) -> tuple[device_state.Slots, jax.Array, logprobs_lib.Logprobs]:
+  """Samples R tokens, each with the settings of its slot. Donates `slots`.
+
+  Args:
+    slots: of the engine.
+    logits_RV: of `decode_step` or `prefill`.
+    slots_R: slot that each token is sampled for.
+    positions_R: position of each new token.
+    forced_R: token to take instead of a sampled one; -1: none.
+
+  Returns:
+    The slots with the tokens in `last_B` and `seen_BV`, the tokens, int32 [R],
+    and their logprobs.
+  """
+  sampler = sampler_lib.take(slots.sampler, slots_R)
+  tokens_R = sampler_lib.sample(
+    logits_RV, sampler, slots.seen_BV, positions_R, slots_B=slots_R
+  )
+  tokens_R = jnp.where(forced_R < 0, tokens_R, forced_R)
+  found = logprobs_lib.logprobs(logits_RV, tokens_R, sampler.num_logprobs_B)
+  slots = slots._replace(
+    last_B=slots.last_B.at[slots_R].set(tokens_R),
+    seen_BV=penalties.count(slots.seen_BV, slots_R, tokens_R),
+  )
+  return slots, tokens_R, found
+
+
+def _hidden(
+  params: device_state.Params,
+  kv_cache: device_state.KVCache,
+  last_B: jax.Array,
+  inputs: Inputs,
+  model: transformer.Transformer,
+) -> tuple[jax.Array, device_state.KVCache]:
+  """Returns the final hidden states [T, D] and the updated KV cache."""
+  num_decodes = inputs.decode_table_DL.shape[0]
+  # The host may not know a decode's token yet: it is one step ahead.
+  known_D = inputs.tokens_T[:num_decodes]
+  last_D = last_B[inputs.slots_R[:num_decodes]]
+  tokens_T = jnp.concatenate(
+    [jnp.where(known_D < 0, last_D, known_D), inputs.tokens_T[num_decodes:]]
+  )
+  cache = tuple(
+    kv_cache_lib.PagedLayer(
+      pages, inputs.decode_table_DL, inputs.chunk_table_XL
+    )
+    for pages in kv_cache
+  )
+  hidden_1TD, cache = _apply(
+    model, params, tokens_T[None], inputs.positions_T[None], cache, 'hidden'
+  )
+  return hidden_1TD[0], tuple(layer.pages for layer in cache)
+
+
+def _logits(
+  model: transformer.Transformer,
+  params: device_state.Params,
+  vocab_size: int,
+  hidden_RD: jax.Array,
+) -> jax.Array:
+  # The head is the largest matrix: it sees the tokens that need logits only.
+  return _apply(model, params, hidden_RD, 'unembed')[..., :vocab_size]
+
+
+def _prompt_logprobs(
+  hidden_MD: jax.Array,
+  inputs: Inputs,
+  logits_of: Callable[[jax.Array], jax.Array],
+) -> logprobs_lib.Logprobs:
+  """Returns the logprobs of targets_M; zeros if no chunk asks for them."""
+  num_chunks = inputs.prompt_logprobs_X.shape[0]
+  hidden_XRD = hidden_MD.reshape(num_chunks, -1, hidden_MD.shape[-1])
+  targets_XR = inputs.targets_M.reshape(num_chunks, -1)
+
+  def score(chunk):
+    hidden_RD, targets_R, wanted = chunk
+    wanted_R = jnp.where(targets_R < 0, -1, wanted)
+    return logprobs_lib.logprobs(
+      logits_of(hidden_RD), jnp.maximum(targets_R, 0), wanted_R
+    )
+
+  # Chunk by chunk: the logits of all chunks at once could be large.
+  chunks = hidden_XRD, targets_XR, inputs.prompt_logprobs_X
+  shapes = jax.eval_shape(lambda: jax.lax.map(score, chunks))
+
+  def nothing():
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+  found = jax.lax.cond(
+    jnp.any(inputs.prompt_logprobs_X >= 0),
+    lambda: jax.lax.map(score, chunks),
+    nothing,
+  )
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def _apply(model: transformer.Transformer, params, *args) -> Any:
+  # Flax's type of the result of `apply` fits no method in particular.
+  *args, method = args
+  return model.apply(params, *args, method=method)

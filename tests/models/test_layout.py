@@ -1,0 +1,30 @@
+"""Layers stacked and apart: the same parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import layout, transformer
+from tests.helpers import tiny_models
+
+
+def _params(config):
+  model = transformer.Transformer(config)
+  return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.mark.parametrize(
+  'make', [tiny_models.llama_like, tiny_models.gpt2_like]
+)
+def test_stack_is_the_inverse_of_unstack(make):
+  config = make(scan_layers=True)
+  params = _params(config)
+  apart, apart_config = layout.unstack(params, config)
+  assert not apart_config.scan_layers
+  assert jax.tree.structure(apart) == jax.tree.structure(_params(apart_config))
+  again, again_config = layout.stack(apart, apart_config)
+  assert again_config == config
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  assert layout.unstack(apart, apart_config) == (apart, apart_config)
+  assert layout.stack(params, config) == (params, config)

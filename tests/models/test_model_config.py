@@ -1,0 +1,44 @@
+"""ModelConfig: what it refuses, and its way through JSON."""
+
+import math
+
+import pytest
+
+from models import model_config
+from tests.helpers import tiny_models
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('num_layers', 0, 'model.num_layers: got 0, expected a positive integer'),
+    ('norm', 'batchnorm', "got 'batchnorm', expected one of rmsnorm"),
+    ('mlp', 'mish', "got 'mish', expected one of swiglu, geglu"),
+    ('positions', 'none', "got 'none', expected one of rope, learned"),
+    ('num_kv_heads', 3, 'expected a divisor of num_heads = 4'),
+    ('head_width', 5, 'expected an even number'),
+    ('dropout_rate', 1.0, 'expected 0 <= rate < 1'),
+    ('init_std', 0.0, 'expected a positive number'),
+    ('logit_softcap', -1.0, 'model.logit_softcap: got -1.0, expected a number'),
+    ('logit_softcap', math.nan, 'model.logit_softcap: got nan, expected'),
+    ('mup_base_width', -1, 'mup_base_width: got -1, expected a positive int'),
+    ('mup_base_width', 2.5, 'mup_base_width: got 2.5, expected a positive int'),
+    (
+      'mup_base_head_width',
+      -8,
+      'mup_base_head_width: got -8, expected a posit',
+    ),
+    ('mup_base_head_width', 8, 'got 8 without muP, expected 0; set model.mup'),
+  ],
+)
+def test_impossible_configs_are_refused(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    tiny_models.llama_like(**{field: value}).validate()
+
+
+@pytest.mark.parametrize('make', [tiny_models.gpt2_like, tiny_models.stable])
+def test_config_survives_json_and_refuses_other_fields(make):
+  config = make()
+  assert model_config.ModelConfig.from_dict(config.to_dict()) == config
+  with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
+    model_config.ModelConfig.from_dict({**config.to_dict(), 'depth': 3})

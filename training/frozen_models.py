@@ -1,0 +1,107 @@
+"""Frozen models beside the one that is trained: a reference, a teacher.
+
+An objective names them in `models_needed`. Each is read from its frozen
+directory, laid out over the devices by the same rules as the trained model, and
+never updated. Checkpoints hold none of them: run.json has their digests, and a
+run that is resumed reads them again.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from frozen import format as frozen_format, manifest as manifest_lib
+from models import layout, model_config
+from training.objectives import port
+
+
+def config_of(
+  name: str, source: port.ModelSource, vocab_size: int
+) -> model_config.ModelConfig:
+  """Returns the config of a frozen model, with its layers stacked if alike.
+
+  Args:
+    name: in the objective's `models_needed`.
+    source: where its weights are.
+    vocab_size: of the model that is trained.
+
+  Raises:
+    ValueError: there is no frozen directory, it is damaged, or its model has
+      another vocabulary.
+  """
+  try:
+    config = frozen_format.read_config(source.path)
+  except FileNotFoundError:
+    raise ValueError(
+      f'objective.{name}: got {source.path!r}, expected a frozen directory;'
+      ' make one with `python -m frozen.huggingface import` or `python -m'
+      ' frozen.freeze`'
+    ) from None
+  if config.vocab_size != vocab_size:
+    raise ValueError(
+      f'objective.{name}: got a model of {config.vocab_size} tokens, expected'
+      f' model.vocab_size = {vocab_size}: both read the same batches; use a'
+      ' model with the same tokenizer'
+    )
+  return dataclasses.replace(
+    config, scan_layers=config.is_uniform, dropout_rate=0.0
+  )
+
+
+def read(source: port.ModelSource, config: model_config.ModelConfig) -> Any:
+  """Reads and verifies the variables of a frozen model.
+
+  Args:
+    source: of the weights.
+    config: from `config_of`; says whether layers are stacked.
+  """
+  frozen = frozen_format.read(source.path)
+  params, unstacked = layout.unstack(frozen.params, frozen.config)
+  return layout.stack(params, unstacked)[0] if config.scan_layers else params
+
+
+def place(params: Any, abstract: Any) -> Any:
+  """Sends parameters of any float dtype to the devices.
+
+  Args:
+    params: whole, on the host or on any device.
+    abstract: shapes, dtypes and shardings of the result.
+  """
+  # Each device is sent its own part alone.
+  return jax.tree.map(
+    lambda x, like: jax.device_put(
+      np.asarray(x).astype(like.dtype), like.sharding
+    ),
+    params,
+    abstract,
+  )
+
+
+def lineage(objective: port.Objective) -> dict[str, str]:
+  """Returns the digest of each frozen model's weights, by its name."""
+  return {
+    name: manifest_lib.read(pathlib.Path(source.path)).weights_digest
+    for name, source in objective.models_needed.items()
+  }
+
+
+def check_lineage(
+  objective: port.Objective, recorded: Mapping[str, str]
+) -> None:
+  """Raises ValueError if a run would resume with another frozen model.
+
+  Args:
+    objective: of the run.
+    recorded: lineage in run.json.
+  """
+  for name, digest in lineage(objective).items():
+    if recorded.get(name) != digest:
+      raise ValueError(
+        f'objective.{name}: got a model with weights {digest[:12]}, expected'
+        f' {recorded.get(name, "none")[:12]} as before; set its path back, or'
+        ' use another --workdir'
+      )

@@ -1,0 +1,220 @@
+"""The contract between objectives and the train step.
+
+An objective is a frozen dataclass: its fields are its hyper-parameters, and it
+is called with parameters, a batch and a model. It returns *sums* over its
+batch, never means. The step adds the sums of micro-batches and devices, and
+divides once, by `sums['weight']`; so the loss and its gradient do not depend on
+how a batch was cut up.
+
+A new objective is one file in this folder. The loop and the step stay the same.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models import (
+  axes,
+  cross_entropy,
+  model_config as model_config_lib,
+  transformer,
+)
+
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+# Collections of a params tree: the transformer's own, and the objective's.
+MODEL, HEADS = 'params', axes.HEADS
+
+
+class ArraySpec(NamedTuple):
+  """Shape and dtype of one array of a batch."""
+
+  axes: str  # letters of models/axes.py; B rows, T tokens per row
+  dtype: Any
+
+
+_TOKENS = ArraySpec('BT', jnp.int32)
+# The arrays that data/batches.py makes.
+TOKEN_ROWS: Mapping[str, ArraySpec] = {
+  'tokens': _TOKENS,
+  'targets': _TOKENS,  # the token after each
+  'positions': _TOKENS,  # in the document
+  'segment_ids': _TOKENS,  # number of the document in the row; 0: padding
+  'weights': ArraySpec('BT', jnp.float32),  # of each target; 0: not trained on
+}
+
+
+class Hidden(NamedTuple):
+  """The output of a transformer's layers."""
+
+  states_BTD: jax.Array  # the head is applied to them
+  routing: Any  # `models.moe.layer.routing_sums` [N, ...]; None: a dense model
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A transformer as objectives see it. All methods are pure."""
+
+  module: transformer.Transformer
+  dropout_key: jax.Array | None = None  # None: no dropout
+
+  def hidden(
+    self,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> Hidden:
+    """Returns the final hidden states, and the routing of experts."""
+    states_BTD, _, routing = self._apply(
+      transformer.Transformer.hidden_and_routing,
+      params,
+      tokens_BT,
+      positions_BT,
+      None,
+      segment_ids_BT,
+    )
+    return Hidden(states_BTD, routing)
+
+  def weighted_nll(
+    self,
+    params: Any,
+    states_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss_weight: float = 0.0,
+  ) -> cross_entropy.LossSums:
+    """Returns the summed loss of the targets, in nats, without logits."""
+    return self._apply(
+      transformer.Transformer.weighted_nll,
+      params,
+      states_BTD,
+      targets_BT,
+      weights_BT,
+      z_loss_weight,
+    )
+
+  def logits(self, params: Any, states: jax.Array) -> jax.Array:
+    """Returns float32 logits [..., V] of hidden states [..., D]."""
+    return self._apply(transformer.Transformer.unembed, params, states)
+
+  def token_logprobs(
+    self, params: Any, states_BTD: jax.Array, targets_BT: jax.Array
+  ) -> jax.Array:
+    """Returns log p(target) of every token, float32 [B, T].
+
+    Holds the logits of one chunk of time only, in the backward pass too.
+    """
+
+    # Without it, the backward pass would keep the logits of all chunks.
+    @jax.checkpoint
+    def of_chunk(states_BtD, targets_Bt):
+      logprobs_BtV = jax.nn.log_softmax(self.logits(params, states_BtD))
+      return jnp.take_along_axis(logprobs_BtV, targets_Bt[:, :, None], axis=-1)[
+        :, :, 0
+      ]
+
+    return self.map_chunks(of_chunk, states_BTD, targets_BT)
+
+  def map_chunks(
+    self,
+    fn: Callable[[jax.Array, jax.Array], Any],
+    states_BTD: jax.Array,
+    targets_BT: jax.Array,
+  ) -> Any:
+    """Returns `fn` of all chunks of time, joined; each array is [B, T].
+
+    A chunk is as long as the logits of `models.cross_entropy` may be.
+    """
+    batch, time = targets_BT.shape
+    vocab_size = self.module.config.vocab_size
+    chunks = cross_entropy.num_chunks(batch, time, vocab_size)
+
+    def split(x):
+      x = x.reshape((batch, chunks, time // chunks, *x.shape[2:]))
+      return x.swapaxes(0, 1)
+
+    parts = split(states_BTD), split(targets_BT)
+    found = jax.lax.map(lambda part: fn(*part), parts)
+    return jax.tree.map(
+      lambda x: x.swapaxes(0, 1).reshape((batch, time)), found
+    )
+
+  def _apply(self, method: Callable, params: Any, *args: Any) -> Any:
+    rngs = None if self.dropout_key is None else {'dropout': self.dropout_key}
+    variables = {MODEL: params[MODEL]}
+    return self.module.apply(variables, *args, method=method, rngs=rngs)
+
+
+class FrozenModel(NamedTuple):
+  """Another model that an objective needs, and its weights: no gradient."""
+
+  model: Model
+  params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """Where the weights of another model are."""
+
+  path: str  # frozen directory
+
+
+class Objective(abc.ABC):
+  """The base class of objectives: their contract, and its defaults."""
+
+  @abc.abstractmethod
+  def __call__(
+    self, params: Any, batch: Batch, model: Model, **others: FrozenModel
+  ) -> tuple[jax.Array, Sums]:
+    """Returns the summed loss, and the sums that the step reports.
+
+    Args:
+      params: what is trained. `params['params']` are the variables of the
+        transformer, `params['heads']` is the result of `init_heads`.
+      batch: the arrays of `batch_spec`, or some of their rows.
+      model: the transformer that is trained.
+      **others: the models of `models_needed`, each by its name.
+
+    Returns:
+      The loss, and sums with at least `weight`: the loss, the gradient and all
+      scalars are divided by it. Where the loss is more than a prediction loss,
+      `nll` is the part that is. Arrays [..., shares] are counts, of which
+      evenness is reported.
+    """
+
+  def validate(self) -> None:
+    """Raises ValueError for hyper-parameters that no run can use."""
+    return
+
+  def batch_spec(self) -> Mapping[str, ArraySpec]:
+    """Returns the arrays that a batch holds, by name."""
+    return TOKEN_ROWS
+
+  @property
+  def models_needed(self) -> Mapping[str, ModelSource]:
+    """The other models that are passed to `__call__`, by name.
+
+    The learner reads each from its frozen directory, places it like the model
+    and never updates it.
+    """
+    return {}
+
+  def init_heads(
+    self, config: model_config_lib.ModelConfig, key: jax.Array
+  ) -> Any:
+    """Returns the parameters that are trained beside the model's; None: none.
+
+    Each is named {head: {'kernel' [width, outputs], 'bias' [outputs]}}, see
+    models/axes.py. They are checkpointed, and not frozen: a frozen directory
+    holds the transformer.
+
+    Args:
+      config: of the transformer.
+      key: of their first values.
+    """
+    del config, key
