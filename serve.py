@@ -126,10 +126,11 @@ def _complete(prompt: str, chosen) -> None:
 
 
 def _speed(completions, compile_seconds: float) -> str:
-  """Returns what the completions of one prompt took, compilation apart."""
+  """Returns the speed of the completions of one prompt, without compilation."""
   first = completions[0]
   took = first.usage
-  # The first token of each comes out of prefill. All are decoded together.
+  # Prefill gives the first token of each completion. The others are decoded
+  # together, so the slowest completion has the time of all.
   num_decoded = sum(each.num_completion_tokens - 1 for each in completions)
   seconds = max(each.usage.decode_seconds for each in completions)
   prefill = f'{took.prefill_tokens / took.prefill_seconds:,.0f} tokens/s'
@@ -203,7 +204,7 @@ def _listen() -> None:
 
 
 def _load_small(num_sequences: int):
-  """Loads an engine that compiles quickly: few sequences, few shapes."""
+  """Loads an engine that compiles quickly, with few sequences and shapes."""
   from inference import generate
 
   return generate.load(
@@ -219,10 +220,10 @@ def _load_small(num_sequences: int):
 
 
 def _engine_config(**defaults) -> engine_config.EngineConfig:
-  """Returns the engine of the flags, then of `defaults`, then of the fields."""
+  """Returns the config of the flags; `defaults` are for flags not given."""
   given = _ENGINE.given()
   if 'max_sequences' in given and 'decode_shapes' not in given:
-    # The default shapes end with the default of max_sequences.
+    # Decode shapes end with max_sequences: those of `defaults` do not fit.
     defaults.pop('decode_shapes', None)
   return engine_config.EngineConfig(**{**defaults, **given})
 
@@ -232,7 +233,7 @@ def _cache_compilations() -> None:
   directory = FLAGS.compilation_cache
   if directory is None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
-      return  # JAX reads it
+      return  # JAX reads the variable
     base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     directory = pathlib.Path(base) / 'two-lives' / 'xla'
   if directory == '':

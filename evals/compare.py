@@ -3,9 +3,9 @@
     python -m evals.compare A.json B.json
     python -m evals.compare A.json B.json --difference=0.005
 
-A is the baseline. Prints, for every score that both have, the difference with
-its interval and test, and how many examples would resolve it, and how many the
-difference that --difference states.
+A is the baseline. For every score that both results have, prints the difference
+with its confidence interval and test. Then prints how many examples would show
+this difference, and how many would show the one that --difference states.
 """
 
 import sys
@@ -34,7 +34,9 @@ def _define_flags() -> None:
   flags.DEFINE_float(
     'difference',
     0.0,
-    'To be resolved; 0: a hundredth of a share, or of the value of a score.',
+    'Difference that you want to detect, on the scale of the score. The report'
+    ' says how many examples that takes. 0: 0.01 of a share such as accuracy,'
+    ' else 1 % of the value of the score.',
     lower_bound=0.0,
   )
 

@@ -1,7 +1,7 @@
-"""Text to the token ids that a model is asked about.
+"""The token ids of prompts, and of contexts with their continuations.
 
-Where a context ends and its continuation begins is decided here, in the way of
-the LM Evaluation Harness (`TemplateLM._encode_pair`), so that numbers compare.
+A text is cut into context and continuation as the LM Evaluation Harness cuts it
+(`TemplateLM._encode_pair`), so that scores can be compared with published ones.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from text import tokenizer as tokenizer_lib
 
 
 class Pair(NamedTuple):
-  """A context and what is scored after it, neither empty."""
+  """A context and the continuation that is scored after it.
+
+  The context is never empty. The continuation of a prompt is empty.
+  """
 
   context: list[int]
   continuation: list[int]
@@ -21,20 +24,21 @@ class Pair(NamedTuple):
 
 
 def encode(model: ports.Model, text: str) -> list[int]:
-  """Returns the ids of a text, after BOS where the model's texts have it."""
+  """Returns the ids of a text, after BOS if the model was trained with BOS."""
   return bos(model) + model.tokenizer.encode(text)
 
 
 def encode_pair(model: ports.Model, context: str, continuation: str) -> Pair:
-  """Returns the ids of a context and of the continuation to score after it.
+  """Returns the ids of a context and of the continuation after it.
 
   The text is encoded as a whole and then cut at the length of the encoded
-  context, so a token that spans the border belongs to the continuation. White
-  space at the end of the context moves to the continuation, where tokenizers
-  have it. An empty context is the model's prefix.
+  context. White space at the end of the context moves to the continuation,
+  since most tokenizers join a space to the word after it. An empty context is
+  replaced by the model's prefix.
 
   Raises:
-    ValueError: there is nothing to score, or more than the model can read.
+    ValueError: the continuation adds no token, or is longer than the model's
+      context.
   """
   if context:
     stripped = context.rstrip()
@@ -42,7 +46,7 @@ def encode_pair(model: ports.Model, context: str, continuation: str) -> Pair:
     whole = encode(model, stripped + continuation)
     context_ids = encode(model, stripped)
     continuation_ids = whole[len(context_ids) :]
-    # Nothing but white space, and no BOS.
+    # The context was white space alone, and the model has no BOS.
     context_ids = context_ids or [model.prefix]
   else:
     context_ids = [model.prefix]
@@ -61,24 +65,24 @@ def fit(
   """Drops tokens from the left of a context that is too long.
 
   Raises:
-    ValueError: the continuation is empty, or alone longer than the model reads.
+    ValueError: the continuation is empty, or longer than the model's context.
   """
   if not 1 <= len(continuation) <= model.max_length:
     raise ValueError(
       f'got a continuation of {len(continuation)} tokens, expected 1 to'
       f' max_length = {model.max_length}'
     )
-  # The last token is predicted, not read.
+  # The model predicts the last token without reading it.
   room = model.max_length + 1 - len(continuation)
   num_dropped = max(len(context) - room, 0)
   return Pair(context[num_dropped:], continuation, num_dropped)
 
 
 def encode_trusted(model: ports.Model, text: str) -> list[int]:
-  """Returns the ids of a text in which the names of special tokens are those.
+  """Returns the ids of a text whose names of special tokens are special tokens.
 
-  Of a chat that was rendered by the model's template, say. One that begins with
-  BOS gets no second one.
+  For trusted text, such as a chat that the model's template rendered. A text
+  that begins with BOS gets no second BOS.
   """
   ids = (model.encode_prompt or model.tokenizer.encode)(text)
   first = bos(model)
@@ -88,10 +92,10 @@ def encode_trusted(model: ports.Model, text: str) -> list[int]:
 def naming_special_tokens(
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> Callable[[str], list[int]]:
-  """Returns an `encode_prompt`: each name of a special token is that token."""
-  # The longest first: one name may begin with another.
+  """Returns an `encode_prompt` that turns names of special tokens into ids."""
+  # The longest name first, since one name may begin with another.
   names = sorted(tokenizer.special_tokens, key=lambda name: (-len(name), name))
-  finder = re.compile('|'.join(map(re.escape, names)) or '(?!)')  # or nothing
+  finder = re.compile('|'.join(map(re.escape, names)) or '(?!)')  # no match
 
   def encode_prompt(text: str) -> list[int]:
     spans = [match.span() for match in finder.finditer(text)]
@@ -101,10 +105,10 @@ def naming_special_tokens(
 
 
 def fit_prompt(model: ports.Model, ids: list[int], max_tokens: int) -> Pair:
-  """Returns a prompt that leaves room for `max_tokens`; no continuation.
+  """Drops tokens from the left of a prompt, to leave room for `max_tokens`.
 
   Raises:
-    ValueError: the model cannot read that many tokens.
+    ValueError: `max_tokens` fill the model's context.
   """
   room = model.max_length - max_tokens
   if room < 1:
@@ -118,5 +122,5 @@ def fit_prompt(model: ports.Model, ids: list[int], max_tokens: int) -> Pair:
 
 
 def bos(model: ports.Model) -> list[int]:
-  """Returns what stands before every text: BOS, or nothing."""
+  """Returns the ids before every text: [BOS], or []."""
   return [model.tokenizer.bos_id] if model.adds_bos else []

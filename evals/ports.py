@@ -15,37 +15,38 @@ from text import tokenizer as tokenizer_lib
 Ids = Sequence[int]
 
 
-class Scored(NamedTuple):
-  """How probable a continuation is."""
+class Logprobs(NamedTuple):
+  """The log-probabilities of a continuation, in nats."""
 
-  logprob: float  # of the whole, in nats
+  logprob: float  # of the whole continuation
   is_greedy: bool  # every token is the most probable one
   token_logprobs: np.ndarray  # of each token
 
 
 class LogprobFn(Protocol):
-  """Scores continuations. Requests come in any number and any length."""
+  """Scores any number of continuations, each of any length that fits."""
 
   def __call__(
     self, requests: Sequence[tuple[Ids, Ids]], /
-  ) -> Sequence[Scored]:
-    """Returns one score per (context_ids, continuation_ids), in order.
+  ) -> Sequence[Logprobs]:
+    """Returns the log-probabilities per (context_ids, continuation_ids).
 
-    Neither part is empty. Together they have at most `max_length + 1` tokens:
-    the last one is predicted and never read.
+    Neither part is empty. Together they have at most `max_length + 1` tokens,
+    since the last token is predicted and never read.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-  """How completions are drawn."""
+  """The settings of a completion."""
 
   max_tokens: int  # of a completion, at most
   temperature: float = 0.0  # divides the logits; 0 is greedy
   # Further settings of the sampler by name, such as {'top_p': 0.9}.
   filters: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  seed: int = 0  # samples of one call differ, those of the same call repeat
+  # Samples of one call differ. The same call again returns the same samples.
+  seed: int = 0
   stop: tuple[str, ...] = ()  # ends a completion, not part of its text
 
 
@@ -63,7 +64,7 @@ class Completion(NamedTuple):
 
 
 class SampleFn(Protocol):
-  """Completes prompts. They come in any number and any length."""
+  """Completes any number of prompts, each of any length that fits."""
 
   def __call__(
     self,
@@ -73,8 +74,9 @@ class SampleFn(Protocol):
   ) -> Sequence[Sequence[Completion]]:
     """Returns `num_samples` completions per prompt of token ids, in order.
 
-    A completion ends with a stop string, with the end-of-document token or with
-    `max_tokens`. A prompt and its completion fit into `max_length` tokens.
+    A completion ends with a stop string, with the end-of-document token or
+    after `max_tokens`. A prompt and its completion fit into `max_length`
+    tokens.
     """
     ...
 
@@ -91,27 +93,27 @@ class ChatFn(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """What is evaluated. An evaluation refuses a model that lacks what it needs.
+  """A model as evaluations see it; a task refuses one that lacks a function.
 
   Raises:
     ValueError: no token can stand before a text.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
-  max_length: int  # tokens that the model reads at most
+  max_length: int  # tokens of the context, prompt and completion together
   logprob_fn: LogprobFn | None = None
   sample_fn: SampleFn | None = None
   adds_bos: bool = False  # a text begins with bos_id, as it did in training
   # The id that a text without context is predicted from; None: bos_id.
   prefix_id: int | None = None
-  # Like tokenizer.encode, but strings that name special tokens become their
-  # ids: what tasks of lm_eval mean, chats that were rendered among them.
+  # Like tokenizer.encode, but names of special tokens become their ids. Tasks
+  # of lm_eval expect it, also for the chats that they render.
   encode_prompt: Callable[[str], list[int]] | None = None
   render_chat: ChatFn | None = None
-  # The ids of a conversation, up to the opening of the assistant's turn. What
-  # looks like a special token in a message is text.
+  # The ids of a conversation, up to the opening of the assistant's turn. A name
+  # of a special token in a message is plain text.
   encode_chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
-  # What to call it in a result: digest of the weights, name, step.
+  # Identifies the model in results: digest of the weights, name, step.
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -125,20 +127,20 @@ class Model:
     """Returns the id that the first token of a text is predicted from."""
     return self.tokenizer.bos_id if self.prefix_id is None else self.prefix_id
 
-  def scores(self) -> LogprobFn:
+  def required_logprob_fn(self) -> LogprobFn:
     """Returns `logprob_fn`, or raises ValueError if there is none."""
     if self.logprob_fn is None:
       raise ValueError(
-        'logprob_fn: got none, expected one: this task scores text that is'
-        ' given; give the model a logprob_fn'
+        'logprob_fn: got none, expected one: this task scores given text;'
+        ' give the model a logprob_fn'
       )
     return self.logprob_fn
 
-  def samples(self) -> SampleFn:
+  def required_sample_fn(self) -> SampleFn:
     """Returns `sample_fn`, or raises ValueError if there is none."""
     if self.sample_fn is None:
       raise ValueError(
-        'sample_fn: got none, expected one: this task reads what the model'
-        ' writes; give the model a sample_fn'
+        'sample_fn: got none, expected one: this task reads completions of the'
+        ' model; give the model a sample_fn'
       )
     return self.sample_fn

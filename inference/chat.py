@@ -1,8 +1,8 @@
 """A conversation in the terminal.
 
-The model remembers nothing between turns: each turn renders the whole history
-through the chat template. What of it is as before, the engine's prefix cache
-finds computed; only the rest is read.
+The model keeps no state between turns: each turn renders the whole history
+through the chat template. The engine's prefix cache has the part that is as
+before, so only the new part is computed.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ def run(
   """Talks until the user leaves.
 
   Args:
-    generator: who answers.
+    generator: answers the messages.
     chosen: settings that differ from the model's recommendation.
-    read: shows a prompt and returns a line; EOFError leaves.
-    write: shows text, without a line end of its own.
+    read: shows a prompt and returns a line; raises EOFError to leave.
+    write: shows text, without adding a line end.
   """
   write(HELP + '\n')
   messages: list[dict[str, str]] = []
@@ -44,9 +44,9 @@ def run(
     try:
       answer = _answer(generator, asked, chosen, write)
     except ValueError as error:
-      # The turn is not kept, so a shorter message can still be sent.
+      # The turn is dropped, so that a shorter message can still be sent.
       write(f'error: {error}\n')
-      write('This turn was not kept. Say less, or /exit and start anew.\n')
+      write('The message was dropped. Shorten it, or /exit and start again.\n')
     else:
       messages = [*asked, {'role': 'assistant', 'content': answer}]
 
@@ -54,9 +54,10 @@ def run(
 def render(
   generator: generate.Generator, messages: list[dict[str, str]]
 ) -> tuple[generate.Prompt, tuple[str, ...]]:
-  """Returns the prompt of a conversation, and what ends the answer to it.
+  """Returns the prompt of a conversation, and the strings that end its answer.
 
-  Of an open model, ids: its template writes its special tokens itself.
+  The prompt is ids for a Hugging Face tokenizer, since the template of such a
+  model writes special tokens itself. Else the prompt is text.
   """
   template, stop = generator.frozen.chat_template, ()
   if not template:

@@ -58,7 +58,7 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
 
   def score(
     pairs: Sequence[tuple[ports.Ids, ports.Ids]],
-  ) -> list[ports.Scored]:
+  ) -> list[ports.Logprobs]:
     asked = []
     for context, continuation in pairs:
       if not len(context) or not len(continuation):
@@ -77,7 +77,7 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
       )
     answers = answer_all(engine, asked)
     return [
-      _score(completion, len(continuation))
+      _logprobs(completion, len(continuation))
       for (completion,), (_, continuation) in zip(answers, pairs, strict=True)
     ]
 
@@ -143,13 +143,13 @@ def answer_all(
   return answers
 
 
-def _score(completion: requests.Completion, length: int) -> ports.Scored:
+def _logprobs(completion: requests.Completion, length: int) -> ports.Logprobs:
   read, target = completion.prompt_logprobs or [], completion.logprobs or []
   # The first token of a prompt has no log-probability. It is never part of a
   # continuation, since a context has at least one token.
   found = [each for each in (*read, *target)[-length:] if each]
   token_logprobs = np.asarray([each.chosen for each in found], np.float32)
-  return ports.Scored(
+  return ports.Logprobs(
     # In float64: a float32 sum over a long text would lose digits.
     logprob=float(token_logprobs.sum(dtype=np.float64)),
     is_greedy=all(each.chosen >= each.values[0] for each in found),

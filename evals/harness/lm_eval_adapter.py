@@ -1,12 +1,13 @@
-"""A model of ours as one of the LM Evaluation Harness, in process.
+"""An adapter: a model of this project as a model of the LM Evaluation Harness.
 
-Needs lm_eval (requirements-eval.txt); nothing imports this file but
-`lm_eval_tasks.py`, which is imported once a task of lm_eval is asked for.
-What is asked of the model, token by token, is what lm_eval's own `hf` model
-asks: the same cut between context and continuation, the same BOS, windows,
-truncation and stop strings. So the same weights get the same scores. One thing
-is not copied: where some prompts of a batch begin with BOS of their own and
-others do not, `hf` treats all of them like the first.
+Needs lm_eval (requirements-eval.txt). Only `lm_eval_tasks.py` imports this
+file, and only when a task of lm_eval is read.
+
+The adapter asks for the same tokens as lm_eval's own `hf` model: the same cut
+between context and continuation, the same BOS, windows, truncation and stop
+strings. So the same weights get the same scores. One behaviour is not copied:
+if some prompts of a batch begin with BOS and others do not, `hf` treats all
+prompts like the first.
 
 Reference: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13,
 `lm_eval/models/huggingface.py`.
@@ -23,19 +24,18 @@ from evals import encoding, ports
 from evals.tasks import perplexity
 
 _log = logging.getLogger('lm_eval')  # where lm_eval's own warnings go
-_MAX_GEN_TOKENS = 256  # of tasks that do not say, as in lm_eval
+_MAX_GEN_TOKENS = 256  # lm_eval's default for tasks that do not say
 # Filters that a task may ask for, as transformers names them. Any other
 # setting is refused, since the ports would ignore it.
 _FILTERS = ('top_k', 'top_p', 'min_p')
-# Texts, or None, and the ids of context and continuation.
+# (texts or None, context ids, continuation ids)
 _Request = tuple[Any, list[int], list[int]]
 
 
 class LM(lm_eval_model.TemplateLM):
   """Answers lm_eval's requests through the ports.
 
-  Inherits `loglikelihood` and with it how a context and a continuation are
-  encoded.
+  `loglikelihood` is inherited: it encodes contexts and continuations.
   """
 
   def __init__(self, model: ports.Model, *, seed: int = 0):
@@ -43,7 +43,7 @@ class LM(lm_eval_model.TemplateLM):
 
     Args:
       model: has a logprob_fn, a sample_fn, or both.
-      seed: of what is sampled, where a task asks for that.
+      seed: for tasks that sample.
     """
     super().__init__()
     self._model = model
@@ -56,22 +56,22 @@ class LM(lm_eval_model.TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """What an empty context is."""
+    """Returns the id that stands for an empty context."""
     return self._model.prefix
 
   @property
   def max_length(self) -> int:
-    """Tokens that the model reads at most."""
+    """Returns the tokens of the model's context."""
     return self._model.max_length
 
   @property
   def max_gen_toks(self) -> int:
-    """Of a task that does not say."""
+    """Returns the most tokens of a completion, if a task does not say."""
     return _MAX_GEN_TOKENS
 
   @property
   def tokenizer_name(self) -> str:
-    """By which lm_eval keeps requests that were encoded before."""
+    """Returns the name under which lm_eval caches encoded requests."""
     tokenizer = self._model.tokenizer
     return str(
       self._model.description.get('tokenizer', type(tokenizer).__name__)
@@ -83,10 +83,10 @@ class LM(lm_eval_model.TemplateLM):
     """Returns the ids of a text.
 
     Args:
-      string: the names of special tokens in it are those.
-      add_special_tokens: put BOS in front; None: as the model's texts have it,
-        and never a second one.
-      **kwargs: none.
+      string: text in which names of special tokens become special tokens.
+      add_special_tokens: whether BOS is put in front; None: if the model was
+        trained with BOS, and the text does not begin with it.
+      **kwargs: none is known; any is refused.
     """
     if kwargs:
       raise TypeError(f'tok_encode: got {sorted(kwargs)}, expected no more')
@@ -99,12 +99,12 @@ class LM(lm_eval_model.TemplateLM):
   def _loglikelihood_tokens(
     self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs
   ) -> list[tuple[float, bool]]:
-    # The progress bar is the caller's: what `logprob_fn` does it tells itself.
+    # No progress bar here: `logprob_fn` may report its own progress.
     del disable_tqdm, kwargs
     if not requests:
       return []
     pairs = [
-      # White space alone is an empty context too; lm_eval's hf gives up.
+      # A context of white space alone has no ids; lm_eval's hf fails there.
       encoding.fit(self._model, context or [self._model.prefix], continuation)
       for _, context, continuation in requests
     ]
@@ -118,7 +118,7 @@ class LM(lm_eval_model.TemplateLM):
           self.max_length,
           pair.num_dropped,
         )
-    scored = self._model.scores()([pair[:2] for pair in pairs])
+    scored = self._model.required_logprob_fn()([pair[:2] for pair in pairs])
     answers = [(float(one.logprob), bool(one.is_greedy)) for one in scored]
     for (key, _, _), answer in zip(requests, answers, strict=True):
       if key is not None:
@@ -143,20 +143,20 @@ class LM(lm_eval_model.TemplateLM):
     return answers
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Returns what the model writes until a stop string of the task.
+    """Returns completions, each up to a stop string of the task.
 
-    A request that comes several times gets as many samples.
+    A request that occurs several times gets as many different samples.
 
     Raises:
-      ValueError: the task asks for something that the ports do not have, or
-        for more tokens than the model can read.
+      ValueError: the task has a setting that the ports lack, or asks for more
+        tokens than the model's context.
     """
     del disable_tqdm
     asked = [(prompt, _hashable(kwargs)) for prompt, kwargs in _args(requests)]
     waiting: dict[Any, list[int]] = {}
     for i, key in enumerate(asked):
       waiting.setdefault(key, []).append(i)
-    # Prompts that are sampled alike, and as often, in one call.
+    # One call for all prompts with the same settings and number of samples.
     calls: dict[Any, list[Any]] = {}
     for key, members in waiting.items():
       calls.setdefault((key[1], len(members)), []).append(key)
@@ -190,7 +190,7 @@ class LM(lm_eval_model.TemplateLM):
           settings.max_tokens,
         )
       ids.append(pair.context)
-    found = self._model.samples()(ids, settings, num_samples)
+    found = self._model.required_sample_fn()(ids, settings, num_samples)
     return [
       [
         lm_eval_utils.postprocess_generated_text(
@@ -202,7 +202,7 @@ class LM(lm_eval_model.TemplateLM):
     ]
 
   def _settings(self, kwargs: dict[str, Any]) -> ports.SampleSettings:
-    """Returns what a task's generation_kwargs mean."""
+    """Returns the settings that a task's generation_kwargs stand for."""
     rest: dict[str, Any] = dict(
       lm_eval_utils.normalize_gen_kwargs(kwargs, self.max_gen_toks)
     )
@@ -231,10 +231,10 @@ class LM(lm_eval_model.TemplateLM):
     )
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """Returns a name for the only template that there is, to record.
+    """Returns a name of the model's only template, for lm_eval's records.
 
     Raises:
-      ValueError: another one is asked for.
+      ValueError: the task asks for another template.
     """
     if not chat_template:
       return None
@@ -251,12 +251,12 @@ class LM(lm_eval_model.TemplateLM):
     chat_history: list[dict[str, str]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """Returns a conversation as a prompt.
+    """Returns the prompt of a conversation.
 
     Args:
-      chat_history: turns.
-      add_generation_prompt: end with the opening of the next turn; if not, the
-        last turn is left open, to be continued.
+      chat_history: messages, oldest first.
+      add_generation_prompt: True ends the prompt with the opening of the next
+        turn. False leaves the last turn open, for the model to continue.
     """
     render = self._check_chat()
     text = render(chat_history, add_generation_prompt=add_generation_prompt)
@@ -285,7 +285,7 @@ def _args(requests) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _hashable(value: Any) -> Any:
-  """Returns a key for nested settings."""
+  """Returns nested settings as a key of a dictionary."""
   if isinstance(value, dict):
     return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
   if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Tasks of the LM Evaluation Harness, run on a model of ours.
+"""Tasks of the LM Evaluation Harness, run on a model of this project.
 
-Needs lm_eval (requirements-eval.txt). The scores are those that lm_eval
-computes; where they are means over examples, or ratios of sums, the examples'
-parts are kept, so that two results can be compared example by example.
+Needs lm_eval (requirements-eval.txt). lm_eval computes the scores. If a score
+is a mean over examples, or a ratio of sums, the values of the examples are kept
+too, so that two results can be compared example by example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from evals import ports
 from evals.harness import lm_eval_adapter
 from evals.results import scores, statistics
 
-# Of scores that lm_eval only knows the error of by resampling.
+# Resamples for the errors of scores that lm_eval can only bootstrap.
 _BOOTSTRAP_ITERS = 1000
-# A mean that is computed in another order differs by rounding.
+# Relative difference by rounding: lm_eval adds examples up in another order.
 _ROUNDING = 1e-9
-# lm_eval's names of exp(-sum of log-probabilities / sum of weights).
+# Scores of lm_eval that are exp(-sum of log-probabilities / sum of weights).
 _EXPONENTIALS = ('word_perplexity', 'byte_perplexity', 'perplexity')
 
 
@@ -31,20 +31,20 @@ def open_tasks(
   seed: int = 0,
   is_chat: bool = False,
 ) -> Callable[[ports.Model], tuple[scores.Group, ...]]:
-  """Looks for tasks; returns what runs them on a model.
+  """Finds tasks and returns a function that runs them on a model.
 
   Args:
-    names: of tasks, groups or tags of lm_eval, or paths of YAML files.
-    limit: examples of each; None takes all.
-    num_fewshot: solved examples before each; None: as the task says.
-    seed: of what is drawn: few-shot examples, and samples.
-    is_chat: through the model's chat template.
+    names: tasks, groups or tags of lm_eval, or paths of YAML files.
+    limit: examples of each task; None takes all.
+    num_fewshot: solved examples before each question; None: as the task says.
+    seed: for few-shot examples that are drawn, and for samples.
+    is_chat: whether prompts go through the model's chat template.
 
   Raises:
     ValueError: there is no such task.
   """
   are_files = all(name.endswith(('.yaml', '.yml')) for name in names)
-  # Reading the index of all tasks takes ten seconds.
+  # The index of all tasks takes ten seconds to read, and YAML files need none.
   manager = tasks_lib.TaskManager(include_defaults=not are_files)
   try:
     loaded = manager.load(list(names))
@@ -69,9 +69,8 @@ def open_tasks(
       torch_random_seed=seed,
       fewshot_random_seed=seed,
     )
-    assert (
-      results is not None
-    )  # of the first of several processes: there is one
+    # lm_eval returns None in all processes but the first; this is the only one.
+    assert results is not None
     return groups_of(results, leaves)
 
   return measure
@@ -80,11 +79,11 @@ def open_tasks(
 def groups_of(
   results: Mapping[str, Any], leaves: Sequence[str]
 ) -> tuple[scores.Group, ...]:
-  """Returns what lm_eval found, a group for each task, filter and aggregate.
+  """Returns the scores of lm_eval: a group per task, filter and aggregate.
 
   Args:
-    results: of `lm_eval.simple_evaluate`.
-    leaves: names of the tasks that have examples.
+    results: return value of `lm_eval.simple_evaluate`.
+    leaves: names of the tasks that have examples of their own.
   """
   found = []
   for task, metrics in results['results'].items():
@@ -99,7 +98,7 @@ def groups_of(
 
 
 def _filters(metrics: Mapping[str, Any]) -> list[str]:
-  """Returns the filters of answers that a task has, in order."""
+  """Returns the names of the answer filters of a task, in order."""
   names = [key.split(',', 1)[1] for key in metrics if ',' in key]
   return list(dict.fromkeys(names))
 
@@ -141,7 +140,7 @@ def _group(task, filter_name, metrics, better, samples) -> scores.Group:
 
 
 def _score(metric, value, error, is_better, parts) -> scores.Score:
-  """Returns a score with its examples' parts, where it is made of them."""
+  """Returns a score, with one value per example if it is their mean."""
   values = _values(metric, value, parts)
   if not values:
     return scores.Score(
@@ -160,10 +159,11 @@ def _score(metric, value, error, is_better, parts) -> scores.Score:
 
 
 def _values(metric: str, value: float, parts: list[Any]) -> list[float]:
-  """Returns numbers whose mean is the score, or its logarithm; [] if unknown.
+  """Returns values whose mean is the score, or its logarithm; [] if unknown.
 
-  lm_eval does not say how it makes one score out of many parts: what is tried
-  here is believed only if it gives the same.
+  lm_eval does not say how a metric combines the parts of its examples. So this
+  function tries a mean and a ratio of sums, and keeps the values only if they
+  give the score that lm_eval reports.
   """
   if not parts:
     return []

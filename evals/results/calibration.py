@@ -1,7 +1,7 @@
-"""Whether a model is right as often as it says.
+"""Calibration: does the confidence of a model match its accuracy?
 
-An answer is given with a confidence, the probability of the option that was
-chosen. Of a calibrated model, seven in ten answers given with 0.7 are right.
+The confidence of an answer is the probability of the option that was chosen. A
+calibrated model is right in seven of ten answers with confidence 0.7.
 
 References: Guo et al. 2017 (arXiv:1706.04599), equation 3, for the expected
 calibration error; Brier 1950 for the score of the same name.
@@ -16,17 +16,17 @@ NUM_BINS = 15  # as Guo et al.
 
 
 class Bin(NamedTuple):
-  """The answers given with a confidence in (low, high]."""
+  """The answers whose confidence is in (low, high]."""
 
   low: float
   high: float
   count: int
-  confidence: float  # mean
-  accuracy: float  # share that was right
+  confidence: float  # mean of the answers
+  accuracy: float  # share of right answers
 
 
 def probabilities(logprobs: Sequence[float] | np.ndarray) -> np.ndarray:
-  """Returns how likely each option is if one of them has to be chosen."""
+  """Returns the probability of each option, given that one is chosen."""
   logprobs = np.asarray(logprobs, np.float64)
   weights = np.exp(logprobs - np.max(logprobs))
   return weights / np.sum(weights)
@@ -37,7 +37,7 @@ def bins(
   is_right: Sequence[float],
   num_bins: int = NUM_BINS,
 ) -> list[Bin]:
-  """Returns the reliability diagram: bins of equal width that hold answers."""
+  """Returns the reliability diagram: the bins that are not empty."""
   confidences_N, is_right_N, index_N = _binned(confidences, is_right, num_bins)
   found = []
   for i in np.unique(index_N):
@@ -61,11 +61,11 @@ def error_values(
 ) -> np.ndarray:
   """Returns values whose mean is the expected calibration error.
 
-  ECE is the sum over bins of |sum over their answers of is_right - confidence|
-  over N, so an answer counts with its gap times the sign of its bin's. The
-  standard error of these is that of the ECE to first order. It does not know
-  that signs are chosen after the fact: with few answers per bin the ECE of a
-  calibrated model is above 0.
+  The ECE is 1/N times the sum over bins of |sum of (is_right - confidence)|. So
+  the value of an answer is its gap, is_right - confidence, times the sign of
+  the sum of its bin. The standard error of the values is that of the ECE to
+  first order. It ignores that the signs come from the same data: with few
+  answers per bin, the ECE of a calibrated model is above 0.
   """
   confidences_N, is_right_N, index_N = _binned(confidences, is_right, num_bins)
   gaps_N = is_right_N - confidences_N
@@ -74,7 +74,7 @@ def error_values(
 
 
 def brier_value(probabilities: np.ndarray, label: int) -> float:
-  """Returns the Brier score of one answer: 0 is best, 2 worst."""
+  """Returns the Brier score of one answer: 0 is the best, 2 the worst."""
   hit = np.zeros(len(probabilities))
   hit[label] = 1.0
   return float(np.sum((np.asarray(probabilities) - hit) ** 2))
@@ -93,8 +93,8 @@ def _binned(confidences, is_right, num_bins):
   is_right_N = np.asarray(is_right, np.float64)
   if confidences_N.shape != is_right_N.shape or not confidences_N.size:
     raise ValueError(
-      f'got {confidences_N.size} confidences of {is_right_N.size} answers,'
-      ' expected one for each, and some'
+      f'confidences: got {confidences_N.size} of {is_right_N.size} answers,'
+      ' expected one for each answer, and at least one answer'
     )
   if np.any((confidences_N < 0) | (confidences_N > 1)):
     raise ValueError(

@@ -12,13 +12,12 @@ import numpy as np
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
   """Returns the unbiased estimate 1 - C(n - c, k) / C(n, k) of one problem.
 
-  As a product of ratios: the binomials would overflow. It is not
-  1 - (1 - c/n)^k, which draws with replacement and is too low.
+  It differs from 1 - (1 - c/n)^k, which draws with replacement and is too low.
 
   Args:
-    num_samples: n, that were drawn.
-    num_correct: c, that were right.
-    k: that a user draws.
+    num_samples: n, the samples that were drawn.
+    num_correct: c, the samples that were right.
+    k: the samples that a user draws.
 
   Raises:
     ValueError: not 0 <= c <= n or not 1 <= k <= n.
@@ -38,8 +37,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0
   if not num_correct:
     return 0.0
-  # log of prod_{i=n-c+1..n} (1 - k/i), added up so that a small pass rate does
-  # not drown in the rounding of 1 - product.
+  # C(n - c, k) / C(n, k) = prod_{i=n-c+1..n} (1 - k/i): the binomials would
+  # overflow, the product does not. Its logarithm is summed, since 1 - product
+  # would lose a small pass rate to rounding.
   i = np.arange(num_wrong + 1, num_samples + 1)
   return -math.expm1(math.fsum(np.log1p(-k / i)))
 
@@ -47,7 +47,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def values(
   num_samples: Sequence[int], num_correct: Sequence[int], k: int
 ) -> list[float]:
-  """Returns the estimate of each problem; their mean is a benchmark's."""
+  """Returns the estimate of each problem; the mean is that of the benchmark."""
   return [
     pass_at_k(n, c, k) for n, c in zip(num_samples, num_correct, strict=True)
   ]

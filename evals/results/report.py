@@ -1,8 +1,8 @@
-"""Results as text: every score with its error, and what it would take to know.
+"""Results as text: every score with its error, and the examples it would take.
 
-A difference between two results is tested example by example where both have
-the same examples, which needs far fewer of them: what makes a question hard is
-the same for both and cancels.
+If two results have the same examples, their difference is tested example by
+example. That needs far fewer examples: a hard question is hard for both models,
+and its difficulty cancels in the difference.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from typing import Any
 
 from evals.results import scores, statistics
 
-# To be told apart where nothing else is asked for: a hundredth of a share, and
-# of the value of any other score.
+# The difference to resolve by default: 0.01 for a share, and this fraction of
+# the value for any other score.
 DIFFERENCE = 0.01
 
 
@@ -20,8 +20,8 @@ def text(result: scores.Result, difference: float = 0.0) -> str:
   """Returns the scores of a result as a table.
 
   Args:
-    result: what was found.
-    difference: how many examples resolve it is told; 0: DIFFERENCE.
+    result: the scores.
+    difference: the table says how many examples resolve it; 0: DIFFERENCE.
   """
   lines = [f'{result.task}{_of(result.model)}', '']
   lines += _table(
@@ -44,10 +44,11 @@ def text(result: scores.Result, difference: float = 0.0) -> str:
   )
   lines += [
     '',
-    f'A difference is seen, or resolved, with {statistics.POWER:.0%}'
-    f' probability by a two-sided test at {statistics.LEVEL:.0%}, of two'
-    ' results on different examples of that number each. On the same examples'
-    ' fewer do: compare two results to see how many.',
+    'Smallest difference seen, examples to resolve: a two-sided test at'
+    f' {statistics.LEVEL:.0%} finds the difference with'
+    f' {statistics.POWER:.0%} probability, for two results with different'
+    ' examples, each with this number of them. If both have the same examples,'
+    ' fewer are needed: compare two results to see how many.',
   ]
   lines += [
     f'note: {group.name}: {note}'
@@ -60,7 +61,7 @@ def text(result: scores.Result, difference: float = 0.0) -> str:
 def _row(group, score, difference) -> tuple[str, ...]:
   error = score.standard_error
   delta = _delta(score, difference)
-  # Of the difference of two scores that are known as well as this one.
+  # The error of a difference between two scores that each have this error.
   of_two = error * math.sqrt(2)
   needed = statistics.num_to_resolve(delta, of_two, group.num_examples)
   return (
@@ -79,8 +80,8 @@ def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
 
   Args:
     a: the baseline.
-    b: what is compared with it.
-    difference: how many examples resolve it is told; 0: DIFFERENCE.
+    b: the result to compare with the baseline.
+    difference: the text says how many examples resolve it; 0: DIFFERENCE.
 
   Raises:
     ValueError: the results are of different tasks, or share no score.
@@ -105,7 +106,7 @@ def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
 
 
 def _compared(group_a, group_b, name, difference) -> list[str]:
-  """Returns what is told of one score of two groups."""
+  """Returns the lines about one score of two groups."""
   a, b = group_a.score(name), group_b.score(name)
   lines = [
     f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}',
@@ -144,7 +145,7 @@ def _compared(group_a, group_b, name, difference) -> list[str]:
 
 
 def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
-  """Returns how many examples resolve the difference seen, and the stated."""
+  """Returns lines: the examples that resolve the seen and stated difference."""
   count = min(group_a.num_examples, group_b.num_examples)
   is_log = is_paired and a.is_exponential
   errors = [
@@ -154,7 +155,7 @@ def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
   lines = []
   for what, delta in (('seen', abs(found.value)), ('stated', stated)):
     if not delta:
-      continue  # no number of examples would do
+      continue  # no number of examples resolves a difference of 0
     apart = statistics.num_to_resolve(delta, math.hypot(*errors), count)
     words = f'{_count(apart)} different ones each'
     if is_paired:
@@ -168,7 +169,7 @@ def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
 
 
 def _is_paired(group_a, group_b, a, b) -> bool:
-  """Whether values of the same examples can be set against each other."""
+  """Whether both scores have values of the same examples."""
   return (
     bool(a.values)
     and len(a.values) == len(b.values)
@@ -179,7 +180,7 @@ def _is_paired(group_a, group_b, a, b) -> bool:
 
 
 def _differences(a: scores.Result, b: scores.Result) -> list[str]:
-  """Says in what the two were measured differently."""
+  """Returns notes on options, files and examples that differ."""
   lines = []
   for name in sorted(a.options.keys() | b.options.keys()):
     got, other = a.options.get(name), b.options.get(name)
@@ -187,10 +188,10 @@ def _differences(a: scores.Result, b: scores.Result) -> list[str]:
       lines.append(f'note: {name} is {got!r} in A and {other!r} in B')
   files_a, files_b = (sorted(one.files.values()) for one in (a, b))
   if files_a != files_b:
-    lines.append('note: the files differ: pairs are examples of the same id')
+    lines.append('note: the files differ; examples of the same id are paired')
   ids_a, ids_b = ([g.example_ids for g in one.groups] for one in (a, b))
   if ids_a != ids_b:
-    lines.append('note: the examples differ: what follows is not paired')
+    lines.append('note: the examples differ, so the tests are not paired')
   return lines
 
 
@@ -238,7 +239,7 @@ def _count(value: float) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-  """Returns rows as Markdown, columns aligned for a terminal."""
+  """Returns the lines of a Markdown table, aligned for a terminal."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '| '

@@ -1,7 +1,7 @@
-"""What an evaluation found: scores, the examples behind them, and a file.
+"""The result of an evaluation: scores, their examples, and a file for both.
 
-A result is saved with what every example contributed, so that another one can
-be compared with it example by example, now or years later.
+A result is saved with the value of every example, so that another result can be
+compared with it example by example, now or years later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,21 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-  """One figure and how well it is known."""
+  """One score and its standard error."""
 
   name: str
   value: float
-  standard_error: float  # nan where it cannot be known
+  standard_error: float  # nan if unknown
   higher_is_better: bool
-  per: str = 'example'  # what it is a mean over: example | byte | token
-  # One per example, with mean `value`, or log(value) of an exponential; empty
-  # where the score is not a function of single examples.
+  per: str = 'example'  # the score is a mean per example | byte | token | word
+  # One value per example. Their mean is `value`, or log(value) if the score is
+  # an exponential. Empty if the score is no mean over examples.
   values: tuple[float, ...] = ()
-  is_exponential: bool = False
+  is_exponential: bool = False  # as perplexity is
 
   @property
   def is_share(self) -> bool:
-    """Whether examples are right or wrong, or partly right."""
+    """Whether the score is a share of right answers, from 0 to 1."""
     return (
       bool(self.values)
       and self.per == 'example'
@@ -51,15 +51,15 @@ class Group:
   num_examples: int
   example_ids: tuple[str, ...] = ()
   clusters: tuple[str, ...] | None = None  # see statistics.standard_error
-  examples: tuple[Mapping[str, Any], ...] = ()  # what was asked and answered
+  examples: tuple[Mapping[str, Any], ...] = ()  # questions and answers
   details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  notes: tuple[str, ...] = ()  # what a reader of the scores should know
+  notes: tuple[str, ...] = ()  # caveats, for the reader of the scores
 
   def score(self, name: str) -> Score:
     """Returns the score of that name.
 
     Raises:
-      KeyError: there is none.
+      KeyError: the group has no such score.
     """
     for score in self.scores:
       if score.name == name:
@@ -72,7 +72,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """Everything that one call of `evals.run.run` found."""
+  """The result of one call of `evals.run.run`."""
 
   task: str
   groups: tuple[Group, ...]
@@ -81,26 +81,26 @@ class Result:
   files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256
 
   def score(self, name: str) -> Score:
-    """Returns the score of that name of the only, or the first, group."""
+    """Returns the score of that name in the first group."""
     return self.groups[0].score(name)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the result as JSON values; what is not known becomes null."""
+    """Returns the result as JSON values; NaN and infinity become null."""
     return _plain({'format': FORMAT, **dataclasses.asdict(self)})
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes what `load` reads."""
+    """Writes a file that `load` reads."""
     path = pathlib.Path(path)
     text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
     atomic.write_text(path, text + '\n')
 
 
 def load(path: str | os.PathLike) -> Result:
-  """Returns a result that was saved.
+  """Returns a saved result.
 
   Raises:
     FileNotFoundError: there is no file.
-    ValueError: it is no result, or one of another version.
+    ValueError: the file holds no result, or one of another format version.
   """
   path = pathlib.Path(path)
   try:
@@ -130,23 +130,23 @@ def of_values(
   per: str = 'example',
   is_exponential: bool = False,
 ) -> Score:
-  """Returns the score that is the mean of `values`, or its exponential.
+  """Returns the score whose value is the mean of `values`, or its exponential.
 
   Raises:
-    ValueError: there are no values, or one is no number.
+    ValueError: there are no values, or a value is NaN.
   """
   plain = tuple(float(value) for value in values)
   if not plain or any(math.isnan(value) for value in plain):
     raise ValueError(
       f'{name}: got {len(plain)} values,'
-      f' {sum(map(math.isnan, plain))} of them NaN, expected some, all of them'
-      ' numbers'
+      f' {sum(map(math.isnan, plain))} of them NaN, expected at least one'
+      ' value, and no NaN'
     )
   value = math.fsum(plain) / len(plain)
   error = statistics.standard_error(plain, clusters)
   if is_exponential:
     value = _exp(value)
-    error = value * error  # to first order
+    error = value * error  # to first order: d exp(x) = exp(x) dx
   return Score(
     name=name,
     value=value,
@@ -181,12 +181,12 @@ def _group(tree: dict[str, Any]) -> Group:
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value as JSON has it, and null for what is no number."""
+  """Returns a value as JSON; NaN and infinity become null."""
   if isinstance(value, Mapping):
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(item) for item in value]
-  if hasattr(value, 'tolist'):  # numpy's
+  if hasattr(value, 'tolist'):  # an array or a number of NumPy
     return _plain(value.tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return None

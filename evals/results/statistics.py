@@ -1,9 +1,9 @@
-"""How well a score is known, and whether two scores differ.
+"""Standard errors of scores, and tests of the difference between two scores.
 
-Scores here are means over examples: of what each example scored, or of its
-influence on a score that is no plain mean (`ratio_values`,
-`calibration.error_values`). Standard errors and tests see nothing but these
-numbers, so every score is treated alike.
+Every score here is a mean of one value per example. For a score that is no
+plain mean, the value is the influence of the example on the score
+(`ratio_values`, `calibration.error_values`). Standard errors and tests read
+only these values, so they treat every score alike.
 
 References: Miller 2024 (arXiv:2411.00640) on standard errors, clusters, paired
 differences and power for evaluations of language models; McNemar 1947; Efron &
@@ -17,36 +17,37 @@ import math
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.05  # probability of a difference that is not there
-POWER = 0.8  # probability of seeing one that is
+LEVEL = 0.05  # probability that a test finds a difference where there is none
+POWER = 0.8  # probability that a test finds a difference that is there
 NUM_RESAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-  """Of two scores, B - A, and how well it is known."""
+  """The difference of two scores, B - A, with its error and test."""
 
   value: float
-  standard_error: float  # nan where unknown
-  low: float  # of the interval of 1 - LEVEL
+  standard_error: float  # nan if unknown
+  low: float  # the confidence interval, of probability 1 - LEVEL
   high: float
   p_value: float  # two-sided
-  test: str  # its name, and what it counted
+  test: str  # name of the test, and its counts
 
 
 def standard_error(
   values: Sequence[float] | np.ndarray,
   clusters: Sequence[Hashable] | None = None,
 ) -> float:
-  """Returns the standard error of the mean; nan of fewer than two clusters.
+  """Returns the standard error of the mean; nan for fewer than two clusters.
 
   Args:
     values: one per example.
-    clusters: which examples belong together (questions on one passage) and may
-      err together; None: every example is on its own.
+    clusters: the cluster of each example. Examples of one cluster, such as
+      questions on one passage, may err together. None: each is independent.
 
-  Reference: Miller 2024, equation 4, times C / (C - 1) for C clusters, with
-  which it is the usual error where every cluster has one example.
+  Reference: Miller 2024, equation 4, times C / (C - 1) for C clusters. With
+  this factor it equals the usual standard error if each cluster has one
+  example.
   """
   values = np.asarray(values, np.float64)
   sums = _cluster_sums(values - _mean(values), clusters)
@@ -62,8 +63,8 @@ def ratio_values(
 ) -> np.ndarray:
   """Returns values whose mean is sum(numerators) / sum(denominators).
 
-  Their standard error is that of the ratio to first order (the delta method):
-  a value is the ratio plus the example's share in its deviation.
+  The standard error of the values is that of the ratio to first order (the
+  delta method): a value is the ratio plus the influence of the example on it.
   """
   x = np.asarray(numerators, np.float64)
   w = np.asarray(denominators, np.float64)
@@ -101,9 +102,9 @@ def paired_t(
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> Difference:
   """Returns b - a of answers that are right (1) or wrong (0), tested exactly.
 
-  Only examples on which the two differ tell them apart; under the hypothesis
-  each of these is as likely to favour one as the other. The interval is that of
-  `paired_t`.
+  The test counts only examples on which the answers differ. Under the null
+  hypothesis each of them favours a or b with probability 1/2. The interval is
+  that of `paired_t`.
 
   Raises:
     ValueError: a value is neither 0 nor 1.
@@ -137,8 +138,8 @@ def paired_bootstrap(
 ) -> Difference:
   """Returns the mean of b - a with a percentile interval and a bootstrap test.
 
-  Clusters are drawn whole. The test compares with differences that were shifted
-  to have no mean.
+  Clusters are drawn whole. The p-value is the share of resampled differences,
+  shifted to mean 0, that are at least as large as the observed one.
   """
   gaps = _gaps(a, b)
   value = _mean(gaps)
@@ -146,11 +147,11 @@ def paired_bootstrap(
   counts = _cluster_sums(np.ones_like(gaps), clusters)
   rng = np.random.default_rng(seed)
   drawn = np.empty(num_resamples)
-  for i in range(num_resamples):  # one at a time: memory of one sample
+  for i in range(num_resamples):  # a loop holds one resample in memory
     index = rng.integers(0, len(sums), len(sums))
     drawn[i] = np.sum(sums[index]) / np.sum(counts[index])
   low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-  # Rounding is not to make the observed difference smaller than itself.
+  # Without slack, rounding could exclude a resample equal to the observation.
   slack = 1e-12 * max(abs(value), 1e-300)
   beyond = int(np.sum(np.abs(drawn - value) >= abs(value) - slack))
   return Difference(
@@ -166,7 +167,7 @@ def paired_bootstrap(
 def unpaired(
   value_a: float, error_a: float, value_b: float, error_b: float
 ) -> Difference:
-  """Returns b - a of two scores on different examples, by the normal law."""
+  """Returns b - a of two scores on different examples, by a z-test."""
   value, error = value_b - value_a, math.hypot(error_a, error_b)
   half_width = float(stats.norm.ppf(1 - LEVEL / 2)) * error
   return Difference(
@@ -184,7 +185,7 @@ def compare(
   b: Sequence[float],
   clusters: Sequence[Hashable] | None = None,
 ) -> Difference:
-  """Returns the difference by McNemar's test where it applies, else by t's."""
+  """Returns b - a by McNemar's test if it applies, else by paired t."""
   if clusters is None and is_binary(a) and is_binary(b):
     return mcnemar(a, b)
   return paired_t(a, b, clusters)
@@ -193,22 +194,21 @@ def compare(
 def num_to_resolve(
   difference: float, standard_error: float, num_examples: int
 ) -> float:
-  """Returns how many examples a test needs to see a difference.
+  """Returns the number of examples with which a test finds a difference.
 
-  With probability POWER at LEVEL, two-sided, by the normal approximation:
-  n = (z(1 - LEVEL/2) + z(POWER))^2 s^2 / difference^2 (Miller 2024, equation
-  9), where s^2 is the variance of one example, here num_examples times the
-  squared error, which has the clusters in it.
+  The two-sided test at LEVEL finds it with probability POWER, by the normal
+  approximation: n = (z(1 - LEVEL/2) + z(POWER))^2 s^2 / difference^2 (Miller
+  2024, equation 9). s^2 is the variance of one example, here num_examples times
+  the squared error. The error takes clusters into account.
 
   Args:
-    difference: to be seen, on the scale of the score.
-    standard_error: of what is tested: of the paired difference where the
-      examples are the same, or of one score, times sqrt(2), where they are not.
-    num_examples: that the error was found with.
+    difference: to be found, on the scale of the score.
+    standard_error: of the paired difference if the examples are the same, else
+      of one score times sqrt(2).
+    num_examples: the examples behind the standard error.
 
   Returns:
-    A whole number; inf for a difference of 0, nan where the examples do not
-    show how much they vary.
+    A whole number; inf for a difference of 0, nan if the error is 0 or unknown.
   """
   if math.isnan(standard_error) or not standard_error:
     return math.nan
@@ -219,7 +219,7 @@ def num_to_resolve(
 
 
 def smallest_seen(standard_error: float) -> float:
-  """Returns the difference that a test with such an error sees, with POWER."""
+  """Returns the smallest difference that a test finds, with POWER."""
   return _z() * standard_error
 
 
@@ -235,7 +235,7 @@ def _z() -> float:
 def _two_sided(value, error, tail) -> float:
   if math.isnan(error):
     return math.nan
-  if not error:  # all examples differ by the same
+  if not error:  # all examples have the same difference
     return 0.0 if value else 1.0
   return tail(abs(value) / error)
 
@@ -244,13 +244,13 @@ def _gaps(a, b) -> np.ndarray:
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape or not a.size:
     raise ValueError(
-      f'got {a.size} and {b.size} values, expected pairs of the same examples'
+      f'got {a.size} and {b.size} values, expected one pair per example'
     )
   return b - a
 
 
 def _mean(values: np.ndarray) -> float:
-  # In float64, and exact where the numbers are: a mean of 0s and 1s is.
+  # math.fsum rounds once: the mean of 0s and 1s is exactly the share of 1s.
   return math.fsum(values) / len(values)
 
 
@@ -260,8 +260,8 @@ def _cluster_sums(values, clusters) -> np.ndarray:
     return values
   if len(clusters) != len(values):
     raise ValueError(
-      f'clusters: got {len(clusters)} of {len(values)} examples, expected one'
-      ' for each'
+      f'clusters: got {len(clusters)} for {len(values)} examples, expected one'
+      ' for each example'
     )
   index_of: dict[Hashable, int] = {}
   index = [index_of.setdefault(cluster, len(index_of)) for cluster in clusters]

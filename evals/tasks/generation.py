@@ -1,7 +1,13 @@
-"""Generation: the model writes, and what it wrote is graded.
+"""Generation: completions of the model are graded. The kind `generate`.
 
-With several samples per prompt, a score of an example is its mean over samples,
-and pass@k says how likely one of k samples is right.
+    {"prompt": "...", "answer": "..." or ["...", "..."]}
+
+Optional fields of a line are `stop`, a list of strings that end the completion;
+`match`, exact (the whole text, the default) or number (the last number); and
+those of `evals.tasks.records`.
+
+With several samples per prompt, the score of an example is the mean over its
+samples, and pass@k is the probability that one of k samples is right.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +21,18 @@ from evals.tasks import numbers, records, task
 from storage import digests
 
 MATCHES = ('exact', 'number')
-# (completion) -> scores from 0 to 1; the first of them decides pass@k.
+# (completion) -> scores from 0 to 1 by name; pass@k is of the first score.
 Grade = Callable[[str], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-  """What to complete, and how the completion is graded."""
+  """A prompt, and the grade of its completion."""
 
   id: str
   text: str
   grade: Grade
-  answer: str  # for the reader of a saved result
+  answer: str  # shown in saved results; only `grade` decides
   stop: tuple[str, ...] = ()
   cluster: str = ''  # prompts of one cluster may err together
 
@@ -105,12 +111,12 @@ def _prompt(record: records.Record) -> Prompt:
 
 
 def exact_match(answers: Sequence[str], match: str = 'exact') -> Grade:
-  """Returns a grade: the completion is one of the answers.
+  """Returns a grade: 1 if the completion is one of the answers, else 0.
 
   Args:
-    answers: any of which is right.
+    answers: the right answers, of which one is enough.
     match: 'exact' compares texts without surrounding white space; 'number'
-      the last number of the completion, however it is written.
+      compares the last number of the completion, however it is written.
   """
   if match == 'number':
     right = [numbers.number(answer) for answer in answers]
@@ -133,24 +139,25 @@ def measure(
   num_samples: int = 1,
   is_chat: bool = False,
 ) -> scores.Group:
-  """Returns the grades of what the model writes.
+  """Returns the grades of the model's completions.
 
   Args:
-    prompts: what to complete; their stop strings come on top of the settings'.
-    model: writes.
-    settings: how.
-    num_samples: per prompt.
-    is_chat: put each prompt into the model's chat template as a user's message.
+    prompts: their stop strings are used besides those of the settings.
+    model: the model, which has a `sample_fn`.
+    settings: the settings of all completions.
+    num_samples: completions per prompt.
+    is_chat: puts each prompt into the model's chat template, as a message of
+      the user.
 
   Raises:
-    ValueError: there are no prompts, or one cannot be asked.
+    ValueError: there are no prompts, or a prompt does not fit the model.
   """
   if not prompts:
-    raise ValueError('got no prompts, expected at least one')
+    raise ValueError('prompts: got none, expected at least one')
   if num_samples > 1 and not settings.temperature:
     raise ValueError(
-      f'num_samples: got {num_samples} with temperature 0, expected 1: they'
-      ' would all be the same; set a temperature'
+      f'num_samples: got {num_samples} with temperature 0, expected 1: all'
+      ' samples would be the same; set a temperature'
     )
   ids, notes = _encoded(prompts, model, settings.max_tokens, is_chat)
   completions = _completed(prompts, ids, model, settings, num_samples)
@@ -187,7 +194,7 @@ def measure(
 
 
 def _columns(examples, num_samples) -> dict[str, list[float]]:
-  """Returns the values of every score, one per example."""
+  """Returns the values of every score by name, one value per example."""
   names = list(examples[0]['grades'][0])
   columns = {
     name: [
@@ -241,8 +248,8 @@ def _chat_pair(text, model, max_tokens) -> encoding.Pair:
 
 
 def _completed(prompts, ids, model, settings, num_samples):
-  """Samples prompts that share stop strings in one call each."""
-  sample = model.samples()
+  """Returns the samples of each prompt: one call per set of stop strings."""
+  sample = model.required_sample_fn()
   by_stop: dict[tuple[str, ...], list[int]] = {}
   for i, prompt in enumerate(prompts):
     by_stop.setdefault((*settings.stop, *prompt.stop), []).append(i)

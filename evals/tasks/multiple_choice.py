@@ -1,10 +1,15 @@
-"""Multiple choice: which of the given answers is the most probable?
+"""Multiple choice: the model takes the most probable answer. The kind `choice`.
 
-Three ways of asking, as the LM Evaluation Harness has them: `acc` takes the
-answer of the highest log-probability, `acc_norm` divides it by the characters
-of the answer and `acc_bytes` by its bytes, so that a long answer is not wrong
-for being long. The separator before an answer is scored and not counted. Of two
-that are equal the first is taken.
+    {"context": "...", "choices": ["...", "..."], "label": 0}
+
+Optional fields of a line are `delimiter`, the text between context and choice,
+by default a space; and those of `evals.tasks.records`.
+
+There are three accuracies, as in the LM Evaluation Harness. `acc` compares the
+log-probabilities of the answers. `acc_norm` divides each by the characters of
+the answer, and `acc_bytes` by its bytes, so that long answers are not at a
+disadvantage. The delimiter is scored, but its length does not count. Of equal
+answers the first is taken.
 """
 
 from collections.abc import Sequence
@@ -22,7 +27,7 @@ from storage import digests
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-  """A context and what may follow it."""
+  """A context and the answers that may follow it."""
 
   id: str
   context: str
@@ -92,18 +97,20 @@ def _question(record: records.Record) -> Question:
 
 
 def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
-  """Returns the accuracies, and how far the model's confidence can be trusted.
+  """Returns the accuracies and the calibration of the model.
 
-  `ece`, `brier` and `nll` are of the probabilities that the model gives to the
-  choices, as `acc` compares them.
+  `ece`, `brier` and `nll` use the probabilities of the choices that `acc`
+  compares.
 
   Raises:
-    ValueError: there are no questions, or one cannot be asked.
+    ValueError: there are no questions, or a question does not fit the model.
   """
   if not questions:
-    raise ValueError('got no questions, expected at least one')
+    raise ValueError('questions: got none, expected at least one')
   pairs, notes = _pairs(questions, model)
-  scored = model.scores()([(pair.context, pair.continuation) for pair in pairs])
+  scored = model.required_logprob_fn()(
+    [(pair.context, pair.continuation) for pair in pairs]
+  )
   if len(scored) != len(pairs):
     raise ValueError(
       f'logprob_fn: got {len(scored)} scores of {len(pairs)} requests, expected'
@@ -195,7 +202,7 @@ def _answered(question: Question, logprobs: np.ndarray) -> dict:
 
 
 def _clusters(questions: Sequence[Question]) -> tuple[str, ...] | None:
-  """Returns the cluster of each; a question without one is its own."""
+  """Returns the cluster of each question; one without is a cluster alone."""
   if not any(question.cluster for question in questions):
     return None
   return tuple(

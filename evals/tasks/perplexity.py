@@ -1,19 +1,20 @@
-"""Perplexity and bits per byte of any text.
+"""Perplexity and bits per byte of any text. The kind `perplexity`.
 
-A text longer than the model reads is scored in windows that overlap:
+The file is one text, or JSON Lines {"text": "..."} with one document per line.
+A text longer than the model's context is scored in windows that overlap:
 
-    tokens      p 0 1 2 3 4 5 6 7 8 9        p: the prefix, predicted by nobody
+    tokens      p 0 1 2 3 4 5 6 7 8 9        p: the prefix, never predicted
     window 1    p 0 1 2                      predicts 0 1 2 3
     window 2        1 2 3 4                  predicts 4 5        stride 2
     window 3            3 4 5 6              predicts 6 7        max_length 4
 
 Every token is predicted exactly once. The first window predicts `max_length`
-tokens, each later one `stride`, all with at least max_length - stride + 1
-tokens of context. A small stride gives more context and takes longer; a stride
-of max_length is what the LM Evaluation Harness does.
+tokens, each later one `stride` tokens, all of these with at least max_length -
+stride + 1 tokens of context. A small stride gives more context and takes
+longer. The LM Evaluation Harness has a stride of max_length.
 
-Bits per byte compare models whatever their tokenizers: the bytes are those of
-the text itself.
+Bits per byte compare models with different tokenizers, since the bytes are
+those of the text itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,10 @@ from evals.results import scores, statistics
 from evals.tasks import records, task
 from storage import digests
 
-# An example is so much text. Neighbouring tokens err together, and blocks of
-# text are the same for every tokenizer, which tokens are not.
-BLOCK_BYTES = 4096
-# Windows scored per call: enough for any batch, few enough to hold.
+# An example is a piece of this many bytes. Tokens are no examples, since
+# neighbouring tokens err together, and since they depend on the tokenizer.
+PIECE_BYTES = 4096
+# Windows scored per call: enough to fill any batch, few enough for memory.
 _WINDOWS_PER_CALL = 256
 
 
@@ -62,7 +63,7 @@ class Task(task.Task):
       self.documents,
       model,
       stride=self.options.stride,
-      max_blocks=self.options.limit,
+      max_pieces=self.options.limit,
     )
     return (group,)
 
@@ -85,15 +86,15 @@ def read_documents(path: str | os.PathLike) -> list[str]:
 
 
 class Window(NamedTuple):
-  """Where a window lies; tokens are counted from 0, the prefix is -1."""
+  """The position of a window; tokens count from 0, and the prefix is -1."""
 
-  first_read: int
-  start: int  # predicts [start, end)
+  first_read: int  # first token of the context
+  start: int  # the window predicts the tokens [start, end)
   end: int
 
 
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
-  """Yields windows that together predict each token once.
+  """Yields windows that together predict each token exactly once.
 
   Raises:
     ValueError: the stride is not in 1..max_length.
@@ -112,11 +113,11 @@ def token_logprobs(
   model: ports.Model, ids: Sequence[int], stride: int
 ) -> np.ndarray:
   """Returns the log-probability of every token, in nats."""
-  score = model.scores()
+  score = model.required_logprob_fn()
   read = [model.prefix, *ids]
   found = []
   requests = (
-    # read[i + 1] is token i.
+    # read[i + 1] is token i, since the prefix comes first.
     (read[w.first_read + 1 : w.start + 1], read[w.start + 1 : w.end + 1])
     for w in windows(len(ids), model.max_length, stride)
   )
@@ -136,68 +137,71 @@ def measure(
   model: ports.Model,
   *,
   stride: int = 0,
-  max_blocks: int = 0,
+  max_pieces: int = 0,
 ) -> scores.Group:
   """Returns perplexity, nats per token and bits per byte of the documents.
 
-  Each document is scored from the model's prefix on. Standard errors take
-  blocks of BLOCK_BYTES bytes for independent, or documents where there are
-  several.
+  Each document is scored on its own, after the model's prefix. Standard errors
+  assume that documents are independent or, if there is only one, its pieces of
+  PIECE_BYTES bytes.
 
   Args:
-    documents: texts; empty ones are left out.
-    model: scores them.
-    stride: tokens that a window adds; 0 is half of what the model reads.
-    max_blocks: stop after so many blocks of text; 0 takes all.
+    documents: texts; empty texts are left out.
+    model: the model, which has a `logprob_fn`.
+    stride: tokens that a window adds; 0 is half of the model's context.
+    max_pieces: number of first pieces to score; 0 scores all.
 
   Raises:
     ValueError: there is no text.
   """
   stride = stride or max(model.max_length // 2, 1)
-  documents, blocks_left = [text for text in documents if text], max_blocks
+  documents, pieces_left = [text for text in documents if text], max_pieces
   rows: list[tuple[str, float, int, int]] = []  # document, nats, tokens, bytes
   ids, num_lossy = [], 0
   for index, text in enumerate(documents):
-    if max_blocks:
-      text = _first_bytes(text, blocks_left * BLOCK_BYTES)
-      blocks_left -= -(-len(text.encode()) // BLOCK_BYTES)
+    if max_pieces:
+      text = _first_bytes(text, pieces_left * PIECE_BYTES)
+      pieces_left -= -(-len(text.encode()) // PIECE_BYTES)
     found, is_lossy = _document_rows(model, text, stride)
     num_lossy += is_lossy
     rows += [(str(index), *row) for row in found]
+    # Saved results have 'block' for a piece.
     ids += [f'document {index} block {i}' for i in range(len(found))]
-    if max_blocks and blocks_left <= 0:
+    if max_pieces and pieces_left <= 0:
       break
   if not rows:
-    raise ValueError('got no text, expected at least one token to predict')
+    raise ValueError('documents: got no text, expected at least one token')
   notes = []
   if num_lossy:
     notes.append(
-      f'the tokenizer does not give back {num_lossy} of the texts as they are:'
-      ' bits per byte are of what it keeps'
+      f'the tokenizer does not give back {num_lossy} of the texts exactly:'
+      ' bits are of its tokens, bytes of the original text'
     )
   return _group(rows, ids, stride, model, tuple(notes))
 
 
 def _document_rows(model, text, stride):
-  """Returns (nats, tokens, bytes) of each block; whether any text is lost."""
+  """Returns (nats, tokens, bytes) of each piece; whether any text is lost."""
   data = text.encode('utf-8')
   tokens = model.tokenizer.encode(text)
   if not tokens:
     raise ValueError(
-      f'got a text of {len(data)} bytes that is no tokens, expected some'
+      f'document: got {len(data)} bytes without a token, expected at least one'
+      ' token'
     )
   logprobs = token_logprobs(model, tokens, stride)
-  # Where each token starts: exact for byte-level vocabularies; where the bytes
-  # of tokens do not add up (a space put in front), stretched until they do.
+  # The byte at which each token starts, exact for byte-level vocabularies.
+  # Others may add bytes, such as a space in front. Then starts are scaled, so
+  # that they fit the bytes of the text.
   sizes = np.asarray(model.tokenizer.num_bytes_V())[tokens].astype(np.float64)
   total = np.sum(sizes)
   starts = (np.cumsum(sizes) - sizes) * (len(data) / total if total else 0.0)
-  num_blocks = -(-len(data) // BLOCK_BYTES)
-  block = np.minimum(starts // BLOCK_BYTES, num_blocks - 1).astype(int)
-  nats = np.bincount(block, weights=-logprobs, minlength=num_blocks)
-  counts = np.bincount(block, minlength=num_blocks)
-  sizes = np.full(num_blocks, BLOCK_BYTES)
-  sizes[-1] = len(data) - BLOCK_BYTES * (num_blocks - 1)
+  num_pieces = -(-len(data) // PIECE_BYTES)
+  piece = np.minimum(starts // PIECE_BYTES, num_pieces - 1).astype(int)
+  nats = np.bincount(piece, weights=-logprobs, minlength=num_pieces)
+  counts = np.bincount(piece, minlength=num_pieces)
+  sizes = np.full(num_pieces, PIECE_BYTES)
+  sizes[-1] = len(data) - PIECE_BYTES * (num_pieces - 1)
   rows = list(zip(nats.tolist(), counts.tolist(), sizes.tolist(), strict=True))
   return rows, model.tokenizer.decode(tokens) != text
 
@@ -235,12 +239,12 @@ def _group(rows, ids, stride, model, notes) -> scores.Group:
       'nats': math.fsum(nats),
       'max_length': model.max_length,
       'stride': stride,
-      'block_bytes': BLOCK_BYTES,
+      'block_bytes': PIECE_BYTES,
     },
     notes=notes,
   )
 
 
 def _first_bytes(text: str, num_bytes: int) -> str:
-  """Returns as many whole characters as fit."""
+  """Returns the first characters of a text that fit into `num_bytes`."""
   return text.encode('utf-8')[:num_bytes].decode('utf-8', errors='ignore')

@@ -1,12 +1,13 @@
-"""Examples in JSON Lines: an object per line, empty lines are left out.
+"""JSON Lines files of examples: an object per line; empty lines are skipped.
 
-Two fields may be left out of a line of any kind that has them:
+The fields of a line depend on the kind of evaluation. All kinds have the
+optional field `id`, the name of the example in results; the default is the line
+number and a digest of the line. Most kinds also have
 
-    id         names the example in results; by default its line and a digest
-    cluster    names a group of examples that may err together: the questions on
-               one passage, or of one author
+    cluster    name of a group of examples that may err together, such as the
+               questions on one passage, or the texts of one author
 
-A field of another name is an error. Errors name file and line.
+An unknown field is an error. Errors name file and line.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Record(NamedTuple):
   fields: dict[str, Any]
 
   def error(self, name: str, expected: str) -> ValueError:
-    """Returns the error of a field that is not as expected."""
+    """Returns the error about a field that is not as expected."""
     got = repr(self.fields.get(name))
     return ValueError(
       f'{self.place}: {name}: got {got[:80]}, expected {expected}'

@@ -173,14 +173,14 @@ class Settings:
         'min_tokens',
         self.min_tokens,
         f'at most max_tokens, which is {self.max_tokens}',
-        'lower the one or raise the other',
+        'lower min_tokens or raise max_tokens',
       )
 
   def check_ids(self, vocab_size: int) -> None:
-    """Checks the token ids among the settings against a vocabulary.
+    """Checks the token ids of the settings against a vocabulary.
 
     Raises:
-      SettingError: an id of `logit_bias` or `stop_ids` is outside.
+      SettingError: an id of `logit_bias` or `stop_ids` is not in it.
     """
     biased = [token_id for token_id, _ in self.logit_bias]
     for name, ids in (('logit_bias', biased), ('stop_ids', self.stop_ids)):
@@ -190,7 +190,7 @@ class Settings:
             name,
             token_id,
             f'token ids below {vocab_size}, the size of the vocabulary',
-            "take ids of this model's tokenizer",
+            "use ids of this model's tokenizer",
           )
 
   def _check_stops(self):
@@ -243,10 +243,10 @@ class Settings:
 
 
 def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
-  """Returns a `logit_bias` made of a mapping, as JSON spells it.
+  """Returns the `logit_bias` of a mapping from JSON.
 
   Args:
-    biases: from token id to bias; JSON can only spell the ids as strings.
+    biases: from token id to bias. The ids may be strings, as JSON keys are.
 
   Raises:
     SettingError: a key is not a token id.

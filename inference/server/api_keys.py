@@ -1,11 +1,12 @@
-"""Who sends a request: the principal that its API key belongs to.
+"""API keys: each key belongs to a principal, the sender of a request.
 
-A file of keys has one `name:key` on each line. Fairness and the isolation of
-cached prompts go by the name, which no request can choose; two keys of one name
-are one principal, so that a key can be replaced while the old one is in use.
-Empty lines and those that begin with # count for nothing.
+A file of keys has one `name:key` per line; the name is the principal. Fairness
+and the isolation of cached prompts go by the principal, which a request cannot
+choose. Two keys with one name belong to one principal, so that a key can be
+replaced while the old one is in use. Empty lines, and lines that begin with #,
+are ignored.
 
-Without a file there are no keys to check, and everybody is one principal, ''.
+Without a file no key is checked, and all requests have the principal ''.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import pathlib
 
 from inference.server import schema
 
-# Asked by whoever keeps the process running, and telling nothing else.
+# Probes of the process manager need no key; the answers reveal only the state.
 OPEN_PATHS = '/health', '/ready'
 
 _UNKNOWN = schema.ApiError(
@@ -28,34 +29,36 @@ _UNKNOWN = schema.ApiError(
 
 
 class ApiKeys:
-  """The keys of a file; holds digests of them alone."""
+  """The keys of a file, of which only digests are held."""
 
   def __init__(self, keys: dict[bytes, str]):
-    """Takes principals by the SHA-256 of their keys."""
+    """Takes the principals, by the SHA-256 of their keys."""
     self._principals = tuple(keys.items())
 
   def principal(self, key: str) -> str | None:
-    """Returns who has that key, None for nobody; takes as long for any."""
+    """Returns the principal of a key, or None; in the same time for any key."""
     digest = _digest(key)
     found = None
     for known, name in self._principals:
-      # No early end: time is to tell neither a part of a key nor its place.
+      # No early exit: the time must not reveal a part of a key, or its line.
       if hmac.compare_digest(digest, known):
         found = name
     return found
 
 
 def read(path: str | os.PathLike) -> ApiKeys:
-  """Reads a file of keys.
+  """Returns the keys of a file.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it holds no key, or a line is none; keys are not repeated.
+    FileNotFoundError: there is no file.
+    ValueError: the file holds no key, or a line is wrong. The error does not
+      repeat the key.
   """
   keys: dict[bytes, str] = {}
   if not (path := pathlib.Path(path)).is_file():
     raise FileNotFoundError(
-      f'--api_keys: got {path}, no such file; expected one of lines name:key'
+      f'--api_keys: got {path}, which does not exist, expected a file of lines'
+      ' name:key'
     )
   for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
     line = line.strip()
@@ -65,12 +68,12 @@ def read(path: str | os.PathLike) -> ApiKeys:
     if not (name and key and key.isascii() and key.isprintable()):
       raise ValueError(
         f'{path}:{number}: got a line that is not name:key, expected a name and'
-        ' a key of printable ASCII; put # in front of a remark'
+        ' a key of printable ASCII; put # in front of a comment'
       )
     if keys.setdefault(_digest(key), name) != name:
       raise ValueError(
         f'{path}:{number}: got the key of {keys[_digest(key)]!r} for {name!r}'
-        ' too, expected one owner; make another key'
+        ' too, expected one name per key; make another key'
       )
   if not keys:
     raise ValueError(
@@ -81,9 +84,9 @@ def read(path: str | os.PathLike) -> ApiKeys:
 
 
 class Authentication:
-  """ASGI middleware: puts the principal into a request's state, or refuses.
+  """ASGI middleware: sets `state.principal` of a request, or answers 401.
 
-  Before anything of the body is read.
+  It acts before any part of the body is read.
   """
 
   def __init__(self, app, keys: ApiKeys | None):

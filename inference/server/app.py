@@ -1,4 +1,4 @@
-"""The HTTP face of life two, in the shapes of OpenAI's API.
+"""The HTTP server of life two, in the shapes of OpenAI's API.
 
     GET  /health            200 while the process can answer, 503 if it failed
     GET  /ready             503 until every program is compiled
@@ -8,13 +8,14 @@
     POST /v1/completions    JSON, or server-sent events with "stream": true
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
-A request is checked whole before the first byte of an answer: the 200 of a
-stream cannot be taken back. Who leaves before the end cancels what was asked.
-With keys, all but /health and /ready want one. The weights' digest is computed
-again when the server stops, and has to be the one it started with.
+A request is checked completely before the first byte of its answer, since the
+status 200 of a stream cannot be taken back. A client that disconnects cancels
+its request. With API keys, every route but /health and /ready needs one. When
+the server stops, the digest of the weights is computed again and compared with
+the digest in the manifest.
 
-Chat completions would be another route like `complete`: messages rendered by
-`text.chat`, and another form of `completions.Answer`.
+Chat completions would be another route like `complete`: `text.chat` renders the
+messages, and a second form of `completions.Answer` writes the answer.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ from inference.server import (
 )
 
 _LOG = logging.getLogger('uvicorn.error')
-_CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it
+_CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -52,13 +53,13 @@ def create_app(
   model_name: str,
   keys: api_keys.ApiKeys | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI app that answers as `model_name`.
+  """Returns the ASGI app that serves one model.
 
   Args:
-    engine_loop: what generates; the app starts and closes it.
-    manifest: of the model, which need not be loaded yet.
-    model_name: what requests have to call it.
-    keys: whose requests are answered; None: everybody's.
+    engine_loop: runs the engine; the app starts and closes it.
+    manifest: of the model. The weights need not be loaded yet.
+    model_name: name of the model in requests.
+    keys: the keys of the clients that are answered; None: all clients.
   """
 
   @contextlib.asynccontextmanager
@@ -71,7 +72,7 @@ def create_app(
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.add_middleware(api_keys.Authentication, keys=keys)
-  app.add_middleware(_RequestId)  # outermost: a refusal has one too
+  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
   app.add_exception_handler(exceptions.RequestValidationError, _on_validation)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(schema.ApiError, _on_api_error)
@@ -98,7 +99,7 @@ def _add_probes(
   app: fastapi.FastAPI, engine_loop: engine_loop_lib.EngineLoop
 ) -> None:
   def tell(is_good: bool) -> responses.JSONResponse:
-    # Of no path: what a probe may know, see `api_keys.OPEN_PATHS`.
+    # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
     status = {'status': 'ok' if is_good else engine_loop.state}
     return responses.JSONResponse(status, 200 if is_good else 503)
 
@@ -185,10 +186,10 @@ def _check_model(name: str, model_name: str) -> None:
 
 
 def _generator(engine_loop: engine_loop_lib.EngineLoop) -> generate.Generator:
-  """Returns what answers.
+  """Returns the loaded generator.
 
   Raises:
-    ApiError: status 503, nothing does, yet or any more.
+    ApiError: status 503, the model still loads, or the engine has stopped.
   """
   if engine_loop.state != engine_loop_lib.READY or not engine_loop.generator:
     raise schema.ApiError(
@@ -235,10 +236,10 @@ async def _whole(
 async def _unless_disconnected(
   request: fastapi.Request, work: Coroutine[Any, Any, dict[str, Any]]
 ) -> responses.Response:
-  """Awaits the body of an answer, but gives up when the client does."""
+  """Awaits the body of an answer, until the client disconnects."""
 
   async def disconnected():
-    # The body has been read: what else comes is the end.
+    # The body of the request has been read: the next message is a disconnect.
     while (await request.receive())['type'] != 'http.disconnect':
       pass
 
@@ -261,19 +262,19 @@ async def _unless_disconnected(
 async def _events(
   chunks: AsyncGenerator[dict[str, Any]],
 ) -> AsyncGenerator[str]:
-  """Yields server-sent events: LF only, one line of JSON each, then [DONE]."""
+  """Yields server-sent events: one line of JSON each, then [DONE]."""
   try:
     async with contextlib.aclosing(chunks):
       async for chunk in chunks:
         yield f'data: {json.dumps(chunk, allow_nan=False)}\n\n'
   except Exception as error:
-    # The 200 is out: clients raise on an event with an 'error'.
+    # The status 200 is sent. Clients raise on an event with the key 'error'.
     yield f'data: {json.dumps(_failure(error).body())}\n\n'
   yield 'data: [DONE]\n\n'
 
 
 class _EventStream(responses.StreamingResponse):
-  """A stream that stops what feeds it as soon as the client is gone."""
+  """A stream that cancels its requests as soon as the client disconnects."""
 
   media_type = 'text/event-stream'
 
@@ -284,14 +285,14 @@ class _EventStream(responses.StreamingResponse):
     self._updates = updates
 
   async def __call__(self, scope, receive, send):
-    # Even if nothing has been asked of the stream yet.
+    # Closed here too: a generator that never started runs no `finally`.
     with contextlib.closing(self._updates):
       async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
         await super().__call__(scope, receive, send)
 
 
 class _RequestId:
-  """Gives every answer an `x-request-id`, which clients put into errors."""
+  """ASGI middleware: adds an `x-request-id`, which clients show in errors."""
 
   def __init__(self, app):
     self._app = app
@@ -322,10 +323,10 @@ async def _on_api_error(_, error):
 
 
 def _failure(error: Exception) -> schema.ApiError:
-  """Logs a fault of ours and returns what the client may know of it."""
+  """Logs an error of the server; returns an answer without its details."""
   if isinstance(error, engine_loop_lib.Stopped):
     return schema.ApiError(503, str(error), param=None, code='stopped')
-  if not isinstance(error, engine_loop_lib.Failed):  # that is in the log
+  if not isinstance(error, engine_loop_lib.Failed):  # logged by the loop
     _LOG.error('generation failed', exc_info=error)
   return schema.ApiError(
     500, 'the generation failed; see the server log', param=None, code=None

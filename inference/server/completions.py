@@ -1,16 +1,15 @@
-"""One completions request on its way: from a checked body to OpenAI's shapes.
+"""The answer to a completions request, from a checked body to OpenAI's shapes.
 
 Choices are numbered as OpenAI does: n of the first prompt, then n of the
-second. Each sequence is one of the running batch, beside those of others.
+second. Each choice is a sequence of the engine's running batch.
 
-What is not OpenAI's, in the last piece of a choice:
+The last chunk of a choice has three fields that OpenAI does not have:
 
-    seed          with the settings and the weights: the same text again
-    stop_reason   the stop string or id that ended it, as in vLLM
-    accounting    what it took, see `inference.engine.requests.Usage`: tokens
-    computed
-                  and found computed, floating-point operations, bytes of its
-                  pages times seconds, seconds of waiting, reading and writing
+    seed          the same seed, settings and weights give the same text
+    stop_reason   the stop string or id that ended the choice, as in vLLM
+    accounting    the cost, see `inference.engine.requests.Usage`: tokens that
+                  were computed or cached, floating-point operations, bytes of
+                  pages times seconds, seconds of waiting, prefill and decoding
 """
 
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -23,7 +22,7 @@ import uuid
 from inference import generate
 from inference.engine import requests
 from inference.sampling import settings as settings_lib
-from inference.server import schema, token_scores
+from inference.server import logprobs_json, schema
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
@@ -32,7 +31,7 @@ Updates = AsyncIterable[tuple[int, requests.Update]]
 
 
 class Answer:
-  """Makes the answer to one request, whole or in chunks."""
+  """The answer to one request, whole or as a stream of chunks."""
 
   def __init__(
     self,
@@ -44,9 +43,9 @@ class Answer:
     """Checks prompts and settings.
 
     Args:
-      generator: whose engine will answer.
-      body: of the request.
-      principal: whose request it is.
+      generator: its engine will answer.
+      body: body of the request.
+      principal: owner of the API key that the request has.
 
     Raises:
       ApiError: status 400; `param` names the field.
@@ -74,7 +73,7 @@ class Answer:
       'object': 'text_completion',
       'created': int(time.time()),
       'model': body.model,
-      # With the seed of a choice: what it takes to get the same text again.
+      # The weights. With the seed of a choice they determine the text.
       'system_fingerprint': generator.frozen.manifest.weights_digest[:16],
     }
 
@@ -89,13 +88,13 @@ class Answer:
     return {**self._head, 'choices': choices, 'usage': self._usage()}
 
   async def chunks(self, updates: Updates) -> AsyncGenerator[dict[str, Any]]:
-    """Yields the events of a stream, one per token that is released."""
+    """Yields the chunks of a stream, about one per token."""
     options = self._body.stream_options
     with_usage = options is not None and options.include_usage
-    # Clients that asked for usage find null everywhere but in its own event.
+    # With include_usage, every chunk but the last has `usage: null`.
     head = {**self._head, 'usage': None} if with_usage else self._head
     writers = [
-      _Writer(self._scores_after(echo), len(echo))
+      _Writer(self._logprobs_after(echo), len(echo))
       for echo in self._echoes
       for _ in range(self._n)
     ]
@@ -105,12 +104,12 @@ class Answer:
     async for which, update in updates:
       self._keep(which, update)
       index = which * self._n + update.index
-      # A token whose text is held back comes with the one that releases it.
+      # A token whose text is held back is sent with the token that releases it.
       if update.token_ids or update.completion:
         choice = self._piece(index, update, writers[index])
         yield {**head, 'choices': [choice]}
     if with_usage:
-      # Clients read usage only from an event without choices.
+      # Clients read usage only from a chunk without choices.
       yield {**head, 'choices': [], 'usage': self._usage()}
 
   def _request(self, prompt: generate.Prompt) -> requests.Request:
@@ -125,8 +124,8 @@ class Answer:
       settings,
       principal=self._principal,
       priority=body.priority or 0,
-      # Some token has to follow. One that is given is not sampled, and the
-      # prompt may fill the context.
+      # The engine needs a token after the prompt. A given target is not
+      # sampled, so the prompt may fill the context.
       target=0 if self._is_echo_alone else None,
     )
 
@@ -145,11 +144,11 @@ class Answer:
 
   @property
   def _is_echo_alone(self) -> bool:
-    """Whether nothing is wanted behind the prompt."""
+    """Whether the request only scores its prompt."""
     return self._body.max_tokens == 0
 
   @property
-  def _wants_scores(self) -> bool:
+  def _wants_logprobs(self) -> bool:
     return self.requests[0].settings.logprobs is not None
 
   def _whole_choice(
@@ -158,27 +157,27 @@ class Answer:
     echo = self._echo_of(index)
     text = '' if self._is_echo_alone else completion.text
     choice = _choice(index, echo + text, self._ended(completion))
-    if not self._wants_scores:
+    if not self._wants_logprobs:
       return choice
     parts = []
     if self._body.echo:
       which = index // self._n
-      # A prompt is computed once, by the first of its choices.
-      scores = self._done[which * self._n].prompt_logprobs
-      assert scores is not None
+      # Only the first choice of a prompt has its logprobs: it is computed once.
+      found = self._done[which * self._n].prompt_logprobs
+      assert found is not None
       parts.append(
-        self._scores_after('').write(
-          self.requests[which].prompt_ids, scores, end=len(echo)
+        self._logprobs_after('').write(
+          self.requests[which].prompt_ids, found, end=len(echo)
         )
       )
     if not self._is_echo_alone:
       assert completion.logprobs is not None
       parts.append(
-        self._scores_after(echo).write(
+        self._logprobs_after(echo).write(
           completion.token_ids, completion.logprobs, end=len(echo + text)
         )
       )
-    choice['logprobs'] = token_scores.joined(*parts)
+    choice['logprobs'] = logprobs_json.joined(*parts)
     return choice
 
   def _piece(
@@ -189,8 +188,8 @@ class Answer:
       return _choice(index, '', completion)
     writer.end += len(update.text)
     choice = _choice(index, update.text, completion)
-    if self._wants_scores:
-      choice['logprobs'] = writer.scores.write(
+    if self._wants_logprobs:
+      choice['logprobs'] = writer.logprobs.write(
         update.token_ids, update.logprobs, end=writer.end
       )
     return choice
@@ -202,8 +201,8 @@ class Answer:
       completion, finish_reason='length', stop_reason=None
     )
 
-  def _scores_after(self, text: str) -> token_scores.TokenScores:
-    return token_scores.TokenScores(
+  def _logprobs_after(self, text: str) -> logprobs_json.LogprobsWriter:
+    return logprobs_json.LogprobsWriter(
       self._generator.tokenizer,
       as_ids=bool(self._body.return_tokens_as_token_ids),
       offset=len(text),
@@ -220,16 +219,16 @@ class Answer:
     return self._echoes[index // self._n]
 
   def _usage(self) -> dict[str, Any]:
-    # A prompt is read once however many choices are made of it.
+    # A prompt counts once, however many choices it has.
     firsts = [self._done[i] for i in sorted(self._done) if i % self._n == 0]
-    num_read = sum(each.num_prompt_tokens for each in firsts)
+    num_prompt = sum(each.num_prompt_tokens for each in firsts)
     num_made = sum(each.num_completion_tokens for each in self._done.values())
     if self._is_echo_alone:
       num_made = 0
     return {
-      'prompt_tokens': num_read,
+      'prompt_tokens': num_prompt,
       'completion_tokens': num_made,
-      'total_tokens': num_read + num_made,
+      'total_tokens': num_prompt + num_made,
       'prompt_tokens_details': {
         'cached_tokens': sum(each.usage.cached_tokens for each in firsts)
       },
@@ -238,10 +237,10 @@ class Answer:
 
 @dataclasses.dataclass
 class _Writer:
-  """How far the stream of one choice is."""
+  """The progress of the stream of one choice."""
 
-  scores: token_scores.TokenScores
-  end: int  # characters sent
+  logprobs: logprobs_json.LogprobsWriter
+  end: int  # characters that were sent
 
 
 def refused_prompt(error: ValueError) -> schema.ApiError:

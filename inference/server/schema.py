@@ -34,7 +34,7 @@ _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 
 
 class ApiError(Exception):
-  """An answer other than 200, in OpenAI's shape."""
+  """An error that is sent to the client, in OpenAI's shape."""
 
   def __init__(
     self, status: int, message: str, *, param: str | None, code: str | None
@@ -46,18 +46,20 @@ class ApiError(Exception):
 
   def body(self) -> dict[str, Any]:
     """Returns the JSON body."""
-    ours = 'server_error' if self.status >= 500 else 'invalid_request_error'
+    by_status = (
+      'server_error' if self.status >= 500 else 'invalid_request_error'
+    )
     return {
       'error': {
         'message': str(self),
-        'type': _TYPES.get(self.status, ours),
+        'type': _TYPES.get(self.status, by_status),
         'param': self.param,
         'code': self.code,
       }
     }
 
   def response(self) -> responses.JSONResponse:
-    """Returns the whole answer; clients retry where it says when."""
+    """Returns the answer; its header `retry-after` makes clients retry."""
     headers = {}
     if self.status == 401:
       headers['www-authenticate'] = 'Bearer'
@@ -67,12 +69,12 @@ class ApiError(Exception):
 
 
 class _Model(pydantic.BaseModel):
-  # Strict: '0.5' is not a number and true is not 1.
+  # Strict: '0.5' is no number, and true is not 1.
   model_config = pydantic.ConfigDict(extra='forbid', strict=True)
 
 
 class StreamOptions(_Model):
-  """How a stream is sent."""
+  """Options of a stream."""
 
   include_usage: bool = False
 
@@ -137,11 +139,11 @@ class CompletionRequest(_VllmRequest):
   priority: int | None = None  # a lower number is served sooner; see `check`
 
   def check(self, *, is_shared: bool) -> None:
-    """Refuses what the types allow and this server does not do.
+    """Refuses values that the types allow, but this server does not support.
 
     Args:
-      is_shared: whether the server tells principals apart. Then nobody comes
-        before others on their own word: a priority may only be let others pass.
+      is_shared: whether the server has API keys. A request may then lower its
+        priority, but not raise it above that of other principals.
 
     Raises:
       ApiError: status 400; `param` names the field.
@@ -173,8 +175,8 @@ class CompletionRequest(_VllmRequest):
     if not least <= (self.priority or 0) <= _MAX_PRIORITY:
       raise invalid(
         'priority',
-        f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is what'
-        ' others have, and more comes later',
+        f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is the'
+        ' default, and a higher number is served later',
       )
     self._check_scores()
 
@@ -188,18 +190,18 @@ class CompletionRequest(_VllmRequest):
     if self.return_tokens_as_token_ids and self.logprobs is None:
       raise invalid(
         'return_tokens_as_token_ids',
-        'got true without logprobs, which is where tokens are returned;'
-        ' expected both or neither',
+        'got true without logprobs, expected both or neither: tokens are'
+        ' returned in logprobs',
       )
     if self.stream and self.echo and self.logprobs is not None:
       raise invalid(
         'stream',
         'got a stream with both echo and logprobs, expected at most one of'
-        ' them; leave stream out, the scores of a prompt come at once',
+        ' them; leave stream out to get the logprobs of the prompt',
       )
 
   def prompts(self) -> list[str | list[int]]:
-    """Returns the prompts, one or several, as a list."""
+    """Returns the prompts as a list."""
     if isinstance(self.prompt, str):
       return [self.prompt]
     if self.prompt and isinstance(self.prompt[0], int):
@@ -207,7 +209,7 @@ class CompletionRequest(_VllmRequest):
     return list(self.prompt)  # pyright: ignore[reportReturnType]
 
   def chosen(self) -> dict[str, Any]:
-    """Returns the settings of the request; None: not chosen.
+    """Returns the settings of the request; None means not chosen.
 
     Raises:
       SettingError: a key of logit_bias is no token id.
@@ -230,18 +232,19 @@ class TokenizeRequest(_Model):
   """The body of POST /tokenize."""
 
   model: str | None = None
-  prompt: str | None = None  # as vLLM calls it
-  content: str | None = None  # as llama.cpp does
-  add_special_tokens: bool = True  # BOS, where /v1/completions puts one
+  prompt: str | None = None  # vLLM's name of the text
+  content: str | None = None  # llama.cpp's name of the text
+  add_special_tokens: bool = True  # adds BOS if /v1/completions adds it
 
   def text(self) -> str:
     """Returns the text.
 
     Raises:
-      ApiError: none is given, or two.
+      ApiError: no text is given, or two.
     """
     if (self.prompt is None) == (self.content is None):
-      raise invalid('prompt', 'got not exactly one of prompt and content')
+      got = 'neither' if self.prompt is None else 'both'
+      raise invalid('prompt', f'got {got}, expected prompt or content')
     return self.prompt if self.prompt is not None else self.content or ''
 
 
@@ -258,18 +261,18 @@ def invalid(param: str, message: str) -> ApiError:
 
 
 def from_setting(error: settings.SettingError) -> ApiError:
-  """Returns a 400 about a setting, by its name in the API."""
+  """Returns a 400 about a setting, under its name in the API."""
   name = _API_NAMES.get(error.setting, error.setting)
   return invalid(name, str(error).removeprefix(f'{error.setting}: '))
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:
-  """Turns what pydantic found into a 400 that names the field."""
+  """Returns a 400 about the first field that pydantic refused."""
   error = errors[0]
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
     return ApiError(400, message, param=None, code=None)
-  # ('body', field, alternative of a union, index): the field is what helps.
+  # loc is ('body', field, alternative of a union, index); the field is shown.
   where = [str(part) for part in error['loc'][1:]]
   if not where:
     message = (
@@ -280,10 +283,10 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
   if error['type'] == 'extra_forbidden':
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
-      ' expected those of the completions API; leave it out'
+      ' expected one of the completions API; leave it out'
     )
     return ApiError(400, message, param=where[0], code='unsupported_parameter')
-  # A union reports every alternative; all of the same field are one fault.
+  # A union reports an error per alternative; they are joined into one message.
   wanted = dict.fromkeys(
     other['msg'] for other in errors if other['loc'][1:2] == error['loc'][1:2]
   )

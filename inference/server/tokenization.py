@@ -1,14 +1,14 @@
-"""The tokenizer over HTTP, in vLLM's shapes: what lm-eval's remote mode asks.
+"""The tokenizer over HTTP, in vLLM's shapes, as lm-eval's remote mode asks it.
 
     GET  /tokenizer_info   names of the special tokens, and the chat template
     POST /tokenize         {'prompt': text} to {'tokens': ids}
     POST /detokenize       {'tokens': ids} to {'prompt': text}
 
-Special tokens have no text here: in a prompt, a string that looks like one is a
-string, so that no user can forge the end of a document. Clients of these routes
-know them by name only and ask for the id of a name: where the whole text to be
-tokenized is a name that /tokenizer_info gives, and no special tokens are to be
-added, /tokenize gives its id.
+The name of a special token in a prompt is plain text, so that no user can forge
+the end of a document. Clients of these routes know special tokens by name and
+ask for the id of a name. So /tokenize returns the id of a special token if the
+whole text is a name that /tokenizer_info lists, and `add_special_tokens` is
+false.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from inference.server import schema
 
 
 def info(generator: generate.Generator) -> dict[str, Any]:
-  """Returns what clients want to know of the tokenizer."""
+  """Returns the body of /tokenizer_info."""
   return {
     'tokenizer_class': generator.tokenizer.kind,
     'vocab_size': generator.tokenizer.vocab_size,
@@ -34,7 +34,7 @@ def tokenize(
   """Returns the ids of a text.
 
   Raises:
-    ApiError: status 400, the text is none.
+    ApiError: status 400, the text is missing, or cannot be encoded.
   """
   text = body.text()
   names = {f'<|{name}|>': i for name, i in _special_ids(generator).items()}
@@ -60,7 +60,7 @@ def detokenize(
   """Returns the text of ids.
 
   Raises:
-    ApiError: status 400, an id is outside of the vocabulary.
+    ApiError: status 400, an id is outside the vocabulary.
   """
   most = generator.tokenizer.vocab_size
   for token_id in body.tokens:

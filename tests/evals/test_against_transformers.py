@@ -20,7 +20,7 @@ pytest.importorskip('transformers', reason=_WHY)
 
 
 def _text():
-  """Returns prose of 5 KB: two blocks, many windows."""
+  """Returns prose of 5 KB: two pieces, many windows."""
   rng = np.random.default_rng(0)
   words = ['the', 'sky', 'is', 'blue', 'seven', 'apples', 'naïve', 'trees', '—']
   return ' '.join(rng.choice(words, 1000)).replace('trees the', 'trees.\n\nThe')

@@ -102,6 +102,6 @@ def test_a_prompt_leaves_room_for_its_completion():
 
 def test_a_model_without_a_function_says_so():
   with pytest.raises(ValueError, match='sample_fn: got none'):
-    eval_models.model().samples()
+    eval_models.model().required_sample_fn()
   with pytest.raises(ValueError, match='logprob_fn: got none'):
-    eval_models.model(logprob_fn=None).scores()
+    eval_models.model(logprob_fn=None).required_logprob_fn()

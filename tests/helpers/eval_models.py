@@ -42,7 +42,7 @@ class TableModel:
         ids.append(token)
       token_logprobs = np.array(token_logprobs)
       answers.append(
-        ports.Scored(float(np.sum(token_logprobs)), is_greedy, token_logprobs)
+        ports.Logprobs(float(np.sum(token_logprobs)), is_greedy, token_logprobs)
       )
     return answers
 

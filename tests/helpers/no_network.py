@@ -36,7 +36,7 @@ class Network:
       )[:, 0].astype(np.float64)
       is_greedy = np.array_equal(np.argmax(logprobs_TV, 1), continuation)
       answers.append(
-        ports.Scored(float(np.sum(token_logprobs)), is_greedy, token_logprobs)
+        ports.Logprobs(float(np.sum(token_logprobs)), is_greedy, token_logprobs)
       )
     return answers
 

@@ -55,7 +55,7 @@ def test_a_turn_that_does_not_fit_is_not_kept(generator):
   recorder = _Recorder(generator)
   recorder.stream = _refuse_long(recorder, recorder.stream)
   written = _talk(recorder, ['hi', 'x' * 200, 'so'])
-  assert 'error: prompt: too long\nThis turn was not kept.' in written
+  assert 'error: prompt: too long\nThe message was dropped.' in written
   assert recorder.asked[-1][0] == (
     'User: hi\n\nAssistant: I see.\n\nUser: so\n\nAssistant:'
   )

@@ -17,7 +17,7 @@ class EvalsConfig:
   # Steps between measurements, a multiple of config.eval_every_steps. The last
   # step is always measured. 0: with every evaluation of the validation loss.
   every_steps: int = 0
-  # First examples, or windows of text, of each task; 0 takes all.
+  # First examples, or pieces of text, of each task; 0 takes all.
   limit: int = 0
   # Tokens by which a window of perplexity advances; 0: half of data.row_length.
   # A smaller stride gives each token more context, and takes longer.

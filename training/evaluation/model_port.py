@@ -58,7 +58,7 @@ class Scorer:
         raises `validation.Stopped`.
     """
 
-    def score(requests: _Requests) -> Sequence[ports.Scored]:
+    def score(requests: _Requests) -> Sequence[ports.Logprobs]:
       found: list[Any] = [None] * len(requests)
       slots = _pack(requests, self.max_length)
       for batch, members in _batches(requests, slots, self._shape):
@@ -67,7 +67,7 @@ class Scorer:
         sums = jax.device_get(self._step(params, self._put_batch(batch)))
         for index, places in members:
           token_logprobs = np.asarray(sums['logprob'][places], np.float64)
-          found[index] = ports.Scored(
+          found[index] = ports.Logprobs(
             logprob=float(np.sum(token_logprobs)),
             is_greedy=bool(np.all(sums['is_greedy'][places] > 0)),
             token_logprobs=token_logprobs,

@@ -104,7 +104,7 @@ def test_other_examples_are_compared_unpaired_and_said_to_be():
   other = _result('new', b, example_ids=tuple(f'x{i}' for i in range(len(b))))
   text = report.compare(_result('old', a), other)
   assert 'unpaired z' in text
-  assert 'the examples differ: what follows is not paired' in text
+  assert 'the examples differ, so the tests are not paired' in text
   assert 'that both answer' not in text
 
 

@@ -185,5 +185,5 @@ def test_what_is_seen_at_a_size_needs_that_size():
 def test_pairs_must_be_pairs():
   with pytest.raises(ValueError, match='got 2 and 3 values'):
     statistics.paired_t([1.0, 2.0], [1.0, 2.0, 3.0])
-  with pytest.raises(ValueError, match='clusters: got 1 of 2'):
+  with pytest.raises(ValueError, match='clusters: got 1 for 2'):
     statistics.standard_error([1.0, 2.0], ['a'])

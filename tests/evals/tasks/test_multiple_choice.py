@@ -24,7 +24,7 @@ def _scores(logprob_of):
     answers = []
     for _, continuation in requests:
       logprob = logprob_of[bytes(continuation).decode()]
-      answers.append(ports.Scored(logprob, False, np.array([logprob])))
+      answers.append(ports.Logprobs(logprob, False, np.array([logprob])))
     return answers
 
   return score

@@ -99,7 +99,7 @@ class _Pairs:
 
 
 def test_bytes_are_those_of_the_text_whatever_the_tokens():
-  text = 'abcdefghij' * 1000  # 10000 bytes: 3 blocks
+  text = 'abcdefghij' * 1000  # 10000 bytes: 3 pieces
   uniform = eval_models.model(tokenizer=_Pairs(), logprob_fn=_uniform)
   group = perplexity.measure([text], uniform)
   # 5001 tokens of log(1000) nats each.
@@ -107,11 +107,11 @@ def test_bytes_are_those_of_the_text_whatever_the_tokens():
   assert group.score('bits_per_byte').value == pytest.approx(bits)
   assert group.details['num_bytes'] == 10_000
   assert group.details['num_tokens'] == 5001
-  # Blocks are of the text: another tokenizer has the same ones.
+  # Pieces are of the text: another tokenizer has the same ones.
   by_bytes = perplexity.measure([text], eval_models.model(logprob_fn=_uniform))
   assert by_bytes.example_ids == group.example_ids
   assert len(group.example_ids) == 3
-  # Of equal tokens a block has its share, but for one at a border.
+  # Of equal tokens a piece has its share, but for one at a border.
   values = np.array(group.score('bits_per_byte').values)
   assert np.all(np.abs(values / bits - 1) < 2 / 1024)
 
@@ -120,16 +120,16 @@ def _uniform(requests):
   from evals import ports
 
   return [
-    ports.Scored(0.0, False, np.full(len(c), -math.log(1000)))
+    ports.Logprobs(0.0, False, np.full(len(c), -math.log(1000)))
     for _, c in requests
   ]
 
 
-def test_a_block_is_an_example():
+def test_a_piece_is_an_example():
   text = TEXT * 80
   group = perplexity.measure([text], eval_models.model(), stride=32)
-  num_blocks = -(-len(text.encode()) // perplexity.BLOCK_BYTES)
-  assert group.num_examples == num_blocks == 3
+  num_pieces = -(-len(text.encode()) // perplexity.PIECE_BYTES)
+  assert group.num_examples == num_pieces == 3
   assert group.clusters is None
   score = group.score('bits_per_byte')
   assert 0 < score.standard_error < score.value
@@ -153,16 +153,16 @@ def test_documents_are_scored_apart_and_cluster():
   assert math.isnan(perplexity.measure(['abc'], model).scores[0].standard_error)
 
 
-def test_a_limit_takes_whole_characters_of_the_first_blocks():
+def test_a_limit_takes_whole_characters_of_the_first_pieces():
   text = 'é' * 5000  # 2 bytes each
   limited = perplexity.measure(
-    [text, 'more'], eval_models.model(logprob_fn=_uniform), max_blocks=2
+    [text, 'more'], eval_models.model(logprob_fn=_uniform), max_pieces=2
   )
-  assert limited.details['num_bytes'] == 2 * perplexity.BLOCK_BYTES
+  assert limited.details['num_bytes'] == 2 * perplexity.PIECE_BYTES
   odd = perplexity.measure(
-    ['a' + text], eval_models.model(logprob_fn=_uniform), max_blocks=1
+    ['a' + text], eval_models.model(logprob_fn=_uniform), max_pieces=1
   )
-  assert odd.details['num_bytes'] == perplexity.BLOCK_BYTES - 1
+  assert odd.details['num_bytes'] == perplexity.PIECE_BYTES - 1
 
 
 def test_a_tokenizer_that_loses_text_is_told_of():

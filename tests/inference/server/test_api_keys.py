@@ -70,7 +70,7 @@ def test_a_bad_file_is_refused_and_tells_no_key(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='no such file; expected one of'):
+  with pytest.raises(FileNotFoundError, match='does not exist, expected a'):
     api_keys.read(tmp_path / 'nowhere')
 
 

@@ -34,8 +34,8 @@ def test_special_tokens_are_known_by_name(http):
 @pytest.mark.parametrize(
   ('path', 'body', 'message'),
   [
-    ('/tokenize', {}, 'prompt: got not exactly one of prompt and content'),
-    ('/tokenize', {'prompt': 'a', 'content': 'a'}, 'got not exactly one of'),
+    ('/tokenize', {}, 'prompt: got neither, expected prompt or content'),
+    ('/tokenize', {'prompt': 'a', 'content': 'a'}, 'got both, expected'),
     ('/tokenize', {'prompt': 'a', 'model': 'gpt-4'}, "got 'gpt-4', expected"),
     ('/tokenize', {'prompt': 'a', 'b': 1}, 'b: got a parameter that'),
     ('/detokenize', {'tokens': [259]}, 'tokens: got token id 259, expected 0'),

@@ -3,7 +3,7 @@
 import pytest
 
 from inference.sampling import logprobs
-from inference.server import token_scores
+from inference.server import logprobs_json
 from tests.helpers import tiny_models
 
 
@@ -13,7 +13,7 @@ def _score(chosen, *pairs):
 
 
 def _scores(**kwargs):
-  return token_scores.TokenScores(tiny_models.byte_tokenizer(), **kwargs)
+  return logprobs_json.LogprobsWriter(tiny_models.byte_tokenizer(), **kwargs)
 
 
 def test_tokens_are_written_with_values_names_and_places():
@@ -70,7 +70,7 @@ class _Doubled:
 @pytest.mark.parametrize(('chosen', 'name'), [(3, '3'), (13, 'token_id:13')])
 def test_two_tokens_of_one_text_keep_an_entry_each(chosen, name):
   scores = _score({3: -0.5, 13: -1.5}[chosen], (3, -0.5), (13, -1.5))
-  written = token_scores.TokenScores(_Doubled()).write(
+  written = logprobs_json.LogprobsWriter(_Doubled()).write(
     [chosen], [scores], end=1
   )
   assert written['tokens'] == [name]
@@ -102,6 +102,6 @@ def test_parts_are_joined_and_nothing_is_a_part():
   first = scores.write([97], [_score(-1.0)], end=1)
   second = scores.write([98], [_score(-2.0)], end=2)
   nothing = scores.write([], [], end=2)
-  joined = token_scores.joined(first, nothing, second)
+  joined = logprobs_json.joined(first, nothing, second)
   assert joined['tokens'] == ['a', 'b']
   assert joined['text_offset'] == [0, 1]

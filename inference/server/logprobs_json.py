@@ -3,16 +3,16 @@
     {'tokens': [...], 'token_logprobs': [...], 'top_logprobs': [{...}, ...],
      'text_offset': [...]}
 
-One entry per token, in the order of the text. A token is named by its text if
-that says which token it is: if its bytes are characters, whole ones. A part of
-a character, a special token that has no text, and the second of two tokens with
-the same text are named `token_id:ID`, so that no two ever share an entry.
+Each list has one entry per token, in the order of the text. A token whose bytes
+are whole characters is named by its text. Three tokens are named `token_id:ID`
+instead, so that no two tokens share an entry: a part of a character, a special
+token without text, and the second of two tokens with the same text.
 
-The chosen token is in `top_logprobs` too, as in OpenAI's answers, and there its
-value is the same to the bit: clients compare the largest with it to learn
-whether decoding was greedy. The first token of a prompt follows nothing and has
-null in both. A log-probability of -inf, which JSON cannot spell, is -9999, as
-it is at OpenAI.
+As in OpenAI's answers, the sampled token is in `top_logprobs` too. Its value
+there is the same to the bit: clients compare it with the largest value to see
+whether decoding was greedy. The first token of a prompt has null in both lists,
+since no token comes before it. JSON has no -inf, so a log-probability of -inf
+is -9999, as at OpenAI.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ _LOWEST = -9999.0
 _NAMES = 'tokens', 'token_logprobs', 'top_logprobs', 'text_offset'
 
 
-class TokenScores:
-  """Writes the tokens of one text down, as they come."""
+class LogprobsWriter:
+  """Writes the entries of one text, as its tokens arrive."""
 
   def __init__(
     self,
@@ -39,7 +39,7 @@ class TokenScores:
 
     Args:
       tokenizer: of the model.
-      as_ids: whether all tokens are named by their ids.
+      as_ids: whether all tokens are named `token_id:ID`.
       offset: characters of the answer in front of the text.
     """
     self._tokenizer, self._as_ids, self._offset = tokenizer, as_ids, offset
@@ -48,7 +48,7 @@ class TokenScores:
   def write(
     self,
     token_ids: Sequence[int],
-    scores: Sequence[logprobs.TokenLogprobs | None],
+    found: Sequence[logprobs.TokenLogprobs | None],
     *,
     end: int,
   ) -> dict[str, Any]:
@@ -56,33 +56,36 @@ class TokenScores:
 
     Args:
       token_ids: the tokens.
-      scores: of each; None for one that follows nothing.
-      end: characters of the answer that are out with these. Tokens that have no
-        part in it, of EOS or of a stop string, are placed there.
+      found: log-probabilities of each token; None for the first of a prompt.
+      end: characters of the answer, these tokens included. Tokens without text
+        in the answer, such as EOS or a stop string, have this offset.
     """
     rows = []
-    for token_id, score in zip(token_ids, scores, strict=True):
+    for token_id, each in zip(token_ids, found, strict=True):
       offset = min(self._offset, end)
       self._offset += len(self._decoder.push(token_id))
-      if score is None:
+      if each is None:
         rows.append((self._name(token_id), None, None, offset))
         continue
-      top = self._top(token_id, score)
-      name = next(name for name, (each, _) in top.items() if each == token_id)
+      top = self._top(token_id, each)
+      name = next(
+        name for name, (top_id, _) in top.items() if top_id == token_id
+      )
       values = {name: value for name, (_, value) in top.items()}
       rows.append((name, values[name], values, offset))
     columns = zip(*rows, strict=True) if rows else [()] * len(_NAMES)
     return dict(zip(_NAMES, map(list, columns), strict=True))
 
   def _top(
-    self, token_id: int, score: logprobs.TokenLogprobs
+    self, token_id: int, found: logprobs.TokenLogprobs
   ) -> dict[str, tuple[int, float]]:
-    """Returns the alternatives, most probable first, and the token, by name."""
-    found = zip(score.ids, score.values, strict=True)
-    # Of a vocabulary smaller than the number asked for there are fewer.
-    pairs = [pair for pair in found if pair[0] >= 0]
-    if token_id not in score.ids:
-      pairs.append((token_id, score.chosen))
+    """Returns (id, logprob) by name: the most probable tokens and this one."""
+    # A vocabulary smaller than the number asked for pads with negative ids.
+    pairs = [
+      pair for pair in zip(found.ids, found.values, strict=True) if pair[0] >= 0
+    ]
+    if token_id not in found.ids:
+      pairs.append((token_id, found.chosen))
     named: dict[str, tuple[int, float]] = {}
     for each, value in pairs:
       name = self._name(each)
@@ -111,5 +114,5 @@ def _id_name(token_id: int) -> str:
 
 
 def _spelled(value: float) -> float:
-  # What is not a number stays so: the answer fails, it is nobody's score.
+  # NaN stays NaN: the answer then fails, since JSON has no NaN.
   return _LOWEST if value < _LOWEST else value
