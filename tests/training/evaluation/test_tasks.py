@@ -94,7 +94,7 @@ def test_an_evaluation_that_was_cut_short_measures_again(
     os.kill(os.getpid(), signal.SIGTERM)
     return measure(*args, **kwargs)
 
-  monkeypatch.setattr(hooks.task_evals, 'measure', interrupted)
+  monkeypatch.setattr(hooks.tasks, 'measure', interrupted)
   cut = tmp_path / 'cut'
   result, _ = tiny_run.run(experiment, cut)
   assert result.exit_code == 143
