@@ -1,4 +1,4 @@
-"""The same weights, and the same tokens, in transformers and in ours."""
+"""Pairs for comparison with transformers: same weights, same tokenizer."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ MAX_LENGTH = 48
 
 
 def tokenizers(directory: pathlib.Path, **options):
-  """Returns our tokenizer and that of transformers, of one vocabulary.
+  """Returns our tokenizer and the one of transformers, with one vocabulary.
 
   Args:
     directory: where the vocabulary is written.
