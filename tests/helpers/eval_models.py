@@ -1,8 +1,8 @@
-"""A language model without a network, whose answers are known in advance.
+"""A language model without a network: every answer can be worked out by hand.
 
 The distribution of the next token is a fixed random row of a table, chosen by
-the last three tokens that were read. A context that is cut too short therefore
-changes the answer.
+the last three tokens that were read. What is beyond the context, or cut away,
+therefore shows.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _READ = 3  # tokens that a prediction depends on
 
 
 class TableModel:
-  """Scores by a table; remembers the requests."""
+  """Scores and samples by a table, and records its requests."""
 
   def __init__(self, vocab_size: int, *, seed: int = 0):
     self.vocab_size = vocab_size
@@ -28,7 +28,7 @@ class TableModel:
     return logits_V - np.log(np.sum(np.exp(logits_V)))
 
   def score(self, requests):
-    """Implements LogprobFn."""
+    """Returns log-probabilities, as a LogprobFn does."""
     self.requests += list(requests)
     answers = []
     for context, continuation in requests:
@@ -48,7 +48,7 @@ class TableModel:
 
 
 def model(**fields) -> ports.Model:
-  """Returns a byte model that scores by a table, with a context of 32."""
+  """Returns a byte model that scores by a table and reads 32 tokens."""
   tokenizer = tiny_models.byte_tokenizer()
   table = TableModel(tokenizer.vocab_size)
   return ports.Model(
@@ -62,7 +62,7 @@ def model(**fields) -> ports.Model:
 
 
 def writer(answers, *, seen=None):
-  """Returns a SampleFn that gives `answers` in order, one list per prompt."""
+  """Returns a SampleFn that writes `answers`, a list per prompt, in order."""
   waiting = [list(samples) for samples in answers]
 
   def sample(prompts, settings, num_samples):

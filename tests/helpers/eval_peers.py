@@ -1,4 +1,4 @@
-"""Pairs for comparison with transformers: same weights, same tokenizer."""
+"""The same weights and tokens in transformers and in this project."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ MAX_LENGTH = 48
 
 
 def tokenizers(directory: pathlib.Path, **options):
-  """Returns our tokenizer and the one of transformers, with one vocabulary.
+  """Returns our tokenizer and that of transformers, of one vocabulary.
 
   Args:
     directory: where the vocabulary is written.
@@ -60,7 +60,7 @@ def llama(vocab_size: int, eos_id: int):
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, p in model.named_parameters():
-      # Spread out: no two answers are as likely up to rounding.
+      # Large weights: no two answers are equally likely up to rounding.
       mean = 1.0 if 'norm' in name else 0.0
       p.copy_(mean + 0.3 * torch.randn(p.shape, generator=generator))
   w = {

@@ -1,7 +1,7 @@
-"""Reference ports: scores and samples computed with `model.apply` alone.
+"""The ports of evaluations, made of `model.apply` in the plainest way.
 
-They take one request at a time, pad it to the length that the model reads, and
-use no cache. Tests compare the ports of the engine and of a run with them.
+One request at a time, padded to the length that the model reads, and no cache:
+what the engine's and the run's own are held against.
 """
 
 import jax
@@ -26,7 +26,7 @@ class Network:
     return np.asarray(jax.nn.log_softmax(logits_TV, axis=-1))
 
   def score(self, requests):
-    """Implements LogprobFn."""
+    """Returns log-probabilities, as a LogprobFn does."""
     answers = []
     for context, continuation in requests:
       read = [*context, *continuation][:-1]
@@ -41,7 +41,7 @@ class Network:
     return answers
 
   def sample(self, prompts, settings, num_samples):
-    """Implements SampleFn for greedy settings."""
+    """Returns completions, as a SampleFn does; greedy settings only."""
     assert settings.temperature == 0
     return [
       [self._complete(list(ids), settings)] * num_samples for ids in prompts
