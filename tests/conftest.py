@@ -1,8 +1,12 @@
-"""The world every test runs in; set before anything imports jax.
+"""The environment of every test, set before anything imports JAX.
 
-Eight fake CPU devices, so that meshes and pmap are exercised on one machine;
-silent rank promotion is an error; absl flags count as parsed, which grain's
-multi-process readers need outside `absl.app.run`.
+There are eight fake CPU devices, so that one machine tests meshes and pmap.
+Silent rank promotion is an error. Absl flags count as parsed: grain's readers
+in several processes need this outside `absl.app.run`.
+
+Compiled programs are kept between sessions (`helpers/compiled_programs.py`).
+Files that took longest before start first. Tests over their time budget are
+listed at the end of a session.
 """
 
 import atexit
@@ -39,7 +43,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
     ]
   )
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
-  # No test may reach for the network through a library's default.
+  # A library must not download anything by default.
   os.environ['HF_HUB_OFFLINE'] = '1'
   # Child processes of a test find its compiled programs by this variable.
   programs = compiled_programs.CompiledPrograms(

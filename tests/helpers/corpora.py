@@ -1,4 +1,4 @@
-"""A source of documents for tests of data/, and what they do with batches."""
+"""A source of documents for tests of data/, and operations on batches."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def take(batches, n):
 
 
 def joined(batches):
-  """Joins batches into one, of all their rows."""
+  """Returns one batch with the rows of all batches."""
   return {
     name: np.concatenate([batch[name] for batch in batches])
     for name in batches[0]

@@ -1,7 +1,7 @@
 """Tiny frozen directories, for the tests of the bridge and of life two.
 
-Weights are wide and random: what they say
-is nonsense, but it differs from token to token and from prompt to prompt.
+Weights are random with a large standard deviation: the output is nonsense, but
+it differs from token to token and from prompt to prompt.
 """
 
 import pathlib
@@ -18,14 +18,14 @@ EXPERIMENT = 'tiny'
 
 
 def config(**overrides) -> model_config_lib.ModelConfig:
-  """A Llama-like model that a byte tokenizer fits, with rows to spare."""
+  """Returns a Llama-like model with more ids than the byte tokenizer has."""
   return tiny_models.llama_like(
     **{'vocab_size': 270, 'max_length': 64, **overrides}
   )
 
 
 def params(of: model_config_lib.ModelConfig, *, dtype='float32', seed: int = 0):
-  """Random variables of a model."""
+  """Returns random variables of a model."""
   rng = np.random.default_rng(seed)
   model = transformer.Transformer(config=of)
   shapes = jax.eval_shape(
@@ -37,7 +37,7 @@ def params(of: model_config_lib.ModelConfig, *, dtype='float32', seed: int = 0):
 
 
 def provenance(**overrides) -> manifest_lib.Provenance:
-  """Where the weights would come from."""
+  """Returns a made-up origin of the weights."""
   fields = {
     'experiment': EXPERIMENT,
     'code_commit': 'c0ffee',
@@ -55,7 +55,7 @@ def provenance(**overrides) -> manifest_lib.Provenance:
 
 
 def write(directory: pathlib.Path, **overrides) -> manifest_lib.Manifest:
-  """Writes a frozen directory at `directory`, and a tokenizer beside it."""
+  """Writes a frozen directory at `directory`, and its tokenizer beside it."""
   tokenizer_dir = directory.with_name('tokenizer')
   tiny_models.byte_tokenizer().save(tokenizer_dir)
   model_config = overrides.pop('config', config())

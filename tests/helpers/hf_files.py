@@ -1,7 +1,7 @@
-"""Small tokenizers in the style of open models, written as Hugging Face does.
+"""Small tokenizers in the style of open models, in Hugging Face's files.
 
-Each function fills a directory. The vocabulary
-is learnt from a few lines, so every pipeline is real and every id is small.
+Each function fills a directory. The vocabulary is learnt from a few lines: the
+steps of the tokenizer are real, and every id is small.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Tiny random models of `transformers`, of every family.
 
-Each entry of `MODELS` is a family and what
-its config has besides the sizes below: odd head counts, shared heads, a window
-that texts outgrow, stretched rotary positions, tied heads.
+Each entry of `MODELS` is a family and the fields of its config besides the
+sizes below: odd head counts, shared heads, a window shorter than the texts,
+stretched rotary positions, tied heads.
 """
 
 import pathlib
@@ -299,7 +299,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, **overrides):
-  """Returns a model of `MODELS` with random weights that all matter."""
+  """Returns a model of `MODELS` whose random weights all change its output."""
   import torch
   import transformers
 
@@ -338,7 +338,7 @@ def build(name: str, **overrides):
 
 
 def _buffers(model):
-  """The corrections of DeepSeek-V3: saved, and no parameters."""
+  """Returns the corrections of DeepSeek-V3: saved buffers, not parameters."""
   return [
     (name, b) for name, b in model.named_buffers() if 'correction' in name
   ]

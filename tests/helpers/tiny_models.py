@@ -1,7 +1,6 @@
 """Tiny models, tokenizers and batches that the tests share.
 
-Every size is different from every other, so that
-a transposed axis cannot pass for the right one.
+No two sizes are equal, so that a transposed axis is always noticed.
 """
 
 import os
@@ -37,9 +36,9 @@ def llama_like(**overrides) -> model_config.ModelConfig:
 
 
 def stable(**overrides) -> model_config.ModelConfig:
-  """`llama_like` with all that keeps training stable, twice its base width.
+  """Returns `llama_like` with every option for stability, twice its base width.
 
-  Initialised with weights so large that each of these shows.
+  The initial weights are so large that each option changes the output.
   """
   fields = {
     'qk_norm': True,

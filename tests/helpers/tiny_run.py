@@ -1,4 +1,4 @@
-"""A whole run, as small as it can be: on text files, in seconds."""
+"""A whole run on text files that takes seconds."""
 
 import io
 import pathlib
@@ -26,7 +26,7 @@ def write_corpus(directory: pathlib.Path) -> str:
 
 
 def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
-  """Returns twelve steps, a checkpoint in four, an evaluation in six."""
+  """Returns 12 steps with a checkpoint every 4 and an evaluation every 6."""
   data = {
     'open_source': sources.text_files,
     'path': corpus,
@@ -53,7 +53,7 @@ def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
 def run(
   experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> tuple[run_lib.Result, str]:
-  """Returns what a run came to, and all that it printed."""
+  """Returns the result of a run and all text that it printed."""
   console = rich.console.Console(file=io.StringIO(), width=200)
   result = run_lib.run(experiment, workdir, console)
   return result, console.file.getvalue()

@@ -8,11 +8,10 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from data import data_config, sources
 from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
-from tests.helpers import tiny_models
-from training import experiment, learner
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner
 from training.optimizer import chain
 
 ROWS, TIME, WIDTH, EXPERTS, EXPERT_WIDTH = 8, 4, 6, 8, 10
@@ -152,15 +151,10 @@ MODEL = tiny_models.mixture(
 
 
 def _experiment(model=MODEL, **parallel):
-  return experiment.Experiment(
-    name='mixture',
+  return tiny_experiment.make(
     model=model,
-    data=data_config.DataConfig(
-      open_source=sources.text_files, row_length=16, batch_size=16
-    ),
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
-    parallel=parallel_config.ParallelConfig(**parallel),
-    num_steps=10,
+    parallel=parallel,
   )
 
 

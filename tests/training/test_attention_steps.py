@@ -11,11 +11,9 @@ import functools
 import jax
 import pytest
 
-from data import data_config, sources
 from models.attention import cudnn_gpu, dense, splash_tpu
-from parallel import parallel_config
-from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib
 from training.optimizer import chain
 
 # If you meant to change the mathematics, put the new numbers here and say so
@@ -34,14 +32,11 @@ MODEL = tiny_models.llama_like(
 
 
 def _metrics(attend=None, **parallel):
-  experiment = experiment_lib.Experiment(
-    name='one step',
+  experiment = tiny_experiment.make(
     model=MODEL,
-    data=data_config.DataConfig(
-      open_source=sources.text_files, row_length=128, batch_size=4
-    ),
+    data={'row_length': 128, 'batch_size': 4},
     optimizer=chain.OptimizerConfig(warmup_steps=1),
-    parallel=parallel_config.ParallelConfig(**parallel),
+    parallel=parallel,
     num_steps=2,
   )
   num_devices = 4 if parallel else 1

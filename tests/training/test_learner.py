@@ -3,24 +3,17 @@
 import jax
 import pytest
 
-from data import data_config, sources
 from models import cross_entropy, execution
 from models.attention import dense
-from parallel import parallel_config
-from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib
-from training.optimizer import chain
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib
 
 
 def _make(*, num_devices=8, row_length=16, parallel=None, **model):
-  experiment = experiment_lib.Experiment(
-    name='learner',
+  experiment = tiny_experiment.make(
     model=tiny_models.llama_like(vocab_size=64, scan_layers=True, **model),
-    data=data_config.DataConfig(
-      open_source=sources.text_files, row_length=row_length, batch_size=16
-    ),
-    optimizer=chain.OptimizerConfig(warmup_steps=2),
-    parallel=parallel_config.ParallelConfig(**(parallel or {})),
+    data={'row_length': row_length},
+    parallel=parallel,
     num_steps=4,
   )
   return learner_lib.make(experiment, jax.devices()[:num_devices])

@@ -22,9 +22,8 @@ import pytest
 
 from data import data_config, sources
 from models import cross_entropy, layout
-from parallel import parallel_config
-from tests.helpers import tiny_models
-from training import experiment, learner as learner_lib, state as state_lib
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib, state as state_lib
 from training.objectives import next_token
 from training.optimizer import chain
 
@@ -123,15 +122,12 @@ def _batch(index):
 
 
 def _experiment(model, *, parallel=None, remat='none', microbatches=1):
-  return experiment.Experiment(
-    name='metamorphic',
+  return tiny_experiment.make(
     model=model,
-    data=data_config.DataConfig(
-      open_source=sources.text_files, row_length=LENGTH, batch_size=ROWS
-    ),
+    data={'row_length': LENGTH, 'batch_size': ROWS},
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=3e-3),
-    parallel=parallel_config.ParallelConfig(**(parallel or {})),
-    execution=experiment.ExecutionConfig(remat=remat),
+    parallel=parallel,
+    remat=remat,
     num_steps=NUM_STEPS,
     num_microbatches=microbatches,
     objective=next_token.NextToken(

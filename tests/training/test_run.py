@@ -29,11 +29,6 @@ from training.reporting import metrics, reporter as reporter_lib
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
-
-
 _experiment, _run = tiny_run.experiment, tiny_run.run
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from data import data_config, sources
 from models import transformer
-from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib, step
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib, step
 from training.evaluation import validation
 from training.objectives import next_token, port
 from training.optimizer import chain
@@ -117,12 +116,8 @@ def test_evaluation_reports_what_is_predicted_alone():
 
 
 def _experiment(**fields):
-  return experiment_lib.Experiment(
-    name='stability',
-    model=tiny_models.llama_like(vocab_size=64, scan_layers=True),
-    data=data_config.DataConfig(
-      open_source=sources.text_files, row_length=16, batch_size=8
-    ),
+  return tiny_experiment.make(
+    data={'batch_size': 8},
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
     num_steps=30,
     **fields,

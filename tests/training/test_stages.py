@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from data import data_config
 from parallel import parallel_config, rules
-from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib
 from training.optimizer import chain
 
 Config = parallel_config.ParallelConfig
@@ -26,14 +25,11 @@ def _experiment(parallel, *, remat='none', num_microbatches=1, **model):
     'head_width': 8,
     'scan_layers': True,
   }
-  experiment = experiment_lib.Experiment(
-    name='pipeline',
+  experiment = tiny_experiment.make(
     model=tiny_models.llama_like(**fields | model),
-    data=data_config.DataConfig(row_length=16, batch_size=16),
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
-    parallel=Config(**parallel),
-    execution=experiment_lib.ExecutionConfig(remat=remat),
-    num_steps=10,
+    parallel=parallel,
+    remat=remat,
     num_microbatches=num_microbatches,
   )
   experiment.validate()

@@ -20,11 +20,6 @@ from training.reporting import goodput
 
 
 @pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
-
-
-@pytest.fixture(scope='module')
 def complete(corpus, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('complete')
   tiny_run.run(tiny_run.experiment(corpus, num_steps=4), workdir)

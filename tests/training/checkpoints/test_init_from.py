@@ -56,11 +56,6 @@ DEEPSEEK = {
 }
 
 
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
-
-
 def _frozen(directory, **overrides):
   config = tiny_models.llama_like(
     **{'vocab_size': 264, 'max_length': 32, **overrides}

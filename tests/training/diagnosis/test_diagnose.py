@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from data import data_config, sources
 from parallel import parallel_config
-from tests.helpers import tiny_models
+from tests.helpers import tiny_experiment, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.diagnosis import diagnose
 from training.lifecycle import exit_codes
@@ -30,18 +29,13 @@ MODEL = tiny_models.llama_like(**SIZES, num_layers=3, scan_layers=True)
 
 
 def _experiment(**overrides):
-  fields = {
-    'name': 'tiny',
-    'model': MODEL,
-    'data': data_config.DataConfig(
-      open_source=sources.text_files, path='-', row_length=16, batch_size=8
-    ),
-    'optimizer': chain.OptimizerConfig(
-      schedule='constant', end_lr=1e-4, warmup_steps=0
-    ),
-    'num_steps': 10,
-  }
-  return experiment_lib.Experiment(**{**fields, **overrides})
+  optimizer = chain.OptimizerConfig(
+    schedule='constant', end_lr=1e-4, warmup_steps=0
+  )
+  return tiny_experiment.make(
+    data={'batch_size': 8},
+    **{'model': MODEL, 'optimizer': optimizer, **overrides},
+  )
 
 
 def _explained(

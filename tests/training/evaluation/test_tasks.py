@@ -22,11 +22,6 @@ from training.reporting import metrics
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
-
-
 @pytest.fixture
 def tasks(tmp_path):
   """Returns the names of a perplexity and of a choice task."""

@@ -339,11 +339,6 @@ class Distil(port.Objective):
     }
 
 
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
-
-
 def _teacher(directory, seed=0):
   config = tiny_models.llama_like(vocab_size=264, num_layers=1)
   params = transformer.Transformer(config).init(

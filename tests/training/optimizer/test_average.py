@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import data_config, sources
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
 from storage import layout
-from tests.helpers import tiny_models, tiny_run
+from tests.helpers import tiny_experiment, tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import average, chain, rules
 from training.planning import memory
@@ -83,8 +82,7 @@ def test_averages_that_there_are_not_are_refused(rule, decay, weights, message):
 
 def _averaged(parallel, num_devices):
   """Three steps; returns average and params, as a checkpoint has them."""
-  experiment = experiment_lib.Experiment(
-    name='tiny',
+  experiment = tiny_experiment.make(
     model=tiny_models.llama_like(
       vocab_size=64,
       num_layers=4,
@@ -94,11 +92,9 @@ def _averaged(parallel, num_devices):
       head_width=8,
       scan_layers=True,
     ),
-    data=data_config.DataConfig(
-      open_source=sources.text_files, path='-', row_length=16, batch_size=8
-    ),
+    data={'batch_size': 8},
     optimizer=chain.OptimizerConfig(warmup_steps=0),
-    parallel=parallel_config.ParallelConfig(**parallel),
+    parallel=parallel,
     ema_decay=0.2,
   )
   learner = learner_lib.make(experiment, jax.devices()[:num_devices])
@@ -148,11 +144,6 @@ def test_every_way_across_devices_keeps_the_same(parallel, num_devices):
   )
   moved = jax.tree.map(lambda a, p: np.abs(a - p).max(), expected, params)
   assert min(jax.tree.leaves(moved)) > 0
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-  return tiny_run.write_corpus(tmp_path_factory.mktemp('corpus'))
 
 
 def _experiment(corpus, **overrides):

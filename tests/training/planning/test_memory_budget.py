@@ -11,10 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from data import data_config
-from parallel import parallel_config
-from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib
 from training.optimizer import chain
 
 OVERSIZE = 1.3
@@ -23,8 +21,7 @@ ROWS, ROW_LENGTH, VOCAB = 8, 8, 64
 
 
 def _learner(num_devices, **parallel):
-  experiment = experiment_lib.Experiment(
-    name='oversize',
+  experiment = tiny_experiment.make(
     model=tiny_models.llama_like(
       vocab_size=VOCAB,
       num_layers=8,
@@ -35,9 +32,9 @@ def _learner(num_devices, **parallel):
       mlp_width=512,
       scan_layers=True,
     ),
-    data=data_config.DataConfig(row_length=ROW_LENGTH, batch_size=ROWS),
+    data={'row_length': ROW_LENGTH, 'batch_size': ROWS},
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-3),
-    parallel=parallel_config.ParallelConfig(**parallel),
+    parallel=parallel,
     num_steps=NUM_STEPS,
   )
   experiment.validate()
