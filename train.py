@@ -5,27 +5,30 @@
       --workdir=runs/gpu --config.optimizer.peak_lr=3e-4
 
 The same command resumes the run, and does nothing once it is complete.
-What a run will take, before it starts, here or on devices that are not here:
+To plan the time, memory and cost of a run before it starts, on these devices or
+on others:
 
     python train.py --config=experiments/pretrain.py:8b --plan
     python train.py --config=experiments/pretrain.py:8b --plan=v5p:4x4x4
 
-On several hosts, or several times on one, start it once per process; the
-workdir is on a file system that they share:
+To run several processes, on one host or on several, start the command once for
+each process. The workdir must be on a file system that they share:
 
     python train.py --config=... --workdir=... \
       --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0  # then 1
 
 Under Slurm, Open MPI, torchrun, an Indexed Job of Kubernetes and on TPU pods
-the three flags are not needed: parallel/processes.py says what is read instead.
-A run may go on with any other number of processes.
+the three flags are not needed: parallel/processes.py lists the variables that
+are read instead. A run may resume with any other number of processes.
 
-With --max_restarts=3 it is started again when it crashes, or when another of
-its processes does, up to so often without a new checkpoint in between:
-training/lifecycle/supervisor.py. What it exits with is listed in
-training/lifecycle/exit_codes.py: 0 complete, 1 yours to change, 3 a loss that
-is not finite, 4 the same step crashed again, 143 or 130 stopped by SIGTERM or
-Ctrl-C and saved; any from 64 up is worth starting again.
+With --max_restarts=3 the run is started again when it crashes, or when another
+of its processes crashes, at most three times without a new checkpoint in
+between: training/lifecycle/supervisor.py.
+
+training/lifecycle/exit_codes.py lists the exit codes: 0 complete, 1 the user
+must change something, 3 a loss is not finite, 4 the same step crashed again,
+143 or 130 stopped by SIGTERM or Ctrl-C and saved. For any code from 64 up, the
+same command resumes the run.
 """
 
 import os
@@ -37,57 +40,69 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hardware import targets
-from storage import locks
+from storage import disk, locks
 from training import flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
-  help_string='File in experiments/, with an optional :variant; any of its'
-  ' fields can be set, as in --config.optimizer.peak_lr=1e-3.',
+  help_string='The experiment: a file in experiments/, with an optional'
+  ' :variant. Flags set any field, as --config.optimizer.peak_lr=1e-3.',
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run is written, and resumed from.'
+  'workdir',
+  None,
+  'Directory of the run. It is created, or the run in it is resumed.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   '',
-  'Of several processes: host:port of the first; auto asks jax to find it.',
+  'Address of the first of several processes, as host:port. auto: jax finds it.'
+  ' Empty (default): read from the environment, or one process.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', -1, 'How many processes there are; -1: see --coordinator.'
+  'num_processes',
+  -1,
+  'Number of processes of the run. -1 (default): as for --coordinator.',
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', -1, 'Which of them this is, from 0; -1: see --coordinator.'
+  'process_id',
+  -1,
+  'Index of this process, from 0. -1 (default): as for --coordinator.',
 )
 _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
   'heartbeat_timeout_s',
   60,
-  'Seconds of silence after which a process is dead, and ends the others.',
+  'Seconds without a heartbeat after which a process counts as dead, and the'
+  ' other processes end. Raise it if slow hosts are taken for dead.',
 )
 _MAX_RESTARTS = flags.DEFINE_integer(
   'max_restarts',
   0,
-  'How often a run that crashes is started again, by a parent of its own,'
-  ' without a new checkpoint in between.',
+  'How often a run that crashes is started again without a new checkpoint in'
+  ' between. A parent process does it. 0 (default): never.',
   lower_bound=0,
 )
 _PLAN = flags.DEFINE_string(
   'plan',
   None,
-  'Print what the run takes and leave; of devices that are not here, as in'
-  ' v5p:4x4x4, v5e:2x4 or h100:8, by compiling the step for them.',
+  'Print the memory, time and cost of the run, and exit. With a value, for'
+  ' other devices, by compiling the step for them: v5p:4x4x4, v5e:2x4, h100:8.',
 )
 _PLAN_MFU = flags.DEFINE_float(
-  'plan_mfu', 0.4, 'Share of the peak FLOP/s that --plan takes for granted.'
+  'plan_mfu',
+  0.4,
+  'Model FLOP/s utilization (MFU) that --plan assumes, a share of the peak.',
 )
 _PRICE_PER_DEVICE_HOUR = flags.DEFINE_float(
-  'price_per_device_hour', 0.0, 'What --plan counts a device-hour as.'
+  'price_per_device_hour',
+  0.0,
+  'Price of one device for one hour, for the cost in --plan. 0: no cost.',
 )
 
 
 def main(argv: list[str]) -> int:
-  """Runs what the flags say; errors of the user's are one line."""
+  """Trains or plans; prints an error of the user as one line."""
   if len(argv) > 1:
     raise app.UsageError(
       f'got arguments {argv[1:]}, expected flags only, each with its value'
@@ -105,18 +120,17 @@ def main(argv: list[str]) -> int:
       'got no --config or no --workdir, expected both, as in --config='
       'experiments/quickstart.py --workdir=runs/quickstart'
     )
-  # Orbax reports and warns at length about saves that went well,
+  # Orbax logs many lines about saves that went well.
   logging.set_verbosity(logging.ERROR)
-  # Not at the top: --help and a mistyped flag should not wait for jax.
+  # Imported here: --help and a mistyped flag should not wait for jax.
   import rich.console
 
   from hardware import host_memory
   from parallel import processes
-  from training import loop, run
-  from training.checkpoints import saving
-  from training.reporting import goodput
+  from training import run
+  from training.reporting import goodput, library_logs, reporter
 
-  saving.quiet_libraries()  # and those that did not
+  library_logs.quiet()
   host_memory.reuse_freed_memory()
   _join_processes()
   try:
@@ -128,11 +142,11 @@ def main(argv: list[str]) -> int:
     )
   except (ValueError, FileNotFoundError) as error:
     return _failed(error, exit_codes.USER_ERROR)
-  except loop.NonFiniteError as error:
+  except reporter.NonFiniteError as error:
     return _failed(error, exit_codes.NON_FINITE)
   except (
     processes.PeerError,
-    saving.SaveError,
+    disk.SaveError,
     locks.InUseError,
   ) as error:
     return _failed(error, exit_codes.TRY_AGAIN)
@@ -140,13 +154,13 @@ def main(argv: list[str]) -> int:
 
 
 def _failed(error: Exception, code: int) -> int:
-  """Tells of an error in one line, and by which of the processes."""
+  """Prints an error in one line, with the process that has it."""
   print(f'{_who()}error: {error}', file=sys.stderr)
   return code
 
 
 def _plan(target: str) -> int:
-  """Prints what the run would take."""
+  """Prints the memory, time and cost of the run."""
   from training.planning import plan, remedy
 
   try:
@@ -163,7 +177,7 @@ def _plan(target: str) -> int:
 
 
 def _join_processes() -> None:
-  """Becomes one of several processes, if flags or environment say so."""
+  """Joins the other processes of the run, if flags or environment say so."""
   from parallel import processes
 
   try:
@@ -181,7 +195,7 @@ def _join_processes() -> None:
 
 
 def _who() -> str:
-  """Says which of several processes speaks."""
+  """Returns a prefix that names this process, if there are several."""
   from parallel import processes
 
   return f'process {processes.index()}: ' if processes.count() > 1 else ''
@@ -189,7 +203,8 @@ def _who() -> str:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   argv = targets.with_default(argv)
-  # The file of an experiment imports jax, which reads its environment once.
+  # Before the flags are parsed: the file of the experiment imports jax, which
+  # reads its environment once.
   targets.prepare_for(targets.value_in(argv))
   try:
     return flags_lib.parse(argv)
@@ -198,7 +213,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
-  """Returns what runs the command line as a child, if that is asked for."""
+  """Returns a supervisor of this command line if --max_restarts is given."""
   values = flags.FlagValues()
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_integer(_MAX_RESTARTS.name, 0, '', 0, flag_values=values)
@@ -206,7 +221,7 @@ def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
   try:
     rest = values(argv, known_only=True)
   except flags.Error:
-    return None  # to be told of by the parser of all flags
+    return None  # the parser of all flags reports the error
   if not values.max_restarts or not values.workdir:
     return None
   return supervisor.Supervisor(
@@ -217,14 +232,14 @@ def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
 
 
 def _run() -> None:
-  """Supervises or trains; exits with a code of `lifecycle/exit_codes.py`."""
+  """Supervises or trains; exits as in `training/lifecycle/exit_codes.py`."""
   if supervising := _supervisor(sys.argv):
     sys.exit(supervising.run())
   supervisor.die_with_supervisor()
   try:
     app.run(main, flags_parser=_parse_flags)
   except Exception:
-    # Python's own code for it is 1, which is for errors of the user's.
+    # Python itself would exit with 1, which means an error of the user.
     traceback.print_exc()
     sys.exit(exit_codes.CRASHED)
 

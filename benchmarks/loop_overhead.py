@@ -36,10 +36,16 @@ import rich.console
 from benchmarks import entry, timing
 from experiments import quickstart
 from hardware import host_memory
-from training import assemble, experiment as experiment_lib, hooks, loop
+from training import (
+  assemble,
+  evaluator,
+  experiment as experiment_lib,
+  loop,
+  run_context,
+  saver,
+)
 from training.checkpoints import checkpoint, workdir as workdir_lib
-from training.lifecycle import interrupt
-from training.reporting import goodput, metrics
+from training.reporting import goodput
 
 # The step number continues from turn to turn and never reaches this end.
 _NO_END = 1_000_000
@@ -95,36 +101,29 @@ class Looped:
         )
       )
     )
-    self._saved.recover(lambda text: None)
-    log = stack.enter_context(
-      contextlib.closing(metrics.MetricsLog(workdir, first_step=0))
-    )
-    # The progress bar is drawn as on a terminal, which costs more than lines.
-    null = open(os.devnull, 'w')  # noqa: SIM115
-    stack.callback(null.close)
-    terminal = stack.enter_context(
-      metrics.Terminal(
+    resume = self._saved.open()
+    # Drawn as on a terminal: the bar costs more than plain lines.
+    null = stack.enter_context(open(os.devnull, 'w'))  # noqa: SIM115
+    context = stack.enter_context(
+      run_context.opened(
+        experiment,
+        parts,
+        workdir,
         rich.console.Console(file=null, force_terminal=True),
-        num_steps=experiment.num_steps,
+        goodput=self.goodput,
+        resume=resume,
+        last_checkpoint=self._saved.wait,
       )
     )
-    self._reporter = loop.Reporter(
-      log,
-      terminal,
-      self.goodput,
-      learning_rate=parts.learner.schedule,
-      mfu_per_token_rate=1.0,
-      last_checkpoint=self._saved.latest_step,
-    )
-    stack.callback(self._reporter.close)
-    self._keeper = hooks.Keeper(
+    self._reporter = context.reporter
+    self._saver = saver.Saver(
       experiment,
       parts,
-      self._saved,
-      checkpoint.Progress(),
-      self._reporter,
-      interrupt.Interrupt(),
-      hooks.Outlets(log, terminal),
+      context,
+      saved=self._saved,
+      evaluator=evaluator.Evaluator(experiment, parts, context),
+      before=checkpoint.Progress(),
+      first_step=resume.step,
     )
 
   def take(self, num_steps: int, train_step: Any = None) -> float:
@@ -142,7 +141,7 @@ class Looped:
       report_every=self._experiment.log_every_steps,
       hooks=[
         loop.Hook(
-          self._experiment.checkpoint.every_steps, self._keeper.save, 'save'
+          self._experiment.checkpoint.every_steps, self._saver.save, 'save'
         )
       ],
       should_stop=lambda step: step == last,
@@ -192,7 +191,7 @@ def bare_turn(parts: assemble.Parts) -> timing.Turn:
 def measure(
   name: str, experiment: experiment_lib.Experiment, rounds: int
 ) -> dict[str, Any]:
-  """Measures one model; returns everything that `report` prints."""
+  """Measures one model; returns the values that `report` prints."""
   with contextlib.ExitStack() as stack:
     workdir = pathlib.Path(
       stack.enter_context(tempfile.TemporaryDirectory(prefix='loop_overhead_'))

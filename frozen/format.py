@@ -1,16 +1,15 @@
 """The frozen directory: the only thing that crosses from life one to life two.
 
     manifest.json         config, digests, lineage, cost (`frozen.manifest`)
-    params/               the weights, as orbax wrote them
-    tokenizer/            what `text.tokenizer.load` reads
+    params/               the weights, written by orbax
+    tokenizer/            read by `text.tokenizer.load`
     chat_template.jinja   empty: the default transcript of `text.chat`
-    generation.json       recommended settings
+    generation.json       recommended sampling settings
 
-A promise, tested by breaking things on purpose: a directory that `read` accepts
-is byte for byte what `write` was given. Every file is listed with its SHA-256,
-and the weights have a digest of their own that does not depend on how they are
-stored. A directory appears whole or not at all: it is written beside its place,
-in a hidden directory, and renamed.
+The promise, tested by damage on purpose: a directory that `read` accepts is
+byte for byte what `write` was given. The manifest lists every file with its
+SHA-256. The weights also have a digest of their own, which does not depend on
+how they are stored. A directory appears whole or not at all (`storage.atomic`).
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ Params = Any  # variables of `models.transformer.Transformer`
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-  """A frozen directory, read and verified."""
+  """The contents of a frozen directory, verified."""
 
   directory: pathlib.Path
   manifest: manifest_lib.Manifest
@@ -48,9 +47,10 @@ class Frozen:
 
 
 def checkpointer() -> ocp.StandardCheckpointer:
-  """Returns orbax for this process alone, however many others there are.
+  """Returns a checkpointer of orbax that waits for no other process.
 
-  A frozen directory is written by one of them, and read by each for itself.
+  In a run of several processes, one process writes a frozen directory, and each
+  process reads it for itself.
   """
   return ocp.StandardCheckpointer(multiprocessing_options=_alone())
 
@@ -67,9 +67,9 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 def weights_digest(params: Params) -> str:
   """Returns SHA-256 (hex) over names, dtypes, shapes and values.
 
-  Canonical: leaves by sorted path, values as C-ordered bytes in the machine's
-  order (little-endian wherever JAX runs). It is the same for the same weights
-  wherever and however they are stored.
+  Leaves are sorted by path. Values are C-ordered bytes in the byte order of the
+  machine, which is little-endian wherever JAX runs. So equal weights have equal
+  digests, however they are stored.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(leaves_by_path(params).items()):
@@ -91,27 +91,27 @@ def write(
   chat_template: str = '',
   overwrite: bool = False,
 ) -> manifest_lib.Manifest:
-  """Writes a frozen directory; whatever fails, what was there stays.
+  """Writes a frozen directory; a failure leaves `directory` unchanged.
 
   Args:
-    directory: where; its parent is created.
+    directory: to write. Its parent is created.
     params: serving params, all of `dtype`; arrays of jax or numpy.
-    config: what they are params of.
+    config: of the model.
     dtype: of the weights.
-    provenance: where they come from.
-    tokenizer_dir: copied.
+    provenance: origin of the weights.
+    tokenizer_dir: copied into the directory.
     generation: recommended sampling settings, JSON values.
     chat_template: Jinja source.
-    overwrite: replace a frozen directory that holds other weights.
+    overwrite: replace a frozen directory with other weights.
 
   Raises:
-    ValueError: `params` are not those of `config`, or `directory` exists and
-      holds something else.
+    ValueError: `params` do not fit `config`, or `directory` exists and has
+      other contents.
   """
   target = pathlib.Path(directory).resolve()
   _check_params(params, abstract_params(config, dtype), 'params')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    # While the disk is written to, a core has time for it.
+    # In a thread: writing to the disk leaves a core free.
     digest = pool.submit(weights_digest, params)
     _check_replaceable(target, digest.result, overwrite)
     with atomic.new_directory(target) as partial:
@@ -139,15 +139,15 @@ def write(
 def read(
   directory: str | os.PathLike, *, sharding: jax.sharding.Sharding | None = None
 ) -> Frozen:
-  """Reads a frozen directory, verifying every digest.
+  """Reads a frozen directory and verifies every digest.
 
   Args:
-    directory: what `write` wrote.
-    sharding: where the weights go; the first device if None.
+    directory: written by `write`.
+    sharding: of the weights; None: all on the first device.
 
   Raises:
     FileNotFoundError: there is no frozen directory, or a file is missing.
-    ValueError: something is not what was written.
+    ValueError: a file differs from what was written.
   """
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
@@ -173,7 +173,7 @@ def read(
 
 
 def leaves_by_path(params: Params) -> dict[str, Any]:
-  """Returns the leaves by path, 'params/layer_0/mlp/up/kernel'."""
+  """Returns the leaves by path, such as 'params/layer_0/mlp/up/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {
     '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
@@ -184,7 +184,7 @@ def leaves_by_path(params: Params) -> dict[str, Any]:
 def abstract_params(
   config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
-  """Returns the shapes of the variables of a model, all of one dtype."""
+  """Returns the shapes of a model's variables, all of one dtype."""
   model = transformer.Transformer(config=config)
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
   return jax.tree.map(
@@ -194,7 +194,10 @@ def abstract_params(
 
 
 def read_config(directory: str | os.PathLike) -> model_config.ModelConfig:
-  """Returns the model of a frozen directory; verifies the manifest alone."""
+  """Returns the model config of a frozen directory.
+
+  Verifies the manifest, and no other file.
+  """
   directory = pathlib.Path(directory).absolute()
   return _config_of(directory, manifest_lib.read(directory))
 
@@ -207,23 +210,23 @@ def _config_of(directory: pathlib.Path, manifest) -> model_config.ModelConfig:
 
 
 def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the recommended settings of a frozen directory, unverified."""
+  """Returns the recommended settings of a frozen directory, not verified."""
   path = pathlib.Path(directory) / layout.GENERATION
   return json.loads(path.read_text('utf-8'))
 
 
 def _save(path: pathlib.Path, params: Params) -> None:
-  """Writes the weights; while it does, they are there once.
+  """Writes the weights with one copy of them in memory.
 
-  What orbax does by default takes them three times: it copies arrays of numpy,
-  to write them while others go on, and holds what it compresses, all at once.
+  The defaults of orbax take three times the weights: it copies numpy arrays
+  before it writes them, and it keeps all compressed data at once.
   """
   params = jax.tree.map(np.asarray, params)
   options = _alone()
   if jax.process_count() == 1:
-    # Of one process among several, orbax takes jax arrays for a mistake.
+    # With several processes, orbax refuses jax arrays of one process.
     cpu = jax.local_devices(backend='cpu')[0]
-    params = jax.device_put(params, cpu)  # where aligned, the same memory
+    params = jax.device_put(params, cpu)  # no copy if the memory is aligned
   handler = ocp.PyTreeCheckpointHandler(
     save_concurrent_gb=1,
     use_compression=False,
@@ -253,8 +256,8 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
 def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
   target = abstract_params(config, dtype, sharding)
   with checkpointer() as reader:
-    # Orbax casts silently to the dtype asked for, and answers a wrong shape
-    # with pages of noise: compare first.
+    # Compared first: orbax casts to the wanted dtype and says nothing, and its
+    # error for a wrong shape is pages long.
     stored = reader.metadata(path).item_metadata.tree
     _check_params(stored, target, path)
     return reader.restore(path, target)
@@ -263,7 +266,7 @@ def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
 def _check_replaceable(
   target: pathlib.Path, digest: Callable[[], str], overwrite: bool
 ) -> None:
-  """Raises ValueError if writing to `target` would lose something."""
+  """Raises ValueError if a write to `target` would lose other contents."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
   if not (target / layout.MANIFEST).is_file():

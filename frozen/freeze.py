@@ -26,7 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from checks import expect
-from frozen import format as frozen_format, manifest as manifest_lib, seals
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  run_record,
+  seals,
+)
 from models import layout, model_config
 from storage import layout as storage_layout
 
@@ -144,7 +149,7 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
       f'{path}: got no such file, expected the --workdir of a training run;'
       ' train one with `python train.py --workdir=...`'
     )
-  run = json.loads(path.read_text(encoding='utf-8'))
+  run = run_record.read(workdir)
   if missing := _RUN_FIELDS - run.keys():
     raise ValueError(
       f'{path}: got no {", ".join(sorted(missing))}, expected all of'

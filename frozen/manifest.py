@@ -1,8 +1,9 @@
-"""manifest.json: what a frozen directory is, where it comes from, its digests.
+"""manifest.json: config, origin and digests of a frozen directory.
 
-Written by `frozen.format.write`, read before anything else of the directory.
-It lists every other file with its SHA-256 and carries a digest of itself, so
-that neither a weight nor, say, the rotary base can change unnoticed.
+`frozen.format.write` writes the manifest. It is read before any other file of
+the directory. It lists every other file with its SHA-256, and has a digest of
+itself. So a changed weight is noticed, and also a changed field of the model,
+such as the base of the rotary embedding.
 """
 
 import dataclasses
@@ -14,15 +15,16 @@ from typing import Any
 from storage import atomic, digests, layout
 
 FORMAT_VERSION = 1
-# Of a run, to be frozen; auto: the average where the run keeps one.
+# Weights of a run that can be frozen. auto: the average if the run keeps one,
+# else raw.
 WEIGHTS = ('auto', 'raw', 'average')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-  """Where weights come from; nothing of it is inferred from a path."""
+  """The origin of weights; no field is inferred from a path."""
 
-  experiment: str  # what was run
+  experiment: str  # name
   code_commit: str  # '' if unknown
   step: int  # optimizer steps
   tokens_seen: int  # trained tokens
@@ -30,10 +32,10 @@ class Provenance:
   train_seconds: float  # wall clock of the training
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
   knowledge_cutoff: str  # date of the newest text, '' if unknown
-  weights: str  # of the run, that are frozen: raw | average
+  weights: str  # which weights of the run are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
-  # Of weights that were trained elsewhere: format, family, source, revision.
+  # Imported weights only: format, family, source, revision.
   origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -46,13 +48,17 @@ class Manifest(Provenance):
   dtype: str  # of the weights and of the computation
   quantization: dict[str, Any]  # {'kind': 'none'}
   num_params: int
-  weights_digest: str  # by frozen.format.weights_digest
+  weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
 
 
 def sign(**fields: Any) -> Manifest:
-  """Returns the manifest of `fields`, all but the version and the digest."""
+  """Returns a manifest with its version and digest.
+
+  Args:
+    **fields: all other fields of `Manifest`.
+  """
   fields['format_version'] = FORMAT_VERSION
   return Manifest(**fields, manifest_digest=digests.of_json(fields))
 
@@ -64,11 +70,11 @@ def write(directory: pathlib.Path, manifest: Manifest) -> None:
 
 
 def read(directory: pathlib.Path) -> Manifest:
-  """Reads and verifies the manifest alone: no weights, no other file.
+  """Reads and verifies the manifest, and no other file.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is damaged, altered, or of another format.
+    FileNotFoundError: there is no manifest.
+    ValueError: it is damaged, altered, or of another format version.
   """
   path = directory / layout.MANIFEST
   if not path.is_file():
@@ -90,7 +96,7 @@ def read(directory: pathlib.Path) -> Manifest:
       ' use the code that wrote it, or freeze again with this code'
     )
   known = {field.name for field in dataclasses.fields(Manifest)}
-  # Directories were frozen before there was an `origin`.
+  # Older directories have no `origin`.
   if set(fields) not in (known, known - {'origin'}):
     raise ValueError(
       f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
@@ -116,7 +122,7 @@ def file_digests(directory: pathlib.Path) -> dict[str, str]:
 
 
 def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
-  """Compares the files of `directory` with those that the manifest lists.
+  """Compares the files of a directory with the list in its manifest.
 
   Raises:
     FileNotFoundError: one is missing.

@@ -1,16 +1,17 @@
-"""The seal of a checkpoint: what makes it one, and shows that it is whole.
+"""The seal of a checkpoint: a signed list of its files and their digests.
 
-    WORKDIR/checkpoints/STEP/seal.json     this file's
-    WORKDIR/checkpoints/STEP/...           what it lists, with sizes and SHA-256
-    WORKDIR/checkpoints/STEP.partial/      being written; nothing until renamed
+    WORKDIR/checkpoints/STEP/seal.json     the seal
+    WORKDIR/checkpoints/STEP/...           the files that it lists
+    WORKDIR/checkpoints/STEP.partial/      being written; not a checkpoint yet
     WORKDIR/checkpoints/STEP.deleted/      being deleted
-    WORKDIR/checkpoints/damaged-STEP-N/    found damaged, moved aside
+    WORKDIR/checkpoints/damaged-STEP-N/    found damaged, and set aside
 
-Training seals a directory when all of it is on disk, and only then renames it
-to the number of its step: a checkpoint exists once it is sealed. Whoever reads
-one verifies it first (`problems`), so that a file that was truncated, altered
-in one bit, added or lost is named instead of trained on. The seal says whose
-checkpoint it is, too, and signs itself.
+Training seals a directory when all of its files are on disk. Then it renames
+the directory to the number of its step. So every checkpoint has a seal.
+
+A reader verifies the checkpoint first (`problems`). A file that was truncated,
+altered in one bit, added or lost is named, and nothing is trained on it. The
+seal also says which run the checkpoint belongs to, and has a digest of itself.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from typing import Any
 from storage import atomic, digests, layout
 
 FORMAT_VERSION = 1
-# Left by a kill in earlier versions of this code.
+# Written by earlier versions of this code, and left there by a kill.
 _OLD_LEFTOVER = 'seal.tmp'
 
 
@@ -34,18 +35,26 @@ class Seal:
   step: int
   identity: dict[str, Any]  # of the run, see `identity`
   leaves: dict[str, dict[str, str]]  # item -> path -> 'float32[2, 3]'
-  libraries: dict[str, str]  # what wrote it -> version
-  eval_loss: float | None  # validation loss of this very step
-  evaluation_owed: bool  # due at this step, and cut short by a signal
+  libraries: dict[str, str]  # name -> version, of the writer
+  eval_loss: float | None  # validation loss of this step
+  evaluation_owed: bool  # the evaluation of this step was cut short by a signal
   files: dict[str, digests.Entry]  # by relative path; JSON: [bytes, SHA-256]
 
 
 class DamagedError(ValueError):
-  """A checkpoint that is not what was written."""
+  """A checkpoint that differs from what was written."""
+
+
+class VersionError(ValueError):
+  """A checkpoint of another version of the format."""
 
 
 def identity(run: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what decides the meaning of the weights, from a run.json."""
+  """Returns the fields of a run.json that decide what its weights mean.
+
+  They are the name, the seed, the model and the tokenizer. A run may resume
+  only from a checkpoint with the same identity.
+  """
   config = run.get('config', {})
   flat = {'experiment': run['experiment'], 'seed': config.get('seed')}
   for prefix, fields in (
@@ -57,7 +66,7 @@ def identity(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-  """Returns the first field that differs, in words; empty if none does."""
+  """Returns the first field that differs, in words; '' if none does."""
   for name in sorted(got.keys() | expected.keys()):
     if got.get(name) != expected.get(name):
       return f'got {name} = {got.get(name)!r}, expected {expected.get(name)!r}'
@@ -65,17 +74,17 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 def steps(root: pathlib.Path) -> list[int]:
-  """Returns the steps that have a checkpoint, ascending; damaged ones, too."""
+  """Returns the steps that have a checkpoint, ascending; not verified."""
   return sorted(int(p.name) for p in root.glob('*') if p.name.isdecimal())
 
 
 def set_aside(root: pathlib.Path) -> list[str]:
-  """Returns the names of checkpoints that were found damaged before."""
+  """Returns the names of checkpoints that were found damaged earlier."""
   return sorted(path.name for path in root.glob(f'{layout.DAMAGED}*'))
 
 
 def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
-  """Renames a damaged checkpoint, and returns its new place."""
+  """Renames a damaged checkpoint; returns its new path."""
   i = 0
   while (place := root / f'{layout.DAMAGED}{step}-{i}').exists():
     i += 1
@@ -84,7 +93,7 @@ def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def remove_unfinished(root: pathlib.Path) -> None:
-  """Deletes what a kill left of a save, or of a deletion."""
+  """Deletes what killed processes left of saves and deletions."""
   for suffix in (layout.PARTIAL, layout.DELETED):
     for path in root.glob(f'*{suffix}'):
       shutil.rmtree(path, ignore_errors=True)
@@ -100,27 +109,31 @@ def file_names(directory: pathlib.Path) -> list[str]:
 
 
 def write(directory: pathlib.Path, seal: Seal) -> None:
-  """Writes the seal; all of it is on disk when this returns, or nothing."""
+  """Writes the seal atomically, see `storage.atomic`."""
   text = _text(dataclasses.asdict(seal))
   atomic.write_text(directory / layout.SEAL, text)
 
 
 def read(directory: pathlib.Path) -> Seal:
-  """Reads the seal alone, none of the files that it lists.
+  """Returns the seal of a checkpoint; reads none of the files that it lists.
 
   Raises:
-    DamagedError: there is none, or it is not what was written.
+    DamagedError: there is no seal, or it is damaged.
+    VersionError: the seal is whole, and of another version of the format.
   """
   path = directory / layout.SEAL
   try:
     text = path.read_text(encoding='utf-8')
     fields = json.loads(text)
-    version = fields.pop('format_version')
-    if version != FORMAT_VERSION:
-      raise DamagedError(
-        f'{path}: got format version {version!r}, expected {FORMAT_VERSION}'
-      )
     signature = fields.pop('seal_digest')
+    # A digest that matches shows that the version is not a damaged bit.
+    is_whole = digests.of_json(fields) == signature
+    version = fields.pop('format_version')
+    if is_whole and version != FORMAT_VERSION:
+      raise VersionError(
+        f'{path}: got format version {version!r}, expected {FORMAT_VERSION};'
+        ' use the code that wrote the checkpoint'
+      )
     entries = fields.pop('files').items()
     files = {name: digests.Entry(*entry) for name, entry in entries}
     seal = Seal(**fields, files=files)
@@ -129,13 +142,14 @@ def read(directory: pathlib.Path) -> Seal:
       f'{path}: got no such file, expected a seal: the checkpoint was never'
       ' finished, or was half deleted'
     ) from None
-  except DamagedError:
+  except VersionError:
     raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise DamagedError(
       f'{path}: got a file that cannot be read ({error!r}), expected a seal'
     ) from None
-  # As text: JSON can say one thing in several ways, and a flip may do so.
+  # Compared as text: the same JSON values have several texts, and a damaged
+  # bit may turn one into another.
   expected = _text(dataclasses.asdict(seal))
   if text != expected:
     raise DamagedError(
@@ -148,12 +162,16 @@ def read(directory: pathlib.Path) -> Seal:
 def problems(
   directory: pathlib.Path, seal: Seal, *, part: tuple[int, int] = (0, 1)
 ) -> list[str]:
-  """Compares the files of a checkpoint with its seal; empty if all is well.
+  """Returns how the files of a checkpoint differ from its seal.
 
   Args:
     directory: of the checkpoint.
-    seal: as `read`.
-    part: (i, n): read every n-th file from the i-th on, one of n processes.
+    seal: of the checkpoint.
+    part: (i, n): read every n-th file from the i-th on. The n processes of a
+      run share the reading in this way.
+
+  Returns:
+    A text for each difference.
   """
   wrong = digests.differences(
     directory, file_names(directory), seal.files, listing=layout.SEAL, part=part
@@ -169,21 +187,21 @@ def problems(
 
 
 def lost(seal: Seal) -> list[str]:
-  """Returns what a checkpoint should have, and its seal lists no file of."""
+  """Returns the parts of a checkpoint of which the seal lists no file."""
   items = {name.partition('/')[0] for name in seal.files}
   return sorted({*seal.leaves, layout.PROGRESS} - items)
 
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:
-  """Verifies a checkpoint that is about to be read, and whose it is.
+  """Verifies a checkpoint before it is read.
 
   Args:
     directory: of the checkpoint.
-    run: the contents of run.json beside it.
+    run: the fields of the run.json of the same workdir.
 
   Raises:
-    DamagedError: it is not what was written.
-    ValueError: it is of another run.
+    DamagedError: it is damaged.
+    ValueError: it belongs to another run, or has another version.
   """
   try:
     seal = read(directory)
@@ -200,25 +218,25 @@ def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:
 def check_owner(
   directory: pathlib.Path, seal: Seal, expected: Mapping[str, Any]
 ) -> None:
-  """Refuses a checkpoint that was copied from elsewhere.
+  """Refuses a checkpoint of another run or another step.
 
   Raises:
-    ValueError: names what differs.
+    ValueError: names the field that differs.
   """
   if str(seal.step) != directory.name:
     raise ValueError(
       f'{directory}: got a checkpoint of step {seal.step}, expected that of'
-      f' step {directory.name}; give the directory its name back'
+      f' step {directory.name}; rename the directory'
     )
   if words := difference(seal.identity, expected):
     raise ValueError(
-      f'{directory}: got a checkpoint of another run: {words}; move it out of'
-      ' there'
+      f'{directory}: got a checkpoint of another run: {words}; move it to'
+      ' another directory'
     )
 
 
 def _text(fields: Mapping[str, Any]) -> str:
-  """Returns the text of a seal, the only one for its fields."""
+  """Returns the text of a seal; the same fields always give the same text."""
   fields = {'format_version': FORMAT_VERSION, **fields}
   fields['seal_digest'] = digests.of_json(fields)
   return json.dumps(fields, indent=1, sort_keys=True) + '\n'

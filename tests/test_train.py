@@ -38,8 +38,8 @@ runpy.run_path('train.py', run_name='__main__')
 KILLED = """
 import os, pathlib, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
-from training import loop
-add = loop.Reporter.add
+from training.reporting import reporter as reporter_lib
+add = reporter_lib.Reporter.add
 def add_and_die(reporter, step, step_metrics):
   add(reporter, step, step_metrics)
   mark = pathlib.Path({marks!r}) / str(step)
@@ -47,7 +47,7 @@ def add_and_die(reporter, step, step_metrics):
     mark.touch()
     reporter.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-loop.Reporter.add = add_and_die
+reporter_lib.Reporter.add = add_and_die
 runpy.run_path('train.py', run_name='__main__')
 """
 # The supervisor of a script, as train.py makes it of itself.

@@ -18,13 +18,14 @@ from data import (
   data_config,
   rows as rows_lib,
   sources,
+  vocabulary,
 )
 from data.contamination import overlap
 from evals.tasks import task as task_lib
 from parallel import processes
+from storage import atomic, layout
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
-from training.checkpoints import workdir as workdir_lib
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
 
@@ -116,7 +117,7 @@ def assemble(
   data = experiment.data
   documents = documents or open_documents(experiment)
   mixed = list(zip(data.train_sources(), documents.train, strict=True))
-  tokenizer = workdir_lib.tokenizer(
+  tokenizer = _open_tokenizer(
     workdir, experiment, *((opened, s.weight) for s, opened in mixed)
   )
   open_rows = functools.partial(
@@ -181,3 +182,41 @@ def _overlaps(
   if ngram and processes.is_first():
     for rows in train:
       yield overlap.between_stores(rows.store, held_out.store, ngram)
+
+
+def _open_tokenizer(
+  workdir: pathlib.Path,
+  experiment: experiment_lib.Experiment,
+  *mixed: tuple[sources.Source, float],
+) -> tokenizer_lib.Tokenizer:
+  """Returns the tokenizer of a run: built and saved once, loaded from then on.
+
+  Args:
+    workdir: of the run; the tokenizer is saved there.
+    experiment: describes the tokenizer.
+    *mixed: the training documents, each source with its weight.
+
+  Raises:
+    ValueError: the tokenizer is damaged, or has more tokens than the model has
+      embeddings.
+  """
+  directory = workdir / layout.TOKENIZER
+  with processes.together('tokenizer'):
+    if processes.is_first() and not directory.exists():
+      built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
+      with atomic.new_directory(directory) as partial:
+        built.save(partial)
+  try:
+    loaded = tokenizer_lib.load(directory)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{directory}: got a tokenizer that cannot be read ({error}), expected'
+      ' the one that the run was started with; put a copy there, as the one in'
+      f' {layout.FROZEN}/ is, or use another --workdir'
+    ) from None
+  if loaded.vocab_size > experiment.model.vocab_size:
+    raise ValueError(
+      f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'
+      f" the tokenizer's {loaded.vocab_size}"
+    )
+  return loaded

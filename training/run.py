@@ -1,19 +1,20 @@
-"""One run of life one: open, restore or start, loop, freeze.
+"""One run of life one: open, restore or start, train, freeze.
 
-`train.py` calls `run`. It goes on from where the workdir was left, so the same
-command starts a run, resumes it, and does nothing once it is complete.
+`train.py` calls `run`. It resumes the run in the workdir, so the same command
+starts a run, resumes it, and does nothing once it is complete.
 
-Several processes (`parallel/processes.py`) run the same code side by side. Each
-of them makes every global batch and sends its devices their rows: the order of
-the data, and its position in a checkpoint, are one thing that does not know how
-many processes there are. Text is tokenised once per data directory, by whoever
-comes first (`data/token_store.py`), and rows cost little. The first process
-writes what is written once, and tells the user; errors are told by whoever has
-them.
+A run may have several processes (`parallel/processes.py`), which execute the
+same code. Each process makes every global batch and sends its devices their
+rows. So the order of the data, and the position in it that a checkpoint holds,
+do not depend on the number of processes. Making rows is cheap, because text is
+tokenised once per data directory (`data/token_store.py`). The first process
+writes the workdir and prints for the user. An error is printed by the process
+that has it.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -22,32 +23,28 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
-from storage import layout
+from storage import disk, layout
 from training import (
   assemble,
+  evaluator as evaluator_lib,
   experiment as experiment_lib,
   frozen_models,
-  hooks,
   loop,
+  run_context,
+  saver as saver_lib,
 )
-from training.checkpoints import (
-  checkpoint,
-  init_from,
-  saving,
-  workdir as workdir_lib,
-)
+from training.checkpoints import checkpoint, init_from, workdir as workdir_lib
 from training.diagnosis import diagnose
-from training.lifecycle import interrupt
 from training.optimizer import average
-from training.reporting import goodput as goodput_lib, metrics, summary
+from training.reporting import goodput as goodput_lib, reporter, summary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """What a run came to."""
+  """The end of one start of a run."""
 
-  step: int  # the last one taken
-  exit_code: int  # 0, or 128 + the signal that stopped it
+  step: int  # the last step that was taken
+  exit_code: int  # 0, or 128 + the signal that stopped the run
 
 
 def run(
@@ -57,21 +54,22 @@ def run(
   *,
   seconds_before: float = 0.0,
 ) -> Result:
-  """Trains to the experiment's last step, then freezes.
+  """Trains to the last step of an experiment, then freezes.
 
   Args:
     experiment: what to run.
-    workdir: where everything is written; what is there is gone on with.
-    console: where the user is told.
-    seconds_before: how long the process has been running for this.
+    workdir: receives all files of the run. A run in it is resumed.
+    console: shows the progress to the user.
+    seconds_before: age of the process when this is called.
 
   Raises:
     ValueError, FileNotFoundError: the experiment, the workdir or the data
       cannot be used; nothing was changed.
-    loop.NonFiniteError: a loss was not finite.
-    processes.PeerError: another process failed, and this one did not.
-    saving.SaveError: the last step, or what is frozen, cannot be written.
-    locks.InUseError: another run writes there.
+    reporter.NonFiniteError: a loss was not finite.
+    processes.PeerError: another process of the run failed.
+    disk.SaveError: the last checkpoint or the frozen directory cannot be
+      written.
+    locks.InUseError: another run writes into the workdir.
   """
   processes.check_same(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
@@ -82,45 +80,43 @@ def run(
   saved = checkpoint.Checkpoints(
     workdir, experiment.checkpoint, workdir_lib.identity(experiment)
   )
-  step = _complete_step(experiment, workdir, saved, console)
+  say = functools.partial(summary.say, console)
+  step = _complete_step(experiment, workdir, saved.peek(), console)
   if step is not None:
     return Result(step=step, exit_code=0)
   with contextlib.ExitStack() as stack:
-    with processes.together('workdir'), saving.writing(workdir):
+    with processes.together('workdir'), disk.writing(workdir):
       if processes.is_first():
-        stack.enter_context(
-          workdir_lib.held(workdir, lambda text: summary.say(console, text))
-        )
+        stack.enter_context(workdir_lib.held(workdir, say))
     workdir_lib.check_shared(workdir)
     stack.enter_context(contextlib.closing(saved))
-    saved.recover(lambda text: summary.say(console, text))
-    step = saved.latest_step() or 0
+    resume = saved.open(say)
     goodput = goodput_lib.Goodput(
       workdir if processes.is_first() else None,
-      first_step=step,
+      first_step=resume.step,
       seconds_before=seconds_before,
     )
-    result = Result(step=step, exit_code=0)
-    if step < experiment.num_steps or saved.evaluation_owed:
-      result = _train(experiment, workdir, console, saved, goodput)
+    result = Result(step=resume.step, exit_code=0)
+    if resume.step < experiment.num_steps or resume.evaluation_owed:
+      result = _train(experiment, workdir, console, saved, resume, goodput)
     if experiment.freeze.enabled and not result.exit_code:
       with goodput.during('freeze'), processes.together('freezing'):
         if processes.is_first():
           _freeze(experiment, workdir, result.step, console)
     goodput.write()
-  summary.say(console, goodput_lib.report(goodput.life()))
+  say(goodput_lib.report(goodput.life()))
   return result
 
 
-def _complete_step(experiment, workdir, saved, console) -> int | None:
-  """Returns the step of a run that has nothing left to do; tells of it."""
-  frozen = workdir / layout.FROZEN
-  step = saved.newest_step() or 0
-  is_trained = step >= experiment.num_steps and not saved.newest_owes()
+def _complete_step(experiment, workdir, resume, console) -> int | None:
+  """Returns the last step if the run is complete, and says so; else None."""
+  frozen, step = workdir / layout.FROZEN, resume.step
+  is_trained = step >= experiment.num_steps and not resume.evaluation_owed
   why_not = ''
   if is_trained and experiment.freeze.enabled and processes.is_first():
     why_not = _unlike(frozen, step, experiment)
-  # As the first sees it: a network file system may show others less.
+  # As the first process sees them: on a network file system, another process
+  # may see older files.
   is_complete, is_trained, step = processes.gather(
     is_trained and not why_not, is_trained, step
   )[0].tolist()
@@ -141,7 +137,11 @@ def _complete_step(experiment, workdir, saved, console) -> int | None:
 def _unlike(
   frozen: pathlib.Path, step: int, experiment: experiment_lib.Experiment
 ) -> str:
-  """Says how a frozen directory is not what a run would hand over now."""
+  """Returns how a frozen directory differs from what a run would freeze now.
+
+  Returns:
+    The first difference in words; '' if there is none.
+  """
   if not frozen.exists():
     return f'nothing is in {frozen}'
   try:
@@ -170,8 +170,9 @@ def _unlike(
 
 
 def _freeze(experiment, workdir, step, console) -> None:
+  """Freezes a step into the workdir."""
   frozen = workdir / layout.FROZEN
-  with saving.writing(frozen, saved=f'step {step} is saved'):
+  with disk.writing(frozen, saved=f'step {step} is saved'):
     manifest = freeze.freeze_checkpoint(
       workdir,
       step=step,
@@ -182,116 +183,98 @@ def _freeze(experiment, workdir, step, console) -> None:
         'temperature': experiment.freeze.temperature,
         'max_tokens': experiment.freeze.max_tokens,
       },
-      # The run's own hand-off: a longer run replaces that of a shorter one.
+      # The directory belongs to this run. A longer run replaces it.
       overwrite=True,
     )
   summary.show_manifest(frozen, manifest, console)
 
 
-def _train(experiment, workdir, console, saved, goodput) -> Result:
+def _train(experiment, workdir, console, saved, resume, goodput) -> Result:
+  """Trains from a checkpoint to the last step, or to a signal."""
+  parts, state, progress = _begin(
+    experiment, workdir, console, saved, resume, goodput
+  )
+  with (
+    goodput.written(),
+    contextlib.closing(parts.batches),
+    run_context.opened(
+      experiment,
+      parts,
+      workdir,
+      console,
+      goodput=goodput,
+      resume=resume,
+      last_checkpoint=saved.wait,
+    ) as context,
+  ):
+    evaluator = evaluator_lib.Evaluator(experiment, parts, context)
+    saver = saver_lib.Saver(
+      experiment,
+      parts,
+      context,
+      saved=saved,
+      evaluator=evaluator,
+      before=progress,
+      first_step=resume.step,
+    )
+    with contextlib.closing(saver):
+      state = _take_steps(
+        experiment, parts, context, saved, resume, (evaluator, saver), state
+      )
+      goodput.enter('end')
+      with goodput.during('save'):
+        saver.finish(state)
+  step = saved.wait()
+  if processes.is_first():
+    summary.summarise(workdir, step, context.stop, console)
+    summary.say_epochs(parts.batches.epochs(step or 0), console)
+  return Result(step=step or 0, exit_code=context.stop.exit_code)
+
+
+def _begin(experiment, workdir, console, saved, resume, goodput):
+  """Returns the parts of the run, its state and its progress; records it."""
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
-  first_step = saved.latest_step() or 0
-  if first_step:
+  if resume.step:
     frozen_models.check_lineage(
       experiment.objective, workdir_lib.recorded_lineage(workdir)
     )
   try:
-    state, progress = _start_or_restore(experiment, parts, saved, goodput)
+    state, progress = _start_or_restore(
+      experiment, parts, saved, goodput, resume.step
+    )
   except checkpoint.MismatchError as error:
     raise ValueError(_explained(error, workdir, changes)) from None
-  # Only now: a run that cannot begin changes nothing.
-  _record(experiment, workdir, parts, first_step, console)
-  summary.describe(experiment, parts, first_step, console)
-  if first_step and changes:
+  # Recorded only now: a run that cannot begin changes nothing.
+  _record(experiment, workdir, parts, resume.step, console)
+  summary.describe(experiment, parts, resume.step, console)
+  if resume.step and changes:
     summary.say(console, 'changed    ' + '\n           '.join(changes))
-  goodput.write()
-  with contextlib.ExitStack() as stack:
-    # An attempt that failed is told of, too.
-    stack.callback(goodput.write)
-    stack.callback(parts.batches.close)
-    log = hooks.WithEpochs(
-      _open_log(workdir, saved, console), parts.batches.epochs
-    )
-    stack.callback(log.close)
-    terminal = stack.enter_context(
-      metrics.Terminal(console, num_steps=experiment.num_steps)
-    )
-    reporter = loop.Reporter(
-      log,
-      terminal,
-      goodput,
-      learning_rate=parts.learner.schedule,
-      mfu_per_token_rate=parts.learner.flops_per_token
-      / parts.learner.peak_flops_per_s(),
-      last_checkpoint=saved.finished_step,
-    )
-    stack.callback(reporter.close)
-    stop = stack.enter_context(
-      interrupt.Interrupt(
-        grace_s=experiment.checkpoint.grace_s, wait_for_steps=reporter.wait
-      )
-    )
-    keeper = hooks.Keeper(
-      experiment,
-      parts,
-      saved,
-      progress,
-      reporter,
-      stop,
-      hooks.Outlets(log, terminal),
-    )
-    # Whatever else goes wrong: a save in flight still has things to tell.
-    stack.callback(saved.wait)
-    train_step = parts.learner.compile_train_step()
-    stack.enter_context(
-      _diagnosing(experiment, parts, saved, goodput, train_step)
-    )
-    if not _is_stopped_in_owed(keeper, saved, state, goodput):
-      state = loop.run(
-        state,
-        parts.batches,
-        train_step,
-        first_step=first_step,
-        num_steps=experiment.num_steps,
-        put_batch=parts.learner.placement.put_batch,
-        reporter=reporter,
-        report_every=experiment.log_every_steps,
-        hooks=_hooks(experiment, keeper),
-        should_stop=stop.after_step,
-      )
-    goodput.enter('end')
-    with goodput.during('save'):
-      keeper.finish(state)
-  step = saved.latest_step()
-  if processes.is_first():
-    summary.summarise(workdir, step, stop, console)
-    summary.say_epochs(parts.batches.epochs(step or 0), console)
-  return Result(step=step, exit_code=stop.exit_code)
+  return parts, state, progress
 
 
 def _assemble(experiment, workdir, console) -> assemble.Parts:
-  """Builds the parts of the run; writes no more than its tokenizer."""
-  # Before anything is written: data that cannot be read leaves no traces.
+  """Builds the parts of the run; writes only its tokenizer."""
+  # Before anything is written: data that cannot be read leaves no files.
   with processes.together('data'):
     documents = assemble.open_documents(experiment)
   with processes.together('workdir'):
     if processes.is_first():
       workdir_lib.prepare(workdir)
-  with saving.writing(f'{workdir} or {experiment.data.data_dir}'):
+  with disk.writing(f'{workdir} or {experiment.data.data_dir}'):
     return assemble.assemble(
       experiment, workdir, lambda text: summary.say(console, text), documents
     )
 
 
 def _record(experiment, workdir, parts, first_step, console) -> None:
-  """Writes what the run is; says what it evaluates on if that is new."""
+  """Writes run.json and data.json; warns if the evaluation data changed."""
   before = workdir_lib.evaluated_before(workdir)
   now = parts.eval_batches.source.store.digest
   with processes.together('run.json'):
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
-      with saving.writing(workdir):
+      with disk.writing(workdir):
         lineage = None if first_step else init_from.lineage(experiment)
         workdir_lib.record(workdir, experiment, phases, lineage)
         workdir_lib.record_data(workdir, parts.describe_data())
@@ -304,7 +287,7 @@ def _record(experiment, workdir, parts, first_step, console) -> None:
 
 
 def _explained(error, workdir, changes) -> str:
-  """Says which values made a state of another structure."""
+  """Returns an error text that names the changed values of the experiment."""
   if not changes:
     return str(error)
   return (
@@ -314,48 +297,54 @@ def _explained(error, workdir, changes) -> str:
   )
 
 
-def _open_log(workdir, saved, console) -> metrics.Log:
-  with processes.together('metrics'):
-    if processes.is_first():
-      return metrics.MetricsLog(
-        workdir,
-        first_step=saved.latest_step() or 0,
-        evaluation_owed=saved.evaluation_owed,
-        tell=lambda text: summary.say(console, text),
-      )
-  return metrics.NoLog()
-
-
-def _is_stopped_in_owed(keeper, saved, state, goodput) -> bool:
-  """Does the evaluation that the last start owes; whether it owes it still."""
-  if not saved.evaluation_owed:
-    return False
-  with goodput.during('evaluate'):
-    return keeper.evaluate_owed(saved.latest_step(), state)
-
-
-def _hooks(experiment, keeper) -> list[loop.Hook]:
-  saving_every = experiment.checkpoint.every_steps
-  return [
-    loop.Hook(experiment.eval_every_steps, keeper.evaluate, 'evaluate'),
-    loop.Hook(saving_every, keeper.save, 'save', when_stopped=True),
-  ]
+def _take_steps(experiment, parts, context, saved, resume, hooks, state):
+  """Repeats an owed evaluation, then takes the steps; returns the state."""
+  evaluator, saver = hooks
+  goodput = context.reporter.goodput
+  train_step = parts.learner.compile_train_step()
+  if resume.evaluation_owed:
+    with goodput.during('evaluate'):
+      if evaluator.evaluate(resume.step, state):
+        return state
+      saver.settle(resume.step)
+  with _diagnosing(experiment, parts, saved, goodput, train_step):
+    return loop.run(
+      state,
+      parts.batches,
+      train_step,
+      first_step=resume.step,
+      num_steps=experiment.num_steps,
+      put_batch=parts.learner.placement.put_batch,
+      reporter=context.reporter,
+      report_every=experiment.log_every_steps,
+      hooks=[
+        # In this order: a checkpoint has the loss of its own step.
+        loop.Hook(experiment.eval_every_steps, evaluator.evaluate, 'evaluate'),
+        loop.Hook(
+          experiment.checkpoint.every_steps,
+          saver.save,
+          'save',
+          when_stopped=True,
+        ),
+      ],
+      should_stop=context.stop.after_step,
+    )
 
 
 @contextlib.contextmanager
 def _diagnosing(experiment, parts, saved, goodput, train_step):
-  """Makes a NonFiniteError say where it comes from: goes back, and looks."""
+  """Adds to a NonFiniteError the tensor that it comes from, by a replay."""
   data_start = parts.batches.get_state()
 
   def restart():
-    saved.wait()
+    step = saved.wait()
     parts.batches.set_state(data_start)
-    state, _ = _start_or_restore(experiment, parts, saved, goodput)
-    return state, saved.latest_step() or 0
+    state, _ = _start_or_restore(experiment, parts, saved, goodput, step)
+    return state, step or 0
 
   try:
     yield
-  except loop.NonFiniteError as error:
+  except reporter.NonFiniteError as error:
     if not experiment.diagnose_non_finite:
       raise
     goodput.enter('end')
@@ -370,9 +359,9 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
     ) from None
 
 
-def _start_or_restore(experiment, parts, saved, goodput):
-  """Returns the placed state and its progress; moves the data along."""
-  if saved.latest_step() is None:
+def _start_or_restore(experiment, parts, saved, goodput, step):
+  """Returns the placed state and its progress; moves the data to `step`."""
+  if not step:
     key = jax.random.key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)

@@ -97,14 +97,13 @@ def _copy(workdir: pathlib.Path, place: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def recover(
   workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None
-) -> checkpoint.Checkpoints:
-  """Opens the checkpoints of a workdir, as a run that goes on does."""
+) -> checkpoint.Resume:
+  """Opens the checkpoints of a workdir, as a run that resumes does."""
   run = json.loads((workdir / 'run.json').read_text())
   saved = checkpoint.Checkpoints(
     workdir, experiment.CheckpointConfig(), seals.identity(run)
   )
-  saved.recover(tell)
-  return saved
+  return saved.open(tell)
 
 
 def try_damage(
@@ -124,9 +123,9 @@ def try_damage(
       freeze.freeze_checkpoint(copy, step=newest, out=copy / 'again')
       wrong.append(f'{path} was frozen')
     told: list[str] = []
-    saved = recover(copy, told.append)
-    if saved.latest_step() != before:
-      wrong.append(f'{path}: went on from {saved.latest_step()}')
+    resume = recover(copy, told.append)
+    if resume.step != before:
+      wrong.append(f'{path}: went on from {resume.step}')
     if not any(str(path) in text for text in told):
       wrong.append(f'{path} was not named: {told}')
     if not any((copy / layout.CHECKPOINTS).glob(f'damaged-{newest}-*')):

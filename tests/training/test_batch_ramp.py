@@ -15,12 +15,11 @@ from tests.helpers import tiny_models
 from training import (
   experiment as experiment_lib,
   learner as learner_lib,
-  loop,
   run as run_lib,
 )
 from training.optimizer import chain
 from training.planning import plan
-from training.reporting import metrics
+from training.reporting import metrics, reporter as reporter_lib
 
 RAMP = ((0, 8), (2, 16))
 NUM_STEPS = 5
@@ -139,13 +138,13 @@ def _killed_after(step, experiment, workdir):
       reporter.flush()
       raise Killed
 
-  real_add = loop.Reporter.add
-  loop.Reporter.add = die
+  real_add = reporter_lib.Reporter.add
+  reporter_lib.Reporter.add = die
   try:
     with pytest.raises(Killed):
       _run(experiment, workdir)
   finally:
-    loop.Reporter.add = real_add
+    reporter_lib.Reporter.add = real_add
 
 
 def test_a_resumed_ramp_is_the_uninterrupted_one(corpus, whole, tmp_path):

@@ -14,18 +14,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
-from storage import layout
+from storage import disk, layout
 from tests.helpers import tiny_models, tiny_run
 from training import (
   assemble,
   experiment as experiment_lib,
-  hooks,
   learner as learner_lib,
-  loop,
   run as run_lib,
+  saver,
 )
-from training.checkpoints import saving, workdir as workdir_lib
-from training.reporting import metrics
+from training.checkpoints import workdir as workdir_lib
+from training.reporting import metrics, reporter as reporter_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -129,13 +128,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
       reporter.flush()  # records of steps 9 and 10 are on disk
       raise Killed
 
-  real_add = loop.Reporter.add
-  loop.Reporter.add = die_at_step_10
+  real_add = reporter_lib.Reporter.add
+  reporter_lib.Reporter.add = die_at_step_10
   try:
     with pytest.raises(Killed):
       _run(_experiment(corpus), tmp_path)
   finally:
-    loop.Reporter.add = real_add
+    reporter_lib.Reporter.add = real_add
   # What a kill in the middle of a line leaves behind.
   with (tmp_path / layout.METRICS).open('a') as file:
     file.write('{"kind": "train", "st')
@@ -203,18 +202,18 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
 
 def test_sigterm_saves_and_leaves(corpus, tmp_path, uninterrupted):
   experiment = _experiment(corpus)
-  real_add = loop.Reporter.add
+  real_add = reporter_lib.Reporter.add
 
   def terminate_at_step_5(reporter, step, step_metrics):
     real_add(reporter, step, step_metrics)
     if step == 5:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  loop.Reporter.add = terminate_at_step_5
+  reporter_lib.Reporter.add = terminate_at_step_5
   try:
     result, printed = _run(experiment, tmp_path)
   finally:
-    loop.Reporter.add = real_add
+    reporter_lib.Reporter.add = real_add
   assert result == run_lib.Result(step=5, exit_code=128 + signal.SIGTERM)
   assert 'stopped by SIGTERM after step 5; saved' in printed
   assert not (tmp_path / 'frozen').exists()
@@ -228,22 +227,22 @@ def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(
   corpus, tmp_path
 ):
   experiment = _experiment(corpus)
-  real_add = loop.Reporter.add
+  real_add = reporter_lib.Reporter.add
 
   def poison_step_6(reporter, step, step_metrics):
     if step == 6:
       step_metrics = {**step_metrics, 'loss': float('nan')}
     real_add(reporter, step, step_metrics)
 
-  loop.Reporter.add = poison_step_6
+  reporter_lib.Reporter.add = poison_step_6
   try:
     with pytest.raises(
-      loop.NonFiniteError,
+      reporter_lib.NonFiniteError,
       match='step 6: got loss = nan, .*last good checkpoint: step 4',
     ):
       _run(experiment, tmp_path)
   finally:
-    loop.Reporter.add = real_add
+    reporter_lib.Reporter.add = real_add
   steps = {int(p.name) for p in (tmp_path / 'checkpoints').glob('[0-9]*')}
   assert steps == {4}
 
@@ -281,7 +280,7 @@ def test_a_run_that_was_killed_before_run_json_can_be_started(corpus, tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'checkpoints').mkdir(parents=True)
   (workdir / '.shared-0a1b2c3d').touch()
-  (workdir / 'run.tmp').write_text('{"experi')
+  (workdir / '.run.json.partial-0a1b2c3d').write_text('{"experi')
   result, _ = _run(_experiment(corpus, num_steps=2), workdir)
   assert result.step == 2
 
@@ -400,7 +399,7 @@ def test_a_longer_run_is_not_complete_until_it_is_frozen_anew(
 def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
   corpus, uninterrupted, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(hooks, '_PAUSES_S', (0.0, 0.0))
+  monkeypatch.setattr(saver, '_PAUSES_S', (0.0, 0.0))
   tried = []
 
   def no_space(directory, seal):
@@ -412,7 +411,7 @@ def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
   write, until = seals.write, None
   monkeypatch.setattr(seals, 'write', no_space)
   with pytest.raises(
-    saving.SaveError,
+    disk.SaveError,
     match='step 12, the last one: got no checkpoint of it, .*from its start',
   ):
     _run(_experiment(corpus), tmp_path)

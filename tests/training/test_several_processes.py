@@ -285,7 +285,7 @@ def test_processes_agree_on_the_checkpoint_before_a_damaged_one(
   file.write_bytes(data)
   outputs = _run(tmp_path / 'run', num_processes=2)
   assert f'step 12 is damaged: {file}: got' in outputs[0]
-  assert 'going on from step 8' in outputs[0]
+  assert 'resuming from step 8' in outputs[0]
   assert _records(tmp_path / 'run') == _records(one_process)
 
 

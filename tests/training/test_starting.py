@@ -11,10 +11,10 @@ import pytest
 
 from data import data_config
 from frozen import format as frozen_format
-from storage import atomic, locks
+from storage import atomic, disk, locks
 from tests.helpers import tiny_run
 from training import experiment
-from training.checkpoints import saving, workdir as workdir_lib
+from training.checkpoints import workdir as workdir_lib
 from training.optimizer import chain, rules
 from training.reporting import goodput
 
@@ -154,9 +154,10 @@ def test_a_complete_run_says_what_it_makes_no_use_of(corpus, copy):
   _, printed = tiny_run.run(
     tiny_run.experiment(corpus, num_steps=3, optimizer=optimizer), copy
   )
-  assert '4 steps are taken, more than the 3 of config.num_steps' in printed
+  assert 'taken 4 steps, more than config.num_steps = 3:' in printed
   assert (
-    'nothing is left to train, so this changes nothing: optimizer.peak_lr: got'
+    'no step is left to take, so these values have no effect: optimizer.peak_lr'
+    ': got'
     ' 0.002'
   ) in printed
   assert 'is complete: step 4' in printed
@@ -237,7 +238,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
 
   monkeypatch.setattr(atomic, 'write_text', no_space)
   with pytest.raises(
-    saving.SaveError,
+    disk.SaveError,
     match=r'run: got .*No space left on device, expected to write there; make'
     ' room, and start again: nothing was changed',
   ):

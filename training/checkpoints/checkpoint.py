@@ -1,18 +1,19 @@
-"""Checkpoints of a run: what it needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if never stopped.
 
-A checkpoint is a directory that is sealed (`frozen/seals.py`). It has an item
-of orbax for each tree of a `TrainState` (params, optimizer state, ...), so that
-freezing reads the weights alone, and progress.json: step, PRNG key, state of
-the data iterator, and what the run has cost so far.
+A checkpoint is a sealed directory (`frozen/seals.py`). It has an orbax item for
+each tree of a `TrainState` (params, optimizer state, ...), so that freezing can
+read the weights alone. progress.json has the step, the PRNG key, the position
+in the data and the cost of the run so far.
 
-`training/checkpoints/saving.py` writes one, in a thread. Here is which there
-are: a run goes on from the newest that is whole, and one that is not is moved
-aside, with a word on what is wrong with which file. A save that fails, in any
-process and for any reason, fails in all of them, and does no harm to other
-checkpoints: nothing is deleted before what replaces it is sealed.
+`training/checkpoints/saving.py` writes a checkpoint in a thread. This module
+decides which checkpoint a run resumes from, and which ones are kept:
 
-What is written does not depend on how many processes there were: any other
-number of them, or of devices, goes on from it.
+- A run resumes from the newest checkpoint that is whole. A damaged one is set
+  aside, and the user is told what is wrong with which file.
+- A save that fails in one process fails in all of them. It does no harm to
+  other checkpoints: nothing is deleted before its replacement is sealed.
+- The contents do not depend on the number of processes: a run may resume with
+  any other number of processes or devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,12 +35,12 @@ from frozen import seals
 from parallel import processes
 from storage import layout
 from training import experiment, state as state_lib
-from training.checkpoints import retention, saving
+from training.checkpoints import saving
 
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-  """What a checkpoint holds besides arrays, as JSON values."""
+  """The part of a checkpoint that is not arrays, as JSON values."""
 
   tokens_seen: int = 0  # targets that were trained on
   training_flops: float = 0.0  # analytic, see models/flops.py
@@ -49,31 +50,31 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-  """How a save ended."""
+  """The result of one save."""
 
   step: int
-  error: str = ''  # empty: it is sealed
-  blocked_seconds: float  # of the loop, with the wait for the one before
-  seconds: float  # from its start until it was sealed, or had failed
+  error: str = ''  # empty: the checkpoint is sealed
+  blocked_seconds: float  # that the loop waited, also for the save before
+  seconds: float  # from the start of the save to its end
   num_bytes: int = 0
+  latest_step: int | None = None  # newest checkpoint after this save
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Extras:
-  """What else `Checkpoints.save` is told."""
+class Resume:
+  """The checkpoint that a run resumes from."""
 
-  eval_loss: float | None = None  # of this very step, if it was evaluated
-  evaluation_owed: bool = False  # it was due, and cut short
-  before_seal: Callable[[], None] = lambda: None  # in the first process
-  done: Callable[[Outcome], None] = lambda outcome: None  # called by a thread
+  step: int = 0  # 0: there is none, the run starts
+  # Its step was due for an evaluation, which a signal cut short.
+  evaluation_owed: bool = False
 
 
 class MismatchError(ValueError):
-  """A checkpoint that holds other arrays than a run has."""
+  """A checkpoint whose arrays are not those of the run."""
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. Of several processes, the same in each."""
+  """The checkpoints of one workdir; the same in every process of a run."""
 
   def __init__(
     self,
@@ -81,64 +82,48 @@ class Checkpoints:
     config: experiment.CheckpointConfig,
     identity: Mapping[str, Any] | None = None,
   ):
-    """Looks, and changes nothing.
+    """Creates the object; reads and changes nothing on disk.
 
     Args:
       workdir: of the run.
-      config: what to keep.
-      identity: of the run, see `seals.identity`; others are refused.
+      config: which checkpoints to keep.
+      identity: of the run, see `seals.identity`. Checkpoints of another run are
+        refused.
     """
     self._root = workdir.absolute() / layout.CHECKPOINTS
     self._config = config
     self._identity = dict(identity or {})
-    self._seals: dict[int, seals.Seal] = {}  # of what can be gone back to
+    self._seals: dict[int, seals.Seal] = {}  # of usable checkpoints, by step
     self._thread: threading.Thread | None = None
     self._channel = processes.Channel('save')
     self._handler = ocp.StandardCheckpointHandler()
 
-  def newest_step(self) -> int | None:
-    """Returns the step of the newest checkpoint, verified or not, or None."""
+  def peek(self) -> Resume:
+    """Returns the newest checkpoint without verifying it; changes nothing."""
     found = seals.steps(self._root)
-    return found[-1] if found else None
-
-  def newest_owes(self) -> bool:
-    """Returns whether the newest one is not all that there is to its step."""
-    step = self.newest_step()
+    if not found:
+      return Resume()
     try:
-      return (
-        step is not None and seals.read(self._root / str(step)).evaluation_owed
-      )
+      seal = seals.read(self._root / str(found[-1]))
     except (seals.DamagedError, OSError):
-      return True
+      # Not verified here: whoever opens the checkpoints finds the damage.
+      return Resume(step=found[-1], evaluation_owed=True)
+    return Resume(step=found[-1], evaluation_owed=seal.evaluation_owed)
 
-  def latest_step(self) -> int | None:
-    """Returns the step of the newest checkpoint to go on from, or None."""
-    return max(self._seals, default=None)
+  def open(self, tell: Callable[[str], None] = lambda text: None) -> Resume:
+    """Returns the newest checkpoint that is whole; sets damaged ones aside.
 
-  def finished_step(self) -> int | None:
-    """Returns the latest step when the save in flight has ended."""
-    self.wait()
-    return self.latest_step()
-
-  @property
-  def evaluation_owed(self) -> bool:
-    """Whether the latest one is of a step whose evaluation was cut short."""
-    step = self.latest_step()
-    return step is not None and self._seals[step].evaluation_owed
-
-  def recover(self, tell: Callable[[str], None] = lambda text: None) -> None:
-    """Finds the newest checkpoint that is whole; moves newer ones aside.
-
-    A collective: processes share the reading, and agree. Changes nothing if it
-    raises.
+    A collective: all processes call it, share the reading, and agree. It
+    changes nothing if it raises.
 
     Args:
-      tell: is told what is wrong with which file, and what was done.
+      tell: receives a line for each damaged checkpoint.
 
     Raises:
-      ValueError: one is of another run, or all of them are damaged.
+      ValueError: a checkpoint belongs to another run, or all are damaged.
     """
-    # As the first sees them: a network file system may show others less.
+    # As the first process sees them: on a network file system, another process
+    # may see older directory contents.
     steps = json.loads(
       self._channel.gather(json.dumps(seals.steps(self._root)))[0]
     )
@@ -158,7 +143,7 @@ class Checkpoints:
           place = seals.move_aside(self._root, step)
       tell(
         f'checkpoint of step {step} is damaged: {wrong}. Moved to {place.name},'
-        f' going on from step {good}'
+        f' resuming from step {good}'
       )
     with processes.together('checkpoints'):
       if processes.is_first():
@@ -166,9 +151,16 @@ class Checkpoints:
       for step in steps:
         if good is not None and step <= good:
           self._remember(step)
+    if good is None:
+      return Resume()
+    return Resume(step=good, evaluation_owed=self._seals[good].evaluation_owed)
 
   def _problems(self, step: int) -> str:
-    """Returns what is wrong with a checkpoint, in all processes the same."""
+    """Returns what is damaged in a checkpoint; the same in all processes.
+
+    Raises:
+      ValueError: the checkpoint belongs to another run, or has another version.
+    """
     directory = self._root / str(step)
     stranger = ''
     try:
@@ -181,6 +173,8 @@ class Checkpoints:
         stranger = str(error)
     except (seals.DamagedError, OSError) as error:
       wrong = str(error)
+    except seals.VersionError as error:
+      wrong, stranger = '', str(error)
     told = [json.loads(t) for t in self._channel.gather(
       json.dumps([wrong, stranger])
     )]  # fmt: skip
@@ -202,30 +196,37 @@ class Checkpoints:
     try:
       self._seals[step] = seals.read(self._root / str(step))
     except seals.DamagedError:
-      # An old one, which nobody asked for: found out if it is ever needed.
+      # An older checkpoint. The damage is reported if the run resumes from it.
       return
 
   def save(
     self,
     state: state_lib.TrainState,
     progress: Progress,
-    extras: Extras | None = None,
+    *,
+    eval_loss: float | None = None,
+    evaluation_owed: bool = False,
+    before_seal: Callable[[], None] = lambda: None,
+    done: Callable[[Outcome], None] = lambda outcome: None,
   ) -> None:
-    """Starts to save; the copy off the device is done when it returns.
+    """Starts a save; the copy off the devices is done when this returns.
 
-    Waits for the save before this one. Never raises for one that fails: see
-    `Extras.done`, and `latest_step` after `wait`.
+    Waits for the save before this one. A save that fails raises nothing here:
+    `done` receives its error.
 
     Args:
       state: whole, see `parallel.placement.Placement.whole`.
       progress: of the same step.
-      extras: what else there is to say.
+      eval_loss: validation loss of this step, if it was evaluated.
+      evaluation_owed: whether an evaluation of this step was cut short.
+      before_seal: called in the first process when all arrays are written. If
+        it raises, the save fails.
+      done: called by the thread of the save with its outcome.
     """
-    extras = extras or Extras()
     entered = time.monotonic()
     self.wait()
     step = int(state.step)
-    if step == self.latest_step():
+    if step == self._latest_step():
       return
     started = time.monotonic()
     save = saving.Save(
@@ -233,9 +234,9 @@ class Checkpoints:
       step=step,
       handler=self._handler,
       channel=self._channel,
-      before_seal=extras.before_seal,
+      before_seal=before_seal,
     )
-    # A failure here is told to the others by the thread.
+    # A failure here reaches the other processes through the thread.
     save.start(_items(state), _progress(state, progress))
     seal = seals.Seal(
       step=step,
@@ -245,8 +246,8 @@ class Checkpoints:
         'jax': jax.__version__,
         'orbax-checkpoint': importlib.metadata.version('orbax-checkpoint'),
       },
-      eval_loss=extras.eval_loss,
-      evaluation_owed=extras.evaluation_owed,
+      eval_loss=eval_loss,
+      evaluation_owed=evaluation_owed,
       files={},
     )
     blocked = time.monotonic() - entered
@@ -262,29 +263,35 @@ class Checkpoints:
       except Exception as error:
         if step not in self._seals:
           outcome = dataclasses.replace(outcome, error=str(error))
-      seconds = time.monotonic() - started
-      extras.done(dataclasses.replace(outcome, seconds=seconds))
+      done(
+        dataclasses.replace(
+          outcome,
+          seconds=time.monotonic() - started,
+          latest_step=self._latest_step(),
+        )
+      )
 
     self._thread = threading.Thread(target=finish, name='save')
     self._thread.start()
 
   def _delete_others(self) -> None:
     losses = {step: seal.eval_loss for step, seal in self._seals.items()}
-    kept = retention.kept(losses, self._config)
-    # Replaced, not changed: the loop may be looking at it.
+    kept = steps_to_keep(losses, self._config)
+    # A new dict: another thread may be reading the old one.
     self._seals = {step: self._seals[step] for step in kept}
     for step in losses.keys() - kept:
       if processes.is_first():
-        # Renamed first: half a directory must not look like a checkpoint.
+        # Renamed first: a half deleted directory must not look like a
+        # checkpoint.
         doomed = self._root / f'{step}{layout.DELETED}'
         (self._root / str(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
   def mark_evaluated(self, step: int, eval_loss: float) -> None:
-    """Adds the loss of an evaluation that a checkpoint still owed.
+    """Adds the loss of an evaluation that the checkpoint still owed.
 
     Raises:
-      OSError: it could not be written; the evaluation stays owed.
+      OSError: the seal could not be written; the evaluation stays owed.
     """
     seal = dataclasses.replace(
       self._seals[step], eval_loss=eval_loss, evaluation_owed=False
@@ -296,24 +303,25 @@ class Checkpoints:
   def restore(
     self, abstract_state: state_lib.TrainState
   ) -> tuple[state_lib.TrainState, Progress]:
-    """Returns the newest state and its progress.
+    """Returns the state and the progress of the newest checkpoint.
 
     Args:
       abstract_state: shapes, dtypes and shardings of a whole state.
 
     Raises:
-      MismatchError: the checkpoint holds other names, shapes or dtypes.
+      MismatchError: the checkpoint has other names, shapes or dtypes.
     """
-    step = self.latest_step()
+    step = self._latest_step()
     assert step is not None, 'nothing to restore'
     seal, directory = self._seals[step], self._root / str(step)
     wanted = _items(abstract_state)
-    # An average that was not kept before begins with the weights of here.
+    # A run that did not average its weights so far starts the average with the
+    # weights of this checkpoint.
     sources = {name: name for name in wanted}
     if 'average' not in seal.leaves:
       sources['average'] = 'params'
     leaves = {name: seal.leaves.get(sources[name], {}) for name in wanted}
-    # Orbax casts to the wanted dtype without a word.
+    # Compared first: orbax casts to the wanted dtype and says nothing.
     _check_leaves(step, leaves, {k: _describe(v) for k, v in wanted.items()})
     restored = {}
     with processes.together('restoring'):
@@ -342,19 +350,49 @@ class Checkpoints:
     )
     return state, Progress(**fields)
 
-  def wait(self) -> None:
-    """Returns when the save that was started has ended, well or not."""
+  def wait(self) -> int | None:
+    """Waits for the save that was started, if any.
+
+    Returns:
+      The step of the newest checkpoint, or None.
+    """
     if self._thread is not None:
       self._thread.join()
       self._thread = None
+    return self._latest_step()
 
   def close(self) -> None:
-    """Waits for the save."""
+    """Waits for the save that was started."""
     self.wait()
+
+  def _latest_step(self) -> int | None:
+    return max(self._seals, default=None)
+
+
+def steps_to_keep(
+  eval_losses: Mapping[int, float | None], config: experiment.CheckpointConfig
+) -> set[int]:
+  """Returns the steps whose checkpoints are kept.
+
+  Args:
+    eval_losses: validation loss by step; None: the step was not evaluated.
+    config: how many of the latest and of the best are kept.
+  """
+  steps = sorted(eval_losses)
+  evaluated = {
+    step: loss for step, loss in eval_losses.items() if loss is not None
+  }
+  # Of equal losses the latest step wins: its checkpoint is kept for resuming
+  # anyway.
+  best = sorted(evaluated, key=lambda step: (evaluated[step], -step))
+  chosen = {*steps[-config.keep_latest :], *best[: config.keep_best]}
+  if config.keep_every_steps:
+    chosen |= {step for step in steps if step % config.keep_every_steps == 0}
+  return chosen
 
 
 def _items(state: state_lib.TrainState) -> dict[str, Any]:
-  """Returns the trees of a state by name; the rest is in progress.json."""
+  """Returns the trees of a state by name; progress.json has the rest."""
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {
     name: tree
@@ -414,5 +452,5 @@ def _check_leaves(
 
 
 def _place(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  # device_put refuses devices of other processes.
+  # jit, because device_put refuses devices of other processes.
   return jax.jit(lambda x: x, out_shardings=sharding)(value)

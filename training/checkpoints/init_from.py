@@ -1,10 +1,10 @@
-"""Where a run's first weights come from if not from chance: what was frozen.
+"""Runs that start from frozen weights, as for fine-tuning.
 
-Fine-tuning, and going on with weights that were imported
-(`python -m frozen.huggingface import`). The model of such a run is the frozen
-one: `model_of` gives it to an experiment, `read` refuses any other. What was
-frozen is rounded to the dtype that it is served in; from there on the run's
-parameters are float32, as those of any run.
+The weights may come from another run, or from an import
+(`python -m frozen.huggingface import`). The run must have the model of the
+frozen directory: `model_of` returns it to an experiment, and `read` refuses any
+other. Frozen weights are rounded to their serving dtype. The run trains them in
+float32, as every run.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from frozen import format as frozen_format, manifest as manifest_lib
 from models import layout, model_config
 from training import experiment as experiment_lib, frozen_models
 
-# Of training alone, or how parameters lie: not part of what weights compute.
+# Model fields that may differ. They matter in training only, or change the
+# layout of the parameters, not what the weights compute.
 _FREE = (
   'scan_layers',
   'dropout_rate',
@@ -27,10 +28,12 @@ _FREE = (
 
 
 def model_of(directory: str) -> model_config.ModelConfig:
-  """Returns the model of a frozen directory, with its layers stacked if alike.
+  """Returns the model config of a frozen directory.
+
+  Equal layers are stacked (`scan_layers`).
 
   Args:
-    directory: as the variant of an experiment names it.
+    directory: the frozen directory, from the variant of an experiment.
 
   Raises:
     ValueError: there is no frozen directory, or it is damaged.
@@ -55,10 +58,10 @@ def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:
-  """Reads and verifies the weights that `experiment.init_from` names.
+  """Reads and verifies the frozen weights of `experiment.init_from`.
 
   Returns:
-    Variables of the experiment's model, in the dtype that they were frozen in.
+    Variables of the experiment's model, in the frozen dtype.
 
   Raises:
     FileNotFoundError: there is no frozen directory.

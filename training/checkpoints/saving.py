@@ -1,91 +1,33 @@
-"""One save: from arrays on the devices to a sealed directory, or to nothing.
+"""One save: arrays on the devices become a sealed directory, or nothing.
 
     start()    makes STEP.partial, and copies off the devices; the loop waits
     finish()   writes, merges, hashes, seals, renames to STEP; in a thread
 
-Orbax writes the arrays. The order of things is ours, and so is what processes
-tell each other in between: each writes and hashes its part, the first one the
-rest, and whatever fails in one of them, they all know of it before they go on.
+Orbax writes the arrays. This module decides the order of the steps and what the
+processes exchange between them. Each process writes and hashes its part; the
+first process does the rest. A failure in one process reaches all of them before
+the next step.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
-import sys
 from typing import Any
 
-from absl import logging as absl_logging
 from etils import epath
 import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
-from storage import atomic, digests, layout
-
-
-class SaveError(RuntimeError):
-  """A checkpoint or a frozen directory that could not be written."""
-
-
-@contextlib.contextmanager
-def writing(
-  place: pathlib.Path | str, saved: str = 'nothing was changed'
-) -> Iterator[None]:
-  """Makes one line of a disk that cannot be written.
-
-  Args:
-    place: where to.
-    saved: what the user has all the same.
-
-  Raises:
-    SaveError: it may be possible later: a full disk.
-    ValueError: it will not be by itself: no permission, no directory.
-  """
-  try:
-    yield
-  except FileNotFoundError:
-    raise  # something to be read
-  except OSError as error:
-    words = f'{place}: got {error}, expected to write there'
-    if isinstance(
-      error, PermissionError | NotADirectoryError | FileExistsError
-    ):
-      raise ValueError(
-        f'{words}; make it writable, or choose another place: {saved}'
-      ) from error
-    raise SaveError(f'{words}; make room, and start again: {saved}') from error
-
-
-def quiet_libraries() -> None:
-  """Keeps orbax and what it uses from printing what is raised besides.
-
-  Of many writes that fail together the first is raised. Orbax logs its
-  traceback; asyncio those of the others, which nobody asked for; and
-  TensorStore one for each that ends after the loop was closed.
-  """
-  absl_logging.get_absl_logger().addFilter(
-    lambda r: '/orbax/' not in r.pathname
-  )
-  logging.getLogger('asyncio').addFilter(
-    lambda r: 'exception was never retrieved' not in r.getMessage()
-  )
-  hook = sys.unraisablehook
-
-  def filtered(unraisable):
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      hook(unraisable)
-
-  sys.unraisablehook = filtered
+from storage import atomic, digests, disk, layout
 
 
 @dataclasses.dataclass(kw_only=True)
 class Save:
-  """One save, of one process."""
+  """The part of one process in one save."""
 
   root: pathlib.Path
   step: int
@@ -100,7 +42,14 @@ class Save:
     return self.root / f'{self.step}{layout.PARTIAL}'
 
   def start(self, items: Mapping[str, Any], progress: dict[str, Any]) -> None:
-    """Copies off the devices, and starts to write."""
+    """Copies the arrays off the devices and starts to write them.
+
+    A failure is kept and raised by `finish`.
+
+    Args:
+      items: tree of arrays by name of its orbax item.
+      progress: the contents of progress.json.
+    """
 
     def make_directories():
       if processes.is_first():
@@ -120,16 +69,22 @@ class Save:
             args=ocp.args.StandardSave(tree),
           )
         )
-        # None where there is nothing left to wait for.
+        # None if there is nothing to wait for.
         self._futures += started or []
     except Exception as error:
       self._failure = error
 
   def finish(self, seal: seals.Seal) -> seals.Seal:
-    """Waits, merges, hashes, seals and renames; returns the seal.
+    """Waits, merges, hashes, seals and renames.
+
+    Args:
+      seal: without its files.
+
+    Returns:
+      The seal with its files.
 
     Raises:
-      Exception: any process failed; nothing is left.
+      Exception: a process failed. The partial directory is deleted.
     """
     names = list(seal.leaves)
     try:
@@ -145,9 +100,9 @@ class Save:
       }
       sealed = dataclasses.replace(seal, files=entries)
       if lost := seals.lost(sealed):
-        raise SaveError(
+        raise disk.SaveError(
           f'{self._partial}: got no {", ".join(lost)}, expected what was just'
-          ' written; somebody else deletes here'
+          ' written; another program deletes files here'
         )
       self._together(lambda: self._seal(sealed))
     except Exception:
@@ -158,7 +113,8 @@ class Save:
 
   def _write(self) -> None:
     failure = self._failure
-    for future in self._futures:  # all: none may still write when this fails
+    # All futures: none may still be writing when the directory is deleted.
+    for future in self._futures:
       try:
         future.result()
       except Exception as error:
@@ -174,8 +130,7 @@ class Save:
     return seals.file_names(self._partial)
 
   def _digest(self, files: list[str]) -> dict[str, digests.Entry]:
-    # By the process that reads them: the first one cannot make other hosts
-    # write out what they hold in memory.
+    # In every process: the first one cannot flush the memory of other hosts.
     for name in files:
       atomic.sync(self._partial / name)
     return digests.of_files(self._partial, files)
@@ -188,11 +143,13 @@ class Save:
     atomic.publish(self._partial, self.root / str(self.step))
 
   def _together(self, do: Callable[[], Any]) -> list[Any]:
-    """Returns what `do` returned in every process, as JSON values.
+    """Calls `do` in every process and exchanges the results.
+
+    Returns:
+      The results by process, as JSON values.
 
     Raises:
-      Exception: it failed here.
-      SaveError: it failed elsewhere.
+      disk.SaveError: `do` failed in a process; the text names it.
     """
     failure, value = None, None
     try:
@@ -207,5 +164,5 @@ class Save:
     for i, (words, _) in enumerate(told):
       if words:
         where = f'process {i}: ' if len(told) > 1 else ''
-        raise SaveError(f'{where}{words}') from failure
+        raise disk.SaveError(f'{where}{words}') from failure
     return [value for _, value in told]

@@ -1,18 +1,11 @@
-"""The workdir: what a run writes about itself, and how it is recognised.
+"""The workdir: the directory of one run, and the check that it belongs to it.
 
-    run.json        the experiment, the data mix, lineage, code commit
-    data.json       what was found of the data: tokens, fill rates, overlaps
-    tokenizer/      the vocabulary the run was started with
-    checkpoints/    training/checkpoints/checkpoint.py
-    metrics.jsonl   training/reporting/metrics.py
-    goodput.jsonl   training/reporting/goodput.py
-    tensorboard/
-    frozen/         what is handed to life two
-    .lock           held while a run writes here, see `held`
+`storage/layout.py` lists the files in it. `frozen/freeze.py` reads run.json,
+tokenizer/ and checkpoints/.
 
-`frozen/freeze.py` reads run.json, tokenizer/ and checkpoints/. Of several
-processes the first writes all of it, but for its part of the checkpoints, and
-the others read: the workdir is on a file system that they share.
+In a run of several processes the workdir is on a file system that they share.
+The first process writes all of it, except that each process writes its part of
+a checkpoint. The other processes read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,26 +20,24 @@ from typing import Any
 
 import numpy as np
 
-from data import sources, vocabulary
-from frozen import seals
+from frozen import run_record, seals
 from parallel import processes
 from storage import atomic, layout, locks
-from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib
 
-# Longer than NFS keeps what it knows of a directory (acdirmin, 30 s at most
-# by default) would be safer, and annoying where the path is simply wrong.
+# NFS may show an old directory for up to 30 s (acdirmin, by default). To wait
+# as long would be safer, but slow where the path is simply wrong.
 _SECONDS_TO_APPEAR = 5.0
 
 
 def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
-  """Refuses a workdir that is not this experiment's; changes nothing.
+  """Refuses the workdir of another experiment; changes nothing.
 
-  Fields that do not change what the weights mean (steps, intervals, devices)
-  may differ from one start to the next.
+  Fields that do not change the meaning of the weights (steps, intervals,
+  devices) may differ from one start to the next.
 
   Raises:
-    ValueError: the workdir belongs to another experiment, or is no workdir.
+    ValueError: the workdir belongs to another experiment, or has other files.
   """
   if (workdir / layout.RUN).exists():
     if _has_checkpoints(workdir):
@@ -64,11 +55,11 @@ def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
 
 
 def _is_leftover(path: pathlib.Path) -> bool:
-  """Whether a run that was killed before it wrote run.json leaves the path."""
+  """Returns whether a run that was killed before run.json leaves this path."""
   if path.name == layout.CHECKPOINTS and path.is_dir():
     return not any(path.iterdir())
   if path.name == layout.TOKENIZER:
-    # Or anybody's.
+    # A tokenizer without a lock file was not made by a run.
     return (path.parent / layout.LOCK).exists()
   return (
     path.name == layout.LOCK
@@ -81,17 +72,18 @@ def _is_leftover(path: pathlib.Path) -> bool:
 def held(
   workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-  """Makes a workdir if there is none, and keeps other runs out of it.
+  """Holds the lock of a workdir, so that no other run writes there.
 
-  A run that ends before it is recorded leaves nothing behind.
+  A new workdir is created. A run that ends before it writes run.json leaves
+  nothing behind.
 
   Args:
-    workdir: whose.
-    tell: is told where the file system has no locks.
+    workdir: of the run.
+    tell: receives a warning if the file system has no locks.
 
   Raises:
-    locks.InUseError: another run holds it.
-    OSError: it cannot be made.
+    locks.InUseError: another run holds the lock.
+    OSError: the workdir cannot be created.
   """
   is_new = not workdir.exists()
   with locks.held(workdir / layout.LOCK, f'--workdir={workdir}', tell):
@@ -104,7 +96,7 @@ def held(
 
 
 def _clear(workdir: pathlib.Path, *, is_new: bool) -> None:
-  """Removes what a run has made that was never recorded."""
+  """Removes the files of a run that did not write run.json."""
   shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
   with contextlib.suppress(OSError):
     atomic.remove_leftovers(workdir)
@@ -116,10 +108,10 @@ def _clear(workdir: pathlib.Path, *, is_new: bool) -> None:
 def check_shared(workdir: pathlib.Path) -> None:
   """Refuses a workdir that the processes of a run do not share.
 
-  The first one writes a file, and the others look for it.
+  The first process writes a file, and the others look for it.
 
   Raises:
-    ValueError: a process does not see it.
+    ValueError: a process does not see the file.
   """
   if processes.count() == 1:
     return
@@ -143,7 +135,7 @@ def check_shared(workdir: pathlib.Path) -> None:
 
 
 def _appears(path: pathlib.Path) -> bool:
-  """Returns whether the path exists soon: network file systems are slow."""
+  """Returns whether the path appears within `_SECONDS_TO_APPEAR`."""
   give_up = time.monotonic() + _SECONDS_TO_APPEAR
   while not path.exists():
     if time.monotonic() > give_up:
@@ -153,9 +145,9 @@ def _appears(path: pathlib.Path) -> bool:
 
 
 def prepare(workdir: pathlib.Path) -> None:
-  """Removes a tokenizer that nothing was trained with.
+  """Removes the tokenizer of a workdir without checkpoints.
 
-  The run that made it may have been started with other values.
+  An earlier start may have built it from other values of the experiment.
   """
   if not _has_checkpoints(workdir):
     shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
@@ -169,15 +161,16 @@ def record(
 ) -> None:
   """Writes run.json: the experiment and the code that train from now on.
 
-  Only for a run that is about to train, and can: of a complete one, run.json
-  names the code that its weights came from.
+  Called only when the run is about to take steps. So the run.json of a complete
+  run names the code that its weights came from.
 
   Args:
-    workdir: where.
-    experiment: what is trained.
-    phases: of the weights of its sources, as in `TrainBatches.get_state`.
-    lineage: digests of the weights that it starts from; None: of a run that
-      goes on, those that are recorded.
+    workdir: of the run.
+    experiment: the run.
+    phases: weights of the data sources over time, see
+      `TrainBatches.get_state`.
+    lineage: digests of the weights that the run starts from, by role. None: the
+      run is resumed, and keeps its recorded lineage.
   """
   new = _describe(experiment)
   if lineage is None:
@@ -195,10 +188,9 @@ def record(
 def changes(
   workdir: pathlib.Path, experiment: experiment_lib.Experiment
 ) -> list[str]:
-  """Returns what the experiment has otherwise than the run before, in words."""
+  """Returns the fields that changed since the last start, each as a text."""
   try:
-    text = (workdir / layout.RUN).read_text(encoding='utf-8')
-    before = _flat(json.loads(text)['config'])
+    before = _flat(run_record.read(workdir)['config'])
   except FileNotFoundError:
     return []
   except (ValueError, KeyError, AttributeError):
@@ -212,7 +204,7 @@ def changes(
 
 
 def _flat(values: Any, prefix: str = '') -> dict[str, Any]:
-  """Returns the leaves of nested values by their path, as in a flag."""
+  """Returns the leaves of nested values by path, spelled as in a flag."""
   if isinstance(values, dict):
     items = [(f'{prefix}.{k}' if prefix else k, v) for k, v in values.items()]
   elif isinstance(values, list) and any(isinstance(v, dict) for v in values):
@@ -227,20 +219,17 @@ def _short(value: Any) -> str:
 
 
 def identity(experiment: experiment_lib.Experiment) -> dict[str, Any]:
-  """Returns what makes a checkpoint the experiment's, see `seals.identity`."""
+  """Returns the identity of an experiment, see `seals.identity`."""
   return seals.identity(_describe(experiment))
 
 
 def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the identity of the run that the workdir is of."""
-  path = workdir / layout.RUN
+  """Returns the identity of the run in the workdir."""
+  run = run_record.read(workdir)
   try:
-    return seals.identity(json.loads(path.read_text(encoding='utf-8')))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f'{path}: got a file that cannot be read ({error!r}), expected the record'
-      ' of a run; it was damaged: put a copy there, or use another --workdir'
-    ) from None
+    return seals.identity(run)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise run_record.damaged(workdir, error) from None
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -251,21 +240,19 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
   """Returns the digests that the run began with, by role."""
   try:
-    return json.loads((workdir / layout.RUN).read_text(encoding='utf-8'))[
-      'lineage'
-    ]
+    return run_record.read(workdir)['lineage']
   except (OSError, ValueError, KeyError, TypeError):
     return {}
 
 
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
-  """Writes data.json: what this start of the run trains and evaluates on."""
+  """Writes data.json: the data that this start trains and evaluates on."""
   text = json.dumps(described, indent=2) + '\n'
   atomic.write_text(workdir / layout.DATA, text)
 
 
 def evaluated_before(workdir: pathlib.Path) -> str:
-  """Returns the digest of the tokens evaluated on before; '' if unknown."""
+  """Returns the digest of the evaluation tokens of the last start, or ''."""
   try:
     text = (workdir / layout.DATA).read_text(encoding='utf-8')
     return json.loads(text)['evaluation']['digest']
@@ -273,47 +260,11 @@ def evaluated_before(workdir: pathlib.Path) -> str:
     return ''
 
 
-def tokenizer(
-  workdir: pathlib.Path,
-  experiment: experiment_lib.Experiment,
-  *mixed: tuple[sources.Source, float],
-) -> tokenizer_lib.Tokenizer:
-  """Returns the run's tokenizer: built and saved once, loaded from then on.
-
-  Args:
-    workdir: where it is saved.
-    experiment: describes it.
-    *mixed: the training documents, each source with its weight.
-
-  Raises:
-    ValueError: it has more tokens than the model has embeddings, or is damaged.
-  """
-  directory = workdir / layout.TOKENIZER
-  with processes.together('tokenizer'):
-    if processes.is_first() and not directory.exists():
-      built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
-      with atomic.new_directory(directory) as partial:
-        built.save(partial)
-  try:
-    loaded = tokenizer_lib.load(directory)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'{directory}: got a tokenizer that cannot be read ({error}), expected'
-      f' the one that the run was started with; put a copy there, as the one in'
-      f' {layout.FROZEN}/ is, or use another --workdir'
-    ) from None
-  if loaded.vocab_size > experiment.model.vocab_size:
-    raise ValueError(
-      f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'
-      f" the tokenizer's {loaded.vocab_size}"
-    )
-  return loaded
-
-
 def _describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   config = experiment.to_dict()
   data = config['data']
   return {
+    'format_version': run_record.FORMAT_VERSION,
     'experiment': experiment.name,
     'model': config['model'],
     'data_mix': [
@@ -337,7 +288,7 @@ def _describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
 def _check_same(
   workdir: pathlib.Path, new: dict[str, Any], old: dict[str, Any]
 ) -> None:
-  """Compares what decides the meaning of the weights."""
+  """Raises ValueError if two identities differ."""
   if words := seals.difference(new, old):
     raise ValueError(
       f'--workdir={workdir} holds another run: {words}; use another --workdir,'
@@ -346,7 +297,7 @@ def _check_same(
 
 
 def _code_commit() -> str:
-  """Returns the commit that runs, '-dirty' appended if it was edited."""
+  """Returns the commit of this code, with '-dirty' if files were edited."""
   try:
     result = subprocess.run(
       ['git', 'describe', '--always', '--dirty', '--abbrev=40'],

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import learner as learner_lib, loop, state as state_lib
+from training import learner as learner_lib, state as state_lib
 from training.diagnosis import tensor_checks, tensor_names
+from training.reporting import reporter
 
 _MAX_NAMED = 4  # leaves, or rows, in a line
 
@@ -42,8 +43,8 @@ class Replay:
 
 
 def explained(
-  error: loop.NonFiniteError, replay: Replay
-) -> loop.NonFiniteError:
+  error: reporter.NonFiniteError, replay: Replay
+) -> reporter.NonFiniteError:
   """Returns the error, extended by the findings of a replay of its step.
 
   If the replay fails, the error says so; it is not hidden by the failure. With
@@ -59,7 +60,7 @@ def explained(
       f'the cause is not known: {type(failure).__name__} while the step was'
       f' repeated: {reason}'
     ]
-  return loop.NonFiniteError('\n  '.join([str(error), *found]), error.step)
+  return reporter.NonFiniteError('\n  '.join([str(error), *found]), error.step)
 
 
 def _diagnose(failed: int, replay: Replay) -> list[str]:

@@ -1,19 +1,20 @@
-"""What `train.py` exits with, for people, supervisors and schedulers.
+"""The exit codes of `train.py`, for users, supervisors and schedulers.
 
     0        complete
-    1, 2     the user's to change: flags, experiment, workdir, data; and what
-             argparse and the shell use for wrong usage
-    3        a loss was not finite: every attempt would find the same
-    4        supervised: died of the same step again and again
-    70       an unexpected exception, told with its traceback (EX_SOFTWARE)
-    75       try again, perhaps elsewhere: another process of the run failed,
-             the disk is full, another run holds the workdir, or the supervisor
-             ran out of restarts (EX_TEMPFAIL)
-    128 + n  ended by signal n. 143 and 130: SIGTERM and Ctrl-C asked it to
-             stop, and everything is saved
+    1, 2     the user must change something: flags, experiment, workdir or
+             data. argparse and the shell use these codes for wrong usage too
+    3        a loss was not finite; every attempt would end in the same way
+    4        the supervisor stopped: the run died at the same step repeatedly
+    70       an unexpected exception, printed with its traceback (EX_SOFTWARE)
+    75       try again, perhaps on another machine: another process of the run
+             failed, the disk is full, another run holds the workdir, or the
+             supervisor has used up its restarts (EX_TEMPFAIL)
+    128 + n  ended by signal n. 143 and 130: SIGTERM and Ctrl-C asked the run
+             to stop, and everything is saved
 
-1 to 4 need a person, and starting again repeats them. From 64 up, the same
-command goes on from the last checkpoint, so a scheduler may requeue:
+Codes 1 to 4 need a person: starting again repeats the failure. For codes from
+64 up, the same command resumes from the last checkpoint, so a scheduler may
+requeue the job:
 
     Slurm        in the batch script, after srun:
                    code=$?; [ $code -ge 64 ] && scontrol requeue $SLURM_JOB_ID
@@ -24,7 +25,7 @@ command goes on from the last checkpoint, so a scheduler may requeue:
                  action: Ignore for [75, 143], so that a preemption does not
                  count towards backoffLimit, and a crash (70, 137, 139) does.
 
-70 and 75 are of sysexits.h. Both leave 128 + n to signals, as shells do.
+70 and 75 come from sysexits.h. Shells use 128 + n for signals too.
 """
 
 import signal
@@ -37,13 +38,13 @@ SAME_STEP = 4
 CRASHED = 70
 TRY_AGAIN = 75
 
-# Whoever asked for it does not want the run started again here.
+# A supervisor does not restart the run: a user or a scheduler asked it to stop.
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 FINAL = (COMPLETE, USER_ERROR, USAGE, NON_FINITE, SAME_STEP, *STOPPED)
 
 
 def of_returncode(returncode: int) -> int:
-  """Returns the shell's number for what `subprocess` tells of a child."""
+  """Returns the exit code of a shell for a return code of `subprocess`."""
   return 128 - returncode if returncode < 0 else returncode
 
 

@@ -1,14 +1,15 @@
-"""Turns SIGTERM and Ctrl-C into a request that the loop sees between steps.
+"""Signals: SIGTERM and Ctrl-C become a request to stop between two steps.
 
-And between the batches of an evaluation, which may take longer than clusters
-wait (`checkpoint.grace_s`).
+The request is also seen between two batches of an evaluation, because a whole
+evaluation may take longer than a cluster waits (`checkpoint.grace_s`).
 
-All processes of a run have to stop after the same step, and a signal may reach
-only one of them. They ask each other every few seconds, which is a collective
-of two integers and makes the devices wait for the host once: too rarely to be
-felt, often enough to save within the grace. Asking at reports alone would take
-as long as a report of slow steps does. When to ask next is agreed on, too, as a
-number of steps: their clocks differ.
+All processes of a run must stop after the same step, but a signal may reach
+only one of them. So they exchange the signal every few seconds. This exchange
+is a collective of two integers, and makes the devices wait for the host once.
+It is too rare to cost time, and frequent enough to save within the grace
+period. To exchange at reports only would take too long where steps are slow.
+The processes agree on the step of the next exchange too, because their clocks
+differ.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,13 @@ import time
 from parallel import processes
 
 SECONDS_BETWEEN_QUESTIONS = 2.0
-# The first steps are slow, and say little about how long the next ones take.
+# Limit on the growth of the interval from one exchange to the next: the first
+# steps are slow, so they do not predict the time of later steps.
 _MAX_GROWTH = 4
 
 
 class Pace:
-  """When processes ask each other next; agreed on among them."""
+  """The step of the next exchange between processes; the same in all."""
 
   def __init__(self):
     self.next_question = 0  # a step, or a batch
@@ -31,7 +33,7 @@ class Pace:
     self._interval = 1  # steps
 
   def guess(self, step: int) -> int:
-    """Returns this process's guess of how many steps take a moment."""
+    """Returns how many steps this process expects until the next exchange."""
     now = time.monotonic()
     if self._asked_at is None:
       self._asked_at = step, now
@@ -43,15 +45,15 @@ class Pace:
     return max(1, min(steps, self._interval * _MAX_GROWTH))
 
   def agree(self, step: int, interval: int) -> None:
-    """Takes what the most impatient process wants."""
+    """Sets the interval, which is the smallest guess of all processes."""
     self._interval = interval
     self.next_question = step + interval
 
 
 class Interrupt:
-  """While entered, remembers the first signal instead of dying of it.
+  """Catches signals while entered, and remembers the first one.
 
-  A second Ctrl-C is not caught: it stops the process at once.
+  A second Ctrl-C is not caught: it ends the process at once.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -62,12 +64,12 @@ class Interrupt:
     grace_s: float = 30.0,
     wait_for_steps: Callable[[], None] = lambda: None,
   ):
-    """Prepares to catch.
+    """Creates the object; catches nothing before it is entered.
 
     Args:
-      grace_s: seconds between SIGTERM and SIGKILL; told to the user.
-      wait_for_steps: returns when the devices have done what they were given;
-        called before the processes ask each other.
+      grace_s: seconds between SIGTERM and SIGKILL, for messages.
+      wait_for_steps: returns when the devices have done all dispatched steps.
+        Called before each exchange between processes.
     """
     self.signal: signal.Signals | None = None
     self.grace_s = grace_s
@@ -91,25 +93,26 @@ class Interrupt:
 
   @property
   def exit_code(self) -> int:
-    """The shell's convention for a process that a signal ended."""
+    """Returns 128 + the signal, as shells do; 0 if there was none."""
     if self.signal is None:
       return 0
     if processes.count() > 1 and not self._is_agreed:
-      return 0  # it came too late: the others are done, and so is this one
+      return 0  # it came after the last exchange: the run ended by itself
     return 128 + int(self.signal)
 
   def after_step(self, step: int) -> bool:
-    """Returns whether to stop after `step`: the same in every process.
+    """Returns whether to stop after `step`; the same in every process.
 
-    To be asked after every step. If a signal reached any process, `signal` is
-    set in all of them when it returns True.
+    Must be called after every step. When it returns True, `signal` is set in
+    every process.
     """
     return self._ask(self._pace, step)
 
   def between_batches(self) -> Callable[[], bool]:
-    """Returns what an evaluation asks before each of its batches.
+    """Returns a function that says whether to stop, for one evaluation.
 
-    Once for each evaluation; in several processes they take the same batches.
+    The evaluation must call it before each batch. All processes of a run
+    evaluate the same batches.
     """
     pace, batch = Pace(), 0
 
@@ -121,7 +124,7 @@ class Interrupt:
     return stops
 
   def seconds(self) -> float:
-    """Returns how long ago the signal was noticed."""
+    """Returns the seconds since the signal was noticed here."""
     return time.monotonic() - self._since
 
   def _ask(self, pace: Pace, step: int) -> bool:
@@ -131,8 +134,8 @@ class Interrupt:
       return False
     self._wait_for_steps()
     answers_P2 = processes.gather(int(self.signal or 0), pace.guess(step))
-    # Ctrl-C reaches every process of a terminal, SIGTERM of a cluster perhaps
-    # one: the larger number is SIGTERM, and all exit with the same code.
+    # The larger number, so that all processes exit with the same code. SIGTERM
+    # is larger than SIGINT, and a cluster may send it to one process only.
     number = int(answers_P2[:, 0].max())
     pace.agree(step, int(answers_P2[:, 1].min()))
     if number:
@@ -147,7 +150,8 @@ class Interrupt:
     if self.signal is None:
       self._since = time.monotonic()
     self.signal = signal.Signals(number)
-    # A scheduler that sends SIGTERM to all processes sends it to a supervisor,
-    # too, which passes it on: the second one must not end us before we saved.
+    # Only Ctrl-C ends the process at the second time. A scheduler may send
+    # SIGTERM to this process and to its supervisor, which passes it on: the
+    # second SIGTERM must not end this process before it has saved.
     if number == signal.SIGINT:
       signal.signal(number, self._previous[number])

@@ -1,22 +1,23 @@
-"""Starts a run again when it dies: `train.py --max_restarts=N`.
+"""The supervisor: restarts a run that dies, for `train.py --max_restarts=N`.
 
-The process becomes a parent that waits for one child, the same command without
-the flag. Signals are passed on to the child; when it ends by itself, its exit
-code says what to do (`training/lifecycle/exit_codes.py`): leave with it, or
-start it again after a moment that doubles from one restart to the next. A
-checkpoint newer than the last is progress: the number of restarts, and the
-moment, start from the beginning.
+The process becomes the parent of one child, which runs the same command without
+the flag. The parent passes signals on to the child. When the child ends, its
+exit code decides (`training/lifecycle/exit_codes.py`): the parent exits with
+the same code, or starts the child again after a pause. The pause doubles from
+one restart to the next. A new checkpoint is progress: it resets the pause and
+the number of restarts.
 
-A crash that repeats itself would burn the rest of the budget, so two attempts
-that die after the same step, as the run's metrics tell it, end the run with a
-diagnosis. It takes three where the cause may lie outside, because the attempt
-was killed, lost its peer, or had not taken a step.
+A crash that repeats itself would waste the rest of the budget. So two attempts
+in a row that die after the same step, by the metrics of the run, end the run
+with a diagnosis. It takes three attempts if the cause may lie outside: the
+attempt was killed, lost another process of the run, or took no step.
 
-Of several processes each has a supervisor of its own, which need not know of
-the others: survivors of a dead one end by themselves within the heartbeat's
-timeout, all are started again, and meet at the coordinator's port as before.
+In a run of several processes each process has its own supervisor, and the
+supervisors do not communicate. When one process dies, the others end within the
+timeout of the heartbeat. All of them are started again, and meet at the port of
+the coordinator as before.
 
-Nothing here imports jax, which would hold devices that the child needs.
+This module does not import jax: jax would hold devices that the child needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,18 +37,18 @@ from typing import IO
 from storage import layout
 from training.lifecycle import exit_codes
 
-# Tells a child who its supervisor is.
+# Environment variable with the process id of the supervisor.
 PARENT = 'TWO_LIVES_SUPERVISOR'
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _MOST_ALIKE = 2  # attempts that die after the same step
 _MOST_ALIKE_OUTSIDE = 3  # if the cause may lie outside
-_TAIL_BYTES = 16_384  # of stderr, kept for a diagnosis
+_TAIL_BYTES = 16_384  # of stderr, kept for the diagnosis
 _TAIL_LINES = 15
-_METRICS_BYTES = 65_536  # at their end; many times a record
+_METRICS_BYTES = 65_536  # read from the end of the file; many records
 _LINE_WIDTH = 160
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What jax and gloo say when another process of the run is gone.
+# In the errors of jax and gloo when another process of the run has died.
 _PEER_IS_GONE = re.compile(
   r'coordination service|distributed service|heartbeat|by peer', re.IGNORECASE
 )
@@ -56,15 +57,15 @@ _EXCEPTION = re.compile(r'[\w.]*(Error|Exception|Interrupt|Exit)\b')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-  """What a workdir tells of the run."""
+  """The progress of a run, as its workdir shows it."""
 
-  checkpoint: int | None  # step of the newest, complete by its name
-  step: int  # the last in the metrics, 0 if there is none
-  metrics: tuple[int, ...]  # changes whenever the metrics do
+  checkpoint: int | None  # step of the newest checkpoint, not verified
+  step: int  # last step in the metrics; 0: there is none
+  metrics: tuple[int, ...]  # changes whenever the metrics file changes
 
   @classmethod
   def look(cls, workdir: pathlib.Path) -> 'Seen':
-    """Reads a workdir, which may not be there yet."""
+    """Returns the progress in a workdir, which need not exist yet."""
     names = [path.name for path in (workdir / layout.CHECKPOINTS).glob('*')]
     checkpoint = max(map(int, filter(str.isdigit, names)), default=None)
     path = workdir / layout.METRICS
@@ -80,27 +81,35 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Death:
-  """How an attempt ended that was not meant to end."""
+  """The unwanted end of an attempt."""
 
   code: int  # exit code, as a shell gives it
-  first_step: int  # the checkpoint it began from
-  step: int  # the last that is in the metrics; first_step if it took none
-  tail: str  # of what it wrote to stderr
+  first_step: int  # step of the checkpoint that it resumed from
+  step: int  # last step in the metrics; `first_step` if it took none
+  tail: str  # end of its stderr
 
   @classmethod
   def between(
     cls, before: Seen, after: Seen, *, code: int, tail: str
   ) -> 'Death':
-    """Returns the death of an attempt, from its workdir before and after."""
+    """Returns the death of an attempt.
+
+    Args:
+      before: progress at its start.
+      after: progress at its end.
+      code: exit code, as a shell gives it.
+      tail: end of its stderr.
+    """
     first_step = before.checkpoint or 0
-    # Metrics of the attempt before are still there if this one died early.
+    # If the metrics file is unchanged, its last step belongs to an earlier
+    # attempt.
     is_moved = after.metrics != before.metrics
     step = max(after.step, first_step) if is_moved else first_step
     return cls(code=code, first_step=first_step, step=step, tail=tail)
 
   @property
   def cause(self) -> str:
-    """Returns the signal, or the exception, in a line."""
+    """Returns the signal or exit code and the exception, in one line."""
     name = exit_codes.name(self.code)
     lines = [line for line in self.tail.splitlines() if line.strip()]
     told = [line for line in lines if _EXCEPTION.match(line)]
@@ -108,7 +117,7 @@ class Death:
 
   @property
   def may_come_from_outside(self) -> bool:
-    """Returns whether another start, by itself, might well succeed."""
+    """Returns whether another start may succeed without a change."""
     return (
       self.code in (128 + signal.SIGKILL, exit_codes.TRY_AGAIN)
       or self.step <= self.first_step
@@ -117,7 +126,7 @@ class Death:
 
 
 class Supervisor:
-  """Runs a command until it ends for good."""
+  """Runs a command, and restarts it, until it ends for good."""
 
   def __init__(
     self,
@@ -130,14 +139,14 @@ class Supervisor:
       text, file=sys.stderr, flush=True
     ),
   ):
-    """Prepares to run.
+    """Creates the supervisor; `run` starts the child.
 
     Args:
-      command: the child's, with its arguments.
+      command: of the child, with its arguments.
       workdir: of the run; only read.
-      max_restarts: in a row without a new checkpoint.
-      first_pause_s: before the first restart.
-      say: where the user is told.
+      max_restarts: number of restarts in a row without a new checkpoint.
+      first_pause_s: seconds before the first restart.
+      say: receives lines for the user.
     """
     self._command = command
     self._workdir = workdir
@@ -145,11 +154,14 @@ class Supervisor:
     self._first_pause_s = first_pause_s
     self._say = say
     self._child: subprocess.Popen[bytes] | None = None
-    self._asked: int | None = None  # the signal to stop, when there was one
+    self._asked: int | None = None  # signal that asked to stop
     self._wake = threading.Event()
 
   def run(self) -> int:
-    """Returns what to exit with. To be called in the main thread."""
+    """Runs the child to its end; returns the exit code.
+
+    Must be called in the main thread, because it catches signals.
+    """
     previous = {
       number: signal.signal(number, self._pass_on)
       for number in (signal.SIGTERM, signal.SIGINT)
@@ -161,7 +173,7 @@ class Supervisor:
         signal.signal(number, handler)
 
   def _run(self) -> int:
-    deaths: list[Death] = []  # since the last progress
+    deaths: list[Death] = []  # since the last new checkpoint
     while True:
       before = Seen.look(self._workdir)
       code, tail = self._attempt()
@@ -189,7 +201,7 @@ class Supervisor:
         return 128 + (self._asked or 0)
 
   def _pause(self, deaths: list[Death]) -> bool:
-    """Waits before the next attempt; returns whether there is to be one."""
+    """Waits before the next attempt; returns False if asked to stop."""
     seconds = min(
       self._first_pause_s * 2 ** (len(deaths) - 1), _LONGEST_PAUSE_S
     )
@@ -201,23 +213,23 @@ class Supervisor:
     return self._asked is None
 
   def _attempt(self) -> tuple[int, str]:
-    """Runs the child to its end; returns its exit code and the last it said."""
+    """Runs the child once; returns its exit code and the end of its stderr."""
     child = subprocess.Popen(
       self._command,
       env={**os.environ, PARENT: str(os.getpid())},
       stderr=subprocess.PIPE,
-      # Ctrl-C would reach both of us, and the child twice: the second time it
-      # does not save.
+      # In its own group: Ctrl-C would reach the child directly and through this
+      # process, and the second Ctrl-C ends the child before it saves.
       process_group=0,
     )
     self._child = child
-    if self._asked is not None:  # while it was started
+    if self._asked is not None:  # a signal came while the child was started
       child.send_signal(self._asked)
     assert child.stderr is not None
     tail = _Tail(child.stderr)
     code = exit_codes.of_returncode(child.wait())
     self._child = None
-    # Workers of its own, which hold the pipe, and files, open.
+    # The workers of the child would keep the pipe and files open.
     _kill_group(child.pid)
     return code, tail.text()
 
@@ -230,7 +242,7 @@ class Supervisor:
 
 
 class _Tail(threading.Thread):
-  """Copies a child's stderr to ours, and remembers the end of it."""
+  """Copies the stderr of a child to ours, and keeps the end of it."""
 
   def __init__(self, pipe: IO[bytes]):
     super().__init__(daemon=True)
@@ -239,32 +251,33 @@ class _Tail(threading.Thread):
     self.start()
 
   def run(self) -> None:
-    """Copies until the last holder of the pipe closes it."""
+    """Copies until the last process with the pipe closes it."""
     with self._pipe:
       while chunk := os.read(self._pipe.fileno(), 65_536):
         self._kept = (self._kept + chunk)[-_TAIL_BYTES:]
-        # Ours may be closed; the child's has to be emptied all the same.
+        # If our stderr is closed, the pipe must be emptied all the same: a full
+        # pipe would stop the child.
         with contextlib.suppress(OSError, ValueError):
           sys.stderr.buffer.write(chunk)
           sys.stderr.buffer.flush()
 
   def text(self) -> str:
-    """Returns the end of what was said; to be asked after the child's."""
+    """Returns the end of stderr. Called when the child has ended."""
     self.join(timeout=5.0)
     return self._kept.decode(errors='replace')
 
 
 def _kill_group(pid: int) -> None:
-  with contextlib.suppress(ProcessLookupError):  # nobody was left
+  with contextlib.suppress(ProcessLookupError):  # the group is empty
     os.killpg(pid, signal.SIGKILL)
 
 
 def die_with_supervisor() -> None:
-  """Ends this process when its supervisor is gone, if it has one.
+  """Makes this process die when its supervisor dies, if it has one.
 
-  Killed without a word, a supervisor could pass nothing on: its child would go
-  on unseen, and write into the workdir beside the next attempt. On systems
-  other than Linux it does.
+  A supervisor that is killed by SIGKILL passes no signal on. Its child would
+  continue, and write into the workdir beside the next attempt. Linux only; on
+  other systems the child continues.
   """
   parent = os.environ.pop(PARENT, '')
   if not parent or sys.platform != 'linux':
@@ -272,7 +285,7 @@ def die_with_supervisor() -> None:
   ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   try:
     os.kill(int(parent), 0)
-  except ProcessLookupError:  # it died before we asked
+  except ProcessLookupError:  # the supervisor died before prctl took effect
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -282,14 +295,15 @@ def _last_step(path: pathlib.Path) -> int:
     start = max(file.seek(0, os.SEEK_END) - _METRICS_BYTES, 0)
     file.seek(start)
     lines = file.read().split(b'\n')
-  # What is cut short, by a kill or by us, is no record. Saves are told of when
-  # they are done, behind later steps.
+  # The first line may be cut by `start`, and the last one by a kill.
   whole = lines[1 if start else 0 : -1]
+  # Not the step of the last line: a save is recorded when it ends, after later
+  # steps.
   return max((json.loads(line)['step'] for line in whole), default=0)
 
 
 def is_same_step(deaths: Sequence[Death]) -> bool:
-  """Returns whether the last deaths are one and the same, repeated."""
+  """Returns whether the last deaths are one crash that repeats itself."""
   last = deaths[-1]
   alike = 0
   for death in reversed(deaths):
@@ -301,7 +315,7 @@ def is_same_step(deaths: Sequence[Death]) -> bool:
 
 
 def diagnosis(deaths: Sequence[Death], checkpoint: int | None) -> str:
-  """Returns what a person needs to know of a crash that repeats itself."""
+  """Returns the report of a crash that repeats itself, for the user."""
   last = deaths[-1]
   alike = [death for death in deaths if death.step == last.step]
   where = (
@@ -326,7 +340,7 @@ def diagnosis(deaths: Sequence[Death], checkpoint: int | None) -> str:
 
 
 def _advice(death: Death) -> str:
-  """Returns what to try first."""
+  """Returns the first thing to try after a death."""
   again = 'then start the same command: it goes on from the checkpoint'
   if _PEER_IS_GONE.search(death.tail):
     return f'look at the process that died first, on its host; {again}'

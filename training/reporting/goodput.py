@@ -1,27 +1,27 @@
-"""Goodput: where the wall time of a run went, over all of its restarts.
+"""Goodput: the wall time of a run by its use, over all restarts.
 
     python -m training.reporting.goodput --workdir=runs/quickstart
 
-Goodput is the share of the time a run was running that went into steps that
-were kept: the Runtime Goodput of Wongpanich et al. 2025 (arXiv:2502.06982).
-What is not goodput is told by its part of `PARTS`, or is lost: steps after the
-checkpoint that a later attempt went on from, which had to be taken again. Time
-between attempts, when nothing ran, is no part of it (their Scheduling Goodput)
-and is told beside it.
+Goodput is the time in steps that were kept, as a share of the time that the run
+was running: the Runtime Goodput of Wongpanich et al. 2025 (arXiv:2502.06982).
+The rest of the running time is reported by its part of `PARTS`, or as lost.
+Lost steps came after the checkpoint that a later attempt resumed from, and had
+to be taken again. The time between attempts, when nothing ran, is reported
+beside the goodput (their Scheduling Goodput).
 
 At every moment the time of an attempt goes to exactly one part, so the parts
-add up to the wall time. What the figures cannot see:
+add up to the wall time. Limits of the figures:
 
-- Steps are dispatched, and waited for at reports. Their time is what is left of
-  the loop's, so a device that waits for another one, or for a slow dispatch,
-  counts as taking steps.
-- An attempt counts from its process' start to its last report. What it did
-  after that, if it was killed, is time between attempts; so is one that was
-  killed before it had its data and its state.
-- Start-up is of the first process; the others are taken to be alike.
+- Steps are dispatched, and waited for at reports. Their time is the rest of the
+  loop's time. So a device that waits for another device, or for a slow
+  dispatch, counts as taking steps.
+- An attempt counts from the start of its process to its last report. If it was
+  killed, the time after that report counts as time between attempts. The same
+  holds for an attempt that was killed before it had its data and its state.
+- Start-up is measured in the first process only.
 
-`goodput.jsonl` has a line for each attempt, replaced as a whole at most once a
-second; it depends on the machine and is never compared.
+`goodput.jsonl` has a line for each attempt. The file is replaced at most once a
+second. Its figures depend on the machine, so no test compares them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ from absl import app, flags
 from storage import atomic, layout
 
 STEPS = 'steps'
-# What the time of an attempt is spent on, and what a user is told of it.
+# Part of the time of an attempt -> its name in the table for the user.
 PARTS = {
   STEPS: 'steps that were kept',
   'start-up': 'process start to the first batch',
@@ -51,21 +51,21 @@ PARTS = {
   'freeze': 'handing over to life two',
   'end': 'closing down',
 }
-# Checkpoints that an attempt remembers the time of; one that is older and is
-# gone back to is placed by interpolation.
+# An attempt remembers the time of so many checkpoints. The time of an older one
+# is interpolated.
 _MAX_MARKS = 64
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
 @dataclasses.dataclass(kw_only=True)
 class Attempt:
-  """One process' life, from its start to its last sign of life."""
+  """One start of a run, from the start of its process to its last report."""
 
   start: float  # seconds since 1970
   first_step: int  # steps taken by the attempts before
-  step: int  # the last one known to be taken
+  step: int  # last step known to be taken
   seconds: dict[str, float]  # by part
-  # (step, seconds in steps until then), where a checkpoint may have been.
+  # (step, seconds in steps until then) of each checkpoint.
   marks: list[tuple[int, float]]
 
   @property
@@ -74,7 +74,7 @@ class Attempt:
     return sum(self.seconds.values())
 
   def seconds_until(self, step: int) -> float:
-    """Returns the seconds spent in steps up to and with `step`."""
+    """Returns the seconds in steps up to `step`, with `step` included."""
     total = self.seconds.get(STEPS, 0.0)
     points = [(self.first_step, 0.0), *self.marks, (self.step, total)]
     for (a, seconds_a), (b, seconds_b) in zip(points, points[1:], strict=False):
@@ -87,28 +87,28 @@ class Attempt:
 class Life:
   """A run over all of its attempts, in seconds."""
 
-  parts: dict[str, float]  # of PARTS; steps without those that were lost
+  parts: dict[str, float]  # by PARTS; steps without the lost ones
   lost: float  # in steps that were taken again
-  between: float  # from the last sign of an attempt to the next one's start
+  between: float  # from the last report of an attempt to the next start
   num_attempts: int
 
   @property
   def running(self) -> float:
-    """Returns the seconds in which a process ran."""
+    """Returns the seconds during which a process ran."""
     return sum(self.parts.values()) + self.lost
 
   @property
   def goodput(self) -> float:
-    """Returns the share of the running time in steps that were kept."""
+    """Returns the share of the running time in kept steps, from 0 to 1."""
     return self.parts[STEPS] / self.running if self.running else 0.0
 
 
 def life(attempts: Sequence[Attempt]) -> Life:
-  """Adds up attempts, in the order they were made."""
+  """Returns the sum of attempts, which are in the order of their starts."""
   parts = dict.fromkeys(PARTS, 0.0)
   lost = between = 0.0
-  # Going backwards: whatever an attempt did after the step that any later one
-  # started from was for nothing.
+  # Backwards: the steps of an attempt after the first step of any later attempt
+  # are lost.
   kept_step: float = float('inf')
   later_start = None
   for attempt in reversed(attempts):
@@ -119,7 +119,8 @@ def life(attempts: Sequence[Attempt]) -> Life:
       lost += attempt.seconds.get(STEPS, 0.0) - kept
     kept_step = min(kept_step, attempt.first_step)
     if later_start is not None:
-      # Clocks of two hosts may disagree by more than a restart takes.
+      # At least 0: the clocks of two hosts may differ by more than a restart
+      # takes.
       between += max(later_start - (attempt.start + attempt.wall), 0.0)
     later_start = attempt.start
   parts[STEPS] -= lost
@@ -129,7 +130,7 @@ def life(attempts: Sequence[Attempt]) -> Life:
 
 
 def report(told: Life) -> str:
-  """Returns a table of the parts, which add up to its total."""
+  """Returns the table of a run for the user."""
   attempts = (
     f'{told.num_attempts} attempts' if told.num_attempts > 1 else '1 attempt'
   )
@@ -157,14 +158,14 @@ def report(told: Life) -> str:
 
 
 def read(workdir: pathlib.Path) -> list[Attempt]:
-  """Returns the attempts of a run, in their order; none if there is no file."""
+  """Returns the attempts of a run in order; none if there is no file."""
   path = workdir / layout.GOODPUT
   lines = path.read_text().splitlines() if path.exists() else []
   return [Attempt(**json.loads(line)) for line in lines]
 
 
 class Goodput:
-  """Measures one attempt. Its parts follow each other without a gap."""
+  """Measures one attempt; its parts follow each other without a gap."""
 
   def __init__(
     self,
@@ -175,15 +176,15 @@ class Goodput:
     clock: Callable[[], float] = time.perf_counter,
     wall: Callable[[], float] = time.time,
   ):
-    """Starts to measure the start-up.
+    """Starts to measure, with the part 'start-up'.
 
     Args:
-      workdir: where earlier attempts are read and this one is written; None
-        for all processes but the first.
-      first_step: how many steps the attempts before have taken.
-      seconds_before: how long this process had been running.
-      clock: seconds since anything.
-      wall: seconds since 1970.
+      workdir: of the run, with its earlier attempts. None: nothing is read or
+        written. In a run of several processes the first one writes.
+      first_step: steps that earlier attempts have taken.
+      seconds_before: age of this process.
+      clock: returns seconds since any moment.
+      wall: returns seconds since 1970.
     """
     self._workdir = workdir
     self._clock = clock
@@ -200,14 +201,14 @@ class Goodput:
     )
 
   def enter(self, part: str) -> None:
-    """Counts what comes as `part`, a key of PARTS."""
+    """Counts the time from now on as `part`, a key of PARTS."""
     now = self._clock()
     self._now.seconds[self._part] += now - self._since
     self._part, self._since = part, now
 
   @contextlib.contextmanager
   def during(self, part: str) -> Iterator[None]:
-    """Counts what is inside as `part`, and then goes on as before."""
+    """Counts the time of the block as `part`."""
     before = self._part
     self.enter(part)
     try:
@@ -216,22 +217,25 @@ class Goodput:
       self.enter(before)
 
   def seconds(self, *parts: str) -> float:
-    """Returns what went to these parts so far."""
+    """Returns the seconds of these parts so far."""
     self.enter(self._part)
     return sum(self._now.seconds[part] for part in parts)
 
   def move(self, seconds: float, source: str, target: str) -> None:
-    """Counts some of what went to `source` as `target` instead."""
+    """Moves seconds from the part `source` to the part `target`."""
     seconds = min(seconds, self._now.seconds[source])
     self._now.seconds[source] -= seconds
     self._now.seconds[target] += seconds
 
   def begin(self, first_step: int) -> None:
-    """Says how many steps were taken before: a checkpoint may be damaged."""
+    """Sets the step that the attempt really starts from.
+
+    It is below the one given to `__init__` if a checkpoint was damaged.
+    """
     self._now.first_step = self._now.step = first_step
 
   def reached(self, step: int) -> None:
-    """Says that the steps up to `step` are done, and writes now and then."""
+    """Records that the steps up to `step` are done; writes once a second."""
     self._now.step = step
     now = self._clock()
     last = self._written_at
@@ -239,19 +243,19 @@ class Goodput:
       self.write()
 
   def mark(self, step: int) -> None:
-    """Remembers the time of a step that may be gone back to."""
+    """Remembers the time of a step that a later attempt may resume from."""
     self._now.marks.append((step, self.seconds(STEPS)))
     del self._now.marks[:-_MAX_MARKS]
 
   def life(self) -> Life:
-    """Returns the run so far, with all attempts before this one."""
+    """Returns the figures of the run so far, with all earlier attempts."""
     self.enter(self._part)
     return life([*self._earlier, self._now])
 
   def write(self) -> None:
-    """Brings the file up to date; a kill leaves it as it was before or after.
+    """Brings the file up to date, atomically.
 
-    A file that cannot be written is no reason to end a run.
+    If the file cannot be written, the run goes on.
     """
     self.enter(self._part)
     self._written_at = self._since
@@ -266,12 +270,24 @@ class Goodput:
       # Not durable: the loop would wait for the disk once a second.
       atomic.write_text(path, ''.join(lines), durable=False)
 
+  @contextlib.contextmanager
+  def written(self) -> Iterator[None]:
+    """Brings the file up to date before and after the block.
+
+    After it even if the block fails: the time of a failed attempt counts.
+    """
+    self.write()
+    try:
+      yield
+    finally:
+      self.write()
+
 
 def process_age() -> float:
-  """Returns how long ago this process was started; 0 where nobody tells.
+  """Returns the age of this process in seconds; 0 if it is unknown.
 
-  Importing jax takes seconds, and comes before any clock of ours. Linux tells
-  when a process was started; see proc(5), field 22 of stat.
+  Importing jax takes seconds, before any clock of this code starts. Linux knows
+  when a process was started: proc(5), field 22 of stat.
   """
   if sys.platform != 'linux':
     return 0.0
@@ -298,5 +314,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+  flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
   app.run(main)

@@ -1,9 +1,8 @@
-"""How long the devices had nothing to do because no batch was there yet.
+"""The time that the devices were idle because no batch was ready.
 
-Steps are only dispatched by the loop, so that the loop waits for a batch says
-little: the devices may be busy with steps that were dispatched before. Somebody
-has to see when they became idle, without the loop waiting for them: a thread
-that does nothing else.
+The loop only dispatches steps. When it waits for a batch, the devices may still
+be busy with earlier steps. So the wait of the loop is not the idle time. A
+thread of its own waits for the devices and notes when each step is done.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import jax
 
 
 class InputWait:
-  """Adds up where waiting for a batch and idle devices overlap.
+  """Adds up the time during which the loop waits and the devices are idle.
 
   wait.batch_came(asked_at, got_at)
   wait.dispatched(step_metrics)
@@ -24,31 +23,32 @@ class InputWait:
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
     self._clock = clock
-    # When the step before this batch was done is not known yet.
+    # Waits for batches, and the times at which steps were done. The step before
+    # the last batch may not be done yet.
     self._waits: list[tuple[float, float]] = []
     self._done: list[float] = []
     self._dispatched: queue.Queue[Any] = queue.Queue()
-    # Daemonic: a device that hangs must not keep the process from ending.
+    # A daemon: a device that hangs must not keep the process from ending.
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
 
   def batch_came(self, asked_at: float, got_at: float) -> None:
-    """Notes that the loop waited for the batch of the step to come."""
+    """Notes the wait of the loop for the batch of the next step."""
     self._waits.append((asked_at, got_at))
 
   def dispatched(self, step_metrics: Any) -> None:
-    """Notes a step; it is done when its metrics are there."""
+    """Notes a step, which is done when its metrics are computed."""
     self._dispatched.put(step_metrics)
 
   def take(self) -> float:
-    """Returns the seconds since it was last asked.
+    """Returns the idle seconds since the last call.
 
-    To be called when all steps are done; else it waits for them.
+    Waits for all dispatched steps.
     """
     self._dispatched.join()
-    # The devices were idle before the first of these steps.
+    # -inf: the devices were idle before the first of these steps.
     idle_since = [float('-inf'), *self._done]
-    # The batch of a step that is still to be dispatched may be here already.
+    # Not strict: the batch of the next step may have come before its step.
     seconds = sum(
       max(got_at - max(asked_at, idle), 0.0)
       for (asked_at, got_at), idle in zip(self._waits, idle_since, strict=False)
@@ -65,8 +65,8 @@ class InputWait:
       try:
         jax.block_until_ready(step_metrics)
       except Exception:
-        pass  # the loop asks for the same values, and will be told
+        pass  # the loop fetches the same values and gets the error
       finally:
         self._done.append(self._clock())
-        step_metrics = None  # or it would live until the next one
+        step_metrics = None  # frees the arrays before the next step comes
         self._dispatched.task_done()

@@ -1,8 +1,9 @@
-"""Files that grow with a run, and a full disk: metrics.jsonl, TensorBoard.
+"""The growing files of a run, metrics.jsonl and TensorBoard, on a full disk.
 
-A write that fails is no reason to end a run that computes well. Lines of a
-`Journal` wait in memory until they can be written; a checkpoint is sealed only
-when all of them were (`Journal.sync`), so that none is lost with the process.
+A write that fails does not end the run. The lines of a `Journal` wait in memory
+until they can be written. A checkpoint is sealed only after all lines are on
+disk (`Journal.sync`). So a process that ends loses no line of a step that it
+saved.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,20 +17,21 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 60.0
-# Generated modules, of which type checkers see nothing.
+# Any: type checkers see nothing of generated modules.
 _events: Any = event_pb2
 _summaries: Any = summary_pb2
 
 
 class Journal:
-  """Appends lines to a file, each of them once and in order. Thread-safe."""
+  """Appends lines to a file, each once and in order. Thread-safe."""
 
   def __init__(self, path: pathlib.Path, tell: Callable[[str], None]):
-    """Opens the file, and goes on after what is in it.
+    """Opens the file, and appends to its lines.
 
     Args:
-      path: whole lines, or nothing.
-      tell: is told when writing begins to fail, and when it works again.
+      path: a file of whole lines. It is created if it does not exist.
+      tell: receives a line when writing begins to fail, and when it works
+        again.
     """
     self._path = path
     self._tell = tell
@@ -40,7 +42,7 @@ class Journal:
     self._size = os.fstat(self._descriptor).st_size
 
   def write(self, line: str) -> None:
-    """Adds a line, which is in the file when this returns unless that fails."""
+    """Adds a line; a line that cannot be written is kept in memory."""
     with self._lock:
       self._pending.append(line.encode())
       try:
@@ -57,14 +59,14 @@ class Journal:
     """Returns when all lines are on disk.
 
     Raises:
-      OSError: they are not; they are kept.
+      OSError: they are not. They stay in memory for the next attempt.
     """
     with self._lock:
       self._write_pending()
       os.fsync(self._descriptor)
 
   def close(self) -> None:
-    """Tries a last time to write what is left, and closes the file."""
+    """Tries a last time to write the lines in memory; closes the file."""
     with self._lock:
       try:
         self._write_pending()
@@ -75,7 +77,7 @@ class Journal:
       os.close(self._descriptor)
 
   def _write_pending(self) -> None:
-    # Where a write stopped halfway, the next one begins anew in its place.
+    # At the old size: a write that failed halfway is overwritten.
     data, done = b''.join(self._pending), 0
     while done < len(data):
       done += os.pwrite(self._descriptor, data[done:], self._size + done)
@@ -87,14 +89,19 @@ class Journal:
 
 
 class TensorBoard:
-  """Event files for TensorBoard: a view, of which a part may be missing.
+  """Event files for TensorBoard; events are lost while the disk is full.
 
-  Written here and not by tensorboardX's SummaryWriter: its thread dies of the
-  first failed write, and its full queue then blocks the run for ever.
+  tensorboardX's SummaryWriter is not used: its thread dies of the first failed
+  write, and then its full queue blocks the run for ever.
   """
 
   def __init__(self, directory: pathlib.Path, *, purge_step: int):
-    """Opens a new file; what others have from `purge_step` on is not shown."""
+    """Opens a new file.
+
+    Args:
+      directory: of all event files of the run.
+      purge_step: TensorBoard hides events of older files from this step on.
+    """
     self._directory = directory
     self._writer: event_file_writer.EventsWriter | None = None
     self._flushed_at = time.monotonic()
@@ -125,7 +132,8 @@ class TensorBoard:
       if self._writer is None:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._writer = event_file_writer.EventsWriter(
-          # Two files of one second would be one.
+          # Process and microseconds: tensorboardX names a file by the second,
+          # so two files of one second would be one.
           str(self._directory / 'events'),
           f'.{os.getpid()}.{int(now * 1e6)}',
         )
@@ -134,5 +142,5 @@ class TensorBoard:
         self._writer.flush()
         self._flushed_at = time.monotonic()
     except OSError:
-      # A file cut short cannot be appended to: the next event opens another.
+      # An incomplete file cannot be appended to: the next event opens another.
       self._writer = None

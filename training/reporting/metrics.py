@@ -1,83 +1,50 @@
-"""What a run reports: JSONL (the source of truth), TensorBoard, the terminal.
+"""The metrics of a run: metrics.jsonl (the source of truth) and TensorBoard.
 
-`metrics.jsonl` has every step once as a `train` record and every evaluation
-once as `eval`, both reproducible to the bit. Others depend on the machine:
-`speed`, and `save`, of which a failed one has `saved` 0.
+metrics.jsonl has each step once as a `train` record and each evaluation once as
+an `eval` record; both are reproducible to the bit. The other records depend on
+the machine: `speed`, and `save`, in which `saved` is 0 if the save failed.
 """
 
 from collections.abc import Callable
 import json
 import pathlib
 import threading
-from typing import Any, Protocol
-
-import rich.console
-import rich.progress
+from typing import Any
 
 from storage import atomic, layout
 from training.reporting import journal
 
-_BARS = '▁▂▃▄▅▆▇█'
 
-
-class Log(Protocol):
-  """Where records go."""
-
-  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    """Adds one record."""
-    ...
-
-  def sync(self) -> None:
-    """Returns when all records are on disk.
-
-    Raises:
-      OSError: they are not.
-    """
-    ...
-
-  def close(self) -> None:
-    """Adds no more."""
-    ...
-
-
-class NoLog:
-  """What all processes but the first have: the first one writes."""
-
-  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    """Does nothing."""
-
-  def sync(self) -> None:
-    """Does nothing."""
-
-  def close(self) -> None:
-    """Does nothing."""
-
-
-class MetricsLog:
-  """Appends records to `metrics.jsonl` and to TensorBoard. Thread-safe."""
+class Log:
+  """Appends records to metrics.jsonl and to TensorBoard. Thread-safe."""
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | None,
     *,
     first_step: int,
     evaluation_owed: bool = False,
     tell: Callable[[str], None] = lambda text: None,
   ):
-    """Opens the log of a run that goes on after `first_step` steps.
+    """Opens the log of a run that has taken `first_step` steps.
 
-    Records of later steps, which a killed run wrote after its last
-    checkpoint, are dropped: those steps are about to be taken again.
+    Drops the records of later steps. A killed run wrote them after its last
+    checkpoint, and those steps are taken again now.
 
     Args:
-      workdir: of the run.
-      first_step: steps that were taken.
-      evaluation_owed: the one after the last of them is about to be done again.
-      tell: is told what goes wrong with the file later on.
+      workdir: of the run; None: nothing is written. In a run of several
+        processes the first one writes.
+      first_step: steps taken so far.
+      evaluation_owed: drop the evaluation of `first_step` too: it is repeated.
+      tell: receives a line if the file cannot be written later.
 
     Raises:
-      ValueError: a line is no record.
+      ValueError: a line of the file is not a record.
     """
+    self._journal = self._tensorboard = None
+    self._lock = threading.Lock()
+    if workdir is None:
+      return
     path = workdir / layout.METRICS
     path.touch()
     records = read(workdir)
@@ -97,10 +64,15 @@ class MetricsLog:
     self._tensorboard = journal.TensorBoard(
       workdir / layout.TENSORBOARD, purge_step=first_step + 1
     )
-    self._lock = threading.Lock()
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    """Adds one record; it is in the file when this returns, if it can be."""
+    """Adds one record.
+
+    The record is in the file when this returns. If the file cannot be written,
+    the record is kept in memory, see `journal.Journal`.
+    """
+    if self._journal is None or self._tensorboard is None:
+      return
     with self._lock:
       self._journal.write(_line({'kind': kind, 'step': step, **values}))
       self._tensorboard.write(
@@ -111,21 +83,25 @@ class MetricsLog:
     """Returns when all records are on disk.
 
     Raises:
-      OSError: they are not; they are kept, and written when that works again.
+      OSError: they are not. They stay in memory for the next attempt.
     """
-    self._journal.sync()
+    if self._journal is not None:
+      self._journal.sync()
 
   def close(self) -> None:
-    """Flushes and closes both."""
-    self._journal.close()
-    self._tensorboard.close()
+    """Flushes and closes both files."""
+    if self._journal is not None and self._tensorboard is not None:
+      self._journal.close()
+      self._tensorboard.close()
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a run; a last line cut short by a kill is no one.
+  """Returns the records of a run.
+
+  An incomplete last line, left by a killed process, is ignored.
 
   Raises:
-    ValueError: another line is no record.
+    ValueError: any other line is not a record.
   """
   path = workdir / layout.METRICS
   lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
@@ -144,75 +120,6 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
       )
     records.append(record)
   return records
-
-
-def sparkline(values: list[float], width: int = 60) -> str:
-  """Returns the values as one line of bars, averaged into `width` buckets."""
-  if not values:
-    return ''
-  width = min(width, len(values))
-  edges = [round(i * len(values) / width) for i in range(width + 1)]
-  means = [
-    sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)
-  ]
-  low, high = min(means), max(means)
-  span = (high - low) or 1.0
-  return ''.join(
-    _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means
-  )
-
-
-class Terminal:
-  """A progress bar on a terminal, plain lines elsewhere."""
-
-  def __init__(self, console: rich.console.Console, *, num_steps: int):
-    self._console = console
-    self._num_steps = num_steps
-    self._bar = rich.progress.Progress(
-      rich.progress.TextColumn('step {task.completed}/{task.total}'),
-      rich.progress.BarColumn(bar_width=20),
-      rich.progress.TextColumn('{task.fields[text]}'),
-      console=console,
-      transient=True,
-      refresh_per_second=4,
-      disable=not console.is_terminal,
-    )
-    self._task = self._bar.add_task('', total=num_steps, text='compiling')
-
-  def __enter__(self) -> 'Terminal':
-    self._bar.start()
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._bar.stop()
-
-  def update(self, step: int, loss: float, speed: dict[str, float]) -> None:
-    """Shows where the run is; speed may be empty while it is unknown."""
-    parts = [f'loss {loss:.4f}']
-    if speed:
-      left = (self._num_steps - step) * speed['seconds_per_step']
-      parts += [
-        f'{speed["tokens_per_s"]:,.0f} tokens/s',
-        f'MFU {speed["mfu"]:.1%}',
-        f'goodput {speed["goodput"]:.0%}',
-        f'{_duration(left)} left',
-      ]
-    text = ' | '.join(parts)
-    self._bar.update(self._task, completed=step, text=text)
-    if not self._console.is_terminal:
-      self.say(f'step {step}/{self._num_steps} | {text}')
-
-  def say(self, text: str) -> None:
-    """Prints a line that stays."""
-    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours}h{minutes:02d}m'
-  return f'{minutes}m{seconds:02d}s'
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the user is told of a run: before, when it is frozen, and after."""
+"""The lines for the user before a run, after it, and when it is frozen."""
 
 from collections.abc import Sequence
 import pathlib
@@ -10,7 +10,7 @@ from parallel import processes
 from training import assemble, experiment as experiment_lib
 from training.evaluation import validation
 from training.lifecycle import interrupt
-from training.reporting import metrics
+from training.reporting import metrics, terminal
 
 
 def describe(
@@ -19,7 +19,7 @@ def describe(
   first_step: int,
   console: rich.console.Console,
 ) -> None:
-  """Says what is about to run."""
+  """Prints the facts of a run before its first step."""
   data = experiment.data
   tokens = data.rows_before(experiment.num_steps) * data.row_length
   devices = parts.learner.placement.devices
@@ -59,7 +59,7 @@ def describe(
 def _describe_data(
   experiment: experiment_lib.Experiment, parts: assemble.Parts
 ) -> str:
-  """Says of each source what it has and how much of its rows is text."""
+  """Returns a line for each source: its size, fill rate and epochs."""
   data = experiment.data
   mixed = data.train_sources()
   total = sum(source.weight for source in mixed)
@@ -89,12 +89,12 @@ def tell_unused(
   changes: Sequence[str],
   console: rich.console.Console,
 ) -> None:
-  """Says what a run that has no step left to take makes no use of."""
+  """Prints the values that have no effect on a run without steps left."""
   if step > experiment.num_steps:
     say(
       console,
-      f'note: {step} steps are taken, more than the {experiment.num_steps} of'
-      ' config.num_steps: the last one counts',
+      f'note: the run has taken {step} steps, more than config.num_steps ='
+      f' {experiment.num_steps}: the last one counts',
     )
   unused = [
     words for words in changes if not words.startswith(('freeze.', 'num_steps'))
@@ -102,7 +102,7 @@ def tell_unused(
   if unused:
     say(
       console,
-      f'note: nothing is left to train, so this changes nothing:'
+      'note: no step is left to take, so these values have no effect:'
       f' {"; ".join(unused)}',
     )
 
@@ -112,7 +112,7 @@ def show_manifest(
   manifest: manifest_lib.Manifest,
   console: rich.console.Console,
 ) -> None:
-  """Shows what was handed over."""
+  """Prints the main facts of a frozen directory."""
   say(
     console,
     f'frozen     {directory}: {manifest.num_params:,} {manifest.dtype}'
@@ -133,12 +133,12 @@ def summarise(
   stop: interrupt.Interrupt,
   console: rich.console.Console,
 ) -> None:
-  """Shows the loss curve of the whole run, and what it came to."""
+  """Prints the loss curve of the whole run and its last evaluation."""
   records = metrics.read(workdir)
   losses = [r['loss'] for r in records if r['kind'] == 'train']
   say(
     console,
-    f'loss       {losses[0]:.3f} {metrics.sparkline(losses)} {losses[-1]:.3f}',
+    f'loss       {losses[0]:.3f} {terminal.sparkline(losses)} {losses[-1]:.3f}',
   )
   evals = [r for r in records if r['kind'] == 'eval']
   for record in evals[-1:]:
@@ -155,16 +155,16 @@ def summarise(
       console,
       f'stopped by {stop.signal.name} after step {step}; saved within'
       f' {stop.seconds():.1f} s, of {stop.grace_s:g} s in checkpoint.grace_s.'
-      ' The same command goes on from there.',
+      ' The same command resumes from there.',
     )
 
 
 def say_epochs(epochs: dict[str, float], console: rich.console.Console) -> None:
-  """Shows how often each source was trained."""
+  """Prints how many epochs of each source were trained on."""
   of_each = ', '.join(f'{name} {value:.3g}' for name, value in epochs.items())
   say(console, f'epochs     {of_each}')
 
 
 def say(console: rich.console.Console, text: str) -> None:
-  """Prints a line as it is."""
+  """Prints a line without markup or wrapping."""
   console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ import pytest
 from frozen import seals
 from storage import digests
 from training import experiment, state as state_lib
-from training.checkpoints import checkpoint, retention, saving
+from training.checkpoints import checkpoint, saving
 
 IDENTITY = {'experiment': 'tiny', 'seed': 0, 'model.num_layers': 1}
 
@@ -36,11 +36,15 @@ def _abstract(state):
   )
 
 
-def _open(workdir, *, identity=None, tell=lambda text: None, **config):
-  saved = checkpoint.Checkpoints(
+def _unopened(workdir, *, identity=None, **config):
+  return checkpoint.Checkpoints(
     workdir, experiment.CheckpointConfig(**config), identity or IDENTITY
   )
-  saved.recover(tell)
+
+
+def _open(workdir, *, tell=lambda text: None, **fields):
+  saved = _unopened(workdir, **fields)
+  saved.open(tell)
   return saved
 
 
@@ -49,7 +53,8 @@ def _save(saved, step, **extras):
   saved.save(
     _state(step),
     checkpoint.Progress(tokens_seen=step * 10, data_state={'row': step}),
-    checkpoint.Extras(done=outcomes.append, **extras),
+    done=outcomes.append,
+    **extras,
   )
   saved.wait()
   (outcome,) = outcomes
@@ -83,9 +88,22 @@ def copy(two, tmp_path):
   return tmp_path / 'run'
 
 
+def test_a_run_resumes_from_the_newest_checkpoint(two, tmp_path):
+  assert _unopened(two).open() == checkpoint.Resume(step=8)
+  assert _unopened(tmp_path).peek() == checkpoint.Resume()
+  assert _unopened(tmp_path).open() == checkpoint.Resume()
+
+
+def test_a_checkpoint_whose_seal_is_damaged_may_owe_something(copy):
+  (copy / 'checkpoints' / '8' / 'seal.json').write_text('{')
+  seen = _unopened(copy).peek()
+  assert seen == checkpoint.Resume(step=8, evaluation_owed=True)
+  assert _unopened(copy).open() == checkpoint.Resume(step=4)
+
+
 def test_a_state_comes_back_to_the_bit(two):
   saved = _open(two)
-  assert saved.latest_step() == 8
+  assert saved.wait() == 8
   state, progress = saved.restore(_abstract(_state(0)))
   jax.tree.map(np.testing.assert_array_equal, state.params, _state(8).params)
   jax.tree.map(
@@ -161,18 +179,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   file = _damage(copy / 'checkpoints' / '8', how)
   told = []
   saved = _open(copy, tell=told.append)
-  assert saved.latest_step() == 4
+  assert saved.wait() == 4
   (text,) = told
   assert 'checkpoint of step 8 is damaged' in text
   assert str(file) in text
   assert words in text
-  assert 'Moved to damaged-8-0, going on from step 4' in text
+  assert 'Moved to damaged-8-0, resuming from step 4' in text
   assert (copy / 'checkpoints' / 'damaged-8-0').is_dir()
   state, _ = saved.restore(_abstract(_state(0)))
   np.testing.assert_array_equal(state.params['w'], _state(4).params['w'])
   # And the step can be saved again.
   assert not _save(saved, 8).error
-  assert _open(copy).latest_step() == 8
+  assert _open(copy).wait() == 8
 
 
 def test_if_all_are_damaged_nothing_is_done(copy):
@@ -205,7 +223,7 @@ def test_a_checkpoint_that_was_sealed_without_a_part_is_not_used(copy):
   files = digests.of_files(newest, seals.file_names(newest))
   seals.write(newest, dataclasses.replace(seal, files=files))
   told = []
-  assert _open(copy, tell=told.append).latest_step() == 4
+  assert _open(copy, tell=told.append).wait() == 4
   assert 'got a seal that lists nothing of params, expected some' in told[0]
   assert 'lists nothing of progress.json' in told[0]
 
@@ -222,7 +240,7 @@ def test_a_checkpoint_that_lost_a_part_is_not_sealed(copy, monkeypatch):
   assert (
     'got no progress.json, expected what was just' in _save(saved, 12).error
   )
-  assert saved.latest_step() == 8
+  assert saved.wait() == 8
   assert seals.steps(copy / 'checkpoints') == [4, 8]
 
 
@@ -231,7 +249,7 @@ def test_what_kills_left_behind_is_removed(copy):
   for name in ('12.partial', '2.deleted'):
     shutil.copytree(root / '8', root / name)
   (root / '8' / 'seal.tmp').write_text('{')  # an evaluation being recorded
-  assert _open(copy).latest_step() == 8
+  assert _open(copy).wait() == 8
   assert sorted(path.name for path in root.iterdir()) == ['4', '8']
 
 
@@ -311,13 +329,13 @@ def test_the_latest_the_best_and_every_so_many_are_kept():
   config = experiment.CheckpointConfig
 
   def kept(**fields):
-    return retention.kept(losses, config(**fields))
+    return checkpoint.steps_to_keep(losses, config(**fields))
 
   assert kept(keep_latest=1, keep_best=0) == {60}
   assert kept(keep_latest=2, keep_best=1) == {40, 50, 60}
   assert kept(keep_latest=1, keep_best=2) == {20, 40, 60}
   assert kept(keep_latest=1, keep_best=0, keep_every_steps=20) == {20, 40, 60}
-  assert retention.kept({}, config()) == set()
+  assert checkpoint.steps_to_keep({}, config()) == set()
 
 
 def test_the_best_is_known_after_a_restart(tmp_path):
@@ -332,11 +350,12 @@ def test_the_best_is_known_after_a_restart(tmp_path):
 def test_an_owed_evaluation_is_remembered_and_paid(tmp_path):
   saved = _open(tmp_path, keep_latest=1)
   _save(saved, 1, evaluation_owed=True)
-  saved = _open(tmp_path, keep_latest=1)
-  assert saved.evaluation_owed
+  saved = _unopened(tmp_path, keep_latest=1)
+  owing = checkpoint.Resume(step=1, evaluation_owed=True)
+  assert saved.peek() == saved.open() == owing
   saved.mark_evaluated(1, 0.5)
-  saved = _open(tmp_path, keep_latest=1)
-  assert not saved.evaluation_owed
+  saved = _unopened(tmp_path, keep_latest=1)
+  assert saved.peek() == saved.open() == checkpoint.Resume(step=1)
   _save(saved, 2)
   assert seals.steps(tmp_path / 'checkpoints') == [1, 2]
 
@@ -387,7 +406,7 @@ def test_a_save_that_fails_does_no_harm_and_is_tried_again(
     fail(monkeypatch, tmp_path)
     outcome = _save(saved, 2)
   assert words in outcome.error
-  assert saved.latest_step() == 1
+  assert saved.wait() == 1
   if (tmp_path / 'elsewhere').exists():
     root.unlink()
     (tmp_path / 'elsewhere').rename(root)
@@ -423,7 +442,7 @@ def test_a_step_in_flight_is_not_saved_twice(tmp_path):
     saved.save(
       _state(1),
       checkpoint.Progress(),
-      checkpoint.Extras(done=outcomes.append),
+      done=outcomes.append,
     )
   saved.wait()
   assert [outcome.step for outcome in outcomes] == [1]

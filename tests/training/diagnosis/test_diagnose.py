@@ -13,10 +13,11 @@ import pytest
 from data import data_config, sources
 from parallel import parallel_config
 from tests.helpers import tiny_models
-from training import experiment as experiment_lib, learner as learner_lib, loop
+from training import experiment as experiment_lib, learner as learner_lib
 from training.diagnosis import diagnose
 from training.lifecycle import exit_codes
 from training.optimizer import chain
+from training.reporting import reporter
 
 SIZES = {
   'vocab_size': 64,
@@ -54,7 +55,7 @@ def _explained(
       for i in range(failed)
     ]
   error = diagnose.explained(
-    loop.NonFiniteError(f'step {failed}: got loss = nan', failed),
+    reporter.NonFiniteError(f'step {failed}: got loss = nan', failed),
     diagnose.Replay(
       learner=learner,
       train_step=learner.compile_train_step(),
@@ -62,7 +63,7 @@ def _explained(
       restart=lambda: (spoil(learner.init(jax.random.key(0))), 0),
     ),
   )
-  assert isinstance(error, loop.NonFiniteError)
+  assert isinstance(error, reporter.NonFiniteError)
   assert error.step == failed
   return str(error)
 

@@ -15,7 +15,7 @@ from evals import ports, run as evals_run
 from frozen import format as frozen_format
 from models import transformer
 from tests.helpers import no_network, tiny_models, tiny_run
-from training import flags as flags_lib, learner as learner_lib
+from training import evaluator, flags as flags_lib, learner as learner_lib
 from training.evaluation import evals_config, model_port, tasks as tasks_lib
 from training.reporting import metrics
 
@@ -94,7 +94,7 @@ def test_an_evaluation_that_was_cut_short_measures_again(
     os.kill(os.getpid(), signal.SIGTERM)
     return measure(*args, **kwargs)
 
-  monkeypatch.setattr(tasks_lib, 'measure', interrupted)
+  monkeypatch.setattr(evaluator.tasks, 'measure', interrupted)
   cut = tmp_path / 'cut'
   result, _ = tiny_run.run(experiment, cut)
   assert result.exit_code == 143

@@ -12,7 +12,12 @@ import pytest
 
 from storage import atomic
 from training import loop
-from training.reporting import goodput, input_wait, metrics
+from training.reporting import (
+  goodput,
+  input_wait,
+  metrics,
+  reporter as reporter_lib,
+)
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -299,7 +304,7 @@ class _Terminal:
     self.speeds.append(speed)
 
 
-class _Log(metrics.NoLog):
+class _Log(metrics.Log):
   def __init__(self):
     self.records = []
 
@@ -320,12 +325,13 @@ def looped(monkeypatch):
   measured = _measure(None, clock)
   clock.wait(32.0)
   terminal, log = _Terminal(), _Log()
-  reporter = loop.Reporter(
+  reporter = reporter_lib.Reporter(
     log,
     terminal,
     measured,
     learning_rate=lambda step: 0.5 * step,
     mfu_per_token_rate=0.25,
+    epochs=lambda step: {},
     last_checkpoint=lambda: None,
   )
 

@@ -91,15 +91,15 @@ def test_a_damaged_metrics_file_is_named(tmp_path):
   with pytest.raises(
     ValueError, match=r'metrics.jsonl, line 2: got .*, expected a record as JSO'
   ):
-    metrics.MetricsLog(tmp_path, first_step=2)
+    metrics.Log(tmp_path, first_step=2)
 
 
 def test_an_owed_evaluation_is_recorded_once(tmp_path):
-  log = metrics.MetricsLog(tmp_path, first_step=0)
+  log = metrics.Log(tmp_path, first_step=0)
   for step in (1, 2):
     log.write('train', step, {'loss': 1.0})
     log.write('eval', step, {'loss': 1.0})
   log.close()
-  metrics.MetricsLog(tmp_path, first_step=2, evaluation_owed=True).close()
+  metrics.Log(tmp_path, first_step=2, evaluation_owed=True).close()
   kinds = [(r['kind'], r['step']) for r in metrics.read(tmp_path)]
   assert kinds == [('train', 1), ('eval', 1), ('train', 2)]

@@ -15,19 +15,19 @@ from storage import layout
 from tests.helpers import tiny_models
 from training import flags as flags_lib
 from training.evaluation import validation
-from training.reporting import metrics
+from training.reporting import metrics, terminal as terminal_lib
 
 ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-  log = metrics.MetricsLog(tmp_path, first_step=0)
+  log = metrics.Log(tmp_path, first_step=0)
   for step in (1, 2, 3):
     log.write('train', step, {'loss': 1.0 / step})
   log.close()
   with (tmp_path / layout.METRICS).open('a') as file:
     file.write('{"kind": "tr')  # cut short by a kill
-  log = metrics.MetricsLog(tmp_path, first_step=2)
+  log = metrics.Log(tmp_path, first_step=2)
   log.write('train', 3, {'loss': 0.5})
   log.close()
   assert metrics.read(tmp_path) == [
@@ -40,7 +40,7 @@ def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 def test_tensorboard_gets_the_same_values(tmp_path):
   from tensorboardX.proto import event_pb2
 
-  log = metrics.MetricsLog(tmp_path, first_step=0)
+  log = metrics.Log(tmp_path, first_step=0)
   log.write('train', 1, {'loss': 0.25})
   log.close()
   (path,) = (tmp_path / 'tensorboard').iterdir()
@@ -54,16 +54,16 @@ def test_tensorboard_gets_the_same_values(tmp_path):
 
 
 def test_sparkline_shows_the_shape():
-  assert metrics.sparkline([]) == ''
-  assert metrics.sparkline([1.0]) == '▁'
-  assert metrics.sparkline([8.0, 6.0, 4.0, 1.0]) == '█▆▄▁'
-  assert len(metrics.sparkline(list(range(1000)))) == 60
+  assert terminal_lib.sparkline([]) == ''
+  assert terminal_lib.sparkline([1.0]) == '▁'
+  assert terminal_lib.sparkline([8.0, 6.0, 4.0, 1.0]) == '█▆▄▁'
+  assert len(terminal_lib.sparkline(list(range(1000)))) == 60
 
 
 def test_plain_output_has_a_line_per_report():
   out = io.StringIO()
   console = rich.console.Console(file=out)
-  with metrics.Terminal(console, num_steps=100) as terminal:
+  with terminal_lib.Terminal(console, num_steps=100) as terminal:
     terminal.update(1, 3.0, {})
     terminal.update(
       40,
@@ -198,7 +198,7 @@ def test_the_command_line_reports_errors_in_one_line(tmp_path):
 
 
 def test_records_are_json(tmp_path):
-  log = metrics.MetricsLog(tmp_path, first_step=0)
+  log = metrics.Log(tmp_path, first_step=0)
   log.write('eval', 5, {'loss': 1.5})
   log.close()
   text = (tmp_path / layout.METRICS).read_text()

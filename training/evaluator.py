@@ -1,0 +1,115 @@
+"""The evaluator of a run: validation loss and tasks, between steps."""
+
+from training import (
+  assemble,
+  experiment as experiment_lib,
+  run_context,
+  state as state_lib,
+)
+from training.evaluation import model_port, tasks, validation
+from training.optimizer import average
+
+
+class Evaluator:
+  """Evaluates the states of one run; `evaluate` is a hook of the loop."""
+
+  def __init__(
+    self,
+    experiment: experiment_lib.Experiment,
+    parts: assemble.Parts,
+    context: run_context.RunContext,
+  ):
+    """Compiles nothing yet: the first evaluation does.
+
+    Args:
+      experiment: the run.
+      parts: of the run.
+      context: receives the results, and knows of a signal to stop.
+    """
+    self._experiment = experiment
+    self._parts = parts
+    self._context = context
+    self._eval_step = parts.learner.compile_eval_step()
+    self._scorer = model_port.Scorer(parts.learner)
+    # The best checkpoint is chosen by the weights that will be frozen.
+    self._best_by = (
+      'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
+    )
+    rule, decay = experiment.optimizer.rule, experiment.ema_decay
+    self._average = average.reader(rule, decay)
+    self._place_average = parts.learner.placement.compile_weights(
+      self._average or (lambda state: state.params)
+    )
+    self._last: tuple[int, float] | None = None  # step, loss
+    self._owed_step: int | None = None
+
+  def evaluate(self, step: int, state: state_lib.TrainState) -> bool:
+    """Records the validation loss of `state`, and its tasks if they are due.
+
+    If the run averages its weights, the loss of the average is recorded too.
+    Tasks are measured with the weights that will be frozen.
+
+    A signal to stop ends the evaluation without a record. The evaluation is
+    then owed: a run that resumes from this step repeats it first.
+
+    Returns:
+      Whether the run is asked to stop.
+    """
+    try:
+      values, frozen = self._validate(state.params, state), state.params
+      if self._average is not None:
+        average_params = self._place_average(state)
+        averaged = self._validate(average_params, state)
+        values |= {f'average_{k}': value for k, value in averaged.items()}
+        if self._best_by != 'loss':
+          frozen = average_params
+      measured = self._measure(step, frozen)
+    except validation.Stopped:
+      self._owed_step = step
+      return True
+    self._context.log.write('eval', step, values | measured)
+    self._last = step, values.get(self._best_by, values['loss'])
+    say = self._context.terminal.say
+    say(f'step {step}: {validation.report(values)}')
+    if measured:
+      say(f'step {step}: {tasks.report(measured)}')
+    return False
+
+  def loss_at(self, step: int) -> float | None:
+    """Returns the loss that ranks the checkpoint of `step`, if evaluated."""
+    if self._last is None or self._last[0] != step:
+      return None
+    return self._last[1]
+
+  def owes(self, step: int) -> bool:
+    """Returns whether a signal cut the evaluation of `step` short."""
+    return self._owed_step == step
+
+  def _measure(self, step: int, params) -> dict[str, float]:
+    """Returns the results of the tasks that are due."""
+    every = self._experiment.evals.every_steps
+    is_due = (
+      step == self._experiment.num_steps or not every or step % every == 0
+    )
+    if not self._parts.tasks or not is_due:
+      return {}
+    return tasks.measure(
+      self._parts.tasks,
+      self._scorer,
+      params,
+      self._parts.tokenizer,
+      has_bos=self._experiment.data.has_bos,
+      should_stop=self._context.stop.between_batches(),
+    )
+
+  def _validate(self, params, state) -> dict[str, float]:
+    frozen = () if state.frozen_params is None else (state.frozen_params,)
+    return validation.evaluate(
+      lambda params, batch: self._eval_step(params, batch, *frozen),
+      params,
+      self._parts.eval_batches,
+      put_batch=self._parts.learner.placement.put_batch,
+      num_bytes_V=self._parts.tokenizer.num_bytes_V(),
+      max_batches=self._experiment.eval_batches,
+      should_stop=self._context.stop.between_batches(),
+    )
