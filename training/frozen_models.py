@@ -2,8 +2,8 @@
 
 An objective names them in `models_needed`. Each frozen model is read from its
 frozen directory, laid out over the devices by the same rules as the trained
-model, and never updated. Checkpoints do not hold frozen models. run.json records
-their digests, and a resumed run reads them again and compares.
+model, and never updated. Checkpoints do not hold frozen models. run.json
+records their digests; a resumed run reads them again and compares.
 """
 
 from collections.abc import Mapping
