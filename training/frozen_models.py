@@ -1,9 +1,9 @@
 """Frozen models beside the one that is trained: a reference, a teacher.
 
-An objective names them in `models_needed`. Each is read from its frozen
-directory, laid out over the devices by the same rules as the trained model, and
-never updated. Checkpoints hold none of them: run.json has their digests, and a
-run that is resumed reads them again.
+An objective names them in `models_needed`. Each frozen model is read from its
+frozen directory, laid out over the devices by the same rules as the trained
+model, and never updated. Checkpoints do not hold frozen models. run.json
+records their digests; a resumed run reads them again and compares.
 """
 
 from collections.abc import Mapping

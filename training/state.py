@@ -89,8 +89,8 @@ def abstract_params(
 
 
 def _with_heads(params: Any, key: jax.Array, make_heads: MakeHeads | None):
-  # Another stream than those of `split`: models start from the same weights
-  # with and without heads.
+  # The key of heads is not one of `split`: so a model starts from the same
+  # weights with and without heads.
   heads = make_heads(jax.random.fold_in(key, 1)) if make_heads else None
   return params if heads is None else {**params, port.HEADS: heads}
 

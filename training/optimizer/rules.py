@@ -161,8 +161,8 @@ class Muon(AdamW):
 
   momentum: float = 0.95  # Nesterov's, decay per step
   newton_schulz_steps: int = 5  # iterations of the orthogonalisation
-  # AdamW's peak learning rate; it follows the schedule of `peak_lr`, which is
-  # that of the hidden matrices.
+  # AdamW's peak learning rate; it follows the schedule of `peak_lr`, the rate
+  # of the hidden matrices.
   adam_peak_lr: float = 2e-3
 
   def check(self, params, model_config):
@@ -347,8 +347,8 @@ class Ademamix(AdamW):
     del params, is_staged
 
     def slow_decay(step: jax.typing.ArrayLike) -> jax.Array:
-      # Equation 4: the half-life grows in proportion to the step, from that of
-      # beta1 to that of beta3.
+      # Equation 4: in proportion to the step, the half-life grows from beta1's
+      # to beta3's.
       share = jnp.minimum(jnp.asarray(step) / num_steps, 1.0)
       # beta1 = 0 has no half-life: start from one that is almost 0.
       first, last = math.log(max(self.beta1, 1e-8)), math.log(self.beta3)

@@ -383,8 +383,8 @@ def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
 def _working_bytes(learner, tokens: float) -> float:
   """Returns the bytes that the backward pass of one layer holds at a time.
 
-  They are those of all results that the layer would store without remat: either
-  the results are recomputed, or their gradients are held. Float32 results of
+  Counted are all results that the layer would store without remat: either the
+  results are recomputed, or their gradients are held. Float32 results of
   norms are neither, because the compiler computes them where they are read.
   Instead there are two float32 gradients of the residual stream, the incoming
   one and the outgoing one. A mixture of experts also holds the gradient of the
