@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from checks import expect
 from text import tokenizer as tokenizer_lib
 
 Ids = Sequence[int]
@@ -19,7 +20,7 @@ class Logprobs(NamedTuple):
   """The log-probabilities of a continuation, in nats."""
 
   logprob: float  # of the whole continuation
-  is_greedy: bool  # every token is the most probable one
+  is_greedy: bool  # whether every token is the most probable one
   token_logprobs: np.ndarray  # of each token
 
 
@@ -96,7 +97,7 @@ class Model:
   """A model as evaluations see it; a task refuses one that lacks a function.
 
   Raises:
-    ValueError: no token can stand before a text.
+    ValueError: `max_length` is below 1.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
@@ -117,10 +118,7 @@ class Model:
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if self.max_length < 1:
-      raise ValueError(
-        f'max_length: got {self.max_length}, expected at least 1 token'
-      )
+    expect.at_least('max_length', self.max_length, 1)
 
   @property
   def prefix(self) -> int:

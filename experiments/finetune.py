@@ -22,7 +22,7 @@ LENGTH = 512
 
 
 def get_config(directory: str = '') -> experiment.Experiment:
-  """Returns the experiment that goes on from a frozen directory."""
+  """Returns the experiment that starts from a frozen directory."""
   model = presets.llama(
     vocab_size=VOCAB_SIZE,
     num_layers=6,

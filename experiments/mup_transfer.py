@@ -29,11 +29,14 @@ LENGTH = 64
 
 
 def get_config(variant: str = 'mup-64') -> experiment.Experiment:
-  """Returns `mup-WIDTH` or `standard-WIDTH`, of any multiple of 64."""
+  """Returns the experiment `mup-WIDTH` or `standard-WIDTH`.
+
+  WIDTH is a multiple of 64.
+  """
   kind, _, width = variant.partition('-')
   if kind not in ('mup', 'standard') or not width.isdigit() or int(width) % 64:
     raise ValueError(
-      f'variant: got {variant!r}, expected mup-WIDTH or standard-WIDTH, of a'
+      f'variant: got {variant!r}, expected mup-WIDTH or standard-WIDTH with a'
       ' multiple of 64, as in mup-256'
     )
   data = quickstart.get_config().data

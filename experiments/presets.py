@@ -8,7 +8,10 @@ from models import model_config
 def gpt2(
   *, vocab_size: int, num_layers: int, num_heads: int, width: int, length: int
 ) -> model_config.ModelConfig:
-  """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases."""
+  """Returns GPT-2: LayerNorm, learned positions, GELU, biases.
+
+  Reference: Radford et al. 2019.
+  """
   return model_config.ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
@@ -36,7 +39,10 @@ def llama(
   mlp_width: int,
   length: int,
 ) -> model_config.ModelConfig:
-  """Llama (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, no biases."""
+  """Returns Llama: RMSNorm, rotary positions, SwiGLU, no biases.
+
+  Reference: arXiv:2302.13971.
+  """
   return model_config.ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
@@ -59,10 +65,13 @@ def llama3(
   length: int,
   tie_embeddings: bool = False,
 ) -> model_config.ModelConfig:
-  """Llama 3 (arXiv:2407.21783, table 3): 8 kv heads, 128,256 ids, long waves.
+  """Returns Llama 3: 8 kv heads, vocabulary 128,256, rope base 500,000.
 
-  8B: 32 layers, 32 heads, width 4096, mlp_width 14336. 70B: 80, 64, 8192,
-  28672. The 1B of Llama 3.2: 16, 32, 2048, 8192, with tied embeddings.
+  Layers, heads, width and mlp_width of the 8B: 32, 32, 4096, 14336; of the 70B:
+  80, 64, 8192, 28672; of the 1B of Llama 3.2: 16, 32, 2048, 8192 with tied
+  embeddings.
+
+  Reference: arXiv:2407.21783, table 3.
   """
   return dataclasses.replace(
     llama(
@@ -80,9 +89,11 @@ def llama3(
 
 
 def qwen3_30b_a3b(*, length: int) -> model_config.ModelConfig:
-  """Qwen3-30B-A3B (arXiv:2505.09388, table 2): 8 of 128 experts per token.
+  """Returns Qwen3-30B-A3B: 8 of 128 experts per token.
 
-  30.53B parameters, 3.35B of them active per token.
+  30.53B parameters, of which 3.35B are active per token.
+
+  Reference: arXiv:2505.09388, table 2.
   """
   return dataclasses.replace(
     llama(

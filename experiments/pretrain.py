@@ -60,7 +60,7 @@ def get_config(variant: str = '8b') -> experiment.Experiment:
         mlp_width=14_336,
         length=LENGTH,
       ),
-      batch_size=1024,  # four million
+      batch_size=1024,  # four million tokens
       num_steps=39_000,
       peak_lr=3e-4,
       # Two groups of 32: one group of 64 spans all three axes of the torus. XLA
@@ -77,7 +77,7 @@ def get_config(variant: str = '8b') -> experiment.Experiment:
         mlp_width=28_672,
         length=LENGTH,
       ),
-      batch_size=2048,  # eight million
+      batch_size=2048,  # eight million tokens
       num_steps=169_000,
       peak_lr=1.5e-4,
       parallel=parallel_config.ParallelConfig(fsdp=64, tensor=4),
@@ -99,7 +99,7 @@ def get_config(variant: str = '8b') -> experiment.Experiment:
 def _experiment(
   variant: str, model, *, batch_size: int, num_steps: int, peak_lr, parallel
 ) -> experiment.Experiment:
-  """What the sizes have in common."""
+  """Returns the experiment of one size; the other settings are common."""
   return experiment.Experiment(
     name=f'pretrain_{variant}',
     model=model,

@@ -26,7 +26,7 @@ LENGTH = 512
 
 
 def get_config(variant: str = 'text') -> experiment.Experiment:
-  """Returns the experiment for one kind of files."""
+  """Returns the experiment for one kind of file."""
   if variant not in _SOURCES:
     raise ValueError(
       f'variant: got {variant!r}, expected one of {", ".join(_SOURCES)}'

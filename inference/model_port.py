@@ -1,4 +1,4 @@
-"""The engine as the functions that evaluations and rollouts call.
+"""The model port: functions that evaluations and rollouts call.
 
     score = model_port.scorer(engine)
     logprobs = score([(context_ids, continuation_ids), ...])
@@ -15,12 +15,12 @@ import numpy as np
 
 from evals import encoding, ports
 from inference import chat, generate
-from inference.engine import engine as engine_lib, requests
+from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
 
 
 def evaluated(generator: generate.Generator) -> ports.Model:
-  """Returns the model of a generator, as evaluations ask it."""
+  """Returns the model that evaluations measure: the engine that serves."""
   manifest, engine = generator.frozen.manifest, generator.engine
 
   def encode_chat(messages):
@@ -59,7 +59,7 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
   def score(
     pairs: Sequence[tuple[ports.Ids, ports.Ids]],
   ) -> list[ports.Logprobs]:
-    asked = []
+    requests = []
     for context, continuation in pairs:
       if not len(context) or not len(continuation):
         raise ValueError(
@@ -68,14 +68,14 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
           ' front'
         )
       *read, target = (*context, *continuation)
-      asked.append(
-        requests.Request(
+      requests.append(
+        requests_lib.Request(
           prompt_ids=tuple(map(int, read)),
           target=int(target),
           settings=settings,
         )
       )
-    answers = answer_all(engine, asked)
+    answers = answer_all(engine, requests)
     return [
       _logprobs(completion, len(continuation))
       for (completion,), (_, continuation) in zip(answers, pairs, strict=True)
@@ -110,8 +110,8 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
       logprobs=0,
     )
     # The samples of prompt i have the seeds from seed + i * n on.
-    asked = [
-      requests.Request(
+    requests = [
+      requests_lib.Request(
         prompt_ids=tuple(map(int, prompt)),
         settings=dataclasses.replace(
           common,
@@ -122,28 +122,30 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
     ]
     return [
       [_sample(completion) for completion in completions]
-      for completions in answer_all(engine, asked)
+      for completions in answer_all(engine, requests)
     ]
 
   return sample
 
 
 def answer_all(
-  engine: engine_lib.Engine, asked: Sequence[requests.Request]
-) -> list[list[requests.Completion]]:
+  engine: engine_lib.Engine, requests: Sequence[requests_lib.Request]
+) -> list[list[requests_lib.Completion]]:
   """Returns the n completions of each request.
 
   Raises:
     ValueError: a request could never be answered; before any work.
   """
-  answers: list[list[Any]] = [[None] * each.settings.n for each in asked]
-  for which, update in engine.answer(asked):
+  answers: list[list[Any]] = [[None] * each.settings.n for each in requests]
+  for which, update in engine.answer(requests):
     if update.completion:
       answers[which][update.index] = update.completion
   return answers
 
 
-def _logprobs(completion: requests.Completion, length: int) -> ports.Logprobs:
+def _logprobs(
+  completion: requests_lib.Completion, length: int
+) -> ports.Logprobs:
   read, target = completion.prompt_logprobs or [], completion.logprobs or []
   # The first token of a prompt has no log-probability. It is never part of a
   # continuation, since a context has at least one token.
@@ -157,7 +159,7 @@ def _logprobs(completion: requests.Completion, length: int) -> ports.Logprobs:
   )
 
 
-def _sample(completion: requests.Completion) -> ports.Completion:
+def _sample(completion: requests_lib.Completion) -> ports.Completion:
   assert completion.logprobs is not None
   ids = tuple(completion.token_ids)
   return ports.Completion(

@@ -8,16 +8,16 @@ literal axis (`mask_1TS`). Einsum strings use the same letters.
   S tokens in memory (cache)   G query heads per key/value head, H / K
   D model width                C channels per head
   F feed-forward width         V vocabulary
-  N layers                     R rows of queries handled together
+  N layers                     R queries of a tile or of a chunk
   E experts                    M tokens of all rows, B x T
   A active experts             J copies of tokens for experts, M x A
   P pages in a pool            Q tokens per page
   Y keys and values of heads   L pages of a sequence, its page table
-    in turn, 2K                X blocks of prompt tokens in a step
-  U latent, what keys and values are made from
+    in turn, 2K                X chunks of prompts in a step
+  U width of a latent, from which keys and values are computed
 
-Logical axes name what a dimension of a parameter or an activation *is*. Only
-`parallel/rules.py` knows on which mesh axis, if any, each of them is laid out.
+A logical axis names the meaning of an axis of a parameter or an activation.
+Only `parallel/rules.py` knows the mesh axis, if any, that splits it.
 """
 
 from typing import Any
@@ -26,14 +26,15 @@ import jax
 
 # Logical axes of the residual stream, [B, T, D], and of a gathered embedding.
 STREAM = ('batch', 'time', 'width')
-# And of what the head is applied to: once per run of the layers, not per layer.
+# Logical axes of the final hidden states. Stages may split `head_time`: these
+# states are laid out once per pass, not once per layer.
 HEAD_STREAM = ('batch', 'head_time', 'width')
 VOCAB = 'vocab'
 WIDTH = 'width'
 
-# Logical axes of parameters, by the name of the module that owns them. Every
-# matrix is stored [in, out], except the embeddings and the head: [vocab, width]
-# is what a lookup, a tied head and a row-wise matrix-vector product all want.
+# Logical axes of parameters, by the name of the module that owns them. Matrices
+# are stored [in, out]. The embeddings and the head are [vocab, width], which
+# suits a lookup, a tied head and a row-wise matrix-vector product.
 _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'query': ('embed', 'heads'),
   'key': ('embed', 'kv_heads'),
@@ -42,18 +43,17 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'gate': ('embed', 'mlp'),
   'up': ('embed', 'mlp'),
   'down': ('mlp', 'embed'),
-  # Each device makes all of a latent: what its heads need.
+  # Each device computes whole latents, because its heads need them.
   'query_down': ('embed', None),
   'query_up': ('embed', 'heads'),
   'latent': ('embed', None),
   'key_rope': ('embed', None),
   'key_up': ('embed', 'heads'),
   'value_up': ('embed', 'heads'),
-  # Every device decides for itself; what it holds of experts is gathered by
-  # parallel/expert_parallel.py, not by the compiler, and split along axes of
-  # its own.
+  # Every device routes its own tokens. The weights of experts have their own
+  # axes: parallel/expert_parallel.py gathers them, not the compiler.
   'router': ('embed', None),
-  'router_correction': (None, None),  # as if it were the bias of a matrix
+  'router_correction': (None, None),  # a bias: its first axis is dropped
   'expert_gate': ('experts', 'expert_embed', 'mlp'),
   'expert_up': ('experts', 'expert_embed', 'mlp'),
   'expert_down': ('experts', 'mlp', 'expert_embed'),
@@ -83,16 +83,16 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def param_axes(params: Any) -> Any:
-  """Names the logical axes of every parameter.
+  """Returns the logical axes of every parameter.
 
   Args:
     params: variables of `models.transformer.Transformer`, arrays or shapes.
 
   Returns:
-    The same tree with a tuple of axis names, or None per axis, at each leaf.
+    The same tree with a tuple at each leaf: the name of each axis, or None.
 
   Raises:
-    ValueError: a parameter that the glossary does not know.
+    ValueError: a parameter that this file does not know.
   """
   return jax.tree_util.tree_map_with_path(_leaf_axes, params)
 
@@ -116,13 +116,13 @@ def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   else:
     raise ValueError(
       f'no logical axes for parameter {"/".join(keys)}: got an unknown'
-      ' name, expected one of the glossary; add it to models/axes.py'
+      ' name, expected a name of models/axes.py; add it there'
     )
   if LAYERS in keys:
     axes = (LAYERS, *axes)
   if len(axes) != leaf.ndim:
     raise ValueError(
       f'parameter {"/".join(keys)}: got {leaf.ndim} axes, expected'
-      f' {len(axes)} {axes}; mend models/axes.py or the module'
+      f' {len(axes)} {axes}; correct models/axes.py or the module'
     )
   return axes

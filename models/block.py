@@ -53,6 +53,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, cache, angles, positions_BT, segment_ids_BT):
     config = self.config
+    # The name lets the policy `offload` find the input of the block.
     x_BTD = remat.named_input(nn.with_logical_constraint(x_BTD, axes.STREAM))
     kind = attention_layer.Attention
     if config.latent_width:

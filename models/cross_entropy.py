@@ -1,22 +1,23 @@
 """Cross-entropy from hidden states, without [batch, time, vocabulary] logits.
 
-The head and the loss are computed together over chunks of time. The forward
-pass already computes the gradients of a chunk while its logits are at hand, so
-that the backward pass only scales them: one pass over the vocabulary instead
-of three, and memory of one chunk. With B 8, T 1024, V 50304 the plain loss
-holds 1.6 GB of float32 logits, several times over.
+The head and the loss are computed together, over chunks of time. The forward
+pass computes the gradients of a chunk while its logits exist, so that the
+backward pass only scales them. That is one pass over the vocabulary instead of
+three, and the memory of one chunk. With B 8, T 1024 and V 50304, the plain loss
+holds 1.6 GB of float32 logits several times.
 
-The chunks are cut along time, not batch: the batch axis may be laid out over
-devices, and stays so.
+Chunks are cut along time, not batch, because the batch axis may be split over
+devices.
 
 Per token, with logits l of the head and log Z = log(sum(exp(c))),
 
-    c = cap tanh(l / cap)                    soft-cap; c = l without
+    c = cap tanh(l / cap)                    soft-cap; c = l without a cap
     loss = log Z - c[target] + z (log Z)^2   z-loss, of weight z
 
-The soft-cap bounds logits (Gemma 2, arXiv:2408.00118, section 2); the z-loss
-keeps them from drifting, which the softmax does not notice and bfloat16 does
-(PaLM, arXiv:2204.02311, section 5, with z = 1e-4).
+The soft-cap bounds logits (Gemma 2, arXiv:2408.00118, section 2). The z-loss
+keeps logits from drifting: a common shift does not change the softmax, but
+large logits lose digits in bfloat16 (PaLM, arXiv:2204.02311, section 5, with
+z = 1e-4).
 """
 
 import dataclasses
@@ -26,26 +27,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Logits of a chunk, in elements: 64 Mi is 256 MB of float32. Below it one
-# chunk does the whole batch.
+# Logits of a chunk: 64 Mi elements are 256 MB of float32. A batch with fewer
+# logits is one chunk.
 MAX_CHUNK_LOGITS = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossForm:
-  """Which function of hidden states and head the loss is."""
+  """The settings of the loss; static under jit."""
 
-  dtype: jnp.dtype  # that the head multiplies in; all that follows is float32
-  softcap: float = 0.0  # bound of the logits; 0: none
-  z_weight: float = 0.0  # of (log Z)^2
+  dtype: jnp.dtype  # of the product with the head; the rest is float32
+  softcap: float = 0.0  # bound of the logits; 0: no bound
+  z_weight: float = 0.0  # weight of (log Z)^2
 
 
 class LossSums(NamedTuple):
-  """Sums over tokens, each times its weight; float32 scalars.
+  """Sums over tokens, each times the weight of the token; float32 scalars.
 
-  Only the loss has a gradient. It is made in the forward pass, where what is
-  added to what has to be known already: the weight of the z-loss is an argument
-  and the two terms are for reading.
+  Only `loss` has a gradient. The forward pass computes the gradient, so the
+  weight of the z-loss has to be an argument. `nll` and `z` are for metrics.
   """
 
   loss: jax.Array  # nll + z_weight * z
@@ -54,13 +54,13 @@ class LossSums(NamedTuple):
 
 
 def num_chunks(batch: int, time: int, vocab_size: int) -> int:
-  """Returns into how many parts of equal length time is cut."""
+  """Returns the number of chunks of equal length that time is cut into."""
   wanted = -(-batch * time * vocab_size // MAX_CHUNK_LOGITS)
   return next(n for n in range(min(wanted, time), time + 1) if time % n == 0)
 
 
 def capped(logits: jax.Array, softcap: float) -> jax.Array:
-  """Returns logits bounded by `softcap`, or as they are where it is 0."""
+  """Returns the logits bounded by `softcap`; unchanged if it is 0."""
   return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
@@ -73,16 +73,16 @@ def chunked_nll(
   *,
   vocab_shards: int = 1,
 ) -> LossSums:
-  """Returns `weighted_nll` with as many chunks as the shapes ask for.
+  """Returns `weighted_nll` with the number of chunks that the shapes need.
 
   Args:
-    hidden_BTD: as all that follow but the last, see `weighted_nll`.
+    hidden_BTD: the final hidden states.
     head_VD: the unembedding matrix.
     targets_BT: token ids.
     weights_BT: weight of each target.
-    form: of the loss.
-    vocab_shards: over how many devices the vocabulary is split meanwhile; each
-      holds so much less of a chunk.
+    form: settings of the loss.
+    vocab_shards: devices that split the vocabulary; each holds that part of the
+      logits of a chunk.
   """
   batch, time = weights_BT.shape
   chunks = num_chunks(batch, time, -(-head_VD.shape[0] // vocab_shards))
@@ -100,12 +100,12 @@ def weighted_nll(
   """Returns the loss of the targets and its terms, in nats.
 
   Args:
-    hidden_BTD: what the head is applied to.
+    hidden_BTD: the final hidden states.
     head_VD: the unembedding matrix.
-    targets_BT: token ids; their value is of no matter where the weight is 0.
+    targets_BT: token ids; any value if the weight is 0.
     weights_BT: float32 weight of each target. Not differentiated.
-    chunks: how many parts time is cut into; divides T (see `num_chunks`).
-    form: of the loss.
+    chunks: number of chunks of time, a divisor of T (see `num_chunks`).
+    form: settings of the loss.
   """
   found: Any = _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form)
   loss, terms = found
@@ -114,7 +114,7 @@ def weighted_nll(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
-  """Returns the loss and (nll, z), of which only the loss has a gradient."""
+  """Returns the loss and (nll, z); only the loss has a gradient."""
   head_VD = head_VD.astype(form.dtype)
 
   def add_chunk(terms, chunk):
@@ -129,7 +129,8 @@ def _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
-  head_cast_VD = head_VD.astype(form.dtype)
+  """Returns (loss, terms) and the gradients of the loss."""
+  head_cast_VD = head_VD.astype(form.dtype)  # once, not in every chunk
 
   def add_chunk(carry, chunk):
     terms, dhead_VD = carry
@@ -139,6 +140,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form):
     new, log_z = _terms(logits, targets, weights)
     dlogits = _dlogits(logits, log_z, targets, weights, form)
     dlogits = dlogits.astype(form.dtype)
+    # Both gradients now, while the logits of the chunk exist.
     dhidden = jax.lax.dot_general(
       dlogits,
       head_cast_VD,
@@ -178,7 +180,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _logits(hidden_BtD, head_VD, form: LossForm) -> jax.Array:
-  """Returns the logits of a chunk, float32 and capped."""
+  """Returns the capped float32 logits of a chunk."""
   logits_BtV = jax.lax.dot_general(
     hidden_BtD,
     head_VD,
@@ -193,7 +195,7 @@ def _no_terms():
 
 
 def _terms(logits_BtV, targets_Bt, weights_Bt):
-  """Returns (nll, z) of a chunk, and the log of its partition functions."""
+  """Returns (nll, z) of a chunk, and log Z of each token."""
   log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
   target_Bt1 = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)
   nll = jnp.sum((log_z_Bt - target_Bt1[..., 0]) * weights_Bt)
@@ -211,12 +213,12 @@ def _dlogits(logits_BtV, log_z_Bt, targets_Bt, weights_Bt, form):
   probs = jnp.exp(logits_BtV - log_z_Bt[..., None])
   vocab_ids = jax.lax.broadcasted_iota(targets_Bt.dtype, logits_BtV.shape, 2)
   onehot = vocab_ids == targets_Bt[..., None]
-  # d log Z / d logits = softmax, so that z (log Z)^2 adds 2 z log Z softmax.
+  # d log Z / d logits = softmax, so the z-loss adds 2 z log Z softmax.
   if form.z_weight:
     probs = probs * (1 + 2 * form.z_weight * log_z_Bt[..., None])
   dlogits = (probs - onehot) * weights_Bt[..., None]
   if form.softcap:
-    # d cap tanh(l / cap) / d l = 1 - tanh^2, and tanh is what c / cap is.
+    # d cap tanh(l / cap) / d l = 1 - tanh^2, with tanh = c / cap.
     dlogits = dlogits * (1 - jnp.square(logits_BtV / form.softcap))
   return dlogits
 
@@ -224,8 +226,8 @@ def _dlogits(logits_BtV, log_z_Bt, targets_Bt, weights_Bt, form):
 def _split_time(arrays, chunks):
   """Reshapes [B, T, ...] into [chunks, B, T / chunks, ...].
 
-  Chunk c takes every so-manieth token, from c on: where time is laid out over
-  devices, each of them has its share of every chunk.
+  Chunk c takes every `chunks`-th token, starting at c. If time is split over
+  devices, each device has an equal share of every chunk.
   """
 
   def split(x):

@@ -1,9 +1,9 @@
-"""Analytic sizes and FLOPs of a model: what MFU and cost are computed from.
+"""Analytic sizes and FLOPs of a model, for MFU and cost.
 
-Counted by hand because the compiler cannot be asked: its cost analysis counts
-the body of a scan once. A multiply-add is 2 FLOPs; only matrix products count
-(PaLM, arXiv:2204.02311, appendix B), and causal attention is counted as the
-half that is needed, so that no implementation is credited for wasted work.
+The compiler's cost analysis cannot be used, because it counts the body of a
+scan once. A multiply-add is 2 FLOPs. Only matrix products count (PaLM,
+arXiv:2204.02311, appendix B). Causal attention counts as the half that is
+needed, so that no implementation is credited for wasted work.
 """
 
 import jax
@@ -23,17 +23,18 @@ def num_params(config: model_config.ModelConfig) -> int:
 
 
 def num_active_params(config: model_config.ModelConfig) -> int:
-  """Returns the number of parameters that one token makes use of.
+  """Returns the number of parameters that compute one token.
 
-  All but the experts that it does not take: the '3B' of a 30B-A3B.
+  The routed experts that the token does not choose are left out: the '3B' of
+  30B-A3B.
   """
   num_idle = config.num_experts - config.num_active_experts
-  idle = _num_mixtures(config) * num_idle * _expert_params(config)
+  idle = _num_moe_layers(config) * num_idle * _expert_params(config)
   return num_params(config) - idle
 
 
-def _num_mixtures(config: model_config.ModelConfig) -> int:
-  """Returns how many layers have experts."""
+def _num_moe_layers(config: model_config.ModelConfig) -> int:
+  """Returns the number of layers with experts."""
   return sum(config.layer(n).has_experts for n in range(config.num_layers))
 
 
@@ -46,28 +47,28 @@ def _num_matrices(config: model_config.ModelConfig) -> int:
 
 
 def num_matmul_params(config: model_config.ModelConfig) -> int:
-  """Returns the number of weights that multiply every token: layers and head.
+  """Returns the number of weights that multiply one token: layers and head.
 
-  The embedding is a lookup and counts only where it is also the head. Of a
-  mixture count the experts that one token takes, and the router.
+  The embedding is a lookup; it counts only if it is also the head. In a layer
+  with experts, the router and the experts of one token count.
   """
   dense = _num_matrices(config) * config.model_width * config.mlp_width
-  num_taken = config.num_active_experts + config.num_shared_experts
+  num_chosen = config.num_active_experts + config.num_shared_experts
   router = config.num_experts * config.model_width
-  mixture = num_taken * _expert_params(config) + router
-  num_mixtures = _num_mixtures(config)
-  num_dense = config.num_layers - num_mixtures
+  moe = num_chosen * _expert_params(config) + router
+  num_moe = _num_moe_layers(config)
+  num_dense = config.num_layers - num_moe
   head = config.vocab_size * config.model_width
   return (
     config.num_layers * _attention_params(config)
     + num_dense * dense
-    + num_mixtures * mixture
+    + num_moe * moe
     + head
   )
 
 
 def _attention_params(config: model_config.ModelConfig) -> int:
-  """Returns the weights of a layer's attention, all of them matrices."""
+  """Returns the number of weights in the matrices of a layer's attention."""
   width, heads = config.model_width, config.num_heads
   if not config.latent_width:
     return width * config.head_width * (2 * heads + 2 * config.num_kv_heads)
@@ -90,25 +91,26 @@ def forward_flops_per_token(
 ) -> float:
   """Returns the FLOPs of one token that attends to `context` tokens."""
   channels = config.num_heads * (config.head_width + config.value_head_width)
-  # A token of a window sees no more than that, however long its row is.
+  # A window limits the keys that a token sees, in rows of any length.
   keys = sum(
     min(context, config.window) if config.layer(n).is_local else context
     for n in range(config.num_layers)
   )
-  # Scores and weighted values: a multiply-add per channel and key, each.
+  # Scores and weighted values each take a multiply-add per channel and key.
   return 2.0 * num_matmul_params(config) + 2.0 * channels * keys
 
 
 def span_flops(
   config: model_config.ModelConfig, start: int, length: int, num_logits: int
 ) -> float:
-  """Returns the FLOPs of successive tokens of one sequence, as served.
+  """Returns the FLOPs of successive tokens of one sequence during serving.
 
   Args:
     config: of the model.
-    start: position of the first token; it attends to that many and itself.
-    length: tokens.
-    num_logits: of these, positions that the head is applied to.
+    start: position of the first token, which attends to `start` earlier tokens
+      and to itself.
+    length: number of tokens.
+    num_logits: number of these tokens whose logits are computed.
   """
   head = config.vocab_size * config.model_width
   channels = config.num_heads * (config.head_width + config.value_head_width)
@@ -124,10 +126,11 @@ def span_flops(
 
 
 def _keys_seen(start: int, length: int, window: int) -> float:
-  """Returns how many keys successive tokens see together, each its own too."""
+  """Returns the sum of the keys that the tokens see, their own included."""
   if not window:
     return length * (start + (length + 1) / 2)
-  num_growing = min(max(window - start, 0), length)  # see all before them
+  # The first tokens are within a window of the start and see all before them.
+  num_growing = min(max(window - start, 0), length)
   growing = num_growing * (start + (num_growing + 1) / 2)
   return growing + (length - num_growing) * window
 
@@ -135,8 +138,8 @@ def _keys_seen(start: int, length: int, window: int) -> float:
 def train_flops_per_token(
   config: model_config.ModelConfig, row_length: int
 ) -> float:
-  """Returns the FLOPs of training on one token: forward, and twice backward.
+  """Returns the training FLOPs of one token: forward, and twice for backward.
 
-  The average token of a causal row attends to half of it.
+  The average token of a causal row attends to half of the row.
   """
   return 3.0 * forward_flops_per_token(config, (row_length + 1) / 2)

@@ -160,6 +160,7 @@ def _attend_rows(q_BTHC, pages, table_BL, positions_BT, form):
   batch, time, heads, channels = q_BTHC.shape
   spare = -time % QUERY_ROWS
   q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0)))
+  # Position -1 marks padding, which sees nothing.
   positions_BT = jnp.pad(positions_BT, ((0, 0), (0, spare)), constant_values=-1)
   tiles = (time + spare) // QUERY_ROWS
   out = paged.attend_rows(
@@ -177,6 +178,7 @@ def _as_pages(cache: kv_cache.LayerCache | kv_cache.LatentCache):
   """Returns a dense cache as pages of one tile each, and their page table."""
   slots = paged.TILE_SLOTS
   batch, num_kv, length, channels = cache[0].shape
+  # Keys and values alternate on axis Y, as in `kv_cache.Pages`.
   kv = jnp.stack([each.swapaxes(1, 2) for each in cache], axis=3)
   kv = jnp.pad(kv, ((0, 0), (0, -length % slots), *[(0, 0)] * 3))
   kv_PQYC = kv.reshape(-1, slots, len(cache) * num_kv, channels)

@@ -2,13 +2,13 @@
 
     logits_BTV, cache = model.apply(params, tokens_BT, positions_BT, cache)
 
-`cache=None` is training: every token of the call is seen, nothing is kept.
-With a cache the call's keys and values are written into it and attention reads
-it, whether the call is a prompt or a single token. Nothing is stored in Flax
-collections; what a call needs it is given, what it changes it returns.
+`cache=None` is training: attention sees the tokens of the call, and nothing is
+kept. With a cache, the keys and values of the call are written into the cache,
+and attention reads the cache, for a prompt and for a single token alike. The
+cache is an argument and a result; nothing is stored in Flax collections.
 
-The layers are in `models/block.py`. Families of models are told apart by
-`ModelConfig` fields only; no module belongs to one of them.
+The layers are in `models/block.py`. Families of models differ in their
+`ModelConfig` fields only; no module belongs to one family.
 """
 
 from typing import Any, cast
@@ -35,10 +35,11 @@ class Transformer(nn.Module):
   """A decoder-only language model.
 
   Attributes:
-    config: what is computed.
-    dtype: the dtype it is computed in; parameters are float32 in training and
-      whatever was frozen in serving. Softmax and norms are float32 always.
-    execution: how it is computed; of no matter to what is computed.
+    config: the function of the model.
+    dtype: of the computation. Parameters are float32 in training, and have the
+      dtype of the frozen directory in serving. Softmax and norms are always
+      float32.
+    execution: the way of computing; it does not change the function.
   """
 
   config: model_config.ModelConfig
@@ -63,7 +64,9 @@ class Transformer(nn.Module):
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True, 'dropout': True},
-        in_axes=cast(Any, (0, *[nn.broadcast] * 3)),  # cache; what is shared
+        in_axes=cast(
+          Any, (0, *[nn.broadcast] * 3)
+        ),  # the cache of each layer; shared arguments
         length=config.num_layers,
       )(config, self.dtype, self.execution, config.layer(0))
     else:
@@ -72,8 +75,8 @@ class Transformer(nn.Module):
         for n in range(config.num_layers)
       ]
     self.dropout = nn.Dropout(config.dropout_rate)
-    # Logits are linear in what the head is applied to: multiplied here, they
-    # are so in every loss and in decoding.
+    # Logits are linear in the final hidden states. Scaled here, they are scaled
+    # in every loss and in decoding.
     self.final_norm = norms.Norm(
       config, mup.logit_multiplier(config), self.execution.by_row
     )
@@ -89,14 +92,14 @@ class Transformer(nn.Module):
     cache: kv_cache.Cache | None = None,
     segment_ids_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Returns float32 logits [B, T, V] and the cache, written to.
+    """Returns float32 logits, [B, T, V], and the updated cache.
 
     Args:
       tokens_BT: token ids.
       positions_BT: position of each token in its document; 0..T-1 if None.
       cache: None, or a cache from `kv_cache.init`.
-      segment_ids_BT: which document of the row a token belongs to. A packed
-        row is training only: it excludes a cache.
+      segment_ids_BT: the document of each token in a packed row; 0 is padding.
+        Packed rows are for training only and cannot have a cache.
     """
     hidden_BTD, cache = self.hidden(
       tokens_BT, positions_BT, cache, segment_ids_BT
@@ -110,7 +113,7 @@ class Transformer(nn.Module):
     cache: kv_cache.Cache | None = None,
     segment_ids_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Returns what the head is applied to, [B, T, D], and the cache."""
+    """Returns the final hidden states, [B, T, D], and the updated cache."""
     hidden_BTD, cache, _ = self.hidden_and_routing(
       tokens_BT, positions_BT, cache, segment_ids_BT
     )
@@ -125,8 +128,8 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, kv_cache.Cache | None, Any]:
     """Returns hidden states and cache as `hidden` does, and the routing.
 
-    The routing of a mixture of experts is what `models.moe.layer.routing_sums`
-    returns, each stacked over layers [N, ...]; None for a dense model.
+    The routing is `models.moe.layer.routing_sums`, with each array stacked over
+    the layers with experts, [N, ...]; None for a dense model.
     """
     if cache is not None and segment_ids_BT is not None:
       raise ValueError(
@@ -139,8 +142,9 @@ class Transformer(nn.Module):
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape
       )
-    # The table is gathered whole before rows are taken from it, as every other
-    # matrix is before it multiplies; looking up a split width would not do.
+    # The whole table is gathered before the lookup, as every matrix is gathered
+    # before its product. Rows of a table that is split along its width would
+    # not be whole hidden states.
     table_VD = nn.with_logical_constraint(
       self.embed.embedding, (axes.VOCAB, axes.WIDTH)
     )
@@ -161,7 +165,7 @@ class Transformer(nn.Module):
     return hidden_BTD, cache, routing
 
   def _angles(self, positions_BT, cache) -> block_lib.Angles:
-    """Returns the rotations of global and of local layers."""
+    """Returns the rotation angles of global and of local layers."""
     config = self.config
     if config.positions != 'rope':
       return block_lib.Angles(None)
@@ -181,6 +185,7 @@ class Transformer(nn.Module):
 
   def _run_layers(self, x_BTD, cache, shared):
     """Returns x after every layer, the cache, and the routing of each layer."""
+    # Initialisation runs in place: a pipeline needs parameters that exist.
     is_port = self.execution.run_layers is not None and cache is None
     if is_port and not self.is_initializing():
       x_BTD, routing = self._run_layers_elsewhere(x_BTD, shared)
@@ -194,7 +199,7 @@ class Transformer(nn.Module):
       x_BTD, result = layer(x_BTD, entry, *shared)
       results.append(result)
     written, routings = zip(*results, strict=True)
-    # Of a mixture's first layers, some may be dense and have none.
+    # The first layers of a moe model may be dense and have no routing.
     routings = [routing for routing in routings if routing is not None]
     routing = None
     if routings:
@@ -202,7 +207,7 @@ class Transformer(nn.Module):
     return x_BTD, written if cache is not None else None, routing
 
   def _run_layers_elsewhere(self, x_BTD, shared):
-    """Hands the stacked layers to whoever runs them (a pipeline)."""
+    """Returns x and the routing of the port `run_layers`, a pipeline."""
     if not self.config.scan_layers:
       raise ValueError(
         'got scan_layers = False with layers run in stages, expected True:'
@@ -241,7 +246,7 @@ class Transformer(nn.Module):
     Args:
       hidden_BTD: from `hidden`.
       targets_BT: token ids.
-      weights_BT: float32 weight of each.
+      weights_BT: float32 weight of each target.
       z_loss_weight: see `models.cross_entropy`.
     """
     form = cross_entropy.LossForm(
@@ -259,10 +264,10 @@ class Transformer(nn.Module):
     return cross_entropy.capped(logits, self.config.logit_softcap)
 
   def _check_length(self, tokens_BT, cache) -> None:
-    # Beyond the table a lookup would be clamped: wrong, and silent.
+    # A lookup past the table would be clamped, without an error.
     length = tokens_BT.shape[1]
     if cache is not None:
-      # Whoever fills pages keeps to the length; tables could hold more.
+      # Page tables may hold more slots; the scheduler keeps to max_length.
       slots = kv_cache.length(cache)
       length = 0 if slots is None else max(length, slots)
     if self.config.positions == 'learned' and length > self.config.max_length:
@@ -273,5 +278,5 @@ class Transformer(nn.Module):
       )
 
   def head_matrix(self) -> jax.Array:
-    """Returns the unembedding, [V, D]: the embedding itself when tied."""
+    """Returns the unembedding matrix, [V, D]; the embedding if tied."""
     return (self.embed if self.config.tie_embeddings else self.head).embedding

@@ -1,4 +1,4 @@
-"""serve.py as a user runs it: in a process of its own."""
+"""serve.py as a user runs it; servers in processes of their own."""
 
 import re
 import signal
@@ -16,11 +16,11 @@ from frozen import format as frozen_format
 from inference.engine import engine_config
 from models import transformer
 import serve
-from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers import commands, frozen_dirs, tiny_models
 
 _PROMPT = 'User: hi\n\nAssistant:'
-# Few shapes for --port. Those of --prompt and --chat are few, and are found in
-# the compilation cache that the session shares.
+# Few shapes for --port. --prompt and --chat compile few shapes by default, and
+# find them in the compilation cache that the session shares.
 _ENGINE = [
   '--engine.max_sequences=1',
   '--engine.chunk_tokens=128',
@@ -49,15 +49,30 @@ def _start(*args, **kwargs):
 
 
 def _run(*args, stdin=''):
-  process = _start(*args, stdin=subprocess.PIPE)
-  out, err = process.communicate(stdin, timeout=120)
+  done = commands.run('serve.py', *args, stdin=stdin)
+  return done.returncode, done.stdout, done.stderr
+
+
+def _run_alone(*args):
+  process = _start(*args, stdin=subprocess.DEVNULL)
+  out, err = process.communicate(timeout=120)
   return process.returncode, out, err
+
+
+@pytest.fixture
+def defined_flags():
+  """Defines the flags of serve.py, unparsed."""
+  before = set(flags.FLAGS)
+  serve._define_flags()
+  yield
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
 
 
 def test_prompt_streams_then_reports_speed_and_an_unchanged_digest(model):
   directory, digest = model
   flags = [f'--model={directory}', '--max_tokens=5', '--seed=3']
-  code, out, err = _run(*flags, f'--prompt={_PROMPT}', '--top_k=20')
+  code, out, err = _run_alone(*flags, f'--prompt={_PROMPT}', '--top_k=20')
   assert (code, err) == (0, '')
   assert out.startswith(_PROMPT)
   assert re.search(
@@ -84,7 +99,7 @@ def test_several_completions_of_a_prompt(model):
     '--frequency_penalty=0.5',
     '--stop_ids=5',
     '--ignore_eos',
-    '--engine.max_sequences=1',  # one after the other
+    '--engine.max_sequences=1',  # the completions run one after the other
   )
   assert (code, err) == (0, '')
   assert '--- seed 3\n' in out
@@ -103,12 +118,12 @@ def test_chat_ends_with_its_input(model):
 
 
 @pytest.mark.parametrize(
-  ('flags', 'message'),
+  ('chosen', 'message'),
   [
     ([], 'got none, expected one of --prompt, --chat, --port'),
     (['--chat', '--prompt=a'], 'got --prompt and --chat, expected one of'),
     (['--prompt=a', 'b'], 'got --prompt and b, expected one of'),
-    # What would change nothing is not accepted.
+    # A flag without effect is refused.
     (
       ['--port=1', '--temperature=0'],
       'got --temperature with --port, expected it with --prompt or --chat',
@@ -118,42 +133,63 @@ def test_chat_ends_with_its_input(model):
     (['--plan=v5e:1x1', '--engine.page_size=8'], 'got --engine.page_size with'),
   ],
 )
-def test_one_way_to_ask_is_required(flags, message):
-  code, out, err = _run('--model=anything', *flags)
-  assert (code, out) == (2, '')
+def test_one_way_to_ask_is_required(chosen, message, defined_flags, capsys):
+  rest = flags.FLAGS(['serve.py', '--model=anything', *chosen])
+  with pytest.raises(SystemExit) as caught:
+    serve.main(rest)
+  out, err = capsys.readouterr()
+  assert (caught.value.code, out) == (2, '')
   assert message in err
 
 
-def test_bad_input_is_one_line_and_no_traceback(model, tmp_path):
-  directory, _ = model
-  keys = tmp_path / 'keys'
-  keys.write_text('nobody')
-  port = [f'--model={directory}', '--port=0']
-  for chosen, message in (
-    ([*port, '--engine.page_size=7'], 'engine.page_size: got 7, expected a'),
-    ([*port, f'--api_keys={keys}'], f'{keys}:1: got a line that is not name'),
-    # Found out by the thread that loads, when the server listens already.
-    ([*port, '--engine.attention=kernel'], "engine.attention: got 'kernel'"),
+def test_a_process_that_is_asked_nothing_exits_with_2():
+  code, out, err = _run('--model=anything')
+  assert (code, out) == (2, '')
+  assert err.startswith('error: got none, expected one of --prompt')
+
+
+@pytest.mark.parametrize(
+  ('chosen', 'message'),
+  [
     (
-      [f'--model={directory}', '--eval=perplexity:nowhere.txt'],
-      'nowhere.txt',
+      ['--model={model}', '--port=0', '--engine.page_size=7'],
+      'engine.page_size: got 7, expected a',
     ),
     (
-      [f'--model={directory}', '--prompt=a', '--temperature=-1'],
+      ['--model={model}', '--port=0', '--api_keys={keys}'],
+      '{keys}:1: got a line that is not name:key',
+    ),
+    # Found by the thread that loads, when the server already listens.
+    (
+      ['--model={model}', '--port=0', '--engine.attention=kernel'],
+      "engine.attention: got 'kernel'",
+    ),
+    (['--model={model}', '--eval=perplexity:nowhere.txt'], 'nowhere.txt'),
+    (
+      ['--model={model}', '--prompt=a', '--temperature=-1'],
       'temperature: got -1.0, expected a number >= 0',
     ),
     (
-      [f'--model={tmp_path}', '--prompt=a'],
-      f'{tmp_path}/manifest.json: got no such file, expected a frozen',
+      ['--model={empty}', '--prompt=a'],
+      '{empty}/manifest.json: got no such file, expected a frozen',
     ),
-  ):
-    code, out, err = _run(*chosen)
-    assert code == 2
-    if '--port=0' not in chosen:  # a server says more
-      assert (out, err.count('\n')) == ('', 1)
-    line = err.splitlines()[-1]
-    assert line.startswith(f'error: {message}'), err
-    assert 'Traceback' not in err
+  ],
+)
+def test_bad_input_is_one_line_and_no_traceback(
+  model, tmp_path, chosen, message
+):
+  keys = tmp_path / 'keys'
+  keys.write_text('nobody')
+  names = {'model': model[0], 'keys': keys, 'empty': tmp_path}
+  # A server has signal handlers: it needs the main thread of a process.
+  run = _run_alone if '--port=0' in chosen else _run
+  code, out, err = run(*(each.format(**names) for each in chosen))
+  assert code == 2
+  if '--port=0' not in chosen:  # a server prints more
+    assert (out, err.count('\n')) == ('', 1)
+  line = err.splitlines()[-1]
+  assert line.startswith(f'error: {message.format(**names)}'), err
+  assert 'Traceback' not in err
 
 
 def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
@@ -173,7 +209,7 @@ def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
   result = scores.load(out_file)
   assert result.model['weights_digest'] == digest
   frozen = frozen_format.read(directory)
-  # A text of one window behind BOS: the full forward scores each byte once.
+  # BOS and the text: windows of the full forward score each byte once.
   ids = [256, *text.encode()]
   network = transformer.Transformer(frozen.config)
   total, start = 0.0, 1
@@ -210,20 +246,10 @@ def test_help_does_not_wait_for_jax():
   )
   for name in ('prompt', 'min_p', 'engine.page_size', 'eval.limit'):
     assert f'--{name}: ' in process.stdout
-  # Of every import there is a line: time, time, name.
+  # Every import has a line: own time, total time, name.
   assert ' inference.flags\n' in process.stderr
   for name in ('jax', 'scipy', 'orbax'):
     assert f' {name}\n' not in process.stderr
-
-
-@pytest.fixture
-def defined_flags():
-  """Defines the flags of serve.py, unparsed."""
-  before = set(flags.FLAGS)
-  serve._define_flags()
-  yield
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
 
 
 def test_flags_of_the_engine_come_before_the_defaults_of_a_way(defined_flags):
@@ -297,14 +323,14 @@ def test_a_server_that_still_compiles_stops_at_once(model, tmp_path):
     _, err = process.communicate(timeout=60)
   finally:
     process.kill()
-  # All of its programs take a minute or more.
+  # Compiling all programs would take a minute or more.
   assert time.monotonic() - start < 10
   assert process.returncode == 1
   assert 'Traceback' not in err
 
 
 def _url(process):
-  """Returns where a server listens, once it says so."""
+  """Returns the URL of a server, once it listens."""
   seen = []
   for line in process.stderr:
     seen.append(line)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.helpers import tiny_models
+from tests.helpers import commands, tiny_models
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
@@ -96,8 +96,11 @@ def test_errors_of_the_users_are_final(tmp_path):
 
 @pytest.mark.parametrize('value', ['-1', 'many'])
 def test_a_wrong_number_of_restarts_is_refused(tmp_path, value):
-  result = _train(
-    *SMALL, f'--workdir={tmp_path / "run"}', f'--max_restarts={value}'
+  result = commands.run(
+    'train.py',
+    *SMALL,
+    f'--workdir={tmp_path / "run"}',
+    f'--max_restarts={value}',
   )
   assert result.returncode == exit_codes.USER_ERROR
   assert f'flag --max_restarts={value}: ' in result.stderr

@@ -274,8 +274,8 @@ class LM(lm_eval_model.TemplateLM):
   def _check_chat(self) -> ports.ChatFn:
     if self._model.render_chat is None:
       raise ValueError(
-        'chat: got a model without a chat template, expected one that has one;'
-        ' ask without chat'
+        'chat: got a model without a chat template, expected a model that has'
+        ' one; leave chat out'
       )
     return self._model.render_chat
 

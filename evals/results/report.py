@@ -92,7 +92,7 @@ def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
   ]
   if a.task.partition(':')[0] != b.task.partition(':')[0] or not shared:
     raise ValueError(
-      f'got results of {a.task} and {b.task}, expected two of one task'
+      f'results: got {a.task} and {b.task}, expected two results of one task'
     )
   lines = [f'A  {a.task}{_of(a.model)}', f'B  {b.task}{_of(b.model)}']
   lines += _differences(a, b)
@@ -157,7 +157,7 @@ def _needed(group_a, group_b, a, b, found, is_paired, difference) -> list[str]:
     if not delta:
       continue  # no number of examples resolves a difference of 0
     apart = statistics.num_to_resolve(delta, math.hypot(*errors), count)
-    words = f'{_count(apart)} different ones each'
+    words = f'{_count(apart)} different examples each'
     if is_paired:
       same = statistics.num_to_resolve(delta, found.standard_error, count)
       words = f'{_count(same)} that both answer, or {words}'

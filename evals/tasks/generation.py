@@ -240,8 +240,8 @@ def _encoded(prompts, model, max_tokens, is_chat):
 def _chat_pair(text, model, max_tokens) -> encoding.Pair:
   if model.encode_chat is None:
     raise ValueError(
-      'chat: got a model without a chat template, expected one that has one;'
-      ' ask without chat'
+      'chat: got a model without a chat template, expected a model that has'
+      ' one; leave chat out'
     )
   ids = model.encode_chat([{'role': 'user', 'content': text}])
   return encoding.fit_prompt(model, ids, max_tokens)

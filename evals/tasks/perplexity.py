@@ -32,8 +32,8 @@ from evals.results import scores, statistics
 from evals.tasks import records, task
 from storage import digests
 
-# An example is a piece of this many bytes. Tokens are no examples, since
-# neighbouring tokens err together, and since they depend on the tokenizer.
+# An example is a piece of this many bytes. Tokens would not do as examples:
+# neighbouring tokens err together, and they depend on the tokenizer.
 PIECE_BYTES = 4096
 # Windows scored per call: enough to fill any batch, few enough for memory.
 _WINDOWS_PER_CALL = 256
@@ -175,7 +175,7 @@ def measure(
   if num_lossy:
     notes.append(
       f'the tokenizer does not give back {num_lossy} of the texts exactly:'
-      ' bits are of its tokens, bytes of the original text'
+      ' bits per byte count the bits of its tokens and the bytes of the text'
     )
   return _group(rows, ids, stride, model, tuple(notes))
 

@@ -43,7 +43,7 @@ from inference.engine import (
   inputs as inputs_lib,
   metrics,
   programs,
-  requests,
+  requests as requests_lib,
   steps,
 )
 from inference.sampling import settings as settings_lib
@@ -141,7 +141,7 @@ class Engine:
       self.compile_seconds = time.perf_counter() - start
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
-    self._inboxes: dict[int, collections.deque[requests.Update]] = {}
+    self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
 
@@ -158,7 +158,7 @@ class Engine:
     """Number of sequences that wait for a slot."""
     return self.manager.gauges().num_waiting
 
-  def checked(self, request: requests.Request) -> requests.Request:
+  def checked(self, request: requests_lib.Request) -> requests_lib.Request:
     """Returns a request with its `room`, the tokens that may follow its prompt.
 
     Raises:
@@ -167,7 +167,7 @@ class Engine:
     """
     # The last token is sampled and never computed: it needs no place in a page.
     capacity = self.page_tokens * self.manager.tables.allocator.num_usable + 1
-    room = requests.room_for(
+    room = requests_lib.room_for(
       request,
       vocab_size=self.tokenizer.vocab_size,
       context=self.model_config.max_length,
@@ -175,12 +175,12 @@ class Engine:
     )
     return dataclasses.replace(request, room=room)
 
-  def submit(self, request: requests.Request) -> int:
+  def submit(self, request: requests_lib.Request) -> int:
     """Submits one request, see `submit_all`; returns its id."""
     (request_id,) = self.submit_all([request])
     return request_id
 
-  def submit_all(self, asked: Sequence[requests.Request]) -> list[int]:
+  def submit_all(self, requests: Sequence[requests_lib.Request]) -> list[int]:
     """Submits requests, all or none; returns the ids that updates carry.
 
     Raises:
@@ -188,11 +188,11 @@ class Engine:
         sequences than the queue holds.
       Overloaded: too many sequences wait; try again later.
     """
-    asked = [
+    requests = [
       self.checked(request) if request.room is None else request
-      for request in asked
+      for request in requests
     ]
-    num = sum(request.settings.n for request in asked)
+    num = sum(request.settings.n for request in requests)
     most, waiting = self.config.max_waiting, self.num_waiting
     if num > most:
       raise ValueError(
@@ -205,12 +205,12 @@ class Engine:
         f'got {num} more completions to make while {waiting} wait, expected at'
         f' most {most} to wait; try again later'
       )
-    return [self._submit(request) for request in asked]
+    return [self._submit(request) for request in requests]
 
   def answer(
-    self, asked: Sequence[requests.Request]
-  ) -> Generator[tuple[int, requests.Update]]:
-    """Yields updates, each with the index of its request among `asked`.
+    self, requests: Sequence[requests_lib.Request]
+  ) -> Generator[tuple[int, requests_lib.Update]]:
+    """Yields updates, each with the index of its request among `requests`.
 
     Submits requests as the queue has room for them. Several iterators may be
     open at once: the one that is asked for its next update runs a step, and
@@ -221,11 +221,11 @@ class Engine:
       ValueError: a request could never be answered; at the call, before any
         work.
     """
-    return self._answer([self.checked(request) for request in asked])
+    return self._answer([self.checked(request) for request in requests])
 
-  def _answer(self, asked: list[requests.Request]):
-    pending = collections.deque(enumerate(asked))
-    which: dict[int, int] = {}  # index in `asked`, by request id
+  def _answer(self, requests: list[requests_lib.Request]):
+    pending = collections.deque(enumerate(requests))
+    which: dict[int, int] = {}  # index in `requests`, by request id
     num_left: dict[int, int] = {}  # unfinished sequences, by request id
     try:
       while pending or num_left:
@@ -249,17 +249,17 @@ class Engine:
         self.cancel(request_id)
         del self._inboxes[request_id]
 
-  def _has_room_for(self, request: requests.Request) -> bool:
+  def _has_room_for(self, request: requests_lib.Request) -> bool:
     # Without work, `submit` refuses a request that is larger than the queue.
     waiting = self.num_waiting + request.settings.n
     return not self.has_work or waiting <= self.config.max_waiting
 
-  def _deliver(self, updates: list[requests.Update]) -> None:
+  def _deliver(self, updates: list[requests_lib.Update]) -> None:
     for update in updates:
       if update.request_id in self._inboxes:
         self._inboxes[update.request_id].append(update)
 
-  def _submit(self, request: requests.Request) -> int:
+  def _submit(self, request: requests_lib.Request) -> int:
     """Makes the n sequences of a checked request."""
     assert request.room is not None
     request_id, settings = next(self._ids), request.settings
@@ -332,12 +332,12 @@ class Engine:
   # --------------------------------------------------------------------------
   # Steps
 
-  def run(self) -> Iterator[requests.Update]:
+  def run(self) -> Iterator[requests_lib.Update]:
     """Yields updates until no work is left."""
     while self.has_work:
       yield from self.step()
 
-  def step(self) -> list[requests.Update]:
+  def step(self) -> list[requests_lib.Update]:
     """Dispatches the next step, and returns the updates of the step before."""
     start = time.perf_counter()
     compiled = compilations.on_this_thread()
@@ -354,7 +354,7 @@ class Engine:
         ' report this as a bug'
       )
     waited = 0.0
-    updates: list[requests.Update] = []
+    updates: list[requests_lib.Update] = []
     if landed is not None:
       before = time.perf_counter()
       outputs = jax.device_get(landed.outputs)
@@ -415,7 +415,7 @@ class Engine:
     self.metrics.queue.observe(live.usage.queue_seconds)
     self.metrics.cached_tokens.inc(live.usage.cached_tokens)
 
-  def _land(self, flight: _Flight, outputs) -> list[requests.Update]:
+  def _land(self, flight: _Flight, outputs) -> list[requests_lib.Update]:
     """Takes the tokens of a step, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)

@@ -29,7 +29,7 @@ import queue
 import threading
 
 from inference import generate
-from inference.engine import engine as engine_lib, requests
+from inference.engine import engine as engine_lib, requests as requests_lib
 
 _LOG = logging.getLogger('uvicorn.error')
 
@@ -52,14 +52,14 @@ class Updates:
 
   def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
     self._num_left, self._cancel = num_sequences, cancel
-    self._arrived: asyncio.Queue[tuple[int, requests.Update] | Exception] = (
-      asyncio.Queue()
-    )
+    self._arrived: asyncio.Queue[
+      tuple[int, requests_lib.Update] | Exception
+    ] = asyncio.Queue()
 
   def __aiter__(self):
     return self
 
-  async def __anext__(self) -> tuple[int, requests.Update]:
+  async def __anext__(self) -> tuple[int, requests_lib.Update]:
     if not self._num_left:
       raise StopAsyncIteration
     item = await self._arrived.get()
@@ -69,7 +69,7 @@ class Updates:
     self._num_left -= item[1].completion is not None
     return item
 
-  def put(self, item: tuple[int, requests.Update] | Exception) -> None:
+  def put(self, item: tuple[int, requests_lib.Update] | Exception) -> None:
     """Adds an update, or the error that ends all of them."""
     self._arrived.put_nowait(item)
 
@@ -137,7 +137,7 @@ class EngineLoop:
     self._event_loop = asyncio.get_running_loop()
     self._thread.start()
 
-  async def submit(self, asked: Sequence[requests.Request]) -> Updates:
+  async def submit(self, requests: Sequence[requests_lib.Request]) -> Updates:
     """Submits requests, all or none; returns their updates.
 
     Raises:
@@ -148,11 +148,11 @@ class EngineLoop:
     if self._is_closed:
       raise _stopping()
     updates = Updates(
-      sum(request.settings.n for request in asked),
+      sum(request.settings.n for request in requests),
       lambda each: self._inbox.put(functools.partial(self._cancel, each)),
     )
     accepted = asyncio.get_running_loop().create_future()
-    self._inbox.put(functools.partial(self._take, asked, updates, accepted))
+    self._inbox.put(functools.partial(self._take, requests, updates, accepted))
     try:
       await accepted
     except asyncio.CancelledError:
@@ -214,7 +214,7 @@ class EngineLoop:
 
   def _take(
     self,
-    asked: Sequence[requests.Request],
+    requests: Sequence[requests_lib.Request],
     updates: Updates,
     accepted: asyncio.Future,
   ) -> None:
@@ -222,7 +222,7 @@ class EngineLoop:
       self._call(_settle, accepted, _failed())
       return
     try:
-      request_ids = self.generator.engine.submit_all(asked)
+      request_ids = self.generator.engine.submit_all(requests)
     except (ValueError, engine_lib.Overloaded) as error:
       self._call(_settle, accepted, error)
     except Exception:
@@ -230,7 +230,7 @@ class EngineLoop:
       raise
     else:
       for which, request_id in enumerate(request_ids):
-        num = asked[which].settings.n
+        num = requests[which].settings.n
         self._open[request_id] = _Open(updates, which, num)
       self._call(_settle, accepted, None)
 
@@ -240,7 +240,7 @@ class EngineLoop:
         del self._open[request_id]
         self.generator.engine.cancel(request_id)
 
-  def _hand_out(self, arrived: Sequence[requests.Update]) -> None:
+  def _hand_out(self, arrived: Sequence[requests_lib.Update]) -> None:
     """Gives the updates of a step to the event loop, which wakes once."""
     items = []
     for update in arrived:

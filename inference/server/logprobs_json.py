@@ -4,9 +4,9 @@
      'text_offset': [...]}
 
 Each list has one entry per token, in the order of the text. A token whose bytes
-are whole characters is named by its text. Three tokens are named `token_id:ID`
-instead, so that no two tokens share an entry: a part of a character, a special
-token without text, and the second of two tokens with the same text.
+are whole characters is named by its text. Other tokens are named `token_id:ID`:
+a part of a character, a special token without text, and the second of two
+tokens with the same text. So no two tokens share an entry.
 
 As in OpenAI's answers, the sampled token is in `top_logprobs` too. Its value
 there is the same to the bit: clients compare it with the largest value to see

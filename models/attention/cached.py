@@ -7,7 +7,7 @@ accelerator has one (`paged_tpu.py`, `paged_gpu.py`).
 import jax
 
 from models import kv_cache
-from models.attention import dense, form as form_lib, paged
+from models.attention import dense, form as form_lib, paged, supports
 
 
 def attend(
@@ -24,8 +24,12 @@ def attend(
     positions_BT: the position of each query; it sees the positions up to its
       own.
     form: window, soft-cap and scale of the scores.
+
+  Raises:
+    ValueError: a form that `supports.CACHED` refuses.
   """
   if isinstance(cache, kv_cache.PagedLayer):
     return paged.attend(q_BTHC, cache, positions_BT, form)
+  supports.check(supports.CACHED, supports.Request(form=form))
   keys, values = cache[0], cache[-1]  # one array in a LatentCache
   return dense.attend(q_BTHC, keys, values, slots_BT=positions_BT, form=form)

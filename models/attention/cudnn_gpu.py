@@ -62,6 +62,7 @@ def attend(
     mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   if form.window:
     place_T = jnp.arange(time)
+    # Only the lower bound: the kernel is causal.
     near_1TT = (place_T[None, :] > place_T[:, None] - form.window)[None]
     mask_BTT = near_1TT if mask_BTT is None else mask_BTT & near_1TT
   return jax.nn.dot_product_attention(

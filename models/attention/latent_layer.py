@@ -1,24 +1,26 @@
 """Multi-head latent attention: keys and values from one small vector per token.
 
-DeepSeek-V2, arXiv:2405.04434, section 2.1. Of every token a vector of U numbers
-is kept, from which each head makes its keys and values, and besides them the
-few channels of a key that are rotated, which all heads share:
+The cache stores a latent vector of U numbers per token, from which each head
+computes its keys and values. It also stores the r rotated channels of a key,
+which all heads share:
 
     latent = norm(x W_latent)        [U]
     rope   = rotate(x W_key_rope)    [r]
     key    = [rope, latent W_key_up]       of each head
     value  = latent W_value_up             of each head
 
-A pass without a cache computes keys and values and attends as any other. One
-with a cache never does: a score is q W_key_up^T latent, so queries are taken
-into the space of latents, attend there, and what they find is taken out of it
-by W_value_up (the paper's appendix C). To the cache, and to whatever attends
-over it, that is a single head whose keys [rope, latent] are its values, too; of
-what comes out, the channels of the rope mean nothing. A token and layer keep
-r + U numbers instead of 2 H C.
+A pass without a cache computes keys and values and attends like any other. A
+pass with a cache does not compute them. Because a score is q W_key_up^T latent,
+the queries are projected to the space of latents and attend there; W_value_up
+then projects the result to values (appendix C of the paper). For the cache, and
+for the attention over it, this is a single head whose keys [rope, latent] are
+also its values; the rope channels of the result are dropped. A layer stores
+r + U numbers per token instead of 2 H C.
 
-Rotated channels are the first r of a head, where the paper has the last: an
-order of channels that scores do not depend on.
+The rotated channels are the first r of a head; in the paper they are the last.
+Scores do not depend on the order of channels.
+
+Reference: DeepSeek-V2, arXiv:2405.04434, section 2.1.
 """
 
 import dataclasses
@@ -38,13 +40,13 @@ from models import (
 )
 from models.attention import form as form_lib, rope
 
-# Of the norms of latents, whatever the epsilon of the others is: so in every
-# implementation of DeepSeek's models.
+# The epsilon of the norms of latents, which does not follow norm_epsilon: so in
+# every implementation of DeepSeek's models.
 LATENT_EPSILON = 1e-6
 
 
 class LatentAttention(nn.Module):
-  """Takes and returns what `models.attention.layer.Attention` does."""
+  """Latent attention, with the arguments of `attention.layer.Attention`."""
 
   config: model_config.ModelConfig
   dtype: Any
@@ -80,6 +82,7 @@ class LatentAttention(nn.Module):
         q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
       )
     else:
+      # One head with C = r + U, whose keys are also its values.
       kv_BT1C = jnp.concatenate([rope_BT1r, latent_BTU[:, :, None]], axis=3)
       cache = kv_cache.write(cache, kv_BT1C, kv_BT1C, positions_BT)
       out_BTHC = self._attend_cached(q_BTHC, cache, positions_BT, up, form)
@@ -108,10 +111,11 @@ class LatentAttention(nn.Module):
   def _attend_whole(
     self, q_BTHC, latent_BTU, rope_BT1r, up, segment_ids_BT, form
   ):
-    """Attends with the keys and values of every head, as training does."""
+    """Returns attention over the keys and values of every head."""
     config = self.config
     key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
     k_BHTC = jnp.einsum('BTU,UHC->BHTC', latent_BTU, key_UHC)
+    # All heads share the rotated channels of a key.
     rope_BHTr = jnp.broadcast_to(
       rope_BT1r.swapaxes(1, 2), (*k_BHTC.shape[:3], rope_BT1r.shape[3])
     )
@@ -128,12 +132,12 @@ class LatentAttention(nn.Module):
     )
 
   def _attend_cached(self, q_BTHC, cache, positions_BT, up, form):
-    """Attends with queries that were taken into the space of latents."""
+    """Returns attention of queries that are projected to the latents."""
     key_UHC, value_UHC = (w.astype(self.dtype) for w in up)
     width, heads = self.config.rotary_width, self.config.num_heads
 
     def by_token(equation, x_BTHI, w_UHC):
-      """Multiplies each head of a token, whatever other tokens there are."""
+      """Multiplies each head of each token through the port `by_row`."""
 
       def multiply(x):
         x = x.reshape((*x.shape[:-1], heads, -1))
@@ -142,9 +146,13 @@ class LatentAttention(nn.Module):
       rows = x_BTHI.reshape((*x_BTHI.shape[:2], -1))
       return self.execution.by_row(multiply, rows)
 
+    # q (W_key_up^T latent) = (q W_key_up^T) latent: queries go to the latents,
+    # so that no key is computed. The rotated channels of a query stay as they
+    # are.
     q_BTHU = by_token('...HC,UHC->...HU', q_BTHC[..., width:], key_UHC)
     q_BTHC = jnp.concatenate([q_BTHC[..., :width], q_BTHU], axis=3)
     out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
+    # The rope channels of the result are weighted keys, not values.
     return by_token('...HU,UHC->...HC', out_BTHC[..., width:], value_UHC)
 
   def _linear(self, name, width, use_bias=False, std=None):
@@ -162,7 +170,7 @@ class LatentAttention(nn.Module):
 
 
 class Up(nn.Module):
-  """What makes the keys or values of all heads from a latent, [U, H, C]."""
+  """The projection of a latent to the keys or values of all heads."""
 
   config: model_config.ModelConfig
 

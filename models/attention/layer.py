@@ -1,8 +1,8 @@
-"""The attention of a layer: projections, rotation, scores, and back.
+"""The attention of a block: projections, rotation, attention, projection.
 
-Two fields of `ModelConfig` keep long and large training stable: `qk_norm`
+Fields of `ModelConfig` keep long and large training runs stable: `qk_norm`
 bounds the scores of attention (ViT-22B, arXiv:2302.05442, section 2; here the
-RMSNorm per head of Qwen3, arXiv:2505.09388) and the soft-caps bound scores and
+RMSNorm per head of Qwen3, arXiv:2505.09388), and the soft-caps bound scores and
 logits (Gemma 2, arXiv:2408.00118, section 2).
 """
 
@@ -44,11 +44,11 @@ class Attention(nn.Module):
     config = self.config
     q_BTHC, k_BTKC, v_BTKC = self._project(x_BTD)
     if (multiplier := mup.query_multiplier(config)) != 1:
-      q_BTHC = q_BTHC * multiplier  # here, for every way of attending
+      q_BTHC = q_BTHC * multiplier  # once, for every port of attention
     if angles_BTc is not None:
       amplitude = config.rope_scaling.amplitude
       if self.layer.is_local and config.rope_local_base:
-        amplitude = 1.0
+        amplitude = 1.0  # the local base is not scaled
       q_BTHC = rope.rotate(q_BTHC, angles_BTc, amplitude)
       k_BTKC = rope.rotate(k_BTKC, angles_BTc, amplitude)
     form = form_lib.of_layer(config, is_local=self.layer.is_local)
@@ -65,6 +65,7 @@ class Attention(nn.Module):
         form=form,
       )
     else:
+      # Written first: a token sees itself.
       cache = kv_cache.write(cache, k_BTKC, v_BTKC, positions_BT)
       out_BTHC = self.execution.attend_cached(q_BTHC, cache, positions_BT, form)
     out_BTD = mlp.Linear(
@@ -78,11 +79,11 @@ class Attention(nn.Module):
     return out_BTD, cache
 
   def _project(self, x_BTD):
-    """Returns queries, keys and values, the first two normalised."""
+    """Returns queries, keys and values; qk_norm normalises the first two."""
     config = self.config
     norm = functools.partial(
       norms.Norm,
-      dataclasses.replace(config, norm='rmsnorm'),  # whatever the others
+      dataclasses.replace(config, norm='rmsnorm'),  # also in LayerNorm models
       by_row=self.execution.by_row,
     )
 

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34).
 
-Channel i is paired with channel i + C/2 (the layout of Llama checkpoints),
-which differs from the paper's neighbouring pairs by a permutation only. Models
-that rotate a part of the channels rotate the first ones.
+Channel i is paired with channel i + C/2, the layout of Llama checkpoints. The
+paper pairs neighbouring channels, which differs only by a permutation. A model
+that rotates only some channels of a head rotates the first ones.
 """
 
 import jax
@@ -20,17 +20,17 @@ def angles(
 ) -> jax.Array:
   """Returns the rotation angle of each pair of channels, radians, [B, T, C/2].
 
-  Computed once per forward pass and shared by all layers, in float32: a
-  bfloat16 angle is wrong by whole turns after a few hundred positions.
+  Angles are computed once per forward pass and shared by all layers. They are
+  float32: a bfloat16 angle is wrong by whole turns after a few hundred
+  positions.
 
   Args:
-    positions_BT: of the tokens.
+    positions_BT: positions of the tokens.
     rotary_width: channels that are rotated, an even number.
-    base: wavelength base.
-    scaling: how frequencies are stretched; None: not.
-    cached_length: of a pass with a cache, how long texts may get that the model
-      is configured for; 0 for a pass without one. See
-      `models.attention.rope_scaling`.
+    base: base of the wavelengths.
+    scaling: of the frequencies; None: no scaling.
+    cached_length: `ModelConfig.max_length` in a pass with a cache, 0 in a pass
+      without; see `models.attention.rope_scaling`.
   """
   positions = positions_BT.astype(jnp.float32)[:, :, None]
   scaling = scaling or rope_scaling.RopeScaling()
@@ -47,14 +47,14 @@ def angles(
 
 
 def _of_length(lengths, short, base, width, scaling):
-  """Returns frequencies that depend on lengths [B or 1, T or 1, 1]."""
+  """Returns the frequencies for texts of lengths [B or 1, T or 1, 1]."""
   original = scaling.original_length
   if scaling.kind == 'longrope':
     plain = rope_scaling.frequencies(base, width)
     long = jnp.asarray(plain / jnp.asarray(scaling.long_divisors, jnp.float32))
     return jnp.where(lengths > original, long[None, None, :], short)
-  # NTK-aware: the base for which the slowest pair turns as far as it would at
-  # the original length; a single pair has no base to change.
+  # NTK-aware: with the new base, the slowest pair turns as far over the text as
+  # it did over the original length. With a single pair, the base has no effect.
   growth = scaling.factor * jnp.maximum(lengths, original) / original
   growth = growth - (scaling.factor - 1)
   bases = base * growth ** (width / max(width - 2, 1))
@@ -65,14 +65,14 @@ def _of_length(lengths, short, base, width, scaling):
 def rotate(
   x_BTHC: jax.Array, angles_BTc: jax.Array, amplitude: float = 1.0
 ) -> jax.Array:
-  """Rotates each pair of channels of every head by its angle.
+  """Returns x with each pair of channels of every head rotated by its angle.
 
-  Channels past twice the number of angles stay as they are.
+  Channels past twice the number of angles are not changed.
 
   Args:
     x_BTHC: queries or keys.
     angles_BTc: from `angles`.
-    amplitude: what is rotated is multiplied by it.
+    amplitude: multiplies the rotated channels.
   """
   cos, sin = (f(angles_BTc)[:, :, None, :] for f in (jnp.cos, jnp.sin))
   if amplitude != 1:

@@ -1,22 +1,22 @@
-"""How rotary frequencies are stretched for texts longer than were trained on.
+"""Scaling of rotary frequencies for texts longer than the trained length.
 
-Plain numbers, computed once when a model is traced. Frequencies are those of
-pairs of channels, 1 / base^(2i / width), divided by a divisor of each pair:
+The frequencies are plain numbers, computed once when a model is traced. Pair i
+of channels has the frequency 1 / base^(2i / width), divided by a divisor:
 
-    linear    the factor, for all (arXiv:2306.15595)
+    linear    the factor, for all pairs (arXiv:2306.15595)
     llama3    1 for short wavelengths, the factor for long ones (Llama 3.1,
               arXiv:2407.21783; as in its published code)
     yarn      1 for pairs that turn often within the trained length, the factor
-              for those that never turn once (arXiv:2309.00071)
-    dynamic   a base that grows with the length of the text (NTK-aware)
-    longrope  two tables found by search, one for texts longer than the trained
-              length (arXiv:2402.13753)
+              for pairs that do not turn once (arXiv:2309.00071)
+    dynamic   no divisor: the base grows with the length of the text (NTK-aware)
+    longrope  one of two tables found by search; the second is for texts longer
+              than the trained length (arXiv:2402.13753)
 
-The last two depend on the length of the text. A pass without a cache knows it:
-it is a row's largest position, and one. A pass with a cache must not depend on
-what comes later, or in which pieces a text comes. There `dynamic` takes for the
-length of a token its own position, and one, `longrope` the length that the
-model is configured for (`ModelConfig.max_length`).
+The last two depend on the length of the text. In a pass without a cache, the
+length is the largest position of a row plus one. The result of a pass with a
+cache must not depend on later tokens, nor on the chunks in which a text
+arrives. There, `dynamic` uses the position of each token plus one, and
+`longrope` uses the configured length (`ModelConfig.max_length`).
 """
 
 import dataclasses
@@ -24,32 +24,30 @@ import math
 
 import numpy as np
 
+from checks import expect
+
 KINDS = ('none', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class RopeScaling:
-  """Which stretching; fields that a kind does not read stay 0 or empty."""
+  """The kind of scaling; fields that a kind does not read stay 0 or empty."""
 
   kind: str = 'none'  # one of KINDS
-  factor: float = 0.0  # by how much; not of longrope
-  original_length: int = 0  # trained length in tokens; not of linear
-  low_frequency: float = 0.0  # llama3: wavelengths above original / low stretch
-  high_frequency: float = 0.0  # llama3: those below original / high do not
-  beta_fast: float = 0.0  # yarn: pairs that turn more often do not stretch
-  beta_slow: float = 0.0  # yarn: those that turn less often stretch wholly
-  is_truncated: bool = True  # yarn: the bounds are whole pairs
-  amplitude: float = 1.0  # of rotated queries and keys, each; yarn, longrope
+  factor: float = 0.0  # of the stretching; not for longrope
+  original_length: int = 0  # trained length in tokens; not for linear
+  low_frequency: float = 0.0  # llama3: wavelengths above original / low: factor
+  high_frequency: float = 0.0  # llama3: wavelengths below original / high: 1
+  beta_fast: float = 0.0  # yarn: pairs with more turns have divisor 1
+  beta_slow: float = 0.0  # yarn: pairs with fewer turns have the factor
+  is_truncated: bool = True  # yarn: rounds the bounds to whole pairs
+  amplitude: float = 1.0  # multiplies rotated queries and keys; yarn, longrope
   short_divisors: tuple[float, ...] = ()  # longrope, one per pair
   long_divisors: tuple[float, ...] = ()  # longrope, past the original length
 
   def validate(self, pairs: int) -> None:
-    """Raises ValueError, naming the value, for what cannot be computed."""
-    if self.kind not in KINDS:
-      raise ValueError(
-        f'model.rope_scaling.kind: got {self.kind!r}, expected one of'
-        f' {", ".join(KINDS)}'
-      )
+    """Raises ValueError, naming the field, if the kind cannot be computed."""
+    expect.one_of('model.rope_scaling.kind', self.kind, KINDS)
     for name in _READ[self.kind]:
       value = getattr(self, name)
       if not 0 < value < math.inf:
@@ -90,10 +88,9 @@ def frequencies(base: float, width: int) -> np.ndarray:
 
 
 def stretched(base: float, width: int, scaling: RopeScaling) -> np.ndarray:
-  """Returns the frequency of each pair where it depends on no length.
+  """Returns the frequency of each pair for texts up to the original length.
 
-  Of `dynamic` those of texts up to the original length, of `longrope` the
-  short ones.
+  These are the frequencies of every length for kinds that do not depend on it.
   """
   plain = frequencies(base, width)
   if scaling.kind == 'linear':
@@ -113,7 +110,7 @@ def _llama3(plain, scaling):
   share = (original / wavelengths - scaling.low_frequency) / (
     scaling.high_frequency - scaling.low_frequency
   )
-  share = np.clip(share, 0.0, 1.0)  # 1: not stretched
+  share = np.clip(share, 0.0, 1.0)  # of the unscaled frequency
   both = (1 - share) * plain / scaling.factor + share * plain
   return both.astype(np.float32)
 
@@ -127,10 +124,10 @@ def _yarn(plain, base, width, scaling):
   high = pair_that_turns(scaling.beta_slow)
   if scaling.is_truncated:
     low, high = math.floor(low), math.ceil(high)
-  # The upper bound is one of channels, not pairs, in every implementation.
+  # In every implementation the upper bound counts channels, not pairs.
   low, high = max(low, 0), min(high, width - 1)
   if low == high:
-    high += 0.001  # as others do, to divide by something
+    high += 0.001  # avoids a division by zero, as other implementations do
   pairs = np.arange(width // 2, dtype=np.float32)
   stretch = np.clip((pairs - low) / (high - low), 0.0, 1.0)
   both = plain / scaling.factor * stretch + plain * (1 - stretch)

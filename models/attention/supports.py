@@ -1,12 +1,13 @@
-"""The table of attention implementations and of what each of them accepts.
+"""The table of attention implementations and their capabilities.
 
-`problem(path, request)` answers for training and for serving alike. A `Path` is
-one row of the table; a `Request` is a model, a run and its devices, or the
-shapes of one call. Kernels ask the same table when they are called.
+A `Path` is one row of the table. A `Request` describes a model with its run and
+devices, or the shapes of one call. `problem(path, request)` returns the reason
+for which a path refuses a request. Training and serving both ask it before they
+compile, and kernels ask it when they are called.
 
 To add a rule of scores: add a field to `models.attention.form.Form`, compute it
-in `models/attention/dense.py`, and name the field in `DENSE.form`. Every other
-path then refuses the field until its row names it, too.
+in `models/attention/dense.py`, and add its name to `DENSE.form` alone. Every
+other path then refuses models that use the rule, until its row has the name.
 """
 
 from collections.abc import Callable
@@ -28,9 +29,10 @@ _GPUS = 'gpu', 'cuda'  # devices of this process; targets of compile_ahead
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """What a model, a run and its devices ask of attention.
+  """The attention that a model, a run and its devices need.
 
-  A default asks for nothing special. `of_model` and `of_call` fill requests.
+  Every default is a need that all paths meet. `of_model` and `of_call` return
+  requests.
   """
 
   form: form_lib.Form = form_lib.Form()
@@ -38,7 +40,7 @@ class Request:
   context: int = 1  # devices that split the tokens of a row
   tensor: int = 1  # devices that split the heads
   has_dropout: bool = False  # of attention weights
-  has_segments: bool = False  # packed documents that do not see each other
+  has_segments: bool = False  # packed rows: documents do not see each other
   latent_width: int = 0  # of latent attention, models/attention/latent_layer.py
   num_heads: int = 1  # H
   num_kv_heads: int = 1  # K
@@ -56,30 +58,33 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
-  """One implementation of attention. A default refuses the capability."""
+  """The capabilities of one implementation of attention."""
 
   name: str
-  otherwise: str  # what the user does instead, the end of every error
+  otherwise: str  # the fix at the end of every error
   form: tuple[str, ...]  # fields of `Form` that it computes
   platforms: tuple[str, ...] = ()  # (): any
   has_split_rows: bool = False  # the tokens of a row on several devices
-  # How heads divide over `tensor`. any: the compiler divides; whole: query
-  # heads and kv heads both divide; repeated: kv heads are repeated until both
+  # Division of heads over `tensor`. any: the compiler splits them; whole: query
+  # heads and kv heads must divide; repeated: kv heads are repeated until they
   # divide.
   heads: str = 'any'
   has_dropout: bool = False
   has_segments: bool = False
-  has_latent: bool = False  # and values of another width than keys
+  has_latent: bool = False  # also values of another width than keys
   has_int8: bool = False  # int8 pages, with a scale per token and head
   dtypes: tuple[str, ...] = ()  # of queries and of pages; (): any float
   has_mixed_dtypes: bool = True  # pages in another dtype than the queries
   head_width_multiple: int = 1
   max_head_width: int = 0  # 0: no limit
   row_multiple: int = 1
-  row_parts: int = 0  # a row divides into so many parts per device; 0: none
+  row_parts: int = 0  # parts of a row per device of `context`; 0: no parts
   page_width: int = 0  # C of stored keys and values; 0: any
-  heads_of_pages: Callable[[Request], str] | None = None  # further limits
-  int8_pool_gap: tuple[int, int] = (0, 0)  # sizes of an int8 pool, refused
+  heads_of_pages: Callable[[Request], str] | None = None  # limits of one kernel
+  int8_pool_gap: tuple[int, int] = (
+    0,
+    0,
+  )  # refused sizes of an int8 pool, both ends
   max_table_entries: int = 0  # of all page tables of a step; 0: no limit
 
 
@@ -89,7 +94,7 @@ _CONFIG_NAMES = {'softcap': 'attention_softcap', 'scale': 'query_scale'}
 
 
 def _ragged_heads(request: Request) -> str:
-  """Returns why JAX's ragged paged attention does not take the heads, or ''."""
+  """Returns the reason for which JAX's kernel refuses the heads, or ''."""
   heads, kv_heads, dtype = (
     request.num_heads, request.num_kv_heads, jnp.dtype(request.page_dtype)
   )  # fmt: skip
@@ -138,7 +143,7 @@ CUDNN = Path(
   heads='whole',
   has_segments=True,
   dtypes=('bfloat16',),
-  # What every GPU since Ampere takes.
+  # The limits of every GPU since Ampere.
   head_width_multiple=8,
   max_head_width=128,
   row_multiple=2,
@@ -181,8 +186,8 @@ PAGED_TPU = Path(
   # can do at the width of a register. Narrower heads are stored with zeros.
   page_width=LANES,
   heads_of_pages=_ragged_heads,
-  # Page tables, each padded to lanes, are in scalar memory: 1 MiB, of which
-  # lengths and the like need a part.
+  # Page tables, each padded to lanes, are in scalar memory. It has 1 MiB, and
+  # lengths and other scalars need a part of it.
   max_table_entries=240 * 1024,
 )
 PAGED_GPU = Path(
@@ -193,8 +198,8 @@ PAGED_GPU = Path(
   has_int8=True,
   dtypes=('float32', 'bfloat16', 'float16'),
   max_head_width=256,
-  # Above 2**32 bytes Pallas addresses an array with 64 bits, else with 32 and a
-  # sign, which is enough for numbers of two bytes or more.
+  # Pallas addresses arrays above 2**32 bytes with 64 bits, and smaller ones
+  # with 32 bits and a sign. Signed addresses of one-byte numbers wrap at 2**31.
   int8_pool_gap=(2**31, 2**32),
 )
 INVARIANT = dataclasses.replace(
@@ -205,10 +210,10 @@ INVARIANT = dataclasses.replace(
 
 
 def problem(path: Path, request: Request) -> str:
-  """Returns why `path` does not accept `request`, or '' if it does.
+  """Returns the reason for which `path` refuses `request`, or ''.
 
-  The text says got, expected and fix, without the name of the setting that
-  chose the path.
+  The text says got, expected and fix. It does not name the setting that chose
+  the path.
   """
   for refusal in (_devices, _features, _scores, _heads, _shapes, _pages):
     if text := refusal(path, request):
@@ -217,13 +222,14 @@ def problem(path: Path, request: Request) -> str:
 
 
 def check(path: Path, request: Request) -> None:
-  """Raises ValueError if `path` does not accept `request`."""
+  """Raises ValueError if `path` refuses `request`."""
   if text := problem(path, request):
     raise ValueError(f'{path.name}: {text}')
 
 
 def of_model(config: model_config.ModelConfig) -> Request:
-  """Returns the request of a model, to be completed by the caller."""
+  """Returns the request of a model; the caller adds the run and its devices."""
+  # A window counts if any layer has it.
   layers = [config.layer(n) for n in range(config.num_layers)]
   return Request(
     form=form_lib.of_layer(config, is_local=any(x.is_local for x in layers)),

@@ -1,15 +1,18 @@
-"""Matrix multiplication by one weight per group of rows.
+"""Matrix multiplication with one weight per group of rows.
 
-What a mixture of experts is made of: rows sorted by expert, each multiplied by
-its own expert's matrix, none dropped whatever the sizes of the groups. On TPU
-this is `jax.lax.ragged_dot`, a kernel of the compiler's, with a Pallas kernel
-for the gradient of the weights. Elsewhere XLA multiplies every row by every
-matrix (measured on CPU: 14 times a dense product with 8 experts, 120 times with
-32). There rows are cut into blocks of one group each: taken one by one on CPU
-(1.5 to 2.5 times), as one batch of at most 3E on GPU, where a loop would
-wait for each launch.
+This is the product of a mixture of experts: rows are sorted by expert, and each
+row is multiplied by the matrix of its expert. No row is dropped, for any sizes
+of the groups. On TPU the product is `jax.lax.ragged_dot`, a kernel of the
+compiler, with a Pallas kernel for the gradient of the weights.
 
-As in `models.linear.plain`, operands have the compute dtype, sums float32.
+On other platforms XLA's ragged_dot multiplies every row by every matrix
+(measured on CPU: 14 times the time of a dense product with 8 experts, 120 times
+with 32). There the rows are cut into pieces of one group each. On CPU a loop
+takes one piece after the other (1.5 to 2.5 times a dense product). On GPU all
+pieces, at most 3E, are one batch, because a loop would wait for each launch.
+
+As in `models.linear.plain`, operands have the compute dtype and sums are
+float32.
 """
 
 from collections.abc import Callable
@@ -21,20 +24,21 @@ import jax.numpy as jnp
 
 from models import remat
 
-# How a weight of which this device holds a part becomes whole, and how the
-# gradient of the whole becomes that of the part. Done here, because the whole
-# weight is not to wait for the backward pass, and because the weight travels
-# in the compute dtype while its gradient is added up in float32.
+# (gather, scatter) for a weight of which this device holds a part: gather makes
+# the whole weight, scatter turns the gradient of the whole weight into that of
+# the part. Both are applied here for two reasons. The whole weight must not be
+# stored for the backward pass. And the weight is sent in the compute dtype, but
+# its gradient is added up in float32.
 Held = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
 
-# Blocks on CPU: with four to a group, about an eighth of the work is on rows
-# that do not count. Larger than this they gain nothing.
-_BLOCKS_PER_GROUP = 4
-_MAX_BLOCK = 256
-_MIN_BATCH_ROWS = 16  # on GPU, where small products leave tensor cores idle
+# Pieces on CPU. With four pieces per group, about an eighth of the work is on
+# padding. Pieces larger than _MAX_PIECE are not faster.
+_PIECES_PER_GROUP = 4
+_MAX_PIECE = 256
+_MIN_BATCH_ROWS = 16  # on GPU: smaller products leave tensor cores idle
 
-# Tiles on TPU: multiples of its 128 lanes. At 512 the kernel's buffers and its
-# float32 sum take 5 to 7 of the 16 MiB that it may use.
+# Tiles on TPU: multiples of its 128 lanes. At 512, the buffers of the kernel
+# and its float32 sum take 5 to 7 of the 16 MiB that a kernel may use.
 _TILES = (512, 384, 256, 128)
 
 
@@ -53,13 +57,13 @@ def grouped_linear(
   dtype: jnp.dtype,
   held: Held = WHOLE,
 ) -> jax.Array:
-  """Returns y[J, O]: row j times the matrix of the group that j is in.
+  """Returns y[J, O]: each row times the matrix of its group.
 
   Args:
-    x_JI: rows, those of group 0 first, then those of group 1, ...
-    w_EIO: one matrix per group; what this device holds of them.
-    sizes_E: int32, rows of each group. Rows past their sum are in no group:
-      they come out as zeros.
+    x_JI: rows, sorted by group: the rows of group 0, then of group 1, ...
+    w_EIO: one matrix per group, or the part that this device holds.
+    sizes_E: int32, rows of each group. Rows past the sum of the sizes are in no
+      group; their result is zero.
     dtype: of the operands and the result.
     held: see `Held`.
   """
@@ -89,14 +93,14 @@ grouped_linear.defvjp(_forward, _backward)
 
 
 def _times(x_JI, w_EIO, sizes_E, *, w_axis: int) -> jax.Array:
-  """Multiplies rows by their group's matrix, over its axis `w_axis`."""
+  """Returns each row times the matrix of its group, summed over `w_axis`."""
   times = _times_in if w_axis == 1 else _times_out
   return times(x_JI, w_EIO, sizes_E)
 
 
-# Neither ragged products nor loops of data-dependent length like to be
-# vectorised. Stages of a pipeline, which are, have a device each: taking one
-# after the other costs them nothing.
+# Ragged products, and loops whose length depends on data, cannot be vmapped
+# well. A pipeline does vmap them, over its stages. But each stage has its own
+# device, so that a sequential vmap costs nothing.
 
 
 @jax.custom_batching.sequential_vmap
@@ -114,23 +118,23 @@ def _on_platform(x_JI, w_EIO, sizes_E, *, w_axis):
     x_JI,
     w_EIO,
     sizes_E,
-    cpu=functools.partial(_times_in_blocks, w_axis=w_axis),
+    cpu=functools.partial(_times_in_pieces, w_axis=w_axis),
     cuda=functools.partial(_times_in_batches, w_axis=w_axis),
     default=functools.partial(_times_ragged, w_axis=w_axis),
   )
-  # What kernels leave in rows of no group is not defined.
+  # The result of a kernel is undefined in rows of no group.
   is_grouped_J = jnp.arange(x_JI.shape[0]) < jnp.sum(sizes_E)
   return jnp.where(is_grouped_J[:, None], y_JO, 0)
 
 
 @jax.custom_batching.sequential_vmap
 def _outer(x_JI, dy_JO, sizes_E) -> jax.Array:
-  """Returns [E, I, O]: the sum over each group's rows of x times dy."""
+  """Returns the sum over the rows of each group of x times dy, [E, I, O]."""
   return jax.lax.platform_dependent(
     x_JI,
     dy_JO,
     sizes_E,
-    cpu=_outer_in_blocks,
+    cpu=_outer_in_pieces,
     cuda=_outer_in_batches,
     tpu=_outer_in_tiles,
     default=_outer_ragged,
@@ -160,12 +164,16 @@ def _outer_ragged(x_JI, dy_JO, sizes_E):
 
 
 def _outer_in_tiles(x_JI, dy_JO, sizes_E, *, interpret: bool = False):
-  """JAX's Pallas kernel: XLA:TPU (0.10) takes every group with all rows."""
+  """Returns `_outer` by JAX's Pallas kernel.
+
+  XLA:TPU (jax 0.10) would multiply all rows for every group.
+  """
   num_rows, num_groups = x_JI.shape[0], sizes_E.shape[0]
   tile_I, tile_O = _tile(x_JI.shape[1]), _tile(dy_JO.shape[1])
   if not tile_I or not tile_O:
     return _outer_ragged(x_JI, dy_JO, sizes_E)
-  # A tile that two groups share is taken twice: no larger than a group.
+  # A tile that two groups share is computed twice, so a tile is not larger than
+  # the average group.
   tile_J = _TILES[0]
   while tile_J > max(_TILES[-1], num_rows // num_groups):
     tile_J //= 2
@@ -181,46 +189,46 @@ def _outer_in_tiles(x_JI, dy_JO, sizes_E, *, interpret: bool = False):
 
 
 def _tile(width: int) -> int | None:
-  """Returns the largest tile that the width divides by, if any does."""
+  """Returns the largest tile that divides the width, or None."""
   return next((tile for tile in _TILES if width % tile == 0), None)
 
 
-def _times_in_blocks(x_JI, w_EIO, sizes_E, *, w_axis):
-  num_rows, size = x_JI.shape[0], _block_size(x_JI.shape[0], w_EIO.shape[0])
-  num_blocks, block_at, _ = _blocks(sizes_E, size)
+def _times_in_pieces(x_JI, w_EIO, sizes_E, *, w_axis):
+  num_rows, size = x_JI.shape[0], _piece_size(x_JI.shape[0], w_EIO.shape[0])
+  num_pieces, piece_at, _ = _pieces(sizes_E, size)
   x_padded = jnp.pad(x_JI, ((0, size), (0, 0)))
 
-  def add_block(j, y_JO):
-    group, row = block_at(j)
-    y_block = jax.lax.dot_general(
+  def add_piece(j, y_JO):
+    group, row = piece_at(j)
+    y_piece = jax.lax.dot_general(
       jax.lax.dynamic_slice_in_dim(x_padded, row, size),
       jax.lax.dynamic_index_in_dim(w_EIO, group, keepdims=False),
       (((1,), (w_axis - 1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    # Rows past the group's end are the next group's: its own first block,
-    # which is written later, puts them right.
+    # Rows past the end of the group belong to the next group. The first piece
+    # of that group is written later and overwrites them.
     return jax.lax.dynamic_update_slice_in_dim(
-      y_JO, y_block.astype(y_JO.dtype), row, 0
+      y_JO, y_piece.astype(y_JO.dtype), row, 0
     )
 
   y_JO = jnp.zeros((num_rows + size, w_EIO.shape[3 - w_axis]), x_JI.dtype)
-  return jax.lax.fori_loop(0, num_blocks, add_block, y_JO)[:num_rows]
+  return jax.lax.fori_loop(0, num_pieces, add_piece, y_JO)[:num_rows]
 
 
-def _outer_in_blocks(x_JI, dy_JO, sizes_E):
-  size = _block_size(x_JI.shape[0], sizes_E.shape[0])
-  num_blocks, block_at, end_E = _blocks(sizes_E, size)
+def _outer_in_pieces(x_JI, dy_JO, sizes_E):
+  size = _piece_size(x_JI.shape[0], sizes_E.shape[0])
+  num_pieces, piece_at, end_E = _pieces(sizes_E, size)
   x_padded, dy_padded = (
     jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_JI, dy_JO)
   )
 
-  def add_block(j, dw_EIO):
-    group, row = block_at(j)
+  def add_piece(j, dw_EIO):
+    group, row = piece_at(j)
     is_inside = row + jnp.arange(size) < end_E[group]
-    x_block = jax.lax.dynamic_slice_in_dim(x_padded, row, size)
+    x_piece = jax.lax.dynamic_slice_in_dim(x_padded, row, size)
     dw_IO = jax.lax.dot_general(
-      jnp.where(is_inside[:, None], x_block, 0),
+      jnp.where(is_inside[:, None], x_piece, 0),
       jax.lax.dynamic_slice_in_dim(dy_padded, row, size),
       (((0,), (0,)), ((), ())),
       preferred_element_type=jnp.float32,
@@ -229,19 +237,19 @@ def _outer_in_blocks(x_JI, dy_JO, sizes_E):
 
   shape = sizes_E.shape[0], x_JI.shape[1], dy_JO.shape[1]
   return jax.lax.fori_loop(
-    0, num_blocks, add_block, jnp.zeros(shape, jnp.float32)
+    0, num_pieces, add_piece, jnp.zeros(shape, jnp.float32)
   )
 
 
-def _block_size(num_rows: int, num_groups: int) -> int:
-  """Returns a power of two, small beside the average group."""
-  wanted = num_rows // (_BLOCKS_PER_GROUP * num_groups)
-  return min(_MAX_BLOCK, 1 << max(wanted.bit_length() - 1, 0))
+def _piece_size(num_rows: int, num_groups: int) -> int:
+  """Returns the rows of a piece: a power of two, below the average group."""
+  wanted = num_rows // (_PIECES_PER_GROUP * num_groups)
+  return min(_MAX_PIECE, 1 << max(wanted.bit_length() - 1, 0))
 
 
 def _times_in_batches(x_JI, w_EIO, sizes_E, *, w_axis):
   place_NS, group_N, row_J = _batches(x_JI.shape[0], sizes_E)
-  # Blocks past the last that is used repeat rows, which nobody reads.
+  # Unused pieces repeat some rows; their results are never read.
   y_NSO = jax.lax.dot_general(
     jnp.take(x_JI, place_NS, axis=0, mode='clip'),
     jnp.take(w_EIO, group_N, axis=0, mode='clip'),
@@ -271,42 +279,43 @@ def _outer_in_batches(x_JI, dy_JO, sizes_E):
 
 
 def _batches(num_rows, sizes_E):
-  """Cuts groups into blocks, of which there are as many as there may be.
+  """Cuts groups into a static number of pieces, N, the most there can be.
 
   Returns:
-    For each block [N] the places of its rows [N, S] and its group, E or more
-    where it is not used; for each row its place among the blocks' rows.
+    The places of the rows of each piece, [N, S]; the group of each piece, [N],
+    at least E for an unused piece; and the place of each row among the rows of
+    all pieces, [J].
   """
   num_groups = sizes_E.shape[0]
-  # A power of two, at least half the average group: up to 3E matrices are
-  # copied, and at most as many rows multiplied for nothing as there are.
+  # A power of two, at least half the average group. Then at most 3E matrices
+  # are copied, and padding at most doubles the rows that are multiplied.
   half_group = num_rows // (2 * num_groups)
   size = max(_MIN_BATCH_ROWS, 1 << (half_group - 1).bit_length())
-  num_blocks = num_rows // size + num_groups
-  _, block_at, end_E = _blocks(sizes_E, size)
-  group_N, start_N = jax.vmap(block_at)(jnp.arange(num_blocks))
+  num_pieces = num_rows // size + num_groups
+  _, piece_at, end_E = _pieces(sizes_E, size)
+  group_N, start_N = jax.vmap(piece_at)(jnp.arange(num_pieces))
   places_J = jnp.arange(num_rows)
   group_J = jnp.searchsorted(end_E, places_J, side='right')
-  blocks_E = (sizes_E + size - 1) // size
-  first_E = (jnp.cumsum(blocks_E) - blocks_E) * size - (end_E - sizes_E)
+  pieces_E = (sizes_E + size - 1) // size
+  first_E = (jnp.cumsum(pieces_E) - pieces_E) * size - (end_E - sizes_E)
   row_J = jnp.take(first_E, group_J, mode='clip') + places_J
   return start_N[:, None] + jnp.arange(size)[None, :], group_N, row_J
 
 
-def _blocks(sizes_E, size):
-  """Cuts each group into blocks of `size` rows, the last one not full.
+def _pieces(sizes_E, size):
+  """Cuts each group into pieces of `size` rows; the last piece may be partial.
 
   Returns:
-    How many blocks there are, a function from the number of a block to its
-    (group, first row), and the row past the last of each group.
+    The number of pieces, a function from the index of a piece to its (group,
+    first row), and one past the last row of each group, [E].
   """
   end_E = jnp.cumsum(sizes_E)
-  blocks_E = (sizes_E + size - 1) // size
-  last_block_E = jnp.cumsum(blocks_E)
+  pieces_E = (sizes_E + size - 1) // size
+  last_piece_E = jnp.cumsum(pieces_E)
 
-  def block_at(j):
-    group = jnp.searchsorted(last_block_E, j, side='right')
-    nth = j - (last_block_E[group] - blocks_E[group])
+  def piece_at(j):
+    group = jnp.searchsorted(last_piece_E, j, side='right')
+    nth = j - (last_piece_E[group] - pieces_E[group])
     return group, end_E[group] - sizes_E[group] + nth * size
 
-  return last_block_E[-1], block_at, end_E
+  return last_piece_E[-1], piece_at, end_E

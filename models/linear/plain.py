@@ -1,10 +1,10 @@
-"""Matrix multiplication by a weight, with a backward pass XLA:CPU runs well.
+"""Matrix multiplication by a weight, with a backward pass that is fast on CPU.
 
-Operands have the compute dtype, sums over an operand's axis are float32. On CPU
-results are float32 as well, and cast: a bfloat16 product with a bfloat16 result
-misses the fast kernel. Elsewhere the unit that adds up in float32 rounds by
-itself, and where devices each have a part of a sum (`tensor`), it is rounded
-parts that travel: half the bytes.
+Operands have the compute dtype, and sums over an axis are float32. On CPU the
+result is float32 as well and is then cast, because a bfloat16 product with a
+bfloat16 result misses XLA:CPU's fast kernel. On other platforms the hardware
+rounds the float32 sum to the compute dtype. So if devices each hold a part of a
+sum (`tensor`), they send rounded parts, which are half the bytes.
 """
 
 import functools
@@ -19,7 +19,7 @@ from models import remat
 def linear(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype
 ) -> jax.Array:
-  """Returns x[..., I] @ w[I, O] + bias[O], multiplied in and as `dtype`."""
+  """Returns x[..., I] @ w[I, O] + bias[O], computed and returned in `dtype`."""
   y, _ = _forward(x, w_IO, bias_O, dtype)
   return y
 
@@ -27,7 +27,7 @@ def linear(
 def exact_linear(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype
 ) -> jax.Array:
-  """Multiplies in float32 everywhere: no TensorFloat-32, no bfloat16 passes."""
+  """Returns x @ w in full float32: no TensorFloat-32, no bfloat16 passes."""
   del bias_O
   return jnp.matmul(
     x.astype(dtype), w_IO.astype(dtype), precision=jax.lax.Precision.HIGHEST
@@ -54,12 +54,13 @@ def _forward(x, w_IO, bias_O, dtype):
 
 def _backward(dtype, residuals, dy):
   x, w_IO, (x_like, w_like, bias_like) = residuals
-  x, dy = materialised(x, dy.astype(dtype))
+  x, dy = materialised(x, dy.astype(dtype))  # read two and three times below
   leading = tuple(range(x.ndim - 1))
   dx = _product(dy, w_IO, (dy.ndim - 1,), (1,), x_like.dtype)
   dw_IO = weight_gradient(x, dy)
   dbias_O = None
   if bias_like is not None:
+    # A sum over all tokens: bfloat16 would lose most of them.
     dbias_O = jnp.sum(dy, axis=leading, dtype=jnp.float32)
     dbias_O = dbias_O.astype(bias_like.dtype)
   return dx, dw_IO.astype(w_like.dtype), dbias_O
@@ -72,14 +73,15 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
   """Returns x[..., I]^T @ dy[..., O], [I, O], in float32."""
   leading = tuple(range(x.ndim - 1))
   if x.shape[-1] > dy.shape[-1]:
-    # The left operand is transposed in memory: let it be the smaller one.
+    # XLA:CPU transposes the left operand in memory, so the smaller one goes
+    # left.
     (dw_OI,) = materialised(_contract(dy, x, leading, leading))
     return dw_OI.T
   return _contract(x, dy, leading, leading)
 
 
 def _product(a, b, a_axes, b_axes, dtype):
-  """Sums over the given axes of both, in float32; returns `dtype`."""
+  """Returns the product, summed over the given axes in float32, as `dtype`."""
   if dtype == jnp.float32:
     return _contract(a, b, a_axes, b_axes)
   return jax.lax.platform_dependent(
@@ -93,19 +95,19 @@ def _product(a, b, a_axes, b_axes, dtype):
 
 
 def _contract(a, b, a_axes: tuple[int, ...], b_axes: tuple[int, ...]):
-  """Sums over the given axes of both; float32."""
+  """Returns the product, summed over the given axes, in float32."""
   return jax.lax.dot_general(
     a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32
   )
 
 
 def materialised(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """On CPU, stops XLA from fusing what produced the arrays into their readers.
+  """Returns the arrays; on CPU, their producers do not fuse into their readers.
 
-  The backward pass reads the cotangent three times, and for the weight
-  gradient reads an operand transposed. Left alone, XLA:CPU repeats the
-  elementwise work, or the sum over attention's blocks, in each of them, and in
-  the strided one at a crawl. TPU and GPU fuse well and see no barrier.
+  The backward pass reads the cotangent three times, and the weight gradient
+  reads an operand transposed. Without the barrier, XLA:CPU repeats the
+  elementwise work, or the sum over tiles of attention, in each reader, and very
+  slowly in the transposed one. TPU and GPU fuse well and get no barrier.
   """
   return jax.lax.platform_dependent(
     *arrays,

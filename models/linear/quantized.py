@@ -1,24 +1,25 @@
-"""Matrix multiplication by a weight in 8 bits: training's fast products.
+"""Matrix multiplication by a weight in 8 bits, for faster training.
 
 `int8` and `fp8` are ports of `models.execution.Execution`, in place of
-`models.linear.plain.linear`. Operands are quantised on the fly, from float32
-weights that stay float32, each row along the sum by a scale of its own (its
-largest magnitude), multiplied with a wide accumulator, and scaled back.
-Rounding is passed straight through: gradients are those of the product, taken
-at the quantised values.
+`models.linear.plain.linear`. Operands are quantised during the product; the
+weights stay float32. Each vector along the summed axis has its own scale, its
+largest magnitude. Products accumulate in a wide dtype and are scaled back.
+Rounding has a straight-through gradient: gradients are those of the product, at
+the quantised values.
 
     product          int8            fp8
     y = x w          int8 x int8     e4m3 x e4m3
     dx = dy w^T      int8 x int8     e5m2 x e4m3
     dw = x^T dy      compute dtype   e5m2 x e4m3
 
-A weight's gradient is a sum over tokens, of which a few are far larger than the
-rest: in 8 evenly spaced bits, rounded to nearest, most would vanish. e5m2 has
-the range for them (FP8 formats: Micikevicius et al., arXiv:2209.05433, section
-3; int8 training: Zhang et al., arXiv:2105.03536). Embedding, head, norms and
-attention's own products stay as they are.
+The gradient of a weight is a sum over tokens, and a few tokens are far larger
+than the others. In int8, evenly spaced and rounded to nearest, most tokens
+would become zero; e5m2 has the range for them (FP8 formats: Micikevicius et
+al., arXiv:2209.05433, section 3; int8 training: Zhang et al.,
+arXiv:2105.03536). Embedding, head, norms and the products inside attention are
+not quantised.
 
-qwix quantises and multiplies; it is imported when first asked for.
+The package qwix quantises and multiplies; it is imported at its first use.
 """
 
 import functools
@@ -51,14 +52,14 @@ def check_installed() -> None:
 def int8(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
 ) -> jax.Array:
-  """Returns x[..., I] @ w[I, O] + bias[O] as `dtype`, multiplied in int8."""
+  """Returns x[..., I] @ w[I, O] + bias[O] in `dtype`, multiplied in int8."""
   return _linear(x, w_IO, bias_O, dtype, 'int8')
 
 
 def fp8(
   x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None, dtype: Any
 ) -> jax.Array:
-  """Returns x[..., I] @ w[I, O] + bias[O] as `dtype`, multiplied in fp8."""
+  """Returns x[..., I] @ w[I, O] + bias[O] in `dtype`, multiplied in fp8."""
   return _linear(x, w_IO, bias_O, dtype, 'fp8')
 
 
@@ -84,7 +85,8 @@ def _forward(x, w_IO, dtype, form: str):
 def _backward(dtype, form: str, residuals, dy):
   x, w_IO = residuals
   x_dtype = x.dtype
-  # As in the float product: without it XLA:CPU computes dy in every reader.
+  # As in the float product: otherwise XLA:CPU computes dy again in every
+  # reader.
   x, dy = plain.materialised(x.astype(dtype), dy.astype(dtype))
   narrow = (_COTANGENT[form], _FORWARD[form])
   dx = _contract(dy, w_IO, (dy.ndim - 1,), (1,), narrow)
@@ -100,11 +102,11 @@ _product.defvjp(_forward, _backward)
 
 
 def _contract(a, b, a_axes, b_axes, qtypes):
-  """Sums over the given axes of both, quantised; float32."""
+  """Returns the quantised product, summed over the given axes, in float32."""
   qwix = _qwix()
 
   def quantised(array, axes, qtype):
-    # In float32, so that scales are exact to more than 8 bits.
+    # From float32: scales computed in bfloat16 would have 8 bits.
     kept = tuple(axis for axis in range(array.ndim) if axis not in axes)
     return qwix.quantize(
       array.astype(jnp.float32), qtype, channelwise_axes=kept
@@ -118,6 +120,6 @@ def _contract(a, b, a_axes, b_axes, qtypes):
 
 
 def _qwix() -> Any:
-  import qwix  # noqa: PLC0415  seconds to import, and an extra requirement
+  import qwix  # noqa: PLC0415  takes seconds; an optional requirement
 
   return qwix

@@ -1,13 +1,13 @@
-"""Sends tokens to their experts and back: the heart of a mixture of experts.
+"""The dispatch of a mixture of experts: tokens go to their experts and back.
 
-Each token is copied once per expert it chose, the copies are sorted by expert,
-multiplied in groups (MegaBlocks, arXiv:2211.15841: dropless, no capacity), put
-back in the order of the tokens and added up, weighted. All shapes are static
-and no token is dropped, however uneven the choice.
+Each token is copied once per chosen expert. The copies are sorted by expert and
+multiplied in groups (MegaBlocks, arXiv:2211.15841: no capacity limit), returned
+to the order of the tokens, and summed with their weights. All shapes are
+static, and no token is dropped, even if all tokens choose the same expert.
 
-`models.moe.layer` decides which expert a token goes to; this file is a pure
-function and a port of `models.execution`, which `parallel/expert_parallel.py`
-spreads over a mesh.
+`models.moe.layer` chooses the experts of a token. `apply_experts` is a pure
+function and a port of `models.execution`; `parallel/expert_parallel.py` spreads
+it over a mesh.
 """
 
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ def apply_experts(
 
   Args:
     x_BTD: the tokens.
-    ids_BTA: int32, the experts of each token; an id of E or more is of an
-      expert that is not among `kernels` and adds nothing.
-    gates_BTA: float32, the weight of each.
-    kernels: 'up' [E, D, F] and 'down' [E, F, D]; with 'gate' [E, D, F] experts
-      are SwiGLU, without it GELU.
+    ids_BTA: int32, the experts of each token. An id of E or more is an expert
+      that is not among `kernels`; it adds nothing.
+    gates_BTA: float32, the weight of each chosen expert.
+    kernels: 'up' [E, D, F] and 'down' [E, F, D]. Experts are SwiGLU with 'gate'
+      [E, D, F], and GELU without.
     dtype: of the computation; sums are float32.
-    held: how each kernel becomes whole where this device holds a part of it.
+    held: gather and scatter of each kernel, if this device holds a part of it.
   """
   num_experts = kernels['down'].shape[0]
   shape, num_active = x_BTD.shape, ids_BTA.shape[-1]
@@ -65,8 +65,8 @@ def apply_experts(
   return _weighted_sum(y_MAD, gates_MA).astype(dtype).reshape(shape)
 
 
-# What waits for the backward pass is what goes in, in the compute dtype, and
-# not its copy in float32: the largest array of a mixture.
+# The checkpoint stores the input in the compute dtype for the backward pass,
+# not its float32 copy, which would be the largest array of the layer.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _weighted_sum(y_MAD, gates_MA):
   """Returns the float32 sum over a token's experts of gate * y."""
@@ -74,29 +74,30 @@ def _weighted_sum(y_MAD, gates_MA):
 
 
 def _sorted_copies(ids_BTA, num_experts):
-  """Returns the order of copies by expert, its inverse, and group sizes.
+  """Returns the order of the copies by expert, its inverse, and group sizes.
 
-  Place j of the sorted copies holds copy order[j], which is of token
-  order[j] // A; copy i is in place inverse[i].
+  Place j of the sorted copies holds copy order[j], a copy of token
+  order[j] // A. Copy i is in place inverse[i].
   """
   ids_J = ids_BTA.reshape(-1)
   places_J = jnp.arange(ids_J.size, dtype=jnp.int32)
-  # Stable: the copies of an expert stay in the order of the tokens.
+  # The sort is stable: the copies of an expert keep the order of the tokens.
   sorted_J, order_J = jax.lax.sort_key_val(ids_J, places_J)
   _, inverse_J = jax.lax.sort_key_val(order_J, places_J)
+  # Ids of E or more sort last and are in no group.
   end_E = jnp.searchsorted(
     sorted_J, jnp.arange(num_experts, dtype=ids_J.dtype), side='right'
   ).astype(jnp.int32)
   return order_J, inverse_J, jnp.diff(end_E, prepend=0)
 
 
-# A permutation is undone by its inverse, and gathers are fast everywhere; what
-# JAX derives by itself is a scatter.
+# The gradients below gather with the inverse permutation, which is fast on
+# every platform. JAX would derive a scatter.
 
 
 @jax.custom_vjp
 def _spread(x_MD, order_J, inverse_J):
-  """Copies tokens into the places of their copies."""
+  """Returns the tokens copied to the places of their sorted copies."""
   num_active = order_J.shape[0] // x_MD.shape[0]
   return x_MD[order_J // num_active]
 
@@ -109,6 +110,7 @@ def _spread_forward(x_MD, order_J, inverse_J):
 def _spread_backward(residuals, dx_JD):
   like, inverse_J = residuals
   dx_MAD = dx_JD[inverse_J].reshape((like.shape[0], -1, dx_JD.shape[1]))
+  # A token's gradient is the sum over its copies.
   dx_MD = jnp.sum(dx_MAD, axis=1, dtype=jnp.float32)
   return dx_MD.astype(like.dtype), None, None
 
@@ -118,7 +120,7 @@ _spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def _collect(y_JD, order_J, inverse_J):
-  """Puts sorted copies back: those of token 0 first, then of token 1, ..."""
+  """Returns the copies in token order: of token 0, then of token 1, ..."""
   return y_JD[inverse_J]
 
 

@@ -1,16 +1,17 @@
-"""A mixture of experts: a router, many small feed-forward blocks, a few used.
+"""The layer of a mixture of experts: a router and many small MLPs.
 
-Takes the place of `models.mlp.Mlp` in a block. Every token takes the
-`num_active_experts` that the router finds likeliest, weighted by their
-probabilities, and the shared experts besides (DeepSeekMoE, arXiv:2401.06066);
-the experts themselves are in `models/moe/dispatch.py`. The choice may be
-limited to a few groups of experts, and corrected by a number of each expert's
-that its weight does not show (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No
-gradient reaches these numbers: training leaves them as they are.
+It takes the place of `models.mlp.Mlp` in a block. Each token goes to the
+`num_active_experts` with the highest router scores, weighted by these scores,
+and to all shared experts (DeepSeekMoE, arXiv:2401.06066).
+`models/moe/dispatch.py` computes the experts. The choice may be limited to a
+few groups of experts. It may also add a correction to the score of each expert,
+which does not change the expert's weight (DeepSeek-V3, arXiv:2412.19437,
+section 2.1.2). No gradient reaches the corrections: training does not change
+them.
 
-What the router is told to do well, it is told by two losses. Both are sums over
-rows, like every loss here, so that they do not depend on how a batch is cut up;
-balance is therefore judged within each row, as in DeepSeek-V3.
+Two losses train the router. Both are sums over rows, like every loss of this
+project, so that they do not depend on the split of a batch over devices or
+micro-batches. Balance is therefore measured within each row, as in DeepSeek-V3.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from models.moe import dispatch
 
 
 class Moe(nn.Module):
-  """Routed experts and shared ones."""
+  """The routed experts and the shared experts of a layer."""
 
   config: model_config.ModelConfig
   dtype: Any
@@ -37,15 +38,15 @@ class Moe(nn.Module):
   def __call__(
     self, x_BTD: jax.Array, is_real_BT: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns what is added to the stream, and `routing_sums`.
+    """Returns the output, [B, T, D], and the `routing_sums` of the layer.
 
     Args:
-      x_BTD: the normalised stream.
-      is_real_BT: whether a token is counted; padding is not. None: all are.
+      x_BTD: the normalised residual stream.
+      is_real_BT: False for padding, which the sums leave out. None: no padding.
     """
     config = self.config
-    # The choice of experts is float32 whatever the rest is computed in: half a
-    # bit decides who is chosen (Switch, arXiv:2101.03961, section 2.4).
+    # The router is float32 in every compute dtype: rounding would change the
+    # choice of experts (Switch, arXiv:2101.03961, section 2.4).
     logits_BTE = mlp.Linear(
       config.num_experts,
       jnp.float32,
@@ -61,10 +62,10 @@ class Moe(nn.Module):
       functools.partial(route, config, correction_E=correction_E), logits_BTE
     )
     apply = self.execution.apply_experts
-    if self.is_initializing():  # with one token, which no mesh can split
+    if self.is_initializing():  # on one token, which a mesh cannot split
       apply = dispatch.apply_experts
     y_BTD = apply(x_BTD, ids_BTA, gates_BTA, self._kernels(), self.dtype)
-    if config.num_shared_experts:
+    if config.num_shared_experts:  # one MLP, as wide as all of them together
       width = config.num_shared_experts * config.expert_width
       shared = dataclasses.replace(config, mlp_width=width)
       y_BTD = y_BTD + mlp.Mlp(
@@ -87,7 +88,7 @@ class Moe(nn.Module):
 
 
 class _Kernel(nn.Module):
-  """One matrix per expert, named as those of `mlp.Linear` are."""
+  """One matrix per expert, with the parameter name of `mlp.Linear`."""
 
   shape: tuple[int, ...]
   init_std: float
@@ -100,7 +101,7 @@ class _Kernel(nn.Module):
 
 
 class _Bias(nn.Module):
-  """One number per expert, named as the bias of a layer is."""
+  """One number per expert, with the parameter name of a bias."""
 
   size: int
 
@@ -114,19 +115,20 @@ def route(
   logits: jax.Array,
   correction_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the likeliest experts of each token and their weights, [..., A].
+  """Returns the chosen experts of each token and their weights, [..., A].
 
-  With `norm_topk` the weights add up to `router_scale` (Mixtral,
-  arXiv:2401.04088, section 2.1), else to that times the scores of the chosen.
+  With `norm_topk` the weights of a token add up to `router_scale` (Mixtral,
+  arXiv:2401.04088, section 2.1). Without it, a weight is `router_scale` times
+  the score of the expert.
 
   Args:
-    config: how experts are scored and chosen.
+    config: with the router_* fields and the fields of expert groups.
     logits: float32, [..., E].
-    correction_E: added to scores where they are compared.
+    correction_E: added to the scores for the choice, not for the weights.
   """
   is_sigmoid = config.router_score == 'sigmoid'
   scores = (jax.nn.sigmoid if is_sigmoid else jax.nn.softmax)(logits)
-  compared = scores
+  compared = scores  # decides the choice; the weights are of `scores`
   if correction_E is not None:
     correction = correction_E.astype(jnp.float32)
     compared = scores + correction.reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -139,7 +141,7 @@ def route(
     gates = jnp.take_along_axis(scores, ids, axis=-1)
   if config.norm_topk:
     total = jnp.sum(gates, axis=-1, keepdims=True)
-    if is_sigmoid:  # all of them may be 0
+    if is_sigmoid:  # all scores may be 0
       total = total + 1e-20
     gates = gates / total
   if config.router_scale != 1:
@@ -148,7 +150,7 @@ def route(
 
 
 def _in_best_groups(config, scores):
-  """Returns -inf for experts outside of the best groups of each token."""
+  """Returns the scores, -inf for experts outside a token's best groups."""
   groups = config.num_expert_groups
   each = scores.reshape((*scores.shape[:-1], groups, -1))
   best, _ = jax.lax.top_k(each, config.expert_group_best)
@@ -164,34 +166,36 @@ def routing_sums(
   ids_BTA: jax.Array,
   is_real_BT: jax.Array | None,
 ) -> dict[str, jax.Array]:
-  """Returns what one layer's router did, as sums over rows.
+  """Returns the losses and the loads of one layer's router, sums over rows.
 
   Returns:
-    balance_loss: per row 1 if experts share the row evenly, up to E / A if all
-      tokens go to the same; times the row's number of tokens, summed. Equations
-      17 to 20 of DeepSeek-V3 (arXiv:2412.19437) without the factor alpha.
-    router_z_loss: log(sum(exp(logits)))^2 summed over tokens: keeps logits
-      small. Equation 5 of ST-MoE (arXiv:2202.08906), before its mean.
-    loss: both, each times its weight in the config.
-    expert_load: [E], how many tokens went to each expert.
+    balance_loss: the sum over rows of the row's number of tokens times its
+      imbalance. The imbalance is 1 if experts share the row evenly, and up to
+      E / A if all tokens choose the same experts. Equations 17 to 20 of
+      DeepSeek-V3 (arXiv:2412.19437) without the factor alpha.
+    router_z_loss: the sum over tokens of log(sum(exp(logits)))^2, which keeps
+      logits small. Equation 5 of ST-MoE (arXiv:2202.08906), before its mean.
+    loss: the sum of both losses, each times its weight in the config.
+    expert_load: the number of tokens of each expert, [E].
   """
   if is_real_BT is None:
     is_real_BT = jnp.ones(logits_BTE.shape[:2], bool)
   real_BT1 = is_real_BT.astype(jnp.float32)[..., None]
   num_real_B = jnp.sum(real_BT1, axis=(1, 2))
   expert_11E = jnp.arange(config.num_experts)[None, None, :]
+  # Equation 18: f = load E / (A T), with T tokens in the row.
   load_BE = sum(
     jnp.sum((ids_BTA[..., a, None] == expert_11E) * real_BT1, axis=1)
     for a in range(config.num_active_experts)
   )
-  if config.router_score == 'sigmoid':  # equation 19: out of their sum
+  if config.router_score == 'sigmoid':  # equation 19: shares of the sum
     scores_BTE = jax.nn.sigmoid(logits_BTE)
     probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
   else:
     probs_BTE = jax.nn.softmax(logits_BTE)
-  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)
+  probs_BE = jnp.sum(probs_BTE * real_BT1, axis=1)  # equation 20, times T
   even = config.num_experts / config.num_active_experts
-  # Rows of nothing but padding have no tokens, and no loss.
+  # A row of padding only has no tokens and no loss.
   balance_B = even * jnp.sum(load_BE * probs_BE, axis=1)
   balance = jnp.sum(balance_B / jnp.maximum(num_real_B, 1.0))
   z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
@@ -206,13 +210,14 @@ def routing_sums(
 
 
 def load_evenness(counts_NE: jax.Array) -> dict[str, jax.Array]:
-  """Returns how evenly the counts of each layer are spread over its experts.
+  """Returns measures of the balance of tokens over the experts of each layer.
 
   Returns:
-    max, min: the largest and the smallest count of any layer, in multiples of
-      an even share. 1 and 1 is even, E and 0 is the other extreme.
-    entropy: mean over layers of the entropy of the shares, over that of even
-      shares. 1 is even, 0 is the other extreme.
+    max, min: the largest and the smallest share of an expert in any layer, in
+      multiples of an even share. They are 1 and 1 if all shares are even, and E
+      and 0 if one expert has all tokens.
+    entropy: the entropy of the shares over that of even shares, the mean over
+      layers. 1 if all shares are even, 0 if one expert has all tokens.
   """
   num_experts = counts_NE.shape[-1]
   total_N1 = jnp.sum(counts_NE, axis=-1, keepdims=True)

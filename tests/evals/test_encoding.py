@@ -1,4 +1,4 @@
-"""Where a context ends: BOS, white space, truncation, special tokens."""
+"""The border of a context: BOS, white space, truncation, special tokens."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_white_space_moves_to_the_continuation():
 def test_bos_begins_a_context_where_the_model_has_it():
   model = eval_models.model(adds_bos=True)
   assert encoding.encode_pair(model, 'a', 'b') == ([BOS, *_ids('a')], [98], 0)
-  # Not twice, where there is no context.
+  # BOS comes once, even without a context.
   assert encoding.encode_pair(model, '', 'b') == ([BOS], [98], 0)
 
 
@@ -42,7 +42,7 @@ class _Merging:
 
 
 def test_a_token_across_the_border_is_scored_as_part_of_nothing():
-  # Like lm_eval's: the whole, cut at the length of the encoded context.
+  # As in lm_eval: the whole text is cut at the length of the encoded context.
   model = eval_models.model(tokenizer=_Merging())
   assert encoding.encode_pair(model, 'ca', 'bd') == ([99, 97], [100], 0)
 
@@ -50,7 +50,7 @@ def test_a_token_across_the_border_is_scored_as_part_of_nothing():
 def test_a_long_context_is_cut_from_the_left():
   model = eval_models.model(max_length=4)
   pair = encoding.encode_pair(model, 'abcdef', 'gh')
-  # 5 tokens in all: the last one is predicted and never read.
+  # 5 tokens fit, since the last one is predicted and never read.
   assert pair == (_ids('def'), _ids('gh'), 3)
 
 

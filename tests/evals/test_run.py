@@ -1,4 +1,4 @@
-"""Tasks by name: what is read, asked, scored and refused."""
+"""Tasks by name: their files, options, scores and errors."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_choices_by_name(files):
     options_lib.Options(limit=3),
   )
   assert result.groups[0].num_examples == 3
-  # The same question four times is answered alike.
+  # The same question four times gets the same answer.
   assert result.score('acc').value in (0.0, 1.0)
 
 
@@ -177,7 +177,7 @@ def test_a_model_that_cannot_is_refused(files):
 
 def test_lm_eval_is_asked_for_where_it_is_not_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
-  # Other tests may have imported it: from there, and from its package.
+  # Other tests may have imported the module: remove it everywhere.
   monkeypatch.delitem(sys.modules, 'evals.harness.lm_eval_tasks', raising=False)
   monkeypatch.delattr('evals.harness.lm_eval_tasks', raising=False)
   with pytest.raises(ModuleNotFoundError, match='requirements-eval.txt'):

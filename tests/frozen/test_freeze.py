@@ -14,7 +14,7 @@ import pytest
 from frozen import format as frozen_format, freeze, seals
 from models import transformer
 from storage import digests
-from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers import commands, frozen_dirs, tiny_models
 
 
 def _scanned():
@@ -207,7 +207,9 @@ def test_command_line(workdir, tmp_path):
   manifest = frozen_format.read(out).manifest
   assert f'weights {manifest.weights_digest}' in done.stdout
   assert manifest.dtype == 'bfloat16'
-  failed = _cli(f'--workdir={workdir}', f'--out={out}', '--step=5')
+  failed = commands.run(
+    'frozen/freeze.py', f'--workdir={workdir}', f'--out={out}', '--step=5'
+  )
   assert failed.returncode == 2
   (line,) = failed.stderr.splitlines()
   assert line.startswith('error: ')

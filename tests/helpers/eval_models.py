@@ -14,7 +14,7 @@ _READ = 3  # tokens that a prediction depends on
 
 
 class TableModel:
-  """Scores and samples by a table; remembers what it was asked."""
+  """Scores and samples by a table, and records its requests."""
 
   def __init__(self, vocab_size: int, *, seed: int = 0):
     self.vocab_size = vocab_size
@@ -28,7 +28,7 @@ class TableModel:
     return logits_V - np.log(np.sum(np.exp(logits_V)))
 
   def score(self, requests):
-    """Is a LogprobFn."""
+    """Returns log-probabilities, as a LogprobFn does."""
     self.requests += list(requests)
     answers = []
     for context, continuation in requests:

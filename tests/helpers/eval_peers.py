@@ -1,4 +1,4 @@
-"""The same weights, and the same tokens, in transformers and in ours."""
+"""The same weights and tokens in transformers and in this project."""
 
 import pathlib
 
@@ -60,7 +60,7 @@ def llama(vocab_size: int, eos_id: int):
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, p in model.named_parameters():
-      # Spread out: no two answers are as likely up to rounding.
+      # Large weights: no two answers are equally likely up to rounding.
       mean = 1.0 if 'norm' in name else 0.0
       p.copy_(mean + 0.3 * torch.randn(p.shape, generator=generator))
   w = {

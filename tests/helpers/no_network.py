@@ -1,4 +1,4 @@
-"""Ports made of a network's `apply`, the plainest way there is.
+"""The ports of evaluations, made of `model.apply` in the plainest way.
 
 One request at a time, padded to the length that the model reads, and no cache:
 what the engine's and the run's own are held against.
@@ -26,7 +26,7 @@ class Network:
     return np.asarray(jax.nn.log_softmax(logits_TV, axis=-1))
 
   def score(self, requests):
-    """Is a LogprobFn."""
+    """Returns log-probabilities, as a LogprobFn does."""
     answers = []
     for context, continuation in requests:
       read = [*context, *continuation][:-1]
@@ -41,7 +41,7 @@ class Network:
     return answers
 
   def sample(self, prompts, settings, num_samples):
-    """Is a SampleFn, of greedy settings alone."""
+    """Returns completions, as a SampleFn does; greedy settings only."""
     assert settings.temperature == 0
     return [
       [self._complete(list(ids), settings)] * num_samples for ids in prompts

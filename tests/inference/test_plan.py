@@ -13,7 +13,7 @@ import pytest
 from hardware import compile_ahead, peaks, targets
 from inference import plan as plan_lib
 from models import flops, kv_cache
-from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers import commands, frozen_dirs, tiny_models
 
 
 @pytest.fixture(scope='module')
@@ -183,7 +183,7 @@ def test_serve_plans(model):
 
 
 def test_a_bad_target_is_one_line(model):
-  done = _run(f'--model={model}', '--plan=v9:4')
+  done = commands.run('serve.py', f'--model={model}', '--plan=v9:4')
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: --plan: got the unknown target 'v9:4'")

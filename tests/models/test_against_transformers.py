@@ -1,4 +1,4 @@
-"""An independent oracle: the same weights in transformers give our logits.
+"""Logits against transformers, an independent oracle with the same weights.
 
 Skipped where torch and transformers are not installed
 (requirements-peer.txt); CI installs them.
@@ -18,7 +18,7 @@ _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)
 transformers = pytest.importorskip('transformers', reason=_WHY)
 
-# Longer than one block of attention rows (64), and no multiple of it.
+# Longer than one tile of queries (64), and not a multiple of it.
 LENGTH = 150
 
 # float32 sums in another order, on logits of up to about 4: differences were
@@ -27,7 +27,7 @@ TOLERANCE = 2e-4
 
 
 def _randomised(model):
-  """Gives every parameter values that matter, norms and biases included."""
+  """Returns the params with random values, also in norms and biases."""
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, p in model.named_parameters():
@@ -92,7 +92,7 @@ def _gpt2(config):
 
 
 def _llama_fields(config):
-  """What Llama's config and Mixtral's call by the same names."""
+  """Returns the fields that the configs of Llama and Mixtral share."""
   return {
     'vocab_size': config.vocab_size,
     'num_hidden_layers': config.num_layers,

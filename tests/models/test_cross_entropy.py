@@ -36,7 +36,7 @@ FORMS = {
 
 
 def _plain_sums(hidden, head, targets, weights, form=PLAIN):
-  """The formulas of the docstring, left to autodiff."""
+  """Returns the sums by the formulas of the module docstring."""
   logits = hidden @ head.T
   if form.softcap:
     logits = form.softcap * jnp.tanh(logits / form.softcap)
@@ -94,7 +94,7 @@ def test_fused_gradients_agree_with_finite_differences(form):
 
 
 def test_only_the_loss_has_a_gradient():
-  """The terms are for reading, as their docstring says."""
+  """The terms nll and z are for metrics and have no gradient."""
   hidden, head, targets, weights = _loss_inputs()
 
   def terms(hidden):
@@ -162,8 +162,9 @@ def test_a_large_vocabulary_is_never_materialised():
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert temporaries(_plain_sums) > logits_bytes
-  # A chunk is a sixteenth, held as logits and as their gradient; on CPU as what
-  # the cap's derivative is made of, too. On TPU that is no array of its own.
+  # A chunk is a sixteenth of the logits, stored as logits and as their
+  # gradient. On CPU the derivative of the cap is a third array; on TPU it is
+  # not.
   for form, most in ((PLAIN, 0.2), (FORMS['capped_z'], 0.26)):
     fused = functools.partial(cross_entropy.weighted_nll, chunks=16, form=form)
     assert temporaries(fused) < most * logits_bytes

@@ -28,7 +28,7 @@ def test_matmul_params_are_the_kernels_and_the_head():
 
 
 def test_flops_agree_with_the_compiler():
-  """On an unrolled forward, whose cost analysis counts every layer."""
+  """On an unrolled forward pass, where the compiler counts every layer."""
   config = tiny_models.llama_like(model_width=64, mlp_width=256, vocab_size=512)
   batch, time = 2, 32
   model = transformer.Transformer(config)
@@ -38,7 +38,7 @@ def test_flops_agree_with_the_compiler():
     .compile()
   )
   counted = compiled.cost_analysis()['flops'] / (batch * time)
-  # One block of queries: attention is computed in full, not as a triangle.
+  # One tile of queries: attention computes all scores, not half of them.
   analytic = flops.forward_flops_per_token(config, context=time)
   # The compiler counts norms, softmax and rotations too.
   assert analytic < counted < 1.15 * analytic

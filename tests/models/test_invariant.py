@@ -1,4 +1,4 @@
-"""The same bits for a token: alone, in a crowd, in any row, in any cache."""
+"""Invariant execution: a token has the same bits in every batch and cache."""
 
 import functools
 
@@ -23,7 +23,7 @@ _TABLE = 1 + np.random.default_rng(5).permutation(_SEQUENCES * _PAGES).reshape(
 
 
 class _Paged:
-  """A model whose calls hold rows of several sequences."""
+  """A model with a paged cache, whose calls hold several sequences."""
 
   def __init__(self, kind, execution):
     # Wider than other tiny models: sums long enough to have several orders.
@@ -76,7 +76,7 @@ class _Paged:
     return np.asarray(logits_1TV[0])
 
   def in_chunks(self):
-    """Sequence 0 in chunks of 32: every position's logits."""
+    """Returns the logits of sequence 0, computed in chunks of 32."""
     self.empty()
     return np.concatenate(
       [
@@ -86,14 +86,14 @@ class _Paged:
     )
 
   def alone(self):
-    """Sequence 0 by itself, a token at a time behind a prompt of 58."""
+    """Returns them for a prompt of 58 and one token at a time, alone."""
     self.empty()
     first = self.step([], [(0, 0, 58)], rows=64, num_chunks=1)[1:59]
     rest = [self.step([(0, at)], []) for at in range(58, _LENGTH)]
     return np.concatenate([first, *rest])
 
   def in_a_crowd(self):
-    """Sequence 0 among others that decode and prefill, in changing rows."""
+    """Returns them with other sequences that decode and prefill."""
     self.empty()
     prompts = [(each, 0, 58) for each in range(7)]
     logits = [
@@ -112,7 +112,7 @@ class _Paged:
     return np.concatenate(logits)
 
   def dense(self):
-    """Sequence 0 with a dense cache: a prompt, then a token at a time."""
+    """Returns them from a dense cache: a prompt, then one token at a time."""
     cache = kv_cache.init(self.config, batch_size=1, length=_LENGTH)
     logits = []
     for part in (slice(0, 58), *(slice(at, at + 1) for at in range(58, 90))):

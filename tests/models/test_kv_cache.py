@@ -26,7 +26,7 @@ def test_shapes_of_both_layouts():
 
 
 def test_no_buffer_is_shared():
-  """The decode step donates each of them; a shared one could not be."""
+  """The decode step donates every buffer, which a shared one cannot be."""
   cache = kv_cache.init(tiny_models.llama_like(), batch_size=1, length=4)
   pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
   assert len(set(pointers)) == len(pointers)

@@ -1,4 +1,4 @@
-"""Layers stacked and apart: the same parameters."""
+"""The two layouts of a parameter tree are inverses of each other."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""ModelConfig: what it refuses, and its way through JSON."""
+"""ModelConfig: refused values, and the round trip through JSON."""
 
 import math
 

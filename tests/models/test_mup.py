@@ -1,6 +1,6 @@
-"""muP's table: initial scales, learning rates, and what the function has of it.
+"""The table of muP: initial scales, learning rates and constants.
 
-That these make steps of one size at every width is tests/training/test_mup.py.
+tests/training/test_mup.py shows that steps have one size at every width.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def _by_owner(tree):
 
 @pytest.mark.parametrize('config', [WIDE, MIXTURE], ids=['dense', 'mixture'])
 def test_initial_scales(config):
-  """The same key draws the same numbers; only their scale is another."""
+  """The same key draws the same numbers, at another scale."""
   standard = _params(dataclasses.replace(config, **STANDARD))
   for (owner, kind, ours), (*_, theirs) in zip(
     _by_owner(_params(config)), _by_owner(standard), strict=True

@@ -1,7 +1,7 @@
 """Rematerialisation: the same numbers from less memory.
 
-That `offload` reaches host memory is shown where there is another memory than
-the host's: tests/training/test_ahead_of_time.py.
+tests/training/test_ahead_of_time.py shows that `offload` reaches host memory,
+for devices that have another memory than the host.
 """
 
 import functools
@@ -78,7 +78,7 @@ def test_each_policy_stores_less_than_the_one_before():
 
 
 def _residuals(policy, dtype):
-  """Returns (shape, dtype) of what one layer keeps for its backward pass."""
+  """Returns (shape, dtype) of the residuals of one layer."""
   config = tiny_models.llama_like()
 
   def layer(x_BTD, w_DF, v_FD):
@@ -99,7 +99,7 @@ def _residuals(policy, dtype):
 
 
 def test_minimal_keeps_products_in_the_dtype_of_activations():
-  """And not as they were accumulated: in float32, twice the bytes."""
+  """Not in the float32 of the accumulator, which has twice the bytes."""
   config = tiny_models.llama_like()
   kept = _residuals('minimal', jnp.bfloat16)
   assert kept == {
@@ -115,7 +115,7 @@ def test_an_unknown_policy_is_refused():
 
 
 def test_bfloat16_passes_stay_near_float32_ones():
-  """The loss to 8 bits; each gradient to a few roundings per layer."""
+  """The loss to 8 bits; each gradient to a few rounding errors per layer."""
   loss, grads = _value_and_gradients('none', True, jnp.bfloat16)
   expected, expected_grads = _value_and_gradients('none', True, jnp.float32)
   assert loss.dtype == jnp.float32

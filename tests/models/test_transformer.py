@@ -189,8 +189,8 @@ def test_packed_rows_see_only_their_own_document(name):
   assert (np.abs(dependence_T[first:]) > 0).all()
 
 
-def test_rows_longer_than_a_block_of_queries_equal_decoding_them():
-  """Rows of several query blocks, the last one not full."""
+def test_rows_longer_than_a_tile_of_queries_equal_decoding_them():
+  """Rows of several tiles of queries, the last one not full."""
   config = tiny_models.llama_like(num_layers=1, max_length=200)
   model, params = _model(config)
   tokens_BT = _tokens(config, time=150)

@@ -1,8 +1,8 @@
 """One training step through every attention path: one set of golden numbers.
 
-Rows of 128 tokens, two packed documents and padding. Kernels for accelerators
-run interpreted, or as their unfused equivalent; paths over several devices run
-on fake ones, through what `training.learner` wires.
+Rows have 128 tokens: two packed documents and padding. Kernels for accelerators
+run interpreted, or as their unfused equivalent. Paths over several devices run
+on fake devices, with the ports that `training.learner` chooses.
 """
 
 import dataclasses

@@ -103,6 +103,13 @@ EXPERT = {
 }
 
 
+def _tiers(names, *fast):
+  """Returns the names as parameters, all but the fast ones marked slow."""
+  return [
+    n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names
+  ]
+
+
 def _batch(index):
   # Four batches over and over, so that there is something to learn.
   return tiny_models.batch(
@@ -195,7 +202,9 @@ def _check_model(model, num_devices, **options):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name', PARALLEL)
+@pytest.mark.parametrize(
+  'name', _tiers(PARALLEL, 'fsdp', 'ring', 'circular', 'pmap')
+)
 def test_each_way_across_devices(kind, name):
   _check(kind, parallel=PARALLEL[name])
 
@@ -214,14 +223,16 @@ def test_what_keeps_training_stable_across_devices(parallel):
   _check_model(STABLE, 8, parallel=parallel, remat='minimal', microbatches=2)
 
 
-@pytest.mark.parametrize('kind', MODELS)
-@pytest.mark.parametrize('axis', ['stage', 'fsdp', 'context', 'tensor'])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'axis', _tiers(['stage', 'fsdp', 'context', 'tensor'], 'tensor')
+)
 def test_an_axis_that_is_all_devices(kind, axis):
   """Two devices: every other axis has size one, which XLA treats apart."""
   _check(kind, num_devices=2, parallel={axis: 2})
 
 
-@pytest.mark.parametrize('name', EXPERT)
+@pytest.mark.parametrize('name', _tiers(EXPERT, 'expert-fsdp-tensor'))
 def test_experts_across_devices(name):
   _check('mixture', parallel=EXPERT[name])
 
@@ -233,8 +244,8 @@ def test_products_across_devices(kind, name):
   _check(kind, parallel=PRODUCTS[name])
 
 
-@pytest.mark.parametrize('kind', MODELS)
-@pytest.mark.parametrize('microbatches', [2, 16])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('microbatches', _tiers([2, 16], 16))
 def test_accumulation(kind, microbatches):
   _check(kind, num_devices=1, microbatches=microbatches)
 

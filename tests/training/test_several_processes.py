@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from frozen import manifest, seals
-from tests.helpers import tiny_models
+from tests.helpers import commands, tiny_models
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
@@ -395,14 +395,8 @@ def test_processes_that_were_told_different_things_are_refused(
 
 
 def test_flags_that_name_half_a_cluster_are_refused(tmp_path):
-  result = subprocess.run(
-    [*_command(tmp_path / 'run'), '--num_processes=2'],
-    cwd=ROOT,
-    env=tiny_models.subprocess_env(),
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  _, *command = _command(tmp_path / 'run')
+  result = commands.run(*command, '--num_processes=2')
   assert result.returncode == 1
   assert result.stderr.strip() == (
     'error: several processes: got --num_processes=2, expected --coordinator,'

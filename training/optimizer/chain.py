@@ -162,16 +162,18 @@ def make_optimizer(
   """Returns the optimizer of a validated config.
 
   Args:
-    config: which one, and its numbers.
+    config: the rule, its schedule and the numbers that all rules share.
     num_steps: of the whole run.
     model_config: says whether muP scales the learning rates.
-    params: the model's variables, arrays or shapes, with layers as a checkpoint
-      has them. Their names decide what is decayed, scaled and orthogonalised.
-    is_staged: layers are spread over the stages of a pipeline, each of which
-      goes through its own: in turn, every stage would need all of them.
+    params: arrays or shapes, with layers as a checkpoint has them. Names decide
+      which parameters are decayed, scaled and orthogonalised.
+    is_staged: whether layers are spread over the stages of a pipeline. Every
+      stage then updates its own layers at once: a loop over all layers would
+      gather each of them on every stage.
 
   Raises:
-    ValueError: what the config asks for, these parameters do not have.
+    ValueError: the parameters lack a group that the config names, or do not fit
+      the rule.
   """
   multipliers = param_groups.lr_multipliers(config.lr_multipliers, params)
   is_trained = jax.tree.map(lambda factor: factor > 0, multipliers)
@@ -216,7 +218,7 @@ def _steps(
   direction: optax.GradientTransformation,
   multipliers: Any,
 ) -> optax.GradientTransformation:
-  """Returns what comes after clipping."""
+  """Returns all transformations after clipping."""
   schedule = make_schedule(config, num_steps)
   steps = optax.chain(
     direction,

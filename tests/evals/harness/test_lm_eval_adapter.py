@@ -72,7 +72,7 @@ def _write_tasks(directory):
   rows = {
     'choice': [
       {
-        # Some longer than the model reads, and one that is empty.
+        # Some contexts are longer than the model's, and one is empty.
         'context': f'{text(1, 60)} ' if i else '',
         'choices': [text(1, 5) for _ in range(4)],
         'label': int(rng.integers(4)),
@@ -80,11 +80,11 @@ def _write_tasks(directory):
       for i in range(24)
     ],
     'generate': [
-      # As a chat that was rendered has them, one with BOS of its own.
+      # Like rendered chats; one of them begins with BOS.
       {'prompt': f'{start}{text(1, 60)}<|eos|> a', 'answer': text(1, 4)}
       for start in ('', '<|bos|>', '<|pad|>', '') * 2
     ],
-    # From one token to several windows.
+    # Texts of one token up to several windows.
     'rolling': [{'text': text(1, 2 + 12 * i)} for i in range(8)],
   }
   paths = []
@@ -103,7 +103,7 @@ def _write_tasks(directory):
 
 
 def _evaluate(model, paths):
-  """Returns lm_eval's results, and what each sample was answered."""
+  """Returns lm_eval's results, and the answers for each sample."""
   manager = lm_eval.tasks.TaskManager(include_defaults=False)
   return lm_eval.simple_evaluate(
     model=model, tasks=paths, task_manager=manager, bootstrap_iters=0
@@ -112,7 +112,7 @@ def _evaluate(model, paths):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-  """Data sets are read from files, and kept where the test is."""
+  """Reads data sets from files, and caches them in the test's directory."""
   import datasets
 
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
@@ -153,7 +153,7 @@ def test_the_same_weights_score_as_in_lm_eval_s_own_model(
   paths = _write_tasks(tmp_path)
   got = _evaluate(lm_eval_adapter.LM(model), paths)
   want = _evaluate(
-    # Of a batch, it puts BOS before all texts or none, as the first one needs.
+    # In a batch, hf puts BOS before all texts or none, as for the first text.
     huggingface.HFLM(pretrained=peer, tokenizer=theirs, batch_size=1),
     paths,
   )
@@ -168,7 +168,7 @@ def _check_same(got, want):
       if task == 'local_generate':
         assert ours['resps'] == theirs['resps']
         continue
-      # float32 sums in another order, of up to 200 tokens of 6 nats each.
+      # float32 sums in another order, over up to 200 tokens of 6 nats each.
       np.testing.assert_allclose(
         _numbers(ours['resps']), _numbers(theirs['resps']), rtol=2e-5, atol=1e-4
       )
@@ -182,10 +182,10 @@ def _check_same(got, want):
     name for _, name in scores
   }
   for (task, name), value in scores.items():
-    # Shares are equal, perplexities as far as float32 goes.
+    # Shares are equal; perplexities are equal up to float32 rounding.
     tolerance = 1e-5 if 'per' in name else 0
     assert got['results'][task][name] == pytest.approx(value, rel=tolerance)
-  # What would be equal anyway proves nothing.
+  # The answers differ: equality of constants would prove nothing.
   answers = [s['resps'] for s in want['samples']['local_generate']]
   assert len({str(answer) for answer in answers}) > 4
   assert 0 < scores['local_choice', 'acc,none'] < 1
@@ -264,8 +264,8 @@ def test_generation_stops_where_the_task_says():
     ('2', {'until': '\n', 'max_gen_toks': 8}),
     ('3', {'until': ['.'], 'max_gen_toks': 8}),
   )
-  # The first and the third are asked together, and a stop string that was
-  # left in the text is cut.
+  # The first and the third request are one call. A stop string that the model
+  # left in the text is cut off.
   assert answers == ['a', 'd', 'c']
   assert [settings.stop for _, settings, _ in seen] == [('.',), ('\n',)]
   assert [len(prompts) for prompts, _, _ in seen] == [2, 1]
@@ -350,14 +350,14 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
     np.std(acc.values, ddof=1) / math.sqrt(24)
   )
   assert acc.higher_is_better
-  # A ratio of sums, with parts that are compared text by text.
+  # A ratio of sums, whose values are compared text by text.
   bits = rolling.score('bits_per_byte')
   assert np.mean(bits.values) == pytest.approx(bits.value)
   assert bits.standard_error > 0
   assert not bits.higher_is_better
   words = rolling.score('word_perplexity')
   assert math.exp(np.mean(words.values)) == pytest.approx(words.value)
-  # The same task of ours, on the same file.
+  # The kind `choice` of this project on the same file.
   ours = run.run(f'choice:{tmp_path}/choice.jsonl', model)
   for name in ('acc', 'acc_norm', 'acc_bytes'):
     assert ours.score(name).values == choice.score(name).values

@@ -45,7 +45,7 @@ def test_probabilities_of_options_add_up_however_small_they_are():
 def test_brier_and_nll_of_one_answer():
   p = np.array([0.7, 0.2, 0.1])
   assert calibration.brier_value(p, 1) == pytest.approx(0.49 + 0.64 + 0.01)
-  # Scores need not be normalised.
+  # Log-probabilities need not be normalised.
   assert calibration.nll_value(np.log(p) - 5.0, 1) == pytest.approx(
     -math.log(0.2)
   )

@@ -24,7 +24,7 @@ def test_large_numbers_neither_overflow_nor_vanish():
   # Exact, with Python's integers.
   exact = 1 - math.comb(99_000, 100) / math.comb(100_000, 100)
   assert pass_at_k.pass_at_k(100_000, 1000, 100) == pytest.approx(exact)
-  # One right of 10^9: k / n, where 1 - product would keep 7 digits.
+  # One right sample of 10^9 gives k / n; 1 - product would keep only 7 digits.
   assert pass_at_k.pass_at_k(10**6, 1, 1) == pytest.approx(1e-6, rel=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Tables and comparisons: what is told, and what is refused."""
+"""Tables and comparisons of results, and their errors."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def _result(name, values, **fields):
 def _shares(seed=0, num=400):
   rng = np.random.default_rng(seed)
   a = (rng.uniform(size=num) < 0.5).astype(float)
-  # B repairs some of what A got wrong, and breaks little.
+  # B answers right where A was wrong in some examples; the reverse is rare.
   b = (rng.uniform(size=num) < np.where(a == 1, 0.97, 0.2)).astype(float)
   return a.tolist(), b.tolist()
 
@@ -71,13 +71,13 @@ def test_a_comparison_of_the_same_examples_is_paired():
   assert 'B is better' in text
   paired = statistics.num_to_resolve(found.value, found.standard_error, 400)
   assert f'{paired:,.0f} that both answer' in text
-  # Pairs need fewer: what the two share cancels.
+  # Pairs need fewer examples: the common part of both answers cancels.
   apart = statistics.num_to_resolve(
     found.value,
     math.hypot(statistics.standard_error(a), statistics.standard_error(b)),
     400,
   )
-  assert f'or {apart:,.0f} different ones each (here 400)' in text
+  assert f'or {apart:,.0f} different examples each (here 400)' in text
   assert paired < apart / 3
 
 
@@ -142,7 +142,7 @@ def test_perplexities_are_compared_by_their_logarithm():
   a, b = [2.0, 2.5, 2.2, 2.4], [1.9, 2.4, 2.2, 2.2]
   text = report.compare(result(a, 100), result(b, 100))
   assert f'log B - log A = {np.mean(b) - np.mean(a):+.4g}' in text
-  # Of other tokens it is not the same question.
+  # With other tokens, nats per token measure another thing.
   text = report.compare(result(a, 100), result(b, 90))
   assert 'not comparable: 100 tokens against 90' in text
   assert 'log B' not in text
@@ -158,7 +158,7 @@ def test_what_was_measured_otherwise_is_said():
 
 def test_results_of_different_tasks_are_refused():
   a = _result('', [0.0, 1.0])
-  with pytest.raises(ValueError, match='expected two of one task'):
+  with pytest.raises(ValueError, match='expected two results of one task'):
     report.compare(a, dataclasses.replace(a, task='perplexity:a.txt'))
 
 

@@ -1,4 +1,4 @@
-"""Scores, and results that come back from their file as they were."""
+"""Scores, and results that are equal after saving and loading."""
 
 import dataclasses
 import json

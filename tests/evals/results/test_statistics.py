@@ -58,7 +58,7 @@ def test_values_of_a_ratio_have_its_mean_and_its_spread():
   x, w = rng.gamma(3, size=50), rng.integers(1, 9, 50)
   values = statistics.ratio_values(x, w)
   assert np.mean(values) == pytest.approx(np.sum(x) / np.sum(w))
-  # Against the jackknife, another estimate of the same to first order.
+  # The jackknife estimates the same error to first order.
   left_out = [(np.sum(x) - x[i]) / (np.sum(w) - w[i]) for i in range(len(x))]
   jackknife = math.sqrt(49 / 50 * np.sum((left_out - np.mean(left_out)) ** 2))
   assert statistics.standard_error(values) == pytest.approx(jackknife, rel=0.05)
@@ -159,7 +159,7 @@ def test_the_number_needed_is_the_textbook_s():
   assert statistics.num_to_resolve(0.05, error, 100) == 1570
   assert statistics.num_to_resolve(0.0, error, 100) == math.inf
   assert math.isnan(statistics.num_to_resolve(0.1, math.nan, 1))
-  # Where all examples are alike, nothing says how others would be.
+  # If all examples are alike, they do not show how much examples vary.
   assert math.isnan(statistics.num_to_resolve(0.1, 0.0, 50))
   assert statistics.num_to_resolve(9.0, error, 100) == 1
 

@@ -1,4 +1,4 @@
-"""What the model writes: asked with room, stopped, graded, sampled."""
+"""Completions: room for them, stop strings, grades and samples."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_samples_give_pass_at_k():
   got = {score.name: score.values for score in group.scores}
   assert got['exact_match'] == (0.5, 0.0)
   assert got['pass@1'] == pytest.approx((0.5, 0.0))
-  # Of two of four samples, two of which are right: 1 - 1/6.
+  # Two of four samples are right. Two drawn of them are both wrong in 1 of 6.
   assert got['pass@2'] == pytest.approx((5 / 6, 0.0))
   assert got['pass@4'] == (1.0, 0.0)
 

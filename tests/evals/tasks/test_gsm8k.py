@@ -57,7 +57,7 @@ def test_no_number_at_all():
     ('#### $18.00', 1.0, 1.0),
     ('The answer is 18.', 0.0, 1.0),
     ('#### 17', 0.0, 0.0),
-    # The first mark counts: what follows is the next question.
+    # The first mark counts, since the next question follows it.
     ('#### 18\n\nQuestion: 5 apples\nAnswer: #### 5', 1.0, 0.0),
     ('', 0.0, 0.0),
   ],

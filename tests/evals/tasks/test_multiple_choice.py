@@ -1,4 +1,4 @@
-"""Multiple choice: which answer wins, and by what measure."""
+"""Multiple choice: the answer that each accuracy takes."""
 
 import math
 
@@ -18,7 +18,7 @@ def _question(choices, label, **fields):
 
 
 def _scores(logprob_of):
-  """Returns a LogprobFn that knows continuations by their text."""
+  """Returns a LogprobFn with a log-probability for each continuation text."""
 
   def score(requests):
     answers = []
@@ -31,8 +31,8 @@ def _scores(logprob_of):
 
 
 def test_three_ways_of_asking():
-  # Log-probability: 'no'. Per character: 'perhaps' (-0.5), then 'öö' (-1.75).
-  # Per byte: 'öö' has four (-0.875).
+  # By log-probability 'no' wins. Per character 'perhaps' (-0.5) is before 'öö'
+  # (-1.75). Per byte 'öö', which has four bytes, has -0.875.
   question = _question(('no', 'perhaps', 'öö'), 1)
   scored = _scores({' no': -3.0, ' perhaps': -3.5, ' öö': -3.4})
   model = eval_models.model(logprob_fn=scored)
@@ -40,7 +40,7 @@ def test_three_ways_of_asking():
   got = {score.name: score.value for score in group.scores}
   assert (got['acc'], got['acc_norm'], got['acc_bytes']) == (0.0, 1.0, 1.0)
   assert group.examples[0]['logprobs'] == [-3.0, -3.5, -3.4]
-  # Where characters and bytes decide differently.
+  # Here the accuracies per character and per byte differ.
   question = _question(('abc', 'öö'), 1)
   scored = _scores({' abc': -3.0, ' öö': -3.2})
   group = multiple_choice.measure(

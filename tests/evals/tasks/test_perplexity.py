@@ -21,9 +21,9 @@ def test_windows_predict_each_token_once(num_tokens, max_length, stride):
   predicted = [i for w in found for i in range(w.start, w.end)]
   assert predicted == list(range(num_tokens))
   for w in found:
-    # Tokens that are read: from first_read to the one before the last.
+    # The window reads the tokens from first_read to the one before the last.
     assert w.end - 1 - w.first_read <= max_length
-    # As much context as fits, and never less than the stride leaves.
+    # A window has as much context as fits, at least what the stride leaves.
     assert (
       w.first_read == -1 or w.start - w.first_read >= max_length - stride + 1
     )
@@ -49,8 +49,8 @@ def test_scores_are_sums_over_tokens(stride):
   table = model.logprob_fn.__self__
   group = perplexity.measure([TEXT], model, stride=stride)
   ids = [model.prefix, *TEXT.encode()]
-  # The table reads three tokens: with a stride of 1 or 5 that much is always
-  # read, with the whole window a token after a border sees one.
+  # A prediction of the table depends on three tokens. A stride of 1 or 5 always
+  # leaves three; with the whole window, a token after a border sees only one.
   nats = 0.0
   for w in perplexity.windows(len(ids) - 1, 32, stride):
     for i in range(w.start, w.end):
@@ -68,7 +68,7 @@ def test_scores_are_sums_over_tokens(stride):
 
 
 def test_context_helps_only_where_it_is_read():
-  # Three tokens decide: every stride that leaves three gives the same.
+  # Predictions depend on three tokens: all strides that leave three agree.
   model = eval_models.model()
   values = [
     perplexity.measure([TEXT], model, stride=stride).score('perplexity').value
@@ -80,7 +80,7 @@ def test_context_helps_only_where_it_is_read():
 
 
 class _Pairs:
-  """Two letters per token, and a space in front that decoding leaves out."""
+  """A tokenizer of two letters per token, which adds a space in front."""
 
   bos_id = eos_id = 70_000
 
@@ -107,11 +107,11 @@ def test_bytes_are_those_of_the_text_whatever_the_tokens():
   assert group.score('bits_per_byte').value == pytest.approx(bits)
   assert group.details['num_bytes'] == 10_000
   assert group.details['num_tokens'] == 5001
-  # Pieces are of the text: another tokenizer has the same ones.
+  # Pieces are cut from the text: another tokenizer has the same pieces.
   by_bytes = perplexity.measure([text], eval_models.model(logprob_fn=_uniform))
   assert by_bytes.example_ids == group.example_ids
   assert len(group.example_ids) == 3
-  # Of equal tokens a piece has its share, but for one at a border.
+  # All tokens are equal, so the pieces differ by at most the token at a border.
   values = np.array(group.score('bits_per_byte').values)
   assert np.all(np.abs(values / bits - 1) < 2 / 1024)
 
@@ -135,7 +135,7 @@ def test_a_piece_is_an_example():
   assert 0 < score.standard_error < score.value
   in_nats = group.score('nats_per_token').standard_error
   assert score.standard_error == pytest.approx(in_nats / math.log(2), rel=0.01)
-  # Of an exponential, to first order.
+  # The error of an exponential, to first order.
   assert group.score('perplexity').standard_error == pytest.approx(
     in_nats * group.score('perplexity').value
   )

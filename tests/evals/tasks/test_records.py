@@ -1,4 +1,4 @@
-"""Files of examples: what is read, and what is refused by file and line."""
+"""Files of examples: fields that are read, and errors with file and line."""
 
 import json
 

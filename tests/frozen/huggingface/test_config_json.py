@@ -45,7 +45,7 @@ def test_llama_is_what_our_own_preset_is():
       {'architectures': ['LlamaForSequenceClassification']},
       'only language models are read',
     ),
-    ({'key_value_gain': 2.0}, 'got key_value_gain = 2.0, expected no fields'),
+    ({'key_value_gain': 2.0}, 'got key_value_gain = 2.0, expected only fie'),
     ({'hidden_act': 'mish'}, "got hidden_act = 'mish', expected one of silu"),
     ({'hidden_size': 25}, 'got hidden_size = 25, expected a multiple of 4 he'),
     ({'num_hidden_layers': '2'}, "num_hidden_layers = '2', expected an integ"),

@@ -38,7 +38,7 @@ def test_what_cannot_be_fetched_is_one_error():
   def download(source, **_):
     raise OSError('offline')
 
-  with pytest.raises(FileNotFoundError, match='a/b: got offline, expected to'):
+  with pytest.raises(FileNotFoundError, match='a/b: got offline, expected a d'):
     hub.fetch('a/b', '', download)
   for name in ('nothing', './a/b', 'a/b/c', 'a b/c'):
     with pytest.raises(FileNotFoundError, match='got no such directory'):

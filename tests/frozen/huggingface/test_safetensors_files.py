@@ -95,7 +95,7 @@ def test_a_missing_shard_and_an_index_of_another_model(tmp_path):
   index = json.loads((tmp_path / files.INDEX).read_text())
   index['weight_map']['z'] = shard.name
   (tmp_path / files.INDEX).write_text(json.dumps(index))
-  with pytest.raises(ValueError, match='got z in other files than it says'):
+  with pytest.raises(ValueError, match='got z in other shards, or not in both'):
     files.open_directory(tmp_path)
   shard.unlink()
   with pytest.raises(FileNotFoundError, match=f'{shard.name}: got no such'):

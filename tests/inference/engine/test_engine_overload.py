@@ -155,6 +155,7 @@ def test_answers_of_several_callers_wait_for_their_caller(engine, monkeypatch):
     for which, request in enumerate(asked):
       assert _is_as_expected(request, completions[which])
   assert not engine._inboxes
+  assert not [*engine.run()]  # reads the step in flight
 
 
 def test_an_answer_that_is_closed_cancels_its_requests(engine):

@@ -1,4 +1,4 @@
-"""Which execution serves a model, by shapes alone."""
+"""The choice of an engine's execution, from shapes alone."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""A server of the tiny engine, for each module: an engine has one owner."""
+"""A server with the tiny engine for each module: an engine has one owner."""
 
 import httpx2
 import openai

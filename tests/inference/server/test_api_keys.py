@@ -1,4 +1,4 @@
-"""Keys: who they belong to, who is refused, and that tenants stay apart."""
+"""API keys: their principals, refusals, and separate tenants."""
 
 import hashlib
 
@@ -45,7 +45,7 @@ def test_keys_are_kept_as_digests_and_all_of_them_are_compared(
 
   monkeypatch.setattr(api_keys.hmac, 'compare_digest', compare)
   assert keys.principal('key-of-alice') == 'alice'
-  # The first one fits, and the others are looked at all the same.
+  # The first key fits, and the others are compared all the same.
   assert len(compared) == 3
   assert {len(digest) for pair in compared for digest in pair} == {
     hashlib.sha256().digest_size

@@ -87,7 +87,7 @@ def test_the_bytes_of_a_stream(http):
 
 
 def test_an_event_per_token(http):
-  # Ids whose text is whole at once: none is held back, none is glued.
+  # The text of each id is complete, so that no token's text is held back.
   body = {
     'prompt': 'hello',
     'logit_bias': {str(token_id): 100 for token_id in b'abc'},
@@ -119,7 +119,7 @@ def test_requests_share_steps(served, http):
       texts = [answer['choices'][0]['text'] for answer in answers]
     return served.counted('engine_steps_total') - before, texts
 
-  # The thread is held up until all three are there to join.
+  # The thread is held until all three requests can join the batch.
   inbox = served.engine_loop._inbox
   inbox.put(lambda: servers.until(lambda: inbox.qsize() >= 3))
   num_steps, together = steps_of(['x1', 'y2', 'z3'])
@@ -151,7 +151,7 @@ def test_too_much_at_once_is_turned_away(served, http, monkeypatch):
     engine, 'config', dataclasses.replace(engine.config, max_waiting=2)
   )
   body = {'prompt': 'hello', **_GREEDY}
-  # What could never be taken in is no matter of trying again.
+  # A request that never fits is a 400, since trying again would not help.
   error = _refused(http, {**body, 'n': 3})
   assert 'got 3 completions to make, expected at most 2' in error['message']
   idle = engine.manager.gauges()

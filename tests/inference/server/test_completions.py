@@ -1,4 +1,4 @@
-"""What a request may choose, and what its answer tells of it, over HTTP."""
+"""Completions over HTTP: the fields of requests and of their answers."""
 
 import concurrent.futures
 import dataclasses
@@ -43,7 +43,7 @@ def test_choices_have_seeds_of_their_own_that_reproduce_them(client):
   assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
   assert [choice.seed for choice in answer.choices] == [5, 6, 5, 6]
   assert answer.choices[0].text != answer.choices[1].text
-  # BOS + 'ab' and BOS + 'c', each read once.
+  # The prompts are BOS + 'ab' and BOS + 'c'; each counts once.
   assert answer.usage.prompt_tokens == 5
   again = client.completions.create(prompt='ab', seed=6, **sampled)
   assert again.choices[0].text == answer.choices[1].text
@@ -75,7 +75,7 @@ def test_stop_as_a_string_or_a_list(complete):
 
 
 def _token_ids(answer):
-  """Returns the ids that an answer was made of."""
+  """Returns the ids of the tokens of an answer."""
   tokens = answer['choices'][0]['logprobs']['tokens']
   return [int(token.removeprefix('token_id:')) for token in tokens]
 
@@ -106,7 +106,7 @@ def test_settings_reach_the_sampler(ids_of):
     {'presence_penalty': 2.0},
     {'frequency_penalty': 2.0},
   ):
-    # The same up to where a token would come again.
+    # The texts agree up to the first repeated token.
     ids = ids_of(max_tokens=20, **penalty)
     assert ids != free
     assert ids[:1] == free[:1]
@@ -158,7 +158,7 @@ def test_logprobs_of_the_completion(complete, scored):
   assert found['token_logprobs'] == [each.chosen for each in scored.logprobs]
   for top, each in zip(found['top_logprobs'], scored.logprobs, strict=True):
     assert [*top.values()] == [*each.values]
-  # Offsets are where in the text a token begins.
+  # An offset is the character at which a token begins.
   for name, at in zip(found['tokens'], found['text_offset'], strict=True):
     assert name.startswith('token_id:') or choice['text'][at:].startswith(name)
   assert any(not name.startswith('token_id:') for name in found['tokens'])
@@ -174,7 +174,7 @@ def test_logprobs_0_is_of_the_chosen_tokens_alone(complete):
 
 
 def test_logprobs_of_a_stream_are_those_of_the_whole(http, complete):
-  # Half characters and a stop string: tokens are held back, none is lost.
+  # Half characters and a stop string hold tokens back, but none is lost.
   body = {'prompt': 'ab', 'logprobs': 2, 'temperature': 1.0, 'seed': 11}
   text = complete(**body, max_tokens=40)['choices'][0]['text']
   body = {**body, 'max_tokens': 40, 'stop': [text[12:14]]}
@@ -205,7 +205,7 @@ def test_what_lm_eval_asks_and_reads(http, served, n):
     'echo': True,
     'n': n,
   }
-  # Cached before: its scores are computed all the same.
+  # The prompt is cached, but its log-probabilities are computed again.
   for _ in range(2):
     answer = http.post('/v1/completions', json=body).json()
     assert answer['usage']['prompt_tokens_details']['cached_tokens'] == 0
@@ -221,7 +221,7 @@ def test_what_lm_eval_asks_and_reads(http, served, n):
     assert found['top_logprobs'][0] is None
     scores = [*expected.prompt_logprobs[1:], *expected.logprobs]
     assert found['token_logprobs'][1:] == [each.chosen for each in scores]
-    # Bit for bit: this is how lm-eval finds out whether a token is greedy.
+    # Equal to the bit: lm-eval compares them to see whether a token is greedy.
     is_greedy = [
       value == max(top.values())
       for value, top in zip(
@@ -260,7 +260,7 @@ def test_a_prompt_is_scored_without_a_completion(http, complete):
       assert choice['finish_reason'] == 'length'
       for name, values in choice['logprobs'].items():
         assert values == longer['choices'][0]['logprobs'][name][:-1]
-  # The whole context: nothing has to fit behind it.
+  # The prompt fills the context: no completion needs room.
   answer = complete(prompt='x' * 63, max_tokens=0, echo=True, logprobs=0)
   assert len(answer['choices'][0]['logprobs']['tokens']) == 64
   body = {**_GREEDY, 'prompt': _TEXT, 'max_tokens': 0, 'echo': True}
@@ -340,7 +340,7 @@ def test_an_answer_tells_what_it_took(complete):
   leader, follower = (each['accounting'] for each in first['choices'])
   assert leader.keys() == follower.keys() == fields
   assert (leader['prefill_tokens'], leader['decode_tokens']) == (39, 7)
-  # The second choice shares the prompt of the first, but for its last token.
+  # The second choice shares the prompt of the first except the last token.
   assert follower['cached_tokens'] > 30
   assert 0 < follower['flops'] < leader['flops']
   for name in ('kv_byte_seconds', 'prefill_seconds', 'decode_seconds'):
@@ -360,7 +360,7 @@ def test_a_priority_changes_who_comes_first(served, http):
     done.append(name)
 
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    # All wait before any runs; four of them can at once.
+    # All requests wait before the first one runs; four can run at once.
     inbox.put(lambda: servers.until(lambda: inbox.qsize() >= 3))
     pool.submit(ask, 'first', 0, 4)
     servers.until(lambda: inbox.qsize() == 1)
@@ -377,7 +377,7 @@ def test_the_user_is_logged(complete, caplog):
 
 
 def test_what_is_sampled_is_distributed_as_it_should_be(complete):
-  # Eight tokens of one distribution, temperature 0.7 of what is reported.
+  # Eight tokens of one distribution: the reported one at temperature 0.7.
   scores = complete(prompt='ab', logprobs=8, max_tokens=1)['choices'][0]
   (top,) = scores['logprobs']['top_logprobs']
   weights = np.exp(np.array([*top.values()]) / 0.7)
@@ -396,14 +396,14 @@ def test_what_is_sampled_is_distributed_as_it_should_be(complete):
     )
     for choice in answer['choices']:
       (name,) = choice['logprobs']['tokens']
-      counts[name] += 1  # a KeyError is one outside of the top eight
+      counts[name] += 1  # a KeyError is a token outside of the top eight
       num_samples += 1
   expected = num_samples * probabilities
   assert num_samples == 1024
   assert expected.min() > 5
   statistic = np.sum((np.array([*counts.values()]) - expected) ** 2 / expected)
-  # Above this once in a million for a right sampler, 7 degrees of freedom; the
-  # seeds are fixed, so it passes always or never.
+  # A right sampler exceeds this once in a million (7 degrees of freedom). The
+  # seeds are fixed, so the test passes always or never.
   assert statistic < 40.5
 
 

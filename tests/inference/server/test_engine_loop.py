@@ -1,4 +1,4 @@
-"""The thread that owns the engine, with an engine that a test can hold up."""
+"""The thread that owns the engine, with an engine that a test can hold."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from inference.engine import engine as engine_lib, requests
 from inference.sampling import settings
 from inference.server import engine_loop as engine_loop_lib
 
-_WAIT = 20  # seconds after which a test gives up
+_WAIT = 20  # seconds until a test gives up
 
 
 class _Engine:
@@ -109,7 +109,7 @@ def test_updates_arrive_in_order_from_one_thread():
     updates = await loop.submit([_request(), _request(max_tokens=1, n=2)])
     got = [(which, update.index) async for which, update in updates]
     assert got == [(0, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
-    assert [item async for item in updates] == []  # and that is all
+    assert [item async for item in updates] == []  # there is no further update
     assert loop.state == engine_loop_lib.READY
 
   engine = _run(test)
@@ -126,9 +126,9 @@ def test_requests_join_a_batch_that_runs_and_leave_it():
     engine.may_step.set()
     second = await asked
     assert await _count(second) == 3
-    assert len(engine.open) == 1  # the first goes on
+    assert len(engine.open) == 1  # the first request is still open
     first.close()
-    first.close()  # once is enough
+    first.close()  # a second close has no effect
     await _until(lambda: engine.cancelled)
     assert [item async for item in first] == []
 

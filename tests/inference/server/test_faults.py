@@ -1,4 +1,4 @@
-"""Clients that leave, engines that fail, servers that are told to stop."""
+"""Clients that disconnect, engines that fail, servers that stop."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +20,7 @@ _LONG = {'prompt': 'a', 'model': _MODEL, 'max_tokens': 60, 'ignore_eos': True}
 
 
 class _Slow:
-  """An engine that takes its time, and can fail."""
+  """An engine whose steps are slow, and can fail."""
 
   def __init__(self, engine):
     self._engine = engine
@@ -38,7 +38,7 @@ class _Slow:
 
 @pytest.fixture
 def slow(generator):
-  """A generator of a slow engine, which is left as it was."""
+  """Yields a generator with a slow engine; restores the engine afterwards."""
   slow = copy.copy(generator)
   slow.engine = _Slow(generator.engine)
   yield slow
@@ -77,9 +77,9 @@ def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
       next(answer.iter_bytes())
     servers.until(lambda: _is_idle(served), seconds=2)
     num_steps = engine.metrics.value('engine_steps_total') - num_steps
-    # Not at the end: all of them would have taken at least 60.
+    # The request was cancelled: it would have taken at least 60 steps.
     assert 0 < num_steps < 45
-    # With n = 6 two were still waiting for one of four places.
+    # With n = 6, two sequences still waited for one of four places.
     assert _cancelled(served) == before + n
 
 
@@ -199,7 +199,7 @@ def test_but_not_for_longer_than_it_may(slow, caplog):
       )
       servers.until(lambda: slow.engine._live)
       start = time.monotonic()
-    assert time.monotonic() - start < 2  # of the three that it takes
+    assert time.monotonic() - start < 2  # the answer would take three seconds
     error = asked.exception()
     assert isinstance(error, httpx2.TransportError) or (
       asked.result().status_code >= 500

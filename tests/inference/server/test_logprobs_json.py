@@ -1,4 +1,4 @@
-"""Log-probabilities as clients read them: names, values, places."""
+"""Log-probabilities in JSON: names of tokens, values, offsets."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_tokens_are_written_with_values_names_and_places():
   assert written == {
     'tokens': ['h', 'i'],
     'token_logprobs': [-0.5, -3.0],
-    # The most probable first, and the chosen one whether it is or not.
+    # The most probable tokens come first; the sampled one is always there.
     'top_logprobs': [{'h': -0.5, 'a': -1.5}, {'a': -0.25, 'i': -3.0}],
     'text_offset': [5, 6],
   }
@@ -36,7 +36,7 @@ def test_the_first_token_of_a_prompt_follows_nothing():
   written = _scores().write([256, 97], [None, _score(-1.0)], end=1)
   assert written['token_logprobs'] == [None, -1.0]
   assert written['top_logprobs'] == [None, {'a': -1.0}]
-  # BOS has no text: both begin where the text does.
+  # BOS has no text: both tokens begin at offset 0.
   assert written['text_offset'] == [0, 0]
 
 
@@ -48,7 +48,7 @@ def test_tokens_without_text_of_their_own_are_named_by_their_ids():
   names = [f'token_id:{token_id}' for token_id in [*euro, 257]]
   assert written['tokens'] == names
   assert all(len(top) == 2 for top in written['top_logprobs'])
-  # The character is there once its last byte is; EOS is behind it.
+  # A character is complete with its last byte. EOS comes after it.
   assert written['text_offset'] == [0, 0, 0, 1]
 
 

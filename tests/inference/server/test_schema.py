@@ -1,4 +1,4 @@
-"""Fields of a request: each is checked, chosen or refused, none is ignored."""
+"""Fields of a request: each is used, checked or refused, and none ignored."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def _checked(is_shared=False, **fields):
   )
 
 
-# What a field makes of the settings that another value would not.
+# A value of each field, and the settings that it leads to.
 _SETTINGS = {
   'max_tokens': (5, {'max_tokens': 5}),
   'temperature': (0.5, {'temperature': 0.5}),
@@ -42,7 +42,7 @@ _SETTINGS = {
   'ignore_eos': (True, {'ignore_eos': True}),
   'stop_token_ids': ([5, 6], {'stop_ids': (5, 6)}),
 }
-# Tested over HTTP: how the answer looks, who is asked, who asks.
+# Fields that are no settings; tests over HTTP cover them.
 _OTHERS = {
   'model',
   'prompt',
@@ -70,7 +70,7 @@ def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
-  # Of a prompt: asked for with echo.
+  # The API asks for the log-probabilities of a prompt with `echo`.
   assert names - reached == {'prompt_logprobs'}
 
 
@@ -201,7 +201,7 @@ def test_types_are_checked_and_the_field_is_named(fields, param, message, code):
   with pytest.raises(pydantic.ValidationError) as caught:
     schema.CompletionRequest(**{**_BODY, **fields})
   errors = caught.value.errors()
-  # As FastAPI hands them over: where in the request, then where in the body.
+  # FastAPI puts 'body' in front of the place in the body.
   error = schema.from_validation(
     [{**each, 'loc': ('body', *each['loc'])} for each in errors]
   )

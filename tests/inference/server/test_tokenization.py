@@ -25,7 +25,7 @@ def test_special_tokens_are_known_by_name(http):
     text = info[f'{name}_token']
     body = {'prompt': text, 'add_special_tokens': False}
     assert http.post('/tokenize', json=body).json()['tokens'] == [token_id]
-  # Anywhere else it is text: nobody forges the end of a document.
+  # Inside a longer text the name is plain text: no user forges an EOS.
   for prompt in (f' {text}', text):
     body = {'prompt': prompt, 'add_special_tokens': prompt == text}
     assert len(http.post('/tokenize', json=body).json()['tokens']) > 10

@@ -20,7 +20,7 @@ def _inputs(time, memory=None, heads=4, kv_heads=2, channels=6, batch=2):
 
 
 def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS, softcap=0.0, scale=None):
-  """One query and one head at a time, in NumPy, float64."""
+  """Returns attention, one query and one head at a time, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q_BTHC, k_BKSC, v_BKSC))
   batch, time, heads, channels = q.shape
   scale = scale or 1 / math.sqrt(channels)
@@ -38,7 +38,7 @@ def _oracle(q_BTHC, k_BKSC, v_BKSC, mask_BTS, softcap=0.0, scale=None):
   return out
 
 
-# One block of queries, several, and a last one that is not full.
+# One tile of queries, several, and a last one that is not full.
 @pytest.mark.parametrize('time', [1, 5, 64, 65, 150])
 def test_causal_attention(time):
   q, k, v = _inputs(time)
@@ -105,7 +105,7 @@ def test_queries_see_the_slots_up_to_their_own():
   )
 
 
-# Below, at and above a block of 64 rows; a window no row is longer than.
+# Below, at and above a tile of 64 rows; a window longer than every row.
 @pytest.mark.parametrize('window', [1, 5, 64, 70, 200])
 def test_a_window_is_the_latest_keys_own_included(window):
   q, k, v = _inputs(150, batch=1, heads=2, kv_heads=1)
@@ -131,7 +131,7 @@ def test_keys_out_of_a_windows_reach_are_not_multiplied():
     )).lower(q, k, v).compile().cost_analysis()['flops']
     for window in (0, 64)
   ]  # fmt: skip
-  # Ten blocks: 55 pairs of blocks, or of each its own and the one before.
+  # Ten tiles: 55 pairs of tiles, or for each tile itself and the one before.
   assert flops[1] < 0.4 * flops[0]
 
 

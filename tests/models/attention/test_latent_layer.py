@@ -1,6 +1,6 @@
-"""Latent attention: its cache is small, and says what a full pass says.
+"""Latent attention: a small cache, with the results of a full pass.
 
-Against another implementation it is checked in tests/frozen/huggingface.
+tests/frozen/huggingface compares it with another implementation.
 """
 
 import jax
@@ -67,7 +67,7 @@ def test_dense_caches_give_the_full_forward(case, scan_layers, how):
   ids=['default', 'invariant'],
 )
 def test_pages_give_the_full_forward(case, how):
-  """A prompt in a block of rows, then one token at a time."""
+  """A prompt in one chunk, then one token at a time."""
   params, tokens_1T, full_TV = case
   model = transformer.Transformer(CONFIG, execution=how)
   pools = kv_cache.init_pages(CONFIG, num_pages=6, page_size=16)

@@ -41,7 +41,7 @@ class _Case:
       self._fill(row, length)
 
   def _fill(self, row, length):
-    """Writes a sequence as one chunk, which is how prompts are written."""
+    """Writes a sequence as one chunk, as prompts are written."""
     layer = kv_cache.PagedLayer(
       self.pages,
       jnp.zeros((0, self.table_BL.shape[1]), jnp.int32),

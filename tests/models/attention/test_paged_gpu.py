@@ -1,7 +1,7 @@
 """The paged attention kernel for GPUs, against the reference in plain JAX.
 
-Interpreted, as no GPU is needed for it; that it compiles for GPUs which are not
-here is the last part, and one test runs it where there is one.
+The kernel is interpreted, which needs no GPU. The last tests compile it for
+GPUs that are not here, and one test runs it on a GPU if there is one.
 """
 
 import functools
@@ -39,7 +39,7 @@ def _positions():
 
 
 def _call(page_size, channels=16, dtype=jnp.float32, stored=None):
-  """Queries of a mixed call and a pool with something in every slot."""
+  """Returns queries of a mixed call, and a pool whose slots are all full."""
   rng = np.random.default_rng(0)
   num_sequences = len(_DECODES) + len(_BLOCKS)
   per_sequence = _SLOTS // page_size
@@ -133,7 +133,7 @@ def test_int8_pages_are_read_as_the_reference_reads_them():
 
 
 def test_slots_beyond_a_context_are_not_read():
-  """Another sequence's infinities, left in a page, must not leak into it."""
+  """Infinities of another sequence, left in a page, must not leak."""
   q_1THC, layer = _call(16)
   expected = _kernel(q_1THC, layer, _FORMS['plain'])
   # Nobody's page, those beyond position 150 of the second sequence, and what is
@@ -252,7 +252,7 @@ def test_the_kernel_on_a_gpu_that_is_here():
 
 
 def _lower(f, *args):
-  """Lowers f for an H100 with all it is given there."""
+  """Lowers f for an H100."""
   pytest.importorskip(
     'jax_plugins.xla_cuda13', reason='needs requirements-plan.txt'
   )

@@ -1,7 +1,7 @@
-"""JAX's paged attention for TPU: what it is given, and that it compiles.
+"""JAX's paged attention for TPU: its arguments, and that it compiles.
 
-The kernel does not run interpreted. JAX's own account of it does, from the very
-same arguments: what it computes is compared with the reference in plain JAX.
+The kernel does not run interpreted. JAX's own reference of it does, from the
+same arguments; its result is compared with the reference in plain JAX.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _positions():
 
 
 def _call(page_size=16, channels=128, dtype=jnp.float32, width=128):
-  """Queries of a mixed call, and a pool with something in every slot."""
+  """Returns queries of a mixed call, and a pool whose slots are all full."""
   rng = np.random.default_rng(0)
   num_sequences = len(_DECODES) + len(_BLOCKS)
   per_sequence = _SLOTS // page_size

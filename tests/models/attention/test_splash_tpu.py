@@ -1,8 +1,8 @@
 """The fused attention kernels against the plain one, values and gradients.
 
-Splash runs interpreted, as no TPU is needed for; that it compiles for TPUs is
-shown by tests/training/test_ahead_of_time.py. cuDNN's entry runs its unfused
-equivalent, which takes the same operands and the same mask.
+Splash runs interpreted, which needs no TPU; test_ahead_of_time.py compiles it
+for TPUs. The cuDNN entry runs its unfused equivalent, with the same operands
+and the same mask.
 """
 
 import functools
@@ -33,7 +33,7 @@ def _inputs(heads=4, kv_heads=2, channels=16, dtype=jnp.float32):
 
 
 def _packed_segments():
-  """Documents that cross and meet tile borders; padding at one row's end."""
+  """Returns documents that cross and meet tile borders, with padding."""
   rows = [
     np.repeat([1, 2, 3], [100, 28, 128]),
     np.repeat([1, 2, 0], [130, 70, 56]),
@@ -120,7 +120,7 @@ def test_bfloat16_loses_no_more_than_plain_attention_does():
 
 @pytest.mark.usefixtures('small_tiles')
 def test_nothing_flows_between_documents_or_backwards_in_time():
-  """Gradients of one token's output: exact zeros outside what it may see."""
+  """The gradients of one token's output are zero for keys it cannot see."""
   q, k, v, _ = _inputs()
   segments = _packed_segments()
   probe = 110  # in the second document of the first row, tokens 100 to 127

@@ -40,7 +40,7 @@ FORMS = {
 
 
 def _pages(**fields):
-  """A request over pages that every kernel accepts, but for `fields`."""
+  """Returns a request over pages; without `fields`, every kernel accepts it."""
   return Request(
     **{
       'num_heads': 8,
@@ -259,7 +259,7 @@ def _inputs(value_width=CHANNELS):
 
 
 def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
-  """The definition, in float64."""
+  """Returns attention by its definition, in float64."""
   k_BHTC, v_BHTC = (
     np.repeat(x.astype(np.float64), HEADS // KV_HEADS, axis=1)
     for x in (k_BKTC, v_BKTC)
@@ -298,7 +298,7 @@ def _dense_cache(attend, q, k, v, *, form=Form()):
 
 
 def _paged_cache(attend, q, k, v, *, form=Form(), width=CHANNELS):
-  """Every sequence as one chunk of a call, in pages of 64."""
+  """Returns attention with every sequence as one chunk, in pages of 64."""
   kv = np.stack([x.swapaxes(1, 2) for x in (k, v)], axis=3)
   kv = kv.reshape(4, 64, 2 * KV_HEADS, CHANNELS)
   kv = np.pad(kv, ((1, 0), (0, 0), (0, 0), (0, width - CHANNELS)))

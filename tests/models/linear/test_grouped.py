@@ -1,4 +1,4 @@
-"""Rows times their group's matrix: against a loop over the groups."""
+"""Rows times the matrix of their group, against a loop over the groups."""
 
 import functools
 
@@ -76,35 +76,35 @@ def test_products_and_gradients_equal_a_loop_over_groups(name):
 
 @pytest.mark.parametrize('w_axis', [1, 2])
 @pytest.mark.parametrize('name', ['uneven', 'rows of no group', 'one group'])
-def test_blocks_equal_what_accelerators_compute(name, w_axis):
-  """Every platform's way, where they can all be run: here."""
+def test_pieces_equal_what_accelerators_compute(name, w_axis):
+  """The implementations of all platforms, which all run on CPU."""
   sizes, num_rows = SIZES[name]
   x_JI, w_EIO, sizes_E = _operands(num_rows, sizes)
   if w_axis == 2:
     w_EIO = w_EIO.swapaxes(1, 2)
   num_grouped = sum(sizes)
-  blocks, batches, ragged = (
+  pieces, batches, ragged = (
     jax.jit(functools.partial(times, w_axis=w_axis))(x_JI, w_EIO, sizes_E)
     for times in (
-      grouped._times_in_blocks,
+      grouped._times_in_pieces,
       grouped._times_in_batches,
       grouped._times_ragged,
     )
   )
-  for found in (blocks, batches):
+  for found in (pieces, batches):
     np.testing.assert_allclose(
       found[:num_grouped], ragged[:num_grouped], atol=2e-5
     )
   dy_JO = _looped(x_JI, np.ones((GROUPS, WIDTH_IN, WIDTH_OUT)), sizes)
-  blocks, batches, ragged = (
+  pieces, batches, ragged = (
     jax.jit(product)(x_JI, jnp.asarray(dy_JO, jnp.float32), sizes_E)
     for product in (
-      grouped._outer_in_blocks,
+      grouped._outer_in_pieces,
       grouped._outer_in_batches,
       grouped._outer_ragged,
     )
   )
-  for found in (blocks, batches):
+  for found in (pieces, batches):
     np.testing.assert_allclose(found, ragged, rtol=1e-5, atol=2e-4)
 
 
@@ -129,7 +129,7 @@ def test_operands_are_of_the_compute_dtype_and_gradients_of_the_weights():
 def test_no_group_is_computed_with_the_matrices_of_others():
   """On CPU the work grows with the rows, not with rows times groups.
 
-  The compiler counts a loop's body once: one block times one matrix.
+  The compiler counts the body of a loop once: one piece times one matrix.
   """
   rows, groups, width = 1024, 32, 64
   compiled = jax.jit(
@@ -144,10 +144,10 @@ def test_no_group_is_computed_with_the_matrices_of_others():
     .compile()
     .cost_analysis()['flops']
   )
-  block = grouped._block_size(rows, groups)
-  assert block == 8
+  piece = grouped._piece_size(rows, groups)
+  assert piece == 8
   # Besides the product: masks and additions, of which there is one per number.
-  assert counted < 2 * block * width * width + 10 * rows * width
+  assert counted < 2 * piece * width * width + 10 * rows * width
   assert counted < 0.01 * 2 * rows * groups * width * width
 
 
@@ -168,7 +168,7 @@ def test_side_by_side_as_stages_of_a_pipeline_are():
 
 @pytest.mark.parametrize('sizes', [[100, 0, 28, 150], [0, 0, 0, 0]])
 def test_the_gradient_kernel_of_tpu_equals_a_loop_over_groups(sizes):
-  """Rows that fill no tile, tiles that groups share, rows of no group."""
+  """Partial tiles, tiles that two groups share, and rows of no group."""
   rng = np.random.default_rng(0)
   x_JI, dy_JO = (rng.normal(size=(300, width)) for width in (128, 256))
   dw_EIO = grouped._outer_in_tiles(
@@ -191,6 +191,6 @@ def test_widths_without_tiles_go_another_way():
   dy_JO = jnp.ones((40, WIDTH_OUT), jnp.float32)
   np.testing.assert_allclose(
     grouped._outer_in_tiles(x_JI, dy_JO, sizes_E),
-    grouped._outer_in_blocks(x_JI, dy_JO, sizes_E),
+    grouped._outer_in_pieces(x_JI, dy_JO, sizes_E),
     atol=2e-5,
   )

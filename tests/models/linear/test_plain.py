@@ -51,7 +51,7 @@ def test_linear_returns_gradients_in_the_dtype_of_the_weights():
   ('platform', 'has_barrier'), [('cpu', True), ('tpu', False), ('cuda', False)]
 )
 def test_only_cpu_programs_have_the_barrier(platform, has_barrier):
-  """Lowered for each platform, whatever this machine has."""
+  """Lowered for each platform, on any machine."""
   x, w = jnp.ones((4, 8)), jnp.ones((8, 2))
 
   def loss(x, w):

@@ -1,4 +1,4 @@
-"""8-bit products: how far they are from the float one, and that they learn."""
+"""8-bit products: their error against float products, and that models learn."""
 
 import functools
 import sys
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_near_the_float_product(form, use_bias):
 
 @pytest.mark.parametrize('form', quantized.FORMATS)
 def test_rows_of_zeros_give_zeros(form):
-  """Padding, or a dead channel: its scale must not be divided by."""
+  """The scale of padding, or of a dead channel, is 0 and must not divide."""
   x = jnp.zeros((2, 3, 8)).at[0, 0].set(1.0)
   w = jnp.zeros((8, 4)).at[:, 0].set(1.0)
   y, pull = jax.vjp(lambda x, w: PRODUCTS[form](x, w, None, jnp.float32), x, w)

@@ -1,7 +1,7 @@
-"""Mixtures of experts: against NumPy, closed forms, and the dense block.
+"""Mixtures of experts, against NumPy, closed forms and the dense MLP.
 
-Decode parity and causality of whole mixtures are in test_transformer, logits
-against another library in test_against_transformers.
+test_transformer has decode parity and causality of whole models,
+test_against_transformers has logits against another library.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ ROWS, TIME = 3, 10
 
 
 def _moe(config, seed=0, dtype=jnp.float32):
-  """A module, wide random values for it, and rows to apply it to."""
+  """Returns a module, random params of a wide scale, and rows."""
   module = layer.Moe(config, dtype, execution.Execution())
   x_BTD = np.random.default_rng(seed).normal(
     size=(ROWS, TIME, config.model_width)
@@ -44,7 +44,7 @@ def _numpy_mlp(x_D, kernels, kind):
 
 
 def _numpy_moe(config, params, x_BTD):
-  """Token by token, expert by expert; also the chosen experts."""
+  """Returns the output token by token, and the chosen experts."""
   tree = jax.tree.map(lambda x: np.asarray(x, np.float64), params['params'])
   out_BTD, chosen_BTA = np.zeros(x_BTD.shape), []
   for b, t in np.ndindex(*x_BTD.shape[:2]):
@@ -91,8 +91,8 @@ def test_a_mixture_is_a_loop_over_experts(overrides):
 
 
 @pytest.mark.parametrize('kind', ['swiglu', 'gelu'])
-def test_identical_experts_are_the_dense_block(kind):
-  """Outputs and gradients, whatever the router says."""
+def test_identical_experts_are_the_dense_mlp(kind):
+  """Outputs and gradients, for any router."""
   config = tiny_models.mixture(mlp=kind, num_shared_experts=0)
   module, params, x_BTD = _moe(config)
   tree = {
@@ -165,7 +165,7 @@ def test_a_router_with_one_favourite_has_the_largest_balance_loss():
 
 
 def test_balance_is_judged_within_each_row():
-  """Each row with a favourite of its own: even in sum, uneven in each."""
+  """Each row prefers another expert: even over the batch, uneven in a row."""
   config = tiny_models.mixture(num_active_experts=1)
   logits_BTE = 50.0 * np.eye(8)[:, None, :] * np.ones((1, TIME, 1))
   sums = _sums(config, logits_BTE)
@@ -200,7 +200,7 @@ def test_sums_add_up_over_rows_and_do_not_count_padding():
 
 
 def test_the_balance_loss_pulls_towards_balance():
-  """Its gradient lowers the logits of experts that have more than a share."""
+  """Its gradient lowers the logits of experts with more than their share."""
   config = tiny_models.mixture(num_active_experts=1, balance_loss_weight=1.0)
   config.router_z_weight = 0.0
   logits_BTE = np.random.default_rng(0).normal(size=(1, 64, 8))

@@ -19,11 +19,11 @@ from data import data_config, sources
 from frozen import format as frozen_format, freeze
 from models import layout, transformer
 from parallel import parallel_config
+from storage import layout as layout_lib
 from tests.helpers import frozen_dirs, tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
-from training.checkpoints import checkpoint
 from training.objectives import next_token, port
-from training.optimizer import chain, rules
+from training.optimizer import chain, param_groups
 from training.planning import memory
 from training.reporting import metrics as metrics_lib
 
@@ -36,7 +36,6 @@ MODEL = tiny_models.llama_like(
   head_width=8,
   scan_layers=True,
 )
-KEY = jax.random.key(0)
 SIDES = 'chosen', 'rejected'
 
 
@@ -132,6 +131,10 @@ def _experiment(objective, **fields):
   return experiment
 
 
+def _key():
+  return jax.random.key(0)
+
+
 def _preferences(seed=0):
   """Two continuations of the same rows, by hand."""
   batches = [
@@ -147,11 +150,11 @@ def _preferences(seed=0):
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
-  """A frozen directory with the first weights of every run from `KEY`."""
+  """A frozen directory with the first weights of every run from `_key`."""
   learner = learner_lib.make(
     _experiment(next_token.NextToken()), jax.devices()[:1]
   )
-  state = learner.init(KEY)
+  state = learner.init(_key())
   params, config = layout.unstack(jax.device_get(state.params), MODEL)
   directory = tmp_path_factory.mktemp('reference') / 'frozen'
   frozen_dirs.write(directory, params=params, config=config)
@@ -169,7 +172,7 @@ def _train(objective, parallel, num_devices, num_steps=2, **fields):
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
     k: (v.shape, v.dtype) for k, v in shapes.items()
   }
-  state = learner.init(KEY)
+  state = learner.init(_key())
   before = jax.device_get(learner.placement.whole(state))
   train_step = learner.compile_train_step()
   batch = learner.placement.put_batch(batch)
@@ -253,7 +256,7 @@ def test_a_reference_is_split_as_the_model_is(reference):
   learner = learner_lib.make(
     _experiment(Dpo(reference=reference), parallel=parallel)
   )
-  state = learner.init(KEY)
+  state = learner.init(_key())
   estimated = memory.estimate(learner)
   assert estimated.frozen == estimated.params > 0
   own = jax.tree.map(lambda x: x.sharding, state.params)
@@ -271,12 +274,8 @@ def test_a_reference_is_split_as_the_model_is(reference):
 )
 def test_a_head_is_trained_beside_the_model(reference, parallel, num_devices):
   objective = Reward(reference=reference)
-  # Muon: a head is no hidden matrix, whatever its shape.
-  optimizer = chain.OptimizerConfig(
-    rule=rules.Muon(), warmup_steps=0, schedule='constant'
-  )
   runs = [
-    _train(objective, place, devices, optimizer=optimizer)
+    _train(objective, place, devices)
     for place, devices in (({}, 1), (parallel, num_devices))
   ]
   (expected, before, after), (losses, before_there, after_there) = runs
@@ -291,10 +290,14 @@ def test_a_head_is_trained_beside_the_model(reference, parallel, num_devices):
   np.testing.assert_allclose(
     after_there.params['heads']['reward']['kernel'], kernel[1], atol=5e-4
   )
+  # A head is no hidden matrix, which Muon would orthogonalise.
+  is_hidden = param_groups.is_hidden_matrix(before.params)
+  assert not any(jax.tree.leaves(is_hidden['heads']))
+  assert any(jax.tree.leaves(is_hidden['params']))
   # The model begins where it does without a head.
   plain = learner_lib.make(
     _experiment(next_token.NextToken()), jax.devices()[:1]
-  ).init(KEY)
+  ).init(_key())
   jax.tree.map(
     np.testing.assert_array_equal,
     jax.device_get(plain.params['params']),
@@ -370,7 +373,7 @@ def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
       'path': source.path,
     },
   }
-  saved = workdir / checkpoint.DIRECTORY / '4'
+  saved = workdir / layout_lib.CHECKPOINTS / '4'
   assert {path.name for path in saved.iterdir() if path.is_dir()} == {
     'params',
     'opt_state',
@@ -379,7 +382,7 @@ def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
   tiny_run.run(experiment, workdir)
   tiny_run.run(experiment, tmp_path / 'whole')
   params, whole = (
-    freeze._restore_params(d / checkpoint.DIRECTORY / '8' / 'params')
+    freeze._restore_params(d / layout_lib.CHECKPOINTS / '8' / 'params')
     for d in (workdir, tmp_path / 'whole')
   )
   jax.tree.map(np.testing.assert_array_equal, params, whole)
@@ -453,7 +456,7 @@ def test_token_logprobs_are_those_of_the_logits_in_any_number_of_chunks(
   monkeypatch,
 ):
   module = transformer.Transformer(MODEL)
-  params = jax.jit(module.init)(KEY, jnp.zeros((1, 1), jnp.int32))
+  params = jax.jit(module.init)(_key(), jnp.zeros((1, 1), jnp.int32))
   batch = tiny_models.batch(vocab_size=64, num_segments=2)
   model = port.Model(module)
 

@@ -15,7 +15,7 @@ from data import data_config
 from hardware import compile_ahead, hlo, targets
 from models import flops, transformer
 from parallel import parallel_config
-from tests.helpers import tiny_models
+from tests.helpers import commands, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain, rules
 from training.planning import memory, plan as plan_lib, remedy as remedy_lib
@@ -427,7 +427,9 @@ def test_plan_needs_neither_workdir_nor_data(tmp_path):
   ],
 )
 def test_a_bad_plan_is_one_line(flag, message):
-  done = _run('--config=experiments/quickstart.py', '--plan', flag)
+  done = commands.run(
+    'train.py', '--config=experiments/quickstart.py', '--plan', flag
+  )
   assert done.returncode == 1
   (line,) = done.stderr.splitlines()
   assert line.startswith(message)

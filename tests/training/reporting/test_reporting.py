@@ -4,7 +4,6 @@ import io
 import json
 import math
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import rich.console
 
 from storage import layout
-from tests.helpers import tiny_models
+from tests.helpers import commands, tiny_models
 from training import flags as flags_lib
 from training.evaluation import validation
 from training.reporting import metrics, terminal as terminal_lib
@@ -114,16 +113,6 @@ def test_bits_per_byte_from_a_known_distribution():
     run([])
 
 
-def _train(*args):
-  return subprocess.run(
-    [sys.executable, 'train.py', *args],
-    cwd=ROOT,
-    env=tiny_models.subprocess_env(),
-    capture_output=True,
-    text=True,
-  )
-
-
 QUICKSTART = '--config=experiments/quickstart.py'
 
 
@@ -183,12 +172,17 @@ def test_flag_errors_are_one_line(args, message, monkeypatch):
 
 
 def test_the_command_line_reports_errors_in_one_line(tmp_path):
-  result = _train(QUICKSTART, '--config.seed=x', f'--workdir={tmp_path}')
+  result = commands.run(
+    'train.py', QUICKSTART, '--config.seed=x', f'--workdir={tmp_path}'
+  )
   assert result.returncode != 0
   assert result.stderr.startswith('error: ')
   assert result.stderr.count('\n') == 1
-  result = _train(
-    QUICKSTART, '--config.num_steps=0', f'--workdir={tmp_path / "run"}'
+  result = commands.run(
+    'train.py',
+    QUICKSTART,
+    '--config.num_steps=0',
+    f'--workdir={tmp_path / "run"}',
   )
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1] == (

@@ -1,0 +1,78 @@
+"""The steps of the engine by hand: prefill, decode, sample, one sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.engine import device_state, inputs as inputs_lib, steps
+from inference.sampling import sampler as sampler_lib, settings
+from models import kv_cache as kv_cache_lib, transformer
+from tests.helpers import reference_engine
+
+_PROMPT = (40, 41, 42, 43, 44)
+_VOCAB = 259  # of the tokenizer; the model has spare rows
+_PAGES = (3, 1)  # of the only sequence, of 16 tokens each
+
+
+def _inputs(shape, tokens, positions, *, slot, last):
+  """Returns the inputs of one decode or one chunk."""
+  inputs = inputs_lib.empty(
+    steps.Shape(*shape),
+    chunk_tokens=8,
+    table_width=4,
+    num_sampled=1,
+    padding_slot=2,
+  )
+  inputs.tokens_T[: len(tokens)] = tokens
+  inputs.positions_T[: len(positions)] = positions
+  table = inputs.decode_table_DL if shape[0] else inputs.chunk_table_XL
+  table[0, : len(_PAGES)] = _PAGES
+  inputs.rows_R[0], inputs.slots_R[0] = last, slot
+  return inputs
+
+
+def test_prefill_and_decode_steps_are_the_full_forward():
+  config, params = reference_engine.model_config(), reference_engine.params()
+  model = transformer.Transformer(config)
+  state = device_state.init_state(
+    model,
+    num_slots=2,
+    num_pages=5,
+    page_size=16,
+    kv_dtype=jnp.float32,
+    channels=kv_cache_lib.rows_and_width(config)[1],
+    vocab_size=_VOCAB,
+  )
+  greedy = settings.Settings(temperature=0.0)
+  row = sampler_lib.row(
+    greedy, num_prompt_tokens=len(_PROMPT), seed=0, eos_id=None
+  )
+  slots = device_state.seat(state.slots, np.int32(1), row)
+  kv_cache, ids, found = state.kv_cache, list(_PROMPT), []
+  static = {'model': model, 'vocab_size': _VOCAB}
+  for _ in range(4):
+    num = len(ids)
+    if num == len(_PROMPT):
+      inputs = _inputs((0, 1), ids, range(num), slot=1, last=num - 1)
+      before = kv_cache
+      kv_cache, logits_RV, _ = steps.prefill(
+        params, kv_cache, slots.last_B, inputs, **static
+      )
+    else:
+      # -1: the token that `sample` has left in the slot.
+      inputs = _inputs((1, 0), [-1], [num - 1], slot=1, last=0)
+      before = kv_cache
+      kv_cache, logits_RV = steps.decode_step(
+        params, kv_cache, slots.last_B, inputs, **static
+      )
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    slots, tokens_R, _ = steps.sample(
+      slots, logits_RV, inputs.slots_R, np.array([num]), inputs.forced_R
+    )
+    found.append(np.asarray(logits_RV[0]))
+    ids.append(int(tokens_R[0]))
+  logits_1TV, _ = model.apply(params, np.array([ids[:-1]]))
+  expected_TV = np.asarray(logits_1TV[0, len(_PROMPT) - 1 :, :_VOCAB])
+  # float32 sums in another order; logits are around 10.
+  np.testing.assert_allclose(np.stack(found), expected_TV, atol=1e-4)
+  assert ids[len(_PROMPT) :] == expected_TV.argmax(-1).tolist()
