@@ -117,7 +117,7 @@ def publish(partial: pathlib.Path, target: pathlib.Path) -> None:
 def remove_leftovers(directory: pathlib.Path, name: str = '') -> None:
   """Deletes what killed processes left of their writes.
 
-  Only for a caller that knows that nobody else is writing there.
+  The caller must know that no other process is writing there.
 
   Args:
     directory: in which the files and directories were written.

@@ -65,7 +65,7 @@ def held(
 
   Args:
     path: of the lock file. Its directory is created.
-    place: of what is locked, as its user writes it, for the error text.
+    place: the locked directory as the user writes it, for the error text.
     tell: receives a warning if the file system has no locks.
 
   Raises:
@@ -102,11 +102,11 @@ def _take(path: pathlib.Path, place: str, tell: Callable[[str], None]) -> int:
     except OSError as error:
       tell(
         f'warning: {path}: got {error}, expected a file system with locks: make'
-        f' sure that nobody else writes to {place}'
+        f' sure that no other process writes to {place}'
       )
       return descriptor
     # The process that held it may have deleted the file meanwhile. Then this
-    # lock is on a file without a name, and keeps nobody out.
+    # lock is on a file without a name, and keeps no process out.
     with contextlib.suppress(FileNotFoundError):
       if path.stat().st_ino == os.fstat(descriptor).st_ino:
         return descriptor

@@ -121,7 +121,7 @@ class Saver:
     raise disk.SaveError(
       f'step {step}, the last one: got no checkpoint of it, expected one; make'
       ' room where --workdir is, or make it writable, and start again: the run'
-      f' goes on from {_place(self._saved.wait())}'
+      f' resumes from {_place(self._saved.wait())}'
     )
 
   def close(self) -> None:

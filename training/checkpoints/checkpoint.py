@@ -106,7 +106,7 @@ class Checkpoints:
     try:
       seal = seals.read(self._root / str(found[-1]))
     except (seals.DamagedError, OSError):
-      # Not verified here: whoever opens the checkpoints finds the damage.
+      # The damage is reported by `open`, which verifies.
       return Resume(step=found[-1], evaluation_owed=True)
     return Resume(step=found[-1], evaluation_owed=seal.evaluation_owed)
 

@@ -341,7 +341,7 @@ def diagnosis(deaths: Sequence[Death], checkpoint: int | None) -> str:
 
 def _advice(death: Death) -> str:
   """Returns the first thing to try after a death."""
-  again = 'then start the same command: it goes on from the checkpoint'
+  again = 'then start the same command: it resumes from the checkpoint'
   if _PEER_IS_GONE.search(death.tail):
     return f'look at the process that died first, on its host; {again}'
   if death.code == 128 + signal.SIGKILL:

@@ -5,6 +5,7 @@ States of a few numbers; whole runs are in test_run.py and tests/survival/.
 
 import dataclasses
 import hashlib
+import json
 import shutil
 
 import jax
@@ -92,6 +93,24 @@ def test_a_run_resumes_from_the_newest_checkpoint(two, tmp_path):
   assert _unopened(two).open() == checkpoint.Resume(step=8)
   assert _unopened(tmp_path).peek() == checkpoint.Resume()
   assert _unopened(tmp_path).open() == checkpoint.Resume()
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_left_there(copy):
+  path = copy / 'checkpoints' / '8' / 'seal.json'
+  fields = json.loads(path.read_text()) | {'format_version': 2, 'new': 0}
+  assert seals.FORMAT_VERSION == 1
+  del fields['seal_digest']
+  signed = {**fields, 'seal_digest': digests.of_json(fields)}
+  path.write_text(json.dumps(signed))
+  for look in (_unopened(copy).peek, _unopened(copy).open):
+    with pytest.raises(
+      ValueError, match='seal.json: got format version 2, expected 1; use the'
+    ):
+      look()
+  assert seals.steps(copy / 'checkpoints') == [4, 8]
+  # A version that does not match the digest is a damaged bit.
+  path.write_text(json.dumps(signed | {'format_version': 3}))
+  assert _unopened(copy).open() == checkpoint.Resume(step=4)
 
 
 def test_a_checkpoint_whose_seal_is_damaged_may_owe_something(copy):
