@@ -78,9 +78,11 @@ def main(argv: list[str]) -> None:
     if way == 'port':
       _listen()
     elif way == 'chat':
-      from inference import chat
+      from inference import terminal_chat
 
-      chat.run(_load_small(1), _SETTINGS.given(), read=input, write=_show)
+      terminal_chat.run(
+        _load_small(1), _SETTINGS.given(), read=input, write=_show
+      )
     elif way == 'eval':
       _evaluate()
     else:
@@ -149,12 +151,12 @@ def _speed(completions, compile_seconds: float) -> str:
 
 def _evaluate() -> None:
   """Runs a task on the engine, and prints its scores with their errors."""
-  from evals import run
+  from evals import evaluate
   from evals.results import report
   from inference import generate, model_port
 
   # Files are read first, so that a wrong one is refused before weights load.
-  task = run.open_task(FLAGS.eval, eval_options.Options(**_EVAL.given()))
+  task = evaluate.open_task(FLAGS.eval, eval_options.Options(**_EVAL.given()))
   generator = generate.load(FLAGS.model, _engine_config())
   result = task.run(model_port.evaluated(generator))
   print(report.text(result))
@@ -311,7 +313,7 @@ def _define_flags() -> None:
     None,
     'Evaluates the model in a task, KIND:FILE, such as perplexity:book.txt,'
     ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl or lm_eval:arc_easy;'
-    ' evals/run.py lists all kinds.',
+    ' evals/evaluate.py lists all kinds.',
   )
   text(
     'eval_out',

@@ -34,7 +34,7 @@ from hardware import host_memory, peaks
 from models import flops, model_config, transformer
 from training import state as state_lib, step
 from training.objectives import next_token
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def shapes() -> dict[str, Shape]:
   }
 
 
-RULE = rules.AdamW()
+RULE = update_rules.AdamW()
 OPTIMIZER = chain.OptimizerConfig(
   rule=RULE, peak_lr=1e-4, schedule='constant', warmup_steps=0
 )

@@ -19,7 +19,7 @@ import dataclasses
 
 from experiments import quickstart
 from training import experiment
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 NUM_STEPS = 250  # of 2,048 tokens
 
@@ -30,7 +30,7 @@ def get_config(variant: str = 'adamw') -> experiment.Experiment:
     chosen = chain.OptimizerConfig(peak_lr=2e-3)
   elif variant == 'muon':
     chosen = chain.OptimizerConfig(
-      rule=rules.Muon(adam_peak_lr=2e-3), peak_lr=2e-2
+      rule=update_rules.Muon(adam_peak_lr=2e-3), peak_lr=2e-2
     )
   else:
     raise ValueError(f'variant: got {variant!r}, expected adamw or muon')

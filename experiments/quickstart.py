@@ -13,7 +13,7 @@ import sys
 from data import data_config, sources
 from experiments import presets
 from training import experiment
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 VOCAB_SIZE = 2048
 LENGTH = 256
@@ -48,7 +48,7 @@ def get_config() -> experiment.Experiment:
     ),
     # Muon is ahead of AdamW at equal steps: muon_against_adamw.py.
     optimizer=chain.OptimizerConfig(
-      rule=rules.Muon(),
+      rule=update_rules.Muon(),
       peak_lr=2e-2,
       end_lr=0.0,
       schedule='linear',

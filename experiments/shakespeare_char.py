@@ -20,7 +20,7 @@ import dataclasses
 from data import data_config, sources
 from experiments import presets
 from training import experiment
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 # ByteTokenizer: 256 bytes and three special ids that windows never contain.
 VOCAB_SIZE = 259
@@ -61,7 +61,7 @@ def get_config(variant: str = 'cpu') -> experiment.Experiment:
       knowledge_cutoff='1623',  # the First Folio
     ),
     optimizer=chain.OptimizerConfig(
-      rule=rules.AdamW(beta1=0.9, beta2=0.99),
+      rule=update_rules.AdamW(beta1=0.9, beta2=0.99),
       peak_lr=1e-3,
       end_lr=1e-4,
       schedule='cosine',

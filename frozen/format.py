@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib
 from models import model_config, transformer
-from storage import atomic, layout
+from storage import atomic, file_names
 
 Params = Any  # variables of `models.transformer.Transformer`
 
@@ -115,12 +115,12 @@ def write(
     digest = pool.submit(weights_digest, params)
     _check_replaceable(target, digest.result, overwrite)
     with atomic.new_directory(target) as partial:
-      _save(partial / layout.PARAMS, params)
-      shutil.copytree(tokenizer_dir, partial / layout.TOKENIZER)
-      (partial / layout.CHAT_TEMPLATE).write_text(
+      _save(partial / file_names.PARAMS, params)
+      shutil.copytree(tokenizer_dir, partial / file_names.TOKENIZER)
+      (partial / file_names.CHAT_TEMPLATE).write_text(
         chat_template, encoding='utf-8'
       )
-      (partial / layout.GENERATION).write_text(
+      (partial / file_names.GENERATION).write_text(
         json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
       )
       manifest = manifest_lib.sign(
@@ -155,20 +155,22 @@ def read(
   config = _config_of(directory, manifest)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = _restore(directory / layout.PARAMS, config, manifest.dtype, sharding)
+  params = _restore(
+    directory / file_names.PARAMS, config, manifest.dtype, sharding
+  )
   if (digest := weights_digest(params)) != manifest.weights_digest:
     raise ValueError(
-      f'{directory / layout.PARAMS}: got weights with digest {digest}, expected'
-      f' {manifest.weights_digest}; copy or freeze the directory again'
+      f'{directory / file_names.PARAMS}: got weights with digest {digest},'
+      f' expected {manifest.weights_digest}; copy or freeze the directory again'
     )
   return Frozen(
     directory=directory,
     manifest=manifest,
     config=config,
     params=params,
-    tokenizer_dir=directory / layout.TOKENIZER,
+    tokenizer_dir=directory / file_names.TOKENIZER,
     generation=read_generation(directory),
-    chat_template=(directory / layout.CHAT_TEMPLATE).read_text('utf-8'),
+    chat_template=(directory / file_names.CHAT_TEMPLATE).read_text('utf-8'),
   )
 
 
@@ -206,12 +208,12 @@ def _config_of(directory: pathlib.Path, manifest) -> model_config.ModelConfig:
   try:
     return model_config.ModelConfig.from_dict(manifest.model)
   except ValueError as error:
-    raise ValueError(f'{directory / layout.MANIFEST}: {error}') from None
+    raise ValueError(f'{directory / file_names.MANIFEST}: {error}') from None
 
 
 def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the recommended settings of a frozen directory, not verified."""
-  path = pathlib.Path(directory) / layout.GENERATION
+  path = pathlib.Path(directory) / file_names.GENERATION
   return json.loads(path.read_text('utf-8'))
 
 
@@ -269,7 +271,7 @@ def _check_replaceable(
   """Raises ValueError if a write to `target` would lose other contents."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
-  if not (target / layout.MANIFEST).is_file():
+  if not (target / file_names.MANIFEST).is_file():
     raise ValueError(
       f'{target}: got a place that holds something else, expected a new or a'
       ' frozen directory; choose another place'

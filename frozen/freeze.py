@@ -33,7 +33,7 @@ from frozen import (
   seals,
 )
 from models import layout, model_config
-from storage import layout as storage_layout
+from storage import file_names
 
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
@@ -106,9 +106,7 @@ def freeze_checkpoint(
   checkpoint = _checkpoint(workdir, step)
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
-  progress = json.loads(
-    (checkpoint / storage_layout.PROGRESS).read_text('utf-8')
-  )
+  progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
   weights = _chosen_weights(checkpoint, weights)
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
@@ -135,7 +133,7 @@ def freeze_checkpoint(
       training_flops=progress['training_flops'],
       train_seconds=progress['train_seconds'],
     ),
-    tokenizer_dir=workdir / storage_layout.TOKENIZER,
+    tokenizer_dir=workdir / file_names.TOKENIZER,
     generation={**DEFAULT_GENERATION, **(generation or {})},
     chat_template=chat_template,
     overwrite=overwrite,
@@ -143,7 +141,7 @@ def freeze_checkpoint(
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
-  path = workdir / storage_layout.RUN
+  path = workdir / file_names.RUN
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected the --workdir of a training run;'
@@ -161,7 +159,7 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Returns the directory of a finished checkpoint."""
-  root = workdir / storage_layout.CHECKPOINTS
+  root = workdir / file_names.CHECKPOINTS
   steps = seals.steps(root)
   if not steps:
     raise FileNotFoundError(

@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import Any
 
-from storage import atomic, digests, layout
+from storage import atomic, digests, file_names
 
 FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
@@ -66,7 +66,7 @@ def sign(**fields: Any) -> Manifest:
 def write(directory: pathlib.Path, manifest: Manifest) -> None:
   """Writes the manifest into `directory`."""
   text = json.dumps(dataclasses.asdict(manifest), indent=2)
-  atomic.write_text(directory / layout.MANIFEST, text + '\n')
+  atomic.write_text(directory / file_names.MANIFEST, text + '\n')
 
 
 def read(directory: pathlib.Path) -> Manifest:
@@ -76,7 +76,7 @@ def read(directory: pathlib.Path) -> Manifest:
     FileNotFoundError: there is no manifest.
     ValueError: it is damaged, altered, or of another format version.
   """
-  path = directory / layout.MANIFEST
+  path = directory / file_names.MANIFEST
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected a frozen directory; make one with'
@@ -116,7 +116,7 @@ def read(directory: pathlib.Path) -> Manifest:
 
 def file_digests(directory: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of every file but the manifest, by relative path."""
-  names = digests.names(directory, leave_out=layout.MANIFEST)
+  names = digests.names(directory, leave_out=file_names.MANIFEST)
   entries = digests.of_files(directory, names, num_threads=_num_threads())
   return {name: entry.sha256 for name, entry in entries.items()}
 
@@ -130,9 +130,9 @@ def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
   """
   wrong = digests.differences(
     directory,
-    digests.names(directory, leave_out=layout.MANIFEST),
+    digests.names(directory, leave_out=file_names.MANIFEST),
     {n: digests.Entry(None, sha256) for n, sha256 in manifest.files.items()},
-    listing=layout.MANIFEST,
+    listing=file_names.MANIFEST,
     num_threads=_num_threads(),
   )
   for text, kind in wrong:

@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from storage import layout
+from storage import file_names
 
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)
@@ -20,7 +20,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: there is none.
     ValueError: it is damaged, or of a version that this code cannot read.
   """
-  path = workdir / layout.RUN
+  path = workdir / file_names.RUN
   try:
     run = json.loads(path.read_text(encoding='utf-8'))
     version = run.get('format_version', 1)
@@ -38,7 +38,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 def damaged(workdir: pathlib.Path, error: Exception) -> ValueError:
   """Returns the error to raise for a run.json that cannot be read."""
   return ValueError(
-    f'{workdir / layout.RUN}: got a file that cannot be read ({error!r}),'
+    f'{workdir / file_names.RUN}: got a file that cannot be read ({error!r}),'
     ' expected the record of a run; it was damaged: put a copy there, or use'
     ' another --workdir'
   )

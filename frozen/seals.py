@@ -21,7 +21,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from storage import atomic, digests, layout
+from storage import atomic, digests, file_names as file_names_lib
 
 FORMAT_VERSION = 1
 # Written by earlier versions of this code, and left there by a kill.
@@ -80,13 +80,13 @@ def steps(root: pathlib.Path) -> list[int]:
 
 def set_aside(root: pathlib.Path) -> list[str]:
   """Returns the names of checkpoints that were found damaged earlier."""
-  return sorted(path.name for path in root.glob(f'{layout.DAMAGED}*'))
+  return sorted(path.name for path in root.glob(f'{file_names_lib.DAMAGED}*'))
 
 
 def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
   """Renames a damaged checkpoint; returns its new path."""
   i = 0
-  while (place := root / f'{layout.DAMAGED}{step}-{i}').exists():
+  while (place := root / f'{file_names_lib.DAMAGED}{step}-{i}').exists():
     i += 1
   (root / str(step)).rename(place)
   return place
@@ -94,7 +94,7 @@ def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
 
 def remove_unfinished(root: pathlib.Path) -> None:
   """Deletes what killed processes left of saves and deletions."""
-  for suffix in (layout.PARTIAL, layout.DELETED):
+  for suffix in (file_names_lib.PARTIAL, file_names_lib.DELETED):
     for path in root.glob(f'*{suffix}'):
       shutil.rmtree(path, ignore_errors=True)
 
@@ -103,7 +103,7 @@ def file_names(directory: pathlib.Path) -> list[str]:
   """Returns the relative paths of all files but the seal, sorted."""
   return [
     name
-    for name in digests.names(directory, leave_out=layout.SEAL)
+    for name in digests.names(directory, leave_out=file_names_lib.SEAL)
     if name != _OLD_LEFTOVER and not atomic.is_leftover(directory / name)
   ]
 
@@ -111,7 +111,7 @@ def file_names(directory: pathlib.Path) -> list[str]:
 def write(directory: pathlib.Path, seal: Seal) -> None:
   """Writes the seal atomically, see `storage.atomic`."""
   text = _text(dataclasses.asdict(seal))
-  atomic.write_text(directory / layout.SEAL, text)
+  atomic.write_text(directory / file_names_lib.SEAL, text)
 
 
 def read(directory: pathlib.Path) -> Seal:
@@ -121,7 +121,7 @@ def read(directory: pathlib.Path) -> Seal:
     DamagedError: there is no seal, or it is damaged.
     VersionError: the seal is whole, and of another version of the format.
   """
-  path = directory / layout.SEAL
+  path = directory / file_names_lib.SEAL
   try:
     text = path.read_text(encoding='utf-8')
     fields = json.loads(text)
@@ -174,7 +174,11 @@ def problems(
     A text for each difference.
   """
   wrong = digests.differences(
-    directory, file_names(directory), seal.files, listing=layout.SEAL, part=part
+    directory,
+    file_names(directory),
+    seal.files,
+    listing=file_names_lib.SEAL,
+    part=part,
   )
   return [
     *(
@@ -189,7 +193,7 @@ def problems(
 def lost(seal: Seal) -> list[str]:
   """Returns the parts of a checkpoint of which the seal lists no file."""
   items = {name.partition('/')[0] for name in seal.files}
-  return sorted({*seal.leaves, layout.PROGRESS} - items)
+  return sorted({*seal.leaves, file_names_lib.PROGRESS} - items)
 
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:

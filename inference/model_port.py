@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evals import encoding, ports
-from inference import chat, generate
+from inference import generate, terminal_chat
 from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
 
@@ -24,7 +24,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
   manifest, engine = generator.frozen.manifest, generator.engine
 
   def encode_chat(messages):
-    prompt, _ = chat.render(generator, messages)
+    prompt, _ = terminal_chat.render(generator, messages)
     return list(generator.prompt_ids(prompt))
 
   return ports.Model(

@@ -23,7 +23,7 @@ from data import (
 from data.contamination import overlap
 from evals.tasks import task as task_lib
 from parallel import processes
-from storage import atomic, layout
+from storage import atomic, file_names
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, learner as learner_lib
 from training.evaluation import tasks as tasks_lib
@@ -200,7 +200,7 @@ def _open_tokenizer(
     ValueError: the tokenizer is damaged, or has more tokens than the model has
       embeddings.
   """
-  directory = workdir / layout.TOKENIZER
+  directory = workdir / file_names.TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():
       built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
@@ -212,7 +212,7 @@ def _open_tokenizer(
     raise ValueError(
       f'{directory}: got a tokenizer that cannot be read ({error}), expected'
       ' the one that the run was started with; put a copy there, as the one in'
-      f' {layout.FROZEN}/ is, or use another --workdir'
+      f' {file_names.FROZEN}/ is, or use another --workdir'
     ) from None
   if loaded.vocab_size > experiment.model.vocab_size:
     raise ValueError(

@@ -23,7 +23,7 @@ import rich.console
 
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from parallel import processes
-from storage import disk, layout
+from storage import disk, file_names
 from training import (
   assemble,
   evaluator as evaluator_lib,
@@ -110,7 +110,7 @@ def run(
 
 def _complete_step(experiment, workdir, resume, console) -> int | None:
   """Returns the last step if the run is complete, and says so; else None."""
-  frozen, step = workdir / layout.FROZEN, resume.step
+  frozen, step = workdir / file_names.FROZEN, resume.step
   is_trained = step >= experiment.num_steps and not resume.evaluation_owed
   why_not = ''
   if is_trained and experiment.freeze.enabled and processes.is_first():
@@ -171,7 +171,7 @@ def _unlike(
 
 def _freeze(experiment, workdir, step, console) -> None:
   """Freezes a step into the workdir."""
-  frozen = workdir / layout.FROZEN
+  frozen = workdir / file_names.FROZEN
   with disk.writing(frozen, saved=f'step {step} is saved'):
     manifest = freeze.freeze_checkpoint(
       workdir,

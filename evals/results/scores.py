@@ -72,7 +72,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """The result of one call of `evals.run.run`."""
+  """The result of one call of `evals.evaluate.run`."""
 
   task: str
   groups: tuple[Group, ...]

@@ -1,4 +1,4 @@
-"""The base class of the kinds of evaluation, which `evals.run.KINDS` lists.
+"""The base class of the kinds of evaluation; evals/evaluate.py lists them.
 
 A new kind is a file with a subclass of `Task`, and a line in `KINDS`.
 """
@@ -19,7 +19,7 @@ class Task(abc.ABC):
   READS: ClassVar[tuple[str, ...]] = ()
 
   name: str = (
-    ''  # KIND:PATH, as the user wrote it; set by `evals.run.open_task`
+    ''  # KIND:PATH, as the user wrote it; set by `evals.evaluate.open_task`
   )
   options: options_lib.Options
   files: dict[str, str]  # SHA-256 of each file that was read, by path

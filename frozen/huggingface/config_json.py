@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from checks import expect
 from frozen.huggingface.families import (
-  dense,
+  dense_families,
   fields as fields_lib,
   layer_kinds,
-  moe,
+  moe_families,
 )
 from models import model_config
 
@@ -33,39 +33,65 @@ class Family(NamedTuple):
 
 # An export without a chosen family tries them in this order.
 FAMILIES: Mapping[str, Family] = {
-  'llama': Family('LlamaForCausalLM', dense.read_llama, dense.write_llama),
+  'llama': Family(
+    'LlamaForCausalLM', dense_families.read_llama, dense_families.write_llama
+  ),
   'mistral': Family(
-    'MistralForCausalLM', dense.read_mistral, dense.write_mistral
+    'MistralForCausalLM',
+    dense_families.read_mistral,
+    dense_families.write_mistral,
   ),
-  'qwen2': Family('Qwen2ForCausalLM', dense.read_qwen2, dense.write_qwen2),
-  'qwen3': Family('Qwen3ForCausalLM', dense.read_qwen3, dense.write_qwen3),
+  'qwen2': Family(
+    'Qwen2ForCausalLM', dense_families.read_qwen2, dense_families.write_qwen2
+  ),
+  'qwen3': Family(
+    'Qwen3ForCausalLM', dense_families.read_qwen3, dense_families.write_qwen3
+  ),
   'smollm3': Family(
-    'SmolLM3ForCausalLM', dense.read_smollm3, dense.write_smollm3
+    'SmolLM3ForCausalLM',
+    dense_families.read_smollm3,
+    dense_families.write_smollm3,
   ),
-  'phi3': Family('Phi3ForCausalLM', dense.read_phi3, dense.write_phi3),
-  'olmo2': Family('Olmo2ForCausalLM', dense.read_olmo2, dense.write_olmo2),
-  'gemma': Family('GemmaForCausalLM', dense.read_gemma, dense.write_gemma),
-  'gemma2': Family('Gemma2ForCausalLM', dense.read_gemma2, dense.write_gemma2),
+  'phi3': Family(
+    'Phi3ForCausalLM', dense_families.read_phi3, dense_families.write_phi3
+  ),
+  'olmo2': Family(
+    'Olmo2ForCausalLM', dense_families.read_olmo2, dense_families.write_olmo2
+  ),
+  'gemma': Family(
+    'GemmaForCausalLM', dense_families.read_gemma, dense_families.write_gemma
+  ),
+  'gemma2': Family(
+    'Gemma2ForCausalLM', dense_families.read_gemma2, dense_families.write_gemma2
+  ),
   'gemma3_text': Family(
-    'Gemma3ForCausalLM', dense.read_gemma3, dense.write_gemma3
+    'Gemma3ForCausalLM', dense_families.read_gemma3, dense_families.write_gemma3
   ),
-  'gpt2': Family('GPT2LMHeadModel', dense.read_gpt2, dense.write_gpt2),
+  'gpt2': Family(
+    'GPT2LMHeadModel', dense_families.read_gpt2, dense_families.write_gpt2
+  ),
   'gpt_neox': Family(
-    'GPTNeoXForCausalLM', dense.read_gpt_neox, dense.write_gpt_neox
+    'GPTNeoXForCausalLM',
+    dense_families.read_gpt_neox,
+    dense_families.write_gpt_neox,
   ),
-  'mixtral': Family('MixtralForCausalLM', moe.read_mixtral, moe.write_mixtral),
+  'mixtral': Family(
+    'MixtralForCausalLM', moe_families.read_mixtral, moe_families.write_mixtral
+  ),
   'qwen3_moe': Family(
-    'Qwen3MoeForCausalLM', moe.read_qwen3_moe, moe.write_qwen3_moe
+    'Qwen3MoeForCausalLM',
+    moe_families.read_qwen3_moe,
+    moe_families.write_qwen3_moe,
   ),
   'deepseek_v2': Family(
     'DeepseekV2ForCausalLM',
-    moe.read_deepseek_v2,
-    moe.write_deepseek_v2,
+    moe_families.read_deepseek_v2,
+    moe_families.write_deepseek_v2,
   ),
   'deepseek_v3': Family(
     'DeepseekV3ForCausalLM',
-    moe.read_deepseek_v3,
-    moe.write_deepseek_v3,
+    moe_families.read_deepseek_v3,
+    moe_families.write_deepseek_v3,
   ),
 }
 

@@ -23,7 +23,7 @@ import dataclasses
 import math
 from typing import Any
 
-from storage import layout
+from storage import file_names
 
 NUM_SEEDS = 2**32
 # The most entries that one request may have. The arrays of a slot on the device
@@ -274,7 +274,7 @@ def recommended(generation: dict[str, Any]) -> Settings:
   known = [field.name for field in dataclasses.fields(Settings)]
   if unknown := sorted(set(generation) - set(known)):
     raise ValueError(
-      f'{layout.GENERATION}: got the settings {unknown}, expected'
+      f'{file_names.GENERATION}: got the settings {unknown}, expected'
       f' only {", ".join(known)}; freeze again without them'
     )
   fields = dict(generation)

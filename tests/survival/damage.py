@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 
 from frozen import freeze, seals
-from storage import layout
+from storage import file_names
 from tests.survival import process
 from training import experiment
 from training.checkpoints import checkpoint
@@ -57,7 +57,7 @@ def half_delete(directory: pathlib.Path, rng: random.Random) -> pathlib.Path:
   for path in gone:
     path.unlink()
   # A missing seal is all that can be said of one.
-  seal = directory / layout.SEAL
+  seal = directory / file_names.SEAL
   return seal if seal in gone else sorted(gone)[0]
 
 
@@ -114,10 +114,10 @@ def try_damage(
   It has to be named with the file, moved aside, refused by `frozen.freeze`, and
   the one before used, to the bit.
   """
-  root = workdir / layout.CHECKPOINTS
+  root = workdir / file_names.CHECKPOINTS
   *_, before, newest = seals.steps(root)
   with _copy(workdir, workdir.with_name(f'{workdir.name}-damaged')) as copy:
-    path = damage(copy / layout.CHECKPOINTS / str(newest), rng)
+    path = damage(copy / file_names.CHECKPOINTS / str(newest), rng)
     wrong = []
     with contextlib.suppress(seals.DamagedError):
       freeze.freeze_checkpoint(copy, step=newest, out=copy / 'again')
@@ -128,7 +128,7 @@ def try_damage(
       wrong.append(f'{path}: went on from {resume.step}')
     if not any(str(path) in text for text in told):
       wrong.append(f'{path} was not named: {told}')
-    if not any((copy / layout.CHECKPOINTS).glob(f'damaged-{newest}-*')):
+    if not any((copy / file_names.CHECKPOINTS).glob(f'damaged-{newest}-*')):
       wrong.append(f'{path}: nothing was moved aside')
     got, wanted = process.arrays(copy, before), process.arrays(workdir, before)
     if any(not np.array_equal(got[name], wanted[name]) for name in wanted):
@@ -139,9 +139,9 @@ def try_damage(
 def try_all_damaged(workdir: pathlib.Path, rng: random.Random) -> list[str]:
   """Damages every checkpoint: refused, and nothing changed."""
   with _copy(workdir, workdir.with_name(f'{workdir.name}-damaged')) as copy:
-    for step in seals.steps(copy / layout.CHECKPOINTS):
+    for step in seals.steps(copy / file_names.CHECKPOINTS):
       rng.choice(list(KINDS.values()))(
-        copy / layout.CHECKPOINTS / str(step), rng
+        copy / file_names.CHECKPOINTS / str(step), rng
       )
     before = tree_digest(copy)
     try:

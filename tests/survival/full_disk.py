@@ -8,7 +8,7 @@ import subprocess
 import time
 
 from frozen import seals
-from storage import layout
+from storage import file_names
 from tests.survival import process
 from training.reporting import metrics
 
@@ -67,7 +67,7 @@ def try_last_save(
 ) -> list[str]:
   """No save works until the end: an error, and older checkpoints as before."""
   process.stop(start(workdir), workdir, 70)
-  root = workdir / layout.CHECKPOINTS
+  root = workdir / file_names.CHECKPOINTS
   before = {step: process.arrays(workdir, step) for step in seals.steps(root)}
   code, output = process.finish(start(workdir, max_file_bytes=MAX_FILE_BYTES))
   wrong = []

@@ -12,7 +12,7 @@ import random
 import re
 import time
 
-from storage import layout
+from storage import file_names
 from tests.survival import process, tiny
 
 PHASES = ('start', 'steps', 'evaluation', 'saving', 'sealing', 'freeze')
@@ -119,10 +119,10 @@ def _unfinished(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
   What an earlier kill has left stays as it was until it is removed.
   """
   found = {}
-  root = workdir / layout.CHECKPOINTS
+  root = workdir / file_names.CHECKPOINTS
   for path in (
-    *root.glob(f'*{layout.PARTIAL}'),
-    *root.glob(f'*{layout.DELETED}'),
+    *root.glob(f'*{file_names.PARTIAL}'),
+    *root.glob(f'*{file_names.DELETED}'),
     *workdir.glob('.frozen.*'),
   ):
     with contextlib.suppress(FileNotFoundError):
@@ -151,7 +151,7 @@ def _is_in(
     )
   if phase in ('saving', 'sealing'):
     return any(
-      path.suffix == layout.PARTIAL
+      path.suffix == file_names.PARTIAL
       and int(path.stem) >= from_step
       and (phase == 'saving' or any(path.glob('seal.*')))
       for path in _new(workdir, stale)
@@ -187,6 +187,6 @@ def _hit(workdir: pathlib.Path, stale: Unfinished, output: str) -> str:
     return 'start'
   for path in new:
     # Deleting is the end of sealing.
-    is_sealed = path.suffix == layout.DELETED or any(path.glob('seal.*'))
+    is_sealed = path.suffix == file_names.DELETED or any(path.glob('seal.*'))
     return 'sealing' if is_sealed else 'saving'
   return 'evaluation' if _is_evaluating(workdir) else 'steps'

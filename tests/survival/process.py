@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib, seals
-from storage import layout
+from storage import file_names
 from tests.helpers import tiny_models
 from training.reporting import metrics
 
@@ -106,7 +106,7 @@ def stop(running: subprocess.Popen, workdir: pathlib.Path, step: int) -> int:
     time.sleep(0.005)
   running.send_signal(signal.SIGTERM)
   code, output = finish(running)
-  saved = seals.steps(workdir / layout.CHECKPOINTS)[-1]
+  saved = seals.steps(workdir / file_names.CHECKPOINTS)[-1]
   words = f'stopped by SIGTERM after step {saved}; saved within'
   if code != 143 or words not in output:
     raise AssertionError(f'got exit code {code}, expected 143: {output}')
@@ -114,7 +114,7 @@ def stop(running: subprocess.Popen, workdir: pathlib.Path, step: int) -> int:
 
 
 def _last_step(workdir: pathlib.Path) -> int:
-  return max((r['step'] for r in tail(workdir / layout.METRICS)), default=0)
+  return max((r['step'] for r in tail(workdir / file_names.METRICS)), default=0)
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
@@ -126,7 +126,7 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
   """Returns every array of a checkpoint, bits as they are."""
   handler = ocp.StandardCheckpointHandler()
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  directory = workdir / layout.CHECKPOINTS / str(step)
+  directory = workdir / file_names.CHECKPOINTS / str(step)
   found = {}
   for item in seals.read(directory).leaves:
     tree = handler.metadata(directory / item).tree
@@ -145,7 +145,7 @@ def differences(workdir: pathlib.Path, expected: pathlib.Path) -> list[str]:
   """Returns what is not as in the uninterrupted run; empty if nothing."""
   found = []
   steps = [
-    seals.steps(w / layout.CHECKPOINTS)[-1:] for w in (workdir, expected)
+    seals.steps(w / file_names.CHECKPOINTS)[-1:] for w in (workdir, expected)
   ]
   if steps[0] != steps[1] or not steps[0]:
     return [f'got last checkpoint {steps[0]}, expected {steps[1]}']
@@ -162,7 +162,7 @@ def differences(workdir: pathlib.Path, expected: pathlib.Path) -> list[str]:
   # PRNG key, position of the data (the next batch), tokens and FLOPs.
   progress = []
   for place in (workdir, expected):
-    path = place / layout.CHECKPOINTS / str(step) / 'progress.json'
+    path = place / file_names.CHECKPOINTS / str(step) / 'progress.json'
     progress.append(json.loads(path.read_text()))
     del progress[-1]['train_seconds']
   if progress[0] != progress[1]:

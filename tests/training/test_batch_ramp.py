@@ -10,7 +10,7 @@ import pytest
 import rich.console
 
 from data import data_config, sources
-from storage import layout
+from storage import file_names
 from tests.helpers import tiny_models
 from training import (
   experiment as experiment_lib,
@@ -108,9 +108,9 @@ def test_epochs_and_fill_rates_of_each_source_are_told(whole):
   assert speed['epochs/prose'] == pytest.approx(16 / 171)
   assert 'concat_then_split fills 99.78% of 171 rows' in printed
   assert 'code 0.281, prose 0.0936' in printed
-  described = json.loads((workdir / layout.DATA).read_text())
+  described = json.loads((workdir / file_names.DATA).read_text())
   assert [s['name'] for s in described['sources']] == ['code', 'prose']
-  mix = json.loads((workdir / layout.RUN).read_text())['data_mix']
+  mix = json.loads((workdir / file_names.RUN).read_text())['data_mix']
   assert [(m['source'], m['weight']) for m in mix] == [
     ('data.sources.jsonl', 3.0),
     ('data.sources.jsonl', 1.0),
@@ -124,7 +124,7 @@ def test_evaluation_text_that_is_trained_on_is_warned_of(whole):
   assert lines[1].startswith('WARNING')
   assert '100.00%' in lines[1]
   assert '3 of its 3 documents are copied' in lines[1]
-  found = json.loads((workdir / layout.DATA).read_text())['contamination']
+  found = json.loads((workdir / file_names.DATA).read_text())['contamination']
   assert [overlap['share'] for overlap in found] == [0, 1]
 
 

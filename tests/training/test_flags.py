@@ -9,7 +9,7 @@ import pytest
 
 from training import flags as flags_lib
 from training.objectives import next_token
-from training.optimizer import rules
+from training.optimizer import update_rules
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICKSTART = '--config=experiments/quickstart.py'
@@ -29,7 +29,7 @@ def _parse(monkeypatch, *args):
 
 def test_a_rule_is_picked_with_its_defaults(monkeypatch):
   config = _parse(monkeypatch, f'{RULE}=lion')
-  assert config.optimizer.rule == rules.Lion()
+  assert config.optimizer.rule == update_rules.Lion()
   # The rest of the optimizer is that of the file.
   assert config.optimizer.peak_lr == 2e-2
 
@@ -38,7 +38,7 @@ def test_a_field_of_the_rule_in_the_file_is_set(monkeypatch):
   config = _parse(
     monkeypatch, f'{RULE}.momentum=0.9', '--config.optimizer.peak_lr=1e-3'
   )
-  assert config.optimizer.rule == rules.Muon(momentum=0.9)
+  assert config.optimizer.rule == update_rules.Muon(momentum=0.9)
   assert config.optimizer.peak_lr == 1e-3
 
 
@@ -46,12 +46,12 @@ def test_a_field_of_the_rule_in_the_file_is_set(monkeypatch):
 def test_a_choice_comes_before_its_fields_in_any_order(monkeypatch, order):
   args = [f'{RULE}=ademamix', f'{RULE}.alpha=3', f'{RULE}.beta1=0.8'][::order]
   config = _parse(monkeypatch, *args)
-  assert config.optimizer.rule == rules.Ademamix(alpha=3.0, beta1=0.8)
+  assert config.optimizer.rule == update_rules.Ademamix(alpha=3.0, beta1=0.8)
 
 
 def test_of_the_same_flag_the_last_counts(monkeypatch):
   config = _parse(monkeypatch, f'{RULE}=lion', f'{RULE}=adafactor')
-  assert config.optimizer.rule == rules.Adafactor()
+  assert config.optimizer.rule == update_rules.Adafactor()
 
 
 def test_fields_have_the_types_of_their_values(monkeypatch):
@@ -61,7 +61,7 @@ def test_fields_have_the_types_of_their_values(monkeypatch):
     f'{RULE}.scale_by_parameter=false',
     f'{RULE}.min_factored_size=4',
   )
-  assert config.optimizer.rule == rules.Adafactor(
+  assert config.optimizer.rule == update_rules.Adafactor(
     scale_by_parameter=False, min_factored_size=4
   )
 

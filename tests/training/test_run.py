@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
-from storage import disk, layout
+from storage import disk, file_names
 from tests.helpers import tiny_models, tiny_run
 from training import (
   assemble,
@@ -34,7 +34,7 @@ _experiment, _run = tiny_run.experiment, tiny_run.run
 
 def _saved(workdir, step):
   """Returns every array of a checkpoint, and its progress."""
-  directory = workdir / layout.CHECKPOINTS / str(step)
+  directory = workdir / file_names.CHECKPOINTS / str(step)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   arrays = {}
   with ocp.StandardCheckpointer() as checkpointer:
@@ -88,11 +88,11 @@ def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   recorded = (workdir / 'run.json').read_bytes()
   # Newer code that finds nothing to do did not train these weights.
   monkeypatch.setattr(workdir_lib, '_code_commit', lambda: 'newer')
-  before = (workdir / layout.METRICS).read_bytes()
+  before = (workdir / file_names.METRICS).read_bytes()
   result, printed = _run(_experiment(corpus), workdir)
   assert result.step == 12
   assert 'is complete: step 12' in printed
-  assert (workdir / layout.METRICS).read_bytes() == before
+  assert (workdir / file_names.METRICS).read_bytes() == before
   assert (workdir / 'run.json').read_bytes() == recorded
 
 
@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   finally:
     reporter_lib.Reporter.add = real_add
   # What a kill in the middle of a line leaves behind.
-  with (tmp_path / layout.METRICS).open('a') as file:
+  with (tmp_path / file_names.METRICS).open('a') as file:
     file.write('{"kind": "train", "st')
   result, printed = _run(_experiment(corpus), tmp_path)
   assert result.step == 12

@@ -15,7 +15,7 @@ from storage import atomic, disk, locks
 from tests.helpers import tiny_run
 from training import experiment
 from training.checkpoints import workdir as workdir_lib
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 from training.reporting import goodput
 
 
@@ -117,7 +117,11 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   ('change', 'message'),
   [
     (
-      {'optimizer': chain.OptimizerConfig(rule=rules.Lion(), warmup_steps=2)},
+      {
+        'optimizer': chain.OptimizerConfig(
+          rule=update_rules.Lion(), warmup_steps=2
+        )
+      },
       r'was trained with another optimizer or model: .*optimizer.rule.type: got'
       r" '[\w.]*Lion', before '[\w.]*AdamW'.*; set back what changes"
       ' their state',

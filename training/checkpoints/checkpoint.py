@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
-from storage import layout
+from storage import file_names
 from training import experiment, state as state_lib
 from training.checkpoints import saving
 
@@ -90,7 +90,7 @@ class Checkpoints:
       identity: of the run, see `seals.identity`. Checkpoints of another run are
         refused.
     """
-    self._root = workdir.absolute() / layout.CHECKPOINTS
+    self._root = workdir.absolute() / file_names.CHECKPOINTS
     self._config = config
     self._identity = dict(identity or {})
     self._seals: dict[int, seals.Seal] = {}  # of usable checkpoints, by step
@@ -283,7 +283,7 @@ class Checkpoints:
       if processes.is_first():
         # Renamed first: a half deleted directory must not look like a
         # checkpoint.
-        doomed = self._root / f'{step}{layout.DELETED}'
+        doomed = self._root / f'{step}{file_names.DELETED}'
         (self._root / str(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -334,7 +334,7 @@ class Checkpoints:
           step, {name: _describe(restored[name])}, {name: leaves[name]}
         )
       fields = json.loads(
-        (directory / layout.PROGRESS).read_text(encoding='utf-8')
+        (directory / file_names.PROGRESS).read_text(encoding='utf-8')
       )
     key = jax.random.wrap_key_data(
       jnp.asarray(fields.pop('key_data'), jnp.uint32),

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from frozen import seals
 from parallel import processes
-from storage import atomic, digests, disk, layout
+from storage import atomic, digests, disk, file_names
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class Save:
 
   @property
   def _partial(self) -> pathlib.Path:
-    return self.root / f'{self.step}{layout.PARTIAL}'
+    return self.root / f'{self.step}{file_names.PARTIAL}'
 
   def start(self, items: Mapping[str, Any], progress: dict[str, Any]) -> None:
     """Copies the arrays off the devices and starts to write them.
@@ -58,7 +58,7 @@ class Save:
         for name in items:
           (self._partial / name).mkdir(parents=True)
         text = json.dumps(progress)
-        (self._partial / layout.PROGRESS).write_text(text, encoding='utf-8')
+        (self._partial / file_names.PROGRESS).write_text(text, encoding='utf-8')
 
     try:
       self._together(make_directories)

@@ -1,7 +1,7 @@
 """The workdir: the directory of one run, and the check that it belongs to it.
 
-`storage/layout.py` lists the files in it. `frozen/freeze.py` reads run.json,
-tokenizer/ and checkpoints/.
+`storage/file_names.py` lists the files in it. `frozen/freeze.py` reads
+run.json, tokenizer/ and checkpoints/.
 
 In a run of several processes the workdir is on a file system that they share.
 The first process writes all of it, except that each process writes its part of
@@ -22,7 +22,7 @@ import numpy as np
 
 from frozen import run_record, seals
 from parallel import processes
-from storage import atomic, layout, locks
+from storage import atomic, file_names, locks
 from training import experiment as experiment_lib
 
 # NFS may show an old directory for up to 30 s (acdirmin, by default). To wait
@@ -39,7 +39,7 @@ def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
   Raises:
     ValueError: the workdir belongs to another experiment, or has other files.
   """
-  if (workdir / layout.RUN).exists():
+  if (workdir / file_names.RUN).exists():
     if _has_checkpoints(workdir):
       _check_same(workdir, identity(experiment), _recorded(workdir))
   elif workdir.exists() and not workdir.is_dir():
@@ -56,13 +56,13 @@ def check(workdir: pathlib.Path, experiment: experiment_lib.Experiment) -> None:
 
 def _is_leftover(path: pathlib.Path) -> bool:
   """Returns whether a run that was killed before run.json leaves this path."""
-  if path.name == layout.CHECKPOINTS and path.is_dir():
+  if path.name == file_names.CHECKPOINTS and path.is_dir():
     return not any(path.iterdir())
-  if path.name == layout.TOKENIZER:
+  if path.name == file_names.TOKENIZER:
     # A tokenizer without a lock file was not made by a run.
-    return (path.parent / layout.LOCK).exists()
+    return (path.parent / file_names.LOCK).exists()
   return (
-    path.name == layout.LOCK
+    path.name == file_names.LOCK
     or path.name.startswith('.shared-')
     or atomic.is_leftover(path)
   )
@@ -86,21 +86,21 @@ def held(
     OSError: the workdir cannot be created.
   """
   is_new = not workdir.exists()
-  with locks.held(workdir / layout.LOCK, f'--workdir={workdir}', tell):
+  with locks.held(workdir / file_names.LOCK, f'--workdir={workdir}', tell):
     try:
       atomic.remove_leftovers(workdir)
       yield
     finally:
-      if not (workdir / layout.RUN).exists():
+      if not (workdir / file_names.RUN).exists():
         _clear(workdir, is_new=is_new)
 
 
 def _clear(workdir: pathlib.Path, *, is_new: bool) -> None:
   """Removes the files of a run that did not write run.json."""
-  shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
+  shutil.rmtree(workdir / file_names.TOKENIZER, ignore_errors=True)
   with contextlib.suppress(OSError):
     atomic.remove_leftovers(workdir)
-    (workdir / layout.LOCK).unlink(missing_ok=True)
+    (workdir / file_names.LOCK).unlink(missing_ok=True)
     if is_new:
       workdir.rmdir()
 
@@ -150,7 +150,7 @@ def prepare(workdir: pathlib.Path) -> None:
   An earlier start may have built it from other values of the experiment.
   """
   if not _has_checkpoints(workdir):
-    shutil.rmtree(workdir / layout.TOKENIZER, ignore_errors=True)
+    shutil.rmtree(workdir / file_names.TOKENIZER, ignore_errors=True)
 
 
 def record(
@@ -182,7 +182,7 @@ def record(
         {'from_row': phase['from_row'], 'weight': phase['weights'][i]}
         for phase in phases
       ]
-  atomic.write_text(workdir / layout.RUN, json.dumps(new, indent=2) + '\n')
+  atomic.write_text(workdir / file_names.RUN, json.dumps(new, indent=2) + '\n')
 
 
 def changes(
@@ -194,7 +194,7 @@ def changes(
   except FileNotFoundError:
     return []
   except (ValueError, KeyError, AttributeError):
-    return [f'{workdir / layout.RUN} cannot be read']
+    return [f'{workdir / file_names.RUN} cannot be read']
   now = _flat(experiment.to_dict())
   return [
     f'{name}: got {_short(now.get(name))}, before {_short(before.get(name))}'
@@ -233,7 +233,7 @@ def _recorded(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-  root = workdir / layout.CHECKPOINTS
+  root = workdir / file_names.CHECKPOINTS
   return bool(seals.steps(root) or seals.set_aside(root))
 
 
@@ -248,13 +248,13 @@ def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
   """Writes data.json: the data that this start trains and evaluates on."""
   text = json.dumps(described, indent=2) + '\n'
-  atomic.write_text(workdir / layout.DATA, text)
+  atomic.write_text(workdir / file_names.DATA, text)
 
 
 def evaluated_before(workdir: pathlib.Path) -> str:
   """Returns the digest of the evaluation tokens of the last start, or ''."""
   try:
-    text = (workdir / layout.DATA).read_text(encoding='utf-8')
+    text = (workdir / file_names.DATA).read_text(encoding='utf-8')
     return json.loads(text)['evaluation']['digest']
   except (OSError, ValueError, KeyError, TypeError):
     return ''

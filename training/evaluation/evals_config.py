@@ -12,7 +12,7 @@ KINDS = ('perplexity', 'choice')
 class EvalsConfig:
   """Tasks and their interval; read by `training/evaluation/tasks.py`."""
 
-  # perplexity:FILE and choice:FILE.jsonl, see evals/run.py.
+  # perplexity:FILE and choice:FILE.jsonl, see evals/evaluate.py.
   tasks: tuple[str, ...] = ()
   # Steps between measurements, a multiple of config.eval_every_steps. The last
   # step is always measured. 0: with every evaluation of the validation loss.

@@ -1,15 +1,15 @@
 """Evaluation tasks of a run, measured while it trains.
 
-They are the tasks of `evals/run.py` that score text. Each score is recorded
-with its standard error: two checkpoints that differ by less cannot be told
-apart.
+They are the tasks of `evals/evaluate.py` that score text. Each score is
+recorded with its standard error: two checkpoints that differ by less cannot be
+told apart.
 """
 
 from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
-from evals import options as options_lib, ports, run as evals_run
+from evals import evaluate, options as options_lib, ports
 from evals.results import scores
 from evals.tasks import task as task_lib
 from text import tokenizer as tokenizer_lib
@@ -28,7 +28,7 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[task_lib.Task, ...]:
       limit=config.limit,
       stride=config.stride if task.startswith('perplexity:') else 0,
     )
-    opened.append(evals_run.open_task(task, options))
+    opened.append(evaluate.open_task(task, options))
   return tuple(opened)
 
 

@@ -34,7 +34,7 @@ import sys
 import threading
 from typing import IO
 
-from storage import layout
+from storage import file_names
 from training.lifecycle import exit_codes
 
 # Environment variable with the process id of the supervisor.
@@ -66,9 +66,9 @@ class Seen:
   @classmethod
   def look(cls, workdir: pathlib.Path) -> 'Seen':
     """Returns the progress in a workdir, which need not exist yet."""
-    names = [path.name for path in (workdir / layout.CHECKPOINTS).glob('*')]
+    names = [path.name for path in (workdir / file_names.CHECKPOINTS).glob('*')]
     checkpoint = max(map(int, filter(str.isdigit, names)), default=None)
-    path = workdir / layout.METRICS
+    path = workdir / file_names.METRICS
     if not path.exists():
       return cls(checkpoint=checkpoint, step=0, metrics=())
     stat = path.stat()

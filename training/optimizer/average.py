@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from checks import expect
 from frozen import manifest
 from training import state as state_lib
-from training.optimizer import rules
+from training.optimizer import update_rules
 
 
 def update(
@@ -58,7 +58,7 @@ def update(
 
 
 def reader(
-  rule: rules.Rule, ema_decay: float
+  rule: update_rules.Rule, ema_decay: float
 ) -> Callable[[state_lib.TrainState], Any] | None:
   """Returns a function from a state to its averaged weights.
 
@@ -72,7 +72,7 @@ def reader(
   return None
 
 
-def validate(rule: rules.Rule, ema_decay: float, weights: str) -> None:
+def validate(rule: update_rules.Rule, ema_decay: float, weights: str) -> None:
   """Refuses a missing average, and two averages.
 
   Args:

@@ -28,7 +28,7 @@ import optax
 
 from checks import expect
 from models import model_config as model_config_lib, mup
-from training.optimizer import param_groups, rules, schedules
+from training.optimizer import param_groups, schedules, update_rules
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,8 +41,8 @@ class OptimizerConfig:
   # The rule and its hyper-parameters. As flags: --config.optimizer.rule=lion
   # picks a rule of `rules.RULES` with its defaults, and
   # --config.optimizer.rule.beta1=0.95 changes one of its fields.
-  rule: rules.Rule = dataclasses.field(
-    default=rules.AdamW(), metadata={'choices': rules.RULES}
+  rule: update_rules.Rule = dataclasses.field(
+    default=update_rules.AdamW(), metadata={'choices': update_rules.RULES}
   )
   peak_lr: float = 1e-3  # per step; of Muon, the rate of hidden matrices
   end_lr: float = 1e-4  # reached at the last step: linear | cosine | wsd
@@ -64,10 +64,10 @@ class OptimizerConfig:
     Args:
       num_steps: of the whole run.
     """
-    if not isinstance(self.rule, rules.Rule):
+    if not isinstance(self.rule, update_rules.Rule):
       raise ValueError(
         f'optimizer.rule: got {self.rule!r}, expected a rule of'
-        ' training/optimizer/rules.py, as AdamW(beta2=0.99)'
+        ' training/optimizer/update_rules.py, as AdamW(beta2=0.99)'
       )
     for name, allowed in (
       ('schedule', schedules.SCHEDULES),
@@ -75,11 +75,11 @@ class OptimizerConfig:
       ('weight_decay_mask', param_groups.DECAY_MASKS),
     ):
       expect.one_of(f'optimizer.{name}', getattr(self, name), allowed)
-    rules.require_positive('peak_lr', self.peak_lr)
+    update_rules.require_positive('peak_lr', self.peak_lr)
     for name in ('end_lr', 'weight_decay', 'clip_norm', 'warmup_steps'):
       value = getattr(self, name)
-      rules.require(value >= 0, name, value, '>= 0')
-      rules.require(math.isfinite(value), name, value, 'a finite number')
+      update_rules.require(value >= 0, name, value, '>= 0')
+      update_rules.require(math.isfinite(value), name, value, 'a finite number')
     self.rule.validate()
     param_groups.check_lr_multipliers(self.lr_multipliers)
     self._check_unused()
@@ -108,7 +108,7 @@ class OptimizerConfig:
         ' optimizer.schedule = constant'
       )
     if 'end_lr' in schedules.SCHEDULES[schedule]:
-      rules.require(
+      update_rules.require(
         self.end_lr <= self.peak_lr,
         'end_lr',
         self.end_lr,
@@ -121,14 +121,14 @@ class OptimizerConfig:
         f' {num_steps}'
       )
     if schedule == 'wsd':
-      rules.require(
+      update_rules.require(
         self.decay_steps > 0,
         'decay_steps',
         self.decay_steps,
         '> 0 with schedule wsd',
       )
     if schedule == 'inverse_sqrt':
-      rules.require(
+      update_rules.require(
         self.warmup_steps > 0,
         'warmup_steps',
         self.warmup_steps,

@@ -35,7 +35,7 @@ import time
 
 from absl import app, flags
 
-from storage import atomic, layout
+from storage import atomic, file_names
 
 STEPS = 'steps'
 # Part of the time of an attempt -> its name in the table for the user.
@@ -159,7 +159,7 @@ def report(told: Life) -> str:
 
 def read(workdir: pathlib.Path) -> list[Attempt]:
   """Returns the attempts of a run in order; none if there is no file."""
-  path = workdir / layout.GOODPUT
+  path = workdir / file_names.GOODPUT
   lines = path.read_text().splitlines() if path.exists() else []
   return [Attempt(**json.loads(line)) for line in lines]
 
@@ -265,7 +265,7 @@ class Goodput:
       json.dumps(dataclasses.asdict(attempt)) + '\n'
       for attempt in (*self._earlier, self._now)
     ]
-    path = self._workdir / layout.GOODPUT
+    path = self._workdir / file_names.GOODPUT
     with contextlib.suppress(OSError):
       # Not durable: the loop would wait for the disk once a second.
       atomic.write_text(path, ''.join(lines), durable=False)
@@ -307,7 +307,7 @@ def main(argv: Sequence[str]) -> None:
   attempts = read(workdir)
   if not attempts:
     sys.exit(
-      f'error: --workdir={workdir}: got no {layout.GOODPUT}, expected the'
+      f'error: --workdir={workdir}: got no {file_names.GOODPUT}, expected the'
       ' workdir of a run that has taken a step'
     )
   print(report(life(attempts)))

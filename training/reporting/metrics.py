@@ -11,7 +11,7 @@ import pathlib
 import threading
 from typing import Any
 
-from storage import atomic, layout
+from storage import atomic, file_names
 from training.reporting import journal
 
 
@@ -45,7 +45,7 @@ class Log:
     self._lock = threading.Lock()
     if workdir is None:
       return
-    path = workdir / layout.METRICS
+    path = workdir / file_names.METRICS
     path.touch()
     records = read(workdir)
     kept = [
@@ -62,7 +62,7 @@ class Log:
       atomic.write_text(path, ''.join(_line(record) for record in kept))
     self._journal = journal.Journal(path, tell)
     self._tensorboard = journal.TensorBoard(
-      workdir / layout.TENSORBOARD, purge_step=first_step + 1
+      workdir / file_names.TENSORBOARD, purge_step=first_step + 1
     )
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -103,7 +103,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: any other line is not a record.
   """
-  path = workdir / layout.METRICS
+  path = workdir / file_names.METRICS
   lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
   records = []
   for i, line in enumerate(lines[:-1], 1):

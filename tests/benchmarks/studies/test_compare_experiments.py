@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.studies import compare_experiments
-from training.optimizer import rules
+from training.optimizer import update_rules
 
 
 def _trained(losses, validation_loss):
@@ -74,7 +74,7 @@ def test_an_unknown_file_is_refused(tmp_path):
 
 def test_a_page_is_loaded_with_its_variant():
   muon = compare_experiments.load('experiments/muon_against_adamw.py:muon')
-  assert isinstance(muon.optimizer.rule, rules.Muon)
+  assert isinstance(muon.optimizer.rule, update_rules.Muon)
   cosine, wsd = (
     compare_experiments.load(f'experiments/wsd_against_cosine.py:{variant}')
     for variant in ('cosine', 'wsd')

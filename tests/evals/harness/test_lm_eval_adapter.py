@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from evals import encoding, options as options_lib, ports, run
+from evals import encoding, evaluate, options as options_lib, ports
 from models import transformer
 from tests.helpers import eval_models, no_network
 
@@ -340,7 +340,7 @@ def test_a_chat_is_rendered_and_the_last_turn_left_open():
 def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
   paths = _write_tasks(tmp_path)
   model = eval_models.model(max_length=400)
-  result = run.run(f'lm_eval:{paths[0]},{paths[2]}', model)
+  result = evaluate.run(f'lm_eval:{paths[0]},{paths[2]}', model)
   choice, rolling = result.groups
   assert (choice.name, rolling.name) == ('local_choice', 'local_rolling')
   assert choice.num_examples == len(choice.example_ids) == 24
@@ -358,7 +358,7 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
   words = rolling.score('word_perplexity')
   assert math.exp(np.mean(words.values)) == pytest.approx(words.value)
   # The kind `choice` of this project on the same file.
-  ours = run.run(f'choice:{tmp_path}/choice.jsonl', model)
+  ours = evaluate.run(f'choice:{tmp_path}/choice.jsonl', model)
   for name in ('acc', 'acc_norm', 'acc_bytes'):
     assert ours.score(name).values == choice.score(name).values
 
@@ -366,12 +366,12 @@ def test_tasks_run_by_name_and_keep_their_examples(tmp_path, offline):
 def test_a_limit_and_an_unknown_task(tmp_path, offline):
   path = _write_tasks(tmp_path)[0]
   options = options_lib.Options(limit=3)
-  result = run.run(
+  result = evaluate.run(
     f'lm_eval:{path}', eval_models.model(max_length=400), options
   )
   assert result.groups[0].num_examples == 3
   with pytest.raises(ValueError, match='expected names of its tasks'):
-    run.open_task(f'lm_eval:{tmp_path}/none.yaml')
+    evaluate.open_task(f'lm_eval:{tmp_path}/none.yaml')
 
 
 def test_a_score_of_many_parts_keeps_them_only_if_they_give_it():

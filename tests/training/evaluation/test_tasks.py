@@ -11,7 +11,7 @@ import jax
 from ml_collections import config_flags as ml_config_flags
 import pytest
 
-from evals import ports, run as evals_run
+from evals import evaluate, ports
 from frozen import format as frozen_format
 from models import transformer
 from tests.helpers import no_network, tiny_models, tiny_run
@@ -66,7 +66,7 @@ def test_a_run_records_scores_with_their_errors(corpus, tasks, tmp_path):
   model = ports.Model(
     tokenizer=tokenizer, max_length=16, logprob_fn=net.score, adds_bos=True
   )
-  result = evals_run.run(tasks[1], model)
+  result = evaluate.run(tasks[1], model)
   assert result.score('acc').value == last['choice_words/acc']
   # float32, as in tests/training/evaluation/test_model_port.py.
   assert result.score('nll').value == pytest.approx(

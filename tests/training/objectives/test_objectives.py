@@ -19,7 +19,7 @@ from data import data_config, sources
 from frozen import format as frozen_format, freeze
 from models import layout, transformer
 from parallel import parallel_config
-from storage import layout as layout_lib
+from storage import file_names
 from tests.helpers import frozen_dirs, tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.objectives import next_token, port
@@ -368,7 +368,7 @@ def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
       'path': source.path,
     },
   }
-  saved = workdir / layout_lib.CHECKPOINTS / '4'
+  saved = workdir / file_names.CHECKPOINTS / '4'
   assert {path.name for path in saved.iterdir() if path.is_dir()} == {
     'params',
     'opt_state',
@@ -377,7 +377,7 @@ def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
   tiny_run.run(experiment, workdir)
   tiny_run.run(experiment, tmp_path / 'whole')
   params, whole = (
-    freeze._restore_params(d / layout_lib.CHECKPOINTS / '8' / 'params')
+    freeze._restore_params(d / file_names.CHECKPOINTS / '8' / 'params')
     for d in (workdir, tmp_path / 'whole')
   )
   jax.tree.map(np.testing.assert_array_equal, params, whole)

@@ -11,10 +11,10 @@ import pytest
 
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
-from storage import layout
+from storage import file_names
 from tests.helpers import tiny_experiment, tiny_models, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
-from training.optimizer import average, chain, rules
+from training.optimizer import average, chain, update_rules
 from training.planning import memory
 from training.reporting import metrics
 
@@ -49,26 +49,26 @@ def test_a_skipped_step_is_no_part_of_it():
   ('rule', 'decay', 'weights', 'message'),
   [
     (
-      rules.AdamW(),
+      update_rules.AdamW(),
       1.0,
       'auto',
       'config.ema_decay: got 1.0, expected 0 <= ema_decay < 1',
     ),
-    (rules.AdamW(), np.nan, 'auto', 'config.ema_decay: got nan'),
+    (update_rules.AdamW(), np.nan, 'auto', 'config.ema_decay: got nan'),
     (
-      rules.ScheduleFree(),
+      update_rules.ScheduleFree(),
       0.9,
       'auto',
       'config.ema_decay: got 0.9 with rule ScheduleFree, expected 0',
     ),
     (
-      rules.AdamW(),
+      update_rules.AdamW(),
       0.9,
       'best',
       "freeze.weights: got 'best', expected one of auto, raw",
     ),
     (
-      rules.AdamW(),
+      update_rules.AdamW(),
       0.0,
       'average',
       'freeze.weights: got average of a run that keeps none',
@@ -166,7 +166,7 @@ def _run(experiment, workdir):
 
 def _item(workdir, step, item):
   """Returns an item of a checkpoint, on one device."""
-  path = workdir / layout.CHECKPOINTS / str(step) / item
+  path = workdir / file_names.CHECKPOINTS / str(step) / item
   return freeze._restore_params(path)
 
 
@@ -203,7 +203,7 @@ def test_the_average_is_evaluated_saved_and_frozen(whole_run):
 def test_a_checkpoint_is_judged_by_what_would_be_frozen(whole_run):
   workdir, _ = whole_run
   evals = [r for r in metrics.read(workdir) if r['kind'] == 'eval']
-  seal = seals.read(workdir / layout.CHECKPOINTS / '4')
+  seal = seals.read(workdir / file_names.CHECKPOINTS / '4')
   assert seal.eval_loss == evals[-1]['average_loss']
 
 
@@ -225,7 +225,7 @@ def test_a_resumed_run_keeps_the_same_average(whole_run, corpus, tmp_path):
 def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
   """It begins with the weights of the step that the run goes on from."""
   _run(_experiment(corpus, num_steps=2, ema_decay=0.0), tmp_path)
-  assert not (tmp_path / layout.CHECKPOINTS / '2' / 'average').exists()
+  assert not (tmp_path / file_names.CHECKPOINTS / '2' / 'average').exists()
   start = _item(tmp_path, 2, 'params')
   with pytest.raises(ValueError, match='got average, but .* has none'):
     freeze.freeze_checkpoint(tmp_path, out=tmp_path / 'no', weights='average')
@@ -242,7 +242,7 @@ def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
     _item(tmp_path, 3, 'params'),
   )
   _run(_experiment(corpus, ema_decay=0.0), tmp_path)
-  assert not (tmp_path / layout.CHECKPOINTS / '4' / 'average').exists()
+  assert not (tmp_path / file_names.CHECKPOINTS / '4' / 'average').exists()
   assert frozen_format.read(tmp_path / 'frozen').manifest.weights == 'raw'
 
 
@@ -250,7 +250,10 @@ def test_an_average_may_begin_and_end_with_any_start(corpus, tmp_path):
 @pytest.mark.parametrize('kind', ['mesh', 'pmap'])
 def test_a_schedule_free_run_serves_its_average(corpus, tmp_path, kind):
   optimizer = chain.OptimizerConfig(
-    rule=rules.ScheduleFree(), schedule='constant', warmup_steps=0, peak_lr=1e-2
+    rule=update_rules.ScheduleFree(),
+    schedule='constant',
+    warmup_steps=0,
+    peak_lr=1e-2,
   )
   experiment = _experiment(
     corpus,

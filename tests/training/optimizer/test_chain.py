@@ -13,7 +13,7 @@ from models import transformer
 from tests.helpers import tiny_models
 from training import state as state_lib, step as step_lib
 from training.objectives import next_token
-from training.optimizer import chain, param_groups, rules
+from training.optimizer import chain, param_groups, update_rules
 
 Config = chain.OptimizerConfig
 STEPS = 50
@@ -22,9 +22,9 @@ MODEL = tiny_models.llama_like()
 PLAIN = {
   'schedule': 'constant', 'warmup_steps': 0, 'peak_lr': 0.1, 'clip_norm': 0.0,
 }  # fmt: skip
-RULES = {name: rule() for name, rule in rules.RULES.items()} | {
-  'muon': rules.Muon(adam_peak_lr=0.02),
-  'ademamix': rules.Ademamix(beta3=0.99),
+RULES = {name: rule() for name, rule in update_rules.RULES.items()} | {
+  'muon': update_rules.Muon(adam_peak_lr=0.02),
+  'ademamix': update_rules.Ademamix(beta3=0.99),
 }
 every_optimizer = pytest.mark.parametrize('name', RULES)
 
@@ -126,7 +126,7 @@ def test_what_is_frozen_is_not_counted_by_clipping():
 
 def test_frozen_parameters_are_served_as_they_are():
   config = Config(
-    **PLAIN, rule=rules.ScheduleFree(), lr_multipliers=(('embed/', 0.0),)
+    **PLAIN, rule=update_rules.ScheduleFree(), lr_multipliers=(('embed/', 0.0),)
   )
   params = _params()
   optimizer = chain.make_optimizer(config, STEPS, MODEL, params)
@@ -154,7 +154,7 @@ def test_mup_scales_the_steps_of_hidden_matrices_but_not_muons(name):
       match='scale_by_parameter: got True with model.mup_base_width = 6',
     ):
       _first_updates(grads, **fields, model=model)
-    fields['rule'] = rules.Adafactor(scale_by_parameter=False)
+    fields['rule'] = update_rules.Adafactor(scale_by_parameter=False)
   plain = _first_updates(grads, **fields)
   scaled = _first_updates(grads, **fields, model=model)
   expected = 1.0 if name == 'muon' else 0.25
@@ -164,7 +164,7 @@ def test_mup_scales_the_steps_of_hidden_matrices_but_not_muons(name):
 
 def test_muon_without_a_matrix_to_orthogonalise_is_refused():
   config = Config(
-    **PLAIN, rule=rules.Muon(), lr_multipliers=(('attention', 0.0),)
+    **PLAIN, rule=update_rules.Muon(), lr_multipliers=(('attention', 0.0),)
   )
   with pytest.raises(
     ValueError, match='optimizer.rule: got Muon without any matrix of atten'
@@ -178,7 +178,7 @@ def test_the_chain_is_adamw():
   grads = jax.tree.map(
     lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape)), params
   )
-  rule = rules.AdamW()
+  rule = update_rules.AdamW()
   config = Config(rule=rule, warmup_steps=2, clip_norm=0.5)
   ours = chain.make_optimizer(config, STEPS, MODEL, params)
   theirs = optax.chain(
@@ -285,16 +285,19 @@ def test_the_known_optimum_is_reached(name):
       "optimizer.rule: got 'sgd', expected a rule of .*, as AdamW",
     ),
     (
-      {'rule': rules.AdamW(beta2=1.0)},
+      {'rule': update_rules.AdamW(beta2=1.0)},
       'rule.beta2: got 1.0, expected 0 <= beta < 1',
     ),
     (
-      {'rule': rules.AdamW(beta1=-0.1)},
+      {'rule': update_rules.AdamW(beta1=-0.1)},
       'rule.beta1: got -0.1, expected 0 <= beta < 1',
     ),
-    ({'rule': rules.AdamW(epsilon=0.0)}, 'epsilon: got 0.0, expected > 0'),
     (
-      {'rule': rules.AdamW(epsilon=math.inf)},
+      {'rule': update_rules.AdamW(epsilon=0.0)},
+      'epsilon: got 0.0, expected > 0',
+    ),
+    (
+      {'rule': update_rules.AdamW(epsilon=math.inf)},
       'epsilon: got inf, expected a finite number',
     ),
     ({'peak_lr': 0.0}, 'peak_lr: got 0.0, expected > 0'),
@@ -309,47 +312,47 @@ def test_the_known_optimum_is_reached(name):
       r"got \('a', -1\) in .*, expected pairs",
     ),
     (
-      {'rule': rules.AdamW(state_dtype='float16')},
+      {'rule': update_rules.AdamW(state_dtype='float16')},
       "state_dtype: got 'float16', expected one of float32",
     ),
     (
-      {'rule': rules.AdamW(state_dtype='bfloat16', beta2=0.999)},
+      {'rule': update_rules.AdamW(state_dtype='bfloat16', beta2=0.999)},
       'beta2: got 0.999 with state_dtype = bfloat16, expected at most 0.99609',
     ),
     (
-      {'rule': rules.AdamW(state_dtype='bfloat16', beta1=0.997)},
+      {'rule': update_rules.AdamW(state_dtype='bfloat16', beta1=0.997)},
       'beta1: got 0.997 with state_dtype = bfloat16',
     ),
     (
-      {'rule': rules.Muon(state_dtype='bfloat16', momentum=0.999)},
+      {'rule': update_rules.Muon(state_dtype='bfloat16', momentum=0.999)},
       'rule.momentum: got 0.999 with state_dtype = bfloat16',
     ),
     (
-      {'rule': rules.Ademamix(state_dtype='bfloat16')},
+      {'rule': update_rules.Ademamix(state_dtype='bfloat16')},
       'rule.beta3: got 0.9999 with state_dtype = bfloat16',
     ),
     (
-      {'rule': rules.Muon(momentum=1.0)},
+      {'rule': update_rules.Muon(momentum=1.0)},
       'rule.momentum: got 1.0, expected 0 <= beta < 1',
     ),
     (
-      {'rule': rules.Muon(adam_peak_lr=0.0)},
+      {'rule': update_rules.Muon(adam_peak_lr=0.0)},
       'rule.adam_peak_lr: got 0.0, expected > 0',
     ),
     (
-      {'rule': rules.Muon(newton_schulz_steps=0)},
+      {'rule': update_rules.Muon(newton_schulz_steps=0)},
       'rule.newton_schulz_steps: got 0, expected > 0',
     ),
     (
-      {'rule': rules.Ademamix(beta3=0.0)},
+      {'rule': update_rules.Ademamix(beta3=0.0)},
       'rule.beta3: got 0.0, expected > 0',
     ),
     (
-      {'rule': rules.ScheduleFree()},
+      {'rule': update_rules.ScheduleFree()},
       "schedule: got 'cosine' with rule ScheduleFree, expected constant",
     ),
     (
-      {'rule': rules.ScheduleFree(beta1=0.0), 'schedule': 'constant'},
+      {'rule': update_rules.ScheduleFree(beta1=0.0), 'schedule': 'constant'},
       'beta1: got 0.0, expected > 0',
     ),
   ],
@@ -368,7 +371,9 @@ def _learner(state_dtype):
   model = transformer.Transformer(tiny_models.llama_like(scan_layers=True))
   optimizer = chain.make_optimizer(
     Config(
-      rule=rules.AdamW(state_dtype=state_dtype), warmup_steps=2, peak_lr=1e-2
+      rule=update_rules.AdamW(state_dtype=state_dtype),
+      warmup_steps=2,
+      peak_lr=1e-2,
     ),
     STEPS,
     model.config,

@@ -17,7 +17,7 @@ from parallel import parallel_config, placement as placement_lib
 from tests.helpers import tiny_models
 from training import experiment, state as state_lib
 from training.checkpoints import checkpoint
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 STEPS = 300
 # Every size divides by the mesh axes below; the queries' matrix is square.
@@ -31,20 +31,20 @@ MODEL = tiny_models.mixture(
   expert_width=16,
   num_shared_experts=0,
 )
-_FACTORED = rules.Adafactor(min_factored_size=8)
+_FACTORED = update_rules.Adafactor(min_factored_size=8)
 _CONSTANT = {'schedule': 'constant'}
 
 # Per row: fields, and bytes of the state per byte of the parameters, where that
 # does not depend on their shapes.
 TABLE = {
   'adamw': ({}, 2),
-  'adamw bfloat16': ({'rule': rules.AdamW(state_dtype='bfloat16')}, 1),
-  'muon': ({'rule': rules.Muon(), 'peak_lr': 2e-2}, None),
+  'adamw bfloat16': ({'rule': update_rules.AdamW(state_dtype='bfloat16')}, 1),
+  'muon': ({'rule': update_rules.Muon(), 'peak_lr': 2e-2}, None),
   'adafactor': ({'rule': _FACTORED}, None),
-  'lion': ({'rule': rules.Lion()}, 1),
-  'lion bfloat16': ({'rule': rules.Lion(state_dtype='bfloat16')}, 0.5),
-  'schedule_free': ({'rule': rules.ScheduleFree()} | _CONSTANT, 2),
-  'ademamix': ({'rule': rules.Ademamix()}, 3),
+  'lion': ({'rule': update_rules.Lion()}, 1),
+  'lion bfloat16': ({'rule': update_rules.Lion(state_dtype='bfloat16')}, 0.5),
+  'schedule_free': ({'rule': update_rules.ScheduleFree()} | _CONSTANT, 2),
+  'ademamix': ({'rule': update_rules.Ademamix()}, 3),
   'frozen': ({'lr_multipliers': (('embed/', 0.0),)}, None),
 }
 every_optimizer = pytest.mark.parametrize('row', TABLE)
@@ -129,7 +129,9 @@ def _num_bytes(tree):
 
 
 def test_the_table_has_every_optimizer():
-  assert {type(_config(row).rule) for row in TABLE} == set(rules.RULES.values())
+  assert {type(_config(row).rule) for row in TABLE} == set(
+    update_rules.RULES.values()
+  )
 
 
 @every_optimizer

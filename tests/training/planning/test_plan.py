@@ -17,7 +17,7 @@ from models import flops, transformer
 from parallel import parallel_config
 from tests.helpers import commands, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 from training.planning import memory, plan as plan_lib, remedy as remedy_lib
 
 
@@ -48,7 +48,7 @@ def test_state_bytes_are_those_of_a_real_state(name):
   experiment = _experiment(parallel=parallel)
   # With the default, matrices of this size would be kept whole, as AdamW's are.
   fields = {'min_factored_size': 4} if name == 'adafactor' else {}
-  experiment.optimizer.rule = rules.RULES[name](**fields)
+  experiment.optimizer.rule = update_rules.RULES[name](**fields)
   learner = learner_lib.make(experiment)
   state = learner.init(jax.random.key(0))
   device = learner.placement.devices[0]
@@ -83,7 +83,7 @@ def test_the_update_of_muon_is_in_the_formula(parallel):
   experiment = _experiment(
     parallel=parallel, model=model, remat='full', compute_dtype='bfloat16'
   )
-  experiment.optimizer.rule = rules.Muon()
+  experiment.optimizer.rule = update_rules.Muon()
   learner = learner_lib.make(experiment)
   compiled = learner.placement.lower_train(
     learner.build_train_step, learner.batch_shapes()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from storage import layout
+from storage import file_names
 from training.reporting import journal, metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -85,7 +85,7 @@ def test_a_full_disk_does_not_stop_tensorboard_or_the_run():
 
 
 def test_a_damaged_metrics_file_is_named(tmp_path):
-  (tmp_path / layout.METRICS).write_text(
+  (tmp_path / file_names.METRICS).write_text(
     '{"kind": "train", "step": 1}\n{"kind": "tr\x00in", "step": 2}\n'
   )
   with pytest.raises(

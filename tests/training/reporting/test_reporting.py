@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from storage import layout
+from storage import file_names
 from tests.helpers import commands, tiny_models
 from training import flags as flags_lib
 from training.evaluation import validation
@@ -24,7 +24,7 @@ def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
   for step in (1, 2, 3):
     log.write('train', step, {'loss': 1.0 / step})
   log.close()
-  with (tmp_path / layout.METRICS).open('a') as file:
+  with (tmp_path / file_names.METRICS).open('a') as file:
     file.write('{"kind": "tr')  # cut short by a kill
   log = metrics.Log(tmp_path, first_step=2)
   log.write('train', 3, {'loss': 0.5})
@@ -195,5 +195,5 @@ def test_records_are_json(tmp_path):
   log = metrics.Log(tmp_path, first_step=0)
   log.write('eval', 5, {'loss': 1.5})
   log.close()
-  text = (tmp_path / layout.METRICS).read_text()
+  text = (tmp_path / file_names.METRICS).read_text()
   assert json.loads(text) == {'kind': 'eval', 'step': 5, 'loss': 1.5}

@@ -12,7 +12,7 @@ import pytest
 from models import axes, transformer
 from tests.helpers import tiny_models
 from training import state as state_lib
-from training.optimizer import chain, rules
+from training.optimizer import chain, update_rules
 
 Config = chain.OptimizerConfig
 MODEL = tiny_models.llama_like()
@@ -107,15 +107,15 @@ def _adafactor(gradients):
 @pytest.mark.parametrize(
   ('rule', 'oracle'),
   [
-    (rules.AdamW(), _adam),
-    (rules.Lion(beta2=0.99), _lion),
-    (rules.Ademamix(beta3=0.99), _ademamix),
+    (update_rules.AdamW(), _adam),
+    (update_rules.Lion(beta2=0.99), _lion),
+    (update_rules.Ademamix(beta3=0.99), _ademamix),
     (
-      rules.Adafactor(min_factored_size=4, scale_by_parameter=False),
+      update_rules.Adafactor(min_factored_size=4, scale_by_parameter=False),
       _adafactor,
     ),
   ],
-  ids=lambda value: type(value).__name__ * isinstance(value, rules.Rule),
+  ids=lambda value: type(value).__name__ * isinstance(value, update_rules.Rule),
 )
 def test_steps_are_those_of_the_paper(rule, oracle):
   gradients = _gradients()
@@ -127,9 +127,13 @@ def test_steps_are_those_of_the_paper(rule, oracle):
 def test_adafactor_relative_to_the_parameter_is_scaled_by_its_rms():
   start = _gradients(1, seed=7)[0]
   (absolute,), *_ = _run(
-    _gradients(1), start=start, rule=rules.Adafactor(scale_by_parameter=False)
+    _gradients(1),
+    start=start,
+    rule=update_rules.Adafactor(scale_by_parameter=False),
   )
-  (relative,), *_ = _run(_gradients(1), start=start, rule=rules.Adafactor())
+  (relative,), *_ = _run(
+    _gradients(1), start=start, rule=update_rules.Adafactor()
+  )
   np.testing.assert_allclose(
     relative - start,
     (absolute - start) * np.sqrt((start**2).mean()),
@@ -143,8 +147,8 @@ def test_schedule_free_is_its_recursion():
   warmup, peak = 2, 0.5
   start, gradients = _gradients(1, seed=7)[0], _gradients(5)
   config = {
-    'rule': rules.ScheduleFree(), 'warmup_steps': warmup, 'peak_lr': peak,
-    'weight_decay': decay,
+    'rule': update_rules.ScheduleFree(), 'warmup_steps': warmup,
+    'peak_lr': peak, 'weight_decay': decay,
   }  # fmt: skip
   found, state, params = _run(gradients, start=start, **config)
   x = y = z = start
@@ -160,22 +164,26 @@ def test_schedule_free_is_its_recursion():
     x = (1 - share) * x + share * z
     y = (1 - beta1) * z + beta1 * x
     np.testing.assert_allclose(y_found, y, atol=2e-5)
-  average = rules.ScheduleFree().average(state, params)
+  average = update_rules.ScheduleFree().average(state, params)
   np.testing.assert_allclose(_matrix(average), x, atol=5e-5)
 
 
 def test_only_schedule_free_has_other_parameters_to_evaluate():
   _, state, params = _run(_gradients(1))
-  keeping = [name for name, rule in rules.RULES.items() if rule.keeps_average]
+  keeping = [
+    name for name, rule in update_rules.RULES.items() if rule.keeps_average
+  ]
   assert keeping == ['schedule_free']
   with pytest.raises(NotImplementedError, match='AdamW keeps no average'):
-    rules.AdamW().average(state, params)
+    update_rules.AdamW().average(state, params)
 
 
 @pytest.mark.parametrize('shape', [(8, 12), (24, 8)])
 def test_muon_orthogonalises(shape):
   gradient = np.random.default_rng(0).normal(size=shape)
-  (found,), *_ = _run([gradient], start=np.zeros(shape), rule=rules.Muon())
+  (found,), *_ = _run(
+    [gradient], start=np.zeros(shape), rule=update_rules.Muon()
+  )
   # Five iterations bring singular values to within about 0.3 of 1 (Jordan et
   # al.), scaled by the root of out / in where that is larger than 1.
   scale = max(1, shape[1] / shape[0]) ** 0.5
@@ -192,8 +200,8 @@ def test_muon_orthogonalises(shape):
 _STACKED = tiny_models.mixture(scan_layers=True, num_experts=3)
 # The others go number by number: there are no matrices to tell apart.
 _STACK_FIELDS = {
-  'muon': {'rule': rules.Muon()},
-  'adafactor': {'rule': rules.Adafactor(min_factored_size=4)},
+  'muon': {'rule': update_rules.Muon()},
+  'adafactor': {'rule': update_rules.Adafactor(min_factored_size=4)},
 }
 
 
@@ -278,7 +286,7 @@ def test_the_axes_of_factored_moments_are_the_ones_that_remain(shape):
   }
   config = Config(
     **_BARE,
-    rule=rules.Adafactor(min_factored_size=4),
+    rule=update_rules.Adafactor(min_factored_size=4),
   )
   optimizer = chain.make_optimizer(config, STEPS, MODEL, params)
   state = state_lib.TrainState(

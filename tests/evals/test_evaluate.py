@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from evals import options as options_lib, run
+from evals import evaluate, options as options_lib
 from evals.results import report, scores
 from evals.tasks import task as task_lib
 from storage import digests
@@ -33,7 +33,7 @@ def files(tmp_path):
 def test_perplexity_by_name(files):
   task = f'perplexity:{files}/text.txt'
   model = eval_models.model(description={'name': 'table'})
-  result = run.run(task, model, options_lib.Options(stride=8))
+  result = evaluate.run(task, model, options_lib.Options(stride=8))
   assert result.task == task
   assert result.model == {'name': 'table'}
   assert result.options['stride'] == 8
@@ -45,7 +45,7 @@ def test_perplexity_by_name(files):
 
 
 def test_choices_by_name(files):
-  result = run.run(
+  result = evaluate.run(
     f'choice:{files}/choice.jsonl',
     eval_models.model(),
     options_lib.Options(limit=3),
@@ -60,7 +60,7 @@ def test_generation_by_name(files):
   model = eval_models.model(
     max_length=64, sample_fn=eval_models.writer([['a', 'b']] * 4, seen=seen)
   )
-  result = run.run(
+  result = evaluate.run(
     f'generate:{files}/generate.jsonl',
     model,
     options_lib.Options(max_tokens=4, temperature=0.5, num_samples=2, seed=3),
@@ -76,13 +76,13 @@ def test_gsm8k_by_name(files):
   options = options_lib.Options(
     max_tokens=16, num_fewshot=2, fewshot_path=f'{files}/gsm8k.jsonl'
   )
-  result = run.run(f'gsm8k:{files}/gsm8k.jsonl', model, options)
+  result = evaluate.run(f'gsm8k:{files}/gsm8k.jsonl', model, options)
   assert result.score('exact_match').values == (1.0, 0.0, 0.0, 0.0)
   assert result.score('exact_match_last').value == 0.5
 
 
 def test_a_task_is_read_once_for_many_models(files):
-  task = run.open_task(f'choice:{files}/choice.jsonl')
+  task = evaluate.open_task(f'choice:{files}/choice.jsonl')
   (files / 'choice.jsonl').unlink()
   assert task.run(eval_models.model()) == task.run(eval_models.model())
 
@@ -90,7 +90,7 @@ def test_a_task_is_read_once_for_many_models(files):
 @pytest.mark.parametrize('task', ['perplexity', 'perplexity:', 'x:y', '', 'a'])
 def test_a_name_that_is_no_task_is_refused(task):
   with pytest.raises(ValueError, match='expected KIND:FILE, where KIND is one'):
-    run.open_task(task)
+    evaluate.open_task(task)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_options_out_of_range_are_refused(fields, words):
 def test_an_option_that_would_be_ignored_is_refused(kind, fields):
   (name,) = fields
   with pytest.raises(ValueError, match=f'{name}: got .* of kind {kind}'):
-    run.open_task(f'{kind}:a.jsonl', options_lib.Options(**fields))
+    evaluate.open_task(f'{kind}:a.jsonl', options_lib.Options(**fields))
 
 
-@pytest.mark.parametrize('kind', [k for k in run.KINDS if k != 'lm_eval'])
+@pytest.mark.parametrize('kind', [k for k in evaluate.KINDS if k != 'lm_eval'])
 def test_a_file_that_is_missing_is_named(kind, tmp_path):
   path = tmp_path / 'none.jsonl'
   with pytest.raises(FileNotFoundError, match=f'^{path}: got no such file'):
-    run.open_task(f'{kind}:{path}')
+    evaluate.open_task(f'{kind}:{path}')
 
 
 def test_a_new_kind_is_a_class_and_a_line(files, monkeypatch):
@@ -148,28 +148,28 @@ def test_a_new_kind_is_a_class_and_a_line(files, monkeypatch):
         scores.Group(name='lengths', scores=(score,), num_examples=len(values)),
       )
 
-  monkeypatch.setattr(run, 'KINDS', {**run.KINDS, 'lengths': Lengths})
+  monkeypatch.setattr(evaluate, 'KINDS', {**evaluate.KINDS, 'lengths': Lengths})
   (files / 'words').write_text('a\nbcd\nefghi')
   options = options_lib.Options(limit=2)
-  result = run.run('lengths:words', eval_models.model(), options)
+  result = evaluate.run('lengths:words', eval_models.model(), options)
   assert (result.task, result.score('length').value) == ('lengths:words', 2.0)
   assert result.options['limit'] == 2
   with pytest.raises(ValueError, match='chat: .* of kind lengths, .* generate'):
-    run.open_task('lengths:words', options_lib.Options(chat=True))
+    evaluate.open_task('lengths:words', options_lib.Options(chat=True))
   with pytest.raises(ValueError, match='KIND is one .*, lengths, as in'):
-    run.open_task('lengthy:words')
+    evaluate.open_task('lengthy:words')
 
 
 def test_every_kind_reads_options_that_exist():
   names = {field.name for field in dataclasses.fields(options_lib.Options)}
-  read = [set(kind.READS) for kind in run.KINDS.values()]
+  read = [set(kind.READS) for kind in evaluate.KINDS.values()]
   assert all(each <= names for each in read)
   assert set.union(*read) == names
 
 
 def test_a_model_that_cannot_is_refused(files):
   with pytest.raises(ValueError, match='sample_fn: got none'):
-    run.run(
+    evaluate.run(
       f'gsm8k:{files}/gsm8k.jsonl',
       eval_models.model(max_length=600),
     )
@@ -181,4 +181,4 @@ def test_lm_eval_is_asked_for_where_it_is_not_installed(monkeypatch):
   monkeypatch.delitem(sys.modules, 'evals.harness.lm_eval_tasks', raising=False)
   monkeypatch.delattr('evals.harness.lm_eval_tasks', raising=False)
   with pytest.raises(ModuleNotFoundError, match='requirements-eval.txt'):
-    run.open_task('lm_eval:arc_easy')
+    evaluate.open_task('lm_eval:arc_easy')

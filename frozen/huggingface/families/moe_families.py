@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from frozen.huggingface.families import dense, fields as fields_lib, rope_fields
+from frozen.huggingface.families import (
+  dense_families,
+  fields as fields_lib,
+  rope_fields,
+)
 from models import model_config
 
 Fields = fields_lib.Fields
@@ -12,12 +16,12 @@ ModelConfig = model_config.ModelConfig
 def read_mixtral(fields: Fields) -> ModelConfig:
   """Mixtral: Mistral with experts in place of the MLP."""
   fields.expect('hidden_act', 'silu', 'swish')
-  found = dense.sizes(fields, kv_heads=8, epsilon=1e-5)
+  found = dense_families.sizes(fields, kv_heads=8, epsilon=1e-5)
   rope = rope_fields.read(fields, rope_fields.Family(1_000_000.0))
   expert_width = found.pop('mlp_width')
   return ModelConfig(
     **found,
-    **dense.rotary(fields, rope, found['head_width']),
+    **dense_families.rotary(fields, rope, found['head_width']),
     mlp_width=0,
     window=fields.count('sliding_window', None),
     num_experts=fields.count('num_local_experts', 8),
@@ -28,7 +32,7 @@ def read_mixtral(fields: Fields) -> ModelConfig:
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that `read_mixtral` reads."""
-  return dense.write_sizes(config) | {
+  return dense_families.write_sizes(config) | {
     'intermediate_size': config.expert_width,
     'sliding_window': config.window or None,
     'num_local_experts': config.num_experts,
@@ -39,7 +43,7 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
 def read_qwen3_moe(fields: Fields) -> ModelConfig:
   """Qwen 3 with experts; the first layers may be dense."""
   fields.expect('hidden_act', 'silu', 'swish')
-  found = dense.sizes(fields, kv_heads=4)
+  found = dense_families.sizes(fields, kv_heads=4)
   found |= _experts(fields, found)
   fields.get('max_window_layers', None)  # transformers ignores it here
   window = 0
@@ -48,9 +52,11 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   fields.get('sliding_window', None)
   return ModelConfig(
     **found,
-    **dense.rotary(fields, rope_fields.read(fields), found['head_width']),
+    **dense_families.rotary(
+      fields, rope_fields.read(fields), found['head_width']
+    ),
     window=window,
-    **dense.attention_bias(fields),
+    **dense_families.attention_bias(fields),
     qk_norm=True,
   )
 
@@ -76,7 +82,7 @@ def _experts(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that `read_qwen3_moe` reads."""
-  return dense.write_sizes(config) | {
+  return dense_families.write_sizes(config) | {
     # Written even if no layer is dense.
     'intermediate_size': config.mlp_width or config.expert_width,
     'mlp_only_layers': list(range(config.num_dense_layers)),
@@ -106,7 +112,7 @@ def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
   # In these families, head_dim is the width of the rotated part.
   fields.expect('head_dim', None, rotary_width)
   fields.expect('qk_head_dim', None, rotary_width + others)
-  found = dense.sizes(fields, head_width=rotary_width) | {
+  found = dense_families.sizes(fields, head_width=rotary_width) | {
     'head_width': rotary_width + others
   }
   rope = rope_fields.read(fields)
@@ -117,7 +123,7 @@ def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
   dense_layers = fields.count('first_k_dense_replace')
   return (
     found
-    | dense.attention_bias(fields)
+    | dense_families.attention_bias(fields)
     | {
       'rope_base': rope.base,
       'rope_scaling': rope.scaling,
@@ -188,7 +194,7 @@ def read_deepseek_v3(fields: Fields) -> ModelConfig:
 
 
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
-  written = dense.write_sizes(config) | {
+  written = dense_families.write_sizes(config) | {
     'intermediate_size': config.mlp_width or config.expert_width,
     'qk_rope_head_dim': config.rotary_width,
     'qk_nope_head_dim': config.head_width - config.rotary_width,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from inference import chat, generate
+from inference import generate, terminal_chat
 from inference.engine import engine_config
 from tests.helpers import frozen_dirs, hf_files
 from text import hf_tokenizer
@@ -19,7 +19,7 @@ def _talk(generator, lines, **chosen):
       raise EOFError
     return line
 
-  chat.run(generator, chosen, read=read, write=written.append)
+  terminal_chat.run(generator, chosen, read=read, write=written.append)
   return ''.join(written)
 
 
@@ -95,7 +95,7 @@ def test_a_template_of_the_model_is_used(generator, monkeypatch):
   with_template = dataclasses.replace(generator.frozen, chat_template=template)
   monkeypatch.setattr(generator, 'frozen', with_template)
   messages = [{'role': 'user', 'content': 'hi'}]
-  assert chat.render(generator, messages) == ('[hi]>', ())
+  assert terminal_chat.render(generator, messages) == ('[hi]>', ())
 
 
 def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
@@ -117,7 +117,7 @@ def test_an_open_model_gets_the_ids_of_its_template(tmp_path):
   generator = generate.load(tmp_path / 'm', alone)
   tok = generator.tokenizer
   messages = [{'role': 'user', 'content': 'the </s>'}]
-  ids, stop = chat.render(generator, messages)
+  ids, stop = terminal_chat.render(generator, messages)
   assert ids == [tok.bos_id, *tok.encode('the </s>'), tok.eos_id]
   assert stop == ()
   # Verbatim: no second BOS.
