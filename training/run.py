@@ -81,7 +81,9 @@ def run(
     workdir, experiment.checkpoint, workdir_lib.identity(experiment)
   )
   say = functools.partial(summary.say, console)
-  step = _complete_step(experiment, workdir, saved.peek(), console)
+  with processes.together('checkpoints'):
+    seen = saved.peek()
+  step = _complete_step(experiment, workdir, seen, console)
   if step is not None:
     return Result(step=step, exit_code=0)
   with contextlib.ExitStack() as stack:
