@@ -62,11 +62,9 @@ def _run_alone(*args):
 @pytest.fixture
 def defined_flags():
   """Defines the flags of serve.py, unparsed."""
-  before = set(flags.FLAGS)
-  serve._define_flags()
-  yield
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
+  with commands.own_flags():
+    serve._define_flags()
+    yield
 
 
 def test_prompt_streams_then_reports_speed_and_an_unchanged_digest(model):

@@ -18,6 +18,7 @@ from unittest import mock
 from absl import app, flags, logging as absl_logging
 
 ROOT = pathlib.Path(__file__).parents[2]
+_OURS = {path.stem for path in ROOT.iterdir() if not path.name.startswith('.')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(path: str, *args: str, stdin: str = '') -> Done:
     for _ in range(2)
   )
   with (
-    _own_flags(),
+    own_flags(),
     _own_logging(),
     mock.patch.dict(os.environ),
     mock.patch.object(sys, 'argv', [path, *args]),
@@ -66,14 +67,28 @@ def _exit_code(path: str) -> int:
 
 
 @contextlib.contextmanager
-def _own_flags():
-  """Forgets the flags that a command defines, so that another can."""
+def own_flags():
+  """Gives a command the flags of libraries alone, as a fresh process has.
+
+  A test of this process may have imported a benchmark, whose flags would
+  collide with those of the command, or be required by it.
+  """
   app.define_help_flags()  # absl does this once per process
   registry = flags.FLAGS.__dict__
+  # absl changes the lists of flags by module in place.
   before = {
-    name: value.copy() if isinstance(value, dict) else value
+    name: {
+      key: each.copy() if isinstance(each, list) else each
+      for key, each in value.items()
+    }
+    if isinstance(value, dict)
+    else value
     for name, value in registry.items()
   }
+  for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+    if module.split('.')[0] in _OURS:
+      for flag in list(defined):
+        delattr(flags.FLAGS, flag.name)
   try:
     yield
   finally:
