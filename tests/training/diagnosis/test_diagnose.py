@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from parallel import parallel_config
 from tests.helpers import tiny_experiment, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.diagnosis import diagnose
@@ -153,7 +152,7 @@ def test_rows_are_named_however_the_batch_is_split(
 ):
   experiment = _experiment(
     model=dataclasses.replace(MODEL, num_layers=4),
-    parallel=parallel_config.ParallelConfig(**parallel),
+    parallel=parallel,
     num_microbatches=microbatches,
   )
   message = _explained(
