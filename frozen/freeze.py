@@ -95,8 +95,8 @@ def freeze_checkpoint(
     overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
-    FileNotFoundError: there is no run or no such checkpoint; lists those that
-      exist.
+    FileNotFoundError: there is no run or no such checkpoint; the error lists
+      the checkpoints of the run.
     ValueError: the dtype is unknown, the run keeps no average, the checkpoint
       is damaged or of another run, or `out` has other files.
   """

@@ -136,7 +136,8 @@ def roofline(
   """Returns the least seconds of a program on one device.
 
   Args:
-    flops: of matrix products, including those that rematerialisation repeats.
+    flops: of matrix products, including products that rematerialisation
+      repeats.
     traffic: of the program.
     peaks: of the device.
     dtype: of the operands of the products.

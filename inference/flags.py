@@ -44,7 +44,7 @@ class Group:
       _definer(field)(name, None, self._help(field), flag_values=values)
 
   def given(self, values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
-    """Returns the fields that flags give, without those that none gives."""
+    """Returns the fields that were set by a flag, by name."""
     found = {}
     for name, field in self.fields.items():
       if (value := values[name].value) is not None:

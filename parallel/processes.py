@@ -203,7 +203,8 @@ def check_same(what: str, value: str) -> None:
   """Checks that `value` is the same in all processes. A collective.
 
   Raises:
-    ValueError: in every process; names those that differ from process 0.
+    ValueError: in every process; names each process that differs from
+      process 0.
   """
   # 31 bits, so that a digest fits into an int32.
   digests_P = gather(zlib.crc32(value.encode()) >> 1)[:, 0]

@@ -117,7 +117,7 @@ class SequenceManager:
     reads_prefix_cache: bool = True,
     parent: page_tables.Sequence | None = None,
   ) -> page_tables.Sequence:
-    """Adds a sequence to those that wait, and returns it.
+    """Adds a waiting sequence, and returns it.
 
     Args:
       id: a name that no other sequence of the manager has.
