@@ -16,9 +16,10 @@ BENCH_ARGS ?=
 SURVIVE_ARGS ?=
 
 # One worker per core. A file stays on one worker, so that what its tests share
-# is made once; tests/conftest.py starts the files that took longest first.
+# is made once; tests/conftest.py starts the files that took longest first. A
+# test whose worker died is tried again: twice, not without end.
 PYTEST = $(PY) -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
-  --durations=25
+  --max-worker-restart=2 --durations=25
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.installed-core

@@ -5,14 +5,16 @@ Silent rank promotion is an error. Absl flags count as parsed: grain's readers
 in several processes need this outside `absl.app.run`.
 
 Compiled programs are kept between sessions (`helpers/compiled_programs.py`).
-Files that took longest before start first. Tests over their time budget are
-listed at the end of a session.
+In a worker's memory they stay until it has grown too large. Files that took
+longest before start first. Tests over their time budget are listed at the end
+of a session.
 """
 
 import atexit
 import collections
 import gc
 import os
+import pathlib
 
 from absl import flags
 import pytest
@@ -61,6 +63,9 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
 # A longer test is listed at the end of a session. Make it smaller, let it share
 # a run with other tests, or mark it slow.
 MAX_SECONDS = 10
+# A worker that has grown by more at the end of a file forgets its programs.
+MAX_GROWTH_BYTES = 1.5e9
+_resident_before = 0.0  # bytes, when programs were last forgotten
 _SECONDS: dict[str, float] = collections.defaultdict(float)
 _TOO_LONG: list[str] = []
 _CACHE_KEY = 'two_lives/seconds_of_files'
@@ -70,13 +75,43 @@ flags.FLAGS.mark_as_parsed()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol():
+def pytest_runtest_protocol(item, nextitem):
   """Shares compiled programs with the other workers, test by test."""
   PROGRAMS.adopt()
   try:
     return (yield)
   finally:
     PROGRAMS.publish()
+    if nextitem is None or _file(nextitem.nodeid) != _file(item.nodeid):
+      _forget_programs(item.module)
+
+
+def _forget_programs(module) -> None:
+  """Frees programs and engines at the end of a file, if they have become many.
+
+  Otherwise a worker would hold 10 GB at the end of all tests, and tens of
+  thousands of memory maps, of which Linux allows 65,530.
+  """
+  global _resident_before
+  if _resident_bytes() - _resident_before < MAX_GROWTH_BYTES:
+    return
+  import jax  # the environment was set before
+
+  for value in vars(module).values():
+    if hasattr(value, 'cache_clear') and value.__module__ == module.__name__:
+      value.cache_clear()
+  jax.clear_caches()
+  gc.collect()
+  # malloc keeps what was freed for the next programs.
+  _resident_before = _resident_bytes()
+
+
+def _resident_bytes() -> float:
+  try:
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  except OSError:
+    return float('inf')  # another system than Linux: forget at every file
+  return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 def pytest_collection_modifyitems(config, items):
