@@ -3,7 +3,6 @@
 Real ones: tests/training/test_several_processes.py. One alone: test_run.py.
 """
 
-import os
 import signal
 
 import numpy as np
@@ -78,7 +77,7 @@ def test_a_signal_of_another_process_stops_this_one(others):
 def test_a_signal_of_ones_own_waits_for_the_question(others):
   with interrupt.Interrupt() as stop:
     assert others.run(stop, 3) is None
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     assert others.run(stop, 100) == 6
   assert stop.exit_code == 130
 
@@ -87,7 +86,7 @@ def test_different_signals_give_one_exit_code(others):
   """Ctrl-C here, SIGTERM there: all exit as of SIGTERM."""
   others.answer = [signal.SIGTERM, 1]
   with interrupt.Interrupt() as stop:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     assert others.run(stop, 1) == 1
   assert stop.exit_code == 143
 
@@ -115,7 +114,7 @@ def test_a_signal_that_came_too_late_changes_no_exit_code(others):
   """The others have taken the last step and left: so does this one."""
   with interrupt.Interrupt() as stop:
     assert others.run(stop, 3) is None
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert stop.signal == signal.SIGTERM
     assert stop.exit_code == 0
 
@@ -123,14 +122,14 @@ def test_a_signal_that_came_too_late_changes_no_exit_code(others):
 def test_sigterm_may_come_twice():
   """From a scheduler, and passed on by the supervisor that got it, too."""
   with interrupt.Interrupt() as stop:
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert stop.after_step(1)
   assert stop.exit_code == 143
 
 
 def test_the_second_ctrl_c_is_not_caught():
   with interrupt.Interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
+      signal.raise_signal(signal.SIGINT)
