@@ -79,7 +79,12 @@ def _experiment(corpus, directory, **overrides):
 
 
 @pytest.mark.parametrize(
-  'overrides', [{}, GEMMA, DEEPSEEK], ids=['llama', 'gemma', 'deepseek']
+  'overrides',
+  [
+    pytest.param({}, id='llama'),
+    pytest.param(GEMMA, id='gemma', marks=pytest.mark.slow),
+    pytest.param(DEEPSEEK, id='deepseek', marks=pytest.mark.slow),
+  ],
 )
 def test_a_run_goes_on_from_frozen_weights(corpus, tmp_path, overrides):
   _frozen(tmp_path / 'base', **overrides)

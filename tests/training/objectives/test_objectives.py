@@ -269,7 +269,10 @@ def test_a_reference_is_split_as_the_model_is(reference):
 
 @pytest.mark.parametrize(
   ('parallel', 'num_devices'),
-  [({'data': 2, 'fsdp': 2, 'tensor': 2}, 8), ({'kind': 'pmap'}, 4)],
+  [
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8),
+    pytest.param({'kind': 'pmap'}, 4, marks=pytest.mark.slow),
+  ],
   ids=str,
 )
 def test_a_head_is_trained_beside_the_model(reference, parallel, num_devices):
