@@ -42,6 +42,7 @@ class Task(task.Task):
   """The kind `choice`."""
 
   READS = ('limit',)
+  ONLY_SCORES = True
 
   questions: tuple[Question, ...]
 

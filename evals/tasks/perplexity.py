@@ -44,6 +44,7 @@ class Task(task.Task):
   """The kind `perplexity`: any text, or JSON Lines with a field `text`."""
 
   READS = ('limit', 'stride')
+  ONLY_SCORES = True
 
   documents: tuple[str, ...]
 
@@ -146,8 +147,6 @@ def measure(
   PIECE_BYTES bytes.
 
   Args:
-    documents: texts; empty texts are left out.
-    model: the model, which has a `logprob_fn`.
     stride: tokens that a window adds; 0 is half of the model's context.
     max_pieces: number of first pieces to score; 0 scores all.
 
