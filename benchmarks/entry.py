@@ -39,7 +39,6 @@ def run(
 
   Args:
     measure: yields results, given the values of all flags.
-    report: formats one result.
     is_list: --out gets {'results': [...]}, otherwise the only result.
   """
   args = flags.FLAGS

@@ -29,16 +29,7 @@ def measure(
   rounds: int,
   seconds: float,
 ) -> dict[str, list[float]]:
-  """Returns the rates of every round: FLOP/s by dtype, and 'read' in bytes/s.
-
-  Args:
-    device: the device to measure.
-    dtypes: operand types of the matmuls.
-    size: rows and columns of the matrices.
-    megabytes: size of the matrix that is read.
-    rounds: number of measurements of each rate.
-    seconds: duration of each measurement.
-  """
+  """Returns the rates of each round: FLOP/s by dtype, and 'read' in bytes/s."""
 
   def matmul(dtype):
     return lambda: peaks.matmul_flops_per_s(

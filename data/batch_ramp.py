@@ -32,7 +32,6 @@ def check(batch_ramp: Ramp, batch_size: int) -> None:
 
   Args:
     batch_ramp: the ramp; an empty one is always valid.
-    batch_size: rows of the last batches.
   """
   if not batch_ramp:
     return

@@ -57,7 +57,6 @@ def changed(
   """Returns the phases of a run whose weights change at `row`.
 
   Args:
-    phases: up to now.
     weights: of each source from `row` on; equal shares change nothing.
     row: first row of the run with the new weights.
   """

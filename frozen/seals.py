@@ -165,8 +165,6 @@ def problems(
   """Returns how the files of a checkpoint differ from its seal.
 
   Args:
-    directory: of the checkpoint.
-    seal: of the checkpoint.
     part: (i, n): read every n-th file from the i-th on. The n processes of a
       run share the reading in this way.
 
@@ -198,10 +196,6 @@ def lost(seal: Seal) -> list[str]:
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:
   """Verifies a checkpoint before it is read.
-
-  Args:
-    directory: of the checkpoint.
-    run: the fields of the run.json of the same workdir.
 
   Raises:
     DamagedError: it is damaged.

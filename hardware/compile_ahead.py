@@ -138,8 +138,6 @@ def roofline(
   Args:
     flops: of matrix products, including products that rematerialisation
       repeats.
-    traffic: of the program.
-    peaks: of the device.
     dtype: of the operands of the products.
   """
   sent = traffic.sent_bytes

@@ -123,7 +123,6 @@ def shape_bytes(shape: str, *, is_main_memory: bool = False) -> int:
   """Returns the bytes of a shape or of a tuple of shapes, without padding.
 
   Args:
-    shape: text of the shape.
     is_main_memory: counts arrays in main memory only, not those on the chip.
   """
   total = 0

@@ -166,9 +166,6 @@ def prepare_for(plan: str | None) -> None:
   for accelerators on a machine that has none: with their compilers installed
   (requirements-plan.txt) it would take seconds to report that none is there.
   A user's own JAX_PLATFORMS wins.
-
-  Args:
-    plan: None or '' without the flag, 'here', or the name of a target.
   """
   if plan and plan != HERE:
     prepare_environment()

@@ -85,9 +85,6 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
 def param_axes(params: Any) -> Any:
   """Returns the logical axes of every parameter.
 
-  Args:
-    params: variables of `models.transformer.Transformer`, arrays or shapes.
-
   Returns:
     The same tree with a tuple at each leaf: the name of each axis, or None.
 

@@ -97,11 +97,6 @@ def lr_multipliers(config: model_config.ModelConfig, params: Any) -> Any:
   For optimizers whose update does not depend on the scale of the gradient, such
   as Adam.
 
-  Args:
-    config: of the model.
-    params: the variables of the model, arrays or shapes; layers may be stacked
-      or separate.
-
   Returns:
     The same tree with a float at each leaf; all 1 without muP.
 

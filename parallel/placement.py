@@ -96,8 +96,6 @@ def make(
   """Returns the placement of `config`.
 
   Args:
-    config: kind and axis sizes.
-    abstract_state: shapes and dtypes of the state.
     logical_axes: the same tree with a tuple of axis names per leaf.
     devices: all devices if None.
 
@@ -226,12 +224,7 @@ class MeshPlacement:
     return _abstract(self.abstract_state, self.whole_shardings)
 
   def lower_train(self, build, batch):
-    """Returns the lowered train step, from shapes alone; allocates nothing.
-
-    Args:
-      build: as for `compile_train`.
-      batch: a tree of shapes [B, T].
-    """
+    """Returns the lowered train step, from shapes alone; allocates nothing."""
     placed = _abstract(
       jax.eval_shape(self.fold.fold, self.abstract_state), self.state_shardings
     )

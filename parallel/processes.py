@@ -11,12 +11,12 @@ environment variables (`detect`):
                  PROCESS_ID
     torchrun     MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK; LOCAL_RANK and
                  LOCAL_WORLD_SIZE give each process one GPU of its host
-    Open MPI 5   mpirun's OMPI_COMM_WORLD_*, and JAX_COORDINATOR_ADDRESS, because
-                 it names no coordinator
-    Slurm, Open MPI 4, TPU pods   jax finds them by itself; on GPUs, each process
-                 has one, unless JAX_LOCAL_DEVICE_IDS lists others
-    --coordinator=auto   jax's own search always, e.g. for TPU virtual machines
-                 that only their metadata server describes
+    Open MPI 5   mpirun's OMPI_COMM_WORLD_SIZE and OMPI_COMM_WORLD_RANK; names
+                 no coordinator: set JAX_COORDINATOR_ADDRESS
+    Slurm, Open MPI 4, TPU pods   read by jax; one GPU per process, unless
+                 JAX_LOCAL_DEVICE_IDS lists others
+    --coordinator=auto   jax's own detection, e.g. for TPU virtual machines that
+                 only their metadata server describes
 
 Flags win over the environment; launchers are tried in this order. Without a
 launcher, or with one that started one process, nothing is started, and every
@@ -82,8 +82,6 @@ def detect(
   Args:
     environ: environment variables.
     coordinator: flag, 'host:port' or 'auto'; empty if not given.
-    num_processes: flag; -1 if not given.
-    process_id: flag; -1 if not given.
 
   Raises:
     ValueError: a value is missing, or values contradict each other.

@@ -64,8 +64,6 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
   """Returns a NamedSharding for each leaf.
 
   Args:
-    mesh: from `parallel.mesh`.
-    shapes: a tree of arrays or shapes.
     logical_axes: the same tree with a tuple of axis names (or None) per leaf.
 
   Raises:

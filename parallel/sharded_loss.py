@@ -45,10 +45,6 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
   `shard_map` splits the tokens. The compiler splits the vocabulary: logits are
   split over `tensor` like the head. A softmax then adds across devices two
   numbers per token, and the gradient of the token's hidden state.
-
-  Args:
-    nll: the loss of arrays on one device, as sums over tokens.
-    mesh: from `parallel.mesh`.
   """
   manual = tuple(name for name in mesh.axis_names if name != _VOCAB_AXIS)
   tokens = PartitionSpec(rules.BATCH_AXES, TIME_AXES)

@@ -106,10 +106,7 @@ def render(
 
   Args:
     template: Jinja source.
-    messages: turns, as in `Conversation`.
     add_generation_prompt: whether to end with the start of an answer.
-    bos_token: the value of `{{ bos_token }}`.
-    eos_token: the value of `{{ eos_token }}`.
 
   Raises:
     ValueError: a message or the template is malformed, or the template raises
@@ -132,8 +129,6 @@ def prompt(
   """Returns the rendered conversation, with spans of tokens and answers.
 
   Args:
-    template: Jinja source.
-    conversation: the messages and options.
     names: variables of the tokenizer, such as 'bos_token'.
     special_tokens: strings that are special tokens if the template writes them.
 

@@ -49,7 +49,6 @@ def tabulate(
   Args:
     decoder: the entry in `tokenizer.json`; None if there is none.
     tokens: the strings of the ids that have text.
-    num_ids: one more than the largest id.
 
   Raises:
     ValueError: the decoder is unknown or looks at several tokens at once.

@@ -104,9 +104,6 @@ def assemble(
   """Builds the parts of a run.
 
   Args:
-    experiment: what to run.
-    workdir: of the run; its tokenizer is read from here, or written here.
-    say: receives lines about slow steps, such as tokenising.
     documents: from `open_documents`; opened now if None.
 
   Raises:
@@ -190,11 +187,6 @@ def _open_tokenizer(
   *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer of a run: built and saved once, loaded from then on.
-
-  Args:
-    workdir: of the run; the tokenizer is saved there.
-    experiment: describes the tokenizer.
-    *mixed: the training documents, each source with its weight.
 
   Raises:
     ValueError: the tokenizer is damaged, or has more tokens than the model has

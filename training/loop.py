@@ -48,11 +48,6 @@ def run(
     state: after `first_step` steps. Donated.
     batches: host batches, at the position that belongs to `first_step`.
     train_step: compiled; donates its state.
-    first_step: steps already taken.
-    num_steps: of the whole run.
-    put_batch: sends a batch to the devices.
-    reporter: receives the metrics of each step.
-    report_every: steps between reports.
     hooks: run in this order. A hook that stops the run makes later hooks due
       that have `when_stopped`.
     should_stop: called after every step, with its number.

@@ -57,9 +57,7 @@ def run(
   """Trains to the last step of an experiment, then freezes.
 
   Args:
-    experiment: what to run.
     workdir: receives all files of the run. A run in it is resumed.
-    console: shows the progress to the user.
     seconds_before: age of the process when this is called.
 
   Raises:

@@ -48,11 +48,6 @@ def opened(
   """Yields the context of a run.
 
   Args:
-    experiment: the run.
-    parts: of the run.
-    workdir: receives the metrics.
-    console: shows the progress.
-    goodput: counts the time.
     resume: the checkpoint that the run resumes from.
     last_checkpoint: see `Reporter`.
 

@@ -43,9 +43,6 @@ def init(
   """Returns the state before the first step. Pure: jit or eval_shape it.
 
   Args:
-    model: whose variables are drawn.
-    optimizer: whose state is made.
-    key: of the run.
     has_average: whether the state keeps an average of the parameters.
     make_heads: draws the objective's own parameters from a key.
   """
@@ -102,10 +99,6 @@ def logical_axes(state: TrainState, param_axes: Any) -> TrainState:
   their container (an optimizer's state, possibly inside others), and are laid
   out like the parameter. Counts and the key have no axes. Frozen models have
   the axes of their own names.
-
-  Args:
-    state: arrays or shapes.
-    param_axes: `models.axes.param_axes` of its parameters.
 
   Raises:
     ValueError: the axes of a leaf beside a parameter are ambiguous.

@@ -30,7 +30,6 @@ class Documents:
     Args:
       codes_N: uint64 [N], a random number for each symbol of all documents.
       edges_D: int64 [documents + 1], the start of each document, and the end.
-      ngram: n.
     """
     self.ngram = ngram
     lengths_D = np.diff(edges_D)

@@ -78,11 +78,6 @@ def between_stores(
   """Returns the overlap of two stores of one tokenizer.
 
   The result is kept in a file beside the training tokens.
-
-  Args:
-    train: the training tokens.
-    evaluated: the evaluation tokens.
-    ngram: length of n-grams, in tokens.
   """
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
   if path.is_file():
@@ -102,14 +97,7 @@ def between_stores(
 def between_texts(
   train: Iterable[str], evaluated: Iterable[str], ngram: int, name: str
 ) -> Overlap:
-  """Returns the overlap of two texts, by their words.
-
-  Args:
-    train: the training documents.
-    evaluated: the evaluation documents.
-    ngram: length of n-grams, in words.
-    name: of the training text, in the result.
-  """
+  """Returns the overlap of two texts, by their words."""
   words, edges = _words(evaluated)
   documents = ngrams.Documents(words, edges, ngram)
   texts = iter(train)

@@ -39,12 +39,7 @@ class LM(lm_eval_model.TemplateLM):
   """
 
   def __init__(self, model: ports.Model, *, seed: int = 0):
-    """Wraps a model.
-
-    Args:
-      model: has a logprob_fn, a sample_fn, or both.
-      seed: for tasks that sample.
-    """
+    """Wraps a model."""
     super().__init__()
     self._model = model
     self._seed = seed
@@ -86,7 +81,6 @@ class LM(lm_eval_model.TemplateLM):
       string: text in which names of special tokens become special tokens.
       add_special_tokens: whether BOS is put in front; None: if the model was
         trained with BOS, and the text does not begin with it.
-      **kwargs: none is known; any is refused.
     """
     if kwargs:
       raise TypeError(f'tok_encode: got {sorted(kwargs)}, expected no more')

@@ -35,10 +35,7 @@ def open_tasks(
 
   Args:
     names: tasks, groups or tags of lm_eval, or paths of YAML files.
-    limit: examples of each task; None takes all.
     num_fewshot: solved examples before each question; None: as the task says.
-    seed: for few-shot examples that are drawn, and for samples.
-    is_chat: whether prompts go through the model's chat template.
 
   Raises:
     ValueError: there is no such task.

@@ -20,7 +20,6 @@ def text(result: scores.Result, difference: float = 0.0) -> str:
   """Returns the scores of a result as a table.
 
   Args:
-    result: the scores.
     difference: the table says how many examples resolve it; 0: DIFFERENCE.
   """
   lines = [f'{result.task}{_of(result.model)}', '']

@@ -143,9 +143,6 @@ def measure(
 
   Args:
     prompts: their stop strings are used besides those of the settings.
-    model: the model, which has a `sample_fn`.
-    settings: the settings of all completions.
-    num_samples: completions per prompt.
     is_chat: puts each prompt into the model's chat template, as a message of
       the user.
 

@@ -51,10 +51,8 @@ def read_prompts(
   """Returns the prompts of a file in the format of GSM8K.
 
   Args:
-    path: file of the questions.
     fewshot_path: file of the same format. Its first examples stand, solved,
       before each question.
-    num_fewshot: number of those examples.
 
   Raises:
     FileNotFoundError: a file is missing.

@@ -58,11 +58,6 @@ def read(
 ) -> list[Record]:
   """Returns the lines of a file.
 
-  Args:
-    path: file of JSON Lines.
-    required: fields that every line has.
-    optional: fields that a line may have.
-
   Raises:
     FileNotFoundError: there is no file.
     ValueError: a line is wrong, two have the same id, or there is none.

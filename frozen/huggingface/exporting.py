@@ -44,7 +44,6 @@ def export_directory(
   """Writes a frozen directory as a Hugging Face directory.
 
   Args:
-    source: the frozen directory.
     out: the directory to write; must not exist, or be empty.
     family: the `model_type` to write; '' for the family that the model was
       imported as, or else the first family that computes the same function.

@@ -265,9 +265,6 @@ def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
 def recommended(generation: dict[str, Any]) -> Settings:
   """Returns the settings that a frozen directory recommends.
 
-  Args:
-    generation: content of its generation.json.
-
   Raises:
     ValueError: a setting is unknown or out of range.
   """

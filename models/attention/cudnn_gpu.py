@@ -35,8 +35,6 @@ def attend(
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
-    k_BKTC: keys.
-    v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
     dropout: must be None: the weights never exist as an array.

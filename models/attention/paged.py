@@ -81,13 +81,10 @@ def attend_rows(
   """Attends from R queries of each of B sequences, [B, R, H, C].
 
   Args:
-    q_BRHC: queries.
-    pages: the pool.
     table_BL: the pages of each sequence, in order. Their slots are a multiple
       of TILE_SLOTS.
     positions_BR: the position of each query. A query with a negative position
       is padding: it sees nothing, and its result is undefined.
-    form: window, soft-cap and scale of the scores.
     group: sequences that share a loop over tiles, a divisor of B.
 
   Raises:

@@ -56,12 +56,10 @@ def attend(
   """Returns the attention output, [B, T, H, C]; see `models.attention.cached`.
 
   Args:
-    q_BTHC: queries, [1, T, H, C] over pages.
     cache: the cache of one layer, with the keys of this call already written.
       `models.attention.cached` attends over a dense one.
     positions_BT: the position of each query. A query with a negative position
       sees nothing, and its result is zero.
-    form: window, soft-cap and scale of the scores.
     num_splits: programs that share the tiles of a sequence; None: `splits`.
     interpret: run on any device, slowly; for tests.
 

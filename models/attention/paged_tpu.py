@@ -60,7 +60,6 @@ def attend(
     cache: the cache of one layer, with the keys of this call already written.
     positions_BT: the position of each query; the result of a negative one is
       undefined.
-    form: window, soft-cap and scale of the scores.
     implementation: reference runs JAX's own reference of the kernel, on any
       device, from the same arguments. It is for tests and cannot be traced.
 

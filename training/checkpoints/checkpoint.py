@@ -85,8 +85,6 @@ class Checkpoints:
     """Creates the object; reads and changes nothing on disk.
 
     Args:
-      workdir: of the run.
-      config: which checkpoints to keep.
       identity: of the run, see `seals.identity`. Checkpoints of another run are
         refused.
     """
@@ -115,9 +113,6 @@ class Checkpoints:
 
     A collective: all processes call it, share the reading, and agree. It
     changes nothing if it raises.
-
-    Args:
-      tell: receives a line for each damaged checkpoint.
 
     Raises:
       ValueError: a checkpoint belongs to another run, or all are damaged.
@@ -216,7 +211,6 @@ class Checkpoints:
 
     Args:
       state: whole, see `parallel.placement.Placement.whole`.
-      progress: of the same step.
       eval_loss: validation loss of this step, if it was evaluated.
       evaluation_owed: whether an evaluation of this step was cut short.
       before_seal: called in the first process when all arrays are written. If
@@ -304,9 +298,6 @@ class Checkpoints:
     self, abstract_state: state_lib.TrainState
   ) -> tuple[state_lib.TrainState, Progress]:
     """Returns the state and the progress of the newest checkpoint.
-
-    Args:
-      abstract_state: shapes, dtypes and shardings of a whole state.
 
     Raises:
       MismatchError: the checkpoint has other names, shapes or dtypes.

@@ -32,9 +32,6 @@ def model_of(directory: str) -> model_config.ModelConfig:
 
   Equal layers are stacked (`scan_layers`).
 
-  Args:
-    directory: the frozen directory, from the variant of an experiment.
-
   Raises:
     ValueError: there is no frozen directory, or it is damaged.
   """

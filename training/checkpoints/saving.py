@@ -45,10 +45,6 @@ class Save:
     """Copies the arrays off the devices and starts to write them.
 
     A failure is kept and raised by `finish`.
-
-    Args:
-      items: tree of arrays by name of its orbax item.
-      progress: the contents of progress.json.
     """
 
     def make_directories():
@@ -76,9 +72,6 @@ class Save:
 
   def finish(self, seal: seals.Seal) -> seals.Seal:
     """Waits, merges, hashes, seals and renames.
-
-    Args:
-      seal: without its files.
 
     Returns:
       The seal with its files.
