@@ -28,11 +28,7 @@ def rows_before(ramp: Ramp, step: int) -> int:
 
 
 def check(batch_ramp: Ramp, batch_size: int) -> None:
-  """Raises ValueError if `batch_ramp` does not grow from step 0 to batch_size.
-
-  Args:
-    batch_ramp: the ramp; an empty one is always valid.
-  """
+  """Raises ValueError unless the ramp grows from step 0 to `batch_size`."""
   if not batch_ramp:
     return
   name = 'data.batch_ramp'

@@ -77,11 +77,7 @@ class Roofline:
 
 
 def compile(lowered: Any) -> Program | OutOfMemory:
-  """Returns the compiled program of `jit(f).lower(...)`, or the refusal.
-
-  Raises:
-    Exception: the compiler failed for another reason than memory.
-  """
+  """Returns the compiled program of `jit(f).lower(...)`, or the refusal."""
   try:
     compiled = lowered.compile()
   except Exception as error:  # each compiler raises a class of its own

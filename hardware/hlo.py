@@ -120,11 +120,7 @@ class Traffic:
 
 
 def shape_bytes(shape: str, *, is_main_memory: bool = False) -> int:
-  """Returns the bytes of a shape or of a tuple of shapes, without padding.
-
-  Args:
-    is_main_memory: counts arrays in main memory only, not those on the chip.
-  """
+  """Returns the bytes of a shape or of a tuple of shapes, without padding."""
   total = 0
   for dtype, dims, layout in _SHAPE.findall(shape):
     if is_main_memory and _FAST_MEMORY.search(layout):

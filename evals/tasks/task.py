@@ -47,11 +47,7 @@ class Task(abc.ABC):
     """
 
   def run(self, model: ports.Model) -> scores.Result:
-    """Returns the scores of the model with what they were measured with.
-
-    Raises:
-      ValueError: the model lacks a function that the task needs.
-    """
+    """Returns the scores of the model with what they were measured with."""
     return scores.Result(
       task=self.name,
       groups=self.measure(model),

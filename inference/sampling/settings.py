@@ -51,11 +51,7 @@ def _field(default: Any, text: str = '', **metadata: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """The settings of one request.
-
-  Raises:
-    SettingError: a value is out of range.
-  """
+  """The settings of one request."""
 
   temperature: float = _field(
     1.0,

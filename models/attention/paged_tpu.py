@@ -62,9 +62,6 @@ def attend(
       undefined.
     implementation: reference runs JAX's own reference of the kernel, on any
       device, from the same arguments. It is for tests and cannot be traced.
-
-  Raises:
-    ValueError: a call that `supports.PAGED_TPU` refuses.
   """
   if not isinstance(cache, kv_cache.PagedLayer) or _is_int8(cache):
     return cached.attend(q_BTHC, cache, positions_BT, form)
