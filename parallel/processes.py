@@ -1,4 +1,4 @@
-"""The processes of one run: detection, start, barriers and messages.
+"""The processes of one run: detection, start and messages.
 
 Every process runs the same program on its own devices, and `jax.distributed`
 connects them. `train.py` calls `start` before any device is used. The number of
@@ -168,16 +168,6 @@ def index() -> int:
 def is_first() -> bool:
   """Returns whether this process writes the files of the run."""
   return index() == 0
-
-
-def barrier(name: str) -> None:
-  """Waits until every process has called it with the same name.
-
-  There is no timeout: a living process may be preparing a dataset, and a dead
-  process is detected by its missing heartbeat.
-  """
-  if count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def gather(*values: int) -> np.ndarray:

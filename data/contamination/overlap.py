@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import json
-import pathlib
 import re
 
 import numpy as np
@@ -90,7 +89,9 @@ def between_stores(
   for first in range(0, train.num_documents, _PIECE):
     documents.mark_documents(*_text_of(train, first, first + _PIECE))
   overlap = _overlap(documents, train.name, 'tokens')
-  _write(path, overlap)
+  # In a read-only store, the next run looks for the overlap again.
+  with contextlib.suppress(OSError):
+    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
   return overlap
 
 
@@ -143,12 +144,6 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
     num_found=int(found_D.sum()),
     most_copied=np.flatnonzero(is_copied_D)[:5].tolist(),
   )
-
-
-def _write(path: pathlib.Path, overlap: Overlap) -> None:
-  # In a read-only store, the next run looks for the overlap again.
-  with contextlib.suppress(OSError):
-    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:

@@ -146,7 +146,9 @@ class LM(lm_eval_model.TemplateLM):
         tokens than the model's context.
     """
     del disable_tqdm
-    asked = [(prompt, _hashable(kwargs)) for prompt, kwargs in _args(requests)]
+    asked = [
+      (request.args[0], _hashable(request.args[1])) for request in requests
+    ]
     waiting: dict[Any, list[int]] = {}
     for i, key in enumerate(asked):
       waiting.setdefault(key, []).append(i)
@@ -272,10 +274,6 @@ class LM(lm_eval_model.TemplateLM):
         ' one; leave chat out'
       )
     return self._model.render_chat
-
-
-def _args(requests) -> list[tuple[str, dict[str, Any]]]:
-  return [request.args for request in requests]
 
 
 def _hashable(value: Any) -> Any:

@@ -9,9 +9,10 @@ to write it. `exact_match_last` reads the last number of a completion.
 Reference: Cobbe et al. 2021 (arXiv:2110.14168).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import decimal
+import functools
 import os
 import re
 from typing import Self
@@ -90,15 +91,11 @@ def _prompt(
   return generation.Prompt(
     id=record.id,
     text=prompt(record.text('question'), solved),
-    grade=_grade_by(answer),
+    grade=functools.partial(grade, answer),
     answer=answer,
     stop=STOP,
     cluster=record.text('cluster', ''),
   )
-
-
-def _grade_by(answer: str) -> Callable[[str], dict[str, float]]:
-  return lambda completion: grade(answer, completion)
 
 
 def prompt(question: str, solved: Sequence[tuple[str, str]] = ()) -> str:

@@ -52,7 +52,7 @@ def attend(
         cache.decode_table_DL,
         positions_1T[0, :num_decodes, None],
         form,
-        group=_group(num_decodes),
+        group=math.gcd(num_decodes, DECODE_GROUP),
       )[:, 0]
     )
   if num_chunks:
@@ -218,7 +218,3 @@ def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
   kv_BSK2C = kv_BSYC.reshape(batch, TILE_SLOTS, num_heads // 2, 2, channels)
   k_BKSC, v_BKSC = (kv_BSK2C[:, :, :, i].swapaxes(1, 2) for i in (0, 1))
   return k_BKSC, v_BKSC
-
-
-def _group(num_decodes: int) -> int:
-  return math.gcd(num_decodes, DECODE_GROUP)
