@@ -75,11 +75,7 @@ def run(rounds: int) -> dict[str, Any]:
     rounds=rounds,
     seconds=0.3,
   )
-  return {
-    'benchmark': 'roofline',
-    'device': device.device_kind,
-    'rates': rates,
-  }
+  return {'benchmark': 'roofline', 'device': device.device_kind, 'rates': rates}
 
 
 def main(argv: list[str]) -> None:

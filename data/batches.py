@@ -38,10 +38,7 @@ _END = 2**62
 
 
 def train_batches(
-  sources: Sequence[rows_lib.Rows],
-  config: data_config.DataConfig,
-  *,
-  seed: int,
+  sources: Sequence[rows_lib.Rows], config: data_config.DataConfig, *, seed: int
 ) -> 'TrainBatches':
   """Returns an endless iterator over training batches.
 
@@ -285,8 +282,7 @@ class TrainBatches:
       .map(self._order)
       .to_iter_dataset(
         grain.ReadOptions(
-          num_threads=min(config.num_threads, ahead),
-          prefetch_buffer_size=ahead,
+          num_threads=min(config.num_threads, ahead), prefetch_buffer_size=ahead
         )
       )
     )

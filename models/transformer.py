@@ -212,11 +212,7 @@ class Transformer(nn.Module):
         ' stages take their layers from a stack; set model.scan_layers'
       )
     block = remat.wrap(block_lib.Block, self.execution.remat, True)(
-      self.config,
-      self.dtype,
-      self.execution,
-      self.config.layer(0),
-      parent=None,
+      self.config, self.dtype, self.execution, self.config.layer(0), parent=None
     )
 
     def apply_layer(params, x_BTD, shared, key):

@@ -169,10 +169,7 @@ class MeshPlacement:
     return self._compiled(
       build,
       donate_argnums=(0,),
-      in_shardings=(
-        self.state_shardings,
-        rules.batch_sharding(self.mesh),
-      ),
+      in_shardings=(self.state_shardings, rules.batch_sharding(self.mesh)),
       out_shardings=(self.state_shardings, rules.replicated(self.mesh)),
     )
 
@@ -196,10 +193,7 @@ class MeshPlacement:
 
     return self._compiled(
       build_whole,
-      in_shardings=(
-        self.state_shardings,
-        rules.batch_sharding(self.mesh),
-      ),
+      in_shardings=(self.state_shardings, rules.batch_sharding(self.mesh)),
       out_shardings=rules.replicated(self.mesh),
     )
 
@@ -294,9 +288,7 @@ class PmapPlacement:
   def compile_eval(self, build, fields=()):
     del fields  # replicas are laid out alike
     pmapped = jax.pmap(
-      build(_psum, _fold_in_device),
-      axis_name=_PMAP_AXIS,
-      devices=self.devices,
+      build(_psum, _fold_in_device), axis_name=_PMAP_AXIS, devices=self.devices
     )
     return lambda *args: _first(pmapped(*args))
 

@@ -118,10 +118,7 @@ def assemble(
     workdir, experiment, *((opened, s.weight) for s, opened in mixed)
   )
   open_rows = functools.partial(
-    rows_lib.open_rows,
-    tokenizer=tokenizer,
-    config=data,
-    say=say,
+    rows_lib.open_rows, tokenizer=tokenizer, config=data, say=say
   )
   with processes.together('data'):
     train = [open_rows(opened, name=s.name) for s, opened in mixed]

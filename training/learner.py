@@ -70,9 +70,7 @@ class Learner:
     own = {name: abstract.params[name] for name in params}
     init = jax.jit(
       functools.partial(
-        state_lib.init_with,
-        self.optimizer,
-        **_state_options(self.experiment),
+        state_lib.init_with, self.optimizer, **_state_options(self.experiment)
       ),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
       donate_argnums=1,

@@ -70,9 +70,7 @@ def default_ngram(tokenizer: tokenizer_lib.Tokenizer) -> int:
 
 
 def between_stores(
-  train: token_store.TokenStore,
-  evaluated: token_store.TokenStore,
-  ngram: int,
+  train: token_store.TokenStore, evaluated: token_store.TokenStore, ngram: int
 ) -> Overlap:
   """Returns the overlap of two stores of one tokenizer.
 

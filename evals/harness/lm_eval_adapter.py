@@ -243,9 +243,7 @@ class LM(lm_eval_model.TemplateLM):
     return str(self._model.description.get('chat_template', 'the model’s own'))
 
   def apply_chat_template(
-    self,
-    chat_history: list[dict[str, str]],
-    add_generation_prompt: bool = True,
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
     """Returns the prompt of a conversation.
 

@@ -136,10 +136,7 @@ def _score(metric, value, error, is_better, parts) -> scores.Score:
   values = _values(metric, value, parts)
   if not values:
     return scores.Score(
-      name=metric,
-      value=value,
-      standard_error=error,
-      higher_is_better=is_better,
+      name=metric, value=value, standard_error=error, higher_is_better=is_better
     )
   return scores.of_values(
     metric,

@@ -98,9 +98,7 @@ def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
 def _compared(group_a, group_b, name, difference) -> list[str]:
   """Returns the lines about one score of two groups."""
   a, b = group_a.score(name), group_b.score(name)
-  lines = [
-    f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}',
-  ]
+  lines = [f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}']
   if a.per == 'token' and _tokens(group_a) != _tokens(group_b):
     return [
       *lines,

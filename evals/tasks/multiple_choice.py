@@ -135,10 +135,7 @@ def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
     name='choice',
     scores=tuple(
       scores.of_values(
-        name,
-        values,
-        higher_is_better=name.startswith('acc'),
-        clusters=clusters,
+        name, values, higher_is_better=name.startswith('acc'), clusters=clusters
       )
       for name, values in columns.items()
     ),

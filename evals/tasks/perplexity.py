@@ -53,9 +53,7 @@ class Task(task.Task):
     """Reads the documents."""
     documents = tuple(read_documents(path))
     return cls(
-      options=options,
-      files={path: digests.of_file(path)},
-      documents=documents,
+      options=options, files={path: digests.of_file(path)}, documents=documents
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:

@@ -89,8 +89,7 @@ def _describe(frozen: frozen_format.Frozen, family: str):
 
 
 def tensors_of(
-  params: frozen_format.Params,
-  pieces: list[tensor_map.Piece],
+  params: frozen_format.Params, pieces: list[tensor_map.Piece]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields names and values of a family's tensors, made from our leaves."""
   leaves = frozen_format.leaves_by_path(params['params'])

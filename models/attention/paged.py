@@ -164,11 +164,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
     first,
     stop,
     fold,
-    (
-      jnp.full(shape, _MASKED),
-      jnp.zeros(shape),
-      jnp.zeros((*shape, channels)),
-    ),
+    (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, channels))),
   )
   # Padding that is alone in its group has a sum of 0: its loop saw no tile.
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]

@@ -102,10 +102,7 @@ def sequences(
   rows = cache.chunk_tokens(positions_T.shape[0])
   queries_B = [1] * num_decodes + [rows] * num_chunks
   starts_B = jnp.concatenate(
-    [
-      positions_T[:num_decodes],
-      positions_T[num_decodes :: max(rows, 1)],
-    ]
+    [positions_T[:num_decodes], positions_T[num_decodes :: max(rows, 1)]]
   )
   # A sequence without a token (position -1) still gets a length of one slot per
   # query; its result is undefined.

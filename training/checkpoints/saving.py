@@ -61,8 +61,7 @@ class Save:
       for name, tree in items.items():
         started = asyncio.run(
           self.handler.async_save(
-            epath.Path(self._partial / name),
-            args=ocp.args.StandardSave(tree),
+            epath.Path(self._partial / name), args=ocp.args.StandardSave(tree)
           )
         )
         # None if there is nothing to wait for.
