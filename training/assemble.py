@@ -127,12 +127,12 @@ def assemble(
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
-  eval_batches = batches_lib.eval_batches(held_out, data)
+  eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
     learner=learner,
     tokenizer=tokenizer,
-    batches=batches_lib.train_batches(train, data, seed=experiment.seed),
+    batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
