@@ -22,14 +22,9 @@ import math
 import re
 
 COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'ragged-all-to-all',
-  'collective-permute',
-  'collective-broadcast',
-)
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+  'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
+)  # fmt: skip
 # Instructions that move no bytes: they name existing arrays, or are structure.
 _FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',

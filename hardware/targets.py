@@ -76,12 +76,8 @@ _GPUS = {
 # Device files of TPUs (up to v4; from v5 on), of NVIDIA and AMD GPUs, and of
 # GPUs under WSL.
 _ACCELERATORS = (
-  '/dev/accel*',
-  '/dev/vfio/*',
-  '/dev/nvidia*',
-  '/dev/kfd',
-  '/dev/dxg',
-)
+  '/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/kfd', '/dev/dxg',
+)  # fmt: skip
 HERE = 'here'  # value of --plan: the devices of this machine, no target
 GPUS_PER_HOST = 8  # all connected by NVLink
 _EXAMPLES = 'v5e:2x4, v5p:4x4x4 or h100:8'

@@ -62,16 +62,10 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'position_embed': ('position', 'embed'),
 }
 _NORMS = (
-  'attention_norm',
-  'attention_norm_after',
-  'query_norm',
-  'key_norm',
-  'query_latent_norm',
-  'latent_norm',
-  'mlp_norm',
-  'mlp_norm_after',
+  'attention_norm', 'attention_norm_after', 'query_norm', 'key_norm',
+  'query_latent_norm', 'latent_norm', 'mlp_norm', 'mlp_norm_after',
   'final_norm',
-)
+)  # fmt: skip
 LAYERS = 'layers'
 # The collection of an objective's own parameters. A head reads the residual
 # stream; its outputs have no name.

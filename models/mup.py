@@ -45,24 +45,10 @@ from models import axes, model_config
 
 # Modules whose kernel has a fan-in that grows; their biases are not scaled.
 _HIDDEN = (
-  'query',
-  'key',
-  'value',
-  'query_down',
-  'query_up',
-  'latent',
-  'key_rope',
-  'key_up',
-  'value_up',
-  'out',
-  'gate',
-  'up',
-  'down',
-  'router',
-  'expert_gate',
-  'expert_up',
-  'expert_down',
-)
+  'query', 'key', 'value', 'query_down', 'query_up', 'latent', 'key_rope',
+  'key_up', 'value_up', 'out', 'gate', 'up', 'down', 'router', 'expert_gate',
+  'expert_up', 'expert_down',
+)  # fmt: skip
 
 
 def width_ratio(config: model_config.ModelConfig) -> float:

@@ -18,13 +18,9 @@ from training import experiment as experiment_lib, frozen_models
 # Model fields that may differ. They matter in training only, or change the
 # layout of the parameters, not what the weights compute.
 _FREE = (
-  'scan_layers',
-  'dropout_rate',
-  'init_std',
-  'balance_loss_weight',
-  'router_z_weight',
-  'max_length',
-)
+  'scan_layers', 'dropout_rate', 'init_std', 'balance_loss_weight',
+  'router_z_weight', 'max_length',
+)  # fmt: skip
 
 
 def model_of(directory: str) -> model_config.ModelConfig:

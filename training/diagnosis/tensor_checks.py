@@ -39,14 +39,9 @@ _CALLS = {
 }
 # Operations whose result keeps the name of their input.
 _RENAMES = (
-  'broadcast_in_dim',
-  'convert_element_type',
-  'copy',
-  'reshape',
-  'sharding_constraint',
-  'squeeze',
-  'transpose',
-)
+  'broadcast_in_dim', 'convert_element_type', 'copy', 'reshape',
+  'sharding_constraint', 'squeeze', 'transpose',
+)  # fmt: skip
 
 Key = tuple[int, ...]  # the place of an operation: an index per nested jaxpr
 
