@@ -169,12 +169,7 @@ def measure(
         'grades': [dict(prompt.grade(text)) for text in texts],
       }
     )
-  clusters = None
-  if any(prompt.cluster for prompt in prompts):
-    clusters = tuple(
-      f'cluster {prompt.cluster}' if prompt.cluster else f'id {prompt.id}'
-      for prompt in prompts
-    )
+  clusters = records.clusters(prompts)
   return scores.Group(
     name='generation',
     scores=tuple(

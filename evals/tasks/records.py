@@ -130,3 +130,13 @@ def read_text(path: str | os.PathLike) -> str:
       f'{path}, line {line}: got bytes that are no UTF-8, expected text;'
       ' convert the file'
     ) from None
+
+
+def clusters(examples: Sequence[Any]) -> tuple[str, ...] | None:
+  """Returns the cluster of each example; one without is a cluster alone."""
+  if not any(example.cluster for example in examples):
+    return None
+  return tuple(
+    f'cluster {example.cluster}' if example.cluster else f'id {example.id}'
+    for example in examples
+  )

@@ -25,9 +25,10 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[task_lib.Task, ...]:
 
   def open_task(name: str) -> task_lib.Task:
     reads = evaluate.KINDS[name.partition(':')[0]].READS
-    given = {'limit': config.limit, 'stride': config.stride}
-    options = {field: given[field] for field in reads if field in given}
-    return evaluate.open_task(name, options_lib.Options(**options))
+    options = options_lib.Options(
+      limit=config.limit, stride=config.stride if 'stride' in reads else 0
+    )
+    return evaluate.open_task(name, options)
 
   return tuple(map(open_task, config.tasks))
 
