@@ -162,14 +162,11 @@ def read(directory: pathlib.Path) -> Seal:
 def problems(
   directory: pathlib.Path, seal: Seal, *, part: tuple[int, int] = (0, 1)
 ) -> list[str]:
-  """Returns how the files of a checkpoint differ from its seal.
+  """Returns a text for each difference of a checkpoint's files from its seal.
 
   Args:
     part: (i, n): read every n-th file from the i-th on. The n processes of a
       run share the reading in this way.
-
-  Returns:
-    A text for each difference.
   """
   wrong = digests.differences(
     directory,

@@ -227,10 +227,7 @@ def _executed(
   unknown: list[str],
   is_fused: bool = False,
 ) -> Iterator[tuple[Instruction, str, int, bool]]:
-  """Yields (instruction, computation, number of executions, is in a fusion).
-
-  Appends to `unknown` the loops whose number of turns cannot be read.
-  """
+  """Yields (instruction, computation, number of executions, is in a fusion)."""
   body = program.computations.get(name, {})
   for instruction in body.values():
     yield instruction, name, times, is_fused
@@ -426,10 +423,7 @@ def _read_bytes(program, inner, parameter, operand) -> int:
 
 
 def _taken_bytes(program, inner, name: str, whole: int) -> int:
-  """Returns the bytes read of a value in a fused computation.
-
-  Each user of the value reads at most `whole` bytes.
-  """
+  """Returns the bytes that the users of a value in a fusion read of it."""
   total = 0
   for user in inner.values():
     if not whole or name not in user.operands:

@@ -77,10 +77,7 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def param_axes(params: Any) -> Any:
-  """Returns the logical axes of every parameter.
-
-  Returns:
-    The same tree with a tuple at each leaf: the name of each axis, or None.
+  """Returns a tuple of axis names, or None, for every parameter, as a tree.
 
   Raises:
     ValueError: a parameter that this file does not know.

@@ -218,11 +218,7 @@ def _model(files: Files) -> dict[str, Any]:
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
-  """Returns a file, parsed; an empty dict if there is no such file.
-
-  Raises:
-    ValueError: the file is not a JSON object.
-  """
+  """Returns a file, parsed; an empty dict if there is no such file."""
   try:
     value = json.loads(files.get(name, b'{}'))
   except ValueError as error:

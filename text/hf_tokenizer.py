@@ -280,11 +280,8 @@ def _tokens(model: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _hidden_names(found: hf_files.Specification) -> dict[str, str]:
-  """Returns a random string for every special token.
-
-  It has lower-case letters and digits only, which no normalizer changes.
-  """
-  secret = secrets.token_hex(16)
+  """Returns a random string for every special token."""
+  secret = secrets.token_hex(16)  # characters that no normalizer changes
   has_bytes = bool(found.model['model'].get('byte_fallback'))
   return {
     token: f'{secret}{i:06d}'

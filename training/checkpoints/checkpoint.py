@@ -338,11 +338,7 @@ class Checkpoints:
     return state, Progress(**fields)
 
   def wait(self) -> int | None:
-    """Waits for the save that was started, if any.
-
-    Returns:
-      The step of the newest checkpoint, or None.
-    """
+    """Waits for a save in flight; returns the step of the newest checkpoint."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None

@@ -51,10 +51,7 @@ def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:
-  """Reads and verifies the frozen weights of `experiment.init_from`.
-
-  Returns:
-    Variables of the experiment's model, in the frozen dtype.
+  """Returns the verified weights of `experiment.init_from`, in their dtype.
 
   Raises:
     FileNotFoundError: there is no frozen directory.

@@ -70,10 +70,7 @@ class Save:
       self._failure = error
 
   def finish(self, seal: seals.Seal) -> seals.Seal:
-    """Waits, merges, hashes, seals and renames.
-
-    Returns:
-      The seal with its files.
+    """Waits, merges, hashes, seals and renames; returns the seal with files.
 
     Raises:
       Exception: a process failed. The partial directory is deleted.
