@@ -104,6 +104,8 @@ def of_row(found: Logprobs, row: int, num_logprobs: int) -> TokenLogprobs:
 
   Args:
     found: NumPy arrays: one transfer for all rows, not one per row.
+    row: index of the row.
+    num_logprobs: alternatives that the row requested.
   """
   return TokenLogprobs(
     float(found.chosen_B[row]),

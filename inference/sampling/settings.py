@@ -51,7 +51,11 @@ def _field(default: Any, text: str = '', **metadata: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """The settings of one request."""
+  """The settings of one request.
+
+  Raises:
+    SettingError: a value is out of range.
+  """
 
   temperature: float = _field(
     1.0,
@@ -260,6 +264,9 @@ def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
 
 def recommended(generation: dict[str, Any]) -> Settings:
   """Returns the settings that a frozen directory recommends.
+
+  Args:
+    generation: content of its generation.json.
 
   Raises:
     ValueError: a setting is unknown or out of range.
