@@ -29,7 +29,6 @@ abstract values, and `jax.vjp` says what it keeps. So remat policies, attention
 kernels and mixtures of experts count as they are in the step.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -101,12 +100,12 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   model = experiment.model
   parallel = _sizes(learner)
   itemsize = jnp.dtype(experiment.compute_dtype).itemsize
-  params = _device_bytes(learner, lambda state: state.params)
-  cast = _device_bytes(learner, _layers) * itemsize / 4
+  params, optimizer = _state_bytes(learner)
+  layer_params = _layer_bytes(learner)
   layer_whole = 4 * _layer_numbers(learner)
   tokens = _tokens(experiment, parallel)
   table = 4 * model.vocab_size * model.model_width / parallel['tensor']
-  saved = sum(map(_num_bytes, _residuals(learner, experiment.execution.remat)))
+  saved = _residual_bytes(learner, experiment.execution.remat)
   stages = parallel['stage']
   parts = experiment.parallel.num_stage_microbatches
   # A pipeline has one buffer per tick, and some ticks are idle.
@@ -114,11 +113,11 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   layers_here = model.num_layers / stages
   return Memory(
     params=params,
-    optimizer=_device_bytes(learner, lambda state: state.opt_state),
+    optimizer=optimizer,
     average=params if learner.abstract_state.average is not None else 0.0,
-    frozen=_device_bytes(learner, lambda state: state.frozen_params),
+    frozen=_frozen_bytes(learner),
     gradients=params * (2 if experiment.num_microbatches > 1 else 1),
-    cast=cast if itemsize < 4 else 0.0,
+    cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
     loss=_loss_bytes(learner, tokens, table, itemsize),
     layers=layer_whole * (itemsize / 4 + 1) + _working_bytes(learner, tokens),
@@ -133,11 +132,16 @@ def _update_bytes(learner) -> float:
   is_hidden = learner.experiment.optimizer.rule.orthogonalised(params)
   if not any(jax.tree.leaves(is_hidden)):
     return 0.0
-
-  def hidden(state):
-    return param_groups.selected(is_hidden, state.params)
-
-  matrices = jax.tree.leaves(hidden(learner.abstract_state))
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  hidden = param_groups.selected(is_hidden, params)
+  matrices = jax.tree.leaves(hidden)
+  num_bytes = (
+    _bytes(hidden)
+    if shardings is None
+    else _shard_bytes(
+      hidden, param_groups.selected(is_hidden, shardings.params)
+    )
+  )
   # Newton and Schulz's iteration holds X, its square, a polynomial of the
   # square, and the product of X and the polynomial.
   whole = max(4 * math.prod(leaf.shape[-2:]) for leaf in matrices)
@@ -145,8 +149,7 @@ def _update_bytes(learner) -> float:
   # layer after the other (`rules.Muon`).
   stages = _sizes(learner)['stage']
   num_layers = learner.experiment.model.num_layers
-  at_once = num_layers / stages if stages > 1 else 1
-  return 2 * _device_bytes(learner, hidden) + 4 * whole * at_once
+  return 2 * num_bytes + 4 * whole * (num_layers / stages if stages > 1 else 1)
 
 
 def _loss_bytes(learner, tokens, table, itemsize) -> float:
@@ -181,23 +184,37 @@ def _tokens(experiment, sizes) -> float:
   return _rows(experiment, sizes) * row_length
 
 
-def _device_bytes(learner, part: Callable[[Any], Any]) -> float:
-  """Returns the bytes on one device of a part of the state."""
-  whole = part(learner.abstract_state)
-  shardings = getattr(learner.placement, 'whole_shardings', None)
-  if shardings is None:  # pmap: each device holds all of it
-    return sum(map(_num_bytes, jax.tree.leaves(whole)))
-  sizes = jax.tree.map(
-    lambda leaf, sharding: _num_bytes(leaf, sharding.shard_shape(leaf.shape)),
-    whole,
-    part(shardings),
+def _state_bytes(learner) -> tuple[float, float]:
+  """Returns (params, optimizer) bytes of one device."""
+  state = learner.abstract_state
+  shardings = getattr(learner.placement, 'state_shardings', None)
+  if shardings is None:
+    return _bytes(state.params), _bytes(state.opt_state)
+  return (
+    _shard_bytes(state.params, learner.placement.whole_shardings.params),
+    _shard_bytes(state.opt_state, learner.placement.whole_shardings.opt_state),
   )
-  return float(sum(jax.tree.leaves(sizes)))
 
 
-def _layers(state) -> dict[str, Any]:
-  params = state.params['params']
-  return {name: params[name] for name in params if name.startswith('layer')}
+def _frozen_bytes(learner) -> float:
+  """Returns the bytes of the objective's frozen models on one device."""
+  state = learner.abstract_state
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  if shardings is None:
+    return _bytes(state.frozen_params)
+  return _shard_bytes(state.frozen_params, shardings.frozen_params)
+
+
+def _layer_bytes(learner) -> float:
+  """Returns the float32 bytes of all layers' weights on one device."""
+  params = learner.abstract_state.params['params']
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  names = [name for name in params if name.startswith('layer')]
+  layers = {name: params[name] for name in names}
+  if shardings is None:
+    return _bytes(layers)
+  split = {name: shardings.params['params'][name] for name in names}
+  return _shard_bytes(layers, split)
 
 
 def _layer_numbers(learner) -> float:
@@ -206,21 +223,40 @@ def _layer_numbers(learner) -> float:
   Weights are gathered, except along `tensor`; each device keeps to its own
   experts.
   """
+  params = learner.abstract_state.params['params']
+  layers = {k: v for k, v in params.items() if k.startswith('layer')}
   sizes = _sizes(learner)
   total = 0.0
-  for path, leaf in jax.tree_util.tree_leaves_with_path(
-    _layers(learner.abstract_state)
-  ):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
     is_expert = 'expert_' in jax.tree_util.keystr(path)
     total += leaf.size / (sizes['expert'] if is_expert else 1)
   return total / learner.experiment.model.num_layers / sizes['tensor']
 
 
-def _num_bytes(leaf: Any, shape: tuple[int, ...] | None = None) -> int:
+def _bytes(tree: Any) -> float:
+  return sum(
+    math.prod(leaf.shape) * _itemsize(leaf) for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _shard_bytes(tree: Any, shardings: Any) -> float:
+  sizes = jax.tree.map(
+    lambda leaf, sharding: (
+      math.prod(sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+    ),
+    tree,
+    shardings,
+  )
+  return float(sum(jax.tree.leaves(sizes)))
+
+
+def _itemsize(leaf) -> int:
   # A typed key is two 32-bit words.
-  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  itemsize = 8 if is_key else leaf.dtype.itemsize
-  return math.prod(leaf.shape if shape is None else shape) * itemsize
+  return (
+    8
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else (leaf.dtype.itemsize)
+  )
 
 
 def residuals(
@@ -369,4 +405,8 @@ def _working_bytes(learner, tokens: float) -> float:
   ]
   copies = tokens * model.num_active_experts * sizes['expert']
   wide = 4 * 2 * tokens + itemsize * copies
-  return sum(map(_num_bytes, kept)) + model.model_width * wide
+  return _bytes(kept) + model.model_width * wide
+
+
+def _residual_bytes(learner, policy: str) -> float:
+  return _bytes(_residuals(learner, policy))
