@@ -144,11 +144,7 @@ def main(argv: list[str]) -> int:
     return _failed(error, exit_codes.USER_ERROR)
   except reporter.NonFiniteError as error:
     return _failed(error, exit_codes.NON_FINITE)
-  except (
-    processes.PeerError,
-    disk.SaveError,
-    locks.InUseError,
-  ) as error:
+  except (processes.PeerError, disk.SaveError, locks.InUseError) as error:
     return _failed(error, exit_codes.TRY_AGAIN)
   return result.exit_code
 

@@ -200,11 +200,7 @@ def report(result: dict[str, Any]) -> str:
     if side in result:
       figures = result[side]
       rows.append(
-        (
-          side,
-          f'{figures["tokens_per_s"]:.1f}',
-          f'{figures["bandwidth"]:.1%}',
-        )
+        (side, f'{figures["tokens_per_s"]:.1f}', f'{figures["bandwidth"]:.1%}')
       )
   title = (
     f'Decoding, one stream: {result["num_params"] / 1e6:.1f}M parameters,'

@@ -35,13 +35,7 @@ def run(
   *,
   is_list: bool = False,
 ) -> None:
-  """Measures, prints each result as it comes, and writes --out.
-
-  Args:
-    measure: yields results, given the values of all flags.
-    report: formats one result.
-    is_list: --out gets {'results': [...]}, otherwise the only result.
-  """
+  """Measures, prints each result as it comes, and writes --out."""
   args = flags.FLAGS
   if note := timing.busy_note():
     print(note, file=sys.stderr)

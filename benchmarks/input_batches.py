@@ -64,7 +64,7 @@ def open_batches(
     )
     for source in data.train_sources()
   ]
-  return batches_lib.train_batches(opened, data, seed=0)
+  return batches_lib.TrainBatches(opened, data, seed=0)
 
 
 def time_batches(batches: batches_lib.TrainBatches, num: int) -> float:

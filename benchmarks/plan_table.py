@@ -30,28 +30,12 @@ PRESETS = {
 }
 # Columns that need no compiler, and columns that do.
 ANALYTIC = (
-  'preset',
-  'target',
-  'mesh',
-  'parameters',
-  'tokens per step',
-  'formula GiB',
-)
+  'preset', 'target', 'mesh', 'parameters', 'tokens per step', 'formula GiB',
+)  # fmt: skip
 COMPILED = (
-  'compiler GiB',
-  'ratio',
-  'fits',
-  'collectives GB',
-  'compute s',
-  'HBM s',
-  'links s',
-  'binds',
-  'step s',
-  'MFU',
-  'tokens',
-  'device-hours',
-  'dollars',
-)
+  'compiler GiB', 'ratio', 'fits', 'collectives GB', 'compute s', 'HBM s',
+  'links s', 'binds', 'step s', 'MFU', 'tokens', 'device-hours', 'dollars',
+)  # fmt: skip
 _HEADER = """# Plans of the presets
 
 The answers of `python train.py --config=experiments/pretrain.py:PRESET

@@ -29,16 +29,7 @@ def measure(
   rounds: int,
   seconds: float,
 ) -> dict[str, list[float]]:
-  """Returns the rates of every round: FLOP/s by dtype, and 'read' in bytes/s.
-
-  Args:
-    device: the device to measure.
-    dtypes: operand types of the matmuls.
-    size: rows and columns of the matrices.
-    megabytes: size of the matrix that is read.
-    rounds: number of measurements of each rate.
-    seconds: duration of each measurement.
-  """
+  """Returns the rates of each round: FLOP/s by dtype, and 'read' in bytes/s."""
 
   def matmul(dtype):
     return lambda: peaks.matmul_flops_per_s(
@@ -84,11 +75,7 @@ def run(rounds: int) -> dict[str, Any]:
     rounds=rounds,
     seconds=0.3,
   )
-  return {
-    'benchmark': 'roofline',
-    'device': device.device_kind,
-    'rates': rates,
-  }
+  return {'benchmark': 'roofline', 'device': device.device_kind, 'rates': rates}
 
 
 def main(argv: list[str]) -> None:

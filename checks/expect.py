@@ -29,15 +29,7 @@ def at_least(name: str, value: float, least: float, fix: str = '') -> None:
 def divides(
   name: str, value: int, whole_name: str, whole: int, fix: str = ''
 ) -> None:
-  """Raises ValueError if `value` is no divisor of `whole`.
-
-  Args:
-    name: of the value.
-    value: a positive integer.
-    whole_name: of the number that is divided.
-    whole: that number.
-    fix: how the user mends it.
-  """
+  """Raises ValueError if `value` is no divisor of `whole`."""
   if value < 1 or whole % value:
     _refuse(name, value, f'a divisor of {whole_name} = {whole}', fix)
 
@@ -48,11 +40,7 @@ def multiple_of(
   """Raises ValueError if `value` is no multiple of `part`.
 
   Args:
-    name: of the value.
-    value: the number that is divided.
     part_name: of the divisor; '' where a number needs no name.
-    part: the divisor, a positive integer.
-    fix: how the user mends it.
   """
   if value % part:
     named = f'{part_name} = {part}' if part_name else f'{part}'

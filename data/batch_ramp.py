@@ -7,7 +7,7 @@ Reference: Smith et al. 2018 (arXiv:1711.00489); GPT-3 grew its batch over the
 first billions of tokens (Brown et al. 2020, arXiv:2005.14165, table 2.1).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Ramp = Sequence[tuple[int, int]]
@@ -28,12 +28,7 @@ def rows_before(ramp: Ramp, step: int) -> int:
 
 
 def check(batch_ramp: Ramp, batch_size: int) -> None:
-  """Raises ValueError if `batch_ramp` does not grow from step 0 to batch_size.
-
-  Args:
-    batch_ramp: the ramp; an empty one is always valid.
-    batch_size: rows of the last batches.
-  """
+  """Raises ValueError unless the ramp grows from step 0 to `batch_size`."""
   if not batch_ramp:
     return
   name = 'data.batch_ramp'
@@ -43,7 +38,7 @@ def check(batch_ramp: Ramp, batch_size: int) -> None:
       ' rows), as ((0, 8), (100, 16))'
     )
   steps = [start for start, _ in batch_ramp]
-  if steps[0] != 0 or any(_decreases(steps)):
+  if steps[0] != 0 or steps != sorted(set(steps)):
     raise ValueError(
       f'{name}: got steps {steps}, expected them to increase from 0'
     )
@@ -66,8 +61,3 @@ def _are_pairs(value: Any) -> bool:
     and all(type(number) is int for number in entry)
     for entry in value
   )
-
-
-def _decreases(values: Sequence[int]) -> Iterable[bool]:
-  """Yields for each value after the first whether it does not increase."""
-  return (b <= a for a, b in zip(values, values[1:], strict=False))

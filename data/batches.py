@@ -37,50 +37,13 @@ Batch = rows_lib.Batch
 _END = 2**62
 
 
-def train_batches(
-  sources: Sequence[rows_lib.Rows],
-  config: data_config.DataConfig,
-  *,
-  seed: int,
-) -> 'TrainBatches':
-  """Returns an endless iterator over training batches.
-
-  A batch has tokens, targets, positions and segment_ids, int32 [B, T], and
-  weights, float32 [B, T]; `data/rows.py` describes them.
-
-  Args:
-    sources: the rows of `config.train_sources()`, in the same order.
-    config: the data settings, validated.
-    seed: of the order of rows, 0 or more.
-
-  Raises:
-    ValueError: a text has too few tokens for windows packing.
-  """
-  for source in sources:
-    if source.is_random and source.store.num_ids <= config.row_length:
-      raise ValueError(
-        f'{source.name}: the text has {source.store.num_ids} tokens, expected'
-        f' at least row_length + 1 = {config.row_length + 1} for windows'
-        ' packing; shorten the rows'
-      )
-  return TrainBatches(sources, config, seed)
-
-
-def eval_batches(
-  source: rows_lib.Rows, config: data_config.DataConfig
-) -> 'EvalBatches':
-  """Returns batches of one pass over every pair of `source`, in order.
-
-  Batches have the arrays of `train_batches`. The last batch is filled up with
-  rows of weight 0. Each iteration over the result is a new pass. With windows
-  packing, rows are consecutive parts of the joined text.
-  """
-  return EvalBatches(source, config.batch_size)
-
-
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-  """All rows of a source, in order; each iteration is one pass."""
+  """All rows of a source, in order; each iteration is one pass.
+
+  The last batch is filled up with rows of weight 0. With windows packing, rows
+  are consecutive parts of the joined text.
+  """
 
   source: rows_lib.Rows
   batch_size: int
@@ -133,14 +96,35 @@ class _Order:
 
 
 class TrainBatches:
-  """An endless iterator over training batches that can be set to any step."""
+  """An endless iterator over training batches that can be set to any step.
+
+  A batch has the arrays that `data/rows.py` describes, each [B, T].
+  """
 
   def __init__(
     self,
     sources: Sequence[rows_lib.Rows],
     config: data_config.DataConfig,
+    *,
     seed: int,
   ):
+    """Starts before the first step.
+
+    Args:
+      sources: the rows of `config.train_sources()`, in the same order.
+      config: the data settings, validated.
+      seed: of the order of rows, 0 or more.
+
+    Raises:
+      ValueError: a text has too few tokens for windows packing.
+    """
+    for source in sources:
+      if source.is_random and source.store.num_ids <= config.row_length:
+        raise ValueError(
+          f'{source.name}: the text has {source.store.num_ids} tokens, expected'
+          f' at least row_length + 1 = {config.row_length + 1} for windows'
+          ' packing; shorten the rows'
+        )
     self._config = config
     self._weights = [source.weight for source in config.train_sources()]
     self._order = _Order(
@@ -285,8 +269,7 @@ class TrainBatches:
       .map(self._order)
       .to_iter_dataset(
         grain.ReadOptions(
-          num_threads=min(config.num_threads, ahead),
-          prefetch_buffer_size=ahead,
+          num_threads=min(config.num_threads, ahead), prefetch_buffer_size=ahead
         )
       )
     )

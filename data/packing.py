@@ -162,14 +162,9 @@ def row_plan(
 
 
 def first_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
-  """Returns the first row with room for each piece, in order.
+  """Returns the first row with room for each piece, in order, int64 [P].
 
-  Args:
-    lengths_P: int64 [P], lengths of pieces, 1 to `row_length`.
-    row_length: T.
-
-  Returns:
-    int64 [P], rows counted from 0.
+  `lengths_P` are the lengths of the pieces, 1 to `row_length`.
   """
   size = 1 << max(1, int(len(lengths_P) - 1).bit_length())
   # A tournament tree over rows: node i has the larger room of its children 2i

@@ -72,12 +72,7 @@ class Rows:
     }
 
   def shuffled_pieces(self, indices_N: np.ndarray, seed: int) -> list[Pieces]:
-    """Returns the pieces of some rows of an endless, shuffled training order.
-
-    Args:
-      indices_N: int64 [N], places in that order, from 0.
-      seed: of the order.
-    """
+    """Returns the pieces of rows at places of an endless, shuffled order."""
     if self.is_random:
       # A row of T pairs needs T + 1 ids: the last start is num_ids - T - 1.
       num_starts = self.store.num_ids - self.row_length
@@ -97,13 +92,6 @@ def open_rows(
   say: token_store.Say = lambda _: None,
 ) -> Rows:
   """Returns the rows of `source`; tokens and plan are made if not on disk.
-
-  Args:
-    source: the documents.
-    tokenizer: makes token ids of the documents.
-    config: the settings of all sources, validated.
-    name: of the source, in messages and metrics.
-    say: receives lines about progress.
 
   Raises:
     ValueError: no document has text, a document cannot be read, or the data

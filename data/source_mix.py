@@ -57,7 +57,6 @@ def changed(
   """Returns the phases of a run whose weights change at `row`.
 
   Args:
-    phases: up to now.
     weights: of each source from `row` on; equal shares change nothing.
     row: first row of the run with the new weights.
   """
@@ -74,14 +73,11 @@ def changed(
 def assign(
   phases: Sequence[Phase], rows_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the source of each row, and the row's index in that source.
+  """Returns the source of each row and its index there, int64 [N] each.
 
   Args:
     phases: in order; the first starts at row 0.
     rows_N: int64 [N], rows counted over the run.
-
-  Returns:
-    int64 [N] each.
   """
   if len(phases[0].weights) == 1:
     return np.zeros_like(rows_N), rows_N

@@ -14,8 +14,7 @@ from text import bpe, tokenizer as tokenizer_lib
 
 
 def build_tokenizer(
-  config: data_config.TokenizerConfig,
-  *mixed: tuple[sources.Source, float],
+  config: data_config.TokenizerConfig, *mixed: tuple[sources.Source, float]
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer that `config` describes.
 

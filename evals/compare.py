@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _define_flags() -> None:
+if __name__ == '__main__':
   flags.DEFINE_float(
     'difference',
     0.0,
@@ -39,8 +39,4 @@ def _define_flags() -> None:
     ' else 1 % of the value of the score.',
     lower_bound=0.0,
   )
-
-
-if __name__ == '__main__':
-  _define_flags()
   app.run(main)

@@ -35,11 +35,6 @@ def run(
 ) -> scores.Result:
   """Returns the scores of a model in a task.
 
-  Args:
-    name: KIND:FILE, as in perplexity:book.txt; KIND is one of `KINDS`.
-    model: functions that score or sample, with their tokenizer.
-    options: the defaults if None.
-
   Raises:
     FileNotFoundError: a file is missing.
     ValueError: the task, a file or an option is wrong, or the model lacks a
@@ -52,12 +47,7 @@ def run(
 def open_task(
   name: str, options: options_lib.Options | None = None
 ) -> task_lib.Task:
-  """Reads the files of a task; raises as `run` does, before a model is asked.
-
-  Args:
-    name: KIND:FILE, as in perplexity:book.txt; KIND is one of `KINDS`.
-    options: the defaults if None.
-  """
+  """Reads the files of a task; raises like `run`, before a model is asked."""
   options = options or options_lib.Options()
   kind, _, path = name.partition(':')
   if kind not in KINDS or not path:

@@ -68,10 +68,7 @@ class SampleFn(Protocol):
   """Completes any number of prompts, each of any length that fits."""
 
   def __call__(
-    self,
-    prompts: Sequence[Ids],
-    settings: SampleSettings,
-    num_samples: int,
+    self, prompts: Sequence[Ids], settings: SampleSettings, num_samples: int
   ) -> Sequence[Sequence[Completion]]:
     """Returns `num_samples` completions per prompt of token ids, in order.
 

@@ -162,16 +162,11 @@ def read(directory: pathlib.Path) -> Seal:
 def problems(
   directory: pathlib.Path, seal: Seal, *, part: tuple[int, int] = (0, 1)
 ) -> list[str]:
-  """Returns how the files of a checkpoint differ from its seal.
+  """Returns a text for each difference of a checkpoint's files from its seal.
 
   Args:
-    directory: of the checkpoint.
-    seal: of the checkpoint.
     part: (i, n): read every n-th file from the i-th on. The n processes of a
       run share the reading in this way.
-
-  Returns:
-    A text for each difference.
   """
   wrong = digests.differences(
     directory,
@@ -198,10 +193,6 @@ def lost(seal: Seal) -> list[str]:
 
 def check(directory: pathlib.Path, run: Mapping[str, Any]) -> Seal:
   """Verifies a checkpoint before it is read.
-
-  Args:
-    directory: of the checkpoint.
-    run: the fields of the run.json of the same workdir.
 
   Raises:
     DamagedError: it is damaged.

@@ -77,11 +77,7 @@ class Roofline:
 
 
 def compile(lowered: Any) -> Program | OutOfMemory:
-  """Returns the compiled program of `jit(f).lower(...)`, or the refusal.
-
-  Raises:
-    Exception: the compiler failed for another reason than memory.
-  """
+  """Returns the compiled program of `jit(f).lower(...)`, or the refusal."""
   try:
     compiled = lowered.compile()
   except Exception as error:  # each compiler raises a class of its own
@@ -138,8 +134,6 @@ def roofline(
   Args:
     flops: of matrix products, including products that rematerialisation
       repeats.
-    traffic: of the program.
-    peaks: of the device.
     dtype: of the operands of the products.
   """
   sent = traffic.sent_bytes

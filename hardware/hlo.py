@@ -22,14 +22,9 @@ import math
 import re
 
 COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'ragged-all-to-all',
-  'collective-permute',
-  'collective-broadcast',
-)
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+  'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
+)  # fmt: skip
 # Instructions that move no bytes: they name existing arrays, or are structure.
 _FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
@@ -120,12 +115,7 @@ class Traffic:
 
 
 def shape_bytes(shape: str, *, is_main_memory: bool = False) -> int:
-  """Returns the bytes of a shape or of a tuple of shapes, without padding.
-
-  Args:
-    shape: text of the shape.
-    is_main_memory: counts arrays in main memory only, not those on the chip.
-  """
+  """Returns the bytes of a shape or of a tuple of shapes, without padding."""
   total = 0
   for dtype, dims, layout in _SHAPE.findall(shape):
     if is_main_memory and _FAST_MEMORY.search(layout):
@@ -237,10 +227,7 @@ def _executed(
   unknown: list[str],
   is_fused: bool = False,
 ) -> Iterator[tuple[Instruction, str, int, bool]]:
-  """Yields (instruction, computation, number of executions, is in a fusion).
-
-  Appends to `unknown` the loops whose number of turns cannot be read.
-  """
+  """Yields (instruction, computation, number of executions, is in a fusion)."""
   body = program.computations.get(name, {})
   for instruction in body.values():
     yield instruction, name, times, is_fused
@@ -436,10 +423,7 @@ def _read_bytes(program, inner, parameter, operand) -> int:
 
 
 def _taken_bytes(program, inner, name: str, whole: int) -> int:
-  """Returns the bytes read of a value in a fused computation.
-
-  Each user of the value reads at most `whole` bytes.
-  """
+  """Returns the bytes that the users of a value in a fusion read of it."""
   total = 0
   for user in inner.values():
     if not whole or name not in user.operands:

@@ -34,7 +34,6 @@ class Peaks:
 
 def _tpu(
   source: str,
-  *,
   bfloat16: float,
   gigabytes_per_s: float,
   gibibytes: float,
@@ -53,7 +52,6 @@ def _tpu(
 
 def _gpu(
   source: str,
-  *,
   tf32: float,
   bfloat16: float,
   terabytes_per_s: float,
@@ -71,109 +69,46 @@ def _gpu(
   )
 
 
-# Memory is the amount that a program may use: libtpu 0.0.42 refuses larger
-# programs. The datasheets have 16, 95, 32, 32 and 192 / 2 GB for v5e, v5p, v6e,
-# v4 and tpu7x, of which the system reserves a part.
-_V5E = _tpu(
-  'TPU v5e',
-  bfloat16=197,
-  gigabytes_per_s=819,
-  gibibytes=15.75,
-  link_gigabytes_per_s=200,
-  int8=393,
-)
-_V5P = _tpu(
-  'TPU v5p',
-  bfloat16=459,
-  gigabytes_per_s=2765,
-  gibibytes=95.74,
-  link_gigabytes_per_s=600,
-  int8=918,
-)
-_V6E = _tpu(
-  'TPU v6e',
-  bfloat16=918,
-  gigabytes_per_s=1638,
-  gibibytes=31.25,
-  link_gigabytes_per_s=400,
-  int8=1836,
-  float8_e4m3fn=918,
+# Columns: bfloat16 TFLOP/s, memory GB/s, memory GiB, links GB/s, and TFLOP/s of
+# narrower dtypes. Memory is the amount that a program may use: libtpu 0.0.42
+# refuses larger programs. The datasheets have 16, 95, 32, 32 and 192 / 2 GB for
+# v5e, v5p, v6e, v4 and tpu7x, of which the system reserves a part.
+_V5E = _tpu('TPU v5e', 197, 819, 15.75, 200, int8=393)
+_V5P = _tpu('TPU v5p', 459, 2765, 95.74, 600, int8=918)
+_V6E = _tpu('TPU v6e', 918, 1638, 31.25, 400, int8=1836, float8_e4m3fn=918)
+_TPU7X = _tpu(
+  # jax presents each chip (2307 TFLOP/s, 7380 GB/s, 192 GB, 600 GB/s each way)
+  # as two devices.
+  'TPU7x, half a chip', 2307 / 2, 7380 / 2, 94.75, 600 / 2,
+  float8_e4m3fn=4614 / 2,
+)  # fmt: skip
+
+# Columns: TF32 and bfloat16 TFLOP/s, memory TB/s, memory GB, links GB/s, and
+# TFLOP/s of narrower dtypes.
+_A100_40 = _gpu('A100 40GB SXM', 156, 312, 1.555, 40, 300, int8=624)
+_A100_80 = _gpu('A100 80GB SXM', 156, 312, 2.039, 80, 300, int8=624)
+_HOPPER = {'int8': 1978.9, 'float8_e4m3fn': 1978.9}
+_H100 = _gpu('H100 SXM', 494.7, 989.4, 3.35, 80, 450, **_HOPPER)
+_H200 = _gpu('H200 SXM', 494.7, 989.4, 4.8, 141, 450, **_HOPPER)
+_B200 = _gpu(
+  'B200 in HGX', 1125, 2250, 7.7, 180, 900, int8=4500, float8_e4m3fn=4500
 )
 
 # Keyed by `jax.Device.device_kind`.
 DATASHEETS = {
-  'TPU v4': _tpu(
-    'TPU v4',
-    bfloat16=275,
-    gigabytes_per_s=1228,
-    gibibytes=30.75,
-    link_gigabytes_per_s=300,
-    int8=275,
-  ),
+  'TPU v4': _tpu('TPU v4', 275, 1228, 30.75, 300, int8=275),
   'TPU v5 lite': _V5E,
   'TPU v5e': _V5E,
   'TPU v5': _V5P,
   'TPU v5p': _V5P,
   'TPU v6 lite': _V6E,
   'TPU v6e': _V6E,
-  # jax presents each chip (2307 TFLOP/s, 7380 GB/s, 192 GB, 600 GB/s each way)
-  # as two devices.
-  'TPU7x': _tpu(
-    'TPU7x, half a chip',
-    bfloat16=2307 / 2,
-    gigabytes_per_s=7380 / 2,
-    gibibytes=94.75,
-    link_gigabytes_per_s=600 / 2,
-    float8_e4m3fn=4614 / 2,
-  ),
-  'NVIDIA A100-SXM4-40GB': _gpu(
-    'A100 40GB SXM',
-    tf32=156,
-    bfloat16=312,
-    terabytes_per_s=1.555,
-    gigabytes=40,
-    link_gigabytes_per_s=300,
-    int8=624,
-  ),
-  'NVIDIA A100-SXM4-80GB': _gpu(
-    'A100 80GB SXM',
-    tf32=156,
-    bfloat16=312,
-    terabytes_per_s=2.039,
-    gigabytes=80,
-    link_gigabytes_per_s=300,
-    int8=624,
-  ),
-  'NVIDIA H100 80GB HBM3': _gpu(
-    'H100 SXM',
-    tf32=494.7,
-    bfloat16=989.4,
-    terabytes_per_s=3.35,
-    gigabytes=80,
-    link_gigabytes_per_s=450,
-    int8=1978.9,
-    float8_e4m3fn=1978.9,
-  ),
-  'NVIDIA H200': _gpu(
-    'H200 SXM',
-    tf32=494.7,
-    bfloat16=989.4,
-    terabytes_per_s=4.8,
-    gigabytes=141,
-    link_gigabytes_per_s=450,
-    int8=1978.9,
-    float8_e4m3fn=1978.9,
-  ),
-  'NVIDIA B200': _gpu(
-    'B200 in HGX',
-    tf32=1125,
-    bfloat16=2250,
-    terabytes_per_s=7.7,
-    gigabytes=180,
-    link_gigabytes_per_s=900,
-    int8=4500,
-    float8_e4m3fn=4500,
-  ),
+  'TPU7x': _TPU7X,
+  'NVIDIA A100-SXM4-40GB': _A100_40,
+  'NVIDIA A100-SXM4-80GB': _A100_80,
+  'NVIDIA H100 80GB HBM3': _H100,
+  'NVIDIA H200': _H200,
+  'NVIDIA B200': _B200,
 }
 
 

@@ -76,12 +76,8 @@ _GPUS = {
 # Device files of TPUs (up to v4; from v5 on), of NVIDIA and AMD GPUs, and of
 # GPUs under WSL.
 _ACCELERATORS = (
-  '/dev/accel*',
-  '/dev/vfio/*',
-  '/dev/nvidia*',
-  '/dev/kfd',
-  '/dev/dxg',
-)
+  '/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/kfd', '/dev/dxg',
+)  # fmt: skip
 HERE = 'here'  # value of --plan: the devices of this machine, no target
 GPUS_PER_HOST = 8  # all connected by NVLink
 _EXAMPLES = 'v5e:2x4, v5p:4x4x4 or h100:8'
@@ -166,9 +162,6 @@ def prepare_for(plan: str | None) -> None:
   for accelerators on a machine that has none: with their compilers installed
   (requirements-plan.txt) it would take seconds to report that none is there.
   A user's own JAX_PLATFORMS wins.
-
-  Args:
-    plan: None or '' without the flag, 'here', or the name of a target.
   """
   if plan and plan != HERE:
     prepare_environment()

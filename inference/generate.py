@@ -69,7 +69,6 @@ class Generator:
     max_tokens is not.
 
     Args:
-      prompt: that the settings are for.
       **chosen: fields of `Settings`; None keeps the recommendation.
 
     Raises:
@@ -92,11 +91,6 @@ class Generator:
     self, prompt: Prompt, settings: settings_lib.Settings, **fields
   ) -> requests.Request:
     """Returns a request that the engine has checked.
-
-    Args:
-      prompt: text or ids.
-      settings: of the sampling.
-      **fields: of the request: principal, priority, target.
 
     Raises:
       ValueError: the request could never be answered.
@@ -142,7 +136,6 @@ class Generator:
 
     Args:
       prompts: at least one. The engine gets them as its queue has room.
-      settings: of all prompts, or one per prompt.
 
     Raises:
       ValueError: at the call, for a prompt that cannot be answered. A server

@@ -89,10 +89,6 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
 
   Samples of one call differ from each other, even where prompts are the same.
   Another call with the same seed returns the same samples.
-
-  Args:
-    engine: generates the samples.
-    **fixed: fields of `Settings` that hold in every call.
   """
 
   def sample(

@@ -62,16 +62,10 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'position_embed': ('position', 'embed'),
 }
 _NORMS = (
-  'attention_norm',
-  'attention_norm_after',
-  'query_norm',
-  'key_norm',
-  'query_latent_norm',
-  'latent_norm',
-  'mlp_norm',
-  'mlp_norm_after',
+  'attention_norm', 'attention_norm_after', 'query_norm', 'key_norm',
+  'query_latent_norm', 'latent_norm', 'mlp_norm', 'mlp_norm_after',
   'final_norm',
-)
+)  # fmt: skip
 LAYERS = 'layers'
 # The collection of an objective's own parameters. A head reads the residual
 # stream; its outputs have no name.
@@ -83,13 +77,7 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def param_axes(params: Any) -> Any:
-  """Returns the logical axes of every parameter.
-
-  Args:
-    params: variables of `models.transformer.Transformer`, arrays or shapes.
-
-  Returns:
-    The same tree with a tuple at each leaf: the name of each axis, or None.
+  """Returns a tuple of axis names, or None, for every parameter, as a tree.
 
   Raises:
     ValueError: a parameter that this file does not know.

@@ -76,11 +76,6 @@ def chunked_nll(
   """Returns `weighted_nll` with the number of chunks that the shapes need.
 
   Args:
-    hidden_BTD: the final hidden states.
-    head_VD: the unembedding matrix.
-    targets_BT: token ids.
-    weights_BT: weight of each target.
-    form: settings of the loss.
     vocab_shards: devices that split the vocabulary; each holds that part of the
       logits of a chunk.
   """
@@ -100,12 +95,9 @@ def weighted_nll(
   """Returns the loss of the targets and its terms, in nats.
 
   Args:
-    hidden_BTD: the final hidden states.
-    head_VD: the unembedding matrix.
     targets_BT: token ids; any value if the weight is 0.
     weights_BT: float32 weight of each target. Not differentiated.
     chunks: number of chunks of time, a divisor of T (see `num_chunks`).
-    form: settings of the loss.
   """
   found: Any = _loss(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form)
   loss, terms = found

@@ -162,10 +162,7 @@ def length(cache: Cache) -> int | None:
 
 
 def write(
-  cache: Layer,
-  k_BTKC: jax.Array,
-  v_BTKC: jax.Array,
-  positions_BT: jax.Array,
+  cache: Layer, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: jax.Array
 ) -> Any:
   """Returns the cache with the keys and values of this call at their positions.
 

@@ -415,15 +415,9 @@ def _scaling(fields: dict[str, Any]) -> rope_scaling_lib.RopeScaling:
 
 
 _COUNTS = (
-  'vocab_size',
-  'num_layers',
-  'model_width',
-  'num_heads',
-  'num_kv_heads',
-  'head_width',
-  'mlp_width',
-  'max_length',
-)
+  'vocab_size', 'num_layers', 'model_width', 'num_heads', 'num_kv_heads',
+  'head_width', 'mlp_width', 'max_length',
+)  # fmt: skip
 _EXPERT_COUNTS = ('num_active_experts', 'num_shared_experts', 'expert_width')
 _EXPERT_WEIGHTS = ('balance_loss_weight', 'router_z_weight')
 # Fields that the first frozen directories lack: qkv_bias and all after it.

@@ -45,24 +45,10 @@ from models import axes, model_config
 
 # Modules whose kernel has a fan-in that grows; their biases are not scaled.
 _HIDDEN = (
-  'query',
-  'key',
-  'value',
-  'query_down',
-  'query_up',
-  'latent',
-  'key_rope',
-  'key_up',
-  'value_up',
-  'out',
-  'gate',
-  'up',
-  'down',
-  'router',
-  'expert_gate',
-  'expert_up',
-  'expert_down',
-)
+  'query', 'key', 'value', 'query_down', 'query_up', 'latent', 'key_rope',
+  'key_up', 'value_up', 'out', 'gate', 'up', 'down', 'router', 'expert_gate',
+  'expert_up', 'expert_down',
+)  # fmt: skip
 
 
 def width_ratio(config: model_config.ModelConfig) -> float:
@@ -96,14 +82,6 @@ def lr_multipliers(config: model_config.ModelConfig, params: Any) -> Any:
 
   For optimizers whose update does not depend on the scale of the gradient, such
   as Adam.
-
-  Args:
-    config: of the model.
-    params: the variables of the model, arrays or shapes; layers may be stacked
-      or separate.
-
-  Returns:
-    The same tree with a float at each leaf; all 1 without muP.
 
   Reference: table 8 of arXiv:2203.03466, row 'Adam LR'.
   """

@@ -37,8 +37,6 @@ def wrap(block: Any, remat: str, is_scanned: bool) -> Any:
   """Returns the module class with rematerialisation.
 
   Args:
-    block: a linen module class.
-    remat: one of `models.execution.REMAT`.
     is_scanned: whether the block is the body of a loop. Outside a loop, common
       subexpression elimination would undo the recomputation and must be off.
   """

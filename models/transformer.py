@@ -95,9 +95,7 @@ class Transformer(nn.Module):
     """Returns float32 logits, [B, T, V], and the updated cache.
 
     Args:
-      tokens_BT: token ids.
       positions_BT: position of each token in its document; 0..T-1 if None.
-      cache: None, or a cache from `kv_cache.init`.
       segment_ids_BT: the document of each token in a packed row; 0 is padding.
         Packed rows are for training only and cannot have a cache.
     """
@@ -214,11 +212,7 @@ class Transformer(nn.Module):
         ' stages take their layers from a stack; set model.scan_layers'
       )
     block = remat.wrap(block_lib.Block, self.execution.remat, True)(
-      self.config,
-      self.dtype,
-      self.execution,
-      self.config.layer(0),
-      parent=None,
+      self.config, self.dtype, self.execution, self.config.layer(0), parent=None
     )
 
     def apply_layer(params, x_BTD, shared, key):
@@ -241,14 +235,7 @@ class Transformer(nn.Module):
     weights_BT: jax.Array,
     z_loss_weight: float = 0.0,
   ) -> cross_entropy.LossSums:
-    """Returns the loss of the targets, in nats, without logits.
-
-    Args:
-      hidden_BTD: from `hidden`.
-      targets_BT: token ids.
-      weights_BT: float32 weight of each target.
-      z_loss_weight: see `models.cross_entropy`.
-    """
+    """Returns the loss of the targets, in nats, without logits."""
     form = cross_entropy.LossForm(
       dtype=jnp.dtype(self.dtype),
       softcap=self.config.logit_softcap,

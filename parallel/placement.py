@@ -96,8 +96,6 @@ def make(
   """Returns the placement of `config`.
 
   Args:
-    config: kind and axis sizes.
-    abstract_state: shapes and dtypes of the state.
     logical_axes: the same tree with a tuple of axis names per leaf.
     devices: all devices if None.
 
@@ -171,10 +169,7 @@ class MeshPlacement:
     return self._compiled(
       build,
       donate_argnums=(0,),
-      in_shardings=(
-        self.state_shardings,
-        rules.batch_sharding(self.mesh),
-      ),
+      in_shardings=(self.state_shardings, rules.batch_sharding(self.mesh)),
       out_shardings=(self.state_shardings, rules.replicated(self.mesh)),
     )
 
@@ -198,10 +193,7 @@ class MeshPlacement:
 
     return self._compiled(
       build_whole,
-      in_shardings=(
-        self.state_shardings,
-        rules.batch_sharding(self.mesh),
-      ),
+      in_shardings=(self.state_shardings, rules.batch_sharding(self.mesh)),
       out_shardings=rules.replicated(self.mesh),
     )
 
@@ -226,12 +218,7 @@ class MeshPlacement:
     return _abstract(self.abstract_state, self.whole_shardings)
 
   def lower_train(self, build, batch):
-    """Returns the lowered train step, from shapes alone; allocates nothing.
-
-    Args:
-      build: as for `compile_train`.
-      batch: a tree of shapes [B, T].
-    """
+    """Returns the lowered train step, from shapes alone; allocates nothing."""
     placed = _abstract(
       jax.eval_shape(self.fold.fold, self.abstract_state), self.state_shardings
     )
@@ -301,9 +288,7 @@ class PmapPlacement:
   def compile_eval(self, build, fields=()):
     del fields  # replicas are laid out alike
     pmapped = jax.pmap(
-      build(_psum, _fold_in_device),
-      axis_name=_PMAP_AXIS,
-      devices=self.devices,
+      build(_psum, _fold_in_device), axis_name=_PMAP_AXIS, devices=self.devices
     )
     return lambda *args: _first(pmapped(*args))
 

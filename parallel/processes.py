@@ -1,4 +1,4 @@
-"""The processes of one run: detection, start, barriers and messages.
+"""The processes of one run: detection, start and messages.
 
 Every process runs the same program on its own devices, and `jax.distributed`
 connects them. `train.py` calls `start` before any device is used. The number of
@@ -11,11 +11,10 @@ environment variables (`detect`):
                  PROCESS_ID
     torchrun     MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK; LOCAL_RANK and
                  LOCAL_WORLD_SIZE give each process one GPU of its host
-    Slurm        srun's SLURM_* variables, read by jax: one GPU per process
-                 unless JAX_LOCAL_DEVICE_IDS lists others
-    Open MPI     mpirun's OMPI_* variables, read by jax in the same way; version
-                 5 does not name a coordinator: set JAX_COORDINATOR_ADDRESS
-    TPU pods     TPU_WORKER_HOSTNAMES with several hosts, read by jax
+    Open MPI 5   mpirun's OMPI_COMM_WORLD_SIZE and OMPI_COMM_WORLD_RANK; names
+                 no coordinator: set JAX_COORDINATOR_ADDRESS
+    Slurm, Open MPI 4, TPU pods   read by jax; one GPU per process, unless
+                 JAX_LOCAL_DEVICE_IDS lists others
     --coordinator=auto   jax's own detection, e.g. for TPU virtual machines that
                  only their metadata server describes
 
@@ -31,8 +30,7 @@ process only to the last digits. Flags with --num_processes=1 ask for that.
 
 Breaks first when jax moves: `Channel` uses the private client
 `jax._src.distributed.global_state.client` (key_value_set,
-blocking_key_value_get, key_value_delete), and `Cluster.method` names classes of
-the private `jax._src.clusters`.
+blocking_key_value_get, key_value_delete).
 """
 
 from collections.abc import Iterator, Mapping
@@ -81,12 +79,6 @@ def detect(
 
   A pure function of its arguments: it asks neither jax nor the network.
 
-  Args:
-    environ: environment variables.
-    coordinator: flag, 'host:port' or 'auto'; empty if not given.
-    num_processes: flag; -1 if not given.
-    process_id: flag; -1 if not given.
-
   Raises:
     ValueError: a value is missing, or values contradict each other.
   """
@@ -104,7 +96,7 @@ def detect(
     return Cluster(method=None)
   if any(given.values()):
     return _explicit(given, *given)
-  for find in (_kubernetes, _torchrun, _slurm, _open_mpi, _tpu):
+  for find in (_kubernetes, _torchrun, _open_mpi_5, _known_to_jax):
     is_there, cluster = find(environ)
     if is_there:
       return cluster
@@ -176,16 +168,6 @@ def index() -> int:
 def is_first() -> bool:
   """Returns whether this process writes the files of the run."""
   return index() == 0
-
-
-def barrier(name: str) -> None:
-  """Waits until every process has called it with the same name.
-
-  There is no timeout: a living process may be preparing a dataset, and a dead
-  process is detected by its missing heartbeat.
-  """
-  if count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def gather(*values: int) -> np.ndarray:
@@ -291,6 +273,7 @@ def together(what: str) -> Iterator[None]:
 
 # (whether this launcher was found, its cluster or None for one process)
 _Found = tuple[bool, Cluster | None]
+_OPEN_MPI_4 = 'OMPI_MCA_orte_hnp_uri'
 
 
 def _kubernetes(environ: Mapping[str, str]) -> _Found:
@@ -333,34 +316,11 @@ def _torchrun(environ: Mapping[str, str]) -> _Found:
   return True, cluster
 
 
-def _slurm(environ: Mapping[str, str]) -> _Found:
-  # The variables that jax requires. A batch script outside srun lacks the list
-  # of nodes. An interactive shell has the list, in a step of one task.
-  names = (
-    'SLURM_JOB_ID',
-    'SLURM_STEP_NODELIST',
-    'SLURM_NTASKS',
-    'SLURM_PROCID',
-    'SLURM_LOCALID',
-  )
-  if not all(name in environ for name in names):
-    return False, None
-  count_name = (
-    'SLURM_STEP_NUM_TASKS'
-    if 'SLURM_STEP_NUM_TASKS' in environ
-    else 'SLURM_NTASKS'
-  )
-  is_alone = _is_one(environ, count_name)
-  return True, None if is_alone else Cluster(method='slurm')
-
-
-def _open_mpi(environ: Mapping[str, str]) -> _Found:
-  if 'OMPI_COMM_WORLD_SIZE' not in environ:
+def _open_mpi_5(environ: Mapping[str, str]) -> _Found:
+  if 'OMPI_COMM_WORLD_SIZE' not in environ or _OPEN_MPI_4 in environ:
     return False, None
   if _is_one(environ, 'OMPI_COMM_WORLD_SIZE'):
     return True, None
-  if 'OMPI_MCA_orte_hnp_uri' in environ:
-    return True, Cluster(method='ompi')
   return True, _explicit(
     environ,
     'JAX_COORDINATOR_ADDRESS',
@@ -369,11 +329,21 @@ def _open_mpi(environ: Mapping[str, str]) -> _Found:
   )
 
 
-def _tpu(environ: Mapping[str, str]) -> _Found:
-  hosts = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-  is_pod = len(hosts) > 1 or 'MEGASCALE_COORDINATOR_ADDRESS' in environ
-  # jax names a class per kind of TPU machine; only its own search picks one.
-  return is_pod, Cluster(method=None) if is_pod else None
+def _known_to_jax(environ: Mapping[str, str]) -> _Found:
+  """Finds Slurm, Open MPI 4 and TPU pods, whose variables jax reads."""
+  is_several = (
+    (_OPEN_MPI_4 in environ and not _is_one(environ, 'OMPI_COMM_WORLD_SIZE'))
+    # A batch script outside srun lacks the list of nodes. An interactive shell
+    # has the list, in a step of one task.
+    or (
+      'SLURM_STEP_NODELIST' in environ
+      and not _is_one(environ, 'SLURM_STEP_NUM_TASKS')
+      and not _is_one(environ, 'SLURM_NTASKS')
+    )
+    or ',' in environ.get('TPU_WORKER_HOSTNAMES', '')
+    or 'MEGASCALE_COORDINATOR_ADDRESS' in environ
+  )
+  return is_several, Cluster(method=None) if is_several else None
 
 
 def _is_one(environ: Mapping[str, str], count_name: str) -> bool:

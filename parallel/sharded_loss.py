@@ -45,10 +45,6 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
   `shard_map` splits the tokens. The compiler splits the vocabulary: logits are
   split over `tensor` like the head. A softmax then adds across devices two
   numbers per token, and the gradient of the token's hidden state.
-
-  Args:
-    nll: the loss of arrays on one device, as sums over tokens.
-    mesh: from `parallel.mesh`.
   """
   manual = tuple(name for name in mesh.axis_names if name != _VOCAB_AXIS)
   tokens = PartitionSpec(rules.BATCH_AXES, TIME_AXES)
@@ -61,31 +57,17 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
     form: Any,
   ) -> Any:
     check_row_length(hidden_BTD.shape[1], mesh)
+    arrays = hidden_BTD, head_VD, targets_BT, weights_BT
+
+    def local(*arrays):
+      return nll(*arrays, form, vocab_shards=mesh.shape[_VOCAB_AXIS])
+
     if all(mesh.shape[name] == 1 for name in manual):
       # Only the vocabulary is split. XLA's partitioner fails a check if it has
       # to sum over manual axes that all have size one.
-      return nll(
-        hidden_BTD,
-        head_VD,
-        targets_BT,
-        weights_BT,
-        form,
-        vocab_shards=mesh.shape[_VOCAB_AXIS],
-      )
-
-    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
-      sums = nll(
-        hidden_BTD,
-        head_VD,
-        targets_BT,
-        weights_BT,
-        form,
-        vocab_shards=mesh.shape[_VOCAB_AXIS],
-      )
-      return jax.lax.psum(sums, manual)
-
+      return local(*arrays)
     return jax.shard_map(
-      local,
+      lambda *arrays: jax.lax.psum(local(*arrays), manual),
       mesh=mesh,
       # The head is gathered where it enters, and stays split over `tensor`. A
       # gather inside would collect the vocabulary as well.
@@ -94,6 +76,6 @@ def make_weighted_nll(nll: Nll, mesh: Mesh) -> Nll:
       axis_names=set(manual),
       # With the check on, the loop of the loss would have to name mesh axes.
       check_vma=False,
-    )(hidden_BTD, head_VD, targets_BT, weights_BT)
+    )(*arrays)
 
   return weighted_nll

@@ -106,10 +106,7 @@ def render(
 
   Args:
     template: Jinja source.
-    messages: turns, as in `Conversation`.
     add_generation_prompt: whether to end with the start of an answer.
-    bos_token: the value of `{{ bos_token }}`.
-    eos_token: the value of `{{ eos_token }}`.
 
   Raises:
     ValueError: a message or the template is malformed, or the template raises
@@ -132,14 +129,8 @@ def prompt(
   """Returns the rendered conversation, with spans of tokens and answers.
 
   Args:
-    template: Jinja source.
-    conversation: the messages and options.
     names: variables of the tokenizer, such as 'bos_token'.
     special_tokens: strings that are special tokens if the template writes them.
-
-  Raises:
-    ValueError: a message or the template is malformed, or the template raises
-      an error.
   """
   given = _given(conversation)
   texts = (template, *names.values(), *chat_inputs.strings(given))
@@ -247,12 +238,7 @@ def _unbracketed(
 def _without(
   marks: Sequence[int], spans: Sequence[spans_lib.Span]
 ) -> list[spans_lib.Span]:
-  """Returns the spans in the text without its marks.
-
-  Args:
-    marks: positions of marks in the text, ascending.
-    spans: ranges of the text with marks, ascending.
-  """
+  """Returns the spans in the text without its marks."""
   result = []
   passed = 0
   for start, end in spans:

@@ -224,10 +224,7 @@ def _is_known_role(key: str, value: Any) -> bool:
 
 
 def _lower(text: str) -> str:
-  """Returns `text` in lower case, with the same length.
-
-  A few characters become two in lower case; they stay as they are.
-  """
+  """Returns `text` in lower case, except characters that would become two."""
   lowered = text.lower()
   if len(lowered) == len(text):
     return lowered

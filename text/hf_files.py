@@ -202,11 +202,7 @@ def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _model(files: Files) -> dict[str, Any]:
-  """Returns `tokenizer.json`, parsed.
-
-  Raises:
-    ValueError: it is damaged, or has BPE dropout.
-  """
+  """Returns `tokenizer.json`, parsed."""
   model = _json(files, MODEL)
   inner = model.get('model')
   if not isinstance(inner, dict) or not inner.get('vocab'):
@@ -222,11 +218,7 @@ def _model(files: Files) -> dict[str, Any]:
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
-  """Returns a file, parsed; an empty dict if there is no such file.
-
-  Raises:
-    ValueError: the file is not a JSON object.
-  """
+  """Returns a file, parsed; an empty dict if there is no such file."""
   try:
     value = json.loads(files.get(name, b'{}'))
   except ValueError as error:
@@ -239,11 +231,7 @@ def _json(files: Files, name: str) -> dict[str, Any]:
 def _trained_config(
   config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Returns the config of a trained tokenizer as `transformers` spells it.
-
-  Raises:
-    ValueError: a special token is not in the vocabulary.
-  """
+  """Returns the config of a trained tokenizer as `transformers` spells it."""
   special = config.get('special_tokens')
   special = special if isinstance(special, dict) else {}
   known = {token['content'] for token in model['added_tokens']}

@@ -49,7 +49,6 @@ def tabulate(
   Args:
     decoder: the entry in `tokenizer.json`; None if there is none.
     tokens: the strings of the ids that have text.
-    num_ids: one more than the largest id.
 
   Raises:
     ValueError: the decoder is unknown or looks at several tokens at once.
@@ -76,11 +75,7 @@ def _apply(steps: list[_Step], token: str, is_first: bool) -> bytes:
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[_Step]:
-  """Returns the steps of a decoder.
-
-  Raises:
-    ValueError: a step cannot be applied token by token.
-  """
+  """Returns the steps of a decoder."""
   if decoder is None:  # then the library joins tokens with spaces
     return [lambda token, is_first: token if is_first else _joined(token)]
   parts = [decoder]

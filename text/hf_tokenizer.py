@@ -92,19 +92,11 @@ class HuggingFaceTokenizer:
       )
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without special ids; UNK may be among them.
-
-    Raises:
-      ValueError: `text` holds a lone surrogate.
-    """
+    """Returns the ids of `text`, without special ids; UNK may be among them."""
     return self._encode(text).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the ids of each text, int32; on all cores.
-
-    Raises:
-      ValueError: a text holds a lone surrogate.
-    """
+    """Returns the ids of each text, int32; on all cores."""
     try:
       encodings = self._model.encode_batch_fast(
         list(texts), add_special_tokens=False
@@ -209,11 +201,7 @@ class HuggingFaceTokenizer:
     return recommended
 
   def _added_around_text(self) -> tuple[bool, bool]:
-    """Returns whether training put BOS before, and EOS after, each text.
-
-    Raises:
-      ValueError: the post-processor adds other ids.
-    """
+    """Returns whether training put BOS before, and EOS after, each text."""
     bos, eos = ([self._named_id(n, -1)] for n in ('bos_token', 'eos_token'))
     encoding = self._model.encode('a', add_special_tokens=True)
     ids, mask = encoding.ids, encoding.special_tokens_mask
@@ -274,12 +262,7 @@ def convert(
 
 
 def load(directory: str | os.PathLike) -> HuggingFaceTokenizer:
-  """Returns the tokenizer that `convert` or `save` has written.
-
-  Raises:
-    FileNotFoundError: there is no `tokenizer.json`.
-    ValueError: the files are damaged.
-  """
+  """Returns the tokenizer that `convert` or `save` has written."""
   try:
     return HuggingFaceTokenizer(hf_files.read_saved(directory))
   except ValueError as error:
@@ -297,11 +280,8 @@ def _tokens(model: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _hidden_names(found: hf_files.Specification) -> dict[str, str]:
-  """Returns a random string for every special token.
-
-  It has lower-case letters and digits only, which no normalizer changes.
-  """
-  secret = secrets.token_hex(16)
+  """Returns a random string for every special token."""
+  secret = secrets.token_hex(16)  # characters that no normalizer changes
   has_bytes = bool(found.model['model'].get('byte_fallback'))
   return {
     token: f'{secret}{i:06d}'

@@ -19,12 +19,7 @@ class Encoded(NamedTuple):
 
 
 def overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-  """Returns for each offset whether it shares a character with a span.
-
-  Args:
-    offsets: ranges of characters, ascending.
-    spans: ranges of characters, ascending and disjoint.
-  """
+  """Returns for each offset whether it shares a character with a span."""
   result = []
   current = 0
   for start, end in offsets:

@@ -104,9 +104,6 @@ def assemble(
   """Builds the parts of a run.
 
   Args:
-    experiment: what to run.
-    workdir: of the run; its tokenizer is read from here, or written here.
-    say: receives lines about slow steps, such as tokenising.
     documents: from `open_documents`; opened now if None.
 
   Raises:
@@ -121,10 +118,7 @@ def assemble(
     workdir, experiment, *((opened, s.weight) for s, opened in mixed)
   )
   open_rows = functools.partial(
-    rows_lib.open_rows,
-    tokenizer=tokenizer,
-    config=data,
-    say=say,
+    rows_lib.open_rows, tokenizer=tokenizer, config=data, say=say
   )
   with processes.together('data'):
     train = [open_rows(opened, name=s.name) for s, opened in mixed]
@@ -133,12 +127,12 @@ def assemble(
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
-  eval_batches = batches_lib.eval_batches(held_out, data)
+  eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
     learner=learner,
     tokenizer=tokenizer,
-    batches=batches_lib.train_batches(train, data, seed=experiment.seed),
+    batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
@@ -172,10 +166,7 @@ def _overlaps(
   tokenizer: tokenizer_lib.Tokenizer,
   data: data_config.DataConfig,
 ) -> Iterator[overlap.Overlap]:
-  """Yields the share of evaluation text in each training source.
-
-  The first process alone searches.
-  """
+  """Yields the share of evaluation text in each training source."""
   ngram = data.contamination_ngram
   if ngram < 0:
     ngram = overlap.default_ngram(tokenizer)
@@ -189,17 +180,7 @@ def _open_tokenizer(
   experiment: experiment_lib.Experiment,
   *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer of a run: built and saved once, loaded from then on.
-
-  Args:
-    workdir: of the run; the tokenizer is saved there.
-    experiment: describes the tokenizer.
-    *mixed: the training documents, each source with its weight.
-
-  Raises:
-    ValueError: the tokenizer is damaged, or has more tokens than the model has
-      embeddings.
-  """
+  """Returns the tokenizer of a run: built and saved once, then loaded."""
   directory = workdir / file_names.TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():

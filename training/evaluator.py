@@ -19,13 +19,7 @@ class Evaluator:
     parts: assemble.Parts,
     context: run_context.RunContext,
   ):
-    """Compiles nothing yet: the first evaluation does.
-
-    Args:
-      experiment: the run.
-      parts: of the run.
-      context: receives the results, and knows of a signal to stop.
-    """
+    """Compiles nothing yet: the first evaluation does."""
     self._experiment = experiment
     self._parts = parts
     self._context = context

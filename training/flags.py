@@ -49,10 +49,7 @@ class FlagError(ValueError):
 def parse(
   argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
 ) -> list[str]:
-  """Parses absl flags like `flags.FLAGS(argv)`, `--config` among them.
-
-  Returns:
-    The arguments that are no flags.
+  """Parses absl flags, `--config` among them; returns the other arguments.
 
   Raises:
     FlagError: got / expected / fix, in one line.
@@ -165,10 +162,7 @@ def _unknown_field(argv: list[str]) -> str | None:
 
 
 def _lost(node: Any, path: str) -> str:
-  """Returns an error about a path such as 'data.sources[5].weight'.
-
-  '' if every part of the path exists.
-  """
+  """Returns an error about a path such as 'data.sources[5].weight', or ''."""
   for index, name in re.findall(r'(\[\d+\])|(\w+)', path):
     if index:
       length = len(node) if isinstance(node, tuple | list) else 0

@@ -24,11 +24,6 @@ def config_of(
 ) -> model_config.ModelConfig:
   """Returns the config of a frozen model, with its layers stacked if alike.
 
-  Args:
-    name: in the objective's `models_needed`.
-    source: where its weights are.
-    vocab_size: of the model that is trained.
-
   Raises:
     ValueError: there is no frozen directory, it is damaged, or its model has
       another vocabulary.
@@ -53,24 +48,14 @@ def config_of(
 
 
 def read(source: port.ModelSource, config: model_config.ModelConfig) -> Any:
-  """Reads and verifies the variables of a frozen model.
-
-  Args:
-    source: of the weights.
-    config: from `config_of`; says whether layers are stacked.
-  """
+  """Reads and verifies the variables of a frozen model."""
   frozen = frozen_format.read(source.path)
   params, unstacked = layout.unstack(frozen.params, frozen.config)
   return layout.stack(params, unstacked)[0] if config.scan_layers else params
 
 
 def place(params: Any, abstract: Any) -> Any:
-  """Sends parameters of any float dtype to the devices.
-
-  Args:
-    params: whole, on the host or on any device.
-    abstract: shapes, dtypes and shardings of the result.
-  """
+  """Sends parameters of any float dtype to the devices."""
   # Each device is sent its own part alone.
   return jax.tree.map(
     lambda x, like: jax.device_put(
@@ -92,12 +77,7 @@ def lineage(objective: port.Objective) -> dict[str, str]:
 def check_lineage(
   objective: port.Objective, recorded: Mapping[str, str]
 ) -> None:
-  """Raises ValueError if a run would resume with another frozen model.
-
-  Args:
-    objective: of the run.
-    recorded: lineage in run.json.
-  """
+  """Raises ValueError if a run would resume with another frozen model."""
   for name, digest in lineage(objective).items():
     if recorded.get(name) != digest:
       raise ValueError(

@@ -65,19 +65,12 @@ class Learner:
     return self.placed(jax.jit(init, out_shardings=layout)(key))
 
   def init_with(self, key: jax.Array, params: Any) -> state_lib.TrainState:
-    """Returns the state before the first step, on the devices.
-
-    Args:
-      key: as `init` takes it.
-      params: variables of the model, of any float dtype.
-    """
+    """Returns the state before the first step, on the devices."""
     abstract = self.placement.abstract_whole().replace(frozen_params=None)
     own = {name: abstract.params[name] for name in params}
     init = jax.jit(
       functools.partial(
-        state_lib.init_with,
-        self.optimizer,
-        **_state_options(self.experiment),
+        state_lib.init_with, self.optimizer, **_state_options(self.experiment)
       ),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
       donate_argnums=1,
@@ -85,11 +78,7 @@ class Learner:
     return self.placed(init(key, frozen_models_lib.place(params, own)))
 
   def placed(self, state: state_lib.TrainState) -> state_lib.TrainState:
-    """Returns the state as steps take it, with the weights of frozen models.
-
-    Args:
-      state: whole, without frozen models: new, or from a checkpoint.
-    """
+    """Returns the state as steps take it, with the weights of frozen models."""
     if self.frozen_models:
       abstract = self.placement.abstract_whole().frozen_params
       sources = self.experiment.objective.models_needed
@@ -164,7 +153,6 @@ def make(
   """Builds the learner of a validated experiment.
 
   Args:
-    experiment: what to run.
     devices: of the run, or of an ahead-of-time target; None: all devices of
       this process's platform.
 

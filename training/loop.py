@@ -42,23 +42,15 @@ def run(
   hooks: Sequence[Hook],
   should_stop: Callable[[int], bool],
 ) -> state_lib.TrainState:
-  """Takes steps until `num_steps` are taken or the run is asked to stop.
+  """Takes steps to `num_steps` or to a request to stop; returns the state.
 
   Args:
     state: after `first_step` steps. Donated.
     batches: host batches, at the position that belongs to `first_step`.
     train_step: compiled; donates its state.
-    first_step: steps already taken.
-    num_steps: of the whole run.
-    put_batch: sends a batch to the devices.
-    reporter: receives the metrics of each step.
-    report_every: steps between reports.
     hooks: run in this order. A hook that stops the run makes later hooks due
       that have `when_stopped`.
     should_stop: called after every step, with its number.
-
-  Returns:
-    The state after the last step.
   """
   reporter.begin(first_step)
   for step in range(first_step + 1, num_steps + 1):

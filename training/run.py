@@ -57,9 +57,7 @@ def run(
   """Trains to the last step of an experiment, then freezes.
 
   Args:
-    experiment: what to run.
     workdir: receives all files of the run. A run in it is resumed.
-    console: shows the progress to the user.
     seconds_before: age of the process when this is called.
 
   Raises:
@@ -139,11 +137,7 @@ def _complete_step(experiment, workdir, resume, console) -> int | None:
 def _unlike(
   frozen: pathlib.Path, step: int, experiment: experiment_lib.Experiment
 ) -> str:
-  """Returns how a frozen directory differs from what a run would freeze now.
-
-  Returns:
-    The first difference in words; '' if there is none.
-  """
+  """Returns the first difference to what a run would freeze now, or ''."""
   if not frozen.exists():
     return f'nothing is in {frozen}'
   try:

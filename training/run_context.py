@@ -47,15 +47,6 @@ def opened(
 ) -> Iterator[RunContext]:
   """Yields the context of a run.
 
-  Args:
-    experiment: the run.
-    parts: of the run.
-    workdir: receives the metrics.
-    console: shows the progress.
-    goodput: counts the time.
-    resume: the checkpoint that the run resumes from.
-    last_checkpoint: see `Reporter`.
-
   Raises:
     ValueError: the metrics of earlier starts are damaged.
   """

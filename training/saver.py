@@ -38,17 +38,7 @@ class Saver:
     before: checkpoint.Progress,
     first_step: int,
   ):
-    """Creates the saver of one start of a run.
-
-    Args:
-      experiment: the run.
-      parts: of the run.
-      context: receives the outcome of each save.
-      saved: the checkpoints of the run.
-      evaluator: knows the loss of a step, which ranks its checkpoint.
-      before: the cost of the run before this start.
-      first_step: the step that this start resumed from.
-    """
+    """Creates the saver of one start of a run."""
     self._parts = parts
     self._context = context
     self._saved = saved
@@ -100,9 +90,6 @@ class Saver:
 
   def finish(self, state: state_lib.TrainState) -> None:
     """Returns when the last step is saved; repeats a save that failed.
-
-    Args:
-      state: after the last step.
 
     Raises:
       disk.SaveError: it cannot be saved.

@@ -40,15 +40,7 @@ def init(
   has_average: bool = False,
   make_heads: MakeHeads | None = None,
 ) -> TrainState:
-  """Returns the state before the first step. Pure: jit or eval_shape it.
-
-  Args:
-    model: whose variables are drawn.
-    optimizer: whose state is made.
-    key: of the run.
-    has_average: whether the state keeps an average of the parameters.
-    make_heads: draws the objective's own parameters from a key.
-  """
+  """Returns the state before the first step. Pure: jit or eval_shape it."""
   init_key, _ = jax.random.split(key)
   params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))
   return init_with(
@@ -102,10 +94,6 @@ def logical_axes(state: TrainState, param_axes: Any) -> TrainState:
   their container (an optimizer's state, possibly inside others), and are laid
   out like the parameter. Counts and the key have no axes. Frozen models have
   the axes of their own names.
-
-  Args:
-    state: arrays or shapes.
-    param_axes: `models.axes.param_axes` of its parameters.
 
   Raises:
     ValueError: the axes of a leaf beside a parameter are ambiguous.

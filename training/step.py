@@ -48,12 +48,9 @@ def make_train_step(
   """Builds the step, to be jitted once with its state donated.
 
   Args:
-    model: the transformer that is trained.
     objective: returns sums over its batch, see `training.objectives.port`.
-    optimizer: an optax transformation.
     frozen_models: the other models that the objective needs, by name; their
       weights are `state.frozen_params`.
-    num_microbatches: how many parts the gradient is accumulated over.
     ema_decay: decay of `state.average`, if the run keeps one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).

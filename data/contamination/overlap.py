@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import json
-import pathlib
 import re
 
 import numpy as np
@@ -71,18 +70,11 @@ def default_ngram(tokenizer: tokenizer_lib.Tokenizer) -> int:
 
 
 def between_stores(
-  train: token_store.TokenStore,
-  evaluated: token_store.TokenStore,
-  ngram: int,
+  train: token_store.TokenStore, evaluated: token_store.TokenStore, ngram: int
 ) -> Overlap:
   """Returns the overlap of two stores of one tokenizer.
 
   The result is kept in a file beside the training tokens.
-
-  Args:
-    train: the training tokens.
-    evaluated: the evaluation tokens.
-    ngram: length of n-grams, in tokens.
   """
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
   if path.is_file():
@@ -95,21 +87,16 @@ def between_stores(
   for first in range(0, train.num_documents, _PIECE):
     documents.mark_documents(*_text_of(train, first, first + _PIECE))
   overlap = _overlap(documents, train.name, 'tokens')
-  _write(path, overlap)
+  # In a read-only store, the next run looks for the overlap again.
+  with contextlib.suppress(OSError):
+    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
   return overlap
 
 
 def between_texts(
   train: Iterable[str], evaluated: Iterable[str], ngram: int, name: str
 ) -> Overlap:
-  """Returns the overlap of two texts, by their words.
-
-  Args:
-    train: the training documents.
-    evaluated: the evaluation documents.
-    ngram: length of n-grams, in words.
-    name: of the training text, in the result.
-  """
+  """Returns the overlap of two texts, by their words."""
   words, edges = _words(evaluated)
   documents = ngrams.Documents(words, edges, ngram)
   texts = iter(train)
@@ -155,12 +142,6 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
     num_found=int(found_D.sum()),
     most_copied=np.flatnonzero(is_copied_D)[:5].tolist(),
   )
-
-
-def _write(path: pathlib.Path, overlap: Overlap) -> None:
-  # In a read-only store, the next run looks for the overlap again.
-  with contextlib.suppress(OSError):
-    atomic.write_text(path, json.dumps(dataclasses.asdict(overlap)))
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:

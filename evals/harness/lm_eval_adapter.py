@@ -39,12 +39,7 @@ class LM(lm_eval_model.TemplateLM):
   """
 
   def __init__(self, model: ports.Model, *, seed: int = 0):
-    """Wraps a model.
-
-    Args:
-      model: has a logprob_fn, a sample_fn, or both.
-      seed: for tasks that sample.
-    """
+    """Wraps a model."""
     super().__init__()
     self._model = model
     self._seed = seed
@@ -86,7 +81,6 @@ class LM(lm_eval_model.TemplateLM):
       string: text in which names of special tokens become special tokens.
       add_special_tokens: whether BOS is put in front; None: if the model was
         trained with BOS, and the text does not begin with it.
-      **kwargs: none is known; any is refused.
     """
     if kwargs:
       raise TypeError(f'tok_encode: got {sorted(kwargs)}, expected no more')
@@ -152,7 +146,9 @@ class LM(lm_eval_model.TemplateLM):
         tokens than the model's context.
     """
     del disable_tqdm
-    asked = [(prompt, _hashable(kwargs)) for prompt, kwargs in _args(requests)]
+    asked = [
+      (request.args[0], _hashable(request.args[1])) for request in requests
+    ]
     waiting: dict[Any, list[int]] = {}
     for i, key in enumerate(asked):
       waiting.setdefault(key, []).append(i)
@@ -247,9 +243,7 @@ class LM(lm_eval_model.TemplateLM):
     return str(self._model.description.get('chat_template', 'the model’s own'))
 
   def apply_chat_template(
-    self,
-    chat_history: list[dict[str, str]],
-    add_generation_prompt: bool = True,
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
     """Returns the prompt of a conversation.
 
@@ -278,10 +272,6 @@ class LM(lm_eval_model.TemplateLM):
         ' one; leave chat out'
       )
     return self._model.render_chat
-
-
-def _args(requests) -> list[tuple[str, dict[str, Any]]]:
-  return [request.args for request in requests]
 
 
 def _hashable(value: Any) -> Any:

@@ -35,10 +35,7 @@ def open_tasks(
 
   Args:
     names: tasks, groups or tags of lm_eval, or paths of YAML files.
-    limit: examples of each task; None takes all.
     num_fewshot: solved examples before each question; None: as the task says.
-    seed: for few-shot examples that are drawn, and for samples.
-    is_chat: whether prompts go through the model's chat template.
 
   Raises:
     ValueError: there is no such task.
@@ -79,12 +76,7 @@ def open_tasks(
 def groups_of(
   results: Mapping[str, Any], leaves: Sequence[str]
 ) -> tuple[scores.Group, ...]:
-  """Returns the scores of lm_eval: a group per task, filter and aggregate.
-
-  Args:
-    results: return value of `lm_eval.simple_evaluate`.
-    leaves: names of the tasks that have examples of their own.
-  """
+  """Returns the scores of lm_eval: a group per task, filter and aggregate."""
   found = []
   for task, metrics in results['results'].items():
     better = results['higher_is_better'].get(task, {})
@@ -144,10 +136,7 @@ def _score(metric, value, error, is_better, parts) -> scores.Score:
   values = _values(metric, value, parts)
   if not values:
     return scores.Score(
-      name=metric,
-      value=value,
-      standard_error=error,
-      higher_is_better=is_better,
+      name=metric, value=value, standard_error=error, higher_is_better=is_better
     )
   return scores.of_values(
     metric,

@@ -17,12 +17,7 @@ DIFFERENCE = 0.01
 
 
 def text(result: scores.Result, difference: float = 0.0) -> str:
-  """Returns the scores of a result as a table.
-
-  Args:
-    result: the scores.
-    difference: the table says how many examples resolve it; 0: DIFFERENCE.
-  """
+  """Returns the scores of a result as a table."""
   lines = [f'{result.task}{_of(result.model)}', '']
   lines += _table(
     [
@@ -78,11 +73,6 @@ def _row(group, score, difference) -> tuple[str, ...]:
 def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
   """Returns b - a for every score that both have, tested.
 
-  Args:
-    a: the baseline.
-    b: the result to compare with the baseline.
-    difference: the text says how many examples resolve it; 0: DIFFERENCE.
-
   Raises:
     ValueError: the results are of different tasks, or share no score.
   """
@@ -108,9 +98,7 @@ def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
 def _compared(group_a, group_b, name, difference) -> list[str]:
   """Returns the lines about one score of two groups."""
   a, b = group_a.score(name), group_b.score(name)
-  lines = [
-    f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}',
-  ]
+  lines = [f'{group_a.name} / {name}: A {_with_error(a)}, B {_with_error(b)}']
   if a.per == 'token' and _tokens(group_a) != _tokens(group_b):
     return [
       *lines,

@@ -56,11 +56,7 @@ class Group:
   notes: tuple[str, ...] = ()  # caveats, for the reader of the scores
 
   def score(self, name: str) -> Score:
-    """Returns the score of that name.
-
-    Raises:
-      KeyError: the group has no such score.
-    """
+    """Returns the score of that name."""
     for score in self.scores:
       if score.name == name:
         return score

@@ -143,9 +143,6 @@ def measure(
 
   Args:
     prompts: their stop strings are used besides those of the settings.
-    model: the model, which has a `sample_fn`.
-    settings: the settings of all completions.
-    num_samples: completions per prompt.
     is_chat: puts each prompt into the model's chat template, as a message of
       the user.
 
@@ -172,12 +169,7 @@ def measure(
         'grades': [dict(prompt.grade(text)) for text in texts],
       }
     )
-  clusters = None
-  if any(prompt.cluster for prompt in prompts):
-    clusters = tuple(
-      f'cluster {prompt.cluster}' if prompt.cluster else f'id {prompt.id}'
-      for prompt in prompts
-    )
+  clusters = records.clusters(prompts)
   return scores.Group(
     name='generation',
     scores=tuple(

@@ -9,9 +9,10 @@ to write it. `exact_match_last` reads the last number of a completion.
 Reference: Cobbe et al. 2021 (arXiv:2110.14168).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import decimal
+import functools
 import os
 import re
 from typing import Self
@@ -51,10 +52,8 @@ def read_prompts(
   """Returns the prompts of a file in the format of GSM8K.
 
   Args:
-    path: file of the questions.
     fewshot_path: file of the same format. Its first examples stand, solved,
       before each question.
-    num_fewshot: number of those examples.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -92,15 +91,11 @@ def _prompt(
   return generation.Prompt(
     id=record.id,
     text=prompt(record.text('question'), solved),
-    grade=_grade_by(answer),
+    grade=functools.partial(grade, answer),
     answer=answer,
     stop=STOP,
     cluster=record.text('cluster', ''),
   )
-
-
-def _grade_by(answer: str) -> Callable[[str], dict[str, float]]:
-  return lambda completion: grade(answer, completion)
 
 
 def prompt(question: str, solved: Sequence[tuple[str, str]] = ()) -> str:

@@ -42,6 +42,7 @@ class Task(task.Task):
   """The kind `choice`."""
 
   READS = ('limit',)
+  ONLY_SCORES = True
 
   questions: tuple[Question, ...]
 
@@ -121,7 +122,7 @@ def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
     np.array([next(logprobs) for _ in question.choices])
     for question in questions
   ]
-  clusters = _clusters(questions)
+  clusters = records.clusters(questions)
   examples = [_answered(*one) for one in zip(questions, asked, strict=True)]
   confidences = [example['confidence'] for example in examples]
   is_right = [example['acc'] for example in examples]
@@ -134,10 +135,7 @@ def measure(questions: Sequence[Question], model: ports.Model) -> scores.Group:
     name='choice',
     scores=tuple(
       scores.of_values(
-        name,
-        values,
-        higher_is_better=name.startswith('acc'),
-        clusters=clusters,
+        name, values, higher_is_better=name.startswith('acc'), clusters=clusters
       )
       for name, values in columns.items()
     ),
@@ -199,13 +197,3 @@ def _answered(question: Question, logprobs: np.ndarray) -> dict:
       for name, values in ways.items()
     },
   }
-
-
-def _clusters(questions: Sequence[Question]) -> tuple[str, ...] | None:
-  """Returns the cluster of each question; one without is a cluster alone."""
-  if not any(question.cluster for question in questions):
-    return None
-  return tuple(
-    f'cluster {question.cluster}' if question.cluster else f'id {question.id}'
-    for question in questions
-  )

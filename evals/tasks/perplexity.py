@@ -44,6 +44,7 @@ class Task(task.Task):
   """The kind `perplexity`: any text, or JSON Lines with a field `text`."""
 
   READS = ('limit', 'stride')
+  ONLY_SCORES = True
 
   documents: tuple[str, ...]
 
@@ -52,9 +53,7 @@ class Task(task.Task):
     """Reads the documents."""
     documents = tuple(read_documents(path))
     return cls(
-      options=options,
-      files={path: digests.of_file(path)},
-      documents=documents,
+      options=options, files={path: digests.of_file(path)}, documents=documents
     )
 
   def measure(self, model: ports.Model) -> tuple[scores.Group, ...]:
@@ -146,8 +145,6 @@ def measure(
   PIECE_BYTES bytes.
 
   Args:
-    documents: texts; empty texts are left out.
-    model: the model, which has a `logprob_fn`.
     stride: tokens that a window adds; 0 is half of the model's context.
     max_pieces: number of first pieces to score; 0 scores all.
 

@@ -58,11 +58,6 @@ def read(
 ) -> list[Record]:
   """Returns the lines of a file.
 
-  Args:
-    path: file of JSON Lines.
-    required: fields that every line has.
-    optional: fields that a line may have.
-
   Raises:
     FileNotFoundError: there is no file.
     ValueError: a line is wrong, two have the same id, or there is none.
@@ -135,3 +130,13 @@ def read_text(path: str | os.PathLike) -> str:
       f'{path}, line {line}: got bytes that are no UTF-8, expected text;'
       ' convert the file'
     ) from None
+
+
+def clusters(examples: Sequence[Any]) -> tuple[str, ...] | None:
+  """Returns the cluster of each example; one without is a cluster alone."""
+  if not any(example.cluster for example in examples):
+    return None
+  return tuple(
+    f'cluster {example.cluster}' if example.cluster else f'id {example.id}'
+    for example in examples
+  )

@@ -17,10 +17,11 @@ class Task(abc.ABC):
 
   # Names of the fields of `Options` that the kind reads; others are refused.
   READS: ClassVar[tuple[str, ...]] = ()
+  # Whether the model's log-probabilities suffice. Such a task needs no sampler,
+  # so a run can measure it while it trains.
+  ONLY_SCORES: ClassVar[bool] = False
 
-  name: str = (
-    ''  # KIND:PATH, as the user wrote it; set by `evals.evaluate.open_task`
-  )
+  name: str = ''  # KIND:PATH, as the user wrote it; set by `open_task`
   options: options_lib.Options
   files: dict[str, str]  # SHA-256 of each file that was read, by path
 
@@ -29,9 +30,8 @@ class Task(abc.ABC):
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads everything that the evaluation needs, before any model is asked.
 
-    Args:
-      path: what stands after `KIND:` in the name of the task.
-      options: those outside of READS have their defaults.
+    `path` stands after `KIND:` in the task's name. Options outside READS have
+    their defaults.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -47,11 +47,7 @@ class Task(abc.ABC):
     """
 
   def run(self, model: ports.Model) -> scores.Result:
-    """Returns the scores of the model with what they were measured with.
-
-    Raises:
-      ValueError: the model lacks a function that the task needs.
-    """
+    """Returns the scores of the model with what they were measured with."""
     return scores.Result(
       task=self.name,
       groups=self.measure(model),

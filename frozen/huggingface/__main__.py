@@ -128,9 +128,7 @@ def _define_flags() -> None:
     ' imported as, or else the first that computes the same function.',
   )
   flags.DEFINE_bool(
-    'overwrite',
-    False,
-    'Import: replace a frozen directory with other weights.',
+    'overwrite', False, 'Import: replace a frozen directory with other weights.'
   )
   flags.mark_flags_as_required(['source', 'out'])
 

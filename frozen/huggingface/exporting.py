@@ -23,9 +23,6 @@ from models import layout
 from storage import atomic
 from text import tokenizer as tokenizer_lib
 
-# The only kind of tokenizer that transformers can load.
-_TOKENIZER_KIND = 'huggingface'
-
 
 class Exported(NamedTuple):
   """The result of an export."""
@@ -44,7 +41,6 @@ def export_directory(
   """Writes a frozen directory as a Hugging Face directory.
 
   Args:
-    source: the frozen directory.
     out: the directory to write; must not exist, or be empty.
     family: the `model_type` to write; '' for the family that the model was
       imported as, or else the first family that computes the same function.
@@ -64,14 +60,14 @@ def export_directory(
   model_type, values = _describe(frozen, family)
   with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
-    notes = _write_tokenizer(partial, frozen)
-    values |= _special_ids(frozen, notes)
+    notes, special_ids = _write_tokenizer(partial, frozen)
+    values |= special_ids
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
     _write_json(partial / config_json.FILE, values)
     generation, more = generation_config(frozen.generation)
     _write_json(
       partial / generation_config_lib.FILE,
-      generation | _special_ids(frozen, []) | _end_ids(frozen.generation),
+      generation | special_ids | _end_ids(frozen.generation),
     )
   return Exported(model_type, notes + more)
 
@@ -90,8 +86,7 @@ def _describe(frozen: frozen_format.Frozen, family: str):
 
 
 def tensors_of(
-  params: frozen_format.Params,
-  pieces: list[tensor_map.Piece],
+  params: frozen_format.Params, pieces: list[tensor_map.Piece]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields names and values of a family's tensors, made from our leaves."""
   leaves = frozen_format.leaves_by_path(params['params'])
@@ -127,31 +122,23 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
   )
 
 
-def _write_tokenizer(directory: pathlib.Path, frozen) -> list[str]:
-  """Copies the tokenizer; returns a note if transformers cannot read it."""
+def _write_tokenizer(
+  directory: pathlib.Path, frozen
+) -> tuple[list[str], dict[str, int]]:
+  """Copies the tokenizer; returns notes, and the ids of its special tokens."""
   tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
-  if tokenizer.kind != _TOKENIZER_KIND:
+  if tokenizer.kind != 'huggingface':  # the only one that transformers can load
     return [
       f'no tokenizer was written: transformers does not read the kind'
       f' {tokenizer.kind}'
-    ]
+    ], {}
   tokenizer.save(directory)
-  return []
-
-
-def _special_ids(frozen, notes: list[str]) -> dict[str, int]:
-  """Returns the ids of special tokens for config.json."""
-  if notes:
-    return {}
-  tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
-  if tokenizer.kind != _TOKENIZER_KIND:
-    return {}
   found = {}
   for name in ('bos_token', 'eos_token', 'pad_token'):
     token = tokenizer.names.get(name)
     if token is not None and token in tokenizer.special_tokens:
       found[f'{name}_id'] = tokenizer.special_tokens[token]
-  return found
+  return [], found
 
 
 def _end_ids(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,12 +110,9 @@ def import_file(
   """Writes the model of a GGUF file as a frozen directory.
 
   Args:
-    path: of the file.
-    out: the frozen directory to write.
     tokenizer_source: a directory with the tokenizer of the same model.
     dtype: one of `importing.DTYPES`; 'auto' is float32.
     origin: further fields of the manifest's origin.
-    overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
     FileNotFoundError: a file is missing.

@@ -9,18 +9,11 @@ import pathlib
 from typing import Any, NamedTuple
 
 PATTERNS = (
-  'config.json',
-  'generation_config.json',
-  'model.safetensors',
-  'model-*-of-*.safetensors',
-  'model.safetensors.index.json',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'chat_template.jinja',
-  'additional_chat_templates/*.jinja',
-)
+  'config.json', 'generation_config.json', 'model.safetensors',
+  'model-*-of-*.safetensors', 'model.safetensors.index.json', 'tokenizer.json',
+  'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+  'chat_template.jinja', 'additional_chat_templates/*.jinja',
+)  # fmt: skip
 
 
 class Fetched(NamedTuple):

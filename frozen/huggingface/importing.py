@@ -155,10 +155,7 @@ def import_directory(
 
   Args:
     directory: with the files above.
-    out: the frozen directory to write.
-    dtype: one of `DTYPES`.
     origin: further fields of the manifest's origin.
-    overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
     FileNotFoundError: a file is missing.

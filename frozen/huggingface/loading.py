@@ -59,9 +59,6 @@ def load(
   """Returns the parameter leaves by path, as numpy arrays.
 
   Args:
-    tensors: the tensors in the files.
-    pieces: the tensors of the model.
-    leaves: shapes and dtypes of the leaves, by path.
     tied: optional tensors, each with the name of the tensor that it must equal.
     where: the directory, for errors.
 

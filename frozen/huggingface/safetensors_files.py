@@ -221,10 +221,7 @@ def write_directory(
   """Writes tensors, one at a time, into one file or several shards.
 
   Args:
-    directory: an existing directory.
     shapes: of all tensors, in the order of `tensors`.
-    dtype: of all tensors.
-    tensors: names and values.
     shard_bytes: maximum size of a file; a larger tensor has its own file.
   """
   dtype = np.dtype(dtype)

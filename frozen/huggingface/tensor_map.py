@@ -63,7 +63,6 @@ def pieces(
 
   Args:
     model_type: one of `config_json.FAMILIES`.
-    config: of the model.
     values: its config.json, for fields about the order of tensor rows.
   """
   if model_type == 'gpt2':

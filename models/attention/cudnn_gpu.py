@@ -35,16 +35,11 @@ def attend(
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
-    k_BKTC: keys.
-    v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
     dropout: must be None: the weights never exist as an array.
     form: window, as part of the mask, and scale; no soft-cap.
     implementation: xla computes the same on any device, unfused; for tests.
-
-  Raises:
-    ValueError: a call that `supports.CUDNN` refuses.
   """
   _, time, _, channels = q_BTHC.shape
   request = supports.Request(form=form, has_dropout=dropout is not None)

@@ -50,7 +50,6 @@ def attend(
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
-    form: window, soft-cap and scale of the scores.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]

@@ -52,7 +52,7 @@ def attend(
         cache.decode_table_DL,
         positions_1T[0, :num_decodes, None],
         form,
-        group=_group(num_decodes),
+        group=math.gcd(num_decodes, DECODE_GROUP),
       )[:, 0]
     )
   if num_chunks:
@@ -81,17 +81,11 @@ def attend_rows(
   """Attends from R queries of each of B sequences, [B, R, H, C].
 
   Args:
-    q_BRHC: queries.
-    pages: the pool.
     table_BL: the pages of each sequence, in order. Their slots are a multiple
       of TILE_SLOTS.
     positions_BR: the position of each query. A query with a negative position
       is padding: it sees nothing, and its result is undefined.
-    form: window, soft-cap and scale of the scores.
     group: sequences that share a loop over tiles, a divisor of B.
-
-  Raises:
-    ValueError: the slots of a page table are not a whole number of tiles.
   """
   if (slots := table_BL.shape[1] * pages.page_size) % TILE_SLOTS:
     # dynamic_slice would move the last tile back until it fits, and the tile
@@ -170,11 +164,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
     first,
     stop,
     fold,
-    (
-      jnp.full(shape, _MASKED),
-      jnp.zeros(shape),
-      jnp.zeros((*shape, channels)),
-    ),
+    (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, channels))),
   )
   # Padding that is alone in its group has a sum of 0: its loop saw no tile.
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]
@@ -224,7 +214,3 @@ def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
   kv_BSK2C = kv_BSYC.reshape(batch, TILE_SLOTS, num_heads // 2, 2, channels)
   k_BKSC, v_BKSC = (kv_BSK2C[:, :, :, i].swapaxes(1, 2) for i in (0, 1))
   return k_BKSC, v_BKSC
-
-
-def _group(num_decodes: int) -> int:
-  return math.gcd(num_decodes, DECODE_GROUP)

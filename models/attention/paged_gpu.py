@@ -56,17 +56,12 @@ def attend(
   """Returns the attention output, [B, T, H, C]; see `models.attention.cached`.
 
   Args:
-    q_BTHC: queries, [1, T, H, C] over pages.
     cache: the cache of one layer, with the keys of this call already written.
       `models.attention.cached` attends over a dense one.
     positions_BT: the position of each query. A query with a negative position
       sees nothing, and its result is zero.
-    form: window, soft-cap and scale of the scores.
     num_splits: programs that share the tiles of a sequence; None: `splits`.
     interpret: run on any device, slowly; for tests.
-
-  Raises:
-    ValueError: a call that `supports.PAGED_GPU` refuses.
   """
   if not isinstance(cache, kv_cache.PagedLayer):
     return cached.attend(q_BTHC, cache, positions_BT, form)

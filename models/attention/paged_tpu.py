@@ -60,14 +60,11 @@ def attend(
     cache: the cache of one layer, with the keys of this call already written.
     positions_BT: the position of each query; the result of a negative one is
       undefined.
-    form: window, soft-cap and scale of the scores.
     implementation: reference runs JAX's own reference of the kernel, on any
       device, from the same arguments. It is for tests and cannot be traced.
-
-  Raises:
-    ValueError: a call that `supports.PAGED_TPU` refuses.
   """
-  if not isinstance(cache, kv_cache.PagedLayer) or _is_int8(cache):
+  is_paged = isinstance(cache, kv_cache.PagedLayer)
+  if not is_paged or cache.pages.scale_PQY is not None:
     return cached.attend(q_BTHC, cache, positions_BT, form)
   supports.check(supports.PAGED_TPU, supports.of_call(q_BTHC, cache, form))
   heads, channels = q_BTHC.shape[2:]
@@ -105,10 +102,7 @@ def sequences(
   rows = cache.chunk_tokens(positions_T.shape[0])
   queries_B = [1] * num_decodes + [rows] * num_chunks
   starts_B = jnp.concatenate(
-    [
-      positions_T[:num_decodes],
-      positions_T[num_decodes :: max(rows, 1)],
-    ]
+    [positions_T[:num_decodes], positions_T[num_decodes :: max(rows, 1)]]
   )
   # A sequence without a token (position -1) still gets a length of one slot per
   # query; its result is undefined.
@@ -130,7 +124,9 @@ def tile_sizes(
   """
   pool = cache.pages.kv_PQYC
   _, page_size, _, width = pool.shape
-  tile_heads, tile_rows = _heads_of_a_tile(heads, pool)
+  tile_heads, tile_rows = kernel_lib.get_min_heads_per_blk(
+    heads, pool.shape[2], pool.dtype, pool.dtype
+  )
   slot_bytes = tile_rows * width * pool.dtype.itemsize
   slots = min(MAX_TILE_SLOTS, MAX_TILE_BYTES // slot_bytes)
   pages = min(MAX_TILE_PAGES, max(1, slots // page_size))
@@ -139,14 +135,3 @@ def tile_sizes(
     'num_kv_pages_per_block': min(pages, cache.decode_table_DL.shape[1]),
     'num_queries_per_block': min(rows, time),
   }
-
-
-def _heads_of_a_tile(heads: int, pool) -> tuple[int, int]:
-  """Returns the query heads, and the keys and values of heads, of a tile."""
-  return kernel_lib.get_min_heads_per_blk(
-    heads, pool.shape[2], pool.dtype, pool.dtype
-  )
-
-
-def _is_int8(cache: kv_cache.PagedLayer) -> bool:
-  return cache.pages.scale_PQY is not None

@@ -25,9 +25,7 @@ def angles(
   positions.
 
   Args:
-    positions_BT: positions of the tokens.
     rotary_width: channels that are rotated, an even number.
-    base: base of the wavelengths.
     scaling: of the frequencies; None: no scaling.
     cached_length: `ModelConfig.max_length` in a pass with a cache, 0 in a pass
       without; see `models.attention.rope_scaling`.
@@ -68,11 +66,6 @@ def rotate(
   """Returns x with each pair of channels of every head rotated by its angle.
 
   Channels past twice the number of angles are not changed.
-
-  Args:
-    x_BTHC: queries or keys.
-    angles_BTc: from `angles`.
-    amplitude: multiplies the rotated channels.
   """
   cos, sin = (f(angles_BTc)[:, :, None, :] for f in (jnp.cos, jnp.sin))
   if amplitude != 1:

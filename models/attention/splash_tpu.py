@@ -45,16 +45,11 @@ def attend(
 
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
-    k_BKTC: keys.
-    v_BKTC: values.
     segment_ids_BT: queries and keys of different segments, padding among them,
       do not see each other.
     dropout: must be None: the weights never exist as an array.
     form: window, soft-cap and scale; tiles outside a window are not computed.
     interpret: run on any device, slowly; for tests.
-
-  Raises:
-    ValueError: a call that `supports.SPLASH` refuses.
   """
   _, time, heads, channels = q_BTHC.shape
   supports.check(

@@ -203,9 +203,7 @@ PAGED_GPU = Path(
   int8_pool_gap=(2**31, 2**32),
 )
 INVARIANT = dataclasses.replace(
-  PAGED,
-  name='invariant attention',
-  otherwise='set engine.numerics = fast',
+  PAGED, name='invariant attention', otherwise='set engine.numerics = fast'
 )
 
 

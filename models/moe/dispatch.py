@@ -32,7 +32,6 @@ def apply_experts(
   """Returns the sum over a token's experts of gate * expert(x), [B, T, D].
 
   Args:
-    x_BTD: the tokens.
     ids_BTA: int32, the experts of each token. An id of E or more is an expert
       that is not among `kernels`; it adds nothing.
     gates_BTA: float32, the weight of each chosen expert.

@@ -82,12 +82,7 @@ def axis_of(x: jax.Array, axis: int) -> int:
 
 
 def halves(tree: Any, axis: int) -> tuple[Any, Any]:
-  """Returns the trees of the first and of the second half of the tokens.
-
-  Args:
-    tree: arrays of queries, or of keys.
-    axis: `QUERY_AXIS` or `KEY_AXIS`.
-  """
+  """Returns the trees of the first and of the second half of the tokens."""
 
   def half(x, index):
     return jnp.split(x, 2, axis_of(x, axis))[index]
@@ -140,14 +135,7 @@ def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
 def gradients(
   queries: Queries, keys: Keys, saved: Saved, shape: Shape = PLAIN
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Returns dq and (dk, dv), float32: the share of these keys and queries.
-
-  Args:
-    queries: as for `attend`.
-    keys: as for `attend`.
-    saved: of the same queries, over all keys.
-    shape: as for `attend`.
-  """
+  """Returns dq and (dk, dv), float32: the share of these keys and queries."""
 
   def add_tile(totals, tile):
     dk_BKSC, dv_BKSC = totals

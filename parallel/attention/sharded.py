@@ -28,10 +28,6 @@ def attend(local_attend: Attend, mesh: Mesh) -> Attend:
   The specs do not name the mesh axis `stage`: a pipeline adds it by
   `jax.vmap(..., spmd_axis_name='stage')`.
 
-  Args:
-    local_attend: attention of whole arrays on one device.
-    mesh: from `parallel.mesh`.
-
   Raises:
     ValueError: the mesh splits the tokens of a row.
   """

@@ -48,13 +48,13 @@ def _config(**fields: Any) -> data_config.DataConfig:
 def _train(source: sources.Source = DOCUMENTS, seed=0, **fields):
   settings = _config(**fields)
   opened = rows_lib.open_rows(source, TOK, settings, name='s')
-  return batches_lib.train_batches([opened], settings, seed=seed)
+  return batches_lib.TrainBatches([opened], settings, seed=seed)
 
 
 def _eval(source: sources.Source = DOCUMENTS, **fields):
   settings = _config(**fields)
   opened = rows_lib.open_rows(source, TOK, settings, name='s')
-  return batches_lib.eval_batches(opened, settings)
+  return batches_lib.EvalBatches(opened, settings.batch_size)
 
 
 def _pairs(batches):

@@ -29,7 +29,7 @@ def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):
     )
     for source in settings.train_sources()
   ]
-  return batches_lib.train_batches(opened, settings, seed=0)
+  return batches_lib.TrainBatches(opened, settings, seed=0)
 
 
 def _letters(batches):

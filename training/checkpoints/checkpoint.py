@@ -85,8 +85,6 @@ class Checkpoints:
     """Creates the object; reads and changes nothing on disk.
 
     Args:
-      workdir: of the run.
-      config: which checkpoints to keep.
       identity: of the run, see `seals.identity`. Checkpoints of another run are
         refused.
     """
@@ -115,9 +113,6 @@ class Checkpoints:
 
     A collective: all processes call it, share the reading, and agree. It
     changes nothing if it raises.
-
-    Args:
-      tell: receives a line for each damaged checkpoint.
 
     Raises:
       ValueError: a checkpoint belongs to another run, or all are damaged.
@@ -156,11 +151,7 @@ class Checkpoints:
     return Resume(step=good, evaluation_owed=self._seals[good].evaluation_owed)
 
   def _problems(self, step: int) -> str:
-    """Returns what is damaged in a checkpoint; the same in all processes.
-
-    Raises:
-      ValueError: the checkpoint belongs to another run, or has another version.
-    """
+    """Returns what is damaged in a checkpoint; the same in all processes."""
     directory = self._root / str(step)
     stranger = ''
     try:
@@ -216,7 +207,6 @@ class Checkpoints:
 
     Args:
       state: whole, see `parallel.placement.Placement.whole`.
-      progress: of the same step.
       eval_loss: validation loss of this step, if it was evaluated.
       evaluation_owed: whether an evaluation of this step was cut short.
       before_seal: called in the first process when all arrays are written. If
@@ -305,9 +295,6 @@ class Checkpoints:
   ) -> tuple[state_lib.TrainState, Progress]:
     """Returns the state and the progress of the newest checkpoint.
 
-    Args:
-      abstract_state: shapes, dtypes and shardings of a whole state.
-
     Raises:
       MismatchError: the checkpoint has other names, shapes or dtypes.
     """
@@ -351,11 +338,7 @@ class Checkpoints:
     return state, Progress(**fields)
 
   def wait(self) -> int | None:
-    """Waits for the save that was started, if any.
-
-    Returns:
-      The step of the newest checkpoint, or None.
-    """
+    """Waits for a save in flight; returns the step of the newest checkpoint."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None
@@ -372,12 +355,7 @@ class Checkpoints:
 def steps_to_keep(
   eval_losses: Mapping[int, float | None], config: experiment.CheckpointConfig
 ) -> set[int]:
-  """Returns the steps whose checkpoints are kept.
-
-  Args:
-    eval_losses: validation loss by step; None: the step was not evaluated.
-    config: how many of the latest and of the best are kept.
-  """
+  """Returns the steps whose checkpoints are kept."""
   steps = sorted(eval_losses)
   evaluated = {
     step: loss for step, loss in eval_losses.items() if loss is not None
@@ -423,11 +401,7 @@ def _check_leaves(
   got: Mapping[str, Mapping[str, str]],
   expected: Mapping[str, Mapping[str, str]],
 ) -> None:
-  """Compares descriptions of items.
-
-  Raises:
-    MismatchError: names the first leaf that differs.
-  """
+  """Compares descriptions of items."""
   for item in expected:
     found, wanted = got.get(item, {}), expected[item]
     if item == 'opt_state' and found != wanted:

@@ -18,22 +18,15 @@ from training import experiment as experiment_lib, frozen_models
 # Model fields that may differ. They matter in training only, or change the
 # layout of the parameters, not what the weights compute.
 _FREE = (
-  'scan_layers',
-  'dropout_rate',
-  'init_std',
-  'balance_loss_weight',
-  'router_z_weight',
-  'max_length',
-)
+  'scan_layers', 'dropout_rate', 'init_std', 'balance_loss_weight',
+  'router_z_weight', 'max_length',
+)  # fmt: skip
 
 
 def model_of(directory: str) -> model_config.ModelConfig:
   """Returns the model config of a frozen directory.
 
   Equal layers are stacked (`scan_layers`).
-
-  Args:
-    directory: the frozen directory, from the variant of an experiment.
 
   Raises:
     ValueError: there is no frozen directory, or it is damaged.
@@ -58,10 +51,7 @@ def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:
-  """Reads and verifies the frozen weights of `experiment.init_from`.
-
-  Returns:
-    Variables of the experiment's model, in the frozen dtype.
+  """Returns the verified weights of `experiment.init_from`, in their dtype.
 
   Raises:
     FileNotFoundError: there is no frozen directory.

@@ -45,10 +45,6 @@ class Save:
     """Copies the arrays off the devices and starts to write them.
 
     A failure is kept and raised by `finish`.
-
-    Args:
-      items: tree of arrays by name of its orbax item.
-      progress: the contents of progress.json.
     """
 
     def make_directories():
@@ -65,8 +61,7 @@ class Save:
       for name, tree in items.items():
         started = asyncio.run(
           self.handler.async_save(
-            epath.Path(self._partial / name),
-            args=ocp.args.StandardSave(tree),
+            epath.Path(self._partial / name), args=ocp.args.StandardSave(tree)
           )
         )
         # None if there is nothing to wait for.
@@ -75,13 +70,7 @@ class Save:
       self._failure = error
 
   def finish(self, seal: seals.Seal) -> seals.Seal:
-    """Waits, merges, hashes, seals and renames.
-
-    Args:
-      seal: without its files.
-
-    Returns:
-      The seal with its files.
+    """Waits, merges, hashes, seals and renames; returns the seal with files.
 
     Raises:
       Exception: a process failed. The partial directory is deleted.
@@ -143,14 +132,7 @@ class Save:
     atomic.publish(self._partial, self.root / str(self.step))
 
   def _together(self, do: Callable[[], Any]) -> list[Any]:
-    """Calls `do` in every process and exchanges the results.
-
-    Returns:
-      The results by process, as JSON values.
-
-    Raises:
-      disk.SaveError: `do` failed in a process; the text names it.
-    """
+    """Calls `do` in every process and exchanges the results."""
     failure, value = None, None
     try:
       value = do()

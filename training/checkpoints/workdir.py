@@ -78,7 +78,6 @@ def held(
   nothing behind.
 
   Args:
-    workdir: of the run.
     tell: receives a warning if the file system has no locks.
 
   Raises:
@@ -165,8 +164,6 @@ def record(
   run names the code that its weights came from.
 
   Args:
-    workdir: of the run.
-    experiment: the run.
     phases: weights of the data sources over time, see
       `TrainBatches.get_state`.
     lineage: digests of the weights that the run starts from, by role. None: the

@@ -39,14 +39,9 @@ _CALLS = {
 }
 # Operations whose result keeps the name of their input.
 _RENAMES = (
-  'broadcast_in_dim',
-  'convert_element_type',
-  'copy',
-  'reshape',
-  'sharding_constraint',
-  'squeeze',
-  'transpose',
-)
+  'broadcast_in_dim', 'convert_element_type', 'copy', 'reshape',
+  'sharding_constraint', 'squeeze', 'transpose',
+)  # fmt: skip
 
 Key = tuple[int, ...]  # the place of an operation: an index per nested jaxpr
 
@@ -87,12 +82,7 @@ class Watch:
   """A function whose tensors are recorded. Trace it once."""
 
   def __init__(self, fn: Callable[..., Any], names: Any = ()):
-    """Wraps a function.
-
-    Args:
-      fn: a function of arrays.
-      names: of the leaves of its arguments, flat, for `Sight.name`.
-    """
+    """Wraps a function."""
     self._fn = fn
     self._names = tuple(names)
     self._jaxpr: Any = None

@@ -4,15 +4,14 @@ import dataclasses
 import pathlib
 
 from checks import expect
-
-KINDS = ('perplexity', 'choice')
+from evals import evaluate
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvalsConfig:
   """Tasks and their interval; read by `training/evaluation/tasks.py`."""
 
-  # perplexity:FILE and choice:FILE.jsonl, see evals/evaluate.py.
+  # KIND:FILE, of the kinds in evals/evaluate.py that only score text.
   tasks: tuple[str, ...] = ()
   # Steps between measurements, a multiple of config.eval_every_steps. The last
   # step is always measured. 0: with every evaluation of the validation loss.
@@ -30,12 +29,13 @@ class EvalsConfig:
         f'evals.tasks: got {self.tasks!r}, expected a tuple of tasks, as in'
         " ('perplexity:book.txt',)"
       )
+    kinds = [k for k, task in evaluate.KINDS.items() if task.ONLY_SCORES]
     for task in self.tasks:
       kind, _, path = str(task).partition(':')
-      if kind not in KINDS or not path:
+      if kind not in kinds or not path:
         raise ValueError(
           f'evals.tasks: got {task!r}, expected KIND:FILE with one of'
-          f' {", ".join(KINDS)}: other tasks need generated text; freeze'
+          f' {", ".join(kinds)}: other tasks need generated text; freeze'
           ' the run and evaluate the frozen directory'
         )
     names = [name_of(task) for task in self.tasks]

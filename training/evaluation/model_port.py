@@ -53,7 +53,6 @@ class Scorer:
     """Returns the `LogprobFn` of these weights.
 
     Args:
-      params: the model's variables, placed on the devices.
       should_stop: called before every batch; if it returns True, the function
         raises `validation.Stopped`.
     """
@@ -86,7 +85,6 @@ def make_score_step(
   """Builds `score_step(params, batch)`: log p(target) at every token.
 
   Args:
-    model: the transformer.
     num_places: B x T of the whole batch.
     all_sum: adds a tree of sums across devices, under pmap.
 

@@ -22,14 +22,15 @@ def open_tasks(config: evals_config.EvalsConfig) -> tuple[task_lib.Task, ...]:
   Raises:
     FileNotFoundError, ValueError: a file is missing or has a wrong format.
   """
-  opened = []
-  for task in config.tasks:
+
+  def open_task(name: str) -> task_lib.Task:
+    reads = evaluate.KINDS[name.partition(':')[0]].READS
     options = options_lib.Options(
-      limit=config.limit,
-      stride=config.stride if task.startswith('perplexity:') else 0,
+      limit=config.limit, stride=config.stride if 'stride' in reads else 0
     )
-    opened.append(evaluate.open_task(task, options))
-  return tuple(opened)
+    return evaluate.open_task(name, options)
+
+  return tuple(map(open_task, config.tasks))
 
 
 def measure(
@@ -44,10 +45,6 @@ def measure(
   """Returns every score, and its standard error if it has one, by name.
 
   Args:
-    tasks: from `open_tasks`.
-    scorer: of the run.
-    params: the model's variables, placed on the devices.
-    tokenizer: of the run.
     has_bos: whether documents begin with BOS in training.
     should_stop: called before every batch; True raises.
 

@@ -37,12 +37,8 @@ def evaluate(
   Args:
     eval_step: returns sums with 'loss' and 'weight', and with 'nll' if the
       loss has other terms, too.
-    params: the model's variables, placed on the devices.
-    batches: one pass over the evaluation split.
-    put_batch: sends a batch to the devices.
     num_bytes_V: UTF-8 bytes of each token, 0 for special ones.
     max_batches: number of batches; 0 takes all.
-    should_stop: called before every batch.
 
   Raises:
     Stopped: `should_stop` returned True.
@@ -78,12 +74,7 @@ def evaluate(
 
 
 def report(values: dict[str, float]) -> str:
-  """Returns the figures of `evaluate` as text.
-
-  Args:
-    values: loss and bits_per_byte. With `average_` in front, they are those of
-      the averaged weights.
-  """
+  """Returns the figures of `evaluate` as text."""
   if 'bits_per_byte' not in values:
     text = f'validation loss {values["loss"]:.4f}'
     if 'average_loss' in values:

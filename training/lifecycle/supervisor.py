@@ -92,14 +92,7 @@ class Death:
   def between(
     cls, before: Seen, after: Seen, *, code: int, tail: str
   ) -> 'Death':
-    """Returns the death of an attempt.
-
-    Args:
-      before: progress at its start.
-      after: progress at its end.
-      code: exit code, as a shell gives it.
-      tail: end of its stderr.
-    """
+    """Returns the death of an attempt."""
     first_step = before.checkpoint or 0
     # If the metrics file is unchanged, its last step belongs to an earlier
     # attempt.
@@ -142,11 +135,7 @@ class Supervisor:
     """Creates the supervisor; `run` starts the child.
 
     Args:
-      command: of the child, with its arguments.
-      workdir: of the run; only read.
       max_restarts: number of restarts in a row without a new checkpoint.
-      first_pause_s: seconds before the first restart.
-      say: receives lines for the user.
     """
     self._command = command
     self._workdir = workdir

@@ -268,11 +268,8 @@ def residuals(
   """Returns the arrays that one layer stores for its backward pass.
 
   Args:
-    experiment: of the layer.
     sizes: of the mesh axes. The layer is traced with the heads, columns and
       tokens of one device.
-    policy: one of `models.execution.REMAT`.
-    is_fused: whether a kernel computes attention.
   """
   model = experiment.model
   config = dataclasses.replace(

@@ -174,11 +174,9 @@ def make(
   """Returns the plan of a run.
 
   Args:
-    experiment: the run.
     target_name: `here`, or a name that `hardware.targets` knows, as v5p:4x4x4.
     assumed_mfu: share of the peak that the run reaches, in (0, 1].
     price_per_device_hour: in any currency; 0 if unknown.
-    is_compiled: whether the step is compiled, if devices are not here.
 
   Raises:
     ValueError: the experiment, the target or an assumption cannot be used.

@@ -34,11 +34,7 @@ def make(
   target_name: str = targets.HERE,
   **options: Any,
 ) -> plan_lib.Plan:
-  """Plans a run as `plan.make` does, with a remedy if it does not fit.
-
-  Raises:
-    ValueError: as `plan.make`.
-  """
+  """Plans a run as `plan.make` does, with a remedy if it does not fit."""
   plan = plan_lib.make(experiment, target_name, **options)
   if plan.fits is not False:
     return plan

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hardware import targets
-from models import execution, kv_cache, transformer
+from models import kv_cache
 from models.attention import dense, form as form_lib, paged, paged_gpu, supports
-from tests.helpers import tiny_models
+from tests.helpers import absent_devices, tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192  # of a sequence, in three tiles
@@ -251,23 +250,6 @@ def test_the_kernel_on_a_gpu_that_is_here():
 # Compiled for a GPU that is not here.
 
 
-def _lower(f, *args):
-  """Lowers f for an H100."""
-  pytest.importorskip(
-    'jax_plugins.xla_cuda13', reason='needs requirements-plan.txt'
-  )
-  targets.prepare_environment()
-  mesh = jax.sharding.Mesh(
-    np.array(targets.devices(targets.parse('h100:1'))), ('data',)
-  )
-  sharding = jax.NamedSharding(mesh, jax.P())
-  args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-  )
-  with jax.set_mesh(mesh):
-    return f.lower(*args)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('dtype', 'stored', 'channels', 'page_size', 'name'),
@@ -284,45 +266,18 @@ def test_it_compiles_for_an_h100(dtype, stored, channels, page_size, name):
   call = jax.eval_shape(lambda: _call(page_size, channels, dtype, stored))
   attend = functools.partial(paged_gpu.attend, form=_FORMS[name])
   positions_1T = jax.eval_shape(_positions)
-  lowered = _lower(
-    jax.jit(lambda q, layer, p: attend(q, layer, p)), *call, positions_1T
-  )
-  assert lowered.compile().memory_analysis().output_size_in_bytes > 0
+  compiled = absent_devices.compile('h100:1', attend, *call, positions_1T)
+  assert compiled.memory_analysis().output_size_in_bytes > 0
 
 
 @pytest.mark.slow
 def test_a_model_compiles_for_an_h100_and_writes_its_pages_in_place():
   config = tiny_models.llama_like(model_width=64, head_width=64, mlp_width=64)
-  model = transformer.Transformer(
+  absent_devices.check_pages_are_updated_in_place(
+    'h100:1',
     config,
-    jnp.bfloat16,
-    execution.Execution(attend_cached=paged_gpu.attend),
+    paged_gpu.attend,
+    jax.eval_shape(_positions),
+    jax.eval_shape(lambda: _call(16)[1][1:]),
+    num_pages=1024,
   )
-
-  def step(params, pools, tables, tokens_1T, positions_1T):
-    cache = tuple(kv_cache.PagedLayer(pool, *tables) for pool in pools)
-    hidden_1TD, cache = model.apply(
-      params, tokens_1T, positions_1T, cache, method='hidden'
-    )
-    return hidden_1TD, tuple(layer.pages for layer in cache)
-
-  tokens_1T = jax.eval_shape(_positions)
-  params = jax.eval_shape(model.init, jax.random.key(0), tokens_1T)
-  pools = jax.eval_shape(
-    functools.partial(
-      kv_cache.init_pages,
-      config,
-      num_pages=1024,
-      page_size=16,
-      dtype=jnp.bfloat16,
-    )
-  )
-  tables = jax.eval_shape(lambda: _call(16)[1][1:])
-  compiled = _lower(
-    jax.jit(step, donate_argnums=1), params, pools, tables, *[tokens_1T] * 2
-  ).compile()
-  memory = compiled.memory_analysis()
-  pool_bytes = sum(pool.kv_PQYC.size * 2 for pool in pools)
-  assert memory.alias_size_in_bytes == pool_bytes
-  # Nothing is as large as one layer's pool: it is never copied.
-  assert memory.temp_size_in_bytes < pool_bytes / config.num_layers

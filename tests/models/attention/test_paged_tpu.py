@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hardware import targets
-from models import execution, kv_cache, transformer
+from models import kv_cache
 from models.attention import cached, form as form_lib, paged, paged_tpu
-from tests.helpers import tiny_models
+from tests.helpers import absent_devices, tiny_models
 
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192
@@ -216,20 +215,6 @@ def test_tiles_are_cut_to_on_chip_memory(fields, pages, rows):
 # Compiled for TPUs that are not here.
 
 
-def _compile(target, f, *args, **options):
-  pytest.importorskip('libtpu', reason='needs requirements-plan.txt')
-  targets.prepare_environment()
-  mesh = jax.sharding.Mesh(
-    np.array(targets.devices(targets.parse(target))), ('data',)
-  )
-  sharding = jax.NamedSharding(mesh, jax.P())
-  args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-  )
-  with jax.set_mesh(mesh):
-    return jax.jit(f, **options).lower(*args).compile()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('target', [V5E, V5P])
 @pytest.mark.parametrize(
@@ -253,7 +238,7 @@ def test_it_compiles_for_tpus(target, num_chunks, fields, form):
     chunk_table_XL=jax.ShapeDtypeStruct((num_chunks, width), jnp.int32),
   )
   num_tokens = 2 * num_decodes + 31 * num_chunks
-  text = _compile(
+  text = absent_devices.compile(
     target,
     functools.partial(paged_tpu.attend, form=form),
     jax.ShapeDtypeStruct((1, num_tokens, *q_1THC.shape[2:]), q_1THC.dtype),
@@ -269,37 +254,13 @@ def test_a_model_compiles_for_tpus_and_writes_its_pages_in_place(target):
   config = tiny_models.llama_like(
     model_width=128, head_width=128, mlp_width=128
   )
-  model = transformer.Transformer(
+  compiled = absent_devices.check_pages_are_updated_in_place(
+    target,
     config,
-    jnp.bfloat16,
-    execution.Execution(attend_cached=paged_tpu.attend),
+    paged_tpu.attend,
+    jax.eval_shape(_positions),
+    jax.eval_shape(lambda: _call()[1][1:]),
+    num_pages=2048,
   )
-
-  def step(params, pools, tables, tokens_1T, positions_1T):
-    cache = tuple(kv_cache.PagedLayer(pool, *tables) for pool in pools)
-    hidden_1TD, cache = model.apply(
-      params, tokens_1T, positions_1T, cache, method='hidden'
-    )
-    return hidden_1TD, tuple(layer.pages for layer in cache)
-
-  tokens_1T = jax.eval_shape(_positions)
-  params = jax.eval_shape(model.init, jax.random.key(0), tokens_1T)
-  pools = jax.eval_shape(
-    functools.partial(
-      kv_cache.init_pages,
-      config,
-      num_pages=2048,
-      page_size=16,
-      dtype=jnp.bfloat16,
-    )
-  )
-  tables = jax.eval_shape(lambda: _call()[1][1:])
-  args = params, pools, tables, tokens_1T, tokens_1T
-  compiled = _compile(target, step, *args, donate_argnums=1)
-  memory = compiled.memory_analysis()
-  pool_bytes = sum(pool.kv_PQYC.size * 2 for pool in pools)
-  assert memory.alias_size_in_bytes == pool_bytes
-  # Nothing is as large as one layer's pool: it is never copied.
-  assert memory.temp_size_in_bytes < pool_bytes / config.num_layers
   text = compiled.as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == config.num_layers

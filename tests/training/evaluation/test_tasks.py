@@ -12,6 +12,7 @@ from ml_collections import config_flags as ml_config_flags
 import pytest
 
 from evals import evaluate, ports
+from evals.tasks import task as task_lib
 from frozen import format as frozen_format
 from models import transformer
 from tests.helpers import no_network, tiny_models, tiny_run
@@ -156,6 +157,16 @@ def test_tasks_can_be_named_by_a_flag(value, tasks, monkeypatch):
 def test_a_config_that_cannot_be_is_refused(fields, words):
   with pytest.raises(ValueError, match=words):
     evals_config.EvalsConfig(**fields).validate(6)
+
+
+def test_a_kind_is_offered_to_runs_by_its_own_class(monkeypatch):
+  class Scoring(task_lib.Task):
+    ONLY_SCORES = True
+
+  monkeypatch.setattr(evaluate, 'KINDS', {**evaluate.KINDS, 'new': Scoring})
+  evals_config.EvalsConfig(tasks=('new:a', 'choice:a')).validate(0)
+  with pytest.raises(ValueError, match='one of perplexity, choice, new:'):
+    evals_config.EvalsConfig(tasks=('generate:a',)).validate(0)
 
 
 def test_tasks_without_intermediate_evaluations_are_for_the_end():
