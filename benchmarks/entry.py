@@ -35,7 +35,12 @@ def run(
   *,
   is_list: bool = False,
 ) -> None:
-  """Measures, prints each result as it comes, and writes --out."""
+  """Measures, prints each result as it comes, and writes --out.
+
+  Args:
+    measure: yields results, given the values of all flags.
+    is_list: --out gets {'results': [...]}, otherwise the only result.
+  """
   args = flags.FLAGS
   if note := timing.busy_note():
     print(note, file=sys.stderr)

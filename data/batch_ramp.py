@@ -28,7 +28,11 @@ def rows_before(ramp: Ramp, step: int) -> int:
 
 
 def check(batch_ramp: Ramp, batch_size: int) -> None:
-  """Raises ValueError unless the ramp grows from step 0 to `batch_size`."""
+  """Raises ValueError if `batch_ramp` does not grow from step 0 to batch_size.
+
+  Args:
+    batch_ramp: the ramp; an empty one is always valid.
+  """
   if not batch_ramp:
     return
   name = 'data.batch_ramp'

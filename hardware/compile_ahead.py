@@ -77,7 +77,11 @@ class Roofline:
 
 
 def compile(lowered: Any) -> Program | OutOfMemory:
-  """Returns the compiled program of `jit(f).lower(...)`, or the refusal."""
+  """Returns the compiled program of `jit(f).lower(...)`, or the refusal.
+
+  Raises:
+    Exception: the compiler failed for another reason than memory.
+  """
   try:
     compiled = lowered.compile()
   except Exception as error:  # each compiler raises a class of its own

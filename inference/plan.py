@@ -145,7 +145,11 @@ class Plan:
 def make(
   directory: str, target_name: str = targets.HERE, *, is_compiled: bool = True
 ) -> Plan:
-  """Returns the plan for a frozen directory; reads its manifest only."""
+  """Returns the plan for a frozen directory; reads its manifest only.
+
+  Raises:
+    FileNotFoundError, ValueError: the model or the target does not exist.
+  """
   manifest = manifest_lib.read(pathlib.Path(directory))
   config = model_config.ModelConfig.from_dict(manifest.model)
   is_here = target_name == targets.HERE

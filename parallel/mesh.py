@@ -15,7 +15,11 @@ def make_mesh(
   config: parallel_config.ParallelConfig,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """Returns the mesh of `config` over the given devices, or over all."""
+  """Returns the mesh of `config` over the given devices, or over all.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = config.sizes(len(devices))
   # Physical neighbours become neighbours in the mesh. CPU devices, real or

@@ -79,6 +79,10 @@ def detect(
 
   A pure function of its arguments: it asks neither jax nor the network.
 
+  Args:
+    environ: environment variables.
+    coordinator: flag, 'host:port' or 'auto'; empty if not given.
+
   Raises:
     ValueError: a value is missing, or values contradict each other.
   """

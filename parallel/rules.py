@@ -63,6 +63,9 @@ def num_parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
 def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
   """Returns a NamedSharding for each leaf.
 
+  Args:
+    logical_axes: the same tree with a tuple of axis names (or None) per leaf.
+
   Raises:
     ValueError: a dimension does not divide by its mesh axis.
   """

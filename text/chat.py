@@ -131,6 +131,10 @@ def prompt(
   Args:
     names: variables of the tokenizer, such as 'bos_token'.
     special_tokens: strings that are special tokens if the template writes them.
+
+  Raises:
+    ValueError: a message or the template is malformed, or the template raises
+      an error.
   """
   given = _given(conversation)
   texts = (template, *names.values(), *chat_inputs.strings(given))
@@ -238,7 +242,12 @@ def _unbracketed(
 def _without(
   marks: Sequence[int], spans: Sequence[spans_lib.Span]
 ) -> list[spans_lib.Span]:
-  """Returns the spans in the text without its marks."""
+  """Returns the spans in the text without its marks.
+
+  Args:
+    marks: positions of marks in the text, ascending.
+    spans: ranges of the text with marks, ascending.
+  """
   result = []
   passed = 0
   for start, end in spans:

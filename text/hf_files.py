@@ -202,7 +202,11 @@ def load_model(model: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _model(files: Files) -> dict[str, Any]:
-  """Returns `tokenizer.json`, parsed."""
+  """Returns `tokenizer.json`, parsed.
+
+  Raises:
+    ValueError: it is damaged, or has BPE dropout.
+  """
   model = _json(files, MODEL)
   inner = model.get('model')
   if not isinstance(inner, dict) or not inner.get('vocab'):
@@ -231,7 +235,11 @@ def _json(files: Files, name: str) -> dict[str, Any]:
 def _trained_config(
   config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Returns the config of a trained tokenizer as `transformers` spells it."""
+  """Returns the config of a trained tokenizer as `transformers` spells it.
+
+  Raises:
+    ValueError: a special token is not in the vocabulary.
+  """
   special = config.get('special_tokens')
   special = special if isinstance(special, dict) else {}
   known = {token['content'] for token in model['added_tokens']}

@@ -75,7 +75,11 @@ def _apply(steps: list[_Step], token: str, is_first: bool) -> bytes:
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[_Step]:
-  """Returns the steps of a decoder."""
+  """Returns the steps of a decoder.
+
+  Raises:
+    ValueError: a step cannot be applied token by token.
+  """
   if decoder is None:  # then the library joins tokens with spaces
     return [lambda token, is_first: token if is_first else _joined(token)]
   parts = [decoder]

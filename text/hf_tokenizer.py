@@ -92,11 +92,19 @@ class HuggingFaceTokenizer:
       )
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without special ids; UNK may be among them."""
+    """Returns the ids of `text`, without special ids; UNK may be among them.
+
+    Raises:
+      ValueError: `text` holds a lone surrogate.
+    """
     return self._encode(text).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the ids of each text, int32; on all cores."""
+    """Returns the ids of each text, int32; on all cores.
+
+    Raises:
+      ValueError: a text holds a lone surrogate.
+    """
     try:
       encodings = self._model.encode_batch_fast(
         list(texts), add_special_tokens=False
@@ -201,7 +209,11 @@ class HuggingFaceTokenizer:
     return recommended
 
   def _added_around_text(self) -> tuple[bool, bool]:
-    """Returns whether training put BOS before, and EOS after, each text."""
+    """Returns whether training put BOS before, and EOS after, each text.
+
+    Raises:
+      ValueError: the post-processor adds other ids.
+    """
     bos, eos = ([self._named_id(n, -1)] for n in ('bos_token', 'eos_token'))
     encoding = self._model.encode('a', add_special_tokens=True)
     ids, mask = encoding.ids, encoding.special_tokens_mask
@@ -262,7 +274,12 @@ def convert(
 
 
 def load(directory: str | os.PathLike) -> HuggingFaceTokenizer:
-  """Returns the tokenizer that `convert` or `save` has written."""
+  """Returns the tokenizer that `convert` or `save` has written.
+
+  Raises:
+    FileNotFoundError: there is no `tokenizer.json`.
+    ValueError: the files are damaged.
+  """
   try:
     return HuggingFaceTokenizer(hf_files.read_saved(directory))
   except ValueError as error:

@@ -19,7 +19,12 @@ class Encoded(NamedTuple):
 
 
 def overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-  """Returns for each offset whether it shares a character with a span."""
+  """Returns for each offset whether it shares a character with a span.
+
+  Args:
+    offsets: ranges of characters, ascending.
+    spans: ranges of characters, ascending and disjoint.
+  """
   result = []
   current = 0
   for start, end in offsets:

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
   special_tokens: Mapping[str, int]
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`; raises ValueError for a lone surrogate.
+    """Returns the ids of `text`.
 
     `decode` returns exactly `text`, unless the kind is 'huggingface' and
     `is_exact` is False.
@@ -93,11 +93,19 @@ class ByteTokenizer:
   special_tokens: Mapping[str, int] = {}
 
   def encode(self, text: str) -> list[int]:
-    """Returns the UTF-8 bytes of `text` as ids."""
+    """Returns the UTF-8 bytes of `text` as ids.
+
+    Raises:
+      ValueError: `text` holds a lone surrogate.
+    """
     return list(utf8.encode(text))
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the bytes of each text, uint8."""
+    """Returns the bytes of each text, uint8.
+
+    Raises:
+      ValueError: a text holds a lone surrogate.
+    """
     return [np.frombuffer(utf8.encode(text), np.uint8) for text in texts]
 
   def encode_marked(
@@ -119,7 +127,11 @@ class ByteTokenizer:
     return utf8.decode(b''.join(self.token_bytes(i) for i in ids))
 
   def token_bytes(self, token_id: int) -> bytes:
-    """Returns the byte of `token_id`, b'' for bos, eos and pad."""
+    """Returns the byte of `token_id`, b'' for bos, eos and pad.
+
+    Raises:
+      ValueError: `token_id` is not in the vocabulary.
+    """
     if not 0 <= token_id < self.vocab_size:
       raise ValueError(
         f'got token id {token_id}, expected 0 <= id < {self.vocab_size}; is '

@@ -166,7 +166,10 @@ def _overlaps(
   tokenizer: tokenizer_lib.Tokenizer,
   data: data_config.DataConfig,
 ) -> Iterator[overlap.Overlap]:
-  """Yields the share of evaluation text in each training source."""
+  """Yields the share of evaluation text in each training source.
+
+  The first process alone searches.
+  """
   ngram = data.contamination_ngram
   if ngram < 0:
     ngram = overlap.default_ngram(tokenizer)
@@ -180,7 +183,12 @@ def _open_tokenizer(
   experiment: experiment_lib.Experiment,
   *mixed: tuple[sources.Source, float],
 ) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer of a run: built and saved once, then loaded."""
+  """Returns the tokenizer of a run: built and saved once, loaded from then on.
+
+  Raises:
+    ValueError: the tokenizer is damaged, or has more tokens than the model has
+      embeddings.
+  """
   directory = workdir / file_names.TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():

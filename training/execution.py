@@ -91,7 +91,12 @@ def _check_experts(experiment: experiment_lib.Experiment) -> None:
 
 
 def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
-  """Raises ValueError if batches do not divide over the devices."""
+  """Raises ValueError if batches do not divide over the devices.
+
+  Args:
+    experiment: with the batch sizes.
+    num_shards: devices, or groups of devices, that split the rows of a batch.
+  """
   data, parallel = experiment.data, experiment.parallel
   parts = num_shards * parallel.num_stage_microbatches
   for size in data.batch_sizes:
@@ -226,7 +231,11 @@ def _run_layers(
 def _remat(
   experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> str:
-  """Returns the rematerialisation policy."""
+  """Returns the rematerialisation policy.
+
+  Raises:
+    ValueError: the devices would silently run another policy.
+  """
   asked = experiment.execution.remat
   # A CPU device has no memory besides the host's: XLA:CPU drops the transfers
   # of `offload`, which would then keep every activation in place.

@@ -24,6 +24,10 @@ def config_of(
 ) -> model_config.ModelConfig:
   """Returns the config of a frozen model, with its layers stacked if alike.
 
+  Args:
+    name: in the objective's `models_needed`.
+    source: where its weights are.
+
   Raises:
     ValueError: there is no frozen directory, it is damaged, or its model has
       another vocabulary.

@@ -47,6 +47,10 @@ def opened(
 ) -> Iterator[RunContext]:
   """Yields the context of a run.
 
+  Args:
+    resume: the checkpoint that the run resumes from.
+    last_checkpoint: see `Reporter`.
+
   Raises:
     ValueError: the metrics of earlier starts are damaged.
   """

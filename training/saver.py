@@ -38,7 +38,13 @@ class Saver:
     before: checkpoint.Progress,
     first_step: int,
   ):
-    """Creates the saver of one start of a run."""
+    """Creates the saver of one start of a run.
+
+    Args:
+      evaluator: knows the loss of a step, which ranks its checkpoint.
+      before: the cost of the run before this start.
+      first_step: the step that this start resumed from.
+    """
     self._parts = parts
     self._context = context
     self._saved = saved

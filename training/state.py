@@ -40,7 +40,12 @@ def init(
   has_average: bool = False,
   make_heads: MakeHeads | None = None,
 ) -> TrainState:
-  """Returns the state before the first step. Pure: jit or eval_shape it."""
+  """Returns the state before the first step. Pure: jit or eval_shape it.
+
+  Args:
+    has_average: whether the state keeps an average of the parameters.
+    make_heads: draws the objective's own parameters from a key.
+  """
   init_key, _ = jax.random.split(key)
   params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))
   return init_with(

@@ -16,6 +16,9 @@ _ROOT = pathlib.Path(__file__).parents[2]
 class PeerProcess(contextlib.AbstractContextManager):
   """A running peer, built and warmed up; leaving the context ends it.
 
+  Args:
+    spec: the workload and its shapes, see `peer_worker`.
+
   Raises:
     ValueError: no peer can run on this machine.
   """

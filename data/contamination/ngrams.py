@@ -25,7 +25,12 @@ class Documents:
   """
 
   def __init__(self, codes_N: np.ndarray, edges_D: np.ndarray, ngram: int):
-    """Hashes the n-grams."""
+    """Hashes the n-grams.
+
+    Args:
+      codes_N: uint64 [N], a random number for each symbol of all documents.
+      edges_D: int64 [documents + 1], the start of each document, and the end.
+    """
     self.ngram = ngram
     lengths_D = np.diff(edges_D)
     is_long_D = lengths_D >= ngram

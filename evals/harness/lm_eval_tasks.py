@@ -76,7 +76,12 @@ def open_tasks(
 def groups_of(
   results: Mapping[str, Any], leaves: Sequence[str]
 ) -> tuple[scores.Group, ...]:
-  """Returns the scores of lm_eval: a group per task, filter and aggregate."""
+  """Returns the scores of lm_eval: a group per task, filter and aggregate.
+
+  Args:
+    results: return value of `lm_eval.simple_evaluate`.
+    leaves: names of the tasks that have examples of their own.
+  """
   found = []
   for task, metrics in results['results'].items():
     better = results['higher_is_better'].get(task, {})

@@ -17,7 +17,11 @@ DIFFERENCE = 0.01
 
 
 def text(result: scores.Result, difference: float = 0.0) -> str:
-  """Returns the scores of a result as a table."""
+  """Returns the scores of a result as a table.
+
+  Args:
+    difference: the table says how many examples resolve it; 0: DIFFERENCE.
+  """
   lines = [f'{result.task}{_of(result.model)}', '']
   lines += _table(
     [
@@ -72,6 +76,11 @@ def _row(group, score, difference) -> tuple[str, ...]:
 
 def compare(a: scores.Result, b: scores.Result, difference: float = 0.0) -> str:
   """Returns b - a for every score that both have, tested.
+
+  Args:
+    a: the baseline.
+    b: the result to compare with the baseline.
+    difference: the text says how many examples resolve it; 0: DIFFERENCE.
 
   Raises:
     ValueError: the results are of different tasks, or share no score.

@@ -56,7 +56,11 @@ class Group:
   notes: tuple[str, ...] = ()  # caveats, for the reader of the scores
 
   def score(self, name: str) -> Score:
-    """Returns the score of that name."""
+    """Returns the score of that name.
+
+    Raises:
+      KeyError: the group has no such score.
+    """
     for score in self.scores:
       if score.name == name:
         return score

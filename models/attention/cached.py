@@ -23,6 +23,9 @@ def attend(
     cache: the cache of one layer, with the keys of this call already written.
     positions_BT: the position of each query; it sees the positions up to its
       own.
+
+  Raises:
+    ValueError: a form that `supports.CACHED` refuses.
   """
   if isinstance(cache, kv_cache.PagedLayer):
     return paged.attend(q_BTHC, cache, positions_BT, form)

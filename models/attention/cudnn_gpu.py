@@ -40,6 +40,9 @@ def attend(
     dropout: must be None: the weights never exist as an array.
     form: window, as part of the mask, and scale; no soft-cap.
     implementation: xla computes the same on any device, unfused; for tests.
+
+  Raises:
+    ValueError: a call that `supports.CUDNN` refuses.
   """
   _, time, _, channels = q_BTHC.shape
   request = supports.Request(form=form, has_dropout=dropout is not None)

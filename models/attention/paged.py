@@ -86,6 +86,9 @@ def attend_rows(
     positions_BR: the position of each query. A query with a negative position
       is padding: it sees nothing, and its result is undefined.
     group: sequences that share a loop over tiles, a divisor of B.
+
+  Raises:
+    ValueError: the slots of a page table are not a whole number of tiles.
   """
   if (slots := table_BL.shape[1] * pages.page_size) % TILE_SLOTS:
     # dynamic_slice would move the last tile back until it fits, and the tile

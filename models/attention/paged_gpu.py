@@ -62,6 +62,9 @@ def attend(
       sees nothing, and its result is zero.
     num_splits: programs that share the tiles of a sequence; None: `splits`.
     interpret: run on any device, slowly; for tests.
+
+  Raises:
+    ValueError: a call that `supports.PAGED_GPU` refuses.
   """
   if not isinstance(cache, kv_cache.PagedLayer):
     return cached.attend(q_BTHC, cache, positions_BT, form)

@@ -62,6 +62,9 @@ def attend(
       undefined.
     implementation: reference runs JAX's own reference of the kernel, on any
       device, from the same arguments. It is for tests and cannot be traced.
+
+  Raises:
+    ValueError: a call that `supports.PAGED_TPU` refuses.
   """
   is_paged = isinstance(cache, kv_cache.PagedLayer)
   if not is_paged or cache.pages.scale_PQY is not None:

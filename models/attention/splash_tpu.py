@@ -50,6 +50,9 @@ def attend(
     dropout: must be None: the weights never exist as an array.
     form: window, soft-cap and scale; tiles outside a window are not computed.
     interpret: run on any device, slowly; for tests.
+
+  Raises:
+    ValueError: a call that `supports.SPLASH` refuses.
   """
   _, time, heads, channels = q_BTHC.shape
   supports.check(

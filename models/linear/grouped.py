@@ -164,7 +164,10 @@ def _outer_ragged(x_JI, dy_JO, sizes_E):
 
 
 def _outer_in_tiles(x_JI, dy_JO, sizes_E, *, interpret: bool = False):
-  """Returns `_outer` by JAX's Pallas kernel."""
+  """Returns `_outer` by JAX's Pallas kernel.
+
+  XLA:TPU (jax 0.10) would multiply all rows for every group.
+  """
   num_rows, num_groups = x_JI.shape[0], sizes_E.shape[0]
   tile_I, tile_O = _tile(x_JI.shape[1]), _tile(dy_JO.shape[1])
   if not tile_I or not tile_O:

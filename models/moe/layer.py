@@ -38,7 +38,12 @@ class Moe(nn.Module):
   def __call__(
     self, x_BTD: jax.Array, is_real_BT: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the output, [B, T, D], and the `routing_sums` of the layer."""
+    """Returns the output, [B, T, D], and the `routing_sums` of the layer.
+
+    Args:
+      x_BTD: the normalised residual stream.
+      is_real_BT: False for padding, which the sums leave out. None: no padding.
+    """
     config = self.config
     # The router is float32 in every compute dtype: rounding would change the
     # choice of experts (Switch, arXiv:2101.03961, section 2.4).

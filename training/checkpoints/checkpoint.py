@@ -151,7 +151,11 @@ class Checkpoints:
     return Resume(step=good, evaluation_owed=self._seals[good].evaluation_owed)
 
   def _problems(self, step: int) -> str:
-    """Returns what is damaged in a checkpoint; the same in all processes."""
+    """Returns what is damaged in a checkpoint; the same in all processes.
+
+    Raises:
+      ValueError: the checkpoint belongs to another run, or has another version.
+    """
     directory = self._root / str(step)
     stranger = ''
     try:
@@ -355,7 +359,12 @@ class Checkpoints:
 def steps_to_keep(
   eval_losses: Mapping[int, float | None], config: experiment.CheckpointConfig
 ) -> set[int]:
-  """Returns the steps whose checkpoints are kept."""
+  """Returns the steps whose checkpoints are kept.
+
+  Args:
+    eval_losses: validation loss by step; None: the step was not evaluated.
+    config: how many of the latest and of the best are kept.
+  """
   steps = sorted(eval_losses)
   evaluated = {
     step: loss for step, loss in eval_losses.items() if loss is not None
@@ -401,7 +410,11 @@ def _check_leaves(
   got: Mapping[str, Mapping[str, str]],
   expected: Mapping[str, Mapping[str, str]],
 ) -> None:
-  """Compares descriptions of items."""
+  """Compares descriptions of items.
+
+  Raises:
+    MismatchError: names the first leaf that differs.
+  """
   for item in expected:
     found, wanted = got.get(item, {}), expected[item]
     if item == 'opt_state' and found != wanted:

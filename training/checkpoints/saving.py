@@ -132,7 +132,14 @@ class Save:
     atomic.publish(self._partial, self.root / str(self.step))
 
   def _together(self, do: Callable[[], Any]) -> list[Any]:
-    """Calls `do` in every process and exchanges the results."""
+    """Calls `do` in every process and exchanges the results.
+
+    Returns:
+      The results by process, as JSON values.
+
+    Raises:
+      disk.SaveError: `do` failed in a process; the text names it.
+    """
     failure, value = None, None
     try:
       value = do()

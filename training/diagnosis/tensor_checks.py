@@ -82,7 +82,12 @@ class Watch:
   """A function whose tensors are recorded. Trace it once."""
 
   def __init__(self, fn: Callable[..., Any], names: Any = ()):
-    """Wraps a function."""
+    """Wraps a function.
+
+    Args:
+      fn: a function of arrays.
+      names: of the leaves of its arguments, flat, for `Sight.name`.
+    """
     self._fn = fn
     self._names = tuple(names)
     self._jaxpr: Any = None

@@ -74,7 +74,12 @@ def evaluate(
 
 
 def report(values: dict[str, float]) -> str:
-  """Returns the figures of `evaluate` as text."""
+  """Returns the figures of `evaluate` as text.
+
+  Args:
+    values: loss and bits_per_byte. With `average_` in front, they are those of
+      the averaged weights.
+  """
   if 'bits_per_byte' not in values:
     text = f'validation loss {values["loss"]:.4f}'
     if 'average_loss' in values:

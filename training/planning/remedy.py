@@ -34,7 +34,11 @@ def make(
   target_name: str = targets.HERE,
   **options: Any,
 ) -> plan_lib.Plan:
-  """Plans a run as `plan.make` does, with a remedy if it does not fit."""
+  """Plans a run as `plan.make` does, with a remedy if it does not fit.
+
+  Raises:
+    ValueError: as `plan.make`.
+  """
   plan = plan_lib.make(experiment, target_name, **options)
   if plan.fits is not False:
     return plan
