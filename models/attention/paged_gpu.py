@@ -209,6 +209,11 @@ def _kernel(
       for row in (2 * head, 2 * head + 1)
     )
     scores_MS = form_lib.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
+    # As `models.attention.finite`, with what Triton can lower: x * 0 is NaN
+    # where x is not finite, and so is the sum.
+    zero_SC = v_SC.astype(jnp.float32) * 0
+    v_SC = jnp.where(zero_SC == 0, v_SC, 0)
+    scores_MS += jnp.sum(zero_SC, axis=1)[None, :]
     is_seen_MS = form_lib.sees(position_S[None, :], position_M[:, None], form)
     return _fold(state, jnp.where(is_seen_MS, scores_MS, _MASKED), v_SC)
 
