@@ -50,7 +50,6 @@ from inference.sampling import settings as settings_lib
 from inference.scheduling import page_tables, sequence_manager
 from models import (
   flops,
-  kv_cache,
   layout,
   model_config as model_config_lib,
   transformer,
@@ -102,7 +101,7 @@ class Engine:
     kv_dtype = dtype if config.kv_dtype == 'model' else config.kv_dtype
     self.page_tokens = config.page_tokens(model_config.max_length)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self.page_bytes = self.page_tokens * _kv_bytes_per_token(
+    self.page_bytes = self.page_tokens * execution.kv_bytes_per_token(
       model_config, kv_dtype, backend.channels
     )
     num_pages = config.pool_pages(
@@ -419,13 +418,7 @@ class Engine:
     """Takes the tokens of a step, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)
-    for index, chunk in enumerate(flight.step.chunks):
-      live = self._live.get(chunk.sequence)
-      if live and live.scored_prompt():
-        live.take_prompt_logprobs(
-          outputs.prompt, chunk, index * self.config.chunk_tokens
-        )
-    updates = []
+    updates = self._land_failures(flight, outputs)
     for place, span in inputs_lib.sampling_spans(
       flight.step, flight.shape.num_decodes
     ):
@@ -443,9 +436,34 @@ class Engine:
         self._close(live, live.transcript.finish_reason)
     return updates
 
+  def _land_failures(
+    self, flight: _Flight, outputs
+  ) -> list[requests_lib.Update]:
+    """Takes the prompt logprobs of a step, and ends sequences that failed.
+
+    A sequence fails where the model computes numbers that are not finite: its
+    next token does not exist, and its pages must not serve another sequence.
+    """
+    updates = []
+    num_decodes = flight.shape.num_decodes
+    for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
+      live = self._live.get(span.sequence)
+      is_sound = outputs.tokens_R[place] >= 0
+      if live and place >= num_decodes and live.scored_prompt():
+        at = (place - num_decodes) * self.config.chunk_tokens
+        is_sound &= live.take_prompt_logprobs(outputs.prompt, span, at)
+      if is_sound:
+        continue
+      if live is None:  # it ended while this step ran
+        self.manager.discard(span.sequence)
+      else:
+        updates.append(live.fail())
+        self._close(live, 'error')
+    return updates
+
   def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
-    self.manager.end(live.sequence)
+    self.manager.end(live.sequence, is_sound=reason != 'error')
     del self._live[live.sequence]
 
   def _charge_memory(self, now: float) -> None:
@@ -480,13 +498,3 @@ class Engine:
     self.metrics.prefill_tokens.inc(num_real - len(step.decodes))
     self.metrics.rows.labels('real').inc(num_real)
     self.metrics.rows.labels('padding').inc(num_tokens - num_real)
-
-
-def _kv_bytes_per_token(
-  config: model_config_lib.ModelConfig, dtype: Any, channels: int
-) -> float:
-  vector = channels * jnp.dtype(dtype).itemsize
-  if jnp.dtype(dtype) == jnp.int8:
-    vector += 4  # the float32 scale of the vector
-  num_vectors, _ = kv_cache.rows_and_width(config)
-  return config.num_layers * num_vectors * vector

@@ -17,6 +17,9 @@ one of this list counts:
   stop id       reason 'stop', stop_reason the id; its own text is left out
   length        reason 'length', stop_reason None
 
+A sequence whose logits are not finite has no next token: `fail` ends it with
+reason 'error'. Its text is the text of the tokens before.
+
 The last release holds all remaining ids, so that released ids add up to all
 sampled ids. That includes the ids of EOS, of the stop id or of the stop string,
 whose text is not released. The first `num_text_ids` ids spell the text.
@@ -81,7 +84,7 @@ class Transcript:
     self._pieces: list[str] = []
     self.token_ids: list[int] = []  # all, released or not
     self.num_text_ids = 0  # the first ids that spell `text`
-    self.finish_reason: str | None = None  # 'stop' | 'length'
+    self.finish_reason: str | None = None  # 'stop' | 'length' | 'error'
     self.stop_reason: str | int | None = None  # the string or id that matched
 
   @property
@@ -120,6 +123,10 @@ class Transcript:
     if is_stop:
       return self._finish('stop', None if is_eos else token_id)
     return self._finish('length') if is_last else self._release()
+
+  def fail(self) -> Release:
+    """Ends the sequence where no next token exists; returns the release."""
+    return self._finish('error')
 
   def _decode(self, token_id, logprobs, may_stop: bool) -> None:
     self._pass(self._decoder.push(token_id), may_stop)

@@ -261,13 +261,20 @@ class SequenceManager:
     sequence.num_in_flight -= 1
     sequence.tokens.append(token)
 
-  def end(self, sequence: page_tables.Sequence) -> None:
+  def end(
+    self, sequence: page_tables.Sequence, *, is_sound: bool = True
+  ) -> None:
     """Removes a sequence; its tokens in flight are lost.
 
     Its pages are released at once. The prefix cache keeps full pages of known
     tokens. A plan made before is void, since it may count on the sequence.
+
+    Args:
+      sequence: that ends, running or waiting.
+      is_sound: False if its keys and values are not finite: the prefix cache
+        then loses its pages, those that it had found there among them.
     """
-    self._release(sequence)
+    self._release(sequence, is_sound=is_sound)
     self._disown(sequence)
     sequence.awaits_parent = False  # its parent may still list it as a child
     del self._sequences[sequence.id]
@@ -275,6 +282,11 @@ class SequenceManager:
     self._active[sequence.principal] -= 1
     if not self._active[sequence.principal]:
       del self._active[sequence.principal]
+    self._planned = None
+
+  def discard(self, sequence: page_tables.Sequence) -> None:
+    """Removes the pages of a sequence that has ended from the prefix cache."""
+    self.tables.cache.discard(sequence.scope, sequence.tokens)
     self._planned = None
 
   def clear(self) -> None:
@@ -386,9 +398,9 @@ class SequenceManager:
     sequence.num_preemptions += 1
     self._waiting[sequence.id] = sequence
 
-  def _release(self, sequence: page_tables.Sequence):
+  def _release(self, sequence: page_tables.Sequence, *, is_sound: bool = True):
     """Takes the slot and the pages of a sequence, if it has them."""
-    self.tables.release(sequence)
+    self.tables.release(sequence, is_sound=is_sound)
     if sequence.slot is not None:
       del self._running[sequence.id]
       heapq.heappush(self._free_slots, sequence.slot)
