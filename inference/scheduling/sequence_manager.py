@@ -298,6 +298,13 @@ class SequenceManager:
     """Returns the sequences that have a slot."""
     return self._running.values()
 
+  def num_waiting(self, principal: Hashable) -> int:
+    """Returns how many sequences of a principal wait for a slot."""
+    running = sum(
+      each.principal == principal for each in self._running.values()
+    )
+    return self._active[principal] - running
+
   def gauges(self) -> Gauges:
     """Returns the state of the manager."""
     allocator, cache = self.tables.allocator, self.tables.cache
@@ -340,13 +347,17 @@ class SequenceManager:
     ready = [each for each in self._waiting.values() if each.is_ready]
     num_slots = len(self._free_slots)
     worst = max((each.priority for each in self._running.values()), default=0)
-    if not num_slots and all(each.priority >= worst for each in ready):
+    running = {each.principal for each in self._running.values()}
+    if not num_slots and all(
+      each.priority >= worst and each.principal in running for each in ready
+    ):
       return []  # no slot is free, and no running sequence has to make room
     queue = fairness.in_turn(
       ready,
       served=self.served,
       best_priority=best_priority,
       aging_steps=self.limits.aging_steps,
+      running=running,
     )
     return list(itertools.islice(queue, max(num_slots, 1)))
 
