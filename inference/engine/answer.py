@@ -60,6 +60,12 @@ class Live:
       or settings.frequency_penalty != 0
     )
 
+  def begin(self, now: float) -> None:
+    """Notes the first step, at a time of `time.perf_counter`."""
+    self.seated_at = now
+    self.usage.queue_seconds = now - self.submitted_at
+    self.usage.cached_tokens = self.sequence.num_cached
+
   def sampler_row(self) -> sampler.Sampler:
     """Returns the sampler settings of the sequence."""
     return sampler.row(

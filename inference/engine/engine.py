@@ -47,13 +47,8 @@ from inference.engine import (
   steps,
 )
 from inference.sampling import settings as settings_lib
-from inference.scheduling import page_tables, sequence_manager
-from models import (
-  flops,
-  layout,
-  model_config as model_config_lib,
-  transformer,
-)
+from inference.scheduling import fairness, page_tables, sequence_manager
+from models import flops, layout, model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -155,7 +150,7 @@ class Engine:
   @property
   def num_waiting(self) -> int:
     """Number of sequences that wait for a slot."""
-    return self.manager.gauges().num_waiting
+    return self.manager.num_waiting
 
   def checked(self, request: requests_lib.Request) -> requests_lib.Request:
     """Returns a request with its `room`, the tokens that may follow its prompt.
@@ -191,20 +186,35 @@ class Engine:
       self.checked(request) if request.room is None else request
       for request in requests
     ]
-    num = sum(request.settings.n for request in requests)
-    most, waiting = self.config.max_waiting, self.num_waiting
-    if num > most:
+    asked: collections.Counter[str] = collections.Counter()
+    for request in requests:
+      asked[request.principal] += request.settings.n
+    most = self.config.max_waiting
+    own_most = fairness.most_waiting(most)
+    if max(asked.values()) > own_most:
       raise ValueError(
-        f'prompt: got {num} completions to make, expected at most {most}, which'
-        ' is how many may wait (engine.max_waiting); send several requests'
+        f'prompt: got {asked.total()} completions to make, expected at most'
+        f' {own_most}, which is how many of one client may wait'
+        ' (engine.max_waiting); send several requests'
       )
-    if waiting + num > most:
+    if not self._has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
       raise Overloaded(
-        f'got {num} more completions to make while {waiting} wait, expected at'
-        f' most {most} to wait; try again later'
+        f'got {asked.total()} more completions to make while'
+        f' {self.num_waiting} wait, expected at most {most} to wait, and'
+        f' {own_most} of one client; try again later'
       )
     return [self._submit(request) for request in requests]
+
+  def _has_places(self, asked: collections.Counter[str]) -> bool:
+    """Returns whether the queue takes so many sequences of each principal."""
+    most, waiting = self.config.max_waiting, self.num_waiting
+    own = {each: self.manager.num_waiting_of(each) for each in asked}
+    return waiting + asked.total() <= most and all(
+      own[each] + asked[each]
+      <= fairness.most_waiting(most, waiting - own[each])
+      for each in asked
+    )
 
   def answer(
     self, requests: Sequence[requests_lib.Request]
@@ -250,8 +260,8 @@ class Engine:
 
   def _has_room_for(self, request: requests_lib.Request) -> bool:
     # Without work, `submit` refuses a request that is larger than the queue.
-    waiting = self.num_waiting + request.settings.n
-    return not self.has_work or waiting <= self.config.max_waiting
+    asked = collections.Counter({request.principal: request.settings.n})
+    return not self.has_work or self._has_places(asked)
 
   def _deliver(self, updates: list[requests_lib.Update]) -> None:
     for update in updates:
@@ -376,7 +386,9 @@ class Engine:
       live = self._live[sequence]
       self._seat(live)
       if live.seated_at is None:
-        self._note_seated(live, now)
+        live.begin(now)
+        self.metrics.queue.observe(live.usage.queue_seconds)
+        self.metrics.cached_tokens.inc(live.usage.cached_tokens)
     if step.copies:
       self._state = self._programs.copy_pages(self._state, step.copies)
     if not step.spans:
@@ -406,13 +418,6 @@ class Engine:
       self._state = self._programs.recount(
         self._state, sequence.slot, sequence.tokens, sequence.num_prompt
       )
-
-  def _note_seated(self, live: answer_lib.Live, now: float) -> None:
-    live.seated_at = now
-    live.usage.queue_seconds = now - live.submitted_at
-    live.usage.cached_tokens = live.sequence.num_cached
-    self.metrics.queue.observe(live.usage.queue_seconds)
-    self.metrics.cached_tokens.inc(live.usage.cached_tokens)
 
   def _land(self, flight: _Flight, outputs) -> list[requests_lib.Update]:
     """Takes the tokens of a step, and returns the updates."""
@@ -492,9 +497,4 @@ class Engine:
       self._live[span.sequence].usage.decode_tokens += 1
     for span in step.chunks:
       self._live[span.sequence].usage.prefill_tokens += span.length
-    num_real = sum(span.length for span in step.spans)
-    self.metrics.steps.inc()
-    self.metrics.decode_tokens.inc(len(step.decodes))
-    self.metrics.prefill_tokens.inc(num_real - len(step.decodes))
-    self.metrics.rows.labels('real').inc(num_real)
-    self.metrics.rows.labels('padding').inc(num_tokens - num_real)
+    self.metrics.count_step(step, num_tokens)

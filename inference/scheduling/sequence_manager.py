@@ -298,12 +298,15 @@ class SequenceManager:
     """Returns the sequences that have a slot."""
     return self._running.values()
 
-  def num_waiting(self, principal: Hashable) -> int:
+  @property
+  def num_waiting(self) -> int:
+    """Number of sequences that wait for a slot."""
+    return len(self._waiting)
+
+  def num_waiting_of(self, principal: Hashable) -> int:
     """Returns how many sequences of a principal wait for a slot."""
-    running = sum(
-      each.principal == principal for each in self._running.values()
-    )
-    return self._active[principal] - running
+    running = [each.principal for each in self._running.values()]
+    return self._active[principal] - running.count(principal)
 
   def gauges(self) -> Gauges:
     """Returns the state of the manager."""
