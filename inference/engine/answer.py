@@ -4,7 +4,7 @@ import math
 import time
 
 from inference.engine import requests
-from inference.output import stopping
+from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, sequence_manager
 from text import tokenizer as tokenizer_lib
@@ -22,6 +22,7 @@ class Live:
     *,
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
+    stop: stop_strings.StopStrings | None = None,
   ):
     """Starts without tokens.
 
@@ -32,6 +33,7 @@ class Live:
       sequence: its tokens, pages and slot, kept by the SequenceManager.
       seed: of the sampling.
       tokenizer: of the model.
+      stop: the stop strings, shared by the sequences of the request.
     """
     self.request_id, self.index = request_id, index
     self.sequence, self.seed = sequence, seed
@@ -40,6 +42,7 @@ class Live:
       tokenizer,
       request.settings,
       max_tokens=sequence.max_known - sequence.num_prompt,
+      stop=stop,
     )
     self.submitted_at = time.perf_counter()
     self.seated_at: float | None = None  # time of its first step

@@ -46,6 +46,7 @@ from inference.engine import (
   requests as requests_lib,
   steps,
 )
+from inference.output import stop_strings
 from inference.sampling import settings as settings_lib
 from inference.scheduling import fairness, page_tables, sequence_manager
 from models import flops, layout, model_config as model_config_lib, transformer
@@ -194,8 +195,7 @@ class Engine:
     if max(asked.values()) > own_most:
       raise ValueError(
         f'prompt: got {asked.total()} completions to make, expected at most'
-        f' {own_most}, which is how many of one client may wait'
-        ' (engine.max_waiting); send several requests'
+        f' {own_most} of one client (engine.max_waiting); send several requests'
       )
     if not self._has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
@@ -276,6 +276,7 @@ class Engine:
     if base is None:
       base = secrets.randbelow(settings_lib.NUM_SEEDS)
     principal = None if self.config.share_prefixes else request.principal
+    stop = stop_strings.StopStrings(settings.stop)
     parent = None
     for index in range(settings.n):
       sequence = self.manager.submit(
@@ -300,6 +301,7 @@ class Engine:
         # Each sequence has its own seed; the first has the given one.
         seed=(base + index) % settings_lib.NUM_SEEDS,
         tokenizer=self.tokenizer,
+        stop=stop,
       )
     return request_id
 
@@ -444,11 +446,7 @@ class Engine:
   def _land_failures(
     self, flight: _Flight, outputs
   ) -> list[requests_lib.Update]:
-    """Takes the prompt logprobs of a step, and ends sequences that failed.
-
-    A sequence fails where the model computes numbers that are not finite: its
-    next token does not exist, and its pages must not serve another sequence.
-    """
+    """Takes prompt logprobs, and ends sequences without a finite next token."""
     updates = []
     num_decodes = flight.shape.num_decodes
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):

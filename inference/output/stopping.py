@@ -68,7 +68,16 @@ class Transcript:
     settings: settings_lib.Settings,
     *,
     max_tokens: int,
+    stop: stop_strings.StopStrings | None = None,
   ):
+    """Starts without tokens.
+
+    Args:
+      tokenizer: of the model.
+      settings: of the request.
+      max_tokens: the length at which the sequence ends.
+      stop: the stop strings of `settings`, if other sequences share them.
+    """
     self._tokenizer = tokenizer
     self._settings = settings
     self._max_tokens = max_tokens
@@ -76,7 +85,7 @@ class Transcript:
     self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
     # The decoder does not say whether it is inside a character; this one does.
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    self._matcher = stop_strings.StopMatcher(settings.stop)
+    self._matcher = stop_strings.StopMatcher(stop or settings.stop)
     self._held: list[_Held] = []
     # Numbers of characters so far: decoded, passed by the matcher, released.
     self._num_decoded = self._num_safe = self._num_released = 0
@@ -159,8 +168,11 @@ class Transcript:
     """Moves the cursor after the last safe token, or to the end."""
     num_tokens, end = 0, self._num_released
     for index, held in enumerate(self._held, 1):
-      if held.end is not None and held.end <= self._num_safe:
-        num_tokens, end = index, held.end
+      if held.end is None:
+        continue
+      if held.end > self._num_safe:
+        break  # ends never decrease
+      num_tokens, end = index, held.end
     self.num_text_ids += num_tokens
     if is_end:
       num_tokens, end = len(self._held), self._num_safe
