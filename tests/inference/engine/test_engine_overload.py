@@ -169,6 +169,39 @@ def test_one_client_never_has_the_whole_queue(engine, monkeypatch):
   list(engine.run())
 
 
+def test_a_guest_has_work_at_once_and_a_flood_keeps_every_bit(engine):
+  flood = [
+    dataclasses.replace(each, principal='flood', priority=0)
+    for each in _requests()
+  ]
+  wanted = {engine.submit(each): each for each in flood}
+  done, preempted = {}, engine.metrics.value('preemptions_total')
+  for number in itertools.count():
+    if not engine.has_work:
+      break
+    if number % 9 == 8 and len(wanted) < 24:
+      guest = dataclasses.replace(
+        _requests()[len(wanted) % 16], principal='guest', priority=0
+      )
+      has_none = 'guest' not in engine.manager._active
+      request_id = engine.submit(guest)
+      wanted[request_id] = guest
+      done |= _ended(engine.step())
+      if has_none:
+        assert engine.manager._sequences[request_id, 0].num_computed
+    done |= _ended(engine.step())
+  assert len(wanted) == 24
+  assert engine.metrics.value('preemptions_total') >= preempted + 3
+  for request_id, request in wanted.items():
+    assert _is_as_expected(request, done[request_id])
+
+
+def _ended(updates):
+  return {
+    each.request_id: each.completion for each in updates if each.completion
+  }
+
+
 def test_answers_of_several_callers_wait_for_their_caller(engine, monkeypatch):
   short = dataclasses.replace(engine.config, max_waiting=2)
   monkeypatch.setattr(engine, 'config', short)

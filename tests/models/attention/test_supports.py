@@ -1,35 +1,16 @@
 """The table of attention: refusals name their field, claims are true."""
 
 import dataclasses
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import invariant, kv_cache
-from models.attention import (
-  cached,
-  cudnn_gpu,
-  dense,
-  form as form_lib,
-  paged,
-  paged_gpu,
-  paged_tpu,
-  splash_tpu,
-  supports,
-)
-from parallel import mesh as mesh_lib, parallel_config
-from parallel.attention import context
-from tests.helpers import tiny_models
+from models.attention import form as form_lib, supports
+from tests.helpers import attention_paths, tiny_models
 
-PATHS = {
-  name: path
-  for name, path in vars(supports).items()
-  if isinstance(path, supports.Path)
-}
+PATHS, RUN = attention_paths.PATHS, attention_paths.RUN
 Request = supports.Request
 Form = form_lib.Form
 FORMS = {
@@ -243,19 +224,9 @@ def test_the_request_of_a_model_has_its_form():
 
 # Claims, against NumPy.
 
-TIME, HEADS, KV_HEADS, CHANNELS = 128, 4, 2, 8
-
-
-def _inputs(value_width=CHANNELS):
-  rng = np.random.default_rng(0)
-  return [
-    rng.normal(size=shape).astype(np.float32)
-    for shape in (
-      (2, TIME, HEADS, CHANNELS),
-      (2, KV_HEADS, TIME, CHANNELS),
-      (2, KV_HEADS, TIME, value_width),
-    )
-  ]
+TIME, HEADS = attention_paths.TIME, attention_paths.HEADS
+KV_HEADS, CHANNELS = attention_paths.KV_HEADS, attention_paths.CHANNELS
+_inputs = attention_paths.inputs
 
 
 def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
@@ -277,80 +248,6 @@ def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
   weights = np.where(mask, np.exp(scores), 0)
   weights /= weights.sum(-1, keepdims=True)
   return np.einsum('BHTS,BHSC->BTHC', weights, v_BHTC)
-
-
-def _split(kind, q, k, v, *, segment_ids_BT=None, form=Form()):
-  mesh = mesh_lib.make_mesh(
-    parallel_config.ParallelConfig(data=2, context=2, tensor=2)
-  )
-  order = context.balanced_order(TIME, 2)
-  segments = None if segment_ids_BT is None else segment_ids_BT[:, order]
-  out = jax.jit(functools.partial(context.make_attend(mesh, kind), form=form))(
-    q[:, order], k[:, :, order], v[:, :, order], segment_ids_BT=segments
-  )
-  return out[:, np.argsort(order)]
-
-
-def _dense_cache(attend, q, k, v, *, form=Form()):
-  positions = jnp.tile(jnp.arange(TIME), (2, 1))
-  return attend(q, kv_cache.LayerCache(k, v), positions, form)
-
-
-def _paged_cache(
-  attend, q, k, v, *, form=Form(), width=CHANNELS, length=TIME, is_int8=False
-):
-  """Returns attention with every sequence as one chunk, in pages of 64.
-
-  Tokens from `length` on are padding of the chunk.
-  """
-  kv = np.stack([x.swapaxes(1, 2) for x in (k, v)], axis=3)
-  kv = kv.reshape(4, 64, 2 * KV_HEADS, CHANNELS)
-  kv = np.pad(kv, ((1, 0), (0, 0), (0, 0), (0, width - CHANNELS)))
-  pages = kv_cache.Pages(jnp.asarray(kv))
-  if is_int8:
-    pages = kv_cache.Pages(*kv_cache.quantize(pages.kv_PQYC))
-  layer = kv_cache.PagedLayer(
-    pages,
-    jnp.zeros((0, 2), jnp.int32),
-    jnp.asarray([[1, 2], [3, 4]], jnp.int32),
-  )
-  place = jnp.arange(TIME)
-  positions = jnp.tile(jnp.where(place < length, place, -1), 2)[None]
-  out = attend(q.reshape(1, 2 * TIME, HEADS, CHANNELS), layer, positions, form)
-  return out.reshape(q.shape)
-
-
-def _latent_pages(attend, q, kv_B1TC, *, form=Form()):
-  """As `_paged_cache`, of one head whose keys are its values."""
-  kv = np.pad(kv_B1TC.reshape(4, 64, 1, CHANNELS), ((1, 0), *[(0, 0)] * 3))
-  layer = kv_cache.PagedLayer(
-    kv_cache.Pages(jnp.asarray(kv)),
-    jnp.zeros((0, 2), jnp.int32),
-    jnp.asarray([[1, 2], [3, 4]], jnp.int32),
-  )
-  positions = jnp.tile(jnp.arange(TIME), 2)[None]
-  out = attend(q.reshape(1, 2 * TIME, HEADS, CHANNELS), layer, positions, form)
-  return out.reshape(q.shape)
-
-
-RUN = {
-  'DENSE': dense.attend,
-  'SPLASH': functools.partial(splash_tpu.attend, interpret=True),
-  'CUDNN': functools.partial(cudnn_gpu.attend, implementation='xla'),
-  'RING': functools.partial(_split, 'ring'),
-  'GATHER': functools.partial(_split, 'gather'),
-  'CACHED': functools.partial(_dense_cache, cached.attend),
-  'PAGED': functools.partial(_paged_cache, paged.attend),
-  'PAGED_TPU': functools.partial(
-    _paged_cache,
-    functools.partial(paged_tpu.attend, implementation='reference'),
-    width=supports.LANES,
-  ),
-  'PAGED_GPU': functools.partial(
-    _paged_cache, functools.partial(paged_gpu.attend, interpret=True)
-  ),
-  'INVARIANT': functools.partial(_dense_cache, invariant.attend_cached),
-}
 
 
 @pytest.mark.parametrize(
@@ -384,140 +281,3 @@ def test_a_path_takes_values_of_another_width_where_it_claims_to(name):
   inputs = _inputs(value_width=4)
   got = RUN[name](*map(jnp.asarray, inputs))
   np.testing.assert_allclose(got, _expected(*inputs), atol=2e-5)
-
-
-# Tokens that are not finite, and the queries that do not see them.
-
-CUT = 70  # tokens from here on are not finite, or those before
-
-
-def _spoilt(x, tokens, value):
-  """Returns [B, K, T, C] or [B, T, H, C] with `value` in some numbers."""
-  x = x.copy()
-  axis = 1 if x.shape[1] == TIME else 2
-  x.swapaxes(1, axis)[:, tokens, :, ::3] = value
-  return x
-
-
-def _assert_unspoilt(run, inputs, tokens, free, value, spoils=(1, 2)):
-  """Asserts that queries `free` of spoilt tokens give the bits of zeros.
-
-  Args:
-    run: attention of a list of arrays.
-    inputs: queries, then keys and values.
-    tokens: that are spoilt.
-    free: the queries that see none of them.
-    value: NaN or infinity.
-    spoils: indices of the inputs that are spoilt.
-  """
-  got, expected = (
-    np.asarray(
-      run(
-        *(
-          jnp.asarray(_spoilt(x, tokens, each) if n in spoils else x)
-          for n, x in enumerate(inputs)
-        )
-      )
-    )
-    for each in (value, 0.0)
-  )
-  assert np.isfinite(expected).all()
-  np.testing.assert_array_equal(got[:, free], expected[:, free])
-  return got
-
-
-CAUSAL = slice(CUT, None), slice(None, CUT)  # spoilt tokens, free queries
-
-
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-@pytest.mark.parametrize('name', PATHS)
-def test_what_no_query_sees_never_enters_a_sum(name, value):
-  run = RUN[name]
-  if name == 'PAGED_TPU':  # its kernel guards the end of a sequence only
-    run = functools.partial(run, length=CUT)
-  # The values alone, too: a key that is not finite may hide them.
-  for spoils in ((1, 2), (2,)):
-    got = _assert_unspoilt(run, _inputs(), *CAUSAL, value, spoils)
-    if name != 'PAGED_TPU':  # queries that do see them say so
-      assert np.isnan(got[:, CUT:]).any((2, 3)).all()
-
-
-@pytest.mark.parametrize(
-  'name', [name for name, path in PATHS.items() if 'window' in path.form]
-)
-def test_what_a_window_has_left_behind_never_enters_a_sum(name):
-  if name == 'PAGED_TPU':
-    return  # its kernel adds the mask to the scores
-  form = Form(window=40)
-  run = functools.partial(RUN[name], form=form)
-  tokens, free = slice(None, 20), slice(59, None)
-  got = _assert_unspoilt(run, _inputs(), tokens, free, np.nan)
-  assert np.isnan(got[:, :59]).any((2, 3)).all()
-
-
-@pytest.mark.parametrize(
-  'name', [name for name, path in PATHS.items() if path.has_segments]
-)
-@pytest.mark.parametrize('is_first', [True, False])
-def test_a_document_that_is_not_finite_leaves_the_others_alone(name, is_first):
-  segments = jnp.asarray(np.repeat([[1, 2]] * 2, [CUT, TIME - CUT], axis=1))
-  run = functools.partial(RUN[name], segment_ids_BT=segments)
-  parts = CAUSAL if not is_first else CAUSAL[::-1]
-  got = _assert_unspoilt(run, _inputs(), *parts, np.nan, (0, 1, 2))
-  assert np.isnan(got[:, parts[0]]).any((2, 3)).all()
-
-  def gradients(*inputs):
-    def total(*inputs):
-      return jnp.sum(jnp.sin(run(*inputs)[:, parts[1]]))
-
-    return jax.tree.map(np.asarray, jax.grad(total, (0, 1, 2))(*inputs))
-
-  got, expected = (
-    gradients(*(jnp.asarray(_spoilt(x, parts[0], v)) for x in _inputs()))
-    for v in (np.nan, 0.0)
-  )
-  for ours, theirs, axis in zip(got, expected, (1, 2, 2), strict=True):
-    np.testing.assert_array_equal(
-      ours.swapaxes(1, axis)[:, parts[1]], theirs.swapaxes(1, axis)[:, parts[1]]
-    )
-    assert np.abs(theirs).max() > 0.1
-
-
-@pytest.mark.parametrize(
-  'name',
-  [name for name, path in PATHS.items() if path.has_int8],
-)
-def test_pages_in_int8_that_no_query_sees_never_enter_a_sum(name):
-  # The scale of such a vector is not finite.
-  attend = {
-    'PAGED': paged.attend,
-    'PAGED_GPU': functools.partial(paged_gpu.attend, interpret=True),
-    'INVARIANT': invariant.attend_cached,
-  }[name]
-  run = functools.partial(_paged_cache, attend, is_int8=True)
-  got = _assert_unspoilt(run, _inputs(), *CAUSAL, np.nan)
-  assert np.isnan(got[:, CUT:]).any((2, 3)).all()
-
-
-@pytest.mark.parametrize('is_paged', [True, False])
-@pytest.mark.parametrize(
-  'attend', [cached.attend, invariant.attend_cached], ids=['fast', 'invariant']
-)
-def test_latents_that_no_query_sees_never_enter_a_sum(attend, is_paged):
-  q, k, _ = _inputs()
-  positions = jnp.tile(jnp.arange(TIME), (2, 1))
-
-  def dense_latents(q, kv):
-    return attend(q, kv_cache.LatentCache(kv), positions, Form())
-
-  run = functools.partial(_latent_pages, attend) if is_paged else dense_latents
-  got = _assert_unspoilt(run, [q, k[:, :1]], *CAUSAL, np.nan)
-  assert np.isnan(got[:, CUT:]).any((2, 3)).all()
-
-
-def test_a_row_that_sees_nothing_yet_adds_no_huge_numbers():
-  # Finite, but their sum is not: 64 of them beside a weight of 1.
-  q, k, v = _inputs()
-  v[:, :, :64] = 3e38
-  got = RUN['PAGED'](*map(jnp.asarray, (q, k, v)), form=Form(window=40))
-  assert np.isfinite(got[:, 103:]).all()
