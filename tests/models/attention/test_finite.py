@@ -75,11 +75,13 @@ def test_what_no_query_sees_never_enters_a_sum(name, value):
 
 
 @pytest.mark.parametrize(
-  'name', [name for name, path in PATHS.items() if 'window' in path.form]
+  'name',
+  # The kernel for TPU adds its mask to the scores.
+  [
+    n for n, path in PATHS.items() if 'window' in path.form and n != 'PAGED_TPU'
+  ],
 )
 def test_what_a_window_has_left_behind_never_enters_a_sum(name):
-  if name == 'PAGED_TPU':
-    return  # its kernel adds the mask to the scores
   form = Form(window=40)
   run = functools.partial(RUN[name], form=form)
   tokens, free = slice(None, 20), slice(59, None)
