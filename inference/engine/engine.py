@@ -151,7 +151,7 @@ class Engine:
   @property
   def num_waiting(self) -> int:
     """Number of sequences that wait for a slot."""
-    return self.manager.num_waiting
+    return self.manager.gauges().num_waiting
 
   def checked(self, request: requests_lib.Request) -> requests_lib.Request:
     """Returns a request with its `room`, the tokens that may follow its prompt.

@@ -298,11 +298,6 @@ class SequenceManager:
     """Returns the sequences that have a slot."""
     return self._running.values()
 
-  @property
-  def num_waiting(self) -> int:
-    """Number of sequences that wait for a slot."""
-    return len(self._waiting)
-
   def num_waiting_of(self, principal: Hashable) -> int:
     """Returns how many sequences of a principal wait for a slot."""
     running = [each.principal for each in self._running.values()]
