@@ -117,6 +117,8 @@ def _complete(prompt: str, chosen) -> None:
   is_same = before == after == generator.frozen.manifest.weights_digest
   print('\n')
   completions = [done[index] for index in sorted(done)]
+  for completion in completions:
+    completion.check()
   if settings.n > 1:
     for completion in completions:
       print(f'--- seed {completion.seed}\n{completion.text}\n')

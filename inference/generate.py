@@ -106,10 +106,15 @@ class Generator:
     prompts: abc.Sequence[Prompt],
     settings: settings_lib.Settings | abc.Sequence[settings_lib.Settings],
   ) -> list[requests.Completion]:
-    """Returns the n completions of the first prompt, then of the second."""
+    """Returns the n completions of the first prompt, then of the second.
+
+    Raises:
+      NotFinite: the model computed numbers that are not finite.
+    """
     completions: dict[tuple[int, int], requests.Completion] = {}
     for which, update in self.updates(prompts, settings):
       if update.completion:
+        update.completion.check()
         completions[which, update.index] = update.completion
     return [completions[key] for key in sorted(completions)]
 
@@ -120,6 +125,8 @@ class Generator:
 
     Raises:
       ValueError: at the call, for a prompt that cannot be answered.
+      NotFinite: the model computed numbers that are not finite; the pieces
+        before have been yielded.
     """
     if settings.n != 1:
       raise settings_lib.SettingError(
@@ -160,6 +167,7 @@ class Generator:
       if update.text:
         yield update.text
       if update.completion:
+        update.completion.check()
         yield update.completion
 
 

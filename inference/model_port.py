@@ -131,10 +131,12 @@ def answer_all(
 
   Raises:
     ValueError: a request could never be answered; before any work.
+    NotFinite: the model computed numbers that are not finite.
   """
   answers: list[list[Any]] = [[None] * each.settings.n for each in requests]
   for which, update in engine.answer(requests):
     if update.completion:
+      update.completion.check()
       answers[which][update.index] = update.completion
   return answers
 

@@ -235,10 +235,13 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns int8 [..., C] and the float32 scale [...] of each vector.
 
   Symmetric, with one scale per token and head. The largest channel becomes 127,
-  so the error of a channel is at most half a scale, 1/254 of the largest.
+  so the error of a channel is at most half a scale, 1/254 of the largest. The
+  scale of a vector that is not finite is NaN.
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / 127
+  # XLA:CPU's maximum may pass over NaN, and no integer stands for it.
+  scale = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), scale, jnp.nan)
   # A vector of zeros has scale 0, which must not divide.
   safe = jnp.where(scale == 0, 1.0, scale)
   return jnp.round(x / safe[..., None]).astype(jnp.int8), scale

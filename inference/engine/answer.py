@@ -1,9 +1,10 @@
 """The answer to one sequence: its text, logprobs and usage so far."""
 
+import math
 import time
 
 from inference.engine import requests
-from inference.output import stopping
+from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, sequence_manager
 from text import tokenizer as tokenizer_lib
@@ -21,6 +22,7 @@ class Live:
     *,
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
+    stop: stop_strings.StopStrings | None = None,
   ):
     """Starts without tokens.
 
@@ -31,6 +33,7 @@ class Live:
       sequence: its tokens, pages and slot, kept by the SequenceManager.
       seed: of the sampling.
       tokenizer: of the model.
+      stop: the stop strings, shared by the sequences of the request.
     """
     self.request_id, self.index = request_id, index
     self.sequence, self.seed = sequence, seed
@@ -39,6 +42,7 @@ class Live:
       tokenizer,
       request.settings,
       max_tokens=sequence.max_known - sequence.num_prompt,
+      stop=stop,
     )
     self.submitted_at = time.perf_counter()
     self.seated_at: float | None = None  # time of its first step
@@ -58,6 +62,12 @@ class Live:
       or settings.presence_penalty != 0
       or settings.frequency_penalty != 0
     )
+
+  def begin(self, now: float) -> None:
+    """Notes the first step, at a time of `time.perf_counter`."""
+    self.seated_at = now
+    self.usage.queue_seconds = now - self.submitted_at
+    self.usage.cached_tokens = self.sequence.num_cached
 
   def sampler_row(self) -> sampler.Sampler:
     """Returns the sampler settings of the sequence."""
@@ -91,15 +101,21 @@ class Live:
 
   def take_prompt_logprobs(
     self, found: logprobs.Logprobs, chunk: sequence_manager.Span, at: int
-  ) -> None:
-    """Keeps the logprobs of a chunk's targets, which begin at index `at`."""
+  ) -> bool:
+    """Keeps the logprobs of a chunk's targets, which begin at index `at`.
+
+    Returns:
+      Whether all of them are finite.
+    """
     wanted = self._request.settings.prompt_logprobs or 0
+    is_finite = True
     for index in range(chunk.length):
       position = chunk.start + index + 1
       if position < self.sequence.num_prompt:
-        self._prompt_logprobs[position] = logprobs.of_row(
-          found, at + index, wanted
-        )
+        scored = logprobs.of_row(found, at + index, wanted)
+        self._prompt_logprobs[position] = scored
+        is_finite &= math.isfinite(scored.chosen)
+    return is_finite
 
   def push(
     self, token: int, found: logprobs.Logprobs, place: int, now: float
@@ -123,7 +139,13 @@ class Live:
     else:
       self.usage.decode_seconds += now - self.last_at
     self.last_at = now
-    release = self.transcript.push(token, scored)
+    return self._update(self.transcript.push(token, scored))
+
+  def fail(self) -> requests.Update:
+    """Ends the answer because the model's numbers are not finite."""
+    return self._update(self.transcript.fail())
+
+  def _update(self, release: stopping.Release) -> requests.Update:
     completion = self._completion() if self.transcript.finish_reason else None
     return requests.Update(
       self.request_id,
@@ -136,6 +158,9 @@ class Live:
 
   def _completion(self) -> requests.Completion:
     settings, transcript = self._request.settings, self.transcript
+    has_prompt_logprobs = (
+      self.scored_prompt() and transcript.finish_reason != 'error'
+    )
     return requests.Completion(
       text=transcript.text,
       token_ids=transcript.token_ids,
@@ -145,6 +170,6 @@ class Live:
       num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,
       logprobs=self._logprobs if settings.logprobs is not None else None,
-      prompt_logprobs=self._prompt_logprobs if self.scored_prompt() else None,
+      prompt_logprobs=self._prompt_logprobs if has_prompt_logprobs else None,
       usage=self.usage,
     )

@@ -46,15 +46,10 @@ from inference.engine import (
   requests as requests_lib,
   steps,
 )
+from inference.output import stop_strings
 from inference.sampling import settings as settings_lib
-from inference.scheduling import page_tables, sequence_manager
-from models import (
-  flops,
-  kv_cache,
-  layout,
-  model_config as model_config_lib,
-  transformer,
-)
+from inference.scheduling import fairness, page_tables, sequence_manager
+from models import flops, layout, model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -102,7 +97,7 @@ class Engine:
     kv_dtype = dtype if config.kv_dtype == 'model' else config.kv_dtype
     self.page_tokens = config.page_tokens(model_config.max_length)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self.page_bytes = self.page_tokens * _kv_bytes_per_token(
+    self.page_bytes = self.page_tokens * execution.kv_bytes_per_token(
       model_config, kv_dtype, backend.channels
     )
     num_pages = config.pool_pages(
@@ -192,20 +187,34 @@ class Engine:
       self.checked(request) if request.room is None else request
       for request in requests
     ]
-    num = sum(request.settings.n for request in requests)
-    most, waiting = self.config.max_waiting, self.num_waiting
-    if num > most:
+    asked: collections.Counter[str] = collections.Counter()
+    for request in requests:
+      asked[request.principal] += request.settings.n
+    most = self.config.max_waiting
+    own_most = fairness.most_waiting(most)
+    if max(asked.values()) > own_most:
       raise ValueError(
-        f'prompt: got {num} completions to make, expected at most {most}, which'
-        ' is how many may wait (engine.max_waiting); send several requests'
+        f'prompt: got {asked.total()} completions to make, expected at most'
+        f' {own_most} of one client (engine.max_waiting); send several requests'
       )
-    if waiting + num > most:
+    if not self._has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
       raise Overloaded(
-        f'got {num} more completions to make while {waiting} wait, expected at'
-        f' most {most} to wait; try again later'
+        f'got {asked.total()} more completions to make while'
+        f' {self.num_waiting} wait, expected at most {most} to wait, and'
+        f' {own_most} of one client; try again later'
       )
     return [self._submit(request) for request in requests]
+
+  def _has_places(self, asked: collections.Counter[str]) -> bool:
+    """Returns whether the queue takes so many sequences of each principal."""
+    most, waiting = self.config.max_waiting, self.num_waiting
+    own = {each: self.manager.num_waiting_of(each) for each in asked}
+    return waiting + asked.total() <= most and all(
+      own[each] + asked[each]
+      <= fairness.most_waiting(most, waiting - own[each])
+      for each in asked
+    )
 
   def answer(
     self, requests: Sequence[requests_lib.Request]
@@ -251,8 +260,8 @@ class Engine:
 
   def _has_room_for(self, request: requests_lib.Request) -> bool:
     # Without work, `submit` refuses a request that is larger than the queue.
-    waiting = self.num_waiting + request.settings.n
-    return not self.has_work or waiting <= self.config.max_waiting
+    asked = collections.Counter({request.principal: request.settings.n})
+    return not self.has_work or self._has_places(asked)
 
   def _deliver(self, updates: list[requests_lib.Update]) -> None:
     for update in updates:
@@ -267,6 +276,7 @@ class Engine:
     if base is None:
       base = secrets.randbelow(settings_lib.NUM_SEEDS)
     principal = None if self.config.share_prefixes else request.principal
+    stop = stop_strings.StopStrings(settings.stop)
     parent = None
     for index in range(settings.n):
       sequence = self.manager.submit(
@@ -291,6 +301,7 @@ class Engine:
         # Each sequence has its own seed; the first has the given one.
         seed=(base + index) % settings_lib.NUM_SEEDS,
         tokenizer=self.tokenizer,
+        stop=stop,
       )
     return request_id
 
@@ -377,7 +388,9 @@ class Engine:
       live = self._live[sequence]
       self._seat(live)
       if live.seated_at is None:
-        self._note_seated(live, now)
+        live.begin(now)
+        self.metrics.queue.observe(live.usage.queue_seconds)
+        self.metrics.cached_tokens.inc(live.usage.cached_tokens)
     if step.copies:
       self._state = self._programs.copy_pages(self._state, step.copies)
     if not step.spans:
@@ -408,24 +421,11 @@ class Engine:
         self._state, sequence.slot, sequence.tokens, sequence.num_prompt
       )
 
-  def _note_seated(self, live: answer_lib.Live, now: float) -> None:
-    live.seated_at = now
-    live.usage.queue_seconds = now - live.submitted_at
-    live.usage.cached_tokens = live.sequence.num_cached
-    self.metrics.queue.observe(live.usage.queue_seconds)
-    self.metrics.cached_tokens.inc(live.usage.cached_tokens)
-
   def _land(self, flight: _Flight, outputs) -> list[requests_lib.Update]:
     """Takes the tokens of a step, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)
-    for index, chunk in enumerate(flight.step.chunks):
-      live = self._live.get(chunk.sequence)
-      if live and live.scored_prompt():
-        live.take_prompt_logprobs(
-          outputs.prompt, chunk, index * self.config.chunk_tokens
-        )
-    updates = []
+    updates = self._land_failures(flight, outputs)
     for place, span in inputs_lib.sampling_spans(
       flight.step, flight.shape.num_decodes
     ):
@@ -443,9 +443,30 @@ class Engine:
         self._close(live, live.transcript.finish_reason)
     return updates
 
+  def _land_failures(
+    self, flight: _Flight, outputs
+  ) -> list[requests_lib.Update]:
+    """Takes prompt logprobs, and ends sequences without a finite next token."""
+    updates = []
+    num_decodes = flight.shape.num_decodes
+    for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
+      live = self._live.get(span.sequence)
+      is_sound = outputs.tokens_R[place] >= 0
+      if live and place >= num_decodes and live.scored_prompt():
+        at = (place - num_decodes) * self.config.chunk_tokens
+        is_sound &= live.take_prompt_logprobs(outputs.prompt, span, at)
+      if is_sound:
+        continue
+      if live is None:  # it ended while this step ran
+        self.manager.discard(span.sequence)
+      else:
+        updates.append(live.fail())
+        self._close(live, 'error')
+    return updates
+
   def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
-    self.manager.end(live.sequence)
+    self.manager.end(live.sequence, is_sound=reason != 'error')
     del self._live[live.sequence]
 
   def _charge_memory(self, now: float) -> None:
@@ -474,19 +495,4 @@ class Engine:
       self._live[span.sequence].usage.decode_tokens += 1
     for span in step.chunks:
       self._live[span.sequence].usage.prefill_tokens += span.length
-    num_real = sum(span.length for span in step.spans)
-    self.metrics.steps.inc()
-    self.metrics.decode_tokens.inc(len(step.decodes))
-    self.metrics.prefill_tokens.inc(num_real - len(step.decodes))
-    self.metrics.rows.labels('real').inc(num_real)
-    self.metrics.rows.labels('padding').inc(num_tokens - num_real)
-
-
-def _kv_bytes_per_token(
-  config: model_config_lib.ModelConfig, dtype: Any, channels: int
-) -> float:
-  vector = channels * jnp.dtype(dtype).itemsize
-  if jnp.dtype(dtype) == jnp.int8:
-    vector += 4  # the float32 scale of the vector
-  num_vectors, _ = kv_cache.rows_and_width(config)
-  return config.num_layers * num_vectors * vector
+    self.metrics.count_step(step, num_tokens)

@@ -100,7 +100,8 @@ class EngineConfig:
   max_waiting: int = _field(
     1024,
     'Largest number of sequences that wait. Requests beyond it are refused as'
-    ' overload.',
+    ' overload. One API key may have seven eighths of the places that others'
+    ' leave.',
   )
   aging_steps: int = _field(
     256,

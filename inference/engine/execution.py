@@ -70,6 +70,17 @@ def choose(
   return backend
 
 
+def kv_bytes_per_token(
+  model: model_config.ModelConfig, dtype: Any, channels: int
+) -> float:
+  """Returns the bytes of a token in the pages of all layers."""
+  vector = channels * jnp.dtype(dtype).itemsize
+  if jnp.dtype(dtype) == jnp.int8:
+    vector += 4  # the float32 scale of the vector
+  num_vectors, _ = kv_cache.rows_and_width(model)
+  return model.num_layers * num_vectors * vector
+
+
 def _request(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,

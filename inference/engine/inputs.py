@@ -100,5 +100,12 @@ def sampling_spans(
     step: the planned step.
     num_decodes: D of the shape that it was computed in.
   """
-  spans = [*enumerate(step.decodes), *enumerate(step.chunks, num_decodes)]
+  spans = placed_spans(step, num_decodes)
   return [(place, span) for place, span in spans if span.samples]
+
+
+def placed_spans(
+  step: sequence_manager.Step, num_decodes: int
+) -> list[tuple[int, sequence_manager.Span]]:
+  """Returns all spans, each with its index in the outputs."""
+  return [*enumerate(step.decodes), *enumerate(step.chunks, num_decodes)]

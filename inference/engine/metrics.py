@@ -86,6 +86,15 @@ class Metrics:
       'queue_seconds', 'From submission to the first step.'
     )
 
+  def count_step(self, step: sequence_manager.Step, num_tokens: int) -> None:
+    """Counts the tokens of a step; its shape has `num_tokens`, with padding."""
+    num_real = sum(span.length for span in step.spans)
+    self.steps.inc()
+    self.decode_tokens.inc(len(step.decodes))
+    self.prefill_tokens.inc(num_real - len(step.decodes))
+    self.rows.labels('real').inc(num_real)
+    self.rows.labels('padding').inc(num_tokens - num_real)
+
   def set_gauges(
     self, gauges: sequence_manager.Gauges, page_tokens: int
   ) -> None:

@@ -10,6 +10,10 @@ from inference.sampling import (
 )
 
 
+class NotFinite(ValueError):
+  """The model computed numbers that are not finite: no next token exists."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
   """A prompt and the settings of its continuation."""
@@ -51,7 +55,9 @@ class Completion:
   text: str  # without the stop string
   token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
   num_text_ids: int  # the first ids that spell the text
-  finish_reason: str  # 'stop' (EOS, stop string or id) | 'length'
+  # 'stop' (EOS, stop string or id) | 'length' | 'error': the model computed
+  # numbers that are not finite; the text and ids are those before.
+  finish_reason: str
   stop_reason: str | int | None  # the stop string or id; None for EOS
   num_prompt_tokens: int  # with BOS
   seed: int  # the same seed, settings and weights give the same text
@@ -64,6 +70,15 @@ class Completion:
   def num_completion_tokens(self) -> int:
     """Number of sampled tokens."""
     return len(self.token_ids)
+
+  def check(self) -> None:
+    """Raises NotFinite if the sequence ended with an error."""
+    if self.finish_reason == 'error':
+      raise NotFinite(
+        f'the model: got numbers that are not finite after'
+        f' {len(self.token_ids)} new tokens, expected finite ones; the weights'
+        ' may have diverged, or the dtype overflows'
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
   """The results of one step that the host reads."""
 
-  tokens_R: Any  # int32
+  # int32; -1: the tokens before, or the logits, are not finite
+  tokens_R: Any
   logprobs: logprobs_lib.Logprobs  # of those tokens
   prompt: logprobs_lib.Logprobs | None  # of targets_M; None without chunks
 
@@ -132,8 +133,8 @@ def prefill(
   """
   hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
   logits_of = functools.partial(_logits, model, params, vocab_size)
-  logits_RV = logits_of(hidden_TD[inputs.rows_R])
   num_decodes = inputs.decode_table_DL.shape[0]
+  logits_RV = logits_of(_last(hidden_TD, inputs, num_decodes))
   prompt = _prompt_logprobs(hidden_TD[num_decodes:], inputs, logits_of)
   return kv_cache, logits_RV, prompt
 
@@ -157,7 +158,7 @@ def sample(
 
   Returns:
     The slots with the tokens in `last_B` and `seen_BV`, the tokens, int32 [R],
-    and their logprobs.
+    and their logprobs. The token after logits that are not finite is -1.
   """
   sampler = sampler_lib.take(slots.sampler, slots_R)
   tokens_R = sampler_lib.sample(
@@ -169,7 +170,9 @@ def sample(
     last_B=slots.last_B.at[slots_R].set(tokens_R),
     seen_BV=penalties.count(slots.seen_BV, slots_R, tokens_R),
   )
-  return slots, tokens_R, found
+  # The slots keep an id that can be embedded: the host is a step ahead.
+  is_finite_R = jnp.all(jnp.isfinite(logits_RV), axis=-1)
+  return slots, jnp.where(is_finite_R, tokens_R, -1), found
 
 
 def _hidden(
@@ -197,6 +200,22 @@ def _hidden(
     model, params, tokens_T[None], inputs.positions_T[None], cache, 'hidden'
   )
   return hidden_1TD[0], tuple(layer.pages for layer in cache)
+
+
+def _last(hidden_TD: jax.Array, inputs: Inputs, num_decodes: int) -> jax.Array:
+  """Returns the hidden states before the logits, [R, D].
+
+  They are NaN after a chunk with a token that is not finite. Its last token
+  need not see that token, if all layers have windows.
+  """
+  hidden_RD = hidden_TD[inputs.rows_R]
+  is_bad_M = ~jnp.all(jnp.isfinite(hidden_TD[num_decodes:]), axis=-1)
+  is_bad_M &= inputs.positions_T[num_decodes:] >= 0
+  num_chunks = inputs.chunk_table_XL.shape[0]
+  is_bad_X = jnp.any(is_bad_M.reshape(num_chunks, -1), axis=1)
+  chunks = slice(num_decodes, num_decodes + num_chunks)
+  marks_X1 = jnp.where(is_bad_X, jnp.nan, 0).astype(hidden_RD.dtype)[:, None]
+  return hidden_RD.at[chunks].add(marks_X1)
 
 
 def _logits(

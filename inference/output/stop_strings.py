@@ -1,10 +1,73 @@
 """Stop strings in text that arrives in pieces; no part of one is ever shown.
 
 A stop string is matched on text, not on tokens: it may begin in the middle of
-one token and end in the middle of another.
+one token and end in the middle of another. All strings are matched together by
+an automaton (Aho and Corasick, Communications of the ACM 18(6), 1975), so that
+a character costs as much with one string as with many. The limits of a list,
+`MAX_STOPS` and others, are in `inference.sampling.settings`.
 """
 
 from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+
+class _Tables(NamedTuple):
+  """The automaton; a state is a beginning of a stop string, 0 the empty one."""
+
+  edges: dict[tuple[int, str], int]  # the state that is one character longer
+  # The longest end of a state that is another state; 0 for the state 0.
+  shorter: list[int]
+  # The longest stop string that the text ends with; None: with none.
+  longest: list[str | None]
+  # Length of the longest end of the text that a stop string continues.
+  num_pending: list[int]
+
+
+class StopStrings:
+  """The stop strings of a request, for the matchers of all its sequences."""
+
+  def __init__(self, stop: Sequence[str]):
+    self._stop = tuple(stop)
+
+  @functools.cached_property
+  def tables(self) -> _Tables:
+    """The automaton, made at its first use: requests that wait need none."""
+    edges: dict[tuple[int, str], int] = {}
+    longest: list[str | None] = [None]
+    depths = [0]
+    for stop in self._stop:
+      state = 0
+      for char in stop:
+        if (state, char) not in edges:
+          edges[state, char] = len(depths)
+          depths.append(depths[state] + 1)
+          longest.append(None)
+        state = edges[state, char]
+      longest[state] = stop
+    has_longer = {state for state, _ in edges}
+    tables = _Tables(edges, [0] * len(depths), longest, [0] * len(depths))
+    # Shorter states first: a state's own tables follow from theirs.
+    for (before, char), state in sorted(
+      edges.items(), key=lambda edge: depths[edge[1]]
+    ):
+      if before:
+        tables.shorter[state] = after(tables, tables.shorter[before], char)
+      shorter = tables.shorter[state]
+      longest[state] = longest[state] or longest[shorter]
+      is_pending = state in has_longer
+      tables.num_pending[state] = (
+        depths[state] if is_pending else tables.num_pending[shorter]
+      )
+    return tables
+
+
+def after(tables: _Tables, state: int, char: str) -> int:
+  """Returns the state after a character: at most two look-ups on average."""
+  edges = tables.edges
+  while (longer := edges.get((state, char))) is None and state:
+    state = tables.shorter[state]
+  return longer or 0
 
 
 class StopMatcher:
@@ -16,8 +79,9 @@ class StopMatcher:
   the result does not depend on how the text was cut into pieces.
   """
 
-  def __init__(self, stop: Sequence[str]):
-    self._stop = tuple(stop)
+  def __init__(self, stop: Sequence[str] | StopStrings):
+    self._stop = stop if isinstance(stop, StopStrings) else StopStrings(stop)
+    self._state = 0
     self._held = ''
     self.matched: str | None = None  # the stop string found, if any
 
@@ -31,12 +95,15 @@ class StopMatcher:
     """
     if self.matched is not None:
       return ''
-    text = self._held + piece
-    if may_match and (found := self._found(text)):
-      _, start, self.matched = min(found)
-      self._held = ''
-      return text[:start]
-    num_safe = len(text) - self._num_pending(text)
+    tables = self._stop.tables
+    text, num_before = self._held + piece, len(self._held)
+    for index, char in enumerate(piece, num_before + 1):
+      self._state = after(tables, self._state, char)
+      found = tables.longest[self._state]
+      if found is not None and may_match:
+        self.matched, self._held = found, ''
+        return text[: index - len(found)]
+    num_safe = len(text) - tables.num_pending[self._state]
     self._held = text[num_safe:]
     return text[:num_safe]
 
@@ -44,23 +111,3 @@ class StopMatcher:
     """Returns the held text: the text ends here without a match."""
     rest, self._held = self._held, ''
     return rest
-
-  def _found(self, text: str) -> list[tuple[int, int, str]]:
-    """Returns (end, start, string) of stop strings that end in new text."""
-    # A stop string that ends in the held text did not count at that time.
-    starts = (
-      (stop, text.find(stop, max(0, len(self._held) - len(stop) + 1)))
-      for stop in self._stop
-    )
-    return [
-      (start + len(stop), start, stop) for stop, start in starts if start >= 0
-    ]
-
-  def _num_pending(self, text: str) -> int:
-    """Returns the length of the longest end of `text` that begins a stop."""
-    longest = max((len(stop) for stop in self._stop), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-      end = text[-length:]
-      if any(stop.startswith(end) and stop != end for stop in self._stop):
-        return length
-    return 0

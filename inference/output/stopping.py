@@ -17,6 +17,9 @@ one of this list counts:
   stop id       reason 'stop', stop_reason the id; its own text is left out
   length        reason 'length', stop_reason None
 
+A sequence whose logits are not finite has no next token: `fail` ends it with
+reason 'error'. Its text is the text of the tokens before.
+
 The last release holds all remaining ids, so that released ids add up to all
 sampled ids. That includes the ids of EOS, of the stop id or of the stop string,
 whose text is not released. The first `num_text_ids` ids spell the text.
@@ -65,7 +68,16 @@ class Transcript:
     settings: settings_lib.Settings,
     *,
     max_tokens: int,
+    stop: stop_strings.StopStrings | None = None,
   ):
+    """Starts without tokens.
+
+    Args:
+      tokenizer: of the model.
+      settings: of the request.
+      max_tokens: the length at which the sequence ends.
+      stop: the stop strings of `settings`, if other sequences share them.
+    """
     self._tokenizer = tokenizer
     self._settings = settings
     self._max_tokens = max_tokens
@@ -73,7 +85,7 @@ class Transcript:
     self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
     # The decoder does not say whether it is inside a character; this one does.
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    self._matcher = stop_strings.StopMatcher(settings.stop)
+    self._matcher = stop_strings.StopMatcher(stop or settings.stop)
     self._held: list[_Held] = []
     # Numbers of characters so far: decoded, passed by the matcher, released.
     self._num_decoded = self._num_safe = self._num_released = 0
@@ -81,7 +93,7 @@ class Transcript:
     self._pieces: list[str] = []
     self.token_ids: list[int] = []  # all, released or not
     self.num_text_ids = 0  # the first ids that spell `text`
-    self.finish_reason: str | None = None  # 'stop' | 'length'
+    self.finish_reason: str | None = None  # 'stop' | 'length' | 'error'
     self.stop_reason: str | int | None = None  # the string or id that matched
 
   @property
@@ -121,6 +133,10 @@ class Transcript:
       return self._finish('stop', None if is_eos else token_id)
     return self._finish('length') if is_last else self._release()
 
+  def fail(self) -> Release:
+    """Ends the sequence where no next token exists; returns the release."""
+    return self._finish('error')
+
   def _decode(self, token_id, logprobs, may_stop: bool) -> None:
     self._pass(self._decoder.push(token_id), may_stop)
     self._utf8.decode(self._tokenizer.token_bytes(token_id))
@@ -152,8 +168,11 @@ class Transcript:
     """Moves the cursor after the last safe token, or to the end."""
     num_tokens, end = 0, self._num_released
     for index, held in enumerate(self._held, 1):
-      if held.end is not None and held.end <= self._num_safe:
-        num_tokens, end = index, held.end
+      if held.end is None:
+        continue
+      if held.end > self._num_safe:
+        break  # ends never decrease
+      num_tokens, end = index, held.end
     self.num_text_ids += num_tokens
     if is_end:
       num_tokens, end = len(self._held), self._num_safe

@@ -30,6 +30,11 @@ NUM_SEEDS = 2**32
 # have this width, so that no request compiles a new program.
 MAX_BIASED = 300  # as OpenAI allows
 MAX_STOP_IDS = 16
+# Of stop strings: their number, and the characters of one and of all together.
+# They bound the memory of a request and the text that a stream holds back.
+MAX_STOPS = 256
+MAX_STOP_LENGTH = 1024
+MAX_STOP_CHARS = 4096
 MAX_LOGPROBS = 20  # as OpenAI's chat API allows
 # Beyond this range a float32 logit may overflow, or a token never recover.
 _REPETITION_RANGE = 1e-3, 1e3
@@ -119,7 +124,8 @@ class Settings:
   )
   stop: tuple[str, ...] = _field(
     (),
-    'Text that ends the completion, and is left out of it.',
+    'Text that ends the completion, and is left out of it; at most 256 strings,'
+    ' of 1,024 characters each and 4,096 together.',
   )
   stop_ids: tuple[int, ...] = _field(
     (),
@@ -194,10 +200,23 @@ class Settings:
           )
 
   def _check_stops(self):
+    if isinstance(self.stop, tuple) and len(self.stop) > MAX_STOPS:
+      raise SettingError(
+        'stop', len(self.stop), f'at most {MAX_STOPS} strings', 'send fewer'
+      )
     if not isinstance(self.stop, tuple) or not all(
       isinstance(stop, str) and stop for stop in self.stop
     ):
       raise SettingError('stop', self.stop, 'strings, none of them empty')
+    lengths = [len(stop) for stop in self.stop]
+    for got, most, which in (
+      (max(lengths, default=0), MAX_STOP_LENGTH, 'in a string'),
+      (sum(lengths), MAX_STOP_CHARS, 'in all strings together'),
+    ):
+      if got > most:
+        raise SettingError(
+          'stop', got, f'at most {most} characters {which}', 'shorten them'
+        )
     is_tuple = isinstance(self.stop_ids, tuple)
     if not is_tuple or not all(map(_is_id, self.stop_ids)):
       raise SettingError('stop_ids', self.stop_ids, 'token ids')

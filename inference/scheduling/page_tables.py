@@ -188,9 +188,15 @@ class PageTables:
       sequence.scope, sequence.tokens[:num_tokens], sequence.pages
     )
 
-  def release(self, sequence: Sequence):
-    """Takes all pages of a sequence; the cache keeps the full ones."""
-    self.insert(sequence)
+  def release(self, sequence: Sequence, *, is_sound: bool = True):
+    """Takes all pages of a sequence; the cache keeps the full ones.
+
+    It keeps none if they are not sound, nor pages that continue them.
+    """
+    if is_sound:
+      self.insert(sequence)
+    else:
+      self.cache.discard(sequence.scope, sequence.tokens)
     self.allocator.release(sequence.pages)
     sequence.pages = ()
     sequence.num_computed = 0

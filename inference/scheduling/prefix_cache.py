@@ -142,7 +142,19 @@ class PrefixCache:
   def forget(self, scope: Hashable):
     """Removes all pages of a scope; sequences keep the pages that they hold."""
     root = self._roots.get(scope)
-    stack = list(root.children.values()) if root else []
+    self._forget(list(root.children.values()) if root else [])
+
+  def discard(self, scope: Hashable, tokens: Sequence[int]):
+    """Removes the pages of a sequence, and all pages that continue them.
+
+    The first page decides: a page is as good as the pages before it.
+    """
+    root = self._roots.get(scope)
+    first = root and root.children.get(tuple(tokens[: self._page_size]))
+    self._forget([first] if first else [])
+
+  def _forget(self, stack: list[_Node]):
+    """Removes nodes, and all nodes below them."""
     below: list[_Node] = []
     while stack:
       node = stack.pop()

@@ -9,14 +9,13 @@ plans out.
 
 Three questions, and the order that answers each:
 
-- Which sequence is admitted next? The *turn* (`fairness`): the level, then the
-  principal that was served least, then the arrival. No sequence passes another
-  one that lacks pages or chunks: small sequences would take the room again and
-  again, and keep a large one out forever. A prompt that has begun comes before
-  one that has not.
-- Which running sequence is served first? The *standing*: the level, then the
-  order of admission. The counters of served tokens do not count here: they
-  move with each token, and two sequences would take each other's pages in turn.
+- Which sequence is admitted next? The *turn* of `fairness`. No sequence passes
+  another one that lacks pages or chunks: small sequences would take the room
+  again and again, and keep a large one out forever. A prompt that has begun
+  comes before one that has not.
+- Which running sequence is served first? The *standing* of `fairness`. The
+  counters of served tokens do not count here: they move with each token, and
+  two sequences would take each other's pages in turn.
 - Which sequence gives pages back? The last in standing whose pages help, after
   the forks that wait. So no sequence loses pages to one of worse standing, and
   the best one always makes progress: it can have the pages of all others, and
@@ -31,11 +30,13 @@ waiting, since only its tokens remain.
 Admission needs pages for all tokens that the sequence knows, after those of the
 running ones, and one page more for each sequence that may grow into one. A
 sequence that has just given its pages back is not admitted again before another
-one leaves. Running sequences of worse priority make room for it; others do not.
+one leaves. Running sequences of worse priority make room for it; others do so
+only for a *guest*, the next in turn of a principal that has nothing running. If
+one draft of a plan does not admit the guest, another admits it first.
 """
 
 import collections
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 import dataclasses
 
 from inference.scheduling import fairness
@@ -126,8 +127,13 @@ class Task:
 
   @property
   def num_remaining(self) -> int:
-    """Tokens known but not computed; if it is one, the sequence decodes."""
+    """Tokens known but not computed."""
     return self.num_known - self.num_computed
+
+  @property
+  def is_decode(self) -> bool:
+    """Whether its only token needs no chunk."""
+    return self.num_remaining == 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,23 +189,39 @@ def plan(
     )
     for task in tasks
   }
-  running = sorted(
-    (task for task in tasks if task.is_running),
-    key=lambda task: (levels[task.id], task.seniority, task.arrival),
+  ranked = fairness.standing([x for x in tasks if x.is_running], levels)
+  running = [task for _, task in ranked]
+  principals = {task.principal for task in running}
+  waiting = list(
+    fairness.in_turn(
+      (task for task in tasks if not task.is_running),
+      served=served,
+      best_priority=best_priority,
+      aging_steps=limits.aging_steps,
+      running=principals,
+    )
   )
-  waiting = fairness.in_turn(
-    (task for task in tasks if not task.is_running),
-    served=served,
-    best_priority=best_priority,
-    aging_steps=limits.aging_steps,
-  )
-  draft = _Draft(running, list(waiting), levels, num_free + num_idle, limits)
-  for task in running:
-    draft.serve(task)
-  # After a preemption, pages are short: a sequence that entered now would lose
-  # its pages next.
-  if not draft.preempted:
-    draft.admit()
+  order = fairness.service_order(running, levels, served)
+  firsts = {task.id for rank, task in ranked if not rank}
+
+  def drafted(guest: Task | None = None) -> _Draft | None:
+    draft = _Draft(running, waiting, levels, num_free + num_idle, limits)
+    if guest and not draft.admit_guest(guest, firsts):
+      return None
+    for task in order:
+      draft.serve(task)
+    # After a preemption, pages are short: a sequence that entered now would
+    # lose its pages next.
+    if not guest and not draft.preempted:
+      draft.admit()
+    return draft
+
+  draft = drafted()
+  assert draft
+  guest = next((task for task in waiting if task.is_ready), None)
+  principals |= {task.principal for task in draft.admitted.values()}
+  if guest and guest.principal not in principals:
+    draft = drafted(guest) or draft
   return draft.finish()
 
 
@@ -230,13 +252,14 @@ class _Draft:
     self.num_chunks = 0
     self.cost = 0.0  # their weights, compared with `max_mixed_chunks`
     self.claims: dict[Hashable, int] = {}
+    self.granted: dict[Hashable, int] = {}  # pages that a running task gets
     self.references: collections.Counter[int] | None = None
     # Chunks are given out before sequences enter. So the next in turn counts
     # now if it will decode: prompts must not shut it out.
     ready = [task for task in running if task.is_ready]
     if len(running) < limits.max_sequences:
       ready += [task for task in waiting if task.is_ready][:1]
-    self.is_mixed = any(task.num_remaining == 1 for task in ready)
+    self.is_mixed = any(task.is_decode for task in ready)
 
   def serve(self, task: Task):
     """Gives a running task its tokens of this step, and pages for them."""
@@ -254,8 +277,36 @@ class _Draft:
     num_pages = task.num_pages + self.room - self._num_copies(task)
     most = num_pages * self.limits.page_size - task.num_computed
     length = min(length, most)
-    self.room -= self._pages_for(task, task.num_computed + length)
+    self.granted[task.id] = self._pages_for(task, task.num_computed + length)
+    self.room -= self.granted[task.id]
     self._give(task, length)
+
+  def admit_guest(self, task: Task, firsts: Collection[Hashable]) -> bool:
+    """Admits `task` before any other gets work; returns whether it could.
+
+    Others make room unless their level is better, or they are in `firsts`, ids
+    of the first running sequence of each principal.
+    """
+    worse = [
+      other
+      for other in self.holders
+      if other.id not in (task.id, *firsts)
+      and self.levels[other.id] >= self.levels[task.id]
+    ]
+    first = None
+    if len(self.running) >= self.limits.max_sequences:
+      first = next((each for each in reversed(worse) if each.is_running), None)
+      if first is None:
+        return False
+    if not self._make_room(task, task.num_known, worse, first=first):
+      return False
+    # Pages of its hit may become idle by later preemptions: all of them count.
+    self.room -= self._pages_for(task, task.num_known) + task.num_hit_pages
+    self._references()  # counts its pages, if it is a fork
+    self.holders = [each for each in self.holders if each is not task]
+    self.admitted[task.id] = task
+    self._give(task, self._length(task))
+    return True
 
   def admit(self):
     """Admits tasks in turn, up to the first one without room.
@@ -319,7 +370,7 @@ class _Draft:
     """Returns the plan."""
     work = list(self.work.values())
     decodes = sorted(
-      (task for task, _ in work if task.num_remaining == 1),
+      (task for task, _ in work if task.is_decode),
       key=lambda task: (task.num_computed, task.arrival),
     )
     return StepPlan(
@@ -329,14 +380,14 @@ class _Draft:
       prefills=tuple(
         Prefill(task.id, task.num_computed, length)
         for task, length in work
-        if task.num_remaining > 1
+        if not task.is_decode
       ),
     )
 
   def _length(self, task: Task) -> int:
     """Returns how many tokens of `task` the step can still hold."""
     most_mixed = self.limits.max_mixed_chunks
-    if task.num_remaining == 1:
+    if task.is_decode:
       return int(self.num_chunks <= most_mixed)
     left = self.limits.max_chunks - self.num_chunks
     if self.is_mixed:
@@ -351,7 +402,7 @@ class _Draft:
   def _give(self, task: Task, length: int):
     """Adds tokens of a task to the plan."""
     self.work[task.id] = task, length
-    if task.num_remaining == 1:
+    if task.is_decode:
       self.is_mixed = True
     else:
       num_chunks = self.limits.num_chunks(length)
@@ -435,7 +486,8 @@ class _Draft:
     references = self._references()
     references.subtract(task.pages)
     num_freed = sum(not references[page] for page in task.pages)
-    return num_freed + self.claims.get(task.id, 0)
+    wanted = self.claims.get(task.id, 0) or self.granted.get(task.id, 0)
+    return num_freed + wanted
 
   def _preempt(self, victims: list[Task]):
     """Marks tasks as preempted, and removes their work from the plan.

@@ -261,13 +261,20 @@ class SequenceManager:
     sequence.num_in_flight -= 1
     sequence.tokens.append(token)
 
-  def end(self, sequence: page_tables.Sequence) -> None:
+  def end(
+    self, sequence: page_tables.Sequence, *, is_sound: bool = True
+  ) -> None:
     """Removes a sequence; its tokens in flight are lost.
 
     Its pages are released at once. The prefix cache keeps full pages of known
     tokens. A plan made before is void, since it may count on the sequence.
+
+    Args:
+      sequence: that ends, running or waiting.
+      is_sound: False if its keys and values are not finite: the prefix cache
+        then loses its pages, those that it had found there among them.
     """
-    self._release(sequence)
+    self._release(sequence, is_sound=is_sound)
     self._disown(sequence)
     sequence.awaits_parent = False  # its parent may still list it as a child
     del self._sequences[sequence.id]
@@ -275,6 +282,11 @@ class SequenceManager:
     self._active[sequence.principal] -= 1
     if not self._active[sequence.principal]:
       del self._active[sequence.principal]
+    self._planned = None
+
+  def discard(self, sequence: page_tables.Sequence) -> None:
+    """Removes the pages of a sequence that has ended from the prefix cache."""
+    self.tables.cache.discard(sequence.scope, sequence.tokens)
     self._planned = None
 
   def clear(self) -> None:
@@ -285,6 +297,11 @@ class SequenceManager:
   def running(self) -> Collection[page_tables.Sequence]:
     """Returns the sequences that have a slot."""
     return self._running.values()
+
+  def num_waiting_of(self, principal: Hashable) -> int:
+    """Returns how many sequences of a principal wait for a slot."""
+    running = [each.principal for each in self._running.values()]
+    return self._active[principal] - running.count(principal)
 
   def gauges(self) -> Gauges:
     """Returns the state of the manager."""
@@ -328,13 +345,17 @@ class SequenceManager:
     ready = [each for each in self._waiting.values() if each.is_ready]
     num_slots = len(self._free_slots)
     worst = max((each.priority for each in self._running.values()), default=0)
-    if not num_slots and all(each.priority >= worst for each in ready):
+    running = {each.principal for each in self._running.values()}
+    if not num_slots and all(
+      each.priority >= worst and each.principal in running for each in ready
+    ):
       return []  # no slot is free, and no running sequence has to make room
     queue = fairness.in_turn(
       ready,
       served=self.served,
       best_priority=best_priority,
       aging_steps=self.limits.aging_steps,
+      running=running,
     )
     return list(itertools.islice(queue, max(num_slots, 1)))
 
@@ -386,9 +407,9 @@ class SequenceManager:
     sequence.num_preemptions += 1
     self._waiting[sequence.id] = sequence
 
-  def _release(self, sequence: page_tables.Sequence):
+  def _release(self, sequence: page_tables.Sequence, *, is_sound: bool = True):
     """Takes the slot and the pages of a sequence, if it has them."""
-    self.tables.release(sequence)
+    self.tables.release(sequence, is_sound=is_sound)
     if sequence.slot is not None:
       del self._running[sequence.id]
       heapq.heappush(self._free_slots, sequence.slot)

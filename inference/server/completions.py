@@ -3,6 +3,9 @@
 Choices are numbered as OpenAI does: n of the first prompt, then n of the
 second. Each choice is a sequence of the engine's running batch.
 
+A choice whose finish_reason is 'error' ended early, because the model's numbers
+were not finite there; its field `error` says so. Other choices are whole.
+
 The last chunk of a choice has three fields that OpenAI does not have:
 
     seed          the same seed, settings and weights give the same text
@@ -159,6 +162,8 @@ class Answer:
     choice = _choice(index, echo + text, self._ended(completion))
     if not self._wants_logprobs:
       return choice
+    if completion.finish_reason == 'error' and self._body.echo:
+      return choice  # its prompt has no logprobs
     parts = []
     if self._body.echo:
       which = index // self._n
@@ -195,7 +200,7 @@ class Answer:
     return choice
 
   def _ended(self, completion: requests.Completion) -> requests.Completion:
-    if not self._is_echo_alone:
+    if not self._is_echo_alone or completion.finish_reason == 'error':
       return completion
     return dataclasses.replace(
       completion, finish_reason='length', stop_reason=None
@@ -257,6 +262,10 @@ def _choice(
     'logprobs': None,
     'finish_reason': completion.finish_reason if completion else None,
   }
+  if completion and completion.finish_reason == 'error':
+    choice['error'] = (
+      'the model computed numbers that are not finite; the text is that before'
+    )
   if completion:
     choice['stop_reason'] = completion.stop_reason
     choice['seed'] = completion.seed

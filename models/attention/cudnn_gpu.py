@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from models.attention import form as form_lib, supports
+from models.attention import finite, form as form_lib, supports
 
 
 def attend(
@@ -63,12 +63,18 @@ def attend(
     # Only the lower bound: the kernel is causal.
     near_1TT = (place_T[None, :] > place_T[:, None] - form.window)[None]
     mask_BTT = near_1TT if mask_BTT is None else mask_BTT & near_1TT
-  return jax.nn.dot_product_attention(
-    q_BTHC,
-    k_BKTC.swapaxes(1, 2),
-    v_BKTC.swapaxes(1, 2),
-    mask=None if mask_BTT is None else mask_BTT[:, None],
-    scale=form.scale_of(channels),
-    is_causal=True,
-    implementation=implementation,
+
+  def attend_finite(q_BTHC, k_BKTC, v_BKTC):
+    return jax.nn.dot_product_attention(
+      q_BTHC,
+      k_BKTC.swapaxes(1, 2),
+      v_BKTC.swapaxes(1, 2),
+      mask=None if mask_BTT is None else mask_BTT[:, None],
+      scale=form.scale_of(channels),
+      is_causal=True,
+      implementation=implementation,
+    )
+
+  return finite.around(
+    attend_finite, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
   )

@@ -10,19 +10,20 @@ Reference: grouped-query attention, Ainslie et al., arXiv:2305.13245.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from models.attention import form as form_lib
+from models.attention import finite, form as form_lib
 
 # Tiles of R query rows skip a share (1 - R/T) / 2 of the score matrix. Smaller
 # tiles skip more; larger ones multiply bigger matrices and compile less code.
 MIN_TILE_ROWS = 64
 MAX_TILES = 16
 
-# Finite: a row with every key masked gives a uniform average and finite
-# gradients, where -inf would give NaN.
+# Finite: a row with every key masked gives zeros and finite gradients, where
+# -inf would give NaN.
 _MASKED = -1e30
 
 Dropout = Callable[[jax.Array], jax.Array]
@@ -55,14 +56,13 @@ def attend(
   num_kv = k_BKSC.shape[1]
   q_BTKGC = q_BTHC.reshape(batch, time, num_kv, heads // num_kv, channels)
   q_BKGTC = q_BTKGC.transpose(0, 2, 3, 1, 4) * form.scale_of(channels)
+  operands = _parted(q_BKGTC, k_BKSC, v_BKSC)
   if slots_BT is not None:
     slot_S = jnp.arange(k_BKSC.shape[2], dtype=slots_BT.dtype)
     mask_BTS = form_lib.sees(slot_S[None, None, :], slots_BT[:, :, None], form)
-    out_BKGTC = _attend_rows(q_BKGTC, k_BKSC, v_BKSC, mask_BTS, dropout, form)
+    out_BKGTC = _attend_rows(operands, mask_BTS, dropout, form)
   else:
-    out_BKGTC = _attend_causal(
-      q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, dropout, form
-    )
+    out_BKGTC = _attend_causal(operands, segment_ids_BT, dropout, form)
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
@@ -72,8 +72,28 @@ def tile_rows(time: int) -> int:
   return max(MIN_TILE_ROWS, -(-time // MAX_TILES))
 
 
-def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
+class _Operands(NamedTuple):
+  """Finite queries, keys and values, and the marks of `finite.parted`."""
+
+  q_BKGRC: jax.Array
+  k_BKSC: jax.Array
+  v_BKSC: jax.Array
+  marks_BKGR: jax.Array  # of queries
+  marks_BKS: jax.Array  # of keys and values
+
+
+def _parted(q_BKGRC, k_BKSC, v_BKSC) -> _Operands:
+  # Queries and keys too: the gradients of keys are sums over queries, those of
+  # queries are sums over keys.
+  q_BKGRC, marks_BKGR = finite.parted(q_BKGRC)
+  k_BKSC, marks_BKS = finite.parted(k_BKSC)
+  v_BKSC, more_BKS = finite.parted(v_BKSC)
+  return _Operands(q_BKGRC, k_BKSC, v_BKSC, marks_BKGR, marks_BKS + more_BKS)
+
+
+def _attend_causal(operands: _Operands, segment_ids_BT, dropout, form):
   """Attends tile by tile, each over the keys that it can see."""
+  q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
   time = q_BKGTC.shape[3]
   rows = tile_rows(time)
   tiles = []
@@ -93,9 +113,13 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
       mask = mask & (query_segments == key_segments)
     tiles.append(
       _attend_rows(
-        q_BKGTC[:, :, :, start:stop],
-        k_BKTC[:, :, first:stop],
-        v_BKTC[:, :, first:stop],
+        _Operands(
+          q_BKGTC[:, :, :, start:stop],
+          k_BKTC[:, :, first:stop],
+          v_BKTC[:, :, first:stop],
+          marks_BKGT[:, :, :, start:stop],
+          marks_BKT[:, :, first:stop],
+        ),
         mask,
         dropout,
         form,
@@ -104,8 +128,9 @@ def _attend_causal(q_BKGTC, k_BKTC, v_BKTC, segment_ids_BT, dropout, form):
   return jnp.concatenate(tiles, axis=3)
 
 
-def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
+def _attend_rows(operands: _Operands, mask_BRS, dropout, form):
   """Returns the attention of one tile, whose float32 scores are an array."""
+  q_BKGRC, k_BKSC, v_BKSC, marks_BKGR, marks_BKS = operands
   batch, num_kv, groups, rows, channels = q_BKGRC.shape
   # Groups and rows become one axis, so that there is one matrix product per
   # sequence and head. With separate axes, one of size 1, XLA:CPU would
@@ -121,8 +146,13 @@ def _attend_rows(q_BKGRC, k_BKSC, v_BKSC, mask_BRS, dropout, form):
   scores_BKGRS = form_lib.capped_scores(
     scores.reshape(batch, num_kv, groups, rows, -1), form
   )
-  scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
+  scores_BKGRS += marks_BKGR[..., None] + marks_BKS[:, :, None, None]
+  is_seen_BKGRS = mask_BRS[:, None, None]
+  scores_BKGRS = jnp.where(is_seen_BKGRS, scores_BKGRS, _MASKED)
+  # The second selection changes no finite weight. A query with a score of NaN
+  # has NaN for weights: it may pass them on to the keys that it sees alone.
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
+  probs_BKGRS = jnp.where(is_seen_BKGRS, probs_BKGRS, 0)
   if dropout is not None:
     probs_BKGRS = dropout(probs_BKGRS)
   out = jax.lax.dot_general(

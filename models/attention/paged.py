@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from models import kv_cache
-from models.attention import form as form_lib
+from models.attention import finite, form as form_lib
 
 # Slots per tile. On CPU, a tile of a few sequences fits in the cache of a core:
 # measured 2 times as fast as tiles of 128, and 6 times as fast as gathering all
@@ -138,19 +138,23 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
       x[..., :channels]
       for x in _gather_tile(pages, table_BL, tile, q_BKMC.dtype)
     )
+    v_BKSC, marks_BKS = finite.parted(v_BKSC)
     scores_BKMS = form_lib.capped_scores(
       jnp.einsum(
         'BKMC,BKSC->BKMS', q_BKMC, k_BKSC, preferred_element_type=jnp.float32
       ),
       form,
     )
+    scores_BKMS += marks_BKS[:, :, None]
     slot_S = tile * TILE_SLOTS + jnp.arange(TILE_SLOTS)
     is_seen = form_lib.sees(
       slot_S[None, None, None, :], position_B1M[..., None], form
     )
     scores_BKMS = jnp.where(is_seen, scores_BKMS, _MASKED)
     new_m_BKM = jnp.maximum(m_BKM, jnp.max(scores_BKMS, axis=-1))
-    p_BKMS = jnp.exp(scores_BKMS - new_m_BKM[..., None])
+    # Selected: a query that has seen nothing so far has the maximum _MASKED,
+    # and would give masked keys the weight exp(0).
+    p_BKMS = jnp.where(is_seen, jnp.exp(scores_BKMS - new_m_BKM[..., None]), 0)
     # Sums so far are relative to the old maximum.
     keep_BKM = jnp.exp(m_BKM - new_m_BKM)
     out_BKMC = keep_BKM[..., None] * out_BKMC + jnp.einsum(

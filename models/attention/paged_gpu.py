@@ -208,7 +208,7 @@ def _kernel(
     )
     scores_MS = form_lib.capped_scores(_dot(q_MC, k_SC, 1) * scale, form)
     is_seen_MS = form_lib.sees(position_S[None, :], position_M[:, None], form)
-    return _fold(state, jnp.where(is_seen_MS, scores_MS, _MASKED), v_SC)
+    return _fold(state, scores_MS, is_seen_MS, v_SC)
 
   start, stop = _share_of_tiles(position_M, tile_slots, form.window)
   m_M, l_M, sum_MC = jax.lax.fori_loop(
@@ -249,15 +249,19 @@ def _load(kv_ref, scale_ref, place, is_held_S, q_MC):
   return x_SC.astype(q_MC.dtype)
 
 
-def _fold(state, scores_MS, v_SC):
+def _fold(state, scores_MS, is_seen_MS, v_SC):
   """Adds a tile to the running maximum, sum of weights, and weighted sum."""
   m_M, l_M, sum_MC = state
+  # As `models.attention.finite`, with operations that Triton can lower: x * 0
+  # is NaN where x is not finite, and so is the sum.
+  zero_SC = v_SC.astype(jnp.float32) * 0
+  v_SC = jnp.where(zero_SC == 0, v_SC, 0)
+  scores_MS += jnp.sum(zero_SC, axis=1)[None, :]
+  scores_MS = jnp.where(is_seen_MS, scores_MS, _MASKED)
   new_m_M = jnp.maximum(m_M, jnp.max(scores_MS, axis=1))
   # The maximum of a query that has seen nothing yet is the masked score itself:
   # without this test, masked keys would weigh exp(0) = 1.
-  p_MS = jnp.where(
-    scores_MS == _MASKED, 0.0, jnp.exp(scores_MS - new_m_M[:, None])
-  )
+  p_MS = jnp.where(is_seen_MS, jnp.exp(scores_MS - new_m_M[:, None]), 0.0)
   keep_M = jnp.exp(m_M - new_m_M)
   sum_MC = keep_M[:, None] * sum_MC + _dot(p_MS.astype(v_SC.dtype), v_SC, 0)
   return new_m_M, keep_M * l_M + jnp.sum(p_MS, axis=1), sum_MC

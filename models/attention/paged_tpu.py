@@ -6,11 +6,15 @@ fetches one tile of pages while it multiplies another. Here, each of the first D
 tokens of a call is a sequence with one query, and each chunk of R tokens is a
 sequence with R queries.
 
-A chunk holds successive positions, with padding at its end. The kernel is told
-that the chunk ends R positions after its start, so that every real token has
-its right position. Padding sees slots of the sequence's own pages that were
-never written, or, past the end of the page table, its first page again. The
-result of padding is undefined, as in every other port.
+A chunk holds successive positions, with padding at its end. The kernel gets the
+padding first, since the last query of a sequence has its last position. So a
+sequence ends at its last real token. The kernel replaces slots past the end by
+zeros, but it multiplies every slot before: slots that were never written may
+hold NaN of the owner before. Padding may have positions below 0, which see
+nothing; the result of padding is undefined, as in every other port.
+
+The kernel adds its mask to the scores. So a token whose key or value is NaN
+also spoils the tokens before it in its own chunk, which other ports keep clean.
 
 The kernel has one scale for a whole pool, but int8 pages have one scale per
 token and head. `models.attention.paged` attends over int8 pages, and
@@ -77,8 +81,9 @@ def attend(
     kernel = kernel_lib.ragged_paged_attention
     tiles = tile_sizes(q_BTHC.shape[1], heads, cache)
   width = cache.pages.kv_PQYC.shape[3]
+  order_T, back_T = _padding_first(cache, positions_BT[0])
   out_THC = kernel(
-    jnp.pad(q_BTHC[0], ((0, 0), (0, 0), (0, width - channels))),
+    jnp.pad(q_BTHC[0, order_T], ((0, 0), (0, 0), (0, width - channels))),
     cache.pages.kv_PQYC,
     *sequences(cache, positions_BT[0]),
     sm_scale=form.scale_of(channels),
@@ -86,7 +91,7 @@ def attend(
     soft_cap=form.softcap or None,
     **tiles,
   )
-  return out_THC[None, :, :, :channels]
+  return out_THC[None, back_T, :, :channels]
 
 
 def sequences(
@@ -104,16 +109,44 @@ def sequences(
   )
   rows = cache.chunk_tokens(positions_T.shape[0])
   queries_B = [1] * num_decodes + [rows] * num_chunks
-  starts_B = jnp.concatenate(
-    [positions_T[:num_decodes], positions_T[num_decodes :: max(rows, 1)]]
+  last_B = jnp.concatenate(
+    [
+      positions_T[:num_decodes],
+      jnp.max(positions_T[num_decodes:].reshape(num_chunks, rows), axis=1),
+    ]
+    if rows
+    else [positions_T[:num_decodes]]
   )
-  # A sequence without a token (position -1) still gets a length of one slot per
-  # query; its result is undefined.
-  lengths_B = jnp.maximum(starts_B, 0) + jnp.asarray(queries_B, jnp.int32)
+  # A sequence without a token (position -1) still gets a slot: the kernel
+  # fetches a tile of every sequence, and waits for it where it is used.
+  lengths_B = jnp.maximum(last_B + 1, 1)
   ends = jnp.cumsum(jnp.asarray([0, *queries_B], jnp.int32))
   table_BL = jnp.concatenate([cache.decode_table_DL, cache.chunk_table_XL])
   count = jnp.asarray([num_decodes + num_chunks], jnp.int32)
   return lengths_B.astype(jnp.int32), table_BL, ends.astype(jnp.int32), count
+
+
+def _padding_first(
+  cache: kv_cache.PagedLayer, positions_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the order of tokens with padding first in chunks, and its inverse.
+
+  Both are [T].
+  """
+  num_decodes = cache.decode_table_DL.shape[0]
+  rows = cache.chunk_tokens(positions_T.shape[0])
+  place_T = jnp.arange(positions_T.shape[0])
+  if not rows:
+    return place_T, place_T
+  first_X1 = place_T[num_decodes::rows][:, None]
+  is_real_XR = positions_T[num_decodes:].reshape(-1, rows) >= 0
+  length_X1 = jnp.sum(is_real_XR, axis=1, keepdims=True)
+
+  def turned(by_X1):
+    places_XR = first_X1 + (jnp.arange(rows)[None, :] + by_X1) % rows
+    return jnp.concatenate([place_T[:num_decodes], places_XR.reshape(-1)])
+
+  return turned(length_X1), turned(-length_X1)
 
 
 def tile_sizes(

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from models import remat
-from models.attention import form as form_lib, supports
+from models.attention import finite, form as form_lib, supports
 
 # Queries, and keys, of a tile. The scores of a tile are a float32 square, 1 MiB
 # at 512. The backward kernels hold several such squares in the 16 MiB that a
@@ -62,12 +62,18 @@ def attend(
     ),
   )
   kernel = _kernel(time, heads, form, interpret)
-  q_BHTC = (q_BTHC * form.scale_of(channels)).swapaxes(1, 2)
   segments = None
   if segment_ids_BT is not None:
     segments = kernel_lib.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
-  out_BHTC: Any = jax.vmap(kernel)(q_BHTC, k_BKTC, v_BKTC, segments)
-  return out_BHTC.swapaxes(1, 2)
+
+  def attend_finite(q_BTHC, k_BKTC, v_BKTC):
+    q_BHTC = (q_BTHC * form.scale_of(channels)).swapaxes(1, 2)
+    out_BHTC: Any = jax.vmap(kernel)(q_BHTC, k_BKTC, v_BKTC, segments)
+    return out_BHTC.swapaxes(1, 2)
+
+  return finite.around(
+    attend_finite, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
+  )
 
 
 def tile_rows(time: int) -> int:

@@ -14,6 +14,7 @@ Letters as in `models`: B batch, K key/value heads, G query heads per key/value
 head, T queries, R queries of a tile, S keys, C channels per head.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -102,12 +103,15 @@ def attend(queries: Queries, keys: Keys, shape: Shape = PLAIN) -> Partial:
 
   With a window, queries and keys need their indices in the row.
   """
+  v_BKSC, marks_BKS = _parted(keys.v_BKSC)
 
   def attend_tile(queries):
-    scores_BKGRS, _ = _scores(queries, keys, shape)
+    scores_BKGRS, _, is_seen = _scores(queries, keys, shape, marks_BKS)
     max_BKGR = jnp.max(scores_BKGRS, axis=-1)
     weights_BKGRS = jnp.exp(scores_BKGRS - max_BKGR[..., None])
-    out_BKGRC = _over_keys(weights_BKGRS, keys.v_BKSC)
+    # Also selected: of a query that sees no key here, the maximum is _MASKED.
+    weights_BKGRS = _selected(is_seen, weights_BKGRS, 0)
+    out_BKGRC = _over_keys(weights_BKGRS, v_BKSC)
     return Partial(out_BKGRC, max_BKGR, jnp.sum(weights_BKGRS, axis=-1))
 
   tiles = jax.lax.map(attend_tile, _split_tiles(queries))
@@ -137,19 +141,27 @@ def gradients(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns dq and (dk, dv), float32: the share of these keys and queries."""
 
+  k_BKSC, _ = _parted(keys.k_BKSC)
+
   def add_tile(totals, tile):
     dk_BKSC, dv_BKSC = totals
     queries, saved = tile
-    scores_BKGRS, slope_BKGRS = _scores(queries, keys, shape)
+    # A query that is not finite, or sees a key or value that is not, has a
+    # log-sum-exp of NaN: marks are needed for `dout` alone.
+    q_BKGRC, _ = _parted(queries.q_BKGTC)
+    dout_BKGRC, marks_BKGR = _parted(saved.dout_BKGTC)
+    scores_BKGRS, slope_BKGRS, is_seen = _scores(queries, keys, shape)
     probs_BKGRS = jnp.exp(scores_BKGRS - saved.log_sum_BKGT[..., None])
     dprobs_BKGRS = _over_channels(saved.dout_BKGTC, keys.v_BKSC)
     # Jacobian of the softmax: dS = P * (dP - delta), where delta is the mean of
     # dP under the weights P.
     dscores_BKGRS = probs_BKGRS * (dprobs_BKGRS - saved.delta_BKGT[..., None])
     dscores_BKGRS = dscores_BKGRS * slope_BKGRS  # through the soft-cap
-    dv_BKSC += _over_rows(probs_BKGRS, saved.dout_BKGTC)
-    dk_BKSC += _over_rows(dscores_BKGRS, queries.q_BKGTC)
-    dq_BKGRC = _over_keys(dscores_BKGRS, keys.k_BKSC)
+    dscores_BKGRS = _selected(is_seen, dscores_BKGRS, 0)
+    probs_BKGRS = _selected(is_seen, probs_BKGRS + marks_BKGR[..., None], 0)
+    dv_BKSC += _over_rows(probs_BKGRS, dout_BKGRC)
+    dk_BKSC += _over_rows(dscores_BKGRS, q_BKGRC)
+    dq_BKGRC = _over_keys(dscores_BKGRS, k_BKSC)
     return (dk_BKSC, dv_BKSC), dq_BKGRC
 
   zeros = (
@@ -163,12 +175,15 @@ def gradients(
 
 
 def _scores(
-  queries: Queries, keys: Keys, shape: Shape
-) -> tuple[jax.Array, jax.Array | float]:
-  """Returns the scores [B, K, G, R, S] and their slope through the soft-cap.
+  queries: Queries,
+  keys: Keys,
+  shape: Shape,
+  marks_BKS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | float, jax.Array | None]:
+  """Returns scores [B, K, G, R, S], slopes through the soft-cap, and the mask.
 
   Scores of invisible keys are `_MASKED`. The slope is the derivative of each
-  score by the score before the soft-cap.
+  score by the score before the soft-cap. The mask is None if all is visible.
   """
   scores_BKGRS = _over_channels(queries.q_BKGTC, keys.k_BKSC)
   slope_BKGRS = 1.0
@@ -176,24 +191,48 @@ def _scores(
     tanh_BKGRS = jnp.tanh(scores_BKGRS / shape.softcap)
     scores_BKGRS = shape.softcap * tanh_BKGRS
     slope_BKGRS = 1 - tanh_BKGRS**2
-  is_seen = []
+  if marks_BKS is not None:
+    scores_BKGRS += marks_BKS[:, :, None, None]
+  is_seen = _is_seen(queries, keys, shape)
+  return _selected(is_seen, scores_BKGRS, _MASKED), slope_BKGRS, is_seen
+
+
+def _is_seen(queries: Queries, keys: Keys, shape: Shape) -> jax.Array | None:
+  """Returns the mask of visible keys, [B or 1, 1, 1, R, S]."""
+  masks = []
   if queries.index_T is not None and keys.index_S is not None:
     query_R1, key_1S = queries.index_T[:, None], keys.index_S[None, :]
-    is_seen.append((key_1S <= query_R1)[None])
+    masks.append((key_1S <= query_R1)[None])
     if shape.window:
-      is_seen.append((key_1S > query_R1 - shape.window)[None])
+      masks.append((key_1S > query_R1 - shape.window)[None])
   elif shape.window:
     raise ValueError(
       f'got a window of {shape.window} keys without indices in the row,'
       ' expected index_T and index_S'
     )
   if queries.segment_ids_BT is not None and keys.segment_ids_BS is not None:
-    is_seen.append(
+    masks.append(
       queries.segment_ids_BT[:, :, None] == keys.segment_ids_BS[:, None, :]
     )
-  for mask_BRS in is_seen:
-    scores_BKGRS = jnp.where(mask_BRS[:, None, None], scores_BKGRS, _MASKED)
-  return scores_BKGRS, slope_BKGRS
+  if not masks:
+    return None
+  return functools.reduce(jnp.logical_and, masks)[:, None, None]
+
+
+def _selected(is_seen: jax.Array | None, x_BKGRS, other: float) -> jax.Array:
+  return x_BKGRS if is_seen is None else jnp.where(is_seen, x_BKGRS, other)
+
+
+# A masked key has the weight zero, but 0 x NaN is NaN. As in
+# `models.attention.finite`: a vector that is not finite becomes zeros, and a
+# mark of NaN goes to the scores, where the mask selects.
+
+
+def _parted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns x [..., C] without the vectors that are not finite, and marks."""
+  is_finite = jnp.all(jnp.isfinite(x), axis=-1)
+  marks = jnp.where(is_finite, jnp.float32(0), jnp.float32(jnp.nan))
+  return jnp.where(is_finite[..., None], x, 0), marks
 
 
 # Products in the dtype of keys and values, accumulated in float32. Query heads

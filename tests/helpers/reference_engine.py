@@ -82,11 +82,17 @@ def engine(
     is_small: with the vocabulary of `SmallTokenizer`.
     **layout: fields of `EngineConfig`.
   """
-  tokenizer = SmallTokenizer() if is_small else tiny_models.byte_tokenizer()
   vocab_size = 13 if is_small else 261
+  return engine_of(model_config(kind, vocab_size), kind, **layout)
+
+
+def engine_of(config, kind: str = 'llama', **layout) -> engine_lib.Engine:
+  """Returns an engine of a model that has the weights of a kind."""
+  is_small = config.vocab_size == 13
+  tokenizer = SmallTokenizer() if is_small else tiny_models.byte_tokenizer()
   made = engine_lib.Engine(
-    model_config(kind, vocab_size),
-    params(kind, vocab_size),
+    config,
+    params(kind, config.vocab_size),
     tokenizer=tokenizer,
     weights_digest='first',
     config=engine_config.EngineConfig(**layout),

@@ -137,6 +137,71 @@ def test_several_requests_are_submitted_all_or_none(engine, monkeypatch):
   assert sorted(done)[1:] == [first, second, second]
 
 
+def test_one_client_never_has_the_whole_queue(engine, monkeypatch):
+  short = dataclasses.replace(engine.config, max_waiting=1024)
+  monkeypatch.setattr(engine, 'config', short)
+
+  def asked(principal, n=1):
+    changed = dataclasses.replace(_requests()[0].settings, n=n, max_tokens=2)
+    return dataclasses.replace(
+      _requests()[0], principal=principal, settings=changed
+    )
+
+  ids = engine.submit_all([asked('flood')] * 890)
+  with pytest.raises(
+    engine_lib.Overloaded,
+    match='got 12 more completions to make while 890 wait, expected at most'
+    ' 1024 to wait, and 896 of one client',
+  ):
+    engine.submit(asked('flood', 12))
+  with pytest.raises(ValueError, match='got 897 completions to make, expected'):
+    engine.submit_all([asked('late')] * 897)
+  ids += engine.submit_all([asked('other')] * 12)  # all of them are taken
+  assert engine.num_waiting == 902
+  assert engine.manager.num_waiting_of('other') == 12
+  engine.step()  # has one chunk
+  engine.step()
+  running = {each.principal for each in engine.manager.running()}
+  assert running == {'flood', 'other'}
+  ids += engine.submit_all([asked('third', 2)])
+  for request_id in ids:
+    engine.cancel(request_id)
+  list(engine.run())
+
+
+def test_a_guest_has_work_at_once_and_a_flood_keeps_every_bit(engine):
+  flood = [
+    dataclasses.replace(each, principal='flood', priority=0)
+    for each in _requests()
+  ]
+  wanted = {engine.submit(each): each for each in flood}
+  done, preempted = {}, engine.metrics.value('preemptions_total')
+  for number in itertools.count():
+    if not engine.has_work:
+      break
+    if number % 9 == 8 and len(wanted) < 24:
+      guest = dataclasses.replace(
+        _requests()[len(wanted) % 16], principal='guest', priority=0
+      )
+      has_none = 'guest' not in engine.manager._active
+      request_id = engine.submit(guest)
+      wanted[request_id] = guest
+      done |= _ended(engine.step())
+      if has_none:
+        assert engine.manager._sequences[request_id, 0].num_computed
+    done |= _ended(engine.step())
+  assert len(wanted) == 24
+  assert engine.metrics.value('preemptions_total') >= preempted + 3
+  for request_id, request in wanted.items():
+    assert _is_as_expected(request, done[request_id])
+
+
+def _ended(updates):
+  return {
+    each.request_id: each.completion for each in updates if each.completion
+  }
+
+
 def test_answers_of_several_callers_wait_for_their_caller(engine, monkeypatch):
   short = dataclasses.replace(engine.config, max_waiting=2)
   monkeypatch.setattr(engine, 'config', short)

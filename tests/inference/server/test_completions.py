@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import openai
 import pytest
@@ -416,3 +417,64 @@ def test_openais_client_reads_all_of_it(client):
   assert answer.usage.prompt_tokens_details.cached_tokens == 0
   with pytest.raises(openai.BadRequestError, match='best_of: got 2'):
     client.completions.create(prompt='a', best_of=2, **_GREEDY)
+
+
+# ------------------------------------------------------------------------------
+# A model whose numbers are not finite.
+
+
+@pytest.fixture
+def spoilt(served):
+  """Makes the embedding of 'z' NaN; the engine's thread does it."""
+  engine = served.generator.engine
+
+  def swap(params, digest):
+    done = concurrent.futures.Future()
+
+    def command():
+      engine.set_params(params, digest)
+      done.set_result(None)
+
+    servers.until(lambda: not engine.has_work)
+    served.engine_loop._inbox.put(command)
+    done.result(timeout=60)
+
+  params, digest = engine.params, engine.weights_digest
+  bad = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      leaf.at[ord('z')].set(np.nan)
+      if "'embed'" in jax.tree_util.keystr(path)
+      else leaf
+    ),
+    params,
+  )
+  swap(bad, 'bad')
+  yield
+  swap(params, digest)
+
+
+@pytest.mark.usefixtures('spoilt')
+def test_a_choice_that_is_not_finite_ends_with_an_error(served, http, complete):
+  before = served.counted('finished_total', reason='error')
+  whole = complete(prompt=['ab', 'xyz'], logprobs=2, n=2)['choices']
+  assert [choice['finish_reason'] for choice in whole] == [
+    'length', 'length', 'error', 'error'
+  ]  # fmt: skip
+  assert all('not finite' in choice['error'] for choice in whole[2:])
+  assert not any('error' in choice for choice in whole[:2])
+  assert whole[2]['text'] == ''
+  for body in (
+    {'echo': True, 'logprobs': 1},
+    {'echo': True, 'logprobs': 1, 'max_tokens': 0},
+    {'logprobs': 0},
+    {},
+  ):
+    (choice,) = complete(prompt='abz', **body)['choices']
+    assert choice['finish_reason'] == 'error'
+  answer = http.post(
+    '/v1/completions', json={**_GREEDY, 'prompt': 'abz', 'stream': True}
+  )
+  (event,) = servers.events(answer.content)
+  assert event['choices'][0]['finish_reason'] == 'error'
+  after = served.counted('finished_total', reason='error')
+  assert after == before + 7

@@ -114,13 +114,38 @@ def test_heads_narrower_than_their_pages():
 def test_a_calls_tokens_as_sequences():
   _, layer = _call()
   lengths_B, table_BL, ends, count = paged_tpu.sequences(layer, _positions()[0])
-  # An idle one has a slot for each of its queries.
-  np.testing.assert_array_equal(lengths_B, [1, 151, 1, 124, 24, 204, 24])
+  # Up to the last token; an idle one has a slot nevertheless.
+  np.testing.assert_array_equal(lengths_B, [1, 151, 1, 124, 5, 192, 1])
   np.testing.assert_array_equal(ends, [0, 1, 2, 3, 27, 51, 75, 99])
   np.testing.assert_array_equal(
     table_BL, np.concatenate([layer.decode_table_DL, layer.chunk_table_XL])
   )
   assert count.tolist() == [7]
+
+
+def test_slots_that_were_never_written_enter_no_sum():
+  # As their owner before left them.
+  q_1THC, layer = _call(16)
+  ends = [*_DECODES, *(start + count - 1 for start, count in _BLOCKS)]
+  tables = np.concatenate([layer.decode_table_DL, layer.chunk_table_XL])
+  clean = np.array(layer.pages.kv_PQYC)
+  clean[0] = 0  # the page of those without tokens
+  spoilt = clean.copy()
+  for table, end in zip(tables, ends, strict=True):
+    for position in range(end + 1, _SLOTS if table.any() else 0):
+      spoilt[table[position // 16], position % 16] = np.nan
+  assert np.isnan(spoilt).any()
+  got, expected = (
+    paged_tpu.attend(
+      q_1THC,
+      layer._replace(pages=kv_cache.Pages(jnp.asarray(kv))),
+      _positions(),
+      form_lib.Form(),
+      implementation='reference',
+    )
+    for kv in (spoilt, clean)
+  )
+  np.testing.assert_array_equal(_real(got), _real(expected))
 
 
 def test_pages_in_int8_and_dense_caches_are_attended_as_ever():

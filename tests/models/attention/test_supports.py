@@ -1,35 +1,16 @@
 """The table of attention: refusals name their field, claims are true."""
 
 import dataclasses
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import invariant, kv_cache
-from models.attention import (
-  cached,
-  cudnn_gpu,
-  dense,
-  form as form_lib,
-  paged,
-  paged_gpu,
-  paged_tpu,
-  splash_tpu,
-  supports,
-)
-from parallel import mesh as mesh_lib, parallel_config
-from parallel.attention import context
-from tests.helpers import tiny_models
+from models.attention import form as form_lib, supports
+from tests.helpers import attention_paths, tiny_models
 
-PATHS = {
-  name: path
-  for name, path in vars(supports).items()
-  if isinstance(path, supports.Path)
-}
+PATHS, RUN = attention_paths.PATHS, attention_paths.RUN
 Request = supports.Request
 Form = form_lib.Form
 FORMS = {
@@ -243,19 +224,9 @@ def test_the_request_of_a_model_has_its_form():
 
 # Claims, against NumPy.
 
-TIME, HEADS, KV_HEADS, CHANNELS = 128, 4, 2, 8
-
-
-def _inputs(value_width=CHANNELS):
-  rng = np.random.default_rng(0)
-  return [
-    rng.normal(size=shape).astype(np.float32)
-    for shape in (
-      (2, TIME, HEADS, CHANNELS),
-      (2, KV_HEADS, TIME, CHANNELS),
-      (2, KV_HEADS, TIME, value_width),
-    )
-  ]
+TIME, HEADS = attention_paths.TIME, attention_paths.HEADS
+KV_HEADS, CHANNELS = attention_paths.KV_HEADS, attention_paths.CHANNELS
+_inputs = attention_paths.inputs
 
 
 def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
@@ -277,59 +248,6 @@ def _expected(q_BTHC, k_BKTC, v_BKTC, segments_BT=None, form=Form()):
   weights = np.where(mask, np.exp(scores), 0)
   weights /= weights.sum(-1, keepdims=True)
   return np.einsum('BHTS,BHSC->BTHC', weights, v_BHTC)
-
-
-def _split(kind, q, k, v, *, segment_ids_BT=None, form=Form()):
-  mesh = mesh_lib.make_mesh(
-    parallel_config.ParallelConfig(data=2, context=2, tensor=2)
-  )
-  order = context.balanced_order(TIME, 2)
-  segments = None if segment_ids_BT is None else segment_ids_BT[:, order]
-  with jax.set_mesh(mesh):
-    out = jax.jit(
-      functools.partial(context.make_attend(mesh, kind), form=form)
-    )(q[:, order], k[:, :, order], v[:, :, order], segment_ids_BT=segments)
-  return np.asarray(out)[:, np.argsort(order)]
-
-
-def _dense_cache(attend, q, k, v, *, form=Form()):
-  positions = jnp.tile(jnp.arange(TIME), (2, 1))
-  return attend(q, kv_cache.LayerCache(k, v), positions, form)
-
-
-def _paged_cache(attend, q, k, v, *, form=Form(), width=CHANNELS):
-  """Returns attention with every sequence as one chunk, in pages of 64."""
-  kv = np.stack([x.swapaxes(1, 2) for x in (k, v)], axis=3)
-  kv = kv.reshape(4, 64, 2 * KV_HEADS, CHANNELS)
-  kv = np.pad(kv, ((1, 0), (0, 0), (0, 0), (0, width - CHANNELS)))
-  layer = kv_cache.PagedLayer(
-    kv_cache.Pages(jnp.asarray(kv)),
-    jnp.zeros((0, 2), jnp.int32),
-    jnp.asarray([[1, 2], [3, 4]], jnp.int32),
-  )
-  positions = jnp.tile(jnp.arange(TIME), 2)[None]
-  out = attend(q.reshape(1, 2 * TIME, HEADS, CHANNELS), layer, positions, form)
-  return out.reshape(q.shape)
-
-
-RUN = {
-  'DENSE': dense.attend,
-  'SPLASH': functools.partial(splash_tpu.attend, interpret=True),
-  'CUDNN': functools.partial(cudnn_gpu.attend, implementation='xla'),
-  'RING': functools.partial(_split, 'ring'),
-  'GATHER': functools.partial(_split, 'gather'),
-  'CACHED': functools.partial(_dense_cache, cached.attend),
-  'PAGED': functools.partial(_paged_cache, paged.attend),
-  'PAGED_TPU': functools.partial(
-    _paged_cache,
-    functools.partial(paged_tpu.attend, implementation='reference'),
-    width=supports.LANES,
-  ),
-  'PAGED_GPU': functools.partial(
-    _paged_cache, functools.partial(paged_gpu.attend, interpret=True)
-  ),
-  'INVARIANT': functools.partial(_dense_cache, invariant.attend_cached),
-}
 
 
 @pytest.mark.parametrize(
