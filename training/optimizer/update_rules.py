@@ -423,7 +423,7 @@ def require_positive(name: str, value: float) -> None:
 
 
 def require_not_too_slow(name: str, beta: float) -> None:
-  """Raises ValueError if a running average with this decay would stand still."""
+  """Raises ValueError if a running average with this decay stands still."""
   if beta > SLOWEST_BETA:
     raise ValueError(
       f'{name}: got {beta}, expected at most {SLOWEST_BETA:.6f}: float32 rounds'
