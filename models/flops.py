@@ -89,7 +89,10 @@ def _attention_params(config: model_config.ModelConfig) -> int:
 def forward_flops_per_token(
   config: model_config.ModelConfig, context: float
 ) -> float:
-  """Returns the FLOPs of one token that attends to `context` tokens."""
+  """Returns the FLOPs of one token with `context` tokens up to itself.
+
+  Not for a mean context: a window limits each token, not their mean.
+  """
   channels = config.num_heads * (config.head_width + config.value_head_width)
   # A window limits the keys that a token sees, in rows of any length.
   keys = sum(
@@ -103,7 +106,7 @@ def forward_flops_per_token(
 def span_flops(
   config: model_config.ModelConfig, start: int, length: int, num_logits: int
 ) -> float:
-  """Returns the FLOPs of successive tokens of one sequence during serving.
+  """Returns the forward FLOPs of successive tokens of one sequence.
 
   Args:
     config: of the model.
@@ -140,6 +143,7 @@ def train_flops_per_token(
 ) -> float:
   """Returns the training FLOPs of one token: forward, and twice for backward.
 
-  The average token of a causal row attends to half of the row.
+  The mean over a row that is one document. Documents that are packed into a row
+  see fewer keys.
   """
-  return 3.0 * forward_flops_per_token(config, (row_length + 1) / 2)
+  return 3.0 * span_flops(config, 0, row_length, row_length) / row_length

@@ -154,7 +154,7 @@ class Transformer(nn.Module):
       x_BTD = x_BTD + self.position_embed(positions_BT)
     x_BTD = x_BTD.astype(self.dtype)
     x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
-    angles = self._angles(positions_BT, cache)
+    angles = self._angles(positions_BT, cache, segment_ids_BT)
     x_BTD, cache, routing = self._run_layers(
       x_BTD, cache, (angles, positions_BT, segment_ids_BT)
     )
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
     hidden_BTD = nn.with_logical_constraint(hidden_BTD, axes.HEAD_STREAM)
     return hidden_BTD, cache, routing
 
-  def _angles(self, positions_BT, cache) -> block_lib.Angles:
+  def _angles(self, positions_BT, cache, segment_ids_BT) -> block_lib.Angles:
     """Returns the rotation angles of global and of local layers."""
     config = self.config
     if config.positions != 'rope':
@@ -172,7 +172,9 @@ class Transformer(nn.Module):
       config.rotated_width,
       config.rope_base,
       config.rope_scaling,
-      0 if cache is None else config.max_length,
+      max_length=config.max_length,
+      has_cache=cache is not None,
+      segment_ids_BT=segment_ids_BT,
     )
     if not config.rope_local_base:
       return block_lib.Angles(global_BTc)

@@ -53,8 +53,19 @@ _PATHS = {
 
 
 def check_model(experiment: experiment_lib.Experiment) -> None:
-  """Raises ValueError if the model does not divide as `parallel` asks."""
+  """Raises ValueError for a model that the run cannot train.
+
+  It does not divide as `parallel` asks, or would be served as another function.
+  """
   model, parallel = experiment.model, experiment.parallel
+  scaling, row_length = model.rope_scaling, experiment.data.row_length
+  if scaling.kind == 'dynamic' and row_length > scaling.original_length:
+    raise ValueError(
+      f'data.row_length: got {row_length} with model.rope_scaling.kind ='
+      f' dynamic, expected at most original_length = {scaling.original_length}:'
+      ' the angles of a longer document depend on its later tokens, which'
+      ' serving does not know; shorten the rows or train with kind yarn'
+    )
   expect.multiple_of(
     'model.num_layers',
     model.num_layers,

@@ -95,6 +95,7 @@ def run(
       workdir if processes.is_first() else None,
       first_step=resume.step,
       seconds_before=seconds_before,
+      tell=say,
     )
     result = Result(step=resume.step, exit_code=0)
     if resume.step < experiment.num_steps or resume.evaluation_owed:

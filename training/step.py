@@ -17,7 +17,7 @@ from models import transformer
 from models.moe import layer as moe_layer
 from training import state as state_lib
 from training.objectives import port
-from training.optimizer import average, spikes
+from training.optimizer import average, param_groups, spikes
 
 Metrics = dict[str, jax.Array]
 # An instance of `port.Objective`, or a function with the signature of its
@@ -55,20 +55,24 @@ def make_train_step(
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
   """
-  grad_fn = jax.value_and_grad(objective, has_aux=True)
 
   def train_step(state, batch):
     frozen = _frozen(frozen_models, state.frozen_params)
+    is_trained = param_groups.trained_by(optimizer, state.params)
+    trained = param_groups.selected(is_trained, state.params)
 
-    def gradient_sums(params, batch, key):
-      (loss_sum, sums), grads = grad_fn(
-        params, batch, port.Model(model, key), **frozen
-      )
+    def loss(trained, batch, key):
+      params = param_groups.replaced(is_trained, trained, state.params)
+      return objective(params, batch, port.Model(model, key), **frozen)
+
+    def gradient_sums(trained, batch, key):
+      grad_fn = jax.value_and_grad(loss, has_aux=True)
+      (loss_sum, sums), grads = grad_fn(trained, batch, key)
       return grads, {**sums, 'loss': loss_sum}
 
     key = shard_key(jax.random.fold_in(state.key, state.step))
     grads, sums = _accumulate(
-      gradient_sums, state.params, batch, key, num_microbatches
+      gradient_sums, trained, batch, key, num_microbatches
     )
     grads, sums = all_sum((grads, sums))
     # A batch of nothing but padding is a step of zero gradient, not of NaN.
@@ -78,7 +82,10 @@ def make_train_step(
       updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params
       )
-      params = optax.apply_updates(state.params, updates)
+      updates = param_groups.selected(is_trained, updates)
+      params = param_groups.replaced(
+        is_trained, optax.apply_updates(trained, updates), state.params
+      )
     skipped = spikes.was_skipped(opt_state)
     new_state = state.replace(
       step=state.step + 1,

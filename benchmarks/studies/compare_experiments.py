@@ -43,6 +43,7 @@ _EXPERIMENTS = flags.DEFINE_list(
 )
 _NUM_SEEDS = 5
 _LEVEL, _POWER = 0.95, 0.8
+_ROUNDING = 1e-9  # a spread below this part of the mean is rounding
 _SMOOTHED_STEPS = 10  # averaged into one point of a curve
 
 
@@ -61,12 +62,15 @@ class Difference:
 
   mean: float
   half_width: float  # of the 95 % interval
-  seeds_to_resolve: float  # infinite if the measured difference is zero
+  # Infinite if the measured difference is zero; nan if all pairs differ alike,
+  # and so do not show how much seeds vary.
+  seeds_to_resolve: float
 
   @property
   def is_resolved(self) -> bool:
-    """Whether the interval excludes zero."""
-    return abs(self.mean) > self.half_width
+    """Whether the interval is known and excludes zero."""
+    is_known = not math.isnan(self.seeds_to_resolve)
+    return is_known and abs(self.mean) > self.half_width
 
 
 def load(place: str) -> experiment_lib.Experiment:
@@ -115,12 +119,20 @@ def difference(side: Sequence[float], reference: Sequence[float]) -> Difference:
   gaps = [a - b for a, b in zip(side, reference, strict=True)]
   mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
   quantile = float(stats.t.ppf((1 + _LEVEL) / 2, len(gaps) - 1))
-  z = float(stats.norm.ppf((1 + _LEVEL) / 2) + stats.norm.ppf(_POWER))
   return Difference(
     mean=mean,
     half_width=quantile * deviation / math.sqrt(len(gaps)),
-    seeds_to_resolve=(z * deviation / mean) ** 2 if mean else math.inf,
+    seeds_to_resolve=_seeds_to_resolve(mean, deviation),
   )
+
+
+def _seeds_to_resolve(mean: float, deviation: float) -> float:
+  if not mean:
+    return math.inf
+  if deviation <= _ROUNDING * abs(mean):
+    return math.nan
+  z = float(stats.norm.ppf((1 + _LEVEL) / 2) + stats.norm.ppf(_POWER))
+  return (z * deviation / mean) ** 2
 
 
 def report(runs: dict[str, list[Trained]]) -> str:
@@ -150,6 +162,8 @@ def _difference_cell(trained: list[Trained], reference: list[Trained]) -> str:
     [one.validation_loss for one in trained],
     [one.validation_loss for one in reference],
   )
+  if math.isnan(found.seeds_to_resolve):
+    return f'{found.mean:+.4f} (not resolved; all seeds differ alike)'
   verdict = 'resolved' if found.is_resolved else 'not resolved'
   return (
     f'{found.mean:+.4f} +- {found.half_width:.4f} ({verdict};'

@@ -122,20 +122,24 @@ def _compared(group_a, group_b, name, difference) -> list[str]:
     )
   else:
     found = statistics.unpaired(
-      a.value, a.standard_error, b.value, b.standard_error
+      a.value,
+      a.standard_error,
+      b.value,
+      b.standard_error,
+      (group_a.num_examples, group_b.num_examples),
     )
     resampled = None
   is_log = is_paired and a.is_exponential
   what = f'log B - log A = {found.value:+.4g}' if is_log else ''
   what = what or f'B - A = {found.value:+.4g}'
   lines.append(
-    f'  {what}, 95 % interval {found.low:+.4g} to {found.high:+.4g},'
+    f'  {what}, {_interval(found)},'
     f' p = {_probability(found.p_value)} ({found.test}): {_verdict(found, b)}'
   )
   if resampled is not None:
     lines.append(
-      f'  by {resampled.test}: 95 % interval {resampled.low:+.4g} to'
-      f' {resampled.high:+.4g}, p = {_probability(resampled.p_value)}'
+      f'  by {resampled.test}: {_interval(resampled)},'
+      f' p = {_probability(resampled.p_value)}'
     )
   lines += _needed(group_a, group_b, a, b, found, is_paired, difference)
   return lines
@@ -200,6 +204,12 @@ def _delta(score: scores.Score, difference: float) -> float:
   if difference:
     return difference
   return DIFFERENCE * (1.0 if score.is_share else abs(score.value))
+
+
+def _interval(found: statistics.Difference) -> str:
+  if math.isnan(found.low):
+    return '95 % interval unknown'
+  return f'95 % interval {found.low:+.4g} to {found.high:+.4g}'
 
 
 def _verdict(found: statistics.Difference, b: scores.Score) -> str:

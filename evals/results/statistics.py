@@ -13,6 +13,7 @@ Tibshirani 1993, chapter 16, on tests by the bootstrap.
 from collections.abc import Hashable, Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -20,6 +21,11 @@ from scipy import stats
 LEVEL = 0.05  # probability that a test finds a difference where there is none
 POWER = 0.8  # probability that a test finds a difference that is there
 NUM_RESAMPLES = 10_000
+# A standard error below this part of the difference, or of the values times the
+# other number, is rounding: all examples differ alike, and do not show how much
+# examples vary.
+_ROUNDING, _ROUNDING_OF_VALUES = 1e-9, 1e-14
+_FEWEST_FOR_T = 3  # clusters; the spread of two says nothing about a third
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,26 +83,51 @@ def paired_t(
   b: Sequence[float],
   clusters: Sequence[Hashable] | None = None,
 ) -> Difference:
-  """Returns the mean of b - a with Student's interval and test."""
+  """Returns the mean of b - a with Student's interval and test.
+
+  Two examples, and examples that all differ alike, have no interval; they are
+  tested by their signs, exactly.
+  """
   gaps = _gaps(a, b)
   value, error = _mean(gaps), standard_error(gaps, clusters)
-  freedom = len(_cluster_sums(gaps, clusters)) - 1
-  if freedom < 1:
-    half_width, p_value = math.nan, math.nan
-  else:
-    half_width = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
-    p_value = _two_sided(
-      value, error, lambda t: 2 * float(stats.t.sf(t, freedom))
-    )
+  sums = _cluster_sums(gaps, clusters)
+  freedom = len(sums) - 1
+  if len(sums) < _FEWEST_FOR_T or _is_rounding(error, value, a, b):
+    return _by_signs(value, sums)
+  half_width = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
   name = 'paired t' if clusters is None else 'paired t over clusters'
   return Difference(
     value=value,
     standard_error=error,
     low=value - half_width,
     high=value + half_width,
-    p_value=p_value,
+    p_value=2 * float(stats.t.sf(abs(value) / error, freedom)),
     test=f'{name}, {freedom} degrees of freedom',
   )
+
+
+def _is_rounding(error: float, value: float, a: Any, b: Any) -> bool:
+  largest = max(np.max(np.abs(a)), np.max(np.abs(b)))
+  return error <= max(_ROUNDING * abs(value), _ROUNDING_OF_VALUES * largest)
+
+
+def _by_signs(value: float, sums: np.ndarray) -> Difference:
+  """Returns a difference whose error is unknown, with the exact sign test."""
+  gained, lost = int(np.sum(sums > 0)), int(np.sum(sums < 0))
+  return Difference(
+    value=value,
+    standard_error=math.nan,
+    low=math.nan,
+    high=math.nan,
+    p_value=math.nan if len(sums) < 2 else _sign_test(gained, lost),
+    test=f'exact sign test, {gained} above and {lost} below',
+  )
+
+
+def _sign_test(gained: int, lost: int) -> float:
+  if not gained + lost:
+    return 1.0
+  return float(stats.binomtest(gained, gained + lost).pvalue)
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -116,14 +147,9 @@ def mcnemar(a: Sequence[float], b: Sequence[float]) -> Difference:
     )
   gaps = _gaps(a, b)
   gained, lost = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
-  p_value = (
-    float(stats.binomtest(gained, gained + lost).pvalue)
-    if gained + lost
-    else 1.0
-  )
   return dataclasses.replace(
     paired_t(a, b),
-    p_value=p_value,
+    p_value=_sign_test(gained, lost),
     test=f'McNemar exact, {gained} gained and {lost} lost',
   )
 
@@ -139,11 +165,16 @@ def paired_bootstrap(
   """Returns the mean of b - a with a percentile interval and a bootstrap test.
 
   Clusters are drawn whole. The p-value is the share of resampled differences,
-  shifted to mean 0, that are at least as large as the observed one.
+  shifted to mean 0, that are at least as large as the observed one. It is not
+  below 2^(1 - C) for C clusters, the least of any exact test of their signs.
+  Clusters that all differ alike are tested by their signs.
   """
   gaps = _gaps(a, b)
   value = _mean(gaps)
   sums = _cluster_sums(gaps, clusters)
+  error = standard_error(gaps, clusters)
+  if len(sums) < 2 or _is_rounding(error, value, a, b):
+    return _by_signs(value, sums)
   counts = _cluster_sums(np.ones_like(gaps), clusters)
   rng = np.random.default_rng(seed)
   drawn = np.empty(num_resamples)
@@ -159,23 +190,45 @@ def paired_bootstrap(
     standard_error=float(np.std(drawn, ddof=1)),
     low=float(low),
     high=float(high),
-    p_value=(beyond + 1) / (num_resamples + 1),
+    p_value=max((beyond + 1) / (num_resamples + 1), 2.0 ** (1 - len(sums))),
     test=f'paired bootstrap, {num_resamples} resamples',
   )
 
 
 def unpaired(
-  value_a: float, error_a: float, value_b: float, error_b: float
+  value_a: float,
+  error_a: float,
+  value_b: float,
+  error_b: float,
+  counts: tuple[int, int] | None = None,
 ) -> Difference:
-  """Returns b - a of two scores on different examples, by a z-test."""
+  """Returns b - a of two scores on different examples, by a z-test.
+
+  The test is unknown if all examples of a score are alike: their error of 0 is
+  no estimate.
+
+  Args:
+    value_a: score of a.
+    error_a: its standard error.
+    value_b: score of b.
+    error_b: its standard error.
+    counts: examples of a and of b. The p-value is not below 2 over the number
+      of ways to divide them, the least of any exact permutation test.
+  """
   value, error = value_b - value_a, math.hypot(error_a, error_b)
+  if not (error_a and error_b):
+    error = math.nan
   half_width = float(stats.norm.ppf(1 - LEVEL / 2)) * error
+  p_value = 2 * float(stats.norm.sf(abs(value) / error))
+  # Of 20 and 20 there are more than 10^11 divisions.
+  if counts is not None and min(counts) < 20 and not math.isnan(p_value):
+    p_value = max(p_value, 2 / math.comb(sum(counts), counts[0]))
   return Difference(
     value=value,
     standard_error=error,
     low=value - half_width,
     high=value + half_width,
-    p_value=_two_sided(value, error, lambda z: 2 * float(stats.norm.sf(z))),
+    p_value=p_value,
     test='unpaired z',
   )
 
@@ -219,8 +272,11 @@ def num_to_resolve(
 
 
 def smallest_seen(standard_error: float) -> float:
-  """Returns the smallest difference that a test finds, with POWER."""
-  return _z() * standard_error
+  """Returns the smallest difference that a test finds, with POWER.
+
+  nan if the error is unknown, or 0 because all examples are alike.
+  """
+  return _z() * standard_error if standard_error else math.nan
 
 
 def is_binary(values: Sequence[float]) -> bool:
@@ -230,14 +286,6 @@ def is_binary(values: Sequence[float]) -> bool:
 
 def _z() -> float:
   return float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER))
-
-
-def _two_sided(value, error, tail) -> float:
-  if math.isnan(error):
-    return math.nan
-  if not error:  # all examples have the same difference
-    return 0.0 if value else 1.0
-  return tail(abs(value) / error)
 
 
 def _gaps(a, b) -> np.ndarray:

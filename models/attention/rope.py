@@ -16,7 +16,10 @@ def angles(
   rotary_width: int,
   base: float,
   scaling: rope_scaling.RopeScaling | None = None,
-  cached_length: int = 0,
+  *,
+  max_length: int = 0,
+  has_cache: bool = False,
+  segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the rotation angle of each pair of channels, radians, [B, T, C/2].
 
@@ -27,30 +30,37 @@ def angles(
   Args:
     rotary_width: channels that are rotated, an even number.
     scaling: of the frequencies; None: no scaling.
-    cached_length: `ModelConfig.max_length` in a pass with a cache, 0 in a pass
-      without; see `models.attention.rope_scaling`.
+    max_length: `ModelConfig.max_length`, which chooses the table of `longrope`.
+    has_cache: whether the pass has a cache, so that the text may go on; see
+      `models.attention.rope_scaling` for `dynamic`.
+    segment_ids_BT: the document of each token of a packed row; None: each row
+      is one document.
   """
   positions = positions_BT.astype(jnp.float32)[:, :, None]
   scaling = scaling or rope_scaling.RopeScaling()
-  fixed = jnp.asarray(rope_scaling.stretched(base, rotary_width, scaling))
-  frequencies = fixed[None, None, :]
-  if scaling.kind in ('dynamic', 'longrope'):
-    lengths = positions + 1
-    if not cached_length:
-      lengths = jnp.max(lengths, axis=1, keepdims=True)
-    elif scaling.kind == 'longrope':
-      lengths = jnp.full((1, 1, 1), cached_length, jnp.float32)
-    frequencies = _of_length(lengths, frequencies, base, rotary_width, scaling)
-  return positions * frequencies
+  fixed = rope_scaling.stretched(base, rotary_width, scaling, max_length)
+  if scaling.kind != 'dynamic':
+    return positions * jnp.asarray(fixed)[None, None, :]
+  lengths = positions + 1
+  if not has_cache:
+    lengths = _document_lengths(lengths, segment_ids_BT)
+  return positions * _of_lengths(lengths, base, rotary_width, scaling)
 
 
-def _of_length(lengths, short, base, width, scaling):
-  """Returns the frequencies for texts of lengths [B or 1, T or 1, 1]."""
+def _document_lengths(ends_BT1, segment_ids_BT):
+  """Returns the length of the document of each token, [B, T or 1, 1]."""
+  if segment_ids_BT is None:
+    return jnp.max(ends_BT1, axis=1, keepdims=True)
+  # Not by segment number: the numbers are arbitrary. The compiler fuses the
+  # comparison into the maximum, so nothing of size T^2 is stored.
+  is_same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  ends_B1S = ends_BT1[:, None, :, 0]
+  return jnp.max(jnp.where(is_same_BTS, ends_B1S, 0.0), axis=2, keepdims=True)
+
+
+def _of_lengths(lengths, base, width, scaling):
+  """Returns the frequencies for texts of lengths [B, T or 1, 1]."""
   original = scaling.original_length
-  if scaling.kind == 'longrope':
-    plain = rope_scaling.frequencies(base, width)
-    long = jnp.asarray(plain / jnp.asarray(scaling.long_divisors, jnp.float32))
-    return jnp.where(lengths > original, long[None, None, :], short)
   # NTK-aware: with the new base, the slowest pair turns as far over the text as
   # it did over the original length. With a single pair, the base has no effect.
   growth = scaling.factor * jnp.maximum(lengths, original) / original

@@ -9,14 +9,19 @@ of channels has the frequency 1 / base^(2i / width), divided by a divisor:
     yarn      1 for pairs that turn often within the trained length, the factor
               for pairs that do not turn once (arXiv:2309.00071)
     dynamic   no divisor: the base grows with the length of the text (NTK-aware)
-    longrope  one of two tables found by search; the second is for texts longer
-              than the trained length (arXiv:2402.13753)
+    longrope  one of two tables found by search; the second is for models of
+              texts longer than the trained length (arXiv:2402.13753)
 
-The last two depend on the length of the text. In a pass without a cache, the
-length is the largest position of a row plus one. The result of a pass with a
-cache must not depend on later tokens, nor on the chunks in which a text
-arrives. There, `dynamic` uses the position of each token plus one, and
-`longrope` uses the configured length (`ModelConfig.max_length`).
+Serving must not depend on later tokens, nor on the chunks in which a text
+arrives, and training computes the function that is served:
+
+- `longrope` takes the table of `ModelConfig.max_length`, for every text. The
+  tables differ for short texts, too: other implementations change the table
+  when a text grows past the trained length.
+- `dynamic` uses the position of each token plus one in a pass with a cache. In
+  a pass without, it uses the length of the token's document, as other
+  implementations do. The two differ past the original length alone:
+  `training.execution` refuses longer rows.
 """
 
 import dataclasses
@@ -87,10 +92,16 @@ def frequencies(base: float, width: int) -> np.ndarray:
   return (1.0 / np.float32(base) ** exponents).astype(np.float32)
 
 
-def stretched(base: float, width: int, scaling: RopeScaling) -> np.ndarray:
-  """Returns the frequency of each pair for texts up to the original length.
+def stretched(
+  base: float, width: int, scaling: RopeScaling, max_length: int = 0
+) -> np.ndarray:
+  """Returns the frequency of each pair, of `dynamic` up to the original length.
 
-  These are the frequencies of every length for kinds that do not depend on it.
+  Args:
+    base: base of the wavelengths.
+    width: channels that are rotated.
+    scaling: of the frequencies.
+    max_length: of the model; decides between the tables of `longrope`.
   """
   plain = frequencies(base, width)
   if scaling.kind == 'linear':
@@ -100,7 +111,9 @@ def stretched(base: float, width: int, scaling: RopeScaling) -> np.ndarray:
   if scaling.kind == 'yarn':
     return _yarn(plain, base, width, scaling)
   if scaling.kind == 'longrope':
-    return plain / np.asarray(scaling.short_divisors, np.float32)
+    is_long = max_length > scaling.original_length
+    divisors = scaling.long_divisors if is_long else scaling.short_divisors
+    return plain / np.asarray(divisors, np.float32)
   return plain
 
 

@@ -434,7 +434,8 @@ def _check_leaves(
           f'checkpoint of step {step}, {item}{name}: got'
           f' {found.get(name, "nothing")}, expected'
           f' {wanted.get(name, "nothing")}; the model or optimizer of this'
-          ' experiment is another one: set it back or use another --workdir'
+          ' experiment is another one, or another version of this code saved'
+          ' the checkpoint: set it back or use another --workdir'
         )
 
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -34,7 +33,7 @@ import sys
 import threading
 from typing import IO
 
-from storage import file_names
+from storage import file_names, json_lines
 from training.lifecycle import exit_codes
 
 # Environment variable with the process id of the supervisor.
@@ -64,8 +63,17 @@ class Seen:
   metrics: tuple[int, ...]  # changes whenever the metrics file changes
 
   @classmethod
-  def look(cls, workdir: pathlib.Path) -> 'Seen':
-    """Returns the progress in a workdir, which need not exist yet."""
+  def look(
+    cls,
+    workdir: pathlib.Path,
+    tell: Callable[[str], None] = lambda text: None,
+  ) -> 'Seen':
+    """Returns the progress in a workdir, which need not exist yet.
+
+    Args:
+      workdir: of the run.
+      tell: receives a line if lines of the metrics are damaged.
+    """
     names = [path.name for path in (workdir / file_names.CHECKPOINTS).glob('*')]
     checkpoint = max(map(int, filter(str.isdigit, names)), default=None)
     path = workdir / file_names.METRICS
@@ -74,7 +82,7 @@ class Seen:
     stat = path.stat()
     return cls(
       checkpoint=checkpoint,
-      step=_last_step(path),
+      step=_last_step(path, tell),
       metrics=(stat.st_ino, stat.st_size, stat.st_mtime_ns),
     )
 
@@ -172,7 +180,9 @@ class Supervisor:
         if code and code not in exit_codes.STOPPED:
           self._say(f'supervisor: exit code {code} is final, not restarted')
         return code
-      after = Seen.look(self._workdir)
+      after = Seen.look(
+        self._workdir, lambda text: self._say(f'supervisor: {text}')
+      )
       if (after.checkpoint or 0) > (before.checkpoint or 0):
         deaths = []
       deaths.append(Death.between(before, after, code=code, tail=tail))
@@ -278,7 +288,7 @@ def die_with_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _last_step(path: pathlib.Path) -> int:
+def _last_step(path: pathlib.Path, tell: Callable[[str], None]) -> int:
   """Returns the last step with a record, 0 if there is none."""
   with path.open('rb') as file:
     start = max(file.seek(0, os.SEEK_END) - _METRICS_BYTES, 0)
@@ -288,7 +298,11 @@ def _last_step(path: pathlib.Path) -> int:
   whole = lines[1 if start else 0 : -1]
   # Not the step of the last line: a save is recorded when it ends, after later
   # steps.
-  return max((json.loads(line)['step'] for line in whole), default=0)
+  records, damaged = json_lines.parse(whole, ('step',))
+  if damaged:
+    tell(json_lines.skipped(f'the end of {path}', damaged))
+  steps = [record['step'] for record in records]
+  return max((s for s in steps if isinstance(s, int)), default=0)
 
 
 def is_same_step(deaths: Sequence[Death]) -> bool:

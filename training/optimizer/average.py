@@ -88,6 +88,7 @@ def validate(rule: update_rules.Rule, ema_decay: float, weights: str) -> None:
       f'config.ema_decay: got {ema_decay}, expected 0 <= ema_decay < 1; 0 keeps'
       ' no average'
     )
+  update_rules.require_not_too_slow('config.ema_decay', ema_decay)
   if ema_decay and rule.keeps_average:
     raise ValueError(
       f'config.ema_decay: got {ema_decay} with rule {type(rule).__name__},'

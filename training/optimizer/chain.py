@@ -12,8 +12,9 @@ lr(t) x weight_decay of itself per step, as in AdamW (arXiv:1711.05101), and as
 muP needs it (models/mup.py). With Muon each half decays by its own learning
 rate.
 
-A multiplier of 0 freezes a group: it is not moved, not decayed, not counted by
-clipping, and has no state.
+A multiplier of 0 freezes a group: it is not moved and not decayed, has no state
+and no gradient, and counts in no norm. Parameters that no gradient reaches are
+always frozen: a mixture's routing corrections.
 
 The structure of the state depends on the rule and on the frozen groups alone,
 not on any number.
@@ -205,10 +206,11 @@ def make_optimizer(
   optimizer = optax.chain(clip, steps)
   if all(jax.tree.leaves(is_trained)):
     return optimizer
-  return optax.partition(
+  partition = optax.partition(
     {'trained': optimizer, 'frozen': optax.set_to_zero()},
     jax.tree.map(lambda t: 'trained' if t else 'frozen', is_trained),
   )
+  return param_groups.PartialOptimizer(partition, is_trained)
 
 
 def _steps(

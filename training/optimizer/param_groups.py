@@ -22,6 +22,29 @@ _STACKS = (axes.LAYERS, 'experts')
 # Axes of tables. Their rows are looked up or are classes; a table is no linear
 # map between vectors of the model.
 _TABLES = ('vocab', 'position')
+# Owners of parameters that are state of the model: no gradient reaches them.
+_STATES = ('router_correction',)
+
+
+class PartialOptimizer(optax.GradientTransformationExtraArgs):
+  """An optimizer that says which parameters it trains."""
+
+  is_trained: Any  # a bool per parameter; the others are frozen
+
+  def __new__(
+    cls, inner: optax.GradientTransformation, is_trained: Any
+  ) -> 'PartialOptimizer':
+    inner = optax.with_extra_args_support(inner)
+    self = super().__new__(cls, inner.init, inner.update)
+    self.is_trained = is_trained
+    return self
+
+
+def trained_by(optimizer: optax.GradientTransformation, params: Any) -> Any:
+  """Marks the parameters that an optimizer trains: all, if it says nothing."""
+  if isinstance(optimizer, PartialOptimizer):
+    return optimizer.is_trained
+  return jax.tree.map(lambda _: True, params)
 
 
 def check_lr_multipliers(pairs: LrMultipliers) -> None:
@@ -47,6 +70,7 @@ def lr_multipliers(pairs: LrMultipliers, params: Any) -> Any:
   """Returns the multiplier of each parameter.
 
   If several expressions match a parameter, their multipliers are multiplied.
+  Parameters that no gradient reaches have the multiplier 0.
 
   Args:
     pairs: regular expressions, searched for in names such as
@@ -70,7 +94,7 @@ def lr_multipliers(pairs: LrMultipliers, params: Any) -> Any:
       )
 
   def multiplier(path, _):
-    product = 1.0
+    product = 0.0 if _is_state(path) else 1.0
     for pattern, value in pairs:
       if re.search(pattern, _name(path)):
         product *= value
@@ -89,19 +113,27 @@ def _name(path: tuple[Any, ...]) -> str:
   return '/'.join(axes.names(path)).removeprefix('params/')
 
 
+def _is_state(path: tuple[Any, ...]) -> bool:
+  return axes.names(path)[-2] in _STATES
+
+
 def is_decayed(mask: str, params: Any) -> Any:
   """Marks the parameters that weight decay applies to.
 
   Args:
     mask: `matrices`: all matrices, including the tables of embeddings and the
       head; `no_embeddings`: all matrices except these; `all`: scales of norms
-      and biases too.
+      and biases too, but not the state that no gradient reaches.
     params: the model's variables, arrays or shapes.
   """
   kinds = ('kernel', 'embedding') if mask == 'matrices' else ('kernel',)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: mask == 'all' or axes.names(path)[-1] in kinds, params
-  )
+
+  def is_in_mask(path, _):
+    if mask == 'all':
+      return not _is_state(path)
+    return axes.names(path)[-1] in kinds
+
+  return jax.tree_util.tree_map_with_path(is_in_mask, params)
 
 
 def is_hidden_matrix(params: Any) -> Any:
@@ -152,4 +184,11 @@ def selected(is_selected: Any, tree: Any) -> Any:
   """
   return jax.tree.map(
     lambda keep, leaf: leaf if keep else optax.MaskedNode(), is_selected, tree
+  )
+
+
+def replaced(is_selected: Any, new: Any, old: Any) -> Any:
+  """Returns the tree `old` with the leaves of `new` where they are selected."""
+  return jax.tree.map(
+    lambda keep, new, old: new if keep else old, is_selected, new, old
   )

@@ -12,8 +12,8 @@ of the norm's logarithm, because norms differ by factors. Both are running
 averages: two numbers instead of a window.
 
 A skipped step leaves the parameters and the optimizer's moments as they were.
-The learning rate stays a function of the step, and the data moves on to the
-next batch.
+The learning rate and all other schedules stay functions of the step, and the
+data moves on to the next batch. Frozen parameters count in no norm.
 
 A non-finite gradient is never skipped. An overflow comes from the weights, not
 from the batch, so the next step would overflow too.
@@ -27,13 +27,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from checks import expect
+from training.optimizer import param_groups
 
 # Least standard deviation of the log norm. If gradients hardly differ (tiny
 # data, huge batches), 6 deviations of less than this would skip a gradient that
 # is only 30 % longer.
 _LEAST_STD = 0.05
+# The counts of steps that schedules read, by the states that hold them. All
+# other counts are of the gradients in a moment, as Adam's bias correction.
+_SCHEDULE_COUNTS = {
+  optax.ScaleByScheduleState: 'count',
+  contrib.ScaleByAdemamixState: 'count_m2',
+  contrib.ScheduleFreeState: 'step_count',
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,6 +96,7 @@ def skipping(
   """
   if not config.skip_std:
     return optimizer
+  given = optimizer
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init(params):
@@ -94,7 +104,10 @@ def skipping(
     return OutlierState(optimizer.init(params), none, zero, zero, none)
 
   def update(updates, state, params=None, **extra):
-    log_norm = jnp.log(optax.tree.norm(updates))
+    is_trained = param_groups.trained_by(given, updates)
+    log_norm = jnp.log(
+      optax.tree.norm(param_groups.selected(is_trained, updates))
+    )
     is_outlier = _is_outlier(config, state, log_norm)
     # After so many outliers in a row the longer norms are the new normal.
     is_change = is_outlier & (state.num_in_row >= config.max_skipped)
@@ -116,7 +129,10 @@ def skipping(
       num_in_row=jnp.where(skipped, state.num_in_row + 1, 0),
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  skipping = optax.GradientTransformationExtraArgs(init, update)
+  if isinstance(given, param_groups.PartialOptimizer):
+    return param_groups.PartialOptimizer(skipping, given.is_trained)
+  return skipping
 
 
 def was_skipped(opt_state: Any) -> jax.Array | None:
@@ -156,16 +172,19 @@ def _measure(config, state, log_norm, is_change):
 
 
 def _kept_if(condition, old, new):
-  """Returns `old` if the condition holds, except for a schedule's count."""
+  """Returns `old` if the condition holds, except for counts of schedules."""
 
   def choose(old, new):
-    if isinstance(new, optax.ScaleByScheduleState):
-      return new
-    return jnp.where(condition, old, new)
+    count = _SCHEDULE_COUNTS.get(type(new))
+    if count is None:
+      return jnp.where(condition, old, new)
+    others = {
+      field: _kept_if(condition, getattr(old, field), getattr(new, field))
+      for field in new._fields
+      if field != count
+    }
+    return new._replace(**others)
 
   return jax.tree.map(
-    choose,
-    old,
-    new,
-    is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    choose, old, new, is_leaf=lambda node: type(node) in _SCHEDULE_COUNTS
   )

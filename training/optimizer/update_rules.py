@@ -26,12 +26,12 @@ from models import model_config as model_config_lib
 from training.optimizer import param_groups, per_matrix
 
 STATE_DTYPES = ('float32', 'bfloat16')
-# Without new gradients, a moment shrinks by 1 - beta of itself per step.
-# bfloat16 keeps 8 bits, so neighbouring values are up to 2^-7 of a value apart.
-# A change of less than half of that rounds back to the old value, forever.
-_LEAST_DECAY_IN_BFLOAT16 = 2**-8
 # Names of moments in the states of optax, whatever the optimizer.
 _MOMENTS = ('mu', 'nu', 'm1', 'm2')
+# The slowest running average. Float32 rounds a change of less than 2^-24 of a
+# value back to the old value, so a running average stops at a distance of up to
+# 2^-24 / (1 - beta) from its new level: here at 1 %.
+SLOWEST_BETA = 1 - 2**-17
 
 
 class Rule(abc.ABC):
@@ -42,8 +42,6 @@ class Rule(abc.ABC):
 
   # Fields that must lie in [0, 1). All other numbers must be above 0.
   betas: ClassVar[tuple[str, ...]] = ()
-  # The betas by which a stored moment decays from one step to the next.
-  memories: ClassVar[tuple[str, ...]] = ()
   # Whether the state holds an average of the weights, see `average`.
   keeps_average: ClassVar[bool] = False
 
@@ -52,23 +50,11 @@ class Rule(abc.ABC):
     for name, value in vars(self).items():
       if name in self.betas:
         require(0 <= value < 1, f'rule.{name}', value, '0 <= beta < 1')
+        require_not_too_slow(f'optimizer.rule.{name}', value)
       elif name == 'state_dtype':
         expect.one_of('optimizer.rule.state_dtype', value, STATE_DTYPES)
       elif isinstance(value, float | int) and not isinstance(value, bool):
         require_positive(f'rule.{name}', value)
-    if getattr(self, 'state_dtype', 'float32') == 'bfloat16':
-      self._validate_bfloat16()
-
-  def _validate_bfloat16(self) -> None:
-    most = 1 - _LEAST_DECAY_IN_BFLOAT16
-    for name in self.memories:
-      value = getattr(self, name)
-      if value > most:
-        raise ValueError(
-          f'optimizer.rule.{name}: got {value} with state_dtype = bfloat16,'
-          f' expected at most {most}: a slower change is rounded away; lower'
-          f' optimizer.rule.{name} or set optimizer.rule.state_dtype = float32'
-        )
 
   def check(
     self, params: Any, model_config: model_config_lib.ModelConfig
@@ -126,7 +112,6 @@ class AdamW(Rule):
   """Adam; `chain.py` adds the decoupled weight decay (arXiv:1711.05101)."""
 
   betas = 'beta1', 'beta2'
-  memories = 'beta1', 'beta2'
 
   beta1: float = 0.9  # decay of the first moment per step
   # Decay of the second moment per step; optax and the paper take 0.999.
@@ -157,7 +142,6 @@ class Muon(AdamW):
   """
 
   betas = 'beta1', 'beta2', 'momentum'
-  memories = 'beta1', 'beta2', 'momentum'
 
   momentum: float = 0.95  # Nesterov's, decay per step
   newton_schulz_steps: int = 5  # iterations of the orthogonalisation
@@ -265,7 +249,6 @@ class Lion(Rule):
   """The sign of a momentum (arXiv:2302.06675)."""
 
   betas = 'beta1', 'beta2'
-  memories = ('beta2',)  # beta1 only mixes the gradient into the direction
 
   beta1: float = 0.9  # share of the momentum in the direction
   beta2: float = 0.95  # decay of the momentum per step; 0.99 in optax
@@ -334,7 +317,6 @@ class Ademamix(AdamW):
   """Adam with a second, slow momentum (arXiv:2409.03137)."""
 
   betas = 'beta1', 'beta2', 'beta3'
-  memories = 'beta1', 'beta2', 'beta3'
 
   beta3: float = 0.9999  # decay of the slow momentum at the last step; above 0
   alpha: float = 5.0  # weight of the slow momentum at the last step
@@ -380,32 +362,73 @@ RULES: dict[str, type[Rule]] = {
 def stored_as(
   dtype: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Keeps all moments as `dtype` between steps; `inner` sees float32."""
+  """Keeps all moments as `dtype` between steps; `inner` sees float32.
+
+  Moments in bfloat16 are rounded stochastically, with bits that depend on the
+  step and on the place in the array alone: a resumed run and a run on other
+  devices round alike.
+  """
   if dtype == 'float32':
     return inner
 
-  def cast(state, to):
-    moments = {
-      field: jax.tree.map(lambda x: x.astype(to), getattr(state, field))
-      for field in state._fields
-      if field in _MOMENTS
-    }
-    return state._replace(**moments)
-
   def init(params):
-    return cast(inner.init(params), dtype)
+    state = inner.init(params)
+    return state._replace(**_cast(_moments_of(state), dtype))
 
   def update(updates, state, params=None):
-    updates, state = inner.update(updates, cast(state, jnp.float32), params)
-    return updates, cast(state, dtype)
+    state = state._replace(**_cast(_moments_of(state), jnp.float32))
+    updates, state = inner.update(updates, state, params)
+    leaves, treedef = jax.tree.flatten(_moments_of(state))
+    key = jax.random.fold_in(jax.random.key(0), state.count)
+    rounded = [
+      round_stochastically(jax.random.fold_in(key, i), leaf)
+      for i, leaf in enumerate(leaves)
+    ]
+    return updates, state._replace(**treedef.unflatten(rounded))
 
   return optax.GradientTransformation(init, update)
+
+
+def _moments_of(state: Any) -> dict[str, Any]:
+  names = [name for name in state._fields if name in _MOMENTS]
+  return {name: getattr(state, name) for name in names}
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def round_stochastically(key: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns a float32 array as bfloat16: the mean over keys is the array.
+
+  A value between two neighbours in bfloat16 becomes the upper one with the
+  probability of its distance from the lower one. Rounding to nearest would stop
+  a running average far from its level: a step moves a moment by less than half
+  of the distance between neighbours, 2^-8 of the value (arXiv:2010.06192).
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  # bfloat16 is the upper half of float32. A carry out of the lower half makes
+  # the upper half the next magnitude.
+  carried = bits + jax.random.bits(key, x.shape, jnp.uint16)
+  upper = jax.lax.convert_element_type(carried >> 16, jnp.uint16)
+  rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+  # The next magnitude after infinity is NaN.
+  return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def require_positive(name: str, value: float) -> None:
   """Raises ValueError unless `optimizer.NAME` is above 0 and finite."""
   require(value > 0, name, value, '> 0')
   require(math.isfinite(value), name, value, 'a finite number')
+
+
+def require_not_too_slow(name: str, beta: float) -> None:
+  """Raises ValueError if a running average with this decay stands still."""
+  if beta > SLOWEST_BETA:
+    raise ValueError(
+      f'{name}: got {beta}, expected at most {SLOWEST_BETA:.6f}: float32 rounds'
+      ' slower changes of a running average away; lower it'
+    )
 
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:

@@ -7,8 +7,9 @@ exist:
     state        parameters, optimizer, the average of the parameters if the run
                  keeps one, and the objective's frozen models, split over
                  devices by the placement
-    gradients    of every parameter, split alike; twice with micro-batches: the
-                 sum so far, and the gradients that are added to it
+    gradients    of every trained parameter, split alike; twice with
+                 micro-batches: the sum so far, and the gradients that are added
+                 to it
     cast         the stacked weights in the compute dtype: XLA converts them
                  once, before the loop over layers
     saved        results that the forward pass of all layers stores for the
@@ -116,7 +117,8 @@ def estimate(learner: learner_lib.Learner) -> Memory:
     optimizer=optimizer,
     average=params if learner.abstract_state.average is not None else 0.0,
     frozen=_frozen_bytes(learner),
-    gradients=params * (2 if experiment.num_microbatches > 1 else 1),
+    gradients=_params_bytes(learner, _is_trained(learner))
+    * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
     loss=_loss_bytes(learner, tokens, table, itemsize),
@@ -129,19 +131,14 @@ def estimate(learner: learner_lib.Learner) -> Memory:
 def _update_bytes(learner) -> float:
   """Returns the bytes of the updates that need whole matrices."""
   params = learner.abstract_state.params
-  is_hidden = learner.experiment.optimizer.rule.orthogonalised(params)
-  if not any(jax.tree.leaves(is_hidden)):
-    return 0.0
-  shardings = getattr(learner.placement, 'whole_shardings', None)
-  hidden = param_groups.selected(is_hidden, params)
-  matrices = jax.tree.leaves(hidden)
-  num_bytes = (
-    _bytes(hidden)
-    if shardings is None
-    else _shard_bytes(
-      hidden, param_groups.selected(is_hidden, shardings.params)
-    )
+  is_hidden = jax.tree.map(
+    lambda is_trained, is_hidden: is_trained and is_hidden,
+    _is_trained(learner),
+    learner.experiment.optimizer.rule.orthogonalised(params),
   )
+  matrices = jax.tree.leaves(param_groups.selected(is_hidden, params))
+  if not matrices:
+    return 0.0
   # Newton and Schulz's iteration holds X, its square, a polynomial of the
   # square, and the product of X and the polynomial.
   whole = max(4 * math.prod(leaf.shape[-2:]) for leaf in matrices)
@@ -149,7 +146,24 @@ def _update_bytes(learner) -> float:
   # layer after the other (`rules.Muon`).
   stages = _sizes(learner)['stage']
   num_layers = learner.experiment.model.num_layers
+  num_bytes = _params_bytes(learner, is_hidden)
   return 2 * num_bytes + 4 * whole * (num_layers / stages if stages > 1 else 1)
+
+
+def _is_trained(learner) -> Any:
+  params = learner.abstract_state.params
+  return param_groups.trained_by(learner.optimizer, params)
+
+
+def _params_bytes(learner, is_selected) -> float:
+  """Returns the bytes of some of the parameters on one device."""
+  params = param_groups.selected(is_selected, learner.abstract_state.params)
+  shardings = getattr(learner.placement, 'whole_shardings', None)
+  if shardings is None:
+    return _bytes(params)
+  return _shard_bytes(
+    params, param_groups.selected(is_selected, shardings.params)
+  )
 
 
 def _loss_bytes(learner, tokens, table, itemsize) -> float:

@@ -35,7 +35,7 @@ import time
 
 from absl import app, flags
 
-from storage import atomic, file_names
+from storage import atomic, file_names, json_lines
 
 STEPS = 'steps'
 # Part of the time of an attempt -> its name in the table for the user.
@@ -157,11 +157,24 @@ def report(told: Life) -> str:
   return '\n'.join(lines)
 
 
-def read(workdir: pathlib.Path) -> list[Attempt]:
-  """Returns the attempts of a run in order; none if there is no file."""
+def read(
+  workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None
+) -> list[Attempt]:
+  """Returns the attempts of a run in order; none if there is no file.
+
+  Args:
+    workdir: of the run.
+    tell: receives a line if lines are no attempts; they are skipped.
+  """
   path = workdir / file_names.GOODPUT
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [Attempt(**json.loads(line)) for line in lines]
+  lines = path.read_bytes().splitlines() if path.exists() else []
+  names = [field.name for field in dataclasses.fields(Attempt)]
+  records, damaged = json_lines.parse(lines, names)
+  if damaged:
+    tell(json_lines.skipped(str(path), damaged))
+  return [
+    Attempt(**{name: fields[name] for name in names}) for fields in records
+  ]
 
 
 class Goodput:
@@ -175,6 +188,7 @@ class Goodput:
     seconds_before: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
     wall: Callable[[], float] = time.time,
+    tell: Callable[[str], None] = lambda text: None,
   ):
     """Starts to measure, with the part 'start-up'.
 
@@ -185,13 +199,14 @@ class Goodput:
       seconds_before: age of this process.
       clock: returns seconds since any moment.
       wall: returns seconds since 1970.
+      tell: receives a line if earlier attempts are damaged.
     """
     self._workdir = workdir
     self._clock = clock
     self._part = 'start-up'
     self._since = clock()
     self._written_at: float | None = None
-    self._earlier = [] if workdir is None else read(workdir)
+    self._earlier = [] if workdir is None else read(workdir, tell)
     self._now = Attempt(
       start=wall() - seconds_before,
       first_step=first_step,
@@ -304,7 +319,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints the table of a workdir."""
   del argv
   workdir = pathlib.Path(flags.FLAGS.workdir)
-  attempts = read(workdir)
+  attempts = read(workdir, lambda text: print(text, file=sys.stderr))
   if not attempts:
     sys.exit(
       f'error: --workdir={workdir}: got no {file_names.GOODPUT}, expected the'

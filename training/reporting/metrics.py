@@ -11,7 +11,7 @@ import pathlib
 import threading
 from typing import Any
 
-from storage import atomic, file_names
+from storage import atomic, file_names, json_lines
 from training.reporting import journal
 
 
@@ -36,7 +36,8 @@ class Log:
         processes the first one writes.
       first_step: steps taken so far.
       evaluation_owed: drop the evaluation of `first_step` too: it is repeated.
-      tell: receives a line if the file cannot be written later.
+      tell: receives a line if lines of the file are lost, and if it cannot be
+        written later.
 
     Raises:
       ValueError: a line of the file is not a record.
@@ -47,7 +48,7 @@ class Log:
       return
     path = workdir / file_names.METRICS
     path.touch()
-    records = read(workdir)
+    records = read(workdir, tell)
     kept = [
       record
       for record in records
@@ -58,7 +59,9 @@ class Log:
         and record['step'] == first_step
       )
     ]
-    if len(kept) != len(records) or not _ends_in_newline(path):
+    if len(kept) != path.read_bytes().count(b'\n') or not _ends_in_newline(
+      path
+    ):
       atomic.write_text(path, ''.join(_line(record) for record in kept))
     self._journal = journal.Journal(path, tell)
     self._tensorboard = journal.TensorBoard(
@@ -95,30 +98,31 @@ class Log:
       self._tensorboard.close()
 
 
-def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read(
+  workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
   """Returns the records of a run.
 
   An incomplete last line, left by a killed process, is ignored.
+
+  Args:
+    workdir: of the run.
+    tell: receives a line if a power loss took lines; they are skipped.
 
   Raises:
     ValueError: any other line is not a record.
   """
   path = workdir / file_names.METRICS
   lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
-  records = []
-  for i, line in enumerate(lines[:-1], 1):
-    try:
-      record = json.loads(line)
-      is_record = {'kind', 'step'} <= record.keys()
-    except (ValueError, AttributeError):
-      is_record = False
-    if not is_record:
+  records, damaged = json_lines.parse(lines[:-1], ('kind', 'step'))
+  for line in damaged:
+    if not line.is_lost:
       raise ValueError(
-        f'{path}, line {i}: got {line[:60]!r}, expected a record as JSON; the'
-        ' file was damaged: put a copy there, or delete it to go on without'
-        ' the records so far'
+        f'{path}, {line}, expected a record as JSON; the file was damaged: put'
+        ' a copy there, or delete it to go on without the records so far'
       )
-    records.append(record)
+  if damaged:
+    tell(json_lines.skipped(str(path), damaged))
   return records
 
 

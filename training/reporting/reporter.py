@@ -29,14 +29,16 @@ class _Taken(NamedTuple):
   step: int
   metrics: dict[str, Any]
   learning_rate: Any
-  num_tokens: int  # positions in its batch, padding included
+  num_positions: int  # in its batch, padding and context included
 
 
 class Reporter:
   """Fetches metrics at reports, so that the devices never wait for the host.
 
   Measures the speed between two reports. Time in hooks does not count, nor does
-  the first step of each batch shape, which compiles.
+  the first step of each batch shape, which compiles. Tokens are targets, as in
+  `tokens_seen`. If batches have more positions, for padding or prompts, the
+  speed has both figures.
   """
 
   def __init__(
@@ -73,7 +75,7 @@ class Reporter:
     self._input_wait = input_wait.InputWait()
     self._pending: list[_Taken] = []
     self._shapes: set[Any] = set()
-    self._num_tokens = 0  # of the last batch
+    self._num_positions = 0  # of the last batch
     self._is_compiling = False
     self._reported_seconds = 0.0  # of train_seconds
     self.tokens_seen = 0
@@ -98,7 +100,7 @@ class Reporter:
     """
     self._input_wait.batch_came(asked_at, time.perf_counter())
     leaves = jax.tree.leaves(batch)
-    self._num_tokens = leaves[0].size
+    self._num_positions = leaves[0].size
     shapes = tuple(leaf.shape for leaf in leaves)
     if shapes not in self._shapes:
       self._shapes.add(shapes)
@@ -112,7 +114,7 @@ class Reporter:
     self._input_wait.dispatched(step_metrics)
     # The schedule counts steps from 0, the loop from 1.
     rate = self._learning_rate(step - 1)
-    self._pending.append(_Taken(step, step_metrics, rate, self._num_tokens))
+    self._pending.append(_Taken(step, step_metrics, rate, self._num_positions))
     if self._is_compiling:
       self.flush()
       self.goodput.enter(goodput_lib.STEPS)
@@ -141,6 +143,7 @@ class Reporter:
     self._input_wait.close()
 
   def _record(self, fetched: list[tuple[dict[str, Any], Any]]) -> None:
+    seen_before = self.tokens_seen
     for taken, (on_host, rate) in zip(self._pending, fetched, strict=True):
       values = {name: float(value) for name, value in on_host.items()}
       self._check_finite(taken.step, values)
@@ -158,7 +161,7 @@ class Reporter:
         {**values, 'learning_rate': float(rate), 'tokens': tokens},
       )
     step = self._pending[-1].step
-    speed = {} if self._is_compiling else self._speed()
+    speed = self._speed(self.tokens_seen - seen_before)
     if speed:
       epochs = self._epochs(step).items()
       named = {f'epochs/{name}': value for name, value in epochs}
@@ -170,13 +173,20 @@ class Reporter:
     """Returns when the devices have done all steps so far."""
     jax.block_until_ready([taken.metrics for taken in self._pending])
 
-  def _speed(self) -> dict[str, float]:
+  def _speed(self, num_tokens: int) -> dict[str, float]:
+    """Returns the speed since the last report; empty after a compilation."""
+    if self._is_compiling:
+      return {}
     now, before = self.train_seconds, self._reported_seconds
     seconds, self._reported_seconds = now - before, now
-    rate = sum(taken.num_tokens for taken in self._pending) / seconds
+    num_positions = sum(taken.num_positions for taken in self._pending)
+    rate, positions_rate = num_tokens / seconds, num_positions / seconds
+    speed = {'tokens_per_s': rate, 'mfu': rate * self._mfu_per_token_rate}
+    if num_positions != num_tokens:
+      speed['positions_per_s'] = positions_rate
+      speed['positions_mfu'] = positions_rate * self._mfu_per_token_rate
     return {
-      'tokens_per_s': rate,
-      'mfu': rate * self._mfu_per_token_rate,
+      **speed,
       'seconds_per_step': seconds / len(self._pending),
       'goodput': self.goodput.life().goodput,
     }

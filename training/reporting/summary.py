@@ -21,7 +21,9 @@ def describe(
 ) -> None:
   """Prints the facts of a run before its first step."""
   data = experiment.data
-  tokens = data.rows_before(experiment.num_steps) * data.row_length
+  positions = data.rows_before(experiment.num_steps) * data.row_length
+  tokens = round(positions * _fill_rate(experiment, parts))
+  padded = f' in {positions:,} positions' if tokens != positions else ''
   devices = parts.learner.placement.devices
   rows = [
     ('experiment', experiment.name),
@@ -36,7 +38,7 @@ def describe(
     ),
     (
       'run',
-      f'{experiment.num_steps:,} steps, {tokens:,} tokens,'
+      f'{experiment.num_steps:,} steps, {tokens:,} tokens{padded},'
       f' {tokens * parts.learner.flops_per_token:.2e} FLOPs',
     ),
     (
@@ -54,6 +56,18 @@ def describe(
     rows.append(('resumed', f'after step {first_step}'))
   for name, value in rows:
     say(console, f'{name:<10} {value}')
+
+
+def _fill_rate(
+  experiment: experiment_lib.Experiment, parts: assemble.Parts
+) -> float:
+  """Returns the share of the positions of a run that are no padding."""
+  weights = [source.weight for source in experiment.data.train_sources()]
+  rates = [rows.fill_rate for rows in parts.batches.sources]
+  if not sum(weights):  # a single source
+    return rates[0]
+  pairs = zip(weights, rates, strict=True)
+  return sum(w * rate for w, rate in pairs) / sum(weights)
 
 
 def _describe_data(
@@ -136,10 +150,12 @@ def summarise(
   """Prints the loss curve of the whole run and its last evaluation."""
   records = metrics.read(workdir)
   losses = [r['loss'] for r in records if r['kind'] == 'train']
-  say(
-    console,
-    f'loss       {losses[0]:.3f} {terminal.sparkline(losses)} {losses[-1]:.3f}',
-  )
+  if losses:  # the records may be lost, with the disk's last blocks
+    say(
+      console,
+      f'loss       {losses[0]:.3f} {terminal.sparkline(losses)}'
+      f' {losses[-1]:.3f}',
+    )
   evals = [r for r in records if r['kind'] == 'eval']
   for record in evals[-1:]:
     say(console, f'{validation.report(record)} at step {record["step"]}')

@@ -54,6 +54,11 @@ class Terminal:
       parts += [
         f'{speed["tokens_per_s"]:,.0f} tokens/s',
         f'MFU {speed["mfu"]:.1%}',
+      ]
+      if 'positions_mfu' in speed:
+        parts[1] += f' ({speed["positions_per_s"]:,.0f} with padding)'
+        parts[2] += f' ({speed["positions_mfu"]:.1%} with padding)'
+      parts += [
         f'goodput {speed["goodput"]:.0%}',
         f'{_duration(left)} left',
       ]

@@ -36,6 +36,18 @@ def test_what_is_shared_by_a_seed_cancels():
   assert unresolved.seeds_to_resolve > 100
 
 
+def test_pairs_that_differ_alike_resolve_nothing():
+  found = compare_experiments.difference([1.1, 2.1, 0.4], [1.0, 2.0, 0.3])
+  assert not found.is_resolved
+  trained = {
+    name: [_trained([loss], loss) for loss in losses]
+    for name, losses in (('a', [1.0, 2.0]), ('b', [1.1, 2.1]))
+  }
+  assert '+0.1000 (not resolved; all' in compare_experiments.report(trained)
+  same = compare_experiments.difference([1.0, 2.0], [1.0, 2.0])
+  assert not same.is_resolved
+
+
 def test_one_pair_has_no_interval():
   with pytest.raises(
     ValueError, match='pairs of runs: got 1, expected at least 2'

@@ -99,6 +99,18 @@ def test_the_direction_of_better_is_the_score_s():
   assert 'the difference stated, 0.01075: an unknown number that both' in same
 
 
+@pytest.mark.parametrize('ids', [('a', 'b'), ('c', 'd')])
+def test_two_examples_that_differ_alike_give_no_verdict(ids):
+  for values in ([1.0, 1.0], [0.6, 0.7]):
+    a = _result('', [value - 0.5 for value in values], example_ids=('a', 'b'))
+    b = _result('', values, example_ids=ids)
+    for text in (report.compare(a, b), report.compare(b, a)):
+      assert 'not resolved' in text
+      assert 'B is' not in text
+      assert 'nan' not in text
+      assert 'p = 0.0000' not in text
+
+
 def test_other_examples_are_compared_unpaired_and_said_to_be():
   a, b = _shares()
   other = _result('new', b, example_ids=tuple(f'x{i}' for i in range(len(b))))

@@ -146,6 +146,63 @@ def test_equal_results_do_not_differ():
     assert found.value == 0.0
 
 
+@pytest.mark.parametrize('scale', [1.0, 1e6])
+@pytest.mark.parametrize('num', [2, 3, 5, 6, 20])
+def test_examples_that_all_differ_alike_are_tested_by_their_signs(num, scale):
+  """2^(1 - n), as n tosses of a fair coin that all fall alike."""
+  a = (np.random.default_rng(0).uniform(size=num) * scale).tolist()
+  b = [value + 0.1 for value in a]
+  for found in (
+    statistics.compare(a, b),
+    statistics.paired_t(a, b),
+    statistics.compare(np.repeat(a, 3), np.repeat(b, 3), np.repeat(a, 3)),
+    statistics.paired_bootstrap(a, b, num_resamples=100),
+  ):
+    assert found.value == pytest.approx(0.1)
+    assert found.p_value == pytest.approx(2.0 ** (1 - num))
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    needed = statistics.num_to_resolve(0.1, found.standard_error, num)
+    assert math.isnan(needed)
+
+
+@pytest.mark.parametrize('num', [2, 3, 4, 5])
+def test_few_examples_cannot_be_resolved_by_a_bootstrap(num):
+  b = np.linspace(0.1, 0.2, num)
+  found = statistics.paired_bootstrap(np.zeros(num), b, num_resamples=100)
+  assert found.p_value >= 2.0 ** (1 - num) > statistics.LEVEL
+
+
+def test_two_examples_resolve_nothing():
+  for gaps in ([0.1, 0.1000001], [1.0, 1.0], [0.1, 0.2]):
+    for compare in (statistics.compare, statistics.paired_bootstrap):
+      found = compare([0.0, 0.0], gaps)
+      assert found.p_value == pytest.approx(0.5)
+
+
+def test_one_example_or_cluster_tests_nothing():
+  for test in (statistics.paired_t, statistics.paired_bootstrap):
+    assert math.isnan(test([0.0], [0.7]).p_value)
+    assert math.isnan(test([0.0, 0.0], [0.7, 0.6], ['a', 'a']).p_value)
+
+
+def test_scores_without_spread_are_not_compared():
+  """All right against all wrong, each with its own two examples."""
+  for errors in ((0.0, 0.0), (0.01, 0.0), (0.0, 0.01), (math.nan, 0.01)):
+    found = statistics.unpaired(0.0, errors[0], 1.0, errors[1])
+    assert math.isnan(found.p_value)
+    assert math.isnan(found.low)
+  assert math.isnan(statistics.smallest_seen(0.0))
+
+
+def test_few_examples_of_each_resolve_nothing():
+  """Two and two can be divided in 6 ways, a thousand in all ways."""
+  found = statistics.unpaired(0.1, 0.01, 0.9, 0.01, (2, 2))
+  assert found.p_value == pytest.approx(2 / 6)
+  many = statistics.unpaired(0.1, 0.01, 0.9, 0.01, (9000, 9000))
+  assert many.p_value < 1e-9
+
+
 def test_an_unpaired_difference_adds_errors_in_squares():
   found = statistics.unpaired(0.5, 0.03, 0.6, 0.04)
   assert found.standard_error == pytest.approx(0.05)

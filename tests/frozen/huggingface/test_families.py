@@ -86,7 +86,7 @@ def test_logits_are_theirs(pair):
 
 def _depends_on_length(model) -> bool:
   """Rotary positions that a longer text changes, in both implementations."""
-  return model.config.rope_scaling.kind in ('dynamic', 'longrope')
+  return model.config.rope_scaling.kind == 'dynamic'
 
 
 @functools.lru_cache(maxsize=2)

@@ -83,6 +83,22 @@ def test_a_crash_is_started_again(supervise, death):
   assert 'after step 3; restart 1 of 10' in said
 
 
+@pytest.mark.parametrize(
+  'damage', ["b'\\0' * 99", "b'[1]'", "b'{}'", "b'\\xff'", "b'p\": 9}'"]
+)
+def test_damaged_metrics_are_skipped_and_said(supervise, damage):
+  code, said, attempts = supervise(f"""
+    if attempt == 1:
+      take_steps(1, 3)
+      with (workdir / 'metrics.jsonl').open('ab') as file:
+        file.write({damage} + b'\\n' + {damage})
+      die(signal.SIGKILL)
+  """)
+  assert (code, attempts) == (0, 2)
+  assert 'after step 3; restart 1 of 10' in said
+  assert 'metrics.jsonl, line 4: got' in said
+
+
 def test_the_same_step_twice_ends_it_with_a_diagnosis(supervise, capfd):
   code, said, attempts = supervise("""
     if attempt == 1:

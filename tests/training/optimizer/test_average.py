@@ -56,6 +56,12 @@ def test_a_skipped_step_is_no_part_of_it():
     ),
     (update_rules.AdamW(), np.nan, 'auto', 'config.ema_decay: got nan'),
     (
+      update_rules.AdamW(),
+      0.999999,
+      'auto',
+      'config.ema_decay: got 0.999999, expected at most 0.999992: float32',
+    ),
+    (
       update_rules.ScheduleFree(),
       0.9,
       'auto',

@@ -204,7 +204,9 @@ _MESH = {'fsdp': 2, 'tensor': 2, 'expert': 2}
 _STAGES = {'stage': 2, 'stage_repeats': 2, 'fsdp': 2, 'data': 2}
 # Those whose state is more than moments are tried on both in the fast suite.
 _FAST = {(row, False) for row in ('adamw', 'lion', 'schedule_free')} | {
-  (row, staged) for row in ('muon', 'adafactor') for staged in (False, True)
+  (row, staged)
+  for row in ('muon', 'adafactor', 'lion bfloat16')
+  for staged in (False, True)
 }
 
 

@@ -12,7 +12,7 @@ from models import transformer
 from tests.helpers import tiny_models
 from training import state as state_lib, step
 from training.objectives import next_token
-from training.optimizer import spikes
+from training.optimizer import chain, spikes, update_rules
 
 CONFIG = spikes.SpikeConfig(
   skip_std=4.0, window_steps=8, min_steps=4, max_skipped=2
@@ -59,6 +59,79 @@ def test_the_learning_rate_is_of_the_step_whether_or_not_it_was_taken():
   adam, schedule = states[-1].inner
   assert int(schedule.count) == 6
   assert int(adam.count) == 5
+
+
+def _direction_after(norms, name):
+  """Returns the last update of a rule, and its counts by name."""
+  config = chain.OptimizerConfig(
+    rule=update_rules.RULES[name](),
+    schedule='constant',
+    warmup_steps=12,
+    clip_norm=0.0,
+  )
+  config.validate(20)
+  params = {
+    'params': {
+      'layer_0': {'attention': {'query': {'kernel': jnp.ones((4, 6))}}}
+    }
+  }
+  optimizer = spikes.skipping(
+    CONFIG,
+    chain.make_optimizer(config, 20, tiny_models.llama_like(), params),
+  )
+  state, update, skipped = optimizer.init(params), jax.jit(optimizer.update), 0
+  updates = params
+  for norm in norms:
+    grads = jax.tree.map(lambda x, norm=norm: norm * x, params)
+    updates, state = update(grads, state, params)
+    skipped += int(spikes.was_skipped(state))
+  counts = {
+    jax.tree_util.keystr(path): int(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.inner)
+    if leaf.dtype == jnp.int32
+  }
+  return skipped, jax.tree.leaves(updates)[0], counts
+
+
+@pytest.mark.parametrize('name', update_rules.RULES)
+def test_schedules_count_steps_and_moments_count_gradients(name):
+  norms = [1.0, 1.1, 0.9, 1.0, 1.05]
+  skipped, _, counts = _direction_after([*norms, 50.0, 60.0], name)
+  assert skipped == 2
+  _, _, taken = _direction_after(norms, name)
+  more = {path: count - taken[path] for path, count in counts.items()}
+  of_steps = {path for path, count in more.items() if count == 2}
+  assert set(more.values()) <= {0, 2}
+  # Whatever decides the rate, or mixes by the step, has the count of the rate.
+  (rate,) = {counts[path] - ('step_count' in path) for path in of_steps}
+  assert rate == 7
+  assert ('count_m2' in str(of_steps)) == (name == 'ademamix')
+  assert ('step_count' in str(of_steps)) == (name == 'schedule_free')
+
+
+def test_ademamix_mixes_by_the_step_after_skipped_steps():
+  """Equation 4 and alpha of arXiv:2409.03137, at the step of the rate."""
+  norms = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 60.0, 1.0]
+  _, found, _ = _direction_after(norms, 'ademamix')
+  beta1, beta2, beta3, alpha = 0.9, 0.95, 0.9999, 5.0
+  fast = slow = second = 0.0
+  num_taken, direction = 0, 0.0
+  for step_index, norm in enumerate(norms):
+    if norm > 10:
+      continue
+    num_taken += 1
+    done = step_index / 20
+    low, high = np.log(beta1), np.log(beta3)
+    decay = np.exp(low * high / ((1 - done) * high + done * low))
+    fast = beta1 * fast + (1 - beta1) * norm
+    slow = decay * slow + (1 - decay) * norm
+    second = beta2 * second + (1 - beta2) * norm**2
+    direction = (fast / (1 - beta1**num_taken) + done * alpha * slow) / (
+      np.sqrt(second / (1 - beta2**num_taken)) + 1e-8
+    )
+  rate = 1e-3 * 7 / 12
+  # Decay is 0.1 of weights of 1.
+  np.testing.assert_allclose(found, -rate * (direction + 0.1), rtol=1e-5)
 
 
 def test_nothing_is_skipped_before_enough_is_known():

@@ -1,5 +1,6 @@
 """Directions against formulas of their own, and stacks against their parts."""
 
+import dataclasses
 import functools
 import math
 
@@ -195,6 +196,69 @@ def test_muon_orthogonalises(shape):
   inner = -u.T @ found @ vt.T / scale
   np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-4)
   assert (np.diag(inner) > 0).all()
+
+
+# Slow enough that rounding to nearest leaves them at 1.2 to 2.9.
+_SLOW = [
+  *(update_rules.AdamW(beta1=b, beta2=b) for b in (0.98, 0.99, 0.996, 0.999)),
+  update_rules.Lion(beta2=0.996),
+  update_rules.Muon(momentum=0.98),
+  update_rules.Ademamix(beta1=0.98, beta2=0.996, beta3=0.999),
+]
+
+
+@pytest.mark.parametrize('first', [10.0, 0.1], ids=['down', 'up'])
+@pytest.mark.parametrize('rule', _SLOW, ids=str)
+def test_bfloat16_moments_reach_a_new_level(rule, first):
+  """After gradients of another size, by the mean over the matrix."""
+  config = Config(
+    **_BARE, rule=dataclasses.replace(rule, state_dtype='bfloat16')
+  )
+  config.validate(STEPS)
+  params = _tree(jnp.zeros((16, 32)))
+  optimizer = chain.make_optimizer(config, STEPS, MODEL, params)
+
+  def take_step(state, gradient):
+    grads = _tree(jnp.full((16, 32), gradient))
+    return optimizer.update(grads, state, params)[1], None
+
+  slowest = max(getattr(rule, name) for name in rule.betas)
+  gradients = np.ones(int(12 / (1 - slowest)), np.float32)
+  gradients[:20] = first
+  state, _ = jax.jit(functools.partial(jax.lax.scan, take_step))(
+    optimizer.init(params), gradients
+  )
+  moments = [x for x in jax.tree.leaves(state) if x.ndim == 2]
+  assert moments
+  assert {x.dtype for x in moments} == {jnp.dtype(jnp.bfloat16)}
+  for moment in moments:
+    values = np.array(moment, np.float64)
+    # A stationary moment deviates by about 2^-4, by the variance of rounding
+    # over twice the decay. Six errors of the mean of 512: p < 1e-8.
+    assert values.std() < 0.1
+    assert values.mean() == pytest.approx(1.0, abs=6 * 2**-4 / 512**0.5)
+
+
+def test_stochastic_rounding_is_right_on_average_and_keeps_what_fits():
+  x = np.float32([1.0, -1.5, 0.0, np.inf, -np.inf, 3.0e38, 1e-30])
+  key = jax.random.key(0)
+  fits = x.astype(jnp.bfloat16).astype(np.float32)
+  np.testing.assert_array_equal(
+    np.array(update_rules.round_stochastically(key, fits), np.float32), fits
+  )
+  assert np.isnan(update_rules.round_stochastically(key, jnp.full(3, np.nan)))[
+    0
+  ]
+  for value in (1 + 2**-10, -(2 - 2**-9), 1e-3, 2**-7 * 1.001):
+    rounded = np.array(
+      update_rules.round_stochastically(key, jnp.full(10_000, value)),
+      np.float64,
+    )
+    apart = np.unique(rounded)
+    assert len(apart) == 2
+    assert apart[1] - apart[0] <= 2**-7 * abs(value)
+    # A mean of 10,000 is off by less than 1/200 of the distance, 5 times over.
+    assert abs(rounded.mean() - value) < 0.025 * (apart[1] - apart[0])
 
 
 _STACKED = tiny_models.mixture(scan_layers=True, num_experts=3)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from storage import atomic
+from storage import atomic, file_names
 from training import loop
 from training.reporting import (
   goodput,
@@ -195,6 +195,28 @@ def test_the_file_is_replaced_now_and_then_and_survives_failures(
   assert goodput.read(tmp_path) == [attempt]
 
 
+@pytest.mark.parametrize(
+  'damage', [b'\0' * 64, b'{"start": 1.0, "st', b'[1]', b'{}', b'\xff\xfe']
+)
+def test_damaged_attempts_are_skipped_and_said(tmp_path, clock, damage):
+  measured = _measure(tmp_path, clock)
+  measured.begin(0)
+  measured.reached(1)
+  path = tmp_path / file_names.GOODPUT
+  path.write_bytes(damage + b'\n' + path.read_bytes() + damage)
+  said = []
+  assert [a.step for a in goodput.read(tmp_path, said.append)] == [1]
+  assert len(said) == 1
+  assert f'{path}, line 1: got' in said[0]
+  assert '2 such lines are skipped' in said[0]
+  # A later attempt measures on, and leaves a whole file behind.
+  again = _measure(tmp_path, clock, tell=said.append)
+  again.begin(1)
+  again.reached(2)
+  assert [a.step for a in goodput.read(tmp_path)] == [1, 2]
+  assert len(said) == 2
+
+
 def test_other_processes_write_nothing(tmp_path, clock, monkeypatch):
   monkeypatch.chdir(tmp_path)
   _measure(None, clock).write()
@@ -377,7 +399,7 @@ def test_the_loop_tells_its_parts_apart(looped):
   assert measured._now.marks == [(8, 9.0)]
 
 
-def test_speed_counts_what_the_batches_hold(looped):
+def test_speed_counts_targets_and_positions(looped):
   """A new shape compiles: it is no slow step, and its tokens do not count."""
   _, _, terminal, log = looped
   speeds = {
@@ -386,13 +408,31 @@ def test_speed_counts_what_the_batches_hold(looped):
   # Reports after 1 and 5 (compiled), 3, 4 (before the new shape), 6 and 8.
   assert terminal.speeds[0] == terminal.speeds[3] == {}
   assert speeds.keys() == {3, 4, 6, 8}
-  assert speeds[3]['tokens_per_s'] == 2 * 4 * 16 / 2.0
-  assert speeds[4]['tokens_per_s'] == 4 * 16 / 1.0
-  assert speeds[6]['tokens_per_s'] == 8 * 16 / 2.0
-  assert speeds[8]['tokens_per_s'] == 2 * 8 * 16 / 6.0  # waited for a batch
-  assert speeds[8]['mfu'] == 0.25 * speeds[8]['tokens_per_s']
+  # Seconds include the wait for the batch of step 7.
+  for step, num_steps, rows, seconds in (
+    (3, 2, 4, 2.0), (4, 1, 4, 1.0), (6, 1, 8, 2.0), (8, 2, 8, 6.0)
+  ):  # fmt: skip
+    speed = speeds[step]
+    # 60 targets in every batch, as `tokens_seen` has them.
+    assert speed['tokens_per_s'] == num_steps * 60 / seconds
+    assert speed['positions_per_s'] == num_steps * rows * 16 / seconds
+    assert speed['mfu'] == 0.25 * speed['tokens_per_s']
+    assert speed['positions_mfu'] == 0.25 * speed['positions_per_s']
   assert speeds[8]['seconds_per_step'] == 3.0
   assert speeds[8]['goodput'] == 9.0 / (32.0 + 128.0 + 11.0)
+
+
+def test_the_speed_of_a_run_is_that_of_its_tokens_seen(looped):
+  _, measured, _, log = looped
+  trained = sum(v['tokens'] for kind, _, v in log.records if kind == 'train')
+  speeds = [v for kind, _, v in log.records if kind == 'speed']
+  seconds = measured.seconds('steps', 'input')
+  # Two of the eight steps compile, and have no speed.
+  assert sum(
+    v['tokens_per_s'] * v['seconds_per_step'] * n
+    for v, n in zip(speeds, (2, 1, 1, 2), strict=True)
+  ) == pytest.approx(trained * 6 / 8)
+  assert seconds == 11.0
 
 
 def test_every_step_has_its_learning_rate(looped):

@@ -36,6 +36,40 @@ def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
   ]
 
 
+@pytest.mark.parametrize(
+  'damage',
+  [
+    b'\0' * 300,
+    b'\0\n\0\n' + b'\0' * 40,
+    b'{"kind": "train", "st' + b'\0' * 40,
+    b'\0' * 40 + b'ain", "step": 2}',
+  ],
+)
+def test_lines_that_a_power_loss_left_are_skipped_and_said(tmp_path, damage):
+  path = tmp_path / file_names.METRICS
+  first, last = ({'kind': 'train', 'step': step} for step in (1, 3))
+  lines = json.dumps(first).encode(), damage, json.dumps(last).encode()
+  path.write_bytes(b'\n'.join(lines) + b'\n')
+  said = []
+  assert metrics.read(tmp_path, said.append) == [first, last]
+  assert len(said) == 1
+  assert said[0].startswith(f'{path}, line 2: got ')
+  assert 'such lines are skipped' in said[0]
+  log = metrics.Log(tmp_path, first_step=3, tell=said.append)
+  log.write('train', 4, {})
+  log.close()
+  # The file is whole again.
+  assert len(said) == 2
+  assert [r['step'] for r in metrics.read(tmp_path, said.append)] == [1, 3, 4]
+  assert len(said) == 2
+
+
+def test_a_record_behind_a_lost_block_is_kept(tmp_path):
+  path = tmp_path / file_names.METRICS
+  path.write_bytes(b'\0' * 20 + b'{"kind": "train", "step": 7}\n\0\0')
+  assert metrics.read(tmp_path) == [{'kind': 'train', 'step': 7}]
+
+
 def test_tensorboard_gets_the_same_values(tmp_path):
   from tensorboardX.proto import event_pb2
 
@@ -74,10 +108,24 @@ def test_plain_output_has_a_line_per_report():
         'goodput': 0.931,
       },
     )
+    terminal.update(
+      50,
+      2.0,
+      {
+        'tokens_per_s': 1000.0,
+        'mfu': 0.1,
+        'positions_per_s': 4200.0,
+        'positions_mfu': 0.42,
+        'seconds_per_step': 1.0,
+        'goodput': 1.0,
+      },
+    )
   assert out.getvalue().splitlines() == [
     'step 1/100 | loss 3.0000',
     'step 40/100 | loss 2.0000 | 1,234 tokens/s | MFU 50.0% | goodput 93%'
     ' | 1h01m left',
+    'step 50/100 | loss 2.0000 | 1,000 tokens/s (4,200 with padding)'
+    ' | MFU 10.0% (42.0% with padding) | goodput 100% | 0m50s left',
   ]
 
 
