@@ -24,13 +24,15 @@ _FREE = (
   'balance_loss_weight',
   'router_z_weight',
   'max_length',
+  'spare_ids',
 )
 
 
 def model_of(directory: str) -> model_config.ModelConfig:
   """Returns the model config of a frozen directory.
 
-  Equal layers are stacked (`scan_layers`).
+  Equal layers are stacked (`scan_layers`). The tokenizer of the run says which
+  ids are spare.
 
   Args:
     directory: the frozen directory, from the variant of an experiment.
@@ -45,7 +47,9 @@ def model_of(directory: str) -> model_config.ModelConfig:
       f'variant: got {directory!r}, expected a frozen directory; make one with'
       ' `python -m frozen.huggingface import` or `python -m frozen.freeze`'
     ) from None
-  return dataclasses.replace(config, scan_layers=config.is_uniform)
+  return dataclasses.replace(
+    config, scan_layers=config.is_uniform, spare_ids=()
+  )
 
 
 def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
