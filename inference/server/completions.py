@@ -67,6 +67,14 @@ class Answer:
         f' n), expected at most {schema.MAX_CHOICES}; send several requests',
       )
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
+    self._places = [
+      logprobs_json.prompt_places(
+        generator.tokenizer, prompt, request.prompt_ids
+      )
+      if body.echo and self._wants_logprobs and isinstance(prompt, str)
+      else None
+      for prompt, request in zip(self._prompts, self.requests, strict=True)
+    ]
     self._done: dict[int, requests.Completion] = {}
     self._head = {
       'id': f'cmpl-{uuid.uuid4().hex}',
@@ -166,8 +174,11 @@ class Answer:
       found = self._done[which * self._n].prompt_logprobs
       assert found is not None
       parts.append(
-        self._logprobs_after('').write(
-          self.requests[which].prompt_ids, found, end=len(echo)
+        self._logprobs_after('', is_continued=False).write(
+          self.requests[which].prompt_ids,
+          found,
+          end=len(echo),
+          places=self._places[which],
         )
       )
     if not self._is_echo_alone:
@@ -201,11 +212,14 @@ class Answer:
       completion, finish_reason='length', stop_reason=None
     )
 
-  def _logprobs_after(self, text: str) -> logprobs_json.LogprobsWriter:
+  def _logprobs_after(
+    self, text: str, *, is_continued: bool = True
+  ) -> logprobs_json.LogprobsWriter:
     return logprobs_json.LogprobsWriter(
       self._generator.tokenizer,
       as_ids=bool(self._body.return_tokens_as_token_ids),
       offset=len(text),
+      is_continued=is_continued,
     )
 
   def _echo(self, prompt: generate.Prompt) -> str:
