@@ -51,7 +51,7 @@ def train_batches(
   Args:
     sources: the rows of `config.train_sources()`, in the same order.
     config: the data settings, validated.
-    seed: of the order of rows, 0 or more.
+    seed: of the order of rows; 64 bits.
 
   Raises:
     ValueError: a text has too few tokens for windows packing.
@@ -64,6 +64,17 @@ def train_batches(
         ' packing; shorten the rows'
       )
   return TrainBatches(sources, config, seed)
+
+
+def source_seeds(seed: int, num_sources: int) -> tuple[int, ...]:
+  """Returns the seed of the order of rows of each source."""
+  # NumPy joins the words of numbers: for (seed, i), (2**32, 0) would be (0, 1).
+  low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+  words = [(low, i, high) for i in range(num_sources)]
+  return tuple(
+    int(np.random.SeedSequence(each).generate_state(1, np.uint64)[0])
+    for each in words
+  )
 
 
 def eval_batches(
@@ -145,10 +156,7 @@ class TrainBatches:
     self._weights = [source.weight for source in config.train_sources()]
     self._order = _Order(
       sources=tuple(sources),
-      seeds=tuple(
-        int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0])
-        for i in range(len(sources))
-      ),
+      seeds=source_seeds(seed, len(sources)),
       phases=source_mix.start(self._weights),
       ramp=config.ramp,
     )

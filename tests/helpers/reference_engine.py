@@ -200,7 +200,7 @@ class Reference:
   def _answer(self, request, index: int, weights) -> Expected:
     settings, prompt = request.settings, request.prompt_ids
     wanted = settings.prompt_logprobs
-    seed = np.uint32((settings.seed or 0) + index)
+    seed = settings_lib.sample_seed(settings.seed or 0, index)
     prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] = [None]
     self._begin(weights)
     for token, target in zip(prompt[:-1], prompt[1:], strict=True):
@@ -275,7 +275,9 @@ def distribution(
 
 def _gumbel(seed, position, size: int):
   """Returns noise whose key is of the sequence's seed and the position."""
-  key = jax.random.fold_in(jax.random.key(seed), position)
+  words = np.frombuffer((seed % 2**64).to_bytes(8, 'big'), '>u4')
+  key = jax.random.wrap_key_data(words.astype(np.uint32))
+  key = jax.random.fold_in(key, position)
   return jax.random.gumbel(key, (size,))
 
 
