@@ -46,6 +46,7 @@ _EVAL = flags_lib.Group(
 _HEEDED_BY = {
   'n': ('prompt',),
   'host': ('port',),
+  'name': ('port',),
   'api_keys': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
@@ -179,14 +180,15 @@ def _listen() -> None:
   config = _engine_config()
   keys = api_keys.read(FLAGS.api_keys) if FLAGS.api_keys else None
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
-  print(f'serving {manifest.experiment!r}, weights {manifest.weights_digest}')
+  name = _served_name(manifest)
+  print(f'serving {name!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
     lambda: generate.load(FLAGS.model, config),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   server = uvicorn.Server(
     uvicorn.Config(
-      app_lib.create_app(loop, manifest, manifest.experiment, keys),
+      app_lib.create_app(loop, manifest, name, keys),
       host=FLAGS.host,
       port=FLAGS.port,
       timeout_graceful_shutdown=FLAGS.drain_seconds,
@@ -203,6 +205,19 @@ def _listen() -> None:
       os._exit(1)
   if loop.failure:
     raise loop.failure
+
+
+def _served_name(manifest) -> str:
+  """Returns the name by which requests name the model."""
+  from storage import file_names
+
+  if FLAGS.name is not None:
+    if not FLAGS.name.strip():
+      _fail('--name: got an empty name, expected some text; or leave it out')
+    return FLAGS.name
+  directory = pathlib.Path(FLAGS.model).resolve().name
+  # Every run calls its directory so: the experiment has a name that tells more.
+  return manifest.name if directory == file_names.FROZEN else directory
 
 
 def _load_small(num_sequences: int):
@@ -331,6 +346,12 @@ def _define_flags() -> None:
     'host',
     '127.0.0.1',
     'Address that --port listens on. 0.0.0.0 serves other machines too.',
+  )
+  text(
+    'name',
+    None,
+    'Name of the model in requests to --port. Default: the name of the'
+    " directory; of a run's own frozen/, the name of its experiment.",
   )
   text(
     'api_keys',

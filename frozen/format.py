@@ -250,6 +250,9 @@ def _save(path: pathlib.Path, params: Params) -> None:
   )
   with ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
     writer.save(path, args=ocp.args.PyTreeSave(params))
+  # Only its presence matters to orbax, and it holds a path of this machine.
+  for marker in path.rglob('commit_success.txt'):
+    marker.write_text('')
 
 
 def _check_params(params: Params, abstract_params: Params, where) -> None:

@@ -123,7 +123,10 @@ def freeze_checkpoint(
     provenance=manifest_lib.Provenance(
       experiment=run['experiment'],
       code_commit=run['code_commit'],
-      data_mix=run['data_mix'],
+      data_mix=[
+        mixed | {'path': manifest_lib.public_path(mixed['path'])}
+        for mixed in run['data_mix']
+      ],
       knowledge_cutoff=run['knowledge_cutoff'],
       weights=weights,
       lineage=run['lineage'],

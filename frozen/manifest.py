@@ -52,6 +52,27 @@ class Manifest(Provenance):
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
 
+  @property
+  def name(self) -> str:
+    """Returns the name of the experiment or of the imported model."""
+    # Earlier versions named an import by the path of its source.
+    return public_path(self.experiment.removeprefix('import '))
+
+
+def public_path(path: str) -> str:
+  """Returns a path without the directories of this machine.
+
+  A frozen directory is given away, and they are nobody's business. Kept are the
+  last plain name and the patterns behind it: '/home/me/corpus/{split}/*.txt'
+  becomes 'corpus/{split}/*.txt'. A relative path is kept.
+  """
+  parts = pathlib.PurePath(path).parts
+  if not path.startswith(('/', '~')):
+    return path
+  patterns = [i for i, part in enumerate(parts) if set(part) & set('*?[{')]
+  first = max((patterns or [len(parts)])[0] - 1, 1)
+  return '/'.join(parts[first:])
+
 
 def sign(**fields: Any) -> Manifest:
   """Returns a manifest with its version and digest.

@@ -37,7 +37,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
     encode_chat=encode_chat,
     description={
-      'experiment': manifest.experiment,
+      'experiment': manifest.name,
       'weights_digest': manifest.weights_digest,
       'dtype': manifest.dtype,
       'step': manifest.step,

@@ -85,6 +85,9 @@ def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
         {'name': name, 'template': named[name]} for name in named
       ]
   config['kind'] = 'huggingface'
+  # `transformers` writes the directory that a tokenizer was loaded from.
+  if str(config.get('name_or_path', '')).startswith(('/', '~')):
+    del config['name_or_path']
   text = json.dumps(config, indent=2, ensure_ascii=False)
   return files | {CONFIG: f'{text}\n'.encode()}
 

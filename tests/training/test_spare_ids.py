@@ -66,6 +66,17 @@ def test_the_manifest_names_the_ids_without_a_token(trained):
   assert run['model']['spare_ids'] == []
 
 
+def test_the_frozen_directory_holds_no_path_of_the_machine(trained):
+  workdir, _ = trained
+  run = json.loads((workdir / 'run.json').read_text())
+  # The run needs its paths, to resume; what it gives away does not.
+  assert run['data_mix'][0]['path'].startswith('/')
+  files = [path for path in (workdir / 'frozen').rglob('*') if path.is_file()]
+  assert len(files) > 8
+  for path in files:
+    assert str(workdir.parent).encode() not in path.read_bytes(), path
+
+
 def test_nothing_trains_a_spare_row(trained):
   workdir, _ = trained
   frozen = frozen_format.read(workdir / 'frozen')

@@ -90,6 +90,29 @@ def test_an_import_is_exported_as_it_was(tmp_path):
   assert again.manifest.weights_digest == manifest.weights_digest
 
 
+def test_what_is_given_away_holds_no_path_of_the_machine(tmp_path):
+  source = tmp_path / 'my model'
+  _save(source)
+  config = json.loads((source / 'tokenizer_config.json').read_text())
+  config['name_or_path'] = str(tmp_path / 'elsewhere')
+  (source / 'tokenizer_config.json').write_text(json.dumps(config))
+  _command('import', f'--source={source}', f'--out={tmp_path / "ours"}')
+  manifest = importing.import_directory(source, tmp_path / 'alone').manifest
+  exporting.export_directory(tmp_path / 'ours', tmp_path / 'theirs')
+  files = [
+    path
+    for name in ('ours', 'alone', 'theirs')
+    for path in (tmp_path / name).rglob('*')
+    if path.is_file()
+  ]
+  assert len(files) > 20
+  for path in files:
+    assert str(tmp_path).encode() not in path.read_bytes(), path
+  imported = frozen_format.read(tmp_path / 'ours').manifest
+  assert manifest.experiment == imported.experiment == 'my model'
+  assert imported.origin['source'] == 'my model'
+
+
 def test_a_chat_template_comes_along(tmp_path):
   template = '{% for m in messages %}<{{ m.content }}>{% endfor %}'
   _save(tmp_path / 'theirs')
