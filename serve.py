@@ -45,6 +45,7 @@ _EVAL = flags_lib.Group(
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
+  'system': ('prompt', 'chat'),
   'host': ('port',),
   'name': ('port',),
   'api_keys': ('port',),
@@ -82,7 +83,11 @@ def main(argv: list[str]) -> None:
       from inference import terminal_chat
 
       terminal_chat.run(
-        _load_small(1), _SETTINGS.given(), read=input, write=_show
+        _load_small(1),
+        _SETTINGS.given(),
+        read=input,
+        write=_show,
+        system=FLAGS.system,
       )
     elif way == 'eval':
       _evaluate()
@@ -102,12 +107,19 @@ def _is_asked(value) -> bool:
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
   from frozen import format as frozen_format
+  from inference import terminal_chat
 
   generator = _load_small(FLAGS.n or 1)
   before = frozen_format.weights_digest(generator.frozen.params)
-  settings = generator.settings_for(prompt, **chosen)
-  updates = generator.updates([prompt], settings)
-  _show(prompt)
+  if FLAGS.system is None:
+    ids = generator.prompt_ids(prompt)
+    settings = generator.settings_for(ids, **chosen)
+    _show(prompt)
+  else:
+    asked = terminal_chat.Talk(generator, FLAGS.system).ask(prompt)
+    ids = asked.ids
+    settings = terminal_chat.settings_for(generator, ids, chosen)
+  updates = generator.updates([ids], settings)
   done = {}
   for _, update in updates:
     if settings.n == 1:
@@ -311,6 +323,12 @@ def _define_flags() -> None:
     'Completes this text, then reports speed and the digest of the weights.',
   )
   flags.DEFINE_bool('chat', False, 'Talks with the model in the terminal.')
+  text(
+    'system',
+    None,
+    'System prompt of --chat. With --prompt, the prompt is then the first'
+    " message of a chat, in the model's template.",
+  )
   count(
     'port',
     None,
