@@ -157,6 +157,15 @@ class ByteTokenizer:
     (directory / _CONFIG_FILE).write_text(json.dumps({'kind': self.kind}))
 
 
+def special_token_in(tokenizer: Tokenizer, text: str) -> str:
+  """Returns a special token whose string is in `text`; '' if there is none.
+
+  `encode` reads that string as text. An author who copied a rendered chat
+  template meant the special token.
+  """
+  return next((t for t in tokenizer.special_tokens if t and t in text), '')
+
+
 def spare_ids(
   tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[tuple[int, int], ...]:

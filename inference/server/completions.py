@@ -12,7 +12,7 @@ The last chunk of a choice has three fields that OpenAI does not have:
                   pages times seconds, seconds of waiting, prefill and decoding
 """
 
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 import dataclasses
 import logging
 import time
@@ -26,6 +26,9 @@ from inference.server import logprobs_json, schema
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
+
+# Models, by digest, of which a prompt with special tokens as text was logged.
+_WARNED: set[str] = set()
 
 Updates = AsyncIterable[tuple[int, requests.Update]]
 
@@ -53,6 +56,7 @@ class Answer:
     self._generator, self._body = generator, body
     self._principal = principal
     self._prompts = body.prompts()
+    _warn_of_special_tokens(generator, self._prompts)
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
     except settings_lib.SettingError as error:
@@ -255,6 +259,21 @@ class _Writer:
 
   logprobs: logprobs_json.LogprobsWriter
   end: int  # characters that were sent
+
+
+def _warn_of_special_tokens(
+  generator: generate.Generator, prompts: Sequence[generate.Prompt]
+) -> None:
+  """Logs, once per model, that a prompt has special tokens as text."""
+  model = generator.frozen.manifest.weights_digest
+  texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+  if model in _WARNED:
+    return
+  for text in texts:
+    if warning := generator.warning(text):
+      _WARNED.add(model)
+      _LOG.warning('%s Not logged again.', warning)
+      return
 
 
 def refused_prompt(error: ValueError) -> schema.ApiError:
