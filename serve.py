@@ -112,6 +112,8 @@ def _complete(prompt: str, chosen) -> None:
   generator = _load_small(FLAGS.n or 1)
   before = frozen_format.weights_digest(generator.frozen.params)
   if FLAGS.system is None:
+    if warning := generator.warning(prompt):
+      print(f'warning: {warning}', file=sys.stderr)
     ids = generator.prompt_ids(prompt)
     settings = generator.settings_for(ids, **chosen)
     _show(prompt)

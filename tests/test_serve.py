@@ -107,6 +107,16 @@ def test_several_completions_of_a_prompt(model):
   assert re.search(r'decode .*\(6 tokens, ended by length', out)
 
 
+def test_a_prompt_with_a_system_prompt_is_a_chat(model):
+  directory, _ = model
+  code, out, err = _run(
+    f'--model={directory}', '--prompt=a', '--system=S', '--max_tokens=1'
+  )
+  assert (code, err) == (0, '')
+  # BOS and 'System: S\n\nUser: a\n\nAssistant:'.
+  assert re.search(r'prefill .*\(31 tokens', out)
+
+
 def test_chat_ends_with_its_input(model):
   directory, _ = model
   code, out, err = _run(
@@ -129,6 +139,8 @@ def test_chat_ends_with_its_input(model):
       'got --temperature with --port, expected it with --prompt or --chat',
     ),
     (['--chat', '--n=2'], 'got --n with --chat, expected it with --prompt;'),
+    (['--port=1', '--system=a'], 'got --system with --port, expected it with'),
+    (['--prompt=a', '--name=k'], 'got --name with --prompt, expected it with'),
     (['--prompt=a', '--api_keys=k'], 'got --api_keys with --prompt, expected'),
     (['--plan=v5e:1x1', '--engine.page_size=8'], 'got --engine.page_size with'),
   ],
