@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import Any
 
-from storage import atomic, digests, file_names
+from storage import atomic, digests, file_names, public_paths
 
 FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
@@ -56,22 +56,7 @@ class Manifest(Provenance):
   def name(self) -> str:
     """Returns the name of the experiment or of the imported model."""
     # Earlier versions named an import by the path of its source.
-    return public_path(self.experiment.removeprefix('import '))
-
-
-def public_path(path: str) -> str:
-  """Returns a path without the directories of this machine.
-
-  A frozen directory is given away, and they are nobody's business. Kept are the
-  last plain name and the patterns behind it: '/home/me/corpus/{split}/*.txt'
-  becomes 'corpus/{split}/*.txt'. A relative path is kept.
-  """
-  parts = pathlib.PurePath(path).parts
-  if not path.startswith(('/', '~')):
-    return path
-  patterns = [i for i, part in enumerate(parts) if set(part) & set('*?[{')]
-  first = max((patterns or [len(parts)])[0] - 1, 1)
-  return '/'.join(parts[first:])
+    return public_paths.public(self.experiment.removeprefix('import '))
 
 
 def sign(**fields: Any) -> Manifest:

@@ -89,22 +89,6 @@ def test_what_is_no_manifest_is_refused(directory, text):
     manifest_lib.read(directory)
 
 
-@pytest.mark.parametrize(
-  ('path', 'expected'),
-  [
-    ('/home/me/corpus/{split}/*.txt', 'corpus/{split}/*.txt'),
-    ('/data/book.txt', 'book.txt'),
-    ('~/book.txt', 'book.txt'),
-    ('/*.txt', '*.txt'),
-    ('corpus/*.txt', 'corpus/*.txt'),
-    ('lm1b', 'lm1b'),
-    ('', ''),
-  ],
-)
-def test_a_path_loses_the_directories_of_the_machine(path, expected):
-  assert manifest_lib.public_path(path) == expected
-
-
 def test_no_manifest_says_how_to_make_one(tmp_path):
   with pytest.raises(
     FileNotFoundError, match='python -m frozen.freeze --workdir'

@@ -95,6 +95,7 @@ def test_what_is_given_away_holds_no_path_of_the_machine(tmp_path):
   _save(source)
   config = json.loads((source / 'tokenizer_config.json').read_text())
   config['name_or_path'] = str(tmp_path / 'elsewhere')
+  config['special_tokens_map_file'] = str(tmp_path / 'a.json')
   (source / 'tokenizer_config.json').write_text(json.dumps(config))
   _command('import', f'--source={source}', f'--out={tmp_path / "ours"}')
   manifest = importing.import_directory(source, tmp_path / 'alone').manifest
