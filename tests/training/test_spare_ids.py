@@ -155,6 +155,7 @@ def test_no_spare_id_is_sampled_or_listed(trained):
   )
   for completion in completions:
     assert max(completion.token_ids) < NUM_TOKENS
+    assert completion.logprobs
     for each in completion.logprobs:
       assert max(each.ids) < NUM_TOKENS
       assert min(each.values) > -1e6
