@@ -45,7 +45,9 @@ _EVAL = flags_lib.Group(
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
+  'system': ('prompt', 'chat'),
   'host': ('port',),
+  'name': ('port',),
   'api_keys': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
@@ -81,7 +83,11 @@ def main(argv: list[str]) -> None:
       from inference import terminal_chat
 
       terminal_chat.run(
-        _load_small(1), _SETTINGS.given(), read=input, write=_show
+        _load_small(1),
+        _SETTINGS.given(),
+        read=input,
+        write=_show,
+        system=FLAGS.system,
       )
     elif way == 'eval':
       _evaluate()
@@ -101,12 +107,21 @@ def _is_asked(value) -> bool:
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
   from frozen import format as frozen_format
+  from inference import terminal_chat
 
   generator = _load_small(FLAGS.n or 1)
   before = frozen_format.weights_digest(generator.frozen.params)
-  settings = generator.settings_for(prompt, **chosen)
-  updates = generator.updates([prompt], settings)
-  _show(prompt)
+  if FLAGS.system is None:
+    if warning := generator.warning(prompt):
+      print(f'warning: {warning}', file=sys.stderr)
+    ids = generator.prompt_ids(prompt)
+    settings = generator.settings_for(ids, **chosen)
+    _show(prompt)
+  else:
+    asked = terminal_chat.Talk(generator, FLAGS.system).ask(prompt)
+    ids = asked.ids
+    settings = terminal_chat.settings_for(generator, ids, chosen)
+  updates = generator.updates([ids], settings)
   done = {}
   for _, update in updates:
     if settings.n == 1:
@@ -181,14 +196,15 @@ def _listen() -> None:
   config = _engine_config()
   keys = api_keys.read(FLAGS.api_keys) if FLAGS.api_keys else None
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
-  print(f'serving {manifest.experiment!r}, weights {manifest.weights_digest}')
+  name = _served_name(manifest)
+  print(f'serving {name!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
     lambda: generate.load(FLAGS.model, config),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   server = uvicorn.Server(
     uvicorn.Config(
-      app_lib.create_app(loop, manifest, manifest.experiment, keys),
+      app_lib.create_app(loop, manifest, name, keys),
       host=FLAGS.host,
       port=FLAGS.port,
       timeout_graceful_shutdown=FLAGS.drain_seconds,
@@ -205,6 +221,19 @@ def _listen() -> None:
       os._exit(1)
   if loop.failure:
     raise loop.failure
+
+
+def _served_name(manifest) -> str:
+  """Returns the name by which requests name the model."""
+  from storage import file_names
+
+  if FLAGS.name is not None:
+    if not FLAGS.name.strip():
+      _fail('--name: got an empty name, expected some text; or leave it out')
+    return FLAGS.name
+  directory = pathlib.Path(FLAGS.model).resolve().name
+  # Every run calls its directory so: the experiment has a name that tells more.
+  return manifest.name if directory == file_names.FROZEN else directory
 
 
 def _load_small(num_sequences: int):
@@ -298,6 +327,12 @@ def _define_flags() -> None:
     'Completes this text, then reports speed and the digest of the weights.',
   )
   flags.DEFINE_bool('chat', False, 'Talks with the model in the terminal.')
+  text(
+    'system',
+    None,
+    'System prompt of --chat. With --prompt, the prompt is then the first'
+    " message of a chat, in the model's template.",
+  )
   count(
     'port',
     None,
@@ -333,6 +368,12 @@ def _define_flags() -> None:
     'host',
     '127.0.0.1',
     'Address that --port listens on. 0.0.0.0 serves other machines too.',
+  )
+  text(
+    'name',
+    None,
+    'Name of the model in requests to --port. Default: the name of the'
+    " directory; of a run's own frozen/, the name of its experiment.",
   )
   text(
     'api_keys',

@@ -37,6 +37,17 @@ Batch = rows_lib.Batch
 _END = 2**62
 
 
+def source_seeds(seed: int, num_sources: int) -> tuple[int, ...]:
+  """Returns the seed of the order of rows of each source."""
+  # NumPy joins the words of numbers: for (seed, i), (2**32, 0) would be (0, 1).
+  low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+  words = [(low, i, high) for i in range(num_sources)]
+  return tuple(
+    int(np.random.SeedSequence(each).generate_state(1, np.uint64)[0])
+    for each in words
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
   """All rows of a source, in order; each iteration is one pass.
@@ -113,7 +124,7 @@ class TrainBatches:
     Args:
       sources: the rows of `config.train_sources()`, in the same order.
       config: the data settings, validated.
-      seed: of the order of rows, 0 or more.
+      seed: of the order of rows; 64 bits.
 
     Raises:
       ValueError: a text has too few tokens for windows packing.
@@ -129,10 +140,7 @@ class TrainBatches:
     self._weights = [source.weight for source in config.train_sources()]
     self._order = _Order(
       sources=tuple(sources),
-      seeds=tuple(
-        int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0])
-        for i in range(len(sources))
-      ),
+      seeds=source_seeds(seed, len(sources)),
       phases=source_mix.start(self._weights),
       ramp=config.ramp,
     )

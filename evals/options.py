@@ -76,6 +76,10 @@ class Options:
     ):
       if (value := getattr(self, name)) is not None:
         expect.at_least(name, value, least)
+    if self.seed >= 2**32:
+      raise ValueError(
+        f'seed: got {self.seed}, expected below {2**32}, as NumPy needs it'
+      )
     if not 0 <= self.temperature < math.inf:
       raise ValueError(
         f'temperature: got {self.temperature}, expected a number >= 0'

@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from frozen import manifest as manifest_lib
 from models import model_config, transformer
 from storage import atomic, file_names
+from text import tokenizer as tokenizer_lib
 
 Params = Any  # variables of `models.transformer.Transformer`
 
@@ -96,7 +97,8 @@ def write(
   Args:
     directory: to write. Its parent is created.
     params: serving params, all of `dtype`; arrays of jax or numpy.
-    config: of the model.
+    config: of the model. Its `spare_ids` become those that the tokenizer
+      leaves.
     dtype: of the weights.
     provenance: origin of the weights.
     tokenizer_dir: copied into the directory.
@@ -109,6 +111,7 @@ def write(
       other contents.
   """
   target = pathlib.Path(directory).resolve()
+  config = _masking(config, tokenizer_dir)
   _check_params(params, abstract_params(config, dtype), 'params')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     # In a thread: writing to the disk leaves a core free.
@@ -153,6 +156,8 @@ def read(
   manifest = manifest_lib.read(directory)
   manifest_lib.check_files(directory, manifest)
   config = _config_of(directory, manifest)
+  if 'spare_ids' not in manifest.model:  # written by an earlier version
+    config = _masking(config, directory / file_names.TOKENIZER)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = _restore(
@@ -211,6 +216,15 @@ def _config_of(directory: pathlib.Path, manifest) -> model_config.ModelConfig:
     raise ValueError(f'{directory / file_names.MANIFEST}: {error}') from None
 
 
+def _masking(
+  config: model_config.ModelConfig, tokenizer_dir: str | os.PathLike
+) -> model_config.ModelConfig:
+  """Returns the config with the ids that the tokenizer leaves masked."""
+  tokenizer = tokenizer_lib.load(tokenizer_dir)
+  spare_ids = tokenizer_lib.spare_ids(tokenizer, config.vocab_size)
+  return dataclasses.replace(config, spare_ids=spare_ids)
+
+
 def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the recommended settings of a frozen directory, not verified."""
   path = pathlib.Path(directory) / file_names.GENERATION
@@ -236,6 +250,9 @@ def _save(path: pathlib.Path, params: Params) -> None:
   )
   with ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
     writer.save(path, args=ocp.args.PyTreeSave(params))
+  # Only its presence matters to orbax, and it holds a path of this machine.
+  for marker in path.rglob('commit_success.txt'):
+    marker.write_text('')
 
 
 def _check_params(params: Params, abstract_params: Params, where) -> None:

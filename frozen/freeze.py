@@ -33,7 +33,7 @@ from frozen import (
   seals,
 )
 from models import layout, model_config
-from storage import file_names
+from storage import file_names, public_paths
 
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
@@ -123,7 +123,10 @@ def freeze_checkpoint(
     provenance=manifest_lib.Provenance(
       experiment=run['experiment'],
       code_commit=run['code_commit'],
-      data_mix=run['data_mix'],
+      data_mix=[
+        mixed | {'path': public_paths.public(mixed['path'])}
+        for mixed in run['data_mix']
+      ],
       knowledge_cutoff=run['knowledge_cutoff'],
       weights=weights,
       lineage=run['lineage'],

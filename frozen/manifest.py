@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import Any
 
-from storage import atomic, digests, file_names
+from storage import atomic, digests, file_names, public_paths
 
 FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
@@ -51,6 +51,12 @@ class Manifest(Provenance):
   weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
+
+  @property
+  def name(self) -> str:
+    """Returns the name of the experiment or of the imported model."""
+    # Earlier versions named an import by the path of its source.
+    return public_paths.public(self.experiment.removeprefix('import '))
 
 
 def sign(**fields: Any) -> Manifest:

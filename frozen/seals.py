@@ -62,6 +62,8 @@ def identity(run: Mapping[str, Any]) -> dict[str, Any]:
     ('data.tokenizer', config.get('data', {}).get('tokenizer', {})),
   ):
     flat |= {f'{prefix}.{name}': value for name, value in fields.items()}
+  # Follow from the tokenizer. Checkpoints of earlier versions lack them.
+  flat.pop('model.spare_ids', None)
   return json.loads(json.dumps(flat))  # lists for tuples, as when read back
 
 

@@ -62,6 +62,17 @@ class Generator:
       ids = [self.tokenizer.bos_id, *ids]
     return tuple(ids)
 
+  def warning(self, prompt: str) -> str:
+    """Returns a warning about a text prompt that seems to be ids; else ''."""
+    token = tokenizer_lib.special_token_in(self.tokenizer, prompt)
+    if not token:
+      return ''
+    return (
+      f'prompt: got the special token {token!r} as text, expected a prompt'
+      ' without: it stays text, so that no text forges a turn; for a chat, use'
+      ' serve.py --chat, or --system with --prompt; over HTTP, send token ids.'
+    )
+
   def settings_for(self, prompt: Prompt, **chosen) -> settings_lib.Settings:
     """Returns the recommended settings of the model, with changes.
 

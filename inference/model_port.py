@@ -37,7 +37,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
     encode_chat=encode_chat,
     description={
-      'experiment': manifest.experiment,
+      'experiment': manifest.name,
       'weights_digest': manifest.weights_digest,
       'dtype': manifest.dtype,
       'step': manifest.step,
@@ -105,13 +105,13 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
       n=num_samples,
       logprobs=0,
     )
-    # The samples of prompt i have the seeds from seed + i * n on.
     requests = [
       requests_lib.Request(
         prompt_ids=tuple(map(int, prompt)),
         settings=dataclasses.replace(
           common,
-          seed=(settings.seed + index * num_samples) % settings_lib.NUM_SEEDS,
+          # With two numbers: with one it would be a sample of prompt 0.
+          seed=settings_lib.folded_seed(settings.seed, index, 0),
         ),
       )
       for index, prompt in enumerate(prompts)

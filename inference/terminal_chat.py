@@ -1,16 +1,22 @@
 """A conversation in the terminal.
 
-The model keeps no state between turns: each turn renders the whole history
-through the chat template. The engine's prefix cache has the part that is as
-before, so only the new part is computed.
+The model keeps no state between turns. The prompt of a turn begins with the ids
+of the turn before: those of its prompt, and those that the model generated. So
+white space that a template would remove stays, and the engine's prefix cache
+has all but the new message.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 
 from inference import generate
-from text import chat as chat_lib
+from inference.engine import requests
+from inference.sampling import settings as settings_lib
+from text import chat as chat_lib, chat_inputs, detokenize
 
 HELP = 'Type a message; /exit or Ctrl-D leaves.'
+
+Message = dict[str, str]
 
 
 def run(
@@ -19,6 +25,7 @@ def run(
   *,
   read: Callable[[str], str],
   write: Callable[[str], None],
+  system: str | None = None,
 ) -> None:
   """Talks until the user leaves.
 
@@ -27,9 +34,14 @@ def run(
     chosen: settings that differ from the model's recommendation.
     read: shows a prompt and returns a line; raises EOFError to leave.
     write: shows text, without adding a line end.
+    system: the system prompt; None for none.
+
+  Raises:
+    ValueError: the chat template refuses a system prompt.
   """
+  talk = Talk(generator, system)
+  talk.ask('Hello')  # a template that refuses the system prompt does so now
   write(HELP + '\n')
-  messages: list[dict[str, str]] = []
   while True:
     try:
       text = read('\nYou: ').strip()
@@ -40,7 +52,7 @@ def run(
       return
     if not text:
       continue
-    asked = [*messages, {'role': 'user', 'content': text}]
+    asked = talk.ask(text)
     try:
       answer = _answer(generator, asked, chosen, write)
     except ValueError as error:
@@ -48,50 +60,160 @@ def run(
       write(f'error: {error}\n')
       write('The message was dropped. Shorten it, or /exit and start again.\n')
     else:
-      messages = [*asked, {'role': 'assistant', 'content': answer}]
+      talk.keep(asked, answer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """A message of the user, ready to be answered."""
+
+  messages: tuple[Message, ...]  # the last is the new one
+  ids: tuple[int, ...]  # the prompt
+  # The rendered conversation, with `mark` in place of each answer.
+  text: str
+  mark: str
+
+
+class Talk:
+  """The turns of a conversation so far."""
+
+  def __init__(self, generator: generate.Generator, system: str | None = None):
+    self._generator = generator
+    self._messages: tuple[Message, ...] = ()
+    if system is not None:
+      self._messages = ({'role': 'system', 'content': system},)
+    self._last: Asked | None = None
+    self._answer: requests.Completion | None = None
+
+  def ask(self, text: str) -> Asked:
+    """Returns the prompt of the next message; it is kept by `keep`.
+
+    Raises:
+      ValueError: the template refuses the conversation.
+    """
+    messages = (*self._messages, {'role': 'user', 'content': text})
+    (mark,) = chat_inputs.unused_characters(
+      [message['content'] for message in messages], 1
+    )
+    marked = [
+      {**each, 'content': mark} if each['role'] == 'assistant' else each
+      for each in messages
+    ]
+    rendered = _rendered(self._generator, marked)
+    ids = self._continued(rendered, mark)
+    if ids is None:
+      ids, _ = render(self._generator, messages)
+    return Asked(messages=messages, ids=ids, text=rendered.text, mark=mark)
+
+  def keep(self, asked: Asked, answer: requests.Completion) -> None:
+    """Adds a message and its answer to the conversation."""
+    said = {'role': 'assistant', 'content': answer.text}
+    self._messages = (*asked.messages, said)
+    self._last, self._answer = asked, answer
+
+  def _continued(
+    self, rendered: chat_lib.Prompt, mark: str
+  ) -> tuple[int, ...] | None:
+    """Returns the ids so far, then those of the text behind the last answer.
+
+    None without an answer, or if the template writes the turns before it
+    differently now, as one that moves the system prompt to the last message.
+    """
+    last, answer = self._last, self._answer
+    if last is None or answer is None:
+      return None
+    before, found, _ = rendered.text.rpartition(mark)
+    then = last.text.replace(last.mark, mark)
+    # White space before an answer may be in the answer instead.
+    if not found or not then.startswith(before.rstrip()):
+      return None
+    tokenizer = self._generator.tokenizer
+    said = answer.token_ids[: answer.num_text_ids]
+    decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
+    spelled = ''.join(map(decoder.push, said)) + decoder.finish()
+    # A stop string may begin inside a token: then the ids lack some text.
+    rest = answer.text[len(spelled) :]
+    start = len(before) + len(mark)
+    start += _overlap(answer.text, rendered.text[start:])
+    specials = [
+      (first - start + len(rest), end - start + len(rest))
+      for first, end in rendered.specials
+      if first >= start
+    ]
+    ids, _ = tokenizer.encode_marked(rest + rendered.text[start:], specials)
+    return (*last.ids, *said, *ids)
 
 
 def render(
-  generator: generate.Generator, messages: list[dict[str, str]]
-) -> tuple[generate.Prompt, tuple[str, ...]]:
-  """Returns the prompt of a conversation, and the strings that end its answer.
+  generator: generate.Generator, messages: Sequence[Message]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+  """Returns the ids of a conversation, and the strings that end its answer.
 
-  The prompt is ids for a Hugging Face tokenizer, since the template of such a
-  model writes special tokens itself. Else the prompt is text.
+  The template of a Hugging Face tokenizer writes special tokens itself. Other
+  templates write text, which begins with BOS as every text prompt.
   """
-  template, stop = generator.frozen.chat_template, ()
-  if not template:
-    template, stop = chat_lib.DEFAULT_TEMPLATE, chat_lib.DEFAULT_STOP
-  elif generator.tokenizer.kind == 'huggingface':
-    conversation = chat_lib.Conversation(
-      messages=messages, add_generation_prompt=True
-    )
-    found = chat_lib.encode(generator.tokenizer, template, conversation)
-    return found.ids, stop
-  prompt = chat_lib.render(
-    template,
-    messages,
-    add_generation_prompt=True,
-    bos_token='',  # the generator puts BOS in front of every text prompt
-    eos_token='',
-  )
-  return prompt, stop
+  rendered, tokenizer = _rendered(generator, messages), generator.tokenizer
+  if _writes_specials(generator):
+    ids, _ = tokenizer.encode_marked(rendered.text, rendered.specials)
+  else:
+    ids = generator.prompt_ids(rendered.text)
+  return tuple(ids), _stop_strings(generator)
 
 
-def _answer(generator, messages, chosen, write) -> str:
-  prompt, stop = render(generator, messages)
-  settings = generator.settings_for(
-    prompt, **{**chosen, 'stop': (*stop, *(chosen.get('stop') or ()))}
+def _rendered(generator, messages) -> chat_lib.Prompt:
+  """Returns the text of a conversation, up to the start of an answer."""
+  names, special_tokens = {'bos_token': '', 'eos_token': ''}, ()
+  if _writes_specials(generator):
+    names = generator.tokenizer.names
+    special_tokens = generator.tokenizer.special_tokens
+  return chat_lib.prompt(
+    generator.frozen.chat_template or chat_lib.DEFAULT_TEMPLATE,
+    chat_lib.Conversation(messages=messages, add_generation_prompt=True),
+    names=names,
+    special_tokens=special_tokens,
   )
-  pieces = generator.stream(prompt, settings)
+
+
+def _stop_strings(generator) -> tuple[str, ...]:
+  return () if generator.frozen.chat_template else chat_lib.DEFAULT_STOP
+
+
+def _writes_specials(generator) -> bool:
+  """Returns whether the template writes BOS and other special tokens itself."""
+  is_foreign = generator.tokenizer.kind == 'huggingface'
+  return bool(generator.frozen.chat_template) and is_foreign
+
+
+def _overlap(answer: str, behind: str) -> int:
+  """Returns the white space at the end of `answer` that begins `behind`."""
+  num_spaces = len(behind) - len(behind.lstrip())
+  return next(
+    n for n in range(num_spaces, -1, -1) if answer.endswith(behind[:n])
+  )
+
+
+def settings_for(
+  generator: generate.Generator, ids: Sequence[int], chosen: dict
+) -> settings_lib.Settings:
+  """Returns the settings of an answer; a plain transcript has stop strings."""
+  wanted = chosen.get('stop') or generator.defaults.stop
+  stop = *_stop_strings(generator), *wanted
+  return generator.settings_for(ids, **{**chosen, 'stop': stop})
+
+
+def _answer(generator, asked: Asked, chosen, write) -> requests.Completion:
+  settings = settings_for(generator, asked.ids, chosen)
+  pieces = generator.stream(asked.ids, settings)
   write('Model: ')
-  text = ''.join(_shown(pieces, write))
+  completion = _last_shown(pieces, write)
   write('\n')
-  return text.strip()
+  return completion
 
 
-def _shown(pieces, write):
+def _last_shown(pieces: Iterator, write) -> requests.Completion:
+  """Shows the pieces of a text; returns the completion behind them."""
   for piece in pieces:
-    if isinstance(piece, str):
-      write(piece)
-      yield piece
+    if not isinstance(piece, str):
+      return piece
+    write(piece)
+  raise AssertionError('a stream ends with its completion')

@@ -17,7 +17,7 @@ Per token, with logits l of the head and log Z = log(sum(exp(c))),
 The soft-cap bounds logits (Gemma 2, arXiv:2408.00118, section 2). The z-loss
 keeps logits from drifting: a common shift does not change the softmax, but
 large logits lose digits in bfloat16 (PaLM, arXiv:2204.02311, section 5, with
-z = 1e-4).
+z = 1e-4). Logits of ids that no token has are in neither sum: see `masked`.
 """
 
 import dataclasses
@@ -30,6 +30,9 @@ import jax.numpy as jnp
 # Logits of a chunk: 64 Mi elements are 256 MB of float32. A batch with fewer
 # logits is one chunk.
 MAX_CHUNK_LOGITS = 2**26
+# The logit of an id without a token: its probability is 0. Not -inf, since a
+# divergence of two masked models would be 0 x (-inf + inf).
+MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class LossForm:
   dtype: jnp.dtype  # of the product with the head; the rest is float32
   softcap: float = 0.0  # bound of the logits; 0: no bound
   z_weight: float = 0.0  # weight of (log Z)^2
+  spare_ids: tuple[tuple[int, int], ...] = ()  # see `masked`
 
 
 class LossSums(NamedTuple):
@@ -62,6 +66,29 @@ def num_chunks(batch: int, time: int, vocab_size: int) -> int:
 def capped(logits: jax.Array, softcap: float) -> jax.Array:
   """Returns the logits bounded by `softcap`; unchanged if it is 0."""
   return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def masked(
+  logits: jax.Array,
+  spare_ids: tuple[tuple[int, int], ...],
+  value: float = MASKED,
+) -> jax.Array:
+  """Returns logits [..., V] with `value` at ids that no token has.
+
+  Training, evaluation and serving mask the same ids: with their logits in the
+  sum, each log-probability would be lower in training than in serving.
+
+  Args:
+    logits: after the cap.
+    spare_ids: ranges [first, end), `ModelConfig.spare_ids`.
+    value: of masked logits.
+  """
+  if not spare_ids:
+    return logits
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  for first, end in spare_ids:
+    logits = jnp.where((first <= ids) & (ids < end), value, logits)
+  return logits
 
 
 def chunked_nll(
@@ -179,7 +206,7 @@ def _logits(hidden_BtD, head_VD, form: LossForm) -> jax.Array:
     (((2,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
-  return capped(logits_BtV, form.softcap)
+  return masked(capped(logits_BtV, form.softcap), form.spare_ids)
 
 
 def _no_terms():
@@ -212,7 +239,8 @@ def _dlogits(logits_BtV, log_z_Bt, targets_Bt, weights_Bt, form):
   if form.softcap:
     # d cap tanh(l / cap) / d l = 1 - tanh^2, with tanh = c / cap.
     dlogits = dlogits * (1 - jnp.square(logits_BtV / form.softcap))
-  return dlogits
+  # Zero already, but for the square of a masked logit, which overflows.
+  return masked(dlogits, form.spare_ids, 0.0)
 
 
 def _split_time(arrays, chunks):

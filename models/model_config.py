@@ -103,6 +103,9 @@ class ModelConfig:
   num_active_groups: int = 0  # groups per token
   expert_group_best: int = 1  # best scores of a group, summed to rank groups
   router_scale: float = 1.0  # multiplies the weights of routed experts
+  # Ranges [first, end) of ids that no token of the tokenizer has. Their logits
+  # are masked everywhere. Derived from the tokenizer, `text.tokenizer`.
+  spare_ids: tuple[tuple[int, int], ...] = ()
 
   @property
   def rotated_width(self) -> int:
@@ -166,6 +169,7 @@ class ModelConfig:
     self._validate_mup()
     self._validate_experts()
     self._validate_router()
+    self._validate_spare_ids()
 
   def _expect(
     self, is_fine: bool, name: str, expected: str, given: str = ''
@@ -369,9 +373,20 @@ class ModelConfig:
       f' {self.num_active_experts} active ones',
     )
 
+  def _validate_spare_ids(self) -> None:
+    edges = [edge for first_end in self.spare_ids for edge in first_end]
+    self._expect(
+      edges == sorted(set(edges))
+      and (not edges or edges[0] >= 0 and edges[-1] <= self.vocab_size)
+      and sum(end - first for first, end in self.spare_ids) < self.vocab_size,
+      'spare_ids',
+      f'ascending ranges (first, end) of some of {self.vocab_size} ids',
+    )
+
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON values."""
     fields = dataclasses.asdict(self)
+    fields['spare_ids'] = [list(first_end) for first_end in self.spare_ids]
     for name, value in fields['rope_scaling'].items():
       if isinstance(value, tuple):
         fields['rope_scaling'][name] = list(value)
@@ -381,12 +396,12 @@ class ModelConfig:
   def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
     """Returns the config of `to_dict`; refuses unknown and missing fields.
 
-    The fields that were added later may all be missing together: a file written
+    The fields that were added together may be missing together: a file written
     before them has their defaults.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     unknown, missing = set(fields) - known, known - set(fields)
-    if unknown or missing not in (set(), _LATER):
+    if unknown or missing not in (set(), {'spare_ids'}, _LATER):
       raise ValueError(
         f'model config: got unknown fields {sorted(unknown)} and missing'
         f' fields {sorted(missing)}, expected exactly those of ModelConfig;'
@@ -395,6 +410,7 @@ class ModelConfig:
     fields = dict(fields)
     if 'rope_scaling' in fields:
       fields['rope_scaling'] = _scaling(fields['rope_scaling'])
+    fields['spare_ids'] = tuple(map(tuple, fields.get('spare_ids', ())))
     config = cls(**fields)
     config.validate()
     return config

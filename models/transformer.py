@@ -242,15 +242,20 @@ class Transformer(nn.Module):
       dtype=jnp.dtype(self.dtype),
       softcap=self.config.logit_softcap,
       z_weight=z_loss_weight,
+      spare_ids=self.config.spare_ids,
     )
     return self.execution.weighted_nll(
       hidden_BTD, self.head_matrix(), targets_BT, weights_BT, form
     )
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Returns float32 logits [..., V] of hidden states [..., D]."""
+    """Returns float32 logits [..., V] of hidden states [..., D].
+
+    Those of `spare_ids` are `cross_entropy.MASKED`.
+    """
     logits = self.execution.unembed(hidden, self.head_matrix(), self.dtype)
-    return cross_entropy.capped(logits, self.config.logit_softcap)
+    logits = cross_entropy.capped(logits, self.config.logit_softcap)
+    return cross_entropy.masked(logits, self.config.spare_ids)
 
   def _check_length(self, tokens_BT, cache) -> None:
     # A lookup past the table would be clamped, without an error.

@@ -1,5 +1,6 @@
 """serve.py as a user runs it; servers in processes of their own."""
 
+import dataclasses
 import re
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from evals.results import scores
-from frozen import format as frozen_format
+from frozen import format as frozen_format, manifest as manifest_lib
 from inference.engine import engine_config
+from inference.sampling import settings as settings_lib
 from models import transformer
 import serve
 from tests.helpers import commands, frozen_dirs, tiny_models
@@ -101,8 +103,18 @@ def test_several_completions_of_a_prompt(model):
   )
   assert (code, err) == (0, '')
   assert '--- seed 3\n' in out
-  assert '--- seed 4\n' in out
+  assert f'--- seed {settings_lib.sample_seed(3, 1)}\n' in out
   assert re.search(r'decode .*\(6 tokens, ended by length', out)
+
+
+def test_a_prompt_with_a_system_prompt_is_a_chat(model):
+  directory, _ = model
+  code, out, err = _run(
+    f'--model={directory}', '--prompt=a', '--system=S', '--max_tokens=1'
+  )
+  assert (code, err) == (0, '')
+  # BOS and 'System: S\n\nUser: a\n\nAssistant:'.
+  assert re.search(r'prefill .*\(31 tokens', out)
 
 
 def test_chat_ends_with_its_input(model):
@@ -127,6 +139,8 @@ def test_chat_ends_with_its_input(model):
       'got --temperature with --port, expected it with --prompt or --chat',
     ),
     (['--chat', '--n=2'], 'got --n with --chat, expected it with --prompt;'),
+    (['--port=1', '--system=a'], 'got --system with --port, expected it with'),
+    (['--prompt=a', '--name=k'], 'got --name with --prompt, expected it with'),
     (['--prompt=a', '--api_keys=k'], 'got --api_keys with --prompt, expected'),
     (['--plan=v5e:1x1', '--engine.page_size=8'], 'got --engine.page_size with'),
   ],
@@ -275,6 +289,35 @@ def test_every_flag_says_which_ways_heed_it(defined_flags):
     assert name in flags.FLAGS
     assert serve._heeded_by(name) == ways
   assert serve._HEEDED_BY.keys() <= set(flags.FLAGS)
+
+
+@pytest.mark.parametrize(
+  ('directory', 'name', 'expected'),
+  [
+    ('/models/llama', None, 'llama'),
+    ('/models/llama/', None, 'llama'),
+    ('/models/llama', 'mine', 'mine'),
+    # A run calls every frozen directory so.
+    ('/runs/s/frozen', None, 'my model'),
+  ],
+)
+def test_the_served_name_is_no_path(directory, name, expected, defined_flags):
+  flags.FLAGS(
+    ['serve.py', f'--model={directory}', *([f'--name={name}'] if name else [])]
+  )
+  provenance = frozen_dirs.provenance(experiment='import /local/my model')
+  fields = {
+    each.name: None for each in dataclasses.fields(manifest_lib.Manifest)
+  }
+  manifest = manifest_lib.Manifest(**fields | dataclasses.asdict(provenance))
+  assert serve._served_name(manifest) == expected
+
+
+def test_an_empty_name_is_refused(defined_flags, capsys):
+  flags.FLAGS(['serve.py', '--model=m', '--name= '])
+  with pytest.raises(SystemExit):
+    serve._served_name(None)
+  assert '--name: got an empty name' in capsys.readouterr().err
 
 
 def test_port_serves_until_it_is_stopped(model, tmp_path):

@@ -7,7 +7,7 @@ decoded prefixes and waits at U+FFFD, so it delays a U+FFFD that is in the text.
 
 import codecs
 
-from text import tokenizer as tokenizer_lib
+from text import tokenizer as tokenizer_lib, utf8
 
 
 class StreamDecoder:
@@ -29,14 +29,32 @@ class StreamDecoder:
     self._is_start = not is_continued
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
+  def bytes_of(self, token_id: int) -> bytes:
+    """Returns the bytes that `token_id` would add here."""
+    if self._is_start:
+      return self._tokenizer.first_bytes(token_id)
+    return self._tokenizer.token_bytes(token_id)
+
+  def num_broken(self, token_id: int) -> int:
+    """Returns the number of U+FFFD that `push` would return before `token_id`.
+
+    They stand for an unfinished character that the token does not continue.
+    """
+    unfinished, _ = self._decoder.getstate()
+    first = self.bytes_of(token_id)[:1]
+    if unfinished and first:
+      try:
+        codecs.getincrementaldecoder('utf-8')().decode(unfinished + first)
+      except UnicodeDecodeError:
+        return len(utf8.decode(unfinished))
+    return 0
+
   def push(self, token_id: int) -> str:
     """Returns the characters that `token_id` completes, possibly none."""
-    data = self._tokenizer.token_bytes(token_id)
+    data = self.bytes_of(token_id)
     if self._is_start:
-      first = self._tokenizer.first_bytes(token_id)
       # A special id has no bytes: the text starts at a later id.
-      self._is_start = not (data or first)
-      data = first
+      self._is_start = not (data or self._tokenizer.token_bytes(token_id))
     return self._decoder.decode(data)
 
   def finish(self) -> str:

@@ -85,6 +85,11 @@ def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
         {'name': name, 'template': named[name]} for name in named
       ]
   config['kind'] = 'huggingface'
+  # `transformers` writes where a tokenizer was loaded from. That is nobody's
+  # business where the files are given away, and has no effect.
+  for name in [n for n in config if n.endswith(('_file', 'name_or_path'))]:
+    if str(config[name]).startswith(('/', '~')):
+      del config[name]
   text = json.dumps(config, indent=2, ensure_ascii=False)
   return files | {CONFIG: f'{text}\n'.encode()}
 

@@ -72,6 +72,9 @@ class HuggingFaceTokenizer:
     self._special_ids = frozenset(found.specials.values())
     tokens = _tokens(found.model)
     self.vocab_size = 1 + max(tokens)
+    self.missing_ids: Sequence[int] = sorted(
+      set(range(self.vocab_size)) - tokens.keys()
+    )
     self._pieces = hf_pieces.tabulate(
       found.model.get('decoder'),
       {i: text for i, text in tokens.items() if i not in self._special_ids},

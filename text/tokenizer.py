@@ -37,6 +37,8 @@ class Tokenizer(Protocol):
   names: Mapping[str, str]
   # Ids of the strings that are special tokens where a chat template has them.
   special_tokens: Mapping[str, int]
+  # Ids below `vocab_size` that no token has, ascending; most have none.
+  missing_ids: Sequence[int]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`.
@@ -91,6 +93,7 @@ class ByteTokenizer:
   # Its special tokens have no strings, so no template can write them.
   names: Mapping[str, str] = {'bos_token': '', 'eos_token': ''}
   special_tokens: Mapping[str, int] = {}
+  missing_ids: Sequence[int] = ()
 
   def encode(self, text: str) -> list[int]:
     """Returns the UTF-8 bytes of `text` as ids.
@@ -152,6 +155,32 @@ class ByteTokenizer:
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _CONFIG_FILE).write_text(json.dumps({'kind': self.kind}))
+
+
+def special_token_in(tokenizer: Tokenizer, text: str) -> str:
+  """Returns a special token whose string is in `text`; '' if there is none.
+
+  `encode` reads that string as text. An author who copied a rendered chat
+  template meant the special token.
+  """
+  return next((t for t in tokenizer.special_tokens if t and t in text), '')
+
+
+def spare_ids(
+  tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, int], ...]:
+  """Returns the ranges [first, end) of a model's ids that no token has.
+
+  Args:
+    tokenizer: of the model.
+    vocab_size: ids that the model embeds; often rounded up for speed.
+  """
+  ranges: list[tuple[int, int]] = []
+  for i in (*tokenizer.missing_ids, *range(tokenizer.vocab_size, vocab_size)):
+    is_next = bool(ranges) and ranges[-1][1] == i
+    first = ranges.pop()[0] if is_next else i
+    ranges.append((first, i + 1))
+  return tuple(ranges)
 
 
 def load(directory: str | os.PathLike) -> Tokenizer:

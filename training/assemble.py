@@ -130,7 +130,9 @@ def assemble(
   eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
-    learner=learner,
+    learner=learner.masking(
+      tokenizer_lib.spare_ids(tokenizer, experiment.model.vocab_size)
+    ),
     tokenizer=tokenizer,
     batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
@@ -207,5 +209,12 @@ def _open_tokenizer(
     raise ValueError(
       f'model.vocab_size: got {experiment.model.vocab_size}, expected at least'
       f" the tokenizer's {loaded.vocab_size}"
+    )
+  model = experiment.model
+  spare = tokenizer_lib.spare_ids(loaded, model.vocab_size)
+  if model.spare_ids not in ((), spare):
+    raise ValueError(
+      f'model.spare_ids: got {model.spare_ids}, expected (), which becomes'
+      f' {spare}, the ids that the tokenizer leaves; do not set it'
     )
   return loaded

@@ -132,7 +132,7 @@ class Experiment:
   # Whether a step with a non-finite loss is repeated, to name the first tensor
   # that is not finite. See training/diagnosis/diagnose.py.
   diagnose_non_finite: bool = True
-  seed: int = 0  # of initialisation, dropout and data order
+  seed: int = 0  # of initialisation, dropout and data order; 64 bits
   num_steps: int = 1000  # optimizer steps of the whole run
   # Parts of a batch whose gradients are computed one after the other and added.
   # Raise it if the activations of a batch do not fit the devices.
@@ -168,9 +168,13 @@ class Experiment:
       ('log_every_steps', 1),
       ('eval_every_steps', 0),
       ('eval_batches', 0),
-      ('seed', 0),
     ):
       expect.at_least(f'config.{name}', getattr(self, name), least)
+    if not -(2**63) <= self.seed < 2**64:
+      raise ValueError(
+        f'config.seed: got {self.seed}, expected an integer of 64 bits, from'
+        f' {-(2**63)} to {2**64 - 1}'
+      )
     expect.one_of('config.compute_dtype', self.compute_dtype, DTYPES)
     self.optimizer.validate(self.num_steps)
     self.evals.validate(self.eval_every_steps)

@@ -47,6 +47,23 @@ class Learner:
     """Returns the number of trained parameters."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
+  def masking(self, spare_ids: tuple[tuple[int, int], ...]) -> 'Learner':
+    """Returns the learner, with models that mask ids without a token.
+
+    Args:
+      spare_ids: of the run's tokenizer, which its frozen models share.
+    """
+
+    def mask(model):
+      config = dataclasses.replace(model.config, spare_ids=spare_ids)
+      return model.clone(config=config)
+
+    return dataclasses.replace(
+      self,
+      model=mask(self.model),
+      frozen_models={name: mask(m) for name, m in self.frozen_models.items()},
+    )
+
   def init(self, key: jax.Array) -> state_lib.TrainState:
     """Returns the state before the first step, on the devices.
 

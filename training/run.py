@@ -356,10 +356,17 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
     ) from None
 
 
+def first_key(seed: int) -> jax.Array:
+  """Returns the key of a new run, from a seed of 64 bits."""
+  key = jax.random.key(seed & 0xFFFFFFFF)  # JAX keeps 32 bits of a seed
+  high_bits = seed >> 32 & 0xFFFFFFFF
+  return jax.random.fold_in(key, high_bits) if high_bits else key
+
+
 def _start_or_restore(experiment, parts, saved, goodput, step):
   """Returns the placed state and its progress; moves the data to `step`."""
   if not step:
-    key = jax.random.key(experiment.seed)
+    key = first_key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)
       return parts.learner.init_with(key, params), checkpoint.Progress()

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 from evals.results import statistics
-from storage import atomic
+from storage import atomic, public_paths
 
 FORMAT = 1
 
@@ -85,14 +85,34 @@ class Result:
     return self.groups[0].score(name)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the result as JSON values; NaN and infinity become null."""
-    return _plain({'format': FORMAT, **dataclasses.asdict(self)})
+    """Returns the result as JSON values; NaN and infinity become null.
+
+    Files are named without the directories of this machine.
+    """
+    fields = dataclasses.asdict(self)
+    kind, colon, path = self.task.partition(':')
+    fields['task'] = f'{kind}{colon}{public_paths.public(path)}'
+    for name in ('options', 'files'):
+      fields[name] = _without_directories(fields[name])
+    return _plain({'format': FORMAT, **fields})
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes a file that `load` reads."""
     path = pathlib.Path(path)
     text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
     atomic.write_text(path, text + '\n')
+
+
+def _without_directories(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns fields without directories in their names and texts."""
+  found: dict[str, Any] = {}
+  for name, value in fields.items():
+    public = public_paths.public(name)
+    if public in found:  # two files of one name
+      public = f'{public} {len(found)}'
+    is_path = isinstance(value, str)
+    found[public] = public_paths.public(value) if is_path else value
+  return found
 
 
 def load(path: str | os.PathLike) -> Result:

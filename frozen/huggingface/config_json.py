@@ -230,6 +230,8 @@ def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
     scan_layers=False,
     balance_loss_weight=0.0,
     router_z_weight=0.0,
+    # Follow from the tokenizer, which config.json does not describe.
+    spare_ids=(),
   )
   fields = dataclasses.asdict(config)
   if config.use_bias:

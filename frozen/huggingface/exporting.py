@@ -2,9 +2,15 @@
 
 It is the reverse of `frozen.huggingface.importing`, with the same tensor maps.
 A model that no family of `transformers` computes is refused before any write.
+
+`transformers` has no mask for ids without a token. The rows of such ids at the
+end of a vocabulary are left out if the model was trained here: nothing trained
+them, and they would be sampled. Rows of an unchanged import are kept: their
+first training made them improbable.
 """
 
 from collections.abc import Iterator, Mapping
+import dataclasses
 import json
 import os
 import pathlib
@@ -56,7 +62,7 @@ def export_directory(
       f'{target}: got a path with files, expected a new or empty directory;'
       ' choose another --out'
     )
-  frozen = frozen_format.read(source)
+  frozen, spare_notes = _trimmed(frozen_format.read(source))
   model_type, values = _describe(frozen, family)
   with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
@@ -69,7 +75,33 @@ def export_directory(
       partial / generation_config_lib.FILE,
       generation | special_ids | _end_ids(frozen.generation),
     )
-  return Exported(model_type, notes + more)
+  return Exported(model_type, spare_notes + notes + more)
+
+
+def _trimmed(
+  frozen: frozen_format.Frozen,
+) -> tuple[frozen_format.Frozen, list[str]]:
+  """Returns the model without its last spare ids, and notes for the user."""
+  config, inner = frozen.config, dict(frozen.params['params'])
+  *others, last = config.spare_ids or ((0, 0),)
+  notes = []
+  if frozen.manifest.step and last[1] == config.vocab_size:
+    notes.append(
+      f'left out the rows of ids {last[0]} to {last[1] - 1}: no token has them'
+    )
+    config = dataclasses.replace(
+      config, vocab_size=last[0], spare_ids=tuple(others)
+    )
+    for table in {'embed', 'head'} & inner.keys():
+      inner[table] = {'embedding': inner[table]['embedding'][: last[0]]}
+    frozen = dataclasses.replace(
+      frozen, config=config, params={'params': inner}
+    )
+  if frozen.manifest.step and config.spare_ids:
+    notes.append(
+      f'transformers may sample ids without a token: {config.spare_ids}'
+    )
+  return frozen, notes
 
 
 def _describe(frozen: frozen_format.Frozen, family: str):

@@ -20,7 +20,7 @@ class Fetched(NamedTuple):
   """A directory with the files of a model, and its origin."""
 
   directory: pathlib.Path
-  origin: dict[str, str]
+  origin: dict[str, str]  # for the manifest: no path of this machine
 
 
 def fetch(source: str, revision: str = '', download: Any = None) -> Fetched:
@@ -42,7 +42,7 @@ def fetch(source: str, revision: str = '', download: Any = None) -> Fetched:
         f'--revision: got {revision!r} for the directory {source}, expected'
         ' none; only repositories on the hub have revisions'
       )
-    return Fetched(path, {'source': str(path)})
+    return Fetched(path, {'source': path.resolve().name})
   if not _is_repository(source):
     raise FileNotFoundError(
       f'{source}: got no such directory, expected one with a Hugging Face'

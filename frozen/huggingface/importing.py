@@ -217,7 +217,7 @@ def freeze_source(
     config=source.config,
     dtype=chosen,
     provenance=manifest_lib.Provenance(
-      experiment=f'import {source.where}',
+      experiment=origin.get('source') or _name_of(source.where),
       code_commit='',
       step=0,
       tokens_seen=0,
@@ -242,6 +242,11 @@ def freeze_source(
     overwrite=overwrite,
   )
   return Imported(manifest, notes)
+
+
+def _name_of(path: str) -> str:
+  """Returns the name of a model's directory or of its GGUF file."""
+  return pathlib.Path(path).resolve().name.removesuffix('.gguf')
 
 
 def read_generation(

@@ -26,7 +26,6 @@ import collections
 from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import itertools
-import secrets
 import time
 from typing import Any, NamedTuple
 
@@ -274,7 +273,7 @@ class Engine:
     request_id, settings = next(self._ids), request.settings
     base = settings.seed
     if base is None:
-      base = secrets.randbelow(settings_lib.NUM_SEEDS)
+      base = settings_lib.new_seed()
     principal = None if self.config.share_prefixes else request.principal
     stop = stop_strings.StopStrings(settings.stop)
     parent = None
@@ -298,8 +297,7 @@ class Engine:
         index,
         request,
         sequence,
-        # Each sequence has its own seed; the first has the given one.
-        seed=(base + index) % settings_lib.NUM_SEEDS,
+        seed=settings_lib.sample_seed(base, index),
         tokenizer=self.tokenizer,
         stop=stop,
       )

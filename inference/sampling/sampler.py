@@ -61,7 +61,7 @@ class Sampler(NamedTuple):
   stop_ids_BI: Any  # int32 [B, MAX_STOP_IDS + 1], EOS among them; -1 is none
   min_position_B: Any  # int32, first position where a stop id may be sampled
   num_logprobs_B: Any  # int32, alternatives; 0: sampled token only, -1: none
-  key_B: Any  # typed PRNG keys; on the host, the uint32 seed
+  key_B: Any  # typed PRNG keys; on the host, two uint32 words of the seed
 
 
 def row(
@@ -79,7 +79,7 @@ def row(
   Args:
     settings: of the request.
     num_prompt_tokens: the position of the first sampled token.
-    seed: an integer in [0, 2**32).
+    seed: an integer of 64 bits.
     eos_id: None for a tokenizer without one.
   """
   stop_ids = [*settings.stop_ids] + ([] if eos_id is None else [eos_id])
@@ -107,7 +107,7 @@ def row(
     num_logprobs_B=np.int32(
       -1 if settings.logprobs is None else settings.logprobs
     ),
-    key_B=np.uint32(seed),
+    key_B=np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
   )
 
 
@@ -129,7 +129,13 @@ def empty(num_slots: int) -> Sampler:
 def stack(rows: Sequence[Sampler]) -> Sampler:
   """Returns the settings of several sequences, on the device."""
   batch = jax.tree.map(lambda *fields: jnp.asarray(np.stack(fields)), *rows)
-  return batch._replace(key_B=jax.vmap(jax.random.key)(batch.key_B))
+  return batch._replace(key_B=_keys(batch.key_B))
+
+
+def _keys(words: jax.Array) -> jax.Array:
+  """Returns the keys of seeds, given as words [..., 2]."""
+  # `jax.random.key` keeps 32 bits of a seed. For smaller seeds both are equal.
+  return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
 def take(sampler: Sampler, slots_R: jax.Array) -> Sampler:
@@ -139,7 +145,7 @@ def take(sampler: Sampler, slots_R: jax.Array) -> Sampler:
 
 def put(sampler: Sampler, slot: jax.Array, row: Sampler) -> Sampler:
   """Gives a slot the settings of one sequence."""
-  row = row._replace(key_B=jax.random.key(row.key_B))
+  row = row._replace(key_B=_keys(row.key_B))
   return jax.tree.map(
     lambda into, field: into.at[slot].set(field), sampler, row
   )

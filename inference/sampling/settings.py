@@ -20,12 +20,17 @@ Imports nothing heavy, so that `serve.py --help` need not wait for JAX.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import hashlib
 import math
+import secrets
 from typing import Any
 
 from storage import file_names
 
-NUM_SEEDS = 2**32
+# Seeds have 64 bits, with or without a sign: -1 and 2**64 - 1 are one seed.
+_SEED_RANGE = -(2**63), 2**64
+# Seeds that are made here are below this: JavaScript reads them exactly.
+_NUM_MADE_SEEDS = 2**53
 # The most entries that one request may have. The arrays of a slot on the device
 # have this width, so that no request compiles a new program.
 MAX_BIASED = 300  # as OpenAI allows
@@ -163,7 +168,7 @@ class Settings:
     self._check_count('n', 1, 2**31)
     self._check_count('min_tokens', 0, 2**31)
     for name, low, high in (
-      ('seed', 0, NUM_SEEDS),
+      ('seed', *_SEED_RANGE),
       ('max_tokens', 1, 2**31),
       ('logprobs', 0, MAX_LOGPROBS + 1),
       ('prompt_logprobs', 0, MAX_LOGPROBS + 1),
@@ -259,6 +264,35 @@ class Settings:
       lambda x: isinstance(x, int) and low <= x < high,
       f'an integer from {low} to {high - 1}',
     )
+
+
+def new_seed() -> int:
+  """Returns a random seed, for a request without one."""
+  return secrets.randbelow(_NUM_MADE_SEEDS)
+
+
+def folded_seed(seed: int, *place: int) -> int:
+  """Returns the seed of a part of what has a seed, such as a sample.
+
+  Sums would not do: sample 1 of seed 0 would be sample 0 of seed 1.
+
+  Args:
+    seed: of the whole.
+    *place: numbers that name the part. Places of different lengths differ.
+  """
+  text = ','.join(map(str, (seed % 2**64, *place)))
+  digest = hashlib.sha256(text.encode()).digest()
+  return int.from_bytes(digest[:8], 'big') % _NUM_MADE_SEEDS
+
+
+def sample_seed(seed: int, index: int) -> int:
+  """Returns the seed with which a request for one sample gives sample `index`.
+
+  Args:
+    seed: of a request for several samples.
+    index: of the sample; the first has the seed of the request.
+  """
+  return folded_seed(seed, index) if index else seed
 
 
 def bias_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:

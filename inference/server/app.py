@@ -165,7 +165,7 @@ def _model_card(
       'weights_digest': manifest.weights_digest,
       'num_params': manifest.num_params,
       'dtype': manifest.dtype,
-      'experiment': manifest.experiment,
+      'experiment': manifest.name,
       'step': manifest.step,
       'tokens_seen': manifest.tokens_seen,
       'code_commit': manifest.code_commit,

@@ -15,7 +15,7 @@ The last chunk of a choice has three fields that OpenAI does not have:
                   pages times seconds, seconds of waiting, prefill and decoding
 """
 
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 import dataclasses
 import logging
 import time
@@ -29,6 +29,9 @@ from inference.server import logprobs_json, schema
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
+
+# Models, by digest, of which a prompt with special tokens as text was logged.
+_WARNED: set[str] = set()
 
 Updates = AsyncIterable[tuple[int, requests.Update]]
 
@@ -56,6 +59,7 @@ class Answer:
     self._generator, self._body = generator, body
     self._principal = principal
     self._prompts = body.prompts()
+    _warn_of_special_tokens(generator, self._prompts)
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
     except settings_lib.SettingError as error:
@@ -70,6 +74,14 @@ class Answer:
         f' n), expected at most {schema.MAX_CHOICES}; send several requests',
       )
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
+    self._places = [
+      logprobs_json.prompt_places(
+        generator.tokenizer, prompt, request.prompt_ids
+      )
+      if body.echo and self._wants_logprobs and isinstance(prompt, str)
+      else None
+      for prompt, request in zip(self._prompts, self.requests, strict=True)
+    ]
     self._done: dict[int, requests.Completion] = {}
     self._head = {
       'id': f'cmpl-{uuid.uuid4().hex}',
@@ -171,8 +183,11 @@ class Answer:
       found = self._done[which * self._n].prompt_logprobs
       assert found is not None
       parts.append(
-        self._logprobs_after('').write(
-          self.requests[which].prompt_ids, found, end=len(echo)
+        self._logprobs_after('', is_continued=False).write(
+          self.requests[which].prompt_ids,
+          found,
+          end=len(echo),
+          places=self._places[which],
         )
       )
     if not self._is_echo_alone:
@@ -206,11 +221,14 @@ class Answer:
       completion, finish_reason='length', stop_reason=None
     )
 
-  def _logprobs_after(self, text: str) -> logprobs_json.LogprobsWriter:
+  def _logprobs_after(
+    self, text: str, *, is_continued: bool = True
+  ) -> logprobs_json.LogprobsWriter:
     return logprobs_json.LogprobsWriter(
       self._generator.tokenizer,
       as_ids=bool(self._body.return_tokens_as_token_ids),
       offset=len(text),
+      is_continued=is_continued,
     )
 
   def _echo(self, prompt: generate.Prompt) -> str:
@@ -246,6 +264,21 @@ class _Writer:
 
   logprobs: logprobs_json.LogprobsWriter
   end: int  # characters that were sent
+
+
+def _warn_of_special_tokens(
+  generator: generate.Generator, prompts: Sequence[generate.Prompt]
+) -> None:
+  """Logs, once per model, that a prompt has special tokens as text."""
+  model = generator.frozen.manifest.weights_digest
+  texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+  if model in _WARNED:
+    return
+  for text in texts:
+    if warning := generator.warning(text):
+      _WARNED.add(model)
+      _LOG.warning('%s Not logged again.', warning)
+      return
 
 
 def refused_prompt(error: ValueError) -> schema.ApiError:

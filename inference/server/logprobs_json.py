@@ -6,7 +6,9 @@
 Each list has one entry per token, in the order of the text. A token whose bytes
 are whole characters is named by its text. Other tokens are named `token_id:ID`:
 a part of a character, a special token without text, and the second of two
-tokens with the same text. So no two tokens share an entry.
+tokens with the same text. So no two tokens share an entry. `text_offset` is the
+character of the answer's text where the token begins. A token that is named by
+its text has that text there.
 
 As in OpenAI's answers, the sampled token is in `top_logprobs` too. Its value
 there is the same to the bit: clients compare it with the largest value to see
@@ -34,6 +36,7 @@ class LogprobsWriter:
     *,
     as_ids: bool = False,
     offset: int = 0,
+    is_continued: bool = False,
   ):
     """Begins a text.
 
@@ -41,9 +44,12 @@ class LogprobsWriter:
       tokenizer: of the model.
       as_ids: whether all tokens are named `token_id:ID`.
       offset: characters of the answer in front of the text.
+      is_continued: whether the tokens continue a text, as a completion does.
     """
-    self._tokenizer, self._as_ids, self._offset = tokenizer, as_ids, offset
-    self._decoder = detokenize.StreamDecoder(tokenizer)
+    self._as_ids, self._offset = as_ids, offset
+    self._decoder = detokenize.StreamDecoder(
+      tokenizer, is_continued=is_continued
+    )
 
   def write(
     self,
@@ -51,6 +57,7 @@ class LogprobsWriter:
     found: Sequence[logprobs.TokenLogprobs | None],
     *,
     end: int,
+    places: Sequence[int] | None = None,
   ) -> dict[str, Any]:
     """Returns the entries of the next tokens.
 
@@ -59,15 +66,20 @@ class LogprobsWriter:
       found: log-probabilities of each token; None for the first of a prompt.
       end: characters of the answer, these tokens included. Tokens without text
         in the answer, such as EOS or a stop string, have this offset.
+      places: offset of each token, from `prompt_places`.
     """
     rows = []
-    for token_id, each in zip(token_ids, found, strict=True):
-      offset = min(self._offset, end)
+    for index, (token_id, each) in enumerate(
+      zip(token_ids, found, strict=True)
+    ):
+      start = self._offset + self._decoder.num_broken(token_id)
+      offset = min(start if places is None else places[index], end)
+      name = self._name(token_id)
+      top = {} if each is None else self._top(token_id, each)
       self._offset += len(self._decoder.push(token_id))
       if each is None:
-        rows.append((self._name(token_id), None, None, offset))
+        rows.append((name, None, None, offset))
         continue
-      top = self._top(token_id, each)
       name = next(
         name for name, (top_id, _) in top.items() if top_id == token_id
       )
@@ -97,11 +109,31 @@ class LogprobsWriter:
   def _name(self, token_id: int) -> str:
     if not self._as_ids:
       try:
-        if text := self._tokenizer.token_bytes(token_id).decode('utf-8'):
+        if text := self._decoder.bytes_of(token_id).decode('utf-8'):
           return text
       except UnicodeDecodeError:
         pass
     return _id_name(token_id)
+
+
+def prompt_places(
+  tokenizer: tokenizer_lib.Tokenizer, text: str, token_ids: Sequence[int]
+) -> list[int] | None:
+  """Returns where each token of a text prompt begins in the text.
+
+  None if the tokens decode to the text: then `LogprobsWriter` counts. Else the
+  tokenizer has changed the text, as to lower case, and has to say itself.
+
+  Args:
+    tokenizer: of the model.
+    text: of the prompt.
+    token_ids: of the prompt, perhaps with BOS in front.
+  """
+  if tokenizer.decode(token_ids) == text:
+    return None
+  ids, offsets = tokenizer.encode_marked(text, [])
+  num_before = len(token_ids) - len(ids)
+  return [0] * num_before + [start for start, _ in offsets]
 
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:

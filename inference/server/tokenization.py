@@ -1,13 +1,13 @@
 """The tokenizer over HTTP, in vLLM's shapes, as lm-eval's remote mode asks it.
 
-    GET  /tokenizer_info   names of the special tokens, and the chat template
+    GET  /tokenizer_info   strings of the special tokens, and the chat template
     POST /tokenize         {'prompt': text} to {'tokens': ids}
     POST /detokenize       {'tokens': ids} to {'prompt': text}
 
 The name of a special token in a prompt is plain text, so that no user can forge
 the end of a document. Clients of these routes know special tokens by name and
 ask for the id of a name. So /tokenize returns the id of a special token if the
-whole text is a name that /tokenizer_info lists, and `add_special_tokens` is
+whole text is a string that /tokenizer_info lists, and `add_special_tokens` is
 false.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 from inference import generate
 from inference.server import schema
 
+_NAMES = 'bos_token', 'eos_token', 'pad_token'
+
 
 def info(generator: generate.Generator) -> dict[str, Any]:
   """Returns the body of /tokenizer_info."""
@@ -23,7 +25,8 @@ def info(generator: generate.Generator) -> dict[str, Any]:
     'tokenizer_class': generator.tokenizer.kind,
     'vocab_size': generator.tokenizer.vocab_size,
     'model_max_length': generator.frozen.config.max_length,
-    **{name: f'<|{name}|>' for name in _special_ids(generator)},
+    **dict.fromkeys(_NAMES),
+    **{name: text for name, (text, _) in _special_tokens(generator).items()},
     'chat_template': generator.frozen.chat_template or None,
   }
 
@@ -37,12 +40,12 @@ def tokenize(
     ApiError: status 400, the text is missing, or cannot be encoded.
   """
   text = body.text()
-  names = {f'<|{name}|>': i for name, i in _special_ids(generator).items()}
+  ids_by_text = dict(_special_tokens(generator).values())
   try:
     if body.add_special_tokens:
       ids = list(generator.prompt_ids(text))
-    elif text in names:
-      ids = [names[text]]
+    elif text in ids_by_text:
+      ids = [ids_by_text[text]]
     else:
       ids = generator.tokenizer.encode(text)
   except ValueError as error:
@@ -71,10 +74,26 @@ def detokenize(
   return {'prompt': generator.tokenizer.decode(body.tokens)}
 
 
-def _special_ids(generator: generate.Generator) -> dict[str, int]:
+def _special_tokens(
+  generator: generate.Generator,
+) -> dict[str, tuple[str, int]]:
+  """Returns the strings and ids of the special tokens, by name.
+
+  The strings are the model's own, as its chat template has them. Bytes have no
+  special tokens with strings: there `<|NAME|>` stands for the id.
+  """
   tokenizer = generator.tokenizer
+  if not tokenizer.special_tokens:
+    ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    return {
+      name: (f'<|{name}|>', token_id)
+      for name, token_id in zip(_NAMES, ids, strict=True)
+    }
+  # An end that only generation_config.json names is one, too.
+  texts = {i: text for text, i in tokenizer.special_tokens.items()}
+  named = {'eos_token': texts.get(tokenizer.eos_id, ''), **tokenizer.names}
   return {
-    'bos_token': tokenizer.bos_id,
-    'eos_token': tokenizer.eos_id,
-    'pad_token': tokenizer.pad_id,
+    name: (text, tokenizer.special_tokens[text])
+    for name, text in named.items()
+    if text in tokenizer.special_tokens
   }

@@ -255,12 +255,20 @@ def test_order_is_a_function_of_the_seed(packing):
     _train(seed=7, num_threads=5, prefetch_rows=0, **fields), 40
   )
   other = corpora.take(_train(seed=8, **fields), 40)
+  high_bits = corpora.take(_train(seed=7 + 2**32, **fields), 40)
   for batch, same in zip(first, again, strict=True):
     corpora.assert_same(batch, same)
-  assert any(
-    (batch['tokens'] != different['tokens']).any()
-    for batch, different in zip(first, other, strict=True)
-  )
+  for others in (other, high_bits):
+    assert any(
+      (batch['tokens'] != different['tokens']).any()
+      for batch, different in zip(first, others, strict=True)
+    )
+
+
+def test_a_long_seed_is_not_that_of_another_source():
+  first = batches_lib.source_seeds(0, 2)
+  assert not set(first) & set(batches_lib.source_seeds(2**32, 2))
+  assert not set(first) & set(batches_lib.source_seeds(-1, 2))
 
 
 @pytest.mark.slow

@@ -206,7 +206,8 @@ class Reference:
   def _answer(self, request, index: int, weights) -> Expected:
     settings, prompt = request.settings, request.prompt_ids
     wanted = settings.prompt_logprobs
-    seed = np.uint32((settings.seed or 0) + index)
+    seed = settings_lib.sample_seed(settings.seed or 0, index) % 2**64
+    words = np.frombuffer(seed.to_bytes(8, 'big'), '>u4').astype(np.uint32)
     prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] = [None]
     self._begin(weights)
     for token, target in zip(prompt[:-1], prompt[1:], strict=True):
@@ -222,7 +223,7 @@ class Reference:
       if request.target is not None and not output:
         last = request.target
       elif settings.temperature:
-        noise_V = self._gumbel(seed, self._position, len(probs_V))
+        noise_V = self._gumbel(words, self._position, len(probs_V))
         with np.errstate(divide='ignore'):
           last = int(np.argmax(np.log(probs_V) + noise_V))
       else:
@@ -279,9 +280,9 @@ def distribution(
   return probs_V / probs_V.sum()
 
 
-def _gumbel(seed, position, size: int):
+def _gumbel(words, position, size: int):
   """Returns noise whose key is of the sequence's seed and the position."""
-  key = jax.random.fold_in(jax.random.key(seed), position)
+  key = jax.random.fold_in(jax.random.wrap_key_data(words), position)
   return jax.random.gumbel(key, (size,))
 
 

@@ -59,7 +59,7 @@ def test_a_seed_reproduces_and_a_drawn_one_is_reported(generator):
   settings = settings_lib.Settings(max_tokens=10)
   (drawn,) = generator.generate(['abc'], settings)
   (other,) = generator.generate(['abc'], settings)
-  assert drawn.seed != other.seed  # equal once in 2**32 runs
+  assert drawn.seed != other.seed  # equal once in 2**53 runs
   (again,) = generator.generate(
     ['abc'], dataclasses.replace(settings, seed=drawn.seed)
   )
@@ -92,8 +92,9 @@ def test_a_stop_string_ends_the_text_before_it(generator):
 def test_n_completions_of_each_prompt_come_in_order(generator):
   settings = settings_lib.Settings(n=3, seed=7, max_tokens=5)
   several = generator.generate(['ab', 'c'], settings)
-  assert [completion.seed for completion in several] == [7, 8, 9, 7, 8, 9]
-  one = dataclasses.replace(settings, n=1, seed=8)
+  seeds = [settings_lib.sample_seed(7, index) for index in range(3)]
+  assert [completion.seed for completion in several] == seeds * 2
+  one = dataclasses.replace(settings, n=1, seed=seeds[1])
   assert several[1].text == generator.generate(['ab'], one)[0].text
   assert several[4].text == generator.generate(['c'], one)[0].text
   with pytest.raises(ValueError, match='n: got 3, expected 1 in a stream'):

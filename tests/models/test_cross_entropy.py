@@ -15,7 +15,8 @@ def _loss_inputs(batch=3, time=12, width=5, vocab=11):
   keys = jax.random.split(jax.random.key(0), 4)
   hidden = jax.random.normal(keys[0], (batch, time, width))
   head = jax.random.normal(keys[1], (vocab, width))
-  targets = jax.random.randint(keys[2], (batch, time), 0, vocab)
+  # The last three ids are spare in one form.
+  targets = jax.random.randint(keys[2], (batch, time), 0, vocab - 3)
   weights = jax.random.bernoulli(keys[3], 0.7, (batch, time))
   return hidden, head, targets, weights.astype(jnp.float32)
 
@@ -32,6 +33,7 @@ FORMS = {
   'capped': _form(softcap=2.0),
   'z': _form(z_weight=0.1),
   'capped_z': _form(softcap=2.0, z_weight=0.1),
+  'spare': _form(softcap=2.0, z_weight=0.1, spare_ids=((8, 9), (10, 11))),
 }
 
 
@@ -40,7 +42,9 @@ def _plain_sums(hidden, head, targets, weights, form=PLAIN):
   logits = hidden @ head.T
   if form.softcap:
     logits = form.softcap * jnp.tanh(logits / form.softcap)
-  log_z = jax.nn.logsumexp(logits, axis=-1)
+  spare = {i for first, end in form.spare_ids for i in range(first, end)}
+  kept = [i for i in range(head.shape[0]) if i not in spare]
+  log_z = jax.nn.logsumexp(logits[..., jnp.array(kept)], axis=-1)
   chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
   nll = jnp.sum((log_z - chosen) * weights)
   z = jnp.sum(log_z**2 * weights)
@@ -76,6 +80,8 @@ def test_fused_cross_entropy_equals_the_plain_one(chunks, form):
     grads,
     expected_grads,
   )
+  for first, end in form.spare_ids:
+    np.testing.assert_array_equal(grads[1][first:end], 0)
 
 
 @pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)

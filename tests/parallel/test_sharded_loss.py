@@ -20,7 +20,7 @@ MESHES = (
 BATCH, TIME, WIDTH, VOCAB = 8, 16, 12, 64
 CHUNKS = 4
 # A form with every term that a loss may have.
-TERMS = {'softcap': 3.0, 'z_weight': 0.1}
+TERMS = {'softcap': 3.0, 'z_weight': 0.1, 'spare_ids': ((60, VOCAB),)}
 FORM = cross_entropy.LossForm(dtype=jnp.dtype(jnp.float32), **TERMS)
 
 
@@ -35,7 +35,7 @@ def _inputs():
   return (
     jax.random.normal(keys[0], (BATCH, TIME, WIDTH)),
     jax.random.normal(keys[1], (VOCAB, WIDTH)),
-    jax.random.randint(keys[2], (BATCH, TIME), 0, VOCAB),
+    jax.random.randint(keys[2], (BATCH, TIME), 0, 60),
     jax.random.uniform(keys[3], (BATCH, TIME)),
   )
 

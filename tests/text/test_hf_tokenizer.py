@@ -5,6 +5,7 @@ is the oracle where thousands of sequences are tried.
 """
 
 import functools
+import json
 import pathlib
 import tempfile
 
@@ -64,6 +65,27 @@ def _special_but_unknown(tok) -> set[int]:
 @pytest.fixture(params=FAMILIES)
 def family(request):
   return request.param
+
+
+def test_ids_without_a_token_are_known(tmp_path):
+  directory = hf_files.llama3(tmp_path)
+  assert not _ours('llama3').missing_ids
+  path = directory / 'tokenizer.json'
+  model = json.loads(path.read_text('utf-8'))
+  num_ids = _ours('llama3').vocab_size
+  for token in model['added_tokens'][-2:]:  # Phi-4-mini has such gaps
+    token['id'] += 5
+  path.write_text(json.dumps(model), 'utf-8')
+  ours = hf_tokenizer.convert(directory, tmp_path / 'saved')
+  assert ours.vocab_size == num_ids + 5
+  gap = (num_ids - 2, num_ids + 3)
+  assert ours.missing_ids == list(range(*gap))
+  assert tokenizer.spare_ids(ours, num_ids + 5) == (gap,)
+  assert tokenizer.spare_ids(ours, num_ids + 9) == (
+    gap,
+    (num_ids + 5, num_ids + 9),
+  )
+  assert ours.decode([num_ids]) == ''
 
 
 def test_ids_and_text_of_transformers(family):

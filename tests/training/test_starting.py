@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
 from data import data_config
 from frozen import format as frozen_format
 from storage import atomic, disk, locks
 from tests.helpers import tiny_run
-from training import experiment
+from training import experiment, run as run_lib
 from training.checkpoints import workdir as workdir_lib
 from training.optimizer import chain, update_rules
 from training.reporting import goodput
@@ -285,6 +286,26 @@ def test_data_that_cannot_be_is_refused(corpus, data, message):
     tiny_run.experiment(corpus, data=data).validate()
 
 
-def test_a_seed_below_zero_is_refused(corpus):
-  with pytest.raises(ValueError, match='config.seed: got -1, expected at lea'):
-    tiny_run.experiment(corpus, seed=-1).validate()
+@pytest.mark.parametrize('seed', [-(2**63) - 1, 2**64])
+def test_a_seed_of_more_than_64_bits_is_refused(corpus, seed):
+  with pytest.raises(ValueError, match=f'config.seed: got {seed}, expected an'):
+    tiny_run.experiment(corpus, seed=seed).validate()
+
+
+def test_every_bit_of_a_seed_counts():
+  keys = [
+    run_lib.first_key(seed)
+    for seed in (0, 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, -1)
+  ]
+  assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 7
+  assert keys[1] == jax.random.key(1)
+
+
+def test_a_run_with_a_long_seed_resumes(corpus, tmp_path):
+  experiment = tiny_run.experiment(corpus, seed=2**63 + 5, num_steps=8)
+  half = dataclasses.replace(experiment, num_steps=4)
+  tiny_run.run(half, tmp_path / 'run')
+  result, _ = tiny_run.run(experiment, tmp_path / 'run')
+  assert result.step == 8
+  with pytest.raises(ValueError, match='got seed = 5, expected'):
+    tiny_run.run(dataclasses.replace(experiment, seed=5), tmp_path / 'run')

@@ -18,15 +18,21 @@ from training import experiment as experiment_lib, frozen_models
 # Model fields that may differ. They matter in training only, or change the
 # layout of the parameters, not what the weights compute.
 _FREE = (
-  'scan_layers', 'dropout_rate', 'init_std', 'balance_loss_weight',
-  'router_z_weight', 'max_length',
-)  # fmt: skip
+  'scan_layers',
+  'dropout_rate',
+  'init_std',
+  'balance_loss_weight',
+  'router_z_weight',
+  'max_length',
+  'spare_ids',
+)
 
 
 def model_of(directory: str) -> model_config.ModelConfig:
   """Returns the model config of a frozen directory.
 
-  Equal layers are stacked (`scan_layers`).
+  Equal layers are stacked (`scan_layers`). The tokenizer of the run says which
+  ids are spare.
 
   Raises:
     ValueError: there is no frozen directory, or it is damaged.
@@ -38,7 +44,9 @@ def model_of(directory: str) -> model_config.ModelConfig:
       f'variant: got {directory!r}, expected a frozen directory; make one with'
       ' `python -m frozen.huggingface import` or `python -m frozen.freeze`'
     ) from None
-  return dataclasses.replace(config, scan_layers=config.is_uniform)
+  return dataclasses.replace(
+    config, scan_layers=config.is_uniform, spare_ids=()
+  )
 
 
 def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:

@@ -56,6 +56,20 @@ def test_a_saved_result_comes_back(tmp_path):
   assert scores.load(path) == result
 
 
+def test_a_saved_result_names_no_directory_of_the_machine(tmp_path):
+  result = dataclasses.replace(
+    _result(),
+    task='gsm8k:/data/a/x.jsonl',
+    files={'/data/a/x.jsonl': 'ab', '/data/b/x.jsonl': 'cd'},
+    options={'fewshot_path': '/data/b/x.jsonl', 'limit': 3},
+  )
+  result.save(tmp_path / 'a.json')
+  saved = scores.load(tmp_path / 'a.json')
+  assert saved.task == 'gsm8k:x.jsonl'
+  assert saved.files == {'x.jsonl': 'ab', 'x.jsonl 1': 'cd'}
+  assert saved.options == {'fewshot_path': 'x.jsonl', 'limit': 3}
+
+
 def test_what_is_not_known_is_null_and_comes_back(tmp_path):
   one = scores.of_values('acc', [1.0], higher_is_better=True)
   huge = scores.of_values(

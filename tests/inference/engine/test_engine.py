@@ -139,12 +139,13 @@ def test_prompt_logprobs_do_not_read_the_cache_and_others_read_theirs(engine):
 # Ends of sequences.
 
 
-def test_n_samples_are_those_of_seeds_in_a_row(engine):
+def test_n_samples_have_seeds_of_their_own(engine):
   (together,) = reference_engine.serve(
     engine, [_request(n=5, seed=2**32 - 2, temperature=1.0)]
   ).completions
   seeds = [completion.seed for completion in together]
-  assert seeds == [2**32 - 2, 2**32 - 1, 0, 1, 2]
+  assert seeds == [settings_lib.sample_seed(2**32 - 2, i) for i in range(5)]
+  assert seeds[0] == 2**32 - 2
   assert len({tuple(each.token_ids) for each in together}) == 5
   for completion in together:
     (alone,) = _serve(
@@ -154,9 +155,20 @@ def test_n_samples_are_those_of_seeds_in_a_row(engine):
     assert alone.logprobs == completion.logprobs
 
 
+def test_neighbouring_and_long_seeds_share_no_sample(engine):
+  seeds = (0, 1, 2**32, 2**32 + 1, 2**63 - 1, -(2**63), -1)
+  served = reference_engine.serve(
+    engine, [_request(n=6, seed=seed, temperature=1.0) for seed in seeds]
+  ).completions
+  texts = [tuple(each.token_ids) for group in served for each in group]
+  # Eight tokens of a nearly even distribution: no two alike by chance.
+  assert len(set(texts)) == 6 * len(seeds)
+  assert [group[0].seed for group in served] == list(seeds)
+
+
 def test_a_seed_that_nobody_gave_is_drawn_and_reported(engine):
   first, other = _serve(engine, *[_request(temperature=1.0)] * 2)
-  assert first.seed != other.seed  # equal once in 2**32 runs
+  assert first.seed != other.seed  # equal once in 2**53 runs
   (again,) = _serve(engine, _request(temperature=1.0, seed=first.seed))
   assert again.token_ids == first.token_ids
 

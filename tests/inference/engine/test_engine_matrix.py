@@ -102,11 +102,11 @@ def _requests():
     request(16, 17, **greedy, **penalties),
     request(32, 33, seed=4, **filters, max_tokens=14),
     request(20, 31, seed=5, n=3),
-    request(40, 48, seed=6, n=2, prompt_logprobs=2),
+    request(40, 48, seed=2**40 + 6, n=2, prompt_logprobs=2),
     request(64, 64, **greedy),
     request(64, 65, seed=7, temperature=1.3, **filters, **penalties),
     request(80, 90, **greedy, prompt_logprobs=0),
-    request(60, 100, seed=2**32 - 1, max_tokens=20, ignore_eos=True),
+    request(60, 100, seed=-(2**63), max_tokens=20, ignore_eos=True),
     request(30, 40, **penalties, seed=8, target=33),
     request(100, 128, **greedy, max_tokens=1, target=0, prompt_logprobs=1),
   )

@@ -351,14 +351,20 @@ def test_the_edge_of_top_p_does_not_depend_on_the_number_of_rows():
     np.testing.assert_array_equal(alone_1V[0], together_BV[row])
 
 
-def test_the_key_is_of_the_seed_and_the_position():
-  logits_BV = jnp.zeros((5, 600))
-  sampler = sampler_lib.stack([_row(seed=seed) for seed in (1, 1, 1, 2, 0)])
-  seen_BV = jnp.zeros((5, 600), jnp.int32)
-  tokens_B = _sample(logits_BV, sampler, seen_BV, jnp.array([3, 3, 4, 3, 3]))
-  first, again, next_position, other_seed, _ = tokens_B.tolist()
+def test_the_key_is_of_the_whole_seed_and_the_position():
+  seeds = (1, 1, 1, 2, 2**32, 2**32 + 1, 2**63, 2**63 - 1, -1, 0)
+  size = len(seeds)
+  logits_BV = jnp.zeros((size, 50_000))
+  sampler = sampler_lib.stack([_row(seed=seed) for seed in seeds])
+  seen_BV = jnp.zeros(logits_BV.shape, jnp.int32)
+  positions_B = jnp.full(size, 3).at[2].set(4)
+  tokens_B = _sample(logits_BV, sampler, seen_BV, positions_B)
+  first, again, *others = tokens_B.tolist()
   assert first == again
-  assert len({first, next_position, other_seed}) == 3
+  assert len({first, *others}) == size - 1
+  # Seeds of 32 bits have JAX's own keys.
+  for place in (0, 3):
+    assert sampler.key_B[place] == jax.random.key(seeds[place])
 
 
 def test_no_setting_compiles_anything():
@@ -378,7 +384,7 @@ def test_no_setting_compiles_anything():
   for slot, chosen in enumerate(
     (
       {'temperature': 0},
-      {'seed': 2**32 - 1, 'top_k': 2**31 - 1, 'stop_ids': tuple(range(16))},
+      {'seed': 2**64 - 1, 'top_k': 2**31 - 1, 'stop_ids': tuple(range(16))},
       {'logit_bias': tuple((i, 1) for i in range(300)), 'logprobs': 20},
       {'top_p': 0.5, 'min_p': 0.2, 'repetition_penalty': 2},
       {'min_tokens': 2**31 - 1},
@@ -415,7 +421,7 @@ def test_settings_become_a_row():
       logprobs=0,
     ),
     num_prompt_tokens=11,
-    seed=2**32 - 1,
+    seed=2**63 - 2,
     eos_id=2,
   )
   assert row.temperature_B == np.float32(0.5)
@@ -424,7 +430,7 @@ def test_settings_become_a_row():
   assert sorted(row.stop_ids_BI[row.stop_ids_BI >= 0]) == [2, 8, 9]
   assert row.bias_ids_BL.tolist() == [4] + [-1] * 299
   assert row.bias_values_BL[0] == -2.5
-  assert row.key_B == np.uint32(2**32 - 1)
+  assert row.key_B.tolist() == [2**31 - 1, 2**32 - 2]
   none = sampler_lib.row(_Settings(), num_prompt_tokens=1, seed=0, eos_id=None)
   assert (none.stop_ids_BI == -1).all()
   assert none.num_logprobs_B == -1

@@ -25,7 +25,7 @@ from inference.sampling import settings
     ('presence_penalty', 2.1, 'a number from -2 to 2'),
     ('frequency_penalty', -2.1, 'a number from -2 to 2'),
     ('frequency_penalty', None, 'a number from -2 to 2'),
-    ('seed', 2**32, 'an integer from 0 to 4294967295'),
+    ('seed', 2**64, f'an integer from {-(2**63)} to {2**64 - 1}'),
     ('n', 0, 'an integer from 1'),
     ('max_tokens', 0, 'an integer from 1'),
     ('min_tokens', -1, 'an integer from 0'),

@@ -1,10 +1,12 @@
 """Log-probabilities in JSON: names of tokens, values, offsets."""
 
+import numpy as np
 import pytest
 
 from inference.sampling import logprobs
 from inference.server import logprobs_json
-from tests.helpers import tiny_models
+from tests.helpers import hf_files, tiny_models
+from text import bpe, detokenize, hf_tokenizer
 
 
 def _score(chosen, *pairs):
@@ -56,6 +58,72 @@ def test_ids_if_that_is_asked_for():
   written = _scores(as_ids=True).write([104], [_score(-1.0, (97, -0.5))], end=1)
   assert written['tokens'] == ['token_id:104']
   assert written['top_logprobs'] == [{'token_id:97': -0.5, 'token_id:104': -1}]
+
+
+@pytest.mark.parametrize('is_continued', [False, True])
+@pytest.mark.parametrize('kind', [*hf_files.FAMILIES, 'byte', 'bpe'])
+def test_a_token_with_text_has_it_at_its_offset(kind, is_continued, tmp_path):
+  tokenizer = _tokenizer(kind, tmp_path)
+  rng = np.random.default_rng(len(kind))
+  special = [tokenizer.bos_id, tokenizer.eos_id]
+  num_named = 0
+  for trial in range(60):
+    # Bytes at random are rarely UTF-8, and texts nearly always.
+    ids = rng.integers(0, tokenizer.vocab_size, 30).tolist()
+    if trial % 2:
+      words = rng.choice(hf_files.AWKWARD, 3)
+      ids = [special[trial % 4 // 2], *tokenizer.encode(' '.join(words))]
+      cut = int(rng.integers(len(ids)))
+      ids = [*ids[:cut], *rng.permutation(ids[cut:]).tolist()]
+    decoder = detokenize.StreamDecoder(tokenizer, is_continued=is_continued)
+    text = ''.join(map(decoder.push, ids)) + decoder.finish()
+    if not is_continued:
+      assert text == tokenizer.decode(ids)
+    written = logprobs_json.LogprobsWriter(
+      tokenizer, offset=2, is_continued=is_continued
+    ).write(ids, [None] * len(ids), end=2 + len(text))
+    offsets = written['text_offset']
+    assert offsets == sorted(offsets)
+    for name, offset in zip(written['tokens'], offsets, strict=True):
+      if not name.startswith('token_id:'):
+        num_named += 1
+        assert f'##{text}'.startswith(name, offset), (ids, name, offset)
+  assert num_named > 300
+
+
+def _tokenizer(kind, directory):
+  if kind == 'byte':
+    return tiny_models.byte_tokenizer()
+  if kind == 'bpe':
+    return bpe.train(hf_files.CORPUS * 3, 300)
+  return hf_tokenizer.convert(
+    hf_files.FAMILIES[kind](directory / 'theirs'), directory / 'ours'
+  )
+
+
+def test_behind_bytes_that_are_not_utf8_a_token_is_at_its_place():
+  ids = [0xE2, 0x61, 0xE2, 0x82, 0x62, 0xE0, 0x80, 0xF0, 0x9F, 0xE2, 0x82, 0xAC]
+  text = '\ufffda\ufffdb\ufffd\ufffd\ufffd€'
+  assert tiny_models.byte_tokenizer().decode(ids) == text
+  written = _scores().write(ids, [None] * len(ids), end=len(text))
+  assert written['text_offset'] == [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 7, 7]
+
+
+@pytest.mark.parametrize('kind', [*hf_files.FAMILIES, 'byte'])
+def test_a_prompt_that_its_tokenizer_changes_keeps_the_places(kind, tmp_path):
+  tokenizer = _tokenizer(kind, tmp_path)
+  text = 'Hello  World \ufb01x caf\u00e9'
+  ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+  places = logprobs_json.prompt_places(tokenizer, text, ids)
+  assert (places is None) == (tokenizer.decode(ids) == text)
+  written = logprobs_json.LogprobsWriter(tokenizer).write(
+    ids, [None] * len(ids), end=len(text), places=places
+  )
+  offsets = written['text_offset']
+  assert offsets == sorted(offsets)
+  # The first token of the last word, in the text and not in the changed one.
+  last_word = tokenizer.encode(text[: text.index(' caf')])
+  assert text.index(' caf') <= offsets[1 + len(last_word)] <= len(text) - 4
 
 
 class _Doubled:

@@ -1,6 +1,13 @@
 """The tokenizer over HTTP, as lm-eval's remote mode uses it."""
 
+import types
+from typing import Any
+
 import pytest
+
+from inference.server import schema, tokenization
+from tests.helpers import hf_files, tiny_models
+from text import hf_tokenizer
 
 
 def test_text_and_ids_and_back(http):
@@ -29,6 +36,34 @@ def test_special_tokens_are_known_by_name(http):
   for prompt in (f' {text}', text):
     body = {'prompt': prompt, 'add_special_tokens': prompt == text}
     assert len(http.post('/tokenize', json=body).json()['tokens']) > 10
+
+
+@pytest.mark.parametrize(
+  ('family', 'bos', 'eos', 'pad'),
+  [
+    ('llama3', '<|begin_of_text|>', '<|eot_id|>', None),
+    ('qwen', None, '<|im_end|>', '<|endoftext|>'),
+    ('llama2', '<s>', '</s>', None),
+    ('gpt2', '<|endoftext|>', '<|endoftext|>', None),
+    ('wordpiece', '[CLS]', '[SEP]', '[PAD]'),
+  ],
+)
+def test_the_strings_are_those_of_the_model(family, bos, eos, pad, tmp_path):
+  hf_files.FAMILIES[family](tmp_path / 'theirs')
+  tokenizer = hf_tokenizer.convert(tmp_path / 'theirs', tmp_path / 'ours')
+  generator: Any = types.SimpleNamespace(
+    tokenizer=tokenizer,
+    frozen=types.SimpleNamespace(
+      config=tiny_models.llama_like(), chat_template='{{ bos_token }}'
+    ),
+  )
+  info = tokenization.info(generator)
+  strings = info['bos_token'], info['eos_token'], info['pad_token']
+  assert strings == (bos, eos, pad)
+  for text in filter(None, strings):
+    body = schema.TokenizeRequest(prompt=text, add_special_tokens=False)
+    tokens = tokenization.tokenize(generator, body)['tokens']
+    assert tokens == [tokenizer.special_tokens[text]]
 
 
 @pytest.mark.parametrize(

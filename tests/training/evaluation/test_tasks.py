@@ -59,7 +59,7 @@ def test_a_run_records_scores_with_their_errors(corpus, tasks, tmp_path):
   frozen = frozen_format.read(workdir / 'frozen')
   tokenizer = tiny_models.byte_tokenizer()
   net = no_network.Network(
-    transformer.Transformer(experiment.model).apply,
+    transformer.Transformer(frozen.config).apply,
     frozen.params,
     tokenizer,
     16,
