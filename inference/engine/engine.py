@@ -99,11 +99,10 @@ class Engine:
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
-    kv_dtype = dtype if config.kv_dtype == 'model' else config.kv_dtype
     self.page_tokens = config.page_tokens(model_config.max_length)
     backend = execution.choose(config, model_config, dtype, device.platform)
     self.page_bytes = self.page_tokens * _kv_bytes_per_token(
-      model_config, kv_dtype, backend.channels
+      model_config, backend
     )
     num_pages = config.pool_pages(
       model_config,
@@ -124,7 +123,7 @@ class Engine:
         num_slots=config.max_sequences,
         num_pages=num_pages,
         page_size=self.page_tokens,
-        kv_dtype=kv_dtype,
+        kv_dtype=backend.kv_dtype,
         channels=backend.channels,
         vocab_size=tokenizer.vocab_size,
       )
@@ -483,10 +482,11 @@ class Engine:
 
 
 def _kv_bytes_per_token(
-  config: model_config_lib.ModelConfig, dtype: Any, channels: int
+  config: model_config_lib.ModelConfig, backend: execution.Backend
 ) -> float:
-  vector = channels * jnp.dtype(dtype).itemsize
-  if jnp.dtype(dtype) == jnp.int8:
+  dtype = jnp.dtype(backend.kv_dtype)
+  vector = backend.channels * dtype.itemsize
+  if dtype == jnp.int8:
     vector += 4  # the float32 scale of the vector
   num_vectors, _ = kv_cache.rows_and_width(config)
   return config.num_layers * num_vectors * vector

@@ -17,10 +17,11 @@ _KERNELS = {
 
 
 class Backend(NamedTuple):
-  """The execution of a step, and the width of the pages that it needs."""
+  """The execution of a step, and the pages that it needs."""
 
   execution: execution_lib.Execution
   channels: int  # C of pages
+  kv_dtype: Any  # of pages
 
 
 def choose(
@@ -41,14 +42,19 @@ def choose(
       does not accept the model, or no path accepts the model.
   """
   _, width = kv_cache.rows_and_width(model)
-  path, backend = supports.PAGED, Backend(execution_lib.Execution(), width)
+  kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
+  if platform == 'cpu' and kv_dtype == jnp.bfloat16:
+    kv_dtype = kv_cache.BFLOAT16_BITS
+  backend = Backend(execution_lib.Execution(), width, kv_dtype)
+  path = supports.PAGED
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
       raise ValueError(
         "engine.attention: got 'kernel' with invariant numerics, expected"
         " 'auto'; kernels choose their shapes themselves"
       )
-    path, backend = supports.INVARIANT, Backend(invariant.execution(), width)
+    path = supports.INVARIANT
+    backend = backend._replace(execution=invariant.execution())
   elif config.attention != 'reference':
     refusal = (
       f'got platform {platform!r}, expected one of {", ".join(_KERNELS)}; set'
@@ -62,7 +68,9 @@ def choose(
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
       if not refusal:
-        return Backend(execution_lib.Execution(attend_cached=attend), channels)
+        return Backend(
+          execution_lib.Execution(attend_cached=attend), channels, kv_dtype
+        )
     if config.attention == 'kernel':
       raise ValueError(f"engine.attention: got 'kernel', but {refusal}")
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
