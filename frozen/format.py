@@ -187,11 +187,22 @@ def abstract_params(
   config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
   """Returns the shapes of a model's variables, all of one dtype."""
-  model = transformer.Transformer(config=config)
+  # Layers that are alike are traced as one stack, which takes less time.
+  is_stacked = config.is_uniform
+  model = transformer.Transformer(
+    config=dataclasses.replace(config, scan_layers=is_stacked)
+  )
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
+  if is_stacked and not config.scan_layers:
+    layers = variables['params'].pop('layers')
+    for n in range(config.num_layers):
+      variables['params'][f'layer_{n}'] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers
+      )
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-    jax.eval_shape(model.init, jax.random.key(0), tokens_11),
+    variables,
   )
 
 
