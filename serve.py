@@ -181,7 +181,7 @@ def _listen() -> None:
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
   print(f'serving {manifest.experiment!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
-    lambda: generate.load(FLAGS.model, config),
+    lambda: generate.load(FLAGS.model, config, compile_all=False),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   server = uvicorn.Server(
@@ -196,11 +196,11 @@ def _listen() -> None:
     with contextlib.suppress(KeyboardInterrupt):
       server.run()
   finally:
-    if loop.is_loading:
-      # The thread compiles. XLA cannot be interrupted, and an ordinary exit of
-      # the process would wait for XLA, or crash.
+    if loop.is_compiling:
+      # XLA cannot be interrupted, and an ordinary exit of the process would
+      # wait for XLA, or crash.
       sys.stdout.flush()
-      os._exit(1)
+      os._exit(1 if loop.is_loading or loop.failure else 0)
   if loop.failure:
     raise loop.failure
 

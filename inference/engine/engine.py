@@ -82,8 +82,9 @@ class Engine:
     weights_digest: str,
     dtype: Any = jnp.float32,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
+    compile_all: bool = True,
   ):
-    """Allocates the KV cache and compiles every program.
+    """Allocates the KV cache and compiles the programs.
 
     Args:
       model_config: of the model; scanned layers are unstacked.
@@ -92,6 +93,8 @@ class Engine:
       weights_digest: of the params; cached prefixes belong to one digest.
       dtype: of the computation, and of the KV cache unless it is int8.
       config: the layout of the engine.
+      compile_all: False compiles the few programs that every step can use. The
+        others are left to `compile_rest`.
     """
     params, model_config = layout.unstack(params, model_config)
     self.config, self.model_config = config, model_config
@@ -136,8 +139,10 @@ class Engine:
         chunk_tokens=config.chunk_tokens,
         table_width=config.table_width(model_config.max_length),
         vocab_size=tokenizer.vocab_size,
+        compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
+    self._device = device
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
@@ -151,6 +156,11 @@ class Engine:
   def has_work(self) -> bool:
     """Whether a step would do anything."""
     return bool(self._live) or self._flight is not None
+
+  def compile_rest(self) -> None:
+    """Compiles the programs that are left, in a thread beside the engine's."""
+    with jax.default_device(self._device):
+      self._programs.compile_rest()
 
   @property
   def num_waiting(self) -> int:
