@@ -81,7 +81,7 @@ class Generator:
     chosen = {
       name: value for name, value in chosen.items() if value is not None
     }
-    room = self.frozen.config.max_length - len(self.prompt_ids(prompt))
+    room = self.engine.context - len(self.prompt_ids(prompt))
     if 'max_tokens' not in chosen and room < (
       self.defaults.max_tokens or math.inf
     ):

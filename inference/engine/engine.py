@@ -102,13 +102,14 @@ class Engine:
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
-    self.page_tokens = config.page_tokens(model_config.max_length)
+    self.context = config.context(model_config.max_length)
+    self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
     self.page_bytes = self.page_tokens * _kv_bytes_per_token(
       model_config, backend
     )
     num_pages = config.pool_pages(
-      model_config,
+      self.context,
       bytes_per_token=self.page_bytes / self.page_tokens,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
       memory_bytes=peaks.memory_bytes(device),
@@ -137,7 +138,7 @@ class Engine:
         state=self._state,
         shapes=[steps.Shape(*shape) for shape in config.step_shapes()],
         chunk_tokens=config.chunk_tokens,
-        table_width=config.table_width(model_config.max_length),
+        table_width=config.table_width(self.context),
         vocab_size=tokenizer.vocab_size,
         compile_all=compile_all,
       )
@@ -148,6 +149,17 @@ class Engine:
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
+
+  def layout_text(self) -> str:
+    """Returns the sizes of the KV cache as one line."""
+    pages = self.manager.tables.allocator.num_usable
+    tokens = pages * self.page_tokens
+    return (
+      f'KV cache {pages * self.page_bytes / 2**20:,.0f} MiB: {pages:,} pages of'
+      f' {self.page_tokens:,} tokens; {self.config.max_sequences} sequences run'
+      f' at once, of at most {min(self.context, tokens + 1):,} tokens each and'
+      f' {tokens:,} together'
+    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -179,7 +191,7 @@ class Engine:
     room = requests_lib.room_for(
       request,
       vocab_size=self.tokenizer.vocab_size,
-      context=self.model_config.max_length,
+      context=self.context,
       capacity=capacity,
     )
     return dataclasses.replace(request, room=room)

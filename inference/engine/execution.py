@@ -103,8 +103,8 @@ def _largest_step(
   """Returns the shapes of queries and cache of the largest step."""
   decodes = config.max_sequences
   chunks = config.max_mixed_chunks
-  size = config.page_tokens(model.max_length)
-  width = config.table_width(model.max_length)
+  context = config.context(model.max_length)
+  size, width = config.page_tokens(context), config.table_width(context)
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
 
   def shapes():

@@ -22,7 +22,7 @@ def info(generator: generate.Generator) -> dict[str, Any]:
   return {
     'tokenizer_class': generator.tokenizer.kind,
     'vocab_size': generator.tokenizer.vocab_size,
-    'model_max_length': generator.frozen.config.max_length,
+    'model_max_length': generator.engine.context,
     **{name: f'<|{name}|>' for name in _special_ids(generator)},
     'chat_template': generator.frozen.chat_template or None,
   }
@@ -50,7 +50,7 @@ def tokenize(
   return {
     'tokens': ids,
     'count': len(ids),
-    'max_model_len': generator.frozen.config.max_length,
+    'max_model_len': generator.engine.context,
   }
 
 
