@@ -105,7 +105,7 @@ def _complete(prompt: str, chosen) -> None:
   from frozen import format as frozen_format
 
   generator = _load_small(FLAGS.n or 1)
-  before = frozen_format.weights_digest(generator.frozen.params)
+  before = generator.frozen.manifest.weights_digest  # verified by `load`
   settings = generator.settings_for(prompt, **chosen)
   updates = generator.updates([prompt], settings)
   _show(prompt)
@@ -116,7 +116,7 @@ def _complete(prompt: str, chosen) -> None:
     if update.completion:
       done[update.index] = update.completion
   after = frozen_format.weights_digest(generator.frozen.params)
-  is_same = before == after == generator.frozen.manifest.weights_digest
+  is_same = before == after
   print('\n')
   completions = [done[index] for index in sorted(done)]
   if settings.n > 1:

@@ -151,13 +151,15 @@ def read(
   """
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
-  manifest_lib.check_files(directory, manifest)
-  config = _config_of(directory, manifest)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = _restore(
-    directory / file_names.PARAMS, config, manifest.dtype, sharding
-  )
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # In a thread: digests need no Python lock, and shapes are traced meanwhile.
+    checked = pool.submit(manifest_lib.check_files, directory, manifest)
+    config = _config_of(directory, manifest)
+    if sharding is None:
+      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = abstract_params(config, manifest.dtype, sharding)
+    checked.result()
+  params = _restore(directory / file_names.PARAMS, target)
   if (digest := weights_digest(params)) != manifest.weights_digest:
     raise ValueError(
       f'{directory / file_names.PARAMS}: got weights with digest {digest},'
@@ -266,8 +268,7 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
       )
 
 
-def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
-  target = abstract_params(config, dtype, sharding)
+def _restore(path: pathlib.Path, target: Params) -> Params:
   with checkpointer() as reader:
     # Compared first: orbax casts to the wanted dtype and says nothing, and its
     # error for a wrong shape is pages long.
