@@ -23,6 +23,7 @@ from absl import app, flags, logging
 
 # None of these imports JAX: --help and a wrong flag need not wait for it.
 from evals import options as eval_options
+from hardware import compilation_cache, host_memory
 from inference import flags as flags_lib
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
 
       print(plan.report(plan.make(FLAGS.model, FLAGS.plan)))
       return
+    host_memory.reuse_freed_memory()  # as the serving benchmarks do
     _cache_compilations()
     if way == 'port':
       _listen()
@@ -110,7 +112,7 @@ def _complete(prompt: str, chosen) -> None:
   from inference import terminal_chat
 
   generator = _load_small(FLAGS.n or 1)
-  before = frozen_format.weights_digest(generator.frozen.params)
+  before = generator.frozen.manifest.weights_digest  # verified by `load`
   if FLAGS.system is None:
     if warning := generator.warning(prompt):
       print(f'warning: {warning}', file=sys.stderr)
@@ -129,7 +131,7 @@ def _complete(prompt: str, chosen) -> None:
     if update.completion:
       done[update.index] = update.completion
   after = frozen_format.weights_digest(generator.frozen.params)
-  is_same = before == after == generator.frozen.manifest.weights_digest
+  is_same = before == after
   print('\n')
   completions = [done[index] for index in sorted(done)]
   for completion in completions:
@@ -138,6 +140,7 @@ def _complete(prompt: str, chosen) -> None:
     for completion in completions:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
   print(_speed(completions, generator.engine.compile_seconds))
+  print(f'memory          {generator.engine.layout_text()}')
   print(f'weights before  {before}')
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:
@@ -197,14 +200,15 @@ def _listen() -> None:
   keys = api_keys.read(FLAGS.api_keys) if FLAGS.api_keys else None
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
   name = _served_name(manifest)
+  context = config.context(manifest.model['max_length'])
   print(f'serving {name!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
-    lambda: generate.load(FLAGS.model, config),
+    lambda: generate.load(FLAGS.model, config, compile_all=False),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   server = uvicorn.Server(
     uvicorn.Config(
-      app_lib.create_app(loop, manifest, name, keys),
+      app_lib.create_app(loop, manifest, name, keys, context=context),
       host=FLAGS.host,
       port=FLAGS.port,
       timeout_graceful_shutdown=FLAGS.drain_seconds,
@@ -214,11 +218,11 @@ def _listen() -> None:
     with contextlib.suppress(KeyboardInterrupt):
       server.run()
   finally:
-    if loop.is_loading:
-      # The thread compiles. XLA cannot be interrupted, and an ordinary exit of
-      # the process would wait for XLA, or crash.
+    if loop.is_compiling:
+      # XLA cannot be interrupted, and an ordinary exit of the process would
+      # wait for XLA, or crash.
       sys.stdout.flush()
-      os._exit(1)
+      os._exit(1 if loop.is_loading or loop.failure else 0)
   if loop.failure:
     raise loop.failure
 
@@ -255,9 +259,16 @@ def _load_small(num_sequences: int):
 def _engine_config(**defaults) -> engine_config.EngineConfig:
   """Returns the config of the flags; `defaults` are for flags not given."""
   given = _ENGINE.given()
-  if 'max_sequences' in given and 'decode_shapes' not in given:
-    # Decode shapes end with max_sequences: those of `defaults` do not fit.
-    defaults.pop('decode_shapes', None)
+  # Defaults must fit the given values. The last decode shape is max_sequences,
+  # and mixed chunks are at most the chunks of other steps.
+  for name, other in (
+    ('max_sequences', 'decode_shapes'),
+    ('decode_shapes', 'max_sequences'),
+    ('max_mixed_chunks', 'max_chunks'),
+    ('max_chunks', 'max_mixed_chunks'),
+  ):
+    if name in given:
+      defaults.pop(other, None)
   return engine_config.EngineConfig(**{**defaults, **given})
 
 
@@ -265,20 +276,12 @@ def _cache_compilations() -> None:
   """Keeps compiled programs on disk, for the next start."""
   directory = FLAGS.compilation_cache
   if directory is None:
-    if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
-      return  # JAX reads the variable
     base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    directory = pathlib.Path(base) / 'two-lives' / 'xla'
-  if directory == '':
-    return
-  import jax
-
-  for name, value in {
-    'jax_compilation_cache_dir': str(pathlib.Path(directory).expanduser()),
-    'jax_persistent_cache_min_compile_time_secs': 0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }.items():
-    jax.config.update(name, value)
+    directory = os.environ.get(
+      compilation_cache.VARIABLE, pathlib.Path(base) / 'two-lives' / 'xla'
+    )
+  if directory:
+    compilation_cache.use(pathlib.Path(directory).expanduser())
 
 
 def _heeded_by(name: str) -> tuple[str, ...]:

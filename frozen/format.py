@@ -154,15 +154,17 @@ def read(
   """
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
-  manifest_lib.check_files(directory, manifest)
-  config = _config_of(directory, manifest)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # In a thread: digests need no Python lock, and shapes are traced meanwhile.
+    checked = pool.submit(manifest_lib.check_files, directory, manifest)
+    config = _config_of(directory, manifest)
+    if sharding is None:
+      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = abstract_params(config, manifest.dtype, sharding)
+    checked.result()
   if 'spare_ids' not in manifest.model:  # written by an earlier version
     config = _masking(config, directory / file_names.TOKENIZER)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = _restore(
-    directory / file_names.PARAMS, config, manifest.dtype, sharding
-  )
+  params = _restore(directory / file_names.PARAMS, target)
   if (digest := weights_digest(params)) != manifest.weights_digest:
     raise ValueError(
       f'{directory / file_names.PARAMS}: got weights with digest {digest},'
@@ -192,11 +194,22 @@ def abstract_params(
   config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
   """Returns the shapes of a model's variables, all of one dtype."""
-  model = transformer.Transformer(config=config)
+  # Layers that are alike are traced as one stack, which takes less time.
+  is_stacked = config.is_uniform
+  model = transformer.Transformer(
+    config=dataclasses.replace(config, scan_layers=is_stacked)
+  )
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
+  if is_stacked and not config.scan_layers:
+    layers = variables['params'].pop('layers')
+    for n in range(config.num_layers):
+      variables['params'][f'layer_{n}'] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers
+      )
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-    jax.eval_shape(model.init, jax.random.key(0), tokens_11),
+    variables,
   )
 
 
@@ -272,8 +285,7 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
       )
 
 
-def _restore(path: pathlib.Path, config, dtype: str, sharding) -> Params:
-  target = abstract_params(config, dtype, sharding)
+def _restore(path: pathlib.Path, target: Params) -> Params:
   with checkpointer() as reader:
     # Compared first: orbax casts to the wanted dtype and says nothing, and its
     # error for a wrong shape is pages long.

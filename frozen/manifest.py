@@ -85,8 +85,8 @@ def read(directory: pathlib.Path) -> Manifest:
   path = directory / file_names.MANIFEST
   if not path.is_file():
     raise FileNotFoundError(
-      f'{path}: got no such file, expected a frozen directory; make one with'
-      ' `python -m frozen.freeze --workdir=RUN --out=DIR`'
+      f'{path}: got no such file, expected a frozen directory;'
+      f' {_remedy(directory)}'
     )
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
@@ -118,6 +118,35 @@ def read(directory: pathlib.Path) -> Manifest:
       ' directory again'
     )
   return manifest
+
+
+def _remedy(directory: pathlib.Path) -> str:
+  """Returns how to get a frozen directory from something else."""
+  if (directory / file_names.FROZEN / file_names.MANIFEST).is_file():
+    return f'take {directory / file_names.FROZEN}, which the run has frozen'
+  is_open = directory.suffix in ('.gguf', '.safetensors') or (
+    directory.is_dir()
+    and any(
+      path.name == 'config.json' or path.suffix in ('.gguf', '.safetensors')
+      for path in directory.iterdir()
+    )
+  )
+  # The name of a repository on the hub is no path, and looks like ORG/MODEL.
+  if is_open or not directory.exists():
+    source = directory
+    if directory.suffix == '.safetensors':
+      source = directory.parent  # with its config.json
+    remedy = (
+      'import open weights with `python -m frozen.huggingface import'
+      f' --source={source} --out=DIR`'
+    )
+    if is_open:
+      return remedy
+    return f'{remedy}, or make one with `python -m frozen.freeze`'
+  return (
+    'make one with `python -m frozen.freeze --workdir=RUN --out=DIR`, or from'
+    ' open weights with `python -m frozen.huggingface import`'
+  )
 
 
 def file_digests(directory: pathlib.Path) -> dict[str, str]:

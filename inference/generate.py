@@ -32,6 +32,8 @@ class Generator:
     self,
     frozen: frozen_format.Frozen,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
+    *,
+    compile_all: bool = True,
   ):
     self.frozen = frozen
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
@@ -50,6 +52,7 @@ class Generator:
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
       config=config,
+      compile_all=compile_all,
     )
 
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -88,7 +91,7 @@ class Generator:
     chosen = {
       name: value for name, value in chosen.items() if value is not None
     }
-    room = self.frozen.config.max_length - len(self.prompt_ids(prompt))
+    room = self.engine.context - len(self.prompt_ids(prompt))
     if 'max_tokens' not in chosen and room < (
       self.defaults.max_tokens or math.inf
     ):
@@ -185,6 +188,15 @@ class Generator:
 def load(
   directory: str | os.PathLike,
   config: engine_config.EngineConfig = engine_config.EngineConfig(),
+  *,
+  compile_all: bool = True,
 ) -> Generator:
-  """Reads and verifies a frozen directory; returns its generator."""
-  return Generator(frozen_format.read(directory), config)
+  """Reads and verifies a frozen directory; returns its generator.
+
+  Args:
+    directory: the frozen directory.
+    config: the layout of the engine.
+    compile_all: False leaves programs to `engine.compile_rest`.
+  """
+  frozen = frozen_format.read(directory)
+  return Generator(frozen, config, compile_all=compile_all)

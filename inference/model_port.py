@@ -29,7 +29,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
 
   return ports.Model(
     tokenizer=generator.tokenizer,
-    max_length=engine.model_config.max_length,
+    max_length=engine.context,
     logprob_fn=scorer(engine),
     # Several ids may end a text, of which the tokenizer knows one as its EOS.
     sample_fn=sampler(engine, stop_ids=generator.defaults.stop_ids),

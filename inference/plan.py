@@ -202,7 +202,7 @@ def compile_decode_step(
       num_slots=num_sequences,
       num_pages=num_sequences * per_sequence + 1,
       page_size=tokens,
-      kv_dtype=dtype,
+      kv_dtype=backend.kv_dtype,
       channels=backend.channels,
       vocab_size=config.vocab_size,
     )

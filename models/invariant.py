@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from models import execution as execution_lib, kv_cache
 from models.attention import form as form_lib, paged
+from models.linear import plain
 
 TILE_ROWS = 32  # of matrix products
 # Queries of one sequence that attention computes together. A prompt fills such
@@ -100,8 +101,8 @@ def apply_experts(
   """
   num_active = ids_BTA.shape[-1]
 
-  def expert(y_BTAD, item):
-    index, kernel = item
+  def expert(y_BTAD, index):
+    kernel = {name: plain.matrix(w, index) for name, w in kernels.items()}
     up_BTF = linear(x_BTD, kernel['up'], None, dtype)
     if 'gate' in kernel:
       hidden_BTF = nn.silu(linear(x_BTD, kernel['gate'], None, dtype)) * up_BTF
@@ -115,9 +116,7 @@ def apply_experts(
 
   num_experts = kernels['down'].shape[0]
   empty_BTAD = jnp.zeros((*ids_BTA.shape, x_BTD.shape[-1]), dtype)
-  y_BTAD, _ = jax.lax.scan(
-    expert, empty_BTAD, (jnp.arange(num_experts), dict(kernels))
-  )
+  y_BTAD, _ = jax.lax.scan(expert, empty_BTAD, jnp.arange(num_experts))
   y_BTD = jnp.zeros(x_BTD.shape, jnp.float32)
   for a in range(num_active):  # a fixed order of summation
     y_BTD += y_BTAD[:, :, a].astype(jnp.float32) * gates_BTA[:, :, a, None]

@@ -30,6 +30,10 @@ from models import model_config
 
 # The dtype of pages that are quantized; the other choice is the model's dtype.
 INT8 = 'int8'
+# The dtype of pages that hold the bits of bfloat16, on CPU. XLA:CPU writes and
+# gathers bfloat16 in float32: each layer would convert the whole pool to
+# float32 and back in every step.
+BFLOAT16_BITS = 'uint16'
 
 
 class LayerCache(NamedTuple):
@@ -138,7 +142,7 @@ def init_pages(
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
     dtype: of the stored keys and values; `INT8` adds a scale per token and
-      head.
+      head, `BFLOAT16_BITS` stores bfloat16.
     channels: of a stored head, at least those of the model; 0: those of the
       model. Further channels stay zero, for a kernel that reads whole
       registers.
@@ -209,9 +213,22 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
     kv_TYC, scale_TY = quantize(kv_TYC)
     scale_PQY = scale_PQY.at[where].set(scale_TY, mode='drop')
   kv_PQYC = pages.kv_PQYC.at[where].set(
-    kv_TYC.astype(pages.kv_PQYC.dtype), mode='drop'
+    _stored(kv_TYC, pages.kv_PQYC.dtype), mode='drop'
   )
   return cache._replace(pages=Pages(kv_PQYC, scale_PQY))
+
+
+def _stored(kv: jax.Array, dtype) -> jax.Array:
+  if dtype == BFLOAT16_BITS:
+    return jax.lax.bitcast_convert_type(kv.astype(jnp.bfloat16), dtype)
+  return kv.astype(dtype)
+
+
+def loaded(stored: jax.Array, dtype: Any) -> jax.Array:
+  """Returns keys and values from pages without scale, in `dtype`."""
+  if stored.dtype == BFLOAT16_BITS:
+    stored = jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+  return stored.astype(dtype)
 
 
 def _places(cache: PagedLayer, positions_T, num_pages: int, page_size: int):

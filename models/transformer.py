@@ -11,6 +11,7 @@ The layers are in `models/block.py`. Families of models differ in their
 `ModelConfig` fields only; no module belongs to one family.
 """
 
+import functools
 from typing import Any, cast
 
 from flax import linen as nn
@@ -194,8 +195,11 @@ class Transformer(nn.Module):
       x_BTD, (cache, routing) = self.layers(x_BTD, cache, *shared)
       return x_BTD, cache, routing
     entries = cache or (None,) * self.config.num_layers
+    layers = self.layer
+    if cache is not None and not self.is_initializing():
+      layers = self._layers_traced_once()
     results = []
-    for layer, entry in zip(self.layer, entries, strict=True):
+    for layer, entry in zip(layers, entries, strict=True):
       x_BTD, result = layer(x_BTD, entry, *shared)
       results.append(result)
     written, routings = zip(*results, strict=True)
@@ -205,6 +209,27 @@ class Transformer(nn.Module):
     if routings:
       routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
     return x_BTD, written if cache is not None else None, routing
+
+  def _layers_traced_once(self):
+    """Returns a function per layer; JAX traces each kind of layer once.
+
+    An engine traces its model for every shape of a step. XLA inlines the calls
+    and compiles the same program as without them.
+    """
+    config, calls = self.config, {}
+    for layer in map(config.layer, range(config.num_layers)):
+      if layer not in calls:
+        block = block_lib.Block(
+          config, self.dtype, self.execution, layer, parent=None
+        )
+        calls[layer] = jax.jit(block.apply)
+    params = self.variables['params']
+    return [
+      functools.partial(
+        calls[config.layer(n)], {'params': params[f'layer_{n}']}
+      )
+      for n in range(config.num_layers)
+    ]
 
   def _run_layers_elsewhere(self, x_BTD, shared):
     """Returns x and the routing of the port `run_layers`, a pipeline."""

@@ -85,9 +85,3 @@ def test_entries_that_nobody_has_read_for_long_go(store):
   os.utime(store / 'old-cache', (long_ago, long_ago))
   compiled_programs.prune(store, max_age_s=50)
   assert [path.name for path in store.iterdir()] == ['new-cache']
-
-
-@pytest.mark.parametrize('entry', [b'', b'neither format', ENTRY[:-1]])
-def test_what_is_no_whole_entry_is_seen(entry):
-  assert not compiled_programs.is_whole(entry)
-  assert compiled_programs.is_whole(ENTRY)

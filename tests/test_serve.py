@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from evals.results import scores
 from frozen import format as frozen_format, manifest as manifest_lib
+from hardware import compilation_cache
+from inference import generate
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
 from models import transformer
@@ -81,6 +84,11 @@ def test_prompt_streams_then_reports_speed_and_an_unchanged_digest(model):
   assert re.search(r'decode +[\d,.]+ tokens/s \(4 tokens, ended by length', out)
   assert 'seed 3' in out
   assert re.search(r'compilation +[\d.]+ s, not counted above', out)
+  assert re.search(
+    r'memory +KV cache \d+ MiB: 2 pages of 16 tokens; 1 sequences run at once,'
+    ' of at most 32 tokens each and 32 together',
+    out,
+  )
   assert f'weights before  {digest}' in out
   assert f'weights after   {digest}  unchanged' in out
 
@@ -115,6 +123,36 @@ def test_a_prompt_with_a_system_prompt_is_a_chat(model):
   assert (code, err) == (0, '')
   # BOS and 'System: S\n\nUser: a\n\nAssistant:'.
   assert re.search(r'prefill .*\(31 tokens', out)
+
+
+def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
+  """Every entry is found again, but for one that a kill has cut short."""
+  directory, _ = model
+
+  def entries(cache):
+    # JAX notes in other files when it has read an entry.
+    return {each.name: each.read_bytes() for each in cache.glob('*-cache')}
+
+  def run(cache):
+    code, _, err = _run_alone(
+      f'--model={directory}',
+      '--prompt=a',
+      '--max_tokens=2',
+      f'--compilation_cache={cache}',
+    )
+    assert (code, err) == (0, '')
+
+  first, copy = tmp_path / 'first', tmp_path / 'elsewhere' / 'copy'
+  run(first)
+  before = entries(first)
+  shutil.copytree(first, copy)
+  path = max(copy.glob('*-cache'), key=lambda each: each.stat().st_size)
+  path.write_bytes(path.read_bytes()[:-100])
+  run(copy)
+  after = entries(copy)
+  assert before.keys() == after.keys()
+  assert {name for name in after if after[name] != before[name]} <= {path.name}
+  assert compilation_cache.is_whole(after[path.name])
 
 
 def test_chat_ends_with_its_input(model):
@@ -180,6 +218,20 @@ def test_a_process_that_is_asked_nothing_exits_with_2():
     (
       ['--model={model}', '--prompt=a', '--temperature=-1'],
       'temperature: got -1.0, expected a number >= 0',
+    ),
+    (
+      ['--model={model}', '--port=0', '--engine.max_length=33'],
+      'engine.max_length: got 33, expected at most the 32 tokens of the',
+    ),
+    (
+      ['--model={model}', '--prompt=a', '--engine.kv_memory=1kB'],
+      'engine.kv_memory: got 1kB, expected at least 1MiB, for one sequence of',
+    ),
+    (
+      ['--model={empty}/x.gguf', '--prompt=a'],
+      '{empty}/x.gguf/manifest.json: got no such file, expected a frozen'
+      ' directory; import open weights with `python -m frozen.huggingface'
+      ' import --source={empty}/x.gguf --out=DIR`',
     ),
     (
       ['--model={empty}', '--prompt=a'],
@@ -273,6 +325,30 @@ def test_flags_of_the_engine_come_before_the_defaults_of_a_way(defined_flags):
   ) == engine_config.EngineConfig(
     page_size=8, chunk_tokens=128, decode_shapes=(2, 32)
   )
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    {'max_chunks': 4},
+    {'max_chunks': 1},
+    {'max_mixed_chunks': 2},
+    {'max_sequences': 3},
+    {'decode_shapes': [2, 4]},
+  ],
+)
+def test_defaults_of_a_way_follow_given_flags(
+  given, defined_flags, monkeypatch
+):
+  made = []
+  monkeypatch.setattr(generate, 'load', lambda _, config: made.append(config))
+  flags.FLAGS(['serve.py', '--model=anything'])
+  for name, value in given.items():
+    flags.FLAGS[f'engine.{name}'].value = value
+  serve._load_small(2)
+  for name, value in given.items():
+    value = tuple(value) if isinstance(value, list) else value
+    assert getattr(made[0], name) == value
 
 
 def test_every_flag_says_which_ways_heed_it(defined_flags):

@@ -76,8 +76,9 @@ class Engine:
     weights_digest: str,
     dtype: Any = jnp.float32,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
+    compile_all: bool = True,
   ):
-    """Allocates the KV cache and compiles every program.
+    """Allocates the KV cache and compiles the programs.
 
     Args:
       model_config: of the model; scanned layers are unstacked.
@@ -86,6 +87,8 @@ class Engine:
       weights_digest: of the params; cached prefixes belong to one digest.
       dtype: of the computation, and of the KV cache unless it is int8.
       config: the layout of the engine.
+      compile_all: False compiles the few programs that every step can use. The
+        others are left to `compile_rest`.
     """
     params, model_config = layout.unstack(params, model_config)
     self.config, self.model_config = config, model_config
@@ -93,14 +96,14 @@ class Engine:
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
-    kv_dtype = dtype if config.kv_dtype == 'model' else config.kv_dtype
-    self.page_tokens = config.page_tokens(model_config.max_length)
+    self.context = config.context(model_config.max_length)
+    self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
     self.page_bytes = self.page_tokens * execution.kv_bytes_per_token(
-      model_config, kv_dtype, backend.channels
+      model_config, backend
     )
     num_pages = config.pool_pages(
-      model_config,
+      self.context,
       bytes_per_token=self.page_bytes / self.page_tokens,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
       memory_bytes=peaks.memory_bytes(device),
@@ -118,7 +121,7 @@ class Engine:
         num_slots=config.max_sequences,
         num_pages=num_pages,
         page_size=self.page_tokens,
-        kv_dtype=kv_dtype,
+        kv_dtype=backend.kv_dtype,
         channels=backend.channels,
         vocab_size=tokenizer.vocab_size,
       )
@@ -129,15 +132,28 @@ class Engine:
         state=self._state,
         shapes=[steps.Shape(*shape) for shape in config.step_shapes()],
         chunk_tokens=config.chunk_tokens,
-        table_width=config.table_width(model_config.max_length),
+        table_width=config.table_width(self.context),
         vocab_size=tokenizer.vocab_size,
+        compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
+    self._device = device
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
+
+  def layout_text(self) -> str:
+    """Returns the sizes of the KV cache as one line."""
+    pages = self.manager.tables.allocator.num_usable
+    tokens = pages * self.page_tokens
+    return (
+      f'KV cache {pages * self.page_bytes / 2**20:,.0f} MiB: {pages:,} pages of'
+      f' {self.page_tokens:,} tokens; {self.config.max_sequences} sequences run'
+      f' at once, of at most {min(self.context, tokens + 1):,} tokens each and'
+      f' {tokens:,} together'
+    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -146,6 +162,11 @@ class Engine:
   def has_work(self) -> bool:
     """Whether a step would do anything."""
     return bool(self._live) or self._flight is not None
+
+  def compile_rest(self) -> None:
+    """Compiles the programs that are left, in a thread beside the engine's."""
+    with jax.default_device(self._device):
+      self._programs.compile_rest()
 
   @property
   def num_waiting(self) -> int:
@@ -164,7 +185,7 @@ class Engine:
     room = requests_lib.room_for(
       request,
       vocab_size=self.tokenizer.vocab_size,
-      context=self.model_config.max_length,
+      context=self.context,
       capacity=capacity,
     )
     return dataclasses.replace(request, room=room)

@@ -5,11 +5,12 @@ wait for JAX.
 """
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from checks import expect
 from inference.scheduling import scheduler
-from models import model_config
 
 NUMERICS = ('fast', 'invariant')
 KV_DTYPES = ('model', 'int8')
@@ -20,6 +21,11 @@ ATTENTION = ('auto', 'reference', 'kernel')
 _KV_SHARE = 0.8
 # The same for a CPU: its memory also serves the rest of the machine.
 _HOST_SHARE = 0.25
+# What pages take of a CPU's memory unless a flag says more. One sequence of the
+# whole context always has room, if the share allows it.
+_HOST_BYTES = 2**30
+
+_SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
 
 
 def _field(default: Any, text: str) -> Any:
@@ -36,9 +42,15 @@ class EngineConfig:
   """
 
   max_sequences: int = _field(
-    32,
+    None,
     'Number of sequences that run at once. Raise it for more throughput; each'
-    ' sequence needs room in the KV cache.',
+    ' sequence needs room in the KV cache. Default: the largest of'
+    ' decode_shapes, else 32.',
+  )
+  max_length: int = _field(
+    0,
+    'Largest number of tokens of a prompt and its completion. 0: the context of'
+    ' the model. Less needs less memory.',
   )
   page_size: int = _field(
     16,
@@ -47,22 +59,30 @@ class EngineConfig:
   )
   num_pages: int = _field(
     0,
-    'Number of pages in the KV cache. 0 takes as many as memory allows, but not'
-    ' more than max_sequences sequences of the whole context need.',
+    'Number of pages in the KV cache. 0 takes as many as kv_memory holds, but'
+    ' not more than max_sequences sequences of the whole context need.',
+  )
+  kv_memory: str = _field(
+    '',
+    'Memory of the KV cache, such as 2GiB or 500MB. If not given: four fifths'
+    ' of what the weights leave free; on a CPU 1GiB, or what one sequence of'
+    ' the whole context needs.',
   )
   chunk_tokens: int = _field(
     16,
     'Prompt tokens per chunk, R. A prompt is computed in chunks of this size.',
   )
   max_chunks: int = _field(
-    16,
-    'Largest number of prompt chunks in a step in which no sequence decodes.',
+    None,
+    'Largest number of prompt chunks in a step in which no sequence decodes.'
+    ' Default: 16, or max_mixed_chunks if that is more.',
   )
   max_mixed_chunks: int = _field(
-    4,
+    None,
     'Largest number of prompt chunks in a step in which sequences decode. It'
     ' bounds how long prompts delay running sequences. Lower it for a steadier'
-    ' inter-token latency, raise it for a shorter time to first token.',
+    ' inter-token latency, raise it for a shorter time to first token. Default:'
+    ' 4, or max_chunks if that is less.',
   )
   # 1000: measured on CPU, attention to so many tokens takes as long as the
   # other matrix products of a chunk.
@@ -114,10 +134,27 @@ class EngineConfig:
   )
 
   def __post_init__(self):
+    for name, value in (
+      ('max_sequences', max(self.decode_shapes, default=32)),
+      ('max_chunks', max(16, self.max_mixed_chunks or 0)),
+      ('max_mixed_chunks', None),
+    ):
+      if getattr(self, name) is None:
+        # The second of the chunks' defaults follows the first.
+        value = min(4, self.max_chunks) if value is None else value
+        object.__setattr__(self, name, value)
     expect.one_of('engine.numerics', self.numerics, NUMERICS)
     expect.one_of('engine.kv_dtype', self.kv_dtype, KV_DTYPES)
     expect.one_of('engine.attention', self.attention, ATTENTION)
     expect.at_least('engine.num_pages', self.num_pages, 0)
+    expect.at_least('engine.max_length', self.max_length, 0)
+    if self.kv_memory:
+      _num_bytes(self.kv_memory)
+      if self.num_pages:
+        raise ValueError(
+          f'engine.kv_memory: got {self.kv_memory} and num_pages ='
+          f' {self.num_pages}, expected one of them; leave one out'
+        )
     expect.at_least('engine.max_waiting', self.max_waiting, 0)
     tile, size = _tile_slots(), self.page_size
     if size < 0 or (size and tile % size and size % tile):
@@ -132,6 +169,19 @@ class EngineConfig:
         f' largest of them max_sequences = {self.max_sequences}'
       )
     self.limits(tile)  # Limits checks its own fields
+
+  def context(self, model_length: int) -> int:
+    """Returns the most tokens of a sequence: max_length, or the model's.
+
+    Raises:
+      ValueError: max_length is more than the model has positions for.
+    """
+    if self.max_length > model_length:
+      raise ValueError(
+        f'engine.max_length: got {self.max_length}, expected at most the'
+        f' {model_length} tokens of the context of the model'
+      )
+    return self.max_length or model_length
 
   def page_tokens(self, max_length: int) -> int:
     """Returns Q, tokens per page; a dense page holds the padded context."""
@@ -178,7 +228,7 @@ class EngineConfig:
 
   def pool_pages(
     self,
-    model: model_config.ModelConfig,
+    context: int,
     *,
     bytes_per_token: float,
     weight_bytes: float,
@@ -188,22 +238,36 @@ class EngineConfig:
     """Returns P, the pages of the pool: `num_pages` or what fits, and page 0.
 
     Args:
-      model: its max_length is the context.
+      context: tokens of the longest sequence.
       bytes_per_token: of the KV cache, all layers.
       weight_bytes: of the model.
       memory_bytes: of the device.
       is_host: whether the device is the CPU.
 
     Raises:
-      ValueError: the memory does not hold a page.
+      ValueError: the memory does not hold a page, or `kv_memory` not a sequence
+        of the whole context.
     """
-    tokens = self.page_tokens(model.max_length)
-    per_sequence = -(-model.max_length // tokens)
-    if not (num_pages := self.num_pages):
+    tokens = self.page_tokens(context)
+    page_bytes = bytes_per_token * tokens
+    per_sequence = -(-context // tokens)
+    if self.num_pages:
+      return self.num_pages + 1
+    if self.kv_memory:
+      room = _num_bytes(self.kv_memory) - page_bytes  # page 0
+    else:
       share = _HOST_SHARE if is_host else _KV_SHARE
       room = (memory_bytes - weight_bytes) * share
-      fitting = int(room // (bytes_per_token * tokens))
-      num_pages = min(self.max_sequences * per_sequence, fitting)
+      if is_host:
+        room = min(room, max(_HOST_BYTES, per_sequence * page_bytes))
+    num_pages = min(self.max_sequences * per_sequence, int(room // page_bytes))
+    if self.kv_memory and num_pages < per_sequence:
+      least = math.ceil((per_sequence + 1) * page_bytes / 2**20)
+      raise ValueError(
+        f'engine.kv_memory: got {self.kv_memory}, expected at least {least}MiB,'
+        f' for one sequence of {context} tokens; raise it, or lower'
+        ' engine.max_length'
+      )
     if num_pages < 1:
       raise ValueError(
         f'engine.num_pages: got room for {num_pages} pages of {tokens} tokens'
@@ -211,6 +275,22 @@ class EngineConfig:
         ' device, smaller pages or kv_dtype int8'
       )
     return num_pages + 1
+
+
+def _num_bytes(text: str) -> int:
+  """Returns the bytes of a size such as '2GiB' or '500 MB'.
+
+  Raises:
+    ValueError: it is no size, or 0.
+  """
+  found = _SIZE.fullmatch(text.strip())
+  if not found or not float(found[1]):
+    raise ValueError(
+      f'engine.kv_memory: got {text!r}, expected a size such as 2GiB or 500MB'
+    )
+  unit = found[2].upper()
+  base = 1024 if unit.endswith('I') else 1000
+  return int(float(found[1]) * base ** ' KMGT'.index(unit[:1] or ' '))
 
 
 def _tile_slots() -> int:

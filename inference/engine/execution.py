@@ -17,10 +17,11 @@ _KERNELS = {
 
 
 class Backend(NamedTuple):
-  """The execution of a step, and the width of the pages that it needs."""
+  """The execution of a step, and the pages that it needs."""
 
   execution: execution_lib.Execution
   channels: int  # C of pages
+  kv_dtype: Any  # of pages
 
 
 def choose(
@@ -41,14 +42,19 @@ def choose(
       does not accept the model, or no path accepts the model.
   """
   _, width = kv_cache.rows_and_width(model)
-  path, backend = supports.PAGED, Backend(execution_lib.Execution(), width)
+  kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
+  if platform == 'cpu' and kv_dtype == jnp.bfloat16:
+    kv_dtype = kv_cache.BFLOAT16_BITS
+  backend = Backend(execution_lib.Execution(), width, kv_dtype)
+  path = supports.PAGED
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
       raise ValueError(
         "engine.attention: got 'kernel' with invariant numerics, expected"
         " 'auto'; kernels choose their shapes themselves"
       )
-    path, backend = supports.INVARIANT, Backend(invariant.execution(), width)
+    path = supports.INVARIANT
+    backend = backend._replace(execution=invariant.execution())
   elif config.attention != 'reference':
     refusal = (
       f'got platform {platform!r}, expected one of {", ".join(_KERNELS)}; set'
@@ -62,7 +68,9 @@ def choose(
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
       if not refusal:
-        return Backend(execution_lib.Execution(attend_cached=attend), channels)
+        return Backend(
+          execution_lib.Execution(attend_cached=attend), channels, kv_dtype
+        )
     if config.attention == 'kernel':
       raise ValueError(f"engine.attention: got 'kernel', but {refusal}")
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
@@ -71,11 +79,12 @@ def choose(
 
 
 def kv_bytes_per_token(
-  model: model_config.ModelConfig, dtype: Any, channels: int
+  model: model_config.ModelConfig, backend: Backend
 ) -> float:
   """Returns the bytes of a token in the pages of all layers."""
-  vector = channels * jnp.dtype(dtype).itemsize
-  if jnp.dtype(dtype) == jnp.int8:
+  dtype = jnp.dtype(backend.kv_dtype)
+  vector = backend.channels * dtype.itemsize
+  if dtype == jnp.int8:
     vector += 4  # the float32 scale of the vector
   num_vectors, _ = kv_cache.rows_and_width(model)
   return model.num_layers * num_vectors * vector
@@ -106,8 +115,8 @@ def _largest_step(
   """Returns the shapes of queries and cache of the largest step."""
   decodes = config.max_sequences
   chunks = config.max_mixed_chunks
-  size = config.page_tokens(model.max_length)
-  width = config.table_width(model.max_length)
+  context = config.context(model.max_length)
+  size, width = config.page_tokens(context), config.table_width(context)
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
 
   def shapes():

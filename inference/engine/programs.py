@@ -1,9 +1,10 @@
-"""Compiles the steps of an engine for every shape, before the engine is ready.
+"""Compiles the steps of an engine, so that no request waits for it.
 
 `Programs` compiles `steps.decode_step` and `steps.prefill` for each shape
 (D decodes, X chunks), and `steps.sample` for a few numbers of tokens. It calls
-executables afterwards, which cannot compile anything: a request never waits for
-a compilation.
+executables, which cannot compile anything. An engine may start with the few
+shapes that hold every step, and get the others from another thread: until then
+its steps have more padding.
 """
 
 from concurrent import futures
@@ -15,7 +16,7 @@ import numpy as np
 
 from inference.engine import device_state, inputs as inputs_lib, steps
 from inference.sampling import sampler as sampler_lib
-from models import kv_cache, transformer
+from models import kv_cache as kv_cache_lib, transformer
 
 COPIES = 8  # pages that one call of `copy_pages` copies
 
@@ -33,8 +34,9 @@ class Programs:
     chunk_tokens: int,
     table_width: int,
     vocab_size: int,
+    compile_all: bool = True,
   ):
-    """Compiles everything; XLA compiles several programs in parallel.
+    """Compiles the programs that steps need.
 
     Args:
       model: the model that the params belong to.
@@ -44,57 +46,83 @@ class Programs:
       chunk_tokens: R, tokens per chunk.
       table_width: L, pages of a sequence that fills the context.
       vocab_size: V, ids that may be sampled.
+      compile_all: False leaves the shapes without which every step can be
+        computed to `compile_rest`.
     """
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
     self._chunk_tokens = chunk_tokens
     self._table_width = table_width
     self._padding_slot = state.slots.last_B.shape[0] - 1
-    self._max_length = model.config.max_length
+    self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
-    lowered = self._lower(model, params, state, vocab_size)
-    # XLA compiles without Python's lock: several programs at once.
-    with futures.ThreadPoolExecutor() as pool:
-      compiled = pool.map(lambda each: each.compile(), lowered.values())
-      self._compiled = dict(zip(lowered, compiled, strict=True))
+    # Shapes alone: steps donate the arrays of the state.
+    self._params, self._state = jax.tree.map(_abstract, (params, state))
+    self._compiled: dict[Any, Any] = {}
+    first = self.shapes if compile_all else _holding_all(self.shapes)
+    self._compile(['seat', 'recount', 'copy', *self._with_sizes(first)])
 
-  def _lower(self, model, params, state: device_state.State, vocab_size: int):
-    """Traces every program; returns them by shape, by size, by name."""
-    lowered: dict[Any, Any] = {
-      shape: (steps.prefill if shape.num_chunks else steps.decode_step).lower(
-        params,
-        state.kv_cache,
-        state.slots.last_B,
-        self.empty_inputs(shape),
-        model=model,
-        vocab_size=vocab_size,
-      )
-      for shape in self.shapes
-    }
-    for size in self._sample_sizes:
-      logits_RV = jax.ShapeDtypeStruct((size, vocab_size), jnp.float32)
-      zeros_R = np.zeros((size,), np.int32)
-      lowered[size] = steps.sample.lower(
-        state.slots, logits_RV, zeros_R, zeros_R, zeros_R
-      )
-    slot = np.int32(0)
-    lowered['seat'] = device_state.seat.lower(
-      state.slots, slot, sampler_lib.idle()
-    )
-    ids_T = np.zeros((self._max_length,), np.int32)
-    lowered['recount'] = device_state.recount.lower(
-      state.slots, slot, ids_T, slot
-    )
+  def compile_rest(self) -> None:
+    """Compiles the shapes that are left; another thread may run steps."""
+    self._compile(self._with_sizes(self.shapes))
+
+  def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
+    """Returns shapes, and before them the sizes that they sample with."""
+    return [*dict.fromkeys(map(self._num_sampled, shapes)), *shapes]
+
+  def _compile(self, keys: list[Any]) -> None:
+    """Compiles the programs of the keys that have none."""
+    # XLA compiles without Python's lock: several programs at once, and the next
+    # one is traced meanwhile.
+    with futures.ThreadPoolExecutor() as pool:
+      running = {
+        key: pool.submit(self._lower(key).compile)
+        for key in keys
+        if key not in self._compiled
+      }
+      for key, each in running.items():
+        self._compiled[key] = each.result()
+
+  def _lower(self, key: Any) -> Any:
+    """Traces the program of a shape, of a size to sample, or of a name."""
+    params, (kv_cache, slots) = self._params, self._state
+    slot, ids_T = np.int32(0), np.zeros((self._max_length,), np.int32)
     pages_Z = np.zeros((COPIES,), np.int32)
-    copy = jax.jit(kv_cache.copy_pages, donate_argnums=0)
-    lowered['copy'] = copy.lower(state.kv_cache, pages_Z, pages_Z)
-    return lowered
+    if isinstance(key, steps.Shape):
+      step = steps.prefill if key.num_chunks else steps.decode_step
+      return step.lower(
+        params,
+        kv_cache,
+        slots.last_B,
+        self.empty_inputs(key),
+        model=self._model,
+        vocab_size=self._vocab_size,
+      )
+    if isinstance(key, int):
+      logits_RV = jax.ShapeDtypeStruct((key, self._vocab_size), jnp.float32)
+      zeros_R = np.zeros((key,), np.int32)
+      return steps.sample.lower(slots, logits_RV, zeros_R, zeros_R, zeros_R)
+    if key == 'seat':
+      return device_state.seat.lower(slots, slot, sampler_lib.idle())
+    if key == 'recount':
+      return device_state.recount.lower(slots, slot, ids_T, slot)
+    copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
+    return copy.lower(kv_cache, pages_Z, pages_Z)
+
+  @property
+  def _max_length(self) -> int:
+    return self._model.config.max_length
 
   def shape_for(self, num_decodes: int, num_chunks: int) -> steps.Shape:
-    """Returns the smallest shape that holds so many decodes and chunks."""
+    """Returns the smallest shape that holds so many decodes and chunks.
+
+    Only shapes that are compiled; their size of `sample` is compiled first.
+    """
     return next(
       shape
       for shape in self.shapes
-      if shape.num_decodes >= num_decodes and shape.num_chunks >= num_chunks
+      if shape.num_decodes >= num_decodes
+      and shape.num_chunks >= num_chunks
+      and shape in self._compiled
     )
 
   def empty_inputs(self, shape: steps.Shape) -> steps.Inputs:
@@ -103,9 +131,12 @@ class Programs:
       shape,
       chunk_tokens=self._chunk_tokens,
       table_width=self._table_width,
-      num_sampled=next(n for n in self._sample_sizes if n >= sum(shape)),
+      num_sampled=self._num_sampled(shape),
       padding_slot=self._padding_slot,
     )
+
+  def _num_sampled(self, shape: steps.Shape) -> int:
+    return next(size for size in self._sample_sizes if size >= sum(shape))
 
   def step(
     self,
@@ -162,6 +193,30 @@ class Programs:
       source_Z[: len(some)], target_Z[: len(some)] = zip(*some, strict=True)
       kv_cache = self._compiled['copy'](kv_cache, source_Z, target_Z)
     return state._replace(kv_cache=kv_cache)
+
+
+def _holding_all(shapes: list[steps.Shape]) -> list[steps.Shape]:
+  """Returns the fewest shapes that hold every step, and that of decodes alone.
+
+  A step without chunks runs most often. Padding by chunks would slow it down.
+  """
+
+  def largest(among):
+    return [
+      shape
+      for shape in among
+      if not any(
+        other != shape and np.all(np.array(other) >= shape) for other in among
+      )
+    ]
+
+  decodes = [shape for shape in shapes if not shape.num_chunks]
+  return list(dict.fromkeys([*largest(decodes), *largest(shapes)]))
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _sample_sizes(most: int) -> list[int]:

@@ -52,6 +52,8 @@ def create_app(
   manifest: manifest_lib.Manifest,
   model_name: str,
   keys: api_keys.ApiKeys | None = None,
+  *,
+  context: int = 0,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves one model.
 
@@ -60,6 +62,7 @@ def create_app(
     manifest: of the model. The weights need not be loaded yet.
     model_name: name of the model in requests.
     keys: the keys of the clients that are answered; None: all clients.
+    context: most tokens of a sequence; 0: those of the model.
   """
 
   @contextlib.asynccontextmanager
@@ -77,7 +80,7 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(schema.ApiError, _on_api_error)
   _add_probes(app, engine_loop)
-  _add_models(app, manifest, model_name)
+  _add_models(app, manifest, model_name, context)
   _add_tokenizer(app, engine_loop, model_name)
 
   @app.post('/v1/completions')
@@ -118,9 +121,12 @@ def _add_probes(
 
 
 def _add_models(
-  app: fastapi.FastAPI, manifest: manifest_lib.Manifest, model_name: str
+  app: fastapi.FastAPI,
+  manifest: manifest_lib.Manifest,
+  model_name: str,
+  context: int,
 ) -> None:
-  card = _model_card(manifest, model_name)
+  card = _model_card(manifest, model_name, context)
 
   @app.get('/v1/models')
   async def models():
@@ -153,14 +159,14 @@ def _add_tokenizer(
 
 
 def _model_card(
-  manifest: manifest_lib.Manifest, model_name: str
+  manifest: manifest_lib.Manifest, model_name: str, context: int
 ) -> dict[str, Any]:
   return {
     'id': model_name,
     'object': 'model',
     'created': int(time.time()),  # when this server began to load it
     'owned_by': 'two-lives',
-    'max_model_len': manifest.model['max_length'],
+    'max_model_len': context or manifest.model['max_length'],
     'lineage': {
       'weights_digest': manifest.weights_digest,
       'num_params': manifest.num_params,

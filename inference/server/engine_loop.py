@@ -12,7 +12,8 @@ sleeps. The event loop stays free: it answers /health, accepts requests, and
 notices clients that have left.
 
 The thread also makes the engine, so that the server listens while the engine
-compiles.
+compiles. The engine answers as soon as it has the programs that every step can
+use; another thread compiles the others.
 
 If a step fails, all open requests and all later requests fail: the state on the
 device cannot be trusted any more. So no client waits for an answer that will
@@ -27,6 +28,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 
 from inference import generate
 from inference.engine import engine as engine_lib, requests as requests_lib
@@ -117,6 +119,9 @@ class EngineLoop:
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
     )
+    self._compiler = threading.Thread(
+      target=self._compile_rest, name='compiler', daemon=True
+    )
 
   @property
   def state(self) -> str:
@@ -131,6 +136,11 @@ class EngineLoop:
   def is_loading(self) -> bool:
     """Whether the thread still makes the generator, closed or not."""
     return self._thread.is_alive() and not (self.generator or self.failure)
+
+  @property
+  def is_compiling(self) -> bool:
+    """Whether a thread compiles, in which XLA cannot be interrupted."""
+    return self.is_loading or self._compiler.is_alive()
 
   def start(self) -> None:
     """Starts the thread, for the running event loop."""
@@ -177,7 +187,8 @@ class EngineLoop:
       self.failure = error
       self._call(self._on_load_failure)
     else:
-      _LOG.info('ready')
+      _LOG.info('ready; %s', self.generator.engine.layout_text())
+      self._compiler.start()
       try:
         self._work(self.generator.engine)
       except Exception as error:
@@ -186,6 +197,18 @@ class EngineLoop:
     self._end_all(_failed() if self.failure else _stopping())
     while (command := self._inbox.get()) is not None:
       command()  # fails its request: no client may wait forever
+
+  def _compile_rest(self) -> None:
+    assert self.generator
+    start = time.perf_counter()
+    try:
+      self.generator.engine.compile_rest()
+    except Exception as error:
+      # The programs that exist can compute every step.
+      _LOG.error('programs are missing, steps are slower', exc_info=error)
+    else:
+      seconds = time.perf_counter() - start
+      _LOG.info('all programs are compiled, %.1f s after ready', seconds)
 
   def _work(self, engine: engine_lib.Engine) -> None:
     while self._obey(is_idle=not engine.has_work):

@@ -24,7 +24,7 @@ def info(generator: generate.Generator) -> dict[str, Any]:
   return {
     'tokenizer_class': generator.tokenizer.kind,
     'vocab_size': generator.tokenizer.vocab_size,
-    'model_max_length': generator.frozen.config.max_length,
+    'model_max_length': generator.engine.context,
     **dict.fromkeys(_NAMES),
     **{name: text for name, (text, _) in _special_tokens(generator).items()},
     'chat_template': generator.frozen.chat_template or None,
@@ -53,7 +53,7 @@ def tokenize(
   return {
     'tokens': ids,
     'count': len(ids),
-    'max_model_len': generator.frozen.config.max_length,
+    'max_model_len': generator.engine.context,
   }
 
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 import jax.numpy as jnp
 
 from models import remat
+from models.linear import plain
 
 # (gather, scatter) for a weight of which this device holds a part: gather makes
 # the whole weight, scatter turns the gradient of the whole weight into that of
@@ -195,6 +196,8 @@ def _tile(width: int) -> int | None:
 
 def _times_in_pieces(x_JI, w_EIO, sizes_E, *, w_axis):
   num_rows, size = x_JI.shape[0], _piece_size(x_JI.shape[0], w_EIO.shape[0])
+  if w_EIO.dtype == jnp.bfloat16:
+    size = max(size, 2)  # as in `models.linear.plain`
   num_pieces, piece_at, _ = _pieces(sizes_E, size)
   x_padded = jnp.pad(x_JI, ((0, size), (0, 0)))
 
@@ -202,7 +205,7 @@ def _times_in_pieces(x_JI, w_EIO, sizes_E, *, w_axis):
     group, row = piece_at(j)
     y_piece = jax.lax.dot_general(
       jax.lax.dynamic_slice_in_dim(x_padded, row, size),
-      jax.lax.dynamic_index_in_dim(w_EIO, group, keepdims=False),
+      plain.matrix(w_EIO, group),
       (((1,), (w_axis - 1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )

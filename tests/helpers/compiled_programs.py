@@ -20,7 +20,8 @@ import platform
 import shutil
 import tempfile
 import time
-import zlib
+
+from hardware import compilation_cache
 
 STORE_VARIABLE = 'TWO_LIVES_TEST_CACHE'
 MAX_AGE_S = 14 * 24 * 3600  # an entry that no session has used for longer goes
@@ -76,7 +77,7 @@ class CompiledPrograms:
     self._seen_ns = self._seen_ns[0], now
     for name in _entries(self.directory) - self._linked:
       # A child process may be writing it now, or was killed while it did.
-      if is_whole((self.directory / name).read_bytes()):
+      if compilation_cache.is_whole((self.directory / name).read_bytes()):
         _link(self.directory / name, self._store / name)
         self._linked.add(name)
 
@@ -97,20 +98,6 @@ def prune(store: pathlib.Path, max_age_s: float = MAX_AGE_S) -> None:
         path.unlink()
     except FileNotFoundError:
       pass  # another session pruned it
-
-
-def is_whole(entry: bytes) -> bool:
-  """Whether an entry can be decompressed to its end.
-
-  JAX compresses with Zstandard instead where that package is installed; such
-  entries are not whole here, and are not shared.
-  """
-  reader = zlib.decompressobj()
-  try:
-    reader.decompress(entry)
-  except zlib.error:
-    return False
-  return reader.eof
 
 
 def _entries(directory: pathlib.Path) -> set[str]:

@@ -62,6 +62,19 @@ def test_a_kernel_that_a_platform_lacks_is_refused():
     _choose('cpu', attention='kernel')
 
 
+def test_pages_of_bfloat16_are_bits_on_a_cpu():
+  for platform, dtype, fields, expected in (
+    ('cpu', 'bfloat16', {}, 'uint16'),
+    ('cpu', 'float32', {}, 'float32'),
+    ('cpu', 'bfloat16', {'kv_dtype': 'int8'}, 'int8'),
+    ('cpu', 'bfloat16', {'numerics': 'invariant'}, 'uint16'),
+    ('gpu', 'bfloat16', {}, 'bfloat16'),
+    ('tpu', 'bfloat16', {}, 'bfloat16'),
+  ):
+    backend = _choose(platform, dtype=jnp.dtype(dtype), **fields)
+    assert jnp.dtype(backend.kv_dtype) == expected
+
+
 def test_invariant_numerics_have_an_attention_of_their_own():
   for platform in ('cpu', 'gpu', 'tpu'):
     backend = _choose(platform, numerics='invariant')

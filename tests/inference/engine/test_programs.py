@@ -1,13 +1,22 @@
 """The compiled programs: their shapes, and the state that each changes."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import device_state, programs as programs_lib, steps
+from inference.engine import (
+  device_state,
+  engine as engine_lib,
+  engine_config,
+  programs as programs_lib,
+  requests as requests_lib,
+  steps,
+)
 from inference.sampling import penalties, sampler as sampler_lib, settings
-from tests.helpers import reference_engine
+from tests.helpers import reference_engine, tiny_models
 
 
 @pytest.fixture
@@ -42,6 +51,59 @@ def test_a_step_has_the_smallest_shape_that_holds_it(programs):
     programs.shape_for(*needed)
     for needed in ((1, 0), (3, 0), (0, 1), (0, 2), (1, 1), (2, 1), (3, 1))
   ] == [(2, 0), (8, 0), (0, 1), (0, 2), (2, 1), (2, 1), (8, 1)]
+
+
+def test_few_shapes_hold_every_step():
+  for layout in (
+    {'max_sequences': 8},
+    {'max_sequences': 1},
+    {'max_sequences': 12, 'max_chunks': 6, 'max_mixed_chunks': 2},
+    {'max_sequences': 3, 'max_chunks': 1, 'max_mixed_chunks': 1},
+  ):
+    config = engine_config.EngineConfig(**layout)
+    shapes = [steps.Shape(*shape) for shape in config.step_shapes()]
+    few = programs_lib._holding_all(shapes)
+    assert len(few) <= 3
+    assert (config.max_sequences, 0) in few
+    for decodes, chunks in shapes:
+      assert any(d >= decodes and x >= chunks for d, x in few)
+
+
+def test_an_engine_answers_before_all_its_programs_are_compiled():
+  engine = engine_lib.Engine(
+    reference_engine.model_config(),
+    reference_engine.params(),
+    tokenizer=tiny_models.byte_tokenizer(),
+    weights_digest='first',
+    config=engine_config.EngineConfig(**reference_engine.SIX_SHAPES),
+    compile_all=False,
+  )
+  programs = engine._programs
+  requests = [
+    requests_lib.Request(
+      prompt_ids=(65, 66, 67, seed),
+      settings=settings.Settings(max_tokens=5, seed=seed, ignore_eos=True),
+    )
+    for seed in range(3)
+  ]
+
+  def answers():
+    done = [u.completion for _, u in engine.answer(requests) if u.completion]
+    return sorted((each.seed, tuple(each.token_ids)) for each in done)
+
+  assert programs.shape_for(1, 0) == (8, 0)
+  assert programs.shape_for(0, 1) == (0, 2)
+  before = answers()
+  compiler = threading.Thread(target=engine.compile_rest)
+  compiler.start()
+  while compiler.is_alive():
+    assert answers() == before
+  compiler.join()
+  assert programs.shape_for(1, 0) == (2, 0)
+  assert programs.shape_for(0, 1) == (0, 1)
+  assert answers() == before
+  assert set(programs.shapes) <= programs._compiled.keys()
+  assert engine.metrics.value('compilations_after_ready_total') == 0
 
 
 def test_sizes_of_sample_are_few_and_hold_every_shape():

@@ -1,10 +1,21 @@
 """The steps of the engine by hand: prefill, decode, sample, one sequence."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from inference.engine import device_state, inputs as inputs_lib, steps
+from hardware import hlo
+from inference.engine import (
+  device_state,
+  engine_config,
+  execution,
+  inputs as inputs_lib,
+  steps,
+)
 from inference.sampling import sampler as sampler_lib, settings
 from models import kv_cache as kv_cache_lib, transformer
 from tests.helpers import reference_engine
@@ -76,3 +87,67 @@ def test_prefill_and_decode_steps_are_the_full_forward():
   # float32 sums in another order; logits are around 10.
   np.testing.assert_allclose(np.stack(found), expected_TV, atol=1e-4)
   assert ids[len(_PROMPT) :] == expected_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize('numerics', engine_config.NUMERICS)
+@pytest.mark.parametrize('kind', ['llama', 'mixture'])
+def test_a_step_in_bfloat16_widens_no_weights_and_no_pages(kind, numerics):
+  """XLA:CPU would convert them to float32 in every step."""
+  config = dataclasses.replace(
+    reference_engine.model_config(kind), vocab_size=300
+  )
+  backend = execution.choose(
+    engine_config.EngineConfig(numerics=numerics), config, jnp.bfloat16, 'cpu'
+  )
+  model = transformer.Transformer(config, jnp.bfloat16, backend.execution)
+  params, state = jax.eval_shape(
+    lambda: (
+      jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16),
+        model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)),
+      ),
+      device_state.init_state(
+        model,
+        num_slots=2,
+        num_pages=77,
+        page_size=16,
+        kv_dtype=backend.kv_dtype,
+        channels=backend.channels,
+        vocab_size=_VOCAB,
+      ),
+    )
+  )
+  program = hlo.parse(
+    steps.decode_step.lower(
+      params,
+      state.kv_cache,
+      state.slots.last_B,
+      _inputs((1, 0), [-1], [3], slot=1, last=0),
+      model=model,
+      vocab_size=_VOCAB,
+    )
+    .compile()
+    .as_text()
+  )
+  held = jax.tree.leaves((params, state.kv_cache))
+  # Routers are computed in float32, for every dtype of the weights.
+  router = (config.model_width, config.num_experts)
+  large = {x.shape for x in held if x.ndim > 1 and x.shape != router}
+  assert _arrays(program, 'f32') & large == set()
+  assert _arrays(program, 'bf16') & large  # the parameters
+
+
+def _arrays(program, dtype):
+  """Returns the shapes of the arrays in memory, outside of fusions."""
+  fused = {
+    instruction.called('calls')
+    for computation in program.computations.values()
+    for instruction in computation.values()
+  }
+  return {
+    tuple(map(int, found[1].split(',')))
+    for name, computation in program.computations.items()
+    if name not in fused
+    for instruction in computation.values()
+    if (found := re.match(rf'{dtype}\[([\d,]+)\]', instruction.shape))
+  }

@@ -119,6 +119,17 @@ def test_page_size_width_and_neighbours_leave_every_bit_as_it_is():
     np.testing.assert_array_equal(other[:3], results[0][:3])
 
 
+def test_pages_of_bits_give_what_pages_of_bfloat16_give():
+  lengths = [100, 64]
+  q_B1HC = _normal(np.random.default_rng(1), 2, 1, _HEADS, _WIDTH)
+  positions_B1 = jnp.asarray(lengths, jnp.int32)[:, None] - 1
+  bits, floats = (
+    _both(_Case(16, lengths, dtype=dtype), q_B1HC, positions_B1)[1]
+    for dtype in (kv_cache.BFLOAT16_BITS, jnp.bfloat16)
+  )
+  np.testing.assert_array_equal(bits, floats)
+
+
 def test_int8_pages_are_within_the_stated_bound():
   case, exact = _Case(16, [100], dtype=jnp.int8), _Case(16, [100])
   np.testing.assert_array_equal(case.table_BL, exact.table_BL)

@@ -1,5 +1,7 @@
 """The backward pass of `plain.linear` against autodiff of x @ w + b."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,27 @@ def test_linear_has_the_gradients_of_a_product(width_in, width_out, use_bias):
     strict=True,
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_alone_is_a_row_among_others_in_bfloat16():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, w, head = (
+    jax.random.normal(key, shape, jnp.bfloat16)
+    for key, shape in zip(keys, ((2, 3, 64), (64, 96), (128, 64)), strict=True)
+  )
+  linear = functools.partial(plain_lib.linear, dtype=jnp.bfloat16)
+  for alone, among in (
+    (linear(x[1:, 2:], w, None), linear(x, w, None)),
+    (
+      plain_lib.unembed(x[1:, 2:], head, jnp.bfloat16),
+      plain_lib.unembed(x, head, jnp.bfloat16),
+    ),
+  ):
+    assert alone.shape == (1, 1, among.shape[-1])
+    # Sums in another order, rounded to bfloat16.
+    np.testing.assert_allclose(
+      np.float32(alone[0, 0]), np.float32(among[1, 2]), rtol=2**-7, atol=1e-5
+    )
 
 
 def test_linear_returns_gradients_in_the_dtype_of_the_weights():

@@ -1,0 +1,79 @@
+"""The cache of compiled programs on disk, for the next start.
+
+JAX writes an entry in place. A kill or a full disk leaves a part of one, which
+JAX neither reads nor replaces: each later start would warn and compile again.
+`use` removes such entries first.
+"""
+
+import os
+import pathlib
+import time
+import zlib
+
+VARIABLE = 'JAX_COMPILATION_CACHE_DIR'
+_SUFFIX = '-cache'  # of the name of an entry
+_CHECKED = 'checked'  # entries that are older than this file were whole
+_ZSTANDARD = b'\x28\xb5\x2f\xfd'
+
+
+def use(directory: pathlib.Path) -> None:
+  """Makes JAX keep its programs in `directory`; removes incomplete entries."""
+  import jax  # here: `is_whole` is used before JAX is configured
+
+  remove_incomplete(directory)
+  for name, value in {
+    'jax_compilation_cache_dir': str(directory),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+    # XLA's own caches put the directory into the key of every entry, so that a
+    # copy of the directory would miss all of them.
+    'jax_persistent_cache_enable_xla_caches': 'none',
+  }.items():
+    jax.config.update(name, value)
+
+
+def remove_incomplete(directory: pathlib.Path) -> None:
+  """Removes entries that are not whole, of those written since the last call.
+
+  Another process may be writing an entry now. Its program is compiled once
+  more.
+  """
+  if not directory.is_dir():
+    return
+  now, mark = time.time(), directory / _CHECKED
+  try:
+    checked = mark.stat().st_mtime if mark.exists() else 0.0
+    for path in directory.glob(f'*{_SUFFIX}'):
+      if path.stat().st_mtime >= checked and not is_whole(path.read_bytes()):
+        path.unlink(missing_ok=True)
+    mark.touch()
+    # The time before the check, and a second for file systems that round.
+    os.utime(mark, (now - 1, now - 1))
+  except OSError:
+    pass  # read-only, or another process removes entries: JAX uses what it can
+
+
+def is_whole(entry: bytes) -> bool:
+  """Returns whether an entry can be decompressed to its end."""
+  if entry.startswith(_ZSTANDARD):
+    return _is_whole_zstandard(entry)
+  reader = zlib.decompressobj()
+  try:
+    reader.decompress(entry)
+  except zlib.error:
+    return False
+  return reader.eof
+
+
+def _is_whole_zstandard(entry: bytes) -> bool:
+  """The same for Zstandard, which JAX uses where its package is installed."""
+  try:
+    import zstandard
+  except ModuleNotFoundError:
+    return False  # JAX cannot read the entry either
+  reader = zstandard.ZstdDecompressor().decompressobj()
+  try:
+    reader.decompress(entry)
+  except zstandard.ZstdError:
+    return False
+  return reader.eof
