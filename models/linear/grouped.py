@@ -229,10 +229,16 @@ def _outer_in_pieces(x_JI, dy_JO, sizes_E):
   def add_piece(j, dw_EIO):
     group, row = piece_at(j)
     is_inside = row + jnp.arange(size) < end_E[group]
-    x_piece = jax.lax.dynamic_slice_in_dim(x_padded, row, size)
+    # Both operands: 0 x NaN is NaN.
+    x_piece, dy_piece = (
+      jnp.where(
+        is_inside[:, None], jax.lax.dynamic_slice_in_dim(rows, row, size), 0
+      )
+      for rows in (x_padded, dy_padded)
+    )
     dw_IO = jax.lax.dot_general(
-      jnp.where(is_inside[:, None], x_piece, 0),
-      jax.lax.dynamic_slice_in_dim(dy_padded, row, size),
+      x_piece,
+      dy_piece,
       (((0,), (0,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
@@ -269,10 +275,15 @@ def _outer_in_batches(x_JI, dy_JO, sizes_E):
   is_inside_NS = (place_NS < end_N[:, None]) & (group_N < sizes_E.shape[0])[
     :, None
   ]
-  x_NSI = jnp.take(x_JI, place_NS, axis=0, mode='clip')
+  x_NSI, dy_NSO = (
+    jnp.where(
+      is_inside_NS[..., None], jnp.take(rows, place_NS, axis=0, mode='clip'), 0
+    )
+    for rows in (x_JI, dy_JO)
+  )
   dw_NIO = jax.lax.dot_general(
-    jnp.where(is_inside_NS[..., None], x_NSI, 0),
-    jnp.take(dy_JO, place_NS, axis=0, mode='clip'),
+    x_NSI,
+    dy_NSO,
     (((1,), (1,)), ((0,), (0,))),
     preferred_element_type=jnp.float32,
   )

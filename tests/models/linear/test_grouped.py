@@ -194,3 +194,24 @@ def test_widths_without_tiles_go_another_way():
     grouped._outer_in_pieces(x_JI, dy_JO, sizes_E),
     atol=2e-5,
   )
+
+
+@pytest.mark.parametrize(
+  'outer', [grouped._outer_in_pieces, grouped._outer_in_batches]
+)
+def test_a_group_that_is_not_finite_leaves_the_gradients_of_others(outer):
+  sizes, num_rows = SIZES['uneven']
+  x_JI, _, sizes_E = _operands(num_rows, sizes)
+  dy_JO = jnp.ones((num_rows, WIDTH_OUT))
+  spoilt = slice(33, 34)  # the only row of the third group
+  got, expected = (
+    np.asarray(
+      jax.jit(outer)(
+        x_JI.at[spoilt].set(value), dy_JO.at[spoilt].set(value), sizes_E
+      )
+    )
+    for value in (np.nan, 0.0)
+  )
+  assert np.isnan(got[2]).all()
+  others = [0, 1, 3, 4]
+  np.testing.assert_array_equal(got[others], expected[others])
