@@ -17,6 +17,7 @@ name then has its share of the engine and its own cache of prompts.
 import contextlib
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -26,6 +27,7 @@ from evals import options as eval_options
 from inference import flags as flags_lib
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
+from inference.server import server_config
 
 FLAGS = flags.FLAGS
 _WAYS = 'prompt', 'chat', 'port', 'eval', 'plan'
@@ -38,6 +40,9 @@ _ENGINE = flags_lib.Group(
   config=engine_config.EngineConfig,
   prefix='engine.',
   ways=('prompt', 'chat', 'port', 'eval'),
+)
+_SERVER = flags_lib.Group(
+  config=server_config.ServerConfig, prefix='server.', ways=('port',)
 )
 _EVAL = flags_lib.Group(
   config=eval_options.Options, prefix='eval.', ways=('eval',)
@@ -167,30 +172,43 @@ def _evaluate() -> None:
 
 def _listen() -> None:
   """Serves HTTP until a signal stops the server."""
+  if not FLAGS.host.strip():
+    # An unset variable. The system would take it for all addresses.
+    _fail('--host: got an empty address, expected one such as 127.0.0.1')
   from frozen import manifest as manifest_lib
   from inference import generate
 
   try:
-    import uvicorn
-
-    from inference.server import api_keys, app as app_lib, engine_loop
+    from inference.server import (
+      api_keys,
+      app as app_lib,
+      engine_loop,
+      listener,
+    )
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
   config = _engine_config()
-  keys = api_keys.read(FLAGS.api_keys) if FLAGS.api_keys else None
+  limits = server_config.ServerConfig(
+    drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+  )
+  listener.allow_files(limits.max_connections)
+  keys = None
+  if FLAGS.api_keys is not None:  # '' is refused, see `api_keys`
+    keys = api_keys.KeysFile(FLAGS.api_keys)
+    signal.signal(signal.SIGHUP, lambda *_: keys.expire())
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
   print(f'serving {manifest.experiment!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
     lambda: generate.load(FLAGS.model, config),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
-  server = uvicorn.Server(
-    uvicorn.Config(
-      app_lib.create_app(loop, manifest, manifest.experiment, keys),
-      host=FLAGS.host,
-      port=FLAGS.port,
-      timeout_graceful_shutdown=FLAGS.drain_seconds,
-    )
+  app = app_lib.create_app(loop, manifest, manifest.experiment, keys, limits)
+  server = listener.Listener(
+    app,
+    limits,
+    end_requests=app.state.end_requests,
+    host=FLAGS.host,
+    port=FLAGS.port,
   )
   try:
     with contextlib.suppress(KeyboardInterrupt):
@@ -254,7 +272,7 @@ def _heeded_by(name: str) -> tuple[str, ...]:
   """Returns the ways of asking that a flag matters to."""
   if name in _HEEDED_BY:
     return _HEEDED_BY[name]
-  for group in (_SETTINGS, _ENGINE, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
     if name in group.fields:
       return group.ways
   return _WAYS
@@ -301,6 +319,8 @@ def _define_flags() -> None:
     None,
     "Serves OpenAI's completions API over HTTP on this port; 0 picks a free"
     ' one.',
+    lower_bound=0,
+    upper_bound=65535,
   )
   text(
     'plan',
@@ -341,9 +361,11 @@ def _define_flags() -> None:
   count(
     'drain_seconds',
     30,
-    'Seconds in which --port finishes open requests after a signal to stop.',
+    'Seconds in which --port finishes open requests after a signal to stop.'
+    ' Then streams end with an error, and other requests are answered 503.',
+    lower_bound=0,
   )
-  for group in (_SETTINGS, _ENGINE, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
     group.define()
 
 

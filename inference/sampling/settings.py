@@ -23,6 +23,7 @@ import dataclasses
 import math
 from typing import Any
 
+from checks import expect
 from storage import file_names
 
 NUM_SEEDS = 2**32
@@ -40,7 +41,9 @@ class SettingError(ValueError):
 
   def __init__(self, setting: str, got: Any, expected: str, fix: str = ''):
     hint = f'; {fix}' if fix else ''
-    super().__init__(f'{setting}: got {got!r}, expected {expected}{hint}')
+    super().__init__(
+      f'{setting}: got {expect.shown(got)}, expected {expected}{hint}'
+    )
     self.setting = setting
 
 

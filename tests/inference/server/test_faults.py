@@ -193,7 +193,7 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
 def test_but_not_for_longer_than_it_may(slow, caplog):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with servers.running(slow, timeout_graceful_shutdown=0.2) as served:
+    with servers.running(slow, drain_seconds=0.2) as served:
       asked = pool.submit(
         httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
       )
