@@ -8,7 +8,7 @@ different places (request smuggling, RFC 9112 section 6.3).
 """
 
 import asyncio
-import contextlib
+from collections.abc import Callable
 import functools
 import json
 import logging
@@ -24,6 +24,7 @@ from inference.server import api_keys, schema, server_config
 _NUM_SPARE = 32
 # A client that reads less than this in `write_seconds` is not reading.
 _LEAST_READ = 4096
+_LINGER_SECONDS = 2.0
 
 
 def make_protocol(config: server_config.ServerConfig) -> Any:
@@ -65,7 +66,7 @@ class _Protocol(h11_impl.H11Protocol):
 
   def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
     """Takes a connection, in place of an idle one if there are too many."""
-    super().connection_made(transport)
+    super().connection_made(_Lingering(transport, self._linger))  # pyright: ignore[reportArgumentType]
     # Whatever the kernel does not take at once starts the timer of writing.
     transport.set_write_buffer_limits(high=0)
     most = self._limits.max_connections
@@ -87,6 +88,8 @@ class _Protocol(h11_impl.H11Protocol):
 
   def data_received(self, data: bytes) -> None:
     """Reads a part of a request."""
+    if self.transport.is_closing():
+      return
     if self._reading is None and not self._has_request:
       self._expect_head()  # of a second request, on a connection kept alive
     is_unread = self._is_unread
@@ -108,7 +111,9 @@ class _Protocol(h11_impl.H11Protocol):
 
   def shutdown(self) -> None:
     """Closes the connection after the answer in progress."""
-    with contextlib.suppress(h11.LocalProtocolError):  # it closes already
+    if self.transport.is_closing():
+      self.abort()
+    else:
       super().shutdown()
 
   def pause_writing(self) -> None:
@@ -144,6 +149,19 @@ class _Protocol(h11_impl.H11Protocol):
 
   def _should_upgrade(self) -> bool:
     return False  # uvicorn logs two lines about every header `upgrade`
+
+  def _linger(self) -> bool:
+    """Keeps the connection for a while if the client still sends.
+
+    Closing it at once would reset it, and the client would lose its answer.
+    """
+    if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+      return False
+    self.transport.write_eof()
+    self.flow.resume_reading()
+    self._stop_reading()
+    self._reading = self.loop.call_later(_LINGER_SECONDS, self.abort)
+    return True
 
   def _expect_head(self) -> None:
     self._reading = self.loop.call_later(
@@ -193,6 +211,28 @@ class _Protocol(h11_impl.H11Protocol):
     if self._reading:
       self._reading.cancel()
     self._reading = None
+
+
+class _Lingering:
+  """A transport that asks before it closes."""
+
+  def __init__(
+    self, transport: asyncio.Transport, linger: Callable[[], bool]
+  ):
+    self._transport, self._linger = transport, linger
+    self._is_closing = False
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._transport, name)
+
+  def is_closing(self) -> bool:
+    return self._is_closing or self._transport.is_closing()
+
+  def close(self) -> None:
+    if not self.is_closing() and self._linger():
+      self._is_closing = True
+    else:
+      self._transport.close()
 
 
 class Framing:
