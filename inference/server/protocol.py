@@ -15,6 +15,7 @@ import logging
 import time
 from typing import Any
 
+from fastapi import responses
 import h11
 from uvicorn.protocols.http import h11_impl
 
@@ -25,6 +26,20 @@ _NUM_SPARE = 32
 # A client that reads less than this in `write_seconds` is not reading.
 _LEAST_READ = 4096
 _LINGER_SECONDS = 2.0
+
+_UNCLEAR = schema.ApiError(
+  400,
+  'transfer-encoding: got it with content-length, or a version other than'
+  ' HTTP/1.1, expected one of the two headers and HTTP/1.1',
+  param=None,
+  code=None,
+)
+_TOO_MANY = schema.ApiError(
+  503,
+  'connection: got one more than this server takes, expected fewer; try again',
+  param=None,
+  code='too_many_connections',
+)
 
 
 def make_protocol(config: server_config.ServerConfig) -> Any:
@@ -216,9 +231,7 @@ class _Protocol(h11_impl.H11Protocol):
 class _Lingering:
   """A transport that asks before it closes."""
 
-  def __init__(
-    self, transport: asyncio.Transport, linger: Callable[[], bool]
-  ):
+  def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]):
     self._transport, self._linger = transport, linger
     self._is_closing = False
 
@@ -244,20 +257,12 @@ class Framing:
   async def __call__(self, scope, receive, send):
     if scope['type'] == 'http':
       names = {name for name, _ in scope['headers']}
-      is_old = scope['http_version'] != '1.1'
-      if b'transfer-encoding' in names and (
-        b'content-length' in names or is_old
+      version = scope['http_version']
+      if version not in ('1.0', '1.1') or (
+        b'transfer-encoding' in names
+        and (b'content-length' in names or version == '1.0')
       ):
-        error = schema.ApiError(
-          400,
-          'transfer-encoding: got it with content-length or HTTP/1.0, expected'
-          ' one of the two headers and HTTP/1.1',
-          param=None,
-          code=None,
-        )
-        response = error.response()
-        response.headers['connection'] = 'close'
-        await response(scope, receive, send)
+        await _closing(_UNCLEAR)(scope, receive, send)
         return
     await self._app(scope, receive, send)
 
@@ -267,20 +272,18 @@ def _only_probes(app):
 
   async def answer(scope, receive, send):
     if scope['type'] == 'http' and scope['path'] not in api_keys.OPEN_PATHS:
-      error = schema.ApiError(
-        503,
-        'connection: got one more than this server takes, expected fewer; try'
-        ' again',
-        param=None,
-        code='too_many_connections',
-      )
-      response = error.response()
-      response.headers['connection'] = 'close'
-      await response(scope, receive, send)
+      await _closing(_TOO_MANY)(scope, receive, send)
       return
     await app(scope, receive, send)
 
   return answer
+
+
+def _closing(error: schema.ApiError) -> responses.Response:
+  """Returns an answer after which the connection is closed."""
+  response = error.response()
+  response.headers['connection'] = 'close'
+  return response
 
 
 def _shorten(record: logging.LogRecord) -> bool:

@@ -34,9 +34,7 @@ def _answer(url, head, body=b''):
 
 def _head(path, *lines):
   rows = (f'POST {path} HTTP/1.1', 'host: a', *lines, 'connection: close')
-  return '\r\n'.join(
-    (*rows, 'content-type: application/json', '', '')
-  ).encode()
+  return '\r\n'.join((*rows, 'content-type: application/json', '', '')).encode()
 
 
 def _chunked(body, size=1000):
@@ -46,7 +44,9 @@ def _chunked(body, size=1000):
   yield b'0\r\n\r\n'
 
 
-@pytest.mark.parametrize('path', ['/v1/completions', '/tokenize', '/detokenize'])
+@pytest.mark.parametrize(
+  'path', ['/v1/completions', '/tokenize', '/detokenize']
+)
 def test_a_body_over_the_limit_is_refused_however_it_is_sent(limited, path):
   body = b'{"prompt": "' + b'x' * _LIMIT + b'"}'
   announced = _head(path, 'content-length: 100000000000')
@@ -238,5 +238,3 @@ def test_the_log_repeats_little_of_the_request(http, caplog):
       continue  # of the client
     assert len(record.getMessage()) < 700
     assert record.getMessage().isprintable()
-
-
