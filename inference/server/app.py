@@ -44,6 +44,7 @@ from inference.server import (
   bodies as bodies_lib,
   completions,
   engine_loop as engine_loop_lib,
+  openapi,
   protocol,
   schema,
   server_config,
@@ -121,6 +122,8 @@ def create_app(
       request, _whole(engine_loop, answer, bodies)
     )
 
+  described = openapi.document(app, has_keys=keys is not None)
+  app.openapi = lambda: described
   return app
 
 

@@ -34,6 +34,7 @@ _API_NAMES = {
   if (name := field.metadata.get('api_name', field.name))
 }
 _MAX_PRIORITY = 2**31 - 1
+RETRIED = 429, 503
 _RETRY_AFTER_SECONDS = 1
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 # The rest of the body of such a request is not waited for.
@@ -72,7 +73,7 @@ class ApiError(Exception):
       headers['www-authenticate'] = 'Bearer'
     if self.status in _CLOSES:
       headers['connection'] = 'close'
-    if self.status in (429, 503):
+    if self.status in RETRIED:
       headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
     return responses.JSONResponse(self.body(), self.status, headers)
 

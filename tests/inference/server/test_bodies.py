@@ -3,11 +3,10 @@
 import json
 import socket
 import threading
-import time
 
 import pytest
 
-from inference.server import bodies as bodies_lib, schema
+from inference.server import schema
 from tests.helpers import servers
 
 _LIMIT = 200_000
