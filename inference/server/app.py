@@ -56,6 +56,7 @@ _CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
 _TokenizerRequest = TypeVar(
   '_TokenizerRequest', schema.TokenizeRequest, schema.DetokenizeRequest
 )
+_PIECE = 10_000  # entries of a list that are written at once
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -179,7 +180,7 @@ def _add_tokenizer(
     def work(raw: bytes) -> responses.JSONResponse:
       body = schema.parsed(kind, raw)
       _check_model(body.model or model_name, model_name)
-      return responses.JSONResponse(answer(generator, body))
+      return _written(answer(generator, body))
 
     return work
 
@@ -284,9 +285,33 @@ async def _whole(
     await answer.finish(updates)
 
   def written() -> responses.JSONResponse:
-    return responses.JSONResponse(answer.whole())
+    return _written(answer.whole())
 
   return await bodies.in_thread(written, size=answer.size)
+
+
+def _written(body: dict[str, Any]) -> responses.Response:
+  """Returns a body as JSON; other threads run while a long list is written."""
+  parts = []
+  for name, value in body.items():
+    if isinstance(value, list):
+      pieces = (
+        _json(value[start : start + _PIECE])[1:-1]
+        for start in range(0, len(value), _PIECE)
+      )
+      text = f'[{",".join(pieces)}]'
+    else:
+      text = _json(value)
+    parts.append(f'{_json(name)}:{text}')
+  return responses.Response(
+    f'{{{",".join(parts)}}}', media_type='application/json'
+  )
+
+
+def _json(value: Any) -> str:
+  return json.dumps(
+    value, ensure_ascii=False, allow_nan=False, separators=(',', ':')
+  )
 
 
 async def _unless_disconnected(

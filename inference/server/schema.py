@@ -10,10 +10,11 @@ field is refused. No field is ignored.
 from collections.abc import Sequence
 import dataclasses
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import responses
 import pydantic
+import pydantic_core
 
 from checks import expect
 from inference.sampling import settings
@@ -37,6 +38,7 @@ _MAX_PRIORITY = 2**31 - 1
 RETRIED = 429, 503
 _RETRY_AFTER_SECONDS = 1
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
+_UNKNOWN = 'unknown_field'
 # The rest of the body of such a request is not waited for.
 _CLOSES = (408,)
 
@@ -100,20 +102,21 @@ _Ids = Annotated[list[int], _FirstError()]
 
 
 class _Model(pydantic.BaseModel):
-  # Strict: '0.5' is no number, and true is not 1.
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True)
+  # Strict: '0.5' is no number, and true is not 1. Unknown fields are allowed
+  # here and refused below: pydantic would make an error of each.
+  model_config = pydantic.ConfigDict(
+    extra='allow',
+    strict=True,
+    json_schema_extra={'additionalProperties': False},
+  )
 
-  @pydantic.model_validator(mode='before')
-  @classmethod
-  def _keep_one_unknown(cls, values: Any) -> Any:
-    """Drops all unknown fields but the first, so that there is one error."""
-    if not isinstance(values, dict):
-      return values
-    known = {name: values[name] for name in cls.model_fields if name in values}
-    if len(known) < len(values):
-      name = next(name for name in values if name not in cls.model_fields)
-      known[name] = None
-    return known
+  @pydantic.model_validator(mode='after')
+  def _refuse_unknown(self) -> Self:
+    for name in self.model_extra or ():
+      raise pydantic_core.PydanticCustomError(
+        _UNKNOWN, 'unknown field', {'name': name}
+      )
+    return self
 
 
 _Body = typing.TypeVar('_Body', bound=_Model)
@@ -357,10 +360,12 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, message, param=None, code=None)
   # loc is (field, alternative of a union, index); the field is shown.
   where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
+  if error['type'] == _UNKNOWN:
+    where.append(error['ctx']['name'][: expect.MOST_SHOWN])
   if not where:
     message = 'body: got no JSON object, expected one'
     return ApiError(400, message, param=None, code=None)
-  if error['type'] == 'extra_forbidden':
+  if error['type'] == _UNKNOWN:
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
       ' expected one of the completions API; leave it out'
