@@ -131,7 +131,7 @@ def create_app(
 def _add_probes(
   app: fastapi.FastAPI, engine_loop: engine_loop_lib.EngineLoop
 ) -> None:
-  def tell(is_good: bool) -> responses.JSONResponse:
+  def tell(is_good: bool) -> responses.Response:
     # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
     status = {'status': 'ok' if is_good else engine_loop.state}
     return responses.JSONResponse(status, 200 if is_good else 503)
@@ -174,10 +174,10 @@ def _add_tokenizer(
   def answered(
     kind: type[_TokenizerRequest],
     answer: Callable[[generate.Generator, _TokenizerRequest], dict[str, Any]],
-  ) -> Callable[[bytes], responses.JSONResponse]:
+  ) -> Callable[[bytes], responses.Response]:
     generator = _generator(engine_loop)
 
-    def work(raw: bytes) -> responses.JSONResponse:
+    def work(raw: bytes) -> responses.Response:
       body = schema.parsed(kind, raw)
       _check_model(body.model or model_name, model_name)
       return _written(answer(generator, body))
@@ -284,7 +284,7 @@ async def _whole(
   with contextlib.closing(updates):
     await answer.finish(updates)
 
-  def written() -> responses.JSONResponse:
+  def written() -> responses.Response:
     return _written(answer.whole())
 
   return await bodies.in_thread(written, size=answer.size)

@@ -74,7 +74,7 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
   paths: dict[str, Any] = {}
   for route in app.routes:
     if isinstance(route, routing.APIRoute):
-      (method,) = route.methods
+      method = min(route.methods or {'get'})  # each has one
       operation = _operation(route, has_keys=has_keys)
       paths[route.path_format] = {method.lower(): operation}
   components: dict[str, Any] = {'schemas': _schemas()}
