@@ -104,9 +104,7 @@ class Generator:
 
     Raises:
       SettingError: a value is out of range, or contradicts another.
-      ValueError: the prompt is longer than the context.
     """
-    self.check_length(prompt)
     chosen = {
       name: value for name, value in chosen.items() if value is not None
     }
@@ -187,8 +185,6 @@ class Generator:
         f'prompts: got {len(prompts)} prompts and {len(settings)} settings,'
         ' expected at least one prompt, and as many settings'
       )
-    for prompt in prompts:
-      self.check_length(prompt)
     return self.engine.answer(
       [
         requests.Request(prompt_ids=self.prompt_ids(prompt), settings=wanted)
