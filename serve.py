@@ -17,6 +17,7 @@ name then has its share of the engine and its own cache of prompts.
 import contextlib
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -27,6 +28,7 @@ from hardware import compilation_cache, host_memory
 from inference import flags as flags_lib
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
+from inference.server import server_config
 
 FLAGS = flags.FLAGS
 _WAYS = 'prompt', 'chat', 'port', 'eval', 'plan'
@@ -39,6 +41,9 @@ _ENGINE = flags_lib.Group(
   config=engine_config.EngineConfig,
   prefix='engine.',
   ways=('prompt', 'chat', 'port', 'eval'),
+)
+_SERVER = flags_lib.Group(
+  config=server_config.ServerConfig, prefix='server.', ways=('port',)
 )
 _EVAL = flags_lib.Group(
   config=eval_options.Options, prefix='eval.', ways=('eval',)
@@ -187,17 +192,30 @@ def _evaluate() -> None:
 
 def _listen() -> None:
   """Serves HTTP until a signal stops the server."""
+  if not FLAGS.host.strip():
+    # An unset variable. The system would take it for all addresses.
+    _fail('--host: got an empty address, expected one such as 127.0.0.1')
   from frozen import manifest as manifest_lib
   from inference import generate
 
   try:
-    import uvicorn
-
-    from inference.server import api_keys, app as app_lib, engine_loop
+    from inference.server import (
+      api_keys,
+      app as app_lib,
+      engine_loop,
+      listener,
+    )
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
   config = _engine_config()
-  keys = api_keys.read(FLAGS.api_keys) if FLAGS.api_keys else None
+  limits = server_config.ServerConfig(
+    drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+  )
+  listener.allow_files(limits.max_connections)
+  keys = None
+  if FLAGS.api_keys is not None:  # '' is refused, see `api_keys`
+    keys = api_keys.KeysFile(FLAGS.api_keys)
+    signal.signal(signal.SIGHUP, lambda *_: keys.expire())
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
   name = _served_name(manifest)
   context = config.context(manifest.model['max_length'])
@@ -206,14 +224,17 @@ def _listen() -> None:
     lambda: generate.load(FLAGS.model, config, compile_all=False),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
-  server = uvicorn.Server(
-    uvicorn.Config(
-      app_lib.create_app(loop, manifest, name, keys, context=context),
-      host=FLAGS.host,
-      port=FLAGS.port,
-      timeout_graceful_shutdown=FLAGS.drain_seconds,
-    )
+  app = app_lib.create_app(loop, manifest, name, keys, limits, context=context)
+  server = listener.Listener(
+    app,
+    limits,
+    end_requests=app.state.end_requests,
+    host=FLAGS.host,
+    port=FLAGS.port,
   )
+  # After each of its system calls the event loop waits for the thread that runs
+  # Python: 5 ms by default, thousands of times per second.
+  sys.setswitchinterval(5e-4)
   try:
     with contextlib.suppress(KeyboardInterrupt):
       server.run()
@@ -288,7 +309,7 @@ def _heeded_by(name: str) -> tuple[str, ...]:
   """Returns the ways of asking that a flag matters to."""
   if name in _HEEDED_BY:
     return _HEEDED_BY[name]
-  for group in (_SETTINGS, _ENGINE, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
     if name in group.fields:
       return group.ways
   return _WAYS
@@ -341,6 +362,8 @@ def _define_flags() -> None:
     None,
     "Serves OpenAI's completions API over HTTP on this port; 0 picks a free"
     ' one.',
+    lower_bound=0,
+    upper_bound=65535,
   )
   text(
     'plan',
@@ -387,9 +410,11 @@ def _define_flags() -> None:
   count(
     'drain_seconds',
     30,
-    'Seconds in which --port finishes open requests after a signal to stop.',
+    'Seconds in which --port finishes open requests after a signal to stop.'
+    ' Then streams end with an error, and other requests are answered 503.',
+    lower_bound=0,
   )
-  for group in (_SETTINGS, _ENGINE, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
     group.define()
 
 

@@ -8,7 +8,42 @@ Imports nothing of ours, so that every package can use it.
 """
 
 from collections.abc import Iterable
+import reprlib
 from typing import Any
+
+MOST_SHOWN = 120  # characters of a value in an error or a log line
+
+
+def shown(value: Any) -> str:
+  """Returns the repr of a value, cut to at most `MOST_SHOWN` characters.
+
+  A value may come from a stranger and be large. It is cut before its repr is
+  made. The repr escapes control characters, so that it stays one line.
+  """
+  return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+  def __init__(self):
+    super().__init__()
+    self.maxlevel = 3
+    self.maxstring = self.maxother = self.maxlong = MOST_SHOWN
+    self.maxtuple = self.maxlist = self.maxdict = self.maxset = 8
+
+  def repr(self, x: Any) -> str:
+    text = super().repr(x)
+    if len(text) <= MOST_SHOWN:
+      return text
+    return f'{text[: MOST_SHOWN - 3]}...'
+
+  def repr_int(self, x: int, level: int) -> str:
+    # Python refuses to write more than 4300 digits.
+    if x.bit_length() > 4 * MOST_SHOWN:
+      return f'an integer of {x.bit_length()} bits'
+    return super().repr_int(x, level)
+
+
+_SHORT = _Short()
 
 
 def one_of(
@@ -49,4 +84,4 @@ def multiple_of(
 
 def _refuse(name: str, value: Any, expected: str, fix: str) -> None:
   end = f'; {fix}' if fix else ''
-  raise ValueError(f'{name}: got {value!r}, expected {expected}{end}')
+  raise ValueError(f'{name}: got {shown(value)}, expected {expected}{end}')

@@ -12,6 +12,7 @@ Several streams may be open at once, see `Engine.answer`.
 
 from collections import abc
 import dataclasses
+import functools
 import math
 import os
 
@@ -55,11 +56,40 @@ class Generator:
       compile_all=compile_all,
     )
 
+  @functools.cached_property
+  def most_characters(self) -> int:
+    """Characters of the longest text that can fit into the context.
+
+    No token has more characters than the longest token has bytes. A tokenizer
+    that changes text, so that one token stands for more, is held to it too.
+    """
+    longest = int(self.tokenizer.num_bytes_V().max(initial=1))
+    return self.engine.context * longest
+
+  def check_length(self, prompt: Prompt) -> None:
+    """Refuses a prompt that cannot fit, without looking at its content.
+
+    Raises:
+      ValueError: the prompt has more characters, or ids, than can fit.
+    """
+    context = self.engine.context
+    is_text = isinstance(prompt, str)
+    most = self.most_characters if is_text else context
+    if len(prompt) > most:
+      unit = 'characters' if is_text else 'token ids'
+      raise ValueError(
+        f'prompt: got {len(prompt)} {unit}, expected at most {most}, which is'
+        f' more than fits into the context of this model ({context} tokens);'
+        ' shorten the prompt'
+      )
+
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: text as in training, ids verbatim."""
     if not isinstance(prompt, str):
       return tuple(prompt)
-    ids = self.tokenizer.encode(prompt)
+    # Of a batch, the library lets other threads run while it encodes.
+    (ids,) = self.tokenizer.encode_batch([prompt])
+    ids = ids.tolist()
     # An empty prompt needs a first token, even if training had no BOS.
     if self.frozen.manifest.has_bos or not ids:
       ids = [self.tokenizer.bos_id, *ids]

@@ -209,6 +209,24 @@ def test_a_process_that_is_asked_nothing_exits_with_2():
       ['--model={model}', '--port=0', '--api_keys={keys}'],
       '{keys}:1: got a line that is not name:key',
     ),
+    # A guard with an empty value guards nothing.
+    (
+      ['--model={model}', '--port=0', '--api_keys='],
+      '--api_keys: got an empty path, expected a file of lines name:key',
+    ),
+    (
+      ['--model={model}', '--port=0', '--api_keys={empty}'],
+      '--api_keys: got {empty}, which is no regular file',
+    ),
+    (['--model={model}', '--port=0', '--host='], '--host: got an empty'),
+    (
+      ['--model={model}', '--port=0', '--server.head_seconds=nan'],
+      'server.head_seconds: got nan, expected a finite number',
+    ),
+    (
+      ['--model={model}', '--port=0', '--server.max_connections=0'],
+      'server.max_connections: got 0, expected at least 1',
+    ),
     # Found by the thread that loads, when the server already listens.
     (
       ['--model={model}', '--port=0', '--engine.attention=kernel'],
@@ -308,7 +326,10 @@ def test_help_does_not_wait_for_jax():
     timeout=60,
     check=False,
   )
-  for name in ('prompt', 'min_p', 'engine.page_size', 'eval.limit'):
+  for name in (
+    *('prompt', 'min_p', 'engine.page_size', 'eval.limit'),
+    'server.body_seconds',
+  ):
     assert f'--{name}: ' in process.stdout
   # Every import has a line: own time, total time, name.
   assert ' inference.flags\n' in process.stderr
@@ -359,6 +380,7 @@ def test_every_flag_says_which_ways_heed_it(defined_flags):
     'engine.page_size': ('prompt', 'chat', 'port', 'eval'),
     'compilation_cache': ('prompt', 'chat', 'port', 'eval'),
     'eval.limit': ('eval',),
+    'server.max_body_bytes': ('port',),
     'eval_out': ('eval',),
     'api_keys': ('port',),
   }.items():
@@ -414,6 +436,12 @@ def test_port_serves_until_it_is_stopped(model, tmp_path):
     )
     assert answer.json()['usage']['completion_tokens'] > 0
     assert httpx2.get(f'{url}/metrics').status_code == 401
+    keys.write_text('me:other')
+    process.send_signal(signal.SIGHUP)
+    headers = {'authorization': 'Bearer other'}
+    deadline = time.monotonic() + 30
+    while httpx2.get(f'{url}/metrics', headers=headers).status_code == 401:
+      assert time.monotonic() < deadline
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
   finally:

@@ -146,13 +146,12 @@ class Engine:
 
   def layout_text(self) -> str:
     """Returns the sizes of the KV cache as one line."""
-    pages = self.manager.tables.allocator.num_usable
-    tokens = pages * self.page_tokens
-    return (
-      f'KV cache {pages * self.page_bytes / 2**20:,.0f} MiB: {pages:,} pages of'
-      f' {self.page_tokens:,} tokens; {self.config.max_sequences} sequences run'
-      f' at once, of at most {min(self.context, tokens + 1):,} tokens each and'
-      f' {tokens:,} together'
+    return execution.layout_text(
+      self.config,
+      self.context,
+      num_pages=self.manager.tables.allocator.num_usable,
+      page_tokens=self.page_tokens,
+      page_bytes=self.page_bytes,
     )
 
   # --------------------------------------------------------------------------
@@ -207,9 +206,7 @@ class Engine:
       self.checked(request) if request.room is None else request
       for request in requests
     ]
-    asked: collections.Counter[str] = collections.Counter()
-    for request in requests:
-      asked[request.principal] += request.settings.n
+    asked = requests_lib.num_sequences(requests)
     most = self.config.max_waiting
     own_most = fairness.most_waiting(most)
     if max(asked.values()) > own_most:
@@ -227,13 +224,9 @@ class Engine:
     return [self._submit(request) for request in requests]
 
   def _has_places(self, asked: collections.Counter[str]) -> bool:
-    """Returns whether the queue takes so many sequences of each principal."""
-    most, waiting = self.config.max_waiting, self.num_waiting
     own = {each: self.manager.num_waiting_of(each) for each in asked}
-    return waiting + asked.total() <= most and all(
-      own[each] + asked[each]
-      <= fairness.most_waiting(most, waiting - own[each])
-      for each in asked
+    return fairness.has_places(
+      asked, own, max_waiting=self.config.max_waiting, waiting=self.num_waiting
     )
 
   def answer(
@@ -280,7 +273,7 @@ class Engine:
 
   def _has_room_for(self, request: requests_lib.Request) -> bool:
     # Without work, `submit` refuses a request that is larger than the queue.
-    asked = collections.Counter({request.principal: request.settings.n})
+    asked = requests_lib.num_sequences([request])
     return not self.has_work or self._has_places(asked)
 
   def _deliver(self, updates: list[requests_lib.Update]) -> None:
@@ -292,9 +285,7 @@ class Engine:
     """Makes the n sequences of a checked request."""
     assert request.room is not None
     request_id, settings = next(self._ids), request.settings
-    base = settings.seed
-    if base is None:
-      base = settings_lib.new_seed()
+    base = settings_lib.new_seed() if settings.seed is None else settings.seed
     principal = None if self.config.share_prefixes else request.principal
     stop = stop_strings.StopStrings(settings.stop)
     parent = None

@@ -78,6 +78,23 @@ def choose(
   return backend
 
 
+def layout_text(
+  config: engine_config.EngineConfig,
+  context: int,
+  *,
+  num_pages: int,
+  page_tokens: int,
+  page_bytes: float,
+) -> str:
+  """Returns the sizes of the KV cache as one line."""
+  tokens = num_pages * page_tokens
+  return (
+    f'KV cache {num_pages * page_bytes / 2**20:,.0f} MiB: {num_pages:,} pages of'
+    f' {page_tokens:,} tokens; {config.max_sequences} sequences run at once, of'
+    f' at most {min(context, tokens + 1):,} tokens each and {tokens:,} together'
+  )
+
+
 def kv_bytes_per_token(
   model: model_config.ModelConfig, backend: Backend
 ) -> float:

@@ -1,6 +1,7 @@
 """Requests to the engine, its answers, and their usage of resources."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import Any
 
@@ -91,6 +92,14 @@ class Update:
   token_ids: Sequence[int]  # the ids that spell `text`
   logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if requested
   completion: Completion | None = None  # in the last update of the sequence
+
+
+def num_sequences(requests: Iterable[Request]) -> collections.Counter[str]:
+  """Returns the sequences that requests make, by principal."""
+  asked: collections.Counter[str] = collections.Counter()
+  for request in requests:
+    asked[request.principal] += request.settings.n
+  return asked
 
 
 def room_for(

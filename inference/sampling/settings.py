@@ -25,6 +25,7 @@ import math
 import secrets
 from typing import Any
 
+from checks import expect
 from storage import file_names
 
 # Seeds have 64 bits, with or without a sign: -1 and 2**64 - 1 are one seed.
@@ -50,7 +51,9 @@ class SettingError(ValueError):
 
   def __init__(self, setting: str, got: Any, expected: str, fix: str = ''):
     hint = f'; {fix}' if fix else ''
-    super().__init__(f'{setting}: got {got!r}, expected {expected}{hint}')
+    super().__init__(
+      f'{setting}: got {expect.shown(got)}, expected {expected}{hint}'
+    )
     self.setting = setting
 
 

@@ -89,6 +89,27 @@ def most_waiting(max_waiting: int, num_others: int = 0) -> int:
   return places - places // _KEPT_SHARE
 
 
+def has_places(
+  asked: Mapping[Hashable, int],
+  own: Mapping[Hashable, int],
+  *,
+  max_waiting: int,
+  waiting: int,
+) -> bool:
+  """Returns whether the queue takes more sequences of some principals.
+
+  Args:
+    asked: further sequences of each principal.
+    own: sequences of each that wait now.
+    max_waiting: places in the queue.
+    waiting: places that are taken.
+  """
+  return waiting + sum(asked.values()) <= max_waiting and all(
+    own[each] + num <= most_waiting(max_waiting, waiting - own[each])
+    for each, num in asked.items()
+  )
+
+
 def level(task: Queued, *, best_priority: int, aging_steps: int) -> int:
   """Returns the priority after aging; lower is sooner."""
   return max(task.priority - task.waited_steps // aging_steps, best_priority)

@@ -6,18 +6,29 @@ choose. Two keys with one name belong to one principal, so that a key can be
 replaced while the old one is in use. Empty lines, and lines that begin with #,
 are ignored.
 
+The file is read again when it changes, or after SIGHUP. If it is then wrong or
+missing, the keys that were read before stay valid, and the log says so.
+
 Without a file no key is checked, and all requests have the principal ''.
 """
 
 import hashlib
 import hmac
+import logging
+import math
 import os
 import pathlib
+import stat
+import time
 
+from checks import expect
 from inference.server import schema
 
 # Probes of the process manager need no key; the answers reveal only the state.
 OPEN_PATHS = '/health', '/ready'
+
+_LOG = logging.getLogger('uvicorn.error')
+_LOOK_SECONDS = 1.0  # a change of the file counts after at most this time
 
 _UNKNOWN = schema.ApiError(
   401,
@@ -46,21 +57,48 @@ class ApiKeys:
     return found
 
 
+class KeysFile:
+  """The keys of a file that may change."""
+
+  def __init__(self, path: str | os.PathLike):
+    """Reads the file; `read` says which errors it raises."""
+    self._path, self._stamp = path, _stamp(path)
+    self._keys = read(path)
+    self._looked = time.monotonic()
+
+  def principal(self, key: str) -> str | None:
+    """Returns the principal of a key, or None."""
+    if time.monotonic() >= self._looked + _LOOK_SECONDS:
+      self._look()
+    return self._keys.principal(key)
+
+  def expire(self) -> None:
+    """Has the file read again before the next key is looked up."""
+    self._stamp, self._looked = None, -math.inf
+
+  def _look(self) -> None:
+    self._looked = time.monotonic()
+    stamp = _stamp(self._path)
+    if stamp == self._stamp:
+      return
+    self._stamp = stamp
+    try:
+      self._keys = read(self._path)
+      _LOG.info('%s: read again', self._path)
+    except (ValueError, OSError) as error:
+      _LOG.error('%s; the keys that were read before stay valid', error)
+
+
 def read(path: str | os.PathLike) -> ApiKeys:
   """Returns the keys of a file.
 
   Raises:
     FileNotFoundError: there is no file.
-    ValueError: the file holds no key, or a line is wrong. The error does not
-      repeat the key.
+    ValueError: the file cannot be read, holds no key, or a line is wrong. The
+      error does not repeat the key.
   """
   keys: dict[bytes, str] = {}
-  if not (path := pathlib.Path(path)).is_file():
-    raise FileNotFoundError(
-      f'--api_keys: got {path}, which does not exist, expected a file of lines'
-      ' name:key'
-    )
-  for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+  for number, line in enumerate(_text(path).splitlines(), 1):
     line = line.strip()
     if not line or line.startswith('#'):
       continue
@@ -70,10 +108,11 @@ def read(path: str | os.PathLike) -> ApiKeys:
         f'{path}:{number}: got a line that is not name:key, expected a name and'
         ' a key of printable ASCII; put # in front of a comment'
       )
-    if keys.setdefault(_digest(key), name) != name:
+    if (other := keys.setdefault(_digest(key), name)) != name:
       raise ValueError(
-        f'{path}:{number}: got the key of {keys[_digest(key)]!r} for {name!r}'
-        ' too, expected one name per key; make another key'
+        f'{path}:{number}: got the key of {expect.shown(other)} for'
+        f' {expect.shown(name)} too, expected one name per key; make another'
+        ' key'
       )
   if not keys:
     raise ValueError(
@@ -83,19 +122,64 @@ def read(path: str | os.PathLike) -> ApiKeys:
   return ApiKeys(keys)
 
 
+def _text(path: str | os.PathLike) -> str:
+  """Returns the content of a file of keys; warns if others can read it.
+
+  An empty path is an unset variable: to serve without keys then would open the
+  server to everybody.
+  """
+  fix = 'a file of lines name:key; leave --api_keys out to serve without keys'
+  if not os.fspath(path).strip():
+    raise ValueError(f'--api_keys: got an empty path, expected {fix}')
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(
+      f'--api_keys: got {path}, which does not exist, expected {fix}'
+    )
+  if not path.is_file():
+    raise ValueError(
+      f'--api_keys: got {path}, which is no regular file, expected {fix}'
+    )
+  try:
+    if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+      _LOG.warning(
+        '%s: every user of this machine can read or write the keys; chmod 600',
+        path,
+      )
+    return path.read_text('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'--api_keys: got {path}, which is not UTF-8 at byte {error.start},'
+      f' expected {fix}'
+    ) from None
+  except OSError as error:
+    raise ValueError(
+      f'--api_keys: got {path}, which cannot be read ({error.strerror}),'
+      f' expected {fix}'
+    ) from None
+
+
+def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
+  try:
+    found = os.stat(path)
+  except OSError:
+    return None
+  return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 class Authentication:
   """ASGI middleware: sets `state.principal` of a request, or answers 401.
 
   It acts before any part of the body is read.
   """
 
-  def __init__(self, app, keys: ApiKeys | None):
+  def __init__(self, app, keys: ApiKeys | KeysFile | None):
     self._app, self._keys = app, keys
 
   async def __call__(self, scope, receive, send):
     if scope['type'] == 'http':
       principal: str | None = ''
-      if self._keys and scope['path'] not in OPEN_PATHS:
+      if self._keys is not None and scope['path'] not in OPEN_PATHS:
         principal = self._keys.principal(_bearer(scope['headers']))
       if principal is None:
         await _UNKNOWN.response()(scope, receive, send)

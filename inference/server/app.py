@@ -10,40 +10,53 @@
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
-its request. With API keys, every route but /health and /ready needs one. When
-the server stops, the digest of the weights is computed again and compared with
-the digest in the manifest.
+its request. Bodies are parsed, and text is tokenized, in the threads of
+`inference.server.bodies`. With API keys, every route but /health and /ready
+needs one. When the server stops, the digest of the weights is computed again
+and compared with the digest in the manifest.
 
 Chat completions would be another route like `complete`: `text.chat` renders the
 messages, and a second form of `completions.Answer` writes the answer.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 import contextlib
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, TypeVar
 import uuid
 
 import fastapi
-from fastapi import exceptions, responses
-from starlette import exceptions as starlette_exceptions
+from fastapi import responses
+from starlette import (
+  exceptions as starlette_exceptions,
+  requests as starlette_requests,
+)
 
+from checks import expect
 from frozen import format as frozen_format, manifest as manifest_lib
 from inference import generate
 from inference.engine import engine
 from inference.server import (
   api_keys,
+  bodies as bodies_lib,
   completions,
   engine_loop as engine_loop_lib,
+  openapi,
+  protocol,
   schema,
+  server_config,
   tokenization,
 )
 
 _LOG = logging.getLogger('uvicorn.error')
 _CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
+_TokenizerRequest = TypeVar(
+  '_TokenizerRequest', schema.TokenizeRequest, schema.DetokenizeRequest
+)
+_PIECE = 10_000  # entries of a list that are written at once
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -51,7 +64,8 @@ def create_app(
   engine_loop: engine_loop_lib.EngineLoop,
   manifest: manifest_lib.Manifest,
   model_name: str,
-  keys: api_keys.ApiKeys | None = None,
+  keys: api_keys.ApiKeys | api_keys.KeysFile | None = None,
+  config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
   context: int = 0,
 ) -> fastapi.FastAPI:
@@ -62,46 +76,65 @@ def create_app(
     manifest: of the model. The weights need not be loaded yet.
     model_name: name of the model in requests.
     keys: the keys of the clients that are answered; None: all clients.
+    config: the limits on bodies.
     context: most tokens of a sequence; 0: those of the model.
   """
+  bodies = bodies_lib.Bodies(config)
+
+  async def end_requests():
+    bodies.stop()
+    await engine_loop.close()
 
   @contextlib.asynccontextmanager
   async def lifespan(_):
     engine_loop.start()
     yield
     await engine_loop.close()
+    bodies.close()
     if engine_loop.generator:
       _report_digest(engine_loop.generator.frozen)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
+  app.state.end_requests = end_requests
   app.add_middleware(api_keys.Authentication, keys=keys)
+  app.add_middleware(protocol.Framing)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
-  app.add_exception_handler(exceptions.RequestValidationError, _on_validation)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(schema.ApiError, _on_api_error)
+  app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
   _add_probes(app, engine_loop)
   _add_models(app, manifest, model_name, context)
-  _add_tokenizer(app, engine_loop, model_name)
+  _add_tokenizer(app, engine_loop, model_name, bodies)
 
   @app.post('/v1/completions')
-  async def complete(body: schema.CompletionRequest, request: fastapi.Request):
-    _check_model(body.model, model_name)
-    body.check(is_shared=keys is not None)
-    answer = completions.Answer(
-      _generator(engine_loop), body, principal=request.state.principal
-    )
-    if body.stream:
+  async def complete(request: fastapi.Request):
+    generator = _generator(engine_loop)
+
+    def prepared(raw: bytes) -> completions.Answer:
+      body = schema.parsed(schema.CompletionRequest, raw)
+      _check_model(body.model, model_name)
+      body.check(is_shared=keys is not None)
+      return completions.Answer(
+        generator, body, principal=request.state.principal
+      )
+
+    answer = await bodies.worked(request, prepared)
+    if answer.is_stream:
       updates = await _submit(engine_loop, answer)
       return _EventStream(_events(answer.chunks(updates)), updates)
-    return await _unless_disconnected(request, _whole(engine_loop, answer))
+    return await _unless_disconnected(
+      request, _whole(engine_loop, answer, bodies)
+    )
 
+  described = openapi.document(app, has_keys=keys is not None)
+  app.openapi = lambda: described
   return app
 
 
 def _add_probes(
   app: fastapi.FastAPI, engine_loop: engine_loop_lib.EngineLoop
 ) -> None:
-  def tell(is_good: bool) -> responses.JSONResponse:
+  def tell(is_good: bool) -> responses.Response:
     # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
     status = {'status': 'ok' if is_good else engine_loop.state}
     return responses.JSONResponse(status, 200 if is_good else 503)
@@ -142,20 +175,34 @@ def _add_tokenizer(
   app: fastapi.FastAPI,
   engine_loop: engine_loop_lib.EngineLoop,
   model_name: str,
+  bodies: bodies_lib.Bodies,
 ) -> None:
+  def answered(
+    kind: type[_TokenizerRequest],
+    answer: Callable[[generate.Generator, _TokenizerRequest], dict[str, Any]],
+  ) -> Callable[[bytes], responses.Response]:
+    generator = _generator(engine_loop)
+
+    def work(raw: bytes) -> responses.Response:
+      body = schema.parsed(kind, raw)
+      _check_model(body.model or model_name, model_name)
+      return _written(answer(generator, body))
+
+    return work
+
   @app.get('/tokenizer_info')
   async def tokenizer_info():
     return tokenization.info(_generator(engine_loop))
 
   @app.post('/tokenize')
-  async def tokenize(body: schema.TokenizeRequest):
-    _check_model(body.model or model_name, model_name)
-    return tokenization.tokenize(_generator(engine_loop), body)
+  async def tokenize(request: fastapi.Request):
+    work = answered(schema.TokenizeRequest, tokenization.tokenize)
+    return await bodies.worked(request, work)
 
   @app.post('/detokenize')
-  async def detokenize(body: schema.DetokenizeRequest):
-    _check_model(body.model or model_name, model_name)
-    return tokenization.detokenize(_generator(engine_loop), body)
+  async def detokenize(request: fastapi.Request):
+    work = answered(schema.DetokenizeRequest, tokenization.detokenize)
+    return await bodies.worked(request, work)
 
 
 def _model_card(
@@ -185,7 +232,8 @@ def _check_model(name: str, model_name: str) -> None:
   if name != model_name:
     raise schema.ApiError(
       404,
-      f'model: got {name!r}, expected {model_name!r}, the model served here',
+      f'model: got {expect.shown(name)}, expected {model_name!r}, the model'
+      ' served here',
       param='model',
       code='model_not_found',
     )
@@ -198,6 +246,8 @@ def _generator(engine_loop: engine_loop_lib.EngineLoop) -> generate.Generator:
     ApiError: status 503, the model still loads, or the engine has stopped.
   """
   if engine_loop.state != engine_loop_lib.READY or not engine_loop.generator:
+    if engine_loop.state == engine_loop_lib.STOPPED:
+      raise schema.stopping()
     raise schema.ApiError(
       503,
       f'the server is not ready: {engine_loop.state}; ask /ready',
@@ -232,17 +282,48 @@ async def _submit(
 
 
 async def _whole(
-  engine_loop: engine_loop_lib.EngineLoop, answer: completions.Answer
-) -> dict[str, Any]:
+  engine_loop: engine_loop_lib.EngineLoop,
+  answer: completions.Answer,
+  bodies: bodies_lib.Bodies,
+) -> responses.Response:
   updates = await _submit(engine_loop, answer)
   with contextlib.closing(updates):
-    return await answer.whole(updates)
+    await answer.finish(updates)
+
+  def written() -> responses.Response:
+    return _written(answer.whole())
+
+  return await bodies.in_thread(written, size=answer.size)
+
+
+def _written(body: dict[str, Any]) -> responses.Response:
+  """Returns a body as JSON; other threads run while a long list is written."""
+  parts = []
+  for name, value in body.items():
+    if isinstance(value, list):
+      pieces = (
+        _json(value[start : start + _PIECE])[1:-1]
+        for start in range(0, len(value), _PIECE)
+      )
+      text = f'[{",".join(pieces)}]'
+    else:
+      text = _json(value)
+    parts.append(f'{_json(name)}:{text}')
+  return responses.Response(
+    f'{{{",".join(parts)}}}', media_type='application/json'
+  )
+
+
+def _json(value: Any) -> str:
+  return json.dumps(
+    value, ensure_ascii=False, allow_nan=False, separators=(',', ':')
+  )
 
 
 async def _unless_disconnected(
-  request: fastapi.Request, work: Coroutine[Any, Any, dict[str, Any]]
+  request: fastapi.Request, work: Coroutine[Any, Any, responses.Response]
 ) -> responses.Response:
-  """Awaits the body of an answer, until the client disconnects."""
+  """Awaits an answer, until the client disconnects."""
 
   async def disconnected():
     # The body of the request has been read: the next message is a disconnect.
@@ -255,7 +336,7 @@ async def _unless_disconnected(
     await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
       return responses.Response(status_code=_CLIENT_CLOSED_REQUEST)
-    return responses.JSONResponse(working.result())
+    return working.result()
   except schema.ApiError:
     raise
   except Exception as error:
@@ -314,14 +395,16 @@ class _RequestId:
     await self._app(scope, receive, send_with_id)
 
 
-async def _on_validation(_, error):
-  return schema.from_validation(error.errors()).response()
-
-
 async def _on_http(_, error):
-  return schema.ApiError(
+  response = schema.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()
+  response.headers.update(error.headers or {})  # `allow` of a 405
+  return response
+
+
+async def _on_left(*_):
+  return responses.Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _on_api_error(_, error):
@@ -331,7 +414,7 @@ async def _on_api_error(_, error):
 def _failure(error: Exception) -> schema.ApiError:
   """Logs an error of the server; returns an answer without its details."""
   if isinstance(error, engine_loop_lib.Stopped):
-    return schema.ApiError(503, str(error), param=None, code='stopped')
+    return schema.stopping()
   if not isinstance(error, engine_loop_lib.Failed):  # logged by the loop
     _LOG.error('generation failed', exc_info=error)
   return schema.ApiError(

@@ -22,6 +22,7 @@ import time
 from typing import Any
 import uuid
 
+from checks import expect
 from inference import generate
 from inference.engine import requests
 from inference.sampling import settings as settings_lib
@@ -59,6 +60,7 @@ class Answer:
     self._generator, self._body = generator, body
     self._principal = principal
     self._prompts = body.prompts()
+    self._check_size()
     _warn_of_special_tokens(generator, self._prompts)
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
@@ -66,13 +68,6 @@ class Answer:
       raise schema.from_setting(error) from error
     except ValueError as error:
       raise refused_prompt(error) from error
-    self._n = self.requests[0].settings.n
-    if len(self.requests) * self._n > schema.MAX_CHOICES:
-      raise schema.invalid(
-        'n',
-        f'got {len(self.requests) * self._n} completions to make (prompts times'
-        f' n), expected at most {schema.MAX_CHOICES}; send several requests',
-      )
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
     self._places = [
       logprobs_json.prompt_places(
@@ -92,10 +87,27 @@ class Answer:
       'system_fingerprint': generator.frozen.manifest.weights_digest[:16],
     }
 
-  async def whole(self, updates: Updates) -> dict[str, Any]:
-    """Returns the body of an answer that is not streamed."""
+  @property
+  def is_stream(self) -> bool:
+    """Whether the client wants chunks."""
+    return bool(self._body.stream)
+
+  @property
+  def size(self) -> int:
+    """Entries of a finished answer: tokens, and log-probabilities of each."""
+    num_tokens = sum(len(each.prompt_ids) for each in self.requests)
+    num_tokens += sum(
+      each.num_completion_tokens for each in self._done.values()
+    )
+    return num_tokens * (1 + (self.requests[0].settings.logprobs or 0))
+
+  async def finish(self, updates: Updates) -> None:
+    """Waits for all choices of an answer that is not streamed."""
     async for which, update in updates:
       self._keep(which, update)
+
+  def whole(self) -> dict[str, Any]:
+    """Returns the body of an answer that is finished."""
     choices = [
       self._whole_choice(index, completion)
       for index, completion in sorted(self._done.items())
@@ -127,15 +139,32 @@ class Answer:
       # Clients read usage only from a chunk without choices.
       yield {**head, 'choices': [], 'usage': self._usage()}
 
+  def _check_size(self) -> None:
+    """Refuses a request that is too large, before its text is looked at."""
+    self._n = self._body.n or self._generator.defaults.n
+    num = len(self._prompts) * self._n
+    if num > schema.MAX_CHOICES:
+      raise schema.invalid(
+        'n',
+        f'got {num} completions to make (prompts times n), expected at most'
+        f' {schema.MAX_CHOICES}; send several requests',
+      )
+    try:
+      for prompt in self._prompts:
+        self._generator.check_length(prompt)
+    except ValueError as error:
+      raise refused_prompt(error) from error
+
   def _request(self, prompt: generate.Prompt) -> requests.Request:
     body = self._body
-    settings = self._generator.settings_for(prompt, **body.chosen())
+    ids = self._generator.prompt_ids(prompt)  # once: it may be long
+    settings = self._generator.settings_for(ids, **body.chosen())
     if body.echo and settings.logprobs is not None:
       settings = dataclasses.replace(
         settings, prompt_logprobs=settings.logprobs
       )
     return self._generator.request(
-      prompt,
+      ids,
       settings,
       principal=self._principal,
       priority=body.priority or 0,
@@ -150,10 +179,10 @@ class Answer:
     self._done[which * self._n + update.index] = update.completion
     if len(self._done) == len(self._prompts) * self._n:
       _LOG.info(
-        '%s principal=%r user=%r %s',
+        '%s principal=%s user=%s %s',
         self._head['id'],
-        self._principal,
-        self._body.user,
+        expect.shown(self._principal),
+        expect.shown(self._body.user),
         self._usage(),
       )
 

@@ -10,15 +10,19 @@ field is refused. No field is ignored.
 from collections.abc import Sequence
 import dataclasses
 import typing
-from typing import Any
+from typing import Annotated, Any, Self
 
 from fastapi import responses
 import pydantic
+import pydantic_core
 
+from checks import expect
 from inference.sampling import settings
 
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
+_MOST_ITEMS = 4096  # of a list that is no prompt of token ids; checks say less
+_MOST_MESSAGE = 1000  # characters of an error, whatever it repeats
 
 # Fields that are refused unless absent, null, or one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
@@ -29,8 +33,12 @@ _API_NAMES = {
   if (name := field.metadata.get('api_name', field.name))
 }
 _MAX_PRIORITY = 2**31 - 1
+RETRIED = 429, 503
 _RETRY_AFTER_SECONDS = 1
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
+_UNKNOWN = 'unknown_field'
+# The rest of the body of such a request is not waited for.
+_CLOSES = (408,)
 
 
 class ApiError(Exception):
@@ -39,9 +47,9 @@ class ApiError(Exception):
   def __init__(
     self, status: int, message: str, *, param: str | None, code: str | None
   ):
-    super().__init__(message)
+    super().__init__(printable(message, _MOST_MESSAGE))
     self.status = status
-    self.param = param
+    self.param = param and printable(param)
     self.code = code
 
   def body(self) -> dict[str, Any]:
@@ -63,14 +71,53 @@ class ApiError(Exception):
     headers = {}
     if self.status == 401:
       headers['www-authenticate'] = 'Bearer'
-    if self.status in (429, 503):
+    if self.status in _CLOSES:
+      headers['connection'] = 'close'
+    if self.status in RETRIED:
       headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
     return responses.JSONResponse(self.body(), self.status, headers)
 
 
+@dataclasses.dataclass(frozen=True)
+class _FirstError:
+  """Annotation: a list or dict is refused at its first wrong element.
+
+  Otherwise pydantic makes an error for each of a million wrong elements.
+  """
+
+  most: int | None = None  # elements
+
+  def __get_pydantic_core_schema__(self, source, handler):
+    schema = {**handler(source), 'fail_fast': True}
+    if self.most is not None:
+      schema['max_length'] = self.most
+    return schema
+
+
+_FEW = _FirstError(_MOST_ITEMS)
+_Strings = Annotated[list[str], _FEW]
+_Ids = Annotated[list[int], _FirstError()]
+
+
 class _Model(pydantic.BaseModel):
-  # Strict: '0.5' is no number, and true is not 1.
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True)
+  # Strict: '0.5' is no number, and true is not 1. Unknown fields are allowed
+  # here and refused below: pydantic would make an error of each.
+  model_config = pydantic.ConfigDict(
+    extra='allow',
+    strict=True,
+    json_schema_extra={'additionalProperties': False},
+  )
+
+  @pydantic.model_validator(mode='after')
+  def _refuse_unknown(self) -> Self:
+    for name in self.model_extra or ():
+      raise pydantic_core.PydanticCustomError(
+        _UNKNOWN, 'unknown field', {'name': name}
+      )
+    return self
+
+
+_Body = typing.TypeVar('_Body', bound=_Model)
 
 
 class StreamOptions(_Model):
@@ -81,16 +128,16 @@ class StreamOptions(_Model):
 
 class _OpenAiRequest(_Model):
   model: str
-  prompt: str | list[str] | list[int] | list[list[int]]
+  prompt: str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
   max_tokens: int | None = None  # 0, with echo: only the prompt is scored
   temperature: float | None = None
   top_p: float | None = None
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
-  logit_bias: dict[str, float] | None = None
+  logit_bias: Annotated[dict[str, float], _FEW] | None = None
   logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
-  stop: str | list[str] | None = None
+  stop: str | _Strings | None = None
   n: int | None = None
   echo: bool | None = None
   stream: bool | None = None
@@ -116,7 +163,7 @@ def _with_settings(
       continue
     kind: Any = field.type
     if typing.get_origin(kind) is tuple:
-      kind = list[typing.get_args(kind)[0]]
+      kind = Annotated[list[typing.get_args(kind)[0]], _FEW]
     default = pydantic.Field(default=None, description=field.metadata['help'])
     added[name] = (kind | None, default)
   return pydantic.create_model('_VllmRequest', __base__=base, **added)
@@ -154,8 +201,8 @@ class CompletionRequest(_VllmRequest):
         expected = ' or '.join(map(repr, (None, *neutral)))
         raise ApiError(
           400,
-          f'{name}: got {value!r}, expected {expected}; this server does not'
-          ' support it, leave it out',
+          f'{name}: got {expect.shown(value)}, expected {expected}; this server'
+          ' does not support it, leave it out',
           param=name,
           code='unsupported_parameter',
         )
@@ -221,6 +268,8 @@ class CompletionRequest(_VllmRequest):
     if self.max_tokens == 0:
       # The engine generates at least one token; `completions` drops it.
       chosen['max_tokens'] = 1
+    if self.top_k == -1:  # pyright: ignore[reportAttributeAccessIssue]
+      chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
     if isinstance(self.stop, str):
       chosen['stop'] = (self.stop,)
     if self.logit_bias is not None:
@@ -252,12 +301,33 @@ class DetokenizeRequest(_Model):
   """The body of POST /detokenize."""
 
   model: str | None = None
-  tokens: list[int]
+  tokens: _Ids
 
 
 def invalid(param: str, message: str) -> ApiError:
   """Returns a 400 about the value of one field."""
   return ApiError(400, f'{param}: {message}', param=param, code=None)
+
+
+def stopping() -> ApiError:
+  """Returns a 503 for a request that the server will not finish."""
+  return ApiError(
+    503, 'the server is stopping; try again', param=None, code='stopped'
+  )
+
+
+def parsed(kind: type[_Body], raw: bytes) -> _Body:
+  """Returns a body of JSON.
+
+  Raises:
+    ApiError: status 400, about the first field that is wrong.
+  """
+  try:
+    return kind.model_validate_json(raw)
+  except pydantic.ValidationError as error:
+    raise from_validation(
+      error.errors(include_url=False, include_input=False)
+    ) from None
 
 
 def from_setting(error: settings.SettingError) -> ApiError:
@@ -272,15 +342,14 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
     return ApiError(400, message, param=None, code=None)
-  # loc is ('body', field, alternative of a union, index); the field is shown.
-  where = [str(part) for part in error['loc'][1:]]
+  # loc is (field, alternative of a union, index); the field is shown.
+  where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
+  if error['type'] == _UNKNOWN:
+    where.append(error['ctx']['name'][: expect.MOST_SHOWN])
   if not where:
-    message = (
-      'body: got no JSON object, expected one with the header'
-      ' content-type: application/json'
-    )
+    message = 'body: got no JSON object, expected one'
     return ApiError(400, message, param=None, code=None)
-  if error['type'] == 'extra_forbidden':
+  if error['type'] == _UNKNOWN:
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
       ' expected one of the completions API; leave it out'
@@ -288,9 +357,17 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, message, param=where[0], code='unsupported_parameter')
   # A union reports an error per alternative; they are joined into one message.
   wanted = dict.fromkeys(
-    other['msg'] for other in errors if other['loc'][1:2] == error['loc'][1:2]
+    other['msg'] for other in errors if other['loc'][:1] == error['loc'][:1]
   )
   return invalid(where[0], '; or: '.join(wanted))
+
+
+def printable(text: str, most: int = expect.MOST_SHOWN) -> str:
+  """Returns a text as one line of at most `most` characters."""
+  shown = ''.join(
+    c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1]
+  )
+  return shown if len(shown) <= most else f'{shown[: most - 3]}...'
 
 
 def _frozen(value: Any) -> Any:

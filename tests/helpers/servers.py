@@ -7,9 +7,12 @@ import threading
 import time
 from typing import Any
 
-import uvicorn
-
-from inference.server import app as app_lib, engine_loop as engine_loop_lib
+from inference.server import (
+  app as app_lib,
+  engine_loop as engine_loop_lib,
+  listener,
+  server_config,
+)
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
@@ -40,22 +43,27 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, **config):
+def running(generator: Any, keys=None, **limits):
   """Serves on a free loopback port; yields a `Served` that is ready."""
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
   manifest = generator.frozen.manifest
-  with running_app(
-    app_lib.create_app(engine_loop, manifest, MODEL, keys), **config
-  ) as url:
+  config = server_config.ServerConfig(**limits)
+  app = app_lib.create_app(engine_loop, manifest, MODEL, keys, config)
+  with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
     yield Served(url, engine_loop)
 
 
 @contextlib.contextmanager
-def running_app(app, **config):
+def running_app(app, config=server_config.ServerConfig()):
   """Serves an app on a free loopback port; yields the base URL."""
-  server = uvicorn.Server(
-    uvicorn.Config(app, host='127.0.0.1', port=0, log_config=None, **config)
+  server = listener.Listener(
+    app,
+    config,
+    end_requests=app.state.end_requests,
+    host='127.0.0.1',
+    port=0,
+    log_config=None,
   )
   thread = threading.Thread(target=server.run)
   thread.start()

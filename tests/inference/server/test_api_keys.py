@@ -1,6 +1,8 @@
 """API keys: their principals, refusals, and separate tenants."""
 
 import hashlib
+import os
+import pathlib
 
 import httpx2
 import openai
@@ -72,6 +74,78 @@ def test_a_bad_file_is_refused_and_tells_no_key(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='does not exist, expected a'):
     api_keys.read(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('path', ['', ' ', '.', '/dev/null'])
+def test_no_file_of_keys_does_not_mean_no_keys(path):
+  with pytest.raises(ValueError, match='--api_keys: got .*, expected a file'):
+    api_keys.KeysFile(path)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+  (tmp_path / 'keys').write_bytes(b'alice:caf\xe9')
+  with pytest.raises(ValueError, match=r'keys, which is not UTF-8 at byte 9'):
+    api_keys.read(tmp_path / 'keys')
+  (tmp_path / 'keys').write_bytes(b'\xef\xbb\xbfalice:key')
+  assert api_keys.read(tmp_path / 'keys').principal('key') == 'alice'
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'keys').write_text('alice:key')
+
+  def read_text(*_):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', read_text)
+  with pytest.raises(ValueError, match='keys, which cannot be read'):
+    api_keys.read(tmp_path / 'keys')
+
+
+@pytest.mark.parametrize(
+  ('mode', 'is_warned'),
+  [(0o600, False), (0o640, False), (0o644, True), (0o602, True)],
+)
+def test_a_file_that_everybody_can_read_is_warned_of(
+  tmp_path, caplog, mode, is_warned
+):
+  (tmp_path / 'keys').write_text('alice:key')
+  (tmp_path / 'keys').chmod(mode)
+  api_keys.read(tmp_path / 'keys')
+  assert ('every user of this machine' in caplog.text) == is_warned
+  assert ':key' not in caplog.text
+
+
+def test_a_file_that_changes_is_read_again(tmp_path, caplog, monkeypatch):
+  path = tmp_path / 'keys'
+  path.write_text('alice:old')
+  keys = api_keys.KeysFile(path)
+  monkeypatch.setattr(api_keys, '_LOOK_SECONDS', 0.0)
+  path.write_text('alice:newer')
+  assert keys.principal('newer') == 'alice'
+  assert keys.principal('old') is None
+  # A mistake does not lock everybody out, and opens nothing.
+  for text in ('nonsense', '', 'a:same\nb:same'):
+    path.write_text(text)
+    assert keys.principal('newer') == 'alice'
+    assert keys.principal('') is None
+  path.unlink()
+  assert keys.principal('newer') == 'alice'
+  assert caplog.text.count('the keys that were read before stay valid') == 4
+  path.write_text('alice:last')
+  assert keys.principal('newer') is None
+  assert keys.principal('last') == 'alice'
+
+
+def test_a_signal_has_the_file_read_again(tmp_path):
+  path = tmp_path / 'keys'
+  path.write_text('alice:old')
+  keys = api_keys.KeysFile(path)
+  before = path.stat()
+  path.write_text('alice:new')
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+  assert keys.principal('old') == 'alice'  # same size, same time stamp
+  keys.expire()
+  assert keys.principal('new') == 'alice'
 
 
 # ------------------------------------------------------------------------------

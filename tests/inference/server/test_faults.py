@@ -3,7 +3,9 @@
 import concurrent.futures
 import contextlib
 import copy
+import json
 import logging
+import socket
 import threading
 import time
 
@@ -192,20 +194,54 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
 
 def test_but_not_for_longer_than_it_may(slow, caplog):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with servers.running(slow, timeout_graceful_shutdown=0.2) as served:
-      asked = pool.submit(
-        httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with servers.running(slow, drain_seconds=0.2) as served:
+      url = f'{served.url}/v1/completions'
+      whole, stream = (
+        pool.submit(
+          httpx2.post, url, json={**_LONG, 'stream': stream}, timeout=30
+        )
+        for stream in (False, True)
       )
-      servers.until(lambda: slow.engine._live)
-      start = time.monotonic()
-    assert time.monotonic() - start < 2  # the answer would take three seconds
-    error = asked.exception()
-    assert isinstance(error, httpx2.TransportError) or (
-      asked.result().status_code >= 500
-    )
+      servers.until(lambda: len(slow.engine._live) == 2)
+      half = socket.create_connection(('127.0.0.1', httpx2.URL(url).port))
+      half.sendall(
+        b'POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type:'
+        b' application/json\r\ncontent-length: 9\r\n\r\n{'
+      )
+      time.sleep(0.1)  # until the server reads the body
+    # Streams that ran to their end would have 60 tokens, of 0.05 s each.
+    answer, other = whole.result(), half.recv(65536)
+    half.close()
+  assert other.startswith(b'HTTP/1.1 503 ')
+  assert b'retry-after: ' in other
+  assert answer.status_code == 503
+  assert int(answer.headers['retry-after']) > 0
+  assert answer.json()['error']['code'] == 'stopped'
+  *pieces, last = servers.events(stream.result().content)
+  assert 0 < len(pieces) < 60
+  assert last['error']['code'] == 'stopped'
   assert _is_idle(served)
   assert 'unchanged' in caplog.text
+  assert 'Traceback' not in caplog.text
+  assert not [each for each in caplog.records if each.levelname == 'ERROR']
+
+
+def test_a_client_that_does_not_read_does_not_hold_the_server(
+  generator, caplog
+):
+  body = json.dumps({'prompt': 'x' * 10**6}).encode()
+  with servers.running(generator, drain_seconds=0.1) as served:
+    client = socket.create_connection(
+      ('127.0.0.1', httpx2.URL(served.url).port)
+    )
+    client.sendall(
+      b'POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json'
+      b'\r\ncontent-length: %d\r\n\r\n' % len(body) + body
+    )
+    assert client.recv(10)
+  client.close()
+  assert 'Traceback' not in caplog.text
 
 
 def test_the_digest_is_compared_when_the_server_stops(

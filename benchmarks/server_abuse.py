@@ -1,0 +1,344 @@
+"""Health of a server whose clients stream while others abuse it.
+
+    python -m benchmarks.server_abuse --model=runs/quickstart/frozen
+
+Starts serve.py on a free loopback port. `--clients` clients stream completions
+for `--seconds`. Beside them run the abuses of `ABUSES`, each in a fixed number:
+bodies that are too large, hostile or never whole, heads that never end, clients
+that stop reading or leave, requests that could be read in two ways. Reports the
+latency of /health beside its latency before, the memory of the server, and the
+statuses. Fails if any answer is a 5xx, or if a stream does not end.
+
+The abuses share the cores of this machine with the server.
+"""
+
+import asyncio
+import collections
+from collections.abc import Awaitable, Callable
+from concurrent import futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks import entry
+
+_PROBE_SECONDS = 0.05
+_TYPE = 'content-type: application/json'
+
+
+@dataclasses.dataclass
+class Target:
+  """A server, and the counts of its answers."""
+
+  host: str
+  port: int
+  model: str
+  deadline: float = 0.0  # of the event loop's clock
+  statuses: dict[str, collections.Counter[int]] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(collections.Counter)
+  )
+  num_cut: int = 0  # streams without [DONE]
+
+  def body(self, **fields: Any) -> bytes:
+    """Returns the body of a completions request."""
+    return _json({'model': self.model, 'prompt': 'a', **fields})
+
+  @property
+  def is_over(self) -> bool:
+    """Whether the time of the run has passed."""
+    return asyncio.get_running_loop().time() > self.deadline
+
+  @contextlib.asynccontextmanager
+  async def connection(self):
+    """Opens a connection; yields its reader and writer."""
+    reader, writer = await asyncio.open_connection(
+      self.host, self.port, limit=2**20
+    )
+    try:
+      yield reader, writer
+    finally:
+      writer.transport.abort()
+
+  async def ask(self, who: str, head: str, body: bytes = b'') -> bytes:
+    """Sends a request and returns its answer; counts the status."""
+    async with self.connection() as (reader, writer):
+      writer.write(_head(head, body) + body)
+      with contextlib.suppress(OSError):
+        await writer.drain()
+      answer = b''
+      with contextlib.suppress(OSError):
+        answer = await reader.read(-1)
+    if found := re.match(rb'HTTP/1.1 (\d+)', answer):
+      self.statuses[who][int(found[1])] += 1
+    return answer
+
+
+def _json(value: Any) -> bytes:
+  return json.dumps(value, separators=(',', ':')).encode()
+
+
+def _head(line: str, body: bytes) -> bytes:
+  rows = (line, 'host: a', _TYPE, 'connection: close')
+  return '\r\n'.join((*rows, f'content-length: {len(body)}', '', '')).encode()
+
+
+_COMPLETE = 'POST /v1/completions HTTP/1.1'
+
+
+async def _stream(target: Target) -> None:
+  body = target.body(stream=True, max_tokens=32, ignore_eos=True)
+  answer = await target.ask('stream', _COMPLETE, body)
+  if b' 200 ' in answer[:20] and b'[DONE]' not in answer:
+    target.num_cut += 1
+
+
+async def _large_body(target: Target) -> None:
+  await target.ask('large body', _COMPLETE, b'x' * 2**23)
+
+
+async def _long_prompt(target: Target) -> None:
+  await target.ask('long prompt', _COMPLETE, target.body(prompt='x' * 10**6))
+
+
+async def _long_text(target: Target) -> None:
+  body = _json({'prompt': 'word ' * 2 * 10**5})
+  await target.ask('long text', 'POST /tokenize HTTP/1.1', body)
+
+
+# Made once: the clients share the cores with the server.
+_HOSTILE = (
+  b'"prompt":[' + b'1.5,' * 4 * 10**5 + b'1]',
+  b'"prompt":[' + b'[],' * 5 * 10**5 + b'1]',
+  b'"prompt":"a","stop":[' + b'"a",' * 10**5 + b'1]',
+  b'"prompt":' + b'[' * 10**6,
+)
+
+
+async def _hostile_json(target: Target) -> None:
+  for fields in _HOSTILE:
+    body = b'{"model":"%s",%s}' % (target.model.encode(), fields)
+    await target.ask('hostile JSON', _COMPLETE, body)
+
+
+async def _half(target: Target, sent: bytes) -> None:
+  async with target.connection() as (reader, writer):
+    writer.write(sent)
+    with contextlib.suppress(OSError):
+      await reader.read(-1)
+
+
+async def _half_head(target: Target) -> None:
+  await _half(target, b'POST /v1/completions HTTP/1.1\r\nhost: a\r\n')
+
+
+async def _half_body(target: Target) -> None:
+  await _half(target, _head(_COMPLETE, b'x' * 1000) + b'{')
+
+
+async def _stalled_reader(target: Target) -> None:
+  body = _json({'prompt': 'x' * 10**6})
+  async with target.connection() as (reader, writer):
+    writer.write(_head('POST /tokenize HTTP/1.1', body) + body)
+    await reader.read(1)
+    writer.transport.pause_reading()  # pyright: ignore[reportAttributeAccessIssue]
+    while not target.is_over:
+      await asyncio.sleep(1)
+
+
+async def _leaver(target: Target) -> None:
+  body = target.body(stream=True, max_tokens=200, ignore_eos=True)
+  async with target.connection() as (reader, writer):
+    writer.write(_head(_COMPLETE, body) + body)
+    await reader.read(1)
+
+
+async def _smuggler(target: Target) -> None:
+  async with target.connection() as (reader, writer):
+    head = f'{_COMPLETE}\r\nhost: a\r\ncontent-length: 3\r\n'
+    behind = 'transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1'
+    writer.write((head + behind + '\r\nhost: a\r\n\r\n').encode())
+    answer = b''
+    with contextlib.suppress(OSError):
+      answer = await reader.read(-1)
+    if answer.count(b'HTTP/1.1 ') > 1:
+      raise ValueError(f'smuggled: {answer[:500]!r}')
+
+
+# The number of clients that do it at once, and it.
+ABUSES: dict[str, tuple[int, Callable[[Target], Awaitable[None]]]] = {
+  'large body': (4, _large_body),
+  'long prompt': (4, _long_prompt),
+  'long text': (2, _long_text),
+  'hostile JSON': (2, _hostile_json),
+  'half head': (200, _half_head),
+  'half body': (200, _half_body),
+  'stalled reader': (8, _stalled_reader),
+  'leaver': (8, _leaver),
+  'smuggler': (4, _smuggler),
+}
+
+
+async def _repeated(
+  target: Target, do: Callable[[Target], Awaitable[None]]
+) -> None:
+  while not target.is_over:
+    with contextlib.suppress(OSError):
+      await do(target)
+    await asyncio.sleep(0.01)
+
+
+def probe(host: str, port: int, seconds: float) -> list[float]:
+  """Returns the seconds of requests to /health, each on a new connection.
+
+  Runs in a process of its own: the clients of `abuse` would delay it.
+
+  Raises:
+    ValueError: an answer is no 200.
+  """
+  request = _head('GET /health HTTP/1.1', b'')
+  taken: list[float] = []
+  end = time.perf_counter() + seconds
+  while (start := time.perf_counter()) < end:
+    with socket.create_connection((host, port)) as client:
+      client.sendall(request)
+      answer = client.recv(4096)
+      taken.append(time.perf_counter() - start)
+    if b' 200 ' not in answer:
+      raise ValueError(f'/health: got {answer!r}, expected 200')
+    time.sleep(_PROBE_SECONDS)
+  return taken
+
+
+def _memory_mib(pid: int) -> float:
+  status = pathlib.Path(f'/proc/{pid}/status').read_text(encoding='utf-8')
+  (found,) = re.findall(r'VmRSS:\s+(\d+) kB', status)
+  return int(found) / 1024
+
+
+async def abuse(
+  target: Target, *, pid: int, num_clients: int, seconds: float
+) -> dict[str, Any]:
+  """Returns the figures of a run.
+
+  Raises:
+    ValueError: an answer was a 5xx, a stream did not end, or a request was
+      read in two ways.
+  """
+  loop = asyncio.get_running_loop()
+  spawn = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, spawn) as prober:
+    where = target.host, target.port
+    await loop.run_in_executor(prober, probe, *where, 0.5)  # imports
+    idle = await loop.run_in_executor(prober, probe, *where, seconds / 8)
+    target.deadline = loop.time() + seconds
+    clients = [
+      asyncio.create_task(_repeated(target, do))
+      for num, do in ((num_clients, _stream), *ABUSES.values())
+      for _ in range(num)
+    ]
+    probing = loop.run_in_executor(prober, probe, *where, seconds)
+    # The first quarter fills caches, and brings the threads and buffers.
+    await asyncio.sleep(seconds / 4)
+    before = _memory_mib(pid)
+    probed = await probing
+  after = _memory_mib(pid)
+  # Clients that the server lets wait are given up; the others end themselves.
+  _, late = await asyncio.wait(clients, timeout=seconds)
+  for client in late:
+    client.cancel()
+  for client in clients:
+    if client not in late and (error := client.exception()):
+      raise error
+  failed = {
+    who: dict(counts)
+    for who, counts in target.statuses.items()
+    if any(status >= 500 for status in counts)
+  }
+  if failed or target.num_cut:
+    raise ValueError(f'got {failed}, and {target.num_cut} streams cut off')
+  return {
+    'clients': num_clients,
+    'seconds': seconds,
+    'health_idle_ms': _percentiles(idle),
+    'health_ms': _percentiles(probed),
+    'memory_mib': {'after_a_quarter': before, 'at_the_end': after},
+    'statuses': {who: dict(each) for who, each in target.statuses.items()},
+  }
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+  cuts = statistics.quantiles([1000 * each for each in seconds], n=100)
+  return {'p50': cuts[49], 'p99': cuts[98], 'max': 1000 * max(seconds)}
+
+
+def report(result: entry.Result) -> str:
+  """Returns the figures as text."""
+  rows = [
+    f'{name:17}' + '  '.join(f'{key} {value:,.1f}' for key, value in each)
+    for name in ('health_idle_ms', 'health_ms', 'memory_mib')
+    for each in [result[name].items()]
+  ]
+  rows += [f'{who:17}{each}' for who, each in result['statuses'].items()]
+  return '\n'.join(rows)
+
+
+def _port_of(process: subprocess.Popen, log: str) -> int:
+  """Returns the port of a server, once it is ready."""
+  while process.poll() is None:
+    text = pathlib.Path(log).read_text(encoding='utf-8')
+    if re.search(r'ready$', text, re.M):
+      return int(re.findall(r'running on http://127.0.0.1:(\d+)', text)[0])
+    time.sleep(0.2)
+  text = pathlib.Path(log).read_text(encoding='utf-8')
+  raise ValueError(f'serve.py has ended: {text[-1000:]}')
+
+
+def measure(args: Any):
+  """Starts a server and yields the figures of one run."""
+  with (
+    tempfile.NamedTemporaryFile('w+', encoding='utf-8') as log,
+    subprocess.Popen(
+      [sys.executable, 'serve.py', f'--model={args.model}', '--port=0'],
+      stdout=subprocess.DEVNULL,
+      stderr=log,
+    ) as process,
+  ):
+    try:
+      target = Target('127.0.0.1', _port_of(process, log.name), args.name)
+      yield asyncio.run(
+        abuse(
+          target,
+          pid=process.pid,
+          num_clients=args.clients,
+          seconds=args.seconds,
+        )
+      )
+    finally:
+      process.terminate()
+
+
+def main(argv: list[str]) -> None:
+  """Measures and reports."""
+  del argv
+  entry.run(measure, report)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('model', None, 'Frozen directory.', required=True)
+  flags.DEFINE_string('name', None, 'Name of the model.', required=True)
+  flags.DEFINE_integer('clients', 256, 'Clients that stream.', 1)
+  flags.DEFINE_float('seconds', 60, 'Seconds of abuse.', 4)
+  flags.DEFINE_string('out', '', 'A file that gets the result as JSON.')
+  app.run(main)

@@ -1,0 +1,165 @@
+"""The bodies of requests: read within limits, and worked on in threads.
+
+    bodies = Bodies(config)
+    answer = await bodies.worked(request, lambda raw: ...)
+
+A body is counted while it is read, so that neither a missing content-length nor
+chunks get around the limit. Parsing, templates and tokenization run in threads:
+/health and the streams do not wait for them. Long bodies have a thread of their
+own, so that short ones do not wait for them either. Only a few long bodies are
+in memory at once; others wait, unread.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from concurrent import futures
+import contextlib
+import time
+from typing import Any, TypeVar
+
+import fastapi
+
+from checks import expect
+from inference.server import schema, server_config
+
+_LONG = 64 * 1024  # bytes; the text of a shorter body takes milliseconds
+_MOST_LONG = 8  # long bodies in memory
+_PAUSE = 3  # times the duration of long work
+_MOST_PAUSE_SECONDS = 0.3
+_NUM_THREADS = 2  # for short bodies
+
+_Result = TypeVar('_Result')
+
+
+class Bodies:
+  """Reads bodies and works on them; belongs to one event loop."""
+
+  def __init__(self, config: server_config.ServerConfig):
+    """Makes the threads, which start when the first work arrives."""
+    self._config = config
+    self._short = futures.ThreadPoolExecutor(_NUM_THREADS, 'text')
+    self._long = futures.ThreadPoolExecutor(1, 'long-text')
+    self._may_be_long = asyncio.Semaphore(_MOST_LONG)
+    self._timers: set[asyncio.Timeout] = set()
+    self._is_stopped = False
+    self._pause = 0.0  # seconds; used in the long thread only
+
+  async def worked(
+    self, request: fastapi.Request, work: Callable[[bytes], _Result]
+  ) -> _Result:
+    """Returns what `work` makes, in a thread, of the body of a request.
+
+    Raises:
+      ApiError: the body is too large, does not arrive in time, or finds no
+        room; or the error that `work` raises.
+    """
+    _check_type(request)
+    async with contextlib.AsyncExitStack() as held:
+      body = await self._read(request, held)
+      return await self.in_thread(work, body, size=len(body))
+
+  async def in_thread(
+    self, work: Callable[..., _Result], *args: Any, size: int
+  ) -> _Result:
+    """Returns what `work` makes of `args`; `size` is that of the text."""
+    loop = asyncio.get_running_loop()
+    if size <= _LONG:
+      done = loop.run_in_executor(self._short, work, *args)
+    else:
+      done = loop.run_in_executor(self._long, self._paced, work, *args)
+    return await done
+
+  def stop(self) -> None:
+    """Answers 503 to the requests whose bodies have not arrived."""
+    self._is_stopped = True
+    now = asyncio.get_running_loop().time()
+    for timer in self._timers:
+      timer.reschedule(now)
+
+  def close(self) -> None:
+    """Ends the threads after the work that they have begun."""
+    for lane in (self._short, self._long):
+      lane.shutdown(wait=False, cancel_futures=True)
+
+  def _paced(self, work: Callable[..., _Result], *args: Any) -> _Result:
+    """Does long work, after a pause that the work before has earned.
+
+    A parser holds Python's lock from its first byte to its last. Without pauses
+    a few clients with long bodies would hold it most of the time.
+    """
+    time.sleep(self._pause)
+    start = time.thread_time()
+    try:
+      return work(*args)
+    finally:
+      took = time.thread_time() - start
+      self._pause = min(_PAUSE * took, _MOST_PAUSE_SECONDS)
+
+  async def _read(
+    self, request: fastapi.Request, held: contextlib.AsyncExitStack
+  ) -> bytes:
+    """Returns the body; `held` keeps its place among the long ones."""
+    most = self._config.max_body_bytes
+    _check_length(request, most)
+    body = bytearray()
+    is_long = False
+    async with self._until_late():
+      async for part in request.stream():
+        body += part
+        if len(body) > most:
+          raise _too_large(most)
+        if len(body) > _LONG and not is_long:
+          is_long = True
+          await held.enter_async_context(self._may_be_long)
+    return bytes(body)
+
+  @contextlib.asynccontextmanager
+  async def _until_late(self) -> AsyncGenerator[None]:
+    seconds = self._config.body_seconds
+    try:
+      async with asyncio.timeout(0 if self._is_stopped else seconds) as timer:
+        self._timers.add(timer)
+        try:
+          yield
+        finally:
+          self._timers.discard(timer)
+    except TimeoutError as error:
+      if self._is_stopped:
+        raise schema.stopping() from error
+      raise schema.ApiError(
+        408,
+        f'body: got a part of it in {seconds:g} s, expected all of it; send a'
+        ' shorter body, or send it faster',
+        param=None,
+        code='timeout',
+      ) from error
+
+
+def _check_type(request: fastapi.Request) -> None:
+  """Refuses a body that any web page could make a browser send."""
+  kind, _, _ = request.headers.get('content-type', '').partition(';')
+  subtype = kind.strip().lower().removeprefix('application/')
+  if subtype != 'json' and not subtype.endswith('+json'):
+    raise schema.ApiError(
+      400,
+      f'content-type: got {expect.shown(kind)}, expected application/json',
+      param=None,
+      code=None,
+    )
+
+
+def _check_length(request: fastapi.Request, most: int) -> None:
+  """Refuses a body that is announced as too large, before it is read."""
+  length = request.headers.get('content-length', '0')
+  if int(length) > most:  # the protocol has checked that these are digits
+    raise _too_large(most)
+
+
+def _too_large(most: int) -> schema.ApiError:
+  return schema.ApiError(
+    413,
+    f'body: got more than {most} bytes, expected at most as many; send several'
+    ' requests, or start the server with a larger --server.max_body_bytes',
+    param=None,
+    code='body_too_large',
+  )

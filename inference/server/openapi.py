@@ -1,0 +1,167 @@
+"""The OpenAPI document: every route with its body, answers, errors and key.
+
+FastAPI would describe only what it validates itself. Bodies are parsed, and
+answers written, by this package, so this module describes them.
+"""
+
+import dataclasses
+from typing import Any
+
+import fastapi
+from fastapi import routing
+import pydantic
+from pydantic import json_schema
+
+from inference.server import api_keys, schema, shapes
+
+_REF = '#/components/schemas/{model}'
+_JSON = 'application/json'
+_EVENTS = (
+  'Server-sent events, with stream: true. Each is `data: ` and a'
+  ' CompletionChunk as JSON, or an Error if the generation fails. The last is'
+  ' `data: [DONE]`.'
+)
+_MEANINGS = {
+  400: 'The request is wrong; `param` names the field.',
+  401: 'The key is missing or unknown.',
+  404: 'There is no such model.',
+  408: 'The body did not arrive in time.',
+  413: 'The body is too large.',
+  429: 'Too many requests wait; try again after `retry-after` seconds.',
+  500: 'The generation failed.',
+  503: 'The server is loading, stopping or full.',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Route:
+  answer: type[pydantic.BaseModel] | None = None  # None: text
+  body: type[pydantic.BaseModel] | None = None
+  errors: tuple[int, ...] = (503,)
+  has_stream: bool = False
+
+
+_POSTED = 400, 404, 408, 413, 503
+_ROUTES = {
+  '/health': _Route(answer=shapes.Status),
+  '/ready': _Route(answer=shapes.Status),
+  '/metrics': _Route(),
+  '/v1/models': _Route(answer=shapes.ModelList),
+  '/v1/models/{name}': _Route(answer=shapes.Model, errors=(404, 503)),
+  '/v1/completions': _Route(
+    answer=shapes.Completion,
+    body=schema.CompletionRequest,
+    errors=(*_POSTED, 429, 500),
+    has_stream=True,
+  ),
+  '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
+  '/tokenize': _Route(
+    answer=shapes.Tokens, body=schema.TokenizeRequest, errors=_POSTED
+  ),
+  '/detokenize': _Route(
+    answer=shapes.Text, body=schema.DetokenizeRequest, errors=_POSTED
+  ),
+}
+
+
+def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
+  """Returns the OpenAPI document of an app.
+
+  Args:
+    app: has the routes.
+    has_keys: whether requests need a key.
+  """
+  paths: dict[str, Any] = {}
+  for route in app.routes:
+    if isinstance(route, routing.APIRoute):
+      method = min(route.methods or {'get'})  # each has one
+      operation = _operation(route, has_keys=has_keys)
+      paths[route.path_format] = {method.lower(): operation}
+  components: dict[str, Any] = {'schemas': _schemas()}
+  if has_keys:
+    components['securitySchemes'] = {
+      'key': {'type': 'http', 'scheme': 'bearer'}
+    }
+  return {
+    'openapi': '3.1.0',
+    'info': {'title': app.title, 'version': app.version},
+    'paths': paths,
+    'components': components,
+  }
+
+
+def _operation(route: routing.APIRoute, *, has_keys: bool) -> dict[str, Any]:
+  described = _ROUTES[route.path_format]
+  needs_key = has_keys and route.path not in api_keys.OPEN_PATHS
+  operation: dict[str, Any] = {
+    'operationId': route.name,
+    'responses': {'200': _answer(described)},
+  }
+  errors = {*described.errors, *([401] if needs_key else [])}
+  is_probe = route.path in api_keys.OPEN_PATHS
+  for status in sorted(errors):
+    model = shapes.Status if is_probe else shapes.Error
+    operation['responses'][str(status)] = _error(status, model)
+  if described.body:
+    operation['requestBody'] = {
+      'required': True,
+      'content': {_JSON: _reference(described.body)},
+    }
+  if route.param_convertors:
+    operation['parameters'] = [
+      {
+        'name': name,
+        'in': 'path',
+        'required': True,
+        'schema': {'type': 'string'},
+      }
+      for name in route.param_convertors
+    ]
+  if has_keys:
+    operation['security'] = [{'key': []}] if needs_key else []
+  return operation
+
+
+def _answer(described: _Route) -> dict[str, Any]:
+  content: dict[str, Any] = {}
+  if described.answer is None:
+    content['text/plain'] = {'schema': {'type': 'string'}}
+  else:
+    content[_JSON] = _reference(described.answer)
+  if described.has_stream:
+    content['text/event-stream'] = {
+      'schema': {'type': 'string', 'description': _EVENTS}
+    }
+  return {'description': 'The answer.', 'content': content}
+
+
+def _error(status: int, model: type[pydantic.BaseModel]) -> dict[str, Any]:
+  error: dict[str, Any] = {
+    'description': _MEANINGS[status],
+    'content': {_JSON: _reference(model)},
+  }
+  if status in schema.RETRIED and model is shapes.Error:
+    error['headers'] = {
+      'retry-after': {
+        'description': 'Seconds to wait.',
+        'schema': {'type': 'integer'},
+      }
+    }
+  return error
+
+
+def _reference(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+  return {'schema': {'$ref': _REF.format(model=model.__name__)}}
+
+
+def _schemas() -> dict[str, Any]:
+  models: list[tuple[type[pydantic.BaseModel], json_schema.JsonSchemaMode]] = [
+    (shapes.Error, 'validation'),
+    (shapes.CompletionChunk, 'validation'),
+  ]
+  for route in _ROUTES.values():
+    for model in (route.answer, route.body):
+      if model:
+        models.append((model, 'validation'))
+  _, found = json_schema.models_json_schema(models, ref_template=_REF)
+  return found['$defs']

@@ -1,0 +1,158 @@
+"""The bodies of answers, as the OpenAPI document describes them.
+
+The server writes plain dicts; a test compares its answers with these classes.
+"""
+
+from typing import Any, Literal
+
+import pydantic
+
+
+class _Shape(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra='forbid')
+
+
+class ErrorDetail(_Shape):
+  """An error, in OpenAI's shape."""
+
+  message: str
+  type: str
+  param: str | None
+  code: str | None
+
+
+class Error(_Shape):
+  """The body of every answer from 400 on, and the last event of a stream."""
+
+  error: ErrorDetail
+
+
+class Status(_Shape):
+  """The state of the server."""
+
+  status: str
+
+
+class Model(_Shape):
+  """The served model."""
+
+  id: str
+  object: Literal['model']
+  created: int
+  owned_by: str
+  max_model_len: int
+  lineage: dict[str, Any]
+
+
+class ModelList(_Shape):
+  """The one model, as a list."""
+
+  object: Literal['list']
+  data: list[Model]
+
+
+class Logprobs(_Shape):
+  """Log-probabilities, one entry per token."""
+
+  tokens: list[str]
+  token_logprobs: list[float | None]
+  top_logprobs: list[dict[str, float] | None]
+  text_offset: list[int]
+
+
+class Accounting(_Shape):
+  """The cost of a choice, see `inference.engine.requests.Usage`."""
+
+  prefill_tokens: int
+  decode_tokens: int
+  cached_tokens: int
+  preemptions: int
+  flops: float
+  kv_byte_seconds: float
+  queue_seconds: float
+  prefill_seconds: float
+  decode_seconds: float
+
+
+class ChunkChoice(_Shape):
+  """The next piece of a choice; the last has what ends it."""
+
+  index: int
+  text: str
+  logprobs: Logprobs | None
+  finish_reason: str | None
+  stop_reason: str | int | None = None
+  seed: int | None = None
+  accounting: Accounting | None = None
+  error: str | None = None
+
+
+class Choice(ChunkChoice):
+  """A whole choice."""
+
+  finish_reason: str
+  seed: int  # pyright: ignore[reportGeneralTypeIssues]
+  accounting: Accounting  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class PromptDetails(_Shape):
+  """What the prompt cost less."""
+
+  cached_tokens: int
+
+
+class Usage(_Shape):
+  """Tokens of a request."""
+
+  prompt_tokens: int
+  completion_tokens: int
+  total_tokens: int
+  prompt_tokens_details: PromptDetails
+
+
+class _Head(_Shape):
+  id: str
+  object: Literal['text_completion']
+  created: int
+  model: str
+  system_fingerprint: str
+
+
+class Completion(_Head):
+  """The answer to a completions request."""
+
+  choices: list[Choice]
+  usage: Usage
+
+
+class CompletionChunk(_Head):
+  """An event of a stream."""
+
+  choices: list[ChunkChoice]
+  usage: Usage | None = None
+
+
+class TokenizerInfo(_Shape):
+  """Names of special tokens, and the chat template."""
+
+  tokenizer_class: str
+  vocab_size: int
+  model_max_length: int
+  bos_token: str
+  eos_token: str
+  pad_token: str
+  chat_template: str | None
+
+
+class Tokens(_Shape):
+  """The token ids of a text."""
+
+  tokens: list[int]
+  count: int
+  max_model_len: int
+
+
+class Text(_Shape):
+  """The text of token ids."""
+
+  prompt: str
