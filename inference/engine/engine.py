@@ -98,13 +98,16 @@ class Engine:
     """
     params, model_config = layout.unstack(params, model_config)
     self.config, self.model_config = config, model_config
-    self.params, self.weights_digest = params, weights_digest
+    self.weights_digest = weights_digest
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
+    if backend.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
+    self.params, self._backend = params, backend
     self.page_bytes = self.page_tokens * _kv_bytes_per_token(
       model_config, backend
     )
@@ -338,6 +341,8 @@ class Engine:
       params, _ = layout.unstack(
         params, dataclasses.replace(self.model_config, scan_layers=True)
       )
+    if self._backend.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
     got, expected = (
       jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
       for tree in (params, self.params)

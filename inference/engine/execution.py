@@ -22,6 +22,7 @@ class Backend(NamedTuple):
   execution: execution_lib.Execution
   channels: int  # C of pages
   kv_dtype: Any  # of pages
+  has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
 
 
 def choose(
@@ -45,7 +46,13 @@ def choose(
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
   if platform == 'cpu' and kv_dtype == jnp.bfloat16:
     kv_dtype = kv_cache.BFLOAT16_BITS
-  backend = Backend(execution_lib.Execution(), width, kv_dtype)
+  backend = Backend(
+    execution_lib.Execution(),
+    width,
+    kv_dtype,
+    # Invariant products are loops, before which XLA would transpose.
+    platform == 'cpu' and dtype == jnp.bfloat16 and config.numerics == 'fast',
+  )
   path = supports.PAGED
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
