@@ -123,7 +123,7 @@ def _complete(prompt: str, chosen) -> None:
     for completion in completions:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
   print(_speed(completions, generator.engine.compile_seconds))
-  print(f'memory          {generator.engine.layout_text()}')
+  print(f'memory          {generator.memory_text()}')
   print(f'weights before  {before}')
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:

@@ -50,7 +50,6 @@ from inference.sampling import settings as settings_lib
 from inference.scheduling import page_tables, sequence_manager
 from models import (
   flops,
-  kv_cache,
   layout,
   model_config as model_config_lib,
   transformer,
@@ -108,12 +107,11 @@ class Engine:
     if backend.has_transposed_kernels:
       params = layout.transpose_kernels(params)
     self.params, self._backend = params, backend
-    self.page_bytes = self.page_tokens * _kv_bytes_per_token(
-      model_config, backend
-    )
+    bytes_per_token = backend.bytes_per_token(model_config)
+    self.page_bytes = self.page_tokens * bytes_per_token
     num_pages = config.pool_pages(
       self.context,
-      bytes_per_token=self.page_bytes / self.page_tokens,
+      bytes_per_token=bytes_per_token,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
       memory_bytes=peaks.memory_bytes(device),
       is_host=device.platform == 'cpu',
@@ -152,17 +150,6 @@ class Engine:
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
-
-  def layout_text(self) -> str:
-    """Returns the sizes of the KV cache as one line."""
-    pages = self.manager.tables.allocator.num_usable
-    tokens = pages * self.page_tokens
-    return (
-      f'KV cache {pages * self.page_bytes / 2**20:,.0f} MiB: {pages:,} pages of'
-      f' {self.page_tokens:,} tokens; {self.config.max_sequences} sequences run'
-      f' at once, of at most {min(self.context, tokens + 1):,} tokens each and'
-      f' {tokens:,} together'
-    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -506,14 +493,3 @@ class Engine:
     self.metrics.prefill_tokens.inc(num_real - len(step.decodes))
     self.metrics.rows.labels('real').inc(num_real)
     self.metrics.rows.labels('padding').inc(num_tokens - num_real)
-
-
-def _kv_bytes_per_token(
-  config: model_config_lib.ModelConfig, backend: execution.Backend
-) -> float:
-  dtype = jnp.dtype(backend.kv_dtype)
-  vector = backend.channels * dtype.itemsize
-  if dtype == jnp.int8:
-    vector += 4  # the float32 scale of the vector
-  num_vectors, _ = kv_cache.rows_and_width(config)
-  return config.num_layers * num_vectors * vector

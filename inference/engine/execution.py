@@ -24,6 +24,15 @@ class Backend(NamedTuple):
   kv_dtype: Any  # of pages
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
 
+  def bytes_per_token(self, model: model_config.ModelConfig) -> float:
+    """Returns the bytes of the KV cache of one token, all layers."""
+    dtype = jnp.dtype(self.kv_dtype)
+    vector = self.channels * dtype.itemsize
+    if dtype == jnp.int8:
+      vector += 4  # the float32 scale of the vector
+    num_vectors, _ = kv_cache.rows_and_width(model)
+    return model.num_layers * num_vectors * vector
+
 
 def choose(
   config: engine_config.EngineConfig,

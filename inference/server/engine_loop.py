@@ -187,7 +187,7 @@ class EngineLoop:
       self.failure = error
       self._call(self._on_load_failure)
     else:
-      _LOG.info('ready; %s', self.generator.engine.layout_text())
+      _LOG.info('ready; %s', self.generator.memory_text())
       self._compiler.start()
       try:
         self._work(self.generator.engine)
