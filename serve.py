@@ -15,6 +15,7 @@ name then has its share of the engine and its own cache of prompts.
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -145,7 +146,7 @@ def _complete(prompt: str, chosen) -> None:
     for completion in completions:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
   print(_speed(completions, generator.engine.compile_seconds))
-  print(f'memory          {generator.engine.layout_text()}')
+  print(f'memory          {generator.memory_text()}')
   print(f'weights before  {before}')
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:
@@ -196,7 +197,6 @@ def _listen() -> None:
     # An unset variable. The system would take it for all addresses.
     _fail('--host: got an empty address, expected one such as 127.0.0.1')
   from frozen import manifest as manifest_lib
-  from inference import generate
 
   try:
     from inference.server import (
@@ -221,7 +221,7 @@ def _listen() -> None:
   context = config.context(manifest.model['max_length'])
   print(f'serving {name!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
-    lambda: generate.load(FLAGS.model, config, compile_all=False),
+    lambda: _loaded_to_serve(config),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   app = app_lib.create_app(loop, manifest, name, keys, limits, context=context)
@@ -259,6 +259,17 @@ def _served_name(manifest) -> str:
   directory = pathlib.Path(FLAGS.model).resolve().name
   # Every run calls its directory so: the experiment has a name that tells more.
   return manifest.name if directory == file_names.FROZEN else directory
+
+
+def _loaded_to_serve(config: engine_config.EngineConfig):
+  from inference import generate
+
+  generator = generate.load(FLAGS.model, config, compile_all=False)
+  # Its programs and weights live as long as the process. Without this, the
+  # garbage collector walks them now and then, and all clients wait.
+  gc.collect()
+  gc.freeze()
+  return generator
 
 
 def _load_small(num_sequences: int):

@@ -68,7 +68,7 @@ def is_whole(entry: bytes) -> bool:
 def _is_whole_zstandard(entry: bytes) -> bool:
   """The same for Zstandard, which JAX uses where its package is installed."""
   try:
-    import zstandard
+    import zstandard  # pyright: ignore[reportMissingImports]
   except ModuleNotFoundError:
     return False  # JAX cannot read the entry either
   reader = zstandard.ZstdDecompressor().decompressobj()

@@ -83,6 +83,18 @@ class Generator:
         ' shorten the prompt'
       )
 
+  def memory_text(self) -> str:
+    """Returns the sizes of the KV cache as one line."""
+    engine = self.engine
+    pages = engine.manager.tables.allocator.num_usable
+    tokens = pages * engine.page_tokens
+    return (
+      f'KV cache {pages * engine.page_bytes / 2**20:,.0f} MiB: {pages:,} pages'
+      f' of {engine.page_tokens:,} tokens; {engine.config.max_sequences}'
+      f' sequences run at once, of at most {min(engine.context, tokens + 1):,}'
+      f' tokens each and {tokens:,} together'
+    )
+
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: text as in training, ids verbatim."""
     if not isinstance(prompt, str):

@@ -6,12 +6,47 @@ Both layouts compute the same function.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models import model_config
+
+# Matrices that a linear layer does not multiply as they are.
+_RESHAPED = ('key_up', 'value_up')
+
+
+class Transposed(NamedTuple):
+  """The kernel of a linear layer, stored as its transpose."""
+
+  kernel_OI: jax.Array
+
+
+def transpose_kernels(params: Any) -> Any:
+  """Returns the params with `Transposed` kernels, for `whole_kernels`.
+
+  XLA:CPU multiplies a few rows faster by a bfloat16 matrix that is stored this
+  way: 1.6 times for two rows (1024 x 2048, a Xeon with AMX).
+  """
+
+  def leaf(path, x):
+    names = [getattr(key, 'key', '') for key in path]
+    is_kernel = names[-1] == 'kernel' and x.ndim == 2
+    if not is_kernel or names[-2] in _RESHAPED:
+      return x
+    return Transposed(x.T)
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def whole_kernels(params: Any) -> Any:
+  """Returns the params of a model; XLA folds the transposes into products."""
+  return jax.tree.map(
+    lambda x: x.kernel_OI.T if isinstance(x, Transposed) else x,
+    params,
+    is_leaf=lambda x: isinstance(x, Transposed),
+  )
 
 
 def unstack(

@@ -92,19 +92,21 @@ class Engine:
     """
     params, model_config = layout.unstack(params, model_config)
     self.config, self.model_config = config, model_config
-    self.params, self.weights_digest = params, weights_digest
+    self.weights_digest = weights_digest
     self.tokenizer = tokenizer
     self.metrics = metrics.Metrics()
     (device,) = jax.tree.leaves(params)[0].devices()
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self.page_bytes = self.page_tokens * execution.kv_bytes_per_token(
-      model_config, backend
-    )
+    if backend.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
+    self.params, self._backend = params, backend
+    bytes_per_token = backend.bytes_per_token(model_config)
+    self.page_bytes = self.page_tokens * bytes_per_token
     num_pages = config.pool_pages(
       self.context,
-      bytes_per_token=self.page_bytes / self.page_tokens,
+      bytes_per_token=bytes_per_token,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
       memory_bytes=peaks.memory_bytes(device),
       is_host=device.platform == 'cpu',
@@ -143,16 +145,6 @@ class Engine:
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
     self._last_charged = time.perf_counter()
-
-  def layout_text(self) -> str:
-    """Returns the sizes of the KV cache as one line."""
-    return execution.layout_text(
-      self.config,
-      self.context,
-      num_pages=self.manager.tables.allocator.num_usable,
-      page_tokens=self.page_tokens,
-      page_bytes=self.page_bytes,
-    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -338,6 +330,8 @@ class Engine:
       params, _ = layout.unstack(
         params, dataclasses.replace(self.model_config, scan_layers=True)
       )
+    if self._backend.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
     got, expected = (
       jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
       for tree in (params, self.params)

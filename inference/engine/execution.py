@@ -22,6 +22,16 @@ class Backend(NamedTuple):
   execution: execution_lib.Execution
   channels: int  # C of pages
   kv_dtype: Any  # of pages
+  has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
+
+  def bytes_per_token(self, model: model_config.ModelConfig) -> float:
+    """Returns the bytes of the KV cache of one token, all layers."""
+    dtype = jnp.dtype(self.kv_dtype)
+    vector = self.channels * dtype.itemsize
+    if dtype == jnp.int8:
+      vector += 4  # the float32 scale of the vector
+    num_vectors, _ = kv_cache.rows_and_width(model)
+    return model.num_layers * num_vectors * vector
 
 
 def choose(
@@ -45,7 +55,13 @@ def choose(
   kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
   if platform == 'cpu' and kv_dtype == jnp.bfloat16:
     kv_dtype = kv_cache.BFLOAT16_BITS
-  backend = Backend(execution_lib.Execution(), width, kv_dtype)
+  backend = Backend(
+    execution_lib.Execution(),
+    width,
+    kv_dtype,
+    # Invariant products are loops, before which XLA would transpose.
+    platform == 'cpu' and dtype == jnp.bfloat16 and config.numerics == 'fast',
+  )
   path = supports.PAGED
   if config.numerics == 'invariant':
     if config.attention == 'kernel':
@@ -76,35 +92,6 @@ def choose(
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
     raise ValueError(f'{path.name}: {refusal}')
   return backend
-
-
-def layout_text(
-  config: engine_config.EngineConfig,
-  context: int,
-  *,
-  num_pages: int,
-  page_tokens: int,
-  page_bytes: float,
-) -> str:
-  """Returns the sizes of the KV cache as one line."""
-  tokens = num_pages * page_tokens
-  return (
-    f'KV cache {num_pages * page_bytes / 2**20:,.0f} MiB: {num_pages:,} pages of'
-    f' {page_tokens:,} tokens; {config.max_sequences} sequences run at once, of'
-    f' at most {min(context, tokens + 1):,} tokens each and {tokens:,} together'
-  )
-
-
-def kv_bytes_per_token(
-  model: model_config.ModelConfig, backend: Backend
-) -> float:
-  """Returns the bytes of a token in the pages of all layers."""
-  dtype = jnp.dtype(backend.kv_dtype)
-  vector = backend.channels * dtype.itemsize
-  if dtype == jnp.int8:
-    vector += 4  # the float32 scale of the vector
-  num_vectors, _ = kv_cache.rows_and_width(model)
-  return model.num_layers * num_vectors * vector
 
 
 def _request(

@@ -38,7 +38,7 @@ from inference.sampling import (
   penalties,
   sampler as sampler_lib,
 )
-from models import kv_cache as kv_cache_lib, transformer
+from models import kv_cache as kv_cache_lib, layout, transformer
 
 
 class Shape(NamedTuple):
@@ -263,4 +263,4 @@ def _prompt_logprobs(
 def _apply(model: transformer.Transformer, params, *args) -> Any:
   # Flax's type of the result of `apply` fits no method in particular.
   *args, method = args
-  return model.apply(params, *args, method=method)
+  return model.apply(layout.whole_kernels(params), *args, method=method)

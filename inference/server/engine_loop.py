@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
-import gc
 import logging
 import queue
 import threading
@@ -188,11 +187,7 @@ class EngineLoop:
       self.failure = error
       self._call(self._on_load_failure)
     else:
-      # The programs and weights live as long as the process. Without this, the
-      # garbage collector walks them now and then, and all clients wait.
-      gc.collect()
-      gc.freeze()
-      _LOG.info('ready; %s', self.generator.engine.layout_text())
+      _LOG.info('ready; %s', self.generator.memory_text())
       self._compiler.start()
       try:
         self._work(self.generator.engine)

@@ -28,3 +28,15 @@ def test_stack_is_the_inverse_of_unstack(make):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   assert layout.unstack(apart, apart_config) == (apart, apart_config)
   assert layout.stack(params, config) == (params, config)
+
+
+def test_transposed_kernels_are_the_same_kernels():
+  params = _params(tiny_models.llama_like())
+  transposed = layout.transpose_kernels(params)
+  kernel = params['params']['layer_0']['mlp']['up']['kernel']
+  stored = transposed['params']['layer_0']['mlp']['up']['kernel']
+  assert stored.kernel_OI.shape == kernel.shape[::-1]
+  jax.tree.map(
+    np.testing.assert_array_equal, layout.whole_kernels(transposed), params
+  )
+  assert layout.whole_kernels(params) == params

@@ -73,6 +73,9 @@ def test_pages_of_bfloat16_are_bits_on_a_cpu():
   ):
     backend = _choose(platform, dtype=jnp.dtype(dtype), **fields)
     assert jnp.dtype(backend.kv_dtype) == expected
+    assert backend.has_transposed_kernels == (
+      (platform, dtype) == ('cpu', 'bfloat16') and 'numerics' not in fields
+    )
 
 
 def test_invariant_numerics_have_an_attention_of_their_own():

@@ -13,6 +13,10 @@ from inference.server import engine_loop as engine_loop_lib
 _WAIT = 20  # seconds until a test gives up
 
 
+def _generator(engine):
+  return types.SimpleNamespace(engine=engine, memory_text=lambda: 'KV cache')
+
+
 class _Engine:
   """Counts to max_tokens for each request, a token per step."""
 
@@ -29,6 +33,9 @@ class _Engine:
   @property
   def has_work(self):
     return bool(self.open)
+
+  def compile_rest(self):
+    pass
 
   def submit_all(self, asked):
     self.threads.add(threading.current_thread().name)
@@ -78,7 +85,7 @@ def _run(test, engine=None, load=None, **kwargs):
   """Runs a coroutine function of (engine, loop), and closes the loop."""
   engine = engine or _Engine()
   loop = engine_loop_lib.EngineLoop(
-    load or (lambda: types.SimpleNamespace(engine=engine)), **kwargs
+    load or (lambda: _generator(engine)), **kwargs
   )
 
   async def main():
@@ -225,7 +232,7 @@ def test_it_is_loading_until_it_is_ready():
 
   def load():
     assert may_load.wait(_WAIT)
-    return types.SimpleNamespace(engine=engine)
+    return _generator(engine)
 
   async def test(_, loop):
     assert (loop.state, loop.is_loading) == (engine_loop_lib.LOADING, True)
@@ -244,7 +251,7 @@ def test_closing_does_not_wait_for_what_cannot_be_interrupted():
 
   def load():
     assert may_load.wait(_WAIT)
-    return types.SimpleNamespace(engine=_Engine())
+    return _generator(_Engine())
 
   async def main():
     loop = engine_loop_lib.EngineLoop(load)
