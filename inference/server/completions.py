@@ -56,7 +56,6 @@ class Answer:
     self._generator, self._body = generator, body
     self._principal = principal
     self._prompts = body.prompts()
-    _warn_of_special_tokens(generator, self._prompts)
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
     except settings_lib.SettingError as error:
@@ -70,6 +69,7 @@ class Answer:
         f'got {len(self.requests) * self._n} completions to make (prompts times'
         f' n), expected at most {schema.MAX_CHOICES}; send several requests',
       )
+    _warn_of_special_tokens(generator, self._prompts)
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
     self._places = [
       logprobs_json.prompt_places(
