@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from absl import flags
 import httpx2
@@ -115,6 +116,18 @@ def test_a_prompt_with_a_system_prompt_is_a_chat(model):
   assert (code, err) == (0, '')
   # BOS and 'System: S\n\nUser: a\n\nAssistant:'.
   assert re.search(r'prefill .*\(31 tokens', out)
+
+
+def test_special_tokens_in_a_text_prompt_are_warned_of(defined_flags, capsys):
+  flags.FLAGS(['serve.py', '--model=m', '--prompt=a'])
+  generator = types.SimpleNamespace(
+    warning=lambda prompt: f'prompt: {prompt} is odd',
+    prompt_ids=lambda prompt: (1, 2),
+    settings_for=lambda ids, **chosen: (ids, chosen),
+  )
+  asked = serve._asked(generator, 'a', {'top_k': 3})
+  assert asked == ((1, 2), ((1, 2), {'top_k': 3}))
+  assert capsys.readouterr().err == 'warning: prompt: a is odd\n'
 
 
 def test_chat_ends_with_its_input(model):
