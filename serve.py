@@ -115,21 +115,13 @@ def _is_asked(value) -> bool:
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
   from frozen import format as frozen_format
-  from inference import terminal_chat
 
   generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
-  if FLAGS.system is None:
-    if warning := generator.warning(prompt):
-      print(f'warning: {warning}', file=sys.stderr)
-    ids = generator.prompt_ids(prompt)
-    settings = generator.settings_for(ids, **chosen)
-    _show(prompt)
-  else:
-    asked = terminal_chat.Talk(generator, FLAGS.system).ask(prompt)
-    ids = asked.ids
-    settings = terminal_chat.settings_for(generator, ids, chosen)
+  ids, settings = _asked(generator, prompt, chosen)
   updates = generator.updates([ids], settings)
+  if FLAGS.system is None:
+    _show(prompt)
   done = {}
   for _, update in updates:
     if settings.n == 1:
@@ -151,6 +143,19 @@ def _complete(prompt: str, chosen) -> None:
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:
     _fail('the weights changed while they were used; report this as a bug')
+
+
+def _asked(generator, prompt: str, chosen):
+  """Returns the ids of a prompt, or of a chat that it begins; and settings."""
+  from inference import terminal_chat
+
+  if FLAGS.system is not None:
+    ids = terminal_chat.Talk(generator, FLAGS.system).ask(prompt).ids
+    return ids, terminal_chat.settings_for(generator, ids, chosen)
+  if warning := generator.warning(prompt):
+    print(f'warning: {warning}', file=sys.stderr)
+  ids = generator.prompt_ids(prompt)
+  return ids, generator.settings_for(ids, **chosen)
 
 
 def _speed(completions, compile_seconds: float) -> str:

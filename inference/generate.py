@@ -108,7 +108,7 @@ class Generator:
     return tuple(ids)
 
   def warning(self, prompt: str) -> str:
-    """Returns a warning about a text prompt that seems to be ids; else ''."""
+    """Returns a warning about special tokens in a text prompt; '' for none."""
     token = tokenizer_lib.special_token_in(self.tokenizer, prompt)
     if not token:
       return ''

@@ -61,13 +61,13 @@ class Answer:
     self._principal = principal
     self._prompts = body.prompts()
     self._check_size()
-    _warn_of_special_tokens(generator, self._prompts)
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
     except settings_lib.SettingError as error:
       raise schema.from_setting(error) from error
     except ValueError as error:
       raise refused_prompt(error) from error
+    _warn_of_special_tokens(generator, self._prompts)
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
     self._places = [
       logprobs_json.prompt_places(
