@@ -250,7 +250,9 @@ class Engine:
           self._inboxes[request_id] = collections.deque()
         full = next((key for key in num_left if self._inboxes[key]), None)
         if full is None:
-          self._deliver(self.step())
+          for update in self.step():
+            if update.request_id in self._inboxes:
+              self._inboxes[update.request_id].append(update)
           continue
         update = self._inboxes[full].popleft()
         if update.completion:
@@ -267,11 +269,6 @@ class Engine:
     # Without work, `submit` refuses a request that is larger than the queue.
     asked = requests_lib.num_sequences([request])
     return not self.has_work or self._has_places(asked)
-
-  def _deliver(self, updates: list[requests_lib.Update]) -> None:
-    for update in updates:
-      if update.request_id in self._inboxes:
-        self._inboxes[update.request_id].append(update)
 
   def _submit(self, request: requests_lib.Request) -> int:
     """Makes the n sequences of a checked request."""
