@@ -35,7 +35,7 @@ these two to a third.
 import collections
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 import heapq
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 
 class Queued(Protocol):
@@ -90,8 +90,8 @@ def most_waiting(max_waiting: int, num_others: int = 0) -> int:
 
 
 def has_places(
-  asked: Mapping[Hashable, int],
-  own: Mapping[Hashable, int],
+  asked: Mapping[Any, int],
+  own: Mapping[Any, int],
   *,
   max_waiting: int,
   waiting: int,

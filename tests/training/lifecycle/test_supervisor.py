@@ -261,7 +261,8 @@ def test_signals_are_passed_on_and_waited_for(tmp_path, number):
 def test_a_signal_between_attempts_ends_it(tmp_path):
   crash = "print('ready', flush=True); sys.exit(70)"
   with _supervising(tmp_path, crash, pause=60) as process:
-    assert any('restart 1 of 5 in 60 s' in line for line in process.stderr)
+    lines = iter(process.stderr.readline, '')
+    assert any('restart 1 of 5 in 60 s' in line for line in lines)
     process.terminate()
     assert process.wait(timeout=30) == 143
 
