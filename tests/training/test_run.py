@@ -83,6 +83,34 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   assert frozen.manifest.has_bos
 
 
+def test_padding_counts_in_positions_and_in_nothing_else(corpus, tmp_path):
+  """Of rows that one document each leaves half empty."""
+  experiment = _experiment(
+    corpus, data={'packing': 'none', 'row_length': 256}, num_steps=4,
+    log_every_steps=2,
+  )  # fmt: skip
+  _, printed = _run(experiment, tmp_path)
+  records = metrics.read(tmp_path)
+  tokens = {r['step']: r['tokens'] for r in records if r['kind'] == 'train'}
+  num_positions = 8 * 256
+  assert all(count < num_positions for count in tokens.values())
+  speeds = [r for r in records if r['kind'] == 'speed']
+  assert [r['step'] for r in speeds] == [2, 4]
+  for speed, steps in zip(speeds, ((2,), (3, 4)), strict=True):
+    share = sum(tokens[step] for step in steps) / (num_positions * len(steps))
+    for trained, padded in (
+      ('tokens_per_s', 'positions_per_s'),
+      ('mfu', 'positions_mfu'),
+    ):
+      assert speed[trained] / speed[padded] == pytest.approx(share)
+    in_report = speed['tokens_per_s'] * speed['seconds_per_step'] * len(steps)
+    assert in_report == pytest.approx(sum(tokens[step] for step in steps))
+  _, progress = _saved(tmp_path, 4)
+  assert progress['tokens_seen'] == sum(tokens.values())
+  assert f' in {4 * num_positions:,} positions, ' in printed
+  assert 'with padding' in printed
+
+
 def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   workdir, _, _ = uninterrupted
   recorded = (workdir / 'run.json').read_bytes()

@@ -372,19 +372,20 @@ def stored_as(
     return inner
 
   def init(params):
-    state = inner.init(params)
+    state: Any = inner.init(params)  # a named tuple of the optimizer
     return state._replace(**_cast(_moments_of(state), dtype))
 
   def update(updates, state, params=None):
-    state = state._replace(**_cast(_moments_of(state), jnp.float32))
-    updates, state = inner.update(updates, state, params)
-    leaves, treedef = jax.tree.flatten(_moments_of(state))
-    key = jax.random.fold_in(jax.random.key(0), state.count)
+    wide = state._replace(**_cast(_moments_of(state), jnp.float32))
+    new: Any
+    updates, new = inner.update(updates, wide, params)
+    leaves, treedef = jax.tree.flatten(_moments_of(new))
+    key = jax.random.fold_in(jax.random.key(0), new.count)
     rounded = [
       round_stochastically(jax.random.fold_in(key, i), leaf)
       for i, leaf in enumerate(leaves)
     ]
-    return updates, state._replace(**treedef.unflatten(rounded))
+    return updates, new._replace(**treedef.unflatten(rounded))
 
   return optax.GradientTransformation(init, update)
 

@@ -66,7 +66,10 @@ class Plan:
 
   @property
   def tokens_per_step(self) -> int:
-    """Tokens of a step on all devices; of the last step, if batches grow."""
+    """Tokens of a step on all devices; of the last step, if batches grow.
+
+    Padding is counted: only the data tells how full rows are.
+    """
     data = self.experiment.data
     return data.batch_size * data.row_length
 
