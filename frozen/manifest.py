@@ -6,6 +6,7 @@ itself. So a changed weight is noticed, and also a changed field of the model,
 such as the base of the rotary embedding.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,11 +32,12 @@ class Provenance:
   training_flops: float  # total, analytic
   train_seconds: float  # wall clock of the training
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
-  knowledge_cutoff: str  # date of the newest text, '' if unknown
+  knowledge_cutoff: str  # newest date of a text that is known, or ''
   weights: str  # which weights of the run are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
-  # Imported weights only: format, family, source, revision.
+  # Imported weights, and weights trained from them: format, family, source,
+  # revision of the import.
   origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -77,6 +79,9 @@ def read(directory: pathlib.Path) -> Manifest:
     ValueError: it is damaged, altered, or of another format version.
   """
   path = directory / file_names.MANIFEST
+  # A reader may lack the right to rename; then the directory is missing.
+  with contextlib.suppress(OSError):
+    atomic.restore(directory)
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected a frozen directory; make one with'

@@ -93,7 +93,9 @@ def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def remove_unfinished(root: pathlib.Path) -> None:
-  """Deletes what killed processes left of saves and deletions."""
+  """Restores or deletes what killed processes left of saves and deletions."""
+  if root.is_dir():
+    atomic.remove_leftovers(root)
   for suffix in (file_names_lib.PARTIAL, file_names_lib.DELETED):
     for path in root.glob(f'*{suffix}'):
       shutil.rmtree(path, ignore_errors=True)
