@@ -22,6 +22,7 @@ import sys
 from absl import app, flags, logging
 
 # None of these imports JAX: --help and a wrong flag need not wait for it.
+from checks import path_flags
 from evals import options as eval_options
 from inference import flags as flags_lib
 from inference.engine import engine_config
@@ -243,7 +244,7 @@ def _cache_compilations() -> None:
   import jax
 
   for name, value in {
-    'jax_compilation_cache_dir': str(pathlib.Path(directory).expanduser()),
+    'jax_compilation_cache_dir': str(directory),
     'jax_persistent_cache_min_compile_time_secs': 0,
     'jax_persistent_cache_min_entry_size_bytes': -1,
   }.items():
@@ -289,7 +290,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _define_flags() -> None:
   text, count = flags.DEFINE_string, flags.DEFINE_integer
-  text('model', None, 'Frozen directory with the weights.', required=True)
+  path = path_flags.DEFINE_path
+  path('model', None, 'Frozen directory with the weights.', required=True)
   text(
     'prompt',
     None,
@@ -315,13 +317,13 @@ def _define_flags() -> None:
     ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl or lm_eval:arc_easy;'
     ' evals/evaluate.py lists all kinds.',
   )
-  text(
+  path(
     'eval_out',
     None,
     'File for the result of --eval, as JSON, to compare with other results. If'
     ' not given, scores are only printed.',
   )
-  text(
+  path(
     'compilation_cache',
     None,
     'Directory that keeps compiled programs for the next start; empty keeps'
@@ -332,7 +334,7 @@ def _define_flags() -> None:
     '127.0.0.1',
     'Address that --port listens on. 0.0.0.0 serves other machines too.',
   )
-  text(
+  path(
     'api_keys',
     None,
     'File of lines name:key. --port then answers only clients that send one of'

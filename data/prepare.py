@@ -230,19 +230,21 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   from absl import app, flags
 
+  from checks import path_flags
+
   flags.DEFINE_string(
     'dataset', None, "Name in TFDS's catalogue, such as lm1b.", required=True
   )
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'data_dir', '~/tensorflow_datasets', 'Directory of all prepared data sets.'
   )
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'manual_dir',
     '',
     'Directory of files that replace downloads; set it for data sets that TFDS'
     ' cannot download.',
   )
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'venv',
     '',
     'Virtual environment for TensorFlow, made if missing; default tfds_venv in'

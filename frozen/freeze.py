@@ -25,7 +25,7 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 
-from checks import expect
+from checks import expect, path_flags
 from frozen import (
   format as frozen_format,
   manifest as manifest_lib,
@@ -286,11 +286,11 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('workdir', None, 'Directory of a training run.')
+  path_flags.DEFINE_path('workdir', None, 'Directory of a training run.')
   flags.DEFINE_integer(
     'step', LATEST, 'Step of the checkpoint to freeze; -1 is the last one.'
   )
-  flags.DEFINE_string('out', None, 'Frozen directory to write.')
+  path_flags.DEFINE_path('out', None, 'Frozen directory to write.')
   flags.DEFINE_enum(
     'dtype',
     'float32',

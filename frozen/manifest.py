@@ -100,13 +100,20 @@ def read(directory: pathlib.Path) -> Manifest:
       f'{path}: got format version {version!r}, expected {FORMAT_VERSION};'
       ' use the code that wrote it, or freeze again with this code'
     )
-  known = {field.name for field in dataclasses.fields(Manifest)}
-  # Older directories have no `origin`.
-  if set(fields) not in (known, known - {'origin'}):
+  known = {field.name: field for field in dataclasses.fields(Manifest)}
+  unknown = sorted(fields.keys() - known)
+  # A field with a default is younger than some directories.
+  missing = [
+    name
+    for name, field in known.items()
+    if name not in fields
+    and field.default_factory is dataclasses.MISSING
+    and field.default is dataclasses.MISSING
+  ]
+  if unknown or missing:
     raise ValueError(
-      f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
-      f' fields {sorted(known - set(fields))}, expected exactly those of'
-      f' format {FORMAT_VERSION}; freeze again with this code'
+      f'{path}: got unknown fields {unknown} and missing fields {missing},'
+      f' expected those of format {FORMAT_VERSION}; freeze again with this code'
     )
   manifest = Manifest(**fields)
   signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}

@@ -85,8 +85,8 @@ def between_stores(
     ngram: length of n-grams, in tokens.
   """
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
-  if path.is_file():
-    return Overlap(**(json.loads(path.read_text()) | {'source': train.name}))
+  if (kept := _read(path)) is not None:
+    return dataclasses.replace(kept, source=train.name)
   documents = ngrams.Documents(*_text_of(evaluated), ngram)
   for first in range(0, train.num_ids, _PIECE):
     # Pieces overlap, so that no n-gram is missed at a border.
@@ -155,6 +155,14 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
     num_found=int(found_D.sum()),
     most_copied=np.flatnonzero(is_copied_D)[:5].tolist(),
   )
+
+
+def _read(path: pathlib.Path) -> Overlap | None:
+  """Returns the kept overlap; None if there is none that can be read."""
+  try:
+    return Overlap(**json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
 
 
 def _write(path: pathlib.Path, overlap: Overlap) -> None:

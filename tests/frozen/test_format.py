@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
+from models import model_config
 from storage import atomic, digests
 from tests.helpers import frozen_dirs, tiny_models
 
@@ -368,10 +369,37 @@ def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
   frozen = frozen_format.read(copy)
   assert frozen.config == frozen_dirs.config()
   assert frozen.manifest.origin == {}
-  # Some of them alone is neither what was written then, nor now.
+  # What was written in between has some of them.
   fields['model']['window'] = 0
-  del fields['manifest_digest']
-  fields['manifest_digest'] = digests.of_json(fields)
-  (copy / 'manifest.json').write_text(json.dumps(fields))
-  with pytest.raises(ValueError, match='missing fields'):
+  _sign_again(copy, model=fields['model'], origin={})
+  assert frozen_format.read(copy).config == frozen_dirs.config()
+  del fields['model']['mlp_width']
+  _sign_again(copy, model=fields['model'], origin={})
+  with pytest.raises(ValueError, match=r"got missing fields \['mlp_width'\]"):
+    frozen_format.read(copy)
+
+
+def test_a_field_that_is_added_later_has_its_default(copy, monkeypatch):
+  @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+  class Later(model_config.ModelConfig):
+    new_cap: float = 3.0
+    new_list: tuple[int, ...] = ()
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class LaterManifest(manifest_lib.Manifest):
+    licence: str = 'unknown'
+
+  monkeypatch.setattr(model_config, 'ModelConfig', Later)
+  monkeypatch.setattr(manifest_lib, 'Manifest', LaterManifest)
+  frozen = frozen_format.read(copy)
+  assert frozen.config.new_cap == 3.0
+  assert frozen.config.new_list == ()
+  assert frozen.manifest.licence == 'unknown'
+  # The other way round: older code refuses what it does not know, by name.
+  newer = frozen.config.to_dict() | {'new_cap': 2.0}
+  monkeypatch.undo()
+  _sign_again(copy, model=newer)
+  with pytest.raises(
+    ValueError, match=r"unknown fields \['new_cap', 'new_list'\]"
+  ):
     frozen_format.read(copy)

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from checks import paths
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from models import layout, model_config
 from storage import file_names
@@ -41,7 +42,7 @@ def model_of(directory: str) -> model_config.ModelConfig:
     ValueError: there is no frozen directory, or it is damaged.
   """
   try:
-    config = frozen_format.read_config(directory)
+    config = frozen_format.read_config(paths.expanded('variant', directory))
   except FileNotFoundError:
     raise ValueError(
       f'variant: got {directory!r}, expected a frozen directory; make one with'
@@ -59,10 +60,14 @@ def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   """
   digests, base = frozen_models.lineage(experiment.objective), {}
   if experiment.init_from:
-    manifest = manifest_lib.read(pathlib.Path(experiment.init_from))
+    manifest = manifest_lib.read(_directory(experiment))
     digests['init_from'] = manifest.weights_digest
-    base = freeze.base_of(experiment.init_from)
+    base = freeze.base_of(_directory(experiment))
   return {'lineage': digests, 'base': base}
+
+
+def _directory(experiment: experiment_lib.Experiment) -> pathlib.Path:
+  return pathlib.Path(paths.expanded('config.init_from', experiment.init_from))
 
 
 def check_tokenizer(
@@ -77,7 +82,7 @@ def check_tokenizer(
   """
   if not experiment.init_from:
     return
-  directory = pathlib.Path(experiment.init_from) / file_names.TOKENIZER
+  directory = _directory(experiment) / file_names.TOKENIZER
   frozen = tokenizer_lib.load(directory)
   names = {i: token for token, i in tokenizer.special_tokens.items()}
   frozen_names = {i: token for token, i in frozen.special_tokens.items()}
@@ -103,7 +108,7 @@ def read(experiment: experiment_lib.Experiment) -> Any:
     FileNotFoundError: there is no frozen directory.
     ValueError: it is damaged, or its model is not the experiment's.
   """
-  frozen = frozen_format.read(experiment.init_from)
+  frozen = frozen_format.read(_directory(experiment))
   got, wanted = frozen.config.to_dict(), experiment.model.to_dict()
   differing = [
     f'model.{name}: {wanted[name]!r}, frozen {got[name]!r}'
