@@ -24,6 +24,7 @@ import sys
 from absl import app, flags, logging
 
 # None of these imports JAX: --help and a wrong flag need not wait for it.
+from checks import path_flags
 from evals import options as eval_options
 from hardware import compilation_cache, host_memory
 from inference import flags as flags_lib
@@ -360,7 +361,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _define_flags() -> None:
   text, count = flags.DEFINE_string, flags.DEFINE_integer
-  text('model', None, 'Frozen directory with the weights.', required=True)
+  path = path_flags.DEFINE_path
+  path('model', None, 'Frozen directory with the weights.', required=True)
   text(
     'prompt',
     None,
@@ -394,13 +396,13 @@ def _define_flags() -> None:
     ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl or lm_eval:arc_easy;'
     ' evals/evaluate.py lists all kinds.',
   )
-  text(
+  path(
     'eval_out',
     None,
     'File for the result of --eval, as JSON, to compare with other results. If'
     ' not given, scores are only printed.',
   )
-  text(
+  path(
     'compilation_cache',
     None,
     'Directory that keeps compiled programs for the next start; empty keeps'
@@ -417,7 +419,7 @@ def _define_flags() -> None:
     'Name of the model in requests to --port. Default: the name of the'
     " directory; of a run's own frozen/, the name of its experiment.",
   )
-  text(
+  path(
     'api_keys',
     None,
     'File of lines name:key. --port then answers only clients that send one of'

@@ -37,19 +37,19 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from checks import path_flags
 from hardware import targets
 from storage import disk, locks
-from training import flags as flags_lib
+from training import experiment_files, flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  help_string='The experiment: a file in experiments/, with an optional'
-  ' :variant. Flags set any field, as --config.optimizer.peak_lr=1e-3.',
+_CONFIG = flags_lib.define_config(
+  'The experiment: a file in experiments/, with an optional'
+  ' :variant; --config=list shows them. Flags set any field, as'
+  ' --config.optimizer.peak_lr=1e-3.',
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = path_flags.DEFINE_path(
   'workdir',
   None,
   'Directory of the run. It is created, or the run in it is resumed.',
@@ -198,6 +198,13 @@ def _who() -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    argv = flags_lib.with_flagfiles(argv)
+  except flags.Error as error:
+    sys.exit(f'error: {error}')
+  if flags_lib.asks_for_list(argv):
+    print(experiment_files.listing())
+    sys.exit(0)
   argv = targets.with_default(argv)
   # Before the flags are parsed: the file of the experiment imports jax, which
   # reads its environment once.
@@ -211,11 +218,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _supervisor(argv: list[str]) -> supervisor.Supervisor | None:
   """Returns a supervisor of this command line if --max_restarts is given."""
   values = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  path_flags.DEFINE_path('workdir', None, '', flag_values=values)
   flags.DEFINE_integer(_MAX_RESTARTS.name, 0, '', 0, flag_values=values)
   values.set_gnu_getopt()
   try:
-    rest = values(argv, known_only=True)
+    rest = values(flags_lib.with_flagfiles(argv), known_only=True)
   except flags.Error:
     return None  # the parser of all flags reports the error
   if not values.max_restarts or not values.workdir:

@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import timing
+from checks import path_flags
 
 Result = dict[str, Any]
 
@@ -20,7 +21,7 @@ def define_flags(*, rounds: int, has_peer: bool = False) -> None:
   flags.DEFINE_integer(
     'rounds', rounds, 'Turns of each side; figures are medians over rounds.', 1
   )
-  flags.DEFINE_string('out', '', 'A file that gets the result as JSON.')
+  path_flags.DEFINE_path('out', '', 'A file that gets the result as JSON.')
   if has_peer:
     flags.DEFINE_bool(
       'peer',

@@ -23,6 +23,7 @@ from absl import app, flags
 import jax
 
 from benchmarks import entry, timing
+from checks import path_flags
 from data import (
   batches as batches_lib,
   data_config,
@@ -226,7 +227,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   entry.define_flags(rounds=5)
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'data_dir', '~/.cache/two_lives', 'Directory that keeps tokenised data.'
   )
   flags.DEFINE_integer('threads', 2, 'Threads that make batches.', 1)

@@ -13,7 +13,7 @@ import sys
 
 from absl import app, flags
 
-from checks import expect
+from checks import expect, path_flags
 from hardware import compile_ahead, targets
 from training.planning import plan as plan_lib
 
@@ -168,5 +168,5 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   targets.prepare_environment()
   flags.DEFINE_list('presets', [], 'Presets to plan; all if empty.')
-  flags.DEFINE_string('out', str(PATH), 'The file to rewrite.')
+  path_flags.DEFINE_path('out', str(PATH), 'The file to rewrite.')
   app.run(main)

@@ -8,6 +8,7 @@ Imports nothing of ours, so that every package can use it.
 """
 
 from collections.abc import Iterable
+import difflib
 import reprlib
 from typing import Any
 
@@ -53,6 +54,13 @@ def one_of(
   allowed = list(allowed)
   if value not in allowed:
     _refuse(name, value, f'one of {", ".join(map(str, allowed))}', fix)
+
+
+def meant(value: Any, allowed: Iterable[Any]) -> str:
+  """Returns '; did you mean lion?' for names like `value`, '' for none."""
+  names = [name for name in allowed if isinstance(name, str)]
+  near = difflib.get_close_matches(str(value), names, n=3)
+  return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 def at_least(name: str, value: float, least: float, fix: str = '') -> None:

@@ -29,7 +29,7 @@ from typing import Protocol
 import numpy as np
 
 from data import token_store
-from storage import locks
+from storage import derived
 
 # Documents that are fitted together.
 _GROUP = 2**16
@@ -140,6 +140,9 @@ def row_plan(
     store: the documents; a joined store for windows.
     packing: one of `data.data_config.PACKINGS`.
     row_length: T, pairs per row.
+
+  Raises:
+    derived.DamagedError: the plan on disk was damaged.
   """
   if packing == 'concat_then_split':
     return Concatenated(store, row_length)
@@ -152,7 +155,7 @@ def row_plan(
     _write(partial, _groups(store, row_length), fit, row_length)
 
   try:
-    locks.write_once(directory, write)
+    derived.open_or_write(directory, write)
   except OSError:
     # The store is read-only: this process makes a plan of its own.
     directory = pathlib.Path(tempfile.mkdtemp(prefix='two_lives_plan_'))

@@ -5,15 +5,17 @@
 A source has random access: `len(source)`, and `source[i]` is a document
 {'text': str, 'id': str}. Several threads may read it. It may have a method
 `fingerprint()`, which returns a string that changes when the documents change.
-A source without this method is read whole at each start, to see whether it has
-changed. Missing data is an error that says how to get the data, raised before
-any network access. `data/batches.py` turns sources into batches.
+For the sources here it is made of the SHA-256 of their files, so that a file
+counts by its contents, not by its name or its time stamp. A source without this
+method is read whole at each start, to see whether it has changed. Missing data
+is an error that says how to get the data, raised before any network access.
+`data/batches.py` turns sources into batches.
 """
 
-import os
 import pathlib
 from typing import Protocol
 
+from checks import paths
 from data.builders import (
   python_stdlib as python_stdlib_builder,
   tiny_shakespeare as tiny_shakespeare_builder,
@@ -46,7 +48,7 @@ def python_stdlib(
       ' of the running interpreter: use text_files for other files'
     )
   builder = python_stdlib_builder.PythonStdlib(data_dir=_expand(data_dir))
-  return readers.Tfds(tfds_builders.prepare(builder), split, text_key)
+  return readers.Tfds(tfds_builders.prepare(builder), split, text_key, data_dir)
 
 
 def tiny_shakespeare(
@@ -61,40 +63,39 @@ def tiny_shakespeare(
     data_dir=directory,
     text_path=tiny_shakespeare_builder.find_or_download(path, directory),
   )
-  return readers.Tfds(tfds_builders.prepare(builder), split, text_key)
+  return readers.Tfds(tfds_builders.prepare(builder), split, text_key, data_dir)
 
 
 def tfds_directory(
   path: str, split: str, data_dir: str = '', text_key: str = 'text'
 ) -> Source:
   """Opens a prepared TFDS dataset; `path` is the directory of its version."""
-  del data_dir
-  return readers.Tfds(path, split, text_key)
+  return readers.Tfds(path, split, text_key, data_dir)
 
 
 def jsonl(
   path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
 ) -> Source:
   """Opens JSON Lines: a file, a directory of .jsonl files, or a glob."""
-  del data_dir
-  return readers.Jsonl(files.resolve(path, split, '.jsonl'), text_key)
+  found = files.resolve(path, split, '.jsonl')
+  return readers.Jsonl(found, text_key, data_dir)
 
 
 def parquet(
   path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
 ) -> Source:
   """Opens Parquet: a file, a directory of .parquet files, or a glob."""
-  del data_dir
-  return readers.Parquet(files.resolve(path, split, '.parquet'), text_key)
+  found = files.resolve(path, split, '.parquet')
+  return readers.Parquet(found, text_key, data_dir)
 
 
 def text_files(
   path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
 ) -> Source:
   """Opens plain text: a file, all files of a directory, or a glob."""
-  del data_dir, text_key  # the whole file is the text
-  return readers.TextFiles(files.resolve(path, split, ''))
+  del text_key  # the whole file is the text
+  return readers.TextFiles(files.resolve(path, split, ''), data_dir)
 
 
 def _expand(path: str) -> str:
-  return os.path.expanduser(path)
+  return paths.expanded('data.data_dir', path)

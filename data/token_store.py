@@ -5,10 +5,16 @@ A store is a directory `tokens/<key>/` of the data directory:
     ids.bin      the ids of all documents, one after the other
     starts.bin   int64 [documents + 1]; see `TokenStore`
     store.json   sizes and dtype, and one digest of both files
+    files.json   size and SHA-256 of each of them (`storage/derived.py`)
 
-The key is a hash of the source's fingerprint and of the tokenizer. The first
-process that needs a store writes it, and all others wait for it
-(`storage/locks.py`). Hosts have a data directory each, or share one.
+The key is a hash of the source's fingerprint and of the tokenizer. The
+fingerprint of files is their contents (`data/reading/readers.py`), so the key
+does not depend on their names and times. The first process that needs a store
+writes it, and all others wait for it (`storage/locks.py`). Hosts have a data
+directory each, or share one.
+
+A store is verified when it is opened: sizes each time, digests once on each
+machine between two boots. A store that was damaged is never trained on.
 
 A document is [bos, ids of its text, eos]. In a `joined` store, a document is
 the ids of its text alone. Documents without text are left out.
@@ -28,13 +34,14 @@ import time
 
 import numpy as np
 
+from checks import paths
 from data import sources
-from storage import locks
+from storage import derived
 from text import tokenizer as tokenizer_lib
 
 Say = Callable[[str], None]
 
-_FORMAT = 1
+_FORMAT = 2
 _META, _IDS, _STARTS = 'store.json', 'ids.bin', 'starts.bin'
 # Documents are tokenised in groups. A group ends with the document in which it
 # reaches this number of characters.
@@ -105,14 +112,13 @@ def open_or_write(
     say: receives a line about progress every ten seconds.
 
   Raises:
-    ValueError: no document has text, a document has no UTF-8 form, or the data
-      directory cannot be written.
+    derived.DamagedError: the store was damaged.
+    ValueError: no document has text, a document has no UTF-8 form, the
+      documents change, or the data directory cannot be written.
   """
-  directory = (
-    pathlib.Path(data_dir).expanduser()
-    / 'tokens'
-    / _key(source, tokenizer, joined)
-  )
+  key = _key(source, tokenizer, joined)
+  place = pathlib.Path(paths.expanded('data.data_dir', data_dir))
+  directory = place / 'tokens' / key
 
   def write(partial: pathlib.Path) -> None:
     documents = _reporting(_documents(source, num_threads), name, source, say)
@@ -125,9 +131,17 @@ def open_or_write(
         f'{name}: got {len(source)} documents without any text, expected some'
         ' text; check the path and text_key'
       )
+    # Else the store would have tokens of other documents than its key says.
+    if hasattr(source, 'fingerprint') and key != _key(
+      source, tokenizer, joined
+    ):
+      raise ValueError(
+        f'{name}: got documents that changed while they were tokenised,'
+        ' expected the same until the end; start again when they are complete'
+      )
 
   try:
-    locks.write_once(directory, write)
+    derived.open_or_write(directory, write)
   except OSError as error:
     raise ValueError(
       f'{name}: its tokens cannot be written to {directory.parent} ({error});'

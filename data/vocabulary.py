@@ -7,8 +7,8 @@ run loads it from there.
 from collections.abc import Iterator
 import itertools
 import math
-import os
 
+from checks import paths
 from data import data_config, sources
 from text import bpe, tokenizer as tokenizer_lib
 
@@ -31,7 +31,9 @@ def build_tokenizer(
   if config.kind == 'byte':
     return tokenizer_lib.ByteTokenizer()
   if config.kind == 'directory':
-    return tokenizer_lib.load(os.path.expanduser(config.path))
+    return tokenizer_lib.load(
+      paths.expanded('data.tokenizer.path', config.path)
+    )
   total = sum(weight for _, weight in mixed)
   texts = itertools.chain.from_iterable(
     _texts(source, math.ceil(config.train_bytes * weight / total))

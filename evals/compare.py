@@ -12,6 +12,7 @@ import sys
 
 from absl import app, flags
 
+from checks import paths
 from evals.results import report, scores
 
 
@@ -22,7 +23,8 @@ def main(argv: list[str]) -> int:
       f'got {len(argv) - 1} files, expected two results: A.json B.json'
     )
   try:
-    a, b = (scores.load(path) for path in argv[1:])
+    files = [paths.expanded('file', path) for path in argv[1:]]
+    a, b = (scores.load(path) for path in files)
     print(report.compare(a, b, flags.FLAGS.difference))
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {error}', file=sys.stderr)

@@ -9,6 +9,7 @@ files hold; evals/tasks/records.py has what JSON Lines have in common.
 from collections.abc import Mapping
 import dataclasses
 
+from checks import expect, paths
 from evals import options as options_lib, ports
 from evals.harness import lm_eval_kind
 from evals.results import scores
@@ -54,7 +55,9 @@ def open_task(
     raise ValueError(
       f'task: got {name!r}, expected KIND:FILE, where KIND is one of'
       f' {", ".join(KINDS)}, as in perplexity:book.txt'
+      f'{expect.meant(kind, KINDS)}'
     )
+  path = paths.expanded('task', path)
   _check_read(kind, options)
   return dataclasses.replace(KINDS[kind].read(path, options), name=name)
 

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from frozen import manifest as manifest_lib
 from models import model_config, transformer
-from storage import atomic, file_names
+from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib
 
 Params = Any  # variables of `models.transformer.Transformer`
@@ -111,6 +111,7 @@ def write(
       other contents.
   """
   target = pathlib.Path(directory).resolve()
+  atomic.restore(target)
   config = _masking(config, tokenizer_dir)
   _check_params(params, abstract_params(config, dtype), 'params')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -119,9 +120,9 @@ def write(
     _check_replaceable(target, digest.result, overwrite)
     with atomic.new_directory(target) as partial:
       _save(partial / file_names.PARAMS, params)
-      shutil.copytree(tokenizer_dir, partial / file_names.TOKENIZER)
-      (partial / file_names.CHAT_TEMPLATE).write_text(
-        chat_template, encoding='utf-8'
+      _copy_tree(pathlib.Path(tokenizer_dir), partial / file_names.TOKENIZER)
+      (partial / file_names.CHAT_TEMPLATE).write_bytes(
+        chat_template.encode('utf-8')
       )
       (partial / file_names.GENERATION).write_text(
         json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
@@ -177,7 +178,7 @@ def read(
     params=params,
     tokenizer_dir=directory / file_names.TOKENIZER,
     generation=read_generation(directory),
-    chat_template=(directory / file_names.CHAT_TEMPLATE).read_text('utf-8'),
+    chat_template=read_chat_template(directory),
   )
 
 
@@ -242,6 +243,21 @@ def read_generation(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the recommended settings of a frozen directory, not verified."""
   path = pathlib.Path(directory) / file_names.GENERATION
   return json.loads(path.read_text('utf-8'))
+
+
+def read_chat_template(directory: str | os.PathLike) -> str:
+  """Returns the chat template of a frozen directory, not verified."""
+  # As bytes: text mode would change line ends.
+  path = pathlib.Path(directory) / file_names.CHAT_TEMPLATE
+  return path.read_bytes().decode('utf-8')
+
+
+def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies contents alone: modes are those of new files, not of `source`."""
+  target.mkdir()
+  for name in digests.names(source):
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / name, target / name)
 
 
 def _save(path: pathlib.Path, params: Params) -> None:

@@ -5,7 +5,7 @@
 `train.py` does the same at the end of a run. This module reads the files that
 training writes, and imports nothing of training:
 
-    WORKDIR/run.json                       config, data, lineage
+    WORKDIR/run.json                       config, data, lineage, base
     WORKDIR/tokenizer/
     WORKDIR/checkpoints/STEP/params/       the weights, or
     WORKDIR/checkpoints/STEP/average/      their average, if the run keeps one
@@ -25,7 +25,7 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 
-from checks import expect
+from checks import expect, path_flags
 from frozen import (
   format as frozen_format,
   manifest as manifest_lib,
@@ -49,14 +49,59 @@ _RUN_FIELDS = {
   'code_commit',
 }
 
-# Recommended settings in the frozen directory; a request may override them.
+# Recommended settings of a run that starts from random weights. A request may
+# override them.
 DEFAULT_GENERATION = {
   'temperature': 0.8,
   'top_k': 0,
   'top_p': 0.95,
-  'max_tokens': 256,
+  'max_tokens': 128,
   'stop': [],
 }
+
+
+def base_of(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the parts of a frozen directory that training does not change.
+
+  A run that starts from its weights records them as `base` in run.json, and
+  every freeze of the run writes them again.
+  """
+  directory = pathlib.Path(directory)
+  manifest = manifest_lib.read(directory)
+  return {
+    'chat_template': frozen_format.read_chat_template(directory),
+    'generation': frozen_format.read_generation(directory),
+    'knowledge_cutoff': manifest.knowledge_cutoff,
+    'origin': manifest.origin,
+  }
+
+
+def chosen_generation(freeze: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the recommended settings that an experiment chooses.
+
+  Args:
+    freeze: fields of `training.experiment.FreezeConfig`.
+  """
+  chosen = {}
+  if freeze.get('temperature', -1) >= 0:
+    chosen['temperature'] = freeze['temperature']
+  if freeze.get('max_tokens', 0) > 0:
+    chosen['max_tokens'] = freeze['max_tokens']
+  return chosen
+
+
+def generation_of(
+  run: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the recommended settings that a run freezes.
+
+  Args:
+    run: fields of run.json.
+    chosen: settings that differ from those of the run's base, or from
+      DEFAULT_GENERATION.
+  """
+  base = run.get('base', {}).get('generation', DEFAULT_GENERATION)
+  return {**base, **chosen}
 
 
 def serving_params(
@@ -79,7 +124,7 @@ def freeze_checkpoint(
   dtype: str = 'float32',
   weights: str = 'auto',
   generation: Mapping[str, Any] | None = None,
-  chat_template: str = '',
+  chat_template: str | None = None,
   overwrite: bool = False,
 ) -> manifest_lib.Manifest:
   """Writes one checkpoint of a run as a frozen directory.
@@ -90,8 +135,10 @@ def freeze_checkpoint(
     out: the frozen directory to write.
     dtype: of the weights, and of the computation that will use them.
     weights: one of `frozen.manifest.WEIGHTS`.
-    generation: recommended settings, which override DEFAULT_GENERATION.
-    chat_template: Jinja source; empty for the default transcript.
+    generation: recommended settings that the experiment chooses, see
+      `generation_of`; None: those of the recorded experiment.
+    chat_template: Jinja source, '' for the default transcript; None: that of
+      the weights that the run started from.
     overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
@@ -104,6 +151,11 @@ def freeze_checkpoint(
   workdir = pathlib.Path(workdir).resolve()
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
+  base = run.get('base', {})
+  if generation is None:
+    generation = chosen_generation(run.get('config', {}).get('freeze', {}))
+  if chat_template is None:
+    chat_template = base.get('chat_template', '')
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
@@ -127,7 +179,10 @@ def freeze_checkpoint(
         mixed | {'path': public_paths.public(mixed['path'])}
         for mixed in run['data_mix']
       ],
-      knowledge_cutoff=run['knowledge_cutoff'],
+      # Dates of ISO 8601 sort as text; '' is an unknown one.
+      knowledge_cutoff=max(
+        run['knowledge_cutoff'], base.get('knowledge_cutoff', '')
+      ),
       weights=weights,
       lineage=run['lineage'],
       has_bos=run['has_bos'],
@@ -135,9 +190,10 @@ def freeze_checkpoint(
       tokens_seen=progress['tokens_seen'],
       training_flops=progress['training_flops'],
       train_seconds=progress['train_seconds'],
+      origin=base.get('origin', {}),
     ),
     tokenizer_dir=workdir / file_names.TOKENIZER,
-    generation={**DEFAULT_GENERATION, **(generation or {})},
+    generation=generation_of(run, generation),
     chat_template=chat_template,
     overwrite=overwrite,
   )
@@ -233,11 +289,11 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('workdir', None, 'Directory of a training run.')
+  path_flags.DEFINE_path('workdir', None, 'Directory of a training run.')
   flags.DEFINE_integer(
     'step', LATEST, 'Step of the checkpoint to freeze; -1 is the last one.'
   )
-  flags.DEFINE_string('out', None, 'Frozen directory to write.')
+  path_flags.DEFINE_path('out', None, 'Frozen directory to write.')
   flags.DEFINE_enum(
     'dtype',
     'float32',

@@ -6,6 +6,7 @@ itself. So a changed weight is noticed, and also a changed field of the model,
 such as the base of the rotary embedding.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,11 +32,12 @@ class Provenance:
   training_flops: float  # total, analytic
   train_seconds: float  # wall clock of the training
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
-  knowledge_cutoff: str  # date of the newest text, '' if unknown
+  knowledge_cutoff: str  # newest date of a text that is known, or ''
   weights: str  # which weights of the run are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
-  # Imported weights only: format, family, source, revision.
+  # Imported weights, and weights trained from them: format, family, source,
+  # revision of the import.
   origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -83,6 +85,9 @@ def read(directory: pathlib.Path) -> Manifest:
     ValueError: it is damaged, altered, or of another format version.
   """
   path = directory / file_names.MANIFEST
+  # A reader may lack the right to rename; then the directory is missing.
+  with contextlib.suppress(OSError):
+    atomic.restore(directory)
   if not path.is_file():
     raise FileNotFoundError(
       f'{path}: got no such file, expected a frozen directory;'
@@ -101,13 +106,20 @@ def read(directory: pathlib.Path) -> Manifest:
       f'{path}: got format version {version!r}, expected {FORMAT_VERSION};'
       ' use the code that wrote it, or freeze again with this code'
     )
-  known = {field.name for field in dataclasses.fields(Manifest)}
-  # Older directories have no `origin`.
-  if set(fields) not in (known, known - {'origin'}):
+  known = {field.name: field for field in dataclasses.fields(Manifest)}
+  unknown = sorted(fields.keys() - known)
+  # A field with a default is younger than some directories.
+  missing = [
+    name
+    for name, field in known.items()
+    if name not in fields
+    and field.default_factory is dataclasses.MISSING
+    and field.default is dataclasses.MISSING
+  ]
+  if unknown or missing:
     raise ValueError(
-      f'{path}: got unknown fields {sorted(set(fields) - known)} and missing'
-      f' fields {sorted(known - set(fields))}, expected exactly those of'
-      f' format {FORMAT_VERSION}; freeze again with this code'
+      f'{path}: got unknown fields {unknown} and missing fields {missing},'
+      f' expected those of format {FORMAT_VERSION}; freeze again with this code'
     )
   manifest = Manifest(**fields)
   signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}

@@ -21,6 +21,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from models import model_config
 from storage import atomic, digests, file_names as file_names_lib
 
 FORMAT_VERSION = 1
@@ -68,10 +69,22 @@ def identity(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-  """Returns the first field that differs, in words; '' if none does."""
+  """Returns the first field that differs, in words; '' if none does.
+
+  A field of the model that one side lacks has its default there: the run was
+  recorded before the field existed.
+  """
+  model = json.loads(json.dumps(model_config.ModelConfig.defaults()))
+  defaults = {f'model.{name}': value for name, value in model.items()}
   for name in sorted(got.keys() | expected.keys()):
-    if got.get(name) != expected.get(name):
-      return f'got {name} = {got.get(name)!r}, expected {expected.get(name)!r}'
+    default = defaults.get(name)
+    a, b = got.get(name, default), expected.get(name, default)
+    if (
+      isinstance(default, dict) and isinstance(a, dict) and isinstance(b, dict)
+    ):
+      a, b = {**default, **a}, {**default, **b}
+    if a != b:
+      return f'got {name} = {a!r}, expected {b!r}'
   return ''
 
 
@@ -92,6 +105,12 @@ def move_aside(root: pathlib.Path, step: int) -> pathlib.Path:
     i += 1
   (root / str(step)).rename(place)
   return place
+
+
+def restore_replaced(root: pathlib.Path) -> None:
+  """Puts back checkpoints that a killed process was about to replace."""
+  if root.is_dir():
+    atomic.remove_leftovers(root)
 
 
 def remove_unfinished(root: pathlib.Path) -> None:

@@ -24,6 +24,8 @@ import re
 import sys
 from typing import Any
 
+from checks import expect
+
 # Without these variables libtpu would look for a TPU machine, wait for a
 # metadata server and complain that it found neither. Its lock file, which keeps
 # two processes off one TPU, would refuse a second plan on this machine. jax
@@ -110,6 +112,7 @@ def parse(name: str) -> Target:
     raise TargetError(
       f'--plan: got the unknown target {name!r}, expected one of'
       f' {", ".join([*_TPUS, *_GPUS])} with a size, as in {_EXAMPLES}'
+      f'{expect.meant(generation, [*_TPUS, *_GPUS])}'
     )
   is_tpu = generation in _TPUS
   num_dims = _TPUS[generation].num_dims if is_tpu else 1

@@ -393,20 +393,29 @@ class ModelConfig:
     return fields
 
   @classmethod
-  def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
-    """Returns the config of `to_dict`; refuses unknown and missing fields.
+  def defaults(cls) -> dict[str, Any]:
+    """Returns the default of each field that has one, as JSON values."""
+    sizes = {
+      field.name: 1
+      for field in dataclasses.fields(cls)
+      if field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    }
+    fields = cls(**sizes).to_dict()
+    return {name: fields[name] for name in fields.keys() - sizes.keys()}
 
-    The fields that were added together may be missing together: a file written
-    before them has their defaults.
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
+    """Returns the config of `to_dict`.
+
+    A field that is missing has its default: the file was written before the
+    field existed. So the default of a new field must be the function of the
+    model without it, and a default never changes.
+
+    Raises:
+      ValueError: a field is unknown, or a field without a default is missing.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown, missing = set(fields) - known, known - set(fields)
-    if unknown or missing not in (set(), {'spare_ids'}, _LATER):
-      raise ValueError(
-        f'model config: got unknown fields {sorted(unknown)} and missing'
-        f' fields {sorted(missing)}, expected exactly those of ModelConfig;'
-        ' the file was written by another version'
-      )
+    _check_fields('', cls, fields)
     fields = dict(fields)
     if 'rope_scaling' in fields:
       fields['rope_scaling'] = _scaling(fields['rope_scaling'])
@@ -416,14 +425,32 @@ class ModelConfig:
     return config
 
 
-def _scaling(fields: dict[str, Any]) -> rope_scaling_lib.RopeScaling:
-  """Returns the RopeScaling of a JSON object."""
-  known = [f.name for f in dataclasses.fields(rope_scaling_lib.RopeScaling)]
-  if sorted(fields) != sorted(known):
+def _check_fields(prefix: str, cls: Any, fields: Any) -> None:
+  """Raises ValueError if `fields` cannot be those of a dataclass."""
+  known = dataclasses.fields(cls)
+  if not isinstance(fields, dict):
     raise ValueError(
-      f'model config: got rope_scaling with fields {sorted(fields)}, expected'
-      f' {sorted(known)}; the file was written by another version'
+      f'model config: got {prefix or "a value"} {fields!r}, expected an object'
     )
+  unknown = sorted(fields.keys() - {field.name for field in known})
+  missing = [
+    field.name
+    for field in known
+    if field.name not in fields
+    and field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  ]
+  for kind, names in (('unknown', unknown), ('missing', missing)):
+    if names:
+      raise ValueError(
+        f'model config: got {kind} fields {prefix}{names}, expected those of'
+        f' {cls.__name__}; the file was written by another version of this code'
+      )
+
+
+def _scaling(fields: Any) -> rope_scaling_lib.RopeScaling:
+  """Returns the RopeScaling of a JSON object."""
+  _check_fields('rope_scaling ', rope_scaling_lib.RopeScaling, fields)
   values: dict[str, Any] = {
     k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
   }
@@ -436,6 +463,3 @@ _COUNTS = (
 )  # fmt: skip
 _EXPERT_COUNTS = ('num_active_experts', 'num_shared_experts', 'expert_width')
 _EXPERT_WEIGHTS = ('balance_loss_weight', 'router_z_weight')
-# Fields that the first frozen directories lack: qkv_bias and all after it.
-_NAMES = [field.name for field in dataclasses.fields(ModelConfig)]
-_LATER = set(_NAMES[_NAMES.index('qkv_bias') :])

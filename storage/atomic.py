@@ -9,17 +9,22 @@ Every write follows the same five steps:
     1. write under a hidden name beside the target: .NAME.partial-1a2b3c4d
     2. fsync each file, or a rename could reach the disk before the contents
     3. fsync each directory that was written, so that the disk has its names
-    4. rename to the target, which the file system does in one step
+    4. rename to the target, which the file system does in one step. A full
+       directory cannot be replaced so: the two exchange their names, and the
+       old one is deleted. A file system without that step renames twice; see
+       `restore`
     5. fsync the parent directory, so that the disk has the new name
 
 A write that fails removes its hidden file. A process that is killed leaves it;
 `remove_leftovers` deletes it later.
 
-Reference: Pillai et al. 2014, "All File Systems Are Not Created Equal".
+References: renameat2(2) for the exchange; Pillai et al. 2014, "All File Systems
+Are Not Created Equal".
 """
 
 from collections.abc import Iterator
 import contextlib
+import ctypes
 import os
 import pathlib
 import re
@@ -29,6 +34,10 @@ import shutil
 _LEFTOVER = re.compile(
   r'\.(?P<name>.+)\.(?P<role>partial|previous)-[0-9a-f]{8}'
 )
+
+# Python has no function for it. None where the C library has none.
+_renameat2 = getattr(ctypes.CDLL(None), 'renameat2', None)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_text(path: pathlib.Path, text: str, *, durable: bool = True) -> None:
@@ -80,7 +89,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     OSError: it cannot be written; `target` is unchanged.
   """
   partial = _beside(target, 'partial')
-  partial.mkdir(parents=True)
+  make_directory(partial)
   try:
     yield partial
     publish(partial, target)
@@ -88,34 +97,79 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def make_directory(path: pathlib.Path) -> None:
+  """Makes a directory and its parents; the disk has all of their names."""
+  missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+  path.mkdir(parents=True, exist_ok=True)
+  for directory in reversed(missing[1:]):
+    sync(directory.parent)
+
+
 def publish(partial: pathlib.Path, target: pathlib.Path) -> None:
   """Renames a finished directory to `target`, when the disk has all of it.
 
-  A directory cannot replace a full one in one step. The old one is set aside
-  first and deleted last; `remove_leftovers` puts it back if a kill comes in
-  between.
+  A directory that is there is replaced and deleted.
   """
   for directory, _, names in os.walk(partial, topdown=False):
     for name in names:
       sync(pathlib.Path(directory, name))
     sync(pathlib.Path(directory))
-  previous = None
-  if target.exists():
-    previous = _beside(target, 'previous')
-    os.replace(target, previous)
-  try:
+  if not target.exists():
     os.replace(partial, target)
-  except OSError:
-    if previous is not None:
-      os.replace(previous, target)
-    raise
+    sync(target.parent)
+    return
+  old = partial if _exchange(partial, target) else _set_aside(partial, target)
   sync(target.parent)
-  if previous is not None:
-    shutil.rmtree(previous)
+  shutil.rmtree(old)
+
+
+def _exchange(path: pathlib.Path, other: pathlib.Path) -> bool:
+  """Exchanges two names in one step; returns whether it could."""
+  if _renameat2 is None:
+    return False
+  names = os.fsencode(path), os.fsencode(other)
+  # 0 is success. Else the file system does not know this step, as NFS; any
+  # other error occurs again, and is raised, in the two steps.
+  return not _renameat2(
+    _AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)
+  )
+
+
+def _set_aside(partial: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+  """Replaces `target` in two steps; returns the old directory's new name."""
+  previous = _beside(target, 'previous')
+  try:
+    os.replace(target, previous)
+    os.replace(partial, target)
+  except BaseException:  # Ctrl-C, too, may come between the two
+    restore(target)
+    raise
+  return previous
+
+
+def restore(target: pathlib.Path) -> None:
+  """Puts back a directory that a killed process had set aside.
+
+  Does nothing if `target` is there.
+
+  Raises:
+    OSError: it cannot be renamed.
+  """
+  if os.path.lexists(target) or not target.parent.is_dir():
+    return
+  aside = [
+    path
+    for path in target.parent.iterdir()
+    if (found := _LEFTOVER.fullmatch(path.name))
+    and (found['name'], found['role']) == (target.name, 'previous')
+  ]
+  if aside:
+    # The time of change is that of the rename.
+    os.replace(max(aside, key=lambda path: path.stat().st_ctime_ns), target)
 
 
 def remove_leftovers(directory: pathlib.Path, name: str = '') -> None:
-  """Deletes what killed processes left of their writes.
+  """Restores or deletes what killed processes left of their writes.
 
   The caller must know that no other process is writing there.
 
@@ -123,14 +177,12 @@ def remove_leftovers(directory: pathlib.Path, name: str = '') -> None:
     directory: in which the files and directories were written.
     name: of the one that was written; all of them if empty.
   """
-  for path in directory.iterdir():
+  for path in list(directory.iterdir()):
     found = _LEFTOVER.fullmatch(path.name)
     if not found or name not in ('', found['name']):
       continue
-    target = directory / found['name']
-    if found['role'] == 'previous' and not target.exists():
-      os.replace(path, target)
-    elif path.is_dir():
+    restore(directory / found['name'])
+    if path.is_dir():
       shutil.rmtree(path, ignore_errors=True)
     else:
       path.unlink(missing_ok=True)

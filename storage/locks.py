@@ -35,7 +35,7 @@ def write_once(
   """
   if directory.is_dir():
     return
-  directory.parent.mkdir(parents=True, exist_ok=True)
+  atomic.make_directory(directory.parent)
   with locked(directory.parent / f'.{directory.name}.lock'):
     # Another process may have made it while this one waited.
     if directory.is_dir():

@@ -48,11 +48,11 @@ MAY_NOT_USE = {
 }
 
 # Beside entry points: parses the command line for train.py, in its own words;
-# makes the flags of serve.py from dataclasses; what several benchmarks ask for:
-# absl refuses a name that is given twice.
+# makes the flags of serve.py from dataclasses; makes flags that hold paths; has
+# flags of several benchmarks: absl refuses a name that is given twice.
 MAY_READ_FLAGS = {
   'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
-  'benchmarks/studies/study_flags.py',
+  'checks/path_flags.py', 'benchmarks/studies/study_flags.py',
 }  # fmt: skip
 
 MAX_FUNCTION_LINES = 80

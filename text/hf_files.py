@@ -23,8 +23,8 @@ GENERATION = 'generation_config.json'
 TRAINED = 'bpe'
 _NAMES = 'special_tokens_map.json'
 _ADDED = 'added_tokens.json'
-_TEMPLATE = 'chat_template.jinja'
-_MORE_TEMPLATES = 'additional_chat_templates'
+TEMPLATE = 'chat_template.jinja'
+MORE_TEMPLATES = 'additional_chat_templates'
 
 # Files of tokenizers that were not converted to `tokenizer.json`.
 _UNCONVERTED = re.compile(
@@ -54,7 +54,7 @@ def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
   directory = pathlib.Path(directory)
   if not (directory / MODEL).is_file():
     raise FileNotFoundError(_no_model(directory))
-  names = (MODEL, CONFIG, GENERATION, _NAMES, _ADDED, _TEMPLATE)
+  names = (MODEL, CONFIG, GENERATION, _NAMES, _ADDED, TEMPLATE)
   return {
     name: (directory / name).read_bytes()
     for name in names
@@ -74,12 +74,12 @@ def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
   """
   files = read_saved(directory)
   config = _json(files, CONFIG)
-  more = pathlib.Path(directory) / _MORE_TEMPLATES
+  more = pathlib.Path(directory) / MORE_TEMPLATES
   if more.is_dir():
-    default = files.pop(_TEMPLATE, None)
+    default = files.pop(TEMPLATE, None)
     named = {'default': default.decode()} if default is not None else {}
     for path in sorted(more.glob('*.jinja')):
-      named[path.name.removesuffix('.jinja')] = path.read_text('utf-8')
+      named[path.name.removesuffix('.jinja')] = path.read_bytes().decode()
     if named:
       config['chat_template'] = [
         {'name': name, 'template': named[name]} for name in named
@@ -100,8 +100,8 @@ def chat_templates(files: Files) -> dict[str, str]:
   Raises:
     ValueError: the config has a chat_template that is not a template.
   """
-  if _TEMPLATE in files:
-    return {'default': files[_TEMPLATE].decode()}
+  if TEMPLATE in files:
+    return {'default': files[TEMPLATE].decode()}
   found = _json(files, CONFIG).get('chat_template')
   if found is None:
     return {}

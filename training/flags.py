@@ -12,7 +12,8 @@ because a frozen value is replaced, not changed:
                                          the defaults of that class
     --config.optimizer.rule.beta1=0.95   one field of it
 
-The order of these flags does not matter: a choice comes before its fields.
+The order of these flags does not matter: a choice comes before its fields. They
+may be in a file, --flagfile=FILE, one a line. --config=list lists experiments.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+
+from checks import expect, paths
+from training import experiment_files
 
 # Texts of the libraries about a wrong value, and the values that they expect.
 _EXPECTED = (
@@ -46,6 +50,14 @@ class FlagError(ValueError):
   """A flag with an error; the message is one line for the user."""
 
 
+def define_config(help_string: str) -> flags.FlagHolder:
+  """Defines --config, the file of an experiment."""
+  # The library looks into a --flagfile when it defines a flag, and has a
+  # traceback if there is no such file. `parse` reports it.
+  with _command_line(sys.argv[:1]):
+    return config_flags.DEFINE_config_file('config', help_string=help_string)
+
+
 def parse(
   argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
 ) -> list[str]:
@@ -55,6 +67,7 @@ def parse(
     FlagError: got / expected / fix, in one line.
   """
   try:
+    argv = _with_paths(with_flagfiles(argv, flag_values))
     _refuse_negative_index(argv)
     own = _of_frozen_values(argv)
     kept = [arg for arg in argv if arg not in own]
@@ -71,6 +84,53 @@ def parse(
     raise FlagError(_unknown_field(argv) or _last_line(str(error))) from None
   except (OSError, TypeError, ValueError, AttributeError) as error:
     raise FlagError(_last_line(str(error))) from None
+
+
+def with_flagfiles(
+  argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
+  """Returns the arguments with those of each --flagfile in its place.
+
+  Raises:
+    flags.Error: a file cannot be read.
+  """
+  rest = flag_values.read_flags_from_files(argv[1:], force_gnu=False)
+  return [argv[0], *rest]
+
+
+def asks_for_list(argv: list[str]) -> bool:
+  """Returns whether --config asks for the list of experiments."""
+  return any(value == 'list' for _, value in _values_of_config(argv))
+
+
+def _values_of_config(argv: list[str]) -> list[tuple[int, str]]:
+  """Returns the index and the value of every --config in `argv`."""
+  found = []
+  for i, arg in enumerate(argv):
+    name, equals, value = arg.partition('=')
+    if name not in ('--config', '-config'):
+      continue
+    if equals:
+      found.append((i, value))
+    elif i + 1 < len(argv):
+      found.append((i + 1, argv[i + 1]))
+  return found
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+  """Returns `argv` with ~ and $VARIABLES of --config replaced.
+
+  Raises:
+    ValueError: there is no such file; names those that there are.
+  """
+  argv = list(argv)
+  for i, value in _values_of_config(argv):
+    path, colon, variant = value.partition(':')
+    path = paths.expanded('--config', path)
+    experiment_files.check(path, variant)
+    before = argv[i].removesuffix(value)
+    argv[i] = f'{before}{path}{colon}{variant}'
+  return argv
 
 
 def _of_frozen_values(argv: list[str]) -> list[str]:
@@ -124,7 +184,8 @@ def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:
   if choices := field.metadata.get('choices'):
     if text not in choices:
       raise FlagError(
-        f'{flag}: got {text!r}, expected one of {", ".join(choices)}'
+        f'{flag}: got {text!r}, expected one of'
+        f' {", ".join(choices)}{expect.meant(text, choices)}'
       )
     return choices[text]()
   value_type = type(getattr(holder, name))
@@ -180,7 +241,8 @@ def _lost(node: Any, path: str) -> str:
     )
     if name not in fields:
       return (
-        f'got the unknown field {name!r}, expected one of {", ".join(fields)}'
+        f'got the unknown field {name!r}, expected one of'
+        f' {", ".join(fields)}{expect.meant(name, fields)}'
         if fields
         else f'got the unknown field {name!r}, expected none: it has no fields'
       )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from checks import paths
 from frozen import format as frozen_format, manifest as manifest_lib
 from models import layout, model_config
 from training.objectives import port
@@ -33,7 +34,7 @@ def config_of(
       another vocabulary.
   """
   try:
-    config = frozen_format.read_config(source.path)
+    config = frozen_format.read_config(_directory(name, source))
   except FileNotFoundError:
     raise ValueError(
       f'objective.{name}: got {source.path!r}, expected a frozen directory;'
@@ -51,9 +52,13 @@ def config_of(
   )
 
 
+def _directory(name: str, source: port.ModelSource) -> pathlib.Path:
+  return pathlib.Path(paths.expanded(f'objective.{name}', source.path))
+
+
 def read(source: port.ModelSource, config: model_config.ModelConfig) -> Any:
   """Reads and verifies the variables of a frozen model."""
-  frozen = frozen_format.read(source.path)
+  frozen = frozen_format.read(_directory('path', source))
   params, unstacked = layout.unstack(frozen.params, frozen.config)
   return layout.stack(params, unstacked)[0] if config.scan_layers else params
 
@@ -73,7 +78,7 @@ def place(params: Any, abstract: Any) -> Any:
 def lineage(objective: port.Objective) -> dict[str, str]:
   """Returns the digest of each frozen model's weights, by its name."""
   return {
-    name: manifest_lib.read(pathlib.Path(source.path)).weights_digest
+    name: manifest_lib.read(_directory(name, source)).weights_digest
     for name, source in objective.models_needed.items()
   }
 

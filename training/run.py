@@ -21,7 +21,12 @@ import pathlib
 import jax
 import rich.console
 
-from frozen import format as frozen_format, freeze, manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  freeze,
+  manifest as manifest_lib,
+  run_record,
+)
 from parallel import processes
 from storage import disk, file_names
 from training import (
@@ -144,7 +149,9 @@ def _unlike(
   try:
     manifest = manifest_lib.read(frozen)
     manifest_lib.check_files(frozen, manifest)
+    run = run_record.read(frozen.parent)
     generation = frozen_format.read_generation(frozen)
+    template = frozen_format.read_chat_template(frozen)
   except (OSError, ValueError) as error:
     return str(error)
   wanted = experiment.freeze
@@ -154,15 +161,22 @@ def _unlike(
       experiment.optimizer.rule, experiment.ema_decay
     )
     weights = 'raw' if has_average is None else 'average'
+  settings = freeze.generation_of(
+    run, freeze.chosen_generation(dataclasses.asdict(wanted))
+  )
   for name, got, expected in (
     ('step', manifest.step, step),
     ('freeze.dtype', manifest.dtype, wanted.dtype),
     ('freeze.weights', manifest.weights, weights),
-    ('freeze.temperature', generation['temperature'], wanted.temperature),
-    ('freeze.max_tokens', generation['max_tokens'], wanted.max_tokens),
+    *(
+      (f'freeze.{name}', generation.get(name), settings.get(name))
+      for name in generation | settings
+    ),
   ):
     if got != expected:
       return f'{frozen} has {name} = {got}, not {expected}'
+  if template != run.get('base', {}).get('chat_template', ''):
+    return f'{frozen} has another chat template'
   return ''
 
 
@@ -176,10 +190,9 @@ def _freeze(experiment, workdir, step, console) -> None:
       out=frozen,
       dtype=experiment.freeze.dtype,
       weights=experiment.freeze.weights,
-      generation={
-        'temperature': experiment.freeze.temperature,
-        'max_tokens': experiment.freeze.max_tokens,
-      },
+      generation=freeze.chosen_generation(
+        dataclasses.asdict(experiment.freeze)
+      ),
       # The directory belongs to this run. A longer run replaces it.
       overwrite=True,
     )
@@ -272,8 +285,8 @@ def _record(experiment, workdir, parts, first_step, console) -> None:
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
       with disk.writing(workdir):
-        lineage = None if first_step else init_from.lineage(experiment)
-        workdir_lib.record(workdir, experiment, phases, lineage)
+        start = None if first_step else init_from.describe(experiment)
+        workdir_lib.record(workdir, experiment, phases, start)
         workdir_lib.record_data(workdir, parts.describe_data())
   if before and before != now:
     summary.say(
@@ -369,6 +382,7 @@ def _start_or_restore(experiment, parts, saved, goodput, step):
     key = first_key(experiment.seed)
     if experiment.init_from:
       params = init_from.read(experiment)
+      init_from.check_tokenizer(experiment, parts.tokenizer)
       return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):

@@ -11,17 +11,18 @@ standard error. Seeds are paired, so that common noise cancels. CPUs emulate
 
 import statistics
 
-from absl import app, flags
+from absl import app
 import jax
 import numpy as np
 
 from benchmarks.studies import study_flags
+from checks import path_flags
 from data import data_config
 from experiments import presets
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 
-_TEXT = flags.DEFINE_string('text', None, 'A file of text.', required=True)
+_TEXT = path_flags.DEFINE_path('text', None, 'A file of text.', required=True)
 _NUM_STEPS, _NUM_SEEDS = 300, 3
 
 ROWS, LENGTH, EVAL_ROWS = 16, 64, 512

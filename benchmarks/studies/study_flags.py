@@ -6,10 +6,12 @@ tests import all studies.
 
 from absl import flags
 
-WORKDIR = flags.DEFINE_string(
+from checks import path_flags
+
+WORKDIR = path_flags.DEFINE_path(
   'workdir', '', 'Directory that keeps runs or results, to resume from.'
 )
-FIGURE = flags.DEFINE_string(
+FIGURE = path_flags.DEFINE_path(
   'figure', '', 'An SVG file to write; none if empty.'
 )
 SEEDS = flags.DEFINE_integer(

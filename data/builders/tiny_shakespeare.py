@@ -14,6 +14,7 @@ import urllib.request
 
 import tensorflow_datasets as tfds
 
+from checks import paths
 from storage import atomic
 
 URL = (
@@ -75,7 +76,7 @@ def find_or_download(path: str, data_dir: pathlib.Path) -> pathlib.Path:
     FileNotFoundError: there is no such file, or the download failed.
     ValueError: the file has another text.
   """
-  place = pathlib.Path(path).expanduser() if path else data_dir
+  place = pathlib.Path(paths.expanded('path', path)) if path else data_dir
   candidates = [place / name for name in _FILE_NAMES]
   if path:
     candidates.insert(0, place)

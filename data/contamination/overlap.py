@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -77,8 +78,8 @@ def between_stores(
   The result is kept in a file beside the training tokens.
   """
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
-  if path.is_file():
-    return Overlap(**(json.loads(path.read_text()) | {'source': train.name}))
+  if (kept := _read(path)) is not None:
+    return dataclasses.replace(kept, source=train.name)
   documents = ngrams.Documents(*_text_of(evaluated), ngram)
   for first in range(0, train.num_ids, _PIECE):
     # Pieces overlap, so that no n-gram is missed at a border.
@@ -142,6 +143,14 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
     num_found=int(found_D.sum()),
     most_copied=np.flatnonzero(is_copied_D)[:5].tolist(),
   )
+
+
+def _read(path: pathlib.Path) -> Overlap | None:
+  """Returns the kept overlap; None if there is none that can be read."""
+  try:
+    return Overlap(**json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:

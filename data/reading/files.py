@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 
+from checks import paths
+
 SPLIT = '{split}'
 
 
@@ -31,14 +33,14 @@ def resolve(path: str, split: str, suffix: str) -> list[pathlib.Path]:
         f"path {path!r} has no '{SPLIT}', so split {split!r} cannot be told "
         f"from others; put '{SPLIT}' into the path or set the split to 'all'"
       )
-    files = _match(os.path.expanduser(path), suffix)
+    files = _match(paths.expanded('path', path), suffix)
     if not files:
       raise FileNotFoundError(
         f'no files at {path!r}; expected a file, a glob or a directory with '
         f'{suffix or "any"} files'
       )
     return files
-  pattern = os.path.expanduser(path)
+  pattern = paths.expanded('path', path)
   files = _match(pattern.replace(SPLIT, glob.escape(split)), suffix)
   if not files:
     raise ValueError(

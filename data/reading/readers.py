@@ -3,10 +3,15 @@
 The functions of `data/sources.py` return these classes. A reader holds file
 names and offsets only. Its pickle is therefore small, several threads may read
 it, and it keeps no file open. Errors name the file and the line or row.
+
+A reader's `fingerprint` is that of the contents of its files. They are read for
+it once, and again when they may have changed; `storage/remembered.py` says how
+that is noticed. A reader refuses files that changed after it was opened.
 """
 
 from collections.abc import Sequence
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -16,24 +21,65 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 import tensorflow_datasets as tfds
 
+from checks import paths
+from storage import remembered
+
+
+class _Opened:
+  """Files as they were when a reader was opened."""
+
+  def __init__(self, files: Sequence[pathlib.Path], data_dir: str):
+    self.files = list(files)
+    self._data_dir = data_dir
+    self.identities = {file: remembered.identity(file) for file in self.files}
+
+  def contents(self) -> str:
+    """Returns the SHA-256 of each file.
+
+    Raises:
+      ValueError: a file has changed.
+    """
+    memory = None
+    if self._data_dir:
+      names = '\0'.join(str(file.resolve()) for file in self.files)
+      name = hashlib.sha256(os.fsencode(names)).hexdigest()[:32]
+      data_dir = paths.expanded('data.data_dir', self._data_dir)
+      directory = pathlib.Path(data_dir) / 'digests'
+      memory = directory / f'{name}.json'
+    found = remembered.sha256_of(self.files, memory)
+    for file, before in self.identities.items():
+      if remembered.identity(file) != before:
+        raise ValueError(
+          f'{file}: got a file that changed while it was read, expected the'
+          ' same until the end; start again when it is complete'
+        )
+    return ' '.join(found)
+
 
 class Tfds:
   """A prepared TFDS dataset in ArrayRecord format, read without TensorFlow."""
 
-  def __init__(self, directory: str | os.PathLike, split: str, text_key: str):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    split: str,
+    text_key: str,
+    data_dir: str = '',
+  ):
     """Opens a split of a prepared dataset.
 
     Args:
       directory: the directory of its version, with dataset_info.json.
       split: a TFDS split expression.
       text_key: the feature that holds a document's text.
+      data_dir: where digests of files are kept; '' keeps none.
 
     Raises:
       FileNotFoundError: nothing is prepared in `directory`.
       ValueError: there is no such split or feature, or the files are not
         ArrayRecord.
     """
-    directory = pathlib.Path(directory).expanduser()
+    directory = pathlib.Path(paths.expanded('path', directory))
     if not (directory / 'dataset_info.json').is_file():
       raise FileNotFoundError(
         f'no dataset_info.json in {str(directory)!r}; expected the version '
@@ -66,8 +112,10 @@ class Tfds:
         f'{", ".join(sorted(builder.info.splits))}'
       ) from None
     self._text_key = text_key
-    self._directory = directory
     self._split = split
+    self._opened = _Opened(
+      sorted(path for path in directory.iterdir() if path.is_file()), data_dir
+    )
     _check_not_empty(self, f'split {split!r} of {str(directory)!r}')
 
   def __len__(self) -> int:
@@ -75,8 +123,9 @@ class Tfds:
 
   def fingerprint(self) -> str:
     """Returns a string that changes when the documents change."""
-    files = sorted(path for path in self._directory.iterdir() if path.is_file())
-    return f'tfds {self._split} {self._text_key} {_describe(files)}'
+    names = [file.name for file in self._opened.files]
+    contents = self._opened.contents()
+    return f'tfds {self._split} {self._text_key} {names} {contents}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     example = self._examples[index]
@@ -96,9 +145,12 @@ class Tfds:
 class Jsonl:
   """JSON Lines files: one object per line, with the text under one key."""
 
-  def __init__(self, files: Sequence[pathlib.Path], text_key: str):
+  def __init__(
+    self, files: Sequence[pathlib.Path], text_key: str, data_dir: str = ''
+  ):
     """Indexes the lines of `files`; blank lines are skipped."""
-    self._files = list(files)
+    self._opened = _Opened(files, data_dir)
+    self._files = self._opened.files
     self._text_key = text_key
     lines = [
       (file_index, line_number, offset)
@@ -115,7 +167,7 @@ class Jsonl:
 
   def fingerprint(self) -> str:
     """Returns a string that changes when the documents change."""
-    return f'jsonl {self._text_key} {_describe(self._files)}'
+    return f'jsonl {self._text_key} {self._opened.contents()}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     file_index, line_number, offset = self._lines[index].tolist()
@@ -151,8 +203,11 @@ class Parquet:
   as ArrayRecord instead.
   """
 
-  def __init__(self, files: Sequence[pathlib.Path], text_key: str):
+  def __init__(
+    self, files: Sequence[pathlib.Path], text_key: str, data_dir: str = ''
+  ):
     """Reads the footers of `files`."""
+    self._opened = _Opened(files, data_dir)
     self._text_key = text_key
     self._groups: list[tuple[pathlib.Path, int]] = []
     num_rows = []
@@ -163,7 +218,6 @@ class Parquet:
         num_rows.append(metadata.row_group(group).num_rows)
     # Row group g has the documents starts[g] to starts[g + 1] - 1.
     self._starts = np.cumsum([0, *num_rows])
-    self._files = list(files)
     _check_not_empty(self, ', '.join(map(str, files)))
 
   def __len__(self) -> int:
@@ -171,14 +225,16 @@ class Parquet:
 
   def fingerprint(self) -> str:
     """Returns a string that changes when the documents change."""
-    return f'parquet {self._text_key} {_describe(self._files)}'
+    return f'parquet {self._text_key} {self._opened.contents()}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     if not 0 <= index < len(self):
       raise IndexError(f'got document {index}, expected 0..{len(self) - 1}')
     group_index = int(np.searchsorted(self._starts, index, side='right')) - 1
     file, group = self._groups[group_index]
-    column = _read_row_group(file, group, self._text_key)
+    column = _read_row_group(
+      file, group, self._text_key, self._opened.identities[file]
+    )
     row = index - int(self._starts[group_index])
     place = f'{file}, row {row} of row group {group}'
     text = _check_text(column[row].as_py(), self._text_key, place)
@@ -188,26 +244,21 @@ class Parquet:
 class TextFiles:
   """Plain text files, one document each."""
 
-  def __init__(self, files: Sequence[pathlib.Path]):
-    self._files = list(files)
+  def __init__(self, files: Sequence[pathlib.Path], data_dir: str = ''):
+    self._opened = _Opened(files, data_dir)
+    self._files = self._opened.files
 
   def __len__(self) -> int:
     return len(self._files)
 
   def fingerprint(self) -> str:
     """Returns a string that changes when the documents change."""
-    return f'text {_describe(self._files)}'
+    return f'text {self._opened.contents()}'
 
   def __getitem__(self, index: int) -> dict[str, str]:
     file = self._files[index]
     # As bytes: text mode would change line ends.
     return {'text': _decode(file.read_bytes(), str(file)), 'id': str(file)}
-
-
-def _describe(files: Sequence[pathlib.Path]) -> str:
-  """Returns names, sizes and times of change of the files, as one string."""
-  stats = [(str(file.resolve()), file.stat()) for file in files]
-  return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _line_offsets(file: pathlib.Path):
@@ -247,8 +298,9 @@ def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
 
 @functools.lru_cache(maxsize=4)
 def _read_row_group(
-  file: pathlib.Path, group: int, column: str
+  file: pathlib.Path, group: int, column: str, identity: str
 ) -> pa.ChunkedArray:
+  del identity  # so that another file of this name is read again
   with pq.ParquetFile(file) as reader:
     return reader.read_row_group(group, columns=[column]).column(0)
 

@@ -17,6 +17,7 @@ import os
 import re
 from typing import Self
 
+from checks import paths
 from evals import options as options_lib
 from evals.tasks import generation, numbers, records
 from storage import digests
@@ -35,11 +36,12 @@ class Task(generation.Task):
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:
     """Reads the questions, and the solved examples if there are some."""
-    prompts = read_prompts(path, options.fewshot_path, options.num_fewshot or 0)
-    paths = [each for each in (path, options.fewshot_path) if each]
+    fewshot = paths.expanded('fewshot_path', options.fewshot_path)
+    prompts = read_prompts(path, fewshot, options.num_fewshot or 0)
+    files = [each for each in (path, fewshot) if each]
     return cls(
       options=options,
-      files={path: digests.of_file(path) for path in paths},
+      files={path: digests.of_file(path) for path in files},
       prompts=tuple(prompts),
     )
 

@@ -11,6 +11,8 @@ import sys
 
 from absl import app, flags, logging
 
+from checks import path_flags
+
 _USAGE = 'expected one of import, export, as in import --source=DIR --out=DIR'
 
 
@@ -96,13 +98,13 @@ def _tell(notes: list[str]) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'source',
     None,
     'Model to read. Import: a Hugging Face directory, a GGUF file, or a'
     ' repository org/name. Export: a frozen directory.',
   )
-  flags.DEFINE_string('out', None, 'Directory to write.')
+  path_flags.DEFINE_path('out', None, 'Directory to write.')
   flags.DEFINE_enum(
     'dtype',
     'auto',
@@ -115,7 +117,7 @@ def _define_flags() -> None:
     'Import: commit, branch or tag of a repository on the hub; default its main'
     ' branch.',
   )
-  flags.DEFINE_string(
+  path_flags.DEFINE_path(
     'tokenizer',
     '',
     'Import of a GGUF file: Hugging Face directory with the tokenizer of the'

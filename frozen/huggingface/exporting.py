@@ -27,7 +27,7 @@ from frozen.huggingface import (
 )
 from models import layout
 from storage import atomic
-from text import tokenizer as tokenizer_lib
+from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
 
 
 class Exported(NamedTuple):
@@ -165,6 +165,14 @@ def _write_tokenizer(
       f' {tokenizer.kind}'
     ], {}
   tokenizer.save(directory)
+  templates = hf_tokenizer.load(frozen.tokenizer_dir).chat_templates()
+  if frozen.chat_template != templates.pop('default', ''):
+    # Such a file replaces all templates of tokenizer_config.json.
+    (directory / hf_files.TEMPLATE).write_bytes(frozen.chat_template.encode())
+    for name, text in templates.items():
+      path = directory / hf_files.MORE_TEMPLATES / f'{name}.jinja'
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(text.encode())
   found = {}
   for name in ('bos_token', 'eos_token', 'pad_token'):
     token = tokenizer.names.get(name)

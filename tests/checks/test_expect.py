@@ -50,3 +50,11 @@ def test_values_in_range_pass():
   expect.at_least('a', 1, 1)
   expect.divides('a', 4, 'b', 8)
   expect.multiple_of('a', 8, 'b', 4)
+
+
+def test_names_like_a_wrong_one_are_found():
+  names = ('adamw', 'muon', 'lion')
+  assert expect.meant('lyon', names) == '; did you mean lion?'
+  assert expect.meant('adam', names) == '; did you mean adamw?'
+  assert not expect.meant('sgd', names)
+  assert not expect.meant(3, (1, 2))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data import packing, token_store
+from storage import derived
 from tests.helpers import tiny_models
 
 PLANS = ('concat_then_split', 'first_fit', 'best_fit', 'none')
@@ -116,13 +117,23 @@ def test_a_plan_is_made_once(tmp_path, monkeypatch):
   assert packing.row_plan(store, 'best_fit', 8) == plan
 
 
+@pytest.mark.parametrize('name', ['starts.bin', 'lengths.bin', 'rows.bin'])
+def test_a_damaged_plan_is_named(tmp_path, name):
+  store = _store([3, 5, 2], tmp_path)
+  packing.row_plan(store, 'best_fit', 8)
+  path = store.directory / 'best_fit-8' / name
+  path.write_bytes(bytes(path.stat().st_size))
+  with pytest.raises(derived.DamagedError, match=f'{path}: got .*; delete'):
+    packing.row_plan(store, 'best_fit', 8)
+
+
 def test_a_store_that_may_only_be_read_can_be_planned(tmp_path, monkeypatch):
   store = _store([3, 5, 2], tmp_path)
 
   def refuse(*args):
     raise PermissionError('read-only')
 
-  monkeypatch.setattr(packing.locks, 'write_once', refuse)
+  monkeypatch.setattr(packing.derived.locks, 'write_once', refuse)
   plan = packing.row_plan(store, 'first_fit', 8)
   assert plan.num_rows == 2
   assert not list(store.directory.glob('first_fit*'))

@@ -1,18 +1,22 @@
 """A source is tokenised once, even with several processes or a killed one."""
 
 import json
+import os
 import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from data import sources, token_store
-from storage import locks
+from storage import derived, locks, remembered
 from tests.helpers import corpora, tiny_models
 from text import bpe
 
@@ -97,6 +101,106 @@ def test_a_file_that_changed_is_tokenised_again(tmp_path):
   new = _open(sources.text_files(str(path)), tmp_path / 'data')
   assert old.digest != new.digest
   assert new.num_ids == 7
+
+
+def _write_jsonl(path, text):
+  path.write_text(json.dumps({'text': text}) + '\n')
+
+
+def _write_parquet(path, text):
+  parquet.write_table(pa.table({'text': [text]}), path, compression='none')
+
+
+@pytest.mark.parametrize(
+  ('write', 'open_source'),
+  [
+    (_write_jsonl, sources.jsonl),
+    (_write_parquet, sources.parquet),
+    (pathlib.Path.write_text, sources.text_files),
+  ],
+)
+def test_a_file_of_equal_size_and_time_is_tokenised_again(
+  tmp_path, monkeypatch, write, open_source
+):
+  monkeypatch.setattr(remembered, '_SETTLED_NS', 0)
+  path, other = tmp_path / 'a', tmp_path / 'b'
+  write(path, 'old')
+  write(other, 'new')
+  data_dir = str(tmp_path / 'data')
+  _open(open_source(str(path), 'all', data_dir), data_dir)
+  stat = path.stat()
+  assert other.stat().st_size == stat.st_size
+  os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  other.replace(path)
+  source = open_source(str(path), 'all', data_dir)
+  store = _open(source, data_dir)
+  assert store.ids_N.tolist() == [BOS, *b'new', EOS]
+  assert source[0]['text'] == 'new'
+  assert len(list(pathlib.Path(data_dir).glob('tokens/[!.]*'))) == 2
+
+
+def test_a_prepared_data_set_counts_by_its_contents(tmp_path, data_dir):
+  source = sources.python_stdlib('', 'test', str(data_dir))
+  (info,) = pathlib.Path(data_dir).glob('python_stdlib/*/*/dataset_info.json')
+  copy = shutil.copytree(info.parent, tmp_path / 'copy')
+  same = sources.tfds_directory(str(copy), 'test')
+  assert same.fingerprint() == source.fingerprint()
+  path = next(path for path in copy.iterdir() if '-test.' in path.name)
+  stat = path.stat()
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  other = sources.tfds_directory(str(copy), 'test')
+  assert other.fingerprint() != source.fingerprint()
+
+
+def test_a_file_that_was_moved_or_touched_is_not_tokenised_again(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('same')
+  old = _open(sources.text_files(str(path)), tmp_path / 'data')
+  os.utime(path, ns=(1, 1))
+  moved = path.rename(tmp_path / 'b.txt')
+  assert _open(sources.text_files(str(moved)), tmp_path / 'data') == old
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  _write_jsonl(path, 'before')
+  source = sources.jsonl(str(path))
+  _write_jsonl(path, 'longer than before')
+  with pytest.raises(ValueError, match=r'a.jsonl: got a file that changed wh'):
+    _open(source, tmp_path / 'data')
+
+  class Growing(Described):
+    def __getitem__(self, index):
+      self.texts = (*self.texts, 'more')
+      return super().__getitem__(index)
+
+  with pytest.raises(ValueError, match='s: got documents that changed while'):
+    _open(Growing('a'), tmp_path / 'data')
+  assert not list(tmp_path.glob('data/tokens/[!.]*'))
+
+
+@pytest.mark.parametrize('name', ['ids.bin', 'starts.bin', 'store.json'])
+@pytest.mark.parametrize('damage', ['zeros', 'half', 'missing'])
+def test_a_damaged_store_is_never_trained_on(tmp_path, name, damage):
+  store = _open(corpora.Texts('abc', 'd'), tmp_path)
+  path = store.directory / name
+  data = path.read_bytes()
+  if damage == 'missing':
+    path.unlink()
+  else:
+    path.write_bytes(
+      bytes(len(data)) if damage == 'zeros' else data[: len(data) // 2]
+    )
+  with pytest.raises(
+    derived.DamagedError,
+    match=f'{path}: got .*; delete {store.directory}, and start again',
+  ):
+    _open(corpora.Texts('abc', 'd'), tmp_path)
+  shutil.rmtree(store.directory)
+  assert _open(corpora.Texts('abc', 'd'), tmp_path) == store
 
 
 def test_every_source_of_files_describes_itself(tmp_path, data_dir):

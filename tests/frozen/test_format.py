@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
+from models import model_config
 from storage import atomic, digests
-from tests.helpers import frozen_dirs
+from tests.helpers import frozen_dirs, tiny_models
 
 # `frozen_dirs.config` has more ids than the byte tokenizer.
 SPARE = ((259, 270),)
@@ -235,7 +236,9 @@ class _Interrupted(BaseException):
   """As a kill would be: nothing catches it."""
 
 
-@pytest.mark.parametrize('moment', ['params', 'tokenizer', 'manifest', 'move'])
+@pytest.mark.parametrize(
+  'moment', ['params', 'tokenizer', 'manifest', 'publish', 'move']
+)
 def test_an_interrupted_write_leaves_what_was_there(
   tmp_path, monkeypatch, moment
 ):
@@ -248,11 +251,23 @@ def test_an_interrupted_write_leaves_what_was_there(
   if moment == 'params':
     monkeypatch.setattr(ocp.Checkpointer, 'save', interrupt)
   elif moment == 'tokenizer':
-    monkeypatch.setattr(shutil, 'copytree', interrupt)
+    monkeypatch.setattr(shutil, 'copyfile', interrupt)
   elif moment == 'manifest':
     monkeypatch.setattr(manifest_lib, 'write', interrupt)
-  else:
+  elif moment == 'publish':
     monkeypatch.setattr(atomic, 'publish', interrupt)
+  else:
+    monkeypatch.setattr(atomic, '_renameat2', None)
+    replace = os.replace
+    monkeypatch.setattr(
+      atomic.os,
+      'replace',
+      lambda source, to: (
+        interrupt()
+        if '.partial-' in source.name and source.is_dir()
+        else replace(source, to)
+      ),
+    )
   other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   for place in (target, tmp_path / 'new'):
     with pytest.raises(_Interrupted):
@@ -271,12 +286,47 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
       raise OSError('disk says no')
     replace(source, to)
 
+  monkeypatch.setattr(atomic, '_renameat2', None)
   monkeypatch.setattr(atomic.os, 'replace', fail_for_partial)
   other = frozen_dirs.params(frozen_dirs.config(), seed=1)
   with pytest.raises(OSError, match='disk says no'):
     frozen_dirs.write(target, params=other, overwrite=True)
   assert frozen_format.read(target).manifest == first
   assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
+
+
+def test_a_directory_that_a_kill_set_aside_is_read_and_replaced(tmp_path):
+  target = tmp_path / 'f'
+  first = frozen_dirs.write(target)
+  aside = tmp_path / '.f.previous-0a1b2c3d'
+  target.rename(aside)
+  assert frozen_format.read(target).manifest == first
+  target.rename(aside)
+  other = frozen_dirs.params(frozen_dirs.config(), seed=1)
+  with pytest.raises(ValueError, match=f'weights {first.weights_digest}'):
+    frozen_dirs.write(target, params=other)
+  assert frozen_format.read(target).manifest == first
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['f', 'tokenizer']
+
+
+def test_modes_are_those_of_new_files(tmp_path):
+  """Whatever the modes of the tokenizer are, as of a temporary directory."""
+  tokenizer = tmp_path / 'private'
+  tiny_models.byte_tokenizer().save(tokenizer)
+  (tokenizer / 'tokenizer_config.json').chmod(0o400)
+  tokenizer.chmod(0o500)
+  umask = os.umask(0o027)
+  try:
+    frozen_dirs.write(tmp_path / 'f', tokenizer_dir=tokenizer)
+  finally:
+    os.umask(umask)
+    tokenizer.chmod(0o700)
+  modes = {
+    path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777
+    for path in (tmp_path / 'f', *(tmp_path / 'f').rglob('*'))
+  }
+  for name, mode in modes.items():
+    assert mode == (0o750 if (tmp_path / name).is_dir() else 0o640), name
 
 
 def test_the_manifest_says_all_that_the_design_asks(original):
@@ -323,10 +373,37 @@ def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
   frozen = frozen_format.read(copy)
   assert frozen.config == frozen_dirs.config(spare_ids=SPARE)
   assert frozen.manifest.origin == {}
-  # Some of them alone is neither what was written then, nor now.
+  # What was written in between has some of them.
   fields['model']['window'] = 0
-  del fields['manifest_digest']
-  fields['manifest_digest'] = digests.of_json(fields)
-  (copy / 'manifest.json').write_text(json.dumps(fields))
-  with pytest.raises(ValueError, match='missing fields'):
+  _sign_again(copy, model=fields['model'], origin={})
+  assert frozen_format.read(copy).config == frozen_dirs.config()
+  del fields['model']['mlp_width']
+  _sign_again(copy, model=fields['model'], origin={})
+  with pytest.raises(ValueError, match=r"got missing fields \['mlp_width'\]"):
+    frozen_format.read(copy)
+
+
+def test_a_field_that_is_added_later_has_its_default(copy, monkeypatch):
+  @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+  class Later(model_config.ModelConfig):
+    new_cap: float = 3.0
+    new_list: tuple[int, ...] = ()
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class LaterManifest(manifest_lib.Manifest):
+    licence: str = 'unknown'
+
+  monkeypatch.setattr(model_config, 'ModelConfig', Later)
+  monkeypatch.setattr(manifest_lib, 'Manifest', LaterManifest)
+  frozen = frozen_format.read(copy)
+  assert frozen.config.new_cap == 3.0
+  assert frozen.config.new_list == ()
+  assert frozen.manifest.licence == 'unknown'
+  # The other way round: older code refuses what it does not know, by name.
+  newer = frozen.config.to_dict() | {'new_cap': 2.0}
+  monkeypatch.undo()
+  _sign_again(copy, model=newer)
+  with pytest.raises(
+    ValueError, match=r"unknown fields \['new_cap', 'new_list'\]"
+  ):
     frozen_format.read(copy)

@@ -42,3 +42,21 @@ def test_config_survives_json_and_refuses_other_fields(make):
   assert model_config.ModelConfig.from_dict(config.to_dict()) == config
   with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
     model_config.ModelConfig.from_dict({**config.to_dict(), 'depth': 3})
+
+
+def test_a_missing_field_has_its_default_if_there_is_one():
+  fields = tiny_models.llama_like().to_dict()
+  del fields['rope_scaling']['amplitude'], fields['qk_norm']
+  config = model_config.ModelConfig.from_dict(fields)
+  assert config == tiny_models.llama_like()
+  del fields['num_heads']
+  with pytest.raises(ValueError, match=r"missing fields \['num_heads'\]"):
+    model_config.ModelConfig.from_dict(fields)
+  fields['rope_scaling']['twist'] = 1
+  with pytest.raises(ValueError, match='missing fields'):
+    model_config.ModelConfig.from_dict(fields)
+  fields['num_heads'] = 4
+  with pytest.raises(
+    ValueError, match=r"unknown fields rope_scaling \['twist'\], expected"
+  ):
+    model_config.ModelConfig.from_dict(fields)

@@ -5,12 +5,15 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import time
+from unittest import mock
 
 import pytest
 
 from storage import atomic
 
-NAMES = ('fsync', 'replace')
+# The steps of every write.
+STEPS = ((os, 'fsync'), (os, 'replace'), (atomic, '_renameat2'))
 
 
 @pytest.fixture
@@ -87,17 +90,45 @@ def test_a_directory_is_on_disk_before_its_name_is(parent, calls):
   ]
 
 
-def test_a_directory_that_exists_is_set_aside_and_deleted_last(parent, calls):
+def _replace_old(parent):
   (parent / 'd').mkdir()
   (parent / 'd' / 'old').touch()
   _write_directory(parent / 'd')
+  assert sorted(os.listdir(parent)) == ['d']
+  assert sorted(os.listdir(parent / 'd')) == ['a', 'sub']
+
+
+def test_a_directory_that_exists_is_exchanged_and_deleted_last(parent, calls):
+  if not _can_exchange(parent):
+    pytest.skip('the file system cannot exchange two names')
+  _replace_old(parent)
+  assert calls[4:] == [('fsync', 'parent')]  # renameat2 is not of `os`
+
+
+def test_without_an_exchange_it_is_set_aside(parent, calls, monkeypatch):
+  monkeypatch.setattr(atomic, '_renameat2', lambda *_: -1)
+  _replace_old(parent)
   assert calls[4:] == [
     ('replace', 'd', '.d.previous'),
     ('replace', '.d.partial', 'd'),
     ('fsync', 'parent'),
   ]
-  assert sorted(os.listdir(parent)) == ['d']
-  assert sorted(os.listdir(parent / 'd')) == ['a', 'sub']
+
+
+def _can_exchange(parent):
+  names = parent / 'one', parent / 'two'
+  for name in names:
+    name.mkdir()
+  try:
+    return atomic._exchange(*names)
+  finally:
+    for name in names:
+      name.rmdir()
+
+
+def test_the_disk_has_the_names_of_new_parents(parent, calls):
+  _write_directory(parent / 'x' / 'y' / 'd')
+  assert calls[:2] == [('fsync', 'parent'), ('fsync', 'x')]
 
 
 def _old(target, kind):
@@ -121,16 +152,31 @@ def _state(target):
   return (target / 'sub' / 'b').read_text()
 
 
-WRITE = {'file': _write_file, 'directory': _write_directory}
-# fsyncs and renames of a write that replaces something, see the tests above.
-NUM_STEPS = {'file': 3, 'directory': 7}
+def _write_in_two_steps(target):
+  """As on a file system that cannot exchange two names."""
+  with mock.patch.object(atomic, '_renameat2', None):
+    _write_directory(target)
 
 
+WRITE = {
+  'file': _write_file,
+  'directory': _write_directory,
+  'directory in two steps': _write_in_two_steps,
+}
+# Steps of a write that replaces something, see the tests above.
+NUM_STEPS = {'file': 3, 'directory': 6, 'directory in two steps': 7}
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space'), KeyboardInterrupt])
 @pytest.mark.parametrize(
   ('kind', 'step'),
   [(kind, step) for kind, most in NUM_STEPS.items() for step in range(most)],
 )
-def test_a_step_that_fails_leaves_old_or_new(parent, monkeypatch, kind, step):
+def test_a_step_that_fails_leaves_old_or_new(
+  parent, monkeypatch, kind, step, error
+):
+  if kind == 'directory' and not _can_exchange(parent):
+    pytest.skip('the file system cannot exchange two names')
   target = parent / 'target'
   _old(target, kind)
   left = step
@@ -140,14 +186,14 @@ def test_a_step_that_fails_leaves_old_or_new(parent, monkeypatch, kind, step):
       nonlocal left
       left -= 1
       if left == -1:
-        raise OSError(28, 'No space left on device')
+        raise error
       return function(*args)
 
     return call
 
-  for name in NAMES:
-    monkeypatch.setattr(atomic.os, name, failing(getattr(os, name)))
-  with pytest.raises(OSError, match='No space left'):
+  for module, name in STEPS:
+    monkeypatch.setattr(module, name, failing(getattr(module, name)))
+  with pytest.raises((OSError, KeyboardInterrupt), match='^$|No space'):
     WRITE[kind](target)
   # The last step waits for the disk: the name is there already.
   is_last = step == NUM_STEPS[kind] - 1
@@ -160,7 +206,6 @@ def test_a_step_that_fails_leaves_old_or_new(parent, monkeypatch, kind, step):
 _KILL = textwrap.dedent(
   """
   import os, pathlib, sys
-  from storage import atomic
   from tests.storage import test_atomic
 
   def dying(function, left=[int(sys.argv[3])]):
@@ -171,8 +216,8 @@ _KILL = textwrap.dedent(
       return function(*args)
     return call
 
-  for name in test_atomic.NAMES:
-    setattr(atomic.os, name, dying(getattr(os, name)))
+  for module, name in test_atomic.STEPS:
+    setattr(module, name, dying(getattr(module, name)))
   test_atomic.WRITE[sys.argv[2]](pathlib.Path(sys.argv[1]))
   """
 )
@@ -180,6 +225,8 @@ _KILL = textwrap.dedent(
 
 @pytest.mark.parametrize('kind', sorted(WRITE))
 def test_a_kill_before_any_step_leaves_old_or_new(tmp_path, kind):
+  if kind == 'directory' and not _can_exchange(tmp_path):
+    pytest.skip('the file system cannot exchange two names')
   states = []
   children = []
   for step in range(NUM_STEPS[kind] + 1):
@@ -192,13 +239,28 @@ def test_a_kill_before_any_step_leaves_old_or_new(tmp_path, kind):
     parent = tmp_path / str(step)
     assert child.wait() == (9 if step < NUM_STEPS[kind] else 0)
     before = _state(parent / 'target')
-    # In one place alone there is neither: an old directory is set aside.
-    assert before != 'none' or (kind, step) == ('directory', 5)
+    # Between the two steps alone there is neither.
+    assert before != 'none' or (kind, step) == ('directory in two steps', 5)
+    atomic.restore(parent / 'target')
+    restored = _state(parent / 'target')
+    assert restored == (before if before != 'none' else 'old')
     atomic.remove_leftovers(parent)
     assert os.listdir(parent) == ['target']
     states.append(_state(parent / 'target'))
-  num_old = {'file': 2, 'directory': 6}[kind]
+  num_old = {'file': 2, 'directory': 5, 'directory in two steps': 6}[kind]
   assert states == ['old'] * num_old + ['new'] * (len(states) - num_old)
+
+
+def test_of_several_old_directories_the_last_is_restored(parent):
+  for i in ('2', '0', '1'):
+    (parent / f'.f.previous-0000000{i}').mkdir()
+    (parent / f'.f.previous-0000000{i}' / i).touch()
+    os.rename(parent / f'.f.previous-0000000{i}', parent / 'x')
+    time.sleep(0.02)  # more than a tick of the clock of files
+    os.rename(parent / 'x', parent / f'.f.previous-0000000{i}')
+  atomic.remove_leftovers(parent)
+  assert os.listdir(parent) == ['f']
+  assert os.listdir(parent / 'f') == ['1']
 
 
 def test_leftovers_are_of_unfinished_writes_alone(parent):

@@ -54,6 +54,19 @@ def test_of_the_same_flag_the_last_counts(monkeypatch):
   assert config.optimizer.rule == update_rules.Adafactor()
 
 
+def test_a_file_of_flags_counts_as_the_flags(monkeypatch, tmp_path):
+  (tmp_path / 'flags').write_text(
+    f'{RULE}=ademamix\n# a comment\n\n{RULE}.beta1=0.8\n'
+    '--config.optimizer.peak_lr=1e-3\n--config.objective.z_loss_weight=1e-4\n'
+  )
+  config = _parse(
+    monkeypatch, f'{RULE}.alpha=3', f'--flagfile={tmp_path / "flags"}'
+  )
+  assert config.optimizer.rule == update_rules.Ademamix(alpha=3.0, beta1=0.8)
+  assert config.optimizer.peak_lr == 1e-3
+  assert config.objective == next_token.NextToken(z_loss_weight=1e-4)
+
+
 def test_fields_have_the_types_of_their_values(monkeypatch):
   config = _parse(
     monkeypatch,
@@ -88,6 +101,8 @@ def test_a_field_of_the_objective_is_set(monkeypatch):
       ['--config.z_loss_weight=1e-4'],
       "got the unknown field 'z_loss_weight', expected one of name, model",
     ),
+    ([f'{RULE}=lyon'], '; did you mean lion?'),
+    (['--config.optimizer.peak=1'], '; did you mean peak_lr?'),
     (
       [f'{RULE}=sgd'],
       f"{RULE}: got 'sgd', expected one of adamw, muon, adafactor, lion,",

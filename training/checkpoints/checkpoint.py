@@ -112,11 +112,14 @@ class Checkpoints:
     """Returns the newest checkpoint that is whole; sets damaged ones aside.
 
     A collective: all processes call it, share the reading, and agree. It
-    changes nothing if it raises.
+    changes no checkpoint if it raises.
 
     Raises:
       ValueError: a checkpoint belongs to another run, or all are damaged.
     """
+    with processes.together('checkpoints'):
+      if processes.is_first():
+        seals.restore_replaced(self._root)
     # As the first process sees them: on a network file system, another process
     # may see older directory contents.
     steps = json.loads(

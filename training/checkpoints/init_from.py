@@ -11,8 +11,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from frozen import format as frozen_format, manifest as manifest_lib
+from checks import paths
+from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from models import layout, model_config
+from storage import file_names
+from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib, frozen_models
 
 # Model fields that may differ. They matter in training only, or change the
@@ -38,7 +41,7 @@ def model_of(directory: str) -> model_config.ModelConfig:
     ValueError: there is no frozen directory, or it is damaged.
   """
   try:
-    config = frozen_format.read_config(directory)
+    config = frozen_format.read_config(paths.expanded('variant', directory))
   except FileNotFoundError:
     raise ValueError(
       f'variant: got {directory!r}, expected a frozen directory; make one with'
@@ -49,13 +52,51 @@ def model_of(directory: str) -> model_config.ModelConfig:
   )
 
 
-def lineage(experiment: experiment_lib.Experiment) -> dict[str, str]:
-  """Returns the digests of the weights that a run begins with, by role."""
-  digests = frozen_models.lineage(experiment.objective)
+def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+  """Returns the weights that a run begins with, as fields of run.json.
+
+  Returns:
+    `lineage`, their digests by role, and `base`, the chat template and all else
+    of `init_from` that is frozen again (`frozen.freeze.base_of`).
+  """
+  digests, base = frozen_models.lineage(experiment.objective), {}
   if experiment.init_from:
-    manifest = manifest_lib.read(pathlib.Path(experiment.init_from))
+    manifest = manifest_lib.read(_directory(experiment))
     digests['init_from'] = manifest.weights_digest
-  return digests
+    base = freeze.base_of(_directory(experiment))
+  return {'lineage': digests, 'base': base}
+
+
+def _directory(experiment: experiment_lib.Experiment) -> pathlib.Path:
+  return pathlib.Path(paths.expanded('config.init_from', experiment.init_from))
+
+
+def check_tokenizer(
+  experiment: experiment_lib.Experiment, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+  """Refuses a tokenizer whose ids are not those of `experiment.init_from`.
+
+  It may have further tokens, behind those of the frozen directory.
+
+  Raises:
+    ValueError: names the first id that differs.
+  """
+  if not experiment.init_from:
+    return
+  directory = _directory(experiment) / file_names.TOKENIZER
+  frozen = tokenizer_lib.load(directory)
+  names = {i: token for token, i in tokenizer.special_tokens.items()}
+  frozen_names = {i: token for token, i in frozen.special_tokens.items()}
+  for i in range(frozen.vocab_size):
+    got, expected = 'no such id', frozen_names.get(i) or frozen.token_bytes(i)
+    if i < tokenizer.vocab_size:
+      got = names.get(i) or tokenizer.token_bytes(i)
+    if got != expected:
+      raise ValueError(
+        f'data.tokenizer: got {got!r} for id {i}, expected {expected!r} as in'
+        f' {directory}: the weights of config.init_from were trained with it;'
+        f' set data.tokenizer.kind to directory and its path to {directory}'
+      )
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:
@@ -65,7 +106,7 @@ def read(experiment: experiment_lib.Experiment) -> Any:
     FileNotFoundError: there is no frozen directory.
     ValueError: it is damaged, or its model is not the experiment's.
   """
-  frozen = frozen_format.read(experiment.init_from)
+  frozen = frozen_format.read(_directory(experiment))
   got, wanted = frozen.config.to_dict(), experiment.model.to_dict()
   differing = [
     f'model.{name}: {wanted[name]!r}, frozen {got[name]!r}'

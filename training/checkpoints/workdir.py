@@ -156,7 +156,7 @@ def record(
   workdir: pathlib.Path,
   experiment: experiment_lib.Experiment,
   phases: Sequence[Mapping[str, Any]] = (),
-  lineage: Mapping[str, str] | None = None,
+  start: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes run.json: the experiment and the code that train from now on.
 
@@ -166,13 +166,11 @@ def record(
   Args:
     phases: weights of the data sources over time, see
       `TrainBatches.get_state`.
-    lineage: digests of the weights that the run starts from, by role. None: the
-      run is resumed, and keeps its recorded lineage.
+    start: the weights that the run starts from, see `init_from.describe`. None:
+      the run is resumed, and keeps its recorded start.
   """
   new = _describe(experiment)
-  if lineage is None:
-    lineage = recorded_lineage(workdir)
-  new['lineage'] = dict(lineage)
+  new |= _recorded_start(workdir) if start is None else start
   if len(phases) > 1:
     for i, source in enumerate(new['data_mix']):
       source['phases'] = [
@@ -236,10 +234,15 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
   """Returns the digests that the run began with, by role."""
+  return _recorded_start(workdir)['lineage']
+
+
+def _recorded_start(workdir: pathlib.Path) -> dict[str, Any]:
   try:
-    return run_record.read(workdir)['lineage']
+    run = run_record.read(workdir)
+    return {'lineage': run['lineage'], 'base': run.get('base', {})}
   except (OSError, ValueError, KeyError, TypeError):
-    return {}
+    return {'lineage': {}, 'base': {}}
 
 
 def record_data(workdir: pathlib.Path, described: dict[str, Any]) -> None:
@@ -276,6 +279,7 @@ def _describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
     ],
     'knowledge_cutoff': data['knowledge_cutoff'],
     'lineage': {},
+    'base': {},
     'has_bos': experiment.data.has_bos,
     'code_commit': _code_commit(),
     'config': config,

@@ -35,6 +35,7 @@ import time
 
 from absl import app, flags
 
+from checks import path_flags
 from storage import atomic, file_names, json_lines
 
 STEPS = 'steps'
@@ -329,5 +330,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
+  path_flags.DEFINE_path(
+    'workdir', None, 'Directory of the run.', required=True
+  )
   app.run(main)

@@ -85,6 +85,11 @@ def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
   # Looked for once.
   monkeypatch.setattr(ngrams, 'Documents', None)
   assert overlap_lib.between_stores(train, evaluated, n) == overlap
+  # A file that cannot be read is made again.
+  monkeypatch.undo()
+  (kept,) = train.directory.glob('overlap-*')
+  kept.write_text('\0' * 9)
+  assert overlap_lib.between_stores(train, evaluated, n) == overlap
 
 
 def test_case_and_punctuation_do_not_hide_a_copy():

@@ -286,6 +286,25 @@ def test_a_checkpoint_of_another_run_is_refused(copy, identity, message):
   assert _tree(copy) == before
 
 
+def test_a_checkpoint_from_before_a_field_of_the_model_is_used(copy):
+  """The field has its default on the side that lacks it."""
+  scaling = {'kind': 'none', 'factor': 0.0}
+  later = IDENTITY | {'model.window': 0, 'model.rope_scaling': scaling}
+  assert _open(copy, identity=later).wait() == 8
+  with pytest.raises(ValueError, match='got model.window = 0, expected 7'):
+    _open(copy, identity=IDENTITY | {'model.window': 7})
+  scaling = {'kind': 'linear', 'factor': 2.0}
+  with pytest.raises(ValueError, match='got model.rope_scaling = '):
+    _open(copy, identity=IDENTITY | {'model.rope_scaling': scaling})
+
+
+def test_a_checkpoint_that_a_kill_set_aside_is_restored(copy):
+  root = copy / 'checkpoints'
+  (root / '8').rename(root / '.8.previous-0a1b2c3d')
+  assert _open(copy).wait() == 8
+  assert sorted(path.name for path in root.iterdir()) == ['4', '8']
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(copy):
   (copy / 'checkpoints' / '8').rename(copy / 'checkpoints' / '16')
   with pytest.raises(

@@ -1,0 +1,40 @@
+"""Paths as their user writes them: ~ and $VARIABLES are replaced.
+
+A shell replaces neither in `--workdir=~/run`, and no shell sees a value in the
+file of an experiment. Every path that a user gives passes through `expanded`.
+"""
+
+import os
+import re
+
+_VARIABLE = re.compile(r'\$(\w+|\{\w+\})')
+
+
+def expanded(name: str, path: str | os.PathLike) -> str:
+  """Returns a path with its ~, ~USER and $VARIABLES replaced.
+
+  A path with a $ that exists as it is written is left so.
+
+  Args:
+    name: the flag or the field as its user writes it, for the error.
+    path: what the user wrote; '' stays ''.
+
+  Raises:
+    ValueError: there is no such user or variable.
+  """
+  text = os.fspath(path)
+  replaced = os.path.expanduser(text)
+  if replaced.startswith('~'):
+    raise ValueError(
+      f'{name}: got {text!r}, expected a home directory that is known; write'
+      f' it out, or ./{text} for a file of that name'
+    )
+  if os.path.lexists(replaced):
+    return replaced
+  for variable in _VARIABLE.findall(replaced):
+    if not os.environ.get(variable.strip('{}')):
+      raise ValueError(
+        f'{name}: got {text!r}, expected ${variable} to be set; set it, or'
+        ' write the path out'
+      )
+  return os.path.expandvars(replaced)
