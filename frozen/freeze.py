@@ -172,30 +172,47 @@ def freeze_checkpoint(
     params=params,
     config=config,
     dtype=dtype,
-    provenance=manifest_lib.Provenance(
-      experiment=run['experiment'],
-      code_commit=run['code_commit'],
-      data_mix=[
-        mixed | {'path': public_paths.public(mixed['path'])}
-        for mixed in run['data_mix']
-      ],
-      # Dates of ISO 8601 sort as text; '' is an unknown one.
-      knowledge_cutoff=max(
-        run['knowledge_cutoff'], base.get('knowledge_cutoff', '')
-      ),
-      weights=weights,
-      lineage=run['lineage'],
-      has_bos=run['has_bos'],
-      step=progress['step'],
-      tokens_seen=progress['tokens_seen'],
-      training_flops=progress['training_flops'],
-      train_seconds=progress['train_seconds'],
-      origin=base.get('origin', {}),
-    ),
+    provenance=_provenance(run, base, progress, weights),
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=generation_of(run, generation),
     chat_template=chat_template,
     overwrite=overwrite,
+  )
+
+
+def _provenance(
+  run: Mapping[str, Any],
+  base: Mapping[str, Any],
+  progress: Mapping[str, Any],
+  weights: str,
+) -> manifest_lib.Provenance:
+  """Returns the origin of weights, from the records of their run.
+
+  Args:
+    run: content of run.json.
+    base: its part about the weights that the run started from.
+    progress: of the checkpoint.
+    weights: one of `frozen.manifest.WEIGHTS`.
+  """
+  return manifest_lib.Provenance(
+    experiment=run['experiment'],
+    code_commit=run['code_commit'],
+    data_mix=[
+      mixed | {'path': public_paths.public(mixed['path'])}
+      for mixed in run['data_mix']
+    ],
+    # Dates of ISO 8601 sort as text; '' is an unknown one.
+    knowledge_cutoff=max(
+      run['knowledge_cutoff'], base.get('knowledge_cutoff', '')
+    ),
+    weights=weights,
+    lineage=run['lineage'],
+    has_bos=run['has_bos'],
+    step=progress['step'],
+    tokens_seen=progress['tokens_seen'],
+    training_flops=progress['training_flops'],
+    train_seconds=progress['train_seconds'],
+    origin=base.get('origin', {}),
   )
 
 
