@@ -155,7 +155,7 @@ def freeze_checkpoint(
   if generation is None:
     generation = chosen_generation(run.get('config', {}).get('freeze', {}))
   if chat_template is None:
-    chat_template = base.get('chat_template', '')
+    chat_template = str(base.get('chat_template', ''))
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))

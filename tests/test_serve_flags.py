@@ -6,6 +6,7 @@ from absl import flags
 import pytest
 
 from frozen import manifest as manifest_lib
+from inference import generate
 from inference.engine import engine_config
 import serve
 from tests.helpers import commands, frozen_dirs
