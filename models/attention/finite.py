@@ -26,9 +26,10 @@ def parted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   The marks [...] are float32, to be added to scores: NaN for such a vector,
   else 0.
   """
-  is_finite = jnp.all(jnp.isfinite(x), axis=-1)
-  marks = jnp.where(is_finite, jnp.float32(0), jnp.float32(jnp.nan))
-  return jnp.where(is_finite[..., None], x, 0), marks
+  # From the vector, not a constant NaN: where a run looks for its first tensor
+  # that is not finite, it must not find this one. Inf x 0 and NaN x 0 are NaN.
+  marks = jnp.sum(jax.lax.stop_gradient(x).astype(jnp.float32) * 0, axis=-1)
+  return jnp.where((marks == 0)[..., None], x, 0), marks
 
 
 def around(
@@ -56,6 +57,8 @@ def around(
   is_bad_BT = jnp.any(sees_BTT & is_bad_BT[:, None, :], axis=-1)
   is_bad_BT |= jnp.any(jnp.isnan(marks_BTH), axis=-1)
   # Selected, not added: the kernel gets no gradient of such a query either.
+  mark = jnp.sum(marks_BTH) + jnp.sum(marks_BKT + more_BKT)  # NaN, or unused
+  out_BTHC = kernel(q_BTHC, k_BKTC, v_BKTC)
   return jnp.where(
-    is_bad_BT[..., None, None], jnp.nan, kernel(q_BTHC, k_BKTC, v_BKTC)
+    is_bad_BT[..., None, None], mark.astype(out_BTHC.dtype), out_BTHC
   )

@@ -376,7 +376,7 @@ def test_a_directory_frozen_before_open_weights_came_is_still_read(copy):
   # What was written in between has some of them.
   fields['model']['window'] = 0
   _sign_again(copy, model=fields['model'], origin={})
-  assert frozen_format.read(copy).config == frozen_dirs.config()
+  assert frozen_format.read(copy).config == frozen_dirs.config(spare_ids=SPARE)
   del fields['model']['mlp_width']
   _sign_again(copy, model=fields['model'], origin={})
   with pytest.raises(ValueError, match=r"got missing fields \['mlp_width'\]"):
