@@ -86,9 +86,12 @@ def test_a_run_reports_evaluates_and_freezes(uninterrupted):
 def test_padding_counts_in_positions_and_in_nothing_else(corpus, tmp_path):
   """Of rows that one document each leaves half empty."""
   experiment = _experiment(
-    corpus, data={'packing': 'none', 'row_length': 256}, num_steps=4,
+    corpus,
+    model=tiny_models.llama_like(vocab_size=264, num_layers=1, max_length=256),
+    data={'packing': 'none', 'row_length': 256},
+    num_steps=4,
     log_every_steps=2,
-  )  # fmt: skip
+  )
   _, printed = _run(experiment, tmp_path)
   records = metrics.read(tmp_path)
   tokens = {r['step']: r['tokens'] for r in records if r['kind'] == 'train'}
