@@ -380,7 +380,7 @@ class ModelConfig:
   @classmethod
   def defaults(cls) -> dict[str, Any]:
     """Returns the default of each field that has one, as JSON values."""
-    sizes = {
+    sizes: dict[str, Any] = {
       field.name: 1
       for field in dataclasses.fields(cls)
       if field.default is dataclasses.MISSING
