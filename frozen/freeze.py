@@ -154,8 +154,9 @@ def freeze_checkpoint(
   base = run.get('base', {})
   if generation is None:
     generation = chosen_generation(run.get('config', {}).get('freeze', {}))
-  if chat_template is None:
-    chat_template = str(base.get('chat_template', ''))
+  template: str = base.get('chat_template', '')
+  if chat_template is not None:
+    template = chat_template
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
@@ -175,7 +176,7 @@ def freeze_checkpoint(
     provenance=_provenance(run, base, progress, weights),
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=generation_of(run, generation),
-    chat_template=chat_template,
+    chat_template=template,
     overwrite=overwrite,
   )
 

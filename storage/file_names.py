@@ -1,7 +1,7 @@
 """The names of files and directories that outlive a process, each of them once.
 
 WORKDIR/                      one run of training
-  run.json                    experiment, model, data mix, lineage, commit
+  run.json                    experiment, model, data mix, lineage, base, commit
   data.json                   tokens, fill rates, overlaps of the data
   tokenizer/
   checkpoints/STEP/           a finished checkpoint

@@ -52,6 +52,7 @@ class FlagError(ValueError):
 
 def define_config(help_string: str) -> flags.FlagHolder:
   """Defines --config, the file of an experiment."""
+  flags.disclaim_key_flags()  # --help lists it as a flag of the caller
   # The library looks into a --flagfile when it defines a flag, and has a
   # traceback if there is no such file. `parse` reports it.
   with _command_line(sys.argv[:1]):

@@ -203,7 +203,7 @@ def test_the_first_error_is_reported(name, http, monkeypatch):
   ('fields', 'message'),
   [
     ({'stop': ['a'] * 257}, 'stop: got 257, expected at most 256 strings'),
-    ({'stop': 'x' * 1001}, 'stop: got a string of 1001 characters, expected'),
+    ({'stop': 'x' * 1025}, 'stop: got 1025, expected at most 1024 characters'),
     ({'model': 'm' * 10**5}, "model: got 'mmm"),
     ({'suffix': 's' * 10**5}, "suffix: got 'sss"),
     ({'k' * 10**5: 1}, 'kkk'),

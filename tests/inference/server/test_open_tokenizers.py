@@ -44,7 +44,8 @@ def _whole(generator, **fields):
     for update in generator.engine.answer(answer.requests):
       yield update
 
-  (choice,) = asyncio.run(answer.whole(updates()))['choices']
+  asyncio.run(answer.finish(updates()))
+  (choice,) = answer.whole()['choices']
   return choice
 
 

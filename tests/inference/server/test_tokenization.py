@@ -53,6 +53,7 @@ def test_the_strings_are_those_of_the_model(family, bos, eos, pad, tmp_path):
   tokenizer = hf_tokenizer.convert(tmp_path / 'theirs', tmp_path / 'ours')
   generator: Any = types.SimpleNamespace(
     tokenizer=tokenizer,
+    engine=types.SimpleNamespace(context=64),
     frozen=types.SimpleNamespace(
       config=tiny_models.llama_like(), chat_template='{{ bos_token }}'
     ),
