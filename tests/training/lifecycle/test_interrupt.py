@@ -129,6 +129,15 @@ def test_sigterm_may_come_twice():
 
 
 def test_the_second_ctrl_c_is_not_caught():
+  # A session that was started in the background ignores SIGINT.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    _press_ctrl_c_twice()
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _press_ctrl_c_twice():
   with interrupt.Interrupt():
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
