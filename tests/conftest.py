@@ -31,13 +31,16 @@ COMPILE_QUICKLY = (
   ' --xla_cpu_use_fusion_emitters=false'
   ' --xla_cpu_parallel_codegen_split_count=1'
 )
+# A device that waits for the others of a collective gives up after 40 s, and
+# takes the process along. On a busy machine eight devices can take longer.
+WAIT_LONGER = ' --xla_cpu_collective_call_terminate_timeout_seconds=300'
 
 
 def _set_environment() -> compiled_programs.CompiledPrograms:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ['XLA_FLAGS'] = ' '.join(
     [
-      COMPILE_QUICKLY,
+      COMPILE_QUICKLY + WAIT_LONGER,
       os.environ.get(
         'XLA_FLAGS', ''
       ),  # where a flag is repeated, the last wins
