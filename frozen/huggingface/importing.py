@@ -254,9 +254,14 @@ def read_generation(
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns the recommended settings, and notes on fields without use.
 
-  Without generation_config.json, generation is greedy, as in `transformers`.
+  Without generation_config.json, generation is greedy, and several EOS ids are
+  those of config.json, as in `transformers`.
   """
   path = directory / generation_config.FILE
-  values = config_json.read_object(path) if path.is_file() else {}
+  if path.is_file():
+    values = config_json.read_object(path)
+  else:
+    ends = config_json.load(directory).get('eos_token_id')
+    values = {'eos_token_id': ends} if isinstance(ends, list) else {}
   settings, notes = generation_config.generation_settings(values)
   return settings, list(notes)

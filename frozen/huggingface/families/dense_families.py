@@ -246,7 +246,9 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
 
 def read_phi3(fields: Fields) -> ModelConfig:
   """Phi-3 and 3.5: Llama with joined matrices."""
-  rope = rope_fields.Family(original_length=4096)
+  rope = rope_fields.Family(
+    original_length=4096, partial_name='partial_rotary_factor'
+  )
   return ModelConfig(
     **_llama_like(fields, rope, epsilon=1e-5),
     window=fields.count('sliding_window', None),
@@ -291,19 +293,32 @@ def _read_gemma(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
   )
 
 
+def _gemma_activation(
+  fields: Fields, name: str, other: str, known: dict[str, str] = GATED
+) -> str:
+  """Returns `ModelConfig.mlp`.
+
+  Args:
+    name: the field that transformers computes with.
+    other: the field that it ignores, which must not say something else.
+    known: activations, by their names there.
+  """
+  mlp = activation(fields, name, 'gelu_pytorch_tanh', known)
+  ignored = fields.get(other, None)
+  if ignored is not None and known.get(ignored) != mlp:
+    fields.refuse(other, f'the same activation as {name}, or no such field')
+  return mlp
+
+
 def read_gemma(fields: Fields) -> ModelConfig:
   """Gemma: scaled embeddings, norms that count from one, GELU."""
   found = sizes(fields, kv_heads=16, head_width=256, is_tied=True)
   # The first release has gelu in its config, and computes the tanh form.
   known = GATED | {'gelu': 'geglu'}
-  name = 'hidden_act'
-  if fields.has('hidden_activation'):
-    name, _ = 'hidden_activation', fields.get('hidden_act', None)
-  fields.get('hidden_activation', None)
   return ModelConfig(
     **_read_gemma(fields, found),
     **rotary(fields, rope_fields.read(fields), found['head_width']),
-    mlp=activation(fields, name, 'gelu_pytorch_tanh', known),
+    mlp=_gemma_activation(fields, 'hidden_act', 'hidden_activation', known),
   )
 
 
@@ -320,12 +335,11 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
 def read_gemma2(fields: Fields) -> ModelConfig:
   """Gemma 2: soft-caps, norms on both sides, every second layer local."""
   found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
-  fields.get('hidden_act', None)  # transformers reads hidden_activation only
   return ModelConfig(
     **_read_gemma(fields, found),
     **rotary(fields, rope_fields.read(fields), found['head_width']),
     **layer_kinds.read_alternating(fields, found['num_layers'], every=2),
-    mlp=activation(fields, 'hidden_activation', 'gelu_pytorch_tanh', GATED),
+    mlp=_gemma_activation(fields, 'hidden_activation', 'hidden_act'),
     norm_place='both',
     query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,
     attention_softcap=fields.number('attn_logit_softcapping', 50.0),
@@ -349,7 +363,6 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
 def read_gemma3(fields: Fields) -> ModelConfig:
   """Gemma 3, text: five of six layers are local, with their own rotary base."""
   found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
-  fields.get('hidden_act', None)
   # transformers reads attn_logit_softcapping and computes without it.
   fields.expect('attn_logit_softcapping', None)
   local_base, rope = rope_fields.read_local_and_global(
@@ -363,7 +376,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     **rotary(fields, rope, found['head_width']),
     **kinds,
     rope_local_base=local_base if kinds['window'] else 0.0,
-    mlp=activation(fields, 'hidden_activation', 'gelu_pytorch_tanh', GATED),
+    mlp=_gemma_activation(fields, 'hidden_activation', 'hidden_act'),
     norm_place='both',
     qk_norm=True,
     query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,

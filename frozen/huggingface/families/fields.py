@@ -39,6 +39,16 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
   'is_encoder_decoder': (False,),
   'use_bidirectional_attention': (False, None),
   'pruned_heads': ({}, None),
+  # Families without such biases ignore the fields.
+  'attention_bias': (False,),
+  'mlp_bias': (False,),
+  'is_causal': (True,),
+  'tie_encoder_decoder': (False,),
+  'do_sample': (False,),
+  'use_bfloat16': (False,),
+  'use_mrope': (False,),  # Qwen 2.5
+  'is_llama_config': (True,),  # SmolLM 2
+  'rope_interleaved': (False,),  # SmolLM 2
   'quantization_config': (None,),
 }
 
@@ -109,12 +119,16 @@ class Fields:
 
   def finish(self) -> None:
     """Raises ValueError if fields are left that were not read."""
-    for name, allowed in _HARMLESS.items():
-      if name in self._values:
-        self.expect(name, *allowed)
+    for name in _HARMLESS.keys() & self._values.keys() - self._read:
+      self._read.add(name)
+      value, allowed = self._values[name], _HARMLESS[name]
+      # 0 is not false: it may be the number of something.
+      if not any(type(value) is type(x) and value == x for x in allowed):
+        self.refuse(name, ' or '.join(map(repr, allowed)))
     unread = self._values.keys() - self._read - _WITHOUT_EFFECT
-    # An unknown feature that is switched off changes nothing.
-    unread = {n for n in unread if self._values[n] not in (None, False)}
+    # A field that is null is not given. One that is false or 0 may switch off
+    # what the family always does.
+    unread = {n for n in unread if self._values[n] is not None}
     if unread:
       listed = ', '.join(f'{n} = {self._values[n]!r}' for n in sorted(unread))
       raise ValueError(

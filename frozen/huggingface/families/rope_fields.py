@@ -31,51 +31,73 @@ class Family(NamedTuple):
   base: float = 10_000.0
   base_name: str = 'rope_theta'
   partial: float = 1.0
-  partial_name: str = 'partial_rotary_factor'
+  partial_name: str = ''  # '': transformers rotates all channels, see `_share`
   original_length: int | None = None  # takes precedence over rope_scaling
 
 
 def read(fields: fields_lib.Fields, family: Family = Family()) -> Rope:
   """Returns the rotary positions of all layers."""
-  given = _given(fields)
+  name, given = _given(fields)
   nested = [key for key in given if key in (FULL, SLIDING)]
   if nested:
     parts = [given[key] for key in nested]
     if any(part != parts[0] for part in parts):
-      fields.refuse('rope_parameters', 'the same for all kinds of layers')
+      fields.refuse(name, 'the same for all kinds of layers')
     given = dict(parts[0])
-  return _rope(fields, given, family)
+  return _rope(fields, name, given, family)
 
 
 def read_local_and_global(
   fields: fields_lib.Fields, local_base: float, global_base: float
 ) -> tuple[float, Rope]:
   """Returns the base of local layers, and the Rope of global ones (Gemma 3)."""
-  given = _given(fields)
+  name, given = _given(fields)
   is_nested = any(key in (FULL, SLIDING) for key in given)
   full = dict(given.get(FULL) or {}) if is_nested else given
   local = dict(given.get(SLIDING) or {}) if is_nested else {}
   local_base = fields.number('rope_local_base_freq', local_base)
   local_base = local.pop('rope_theta', local_base)
   if local.pop('rope_type', local.pop('type', 'default')) != 'default' or local:
-    fields.refuse('rope_parameters', 'sliding_attention that is not stretched')
-  return local_base, _rope(fields, full, Family(global_base))
+    fields.refuse(name, 'sliding_attention that is not stretched')
+  return local_base, _rope(fields, name, full, Family(global_base))
 
 
-def _given(fields: fields_lib.Fields) -> dict[str, Any]:
+def _given(fields: fields_lib.Fields) -> tuple[str, dict[str, Any]]:
+  """Returns the name of the field that has the values, and the values."""
   scaling = fields.get('rope_scaling', None)
   parameters = fields.get('rope_parameters', None)
-  given = scaling or parameters or {}
+  if scaling and parameters and scaling != parameters:
+    fields.refuse('rope_scaling', 'the same as rope_parameters, or only one')
+  name = 'rope_parameters' if parameters else 'rope_scaling'
+  given = parameters or scaling or {}
   if not isinstance(given, dict):
-    fields.refuse('rope_scaling', 'an object')
-  return dict(given)
+    fields.refuse(name, 'an object')
+  return name, dict(given)
 
 
-def _rope(fields, given, family) -> Rope:
+def _base(fields, name, given, family) -> float:
   base = fields.number(family.base_name, family.base)
-  base = float(given.pop('rope_theta', None) or base)
-  share = fields.number(family.partial_name, family.partial)
-  share = float(given.pop('partial_rotary_factor', None) or share)
+  inner = given.pop('rope_theta', None)
+  if inner and fields.has(family.base_name) and inner != base:
+    fields.refuse(family.base_name, f'{inner}, as in {name}, or only one')
+  return float(inner or base)
+
+
+def _share(fields, name, given, family) -> float:
+  """Returns the share of the channels that are rotated."""
+  inner = given.pop('partial_rotary_factor', None)
+  if family.partial_name:
+    return float(inner or fields.number(family.partial_name, family.partial))
+  # The family rotates all channels whatever these fields say.
+  fields.expect('partial_rotary_factor', None, 1, 1.0)
+  if inner not in (None, 1):
+    fields.refuse(name, f'partial_rotary_factor 1, not {inner!r}')
+  return 1.0
+
+
+def _rope(fields, name, given, family) -> Rope:
+  base = _base(fields, name, given, family)
+  share = _share(fields, name, given, family)
   kind = given.pop('type', 'default')
   kind = given.pop('rope_type', kind)
   outer = fields.get('original_max_position_embeddings', family.original_length)
@@ -86,19 +108,15 @@ def _rope(fields, given, family) -> Rope:
     kind = 'longrope'  # old names in Phi-3
   read_kind = _KINDS.get(kind)
   if read_kind is None:
-    fields.refuse(
-      'rope_scaling', f'a type of {", ".join(_KINDS)}, not {kind!r}'
-    )
+    fields.refuse(name, f'a type of {", ".join(_KINDS)}, not {kind!r}')
     raise AssertionError
   try:
     scaling, score_amplitude = read_kind(given, original, trained)
   except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-    raise ValueError(
-      f'rope_scaling: got {fields.get("rope_scaling", None)!r} of type {kind},'
-      f' expected all of its numbers ({error!r})'
-    ) from None
+    fields.refuse(name, f'all numbers of type {kind} ({error!r})')
+    raise AssertionError from error
   if given := {k: v for k, v in given.items() if v is not None}:
-    fields.refuse('rope_scaling', f'no {", ".join(sorted(given))} of {kind}')
+    fields.refuse(name, f'no {", ".join(sorted(given))} of {kind}')
   return Rope(base, scaling, share, score_amplitude)
 
 

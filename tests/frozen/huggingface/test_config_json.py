@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -86,8 +87,83 @@ def test_old_and_new_rotary_fields_say_the_same():
 
 
 def test_fields_without_effect_are_passed_over():
-  extra = {'use_cache': True, 'torch_dtype': 'float16', 'new_switch': False}
+  extra = {'use_cache': True, 'torch_dtype': 'float16', 'is_causal': True}
   assert _read(**extra) == _read()
+  assert _read(new_switch=None, tie_encoder_decoder=False) == _read()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('is_causal', False),
+    ('new_switch', False),
+    ('residual_multiplier', 0),
+    ('residual_multiplier', 0.0),
+    ('tie_encoder_decoder', 0),
+    ('new_list', []),
+  ],
+)
+def test_a_field_that_is_false_or_0_may_switch_something_off(name, value):
+  with pytest.raises(ValueError, match=f'got {name} = {re.escape(str(value))}'):
+    _read(**{name: value})
+
+
+_SMALL = {
+  'vocab_size': 64,
+  'hidden_size': 32,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'head_dim': 16,
+  'intermediate_size': 64,
+  'max_position_embeddings': 32,
+}
+
+
+@pytest.mark.parametrize('family', ['gemma', 'gemma2', 'gemma3_text'])
+def test_two_activations_that_disagree_are_refused(family):
+  values = {'model_type': family, **_SMALL}
+  ours = {'hidden_activation': 'gelu_pytorch_tanh'}
+  _, agreed = config_json.read(
+    values | ours | {'hidden_act': 'gelu_pytorch_tanh'}
+  )
+  assert agreed == config_json.read(values | ours)[1]
+  for other in ('relu', 'nonsense'):
+    with pytest.raises(ValueError, match='expected the same|expected one of'):
+      config_json.read(values | ours | {'hidden_act': other})
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2', 'olmo2'])
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'partial_rotary_factor': 0.5}, 'got partial_rotary_factor = 0.5'),
+    (
+      {'rope_parameters': {'partial_rotary_factor': 0.5}},
+      'got rope_parameters = .* partial_rotary_factor 1, not 0.5',
+    ),
+    (
+      {'rope_theta': 1e4, 'rope_parameters': {'rope_theta': 2e4}},
+      'got rope_theta = 10000.0, expected 20000.0, as in rope_parameters',
+    ),
+    (
+      {'rope_parameters': {'rope_type': 'linear'}},
+      'got rope_parameters = .* all numbers of type linear',
+    ),
+    (
+      {
+        'rope_parameters': {'rope_type': 'linear', 'factor': 2.0},
+        'rope_scaling': {'rope_type': 'linear', 'factor': 4.0},
+      },
+      'got rope_scaling = .* the same as rope_parameters',
+    ),
+  ],
+)
+def test_rotary_fields_are_refused_by_their_names(family, fields, message):
+  values = {'model_type': family, **_SMALL}
+  config_json.read(values | {'partial_rotary_factor': 1.0})
+  with pytest.raises(ValueError, match=f'a/config.json: {message}'):
+    config_json.read(values | fields, 'a/config.json')
 
 
 @pytest.mark.parametrize(

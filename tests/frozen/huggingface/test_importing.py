@@ -331,3 +331,13 @@ def test_an_imported_model_computes(tmp_path):
   got, _ = model.apply(jax.tree.map(jnp.asarray, loaded), tokens_BT)
   expected, _ = model.apply(params, tokens_BT)
   np.testing.assert_array_equal(got, expected)
+
+
+def test_eos_ids_of_config_json_count_without_generation_config(tmp_path):
+  (tmp_path / 'config.json').write_text('{"eos_token_id": [2, 5]}')
+  settings, _ = importing.read_generation(tmp_path)
+  assert set(settings['stop_ids']) == {2, 5}
+  # As in transformers, the other file alone counts where there is one.
+  (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [7, 8]}')
+  settings, _ = importing.read_generation(tmp_path)
+  assert set(settings['stop_ids']) == {7, 8}
