@@ -33,7 +33,9 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import entry
+from checks import path_flags
 
+_NAME = 'abused'  # of the model in requests
 _PROBE_SECONDS = 0.05
 _TYPE = 'content-type: application/json'
 
@@ -44,7 +46,7 @@ class Target:
 
   host: str
   port: int
-  model: str
+  model: str = _NAME
   deadline: float = 0.0  # of the event loop's clock
   statuses: dict[str, collections.Counter[int]] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(collections.Counter)
@@ -176,7 +178,7 @@ async def _smuggler(target: Target) -> None:
       raise ValueError(f'smuggled: {answer[:500]!r}')
 
 
-# The number of clients that do it at once, and it.
+# The number of clients that commit each abuse at once, and the abuse.
 ABUSES: dict[str, tuple[int, Callable[[Target], Awaitable[None]]]] = {
   'large body': (4, _large_body),
   'long prompt': (4, _long_prompt),
@@ -298,7 +300,7 @@ def _port_of(process: subprocess.Popen, log: str) -> int:
   """Returns the port of a server, once it is ready."""
   while process.poll() is None:
     text = pathlib.Path(log).read_text(encoding='utf-8')
-    if re.search(r'ready$', text, re.M):
+    if re.search(r'\bready;', text):
       return int(re.findall(r'running on http://127.0.0.1:(\d+)', text)[0])
     time.sleep(0.2)
   text = pathlib.Path(log).read_text(encoding='utf-8')
@@ -310,13 +312,19 @@ def measure(args: Any):
   with (
     tempfile.NamedTemporaryFile('w+', encoding='utf-8') as log,
     subprocess.Popen(
-      [sys.executable, 'serve.py', f'--model={args.model}', '--port=0'],
+      [
+        sys.executable,
+        'serve.py',
+        f'--model={args.model}',
+        '--port=0',
+        f'--name={_NAME}',
+      ],
       stdout=subprocess.DEVNULL,
       stderr=log,
     ) as process,
   ):
     try:
-      target = Target('127.0.0.1', _port_of(process, log.name), args.name)
+      target = Target('127.0.0.1', _port_of(process, log.name))
       yield asyncio.run(
         abuse(
           target,
@@ -336,9 +344,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('model', None, 'Frozen directory.', required=True)
-  flags.DEFINE_string('name', None, 'Name of the model.', required=True)
+  path_flags.DEFINE_path('model', None, 'Frozen directory.', required=True)
   flags.DEFINE_integer('clients', 256, 'Clients that stream.', 1)
   flags.DEFINE_float('seconds', 60, 'Seconds of abuse.', 4)
-  flags.DEFINE_string('out', '', 'A file that gets the result as JSON.')
+  path_flags.DEFINE_path('out', '', 'A file that gets the result as JSON.')
   app.run(main)

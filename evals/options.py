@@ -5,14 +5,8 @@ Imports nothing heavy, so that `serve.py --help` need not wait for SciPy.
 
 import dataclasses
 import math
-from typing import Any
 
-from checks import expect
-
-
-def _field(default: Any, text: str) -> Any:
-  """Returns a dataclass field with the help text of its flag."""
-  return dataclasses.field(default=default, metadata={'help': text})
+from checks import expect, flag_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,43 +17,45 @@ class Options:
     ValueError: a value is out of range.
   """
 
-  limit: int = _field(
+  limit: int = flag_field.field(
     0,
     'Evaluates only this many first examples, for perplexity pieces of 4096'
     ' bytes of text; 0 takes all. Set it for a quick look.',
   )
-  stride: int = _field(
+  stride: int = flag_field.field(
     0,
     'perplexity: tokens that each window adds; 0 is half of the context. Lower'
     ' it to give each token more context, which takes longer.',
   )
-  num_fewshot: int | None = _field(
+  num_fewshot: int | None = flag_field.field(
     None,
     'gsm8k and lm_eval: solved examples in front of each question. If not'
     ' given: none, or what the task of lm_eval says.',
   )
-  fewshot_path: str = _field(
+  fewshot_path: str = flag_field.field(
     '',
     'gsm8k: file of the solved examples, in the format of the task. Needed with'
     ' num_fewshot.',
   )
-  max_tokens: int = _field(
+  max_tokens: int = flag_field.field(
     512,
     'generate and gsm8k: most tokens of a completion. Tasks of lm_eval have'
     ' their own.',
   )
-  temperature: float = _field(
+  temperature: float = flag_field.field(
     0.0,
     'generate and gsm8k: divides the logits before sampling; 0 is greedy. Tasks'
     ' of lm_eval have their own.',
   )
-  num_samples: int = _field(
+  num_samples: int = flag_field.field(
     1,
     'generate and gsm8k: completions per prompt, for pass@k. More than 1 needs'
     ' a temperature above 0.',
   )
-  seed: int = _field(0, 'Seed of the samples, and of what lm_eval draws.')
-  chat: bool = _field(
+  seed: int = flag_field.field(
+    0, 'Seed of the samples, and of what lm_eval draws.'
+  )
+  chat: bool = flag_field.field(
     False,
     "generate, gsm8k and lm_eval: puts each prompt into the model's chat"
     ' template. Set it for models that were trained on chats.',

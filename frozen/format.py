@@ -97,8 +97,8 @@ def write(
   Args:
     directory: to write. Its parent is created.
     params: serving params, all of `dtype`; arrays of jax or numpy.
-    config: of the model. Its `spare_ids` become those that the tokenizer
-      leaves.
+    config: of the model. Its `spare_ids` are replaced by the ids that the
+      tokenizer does not have.
     dtype: of the weights.
     provenance: origin of the weights.
     tokenizer_dir: copied into the directory.

@@ -1,9 +1,9 @@
 """A conversation in the terminal.
 
-The model keeps no state between turns. The prompt of a turn begins with the ids
-of the turn before: those of its prompt, and those that the model generated. So
-white space that a template would remove stays, and the engine's prefix cache
-has all but the new message.
+The model keeps no state between turns. The prompt of a turn begins with the
+prompt ids and the generated ids of the turn before. So white space that a
+template would remove stays, and the engine's prefix cache has all but the new
+message.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,9 +2,10 @@
 
 Token stores and row plans are such directories. A directory is written once,
 whole or not at all (`storage.locks`), with the size and the SHA-256 of each of
-its files in `files.json`. Whoever opens it compares the sizes, and the digests
-once on each machine between two boots: `verified.json` remembers the files that
-were right (`storage.remembered`). A read-only directory is read at each start.
+its files in `files.json`. `open_or_write` compares the sizes at every open. It
+compares the digests once per machine and boot: `verified.json` remembers the
+files that were right (`storage.remembered`). Nothing can be remembered in a
+read-only directory, so its files are digested at every start.
 """
 
 from collections.abc import Callable

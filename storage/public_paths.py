@@ -6,9 +6,9 @@ import pathlib
 def public(path: str) -> str:
   """Returns a path without the directories of this machine.
 
-  They are nobody's business. Kept are the last plain name and the patterns
-  behind it: '/data/corpus/{split}/*.txt' becomes 'corpus/{split}/*.txt'. A
-  relative path is kept.
+  They are private to the owner of the machine. The last plain name and the
+  patterns after it remain: '/data/corpus/{split}/*.txt' becomes
+  'corpus/{split}/*.txt'. A relative path is kept.
   """
   if not path.startswith(('/', '~')):
     return path

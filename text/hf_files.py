@@ -85,8 +85,8 @@ def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
         {'name': name, 'template': named[name]} for name in named
       ]
   config['kind'] = 'huggingface'
-  # `transformers` writes where a tokenizer was loaded from. That is nobody's
-  # business where the files are given away, and has no effect.
+  # `transformers` writes the directory that a tokenizer was loaded from. It has
+  # no effect, and must not be published with the files.
   for name in [n for n in config if n.endswith(('_file', 'name_or_path'))]:
     if str(config[name]).startswith(('/', '~')):
       del config[name]

@@ -122,7 +122,7 @@ def _with_paths(argv: list[str]) -> list[str]:
   """Returns `argv` with ~ and $VARIABLES of --config replaced.
 
   Raises:
-    ValueError: there is no such file; names those that there are.
+    ValueError: there is no such file; the error names the experiments.
   """
   argv = list(argv)
   for i, value in _values_of_config(argv):

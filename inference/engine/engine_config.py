@@ -7,9 +7,8 @@ wait for JAX.
 import dataclasses
 import math
 import re
-from typing import Any
 
-from checks import expect
+from checks import expect, flag_field
 from inference.scheduling import scheduler
 
 NUMERICS = ('fast', 'invariant')
@@ -28,11 +27,6 @@ _HOST_BYTES = 2**30
 _SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
 
 
-def _field(default: Any, text: str) -> Any:
-  """Returns a dataclass field with the help text of its flag."""
-  return dataclasses.field(default=default, metadata={'help': text})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
   """The layout of an engine; every field is a flag `--engine.NAME` of serve.py.
@@ -41,43 +35,43 @@ class EngineConfig:
     ValueError: a value is out of range.
   """
 
-  max_sequences: int = _field(
+  max_sequences: int = flag_field.field(
     None,
     'Number of sequences that run at once. Raise it for more throughput; each'
     ' sequence needs room in the KV cache. Default: the largest of'
     ' decode_shapes, else 32.',
   )
-  max_length: int = _field(
+  max_length: int = flag_field.field(
     0,
     'Largest number of tokens of a prompt and its completion. 0: the context of'
     ' the model. Less needs less memory.',
   )
-  page_size: int = _field(
+  page_size: int = flag_field.field(
     16,
     'Tokens per page of the KV cache, Q: a divisor or a multiple of 64. 0 gives'
     ' each sequence one page for the whole context (a dense cache).',
   )
-  num_pages: int = _field(
+  num_pages: int = flag_field.field(
     0,
     'Number of pages in the KV cache. 0 takes as many as kv_memory holds, but'
     ' not more than max_sequences sequences of the whole context need.',
   )
-  kv_memory: str = _field(
+  kv_memory: str = flag_field.field(
     '',
     'Memory of the KV cache, such as 2GiB or 500MB. If not given: four fifths'
     ' of what the weights leave free; on a CPU 1GiB, or what one sequence of'
     ' the whole context needs.',
   )
-  chunk_tokens: int = _field(
+  chunk_tokens: int = flag_field.field(
     16,
     'Prompt tokens per chunk, R. A prompt is computed in chunks of this size.',
   )
-  max_chunks: int = _field(
+  max_chunks: int = flag_field.field(
     None,
     'Largest number of prompt chunks in a step in which no sequence decodes.'
     ' Default: 16, or max_mixed_chunks if that is more.',
   )
-  max_mixed_chunks: int = _field(
+  max_mixed_chunks: int = flag_field.field(
     None,
     'Largest number of prompt chunks in a step in which sequences decode. It'
     ' bounds how long prompts delay running sequences. Lower it for a steadier'
@@ -86,48 +80,48 @@ class EngineConfig:
   )
   # 1000: measured on CPU, attention to so many tokens takes as long as the
   # other matrix products of a chunk.
-  stall_context: int = _field(
+  stall_context: int = flag_field.field(
     1000,
     'A prompt chunk that attends to this many earlier tokens counts twice'
     ' against max_mixed_chunks; with twice as many, three times. Lower it if'
     ' long prompts delay other requests.',
   )
-  kv_dtype: str = _field(
+  kv_dtype: str = flag_field.field(
     'model',
     'Dtype of the KV cache: model (the dtype of the computation) or int8 (with'
     ' a float32 scale per token and head). int8 holds more tokens.',
   )
-  numerics: str = _field(
+  numerics: str = flag_field.field(
     'fast',
     'fast (XLA chooses the shapes of its operations) or invariant (the bits of'
     ' a token do not depend on the other sequences of its batch; slower, see'
     ' models/invariant.py).',
   )
-  attention: str = _field(
+  attention: str = flag_field.field(
     'auto',
     'auto (the kernel of the platform if it supports the model, else plain'
     ' JAX), kernel (the kernel, or an error) or reference (plain JAX).',
   )
-  prefix_cache: bool = _field(
+  prefix_cache: bool = flag_field.field(
     True,
     'Keep the pages of earlier prompts, and reuse them for equal prefixes.',
   )
-  share_prefixes: bool = _field(
+  share_prefixes: bool = flag_field.field(
     False,
     'Share cached prefixes between API keys (principals) too. A client can then'
     ' find out, by timing, what another client has asked.',
   )
-  max_waiting: int = _field(
+  max_waiting: int = flag_field.field(
     1024,
     'Largest number of sequences that wait. Requests beyond it are refused as'
     ' overload. One API key may have seven eighths of the places that others'
     ' leave.',
   )
-  aging_steps: int = _field(
+  aging_steps: int = flag_field.field(
     256,
     'Number of steps of waiting that lift a sequence by one priority level.',
   )
-  decode_shapes: tuple[int, ...] = _field(
+  decode_shapes: tuple[int, ...] = flag_field.field(
     (),
     'Numbers of decoding sequences to compile a step for; the largest must be'
     ' max_sequences. Empty means powers of two. Fewer compile faster.',

@@ -25,7 +25,7 @@ import math
 import secrets
 from typing import Any
 
-from checks import expect
+from checks import expect, flag_field
 from storage import file_names
 
 # Seeds have 64 bits, with or without a sign: -1 and 2**64 - 1 are one seed.
@@ -57,11 +57,6 @@ class SettingError(ValueError):
     self.setting = setting
 
 
-def _field(default: Any, text: str = '', **metadata: Any) -> Any:
-  """Returns a field of `Settings`; the module docstring lists the metadata."""
-  return dataclasses.field(default=default, metadata={'help': text, **metadata})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """The settings of one request.
@@ -70,91 +65,91 @@ class Settings:
     SettingError: a value is out of range.
   """
 
-  temperature: float = _field(
+  temperature: float = flag_field.field(
     1.0,
     'Divides the logits before sampling. 0 always takes the most probable token'
     ' (greedy). Lower it for more predictable text.',
   )
-  top_k: int = _field(
+  top_k: int = flag_field.field(
     0,
     'Samples only from this many most probable tokens; 0 keeps all tokens.',
   )
-  top_p: float = _field(
+  top_p: float = flag_field.field(
     1.0,
     'Samples only from the most probable tokens that together have this'
     ' probability, above 0 and at most 1; 1 keeps all tokens. Lower it if the'
     ' text drifts.',
   )
-  min_p: float = _field(
+  min_p: float = flag_field.field(
     0.0,
     'Samples only from tokens with at least this share of the probability of'
     ' the most probable token, from 0 to below 1; 0 keeps all tokens.',
   )
-  repetition_penalty: float = _field(
+  repetition_penalty: float = flag_field.field(
     1.0,
     'Divides the positive logits, and multiplies the negative logits, of every'
     ' token in the prompt or the completion; 1 disables it. Raise it, for'
     ' example to 1.1, if the text repeats itself.',
   )
-  presence_penalty: float = _field(
+  presence_penalty: float = flag_field.field(
     0.0,
     'Subtracted once from the logit of every token that was generated, from -2'
     ' to 2; 0 disables it.',
   )
-  frequency_penalty: float = _field(
+  frequency_penalty: float = flag_field.field(
     0.0,
     "Subtracted from a token's logit for every time it was generated, from -2"
     ' to 2; 0 disables it.',
   )
-  logit_bias: tuple[tuple[int, float], ...] = _field(
+  logit_bias: tuple[tuple[int, float], ...] = flag_field.field(
     (),
     'Added to the logits of these token ids, from -100 to 100.',
     flag=False,
   )
-  seed: int | None = _field(
+  seed: int | None = flag_field.field(
     None,
     'Seed of the sampling. The same seed, settings and weights give the same'
     ' text. If not given, a seed is drawn and reported with the completion.',
   )
-  n: int = _field(
+  n: int = flag_field.field(
     1,
     'Number of completions of the prompt, each with a seed of its own.',
   )
-  max_tokens: int | None = _field(
+  max_tokens: int | None = flag_field.field(
     None,
     'Most tokens to generate. If neither given nor recommended by the model, a'
     ' completion may fill the context.',
   )
-  min_tokens: int = _field(
+  min_tokens: int = flag_field.field(
     0,
     'EOS and stop token ids are not sampled, and stop strings do not count,'
     ' before this many tokens were generated; 0 disables it.',
   )
-  stop: tuple[str, ...] = _field(
+  stop: tuple[str, ...] = flag_field.field(
     (),
     'Text that ends the completion, and is left out of it; at most 256 strings,'
     ' of 1,024 characters each and 4,096 together.',
   )
-  stop_ids: tuple[int, ...] = _field(
+  stop_ids: tuple[int, ...] = flag_field.field(
     (),
     'Token id that ends the completion, as EOS does; at most 16 ids.',
     api_name='stop_token_ids',
   )
-  ignore_eos: bool = _field(
+  ignore_eos: bool = flag_field.field(
     False,
     'Generates further after EOS, up to max_tokens. For benchmarks, which need'
     ' completions of a known length.',
   )
   # None: no log-probabilities. 0: those of the sampled tokens. k: also those of
   # the k most probable tokens.
-  logprobs: int | None = _field(
+  logprobs: int | None = flag_field.field(
     None,
     'Returns the log-probability of every generated token, and of this many'
     ' most probable tokens beside it, at most 20.',
     flag=False,
   )
   # The same for the tokens of the prompt. The API asks for it with `echo`.
-  prompt_logprobs: int | None = _field(
+  prompt_logprobs: int | None = flag_field.field(
     None,
     flag=False,
     api_name='',

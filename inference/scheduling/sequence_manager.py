@@ -271,8 +271,8 @@ class SequenceManager:
 
     Args:
       sequence: that ends, running or waiting.
-      is_sound: False if its keys and values are not finite: the prefix cache
-        then loses its pages, those that it had found there among them.
+      is_sound: False if its keys and values are not finite. The prefix cache
+        then drops all its pages, also the pages that it shared.
     """
     self._release(sequence, is_sound=is_sound)
     self._disown(sequence)

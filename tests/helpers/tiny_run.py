@@ -9,6 +9,7 @@ import rich.console
 from data import data_config, sources
 from tests.helpers import tiny_models
 from training import experiment as experiment_lib, run as run_lib
+from training.checkpoints import init_from
 from training.optimizer import chain
 
 _WORDS = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
@@ -48,6 +49,21 @@ def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
     'checkpoint': experiment_lib.CheckpointConfig(every_steps=4),
   }
   return experiment_lib.Experiment(**{**fields, **overrides})
+
+
+def tuning(corpus: str, directory, **overrides) -> experiment_lib.Experiment:
+  """Returns an experiment that goes on from a frozen directory."""
+  tokenizer = data_config.TokenizerConfig(
+    kind='directory', path=f'{directory}/tokenizer'
+  )
+  data = {'tokenizer': tokenizer, **overrides.pop('data', {})}
+  return experiment(
+    corpus,
+    model=init_from.model_of(str(directory)),
+    init_from=str(directory),
+    data=data,
+    **overrides,
+  )
 
 
 def run(

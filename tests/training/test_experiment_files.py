@@ -1,4 +1,4 @@
-"""--config: a file that is not there, and the list of those that are."""
+"""--config: the error for a missing file, and the list of experiments."""
 
 import pathlib
 

@@ -128,7 +128,7 @@ def test_only_the_sequences_that_see_it_end_with_an_error(
         completion.check()
   after = engine.metrics.value('finished_total', reason='error')
   assert after == before + sum(map(len, failed)) == before + 5
-  # What is cached now is clean, to whoever comes next.
+  # The pages that are cached now are clean: the next requests find them.
   again = serve_with(engine, reference_engine.params(kind), clean)
   _check_clean(engine, clean, again)
 

@@ -21,7 +21,6 @@ from frozen.huggingface import (
 from tests.helpers import frozen_dirs, hf_files, tiny_models, tiny_run
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib
-from training.checkpoints import init_from
 
 TEMPLATE = (
   '{% for m in messages %}<|im_start|>{{ m.role }}\r\n{{ m.content }}<|im_end|>'
@@ -95,16 +94,9 @@ def _foreign(directory):
 
 
 def _experiment(corpus, base, **overrides):
-  data = overrides.pop('data', {})
-  tokenizer = data_config.TokenizerConfig(
-    kind='directory', path=f'{base}/tokenizer'
-  )
-  return tiny_run.experiment(
-    corpus,
-    model=init_from.model_of(str(base)),
-    init_from=str(base),
-    data={'tokenizer': tokenizer, 'knowledge_cutoff': '', **data},
-    **{'num_steps': 2, **overrides},
+  data = {'knowledge_cutoff': '', **overrides.pop('data', {})}
+  return tiny_run.tuning(
+    corpus, base, data=data, **{'num_steps': 2, **overrides}
   )
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import data_config
 from experiments import finetune
 from frozen import format as frozen_format
 from frozen.huggingface import exporting, importing
@@ -64,20 +63,6 @@ def _frozen(directory, **overrides):
   return config
 
 
-def _experiment(corpus, directory, **overrides):
-  data = overrides.pop('data', {})
-  tokenizer = data_config.TokenizerConfig(
-    kind='directory', path=f'{directory}/tokenizer'
-  )
-  return tiny_run.experiment(
-    corpus,
-    model=init_from.model_of(str(directory)),
-    init_from=str(directory),
-    data={'tokenizer': tokenizer, **data},
-    **overrides,
-  )
-
-
 @pytest.mark.parametrize(
   'overrides',
   [
@@ -89,7 +74,7 @@ def _experiment(corpus, directory, **overrides):
 def test_a_run_goes_on_from_frozen_weights(corpus, tmp_path, overrides):
   _frozen(tmp_path / 'base', **overrides)
   base = frozen_format.read(tmp_path / 'base')
-  experiment = _experiment(corpus, tmp_path / 'base')
+  experiment = tiny_run.tuning(corpus, tmp_path / 'base')
   assert experiment.model.scan_layers == (not overrides)
   tiny_run.run(experiment, tmp_path / 'run')
   losses = [
@@ -109,7 +94,7 @@ def test_a_run_goes_on_from_frozen_weights(corpus, tmp_path, overrides):
 
 def test_a_run_that_goes_on_keeps_its_lineage(corpus, tmp_path):
   _frozen(tmp_path / 'base')
-  experiment = _experiment(corpus, tmp_path / 'base', num_steps=4)
+  experiment = tiny_run.tuning(corpus, tmp_path / 'base', num_steps=4)
   tiny_run.run(experiment, tmp_path / 'run')
   recorded = json.loads((tmp_path / 'run' / 'run.json').read_text())
   (tmp_path / 'base').rename(tmp_path / 'elsewhere')  # no longer needed
@@ -131,7 +116,7 @@ def test_the_first_state_is_the_frozen_weights_wherever_it_lies(
   corpus, tmp_path, parallel
 ):
   _frozen(tmp_path / 'base')
-  experiment = _experiment(
+  experiment = tiny_run.tuning(
     corpus,
     tmp_path / 'base',
     parallel=parallel_config.ParallelConfig(**parallel),
@@ -155,7 +140,7 @@ def test_the_first_state_is_the_frozen_weights_wherever_it_lies(
 
 def test_another_model_is_refused(corpus, tmp_path):
   _frozen(tmp_path / 'base')
-  experiment = _experiment(corpus, tmp_path / 'base')
+  experiment = tiny_run.tuning(corpus, tmp_path / 'base')
   model = dataclasses.replace(experiment.model, rope_base=5.0)
   other = dataclasses.replace(experiment, model=model)
   with pytest.raises(ValueError, match='model.rope_base: 5.0, frozen 10000.0'):
@@ -167,7 +152,7 @@ def test_another_model_is_refused(corpus, tmp_path):
 
 def test_what_was_tuned_is_exported_and_reads_the_same(corpus, tmp_path):
   _frozen(tmp_path / 'base')
-  tiny_run.run(_experiment(corpus, tmp_path / 'base'), tmp_path / 'run')
+  tiny_run.run(tiny_run.tuning(corpus, tmp_path / 'base'), tmp_path / 'run')
   exported = exporting.export_directory(
     tmp_path / 'run' / 'frozen', tmp_path / 'theirs'
   )

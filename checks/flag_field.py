@@ -1,0 +1,15 @@
+"""Fields of dataclasses from which serve.py makes flags."""
+
+import dataclasses
+from typing import Any
+
+
+def field(default: Any, text: str = '', **metadata: Any) -> Any:
+  """Returns a dataclass field with the help text of its flag.
+
+  Args:
+    default: of the field.
+    text: help of the flag; its default is added there.
+    **metadata: further metadata, which `inference.flags` and its readers know.
+  """
+  return dataclasses.field(default=default, metadata={'help': text, **metadata})
