@@ -297,10 +297,11 @@ def report(result: entry.Result) -> str:
 
 
 def _port_of(process: subprocess.Popen, log: str) -> int:
-  """Returns the port of a server, once it is ready."""
+  """Returns the port of a server that has compiled all its programs."""
   while process.poll() is None:
     text = pathlib.Path(log).read_text(encoding='utf-8')
-    if re.search(r'\bready;', text):
+    # Compiling beside the clients would take a core, and memory.
+    if 'all programs are compiled' in text:
       return int(re.findall(r'running on http://127.0.0.1:(\d+)', text)[0])
     time.sleep(0.2)
   text = pathlib.Path(log).read_text(encoding='utf-8')

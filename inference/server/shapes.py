@@ -133,14 +133,19 @@ class CompletionChunk(_Head):
 
 
 class TokenizerInfo(_Shape):
-  """Names of special tokens, and the chat template."""
+  """Strings of special tokens, null if the model has none; chat template.
+
+  A model may have further ones, such as unk_token.
+  """
+
+  model_config = pydantic.ConfigDict(extra='allow')
 
   tokenizer_class: str
   vocab_size: int
   model_max_length: int
-  bos_token: str
-  eos_token: str
-  pad_token: str
+  bos_token: str | None
+  eos_token: str | None
+  pad_token: str | None
   chat_template: str | None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inference.server import schema, tokenization
+from inference.server import schema, shapes, tokenization
 from tests.helpers import hf_files, tiny_models
 from text import hf_tokenizer
 
@@ -59,6 +59,7 @@ def test_the_strings_are_those_of_the_model(family, bos, eos, pad, tmp_path):
     ),
   )
   info = tokenization.info(generator)
+  shapes.TokenizerInfo.model_validate(info)  # as the OpenAPI document has it
   strings = info['bos_token'], info['eos_token'], info['pad_token']
   assert strings == (bos, eos, pad)
   for text in filter(None, strings):
