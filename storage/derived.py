@@ -54,7 +54,7 @@ def add_list(directory: pathlib.Path) -> None:
 def check(directory: pathlib.Path) -> None:
   """Compares the files of a directory with its list.
 
-  Files that are not in the list are no concern of it.
+  Files outside the list are ignored.
 
   Raises:
     DamagedError: a file is missing, truncated or altered.

@@ -96,9 +96,7 @@ class _Protocol(h11_impl.H11Protocol):
   def connection_lost(self, exc: Exception | None) -> None:
     """Stops the timers."""
     self._stop_reading()
-    super().connection_lost(
-      exc
-    )  # calls `resume_writing`, which stops the other
+    super().connection_lost(exc)  # its `resume_writing` stops the other timer
     self._unset_keepalive_if_required()
 
   def data_received(self, data: bytes) -> None:

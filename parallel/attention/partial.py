@@ -230,9 +230,9 @@ def _selected(is_seen: jax.Array | None, x_BKGRS, other: float) -> jax.Array:
 
 def _parted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns x [..., C] without the vectors that are not finite, and marks."""
-  is_finite = jnp.all(jnp.isfinite(x), axis=-1)
-  marks = jnp.where(is_finite, jnp.float32(0), jnp.float32(jnp.nan))
-  return jnp.where(is_finite[..., None], x, 0), marks
+  # No constant NaN: diagnosis would take it for the first one of a run.
+  marks = jnp.sum(x.astype(jnp.float32) * 0, axis=-1)
+  return jnp.where((marks == 0)[..., None], x, 0), marks
 
 
 # Products in the dtype of keys and values, accumulated in float32. Query heads
