@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from models import invariant, kv_cache
-from models.attention import cached, form as form_lib, paged, paged_gpu
+from models.attention import cached, finite, form as form_lib, paged, paged_gpu
+from parallel.attention import partial
 from tests.helpers import attention_paths
+from training.diagnosis import tensor_checks
 
 Form = form_lib.Form
 PATHS, RUN = attention_paths.PATHS, attention_paths.RUN
@@ -163,3 +165,31 @@ def test_a_row_that_sees_nothing_yet_adds_no_huge_numbers():
   v[:, :, :64] = 3e38
   got = RUN['PAGED'](*map(jnp.asarray, (q, k, v)), form=Form(window=40))
   assert np.isfinite(got[:, 103:]).all()
+
+
+def _all_finite(fn, *args):
+  """Returns whether every tensor that a function computes is finite."""
+  watch = tensor_checks.Watch(fn)
+  _, record = jax.jit(watch)(*args)
+  return all(each.is_finite for each in watch.tensors(jax.device_get(record)))
+
+
+@pytest.mark.parametrize(
+  'parted', [finite.parted, partial._parted], ids=['one device', 'a mesh']
+)
+def test_finite_vectors_make_no_tensor_that_is_not(parted):
+  """Diagnosis looks for the first such tensor of a step."""
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+  assert _all_finite(parted, x)
+  assert not _all_finite(parted, x.at[1, 2, 3].set(jnp.inf))
+
+
+def test_a_kernel_is_called_without_a_constant_nan():
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (1, 2, 2, 4)) for i in range(3)
+  )
+
+  def run(q, k, v):
+    return finite.around(lambda q, k, v: q + k + v, q, k, v, None, Form())
+
+  assert _all_finite(run, q, k, v)
