@@ -1,5 +1,6 @@
 """The command line of life one: exit codes, and a run that is supervised."""
 
+import logging
 import pathlib
 import re
 import signal
@@ -159,3 +160,13 @@ def test_a_supervised_run_survives_kills(uninterrupted, tmp_path):
   assert began == sorted(began)
   assert set(began) <= {0, 4, 8}
   assert re.search(r'^goodput .*, 3 attempts$', result.stdout, re.MULTILINE)
+
+
+def test_a_command_in_this_process_leaves_logging_as_it_was(tmp_path):
+  root = logging.getLogger()
+  before = root.level, root.handlers[:]
+  done = commands.run(
+    'frozen/freeze.py', f'--workdir={tmp_path}/run', f'--out={tmp_path}/out'
+  )
+  assert 'error: ' in done.stderr
+  assert (root.level, root.handlers) == before

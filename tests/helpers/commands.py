@@ -99,9 +99,14 @@ def own_flags():
 @contextlib.contextmanager
 def _own_logging():
   """Undoes the handler and the verbosity that `absl.app.run` sets."""
-  handlers, verbosity = logging.root.handlers[:], absl_logging.get_verbosity()
+  root, ours = logging.root, absl_logging.get_absl_logger()
+  handlers, level, own_level = root.handlers[:], root.level, ours.level
+  verbosity = absl_logging.get_verbosity()
   try:
     yield
   finally:
-    logging.root.handlers[:] = handlers
     absl_logging.set_verbosity(verbosity)
+    # That set the level of the root logger as well, if absl's handler is there.
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    ours.setLevel(own_level)
