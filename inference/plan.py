@@ -181,7 +181,7 @@ def make(
 def compile_decode_step(
   plan: Plan, device: jax.Device, num_sequences: int
 ) -> compile_ahead.Program | compile_ahead.OutOfMemory:
-  """Compiles the decode step of sequences that fill the context."""
+  """Compiles the decode steps of sequences that fill the context."""
   mesh = Mesh(np.array([device]), ('device',))
   sharding = NamedSharding(mesh, PartitionSpec())
   engine = engine_config.EngineConfig(max_sequences=num_sequences)
@@ -207,11 +207,11 @@ def compile_decode_step(
       vocab_size=config.vocab_size,
     )
   )
-  inputs = inputs_lib.empty(
-    steps.Shape(num_sequences, 0),
-    chunk_tokens=engine.chunk_tokens,
-    table_width=engine.table_width(config.max_length),
-    num_sampled=num_sequences,
+  table_width = engine.table_width(config.max_length)
+  _, inputs = inputs_lib.empty(
+    inputs_lib.Layout(
+      num_sequences, 0, engine.chunk_tokens, table_width, num_sequences
+    ),
     padding_slot=num_sequences,
   )
 
@@ -225,13 +225,13 @@ def compile_decode_step(
 
   with jax.set_mesh(mesh):
     return compile_ahead.compile(
-      steps.decode_step.lower(
+      steps.decode_steps.lower(
         put(params),
-        put(state.kv_cache),
-        put(state.slots.last_B),
+        put(state),
         put(inputs),
         model=model,
         vocab_size=config.vocab_size,
+        most=engine.decode_steps,
       )
     )
 

@@ -103,29 +103,44 @@ def forward_flops_per_token(
   return 2.0 * num_matmul_params(config) + 2.0 * channels * keys
 
 
+class SpanFlops:
+  """The forward FLOPs of successive tokens of one sequence of a model.
+
+  The engine asks for every token: what depends on the model alone is computed
+  once.
+  """
+
+  def __init__(self, config: model_config.ModelConfig):
+    self._head = 2.0 * config.vocab_size * config.model_width
+    self._layers = 2.0 * num_matmul_params(config) - self._head
+    channels = config.num_heads * (config.head_width + config.value_head_width)
+    layers = map(config.layer, range(config.num_layers))
+    windows = [config.window if layer.is_local else 0 for layer in layers]
+    # FLOPs per key that a token sees, by window.
+    self._per_key = {
+      window: 2.0 * channels * windows.count(window) for window in set(windows)
+    }
+
+  def __call__(self, start: int, length: int, num_logits: int) -> float:
+    """Returns the FLOPs.
+
+    Args:
+      start: position of the first token, which attends to `start` earlier
+        tokens and to itself.
+      length: number of tokens.
+      num_logits: number of these tokens whose logits are computed.
+    """
+    flops = self._layers * length + self._head * num_logits
+    for window, per_key in self._per_key.items():
+      flops += per_key * _keys_seen(start, length, window)
+    return flops
+
+
 def span_flops(
   config: model_config.ModelConfig, start: int, length: int, num_logits: int
 ) -> float:
-  """Returns the forward FLOPs of successive tokens of one sequence.
-
-  Args:
-    config: of the model.
-    start: position of the first token, which attends to `start` earlier tokens
-      and to itself.
-    length: number of tokens.
-    num_logits: number of these tokens whose logits are computed.
-  """
-  head = config.vocab_size * config.model_width
-  channels = config.num_heads * (config.head_width + config.value_head_width)
-  keys = sum(
-    _keys_seen(start, length, config.window if layer.is_local else 0)
-    for layer in map(config.layer, range(config.num_layers))
-  )
-  return (
-    2.0 * (num_matmul_params(config) - head) * length
-    + 2.0 * head * num_logits
-    + 2.0 * channels * keys
-  )
+  """Returns the FLOPs of `SpanFlops`, for a single use."""
+  return SpanFlops(config)(start, length, num_logits)
 
 
 def _keys_seen(start: int, length: int, window: int) -> float:

@@ -1,5 +1,6 @@
 """The answer to one sequence: its text, logprobs and usage so far."""
 
+from collections.abc import Sequence
 import math
 import time
 
@@ -52,6 +53,11 @@ class Live:
     self._prompt_logprobs: list[logprobs.TokenLogprobs | None] = [
       None
     ] * sequence.num_prompt
+
+  @property
+  def wants_logprobs(self) -> bool:
+    """Whether the request wants logprobs of its new tokens."""
+    return self._request.settings.logprobs is not None
 
   @property
   def has_penalties(self) -> bool:
@@ -118,41 +124,58 @@ class Live:
     return is_finite
 
   def push(
-    self, token: int, found: logprobs.Logprobs, place: int, now: float
-  ) -> requests.Update:
-    """Takes the next token, and returns what it adds to the answer.
+    self,
+    tokens: Sequence[int],
+    found: logprobs.Logprobs | None,
+    place: int,
+    now: float,
+  ) -> tuple[requests.Update, int]:
+    """Takes the tokens of a dispatch; returns what they add to the answer.
 
     Args:
-      token: the sampled token.
-      found: logprobs of a step.
-      place: index of the token in `found`.
+      tokens: the next ones. -1: no next token exists, since the model's numbers
+        are not finite.
+      found: logprobs [S, R] of the dispatch, if they are wanted.
+      place: index of the sequence on axis R.
       now: the time, in seconds of `time.perf_counter`.
+
+    Returns:
+      The update, and the number of tokens until the end of the answer.
     """
     wanted = self._request.settings.logprobs
-    scored = None
-    if wanted is not None:
-      scored = logprobs.of_row(found, place, wanted)
-      self._logprobs.append(scored)
+    releases = []
+    for index, token in enumerate(tokens):
+      if token < 0:
+        releases.append(self.transcript.fail())
+        break
+      scored = None
+      if wanted is not None:
+        assert found is not None
+        scored = logprobs.of_row(found, (index, place), wanted)
+        self._logprobs.append(scored)
+      releases.append(self.transcript.push(token, scored))
+      if self.transcript.finish_reason:
+        break
+    if tokens[0] >= 0:
+      self._note_time(now)
+    return self._update(releases), len(releases)
+
+  def _note_time(self, now: float) -> None:
     if self.last_at is None:
       assert self.seated_at is not None
       self.usage.prefill_seconds = now - self.seated_at
     else:
       self.usage.decode_seconds += now - self.last_at
     self.last_at = now
-    return self._update(self.transcript.push(token, scored))
 
-  def fail(self) -> requests.Update:
-    """Ends the answer because the model's numbers are not finite."""
-    return self._update(self.transcript.fail())
-
-  def _update(self, release: stopping.Release) -> requests.Update:
+  def _update(self, releases: Sequence[stopping.Release]) -> requests.Update:
     completion = self._completion() if self.transcript.finish_reason else None
     return requests.Update(
       self.request_id,
       self.index,
-      release.text,
-      release.token_ids,
-      release.logprobs,
+      ''.join(each.text for each in releases),
+      tuple(token for each in releases for token in each.token_ids),
+      tuple(scored for each in releases for scored in each.logprobs),
       completion,
     )
 

@@ -20,6 +20,9 @@ class Slots(NamedTuple):
   """
 
   last_B: jax.Array  # int32, the token sampled last
+  # bool: the sequence has ended, which the host may not know yet. No token of
+  # it is computed any more.
+  has_ended_B: jax.Array
   sampler: sampler_lib.Sampler
   seen_BV: jax.Array  # int32, token counts, see `penalties.recount`
 
@@ -61,6 +64,7 @@ def init_state(
   )
   slots = Slots(
     last_B=jnp.zeros((num_slots + 1,), jnp.int32),
+    has_ended_B=jnp.zeros((num_slots + 1,), bool),
     sampler=sampler_lib.empty(num_slots + 1),
     seen_BV=jnp.zeros((num_slots + 1, vocab_size), jnp.int32),
   )
@@ -70,7 +74,10 @@ def init_state(
 @functools.partial(jax.jit, donate_argnames=('slots',))
 def seat(slots: Slots, slot: jax.Array, row: sampler_lib.Sampler) -> Slots:
   """Gives a slot the settings of a sequence. Donates `slots`."""
-  return slots._replace(sampler=sampler_lib.put(slots.sampler, slot, row))
+  return slots._replace(
+    has_ended_B=slots.has_ended_B.at[slot].set(False),
+    sampler=sampler_lib.put(slots.sampler, slot, row),
+  )
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))

@@ -14,10 +14,13 @@ al., Orca, OSDI 2022). The SequenceManager plans on the host, `programs` compute
 on the device, and this class carries the plans out. It is the only part of life
 two that changes while it runs.
 
-The host is one step ahead. Step i+1 is planned and dispatched before the tokens
-of step i are read: a token reaches the next step without leaving the device,
-and the host works while the device computes. If a sequence turns out to have
-ended at step i, its token of step i+1 is dropped.
+The host is one dispatch ahead. The next one is planned and sent before the
+tokens of the last one are read: a token reaches the next step without leaving
+the device, and the host works while the device computes. While all sequences
+decode, one dispatch has several steps, since the host's work per dispatch takes
+longer than a step of a fast device. The device knows which token ends a
+sequence, and computes no further one. It does not know stop strings: tokens
+after one are dropped.
 
 One thread owns an engine.
 """
@@ -26,6 +29,7 @@ import collections
 from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import itertools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -56,12 +60,20 @@ class Overloaded(RuntimeError):
   """Too many sequences wait for the engine to take more; try again later."""
 
 
+# Prometheus reads the gauges every few seconds; setting them walks all pages.
+_GAUGE_SECONDS = 0.1
+# Weight of a step that took longer than the estimate of its duration. A shorter
+# one counts whole: the host may have come late to read a result.
+_SLOWER_WEIGHT = 0.1
+
+
 class _Flight(NamedTuple):
   """A step that is dispatched, and whose outputs are not read yet."""
 
   step: sequence_manager.Step
   shape: steps.Shape
   outputs: steps.Outputs
+  sent_at: float  # seconds of `time.perf_counter`
 
 
 class Engine:
@@ -136,6 +148,7 @@ class Engine:
         chunk_tokens=config.chunk_tokens,
         table_width=config.table_width(self.context),
         vocab_size=tokenizer.vocab_size,
+        decode_steps=config.decode_steps,
         compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
@@ -144,7 +157,10 @@ class Engine:
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
     self._ids = itertools.count()
-    self._last_charged = time.perf_counter()
+    self._last_charged = self._last_landed = time.perf_counter()
+    self._last_gauged = 0.0
+    self._step_seconds = math.inf  # of one decode step, estimated
+    self._flops = flops.SpanFlops(self.model_config)
 
   # --------------------------------------------------------------------------
   # Requests
@@ -162,7 +178,7 @@ class Engine:
   @property
   def num_waiting(self) -> int:
     """Number of sequences that wait for a slot."""
-    return self.manager.gauges().num_waiting
+    return self.manager.num_waiting
 
   def checked(self, request: requests_lib.Request) -> requests_lib.Request:
     """Returns a request with its `room`, the tokens that may follow its prompt.
@@ -350,7 +366,7 @@ class Engine:
       yield from self.step()
 
   def step(self) -> list[requests_lib.Update]:
-    """Dispatches the next step, and returns the updates of the step before."""
+    """Dispatches the next steps, and returns the updates of those before."""
     start = time.perf_counter()
     compiled = compilations.on_this_thread()
     # Before sequences enter: they have held no pages until now.
@@ -358,7 +374,8 @@ class Engine:
     plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
-      flight = self._dispatch(self.manager.begin(plan))
+      num = self.manager.decode_steps(plan, self._most_decode_steps())
+      flight = self._dispatch(self.manager.begin(plan, decode_steps=num))
     landed, self._flight = self._flight, flight
     if flight is None and landed is None and self._live:
       raise RuntimeError(
@@ -369,15 +386,34 @@ class Engine:
     updates: list[requests_lib.Update] = []
     if landed is not None:
       before = time.perf_counter()
-      outputs = jax.device_get(landed.outputs)
+      outputs = jax.device_get(self._wanted(landed))
       waited = time.perf_counter() - before
       updates = self._land(landed, outputs)
-    seconds = time.perf_counter() - start
-    self.metrics.step_seconds.inc(seconds)
-    self.metrics.host_seconds.inc(seconds - waited)
+    now = time.perf_counter()
+    self.metrics.step_seconds.inc(now - start)
+    self.metrics.host_seconds.inc(now - start - waited)
     self.metrics.compilations.inc(compilations.on_this_thread() - compiled)
-    self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
+    if now > self._last_gauged + _GAUGE_SECONDS or not self.has_work:
+      self._last_gauged = now
+      self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
+
+  def _most_decode_steps(self) -> int:
+    """Returns how many decode steps last at most `stream_seconds`."""
+    most, seconds = self.config.decode_steps, self.config.stream_seconds
+    if not seconds:
+      return most
+    return max(1, min(most, int(seconds / self._step_seconds)))
+
+  def _wanted(self, flight: _Flight) -> steps.Outputs:
+    """Returns the outputs of a dispatch that a request asks for."""
+    lives = [self._live.get(span.sequence) for span in flight.step.spans]
+    outputs = flight.outputs
+    if not any(live and live.wants_logprobs for live in lives):
+      outputs = outputs._replace(logprobs=None)
+    if not any(live and live.scored_prompt() for live in lives):
+      outputs = outputs._replace(prompt=None)
+    return outputs
 
   def _dispatch(self, step: sequence_manager.Step) -> _Flight | None:
     """Sends a step to the device."""
@@ -397,7 +433,7 @@ class Engine:
     if not step.spans:
       return None
     shape = self._programs.shape_for(len(step.decodes), len(step.chunks))
-    inputs = self._programs.empty_inputs(shape)
+    flat_I, inputs = self._programs.empty_inputs(shape)
     inputs_lib.fill(
       inputs,
       step,
@@ -405,10 +441,10 @@ class Engine:
       answers=self._live,
     )
     self._state, outputs = self._programs.step(
-      shape, self.params, self._state, inputs
+      shape, self.params, self._state, flat_I
     )
-    self._count(step, len(inputs.tokens_T))
-    return _Flight(step, shape, outputs)
+    self.metrics.dispatches.inc()
+    return _Flight(step, shape, outputs, now)
 
   def _seat(self, live: answer_lib.Live) -> None:
     """Writes the settings of a sequence to its slot."""
@@ -422,48 +458,87 @@ class Engine:
         self._state, sequence.slot, sequence.tokens, sequence.num_prompt
       )
 
-  def _land(self, flight: _Flight, outputs) -> list[requests_lib.Update]:
-    """Takes the tokens of a step, and returns the updates."""
+  def _land(
+    self, flight: _Flight, outputs: steps.Outputs
+  ) -> list[requests_lib.Update]:
+    """Takes the tokens of a dispatch, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)
-    updates = self._land_failures(flight, outputs)
-    for place, span in inputs_lib.sampling_spans(
-      flight.step, flight.shape.num_decodes
-    ):
+    num_decodes = flight.shape.num_decodes
+    updates, num_decoded = [], 0
+    for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
+      row = outputs.tokens_SR[:, place].tolist()
+      tokens = [token for token in row if token != steps.NOT_COMPUTED]
       live = self._live.get(span.sequence)
-      if live is None:
-        continue  # it ended while this step ran
-      token = int(outputs.tokens_R[place])
-      self.manager.append(span.sequence, token)
-      since = live.submitted_at if live.last_at is None else live.last_at
-      which = 'first_token' if live.last_at is None else 'inter_token'
-      getattr(self.metrics, which).observe(now - since)
-      updates.append(live.push(token, outputs.logprobs, place, now))
-      self.metrics.sampled_tokens.inc()
-      if live.transcript.finish_reason:
-        self._close(live, live.transcript.finish_reason)
+      if live is None:  # it ended while this dispatch ran
+        if -1 in tokens:
+          self.manager.discard(span.sequence)
+        continue
+      if place >= num_decodes:
+        if not self._take_chunk(live, span, place - num_decodes, outputs):
+          tokens = [-1]
+        if not span.samples and tokens[0] >= 0:
+          continue
+      update, num_taken = self._push(live, span, tokens, outputs, place, now)
+      updates.append(update)
+      if place < num_decodes:
+        live.usage.decode_tokens += num_taken
+        self._charge_flops(live, span.start, num_taken, num_taken)
+        num_decoded += num_taken
+    self._count(flight, outputs, num_decoded, now)
     return updates
 
-  def _land_failures(
-    self, flight: _Flight, outputs
-  ) -> list[requests_lib.Update]:
-    """Takes prompt logprobs, and ends sequences without a finite next token."""
-    updates = []
-    num_decodes = flight.shape.num_decodes
-    for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
-      live = self._live.get(span.sequence)
-      is_sound = outputs.tokens_R[place] >= 0
-      if live and place >= num_decodes and live.scored_prompt():
-        at = (place - num_decodes) * self.config.chunk_tokens
-        is_sound &= live.take_prompt_logprobs(outputs.prompt, span, at)
-      if is_sound:
-        continue
-      if live is None:  # it ended while this step ran
-        self.manager.discard(span.sequence)
-      else:
-        updates.append(live.fail())
-        self._close(live, 'error')
-    return updates
+  def _take_chunk(
+    self,
+    live: answer_lib.Live,
+    chunk: sequence_manager.Span,
+    index: int,
+    outputs: steps.Outputs,
+  ) -> bool:
+    """Charges for a chunk, and takes its logprobs; returns if all are finite.
+
+    Args:
+      live: of the sequence.
+      chunk: the prompt tokens.
+      index: of the chunk among those of the step.
+      outputs: of the step.
+    """
+    is_scored = live.scored_prompt() is not None
+    num_logits = chunk.length if is_scored else int(chunk.samples)
+    live.usage.prefill_tokens += chunk.length
+    self._charge_flops(live, chunk.start, chunk.length, num_logits)
+    if not is_scored:
+      return True
+    assert outputs.prompt is not None
+    at = index * self.config.chunk_tokens
+    return live.take_prompt_logprobs(outputs.prompt, chunk, at)
+
+  def _push(
+    self,
+    live: answer_lib.Live,
+    span: sequence_manager.Span,
+    tokens: list[int],
+    outputs: steps.Outputs,
+    place: int,
+    now: float,
+  ) -> tuple[requests_lib.Update, int]:
+    """Gives an answer its next tokens; returns how many it took."""
+    if not tokens:
+      raise RuntimeError(
+        f'sequence {span.sequence.id}: got no token, expected one, since it has'
+        ' not ended; report this as a bug'
+      )
+    is_first = live.last_at is None
+    since = live.submitted_at if live.last_at is None else live.last_at
+    update, num_taken = live.push(tokens, outputs.logprobs, place, now)
+    taken = [token for token in tokens[:num_taken] if token >= 0]
+    for token in taken:
+      self.manager.append(span.sequence, token)
+    if taken:
+      self.metrics.observe_tokens(len(taken), now - since, is_first=is_first)
+    if live.transcript.finish_reason:
+      self._close(live, live.transcript.finish_reason)
+    return update, num_taken
 
   def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
@@ -477,23 +552,36 @@ class Engine:
       held = len(sequence.pages) * self.page_bytes
       self._live[sequence].usage.kv_byte_seconds += held * seconds
 
-  def _count(self, step: sequence_manager.Step, num_tokens: int) -> None:
-    """Charges the work of a step to its sequences, and counts its tokens.
+  def _charge_flops(
+    self, live: answer_lib.Live, start: int, length: int, num_logits: int
+  ) -> None:
+    cost = self._flops(start, length, num_logits)
+    live.usage.flops += cost
+    self.metrics.flops.inc(cost)
 
-    Args:
-      step: that was dispatched.
-      num_tokens: T of its shape, padding included.
-    """
-    for span in step.spans:
-      live = self._live[span.sequence]
-      num_logits = span.length if live.scored_prompt() else int(span.samples)
-      cost = flops.span_flops(
-        self.model_config, span.start, span.length, num_logits
-      )
-      live.usage.flops += cost
-      self.metrics.flops.inc(cost)
-    for span in step.decodes:
-      self._live[span.sequence].usage.decode_tokens += 1
-    for span in step.chunks:
-      self._live[span.sequence].usage.prefill_tokens += span.length
-    self.metrics.count_step(step, num_tokens)
+  def _count(
+    self,
+    flight: _Flight,
+    outputs: steps.Outputs,
+    num_decoded: int,
+    now: float,
+  ) -> None:
+    """Counts the steps of a dispatch, and estimates their duration."""
+    num_decodes, num_chunks = flight.shape
+    is_computed_SR = outputs.tokens_SR != steps.NOT_COMPUTED
+    num_steps = int(is_computed_SR.any(axis=1).sum())
+    num_prompt = num_chunks * self.config.chunk_tokens
+    self.metrics.count(
+      steps=num_steps,
+      decoded=num_decoded,
+      prefilled=sum(chunk.length for chunk in flight.step.chunks),
+      rows=num_steps * (num_decodes + num_prompt),
+    )
+    if num_steps and not num_chunks:
+      begin = max(flight.sent_at, self._last_landed)
+      seconds = (now - begin) / num_steps
+      if seconds > self._step_seconds:
+        longer = seconds - self._step_seconds
+        seconds = self._step_seconds + _SLOWER_WEIGHT * longer
+      self._step_seconds = seconds
+    self._last_landed = now

@@ -102,6 +102,18 @@ class EngineConfig:
     'auto (the kernel of the platform if it supports the model, else plain'
     ' JAX), kernel (the kernel, or an error) or reference (plain JAX).',
   )
+  decode_steps: int = flag_field.field(
+    32,
+    'Largest number of decode steps that are sent to the device at once, while'
+    ' no prompt is computed; 8 while requests wait. More steps save work of the'
+    ' host. They do not change any token.',
+  )
+  stream_seconds: float = flag_field.field(
+    0.025,
+    'Longest time of the decode steps that are sent at once: tokens of a stream'
+    ' arrive in groups of this time, and a new request waits for up to two'
+    ' groups. 0: no limit, for work without streams.',
+  )
   prefix_cache: bool = flag_field.field(
     True,
     'Keep the pages of earlier prompts, and reuse them for equal prefixes.',
@@ -150,6 +162,12 @@ class EngineConfig:
           f' {self.num_pages}, expected one of them; leave one out'
         )
     expect.at_least('engine.max_waiting', self.max_waiting, 0)
+    expect.at_least('engine.decode_steps', self.decode_steps, 1)
+    if not 0 <= self.stream_seconds < math.inf:
+      raise ValueError(
+        f'engine.stream_seconds: got {self.stream_seconds}, expected a finite'
+        ' number of seconds, at least 0'
+      )
     tile, size = _tile_slots(), self.page_size
     if size < 0 or (size and tile % size and size % tile):
       raise ValueError(

@@ -1,6 +1,8 @@
 """The arrays of a planned step, filled on the host."""
 
 from collections.abc import Mapping
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,40 +10,71 @@ from inference.engine import answer, steps
 from inference.scheduling import page_tables, sequence_manager
 
 
+class Layout(NamedTuple):
+  """The sizes of the arrays of a step; static where a program is traced."""
+
+  num_decodes: int  # D
+  num_chunks: int  # X
+  chunk_tokens: int
+  table_width: int  # L, pages of a sequence that fills the context
+  num_sampled: int  # R, tokens to sample; at least one per decode and chunk
+
+  def shapes(self) -> steps.Inputs:
+    """Returns the shape of each array."""
+    num_prompt = self.num_chunks * self.chunk_tokens
+    num_tokens = self.num_decodes + num_prompt
+    return steps.Inputs(
+      tokens_T=(num_tokens,),
+      positions_T=(num_tokens,),
+      lengths_D=(self.num_decodes,),
+      decode_table_DL=(self.num_decodes, self.table_width),
+      chunk_table_XL=(self.num_chunks, self.table_width),
+      rows_R=(self.num_sampled,),
+      slots_R=(self.num_sampled,),
+      forced_R=(self.num_sampled,),
+      targets_M=(num_prompt,),
+      prompt_logprobs_X=(self.num_chunks,),
+    )
+
+  @property
+  def size(self) -> int:
+    """Numbers in all arrays."""
+    return sum(math.prod(shape) for shape in self.shapes())
+
+
+def split(flat_I: Any, layout: Layout) -> steps.Inputs:
+  """Returns the arrays of a step, which lie in one array, one after another.
+
+  One array reaches the device in one transfer. NumPy arrays are views.
+  """
+  arrays, start = [], 0
+  for shape in layout.shapes():
+    stop = start + math.prod(shape)
+    arrays.append(flat_I[start:stop].reshape(shape))
+    start = stop
+  return steps.Inputs(*arrays)
+
+
 def empty(
-  shape: steps.Shape,
-  *,
-  chunk_tokens: int,
-  table_width: int,
-  num_sampled: int,
-  padding_slot: int,
-) -> steps.Inputs:
-  """Returns inputs of padding only.
+  layout: Layout, *, padding_slot: int
+) -> tuple[np.ndarray, steps.Inputs]:
+  """Returns inputs of padding only: one array, and the views of its parts.
 
   Args:
-    shape: of the step.
-    chunk_tokens: tokens per chunk.
-    table_width: L, pages of a sequence that fills the context.
-    num_sampled: R, tokens to sample; at least one per decode and chunk.
+    layout: of the step.
     padding_slot: the slot that belongs to no sequence.
   """
-  num_decodes, num_chunks = shape
-  num_prompt = num_chunks * chunk_tokens
-
-  def full(*size: int, value: int = 0) -> np.ndarray:
-    return np.full(size, value, np.int32)
-
-  return steps.Inputs(
-    tokens_T=full(num_decodes + num_prompt),
-    positions_T=full(num_decodes + num_prompt, value=-1),
-    decode_table_DL=full(num_decodes, table_width),
-    chunk_table_XL=full(num_chunks, table_width),
-    rows_R=full(num_sampled),
-    slots_R=full(num_sampled, value=padding_slot),
-    forced_R=full(num_sampled, value=-1),
-    targets_M=full(num_prompt, value=-1),
-    prompt_logprobs_X=full(num_chunks, value=-1),
-  )
+  flat_I = np.zeros((layout.size,), np.int32)
+  inputs = split(flat_I, layout)
+  inputs.slots_R[:] = padding_slot
+  for absent in (
+    inputs.positions_T,
+    inputs.forced_R,
+    inputs.targets_M,
+    inputs.prompt_logprobs_X,
+  ):
+    absent[:] = -1
+  return flat_I, inputs
 
 
 def fill(
@@ -63,10 +96,10 @@ def fill(
   for index, decode in enumerate(step.decodes):
     inputs.tokens_T[index] = -1 if decode.tokens is None else decode.tokens[0]
     inputs.positions_T[index] = decode.start
+    inputs.lengths_D[index] = decode.length
     inputs.decode_table_DL[index, : len(decode.pages)] = decode.pages
     inputs.rows_R[index] = index
-    if decode.samples:
-      inputs.slots_R[index] = decode.slot
+    inputs.slots_R[index] = decode.slot
   for index, chunk in enumerate(step.chunks):
     at = num_decodes + index * chunk_tokens
     part = slice(at, at + chunk.length)
@@ -84,28 +117,21 @@ def fill(
       targets = prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
       at = index * chunk_tokens
       inputs.targets_M[at : at + len(targets)] = targets
-  for place, span in sampling_spans(step, num_decodes):
-    live = answers[span.sequence]
-    token = live.forced_token(span.start + span.length)
-    if token is not None:
-      inputs.forced_R[place] = token
-
-
-def sampling_spans(
-  step: sequence_manager.Step, num_decodes: int
-) -> list[tuple[int, sequence_manager.Span]]:
-  """Returns the spans that sample, each with its index in the outputs.
-
-  Args:
-    step: the planned step.
-    num_decodes: D of the shape that it was computed in.
-  """
-  spans = placed_spans(step, num_decodes)
-  return [(place, span) for place, span in spans if span.samples]
+  for place, span in placed_spans(step, num_decodes):
+    if span.samples:
+      num_given = len(span.tokens) if span.tokens else 1
+      token = answers[span.sequence].forced_token(span.start + num_given)
+      if token is not None:
+        inputs.forced_R[place] = token
 
 
 def placed_spans(
   step: sequence_manager.Step, num_decodes: int
 ) -> list[tuple[int, sequence_manager.Span]]:
-  """Returns all spans, each with its index in the outputs."""
+  """Returns all spans, each with its index in the outputs.
+
+  Args:
+    step: the planned step.
+    num_decodes: D of the shape that it was computed in.
+  """
   return [*enumerate(step.decodes), *enumerate(step.chunks, num_decodes)]

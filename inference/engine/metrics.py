@@ -34,7 +34,11 @@ class Metrics:
         name, text, registry=self.registry, buckets=_SECONDS
       )
 
-    self.steps = counter('engine_steps', 'Steps dispatched.')
+    self.steps = counter('engine_steps', 'Steps computed.')
+    self.dispatches = counter(
+      'engine_dispatches',
+      'Programs with one or more steps that were sent to the device.',
+    )
     self.step_seconds = counter('engine_step_seconds', 'Wall time of steps.')
     self.host_seconds = counter(
       'engine_host_seconds',
@@ -86,14 +90,37 @@ class Metrics:
       'queue_seconds', 'From submission to the first step.'
     )
 
-  def count_step(self, step: sequence_manager.Step, num_tokens: int) -> None:
-    """Counts the tokens of a step; its shape has `num_tokens`, with padding."""
-    num_real = sum(span.length for span in step.spans)
-    self.steps.inc()
-    self.decode_tokens.inc(len(step.decodes))
-    self.prefill_tokens.inc(num_real - len(step.decodes))
-    self.rows.labels('real').inc(num_real)
-    self.rows.labels('padding').inc(num_tokens - num_real)
+  def count(
+    self, *, steps: int, decoded: int, prefilled: int, rows: int
+  ) -> None:
+    """Counts the steps of a dispatch.
+
+    Args:
+      steps: that the device computed.
+      decoded: tokens that were decoded, and belong to an answer.
+      prefilled: tokens that were computed in chunks.
+      rows: tokens of the shape, in all steps; the others are padding.
+    """
+    self.steps.inc(steps)
+    self.decode_tokens.inc(decoded)
+    self.prefill_tokens.inc(prefilled)
+    self.rows.labels('real').inc(decoded + prefilled)
+    self.rows.labels('padding').inc(rows - decoded - prefilled)
+
+  def observe_tokens(self, num: int, since: float, *, is_first: bool) -> None:
+    """Notes that tokens of a sequence arrived together.
+
+    Args:
+      num: of tokens.
+      since: seconds from the token before, or from the submission.
+      is_first: whether the first token of the sequence is among them.
+    """
+    self.sampled_tokens.inc(num)
+    if is_first:
+      self.first_token.observe(since)
+      num, since = num - 1, 0.0
+    for _ in range(num):
+      self.inter_token.observe(since / num)
 
   def set_gauges(
     self, gauges: sequence_manager.Gauges, page_tokens: int

@@ -1,13 +1,18 @@
 """Compiles the steps of an engine, so that no request waits for it.
 
-`Programs` compiles `steps.decode_step` and `steps.prefill` for each shape
+`Programs` compiles `steps.decode_steps` or `steps.prefill` for each shape
 (D decodes, X chunks), and `steps.sample` for a few numbers of tokens. It calls
 executables, which cannot compile anything. An engine may start with the few
 shapes that hold every step, and get the others from another thread: until then
 its steps have more padding.
+
+The host's arrays of a step reach a program as one array. A program of decodes
+also samples; after a prefill another program does, since the filters of the
+sampler take longer to compile than a layer of the model.
 """
 
 from concurrent import futures
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +39,7 @@ class Programs:
     chunk_tokens: int,
     table_width: int,
     vocab_size: int,
+    decode_steps: int = 1,
     compile_all: bool = True,
   ):
     """Compiles the programs that steps need.
@@ -46,6 +52,7 @@ class Programs:
       chunk_tokens: R, tokens per chunk.
       table_width: L, pages of a sequence that fills the context.
       vocab_size: V, ids that may be sampled.
+      decode_steps: S, decode steps of one call at most.
       compile_all: False leaves the shapes without which every step can be
         computed to `compile_rest`.
     """
@@ -54,6 +61,7 @@ class Programs:
     self._table_width = table_width
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
+    self._decode_steps = decode_steps
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
@@ -67,7 +75,8 @@ class Programs:
 
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns shapes, and before them the sizes that they sample with."""
-    return [*dict.fromkeys(map(self._num_sampled, shapes)), *shapes]
+    sizes = [self._num_sampled(each) for each in shapes if each.num_chunks]
+    return [*dict.fromkeys(sizes), *shapes]
 
   def _compile(self, keys: list[Any]) -> None:
     """Compiles the programs of the keys that have none."""
@@ -88,19 +97,25 @@ class Programs:
     slot, ids_T = np.int32(0), np.zeros((self._max_length,), np.int32)
     pages_Z = np.zeros((COPIES,), np.int32)
     if isinstance(key, steps.Shape):
-      step = steps.prefill if key.num_chunks else steps.decode_step
-      return step.lower(
+      layout = self._layout(key)
+      flat_I = np.zeros((layout.size,), np.int32)
+      static = {'model': self._model, 'vocab_size': self._vocab_size}
+      if key.num_chunks:
+        return _prefill.lower(
+          params, kv_cache, slots.last_B, flat_I, layout=layout, **static
+        )
+      return _decode_steps.lower(
         params,
-        kv_cache,
-        slots.last_B,
-        self.empty_inputs(key),
-        model=self._model,
-        vocab_size=self._vocab_size,
+        self._state,
+        flat_I,
+        layout=layout,
+        most=self._decode_steps,
+        **static,
       )
     if isinstance(key, int):
       logits_RV = jax.ShapeDtypeStruct((key, self._vocab_size), jnp.float32)
       zeros_R = np.zeros((key,), np.int32)
-      return steps.sample.lower(slots, logits_RV, zeros_R, zeros_R, zeros_R)
+      return _sample.lower(slots, logits_RV, zeros_R, zeros_R, zeros_R)
     if key == 'seat':
       return device_state.seat.lower(slots, slot, sampler_lib.idle())
     if key == 'recount':
@@ -125,17 +140,22 @@ class Programs:
       and shape in self._compiled
     )
 
-  def empty_inputs(self, shape: steps.Shape) -> steps.Inputs:
-    """Returns inputs of padding only."""
+  def empty_inputs(
+    self, shape: steps.Shape
+  ) -> tuple[np.ndarray, steps.Inputs]:
+    """Returns inputs of padding only: one array, and the views of its parts."""
     return inputs_lib.empty(
-      shape,
-      chunk_tokens=self._chunk_tokens,
-      table_width=self._table_width,
-      num_sampled=self._num_sampled(shape),
-      padding_slot=self._padding_slot,
+      self._layout(shape), padding_slot=self._padding_slot
+    )
+
+  def _layout(self, shape: steps.Shape) -> inputs_lib.Layout:
+    return inputs_lib.Layout(
+      *shape, self._chunk_tokens, self._table_width, self._num_sampled(shape)
     )
 
   def _num_sampled(self, shape: steps.Shape) -> int:
+    if not shape.num_chunks:
+      return shape.num_decodes
     return next(size for size in self._sample_sizes if size >= sum(shape))
 
   def step(
@@ -143,22 +163,25 @@ class Programs:
     shape: steps.Shape,
     params: device_state.Params,
     state: device_state.State,
-    inputs: steps.Inputs,
+    flat_I: np.ndarray,
   ) -> tuple[device_state.State, steps.Outputs]:
-    """Computes one step: `prefill` or `decode_step`, then `sample`.
+    """Computes `decode_steps`, or `prefill` and `sample`. Donates `state`.
 
-    Donates `state`.
+    Args:
+      shape: of the step.
+      params: serving params.
+      state: of the engine.
+      flat_I: the inputs of the step, filled.
     """
-    # The prompt's logprobs, which `decode_step` does not have, come last.
-    kv_cache, logits_RV, *prompt = self._compiled[shape](
-      params, state.kv_cache, state.slots.last_B, inputs
+    if not shape.num_chunks:
+      return self._compiled[shape](params, state, flat_I)
+    kv_cache, logits_RV, prompt, where = self._compiled[shape](
+      params, state.kv_cache, state.slots.last_B, flat_I
     )
-    positions_R = inputs.positions_T[inputs.rows_R] + 1
-    slots, tokens_R, found = self._compiled[len(positions_R)](
-      state.slots, logits_RV, inputs.slots_R, positions_R, inputs.forced_R
-    )
-    outputs = steps.Outputs(tokens_R, found, prompt[0] if prompt else None)
-    return device_state.State(kv_cache, slots), outputs
+    sample = self._compiled[self._num_sampled(shape)]
+    slots, outputs = sample(state.slots, logits_RV, *where)
+    state = device_state.State(kv_cache, slots)
+    return state, outputs._replace(prompt=prompt)
 
   def seat(
     self, state: device_state.State, slot: int, row: sampler_lib.Sampler
@@ -193,6 +216,42 @@ class Programs:
       source_Z[: len(some)], target_Z[: len(some)] = zip(*some, strict=True)
       kv_cache = self._compiled['copy'](kv_cache, source_Z, target_Z)
     return state._replace(kv_cache=kv_cache)
+
+
+@functools.partial(
+  jax.jit,
+  donate_argnames=('state',),
+  static_argnames=('layout', 'model', 'vocab_size', 'most'),
+)
+def _decode_steps(params, state, flat_I, *, layout, **static):
+  inputs = inputs_lib.split(flat_I, layout)
+  return steps.decode_steps(params, state, inputs, **static)
+
+
+@functools.partial(
+  jax.jit,
+  donate_argnames=('kv_cache',),
+  static_argnames=('layout', 'model', 'vocab_size'),
+)
+def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
+  """Returns the results of `prefill`, and the arguments of `sample`."""
+  inputs = inputs_lib.split(flat_I, layout)
+  kv_cache, logits_RV, prompt = steps.prefill(
+    params, kv_cache, last_B, inputs, **static
+  )
+  positions_R = inputs.positions_T[inputs.rows_R] + 1
+  where = inputs.slots_R, positions_R, inputs.forced_R
+  return kv_cache, logits_RV, prompt, where
+
+
+@functools.partial(jax.jit, donate_argnames=('slots',))
+def _sample(slots, logits_RV, slots_R, positions_R, forced_R):
+  """Returns the results of `sample` as those of one decode step."""
+  slots, *found = steps.sample(
+    slots, logits_RV, slots_R, positions_R, forced_R
+  )
+  tokens_SR, logprobs = jax.tree.map(lambda leaf: leaf[None], found)
+  return slots, steps.Outputs(tokens_SR, logprobs, None)
 
 
 def _holding_all(shapes: list[steps.Shape]) -> list[steps.Shape]:

@@ -1,14 +1,16 @@
 """The steps of the engine: pure, jitted functions that run on the device.
 
+    state, outputs = decode_steps(params, state, inputs, ...)
     kv_cache, logits_RV = decode_step(params, kv_cache, last_B, inputs, ...)
     kv_cache, logits_RV, prompt = prefill(params, kv_cache, last_B, inputs, ...)
     slots, tokens_R, logprobs = sample(slots, logits_RV, slots_R, ...)
 
-The story in five lines. A sequence first runs `prefill`: its prompt is computed
+The story in six lines. A sequence first runs `prefill`: its prompt is computed
 in chunks of R tokens, which write keys and values into pages of the KV cache.
 Then it runs `decode_step` once per token: one token goes in, attends to its
 pages, and the logits of the next token come out. `sample` turns logits into
-tokens, and keeps the tokens on the device for the next step. Both functions
+tokens, and keeps the tokens on the device for the next step. `decode_steps`
+repeats `decode_step` and `sample` in one program, without the host. All of them
 compute many sequences at once, and `prefill` takes decodes along.
 
 The KV cache is an explicit pytree, an argument and a result. Each function
@@ -37,6 +39,7 @@ from inference.sampling import (
   logprobs as logprobs_lib,
   penalties,
   sampler as sampler_lib,
+  settings as settings_lib,
 )
 from models import kv_cache as kv_cache_lib, layout, transformer
 
@@ -46,6 +49,11 @@ class Shape(NamedTuple):
 
   num_decodes: int  # D
   num_chunks: int  # X
+
+
+# In place of a token: it was not computed, since the sequence had ended or has
+# fewer decode steps than others.
+NOT_COMPUTED = -2
 
 
 class Inputs(NamedTuple):
@@ -58,6 +66,7 @@ class Inputs(NamedTuple):
 
   tokens_T: Any  # -1: the token that was sampled last in the slot
   positions_T: Any  # -1: padding
+  lengths_D: Any  # decode steps of each decode; 0: padding
   decode_table_DL: Any  # page table of each decode
   chunk_table_XL: Any  # page table of each chunk
   rows_R: Any  # index in T of the token that each sampled token follows
@@ -68,12 +77,94 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """The results of one step that the host reads."""
+  """The results of one dispatch that the host reads.
 
-  # int32; -1: the tokens before, or the logits, are not finite
-  tokens_R: Any
-  logprobs: logprobs_lib.Logprobs  # of those tokens
+  S is the number of decode steps; 1 with chunks.
+  """
+
+  # int32; -1: the tokens before, or the logits, are not finite; NOT_COMPUTED
+  tokens_SR: Any
+  logprobs: logprobs_lib.Logprobs  # of those tokens, each with an axis S
   prompt: logprobs_lib.Logprobs | None  # of targets_M; None without chunks
+
+
+@functools.partial(
+  jax.jit,
+  donate_argnames=('state',),
+  static_argnames=('model', 'vocab_size', 'most'),
+)
+def decode_steps(
+  params: device_state.Params,
+  state: device_state.State,
+  inputs: Inputs,
+  *,
+  model: transformer.Transformer,
+  vocab_size: int,
+  most: int,
+) -> tuple[device_state.State, Outputs]:
+  """Computes and samples tokens of D sequences, step by step. Donates `state`.
+
+  A sequence takes part for `inputs.lengths_D` steps, or until a token ends it.
+  The call ends when no sequence takes part any more. Its tokens do not depend
+  on how many steps a call has: it repeats the same computation.
+
+  Args:
+    params: serving params.
+    state: of the engine.
+    inputs: of the first step, without chunks; R = D.
+    model: the model that the params belong to.
+    vocab_size: V, ids that may be sampled; the embedding may have more rows.
+    most: S, the largest number of steps.
+
+  Returns:
+    The state after the steps, and the outputs of all of them.
+  """
+  num_decodes = len(inputs.slots_R)
+  padding_slot = len(state.slots.last_B) - 1
+
+  def takes_part_D(index, slots: device_state.Slots) -> jax.Array:
+    is_open_D = ~slots.has_ended_B[inputs.slots_R]
+    return (index < inputs.lengths_D) & is_open_D
+
+  def is_left(carry):
+    index, state, _ = carry
+    return jnp.any(takes_part_D(index, state.slots))
+
+  def step(carry):
+    index, state, outputs = carry
+    kv_cache, slots = state
+    is_part_D = takes_part_D(index, slots)
+    now = inputs._replace(
+      # The tokens that the host knows are of the first step.
+      tokens_T=jnp.where(index == 0, inputs.tokens_T, -1),
+      positions_T=jnp.where(is_part_D, inputs.positions_T + index, -1),
+      slots_R=jnp.where(is_part_D, inputs.slots_R, padding_slot),
+      forced_R=jnp.where(index == 0, inputs.forced_R, -1),
+    )
+    kv_cache, logits_RV = decode_step(
+      params, kv_cache, slots.last_B, now, model=model, vocab_size=vocab_size
+    )
+    slots, tokens_R, found = sample(
+      slots, logits_RV, now.slots_R, now.positions_T + 1, now.forced_R
+    )
+    tokens_R = jnp.where(is_part_D, tokens_R, NOT_COMPUTED)
+    made = Outputs(tokens_R, found, None)
+    outputs = jax.tree.map(lambda all, one: all.at[index].set(one), outputs, made)
+    return index + 1, device_state.State(kv_cache, slots), outputs
+
+  num_found = most, num_decodes, settings_lib.MAX_LOGPROBS
+  outputs = Outputs(
+    jnp.full((most, num_decodes), NOT_COMPUTED),
+    logprobs_lib.Logprobs(
+      jnp.zeros((most, num_decodes)),
+      jnp.full(num_found, -1),
+      jnp.zeros(num_found),
+    ),
+    None,
+  )
+  first = jnp.int32(0), state, outputs
+  _, state, outputs = jax.lax.while_loop(is_left, step, first)
+  return state, outputs
 
 
 @functools.partial(
@@ -157,8 +248,9 @@ def sample(
     forced_R: token to take instead of a sampled one; -1: none.
 
   Returns:
-    The slots with the tokens in `last_B` and `seen_BV`, the tokens, int32 [R],
-    and their logprobs. The token after logits that are not finite is -1.
+    The slots with the tokens in `last_B` and `seen_BV` and the ends in
+    `has_ended_B`, the tokens, int32 [R], and their logprobs. The token after
+    logits that are not finite is -1; it ends its sequence.
   """
   sampler = sampler_lib.take(slots.sampler, slots_R)
   tokens_R = sampler_lib.sample(
@@ -166,12 +258,14 @@ def sample(
   )
   tokens_R = jnp.where(forced_R < 0, tokens_R, forced_R)
   found = logprobs_lib.logprobs(logits_RV, tokens_R, sampler.num_logprobs_B)
+  is_finite_R = jnp.all(jnp.isfinite(logits_RV), axis=-1)
+  is_end_R = sampler_lib.is_end(tokens_R, sampler, positions_R)
   slots = slots._replace(
+    # An id that can be embedded, also after logits that are not finite.
     last_B=slots.last_B.at[slots_R].set(tokens_R),
+    has_ended_B=slots.has_ended_B.at[slots_R].max(is_end_R | ~is_finite_R),
     seen_BV=penalties.count(slots.seen_BV, slots_R, tokens_R),
   )
-  # The slots keep an id that can be embedded: the host is a step ahead.
-  is_finite_R = jnp.all(jnp.isfinite(logits_RV), axis=-1)
   return slots, jnp.where(is_finite_R, tokens_R, -1), found
 
 

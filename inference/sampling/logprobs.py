@@ -99,18 +99,20 @@ def logprobs(
   )
 
 
-def of_row(found: Logprobs, row: int, num_logprobs: int) -> TokenLogprobs:
+def of_row(
+  found: Logprobs, row: int | tuple[int, ...], num_logprobs: int
+) -> TokenLogprobs:
   """Returns the logprobs of one row as Python numbers.
 
   Args:
     found: NumPy arrays: one transfer for all rows, not one per row.
-    row: index of the row.
+    row: index of the row; several numbers if there are more axes than B.
     num_logprobs: alternatives that the row requested.
   """
   return TokenLogprobs(
     float(found.chosen_B[row]),
-    tuple(found.ids_BK[row, :num_logprobs].tolist()),
-    tuple(found.values_BK[row, :num_logprobs].tolist()),
+    tuple(found.ids_BK[row][:num_logprobs].tolist()),
+    tuple(found.values_BK[row][:num_logprobs].tolist()),
   )
 
 
@@ -131,11 +133,10 @@ def row_sum(values_BV: jax.Array) -> jax.Array:
     num_spare = -width % (num_parts * size)
     values_BV = jnp.pad(values_BV, ((0, 0), (0, num_spare)))
     pieces = values_BV.reshape(num_rows, -1, num_parts, size)
-    parts = [pieces[:, :, index] for index in range(num_parts)]
     # Neighbouring pieces, so that memory is read in one direction. Adding one
     # half of a row to the other took up to six times as long where the length
     # was a power of two.
-    while len(parts) > 1:
-      parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    values_BV = parts[0].reshape(num_rows, -1)
+    while pieces.shape[2] > 1:
+      pieces = pieces[:, :, ::2] + pieces[:, :, 1::2]
+    values_BV = pieces.reshape(num_rows, -1)
   return values_BV[:, 0]

@@ -59,6 +59,7 @@ class Sampler(NamedTuple):
   bias_ids_BL: Any  # int32 [B, MAX_BIASED] token ids; -1 is none
   bias_values_BL: Any  # float32, added to the logits of `bias_ids_BL`
   stop_ids_BI: Any  # int32 [B, MAX_STOP_IDS + 1], EOS among them; -1 is none
+  end_ids_BI: Any  # the same, without an EOS that is ignored
   min_position_B: Any  # int32, first position where a stop id may be sampled
   num_logprobs_B: Any  # int32, alternatives; 0: sampled token only, -1: none
   key_B: Any  # typed PRNG keys; on the host, two uint32 words of the seed
@@ -83,6 +84,7 @@ def row(
     eos_id: None for a tokenizer without one.
   """
   stop_ids = [*settings.stop_ids] + ([] if eos_id is None else [eos_id])
+  end_ids = settings.stop_ids if settings.ignore_eos else stop_ids
   biases = settings.logit_bias
   least = settings.min_tokens
   first_end = num_prompt_tokens + least if least else 0
@@ -103,6 +105,7 @@ def row(
       [bias for _, bias in biases], settings_lib.MAX_BIASED, 0, np.float32
     ),
     stop_ids_BI=_filled(stop_ids, settings_lib.MAX_STOP_IDS + 1, -1, np.int32),
+    end_ids_BI=_filled(end_ids, settings_lib.MAX_STOP_IDS + 1, -1, np.int32),
     min_position_B=np.int32(min(first_end, _MAX_INT32)),
     num_logprobs_B=np.int32(
       -1 if settings.logprobs is None else settings.logprobs
@@ -186,6 +189,23 @@ def sample(
   is_plain = jnp.all(is_greedy_B) & ~_any_adjusted(sampler, positions_B)
   # A plain batch does not even copy its logits.
   return jax.lax.cond(is_plain, _argmax, sampled, logits_BV)
+
+
+def is_end(
+  tokens_B: jax.Array, sampler: Sampler, positions_B: jax.Array
+) -> jax.Array:
+  """Returns whether each token ends its sequence, bool [B].
+
+  By EOS or a stop id, as `output.stopping.Transcript` decides on the host, and
+  before the host knows the token.
+
+  Args:
+    tokens_B: the sampled tokens.
+    sampler: the settings of each sequence.
+    positions_B: of the tokens.
+  """
+  is_among_B = jnp.any(tokens_B[:, None] == sampler.end_ids_BI, axis=-1)
+  return is_among_B & ~_is_too_early(sampler, positions_B)
 
 
 def filtered_logits(
@@ -273,31 +293,38 @@ def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
   has_top_p_B = sampler.top_p_B < 1.0
   has_min_p_B = sampler.min_p_B > 0.0
 
-  def top_k(keep_BV):
-    count_B = sampler.top_k_B.astype(jnp.float32)
-    kept_BV = _heaviest(scaled_BV, jnp.ones_like(scaled_BV), count_B)
-    return keep_BV & (kept_BV | ~has_top_k_B[:, None])
-
-  def top_p(keep_BV):
+  def search(index, keep_BV):
+    """Applies top-k (0) or top-p (1): one body, since it compiles for long."""
+    is_top_p = index == 1
     mass_BV = jnp.where(keep_BV, jnp.exp(scaled_BV), 0.0)
-    wanted_B = sampler.top_p_B * logprobs.row_sum(mass_BV)
-    kept_BV = _heaviest(scaled_BV, mass_BV, wanted_B)
-    return keep_BV & (kept_BV | ~has_top_p_B[:, None])
+    kept_BV = _heaviest(
+      scaled_BV,
+      jnp.where(is_top_p, mass_BV, 1.0),
+      jnp.where(
+        is_top_p,
+        sampler.top_p_B * logprobs.row_sum(mass_BV),
+        sampler.top_k_B.astype(jnp.float32),
+      ),
+    )
+    has_filter_B = jnp.where(is_top_p, has_top_p_B, has_top_k_B)
+    return keep_BV & (kept_BV | ~has_filter_B[:, None])
 
   def min_p(keep_BV):
     # The most probable token passes both filters: its value is exp(0) = 1.
     return keep_BV & (jnp.exp(scaled_BV) >= sampler.min_p_B[:, None])
 
   def filtered(scaled_BV):
-    keep_BV = jnp.ones(scaled_BV.shape, bool)
+    def is_needed(has_filter_B):
+      return jnp.any(has_filter_B & ~is_greedy_B)
+
     # A search costs 32 passes over the vocabulary: it runs only if needed.
-    for has_filter_B, keep in (
-      (has_top_k_B, top_k),
-      (has_top_p_B, top_p),
-      (has_min_p_B, min_p),
-    ):
-      is_needed = jnp.any(has_filter_B & ~is_greedy_B)
-      keep_BV = jax.lax.cond(is_needed, keep, lambda x: x, keep_BV)
+    first = jnp.where(is_needed(has_top_k_B), 0, 1)
+    last = jnp.where(is_needed(has_top_p_B), 1, 0)
+    keep_BV = jnp.ones(scaled_BV.shape, bool)
+    keep_BV = jax.lax.fori_loop(first, last + 1, search, keep_BV)
+    keep_BV = jax.lax.cond(
+      is_needed(has_min_p_B), min_p, lambda x: x, keep_BV
+    )
     return jnp.where(keep_BV, scaled_BV, -jnp.inf)
 
   has_any_B = (has_top_k_B | has_top_p_B | has_min_p_B) & ~is_greedy_B

@@ -51,6 +51,11 @@ class Sequence:
     return self.num_known - self.num_computed
 
   @property
+  def num_unsampled(self) -> int:
+    """Tokens that may still be sampled, without those in flight."""
+    return self.max_known - self.num_known
+
+  @property
   def is_running(self) -> bool:
     """Whether it has a slot."""
     return self.slot is not None
@@ -142,6 +147,12 @@ class PageTables:
       is_running=sequence.is_running,
       is_ready=sequence.is_ready,
     )
+
+  def num_missing(self, sequence: Sequence, length: int) -> int:
+    """Returns how many pages `grow` would allocate."""
+    num_pages = self.num_pages(sequence.num_computed + length)
+    copied = self.copied(sequence) is not None
+    return num_pages - len(sequence.pages) + copied
 
   def grow(self, sequence: Sequence, length: int) -> list[tuple[int, int]]:
     """Allocates the pages for `length` more tokens.

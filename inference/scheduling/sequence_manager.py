@@ -12,6 +12,9 @@ not. Pages change hands without waiting for the device: a page may be released
 while a dispatched step writes to it, because the device runs steps in order and
 the next owner of the page writes in a later step.
 
+A step without chunks may compute several tokens of each sequence, one after
+another: `decode_steps` says how many may follow without another plan.
+
 One thread owns a SequenceManager.
 """
 
@@ -22,6 +25,11 @@ import heapq
 import itertools
 
 from inference.scheduling import fairness, page_tables, scheduler
+
+
+# Decode steps of one dispatch while sequences wait: a place that becomes free is
+# given away after at most so many steps more.
+_STEPS_BEFORE_WAITING = 8
 
 
 class Refused(ValueError):
@@ -35,10 +43,10 @@ class Span:
   sequence: page_tables.Sequence
   slot: int  # of the sequence in this step; it may have another one later
   start: int  # position of the first token
-  length: int
-  # Token ids. None: one token, in flight: the token sampled last in this slot.
-  # A new owner of a slot never reads the token of the owner before, since its
-  # first tokens are known.
+  length: int  # of a decode: its successive decode steps
+  # Token ids; of a decode the first one. None: it is in flight, the token
+  # sampled last in this slot. A new owner of a slot never reads the token of
+  # the owner before, since its first tokens are known.
   tokens: tuple[int, ...] | None
   pages: tuple[int, ...]  # page table up to position start + length
   samples: bool  # whether a token is sampled after the last position
@@ -54,7 +62,9 @@ class Step:
   """
 
   copies: tuple[tuple[int, int], ...]  # pages (source, destination)
-  decodes: tuple[Span, ...]  # one token each, in ascending order of context
+  # In ascending order of context. One token each, or several if there are no
+  # chunks: then each token is sampled before the next one is computed.
+  decodes: tuple[Span, ...]
   chunks: tuple[Span, ...]  # at most `chunk_tokens` tokens each
   # Sequences that got a slot in this step; each has a span.
   seated: tuple[page_tables.Sequence, ...]
@@ -197,11 +207,45 @@ class SequenceManager:
     )
     return self._planned
 
-  def begin(self, plan: scheduler.StepPlan) -> Step:
+  def decode_steps(self, plan: scheduler.StepPlan, most: int) -> int:
+    """Returns how many decode steps may be computed before the next plan.
+
+    More than one only if the next plan would decode the same sequences: none
+    has prompt tokens left, none enters or gives pages back, and the pages that
+    no sequence holds suffice.
+
+    Args:
+      plan: the latest.
+      most: at most so many.
+    """
+    if plan.prefills or plan.preempted or plan.admitted or not plan.decodes:
+      return 1
+    ready = sum(each.is_ready for each in self._running.values())
+    if ready > len(plan.decodes):
+      return 1  # prompt tokens of another sequence wait for a later step
+    if any(each.is_ready for each in self._waiting.values()):
+      most = min(most, _STEPS_BEFORE_WAITING)
+    sequences = [self._sequences[id] for id in plan.decodes]
+    most = min(most, max(each.num_unsampled for each in sequences))
+    allocator = self.tables.allocator
+    room = allocator.num_free + allocator.num_idle
+    while most > 1 and room < sum(
+      self.tables.num_missing(each, min(most, each.num_unsampled))
+      for each in sequences
+    ):
+      most //= 2
+    return most
+
+  def begin(self, plan: scheduler.StepPlan, *, decode_steps: int = 1) -> Step:
     """Carries out a plan and returns the step for the device.
 
     From here on, all tokens of the step count as computed. The positions of the
     tokens that it samples count as known.
+
+    Args:
+      plan: the latest.
+      decode_steps: tokens of each decode, as `decode_steps` allows. A sequence
+        that reaches its last token before has fewer.
 
     Raises:
       ValueError: `plan` is not the latest plan, or a sequence has left since.
@@ -220,7 +264,11 @@ class SequenceManager:
     seated = [self._sequences[id] for id in plan.admitted]
     for sequence in seated:
       self._seat(sequence)
-    work = [(self._sequences[id], 1) for id in plan.decodes]
+    decoding = [self._sequences[id] for id in plan.decodes]
+    work = [
+      (sequence, min(decode_steps, sequence.num_unsampled))
+      for sequence in decoding
+    ]
     work += [(self._sequences[each.id], each.length) for each in plan.prefills]
     copies = []
     for sequence, length in work:
@@ -230,8 +278,8 @@ class SequenceManager:
     step = Step(
       copies=tuple(copies),
       decodes=tuple(
-        self._span(sequence, sequence.num_computed, 1)
-        for sequence, _ in decodes
+        self._span(sequence, sequence.num_computed, length, is_decode=True)
+        for sequence, length in decodes
       ),
       chunks=tuple(
         span
@@ -241,10 +289,13 @@ class SequenceManager:
       seated=tuple(seated),
       preempted=tuple(preempted),
     )
-    for sequence, length in work:
+    for sequence, length in decodes:
+      for _ in range(length):
+        self._advance(sequence, 1)
+    for sequence, length in prefills:
       self._advance(sequence, length)
     self._charge(work)
-    self.num_steps += 1
+    self.num_steps += max((length for _, length in decodes), default=1)
     return step
 
   def append(self, sequence: page_tables.Sequence, token: int) -> None:
@@ -267,13 +318,17 @@ class SequenceManager:
     """Removes a sequence; its tokens in flight are lost.
 
     Its pages are released at once. The prefix cache keeps full pages of known
-    tokens. A plan made before is void, since it may count on the sequence.
+    tokens, without the last one: the device computes no token after the end of
+    a sequence. A plan made before is void, since it may count on the sequence.
 
     Args:
       sequence: that ends, running or waiting.
       is_sound: False if its keys and values are not finite. The prefix cache
         then drops all its pages, also the pages that it shared.
     """
+    self._refund(sequence)
+    num_known = len(sequence.tokens)
+    sequence.num_computed = min(sequence.num_computed, num_known - 1)
     self._release(sequence, is_sound=is_sound)
     self._disown(sequence)
     sequence.awaits_parent = False  # its parent may still list it as a child
@@ -297,6 +352,11 @@ class SequenceManager:
   def running(self) -> Collection[page_tables.Sequence]:
     """Returns the sequences that have a slot."""
     return self._running.values()
+
+  @property
+  def num_waiting(self) -> int:
+    """Number of sequences that wait for a slot."""
+    return len(self._waiting)
 
   def num_waiting_of(self, principal: Hashable) -> int:
     """Returns how many sequences of a principal wait for a slot."""
@@ -360,19 +420,27 @@ class SequenceManager:
     return list(itertools.islice(queue, max(num_slots, 1)))
 
   def _span(
-    self, sequence: page_tables.Sequence, start: int, length: int
+    self,
+    sequence: page_tables.Sequence,
+    start: int,
+    length: int,
+    *,
+    is_decode: bool = False,
   ) -> Span:
     stop = start + length
-    is_known = stop <= len(sequence.tokens)
+    num_given = 1 if is_decode else length
+    is_known = start + num_given <= len(sequence.tokens)
     assert sequence.slot is not None
     return Span(
       sequence=sequence,
       slot=sequence.slot,
       start=start,
       length=length,
-      tokens=tuple(sequence.tokens[start:stop]) if is_known else None,
+      tokens=tuple(sequence.tokens[start : start + num_given])
+      if is_known
+      else None,
       pages=sequence.pages[: self.limits.num_pages(stop)],
-      samples=stop == sequence.num_known,
+      samples=is_decode or stop == sequence.num_known,
     )
 
   def _chunks(self, sequence: page_tables.Sequence, length: int) -> list[Span]:
@@ -452,6 +520,13 @@ class SequenceManager:
       sequence.num_charged += new
       served = self.served.get(sequence.principal, 0)
       self.served[sequence.principal] = served + new
+
+  def _refund(self, sequence: page_tables.Sequence):
+    """Gives back the charge for tokens that were to follow the last one."""
+    unused = sequence.num_charged - len(sequence.tokens)
+    if unused > 0:
+      sequence.num_charged -= unused
+      self.served[sequence.principal] -= unused
 
   def _check_new(self, id: Hashable, num_prompt: int, max_new_tokens: int):
     """Refuses a sequence that could not run even alone."""

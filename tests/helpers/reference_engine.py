@@ -128,10 +128,14 @@ TIGHT = {
   'max_chunks': 1,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+  'decode_steps': 1,  # tests look between two tokens
 }
-# For tests of shapes: two numbers of decodes, and up to two chunks.
+# For tests of shapes: two numbers of decodes, up to two chunks, and always as
+# many decode steps as possible.
 SIX_SHAPES = {
   **TIGHT,
+  'decode_steps': 32,
+  'stream_seconds': 0,
   'decode_shapes': (2, 8),
   'chunk_tokens': 8,
   'max_chunks': 2,

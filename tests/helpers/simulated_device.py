@@ -81,27 +81,44 @@ class Device:
       assert len(set(span.pages)) == len(span.pages)
       assert pages.NULL_PAGE not in span.pages
       tokens = [self.last_B[span.slot]] if span.tokens is None else span.tokens
-      assert list(tokens) == truth.tokens[span.start : stop], span
+      assert list(tokens) == truth.tokens[span.start :][: len(tokens)], span
       history = self._read(span, truth)
+      if span in step.decodes:
+        sampled += self._decode(span, history, truth, written)
+        continue
+      assert len(tokens) == span.length
       for position, token in enumerate(tokens, span.start):
-        place = self._place(span, position)
-        assert place not in written, f'{span} writes where another span does'
-        written.add(place)
-        history = self._history(history, token)
-        self.contents[place] = history
+        history = self._write(span, position, token, history, written)
       assert span.samples == (stop == len(truth.tokens))
       if span.samples:
-        sampled.append((span, history))
-    for span, history in sampled:
-      # A function of the sequence and its past: samples of one prompt differ,
-      # and no sample depends on other sequences.
-      token = zlib.crc32(f'{span.sequence.id} {history}'.encode()) % 5
-      self.last_B[span.slot] = token
-      self.truths[span.sequence.id].tokens.append(token)
-    return [
-      (span.sequence.id, self.truths[span.sequence.id].tokens[-1])
-      for span, _ in sampled
-    ]
+        sampled.append((span.sequence.id, self._sample(span, history, truth)))
+    return sampled
+
+  def _decode(self, span, history: int, truth: Truth, written: set):
+    """Computes one token after another, and samples after each."""
+    assert len(truth.tokens) == span.start + 1
+    assert span.samples
+    sampled = []
+    for position in range(span.start, span.start + span.length):
+      token = truth.tokens[position]
+      history = self._write(span, position, token, history, written)
+      sampled.append((span.sequence.id, self._sample(span, history, truth)))
+    return sampled
+
+  def _write(self, span, position: int, token: int, history: int, written: set):
+    place = self._place(span, position)
+    assert place not in written, f'{span} writes where another span does'
+    written.add(place)
+    self.contents[place] = self._history(history, token)
+    return self.contents[place]
+
+  def _sample(self, span, history: int, truth: Truth) -> int:
+    # A function of the sequence and its past: samples of one prompt differ, and
+    # no sample depends on other sequences.
+    token = zlib.crc32(f'{span.sequence.id} {history}'.encode()) % 5
+    self.last_B[span.slot] = token
+    truth.tokens.append(token)
+    return token
 
   def _copy(self, copies: tuple[tuple[int, int], ...]):
     destinations = [destination for _, destination in copies]
@@ -137,13 +154,19 @@ class Device:
 class Loop:
   """Drives a SequenceManager as an engine would.
 
-  The host is `depth` steps ahead of the device.
+  The host is `depth` dispatches ahead of the device. Each has up to
+  `decode_steps` decode steps.
   """
 
   def __init__(
-    self, limits: scheduler.Limits, *, num_pages: int, depth: int = 1
+    self,
+    limits: scheduler.Limits,
+    *,
+    num_pages: int,
+    depth: int = 1,
+    decode_steps: int = 1,
   ):
-    self.limits = limits
+    self.limits, self.decode_steps = limits, decode_steps
     self.manager = sequence_manager.SequenceManager(limits, num_pages=num_pages)
     self.device = Device(limits.page_size)
     self.depth = depth
@@ -177,7 +200,8 @@ class Loop:
     plan = self.manager.plan()
     step = None
     if not plan.is_empty or plan.preempted:
-      step = self.manager.begin(plan)
+      num = self.manager.decode_steps(plan, self.decode_steps)
+      step = self.manager.begin(plan, decode_steps=num)
       self._check(step)
       self.steps.append(step)
       for span in step.spans:
@@ -238,7 +262,8 @@ class Loop:
     assert len(set(slots.values())) == len(slots)
     assert {each.id for each in step.seated} <= slots.keys()
     assert len(step.copies) <= len(slots)
-    assert all(span.length == 1 for span in step.decodes)
+    most = 1 if step.chunks else self.decode_steps
+    assert all(span.length <= most for span in step.decodes)
     assert all(span.length <= limits.chunk_tokens for span in step.chunks)
     lengths = [span.start for span in step.decodes]
     assert lengths == sorted(lengths)

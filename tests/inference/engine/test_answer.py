@@ -1,5 +1,6 @@
 """The answer to one sequence: its usage, tokens and logprobs."""
 
+import jax
 import numpy as np
 
 from inference.engine import answer, requests
@@ -28,13 +29,14 @@ def _live(index=0, *, target=None, max_tokens=3, **settings):
   )
 
 
-def _found(num_rows):
-  """Returns log-probabilities whose values name their row."""
-  rows = np.arange(num_rows, dtype=np.float32)
+def _found(num_rows, num_steps=1):
+  """Returns log-probabilities [S, R] whose values name their row and step."""
+  rows = np.arange(num_rows) + 100 * np.arange(num_steps)[:, None]
+  rows = rows.astype(np.float32)
   return logprobs.Logprobs(
     -rows,
-    np.tile(np.arange(20, dtype=np.int32), (num_rows, 1)),
-    -rows[:, None] - np.arange(20, dtype=np.float32) / 32,
+    np.tile(np.arange(20, dtype=np.int32), (num_steps, num_rows, 1)),
+    -rows[..., None] - np.arange(20, dtype=np.float32) / 32,
   )
 
 
@@ -48,7 +50,7 @@ def test_time_is_split_at_the_first_step_and_the_first_token():
   live.submitted_at, live.seated_at = 10.0, 11.0
   times = 14.0, 16.0, 21.0
   updates = [
-    live.push(token, _found(1), 0, now)
+    live.push([token], _found(1), 0, now)[0]
     for token, now in zip(b'abc', times, strict=True)
   ]
   assert [update.text for update in updates] == ['a', 'b', 'c']
@@ -67,12 +69,34 @@ def test_time_is_split_at_the_first_step_and_the_first_token():
 def test_each_token_has_the_log_probabilities_of_its_place():
   live = _live(logprobs=2)
   live.seated_at = 0.0
-  updates = [live.push(97, _found(6), place, 1.0) for place in (4, 0, 5)]
+  updates = [live.push([97], _found(6), place, 1.0)[0] for place in (4, 0, 5)]
   expected = [_scored(4, 2), _scored(0, 2), _scored(5, 2)]
   assert updates[-1].completion.logprobs == expected
   assert [list(update.logprobs) for update in updates] == [
     [score] for score in expected
   ]
+
+
+def test_tokens_of_one_dispatch_are_one_update_up_to_the_end():
+  live = _live(logprobs=1, max_tokens=3)
+  live.submitted_at, live.seated_at = 0.0, 1.0
+  first, num_taken = live.push([97, 98], _found(2, 2), 1, 2.0)
+  assert (first.text, first.token_ids, num_taken) == ('ab', (97, 98), 2)
+  assert list(first.logprobs) == [_scored(1, 1), _scored(101, 1)]
+  last, num_taken = live.push([99, 100, 101], _found(2, 3), 0, 5.0)
+  assert (last.text, last.token_ids, num_taken) == ('c', (99,), 1)
+  assert last.completion.text == 'abc'
+  assert last.completion.usage.prefill_seconds == 1
+  assert last.completion.usage.decode_seconds == 3
+
+
+def test_a_token_that_does_not_exist_ends_the_answer_after_those_before():
+  live = _live(max_tokens=9)
+  live.seated_at = 0.0
+  update, num_taken = live.push([97, -1, 98], None, 0, 2.0)
+  assert (update.text, num_taken) == ('a', 2)
+  assert update.completion.finish_reason == 'error'
+  assert update.completion.token_ids == [97]
 
 
 def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
@@ -87,11 +111,14 @@ def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
       pages=(), samples=False,
     )  # fmt: skip
 
-  live.take_prompt_logprobs(_found(9), chunk(0, 2), 3)
+  scores = jax.tree.map(lambda leaf: leaf[0], _found(9))
+  live.take_prompt_logprobs(scores, chunk(0, 2), 3)
   # The last token of the prompt has no target.
-  live.take_prompt_logprobs(_found(9), chunk(2, 2), 6)
+  live.take_prompt_logprobs(scores, chunk(2, 2), 6)
   live.seated_at = 0.0
-  completion = live.push(97, _found(1), 0, 1.0).completion
+  update, num_taken = live.push([97], _found(1), 0, 1.0)
+  assert num_taken == 1
+  completion = update.completion
   assert completion.prompt_logprobs == [
     None,
     _scored(3, 1),

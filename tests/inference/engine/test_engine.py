@@ -173,7 +173,7 @@ def test_a_seed_that_nobody_gave_is_drawn_and_reported(engine):
   assert again.token_ids == first.token_ids
 
 
-def test_eos_ends_after_the_least_tokens_and_costs_one_that_is_dropped(engine):
+def test_eos_ends_after_the_least_tokens_and_costs_no_further_one(engine):
   eos_id = engine.tokenizer.eos_id
   wish = {'logit_bias': ((eos_id, 100.0),), 'min_tokens': 3, 'max_tokens': 9}
   before = engine.metrics.value('sampled_tokens_total')
@@ -183,8 +183,8 @@ def test_eos_ends_after_the_least_tokens_and_costs_one_that_is_dropped(engine):
   assert eos_id not in ended.token_ids[:3]
   assert len(ended.token_ids) == len(ended.logprobs) == 4
   # Three decodes for the second to fourth token. When the fourth was read, the
-  # device computed the next step already: its token is dropped.
-  assert ended.usage.decode_tokens == 4
+  # device had the next step already, and knew that the sequence has no token.
+  assert ended.usage.decode_tokens == 3
   assert engine.metrics.value('sampled_tokens_total') - before == 4
   (ignored,) = _serve(engine, _request(**wish, ignore_eos=True))
   assert ignored.finish_reason == 'length'
@@ -285,7 +285,8 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
   assert usage.kv_byte_seconds == page_bytes * (1 + 2 + 4 + 2 * 8)
 
 
-def test_gauges_say_what_pages_hold(engine):
+def test_gauges_say_what_pages_hold(engine, monkeypatch):
+  monkeypatch.setattr(engine_lib, '_GAUGE_SECONDS', 0)
   first = engine.submit(_request(principal='a'))
   while len(_sequence(engine, first).pages) != 4:
     engine.step()

@@ -1,7 +1,7 @@
 """One function: whatever happens to a sequence, it is the reference's.
 
-Cache layouts, page sizes, prefix hits, chunks, company, slots and preemptions,
-against a reference that computes one token at a time. With invariant numerics
+Cache layouts, page sizes, prefix hits, chunks, company, slots, preemptions and
+decode steps of a dispatch, against a reference that computes one token at a time. With invariant numerics
 tokens and log-probabilities are the same to the bit; without, they are within
 a bound that is measured here, and tests that the comparison can fail.
 """
@@ -26,6 +26,7 @@ _DENSE = {
   'max_chunks': 1,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+  'stream_seconds': 0,
 }
 _PAGE_1 = {
   'max_sequences': 3,
@@ -35,6 +36,8 @@ _PAGE_1 = {
   'max_chunks': 4,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+  'decode_steps': 3,
+  'stream_seconds': 0,
 }
 _PAGE_64 = {
   'max_sequences': 5,
@@ -45,6 +48,7 @@ _PAGE_64 = {
   'max_chunks': 1,
   'max_mixed_chunks': 1,
   'numerics': 'invariant',
+  'decode_steps': 1,
 }
 _CROWD = {
   'max_sequences': 32,
@@ -64,6 +68,7 @@ _SIMPLE = {
   'chunk_tokens': 16,
   'max_chunks': 1,
   'max_mixed_chunks': 1,
+  'stream_seconds': 0,
 }
 _INVARIANT = {**_SIMPLE, 'numerics': 'invariant'}
 
@@ -212,6 +217,138 @@ def test_one_function_in_a_crowd_of_32():
 @pytest.mark.parametrize('kind', ['gpt2', 'mixture'])
 def test_one_function_for_every_kind_of_model(kind):
   _check_everything(kind, _INVARIANT)
+
+
+# ------------------------------------------------------------------------------
+# Decode steps of a dispatch.
+
+
+_ENDS = {  # settings that end a sequence on the device, on the host, or both
+  'length': {},
+  'EOS': {'logit_bias': ((257, 9.0),), 'min_tokens': 2},
+  'ignored EOS': {'logit_bias': ((257, 9.0),), 'ignore_eos': True},
+  'stop id': {'stop_ids': (40, 41), 'logit_bias': ((40, 8.0), (41, 8.0))},
+  'stop string': {'stop': ('a', 'ab', 'zz'), 'logit_bias': ((97, 7.0),)},
+  'penalties': {'repetition_penalty': 1.4, 'frequency_penalty': 0.6},
+}
+
+
+@functools.cache
+def _ended_requests():
+  rng = np.random.default_rng(3)
+  return [
+    requests.Request(
+      prompt_ids=tuple(rng.integers(0, 256, length).tolist()),
+      settings=_Settings(
+        max_tokens=40, seed=length, n=num, logprobs=num, temperature=1.5, **ends
+      ),
+    )
+    for ends in _ENDS.values()
+    for length, num in ((1, 1), (15, 2), (33, 1))
+  ]
+
+
+def _without_times(completion):
+  usage = {
+    name: value
+    for name, value in dataclasses.asdict(completion.usage).items()
+    if 'seconds' not in name
+  }
+  return {**dataclasses.asdict(completion), 'usage': usage}
+
+
+def test_decode_steps_of_a_dispatch_change_no_answer_and_no_account():
+  found, reasons = [], set()
+  for num in (1, 2, 32):
+    layout = {**_SIMPLE, 'num_pages': 40, 'decode_steps': num}
+    engine = reference_engine.engine(**layout, prefix_cache=False)
+    value = engine.metrics.value
+    before = value('engine_steps_total'), value('engine_dispatches_total')
+    # One after another, so that the shapes of the steps are the same, too.
+    served = [
+      [_without_times(each) for each in completions]
+      for request in _ended_requests()
+      for completions in reference_engine.serve(engine, [request]).completions
+    ]
+    num_steps = value('engine_steps_total') - before[0]
+    num_dispatches = value('engine_dispatches_total') - before[1]
+    # A dispatch that finds all sequences ended has no step.
+    assert num_dispatches < (4 if num == 1 else 1.1 / num**0.5) * num_steps
+    found.append(served)
+    reasons |= {
+      (each['finish_reason'], type(each['stop_reason']).__name__)
+      for completions in served
+      for each in completions
+    }
+    usages = [each['usage'] for completions in served for each in completions]
+    assert engine.metrics.value('flops_total') == sum(
+      usage['flops'] for usage in usages
+    )
+    # Forks decode the last token of their prompt, too.
+    assert all(usage['decode_tokens'] <= 40 for usage in usages)
+  assert found[0] == found[1] == found[2]
+  assert reasons == {
+    ('length', 'NoneType'), ('stop', 'NoneType'), ('stop', 'int'),
+    ('stop', 'str'),
+  }  # fmt: skip
+
+
+def test_a_page_that_the_last_token_fills_is_not_cached():
+  """The device computes no keys for a token that ends its sequence."""
+  engine = reference_engine.engine(**_INVARIANT)
+  eos_id = engine.tokenizer.eos_id
+  for num_prompt in (10, 26):
+    prompt = tuple(range(60, 60 + num_prompt))
+    settings = _Settings(
+      temperature=0.0, logprobs=1, max_tokens=20, min_tokens=5,
+      logit_bias=((eos_id, 100.0),),
+    )  # fmt: skip
+    asked = requests.Request(prompt_ids=prompt, settings=settings)
+    ((ended,),) = reference_engine.serve(engine, [asked]).completions
+    tokens = (*prompt, *ended.token_ids)
+    assert ended.token_ids.index(eos_id) == 5
+    assert len(tokens) == num_prompt + 6 == engine.page_tokens * (
+      len(tokens) // engine.page_tokens
+    )
+    again = requests.Request(
+      prompt_ids=(*tokens, 65, 66),
+      settings=_Settings(temperature=0.0, logprobs=2, max_tokens=3),
+    )
+    served = reference_engine.serve(engine, [again])
+    _check('llama', [again], served)
+    cached = served.completions[0][0].usage.cached_tokens
+    assert cached == len(tokens) - engine.page_tokens
+
+
+def test_decode_steps_end_when_a_request_waits_or_pages_are_short():
+  layout = {**_SIMPLE, 'prefix_cache': False}
+  engine = reference_engine.engine(**layout)
+  assert engine.config.decode_steps == 32
+
+  def lengths(*wanted):
+    """Serves requests at once; returns the decode steps of each dispatch."""
+    for max_tokens in wanted:
+      settings = _Settings(max_tokens=max_tokens, ignore_eos=True)
+      engine.submit(requests.Request(prompt_ids=(1, 2), settings=settings))
+    found = []
+    while engine.has_work:
+      engine.step()
+      if engine._flight:
+        spans = engine._flight.step.decodes
+        found.append(tuple(span.length for span in spans))
+      engine.manager.check()
+    return found
+
+  # Two prompts, a chunk each; then the first decodes beside the second.
+  assert lengths(40) == [(), (32,), (7,)]
+  assert lengths(3, 40) == [(), (1,), (32, 1), (7,)]
+  # A fifth one waits for a slot: 8 steps at most.
+  waiting = lengths(2, 30, 30, 30, 5)
+  assert all(max(each, default=0) <= 8 for each in waiting[:-4])
+  # 14 pages hold no four sequences of 100 tokens: the last pages are given out
+  # one by one.
+  short = lengths(90, 90, 90, 90)
+  assert {32, 1} <= {max(each, default=0) for each in short}
 
 
 # ------------------------------------------------------------------------------

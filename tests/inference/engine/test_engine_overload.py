@@ -63,7 +63,7 @@ def test_more_than_memory_holds_is_finished_by_preemption(engine):
   while engine.has_work:
     now = [
       engine.metrics.value(f'{name}_total')
-      for name in ('prefill_tokens', 'decode_tokens', 'sampled_tokens')
+      for name in ('engine_dispatches', 'prefill_tokens', 'sampled_tokens')
     ]
     assert now != work, 'a step without progress'
     work = now

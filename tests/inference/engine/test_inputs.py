@@ -1,6 +1,8 @@
 """The arrays of planned steps, written out."""
 
-from inference.engine import inputs as inputs_lib, steps
+import numpy as np
+
+from inference.engine import inputs as inputs_lib
 from inference.scheduling import page_tables, sequence_manager
 
 
@@ -52,7 +54,7 @@ def _span(id, slot, start, tokens, pages, *, length=0, samples=True):
 _STEP = sequence_manager.Step(
   copies=(),
   decodes=(
-    _span('a', 5, 7, None, (4, 2), length=1),
+    _span('a', 5, 7, None, (4, 2), length=3),  # three tokens, one by one
     _span('b', 0, 8, (33,), (6, 7, 1)),
   ),
   chunks=(
@@ -65,11 +67,8 @@ _STEP = sequence_manager.Step(
 
 
 def _filled(scored, targets=None):
-  inputs = inputs_lib.empty(
-    steps.Shape(3, 3),
-    chunk_tokens=4,
-    table_width=3,
-    num_sampled=8,
+  flat_I, inputs = inputs_lib.empty(
+    inputs_lib.Layout(3, 3, chunk_tokens=4, table_width=3, num_sampled=8),
     padding_slot=9,
   )
   inputs_lib.fill(
@@ -81,6 +80,7 @@ def _filled(scored, targets=None):
       for id in _SEQUENCES
     },
   )
+  assert all(np.shares_memory(flat_I, each) for each in inputs)
   return inputs
 
 
@@ -90,6 +90,7 @@ def test_decodes_and_chunks_are_laid_out_with_padding_between():
   assert inputs.tokens_T.tolist() == tokens_T
   positions_T = [7, 8, -1] + [4, 5, 6, 7] + [0, 1, -1, -1] + [-1] * 4
   assert inputs.positions_T.tolist() == positions_T
+  assert inputs.lengths_D.tolist() == [3, 1, 0]
   assert inputs.decode_table_DL.tolist() == [[4, 2, 0], [6, 7, 1], [0, 0, 0]]
   assert inputs.chunk_table_XL.tolist() == [[8, 9, 0], [5, 0, 0], [0, 0, 0]]
   # A token follows the last of a chunk; padding has the padding slot.
@@ -121,10 +122,11 @@ def test_a_token_is_forced_at_its_position():
   assert inputs.forced_R.tolist() == [70, -1, -1, -1, 0, -1, -1, -1]
 
 
-def test_spans_that_sample_are_found_in_the_outputs():
-  found = inputs_lib.sampling_spans(_STEP, num_decodes=3)
+def test_spans_are_found_in_the_outputs():
+  found = inputs_lib.placed_spans(_STEP, num_decodes=3)
   assert [(place, span.sequence.id) for place, span in found] == [
     (0, 'a'),
     (1, 'b'),
+    (3, 'c'),
     (4, 'd'),
   ]

@@ -35,6 +35,7 @@ def state():
   )
   slots = device_state.Slots(
     last_B=jnp.arange(9, dtype=jnp.int32) + 50,
+    has_ended_B=jnp.ones((9,), bool),
     sampler=sampler_lib.empty(9),
     seen_BV=jnp.asarray(rng.integers(0, 5, (9, 259)), jnp.int32),
   )
@@ -114,10 +115,11 @@ def test_sizes_of_sample_are_few_and_hold_every_shape():
 
 
 def test_inputs_are_padding_until_they_are_filled(programs):
-  inputs = programs.empty_inputs(steps.Shape(2, 1))
+  _, inputs = programs.empty_inputs(steps.Shape(2, 1))
   width = -(-(128 + 8) // 64) * 64 // 16
   shapes = {
-    'tokens_T': (10,), 'positions_T': (10,), 'decode_table_DL': (2, width),
+    'tokens_T': (10,), 'positions_T': (10,), 'lengths_D': (2,),
+    'decode_table_DL': (2, width),
     'chunk_table_XL': (1, width), 'rows_R': (4,), 'slots_R': (4,),
     'forced_R': (4,), 'targets_M': (8,), 'prompt_logprobs_X': (1,),
   }  # fmt: skip
@@ -131,12 +133,13 @@ def test_inputs_are_padding_until_they_are_filled(programs):
     assert (x == nothing.get(name, 0)).all(), name
 
 
-def test_a_step_of_padding_changes_nothing_that_is_anybodys(programs, state):
+@pytest.mark.parametrize('shape', [steps.Shape(2, 1), steps.Shape(2, 0)])
+def test_a_step_of_padding_changes_nothing_that_is_anybodys(
+  programs, state, shape
+):
   before = _host((state.kv_cache, state.slots.last_B, state.slots.seen_BV))
-  inputs = programs.empty_inputs(steps.Shape(2, 1))
-  after, _ = programs.step(
-    steps.Shape(2, 1), reference_engine.params(), state, inputs
-  )
+  flat_I, _ = programs.empty_inputs(shape)
+  after, _ = programs.step(shape, reference_engine.params(), state, flat_I)
   after = _host((after.kv_cache, after.slots.last_B, after.slots.seen_BV))
   jax.tree.map(np.testing.assert_array_equal, before[0], after[0])
   for old, new in zip(before[1:], after[1:], strict=True):
@@ -161,6 +164,8 @@ def test_a_slot_is_given_with_its_settings_and_its_counts(programs, state):
   others = np.arange(9) != 6
   np.testing.assert_array_equal(seen_BV[others], before[1][others])
   np.testing.assert_array_equal(state.slots.last_B, before[0])
+  ended = [True] * 6 + [False] + [True] * 2
+  assert state.slots.has_ended_B.tolist() == ended
   sampler = state.slots.sampler
   assert sampler.temperature_B.tolist() == [0] * 6 + [0.5] + [0] * 2
   assert sampler.top_k_B.tolist() == [0] * 6 + [3] + [0] * 2

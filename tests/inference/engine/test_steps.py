@@ -27,11 +27,8 @@ _PAGES = (3, 1)  # of the only sequence, of 16 tokens each
 
 def _inputs(shape, tokens, positions, *, slot, last):
   """Returns the inputs of one decode or one chunk."""
-  inputs = inputs_lib.empty(
-    steps.Shape(*shape),
-    chunk_tokens=8,
-    table_width=4,
-    num_sampled=1,
+  _, inputs = inputs_lib.empty(
+    inputs_lib.Layout(*shape, chunk_tokens=8, table_width=4, num_sampled=1),
     padding_slot=2,
   )
   inputs.tokens_T[: len(tokens)] = tokens

@@ -474,3 +474,23 @@ def test_who_was_idle_does_not_come_with_old_claims():
   loop.step()
   loop.submit('c', range(5), 20, principal='bob')
   assert loop.manager.served == {'ann': 11, 'bob': 15}
+
+
+def test_a_principal_pays_for_no_token_after_the_end():
+  loop = _loop(num_pages=20)
+  loop.submit('a', [1] * 4, 12, principal='p')
+  loop.step()
+  plan = loop.manager.plan()
+  num = loop.manager.decode_steps(plan, 8)
+  assert num == 8
+  step = loop.manager.begin(plan, decode_steps=num)
+  assert [span.length for span in step.decodes] == [8]
+  assert loop.manager.served['p'] == 4 + 8
+  sequence = loop.sequences['a']
+  for token in (0, 1, 2):  # the last one ends it
+    loop.manager.append(sequence, token)
+  loop.manager.end(sequence)
+  assert loop.manager.served['p'] == 4 + 3
+  assert loop.manager.gauges().pages_used == 0
+  # Of the seven tokens, the last is not computed: one page of four is full.
+  assert loop.manager.gauges().pages_idle == 1

@@ -17,9 +17,12 @@ NUM_PAGES = 14  # 13 to own, of 4 tokens
 MOST_TOKENS = 13 * 4
 
 
-def _loop(*, num_pages=NUM_PAGES, depth=1, **limits):
+def _loop(*, num_pages=NUM_PAGES, depth=1, decode_steps=1, **limits):
   return simulated_device.Loop(
-    simulated_device.limits(**limits), num_pages=num_pages, depth=depth
+    simulated_device.limits(**limits),
+    num_pages=num_pages,
+    depth=depth,
+    decode_steps=decode_steps,
   )
 
 
@@ -31,10 +34,14 @@ class ManagerMachine(stateful.RuleBasedStateMachine):
   """Random operations; `check` and the device verify each of them."""
 
   @stateful.initialize(
-    depth=st.integers(0, 3), num_pages=st.sampled_from([8, NUM_PAGES, 40])
+    depth=st.integers(0, 3),
+    num_pages=st.sampled_from([8, NUM_PAGES, 40]),
+    decode_steps=st.sampled_from([1, 3, 9]),
   )
-  def start(self, depth, num_pages):
-    self.loop = _loop(num_pages=num_pages, depth=depth)
+  def start(self, depth, num_pages, decode_steps):
+    self.loop = _loop(
+      num_pages=num_pages, depth=depth, decode_steps=decode_steps
+    )
     self.most_tokens = (num_pages - 1) * 4
     self.ids = itertools.count()
 
