@@ -67,6 +67,7 @@ bench: $(CORE)  ## Speed beside this machine's roofline
 	@$(PY) -m benchmarks.serving_throughput $(BENCH_ARGS)
 	@$(PY) -m benchmarks.serving_latency
 	@$(PY) -m benchmarks.loop_overhead
+	@$(PY) -m benchmarks.engine_host
 
 bench-peer: $(PEER)  ## The same, and beside transformers on torch
 	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'

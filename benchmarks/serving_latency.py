@@ -49,7 +49,10 @@ def judged() -> Scenario:
   return Scenario(
     model=dataclasses.replace(model, max_length=4096),
     engine=engine_config.EngineConfig(
-      max_sequences=32, num_pages=1024, decode_shapes=(1, 16, 32)
+      max_sequences=32,
+      num_pages=1024,
+      decode_shapes=(1, 16, 32),
+      decode_steps=1,  # latency is that between two tokens
     ),
     prefix_tokens=1000,
     shared_tokens=900,

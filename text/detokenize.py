@@ -29,6 +29,11 @@ class StreamDecoder:
     self._is_start = not is_continued
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether the last token did not end inside a character."""
+    return not self._decoder.getstate()[0]
+
   def bytes_of(self, token_id: int) -> bytes:
     """Returns the bytes that `token_id` would add here."""
     if self._is_start:

@@ -7,7 +7,7 @@ import time
 from inference.engine import requests
 from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
-from inference.scheduling import page_tables, sequence_manager
+from inference.scheduling import page_tables, spans
 from text import tokenizer as tokenizer_lib
 
 
@@ -106,14 +106,23 @@ class Live:
     return self._request.target if is_first else None
 
   def take_prompt_logprobs(
-    self, found: logprobs.Logprobs, chunk: sequence_manager.Span, at: int
+    self, found: logprobs.Logprobs | None, chunk: spans.Span, at: int
   ) -> bool:
-    """Keeps the logprobs of a chunk's targets, which begin at index `at`.
+    """Keeps the logprobs of a chunk's targets, if they are wanted.
+
+    Args:
+      found: logprobs of all targets of the step, if any are wanted.
+      chunk: of the prompt.
+      at: index of its first target in `found`.
 
     Returns:
       Whether all of them are finite.
     """
-    wanted = self._request.settings.prompt_logprobs or 0
+    scored_prompt = self.scored_prompt()
+    if scored_prompt is None:
+      return True
+    assert found is not None
+    _, wanted = scored_prompt
     is_finite = True
     for index in range(chunk.length):
       position = chunk.start + index + 1

@@ -29,7 +29,6 @@ import collections
 from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import itertools
-import math
 import time
 from typing import Any, NamedTuple
 
@@ -38,11 +37,13 @@ import jax.numpy as jnp
 
 from hardware import peaks
 from inference.engine import (
+  accounts,
   answer as answer_lib,
   compilations,
   device_state,
   engine_config,
   execution,
+  feeding,
   inputs as inputs_lib,
   metrics,
   programs,
@@ -51,8 +52,13 @@ from inference.engine import (
 )
 from inference.output import stop_strings
 from inference.sampling import settings as settings_lib
-from inference.scheduling import fairness, page_tables, sequence_manager
-from models import flops, layout, model_config as model_config_lib, transformer
+from inference.scheduling import (
+  fairness,
+  page_tables,
+  sequence_manager,
+  spans,
+)
+from models import layout, model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -62,15 +68,12 @@ class Overloaded(RuntimeError):
 
 # Prometheus reads the gauges every few seconds; setting them walks all pages.
 _GAUGE_SECONDS = 0.1
-# Weight of a step that took longer than the estimate of its duration. A shorter
-# one counts whole: the host may have come late to read a result.
-_SLOWER_WEIGHT = 0.1
 
 
 class _Flight(NamedTuple):
   """A step that is dispatched, and whose outputs are not read yet."""
 
-  step: sequence_manager.Step
+  step: spans.Step
   shape: steps.Shape
   outputs: steps.Outputs
   sent_at: float  # seconds of `time.perf_counter`
@@ -104,13 +107,13 @@ class Engine:
     """
     params, model_config = layout.unstack(params, model_config)
     self.config, self.model_config = config, model_config
-    self.weights_digest = weights_digest
-    self.tokenizer = tokenizer
-    self.metrics = metrics.Metrics()
-    (device,) = jax.tree.leaves(params)[0].devices()
+    self.weights_digest, self.tokenizer = weights_digest, tokenizer
+    self.metrics, self._last_gauged = metrics.Metrics(), 0.0
+    (self._device,) = jax.tree.leaves(params)[0].devices()
+    platform = self._device.platform
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    backend = execution.choose(config, model_config, dtype, device.platform)
+    backend = execution.choose(config, model_config, dtype, platform)
     if backend.has_transposed_kernels:
       params = layout.transpose_kernels(params)
     self.params, self._backend = params, backend
@@ -120,8 +123,8 @@ class Engine:
       self.context,
       bytes_per_token=bytes_per_token,
       weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-      memory_bytes=peaks.memory_bytes(device),
-      is_host=device.platform == 'cpu',
+      memory_bytes=peaks.memory_bytes(self._device),
+      is_host=platform == 'cpu',
     )
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
@@ -129,7 +132,7 @@ class Engine:
     model = transformer.Transformer(
       model_config, jnp.dtype(dtype), backend.execution
     )
-    with jax.default_device(device):
+    with jax.default_device(self._device):
       self._state = device_state.init_state(
         model,
         num_slots=config.max_sequences,
@@ -152,15 +155,13 @@ class Engine:
         compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
-    self._device = device
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
-    self._inboxes: dict[int, collections.deque[requests_lib.Update]] = {}
+    self._feeder = feeding.Feeder(self)
     self._ids = itertools.count()
-    self._last_charged = self._last_landed = time.perf_counter()
-    self._last_gauged = 0.0
-    self._step_seconds = math.inf  # of one decode step, estimated
-    self._flops = flops.SpanFlops(self.model_config)
+    self._accounts = accounts.Accounts(
+      self.metrics, model_config, self.page_bytes
+    )
 
   # --------------------------------------------------------------------------
   # Requests
@@ -222,7 +223,7 @@ class Engine:
         f'prompt: got {asked.total()} completions to make, expected at most'
         f' {own_most} of one client (engine.max_waiting); send several requests'
       )
-    if not self._has_places(asked):
+    if not self.has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
       raise Overloaded(
         f'got {asked.total()} more completions to make while'
@@ -231,7 +232,8 @@ class Engine:
       )
     return [self._submit(request) for request in requests]
 
-  def _has_places(self, asked: collections.Counter[str]) -> bool:
+  def has_places(self, asked: collections.Counter[str]) -> bool:
+    """Returns whether the queue holds so many sequences of each principal."""
     own = {each: self.manager.num_waiting_of(each) for each in asked}
     return fairness.has_places(
       asked, own, max_waiting=self.config.max_waiting, waiting=self.num_waiting
@@ -242,49 +244,14 @@ class Engine:
   ) -> Generator[tuple[int, requests_lib.Update]]:
     """Yields updates, each with the index of its request among `requests`.
 
-    Submits requests as the queue has room for them. Several iterators may be
-    open at once: the one that is asked for its next update runs a step, and
-    updates for the others wait in their inboxes. Closing an iterator cancels
-    its requests.
+    Submits requests as the queue has room for them. Closing an iterator cancels
+    its requests. Several may be open at once, see `feeding`.
 
     Raises:
       ValueError: a request could never be answered; at the call, before any
         work.
     """
-    return self._answer([self.checked(request) for request in requests])
-
-  def _answer(self, requests: list[requests_lib.Request]):
-    pending = collections.deque(enumerate(requests))
-    which: dict[int, int] = {}  # index in `requests`, by request id
-    num_left: dict[int, int] = {}  # unfinished sequences, by request id
-    try:
-      while pending or num_left:
-        while pending and self._has_room_for(pending[0][1]):
-          index, request = pending.popleft()
-          request_id = self.submit(request)
-          which[request_id], num_left[request_id] = index, request.settings.n
-          self._inboxes[request_id] = collections.deque()
-        full = next((key for key in num_left if self._inboxes[key]), None)
-        if full is None:
-          for update in self.step():
-            if update.request_id in self._inboxes:
-              self._inboxes[update.request_id].append(update)
-          continue
-        update = self._inboxes[full].popleft()
-        if update.completion:
-          num_left[full] -= 1
-          if not num_left[full]:
-            del num_left[full], self._inboxes[full]
-        yield which[full], update
-    finally:
-      for request_id in num_left:
-        self.cancel(request_id)
-        del self._inboxes[request_id]
-
-  def _has_room_for(self, request: requests_lib.Request) -> bool:
-    # Without work, `submit` refuses a request that is larger than the queue.
-    asked = requests_lib.num_sequences([request])
-    return not self.has_work or self._has_places(asked)
+    return self._feeder.answer([self.checked(request) for request in requests])
 
   def _submit(self, request: requests_lib.Request) -> int:
     """Makes the n sequences of a checked request."""
@@ -374,7 +341,8 @@ class Engine:
     plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
-      num = self.manager.decode_steps(plan, self._most_decode_steps())
+      most = self._accounts.most_decode_steps(self.config)
+      num = self.manager.decode_steps(plan, most)
       flight = self._dispatch(self.manager.begin(plan, decode_steps=num))
     landed, self._flight = self._flight, flight
     if flight is None and landed is None and self._live:
@@ -398,13 +366,6 @@ class Engine:
       self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
 
-  def _most_decode_steps(self) -> int:
-    """Returns how many decode steps last at most `stream_seconds`."""
-    most, seconds = self.config.decode_steps, self.config.stream_seconds
-    if not seconds:
-      return most
-    return max(1, min(most, int(seconds / self._step_seconds)))
-
   def _wanted(self, flight: _Flight) -> steps.Outputs:
     """Returns the outputs of a dispatch that a request asks for."""
     lives = [self._live.get(span.sequence) for span in flight.step.spans]
@@ -415,7 +376,7 @@ class Engine:
       outputs = outputs._replace(prompt=None)
     return outputs
 
-  def _dispatch(self, step: sequence_manager.Step) -> _Flight | None:
+  def _dispatch(self, step: spans.Step) -> _Flight | None:
     """Sends a step to the device."""
     now = time.perf_counter()
     self.metrics.preemptions.inc(len(step.preempted))
@@ -464,7 +425,7 @@ class Engine:
     """Takes the tokens of a dispatch, and returns the updates."""
     now = time.perf_counter()
     self._charge_memory(now)
-    num_decodes = flight.shape.num_decodes
+    num_decodes, num_chunks = flight.shape
     updates, num_decoded = [], 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
       row = outputs.tokens_SR[:, place].tolist()
@@ -475,48 +436,32 @@ class Engine:
           self.manager.discard(span.sequence)
         continue
       if place >= num_decodes:
-        if not self._take_chunk(live, span, place - num_decodes, outputs):
+        self._accounts.charge_chunk(live, span)
+        at = (place - num_decodes) * self.config.chunk_tokens
+        if not live.take_prompt_logprobs(outputs.prompt, span, at):
           tokens = [-1]
         if not span.samples and tokens[0] >= 0:
           continue
       update, num_taken = self._push(live, span, tokens, outputs, place, now)
       updates.append(update)
       if place < num_decodes:
-        live.usage.decode_tokens += num_taken
-        self._charge_flops(live, span.start, num_taken, num_taken)
+        self._accounts.charge_decodes(live, span, num_taken)
         num_decoded += num_taken
-    self._count(flight, outputs, num_decoded, now)
+    num_prompt = num_chunks * self.config.chunk_tokens
+    self._accounts.count(
+      flight.step,
+      num_steps=steps.num_computed(outputs),
+      num_decoded=num_decoded,
+      rows=num_decodes + num_prompt,
+      sent_at=flight.sent_at,
+      now=now,
+    )
     return updates
-
-  def _take_chunk(
-    self,
-    live: answer_lib.Live,
-    chunk: sequence_manager.Span,
-    index: int,
-    outputs: steps.Outputs,
-  ) -> bool:
-    """Charges for a chunk, and takes its logprobs; returns if all are finite.
-
-    Args:
-      live: of the sequence.
-      chunk: the prompt tokens.
-      index: of the chunk among those of the step.
-      outputs: of the step.
-    """
-    is_scored = live.scored_prompt() is not None
-    num_logits = chunk.length if is_scored else int(chunk.samples)
-    live.usage.prefill_tokens += chunk.length
-    self._charge_flops(live, chunk.start, chunk.length, num_logits)
-    if not is_scored:
-      return True
-    assert outputs.prompt is not None
-    at = index * self.config.chunk_tokens
-    return live.take_prompt_logprobs(outputs.prompt, chunk, at)
 
   def _push(
     self,
     live: answer_lib.Live,
-    span: sequence_manager.Span,
+    span: spans.Span,
     tokens: list[int],
     outputs: steps.Outputs,
     place: int,
@@ -546,42 +491,5 @@ class Engine:
     del self._live[live.sequence]
 
   def _charge_memory(self, now: float) -> None:
-    """Charges each sequence for its pages since the last charge."""
-    seconds, self._last_charged = now - self._last_charged, now
-    for sequence in self.manager.running():
-      held = len(sequence.pages) * self.page_bytes
-      self._live[sequence].usage.kv_byte_seconds += held * seconds
-
-  def _charge_flops(
-    self, live: answer_lib.Live, start: int, length: int, num_logits: int
-  ) -> None:
-    cost = self._flops(start, length, num_logits)
-    live.usage.flops += cost
-    self.metrics.flops.inc(cost)
-
-  def _count(
-    self,
-    flight: _Flight,
-    outputs: steps.Outputs,
-    num_decoded: int,
-    now: float,
-  ) -> None:
-    """Counts the steps of a dispatch, and estimates their duration."""
-    num_decodes, num_chunks = flight.shape
-    is_computed_SR = outputs.tokens_SR != steps.NOT_COMPUTED
-    num_steps = int(is_computed_SR.any(axis=1).sum())
-    num_prompt = num_chunks * self.config.chunk_tokens
-    self.metrics.count(
-      steps=num_steps,
-      decoded=num_decoded,
-      prefilled=sum(chunk.length for chunk in flight.step.chunks),
-      rows=num_steps * (num_decodes + num_prompt),
-    )
-    if num_steps and not num_chunks:
-      begin = max(flight.sent_at, self._last_landed)
-      seconds = (now - begin) / num_steps
-      if seconds > self._step_seconds:
-        longer = seconds - self._step_seconds
-        seconds = self._step_seconds + _SLOWER_WEIGHT * longer
-      self._step_seconds = seconds
-    self._last_landed = now
+    running = self.manager.running()
+    self._accounts.charge_memory([self._live[each] for each in running], now)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inference.engine import answer, steps
-from inference.scheduling import page_tables, sequence_manager
+from inference.scheduling import page_tables, spans
 
 
 class Layout(NamedTuple):
@@ -79,7 +79,7 @@ def empty(
 
 def fill(
   inputs: steps.Inputs,
-  step: sequence_manager.Step,
+  step: spans.Step,
   *,
   chunk_tokens: int,
   answers: Mapping[page_tables.Sequence, answer.Live],
@@ -126,8 +126,8 @@ def fill(
 
 
 def placed_spans(
-  step: sequence_manager.Step, num_decodes: int
-) -> list[tuple[int, sequence_manager.Span]]:
+  step: spans.Step, num_decodes: int
+) -> list[tuple[int, spans.Span]]:
   """Returns all spans, each with its index in the outputs.
 
   Args:

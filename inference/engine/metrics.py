@@ -5,7 +5,14 @@ engine has its own registry, since tests and benchmarks run several engines in
 one process.
 """
 
+import bisect
+from collections.abc import Iterator
+import itertools
+import math
+import threading
+
 import prometheus_client
+from prometheus_client import metrics_core, utils
 
 from inference.scheduling import sequence_manager
 
@@ -13,6 +20,42 @@ from inference.scheduling import sequence_manager
 _SECONDS = tuple(
   base * 10.0**power for power in range(-4, 3) for base in (1, 1.5, 2, 3, 5, 7)
 )
+
+
+class Histogram:
+  """A histogram that takes many equal values at once.
+
+  That of prometheus_client takes 20 us per value, and the engine has one per
+  token.
+  """
+
+  def __init__(
+    self, name: str, text: str, registry: prometheus_client.CollectorRegistry
+  ):
+    """Starts empty, as a collector of the registry."""
+    self._name, self._text = name, text
+    self._counts = [0] * (len(_SECONDS) + 1)
+    self._sum = 0.0
+    self._lock = threading.Lock()  # the server reads in its own thread
+    registry.register(self)
+
+  def observe(self, value: float, num: int = 1) -> None:
+    """Adds a value `num` times."""
+    with self._lock:
+      self._counts[bisect.bisect_left(_SECONDS, value)] += num
+      self._sum += value * num
+
+  def collect(self) -> Iterator[metrics_core.Metric]:
+    """Yields the buckets, as a registry asks for them."""
+    with self._lock:
+      counts, total = list(itertools.accumulate(self._counts)), self._sum
+    bounds = [*map(utils.floatToGoString, (*_SECONDS, math.inf))]
+    yield metrics_core.HistogramMetricFamily(
+      self._name,
+      self._text,
+      buckets=list(zip(bounds, counts, strict=True)),
+      sum_value=total,
+    )
 
 
 class Metrics:
@@ -30,9 +73,7 @@ class Metrics:
       return prometheus_client.Gauge(name, text, registry=self.registry)
 
     def histogram(name: str, text: str):
-      return prometheus_client.Histogram(
-        name, text, registry=self.registry, buckets=_SECONDS
-      )
+      return Histogram(name, text, self.registry)
 
     self.steps = counter('engine_steps', 'Steps computed.')
     self.dispatches = counter(
@@ -119,8 +160,8 @@ class Metrics:
     if is_first:
       self.first_token.observe(since)
       num, since = num - 1, 0.0
-    for _ in range(num):
-      self.inter_token.observe(since / num)
+    if num:
+      self.inter_token.observe(since / num, num)
 
   def set_gauges(
     self, gauges: sequence_manager.Gauges, page_tokens: int

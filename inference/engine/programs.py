@@ -140,9 +140,7 @@ class Programs:
       and shape in self._compiled
     )
 
-  def empty_inputs(
-    self, shape: steps.Shape
-  ) -> tuple[np.ndarray, steps.Inputs]:
+  def empty_inputs(self, shape: steps.Shape) -> tuple[np.ndarray, steps.Inputs]:
     """Returns inputs of padding only: one array, and the views of its parts."""
     return inputs_lib.empty(
       self._layout(shape), padding_slot=self._padding_slot
@@ -247,9 +245,7 @@ def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
 @functools.partial(jax.jit, donate_argnames=('slots',))
 def _sample(slots, logits_RV, slots_R, positions_R, forced_R):
   """Returns the results of `sample` as those of one decode step."""
-  slots, *found = steps.sample(
-    slots, logits_RV, slots_R, positions_R, forced_R
-  )
+  slots, *found = steps.sample(slots, logits_RV, slots_R, positions_R, forced_R)
   tokens_SR, logprobs = jax.tree.map(lambda leaf: leaf[None], found)
   return slots, steps.Outputs(tokens_SR, logprobs, None)
 

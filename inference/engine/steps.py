@@ -84,8 +84,14 @@ class Outputs(NamedTuple):
 
   # int32; -1: the tokens before, or the logits, are not finite; NOT_COMPUTED
   tokens_SR: Any
-  logprobs: logprobs_lib.Logprobs  # of those tokens, each with an axis S
+  # Of those tokens, each with an axis S; None if no request wants them.
+  logprobs: logprobs_lib.Logprobs | None
   prompt: logprobs_lib.Logprobs | None  # of targets_M; None without chunks
+
+
+def num_computed(outputs: Outputs) -> int:
+  """Returns how many steps of a dispatch computed a token; on the host."""
+  return int((outputs.tokens_SR != NOT_COMPUTED).any(axis=1).sum())
 
 
 @functools.partial(
@@ -149,7 +155,9 @@ def decode_steps(
     )
     tokens_R = jnp.where(is_part_D, tokens_R, NOT_COMPUTED)
     made = Outputs(tokens_R, found, None)
-    outputs = jax.tree.map(lambda all, one: all.at[index].set(one), outputs, made)
+    outputs = jax.tree.map(
+      lambda all, one: all.at[index].set(one), outputs, made
+    )
     return index + 1, device_state.State(kv_cache, slots), outputs
 
   num_found = most, num_decodes, settings_lib.MAX_LOGPROBS

@@ -96,6 +96,8 @@ class StopMatcher:
     if self.matched is not None:
       return ''
     tables = self._stop.tables
+    if not tables.edges:
+      return piece  # no stop strings
     text, num_before = self._held + piece, len(self._held)
     for index, char in enumerate(piece, num_before + 1):
       self._state = after(tables, self._state, char)

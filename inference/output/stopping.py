@@ -30,7 +30,6 @@ in them and is completed later counts. The sampler excludes EOS and stop ids
 during these tokens.
 """
 
-import codecs
 from typing import NamedTuple
 
 from inference.output import stop_strings
@@ -83,8 +82,6 @@ class Transcript:
     self._max_tokens = max_tokens
     # A completion continues a prompt: its first space belongs to the text.
     self._decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
-    # The decoder does not say whether it is inside a character; this one does.
-    self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._matcher = stop_strings.StopMatcher(stop or settings.stop)
     self._held: list[_Held] = []
     # Numbers of characters so far: decoded, passed by the matcher, released.
@@ -139,9 +136,7 @@ class Transcript:
 
   def _decode(self, token_id, logprobs, may_stop: bool) -> None:
     self._pass(self._decoder.push(token_id), may_stop)
-    self._utf8.decode(self._tokenizer.token_bytes(token_id))
-    is_whole = not self._utf8.getstate()[0]
-    end = self._num_decoded if is_whole else None
+    end = self._num_decoded if self._decoder.is_whole else None
     self._held.append(_Held(token_id, logprobs, end))
 
   def _flush(self, may_stop: bool) -> None:

@@ -322,9 +322,7 @@ def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
     last = jnp.where(is_needed(has_top_p_B), 1, 0)
     keep_BV = jnp.ones(scaled_BV.shape, bool)
     keep_BV = jax.lax.fori_loop(first, last + 1, search, keep_BV)
-    keep_BV = jax.lax.cond(
-      is_needed(has_min_p_B), min_p, lambda x: x, keep_BV
-    )
+    keep_BV = jax.lax.cond(is_needed(has_min_p_B), min_p, lambda x: x, keep_BV)
     return jnp.where(keep_BV, scaled_BV, -jnp.inf)
 
   has_any_B = (has_top_k_B | has_top_p_B | has_min_p_B) & ~is_greedy_B

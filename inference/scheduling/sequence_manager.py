@@ -24,56 +24,15 @@ import dataclasses
 import heapq
 import itertools
 
-from inference.scheduling import fairness, page_tables, scheduler
+from inference.scheduling import fairness, page_tables, scheduler, spans
 
-
-# Decode steps of one dispatch while sequences wait: a place that becomes free is
+# Decode steps of one dispatch while sequences wait: a slot that becomes free is
 # given away after at most so many steps more.
 _STEPS_BEFORE_WAITING = 8
 
 
 class Refused(ValueError):
   """The sequence could never run, or contradicts its parent."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-  """Consecutive tokens of one sequence that a step computes."""
-
-  sequence: page_tables.Sequence
-  slot: int  # of the sequence in this step; it may have another one later
-  start: int  # position of the first token
-  length: int  # of a decode: its successive decode steps
-  # Token ids; of a decode the first one. None: it is in flight, the token
-  # sampled last in this slot. A new owner of a slot never reads the token of
-  # the owner before, since its first tokens are known.
-  tokens: tuple[int, ...] | None
-  pages: tuple[int, ...]  # page table up to position start + length
-  samples: bool  # whether a token is sampled after the last position
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-  """The work of the device in one step.
-
-  The copies come first, and all sources are read before any page is written: a
-  source may belong to another sequence of the same step. Spans write only to
-  pages of their own sequence.
-  """
-
-  copies: tuple[tuple[int, int], ...]  # pages (source, destination)
-  # In ascending order of context. One token each, or several if there are no
-  # chunks: then each token is sampled before the next one is computed.
-  decodes: tuple[Span, ...]
-  chunks: tuple[Span, ...]  # at most `chunk_tokens` tokens each
-  # Sequences that got a slot in this step; each has a span.
-  seated: tuple[page_tables.Sequence, ...]
-  preempted: tuple[page_tables.Sequence, ...]  # lost their slot before it
-
-  @property
-  def spans(self) -> tuple[Span, ...]:
-    """Decodes, then chunks."""
-    return (*self.decodes, *self.chunks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +195,9 @@ class SequenceManager:
       most //= 2
     return most
 
-  def begin(self, plan: scheduler.StepPlan, *, decode_steps: int = 1) -> Step:
+  def begin(
+    self, plan: scheduler.StepPlan, *, decode_steps: int = 1
+  ) -> spans.Step:
     """Carries out a plan and returns the step for the device.
 
     From here on, all tokens of the step count as computed. The positions of the
@@ -275,16 +236,16 @@ class SequenceManager:
       copies += self.tables.grow(sequence, length)
     decodes = work[: len(plan.decodes)]
     prefills = work[len(plan.decodes) :]
-    step = Step(
+    step = spans.Step(
       copies=tuple(copies),
       decodes=tuple(
-        self._span(sequence, sequence.num_computed, length, is_decode=True)
+        spans.decode(sequence, length, self.limits)
         for sequence, length in decodes
       ),
       chunks=tuple(
-        span
+        chunk
         for sequence, length in prefills
-        for span in self._chunks(sequence, length)
+        for chunk in spans.chunks(sequence, length, self.limits)
       ),
       seated=tuple(seated),
       preempted=tuple(preempted),
@@ -418,38 +379,6 @@ class SequenceManager:
       running=running,
     )
     return list(itertools.islice(queue, max(num_slots, 1)))
-
-  def _span(
-    self,
-    sequence: page_tables.Sequence,
-    start: int,
-    length: int,
-    *,
-    is_decode: bool = False,
-  ) -> Span:
-    stop = start + length
-    num_given = 1 if is_decode else length
-    is_known = start + num_given <= len(sequence.tokens)
-    assert sequence.slot is not None
-    return Span(
-      sequence=sequence,
-      slot=sequence.slot,
-      start=start,
-      length=length,
-      tokens=tuple(sequence.tokens[start : start + num_given])
-      if is_known
-      else None,
-      pages=sequence.pages[: self.limits.num_pages(stop)],
-      samples=is_decode or stop == sequence.num_known,
-    )
-
-  def _chunks(self, sequence: page_tables.Sequence, length: int) -> list[Span]:
-    """Cuts the prefill of a sequence into chunks."""
-    start, most = sequence.num_computed, self.limits.chunk_tokens
-    return [
-      self._span(sequence, start + done, min(most, length - done))
-      for done in range(0, length, most)
-    ]
 
   def _seat(self, sequence: page_tables.Sequence):
     """Gives a slot to a sequence, and the pages of its prefix hit."""

@@ -15,6 +15,7 @@ from inference.scheduling import (
   pages,
   scheduler,
   sequence_manager,
+  spans,
 )
 
 
@@ -68,7 +69,7 @@ class Device:
     self.last_B: dict[int, int] = {}
     self._histories: dict[tuple, int] = {}
 
-  def execute(self, step: sequence_manager.Step) -> list[tuple[object, int]]:
+  def execute(self, step: spans.Step) -> list[tuple[object, int]]:
     """Computes a step and returns the tokens that it samples."""
     self._copy(step.copies)
     written: set[tuple[int, int]] = set()
@@ -132,7 +133,7 @@ class Device:
       (place, content) for place, content in read.items() if content is not None
     )
 
-  def _read(self, span: sequence_manager.Span, truth: Truth) -> int:
+  def _read(self, span: spans.Span, truth: Truth) -> int:
     """Reads the past of a span; returns the history that it continues."""
     history = self._history(-1, truth.scope)
     for position in range(span.start):
@@ -141,9 +142,7 @@ class Device:
       assert found == history, f'{span} reads another sequence at {position}'
     return history
 
-  def _place(
-    self, span: sequence_manager.Span, position: int
-  ) -> tuple[int, int]:
+  def _place(self, span: spans.Span, position: int) -> tuple[int, int]:
     index, offset = divmod(position, self.page_size)
     return span.pages[index], offset
 
@@ -171,7 +170,7 @@ class Loop:
     self.device = Device(limits.page_size)
     self.depth = depth
     self.sequences: dict[object, page_tables.Sequence] = {}
-    self.steps: list[sequence_manager.Step] = []
+    self.steps: list[spans.Step] = []
     self.in_flight: collections.deque[list] = collections.deque()
     self.ended: dict[object, Truth] = {}
     self.end_steps: dict[object, int] = {}
@@ -195,7 +194,7 @@ class Loop:
       settings.get('scope'), len(prompt), max_new_tokens, list(prompt)
     )
 
-  def step(self) -> sequence_manager.Step | None:
+  def step(self) -> spans.Step | None:
     """Dispatches a step if there is one, and reads a result that is due."""
     plan = self.manager.plan()
     step = None
@@ -251,7 +250,7 @@ class Loop:
       assert is_progress or was_in_flight, 'a step that does nothing'
     raise AssertionError(f'{len(self.truths)} left after {max_steps} steps')
 
-  def _check(self, step: sequence_manager.Step):
+  def _check(self, step: spans.Step):
     limits = self.limits
     assert len(step.decodes) <= limits.max_sequences
     most = limits.max_mixed_chunks if step.decodes else limits.max_chunks

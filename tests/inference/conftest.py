@@ -18,6 +18,7 @@ ENGINE = engine_config.EngineConfig(
   max_chunks=1,
   max_mixed_chunks=1,
   page_size=8,
+  decode_steps=1,  # tests look between two tokens
 )
 
 

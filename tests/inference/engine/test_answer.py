@@ -5,7 +5,7 @@ import numpy as np
 
 from inference.engine import answer, requests
 from inference.sampling import logprobs, settings as settings_lib
-from inference.scheduling import sequence_manager
+from inference.scheduling import sequence_manager, spans
 from tests.helpers import simulated_device, tiny_models
 
 _PROMPT = (256, 97, 98, 99)
@@ -106,7 +106,7 @@ def test_a_prompt_is_scored_chunk_by_chunk_and_only_once_per_request():
   assert _live().scored_prompt() is None
 
   def chunk(start, length):
-    return sequence_manager.Span(
+    return spans.Span(
       sequence=live.sequence, slot=0, start=start, length=length, tokens=(),
       pages=(), samples=False,
     )  # fmt: skip

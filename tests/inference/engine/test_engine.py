@@ -266,7 +266,7 @@ def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
   clock.perf_counter = lambda: clock.now
   for module in (engine_lib, answer):
     monkeypatch.setattr(module, 'time', clock)
-  monkeypatch.setattr(engine, '_last_charged', 0.0)  # idle for long
+  monkeypatch.setattr(engine._accounts, '_last_charged', 0.0)  # idle for long
   engine.submit(_request(_PROMPT[:14], max_tokens=4))
   completion, held = None, []
   for seconds in (5, 1, 2, 4, 8):

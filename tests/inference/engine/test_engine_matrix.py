@@ -1,9 +1,10 @@
 """One function: whatever happens to a sequence, it is the reference's.
 
 Cache layouts, page sizes, prefix hits, chunks, company, slots, preemptions and
-decode steps of a dispatch, against a reference that computes one token at a time. With invariant numerics
-tokens and log-probabilities are the same to the bit; without, they are within
-a bound that is measured here, and tests that the comparison can fail.
+numbers of decode steps per dispatch, against a reference that computes one
+token at a time. With invariant numerics tokens and log-probabilities are the
+same to the bit; without, they are within a bound that is measured here, and
+tests that the comparison can fail.
 """
 
 import dataclasses
@@ -307,8 +308,10 @@ def test_a_page_that_the_last_token_fills_is_not_cached():
     ((ended,),) = reference_engine.serve(engine, [asked]).completions
     tokens = (*prompt, *ended.token_ids)
     assert ended.token_ids.index(eos_id) == 5
-    assert len(tokens) == num_prompt + 6 == engine.page_tokens * (
-      len(tokens) // engine.page_tokens
+    assert (
+      len(tokens)
+      == num_prompt + 6
+      == engine.page_tokens * (len(tokens) // engine.page_tokens)
     )
     again = requests.Request(
       prompt_ids=(*tokens, 65, 66),

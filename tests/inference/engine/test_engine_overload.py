@@ -219,7 +219,7 @@ def test_answers_of_several_callers_wait_for_their_caller(engine, monkeypatch):
   for asked, completions in zip(requests_of, done, strict=True):
     for which, request in enumerate(asked):
       assert _is_as_expected(request, completions[which])
-  assert not engine._inboxes
+  assert not engine._feeder.inboxes
   assert not [*engine.run()]  # reads the step in flight
 
 
@@ -230,7 +230,7 @@ def test_an_answer_that_is_closed_cancels_its_requests(engine):
   updates.close()
   list(engine.run())
   assert not engine._live
-  assert not engine._inboxes
+  assert not engine._feeder.inboxes
   with pytest.raises(ValueError, match='got token id 259'):
     # At the call, not at the first update.
     engine.answer([dataclasses.replace(_requests()[0], prompt_ids=(259,))])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from inference.engine import inputs as inputs_lib
-from inference.scheduling import page_tables, sequence_manager
+from inference.scheduling import page_tables, spans
 
 
 def _sequence(id):
@@ -38,7 +38,7 @@ class _Live:
 
 
 def _span(id, slot, start, tokens, pages, *, length=0, samples=True):
-  return sequence_manager.Span(
+  return spans.Span(
     sequence=_SEQUENCES[id],
     slot=slot,
     start=start,
@@ -51,7 +51,7 @@ def _span(id, slot, start, tokens, pages, *, length=0, samples=True):
 
 # Two of three decodes, and two of three chunks of four tokens. One chunk is of
 # a prompt that is scored, the other of one that is not.
-_STEP = sequence_manager.Step(
+_STEP = spans.Step(
   copies=(),
   decodes=(
     _span('a', 5, 7, None, (4, 2), length=3),  # three tokens, one by one

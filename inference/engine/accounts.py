@@ -1,0 +1,107 @@
+"""The cost of requests: their usage, counters of steps, the time of a step."""
+
+from collections.abc import Iterable
+import math
+import time
+
+from inference.engine import answer, engine_config, metrics as metrics_lib
+from inference.scheduling import spans
+from models import flops, model_config as model_config_lib
+
+# Weight of a step that took longer than the estimate of its duration. A shorter
+# one counts whole: the host may have come late to read a result.
+_SLOWER_WEIGHT = 0.1
+
+
+class Accounts:
+  """Charges work to sequences, and counts it in the metrics of an engine."""
+
+  def __init__(
+    self,
+    metrics: metrics_lib.Metrics,
+    model_config: model_config_lib.ModelConfig,
+    page_bytes: float,
+  ):
+    """Starts now.
+
+    Args:
+      metrics: of the engine.
+      model_config: of the model.
+      page_bytes: bytes of one page, all layers.
+    """
+    self._metrics, self._page_bytes = metrics, page_bytes
+    self._flops = flops.SpanFlops(model_config)
+    self._last_charged = self._last_landed = time.perf_counter()
+    self._step_seconds = math.inf  # of one decode step, estimated
+
+  def charge_memory(self, lives: Iterable[answer.Live], now: float) -> None:
+    """Charges running sequences for their pages since the last charge."""
+    seconds, self._last_charged = now - self._last_charged, now
+    for live in lives:
+      held = len(live.sequence.pages) * self._page_bytes
+      live.usage.kv_byte_seconds += held * seconds
+
+  def charge_chunk(self, live: answer.Live, chunk: spans.Span) -> None:
+    """Charges a sequence for a chunk of its prompt."""
+    num_logits = chunk.length if live.scored_prompt() else int(chunk.samples)
+    live.usage.prefill_tokens += chunk.length
+    self._charge(live, chunk.start, chunk.length, num_logits)
+
+  def charge_decodes(
+    self, live: answer.Live, decode: spans.Span, num_tokens: int
+  ) -> None:
+    """Charges a sequence for the first decode steps of a dispatch.
+
+    Tokens after the end of the answer are not charged: how many there are
+    depends on how many steps a dispatch has.
+    """
+    live.usage.decode_tokens += num_tokens
+    self._charge(live, decode.start, num_tokens, num_tokens)
+
+  def _charge(
+    self, live: answer.Live, start: int, length: int, num_logits: int
+  ) -> None:
+    cost = self._flops(start, length, num_logits)
+    live.usage.flops += cost
+    self._metrics.flops.inc(cost)
+
+  def count(
+    self,
+    step: spans.Step,
+    *,
+    num_steps: int,
+    num_decoded: int,
+    rows: int,
+    sent_at: float,
+    now: float,
+  ) -> None:
+    """Counts a dispatch that has been read, and estimates a step's duration.
+
+    Args:
+      step: of the dispatch.
+      num_steps: that the device computed.
+      num_decoded: decoded tokens that belong to an answer.
+      rows: tokens of the shape of each step.
+      sent_at: time of the dispatch, in seconds of `time.perf_counter`.
+      now: the time.
+    """
+    self._metrics.count(
+      steps=num_steps,
+      decoded=num_decoded,
+      prefilled=sum(chunk.length for chunk in step.chunks),
+      rows=num_steps * rows,
+    )
+    if num_steps and not step.chunks:
+      seconds = (now - max(sent_at, self._last_landed)) / num_steps
+      if seconds > self._step_seconds:
+        longer = seconds - self._step_seconds
+        seconds = self._step_seconds + _SLOWER_WEIGHT * longer
+      self._step_seconds = seconds
+    self._last_landed = now
+
+  def most_decode_steps(self, config: engine_config.EngineConfig) -> int:
+    """Returns how many decode steps take at most `stream_seconds`."""
+    most, seconds = config.decode_steps, config.stream_seconds
+    if not seconds:
+      return most
+    return max(1, min(most, int(seconds / self._step_seconds)))
