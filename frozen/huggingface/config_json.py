@@ -15,6 +15,7 @@ from checks import expect
 from frozen.huggingface.families import (
   dense_families,
   fields as fields_lib,
+  gpt_families,
   layer_kinds,
   moe_families,
 )
@@ -68,12 +69,12 @@ FAMILIES: Mapping[str, Family] = {
     'Gemma3ForCausalLM', dense_families.read_gemma3, dense_families.write_gemma3
   ),
   'gpt2': Family(
-    'GPT2LMHeadModel', dense_families.read_gpt2, dense_families.write_gpt2
+    'GPT2LMHeadModel', gpt_families.read_gpt2, gpt_families.write_gpt2
   ),
   'gpt_neox': Family(
     'GPTNeoXForCausalLM',
-    dense_families.read_gpt_neox,
-    dense_families.write_gpt_neox,
+    gpt_families.read_gpt_neox,
+    gpt_families.write_gpt_neox,
   ),
   'mixtral': Family(
     'MixtralForCausalLM', moe_families.read_mixtral, moe_families.write_mixtral
