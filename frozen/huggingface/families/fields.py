@@ -19,7 +19,7 @@ _MOST_LISTED = 8
 
 # Fields about training, output formats, caches, or the file itself. The ids of
 # special tokens come from the tokenizer and from generation_config.json.
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
   {
     'architectures', 'auto_map', 'model_type', 'dtype', 'torch_dtype',
     'transformers_version', 'use_cache', 'bos_token_id', 'eos_token_id',
@@ -174,7 +174,7 @@ class Fields:
       # 0 is not false: it may be the number of something.
       if not any(type(value) is type(x) and value == x for x in allowed):
         self.refuse(name, ' or '.join(map(repr, allowed)))
-    self.finish_object('of the family', _WITHOUT_EFFECT)
+    self.finish_object('of the family', WITHOUT_EFFECT)
 
   def finish_object(self, owner: str, ignored: Set[str] = frozenset()) -> None:
     """Raises ValueError if fields are left that are not null nor ignored."""

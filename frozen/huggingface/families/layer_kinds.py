@@ -11,6 +11,9 @@ from typing import Any
 from frozen.huggingface.families import fields as fields_lib
 from models import model_config
 
+_NEEDS_WINDOW = (
+  'no sliding_attention without use_sliding_window and sliding_window'
+)
 _LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}
 
 
@@ -85,10 +88,7 @@ def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
     'l' if window and n >= first else 'g' for n in range(num_layers)
   )
   if 'l' in letters and not window:
-    fields.refuse(
-      'layer_types',
-      'no sliding_attention without use_sliding_window and sliding_window',
-    )
+    fields.refuse('layer_types', _NEEDS_WINDOW)
   return _fields(letters, window)
 
 
@@ -113,7 +113,8 @@ def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
     'l' if window and not has_rope[n] else 'g' for n in range(num_layers)
   )
   if 'l' in types and not window:
-    types = 'g' * num_layers  # a layer is local only if it has a window, too
+    # In transformers, this depends on the implementation of attention.
+    fields.refuse('layer_types', _NEEDS_WINDOW)
   kinds = {('g', 1): 'g', ('g', 0): 'n', ('l', 1): 'l', ('l', 0): 'm'}
   letters = ''.join(kinds[kind, has_rope[n]] for n, kind in enumerate(types))
   return _fields(letters, window)

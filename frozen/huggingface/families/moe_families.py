@@ -138,8 +138,16 @@ def _read_deepseek(fields: Fields, alias: str, shared: int) -> dict[str, Any]:
   rotary_width = fields.size('qk_rope_head_dim', 64)
   others = fields.size('qk_nope_head_dim', 128)
   # In these families, head_dim is the width of the rotated part.
-  fields.expect('head_dim', None, rotary_width)
-  fields.expect('qk_head_dim', None, rotary_width + others)
+  for name, width, sum_of in (
+    ('head_dim', rotary_width, 'qk_rope_head_dim'),
+    (
+      'qk_head_dim',
+      rotary_width + others,
+      'qk_rope_head_dim + qk_nope_head_dim',
+    ),
+  ):
+    if fields.has(name) and fields.get(name) != width:
+      fields.refuse(name, f'{sum_of} = {width}, or no {name}')
   found = dense_families.sizes(fields, head_width=rotary_width) | {
     'head_width': rotary_width + others
   }
@@ -166,7 +174,7 @@ def _read_deepseek(fields: Fields, alias: str, shared: int) -> dict[str, Any]:
       'query_scale': scale,
       'num_dense_layers': dense_layers,
       'mlp_width': found['mlp_width'] if dense_layers else 0,
-      'num_shared_experts': fields.count('n_shared_experts', shared),
+      'num_shared_experts': fields.size('n_shared_experts', shared),
       'expert_width': fields.size('moe_intermediate_size'),
     }
     | _num_experts(fields, 'n_routed_experts', alias)

@@ -164,6 +164,8 @@ def read_local_and_global(
   full, parameters = _objects(fields, FULL)
   if fields.has('rope_parameters'):
     full = parameters.inside(FULL)
+  elif not full.has('rope_type'):
+    full.expect('type', None, 'default')  # transformers ignores the old name
   local = parameters.inside(SLIDING)
   parameters.finish_object(f'{FULL} and {SLIDING}')
   local_base = _base(fields, local, Family(local_base, 'rope_local_base_freq'))
@@ -228,7 +230,8 @@ def _width(fields, given, head_width, family) -> int:
     named = fields.has(family.width_name)
     owner.refuse(
       name or (family.width_name if named else 'hidden_size'),
-      f'an even number of rotated channels, not {width} of {head_width}',
+      f'an even number of rotated channels, not {width} of {head_width} (of'
+      ' head_dim, or of hidden_size / num_attention_heads)',
     )
   return width
 
@@ -251,7 +254,7 @@ def _rope(fields, given, head_width, family, original) -> Rope:
   scaling, score_amplitude = _KINDS[kind](
     given, original or inner or trained, trained
   )
-  given.finish_object(f'of type {kind}')
+  given.finish_object(f'of rope_type {kind}')
   for name, divisors in (
     ('short_factor', scaling.short_divisors),
     ('long_factor', scaling.long_divisors),

@@ -68,7 +68,7 @@ def test_llama_is_what_our_own_preset_is():
     ({'rope_scaling': {'type': 'llama3', 'factor': 8.0}}, 'low_freq_factor'),
     (
       {'rope_scaling': {'type': 'linear', 'factor': 2.0, 'mrope_section': [1]}},
-      r'got rope_scaling.mrope_section = \[1\], expected only fields of type li',
+      r'got rope_scaling.mrope_section = \[1\], expected only fields of rop',
     ),
     ({'rope_scaling': 'yarn'}, "got rope_scaling = 'yarn', expected an object"),
   ],
