@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from frozen.huggingface import (
 from models import model_config
 from text import hf_tokenizer
 
+_COUNTS = ('vocab_size', 'num_experts')  # dimensions of a tensor
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -134,19 +136,13 @@ def _check_sizes(source: Source) -> None:
   """
   config, tensors = source.config, source.tensors
   largest = max((max(x.shape, default=1) for x in tensors.values()), default=0)
-  widths = {
-    'heads of all keys': config.num_heads * config.head_width,
-    **{
-      name: getattr(config, name)
-      for name in (
-        'vocab_size', 'model_width', 'mlp_width', 'num_experts', 'expert_width',
-        'latent_width', 'query_latent_width',
-      )
-    },
-  }  # fmt: skip
+  sizes = {'num_heads * head_width': config.num_heads * config.head_width}
+  for field in dataclasses.fields(config):
+    if field.name.endswith('_width') or field.name in _COUNTS:
+      sizes[field.name] = getattr(config, field.name)
   for name, size, most in (
     ('num_layers', config.num_layers, len(tensors)),
-    *((name, size, largest) for name, size in widths.items()),
+    *((name, size, largest) for name, size in sizes.items()),
   ):
     if size > most:
       raise ValueError(

@@ -108,7 +108,9 @@ def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
     )
   is_used = fields.flag('use_sliding_window', False)
   window = fields.size_or_none('sliding_window', None) if is_used else 0
-  fields.get('sliding_window', None)
+  # Published files have the second, which transformers ignores here.
+  for name in ('sliding_window', 'max_window_layers'):
+    fields.get(name, None)
   types = _from_types(fields, num_layers) or ''.join(
     'l' if window and not has_rope[n] else 'g' for n in range(num_layers)
   )

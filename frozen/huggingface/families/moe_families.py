@@ -17,14 +17,12 @@ def read_mixtral(fields: Fields) -> ModelConfig:
   """Mixtral: Mistral with experts in place of the MLP."""
   fields.expect('hidden_act', 'silu', 'swish')
   found = dense_families.sizes(fields, kv_heads=8, epsilon=1e-5)
-  head_width = found['head_width']
   family = rope_fields.Family(1_000_000.0)
+  rope = rope_fields.read(fields, found['head_width'], family)
   expert_width = found.pop('mlp_width')
   return ModelConfig(
     **found,
-    **dense_families.rotary(
-      rope_fields.read(fields, head_width, family), head_width
-    ),
+    **dense_families.rotary(rope, found['head_width']),
     mlp_width=0,
     window=fields.size_or_none('sliding_window', None),
     **_num_experts(fields, 'num_local_experts', 'num_experts', 8, 2),
@@ -96,8 +94,11 @@ def _experts(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
   fields.expect('decoder_sparse_step', 1)
   without = fields.get('mlp_only_layers', None)
   without = [] if without is None else without
-  first = [list(range(n)) for n in range(found['num_layers'] + 1)]
-  if without not in first:
+  if (
+    not isinstance(without, list)
+    or without != list(range(len(without)))
+    or len(without) > found['num_layers']
+  ):
     fields.refuse('mlp_only_layers', 'the first layers, or none')
   return _num_experts(fields, 'num_experts', 'num_local_experts', 128, 8) | {
     'mlp_width': found['mlp_width'] if without else 0,

@@ -323,6 +323,10 @@ def test_the_command_imports_exports_and_fails_in_one_line(tmp_path):
   assert result.returncode == 2
   assert result.stderr.startswith('error: ')
   assert result.stderr.count('\n') == 1
+  below_a_file = f'--out={tmp_path / "theirs" / "config.json" / "ours"}'
+  result = _command('import', f'--source={tmp_path / "theirs"}', below_a_file)
+  assert result.returncode == 2
+  assert result.stderr.startswith('error: [Errno 20] Not a directory')
   result = _command('eat', '--source=a', '--out=b')
   assert result.returncode == 1
   assert 'expected one of import, export' in result.stdout + result.stderr

@@ -91,7 +91,7 @@ def _only_config(**fields):
     (_config(num_hidden_layers=9_999), 'got num_layers = 9999 .* at most 2'),
     (_config(vocab_size=2**31 - 1), 'got vocab_size = 2147483647 .* most 400'),
     (_config(intermediate_size=2**30), 'got mlp_width = 1073741824 .*most 400'),
-    (_config(head_dim=2**30), 'got heads of all keys = .* at most 400'),
+    (_config(head_dim=2**30), r'got num_heads \* head_width = .* at most 400'),
     (_config(rope_theta=float('inf')), 'got rope_theta = inf, expected a pos'),
     (_config(rms_norm_eps=float('nan')), 'got rms_norm_eps = nan, expected'),
     (_prefix('config.json', '"rms_norm_eps": 1e999,'), "'rms_norm_eps' twice"),
