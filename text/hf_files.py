@@ -230,7 +230,7 @@ def _json(files: Files, name: str) -> dict[str, Any]:
   """Returns a file, parsed; an empty dict if there is no such file."""
   try:
     value = json.loads(files.get(name, b'{}'))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{name} is not JSON ({error}); copy it again') from None
   if not isinstance(value, dict):
     raise ValueError(f'{name} holds {type(value).__name__}, expected an object')

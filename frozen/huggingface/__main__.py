@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 from checks import path_flags
 
+_MOST_SHOWN = 4000  # characters of an error
 _USAGE = 'expected one of import, export, as in import --source=DIR --out=DIR'
 
 
@@ -23,9 +24,17 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # orbax logs every step that it takes
   try:
     (_import if argv[1] == 'import' else _export)()
-  except (ValueError, FileNotFoundError) as error:
-    print(f'error: {error}', file=sys.stderr)
+  except (ValueError, OSError) as error:
+    print(f'error: {_one_line(str(error))}', file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+  """Returns a text without control characters: names come from files."""
+  cut = text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]}...'
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in cut
+  )
 
 
 def _import() -> None:

@@ -5,6 +5,7 @@ config.json again and compares the model. If a family cannot express the model,
 the two differ, and the next family is tried.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 import dataclasses
 import json
@@ -15,12 +16,14 @@ from checks import expect
 from frozen.huggingface.families import (
   dense_families,
   fields as fields_lib,
+  gpt_families,
   layer_kinds,
   moe_families,
 )
 from models import model_config
 
 FILE = 'config.json'
+MOST_BYTES = 16 * 2**20  # of a JSON file without lists of tensors
 
 
 class Family(NamedTuple):
@@ -68,12 +71,12 @@ FAMILIES: Mapping[str, Family] = {
     'Gemma3ForCausalLM', dense_families.read_gemma3, dense_families.write_gemma3
   ),
   'gpt2': Family(
-    'GPT2LMHeadModel', dense_families.read_gpt2, dense_families.write_gpt2
+    'GPT2LMHeadModel', gpt_families.read_gpt2, gpt_families.write_gpt2
   ),
   'gpt_neox': Family(
     'GPTNeoXForCausalLM',
-    dense_families.read_gpt_neox,
-    dense_families.write_gpt_neox,
+    gpt_families.read_gpt_neox,
+    gpt_families.write_gpt_neox,
   ),
   'mixtral': Family(
     'MixtralForCausalLM', moe_families.read_mixtral, moe_families.write_mixtral
@@ -112,22 +115,44 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
   return read_object(path)
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
+def read_object(
+  path: pathlib.Path, most_bytes: int = MOST_BYTES
+) -> dict[str, Any]:
   """Returns the JSON object in a file.
 
   Raises:
-    ValueError: the file has something else.
+    ValueError: the file has something else, a name twice, or is too large.
   """
+  size = path.stat().st_size
+  if size > most_bytes:
+    raise ValueError(
+      f'{path}: got {size} bytes, expected at most {most_bytes}; no model has'
+      ' such a file'
+    )
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
+    values = json.loads(
+      path.read_text(encoding='utf-8'), object_pairs_hook=_object
+    )
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f'{path}: got a file that is not JSON ({error}), expected a JSON object;'
       ' copy it again'
     ) from None
   if not isinstance(values, dict):
-    raise ValueError(f'{path}: got {values!r}, expected a JSON object')
+    raise ValueError(
+      f'{path}: got {expect.shown(values)}, expected a JSON object'
+    )
   return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object without equal names, of which readers take either."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    ((twice, _),) = names.most_common(1)
+    raise ValueError(f'the name {expect.shown(twice)} twice in one object')
+  return found
 
 
 def read(
@@ -147,18 +172,19 @@ def read(
   family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
   if family is None:
     raise ValueError(
-      f'{where}: got model_type = {model_type!r} (architectures ='
-      f' {values.get("architectures")!r}), expected one of'
+      f'{where}: got model_type = {expect.shown(model_type)} (architectures ='
+      f' {expect.shown(values.get("architectures"))}), expected one of'
       f' {", ".join(FAMILIES)}; other architectures are not supported'
     )
   named = values.get('architectures') or [family.architecture]
   if named != [family.architecture]:
     raise ValueError(
-      f'{where}: got architectures = {named!r}, expected'
+      f'{where}: got architectures = {expect.shown(named)}, expected'
       f' [{family.architecture!r}]: only language models are read, without'
       ' classifiers or images'
     )
   fields = fields_lib.Fields(values, where)
+  fields.agree('torch_dtype', 'dtype')
   config = family.read(fields)
   fields.finish()
   try:

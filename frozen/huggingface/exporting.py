@@ -67,14 +67,13 @@ def export_directory(
   with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
     notes, special_ids = _write_tokenizer(partial, frozen)
+    # Both files have all ids that end a text: some programs read one of them.
+    special_ids |= _end_ids(frozen.generation)
     values |= special_ids
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
     _write_json(partial / config_json.FILE, values)
     generation, more = generation_config(frozen.generation)
-    _write_json(
-      partial / generation_config_lib.FILE,
-      generation | special_ids | _end_ids(frozen.generation),
-    )
+    _write_json(partial / generation_config_lib.FILE, generation | special_ids)
   return Exported(model_type, spare_notes + notes + more)
 
 
@@ -156,7 +155,7 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
 
 def _write_tokenizer(
   directory: pathlib.Path, frozen
-) -> tuple[list[str], dict[str, int]]:
+) -> tuple[list[str], dict[str, Any]]:
   """Copies the tokenizer; returns notes, and the ids of its special tokens."""
   tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
   if tokenizer.kind != 'huggingface':  # the only one that transformers can load
@@ -173,7 +172,7 @@ def _write_tokenizer(
       path = directory / hf_files.MORE_TEMPLATES / f'{name}.jinja'
       path.parent.mkdir(exist_ok=True)
       path.write_bytes(text.encode())
-  found = {}
+  found: dict[str, Any] = {}
   for name in ('bos_token', 'eos_token', 'pad_token'):
     token = tokenizer.names.get(name)
     if token is not None and token in tokenizer.special_tokens:
@@ -182,7 +181,7 @@ def _write_tokenizer(
 
 
 def _end_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the ids that end a text, as generation_config.json has them."""
+  """Returns the ids that end a text, as an id or a list of them."""
   ids = list(generation.get('stop_ids', ()))
   return {'eos_token_id': ids if len(ids) > 1 else ids[0]} if ids else {}
 

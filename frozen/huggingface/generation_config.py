@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
+from checks import expect
 from text import hf_files
 
 FILE = hf_files.GENERATION
@@ -69,6 +70,7 @@ _WITHOUT_EFFECT = frozenset(
     'transformers_version', '_from_model_config',
   }
 )  # fmt: skip
+_MOST = 2**31 - 1  # of a count
 _DEFAULT_TOP_K = 50  # default of transformers if do_sample is true
 
 
@@ -112,7 +114,9 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
     )
   known = _HANDLED | _UNSUPPORTED.keys() | _WITHOUT_EFFECT | {'max_length'}
   notes += [
-    f'{key} {given[key]!r} is not used' for key in given if key not in known
+    f'{key} {expect.shown(given[key])} is not used'
+    for key in given
+    if key not in known
   ]
   return Recommended(settings, notes)
 
@@ -120,7 +124,7 @@ def generation_settings(config: Mapping[str, Any]) -> Recommended:
 def _check_supported(given: Mapping[str, Any]) -> None:
   """Raises ValueError if an unsupported field would change the samples."""
   refused = [
-    f'{key} {given[key]!r}'
+    f'{key} {expect.shown(given[key])}'
     for key, harmless in _UNSUPPORTED.items()
     if key in given and given[key] not in harmless
   ]
@@ -135,10 +139,12 @@ def _sampling(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """Returns the settings of sampling, and notes on unused fields."""
   do_sample = given.get('do_sample', False)
   if type(do_sample) is not bool:
-    raise ValueError(f'{FILE}: got do_sample {do_sample!r}, expected a boolean')
+    raise ValueError(
+      f'{FILE}: got do_sample {expect.shown(do_sample)}, expected a boolean'
+    )
   if not do_sample:
     unused = [
-      f'{key} {given[key]}'
+      f'{key} {expect.shown(given[key])}'
       for key in ('temperature', 'top_k', 'top_p', 'min_p')
       if key in given
     ]
@@ -173,14 +179,17 @@ def _number(
   value = given.get(key, default)
   is_number = type(value) in (int, float) and math.isfinite(value)
   if not (is_number and is_valid(value)):
-    raise ValueError(f'{FILE}: got {key} {value!r}, expected {expected}')
+    raise ValueError(
+      f'{FILE}: got {key} {expect.shown(value)}, expected {expected}'
+    )
   return float(value)
 
 
 def _count(value: Any, key: str, is_positive: bool) -> int:
-  if type(value) is not int or value < int(is_positive):
+  least = int(is_positive)
+  if type(value) is not int or not least <= value <= _MOST:
     raise ValueError(
-      f'{FILE}: got {key} {value!r}, expected an integer >= {int(is_positive)}'
+      f'{FILE}: got {key} {expect.shown(value)}, expected an integer >= {least}'
     )
   return value
 
@@ -190,5 +199,7 @@ def _strings(value: Any) -> list[str]:
   if not isinstance(values, list) or not all(
     isinstance(text, str) and text for text in values
   ):
-    raise ValueError(f'{FILE}: got stop_strings {value!r}, expected strings')
+    raise ValueError(
+      f'{FILE}: got stop_strings {expect.shown(value)}, expected strings'
+    )
   return values

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from frozen.huggingface import (
 from models import model_config
 from text import hf_tokenizer
 
+_COUNTS = ('vocab_size', 'num_experts')  # dimensions of a tensor
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -98,6 +100,7 @@ def load_params(
   Raises:
     ValueError: the tensors are not those of the model.
   """
+  _check_sizes(source)
   abstract = frozen_format.abstract_params(source.config, dtype)
   leaves = {
     path.removeprefix('params/'): leaf
@@ -126,14 +129,47 @@ def load_params(
   return {'params': tree}
 
 
+def _check_sizes(source: Source) -> None:
+  """Raises ValueError if no tensor is as large as the config says.
+
+  Lists and shapes are made of the sizes only afterwards: a file may lie.
+  """
+  config, tensors = source.config, source.tensors
+  largest = max((max(x.shape, default=1) for x in tensors.values()), default=0)
+  sizes = {'num_heads * head_width': config.num_heads * config.head_width}
+  for field in dataclasses.fields(config):
+    if field.name.endswith('_width') or field.name in _COUNTS:
+      sizes[field.name] = getattr(config, field.name)
+  for name, size, most in (
+    ('num_layers', config.num_layers, len(tensors)),
+    *((name, size, largest) for name, size in sizes.items()),
+  ):
+    if size > most:
+      raise ValueError(
+        f'{source.where}: got {name} = {size} in the config, expected at most'
+        f' {most}, as {len(tensors)} tensors of at most {largest} rows or'
+        ' columns are here; they are not of the same model'
+      )
+
+
 def _tied(source: Source) -> dict[str, str]:
-  """Returns the name of a tied head, and the tensor that it must equal."""
-  if not source.config.tie_embeddings:
-    return {}
+  """Returns the name of a tied head, and the tensor that it must equal.
+
+  Raises:
+    ValueError: the head is not tied, and there is none.
+  """
   prefix = tensor_map.prefix_of(source.model_type)
   names = {'gpt2': ('lm_head', 'wte'), 'gpt_neox': ('embed_out', 'embed_in')}
   head, table = names.get(source.model_type, ('lm_head', 'embed_tokens'))
-  return {f'{head}.weight': f'{prefix}{table}.weight'}
+  if source.config.tie_embeddings:
+    return {f'{head}.weight': f'{prefix}{table}.weight'}
+  if f'{head}.weight' not in source.tensors:
+    raise ValueError(
+      f'{source.where}: got tie_word_embeddings = false in {config_json.FILE}'
+      f' and no {head}.weight, expected one of the two; set it to true if the'
+      f' head is {table}.weight'
+    )
+  return {}
 
 
 class Imported(NamedTuple):
@@ -167,6 +203,7 @@ def import_directory(
     tokenizer = hf_tokenizer.convert(directory, tokenizer_dir)
     check_vocabulary(source, tokenizer)
     generation, notes = read_generation(pathlib.Path(directory))
+    check_ends(source, generation)
     return freeze_source(
       source,
       out,
@@ -189,6 +226,17 @@ def check_vocabulary(
       f'{source.where}: got a tokenizer of {tokenizer.vocab_size} ids, expected'
       f' at most {source.config.vocab_size}, as the model has; they are not of'
       ' the same model'
+    )
+
+
+def check_ends(source: Source, generation: Mapping[str, Any]) -> None:
+  """Raises ValueError if a text would end with an id that is not there."""
+  most = source.config.vocab_size
+  if wrong := [i for i in generation.get('stop_ids', ()) if i >= most]:
+    raise ValueError(
+      f'{source.where}: got eos_token_id {expect.shown(wrong)}, expected ids'
+      f' below vocab_size = {most}; remove the others from'
+      f' {generation_config.FILE} or {config_json.FILE}'
     )
 
 
@@ -254,14 +302,14 @@ def read_generation(
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns the recommended settings, and notes on fields without use.
 
-  Without generation_config.json, generation is greedy, and several EOS ids are
-  those of config.json, as in `transformers`.
+  Without generation_config.json, generation is greedy, and EOS ids are those
+  of config.json, as in `transformers`.
   """
   path = directory / generation_config.FILE
   if path.is_file():
     values = config_json.read_object(path)
   else:
     ends = config_json.load(directory).get('eos_token_id')
-    values = {'eos_token_id': ends} if isinstance(ends, list) else {}
+    values = {'eos_token_id': ends}
   settings, notes = generation_config.generation_settings(values)
   return settings, list(notes)

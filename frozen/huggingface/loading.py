@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from checks import expect
 from frozen.huggingface import tensor_map
 
 # Bytes of a piece of a tensor: read and transposed, it fits a core's cache.
@@ -79,7 +80,8 @@ def load(
   by_name = {piece.theirs: piece for piece in pieces}
   for name, other in tied.items():
     if name in tensors:
-      _check_equal(tensors[name], name, other, result, by_name[other])
+      leaf = result[by_name[other].ours[0]]
+      _check_equal(tensors[name], leaf, f'{where}: got {name} unlike {other}')
   return result
 
 
@@ -130,7 +132,8 @@ def check(
     shape = tuple(piece.layout.shape(*shapes))
     got = tensors[piece.theirs]
     if got.shape != shape:
-      wrong.append(f'{piece.theirs} {list(got.shape)}, not {list(shape)}')
+      theirs = expect.shown(list(got.shape))
+      wrong.append(f'{piece.theirs} {theirs}, not {list(shape)}')
     elif got.dtype not in ('F32', 'F16', 'BF16') and not got.dtype.startswith(
       'GGML'
     ):
@@ -206,14 +209,12 @@ def _copy(target: np.ndarray, part: np.ndarray) -> None:
   np.copyto(target, part)
 
 
-def _check_equal(tensor, name, other, result, piece) -> None:
+def _check_equal(tensor: Tensor, leaf: np.ndarray, got: str) -> None:
   """Raises ValueError if a tensor differs from the leaf that it is tied to."""
-  (path,) = piece.ours
-  leaf = result[path]
   if tensor.shape != leaf.shape or not np.array_equal(
     tensor.whole().astype(leaf.dtype), leaf
   ):
     raise ValueError(
-      f'got {name} unlike {other}, expected the same values, as config.json has'
+      f'{got}, expected the same values, as config.json has'
       ' tie_word_embeddings; set it to false if the model has both'
     )

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from checks import expect
+
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 DTYPES: Mapping[str, Any] = {
@@ -97,8 +99,12 @@ def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
   tensors: dict[str, Tensor] = {}
   for name in sorted(set(weight_map.values())):
     path = directory / name
-    if pathlib.PurePath(name).name != name:
-      raise ValueError(f'{index}: got the file name {name!r}, expected no path')
+    is_name = pathlib.PurePath(name).name == name
+    if not is_name or not name.endswith('.safetensors') or '\0' in name:
+      raise ValueError(
+        f'{index}: got the file name {expect.shown(name)}, expected the name of'
+        ' a safetensors file, without a path'
+      )
     if not path.is_file():
       raise FileNotFoundError(
         f'{path}: got no such file, expected the shard that {INDEX} lists; copy'
@@ -118,11 +124,12 @@ def open_directory(directory: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  too_large = index.stat().st_size > _MAX_HEADER
   try:
-    found = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-    if all(isinstance(name, str) for name in (*found, *found.values())):
+    found = {} if too_large else json.loads(index.read_bytes())['weight_map']
+    if found and all(isinstance(x, str) for x in (*found, *found.values())):
       return found
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     pass
   raise ValueError(
     f'{index}: got a file without a weight_map of names, expected an index of'
@@ -166,11 +173,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     try:
       header = json.loads(file.read(length))
       header.pop('__metadata__', None)
-      entries = {
-        name: (x['dtype'], tuple(x['shape']), *x['data_offsets'])
-        for name, x in header.items()
-      }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      entries = {name: _entry(**x) for name, x in header.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
       raise ValueError(
         f'{path}: got a header that cannot be read ({error!r}); copy the file'
         ' again'
@@ -195,6 +199,16 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     name: Tensor(path, dtype, shape, 8 + length + begin)
     for name, (dtype, shape, begin, _) in entries.items()
   }
+
+
+def _entry(
+  dtype: str, shape: list[int], data_offsets: list[int]
+) -> tuple[str, tuple[int, ...], int, int]:
+  """Returns the dtype, the shape and the two offsets of a tensor."""
+  begin, stop = data_offsets
+  if not isinstance(dtype, str) or not {type(begin), type(stop)} == {int}:
+    raise TypeError(f'{expect.shown(dtype)} in {expect.shown(data_offsets)}')
+  return dtype, tuple(shape), begin, stop
 
 
 def _num_bytes(path: pathlib.Path, name: str, dtype: str, shape: Any) -> int:

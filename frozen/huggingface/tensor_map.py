@@ -70,8 +70,9 @@ def pieces(
   if model_type == 'gpt_neox':
     return list(_gpt_neox(config))
   names = _NAMES.get(model_type, _LLAMA)
+  # null is false, as in transformers.
   is_paired = model_type == 'deepseek_v2' or (
-    model_type == 'deepseek_v3' and values.get('rope_interleave') is not False
+    model_type == 'deepseek_v3' and values.get('rope_interleave', True)
   )
   return list(_llama(config, names, is_paired))
 

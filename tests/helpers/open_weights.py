@@ -298,9 +298,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, **overrides):
-  """Returns a model of `MODELS` whose random weights all change its output."""
-  import torch
+def config_of(name: str, **overrides):
+  """Returns the class of a model of `MODELS`, and its config."""
   import transformers
 
   kind, extra = MODELS[name]
@@ -319,15 +318,27 @@ def build(name: str, **overrides):
       'pad_token_id': None,
     }  # fmt: skip
   # Otherwise transformers computes what its fastest kernels do.
-  model = model_class(
-    config_class(**(sizes | extra | overrides), attn_implementation='eager')
+  return model_class, config_class(
+    **(sizes | extra | overrides), attn_implementation='eager'
   )
+
+
+def build(name: str, **overrides):
+  """Returns a model of `MODELS` whose random weights all change its output."""
+  model_class, config = config_of(name, **overrides)
+  return randomise(model_class(config))
+
+
+def randomise(model):
+  """Gives a model random weights that all change its output."""
+  import torch
+
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for key, p in [*model.named_parameters(), *_buffers(model)]:
       # As initialised, norms, biases and corrections would not show. The norms
       # of Gemma count from 1.
-      counts_from_zero = kind.startswith('Gemma')
+      counts_from_zero = type(model).__name__.startswith('Gemma')
       is_norm = 'norm' in key or '.ln_' in key
       mean = 1.0 if is_norm and not counts_from_zero else 0.0
       # A tied head would otherwise say again what it was told.

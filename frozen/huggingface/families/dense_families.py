@@ -1,4 +1,4 @@
-"""Families without experts: config.json to ModelConfig and back.
+"""Families like Llama, without experts: config.json to ModelConfig and back.
 
 A family has two functions: `read_*` returns the ModelConfig of some fields, and
 `write_*` the fields of a ModelConfig. A writer does not check that its fields
@@ -26,19 +26,12 @@ GATED = {
   'gelu': 'geglu_exact',
   'relu': 'reglu',
 }
-UNGATED = {
-  'gelu_new': 'gelu',
-  'gelu_pytorch_tanh': 'gelu',
-  'gelu_fast': 'gelu',
-  'gelu': 'gelu_exact',
-  'relu': 'relu',
-}
 
 
 def activation(fields: Fields, name: str, default: str, known: dict) -> str:
   """Returns the value of `ModelConfig.mlp` for an activation."""
   value = fields.get(name, default)
-  if value not in known:
+  if not isinstance(value, str) or value not in known:
     fields.refuse(name, f'one of {", ".join(known)}')
   return known[value]
 
@@ -65,27 +58,39 @@ def sizes(
     epsilon: default of rms_norm_eps.
     is_tied: default of tie_word_embeddings.
   """
-  width = fields.count('hidden_size')
-  heads = fields.count('num_attention_heads')
-  head_width = fields.count('head_dim', head_width)
+  width = fields.size('hidden_size')
+  heads = fields.size('num_attention_heads')
+  head_width = fields.size_or_none('head_dim', head_width)
   if not head_width:
-    if not heads or width % heads:
-      fields.refuse('hidden_size', f'a multiple of {heads} heads')
+    if width % heads:
+      expected = f'a multiple of num_attention_heads = {heads}'
+      fields.refuse('hidden_size', expected)
     head_width = width // heads
+  num_kv_heads = fields.size_or_none('num_key_value_heads', kv_heads) or heads
+  if heads % num_kv_heads:
+    expected = f'a divisor of num_attention_heads = {heads}'
+    fields.refuse('num_key_value_heads', expected, num_kv_heads)
   return {
-    'vocab_size': fields.count('vocab_size'),
-    'num_layers': fields.count('num_hidden_layers'),
+    'vocab_size': fields.size('vocab_size'),
+    'num_layers': fields.size('num_hidden_layers', most=fields_lib.MOST_LAYERS),
     'model_width': width,
     'num_heads': heads,
-    'num_kv_heads': fields.count('num_key_value_heads', kv_heads) or heads,
+    'num_kv_heads': num_kv_heads,
     'head_width': head_width,
-    'mlp_width': fields.count('intermediate_size'),
-    'max_length': fields.count('max_position_embeddings'),
+    'mlp_width': fields.size('intermediate_size'),
+    'max_length': fields.size('max_position_embeddings'),
     'norm_epsilon': fields.number('rms_norm_eps', epsilon),
     'tie_embeddings': fields.flag('tie_word_embeddings', is_tied),
-    'init_std': fields.number('initializer_range', 0.02) or 0.02,
+    'init_std': init_std(fields),
     'scan_layers': False,
   }
+
+
+def init_std(fields: Fields) -> float:
+  """Returns the standard deviation of new weights; 0 tells nothing."""
+  if fields.get('initializer_range', 0.02) == 0:
+    return 0.02
+  return fields.number('initializer_range', 0.02)
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -108,18 +113,12 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def rotary(fields: Fields, rope: rope_fields.Rope, head_width: int) -> dict:
+def rotary(rope: rope_fields.Rope, head_width: int) -> dict[str, Any]:
   """Returns the fields of a ModelConfig that describe rotary positions."""
-  width = int(head_width * rope.partial)
-  if rope.partial != 1 and (width < 2 or width % 2):
-    raise ValueError(
-      f'partial rotary positions: got {width} of {head_width} channels,'
-      ' expected an even number of them'
-    )
   return {
     'rope_base': rope.base,
     'rope_scaling': rope.scaling,
-    'rotary_width': 0 if width == head_width else width,
+    'rotary_width': 0 if rope.width == head_width else rope.width,
   }
 
 
@@ -131,20 +130,21 @@ def attention_bias(fields: Fields) -> dict[str, Any]:
 
 def _llama_like(
   fields: Fields,
-  rope: rope_fields.Family = rope_fields.Family(),
+  family: rope_fields.Family = rope_fields.Family(),
   **defaults: Any,
 ) -> dict[str, Any]:
   """Returns the fields that the relatives of Llama share.
 
   Args:
     fields: of the config.
-    rope: names and defaults of the family's rotary fields.
+    family: names and defaults of the family's rotary fields.
     **defaults: of `sizes`.
   """
   found = sizes(fields, **defaults)
+  rope = rope_fields.read(fields, found['head_width'], family)
   return (
     found
-    | rotary(fields, rope_fields.read(fields, rope), found['head_width'])
+    | rotary(rope, found['head_width'])
     | {'mlp': activation(fields, 'hidden_act', 'silu', GATED)}
   )
 
@@ -182,7 +182,7 @@ def read_mistral(fields: Fields) -> ModelConfig:
   """Mistral: Llama with a window in all layers."""
   return ModelConfig(
     **_llama_like(fields, kv_heads=8),
-    window=fields.count('sliding_window', 4096),
+    window=fields.size_or_none('sliding_window', 4096),
   )
 
 
@@ -229,8 +229,8 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 def read_smollm3(fields: Fields) -> ModelConfig:
   """SmolLM 3: Llama with some layers without positions."""
-  rope = rope_fields.Family(2_000_000.0)
-  found = _llama_like(fields, rope, kv_heads=4, is_tied=True)
+  family = rope_fields.Family(2_000_000.0)
+  found = _llama_like(fields, family, kv_heads=4, is_tied=True)
   return ModelConfig(
     **found,
     **layer_kinds.read_smollm3(fields, found['num_layers']),
@@ -246,12 +246,9 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
 
 def read_phi3(fields: Fields) -> ModelConfig:
   """Phi-3 and 3.5: Llama with joined matrices."""
-  rope = rope_fields.Family(
-    original_length=4096, partial_name='partial_rotary_factor'
-  )
   return ModelConfig(
-    **_llama_like(fields, rope, epsilon=1e-5),
-    window=fields.count('sliding_window', None),
+    **_llama_like(fields, rope_fields.PHI3, epsilon=1e-5),
+    window=fields.size_or_none('sliding_window', None),
   )
 
 
@@ -304,8 +301,7 @@ def _gemma_activation(
     known: activations, by their names there.
   """
   mlp = activation(fields, name, 'gelu_pytorch_tanh', known)
-  ignored = fields.get(other, None)
-  if ignored is not None and known.get(ignored) != mlp:
+  if fields.has(other) and activation(fields, other, '', known) != mlp:
     fields.refuse(other, f'the same activation as {name}, or no such field')
   return mlp
 
@@ -313,11 +309,12 @@ def _gemma_activation(
 def read_gemma(fields: Fields) -> ModelConfig:
   """Gemma: scaled embeddings, norms that count from one, GELU."""
   found = sizes(fields, kv_heads=16, head_width=256, is_tied=True)
+  rope = rope_fields.read(fields, found['head_width'])
   # The first release has gelu in its config, and computes the tanh form.
   known = GATED | {'gelu': 'geglu'}
   return ModelConfig(
     **_read_gemma(fields, found),
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    **rotary(rope, found['head_width']),
     mlp=_gemma_activation(fields, 'hidden_act', 'hidden_activation', known),
   )
 
@@ -335,15 +332,16 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
 def read_gemma2(fields: Fields) -> ModelConfig:
   """Gemma 2: soft-caps, norms on both sides, every second layer local."""
   found = sizes(fields, kv_heads=4, head_width=256, is_tied=True)
+  rope = rope_fields.read(fields, found['head_width'])
   return ModelConfig(
     **_read_gemma(fields, found),
-    **rotary(fields, rope_fields.read(fields), found['head_width']),
+    **rotary(rope, found['head_width']),
     **layer_kinds.read_alternating(fields, found['num_layers'], every=2),
     mlp=_gemma_activation(fields, 'hidden_activation', 'hidden_act'),
     norm_place='both',
     query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,
-    attention_softcap=fields.number('attn_logit_softcapping', 50.0),
-    logit_softcap=fields.number('final_logit_softcapping', 30.0),
+    attention_softcap=fields.number_or_none('attn_logit_softcapping', 50.0),
+    logit_softcap=fields.number_or_none('final_logit_softcapping', 30.0),
   )
 
 
@@ -366,21 +364,21 @@ def read_gemma3(fields: Fields) -> ModelConfig:
   # transformers reads attn_logit_softcapping and computes without it.
   fields.expect('attn_logit_softcapping', None)
   local_base, rope = rope_fields.read_local_and_global(
-    fields, 10_000.0, 1_000_000.0
+    fields, found['head_width'], 10_000.0, 1_000_000.0
   )
-  every = fields.count('sliding_window_pattern', 6)
+  every = fields.size('sliding_window_pattern', 6)
   fields.get('_sliding_window_pattern', None)  # layer_types came from it
   kinds = layer_kinds.read_alternating(fields, found['num_layers'], every=every)
   return ModelConfig(
     **_read_gemma(fields, found),
-    **rotary(fields, rope, found['head_width']),
+    **rotary(rope, found['head_width']),
     **kinds,
     rope_local_base=local_base if kinds['window'] else 0.0,
     mlp=_gemma_activation(fields, 'hidden_activation', 'hidden_act'),
     norm_place='both',
     qk_norm=True,
     query_scale=fields.number('query_pre_attn_scalar', 256) ** -0.5,
-    logit_softcap=fields.number('final_logit_softcapping', None),
+    logit_softcap=fields.number_or_none('final_logit_softcapping', None),
   )
 
 
@@ -401,90 +399,3 @@ def _query_scalar(config: ModelConfig) -> int | float:
   scalar = config.query_scale**-2 if config.query_scale else config.head_width
   # Rounds the square of a root back to the integer that it came from.
   return round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
-
-
-def read_gpt2(fields: Fields) -> ModelConfig:
-  """GPT-2."""
-  width, heads = fields.count('n_embd'), fields.count('n_head')
-  if not heads or width % heads:
-    fields.refuse('n_embd', f'a multiple of {heads} heads')
-  fields.get('n_ctx', None)  # the old name of n_positions
-  fields.expect('scale_attn_by_inverse_layer_idx', False)
-  return ModelConfig(
-    vocab_size=fields.count('vocab_size'),
-    num_layers=fields.count('n_layer'),
-    model_width=width,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_width=width // heads,
-    mlp_width=fields.count('n_inner', None) or 4 * width,
-    max_length=fields.count('n_positions'),
-    norm='layernorm',
-    norm_epsilon=fields.number('layer_norm_epsilon', 1e-5),
-    positions='learned',
-    mlp=activation(fields, 'activation_function', 'gelu_new', UNGATED),
-    use_bias=True,
-    tie_embeddings=fields.flag('tie_word_embeddings', True),
-    init_std=fields.number('initializer_range', 0.02) or 0.02,
-    query_scale=0.0 if fields.flag('scale_attn_weights', True) else 1.0,
-    scan_layers=False,
-  )
-
-
-def write_gpt2(config: ModelConfig) -> dict[str, Any]:
-  """Returns the fields that `read_gpt2` reads."""
-  return {
-    'vocab_size': config.vocab_size,
-    'n_layer': config.num_layers,
-    'n_embd': config.model_width,
-    'n_head': config.num_heads,
-    'n_inner': config.mlp_width,
-    'n_positions': config.max_length,
-    'layer_norm_epsilon': config.norm_epsilon,
-    'activation_function': activation_name(config.mlp, UNGATED),
-    'tie_word_embeddings': config.tie_embeddings,
-    'initializer_range': config.init_std,
-    'scale_attn_weights': config.query_scale != 1.0,
-  }
-
-
-def read_gpt_neox(fields: Fields) -> ModelConfig:
-  """GPT-NeoX, Pythia: attention and MLP in parallel, partly rotated heads."""
-  fields.get('num_key_value_heads', None)  # transformers ignores it
-  found: dict[str, Any] = sizes(fields, epsilon=1e-5) | {
-    'norm_epsilon': fields.number('layer_norm_eps', 1e-5)
-  }
-  found['num_kv_heads'] = found['num_heads']
-  rope = rope_fields.read(
-    fields,
-    rope_fields.Family(
-      base_name='rotary_emb_base', partial=0.25, partial_name='rotary_pct'
-    ),
-  )
-  has_bias = fields.flag('attention_bias', True)
-  return ModelConfig(
-    **found,
-    **rotary(fields, rope, found['head_width']),
-    mlp=activation(fields, 'hidden_act', 'gelu', UNGATED),
-    norm='layernorm',
-    qkv_bias=has_bias,
-    out_bias=has_bias,
-    mlp_bias=True,
-    norm_bias=True,
-    parallel_residual=fields.flag('use_parallel_residual', True),
-  )
-
-
-def write_gpt_neox(config: ModelConfig) -> dict[str, Any]:
-  """Returns the fields that `read_gpt_neox` reads."""
-  written = write_sizes(config)
-  for name in ('head_dim', 'num_key_value_heads', 'rms_norm_eps', 'rope_theta'):
-    del written[name]
-  return written | {
-    'hidden_act': activation_name(config.mlp, UNGATED),
-    'layer_norm_eps': config.norm_epsilon,
-    'rotary_emb_base': config.rope_base,
-    'rotary_pct': config.rotated_width / config.head_width,
-    'attention_bias': config.qkv_bias,
-    'use_parallel_residual': config.parallel_residual,
-  }

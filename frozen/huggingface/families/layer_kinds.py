@@ -6,12 +6,14 @@ one layer is global; the number of first layers that are global
 `ModelConfig.layer_pattern` is the shortest pattern that repeats to all layers.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from frozen.huggingface.families import fields as fields_lib
 from models import model_config
 
+_NEEDS_WINDOW = (
+  'no sliding_attention without use_sliding_window and sliding_window'
+)
 _LETTERS = {'full_attention': 'g', 'sliding_attention': 'l'}
 
 
@@ -27,7 +29,7 @@ def pattern(letters: str) -> str:
   return next(
     letters[:size]
     for size in sizes
-    if all(letters[i] == letters[i % size] for i in range(len(letters)))
+    if (letters[:size] * len(letters))[: len(letters)] == letters
   )
 
 
@@ -51,12 +53,14 @@ def _from_types(fields: fields_lib.Fields, num_layers: int) -> str | None:
   if types is None:
     return None
   if (
-    not isinstance(types, Sequence)
+    not isinstance(types, list)
     or len(types) != num_layers
-    or not set(types) <= set(_LETTERS)
+    or not all(isinstance(x, str) and x in _LETTERS for x in types)
   ):
     fields.refuse(
-      'layer_types', f'{num_layers} of {" and ".join(sorted(_LETTERS))}'
+      'layer_types',
+      f'{" or ".join(sorted(_LETTERS))} for each of num_hidden_layers ='
+      f' {num_layers}',
     )
   return ''.join(_LETTERS[kind] for kind in types)
 
@@ -65,9 +69,9 @@ def read_alternating(
   fields: fields_lib.Fields, num_layers: int, *, every: int
 ) -> dict[str, Any]:
   """Returns local layers, with each `every`-th one global (Gemma)."""
-  window = fields.count('sliding_window', 4096)
+  window = fields.size_or_none('sliding_window', 4096)
   letters = _from_types(fields, num_layers) or ''.join(
-    'g' if every and (n + 1) % every == 0 else 'l' for n in range(num_layers)
+    'g' if (n + 1) % every == 0 else 'l' for n in range(num_layers)
   )
   if 'l' in letters and not window:
     fields.refuse('sliding_window', 'the window of the local layers')
@@ -77,37 +81,42 @@ def read_alternating(
 def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
   """Returns global layers; those from max_window_layers on may be local."""
   is_used = fields.flag('use_sliding_window', False)
-  window = fields.count('sliding_window', 4096) if is_used else 0
+  window = fields.size_or_none('sliding_window', 4096) if is_used else 0
   first = fields.count('max_window_layers', 28)
   fields.get('sliding_window', None)
   letters = _from_types(fields, num_layers) or ''.join(
     'l' if window and n >= first else 'g' for n in range(num_layers)
   )
   if 'l' in letters and not window:
-    fields.refuse('layer_types', 'no sliding_attention without a window in use')
+    fields.refuse('layer_types', _NEEDS_WINDOW)
   return _fields(letters, window)
 
 
 def read_smollm3(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
   """Returns layers of which some have no positions, and some may be local."""
-  every = fields.count('no_rope_layer_interval', 4)
+  every = fields.size('no_rope_layer_interval', 4)
   has_rope = fields.get('no_rope_layers', None)
   if has_rope is None:
     has_rope = [int((n + 1) % every != 0) for n in range(num_layers)]
   if (
     not isinstance(has_rope, list)
     or len(has_rope) < num_layers
-    or not set(has_rope) <= {0, 1}
+    or not all(type(x) is int and x in (0, 1) for x in has_rope)
   ):
-    fields.refuse('no_rope_layers', f'{num_layers} times 0 or 1')
+    fields.refuse(
+      'no_rope_layers', f'0 or 1 for each of num_hidden_layers = {num_layers}'
+    )
   is_used = fields.flag('use_sliding_window', False)
-  window = fields.count('sliding_window', None) if is_used else 0
-  fields.get('sliding_window', None)
+  window = fields.size_or_none('sliding_window', None) if is_used else 0
+  # Published files have the second, which transformers ignores here.
+  for name in ('sliding_window', 'max_window_layers'):
+    fields.get(name, None)
   types = _from_types(fields, num_layers) or ''.join(
     'l' if window and not has_rope[n] else 'g' for n in range(num_layers)
   )
   if 'l' in types and not window:
-    types = 'g' * num_layers  # a layer is local only if it has a window, too
+    # In transformers, this depends on the implementation of attention.
+    fields.refuse('layer_types', _NEEDS_WINDOW)
   kinds = {('g', 1): 'g', ('g', 0): 'n', ('l', 1): 'l', ('l', 0): 'm'}
   letters = ''.join(kinds[kind, has_rope[n]] for n, kind in enumerate(types))
   return _fields(letters, window)

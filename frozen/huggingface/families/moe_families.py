@@ -17,17 +17,46 @@ def read_mixtral(fields: Fields) -> ModelConfig:
   """Mixtral: Mistral with experts in place of the MLP."""
   fields.expect('hidden_act', 'silu', 'swish')
   found = dense_families.sizes(fields, kv_heads=8, epsilon=1e-5)
-  rope = rope_fields.read(fields, rope_fields.Family(1_000_000.0))
+  family = rope_fields.Family(1_000_000.0)
+  rope = rope_fields.read(fields, found['head_width'], family)
   expert_width = found.pop('mlp_width')
   return ModelConfig(
     **found,
-    **dense_families.rotary(fields, rope, found['head_width']),
+    **dense_families.rotary(rope, found['head_width']),
     mlp_width=0,
-    window=fields.count('sliding_window', None),
-    num_experts=fields.count('num_local_experts', 8),
-    num_active_experts=fields.count('num_experts_per_tok', 2),
+    window=fields.size_or_none('sliding_window', None),
+    **_num_experts(fields, 'num_local_experts', 'num_experts', 8, 2),
     expert_width=expert_width,
   )
+
+
+def _num_experts(
+  fields: Fields,
+  name: str,
+  alias: str,
+  default: Any = fields_lib.REQUIRED,
+  active: Any = fields_lib.REQUIRED,
+) -> dict[str, Any]:
+  """Returns the numbers of experts of a layer and of a token.
+
+  Args:
+    fields: of the config.
+    name: of the number of experts.
+    alias: another name of it.
+    default: of the number of experts.
+    active: default of num_experts_per_tok.
+  """
+  fields.agree(alias, name)
+  if not fields.has(name) and fields.has(alias):
+    name = alias
+  num_experts = fields.size(name, default, fields_lib.MOST_LAYERS)
+  if num_experts == 1:
+    fields.refuse(name, 'at least 2 experts')
+  num_active = fields.size('num_experts_per_tok', active)
+  if num_active > num_experts:
+    expected = f'at most {name} = {num_experts}'
+    fields.refuse('num_experts_per_tok', expected, num_active)
+  return {'num_experts': num_experts, 'num_active_experts': num_active}
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
@@ -48,13 +77,12 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   fields.get('max_window_layers', None)  # transformers ignores it here
   window = 0
   if fields.flag('use_sliding_window', False):
-    window = fields.count('sliding_window', 4096)
+    window = fields.size_or_none('sliding_window', 4096)
   fields.get('sliding_window', None)
+  rope = rope_fields.read(fields, found['head_width'])
   return ModelConfig(
     **found,
-    **dense_families.rotary(
-      fields, rope_fields.read(fields), found['head_width']
-    ),
+    **dense_families.rotary(rope, found['head_width']),
     window=window,
     **dense_families.attention_bias(fields),
     qk_norm=True,
@@ -63,19 +91,19 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
 
 def _experts(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
   """Returns the expert fields of Qwen 3, and the number of dense layers."""
-  name = 'num_experts'
-  if fields.has('num_local_experts'):
-    name = 'num_local_experts'
   fields.expect('decoder_sparse_step', 1)
-  without = fields.get('mlp_only_layers', None) or []
-  if without != list(range(len(without))):
+  without = fields.get('mlp_only_layers', None)
+  without = [] if without is None else without
+  if (
+    not isinstance(without, list)
+    or without != list(range(len(without)))
+    or len(without) > found['num_layers']
+  ):
     fields.refuse('mlp_only_layers', 'the first layers, or none')
-  return {
+  return _num_experts(fields, 'num_experts', 'num_local_experts', 128, 8) | {
     'mlp_width': found['mlp_width'] if without else 0,
     'num_dense_layers': len(without),
-    'num_experts': fields.count(name),
-    'num_active_experts': fields.count('num_experts_per_tok', 8),
-    'expert_width': fields.count('moe_intermediate_size', 768),
+    'expert_width': fields.size('moe_intermediate_size', 768),
     'norm_topk': fields.flag('norm_topk_prob', False),
   }
 
@@ -97,30 +125,43 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
+def _read_deepseek(fields: Fields, alias: str, shared: int) -> dict[str, Any]:
   """Returns the fields that V2 and V3 share.
 
   Args:
     fields: of the config.
+    alias: another name of n_routed_experts.
     shared: default number of shared experts.
   """
   fields.expect('hidden_act', 'silu', 'swish')
   fields.expect('moe_layer_freq', 1)
   fields.expect('mlp_bias', False)
-  rotary_width = fields.count('qk_rope_head_dim', 64)
-  others = fields.count('qk_nope_head_dim', 128)
+  rotary_width = fields.size('qk_rope_head_dim', 64)
+  others = fields.size('qk_nope_head_dim', 128)
   # In these families, head_dim is the width of the rotated part.
-  fields.expect('head_dim', None, rotary_width)
-  fields.expect('qk_head_dim', None, rotary_width + others)
+  for name, width, sum_of in (
+    ('head_dim', rotary_width, 'qk_rope_head_dim'),
+    (
+      'qk_head_dim',
+      rotary_width + others,
+      'qk_rope_head_dim + qk_nope_head_dim',
+    ),
+  ):
+    if fields.has(name) and fields.get(name) != width:
+      fields.refuse(name, f'{sum_of} = {width}, or no {name}')
   found = dense_families.sizes(fields, head_width=rotary_width) | {
     'head_width': rotary_width + others
   }
-  rope = rope_fields.read(fields)
-  value_width = fields.count('v_head_dim', 128)
+  if found['num_kv_heads'] != found['num_heads']:
+    expected = f'num_attention_heads = {found["num_heads"]}'
+    fields.refuse('num_key_value_heads', expected)
+  family = rope_fields.Family(width_name='qk_rope_head_dim')
+  rope = rope_fields.read(fields, rotary_width, family)
+  value_width = fields.size('v_head_dim', 128)
   scale = 0.0
   if rope.score_amplitude != 1:
     scale = found['head_width'] ** -0.5 * rope.score_amplitude**2
-  dense_layers = fields.count('first_k_dense_replace')
+  dense_layers = fields.count('first_k_dense_replace', most=found['num_layers'])
   return (
     found
     | dense_families.attention_bias(fields)
@@ -129,47 +170,63 @@ def _read_deepseek(fields: Fields, shared: int) -> dict[str, Any]:
       'rope_scaling': rope.scaling,
       'rotary_width': rotary_width,
       'value_width': 0 if value_width == found['head_width'] else value_width,
-      'latent_width': fields.count('kv_lora_rank', 512),
-      'query_latent_width': fields.count('q_lora_rank', 1536),
+      'latent_width': fields.size('kv_lora_rank', 512),
+      'query_latent_width': fields.size_or_none('q_lora_rank', 1536),
       'query_scale': scale,
       'num_dense_layers': dense_layers,
       'mlp_width': found['mlp_width'] if dense_layers else 0,
-      'num_experts': fields.count('n_routed_experts'),
-      'num_active_experts': fields.count('num_experts_per_tok'),
-      'num_shared_experts': fields.count('n_shared_experts', shared),
-      'expert_width': fields.count('moe_intermediate_size'),
+      'num_shared_experts': fields.size('n_shared_experts', shared),
+      'expert_width': fields.size('moe_intermediate_size'),
     }
+    | _num_experts(fields, 'n_routed_experts', alias)
   )
 
 
-def _groups(fields: Fields, groups: int, active: int) -> dict[str, Any]:
+def _groups(
+  fields: Fields, found: dict[str, Any], groups: int, active: int
+) -> dict[str, Any]:
   """Returns the groups of experts; empty if there is only one.
 
   Args:
     fields: of the config.
+    found: the numbers of experts.
     groups: default number of groups.
     active: default number of groups that a token may use.
   """
+  experts = found['num_experts']
   groups = fields.count('n_group', groups)
   active = fields.count('topk_group', active)
-  if groups <= 1 or active == groups:
+  if groups <= 1:
+    return {}
+  if experts % groups:
+    fields.refuse('n_group', f'a divisor of n_routed_experts = {experts}')
+  least = -(-found['num_active_experts'] // (experts // groups))
+  if not least <= active <= groups:
+    expected = (
+      f'{least} to n_group = {groups}, with num_experts_per_tok ='
+      f' {found["num_active_experts"]}'
+    )
+    fields.refuse('topk_group', expected, active)
+  if active == groups:
     return {}
   return {'num_expert_groups': groups, 'num_active_groups': active}
 
 
 def read_deepseek_v2(fields: Fields) -> ModelConfig:
   """DeepSeek-V2: latent attention, experts in groups."""
-  found = _read_deepseek(fields, 2)
+  found = _read_deepseek(fields, 'num_experts', 2)
   fields.expect('scoring_func', 'softmax')
   # The published code divides by the sum, and transformers does not.
   fields.expect('norm_topk_prob', False, None)
   method = fields.get('topk_method', 'greedy')
   if method not in ('greedy', 'group_limited_greedy'):
     fields.refuse('topk_method', 'greedy or group_limited_greedy')
-  groups = _groups(fields, 0, 0)
+  is_grouped = method == 'group_limited_greedy'
+  for name in ('n_group', 'topk_group'):
+    fields.get(name, None)
   return ModelConfig(
     **found,
-    **(groups if method == 'group_limited_greedy' else {}),
+    **(_groups(fields, found, 0, 0) if is_grouped else {}),
     norm_topk=False,
     router_scale=fields.number('routed_scaling_factor', 1.0),
   )
@@ -177,11 +234,11 @@ def read_deepseek_v2(fields: Fields) -> ModelConfig:
 
 def read_deepseek_v3(fields: Fields) -> ModelConfig:
   """DeepSeek-V3 and R1: V2 with a sigmoid score for each expert."""
-  found = _read_deepseek(fields, 1)
+  found = _read_deepseek(fields, 'num_local_experts', 1)
   fields.expect('scoring_func', 'sigmoid')
   fields.expect('topk_method', 'noaux_tc')
   fields.flag('rope_interleave', True)  # read by tensor_map
-  groups = _groups(fields, 8, 4)
+  groups = _groups(fields, found, 8, 4)
   return ModelConfig(
     **found,
     **groups,

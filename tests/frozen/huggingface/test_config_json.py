@@ -48,18 +48,27 @@ def test_llama_is_what_our_own_preset_is():
     ),
     ({'key_value_gain': 2.0}, 'got key_value_gain = 2.0, expected only fie'),
     ({'hidden_act': 'mish'}, "got hidden_act = 'mish', expected one of silu"),
-    ({'hidden_size': 25}, 'got hidden_size = 25, expected a multiple of 4 he'),
+    ({'hidden_size': 25}, 'expected a multiple of num_attention_heads = 4'),
     ({'num_hidden_layers': '2'}, "num_hidden_layers = '2', expected an integ"),
-    ({'num_hidden_layers': 0}, 'model.num_layers: got 0, expected a positive'),
-    ({'num_key_value_heads': 3}, 'expected a divisor of num_heads'),
-    ({'rms_norm_eps': math.nan}, 'got rms_norm_eps = nan, expected a number'),
+    (
+      {'num_hidden_layers': 0},
+      'got num_hidden_layers = 0, expected an integer',
+    ),
+    (
+      {'num_key_value_heads': 3},
+      'expected a divisor of num_attention_heads = 4',
+    ),
+    ({'rms_norm_eps': math.nan}, 'got rms_norm_eps = nan, expected a positive'),
     ({'tie_word_embeddings': 1}, 'tie_word_embeddings = 1, expected true or'),
     ({'quantization_config': {'bits': 4}}, 'got quantization_config = '),
-    ({'rope_scaling': {'type': 'x'}}, 'expected a type of default, linear'),
+    (
+      {'rope_scaling': {'type': 'x'}},
+      "got rope_scaling.type = 'x', expected on",
+    ),
     ({'rope_scaling': {'type': 'llama3', 'factor': 8.0}}, 'low_freq_factor'),
     (
       {'rope_scaling': {'type': 'linear', 'factor': 2.0, 'mrope_section': [1]}},
-      'expected no mrope_section of linear',
+      r'got rope_scaling.mrope_section = \[1\], expected only fields of rop',
     ),
     ({'rope_scaling': 'yarn'}, "got rope_scaling = 'yarn', expected an object"),
   ],
@@ -140,7 +149,7 @@ def test_two_activations_that_disagree_are_refused(family):
     ({'partial_rotary_factor': 0.5}, 'got partial_rotary_factor = 0.5'),
     (
       {'rope_parameters': {'partial_rotary_factor': 0.5}},
-      'got rope_parameters = .* partial_rotary_factor 1, not 0.5',
+      'got rope_parameters.partial_rotary_factor = 0.5, expected None or 1',
     ),
     (
       {'rope_theta': 1e4, 'rope_parameters': {'rope_theta': 2e4}},
@@ -148,7 +157,7 @@ def test_two_activations_that_disagree_are_refused(family):
     ),
     (
       {'rope_parameters': {'rope_type': 'linear'}},
-      'got rope_parameters = .* all numbers of type linear',
+      'got no rope_parameters.factor, expected one',
     ),
     (
       {

@@ -223,7 +223,14 @@ def _few_ids(directory):
       r'up_proj.weight \[40, 24\], not \[41, 24\]',
     ),
     (lambda d: _lies(d, num_key_value_heads=1), r'k_proj.weight \[12, 24\], n'),
-    (lambda d: _lies(d, tie_word_embeddings=True), 'got lm_head.weight unlike'),
+    (
+      lambda d: _lies(d, tie_word_embeddings=True),
+      'rs: got lm_head.weight unl',
+    ),
+    (
+      lambda d: _save(d, drop=('lm_head.weight',)),
+      'got tie_word_embeddings = false in config.json and no lm_head.weight',
+    ),
     (_integers, 'of dtype I32, expected F32, F16 or BF16'),
     (_tied_and_not, 'got lm_head.weight unlike model.embed_tokens.weight'),
     (_no_json, 'config.json: got a file that is not JSON'),
@@ -316,6 +323,10 @@ def test_the_command_imports_exports_and_fails_in_one_line(tmp_path):
   assert result.returncode == 2
   assert result.stderr.startswith('error: ')
   assert result.stderr.count('\n') == 1
+  below_a_file = f'--out={tmp_path / "theirs" / "config.json" / "ours"}'
+  result = _command('import', f'--source={tmp_path / "theirs"}', below_a_file)
+  assert result.returncode == 2
+  assert result.stderr.startswith('error: [Errno 20] Not a directory')
   result = _command('eat', '--source=a', '--out=b')
   assert result.returncode == 1
   assert 'expected one of import, export' in result.stdout + result.stderr
