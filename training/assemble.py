@@ -25,7 +25,11 @@ from evals.tasks import task as task_lib
 from parallel import processes
 from storage import atomic, file_names
 from text import tokenizer as tokenizer_lib
-from training import experiment as experiment_lib, learner as learner_lib
+from training import (
+  execution,
+  experiment as experiment_lib,
+  learner as learner_lib,
+)
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
 
@@ -127,6 +131,10 @@ def assemble(
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
+  if execution.attention_path(experiment, learner.placement) == 'cudnn':
+    learner = learner_lib.make(
+      experiment, max_documents=rows_lib.max_documents([*train, held_out])
+    )
   eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(

@@ -11,10 +11,10 @@ same function:
     reference  models.attention.dense: plain array code, on any device
     splash     models.attention.splash_tpu: TPU
     cudnn      models.attention.cudnn_gpu: NVIDIA GPU, bfloat16
-    auto       splash where devices and shapes allow it, else reference
+    auto       splash or cudnn where devices and shapes allow it, else reference
 
-`models/attention/supports.py` has what each path accepts. `auto` never takes
-cudnn: the tests compile that path for GPUs, but it has not been timed on one.
+`models/attention/supports.py` has what each path accepts. The first lines of a
+run name the path, and the reason why `auto` took plain attention.
 
 If the tokens of a row are split over devices (parallel.context > 1), `auto` and
 `reference` take parallel.context_attention, ring or gather, of
@@ -23,8 +23,11 @@ If the tokens of a row are split over devices (parallel.context > 1), `auto` and
 
 from collections.abc import Callable
 import dataclasses
+import functools
+import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from checks import expect
@@ -129,16 +132,22 @@ def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
 
 
 def choose(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
 ) -> execution_lib.Execution:
   """Returns the model's ports for the run's devices.
+
+  Args:
+    max_documents: most documents of a row, padding counted as one; 0: unknown.
+      None: as the packing of the experiment says.
 
   Raises:
     ValueError: the devices cannot run the model as the experiment asks.
   """
   return execution_lib.Execution(
     remat=_remat(experiment, placement),
-    attend=_attend(experiment, placement),
+    attend=_attend(experiment, placement, max_documents),
     weighted_nll=_weighted_nll(experiment, placement),
     linear=_linear(experiment),
     apply_experts=_apply_experts(placement),
@@ -157,13 +166,59 @@ def attention_path(
   path, parallel = experiment.execution.attention, experiment.parallel
   name, request = 'execution.attention', _request(experiment, placement)
   if path == 'auto':
-    refusal = supports.problem(supports.SPLASH, request)
-    path = 'reference' if refusal else 'splash'
+    fused, refusal = _fused(request)
+    path = 'reference' if refusal else fused
   if path == 'reference' and parallel.context > 1:
     name, path = 'parallel.context_attention', parallel.context_attention
-  if refusal := supports.problem(_PATHS[path], request):
-    raise ValueError(f'{name} = {path}: {refusal}')
+  if problem := supports.problem(_PATHS[path], request):
+    raise ValueError(f'{name} = {path}: {problem}')
   return path
+
+
+def _fused(request: supports.Request) -> tuple[str, str]:
+  """Returns the fused path of the devices, and why it refuses the request."""
+  path = 'splash' if request.platform == 'tpu' else 'cudnn'
+  return path, supports.problem(_PATHS[path], request)
+
+
+def max_documents_of(
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
+) -> int:
+  """Returns the most documents of a row that kernels may rely on; 0: unknown.
+
+  Args:
+    max_documents: as for `choose`.
+  """
+  if max_documents is None:
+    alone = experiment.data.packing in ('none', 'windows')
+    max_documents = 1 if alone else 0
+  # cuDNN takes lengths of documents since Hopper.
+  is_hopper = _capability(placement.devices[0]) >= (9, 0)
+  return max_documents if max_documents == 1 or is_hopper else 0
+
+
+def describe_attention(
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
+) -> str:
+  """Returns the attention path, and the reason for it, as text."""
+  path = attention_path(experiment, placement)
+  request = _request(experiment, placement)
+  asked, is_cpu = experiment.execution.attention, request.platform == 'cpu'
+  if asked == 'auto' and path not in ('splash', 'cudnn') and not is_cpu:
+    fused, refusal = _fused(request)
+    return f'{path}, because {fused} attention refuses: {refusal}'
+  if path != 'cudnn':
+    return path
+  most = max_documents_of(experiment, placement, max_documents)
+  return {
+    'causal': 'cudnn, causal only: a row has one document',
+    'packed': f'cudnn, by lengths of at most {most} documents of a row',
+    'mask': 'cudnn, with a mask of the documents of each row',
+  }[cudnn_gpu.way(most, request.form.window)]
 
 
 def _request(
@@ -171,9 +226,11 @@ def _request(
 ) -> supports.Request:
   """Returns the request of a run, for the table of attention paths."""
   model, parallel = experiment.model, experiment.parallel
+  device = placement.devices[0]
   return dataclasses.replace(
     supports.of_model(model),
-    platform=placement.devices[0].platform,
+    platform=device.platform,
+    capability=_capability(device),
     context=parallel.context,
     tensor=parallel.tensor,
     has_dropout=model.dropout_rate > 0,
@@ -183,8 +240,17 @@ def _request(
   )
 
 
+def _capability(device: jax.Device) -> tuple[int, int]:
+  """Returns the compute capability of an NVIDIA GPU, else (0, 0)."""
+  number = getattr(device, 'compute_capability', '')
+  match = re.fullmatch(r'(\d+)\.(\d+)', str(number))
+  return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def _attend(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None,
 ) -> execution_lib.Attend:
   """Returns the attention of whole rows, or of rows split across devices."""
   path = attention_path(experiment, placement)
@@ -193,9 +259,10 @@ def _attend(
     return context.make_attend(placement.mesh, path, remat.ATTENTION)
   if path == 'reference':
     return dense.attend
+  most = max_documents_of(experiment, placement, max_documents)
   local: Callable[..., Any] = {
     'splash': splash_tpu.attend,
-    'cudnn': cudnn_gpu.attend,
+    'cudnn': functools.partial(cudnn_gpu.attend, max_documents=most),
   }[path]
   mesh = getattr(placement, 'mesh', None)
   return local if mesh is None else sharded.attend(local, mesh)

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 
-from hardware import compile_ahead, peaks as peaks_lib, targets
+from hardware import compile_ahead, peaks as peaks_lib, targets, xla_options
 from models import flops
 from parallel import parallel_config, placement as placement_lib
 from training import experiment as experiment_lib, learner as learner_lib
@@ -242,7 +242,11 @@ def compile_step(
       ' computes the same, or plan with --plan alone'
     )
   return compile_ahead.compile(
-    placement.lower_train(learner.build_train_step, learner.batch_shapes())
+    placement.lower_train(
+      learner.build_train_step,
+      learner.batch_shapes(),
+      xla_options.of(placement.devices),
+    )
   )
 
 
