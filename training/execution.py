@@ -21,7 +21,7 @@ If the tokens of a row are split over devices (parallel.context > 1), `auto` and
 `parallel.attention.context`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import re
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from checks import expect
+from hardware import peaks
 from models import cross_entropy, execution as execution_lib, remat
 from models.attention import cudnn_gpu, dense, splash_tpu, supports
 from models.linear import plain, quantized
@@ -80,6 +81,11 @@ def check_model(experiment: experiment_lib.Experiment) -> None:
     raise ValueError(
       f'model.scan_layers: got False with parallel.stage = {parallel.stage},'
       ' expected True: stages take their layers from a stack'
+    )
+  if parallel.stage > 1 and experiment.execution.layers == 'apart':
+    raise ValueError(
+      f'execution.layers: got apart with parallel.stage = {parallel.stage},'
+      ' expected scanned or auto: a stage loops over its layers'
     )
   _check_experts(experiment)
 
@@ -131,6 +137,44 @@ def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
     )
 
 
+# Above it a single device may hold 1 GiB of float32 logits at a time.
+_LARGE_MEMORY = 40e9
+# A program of more layers would compile for minutes.
+_MOST_APART = 48
+
+
+def settled(
+  experiment: experiment_lib.Experiment, devices: Sequence[jax.Device]
+) -> experiment_lib.Experiment:
+  """Returns the experiment with what it leaves open settled for the devices.
+
+  `training.planning.choices` settles by memory what costs time; here, for
+  learners without a plan, remat is none and a batch is not cut.
+  """
+  asked, device = experiment.execution, devices[0]
+  is_accelerator = device.platform != 'cpu'
+  is_large = is_accelerator and peaks.memory_bytes(device) >= _LARGE_MEMORY
+  layers = asked.layers
+  if layers == experiment_lib.AUTO:
+    is_apart = (
+      device.platform == 'gpu'
+      and experiment.model.num_layers <= _MOST_APART
+      and experiment.parallel.stage == 1
+    )
+    layers = 'apart' if is_apart else 'scanned'
+  return dataclasses.replace(
+    experiment,
+    execution=dataclasses.replace(
+      asked,
+      remat='none' if asked.remat == experiment_lib.AUTO else asked.remat,
+      layers=layers,
+      loss_chunk_logits=asked.loss_chunk_logits
+      or 2 ** (28 if is_large else 26),
+    ),
+    num_microbatches=experiment.num_microbatches or 1,
+  )
+
+
 def choose(
   experiment: experiment_lib.Experiment,
   placement: placement_lib.Placement,
@@ -148,10 +192,17 @@ def choose(
   return execution_lib.Execution(
     remat=_remat(experiment, placement),
     attend=_attend(experiment, placement, max_documents),
+    max_documents=(
+      max_documents_of(experiment, placement, max_documents)
+      if attention_path(experiment, placement) == 'cudnn'
+      else 0
+    ),
     weighted_nll=_weighted_nll(experiment, placement),
     linear=_linear(experiment),
     apply_experts=_apply_experts(placement),
     run_layers=_run_layers(experiment, placement),
+    is_unrolled=experiment.execution.layers == 'apart',
+    recomputes_activation=placement.devices[0].platform == 'gpu',
   )
 
 
@@ -272,13 +323,14 @@ def _weighted_nll(
   experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.WeightedNll:
   """Returns the loss, with explicit sums over a mesh that splits tokens."""
+  nll, most = cross_entropy.chunked_nll, experiment.execution.loss_chunk_logits
+  if most != cross_entropy.MAX_CHUNK_LOGITS:
+    nll = functools.partial(nll, max_logits=most)
   is_mesh = isinstance(placement, placement_lib.MeshPlacement)
   if not is_mesh or placement.mesh.size == 1:
-    return cross_entropy.chunked_nll
+    return nll
   sharded_loss.check_row_length(experiment.data.row_length, placement.mesh)
-  return sharded_loss.make_weighted_nll(
-    cross_entropy.chunked_nll, placement.mesh
-  )
+  return sharded_loss.make_weighted_nll(nll, placement.mesh)
 
 
 def _apply_experts(

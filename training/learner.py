@@ -189,6 +189,7 @@ def make(
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
+  experiment = execution.settled(experiment, devices or jax.devices())
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
   options = _state_options(experiment)

@@ -22,7 +22,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from models import remat
+from models import packed_rows, remat
 
 # Added to the score of a hidden key; its weight is exactly zero. cuDNN
 # subtracts two such numbers, so that it must not be the least bfloat16.
@@ -85,7 +85,7 @@ def documents(
   Every run of equal ids is a document, padding too: no token is left out.
   """
   batch, time = segment_ids_BT.shape
-  starts_BT = is_start(segment_ids_BT)
+  starts_BT = packed_rows.is_start(segment_ids_BT)
   # One more than there are documents: the end of the last one.
   (first_L,) = jnp.nonzero(
     starts_BT.reshape(-1),
@@ -100,12 +100,6 @@ def documents(
     q_offsets_BL=offsets_BL * (num_heads * channels),
     kv_offsets_BL=offsets_BL * (num_kv_heads * channels),
   )
-
-
-def is_start(segment_ids_BT: jax.Array) -> jax.Array:
-  """Returns whether each token is the first of its document in its row."""
-  changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-  return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

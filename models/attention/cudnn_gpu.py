@@ -12,6 +12,11 @@ is told of the documents of a row depends on how many a row can have:
 With M, each row's documents take statistics of 4 M H T bytes, and the kernel
 starts M programs for each of a row's, most of which end at once.
 
+Without a bound on documents, rows are scored document by document, and a key or
+value that is not finite changes no query that does not see it (`finite`). With
+one, rows are those of a training batch, whose loss is one sum: it is not finite
+in either case, and the passes over queries, keys and values are saved.
+
 cuDNN multiplies in bfloat16 only and computes the softmax in float32. It could
 drop weights, but XLA counts its random numbers from the start of the process:
 a resumed run would drop others, so that dropout is refused.
@@ -52,7 +57,7 @@ def attend(
     form: window and scale; no soft-cap.
     max_documents: most segments of a row, its padding included; 0: unknown. 1:
       a row is one document and padding after it, which may see the document.
-      A token of one document more gives NaN.
+      A model marks the tokens of more documents (`models.packed_rows`).
     implementation: xla computes the same on any device, unfused; for tests.
 
   Raises:
@@ -69,22 +74,14 @@ def attend(
       row_length=time,
     )
   supports.check(supports.CUDNN, request)
-  operands, excess_BT = cudnn_call.Operands(), None
-  how = way(max_documents, form.window)
+  operands, how = cudnn_call.Operands(), way(max_documents, form.window)
   if segment_ids_BT is None:
     how = 'causal'
-  elif how == 'causal':
-    others_BT = segment_ids_BT != segment_ids_BT[:, :1]
-    excess_BT = others_BT & (segment_ids_BT != 0)
-    segment_ids_BT = None
   elif how == 'packed':
-    starts_BT = cudnn_call.is_start(segment_ids_BT)
-    number_BT = jnp.cumsum(starts_BT.reshape(-1)).reshape(starts_BT.shape)
-    excess_BT = number_BT > max_documents * len(starts_BT)
     operands = cudnn_call.documents(
       segment_ids_BT, heads, k_BKTC.shape[1], channels, max_documents
     )
-  else:
+  elif how == 'mask':
     operands = cudnn_call.Operands(_bias(segment_ids_BT, form, q_BTHC.dtype))
   call_form = cudnn_call.Form(
     scale=form.scale_of(channels),
@@ -93,16 +90,15 @@ def attend(
   )
   kernel = {'cudnn': cudnn_call.attend, 'xla': cudnn_call.interpreted}
 
-  def attend_finite(q_BTHC, k_BKTC, v_BKTC):
-    out_BTHC = kernel[implementation](
+  def attend_rows(q_BTHC, k_BKTC, v_BKTC):
+    return kernel[implementation](
       q_BTHC, k_BKTC.swapaxes(1, 2), v_BKTC.swapaxes(1, 2), operands, call_form
     )
-    if excess_BT is None:
-      return out_BTHC
-    return jnp.where(excess_BT[..., None, None], jnp.nan, out_BTHC)
 
+  if max_documents:
+    return attend_rows(q_BTHC, k_BKTC, v_BKTC)
   return finite.around(
-    attend_finite, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
+    attend_rows, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
   )
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import remat
+from models import execution, remat, transformer
 from models.attention import cudnn_call, cudnn_gpu, dense, form as form_lib
-from tests.helpers import absent_devices
+from tests.helpers import absent_devices, tiny_models
 
 BATCH, TIME, HEADS, KV_HEADS, CHANNELS = 2, 64, 4, 2, 8
 ROWS = {
@@ -80,24 +80,38 @@ def test_documents_see_themselves_alone(rows, max_documents, window, kv_heads):
 
 
 @pytest.mark.parametrize(
-  ('rows', 'max_documents', 'bad_BT'),
+  ('rows', 'max_documents', 'first_bad'),
   [
-    # Two rows have room for four documents: the fifth has none.
-    (([1] * 8 + [2] * 8 + [3] * 48, [1] * 60 + [2] * 4), 2, (1, 60)),
-    # A second document in rows that should have one.
-    (([1] * 64, [1] * 60 + [2] * 4), 1, (1, 60)),
+    ([1] * 8 + [2] * 8, 2, 16),
+    ([1] * 8 + [2] * 4 + [0] * 4, 2, 12),  # padding is a document
+    ([1] * 12 + [0] * 4, 1, 16),  # and none beside one document
+    ([1] * 12 + [2] * 4, 1, 12),
+    ([3] * 5 + [1] * 5 + [3] * 6, 2, 10),
   ],
 )
-def test_more_documents_than_expected_are_noticed(rows, max_documents, bad_BT):
-  q, k, v, _ = _inputs()
-  out = cudnn_gpu.attend(
-    q, k, v, segment_ids_BT=jnp.array(rows, jnp.int32),
-    max_documents=max_documents, implementation='xla',
-  )  # fmt: skip
-  is_bad_BT = np.isnan(np.asarray(out)).all(axis=(2, 3))
-  row, first = bad_BT
-  assert is_bad_BT[row, first:].all()
-  assert is_bad_BT.sum() == TIME - first
+def test_more_documents_than_expected_are_noticed(
+  rows, max_documents, first_bad
+):
+  segments = jnp.array([rows, [1] * 16], jnp.int32)
+  model = transformer.Transformer(
+    tiny_models.llama_like(vocab_size=16, num_layers=1, max_length=16),
+    execution=execution.Execution(
+      attend=functools.partial(
+        cudnn_gpu.attend,
+        max_documents=max_documents,
+        implementation='xla',
+      ),
+      max_documents=max_documents,
+    ),
+  )
+  tokens = jnp.ones((2, 16), jnp.int32)
+  params = model.init(jax.random.key(0), tokens)
+  hidden, _ = model.apply(
+    params, tokens, segment_ids_BT=segments, method='hidden'
+  )
+  is_bad_BT = np.isnan(np.asarray(hidden)).any(axis=2)
+  assert is_bad_BT[0, first_bad:].all()
+  assert is_bad_BT.any() == (first_bad < 16)
 
 
 def test_lengths_and_offsets_are_those_that_cudnn_expects():
