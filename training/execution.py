@@ -309,7 +309,9 @@ def _attend(
     assert isinstance(placement, placement_lib.MeshPlacement)
     return context.make_attend(placement.mesh, path, remat.ATTENTION)
   if path == 'reference':
-    return dense.attend
+    if placement.devices[0].platform == 'cpu':
+      return dense.attend
+    return functools.partial(dense.attend, max_apart=dense.FEW_TILES)
   most = max_documents_of(experiment, placement, max_documents)
   local: Callable[..., Any] = {
     'splash': splash_tpu.attend,

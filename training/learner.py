@@ -206,16 +206,7 @@ def make(
     jax.random.key(0),
   )
   execution.check_model(experiment)
-  # Each runs as the experiment's own model would, if it were that one.
-  frozen_as = {
-    name: dataclasses.replace(
-      experiment,
-      model=frozen_models_lib.config_of(
-        name, source, experiment.model.vocab_size
-      ),
-    )
-    for name, source in experiment.objective.models_needed.items()
-  }
+  frozen_as = _frozen_as(experiment)
   frozen_models = {
     name: transformer.Transformer(own.model, dtype)
     for name, own in frozen_as.items()
@@ -259,6 +250,21 @@ def make(
     ),
     max_documents=max_documents,
   )
+
+
+def _frozen_as(
+  experiment: experiment_lib.Experiment,
+) -> dict[str, experiment_lib.Experiment]:
+  """Returns the experiment of each frozen model, as if it were trained."""
+  return {
+    name: dataclasses.replace(
+      experiment,
+      model=frozen_models_lib.config_of(
+        name, source, experiment.model.vocab_size
+      ),
+    )
+    for name, source in experiment.objective.models_needed.items()
+  }
 
 
 def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:

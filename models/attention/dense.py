@@ -21,6 +21,10 @@ from models.attention import finite, form as form_lib
 # tiles skip more; larger ones multiply bigger matrices and compile less code.
 MIN_TILE_ROWS = 64
 MAX_TILES = 16
+# Tiles that a program for an accelerator has apart. Its compiler takes seconds
+# for each: with all 16 tiles of a row of 4096 tokens apart, the backward pass
+# of one layer is 278 kernels. Tiles beyond that are the steps of loops.
+FEW_TILES = 4
 
 # Finite: a row with every key masked gives zeros and finite gradients, where
 # -inf would give NaN.
@@ -38,6 +42,7 @@ def attend(
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
   form: form_lib.Form = form_lib.Form(),
+  max_apart: int = MAX_TILES,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
@@ -51,6 +56,9 @@ def attend(
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
+    max_apart: tiles that the program has apart. If there are more, neighbours
+      are steps of a loop and share their keys: some are multiplied for nothing.
+      With dropout all are apart, because a loop would drop the same weights.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
@@ -62,7 +70,11 @@ def attend(
     mask_BTS = form_lib.sees(slot_S[None, None, :], slots_BT[:, :, None], form)
     out_BKGTC = _attend_rows(operands, mask_BTS, dropout, form)
   else:
-    out_BKGTC = _attend_causal(operands, segment_ids_BT, dropout, form)
+    if dropout is not None:
+      max_apart = MAX_TILES
+    out_BKGTC = _attend_causal(
+      operands, segment_ids_BT, dropout, form, max_apart
+    )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
@@ -91,41 +103,69 @@ def _parted(q_BKGRC, k_BKSC, v_BKSC) -> _Operands:
   return _Operands(q_BKGRC, k_BKSC, v_BKSC, marks_BKGR, marks_BKS + more_BKS)
 
 
-def _attend_causal(operands: _Operands, segment_ids_BT, dropout, form):
+def _attend_causal(operands, segment_ids_BT, dropout, form, max_apart):
   """Attends tile by tile, each over the keys that it can see."""
-  q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
-  time = q_BKGTC.shape[3]
+  time = operands.q_BKGRC.shape[3]
   rows = tile_rows(time)
-  tiles = []
-  for start in range(0, time, rows):
-    stop = min(start + rows, time)
-    # The first key that the first query of the tile sees.
+  # Tiles of a band have the keys of its last tile.
+  band = rows * -(-time // (rows * max_apart))
+  outs = []
+  for start in range(0, time, band):
+    stop = min(start + band, time)
+    # The first key that the first query of the band sees.
     first = max(0, start - form.window + 1) if form.window else 0
-    query_R = jnp.arange(start, stop)
-    mask = form_lib.sees(
-      jnp.arange(first, stop)[None, :], query_R[:, None], form
-    )[None]
-    if segment_ids_BT is not None:
-      query_segments, key_segments = (
-        segment_ids_BT[:, start:stop, None],
-        segment_ids_BT[:, None, first:stop],
+
+    def tile(begin, size, first=first, stop=stop):
+      return _attend_tile(
+        operands, segment_ids_BT, dropout, form, (begin, size), (first, stop)
       )
-      mask = mask & (query_segments == key_segments)
-    tiles.append(
-      _attend_rows(
-        _Operands(
-          q_BKGTC[:, :, :, start:stop],
-          k_BKTC[:, :, first:stop],
-          v_BKTC[:, :, first:stop],
-          marks_BKGT[:, :, :, start:stop],
-          marks_BKT[:, :, first:stop],
-        ),
-        mask,
-        dropout,
-        form,
-      )
-    )
-  return jnp.concatenate(tiles, axis=3)
+
+    whole = (stop - start) // rows
+    if whole > 1:
+      begins = start + rows * jnp.arange(whole)
+      out_NBKGRC = jax.lax.map(lambda begin: tile(begin, rows), begins)
+      outs.extend(out_NBKGRC[n] for n in range(whole))
+    elif whole:
+      outs.append(tile(start, rows))
+    if rest := (stop - start) % rows:
+      outs.append(tile(stop - rest, rest))
+  return jnp.concatenate(outs, axis=3)
+
+
+def _attend_tile(operands, segment_ids_BT, dropout, form, tile, keys):
+  """Attends for some queries over some keys.
+
+  Args:
+    tile: the first query, which may be traced, and the number of queries.
+    keys: the first key, and the one after the last.
+  """
+  q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
+  (begin, size), (first, stop) = tile, keys
+
+  def queries(x, axis):
+    if isinstance(begin, int):
+      return jax.lax.slice_in_dim(x, begin, begin + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, begin, size, axis)
+
+  query_R = begin + jnp.arange(size)
+  mask = form_lib.sees(
+    jnp.arange(first, stop)[None, :], query_R[:, None], form
+  )[None]
+  if segment_ids_BT is not None:
+    query_segments = queries(segment_ids_BT, 1)[:, :, None]
+    mask = mask & (query_segments == segment_ids_BT[:, None, first:stop])
+  return _attend_rows(
+    _Operands(
+      queries(q_BKGTC, 3),
+      k_BKTC[:, :, first:stop],
+      v_BKTC[:, :, first:stop],
+      queries(marks_BKGT, 3),
+      marks_BKT[:, :, first:stop],
+    ),
+    mask,
+    dropout,
+    form,
+  )
 
 
 def _attend_rows(operands: _Operands, mask_BRS, dropout, form):
