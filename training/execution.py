@@ -160,6 +160,8 @@ def settled(
       device.platform == 'gpu'
       and experiment.model.num_layers <= _MOST_APART
       and experiment.parallel.stage == 1
+      # Plain attention has many kernels, each of which takes time to compile.
+      and _path(experiment, device)[1] == 'cudnn'
     )
     layers = 'apart' if is_apart else 'scanned'
   return dataclasses.replace(
@@ -214,16 +216,24 @@ def attention_path(
   Raises:
     ValueError: the path that the experiment names cannot be taken.
   """
+  name, path, request = _path(experiment, placement.devices[0])
+  if problem := supports.problem(_PATHS[path], request):
+    raise ValueError(f'{name} = {path}: {problem}')
+  return path
+
+
+def _path(
+  experiment: experiment_lib.Experiment, device: jax.Device
+) -> tuple[str, str, supports.Request]:
+  """Returns the field that names the path, the path, and the request."""
   path, parallel = experiment.execution.attention, experiment.parallel
-  name, request = 'execution.attention', _request(experiment, placement)
+  name, request = 'execution.attention', _request(experiment, device)
   if path == 'auto':
     fused, refusal = _fused(request)
     path = 'reference' if refusal else fused
   if path == 'reference' and parallel.context > 1:
     name, path = 'parallel.context_attention', parallel.context_attention
-  if problem := supports.problem(_PATHS[path], request):
-    raise ValueError(f'{name} = {path}: {problem}')
-  return path
+  return name, path, request
 
 
 def _fused(request: supports.Request) -> tuple[str, str]:
@@ -257,7 +267,7 @@ def describe_attention(
 ) -> str:
   """Returns the attention path, and the reason for it, as text."""
   path = attention_path(experiment, placement)
-  request = _request(experiment, placement)
+  request = _request(experiment, placement.devices[0])
   asked, is_cpu = experiment.execution.attention, request.platform == 'cpu'
   if asked == 'auto' and path not in ('splash', 'cudnn') and not is_cpu:
     fused, refusal = _fused(request)
@@ -273,11 +283,10 @@ def describe_attention(
 
 
 def _request(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, device: jax.Device
 ) -> supports.Request:
   """Returns the request of a run, for the table of attention paths."""
   model, parallel = experiment.model, experiment.parallel
-  device = placement.devices[0]
   return dataclasses.replace(
     supports.of_model(model),
     platform=device.platform,
@@ -311,7 +320,9 @@ def _attend(
   if path == 'reference':
     if placement.devices[0].platform == 'cpu':
       return dense.attend
-    return functools.partial(dense.attend, max_apart=dense.FEW_TILES)
+    return functools.partial(
+      dense.attend, min_rows=dense.MIN_WIDE_ROWS, max_apart=dense.FEW_TILES
+    )
   most = max_documents_of(experiment, placement, max_documents)
   local: Callable[..., Any] = {
     'splash': splash_tpu.attend,

@@ -21,9 +21,10 @@ from models.attention import finite, form as form_lib
 # tiles skip more; larger ones multiply bigger matrices and compile less code.
 MIN_TILE_ROWS = 64
 MAX_TILES = 16
-# Tiles that a program for an accelerator has apart. Its compiler takes seconds
-# for each: with all 16 tiles of a row of 4096 tokens apart, the backward pass
-# of one layer is 278 kernels. Tiles beyond that are the steps of loops.
+# The same for accelerators, whose compilers take seconds for each tile: with
+# all 16 tiles of a row of 4096 tokens apart, the backward pass of one layer is
+# 278 kernels. Tiles beyond FEW_TILES are the steps of loops.
+MIN_WIDE_ROWS = 256
 FEW_TILES = 4
 
 # Finite: a row with every key masked gives zeros and finite gradients, where
@@ -42,6 +43,7 @@ def attend(
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
   form: form_lib.Form = form_lib.Form(),
+  min_rows: int = MIN_TILE_ROWS,
   max_apart: int = MAX_TILES,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
@@ -56,9 +58,10 @@ def attend(
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
+    min_rows: least rows of a tile.
     max_apart: tiles that the program has apart. If there are more, neighbours
       are steps of a loop and share their keys: some are multiplied for nothing.
-      With dropout all are apart, because a loop would drop the same weights.
+      With dropout tiles are larger instead: a loop would drop the same weights.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
@@ -70,18 +73,22 @@ def attend(
     mask_BTS = form_lib.sees(slot_S[None, None, :], slots_BT[:, :, None], form)
     out_BKGTC = _attend_rows(operands, mask_BTS, dropout, form)
   else:
-    if dropout is not None:
-      max_apart = MAX_TILES
+    most = MAX_TILES if dropout is None else max_apart
+    rows = tile_rows(time, min_rows, most)
+    # Tiles of a band have the keys of its last tile.
+    band = rows * -(-time // (rows * max_apart))
     out_BKGTC = _attend_causal(
-      operands, segment_ids_BT, dropout, form, max_apart
+      operands, segment_ids_BT, dropout, form, (rows, band)
     )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
 
-def tile_rows(time: int) -> int:
+def tile_rows(
+  time: int, min_rows: int = MIN_TILE_ROWS, max_tiles: int = MAX_TILES
+) -> int:
   """Returns R, the query rows of a tile, for a call of `time` tokens."""
-  return max(MIN_TILE_ROWS, -(-time // MAX_TILES))
+  return max(min_rows, -(-time // max_tiles))
 
 
 class _Operands(NamedTuple):
@@ -103,12 +110,13 @@ def _parted(q_BKGRC, k_BKSC, v_BKSC) -> _Operands:
   return _Operands(q_BKGRC, k_BKSC, v_BKSC, marks_BKGR, marks_BKS + more_BKS)
 
 
-def _attend_causal(operands, segment_ids_BT, dropout, form, max_apart):
-  """Attends tile by tile, each over the keys that it can see."""
-  time = operands.q_BKGRC.shape[3]
-  rows = tile_rows(time)
-  # Tiles of a band have the keys of its last tile.
-  band = rows * -(-time // (rows * max_apart))
+def _attend_causal(operands, segment_ids_BT, dropout, form, sizes):
+  """Attends tile by tile, each over the keys that it can see.
+
+  Args:
+    sizes: rows of a tile, and of a band of tiles.
+  """
+  time, (rows, band) = operands.q_BKGRC.shape[3], sizes
   outs = []
   for start in range(0, time, band):
     stop = min(start + band, time)

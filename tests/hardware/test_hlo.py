@@ -183,3 +183,17 @@ def test_a_real_program_is_read():
   assert count in (1, 6)
   assert sent == pytest.approx(count * 7 * (64 * 64 * 4 / 8))
   assert traffic.memory_bytes > 6 * 64 * 64 * 4
+
+
+def test_kernels_are_counted_as_often_as_they_start():
+  def step(x):
+    def body(_, x):
+      return jnp.sin(x @ x)
+
+    return jax.lax.fori_loop(0, 5, body, x)
+
+  compiled = jax.jit(step).lower(jnp.ones((64, 64))).compile()
+  counts = hlo.kernels(hlo.parse(compiled.as_text()))
+  products = [n for name, n in counts.items() if 'dot' in name or '$' in name]
+  assert sum(products) == 5
+  assert not counts.keys() & {'parameter', 'tuple', 'while', 'constant'}

@@ -206,6 +206,25 @@ def test_a_run_says_which_attention_it_takes_and_why(
 
 
 @pytest.mark.parametrize(
+  ('target', 'fields', 'expected'),
+  [
+    ('h100:8', {}, 'apart'),
+    ('h100:8', {'dtype': 'float32'}, 'scanned'),  # plain attention
+    ('h100:8', {'parallel': {'stage': 2, 'data': -1}}, 'scanned'),
+    ('h100:8', {'layers': 'scanned'}, 'scanned'),
+    ('h100:8', {'model': {'num_layers': 64}}, 'scanned'),
+    (V5E, {}, 'scanned'),
+  ],
+)
+def test_layers_are_apart_where_their_programs_are_short(
+  target, fields, expected
+):
+  learner = _learner(target, **fields)
+  assert learner.experiment.execution.layers == expected
+  assert learner.model.execution.is_unrolled == (expected == 'apart')
+
+
+@pytest.mark.parametrize(
   ('target', 'fields', 'message'),
   [
     (V5E, {'attention': 'cudnn'}, 'got devices of platform tpu, expected gpu'),

@@ -177,7 +177,7 @@ def _taken(needed: float, limit: float) -> str:
 
 def _about_layers(experiment, devices) -> str:
   if experiment.execution.layers == 'scanned':
-    return 'layers scanned (compiles one of them)'
+    return 'layers scanned (the program compiles one of them)'
   learner = learner_lib.make(experiment, devices)
   saved = memory.estimate(learner).saved
   seconds = 2 * saved / peaks_lib.peaks(devices[0]).bytes_per_s

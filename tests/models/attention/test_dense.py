@@ -180,15 +180,26 @@ def test_tiles_in_loops_attend_as_tiles_apart(time, max_apart, window):
     np.testing.assert_allclose(mine, reference, atol=1e-5)
 
 
-@pytest.mark.parametrize(('time', 'num_products'), [(256, 8), (4096, 8)])
-def test_a_program_has_few_tiles_however_long_rows_are(time, num_products):
+@pytest.mark.parametrize(
+  ('time', 'num_tiles'), [(64, 1), (256, 1), (1024, 4), (4096, 4), (8192, 4)]
+)
+@pytest.mark.parametrize('has_dropout', [False, True])
+def test_a_program_has_few_tiles_however_long_rows_are(
+  time, num_tiles, has_dropout
+):
   q = jax.ShapeDtypeStruct((1, time, 2, 8), jnp.float32)
   kv = jax.ShapeDtypeStruct((1, 2, time, 8), jnp.float32)
-  attend = functools.partial(dense.attend, max_apart=dense.FEW_TILES)
+  attend = functools.partial(
+    dense.attend,
+    # In a loop it would drop the same weights in each tile.
+    dropout=_dropped_once_per_tile if has_dropout else None,
+    min_rows=dense.MIN_WIDE_ROWS,
+    max_apart=dense.FEW_TILES,
+  )
   text = jax.jit(attend).lower(q, kv, kv).as_text()
-  assert text.count('stablehlo.dot_general') == num_products
-  # Dropout in a loop would drop the same weights in each of its tiles.
-  dropped = functools.partial(attend, dropout=lambda x: x)
-  text = jax.jit(dropped).lower(q, kv, kv).as_text()
-  num_tiles = time // dense.tile_rows(time)
   assert text.count('stablehlo.dot_general') == 2 * num_tiles
+  assert ('stablehlo.while' in text) == (time > 1024 and not has_dropout)
+
+
+def _dropped_once_per_tile(probs):
+  return probs * 0.5
