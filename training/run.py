@@ -81,6 +81,8 @@ def run(
   experiment.validate()
   chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
   experiment = chosen.experiment
+  # From the devices and the run.json that each process sees.
+  processes.check_same('chosen', json.dumps(experiment.to_dict()))
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)
   saved = checkpoint.Checkpoints(

@@ -10,8 +10,10 @@ import pytest
 
 from hardware import peaks, targets
 from models import cross_entropy
-from tests.helpers import tiny_experiment, tiny_models
+from storage import file_names
+from tests.helpers import tiny_experiment, tiny_models, tiny_run
 from training import execution, experiment as experiment_lib
+from training.checkpoints import workdir as workdir_lib
 from training.planning import choices, memory
 
 AUTO = experiment_lib.ExecutionConfig()
@@ -137,3 +139,31 @@ def test_stages_loop_over_their_layers(gpu):
   apart = dataclasses.replace(AUTO, layers='apart')
   with pytest.raises(ValueError, match='execution.layers: got apart with par'):
     choices.make(dataclasses.replace(experiment, execution=apart), devices)
+
+
+def test_a_run_records_its_choices_and_keeps_them(tmp_path):
+  corpus, workdir = tiny_run.write_corpus(tmp_path), tmp_path / 'run'
+  tiny_run.run(tiny_run.experiment(corpus, num_steps=2), workdir)
+  config = workdir_lib.config_before(workdir)
+  assert config['num_microbatches'] == 1
+  assert config['execution'] == {
+    'remat': 'none',
+    'attention': 'auto',
+    'matmul': 'float',
+    'layers': 'scanned',
+    'loss_chunk_logits': 2**26,
+  }
+  # As if the run had begun on another device.
+  path = workdir / file_names.RUN
+  path.write_text(path.read_text().replace(str(2**26), str(2**12)))
+  longer = tiny_run.experiment(corpus, num_steps=4, num_microbatches=0)
+  tiny_run.run(longer, workdir)
+  config = workdir_lib.config_before(workdir)
+  assert config['execution']['loss_chunk_logits'] == 2**12
+  assert config['num_microbatches'] == 1
+
+
+def test_a_workdir_without_checkpoints_has_nothing_to_keep(tmp_path):
+  assert workdir_lib.config_before(tmp_path / 'none') is None
+  (tmp_path / file_names.RUN).write_text('{"config": {}}')
+  assert workdir_lib.config_before(tmp_path) is None
