@@ -24,6 +24,7 @@ a resumed run would drop others, so that dropout is refused.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -113,6 +114,42 @@ def way(max_documents: int, window: int) -> str:
   # cuDNN has no windows within documents.
   is_packed = 1 < max_documents <= MOST_DOCUMENTS and not window
   return 'packed' if is_packed else 'mask'
+
+
+def refusal(
+  shape: tuple[int, int, int], num_kv_heads: int, max_documents: int
+) -> str:
+  """Returns why cuDNN of this machine refuses packed rows, or ''.
+
+  Compiles a call and its gradient: only the library itself knows all limits of
+  its version.
+
+  Args:
+    shape: T, H and C.
+  """
+  time, heads, channels = shape
+  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q_BTHC = of((2, time, heads, channels))
+  kv_BKTC = of((2, num_kv_heads, time, channels))
+  segment_ids_BT = jax.ShapeDtypeStruct((2, time), jnp.int32)
+
+  def both(g, q, k, v, segment_ids_BT):
+    out, pull = jax.vjp(
+      functools.partial(
+        attend, segment_ids_BT=segment_ids_BT, max_documents=max_documents
+      ),
+      q,
+      k,
+      v,
+    )
+    return out, pull(g)
+
+  try:
+    arrays = q_BTHC, q_BTHC, kv_BKTC, kv_BKTC, segment_ids_BT
+    jax.jit(both).lower(*arrays).compile()
+  except jax.errors.JaxRuntimeError as error:
+    return str(error).split('\n')[0]
+  return ''
 
 
 def _bias(segment_ids_BT, form: form_lib.Form, dtype) -> jax.Array:

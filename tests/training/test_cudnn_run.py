@@ -44,7 +44,21 @@ def test_a_run_counts_the_documents_of_its_rows(
   monkeypatch.setattr(execution, '_capability', lambda _: (9, 0))
   interpreted = functools.partial(cudnn_gpu.attend, implementation='xla')
   monkeypatch.setattr(cudnn_gpu, 'attend', interpreted)
+  monkeypatch.setattr(cudnn_gpu, 'refusal', lambda *_: '')
   printed, got = _losses(corpus, tmp_path / 'cudnn', packing)
   assert f'attention  {said}' in printed
   # float32 sums in another order, over four steps.
   assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_lengths_that_cudnn_refuses_become_a_mask(
+  corpus, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(execution, 'attention_path', lambda *_: 'cudnn')
+  monkeypatch.setattr(execution, '_capability', lambda _: (9, 0))
+  interpreted = functools.partial(cudnn_gpu.attend, implementation='xla')
+  monkeypatch.setattr(cudnn_gpu, 'attend', interpreted)
+  monkeypatch.setattr(cudnn_gpu, 'refusal', lambda *_: 'an old version')
+  printed, _ = _losses(corpus, tmp_path / 'run', 'best_fit')
+  assert 'cuDNN takes no lengths of documents: an old version' in printed
+  assert 'attention  cudnn, with a mask of the documents' in printed

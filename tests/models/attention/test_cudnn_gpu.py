@@ -230,3 +230,10 @@ def test_remat_keeps_what_the_kernel_needs(policy, num_forward, max_documents):
   assert ('[2,1,256,256]' in text) == (max_documents == 0)
   backward = next(call for call in calls if 'Backward' in call)
   assert '[2,1,256,256]' not in _parsed(backward)[0]
+
+
+def test_a_machine_whose_cudnn_refuses_says_why():
+  # A CPU has no such call at all.
+  found = cudnn_gpu.refusal((128, 4, 64), 2, 3)
+  assert '__cudnn' in found
+  assert '\n' not in found
