@@ -22,6 +22,7 @@ PYTEST = $(PY) -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
   --max-worker-restart=2 --durations=25
 
 PY := $(VENV)/bin/python
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 PEER := $(VENV)/.installed-peer
@@ -29,7 +30,8 @@ PLAN := $(VENV)/.installed-plan
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-all lint format bench bench-peer plan-table survive clean
+.PHONY: help quickstart test test-slow test-all test-gpu lint format bench \
+  bench-gpu bench-peer plan-table survive clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
@@ -68,6 +70,14 @@ bench: $(CORE)  ## Speed beside this machine's roofline
 	@$(PY) -m benchmarks.serving_latency
 	@$(PY) -m benchmarks.loop_overhead
 	@$(PY) -m benchmarks.engine_host
+
+# Without installing: such a machine may have no network. It needs jax for CUDA,
+# and torch for the peer.
+bench-gpu:  ## Both lives on one NVIDIA GPU beside their goals; 8 minutes
+	@$(GPU_PYTHON) -m benchmarks.gpu_table $(BENCH_ARGS)
+
+test-gpu:  ## The tests that want an NVIDIA GPU
+	@$(GPU_PYTHON) -m tests.gpu.run $(TEST_ARGS)
 
 bench-peer: $(PEER)  ## The same, and beside transformers on torch
 	@$(MAKE) --no-print-directory bench BENCH_ARGS='--peer $(BENCH_ARGS)'

@@ -312,14 +312,9 @@ def _engine_config(**defaults) -> engine_config.EngineConfig:
 
 def _cache_compilations() -> None:
   """Keeps compiled programs on disk, for the next start."""
-  directory = FLAGS.compilation_cache
-  if directory is None:
-    base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    directory = os.environ.get(
-      compilation_cache.VARIABLE, pathlib.Path(base) / 'two-lives' / 'xla'
-    )
+  directory = compilation_cache.directory_of(FLAGS.compilation_cache)
   if directory:
-    compilation_cache.use(pathlib.Path(directory).expanduser())
+    compilation_cache.use(directory)
 
 
 def _heeded_by(name: str) -> tuple[str, ...]:
@@ -405,8 +400,7 @@ def _define_flags() -> None:
   path(
     'compilation_cache',
     None,
-    'Directory that keeps compiled programs for the next start; empty keeps'
-    ' none. Default: JAX_COMPILATION_CACHE_DIR, else ~/.cache/two-lives/xla.',
+    compilation_cache.HELP,
   )
   text(
     'host',

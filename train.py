@@ -39,7 +39,7 @@ import traceback
 from absl import app, flags, logging
 
 from checks import path_flags
-from hardware import targets
+from hardware import compilation_cache, targets
 from storage import disk, locks
 from training import experiment_files, flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
@@ -82,6 +82,12 @@ _MAX_RESTARTS = flags.DEFINE_integer(
   'How often a run that crashes is started again without a new checkpoint in'
   ' between. A parent process does it. 0 (default): never.',
   lower_bound=0,
+)
+_COMPILATION_CACHE = path_flags.DEFINE_path(
+  'compilation_cache',
+  None,
+  f'{compilation_cache.HELP} --plan keeps none; a run of several processes only'
+  ' in a directory that is given, which all of them must share.',
 )
 _PLAN = flags.DEFINE_string(
   'plan',
@@ -133,6 +139,7 @@ def main(argv: list[str]) -> int:
   library_logs.quiet()
   host_memory.reuse_freed_memory()
   _join_processes()
+  _cache_compilations()
   try:
     result = run.run(
       _CONFIG.value,
@@ -188,6 +195,19 @@ def _join_processes() -> None:
     )
   except ValueError as error:
     sys.exit(f'error: {error}')
+
+
+def _cache_compilations() -> None:
+  """Keeps compiled programs on disk, for the next start."""
+  from parallel import processes
+
+  given = _COMPILATION_CACHE.value
+  # GPUs of several processes share the work of tuning a program. One process
+  # that finds the program in a cache of its own would keep the others waiting.
+  is_given = given is not None or compilation_cache.VARIABLE in os.environ
+  directory = compilation_cache.directory_of(given)
+  if directory and (is_given or processes.count() == 1):
+    compilation_cache.use(directory)
 
 
 def _who() -> str:

@@ -1,40 +1,53 @@
-"""Training speed of one device, beside the matmul roofline and a peer.
+"""Training speed of one device, beside its peak rate and a peer.
 
     python -m benchmarks.train_throughput --shape=small --peer
 
-One optimizer step (forward, backward, clipping, AdamW; float32, no dropout) of
-a GPT-2 at two shapes:
+One optimizer step (forward, backward, clipping, AdamW; no dropout), as a run
+with default settings takes it. On a CPU, in float32:
 
     small  6 layers, width 384, vocabulary 65: 10.8M; batch 8 x 256
     124m   12 layers, width 768, vocabulary 50304: GPT-2; batch 4 x 256
 
+On an accelerator, in bfloat16 with float32 parameters:
+
+    124m   the same GPT-2; batch 16 x 1024
+    1b     the shape of Llama 3.2 1B, vocabulary 128256; batch 4 x 4096
+
 Columns. `tokens/s` is the median over rounds. `MFU` is the FLOPs per second
 that the model needs (`models.flops`, without the masked half of causal
-attention) over the matmul rate that this device reached in the same round. With
-`--peer`, transformers' GPT2LMHeadModel trains in torch eager on the same
-shapes, taking turns with ours. `ours / peer` is the median over rounds of the
-ratio of tokens/s; above 1, ours is faster.
+attention) over the peak rate: that of the datasheet, or the matmul rate that an
+unknown device, such as a CPU, reached in the same round. `memory` is the most
+that the device held; on a CPU, the process. The parts of a step are measured
+alone (`benchmarks.train_parts`).
+
+With `--peer`, the same model of transformers trains on torch: on a CPU eager,
+taking turns with ours; on a GPU with torch.compile, bfloat16 autocast and
+scaled_dot_product_attention, before ours, so that each has the whole memory.
+Both have the fused AdamW. `ours / peer` is the median over rounds of the ratio
+of tokens/s; above 1, ours is faster.
 """
 
 import contextlib
 import dataclasses
+import os
+import resource
 import statistics
 import time
 from typing import Any
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import entry, timing
+from benchmarks import entry, timing, train_parts
 from benchmarks.peer import peer_process
+from data import data_config
 from experiments import presets
 from hardware import host_memory, peaks
-from models import flops, model_config, transformer
-from training import state as state_lib, step
-from training.objectives import next_token
+from models import flops, model_config
+from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain, update_rules
+from training.planning import choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,7 @@ class Shape:
   batch_size: int  # rows
   row_length: int  # tokens
   steps: int  # optimizer steps per turn, for a few seconds
+  dtype: str = 'float32'  # of the computation
 
   @property
   def tokens_per_turn(self) -> int:
@@ -57,26 +71,52 @@ def gpt2(**sizes: int) -> model_config.ModelConfig:
   return dataclasses.replace(presets.gpt2(**sizes), scan_layers=False)
 
 
-def shapes() -> dict[str, Shape]:
-  """Returns the shapes by name."""
-  return {
-    'small': Shape(
-      model=gpt2(
-        vocab_size=65, num_layers=6, num_heads=6, width=384, length=256
-      ),
-      batch_size=8,
-      row_length=256,
-      steps=3,
+def shapes(platform: str = 'cpu') -> dict[str, Shape]:
+  """Returns the shapes of a platform by name."""
+  return _CPU if platform == 'cpu' else _ACCELERATOR
+
+
+_CPU = {
+  'small': Shape(
+    model=gpt2(vocab_size=65, num_layers=6, num_heads=6, width=384, length=256),
+    batch_size=8,
+    row_length=256,
+    steps=3,
+  ),
+  '124m': Shape(
+    model=gpt2(
+      vocab_size=50304, num_layers=12, num_heads=12, width=768, length=1024
     ),
-    '124m': Shape(
-      model=gpt2(
-        vocab_size=50304, num_layers=12, num_heads=12, width=768, length=1024
-      ),
-      batch_size=4,
-      row_length=256,
-      steps=1,
+    batch_size=4,
+    row_length=256,
+    steps=1,
+  ),
+}
+_ACCELERATOR = {
+  '124m': Shape(
+    model=presets.gpt2(
+      vocab_size=50304, num_layers=12, num_heads=12, width=768, length=1024
     ),
-  }
+    batch_size=16,
+    row_length=1024,
+    steps=20,
+    dtype='bfloat16',
+  ),
+  '1b': Shape(
+    model=presets.llama3(
+      num_layers=16,
+      num_heads=32,
+      width=2048,
+      mlp_width=8192,
+      length=4096,
+      tie_embeddings=True,
+    ),
+    batch_size=4,
+    row_length=4096,
+    steps=5,
+    dtype='bfloat16',
+  ),
+}
 
 
 RULE = update_rules.AdamW()
@@ -85,51 +125,74 @@ OPTIMIZER = chain.OptimizerConfig(
 )
 
 
-def our_turn(shape: Shape) -> timing.Turn:
-  """Returns a turn of our train step, compiled and warmed up."""
-  model = transformer.Transformer(shape.model)
-  optimizer = chain.make_optimizer(
-    OPTIMIZER, 1, shape.model, state_lib.abstract_params(model)
-  )
-  state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(
-    jax.random.key(0)
-  )
-  train_step = jax.jit(
-    step.make_train_step(model, next_token.NextToken(), optimizer),
-    donate_argnums=0,
-  )
-  batch = _batch(shape)
+class Ours:
+  """Our train step, with what a run chooses by default."""
 
-  def turn() -> float:
-    nonlocal state
+  def __init__(self, shape: Shape, device: jax.Device):
+    """Compiles the step and warms it up."""
+    chosen = choices.make(experiment_of(shape), [device])
+    self.reasons = chosen.reasons
+    self.learner = learner_lib.make(chosen.experiment, [device])
+    self._steps = shape.steps
+    self._step = self.learner.compile_train_step()
+    self._batch = self.learner.placement.put_batch(_batch(shape))
     start = time.perf_counter()
-    for _ in range(shape.steps):
-      state, _ = train_step(state, batch)
-    jax.block_until_ready(state)
+    self._state: Any = self.learner.init(jax.random.key(0))
+    self._state, _ = self._step(self._state, self._batch)
+    jax.block_until_ready(self._state)
+    self.first_step_s = time.perf_counter() - start
+    self.turn()
+
+  def turn(self) -> float:
+    """Takes the steps of a turn; returns their seconds."""
+    start = time.perf_counter()
+    for _ in range(self._steps):
+      self._state, _ = self._step(self._state, self._batch)
+    jax.block_until_ready(self._state)
     return time.perf_counter() - start
 
-  turn()
-  return turn
+  def release(self) -> None:
+    """Frees the state."""
+    self._state = None
 
 
-def _batch(shape: Shape) -> dict[str, jax.Array]:
+def experiment_of(shape: Shape) -> experiment_lib.Experiment:
+  """Returns an experiment that is about speed alone."""
+  return experiment_lib.Experiment(
+    name='train_throughput',
+    model=shape.model,
+    data=data_config.DataConfig(
+      path='-',
+      batch_size=shape.batch_size,
+      row_length=shape.row_length,
+      packing='none',
+    ),
+    optimizer=OPTIMIZER,
+    compute_dtype=shape.dtype,
+    num_steps=1,
+  )
+
+
+def _batch(shape: Shape) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   dims = (shape.batch_size, shape.row_length)
   ids = rng.integers(0, shape.model.vocab_size, (2, *dims), dtype=np.int32)
   return {
-    'tokens': jnp.asarray(ids[0]),
-    'targets': jnp.asarray(ids[1]),
-    'positions': jnp.tile(jnp.arange(dims[1], dtype=jnp.int32), (dims[0], 1)),
-    'segment_ids': jnp.ones(dims, jnp.int32),
-    'weights': jnp.ones(dims, jnp.float32),
+    'tokens': ids[0],
+    'targets': ids[1],
+    'positions': np.tile(np.arange(dims[1], dtype=np.int32), (dims[0], 1)),
+    'segment_ids': np.ones(dims, np.int32),
+    'weights': np.ones(dims, np.float32),
   }
 
 
-def peer_spec(shape: Shape) -> dict[str, Any]:
+def peer_spec(shape: Shape, device: str = 'cpu') -> dict[str, Any]:
   """Returns the same training for `peer_worker`."""
-  model = shape.model
+  model, is_gpt2 = shape.model, shape.model.positions == 'learned'
+  common = {'vocab_size': model.vocab_size}
   return {
-    'workload': 'train_gpt2',
+    'workload': 'train_gpt2' if is_gpt2 else 'train_llama',
+    'device': device,
     'batch_size': shape.batch_size,
     'row_length': shape.row_length,
     'steps': shape.steps,
@@ -140,45 +203,72 @@ def peer_spec(shape: Shape) -> dict[str, Any]:
       'eps': RULE.epsilon,
       'weight_decay': OPTIMIZER.weight_decay,
     },
-    'model': {
-      'vocab_size': model.vocab_size,
-      'n_layer': model.num_layers,
-      'n_head': model.num_heads,
-      'n_embd': model.model_width,
-      'n_inner': model.mlp_width,
-      'n_positions': model.max_length,
-      'layer_norm_epsilon': model.norm_epsilon,
-      'activation_function': 'gelu_new',
-    },
+    'model': common | (_gpt2_config(model) if is_gpt2 else _llama(model)),
+  }
+
+
+def _gpt2_config(model: model_config.ModelConfig) -> dict[str, Any]:
+  return {
+    'n_layer': model.num_layers,
+    'n_head': model.num_heads,
+    'n_embd': model.model_width,
+    'n_inner': model.mlp_width,
+    'n_positions': model.max_length,
+    'layer_norm_epsilon': model.norm_epsilon,
+    'activation_function': 'gelu_new',
+  }
+
+
+def _llama(model: model_config.ModelConfig) -> dict[str, Any]:
+  return {
+    'num_hidden_layers': model.num_layers,
+    'num_attention_heads': model.num_heads,
+    'num_key_value_heads': model.num_kv_heads,
+    'head_dim': model.head_width,
+    'hidden_size': model.model_width,
+    'intermediate_size': model.mlp_width,
+    'max_position_embeddings': model.max_length,
+    'rms_norm_eps': model.norm_epsilon,
+    'tie_word_embeddings': model.tie_embeddings,
   }
 
 
 def run(
-  name: str, shape: Shape, *, with_peer: bool, rounds: int
+  name: str,
+  shape: Shape,
+  *,
+  with_peer: bool,
+  rounds: int,
+  with_parts: bool = False,
 ) -> dict[str, Any]:
   """Measures one shape; returns everything that `report` prints."""
   device = jax.devices()[0]
+  is_cpu = device.platform == 'cpu'
   num_params = flops.num_params(shape.model)
   needed = flops.train_flops_per_token(shape.model, shape.row_length)
-  size = 1024 if device.platform == 'cpu' else 8192
-
-  def matmul_turn() -> float:
-    rate = peaks.matmul_flops_per_s(
-      'float32', size=size, seconds=0.3, device=device
-    )
-    return 1 / rate  # seconds per FLOP
-
-  turns: dict[str, timing.Turn] = {'roofline': matmul_turn}
   result: dict[str, Any] = {}
+  turns: dict[str, timing.Turn] = {}
+  taken: dict[str, list[float]] = {}
+  known = peaks.DATASHEETS.get(device.device_kind)
+  if known is None:
+    turns['roofline'] = _matmul_turn(device, shape.dtype)
   with contextlib.ExitStack() as stack:
     if with_peer:
-      peer = stack.enter_context(peer_process.PeerProcess(peer_spec(shape)))
-      turns['peer'] = peer.turn
+      spec = peer_spec(shape, 'cpu' if is_cpu else 'cuda')
+      peer = stack.enter_context(peer_process.PeerProcess(spec))
       result['peer_info'] = peer.info
       peer_process.check_same_size(peer.info, num_params)
-    turns['ours'] = our_turn(shape)
-    taken = timing.interleave(turns, rounds)
-  per_flop = taken.pop('roofline')
+      if is_cpu:
+        turns['peer'] = peer.turn
+      else:
+        taken |= timing.interleave({'peer': peer.turn}, rounds)
+        stack.close()  # gives its memory back
+    ours = Ours(shape, device)
+    taken |= timing.interleave(turns | {'ours': ours.turn}, rounds)
+  per_flop = taken.pop('roofline', None)
+  if per_flop is None:
+    assert known is not None
+    per_flop = [1 / known.flops_per_s[shape.dtype]] * rounds
   for side, side_seconds in taken.items():
     tokens_per_s = [shape.tokens_per_turn / s for s in side_seconds]
     mfu = [t * needed * p for t, p in zip(tokens_per_s, per_flop, strict=True)]
@@ -187,8 +277,18 @@ def run(
       'mfu': statistics.median(mfu),
       'seconds_per_turn': side_seconds,
     }
+  result['ours'] |= {
+    'memory_bytes': _memory_bytes(device),
+    'first_step_s': ours.first_step_s,
+    'chosen': ours.reasons,
+  }
   if with_peer:
+    result['peer']['memory_bytes'] = result['peer_info']['memory_bytes']
     result['ratio'] = timing.median_ratio(taken['peer'], taken['ours'])
+  if with_parts:
+    ours.release()
+    step_seconds = statistics.median(taken['ours']) / shape.steps
+    result['parts'] = train_parts.seconds(ours.learner, step_seconds)
   return {
     'benchmark': 'train_throughput',
     'shape': name,
@@ -196,29 +296,59 @@ def run(
     'num_params': num_params,
     'batch_size': shape.batch_size,
     'row_length': shape.row_length,
+    'dtype': shape.dtype,
     'roofline_flops_per_s': 1 / statistics.median(per_flop),
     'needed_flops_per_token': needed,
     **result,
   }
 
 
+def _matmul_turn(device: jax.Device, dtype: str) -> timing.Turn:
+  """Returns a turn whose seconds are those of a FLOP."""
+  size = 1024 if device.platform == 'cpu' else 8192
+  return lambda: (
+    1 / peaks.matmul_flops_per_s(dtype, size=size, seconds=0.3, device=device)
+  )
+
+
+def _memory_bytes(device: jax.Device) -> int:
+  if device.platform == 'cpu':
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return (device.memory_stats() or {}).get('peak_bytes_in_use', 0)
+
+
 def report(result: dict[str, Any]) -> str:
   """Returns the table of one shape."""
-  rows = [('', 'tokens/s', 'MFU')]
+  rows = [('', 'tokens/s', 'MFU', 'memory')]
   for side in ('ours', 'peer'):
     if side in result:
       figures = result[side]
       rows.append(
-        (side, f'{figures["tokens_per_s"]:,.0f}', f'{figures["mfu"]:.1%}')
+        (
+          side,
+          f'{figures["tokens_per_s"]:,.0f}',
+          f'{figures["mfu"]:.1%}',
+          f'{figures.get("memory_bytes", 0) / 1e9:.1f} GB',
+        )
       )
   title = (
     f'Training, {result["shape"]}: {result["num_params"] / 1e6:.1f}M'
     f' parameters, batch {result["batch_size"]} x {result["row_length"]},'
-    f' float32; roofline {result["roofline_flops_per_s"] / 1e9:.0f} GFLOP/s'
+    f' {result.get("dtype", "float32")}; roofline'
+    f' {result["roofline_flops_per_s"] / 1e9:,.0f} GFLOP/s'
   )
   lines = [timing.table(title, rows)]
   if 'ratio' in result:
     lines.append(f'  ours / peer: {result["ratio"]:.2f}')
+  if parts := result.get('parts'):
+    whole = sum(parts.values())
+    shares = [
+      f'{name} {1e3 * seconds:.1f} ms {seconds / whole:.0%}'
+      for name, seconds in parts.items()
+    ]
+    lines.append(f'  a step: {", ".join(shares)}')
+  for reason in result['ours'].get('chosen', ()):
+    lines.append(f'  chosen: {reason}')
   return '\n'.join(lines)
 
 
@@ -226,18 +356,34 @@ def main(argv: list[str]) -> None:
   """Runs the benchmark."""
   del argv
   host_memory.reuse_freed_memory()  # as train.py does
-  entry.run(
-    lambda args: (
-      run(name, shape, with_peer=args.peer, rounds=args.rounds)
-      for name, shape in shapes().items()
-      if args.shape in ('all', name)
-    ),
-    report,
-    is_list=True,
-  )
+  # Before jax opens a GPU: the peer needs its memory first.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  entry.run(_measure, report, is_list=True)
+
+
+def _measure(args):
+  """Yields the result of each shape that the flags ask for."""
+  here = shapes(jax.default_backend())
+  if args.shape not in ('all', *here):
+    raise ValueError(
+      f'--shape: got {args.shape} on {jax.default_backend()}, expected all or'
+      f' {" or ".join(here)}'
+    )
+  for name, shape in here.items():
+    if args.shape in ('all', name):
+      yield run(
+        name,
+        shape,
+        with_peer=args.peer,
+        rounds=args.rounds,
+        with_parts=args.parts,
+      )
 
 
 if __name__ == '__main__':
   entry.define_flags(rounds=5, has_peer=True)
-  flags.DEFINE_enum('shape', 'all', ['all', *shapes()], 'The model to train.')
+  flags.DEFINE_enum(
+    'shape', 'all', ['all', *(_CPU | _ACCELERATOR)], 'The model to train.'
+  )
+  flags.DEFINE_bool('parts', True, 'Also measures the parts of a step alone.')
   app.run(main)

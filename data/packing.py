@@ -46,6 +46,10 @@ class RowPlan(Protocol):
     """Returns int64 [pieces] each: index of the first id, number of pairs."""
     ...
 
+  def max_pieces(self) -> int:
+    """Returns the most pieces of a row, or a number above."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Concatenated:
@@ -75,6 +79,17 @@ class Concatenated:
     # A document of one id has no pair; only joined stores have such documents.
     return starts[lengths > 0], lengths[lengths > 0]
 
+  def max_pieces(self) -> int:
+    """Returns the most documents that a row touches."""
+    starts_D, most = self.store.starts_D, 1
+    for row in range(0, self.num_rows, _GROUP):
+      edges = np.arange(row, min(row + _GROUP, self.num_rows) + 1)
+      edges = np.minimum(edges * self.row_length, self.store.num_pairs)
+      low = np.searchsorted(starts_D, edges[:-1], side='right') - 1
+      high = np.searchsorted(starts_D, edges[1:], side='left')
+      most = max(most, int(np.max(high - low)))
+    return most
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -94,6 +109,10 @@ class Windows:
     length = min(self.row_length, self.num_pairs - start)
     return np.array([start]), np.array([length])
 
+  def max_pieces(self) -> int:
+    """Returns 1: a row is one piece."""
+    return 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
@@ -110,6 +129,10 @@ class Fitted:
     """Returns where pieces start, and their lengths."""
     which = slice(*self._rows[row : row + 2].tolist())
     return self._starts[which], self._lengths[which].astype(np.int64)
+
+  def max_pieces(self) -> int:
+    """Returns the most pieces of a row."""
+    return int(np.max(np.diff(self._rows), initial=1))
 
   @functools.cached_property
   def _rows(self) -> np.ndarray:

@@ -116,6 +116,12 @@ def open_rows(
   )
 
 
+def max_documents(sources_of_rows: Iterable[Rows]) -> int:
+  """Returns the most segments of a row: pieces, and padding after several."""
+  most = max(rows.plan.max_pieces() for rows in sources_of_rows)
+  return most + 1 if most > 1 else 1
+
+
 def batch_of(
   rows: Iterable[tuple[Rows, Pieces]],
   *,

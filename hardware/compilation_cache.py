@@ -16,6 +16,26 @@ _CHECKED = 'checked'  # entries that are older than this file were whole
 _ZSTANDARD = b'\x28\xb5\x2f\xfd'
 
 
+HELP = (
+  'Directory that keeps compiled programs for the next start; empty keeps'
+  f' none. Default: {VARIABLE}, else ~/.cache/two-lives/xla.'
+)  # of --compilation_cache, which both lives have
+
+
+def directory_of(flag: str | None) -> pathlib.Path | None:
+  """Returns the directory of a value of --compilation_cache; None keeps none.
+
+  Args:
+    flag: None if it was not given.
+  """
+  if flag is None:
+    flag = os.environ.get(VARIABLE)
+  if flag is None:
+    base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    return pathlib.Path(base) / 'two-lives' / 'xla'
+  return pathlib.Path(flag).expanduser() if flag else None
+
+
 def use(directory: pathlib.Path) -> None:
   """Makes JAX keep its programs in `directory`; removes incomplete entries."""
   import jax  # here: `is_whole` is used before JAX is configured

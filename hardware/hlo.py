@@ -224,6 +224,23 @@ def traffic(program: Program) -> Traffic:
   )
 
 
+def kernels(program: Program) -> dict[str, int]:
+  """Returns how often the program starts a kernel, by opcode.
+
+  A fusion is one kernel. A custom call counts under the name of its target.
+  """
+  counts: dict[str, int] = defaultdict(int)
+  for instruction, _, times, is_fused in _executed(
+    program, program.entry, 1, []
+  ):
+    opcode = instruction.opcode
+    if is_fused or opcode in _FREE or opcode.endswith('-done'):
+      continue
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+    counts[target.group(1) if target else opcode] += times
+  return dict(counts)
+
+
 def _executed(
   program: Program,
   name: str,

@@ -154,7 +154,11 @@ def memory_bytes(device: jax.Device) -> int:
   """
   if device.platform == 'cpu':
     return _machine_bytes() // len(device.client.local_devices())
-  if limit := (device.memory_stats() or {}).get('bytes_limit'):
+  try:
+    stats = device.memory_stats() or {}
+  except jax.errors.JaxRuntimeError:
+    stats = {}  # of another process, or of an ahead-of-time target
+  if limit := stats.get('bytes_limit'):
     return limit
   datasheet = DATASHEETS.get(device.device_kind)
   return datasheet.memory_bytes if datasheet else 0

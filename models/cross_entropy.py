@@ -57,9 +57,14 @@ class LossSums(NamedTuple):
   z: jax.Array  # of (log Z)^2
 
 
-def num_chunks(batch: int, time: int, vocab_size: int) -> int:
+def num_chunks(
+  batch: int,
+  time: int,
+  vocab_size: int,
+  max_logits: int = MAX_CHUNK_LOGITS,
+) -> int:
   """Returns the number of chunks of equal length that time is cut into."""
-  wanted = -(-batch * time * vocab_size // MAX_CHUNK_LOGITS)
+  wanted = -(-batch * time * vocab_size // max_logits)
   return next(n for n in range(min(wanted, time), time + 1) if time % n == 0)
 
 
@@ -99,15 +104,19 @@ def chunked_nll(
   form: LossForm,
   *,
   vocab_shards: int = 1,
+  max_logits: int = MAX_CHUNK_LOGITS,
 ) -> LossSums:
   """Returns `weighted_nll` with the number of chunks that the shapes need.
 
   Args:
     vocab_shards: devices that split the vocabulary; each holds that part of the
       logits of a chunk.
+    max_logits: of a chunk on a device. Another number adds up the same terms in
+      another order.
   """
   batch, time = weights_BT.shape
-  chunks = num_chunks(batch, time, -(-head_VD.shape[0] // vocab_shards))
+  vocab_size = -(-head_VD.shape[0] // vocab_shards)
+  chunks = num_chunks(batch, time, vocab_size, max_logits)
   return weighted_nll(hidden_BTD, head_VD, targets_BT, weights_BT, chunks, form)
 
 

@@ -63,11 +63,19 @@ class Execution:
 
   remat: str = 'none'  # one of REMAT
   attend: Attend = dense.attend
+  # Most documents of a row that `attend` relies on; 0: any number.
+  max_documents: int = 0
   attend_cached: AttendCached = cached.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
   linear: Linear = plain.linear
   exact_linear: Linear = plain.exact_linear  # of routers
   unembed: Unembed = plain.unembed
   by_row: ByRow = at_once  # for sums within a row: norms and routing
+  # Whether the backward pass computes the activation of an MLP again from its
+  # input: a pass over memory costs an accelerator more than a tanh.
+  recomputes_activation: bool = False
   apply_experts: ApplyExperts = dispatch.apply_experts
   run_layers: RunLayers | None = None  # None: one layer after the other
+  # Whether the program has every layer of a stack (`scan_layers`) apart, not a
+  # loop over them. In a training pass only.
+  is_unrolled: bool = False

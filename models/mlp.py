@@ -8,6 +8,7 @@ arXiv:2002.05202).
     not gated  gelu (tanh form)  gelu_exact (erf)  relu
 """
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -54,6 +55,15 @@ def is_gated(mlp: str) -> bool:
   return mlp in ('swiglu', 'geglu', 'geglu_exact', 'reglu')
 
 
+def _hidden(
+  mlp: str, up_BTF: jax.Array, gate_BTF: jax.Array | None = None
+) -> jax.Array:
+  """Returns what `down` is applied to."""
+  if gate_BTF is None:
+    return _activate(mlp, up_BTF)
+  return _activate(mlp, gate_BTF) * up_BTF
+
+
 def _activate(mlp: str, x: jax.Array) -> jax.Array:
   if mlp == 'swiglu':
     return nn.silu(x)
@@ -84,12 +94,13 @@ class Mlp(nn.Module):
       )
 
     into = config.mlp_width, mup.hidden_std(config)
-    up_BTF = linear(*into, 'up')(x_BTD)
+    inputs = [linear(*into, 'up')(x_BTD)]
     if is_gated(config.mlp):
-      gate_BTF = linear(*into, 'gate')(x_BTD)
-      hidden_BTF = _activate(config.mlp, gate_BTF) * up_BTF
-    else:
-      hidden_BTF = _activate(config.mlp, up_BTF)
+      inputs.append(linear(*into, 'gate')(x_BTD))
+    hidden = functools.partial(_hidden, config.mlp)
+    if self.execution.recomputes_activation:
+      hidden = jax.checkpoint(hidden)
+    hidden_BTF = hidden(*inputs)
     return linear(x_BTD.shape[-1], residual_std(config), 'down')(
       hidden_BTF.astype(jnp.dtype(self.dtype))
     )

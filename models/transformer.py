@@ -27,6 +27,7 @@ from models import (
   model_config,
   mup,
   norms,
+  packed_rows,
   remat,
 )
 from models.attention import rope
@@ -57,9 +58,8 @@ class Transformer(nn.Module):
       self.position_embed = nn.Embed(
         config.max_length, config.model_width, embedding_init=normal
       )
-    block = remat.wrap(
-      block_lib.Block, self.execution.remat, config.scan_layers
-    )
+    is_looped = config.scan_layers and not self.execution.is_unrolled
+    block = remat.wrap(block_lib.Block, self.execution.remat, is_looped)
     if config.scan_layers:
       self.layers = nn.scan(
         block,
@@ -69,6 +69,7 @@ class Transformer(nn.Module):
           Any, (0, *[nn.broadcast] * 3)
         ),  # the cache of each layer; shared arguments
         length=config.num_layers,
+        unroll=1 if is_looped else config.num_layers,
       )(config, self.dtype, self.execution, config.layer(0))
     else:
       self.layer = [
@@ -154,6 +155,10 @@ class Transformer(nn.Module):
     if config.positions == 'learned':
       x_BTD = x_BTD + self.position_embed(positions_BT)
     x_BTD = x_BTD.astype(self.dtype)
+    if (most := self.execution.max_documents) and segment_ids_BT is not None:
+      # Attention would mix them silently: the loss becomes NaN instead.
+      is_excess_BT = packed_rows.is_excess(segment_ids_BT, most)
+      x_BTD = jnp.where(is_excess_BT[..., None], jnp.nan, x_BTD)
     x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
     angles = self._angles(positions_BT, cache, segment_ids_BT)
     x_BTD, cache, routing = self._run_layers(

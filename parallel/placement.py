@@ -8,7 +8,7 @@ devices. Over a mesh both functions are identities, because the compiler sees
 the whole batch and inserts the collectives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, Protocol
 
@@ -52,8 +52,14 @@ class Placement(Protocol):
     """Returns a batch of host arrays [B, T] as arrays on the devices."""
     ...
 
-  def compile_train(self, build: BuildStep) -> Callable[..., Any]:
-    """Returns step(state, batch) -> (state, metrics). Donates `state`."""
+  def compile_train(
+    self, build: BuildStep, options: Mapping[str, Any] | None = None
+  ) -> Callable[..., Any]:
+    """Returns step(state, batch) -> (state, metrics). Donates `state`.
+
+    Args:
+      options: of the compiler; pmap takes none.
+    """
     ...
 
   def compile_eval(
@@ -165,9 +171,10 @@ class MeshPlacement:
 
     return jax.tree.map(put, batch)
 
-  def compile_train(self, build):
+  def compile_train(self, build, options=None):
     return self._compiled(
       build,
+      compiler_options=dict(options) if options else None,
       donate_argnums=(0,),
       in_shardings=(self.state_shardings, rules.batch_sharding(self.mesh)),
       out_shardings=(self.state_shardings, rules.replicated(self.mesh)),
@@ -217,14 +224,14 @@ class MeshPlacement:
   def abstract_whole(self):
     return _abstract(self.abstract_state, self.whole_shardings)
 
-  def lower_train(self, build, batch):
+  def lower_train(self, build, batch, options=None):
     """Returns the lowered train step, from shapes alone; allocates nothing."""
     placed = _abstract(
       jax.eval_shape(self.fold.fold, self.abstract_state), self.state_shardings
     )
     sharding = rules.batch_sharding(self.mesh)
     batch = _abstract(batch, jax.tree.map(lambda _: sharding, batch))
-    return self.compile_train(build).lower(placed, batch)
+    return self.compile_train(build, options).lower(placed, batch)
 
   def _compiled(self, build, **jit_options):
     # Sums and keys are of the whole batch already: nothing to add or to split.
@@ -273,7 +280,8 @@ class PmapPlacement:
       lambda x: x.reshape((len(self.devices), -1, *x.shape[1:]))[mine], batch
     )
 
-  def compile_train(self, build):
+  def compile_train(self, build, options=None):
+    del options
     step = build(_psum, _fold_in_device)
     pmapped = jax.pmap(
       step, axis_name=_PMAP_AXIS, devices=self.devices, donate_argnums=(0,)

@@ -133,7 +133,8 @@ def test_the_import_table_is_the_one_that_is_enforced():
 
 # Interfaces that a new release of jax or orbax may change without notice.
 _UNSTABLE = re.compile(
-  r'jax\._src|jax\.extend|jax\.experimental|Standard\w*Handler|as_text\(\)'
+  r'jax\._src|jax\.extend|jax\.experimental|legacy_backend_config'
+  r'|Standard\w*Handler|as_text\(\)'
 )
 
 

@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
+from hardware import compilation_cache
+from parallel import processes
 from tests.helpers import commands, tiny_models
+from training import run as run_lib
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
@@ -170,3 +173,37 @@ def test_a_command_in_this_process_leaves_logging_as_it_was(tmp_path):
   )
   assert 'error: ' in done.stderr
   assert (root.level, root.handlers) == before
+
+
+@pytest.mark.parametrize(
+  ('flags', 'variable', 'num_processes', 'expected'),
+  [
+    ([], None, 1, '{home}/two-lives/xla'),
+    ([], None, 2, None),
+    ([], '{home}/variable', 2, '{home}/variable'),
+    (['--compilation_cache={home}/flag'], None, 2, '{home}/flag'),
+    (['--compilation_cache='], '{home}/variable', 1, None),
+    (['--plan'], None, 1, None),
+  ],
+)
+def test_compiled_programs_are_kept_where_the_flag_says(
+  monkeypatch, tmp_path, flags, variable, num_processes, expected
+):
+  used = []
+  monkeypatch.setattr(compilation_cache, 'use', used.append)
+  monkeypatch.setattr(processes, 'count', lambda: num_processes)
+  monkeypatch.setattr(run_lib, 'run', _stopped)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.delenv(compilation_cache.VARIABLE, raising=False)
+  if variable:
+    path = variable.format(home=tmp_path)
+    monkeypatch.setenv(compilation_cache.VARIABLE, path)
+  flags = [flag.format(home=tmp_path) for flag in flags]
+  done = commands.run('train.py', *SMALL, f'--workdir={tmp_path}/run', *flags)
+  assert done.returncode == (0 if '--plan' in flags else 1), done.stderr
+  expected = expected and pathlib.Path(expected.format(home=tmp_path))
+  assert used == ([expected] if expected else [])
+
+
+def _stopped(*_, **__):
+  raise ValueError('the run begins here')

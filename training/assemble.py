@@ -22,10 +22,15 @@ from data import (
 )
 from data.contamination import overlap
 from evals.tasks import task as task_lib
+from models.attention import cudnn_gpu
 from parallel import processes
 from storage import atomic, file_names
 from text import tokenizer as tokenizer_lib
-from training import experiment as experiment_lib, learner as learner_lib
+from training import (
+  execution,
+  experiment as experiment_lib,
+  learner as learner_lib,
+)
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
 
@@ -127,6 +132,9 @@ def assemble(
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
+  if execution.attention_path(experiment, learner.placement) == 'cudnn':
+    most = _max_documents(experiment, [*train, held_out], say)
+    learner = learner_lib.make(experiment, max_documents=most)
   eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
@@ -139,6 +147,23 @@ def assemble(
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
   )
+
+
+def _max_documents(
+  experiment: experiment_lib.Experiment,
+  sources_of_rows: Sequence[rows_lib.Rows],
+  say: Callable[[str], None],
+) -> int:
+  """Returns the most documents of a row, or 0 if cuDNN cannot use it."""
+  most, model = rows_lib.max_documents(sources_of_rows), experiment.model
+  if cudnn_gpu.way(most, 0) != 'packed':
+    return most
+  shape = experiment.data.row_length, model.num_heads, model.head_width
+  refusal = cudnn_gpu.refusal(shape, model.num_kv_heads, most)
+  if not processes.agree(bool(refusal)):
+    return most
+  say(f'attention  cuDNN takes no lengths of documents: {refusal}')
+  return 0
 
 
 def _check_arrays(batch: rows_lib.Batch, objective: port.Objective) -> None:

@@ -11,23 +11,27 @@ same function:
     reference  models.attention.dense: plain array code, on any device
     splash     models.attention.splash_tpu: TPU
     cudnn      models.attention.cudnn_gpu: NVIDIA GPU, bfloat16
-    auto       splash where devices and shapes allow it, else reference
+    auto       splash or cudnn where devices and shapes allow it, else reference
 
-`models/attention/supports.py` has what each path accepts. `auto` never takes
-cudnn: the tests compile that path for GPUs, but it has not been timed on one.
+`models/attention/supports.py` has what each path accepts. The first lines of a
+run name the path, and the reason why `auto` took plain attention.
 
 If the tokens of a row are split over devices (parallel.context > 1), `auto` and
 `reference` take parallel.context_attention, ring or gather, of
 `parallel.attention.context`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
+import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from checks import expect
+from hardware import peaks
 from models import cross_entropy, execution as execution_lib, remat
 from models.attention import cudnn_gpu, dense, splash_tpu, supports
 from models.linear import plain, quantized
@@ -77,6 +81,11 @@ def check_model(experiment: experiment_lib.Experiment) -> None:
     raise ValueError(
       f'model.scan_layers: got False with parallel.stage = {parallel.stage},'
       ' expected True: stages take their layers from a stack'
+    )
+  if parallel.stage > 1 and experiment.execution.layers == 'apart':
+    raise ValueError(
+      f'execution.layers: got apart with parallel.stage = {parallel.stage},'
+      ' expected scanned or auto: a stage loops over its layers'
     )
   _check_experts(experiment)
 
@@ -128,21 +137,74 @@ def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
     )
 
 
+# Above it a single device may hold 1 GiB of float32 logits at a time.
+_LARGE_MEMORY = 40e9
+# A program of more layers would compile for minutes.
+_MOST_APART = 48
+
+
+def settled(
+  experiment: experiment_lib.Experiment, devices: Sequence[jax.Device]
+) -> experiment_lib.Experiment:
+  """Returns the experiment with what it leaves open settled for the devices.
+
+  `training.planning.choices` settles by memory what costs time; here, for
+  learners without a plan, remat is none and a batch is not cut.
+  """
+  asked, device = experiment.execution, devices[0]
+  is_accelerator = device.platform != 'cpu'
+  is_large = is_accelerator and peaks.memory_bytes(device) >= _LARGE_MEMORY
+  layers = asked.layers
+  if layers == experiment_lib.AUTO:
+    is_apart = (
+      device.platform == 'gpu'
+      and experiment.model.num_layers <= _MOST_APART
+      and experiment.parallel.stage == 1
+      # Plain attention has many kernels, each of which takes time to compile.
+      and _path(experiment, device)[1] == 'cudnn'
+    )
+    layers = 'apart' if is_apart else 'scanned'
+  return dataclasses.replace(
+    experiment,
+    execution=dataclasses.replace(
+      asked,
+      remat='none' if asked.remat == experiment_lib.AUTO else asked.remat,
+      layers=layers,
+      loss_chunk_logits=asked.loss_chunk_logits
+      or 2 ** (28 if is_large else 26),
+    ),
+    num_microbatches=experiment.num_microbatches or 1,
+  )
+
+
 def choose(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
 ) -> execution_lib.Execution:
   """Returns the model's ports for the run's devices.
+
+  Args:
+    max_documents: most documents of a row, padding counted as one; 0: unknown.
+      None: as the packing of the experiment says.
 
   Raises:
     ValueError: the devices cannot run the model as the experiment asks.
   """
   return execution_lib.Execution(
     remat=_remat(experiment, placement),
-    attend=_attend(experiment, placement),
+    attend=_attend(experiment, placement, max_documents),
+    max_documents=(
+      max_documents_of(experiment, placement, max_documents)
+      if attention_path(experiment, placement) == 'cudnn'
+      else 0
+    ),
     weighted_nll=_weighted_nll(experiment, placement),
     linear=_linear(experiment),
     apply_experts=_apply_experts(placement),
     run_layers=_run_layers(experiment, placement),
+    is_unrolled=experiment.execution.layers == 'apart',
+    recomputes_activation=placement.devices[0].platform == 'gpu',
   )
 
 
@@ -154,26 +216,81 @@ def attention_path(
   Raises:
     ValueError: the path that the experiment names cannot be taken.
   """
-  path, parallel = experiment.execution.attention, experiment.parallel
-  name, request = 'execution.attention', _request(experiment, placement)
-  if path == 'auto':
-    refusal = supports.problem(supports.SPLASH, request)
-    path = 'reference' if refusal else 'splash'
-  if path == 'reference' and parallel.context > 1:
-    name, path = 'parallel.context_attention', parallel.context_attention
-  if refusal := supports.problem(_PATHS[path], request):
-    raise ValueError(f'{name} = {path}: {refusal}')
+  name, path, request = _path(experiment, placement.devices[0])
+  if problem := supports.problem(_PATHS[path], request):
+    raise ValueError(f'{name} = {path}: {problem}')
   return path
 
 
+def _path(
+  experiment: experiment_lib.Experiment, device: jax.Device
+) -> tuple[str, str, supports.Request]:
+  """Returns the field that names the path, the path, and the request."""
+  path, parallel = experiment.execution.attention, experiment.parallel
+  name, request = 'execution.attention', _request(experiment, device)
+  if path == 'auto':
+    fused, refusal = _fused(request)
+    path = 'reference' if refusal else fused
+  if path == 'reference' and parallel.context > 1:
+    name, path = 'parallel.context_attention', parallel.context_attention
+  return name, path, request
+
+
+def _fused(request: supports.Request) -> tuple[str, str]:
+  """Returns the fused path of the devices, and why it refuses the request."""
+  path = 'splash' if request.platform == 'tpu' else 'cudnn'
+  return path, supports.problem(_PATHS[path], request)
+
+
+def max_documents_of(
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
+) -> int:
+  """Returns the most documents of a row that kernels may rely on; 0: unknown.
+
+  Args:
+    max_documents: as for `choose`.
+  """
+  if max_documents is None:
+    alone = experiment.data.packing in ('none', 'windows')
+    max_documents = 1 if alone else 0
+  # cuDNN takes lengths of documents since Hopper.
+  is_hopper = _capability(placement.devices[0]) >= (9, 0)
+  return max_documents if max_documents == 1 or is_hopper else 0
+
+
+def describe_attention(
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None = None,
+) -> str:
+  """Returns the attention path, and the reason for it, as text."""
+  path = attention_path(experiment, placement)
+  request = _request(experiment, placement.devices[0])
+  asked, is_cpu = experiment.execution.attention, request.platform == 'cpu'
+  if asked == 'auto' and path not in ('splash', 'cudnn') and not is_cpu:
+    fused, refusal = _fused(request)
+    return f'{path}, because {fused} attention refuses: {refusal}'
+  if path != 'cudnn':
+    return path
+  most = max_documents_of(experiment, placement, max_documents)
+  return {
+    'causal': 'cudnn, causal only: a row has one document',
+    'packed': f'cudnn, by lengths of at most {most} documents of a row',
+    'mask': 'cudnn, with a mask of the documents of each row',
+  }[cudnn_gpu.way(most, request.form.window)]
+
+
 def _request(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment, device: jax.Device
 ) -> supports.Request:
   """Returns the request of a run, for the table of attention paths."""
   model, parallel = experiment.model, experiment.parallel
   return dataclasses.replace(
     supports.of_model(model),
-    platform=placement.devices[0].platform,
+    platform=device.platform,
+    capability=_capability(device),
     context=parallel.context,
     tensor=parallel.tensor,
     has_dropout=model.dropout_rate > 0,
@@ -183,8 +300,17 @@ def _request(
   )
 
 
+def _capability(device: jax.Device) -> tuple[int, int]:
+  """Returns the compute capability of an NVIDIA GPU, else (0, 0)."""
+  number = getattr(device, 'compute_capability', '')
+  match = re.fullmatch(r'(\d+)\.(\d+)', str(number))
+  return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def _attend(
-  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+  experiment: experiment_lib.Experiment,
+  placement: placement_lib.Placement,
+  max_documents: int | None,
 ) -> execution_lib.Attend:
   """Returns the attention of whole rows, or of rows split across devices."""
   path = attention_path(experiment, placement)
@@ -192,10 +318,15 @@ def _attend(
     assert isinstance(placement, placement_lib.MeshPlacement)
     return context.make_attend(placement.mesh, path, remat.ATTENTION)
   if path == 'reference':
-    return dense.attend
+    if placement.devices[0].platform == 'cpu':
+      return dense.attend
+    return functools.partial(
+      dense.attend, min_rows=dense.MIN_WIDE_ROWS, max_apart=dense.FEW_TILES
+    )
+  most = max_documents_of(experiment, placement, max_documents)
   local: Callable[..., Any] = {
     'splash': splash_tpu.attend,
-    'cudnn': cudnn_gpu.attend,
+    'cudnn': functools.partial(cudnn_gpu.attend, max_documents=most),
   }[path]
   mesh = getattr(placement, 'mesh', None)
   return local if mesh is None else sharded.attend(local, mesh)
@@ -205,13 +336,14 @@ def _weighted_nll(
   experiment: experiment_lib.Experiment, placement: placement_lib.Placement
 ) -> execution_lib.WeightedNll:
   """Returns the loss, with explicit sums over a mesh that splits tokens."""
+  nll, most = cross_entropy.chunked_nll, experiment.execution.loss_chunk_logits
+  if most != cross_entropy.MAX_CHUNK_LOGITS:
+    nll = functools.partial(nll, max_logits=most)
   is_mesh = isinstance(placement, placement_lib.MeshPlacement)
   if not is_mesh or placement.mesh.size == 1:
-    return cross_entropy.chunked_nll
+    return nll
   sharded_loss.check_row_length(experiment.data.row_length, placement.mesh)
-  return sharded_loss.make_weighted_nll(
-    cross_entropy.chunked_nll, placement.mesh
-  )
+  return sharded_loss.make_weighted_nll(nll, placement.mesh)
 
 
 def _apply_experts(

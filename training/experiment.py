@@ -19,6 +19,8 @@ from training.optimizer import average, chain, spikes as spikes_lib
 # See training/execution.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
 MATMULS = ('float', *quantized.FORMATS)
+AUTO = 'auto'
+LAYERS = AUTO, 'apart', 'scanned'
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -86,21 +88,31 @@ class ExecutionConfig:
 
   # Activations that the backward pass finds stored: none recomputes nothing,
   # minimal stores the products with weights, full the layers' inputs only,
-  # offload sends those to the host's memory. See models/remat.py.
-  remat: str = 'none'
+  # offload sends those to the host's memory. See models/remat.py. auto: the
+  # first of none, minimal and full that fits the memory of the devices.
+  remat: str = 'auto'
   # auto | reference | splash (TPU) | cudnn (GPU), see training/execution.py.
   attention: str = 'auto'
   # Operands of products with weights: float (compute_dtype) | int8 | fp8.
   matmul: str = 'float'
+  # Layers of a stack (model.scan_layers): apart | scanned. apart compiles
+  # longer and copies nothing; auto: apart on GPUs. Other layers are apart.
+  layers: str = 'auto'
+  # Logits that the loss computes at a time on a device. 0: 2^28 on accelerators
+  # with at least 40 GB, else 2^26. Another number adds up losses in another
+  # order: a resumed run keeps that of its first start.
+  loss_chunk_logits: int = 0
 
   def validate(self) -> None:
     """Raises ValueError for values that no model can be computed with."""
     for name, allowed in (
-      ('remat', execution.REMAT),
+      ('remat', (AUTO, *execution.REMAT)),
+      ('layers', LAYERS),
       ('attention', ATTENTION),
       ('matmul', MATMULS),
     ):
       expect.one_of(f'execution.{name}', getattr(self, name), allowed)
+    expect.at_least('execution.loss_chunk_logits', self.loss_chunk_logits, 0)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,7 +153,8 @@ class Experiment:
   seed: int = 0  # of initialisation, dropout and data order; 64 bits
   num_steps: int = 1000  # optimizer steps of the whole run
   # Parts of a batch whose gradients are computed one after the other and added.
-  # Raise it if the activations of a batch do not fit the devices.
+  # Raise it if the activations of a batch do not fit the devices. 0: the least
+  # number that fits, if remat is auto too; a resumed run keeps that number.
   num_microbatches: int = 1
   compute_dtype: str = 'float32'  # of activations: float32 | bfloat16
   log_every_steps: int = 10
@@ -170,7 +183,7 @@ class Experiment:
       part.validate()
     for name, least in (
       ('num_steps', 1),
-      ('num_microbatches', 1),
+      ('num_microbatches', 0),
       ('log_every_steps', 1),
       ('eval_every_steps', 0),
       ('eval_batches', 0),
@@ -196,7 +209,7 @@ class Experiment:
         f' is reached in config.num_steps = {self.num_steps}; leave it out, or'
         ' train for longer'
       )
-    for size in self.data.batch_sizes:
+    for size in self.data.batch_sizes if self.num_microbatches else ():
       expect.divides(
         'config.num_microbatches',
         self.num_microbatches,

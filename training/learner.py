@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hardware import peaks
+from hardware import peaks, xla_options
 from models import axes, execution as execution_lib, flops, transformer
 from parallel import placement as placement_lib
 from training import (
@@ -41,11 +41,19 @@ class Learner:
   abstract_state: state_lib.TrainState
   # Analytic, of the forward and the backward pass of the trained model.
   flops_per_token: float
+  max_documents: int | None  # of a row, see `make`
 
   @property
   def num_params(self) -> int:
     """Returns the number of trained parameters."""
     return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
+
+  @property
+  def any_rows_model(self) -> transformer.Transformer:
+    """The model for rows that the data did not pack, of any documents."""
+    return self.model.clone(
+      execution=execution.choose(self.experiment, self.placement, 0)
+    )
 
   def masking(self, spare_ids: tuple[tuple[int, int], ...]) -> 'Learner':
     """Returns the learner, with models that mask ids without a token.
@@ -133,7 +141,9 @@ class Learner:
 
   def compile_train_step(self) -> step_lib.TrainStep:
     """Returns the train step on the run's devices. Donates its state."""
-    return self.placement.compile_train(self.build_train_step)
+    return self.placement.compile_train(
+      self.build_train_step, xla_options.of(self.placement.devices)
+    )
 
   def compile_eval_step(self) -> Callable[..., dict[str, Any]]:
     """Returns the evaluation step on the run's devices.
@@ -166,16 +176,20 @@ class Learner:
 def make(
   experiment: experiment_lib.Experiment,
   devices: Sequence[jax.Device] | None = None,
+  max_documents: int | None = None,
 ) -> Learner:
   """Builds the learner of a validated experiment.
 
   Args:
     devices: of the run, or of an ahead-of-time target; None: all devices of
       this process's platform.
+    max_documents: most documents of a row of training and evaluation data,
+      padding counted as one; 0: unknown. None: as the packing says.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
+  experiment = execution.settled(experiment, devices or jax.devices())
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
   options = _state_options(experiment)
@@ -192,16 +206,7 @@ def make(
     jax.random.key(0),
   )
   execution.check_model(experiment)
-  # Each runs as the experiment's own model would, if it were that one.
-  frozen_as = {
-    name: dataclasses.replace(
-      experiment,
-      model=frozen_models_lib.config_of(
-        name, source, experiment.model.vocab_size
-      ),
-    )
-    for name, source in experiment.objective.models_needed.items()
-  }
+  frozen_as = _frozen_as(experiment)
   frozen_models = {
     name: transformer.Transformer(own.model, dtype)
     for name, own in frozen_as.items()
@@ -225,11 +230,15 @@ def make(
     devices,
   )
   execution.check_batch(experiment, placement.num_batch_shards)
+
+  def choose(own: experiment_lib.Experiment) -> execution_lib.Execution:
+    return execution.choose(own, placement, max_documents)
+
   return Learner(
     experiment=experiment,
-    model=model.clone(execution=execution.choose(experiment, placement)),
+    model=model.clone(execution=choose(experiment)),
     frozen_models={
-      name: frozen.clone(execution=execution.choose(frozen_as[name], placement))
+      name: frozen.clone(execution=choose(frozen_as[name]))
       for name, frozen in frozen_models.items()
     },
     schedule=chain.make_schedule(experiment.optimizer, experiment.num_steps),
@@ -239,7 +248,23 @@ def make(
     flops_per_token=flops.train_flops_per_token(
       experiment.model, experiment.data.row_length
     ),
+    max_documents=max_documents,
   )
+
+
+def _frozen_as(
+  experiment: experiment_lib.Experiment,
+) -> dict[str, experiment_lib.Experiment]:
+  """Returns the experiment of each frozen model, as if it were trained."""
+  return {
+    name: dataclasses.replace(
+      experiment,
+      model=frozen_models_lib.config_of(
+        name, source, experiment.model.vocab_size
+      ),
+    )
+    for name, source in experiment.objective.models_needed.items()
+  }
 
 
 def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from training import (
 from training.checkpoints import checkpoint, init_from, workdir as workdir_lib
 from training.diagnosis import diagnose
 from training.optimizer import average
+from training.planning import choices
 from training.reporting import goodput as goodput_lib, reporter, summary
 
 
@@ -78,6 +79,10 @@ def run(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
   )
   experiment.validate()
+  chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
+  experiment = chosen.experiment
+  # From the devices and the run.json that each process sees.
+  processes.check_same('chosen', json.dumps(experiment.to_dict()))
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)
   saved = checkpoint.Checkpoints(
@@ -89,6 +94,8 @@ def run(
   step = _complete_step(experiment, workdir, seen, console)
   if step is not None:
     return Result(step=step, exit_code=0)
+  for reason in chosen.reasons:
+    say(f'chosen     {reason}')
   with contextlib.ExitStack() as stack:
     with processes.together('workdir'), disk.writing(workdir):
       if processes.is_first():

@@ -103,7 +103,10 @@ def make_train_step(
     metrics['weight'] = weight
     metrics['grad_norm'] = optax.tree.norm(grads)
     # Where a finite gradient leaves weights that are not, nothing else tells.
-    metrics['param_norm'] = optax.tree.norm(params)
+    # The barrier makes the sum read the new weights: fused with the update, it
+    # would read gradients and moments once more.
+    written = jax.lax.optimization_barrier(params)
+    metrics['param_norm'] = optax.tree.norm(written)
     if skipped is not None:
       metrics['skipped'] = skipped.astype(jnp.float32)
     return new_state, metrics

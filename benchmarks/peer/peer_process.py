@@ -25,6 +25,7 @@ class PeerProcess(contextlib.AbstractContextManager):
 
   def __init__(self, spec: dict[str, Any]):
     check_available()
+    _check_device(spec.get('device', 'cpu'))
     self._process = subprocess.Popen(
       [sys.executable, '-m', 'benchmarks.peer.peer_worker'],
       stdin=subprocess.PIPE,
@@ -70,10 +71,20 @@ def check_available() -> None:
       f'--peer: {" and ".join(missing)} not installed, expected both; fix:'
       ' make bench-peer, or pip install -r requirements-peer.txt'
     )
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() not in ('cpu', 'gpu'):
     raise ValueError(
-      f'--peer: got the {jax.default_backend()} backend, expected cpu, where'
-      ' the peer runs; fix: JAX_PLATFORMS=cpu'
+      f'--peer: got the {jax.default_backend()} backend, expected cpu or gpu,'
+      ' where a peer runs; fix: JAX_PLATFORMS=cpu'
+    )
+
+
+def _check_device(device: str) -> None:
+  """Raises ValueError if the peer would run on another device than ours."""
+  backend = jax.default_backend()
+  if {'cpu': 'cpu', 'gpu': 'cuda'}[backend] != device:
+    raise ValueError(
+      f'--peer: got the {backend} backend for ours and {device} for the peer,'
+      ' expected the same device; fix: JAX_PLATFORMS=cpu'
     )
 
 

@@ -7,12 +7,15 @@ taken. Between turns it waits for the pipe and uses no core. It is a process of
 its own because the thread pools of two frameworks in one process would compete
 for the cores.
 
-torch eager, float32, every core, transformers' default attention (sdpa).
+On a CPU: torch eager, float32, every core, transformers' default attention
+(sdpa). On a GPU (training only): torch.compile, float32 weights under bfloat16
+autocast, TF32 for products outside of it.
 """
 
 from collections.abc import Callable
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -33,28 +36,54 @@ def _train_gpt2(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
     eos_token_id=None,
   )
   model = transformers.GPT2LMHeadModel(config).train()
+  return model, _steps(model, config, spec)
+
+
+def _train_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+  """Returns Llama, and a function that takes `steps` optimizer steps."""
+  config = transformers.LlamaConfig(
+    **spec['model'],
+    use_cache=False,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+  )
+  model = transformers.LlamaForCausalLM(config).train()
+  return model, _steps(model, config, spec)
+
+
+def _steps(model: Any, config: Any, spec: dict[str, Any]) -> Callable[[], None]:
+  """Returns a function that takes `steps` optimizer steps."""
+  device = spec['device']
+  model.to(device)
   # The fused implementation is the fastest, and the Trainer's default.
   optimizer = torch.optim.AdamW(
     model.parameters(), **spec['optimizer'], fused=True
   )
   shape = (spec['batch_size'], spec['row_length'])
-  tokens_BT = torch.randint(0, config.vocab_size, shape)
-  targets_BT = torch.randint(0, config.vocab_size, shape)
+  tokens_BT, targets_BT = (
+    torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2)
+  )
+  is_gpu = device == 'cuda'
+  forward = torch.compile(model) if is_gpu else model
 
   def run():
     for _ in range(spec['steps']):
       # transformers' own loss shifts the targets, and so would train on one
       # token per row less than our side.
-      logits_BTV = model(input_ids=tokens_BT).logits
-      loss = torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1), targets_BT.flatten()
-      )
+      with torch.autocast(device, dtype=torch.bfloat16, enabled=is_gpu):
+        logits_BTV = forward(input_ids=tokens_BT).logits
+        loss = torch.nn.functional.cross_entropy(
+          logits_BTV.flatten(0, 1).float(), targets_BT.flatten()
+        )
       loss.backward()
       torch.nn.utils.clip_grad_norm_(model.parameters(), spec['clip_norm'])
       optimizer.step()
-      optimizer.zero_grad()
+      optimizer.zero_grad(set_to_none=True)
+    if is_gpu:
+      torch.cuda.synchronize()
 
-  return model, run
+  return run
 
 
 def _generate_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
@@ -96,9 +125,17 @@ def _serve_llama(spec: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
 
 _WORKLOADS = {
   'train_gpt2': _train_gpt2,
+  'train_llama': _train_llama,
   'generate_llama': _generate_llama,
   'serve_llama': _serve_llama,
 }
+
+
+def _memory_bytes(device: str) -> int:
+  """Returns the most memory that was held; on a CPU, by the process."""
+  if device == 'cuda':
+    return torch.cuda.max_memory_allocated()
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -109,6 +146,7 @@ def main() -> None:
   spec = json.loads(sys.stdin.readline())
   torch.manual_seed(0)
   torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_float32_matmul_precision('high')  # TF32 on GPUs
   model, run = _WORKLOADS[spec['workload']](spec)
   run()
   answer = {
@@ -116,6 +154,7 @@ def main() -> None:
     'torch': torch.__version__,
     'transformers': transformers.__version__,
     'num_threads': torch.get_num_threads(),
+    'memory_bytes': _memory_bytes(spec.get('device', 'cpu')),
   }
   print(json.dumps(answer), file=answers)
   for _ in sys.stdin:

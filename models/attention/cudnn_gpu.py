@@ -1,24 +1,39 @@
-"""Causal attention on NVIDIA GPUs by cuDNN's fused kernels, through JAX.
+"""Causal attention on NVIDIA GPUs by cuDNN's fused kernels.
 
-`attend` is a port of `models.execution.Execution`. The kernel itself is causal.
-The documents of a packed row are kept apart by a mask [B, 1, T, T] that the
-kernel adds to the scores: a very negative number where a key is hidden, whose
-weight is then exactly zero. The mask takes 2 B T^2 bytes while a layer is
-computed, 1/H of the memory of the scores.
+`attend` is a port of `models.execution.Execution`. The kernel is causal. How it
+is told of the documents of a row depends on how many a row can have:
 
-cuDNN multiplies in bfloat16 only and computes the softmax in float32. The
-residuals of its backward kernel have no name that a remat policy could keep:
-under any policy but `none`, the forward kernel runs twice.
+    max_documents
+    1    nothing: a document that is alone in its row needs no mask
+    M    as the lengths of at most M documents of a row, and their places
+    0    (unknown) as a mask [B, 1, T, T] of 2 B T^2 bytes, which the kernel
+         adds to the scores; also for a window in packed rows
+
+With M, each row's documents take statistics of 4 M H T bytes, and the kernel
+starts M programs for each of a row's, most of which end at once.
+
+Without a bound on documents, rows are scored document by document, and a key or
+value that is not finite changes no query that does not see it (`finite`). With
+one, rows are those of a training batch, whose loss is one sum: it is not finite
+in either case, and the passes over queries, keys and values are saved.
+
+cuDNN multiplies in bfloat16 only and computes the softmax in float32. It could
+drop weights, but XLA counts its random numbers from the start of the process:
+a resumed run would drop others, so that dropout is refused.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from models.attention import finite, form as form_lib, supports
+from models.attention import cudnn_call, finite, form as form_lib, supports
+
+# Beyond it, statistics of M documents are larger than a mask of most rows.
+MOST_DOCUMENTS = 64
 
 
 def attend(
@@ -29,6 +44,7 @@ def attend(
   segment_ids_BT: jax.Array | None = None,
   dropout: Callable[[jax.Array], jax.Array] | None = None,
   form: form_lib.Form = form_lib.Form(),
+  max_documents: int = 0,
   implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> jax.Array:
   """Returns causal attention, [B, T, H, C], in the dtype of the queries.
@@ -36,15 +52,19 @@ def attend(
   Args:
     q_BTHC: queries; head h uses key/value head h // (H / K).
     segment_ids_BT: queries and keys of different segments, padding among them,
-      do not see each other.
+      do not see each other. Unless `max_documents` is 0, the tokens of a
+      segment are neighbours.
     dropout: must be None: the weights never exist as an array.
-    form: window, as part of the mask, and scale; no soft-cap.
+    form: window and scale; no soft-cap.
+    max_documents: most segments of a row, its padding included; 0: unknown. 1:
+      a row is one document and padding after it, which may see the document.
+      A model marks the tokens of more documents (`models.packed_rows`).
     implementation: xla computes the same on any device, unfused; for tests.
 
   Raises:
     ValueError: a call that `supports.CUDNN` refuses.
   """
-  _, time, _, channels = q_BTHC.shape
+  _, time, heads, channels = q_BTHC.shape
   request = supports.Request(form=form, has_dropout=dropout is not None)
   if implementation == 'cudnn':  # XLA takes any shape and dtype
     request = dataclasses.replace(
@@ -55,26 +75,89 @@ def attend(
       row_length=time,
     )
   supports.check(supports.CUDNN, request)
-  mask_BTT = None
-  if segment_ids_BT is not None:
-    mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-  if form.window:
-    place_T = jnp.arange(time)
-    # Only the lower bound: the kernel is causal.
-    near_1TT = (place_T[None, :] > place_T[:, None] - form.window)[None]
-    mask_BTT = near_1TT if mask_BTT is None else mask_BTT & near_1TT
+  operands, how = cudnn_call.Operands(), way(max_documents, form.window)
+  if segment_ids_BT is None:
+    how = 'causal'
+  elif how == 'packed':
+    operands = cudnn_call.documents(
+      segment_ids_BT, heads, k_BKTC.shape[1], channels, max_documents
+    )
+  elif how == 'mask':
+    operands = cudnn_call.Operands(_bias(segment_ids_BT, form, q_BTHC.dtype))
+  call_form = cudnn_call.Form(
+    scale=form.scale_of(channels),
+    window=form.window if how == 'causal' else 0,
+    max_documents=max_documents if how == 'packed' else 1,
+  )
+  kernel = {'cudnn': cudnn_call.attend, 'xla': cudnn_call.interpreted}
 
-  def attend_finite(q_BTHC, k_BKTC, v_BKTC):
-    return jax.nn.dot_product_attention(
-      q_BTHC,
-      k_BKTC.swapaxes(1, 2),
-      v_BKTC.swapaxes(1, 2),
-      mask=None if mask_BTT is None else mask_BTT[:, None],
-      scale=form.scale_of(channels),
-      is_causal=True,
-      implementation=implementation,
+  def attend_rows(q_BTHC, k_BKTC, v_BKTC):
+    return kernel[implementation](
+      q_BTHC, k_BKTC.swapaxes(1, 2), v_BKTC.swapaxes(1, 2), operands, call_form
     )
 
+  if max_documents:
+    return attend_rows(q_BTHC, k_BKTC, v_BKTC)
   return finite.around(
-    attend_finite, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
+    attend_rows, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT, form
   )
+
+
+def way(max_documents: int, window: int) -> str:
+  """Returns how documents are kept apart: causal, packed or mask.
+
+  Args:
+    max_documents, window: as for `attend`.
+  """
+  if max_documents == 1:
+    return 'causal'
+  # cuDNN has no windows within documents.
+  is_packed = 1 < max_documents <= MOST_DOCUMENTS and not window
+  return 'packed' if is_packed else 'mask'
+
+
+def refusal(
+  shape: tuple[int, int, int], num_kv_heads: int, max_documents: int
+) -> str:
+  """Returns why cuDNN of this machine refuses packed rows, or ''.
+
+  Compiles a call and its gradient: only the library itself knows all limits of
+  its version.
+
+  Args:
+    shape: T, H and C.
+  """
+  time, heads, channels = shape
+  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q_BTHC = of((2, time, heads, channels))
+  kv_BKTC = of((2, num_kv_heads, time, channels))
+  segment_ids_BT = jax.ShapeDtypeStruct((2, time), jnp.int32)
+
+  def both(g, q, k, v, segment_ids_BT):
+    out, pull = jax.vjp(
+      functools.partial(
+        attend, segment_ids_BT=segment_ids_BT, max_documents=max_documents
+      ),
+      q,
+      k,
+      v,
+    )
+    return out, pull(g)
+
+  try:
+    arrays = q_BTHC, q_BTHC, kv_BKTC, kv_BKTC, segment_ids_BT
+    jax.jit(both).lower(*arrays).compile()
+  except jax.errors.JaxRuntimeError as error:
+    return str(error).split('\n')[0]
+  return ''
+
+
+def _bias(segment_ids_BT, form: form_lib.Form, dtype) -> jax.Array:
+  """Returns what is added to scores, [B, 1, T, T]."""
+  mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  if form.window:
+    place_T = jnp.arange(segment_ids_BT.shape[1])
+    # Only the lower bound: the kernel is causal.
+    mask_BTT &= (place_T[None, :] > place_T[:, None] - form.window)[None]
+  bias_BTT = jnp.where(mask_BTT, 0.0, cudnn_call.HIDDEN).astype(dtype)
+  return bias_BTT[:, None]

@@ -21,6 +21,11 @@ from models.attention import finite, form as form_lib
 # tiles skip more; larger ones multiply bigger matrices and compile less code.
 MIN_TILE_ROWS = 64
 MAX_TILES = 16
+# The same for accelerators, whose compilers take seconds for each tile: with
+# all 16 tiles of a row of 4096 tokens apart, the backward pass of one layer is
+# 278 kernels. Tiles beyond FEW_TILES are the steps of loops.
+MIN_WIDE_ROWS = 256
+FEW_TILES = 4
 
 # Finite: a row with every key masked gives zeros and finite gradients, where
 # -inf would give NaN.
@@ -38,6 +43,8 @@ def attend(
   segment_ids_BT: jax.Array | None = None,
   dropout: Dropout | None = None,
   form: form_lib.Form = form_lib.Form(),
+  min_rows: int = MIN_TILE_ROWS,
+  max_apart: int = MAX_TILES,
 ) -> jax.Array:
   """Returns the attention output, [B, T, H, C], in the dtype of the queries.
 
@@ -51,6 +58,10 @@ def attend(
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
+    min_rows: least rows of a tile.
+    max_apart: tiles that the program has apart. If there are more, neighbours
+      are steps of a loop and share their keys: some are multiplied for nothing.
+      With dropout tiles are larger instead: a loop would drop the same weights.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
@@ -62,14 +73,22 @@ def attend(
     mask_BTS = form_lib.sees(slot_S[None, None, :], slots_BT[:, :, None], form)
     out_BKGTC = _attend_rows(operands, mask_BTS, dropout, form)
   else:
-    out_BKGTC = _attend_causal(operands, segment_ids_BT, dropout, form)
+    most = MAX_TILES if dropout is None else max_apart
+    rows = tile_rows(time, min_rows, most)
+    # Tiles of a band have the keys of its last tile.
+    band = rows * -(-time // (rows * max_apart))
+    out_BKGTC = _attend_causal(
+      operands, segment_ids_BT, dropout, form, (rows, band)
+    )
   out_BTKGC = out_BKGTC.transpose(0, 3, 1, 2, 4)
   return out_BTKGC.reshape(batch, time, heads, v_BKSC.shape[3])
 
 
-def tile_rows(time: int) -> int:
+def tile_rows(
+  time: int, min_rows: int = MIN_TILE_ROWS, max_tiles: int = MAX_TILES
+) -> int:
   """Returns R, the query rows of a tile, for a call of `time` tokens."""
-  return max(MIN_TILE_ROWS, -(-time // MAX_TILES))
+  return max(min_rows, -(-time // max_tiles))
 
 
 class _Operands(NamedTuple):
@@ -91,41 +110,70 @@ def _parted(q_BKGRC, k_BKSC, v_BKSC) -> _Operands:
   return _Operands(q_BKGRC, k_BKSC, v_BKSC, marks_BKGR, marks_BKS + more_BKS)
 
 
-def _attend_causal(operands: _Operands, segment_ids_BT, dropout, form):
-  """Attends tile by tile, each over the keys that it can see."""
-  q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
-  time = q_BKGTC.shape[3]
-  rows = tile_rows(time)
-  tiles = []
-  for start in range(0, time, rows):
-    stop = min(start + rows, time)
-    # The first key that the first query of the tile sees.
+def _attend_causal(operands, segment_ids_BT, dropout, form, sizes):
+  """Attends tile by tile, each over the keys that it can see.
+
+  Args:
+    sizes: rows of a tile, and of a band of tiles.
+  """
+  time, (rows, band) = operands.q_BKGRC.shape[3], sizes
+  outs = []
+  for start in range(0, time, band):
+    stop = min(start + band, time)
+    # The first key that the first query of the band sees.
     first = max(0, start - form.window + 1) if form.window else 0
-    query_R = jnp.arange(start, stop)
-    mask = form_lib.sees(
-      jnp.arange(first, stop)[None, :], query_R[:, None], form
-    )[None]
-    if segment_ids_BT is not None:
-      query_segments, key_segments = (
-        segment_ids_BT[:, start:stop, None],
-        segment_ids_BT[:, None, first:stop],
+
+    def tile(begin, size, first=first, stop=stop):
+      return _attend_tile(
+        operands, segment_ids_BT, dropout, form, (begin, size), (first, stop)
       )
-      mask = mask & (query_segments == key_segments)
-    tiles.append(
-      _attend_rows(
-        _Operands(
-          q_BKGTC[:, :, :, start:stop],
-          k_BKTC[:, :, first:stop],
-          v_BKTC[:, :, first:stop],
-          marks_BKGT[:, :, :, start:stop],
-          marks_BKT[:, :, first:stop],
-        ),
-        mask,
-        dropout,
-        form,
-      )
-    )
-  return jnp.concatenate(tiles, axis=3)
+
+    whole = (stop - start) // rows
+    if whole > 1:
+      begins = start + rows * jnp.arange(whole)
+      out_NBKGRC = jax.lax.map(lambda begin: tile(begin, rows), begins)
+      outs.extend(out_NBKGRC[n] for n in range(whole))
+    elif whole:
+      outs.append(tile(start, rows))
+    if rest := (stop - start) % rows:
+      outs.append(tile(stop - rest, rest))
+  return jnp.concatenate(outs, axis=3)
+
+
+def _attend_tile(operands, segment_ids_BT, dropout, form, tile, keys):
+  """Attends for some queries over some keys.
+
+  Args:
+    tile: the first query, which may be traced, and the number of queries.
+    keys: the first key, and the one after the last.
+  """
+  q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
+  (begin, size), (first, stop) = tile, keys
+
+  def queries(x, axis):
+    if isinstance(begin, int):
+      return jax.lax.slice_in_dim(x, begin, begin + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, begin, size, axis)
+
+  query_R = begin + jnp.arange(size)
+  mask = form_lib.sees(
+    jnp.arange(first, stop)[None, :], query_R[:, None], form
+  )[None]
+  if segment_ids_BT is not None:
+    query_segments = queries(segment_ids_BT, 1)[:, :, None]
+    mask = mask & (query_segments == segment_ids_BT[:, None, first:stop])
+  return _attend_rows(
+    _Operands(
+      queries(q_BKGTC, 3),
+      k_BKTC[:, :, first:stop],
+      v_BKTC[:, :, first:stop],
+      queries(marks_BKGT, 3),
+      marks_BKT[:, :, first:stop],
+    ),
+    mask,
+    dropout,
+    form,
+  )
 
 
 def _attend_rows(operands: _Operands, mask_BRS, dropout, form):

@@ -37,6 +37,7 @@ class Request:
 
   form: form_lib.Form = form_lib.Form()
   platform: str = ''  # of the devices; '': not checked
+  capability: tuple[int, int] | None = None  # of NVIDIA GPUs; None: not checked
   context: int = 1  # devices that split the tokens of a row
   tensor: int = 1  # devices that split the heads
   has_dropout: bool = False  # of attention weights
@@ -64,6 +65,7 @@ class Path:
   otherwise: str  # the fix at the end of every error
   form: tuple[str, ...]  # fields of `Form` that it computes
   platforms: tuple[str, ...] = ()  # (): any
+  least_capability: tuple[int, int] = (0, 0)  # of NVIDIA GPUs; (0, 0): any GPU
   has_split_rows: bool = False  # the tokens of a row on several devices
   # Division of heads over `tensor`. any: the compiler splits them; whole: query
   # heads and kv heads must divide; repeated: kv heads are repeated until they
@@ -140,6 +142,7 @@ CUDNN = Path(
   otherwise='set execution.attention = reference',
   form=('window', 'scale'),
   platforms=_GPUS,
+  least_capability=(8, 0),  # Ampere
   heads='whole',
   has_segments=True,
   dtypes=('bfloat16',),
@@ -274,6 +277,12 @@ def _devices(path: Path, request: Request) -> str:
       f'got devices of platform {request.platform}, expected {platforms[0]};'
       f' {path.otherwise}'
     )
+  least, capability = path.least_capability, request.capability
+  if capability is not None and capability < least:
+    return (
+      f'got a GPU of compute capability {_dotted(capability)}, expected an'
+      f' NVIDIA GPU of at least {_dotted(least)}; {path.otherwise}'
+    )
   if request.context > 1 and not path.has_split_rows:
     return _text(
       path,
@@ -281,6 +290,10 @@ def _devices(path: Path, request: Request) -> str:
       '1: it needs all tokens of a row on one device',
     )
   return ''
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+  return '.'.join(map(str, capability))
 
 
 def _features(path: Path, request: Request) -> str:

@@ -1,12 +1,23 @@
 """The compilation cache on disk: entries that a kill cut short."""
 
+import collections
 import os
 import zlib
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import pytest
 
 from hardware import compilation_cache
+from tests.helpers import tiny_experiment, tiny_models
+from training import learner as learner_lib
 
+_OPTIONS = (
+  'jax_compilation_cache_dir',
+  'jax_persistent_cache_min_compile_time_secs',
+  'jax_persistent_cache_min_entry_size_bytes',
+  'jax_persistent_cache_enable_xla_caches',
+)
 _WHOLE = zlib.compress(b'a program' * 100)
 
 
@@ -51,3 +62,59 @@ def test_an_entry_that_is_no_archive_is_not_whole():
   for entry in (b'', b'no archive', _WHOLE[:-1]):
     assert not compilation_cache.is_whole(entry)
   assert not compilation_cache.is_whole(b'\x28\xb5\x2f\xfd and nothing')
+
+
+def test_the_directory_is_the_flag_then_the_variable_then_the_default(
+  monkeypatch, tmp_path
+):
+  variable = compilation_cache.VARIABLE
+  monkeypatch.setenv(variable, str(tmp_path / 'variable'))
+  directory_of = compilation_cache.directory_of
+  assert directory_of(str(tmp_path / 'flag')) == tmp_path / 'flag'
+  assert directory_of('') is None
+  assert directory_of(None) == tmp_path / 'variable'
+  monkeypatch.setenv(variable, '')
+  assert directory_of(None) is None
+  monkeypatch.delenv(variable)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert directory_of(None) == tmp_path / 'two-lives' / 'xla'
+
+
+def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
+  found = collections.Counter()
+
+  def note(event, **_):
+    found[event.rpartition('/')[2]] += event.startswith(
+      '/jax/compilation_cache'
+    )
+
+  def first_step():
+    jax.clear_caches()
+    found.clear()
+    learner = learner_lib.make(tiny_experiment.make(), jax.devices()[:1])
+    state = learner.init(jax.random.key(0))
+    batch = tiny_models.batch(batch_size=16, row_length=16, vocab_size=64)
+    _, metrics = learner.compile_train_step()(
+      state, learner.placement.put_batch(batch)
+    )
+    return float(metrics['loss'])
+
+  kept = {name: getattr(jax.config, name) for name in _OPTIONS}
+  jax.monitoring.register_event_listener(note)
+  try:
+    compilation_cache.use(tmp_path)
+    jax_cache.reset_cache()
+    loss = first_step()
+    assert found['cache_misses']
+    assert not found['cache_hits']
+    (entry,) = tmp_path.glob('jit_train_step-*-cache')
+    assert compilation_cache.is_whole(entry.read_bytes())
+    num_programs = found['cache_misses']
+    assert first_step() == loss
+    assert found['cache_hits'] == num_programs
+    assert not found['cache_misses']
+  finally:
+    jax.monitoring.unregister_event_listener(note)
+    for name, value in kept.items():
+      jax.config.update(name, value)
+    jax_cache.reset_cache()

@@ -183,3 +183,15 @@ def test_a_real_program_is_read():
   assert count in (1, 6)
   assert sent == pytest.approx(count * 7 * (64 * 64 * 4 / 8))
   assert traffic.memory_bytes > 6 * 64 * 64 * 4
+
+
+def test_kernels_are_counted_as_often_as_they_start():
+  counts = hlo.kernels(hlo.parse(_TEXT))
+  assert counts['k'] == 5
+  assert counts['fusion'] == 2 * 5
+  assert counts['all-gather-start'] == 5
+  # What is inside a fusion is a part of its kernel, and structure is none.
+  assert not counts.keys() & {
+    'dynamic-slice', 'all-reduce', 'parameter', 'tuple', 'while', 'constant',
+    'all-gather-done', 'custom-call',
+  }  # fmt: skip

@@ -41,6 +41,7 @@ def _experiment(
   model=None,
   row_length=ROW_LENGTH,
   dtype='bfloat16',
+  packing='concat_then_split',
   **execution,
 ):
   return experiment_lib.Experiment(
@@ -58,7 +59,9 @@ def _experiment(
         **(model or {}),
       }
     ),
-    data=data_config.DataConfig(batch_size=8, row_length=row_length),
+    data=data_config.DataConfig(
+      batch_size=8, row_length=row_length, packing=packing
+    ),
     optimizer=chain.OptimizerConfig(),
     parallel=parallel_config.ParallelConfig(**(parallel or PARALLEL)),
     execution=experiment_lib.ExecutionConfig(**execution),
@@ -133,26 +136,92 @@ def test_offload_keeps_layer_inputs_in_host_memory(target):
 
 @pytest.mark.slow
 def test_cudnn_attention_compiles_in_the_train_step():
-  text = _compiled(H100, attention='cudnn', remat='none').as_text()
+  text = _compiled(H100, remat='none').as_text()
   calls = re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', text)
-  assert len(calls) == 2
-  assert any('Backward' in call for call in calls)
+  assert sorted(calls) == ['ScaleBiasSoftmax', 'ScaleBiasSoftmaxBackward']
 
 
-def test_auto_takes_splash_where_shapes_allow_it():
+@pytest.mark.slow
+def test_cudnn_attention_compiles_inside_pipeline_stages():
+  parallel = {'stage': 2, 'fsdp': 2, 'tensor': 2, 'data': 1}
+  text = _compiled(
+    H100, parallel=parallel, remat='minimal', packing='none'
+  ).as_text()
+  calls = re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', text)
+  assert sorted(calls) == ['Softmax', 'SoftmaxBackward']
+
+
+def test_auto_takes_a_fused_kernel_where_shapes_allow_it():
   cases = [
     (V5E, {}, 'splash'),
     (V5E, {'row_length': 192}, 'reference'),  # no multiple of 128
     (V5E, {'model': {'dropout_rate': 0.1}}, 'reference'),
     (V5E, {'model': {'num_kv_heads': 1}}, 'reference'),  # tensor = 2
-    (H100, {}, 'reference'),
-    (H100, {'attention': 'cudnn'}, 'cudnn'),
+    (H100, {}, 'cudnn'),
+    (H100, {'dtype': 'float32'}, 'reference'),
+    (H100, {'model': {'dropout_rate': 0.1}}, 'reference'),
+    (H100, {'model': {'attention_softcap': 30.0}}, 'reference'),
+    (H100, {'model': {'head_width': 136}}, 'reference'),
+    (H100, {'parallel': {'context': 8, 'data': 1}}, 'ring'),
+    (H100, {'attention': 'reference'}, 'reference'),
+    ('a100:8', {}, 'cudnn'),
     (V5E, {'attention': 'reference'}, 'reference'),
   ]
   for target, fields, expected in cases:
     learner = _learner(target, **fields)
     path = execution.attention_path(learner.experiment, learner.placement)
     assert path == expected, (target, fields)
+
+
+@pytest.mark.parametrize(
+  ('target', 'fields', 'max_documents', 'expected'),
+  [
+    (H100, {'packing': 'none'}, None, 'cudnn, causal only: a row has one doc'),
+    (H100, {'packing': 'windows'}, None, 'cudnn, causal only'),
+    (H100, {}, None, 'cudnn, with a mask of the documents'),
+    (H100, {}, 12, 'cudnn, by lengths of at most 12 documents'),
+    (H100, {}, 1, 'cudnn, causal only'),
+    (H100, {}, 1000, 'cudnn, with a mask'),
+    ('a100:8', {}, 12, 'cudnn, with a mask'),  # lengths need a Hopper
+    ('a100:8', {'packing': 'none'}, None, 'cudnn, causal only'),
+    (
+      H100,
+      {'model': {'dropout_rate': 0.1}},
+      None,
+      'reference, because cudnn attention refuses: got dropout of attention',
+    ),
+    (V5E, {'row_length': 192}, None, 'reference, because splash attention ref'),
+    (V5E, {}, None, 'splash$'),
+    (H100, {'attention': 'reference'}, None, 'reference$'),
+  ],
+)
+def test_a_run_says_which_attention_it_takes_and_why(
+  target, fields, max_documents, expected
+):
+  learner = _learner(target, **fields)
+  text = execution.describe_attention(
+    learner.experiment, learner.placement, max_documents
+  )
+  assert re.match(expected, text), text
+
+
+@pytest.mark.parametrize(
+  ('target', 'fields', 'expected'),
+  [
+    ('h100:8', {}, 'apart'),
+    ('h100:8', {'dtype': 'float32'}, 'scanned'),  # plain attention
+    ('h100:8', {'parallel': {'stage': 2, 'data': -1}}, 'scanned'),
+    ('h100:8', {'layers': 'scanned'}, 'scanned'),
+    ('h100:8', {'model': {'num_layers': 64}}, 'scanned'),
+    (V5E, {}, 'scanned'),
+  ],
+)
+def test_layers_are_apart_where_their_programs_are_short(
+  target, fields, expected
+):
+  learner = _learner(target, **fields)
+  assert learner.experiment.execution.layers == expected
+  assert learner.model.execution.is_unrolled == (expected == 'apart')
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,17 @@ def record(
   atomic.write_text(workdir / file_names.RUN, json.dumps(new, indent=2) + '\n')
 
 
+def config_before(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the experiment of a run with checkpoints as recorded, or None."""
+  if not _has_checkpoints(workdir):
+    return None
+  try:
+    config = run_record.read(workdir)['config']
+    return config if isinstance(config, dict) else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None  # `check` reports it
+
+
 def changes(
   workdir: pathlib.Path, experiment: experiment_lib.Experiment
 ) -> list[str]:

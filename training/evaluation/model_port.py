@@ -41,7 +41,7 @@ class Scorer:
     self._put_batch = learner.placement.put_batch
     self._step = learner.placement.compile_eval(
       lambda all_sum, _: make_score_step(
-        learner.model,
+        learner.any_rows_model,
         num_places=data.batch_size * data.row_length,
         all_sum=all_sum,
       )

@@ -41,7 +41,6 @@ import jax.numpy as jnp
 
 from models import (
   block as block_lib,
-  cross_entropy,
   execution as execution_lib,
   remat,
 )
@@ -171,7 +170,8 @@ def _loss_bytes(learner, tokens, table, itemsize) -> float:
   hidden = tokens * model.model_width * itemsize
   tensor = _sizes(learner)['tensor']
   logits = min(
-    tokens * model.vocab_size / tensor, cross_entropy.MAX_CHUNK_LOGITS
+    tokens * model.vocab_size / tensor,
+    learner.experiment.execution.loss_chunk_logits,
   )
   # Logits, and their gradient in the compute dtype.
   return table * (itemsize / 4 + 1) + 2 * hidden + logits * (4 + itemsize)

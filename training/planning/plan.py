@@ -13,11 +13,11 @@ import dataclasses
 import math
 import re
 
-from hardware import compile_ahead, peaks as peaks_lib, targets
+from hardware import compile_ahead, peaks as peaks_lib, targets, xla_options
 from models import flops
 from parallel import parallel_config, placement as placement_lib
 from training import experiment as experiment_lib, learner as learner_lib
-from training.planning import memory, scaling_laws
+from training.planning import choices, memory, scaling_laws
 
 # Assumed model FLOPs utilisation (MFU): the share of the peak that a run
 # reaches. Llama 3 405B reports 38 to 43 % on up to 16,384 H100
@@ -50,6 +50,7 @@ class Plan:
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None
   assumed_mfu: float
   price_per_device_hour: float  # in any currency; 0: unknown
+  chosen: tuple[str, ...] = ()  # what the experiment left open, and why
   remedy: Remedy | None = None  # found by `training.planning.remedy`
 
   @property
@@ -198,9 +199,9 @@ def make(
   is_here = target_name == targets.HERE
   target = None if is_here else targets.parse(target_name)
   try:
-    learner = learner_lib.make(
-      experiment, targets.devices(target) if target else None
-    )
+    devices = targets.devices(target) if target else None
+    chosen = choices.make(experiment, devices)
+    learner = learner_lib.make(chosen.experiment, devices)
   except ValueError as error:
     is_about_devices = re.search('number of devices|platform', str(error))
     if target or not is_about_devices:
@@ -211,7 +212,8 @@ def make(
   compiled = compile_step(learner) if target and is_compiled else None
   device = learner.placement.devices[0]
   return Plan(
-    experiment=experiment,
+    experiment=learner.experiment,
+    chosen=chosen.reasons,
     target=target_name,
     device_kind=device.device_kind,
     num_devices=len(learner.placement.devices),
@@ -242,7 +244,11 @@ def compile_step(
       ' computes the same, or plan with --plan alone'
     )
   return compile_ahead.compile(
-    placement.lower_train(learner.build_train_step, learner.batch_shapes())
+    placement.lower_train(
+      learner.build_train_step,
+      learner.batch_shapes(),
+      xla_options.of(placement.devices),
+    )
   )
 
 
@@ -282,6 +288,8 @@ def _run_lines(plan: Plan):
     f'{data.batch_size:,} rows = {plan.tokens_per_step:,} tokens, in'
     f' {experiment.num_microbatches} micro-batches',
   )
+  for reason in plan.chosen:
+    yield 'chosen', reason
   yield (
     'run',
     f'{experiment.num_steps:,} steps, {plan.tokens:.3e} tokens,'

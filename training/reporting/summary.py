@@ -7,7 +7,12 @@ import rich.console
 
 from frozen import manifest as manifest_lib
 from parallel import processes
-from training import assemble, experiment as experiment_lib
+from training import (
+  assemble,
+  execution,
+  experiment as experiment_lib,
+  learner as learner_lib,
+)
 from training.evaluation import validation
 from training.lifecycle import interrupt
 from training.reporting import metrics, terminal
@@ -46,6 +51,7 @@ def describe(
       f'{len(devices)} x {devices[0].device_kind}{_in_processes()},'
       f' {experiment.parallel.kind}, {experiment.compute_dtype}',
     ),
+    ('attention', _describe_attention(parts.learner)),
   ]
   for overlap in parts.overlaps:
     is_much = overlap.share > data.contamination_warning or overlap.num_copied
@@ -56,6 +62,12 @@ def describe(
     rows.append(('resumed', f'after step {first_step}'))
   for name, value in rows:
     say(console, f'{name:<10} {value}')
+
+
+def _describe_attention(learner: learner_lib.Learner) -> str:
+  return execution.describe_attention(
+    learner.experiment, learner.placement, learner.max_documents
+  )
 
 
 def _fill_rate(

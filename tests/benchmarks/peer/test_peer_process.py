@@ -22,6 +22,16 @@ def test_an_accelerator_has_no_peer(monkeypatch):
     peer_process.check_available()
 
 
+@pytest.mark.parametrize(
+  ('backend', 'device'), [('gpu', 'cpu'), ('cpu', 'cuda')]
+)
+def test_a_peer_on_another_device_is_refused(monkeypatch, backend, device):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  monkeypatch.setattr(peer_process.jax, 'default_backend', lambda: backend)
+  with pytest.raises(ValueError, match=f'got the {backend} .* {device} for'):
+    peer_process.PeerProcess({'device': device})
+
+
 def test_different_sizes_are_refused():
   peer_process.check_same_size({'num_params': 7}, 7)
   with pytest.raises(ValueError, match='got 7 parameters, expected our 8'):

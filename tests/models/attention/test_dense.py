@@ -1,5 +1,6 @@
 """Attention against a direct computation, and its masks as matrices."""
 
+import functools
 import math
 
 import jax
@@ -153,3 +154,52 @@ def test_no_array_is_as_large_as_the_square_of_time():
   compiled = jax.jit(dense.attend).lower(q, k, v).compile()
   square = 4 * time * time
   assert compiled.memory_analysis().temp_size_in_bytes < square
+
+
+@pytest.mark.parametrize('time', [64, 150, 256, 300])
+@pytest.mark.parametrize('max_apart', [1, 2, 4])
+@pytest.mark.parametrize('window', [0, 40])
+def test_tiles_in_loops_attend_as_tiles_apart(time, max_apart, window):
+  q, k, v = _inputs(time)
+  segments = jnp.asarray(np.arange(time) // 70 + np.ones((2, 1), int))
+  form = form_lib.Form(window=window)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(max_apart, *qkv):
+    out, pull = jax.vjp(
+      lambda *qkv: dense.attend(
+        *qkv, segment_ids_BT=segments, form=form, max_apart=max_apart
+      ),
+      *qkv,
+    )
+    return out, *pull(q)
+
+  got, expected = run(max_apart, q, k, v), run(dense.MAX_TILES, q, k, v)
+  for mine, reference in zip(got, expected, strict=True):
+    # Masked keys have the weight zero, and sums of float32 another order.
+    np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('time', 'num_tiles'), [(64, 1), (256, 1), (1024, 4), (4096, 4), (8192, 4)]
+)
+@pytest.mark.parametrize('has_dropout', [False, True])
+def test_a_program_has_few_tiles_however_long_rows_are(
+  time, num_tiles, has_dropout
+):
+  q = jax.ShapeDtypeStruct((1, time, 2, 8), jnp.float32)
+  kv = jax.ShapeDtypeStruct((1, 2, time, 8), jnp.float32)
+  attend = functools.partial(
+    dense.attend,
+    # In a loop it would drop the same weights in each tile.
+    dropout=_dropped_once_per_tile if has_dropout else None,
+    min_rows=dense.MIN_WIDE_ROWS,
+    max_apart=dense.FEW_TILES,
+  )
+  text = jax.jit(attend).lower(q, kv, kv).as_text()
+  assert text.count('stablehlo.dot_general') == 2 * num_tiles
+  assert ('stablehlo.while' in text) == (time > 1024 and not has_dropout)
+
+
+def _dropped_once_per_tile(probs):
+  return probs * 0.5
