@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import device_state, inputs as inputs_lib, steps
+from inference.engine import (
+  device_state,
+  inputs as inputs_lib,
+  layered,
+  steps,
+)
 from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 
@@ -57,6 +62,8 @@ class Programs:
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
+    (device,) = state.slots.last_B.devices()
+    self._is_layered = layered.suits(self._params, device.platform)
     self._compiled: dict[Any, Any] = {}
     first = self.shapes if compile_all else _holding_all(self.shapes)
     self._compile(['seat', 'recount', 'copy', *self._with_sizes(first)])
@@ -89,7 +96,8 @@ class Programs:
     pages_Z = np.zeros((COPIES,), np.int32)
     if isinstance(key, steps.Shape):
       step = steps.prefill if key.num_chunks else steps.decode_step
-      return step.lower(
+      lower = layered.lower if self._is_layered else step.lower
+      return lower(
         params,
         kv_cache,
         slots.last_B,
