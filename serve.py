@@ -115,8 +115,6 @@ def _is_asked(value) -> bool:
 
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
-  from frozen import format as frozen_format
-
   generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
   ids, settings = _asked(generator, prompt, chosen)
@@ -129,7 +127,7 @@ def _complete(prompt: str, chosen) -> None:
       _show(update.text)
     if update.completion:
       done[update.index] = update.completion
-  after = frozen_format.weights_digest(generator.frozen.params)
+  after = generator.weights_digest()
   is_same = before == after
   print('\n')
   completions = [done[index] for index in sorted(done)]

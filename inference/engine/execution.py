@@ -6,8 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from inference.engine import engine_config
-from models import execution as execution_lib, invariant, kv_cache, model_config
+from inference.engine import device_state, engine_config
+from models import (
+  execution as execution_lib,
+  invariant,
+  kv_cache,
+  layout,
+  model_config,
+)
 from models.attention import paged_gpu, paged_tpu, supports
 
 _KERNELS = {
@@ -23,6 +29,39 @@ class Backend(NamedTuple):
   channels: int  # C of pages
   kv_dtype: Any  # of pages
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
+
+  def laid_out(
+    self, params: device_state.Params, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Returns the params of a model as steps take them."""
+    is_stacked = 'layers' in params['params']
+    model = dataclasses.replace(model, scan_layers=is_stacked)
+    params, _ = layout.unstack(params, model)
+    if self.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
+    return params
+
+  def shapes(
+    self, params: device_state.Unread, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Returns the shapes of `laid_out`."""
+    return jax.eval_shape(
+      lambda tree: self.laid_out(tree, model), params.shapes
+    )
+
+  def read(
+    self, params: device_state.Unread, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Reads params, and returns `laid_out`."""
+    # Weight by weight, as they are read: no moment has two copies of all.
+    read = params.read(
+      lambda path, weight: (
+        layout.transpose_kernel(path, weight)
+        if self.has_transposed_kernels
+        else weight
+      )
+    )
+    return self.laid_out(read, model)
 
   def bytes_per_token(self, model: model_config.ModelConfig) -> float:
     """Returns the bytes of the KV cache of one token, all layers."""
