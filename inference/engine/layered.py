@@ -10,7 +10,6 @@ per layer. For 30 layers of width 576, 1.2 s of CPU time compile a step, in
 place of 3 to 6; it takes the same time per step and has the same bits.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -40,19 +39,30 @@ def suits(params: device_state.Params, platform: str) -> bool:
   )
 
 
-class Lowered(NamedTuple):
-  """The programs of a step before their compilation, or compiled."""
+class Step(NamedTuple):
+  """The programs of a step; called as `steps.prefill` and `steps.decode_step`.
+
+  They are lowered, or after `compile` compiled.
+  """
 
   begin: Any
   layers: dict[model_config.Layer, Any]  # one for all layers that are alike
   finish: Any
   kinds: list[model_config.Layer]  # of each layer
 
-  def compile(self) -> Callable[..., tuple]:
-    """Returns the step, as `steps.prefill` and `steps.decode_step` are."""
+  def compile(self) -> 'Step':
+    """Returns the compiled step."""
     layers = {kind: each.compile() for kind, each in self.layers.items()}
-    parts = self.begin.compile(), layers, self.finish.compile(), self.kinds
-    return functools.partial(_call, Lowered(*parts))
+    return Step(self.begin.compile(), layers, self.finish.compile(), self.kinds)
+
+  def __call__(self, params, kv_cache, last_B, inputs: steps.Inputs) -> tuple:
+    shared, layers = _parted(params)
+    x_1TD, *others = self.begin(shared, last_B, inputs)
+    written = []
+    for kind, layer, pages in zip(self.kinds, layers, kv_cache, strict=True):
+      x_1TD, pages = self.layers[kind](layer, x_1TD, pages, *others)
+      written.append(pages)
+    return tuple(written), *self.finish(shared, x_1TD, inputs)
 
 
 def lower(
@@ -63,7 +73,7 @@ def lower(
   *,
   model: transformer.Transformer,
   vocab_size: int,
-) -> Lowered:
+) -> Step:
   """Traces the programs of a step; arguments as of `steps.prefill`."""
   config = model.config
   shared, layers = _parted(params)
@@ -80,17 +90,7 @@ def lower(
   finish = _finish.lower(
     shared, x_1TD, inputs, model=model, vocab_size=vocab_size
   )
-  return Lowered(begin, lowered, finish, kinds)
-
-
-def _call(step: Lowered, params, kv_cache, last_B, inputs) -> tuple:
-  shared, layers = _parted(params)
-  x_1TD, *others = step.begin(shared, last_B, inputs)
-  written = []
-  for kind, layer, pages in zip(step.kinds, layers, kv_cache, strict=True):
-    x_1TD, pages = step.layers[kind](layer, x_1TD, pages, *others)
-    written.append(pages)
-  return tuple(written), *step.finish(shared, x_1TD, inputs)
+  return Step(begin, lowered, finish, kinds)
 
 
 def _parted(params) -> tuple[Any, list[Any]]:

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hardware import compilation_cache
 from inference.engine import (
   device_state,
   inputs as inputs_lib,
   layered,
+  program_store,
   steps,
 )
 from inference.sampling import sampler as sampler_lib
@@ -64,6 +66,15 @@ class Programs:
     self._params, self._state = jax.tree.map(_abstract, (params, state))
     (device,) = state.slots.last_B.devices()
     self._is_layered = layered.suits(self._params, device.platform)
+    self._store = program_store.Store(
+      compilation_cache.directory(),
+      device,
+      model.config,
+      jnp.dtype(model.dtype).name,
+      program_store.describe_ports(model.execution),
+      program_store.describe((self._params, self._state)),
+      (chunk_tokens, table_width, vocab_size, self._sample_sizes),
+    )
     self._compiled: dict[Any, Any] = {}
     first = self.shapes if compile_all else _holding_all(self.shapes)
     self._compile(['seat', 'recount', 'copy', *self._with_sizes(first)])
@@ -81,12 +92,16 @@ class Programs:
     # XLA compiles without Python's lock: several programs at once, and the next
     # one is traced meanwhile.
     with futures.ThreadPoolExecutor() as pool:
-      running = {
-        key: pool.submit(self._lower(key).compile)
+      made = {
+        key: pool.submit(self._store.load, key)
         for key in keys
         if key not in self._compiled
       }
-      for key, each in running.items():
+      for key, stored in made.items():
+        if stored.result() is None:
+          compile_it = self._lower(key).compile
+          made[key] = pool.submit(self._store.keep, key, compile_it)
+      for key, each in made.items():
         self._compiled[key] = each.result()
 
   def _lower(self, key: Any) -> Any:
