@@ -50,10 +50,13 @@ class Step(NamedTuple):
   finish: Any
   kinds: list[model_config.Layer]  # of each layer
 
-  def compile(self) -> 'Step':
+  def compile(self, options: dict[str, Any] | None = None) -> 'Step':
     """Returns the compiled step."""
-    layers = {kind: each.compile() for kind, each in self.layers.items()}
-    return Step(self.begin.compile(), layers, self.finish.compile(), self.kinds)
+    begin, finish = (
+      each.compile(options) for each in (self.begin, self.finish)
+    )
+    layers = {kind: each.compile(options) for kind, each in self.layers.items()}
+    return Step(begin, layers, finish, self.kinds)
 
   def __call__(self, params, kv_cache, last_B, inputs: steps.Inputs) -> tuple:
     shared, layers = _parted(params)

@@ -10,7 +10,6 @@ A file that is damaged counts as absent. Files hold native code, as those of
 JAX's cache do: whoever may write into the directory runs code here.
 """
 
-from collections.abc import Callable
 import functools
 import hashlib
 import importlib.metadata
@@ -19,7 +18,9 @@ import os
 import pathlib
 import pickle
 import platform
+import secrets
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -65,11 +66,11 @@ class Store:
       return None  # cut short, by a kill or a full disk
     return _Unpickler(io.BytesIO(data), self._device).load()
 
-  def keep(self, name: Any, compile: Callable[[], Any]) -> Any:
+  def keep(self, name: Any, lowered: Any) -> Any:
     """Compiles and returns a program; stores it if that is possible."""
-    program = compile()
     if self._directory is None:
-      return program
+      return lowered.compile()
+    program = _compiled_anew(lowered)
     file = io.BytesIO()
     try:
       _Pickler(file).dump(program)
@@ -85,6 +86,37 @@ class Store:
     assert self._directory is not None
     digest = hashlib.sha256(f'{self._text}\0{name!r}'.encode()).hexdigest()
     return self._directory / f'{digest}.program'
+
+
+class _Hits(threading.local):
+  count = 0  # programs that this thread got from JAX's cache
+
+
+_HITS = _Hits()
+
+
+@functools.cache
+def _count_hits() -> None:
+  def on_event(event: str, **_) -> None:
+    _HITS.count += event == '/jax/compilation_cache/cache_hits'
+
+  # JAX cannot remove listeners: one for the whole process.
+  jax.monitoring.register_event_listener(on_event)
+
+
+def _compiled_anew(lowered: Any) -> Any:
+  """Returns a compiled program that is not from JAX's cache.
+
+  XLA:CPU (jax 0.10) writes a program that it has read itself without a part of
+  its code. JAX's cache has it where only the source code has changed.
+  """
+  _count_hits()
+  before = _HITS.count
+  program = lowered.compile()
+  if _HITS.count == before:
+    return program
+  # An option of another platform, which is a part of the key of JAX's cache.
+  return lowered.compile({'xla_gpu_kernel_cache_file': secrets.token_hex(8)})
 
 
 class _Pickler(pickle.Pickler):

@@ -99,8 +99,7 @@ class Programs:
       }
       for key, stored in made.items():
         if stored.result() is None:
-          compile_it = self._lower(key).compile
-          made[key] = pool.submit(self._store.keep, key, compile_it)
+          made[key] = pool.submit(self._store.keep, key, self._lower(key))
       for key, each in made.items():
         self._compiled[key] = each.result()
 
