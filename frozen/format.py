@@ -248,23 +248,29 @@ def abstract_params(
   config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
   """Returns the shapes of a model's variables, all of one dtype."""
-  # Layers that are alike are traced as one stack, which takes less time.
-  is_stacked = config.is_uniform
+  # Of layers that are alike one is traced, which takes less time.
+  num_traced = 1 if config.is_uniform else config.num_layers
   model = transformer.Transformer(
-    config=dataclasses.replace(config, scan_layers=is_stacked)
+    dataclasses.replace(config, num_layers=num_traced, scan_layers=False)
   )
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
-  if is_stacked and not config.scan_layers:
-    layers = variables['params'].pop('layers')
-    for n in range(config.num_layers):
-      variables['params'][f'layer_{n}'] = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers
-      )
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-    variables,
-  )
+
+  def shape(leaf, *leading):
+    return jax.ShapeDtypeStruct(
+      (*leading, *leaf.shape), dtype, sharding=sharding
+    )
+
+  tree = jax.tree.map(shape, variables['params'])
+  if config.scan_layers:
+    layer = tree.pop('layer_0')
+    tree['layers'] = jax.tree.map(
+      lambda leaf: shape(leaf, config.num_layers), layer
+    )
+  elif config.is_uniform:
+    for n in range(1, config.num_layers):
+      tree[f'layer_{n}'] = tree['layer_0']
+  return {'params': tree}
 
 
 def read_config(directory: str | os.PathLike) -> model_config.ModelConfig:

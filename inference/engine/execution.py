@@ -1,6 +1,7 @@
 """The execution of an engine: the model's ports for a platform and numerics."""
 
 import dataclasses
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from models import (
   layout,
   model_config,
 )
-from models.attention import paged_gpu, paged_tpu, supports
+from models.attention import supports
 
+# The kernels of the platforms that have one, and their modules.
 _KERNELS = {
-  'tpu': (supports.PAGED_TPU, paged_tpu.attend),
-  'gpu': (supports.PAGED_GPU, paged_gpu.attend),
+  'tpu': (supports.PAGED_TPU, 'paged_tpu'),
+  'gpu': (supports.PAGED_GPU, 'paged_gpu'),
 }
 
 
@@ -116,13 +118,15 @@ def choose(
       ' engine.attention = auto'
     )
     if platform in _KERNELS:
-      kernel, attend = _KERNELS[platform]
+      kernel, module = _KERNELS[platform]
       # On TPU, heads narrower than a register take a register's memory anyway.
       channels = max(width, kernel.page_width)
       request = _request(config, model, dtype, channels)
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
       if not refusal:
+        # Here: it imports Pallas, without which other platforms start sooner.
+        attend = importlib.import_module(f'models.attention.{module}').attend
         return Backend(
           execution_lib.Execution(attend_cached=attend), channels, kv_dtype
         )
