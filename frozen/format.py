@@ -24,9 +24,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from frozen import manifest as manifest_lib
+from frozen import manifest as manifest_lib, stored_params
 from models import model_config, transformer
 from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib
@@ -34,35 +33,80 @@ from text import tokenizer as tokenizer_lib
 Params = Any  # variables of `models.transformer.Transformer`
 
 
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-  """The contents of a frozen directory, verified."""
+# (path, weight) -> the weight in the form that is wanted
+Convert = Callable[[str, jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+  """A frozen directory, of which only the manifest is verified so far."""
 
   directory: pathlib.Path
   manifest: manifest_lib.Manifest
   config: model_config.ModelConfig
-  params: Params
-  tokenizer_dir: pathlib.Path
+  shapes: Params  # of the weights, with their shardings
   generation: dict[str, Any]
   chat_template: str
 
+  @property
+  def tokenizer_dir(self) -> pathlib.Path:
+    """Returns the directory that `text.tokenizer.load` reads."""
+    return self.directory / file_names.TOKENIZER
 
-def checkpointer() -> ocp.StandardCheckpointer:
-  """Returns a checkpointer of orbax that waits for no other process.
+  def check_files(self) -> None:
+    """Verifies the digests of all files; raises as `read_params` does."""
+    manifest_lib.check_files(self.directory, self.manifest)
 
-  In a run of several processes, one process writes a frozen directory, and each
-  process reads it for itself.
-  """
-  return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+  def read_params(
+    self, convert: Convert = lambda name, weight: weight
+  ) -> Params:
+    """Returns the weights, and verifies the digests of all files.
+
+    Args:
+      convert: applied to each weight as soon as it is read; its path is such as
+        'params/layer_0/mlp/up/kernel'. Only one weight is there in both forms.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file differs from what was written.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      # In a thread: digests need no Python lock.
+      checked = pool.submit(self.check_files)
+      try:
+        params, digest = self._read_params(convert)
+      except Exception:
+        checked.result()  # its error names the damaged file
+        raise
+      checked.result()
+    if digest != self.manifest.weights_digest:
+      raise ValueError(
+        f'{self.directory / file_names.PARAMS}: got weights with digest'
+        f' {digest}, expected {self.manifest.weights_digest}; copy or freeze'
+        ' the directory again'
+      )
+    return params
+
+  def _read_params(self, convert: Convert) -> tuple[Params, str]:
+    path = self.directory / file_names.PARAMS
+    stored = stored_params.open_all(path)
+    _check_params(stored_params.shapes(stored), self.shapes, path)
+    wanted, digest, read = leaves_by_path(self.shapes), hashlib.sha256(), {}
+    for name, array in stored_params.read_all(stored):
+      _add_to_digest(digest, name, array)
+      # No copy on a CPU: the memory is aligned, and nobody else holds it.
+      weight = jax.device_put(array, wanted[name].sharding)
+      read[name] = convert(name, weight)
+    structure = jax.tree.structure(self.shapes)
+    leaves = [read[name] for name in wanted]
+    return jax.tree.unflatten(structure, leaves), digest.hexdigest()
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-  me = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-    primary_host=me,
-    active_processes={me},
-    barrier_sync_key_prefix=f'frozen_{me}',
-  )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen(Opened):
+  """The contents of a frozen directory, verified."""
+
+  params: Params
 
 
 def weights_digest(params: Params) -> str:
@@ -74,10 +118,14 @@ def weights_digest(params: Params) -> str:
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(leaves_by_path(params).items()):
-    array = np.ascontiguousarray(leaf)
-    digest.update(f'{name}\0{array.dtype.name}\0{leaf.shape}\0'.encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    _add_to_digest(digest, name, leaf)
   return digest.hexdigest()
+
+
+def _add_to_digest(digest, name: str, leaf: Any) -> None:
+  array = np.ascontiguousarray(leaf)
+  digest.update(f'{name}\0{array.dtype.name}\0{leaf.shape}\0'.encode())
+  digest.update(array.reshape(-1).view(np.uint8).data)
 
 
 def write(
@@ -119,7 +167,7 @@ def write(
     digest = pool.submit(weights_digest, params)
     _check_replaceable(target, digest.result, overwrite)
     with atomic.new_directory(target) as partial:
-      _save(partial / file_names.PARAMS, params)
+      stored_params.save(partial / file_names.PARAMS, params)
       _copy_tree(pathlib.Path(tokenizer_dir), partial / file_names.TOKENIZER)
       (partial / file_names.CHAT_TEMPLATE).write_bytes(
         chat_template.encode('utf-8')
@@ -153,33 +201,38 @@ def read(
     FileNotFoundError: there is no frozen directory, or a file is missing.
     ValueError: a file differs from what was written.
   """
+  opened = open_directory(directory, sharding=sharding)
+  return Frozen(**vars(opened), params=opened.read_params())
+
+
+def open_directory(
+  directory: str | os.PathLike, *, sharding: jax.sharding.Sharding | None = None
+) -> Opened:
+  """Opens a frozen directory, as `read` does, without its weights.
+
+  Raises:
+    FileNotFoundError: there is no frozen directory, or a file is missing.
+    ValueError: its manifest is damaged or altered.
+  """
   directory = pathlib.Path(directory).absolute()
   manifest = manifest_lib.read(directory)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    # In a thread: digests need no Python lock, and shapes are traced meanwhile.
-    checked = pool.submit(manifest_lib.check_files, directory, manifest)
-    config = _config_of(directory, manifest)
-    if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = abstract_params(config, manifest.dtype, sharding)
-    checked.result()
-  if 'spare_ids' not in manifest.model:  # written by an earlier version
-    config = _masking(config, directory / file_names.TOKENIZER)
-  params = _restore(directory / file_names.PARAMS, target)
-  if (digest := weights_digest(params)) != manifest.weights_digest:
-    raise ValueError(
-      f'{directory / file_names.PARAMS}: got weights with digest {digest},'
-      f' expected {manifest.weights_digest}; copy or freeze the directory again'
+  config = _config_of(directory, manifest)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  try:
+    if 'spare_ids' not in manifest.model:  # written by an earlier version
+      config = _masking(config, directory / file_names.TOKENIZER)
+    return Opened(
+      directory=directory,
+      manifest=manifest,
+      config=config,
+      shapes=abstract_params(config, manifest.dtype, sharding),
+      generation=read_generation(directory),
+      chat_template=read_chat_template(directory),
     )
-  return Frozen(
-    directory=directory,
-    manifest=manifest,
-    config=config,
-    params=params,
-    tokenizer_dir=directory / file_names.TOKENIZER,
-    generation=read_generation(directory),
-    chat_template=read_chat_template(directory),
-  )
+  except (OSError, ValueError):
+    manifest_lib.check_files(directory, manifest)  # its error names the file
+    raise
 
 
 def leaves_by_path(params: Params) -> dict[str, Any]:
@@ -195,23 +248,29 @@ def abstract_params(
   config: model_config.ModelConfig, dtype: str, sharding: Any = None
 ) -> Params:
   """Returns the shapes of a model's variables, all of one dtype."""
-  # Layers that are alike are traced as one stack, which takes less time.
-  is_stacked = config.is_uniform
+  # Of layers that are alike one is traced, which takes less time.
+  num_traced = 1 if config.is_uniform else config.num_layers
   model = transformer.Transformer(
-    config=dataclasses.replace(config, scan_layers=is_stacked)
+    dataclasses.replace(config, num_layers=num_traced, scan_layers=False)
   )
   tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
-  if is_stacked and not config.scan_layers:
-    layers = variables['params'].pop('layers')
-    for n in range(config.num_layers):
-      variables['params'][f'layer_{n}'] = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers
-      )
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-    variables,
-  )
+
+  def shape(leaf, *leading):
+    return jax.ShapeDtypeStruct(
+      (*leading, *leaf.shape), dtype, sharding=sharding
+    )
+
+  tree = jax.tree.map(shape, variables['params'])
+  if config.scan_layers:
+    layer = tree.pop('layer_0')
+    tree['layers'] = jax.tree.map(
+      lambda leaf: shape(leaf, config.num_layers), layer
+    )
+  elif config.is_uniform:
+    for n in range(1, config.num_layers):
+      tree[f'layer_{n}'] = tree['layer_0']
+  return {'params': tree}
 
 
 def read_config(directory: str | os.PathLike) -> model_config.ModelConfig:
@@ -260,30 +319,6 @@ def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.copyfile(source / name, target / name)
 
 
-def _save(path: pathlib.Path, params: Params) -> None:
-  """Writes the weights with one copy of them in memory.
-
-  The defaults of orbax take three times the weights: it copies numpy arrays
-  before it writes them, and it keeps all compressed data at once.
-  """
-  params = jax.tree.map(np.asarray, params)
-  options = _alone()
-  if jax.process_count() == 1:
-    # With several processes, orbax refuses jax arrays of one process.
-    cpu = jax.local_devices(backend='cpu')[0]
-    params = jax.device_put(params, cpu)  # no copy if the memory is aligned
-  handler = ocp.PyTreeCheckpointHandler(
-    save_concurrent_gb=1,
-    use_compression=False,
-    multiprocessing_options=options,
-  )
-  with ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
-    writer.save(path, args=ocp.args.PyTreeSave(params))
-  # Only its presence matters to orbax, and it holds a path of this machine.
-  for marker in path.rglob('commit_success.txt'):
-    marker.write_text('')
-
-
 def _check_params(params: Params, abstract_params: Params, where) -> None:
   """Raises ValueError if names, shapes or dtypes are not those expected."""
   got, expected = leaves_by_path(params), leaves_by_path(abstract_params)
@@ -299,15 +334,6 @@ def _check_params(params: Params, abstract_params: Params, where) -> None:
         f'{where}: got {found} at {name}, expected {wanted}: the weights are'
         ' not of the model that the config describes; freeze again'
       )
-
-
-def _restore(path: pathlib.Path, target: Params) -> Params:
-  with checkpointer() as reader:
-    # Compared first: orbax casts to the wanted dtype and says nothing, and its
-    # error for a wrong shape is pages long.
-    stored = reader.metadata(path).item_metadata.tree
-    _check_params(stored, target, path)
-    return reader.restore(path, target)
 
 
 def _check_replaceable(

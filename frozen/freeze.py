@@ -31,6 +31,7 @@ from frozen import (
   manifest as manifest_lib,
   run_record,
   seals,
+  stored_params,
 )
 from models import layout, model_config
 from storage import file_names, public_paths
@@ -271,7 +272,7 @@ def _restore_params(path: pathlib.Path) -> frozen_format.Params:
   """Returns the saved params, on one device."""
   # Without a sharding, orbax would rebuild the mesh of the training run.
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  with frozen_format.checkpointer() as checkpointer:
+  with stored_params.checkpointer() as checkpointer:
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding

@@ -13,6 +13,7 @@ import zlib
 VARIABLE = 'JAX_COMPILATION_CACHE_DIR'
 _SUFFIX = '-cache'  # of the name of an entry
 _CHECKED = 'checked'  # entries that are older than this file were whole
+_directory: pathlib.Path | None = None
 _ZSTANDARD = b'\x28\xb5\x2f\xfd'
 
 
@@ -36,10 +37,17 @@ def directory_of(flag: str | None) -> pathlib.Path | None:
   return pathlib.Path(flag).expanduser() if flag else None
 
 
+def directory() -> pathlib.Path | None:
+  """Returns the directory of the last `use`, None before."""
+  return _directory
+
+
 def use(directory: pathlib.Path) -> None:
   """Makes JAX keep its programs in `directory`; removes incomplete entries."""
   import jax  # here: `is_whole` is used before JAX is configured
 
+  global _directory
+  _directory = directory
   remove_incomplete(directory)
   for name, value in {
     'jax_compilation_cache_dir': str(directory),

@@ -19,8 +19,14 @@ import os
 import jax.numpy as jnp
 
 from frozen import format as frozen_format
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import (
+  device_state,
+  engine as engine_lib,
+  engine_config,
+  requests,
+)
 from inference.sampling import settings as settings_lib
+from models import layout
 from text import tokenizer as tokenizer_lib
 
 Prompt = str | abc.Sequence[int]
@@ -31,7 +37,7 @@ class Generator:
 
   def __init__(
     self,
-    frozen: frozen_format.Frozen,
+    frozen: frozen_format.Opened,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     *,
     compile_all: bool = True,
@@ -48,7 +54,7 @@ class Generator:
       )
     self.engine = engine_lib.Engine(
       frozen.config,
-      frozen.params,
+      device_state.Unread(frozen.shapes, frozen.read_params),
       tokenizer=self.tokenizer,
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
@@ -82,6 +88,13 @@ class Generator:
         f' more than fits into the context of this model ({context} tokens);'
         ' shorten the prompt'
       )
+
+  def weights_digest(self) -> str:
+    """Returns the digest of the weights that the engine computes with now."""
+    params = layout.host_kernels(self.engine.params)
+    if self.frozen.config.scan_layers:
+      params, _ = layout.stack(params, self.engine.model_config)
+    return frozen_format.weights_digest(params)
 
   def memory_text(self) -> str:
     """Returns the sizes of the KV cache as one line."""
@@ -240,5 +253,9 @@ def load(
     config: the layout of the engine.
     compile_all: False leaves programs to `engine.compile_rest`.
   """
-  frozen = frozen_format.read(directory)
-  return Generator(frozen, config, compile_all=compile_all)
+  frozen = frozen_format.open_directory(directory)
+  try:
+    return Generator(frozen, config, compile_all=compile_all)
+  except Exception:
+    frozen.check_files()  # its error names the file that is damaged
+    raise

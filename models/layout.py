@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models import model_config
 
@@ -29,15 +30,23 @@ def transpose_kernels(params: Any) -> Any:
   XLA:CPU multiplies a few rows faster by a bfloat16 matrix that is stored this
   way: 1.6 times for two rows (1024 x 2048, a Xeon with AMX).
   """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: transpose_kernel('/'.join(key.key for key in path), x),
+    params,
+    is_leaf=_is_transposed,
+  )
 
-  def leaf(path, x):
-    names = [getattr(key, 'key', '') for key in path]
-    is_kernel = names[-1] == 'kernel' and x.ndim == 2
-    if not is_kernel or names[-2] in _RESHAPED:
-      return x
-    return Transposed(x.T)
 
-  return jax.tree_util.tree_map_with_path(leaf, params)
+def transpose_kernel(path: str, x: Any) -> Any:
+  """Returns a parameter as `transpose_kernels` does.
+
+  Args:
+    path: names with '/' between them, as 'params/layer_0/mlp/up/kernel'.
+    x: the parameter; a kernel may be `Transposed` already.
+  """
+  *_, owner, name = path.split('/')
+  is_kernel = name == 'kernel' and not _is_transposed(x) and x.ndim == 2
+  return Transposed(x.T) if is_kernel and owner not in _RESHAPED else x
 
 
 def whole_kernels(params: Any) -> Any:
@@ -45,8 +54,24 @@ def whole_kernels(params: Any) -> Any:
   return jax.tree.map(
     lambda x: x.kernel_OI.T if isinstance(x, Transposed) else x,
     params,
-    is_leaf=lambda x: isinstance(x, Transposed),
+    is_leaf=_is_transposed,
   )
+
+
+def host_kernels(params: Any) -> Any:
+  """Returns the params as `whole_kernels` does, in place: views of the host.
+
+  A view takes no memory where the weights are in that of the host.
+  """
+  return jax.tree.map(
+    lambda x: np.asarray(x.kernel_OI).T if _is_transposed(x) else x,
+    params,
+    is_leaf=_is_transposed,
+  )
+
+
+def _is_transposed(x: Any) -> bool:
+  return isinstance(x, Transposed)
 
 
 def unstack(

@@ -32,6 +32,9 @@ from models import (
 )
 from models.attention import rope
 
+# The arguments of every layer after its cache: angles, positions, segment ids.
+Shared = tuple[block_lib.Angles, jax.Array, jax.Array | None]
+
 
 class Transformer(nn.Module):
   """A decoder-only language model.
@@ -136,8 +139,23 @@ class Transformer(nn.Module):
         'got a cache and segment ids, expected one of them: a cache holds one'
         ' document per sequence; give each document a row of its own'
       )
-    config = self.config
     self._check_length(tokens_BT, cache)
+    x_BTD, shared = self.embedded(
+      tokens_BT, positions_BT, segment_ids_BT, has_cache=cache is not None
+    )
+    x_BTD, cache, routing = self._run_layers(x_BTD, cache, shared)
+    return self.normalised(x_BTD), cache, routing
+
+  def embedded(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    has_cache: bool,
+  ) -> tuple[jax.Array, Shared]:
+    """Returns the input of the first layer, [B, T, D], and `Shared`."""
+    config = self.config
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape
@@ -160,15 +178,16 @@ class Transformer(nn.Module):
       is_excess_BT = packed_rows.is_excess(segment_ids_BT, most)
       x_BTD = jnp.where(is_excess_BT[..., None], jnp.nan, x_BTD)
     x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng('dropout'))
-    angles = self._angles(positions_BT, cache, segment_ids_BT)
-    x_BTD, cache, routing = self._run_layers(
-      x_BTD, cache, (angles, positions_BT, segment_ids_BT)
-    )
-    hidden_BTD = self.final_norm(x_BTD)
-    hidden_BTD = nn.with_logical_constraint(hidden_BTD, axes.HEAD_STREAM)
-    return hidden_BTD, cache, routing
+    angles = self._angles(positions_BT, has_cache, segment_ids_BT)
+    return x_BTD, (angles, positions_BT, segment_ids_BT)
 
-  def _angles(self, positions_BT, cache, segment_ids_BT) -> block_lib.Angles:
+  def normalised(self, x_BTD: jax.Array) -> jax.Array:
+    """Returns the final hidden states of the output of the last layer."""
+    return nn.with_logical_constraint(self.final_norm(x_BTD), axes.HEAD_STREAM)
+
+  def _angles(
+    self, positions_BT, has_cache, segment_ids_BT
+  ) -> block_lib.Angles:
     """Returns the rotation angles of global and of local layers."""
     config = self.config
     if config.positions != 'rope':
@@ -179,7 +198,7 @@ class Transformer(nn.Module):
       config.rope_base,
       config.rope_scaling,
       max_length=config.max_length,
-      has_cache=cache is not None,
+      has_cache=has_cache,
       segment_ids_BT=segment_ids_BT,
     )
     if not config.rope_local_base:

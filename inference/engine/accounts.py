@@ -4,7 +4,7 @@ from collections.abc import Iterable
 import math
 import time
 
-from inference.engine import answer, engine_config, metrics as metrics_lib
+from inference.engine import answer, metrics as metrics_lib
 from inference.scheduling import spans
 from models import flops, model_config as model_config_lib
 
@@ -99,9 +99,13 @@ class Accounts:
       self._step_seconds = seconds
     self._last_landed = now
 
-  def most_decode_steps(self, config: engine_config.EngineConfig) -> int:
-    """Returns how many decode steps take at most `stream_seconds`."""
-    most, seconds = config.decode_steps, config.stream_seconds
+  def most_decode_steps(self, most: int, seconds: float) -> int:
+    """Returns how many decode steps take so many seconds, 1 to `most`.
+
+    Args:
+      most: of one dispatch.
+      seconds: 0 is no limit.
+    """
     if not seconds:
       return most
     return max(1, min(most, int(seconds / self._step_seconds)))

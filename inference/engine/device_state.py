@@ -1,5 +1,6 @@
 """The state of an engine on the device: the KV cache and the slots."""
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +12,33 @@ from models import kv_cache as kv_cache_lib, transformer
 
 Params = Any  # the variables of `models.transformer.Transformer`
 KVCache = tuple[kv_cache_lib.Pages, ...]  # the pages of each layer
+
+
+class Unread(NamedTuple):
+  """Params that are still on the disk; an engine reads them in a thread."""
+
+  shapes: Params  # with their shardings
+  # (convert) -> params; convert(path, weight) is the form of each to keep
+  read: Callable[[Callable[[str, jax.Array], Any]], Params]
+
+  @property
+  def device(self) -> jax.Device:
+    """Returns the only device of the params."""
+    (device,) = jax.tree.leaves(self.shapes)[0].sharding.device_set
+    return device
+
+  @property
+  def num_bytes(self) -> int:
+    """Returns the bytes of all params."""
+    leaves = jax.tree.leaves(self.shapes)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def unread(params: Params | Unread) -> Unread:
+  """Returns params that are there already as if they had to be read."""
+  if isinstance(params, Unread):
+    return params
+  return Unread(params, lambda convert: params)
 
 
 class Slots(NamedTuple):

@@ -27,6 +27,7 @@ One thread owns an engine.
 
 import collections
 from collections.abc import Generator, Iterator, Sequence
+from concurrent import futures
 import dataclasses
 import itertools
 import time
@@ -58,7 +59,7 @@ from inference.scheduling import (
   sequence_manager,
   spans,
 )
-from models import layout, model_config as model_config_lib, transformer
+from models import model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -85,7 +86,7 @@ class Engine:
   def __init__(
     self,
     model_config: model_config_lib.ModelConfig,
-    params: device_state.Params,
+    params: device_state.Params | device_state.Unread,
     *,
     tokenizer: tokenizer_lib.Tokenizer,
     weights_digest: str,
@@ -97,7 +98,8 @@ class Engine:
 
     Args:
       model_config: of the model; scanned layers are unstacked.
-      params: variables of the model, on one device. Never changed.
+      params: variables of the model, on one device. Never changed. Those that
+        are `Unread` are read while programs compile.
       tokenizer: of the model.
       weights_digest: of the params; cached prefixes belong to one digest.
       dtype: of the computation, and of the KV cache unless it is int8.
@@ -105,24 +107,22 @@ class Engine:
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
     """
-    params, model_config = layout.unstack(params, model_config)
-    self.config, self.model_config = config, model_config
+    params = device_state.unread(params)
+    self.config = config
+    self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
-    (self._device,) = jax.tree.leaves(params)[0].devices()
-    platform = self._device.platform
+    self._device, platform = params.device, params.device.platform
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, platform)
-    if backend.has_transposed_kernels:
-      params = layout.transpose_kernels(params)
-    self.params, self._backend = params, backend
+    self._backend = backend
     bytes_per_token = backend.bytes_per_token(model_config)
     self.page_bytes = self.page_tokens * bytes_per_token
     num_pages = config.pool_pages(
       self.context,
       bytes_per_token=bytes_per_token,
-      weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+      weight_bytes=params.num_bytes,
       memory_bytes=peaks.memory_bytes(self._device),
       is_host=platform == 'cpu',
     )
@@ -130,9 +130,14 @@ class Engine:
       config.limits(self.page_tokens), num_pages=num_pages
     )
     model = transformer.Transformer(
-      model_config, jnp.dtype(dtype), backend.execution
+      self.model_config, jnp.dtype(dtype), backend.execution
     )
-    with jax.default_device(self._device):
+    with (
+      jax.default_device(self._device),
+      # A thread reads the weights: programs need their shapes alone.
+      futures.ThreadPoolExecutor(1) as pool,
+    ):
+      reading = pool.submit(backend.read, params, self.model_config)
       self._state = device_state.init_state(
         model,
         num_slots=config.max_sequences,
@@ -145,7 +150,7 @@ class Engine:
       start = time.perf_counter()
       self._programs = programs.Programs(
         model=model,
-        params=params,
+        params=backend.shapes(params, self.model_config),
         state=self._state,
         shapes=[steps.Shape(*shape) for shape in config.step_shapes()],
         chunk_tokens=config.chunk_tokens,
@@ -155,6 +160,7 @@ class Engine:
         compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
+      self.params = reading.result()
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._feeder = feeding.Feeder(self)
@@ -306,12 +312,7 @@ class Engine:
         f'weights: got new ones while {len(self._live)} sequences run, expected'
         ' none; finish or cancel them, a sequence has one set of weights'
       )
-    if 'layers' in params['params']:
-      params, _ = layout.unstack(
-        params, dataclasses.replace(self.model_config, scan_layers=True)
-      )
-    if self._backend.has_transposed_kernels:
-      params = layout.transpose_kernels(params)
+    params = self._backend.laid_out(params, self.model_config)
     got, expected = (
       jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
       for tree in (params, self.params)
@@ -341,7 +342,9 @@ class Engine:
     plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
-      most = self._accounts.most_decode_steps(self.config)
+      most = self._accounts.most_decode_steps(
+        self._programs.decode_steps, self.config.stream_seconds
+      )
       num = self.manager.decode_steps(plan, most)
       flight = self._dispatch(self.manager.begin(plan, decode_steps=num))
     landed, self._flight = self._flight, flight

@@ -1,18 +1,26 @@
 """The execution of an engine: the model's ports for a platform and numerics."""
 
 import dataclasses
+import importlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from inference.engine import engine_config
-from models import execution as execution_lib, invariant, kv_cache, model_config
-from models.attention import paged_gpu, paged_tpu, supports
+from inference.engine import device_state, engine_config
+from models import (
+  execution as execution_lib,
+  invariant,
+  kv_cache,
+  layout,
+  model_config,
+)
+from models.attention import supports
 
+# The kernels of the platforms that have one, and their modules.
 _KERNELS = {
-  'tpu': (supports.PAGED_TPU, paged_tpu.attend),
-  'gpu': (supports.PAGED_GPU, paged_gpu.attend),
+  'tpu': (supports.PAGED_TPU, 'paged_tpu'),
+  'gpu': (supports.PAGED_GPU, 'paged_gpu'),
 }
 
 
@@ -23,6 +31,39 @@ class Backend(NamedTuple):
   channels: int  # C of pages
   kv_dtype: Any  # of pages
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
+
+  def laid_out(
+    self, params: device_state.Params, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Returns the params of a model as steps take them."""
+    is_stacked = 'layers' in params['params']
+    model = dataclasses.replace(model, scan_layers=is_stacked)
+    params, _ = layout.unstack(params, model)
+    if self.has_transposed_kernels:
+      params = layout.transpose_kernels(params)
+    return params
+
+  def shapes(
+    self, params: device_state.Unread, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Returns the shapes of `laid_out`."""
+    return jax.eval_shape(
+      lambda tree: self.laid_out(tree, model), params.shapes
+    )
+
+  def read(
+    self, params: device_state.Unread, model: model_config.ModelConfig
+  ) -> device_state.Params:
+    """Reads params, and returns `laid_out`."""
+    # Weight by weight, as they are read: no moment has two copies of all.
+    read = params.read(
+      lambda path, weight: (
+        layout.transpose_kernel(path, weight)
+        if self.has_transposed_kernels
+        else weight
+      )
+    )
+    return self.laid_out(read, model)
 
   def bytes_per_token(self, model: model_config.ModelConfig) -> float:
     """Returns the bytes of the KV cache of one token, all layers."""
@@ -77,13 +118,15 @@ def choose(
       ' engine.attention = auto'
     )
     if platform in _KERNELS:
-      kernel, attend = _KERNELS[platform]
+      kernel, module = _KERNELS[platform]
       # On TPU, heads narrower than a register take a register's memory anyway.
       channels = max(width, kernel.page_width)
       request = _request(config, model, dtype, channels)
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
       if not refusal:
+        # Here: it imports Pallas, without which other platforms start sooner.
+        attend = importlib.import_module(f'models.attention.{module}').attend
         return Backend(
           execution_lib.Execution(attend_cached=attend), channels, kv_dtype
         )

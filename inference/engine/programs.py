@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import device_state, inputs as inputs_lib, steps
+from hardware import compilation_cache
+from inference.engine import (
+  device_state,
+  inputs as inputs_lib,
+  layered,
+  program_store,
+  steps,
+)
 from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 
@@ -61,10 +68,23 @@ class Programs:
     self._table_width = table_width
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
-    self._decode_steps = decode_steps
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
+    (device,) = state.slots.last_B.devices()
+    self._is_layered = layered.suits(self._params, device.platform)
+    # Of one call. A layered step takes long beside the host's work.
+    self.decode_steps = 1 if self._is_layered else decode_steps
+    self._store = program_store.Store(
+      compilation_cache.directory(),
+      device,
+      model.config,
+      jnp.dtype(model.dtype).name,
+      program_store.describe_ports(model.execution),
+      program_store.describe((self._params, self._state)),
+      (chunk_tokens, table_width, vocab_size, self._sample_sizes),
+      self.decode_steps,
+    )
     self._compiled: dict[Any, Any] = {}
     first = self.shapes if compile_all else _holding_all(self.shapes)
     self._compile(['seat', 'recount', 'copy', *self._with_sizes(first)])
@@ -75,7 +95,11 @@ class Programs:
 
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns shapes, and before them the sizes that they sample with."""
-    sizes = [self._num_sampled(each) for each in shapes if each.num_chunks]
+    sizes = [
+      self._num_sampled(each)
+      for each in shapes
+      if each.num_chunks or self._is_layered
+    ]
     return [*dict.fromkeys(sizes), *shapes]
 
   def _compile(self, keys: list[Any]) -> None:
@@ -83,12 +107,15 @@ class Programs:
     # XLA compiles without Python's lock: several programs at once, and the next
     # one is traced meanwhile.
     with futures.ThreadPoolExecutor() as pool:
-      running = {
-        key: pool.submit(self._lower(key).compile)
+      made = {
+        key: pool.submit(self._store.load, key)
         for key in keys
         if key not in self._compiled
       }
-      for key, each in running.items():
+      for key, stored in made.items():
+        if stored.result() is None:
+          made[key] = pool.submit(self._store.keep, key, self._lower(key))
+      for key, each in made.items():
         self._compiled[key] = each.result()
 
   def _lower(self, key: Any) -> Any:
@@ -100,6 +127,9 @@ class Programs:
       layout = self._layout(key)
       flat_I = np.zeros((layout.size,), np.int32)
       static = {'model': self._model, 'vocab_size': self._vocab_size}
+      if self._is_layered:
+        inputs = inputs_lib.split(flat_I, layout)
+        return layered.lower(params, kv_cache, slots.last_B, inputs, **static)
       if key.num_chunks:
         return _prefill.lower(
           params, kv_cache, slots.last_B, flat_I, layout=layout, **static
@@ -109,7 +139,7 @@ class Programs:
         self._state,
         flat_I,
         layout=layout,
-        most=self._decode_steps,
+        most=self.decode_steps,
         **static,
       )
     if isinstance(key, int):
@@ -152,7 +182,7 @@ class Programs:
     )
 
   def _num_sampled(self, shape: steps.Shape) -> int:
-    if not shape.num_chunks:
+    if not shape.num_chunks and not self._is_layered:
       return shape.num_decodes
     return next(size for size in self._sample_sizes if size >= sum(shape))
 
@@ -171,11 +201,20 @@ class Programs:
       state: of the engine.
       flat_I: the inputs of the step, filled.
     """
-    if not shape.num_chunks:
-      return self._compiled[shape](params, state, flat_I)
-    kv_cache, logits_RV, prompt, where = self._compiled[shape](
-      params, state.kv_cache, state.slots.last_B, flat_I
-    )
+    program = self._compiled[shape]
+    if self._is_layered:
+      inputs = inputs_lib.split(flat_I, self._layout(shape))
+      # The prompt's logprobs come last, if the step has chunks.
+      kv_cache, logits_RV, *prompts = program(
+        params, state.kv_cache, state.slots.last_B, inputs
+      )
+      prompt, where = (*prompts, None)[0], _sampled(inputs)
+    elif shape.num_chunks:
+      kv_cache, logits_RV, prompt, where = program(
+        params, state.kv_cache, state.slots.last_B, flat_I
+      )
+    else:
+      return program(params, state, flat_I)
     sample = self._compiled[self._num_sampled(shape)]
     slots, outputs = sample(state.slots, logits_RV, *where)
     state = device_state.State(kv_cache, slots)
@@ -237,9 +276,13 @@ def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
   kv_cache, logits_RV, prompt = steps.prefill(
     params, kv_cache, last_B, inputs, **static
   )
+  return kv_cache, logits_RV, prompt, _sampled(inputs)
+
+
+def _sampled(inputs: steps.Inputs) -> tuple[Any, Any, Any]:
+  """Returns slots, positions and forced tokens of the tokens to sample."""
   positions_R = inputs.positions_T[inputs.rows_R] + 1
-  where = inputs.slots_R, positions_R, inputs.forced_R
-  return kv_cache, logits_RV, prompt, where
+  return inputs.slots_R, positions_R, inputs.forced_R
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))

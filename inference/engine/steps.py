@@ -204,7 +204,7 @@ def decode_step(
     the tokens that follow, float32 [R, V].
   """
   hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
-  return kv_cache, _logits(model, params, vocab_size, hidden_TD[inputs.rows_R])
+  return kv_cache, *finish(model, params, vocab_size, hidden_TD, inputs)
 
 
 @functools.partial(
@@ -231,11 +231,7 @@ def prefill(
     logprobs of the M prompt tokens in `inputs.targets_M`.
   """
   hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
-  logits_of = functools.partial(_logits, model, params, vocab_size)
-  num_decodes = inputs.decode_table_DL.shape[0]
-  logits_RV = logits_of(_last(hidden_TD, inputs, num_decodes))
-  prompt = _prompt_logprobs(hidden_TD[num_decodes:], inputs, logits_of)
-  return kv_cache, logits_RV, prompt
+  return kv_cache, *finish(model, params, vocab_size, hidden_TD, inputs)
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -285,23 +281,58 @@ def _hidden(
   model: transformer.Transformer,
 ) -> tuple[jax.Array, device_state.KVCache]:
   """Returns the final hidden states [T, D] and the updated KV cache."""
-  num_decodes = inputs.decode_table_DL.shape[0]
-  # The host may not know a decode's token yet: it is one step ahead.
-  known_D = inputs.tokens_T[:num_decodes]
-  last_D = last_B[inputs.slots_R[:num_decodes]]
-  tokens_T = jnp.concatenate(
-    [jnp.where(known_D < 0, last_D, known_D), inputs.tokens_T[num_decodes:]]
-  )
+  tokens_1T = _tokens(last_B, inputs)
   cache = tuple(
     kv_cache_lib.PagedLayer(
       pages, inputs.decode_table_DL, inputs.chunk_table_XL
     )
     for pages in kv_cache
   )
-  hidden_1TD, cache = _apply(
-    model, params, tokens_T[None], inputs.positions_T[None], cache, 'hidden'
+  hidden_1TD, cache = apply(
+    model, params, tokens_1T, inputs.positions_T[None], cache, method='hidden'
   )
   return hidden_1TD[0], tuple(layer.pages for layer in cache)
+
+
+def embedded(
+  params: device_state.Params,
+  last_B: jax.Array,
+  inputs: Inputs,
+  model: transformer.Transformer,
+) -> tuple[jax.Array, transformer.Shared]:
+  """Returns the first layer's input, [1, T, D], and what all layers share."""
+  tokens_1T, positions_1T = _tokens(last_B, inputs), inputs.positions_T[None]
+  return apply(
+    model, params, tokens_1T, positions_1T, has_cache=True, method='embedded'
+  )
+
+
+def _tokens(last_B: jax.Array, inputs: Inputs) -> jax.Array:
+  num_decodes = inputs.decode_table_DL.shape[0]
+  # The host may not know a decode's token yet: it is one step ahead.
+  known_D = inputs.tokens_T[:num_decodes]
+  last_D = last_B[inputs.slots_R[:num_decodes]]
+  known_D = jnp.where(known_D < 0, last_D, known_D)
+  return jnp.concatenate([known_D, inputs.tokens_T[num_decodes:]])[None]
+
+
+def finish(
+  model: transformer.Transformer,
+  params: device_state.Params,
+  vocab_size: int,
+  hidden_TD: jax.Array,
+  inputs: Inputs,
+) -> tuple[jax.Array] | tuple[jax.Array, logprobs_lib.Logprobs]:
+  """Returns the results of a step after its KV cache."""
+  logits_of = functools.partial(_logits, model, params, vocab_size)
+  num_decodes, num_chunks = (
+    table.shape[0] for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
+  )
+  if not num_chunks:
+    return (logits_of(hidden_TD[inputs.rows_R]),)
+  logits_RV = logits_of(_last(hidden_TD, inputs, num_decodes))
+  prompt = _prompt_logprobs(hidden_TD[num_decodes:], inputs, logits_of)
+  return logits_RV, prompt
 
 
 def _last(hidden_TD: jax.Array, inputs: Inputs, num_decodes: int) -> jax.Array:
@@ -327,7 +358,7 @@ def _logits(
   hidden_RD: jax.Array,
 ) -> jax.Array:
   # The head is the largest matrix: it sees the tokens that need logits only.
-  return _apply(model, params, hidden_RD, 'unembed')[..., :vocab_size]
+  return apply(model, params, hidden_RD, method='unembed')[..., :vocab_size]
 
 
 def _prompt_logprobs(
@@ -362,7 +393,7 @@ def _prompt_logprobs(
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
-def _apply(model: transformer.Transformer, params, *args) -> Any:
+def apply(model: transformer.Transformer, params, *args, **fields) -> Any:
+  """Applies a method of the model to the params of an engine."""
   # Flax's type of the result of `apply` fits no method in particular.
-  *args, method = args
-  return model.apply(layout.whole_kernels(params), *args, method=method)
+  return model.apply(layout.whole_kernels(params), *args, **fields)

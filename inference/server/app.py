@@ -36,7 +36,7 @@ from starlette import (
 )
 
 from checks import expect
-from frozen import format as frozen_format, manifest as manifest_lib
+from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine
 from inference.server import (
@@ -92,7 +92,7 @@ def create_app(
     await engine_loop.close()
     bodies.close()
     if engine_loop.generator:
-      _report_digest(engine_loop.generator.frozen)
+      _report_digest(engine_loop.generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
@@ -257,9 +257,9 @@ def _generator(engine_loop: engine_loop_lib.EngineLoop) -> generate.Generator:
   return engine_loop.generator
 
 
-def _report_digest(frozen: frozen_format.Frozen) -> None:
-  expected = frozen.manifest.weights_digest
-  digest = frozen_format.weights_digest(frozen.params)
+def _report_digest(generator: generate.Generator) -> None:
+  expected = generator.frozen.manifest.weights_digest
+  digest = generator.weights_digest()
   if digest == expected:
     _LOG.info('weights %s: unchanged', digest)
   else:

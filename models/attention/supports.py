@@ -15,9 +15,6 @@ import dataclasses
 import math
 
 import jax
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
-  kernel as ragged_paged,
-)
 import jax.numpy as jnp
 
 from models import kv_cache, model_config
@@ -107,6 +104,11 @@ def _ragged_heads(request: Request) -> str:
       f'got {kv_heads} key/value heads in {dtype.name}, expected 1, 2 or 4, or'
       ' a multiple of 8 (float32: of 4)'
     )
+  # Here, as all imports of Pallas: other platforms start without it.
+  from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+    kernel as ragged_paged,
+  )
+
   tile_heads, _ = ragged_paged.get_min_heads_per_blk(
     heads, 2 * kv_heads, dtype, dtype
   )

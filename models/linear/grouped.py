@@ -19,7 +19,6 @@ from collections.abc import Callable
 import functools
 
 import jax
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 import jax.numpy as jnp
 
 from models import remat
@@ -169,6 +168,9 @@ def _outer_in_tiles(x_JI, dy_JO, sizes_E, *, interpret: bool = False):
 
   XLA:TPU (jax 0.10) would multiply all rows for every group.
   """
+  # Here: other platforms start without Pallas.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
   num_rows, num_groups = x_JI.shape[0], sizes_E.shape[0]
   tile_I, tile_O = _tile(x_JI.shape[1]), _tile(dy_JO.shape[1])
   if not tile_I or not tile_O:

@@ -21,7 +21,7 @@ _TRANSFORMS = re.compile(r'\b(?:jvp|transpose|vmap|jit|pmap)\(|\)')
 # Scopes of transformations, and scopes that `nn.scan` and `nn.remat` open.
 _NOT_MODULES = ('checkpoint', 'rematted_computation', 'while', 'body')
 # Names of the model's own operations, outside of its modules, by method.
-_METHODS = {'hidden_and_routing': 'embedding', 'weighted_nll': 'loss'}
+_METHODS = {'embedded': 'embedding', 'weighted_nll': 'loss'}
 
 
 def leaf(path: tuple[Any, ...]) -> str:
