@@ -26,6 +26,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from inference.engine import compilations
 from storage import atomic
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -108,12 +109,14 @@ def _compiled_anew(lowered: Any) -> Any:
   """Returns a compiled program that is not from JAX's cache.
 
   XLA:CPU (jax 0.10) writes a program that it has read itself without a part of
-  its code. JAX's cache has it where only the source code has changed.
+  its code. JAX's cache has it where only the source code has changed; and the
+  process keeps what it has read for the next engine.
   """
   _count_hits()
-  before = _HITS.count
+  hits, compilations_before = _HITS.count, compilations.on_this_thread()
   program = lowered.compile()
-  if _HITS.count == before:
+  is_made = compilations.on_this_thread() > compilations_before
+  if is_made and _HITS.count == hits:
     return program
   # An option of another platform, which is a part of the key of JAX's cache.
   return lowered.compile({'xla_gpu_kernel_cache_file': secrets.token_hex(8)})
