@@ -130,6 +130,7 @@ def import_file(
     generation, notes = importing.read_generation(
       pathlib.Path(tokenizer_source)
     )
+    importing.check_ends(source, generation)
     return importing.freeze_source(
       source,
       out,

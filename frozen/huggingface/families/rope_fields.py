@@ -236,7 +236,13 @@ def _width(fields, given, head_width, family) -> int:
   return width
 
 
-def _rope(fields, given, head_width, family, original) -> Rope:
+def _rope(
+  fields: fields_lib.Fields,
+  given: fields_lib.Fields,
+  head_width: int,
+  family: Family,
+  original: int,
+) -> Rope:
   """Returns the Rope of an object; an `original` length of 0 is not given."""
   base = _base(fields, given, family)
   width = _width(fields, given, head_width, family)
