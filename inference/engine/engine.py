@@ -118,11 +118,8 @@ class Engine:
     model = transformer.Transformer(
       self.model_config, jnp.dtype(dtype), backend.execution
     )
-    with (
-      jax.default_device(device),
-      # A thread reads the weights: programs need their shapes alone.
-      futures.ThreadPoolExecutor(1) as pool,
-    ):
+    # A thread reads the weights: programs need their shapes alone.
+    with jax.default_device(device), futures.ThreadPoolExecutor(1) as pool:
       reading = pool.submit(backend.read, params, self.model_config)
       self._state = device_state.init_state(
         model,
