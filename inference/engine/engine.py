@@ -95,8 +95,7 @@ class Engine:
     params = device_state.unread(params)
     self.config = config
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
-    self.weights_digest = weights_digest
-    self.tokenizer = tokenizer
+    self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics = metrics.Metrics()
     device = params.device
     self.context = config.context(model_config.max_length)
