@@ -132,9 +132,9 @@ class Engine:
     model = transformer.Transformer(
       self.model_config, jnp.dtype(dtype), backend.execution
     )
+    # A thread reads the weights: programs need their shapes alone.
     with (
       jax.default_device(self._device),
-      # A thread reads the weights: programs need their shapes alone.
       futures.ThreadPoolExecutor(1) as pool,
     ):
       reading = pool.submit(backend.read, params, self.model_config)

@@ -1,7 +1,6 @@
 """The execution of an engine: the model's ports for a platform and numerics."""
 
 import dataclasses
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +16,7 @@ from models import (
 )
 from models.attention import supports
 
-# The kernels of the platforms that have one, and their modules.
-_KERNELS = {
-  'tpu': (supports.PAGED_TPU, 'paged_tpu'),
-  'gpu': (supports.PAGED_GPU, 'paged_gpu'),
-}
+_KERNELS = {'tpu': supports.PAGED_TPU, 'gpu': supports.PAGED_GPU}
 
 
 class Backend(NamedTuple):
@@ -118,17 +113,22 @@ def choose(
       ' engine.attention = auto'
     )
     if platform in _KERNELS:
-      kernel, module = _KERNELS[platform]
+      kernel = _KERNELS[platform]
       # On TPU, heads narrower than a register take a register's memory anyway.
       channels = max(width, kernel.page_width)
       request = _request(config, model, dtype, channels)
       request = dataclasses.replace(request, platform=platform)
       refusal = supports.problem(kernel, request)
       if not refusal:
-        # Here: it imports Pallas, without which other platforms start sooner.
-        attend = importlib.import_module(f'models.attention.{module}').attend
+        # Here: they import Pallas, without which a CPU starts sooner.
+        if platform == 'tpu':
+          from models.attention import paged_tpu as port
+        else:
+          from models.attention import paged_gpu as port
         return Backend(
-          execution_lib.Execution(attend_cached=attend), channels, kv_dtype
+          execution_lib.Execution(attend_cached=port.attend),
+          channels,
+          kv_dtype,
         )
     if config.attention == 'kernel':
       raise ValueError(f"engine.attention: got 'kernel', but {refusal}")

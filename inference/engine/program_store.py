@@ -20,13 +20,11 @@ import pickle
 import platform
 import secrets
 import sys
-import threading
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
-from inference.engine import compilations
 from storage import atomic
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -89,36 +87,13 @@ class Store:
     return self._directory / f'{digest}.program'
 
 
-class _Hits(threading.local):
-  count = 0  # programs that this thread got from JAX's cache
-
-
-_HITS = _Hits()
-
-
-@functools.cache
-def _count_hits() -> None:
-  def on_event(event: str, **_) -> None:
-    _HITS.count += event == '/jax/compilation_cache/cache_hits'
-
-  # JAX cannot remove listeners: one for the whole process.
-  jax.monitoring.register_event_listener(on_event)
-
-
 def _compiled_anew(lowered: Any) -> Any:
-  """Returns a compiled program that is not from JAX's cache.
+  """Returns a compiled program that is from no cache of JAX.
 
   XLA:CPU (jax 0.10) writes a program that it has read itself without a part of
-  its code. JAX's cache has it where only the source code has changed; and the
-  process keeps what it has read for the next engine.
+  its code.
   """
-  _count_hits()
-  hits, compilations_before = _HITS.count, compilations.on_this_thread()
-  program = lowered.compile()
-  is_made = compilations.on_this_thread() > compilations_before
-  if is_made and _HITS.count == hits:
-    return program
-  # An option of another platform, which is a part of the key of JAX's cache.
+  # An option of another platform, which makes the keys of JAX's caches differ.
   return lowered.compile({'xla_gpu_kernel_cache_file': secrets.token_hex(8)})
 
 

@@ -17,6 +17,8 @@ from unittest import mock
 
 from absl import app, flags, logging as absl_logging
 
+from hardware import compilation_cache
+
 ROOT = pathlib.Path(__file__).parents[2]
 _OURS = {path.stem for path in ROOT.iterdir() if not path.name.startswith('.')}
 
@@ -33,7 +35,8 @@ class Done:
 def run(path: str, *args: str, stdin: str = '') -> Done:
   """Runs `python PATH ARGS` from the root of the repository, in this process.
 
-  The flags, the environment and the logging of the test stay as they are.
+  The flags, the environment and the logging of the test stay as they are, and
+  so does the directory in which engines keep their programs.
   """
   out, err = (
     io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
@@ -42,6 +45,7 @@ def run(path: str, *args: str, stdin: str = '') -> Done:
   with (
     own_flags(),
     _own_logging(),
+    mock.patch.object(compilation_cache, '_directory', None),
     mock.patch.dict(os.environ),
     mock.patch.object(sys, 'argv', [path, *args]),
     mock.patch.object(sys, 'stdin', io.StringIO(stdin)),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frozen import format as frozen_format
 from inference import generate
 from inference.sampling import settings as settings_lib
 from models import transformer
@@ -24,7 +23,7 @@ def test_greedy_tokens_are_the_full_forwards(generator):
   ids = [*generator.prompt_ids('hello'), *completion.token_ids]
   model = transformer.Transformer(generator.frozen.config)
   logits_1TV, _ = model.apply(
-    generator.frozen.params, jnp.asarray([ids], jnp.int32)
+    generator.engine.params, jnp.asarray([ids], jnp.int32)
   )
   # Ids beyond the tokenizer's are never sampled.
   choice_T = np.argmax(logits_1TV[0, :, :259], axis=-1)
@@ -231,4 +230,4 @@ def test_closing_the_updates_stops_the_work(generator):
 def test_generation_leaves_the_weights_as_they_were(generator):
   digest = generator.frozen.manifest.weights_digest
   generator.generate(_PROMPTS, _GREEDY)
-  assert frozen_format.weights_digest(generator.frozen.params) == digest
+  assert generator.weights_digest() == digest

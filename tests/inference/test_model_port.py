@@ -17,7 +17,7 @@ def _logprobs(generator, ids):
   padded_1T = np.zeros((1, model_config.max_length), np.int32)
   padded_1T[0, : len(ids)] = ids
   logits_1TV, _ = jax.jit(model.apply)(
-    generator.frozen.params, jnp.asarray(padded_1T)
+    generator.engine.params, jnp.asarray(padded_1T)
   )
   logits_TV = np.asarray(logits_1TV[0, : len(ids), :259], np.float64)
   return logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)

@@ -78,7 +78,7 @@ def test_greedy_tokens_are_the_full_forwards(tmp_path, name):
     start = generator.prompt_ids(prompt)
     ids = [*start, *completion.token_ids]
     padded_1T = jnp.asarray([ids + [0] * (64 - len(ids))], jnp.int32)
-    logits_1TV, _ = apply(generator.frozen.params, padded_1T)
+    logits_1TV, _ = apply(generator.engine.params, padded_1T)
     choice_T = np.argmax(logits_1TV[0, :, :259], axis=-1)
     expected = choice_T[len(start) - 1 : len(ids) - 1].tolist()
     assert completion.token_ids == expected

@@ -40,3 +40,11 @@ def test_transposed_kernels_are_the_same_kernels():
     np.testing.assert_array_equal, layout.whole_kernels(transposed), params
   )
   assert layout.whole_kernels(params) == params
+  again = layout.transpose_kernels(transposed)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a, b), again, transposed
+  )
+  on_host = layout.host_kernels(transposed)
+  jax.tree.map(np.testing.assert_array_equal, on_host, params)
+  view = on_host['params']['layer_0']['mlp']['up']['kernel']
+  assert np.shares_memory(view, np.asarray(stored.kernel_OI))
