@@ -132,6 +132,12 @@ def test_a_resumed_run_keeps_the_order_of_its_sums(gpu, where):
   assert found.execution.loss_chunk_logits == 2**24
 
 
+def test_plain_attention_is_compiled_once_for_all_layers(gpu):
+  found, reasons = choices.make(_experiment(compute_dtype='float32'), gpu)
+  assert found.execution.layers == 'scanned'
+  assert 'layers scanned (the program compiles one of them)' in reasons
+
+
 def test_stages_loop_over_their_layers(gpu):
   experiment = _experiment(parallel={'stage': 2})
   devices = targets.devices(targets.parse('h100:2'))
