@@ -36,6 +36,7 @@ def _experiment(**fields):
         vocab_size=512,
         num_layers=4,
         model_width=256,
+        head_width=16,
         max_length=256,
         scan_layers=True,
       ),  # fmt: skip
