@@ -58,13 +58,15 @@ class LossSums(NamedTuple):
 
 
 def num_chunks(
-  batch: int,
-  time: int,
-  vocab_size: int,
-  max_logits: int = MAX_CHUNK_LOGITS,
+  batch: int, time: int, vocab_size: int, max_logits: int = 0
 ) -> int:
-  """Returns the number of chunks of equal length that time is cut into."""
-  wanted = -(-batch * time * vocab_size // max_logits)
+  """Returns the number of chunks of equal length that time is cut into.
+
+  Args:
+    max_logits: of a chunk; 0: MAX_CHUNK_LOGITS.
+  """
+  most = max_logits or MAX_CHUNK_LOGITS
+  wanted = -(-batch * time * vocab_size // most)
   return next(n for n in range(min(wanted, time), time + 1) if time % n == 0)
 
 
@@ -104,15 +106,15 @@ def chunked_nll(
   form: LossForm,
   *,
   vocab_shards: int = 1,
-  max_logits: int = MAX_CHUNK_LOGITS,
+  max_logits: int = 0,
 ) -> LossSums:
   """Returns `weighted_nll` with the number of chunks that the shapes need.
 
   Args:
     vocab_shards: devices that split the vocabulary; each holds that part of the
       logits of a chunk.
-    max_logits: of a chunk on a device. Another number adds up the same terms in
-      another order.
+    max_logits: of a chunk on a device; 0: MAX_CHUNK_LOGITS. Another number adds
+      up the same terms in another order.
   """
   batch, time = weights_BT.shape
   vocab_size = -(-head_VD.shape[0] // vocab_shards)

@@ -119,5 +119,6 @@ def test_the_tests_run_with_full_precision(monkeypatch):
   monkeypatch.setattr(gpu_tests.subprocess, 'run', run)
   assert gpu_tests.main([]) == 0
   ((command, env),) = ran
-  assert command[:5] == [sys.executable, '-m', 'pytest', '-m', 'gpu']
+  assert command[:4] == [sys.executable, '-m', 'pytest', '-m']
+  assert command[4] == 'gpu and not slow'
   assert env['JAX_DEFAULT_MATMUL_PRECISION'] == 'highest'

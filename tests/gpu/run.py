@@ -11,7 +11,8 @@ import sys
 
 from hardware import gpu_environment
 
-_ARGS = '-m', 'gpu', '-p', 'no:xdist', '-W', 'default', '--durations=10'
+# Slow tests compile for GPUs that are not here, and hide the one that is.
+_ARGS = '-m', 'gpu and not slow', '-W', 'default', '--durations=10'
 
 
 def main(args: list[str]) -> int:

@@ -11,6 +11,7 @@ import pytest
 from models.attention import cudnn_gpu, dense, form as form_lib
 from tests.helpers import gpu, tiny_experiment, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
+from training.planning import choices
 
 pytestmark = gpu.MARKS
 
@@ -104,10 +105,14 @@ def test_steps_equal_those_of_plain_attention(remat, layers, max_documents):
 
 
 def test_nothing_is_left_to_choose_on_this_gpu():
-  from training.planning import choices
-
   experiment = dataclasses.replace(
-    tiny_experiment.make(), execution=experiment_lib.ExecutionConfig()
+    tiny_experiment.make(
+      model=tiny_models.llama_like(
+        vocab_size=64, head_width=16, scan_layers=True
+      ),
+      compute_dtype='bfloat16',
+    ),
+    execution=experiment_lib.ExecutionConfig(),
   )
   found, reasons = choices.make(experiment, jax.devices()[:1])
   assert found.execution.layers == 'apart'

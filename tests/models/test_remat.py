@@ -22,13 +22,13 @@ BATCH = tiny_models.batch(
 
 
 @functools.cache
-def _parts(policy, scan_layers, dtype):
+def _parts(policy, scan_layers, dtype, **ports):
   config = tiny_models.llama_like(
     scan_layers=scan_layers, num_layers=4, model_width=64, mlp_width=128,
     head_width=16, max_length=64,
   )  # fmt: skip
   model = transformer.Transformer(
-    config, dtype, execution.Execution(remat=policy)
+    config, dtype, execution.Execution(remat=policy, **ports)
   )
   init = jax.jit(model.init)
 
@@ -39,8 +39,8 @@ def _parts(policy, scan_layers, dtype):
   return init, jax.jit(jax.value_and_grad(loss)).lower(shapes).compile()
 
 
-def _value_and_gradients(policy, scan_layers, dtype):
-  init, run = _parts(policy, scan_layers, dtype)
+def _value_and_gradients(policy, scan_layers, dtype, **ports):
+  init, run = _parts(policy, scan_layers, dtype, **ports)
   params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   return run(params)
 
@@ -59,6 +59,23 @@ def test_losses_and_gradients_are_those_of_storing_everything(
   # Made again inside another loop, results may be fused, and so rounded,
   # otherwise: a few units in the last place of sums of hundreds.
   jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-6 * float(jnp.max(jnp.abs(b)))
+    ),
+    got[1],
+    expected[1],
+  )
+
+
+@pytest.mark.parametrize('policy', ['none', 'minimal', 'full'])
+def test_layers_apart_and_activations_made_again_train_the_same(policy):
+  expected = _value_and_gradients('none', True, jnp.float32)
+  got = _value_and_gradients(
+    policy, True, jnp.float32, is_unrolled=True, recomputes_activation=True
+  )
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+  jax.tree.map(
+    # Fused, and so rounded, otherwise: see above.
     lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-5, atol=1e-6 * float(jnp.max(jnp.abs(b)))
     ),

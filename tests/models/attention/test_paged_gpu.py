@@ -15,6 +15,10 @@ from models import kv_cache
 from models.attention import dense, form as form_lib, paged, paged_gpu, supports
 from tests.helpers import absent_devices, tiny_models
 
+# On a GPU, where products of float32 are not of float32 by default: with the
+# environment of `make test-gpu`.
+pytestmark = pytest.mark.gpu
+
 _NUM_KV, _GROUPS = 2, 3
 _SLOTS = 192  # of a sequence, in three tiles
 _ROWS = 24  # of a chunk; with three heads each more than one program takes

@@ -57,6 +57,12 @@ CAPABILITIES = [
     'devices of platform cpu',
   ),
   (
+    'least_capability',
+    lambda path: path.least_capability <= (7, 0),
+    Request(capability=(7, 0)),
+    'compute capability 7.0',
+  ),
+  (
     'has_split_rows',
     lambda path: path.has_split_rows,
     Request(context=2, row_length=128),

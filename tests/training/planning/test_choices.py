@@ -36,6 +36,7 @@ def _experiment(**fields):
         vocab_size=512,
         num_layers=4,
         model_width=256,
+        head_width=16,
         max_length=256,
         scan_layers=True,
       ),  # fmt: skip
@@ -130,6 +131,12 @@ def test_a_resumed_run_keeps_the_order_of_its_sums(gpu, where):
   own = dataclasses.replace(AUTO, loss_chunk_logits=2**24)
   found, _ = choices.make(_experiment(execution=own), devices, before)
   assert found.execution.loss_chunk_logits == 2**24
+
+
+def test_plain_attention_is_compiled_once_for_all_layers(gpu):
+  found, reasons = choices.make(_experiment(compute_dtype='float32'), gpu)
+  assert found.execution.layers == 'scanned'
+  assert 'layers scanned (the program compiles one of them)' in reasons
 
 
 def test_stages_loop_over_their_layers(gpu):
