@@ -333,19 +333,19 @@ async def abuse(
   with futures.ProcessPoolExecutor(2, spawn) as probers, _control() as other:
     where, control = (target.host, target.port), ('127.0.0.1', other)
 
-    def probed(*where, seconds):
+    def probed(where: tuple[str, int], seconds: float):
       return loop.run_in_executor(probers, probe, *where, seconds)
 
-    both = [probed(*each, seconds=1) for each in (where, control)]
+    both = [probed(each, 1.0) for each in (where, control)]
     await asyncio.gather(*both)  # imports
-    idle = await probed(*where, seconds=seconds / 8)
+    idle = await probed(where, seconds / 8)
     target.deadline = loop.time() + seconds
     clients = [
       asyncio.create_task(_repeated(target, do))
       for num, do in ((num_clients, _stream), *ABUSES.values())
       for _ in range(num)
     ]
-    both = [probed(*each, seconds=seconds) for each in (where, control)]
+    both = [probed(each, seconds) for each in (where, control)]
     # The first quarter fills caches, and brings the threads and buffers.
     await asyncio.sleep(seconds / 4)
     before = _memory_mib(pid)

@@ -25,7 +25,7 @@ from inference.server import schema, server_config, thread_priority
 _LONG = 64 * 1024  # bytes; the text of a shorter body takes milliseconds
 _MOST_LONG = 8  # long bodies in memory
 _PAUSE = 3  # times the duration of long work
-_MOST_PAUSE_SECONDS = 0.3
+_MOST_PAUSE_SECONDS = 1.0
 _NUM_THREADS = 2  # for short bodies
 
 _Result = TypeVar('_Result')

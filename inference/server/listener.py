@@ -11,6 +11,7 @@ import contextlib
 import os
 import resource
 import socket
+from typing import Any
 
 import uvicorn
 
@@ -103,7 +104,8 @@ class Listener(uvicorn.Server):
       opening.add_done_callback(self._opening.discard)
 
   def _protocol(self) -> asyncio.Protocol:
-    return self.config.http_protocol_class(
+    make: Any = self.config.http_protocol_class
+    return make(
       config=self.config,
       server_state=self.server_state,
       app_state=self.lifespan.state,

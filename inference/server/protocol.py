@@ -165,7 +165,8 @@ class _Protocol(h11_impl.H11Protocol):
 
   def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
     """Takes a connection, in place of an idle one if there are too many."""
-    super().connection_made(_Lingering(transport, self._linger))  # pyright: ignore[reportArgumentType]
+    self._lingering = _Lingering(transport, self._linger)
+    super().connection_made(self._lingering)  # pyright: ignore[reportArgumentType]
     # Whatever the kernel does not take at once starts the timer of writing.
     transport.set_write_buffer_limits(high=0)
     most = self._limits.max_connections
@@ -179,7 +180,7 @@ class _Protocol(h11_impl.H11Protocol):
 
   def connection_lost(self, exc: Exception | None) -> None:
     """Stops the timers, and frees what the connection holds."""
-    self.transport.detach()
+    self._lingering.detach()
     self._stop_reading()
     super().connection_lost(exc)  # its `resume_writing` stops the other timer
     self._unset_keepalive_if_required()
@@ -209,14 +210,14 @@ class _Protocol(h11_impl.H11Protocol):
     if self.transport.is_closing():
       return
     if not self.conn.num_left:
-      if self.transport.hold():
+      if self._lingering.hold():
         self.loop.call_soon(self._take_turn)
     elif self._is_unread:
       self._drain.add(self)
 
   def _take_turn(self) -> None:
     self.conn.num_left = _TURN_CHUNKS
-    self.transport.release(is_paused=self.flow.read_paused)
+    self._lingering.release(is_paused=self.flow.read_paused)
     if not self.transport.is_closing():
       self.handle_events()
 
