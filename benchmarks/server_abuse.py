@@ -5,11 +5,14 @@
 Starts serve.py on a free loopback port. `--clients` clients stream completions
 for `--seconds`. Beside them run the abuses of `ABUSES`, each in a fixed number:
 bodies that are too large, hostile or never whole, heads that never end, clients
-that stop reading or leave, requests that could be read in two ways. Reports the
-latency of /health beside its latency before, the memory of the server, and the
-statuses. Fails if any answer is a 5xx, or if a stream does not end.
+that stop reading or leave, requests that could be read in two ways, heads and
+chunks that take long to parse. Reports the latency of /health beside its
+latency before, the memory of the server, the statuses, and the goals. Fails if
+any answer is a 5xx, or if a stream does not end.
 
-The abuses share the cores of this machine with the server.
+The clients share the cores of this machine with the server. So a control is
+probed at the same time: another process that answers and does nothing else. Its
+latency is what the load of the machine costs; the server causes the rest.
 """
 
 import asyncio
@@ -20,10 +23,12 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+from multiprocessing import connection
 import pathlib
 import re
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,6 +43,9 @@ from checks import path_flags
 _NAME = 'abused'  # of the model in requests
 _PROBE_SECONDS = 0.05
 _TYPE = 'content-type: application/json'
+# The goals of a run.
+_MOST_ADDED_MS = 100.0  # to the p99 of /health
+_MOST_GROWTH = 1.02  # of memory, from a quarter of the run to its end
 
 
 @dataclasses.dataclass
@@ -82,9 +90,13 @@ class Target:
       answer = b''
       with contextlib.suppress(OSError):
         answer = await reader.read(-1)
+    self.count(who, answer)
+    return answer
+
+  def count(self, who: str, answer: bytes) -> None:
+    """Counts the status of an answer, if there is one."""
     if found := re.match(rb'HTTP/1.1 (\d+)', answer):
       self.statuses[who][int(found[1])] += 1
-    return answer
 
 
 def _json(value: Any) -> bytes:
@@ -106,26 +118,33 @@ async def _stream(target: Target) -> None:
     target.num_cut += 1
 
 
+# Made once: the clients share the cores with the server.
+_LARGE = b'x' * 2**23
+_LONG = 'x' * 10**6
+_WORDS = _json({'prompt': 'word ' * 2 * 10**5})
+_UNREAD = _json({'prompt': _LONG})
+_HOSTILE = (
+  b'"prompt":[' + b'1.5,' * 2 * 10**5 + b'1]',
+  b'"prompt":[' + b'[],' * 3 * 10**5 + b'1]',
+  b'"prompt":"a","stop":[' + b'"a",' * 10**5 + b'1]',
+  b'"prompt":' + b'[' * 10**6,
+  b'"prompt":"a","logit_bias":{' + b'"1":1,' * 10**5 + b'"1":1}',
+)
+_HEADERS = b''.join(b'x%d: y\r\n' % i for i in range(10**4))
+_CHUNKS = b'1\r\nx\r\n' * 10**5
+_PIPELINED = b'GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n' * 1000
+
+
 async def _large_body(target: Target) -> None:
-  await target.ask('large body', _COMPLETE, b'x' * 2**23)
+  await target.ask('large body', _COMPLETE, _LARGE)
 
 
 async def _long_prompt(target: Target) -> None:
-  await target.ask('long prompt', _COMPLETE, target.body(prompt='x' * 10**6))
+  await target.ask('long prompt', _COMPLETE, target.body(prompt=_LONG))
 
 
 async def _long_text(target: Target) -> None:
-  body = _json({'prompt': 'word ' * 2 * 10**5})
-  await target.ask('long text', 'POST /tokenize HTTP/1.1', body)
-
-
-# Made once: the clients share the cores with the server.
-_HOSTILE = (
-  b'"prompt":[' + b'1.5,' * 4 * 10**5 + b'1]',
-  b'"prompt":[' + b'[],' * 5 * 10**5 + b'1]',
-  b'"prompt":"a","stop":[' + b'"a",' * 10**5 + b'1]',
-  b'"prompt":' + b'[' * 10**6,
-)
+  await target.ask('long text', 'POST /tokenize HTTP/1.1', _WORDS)
 
 
 async def _hostile_json(target: Target) -> None:
@@ -150,9 +169,8 @@ async def _half_body(target: Target) -> None:
 
 
 async def _stalled_reader(target: Target) -> None:
-  body = _json({'prompt': 'x' * 10**6})
   async with target.connection() as (reader, writer):
-    writer.write(_head('POST /tokenize HTTP/1.1', body) + body)
+    writer.write(_head('POST /tokenize HTTP/1.1', _UNREAD) + _UNREAD)
     await reader.read(1)
     writer.transport.pause_reading()  # pyright: ignore[reportAttributeAccessIssue]
     while not target.is_over:
@@ -163,7 +181,7 @@ async def _leaver(target: Target) -> None:
   body = target.body(stream=True, max_tokens=200, ignore_eos=True)
   async with target.connection() as (reader, writer):
     writer.write(_head(_COMPLETE, body) + body)
-    await reader.read(1)
+    target.count('leaver', await reader.read(12))
 
 
 async def _smuggler(target: Target) -> None:
@@ -174,8 +192,46 @@ async def _smuggler(target: Target) -> None:
     answer = b''
     with contextlib.suppress(OSError):
       answer = await reader.read(-1)
+    target.count('smuggler', answer)
     if answer.count(b'HTTP/1.1 ') > 1:
       raise ValueError(f'smuggled: {answer[:500]!r}')
+
+
+async def _bytes(target: Target, who: str, sent: bytes) -> None:
+  """Sends bytes that take long to parse, and reads until it is stopped."""
+  async with target.connection() as (reader, writer):
+    writer.write(sent)
+    with contextlib.suppress(OSError):
+      target.count(who, await reader.read(-1))
+
+
+async def _many_headers(target: Target) -> None:
+  head = b'GET /v1/models HTTP/1.1\r\nhost: a\r\n'
+  await _bytes(target, 'many headers', head + _HEADERS + b'\r\n')
+
+
+async def _short_chunks(target: Target) -> None:
+  head = f'{_COMPLETE}\r\nhost: a\r\n{_TYPE}\r\ntransfer-encoding: chunked'
+  await _bytes(target, 'short chunks', f'{head}\r\n\r\n'.encode() + _CHUNKS)
+
+
+async def _pipelined(target: Target) -> None:
+  end = b'GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n'
+  await _bytes(target, 'pipelined', _PIPELINED + end)
+
+
+async def _silent(target: Target) -> None:
+  await _half(target, b'')
+
+
+async def _reset(target: Target) -> None:
+  """Asks for much, and resets the connection in the middle of a stream."""
+  body = target.body(stream=True, max_tokens=200, n=16)
+  async with target.connection() as (reader, writer):
+    writer.write(_head(_COMPLETE, body) + body)
+    target.count('reset', await reader.read(2000))
+    own = writer.get_extra_info('socket')
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
 
 # The number of clients that commit each abuse at once, and the abuse.
@@ -189,6 +245,11 @@ ABUSES: dict[str, tuple[int, Callable[[Target], Awaitable[None]]]] = {
   'stalled reader': (8, _stalled_reader),
   'leaver': (8, _leaver),
   'smuggler': (4, _smuggler),
+  'many headers': (2, _many_headers),
+  'short chunks': (2, _short_chunks),
+  'pipelined': (1, _pipelined),
+  'silent': (200, _silent),
+  'reset': (2, _reset),
 }
 
 
@@ -223,6 +284,35 @@ def probe(host: str, port: int, seconds: float) -> list[float]:
   return taken
 
 
+def answer_only(found: connection.Connection) -> None:
+  """Serves 200 to every request: the control. Sends its port to `found`."""
+
+  async def answer(reader, writer):
+    await reader.readuntil(b'\r\n\r\n')
+    writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n')
+    writer.close()
+
+  async def serve():
+    server = await asyncio.start_server(answer, '127.0.0.1', 0)
+    found.send(server.sockets[0].getsockname()[1])
+    await server.serve_forever()
+
+  asyncio.run(serve())
+
+
+@contextlib.contextmanager
+def _control():
+  """Starts the control; yields its port."""
+  spawn = multiprocessing.get_context('spawn')
+  receiver, sender = spawn.Pipe(duplex=False)
+  process = spawn.Process(target=answer_only, args=(sender,), daemon=True)
+  process.start()
+  try:
+    yield receiver.recv()
+  finally:
+    process.terminate()
+
+
 def _memory_mib(pid: int) -> float:
   status = pathlib.Path(f'/proc/{pid}/status').read_text(encoding='utf-8')
   (found,) = re.findall(r'VmRSS:\s+(\d+) kB', status)
@@ -240,21 +330,26 @@ async def abuse(
   """
   loop = asyncio.get_running_loop()
   spawn = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(1, spawn) as prober:
-    where = target.host, target.port
-    await loop.run_in_executor(prober, probe, *where, 0.5)  # imports
-    idle = await loop.run_in_executor(prober, probe, *where, seconds / 8)
+  with futures.ProcessPoolExecutor(2, spawn) as probers, _control() as other:
+    where, control = (target.host, target.port), ('127.0.0.1', other)
+
+    def probed(where: tuple[str, int], seconds: float):
+      return loop.run_in_executor(probers, probe, *where, seconds)
+
+    both = [probed(each, 1.0) for each in (where, control)]
+    await asyncio.gather(*both)  # imports
+    idle = await probed(where, seconds / 8)
     target.deadline = loop.time() + seconds
     clients = [
       asyncio.create_task(_repeated(target, do))
       for num, do in ((num_clients, _stream), *ABUSES.values())
       for _ in range(num)
     ]
-    probing = loop.run_in_executor(prober, probe, *where, seconds)
+    both = [probed(each, seconds) for each in (where, control)]
     # The first quarter fills caches, and brings the threads and buffers.
     await asyncio.sleep(seconds / 4)
     before = _memory_mib(pid)
-    probed = await probing
+    health, control = await asyncio.gather(*both)
   after = _memory_mib(pid)
   # Clients that the server lets wait are given up; the others end themselves.
   _, late = await asyncio.wait(clients, timeout=seconds)
@@ -274,7 +369,8 @@ async def abuse(
     'clients': num_clients,
     'seconds': seconds,
     'health_idle_ms': _percentiles(idle),
-    'health_ms': _percentiles(probed),
+    'health_ms': _percentiles(health),
+    'control_ms': _percentiles(control),
     'memory_mib': {'after_a_quarter': before, 'at_the_end': after},
     'statuses': {who: dict(each) for who, each in target.statuses.items()},
   }
@@ -289,11 +385,25 @@ def report(result: entry.Result) -> str:
   """Returns the figures as text."""
   rows = [
     f'{name:17}' + '  '.join(f'{key} {value:,.1f}' for key, value in each)
-    for name in ('health_idle_ms', 'health_ms', 'memory_mib')
+    for name in ('health_idle_ms', 'health_ms', 'control_ms', 'memory_mib')
     for each in [result[name].items()]
+  ]
+  added = result['health_ms']['p99'] - result['health_idle_ms']['p99']
+  growth = (
+    result['memory_mib']['at_the_end'] / result['memory_mib']['after_a_quarter']
+  )
+  rows += [
+    f'goal             p99 of /health at most {_MOST_ADDED_MS:.0f} ms above'
+    f' idle: {added:,.1f} {_verdict(added <= _MOST_ADDED_MS)}',
+    f'goal             memory at most {_MOST_GROWTH:.2f} of that after a'
+    f' quarter: {growth:.3f} {_verdict(growth <= _MOST_GROWTH)}',
   ]
   rows += [f'{who:17}{each}' for who, each in result['statuses'].items()]
   return '\n'.join(rows)
+
+
+def _verdict(is_met: bool) -> str:
+  return '(met)' if is_met else '(MISSED)'
 
 
 def _port_of(process: subprocess.Popen, log: str) -> int:

@@ -1,5 +1,6 @@
 """serve.py as a user runs it; servers in processes of their own."""
 
+from concurrent import futures
 import re
 import shutil
 import signal
@@ -379,6 +380,52 @@ def test_port_serves_until_it_is_stopped(model, tmp_path):
   assert digest in out
   assert f'weights {digest}: unchanged' in err
   assert 'Traceback' not in err
+
+
+def test_streams_that_outlast_the_drain_end_with_an_error(tmp_path):
+  """SIGTERM, while more is asked than one second can answer."""
+  directory = tmp_path / 'long'
+  config = frozen_dirs.config(num_layers=1, max_length=8192)
+  frozen_dirs.write(directory, config=config)
+  process = _start(
+    f'--model={directory}', '--port=0', '--drain_seconds=1', *_ENGINE
+  )
+  body = {
+    'model': 'long',
+    'prompt': 'a',
+    'max_tokens': 8000,
+    'ignore_eos': True,
+  }
+  try:
+    url = f'{_url(process)}/v1/completions'
+    _wait_for(url.replace('v1/completions', 'ready'), process)
+    with futures.ThreadPoolExecutor(8) as pool:
+      asked = [
+        pool.submit(
+          httpx2.post, url, json={**body, 'stream': which % 2 > 0}, timeout=120
+        )
+        for which in range(8)
+      ]
+      time.sleep(1)  # until the first have begun
+      process.send_signal(signal.SIGTERM)
+      answers = [each.result() for each in asked]
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 0
+  assert 'Traceback' not in err
+  assert 'unchanged' in err
+  whole, streams = answers[::2], answers[1::2]
+  stopped = [each for each in whole if each.status_code == 503]
+  assert all(each.status_code in (200, 503) for each in whole), whole[0].text
+  assert len(stopped) > 1  # one sequence runs at a time
+  for each in stopped:
+    assert int(each.headers['retry-after']) > 0
+    assert each.json()['error']['code'] == 'stopped'
+  for each in streams:
+    assert each.status_code == 200
+    assert each.text.endswith('data: [DONE]\n\n')
+  assert sum('"code": "stopped"' in each.text for each in streams) > 1
 
 
 def test_a_server_that_still_compiles_stops_at_once(model, tmp_path):

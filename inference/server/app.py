@@ -20,7 +20,7 @@ messages, and a second form of `completions.Answer` writes the answer.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 import contextlib
 import json
 import logging
@@ -49,6 +49,7 @@ from inference.server import (
   schema,
   server_config,
   tokenization,
+  turns,
 )
 
 _LOG = logging.getLogger('uvicorn.error')
@@ -56,7 +57,10 @@ _CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
 _TokenizerRequest = TypeVar(
   '_TokenizerRequest', schema.TokenizeRequest, schema.DetokenizeRequest
 )
+_Result = TypeVar('_Result')
 _PIECE = 10_000  # entries of a list that are written at once
+# `json.dumps` would make an encoder for each token.
+_event_json = json.JSONEncoder(allow_nan=False).encode
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -98,6 +102,7 @@ def create_app(
   app.state.end_requests = end_requests
   app.add_middleware(api_keys.Authentication, keys=keys)
   app.add_middleware(protocol.Framing)
+  app.add_middleware(turns.Turns)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(schema.ApiError, _on_api_error)
@@ -111,7 +116,9 @@ def create_app(
     generator = _generator(engine_loop)
 
     def prepared(raw: bytes) -> completions.Answer:
-      body = schema.parsed(schema.CompletionRequest, raw)
+      body = schema.parsed(
+        schema.CompletionRequest, raw, context=generator.engine.context
+      )
       _check_model(body.model, model_name)
       body.check(is_shared=keys is not None)
       return completions.Answer(
@@ -184,7 +191,7 @@ def _add_tokenizer(
     generator = _generator(engine_loop)
 
     def work(raw: bytes) -> responses.Response:
-      body = schema.parsed(kind, raw)
+      body = schema.parsed(kind, raw, context=generator.engine.context)
       _check_model(body.model or model_name, model_name)
       return _written(answer(generator, body))
 
@@ -324,26 +331,35 @@ async def _unless_disconnected(
   request: fastapi.Request, work: Coroutine[Any, Any, responses.Response]
 ) -> responses.Response:
   """Awaits an answer, until the client disconnects."""
-
-  async def disconnected():
-    # The body of the request has been read: the next message is a disconnect.
-    while (await request.receive())['type'] != 'http.disconnect':
-      pass
-
-  working = asyncio.create_task(work)
-  watching = asyncio.create_task(disconnected())
   try:
-    await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-    if not working.done():
-      return responses.Response(status_code=_CLIENT_CLOSED_REQUEST)
-    return working.result()
+    answer = await _until_left(request.receive, work)
   except schema.ApiError:
     raise
   except Exception as error:
     return _failure(error).response()
+  return answer or responses.Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+async def _until_left(
+  receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, _Result]
+) -> _Result | None:
+  """Returns what `work` returns; cancels it if the client disconnects."""
+
+  async def left():
+    # The body of the request has been read: the next message is a disconnect.
+    while (await receive())['type'] != 'http.disconnect':
+      pass
+
+  tasks = working, _ = [asyncio.create_task(each) for each in (work, left())]
+  try:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    return working.result() if working.done() else None
   finally:
-    working.cancel()
-    watching.cancel()
+    for task in tasks:
+      task.cancel()
+    await asyncio.wait(tasks)
+    # An error of `work` holds this frame; the frame must not hold the error.
+    del task, tasks, working, _
 
 
 async def _events(
@@ -353,10 +369,10 @@ async def _events(
   try:
     async with contextlib.aclosing(chunks):
       async for chunk in chunks:
-        yield f'data: {json.dumps(chunk, allow_nan=False)}\n\n'
+        yield f'data: {_event_json(chunk)}\n\n'
   except Exception as error:
     # The status 200 is sent. Clients raise on an event with the key 'error'.
-    yield f'data: {json.dumps(_failure(error).body())}\n\n'
+    yield f'data: {_event_json(_failure(error).body())}\n\n'
   yield 'data: [DONE]\n\n'
 
 
@@ -375,7 +391,7 @@ class _EventStream(responses.StreamingResponse):
     # Closed here too: a generator that never started runs no `finally`.
     with contextlib.closing(self._updates):
       async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
-        await super().__call__(scope, receive, send)
+        await _until_left(receive, self.stream_response(send))
 
 
 class _RequestId:

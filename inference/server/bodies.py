@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import fastapi
 
 from checks import expect
-from inference.server import schema, server_config
+from inference.server import schema, server_config, thread_priority
 
 _LONG = 64 * 1024  # bytes; the text of a shorter body takes milliseconds
 _MOST_LONG = 8  # long bodies in memory
 _PAUSE = 3  # times the duration of long work
-_MOST_PAUSE_SECONDS = 0.3
+_MOST_PAUSE_SECONDS = 1.0
 _NUM_THREADS = 2  # for short bodies
 
 _Result = TypeVar('_Result')
@@ -37,8 +37,10 @@ class Bodies:
   def __init__(self, config: server_config.ServerConfig):
     """Makes the threads, which start when the first work arrives."""
     self._config = config
-    self._short = futures.ThreadPoolExecutor(_NUM_THREADS, 'text')
-    self._long = futures.ThreadPoolExecutor(1, 'long-text')
+    self._short, self._long = (
+      futures.ThreadPoolExecutor(num, name, initializer=thread_priority.lower)
+      for num, name in ((_NUM_THREADS, 'text'), (1, 'long-text'))
+    )
     self._may_be_long = asyncio.Semaphore(_MOST_LONG)
     self._timers: set[asyncio.Timeout] = set()
     self._is_stopped = False

@@ -32,6 +32,7 @@ import time
 
 from inference import generate
 from inference.engine import engine as engine_lib, requests as requests_lib
+from inference.server import thread_priority
 
 _LOG = logging.getLogger('uvicorn.error')
 
@@ -99,6 +100,7 @@ class EngineLoop:
     load: Callable[[], generate.Generator],
     *,
     on_load_failure: Callable[[], None] = lambda: None,
+    on_compiled: Callable[[], None] = lambda: None,
   ):
     """Makes the thread without starting it.
 
@@ -106,10 +108,12 @@ class EngineLoop:
       load: makes the generator; called in the thread.
       on_load_failure: called in the event loop if `load` raises; the error is
         in `failure`.
+      on_compiled: called in a thread when all programs are compiled.
     """
     self.generator: generate.Generator | None = None
     self.failure: Exception | None = None
     self._load, self._on_load_failure = load, on_load_failure
+    self._on_compiled = on_compiled
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
     self._open: dict[int, _Open] = {}  # by request id; used in the thread only
     self._is_closed = False
@@ -181,6 +185,7 @@ class EngineLoop:
   # In the thread
 
   def _run(self) -> None:
+    thread_priority.lower()  # first, so that XLA's threads have it too
     try:
       self.generator = self._load()
     except Exception as error:
@@ -207,6 +212,7 @@ class EngineLoop:
       # The programs that exist can compute every step.
       _LOG.error('programs are missing, steps are slower', exc_info=error)
     else:
+      self._on_compiled()
       seconds = time.perf_counter() - start
       _LOG.info('all programs are compiled, %.1f s after ready', seconds)
 

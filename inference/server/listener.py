@@ -8,7 +8,10 @@ uvicorn would cancel the tasks in place of that: half answers, 500s, tracebacks.
 import asyncio
 from collections.abc import Awaitable, Callable
 import contextlib
+import os
 import resource
+import socket
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +20,7 @@ from inference.server import protocol, server_config
 # For the last events to reach clients that read. Others are cut off.
 _FLUSH_SECONDS = 2.0
 _TICK_SECONDS = 0.05
+_MOST_ACCEPTED = 32  # connections, in one turn of the event loop
 # Files other than connections: weights, the compilation cache, logs, threads.
 _OTHER_FILES = 128
 
@@ -51,14 +55,61 @@ class Listener(uvicorn.Server):
       )
     )
     self._drain_seconds, self._end_requests = config.drain_seconds, end_requests
+    self._listening: list[socket.socket] = []
+    self._opening: set[asyncio.Task] = set()  # else nothing refers to them
+
+  async def serve(self, sockets=None) -> None:
+    """Serves until a signal; the process then exits with 0."""
+    with self.capture_signals():
+      await self._serve(sockets)
+      self._captured_signals.clear()  # uvicorn would raise them again
+
+  async def startup(self, sockets=None) -> None:
+    """Listens, and accepts several connections per turn of the event loop.
+
+    uvloop accepts one. Behind a hundred clients that come and go, a probe would
+    wait for a hundred turns.
+    """
+    await super().startup(sockets)
+    for server in self.servers:
+      for each in server.sockets:
+        listening = socket.socket(fileno=os.dup(each.fileno()))
+        self._listening.append(listening)
+        asyncio.get_running_loop().add_reader(
+          listening, self._accept, listening
+        )
 
   async def shutdown(self, sockets=None) -> None:
     """Stops listening; finishes open requests, or ends them."""
+    for listening in self._listening:
+      asyncio.get_running_loop().remove_reader(listening)
+      listening.close()
     ending = asyncio.create_task(self._end_in_time())
     await super().shutdown(sockets)
     ending.cancel()
     with contextlib.suppress(asyncio.CancelledError):
       await ending
+
+  def _accept(self, listening: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    for _ in range(_MOST_ACCEPTED):
+      try:
+        connection, _ = listening.accept()
+      except OSError:
+        return  # none is left, or it has gone, or no file is free
+      opening = loop.create_task(
+        loop.connect_accepted_socket(self._protocol, connection)
+      )
+      self._opening.add(opening)
+      opening.add_done_callback(self._opening.discard)
+
+  def _protocol(self) -> asyncio.Protocol:
+    make: Any = self.config.http_protocol_class
+    return make(
+      config=self.config,
+      server_state=self.server_state,
+      app_state=self.lifespan.state,
+    )
 
   async def _end_in_time(self) -> None:
     clock = asyncio.get_running_loop().time

@@ -10,6 +10,7 @@ different places (request smuggling, RFC 9112 section 6.3).
 import asyncio
 from collections.abc import Callable
 import functools
+import heapq
 import json
 import logging
 import time
@@ -23,9 +24,19 @@ from inference.server import api_keys, schema, server_config
 
 # Connections beyond the limit, so that a probe is answered at the limit too.
 _NUM_SPARE = 32
+_REPLACED_SHARE = 64  # one of so many connections is replaced at once
 # A client that reads less than this in `write_seconds` is not reading.
 _LEAST_READ = 4096
+_MOST_HEAD = 16 * 1024  # bytes; h11 takes 5 ms for 64 KiB of short headers
+# A chunk takes h11 25 us, however short. Beyond some, chunks must be longer.
+_SHORT_CHUNKS = 256
+_CHUNK_BYTES = 64
+_TURN_CHUNKS = 16  # in one turn of the event loop
+# Bytes of answers that clients have not read, of all connections.
+_MOST_UNREAD = 64 * 2**20
 _LINGER_SECONDS = 2.0
+# Between two reads of bytes that are dropped: 30 MB/s of all connections.
+_DRAIN_SECONDS = 0.002
 
 _UNCLEAR = schema.ApiError(
   400,
@@ -46,7 +57,72 @@ def make_protocol(config: server_config.ServerConfig) -> Any:
   """Returns the class of connections, for `uvicorn.Config(http=...)`."""
   logger = logging.getLogger('uvicorn.access')
   logger.addFilter(_shorten)  # once, however often it is called
-  return functools.partial(_Protocol, limits=config)
+  return functools.partial(_Protocol, limits=config, drain=_Drain())
+
+
+class _Drain:
+  """Reads what clients send behind their answer, one connection at a time.
+
+  The event loop waits for Python's lock at each read, and reads 32 times per
+  turn from a client that sends fast: the others would wait.
+  """
+
+  def __init__(self):
+    self._waiting: dict[_Protocol, None] = {}  # in the order of arrival
+    self._timer: asyncio.TimerHandle | None = None
+
+  def add(self, connection: '_Protocol') -> None:
+    """Stops reading from a connection until its turn."""
+    connection.flow.pause_reading()
+    self._waiting[connection] = None
+    self._wait(connection.loop)
+
+  def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+    if self._timer is None and self._waiting:
+      self._timer = loop.call_later(_DRAIN_SECONDS, self._read, loop)
+
+  def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+    self._timer = None
+    connection = next(iter(self._waiting))
+    del self._waiting[connection]
+    if connection in connection.connections:
+      connection.flow.resume_reading()
+    self._wait(loop)
+
+
+class _Connection(h11.Connection):
+  """Counts chunks: those of one byte would take 25 s of CPU per MiB."""
+
+  def __init__(self):
+    super().__init__(h11.SERVER, _MOST_HEAD)
+    self._num_chunks = self._num_bytes = 0  # of the body
+    self.num_left = _TURN_CHUNKS
+
+  def next_event(self) -> Any:
+    """Returns the next part of a request, or NEED_DATA at the turn's end.
+
+    Raises:
+      h11.RemoteProtocolError: the request is not HTTP, or its chunks are too
+        many for their length.
+    """
+    if not self.num_left:
+      return h11.NEED_DATA
+    try:
+      event = super().next_event()
+    except h11.RemoteProtocolError as error:
+      # The frames of h11 hold the error, and it holds them with all that was
+      # parsed: memory that only a full collection frees.
+      error.__traceback__ = None
+      raise h11.RemoteProtocolError(str(error)) from None
+    if isinstance(event, h11.Request):
+      self._num_chunks = self._num_bytes = 0
+    elif isinstance(event, h11.Data) and event.chunk_start:
+      self.num_left -= 1
+      self._num_chunks += 1
+      self._num_bytes += len(event.data)
+      if self._num_chunks > _SHORT_CHUNKS + self._num_bytes // _CHUNK_BYTES:
+        raise h11.RemoteProtocolError('too many short chunks')
+    return event
 
 
 class _Protocol(h11_impl.H11Protocol):
@@ -57,12 +133,20 @@ class _Protocol(h11_impl.H11Protocol):
   until the client has taken what was written.
   """
 
-  def __init__(self, *args, limits: server_config.ServerConfig, **kwargs):
+  def __init__(
+    self,
+    *args,
+    limits: server_config.ServerConfig,
+    drain: _Drain,
+    **kwargs,
+  ):
     super().__init__(*args, **kwargs)
-    self._limits = limits
+    self._limits, self._drain = limits, drain
+    self.conn = _Connection()
     self._reading: asyncio.TimerHandle | None = None
     self._writing: asyncio.TimerHandle | None = None
     self._num_unread = 0  # bytes that the client had not read at the last look
+    self._unread_since = 0.0
     self.waits_since = time.monotonic()
 
   @property
@@ -81,7 +165,8 @@ class _Protocol(h11_impl.H11Protocol):
 
   def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
     """Takes a connection, in place of an idle one if there are too many."""
-    super().connection_made(_Lingering(transport, self._linger))  # pyright: ignore[reportArgumentType]
+    self._lingering = _Lingering(transport, self._linger)
+    super().connection_made(self._lingering)  # pyright: ignore[reportArgumentType]
     # Whatever the kernel does not take at once starts the timer of writing.
     transport.set_write_buffer_limits(high=0)
     most = self._limits.max_connections
@@ -94,24 +179,47 @@ class _Protocol(h11_impl.H11Protocol):
     self._expect_head()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    """Stops the timers."""
+    """Stops the timers, and frees what the connection holds."""
+    self._lingering.detach()
     self._stop_reading()
     super().connection_lost(exc)  # its `resume_writing` stops the other timer
     self._unset_keepalive_if_required()
 
   def data_received(self, data: bytes) -> None:
     """Reads a part of a request."""
-    if self.transport.is_closing():
-      return
-    if self._reading is None and not self._has_request:
-      self._expect_head()  # of a second request, on a connection kept alive
+    # In pieces, since h11 limits a head only while it is incomplete.
+    for start in range(0, len(data), _MOST_HEAD):
+      if self.transport.is_closing():
+        self._drain.add(self)
+        return
+      if self._reading is None and not self._has_request:
+        self._expect_head()  # of a second request, on a connection kept alive
+      self.conn.receive_data(data[start : start + _MOST_HEAD])
+      self._unset_keepalive_if_required()
+      self.handle_events()
+
+  def handle_events(self) -> None:
+    """Takes the parts of a request that have arrived, a few chunks per turn."""
     is_unread = self._is_unread
-    super().data_received(data)
+    super().handle_events()
     if self._has_request:
       self._stop_reading()  # `bodies` waits for the body
     elif is_unread and not self._is_unread:
       self._stop_reading()
       self._expect_head()
+    if self.transport.is_closing():
+      return
+    if not self.conn.num_left:
+      if self._lingering.hold():
+        self.loop.call_soon(self._take_turn)
+    elif self._is_unread:
+      self._drain.add(self)
+
+  def _take_turn(self) -> None:
+    self.conn.num_left = _TURN_CHUNKS
+    self._lingering.release(is_paused=self.flow.read_paused)
+    if not self.transport.is_closing():
+      self.handle_events()
 
   def on_response_complete(self) -> None:
     """Waits for the next request, or for the rest of a refused body."""
@@ -133,7 +241,9 @@ class _Protocol(h11_impl.H11Protocol):
     """Starts the time in which the client must read."""
     super().pause_writing()
     self._num_unread = self.transport.get_write_buffer_size()
+    self._unread_since = time.monotonic()
     self._look_later()
+    self._free_unread()
 
   def resume_writing(self) -> None:
     """The client has read all."""
@@ -173,7 +283,9 @@ class _Protocol(h11_impl.H11Protocol):
     self.transport.write_eof()
     self.flow.resume_reading()
     self._stop_reading()
-    self._reading = self.loop.call_later(_LINGER_SECONDS, self.abort)
+    is_body = self.conn.their_state is h11.SEND_BODY
+    seconds = self._limits.body_seconds if is_body else _LINGER_SECONDS
+    self._reading = self.loop.call_later(seconds, self.abort)
     return True
 
   def _expect_head(self) -> None:
@@ -187,15 +299,37 @@ class _Protocol(h11_impl.H11Protocol):
       self.transport.close()
 
   def _replace_waiting(self) -> None:
-    """Closes the connection that has waited longest without a request."""
+    """Closes the connections that have waited longest without a request.
+
+    Several at once: to find them takes longer than to close them.
+    """
     waiting = [
       each
       for each in self.connections
       if isinstance(each, _Protocol) and each is not self and each.is_waiting
     ]
-    if waiting:
-      oldest = min(waiting, key=lambda each: each.waits_since)
+    num = 1 + self._limits.max_connections // _REPLACED_SHARE
+    for oldest in heapq.nsmallest(
+      num, waiting, key=lambda each: each.waits_since
+    ):
       oldest.abort()
+
+  def _free_unread(self) -> None:
+    """Closes the connections that have not read for longest, if all hold much.
+
+    A thousand clients that ask for long answers and read none would otherwise
+    hold gigabytes until `write_seconds` have passed.
+    """
+    writing = sorted(
+      (each for each in self.connections if isinstance(each, _Protocol)),
+      key=lambda each: each._unread_since,
+    )
+    sizes = [each.transport.get_write_buffer_size() for each in writing]
+    excess = sum(sizes) - _MOST_UNREAD
+    for each, size in zip(writing, sizes, strict=True):
+      if excess > 0 and size:
+        each.abort()
+        excess -= size
 
   def abort(self) -> None:
     """Closes the connection without waiting for the client."""
@@ -227,14 +361,35 @@ class _Protocol(h11_impl.H11Protocol):
 
 
 class _Lingering:
-  """A transport that asks before it closes."""
+  """A transport that asks before it closes, and can be held.
+
+  Nothing is read from a transport that is held, whoever resumes it.
+  """
 
   def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]):
     self._transport, self._linger = transport, linger
-    self._is_closing = False
+    self._is_closing = self._is_held = False
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._transport, name)
+
+  def detach(self) -> None:
+    # As a cycle it would keep all buffers until the next full collection.
+    self._linger = bool
+
+  def hold(self) -> bool:
+    was_held, self._is_held = self._is_held, True
+    self._transport.pause_reading()
+    return not was_held
+
+  def release(self, *, is_paused: bool) -> None:
+    self._is_held = False
+    if not is_paused and not self._transport.is_closing():
+      self._transport.resume_reading()
+
+  def resume_reading(self) -> None:
+    if not self._is_held:
+      self._transport.resume_reading()
 
   def is_closing(self) -> bool:
     return self._is_closing or self._transport.is_closing()

@@ -1,14 +1,17 @@
 """Connections: slow, silent, too many, or unclear about their requests."""
 
 import contextlib
+import gc
 import json
 import socket
 import threading
 import time
 
+import h11
 import httpx2
 import pytest
 
+from inference.server import protocol
 from tests.helpers import servers
 
 _GET = b'GET /health HTTP/1.1\r\nhost: a\r\n\r\n'
@@ -120,6 +123,83 @@ def test_a_client_that_reads_slowly_gets_all(impatient):
   assert b''.join(parts).endswith(b'}')
 
 
+def test_answers_that_nobody_reads_have_a_limit_together(served, monkeypatch):
+  """The client that has not read for longest loses its answer."""
+  unread = []
+  free = protocol._Protocol._free_unread
+
+  def free_all_but_one(self):
+    unread.append(self.transport.get_write_buffer_size())
+    # The system holds a part of an answer, of a size that only it knows.
+    monkeypatch.setattr(protocol, '_MOST_UNREAD', 1.2 * unread[0])
+    free(self)
+
+  monkeypatch.setattr(protocol._Protocol, '_free_unread', free_all_but_one)
+  body = json.dumps({'prompt': 'x' * 10**6}).encode()  # its answer has 4 MB
+  head = b'POST /tokenize HTTP/1.1\r\nhost: a\r\n' + _JSON
+  with (
+    _connected(served.url, SO_RCVBUF=4096) as first,
+    _connected(served.url, SO_RCVBUF=4096) as second,
+  ):
+    for client in (first, second):
+      client.sendall(head + b'content-length: %d\r\n\r\n' % len(body) + body)
+      assert client.recv(10)
+    assert not _rest(first).endswith(b'}')
+    second.sendall(_GET.replace(b'\r\n\r\n', b'\r\nconnection: close\r\n\r\n'))
+    assert _rest(second).count(b'HTTP/1.1 200') == 1  # of /health
+
+
+@pytest.mark.parametrize('path', [b'/nowhere', b'/tokenize'])
+def test_a_long_body_that_is_refused_is_read_in_turns(
+  generator, served, monkeypatch, path
+):
+  """Reading at full speed, the event loop would serve nobody else."""
+  head = b'POST %s HTTP/1.1\r\nhost: a\r\n' % path + _JSON
+  head += b'content-length: 100000000\r\n\r\n'
+  with monkeypatch.context() as patched, servers.running(generator) as other:
+    patched.setattr(protocol, '_DRAIN_SECONDS', 60.0)
+    with _connected(other.url, SO_SNDBUF=2**16) as client:
+      client.sendall(head)
+      client.settimeout(1.0)
+      num = 0
+      with contextlib.suppress(OSError):  # also a time-out
+        while num < 10**8:
+          num += client.send(bytes(2**16))
+  assert num < 3 * 10**7  # the buffers of the system
+  with _connected(served.url) as client:
+    client.sendall(head)
+    client.sendall(bytes(10**8))  # with the usual turns it is read
+    assert client.recv(9) == b'HTTP/1.1 '
+
+
+def test_many_connections_are_accepted_in_one_turn(served, monkeypatch):
+  """Else a probe behind a hundred clients would wait for a hundred turns."""
+  made, turns = [], []
+  make = protocol._Protocol.connection_made
+
+  def connection_made(self, transport):
+    made.append(len(turns))
+    make(self, transport)
+
+  monkeypatch.setattr(protocol._Protocol, 'connection_made', connection_made)
+  loop = served.engine_loop._event_loop
+  may_go, num = threading.Event(), 60
+
+  def turn():
+    turns.append(1)
+    if len(made) < num and len(turns) < 10_000:
+      loop.call_soon(turn)
+
+  loop.call_soon_threadsafe(may_go.wait)
+  with contextlib.ExitStack() as stack:
+    for _ in range(num):
+      stack.enter_context(_connected(served.url))
+    loop.call_soon_threadsafe(turn)
+    may_go.set()
+    servers.until(lambda: len(made) == num)
+  assert made[-1] - made[0] < num / 3
+
+
 @pytest.mark.parametrize(
   'request_bytes',
   [
@@ -157,6 +237,109 @@ def test_bytes_behind_an_unclear_request_are_no_request(
   assert answer.count(b'HTTP/1.1 ') == 1
   assert b'"error"' in answer
   assert 'Traceback' not in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('size', 'num', 'status'),
+  [
+    (1, 200, b'200'),
+    (1, 100_000, b'400'),
+    (10, 20_000, b'400'),
+    (100, 2000, b'200'),
+    (50_000, 8, b'200'),
+  ],
+)
+def test_chunks_may_be_short_or_many_but_not_both(served, size, num, status):
+  """Each takes the parser 25 us, however short it is."""
+  rest = b'{"prompt":"' + b'x' * (size * num - 13) + b'"}'
+  rest = b''.join(
+    b'%x\r\n%s\r\n' % (size, rest[start : start + size])
+    for start in range(0, size * num, size)
+  )
+  head = b'POST /tokenize HTTP/1.1\r\nhost: a\r\nconnection: close\r\n' + _JSON
+  with _connected(served.url) as client:
+    client.sendall(head + b'transfer-encoding: chunked\r\n\r\n')
+    with contextlib.suppress(OSError):
+      client.sendall(rest + b'0\r\n\r\n')
+    answer = _rest(client)
+  assert answer.startswith(b'HTTP/1.1 ' + status)
+  assert (b'"count":%d' % (size * num - 12) in answer) == (status == b'200')
+
+
+def test_others_are_served_between_the_chunks_of_a_body(served, monkeypatch):
+  events = []
+  next_event = protocol._Connection.next_event
+
+  def noted(self):
+    event = next_event(self)
+    events.append('chunk' if isinstance(event, h11.Data) else 'other')
+    return event
+
+  monkeypatch.setattr(protocol._Connection, 'next_event', noted)
+  rest = b'{"prompt":"' + b'x' * 187 + b'"}'
+  rest = b''.join(b'1\r\n%c\r\n' % each for each in rest)
+  loop = served.engine_loop._event_loop
+  with _connected(served.url) as client:
+    head = b'POST /tokenize HTTP/1.1\r\nhost: a\r\nconnection: close\r\n'
+    sent = head + _JSON + b'transfer-encoding: chunked\r\n\r\n' + rest
+    may_go, end = threading.Event(), threading.Event()
+    loop.call_soon_threadsafe(may_go.wait)
+    client.sendall(sent + b'0\r\n\r\n')
+
+    def turn():
+      events.append('turn')
+      if not end.is_set():
+        loop.call_soon(turn)
+
+    loop.call_soon_threadsafe(turn)
+    may_go.set()
+    assert _rest(client).startswith(b'HTTP/1.1 200')
+    end.set()
+  parts = ' '.join(events).split('turn')
+  assert max(part.count('chunk') for part in parts) <= 32
+  assert sum(part.count('chunk') for part in parts) == 200
+
+
+@pytest.mark.parametrize('num', [100, 2500, 10_000])
+def test_a_head_of_many_lines_is_refused_as_a_whole_too(served, num):
+  """Not only while it is incomplete: it arrives in one read."""
+  lines = b''.join(b'x%d: yyyyyyyy\r\n' % i for i in range(num))
+  with _connected(served.url) as client:
+    with contextlib.suppress(OSError):
+      client.sendall(_GET[:-2] + b'connection: close\r\n' + lines + b'\r\n')
+    answer = _rest(client)
+  assert answer.startswith(b'HTTP/1.1 %d ' % (200 if num < 1000 else 400))
+
+
+def test_a_connection_that_ends_is_freed_at_once(served):
+  """Not only when all garbage is collected: its buffers may be large."""
+
+  def count():
+    return sum(isinstance(x, protocol._Protocol) for x in gc.get_objects())
+
+  stream = json.dumps({'prompt': 'a', **servers.GREEDY, 'stream': True})
+  chunked = _JSON + b'transfer-encoding: chunked\r\n\r\n'
+  length = b'content-length: %d\r\n\r\n'
+  kinds = (
+    b'GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n',
+    _GET[:-2] + b'a: b\r\n' * 5000 + b'\r\n',
+    b'\x16\x03\x01\r\n\r\n',
+    _POST + chunked + b'1\r\nx\r\n' * 2000,
+    _POST + _JSON + length % 10**7 + b'{',
+    _POST + _JSON + length % len(stream) + stream.encode(),
+  )
+  gc.collect()
+  gc.disable()
+  try:
+    servers.until(lambda: count() <= 1)  # that of the tests' own client
+    for sent in kinds:
+      for _ in range(3):
+        with _connected(served.url) as client, contextlib.suppress(OSError):
+          client.sendall(sent)
+          client.recv(10)
+    servers.until(lambda: count() <= 1)
+  finally:
+    gc.enable()
 
 
 def test_clear_requests_may_follow_each_other(served):

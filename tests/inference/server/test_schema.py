@@ -173,6 +173,7 @@ def test_a_seed_of_64_bits_passes(seed):
   body = schema.parsed(
     schema.CompletionRequest,
     b'{"model":"tiny","prompt":"a","seed":%d}' % seed,
+    context=64,
   )
   assert body.chosen()['seed'] == seed
 

@@ -1,0 +1,68 @@
+"""The JSON Schema of the OpenAPI document, checked without its writer."""
+
+from typing import Any
+
+_TYPES = {
+  'object': dict,
+  'array': list,
+  'string': str,
+  'integer': int,
+  'number': (int, float),
+  'boolean': bool,
+  'null': type(None),
+}
+# Keywords that say nothing about a value, and those that `faults` checks.
+_NOTES = {'title', 'description', 'default'}
+_CHECKED = {
+  *('$ref', 'type', 'anyOf', 'const', 'items', 'properties', 'required'),
+  *('additionalProperties', 'maxItems', 'maxProperties'),
+}
+
+
+def faults(value: Any, schema: dict[str, Any], document: dict) -> list[str]:
+  """Returns the ways in which a value is not as a schema says.
+
+  Raises:
+    ValueError: the schema has a keyword that is not known here.
+  """
+  if unknown := schema.keys() - _NOTES - _CHECKED:
+    raise ValueError(f'schema: got {unknown}, expected {_CHECKED}')
+  if '$ref' in schema:
+    name = schema['$ref'].removeprefix('#/components/schemas/')
+    return faults(value, document['components']['schemas'][name], document)
+  if 'anyOf' in schema:
+    found = [faults(value, each, document) for each in schema['anyOf']]
+    return [] if [] in found else sum(found, [])
+  if 'const' in schema and value != schema['const']:
+    return [f'{value!r} is not {schema["const"]!r}']
+  kind = schema.get('type')
+  if kind and (
+    not isinstance(value, _TYPES[kind])
+    or (isinstance(value, bool) and kind != 'boolean')
+  ):
+    return [f'{value!r} is no {kind}']
+  if isinstance(value, list):
+    found = [faults(each, schema.get('items', {}), document) for each in value]
+    found.append(_too_many(value, schema.get('maxItems')))
+    return sum(found, [])
+  return _of_fields(value, schema, document) if isinstance(value, dict) else []
+
+
+def _of_fields(value: dict, schema: dict, document: dict) -> list[str]:
+  known = schema.get('properties', {})
+  other = schema.get('additionalProperties', True)
+  found = [
+    f'no {name}' for name in schema.get('required', ()) if name not in value
+  ]
+  found += _too_many(value, schema.get('maxProperties'))
+  for name, each in value.items():
+    of = known.get(name, other)
+    if of is False:
+      found.append(f'{name} is not described')
+    elif of is not True:
+      found += [f'{name}: {fault}' for fault in faults(each, of, document)]
+  return found
+
+
+def _too_many(value, most: int | None) -> list[str]:
+  return [] if most is None or len(value) <= most else [f'{len(value)} entries']

@@ -1,0 +1,80 @@
+"""Requests begin in turns, and threads beside the event loop give way to it."""
+
+import asyncio
+import os
+import sys
+import threading
+
+import pytest
+
+from inference.server import thread_priority, turns
+
+
+def _begun(paths, leaves=()):
+  """Returns the paths that have begun after each turn of the event loop."""
+  begun = []
+
+  async def app(scope, receive, send):
+    begun.append(scope['path'])
+
+  async def run():
+    middleware = turns.Turns(app)
+    tasks = [
+      asyncio.create_task(
+        middleware({'type': 'http', 'path': path}, None, None)
+      )
+      for path in paths
+    ]
+    after = []
+    for turn in range(20):
+      await asyncio.sleep(0)
+      if turn == 0:
+        for index in leaves:
+          tasks[index].cancel()
+      after.append(list(begun))
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return after
+
+  return asyncio.run(run())
+
+
+def test_a_probe_does_not_wait_for_a_hundred_requests():
+  paths = [f'/{number}' for number in range(40)] + ['/health', '/ready']
+  first, *_, last = _begun(paths)
+  assert {'/health', '/ready'} < set(first)
+  assert len(first) == 6
+  # The others begin first come first.
+  assert [each for each in last if each not in paths[-2:]] == paths[:40]
+
+
+def test_requests_begin_at_once_while_few_ask():
+  assert _begun(['/a', '/b'])[0] == ['/a', '/b']
+
+
+def test_a_client_that_leaves_takes_no_turn():
+  paths = [f'/{number}' for number in range(12)]
+  after = _begun(paths, leaves=range(4, 8))
+  assert after[-1] == paths[:4] + paths[8:]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='threads have priorities')
+def test_a_thread_and_its_threads_have_a_lower_priority():
+  found = []
+
+  def look():
+    found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+  def run():
+    thread_priority.lower()
+    inner = threading.Thread(target=look)
+    inner.start()
+    inner.join()
+
+  look()
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  look()
+  own, lowered, own_after = found
+  assert own_after == own
+  assert lowered > own or own == 19
