@@ -7,6 +7,7 @@ of each entry point starts a real process.
 
 import contextlib
 import dataclasses
+import gc
 import io
 import logging
 import os
@@ -46,6 +47,7 @@ def run(path: str, *args: str, stdin: str = '') -> Done:
     own_flags(),
     _own_logging(),
     mock.patch.object(compilation_cache, '_directory', None),
+    _own_garbage_collector(),
     mock.patch.dict(os.environ),
     mock.patch.object(sys, 'argv', [path, *args]),
     mock.patch.object(sys, 'stdin', io.StringIO(stdin)),
@@ -98,6 +100,16 @@ def own_flags():
   finally:
     registry.clear()
     registry.update(before)
+
+
+@contextlib.contextmanager
+def _own_garbage_collector():
+  """Undoes what serve.py does for a process that lives as long as its model."""
+  with mock.patch.object(gc, 'freeze'):
+    try:
+      yield
+    finally:
+      gc.enable()
 
 
 @contextlib.contextmanager
