@@ -322,7 +322,7 @@ def finish(
   vocab_size: int,
   hidden_TD: jax.Array,
   inputs: Inputs,
-) -> tuple[jax.Array] | tuple[jax.Array, logprobs_lib.Logprobs]:
+) -> tuple[Any, ...]:
   """Returns the results of a step after its KV cache."""
   logits_of = functools.partial(_logits, model, params, vocab_size)
   num_decodes, num_chunks = (
