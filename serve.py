@@ -266,10 +266,10 @@ def _served_name(manifest) -> str:
   return manifest.name if directory == file_names.FROZEN else directory
 
 
-def _load(config: engine_config.EngineConfig, *, compile_all: bool = True):
+def _load(config: engine_config.EngineConfig, **how):
   from inference import generate
 
-  generator = generate.load(FLAGS.model, config, compile_all=compile_all)
+  generator = generate.load(FLAGS.model, config, **how)
   # Its programs and weights live as long as the process. Without this, the
   # garbage collector walks them now and then, and all clients wait.
   gc.freeze()
