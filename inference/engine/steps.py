@@ -220,8 +220,8 @@ def finish(
   vocab_size: int,
   hidden_TD: jax.Array,
   inputs: Inputs,
-) -> tuple[jax.Array] | tuple[jax.Array, logprobs_lib.Logprobs]:
-  """Returns the results of a step after its KV cache."""
+) -> tuple[Any, ...]:
+  """Returns the logits of a step; with chunks, the prompt's logprobs too."""
   logits_of = functools.partial(_logits, model, params, vocab_size)
   num_decodes, num_chunks = (
     table.shape[0] for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
