@@ -267,10 +267,10 @@ def _served_name(manifest) -> str:
   return manifest.name if directory == file_names.FROZEN else directory
 
 
-def _load(config: engine_config.EngineConfig, *, compile_all: bool = True):
+def _load(config: engine_config.EngineConfig, **how):
   from inference import generate
 
-  generator = generate.load(FLAGS.model, config, compile_all=compile_all)
+  generator = generate.load(FLAGS.model, config, **how)
   gc.freeze()  # it stays: see `_keep_objects`
   gc.enable()
   return generator

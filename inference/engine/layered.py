@@ -118,7 +118,7 @@ def _layer(params, x_1TD, pages, shared, tables, *, block: block_lib.Block):
   """Returns the output of a layer, and its pages."""
   variables = layout.whole_kernels({'params': params})
   entry = kv_cache_lib.PagedLayer(pages, *tables)
-  # Flax's type of a result fits no method in particular.
+  # Flax's type of the result fits no block in particular.
   result: Any = block.apply(variables, x_1TD, entry, *shared)
   x_1TD, (entry, _) = result
   return x_1TD, entry.pages

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import pathlib
 import pickle
@@ -23,6 +24,7 @@ import sys
 from typing import Any
 
 import jax
+from jax._src import config as jax_config
 from jax.experimental import serialize_executable
 
 from storage import atomic
@@ -94,7 +96,10 @@ def _compiled_anew(lowered: Any) -> Any:
   its code.
   """
   # An option of another platform, which makes the keys of JAX's caches differ.
-  return lowered.compile({'xla_gpu_kernel_cache_file': secrets.token_hex(8)})
+  options = {'xla_gpu_kernel_cache_file': secrets.token_hex(8)}
+  # Nothing would find an entry of that key: JAX's cache shall not write it.
+  with jax_config.persistent_cache_min_compile_time_secs(math.inf):
+    return lowered.compile(options)
 
 
 class _Pickler(pickle.Pickler):

@@ -323,7 +323,7 @@ def finish(
   hidden_TD: jax.Array,
   inputs: Inputs,
 ) -> tuple[Any, ...]:
-  """Returns the results of a step after its KV cache."""
+  """Returns the logits of a step; with chunks, the prompt's logprobs too."""
   logits_of = functools.partial(_logits, model, params, vocab_size)
   num_decodes, num_chunks = (
     table.shape[0] for table in (inputs.decode_table_DL, inputs.chunk_table_XL)

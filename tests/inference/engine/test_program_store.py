@@ -103,6 +103,13 @@ def test_a_program_that_jax_has_kept_is_stored_whole(tmp_path):
     _assert_same(_store(tmp_path, version).load('a'), function)
 
 
+def test_jax_keeps_no_second_copy(tmp_path):
+  before = set(pathlib.Path(jax.config.jax_compilation_cache_dir).iterdir())
+  _store(tmp_path).keep('a', _lowered(7.0).lower(_X))
+  after = set(pathlib.Path(jax.config.jax_compilation_cache_dir).iterdir())
+  assert after == before
+
+
 def test_nothing_is_stored_without_a_directory_or_for_an_accelerator(tmp_path):
   lowered = _lowered().lower(_X)
   _assert_same(_store(None).keep('a', lowered), _lowered())
