@@ -65,7 +65,10 @@ class Store:
     digest, data = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if hashlib.sha256(data).digest() != digest:
       return None  # cut short, by a kill or a full disk
-    return _Unpickler(io.BytesIO(data), self._device).load()
+    try:
+      return _Unpickler(io.BytesIO(data), self._device).load()
+    except Exception:
+      return None  # of a library that the key does not tell apart
 
   def keep(self, name: Any, lowered: Any) -> Any:
     """Compiles and returns a program; stores it if that is possible."""
