@@ -278,6 +278,8 @@ def residuals(
   sizes: dict[str, int],
   policy: str,
   is_fused: bool,
+  *,
+  recomputes_activation: bool = False,
 ) -> list[jax.ShapeDtypeStruct]:
   """Returns the arrays that one layer stores for its backward pass.
 
@@ -304,6 +306,7 @@ def residuals(
       remat=policy,
       attend=_fused_attend if is_fused else dense.attend,
       apply_experts=functools.partial(_apply_experts, sizes['expert']),
+      recomputes_activation=recomputes_activation,
     ),
     # If layers differ, those with experts come last, and store the most.
     config.layer(config.num_layers - 1),
@@ -387,7 +390,11 @@ def _fused_attend(
 def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
   path = run_execution.attention_path(learner.experiment, learner.placement)
   return residuals(
-    learner.experiment, _sizes(learner), policy, path in ('splash', 'cudnn')
+    learner.experiment,
+    _sizes(learner),
+    policy,
+    path in ('splash', 'cudnn'),
+    recomputes_activation=learner.model.execution.recomputes_activation,
   )
 
 
