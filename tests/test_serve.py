@@ -1,6 +1,7 @@
 """serve.py as a user runs it; servers in processes of their own."""
 
 from concurrent import futures
+import hashlib
 import re
 import shutil
 import signal
@@ -125,12 +126,13 @@ def test_a_prompt_with_a_system_prompt_is_a_chat(model):
 
 
 def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
-  """Every entry is found again, but for one that a kill has cut short."""
+  """Every entry is found again, but for those that a kill has cut short."""
   directory, _ = model
 
   def entries(cache):
     # JAX notes in other files when it has read an entry.
-    return {each.name: each.read_bytes() for each in cache.glob('*-cache')}
+    paths = [each for kind in kinds for each in cache.glob(kind)]
+    return {each.name: each.read_bytes() for each in paths}
 
   def run(cache):
     code, _, err = _run_alone(
@@ -141,17 +143,24 @@ def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
     )
     assert (code, err) == (0, '')
 
+  kinds = '*-cache', '*.program'  # JAX's entries, and those of engines
   first, copy = tmp_path / 'first', tmp_path / 'elsewhere' / 'copy'
   run(first)
   before = entries(first)
   shutil.copytree(first, copy)
-  path = max(copy.glob('*-cache'), key=lambda each: each.stat().st_size)
-  path.write_bytes(path.read_bytes()[:-100])
+  cut = [
+    max(copy.glob(kind), key=lambda each: each.stat().st_size) for kind in kinds
+  ]
+  for path in cut:
+    path.write_bytes(path.read_bytes()[:-100])
   run(copy)
   after = entries(copy)
   assert before.keys() == after.keys()
-  assert {name for name in after if after[name] != before[name]} <= {path.name}
-  assert compilation_cache.is_whole(after[path.name])
+  changed = {name for name in after if after[name] != before[name]}
+  assert changed <= {path.name for path in cut}
+  entry, program = (after[path.name] for path in cut)
+  assert compilation_cache.is_whole(entry)
+  assert program[:32] == hashlib.sha256(program[32:]).digest()
 
 
 def test_special_tokens_in_a_text_prompt_are_warned_of(defined_flags, capsys):

@@ -112,10 +112,10 @@ class Engine:
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
-    self._device, platform = params.device, params.device.platform
+    self._device = device = params.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    backend = execution.choose(config, model_config, dtype, platform)
+    backend = execution.choose(config, model_config, dtype, device.platform)
     self._backend = backend
     bytes_per_token = backend.bytes_per_token(model_config)
     self.page_bytes = self.page_tokens * bytes_per_token
@@ -123,8 +123,8 @@ class Engine:
       self.context,
       bytes_per_token=bytes_per_token,
       weight_bytes=params.num_bytes,
-      memory_bytes=peaks.memory_bytes(self._device),
-      is_host=platform == 'cpu',
+      memory_bytes=peaks.memory_bytes(device),
+      is_host=device.platform == 'cpu',
     )
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
@@ -133,10 +133,7 @@ class Engine:
       self.model_config, jnp.dtype(dtype), backend.execution
     )
     # A thread reads the weights: programs need their shapes alone.
-    with (
-      jax.default_device(self._device),
-      futures.ThreadPoolExecutor(1) as pool,
-    ):
+    with jax.default_device(device), futures.ThreadPoolExecutor(1) as pool:
       reading = pool.submit(backend.read, params, self.model_config)
       self._state = device_state.init_state(
         model,
@@ -152,11 +149,9 @@ class Engine:
         model=model,
         params=backend.shapes(params, self.model_config),
         state=self._state,
-        shapes=[steps.Shape(*shape) for shape in config.step_shapes()],
-        chunk_tokens=config.chunk_tokens,
-        table_width=config.table_width(self.context),
+        config=config,
+        context=self.context,
         vocab_size=tokenizer.vocab_size,
-        decode_steps=config.decode_steps,
         compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start

@@ -22,6 +22,7 @@ import numpy as np
 from hardware import compilation_cache
 from inference.engine import (
   device_state,
+  engine_config,
   inputs as inputs_lib,
   layered,
   program_store,
@@ -42,11 +43,9 @@ class Programs:
     model: transformer.Transformer,
     params: device_state.Params,
     state: device_state.State,
-    shapes: list[steps.Shape],
-    chunk_tokens: int,
-    table_width: int,
+    config: engine_config.EngineConfig,
+    context: int,
     vocab_size: int,
-    decode_steps: int = 1,
     compile_all: bool = True,
   ):
     """Compiles the programs that steps need.
@@ -55,17 +54,16 @@ class Programs:
       model: the model that the params belong to.
       params: arrays or shapes, as is `state`.
       state: of the engine.
-      shapes: of the steps.
-      chunk_tokens: R, tokens per chunk.
-      table_width: L, pages of a sequence that fills the context.
+      config: of the engine; it has the shapes of the steps.
+      context: most tokens of a sequence.
       vocab_size: V, ids that may be sampled.
-      decode_steps: S, decode steps of one call at most.
       compile_all: False leaves the shapes without which every step can be
         computed to `compile_rest`.
     """
+    shapes = [steps.Shape(*shape) for shape in config.step_shapes()]
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
-    self._chunk_tokens = chunk_tokens
-    self._table_width = table_width
+    self._chunk_tokens = config.chunk_tokens
+    self._table_width = config.table_width(context)
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
@@ -74,7 +72,7 @@ class Programs:
     (device,) = state.slots.last_B.devices()
     self._is_layered = layered.suits(self._params, device.platform)
     # Of one call. A layered step takes long beside the host's work.
-    self.decode_steps = 1 if self._is_layered else decode_steps
+    self.decode_steps = 1 if self._is_layered else config.decode_steps
     self._store = program_store.Store(
       compilation_cache.directory(),
       device,
@@ -82,7 +80,7 @@ class Programs:
       jnp.dtype(model.dtype).name,
       program_store.describe_ports(model.execution),
       program_store.describe((self._params, self._state)),
-      (chunk_tokens, table_width, vocab_size, self._sample_sizes),
+      (self._chunk_tokens, self._table_width, vocab_size, self._sample_sizes),
       self.decode_steps,
     )
     self._compiled: dict[Any, Any] = {}

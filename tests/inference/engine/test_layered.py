@@ -51,8 +51,9 @@ def _case(kind: str, dtype, shape: steps.Shape):
       vocab_size=config.vocab_size,
     )
 
-  inputs = inputs_lib.empty(
-    shape, chunk_tokens=8, table_width=4, num_sampled=4, padding_slot=3
+  _, inputs = inputs_lib.empty(
+    inputs_lib.Layout(*shape, chunk_tokens=8, table_width=4, num_sampled=4),
+    padding_slot=3,
   )
   inputs.tokens_T[:] = rng.integers(0, config.vocab_size, len(inputs.tokens_T))
   inputs.positions_T[:] = np.arange(len(inputs.positions_T)) % 8
