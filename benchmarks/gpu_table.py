@@ -98,6 +98,37 @@ def first_step_rows(result: Any) -> list[Row]:
   ]
 
 
+def decode_rows(result: Any) -> list[Row]:
+  """Returns the rows of `benchmarks.decode_rate` with three batch sizes."""
+  one, eight, many = (result['batches'][size] for size in ('1', '8', '32'))
+  name = 'decode the Llama-3.2-1B shape'
+  share, rate = 100 * one['bandwidth'], many['tokens_per_s']
+  return [
+    Row(work=f'{name}, batch 1: bandwidth', value=share, unit='%', goal=70.0),
+    Row(work=f'{name}, batch 32', value=rate, unit='tok/s', goal=25_000.0),
+    Row(
+      work='engine of that shape and 8 sequences, all programs, cold',
+      value=eight['ready_s'],
+      unit='s',
+      goal=15.0,
+      is_lower_better=True,
+    ),
+  ]
+
+
+def host_rows(result: Any) -> list[Row]:
+  """Returns the row of `benchmarks.engine_host`."""
+  return [
+    Row(
+      work='host per decoded step of 32 sequences',
+      value=min(result['step_ms'].values()),
+      unit='ms',
+      goal=result['goal_ms'],
+      is_lower_better=True,
+    )
+  ]
+
+
 _TRAIN = '-m', 'benchmarks.train_throughput', '--rounds=3'
 PARTS = (
   # Life one.
@@ -120,6 +151,18 @@ PARTS = (
     seconds=70,
   ),
   # Life two.
+  Part(
+    name='decode-1b',
+    command=('-m', 'benchmarks.decode_rate', '--shape=1b', '--rounds=2'),
+    rows=decode_rows,
+    seconds=110,
+  ),
+  Part(
+    name='host',
+    command=('-m', 'benchmarks.engine_host', '--rounds=3'),
+    rows=host_rows,
+    seconds=30,
+  ),
 )
 
 

@@ -40,6 +40,18 @@ def test_rows_say_whether_goals_are_met():
   assert [row.is_met for row in rows] == [True, False]
 
 
+def test_rows_of_decoding_have_the_goals_of_each_batch():
+  batches = {
+    size: {'tokens_per_s': rate, 'bandwidth': share, 'ready_s': 16.0}
+    for size, rate, share in (('1', 900, 0.72), ('8', 1, 0), ('32', 24e3, 0.4))
+  }
+  rows = gpu_table.decode_rows({'batches': batches})
+  assert [row.is_met for row in rows] == [True, False, False]
+  (row,) = gpu_table.host_rows({'goal_ms': 0.3, 'step_ms': {'1': 1, '8': 0.2}})
+  assert (row.value, row.is_met) == (0.2, True)
+  assert sum(part.seconds for part in gpu_table.PARTS) <= gpu_table.SECONDS
+
+
 def test_parts_run_in_the_environment_of_the_gpu():
   code = (
     'import json, os, sys\n'

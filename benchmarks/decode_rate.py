@@ -1,0 +1,188 @@
+"""Decoding through the engine at several batch sizes, beside the bandwidth.
+
+    python -m benchmarks.decode_rate --shape=1b --batches=1,8,32
+
+A model of random weights answers greedy requests that all begin together. The
+rate counts the tokens after the last prompt. `bandwidth` is the share of the
+device's peak rate (from its datasheet, or measured) at which each decode step
+reads every weight once, and the keys and values of all sequences. `ready` is
+the time in which the engine of a batch size compiles all its programs, without
+a cache.
+
+Shapes of accelerators: `1b`, that of Llama-3.2-1B, and `110m`, both in
+bfloat16. On a CPU, `110m` in float32.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+
+from benchmarks import decode_latency, entry, random_model, timing
+from experiments import presets
+from hardware import peaks
+from inference.engine import engine as engine_lib, engine_config, requests
+from inference.sampling import settings as settings_lib
+from models import flops, model_config
+
+PROMPT_TOKENS = 128
+SHAPES = '1b', '110m'
+
+
+def model_of(shape: str) -> model_config.ModelConfig:
+  """Returns the model of a shape."""
+  if shape == '110m':
+    return decode_latency.llama_110m().model
+  model = presets.llama3(
+    num_layers=16,
+    num_heads=32,
+    width=2048,
+    mlp_width=8192,
+    length=2048,
+    tie_embeddings=True,
+  )
+  return dataclasses.replace(model, scan_layers=False)
+
+
+class Side:
+  """An engine for one batch size."""
+
+  def __init__(
+    self,
+    model: model_config.ModelConfig,
+    batch_size: int,
+    *,
+    new_tokens: int,
+    dtype: Any,
+    numerics: str = 'fast',
+  ):
+    """Makes the engine; `ready_s` is the time of that, without the weights."""
+    params = jax.tree.map(
+      lambda leaf: leaf.astype(dtype), random_model.params(model)
+    )
+    jax.block_until_ready(params)
+    start = time.perf_counter()
+    self.engine = engine_lib.Engine(
+      model,
+      params,
+      tokenizer=random_model.Tokenizer(model.vocab_size),
+      weights_digest='',
+      dtype=dtype,
+      config=engine_config.EngineConfig(
+        max_sequences=batch_size,
+        prefix_cache=False,
+        numerics=numerics,
+        stream_seconds=0,
+      ),
+    )
+    self.ready_s = time.perf_counter() - start
+    self.batch_size, self.new_tokens = batch_size, new_tokens
+    self.step_bytes = decode_bytes(
+      model, batch_size, PROMPT_TOKENS + new_tokens / 2, jnp.dtype(dtype)
+    )
+
+  def tokens_per_s(self) -> float:
+    """Answers the requests; returns the rate after the last prompt."""
+    settings = settings_lib.Settings(
+      temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True
+    )
+    for number in range(self.batch_size):
+      prompt = tuple(3 + (number + i) % 100 for i in range(PROMPT_TOKENS))
+      self.engine.submit(requests.Request(prompt_ids=prompt, settings=settings))
+    value = self.engine.metrics.value
+    total = value('sampled_tokens_total') + self.batch_size * self.new_tokens
+    first = value('time_to_first_token_seconds_count') + self.batch_size
+    start, begun = 0.0, 0.0
+    for _ in self.engine.run():
+      if not start and value('time_to_first_token_seconds_count') >= first:
+        start, begun = time.perf_counter(), value('sampled_tokens_total')
+    return (total - begun) / (time.perf_counter() - start)
+
+
+def decode_bytes(
+  model: model_config.ModelConfig, batch_size: int, context: float, dtype: Any
+) -> float:
+  """Returns the bytes that a decode step must read."""
+  heads = 2 * model.num_layers * model.num_kv_heads * model.head_width
+  numbers = flops.num_matmul_params(model) + batch_size * context * heads
+  return dtype.itemsize * numbers
+
+
+def measure(args: Any) -> Iterator[entry.Result]:
+  """Yields the figures, medians over rounds in which the sides take turns."""
+  device = jax.devices()[0]
+  is_cpu = device.platform == 'cpu'
+  shape = args.shape or ('110m' if is_cpu else '1b')
+  dtype = jnp.float32 if is_cpu else jnp.bfloat16
+  sides = [
+    Side(
+      model_of(shape),
+      int(size),
+      new_tokens=args.new_tokens,
+      dtype=dtype,
+      numerics=args.numerics,
+    )
+    for size in args.batches
+  ]
+  rates: list[list[float]] = [[] for _ in sides]
+  for _ in range(args.rounds + 1):
+    for side, found in zip(sides, rates, strict=True):
+      found.append(side.tokens_per_s())
+  peak = peaks.peaks(device)
+  batches = {}
+  for side, found in zip(sides, rates, strict=True):
+    rate = statistics.median(found[1:])  # the first round fills caches
+    batches[side.batch_size] = {
+      'tokens_per_s': rate,
+      'bandwidth': rate / side.batch_size * side.step_bytes / peak.bytes_per_s,
+      'ready_s': side.ready_s,
+    }
+  yield {
+    'shape': shape,
+    'numerics': args.numerics,
+    'device': device.device_kind,
+    'peak_bytes_per_s': peak.bytes_per_s,
+    'peak_source': peak.source,
+    'batches': batches,
+  }
+
+
+def report(result: entry.Result) -> str:
+  """Returns the table."""
+  rows = [('sequences', 'tokens/s', 'bandwidth', 'ready')]
+  rows += [
+    (
+      str(size),
+      f'{each["tokens_per_s"]:,.0f}',
+      f'{each["bandwidth"]:.0%}',
+      f'{each["ready_s"]:.1f} s',
+    )
+    for size, each in result['batches'].items()
+  ]
+  return timing.table(
+    f'Decoding, {result["shape"]} on {result["device"]},'
+    f' {result["numerics"]} numerics',
+    rows,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures and reports."""
+  del argv
+  entry.run(measure, report)
+
+
+if __name__ == '__main__':
+  entry.define_flags(rounds=3)
+  flags.DEFINE_enum('shape', None, SHAPES, 'Model; default: of the platform.')
+  flags.DEFINE_list('batches', ['1', '8', '32'], 'Sequences that run at once.')
+  flags.DEFINE_integer('new_tokens', 256, 'Tokens of each answer.', 2)
+  flags.DEFINE_enum(
+    'numerics', 'fast', engine_config.NUMERICS, 'Numerics of the engine.'
+  )
+  app.run(main)

@@ -1,0 +1,44 @@
+"""The decoding rate of a tiny model, and the bytes that a step reads."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import decode_rate
+from tests.helpers import tiny_models
+
+
+def test_a_side_answers_all_requests_and_knows_its_bytes():
+  model = tiny_models.llama_like(
+    num_layers=1, max_length=256, vocab_size=301, scan_layers=False
+  )
+  side = decode_rate.Side(model, 2, new_tokens=9, dtype=jnp.float32)
+  assert side.tokens_per_s() > 0
+  value = side.engine.metrics.value
+  assert value('sampled_tokens_total') == 2 * 9
+  assert side.ready_s > 0
+  # 128 + 4.5 tokens of context, keys and values of 2 heads of 6 channels.
+  cache = 2 * 132.5 * 2 * 2 * 6
+  narrow = dataclasses.replace(model, num_layers=1)
+  weights = decode_rate.flops.num_matmul_params(narrow)
+  assert side.step_bytes == pytest.approx(4 * (weights + cache))
+
+
+def test_shapes_are_those_of_the_published_figures():
+  one_b = decode_rate.model_of('1b')
+  assert decode_rate.flops.num_params(one_b) == 1_235_814_400
+  assert decode_rate.model_of('110m').num_layers == 12
+
+
+def test_the_report_shows_every_batch():
+  each = {'tokens_per_s': 1234.5, 'bandwidth': 0.7, 'ready_s': 3.25}
+  result = {
+    'shape': '1b',
+    'device': 'a device',
+    'numerics': 'fast',
+    'batches': {1: each, 32: each},
+  }
+  lines = decode_rate.report(result).splitlines()
+  assert len(lines) == 4
+  assert lines[-1].split() == ['32', '1,234', '70%', '3.2', 's']
