@@ -107,8 +107,14 @@ def _half():
 
 def _failures(served, answers, monkeypatch):
   """Asks while the server has no place, then while its engine fails."""
-  may_end, protocols = threading.Event(), []
-  served.engine_loop._inbox.put(may_end.wait)
+  is_held, may_end, protocols = threading.Event(), threading.Event(), []
+
+  def hold():
+    is_held.set()
+    may_end.wait()
+
+  served.engine_loop._inbox.put(hold)
+  assert is_held.wait(60)  # from here on, the inbox has the next request alone
   body = {**_GOOD['/v1/completions'], 'stream': True}
   holder = threading.Thread(
     target=lambda: protocols.append(
