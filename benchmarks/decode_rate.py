@@ -23,8 +23,13 @@ from absl import app, flags
 import jax
 import jax.numpy as jnp
 
-from benchmarks import decode_latency, entry, random_model, timing
-from experiments import presets
+from benchmarks import (
+  decode_latency,
+  entry,
+  random_model,
+  timing,
+  train_throughput,
+)
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config, requests
 from inference.sampling import settings as settings_lib
@@ -38,14 +43,7 @@ def model_of(shape: str) -> model_config.ModelConfig:
   """Returns the model of a shape."""
   if shape == '110m':
     return decode_latency.llama_110m().model
-  model = presets.llama3(
-    num_layers=16,
-    num_heads=32,
-    width=2048,
-    mlp_width=8192,
-    length=2048,
-    tie_embeddings=True,
-  )
+  model = train_throughput.llama_1b(length=2048)
   return dataclasses.replace(model, scan_layers=False)
 
 

@@ -74,7 +74,7 @@ def engine_of(num_sequences: int, decode_steps: int) -> engine_lib.Engine:
       stream_seconds=0,
     ),
   )
-  # The compiled programs stay: those that seat a sequence are still needed.
+  # A change of the class keeps the compiled programs: `seat` still runs.
   engine._programs.__class__ = NoPrograms
   return engine
 

@@ -39,7 +39,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import entry, timing, train_parts
+from benchmarks import decode_latency, entry, timing, train_parts
 from benchmarks.peer import peer_process
 from data import data_config
 from experiments import presets
@@ -69,6 +69,18 @@ class Shape:
 def gpt2(**sizes: int) -> model_config.ModelConfig:
   """Returns GPT-2 with unrolled layers, which XLA:CPU runs faster."""
   return dataclasses.replace(presets.gpt2(**sizes), scan_layers=False)
+
+
+def llama_1b(length: int) -> model_config.ModelConfig:
+  """Returns the shape of Llama-3.2-1B, with a context of `length`."""
+  return presets.llama3(
+    num_layers=16,
+    num_heads=32,
+    width=2048,
+    mlp_width=8192,
+    length=length,
+    tie_embeddings=True,
+  )
 
 
 def shapes(platform: str = 'cpu') -> dict[str, Shape]:
@@ -103,14 +115,7 @@ _ACCELERATOR = {
     dtype='bfloat16',
   ),
   '1b': Shape(
-    model=presets.llama3(
-      num_layers=16,
-      num_heads=32,
-      width=2048,
-      mlp_width=8192,
-      length=4096,
-      tie_embeddings=True,
-    ),
+    model=llama_1b(length=4096),
     batch_size=4,
     row_length=4096,
     steps=5,
@@ -189,7 +194,6 @@ def _batch(shape: Shape) -> dict[str, np.ndarray]:
 def peer_spec(shape: Shape, device: str = 'cpu') -> dict[str, Any]:
   """Returns the same training for `peer_worker`."""
   model, is_gpt2 = shape.model, shape.model.positions == 'learned'
-  common = {'vocab_size': model.vocab_size}
   return {
     'workload': 'train_gpt2' if is_gpt2 else 'train_llama',
     'device': device,
@@ -203,12 +207,15 @@ def peer_spec(shape: Shape, device: str = 'cpu') -> dict[str, Any]:
       'eps': RULE.epsilon,
       'weight_decay': OPTIMIZER.weight_decay,
     },
-    'model': common | (_gpt2_config(model) if is_gpt2 else _llama(model)),
+    'model': _gpt2_config(model)
+    if is_gpt2
+    else decode_latency.peer_model(model),
   }
 
 
 def _gpt2_config(model: model_config.ModelConfig) -> dict[str, Any]:
   return {
+    'vocab_size': model.vocab_size,
     'n_layer': model.num_layers,
     'n_head': model.num_heads,
     'n_embd': model.model_width,
@@ -216,20 +223,6 @@ def _gpt2_config(model: model_config.ModelConfig) -> dict[str, Any]:
     'n_positions': model.max_length,
     'layer_norm_epsilon': model.norm_epsilon,
     'activation_function': 'gelu_new',
-  }
-
-
-def _llama(model: model_config.ModelConfig) -> dict[str, Any]:
-  return {
-    'num_hidden_layers': model.num_layers,
-    'num_attention_heads': model.num_heads,
-    'num_key_value_heads': model.num_kv_heads,
-    'head_dim': model.head_width,
-    'hidden_size': model.model_width,
-    'intermediate_size': model.mlp_width,
-    'max_position_embeddings': model.max_length,
-    'rms_norm_eps': model.norm_epsilon,
-    'tie_word_embeddings': model.tie_embeddings,
   }
 
 

@@ -126,7 +126,7 @@ def test_a_prompt_with_a_system_prompt_is_a_chat(model):
 
 
 def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
-  """Every entry is found again, but for those that a kill has cut short."""
+  """The next start finds all entries; it makes incomplete ones again."""
   directory, _ = model
 
   def entries(cache):

@@ -98,8 +98,8 @@ class Engine:
 
     Args:
       model_config: of the model; scanned layers are unstacked.
-      params: variables of the model, on one device. Never changed. Those that
-        are `Unread` are read while programs compile.
+      params: variables of the model, on one device; never changed. `Unread`
+        params are read while programs compile.
       tokenizer: of the model.
       weights_digest: of the params; cached prefixes belong to one digest.
       dtype: of the computation, and of the KV cache unless it is int8.

@@ -7,7 +7,7 @@ versions and settings of the libraries, the processor, the model, the shapes.
 The programs are the same, and so are their results, bit for bit.
 
 A file that is damaged counts as absent. Files hold native code, as those of
-JAX's cache do: whoever may write into the directory runs code here.
+JAX's cache do: a user who may write into the directory can run code here.
 """
 
 import functools

@@ -363,7 +363,7 @@ class _Protocol(h11_impl.H11Protocol):
 class _Lingering:
   """A transport that asks before it closes, and can be held.
 
-  Nothing is read from a transport that is held, whoever resumes it.
+  A transport that is held reads nothing, also if uvicorn resumes it.
   """
 
   def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]):

@@ -1,16 +1,16 @@
 """Causal attention on NVIDIA GPUs by cuDNN's fused kernels.
 
-`attend` is a port of `models.execution.Execution`. The kernel is causal. How it
-is told of the documents of a row depends on how many a row can have:
+`attend` is a port of `models.execution.Execution`. The kernel is causal. The
+largest number of documents in a row decides how the kernel keeps them apart:
 
     max_documents
-    1    nothing: a document that is alone in its row needs no mask
-    M    as the lengths of at most M documents of a row, and their places
-    0    (unknown) as a mask [B, 1, T, T] of 2 B T^2 bytes, which the kernel
+    1    not at all: a document that is alone in its row needs no mask
+    M    by the lengths of at most M documents of a row, and their places
+    0    (unknown) by a mask [B, 1, T, T] of 2 B T^2 bytes, which the kernel
          adds to the scores; also for a window in packed rows
 
-With M, each row's documents take statistics of 4 M H T bytes, and the kernel
-starts M programs for each of a row's, most of which end at once.
+With M, the statistics of a row take 4 M H T bytes, and the kernel starts M
+times as many programs, most of which end at once.
 
 Without a bound on documents, rows are scored document by document, and a key or
 value that is not finite changes no query that does not see it (`finite`). With

@@ -11,7 +11,8 @@ _TYPES = {
   'boolean': bool,
   'null': type(None),
 }
-# Keywords that say nothing about a value, and those that `faults` checks.
+# Keywords of a schema that do not limit a value, and keywords that `faults`
+# checks.
 _NOTES = {'title', 'description', 'default'}
 _CHECKED = {
   *('$ref', 'type', 'anyOf', 'const', 'items', 'properties', 'required'),

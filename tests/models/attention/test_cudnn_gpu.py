@@ -1,7 +1,7 @@
 """cuDNN attention: the documents of packed rows, and XLA's calls of it.
 
-The calls are compiled for an H100 that is not here and compared with those that
-`jax.nn` makes. Values come from `cudnn_call.interpreted`, which reads the same
+Our calls are compiled ahead of time for an H100, and compared with the calls of
+`jax.nn`. Values come from `cudnn_call.interpreted`, which reads the same
 operands.
 """
 
