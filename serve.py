@@ -204,12 +204,9 @@ def _listen() -> None:
   from frozen import manifest as manifest_lib
 
   try:
-    from inference.server import (
-      api_keys,
-      app as app_lib,
-      engine_loop,
-      listener,
-    )
+    from inference.server import app as app_lib, engine_loop
+    from inference.server.access import api_keys
+    from inference.server.http import listener
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
   config = _engine_config()

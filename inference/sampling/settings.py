@@ -6,9 +6,10 @@ arrays, and `inference.output.stopping` reads the settings that end a sequence.
 A field that clients of other servers send means here what it means there: at
 OpenAI if OpenAI has it, else in vLLM.
 
-The fields of `Settings` are the only list of settings: serve.py makes a flag of
-each, and `inference.server.schema` a field of the request body. A new setting
-is a field here, with its check, and its effect in `inference.sampling.sampler`.
+The fields of `Settings` are the only list of settings: serve.py makes a flag
+of each, and `inference.server.api.schema` a field of the request body. A new
+setting is a field here, with its check, and its effect in
+`inference.sampling.sampler`.
 The metadata of a field:
 
     help      what the setting does, for users of the flag and of the API

@@ -32,7 +32,7 @@ import time
 
 from inference import generate
 from inference.engine import engine as engine_lib, requests as requests_lib
-from inference.server import thread_priority
+from inference.server.http import thread_priority
 
 _LOG = logging.getLogger('uvicorn.error')
 

@@ -10,9 +10,9 @@ from typing import Any
 from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
-  listener,
   server_config,
 )
+from inference.server.http import listener
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from inference.server import thread_priority, turns
+from inference.server.http import thread_priority, turns
 
 
 def _begun(paths, leaves=()):

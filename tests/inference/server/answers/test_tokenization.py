@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from inference.server import schema, shapes, tokenization
+from inference.server.answers import tokenization
+from inference.server.api import schema, shapes
 from tests.helpers import hf_files, tiny_models
 from text import hf_tokenizer
 

@@ -1,4 +1,4 @@
-"""The bodies of requests, and the errors that refuse them.
+"""The bodies of requests.
 
 `CompletionRequest` has every field that clients of OpenAI's completions API
 send. A field is implemented, or refused unless it holds the value that changes
@@ -12,18 +12,17 @@ import dataclasses
 import typing
 from typing import Annotated, Any, Self
 
-from fastapi import responses
 import pydantic
 import pydantic_core
 
 from checks import expect
 from inference.sampling import settings
+from inference.server.api import errors
 
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
 _MOST_ITEMS = 4096  # of a list that is no prompt of token ids; checks say less
 _MOST_LISTS = MAX_PROMPTS + 64  # lists and objects of a body
-_MOST_MESSAGE = 1000  # characters of an error, whatever it repeats
 
 # Fields that are refused unless absent, null, or one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
@@ -34,49 +33,7 @@ _API_NAMES = {
   if (name := field.metadata.get('api_name', field.name))
 }
 _MAX_PRIORITY = 2**31 - 1
-RETRIED = 429, 503
-_RETRY_AFTER_SECONDS = 1
-_TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 _UNKNOWN = 'unknown_field'
-# The rest of the body of such a request is not waited for.
-_CLOSES = 408, 413
-
-
-class ApiError(Exception):
-  """An error that is sent to the client, in OpenAI's shape."""
-
-  def __init__(
-    self, status: int, message: str, *, param: str | None, code: str | None
-  ):
-    super().__init__(printable(message, _MOST_MESSAGE))
-    self.status = status
-    self.param = param and printable(param)
-    self.code = code
-
-  def body(self) -> dict[str, Any]:
-    """Returns the JSON body."""
-    by_status = (
-      'server_error' if self.status >= 500 else 'invalid_request_error'
-    )
-    return {
-      'error': {
-        'message': str(self),
-        'type': _TYPES.get(self.status, by_status),
-        'param': self.param,
-        'code': self.code,
-      }
-    }
-
-  def response(self) -> responses.JSONResponse:
-    """Returns the answer; its header `retry-after` makes clients retry."""
-    headers = {}
-    if self.status == 401:
-      headers['www-authenticate'] = 'Bearer'
-    if self.status in _CLOSES:
-      headers['connection'] = 'close'
-    if self.status in RETRIED:
-      headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
-    return responses.JSONResponse(self.body(), self.status, headers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +157,7 @@ class CompletionRequest(_VllmRequest):
       value = getattr(self, name)
       if value is not None and value not in neutral:
         expected = ' or '.join(map(repr, (None, *neutral)))
-        raise ApiError(
+        raise errors.ApiError(
           400,
           f'{name}: got {expect.shown(value)}, expected {expected}; this server'
           ' does not support it, leave it out',
@@ -208,20 +165,20 @@ class CompletionRequest(_VllmRequest):
           code='unsupported_parameter',
         )
     if self.stream_options is not None and not self.stream:
-      raise invalid(
+      raise errors.invalid(
         'stream_options', 'got options without stream, expected stream: true'
       )
     if self.n is not None and self.n < 1:
-      raise invalid('n', f'got {self.n}, expected at least 1')
+      raise errors.invalid('n', f'got {self.n}, expected at least 1')
     if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
-      raise invalid(
+      raise errors.invalid(
         'prompt',
         f'got {len(self.prompts())} prompts, expected 1 to {MAX_PROMPTS}; send'
         ' several requests',
       )
     least = 0 if is_shared else -_MAX_PRIORITY
     if not least <= (self.priority or 0) <= _MAX_PRIORITY:
-      raise invalid(
+      raise errors.invalid(
         'priority',
         f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is the'
         ' default, and a higher number is served later',
@@ -230,19 +187,19 @@ class CompletionRequest(_VllmRequest):
 
   def _check_scores(self) -> None:
     if self.max_tokens == 0 and (not self.echo or self.min_tokens):
-      raise invalid(
+      raise errors.invalid(
         'max_tokens',
         'got 0, expected at least 1, or 0 with echo and without min_tokens, to'
         ' score a prompt',
       )
     if self.return_tokens_as_token_ids and self.logprobs is None:
-      raise invalid(
+      raise errors.invalid(
         'return_tokens_as_token_ids',
         'got true without logprobs, expected both or neither: tokens are'
         ' returned in logprobs',
       )
     if self.stream and self.echo and self.logprobs is not None:
-      raise invalid(
+      raise errors.invalid(
         'stream',
         'got a stream with both echo and logprobs, expected at most one of'
         ' them; leave stream out to get the logprobs of the prompt',
@@ -294,7 +251,7 @@ class TokenizeRequest(_Model):
     """
     if (self.prompt is None) == (self.content is None):
       got = 'neither' if self.prompt is None else 'both'
-      raise invalid('prompt', f'got {got}, expected prompt or content')
+      raise errors.invalid('prompt', f'got {got}, expected prompt or content')
     return self.prompt if self.prompt is not None else self.content or ''
 
 
@@ -303,18 +260,6 @@ class DetokenizeRequest(_Model):
 
   model: str | None = None
   tokens: _Ids
-
-
-def invalid(param: str, message: str) -> ApiError:
-  """Returns a 400 about the value of one field."""
-  return ApiError(400, f'{param}: {message}', param=param, code=None)
-
-
-def stopping() -> ApiError:
-  """Returns a 503 for a request that the server will not finish."""
-  return ApiError(
-    503, 'the server is stopping; try again', param=None, code='stopped'
-  )
 
 
 def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
@@ -354,7 +299,7 @@ def _check_counts(raw: bytes, most_values: int) -> None:
 
 def _check_count(what: str, num: int, most: int) -> None:
   if num > most:
-    raise ApiError(
+    raise errors.ApiError(
       400,
       f'body: got {num} {what}, expected at most {most}, as no request needs'
       ' more; send several requests',
@@ -363,44 +308,38 @@ def _check_count(what: str, num: int, most: int) -> None:
     )
 
 
-def from_setting(error: settings.SettingError) -> ApiError:
+def from_setting(error: settings.SettingError) -> errors.ApiError:
   """Returns a 400 about a setting, under its name in the API."""
   name = _API_NAMES.get(error.setting, error.setting)
-  return invalid(name, str(error).removeprefix(f'{error.setting}: '))
+  return errors.invalid(name, str(error).removeprefix(f'{error.setting}: '))
 
 
-def from_validation(errors: Sequence[Any]) -> ApiError:
+def from_validation(found: Sequence[Any]) -> errors.ApiError:
   """Returns a 400 about the first field that pydantic refused."""
-  error = errors[0]
+  error = found[0]
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
-    return ApiError(400, message, param=None, code=None)
+    return errors.ApiError(400, message, param=None, code=None)
   # loc is (field, alternative of a union, index); the field is shown.
   where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
   if error['type'] == _UNKNOWN:
     where.append(error['ctx']['name'][: expect.MOST_SHOWN])
   if not where:
     message = 'body: got no JSON object, expected one'
-    return ApiError(400, message, param=None, code=None)
+    return errors.ApiError(400, message, param=None, code=None)
   if error['type'] == _UNKNOWN:
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
       ' expected one of the completions API; leave it out'
     )
-    return ApiError(400, message, param=where[0], code='unsupported_parameter')
+    return errors.ApiError(
+      400, message, param=where[0], code='unsupported_parameter'
+    )
   # A union reports an error per alternative; they are joined into one message.
   wanted = dict.fromkeys(
-    other['msg'] for other in errors if other['loc'][:1] == error['loc'][:1]
+    other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
-  return invalid(where[0], '; or: '.join(wanted))
-
-
-def printable(text: str, most: int = expect.MOST_SHOWN) -> str:
-  """Returns a text as one line of at most `most` characters."""
-  shown = ''.join(
-    c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1]
-  )
-  return shown if len(shown) <= most else f'{shown[: most - 3]}...'
+  return errors.invalid(where[0], '; or: '.join(wanted))
 
 
 def _frozen(value: Any) -> Any:

@@ -22,7 +22,7 @@ import stat
 import time
 
 from checks import expect
-from inference.server import schema
+from inference.server.api import errors
 
 # Probes of the process manager need no key; the answers reveal only the state.
 OPEN_PATHS = '/health', '/ready'
@@ -30,7 +30,7 @@ OPEN_PATHS = '/health', '/ready'
 _LOG = logging.getLogger('uvicorn.error')
 _LOOK_SECONDS = 1.0  # a change of the file counts after at most this time
 
-_UNKNOWN = schema.ApiError(
+_UNKNOWN = errors.ApiError(
   401,
   'authorization: got no key that this server knows, expected the header'
   ' authorization: Bearer KEY',

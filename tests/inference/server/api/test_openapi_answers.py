@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from inference.engine import engine as engine_lib
-from inference.server import api_keys
+from inference.server.access import api_keys
 from tests.helpers import json_schema, servers
 
 _MOST = 5000  # bytes of a body

@@ -20,7 +20,9 @@ from fastapi import responses
 import h11
 from uvicorn.protocols.http import h11_impl
 
-from inference.server import api_keys, schema, server_config
+from inference.server import server_config
+from inference.server.access import api_keys
+from inference.server.api import errors
 
 # Connections beyond the limit, so that a probe is answered at the limit too.
 _NUM_SPARE = 32
@@ -38,14 +40,14 @@ _LINGER_SECONDS = 2.0
 # Between two reads of bytes that are dropped: 30 MB/s of all connections.
 _DRAIN_SECONDS = 0.002
 
-_UNCLEAR = schema.ApiError(
+_UNCLEAR = errors.ApiError(
   400,
   'transfer-encoding: got it with content-length, or a version other than'
   ' HTTP/1.1, expected one of the two headers and HTTP/1.1',
   param=None,
   code=None,
 )
-_TOO_MANY = schema.ApiError(
+_TOO_MANY = errors.ApiError(
   503,
   'connection: got one more than this server takes, expected fewer; try again',
   param=None,
@@ -255,7 +257,7 @@ class _Protocol(h11_impl.H11Protocol):
   def send_400_response(self, msg: str) -> None:
     """Answers a request that is not HTTP, if an answer can still be sent."""
     if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-      error = schema.ApiError(400, f'request: {msg}', param=None, code=None)
+      error = errors.ApiError(400, f'request: {msg}', param=None, code=None)
       body = json.dumps(error.body()).encode()
       headers = [
         (b'content-type', b'application/json'),
@@ -432,7 +434,7 @@ def _only_probes(app):
   return answer
 
 
-def _closing(error: schema.ApiError) -> responses.Response:
+def _closing(error: errors.ApiError) -> responses.Response:
   """Returns an answer after which the connection is closed."""
   response = error.response()
   response.headers['connection'] = 'close'
@@ -443,7 +445,7 @@ def _shorten(record: logging.LogRecord) -> bool:
   """Cuts what a client has sent out of a line of the access log."""
   if isinstance(record.args, tuple):
     record.args = tuple(
-      schema.printable(each) if isinstance(each, str) else each
+      errors.printable(each) if isinstance(each, str) else each
       for each in record.args
     )
   return True

@@ -5,7 +5,8 @@ import json
 import httpx2
 import pytest
 
-from inference.server import api_keys, shapes
+from inference.server.access import api_keys
+from inference.server.api import shapes
 from tests.helpers import servers
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import uvicorn
 
-from inference.server import protocol, server_config
+from inference.server import server_config
+from inference.server.http import protocol
 
 # For the last events to reach clients that read. Others are cut off.
 _FLUSH_SECONDS = 2.0

@@ -7,7 +7,7 @@ clients ask at the same moment, a probe would wait until all have begun.
 import asyncio
 import collections
 
-from inference.server import api_keys
+from inference.server.access import api_keys
 
 _PER_TURN = 4
 

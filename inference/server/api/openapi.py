@@ -12,7 +12,8 @@ from fastapi import routing
 import pydantic
 from pydantic import json_schema
 
-from inference.server import api_keys, schema, shapes
+from inference.server.access import api_keys
+from inference.server.api import errors, schema, shapes
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
@@ -140,7 +141,7 @@ def _error(status: int, model: type[pydantic.BaseModel]) -> dict[str, Any]:
     'description': _MEANINGS[status],
     'content': {_JSON: _reference(model)},
   }
-  if status in schema.RETRIED and model is shapes.Error:
+  if status in errors.RETRIED and model is shapes.Error:
     error['headers'] = {
       'retry-after': {
         'description': 'Seconds to wait.',

@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from inference.sampling import settings as settings_lib
-from inference.server import schema
+from inference.server.api import errors, schema
 
 _BODY = {'model': 'tiny', 'prompt': 'a'}
 
@@ -99,7 +99,7 @@ def test_a_new_setting_becomes_a_field_of_the_body():
   ],
 )
 def test_what_is_not_supported_is_refused(fields, param, message):
-  with pytest.raises(schema.ApiError, match='leave it out') as caught:
+  with pytest.raises(errors.ApiError, match='leave it out') as caught:
     _checked(**fields)
   assert caught.value.body()['error'] == {
     'message': str(caught.value),
@@ -132,7 +132,7 @@ def test_what_is_not_supported_is_refused(fields, param, message):
   ],
 )
 def test_what_makes_no_sense_is_refused(fields, param, message):
-  with pytest.raises(schema.ApiError) as caught:
+  with pytest.raises(errors.ApiError) as caught:
     _checked(**fields)
   assert (caught.value.status, caught.value.param) == (400, param)
   assert message in str(caught.value)
@@ -142,7 +142,7 @@ def test_what_makes_no_sense_is_refused(fields, param, message):
 def test_prompts_are_counted(num):
   body = schema.CompletionRequest(model='tiny', prompt=['a'] * num)
   with pytest.raises(
-    schema.ApiError, match=f'got {num} prompts, expected 1 to'
+    errors.ApiError, match=f'got {num} prompts, expected 1 to'
   ):
     body.check(is_shared=False)
 
@@ -231,10 +231,10 @@ def test_a_setting_is_named_as_the_api_names_it():
 
 
 def test_an_answer_says_when_to_try_again():
-  busy = schema.ApiError(429, 'full', param=None, code='overloaded')
+  busy = errors.ApiError(429, 'full', param=None, code='overloaded')
   assert int(busy.response().headers['retry-after']) > 0
-  wrong = schema.invalid('n', 'got 0')
+  wrong = errors.invalid('n', 'got 0')
   assert 'retry-after' not in wrong.response().headers
   assert wrong.body()['error']['type'] == 'invalid_request_error'
-  fault = schema.ApiError(500, 'ours', param=None, code=None)
+  fault = errors.ApiError(500, 'ours', param=None, code=None)
   assert fault.body()['error']['type'] == 'server_error'

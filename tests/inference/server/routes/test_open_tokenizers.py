@@ -7,7 +7,8 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from inference.server import completions, schema
+from inference.server.answers import completions
+from inference.server.api import schema
 from tests.helpers import frozen_dirs, hf_files
 from text import hf_tokenizer
 

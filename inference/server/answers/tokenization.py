@@ -14,7 +14,7 @@ false.
 from typing import Any
 
 from inference import generate
-from inference.server import schema
+from inference.server.api import errors, schema
 
 _NAMES = 'bos_token', 'eos_token', 'pad_token'
 
@@ -49,7 +49,7 @@ def tokenize(
     else:
       ids = generator.tokenizer.encode(text)
   except ValueError as error:
-    raise schema.invalid('prompt', str(error)) from error
+    raise errors.invalid('prompt', str(error)) from error
   return {
     'tokens': ids,
     'count': len(ids),
@@ -68,7 +68,7 @@ def detokenize(
   most = generator.tokenizer.vocab_size
   for token_id in body.tokens:
     if not 0 <= token_id < most:
-      raise schema.invalid(
+      raise errors.invalid(
         'tokens', f'got token id {token_id}, expected 0 <= id < {most}'
       )
   return {'prompt': generator.tokenizer.decode(body.tokens)}

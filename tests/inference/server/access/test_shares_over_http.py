@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from inference import generate
-from inference.server import api_keys
+from inference.server.access import api_keys
 from tests.helpers import servers
 from tests.inference import conftest
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from inference.sampling import logprobs
-from inference.server import logprobs_json
+from inference.server.answers import logprobs_json
 from tests.helpers import hf_files, tiny_models
 from text import bpe, detokenize, hf_tokenizer
 

@@ -8,7 +8,7 @@ import httpx2
 import openai
 import pytest
 
-from inference.server import api_keys
+from inference.server.access import api_keys
 from tests.helpers import servers
 
 _FILE = """\

@@ -11,7 +11,7 @@ import h11
 import httpx2
 import pytest
 
-from inference.server import protocol
+from inference.server.http import protocol
 from tests.helpers import servers
 
 _GET = b'GET /health HTTP/1.1\r\nhost: a\r\n\r\n'

@@ -26,7 +26,8 @@ from checks import expect
 from inference import generate
 from inference.engine import requests
 from inference.sampling import settings as settings_lib
-from inference.server import logprobs_json, schema
+from inference.server.answers import logprobs_json
+from inference.server.api import errors, schema
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
@@ -66,7 +67,7 @@ class Answer:
     except settings_lib.SettingError as error:
       raise schema.from_setting(error) from error
     except ValueError as error:
-      raise refused_prompt(error) from error
+      raise errors.refused_prompt(error) from error
     _warn_of_special_tokens(generator, self._prompts)
     self._echoes = [self._echo(prompt) for prompt in self._prompts]
     self._places = [
@@ -144,7 +145,7 @@ class Answer:
     self._n = self._body.n or self._generator.defaults.n
     num = len(self._prompts) * self._n
     if num > schema.MAX_CHOICES:
-      raise schema.invalid(
+      raise errors.invalid(
         'n',
         f'got {num} completions to make (prompts times n), expected at most'
         f' {schema.MAX_CHOICES}; send several requests',
@@ -153,7 +154,7 @@ class Answer:
       for prompt in self._prompts:
         self._generator.check_length(prompt)
     except ValueError as error:
-      raise refused_prompt(error) from error
+      raise errors.refused_prompt(error) from error
 
   def _request(self, prompt: generate.Prompt) -> requests.Request:
     body = self._body
@@ -308,11 +309,6 @@ def _warn_of_special_tokens(
       _WARNED.add(model)
       _LOG.warning('%s Not logged again.', warning)
       return
-
-
-def refused_prompt(error: ValueError) -> schema.ApiError:
-  """Returns a 400 about a prompt that the engine could never answer."""
-  return schema.invalid('prompt', str(error).removeprefix('prompt: '))
 
 
 def _choice(

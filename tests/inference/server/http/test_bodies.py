@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from inference.server import schema
+from inference.server.api import schema
 from tests.helpers import servers
 
 _LIMIT = 200_000

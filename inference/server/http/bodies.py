@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import fastapi
 
 from checks import expect
-from inference.server import schema, server_config, thread_priority
+from inference.server import server_config
+from inference.server.api import errors
+from inference.server.http import thread_priority
 
 _LONG = 64 * 1024  # bytes; the text of a shorter body takes milliseconds
 _MOST_LONG = 8  # long bodies in memory
@@ -127,8 +129,8 @@ class Bodies:
           self._timers.discard(timer)
     except TimeoutError as error:
       if self._is_stopped:
-        raise schema.stopping() from error
-      raise schema.ApiError(
+        raise errors.stopping() from error
+      raise errors.ApiError(
         408,
         f'body: got a part of it in {seconds:g} s, expected all of it; send a'
         ' shorter body, or send it faster',
@@ -142,7 +144,7 @@ def _check_type(request: fastapi.Request) -> None:
   kind, _, _ = request.headers.get('content-type', '').partition(';')
   subtype = kind.strip().lower().removeprefix('application/')
   if subtype != 'json' and not subtype.endswith('+json'):
-    raise schema.ApiError(
+    raise errors.ApiError(
       400,
       f'content-type: got {expect.shown(kind)}, expected application/json',
       param=None,
@@ -157,8 +159,8 @@ def _check_length(request: fastapi.Request, most: int) -> None:
     raise _too_large(most)
 
 
-def _too_large(most: int) -> schema.ApiError:
-  return schema.ApiError(
+def _too_large(most: int) -> errors.ApiError:
+  return errors.ApiError(
     413,
     f'body: got more than {most} bytes, expected at most as many; send several'
     ' requests, or start the server with a larger --server.max_body_bytes',

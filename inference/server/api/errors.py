@@ -1,0 +1,90 @@
+"""The errors that clients get, in OpenAI's shape."""
+
+import logging
+from typing import Any
+
+from fastapi import responses
+
+from checks import expect
+from inference.server import engine_loop
+
+RETRIED = 429, 503
+_RETRY_AFTER_SECONDS = 1
+_TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
+# The rest of the body of such a request is not waited for.
+_CLOSES = 408, 413
+_MOST_MESSAGE = 1000  # characters of an error, whatever it repeats
+_LOG = logging.getLogger('uvicorn.error')
+
+
+class ApiError(Exception):
+  """An error that is sent to the client, in OpenAI's shape."""
+
+  def __init__(
+    self, status: int, message: str, *, param: str | None, code: str | None
+  ):
+    super().__init__(printable(message, _MOST_MESSAGE))
+    self.status = status
+    self.param = param and printable(param)
+    self.code = code
+
+  def body(self) -> dict[str, Any]:
+    """Returns the JSON body."""
+    by_status = (
+      'server_error' if self.status >= 500 else 'invalid_request_error'
+    )
+    return {
+      'error': {
+        'message': str(self),
+        'type': _TYPES.get(self.status, by_status),
+        'param': self.param,
+        'code': self.code,
+      }
+    }
+
+  def response(self) -> responses.JSONResponse:
+    """Returns the answer; its header `retry-after` makes clients retry."""
+    headers = {}
+    if self.status == 401:
+      headers['www-authenticate'] = 'Bearer'
+    if self.status in _CLOSES:
+      headers['connection'] = 'close'
+    if self.status in RETRIED:
+      headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
+    return responses.JSONResponse(self.body(), self.status, headers)
+
+
+def invalid(param: str, message: str) -> ApiError:
+  """Returns a 400 about the value of one field."""
+  return ApiError(400, f'{param}: {message}', param=param, code=None)
+
+
+def refused_prompt(error: ValueError) -> ApiError:
+  """Returns a 400 about a prompt that the engine could never answer."""
+  return invalid('prompt', str(error).removeprefix('prompt: '))
+
+
+def stopping() -> ApiError:
+  """Returns a 503 for a request that the server will not finish."""
+  return ApiError(
+    503, 'the server is stopping; try again', param=None, code='stopped'
+  )
+
+
+def failure(error: Exception) -> ApiError:
+  """Logs an error of the server; returns an answer without its details."""
+  if isinstance(error, engine_loop.Stopped):
+    return stopping()
+  if not isinstance(error, engine_loop.Failed):  # logged by the loop
+    _LOG.error('generation failed', exc_info=error)
+  return ApiError(
+    500, 'the generation failed; see the server log', param=None, code=None
+  )
+
+
+def printable(text: str, most: int = expect.MOST_SHOWN) -> str:
+  """Returns a text as one line of at most `most` characters."""
+  shown = ''.join(
+    c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1]
+  )
+  return shown if len(shown) <= most else f'{shown[: most - 3]}...'

@@ -1,0 +1,112 @@
+"""Answers that end as soon as the client disconnects, whole or as a stream."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import contextlib
+import json
+from typing import Any, TypeVar
+
+import fastapi
+from fastapi import responses
+
+from inference.server import engine_loop as engine_loop_lib
+from inference.server.api import errors
+
+CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
+_PIECE = 10_000  # entries of a list that are written at once
+# `json.dumps` would make an encoder for each token.
+_event_json = json.JSONEncoder(allow_nan=False).encode
+
+_Result = TypeVar('_Result')
+
+
+class EventStream(responses.StreamingResponse):
+  """A stream that cancels its requests as soon as the client disconnects."""
+
+  media_type = 'text/event-stream'
+
+  def __init__(
+    self, events: AsyncGenerator[str], updates: engine_loop_lib.Updates
+  ):
+    """Takes the events to send, and the updates from which they are made."""
+    super().__init__(events)
+    self._updates = updates
+
+  async def __call__(self, scope, receive, send):
+    # Closed here too: a generator that never started runs no `finally`.
+    with contextlib.closing(self._updates):
+      async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
+        await _until_left(receive, self.stream_response(send))
+
+
+async def events(
+  chunks: AsyncGenerator[dict[str, Any]],
+) -> AsyncGenerator[str]:
+  """Yields server-sent events: one line of JSON each, then [DONE]."""
+  try:
+    async with contextlib.aclosing(chunks):
+      async for chunk in chunks:
+        yield f'data: {_event_json(chunk)}\n\n'
+  except Exception as error:
+    # The status 200 is sent. Clients raise on an event with the key 'error'.
+    yield f'data: {_event_json(errors.failure(error).body())}\n\n'
+  yield 'data: [DONE]\n\n'
+
+
+async def unless_disconnected(
+  request: fastapi.Request, work: Coroutine[Any, Any, responses.Response]
+) -> responses.Response:
+  """Awaits an answer, until the client disconnects."""
+  try:
+    answer = await _until_left(request.receive, work)
+  except errors.ApiError:
+    raise
+  except Exception as error:
+    return errors.failure(error).response()
+  return answer or responses.Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _until_left(
+  receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, _Result]
+) -> _Result | None:
+  """Returns what `work` returns; cancels it if the client disconnects."""
+
+  async def left():
+    # The body of the request has been read: the next message is a disconnect.
+    while (await receive())['type'] != 'http.disconnect':
+      pass
+
+  tasks = working, _ = [asyncio.create_task(each) for each in (work, left())]
+  try:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    return working.result() if working.done() else None
+  finally:
+    for task in tasks:
+      task.cancel()
+    await asyncio.wait(tasks)
+    # An error of `work` holds this frame; the frame must not hold the error.
+    del task, tasks, working, _
+
+
+def written(body: dict[str, Any]) -> responses.Response:
+  """Returns a body as JSON; other threads run while a long list is written."""
+  parts = []
+  for name, value in body.items():
+    if isinstance(value, list):
+      pieces = (
+        _json(value[start : start + _PIECE])[1:-1]
+        for start in range(0, len(value), _PIECE)
+      )
+      text = f'[{",".join(pieces)}]'
+    else:
+      text = _json(value)
+    parts.append(f'{_json(name)}:{text}')
+  return responses.Response(
+    f'{{{",".join(parts)}}}', media_type='application/json'
+  )
+
+
+def _json(value: Any) -> str:
+  return json.dumps(
+    value, ensure_ascii=False, allow_nan=False, separators=(',', ':')
+  )
