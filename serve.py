@@ -57,6 +57,7 @@ _HEEDED_BY = {
   'host': ('port',),
   'name': ('port',),
   'api_keys': ('port',),
+  'records': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'compilation_cache': _ENGINE.ways,
@@ -207,6 +208,7 @@ def _listen() -> None:
     from inference.server import app as app_lib, engine_loop
     from inference.server.access import api_keys
     from inference.server.http import listener
+    from inference.server.records import database
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
   config = _engine_config()
@@ -227,7 +229,15 @@ def _listen() -> None:
     on_load_failure=lambda: setattr(server, 'should_exit', True),
     on_compiled=_keep_objects,
   )
-  app = app_lib.create_app(loop, manifest, name, keys, limits, context=context)
+  app = app_lib.create_app(
+    loop,
+    manifest,
+    name,
+    keys,
+    limits,
+    context=context,
+    records=database.Database(FLAGS.records, tables=app_lib.TABLES),
+  )
   server = listener.Listener(
     app,
     limits,
@@ -405,6 +415,13 @@ def _define_flags() -> None:
     None,
     compilation_cache.HELP,
   )
+  _define_server_flags()
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
+    group.define()
+
+
+def _define_server_flags() -> None:
+  text, path = flags.DEFINE_string, path_flags.DEFINE_path
   text(
     'host',
     '127.0.0.1',
@@ -422,15 +439,20 @@ def _define_flags() -> None:
     'File of lines name:key. --port then answers only clients that send one of'
     ' the keys. If not given, it answers all clients.',
   )
-  count(
+  path(
+    'records',
+    None,
+    'File in which --port keeps its records, a SQLite database that it makes'
+    ' where there is none. If not given, records are in memory and end with the'
+    ' server.',
+  )
+  flags.DEFINE_integer(
     'drain_seconds',
     30,
     'Seconds in which --port finishes open requests after a signal to stop.'
     ' Then streams end with an error, and other requests are answered 503.',
     lower_bound=0,
   )
-  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
-    group.define()
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@
     api/       the words: bodies, errors, shapes of answers, OpenAPI document
     routes/    a file per group of routes, which reads bodies and submits
     answers/   from a checked body to the requests of the engine, and back
+    records/   the SQLite file, for all that outlives a request
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
@@ -45,9 +46,12 @@ from inference.server import (
 from inference.server.access import api_keys
 from inference.server.api import errors, openapi
 from inference.server.http import bodies as bodies_lib, protocol, streams, turns
+from inference.server.records import database
 from inference.server.routes import completions, models, probes, tokenizer
 
 _LOG = logging.getLogger('uvicorn.error')
+# Of every module that keeps records.
+TABLES: tuple[str, ...] = ()
 
 
 def create_app(
@@ -58,6 +62,7 @@ def create_app(
   config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
   context: int = 0,
+  records: database.Database | None = None,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves one model.
 
@@ -68,7 +73,9 @@ def create_app(
     keys: the keys of the clients that are answered; None: all clients.
     config: the limits on bodies.
     context: most tokens of a sequence; 0: those of the model.
+    records: opened with `TABLES`, and closed by the app; None: in memory.
   """
+  records = records or database.Database(None, tables=TABLES)
   model = service_lib.ServedModel(
     model_name,
     engine_loop,
@@ -77,7 +84,7 @@ def create_app(
   )
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
-    model=model, bodies=bodies, has_keys=keys is not None
+    model=model, bodies=bodies, records=records, has_keys=keys is not None
   )
 
   async def end_requests():
@@ -90,6 +97,7 @@ def create_app(
     yield
     await engine_loop.close()
     bodies.close()
+    records.close()
     if engine_loop.generator:
       _report_digest(engine_loop.generator)
 

@@ -12,6 +12,7 @@ from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
 from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib
+from inference.server.records import database
 
 
 class ServedModel:
@@ -102,6 +103,7 @@ class Service:
 
   model: ServedModel
   bodies: bodies_lib.Bodies
+  records: database.Database
   has_keys: bool  # whether a request needs a key
 
   def find(self, name: str) -> ServedModel:

@@ -1,0 +1,196 @@
+"""The server's records: one SQLite file, written by one thread.
+
+    records = Database(path, tables=[ledger.TABLES, ...])
+    row_id = await records.run(insert, row)        # insert(connection, row)
+
+A work that has returned is on disk: the file has a write-ahead log, which is
+synced at every commit. Works that wait at the same time share a commit, since a
+sync takes milliseconds. A work that raises changes nothing, and its neighbours
+in the commit are kept. Other processes, such as the command that creates keys,
+may open the same file.
+
+Without a path the records are in memory, and end with the process.
+
+Reference: sqlite.org/wal.html; sqlite.org/pragma.html#pragma_synchronous.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent import futures
+import os
+import pathlib
+import queue
+import sqlite3
+import threading
+from typing import Any, TypeVar
+
+FORMAT = 1  # of all tables; a file with a higher number is of a newer server
+_APPLICATION_ID = 0x32_4C_56_53  # '2LVS': `file` and we know our own files
+_BUSY_SECONDS = 10.0  # a writer of another process may take this long
+_MOST_TOGETHER = 256  # works that share a commit
+
+_Result = TypeVar('_Result')
+
+
+class Database:
+  """The records; functions of a connection are run on it one after another."""
+
+  def __init__(
+    self, path: str | os.PathLike | None, *, tables: Iterable[str] = ()
+  ):
+    """Opens or creates the file; other users of the machine cannot read it.
+
+    Args:
+      path: of the file; None: in memory.
+      tables: SQL that creates tables and indices where they are missing.
+
+    Raises:
+      ValueError: the file is no file of records, of a newer server, or cannot
+        be written.
+    """
+    self._name = ':memory:' if path is None else os.fspath(path)
+    self._connection = _opened(path, tables)
+    self._works: queue.SimpleQueue[
+      tuple[Callable[[sqlite3.Connection], Any], futures.Future] | None
+    ] = queue.SimpleQueue()
+    # A daemon: a commit is whole or not there, whenever the process ends.
+    self._thread = threading.Thread(
+      target=self._serve, name='records', daemon=True
+    )
+    self._thread.start()
+    self._is_closed = False
+
+  @property
+  def name(self) -> str:
+    """The path, or :memory:."""
+    return self._name
+
+  async def run(
+    self,
+    work: Callable[..., _Result],
+    *args: Any,
+  ) -> _Result:
+    """Returns what `work(connection, *args)` returns, once it is on disk.
+
+    Cancelling the caller does not undo the work.
+    """
+    return await asyncio.wrap_future(self.submit(work, *args))
+
+  def submit(
+    self, work: Callable[..., _Result], *args: Any
+  ) -> futures.Future[_Result]:
+    """Does the same for a thread; the future ends when the work is on disk."""
+    if self._is_closed:
+      raise RuntimeError(f'{self._name}: the records are closed')
+    done: futures.Future[_Result] = futures.Future()
+    # Running from the start: a future that can be cancelled would lose a work.
+    done.set_running_or_notify_cancel()
+    self._works.put((lambda connection: work(connection, *args), done))
+    return done
+
+  def close(self) -> None:
+    """Finishes the works that wait, and closes the file."""
+    if not self._is_closed:
+      self._is_closed = True
+      self._works.put(None)
+      self._thread.join()
+
+  def _serve(self) -> None:
+    is_open = True
+    while is_open:
+      batch = [self._works.get()]
+      while len(batch) < _MOST_TOGETHER:
+        try:
+          batch.append(self._works.get_nowait())
+        except queue.Empty:
+          break
+      is_open = None not in batch
+      self._commit([each for each in batch if each is not None])
+    self._connection.close()
+
+  def _commit(self, batch) -> None:
+    """Runs works in one transaction; tells each how it ended."""
+    if not batch:
+      return
+    ended: list[tuple[futures.Future, Any, BaseException | None]] = []
+    try:
+      self._connection.execute('BEGIN IMMEDIATE')
+      for work, done in batch:
+        self._connection.execute('SAVEPOINT work')
+        try:
+          ended.append((done, work(self._connection), None))
+        except Exception as error:
+          self._connection.execute('ROLLBACK TO work')
+          ended.append((done, None, error))
+        self._connection.execute('RELEASE work')
+      self._connection.execute('COMMIT')
+    except sqlite3.Error as error:  # a full disk, a lock that stays
+      if self._connection.in_transaction:
+        self._connection.execute('ROLLBACK')
+      ended = [(done, None, error) for _, done in batch]
+    for done, result, error in ended:
+      if error is None:
+        done.set_result(result)
+      else:
+        done.set_exception(error)
+
+
+def _opened(
+  path: str | os.PathLike | None, tables: Iterable[str]
+) -> sqlite3.Connection:
+  fix = 'a file that this server made, or a path where it can make one'
+  if path is None:
+    connection = _connected(':memory:')
+  else:
+    if not os.fspath(path).strip():
+      raise ValueError(f'records: got an empty path, expected {fix}')
+    try:
+      # SQLite would make it readable by every user of the machine. Its log
+      # files get the mode of the file.
+      os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+      connection = _connected(pathlib.Path(path))
+    except (OSError, sqlite3.Error) as error:
+      raise ValueError(
+        f'records: got {os.fspath(path)}, which cannot be opened ({error}),'
+        f' expected {fix}'
+      ) from error
+  try:
+    _prepare(connection, tables)
+  except (ValueError, sqlite3.Error) as error:
+    connection.close()
+    raise ValueError(
+      f'records: got {os.fspath(path or ":memory:")}: {error}, expected {fix}'
+    ) from error
+  return connection
+
+
+def _connected(path: str | pathlib.Path) -> sqlite3.Connection:
+  return sqlite3.connect(
+    path,
+    timeout=_BUSY_SECONDS,
+    isolation_level=None,  # transactions are ours
+    check_same_thread=False,  # opened here, then used by the thread alone
+  )
+
+
+def _prepare(connection: sqlite3.Connection, tables: Iterable[str]) -> None:
+  connection.row_factory = sqlite3.Row
+  (application,) = connection.execute('PRAGMA application_id').fetchone()
+  (version,) = connection.execute('PRAGMA user_version').fetchone()
+  (num_tables,) = connection.execute(
+    'SELECT count(*) FROM sqlite_master'
+  ).fetchone()
+  if num_tables and application != _APPLICATION_ID:
+    raise ValueError('a database of another program')
+  if version > FORMAT:
+    raise ValueError(
+      f'records of format {version}, of a newer server than this one, which'
+      f' knows format {FORMAT}'
+    )
+  connection.execute('PRAGMA journal_mode = WAL')
+  connection.execute('PRAGMA synchronous = FULL')
+  connection.execute('PRAGMA foreign_keys = ON')
+  connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
+  connection.execute(f'PRAGMA user_version = {FORMAT}')
+  for sql in tables:
+    connection.executescript(sql)
