@@ -4,59 +4,53 @@ Times are measured on a GPU (`make bench-gpu`). What decides them can be counted
 without one: kernels, copies, bytes, and arrays that should not exist.
 """
 
-import dataclasses
 import functools
 import re
 
 import pytest
 
-from data import data_config
-from experiments import presets
-from hardware import hlo, targets
-from training import experiment as experiment_lib, learner as learner_lib
-from training.optimizer import chain
-from training.planning import choices
+from hardware import hlo
+from tests.helpers import gpu_programs
+from tests.helpers.gpu_programs import HEADS, LAYERS, ROWS, TIME
 
-ROWS, TIME, LAYERS, HEADS = 4, 512, 3, 4
 CALLS = {'__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'}
+REMATS = {'none': 1, 'minimal': 1, 'full': 2}  # runs of the forward kernel
+# Of a run that chooses nothing: the choices of `training.planning.choices`.
+CHOICES = {'remat': 'none', 'layers': 'apart', 'loss_chunk_logits': 2**28}
+VARIANTS = (
+  {},
+  {'max_documents': 5},
+  {'layers': 'scanned'},
+  CHOICES,
+  *(
+    {'remat': remat, 'layers': layers}
+    for layers in ('apart', 'scanned')
+    for remat in REMATS
+  ),
+)
 
 pytestmark = pytest.mark.slow
 
 
 @functools.cache
-def _program(max_documents=1, **execution):
-  """Returns the text and the parsed program of a GPT-2's train step."""
+def _programs():
+  """Returns the text and the parsed program of every variant."""
   pytest.importorskip('jax_plugins.xla_cuda13', reason='requirements-plan.txt')
-  targets.prepare_environment()
-  devices = targets.devices(targets.parse('h100:1'))
-  experiment = experiment_lib.Experiment(
-    name='gpu_program',
-    model=presets.gpt2(
-      vocab_size=512, num_layers=LAYERS, num_heads=HEADS, width=256, length=TIME
-    ),
-    data=data_config.DataConfig(
-      path='-', batch_size=ROWS, row_length=TIME, packing='best_fit'
-    ),
-    optimizer=chain.OptimizerConfig(),
-    execution=experiment_lib.ExecutionConfig(**execution),
-    compute_dtype='bfloat16',
-  )
-  chosen = choices.make(experiment, devices).experiment
-  learner = learner_lib.make(chosen, devices, max_documents)
-  lowered = learner.placement.lower_train(
-    learner.build_train_step, learner.batch_shapes()
-  )
-  text = lowered.compile().as_text()
-  return text, hlo.parse(text)
+  texts = gpu_programs.compile(VARIANTS)
+  return [(text, hlo.parse(text)) for text in texts]
+
+
+def _program(**fields):
+  return _programs()[VARIANTS.index(fields)]
 
 
 def _kernels(**fields):
   return hlo.kernels(_program(**fields)[1])
 
 
-@pytest.mark.parametrize('max_documents', [1, 5])
-def test_attention_is_one_kernel_per_layer_and_pass(max_documents):
-  text, program = _program(max_documents=max_documents)
+@pytest.mark.parametrize('fields', [{}, {'max_documents': 5}])
+def test_attention_is_one_kernel_per_layer_and_pass(fields):
+  text, program = _program(**fields)
   counts = hlo.kernels(program)
   assert {name: counts[name] for name in CALLS} == dict.fromkeys(CALLS, LAYERS)
   # No scores, and no mask.
@@ -95,9 +89,7 @@ def test_layers_apart_keep_one_stack_of_weights():
   assert len(ours) < 3 * 17  # arrays of weights
 
 
-@pytest.mark.parametrize(
-  ('remat', 'num_forward'), [('none', 1), ('minimal', 1), ('full', 2)]
-)
+@pytest.mark.parametrize(('remat', 'num_forward'), REMATS.items())
 @pytest.mark.parametrize('layers', ['apart', 'scanned'])
 def test_remat_runs_no_kernel_twice_that_it_can_keep(
   remat, layers, num_forward
@@ -126,10 +118,4 @@ def test_the_norm_of_the_weights_reads_the_weights_alone():
 
 
 def test_the_choices_are_those_of_a_run():
-  _, program = _program()
-  explicit = dataclasses.asdict(
-    experiment_lib.ExecutionConfig(
-      remat='none', layers='apart', loss_chunk_logits=2**28
-    )
-  )
-  assert hlo.kernels(program) == _kernels(**explicit)
+  assert _kernels() == _kernels(**CHOICES)
