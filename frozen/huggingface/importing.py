@@ -33,6 +33,7 @@ from text import hf_tokenizer
 
 _COUNTS = ('vocab_size', 'num_experts')  # dimensions of a tensor
 DTYPES = ('auto', 'float32', 'bfloat16')
+MOST_ENDS = 16  # ids that end a text; the engine's slots have room for these
 
 
 class Source(NamedTuple):
@@ -230,9 +231,16 @@ def check_vocabulary(
 
 
 def check_ends(source: Source, generation: Mapping[str, Any]) -> None:
-  """Raises ValueError if a text would end with an id that is not there."""
+  """Raises ValueError if ids that end a text are not there, or too many."""
   most = source.config.vocab_size
-  if wrong := [i for i in generation.get('stop_ids', ()) if i >= most]:
+  ends = generation.get('stop_ids', ())
+  if len(ends) > MOST_ENDS:
+    raise ValueError(
+      f'{source.where}: got {len(ends)} ids in eos_token_id, expected at most'
+      f' {MOST_ENDS}; remove the others from {generation_config.FILE} or'
+      f' {config_json.FILE}'
+    )
+  if wrong := [i for i in ends if i >= most]:
     raise ValueError(
       f'{source.where}: got eos_token_id {expect.shown(wrong)}, expected ids'
       f' below vocab_size = {most}; remove the others from'

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from frozen.huggingface import __main__ as command, exporting, importing
+from inference.sampling import settings
 from tests.helpers import frozen_dirs, hf_files, tiny_models
 
 DEEP = b'[' * 200_000
@@ -114,6 +115,7 @@ def _only_config(**fields):
     (_config(rope_parameters=[1]), r'got rope_parameters = \[1\], expected an'),
     (_config(eos_token_id=[3, 400]), 'PASSES'),
     (_only_config(eos_token_id=[3, 400]), r'got eos_token_id \[400\], expect'),
+    (_only_config(eos_token_id=list(range(17))), r'got 17 ids in eos_token_id'),
     (_only_config(eos_token_id='x'), "got eos_token_id 'x', expected an id"),
     (_file('config.json', DEEP), 'config.json: got a file that is not JSON'),
     (_file('config.json', b'\xff{}'), 'config.json: got a file that is not'),
@@ -167,6 +169,10 @@ def test_one_clear_error_and_no_traces(good, tmp_path, spoil, message):
     importing.import_directory(directory, out)
   assert len(str(caught.value)) < 1000
   assert not list(out.parent.iterdir())
+
+
+def test_as_many_ends_as_a_request_may_have():
+  assert importing.MOST_ENDS == settings.MAX_STOP_IDS
 
 
 def test_the_command_escapes_names_and_cuts_them():
