@@ -29,15 +29,12 @@ import re
 import socket
 import statistics
 import struct
-import subprocess
-import sys
-import tempfile
 import time
 from typing import Any
 
 from absl import app, flags
 
-from benchmarks import entry
+from benchmarks import entry, server_process
 from checks import path_flags
 
 _NAME = 'abused'  # of the model in requests
@@ -406,46 +403,20 @@ def _verdict(is_met: bool) -> str:
   return '(met)' if is_met else '(MISSED)'
 
 
-def _port_of(process: subprocess.Popen, log: str) -> int:
-  """Returns the port of a server that has compiled all its programs."""
-  while process.poll() is None:
-    text = pathlib.Path(log).read_text(encoding='utf-8')
-    # Compiling beside the clients would take a core, and memory.
-    if 'all programs are compiled' in text:
-      return int(re.findall(r'running on http://127.0.0.1:(\d+)', text)[0])
-    time.sleep(0.2)
-  text = pathlib.Path(log).read_text(encoding='utf-8')
-  raise ValueError(f'serve.py has ended: {text[-1000:]}')
-
-
 def measure(args: Any):
   """Starts a server and yields the figures of one run."""
-  with (
-    tempfile.NamedTemporaryFile('w+', encoding='utf-8') as log,
-    subprocess.Popen(
-      [
-        sys.executable,
-        'serve.py',
-        f'--model={args.model}',
-        '--port=0',
-        f'--name={_NAME}',
-      ],
-      stdout=subprocess.DEVNULL,
-      stderr=log,
-    ) as process,
+  with server_process.running(f'--model={args.model}', f'--name={_NAME}') as (
+    port,
+    pid,
   ):
-    try:
-      target = Target('127.0.0.1', _port_of(process, log.name))
-      yield asyncio.run(
-        abuse(
-          target,
-          pid=process.pid,
-          num_clients=args.clients,
-          seconds=args.seconds,
-        )
+    yield asyncio.run(
+      abuse(
+        Target('127.0.0.1', port),
+        pid=pid,
+        num_clients=args.clients,
+        seconds=args.seconds,
       )
-    finally:
-      process.terminate()
+    )
 
 
 def main(argv: list[str]) -> None:
