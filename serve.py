@@ -14,11 +14,8 @@ has lines `name:key`, it answers only clients that send one of the keys. Each
 name then has its share of the engine and its own cache of prompts.
 """
 
-import contextlib
 import gc
-import os
 import pathlib
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -205,60 +202,23 @@ def _listen() -> None:
   from frozen import manifest as manifest_lib
 
   try:
-    from inference.server import app as app_lib, engine_loop
-    from inference.server.access import api_keys
-    from inference.server.http import listener
-    from inference.server.records import database
+    from inference.server import start
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
-  config = _engine_config()
-  limits = server_config.ServerConfig(
-    drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+  start.serve(
+    start.Options(
+      directory=FLAGS.model,
+      name=_served_name(manifest_lib.read(pathlib.Path(FLAGS.model))),
+      engine=_engine_config(),
+      limits=server_config.ServerConfig(
+        drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+      ),
+      host=FLAGS.host,
+      port=FLAGS.port,
+      api_keys=FLAGS.api_keys,
+      records=FLAGS.records,
+    )
   )
-  listener.allow_files(limits.max_connections)
-  keys = None
-  if FLAGS.api_keys is not None:  # '' is refused, see `api_keys`
-    keys = api_keys.KeysFile(FLAGS.api_keys)
-    signal.signal(signal.SIGHUP, lambda *_: keys.expire())
-  manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
-  name = _served_name(manifest)
-  context = config.context(manifest.model['max_length'])
-  print(f'serving {name!r}, weights {manifest.weights_digest}')
-  loop = engine_loop.EngineLoop(
-    lambda: _load(config, compile_all=False),
-    on_load_failure=lambda: setattr(server, 'should_exit', True),
-    on_compiled=_keep_objects,
-  )
-  app = app_lib.create_app(
-    loop,
-    manifest,
-    name,
-    keys,
-    limits,
-    context=context,
-    records=database.Database(FLAGS.records, tables=app_lib.TABLES),
-  )
-  server = listener.Listener(
-    app,
-    limits,
-    end_requests=app.state.end_requests,
-    host=FLAGS.host,
-    port=FLAGS.port,
-  )
-  # After each of its system calls the event loop waits for the thread that runs
-  # Python: 5 ms by default, thousands of times per second.
-  sys.setswitchinterval(5e-4)
-  try:
-    with contextlib.suppress(KeyboardInterrupt):
-      server.run()
-  finally:
-    if loop.is_compiling:
-      # XLA cannot be interrupted, and an ordinary exit of the process would
-      # wait for XLA, or crash.
-      sys.stdout.flush()
-      os._exit(1 if loop.is_loading or loop.failure else 0)
-  if loop.failure:
-    raise loop.failure
 
 
 def _served_name(manifest) -> str:
@@ -278,20 +238,9 @@ def _load(config: engine_config.EngineConfig, **how):
   from inference import generate
 
   generator = generate.load(FLAGS.model, config, **how)
-  gc.freeze()  # it stays: see `_keep_objects`
+  gc.freeze()  # it stays: the collector need not walk it
   gc.enable()
   return generator
-
-
-def _keep_objects() -> None:
-  """Tells the garbage collector that programs and weights stay.
-
-  Otherwise it walks them now and then, for 60 to 150 ms, and all clients wait.
-  """
-  gc.collect()
-  gc.freeze()
-  # Requests in progress are walked as well, 80 ms for 256: once a minute then.
-  gc.set_threshold(700, 10, 100)
 
 
 def _load_small(num_sequences: int):

@@ -25,6 +25,7 @@ the digest in the manifest.
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
 
+from collections.abc import Sequence
 import contextlib
 import logging
 import uuid
@@ -36,18 +37,18 @@ from starlette import (
   requests as starlette_requests,
 )
 
-from frozen import manifest as manifest_lib
 from inference import generate
-from inference.server import (
-  engine_loop as engine_loop_lib,
-  server_config,
-  service as service_lib,
-)
+from inference.server import server_config, service as service_lib
 from inference.server.access import api_keys
 from inference.server.api import errors, openapi
 from inference.server.http import bodies as bodies_lib, protocol, streams, turns
 from inference.server.records import database
-from inference.server.routes import completions, models, probes, tokenizer
+from inference.server.routes import (
+  completions,
+  models as models_routes,
+  probes,
+  tokenizer,
+)
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
@@ -55,33 +56,23 @@ TABLES: tuple[str, ...] = ()
 
 
 def create_app(
-  engine_loop: engine_loop_lib.EngineLoop,
-  manifest: manifest_lib.Manifest,
-  model_name: str,
+  models: Sequence[service_lib.ServedModel],
   keys: api_keys.ApiKeys | api_keys.KeysFile | None = None,
   config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
-  context: int = 0,
   records: database.Database | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI app that serves one model.
+  """Returns the ASGI app that serves models.
 
   Args:
-    engine_loop: runs the engine; the app starts and closes it.
-    manifest: of the model. The weights need not be loaded yet.
-    model_name: name of the model in requests.
+    models: at least one. The app starts and closes their engine loops.
     keys: the keys of the clients that are answered; None: all clients.
     config: the limits on bodies.
-    context: most tokens of a sequence; 0: those of the model.
     records: opened with `TABLES`, and closed by the app; None: in memory.
   """
   records = records or database.Database(None, tables=TABLES)
-  model = service_lib.ServedModel(
-    model_name,
-    engine_loop,
-    manifest,
-    context=context or manifest.model['max_length'],
-  )
+  (model,) = models
+  engine_loop = model.engine_loop
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
     model=model, bodies=bodies, records=records, has_keys=keys is not None
@@ -110,7 +101,7 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (probes, models, tokenizer, completions):
+  for routes in (probes, models_routes, tokenizer, completions):
     routes.add(app, service)
   described = openapi.document(app, has_keys=keys is not None)
   app.openapi = lambda: described

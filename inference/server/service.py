@@ -24,7 +24,7 @@ class ServedModel:
     engine_loop: engine_loop_lib.EngineLoop,
     manifest: manifest_lib.Manifest,
     *,
-    context: int,
+    context: int = 0,
   ):
     """Describes the model; its weights need not be loaded yet.
 
@@ -32,15 +32,16 @@ class ServedModel:
       name: the name in requests.
       engine_loop: runs its engine.
       manifest: of its frozen directory.
-      context: most tokens of a sequence.
+      context: most tokens of a sequence; 0: those of the model.
     """
     self.name, self.engine_loop = name, engine_loop
+    self.manifest = manifest
     self._card = {
       'id': name,
       'object': 'model',
       'created': int(time.time()),  # when this server began to load it
       'owned_by': 'two-lives',
-      'max_model_len': context,
+      'max_model_len': context or manifest.model['max_length'],
       'lineage': {
         'weights_digest': manifest.weights_digest,
         'num_params': manifest.num_params,

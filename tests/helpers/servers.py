@@ -11,6 +11,7 @@ from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
   server_config,
+  service,
 )
 from inference.server.http import listener
 
@@ -46,9 +47,9 @@ class Served:
 def running(generator: Any, keys=None, **limits):
   """Serves on a free loopback port; yields a `Served` that is ready."""
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
-  manifest = generator.frozen.manifest
+  model = service.ServedModel(MODEL, engine_loop, generator.frozen.manifest)
   config = server_config.ServerConfig(**limits)
-  app = app_lib.create_app(engine_loop, manifest, MODEL, keys, config)
+  app = app_lib.create_app([model], keys, config)
   with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
     yield Served(url, engine_loop)

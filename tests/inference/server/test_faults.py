@@ -13,7 +13,11 @@ import httpx2
 import pytest
 
 from frozen import format as frozen_format
-from inference.server import app as app_lib, engine_loop as engine_loop_lib
+from inference.server import (
+  app as app_lib,
+  engine_loop as engine_loop_lib,
+  service,
+)
 from tests.helpers import servers
 
 _MODEL = servers.MODEL
@@ -159,7 +163,8 @@ def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
     return generator
 
   loop = engine_loop_lib.EngineLoop(load)
-  app = app_lib.create_app(loop, generator.frozen.manifest, _MODEL)
+  model = service.ServedModel(_MODEL, loop, generator.frozen.manifest)
+  app = app_lib.create_app([model])
   with (
     servers.running_app(app) as url,
     httpx2.Client(base_url=url, timeout=30) as http,
