@@ -112,11 +112,11 @@ class Engine:
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
-    self._device = device = params.device
+    self.device = device = params.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self._backend = backend
+    self.backend = backend
     bytes_per_token = backend.bytes_per_token(model_config)
     self.page_bytes = self.page_tokens * bytes_per_token
     num_pages = config.pool_pages(
@@ -174,7 +174,7 @@ class Engine:
 
   def compile_rest(self) -> None:
     """Compiles the programs that are left, in a thread beside the engine's."""
-    with jax.default_device(self._device):
+    with jax.default_device(self.device):
       self._programs.compile_rest()
 
   @property
@@ -307,7 +307,7 @@ class Engine:
         f'weights: got new ones while {len(self._live)} sequences run, expected'
         ' none; finish or cancel them, a sequence has one set of weights'
       )
-    params = self._backend.laid_out(params, self.model_config)
+    params = self.backend.laid_out(params, self.model_config)
     got, expected = (
       jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
       for tree in (params, self.params)
@@ -319,6 +319,11 @@ class Engine:
       )
     self.params, self.weights_digest = params, weights_digest
     self.manager.clear()
+
+  def release(self) -> None:
+    """Frees weights and KV cache at once, whatever refers to the arrays."""
+    for leaf in jax.tree.leaves((self.params, self._state)):
+      leaf.delete()
 
   # --------------------------------------------------------------------------
   # Steps

@@ -3,14 +3,17 @@
     GET  /health            200 while the process can answer, 503 if it failed
     GET  /ready             503 until every program is compiled
     GET  /metrics           counters of the engine, as Prometheus collects them
-    GET  /v1/models         the one model, with the lineage of its weights
+    GET  /v1/models         names and versions, with the lineage of weights
     GET  /v1/models/{id}
     POST /v1/completions    JSON, or server-sent events with "stream": true
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
+    GET  /version           of the program and what it runs on
+    /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
 
     http/      bytes: connections, bodies within limits, streams that can end
     access/    who sends a request
     api/       the words: bodies, errors, shapes of answers, OpenAPI document
+    versions/  several models: which answers, how they load and unload
     routes/    a file per group of routes, which reads bodies and submits
     answers/   from a checked body to the requests of the engine, and back
     records/   the SQLite file, for all that outlives a request
@@ -39,16 +42,24 @@ from starlette import (
 
 from inference import generate
 from inference.server import server_config, service as service_lib
-from inference.server.access import api_keys
+from inference.server.access import admin, api_keys
 from inference.server.api import errors, openapi
-from inference.server.http import bodies as bodies_lib, protocol, streams, turns
+from inference.server.http import (
+  bodies as bodies_lib,
+  exchanges,
+  protocol,
+  streams,
+  turns,
+)
 from inference.server.records import database
 from inference.server.routes import (
+  admin as admin_routes,
   completions,
   models as models_routes,
   probes,
   tokenizer,
 )
+from inference.server.versions import registry
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
@@ -61,47 +72,58 @@ def create_app(
   config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
   records: database.Database | None = None,
+  loader: service_lib.Loader | None = None,
+  host: str = '127.0.0.1',
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
 
   Args:
-    models: at least one. The app starts and closes their engine loops.
+    models: at least one, under different names. The app starts and closes
+      their engine loops.
     keys: the keys of the clients that are answered; None: all clients.
     config: the limits on bodies.
     records: opened with `TABLES`, and closed by the app; None: in memory.
+    loader: of further models; None: none can be loaded.
+    host: address that the server listens on.
   """
   records = records or database.Database(None, tables=TABLES)
-  (model,) = models
-  engine_loop = model.engine_loop
+  versions = registry.Versions(models)
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    versions=versions,
+    bodies=bodies,
+    records=records,
+    has_keys=keys is not None,
+    is_local=admin.is_loopback(host),
+    loader=loader,
   )
 
   async def end_requests():
     bodies.stop()
-    await engine_loop.close()
+    await versions.close()
 
   @contextlib.asynccontextmanager
   async def lifespan(_):
-    engine_loop.start()
+    versions.start()
     yield
-    await engine_loop.close()
+    await versions.close()
     bodies.close()
     records.close()
-    if engine_loop.generator:
-      _report_digest(engine_loop.generator)
+    for model in versions.all():
+      if generator := model.engine_loop.generator:
+        _report_digest(generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
-  app.state.end_requests = end_requests
+  app.state.end_requests, app.state.versions = end_requests, versions
   app.add_middleware(api_keys.Authentication, keys=keys)
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
+  app.add_middleware(exchanges.Exchanges)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (probes, models_routes, tokenizer, completions):
+  for routes in (admin_routes, probes, models_routes, tokenizer, completions):
     routes.add(app, service)
   described = openapi.document(app, has_keys=keys is not None)
   app.openapi = lambda: described
@@ -124,7 +146,10 @@ class _RequestId:
     self._app = app
 
   async def __call__(self, scope, receive, send):
-    name = f'req_{uuid.uuid4().hex}'.encode()
+    request_id = f'req_{uuid.uuid4().hex}'
+    if scope['type'] == 'http':
+      scope.setdefault('state', {})['request_id'] = request_id
+    name = request_id.encode()
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':

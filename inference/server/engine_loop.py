@@ -25,11 +25,13 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import queue
 import threading
 import time
 
+from hardware import host_memory
 from inference import generate
 from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.server.http import thread_priority
@@ -40,6 +42,9 @@ LOADING, READY, FAILED, STOPPED = 'loading', 'ready', 'failed', 'stopped'
 
 
 _Command = Callable[[], None]
+# (index of the request among those submitted together, index of the sequence
+# of the request, its completion)
+OnFinished = Callable[[int, int, requests_lib.Completion], object]
 
 
 class Failed(RuntimeError):
@@ -53,8 +58,14 @@ class Stopped(RuntimeError):
 class Updates:
   """The updates of requests submitted together, as (index, update)."""
 
-  def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
+  def __init__(
+    self,
+    num_sequences: int,
+    cancel: Callable[['Updates'], None],
+    on_finished: OnFinished = lambda *_: None,
+  ):
     self._num_left, self._cancel = num_sequences, cancel
+    self._on_finished = on_finished
     self._arrived: asyncio.Queue[
       tuple[int, requests_lib.Update] | Exception
     ] = asyncio.Queue()
@@ -74,6 +85,8 @@ class Updates:
 
   def put(self, item: tuple[int, requests_lib.Update] | Exception) -> None:
     """Adds an update, or the error that ends all of them."""
+    if not isinstance(item, Exception) and item[1].completion:
+      self._on_finished(item[0], item[1].index, item[1].completion)
     self._arrived.put_nowait(item)
 
   def close(self) -> None:
@@ -117,6 +130,7 @@ class EngineLoop:
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
     self._open: dict[int, _Open] = {}  # by request id; used in the thread only
     self._is_closed = False
+    self._started_at = 0.0  # seconds of `time.perf_counter`
     self._event_loop: asyncio.AbstractEventLoop | None = None
     # A daemon: XLA cannot be interrupted, and a process that is told to stop
     # during a compilation must not wait for its end.
@@ -146,13 +160,49 @@ class EngineLoop:
     """Whether a thread compiles, in which XLA cannot be interrupted."""
     return self.is_loading or self._compiler.is_alive()
 
+  @property
+  def is_idle(self) -> bool:
+    """Whether the engine is complete, and has nothing to do."""
+    generator = self.generator
+    return (
+      self.state == READY
+      and generator is not None
+      and not self._compiler.is_alive()
+      and not generator.engine.has_work
+      and self._inbox.empty()
+    )
+
+  def release(self) -> None:
+    """Frees the memory of the engine, after `close` and all compilation."""
+    self._thread.join()
+    if self.generator:
+      self.generator.engine.release()
+      self.generator = None
+    # Programs and the engine are in cycles, of objects that may be frozen.
+    was_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if was_frozen:
+      gc.freeze()
+    host_memory.return_freed_memory()
+
   def start(self) -> None:
     """Starts the thread, for the running event loop."""
+    self._started_at = time.perf_counter()
     self._event_loop = asyncio.get_running_loop()
     self._thread.start()
 
-  async def submit(self, requests: Sequence[requests_lib.Request]) -> Updates:
+  async def submit(
+    self,
+    requests: Sequence[requests_lib.Request],
+    on_finished: OnFinished = lambda *_: None,
+  ) -> Updates:
     """Submits requests, all or none; returns their updates.
+
+    Args:
+      requests: to answer.
+      on_finished: called in the event loop as soon as a sequence has finished,
+        even if the client is slow to read it.
 
     Raises:
       ValueError: a request could never be answered.
@@ -164,6 +214,7 @@ class EngineLoop:
     updates = Updates(
       sum(request.settings.n for request in requests),
       lambda each: self._inbox.put(functools.partial(self._cancel, each)),
+      on_finished,
     )
     accepted = asyncio.get_running_loop().create_future()
     self._inbox.put(functools.partial(self._take, requests, updates, accepted))
@@ -192,7 +243,8 @@ class EngineLoop:
       self.failure = error
       self._call(self._on_load_failure)
     else:
-      _LOG.info('ready; %s', self.generator.memory_text())
+      seconds = time.perf_counter() - self._started_at
+      _LOG.info('ready after %.1f s; %s', seconds, self.generator.memory_text())
       self._compiler.start()
       try:
         self._work(self.generator.engine)

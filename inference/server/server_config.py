@@ -54,6 +54,11 @@ class ServerConfig:
     'Seconds that a connection may wait for its next request; then it is'
     ' closed.',
   )
+  models_root: str = flag_field.field(
+    '',
+    'Directory of frozen directories that POST /admin/models may load. If not'
+    ' given, it may load none.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from prometheus_client import parser
+
 from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
@@ -22,8 +24,8 @@ GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
 class Served:
   """A running server and its parts."""
 
-  def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop):
-    self.url, self.engine_loop = url, engine_loop
+  def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop, app):
+    self.url, self.engine_loop, self.app = url, engine_loop, app
 
   @property
   def generator(self) -> Any:
@@ -44,15 +46,24 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, **limits):
-  """Serves on a free loopback port; yields a `Served` that is ready."""
+def running(generator: Any, keys=None, *, observers=(), app=None, **limits):
+  """Serves on a free loopback port; yields a `Served` that is ready.
+
+  Args:
+    generator: answers under the name MODEL.
+    keys: of the clients.
+    observers: of the model.
+    app: further arguments of `create_app`.
+    **limits: of the config.
+  """
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
-  model = service.ServedModel(MODEL, engine_loop, generator.frozen.manifest)
+  manifest = generator.frozen.manifest
+  model = service.ServedModel(MODEL, engine_loop, manifest, observers=observers)
   config = server_config.ServerConfig(**limits)
-  app = app_lib.create_app([model], keys, config)
+  app = app_lib.create_app([model], keys, config, **(app or {}))
   with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
-    yield Served(url, engine_loop)
+    yield Served(url, engine_loop, app)
 
 
 @contextlib.contextmanager
@@ -84,6 +95,18 @@ def until(condition, seconds=30):
   while not condition():
     assert time.monotonic() < deadline, 'gave up waiting'
     time.sleep(0.01)
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+  """Returns the only sample of a name that has labels; 0 without one."""
+  found = [
+    sample.value
+    for family in parser.text_string_to_metric_families(text)
+    for sample in family.samples
+    if sample.name == name and labels.items() <= sample.labels.items()
+  ]
+  assert len(found) < 2, found
+  return found[0] if found else 0.0
 
 
 def events(content: bytes) -> list[dict[str, Any]]:

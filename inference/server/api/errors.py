@@ -1,5 +1,6 @@
 """The errors that clients get, in OpenAI's shape."""
 
+from collections.abc import Sequence
 import logging
 from typing import Any
 
@@ -62,6 +63,17 @@ def invalid(param: str, message: str) -> ApiError:
 def refused_prompt(error: ValueError) -> ApiError:
   """Returns a 400 about a prompt that the engine could never answer."""
   return invalid('prompt', str(error).removeprefix('prompt: '))
+
+
+def no_model(name: str, known: Sequence[str]) -> ApiError:
+  """Returns a 404 about a name that no model has."""
+  return ApiError(
+    404,
+    f'model: got {expect.shown(name)}, expected'
+    f' {" or ".join(map(repr, known)) or "none"}, as GET /v1/models lists',
+    param='model',
+    code='model_not_found',
+  )
 
 
 def stopping() -> ApiError:

@@ -25,8 +25,10 @@ _EVENTS = (
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
+  403: 'The sender may not administer the server, or load models.',
   404: 'There is no such model.',
   408: 'The body did not arrive in time.',
+  409: 'The version is there already, not ready, or still needed.',
   413: 'The body is too large.',
   429: 'Too many requests wait; try again after `retry-after` seconds.',
   500: 'The generation failed.',
@@ -40,13 +42,17 @@ class _Route:
   body: type[pydantic.BaseModel] | None = None
   errors: tuple[int, ...] = (503,)
   has_stream: bool = False
+  status: int = 200  # of the answer
 
 
 _POSTED = 400, 404, 408, 413, 503
+_ADMIN = 403, 503
+# By path, or by method and path where a path has several methods.
 _ROUTES = {
   '/health': _Route(answer=shapes.Status),
   '/ready': _Route(answer=shapes.Status),
   '/metrics': _Route(),
+  '/version': _Route(answer=shapes.Version),
   '/v1/models': _Route(answer=shapes.ModelList),
   '/v1/models/{name}': _Route(answer=shapes.Model, errors=(404, 503)),
   '/v1/completions': _Route(
@@ -62,6 +68,25 @@ _ROUTES = {
   '/detokenize': _Route(
     answer=shapes.Text, body=schema.DetokenizeRequest, errors=_POSTED
   ),
+  'get /admin/models': _Route(answer=shapes.VersionList, errors=_ADMIN),
+  'post /admin/models': _Route(
+    answer=shapes.ModelVersion,
+    body=schema.LoadRequest,
+    errors=(*_POSTED, 403, 409),
+    status=202,
+  ),
+  'get /admin/models/{version}': _Route(
+    answer=shapes.ModelVersion, errors=(404, *_ADMIN)
+  ),
+  'delete /admin/models/{version}': _Route(
+    answer=shapes.ModelVersion, errors=(404, 409, *_ADMIN), status=202
+  ),
+  'get /admin/traffic': _Route(answer=shapes.TrafficList, errors=_ADMIN),
+  'post /admin/traffic': _Route(
+    answer=shapes.TrafficList,
+    body=schema.TrafficRequest,
+    errors=(*_POSTED, 403, 409),
+  ),
 }
 
 
@@ -76,8 +101,8 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
   for route in app.routes:
     if isinstance(route, routing.APIRoute):
       method = min(route.methods or {'get'})  # each has one
-      operation = _operation(route, has_keys=has_keys)
-      paths[route.path_format] = {method.lower(): operation}
+      operation = _operation(route, method.lower(), has_keys=has_keys)
+      paths.setdefault(route.path_format, {})[method.lower()] = operation
   components: dict[str, Any] = {'schemas': _schemas()}
   if has_keys:
     components['securitySchemes'] = {
@@ -91,12 +116,15 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
   }
 
 
-def _operation(route: routing.APIRoute, *, has_keys: bool) -> dict[str, Any]:
-  described = _ROUTES[route.path_format]
+def _operation(
+  route: routing.APIRoute, method: str, *, has_keys: bool
+) -> dict[str, Any]:
+  path = route.path_format
+  described = _ROUTES.get(f'{method} {path}') or _ROUTES[path]
   needs_key = has_keys and route.path not in api_keys.OPEN_PATHS
   operation: dict[str, Any] = {
     'operationId': route.name,
-    'responses': {'200': _answer(described)},
+    'responses': {str(described.status): _answer(described)},
   }
   errors = {*described.errors, *([401] if needs_key else [])}
   is_probe = route.path in api_keys.OPEN_PATHS

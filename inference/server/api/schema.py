@@ -9,6 +9,7 @@ field is refused. No field is ignored.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import typing
 from typing import Annotated, Any, Self
 
@@ -32,6 +33,7 @@ _API_NAMES = {
   for field in dataclasses.fields(settings.Settings)
   if (name := field.metadata.get('api_name', field.name))
 }
+_MOST_NAME = 128  # characters of the name of a model
 _MAX_PRIORITY = 2**31 - 1
 _UNKNOWN = 'unknown_field'
 
@@ -260,6 +262,59 @@ class DetokenizeRequest(_Model):
 
   model: str | None = None
   tokens: _Ids
+
+
+class LoadRequest(_Model):
+  """The body of POST /admin/models."""
+
+  name: str
+  path: str  # of a frozen directory, relative to --server.models_root
+  kv_memory: str | None = None  # such as 500MB; null: as --engine.kv_memory
+
+  def check(self) -> None:
+    """Checks the name.
+
+    Raises:
+      ApiError: status 400, it could not be told from NAME@DIGEST.
+    """
+    is_fit = self.name.strip() and self.name.isprintable()
+    if not is_fit or '@' in self.name or len(self.name) > _MOST_NAME:
+      raise errors.invalid(
+        'name',
+        f'got {expect.shown(self.name)}, expected 1 to {_MOST_NAME} printable'
+        ' characters without @',
+      )
+
+
+class TrafficRequest(_Model):
+  """The body of POST /admin/traffic; versions are NAME@DIGEST, or digests."""
+
+  name: str
+  weights: Annotated[dict[str, float], _FEW]  # relative; {}: nobody answers
+  # Share of the requests that each gets a copy of, 0 to 1.
+  shadows: Annotated[dict[str, float], _FEW] | None = None
+  # All requests of a principal go to one version; null: each goes by itself.
+  by_principal: bool | None = None
+
+  def check(self) -> None:
+    """Checks the ranges of weights and shares.
+
+    Raises:
+      ApiError: status 400, one is out of range.
+    """
+    for version, weight in self.weights.items():
+      if not 0 <= weight < math.inf:
+        raise errors.invalid(
+          'weights',
+          f'got {weight} for {expect.shown(version)}, expected a finite number,'
+          ' at least 0',
+        )
+    for version, share in (self.shadows or {}).items():
+      if not 0 <= share <= 1:
+        raise errors.invalid(
+          'shadows',
+          f'got {share} for {expect.shown(version)}, expected 0 to 1',
+        )
 
 
 def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:

@@ -34,21 +34,86 @@ class Status(_Shape):
 
 
 class Model(_Shape):
-  """The served model."""
+  """A served model; `version` is its name and the digest of its weights."""
 
   id: str
   object: Literal['model']
   created: int
   owned_by: str
   max_model_len: int
+  version: str
+  digests: dict[str, str | None]
   lineage: dict[str, Any]
 
 
 class ModelList(_Shape):
-  """The one model, as a list."""
+  """The names and versions that are served."""
 
   object: Literal['list']
   data: list[Model]
+
+
+class Version(_Shape):
+  """The version of the program, and of what it runs on."""
+
+  version: str
+  commit: str
+  python: str
+  jax: str
+  jaxlib: str
+  platform: str
+  device: str
+  num_devices: int
+  formats: dict[str, int]
+
+
+class Memory(_Shape):
+  """The bytes that a version takes; `free` is of the time before."""
+
+  weights: int
+  kv_cache: int
+  sampling: int
+  free: int | None
+  total: int
+
+
+class ModelVersion(_Shape):
+  """A version of a model, as an administrator sees it."""
+
+  id: str
+  object: Literal['model_version']
+  name: str
+  state: str  # loading, ready, draining, failed or stopped
+  error: str | None
+  share: float
+  shadow_share: float
+  num_requests: int
+  context: int
+  memory: Memory | None
+  digests: dict[str, str | None]
+
+
+class VersionList(_Shape):
+  """All versions, also those that load, drain or have failed."""
+
+  object: Literal['list']
+  data: list[ModelVersion]
+
+
+class Traffic(_Shape):
+  """The versions that requests to a name go to."""
+
+  name: str
+  weights: dict[str, float]
+  shadows: dict[str, float]
+  by_principal: bool
+
+
+class TrafficList(_Shape):
+  """The traffic of all names."""
+
+  object: Literal['list']
+  data: list[Traffic]
 
 
 class Logprobs(_Shape):

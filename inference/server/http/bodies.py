@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent import futures
 import contextlib
+import contextvars
 import time
 from typing import Any, TypeVar
 
@@ -67,10 +68,12 @@ class Bodies:
   ) -> _Result:
     """Returns what `work` makes of `args`; `size` is that of the text."""
     loop = asyncio.get_running_loop()
+    # Of the exchange: the thread then sees the request that it works for.
+    run = contextvars.copy_context().run
     if size <= _LONG:
-      done = loop.run_in_executor(self._short, work, *args)
+      done = loop.run_in_executor(self._short, run, work, *args)
     else:
-      done = loop.run_in_executor(self._long, self._paced, work, *args)
+      done = loop.run_in_executor(self._long, run, self._paced, work, *args)
     return await done
 
   def stop(self) -> None:

@@ -22,12 +22,10 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     kind: type[_Request],
     answer: Callable[[generate.Generator, _Request], dict[str, Any]],
   ) -> Callable[[bytes], responses.Response]:
-    generator = service.model.generator()
-
     def work(raw: bytes) -> responses.Response:
-      body = schema.parsed(kind, raw, context=generator.engine.context)
-      service.find(body.model or service.model.name)
-      return streams.written(answer(generator, body))
+      body = schema.parsed(kind, raw, context=service.context)
+      model = service.find(body.model or service.model.name)
+      return streams.written(answer(model.generator(), body))
 
     return work
 

@@ -37,8 +37,16 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
 ):
   assert document['openapi'].startswith('3.1')
   assert set(document['paths']) == {
-    *('/health', '/ready', '/metrics', '/v1/models', '/v1/models/{name}'),
+    *(
+      '/health',
+      '/ready',
+      '/metrics',
+      '/version',
+      '/v1/models',
+      '/v1/models/{name}',
+    ),
     *('/v1/completions', '/tokenizer_info', '/tokenize', '/detokenize'),
+    *('/admin/models', '/admin/models/{version}', '/admin/traffic'),
   }
   names = [each['operationId'] for _, _, each in _operations(document)]
   assert len(set(names)) == len(names)
@@ -72,6 +80,8 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
     '/detokenize': {'tokens': [97]},
   }
   for path, method, operation in _operations(document):
+    if path.startswith('/admin/'):
+      continue  # see tests/inference/server/routes/test_admin.py
     url = path.replace('{name}', servers.MODEL)
     answer = http.request(method.upper(), url, json=asked.get(path))
     assert answer.status_code == 200, answer.text
