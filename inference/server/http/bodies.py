@@ -69,12 +69,14 @@ class Bodies:
     """Returns what `work` makes of `args`; `size` is that of the text."""
     loop = asyncio.get_running_loop()
     # Of the exchange: the thread then sees the request that it works for.
-    run = contextvars.copy_context().run
+    context = contextvars.copy_context()
+
+    def run() -> _Result:
+      return context.run(work, *args)
+
     if size <= _LONG:
-      done = loop.run_in_executor(self._short, run, work, *args)
-    else:
-      done = loop.run_in_executor(self._long, run, self._paced, work, *args)
-    return await done
+      return await loop.run_in_executor(self._short, run)
+    return await loop.run_in_executor(self._long, self._paced, run)
 
   def stop(self) -> None:
     """Answers 503 to the requests whose bodies have not arrived."""
@@ -88,7 +90,7 @@ class Bodies:
     for lane in (self._short, self._long):
       lane.shutdown(wait=False, cancel_futures=True)
 
-  def _paced(self, work: Callable[..., _Result], *args: Any) -> _Result:
+  def _paced(self, work: Callable[[], _Result]) -> _Result:
     """Does long work, after a pause that the work before has earned.
 
     A parser holds Python's lock from its first byte to its last. Without pauses
@@ -97,7 +99,7 @@ class Bodies:
     time.sleep(self._pause)
     start = time.thread_time()
     try:
-      return work(*args)
+      return work()
     finally:
       took = time.thread_time() - start
       self._pause = min(_PAUSE * took, _MOST_PAUSE_SECONDS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import prometheus_client
-from prometheus_client import metrics_core, samples
+from prometheus_client import metrics_core
 
 
 class _Joined:
@@ -27,7 +27,7 @@ class _Joined:
           metrics_core.Metric(family.name, family.documentation, family.type),
         )
         joined.samples += [
-          samples.Sample(*each[:1], {**labels, **each.labels}, *each[2:])
+          each._replace(labels={**labels, **each.labels})
           for each in family.samples
         ]
     yield from families.values()
