@@ -1,16 +1,16 @@
 """POST /admin/models and /admin/traffic: what they refuse, and for whom."""
 
-import json
+import contextlib
 import os
 import shutil
-import types
 
+import fastapi
 import httpx2
 import pytest
 
 from frozen import format as frozen_format
-from inference.server.access import api_keys
-from inference.server.api import shapes
+from inference.server.access import admin, api_keys, keys as keys_lib
+from inference.server.api import errors, shapes
 from inference.server.versions import loader as loader_lib
 from tests.helpers import frozen_dirs, servers
 from tests.inference import conftest as life_two
@@ -271,28 +271,39 @@ def test_a_directory_of_models_must_exist(tmp_path):
     loader_lib.Loader(life_two.ENGINE, models_root=str(tmp_path / 'nothing'))
 
 
-@pytest.mark.parametrize('is_admin', [True, False, None])
-def test_with_keys_the_role_decides(generator, tmp_path, is_admin):
+@pytest.mark.parametrize(
+  ('key', 'has_keys', 'is_local', 'may'),
+  [
+    (keys_lib.Key(id='1', name='a', is_admin=True), True, False, True),
+    (keys_lib.Key(id='1', name='a'), True, True, False),
+    (None, True, True, False),
+    (None, False, True, True),
+    (None, False, False, False),
+  ],
+)
+def test_the_role_of_the_key_decides(key, has_keys, is_local, may):
+  request = fastapi.Request(
+    {
+      'type': 'http',
+      'path': '/admin/models',
+      'headers': [(b'host', b'localhost:8000')],
+      'query_string': b'',
+      'scheme': 'http',
+      'server': ('127.0.0.1', 8000),
+      'state': {'key': key},
+    }
+  )
+  with contextlib.nullcontext() if may else pytest.raises(errors.ApiError):
+    admin.check(request, has_keys=has_keys, is_local=is_local)
+
+
+def test_a_key_without_the_role_is_refused_on_every_route(generator, tmp_path):
   (tmp_path / 'keys').write_text('alice:key')
   keys = api_keys.read(tmp_path / 'keys')
-
-  class Role:  # what authentication sets, once keys have roles
-    def __init__(self, app):
-      self.app = app
-
-    async def __call__(self, scope, receive, send):
-      if scope['type'] == 'http' and is_admin is not None:
-        key = types.SimpleNamespace(is_admin=is_admin)
-        scope.setdefault('state', {})['key'] = key
-      await self.app(scope, receive, send)
-
-  with servers.running(generator, keys) as served:
-    served.app.middleware_stack = Role(served.app.middleware_stack)
-    headers = {'authorization': 'Bearer key'}
-    answer = httpx2.get(f'{served.url}/admin/models', headers=headers)
-    assert httpx2.get(f'{served.url}/admin/models').status_code == 401
-  if is_admin:
-    assert answer.status_code == 200
-    shapes.VersionList.model_validate(json.loads(answer.content))
-  else:
-    _refused(answer, 403, 'not_admin')
+  with (
+    servers.running(generator, keys) as served,
+    httpx2.Client(base_url=served.url) as http,
+  ):
+    assert {each.status_code for each in _ask(http)} == {401}
+    for answer in _ask(http, authorization='Bearer key'):
+      _refused(answer, 403, 'not_admin')
