@@ -28,6 +28,7 @@ the digest in the manifest.
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
 
+import asyncio
 from collections.abc import Sequence
 import contextlib
 import logging
@@ -59,7 +60,7 @@ from inference.server.routes import (
   probes,
   tokenizer,
 )
-from inference.server.versions import registry
+from inference.server.versions import audit, registry
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
@@ -87,7 +88,9 @@ def create_app(
     host: address that the server listens on.
   """
   records = records or database.Database(None, tables=TABLES)
-  versions = registry.Versions(models)
+  auditor = audit.Auditor(config.audit_share, config.audit_threshold)
+  versions = registry.Versions(models, [auditor])
+  auditor.engines = versions.engine_loops
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
     versions=versions,
@@ -96,6 +99,7 @@ def create_app(
     has_keys=keys is not None,
     is_local=admin.is_loopback(host),
     loader=loader,
+    metrics=[auditor.metrics.registry],
   )
 
   async def end_requests():
@@ -105,7 +109,9 @@ def create_app(
   @contextlib.asynccontextmanager
   async def lifespan(_):
     versions.start()
+    auditor.start()
     yield
+    await asyncio.to_thread(auditor.close)
     await versions.close()
     bodies.close()
     records.close()

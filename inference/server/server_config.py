@@ -59,6 +59,18 @@ class ServerConfig:
     'Directory of frozen directories that POST /admin/models may load. If not'
     ' given, it may load none.',
   )
+  audit_share: float = flag_field.field(
+    0.01,
+    'Share of the requests whose answers are scored again, by a forward pass'
+    ' without a cache, while no request is open. Each takes about the time of'
+    ' its prefill. 0 audits none.',
+  )
+  audit_threshold: float = flag_field.field(
+    0.0,
+    'Difference of a log-probability, in nats, from which on the audit raises'
+    ' an alarm. 0: the most that rounding explains, 0.01 for float32 and 0.5'
+    ' for bfloat16.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
@@ -67,6 +79,15 @@ class ServerConfig:
   def __post_init__(self):
     expect.at_least('server.max_connections', self.max_connections, 1)
     expect.at_least('server.max_body_bytes', self.max_body_bytes, 1)
+    if not 0 <= self.audit_share <= 1:
+      raise ValueError(
+        f'server.audit_share: got {self.audit_share}, expected 0 to 1'
+      )
+    if not 0 <= self.audit_threshold < math.inf:
+      raise ValueError(
+        f'server.audit_threshold: got {self.audit_threshold}, expected a finite'
+        ' number of nats, at least 0'
+      )
     if not 0 <= self.drain_seconds < math.inf:
       raise ValueError(
         f'drain_seconds: got {self.drain_seconds}, expected a finite number of'

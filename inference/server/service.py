@@ -6,6 +6,8 @@ import threading
 import time
 from typing import Any, Protocol
 
+import prometheus_client
+
 from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
@@ -38,7 +40,6 @@ class ServedModel:
     manifest: manifest_lib.Manifest,
     *,
     context: int = 0,
-    observers: Sequence[Observer] = (),
   ):
     """Describes the model; its weights need not be loaded yet.
 
@@ -47,13 +48,12 @@ class ServedModel:
       engine_loop: runs its engine.
       manifest: of its frozen directory.
       context: most tokens of a sequence; 0: those of the model.
-      observers: of what it answers.
     """
     self.name, self.engine_loop = name, engine_loop
     self.manifest, self.digest = manifest, manifest.weights_digest
     self.version = f'{name}@{self.digest[:_SHOWN_DIGITS]}'
     self.context = context or manifest.model['max_length']
-    self.observers = list(observers)
+    self.observers: list[Observer] = []
     self.shadow = shadow.Shadow(self)
     self.is_draining = False  # no new request finds it
     self.memory: memory.Plan | None = None  # once it is known
@@ -176,6 +176,8 @@ class Service:
   has_keys: bool  # whether a request needs a key
   is_local: bool  # whether it listens on loopback alone
   loader: Loader | None  # of the versions that an administrator asks for
+  # Of metrics that belong to no version.
+  metrics: Sequence[prometheus_client.CollectorRegistry] = ()
 
   @property
   def model(self) -> ServedModel:
@@ -193,7 +195,8 @@ class Service:
 
   def registries(self) -> list[tuple[dict[str, str], Any]]:
     """Returns the registries of metrics, with the labels of their samples."""
-    found = []
+    found: list[tuple[dict[str, str], Any]]
+    found = [({}, registry) for registry in self.metrics]
     for model in self.versions.all():
       labels = {'model': model.name, 'version': model.version}
       found.append((labels, model.shadow.registry))

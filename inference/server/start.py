@@ -88,7 +88,7 @@ def _run(
     with contextlib.suppress(KeyboardInterrupt):
       server.run()
   finally:
-    if any(each.engine_loop.is_compiling for each in versions.all()):
+    if any(each.is_compiling for each in versions.engine_loops()):
       # XLA cannot be interrupted, and an ordinary exit of the process would
       # wait for XLA, or crash.
       sys.stdout.flush()

@@ -46,19 +46,18 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, *, observers=(), app=None, **limits):
+def running(generator: Any, keys=None, *, app=None, **limits):
   """Serves on a free loopback port; yields a `Served` that is ready.
 
   Args:
     generator: answers under the name MODEL.
     keys: of the clients.
-    observers: of the model.
     app: further arguments of `create_app`.
     **limits: of the config.
   """
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
   manifest = generator.frozen.manifest
-  model = service.ServedModel(MODEL, engine_loop, manifest, observers=observers)
+  model = service.ServedModel(MODEL, engine_loop, manifest)
   config = server_config.ServerConfig(**limits)
   app = app_lib.create_app([model], keys, config, **(app or {}))
   with running_app(app, config) as url:

@@ -6,7 +6,6 @@ must lie below `--server.models_root`, links followed: who may load models shall
 not be able to read, or find out about, the rest of the disk.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import gc
 import logging
@@ -31,14 +30,12 @@ class Loader:
     config: engine_config.EngineConfig,
     *,
     models_root: str = '',
-    observers: Sequence[service.Observer] = (),
   ):
     """Takes what all models have in common.
 
     Args:
       config: the layout of every engine.
       models_root: directory of the models that HTTP may load; '': none.
-      observers: of what the models answer.
 
     Raises:
       ValueError: `models_root` is no directory.
@@ -48,7 +45,7 @@ class Loader:
         f'server.models_root: got {models_root}, expected a directory of frozen'
         ' directories'
       )
-    self._config, self._observers = config, observers
+    self._config = config
     self._root = pathlib.Path(models_root).resolve() if models_root else None
 
   def load(
@@ -85,9 +82,7 @@ class Loader:
       return generator
 
     loop = engine_loop_lib.EngineLoop(read, on_compiled=_keep_objects, **events)
-    model = service.ServedModel(
-      name, loop, manifest, context=context, observers=self._observers
-    )
+    model = service.ServedModel(name, loop, manifest, context=context)
     return model
 
   def load_asked(

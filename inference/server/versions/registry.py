@@ -17,7 +17,7 @@ has no adapters yet.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 import threading
 import typing
 
@@ -37,8 +37,18 @@ _HEADER = b'x-model-version'
 class Versions:
   """The versions of a server; the event loop and threads of text use it."""
 
-  def __init__(self, models: Iterable[service.ServedModel]):
-    """Takes models under different names; each answers all of its name."""
+  def __init__(
+    self,
+    models: Iterable[service.ServedModel],
+    observers: Sequence[service.Observer] = (),
+  ):
+    """Takes models under different names; each answers all of its name.
+
+    Args:
+      models: the first ones.
+      observers: of all versions.
+    """
+    self._observers = observers
     self._lock = threading.Lock()
     self._models: list[service.ServedModel] = []
     self._traffic: dict[str, traffic_lib.Traffic] = {}
@@ -53,6 +63,10 @@ class Versions:
     """Returns all versions, also those that load, drain or have failed."""
     with self._lock:
       return list(self._models)
+
+  def engine_loops(self) -> list[engine_loop_lib.EngineLoop]:
+    """Returns the engine loops of all versions."""
+    return [model.engine_loop for model in self.all()]
 
   def names(self) -> list[str]:
     """Returns the names that requests may use, oldest first."""
@@ -97,6 +111,7 @@ class Versions:
           param='path',
           code='version_exists',
         )
+      model.observers.extend(self._observers)
       self._models.append(model)
       no_traffic = traffic_lib.Traffic(weights={})
       self._traffic.setdefault(model.name, no_traffic)
@@ -206,7 +221,7 @@ class Versions:
     """Ends all requests and all tasks."""
     for task in list(self._tasks):
       task.cancel()
-    await asyncio.gather(*(each.engine_loop.close() for each in self.all()))
+    await asyncio.gather(*(each.close() for each in self.engine_loops()))
 
   async def _answer_alone(self, model: service.ServedModel) -> None:
     """Gives a version the traffic of its name, if the name has none."""
