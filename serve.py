@@ -55,6 +55,8 @@ _HEEDED_BY = {
   'name': ('port',),
   'api_keys': ('port',),
   'records': ('port',),
+  'receipts': ('port',),
+  'receipts_key': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'compilation_cache': _ENGINE.ways,
@@ -217,6 +219,8 @@ def _listen() -> None:
       port=FLAGS.port,
       api_keys=FLAGS.api_keys,
       records=FLAGS.records,
+      has_receipts=FLAGS.receipts,
+      receipts_key=FLAGS.receipts_key,
     )
   )
 
@@ -394,6 +398,18 @@ def _define_server_flags() -> None:
     'File in which --port keeps its records, a SQLite database that it makes'
     ' where there is none. If not given, records are in memory and end with the'
     ' server.',
+  )
+  flags.DEFINE_bool(
+    'receipts',
+    False,
+    'Keeps in --records what `python -m inference.server.replay` needs of every'
+    ' answer: the ids of prompt and answer, settings, seed, log-probabilities.',
+  )
+  path(
+    'receipts_key',
+    None,
+    'File of a key that encrypts the receipts, 32 random bytes in base64.'
+    ' Required with --receipts where there are API keys.',
   )
   flags.DEFINE_integer(
     'drain_seconds',

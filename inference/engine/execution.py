@@ -66,7 +66,9 @@ class Backend(NamedTuple):
     self, config: engine_config.EngineConfig, device: jax.Device
   ) -> dict[str, str]:
     """Returns what decides the numbers of a step, beside the weights."""
+    attend = self.execution.attend_cached
     return {
+      'attention': f'{attend.__module__}.{attend.__qualname__}',
       'ports': program_store.describe_ports(self.execution),
       'kv_dtype': jnp.dtype(self.kv_dtype).name,
       'numerics': config.numerics,

@@ -52,6 +52,7 @@ from inference.server.http import (
   streams,
   turns,
 )
+from inference.server.receipts import receipts
 from inference.server.records import database
 from inference.server.routes import (
   admin as admin_routes,
@@ -64,7 +65,7 @@ from inference.server.versions import audit, registry
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = ()
+TABLES: tuple[str, ...] = (receipts.TABLES,)
 
 
 def create_app(
@@ -74,6 +75,7 @@ def create_app(
   *,
   records: database.Database | None = None,
   loader: service_lib.Loader | None = None,
+  observers: Sequence[service_lib.Observer] = (),
   host: str = '127.0.0.1',
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
@@ -85,11 +87,12 @@ def create_app(
     config: the limits on bodies.
     records: opened with `TABLES`, and closed by the app; None: in memory.
     loader: of further models; None: none can be loaded.
+    observers: of what the models answer, such as receipts.
     host: address that the server listens on.
   """
   records = records or database.Database(None, tables=TABLES)
   auditor = audit.Auditor(config.audit_share, config.audit_threshold)
-  versions = registry.Versions(models, [auditor])
+  versions = registry.Versions(models, [auditor, *observers])
   auditor.engines = versions.engine_loops
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(

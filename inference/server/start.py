@@ -19,6 +19,7 @@ from inference.server import (
 )
 from inference.server.access import api_keys
 from inference.server.http import listener
+from inference.server.receipts import receipts, sealing
 from inference.server.records import database
 from inference.server.versions import loader as loader_lib, registry
 
@@ -35,6 +36,8 @@ class Options:
   port: int
   api_keys: str | None = None  # file; None: all clients are answered
   records: str | None = None  # file; None: in memory
+  has_receipts: bool = False
+  receipts_key: str | None = None  # file of the key that seals receipts
 
 
 def serve(options: Options) -> None:
@@ -48,6 +51,7 @@ def serve(options: Options) -> None:
   if options.api_keys is not None:  # '' is refused, see `api_keys`
     keys = api_keys.KeysFile(options.api_keys)
     signal.signal(signal.SIGHUP, lambda *_: keys.expire())
+  seal = _seal(options, has_keys=keys is not None)
   loader = loader_lib.Loader(
     options.engine, models_root=options.limits.models_root
   )
@@ -58,12 +62,16 @@ def serve(options: Options) -> None:
   )
   digest = model.manifest.weights_digest
   print(f'serving {options.name!r}, weights {digest}')
+  records = database.Database(options.records, tables=app_lib.TABLES)
   app = app_lib.create_app(
     [model],
     keys,
     options.limits,
-    records=database.Database(options.records, tables=app_lib.TABLES),
+    records=records,
     loader=loader,
+    observers=[receipts.Recorder(records, seal)]
+    if options.has_receipts
+    else [],
     host=options.host,
   )
   server = listener.Listener(
@@ -74,6 +82,36 @@ def serve(options: Options) -> None:
     port=options.port,
   )
   _run(server, app.state.versions, model.engine_loop)
+
+
+def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:
+  """Returns the seal of receipts, None if they are not sealed.
+
+  Raises:
+    ValueError: receipts would not outlive the server, or would lay the prompts
+      of tenants open; or the key has no receipts to seal.
+  """
+  if not options.has_receipts:
+    if options.receipts_key is not None:
+      raise ValueError(
+        f'--receipts_key: got {options.receipts_key} without --receipts,'
+        ' expected both; add --receipts or leave it out'
+      )
+    return None
+  if options.records is None:
+    raise ValueError(
+      '--receipts: got no --records, expected a file to keep them in; add'
+      ' --records=FILE'
+    )
+  if options.receipts_key is not None:
+    return sealing.read(options.receipts_key, flag='--receipts_key')
+  if has_keys:
+    raise ValueError(
+      '--receipts: got API keys and no --receipts_key, expected a key: prompts'
+      ' of tenants are private, and receipts hold them; add'
+      ' --receipts_key=FILE, made with `openssl rand -base64 32`'
+    )
+  return None
 
 
 def _run(
