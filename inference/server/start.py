@@ -5,6 +5,7 @@
 The flags are read by serve.py.
 """
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import os
@@ -16,6 +17,7 @@ from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
   server_config,
+  service,
 )
 from inference.server.access import api_keys
 from inference.server.http import listener
@@ -60,8 +62,7 @@ def serve(options: Options) -> None:
     options.name,
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
-  digest = model.manifest.weights_digest
-  print(f'serving {options.name!r}, weights {digest}')
+  print('\n'.join(_described(model)), flush=True)
   records = database.Database(options.records, tables=app_lib.TABLES)
   app = app_lib.create_app(
     [model],
@@ -82,6 +83,23 @@ def serve(options: Options) -> None:
     port=options.port,
   )
   _run(server, app.state.versions, model.engine_loop)
+
+
+def _described(model: service.ServedModel) -> Iterator[str]:
+  """Yields what the manifest of a model says of it."""
+  manifest = model.manifest
+  yield f'serving {model.name!r}, weights {model.digest}'
+  yield (
+    f'model    {manifest.name}: {manifest.num_params:,} parameters,'
+    f' {manifest.dtype}, context {model.context:,} tokens'
+  )
+  parents = [f'{role} {digest}' for role, digest in manifest.lineage.items()]
+  yield f'lineage  {", ".join(parents) or "none"}'
+  yield (
+    f'trained  {manifest.step:,} steps, {manifest.tokens_seen:,} tokens; code'
+    f' {manifest.code_commit or "unknown"}'
+  )
+  yield f'knows    texts up to {manifest.knowledge_cutoff or "an unknown day"}'
 
 
 def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:

@@ -76,6 +76,7 @@ class Loader:
       # Not before: the first use of a device takes a while.
       model.memory = memory.plan(manifest, config)
       _LOG.info('%s: memory %s', model.version, model.memory)
+      _LOG.info('%s: shapes %s', model.version, _shapes(config))
       generator = generate.load(directory, config, compile_all=False)
       gc.freeze()  # it stays: see `_keep_objects`
       gc.enable()
@@ -137,6 +138,18 @@ class Loader:
     if not found.is_relative_to(self._root) or found == self._root:
       raise outside
     return found
+
+
+def _shapes(config: engine_config.EngineConfig) -> str:
+  """Returns the shapes that steps are compiled for, as text."""
+  shapes = config.step_shapes()
+  alone = [decodes for decodes, chunks in shapes if not chunks]
+  most_chunks = max(chunks for _, chunks in shapes)
+  return (
+    f'{len(shapes)}: steps of {", ".join(map(str, alone))} decodes; up to'
+    f' {most_chunks} chunks of {config.chunk_tokens} prompt tokens, alone and'
+    ' beside decodes'
+  )
 
 
 def _refused(status: int, error: Exception, param, code) -> errors.ApiError:
