@@ -47,6 +47,7 @@ from inference.server.access import admin, api_keys
 from inference.server.api import errors, openapi
 from inference.server.http import (
   bodies as bodies_lib,
+  draining as draining_lib,
   exchanges,
   protocol,
   streams,
@@ -94,7 +95,7 @@ def create_app(
   auditor = audit.Auditor(config.audit_share, config.audit_threshold)
   versions = registry.Versions(models, [auditor, *observers])
   auditor.engines = versions.engine_loops
-  bodies = bodies_lib.Bodies(config)
+  bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
   service = service_lib.Service(
     versions=versions,
     bodies=bodies,
@@ -102,6 +103,7 @@ def create_app(
     has_keys=keys is not None,
     is_local=admin.is_loopback(host),
     loader=loader,
+    draining=draining,
     metrics=[auditor.metrics.registry],
   )
 
@@ -124,10 +126,12 @@ def create_app(
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
+  app.state.draining = draining
   app.add_middleware(api_keys.Authentication, keys=keys)
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
   app.add_middleware(exchanges.Exchanges)
+  app.add_middleware(draining_lib.Refusals, draining=draining)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)

@@ -13,7 +13,11 @@ from inference import generate
 from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
 from inference.server.api import errors
-from inference.server.http import bodies as bodies_lib, exchanges
+from inference.server.http import (
+  bodies as bodies_lib,
+  draining as draining_lib,
+  exchanges,
+)
 from inference.server.records import database
 from inference.server.versions import fingerprint, memory, registry, shadow
 
@@ -176,6 +180,7 @@ class Service:
   has_keys: bool  # whether a request needs a key
   is_local: bool  # whether it listens on loopback alone
   loader: Loader | None  # of the versions that an administrator asks for
+  draining: draining_lib.Draining
   # Of metrics that belong to no version.
   metrics: Sequence[prometheus_client.CollectorRegistry] = ()
 

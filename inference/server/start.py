@@ -79,6 +79,7 @@ def serve(options: Options) -> None:
     app,
     options.limits,
     end_requests=app.state.end_requests,
+    draining=app.state.draining,
     host=options.host,
     port=options.port,
   )

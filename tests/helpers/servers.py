@@ -27,6 +27,10 @@ class Served:
   def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop, app):
     self.url, self.engine_loop, self.app = url, engine_loop, app
 
+  def stop(self) -> None:
+    """Does what a signal to stop does."""
+    self.app.state.listener.should_exit = True
+
   @property
   def generator(self) -> Any:
     return self.engine_loop.generator
@@ -72,10 +76,12 @@ def running_app(app, config=server_config.ServerConfig()):
     app,
     config,
     end_requests=app.state.end_requests,
+    draining=app.state.draining,
     host='127.0.0.1',
     port=0,
     log_config=None,
   )
+  app.state.listener = server
   thread = threading.Thread(target=server.run)
   thread.start()
   try:

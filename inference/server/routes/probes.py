@@ -43,7 +43,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.get('/ready')
   async def ready():
-    now = state()
+    is_stopping = service.draining.is_on
+    now = engine_loop_lib.STOPPED if is_stopping else state()
     return tell(now, is_good=now == engine_loop_lib.READY)
 
   @app.get('/metrics')

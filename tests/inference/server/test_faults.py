@@ -197,6 +197,31 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
   assert answer.json()['choices'][0]['finish_reason'] == 'length'
 
 
+def test_a_server_that_stops_refuses_what_comes_then(slow):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with servers.running(slow) as served:
+      url = served.url
+      asked = pool.submit(
+        httpx2.post, f'{url}/v1/completions', json=_LONG, timeout=30
+      )
+      servers.until(lambda: slow.engine._live)
+      http = httpx2.Client(base_url=url, timeout=30)
+      assert http.get('/v1/models').status_code == 200
+      served.stop()
+      servers.until(lambda: http.get('/ready').status_code == 503)
+      # On a connection that was open before, and on a new one.
+      for client in (http, httpx2.Client(base_url=url, timeout=30)):
+        answer = client.post('/v1/completions', json=_LONG)
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers['retry-after']) > 0
+        assert answer.headers['x-request-id']
+        assert answer.json()['error']['code'] == 'stopped'
+        assert client.get('/health').status_code == 200
+        client.close()
+    answer = asked.result()
+  assert answer.json()['choices'][0]['finish_reason'] == 'length'
+
+
 def test_but_not_for_longer_than_it_may(slow, caplog):
   caplog.set_level(logging.INFO, logger='uvicorn.error')
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
