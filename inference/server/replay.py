@@ -81,6 +81,8 @@ def _receipts(request_id: str, path: str, key_file: str | None):
 
 def _replayed(found, directory: str, tolerance: float | None) -> list[str]:
   """Prints the replay of each receipt; returns the verdicts."""
+  import jax
+
   from frozen import format as frozen_format
   from inference import full_forward
   from inference.server.receipts import comparison
@@ -91,7 +93,8 @@ def _replayed(found, directory: str, tolerance: float | None) -> list[str]:
   tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
   dtype, numerics = frozen.manifest.dtype, found[0].numerics
   if tolerance is None:
-    tolerance = full_forward.tolerance(dtype)
+    platform = jax.local_devices()[0].platform
+    tolerance = full_forward.tolerance(dtype, platform=platform)
   forward = full_forward.FullForward(
     frozen.params,
     frozen.config,
@@ -217,7 +220,7 @@ def _define_flags() -> None:
     'tolerance',
     None,
     'Difference of a log-probability that counts as rounding, in nats. If not'
-    ' given, 0.01 for float32 and 0.5 for bfloat16.',
+    ' given, 0.01 for float32 on a CPU and 1 for bfloat16.',
     lower_bound=0.0,
   )
 

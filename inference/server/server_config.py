@@ -68,8 +68,8 @@ class ServerConfig:
   audit_threshold: float = flag_field.field(
     0.0,
     'Difference of a log-probability, in nats, from which on the audit raises'
-    ' an alarm. 0: the most that rounding explains, 0.01 for float32 and 0.5'
-    ' for bfloat16.',
+    ' an alarm. 0: the most that rounding explains, 0.01 for float32 on a CPU'
+    ' and 1 for bfloat16 or an int8 cache.',
   )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(

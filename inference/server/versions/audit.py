@@ -162,10 +162,9 @@ class Auditor:
       found = self._forward(item.model).logprobs(
         (*item.prompt_ids, *item.token_ids), len(item.prompt_ids), self._pause
       )
+      self._judge(item, np.abs(found - np.asarray(item.logprobs, np.float32)))
     finally:
       item.model.release()
-    differences = np.abs(found - np.asarray(item.logprobs, np.float32))
-    self._judge(item, differences)
 
   def _forward(self, model: service.ServedModel) -> full_forward.FullForward:
     if model not in self._forwards:
@@ -183,9 +182,7 @@ class Auditor:
     differences = np.where(np.isnan(differences), np.inf, differences)
     worst = int(np.argmax(differences))
     largest = float(differences[worst])
-    threshold = self._threshold or full_forward.tolerance(
-      item.model.manifest.dtype
-    )
+    threshold = self._threshold or _tolerance(item.model)
     self.metrics.count(len(differences), largest)
     if largest > threshold:
       self.metrics.alarms.inc()
@@ -200,6 +197,16 @@ class Auditor:
         largest,
         threshold,
       )
+
+
+def _tolerance(model: service.ServedModel) -> float:
+  """Returns what rounding explains of the answers of a model."""
+  engine = model.generator().engine
+  return full_forward.tolerance(
+    model.manifest.dtype,
+    platform=engine.device.platform,
+    kv_dtype=engine.config.kv_dtype,
+  )
 
 
 class Metrics:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import gc
 import itertools
+import logging
 import threading
 
 import jax
@@ -266,3 +267,33 @@ def test_a_version_that_fails_hands_its_share_to_the_others(
   assert versions.http.get('/health').status_code == 200
   assert versions.http.get('/ready').status_code == 200
   versions.unload(second)
+
+
+def test_all_versions_finish_what_was_asked_when_the_server_stops(
+  versions, caplog
+):
+  caplog.set_level(logging.INFO, logger='uvicorn.error')
+  second = versions.load('v2')
+  models = [versions.first, second]
+  loops = versions.served.app.state.versions.engine_loops()
+  held = threading.Event()
+  for loop in loops:
+    loop._inbox.put(lambda: held.wait(30))
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    asked = [
+      pool.submit(versions.complete, 'a', model=model, max_tokens=40)
+      for model in models
+    ]
+    draining = versions.served.app.state.draining
+    servers.until(lambda: draining.num_open == 2)
+    versions.served.stop()
+    servers.until(lambda: draining.is_on)
+    refused = versions.complete(model=second)
+    assert (refused.status_code, refused.json()['error']['code']) == (
+      503,
+      'stopped',
+    )
+    held.set()
+    assert all(_text(each.result()) for each in asked)
+  for digest in (loop.generator.engine.weights_digest for loop in loops):
+    servers.until(lambda d=digest: f'weights {d}: unchanged' in caplog.text)
