@@ -1,15 +1,16 @@
 """The exchange: the request that is being answered, for all code that runs.
 
     exchange = exchanges.current()
-    exchange.at_end.callback(model.release)
+    exchange.at_end(model.release)
 
 A route, the threads of `http.bodies` and the tasks of a route all see the same
 exchange. It ends when the last byte of its answer is sent, or when its client
 has left.
 """
 
-import contextlib
+from collections.abc import Callable
 import contextvars
+import threading
 from typing import Any
 import uuid
 
@@ -31,7 +32,27 @@ class Exchange:
     self._headers = scope.get('headers', ())
     self.answer_headers: dict[bytes, bytes] = {}
     self.shadows: list[Any] = []  # models that get a copy of what is submitted
-    self.at_end = contextlib.ExitStack()
+    self._at_end: list[Callable[[], object]] = []
+    self._is_over = False
+    self._lock = threading.Lock()
+
+  def at_end(self, call: Callable[[], object]) -> None:
+    """Has a function called at the end; now, if the exchange is over.
+
+    A thread may still work for a client that has left.
+    """
+    with self._lock:
+      if not self._is_over:
+        self._at_end.append(call)
+        return
+    call()
+
+  def end(self) -> None:
+    """Calls the functions of `at_end`."""
+    with self._lock:
+      self._is_over = True
+    while self._at_end:
+      self._at_end.pop()()
 
   @property
   def request_id(self) -> str:
@@ -57,8 +78,12 @@ class Exchange:
 
 
 def current() -> Exchange:
-  """Returns the exchange of the calling code; a new one outside of any."""
-  return _current.get(None) or Exchange({})
+  """Returns the exchange of the calling code; outside of any, an ended one."""
+  found = _current.get(None)
+  if found is None:
+    found = Exchange({})
+    found.end()
+  return found
 
 
 class Exchanges:
@@ -80,5 +105,7 @@ class Exchanges:
         message['headers'] = [*message['headers'], *added]
       await send(message)
 
-    with exchange.at_end:
+    try:
       await self._app(scope, receive, send_with_headers)
+    finally:
+      exchange.end()

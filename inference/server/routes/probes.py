@@ -49,7 +49,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.get('/metrics')
   async def metrics():
-    service.model.generator()  # 503 until there is something to count
+    if not any(each.generator for each in service.versions.engine_loops()):
+      service.model.generator()  # 503: there is nothing to count yet
     text = metrics_lib.text(service.registries())
     return responses.Response(text, media_type=_METRICS_TYPE)
 

@@ -132,8 +132,9 @@ class Versions:
       model = self._of_name(name, exchange) or self._of_digest(name)
       if model is not None:
         model.hold()
-        exchange.at_end.callback(model.release)
-        exchange.answer_headers[_HEADER] = model.version.encode('latin-1', '?')
+        exchange.at_end(model.release)
+        shown = errors.printable(model.version)
+        exchange.answer_headers[_HEADER] = shown.encode('ascii', 'replace')
         return model
     raise errors.no_model(name, self.names())
 
