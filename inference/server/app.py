@@ -17,10 +17,12 @@
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
-its request. Bodies are parsed, and text is tokenized, in the threads of
-`http.bodies`. With API keys, every route but /health and /ready needs one. When
-the server stops, the digest of the weights is computed again and compared with
-the digest in the manifest.
+its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
+tokenized, in the threads of `http.bodies`. With keys, every route but /health
+and /ready needs one; routes below /admin need one in any case. All generation
+passes through `ServedModel.submit`, which admits and bills it. When the server
+stops, the digest of the weights is computed again and compared with the digest
+in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
@@ -43,15 +45,21 @@ from inference.server import (
   server_config,
   service as service_lib,
 )
-from inference.server.access import api_keys
+from inference.server.access import (
+  admission as admission_lib,
+  api_keys,
+  caller as caller_lib,
+  idempotency,
+  keys as keys_lib,
+)
 from inference.server.api import errors, openapi
 from inference.server.http import bodies as bodies_lib, protocol, streams, turns
-from inference.server.records import database
+from inference.server.records import database, ledger as ledger_lib
 from inference.server.routes import completions, models, probes, tokenizer
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = ()
+TABLES: tuple[str, ...] = (keys_lib.TABLES, ledger_lib.TABLES)
 
 
 def create_app(
@@ -70,21 +78,37 @@ def create_app(
     engine_loop: runs the engine; the app starts and closes it.
     manifest: of the model. The weights need not be loaded yet.
     model_name: name of the model in requests.
-    keys: the keys of the clients that are answered; None: all clients.
+    keys: further keys than those of the records. Without any key, all clients
+      are answered.
     config: the limits on bodies.
     context: most tokens of a sequence; 0: those of the model.
     records: opened with `TABLES`, and closed by the app; None: in memory.
   """
   records = records or database.Database(None, tables=TABLES)
+  keyring = keys_lib.Keyring(records, keys)
+  ledger = ledger_lib.Ledger(records)
+  admission = admission_lib.Admission(
+    ledger,
+    admission_lib.Prices(
+      prompt=config.price_prompt,
+      cached=config.price_cached,
+      completion=config.price_completion,
+    ),
+  )
   model = service_lib.ServedModel(
     model_name,
     engine_loop,
     manifest,
     context=context or manifest.model['max_length'],
+    admission=admission,
   )
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    model=model,
+    bodies=bodies,
+    records=records,
+    keyring=keyring,
+    admission=admission,
   )
 
   async def end_requests():
@@ -98,12 +122,21 @@ def create_app(
     await engine_loop.close()
     bodies.close()
     records.close()
+    ledger.close()
     if engine_loop.generator:
       _report_digest(engine_loop.generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
-  app.add_middleware(api_keys.Authentication, keys=keys)
+  app.state.keyring = keyring
+  app.add_middleware(idempotency.Idempotency, bodies=bodies)
+  open_paths = (
+    *api_keys.OPEN_PATHS,
+    *(['/metrics'] if config.public_metrics else []),
+  )
+  app.add_middleware(
+    api_keys.Authentication, keyring=keyring, open_paths=open_paths
+  )
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
@@ -112,8 +145,11 @@ def create_app(
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
   for routes in (probes, models, tokenizer, completions):
     routes.add(app, service)
-  described = openapi.document(app, has_keys=keys is not None)
-  app.openapi = lambda: described
+  described = {
+    has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
+    for has_keys in (False, True)
+  }
+  app.openapi = lambda: described[keyring.has_keys]
   return app
 
 
@@ -129,7 +165,8 @@ def _report_digest(generator: generate.Generator) -> None:
 class _RequestId:
   """ASGI middleware: adds an `x-request-id`, which clients show in errors.
 
-  It is `state.request_id` of the request.
+  It is `state.request_id` of the request, and begins the `caller`, whose
+  headers it sends.
   """
 
   def __init__(self, app):
@@ -137,12 +174,17 @@ class _RequestId:
 
   async def __call__(self, scope, receive, send):
     request_id = f'req_{uuid.uuid4().hex}'
-    name = request_id.encode()
     scope.setdefault('state', {})['request_id'] = request_id
+    caller = caller_lib.Caller(request_id=request_id)
+    caller_lib.begin(caller)
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':
-        message['headers'] = [*message['headers'], (b'x-request-id', name)]
+        message['headers'] = [
+          *message['headers'],
+          (b'x-request-id', request_id.encode()),
+          *((k.encode(), v.encode()) for k, v in caller.headers.items()),
+        ]
       await send(message)
 
     await self._app(scope, receive, send_with_id)
