@@ -3,9 +3,9 @@
     python -m tests.survival.server_kills --kills=100
 
 Clients stream, wait for whole answers, leave, and repeat requests that a kill
-has cut off, if they have an Idempotency-Key. After each kill the server starts again
-on the same records. At the end every answer that a client got to its end has
-one row with the same counts; no reservation is open; and requests of one
+has cut off, if they have an Idempotency-Key. After each kill the server starts
+again on the same records. At the end every answer that a client got to its end
+has one row with the same counts; no reservation is open; and requests of one
 Idempotency-Key cost together what the dearest of them costs.
 """
 
