@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 
-from absl import app, flags
+from absl import app, flags, logging
 import httpx2
 
 from inference.server import app as app_lib
@@ -213,7 +213,7 @@ def run(directory: pathlib.Path, count: int, *, seed: int = 0, tell=print):
       running.kill()
       return told, faults
     clients = _Clients(arena, told, rng)
-    time.sleep(rng.uniform(0.05, 1.0))
+    time.sleep(rng.uniform(0.05, 3.0))
     is_last = number == count
     if is_last:
       clients.stop()
@@ -279,6 +279,7 @@ def _double_bills(rows: list[dict]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
   """Runs the kills and prints the tally; returns 1 if anything is wrong."""
   del argv
+  logging.set_verbosity(logging.ERROR)  # the clients log every request
   count = flags.FLAGS.kills
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as directory:
