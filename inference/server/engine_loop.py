@@ -334,7 +334,7 @@ class EngineLoop:
       if each.updates is updates:
         del self._open[request_id]
         # The counts of a failed engine are known, unless they are the failure.
-        with contextlib.suppress(Exception if self.failure else ()):
+        with contextlib.suppress(*[Exception] * bool(self.failure)):
           last = self.generator.engine.cancel(request_id)
           cancelled += [(each.which, update) for update in last]
     self._call(updates.end, cancelled, error)

@@ -77,7 +77,7 @@ def _create(records: database.Database, values: flags.FlagValues) -> None:
 def _list(records: database.Database, values: flags.FlagValues) -> None:
   del values
   head = 'id', 'name', 'role', 'created', 'revoked', 'feedback', 'limits'
-  lines = [head]
+  lines: list[tuple[str, ...]] = [head]
   for row in records.submit(keys.rows).result():
     limits = [
       f'{name}={row[name]:g}' for name in _LIMITS if row[name] is not None

@@ -13,10 +13,12 @@ import asyncio
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import logging
 import math
 import sqlite3
 import time
 
+from checks import expect
 from inference.engine import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
 from inference.server.access import caller as caller_lib, keys, limits
@@ -24,6 +26,7 @@ from inference.server.api import errors
 from inference.server.records import ledger as ledger_lib
 
 _TOKENS_PER_PRICE = 10**6
+_LOG = logging.getLogger('uvicorn.error')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,13 @@ class Admission:
 
   def _limits_of(self, key: keys.Key) -> limits.Limits:
     if key.id not in self._limits:
+      if key.budget is not None and self._prices == Prices():
+        _LOG.warning(
+          '%s of %s has a budget that never ends, since all prices are 0; give'
+          ' --server.price_prompt and its like',
+          key.id,
+          expect.shown(key.name),
+        )
       self._limits[key.id] = limits.Limits(
         key, spent=self._spent.get(key.id, 0), now=time.monotonic()
       )
