@@ -9,9 +9,11 @@
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. A setting without a flag is as DIR recommends.
 
---port answers every client that can reach it. With --api_keys=FILE, where FILE
-has lines `name:key`, it answers only clients that send one of the keys. Each
-name then has its share of the engine and its own cache of prompts.
+--port answers every client that can reach it, so that without keys it listens
+on loopback addresses only. `python -m inference.server.keys` makes keys in the
+file of --records, with limits and a budget each; --api_keys=FILE reads lines
+`name:key`. Each name has its share of the engine and its own cache of prompts.
+`python -m inference.server.usage` sums up what the records say of them.
 """
 
 import gc
@@ -57,6 +59,7 @@ _HEEDED_BY = {
   'records': ('port',),
   'receipts': ('port',),
   'receipts_key': ('port',),
+  'insecure': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'compilation_cache': _ENGINE.ways,
@@ -221,6 +224,7 @@ def _listen() -> None:
       records=FLAGS.records,
       has_receipts=FLAGS.receipts,
       receipts_key=FLAGS.receipts_key,
+      is_insecure=FLAGS.insecure,
     )
   )
 
@@ -390,7 +394,13 @@ def _define_server_flags() -> None:
     'api_keys',
     None,
     'File of lines name:key. --port then answers only clients that send one of'
-    ' the keys. If not given, it answers all clients.',
+    ' the keys, or one of the keys in the file of --records.',
+  )
+  flags.DEFINE_bool(
+    'insecure',
+    False,
+    'Lets --port without any key listen on an address that other machines'
+    ' reach.',
   )
   path(
     'records',

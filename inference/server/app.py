@@ -20,10 +20,12 @@
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
-its request. Bodies are parsed, and text is tokenized, in the threads of
-`http.bodies`. With API keys, every route but /health and /ready needs one. When
-the server stops, the digest of the weights is computed again and compared with
-the digest in the manifest.
+its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
+tokenized, in the threads of `http.bodies`. With keys, every route but /health
+and /ready needs one; routes below /admin need one in any case. All generation
+passes through `ServedModel.submit`, which admits and bills it. When the server
+stops, the digest of the weights is computed again and compared with the digest
+in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
@@ -43,7 +45,13 @@ from starlette import (
 
 from inference import generate
 from inference.server import server_config, service as service_lib
-from inference.server.access import admin, api_keys
+from inference.server.access import (
+  admission as admission_lib,
+  api_keys,
+  caller as caller_lib,
+  idempotency,
+  keys as keys_lib,
+)
 from inference.server.api import errors, openapi
 from inference.server.http import (
   bodies as bodies_lib,
@@ -54,7 +62,7 @@ from inference.server.http import (
   turns,
 )
 from inference.server.receipts import receipts
-from inference.server.records import database
+from inference.server.records import database, ledger as ledger_lib
 from inference.server.routes import (
   admin as admin_routes,
   completions,
@@ -66,42 +74,50 @@ from inference.server.versions import audit, registry
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = (receipts.TABLES,)
+TABLES: tuple[str, ...] = (
+  keys_lib.TABLES,
+  ledger_lib.TABLES,
+  receipts.TABLES,
+)
 
 
 def create_app(
   models: Sequence[service_lib.ServedModel],
-  keys: api_keys.ApiKeys | api_keys.KeysFile | None = None,
+  keys: keys_lib.Keyring | keys_lib.File | None = None,
   config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
   records: database.Database | None = None,
   loader: service_lib.Loader | None = None,
   observers: Sequence[service_lib.Observer] = (),
-  host: str = '127.0.0.1',
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
 
   Args:
     models: at least one, under different names. The app starts and closes
       their engine loops.
-    keys: the keys of the clients that are answered; None: all clients.
+    keys: further keys than those of the records, or all keys. Without any key,
+      all clients are answered.
     config: the limits on bodies.
     records: opened with `TABLES`, and closed by the app; None: in memory.
     loader: of further models; None: none can be loaded.
     observers: of what the models answer, such as receipts.
-    host: address that the server listens on.
   """
   records = records or database.Database(None, tables=TABLES)
+  keyring = keys
+  if not isinstance(keyring, keys_lib.Keyring):
+    keyring = keys_lib.Keyring(records, keyring)
+  ledger = ledger_lib.Ledger(records)
+  admission = admission_lib.Admission(ledger, _prices(config))
   auditor = audit.Auditor(config.audit_share, config.audit_threshold)
-  versions = registry.Versions(models, [auditor, *observers])
+  versions = registry.Versions(models, admission, [auditor, *observers])
   auditor.engines = versions.engine_loops
   bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
   service = service_lib.Service(
     versions=versions,
     bodies=bodies,
     records=records,
-    has_keys=keys is not None,
-    is_local=admin.is_loopback(host),
+    keyring=keyring,
+    admission=admission,
     loader=loader,
     draining=draining,
     metrics=[auditor.metrics.registry],
@@ -120,27 +136,54 @@ def create_app(
     await versions.close()
     bodies.close()
     records.close()
+    ledger.close()
     for model in versions.all():
       if generator := model.engine_loop.generator:
         _report_digest(generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
-  app.state.draining = draining
-  app.add_middleware(api_keys.Authentication, keys=keys)
-  app.add_middleware(protocol.Framing)
-  app.add_middleware(turns.Turns)
-  app.add_middleware(exchanges.Exchanges)
-  app.add_middleware(draining_lib.Refusals, draining=draining)
-  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
+  app.state.draining, app.state.keyring = draining, keyring
+  open_paths = (
+    *api_keys.OPEN_PATHS,
+    *(['/metrics'] if config.public_metrics else []),
+  )
+  _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
   for routes in (admin_routes, probes, models_routes, tokenizer, completions):
     routes.add(app, service)
-  described = openapi.document(app, has_keys=keys is not None)
-  app.openapi = lambda: described
+  described = {
+    has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
+    for has_keys in (False, True)
+  }
+  app.openapi = lambda: described[keyring.has_keys]
   return app
+
+
+def _prices(config: server_config.ServerConfig) -> admission_lib.Prices:
+  return admission_lib.Prices(
+    prompt=config.price_prompt,
+    cached=config.price_cached,
+    completion=config.price_completion,
+  )
+
+
+def _add_middleware(
+  app: fastapi.FastAPI, service: service_lib.Service, open_paths: Sequence[str]
+) -> None:
+  """Adds the middleware, from the innermost to the outermost."""
+  # A request with an Idempotency-Key outlives its client.
+  app.add_middleware(exchanges.Exchanges)
+  app.add_middleware(idempotency.Idempotency, bodies=service.bodies)
+  app.add_middleware(
+    api_keys.Authentication, keyring=service.keyring, open_paths=open_paths
+  )
+  app.add_middleware(protocol.Framing)
+  app.add_middleware(turns.Turns)
+  app.add_middleware(draining_lib.Refusals, draining=service.draining)
+  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
 
 
 def _report_digest(generator: generate.Generator) -> None:
@@ -155,7 +198,8 @@ def _report_digest(generator: generate.Generator) -> None:
 class _RequestId:
   """ASGI middleware: adds an `x-request-id`, which clients show in errors.
 
-  It is `state.request_id` of the request.
+  It is `state.request_id` of the request, and begins the `caller`, whose
+  headers it sends.
   """
 
   def __init__(self, app):
@@ -163,12 +207,17 @@ class _RequestId:
 
   async def __call__(self, scope, receive, send):
     request_id = f'req_{uuid.uuid4().hex}'
-    name = request_id.encode()
     scope.setdefault('state', {})['request_id'] = request_id
+    caller = caller_lib.Caller(request_id=request_id)
+    caller_lib.begin(caller)
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':
-        message['headers'] = [*message['headers'], (b'x-request-id', name)]
+        message['headers'] = [
+          *message['headers'],
+          (b'x-request-id', request_id.encode()),
+          *((k.encode(), v.encode()) for k, v in caller.headers.items()),
+        ]
       await send(message)
 
     await self._app(scope, receive, send_with_id)

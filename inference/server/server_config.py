@@ -71,6 +71,20 @@ class ServerConfig:
     ' an alarm. 0: the most that rounding explains, 0.01 for float32 on a CPU'
     ' and 1 for bfloat16 or an int8 cache.',
   )
+  price_prompt: float = flag_field.field(
+    0.0,
+    'Price of a million prompt tokens, in any currency: that of the budgets of'
+    ' keys.',
+  )
+  price_cached: float = flag_field.field(
+    0.0, 'Price of a million prompt tokens that were found computed.'
+  )
+  price_completion: float = flag_field.field(
+    0.0, 'Price of a million completion tokens.'
+  )
+  public_metrics: bool = flag_field.field(
+    False, 'Whether /metrics needs no key, even if the server has keys.'
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}

@@ -1,6 +1,6 @@
 """The parts of the server that its routes share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import threading
 import time
@@ -12,6 +12,7 @@ from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
+from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors
 from inference.server.http import (
   bodies as bodies_lib,
@@ -29,13 +30,20 @@ class Observer(Protocol):
 
   def observe(
     self, model: 'ServedModel', requests: Sequence[requests_lib.Request]
-  ) -> engine_loop_lib.OnFinished | None:
+  ) -> 'OnFinished | None':
     """Returns the function that gets their completions; None: not these."""
     ...
 
 
+# (index of the request among those submitted together, index of the sequence
+# of the request, its completion)
+OnFinished = Callable[[int, int, requests_lib.Completion], object]
+
+
 class ServedModel:
   """A version of a model: its weights, its engine, its name in requests."""
+
+  admission: admission_lib.Admission
 
   def __init__(
     self,
@@ -44,6 +52,7 @@ class ServedModel:
     manifest: manifest_lib.Manifest,
     *,
     context: int = 0,
+    admission: admission_lib.Admission | None = None,
   ):
     """Describes the model; its weights need not be loaded yet.
 
@@ -52,12 +61,16 @@ class ServedModel:
       engine_loop: runs its engine.
       manifest: of its frozen directory.
       context: most tokens of a sequence; 0: those of the model.
+      admission: admits and bills its requests; None: that of the versions that
+        it will be among.
     """
     self.name, self.engine_loop = name, engine_loop
     self.manifest, self.digest = manifest, manifest.weights_digest
     self.version = f'{name}@{self.digest[:_SHOWN_DIGITS]}'
     self.context = context or manifest.model['max_length']
     self.observers: list[Observer] = []
+    if admission is not None:
+      self.admission = admission
     self.shadow = shadow.Shadow(self)
     self.is_draining = False  # no new request finds it
     self.memory: memory.Plan | None = None  # once it is known
@@ -127,17 +140,29 @@ class ServedModel:
   ) -> engine_loop_lib.Updates:
     """Submits requests to the engine, all or none; returns their updates.
 
+    The caller is billed for them, and its key has limits.
+
     Raises:
-      ApiError: status 400, a prompt does not fit; 429, too many requests wait;
-        500 or 503, no request is answered any more.
+      ApiError: status 400, a prompt does not fit; 429, too many requests wait,
+        or a limit is reached; 500 or 503, no request is answered any more.
     """
     watching = [each.observe(self, requests) for each in self.observers]
     watching = [each for each in watching if each]
+    admitted = await self.admission.admit(
+      [_scored(each) for each in requests] if watching else requests,
+      model=self.name,
+      weights_digest=self.digest,
+    )
+
+    def end(ended: engine_loop_lib.Ended):
+      for which, update in ended.updates:
+        for each in watching:
+          each(which, update.index, update.completion)
+      return admitted.end(ended)
+
     try:
-      updates = await self.engine_loop.submit(
-        [_scored(each) for each in requests] if watching else requests,
-        on_finished=lambda *found: [each(*found) for each in watching],
-      )
+      updates = await self.engine_loop.submit(admitted.requests, end)
+      admitted.open()
     except engine.Overloaded as error:
       raise errors.ApiError(
         429, str(error), param=None, code='overloaded'
@@ -177,12 +202,17 @@ class Service:
   versions: registry.Versions
   bodies: bodies_lib.Bodies
   records: database.Database
-  has_keys: bool  # whether a request needs a key
-  is_local: bool  # whether it listens on loopback alone
+  keyring: keys.Keyring
+  admission: admission_lib.Admission
   loader: Loader | None  # of the versions that an administrator asks for
   draining: draining_lib.Draining
   # Of metrics that belong to no version.
   metrics: Sequence[prometheus_client.CollectorRegistry] = ()
+
+  @property
+  def has_keys(self) -> bool:
+    """Whether a request needs a key."""
+    return self.keyring.has_keys
 
   @property
   def model(self) -> ServedModel:

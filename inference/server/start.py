@@ -19,7 +19,7 @@ from inference.server import (
   server_config,
   service,
 )
-from inference.server.access import api_keys
+from inference.server.access import api_keys, keys as keys_lib
 from inference.server.http import listener
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
@@ -40,6 +40,7 @@ class Options:
   records: str | None = None  # file; None: in memory
   has_receipts: bool = False
   receipts_key: str | None = None  # file of the key that seals receipts
+  is_insecure: bool = False  # may answer everybody, without keys
 
 
 def serve(options: Options) -> None:
@@ -53,7 +54,6 @@ def serve(options: Options) -> None:
   if options.api_keys is not None:  # '' is refused, see `api_keys`
     keys = api_keys.KeysFile(options.api_keys)
     signal.signal(signal.SIGHUP, lambda *_: keys.expire())
-  seal = _seal(options, has_keys=keys is not None)
   loader = loader_lib.Loader(
     options.engine, models_root=options.limits.models_root
   )
@@ -62,18 +62,24 @@ def serve(options: Options) -> None:
     options.name,
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
-  print('\n'.join(_described(model)), flush=True)
   records = database.Database(options.records, tables=app_lib.TABLES)
+  keyring = keys_lib.Keyring(records, keys)
+  keys_lib.check_exposure(
+    options.host,
+    has_keys=keyring.has_keys,
+    is_insecure=options.is_insecure,
+  )
+  seal = _seal(options, has_keys=keyring.has_keys)
+  print('\n'.join(_described(model)), flush=True)
   app = app_lib.create_app(
     [model],
-    keys,
+    keyring,
     options.limits,
     records=records,
     loader=loader,
     observers=[receipts.Recorder(records, seal)]
     if options.has_receipts
     else [],
-    host=options.host,
   )
   server = listener.Listener(
     app,

@@ -15,7 +15,9 @@ from inference.server import (
   server_config,
   service,
 )
+from inference.server.access import keys as keys_lib
 from inference.server.http import listener
+from inference.server.records import database
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
@@ -50,12 +52,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, *, app=None, **limits):
+def running(generator: Any, keys=None, *, records=None, app=None, **limits):
   """Serves on a free loopback port; yields a `Served` that is ready.
 
   Args:
     generator: answers under the name MODEL.
-    keys: of the clients.
+    keys: of the clients, besides those of the records.
+    records: of the server; None: in memory.
     app: further arguments of `create_app`.
     **limits: of the config.
   """
@@ -63,10 +66,24 @@ def running(generator: Any, keys=None, *, app=None, **limits):
   manifest = generator.frozen.manifest
   model = service.ServedModel(MODEL, engine_loop, manifest)
   config = server_config.ServerConfig(**limits)
-  app = app_lib.create_app([model], keys, config, **(app or {}))
+  app = app_lib.create_app(
+    [model], keys, config, records=records, **(app or {})
+  )
   with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
     yield Served(url, engine_loop, app)
+
+
+def with_admin() -> tuple[database.Database, dict[str, str]]:
+  """Returns records in memory, and the headers of the only key in them."""
+  records = database.Database(None, tables=app_lib.TABLES)
+  made = records.submit(
+    lambda connection: keys_lib.create(
+      connection, name='operator', is_admin=True
+    )
+  )
+  _, text = made.result()
+  return records, {'authorization': f'Bearer {text}'}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ FastAPI would describe only what it validates itself. Bodies are parsed, and
 answers written, by this package, so this module describes them.
 """
 
+from collections.abc import Collection
 import dataclasses
 from typing import Any
 
@@ -25,12 +26,14 @@ _EVENTS = (
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
-  403: 'The sender may not administer the server, or load models.',
+  403: 'The key is not that of an admin, or no model may be loaded.',
   404: 'There is no such model.',
   408: 'The body did not arrive in time.',
-  409: 'The version is there already, not ready, or still needed.',
+  409: 'The Idempotency-Key was used with another body, or a version is there'
+  ' already, not ready, or still needed.',
   413: 'The body is too large.',
-  429: 'Too many requests wait; try again after `retry-after` seconds.',
+  429: 'Too many requests wait, or the key has reached a limit, or its budget'
+  ' (code insufficient_quota); try again after `retry-after` seconds.',
   500: 'The generation failed.',
   503: 'The server is loading, stopping or full.',
 }
@@ -45,8 +48,8 @@ class _Route:
   status: int = 200  # of the answer
 
 
-_POSTED = 400, 404, 408, 413, 503
-_ADMIN = 403, 503
+_POSTED = 400, 404, 408, 409, 413, 503
+_ADMIN = 401, 403, 503
 # By path, or by method and path where a path has several methods.
 _ROUTES = {
   '/health': _Route(answer=shapes.Status),
@@ -72,7 +75,7 @@ _ROUTES = {
   'post /admin/models': _Route(
     answer=shapes.ModelVersion,
     body=schema.LoadRequest,
-    errors=(*_POSTED, 403, 409),
+    errors=(*_POSTED, 401, 403),
     status=202,
   ),
   'get /admin/models/{version}': _Route(
@@ -85,23 +88,29 @@ _ROUTES = {
   'post /admin/traffic': _Route(
     answer=shapes.TrafficList,
     body=schema.TrafficRequest,
-    errors=(*_POSTED, 403, 409),
+    errors=(*_POSTED, 401, 403),
   ),
 }
 
 
-def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
+def document(
+  app: fastapi.FastAPI, *, has_keys: bool, open_paths: Collection[str]
+) -> dict[str, Any]:
   """Returns the OpenAPI document of an app.
 
   Args:
     app: has the routes.
     has_keys: whether requests need a key.
+    open_paths: that need none.
   """
   paths: dict[str, Any] = {}
   for route in app.routes:
     if isinstance(route, routing.APIRoute):
       method = min(route.methods or {'get'})  # each has one
-      operation = _operation(route, method.lower(), has_keys=has_keys)
+      needs_key = has_keys and route.path not in open_paths
+      operation = _operation(
+        route, method.lower(), has_keys=has_keys, needs_key=needs_key
+      )
       paths.setdefault(route.path_format, {})[method.lower()] = operation
   components: dict[str, Any] = {'schemas': _schemas()}
   if has_keys:
@@ -117,38 +126,45 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
 
 
 def _operation(
-  route: routing.APIRoute, method: str, *, has_keys: bool
+  route: routing.APIRoute, method: str, *, has_keys: bool, needs_key: bool
 ) -> dict[str, Any]:
   path = route.path_format
   described = _ROUTES.get(f'{method} {path}') or _ROUTES[path]
-  needs_key = has_keys and route.path not in api_keys.OPEN_PATHS
   operation: dict[str, Any] = {
     'operationId': route.name,
     'responses': {str(described.status): _answer(described)},
   }
   errors = {*described.errors, *([401] if needs_key else [])}
+  parameters = [
+    _parameter(name, 'path', is_required=True)
+    for name in route.param_convertors
+  ]
   is_probe = route.path in api_keys.OPEN_PATHS
   for status in sorted(errors):
     model = shapes.Status if is_probe else shapes.Error
     operation['responses'][str(status)] = _error(status, model)
   if described.body:
+    parameters.append(_parameter('Idempotency-Key', 'header'))
     operation['requestBody'] = {
       'required': True,
       'content': {_JSON: _reference(described.body)},
     }
-  if route.param_convertors:
-    operation['parameters'] = [
-      {
-        'name': name,
-        'in': 'path',
-        'required': True,
-        'schema': {'type': 'string'},
-      }
-      for name in route.param_convertors
-    ]
+  if parameters:
+    operation['parameters'] = parameters
   if has_keys:
     operation['security'] = [{'key': []}] if needs_key else []
   return operation
+
+
+def _parameter(
+  name: str, place: str, *, is_required: bool = False
+) -> dict[str, Any]:
+  return {
+    'name': name,
+    'in': place,
+    'required': is_required,
+    'schema': {'type': 'string', 'minLength': 1},
+  }
 
 
 def _answer(described: _Route) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import zlib
 
 from inference.engine import requests as requests_lib
 from inference.sampling import settings as settings_lib
-from inference.server import engine_loop as engine_loop_lib, service
+from inference.server import service
 from inference.server.http import exchanges
 from inference.server.receipts import sealing
 from inference.server.records import database
@@ -148,7 +148,7 @@ class Recorder:
     self,
     model: service.ServedModel,
     requests: Sequence[requests_lib.Request],
-  ) -> engine_loop_lib.OnFinished | None:
+  ) -> service.OnFinished | None:
     """Returns what writes the receipts of the sequences of requests."""
     exchange, generator = exchanges.current(), model.generator()
     if exchange.principal and self._seal is None:

@@ -9,7 +9,8 @@
 
 A version loads beside the others, in a thread of its own, and gets no traffic
 until it is given a weight. Only the first version of a new name answers it as
-soon as it is ready. To roll back is to set the weights as they were.
+soon as it is ready. To roll back is to set the weights as they were. All of
+them need the key of an admin, see `access.api_keys`.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from inference.server import (
   engine_loop as engine_loop_lib,
   service as service_lib,
 )
-from inference.server.access import admin
 from inference.server.api import errors, schema
 from inference.server.versions import fingerprint, traffic as traffic_lib
 
@@ -33,12 +33,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   """Adds the routes."""
   versions = service.versions
 
-  def check(request: fastapi.Request) -> None:
-    admin.check(request, has_keys=service.has_keys, is_local=service.is_local)
-
   @app.get('/admin/models')
-  async def admin_models(request: fastapi.Request):
-    check(request)
+  async def admin_models():
     return {
       'object': 'list',
       'data': [_described(service, each) for each in versions.all()],
@@ -46,7 +42,6 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.post('/admin/models')
   async def load(request: fastapi.Request):
-    check(request)
     loader = service.loader
 
     def prepared(raw: bytes) -> service_lib.ServedModel:
@@ -66,25 +61,21 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     return responses.JSONResponse(_described(service, model), 202)
 
   @app.get('/admin/models/{version:path}')
-  async def admin_model(request: fastapi.Request, version: str):
-    check(request)
+  async def admin_model(version: str):
     return _described(service, versions.version(version))
 
   @app.delete('/admin/models/{version:path}')
-  async def unload(request: fastapi.Request, version: str):
-    check(request)
+  async def unload(version: str):
     model = versions.version(version)
     versions.start_unloading(model)
     return responses.JSONResponse(_described(service, model), 202)
 
   @app.get('/admin/traffic')
-  async def traffic(request: fastapi.Request):
-    check(request)
+  async def traffic():
     return {'object': 'list', 'data': _all_traffic(service)}
 
   @app.post('/admin/traffic')
   async def set_traffic(request: fastapi.Request):
-    check(request)
 
     def prepared(raw: bytes) -> tuple[str, traffic_lib.Traffic]:
       body = schema.parsed(schema.TrafficRequest, raw, context=1)

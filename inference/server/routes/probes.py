@@ -52,6 +52,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     if not any(each.generator for each in service.versions.engine_loops()):
       service.model.generator()  # 503: there is nothing to count yet
     text = metrics_lib.text(service.registries())
+    text += service.admission.ledger.metrics.text()
     return responses.Response(text, media_type=_METRICS_TYPE)
 
   @app.get('/version')

@@ -96,7 +96,7 @@ class Auditor:
     self,
     model: service.ServedModel,
     requests: Sequence[requests_lib.Request],
-  ) -> engine_loop_lib.OnFinished | None:
+  ) -> service.OnFinished | None:
     """Returns what keeps the finished sequences, for a share of requests."""
     if self._random.random() >= self._share:
       return None

@@ -22,6 +22,7 @@ import threading
 import typing
 
 from inference.server import engine_loop as engine_loop_lib
+from inference.server.access import admission as admission_lib
 from inference.server.api import errors
 from inference.server.http import exchanges
 from inference.server.versions import traffic as traffic_lib
@@ -40,15 +41,17 @@ class Versions:
   def __init__(
     self,
     models: Iterable[service.ServedModel],
+    admission: admission_lib.Admission,
     observers: Sequence[service.Observer] = (),
   ):
     """Takes models under different names; each answers all of its name.
 
     Args:
       models: the first ones.
+      admission: admits and bills the requests of all versions.
       observers: of all versions.
     """
-    self._observers = observers
+    self._admission, self._observers = admission, observers
     self._lock = threading.Lock()
     self._models: list[service.ServedModel] = []
     self._traffic: dict[str, traffic_lib.Traffic] = {}
@@ -112,9 +115,11 @@ class Versions:
           code='version_exists',
         )
       model.observers.extend(self._observers)
+      model.admission = self._admission
       self._models.append(model)
       no_traffic = traffic_lib.Traffic(weights={})
       self._traffic.setdefault(model.name, no_traffic)
+    self._admission.ledger.note_model(model.name, model.manifest)
 
   def set_traffic(self, name: str, traffic: traffic_lib.Traffic) -> None:
     """Sets the traffic of a name; requests in flight stay where they are."""

@@ -38,8 +38,10 @@ _BODY = {
 def _recording(generator, path, seal=None, keys=None):
   records = database.Database(path, tables=app_lib.TABLES)
   recorder = receipts.Recorder(records, seal)
-  app = {'records': records, 'observers': [recorder]}
-  with servers.running(generator, keys, app=app, audit_share=0) as served:
+  app = {'observers': [recorder]}
+  with servers.running(
+    generator, keys, records=records, app=app, audit_share=0
+  ) as served:
     yield served
 
 

@@ -84,6 +84,15 @@ def _refusals(served, answers, monkeypatch):
   json_type = {'content-type': 'application/json'}
   answers.ask(400, content=lambda: b'{}', headers=json_type)
   answers.ask(401, headers={'authorization': 'Bearer other'})
+  for other in (200, 409):  # a good body, then another one
+    spaces = ' ' * (other == 409)
+    for path, body in _GOOD.items():
+      answer = answers.http.post(
+        path,
+        content=json.dumps(body) + spaces,
+        headers={**json_type, 'idempotency-key': 'once'},
+      )
+      answers.keep((path, 'post', other), answer)
   large = b' ' * (_MOST + 1)
   answers.ask(413, content=lambda: large, headers=json_type)
   answers.ask(408, content=_half, headers=json_type)

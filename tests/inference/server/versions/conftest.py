@@ -93,9 +93,12 @@ def _own_collector():
 def versions(generator, models_root, _own_collector):
   root, digests = models_root
   loader = loader_lib.Loader(life_two.ENGINE, models_root=str(root))
+  records, key = servers.with_admin()
   with (
-    servers.running(generator, app={'loader': loader}) as served,
-    httpx2.Client(base_url=served.url, timeout=60) as http,
+    servers.running(
+      generator, records=records, app={'loader': loader}
+    ) as served,
+    httpx2.Client(base_url=served.url, headers=key, timeout=60) as http,
   ):
     digest = generator.frozen.manifest.weights_digest
     yield Versions(http, f'{MODEL}@{digest[:16]}', digests, served)
