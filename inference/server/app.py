@@ -6,6 +6,7 @@
     GET  /v1/models         the one model, with the lineage of its weights
     GET  /v1/models/{id}
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
     http/      bytes: connections, bodies within limits, streams that can end
@@ -47,7 +48,13 @@ from inference.server.access import api_keys
 from inference.server.api import errors, openapi
 from inference.server.http import bodies as bodies_lib, protocol, streams, turns
 from inference.server.records import database
-from inference.server.routes import completions, models, probes, tokenizer
+from inference.server.routes import (
+  completions,
+  embeddings,
+  models,
+  probes,
+  tokenizer,
+)
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
@@ -110,7 +117,7 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (probes, models, tokenizer, completions):
+  for routes in (probes, models, tokenizer, completions, embeddings):
     routes.add(app, service)
   described = openapi.document(app, has_keys=keys is not None)
   app.openapi = lambda: described

@@ -13,7 +13,7 @@ import pydantic
 from pydantic import json_schema
 
 from inference.server.access import api_keys
-from inference.server.api import errors, schema, shapes
+from inference.server.api import embedding_schema, errors, schema, shapes
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
@@ -54,6 +54,11 @@ _ROUTES = {
     body=schema.CompletionRequest,
     errors=(*_POSTED, 429, 500),
     has_stream=True,
+  ),
+  '/v1/embeddings': _Route(
+    answer=shapes.EmbeddingList,
+    body=embedding_schema.EmbeddingRequest,
+    errors=(*_POSTED, 429, 500),
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(

@@ -10,7 +10,7 @@ field is refused. No field is ignored.
 from collections.abc import Sequence
 import dataclasses
 import typing
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 import pydantic_core
@@ -22,7 +22,6 @@ from inference.server.api import errors
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
 _MOST_ITEMS = 4096  # of a list that is no prompt of token ids; checks say less
-_MOST_LISTS = MAX_PROMPTS + 64  # lists and objects of a body
 
 # Fields that are refused unless absent, null, or one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
@@ -55,9 +54,14 @@ class _FirstError:
 _FEW = _FirstError(_MOST_ITEMS)
 _Strings = Annotated[list[str], _FEW]
 _Ids = Annotated[list[int], _FirstError()]
+Prompts = str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
 
 
-class _Model(pydantic.BaseModel):
+class Body(pydantic.BaseModel):
+  """A body, or an object in it. No field is ignored."""
+
+  most_lists: ClassVar[int] = MAX_PROMPTS + 64  # and objects, in all
+
   # Strict: '0.5' is no number, and true is not 1. Unknown fields are allowed
   # here and refused below: pydantic would make an error of each.
   model_config = pydantic.ConfigDict(
@@ -75,18 +79,18 @@ class _Model(pydantic.BaseModel):
     return self
 
 
-_Body = typing.TypeVar('_Body', bound=_Model)
+_Body = typing.TypeVar('_Body', bound=Body)
 
 
-class StreamOptions(_Model):
+class StreamOptions(Body):
   """Options of a stream."""
 
   include_usage: bool = False
 
 
-class _OpenAiRequest(_Model):
+class _OpenAiRequest(Body):
   model: str
-  prompt: str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
+  prompt: Prompts
   max_tokens: int | None = None  # 0, with echo: only the prompt is scored
   temperature: float | None = None
   top_p: float | None = None
@@ -207,11 +211,7 @@ class CompletionRequest(_VllmRequest):
 
   def prompts(self) -> list[str | list[int]]:
     """Returns the prompts as a list."""
-    if isinstance(self.prompt, str):
-      return [self.prompt]
-    if self.prompt and isinstance(self.prompt[0], int):
-      return [self.prompt]  # pyright: ignore[reportReturnType]
-    return list(self.prompt)  # pyright: ignore[reportReturnType]
+    return as_prompts(self.prompt)
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.
@@ -235,7 +235,7 @@ class CompletionRequest(_VllmRequest):
     return chosen
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(Body):
   """The body of POST /tokenize."""
 
   model: str | None = None
@@ -255,7 +255,7 @@ class TokenizeRequest(_Model):
     return self.prompt if self.prompt is not None else self.content or ''
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(Body):
   """The body of POST /detokenize."""
 
   model: str | None = None
@@ -273,7 +273,11 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
   Raises:
     ApiError: status 400, about the first field that is wrong.
   """
-  _check_counts(raw, most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS)
+  _check_counts(
+    raw,
+    most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS,
+    most_lists=kind.most_lists,
+  )
   try:
     return kind.model_validate_json(raw)
   except pydantic.ValidationError as error:
@@ -282,7 +286,7 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
     ) from None
 
 
-def _check_counts(raw: bytes, most_values: int) -> None:
+def _check_counts(raw: bytes, *, most_values: int, most_lists: int) -> None:
   """Refuses a body with more parts than any request has, before it is parsed.
 
   A parser holds Python's lock from the first byte to the last: a MiB of `[],`
@@ -293,7 +297,7 @@ def _check_counts(raw: bytes, most_values: int) -> None:
   _check_count('strings', num_strings, 3 * _MOST_ITEMS)
   between = b''.join(bare.split(b'"')[::2])
   num_lists = between.count(b'[') + between.count(b'{')
-  _check_count('lists and objects', num_lists, _MOST_LISTS)
+  _check_count('lists and objects', num_lists, most_lists)
   _check_count('values', between.count(b','), most_values)
 
 
@@ -340,6 +344,15 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
     other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
   return errors.invalid(where[0], '; or: '.join(wanted))
+
+
+def as_prompts(prompts: Prompts) -> list[str | list[int]]:
+  """Returns one prompt, or several, as a list."""
+  if isinstance(prompts, str):
+    return [prompts]
+  if prompts and isinstance(prompts[0], int):
+    return [prompts]  # pyright: ignore[reportReturnType]
+  return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def _frozen(value: Any) -> Any:

@@ -132,6 +132,30 @@ class CompletionChunk(_Head):
   usage: Usage | None = None
 
 
+class Embedding(_Shape):
+  """The vector of an input: numbers, or base64 of float32 numbers."""
+
+  object: Literal['embedding']
+  index: int
+  embedding: list[float] | str
+
+
+class EmbeddingUsage(_Shape):
+  """Tokens of all inputs."""
+
+  prompt_tokens: int
+  total_tokens: int
+
+
+class EmbeddingList(_Shape):
+  """The vectors, in the order of the inputs."""
+
+  object: Literal['list']
+  data: list[Embedding]
+  model: str
+  usage: EmbeddingUsage
+
+
 class TokenizerInfo(_Shape):
   """Strings of special tokens, null if the model has none; chat template.
 
