@@ -51,6 +51,35 @@ class ModelList(_Shape):
   data: list[Model]
 
 
+class Parameter(_Shape):
+  """A parameter of a route; `accepted` if it is not supported."""
+
+  name: str
+  in_: Literal['body', 'path', 'query'] = pydantic.Field(alias='in')
+  supported: bool
+  required: bool
+  description: str
+  values: dict[str, Any] | None = None
+  accepted: list[Any] | None = None
+
+
+class Route(_Shape):
+  """A route and its parameters."""
+
+  method: str
+  path: str
+  answers: list[str]
+  parameters: list[Parameter]
+
+
+class Capabilities(_Shape):
+  """The parameters of every route."""
+
+  object: Literal['capabilities']
+  note: str
+  routes: list[Route]
+
+
 class Logprobs(_Shape):
   """Log-probabilities, one entry per token."""
 

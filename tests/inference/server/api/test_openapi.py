@@ -38,6 +38,7 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
   assert document['openapi'].startswith('3.1')
   assert set(document['paths']) == {
     *('/health', '/ready', '/metrics', '/v1/models', '/v1/models/{name}'),
+    '/v1/capabilities',
     *(
       '/v1/completions',
       '/v1/embeddings',
