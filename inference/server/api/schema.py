@@ -7,7 +7,7 @@ are made from the fields of `inference.sampling.settings.Settings`. Any other
 field is refused. No field is ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import typing
 from typing import Annotated, Any, ClassVar, Self
@@ -30,7 +30,7 @@ _API_NAMES = {
   if (name := field.metadata.get('api_name', field.name))
 }
 _MAX_PRIORITY = 2**31 - 1
-_UNKNOWN = 'unknown_field'
+_UNKNOWN, _ABSENT = 'unknown_field', 'absent_kind'
 _NUMERIC = 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'
 # The keywords of JSON Schema that limit the values of a type.
 _KEYWORDS = {
@@ -75,10 +75,31 @@ class Unsupported:
     )
 
 
-_FEW = _FirstError(_MOST_ITEMS)
-_Strings = Annotated[list[str], _FEW]
+def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
+  """Returns an annotation: another name, as OpenAI has some, is refused.
+
+  Args:
+    *names: that this server supports.
+    key: of the name, if the value is an object.
+  """
+
+  def check(value: Any) -> Any:
+    got = None if key else value
+    if key and isinstance(value, dict):
+      got = value.get(key)
+    if isinstance(got, str) and got not in names:
+      raise pydantic_core.PydanticCustomError(
+        _ABSENT, 'not supported', {'got': got, 'names': names}
+      )
+    return value
+
+  return pydantic.BeforeValidator(check)
+
+
+FEW = _FirstError(_MOST_ITEMS)
+_Strings = Annotated[list[str], FEW]
 _Ids = Annotated[list[int], _FirstError()]
-Prompts = str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
+Prompts = str | _Strings | _Ids | Annotated[list[_Ids], FEW]
 
 
 def _described(schema: dict[str, Any], kind: type['Body']) -> None:
@@ -139,8 +160,8 @@ class Body(pydantic.BaseModel):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    for name, note in self.unsupported().items():
-      if not note.accepts(value := getattr(self, name)):
+    for name, note, value in self._unsupported_values():
+      if not note.accepts(value):
         expected = ' or '.join(map(repr, (None, *note.neutral)))
         raise errors.ApiError(
           400,
@@ -149,6 +170,18 @@ class Body(pydantic.BaseModel):
           param=name,
           code='unsupported_parameter',
         )
+
+  def _unsupported_values(
+    self, where: str = ''
+  ) -> Iterator[tuple[str, Unsupported, Any]]:
+    """Yields names, notes and values, also of the objects in this one."""
+    for name, note in self.unsupported().items():
+      yield where + name, note, getattr(self, name)
+    for name in type(self).model_fields:
+      value = getattr(self, name)
+      for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Body):
+          yield from each._unsupported_values(f'{where}{name}.')
 
 
 _Body = typing.TypeVar('_Body', bound=Body)
@@ -176,7 +209,7 @@ class _OpenAiRequest(Body):
   top_p: float | None = None
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
-  logit_bias: Annotated[dict[str, float], _FEW] | None = None
+  logit_bias: Annotated[dict[str, float], FEW] | None = None
   logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
   stop: str | _Strings | None = None
@@ -215,7 +248,7 @@ def _with_settings(
       continue
     kind: Any = field.type
     if typing.get_origin(kind) is tuple:
-      kind = Annotated[list[typing.get_args(kind)[0]], _FEW]
+      kind = Annotated[list[typing.get_args(kind)[0]], FEW]
     default = pydantic.Field(default=None, description=field.metadata['help'])
     added[name] = (kind | None, default)
   return pydantic.create_model('_VllmRequest', __base__=base, **added)
@@ -412,14 +445,28 @@ def from_setting(error: settings.SettingError) -> errors.ApiError:
 
 def from_validation(found: Sequence[Any]) -> errors.ApiError:
   """Returns a 400 about the first field that pydantic refused."""
-  error = found[0]
+  # Of a union, the alternative that the value was meant for.
+  error = next((each for each in found if each['type'] == _ABSENT), found[0])
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
     return errors.ApiError(400, message, param=None, code=None)
   # loc is (field, alternative of a union, index); the field is shown.
-  where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
+  where = [
+    part[: expect.MOST_SHOWN]
+    for part in map(str, error['loc'])
+    if '[' not in part  # the name of an alternative, as pydantic writes it
+  ]
   if error['type'] == _UNKNOWN:
     where.append(error['ctx']['name'][: expect.MOST_SHOWN])
+  if error['type'] == _ABSENT:
+    names = ', '.join(map(repr, error['ctx']['names']))
+    message = (
+      f'{".".join(where)}: got {expect.shown(error["ctx"]["got"])}, expected'
+      f' {names}; this server does not support it, leave it out'
+    )
+    return errors.ApiError(
+      400, message, param=where[0], code='unsupported_parameter'
+    )
   if not where:
     message = 'body: got no JSON object, expected one'
     return errors.ApiError(400, message, param=None, code=None)
