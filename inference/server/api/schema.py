@@ -29,7 +29,7 @@ _API_NAMES = {
   for field in dataclasses.fields(settings.Settings)
   if (name := field.metadata.get('api_name', field.name))
 }
-_MAX_PRIORITY = 2**31 - 1
+MAX_PRIORITY = 2**31 - 1
 _UNKNOWN, _ABSENT = 'unknown_field', 'absent_kind'
 _NUMERIC = 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'
 # The keywords of JSON Schema that limit the values of a type.
@@ -97,9 +97,9 @@ def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
 
 
 FEW = _FirstError(_MOST_ITEMS)
-_Strings = Annotated[list[str], FEW]
-_Ids = Annotated[list[int], _FirstError()]
-Prompts = str | _Strings | _Ids | Annotated[list[_Ids], FEW]
+Strings = Annotated[list[str], FEW]
+Ids = Annotated[list[int], _FirstError()]
+Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
 
 
 def _described(schema: dict[str, Any], kind: type['Body']) -> None:
@@ -212,7 +212,7 @@ class _OpenAiRequest(Body):
   logit_bias: Annotated[dict[str, float], FEW] | None = None
   logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
-  stop: str | _Strings | None = None
+  stop: str | Strings | None = None
   n: int | None = None
   echo: bool | None = pydantic.Field(
     default=None, description='Repeats the prompt before the completion.'
@@ -233,9 +233,9 @@ class _OpenAiRequest(Body):
   min_tokens: int | None = None  # vLLM's; here since `_check_scores` reads it
 
 
-def _with_settings(
-  base: type[_OpenAiRequest], fields: Sequence[dataclasses.Field]
-) -> type[_OpenAiRequest]:
+def with_settings(
+  base: type[_Body], fields: Sequence[dataclasses.Field]
+) -> type[_Body]:
   """Returns `base` with a field for each setting that it lacks.
 
   A tuple becomes a list, as JSON has it. None means that the request does not
@@ -254,7 +254,7 @@ def _with_settings(
   return pydantic.create_model('_VllmRequest', __base__=base, **added)
 
 
-_VllmRequest = _with_settings(
+_VllmRequest = with_settings(
   _OpenAiRequest, dataclasses.fields(settings.Settings)
 )
 
@@ -269,7 +269,7 @@ class CompletionRequest(_VllmRequest):
   limits: ClassVar[dict[str, dict[str, Any]]] = {
     'max_tokens': {'minimum': 0},
     'n': {'maximum': MAX_CHOICES},
-    'priority': {'minimum': -_MAX_PRIORITY, 'maximum': _MAX_PRIORITY},
+    'priority': {'minimum': -MAX_PRIORITY, 'maximum': MAX_PRIORITY},
   }
 
   # vLLM's fields that are no settings.
@@ -292,25 +292,12 @@ class CompletionRequest(_VllmRequest):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    self.refuse_unsupported()
-    if self.stream_options is not None and not self.stream:
-      raise errors.invalid(
-        'stream_options', 'got options without stream, expected stream: true'
-      )
-    if self.n is not None and self.n < 1:
-      raise errors.invalid('n', f'got {self.n}, expected at least 1')
+    check_common(self, is_shared=is_shared)
     if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
       raise errors.invalid(
         'prompt',
         f'got {len(self.prompts())} prompts, expected 1 to {MAX_PROMPTS}; send'
         ' several requests',
-      )
-    least = 0 if is_shared else -_MAX_PRIORITY
-    if not least <= (self.priority or 0) <= _MAX_PRIORITY:
-      raise errors.invalid(
-        'priority',
-        f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is the'
-        ' default, and a higher number is served later',
       )
     self._check_scores()
 
@@ -344,19 +331,10 @@ class CompletionRequest(_VllmRequest):
     Raises:
       SettingError: a key of logit_bias is no token id.
     """
-    chosen = {
-      setting: _frozen(getattr(self, name))
-      for setting, name in _API_NAMES.items()
-    }
+    chosen = chosen_settings(self)
     if self.max_tokens == 0:
       # The engine generates at least one token; `completions` drops it.
       chosen['max_tokens'] = 1
-    if self.top_k == -1:  # pyright: ignore[reportAttributeAccessIssue]
-      chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
-    if isinstance(self.stop, str):
-      chosen['stop'] = (self.stop,)
-    if self.logit_bias is not None:
-      chosen['logit_bias'] = settings.bias_pairs(self.logit_bias)
     return chosen
 
 
@@ -384,7 +362,52 @@ class DetokenizeRequest(Body):
   """The body of POST /detokenize."""
 
   model: str | None = None
-  tokens: _Ids
+  tokens: Ids
+
+
+def check_common(body: Any, *, is_shared: bool) -> None:
+  """Checks the fields that the bodies of several routes have.
+
+  Args:
+    body: with the fields stream, n and priority.
+    is_shared: whether the server has API keys.
+
+  Raises:
+    ApiError: status 400; `param` names the field.
+  """
+  body.refuse_unsupported()
+  if body.stream_options is not None and not body.stream:
+    raise errors.invalid(
+      'stream_options', 'got options without stream, expected stream: true'
+    )
+  if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
+    raise errors.invalid('n', f'got {body.n}, expected 1 to {MAX_CHOICES}')
+  least = 0 if is_shared else -MAX_PRIORITY
+  if not least <= (body.priority or 0) <= MAX_PRIORITY:
+    raise errors.invalid(
+      'priority',
+      f'got {body.priority}, expected {least} to {MAX_PRIORITY}; 0 is the'
+      ' default, and a higher number is served later',
+    )
+
+
+def chosen_settings(body: Any) -> dict[str, Any]:
+  """Returns the settings of a body made by `with_settings`; None: not chosen.
+
+  Raises:
+    SettingError: a key of logit_bias is no token id.
+  """
+  chosen = {
+    setting: _frozen(getattr(body, name))
+    for setting, name in _API_NAMES.items()
+  }
+  if body.top_k == -1:
+    chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
+  if isinstance(body.stop, str):
+    chosen['stop'] = (body.stop,)
+  if body.logit_bias is not None:
+    chosen['logit_bias'] = settings.bias_pairs(body.logit_bias)
+  return chosen
 
 
 def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
