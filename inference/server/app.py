@@ -5,6 +5,8 @@
     GET  /metrics           counters of the engine, as Prometheus collects them
     GET  /v1/models         the one model, with the lineage of its weights
     GET  /v1/models/{id}
+    POST /v1/responses      items in, items out; stored, to be continued
+    GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
     GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
     POST /v1/embeddings     a vector per input
@@ -36,6 +38,7 @@ from fastapi import responses
 from starlette import (
   exceptions as starlette_exceptions,
   requests as starlette_requests,
+  routing,
 )
 
 from frozen import manifest as manifest_lib
@@ -48,19 +51,20 @@ from inference.server import (
 from inference.server.access import api_keys
 from inference.server.api import errors, openapi
 from inference.server.http import bodies as bodies_lib, protocol, streams, turns
-from inference.server.records import database
+from inference.server.records import database, responses as responses_store
 from inference.server.routes import (
   capabilities,
   completions,
   embeddings,
   models,
   probes,
+  responses as responses_routes,
   tokenizer,
 )
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = ()
+TABLES: tuple[str, ...] = (responses_store.TABLES,)
 
 
 def create_app(
@@ -92,8 +96,17 @@ def create_app(
     context=context or manifest.model['max_length'],
   )
   bodies = bodies_lib.Bodies(config)
+  store = responses_store.Store(
+    records,
+    days=config.store_days,
+    most_bytes=config.store_mebibytes * 2**20,
+  )
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    model=model,
+    bodies=bodies,
+    records=records,
+    store=store,
+    has_keys=keys is not None,
   )
 
   async def end_requests():
@@ -103,7 +116,8 @@ def create_app(
   @contextlib.asynccontextmanager
   async def lifespan(_):
     engine_loop.start()
-    yield
+    async with store.expiring():
+      yield
     await engine_loop.close()
     bodies.close()
     records.close()
@@ -125,6 +139,7 @@ def create_app(
     tokenizer,
     completions,
     embeddings,
+    responses_routes,
     capabilities,
   ):
     routes.add(app, service)
@@ -159,11 +174,20 @@ class _RequestId:
     await self._app(scope, receive, send_with_id)
 
 
-async def _on_http(_, error):
+async def _on_http(request, error):
   response = errors.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()
-  response.headers.update(error.headers or {})  # `allow` of a 405
+  response.headers.update(error.headers or {})
+  if error.status_code == 405:
+    # Starlette names the methods of the first route of the path alone.
+    methods = {
+      method
+      for route in request.app.routes
+      if route.matches(request.scope)[0] != routing.Match.NONE
+      for method in getattr(route, 'methods', None) or ()
+    }
+    response.headers['allow'] = ', '.join(sorted(methods))
   return response
 
 

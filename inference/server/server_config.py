@@ -54,6 +54,17 @@ class ServerConfig:
     'Seconds that a connection may wait for its next request; then it is'
     ' closed.',
   )
+  store_days: float = flag_field.field(
+    30.0,
+    'Days for which responses of /v1/responses are kept, with their prompts, so'
+    ' that clients can continue them by an id; a request says store: false to'
+    ' be left out. 0 keeps none.',
+  )
+  store_mebibytes: int = flag_field.field(
+    256,
+    'Largest size of the responses that are kept for one API key, in MiB; the'
+    ' oldest make room.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
@@ -62,6 +73,12 @@ class ServerConfig:
   def __post_init__(self):
     expect.at_least('server.max_connections', self.max_connections, 1)
     expect.at_least('server.max_body_bytes', self.max_body_bytes, 1)
+    if not 0 <= self.store_days < math.inf:
+      raise ValueError(
+        f'server.store_days: got {self.store_days}, expected a finite number of'
+        ' days, at least 0; 0 keeps no responses'
+      )
+    expect.at_least('server.store_mebibytes', self.store_mebibytes, 1)
     if not 0 <= self.drain_seconds < math.inf:
       raise ValueError(
         f'drain_seconds: got {self.drain_seconds}, expected a finite number of'

@@ -12,7 +12,7 @@ from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
 from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib
-from inference.server.records import database
+from inference.server.records import database, responses
 
 
 class ServedModel:
@@ -104,6 +104,7 @@ class Service:
   model: ServedModel
   bodies: bodies_lib.Bodies
   records: database.Database
+  store: responses.Store
   has_keys: bool  # whether a request needs a key
 
   def find(self, name: str) -> ServedModel:

@@ -13,7 +13,14 @@ import pydantic
 from pydantic import json_schema
 
 from inference.server.access import api_keys
-from inference.server.api import embedding_schema, errors, schema, shapes
+from inference.server.api import (
+  embedding_schema,
+  errors,
+  response_schema,
+  response_shapes,
+  schema,
+  shapes,
+)
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
@@ -22,7 +29,7 @@ _DONE = '[DONE]'  # the data of a stream's last event
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
-  404: 'There is no such model.',
+  404: 'There is no such model, or no such response.',
   408: 'The body did not arrive in time.',
   413: 'The body is too large.',
   429: 'Too many requests wait; try again after `retry-after` seconds.',
@@ -59,6 +66,39 @@ _ROUTES = {
     answer=shapes.EmbeddingList,
     body=embedding_schema.EmbeddingRequest,
     errors=(*_POSTED, 429, 500),
+  ),
+  '/v1/responses': _Route(
+    answer=response_shapes.Response,
+    body=response_schema.ResponseRequest,
+    errors=(*_POSTED, 429, 500),
+    chunk=response_shapes.ResponseEvent,
+  ),
+  'GET /v1/responses/{response_id}': _Route(
+    answer=response_shapes.Response, errors=(400, 404, 503)
+  ),
+  'DELETE /v1/responses/{response_id}': _Route(
+    answer=response_shapes.DeletedResponse, errors=(400, 404, 503)
+  ),
+  '/v1/responses/{response_id}/input_items': _Route(
+    answer=response_shapes.ItemList,
+    errors=(400, 404, 503),
+    query=(
+      {
+        'name': 'after',
+        'description': 'The id of the item before the page.',
+        'schema': {'type': 'string'},
+      },
+      {
+        'name': 'limit',
+        'description': 'Most items of the page; 20 if not given.',
+        'schema': {'type': 'integer', 'minimum': 1, 'maximum': 100},
+      },
+      {
+        'name': 'order',
+        'description': 'Oldest (asc) or newest first; desc if not given.',
+        'schema': {'type': 'string', 'enum': ['asc', 'desc']},
+      },
+    ),
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(

@@ -138,13 +138,6 @@ class FunctionTool(schema.Body):
 _Tool = Annotated[FunctionTool, schema.known('function', key='type')]
 
 
-class ToolChoice(schema.Body):
-  """The function that the model must call."""
-
-  type: Literal['function']
-  name: str
-
-
 class TextFormat(schema.Body):
   """The format of the answer."""
 
@@ -221,11 +214,16 @@ class ResponseRequest(schema.Body):
     default=None, description='Functions that the model may call.'
   )
   tool_choice: (
-    Literal['none', 'auto', 'required']
-    | Annotated[ToolChoice, schema.known('function', key='type')]
+    Annotated[
+      Literal['none', 'auto'],
+      schema.known('none', 'auto'),
+      schema.known('none', 'auto', key='type'),
+    ]
     | None
   ) = pydantic.Field(
-    default=None, description='Whether the model may call one.'
+    default=None,
+    description='none: the model sees no tools; auto: it may call them. No'
+    ' grammar can force a call.',
   )
   parallel_tool_calls: bool | None = pydantic.Field(
     default=None, description='Whether it may make several calls at once.'

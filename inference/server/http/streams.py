@@ -15,7 +15,7 @@ from inference.server.api import errors
 CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
 _PIECE = 10_000  # short entries of a list that are written at once
 # `json.dumps` would make an encoder for each token.
-_event_json = json.JSONEncoder(allow_nan=False).encode
+event_json = json.JSONEncoder(allow_nan=False).encode
 
 _Result = TypeVar('_Result')
 
@@ -46,10 +46,10 @@ async def events(
   try:
     async with contextlib.aclosing(chunks):
       async for chunk in chunks:
-        yield f'data: {_event_json(chunk)}\n\n'
+        yield f'data: {event_json(chunk)}\n\n'
   except Exception as error:
     # The status 200 is sent. Clients raise on an event with the key 'error'.
-    yield f'data: {_event_json(errors.failure(error).body())}\n\n'
+    yield f'data: {event_json(errors.failure(error).body())}\n\n'
   yield 'data: [DONE]\n\n'
 
 

@@ -8,8 +8,11 @@ A response that continues another one keeps its own items only: those before it
 are found through it, so that what is deleted is not kept elsewhere.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+import contextlib
 import json
+import logging
 import sqlite3
 import time
 from typing import Any, NamedTuple
@@ -29,7 +32,8 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE INDEX IF NOT EXISTS responses_by_age
   ON responses (principal, created);
 """
-_DAY_SECONDS = 86400.0
+_DAY_SECONDS, _EXPIRY_SECONDS = 86400.0, 3600.0
+_LOG = logging.getLogger('uvicorn.error')
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
@@ -139,6 +143,25 @@ class Store:
     """Deletes the responses that are too old."""
     if await self._records.run(_expire, self._oldest):
       await self._records.erase()
+
+  @contextlib.asynccontextmanager
+  async def expiring(self) -> AsyncGenerator[None]:
+    """Deletes responses as they become too old, within the context."""
+
+    async def work() -> None:
+      while True:
+        try:
+          await self.expire()
+        except sqlite3.Error as error:  # a full disk, a lock that stays
+          _LOG.error('responses that are too old are kept', exc_info=error)
+        await asyncio.sleep(_EXPIRY_SECONDS)
+
+    task = asyncio.create_task(work())
+    try:
+      yield
+    finally:
+      task.cancel()
+      await asyncio.wait([task])
 
   @property
   def _oldest(self) -> float:
