@@ -7,6 +7,7 @@
     GET  /v1/models/{id}
     GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
@@ -51,6 +52,7 @@ from inference.server.http import bodies as bodies_lib, protocol, streams, turns
 from inference.server.records import database
 from inference.server.routes import (
   capabilities,
+  chat,
   completions,
   embeddings,
   models,
@@ -93,7 +95,11 @@ def create_app(
   )
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    model=model,
+    bodies=bodies,
+    records=records,
+    config=config,
+    has_keys=keys is not None,
   )
 
   async def end_requests():
@@ -124,6 +130,7 @@ def create_app(
     models,
     tokenizer,
     completions,
+    chat,
     embeddings,
     capabilities,
   ):
