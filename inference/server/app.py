@@ -9,6 +9,7 @@
     GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
     GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
@@ -54,6 +55,7 @@ from inference.server.http import bodies as bodies_lib, protocol, streams, turns
 from inference.server.records import database, responses as responses_store
 from inference.server.routes import (
   capabilities,
+  chat,
   completions,
   embeddings,
   models,
@@ -106,6 +108,7 @@ def create_app(
     bodies=bodies,
     records=records,
     store=store,
+    config=config,
     has_keys=keys is not None,
   )
 
@@ -138,6 +141,7 @@ def create_app(
     models,
     tokenizer,
     completions,
+    chat,
     embeddings,
     responses_routes,
     capabilities,

@@ -9,7 +9,7 @@ from checks import expect
 from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
-from inference.server import engine_loop as engine_loop_lib
+from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib
 from inference.server.records import database, responses
@@ -105,6 +105,7 @@ class Service:
   bodies: bodies_lib.Bodies
   records: database.Database
   store: responses.Store
+  config: server_config.ServerConfig
   has_keys: bool  # whether a request needs a key
 
   def find(self, name: str) -> ServedModel:

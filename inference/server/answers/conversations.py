@@ -145,7 +145,7 @@ def ask(
       style.replies.reasoning,
       without_prompt=without_prompt,
     )
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise errors.invalid(param, str(error).removeprefix('prompt: ')) from error
   return Asked(
     generator=generator,
@@ -168,7 +168,13 @@ def _check_shown(
 ) -> None:
   """Refuses what the template would leave out without an error."""
   if tools and not style.has_tools:
-    raise _left_out('tools', 'tools')
+    raise errors.ApiError(
+      400,
+      'tools: got tools, expected none: the chat template of this model does'
+      ' not show them to it; leave them out',
+      param='tools',
+      code='unsupported_parameter',
+    )
   if tools and style.replies.calls is None:
     raise errors.ApiError(
       400,
@@ -191,9 +197,9 @@ def _check_shown(
 def _left_out(where: str, param: str) -> errors.ApiError:
   return errors.ApiError(
     400,
-    f'{where}: got a part of a conversation that the chat template of this model'
-    ' leaves out, expected none; leave it out, or move its text to a message of'
-    ' the user',
+    f'{where}: got a part of a conversation that the chat template of this'
+    ' model leaves out, expected none; leave it out, or move its text to a'
+    ' message of the user',
     param=param,
     code='unsupported_parameter',
   )
@@ -225,7 +231,7 @@ def _fitted_call(
   if style.takes_objects:
     try:
       arguments = json.loads(function['arguments'] or '{}')
-    except ValueError:
+    except (ValueError, RecursionError):
       arguments = None
     # Text that is no object is shown as it is, so that a model sees its error.
     if isinstance(arguments, dict):

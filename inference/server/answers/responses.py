@@ -14,19 +14,27 @@ import uuid
 from checks import expect
 from inference import generate
 from inference.engine import requests as requests_lib
-from inference.sampling import settings as settings_lib
+from inference.sampling import (
+  logprobs as logprobs_lib,
+  settings as settings_lib,
+)
 from inference.server.answers import (
+  chat,
+  chat_logprobs,
   conversations,
   response_events,
   response_items,
 )
 from inference.server.api import errors, response_schema
 from inference.server.records import responses as store_lib
-from text.replies import detection, events as events_lib
+from text.replies import events as events_lib
 
 _LOG = logging.getLogger('uvicorn.error')
 _NOT_FINITE = 'the model computed numbers that are not finite'
-_NAMES = {'max_tokens': 'max_output_tokens'}  # of settings, in the body
+_NAMES = {
+  'max_tokens': 'max_output_tokens',
+  'logprobs': 'top_logprobs',
+}  # of settings, in the body
 
 Updates = AsyncIterable[tuple[int, requests_lib.Update]]
 
@@ -42,7 +50,7 @@ class Answer:
     principal: str,
     before: Sequence[dict[str, Any]] = (),
     is_stored: bool,
-    reply_format: str = detection.AUTO,
+    reply_format: str,
   ):
     """Checks the conversation and the settings.
 
@@ -72,6 +80,13 @@ class Answer:
     self._writer = response_events.Writer(
       self._begun(generator, is_stored=is_stored)
     )
+    self._logprobs = (
+      chat_logprobs.ChatLogprobs(generator.tokenizer, as_ids=False)
+      if body.has_logprobs
+      else None
+    )
+    # What tokens have, by their numbers in events.
+    self._tokens: list[tuple[int, logprobs_lib.TokenLogprobs]] = []
     self._reasoning_tokens: set[int] = set()
 
   @property
@@ -102,6 +117,8 @@ class Answer:
       yield event
     reader = self._asked.reader()
     async for _, update in updates:
+      if self._logprobs:
+        self._tokens += zip(update.token_ids, update.logprobs, strict=True)
       for found in reader.read(update):
         for event in self._written(found, update.completion):
           yield event
@@ -116,12 +133,13 @@ class Answer:
     writer = self._writer
     match found:
       case events_lib.Text():
-        return writer.text(found.text)
+        return writer.text(found.text, self._entries(found.tokens))
       case events_lib.Reasoning():
         self._reasoning_tokens.update(found.tokens)
         return writer.reasoning(found.text)
       case events_lib.ToolCall():
-        return writer.call(found.name, f'call_{uuid.uuid4().hex}')
+        call_id = chat.new_call_id(is_short=self._asked.has_short_ids)
+        return writer.call(found.name, call_id)
       case events_lib.Arguments():
         return writer.arguments(found.text)
     assert completion
@@ -137,6 +155,12 @@ class Answer:
     )
     return writer.end(found.finish_reason, usage)
 
+  def _entries(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    if not self._logprobs:
+      return []
+    tokens = (self._tokens[number] for number in numbers)
+    return self._logprobs.write(tokens)['content']
+
   def _request(self, generator: generate.Generator) -> requests_lib.Request:
     body = self._body
     try:
@@ -145,6 +169,7 @@ class Answer:
           'temperature': body.temperature,
           'top_p': body.top_p,
           'max_tokens': body.max_output_tokens,
+          'logprobs': (body.top_logprobs or 0) if body.has_logprobs else None,
           'n': 1,
         }
       )
@@ -190,7 +215,7 @@ class Answer:
       'tools': [
         {'parameters': None, 'strict': False, **each} for each in tools
       ],
-      'top_logprobs': 0,
+      'top_logprobs': body.top_logprobs or 0,
       'top_p': settings.top_p,
       'truncation': 'disabled',
       'usage': None,

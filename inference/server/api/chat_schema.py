@@ -364,11 +364,15 @@ class ChatRequest(_VllmChat):
 
 
 def _check_message(where: str, message: Any) -> None:
-  if isinstance(message, AssistantMessage):
-    if not message.tool_calls and message.content is message.refusal is None:
-      raise errors.invalid(
-        where, 'got neither content nor tool_calls, expected one of them'
-      )
+  is_answer = isinstance(message, AssistantMessage)
+  if is_answer and not (
+    message.tool_calls
+    or isinstance(message.content or message.refusal, str)
+    or message.content
+  ):
+    raise errors.invalid(
+      where, 'got neither content nor tool_calls, expected one of them'
+    )
   if isinstance(message.content, list) and not message.content:
     raise errors.invalid(where, 'got no parts, expected at least one')
 

@@ -43,14 +43,14 @@ class OutputText(schema.Body):
   logprobs: list[Any] | None = None
 
 
-class Refusal(schema.Body):
+class RefusalText(schema.Body):
   """A text with which a model declined."""
 
   type: Literal['refusal']
   refusal: str
 
 
-class ReasoningText(schema.Body):
+class ThoughtText(schema.Body):
   """A text that a model wrote before its answer."""
 
   type: Literal['reasoning_text', 'summary_text']
@@ -58,13 +58,13 @@ class ReasoningText(schema.Body):
 
 
 _Part = Annotated[
-  InputText | OutputText | Refusal,
+  InputText | OutputText | RefusalText,
   pydantic.Discriminator('type'),
   schema.known('input_text', 'output_text', 'refusal', key='type'),
 ]
 
 
-class Message(schema.Body):
+class InputMessage(schema.Body):
   """A message of a conversation."""
 
   type: Literal['message'] | None = None
@@ -74,7 +74,7 @@ class Message(schema.Body):
   status: _Status = None
 
 
-class FunctionCall(schema.Body):
+class InputCall(schema.Body):
   """A call of a function, as the model made it."""
 
   type: Literal['function_call']
@@ -88,7 +88,7 @@ class FunctionCall(schema.Body):
 _OutputPart = Annotated[InputText, schema.known('input_text', key='type')]
 
 
-class FunctionCallOutput(schema.Body):
+class InputCallOutput(schema.Body):
   """The result of a call."""
 
   type: Literal['function_call_output']
@@ -98,13 +98,13 @@ class FunctionCallOutput(schema.Body):
   status: _Status = None
 
 
-class Reasoning(schema.Body):
+class InputReasoning(schema.Body):
   """The reasoning before an answer or a call."""
 
   type: Literal['reasoning']
   id: str | None = None
-  summary: Annotated[list[ReasoningText], schema.FEW] | None = None
-  content: Annotated[list[ReasoningText], schema.FEW] | None = None
+  summary: Annotated[list[ThoughtText], schema.FEW] | None = None
+  content: Annotated[list[ThoughtText], schema.FEW] | None = None
   encrypted_content: Annotated[
     Any, _Unsupported('reasoning is not encrypted here')
   ] = None
@@ -112,10 +112,10 @@ class Reasoning(schema.Body):
 
 
 Item = Annotated[
-  Annotated[Message, pydantic.Tag('message')]
-  | Annotated[FunctionCall, pydantic.Tag('function_call')]
-  | Annotated[FunctionCallOutput, pydantic.Tag('function_call_output')]
-  | Annotated[Reasoning, pydantic.Tag('reasoning')],
+  Annotated[InputMessage, pydantic.Tag('message')]
+  | Annotated[InputCall, pydantic.Tag('function_call')]
+  | Annotated[InputCallOutput, pydantic.Tag('function_call_output')]
+  | Annotated[InputReasoning, pydantic.Tag('reasoning')],
   pydantic.Discriminator(_kind),
   schema.known(
     'message', 'function_call', 'function_call_output', 'reasoning', key='type'
@@ -146,7 +146,7 @@ class TextFormat(schema.Body):
   ] = 'text'
 
 
-class Text(schema.Body):
+class TextOptions(schema.Body):
   """Options of the answer's text."""
 
   format: Annotated[TextFormat, schema.known('text', key='type')] | None = None
@@ -163,7 +163,7 @@ class ReasoningOptions(schema.Body):
   generate_summary: Annotated[Any, _Unsupported('reasoning comes whole')] = None
 
 
-class StreamOptions(schema.Body):
+class EventOptions(schema.Body):
   """Options of a stream."""
 
   include_obfuscation: Annotated[
@@ -202,7 +202,7 @@ class ResponseRequest(schema.Body):
   stream: bool | None = pydantic.Field(
     default=None, description='Answers with server-sent events.'
   )
-  stream_options: StreamOptions | None = pydantic.Field(
+  stream_options: EventOptions | None = pydantic.Field(
     default=None, description='Only with stream.'
   )
   max_output_tokens: int | None = pydantic.Field(
@@ -228,7 +228,7 @@ class ResponseRequest(schema.Body):
   parallel_tool_calls: bool | None = pydantic.Field(
     default=None, description='Whether it may make several calls at once.'
   )
-  text: Text | None = pydantic.Field(
+  text: TextOptions | None = pydantic.Field(
     default=None, description='Options of the text.'
   )
   reasoning: ReasoningOptions | None = pydantic.Field(

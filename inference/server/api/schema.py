@@ -338,33 +338,6 @@ class CompletionRequest(_VllmRequest):
     return chosen
 
 
-class TokenizeRequest(Body):
-  """The body of POST /tokenize."""
-
-  model: str | None = None
-  prompt: str | None = None  # vLLM's name of the text
-  content: str | None = None  # llama.cpp's name of the text
-  add_special_tokens: bool = True  # adds BOS if /v1/completions adds it
-
-  def text(self) -> str:
-    """Returns the text.
-
-    Raises:
-      ApiError: no text is given, or two.
-    """
-    if (self.prompt is None) == (self.content is None):
-      got = 'neither' if self.prompt is None else 'both'
-      raise errors.invalid('prompt', f'got {got}, expected prompt or content')
-    return self.prompt if self.prompt is not None else self.content or ''
-
-
-class DetokenizeRequest(Body):
-  """The body of POST /detokenize."""
-
-  model: str | None = None
-  tokens: Ids
-
-
 def check_common(body: Any, *, is_shared: bool) -> None:
   """Checks the fields that the bodies of several routes have.
 
@@ -505,7 +478,11 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
   wanted = dict.fromkeys(
     other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
-  return errors.invalid(where[0], '; or: '.join(wanted))
+  # Of a list, the item is named too: a conversation may have many.
+  is_listed = len(error['loc']) > 2 and isinstance(error['loc'][1], int)
+  place = '.'.join(where) if is_listed else where[0]
+  message = f'{place}: {"; or: ".join(wanted)}'
+  return errors.ApiError(400, message, param=where[0], code=None)
 
 
 def as_prompts(prompts: Prompts) -> list[str | list[int]]:

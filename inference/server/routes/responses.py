@@ -44,7 +44,11 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     updates = await service.model.submit([answer.request])
     events = _stored(service, answer, principal, updates)
     if answer.is_stream:
-      return streams.EventStream(_lines(answer, events), updates)
+      return streams.EventStream(
+        _lines(answer, events),
+        updates,
+        ping_seconds=service.config.ping_seconds,
+      )
     return await streams.unless_disconnected(
       request, _whole(service, answer, events, updates)
     )
@@ -108,6 +112,7 @@ def _answer(
     principal=principal,
     before=store_lib.items(rows),
     is_stored=service.store.is_kept and body.store is not False,
+    reply_format=service.config.reply_format,
   )
 
 

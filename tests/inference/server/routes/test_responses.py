@@ -333,3 +333,24 @@ def test_a_path_of_two_methods_names_both(http):
   answer = http.put('/v1/responses/x')
   assert answer.status_code == 405
   assert answer.headers['allow'] == 'DELETE, GET'
+
+
+def test_logprobs_are_those_of_the_chat(ask, http):
+  fields = {'include': ['message.output_text.logprobs'], 'top_logprobs': 2}
+  (message,) = ask(**fields)['output']
+  found = message['content'][0]['logprobs']
+  chat = http.post(
+    '/v1/chat/completions',
+    json={
+      'model': servers.MODEL,
+      'messages': [{'role': 'user', 'content': 'a'}],
+      'temperature': 0,
+      'max_tokens': 8,
+      'logprobs': True,
+      'top_logprobs': 2,
+    },
+  ).json()['choices'][0]
+  assert message['content'][0]['text'] == chat['message']['content']
+  assert found == chat['logprobs']['content']
+  assert len(found) == 8
+  assert ask()['output'][0]['content'][0]['logprobs'] == []
