@@ -129,6 +129,7 @@ def create_app(
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
+  app.add_middleware(_Failures)
   app.add_middleware(api_keys.Authentication, keys=keys)
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
@@ -159,6 +160,31 @@ def _report_digest(generator: generate.Generator) -> None:
     _LOG.info('weights %s: unchanged', digest)
   else:
     _LOG.error('weights %s: CHANGED, were %s', digest, expected)
+
+
+class _Failures:
+  """ASGI middleware: answers 500 where a route has an error of its own.
+
+  Starlette's own answer is text, and has no `x-request-id`.
+  """
+
+  def __init__(self, app):
+    self._app = app
+
+  async def __call__(self, scope, receive, send):
+    is_begun = False
+
+    async def send_and_note(message):
+      nonlocal is_begun
+      is_begun = True
+      await send(message)
+
+    try:
+      await self._app(scope, receive, send_and_note)
+    except Exception as error:
+      if is_begun or scope['type'] != 'http':
+        raise
+      await errors.failure(error).response()(scope, receive, send)
 
 
 class _RequestId:
