@@ -15,6 +15,7 @@ from tests.helpers import json_schema, servers
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
+  '/v1/chat/completions': servers.CHAT,
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
   '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
   '/tokenize': {'prompt': 'a'},
