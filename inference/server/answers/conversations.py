@@ -227,7 +227,7 @@ def _fitted(
 def _fitted_call(
   call: Mapping[str, Any], style: detection.TemplateStyle
 ) -> dict[str, Any]:
-  function = dict(call['function'])
+  function = {name: call['function'][name] for name in ('name', 'arguments')}
   if style.takes_objects:
     try:
       arguments = json.loads(function['arguments'] or '{}')

@@ -46,6 +46,8 @@ class FunctionCall(schema.Body):
 
   name: str
   arguments: str  # JSON
+  # What the openai client has read in them; a call is sent back with it.
+  parsed_arguments: Any = None
 
 
 class ToolCall(schema.Body):
@@ -83,6 +85,7 @@ class AssistantMessage(schema.Body):
   reasoning_content: str | None = None
   reasoning: str | None = None  # the same, as other servers name it
   tool_calls: Annotated[list[ToolCall], schema.FEW] | None = None
+  parsed: Any = None  # what the openai client has read in the content
   audio: Annotated[Any, _Unsupported('text only')] = None
   function_call: Annotated[Any, _Unsupported('send tool_calls')] = None
   annotations: Annotated[Any, _Unsupported('text only', ([],))] = None
@@ -306,6 +309,10 @@ class ChatRequest(_VllmChat):
       ApiError: status 400; `param` names the field.
     """
     schema.check_common(self, is_shared=is_shared)
+    if (self.n or 1) > schema.MAX_CHOICES:
+      raise errors.invalid(
+        'n', f'got {self.n}, expected at most {schema.MAX_CHOICES}'
+      )
     if not self.messages:
       raise errors.invalid('messages', 'got none, expected at least one')
     for index, message in enumerate(self.messages):
@@ -390,5 +397,6 @@ def _plain(message: Any) -> dict[str, Any]:
     content = message.refusal if content is None else content
     thoughts = found.pop('reasoning', None)
     found.setdefault('reasoning_content', thoughts)
-    found.pop('refusal', None)
+    for name in ('refusal', 'parsed'):
+      found.pop(name, None)
   return {**found, 'content': content}

@@ -353,8 +353,8 @@ def check_common(body: Any, *, is_shared: bool) -> None:
     raise errors.invalid(
       'stream_options', 'got options without stream, expected stream: true'
     )
-  if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
-    raise errors.invalid('n', f'got {body.n}, expected 1 to {MAX_CHOICES}')
+  if body.n is not None and body.n < 1:
+    raise errors.invalid('n', f'got {body.n}, expected at least 1')
   least = 0 if is_shared else -MAX_PRIORITY
   if not least <= (body.priority or 0) <= MAX_PRIORITY:
     raise errors.invalid(
