@@ -54,6 +54,7 @@ def write(
   *,
   call: str = HERMES,
   special: Sequence[str] = (),
+  max_length: int = 512,
 ) -> pathlib.Path:
   """Writes a frozen directory whose model says the scripts; returns it.
 
@@ -62,6 +63,7 @@ def write(
     scripts: by name; no string is in two of them, or twice in one.
     call: how the template writes a call, which names the format.
     special: strings that are special tokens.
+    max_length: of the context.
   """
   words = [word for script in scripts.values() for word in script]
   assert len(set(words)) == len(words), words
@@ -73,7 +75,7 @@ def write(
     line = [name, *script, END]
     pairs += zip(line, line[1:], strict=False)
   config = frozen_dirs.config(
-    num_layers=1, model_width=128, vocab_size=480, max_length=512
+    num_layers=1, model_width=128, vocab_size=480, max_length=max_length
   )
   frozen_dirs.write(
     directory / 'model',

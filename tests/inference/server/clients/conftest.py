@@ -11,7 +11,7 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs, servers
+from tests.helpers import frozen_dirs, scripted_models, servers
 
 # A byte is a token: the prompts of these clients have hundreds.
 CONTEXT = 2048
@@ -50,6 +50,25 @@ def in_process(wide_dir):
 def wide(wide_dir):
   """A server of a model with room for the prompts of these clients."""
   with servers.running(generate.load(wide_dir, _ENGINE)) as served:
+    yield served
+
+
+_CALL = '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n'
+SCRIPTS = {
+  'plain': ['Hello', ' there', '!'],
+  'call': [_CALL, '</tool_call>'],
+  'answer': ['It is', ' 5.'],
+  'thoughtful': ['<think>', 'So many', ' thoughts.', '</think>', 'Done.'],
+}
+
+
+@pytest.fixture(scope='module')
+def scripted(tmp_path_factory):
+  """A server of a model that says what the scripts say."""
+  directory = scripted_models.write(
+    tmp_path_factory.mktemp('scripted'), SCRIPTS, max_length=CONTEXT
+  )
+  with servers.running(generate.load(directory, _ENGINE)) as served:
     yield served
 
 

@@ -132,3 +132,22 @@ def test_local_completions_score_as_in_process(wide, in_process, tasks, more):
   assert theirs.tokenizer_backend == 'remote'
   ours = lm_eval_adapter.LM(model_port.evaluated(in_process))
   _check_equal(_run(theirs, tasks.values()), _run(ours, tasks.values()))
+
+
+def test_local_chat_completions_score_as_in_process(wide, in_process, tasks):
+  from lm_eval.models import openai_completions
+
+  from evals.harness import lm_eval_adapter
+
+  theirs = openai_completions.LocalChatCompletion(
+    model=servers.MODEL,
+    base_url=f'{wide.url}/v1/chat/completions',
+    max_length=in_process.engine.context + 1,
+  )
+  ours = lm_eval_adapter.LM(model_port.evaluated(in_process))
+  _check_equal(
+    *(
+      _run(model, [tasks['generate']], apply_chat_template=True)
+      for model in (theirs, ours)
+    )
+  )
