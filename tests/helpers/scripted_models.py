@@ -39,9 +39,10 @@ CALL
 {%- endfor %}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
-{{ '<think>' if thinks else '<|' ~ (script or ('answer' if
- messages[-1].role == 'tool' else 'call' if tools else 'plain')) ~ '|>' }}
+{{ '<think>' if thinks else '<|' ~ (script or (CHOSEN)) ~ '|>' }}
 {%- endif %}"""
+CHOSEN = """\
+'answer' if messages[-1].role == 'tool' else 'call' if tools else 'plain'"""
 HERMES = (
   '<tool_call>{"name": "{{ call.function.name }}", "arguments":'
   ' {{ call.function.arguments | tojson }}}</tool_call>'
@@ -54,6 +55,7 @@ def write(
   *,
   call: str = HERMES,
   special: Sequence[str] = (),
+  chosen: str = CHOSEN,
   max_length: int = 512,
 ) -> pathlib.Path:
   """Writes a frozen directory whose model says the scripts; returns it.
@@ -63,6 +65,7 @@ def write(
     scripts: by name; no string is in two of them, or twice in one.
     call: how the template writes a call, which names the format.
     special: strings that are special tokens.
+    chosen: how the template chooses a script, an expression of Jinja.
     max_length: of the context.
   """
   words = [word for script in scripts.values() for word in script]
@@ -82,7 +85,7 @@ def write(
     config=config,
     params=_params(config, [(ids[a], ids[b]) for a, b in pairs]),
     tokenizer_dir=directory / 'words',
-    chat_template=TEMPLATE.replace('CALL', call),
+    chat_template=TEMPLATE.replace('CALL', call).replace('CHOSEN', chosen),
     generation={'temperature': 0.0, 'max_tokens': 64},
     provenance=frozen_dirs.provenance(has_bos=False),
   )

@@ -13,6 +13,8 @@ from inference.server.api import errors, schema
 
 _MOST_METADATA, _MOST_KEY, _MOST_VALUE = 16, 64, 512  # as at OpenAI
 _LOGPROBS = 'message.output_text.logprobs'
+# Changes nothing: reasoning comes as text, which may be sent back as it is.
+_REASONING = 'reasoning.encrypted_content'
 
 _Status = Literal['in_progress', 'completed', 'incomplete'] | None
 _Unsupported = schema.Unsupported
@@ -238,13 +240,20 @@ class ResponseRequest(schema.Body):
     Annotated[
       list[
         Annotated[
-          Literal['message.output_text.logprobs'], schema.known(_LOGPROBS)
+          Literal[
+            'message.output_text.logprobs', 'reasoning.encrypted_content'
+          ],
+          schema.known(_LOGPROBS, _REASONING),
         ]
       ],
       schema.FEW,
     ]
     | None
-  ) = pydantic.Field(default=None, description='Additions to the output.')
+  ) = pydantic.Field(
+    default=None,
+    description=f'Additions to the output. {_REASONING} changes nothing:'
+    ' reasoning comes as text, and may be sent back.',
+  )
   top_logprobs: int | None = pydantic.Field(
     default=None,
     description=f'Most probable tokens beside each token; with {_LOGPROBS}.',

@@ -36,6 +36,7 @@ def wide_dir(tmp_path_factory):
     directory,
     config=config,
     provenance=frozen_dirs.provenance(has_bos=False),
+    chat_template=_TEMPLATE,
   )
   return directory
 
@@ -53,20 +54,41 @@ def wide(wide_dir):
     yield served
 
 
-_CALL = '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n'
-SCRIPTS = {
-  'plain': ['Hello', ' there', '!'],
-  'call': [_CALL, '</tool_call>'],
-  'answer': ['It is', ' 5.'],
-  'thoughtful': ['<think>', 'So many', ' thoughts.', '</think>', 'Done.'],
+_TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+# A call of each tool that a client has, and what to say otherwise.
+_CALLS = {
+  'magic_function': '{"input": 3}',
+  'magic_function_no_args': '{}',
+  'greeting_generator': '{"answer_style": "pirate"}',
+  'get_weather': '{"location": "San Francisco, CA"}',
 }
+_SCRIPTS = {
+  'plain': ['Hello', ' there', '!'],
+  'answer': ['It is', ' 5.'],
+  **{
+    name: [
+      f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}',
+      f'{" " * len(name)}</tool_call>',  # no string is in two scripts
+    ]
+    for name, arguments in _CALLS.items()
+  },
+}
+_SCRIPT = (
+  "'answer' if messages[-1].role == 'tool' else tools[0].function.name if tools"
+  f" and tools[0].function.name in {list(_CALLS)} else 'plain'"
+)
 
 
 @pytest.fixture(scope='module')
 def scripted(tmp_path_factory):
   """A server of a model that says what the scripts say."""
   directory = scripted_models.write(
-    tmp_path_factory.mktemp('scripted'), SCRIPTS, max_length=CONTEXT
+    tmp_path_factory.mktemp('scripted'),
+    _SCRIPTS,
+    chosen=_SCRIPT,
+    max_length=CONTEXT,
   )
   with servers.running(generate.load(directory, _ENGINE)) as served:
     yield served

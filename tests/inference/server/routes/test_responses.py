@@ -282,7 +282,7 @@ def test_a_server_that_keeps_none_says_so(generator):
     ({'background': True}, 'background', 'unsupported_parameter'),
     ({'truncation': 'auto'}, 'truncation', 'unsupported_parameter'),
     (
-      {'include': ['reasoning.encrypted_content']},
+      {'include': ['file_search_call.results']},
       'include',
       'unsupported_parameter',
     ),
