@@ -42,6 +42,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     sample_fn=sampler(engine, stop_ids=generator.defaults.stop_ids),
     adds_bos=manifest.has_bos,
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
+    render_chat=render_chat if generator.frozen.chat_template else None,
     encode_chat=encode_chat,
     render_chat=render_chat if generator.frozen.chat_template else None,
     description={

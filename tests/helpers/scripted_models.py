@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from inference import generate
+from inference.engine import engine_config
 from tests.helpers import frozen_dirs, hf_files
 from text import hf_tokenizer
 
@@ -47,6 +49,62 @@ HERMES = (
   '<tool_call>{"name": "{{ call.function.name }}", "arguments":'
   ' {{ call.function.arguments | tojson }}}</tool_call>'
 )
+
+_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "K\u00f6ln"}}\n'
+# What the model of `weather` says.
+SCRIPTS = {
+  'plain': ['Hel', 'lo \u65e5', '\u672c', '!'],
+  'call': [
+    '<think>',
+    'I need ',
+    'it.',
+    '</think>',
+    '\n\n',
+    _CALL,
+    '</tool_call>',
+  ],
+  'answer': ['It is', ' sunny.'],
+  'two': [
+    'Both:\n',
+    '<tool_call>{"name": "weather",',
+    ' "arguments": {}}</tool_call>',
+    '\n<tool_call>',
+    '{"name": "weather", "arguments": {"city": "Bonn"}}</tool_call>',
+  ],
+  'broken': [
+    '<tool_call>{"name": "weather", "argu',
+    'ments": }</tool_call>',
+    ' ok',
+  ],
+  'unclosed': ['<tool_call>{"name": ', '"weather", "arguments": {"a":'],
+}
+TOOLS = [
+  {
+    'type': 'function',
+    'function': {
+      'name': 'weather',
+      'description': 'The weather of a city.',
+      'parameters': {
+        'type': 'object',
+        'properties': {'city': {'type': 'string'}},
+      },
+    },
+  }
+]
+_ENGINE = engine_config.EngineConfig(
+  max_sequences=4,
+  decode_shapes=(4,),
+  chunk_tokens=32,
+  max_chunks=1,
+  max_mixed_chunks=1,
+  page_size=16,
+  decode_steps=1,
+)
+
+
+def weather(directory: pathlib.Path) -> generate.Generator:
+  """Returns a generator that says `SCRIPTS`, whose engine has few programs."""
+  return generate.load(write(directory, SCRIPTS), _ENGINE)
 
 
 def write(
