@@ -44,7 +44,6 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
     render_chat=render_chat if generator.frozen.chat_template else None,
     encode_chat=encode_chat,
-    render_chat=render_chat if generator.frozen.chat_template else None,
     description={
       'experiment': manifest.name,
       'weights_digest': manifest.weights_digest,
