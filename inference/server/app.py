@@ -5,7 +5,12 @@
     GET  /metrics           counters of the engine, as Prometheus collects them
     GET  /v1/models         names and versions, with the lineage of weights
     GET  /v1/models/{id}
+    POST /v1/responses      items in, items out; stored, to be continued
+    GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
+    GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/chat/completions    a conversation, by the model's chat template
+    POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
     GET  /version           of the program and what it runs on
     /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
@@ -41,6 +46,7 @@ from fastapi import responses
 from starlette import (
   exceptions as starlette_exceptions,
   requests as starlette_requests,
+  routing,
 )
 
 from inference import generate
@@ -62,12 +68,20 @@ from inference.server.http import (
   turns,
 )
 from inference.server.receipts import receipts
-from inference.server.records import database, ledger as ledger_lib
+from inference.server.records import (
+  database,
+  ledger as ledger_lib,
+  responses as responses_store,
+)
 from inference.server.routes import (
   admin as admin_routes,
+  capabilities,
+  chat,
   completions,
+  embeddings,
   models as models_routes,
   probes,
+  responses as responses_routes,
   tokenizer,
 )
 from inference.server.versions import audit, registry
@@ -78,6 +92,7 @@ TABLES: tuple[str, ...] = (
   keys_lib.TABLES,
   ledger_lib.TABLES,
   receipts.TABLES,
+  responses_store.TABLES,
 )
 
 
@@ -112,10 +127,17 @@ def create_app(
   versions = registry.Versions(models, admission, [auditor, *observers])
   auditor.engines = versions.engine_loops
   bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
+  store = responses_store.Store(
+    records,
+    days=config.store_days,
+    most_bytes=config.store_mebibytes * 2**20,
+  )
   service = service_lib.Service(
     versions=versions,
     bodies=bodies,
     records=records,
+    store=store,
+    config=config,
     keyring=keyring,
     admission=admission,
     loader=loader,
@@ -131,7 +153,8 @@ def create_app(
   async def lifespan(_):
     versions.start()
     auditor.start()
-    yield
+    async with store.expiring():
+      yield
     await asyncio.to_thread(auditor.close)
     await versions.close()
     bodies.close()
@@ -152,7 +175,17 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (admin_routes, probes, models_routes, tokenizer, completions):
+  for routes in (
+    admin_routes,
+    probes,
+    models_routes,
+    tokenizer,
+    completions,
+    chat,
+    embeddings,
+    responses_routes,
+    capabilities,
+  ):
     routes.add(app, service)
   described = {
     has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
@@ -174,6 +207,7 @@ def _add_middleware(
   app: fastapi.FastAPI, service: service_lib.Service, open_paths: Sequence[str]
 ) -> None:
   """Adds the middleware, from the innermost to the outermost."""
+  app.add_middleware(_Failures)
   # A request with an Idempotency-Key outlives its client.
   app.add_middleware(exchanges.Exchanges)
   app.add_middleware(idempotency.Idempotency, bodies=service.bodies)
@@ -193,6 +227,31 @@ def _report_digest(generator: generate.Generator) -> None:
     _LOG.info('weights %s: unchanged', digest)
   else:
     _LOG.error('weights %s: CHANGED, were %s', digest, expected)
+
+
+class _Failures:
+  """ASGI middleware: answers 500 where a route has an error of its own.
+
+  Starlette's own answer is text, and has no `x-request-id`.
+  """
+
+  def __init__(self, app):
+    self._app = app
+
+  async def __call__(self, scope, receive, send):
+    is_begun = False
+
+    async def send_and_note(message):
+      nonlocal is_begun
+      is_begun = True
+      await send(message)
+
+    try:
+      await self._app(scope, receive, send_and_note)
+    except Exception as error:
+      if is_begun or scope['type'] != 'http':
+        raise
+      await errors.failure(error).response()(scope, receive, send)
 
 
 class _RequestId:
@@ -223,11 +282,20 @@ class _RequestId:
     await self._app(scope, receive, send_with_id)
 
 
-async def _on_http(_, error):
+async def _on_http(request, error):
   response = errors.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()
-  response.headers.update(error.headers or {})  # `allow` of a 405
+  response.headers.update(error.headers or {})
+  if error.status_code == 405:
+    # Starlette names the methods of the first route of the path alone.
+    methods = {
+      method
+      for route in request.app.routes
+      if route.matches(request.scope)[0] != routing.Match.NONE
+      for method in getattr(route, 'methods', None) or ()
+    }
+    response.headers['allow'] = ', '.join(sorted(methods))
   return response
 
 

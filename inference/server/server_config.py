@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from checks import expect, flag_field
+from text.replies import detection
 
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
 # they are parsed: 25 to 50 ms on one core.
@@ -85,6 +86,29 @@ class ServerConfig:
   public_metrics: bool = flag_field.field(
     False, 'Whether /metrics needs no key, even if the server has keys.'
   )
+  store_days: float = flag_field.field(
+    30.0,
+    'Days for which responses of /v1/responses are kept, with their prompts, so'
+    ' that clients can continue them by an id; a request says store: false to'
+    ' be left out. 0 keeps none.',
+  )
+  store_mebibytes: int = flag_field.field(
+    256,
+    'Largest size of the responses that are kept for one API key, in MiB; the'
+    ' oldest make room.',
+  )
+  ping_seconds: float = flag_field.field(
+    15.0,
+    'Seconds without an event after which a stream sends a comment, so that'
+    ' no proxy closes it while a prompt waits or is computed.',
+  )
+  reply_format: str = flag_field.field(
+    detection.AUTO,
+    'Format of tool calls and reasoning in the answers of a model: auto finds'
+    ' it in the chat template; none; hermes, llama3, mistral, gemma, gemma4 or'
+    ' deepseek; think or mistral_think for reasoning; or one of both, as'
+    ' hermes+think.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
@@ -102,12 +126,19 @@ class ServerConfig:
         f'server.audit_threshold: got {self.audit_threshold}, expected a finite'
         ' number of nats, at least 0'
       )
+    if not 0 <= self.store_days < math.inf:
+      raise ValueError(
+        f'server.store_days: got {self.store_days}, expected a finite number of'
+        ' days, at least 0; 0 keeps no responses'
+      )
+    expect.at_least('server.store_mebibytes', self.store_mebibytes, 1)
     if not 0 <= self.drain_seconds < math.inf:
       raise ValueError(
         f'drain_seconds: got {self.drain_seconds}, expected a finite number of'
         ' seconds, at least 0'
       )
-    for name in ('head', 'body', 'write', 'idle'):
+    detection.check_name(self.reply_format)
+    for name in ('head', 'body', 'write', 'idle', 'ping'):
       seconds = getattr(self, f'{name}_seconds')
       if not 0 < seconds < math.inf:
         raise ValueError(

@@ -11,7 +11,7 @@ import prometheus_client
 from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
-from inference.server import engine_loop as engine_loop_lib
+from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors
 from inference.server.http import (
@@ -19,7 +19,7 @@ from inference.server.http import (
   draining as draining_lib,
   exchanges,
 )
-from inference.server.records import database
+from inference.server.records import database, responses
 from inference.server.versions import fingerprint, memory, registry, shadow
 
 _SHOWN_DIGITS = 16  # of a digest in NAME@DIGEST
@@ -146,8 +146,10 @@ class ServedModel:
       ApiError: status 400, a prompt does not fit; 429, too many requests wait,
         or a limit is reached; 500 or 503, no request is answered any more.
     """
-    watching = [each.observe(self, requests) for each in self.observers]
-    watching = [each for each in watching if each]
+    # A request for an embedding answers with no token.
+    is_text = all(each.pooling is None for each in requests)
+    found = [each.observe(self, requests) for each in self.observers if is_text]
+    watching = [each for each in found if each]
     admitted = await self.admission.admit(
       [_scored(each) for each in requests] if watching else requests,
       model=self.name,
@@ -202,6 +204,8 @@ class Service:
   versions: registry.Versions
   bodies: bodies_lib.Bodies
   records: database.Database
+  store: responses.Store
+  config: server_config.ServerConfig
   keyring: keys.Keyring
   admission: admission_lib.Admission
   loader: Loader | None  # of the versions that an administrator asks for

@@ -21,6 +21,7 @@ from inference.server.records import database
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
+CHAT = {**GREEDY, 'messages': [{'role': 'user', 'content': 'hi'}]}
 
 
 class Served:

@@ -14,20 +14,27 @@ import pydantic
 from pydantic import json_schema
 
 from inference.server.access import api_keys
-from inference.server.api import errors, schema, shapes
+from inference.server.api import (
+  admin_schema,
+  chat_schema,
+  embedding_schema,
+  errors,
+  response_schema,
+  response_shapes,
+  schema,
+  shapes,
+  tokenizer_schema,
+)
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
-_EVENTS = (
-  'Server-sent events, with stream: true. Each is `data: ` and a'
-  ' CompletionChunk as JSON, or an Error if the generation fails. The last is'
-  ' `data: [DONE]`.'
-)
+_EVENTS = 'text/event-stream'
+_DONE = '[DONE]'  # the data of a stream's last event
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
   403: 'The key is not that of an admin, or no model may be loaded.',
-  404: 'There is no such model.',
+  404: 'There is no such model, or no such response.',
   408: 'The body did not arrive in time.',
   409: 'The Idempotency-Key was used with another body, or a version is there'
   ' already, not ready, or still needed.',
@@ -44,50 +51,96 @@ class _Route:
   answer: type[pydantic.BaseModel] | None = None  # None: text
   body: type[pydantic.BaseModel] | None = None
   errors: tuple[int, ...] = (503,)
-  has_stream: bool = False
+  chunk: type[pydantic.BaseModel] | None = None  # data of an event of a stream
+  query: tuple[dict[str, Any], ...] = ()  # parameters, without `in`
   status: int = 200  # of the answer
 
 
 _POSTED = 400, 404, 408, 409, 413, 503
 _ADMIN = 401, 403, 503
-# By path, or by method and path where a path has several methods.
+# By path; by METHOD and path where a path has several methods.
 _ROUTES = {
   '/health': _Route(answer=shapes.Status),
   '/ready': _Route(answer=shapes.Status),
   '/metrics': _Route(),
   '/version': _Route(answer=shapes.Version),
+  '/v1/capabilities': _Route(answer=shapes.Capabilities),
   '/v1/models': _Route(answer=shapes.ModelList),
   '/v1/models/{name}': _Route(answer=shapes.Model, errors=(404, 503)),
   '/v1/completions': _Route(
     answer=shapes.Completion,
     body=schema.CompletionRequest,
     errors=(*_POSTED, 429, 500),
-    has_stream=True,
+    chunk=shapes.CompletionChunk,
+  ),
+  '/v1/chat/completions': _Route(
+    answer=shapes.Chat,
+    body=chat_schema.ChatRequest,
+    errors=(*_POSTED, 429, 500),
+    chunk=shapes.ChatChunk,
+  ),
+  '/v1/embeddings': _Route(
+    answer=shapes.EmbeddingList,
+    body=embedding_schema.EmbeddingRequest,
+    errors=(*_POSTED, 429, 500),
+  ),
+  '/v1/responses': _Route(
+    answer=response_shapes.Response,
+    body=response_schema.ResponseRequest,
+    errors=(*_POSTED, 429, 500),
+    chunk=response_shapes.ResponseEvent,
+  ),
+  'GET /v1/responses/{response_id}': _Route(
+    answer=response_shapes.Response, errors=(400, 404, 503)
+  ),
+  'DELETE /v1/responses/{response_id}': _Route(
+    answer=response_shapes.DeletedResponse, errors=(400, 404, 503)
+  ),
+  '/v1/responses/{response_id}/input_items': _Route(
+    answer=response_shapes.ItemList,
+    errors=(400, 404, 503),
+    query=(
+      {
+        'name': 'after',
+        'description': 'The id of the item before the page.',
+        'schema': {'type': 'string'},
+      },
+      {
+        'name': 'limit',
+        'description': 'Most items of the page; 20 if not given.',
+        'schema': {'type': 'integer', 'minimum': 1, 'maximum': 100},
+      },
+      {
+        'name': 'order',
+        'description': 'Oldest (asc) or newest first; desc if not given.',
+        'schema': {'type': 'string', 'enum': ['asc', 'desc']},
+      },
+    ),
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(
-    answer=shapes.Tokens, body=schema.TokenizeRequest, errors=_POSTED
+    answer=shapes.Tokens, body=tokenizer_schema.TokenizeRequest, errors=_POSTED
   ),
   '/detokenize': _Route(
-    answer=shapes.Text, body=schema.DetokenizeRequest, errors=_POSTED
+    answer=shapes.Text, body=tokenizer_schema.DetokenizeRequest, errors=_POSTED
   ),
-  'get /admin/models': _Route(answer=shapes.VersionList, errors=_ADMIN),
-  'post /admin/models': _Route(
+  'GET /admin/models': _Route(answer=shapes.VersionList, errors=_ADMIN),
+  'POST /admin/models': _Route(
     answer=shapes.ModelVersion,
-    body=schema.LoadRequest,
+    body=admin_schema.LoadRequest,
     errors=(*_POSTED, 401, 403),
     status=202,
   ),
-  'get /admin/models/{version}': _Route(
+  'GET /admin/models/{version}': _Route(
     answer=shapes.ModelVersion, errors=(404, *_ADMIN)
   ),
-  'delete /admin/models/{version}': _Route(
+  'DELETE /admin/models/{version}': _Route(
     answer=shapes.ModelVersion, errors=(404, 409, *_ADMIN), status=202
   ),
-  'get /admin/traffic': _Route(answer=shapes.TrafficList, errors=_ADMIN),
-  'post /admin/traffic': _Route(
+  'GET /admin/traffic': _Route(answer=shapes.TrafficList, errors=_ADMIN),
+  'POST /admin/traffic': _Route(
     answer=shapes.TrafficList,
-    body=schema.TrafficRequest,
+    body=admin_schema.TrafficRequest,
     errors=(*_POSTED, 401, 403),
   ),
 }
@@ -108,9 +161,7 @@ def document(
     if isinstance(route, routing.APIRoute):
       method = min(route.methods or {'get'})  # each has one
       needs_key = has_keys and route.path not in open_paths
-      operation = _operation(
-        route, method.lower(), has_keys=has_keys, needs_key=needs_key
-      )
+      operation = _operation(route, has_keys=has_keys, needs_key=needs_key)
       paths.setdefault(route.path_format, {})[method.lower()] = operation
   components: dict[str, Any] = {'schemas': _schemas()}
   if has_keys:
@@ -125,10 +176,17 @@ def document(
   }
 
 
+def bodies() -> dict[str, type[pydantic.BaseModel]]:
+  """Returns the types of bodies of requests, by their names."""
+  found = [route.body for route in _ROUTES.values() if route.body]
+  return {each.__name__: each for each in found}
+
+
 def _operation(
-  route: routing.APIRoute, method: str, *, has_keys: bool, needs_key: bool
+  route: routing.APIRoute, *, has_keys: bool, needs_key: bool
 ) -> dict[str, Any]:
   path = route.path_format
+  (method,) = route.methods or {'get'}
   described = _ROUTES.get(f'{method} {path}') or _ROUTES[path]
   operation: dict[str, Any] = {
     'operationId': route.name,
@@ -149,6 +207,7 @@ def _operation(
       'required': True,
       'content': {_JSON: _reference(described.body)},
     }
+  parameters += [{'in': 'query', **each} for each in described.query]
   if parameters:
     operation['parameters'] = parameters
   if has_keys:
@@ -173,11 +232,27 @@ def _answer(described: _Route) -> dict[str, Any]:
     content['text/plain'] = {'schema': {'type': 'string'}}
   else:
     content[_JSON] = _reference(described.answer)
-  if described.has_stream:
-    content['text/event-stream'] = {
-      'schema': {'type': 'string', 'description': _EVENTS}
-    }
+  if described.chunk:
+    content[_EVENTS] = {'itemSchema': _event(described.chunk)}
   return {'description': 'The answer.', 'content': content}
+
+
+def _event(chunk: type[pydantic.BaseModel]) -> dict[str, Any]:
+  """Returns the schema of one event, as OpenAPI 3.2 and FastAPI write it."""
+  data = [
+    {
+      'type': 'string',
+      'contentMediaType': _JSON,
+      'contentSchema': _reference(each)['schema'],
+    }
+    for each in (chunk, shapes.Error)
+  ]
+  return {
+    'type': 'object',
+    'description': 'With stream: true. An error ends a stream early.',
+    'properties': {'data': {'anyOf': [{'const': _DONE}, *data]}},
+    'required': ['data'],
+  }
 
 
 def _error(status: int, model: type[pydantic.BaseModel]) -> dict[str, Any]:
@@ -201,11 +276,10 @@ def _reference(model: type[pydantic.BaseModel]) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
   models: list[tuple[type[pydantic.BaseModel], json_schema.JsonSchemaMode]] = [
-    (shapes.Error, 'validation'),
-    (shapes.CompletionChunk, 'validation'),
+    (shapes.Error, 'validation')
   ]
   for route in _ROUTES.values():
-    for model in (route.answer, route.body):
+    for model in (route.answer, route.body, route.chunk):
       if model:
         models.append((model, 'validation'))
   _, found = json_schema.models_json_schema(models, ref_template=_REF)

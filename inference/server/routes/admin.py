@@ -23,7 +23,7 @@ from inference.server import (
   engine_loop as engine_loop_lib,
   service as service_lib,
 )
-from inference.server.api import errors, schema
+from inference.server.api import admin_schema, errors, schema
 from inference.server.versions import fingerprint, traffic as traffic_lib
 
 DRAINING = 'draining'
@@ -45,7 +45,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     loader = service.loader
 
     def prepared(raw: bytes) -> service_lib.ServedModel:
-      body = schema.parsed(schema.LoadRequest, raw, context=1)
+      body = schema.parsed(admin_schema.LoadRequest, raw, context=1)
       body.check()
       if loader is None:
         raise _cannot_load()
@@ -78,7 +78,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   async def set_traffic(request: fastapi.Request):
 
     def prepared(raw: bytes) -> tuple[str, traffic_lib.Traffic]:
-      body = schema.parsed(schema.TrafficRequest, raw, context=1)
+      body = schema.parsed(admin_schema.TrafficRequest, raw, context=1)
       body.check()
       return body.name, _traffic(service, body)
 
@@ -136,7 +136,7 @@ def _all_traffic(service: service_lib.Service) -> list[dict[str, Any]]:
 
 
 def _traffic(
-  service: service_lib.Service, body: schema.TrafficRequest
+  service: service_lib.Service, body: admin_schema.TrafficRequest
 ) -> traffic_lib.Traffic:
   """Returns the traffic that a body asks for, checked.
 

@@ -8,13 +8,17 @@ import httpx2
 import pytest
 
 from inference.engine import engine as engine_lib
+from inference.server import service as service_lib
 from inference.server.access import api_keys
 from tests.helpers import json_schema, servers
 
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
+  '/v1/chat/completions': servers.CHAT,
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
+  '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
+  '/v1/responses': {'model': servers.MODEL, 'input': 'a'},
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -28,6 +32,7 @@ class _Answers:
     self.http = httpx2.Client(base_url=url, headers=headers, timeout=60)
     self.document = self.http.get('/openapi.json').json()
     self.found = {}
+    self.response_id = 'resp_none'
     self.expected = {
       (path, method, int(status))
       for path, operations in self.document['paths'].items()
@@ -38,13 +43,24 @@ class _Answers:
       )  # see tests/inference/server/routes/test_admin.py
     }
 
+  def store(self):
+    """Makes a response that can be read."""
+    made = self.http.post('/v1/responses', json=_GOOD['/v1/responses'])
+    self.response_id = made.json()['id']
+
   def ask(self, status, path=None, content=None, **options):
     """Asks the operations that have a status, with a body that is right."""
-    for each, method, other in sorted(self.expected):
+    # What is deleted is read first.
+    for each, method, other in sorted(
+      self.expected, key=lambda key: (key[1] == 'delete', key)
+    ):
       if other != status or (path and each != path):
         continue
+      if status == 400 and method != 'post':
+        options = {'params': {'other': 'x'}}
       body = None if content else _GOOD.get(each)
       url = each.replace('{name}', servers.MODEL)
+      url = url.replace('{response_id}', self.response_id)
       with contextlib.suppress(httpx2.HTTPError):
         answer = self.http.request(
           method,
@@ -100,6 +116,9 @@ def _refusals(served, answers, monkeypatch):
     answers.ask(404, path, json={**body, 'model': 'other'})
   answer = answers.http.get('/v1/models/other')
   answers.keep(('/v1/models/{name}', 'get', 404), answer)
+  answers.response_id = 'resp_none'
+  answers.ask(404, '/v1/responses/{response_id}')
+  answers.ask(404, '/v1/responses/{response_id}/input_items')
   with monkeypatch.context() as patched:
 
     def submit_all(_):
@@ -153,8 +172,15 @@ def _failures(served, answers, monkeypatch):
   def step():
     raise RuntimeError('the device is on fire')
 
+  async def submit(*_):
+    step()
+
+  with monkeypatch.context() as patched:
+    patched.setattr(service_lib.ServedModel, 'submit', submit)
+    answers.ask(500)
+  # The engine fails once: then it is not ready any more.
   monkeypatch.setattr(served.generator.engine, 'step', step)
-  answers.ask(500)
+  answers.ask(500, '/v1/completions')
   for path in _OPEN:
     answers.ask(503, path)
 
@@ -162,6 +188,7 @@ def _failures(served, answers, monkeypatch):
 def test_every_answer_is_as_described(generator, tmp_path, monkeypatch):
   limits = {'max_body_bytes': _MOST, 'body_seconds': 0.3}
   with _served(generator, tmp_path, **limits) as (served, answers):
+    answers.store()
     answers.ask(200)
     _refusals(served, answers, monkeypatch)
   with _served(generator, tmp_path, max_connections=1) as (served, others):

@@ -66,7 +66,7 @@ def test_a_field_chooses_a_setting(name):
 
 def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   assert schema.CompletionRequest.model_fields.keys() == (
-    _SETTINGS.keys() | _OTHERS | schema._NEUTRAL.keys()
+    _SETTINGS.keys() | _OTHERS | schema.CompletionRequest.unsupported().keys()
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
@@ -82,7 +82,7 @@ def test_a_new_setting_becomes_a_field_of_the_body():
       default=(), metadata={'help': 'New too.', 'api_name': 'bad_token_ids'}
     )
 
-  body = schema._with_settings(schema._OpenAiRequest, dataclasses.fields(More))
+  body = schema.with_settings(schema._OpenAiRequest, dataclasses.fields(More))
   assert body.model_fields['typical_p'].description == 'New.'
   parsed = body.model_validate(_BODY | {'typical_p': 0.5, 'bad_token_ids': [3]})
   assert parsed.model_dump()['typical_p'] == 0.5
@@ -113,7 +113,7 @@ def test_what_is_not_supported_is_refused(fields, param, message):
 @pytest.mark.parametrize(
   ('fields', 'param', 'message'),
   [
-    ({'n': 0}, 'n', 'n: got 0, expected at least 1'),
+    ({'n': 0}, 'n', 'n: got 0, expected 1 to 128'),
     ({'max_tokens': 0}, 'max_tokens', 'got 0, expected at least 1, or 0 with'),
     ({'max_tokens': 0, 'echo': True, 'min_tokens': 1}, 'max_tokens', 'got 0,'),
     ({'stream_options': {}}, 'stream_options', 'got options without stream'),
