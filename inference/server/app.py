@@ -67,6 +67,16 @@ from inference.server.routes import (
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
 TABLES: tuple[str, ...] = (responses_store.TABLES,)
+_ROUTES = (
+  probes,
+  models,
+  tokenizer,
+  completions,
+  chat,
+  embeddings,
+  responses_routes,
+  capabilities,
+)
 
 
 def create_app(
@@ -137,16 +147,7 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (
-    probes,
-    models,
-    tokenizer,
-    completions,
-    chat,
-    embeddings,
-    responses_routes,
-    capabilities,
-  ):
+  for routes in _ROUTES:
     routes.add(app, service)
   described = openapi.document(app, has_keys=keys is not None)
   app.openapi = lambda: described
@@ -205,6 +206,15 @@ class _RequestId:
 
 
 async def _on_http(request, error):
+  if error.status_code == 404:
+    path = errors.printable(request.url.path)
+    return errors.ApiError(
+      404,
+      f'{path}: got a path that this server does not have; GET /v1/capabilities'
+      ' lists those that it has',
+      param=None,
+      code='unknown_path',
+    ).response()
   response = errors.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()

@@ -14,25 +14,31 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.post('/v1/embeddings')
   async def embed(request: fastapi.Request):
-    generator = service.model.generator()
+    context = service.model.generator().engine.context
 
-    def prepared(raw: bytes) -> embeddings.Answer:
+    def prepared(
+      raw: bytes,
+    ) -> tuple[service_lib.ServedModel, embeddings.Answer]:
       body = schema.parsed(
-        embedding_schema.EmbeddingRequest, raw, context=generator.engine.context
+        embedding_schema.EmbeddingRequest, raw, context=context
       )
-      service.find(body.model)
-      return embeddings.Answer(
-        generator, body, principal=request.state.principal
+      model = service.find(body.model)
+      return model, embeddings.Answer(
+        model.generator(), body, principal=request.state.principal
       )
 
-    answer = await service.bodies.worked(request, prepared)
-    return await streams.unless_disconnected(request, _whole(service, answer))
+    model, answer = await service.bodies.worked(request, prepared)
+    return await streams.unless_disconnected(
+      request, _whole(service, model, answer)
+    )
 
 
 async def _whole(
-  service: service_lib.Service, answer: embeddings.Answer
+  service: service_lib.Service,
+  model: service_lib.ServedModel,
+  answer: embeddings.Answer,
 ) -> responses.Response:
-  await answer.finish(service.model.submit)
+  await answer.finish(model.submit)
 
   def written() -> responses.Response:
     # One vector at a time: it has as many numbers as the model is wide.
