@@ -94,6 +94,17 @@ TABLES: tuple[str, ...] = (
   receipts.TABLES,
   responses_store.TABLES,
 )
+_ROUTES = (
+  admin_routes,
+  probes,
+  models_routes,
+  tokenizer,
+  completions,
+  chat,
+  embeddings,
+  responses_routes,
+  capabilities,
+)
 
 
 def create_app(
@@ -175,17 +186,7 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (
-    admin_routes,
-    probes,
-    models_routes,
-    tokenizer,
-    completions,
-    chat,
-    embeddings,
-    responses_routes,
-    capabilities,
-  ):
+  for routes in _ROUTES:
     routes.add(app, service)
   described = {
     has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
@@ -283,6 +284,15 @@ class _RequestId:
 
 
 async def _on_http(request, error):
+  if error.status_code == 404:
+    path = errors.printable(request.url.path)
+    return errors.ApiError(
+      404,
+      f'{path}: got a path that this server does not have; GET /v1/capabilities'
+      ' lists those that it has',
+      param=None,
+      code='unknown_path',
+    ).response()
   response = errors.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()

@@ -14,7 +14,7 @@ _TYPES = {
 }
 # Keywords of a schema that do not limit a value, and keywords that `faults`
 # checks.
-_NOTES = {'title', 'description', 'default'}
+_NOTES = {'title', 'description', 'default', 'discriminator'}
 _BOUNDS = {
   'minimum': lambda value, bound: value >= bound,
   'maximum': lambda value, bound: value <= bound,
@@ -25,7 +25,7 @@ _BOUNDS = {
   'pattern': lambda value, bound: re.search(bound, value) is not None,
 }
 _CHECKED = {
-  *('$ref', 'type', 'anyOf', 'const', 'enum', 'items', 'properties'),
+  *('$ref', 'type', 'anyOf', 'oneOf', 'const', 'enum', 'items', 'properties'),
   *('required', 'additionalProperties', 'maxItems', 'maxProperties'),
   *('propertyNames', *_BOUNDS),
 }
@@ -45,6 +45,9 @@ def faults(value: Any, schema: dict[str, Any], document: dict) -> list[str]:
   if 'anyOf' in schema:
     found = [faults(value, each, document) for each in schema['anyOf']]
     return [] if [] in found else sum(found, [])
+  if 'oneOf' in schema:
+    found = [faults(value, each, document) for each in schema['oneOf']]
+    return [] if found.count([]) == 1 else [f'{value!r} is not one of them']
   if 'const' in schema and value != schema['const']:
     return [f'{value!r} is not {schema["const"]!r}']
   if 'enum' in schema and value not in schema['enum']:

@@ -91,7 +91,7 @@ TOOLS = [
     },
   }
 ]
-_ENGINE = engine_config.EngineConfig(
+ENGINE = engine_config.EngineConfig(
   max_sequences=4,
   decode_shapes=(4,),
   chunk_tokens=32,
@@ -104,7 +104,7 @@ _ENGINE = engine_config.EngineConfig(
 
 def weather(directory: pathlib.Path) -> generate.Generator:
   """Returns a generator that says `SCRIPTS`, whose engine has few programs."""
-  return generate.load(write(directory, SCRIPTS), _ENGINE)
+  return generate.load(write(directory, SCRIPTS), ENGINE)
 
 
 def write(

@@ -107,7 +107,7 @@ def _described(schema: dict[str, Any], kind: type['Body']) -> None:
   schema['additionalProperties'] = False
   properties = schema.get('properties', {})
   for field in dataclasses.fields(settings.Settings):
-    found = properties.get(_API_NAMES.get(field.name))
+    found = properties.get(_API_NAMES.get(field.name, ''))
     if found is not None:
       found.setdefault('description', field.metadata['help'])
       _limit(found, field.metadata.get('limits', {}))

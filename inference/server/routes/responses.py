@@ -14,7 +14,6 @@ import fastapi
 from fastapi import responses as http_responses
 
 from checks import expect
-from inference import generate
 from inference.server import service as service_lib
 from inference.server.answers import response_events, responses
 from inference.server.api import errors, response_schema, schema
@@ -24,8 +23,7 @@ from inference.server.records import responses as store_lib
 _JSON = 'application/json'
 _MOST_LISTED, _LISTED = 100, 20  # input items of an answer, as at OpenAI
 _BYTES_PER_CHARACTER = 4
-# Bytes of JSON around the texts of a conversation, for each of its texts.
-_OVERHEAD = 2**20
+_OVERHEAD = 2**20  # bytes of JSON around the texts of a conversation
 
 
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
@@ -35,11 +33,11 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   @app.post('/v1/responses')
   async def create_response(request: fastapi.Request):
     principal = request.state.principal
-    model, body, answer = await service.bodies.worked(
+    body, model, answer = await service.bodies.worked(
       request, lambda raw: _prepared(service, principal, raw)
     )
     if answer is None:
-      answer = await _continued(service, model.generator(), principal, body)
+      answer = await _continued(service, model, principal, body)
     updates = await model.submit([answer.request])
     events = _stored(service, answer, principal, updates)
     if answer.is_stream:
@@ -75,12 +73,10 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
 
 def _prepared(
-  service: service_lib.Service,
-  principal: str,
-  raw: bytes,
+  service: service_lib.Service, principal: str, raw: bytes
 ) -> tuple[
-  service_lib.ServedModel,
   response_schema.ResponseRequest,
+  service_lib.ServedModel,
   responses.Answer | None,
 ]:
   """Returns a checked body; its answer too, unless it continues another."""
@@ -88,7 +84,6 @@ def _prepared(
     response_schema.ResponseRequest, raw, context=service.context
   )
   model = service.find(body.model)
-  generator = model.generator()
   body.check()
   if body.store and not service.store.is_kept:
     raise errors.ApiError(
@@ -98,19 +93,19 @@ def _prepared(
       code='unsupported_parameter',
     )
   if body.previous_response_id is not None:
-    return model, body, None
-  return model, body, _answer(service, generator, principal, body)
+    return body, model, None
+  return body, model, _answer(service, model, principal, body)
 
 
 def _answer(
   service: service_lib.Service,
-  generator: generate.Generator,
+  model: service_lib.ServedModel,
   principal: str,
   body: response_schema.ResponseRequest,
   rows: tuple[store_lib.Row, ...] = (),
 ) -> responses.Answer:
   return responses.Answer(
-    generator,
+    model.generator(),
     body,
     principal=principal,
     before=store_lib.items(rows),
@@ -121,12 +116,12 @@ def _answer(
 
 async def _continued(
   service: service_lib.Service,
-  generator: generate.Generator,
+  model: service_lib.ServedModel,
   principal: str,
   body: response_schema.ResponseRequest,
 ) -> responses.Answer:
   """Returns the answer of a request that continues a stored response."""
-  most = generator.most_characters * _BYTES_PER_CHARACTER + _OVERHEAD
+  most = model.generator().most_characters * _BYTES_PER_CHARACTER + _OVERHEAD
   with _found('previous_response_id'):
     rows = await service.store.conversation(
       principal, body.previous_response_id or '', most_bytes=most
@@ -134,7 +129,7 @@ async def _continued(
   return await service.bodies.in_thread(
     _answer,
     service,
-    generator,
+    model,
     principal,
     body,
     tuple(rows),

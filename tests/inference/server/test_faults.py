@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import socket
@@ -61,6 +62,17 @@ def _cancelled(served):
   )
 
 
+def _as_chat(generator, body):
+  """Returns a chat with the same prompt, by a template of the prompt alone."""
+  generator.frozen = dataclasses.replace(
+    generator.frozen, chat_template='{{ messages[0].content }}'
+  )
+  messages = [{'role': 'user', 'content': body['prompt']}]
+  chat = {**body, 'messages': messages}
+  del chat['prompt']
+  return chat
+
+
 def _is_idle(served):
   engine = served.generator.engine
   return not engine.has_work and not engine.manager.gauges().pages_used
@@ -68,8 +80,11 @@ def _is_idle(served):
 
 @pytest.mark.parametrize('stream', [True, False])
 @pytest.mark.parametrize('n', [1, 6])
-def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
+@pytest.mark.parametrize('path', ['completions', 'chat/completions'])
+def test_a_client_that_leaves_frees_its_pages(slow, stream, n, path):
   body = {**_LONG, 'stream': stream, 'n': n}
+  if path.startswith('chat'):
+    body = _as_chat(slow, body)
   with servers.running(slow) as served:
     engine = slow.engine
     before = _cancelled(served)
@@ -77,7 +92,7 @@ def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
     with (
       contextlib.suppress(httpx2.ReadTimeout),
       httpx2.stream(
-        'POST', f'{served.url}/v1/completions', json=body, timeout=0.5
+        'POST', f'{served.url}/v1/{path}', json=body, timeout=0.5
       ) as answer,
     ):
       next(answer.iter_bytes())
@@ -129,7 +144,7 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
   with (
     servers.running(slow) as served,
     httpx2.Client(base_url=served.url, timeout=30) as http,
-    concurrent.futures.ThreadPoolExecutor(2) as pool,
+    concurrent.futures.ThreadPoolExecutor(3) as pool,
   ):
     whole, stream = (
       pool.submit(
@@ -137,17 +152,23 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
       )
       for stream in (False, True)
     )
-    servers.until(lambda: len(slow.engine._live) == 2)
+    chat = pool.submit(
+      http.post,
+      '/v1/chat/completions',
+      json=_as_chat(slow, {**_LONG, 'stream': True}),
+    )
+    servers.until(lambda: len(slow.engine._live) == 3)
     slow.engine.fails = True
-    whole, stream = whole.result(), stream.result()
+    whole, stream, chat = whole.result(), stream.result(), chat.result()
     later = http.post('/v1/completions', json=_LONG)
     probes = [http.get(path) for path in ('/health', '/ready')]
   assert whole.status_code == 500
   assert whole.headers['x-request-id']
   assert whole.json()['error']['type'] == 'server_error'
   assert 'on fire' not in whole.text
-  *_, error = servers.events(stream.content)
-  assert 'see the server log' in error['error']['message']
+  for each in (stream, chat):
+    *_, error = servers.events(each.content)
+    assert 'see the server log' in error['error']['message']
   assert later.status_code == 503
   assert later.json()['error']['code'] == 'not_ready'
   for probe in probes:

@@ -113,7 +113,7 @@ def test_what_is_not_supported_is_refused(fields, param, message):
 @pytest.mark.parametrize(
   ('fields', 'param', 'message'),
   [
-    ({'n': 0}, 'n', 'n: got 0, expected 1 to 128'),
+    ({'n': 0}, 'n', 'n: got 0, expected at least 1'),
     ({'max_tokens': 0}, 'max_tokens', 'got 0, expected at least 1, or 0 with'),
     ({'max_tokens': 0, 'echo': True, 'min_tokens': 1}, 'max_tokens', 'got 0,'),
     ({'stream_options': {}}, 'stream_options', 'got options without stream'),
