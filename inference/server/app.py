@@ -87,14 +87,7 @@ def create_app(
   records = records or database.Database(None, tables=TABLES)
   keyring = keys_lib.Keyring(records, keys)
   ledger = ledger_lib.Ledger(records)
-  admission = admission_lib.Admission(
-    ledger,
-    admission_lib.Prices(
-      prompt=config.price_prompt,
-      cached=config.price_cached,
-      completion=config.price_completion,
-    ),
-  )
+  admission = admission_lib.Admission(ledger, admission_lib.prices(config))
   model = service_lib.ServedModel(
     model_name,
     engine_loop,
@@ -129,17 +122,8 @@ def create_app(
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
   app.state.keyring = keyring
-  app.add_middleware(idempotency.Idempotency, bodies=bodies)
-  open_paths = (
-    *api_keys.OPEN_PATHS,
-    *(['/metrics'] if config.public_metrics else []),
-  )
-  app.add_middleware(
-    api_keys.Authentication, keyring=keyring, open_paths=open_paths
-  )
-  app.add_middleware(protocol.Framing)
-  app.add_middleware(turns.Turns)
-  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
+  open_paths = {*api_keys.OPEN_PATHS, *['/metrics'] * config.public_metrics}
+  _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
@@ -151,6 +135,19 @@ def create_app(
   }
   app.openapi = lambda: described[keyring.has_keys]
   return app
+
+
+def _add_middleware(
+  app: fastapi.FastAPI, service: service_lib.Service, open_paths: set[str]
+) -> None:
+  """Adds what every request passes, the innermost first."""
+  app.add_middleware(idempotency.Idempotency, bodies=service.bodies)
+  app.add_middleware(
+    api_keys.Authentication, keyring=service.keyring, open_paths=open_paths
+  )
+  app.add_middleware(protocol.Framing)
+  app.add_middleware(turns.Turns)
+  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
 
 
 def _report_digest(generator: generate.Generator) -> None:
