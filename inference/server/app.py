@@ -170,6 +170,9 @@ class _RequestId:
     self._app = app
 
   async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
     request_id = f'req_{uuid.uuid4().hex}'
     scope.setdefault('state', {})['request_id'] = request_id
     caller = caller_lib.Caller(request_id=request_id)
