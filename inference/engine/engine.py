@@ -63,10 +63,7 @@ from models import model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
-class Overloaded(RuntimeError):
-  """Too many sequences wait for the engine to take more; try again later."""
-
-
+Overloaded = requests_lib.Overloaded
 # Prometheus reads the gauges every few seconds; setting them walks all pages.
 _GAUGE_SECONDS = 0.1
 
@@ -317,15 +314,7 @@ class Engine:
         ' none; finish or cancel them, a sequence has one set of weights'
       )
     params = self.backend.laid_out(params, self.model_config)
-    got, expected = (
-      jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
-      for tree in (params, self.params)
-    )
-    if got != expected:
-      raise ValueError(
-        'weights: got other names, shapes or dtypes than those served, expected'
-        ' the same; make another engine for another model'
-      )
+    device_state.check_alike(params, self.params)
     self.params, self.weights_digest = params, weights_digest
     self.manager.clear()
 

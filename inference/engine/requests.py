@@ -14,6 +14,10 @@ from inference.sampling import (
 )
 
 
+class Overloaded(RuntimeError):
+  """Too many sequences wait for the engine to take more; try again later."""
+
+
 class NotFinite(ValueError):
   """The model computed numbers that are not finite: no next token exists."""
 

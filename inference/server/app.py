@@ -133,16 +133,12 @@ def create_app(
   if not isinstance(keyring, keys_lib.Keyring):
     keyring = keys_lib.Keyring(records, keyring)
   ledger = ledger_lib.Ledger(records)
-  admission = admission_lib.Admission(ledger, _prices(config))
+  admission = admission_lib.Admission(ledger, admission_lib.prices(config))
   auditor = audit.Auditor(config.audit_share, config.audit_threshold)
   versions = registry.Versions(models, admission, [auditor, *observers])
   auditor.engines = versions.engine_loops
   bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
-  store = responses_store.Store(
-    records,
-    days=config.store_days,
-    most_bytes=config.store_mebibytes * 2**20,
-  )
+  store = _store(records, config)
   service = service_lib.Service(
     versions=versions,
     bodies=bodies,
@@ -178,10 +174,7 @@ def create_app(
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
   app.state.draining, app.state.keyring = draining, keyring
-  open_paths = (
-    *api_keys.OPEN_PATHS,
-    *(['/metrics'] if config.public_metrics else []),
-  )
+  open_paths = {*api_keys.OPEN_PATHS, *['/metrics'] * config.public_metrics}
   _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
@@ -196,18 +189,20 @@ def create_app(
   return app
 
 
-def _prices(config: server_config.ServerConfig) -> admission_lib.Prices:
-  return admission_lib.Prices(
-    prompt=config.price_prompt,
-    cached=config.price_cached,
-    completion=config.price_completion,
+def _store(
+  records: database.Database, config: server_config.ServerConfig
+) -> responses_store.Store:
+  return responses_store.Store(
+    records,
+    days=config.store_days,
+    most_bytes=config.store_mebibytes * 2**20,
   )
 
 
 def _add_middleware(
-  app: fastapi.FastAPI, service: service_lib.Service, open_paths: Sequence[str]
+  app: fastapi.FastAPI, service: service_lib.Service, open_paths: set[str]
 ) -> None:
-  """Adds the middleware, from the innermost to the outermost."""
+  """Adds what every request passes, the innermost first."""
   app.add_middleware(_Failures)
   # A request with an Idempotency-Key outlives its client.
   app.add_middleware(exchanges.Exchanges)
@@ -266,6 +261,9 @@ class _RequestId:
     self._app = app
 
   async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
     request_id = f'req_{uuid.uuid4().hex}'
     scope.setdefault('state', {})['request_id'] = request_id
     caller = caller_lib.Caller(request_id=request_id)

@@ -116,9 +116,12 @@ class Updates:
     """Ends the updates, with those of cancelled sequences and an error."""
     if error:
       self._arrived.put_nowait(error)
-    self._ending = self._on_end(
-      Ended(updates=[*self._last, *cancelled], error=error)
-    )
+    ended = Ended(updates=[*self._last, *cancelled], error=error)
+    try:
+      self._ending = self._on_end(ended)
+    except Exception as failure:  # that of one request, of all that end now
+      self._ending = asyncio.get_running_loop().create_future()
+      self._ending.set_exception(failure)
 
   def close(self) -> None:
     """Cancels unfinished requests; their pages are free at the next step."""

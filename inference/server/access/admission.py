@@ -20,7 +20,7 @@ import time
 
 from checks import expect
 from inference.engine import requests as requests_lib
-from inference.server import engine_loop as engine_loop_lib
+from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import caller as caller_lib, keys, limits
 from inference.server.api import errors
 from inference.server.records import ledger as ledger_lib
@@ -64,6 +64,15 @@ class Prices:
       self.nanos(prompt=prompt, cached=cached, completion=completion)
       for cached in (0, prompt)
     )
+
+
+def prices(config: server_config.ServerConfig) -> Prices:
+  """Returns the prices of a config."""
+  return Prices(
+    prompt=config.price_prompt,
+    cached=config.price_cached,
+    completion=config.price_completion,
+  )
 
 
 class Admission:

@@ -116,10 +116,12 @@ def read(path: str | os.PathLike) -> ApiKeys:
     if not line or line.startswith('#'):
       continue
     name, _, key = (part.strip() for part in line.partition(':'))
-    if not (name and key and key.isascii() and key.isprintable()):
+    is_shown = (name + key).isprintable()
+    if not (name and key and key.isascii() and is_shown):
       raise ValueError(
-        f'{path}:{number}: got a line that is not name:key, expected a name and'
-        ' a key of printable ASCII; put # in front of a comment'
+        f'{path}:{number}: got a line that is not name:key, expected a'
+        ' printable name and a key of printable ASCII; put # in front of a'
+        ' comment'
       )
     if (other := keys.setdefault(keys_lib.digest(key), name)) != name:
       raise ValueError(

@@ -34,15 +34,6 @@ _REPLAYED = (b'idempotency-replayed', b'true')
 
 _Whose = tuple[str, ...]  # principal, path, Idempotency-Key
 
-_OTHER_BODY = errors.ApiError(
-  409,
-  'idempotency-key: got a key that was used with another body, expected a new'
-  ' key for each request; send this request with another key',
-  param=None,
-  code='idempotency_key_reused',
-)
-_OTHER_BODY.headers['x-should-retry'] = 'false'  # clients retry a 409
-
 
 class _Answer:
   """The messages of an answer, made once and read by several clients."""
@@ -126,7 +117,7 @@ class Idempotency:
       task.add_done_callback(self._tasks.discard)
       return answer, True
     if answer.digest != digest:
-      raise _OTHER_BODY
+      raise _other_body()
     return answer, False
 
   async def _run(
@@ -174,3 +165,15 @@ def _check_name(name: str) -> None:
       param=None,
       code=None,
     )
+
+
+def _other_body() -> errors.ApiError:
+  error = errors.ApiError(
+    409,
+    'idempotency-key: got a key that was used with another body, expected a new'
+    ' key for each request; send this request with another key',
+    param=None,
+    code='idempotency_key_reused',
+  )
+  error.headers['x-should-retry'] = 'false'  # OpenAI's clients retry a 409
+  return error

@@ -391,3 +391,20 @@ def test_a_failure_and_a_stop_tell_the_counts_and_the_error():
 
   _run(test)
   _run(stop)
+
+
+def test_an_end_that_fails_is_that_of_one_request_alone():
+  def fail(_):
+    raise RuntimeError('no ledger')
+
+  async def test(engine, loop):
+    engine.may_step.clear()
+    broken = await asyncio.wait_for(loop.submit([_request()], fail), _WAIT)
+    asked = asyncio.create_task(loop.submit([_request()]))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    with pytest.raises(RuntimeError, match='no ledger'):
+      await _count(broken)
+    assert await _count(await asked) == 3
+
+  _run(test)

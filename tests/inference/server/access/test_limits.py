@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 
 import httpx2
 from hypothesis import given, strategies
@@ -226,13 +227,20 @@ def test_a_budget_ends(served, client_for):
   assert caught.value.response.headers['x-should-retry'] == 'false'
 
 
-def test_a_stream_that_is_open_counts_until_it_ends(client_for):
+def test_a_stream_that_is_open_counts_until_it_ends(
+  generator, client_for, monkeypatch
+):
+  step = generator.engine.step
+  monkeypatch.setattr(
+    generator.engine, 'step', lambda: time.sleep(0.05) or step()
+  )
   client, _ = client_for(max_concurrent=1)
   body = {**servers.GREEDY, 'prompt': 'a', 'stream': True, 'max_tokens': 50}
   with client.stream(
     'POST', '/v1/completions', json={**body, 'ignore_eos': True}
   ) as answer:
-    next(answer.iter_bytes())
+    arrived = answer.iter_bytes()
+    next(arrived)
     refused = _complete(client)
   assert refused.status_code == 429
   assert 'of this key are open' in refused.json()['error']['message']
