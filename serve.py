@@ -9,16 +9,15 @@
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. A setting without a flag is as DIR recommends.
 
---port answers every client that can reach it. With --api_keys=FILE, where FILE
-has lines `name:key`, it answers only clients that send one of the keys. Each
-name then has its share of the engine and its own cache of prompts.
+--port answers every client that can reach it, so that without keys it listens
+on loopback addresses only. `python -m inference.server.keys` makes keys in the
+file of --records, with limits and a budget each; --api_keys=FILE reads lines
+`name:key`. Each name has its share of the engine and its own cache of prompts.
+`python -m inference.server.usage` sums up what the records say of them.
 """
 
-import contextlib
 import gc
-import os
 import pathlib
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -58,6 +57,9 @@ _HEEDED_BY = {
   'name': ('port',),
   'api_keys': ('port',),
   'records': ('port',),
+  'receipts': ('port',),
+  'receipts_key': ('port',),
+  'insecure': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'compilation_cache': _ENGINE.ways,
@@ -148,11 +150,11 @@ def _complete(prompt: str, chosen) -> None:
 
 def _asked(generator, prompt: str, chosen):
   """Returns the ids of a prompt, or of a chat that it begins; and settings."""
-  from inference import terminal_chat
+  from inference import chat_prompts, terminal_chat
 
   if FLAGS.system is not None:
     ids = terminal_chat.Talk(generator, FLAGS.system).ask(prompt).ids
-    return ids, terminal_chat.settings_for(generator, ids, chosen)
+    return ids, chat_prompts.settings_for(generator, ids, chosen)
   if warning := generator.warning(prompt):
     print(f'warning: {warning}', file=sys.stderr)
   ids = generator.prompt_ids(prompt)
@@ -205,60 +207,26 @@ def _listen() -> None:
   from frozen import manifest as manifest_lib
 
   try:
-    from inference.server import app as app_lib, engine_loop
-    from inference.server.access import api_keys
-    from inference.server.http import listener
-    from inference.server.records import database
+    from inference.server import start
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
-  config = _engine_config()
-  limits = server_config.ServerConfig(
-    drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+  start.serve(
+    start.Options(
+      directory=FLAGS.model,
+      name=_served_name(manifest_lib.read(pathlib.Path(FLAGS.model))),
+      engine=_engine_config(),
+      limits=server_config.ServerConfig(
+        drain_seconds=FLAGS.drain_seconds, **_SERVER.given()
+      ),
+      host=FLAGS.host,
+      port=FLAGS.port,
+      api_keys=FLAGS.api_keys,
+      records=FLAGS.records,
+      has_receipts=FLAGS.receipts,
+      receipts_key=FLAGS.receipts_key,
+      is_insecure=FLAGS.insecure,
+    )
   )
-  listener.allow_files(limits.max_connections)
-  keys = None
-  if FLAGS.api_keys is not None:  # '' is refused, see `api_keys`
-    keys = api_keys.KeysFile(FLAGS.api_keys)
-    signal.signal(signal.SIGHUP, lambda *_: keys.expire())
-  manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
-  name = _served_name(manifest)
-  context = config.context(manifest.model['max_length'])
-  print(f'serving {name!r}, weights {manifest.weights_digest}')
-  loop = engine_loop.EngineLoop(
-    lambda: _load(config, compile_all=False),
-    on_load_failure=lambda: setattr(server, 'should_exit', True),
-    on_compiled=_keep_objects,
-  )
-  app = app_lib.create_app(
-    loop,
-    manifest,
-    name,
-    keys,
-    limits,
-    context=context,
-    records=database.Database(FLAGS.records, tables=app_lib.TABLES),
-  )
-  server = listener.Listener(
-    app,
-    limits,
-    end_requests=app.state.end_requests,
-    host=FLAGS.host,
-    port=FLAGS.port,
-  )
-  # After each of its system calls the event loop waits for the thread that runs
-  # Python: 5 ms by default, thousands of times per second.
-  sys.setswitchinterval(5e-4)
-  try:
-    with contextlib.suppress(KeyboardInterrupt):
-      server.run()
-  finally:
-    if loop.is_compiling:
-      # XLA cannot be interrupted, and an ordinary exit of the process would
-      # wait for XLA, or crash.
-      sys.stdout.flush()
-      os._exit(1 if loop.is_loading or loop.failure else 0)
-  if loop.failure:
-    raise loop.failure
 
 
 def _served_name(manifest) -> str:
@@ -278,20 +246,9 @@ def _load(config: engine_config.EngineConfig, **how):
   from inference import generate
 
   generator = generate.load(FLAGS.model, config, **how)
-  gc.freeze()  # it stays: see `_keep_objects`
+  gc.freeze()  # it stays: the collector need not walk it
   gc.enable()
   return generator
-
-
-def _keep_objects() -> None:
-  """Tells the garbage collector that programs and weights stay.
-
-  Otherwise it walks them now and then, for 60 to 150 ms, and all clients wait.
-  """
-  gc.collect()
-  gc.freeze()
-  # Requests in progress are walked as well, 80 ms for 256: once a minute then.
-  gc.set_threshold(700, 10, 100)
 
 
 def _load_small(num_sequences: int):
@@ -437,7 +394,13 @@ def _define_server_flags() -> None:
     'api_keys',
     None,
     'File of lines name:key. --port then answers only clients that send one of'
-    ' the keys. If not given, it answers all clients.',
+    ' the keys, or one of the keys in the file of --records.',
+  )
+  flags.DEFINE_bool(
+    'insecure',
+    False,
+    'Lets --port without any key listen on an address that other machines'
+    ' reach.',
   )
   path(
     'records',
@@ -445,6 +408,18 @@ def _define_server_flags() -> None:
     'File in which --port keeps its records, a SQLite database that it makes'
     ' where there is none. If not given, records are in memory and end with the'
     ' server.',
+  )
+  flags.DEFINE_bool(
+    'receipts',
+    False,
+    'Keeps in --records what `python -m inference.server.replay` needs of every'
+    ' answer: the ids of prompt and answer, settings, seed, log-probabilities.',
+  )
+  path(
+    'receipts_key',
+    None,
+    'File of a key that encrypts the receipts, 32 random bytes in base64.'
+    ' Required with --receipts where there are API keys.',
   )
   flags.DEFINE_integer(
     'drain_seconds',

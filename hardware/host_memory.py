@@ -1,12 +1,14 @@
-"""A malloc setting for XLA:CPU: freed memory stays with the process.
+"""The memory of the host: what is free, and a malloc setting for XLA:CPU.
 
-A compiled program allocates its temporaries anew in every call. By default
-glibc takes large allocations from the kernel and returns them when they are
-freed. Every step then pays for hundreds of megabytes of zeroed pages: a tenth
-of the step or more for small models. Memory of accelerators is not affected.
+With the setting, freed memory stays with the process. A compiled program
+allocates its temporaries anew in every call. By default glibc takes large
+allocations from the kernel and returns them when they are freed. Every step
+then pays for hundreds of megabytes of zeroed pages: a tenth of the step or more
+for small models. Memory of accelerators is not affected.
 """
 
 import ctypes
+import pathlib
 import sys
 
 # Parameters of mallopt(3), from glibc's malloc.h.
@@ -35,3 +37,35 @@ def reuse_freed_memory() -> bool:
       (_TRIM_THRESHOLD, 2**31 - 1),
     )
   )
+
+
+def return_freed_memory() -> None:
+  """Gives freed memory back to the system, once, where malloc can."""
+  if sys.platform == 'linux':
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'malloc_trim'):  # of glibc
+      libc.malloc_trim(0)
+
+
+def available_bytes() -> int | None:
+  """Returns the bytes that this process may still take; None if unknown."""
+  found = []
+  meminfo = _read('/proc/meminfo')
+  for line in meminfo.splitlines():
+    if line.startswith('MemAvailable:'):
+      found.append(1024 * int(line.split()[1]))
+  # The limit of a container.
+  limit, used = (
+    _read(f'/sys/fs/cgroup/memory.{name}').strip()
+    for name in ('max', 'current')
+  )
+  if limit.isdecimal() and used.isdecimal():
+    found.append(max(int(limit) - int(used), 0))
+  return min(found, default=None)
+
+
+def _read(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_text()
+  except OSError:
+    return ''

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from evals import encoding, ports
-from inference import generate, terminal_chat
+from inference import chat_prompts, generate, terminal_chat
 from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
+from text import chat
 
 
 def evaluated(generator: generate.Generator) -> ports.Model:
@@ -27,6 +28,12 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     prompt, _ = terminal_chat.render(generator, messages)
     return list(generator.prompt_ids(prompt))
 
+  def render_chat(messages, *, add_generation_prompt):
+    conversation = chat.Conversation(
+      messages=messages, add_generation_prompt=add_generation_prompt
+    )
+    return chat_prompts.render(generator, conversation).text
+
   return ports.Model(
     tokenizer=generator.tokenizer,
     max_length=engine.context,
@@ -35,6 +42,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     sample_fn=sampler(engine, stop_ids=generator.defaults.stop_ids),
     adds_bos=manifest.has_bos,
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
+    render_chat=render_chat if generator.frozen.chat_template else None,
     encode_chat=encode_chat,
     description={
       'experiment': manifest.name,

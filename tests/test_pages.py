@@ -213,5 +213,6 @@ def test_every_recipe_is_there():
     'A family of open weights',
     'An evaluation',
     'A data source',
+    'A route',
     'A benchmark',
   ]

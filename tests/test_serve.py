@@ -240,6 +240,14 @@ def test_a_process_that_is_asked_nothing_exits_with_2():
     ),
     (['--model={model}', '--port=0', '--host='], '--host: got an empty'),
     (
+      ['--model={model}', '--port=0', '--host=0.0.0.0'],
+      '--host: got 0.0.0.0 without any key, expected a loopback address',
+    ),
+    (
+      ['--model={model}', '--port=0', '--server.price_cached=-1'],
+      'server.price_cached: got -1.0, expected a finite amount',
+    ),
+    (
       ['--model={model}', '--port=0', '--server.head_seconds=nan'],
       'server.head_seconds: got nan, expected a finite number',
     ),

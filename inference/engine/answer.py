@@ -4,7 +4,9 @@ from collections.abc import Sequence
 import math
 import time
 
-from inference.engine import requests
+import numpy as np
+
+from inference.engine import pooling, requests
 from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, spans
@@ -53,6 +55,10 @@ class Live:
     self._prompt_logprobs: list[logprobs.TokenLogprobs | None] = [
       None
     ] * sequence.num_prompt
+    # The first sequence of a request computes the prompt.
+    self.pool = (
+      pooling.Pool(request.pooling) if request.pooling and not index else None
+    )
 
   @property
   def wants_logprobs(self) -> bool:
@@ -74,6 +80,12 @@ class Live:
     self.seated_at = now
     self.usage.queue_seconds = now - self.submitted_at
     self.usage.cached_tokens = self.sequence.num_cached
+    self.note_computed(self.sequence.num_cached)
+
+  def note_computed(self, num_tokens: int) -> None:
+    """Notes that the first tokens of the sequence are computed."""
+    most = min(num_tokens, self.sequence.num_prompt)
+    self.usage.prompt_tokens = max(self.usage.prompt_tokens, most)
 
   def sampler_row(self) -> sampler.Sampler:
     """Returns the sampler settings of the sequence."""
@@ -132,6 +144,14 @@ class Live:
         is_finite &= math.isfinite(scored.chosen)
     return is_finite
 
+  def take_hidden(
+    self, hidden_MD: np.ndarray | None, chunk: spans.Span, at: int
+  ) -> None:
+    """Pools the final hidden states of a chunk, if the request wants them."""
+    if self.pool:
+      assert hidden_MD is not None
+      self.pool.add(hidden_MD[at : at + chunk.length], chunk.start)
+
   def push(
     self,
     tokens: Sequence[int],
@@ -169,6 +189,16 @@ class Live:
       self._note_time(now)
     return self._update(releases), len(releases)
 
+  def cancelled(self, now: float) -> requests.Update:
+    """Returns the update that ends the answer where it is, without text."""
+    if self.seated_at is None:
+      self.usage.queue_seconds = now - self.submitted_at
+    elif self.last_at is None:
+      self.usage.prefill_seconds = now - self.seated_at
+    return requests.Update(
+      self.request_id, self.index, '', (), (), self._completion('cancelled')
+    )
+
   def _note_time(self, now: float) -> None:
     if self.last_at is None:
       assert self.seated_at is not None
@@ -178,7 +208,8 @@ class Live:
     self.last_at = now
 
   def _update(self, releases: Sequence[stopping.Release]) -> requests.Update:
-    completion = self._completion() if self.transcript.finish_reason else None
+    reason = self.transcript.finish_reason
+    completion = self._completion(reason) if reason else None
     return requests.Update(
       self.request_id,
       self.index,
@@ -188,20 +219,20 @@ class Live:
       completion,
     )
 
-  def _completion(self) -> requests.Completion:
+  def _completion(self, reason: str) -> requests.Completion:
     settings, transcript = self._request.settings, self.transcript
-    has_prompt_logprobs = (
-      self.scored_prompt() and transcript.finish_reason != 'error'
-    )
+    is_whole = reason not in ('error', 'cancelled')
+    has_prompt_logprobs = self.scored_prompt() and is_whole
     return requests.Completion(
       text=transcript.text,
       token_ids=transcript.token_ids,
       num_text_ids=transcript.num_text_ids,
-      finish_reason=transcript.finish_reason or '',
+      finish_reason=reason,
       stop_reason=transcript.stop_reason,
       num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,
       logprobs=self._logprobs if settings.logprobs is not None else None,
       prompt_logprobs=self._prompt_logprobs if has_prompt_logprobs else None,
       usage=self.usage,
+      pooled_D=self.pool.vector_D() if self.pool else None,
     )

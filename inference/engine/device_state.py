@@ -41,6 +41,23 @@ def unread(params: Params | Unread) -> Unread:
   return Unread(params, lambda convert: params)
 
 
+def check_alike(params: Params, served: Params) -> None:
+  """Checks that params can take the place of others.
+
+  Raises:
+    ValueError: names, shapes or dtypes differ.
+  """
+  got, expected = (
+    jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+    for tree in (params, served)
+  )
+  if got != expected:
+    raise ValueError(
+      'weights: got other names, shapes or dtypes than those served, expected'
+      ' the same; make another engine for another model'
+    )
+
+
 class Slots(NamedTuple):
   """The sampling state of each slot; a running sequence has one slot.
 

@@ -63,10 +63,7 @@ from models import model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
 
-class Overloaded(RuntimeError):
-  """Too many sequences wait for the engine to take more; try again later."""
-
-
+Overloaded = requests_lib.Overloaded
 # Prometheus reads the gauges every few seconds; setting them walks all pages.
 _GAUGE_SECONDS = 0.1
 
@@ -112,11 +109,11 @@ class Engine:
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
-    self._device = device = params.device
+    self.device = device = params.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self._backend = backend
+    self.backend = backend
     bytes_per_token = backend.bytes_per_token(model_config)
     self.page_bytes = self.page_tokens * bytes_per_token
     num_pages = config.pool_pages(
@@ -174,7 +171,7 @@ class Engine:
 
   def compile_rest(self) -> None:
     """Compiles the programs that are left, in a thread beside the engine's."""
-    with jax.default_device(self._device):
+    with jax.default_device(self.device):
       self._programs.compile_rest()
 
   @property
@@ -269,11 +266,15 @@ class Engine:
         request.room,
         principal=request.principal,
         priority=request.priority,
+        weight=request.weight,
         scope=(self.weights_digest, principal),
-        # Logprobs need every position of the prompt computed.
+        # These need every position of the prompt computed.
         reads_prefix_cache=(
-          self.config.prefix_cache and settings.prompt_logprobs is None
+          self.config.prefix_cache
+          and settings.prompt_logprobs is None
+          and request.pooling != 'mean'
         ),
+        in_chunks=request.pooling is not None,
         parent=parent,
       )
       parent = parent or sequence
@@ -288,11 +289,16 @@ class Engine:
       )
     return request_id
 
-  def cancel(self, request_id: int) -> None:
-    """Ends the unfinished sequences of a request, and releases their pages."""
-    for live in list(self._live.values()):
-      if live.request_id == request_id:
-        self._close(live, 'cancelled')
+  def cancel(self, request_id: int) -> list[requests_lib.Update]:
+    """Ends a request, releases its pages; returns its last updates.
+
+    They say what was used; work in flight is charged to nobody.
+    """
+    self._charge_memory(now := time.perf_counter())
+    ended = [x for x in self._live.values() if x.request_id == request_id]
+    for live in ended:
+      self._close(live, 'cancelled')
+    return [live.cancelled(now) for live in ended]
 
   def set_params(
     self, params: device_state.Params, weights_digest: str
@@ -307,18 +313,15 @@ class Engine:
         f'weights: got new ones while {len(self._live)} sequences run, expected'
         ' none; finish or cancel them, a sequence has one set of weights'
       )
-    params = self._backend.laid_out(params, self.model_config)
-    got, expected = (
-      jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
-      for tree in (params, self.params)
-    )
-    if got != expected:
-      raise ValueError(
-        'weights: got other names, shapes or dtypes than those served, expected'
-        ' the same; make another engine for another model'
-      )
+    params = self.backend.laid_out(params, self.model_config)
+    device_state.check_alike(params, self.params)
     self.params, self.weights_digest = params, weights_digest
     self.manager.clear()
+
+  def release(self) -> None:
+    """Frees weights and KV cache at once, whatever refers to the arrays."""
+    for leaf in jax.tree.leaves((self.params, self._state)):
+      leaf.delete()
 
   # --------------------------------------------------------------------------
   # Steps
@@ -372,6 +375,8 @@ class Engine:
       outputs = outputs._replace(logprobs=None)
     if not any(live and live.scored_prompt() for live in lives):
       outputs = outputs._replace(prompt=None)
+    if not any(live and live.pool for live in lives):
+      outputs = outputs._replace(hidden_MD=None)
     return outputs
 
   def _dispatch(self, step: spans.Step) -> _Flight | None:
@@ -424,7 +429,7 @@ class Engine:
     now = time.perf_counter()
     self._charge_memory(now)
     num_decodes, num_chunks = flight.shape
-    updates, num_decoded = [], 0
+    updates, num_decoded, num_prefilled = [], 0, 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
       row = outputs.tokens_SR[:, place].tolist()
       tokens = [token for token in row if token != steps.NOT_COMPUTED]
@@ -435,9 +440,11 @@ class Engine:
         continue
       if place >= num_decodes:
         self._accounts.charge_chunk(live, span)
+        num_prefilled += span.length
         at = (place - num_decodes) * self.config.chunk_tokens
         if not live.take_prompt_logprobs(outputs.prompt, span, at):
           tokens = [-1]
+        live.take_hidden(outputs.hidden_MD, span, at)
         if not span.samples and tokens[0] >= 0:
           continue
       update, num_taken = self._push(live, span, tokens, outputs, place, now)
@@ -445,12 +452,12 @@ class Engine:
       if place < num_decodes:
         self._accounts.charge_decodes(live, span, num_taken)
         num_decoded += num_taken
-    num_prompt = num_chunks * self.config.chunk_tokens
     self._accounts.count(
       flight.step,
       num_steps=steps.num_computed(outputs),
       num_decoded=num_decoded,
-      rows=num_decodes + num_prompt,
+      num_prefilled=num_prefilled,
+      rows=num_decodes + num_chunks * self.config.chunk_tokens,
       sent_at=flight.sent_at,
       now=now,
     )

@@ -1,12 +1,14 @@
 """The execution of an engine: the model's ports for a platform and numerics."""
 
 import dataclasses
+import importlib.metadata
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from inference.engine import device_state, engine_config
+from inference.engine import device_state, engine_config, program_store
 from models import (
   execution as execution_lib,
   invariant,
@@ -59,6 +61,22 @@ class Backend(NamedTuple):
       )
     )
     return self.laid_out(read, model)
+
+  def numerics(
+    self, config: engine_config.EngineConfig, device: jax.Device
+  ) -> dict[str, str]:
+    """Returns what decides the numbers of a step, beside the weights."""
+    attend = self.execution.attend_cached
+    return {
+      'attention': f'{attend.__module__}.{attend.__qualname__}',
+      'ports': program_store.describe_ports(self.execution),
+      'kv_dtype': jnp.dtype(self.kv_dtype).name,
+      'numerics': config.numerics,
+      'jax': importlib.metadata.version('jax'),
+      'jaxlib': importlib.metadata.version('jaxlib'),
+      'device': device.device_kind,
+      'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    }
 
   def bytes_per_token(self, model: model_config.ModelConfig) -> float:
     """Returns the bytes of the KV cache of one token, all layers."""

@@ -35,7 +35,7 @@ def suits(params: device_state.Params, platform: str) -> bool:
   return platform == 'cpu' and all(
     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer))
     >= MIN_LAYER_BYTES
-    for layer in _parted(params)[1]
+    for layer in parted(params)[1]
   )
 
 
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     return Step(begin, layers, finish, self.kinds)
 
   def __call__(self, params, kv_cache, last_B, inputs: steps.Inputs) -> tuple:
-    shared, layers = _parted(params)
+    shared, layers = parted(params)
     x_1TD, *others = self.begin(shared, last_B, inputs)
     written = []
     for kind, layer, pages in zip(self.kinds, layers, kv_cache, strict=True):
@@ -79,7 +79,7 @@ def lower(
 ) -> Step:
   """Traces the programs of a step; arguments as of `steps.prefill`."""
   config = model.config
-  shared, layers = _parted(params)
+  shared, layers = parted(params)
   begin = _begin.lower(shared, last_B, inputs, model=model)
   x_1TD, *others = begin.out_info
   kinds = [config.layer(n) for n in range(config.num_layers)]
@@ -96,7 +96,7 @@ def lower(
   return Step(begin, lowered, finish, kinds)
 
 
-def _parted(params) -> tuple[Any, list[Any]]:
+def parted(params) -> tuple[Any, list[Any]]:
   """Returns the params that no layer has, and those of each layer."""
   tree = dict(params['params'])
   num_layers = sum(name.startswith('layer_') for name in tree)

@@ -4,8 +4,7 @@ A step is one program over decodes (one token of a sequence each) and chunks of
 consecutive prompt tokens (chunked prefill: Agrawal et al., arXiv:2403.02310).
 `plan` chooses which sequences get decodes and chunks, which enter, and which
 give their pages back. It is a pure function of counts: it knows no device, no
-clock and no contents of pages. The SequenceManager keeps the books and carries
-plans out.
+clock and no contents of pages. The SequenceManager carries plans out.
 
 Three questions, and the order that answers each:
 
@@ -24,8 +23,7 @@ Three questions, and the order that answers each:
 No sequence starves. A waiting sequence rises until it is equal to the best one.
 Among equals, each principal has its share and each sequence its place in line.
 An admitted sequence keeps its level and its seniority: only sequences that go
-before it anyway can take its pages. A run that ends in preemption counts as
-waiting, since only its tokens remain.
+before it anyway can take its pages. A run that is preempted counts as waiting.
 
 Admission needs pages for all tokens that the sequence knows, after those of the
 running ones, and one page more for each sequence that may grow into one. A
@@ -101,6 +99,7 @@ class Task:
   id: Hashable
   principal: Hashable = None
   priority: int = 0  # lower is sooner
+  weight: float = 1.0  # of the principal
   arrival: int  # order of submission; kept when preempted
   waited_steps: int = 0  # since submission, without the current run
   seniority: int = 0  # order of first admission; kept when preempted
@@ -114,6 +113,7 @@ class Task:
   is_tail_cached: bool = False  # then it copies even as the only holder
   is_running: bool = False
   is_ready: bool = True  # False: it keeps its place, but gets no work
+  needs_chunk: bool = False  # for its next token, if that is its only one too
 
   @property
   def num_pages(self) -> int:
@@ -133,7 +133,7 @@ class Task:
   @property
   def is_decode(self) -> bool:
     """Whether its only token needs no chunk."""
-    return self.num_remaining == 1
+    return self.num_remaining == 1 and not self.needs_chunk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def plan(
   *,
   num_free: int,
   num_idle: int,
-  served: Mapping[Hashable, int],
+  served: Mapping[Hashable, float],
   limits: Limits,
   best_priority: int | None = None,
 ) -> StepPlan:
@@ -176,7 +176,7 @@ def plan(
       first in turn, one for each free slot.
     num_free: pages that hold nothing.
     num_idle: pages that only the prefix cache keeps.
-    served: tokens computed per principal.
+    served: tokens computed per principal, divided by its weight.
     limits: of the step.
     best_priority: of all sequences, if `tasks` leaves some out.
   """

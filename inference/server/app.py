@@ -3,28 +3,40 @@
     GET  /health            200 while the process can answer, 503 if it failed
     GET  /ready             503 until every program is compiled
     GET  /metrics           counters of the engine, as Prometheus collects them
-    GET  /v1/models         the one model, with the lineage of its weights
+    GET  /v1/models         names and versions, with the lineage of weights
     GET  /v1/models/{id}
+    POST /v1/responses      items in, items out; stored, to be continued
+    GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
+    GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/chat/completions    a conversation, by the model's chat template
+    POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
+    GET  /version           of the program and what it runs on
+    /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
 
     http/      bytes: connections, bodies within limits, streams that can end
     access/    who sends a request
     api/       the words: bodies, errors, shapes of answers, OpenAPI document
+    versions/  several models: which answers, how they load and unload
     routes/    a file per group of routes, which reads bodies and submits
     answers/   from a checked body to the requests of the engine, and back
     records/   the SQLite file, for all that outlives a request
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
-its request. Bodies are parsed, and text is tokenized, in the threads of
-`http.bodies`. With API keys, every route but /health and /ready needs one. When
-the server stops, the digest of the weights is computed again and compared with
-the digest in the manifest.
+its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
+tokenized, in the threads of `http.bodies`. With keys, every route but /health
+and /ready needs one; routes below /admin need one in any case. All generation
+passes through `ServedModel.submit`, which admits and bills it. When the server
+stops, the digest of the weights is computed again and compared with the digest
+in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
 
+import asyncio
+from collections.abc import Sequence
 import contextlib
 import logging
 import uuid
@@ -34,87 +46,174 @@ from fastapi import responses
 from starlette import (
   exceptions as starlette_exceptions,
   requests as starlette_requests,
+  routing,
 )
 
-from frozen import manifest as manifest_lib
 from inference import generate
-from inference.server import (
-  engine_loop as engine_loop_lib,
-  server_config,
-  service as service_lib,
+from inference.server import server_config, service as service_lib
+from inference.server.access import (
+  admission as admission_lib,
+  api_keys,
+  caller as caller_lib,
+  idempotency,
+  keys as keys_lib,
 )
-from inference.server.access import api_keys
 from inference.server.api import errors, openapi
-from inference.server.http import bodies as bodies_lib, protocol, streams, turns
-from inference.server.records import database
-from inference.server.routes import completions, models, probes, tokenizer
+from inference.server.http import (
+  bodies as bodies_lib,
+  draining as draining_lib,
+  exchanges,
+  protocol,
+  streams,
+  turns,
+)
+from inference.server.receipts import receipts
+from inference.server.records import (
+  database,
+  ledger as ledger_lib,
+  responses as responses_store,
+)
+from inference.server.routes import (
+  admin as admin_routes,
+  capabilities,
+  chat,
+  completions,
+  embeddings,
+  models as models_routes,
+  probes,
+  responses as responses_routes,
+  tokenizer,
+)
+from inference.server.versions import audit, registry
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = ()
+TABLES: tuple[str, ...] = (
+  keys_lib.TABLES,
+  ledger_lib.TABLES,
+  receipts.TABLES,
+  responses_store.TABLES,
+)
+_ROUTES = (
+  admin_routes,
+  probes,
+  models_routes,
+  tokenizer,
+  completions,
+  chat,
+  embeddings,
+  responses_routes,
+  capabilities,
+)
 
 
 def create_app(
-  engine_loop: engine_loop_lib.EngineLoop,
-  manifest: manifest_lib.Manifest,
-  model_name: str,
-  keys: api_keys.ApiKeys | api_keys.KeysFile | None = None,
+  models: Sequence[service_lib.ServedModel],
+  keys: keys_lib.Keyring | keys_lib.File | None = None,
   config: server_config.ServerConfig = server_config.ServerConfig(),
   *,
-  context: int = 0,
   records: database.Database | None = None,
+  loader: service_lib.Loader | None = None,
+  observers: Sequence[service_lib.Observer] = (),
 ) -> fastapi.FastAPI:
-  """Returns the ASGI app that serves one model.
+  """Returns the ASGI app that serves models.
 
   Args:
-    engine_loop: runs the engine; the app starts and closes it.
-    manifest: of the model. The weights need not be loaded yet.
-    model_name: name of the model in requests.
-    keys: the keys of the clients that are answered; None: all clients.
+    models: at least one, under different names. The app starts and closes
+      their engine loops.
+    keys: further keys than those of the records, or all keys. Without any key,
+      all clients are answered.
     config: the limits on bodies.
-    context: most tokens of a sequence; 0: those of the model.
     records: opened with `TABLES`, and closed by the app; None: in memory.
+    loader: of further models; None: none can be loaded.
+    observers: of what the models answer, such as receipts.
   """
   records = records or database.Database(None, tables=TABLES)
-  model = service_lib.ServedModel(
-    model_name,
-    engine_loop,
-    manifest,
-    context=context or manifest.model['max_length'],
-  )
-  bodies = bodies_lib.Bodies(config)
+  keyring = keys
+  if not isinstance(keyring, keys_lib.Keyring):
+    keyring = keys_lib.Keyring(records, keyring)
+  ledger = ledger_lib.Ledger(records)
+  admission = admission_lib.Admission(ledger, admission_lib.prices(config))
+  auditor = audit.Auditor(config.audit_share, config.audit_threshold)
+  versions = registry.Versions(models, admission, [auditor, *observers])
+  auditor.engines = versions.engine_loops
+  bodies, draining = bodies_lib.Bodies(config), draining_lib.Draining()
+  store = _store(records, config)
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    versions=versions,
+    bodies=bodies,
+    records=records,
+    store=store,
+    config=config,
+    keyring=keyring,
+    admission=admission,
+    loader=loader,
+    draining=draining,
+    metrics=[auditor.metrics.registry],
   )
 
   async def end_requests():
     bodies.stop()
-    await engine_loop.close()
+    await versions.close()
 
   @contextlib.asynccontextmanager
   async def lifespan(_):
-    engine_loop.start()
-    yield
-    await engine_loop.close()
+    versions.start()
+    auditor.start()
+    async with store.expiring():
+      yield
+    await asyncio.to_thread(auditor.close)
+    await versions.close()
     bodies.close()
     records.close()
-    if engine_loop.generator:
-      _report_digest(engine_loop.generator)
+    ledger.close()
+    for model in versions.all():
+      if generator := model.engine_loop.generator:
+        _report_digest(generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
-  app.state.end_requests = end_requests
-  app.add_middleware(api_keys.Authentication, keys=keys)
-  app.add_middleware(protocol.Framing)
-  app.add_middleware(turns.Turns)
-  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
+  app.state.end_requests, app.state.versions = end_requests, versions
+  app.state.draining, app.state.keyring = draining, keyring
+  open_paths = {*api_keys.OPEN_PATHS, *['/metrics'] * config.public_metrics}
+  _add_middleware(app, service, open_paths)
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (probes, models, tokenizer, completions):
+  for routes in _ROUTES:
     routes.add(app, service)
-  described = openapi.document(app, has_keys=keys is not None)
-  app.openapi = lambda: described
+  described = {
+    has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
+    for has_keys in (False, True)
+  }
+  app.openapi = lambda: described[keyring.has_keys]
   return app
+
+
+def _store(
+  records: database.Database, config: server_config.ServerConfig
+) -> responses_store.Store:
+  return responses_store.Store(
+    records,
+    days=config.store_days,
+    most_bytes=config.store_mebibytes * 2**20,
+  )
+
+
+def _add_middleware(
+  app: fastapi.FastAPI, service: service_lib.Service, open_paths: set[str]
+) -> None:
+  """Adds what every request passes, the innermost first."""
+  app.add_middleware(_Failures)
+  # A request with an Idempotency-Key outlives its client.
+  app.add_middleware(exchanges.Exchanges)
+  app.add_middleware(idempotency.Idempotency, bodies=service.bodies)
+  app.add_middleware(
+    api_keys.Authentication, keyring=service.keyring, open_paths=open_paths
+  )
+  app.add_middleware(protocol.Framing)
+  app.add_middleware(turns.Turns)
+  app.add_middleware(draining_lib.Refusals, draining=service.draining)
+  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
 
 
 def _report_digest(generator: generate.Generator) -> None:
@@ -126,28 +225,85 @@ def _report_digest(generator: generate.Generator) -> None:
     _LOG.error('weights %s: CHANGED, were %s', digest, expected)
 
 
-class _RequestId:
-  """ASGI middleware: adds an `x-request-id`, which clients show in errors."""
+class _Failures:
+  """ASGI middleware: answers 500 where a route has an error of its own.
+
+  Starlette's own answer is text, and has no `x-request-id`.
+  """
 
   def __init__(self, app):
     self._app = app
 
   async def __call__(self, scope, receive, send):
-    name = f'req_{uuid.uuid4().hex}'.encode()
+    is_begun = False
+
+    async def send_and_note(message):
+      nonlocal is_begun
+      is_begun = True
+      await send(message)
+
+    try:
+      await self._app(scope, receive, send_and_note)
+    except Exception as error:
+      if is_begun or scope['type'] != 'http':
+        raise
+      await errors.failure(error).response()(scope, receive, send)
+
+
+class _RequestId:
+  """ASGI middleware: adds an `x-request-id`, which clients show in errors.
+
+  It is `state.request_id` of the request, and begins the `caller`, whose
+  headers it sends.
+  """
+
+  def __init__(self, app):
+    self._app = app
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    request_id = f'req_{uuid.uuid4().hex}'
+    scope.setdefault('state', {})['request_id'] = request_id
+    caller = caller_lib.Caller(request_id=request_id)
+    caller_lib.begin(caller)
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':
-        message['headers'] = [*message['headers'], (b'x-request-id', name)]
+        message['headers'] = [
+          *message['headers'],
+          (b'x-request-id', request_id.encode()),
+          *((k.encode(), v.encode()) for k, v in caller.headers.items()),
+        ]
       await send(message)
 
     await self._app(scope, receive, send_with_id)
 
 
-async def _on_http(_, error):
+async def _on_http(request, error):
+  if error.status_code == 404:
+    path = errors.printable(request.url.path)
+    return errors.ApiError(
+      404,
+      f'{path}: got a path that this server does not have; GET /v1/capabilities'
+      ' lists those that it has',
+      param=None,
+      code='unknown_path',
+    ).response()
   response = errors.ApiError(
     error.status_code, error.detail, param=None, code=None
   ).response()
-  response.headers.update(error.headers or {})  # `allow` of a 405
+  response.headers.update(error.headers or {})
+  if error.status_code == 405:
+    # Starlette names the methods of the first route of the path alone.
+    methods = {
+      method
+      for route in request.app.routes
+      if route.matches(request.scope)[0] != routing.Match.NONE
+      for method in getattr(route, 'methods', None) or ()
+    }
+    response.headers['allow'] = ', '.join(sorted(methods))
   return response
 
 

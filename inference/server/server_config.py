@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from checks import expect, flag_field
+from text.replies import detection
 
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
 # they are parsed: 25 to 50 ms on one core.
@@ -54,6 +55,60 @@ class ServerConfig:
     'Seconds that a connection may wait for its next request; then it is'
     ' closed.',
   )
+  models_root: str = flag_field.field(
+    '',
+    'Directory of frozen directories that POST /admin/models may load. If not'
+    ' given, it may load none.',
+  )
+  audit_share: float = flag_field.field(
+    0.01,
+    'Share of the requests whose answers are scored again, by a forward pass'
+    ' without a cache, while no request is open. Each takes about the time of'
+    ' its prefill. 0 audits none.',
+  )
+  audit_threshold: float = flag_field.field(
+    0.0,
+    'Difference of a log-probability, in nats, from which on the audit raises'
+    ' an alarm. 0: the most that rounding explains, 0.01 for float32 on a CPU'
+    ' and 1 for bfloat16 or an int8 cache.',
+  )
+  price_prompt: float = flag_field.field(
+    0.0,
+    'Price of a million prompt tokens, in any currency: that of the budgets of'
+    ' keys.',
+  )
+  price_cached: float = flag_field.field(
+    0.0, 'Price of a million prompt tokens that were found computed.'
+  )
+  price_completion: float = flag_field.field(
+    0.0, 'Price of a million completion tokens.'
+  )
+  public_metrics: bool = flag_field.field(
+    False, 'Whether /metrics needs no key, even if the server has keys.'
+  )
+  store_days: float = flag_field.field(
+    30.0,
+    'Days for which responses of /v1/responses are kept, with their prompts, so'
+    ' that clients can continue them by an id; a request says store: false to'
+    ' be left out. 0 keeps none.',
+  )
+  store_mebibytes: int = flag_field.field(
+    256,
+    'Largest size of the responses that are kept for one API key, in MiB; the'
+    ' oldest make room.',
+  )
+  ping_seconds: float = flag_field.field(
+    15.0,
+    'Seconds without an event after which a stream sends a comment, so that'
+    ' no proxy closes it while a prompt waits or is computed.',
+  )
+  reply_format: str = flag_field.field(
+    detection.AUTO,
+    'Format of tool calls and reasoning in the answers of a model: auto finds'
+    ' it in the chat template; none; hermes, llama3, mistral, gemma, gemma4 or'
+    ' deepseek; think or mistral_think for reasoning; or one of both, as'
+    ' hermes+think.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
@@ -62,12 +117,28 @@ class ServerConfig:
   def __post_init__(self):
     expect.at_least('server.max_connections', self.max_connections, 1)
     expect.at_least('server.max_body_bytes', self.max_body_bytes, 1)
+    if not 0 <= self.audit_share <= 1:
+      raise ValueError(
+        f'server.audit_share: got {self.audit_share}, expected 0 to 1'
+      )
+    if not 0 <= self.audit_threshold < math.inf:
+      raise ValueError(
+        f'server.audit_threshold: got {self.audit_threshold}, expected a finite'
+        ' number of nats, at least 0'
+      )
+    if not 0 <= self.store_days < math.inf:
+      raise ValueError(
+        f'server.store_days: got {self.store_days}, expected a finite number of'
+        ' days, at least 0; 0 keeps no responses'
+      )
+    expect.at_least('server.store_mebibytes', self.store_mebibytes, 1)
     if not 0 <= self.drain_seconds < math.inf:
       raise ValueError(
         f'drain_seconds: got {self.drain_seconds}, expected a finite number of'
         ' seconds, at least 0'
       )
-    for name in ('head', 'body', 'write', 'idle'):
+    detection.check_name(self.reply_format)
+    for name in ('head', 'body', 'write', 'idle', 'ping'):
       seconds = getattr(self, f'{name}_seconds')
       if not 0 < seconds < math.inf:
         raise ValueError(

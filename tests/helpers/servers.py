@@ -7,22 +7,32 @@ import threading
 import time
 from typing import Any
 
+from prometheus_client import parser
+
 from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
   server_config,
+  service,
 )
+from inference.server.access import keys as keys_lib
 from inference.server.http import listener
+from inference.server.records import database
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
+CHAT = {**GREEDY, 'messages': [{'role': 'user', 'content': 'hi'}]}
 
 
 class Served:
   """A running server and its parts."""
 
-  def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop):
-    self.url, self.engine_loop = url, engine_loop
+  def __init__(self, url: str, engine_loop: engine_loop_lib.EngineLoop, app):
+    self.url, self.engine_loop, self.app = url, engine_loop, app
+
+  def stop(self) -> None:
+    """Does what a signal to stop does."""
+    self.app.state.listener.should_exit = True
 
   @property
   def generator(self) -> Any:
@@ -43,15 +53,38 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, **limits):
-  """Serves on a free loopback port; yields a `Served` that is ready."""
+def running(generator: Any, keys=None, *, records=None, app=None, **limits):
+  """Serves on a free loopback port; yields a `Served` that is ready.
+
+  Args:
+    generator: answers under the name MODEL.
+    keys: of the clients, besides those of the records.
+    records: of the server; None: in memory.
+    app: further arguments of `create_app`.
+    **limits: of the config.
+  """
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
   manifest = generator.frozen.manifest
+  model = service.ServedModel(MODEL, engine_loop, manifest)
   config = server_config.ServerConfig(**limits)
-  app = app_lib.create_app(engine_loop, manifest, MODEL, keys, config)
+  app = app_lib.create_app(
+    [model], keys, config, records=records, **(app or {})
+  )
   with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
-    yield Served(url, engine_loop)
+    yield Served(url, engine_loop, app)
+
+
+def with_admin() -> tuple[database.Database, dict[str, str]]:
+  """Returns records in memory, and the headers of the only key in them."""
+  records = database.Database(None, tables=app_lib.TABLES)
+  made = records.submit(
+    lambda connection: keys_lib.create(
+      connection, name='operator', is_admin=True
+    )
+  )
+  _, text = made.result()
+  return records, {'authorization': f'Bearer {text}'}
 
 
 @contextlib.contextmanager
@@ -61,10 +94,12 @@ def running_app(app, config=server_config.ServerConfig()):
     app,
     config,
     end_requests=app.state.end_requests,
+    draining=app.state.draining,
     host='127.0.0.1',
     port=0,
     log_config=None,
   )
+  app.state.listener = server
   thread = threading.Thread(target=server.run)
   thread.start()
   try:
@@ -83,6 +118,18 @@ def until(condition, seconds=30):
   while not condition():
     assert time.monotonic() < deadline, 'gave up waiting'
     time.sleep(0.01)
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+  """Returns the only sample of a name that has labels; 0 without one."""
+  found = [
+    sample.value
+    for family in parser.text_string_to_metric_families(text)
+    for sample in family.samples
+    if sample.name == name and labels.items() <= sample.labels.items()
+  ]
+  assert len(found) < 2, found
+  return found[0] if found else 0.0
 
 
 def events(content: bytes) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ import dataclasses
 import logging
 import time
 from typing import Any
-import uuid
 
 from checks import expect
 from inference import generate
@@ -28,6 +27,8 @@ from inference.engine import requests
 from inference.sampling import settings as settings_lib
 from inference.server.answers import logprobs_json
 from inference.server.api import errors, schema
+from inference.server.http import exchanges
+from inference.server.versions import fingerprint
 
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
@@ -80,12 +81,13 @@ class Answer:
     ]
     self._done: dict[int, requests.Completion] = {}
     self._head = {
-      'id': f'cmpl-{uuid.uuid4().hex}',
+      # The digits of `x-request-id`: both name the exchange.
+      'id': exchanges.current().answer_id('cmpl-'),
       'object': 'text_completion',
       'created': int(time.time()),
       'model': body.model,
-      # The weights. With the seed of a choice they determine the text.
-      'system_fingerprint': generator.frozen.manifest.weights_digest[:16],
+      # The version. With the seed of a choice it determines the text.
+      'system_fingerprint': fingerprint.of(generator),
     }
 
   @property
@@ -320,12 +322,18 @@ def _choice(
     'logprobs': None,
     'finish_reason': completion.finish_reason if completion else None,
   }
-  if completion and completion.finish_reason == 'error':
-    choice['error'] = (
+  return choice | ending(completion) if completion else choice
+
+
+def ending(completion: requests.Completion) -> dict[str, Any]:
+  """Returns the fields that only the end of a choice has."""
+  fields = {
+    'stop_reason': completion.stop_reason,
+    'seed': completion.seed,
+    'accounting': dataclasses.asdict(completion.usage),
+  }
+  if completion.finish_reason == 'error':
+    fields['error'] = (
       'the model computed numbers that are not finite; the text is that before'
     )
-  if completion:
-    choice['stop_reason'] = completion.stop_reason
-    choice['seed'] = completion.seed
-    choice['accounting'] = dataclasses.asdict(completion.usage)
-  return choice
+  return fields

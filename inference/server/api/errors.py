@@ -1,5 +1,6 @@
 """The errors that clients get, in OpenAI's shape."""
 
+from collections.abc import Sequence
 import logging
 from typing import Any
 
@@ -10,7 +11,11 @@ from inference.server import engine_loop
 
 RETRIED = 429, 503
 _RETRY_AFTER_SECONDS = 1
-_TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
+_TYPES = {
+  401: 'authentication_error',
+  403: 'permission_error',
+  429: 'rate_limit_error',
+}
 # The rest of the body of such a request is not waited for.
 _CLOSES = 408, 413
 _MOST_MESSAGE = 1000  # characters of an error, whatever it repeats
@@ -27,16 +32,18 @@ class ApiError(Exception):
     self.status = status
     self.param = param and printable(param)
     self.code = code
+    by_status = 'server_error' if status >= 500 else 'invalid_request_error'
+    self.type = _TYPES.get(status, by_status)
+    self.headers: dict[str, str] = {}  # of the answer
+    if status in RETRIED:
+      self.headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
 
   def body(self) -> dict[str, Any]:
     """Returns the JSON body."""
-    by_status = (
-      'server_error' if self.status >= 500 else 'invalid_request_error'
-    )
     return {
       'error': {
         'message': str(self),
-        'type': _TYPES.get(self.status, by_status),
+        'type': self.type,
         'param': self.param,
         'code': self.code,
       }
@@ -44,13 +51,11 @@ class ApiError(Exception):
 
   def response(self) -> responses.JSONResponse:
     """Returns the answer; its header `retry-after` makes clients retry."""
-    headers = {}
+    headers = dict(self.headers)
     if self.status == 401:
       headers['www-authenticate'] = 'Bearer'
     if self.status in _CLOSES:
       headers['connection'] = 'close'
-    if self.status in RETRIED:
-      headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
     return responses.JSONResponse(self.body(), self.status, headers)
 
 
@@ -62,6 +67,17 @@ def invalid(param: str, message: str) -> ApiError:
 def refused_prompt(error: ValueError) -> ApiError:
   """Returns a 400 about a prompt that the engine could never answer."""
   return invalid('prompt', str(error).removeprefix('prompt: '))
+
+
+def no_model(name: str, known: Sequence[str]) -> ApiError:
+  """Returns a 404 about a name that no model has."""
+  return ApiError(
+    404,
+    f'model: got {expect.shown(name)}, expected'
+    f' {" or ".join(map(repr, known)) or "none"}, as GET /v1/models lists',
+    param='model',
+    code='model_not_found',
+  )
 
 
 def stopping() -> ApiError:

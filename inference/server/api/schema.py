@@ -7,10 +7,10 @@ are made from the fields of `inference.sampling.settings.Settings`. Any other
 field is refused. No field is ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import typing
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 import pydantic_core
@@ -22,18 +22,24 @@ from inference.server.api import errors
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
 _MOST_ITEMS = 4096  # of a list that is no prompt of token ids; checks say less
-_MOST_LISTS = MAX_PROMPTS + 64  # lists and objects of a body
 
-# Fields that are refused unless absent, null, or one of these values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
 # The field of a request body for each setting that the API has.
 _API_NAMES = {
   field.name: name
   for field in dataclasses.fields(settings.Settings)
   if (name := field.metadata.get('api_name', field.name))
 }
-_MAX_PRIORITY = 2**31 - 1
-_UNKNOWN = 'unknown_field'
+MAX_PRIORITY = 2**31 - 1
+_UNKNOWN, _ABSENT = 'unknown_field', 'absent_kind'
+_NUMERIC = 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'
+# The keywords of JSON Schema that limit the values of a type.
+_KEYWORDS = {
+  'number': _NUMERIC,
+  'integer': _NUMERIC,
+  'string': ('minLength', 'maxLength'),
+  'array': ('maxItems', 'items'),
+  'object': ('maxProperties', 'additionalProperties', 'propertyNames'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +58,82 @@ class _FirstError:
     return schema
 
 
-_FEW = _FirstError(_MOST_ITEMS)
-_Strings = Annotated[list[str], _FEW]
-_Ids = Annotated[list[int], _FirstError()]
+@dataclasses.dataclass(frozen=True)
+class Unsupported:
+  """Annotation: the field is refused, unless its value changes nothing."""
+
+  why: str
+  neutral: tuple[Any, ...] = ()  # values that are accepted, as null is
+
+  def __get_pydantic_json_schema__(self, core_schema, handler):
+    return {'enum': [None, *self.neutral], 'description': self.why}
+
+  def accepts(self, value: Any) -> bool:
+    """Returns whether a value changes nothing."""
+    return value is None or any(
+      type(value) is type(each) and value == each for each in self.neutral
+    )
 
 
-class _Model(pydantic.BaseModel):
+def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
+  """Returns an annotation: another name, as OpenAI has some, is refused.
+
+  Args:
+    *names: that this server supports.
+    key: of the name, if the value is an object.
+  """
+
+  def check(value: Any) -> Any:
+    got = None if key else value
+    if key and isinstance(value, dict):
+      got = value.get(key)
+    if isinstance(got, str) and got not in names:
+      raise pydantic_core.PydanticCustomError(
+        _ABSENT, 'not supported', {'got': got, 'names': names}
+      )
+    return value
+
+  return pydantic.BeforeValidator(check)
+
+
+FEW = _FirstError(_MOST_ITEMS)
+Strings = Annotated[list[str], FEW]
+Ids = Annotated[list[int], _FirstError()]
+Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
+
+
+def _described(schema: dict[str, Any], kind: type['Body']) -> None:
+  """Adds to the schema of a body the texts and limits of its settings."""
+  schema['additionalProperties'] = False
+  properties = schema.get('properties', {})
+  for field in dataclasses.fields(settings.Settings):
+    found = properties.get(_API_NAMES.get(field.name, ''))
+    if found is not None:
+      found.setdefault('description', field.metadata['help'])
+      _limit(found, field.metadata.get('limits', {}))
+  for name, limits in kind.limits.items():
+    _limit(properties[name], limits)
+
+
+def _limit(found: dict[str, Any], limits: dict[str, Any]) -> None:
+  for each in (found, *found.get('anyOf', ())):
+    of_kind = _KEYWORDS.get(each.get('type'), ())
+    each.update({name: limits[name] for name in limits if name in of_kind})
+
+
+class Body(pydantic.BaseModel):
+  """A body, or an object in it. No field is ignored."""
+
+  most_lists: ClassVar[int] = MAX_PROMPTS + 64  # and objects, in all
+  # Of fields: keywords of JSON Schema, for limits that no type says.
+  limits: ClassVar[dict[str, dict[str, Any]]] = {}
+
   # Strict: '0.5' is no number, and true is not 1. Unknown fields are allowed
   # here and refused below: pydantic would make an error of each.
   model_config = pydantic.ConfigDict(
     extra='allow',
     strict=True,
-    json_schema_extra={'additionalProperties': False},
+    json_schema_extra=_described,
   )
 
   @pydantic.model_validator(mode='after')
@@ -74,41 +144,98 @@ class _Model(pydantic.BaseModel):
       )
     return self
 
+  @classmethod
+  def unsupported(cls) -> dict[str, Unsupported]:
+    """Returns the fields that are refused."""
+    return {
+      name: note
+      for name, field in cls.model_fields.items()
+      for note in field.metadata
+      if isinstance(note, Unsupported)
+    }
 
-_Body = typing.TypeVar('_Body', bound=_Model)
+  def refuse_unsupported(self) -> None:
+    """Refuses fields that this server knows, but does not support.
+
+    Raises:
+      ApiError: status 400; `param` names the field.
+    """
+    for name, note, value in self._unsupported_values():
+      if not note.accepts(value):
+        expected = ' or '.join(map(repr, (None, *note.neutral)))
+        raise errors.ApiError(
+          400,
+          f'{name}: got {expect.shown(value)}, expected {expected}; this server'
+          f' does not support it, leave it out: {note.why}',
+          param=name,
+          code='unsupported_parameter',
+        )
+
+  def _unsupported_values(
+    self, where: str = ''
+  ) -> Iterator[tuple[str, Unsupported, Any]]:
+    """Yields names, notes and values, also of the objects in this one."""
+    for name, note in self.unsupported().items():
+      yield where + name, note, getattr(self, name)
+    for name in type(self).model_fields:
+      value = getattr(self, name)
+      for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Body):
+          yield from each._unsupported_values(f'{where}{name}.')
 
 
-class StreamOptions(_Model):
+_Body = typing.TypeVar('_Body', bound=Body)
+
+
+class StreamOptions(Body):
   """Options of a stream."""
 
-  include_usage: bool = False
+  include_usage: bool = pydantic.Field(
+    default=False, description='Sends the usage in one more chunk, the last.'
+  )
 
 
-class _OpenAiRequest(_Model):
-  model: str
-  prompt: str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
-  max_tokens: int | None = None  # 0, with echo: only the prompt is scored
+class _OpenAiRequest(Body):
+  model: str = pydantic.Field(description='A name of /v1/models.')
+  prompt: Prompts = pydantic.Field(
+    description='One prompt or several: texts, or token ids as they are.'
+  )
+  max_tokens: int | None = pydantic.Field(
+    default=None,
+    description='Most tokens to generate; null: as the model recommends, else'
+    ' as many as fit; 0, with echo: only the prompt is scored.',
+  )
   temperature: float | None = None
   top_p: float | None = None
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
-  logit_bias: Annotated[dict[str, float], _FEW] | None = None
+  logit_bias: Annotated[dict[str, float], FEW] | None = None
   logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
-  stop: str | _Strings | None = None
+  stop: str | Strings | None = None
   n: int | None = None
-  echo: bool | None = None
-  stream: bool | None = None
-  stream_options: StreamOptions | None = None
-  user: str | None = None  # written to the server's log
-  best_of: Any = None
-  suffix: Any = None
+  echo: bool | None = pydantic.Field(
+    default=None, description='Repeats the prompt before the completion.'
+  )
+  stream: bool | None = pydantic.Field(
+    default=None, description='Answers with server-sent events.'
+  )
+  stream_options: StreamOptions | None = pydantic.Field(
+    default=None, description='Only with stream.'
+  )
+  user: str | None = pydantic.Field(
+    default=None, description="Written to the server's log."
+  )
+  best_of: Annotated[Any, Unsupported('ask for n and choose', (1,))] = None
+  suffix: Annotated[
+    Any, Unsupported('the model was not trained to fill a gap')
+  ] = None
   min_tokens: int | None = None  # vLLM's; here since `_check_scores` reads it
 
 
-def _with_settings(
-  base: type[_OpenAiRequest], fields: Sequence[dataclasses.Field]
-) -> type[_OpenAiRequest]:
+def with_settings(
+  base: type[_Body], fields: Sequence[dataclasses.Field]
+) -> type[_Body]:
   """Returns `base` with a field for each setting that it lacks.
 
   A tuple becomes a list, as JSON has it. None means that the request does not
@@ -121,13 +248,13 @@ def _with_settings(
       continue
     kind: Any = field.type
     if typing.get_origin(kind) is tuple:
-      kind = Annotated[list[typing.get_args(kind)[0]], _FEW]
+      kind = Annotated[list[typing.get_args(kind)[0]], FEW]
     default = pydantic.Field(default=None, description=field.metadata['help'])
     added[name] = (kind | None, default)
   return pydantic.create_model('_VllmRequest', __base__=base, **added)
 
 
-_VllmRequest = _with_settings(
+_VllmRequest = with_settings(
   _OpenAiRequest, dataclasses.fields(settings.Settings)
 )
 
@@ -139,9 +266,21 @@ class CompletionRequest(_VllmRequest):
   `inference.sampling.settings`.
   """
 
+  limits: ClassVar[dict[str, dict[str, Any]]] = {
+    'max_tokens': {'minimum': 0},
+    'n': {'maximum': MAX_CHOICES},
+    'priority': {'minimum': -MAX_PRIORITY, 'maximum': MAX_PRIORITY},
+  }
+
   # vLLM's fields that are no settings.
-  return_tokens_as_token_ids: bool | None = None
-  priority: int | None = None  # a lower number is served sooner; see `check`
+  return_tokens_as_token_ids: bool | None = pydantic.Field(
+    default=None,
+    description='Names the tokens of logprobs token_id:ID; only with them.',
+  )
+  priority: int | None = pydantic.Field(
+    default=None,
+    description='A lower number is served sooner. With API keys, at least 0.',
+  )
 
   def check(self, *, is_shared: bool) -> None:
     """Refuses values that the types allow, but this server does not support.
@@ -153,35 +292,12 @@ class CompletionRequest(_VllmRequest):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    for name, neutral in _NEUTRAL.items():
-      value = getattr(self, name)
-      if value is not None and value not in neutral:
-        expected = ' or '.join(map(repr, (None, *neutral)))
-        raise errors.ApiError(
-          400,
-          f'{name}: got {expect.shown(value)}, expected {expected}; this server'
-          ' does not support it, leave it out',
-          param=name,
-          code='unsupported_parameter',
-        )
-    if self.stream_options is not None and not self.stream:
-      raise errors.invalid(
-        'stream_options', 'got options without stream, expected stream: true'
-      )
-    if self.n is not None and self.n < 1:
-      raise errors.invalid('n', f'got {self.n}, expected at least 1')
+    check_common(self, is_shared=is_shared)
     if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
       raise errors.invalid(
         'prompt',
         f'got {len(self.prompts())} prompts, expected 1 to {MAX_PROMPTS}; send'
         ' several requests',
-      )
-    least = 0 if is_shared else -_MAX_PRIORITY
-    if not least <= (self.priority or 0) <= _MAX_PRIORITY:
-      raise errors.invalid(
-        'priority',
-        f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is the'
-        ' default, and a higher number is served later',
       )
     self._check_scores()
 
@@ -207,11 +323,7 @@ class CompletionRequest(_VllmRequest):
 
   def prompts(self) -> list[str | list[int]]:
     """Returns the prompts as a list."""
-    if isinstance(self.prompt, str):
-      return [self.prompt]
-    if self.prompt and isinstance(self.prompt[0], int):
-      return [self.prompt]  # pyright: ignore[reportReturnType]
-    return list(self.prompt)  # pyright: ignore[reportReturnType]
+    return as_prompts(self.prompt)
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.
@@ -219,47 +331,56 @@ class CompletionRequest(_VllmRequest):
     Raises:
       SettingError: a key of logit_bias is no token id.
     """
-    chosen = {
-      setting: _frozen(getattr(self, name))
-      for setting, name in _API_NAMES.items()
-    }
+    chosen = chosen_settings(self)
     if self.max_tokens == 0:
       # The engine generates at least one token; `completions` drops it.
       chosen['max_tokens'] = 1
-    if self.top_k == -1:  # pyright: ignore[reportAttributeAccessIssue]
-      chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
-    if isinstance(self.stop, str):
-      chosen['stop'] = (self.stop,)
-    if self.logit_bias is not None:
-      chosen['logit_bias'] = settings.bias_pairs(self.logit_bias)
     return chosen
 
 
-class TokenizeRequest(_Model):
-  """The body of POST /tokenize."""
+def check_common(body: Any, *, is_shared: bool) -> None:
+  """Checks the fields that the bodies of several routes have.
 
-  model: str | None = None
-  prompt: str | None = None  # vLLM's name of the text
-  content: str | None = None  # llama.cpp's name of the text
-  add_special_tokens: bool = True  # adds BOS if /v1/completions adds it
+  Args:
+    body: with the fields stream, n and priority.
+    is_shared: whether the server has API keys.
 
-  def text(self) -> str:
-    """Returns the text.
+  Raises:
+    ApiError: status 400; `param` names the field.
+  """
+  body.refuse_unsupported()
+  if body.stream_options is not None and not body.stream:
+    raise errors.invalid(
+      'stream_options', 'got options without stream, expected stream: true'
+    )
+  if body.n is not None and body.n < 1:
+    raise errors.invalid('n', f'got {body.n}, expected at least 1')
+  least = 0 if is_shared else -MAX_PRIORITY
+  if not least <= (body.priority or 0) <= MAX_PRIORITY:
+    raise errors.invalid(
+      'priority',
+      f'got {body.priority}, expected {least} to {MAX_PRIORITY}; 0 is the'
+      ' default, and a higher number is served later',
+    )
 
-    Raises:
-      ApiError: no text is given, or two.
-    """
-    if (self.prompt is None) == (self.content is None):
-      got = 'neither' if self.prompt is None else 'both'
-      raise errors.invalid('prompt', f'got {got}, expected prompt or content')
-    return self.prompt if self.prompt is not None else self.content or ''
 
+def chosen_settings(body: Any) -> dict[str, Any]:
+  """Returns the settings of a body made by `with_settings`; None: not chosen.
 
-class DetokenizeRequest(_Model):
-  """The body of POST /detokenize."""
-
-  model: str | None = None
-  tokens: _Ids
+  Raises:
+    SettingError: a key of logit_bias is no token id.
+  """
+  chosen = {
+    setting: _frozen(getattr(body, name))
+    for setting, name in _API_NAMES.items()
+  }
+  if body.top_k == -1:
+    chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
+  if isinstance(body.stop, str):
+    chosen['stop'] = (body.stop,)
+  if body.logit_bias is not None:
+    chosen['logit_bias'] = settings.bias_pairs(body.logit_bias)
+  return chosen
 
 
 def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
@@ -273,7 +394,11 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
   Raises:
     ApiError: status 400, about the first field that is wrong.
   """
-  _check_counts(raw, most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS)
+  _check_counts(
+    raw,
+    most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS,
+    most_lists=kind.most_lists,
+  )
   try:
     return kind.model_validate_json(raw)
   except pydantic.ValidationError as error:
@@ -282,7 +407,7 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
     ) from None
 
 
-def _check_counts(raw: bytes, most_values: int) -> None:
+def _check_counts(raw: bytes, *, most_values: int, most_lists: int) -> None:
   """Refuses a body with more parts than any request has, before it is parsed.
 
   A parser holds Python's lock from the first byte to the last: a MiB of `[],`
@@ -293,7 +418,7 @@ def _check_counts(raw: bytes, most_values: int) -> None:
   _check_count('strings', num_strings, 3 * _MOST_ITEMS)
   between = b''.join(bare.split(b'"')[::2])
   num_lists = between.count(b'[') + between.count(b'{')
-  _check_count('lists and objects', num_lists, _MOST_LISTS)
+  _check_count('lists and objects', num_lists, most_lists)
   _check_count('values', between.count(b','), most_values)
 
 
@@ -316,21 +441,35 @@ def from_setting(error: settings.SettingError) -> errors.ApiError:
 
 def from_validation(found: Sequence[Any]) -> errors.ApiError:
   """Returns a 400 about the first field that pydantic refused."""
-  error = found[0]
+  # Of a union, the alternative that the value was meant for.
+  error = next((each for each in found if each['type'] == _ABSENT), found[0])
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
     return errors.ApiError(400, message, param=None, code=None)
   # loc is (field, alternative of a union, index); the field is shown.
-  where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
+  where = [
+    part[: expect.MOST_SHOWN]
+    for part in map(str, error['loc'])
+    if '[' not in part  # the name of an alternative, as pydantic writes it
+  ]
   if error['type'] == _UNKNOWN:
     where.append(error['ctx']['name'][: expect.MOST_SHOWN])
+  if error['type'] == _ABSENT:
+    names = ', '.join(map(repr, error['ctx']['names']))
+    message = (
+      f'{".".join(where)}: got {expect.shown(error["ctx"]["got"])}, expected'
+      f' {names}; this server does not support it, leave it out'
+    )
+    return errors.ApiError(
+      400, message, param=where[0], code='unsupported_parameter'
+    )
   if not where:
     message = 'body: got no JSON object, expected one'
     return errors.ApiError(400, message, param=None, code=None)
   if error['type'] == _UNKNOWN:
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
-      ' expected one of the completions API; leave it out'
+      ' expected one that /v1/capabilities lists; leave it out'
     )
     return errors.ApiError(
       400, message, param=where[0], code='unsupported_parameter'
@@ -339,7 +478,20 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
   wanted = dict.fromkeys(
     other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
-  return errors.invalid(where[0], '; or: '.join(wanted))
+  # Of a list, the item is named too: a conversation may have many.
+  is_listed = len(error['loc']) > 2 and isinstance(error['loc'][1], int)
+  place = '.'.join(where) if is_listed else where[0]
+  message = f'{place}: {"; or: ".join(wanted)}'
+  return errors.ApiError(400, message, param=where[0], code=None)
+
+
+def as_prompts(prompts: Prompts) -> list[str | list[int]]:
+  """Returns one prompt, or several, as a list."""
+  if isinstance(prompts, str):
+    return [prompts]
+  if prompts and isinstance(prompts[0], int):
+    return [prompts]  # pyright: ignore[reportReturnType]
+  return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def _frozen(value: Any) -> Any:

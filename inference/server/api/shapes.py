@@ -34,21 +34,115 @@ class Status(_Shape):
 
 
 class Model(_Shape):
-  """The served model."""
+  """A served model; `version` is its name and the digest of its weights."""
 
   id: str
   object: Literal['model']
   created: int
   owned_by: str
   max_model_len: int
+  version: str
+  digests: dict[str, str | None]
   lineage: dict[str, Any]
 
 
 class ModelList(_Shape):
-  """The one model, as a list."""
+  """The names and versions that are served."""
 
   object: Literal['list']
   data: list[Model]
+
+
+class Version(_Shape):
+  """The version of the program, and of what it runs on."""
+
+  version: str
+  commit: str
+  python: str
+  jax: str
+  jaxlib: str
+  platform: str
+  device: str
+  num_devices: int
+  formats: dict[str, int]
+
+
+class Memory(_Shape):
+  """The bytes that a version takes; `free` is of the time before."""
+
+  weights: int
+  kv_cache: int
+  sampling: int
+  free: int | None
+  total: int
+
+
+class ModelVersion(_Shape):
+  """A version of a model, as an administrator sees it."""
+
+  id: str
+  object: Literal['model_version']
+  name: str
+  state: str  # loading, ready, draining, failed or stopped
+  error: str | None
+  share: float
+  shadow_share: float
+  num_requests: int
+  context: int
+  memory: Memory | None
+  digests: dict[str, str | None]
+
+
+class VersionList(_Shape):
+  """All versions, also those that load, drain or have failed."""
+
+  object: Literal['list']
+  data: list[ModelVersion]
+
+
+class Traffic(_Shape):
+  """The versions that requests to a name go to."""
+
+  name: str
+  weights: dict[str, float]
+  shadows: dict[str, float]
+  by_principal: bool
+
+
+class TrafficList(_Shape):
+  """The traffic of all names."""
+
+  object: Literal['list']
+  data: list[Traffic]
+
+
+class Parameter(_Shape):
+  """A parameter of a route; `accepted` if it is not supported."""
+
+  name: str
+  in_: Literal['body', 'header', 'path', 'query'] = pydantic.Field(alias='in')
+  supported: bool
+  required: bool
+  description: str
+  values: dict[str, Any] | None = None
+  accepted: list[Any] | None = None
+
+
+class Route(_Shape):
+  """A route and its parameters."""
+
+  method: str
+  path: str
+  answers: list[str]
+  parameters: list[Parameter]
+
+
+class Capabilities(_Shape):
+  """The parameters of every route."""
+
+  object: Literal['capabilities']
+  note: str
+  routes: list[Route]
 
 
 class Logprobs(_Shape):
@@ -63,9 +157,11 @@ class Logprobs(_Shape):
 class Accounting(_Shape):
   """The cost of a choice, see `inference.engine.requests.Usage`."""
 
+  prompt_tokens: int
   prefill_tokens: int
   decode_tokens: int
   cached_tokens: int
+  rejected_tokens: int
   preemptions: int
   flops: float
   kv_byte_seconds: float
@@ -95,6 +191,99 @@ class Choice(ChunkChoice):
   accounting: Accounting  # pyright: ignore[reportGeneralTypeIssues]
 
 
+class TopLogprob(_Shape):
+  """The log-probability of a token; special tokens have no bytes."""
+
+  token: str
+  logprob: float
+  bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+  """That of a token of the text, with the most probable ones."""
+
+  top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Shape):
+  """Log-probabilities, one entry per token of the text."""
+
+  content: list[TokenLogprob]
+  refusal: None
+
+
+class CalledFunction(_Shape):
+  """The function of a call; its arguments are JSON."""
+
+  name: str
+  arguments: str
+
+
+class ToolCall(_Shape):
+  """A call of a tool."""
+
+  id: str
+  type: Literal['function']
+  function: CalledFunction
+
+
+class ChatMessage(_Shape):
+  """An answer; content is null if it only calls tools."""
+
+  role: Literal['assistant']
+  content: str | None
+  refusal: None
+  reasoning_content: str | None = None
+  tool_calls: list[ToolCall] | None = None
+
+
+class _ChatEnding(_Shape):
+  index: int
+  logprobs: ChatLogprobs | None
+  finish_reason: str | None
+  stop_reason: str | int | None = None
+  seed: int | None = None
+  accounting: Accounting | None = None
+  error: str | None = None
+
+
+class ChatChoice(_ChatEnding):
+  """A whole choice."""
+
+  message: ChatMessage
+
+
+class FunctionPiece(_Shape):
+  """The next piece of the function of a call."""
+
+  name: str | None = None
+  arguments: str
+
+
+class ToolCallPiece(_Shape):
+  """The next piece of a call; the first has its id and name."""
+
+  index: int
+  id: str | None = None
+  type: Literal['function'] | None = None
+  function: FunctionPiece
+
+
+class Delta(_Shape):
+  """The next piece of an answer: one of these, or nothing at its end."""
+
+  role: Literal['assistant'] | None = None
+  content: str | None = None
+  reasoning_content: str | None = None
+  tool_calls: list[ToolCallPiece] | None = None
+
+
+class ChatChunkChoice(_ChatEnding):
+  """The next piece of a choice; the last has what ends it."""
+
+  delta: Delta
+
+
 class PromptDetails(_Shape):
   """What the prompt cost less."""
 
@@ -108,6 +297,18 @@ class Usage(_Shape):
   completion_tokens: int
   total_tokens: int
   prompt_tokens_details: PromptDetails
+
+
+class CompletionDetails(_Shape):
+  """Tokens of a kind."""
+
+  reasoning_tokens: int
+
+
+class ChatUsage(Usage):
+  """Tokens of a chat request."""
+
+  completion_tokens_details: CompletionDetails
 
 
 class _Head(_Shape):
@@ -125,11 +326,51 @@ class Completion(_Head):
   usage: Usage
 
 
+class Chat(_Head):
+  """The answer to a chat request."""
+
+  object: Literal['chat.completion']  # pyright: ignore
+  choices: list[ChatChoice]
+  usage: ChatUsage
+
+
+class ChatChunk(_Head):
+  """An event of a stream of a chat."""
+
+  object: Literal['chat.completion.chunk']  # pyright: ignore
+  choices: list[ChatChunkChoice]
+  usage: ChatUsage | None = None
+
+
 class CompletionChunk(_Head):
   """An event of a stream."""
 
   choices: list[ChunkChoice]
   usage: Usage | None = None
+
+
+class Embedding(_Shape):
+  """The vector of an input: numbers, or base64 of float32 numbers."""
+
+  object: Literal['embedding']
+  index: int
+  embedding: list[float] | str
+
+
+class EmbeddingUsage(_Shape):
+  """Tokens of all inputs."""
+
+  prompt_tokens: int
+  total_tokens: int
+
+
+class EmbeddingList(_Shape):
+  """The vectors, in the order of the inputs."""
+
+  object: Literal['list']
+  data: list[Embedding]
+  model: str
+  usage: EmbeddingUsage
 
 
 class TokenizerInfo(_Shape):

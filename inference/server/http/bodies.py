@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent import futures
 import contextlib
+import contextvars
 import time
 from typing import Any, TypeVar
 
@@ -62,16 +63,25 @@ class Bodies:
       body = await self._read(request, held)
       return await self.in_thread(work, body, size=len(body))
 
+  async def read(self, request: fastapi.Request) -> bytes:
+    """Returns the body of a request, within the limits of `worked`."""
+    async with contextlib.AsyncExitStack() as held:
+      return await self._read(request, held)
+
   async def in_thread(
     self, work: Callable[..., _Result], *args: Any, size: int
   ) -> _Result:
     """Returns what `work` makes of `args`; `size` is that of the text."""
     loop = asyncio.get_running_loop()
+    # Of the exchange: the thread then sees the request that it works for.
+    context = contextvars.copy_context()
+
+    def run() -> _Result:
+      return context.run(work, *args)
+
     if size <= _LONG:
-      done = loop.run_in_executor(self._short, work, *args)
-    else:
-      done = loop.run_in_executor(self._long, self._paced, work, *args)
-    return await done
+      return await loop.run_in_executor(self._short, run)
+    return await loop.run_in_executor(self._long, self._paced, run)
 
   def stop(self) -> None:
     """Answers 503 to the requests whose bodies have not arrived."""
@@ -85,7 +95,7 @@ class Bodies:
     for lane in (self._short, self._long):
       lane.shutdown(wait=False, cancel_futures=True)
 
-  def _paced(self, work: Callable[..., _Result], *args: Any) -> _Result:
+  def _paced(self, work: Callable[[], _Result]) -> _Result:
     """Does long work, after a pause that the work before has earned.
 
     A parser holds Python's lock from its first byte to its last. Without pauses
@@ -94,7 +104,7 @@ class Bodies:
     time.sleep(self._pause)
     start = time.thread_time()
     try:
-      return work(*args)
+      return work()
     finally:
       took = time.thread_time() - start
       self._pause = min(_PAUSE * took, _MOST_PAUSE_SECONDS)

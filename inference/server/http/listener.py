@@ -1,8 +1,9 @@
 """The listener: uvicorn with limits, and an orderly end of open requests.
 
-After a signal to stop, open requests have `drain_seconds` to finish. Then their
-streams end with an error event and [DONE], and other requests are answered 503.
-uvicorn would cancel the tasks in place of that: half answers, 500s, tracebacks.
+After a signal to stop, open requests have `drain_seconds` to finish; new ones
+are answered 503, see `draining`. Then streams end with an error event and
+[DONE], and other requests are answered 503. uvicorn would cancel the tasks in
+place of that: half answers, 500s, tracebacks.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any
 import uvicorn
 
 from inference.server import server_config
-from inference.server.http import protocol
+from inference.server.http import draining as draining_lib, protocol
 
 # For the last events to reach clients that read. Others are cut off.
 _FLUSH_SECONDS = 2.0
@@ -35,6 +36,7 @@ class Listener(uvicorn.Server):
     config: server_config.ServerConfig,
     *,
     end_requests: Callable[[], Awaitable[None]],
+    draining: draining_lib.Draining | None = None,
     **options,
   ):
     """Takes the app.
@@ -44,6 +46,7 @@ class Listener(uvicorn.Server):
       config: the limits.
       end_requests: ends all open requests with an error; called after the
         drain.
+      draining: of the app; None: the port is closed at once.
       **options: of `uvicorn.Config`, such as host and port.
     """
     super().__init__(
@@ -56,6 +59,7 @@ class Listener(uvicorn.Server):
       )
     )
     self._drain_seconds, self._end_requests = config.drain_seconds, end_requests
+    self._draining = draining
     self._listening: list[socket.socket] = []
     self._opening: set[asyncio.Task] = set()  # else nothing refers to them
 
@@ -81,11 +85,17 @@ class Listener(uvicorn.Server):
         )
 
   async def shutdown(self, sockets=None) -> None:
-    """Stops listening; finishes open requests, or ends them."""
+    """Finishes open requests, or ends them; stops listening."""
+    now = asyncio.get_running_loop().time()
+    deadline = now + self._drain_seconds
+    if self._draining:
+      self._draining.is_on = True
+      while self._draining.num_open and not self._is_over(deadline):
+        await asyncio.sleep(_TICK_SECONDS)
     for listening in self._listening:
       asyncio.get_running_loop().remove_reader(listening)
       listening.close()
-    ending = asyncio.create_task(self._end_in_time())
+    ending = asyncio.create_task(self._end_in_time(deadline))
     await super().shutdown(sockets)
     ending.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -112,10 +122,12 @@ class Listener(uvicorn.Server):
       app_state=self.lifespan.state,
     )
 
-  async def _end_in_time(self) -> None:
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + self._drain_seconds
-    while clock() < deadline and not self.force_exit:
+  def _is_over(self, deadline: float) -> bool:
+    now = asyncio.get_running_loop().time()
+    return now >= deadline or self.force_exit
+
+  async def _end_in_time(self, deadline: float) -> None:
+    while not self._is_over(deadline):
       await asyncio.sleep(_TICK_SECONDS)
     await self._end_requests()
     await asyncio.sleep(_FLUSH_SECONDS)

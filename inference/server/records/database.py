@@ -28,6 +28,7 @@ FORMAT = 1  # of all tables; a file with a higher number is of a newer server
 _APPLICATION_ID = 0x32_4C_56_53  # '2LVS': `file` and we know our own files
 _BUSY_SECONDS = 10.0  # a writer of another process may take this long
 _MOST_TOGETHER = 256  # works that share a commit
+_IN_MEMORY = ':memory:'
 
 _Result = TypeVar('_Result')
 
@@ -48,7 +49,7 @@ class Database:
       ValueError: the file is no file of records, of a newer server, or cannot
         be written.
     """
-    self._name = ':memory:' if path is None else os.fspath(path)
+    self._name = _IN_MEMORY if path is None else os.fspath(path)
     self._connection = _opened(path, tables)
     self._works: queue.SimpleQueue[
       tuple[Callable[[sqlite3.Connection], Any], futures.Future] | None
@@ -64,6 +65,11 @@ class Database:
   def name(self) -> str:
     """The path, or :memory:."""
     return self._name
+
+  @property
+  def is_file(self) -> bool:
+    """Whether the records outlive the process."""
+    return self._name != _IN_MEMORY
 
   async def run(
     self,
@@ -88,6 +94,19 @@ class Database:
     self._works.put((lambda connection: work(connection, *args), done))
     return done
 
+  async def erase(self) -> None:
+    """Removes from the disk what works before this have deleted.
+
+    A deleted row is overwritten in the file, but its copy stays in the log
+    until the log is cut.
+    """
+    done: futures.Future[None] = futures.Future()
+    done.set_running_or_notify_cancel()
+    if self._is_closed:
+      raise RuntimeError(f'{self._name}: the records are closed')
+    self._works.put((_cut_log, done))
+    await asyncio.wrap_future(done)
+
   def close(self) -> None:
     """Finishes the works that wait, and closes the file."""
     if not self._is_closed:
@@ -105,8 +124,22 @@ class Database:
         except queue.Empty:
           break
       is_open = None not in batch
-      self._commit([each for each in batch if each is not None])
+      works = [each for each in batch if each is not None]
+      self._commit([each for each in works if each[0] is not _cut_log])
+      self._erase([done for work, done in works if work is _cut_log])
     self._connection.close()
+
+  def _erase(self, waiting: list[futures.Future]) -> None:
+    if not waiting:
+      return
+    try:
+      _cut_log(self._connection)
+    except sqlite3.Error as error:
+      for done in waiting:
+        done.set_exception(error)
+    else:
+      for done in waiting:
+        done.set_result(None)
 
   def _commit(self, batch) -> None:
     """Runs works in one transaction; tells each how it ended."""
@@ -135,12 +168,17 @@ class Database:
         done.set_exception(error)
 
 
+def _cut_log(connection: sqlite3.Connection) -> None:
+  # Outside of a transaction: it copies the log into the file, and empties it.
+  connection.execute('PRAGMA wal_checkpoint(TRUNCATE)')
+
+
 def _opened(
   path: str | os.PathLike | None, tables: Iterable[str]
 ) -> sqlite3.Connection:
   fix = 'a file that this server made, or a path where it can make one'
   if path is None:
-    connection = _connected(':memory:')
+    connection = _connected(_IN_MEMORY)
   else:
     if not os.fspath(path).strip():
       raise ValueError(f'records: got an empty path, expected {fix}')
@@ -159,7 +197,7 @@ def _opened(
   except (ValueError, sqlite3.Error) as error:
     connection.close()
     raise ValueError(
-      f'records: got {os.fspath(path or ":memory:")}: {error}, expected {fix}'
+      f'records: got {os.fspath(path or _IN_MEMORY)}: {error}, expected {fix}'
     ) from error
   return connection
 
@@ -190,6 +228,7 @@ def _prepare(connection: sqlite3.Connection, tables: Iterable[str]) -> None:
   connection.execute('PRAGMA journal_mode = WAL')
   connection.execute('PRAGMA synchronous = FULL')
   connection.execute('PRAGMA foreign_keys = ON')
+  connection.execute('PRAGMA secure_delete = ON')
   connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
   connection.execute(f'PRAGMA user_version = {FORMAT}')
   for sql in tables:

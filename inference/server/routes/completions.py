@@ -16,30 +16,39 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.post('/v1/completions')
   async def complete(request: fastapi.Request):
-    generator = service.model.generator()
-
-    def prepared(raw: bytes) -> completions.Answer:
+    def prepared(
+      raw: bytes,
+    ) -> tuple[service_lib.ServedModel, completions.Answer]:
       body = schema.parsed(
-        schema.CompletionRequest, raw, context=generator.engine.context
+        schema.CompletionRequest, raw, context=service.context
       )
-      service.find(body.model)
+      model = service.find(body.model)
+      generator = model.generator()
       body.check(is_shared=service.has_keys)
-      return completions.Answer(
+      return model, completions.Answer(
         generator, body, principal=request.state.principal
       )
 
-    answer = await service.bodies.worked(request, prepared)
+    model, answer = await service.bodies.worked(request, prepared)
     if answer.is_stream:
-      updates = await service.model.submit(answer.requests)
+      updates = await model.submit(answer.requests)
       chunks = answer.chunks(updates)
-      return streams.EventStream(streams.events(chunks), updates)
-    return await streams.unless_disconnected(request, _whole(service, answer))
+      return streams.EventStream(
+        streams.events(chunks),
+        updates,
+        ping_seconds=service.config.ping_seconds,
+      )
+    return await streams.unless_disconnected(
+      request, _whole(service, model, answer)
+    )
 
 
 async def _whole(
-  service: service_lib.Service, answer: completions.Answer
+  service: service_lib.Service,
+  model: service_lib.ServedModel,
+  answer: completions.Answer,
 ) -> responses.Response:
-  updates = await service.model.submit(answer.requests)
+  updates = await model.submit(answer.requests)
   with contextlib.closing(updates):
     await answer.finish(updates)
 

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /metrics."""
+"""GET /health, /ready, /metrics and /version."""
 
 import fastapi
 from fastapi import responses
@@ -7,28 +7,54 @@ from inference.server import (
   engine_loop as engine_loop_lib,
   service as service_lib,
 )
+from inference.server.versions import about, metrics as metrics_lib
 
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+# Of a name, the state of its best version counts.
+_BEST_FIRST = (
+  engine_loop_lib.READY,
+  engine_loop_lib.LOADING,
+  engine_loop_lib.STOPPED,
+  engine_loop_lib.FAILED,
+)
 
 
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   """Adds the routes."""
-  engine_loop = service.model.engine_loop
 
-  def tell(is_good: bool) -> responses.Response:
+  def state() -> str:
+    """Returns the state of the name that is worst off."""
+    states = service.versions.states().values()
+    return max(
+      (min(each, key=_BEST_FIRST.index) for each in states),
+      key=_BEST_FIRST.index,
+      default=engine_loop_lib.STOPPED,
+    )
+
+  def tell(state: str, *, is_good: bool) -> responses.Response:
     # Probes need no key (`api_keys.OPEN_PATHS`), so they learn only the state.
-    status = {'status': 'ok' if is_good else engine_loop.state}
+    status = {'status': 'ok' if is_good else state}
     return responses.JSONResponse(status, 200 if is_good else 503)
 
   @app.get('/health')
   async def health():
-    return tell(engine_loop.state != engine_loop_lib.FAILED)
+    now = state()
+    return tell(now, is_good=now != engine_loop_lib.FAILED)
 
   @app.get('/ready')
   async def ready():
-    return tell(engine_loop.state == engine_loop_lib.READY)
+    is_stopping = service.draining.is_on
+    now = engine_loop_lib.STOPPED if is_stopping else state()
+    return tell(now, is_good=now == engine_loop_lib.READY)
 
   @app.get('/metrics')
   async def metrics():
-    text = service.model.generator().engine.metrics.text()
+    if not any(each.generator for each in service.versions.engine_loops()):
+      service.model.generator()  # 503: there is nothing to count yet
+    text = metrics_lib.text(service.registries())
+    text += service.admission.ledger.metrics.text()
     return responses.Response(text, media_type=_METRICS_TYPE)
+
+  @app.get('/version')
+  def version():  # in a thread: it asks git, and the device for its kind
+    return about.version()

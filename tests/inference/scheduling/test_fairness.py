@@ -14,6 +14,7 @@ class Waiting:
   priority: int = 0
   waited_steps: int = 0
   num_remaining: int = 10
+  weight: float = 1.0
 
 
 def _turns(*queue, served=None, best_priority=0, aging_steps=5):
@@ -104,3 +105,28 @@ def test_counters_that_say_nothing_are_dropped():
   # A principal that comes back has the counter that it would have had.
   assert fairness.lift(lifted, 'old', ['ann', 'bob', 'new'])['old'] == 30
   assert fairness.lift(served, 'eve', []) == {'eve': 0}
+
+
+def test_a_principal_with_twice_the_weight_gets_twice_the_turns():
+  heavy = [Waiting(i, 'ann', weight=2.0) for i in range(6)]
+  light = [Waiting(10 + i, 'bob') for i in range(3)]
+  turns = _turns(*heavy, *light)
+  assert turns == [0, 10, 1, 2, 11, 3, 4, 12, 5]
+
+
+def test_who_holds_few_slots_for_its_weight_gives_way_last():
+  @dataclasses.dataclass
+  class Running:
+    id: int
+    principal: str
+    weight: float
+    arrival: int = 0
+    seniority: int = 0
+    is_ready: bool = True
+    is_decode: bool = True
+
+  running = [Running(i, 'ann', 3.0, i, i) for i in range(4)]
+  running += [Running(10 + i, 'bob', 1.0, 10 + i, 10 + i) for i in range(2)]
+  levels = {each.id: 0 for each in running}
+  order = [each.id for _, each in fairness.standing(running, levels)]
+  assert order == [0, 10, 1, 2, 3, 11]

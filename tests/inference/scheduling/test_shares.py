@@ -200,3 +200,19 @@ def test_ranks_take_turns_between_principals():
 )
 def test_a_principal_leaves_places_of_the_queue_to_others(places, others, most):
   assert fairness.most_waiting(places, others) == most
+
+
+@pytest.mark.parametrize('weight', [1.0, 3.0])
+def test_tokens_are_shared_by_weight_while_both_wait(weight):
+  loop = _loop()
+  _flood(loop, 400, new=20, principal='heavy', weight=weight)
+  _flood(loop, 400, new=20, principal='light')
+  for _ in range(400):
+    loop.step()
+  made = {'heavy': 0, 'light': 0}
+  for (principal, _), truth in [*loop.truths.items(), *loop.ended.items()]:
+    made[principal] += truth.num_appended
+  # A sequence of 20 tokens in each of 8 slots: the shares are that coarse.
+  assert made['heavy'] / made['light'] == pytest.approx(weight, rel=0.1)
+  # Alone, a principal has everything, whatever its weight.
+  assert sum(made.values()) > 0.8 * 400 * 8

@@ -4,7 +4,13 @@ import httpx2
 import openai
 import pytest
 
-from tests.helpers import servers
+from tests.helpers import scripted_models, servers
+
+
+@pytest.fixture(scope='session')
+def talker(tmp_path_factory):
+  """Returns a generator whose answers are known, see `scripted_models`."""
+  return scripted_models.weather(tmp_path_factory.mktemp('talker'))
 
 
 @pytest.fixture(scope='module')

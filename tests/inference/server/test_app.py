@@ -9,6 +9,7 @@ import prometheus_client.parser
 import pytest
 
 from inference.sampling import settings as settings_lib
+from inference.server.records import responses as responses_store
 from tests.helpers import servers
 
 _MODEL, _GREEDY = servers.MODEL, servers.GREEDY
@@ -225,3 +226,17 @@ def test_routes_that_do_not_exist_answer_in_the_same_shape(http):
   for answer in (http.get('/v1/nowhere'), http.get('/v1/completions')):
     assert answer.status_code in (404, 405)
     assert answer.json()['error']['type'] == 'invalid_request_error'
+
+
+def test_an_error_of_a_route_is_a_500_in_the_shape_of_all_errors(
+  http, monkeypatch
+):
+  async def get(*_):
+    raise RuntimeError('a secret')
+
+  monkeypatch.setattr(responses_store.Store, 'get', get)
+  answer = http.get('/v1/responses/resp_1')
+  assert answer.status_code == 500
+  assert answer.json()['error']['type'] == 'server_error'
+  assert 'secret' not in answer.text
+  assert answer.headers['x-request-id'].startswith('req_')

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import socket
@@ -13,7 +14,11 @@ import httpx2
 import pytest
 
 from frozen import format as frozen_format
-from inference.server import app as app_lib, engine_loop as engine_loop_lib
+from inference.server import (
+  app as app_lib,
+  engine_loop as engine_loop_lib,
+  service,
+)
 from tests.helpers import servers
 
 _MODEL = servers.MODEL
@@ -57,6 +62,17 @@ def _cancelled(served):
   )
 
 
+def _as_chat(generator, body):
+  """Returns a chat with the same prompt, by a template of the prompt alone."""
+  generator.frozen = dataclasses.replace(
+    generator.frozen, chat_template='{{ messages[0].content }}'
+  )
+  messages = [{'role': 'user', 'content': body['prompt']}]
+  chat = {**body, 'messages': messages}
+  del chat['prompt']
+  return chat
+
+
 def _is_idle(served):
   engine = served.generator.engine
   return not engine.has_work and not engine.manager.gauges().pages_used
@@ -64,8 +80,11 @@ def _is_idle(served):
 
 @pytest.mark.parametrize('stream', [True, False])
 @pytest.mark.parametrize('n', [1, 6])
-def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
+@pytest.mark.parametrize('path', ['completions', 'chat/completions'])
+def test_a_client_that_leaves_frees_its_pages(slow, stream, n, path):
   body = {**_LONG, 'stream': stream, 'n': n}
+  if path.startswith('chat'):
+    body = _as_chat(slow, body)
   with servers.running(slow) as served:
     engine = slow.engine
     before = _cancelled(served)
@@ -73,7 +92,7 @@ def test_a_client_that_leaves_frees_its_pages(slow, stream, n):
     with (
       contextlib.suppress(httpx2.ReadTimeout),
       httpx2.stream(
-        'POST', f'{served.url}/v1/completions', json=body, timeout=0.5
+        'POST', f'{served.url}/v1/{path}', json=body, timeout=0.5
       ) as answer,
     ):
       next(answer.iter_bytes())
@@ -125,7 +144,7 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
   with (
     servers.running(slow) as served,
     httpx2.Client(base_url=served.url, timeout=30) as http,
-    concurrent.futures.ThreadPoolExecutor(2) as pool,
+    concurrent.futures.ThreadPoolExecutor(3) as pool,
   ):
     whole, stream = (
       pool.submit(
@@ -133,17 +152,23 @@ def test_a_failed_engine_fails_what_is_open_and_is_unhealthy(slow, caplog):
       )
       for stream in (False, True)
     )
-    servers.until(lambda: len(slow.engine._live) == 2)
+    chat = pool.submit(
+      http.post,
+      '/v1/chat/completions',
+      json=_as_chat(slow, {**_LONG, 'stream': True}),
+    )
+    servers.until(lambda: len(slow.engine._live) == 3)
     slow.engine.fails = True
-    whole, stream = whole.result(), stream.result()
+    whole, stream, chat = whole.result(), stream.result(), chat.result()
     later = http.post('/v1/completions', json=_LONG)
     probes = [http.get(path) for path in ('/health', '/ready')]
   assert whole.status_code == 500
   assert whole.headers['x-request-id']
   assert whole.json()['error']['type'] == 'server_error'
   assert 'on fire' not in whole.text
-  *_, error = servers.events(stream.content)
-  assert 'see the server log' in error['error']['message']
+  for each in (stream, chat):
+    *_, error = servers.events(each.content)
+    assert 'see the server log' in error['error']['message']
   assert later.status_code == 503
   assert later.json()['error']['code'] == 'not_ready'
   for probe in probes:
@@ -159,7 +184,8 @@ def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
     return generator
 
   loop = engine_loop_lib.EngineLoop(load)
-  app = app_lib.create_app(loop, generator.frozen.manifest, _MODEL)
+  model = service.ServedModel(_MODEL, loop, generator.frozen.manifest)
+  app = app_lib.create_app([model])
   with (
     servers.running_app(app) as url,
     httpx2.Client(base_url=url, timeout=30) as http,
@@ -188,6 +214,31 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
         httpx2.post, f'{served.url}/v1/completions', json=_LONG, timeout=30
       )
       servers.until(lambda: slow.engine._live)
+    answer = asked.result()
+  assert answer.json()['choices'][0]['finish_reason'] == 'length'
+
+
+def test_a_server_that_stops_refuses_what_comes_then(slow):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with servers.running(slow) as served:
+      url = served.url
+      asked = pool.submit(
+        httpx2.post, f'{url}/v1/completions', json=_LONG, timeout=30
+      )
+      servers.until(lambda: slow.engine._live)
+      http = httpx2.Client(base_url=url, timeout=30)
+      assert http.get('/v1/models').status_code == 200
+      served.stop()
+      servers.until(lambda: http.get('/ready').status_code == 503)
+      # On a connection that was open before, and on a new one.
+      for client in (http, httpx2.Client(base_url=url, timeout=30)):
+        answer = client.post('/v1/completions', json=_LONG)
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers['retry-after']) > 0
+        assert answer.headers['x-request-id']
+        assert answer.json()['error']['code'] == 'stopped'
+        assert client.get('/health').status_code == 200
+        client.close()
     answer = asked.result()
   assert answer.json()['choices'][0]['finish_reason'] == 'length'
 

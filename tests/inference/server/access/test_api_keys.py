@@ -61,6 +61,7 @@ def test_keys_are_kept_as_digests_and_all_of_them_are_compared(
     ('# a\n:key', 'keys:2: got a line that is not name:key'),
     ('alice:', 'keys:1: got a line that is not name:key'),
     ('alice:caf\u00e9', 'a key of printable ASCII'),
+    ('al\x00ice:key', 'expected a printable name'),
     ('a:same\nb:same', "keys:2: got the key of 'a' for 'b' too"),
     ('# nobody\n', 'got no key, expected at least one line name:key'),
   ],

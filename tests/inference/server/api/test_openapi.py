@@ -6,7 +6,7 @@ import httpx2
 import pytest
 
 from inference.server.access import api_keys
-from inference.server.api import shapes
+from inference.server.api import response_shapes, shapes
 from tests.helpers import servers
 
 
@@ -37,8 +37,27 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
 ):
   assert document['openapi'].startswith('3.1')
   assert set(document['paths']) == {
-    *('/health', '/ready', '/metrics', '/v1/models', '/v1/models/{name}'),
-    *('/v1/completions', '/tokenizer_info', '/tokenize', '/detokenize'),
+    *(
+      '/health',
+      '/ready',
+      '/metrics',
+      '/version',
+      '/v1/models',
+      '/v1/models/{name}',
+    ),
+    *('/admin/models', '/admin/models/{version}', '/admin/traffic'),
+    '/v1/capabilities',
+    *(
+      '/v1/completions',
+      '/v1/chat/completions',
+      '/v1/embeddings',
+      '/v1/responses',
+      '/v1/responses/{response_id}',
+      '/v1/responses/{response_id}/input_items',
+      '/tokenizer_info',
+      '/tokenize',
+      '/detokenize',
+    ),
   }
   names = [each['operationId'] for _, _, each in _operations(document)]
   assert len(set(names)) == len(names)
@@ -68,11 +87,21 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
   body = {'prompt': 'a', **servers.GREEDY, 'logprobs': 2, 'echo': True}
   asked = {
     '/v1/completions': body,
+    '/v1/chat/completions': servers.CHAT | {'logprobs': True},
+    '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
+    '/v1/responses': {'model': servers.MODEL, 'input': 'a'},
     '/tokenize': {'prompt': 'a'},
     '/detokenize': {'tokens': [97]},
   }
-  for path, method, operation in _operations(document):
+  stored = http.post('/v1/responses', json=asked['/v1/responses']).json()
+  operations = sorted(
+    _operations(document), key=lambda each: each[1] == 'delete'
+  )
+  for path, method, operation in operations:
+    if path.startswith('/admin/'):
+      continue  # see tests/inference/server/routes/test_admin.py
     url = path.replace('{name}', servers.MODEL)
+    url = url.replace('{response_id}', stored['id'])
     answer = http.request(method.upper(), url, json=asked.get(path))
     assert answer.status_code == 200, answer.text
     content = operation['responses']['200']['content']
@@ -80,7 +109,8 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
     assert kind in content
     if kind == 'application/json':
       (reference,) = _references(content[kind])
-      shape = getattr(shapes, reference.rpartition('/')[2])
+      name = reference.rpartition('/')[2]
+      shape = getattr(shapes, name, None) or getattr(response_shapes, name)
       shape.model_validate(answer.json())
       assert operation['responses'].keys() >= {'200', '503'}
   assert (

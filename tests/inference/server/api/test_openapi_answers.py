@@ -8,13 +8,17 @@ import httpx2
 import pytest
 
 from inference.engine import engine as engine_lib
+from inference.server import service as service_lib
 from inference.server.access import api_keys
 from tests.helpers import json_schema, servers
 
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
+  '/v1/chat/completions': servers.CHAT,
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
+  '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
+  '/v1/responses': {'model': servers.MODEL, 'input': 'a'},
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -28,20 +32,35 @@ class _Answers:
     self.http = httpx2.Client(base_url=url, headers=headers, timeout=60)
     self.document = self.http.get('/openapi.json').json()
     self.found = {}
+    self.response_id = 'resp_none'
     self.expected = {
       (path, method, int(status))
       for path, operations in self.document['paths'].items()
       for method, operation in operations.items()
       for status in operation['responses']
+      if not path.startswith(
+        '/admin/'
+      )  # see tests/inference/server/routes/test_admin.py
     }
+
+  def store(self):
+    """Makes a response that can be read."""
+    made = self.http.post('/v1/responses', json=_GOOD['/v1/responses'])
+    self.response_id = made.json()['id']
 
   def ask(self, status, path=None, content=None, **options):
     """Asks the operations that have a status, with a body that is right."""
-    for each, method, other in sorted(self.expected):
+    # What is deleted is read first.
+    for each, method, other in sorted(
+      self.expected, key=lambda key: (key[1] == 'delete', key)
+    ):
       if other != status or (path and each != path):
         continue
+      if status == 400 and method != 'post':
+        options = {'params': {'other': 'x'}}
       body = None if content else _GOOD.get(each)
       url = each.replace('{name}', servers.MODEL)
+      url = url.replace('{response_id}', self.response_id)
       with contextlib.suppress(httpx2.HTTPError):
         answer = self.http.request(
           method,
@@ -81,6 +100,15 @@ def _refusals(served, answers, monkeypatch):
   json_type = {'content-type': 'application/json'}
   answers.ask(400, content=lambda: b'{}', headers=json_type)
   answers.ask(401, headers={'authorization': 'Bearer other'})
+  for other in (200, 409):  # a good body, then another one
+    spaces = ' ' * (other == 409)
+    for path, body in _GOOD.items():
+      answer = answers.http.post(
+        path,
+        content=json.dumps(body) + spaces,
+        headers={**json_type, 'idempotency-key': 'once'},
+      )
+      answers.keep((path, 'post', other), answer)
   large = b' ' * (_MOST + 1)
   answers.ask(413, content=lambda: large, headers=json_type)
   answers.ask(408, content=_half, headers=json_type)
@@ -88,6 +116,9 @@ def _refusals(served, answers, monkeypatch):
     answers.ask(404, path, json={**body, 'model': 'other'})
   answer = answers.http.get('/v1/models/other')
   answers.keep(('/v1/models/{name}', 'get', 404), answer)
+  answers.response_id = 'resp_none'
+  answers.ask(404, '/v1/responses/{response_id}')
+  answers.ask(404, '/v1/responses/{response_id}/input_items')
   with monkeypatch.context() as patched:
 
     def submit_all(_):
@@ -141,8 +172,15 @@ def _failures(served, answers, monkeypatch):
   def step():
     raise RuntimeError('the device is on fire')
 
+  async def submit(*_):
+    step()
+
+  with monkeypatch.context() as patched:
+    patched.setattr(service_lib.ServedModel, 'submit', submit)
+    answers.ask(500)
+  # The engine fails once: then it is not ready any more.
   monkeypatch.setattr(served.generator.engine, 'step', step)
-  answers.ask(500)
+  answers.ask(500, '/v1/completions')
   for path in _OPEN:
     answers.ask(503, path)
 
@@ -150,6 +188,7 @@ def _failures(served, answers, monkeypatch):
 def test_every_answer_is_as_described(generator, tmp_path, monkeypatch):
   limits = {'max_body_bytes': _MOST, 'body_seconds': 0.3}
   with _served(generator, tmp_path, **limits) as (served, answers):
+    answers.store()
     answers.ask(200)
     _refusals(served, answers, monkeypatch)
   with _served(generator, tmp_path, max_connections=1) as (served, others):
@@ -190,6 +229,46 @@ def test_a_body_is_as_described_or_refused(generator, tmp_path):
       assert (answer.status_code == 200) == is_right, answer.text
 
 
+def test_a_chat_is_as_described_or_refused(generator, tmp_path):
+  path, user = '/v1/chat/completions', {'role': 'user', 'content': 'a'}
+  function = {'name': 'f', 'arguments': '{}'}
+  call = {'id': 'x', 'type': 'function', 'function': function}
+  said = {'role': 'assistant', 'content': 'b', 'reasoning_content': 'c'}
+  with _served(generator, tmp_path) as (_, answers):
+    schemas = answers.document['components']['schemas']
+    for fields, is_right in (
+      ({}, True),
+      ({'messages': [user, said, user]}, True),
+      ({'messages': [{**said, 'refusal': None, 'annotations': []}]}, True),
+      (
+        {'messages': [{**user, 'content': [{'type': 'text', 'text': 'a'}]}]},
+        True,
+      ),
+      ({'logprobs': True, 'top_logprobs': 2, 'n': 2, 'stop': ['x']}, True),
+      ({'tool_choice': 'none', 'response_format': {'type': 'text'}}, True),
+      ({'store': False, 'metadata': {}, 'modalities': ['text']}, True),
+      ({'stream': True, 'stream_options': {'include_usage': True}}, True),
+      ({'max_completion_tokens': 2, 'max_tokens': None, 'seed': -1}, True),
+      ({'messages': [{**user, 'role': 'critic'}]}, False),
+      ({'messages': [{**user, 'content': 5}]}, False),
+      ({'messages': [{**said, 'tool_calls': [{**call, 'id': 5}]}]}, False),
+      ({'messages': [{**said, 'audio': {'id': 'x'}}]}, False),
+      ({'logprobs': 1}, False),
+      ({'tool_choice': 'required'}, False),
+      ({'response_format': {'type': 'json_object'}}, False),
+      ({'store': True}, False),
+      ({'metadata': {'a': 'b'}}, False),
+      ({'prompt': 'a'}, False),
+    ):
+      body = {**servers.CHAT, **fields}
+      faults = json_schema.faults(
+        body, schemas['ChatRequest'], answers.document
+      )
+      answer = answers.http.post(path, json=body)
+      assert (not faults) == is_right, (fields, faults)
+      assert (answer.status_code == 200) == is_right, answer.text
+
+
 def test_the_checker_finds_faults():
   document = {'components': {'schemas': {'A': {'type': 'integer'}}}}
   for value, schema in (
@@ -202,6 +281,6 @@ def test_the_checker_finds_faults():
     ('a', {'const': 'b'}),
   ):
     assert json_schema.faults(value, schema, document), (value, schema)
-  with pytest.raises(ValueError, match='oneOf'):
-    json_schema.faults(1, {'oneOf': []}, document)
+  with pytest.raises(ValueError, match='not'):
+    json_schema.faults(1, {'not': {}}, document)
   assert json.dumps(document)  # a document is JSON

@@ -66,7 +66,7 @@ def test_a_field_chooses_a_setting(name):
 
 def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   assert schema.CompletionRequest.model_fields.keys() == (
-    _SETTINGS.keys() | _OTHERS | schema._NEUTRAL.keys()
+    _SETTINGS.keys() | _OTHERS | schema.CompletionRequest.unsupported().keys()
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
@@ -82,7 +82,7 @@ def test_a_new_setting_becomes_a_field_of_the_body():
       default=(), metadata={'help': 'New too.', 'api_name': 'bad_token_ids'}
     )
 
-  body = schema._with_settings(schema._OpenAiRequest, dataclasses.fields(More))
+  body = schema.with_settings(schema._OpenAiRequest, dataclasses.fields(More))
   assert body.model_fields['typical_p'].description == 'New.'
   parsed = body.model_validate(_BODY | {'typical_p': 0.5, 'bad_token_ids': [3]})
   assert parsed.model_dump()['typical_p'] == 0.5

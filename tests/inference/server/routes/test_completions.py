@@ -330,8 +330,10 @@ def test_an_answer_tells_what_it_took(complete):
   # Four whole pages of eight tokens.
   assert again['usage']['prompt_tokens_details'] == {'cached_tokens': 32}
   fields = {
+    'prompt_tokens',
     'prefill_tokens',
     'decode_tokens',
+    'rejected_tokens',
     'cached_tokens',
     'preemptions',
     'flops',

@@ -1,0 +1,111 @@
+"""The exchange: the request that is being answered, for all code that runs.
+
+    exchange = exchanges.current()
+    exchange.at_end(model.release)
+
+A route, the threads of `http.bodies` and the tasks of a route all see the same
+exchange. It ends when the last byte of its answer is sent, or when its client
+has left.
+"""
+
+from collections.abc import Callable
+import contextvars
+import threading
+from typing import Any
+import uuid
+
+CONVERSATION = b'x-conversation-id'
+_MOST_CHARACTERS = 256  # of a conversation's id that count
+
+_current: contextvars.ContextVar['Exchange'] = contextvars.ContextVar(
+  'exchange'
+)
+
+
+class Exchange:
+  """One request and its answer."""
+
+  def __init__(self, scope: Any):
+    """Takes the ASGI scope of the request, or {} outside of any request."""
+    self._state = scope.setdefault('state', {})
+    self._state.setdefault('request_id', f'req_{uuid.uuid4().hex}')
+    self._headers = scope.get('headers', ())
+    self.answer_headers: dict[bytes, bytes] = {}
+    self.shadows: list[Any] = []  # models that get a copy of what is submitted
+    self._at_end: list[Callable[[], object]] = []
+    self._is_over = False
+    self._lock = threading.Lock()
+
+  def at_end(self, call: Callable[[], object]) -> None:
+    """Has a function called at the end; now, if the exchange is over.
+
+    A thread may still work for a client that has left.
+    """
+    with self._lock:
+      if not self._is_over:
+        self._at_end.append(call)
+        return
+    call()
+
+  def end(self) -> None:
+    """Calls the functions of `at_end`."""
+    with self._lock:
+      self._is_over = True
+    while self._at_end:
+      self._at_end.pop()()
+
+  @property
+  def request_id(self) -> str:
+    """Its id, as the header `x-request-id` tells the client."""
+    return self._state['request_id']
+
+  @property
+  def principal(self) -> str:
+    """The sender, whom the client cannot choose; '' without keys."""
+    return self._state.get('principal', '')
+
+  @property
+  def conversation(self) -> str:
+    """The conversation that the client says it belongs to, or ''."""
+    for name, value in self._headers:
+      if name == CONVERSATION:
+        return value.decode('latin-1')[:_MOST_CHARACTERS]
+    return ''
+
+  def answer_id(self, prefix: str) -> str:
+    """Returns the id of the answer: the hex digits of the request's id."""
+    return f'{prefix}{self.request_id.rpartition("_")[2]}'
+
+
+def current() -> Exchange:
+  """Returns the exchange of the calling code; outside of any, an ended one."""
+  found = _current.get(None)
+  if found is None:
+    found = Exchange({})
+    found.end()
+  return found
+
+
+class Exchanges:
+  """ASGI middleware: makes the exchange of each request, and ends it."""
+
+  def __init__(self, app):
+    self._app = app
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    exchange = Exchange(scope)
+    _current.set(exchange)  # of this task, which answers this request alone
+
+    async def send_with_headers(message):
+      if message['type'] == 'http.response.start':
+        added = exchange.answer_headers.items()
+        message['headers'] = [*message['headers'], *added]
+      await send(message)
+
+    try:
+      await self._app(scope, receive, send_with_headers)
+    finally:
+      exchange.end()

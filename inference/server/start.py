@@ -1,0 +1,160 @@
+"""The start of the server: from checked values to a running listener.
+
+    start.serve(start.Options(directory=..., name=..., ...))
+
+The flags are read by serve.py.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+
+from inference.engine import engine_config
+from inference.server import (
+  app as app_lib,
+  engine_loop as engine_loop_lib,
+  server_config,
+  service,
+)
+from inference.server.access import api_keys, keys as keys_lib
+from inference.server.http import listener
+from inference.server.receipts import receipts, sealing
+from inference.server.records import database
+from inference.server.versions import loader as loader_lib, registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The model to serve, and the way to serve it."""
+
+  directory: str  # frozen
+  name: str  # of the model in requests
+  engine: engine_config.EngineConfig
+  limits: server_config.ServerConfig
+  host: str
+  port: int
+  api_keys: str | None = None  # file; None: all clients are answered
+  records: str | None = None  # file; None: in memory
+  has_receipts: bool = False
+  receipts_key: str | None = None  # file of the key that seals receipts
+  is_insecure: bool = False  # may answer everybody, without keys
+
+
+def serve(options: Options) -> None:
+  """Serves HTTP until a signal stops the server.
+
+  Raises:
+    FileNotFoundError, ValueError: a value is wrong, or the model is damaged.
+  """
+  listener.allow_files(options.limits.max_connections)
+  keys = None
+  if options.api_keys is not None:  # '' is refused, see `api_keys`
+    keys = api_keys.KeysFile(options.api_keys)
+    signal.signal(signal.SIGHUP, lambda *_: keys.expire())
+  loader = loader_lib.Loader(
+    options.engine, models_root=options.limits.models_root
+  )
+  model = loader.load(
+    options.directory,
+    options.name,
+    on_load_failure=lambda: setattr(server, 'should_exit', True),
+  )
+  records = database.Database(options.records, tables=app_lib.TABLES)
+  keyring = keys_lib.Keyring(records, keys)
+  keys_lib.check_exposure(
+    options.host,
+    has_keys=keyring.has_keys,
+    is_insecure=options.is_insecure,
+  )
+  seal = _seal(options, has_keys=keyring.has_keys)
+  print('\n'.join(_described(model)), flush=True)
+  app = app_lib.create_app(
+    [model],
+    keyring,
+    options.limits,
+    records=records,
+    loader=loader,
+    observers=[receipts.Recorder(records, seal)]
+    if options.has_receipts
+    else [],
+  )
+  server = listener.Listener(
+    app,
+    options.limits,
+    end_requests=app.state.end_requests,
+    draining=app.state.draining,
+    host=options.host,
+    port=options.port,
+  )
+  _run(server, app.state.versions, model.engine_loop)
+
+
+def _described(model: service.ServedModel) -> Iterator[str]:
+  """Yields what the manifest of a model says of it."""
+  manifest = model.manifest
+  yield f'serving {model.name!r}, weights {model.digest}'
+  yield (
+    f'model    {manifest.name}: {manifest.num_params:,} parameters,'
+    f' {manifest.dtype}, context {model.context:,} tokens'
+  )
+  parents = [f'{role} {digest}' for role, digest in manifest.lineage.items()]
+  yield f'lineage  {", ".join(parents) or "none"}'
+  yield (
+    f'trained  {manifest.step:,} steps, {manifest.tokens_seen:,} tokens; code'
+    f' {manifest.code_commit or "unknown"}'
+  )
+  yield f'knows    texts up to {manifest.knowledge_cutoff or "an unknown day"}'
+
+
+def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:
+  """Returns the seal of receipts, None if they are not sealed.
+
+  Raises:
+    ValueError: receipts would not outlive the server, or would lay the prompts
+      of tenants open; or the key has no receipts to seal.
+  """
+  if not options.has_receipts:
+    if options.receipts_key is not None:
+      raise ValueError(
+        f'--receipts_key: got {options.receipts_key} without --receipts,'
+        ' expected both; add --receipts or leave it out'
+      )
+    return None
+  if options.records is None:
+    raise ValueError(
+      '--receipts: got no --records, expected a file to keep them in; add'
+      ' --records=FILE'
+    )
+  if options.receipts_key is not None:
+    return sealing.read(options.receipts_key, flag='--receipts_key')
+  if has_keys:
+    raise ValueError(
+      '--receipts: got API keys and no --receipts_key, expected a key: prompts'
+      ' of tenants are private, and receipts hold them; add'
+      ' --receipts_key=FILE, made with `openssl rand -base64 32`'
+    )
+  return None
+
+
+def _run(
+  server: listener.Listener,
+  versions: registry.Versions,
+  first: engine_loop_lib.EngineLoop,
+) -> None:
+  # After each of its system calls the event loop waits for the thread that runs
+  # Python: 5 ms by default, thousands of times per second.
+  sys.setswitchinterval(5e-4)
+  try:
+    with contextlib.suppress(KeyboardInterrupt):
+      server.run()
+  finally:
+    if any(each.is_compiling for each in versions.engine_loops()):
+      # XLA cannot be interrupted, and an ordinary exit of the process would
+      # wait for XLA, or crash.
+      sys.stdout.flush()
+      os._exit(1 if first.is_loading or first.failure else 0)
+  if first.failure:
+    raise first.failure

@@ -1,0 +1,50 @@
+"""The version of this program, and of what it runs on."""
+
+import functools
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from frozen import manifest as manifest_lib
+from inference.server.records import database
+
+
+@functools.cache
+def version() -> dict[str, Any]:
+  """Returns the body of GET /version."""
+  device = jax.local_devices()[0]
+  commit = _commit()
+  return {
+    # The project has no releases: a version is a commit.
+    'version': commit[:12],
+    'commit': commit,
+    'python': platform.python_version(),
+    'jax': importlib.metadata.version('jax'),
+    'jaxlib': importlib.metadata.version('jaxlib'),
+    'platform': device.platform,
+    'device': device.device_kind,
+    'num_devices': jax.local_device_count(),
+    'formats': {
+      'frozen': manifest_lib.FORMAT_VERSION,
+      'records': database.FORMAT,
+    },
+  }
+
+
+def _commit() -> str:
+  """Returns the commit of this code, with '-dirty' if files were edited."""
+  try:
+    done = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+  return done.stdout.strip()

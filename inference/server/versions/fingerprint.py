@@ -1,0 +1,65 @@
+"""The fingerprint of a version: `system_fingerprint`, and the digests in it.
+
+    weights      names, dtypes, shapes and values (`frozen.format`)
+    tokenizer    the files of the tokenizer, and the chat template
+    config       every field of the model's config, and its recommended settings
+    numerics     attention path, dtypes of computation and cache, fast or
+                 invariant, versions of jax and jaxlib, device, XLA_FLAGS
+
+Two answers with one fingerprint are of one function of (prompt, settings,
+seed). With `--engine.numerics=invariant` they are equal bit for bit; otherwise
+the company of a request changes last bits, which the fingerprint does not
+cover. The first 16 digits are those of the weights; the others are of all four.
+"""
+
+from typing import Any
+import weakref
+
+from frozen import manifest as manifest_lib
+from inference import generate
+from storage import digests as digests_lib, file_names
+
+_DIGITS = 16
+_KNOWN: weakref.WeakKeyDictionary[generate.Generator, str] = (
+  weakref.WeakKeyDictionary()
+)
+
+
+def digests(
+  manifest: manifest_lib.Manifest, generator: generate.Generator | None
+) -> dict[str, str | None]:
+  """Returns the digest of each part; numerics are None until it is loaded."""
+  of_tokenizer = {
+    name: digest
+    for name, digest in manifest.files.items()
+    if name.startswith(f'{file_names.TOKENIZER}/')
+    or name == file_names.CHAT_TEMPLATE
+  }
+  of_config = {
+    'model': manifest.model,
+    'generation': manifest.files.get(file_names.GENERATION),
+  }
+  return {
+    'weights': manifest.weights_digest,
+    'tokenizer': digests_lib.of_json(of_tokenizer),
+    'config': digests_lib.of_json(of_config),
+    'numerics': generator and digests_lib.of_json(numerics(generator)),
+  }
+
+
+def numerics(generator: generate.Generator) -> dict[str, Any]:
+  """Returns what the digest of the numerics is made of."""
+  engine = generator.engine
+  return {
+    'dtype': generator.frozen.manifest.dtype,
+    **engine.backend.numerics(engine.config, engine.device),
+  }
+
+
+def of(generator: generate.Generator) -> str:
+  """Returns the `system_fingerprint` of the answers of a generator."""
+  if generator not in _KNOWN:  # every answer has it, and it never changes
+    manifest = generator.frozen.manifest
+    whole = digests_lib.of_json(digests(manifest, generator))
+    _KNOWN[generator] = f'{manifest.weights_digest[:_DIGITS]}.{whole[:_DIGITS]}'
+  return _KNOWN[generator]

@@ -1,0 +1,167 @@
+"""The loader: from a frozen directory to a version that can be started.
+
+The model of the command line and those of POST /admin/models are loaded by the
+same code, with the same layout of the engine. A path that arrives over HTTP
+must lie below `--server.models_root`, links followed: who may load models shall
+not be able to read, or find out about, the rest of the disk.
+"""
+
+import dataclasses
+import gc
+import logging
+import os
+import pathlib
+
+from frozen import manifest as manifest_lib
+from inference import generate
+from inference.engine import engine_config
+from inference.server import engine_loop as engine_loop_lib, service
+from inference.server.api import errors
+from inference.server.versions import memory
+
+_LOG = logging.getLogger('uvicorn.error')
+
+
+class Loader:
+  """Makes served models, each with an engine and a thread of its own."""
+
+  def __init__(
+    self,
+    config: engine_config.EngineConfig,
+    *,
+    models_root: str = '',
+  ):
+    """Takes what all models have in common.
+
+    Args:
+      config: the layout of every engine.
+      models_root: directory of the models that HTTP may load; '': none.
+
+    Raises:
+      ValueError: `models_root` is no directory.
+    """
+    if models_root and not pathlib.Path(models_root).is_dir():
+      raise ValueError(
+        f'server.models_root: got {models_root}, expected a directory of frozen'
+        ' directories'
+      )
+    self._config = config
+    self._root = pathlib.Path(models_root).resolve() if models_root else None
+
+  def load(
+    self,
+    directory: str | os.PathLike,
+    name: str,
+    *,
+    config: engine_config.EngineConfig | None = None,
+    **events,
+  ) -> service.ServedModel:
+    """Returns a model that loads once its engine loop is started.
+
+    Args:
+      directory: frozen.
+      name: of the model in requests.
+      config: the layout of its engine; None: that of every engine.
+      **events: callbacks of the engine loop.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no frozen directory, its manifest
+        is damaged, or the config does not suit it.
+    """
+    config = config or self._config
+    manifest = manifest_lib.read(pathlib.Path(directory))
+    context = config.context(manifest.model['max_length'])
+
+    def read() -> generate.Generator:
+      # Not before: the first use of a device takes a while.
+      model.memory = memory.plan(manifest, config)
+      _LOG.info('%s: memory %s', model.version, model.memory)
+      _LOG.info('%s: shapes %s', model.version, _shapes(config))
+      generator = generate.load(directory, config, compile_all=False)
+      gc.freeze()  # it stays: see `_keep_objects`
+      gc.enable()
+      return generator
+
+    loop = engine_loop_lib.EngineLoop(read, on_compiled=_keep_objects, **events)
+    model = service.ServedModel(name, loop, manifest, context=context)
+    return model
+
+  def load_asked(
+    self, path: str, name: str, *, kv_memory: str | None, pending: int
+  ) -> service.ServedModel:
+    """Returns a model that was asked for over HTTP, after all checks.
+
+    Args:
+      path: of the frozen directory, below `models_root`.
+      name: of the model in requests.
+      kv_memory: of its KV cache; None: as all engines.
+      pending: bytes that versions which load now will take.
+
+    Raises:
+      ApiError: status 403, no model may be loaded; 404, there is none; 400, it
+        is damaged, does not suit the engine, or does not fit.
+    """
+    directory = self._below_root(path)
+    config = self._config
+    try:
+      if kv_memory is not None:
+        config = dataclasses.replace(config, kv_memory=kv_memory, num_pages=0)
+      model = self.load(directory, name, config=config)
+      model.memory = memory.plan(model.manifest, config)
+      model.memory.check(pending=pending)
+    except FileNotFoundError as error:
+      raise _refused(404, error, 'path', 'path_not_found') from error
+    except (ValueError, OSError) as error:
+      raise _refused(400, error, None, 'cannot_load') from error
+    return model
+
+  def _below_root(self, path: str) -> pathlib.Path:
+    if self._root is None:
+      raise errors.ApiError(
+        403,
+        'path: got a model to load, expected none: this server has no directory'
+        ' of models; start it with --server.models_root=DIR',
+        param='path',
+        code='no_models_root',
+      )
+    outside = errors.ApiError(
+      400,
+      'path: got a path that is not below --server.models_root, expected the'
+      ' path of a frozen directory relative to it',
+      param='path',
+      code='path_outside_root',
+    )
+    try:
+      found = (self._root / path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL
+      raise outside from None
+    if not found.is_relative_to(self._root) or found == self._root:
+      raise outside
+    return found
+
+
+def _shapes(config: engine_config.EngineConfig) -> str:
+  """Returns the shapes that steps are compiled for, as text."""
+  shapes = config.step_shapes()
+  alone = [decodes for decodes, chunks in shapes if not chunks]
+  most_chunks = max(chunks for _, chunks in shapes)
+  return (
+    f'{len(shapes)}: steps of {", ".join(map(str, alone))} decodes; up to'
+    f' {most_chunks} chunks of {config.chunk_tokens} prompt tokens, alone and'
+    ' beside decodes'
+  )
+
+
+def _refused(status: int, error: Exception, param, code) -> errors.ApiError:
+  return errors.ApiError(status, str(error), param=param, code=code)
+
+
+def _keep_objects() -> None:
+  """Tells the garbage collector that programs and weights stay.
+
+  Otherwise it walks them now and then, for 60 to 150 ms, and all clients wait.
+  """
+  gc.collect()
+  gc.freeze()
+  # Requests in progress are walked as well, 80 ms for 256: once a minute then.
+  gc.set_threshold(700, 10, 100)

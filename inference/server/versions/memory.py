@@ -1,0 +1,110 @@
+"""The memory plan of a version: known before its weights are read.
+
+The parts are those that an engine allocates when it starts, and the logits of
+its largest step. The rest is a margin: activations, programs, the runtime.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from frozen import manifest as manifest_lib
+from hardware import host_memory, peaks
+from inference.engine import engine_config, execution
+from models import model_config
+
+_MARGIN = 0.05  # of the sum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """The bytes that a version takes on its device."""
+
+  weights: int
+  kv_cache: int
+  sampling: int  # counts of tokens, and logits of the largest step
+  free: int | None  # when the plan was made; None: unknown
+
+  @property
+  def total(self) -> int:
+    """Bytes of all parts, with a margin."""
+    return int((self.weights + self.kv_cache + self.sampling) * (1 + _MARGIN))
+
+  def as_json(self) -> dict[str, int | None]:
+    """Returns the plan as GET /admin/models shows it."""
+    return {**dataclasses.asdict(self), 'total': self.total}
+
+  def __str__(self) -> str:
+    """Returns the plan as one line."""
+    free = 'unknown' if self.free is None else _size(self.free)
+    return (
+      f'{_size(self.total)} (weights {_size(self.weights)}, KV cache'
+      f' {_size(self.kv_cache)}, sampling {_size(self.sampling)}, and a'
+      f' margin) of {free} free'
+    )
+
+  def check(self, *, pending: int = 0) -> None:
+    """Refuses a version that does not fit.
+
+    Args:
+      pending: bytes that other versions, which load now, will take.
+
+    Raises:
+      ValueError: the free memory holds less than the total.
+    """
+    if self.free is not None and self.total + pending > self.free:
+      others = f', {_size(pending)} promised to others' if pending else ''
+      raise ValueError(
+        f'memory: got a need of {self}{others}, expected no more than is free;'
+        ' unload another version, give this one less kv_memory, or start the'
+        ' server with a smaller --engine.kv_memory'
+      )
+
+
+def plan(
+  manifest: manifest_lib.Manifest, config: engine_config.EngineConfig
+) -> Plan:
+  """Returns the plan of a frozen directory; reads its manifest only.
+
+  Raises:
+    ValueError: the config does not suit the model.
+  """
+  device = jax.local_devices()[0]
+  model = model_config.ModelConfig.from_dict(manifest.model)
+  dtype: Any = jnp.dtype(manifest.dtype)
+  context = config.context(model.max_length)
+  backend = execution.choose(config, model, dtype, device.platform)
+  bytes_per_token = backend.bytes_per_token(model)
+  weights = manifest.num_params * dtype.itemsize
+  num_pages = config.pool_pages(
+    context,
+    bytes_per_token=bytes_per_token,
+    weight_bytes=weights,
+    memory_bytes=peaks.memory_bytes(device),
+    is_host=device.platform == 'cpu',
+  )
+  page_bytes = config.page_tokens(context) * bytes_per_token
+  # int32 counts of each slot; float32 logits, and a copy of them.
+  num_rows = 3 * config.max_sequences
+  return Plan(
+    weights=weights,
+    kv_cache=math.ceil(num_pages * page_bytes),
+    sampling=4 * num_rows * model.vocab_size,
+    free=_free_bytes(device),
+  )
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+  if device.platform == 'cpu':
+    return host_memory.available_bytes()
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' not in stats:
+    return None
+  return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+
+
+def _size(num_bytes: float) -> str:
+  return f'{num_bytes / 2**20:,.0f} MiB'
