@@ -1,5 +1,6 @@
 """The HTTP server of life two, in the shapes of OpenAI's API.
 
+    GET  /                  the page: chat and status
     GET  /health            200 while the process can answer, 503 if it failed
     GET  /ready             503 until every program is compiled
     GET  /metrics           counters of the engine, as Prometheus collects them
@@ -18,9 +19,9 @@
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
 its request. Bodies are parsed, and text is tokenized, in the threads of
-`http.bodies`. With API keys, every route but /health and /ready needs one. When
-the server stops, the digest of the weights is computed again and compared with
-the digest in the manifest.
+`http.bodies`. With API keys, every route but /health, /ready and the files of
+the page needs one. When the server stops, the digest of the weights is computed
+again and compared with the digest in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
@@ -45,7 +46,13 @@ from inference.server import (
 )
 from inference.server.access import api_keys
 from inference.server.api import errors, openapi
-from inference.server.http import bodies as bodies_lib, protocol, streams, turns
+from inference.server.http import (
+  bodies as bodies_lib,
+  page_files,
+  protocol,
+  streams,
+  turns,
+)
 from inference.server.records import database
 from inference.server.routes import completions, models, probes, tokenizer
 
@@ -104,6 +111,7 @@ def create_app(
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
   app.add_middleware(api_keys.Authentication, keys=keys)
+  app.add_middleware(page_files.PageFiles)  # outside: the page needs no key
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
   app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
