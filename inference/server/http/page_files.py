@@ -62,9 +62,9 @@ class PageFiles:
 
   async def __call__(self, scope, receive, send):
     answer = self._app
-    if scope['type'] == 'http' and scope['method'] in ('GET', 'HEAD'):
-      if file := self._files.get(scope['path']):
-        answer = file.answer(requests.Request(scope))
+    is_read = scope['type'] == 'http' and scope['method'] in ('GET', 'HEAD')
+    if is_read and (file := self._files.get(scope['path'])):
+      answer = file.answer(requests.Request(scope))
     await answer(scope, receive, send)
 
 

@@ -89,10 +89,12 @@ export class Chat {
       // A conversation that was cleared meanwhile has no place for the answer.
       if (this.abort === abort) this.abort = null;
       turn.end ??= 'broken';
-      this.#count(turn);
+      if (turn.id) this.#count(turn); // it has begun
+      const isAtEnd = atEnd();
       this.views.get(turn)?.update();
       this.onBusy(false);
       this.#changed();
+      if (isAtEnd) toEnd();
     }
     if (turn.end !== 'broken' && this.views.has(turn)) {
       this.onSaid(`${turn.model}: ${turn.text || 'no text'}`);
@@ -237,7 +239,8 @@ export class Chat {
   }
 
   #count(turn) {
-    const { usage, spent } = { usage: turn.usage, spent: this.spent };
+    const { usage } = turn;
+    const { spent } = this;
     spent.answers += 1;
     if (!usage) {
       // Of an answer that was stopped the server sends no count.
@@ -273,7 +276,9 @@ export class Chat {
     const used = this.turns.length && answer ? answer.usage.total_tokens : 0;
     const share = most ? used / most : 0;
     const meter = byId('context');
-    meter.value = Math.min(share, 1);
+    const percent = Math.min(100, Math.round(100 * share));
+    meter.setAttribute('aria-valuenow', String(percent));
+    meter.firstElementChild.style.width = `${percent}%`;
     meter.parentElement.dataset.level =
       share >= FULL ? 'full' : share >= NEARLY_FULL ? 'high' : 'low';
     byId('context-text').textContent = contextText(used, most, share);

@@ -27,7 +27,7 @@ export const byId = (id) => document.getElementById(id);
 
 const SUFFIXES = ['', 'k', 'M', 'G', 'T', 'P', 'E'];
 
-/** Returns a number with a suffix of thousands: 1.25 T. */
+/** Returns a number with a prefix for a unit: '1.2 T' of FLOP. */
 export function short(value) {
   let power = 0;
   while (Math.abs(value) >= 1000 && power < SUFFIXES.length - 1) {
@@ -35,7 +35,7 @@ export function short(value) {
     power += 1;
   }
   const digits = power && value < 100 ? 1 : 0;
-  return `${value.toFixed(digits)} ${SUFFIXES[power]}`.trim();
+  return `${value.toFixed(digits)} ${SUFFIXES[power]}`;
 }
 
 /** Returns a whole number with separators of thousands. */

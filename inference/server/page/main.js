@@ -50,7 +50,8 @@ function showProblem(problem) {
 
 function grow() {
   text.style.height = 'auto';
-  text.style.height = `${Math.min(text.scrollHeight, 240)}px`;
+  const border = text.offsetHeight - text.clientHeight;
+  text.style.height = `${text.scrollHeight + border}px`;
 }
 
 async function submit(event) {

@@ -51,8 +51,8 @@ export class Answered {
     this.figures = node('p.figures-line');
     this.again = action('Regenerate', 'again', onAgain);
     const copy = action('Copy', 'copy', () => copied(copy, turn.text));
-    this.up = rating('Good', 'up', () => onRate('up'));
-    this.down = rating('Bad', 'down', () => onRate('down'));
+    this.up = rating('Thumbs up', 'up', () => onRate('up'));
+    this.down = rating('Thumbs down', 'down', () => onRate('down'));
     this.better = node('div');
     this.actions = node('div.actions', { hidden: true },
       copy, this.again, this.up, this.down);
