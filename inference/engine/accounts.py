@@ -61,6 +61,7 @@ class Accounts:
   def _charge(
     self, live: answer.Live, start: int, length: int, num_logits: int
   ) -> None:
+    live.note_computed(start + length)
     cost = self._flops(start, length, num_logits)
     live.usage.flops += cost
     self._metrics.flops.inc(cost)
@@ -71,6 +72,7 @@ class Accounts:
     *,
     num_steps: int,
     num_decoded: int,
+    num_prefilled: int,
     rows: int,
     sent_at: float,
     now: float,
@@ -81,6 +83,7 @@ class Accounts:
       step: of the dispatch.
       num_steps: that the device computed.
       num_decoded: decoded tokens that belong to an answer.
+      num_prefilled: tokens of chunks that belong to one.
       rows: tokens of the shape of each step.
       sent_at: time of the dispatch, in seconds of `time.perf_counter`.
       now: the time.
@@ -88,7 +91,7 @@ class Accounts:
     self._metrics.count(
       steps=num_steps,
       decoded=num_decoded,
-      prefilled=sum(chunk.length for chunk in step.chunks),
+      prefilled=num_prefilled,
       rows=num_steps * rows,
     )
     if num_steps and not step.chunks:

@@ -74,6 +74,12 @@ class Live:
     self.seated_at = now
     self.usage.queue_seconds = now - self.submitted_at
     self.usage.cached_tokens = self.sequence.num_cached
+    self.note_computed(self.sequence.num_cached)
+
+  def note_computed(self, num_tokens: int) -> None:
+    """Notes that the first tokens of the sequence are computed."""
+    most = min(num_tokens, self.sequence.num_prompt)
+    self.usage.prompt_tokens = max(self.usage.prompt_tokens, most)
 
   def sampler_row(self) -> sampler.Sampler:
     """Returns the sampler settings of the sequence."""
@@ -169,6 +175,16 @@ class Live:
       self._note_time(now)
     return self._update(releases), len(releases)
 
+  def cancelled(self, now: float) -> requests.Update:
+    """Returns the update that ends the answer where it is, without text."""
+    if self.seated_at is None:
+      self.usage.queue_seconds = now - self.submitted_at
+    elif self.last_at is None:
+      self.usage.prefill_seconds = now - self.seated_at
+    return requests.Update(
+      self.request_id, self.index, '', (), (), self._completion('cancelled')
+    )
+
   def _note_time(self, now: float) -> None:
     if self.last_at is None:
       assert self.seated_at is not None
@@ -178,7 +194,8 @@ class Live:
     self.last_at = now
 
   def _update(self, releases: Sequence[stopping.Release]) -> requests.Update:
-    completion = self._completion() if self.transcript.finish_reason else None
+    reason = self.transcript.finish_reason
+    completion = self._completion(reason) if reason else None
     return requests.Update(
       self.request_id,
       self.index,
@@ -188,16 +205,15 @@ class Live:
       completion,
     )
 
-  def _completion(self) -> requests.Completion:
+  def _completion(self, reason: str) -> requests.Completion:
     settings, transcript = self._request.settings, self.transcript
-    has_prompt_logprobs = (
-      self.scored_prompt() and transcript.finish_reason != 'error'
-    )
+    is_whole = reason not in ('error', 'cancelled')
+    has_prompt_logprobs = self.scored_prompt() and is_whole
     return requests.Completion(
       text=transcript.text,
       token_ids=transcript.token_ids,
       num_text_ids=transcript.num_text_ids,
-      finish_reason=transcript.finish_reason or '',
+      finish_reason=reason,
       stop_reason=transcript.stop_reason,
       num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,

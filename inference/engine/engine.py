@@ -269,6 +269,7 @@ class Engine:
         request.room,
         principal=request.principal,
         priority=request.priority,
+        weight=request.weight,
         scope=(self.weights_digest, principal),
         # Logprobs need every position of the prompt computed.
         reads_prefix_cache=(
@@ -288,11 +289,16 @@ class Engine:
       )
     return request_id
 
-  def cancel(self, request_id: int) -> None:
-    """Ends the unfinished sequences of a request, and releases their pages."""
-    for live in list(self._live.values()):
-      if live.request_id == request_id:
-        self._close(live, 'cancelled')
+  def cancel(self, request_id: int) -> list[requests_lib.Update]:
+    """Ends a request, releases its pages; returns its last updates.
+
+    They say what was used; work in flight is charged to nobody.
+    """
+    self._charge_memory(now := time.perf_counter())
+    ended = [x for x in self._live.values() if x.request_id == request_id]
+    for live in ended:
+      self._close(live, 'cancelled')
+    return [live.cancelled(now) for live in ended]
 
   def set_params(
     self, params: device_state.Params, weights_digest: str
@@ -424,7 +430,7 @@ class Engine:
     now = time.perf_counter()
     self._charge_memory(now)
     num_decodes, num_chunks = flight.shape
-    updates, num_decoded = [], 0
+    updates, num_decoded, num_prefilled = [], 0, 0
     for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
       row = outputs.tokens_SR[:, place].tolist()
       tokens = [token for token in row if token != steps.NOT_COMPUTED]
@@ -435,6 +441,7 @@ class Engine:
         continue
       if place >= num_decodes:
         self._accounts.charge_chunk(live, span)
+        num_prefilled += span.length
         at = (place - num_decodes) * self.config.chunk_tokens
         if not live.take_prompt_logprobs(outputs.prompt, span, at):
           tokens = [-1]
@@ -445,12 +452,12 @@ class Engine:
       if place < num_decodes:
         self._accounts.charge_decodes(live, span, num_taken)
         num_decoded += num_taken
-    num_prompt = num_chunks * self.config.chunk_tokens
     self._accounts.count(
       flight.step,
       num_steps=steps.num_computed(outputs),
       num_decoded=num_decoded,
-      rows=num_decodes + num_prompt,
+      num_prefilled=num_prefilled,
+      rows=num_decodes + num_chunks * self.config.chunk_tokens,
       sent_at=flight.sent_at,
       now=now,
     )

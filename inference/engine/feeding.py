@@ -27,8 +27,8 @@ class Engine(Protocol):
     """Runs a step; returns updates of all requests."""
     ...
 
-  def cancel(self, request_id: int) -> None:
-    """Ends a request."""
+  def cancel(self, request_id: int) -> list[requests_lib.Update]:
+    """Ends a request; returns its last updates."""
     ...
 
 

@@ -139,7 +139,7 @@ class Metrics:
     Args:
       steps: that the device computed.
       decoded: tokens that were decoded, and belong to an answer.
-      prefilled: tokens that were computed in chunks.
+      prefilled: tokens that were computed in chunks, likewise.
       rows: tokens of the shape, in all steps; the others are padding.
     """
     self.steps.inc(steps)

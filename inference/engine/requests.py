@@ -25,6 +25,7 @@ class Request:
   # shared between them. It comes from authentication, never from the body.
   principal: str = ''
   priority: int = 0  # lower is sooner
+  weight: float = 1.0  # share of the engine, beside those of other principals
   # Taken as the first token instead of a sampled one, to get its logprob. With
   # max_tokens = 1 no later step reads it, so that the prompt may fill the
   # context.
@@ -38,9 +39,11 @@ class Request:
 class Usage:
   """The resources that one sequence used; seconds are wall time."""
 
+  prompt_tokens: int = 0  # of the prompt so far: computed, or cached
   prefill_tokens: int = 0  # computed in chunks, also after a preemption
   decode_tokens: int = 0  # computed one at a time
   cached_tokens: int = 0  # prompt tokens that other sequences had computed
+  rejected_tokens: int = 0  # guesses of its next tokens that were wrong
   preemptions: int = 0  # times that it gave its pages back
   flops: float = 0.0  # of matrix products, without padding
   kv_byte_seconds: float = 0.0  # bytes of its pages, times the duration
@@ -57,7 +60,8 @@ class Completion:
   token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
   num_text_ids: int  # the first ids that spell the text
   # 'stop' (EOS, stop string or id) | 'length' | 'error': the model computed
-  # numbers that are not finite; the text and ids are those before.
+  # numbers that are not finite; the text and ids are those before |
+  # 'cancelled': the request ended first.
   finish_reason: str
   stop_reason: str | int | None  # the stop string or id; None for EOS
   num_prompt_tokens: int  # with BOS

@@ -8,14 +8,16 @@ decide, in this order:
    long becomes equal to the best sequence, but never better.
 2. Principals without a running sequence come first.
 3. The principal that was served least, by the virtual token counter of Sheng et
-   al. (arXiv:2401.00588). So a flood of one principal that has waited long
-   gains nothing over a new request of another principal.
+   al. (arXiv:2401.00588). A token counts 1 / weight, so that a principal with
+   twice the weight gets twice the tokens. A flood of one principal that has
+   waited long gains nothing over a new request of another principal.
 4. The arrival, among sequences of one principal.
 
 **The standing** is the order in which running sequences keep their slots and
-pages: the level, then the rank of a sequence among those of its principal, then
-the order of first admission. The last in standing is the first to give way, so
-the principal that holds most slots gives way.
+pages: the level, then the rank of a sequence among those of its principal,
+divided by the weight, then the order of first admission. The last in standing
+is the first to give way, so the principal that holds most slots for its weight
+gives way.
 
 **Slots.** A principal that has nothing running is admitted by force if it must
 be: others whose rank is above 0 are preempted for its slot and its pages, and
@@ -50,6 +52,8 @@ class Queued(Protocol):
   @property
   def waited_steps(self) -> int: ...
   @property
+  def weight(self) -> float: ...
+  @property
   def num_remaining(self) -> int: ...  # tokens to compute
 
 
@@ -60,6 +64,8 @@ class Running(Protocol):
   def id(self) -> Hashable: ...
   @property
   def principal(self) -> Hashable: ...
+  @property
+  def weight(self) -> float: ...
   @property
   def arrival(self) -> int: ...
   @property
@@ -134,13 +140,16 @@ def standing(
     ranked.append((ranks[task.principal], task))
     ranks[task.principal] += 1
   # Stable: equal ranks keep the order of first admission.
-  return sorted(ranked, key=lambda each: (levels[each[1].id], each[0]))
+  return sorted(
+    ranked,
+    key=lambda each: (levels[each[1].id], each[0] / each[1].weight),
+  )
 
 
 def service_order(
   running: Iterable[RunningT],
   levels: Mapping[Hashable, int],
-  served: Mapping[Hashable, int],
+  served: Mapping[Hashable, float],
 ) -> list[RunningT]:
   """Returns the order in which running sequences get tokens of a step.
 
@@ -150,7 +159,7 @@ def service_order(
   Args:
     running: best standing first.
     levels: of each, by id.
-    served: tokens computed per principal.
+    served: tokens computed per principal, divided by its weight.
   """
   running = list(running)
   prompts = [each for each in running if each.is_ready and not each.is_decode]
@@ -166,10 +175,10 @@ def service_order(
 
 
 def lift(
-  served: Mapping[Hashable, int],
+  served: Mapping[Hashable, float],
   principal: Hashable,
   active: Iterable[Hashable],
-) -> dict[Hashable, int]:
+) -> dict[Hashable, float]:
   """Returns the counters after an idle principal becomes active.
 
   Its counter is lifted to the smallest counter of the active principals: idle
@@ -178,7 +187,7 @@ def lift(
   principals, all counters restart at 0.
 
   Args:
-    served: tokens computed per principal.
+    served: tokens computed per principal, divided by its weight.
     principal: that becomes active.
     active: principals with unfinished sequences.
   """
@@ -197,7 +206,7 @@ def lift(
 def in_turn(
   queue: Iterable[QueuedT],
   *,
-  served: Mapping[Hashable, int],
+  served: Mapping[Hashable, float],
   best_priority: int,
   aging_steps: int,
   running: Collection[Hashable] = (),
@@ -210,7 +219,7 @@ def in_turn(
 
   Args:
     queue: the waiting sequences.
-    served: tokens computed per principal.
+    served: tokens computed per principal, divided by its weight.
     best_priority: of all sequences, running or waiting.
     aging_steps: steps of waiting that lift by one level.
     running: principals that have a running sequence.
@@ -241,8 +250,8 @@ def in_turn(
     line = entry[-1]
     if entry == key(line):  # else stale: its principal was charged since
       task = lines[line].pop()
-      charged = counters.get(task.principal, 0) + task.num_remaining
-      counters[task.principal] = charged
+      charged = counters.get(task.principal, 0)
+      counters[task.principal] = charged + task.num_remaining / task.weight
       yield task
     if lines[line]:
       heapq.heappush(heap, key(line))

@@ -39,6 +39,7 @@ class Sequence:
   # Pages of the last lookup, and the version of the cache at that time.
   hit: tuple[int, ...] = ()
   hit_version: int = -1
+  weight: float = 1.0  # of the principal, in fairness
 
   @property
   def num_known(self) -> int:
@@ -133,6 +134,7 @@ class PageTables:
       id=sequence.id,
       principal=sequence.principal,
       priority=sequence.priority,
+      weight=sequence.weight,
       arrival=sequence.arrival,
       waited_steps=sequence.waited_steps,
       seniority=sequence.seniority or 0,

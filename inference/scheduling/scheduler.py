@@ -24,8 +24,7 @@ Three questions, and the order that answers each:
 No sequence starves. A waiting sequence rises until it is equal to the best one.
 Among equals, each principal has its share and each sequence its place in line.
 An admitted sequence keeps its level and its seniority: only sequences that go
-before it anyway can take its pages. A run that ends in preemption counts as
-waiting, since only its tokens remain.
+before it anyway can take its pages. A run that is preempted counts as waiting.
 
 Admission needs pages for all tokens that the sequence knows, after those of the
 running ones, and one page more for each sequence that may grow into one. A
@@ -101,6 +100,7 @@ class Task:
   id: Hashable
   principal: Hashable = None
   priority: int = 0  # lower is sooner
+  weight: float = 1.0  # of the principal
   arrival: int  # order of submission; kept when preempted
   waited_steps: int = 0  # since submission, without the current run
   seniority: int = 0  # order of first admission; kept when preempted
@@ -165,7 +165,7 @@ def plan(
   *,
   num_free: int,
   num_idle: int,
-  served: Mapping[Hashable, int],
+  served: Mapping[Hashable, float],
   limits: Limits,
   best_priority: int | None = None,
 ) -> StepPlan:
@@ -176,7 +176,7 @@ def plan(
       first in turn, one for each free slot.
     num_free: pages that hold nothing.
     num_idle: pages that only the prefix cache keeps.
-    served: tokens computed per principal.
+    served: tokens computed per principal, divided by its weight.
     limits: of the step.
     best_priority: of all sequences, if `tasks` leaves some out.
   """

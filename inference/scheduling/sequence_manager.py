@@ -63,7 +63,7 @@ class SequenceManager:
     self.tables = page_tables.PageTables(
       num_pages=num_pages, page_size=limits.page_size
     )
-    self.served: dict[Hashable, int] = {}  # virtual token counters
+    self.served: dict[Hashable, float] = {}  # virtual token counters
     self.num_steps = 0
     self._sequences: dict[Hashable, page_tables.Sequence] = {}
     self._running: dict[Hashable, page_tables.Sequence] = {}
@@ -82,6 +82,7 @@ class SequenceManager:
     *,
     principal: Hashable = None,
     priority: int = 0,
+    weight: float = 1.0,
     scope: Hashable = None,
     reads_prefix_cache: bool = True,
     parent: page_tables.Sequence | None = None,
@@ -95,6 +96,7 @@ class SequenceManager:
         waits for `end`.
       principal: the tenant; fairness is between principals.
       priority: lower is sooner.
+      weight: above 0; a principal with twice the weight gets twice the tokens.
       scope: prefixes are shared between sequences of equal scope.
       reads_prefix_cache: False if logprobs of the whole prompt are wanted, so
         that every position must be computed. Other sequences still find the
@@ -127,6 +129,7 @@ class SequenceManager:
       max_known=len(prompt) + max_new_tokens,
       principal=principal,
       priority=priority,
+      weight=weight,
       scope=scope,
       reads_prefix_cache=reads_prefix_cache,
       arrival=self._num_submitted,
@@ -448,14 +451,14 @@ class SequenceManager:
       new = max(sequence.num_computed - sequence.num_charged, 0)
       sequence.num_charged += new
       served = self.served.get(sequence.principal, 0)
-      self.served[sequence.principal] = served + new
+      self.served[sequence.principal] = served + new / sequence.weight
 
   def _refund(self, sequence: page_tables.Sequence):
     """Gives back the charge for tokens that were to follow the last one."""
     unused = sequence.num_charged - len(sequence.tokens)
     if unused > 0:
       sequence.num_charged -= unused
-      self.served[sequence.principal] -= unused
+      self.served[sequence.principal] -= unused / sequence.weight
 
   def _check_new(self, id: Hashable, num_prompt: int, max_new_tokens: int):
     """Refuses a sequence that could not run even alone."""

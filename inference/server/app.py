@@ -135,13 +135,18 @@ def _report_digest(generator: generate.Generator) -> None:
 
 
 class _RequestId:
-  """ASGI middleware: adds an `x-request-id`, which clients show in errors."""
+  """ASGI middleware: adds an `x-request-id`, which clients show in errors.
+
+  It is `state.request_id` of the request.
+  """
 
   def __init__(self, app):
     self._app = app
 
   async def __call__(self, scope, receive, send):
-    name = f'req_{uuid.uuid4().hex}'.encode()
+    request_id = f'req_{uuid.uuid4().hex}'
+    name = request_id.encode()
+    scope.setdefault('state', {})['request_id'] = request_id
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':

@@ -18,10 +18,13 @@ use; another thread compiles the others.
 If a step fails, all open requests and all later requests fail: the state on the
 device cannot be trusted any more. So no client waits for an answer that will
 never come.
+
+Whatever ends a submission, its `on_end` is called once, in the event loop, with
+the counts of the engine.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -50,19 +53,40 @@ class Stopped(RuntimeError):
   """The server is stopping; no request is answered any more."""
 
 
+Item = tuple[int, requests_lib.Update]  # with the index of the request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+  """The end of a submission; without updates, the engine did not take it."""
+
+  updates: Sequence[Item]  # the last one of each sequence
+  error: Exception | None = None  # if the loop has ended it
+
+
+# The last update is handed out once the result is there.
+OnEnd = Callable[[Ended], Awaitable[None] | None]
+
+
 class Updates:
   """The updates of requests submitted together, as (index, update)."""
 
-  def __init__(self, num_sequences: int, cancel: Callable[['Updates'], None]):
+  def __init__(
+    self,
+    num_sequences: int,
+    cancel: Callable[['Updates'], None],
+    on_end: OnEnd = lambda _: None,
+  ):
     self._num_left, self._cancel = num_sequences, cancel
-    self._arrived: asyncio.Queue[
-      tuple[int, requests_lib.Update] | Exception
-    ] = asyncio.Queue()
+    self._num_running, self._on_end = num_sequences, on_end
+    self._last: list[Item] = []
+    self._ending: Awaitable[None] | None = None
+    self._arrived: asyncio.Queue[Item | Exception] = asyncio.Queue()
 
   def __aiter__(self):
     return self
 
-  async def __anext__(self) -> tuple[int, requests_lib.Update]:
+  async def __anext__(self) -> Item:
     if not self._num_left:
       raise StopAsyncIteration
     item = await self._arrived.get()
@@ -70,11 +94,28 @@ class Updates:
       self._num_left = 0
       raise item
     self._num_left -= item[1].completion is not None
+    if not self._num_left and self._ending is not None:
+      await self._ending
     return item
 
-  def put(self, item: tuple[int, requests_lib.Update] | Exception) -> None:
-    """Adds an update, or the error that ends all of them."""
+  def put(self, item: Item) -> None:
+    """Adds an update."""
     self._arrived.put_nowait(item)
+    if item[1].completion is not None:
+      self._last.append(item)
+      self._num_running -= 1
+      if not self._num_running:
+        self.end()
+
+  def end(
+    self, cancelled: Sequence[Item] = (), error: Exception | None = None
+  ) -> None:
+    """Ends the updates, with those of cancelled sequences and an error."""
+    if error:
+      self._arrived.put_nowait(error)
+    self._ending = self._on_end(
+      Ended(updates=[*self._last, *cancelled], error=error)
+    )
 
   def close(self) -> None:
     """Cancels unfinished requests; their pages are free at the next step."""
@@ -151,20 +192,30 @@ class EngineLoop:
     self._event_loop = asyncio.get_running_loop()
     self._thread.start()
 
-  async def submit(self, requests: Sequence[requests_lib.Request]) -> Updates:
+  async def submit(
+    self,
+    requests: Sequence[requests_lib.Request],
+    on_end: OnEnd = lambda _: None,
+  ) -> Updates:
     """Submits requests, all or none; returns their updates.
+
+    Args:
+      requests: of one client.
+      on_end: called once, also if this raises.
 
     Raises:
       ValueError: a request could never be answered.
       engine.Overloaded: too many sequences wait; try again later.
       Failed, Stopped: no request is answered any more.
     """
-    if self._is_closed:
-      raise _stopping()
     updates = Updates(
       sum(request.settings.n for request in requests),
       lambda each: self._inbox.put(functools.partial(self._cancel, each)),
+      on_end,
     )
+    if self._is_closed:
+      updates.end(error=_stopping())
+      raise _stopping()
     accepted = asyncio.get_running_loop().create_future()
     self._inbox.put(functools.partial(self._take, requests, updates, accepted))
     try:
@@ -199,7 +250,8 @@ class EngineLoop:
       except Exception as error:
         _LOG.error('the engine failed', exc_info=error)
         self.failure = error
-    self._end_all(_failed() if self.failure else _stopping())
+    if self.failure:
+      self._end_all(_failed())
     while (command := self._inbox.get()) is not None:
       command()  # fails its request: no client may wait forever
 
@@ -221,8 +273,7 @@ class EngineLoop:
       if engine.has_work:
         self._hand_out(engine.step())
     self._inbox.put(None)  # again, for `_run`: `_obey` has read the first
-    for request_id in self._open:
-      engine.cancel(request_id)
+    self._end_all(_stopping())
     while engine.has_work:
       engine.step()  # reads the step in flight
 
@@ -248,14 +299,14 @@ class EngineLoop:
     accepted: asyncio.Future,
   ) -> None:
     if self.failure or not self.generator:
-      self._call(_settle, accepted, _failed())
+      self._refuse(updates, accepted, _failed())
       return
     try:
       request_ids = self.generator.engine.submit_all(requests)
     except (ValueError, engine_lib.Overloaded) as error:
-      self._call(_settle, accepted, error)
+      self._refuse(updates, accepted, error)
     except Exception:
-      self._call(_settle, accepted, _failed())
+      self._refuse(updates, accepted, _failed())
       raise
     else:
       for which, request_id in enumerate(request_ids):
@@ -263,11 +314,29 @@ class EngineLoop:
         self._open[request_id] = _Open(updates, which, num)
       self._call(_settle, accepted, None)
 
+  def _refuse(
+    self, updates: Updates, accepted: asyncio.Future, error: Exception
+  ) -> None:
+    self._call(updates.end, (), error)
+    self._call(_settle, accepted, error)
+
   def _cancel(self, updates: Updates) -> None:
+    # They may have ended, and nobody may have read so: then nothing is open.
+    if any(each.updates is updates for each in self._open.values()):
+      self._end(updates)
+
+  def _end(self, updates: Updates, error: Exception | None = None) -> None:
+    """Cancels the open requests of a submission in the engine."""
+    assert self.generator
+    cancelled = []
     for request_id, each in list(self._open.items()):
-      if each.updates is updates and self.generator:
+      if each.updates is updates:
         del self._open[request_id]
-        self.generator.engine.cancel(request_id)
+        # The counts of a failed engine are known, unless they are the failure.
+        with contextlib.suppress(Exception if self.failure else ()):
+          last = self.generator.engine.cancel(request_id)
+          cancelled += [(each.which, update) for update in last]
+    self._call(updates.end, cancelled, error)
 
   def _hand_out(self, arrived: Sequence[requests_lib.Update]) -> None:
     """Gives the updates of a step to the event loop, which wakes once."""
@@ -283,8 +352,8 @@ class EngineLoop:
 
   def _end_all(self, error: Exception) -> None:
     whose = {id(each.updates): each.updates for each in self._open.values()}
-    self._open.clear()
-    self._call(_put_all, [(updates, error) for updates in whose.values()])
+    for updates in whose.values():
+      self._end(updates, error)
 
   def _call(self, function: Callable, *args) -> None:
     """Calls a function in the event loop, unless it is closed."""

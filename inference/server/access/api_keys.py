@@ -22,6 +22,7 @@ import stat
 import time
 
 from checks import expect
+from inference.server.access import keys as keys_lib
 from inference.server.api import errors
 
 # Probes of the process manager need no key; the answers reveal only the state.
@@ -168,9 +169,10 @@ def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
 
 
 class Authentication:
-  """ASGI middleware: sets `state.principal` of a request, or answers 401.
+  """ASGI middleware: sets the state of a request, or answers 401.
 
-  It acts before any part of the body is read.
+  `state.key` is the `keys.Key`, None without keys. `state.principal` is its
+  name. It acts before any part of the body is read.
   """
 
   def __init__(self, app, keys: ApiKeys | KeysFile | None):
@@ -179,12 +181,15 @@ class Authentication:
   async def __call__(self, scope, receive, send):
     if scope['type'] == 'http':
       principal: str | None = ''
+      key = None
       if self._keys is not None and scope['path'] not in OPEN_PATHS:
         principal = self._keys.principal(_bearer(scope['headers']))
-      if principal is None:
-        await _UNKNOWN.response()(scope, receive, send)
-        return
-      scope.setdefault('state', {})['principal'] = principal
+        if principal is None:
+          await _UNKNOWN.response()(scope, receive, send)
+          return
+        key = keys_lib.Key(id=f'file:{principal}', name=principal)
+      state = scope.setdefault('state', {})
+      state['principal'], state['key'] = principal, key
     await self._app(scope, receive, send)
 
 

@@ -63,9 +63,11 @@ class Logprobs(_Shape):
 class Accounting(_Shape):
   """The cost of a choice, see `inference.engine.requests.Usage`."""
 
+  prompt_tokens: int
   prefill_tokens: int
   decode_tokens: int
   cached_tokens: int
+  rejected_tokens: int
   preemptions: int
   flops: float
   kv_byte_seconds: float

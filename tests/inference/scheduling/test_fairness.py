@@ -14,6 +14,7 @@ class Waiting:
   priority: int = 0
   waited_steps: int = 0
   num_remaining: int = 10
+  weight: float = 1.0
 
 
 def _turns(*queue, served=None, best_priority=0, aging_steps=5):

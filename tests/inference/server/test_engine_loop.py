@@ -51,7 +51,11 @@ class _Engine:
 
   def cancel(self, request_id):
     self.cancelled.append(request_id)
-    del self.open[request_id]
+    request = self.open.pop(request_id)
+    return [
+      requests.Update(request_id, index, '', (), (), f'at {self.num_steps}')
+      for index in range(request.settings.n)
+    ]
 
   def step(self):
     self.threads.add(threading.current_thread().name)
@@ -280,3 +284,110 @@ def test_a_failed_load_is_told():
       await loop.submit([_request()])
 
   _run(test, load=load, on_load_failure=lambda: told.append(True))
+
+
+# ------------------------------------------------------------------------------
+# Whatever ends a submission, its end is told once, with all counts.
+
+
+def _told(loop, requests):
+  """Submits; returns the coroutine of the updates and the list of ends."""
+  ends = []
+  return loop.submit(requests, ends.append), ends
+
+
+def _completions(ended):
+  return [update.completion for _, update in ended.updates]
+
+
+def test_a_finish_is_told_before_the_last_update_is_handed_out():
+  async def test(_, loop):
+    may_end = asyncio.Event()
+    ends = []
+
+    def on_end(ended):
+      ends.append(ended)
+      return may_end.wait()
+
+    updates = await loop.submit([_request(max_tokens=2)], on_end)
+    assert (await anext(updates))[1].completion is None
+    last = asyncio.create_task(anext(updates))
+    await _until(lambda: ends)
+    await asyncio.sleep(0.01)
+    assert not last.done()
+    may_end.set()
+    assert (await last)[1].completion == 'done'
+    (ended,) = ends
+    assert (_completions(ended), ended.error) == (['done'], None)
+
+  _run(test)
+
+
+def test_a_cancel_tells_what_ended_before_it_and_what_it_ended():
+  async def test(_, loop):
+    coroutine, ends = _told(loop, [_request(1), _request(10**6, n=2)])
+    updates = await coroutine
+    assert (await anext(updates))[1].completion == 'done'
+    updates.close()
+    await _until(lambda: ends)
+    await loop.close()
+    (ended,) = ends
+    assert [which for which, _ in ended.updates] == [0, 1, 1]
+    assert _completions(ended)[0] == 'done'
+    assert ended.error is None
+
+  _run(test)
+
+
+@pytest.mark.parametrize('seed', [13, 14])
+def test_a_refusal_is_told_also_if_nobody_waits_for_it(seed):
+  async def test(engine, loop):
+    coroutine, ends = _told(loop, [_request(seed=seed)])
+    with pytest.raises((ValueError, engine_lib.Overloaded)):
+      await coroutine
+    engine.may_step.clear()
+    held = await loop.submit([_request(max_tokens=10**6)])
+    coroutine, others = _told(loop, [_request(seed=seed)])
+    asked = asyncio.create_task(coroutine)
+    await asyncio.sleep(0)
+    asked.cancel()
+    engine.may_step.set()
+    await _until(lambda: others)
+    held.close()
+    for (ended,) in (ends, others):
+      assert list(ended.updates) == []
+      assert isinstance(ended.error, (ValueError, engine_lib.Overloaded))
+
+  _run(test)
+
+
+def test_a_failure_and_a_stop_tell_the_counts_and_the_error():
+  async def test(engine, loop):
+    coroutine, ends = _told(loop, [_request(max_tokens=10**6)])
+    updates = await coroutine
+    engine.is_burning = True
+    await _until(lambda: ends)
+    with pytest.raises(engine_loop_lib.Failed):
+      await _count(updates)
+    (ended,) = ends
+    assert isinstance(ended.error, engine_loop_lib.Failed)
+    assert len(ended.updates) == 1
+    coroutine, ends = _told(loop, [_request()])
+    with pytest.raises(engine_loop_lib.Failed):
+      await coroutine
+    assert [each.updates for each in ends] == [[]]
+
+  async def stop(_, loop):
+    coroutine, ends = _told(loop, [_request(max_tokens=10**6)])
+    await coroutine
+    await loop.close()
+    (ended,) = ends
+    assert isinstance(ended.error, engine_loop_lib.Stopped)
+    assert len(ended.updates) == 1
+    coroutine, ends = _told(loop, [_request()])
+    with pytest.raises(engine_loop_lib.Stopped):
+      await coroutine
+    assert [each.updates for each in ends] == [[]]
+
+  _run(test)
+  _run(stop)
