@@ -4,7 +4,9 @@ from collections.abc import Sequence
 import math
 import time
 
-from inference.engine import requests
+import numpy as np
+
+from inference.engine import pooling, requests
 from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, spans
@@ -53,6 +55,10 @@ class Live:
     self._prompt_logprobs: list[logprobs.TokenLogprobs | None] = [
       None
     ] * sequence.num_prompt
+    # The first sequence of a request computes the prompt.
+    self.pool = (
+      pooling.Pool(request.pooling) if request.pooling and not index else None
+    )
 
   @property
   def wants_logprobs(self) -> bool:
@@ -138,6 +144,14 @@ class Live:
         is_finite &= math.isfinite(scored.chosen)
     return is_finite
 
+  def take_hidden(
+    self, hidden_MD: np.ndarray | None, chunk: spans.Span, at: int
+  ) -> None:
+    """Pools the final hidden states of a chunk, if the request wants them."""
+    if self.pool:
+      assert hidden_MD is not None
+      self.pool.add(hidden_MD[at : at + chunk.length], chunk.start)
+
   def push(
     self,
     tokens: Sequence[int],
@@ -220,4 +234,5 @@ class Live:
       logprobs=self._logprobs if settings.logprobs is not None else None,
       prompt_logprobs=self._prompt_logprobs if has_prompt_logprobs else None,
       usage=self.usage,
+      pooled_D=self.pool.vector_D() if self.pool else None,
     )

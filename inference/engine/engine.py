@@ -271,10 +271,13 @@ class Engine:
         priority=request.priority,
         weight=request.weight,
         scope=(self.weights_digest, principal),
-        # Logprobs need every position of the prompt computed.
+        # These need every position of the prompt computed.
         reads_prefix_cache=(
-          self.config.prefix_cache and settings.prompt_logprobs is None
+          self.config.prefix_cache
+          and settings.prompt_logprobs is None
+          and request.pooling != 'mean'
         ),
+        in_chunks=request.pooling is not None,
         parent=parent,
       )
       parent = parent or sequence
@@ -378,6 +381,8 @@ class Engine:
       outputs = outputs._replace(logprobs=None)
     if not any(live and live.scored_prompt() for live in lives):
       outputs = outputs._replace(prompt=None)
+    if not any(live and live.pool for live in lives):
+      outputs = outputs._replace(hidden_MD=None)
     return outputs
 
   def _dispatch(self, step: spans.Step) -> _Flight | None:
@@ -445,6 +450,7 @@ class Engine:
         at = (place - num_decodes) * self.config.chunk_tokens
         if not live.take_prompt_logprobs(outputs.prompt, span, at):
           tokens = [-1]
+        live.take_hidden(outputs.hidden_MD, span, at)
         if not span.samples and tokens[0] >= 0:
           continue
       update, num_taken = self._push(live, span, tokens, outputs, place, now)

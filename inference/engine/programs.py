@@ -202,13 +202,14 @@ class Programs:
     program = self._compiled[shape]
     if self._is_layered:
       inputs = inputs_lib.split(flat_I, self._layout(shape))
-      # The prompt's logprobs come last, if the step has chunks.
-      kv_cache, logits_RV, *prompts = program(
+      # Logprobs and hidden states of prompts come last, if there are chunks.
+      kv_cache, logits_RV, *of_prompts = program(
         params, state.kv_cache, state.slots.last_B, inputs
       )
-      prompt, where = (*prompts, None)[0], _sampled(inputs)
+      prompt, hidden_MD = of_prompts or (None, None)
+      where = _sampled(inputs)
     elif shape.num_chunks:
-      kv_cache, logits_RV, prompt, where = program(
+      kv_cache, logits_RV, prompt, hidden_MD, where = program(
         params, state.kv_cache, state.slots.last_B, flat_I
       )
     else:
@@ -216,7 +217,7 @@ class Programs:
     sample = self._compiled[self._num_sampled(shape)]
     slots, outputs = sample(state.slots, logits_RV, *where)
     state = device_state.State(kv_cache, slots)
-    return state, outputs._replace(prompt=prompt)
+    return state, outputs._replace(prompt=prompt, hidden_MD=hidden_MD)
 
   def seat(
     self, state: device_state.State, slot: int, row: sampler_lib.Sampler
@@ -271,10 +272,8 @@ def _decode_steps(params, state, flat_I, *, layout, **static):
 def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
   """Returns the results of `prefill`, and the arguments of `sample`."""
   inputs = inputs_lib.split(flat_I, layout)
-  kv_cache, logits_RV, prompt = steps.prefill(
-    params, kv_cache, last_B, inputs, **static
-  )
-  return kv_cache, logits_RV, prompt, _sampled(inputs)
+  results = steps.prefill(params, kv_cache, last_B, inputs, **static)
+  return *results, _sampled(inputs)
 
 
 def _sampled(inputs: steps.Inputs) -> tuple[Any, Any, Any]:

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from inference.engine import pooling
 from inference.sampling import (
   logprobs as logprobs_lib,
   settings as settings_lib,
@@ -30,6 +33,9 @@ class Request:
   # max_tokens = 1 no later step reads it, so that the prompt may fill the
   # context.
   target: int | None = None
+  # 'mean' or 'last': the completion has the prompt's final hidden states,
+  # pooled in this way.
+  pooling: str | None = None
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
   room: int | None = None
@@ -70,6 +76,7 @@ class Completion:
   # Of the prompt's tokens; None for the first token, which has no context.
   prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] | None
   usage: Usage
+  pooled_D: np.ndarray | None = None  # float64; if the request has `pooling`
 
   @property
   def num_completion_tokens(self) -> int:
@@ -135,6 +142,7 @@ def room_for(
       ' start from BOS'
     )
   settings.check_ids(vocab_size)
+  pooling.check(request.pooling)
   # A target that no token follows is never computed: it needs no position.
   most = context + (request.target is not None and wanted == 1)
   if num_prompt + wanted > most:

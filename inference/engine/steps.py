@@ -87,6 +87,7 @@ class Outputs(NamedTuple):
   # Of those tokens, each with an axis S; None if no request wants them.
   logprobs: logprobs_lib.Logprobs | None
   prompt: logprobs_lib.Logprobs | None  # of targets_M; None without chunks
+  hidden_MD: Any = None  # final hidden states of all chunks
 
 
 def num_computed(outputs: Outputs) -> int:
@@ -220,15 +221,16 @@ def prefill(
   *,
   model: transformer.Transformer,
   vocab_size: int,
-) -> tuple[device_state.KVCache, jax.Array, logprobs_lib.Logprobs]:
+) -> tuple[device_state.KVCache, jax.Array, logprobs_lib.Logprobs, jax.Array]:
   """Computes X prompt chunks, and D decodes beside them. Donates `kv_cache`.
 
   Arguments are those of `decode_step`.
 
   Returns:
     The KV cache with the keys and values of all T tokens, the logits of the
-    tokens that follow each decode and each chunk, float32 [R, V], and the
-    logprobs of the M prompt tokens in `inputs.targets_M`.
+    tokens that follow each decode and each chunk, float32 [R, V], the logprobs
+    of the M prompt tokens in `inputs.targets_M`, and the final hidden states of
+    the M tokens of the chunks, [M, D].
   """
   hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
   return kv_cache, *finish(model, params, vocab_size, hidden_TD, inputs)
@@ -323,7 +325,7 @@ def finish(
   hidden_TD: jax.Array,
   inputs: Inputs,
 ) -> tuple[Any, ...]:
-  """Returns the logits of a step; with chunks, the prompt's logprobs too."""
+  """Returns the logits of a step; with chunks, what their prompts want too."""
   logits_of = functools.partial(_logits, model, params, vocab_size)
   num_decodes, num_chunks = (
     table.shape[0] for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
@@ -331,8 +333,9 @@ def finish(
   if not num_chunks:
     return (logits_of(hidden_TD[inputs.rows_R]),)
   logits_RV = logits_of(_last(hidden_TD, inputs, num_decodes))
-  prompt = _prompt_logprobs(hidden_TD[num_decodes:], inputs, logits_of)
-  return logits_RV, prompt
+  hidden_MD = hidden_TD[num_decodes:]
+  prompt = _prompt_logprobs(hidden_MD, inputs, logits_of)
+  return logits_RV, prompt, hidden_MD
 
 
 def _last(hidden_TD: jax.Array, inputs: Inputs, num_decodes: int) -> jax.Array:

@@ -15,6 +15,7 @@ The metadata of a field:
     help      what the setting does, for users of the flag and of the API
     flag      False: serve.py has no flag for it
     api_name  its name in a request body, if another; '': not in the API
+    limits    keywords of JSON Schema: the values of a request that are in range
 
 Imports nothing heavy, so that `serve.py --help` need not wait for JAX.
 """
@@ -47,6 +48,10 @@ MAX_LOGPROBS = 20  # as OpenAI's chat API allows
 _REPETITION_RANGE = 1e-3, 1e3
 
 
+def _between(low: float, high: float) -> dict[str, Any]:
+  return {'minimum': low, 'maximum': high}
+
+
 class SettingError(ValueError):
   """A generation setting out of range; `setting` names it."""
 
@@ -70,71 +75,101 @@ class Settings:
     1.0,
     'Divides the logits before sampling. 0 always takes the most probable token'
     ' (greedy). Lower it for more predictable text.',
+    limits={'minimum': 0},
   )
   top_k: int = flag_field.field(
     0,
     'Samples only from this many most probable tokens; 0 keeps all tokens.',
+    limits={'minimum': -1, 'exclusiveMaximum': 2**31},  # -1: as 0, in vLLM
   )
   top_p: float = flag_field.field(
     1.0,
     'Samples only from the most probable tokens that together have this'
     ' probability, above 0 and at most 1; 1 keeps all tokens. Lower it if the'
     ' text drifts.',
+    limits={'exclusiveMinimum': 0, 'maximum': 1},
   )
   min_p: float = flag_field.field(
     0.0,
     'Samples only from tokens with at least this share of the probability of'
     ' the most probable token, from 0 to below 1; 0 keeps all tokens.',
+    limits={'minimum': 0, 'exclusiveMaximum': 1},
   )
   repetition_penalty: float = flag_field.field(
     1.0,
     'Divides the positive logits, and multiplies the negative logits, of every'
     ' token in the prompt or the completion; 1 disables it. Raise it, for'
     ' example to 1.1, if the text repeats itself.',
+    limits=_between(*_REPETITION_RANGE),
   )
   presence_penalty: float = flag_field.field(
     0.0,
     'Subtracted once from the logit of every token that was generated, from -2'
     ' to 2; 0 disables it.',
+    limits=_between(-2, 2),
   )
   frequency_penalty: float = flag_field.field(
     0.0,
     "Subtracted from a token's logit for every time it was generated, from -2"
     ' to 2; 0 disables it.',
+    limits=_between(-2, 2),
   )
   logit_bias: tuple[tuple[int, float], ...] = flag_field.field(
     (),
     'Added to the logits of these token ids, from -100 to 100.',
     flag=False,
+    limits={
+      'maxProperties': MAX_BIASED,
+      'additionalProperties': {'type': 'number', **_between(-100, 100)},
+      'propertyNames': {'pattern': '^[0-9]+$'},
+    },
   )
   seed: int | None = flag_field.field(
     None,
     'Seed of the sampling. The same seed, settings and weights give the same'
     ' text. If not given, a seed is drawn and reported with the completion.',
+    limits=_between(_SEED_RANGE[0], _SEED_RANGE[1] - 1),
   )
   n: int = flag_field.field(
     1,
     'Number of completions of the prompt, each with a seed of its own.',
+    limits={'minimum': 1},
   )
   max_tokens: int | None = flag_field.field(
     None,
     'Most tokens to generate. If neither given nor recommended by the model, a'
     ' completion may fill the context.',
+    limits={'minimum': 1, 'exclusiveMaximum': 2**31},
   )
   min_tokens: int = flag_field.field(
     0,
     'EOS and stop token ids are not sampled, and stop strings do not count,'
     ' before this many tokens were generated; 0 disables it.',
+    limits={'minimum': 0, 'exclusiveMaximum': 2**31},
   )
   stop: tuple[str, ...] = flag_field.field(
     (),
     'Text that ends the completion, and is left out of it; at most 256 strings,'
     ' of 1,024 characters each and 4,096 together.',
+    limits={
+      'maxItems': MAX_STOPS,
+      'items': {
+        'type': 'string',
+        'minLength': 1,
+        'maxLength': MAX_STOP_LENGTH,
+      },
+      'minLength': 1,
+      'maxLength': MAX_STOP_LENGTH,
+    },
   )
   stop_ids: tuple[int, ...] = flag_field.field(
     (),
     'Token id that ends the completion, as EOS does; at most 16 ids.',
     api_name='stop_token_ids',
+    limits={
+      'maxItems': MAX_STOP_IDS,
+      'items': {'type': 'integer', 'minimum': 0},
+    },
   )
   ignore_eos: bool = flag_field.field(
     False,
@@ -148,6 +183,7 @@ class Settings:
     'Returns the log-probability of every generated token, and of this many'
     ' most probable tokens beside it, at most 20.',
     flag=False,
+    limits=_between(0, MAX_LOGPROBS),
   )
   # The same for the tokens of the prompt. The API asks for it with `echo`.
   prompt_logprobs: int | None = flag_field.field(

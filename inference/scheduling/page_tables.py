@@ -25,6 +25,7 @@ class Sequence:
   reads_prefix_cache: bool
   arrival: int  # order of submission
   submitted: int  # number of the step
+  in_chunks: bool = False  # whether the last prompt token takes one too
   awaits_parent: bool = False
   children: list['Sequence'] = dataclasses.field(default_factory=list)
   slot: int | None = None
@@ -148,6 +149,7 @@ class PageTables:
       is_tail_cached=copied is not None and self.allocator.is_cached(copied),
       is_running=sequence.is_running,
       is_ready=sequence.is_ready,
+      needs_chunk=sequence.in_chunks and num_computed < sequence.num_prompt,
     )
 
   def num_missing(self, sequence: Sequence, length: int) -> int:

@@ -4,8 +4,7 @@ A step is one program over decodes (one token of a sequence each) and chunks of
 consecutive prompt tokens (chunked prefill: Agrawal et al., arXiv:2403.02310).
 `plan` chooses which sequences get decodes and chunks, which enter, and which
 give their pages back. It is a pure function of counts: it knows no device, no
-clock and no contents of pages. The SequenceManager keeps the books and carries
-plans out.
+clock and no contents of pages. The SequenceManager carries plans out.
 
 Three questions, and the order that answers each:
 
@@ -114,6 +113,7 @@ class Task:
   is_tail_cached: bool = False  # then it copies even as the only holder
   is_running: bool = False
   is_ready: bool = True  # False: it keeps its place, but gets no work
+  needs_chunk: bool = False  # for its next token, if that is its only one too
 
   @property
   def num_pages(self) -> int:
@@ -133,7 +133,7 @@ class Task:
   @property
   def is_decode(self) -> bool:
     """Whether its only token needs no chunk."""
-    return self.num_remaining == 1
+    return self.num_remaining == 1 and not self.needs_chunk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ class SequenceManager:
     weight: float = 1.0,
     scope: Hashable = None,
     reads_prefix_cache: bool = True,
+    in_chunks: bool = False,
     parent: page_tables.Sequence | None = None,
   ) -> page_tables.Sequence:
     """Adds a waiting sequence, and returns it.
@@ -101,6 +102,8 @@ class SequenceManager:
       reads_prefix_cache: False if logprobs of the whole prompt are wanted, so
         that every position must be computed. Other sequences still find the
         pages of this one.
+      in_chunks: True if hidden states of the prompt are wanted, which steps of
+        decodes do not return.
       parent: a sequence of the same prompt. The new sequence waits until the
         parent has computed the prompt, and shares its pages. If the parent ends
         or is preempted before that, the new sequence computes the prompt.
@@ -132,6 +135,7 @@ class SequenceManager:
       weight=weight,
       scope=scope,
       reads_prefix_cache=reads_prefix_cache,
+      in_chunks=in_chunks,
       arrival=self._num_submitted,
       submitted=self.num_steps,
     )

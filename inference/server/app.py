@@ -6,7 +6,9 @@
     GET  /metrics           counters of the engine, as Prometheus collects them
     GET  /v1/models         the one model, with the lineage of its weights
     GET  /v1/models/{id}
+    GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/embeddings     a vector per input
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
     http/      bytes: connections, bodies within limits, streams that can end
@@ -54,7 +56,14 @@ from inference.server.http import (
   turns,
 )
 from inference.server.records import database
-from inference.server.routes import completions, models, probes, tokenizer
+from inference.server.routes import (
+  capabilities,
+  completions,
+  embeddings,
+  models,
+  probes,
+  tokenizer,
+)
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
@@ -118,7 +127,14 @@ def create_app(
   app.add_exception_handler(starlette_exceptions.HTTPException, _on_http)
   app.add_exception_handler(errors.ApiError, _on_api_error)
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
-  for routes in (probes, models, tokenizer, completions):
+  for routes in (
+    probes,
+    models,
+    tokenizer,
+    completions,
+    embeddings,
+    capabilities,
+  ):
     routes.add(app, service)
   described = openapi.document(app, has_keys=keys is not None)
   app.openapi = lambda: described

@@ -1,5 +1,6 @@
 """The JSON Schema of the OpenAPI document, checked without its writer."""
 
+import re
 from typing import Any
 
 _TYPES = {
@@ -14,9 +15,19 @@ _TYPES = {
 # Keywords of a schema that do not limit a value, and keywords that `faults`
 # checks.
 _NOTES = {'title', 'description', 'default'}
+_BOUNDS = {
+  'minimum': lambda value, bound: value >= bound,
+  'maximum': lambda value, bound: value <= bound,
+  'exclusiveMinimum': lambda value, bound: value > bound,
+  'exclusiveMaximum': lambda value, bound: value < bound,
+  'minLength': lambda value, bound: len(value) >= bound,
+  'maxLength': lambda value, bound: len(value) <= bound,
+  'pattern': lambda value, bound: re.search(bound, value) is not None,
+}
 _CHECKED = {
-  *('$ref', 'type', 'anyOf', 'const', 'items', 'properties', 'required'),
-  *('additionalProperties', 'maxItems', 'maxProperties'),
+  *('$ref', 'type', 'anyOf', 'const', 'enum', 'items', 'properties'),
+  *('required', 'additionalProperties', 'maxItems', 'maxProperties'),
+  *('propertyNames', *_BOUNDS),
 }
 
 
@@ -36,12 +47,17 @@ def faults(value: Any, schema: dict[str, Any], document: dict) -> list[str]:
     return [] if [] in found else sum(found, [])
   if 'const' in schema and value != schema['const']:
     return [f'{value!r} is not {schema["const"]!r}']
+  if 'enum' in schema and value not in schema['enum']:
+    return [f'{value!r} is not among {schema["enum"]!r}']
   kind = schema.get('type')
   if kind and (
     not isinstance(value, _TYPES[kind])
     or (isinstance(value, bool) and kind != 'boolean')
   ):
     return [f'{value!r} is no {kind}']
+  for name, holds in _BOUNDS.items():
+    if kind and name in schema and not holds(value, schema[name]):
+      return [f'{value!r} is not within {name} {schema[name]!r}']
   if isinstance(value, list):
     found = [faults(each, schema.get('items', {}), document) for each in value]
     found.append(_too_many(value, schema.get('maxItems')))
@@ -57,6 +73,8 @@ def _of_fields(value: dict, schema: dict, document: dict) -> list[str]:
   ]
   found += _too_many(value, schema.get('maxProperties'))
   for name, each in value.items():
+    names = {'type': 'string', **schema.get('propertyNames', {})}
+    found += faults(name, names, document)
     of = known.get(name, other)
     if of is False:
       found.append(f'{name} is not described')

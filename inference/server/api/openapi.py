@@ -13,15 +13,12 @@ import pydantic
 from pydantic import json_schema
 
 from inference.server.access import api_keys
-from inference.server.api import errors, schema, shapes
+from inference.server.api import embedding_schema, errors, schema, shapes
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
-_EVENTS = (
-  'Server-sent events, with stream: true. Each is `data: ` and a'
-  ' CompletionChunk as JSON, or an Error if the generation fails. The last is'
-  ' `data: [DONE]`.'
-)
+_EVENTS = 'text/event-stream'
+_DONE = '[DONE]'  # the data of a stream's last event
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
@@ -39,21 +36,29 @@ class _Route:
   answer: type[pydantic.BaseModel] | None = None  # None: text
   body: type[pydantic.BaseModel] | None = None
   errors: tuple[int, ...] = (503,)
-  has_stream: bool = False
+  chunk: type[pydantic.BaseModel] | None = None  # data of an event of a stream
+  query: tuple[dict[str, Any], ...] = ()  # parameters, without `in`
 
 
 _POSTED = 400, 404, 408, 413, 503
+# By path; by METHOD and path where a path has several methods.
 _ROUTES = {
   '/health': _Route(answer=shapes.Status),
   '/ready': _Route(answer=shapes.Status),
   '/metrics': _Route(),
+  '/v1/capabilities': _Route(answer=shapes.Capabilities),
   '/v1/models': _Route(answer=shapes.ModelList),
   '/v1/models/{name}': _Route(answer=shapes.Model, errors=(404, 503)),
   '/v1/completions': _Route(
     answer=shapes.Completion,
     body=schema.CompletionRequest,
     errors=(*_POSTED, 429, 500),
-    has_stream=True,
+    chunk=shapes.CompletionChunk,
+  ),
+  '/v1/embeddings': _Route(
+    answer=shapes.EmbeddingList,
+    body=embedding_schema.EmbeddingRequest,
+    errors=(*_POSTED, 429, 500),
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(
@@ -77,7 +82,7 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
     if isinstance(route, routing.APIRoute):
       method = min(route.methods or {'get'})  # each has one
       operation = _operation(route, has_keys=has_keys)
-      paths[route.path_format] = {method.lower(): operation}
+      paths.setdefault(route.path_format, {})[method.lower()] = operation
   components: dict[str, Any] = {'schemas': _schemas()}
   if has_keys:
     components['securitySchemes'] = {
@@ -91,8 +96,16 @@ def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
   }
 
 
+def bodies() -> dict[str, type[pydantic.BaseModel]]:
+  """Returns the types of bodies of requests, by their names."""
+  found = [route.body for route in _ROUTES.values() if route.body]
+  return {each.__name__: each for each in found}
+
+
 def _operation(route: routing.APIRoute, *, has_keys: bool) -> dict[str, Any]:
-  described = _ROUTES[route.path_format]
+  path = route.path_format
+  (method,) = route.methods or {'get'}
+  described = _ROUTES.get(f'{method} {path}') or _ROUTES[path]
   needs_key = has_keys and route.path not in api_keys.OPEN_PATHS
   operation: dict[str, Any] = {
     'operationId': route.name,
@@ -108,16 +121,13 @@ def _operation(route: routing.APIRoute, *, has_keys: bool) -> dict[str, Any]:
       'required': True,
       'content': {_JSON: _reference(described.body)},
     }
-  if route.param_convertors:
-    operation['parameters'] = [
-      {
-        'name': name,
-        'in': 'path',
-        'required': True,
-        'schema': {'type': 'string'},
-      }
-      for name in route.param_convertors
-    ]
+  in_path = [
+    {'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
+    for name in route.param_convertors
+  ]
+  in_query = [{'in': 'query', **each} for each in described.query]
+  if in_path or in_query:
+    operation['parameters'] = in_path + in_query
   if has_keys:
     operation['security'] = [{'key': []}] if needs_key else []
   return operation
@@ -129,11 +139,27 @@ def _answer(described: _Route) -> dict[str, Any]:
     content['text/plain'] = {'schema': {'type': 'string'}}
   else:
     content[_JSON] = _reference(described.answer)
-  if described.has_stream:
-    content['text/event-stream'] = {
-      'schema': {'type': 'string', 'description': _EVENTS}
-    }
+  if described.chunk:
+    content[_EVENTS] = {'itemSchema': _event(described.chunk)}
   return {'description': 'The answer.', 'content': content}
+
+
+def _event(chunk: type[pydantic.BaseModel]) -> dict[str, Any]:
+  """Returns the schema of one event, as OpenAPI 3.2 and FastAPI write it."""
+  data = [
+    {
+      'type': 'string',
+      'contentMediaType': _JSON,
+      'contentSchema': _reference(each)['schema'],
+    }
+    for each in (chunk, shapes.Error)
+  ]
+  return {
+    'type': 'object',
+    'description': 'With stream: true. An error ends a stream early.',
+    'properties': {'data': {'anyOf': [{'const': _DONE}, *data]}},
+    'required': ['data'],
+  }
 
 
 def _error(status: int, model: type[pydantic.BaseModel]) -> dict[str, Any]:
@@ -157,11 +183,10 @@ def _reference(model: type[pydantic.BaseModel]) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
   models: list[tuple[type[pydantic.BaseModel], json_schema.JsonSchemaMode]] = [
-    (shapes.Error, 'validation'),
-    (shapes.CompletionChunk, 'validation'),
+    (shapes.Error, 'validation')
   ]
   for route in _ROUTES.values():
-    for model in (route.answer, route.body):
+    for model in (route.answer, route.body, route.chunk):
       if model:
         models.append((model, 'validation'))
   _, found = json_schema.models_json_schema(models, ref_template=_REF)

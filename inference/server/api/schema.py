@@ -10,7 +10,7 @@ field is refused. No field is ignored.
 from collections.abc import Sequence
 import dataclasses
 import typing
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 import pydantic_core
@@ -22,10 +22,7 @@ from inference.server.api import errors
 MAX_PROMPTS = 128  # of one request, as lm-eval's batches are
 MAX_CHOICES = 128  # prompts times n
 _MOST_ITEMS = 4096  # of a list that is no prompt of token ids; checks say less
-_MOST_LISTS = MAX_PROMPTS + 64  # lists and objects of a body
 
-# Fields that are refused unless absent, null, or one of these values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {'best_of': (1,), 'suffix': ()}
 # The field of a request body for each setting that the API has.
 _API_NAMES = {
   field.name: name
@@ -34,6 +31,15 @@ _API_NAMES = {
 }
 _MAX_PRIORITY = 2**31 - 1
 _UNKNOWN = 'unknown_field'
+_NUMERIC = 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'
+# The keywords of JSON Schema that limit the values of a type.
+_KEYWORDS = {
+  'number': _NUMERIC,
+  'integer': _NUMERIC,
+  'string': ('minLength', 'maxLength'),
+  'array': ('maxItems', 'items'),
+  'object': ('maxProperties', 'additionalProperties', 'propertyNames'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +58,61 @@ class _FirstError:
     return schema
 
 
+@dataclasses.dataclass(frozen=True)
+class Unsupported:
+  """Annotation: the field is refused, unless its value changes nothing."""
+
+  why: str
+  neutral: tuple[Any, ...] = ()  # values that are accepted, as null is
+
+  def __get_pydantic_json_schema__(self, core_schema, handler):
+    return {'enum': [None, *self.neutral], 'description': self.why}
+
+  def accepts(self, value: Any) -> bool:
+    """Returns whether a value changes nothing."""
+    return value is None or any(
+      type(value) is type(each) and value == each for each in self.neutral
+    )
+
+
 _FEW = _FirstError(_MOST_ITEMS)
 _Strings = Annotated[list[str], _FEW]
 _Ids = Annotated[list[int], _FirstError()]
+Prompts = str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
 
 
-class _Model(pydantic.BaseModel):
+def _described(schema: dict[str, Any], kind: type['Body']) -> None:
+  """Adds to the schema of a body the texts and limits of its settings."""
+  schema['additionalProperties'] = False
+  properties = schema.get('properties', {})
+  for field in dataclasses.fields(settings.Settings):
+    found = properties.get(_API_NAMES.get(field.name))
+    if found is not None:
+      found.setdefault('description', field.metadata['help'])
+      _limit(found, field.metadata.get('limits', {}))
+  for name, limits in kind.limits.items():
+    _limit(properties[name], limits)
+
+
+def _limit(found: dict[str, Any], limits: dict[str, Any]) -> None:
+  for each in (found, *found.get('anyOf', ())):
+    of_kind = _KEYWORDS.get(each.get('type'), ())
+    each.update({name: limits[name] for name in limits if name in of_kind})
+
+
+class Body(pydantic.BaseModel):
+  """A body, or an object in it. No field is ignored."""
+
+  most_lists: ClassVar[int] = MAX_PROMPTS + 64  # and objects, in all
+  # Of fields: keywords of JSON Schema, for limits that no type says.
+  limits: ClassVar[dict[str, dict[str, Any]]] = {}
+
   # Strict: '0.5' is no number, and true is not 1. Unknown fields are allowed
   # here and refused below: pydantic would make an error of each.
   model_config = pydantic.ConfigDict(
     extra='allow',
     strict=True,
-    json_schema_extra={'additionalProperties': False},
+    json_schema_extra=_described,
   )
 
   @pydantic.model_validator(mode='after')
@@ -74,20 +123,55 @@ class _Model(pydantic.BaseModel):
       )
     return self
 
+  @classmethod
+  def unsupported(cls) -> dict[str, Unsupported]:
+    """Returns the fields that are refused."""
+    return {
+      name: note
+      for name, field in cls.model_fields.items()
+      for note in field.metadata
+      if isinstance(note, Unsupported)
+    }
 
-_Body = typing.TypeVar('_Body', bound=_Model)
+  def refuse_unsupported(self) -> None:
+    """Refuses fields that this server knows, but does not support.
+
+    Raises:
+      ApiError: status 400; `param` names the field.
+    """
+    for name, note in self.unsupported().items():
+      if not note.accepts(value := getattr(self, name)):
+        expected = ' or '.join(map(repr, (None, *note.neutral)))
+        raise errors.ApiError(
+          400,
+          f'{name}: got {expect.shown(value)}, expected {expected}; this server'
+          f' does not support it, leave it out: {note.why}',
+          param=name,
+          code='unsupported_parameter',
+        )
 
 
-class StreamOptions(_Model):
+_Body = typing.TypeVar('_Body', bound=Body)
+
+
+class StreamOptions(Body):
   """Options of a stream."""
 
-  include_usage: bool = False
+  include_usage: bool = pydantic.Field(
+    default=False, description='Sends the usage in one more chunk, the last.'
+  )
 
 
-class _OpenAiRequest(_Model):
-  model: str
-  prompt: str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
-  max_tokens: int | None = None  # 0, with echo: only the prompt is scored
+class _OpenAiRequest(Body):
+  model: str = pydantic.Field(description='A name of /v1/models.')
+  prompt: Prompts = pydantic.Field(
+    description='One prompt or several: texts, or token ids as they are.'
+  )
+  max_tokens: int | None = pydantic.Field(
+    default=None,
+    description='Most tokens to generate; null: as the model recommends, else'
+    ' as many as fit; 0, with echo: only the prompt is scored.',
+  )
   temperature: float | None = None
   top_p: float | None = None
   presence_penalty: float | None = None
@@ -97,12 +181,22 @@ class _OpenAiRequest(_Model):
   seed: int | None = None
   stop: str | _Strings | None = None
   n: int | None = None
-  echo: bool | None = None
-  stream: bool | None = None
-  stream_options: StreamOptions | None = None
-  user: str | None = None  # written to the server's log
-  best_of: Any = None
-  suffix: Any = None
+  echo: bool | None = pydantic.Field(
+    default=None, description='Repeats the prompt before the completion.'
+  )
+  stream: bool | None = pydantic.Field(
+    default=None, description='Answers with server-sent events.'
+  )
+  stream_options: StreamOptions | None = pydantic.Field(
+    default=None, description='Only with stream.'
+  )
+  user: str | None = pydantic.Field(
+    default=None, description="Written to the server's log."
+  )
+  best_of: Annotated[Any, Unsupported('ask for n and choose', (1,))] = None
+  suffix: Annotated[
+    Any, Unsupported('the model was not trained to fill a gap')
+  ] = None
   min_tokens: int | None = None  # vLLM's; here since `_check_scores` reads it
 
 
@@ -139,9 +233,21 @@ class CompletionRequest(_VllmRequest):
   `inference.sampling.settings`.
   """
 
+  limits: ClassVar[dict[str, dict[str, Any]]] = {
+    'max_tokens': {'minimum': 0},
+    'n': {'maximum': MAX_CHOICES},
+    'priority': {'minimum': -_MAX_PRIORITY, 'maximum': _MAX_PRIORITY},
+  }
+
   # vLLM's fields that are no settings.
-  return_tokens_as_token_ids: bool | None = None
-  priority: int | None = None  # a lower number is served sooner; see `check`
+  return_tokens_as_token_ids: bool | None = pydantic.Field(
+    default=None,
+    description='Names the tokens of logprobs token_id:ID; only with them.',
+  )
+  priority: int | None = pydantic.Field(
+    default=None,
+    description='A lower number is served sooner. With API keys, at least 0.',
+  )
 
   def check(self, *, is_shared: bool) -> None:
     """Refuses values that the types allow, but this server does not support.
@@ -153,17 +259,7 @@ class CompletionRequest(_VllmRequest):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    for name, neutral in _NEUTRAL.items():
-      value = getattr(self, name)
-      if value is not None and value not in neutral:
-        expected = ' or '.join(map(repr, (None, *neutral)))
-        raise errors.ApiError(
-          400,
-          f'{name}: got {expect.shown(value)}, expected {expected}; this server'
-          ' does not support it, leave it out',
-          param=name,
-          code='unsupported_parameter',
-        )
+    self.refuse_unsupported()
     if self.stream_options is not None and not self.stream:
       raise errors.invalid(
         'stream_options', 'got options without stream, expected stream: true'
@@ -207,11 +303,7 @@ class CompletionRequest(_VllmRequest):
 
   def prompts(self) -> list[str | list[int]]:
     """Returns the prompts as a list."""
-    if isinstance(self.prompt, str):
-      return [self.prompt]
-    if self.prompt and isinstance(self.prompt[0], int):
-      return [self.prompt]  # pyright: ignore[reportReturnType]
-    return list(self.prompt)  # pyright: ignore[reportReturnType]
+    return as_prompts(self.prompt)
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.
@@ -235,7 +327,7 @@ class CompletionRequest(_VllmRequest):
     return chosen
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(Body):
   """The body of POST /tokenize."""
 
   model: str | None = None
@@ -255,7 +347,7 @@ class TokenizeRequest(_Model):
     return self.prompt if self.prompt is not None else self.content or ''
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(Body):
   """The body of POST /detokenize."""
 
   model: str | None = None
@@ -273,7 +365,11 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
   Raises:
     ApiError: status 400, about the first field that is wrong.
   """
-  _check_counts(raw, most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS)
+  _check_counts(
+    raw,
+    most_values=MAX_PROMPTS * context + 3 * _MOST_ITEMS,
+    most_lists=kind.most_lists,
+  )
   try:
     return kind.model_validate_json(raw)
   except pydantic.ValidationError as error:
@@ -282,7 +378,7 @@ def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
     ) from None
 
 
-def _check_counts(raw: bytes, most_values: int) -> None:
+def _check_counts(raw: bytes, *, most_values: int, most_lists: int) -> None:
   """Refuses a body with more parts than any request has, before it is parsed.
 
   A parser holds Python's lock from the first byte to the last: a MiB of `[],`
@@ -293,7 +389,7 @@ def _check_counts(raw: bytes, most_values: int) -> None:
   _check_count('strings', num_strings, 3 * _MOST_ITEMS)
   between = b''.join(bare.split(b'"')[::2])
   num_lists = between.count(b'[') + between.count(b'{')
-  _check_count('lists and objects', num_lists, _MOST_LISTS)
+  _check_count('lists and objects', num_lists, most_lists)
   _check_count('values', between.count(b','), most_values)
 
 
@@ -330,7 +426,7 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
   if error['type'] == _UNKNOWN:
     message = (
       f'{".".join(where)}: got a parameter that this server does not know,'
-      ' expected one of the completions API; leave it out'
+      ' expected one that /v1/capabilities lists; leave it out'
     )
     return errors.ApiError(
       400, message, param=where[0], code='unsupported_parameter'
@@ -340,6 +436,15 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
     other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
   return errors.invalid(where[0], '; or: '.join(wanted))
+
+
+def as_prompts(prompts: Prompts) -> list[str | list[int]]:
+  """Returns one prompt, or several, as a list."""
+  if isinstance(prompts, str):
+    return [prompts]
+  if prompts and isinstance(prompts[0], int):
+    return [prompts]  # pyright: ignore[reportReturnType]
+  return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def _frozen(value: Any) -> Any:

@@ -51,6 +51,35 @@ class ModelList(_Shape):
   data: list[Model]
 
 
+class Parameter(_Shape):
+  """A parameter of a route; `accepted` if it is not supported."""
+
+  name: str
+  in_: Literal['body', 'path', 'query'] = pydantic.Field(alias='in')
+  supported: bool
+  required: bool
+  description: str
+  values: dict[str, Any] | None = None
+  accepted: list[Any] | None = None
+
+
+class Route(_Shape):
+  """A route and its parameters."""
+
+  method: str
+  path: str
+  answers: list[str]
+  parameters: list[Parameter]
+
+
+class Capabilities(_Shape):
+  """The parameters of every route."""
+
+  object: Literal['capabilities']
+  note: str
+  routes: list[Route]
+
+
 class Logprobs(_Shape):
   """Log-probabilities, one entry per token."""
 
@@ -132,6 +161,30 @@ class CompletionChunk(_Head):
 
   choices: list[ChunkChoice]
   usage: Usage | None = None
+
+
+class Embedding(_Shape):
+  """The vector of an input: numbers, or base64 of float32 numbers."""
+
+  object: Literal['embedding']
+  index: int
+  embedding: list[float] | str
+
+
+class EmbeddingUsage(_Shape):
+  """Tokens of all inputs."""
+
+  prompt_tokens: int
+  total_tokens: int
+
+
+class EmbeddingList(_Shape):
+  """The vectors, in the order of the inputs."""
+
+  object: Literal['list']
+  data: list[Embedding]
+  model: str
+  usage: EmbeddingUsage
 
 
 class TokenizerInfo(_Shape):

@@ -13,7 +13,7 @@ from inference.server import engine_loop as engine_loop_lib
 from inference.server.api import errors
 
 CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
-_PIECE = 10_000  # entries of a list that are written at once
+_PIECE = 10_000  # short entries of a list that are written at once
 # `json.dumps` would make an encoder for each token.
 _event_json = json.JSONEncoder(allow_nan=False).encode
 
@@ -88,14 +88,19 @@ async def _until_left(
     del task, tasks, working, _
 
 
-def written(body: dict[str, Any]) -> responses.Response:
-  """Returns a body as JSON; other threads run while a long list is written."""
+def written(body: dict[str, Any], *, piece: int = _PIECE) -> responses.Response:
+  """Returns a body as JSON; other threads run while a long list is written.
+
+  Args:
+    body: to write.
+    piece: entries of a list that are written at once.
+  """
   parts = []
   for name, value in body.items():
     if isinstance(value, list):
       pieces = (
-        _json(value[start : start + _PIECE])[1:-1]
-        for start in range(0, len(value), _PIECE)
+        _json(value[start : start + piece])[1:-1]
+        for start in range(0, len(value), piece)
       )
       text = f'[{",".join(pieces)}]'
     else:

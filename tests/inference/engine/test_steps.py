@@ -63,7 +63,7 @@ def test_prefill_and_decode_steps_are_the_full_forward():
     if num == len(_PROMPT):
       inputs = _inputs((0, 1), ids, range(num), slot=1, last=num - 1)
       before = kv_cache
-      kv_cache, logits_RV, _ = steps.prefill(
+      kv_cache, logits_RV, _, hidden_MD = steps.prefill(
         params, kv_cache, slots.last_B, inputs, **static
       )
     else:

@@ -38,7 +38,14 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
   assert document['openapi'].startswith('3.1')
   assert set(document['paths']) == {
     *('/health', '/ready', '/metrics', '/v1/models', '/v1/models/{name}'),
-    *('/v1/completions', '/tokenizer_info', '/tokenize', '/detokenize'),
+    '/v1/capabilities',
+    *(
+      '/v1/completions',
+      '/v1/embeddings',
+      '/tokenizer_info',
+      '/tokenize',
+      '/detokenize',
+    ),
   }
   names = [each['operationId'] for _, _, each in _operations(document)]
   assert len(set(names)) == len(names)
@@ -68,6 +75,7 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
   body = {'prompt': 'a', **servers.GREEDY, 'logprobs': 2, 'echo': True}
   asked = {
     '/v1/completions': body,
+    '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
     '/tokenize': {'prompt': 'a'},
     '/detokenize': {'tokens': [97]},
   }

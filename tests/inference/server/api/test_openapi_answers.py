@@ -8,6 +8,7 @@ import httpx2
 import pytest
 
 from inference.engine import engine as engine_lib
+from inference.server import service as service_lib
 from inference.server.access import api_keys
 from tests.helpers import json_schema, servers
 
@@ -15,6 +16,7 @@ _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
+  '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -141,8 +143,15 @@ def _failures(served, answers, monkeypatch):
   def step():
     raise RuntimeError('the device is on fire')
 
+  async def submit(*_):
+    step()
+
+  with monkeypatch.context() as patched:
+    patched.setattr(service_lib.ServedModel, 'submit', submit)
+    answers.ask(500)
+  # The engine fails once: then it is not ready any more.
   monkeypatch.setattr(served.generator.engine, 'step', step)
-  answers.ask(500)
+  answers.ask(500, '/v1/completions')
   for path in _OPEN:
     answers.ask(503, path)
 

@@ -66,7 +66,7 @@ def test_a_field_chooses_a_setting(name):
 
 def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   assert schema.CompletionRequest.model_fields.keys() == (
-    _SETTINGS.keys() | _OTHERS | schema._NEUTRAL.keys()
+    _SETTINGS.keys() | _OTHERS | schema.CompletionRequest.unsupported().keys()
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
