@@ -9,6 +9,8 @@
     GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
     POST /v1/embeddings     a vector per input
+    POST /v1/feedback       a rating of an answer, where it may be stored
+    DELETE /v1/feedback[/{id}]
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
     http/      bytes: connections, bodies within limits, streams that can end
@@ -55,11 +57,12 @@ from inference.server.http import (
   streams,
   turns,
 )
-from inference.server.records import database
+from inference.server.records import database, feedback as feedback_records
 from inference.server.routes import (
   capabilities,
   completions,
   embeddings,
+  feedback,
   models,
   probes,
   tokenizer,
@@ -67,7 +70,7 @@ from inference.server.routes import (
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = ()
+TABLES: tuple[str, ...] = (feedback_records.TABLES,)
 
 
 def create_app(
@@ -100,7 +103,11 @@ def create_app(
   )
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
-    model=model, bodies=bodies, records=records, has_keys=keys is not None
+    model=model,
+    bodies=bodies,
+    records=records,
+    has_keys=keys is not None,
+    keeps_feedback=config.feedback,
   )
 
   async def end_requests():
@@ -133,6 +140,7 @@ def create_app(
     tokenizer,
     completions,
     embeddings,
+    feedback,
     capabilities,
   ):
     routes.add(app, service)

@@ -54,6 +54,11 @@ class ServerConfig:
     'Seconds that a connection may wait for its next request; then it is'
     ' closed.',
   )
+  feedback: bool = flag_field.field(
+    False,
+    'Stores what clients without keys send to POST /v1/feedback: a rating of an'
+    ' answer, and the conversation. With keys, each key allows it or does not.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}

@@ -105,6 +105,7 @@ class Service:
   bodies: bodies_lib.Bodies
   records: database.Database
   has_keys: bool  # whether a request needs a key
+  keeps_feedback: bool = False  # of requests without a key
 
   def find(self, name: str) -> ServedModel:
     """Returns the model of a name.

@@ -13,7 +13,13 @@ import pydantic
 from pydantic import json_schema
 
 from inference.server.access import api_keys
-from inference.server.api import embedding_schema, errors, schema, shapes
+from inference.server.api import (
+  embedding_schema,
+  errors,
+  feedback_schema,
+  schema,
+  shapes,
+)
 
 _REF = '#/components/schemas/{model}'
 _JSON = 'application/json'
@@ -22,7 +28,8 @@ _DONE = '[DONE]'  # the data of a stream's last event
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
-  404: 'There is no such model.',
+  403: 'The key may not do this.',
+  404: 'There is no such model, or nothing of this id.',
   408: 'The body did not arrive in time.',
   413: 'The body is too large.',
   429: 'Too many requests wait; try again after `retry-after` seconds.',
@@ -59,6 +66,15 @@ _ROUTES = {
     answer=shapes.EmbeddingList,
     body=embedding_schema.EmbeddingRequest,
     errors=(*_POSTED, 429, 500),
+  ),
+  'POST /v1/feedback': _Route(
+    answer=shapes.Feedback,
+    body=feedback_schema.FeedbackRequest,
+    errors=(*_POSTED, 403),
+  ),
+  'DELETE /v1/feedback': _Route(answer=shapes.DeletedFeedback),
+  '/v1/feedback/{name}': _Route(
+    answer=shapes.DeletedFeedback, errors=(404, 503)
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(

@@ -204,6 +204,21 @@ class TokenizerInfo(_Shape):
   chat_template: str | None
 
 
+class Feedback(_Shape):
+  """Feedback that is stored."""
+
+  id: str
+  object: Literal['feedback']
+  created: int
+
+
+class DeletedFeedback(_Shape):
+  """The number of rows that were deleted."""
+
+  object: Literal['feedback.deleted']
+  deleted: int
+
+
 class Tokens(_Shape):
   """The token ids of a text."""
 

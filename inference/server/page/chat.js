@@ -114,6 +114,7 @@ export class Chat {
         stream_options: { include_usage: true },
       },
     });
+    turn.request = response.headers.get('x-request-id');
     for await (const event of events(response)) {
       turn.id ??= event.id;
       if (event.usage) turn.usage = event.usage;
@@ -215,7 +216,7 @@ export class Chat {
         const response = await ask('v1/feedback', {
           method: 'POST',
           body: {
-            request_id: turn.id, model: turn.model,
+            request_id: turn.request ?? turn.id, model: turn.model,
             messages: this.#before(turn), answer: turn.text, thumb,
             ...(preferred && { preferred }), ...(comment && { comment }),
           },

@@ -9,7 +9,7 @@ from tests.helpers import servers
 
 @pytest.fixture(scope='module')
 def served(generator):
-  with servers.running(generator) as served:
+  with servers.running(generator, feedback=True) as served:
     yield served
 
 

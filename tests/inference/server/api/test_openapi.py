@@ -8,6 +8,7 @@ import pytest
 from inference.server.access import api_keys
 from inference.server.api import shapes
 from tests.helpers import servers
+from tests.inference.server.routes import test_feedback
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,8 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
     *(
       '/v1/completions',
       '/v1/embeddings',
+      '/v1/feedback',
+      '/v1/feedback/{name}',
       '/tokenizer_info',
       '/tokenize',
       '/detokenize',
@@ -76,11 +79,17 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
   asked = {
     '/v1/completions': body,
     '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
+    '/v1/feedback': test_feedback.SAID,
     '/tokenize': {'prompt': 'a'},
     '/detokenize': {'tokens': [97]},
   }
-  for path, method, operation in _operations(document):
-    url = path.replace('{name}', servers.MODEL)
+  said = http.post(
+    '/v1/feedback', json={**test_feedback.SAID, 'request_id': 'other'}
+  )
+  names = {'/v1/feedback/{name}': said.json()['id']}
+  # One row is deleted before all others are.
+  for path, method, operation in reversed([*_operations(document)]):
+    url = path.replace('{name}', names.get(path, servers.MODEL))
     answer = http.request(method.upper(), url, json=asked.get(path))
     assert answer.status_code == 200, answer.text
     content = operation['responses']['200']['content']

@@ -10,13 +10,16 @@ import pytest
 from inference.engine import engine as engine_lib
 from inference.server import service as service_lib
 from inference.server.access import api_keys
+from inference.server.routes import feedback
 from tests.helpers import json_schema, servers
+from tests.inference.server.routes import test_feedback
 
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
   '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
+  '/v1/feedback': test_feedback.SAID,
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -44,6 +47,9 @@ class _Answers:
         continue
       body = None if content else _GOOD.get(each)
       url = each.replace('{name}', servers.MODEL)
+      if (each, status) == ('/v1/feedback/{name}', 200):
+        stored = self.found['/v1/feedback', 'post', 200]
+        url = each.replace('{name}', stored['id'])
       with contextlib.suppress(httpx2.HTTPError):
         answer = self.http.request(
           method,
@@ -90,6 +96,8 @@ def _refusals(served, answers, monkeypatch):
     answers.ask(404, path, json={**body, 'model': 'other'})
   answer = answers.http.get('/v1/models/other')
   answers.keep(('/v1/models/{name}', 'get', 404), answer)
+  answer = answers.http.delete('/v1/feedback/other')
+  answers.keep(('/v1/feedback/{name}', 'delete', 404), answer)
   with monkeypatch.context() as patched:
 
     def submit_all(_):
@@ -159,6 +167,8 @@ def _failures(served, answers, monkeypatch):
 def test_every_answer_is_as_described(generator, tmp_path, monkeypatch):
   limits = {'max_body_bytes': _MOST, 'body_seconds': 0.3}
   with _served(generator, tmp_path, **limits) as (served, answers):
+    answers.ask(403)
+    monkeypatch.setattr(feedback, 'is_allowed', lambda *_: True)
     answers.ask(200)
     _refusals(served, answers, monkeypatch)
   with _served(generator, tmp_path, max_connections=1) as (served, others):
