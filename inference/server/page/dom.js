@@ -12,7 +12,7 @@
 export function node(tag, attributes = {}, ...children) {
   const [name, ...classes] = tag.split('.');
   const made = document.createElement(name);
-  made.classList.add(...classes);
+  if (classes.length) made.className = classes.join(' ');
   for (const [key, value] of Object.entries(attributes)) {
     if (typeof value === 'function') made.addEventListener(key, value);
     else if (value === true) made.setAttribute(key, '');

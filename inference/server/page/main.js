@@ -196,6 +196,12 @@ byId('forget-key').addEventListener('click', () => {
   key.set('');
   byId('key-dialog').close();
 });
+byId('key-dialog').addEventListener('close', () => {
+  // Chromium gives the focus back without a caret: keys would do nothing.
+  if (document.activeElement === text) {
+    text.setSelectionRange(text.value.length, text.value.length);
+  }
+});
 byId('key-form').addEventListener('submit', (event) => {
   if (event.submitter?.value === 'cancel') return;
   key.set(byId('key').value.trim());
