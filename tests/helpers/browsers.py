@@ -86,14 +86,24 @@ class Page:
 
   def all(self, selector: str) -> list:
     """Returns the elements of a selector that are shown."""
-    found = self.driver.find_elements('css selector', selector)
-    return [each for each in found if each.is_displayed()]
+    # In one step: an element may be replaced between two.
+    return self.script(
+      """
+      return [...document.querySelectorAll(arguments[0])].filter(
+        (each) => each.checkVisibility() && each.getClientRects().length);
+      """,
+      selector,
+    )
 
-  def button(self, name: str, *, last: bool = True):
-    """Returns a shown button by its words."""
-    found = [each for each in self.all('button') if each.text == name]
-    assert found, f'no button {name!r}'
-    return found[-1 if last else 0]
+  def button(self, name: str):
+    """Returns the last shown button with these words, or None."""
+    return self.script(
+      """
+      return [...document.querySelectorAll('button')].findLast((each) =>
+        each.checkVisibility() && each.textContent.trim() === arguments[0]);
+      """,
+      name,
+    )
 
   def text(self, selector: str) -> str:
     """Returns the text of an element, shown or not."""
@@ -108,10 +118,11 @@ class Page:
 
   def answers(self) -> list[str]:
     """Returns the texts of the answers that are finished."""
-    return [
-      each.text
-      for each in self.all('.turn.assistant[aria-busy="false"] .answer')
-    ]
+    return self.script("""
+      return [...document.querySelectorAll(
+        '.turn.assistant[aria-busy="false"] .answer')]
+        .map((each) => each.innerText);
+    """)
 
   def ask(self, text: str) -> str:
     """Sends a message and returns its answer."""

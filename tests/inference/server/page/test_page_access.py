@@ -267,18 +267,29 @@ def test_the_status_shows_queue_pages_throughput_and_lineage(page, fake):
     assert words in text
   # 100 tokens between two readings that are two seconds apart.
   servers.until(lambda: '0.0 tokens/s written' not in page.text('#figures'))
-  (speed,) = [
-    float(each.text.split()[0])
-    for each in page.all('.value')
-    if 'tokens/s' in each.text
+  (words,) = [
+    text
+    for text in page.script(
+      'return [...document.querySelectorAll(".value")].map(e => e.innerText)'
+    )
+    if 'tokens/s' in text
   ]
+  speed = float(words.split()[0])
   assert 5 < speed <= 51
   models = page.text('#models')
   assert models.count('2cb54fc9') == 2
   assert '134,515,008' in models
+
+
+def test_the_status_tells_why_it_has_no_figures(page, fake):
+  servers.until(lambda: page.find('#send').is_enabled())
   fake.key = 'some'
+  page.button('Status').click()
   servers.until(lambda: page.find('#status-problem'))
   assert 'asks for an API key' in page.text('#status-problem')
   fake.key = None
   servers.until(lambda: not page.find('#status-problem'))
+  assert page.find('.figure')
   page.button('Chat').click()
+  assert page.find('#composer-text')
+  assert not page.find('#status')
