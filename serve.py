@@ -9,9 +9,11 @@
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. A setting without a flag is as DIR recommends.
 
---port answers every client that can reach it. With --api_keys=FILE, where FILE
-has lines `name:key`, it answers only clients that send one of the keys. Each
-name then has its share of the engine and its own cache of prompts.
+--port answers every client that can reach it, so that without keys it listens
+on loopback addresses only. `python -m inference.server.keys` makes keys in the
+file of --records, with limits and a budget each; --api_keys=FILE reads lines
+`name:key`. Each name has its share of the engine and its own cache of prompts.
+`python -m inference.server.usage` sums up what the records say of them.
 """
 
 import contextlib
@@ -58,6 +60,7 @@ _HEEDED_BY = {
   'name': ('port',),
   'api_keys': ('port',),
   'records': ('port',),
+  'insecure': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'compilation_cache': _ENGINE.ways,
@@ -206,7 +209,7 @@ def _listen() -> None:
 
   try:
     from inference.server import app as app_lib, engine_loop
-    from inference.server.access import api_keys
+    from inference.server.access import api_keys, keys as keys_lib
     from inference.server.http import listener
     from inference.server.records import database
   except ModuleNotFoundError as error:
@@ -223,7 +226,6 @@ def _listen() -> None:
   manifest = manifest_lib.read(pathlib.Path(FLAGS.model))
   name = _served_name(manifest)
   context = config.context(manifest.model['max_length'])
-  print(f'serving {name!r}, weights {manifest.weights_digest}')
   loop = engine_loop.EngineLoop(
     lambda: _load(config, compile_all=False),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
@@ -238,6 +240,12 @@ def _listen() -> None:
     context=context,
     records=database.Database(FLAGS.records, tables=app_lib.TABLES),
   )
+  keys_lib.check_exposure(
+    FLAGS.host,
+    has_keys=app.state.keyring.has_keys,
+    is_insecure=FLAGS.insecure,
+  )
+  print(f'serving {name!r}, weights {manifest.weights_digest}')
   server = listener.Listener(
     app,
     limits,
@@ -437,7 +445,13 @@ def _define_server_flags() -> None:
     'api_keys',
     None,
     'File of lines name:key. --port then answers only clients that send one of'
-    ' the keys. If not given, it answers all clients.',
+    ' the keys, or one of the keys in the file of --records.',
+  )
+  flags.DEFINE_bool(
+    'insecure',
+    False,
+    'Lets --port without any key listen on an address that other machines'
+    ' reach.',
   )
   path(
     'records',

@@ -22,10 +22,12 @@
 
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
-its request. Bodies are parsed, and text is tokenized, in the threads of
-`http.bodies`. With API keys, every route but /health, /ready and the files of
-the page needs one. When the server stops, the digest of the weights is computed
-again and compared with the digest in the manifest.
+its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
+tokenized, in the threads of `http.bodies`. With keys, every route but
+/health, /ready and the files of the page needs one; routes below /admin need
+one in any case. All generation passes through `ServedModel.submit`, which
+admits and bills it. When the server stops, the digest of the weights is
+computed again and compared with the digest in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
@@ -48,7 +50,13 @@ from inference.server import (
   server_config,
   service as service_lib,
 )
-from inference.server.access import api_keys
+from inference.server.access import (
+  admission as admission_lib,
+  api_keys,
+  caller as caller_lib,
+  idempotency,
+  keys as keys_lib,
+)
 from inference.server.api import errors, openapi
 from inference.server.http import (
   bodies as bodies_lib,
@@ -57,7 +65,11 @@ from inference.server.http import (
   streams,
   turns,
 )
-from inference.server.records import database, feedback as feedback_records
+from inference.server.records import (
+  database,
+  feedback as feedback_records,
+  ledger as ledger_lib,
+)
 from inference.server.routes import (
   capabilities,
   completions,
@@ -70,7 +82,11 @@ from inference.server.routes import (
 
 _LOG = logging.getLogger('uvicorn.error')
 # Of every module that keeps records.
-TABLES: tuple[str, ...] = (feedback_records.TABLES,)
+TABLES: tuple[str, ...] = (
+  keys_lib.TABLES,
+  ledger_lib.TABLES,
+  feedback_records.TABLES,
+)
 
 
 def create_app(
@@ -89,24 +105,37 @@ def create_app(
     engine_loop: runs the engine; the app starts and closes it.
     manifest: of the model. The weights need not be loaded yet.
     model_name: name of the model in requests.
-    keys: the keys of the clients that are answered; None: all clients.
+    keys: further keys than those of the records. Without any key, all clients
+      are answered.
     config: the limits on bodies.
     context: most tokens of a sequence; 0: those of the model.
     records: opened with `TABLES`, and closed by the app; None: in memory.
   """
   records = records or database.Database(None, tables=TABLES)
+  keyring = keys_lib.Keyring(records, keys)
+  ledger = ledger_lib.Ledger(records)
+  admission = admission_lib.Admission(
+    ledger,
+    admission_lib.Prices(
+      prompt=config.price_prompt,
+      cached=config.price_cached,
+      completion=config.price_completion,
+    ),
+  )
   model = service_lib.ServedModel(
     model_name,
     engine_loop,
     manifest,
     context=context or manifest.model['max_length'],
+    admission=admission,
   )
   bodies = bodies_lib.Bodies(config)
   service = service_lib.Service(
     model=model,
     bodies=bodies,
     records=records,
-    has_keys=keys is not None,
+    keyring=keyring,
+    admission=admission,
     keeps_feedback=config.feedback,
   )
 
@@ -121,12 +150,21 @@ def create_app(
     await engine_loop.close()
     bodies.close()
     records.close()
+    ledger.close()
     if engine_loop.generator:
       _report_digest(engine_loop.generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests = end_requests
-  app.add_middleware(api_keys.Authentication, keys=keys)
+  app.state.keyring = keyring
+  app.add_middleware(idempotency.Idempotency, bodies=bodies)
+  open_paths = (
+    *api_keys.OPEN_PATHS,
+    *(['/metrics'] if config.public_metrics else []),
+  )
+  app.add_middleware(
+    api_keys.Authentication, keyring=keyring, open_paths=open_paths
+  )
   app.add_middleware(page_files.PageFiles)  # outside: the page needs no key
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
@@ -144,8 +182,11 @@ def create_app(
     capabilities,
   ):
     routes.add(app, service)
-  described = openapi.document(app, has_keys=keys is not None)
-  app.openapi = lambda: described
+  described = {
+    has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
+    for has_keys in (False, True)
+  }
+  app.openapi = lambda: described[keyring.has_keys]
   return app
 
 
@@ -161,7 +202,8 @@ def _report_digest(generator: generate.Generator) -> None:
 class _RequestId:
   """ASGI middleware: adds an `x-request-id`, which clients show in errors.
 
-  It is `state.request_id` of the request.
+  It is `state.request_id` of the request, and begins the `caller`, whose
+  headers it sends.
   """
 
   def __init__(self, app):
@@ -169,12 +211,17 @@ class _RequestId:
 
   async def __call__(self, scope, receive, send):
     request_id = f'req_{uuid.uuid4().hex}'
-    name = request_id.encode()
     scope.setdefault('state', {})['request_id'] = request_id
+    caller = caller_lib.Caller(request_id=request_id)
+    caller_lib.begin(caller)
 
     async def send_with_id(message):
       if message['type'] == 'http.response.start':
-        message['headers'] = [*message['headers'], (b'x-request-id', name)]
+        message['headers'] = [
+          *message['headers'],
+          (b'x-request-id', request_id.encode()),
+          *((k.encode(), v.encode()) for k, v in caller.headers.items()),
+        ]
       await send(message)
 
     await self._app(scope, receive, send_with_id)

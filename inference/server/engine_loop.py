@@ -32,6 +32,7 @@ import logging
 import queue
 import threading
 import time
+from typing import Any
 
 from inference import generate
 from inference.engine import engine as engine_lib, requests as requests_lib
@@ -65,7 +66,7 @@ class Ended:
 
 
 # The last update is handed out once the result is there.
-OnEnd = Callable[[Ended], Awaitable[None] | None]
+OnEnd = Callable[[Ended], Awaitable[Any] | None]
 
 
 class Updates:
@@ -80,7 +81,7 @@ class Updates:
     self._num_left, self._cancel = num_sequences, cancel
     self._num_running, self._on_end = num_sequences, on_end
     self._last: list[Item] = []
-    self._ending: Awaitable[None] | None = None
+    self._ending: Awaitable[Any] | None = None
     self._arrived: asyncio.Queue[Item | Exception] = asyncio.Queue()
 
   def __aiter__(self):
@@ -95,7 +96,7 @@ class Updates:
       raise item
     self._num_left -= item[1].completion is not None
     if not self._num_left and self._ending is not None:
-      await self._ending
+      await asyncio.shield(self._ending)  # also if the client leaves
     return item
 
   def put(self, item: Item) -> None:

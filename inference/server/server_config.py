@@ -59,6 +59,20 @@ class ServerConfig:
     'Stores what clients without keys send to POST /v1/feedback: a rating of an'
     ' answer, and the conversation. With keys, each key allows it or does not.',
   )
+  price_prompt: float = flag_field.field(
+    0.0,
+    'Price of a million prompt tokens, in any currency: that of the budgets of'
+    ' keys.',
+  )
+  price_cached: float = flag_field.field(
+    0.0, 'Price of a million prompt tokens that were found computed.'
+  )
+  price_completion: float = flag_field.field(
+    0.0, 'Price of a million completion tokens.'
+  )
+  public_metrics: bool = flag_field.field(
+    False, 'Whether /metrics needs no key, even if the server has keys.'
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}

@@ -10,6 +10,7 @@ from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
+from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib
 from inference.server.records import database
@@ -25,6 +26,7 @@ class ServedModel:
     manifest: manifest_lib.Manifest,
     *,
     context: int,
+    admission: admission_lib.Admission,
   ):
     """Describes the model; its weights need not be loaded yet.
 
@@ -33,8 +35,11 @@ class ServedModel:
       engine_loop: runs its engine.
       manifest: of its frozen directory.
       context: most tokens of a sequence.
+      admission: admits and bills its requests.
     """
     self.name, self.engine_loop = name, engine_loop
+    self._admission, self._digest = admission, manifest.weights_digest
+    admission.ledger.note_model(name, manifest)
     self._card = {
       'id': name,
       'object': 'model',
@@ -81,12 +86,19 @@ class ServedModel:
   ) -> engine_loop_lib.Updates:
     """Submits requests to the engine, all or none; returns their updates.
 
+    The caller is billed for them, and its key has limits.
+
     Raises:
-      ApiError: status 400, a prompt does not fit; 429, too many requests wait;
-        500 or 503, no request is answered any more.
+      ApiError: status 400, a prompt does not fit; 429, too many requests wait,
+        or a limit is reached; 500 or 503, no request is answered any more.
     """
+    admitted = await self._admission.admit(
+      requests, model=self.name, weights_digest=self._digest
+    )
     try:
-      return await self.engine_loop.submit(requests)
+      updates = await self.engine_loop.submit(admitted.requests, admitted.end)
+      admitted.open()
+      return updates
     except engine.Overloaded as error:
       raise errors.ApiError(
         429, str(error), param=None, code='overloaded'
@@ -104,8 +116,14 @@ class Service:
   model: ServedModel
   bodies: bodies_lib.Bodies
   records: database.Database
-  has_keys: bool  # whether a request needs a key
+  keyring: keys.Keyring
+  admission: admission_lib.Admission
   keeps_feedback: bool = False  # of requests without a key
+
+  @property
+  def has_keys(self) -> bool:
+    """Whether a request needs a key."""
+    return self.keyring.has_keys
 
   def find(self, name: str) -> ServedModel:
     """Returns the model of a name.

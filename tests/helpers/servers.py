@@ -43,12 +43,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(generator: Any, keys=None, **limits):
+def running(generator: Any, keys=None, *, records=None, **limits):
   """Serves on a free loopback port; yields a `Served` that is ready."""
   engine_loop = engine_loop_lib.EngineLoop(lambda: generator)
   manifest = generator.frozen.manifest
   config = server_config.ServerConfig(**limits)
-  app = app_lib.create_app(engine_loop, manifest, MODEL, keys, config)
+  app = app_lib.create_app(
+    engine_loop, manifest, MODEL, keys, config, records=records
+  )
   with running_app(app, config) as url:
     until(lambda: engine_loop.state == engine_loop_lib.READY)
     yield Served(url, engine_loop)

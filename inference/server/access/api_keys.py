@@ -1,18 +1,20 @@
-"""API keys: each key belongs to a principal, the sender of a request.
+"""API keys: the file of --api_keys, and the check of every request.
 
-A file of keys has one `name:key` per line; the name is the principal. Fairness
-and the isolation of cached prompts go by the principal, which a request cannot
-choose. Two keys with one name belong to one principal, so that a key can be
-replaced while the old one is in use. Empty lines, and lines that begin with #,
-are ignored.
+Each key belongs to a principal, the sender of a request. A file of keys has one
+`name:key` per line; the name is the principal. Fairness and the isolation of
+cached prompts go by the principal, which a request cannot choose. Two keys with
+one name belong to one principal, so that a key can be replaced while the old
+one is in use. Empty lines, and lines that begin with #, are ignored.
 
 The file is read again when it changes, or after SIGHUP. If it is then wrong or
 missing, the keys that were read before stay valid, and the log says so.
 
-Without a file no key is checked, and all requests have the principal ''.
+Keys with limits, and those of administrators, are in the records: see
+`access.keys`. Without any key none is checked, and all requests have the
+principal ''.
 """
 
-import hashlib
+from collections.abc import Collection
 import hmac
 import logging
 import math
@@ -22,7 +24,7 @@ import stat
 import time
 
 from checks import expect
-from inference.server.access import keys as keys_lib
+from inference.server.access import caller as caller_lib, keys as keys_lib
 from inference.server.api import errors
 
 # Probes of the process manager need no key; the answers reveal only the state.
@@ -31,6 +33,16 @@ OPEN_PATHS = '/health', '/ready'
 _LOG = logging.getLogger('uvicorn.error')
 _LOOK_SECONDS = 1.0  # a change of the file counts after at most this time
 
+# Its routes change what is served, so they need an admin key in any case.
+_ADMIN = '/admin'
+
+_NOT_ADMIN = errors.ApiError(
+  403,
+  'authorization: got the key of a user, expected that of an admin; make one'
+  ' with `python -m inference.server.keys create --role=admin`',
+  param=None,
+  code='insufficient_permissions',
+)
 _UNKNOWN = errors.ApiError(
   401,
   'authorization: got no key that this server knows, expected the header'
@@ -49,7 +61,7 @@ class ApiKeys:
 
   def principal(self, key: str) -> str | None:
     """Returns the principal of a key, or None; in the same time for any key."""
-    digest = _digest(key)
+    digest = keys_lib.digest(key)
     found = None
     for known, name in self._principals:
       # No early exit: the time must not reveal a part of a key, or its line.
@@ -109,7 +121,7 @@ def read(path: str | os.PathLike) -> ApiKeys:
         f'{path}:{number}: got a line that is not name:key, expected a name and'
         ' a key of printable ASCII; put # in front of a comment'
       )
-    if (other := keys.setdefault(_digest(key), name)) != name:
+    if (other := keys.setdefault(keys_lib.digest(key), name)) != name:
       raise ValueError(
         f'{path}:{number}: got the key of {expect.shown(other)} for'
         f' {expect.shown(name)} too, expected one name per key; make another'
@@ -169,27 +181,37 @@ def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
 
 
 class Authentication:
-  """ASGI middleware: sets the state of a request, or answers 401.
+  """ASGI middleware: sets the state of a request, or answers 401 or 403.
 
   `state.key` is the `keys.Key`, None without keys. `state.principal` is its
   name. It acts before any part of the body is read.
   """
 
-  def __init__(self, app, keys: ApiKeys | KeysFile | None):
-    self._app, self._keys = app, keys
+  def __init__(
+    self,
+    app,
+    keyring: keys_lib.Keyring,
+    open_paths: Collection[str] = OPEN_PATHS,
+  ):
+    self._app, self._keyring, self._open = app, keyring, open_paths
 
   async def __call__(self, scope, receive, send):
     if scope['type'] == 'http':
-      principal: str | None = ''
       key = None
-      if self._keys is not None and scope['path'] not in OPEN_PATHS:
-        principal = self._keys.principal(_bearer(scope['headers']))
-        if principal is None:
-          await _UNKNOWN.response()(scope, receive, send)
+      if scope['path'] not in self._open:
+        is_admin = f'{scope["path"]}/'.startswith(f'{_ADMIN}/')
+        key = await self._keyring.find(_bearer(scope['headers']))
+        refusal = None
+        if key is None and (self._keyring.has_keys or is_admin):
+          refusal = _UNKNOWN
+        elif key and is_admin and not key.is_admin:
+          refusal = _NOT_ADMIN
+        if refusal:
+          await refusal.response()(scope, receive, send)
           return
-        key = keys_lib.Key(id=f'file:{principal}', name=principal)
       state = scope.setdefault('state', {})
-      state['principal'], state['key'] = principal, key
+      state['principal'], state['key'] = key.name if key else '', key
+      caller_lib.current().key = key
     await self._app(scope, receive, send)
 
 
@@ -199,7 +221,3 @@ def _bearer(headers) -> str:
       scheme, _, key = value.decode('latin-1').partition(' ')
       return key.strip() if scheme.lower() == 'bearer' else ''
   return ''
-
-
-def _digest(key: str) -> bytes:
-  return hashlib.sha256(key.encode()).digest()

@@ -10,7 +10,11 @@ from inference.server import engine_loop
 
 RETRIED = 429, 503
 _RETRY_AFTER_SECONDS = 1
-_TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
+_TYPES = {
+  401: 'authentication_error',
+  403: 'permission_error',
+  429: 'rate_limit_error',
+}
 # The rest of the body of such a request is not waited for.
 _CLOSES = 408, 413
 _MOST_MESSAGE = 1000  # characters of an error, whatever it repeats
@@ -27,16 +31,18 @@ class ApiError(Exception):
     self.status = status
     self.param = param and printable(param)
     self.code = code
+    by_status = 'server_error' if status >= 500 else 'invalid_request_error'
+    self.type = _TYPES.get(status, by_status)
+    self.headers: dict[str, str] = {}  # of the answer
+    if status in RETRIED:
+      self.headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
 
   def body(self) -> dict[str, Any]:
     """Returns the JSON body."""
-    by_status = (
-      'server_error' if self.status >= 500 else 'invalid_request_error'
-    )
     return {
       'error': {
         'message': str(self),
-        'type': _TYPES.get(self.status, by_status),
+        'type': self.type,
         'param': self.param,
         'code': self.code,
       }
@@ -44,13 +50,11 @@ class ApiError(Exception):
 
   def response(self) -> responses.JSONResponse:
     """Returns the answer; its header `retry-after` makes clients retry."""
-    headers = {}
+    headers = dict(self.headers)
     if self.status == 401:
       headers['www-authenticate'] = 'Bearer'
     if self.status in _CLOSES:
       headers['connection'] = 'close'
-    if self.status in RETRIED:
-      headers['retry-after'] = str(_RETRY_AFTER_SECONDS)
     return responses.JSONResponse(self.body(), self.status, headers)
 
 

@@ -4,6 +4,7 @@ FastAPI would describe only what it validates itself. Bodies are parsed, and
 answers written, by this package, so this module describes them.
 """
 
+from collections.abc import Collection
 import dataclasses
 from typing import Any
 
@@ -31,8 +32,10 @@ _MEANINGS = {
   403: 'The key may not do this.',
   404: 'There is no such model, or nothing of this id.',
   408: 'The body did not arrive in time.',
+  409: 'The Idempotency-Key was used with another body.',
   413: 'The body is too large.',
-  429: 'Too many requests wait; try again after `retry-after` seconds.',
+  429: 'Too many requests wait, or the key has reached a limit, or its budget'
+  ' (code insufficient_quota); try again after `retry-after` seconds.',
   500: 'The generation failed.',
   503: 'The server is loading, stopping or full.',
 }
@@ -47,7 +50,7 @@ class _Route:
   query: tuple[dict[str, Any], ...] = ()  # parameters, without `in`
 
 
-_POSTED = 400, 404, 408, 413, 503
+_POSTED = 400, 404, 408, 409, 413, 503
 # By path; by METHOD and path where a path has several methods.
 _ROUTES = {
   '/health': _Route(answer=shapes.Status),
@@ -86,18 +89,22 @@ _ROUTES = {
 }
 
 
-def document(app: fastapi.FastAPI, *, has_keys: bool) -> dict[str, Any]:
+def document(
+  app: fastapi.FastAPI, *, has_keys: bool, open_paths: Collection[str]
+) -> dict[str, Any]:
   """Returns the OpenAPI document of an app.
 
   Args:
     app: has the routes.
     has_keys: whether requests need a key.
+    open_paths: that need none.
   """
   paths: dict[str, Any] = {}
   for route in app.routes:
     if isinstance(route, routing.APIRoute):
       method = min(route.methods or {'get'})  # each has one
-      operation = _operation(route, has_keys=has_keys)
+      needs_key = has_keys and route.path not in open_paths
+      operation = _operation(route, has_keys=has_keys, needs_key=needs_key)
       paths.setdefault(route.path_format, {})[method.lower()] = operation
   components: dict[str, Any] = {'schemas': _schemas()}
   if has_keys:
@@ -118,35 +125,48 @@ def bodies() -> dict[str, type[pydantic.BaseModel]]:
   return {each.__name__: each for each in found}
 
 
-def _operation(route: routing.APIRoute, *, has_keys: bool) -> dict[str, Any]:
+def _operation(
+  route: routing.APIRoute, *, has_keys: bool, needs_key: bool
+) -> dict[str, Any]:
   path = route.path_format
   (method,) = route.methods or {'get'}
   described = _ROUTES.get(f'{method} {path}') or _ROUTES[path]
-  needs_key = has_keys and route.path not in api_keys.OPEN_PATHS
   operation: dict[str, Any] = {
     'operationId': route.name,
     'responses': {'200': _answer(described)},
   }
   errors = {*described.errors, *([401] if needs_key else [])}
+  parameters = [
+    _parameter(name, 'path', is_required=True)
+    for name in route.param_convertors
+  ]
   is_probe = route.path in api_keys.OPEN_PATHS
   for status in sorted(errors):
     model = shapes.Status if is_probe else shapes.Error
     operation['responses'][str(status)] = _error(status, model)
   if described.body:
+    parameters.append(_parameter('Idempotency-Key', 'header'))
     operation['requestBody'] = {
       'required': True,
       'content': {_JSON: _reference(described.body)},
     }
-  in_path = [
-    {'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
-    for name in route.param_convertors
-  ]
-  in_query = [{'in': 'query', **each} for each in described.query]
-  if in_path or in_query:
-    operation['parameters'] = in_path + in_query
+  parameters += [{'in': 'query', **each} for each in described.query]
+  if parameters:
+    operation['parameters'] = parameters
   if has_keys:
     operation['security'] = [{'key': []}] if needs_key else []
   return operation
+
+
+def _parameter(
+  name: str, place: str, *, is_required: bool = False
+) -> dict[str, Any]:
+  return {
+    'name': name,
+    'in': place,
+    'required': is_required,
+    'schema': {'type': 'string', 'minLength': 1},
+  }
 
 
 def _answer(described: _Route) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Parameter(_Shape):
   """A parameter of a route; `accepted` if it is not supported."""
 
   name: str
-  in_: Literal['body', 'path', 'query'] = pydantic.Field(alias='in')
+  in_: Literal['body', 'header', 'path', 'query'] = pydantic.Field(alias='in')
   supported: bool
   required: bool
   description: str

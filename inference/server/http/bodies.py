@@ -62,6 +62,11 @@ class Bodies:
       body = await self._read(request, held)
       return await self.in_thread(work, body, size=len(body))
 
+  async def read(self, request: fastapi.Request) -> bytes:
+    """Returns the body of a request, within the limits of `worked`."""
+    async with contextlib.AsyncExitStack() as held:
+      return await self._read(request, held)
+
   async def in_thread(
     self, work: Callable[..., _Result], *args: Any, size: int
   ) -> _Result:

@@ -28,6 +28,7 @@ FORMAT = 1  # of all tables; a file with a higher number is of a newer server
 _APPLICATION_ID = 0x32_4C_56_53  # '2LVS': `file` and we know our own files
 _BUSY_SECONDS = 10.0  # a writer of another process may take this long
 _MOST_TOGETHER = 256  # works that share a commit
+_IN_MEMORY = ':memory:'
 
 _Result = TypeVar('_Result')
 
@@ -48,7 +49,7 @@ class Database:
       ValueError: the file is no file of records, of a newer server, or cannot
         be written.
     """
-    self._name = ':memory:' if path is None else os.fspath(path)
+    self._name = _IN_MEMORY if path is None else os.fspath(path)
     self._connection = _opened(path, tables)
     self._works: queue.SimpleQueue[
       tuple[Callable[[sqlite3.Connection], Any], futures.Future] | None
@@ -64,6 +65,11 @@ class Database:
   def name(self) -> str:
     """The path, or :memory:."""
     return self._name
+
+  @property
+  def is_file(self) -> bool:
+    """Whether the records outlive the process."""
+    return self._name != _IN_MEMORY
 
   async def run(
     self,
@@ -140,7 +146,7 @@ def _opened(
 ) -> sqlite3.Connection:
   fix = 'a file that this server made, or a path where it can make one'
   if path is None:
-    connection = _connected(':memory:')
+    connection = _connected(_IN_MEMORY)
   else:
     if not os.fspath(path).strip():
       raise ValueError(f'records: got an empty path, expected {fix}')
@@ -159,7 +165,7 @@ def _opened(
   except (ValueError, sqlite3.Error) as error:
     connection.close()
     raise ValueError(
-      f'records: got {os.fspath(path or ":memory:")}: {error}, expected {fix}'
+      f'records: got {os.fspath(path or _IN_MEMORY)}: {error}, expected {fix}'
     ) from error
   return connection
 

@@ -31,4 +31,5 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   @app.get('/metrics')
   async def metrics():
     text = service.model.generator().engine.metrics.text()
+    text += service.admission.ledger.metrics.text()
     return responses.Response(text, media_type=_METRICS_TYPE)

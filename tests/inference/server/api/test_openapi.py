@@ -79,13 +79,18 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
   asked = {
     '/v1/completions': body,
     '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
-    '/v1/feedback': test_feedback.SAID,
     '/tokenize': {'prompt': 'a'},
     '/detokenize': {'tokens': [97]},
   }
-  said = http.post(
-    '/v1/feedback', json={**test_feedback.SAID, 'request_id': 'other'}
-  )
+  # The ledger knows whose an answer is.
+  rated = {
+    **test_feedback.SAID,
+    'request_id': http.post('/v1/completions', json=body).headers[
+      'x-request-id'
+    ],
+  }
+  asked['/v1/feedback'] = rated
+  said = http.post('/v1/feedback', json=rated)
   names = {'/v1/feedback/{name}': said.json()['id']}
   # One row is deleted before all others are.
   for path, method, operation in reversed([*_operations(document)]):

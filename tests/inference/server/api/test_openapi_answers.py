@@ -19,7 +19,7 @@ _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
   '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
-  '/v1/feedback': test_feedback.SAID,
+  '/v1/feedback': dict(test_feedback.SAID),
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -70,6 +70,9 @@ class _Answers:
     for name in described.get('headers', {}):
       assert name in answer.headers
     self.found[operation] = value
+    if operation == ('/v1/completions', 'post', 200):
+      # Feedback is on an answer that the ledger knows.
+      _GOOD['/v1/feedback']['request_id'] = answer.headers['x-request-id']
 
 
 @contextlib.contextmanager
@@ -89,6 +92,15 @@ def _refusals(served, answers, monkeypatch):
   json_type = {'content-type': 'application/json'}
   answers.ask(400, content=lambda: b'{}', headers=json_type)
   answers.ask(401, headers={'authorization': 'Bearer other'})
+  for other in (200, 409):  # a good body, then another one
+    spaces = ' ' * (other == 409)
+    for path, body in _GOOD.items():
+      answer = answers.http.post(
+        path,
+        content=json.dumps(body) + spaces,
+        headers={**json_type, 'idempotency-key': 'once'},
+      )
+      answers.keep((path, 'post', other), answer)
   large = b' ' * (_MOST + 1)
   answers.ask(413, content=lambda: large, headers=json_type)
   answers.ask(408, content=_half, headers=json_type)

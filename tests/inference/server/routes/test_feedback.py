@@ -58,7 +58,8 @@ def served(records):
       model=types.SimpleNamespace(name='tiny'),
       bodies=bodies,
       records=records,
-      has_keys=True,
+      keyring=None,
+      admission=None,
       keeps_feedback=keeps_feedback,
     )
     feedback.add(app, service)
