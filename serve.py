@@ -151,11 +151,11 @@ def _complete(prompt: str, chosen) -> None:
 
 def _asked(generator, prompt: str, chosen):
   """Returns the ids of a prompt, or of a chat that it begins; and settings."""
-  from inference import terminal_chat
+  from inference import chat_prompts, terminal_chat
 
   if FLAGS.system is not None:
     ids = terminal_chat.Talk(generator, FLAGS.system).ask(prompt).ids
-    return ids, terminal_chat.settings_for(generator, ids, chosen)
+    return ids, chat_prompts.settings_for(generator, ids, chosen)
   if warning := generator.warning(prompt):
     print(f'warning: {warning}', file=sys.stderr)
   ids = generator.prompt_ids(prompt)

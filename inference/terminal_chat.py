@@ -9,9 +9,8 @@ message.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 
-from inference import generate
+from inference import chat_prompts, generate
 from inference.engine import requests
-from inference.sampling import settings as settings_lib
 from text import chat as chat_lib, chat_inputs, detokenize
 
 HELP = 'Type a message; /exit or Ctrl-D leaves.'
@@ -147,41 +146,20 @@ class Talk:
 def render(
   generator: generate.Generator, messages: Sequence[Message]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-  """Returns the ids of a conversation, and the strings that end its answer.
-
-  The template of a Hugging Face tokenizer writes special tokens itself. Other
-  templates write text, which begins with BOS as every text prompt.
-  """
-  rendered, tokenizer = _rendered(generator, messages), generator.tokenizer
-  if _writes_specials(generator):
-    ids, _ = tokenizer.encode_marked(rendered.text, rendered.specials)
-  else:
-    ids = generator.prompt_ids(rendered.text)
-  return tuple(ids), _stop_strings(generator)
-
-
-def _rendered(generator, messages) -> chat_lib.Prompt:
-  """Returns the text of a conversation, up to the start of an answer."""
-  names, special_tokens = {'bos_token': '', 'eos_token': ''}, ()
-  if _writes_specials(generator):
-    names = generator.tokenizer.names
-    special_tokens = generator.tokenizer.special_tokens
-  return chat_lib.prompt(
-    generator.frozen.chat_template or chat_lib.DEFAULT_TEMPLATE,
-    chat_lib.Conversation(messages=messages, add_generation_prompt=True),
-    names=names,
-    special_tokens=special_tokens,
+  """Returns the ids of a conversation, and the strings that end its answer."""
+  rendered = _rendered(generator, messages)
+  return (
+    chat_prompts.encode(generator, rendered),
+    chat_prompts.stop_strings(generator),
   )
 
 
-def _stop_strings(generator) -> tuple[str, ...]:
-  return () if generator.frozen.chat_template else chat_lib.DEFAULT_STOP
-
-
-def _writes_specials(generator) -> bool:
-  """Returns whether the template writes BOS and other special tokens itself."""
-  is_foreign = generator.tokenizer.kind == 'huggingface'
-  return bool(generator.frozen.chat_template) and is_foreign
+def _rendered(generator, messages: Sequence[Message]) -> chat_lib.Prompt:
+  """Returns the text of a conversation, up to the start of an answer."""
+  return chat_prompts.render(
+    generator,
+    chat_lib.Conversation(messages=messages, add_generation_prompt=True),
+  )
 
 
 def _overlap(answer: str, behind: str) -> int:
@@ -192,17 +170,8 @@ def _overlap(answer: str, behind: str) -> int:
   )
 
 
-def settings_for(
-  generator: generate.Generator, ids: Sequence[int], chosen: dict
-) -> settings_lib.Settings:
-  """Returns the settings of an answer; a plain transcript has stop strings."""
-  wanted = chosen.get('stop') or generator.defaults.stop
-  stop = *_stop_strings(generator), *wanted
-  return generator.settings_for(ids, **{**chosen, 'stop': stop})
-
-
 def _answer(generator, asked: Asked, chosen, write) -> requests.Completion:
-  settings = settings_for(generator, asked.ids, chosen)
+  settings = chat_prompts.settings_for(generator, asked.ids, chosen)
   pieces = generator.stream(asked.ids, settings)
   write('Model: ')
   completion = _last_shown(pieces, write)

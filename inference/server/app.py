@@ -8,6 +8,7 @@
     GET  /v1/models/{id}
     GET  /v1/capabilities   every parameter of every route
     POST /v1/completions    JSON, or server-sent events with "stream": true
+    POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
     POST /v1/feedback       a rating of an answer, where it may be stored
     DELETE /v1/feedback[/{id}]
@@ -72,6 +73,7 @@ from inference.server.records import (
 )
 from inference.server.routes import (
   capabilities,
+  chat,
   completions,
   embeddings,
   feedback,
@@ -134,9 +136,9 @@ def create_app(
     model=model,
     bodies=bodies,
     records=records,
+    config=config,
     keyring=keyring,
     admission=admission,
-    keeps_feedback=config.feedback,
   )
 
   async def end_requests():
@@ -177,6 +179,7 @@ def create_app(
     models,
     tokenizer,
     completions,
+    chat,
     embeddings,
     feedback,
     capabilities,

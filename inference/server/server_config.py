@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from checks import expect, flag_field
+from text.replies import detection
 
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
 # they are parsed: 25 to 50 ms on one core.
@@ -73,6 +74,18 @@ class ServerConfig:
   public_metrics: bool = flag_field.field(
     False, 'Whether /metrics needs no key, even if the server has keys.'
   )
+  ping_seconds: float = flag_field.field(
+    15.0,
+    'Seconds without an event after which a stream sends a comment, so that'
+    ' no proxy closes it while a prompt waits or is computed.',
+  )
+  reply_format: str = flag_field.field(
+    detection.AUTO,
+    'Format of tool calls and reasoning in the answers of a model: auto finds'
+    ' it in the chat template; none; hermes, llama3, mistral, gemma, gemma4 or'
+    ' deepseek; think or mistral_think for reasoning; or one of both, as'
+    ' hermes+think.',
+  )
   # Of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
@@ -86,7 +99,8 @@ class ServerConfig:
         f'drain_seconds: got {self.drain_seconds}, expected a finite number of'
         ' seconds, at least 0'
       )
-    for name in ('head', 'body', 'write', 'idle'):
+    detection.check_name(self.reply_format)
+    for name in ('head', 'body', 'write', 'idle', 'ping'):
       seconds = getattr(self, f'{name}_seconds')
       if not 0 < seconds < math.inf:
         raise ValueError(

@@ -9,7 +9,7 @@ from checks import expect
 from frozen import manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
-from inference.server import engine_loop as engine_loop_lib
+from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib
@@ -116,9 +116,9 @@ class Service:
   model: ServedModel
   bodies: bodies_lib.Bodies
   records: database.Database
+  config: server_config.ServerConfig
   keyring: keys.Keyring
   admission: admission_lib.Admission
-  keeps_feedback: bool = False  # of requests without a key
 
   @property
   def has_keys(self) -> bool:

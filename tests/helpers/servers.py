@@ -16,6 +16,7 @@ from inference.server.http import listener
 
 MODEL = 'tiny'
 GREEDY = {'model': MODEL, 'temperature': 0.0, 'max_tokens': 8}
+CHAT = {**GREEDY, 'messages': [{'role': 'user', 'content': 'hi'}]}
 
 
 class Served:

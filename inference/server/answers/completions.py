@@ -320,12 +320,18 @@ def _choice(
     'logprobs': None,
     'finish_reason': completion.finish_reason if completion else None,
   }
-  if completion and completion.finish_reason == 'error':
-    choice['error'] = (
+  return choice | ending(completion) if completion else choice
+
+
+def ending(completion: requests.Completion) -> dict[str, Any]:
+  """Returns the fields that only the end of a choice has."""
+  fields = {
+    'stop_reason': completion.stop_reason,
+    'seed': completion.seed,
+    'accounting': dataclasses.asdict(completion.usage),
+  }
+  if completion.finish_reason == 'error':
+    fields['error'] = (
       'the model computed numbers that are not finite; the text is that before'
     )
-  if completion:
-    choice['stop_reason'] = completion.stop_reason
-    choice['seed'] = completion.seed
-    choice['accounting'] = dataclasses.asdict(completion.usage)
-  return choice
+  return fields

@@ -103,7 +103,7 @@ class LogprobsWriter:
       name = self._name(each)
       if name in named:
         name = _id_name(each)
-      named[name] = each, _spelled(value)
+      named[name] = each, spelled(value)
     return named
 
   def _name(self, token_id: int) -> str:
@@ -145,6 +145,7 @@ def _id_name(token_id: int) -> str:
   return f'token_id:{token_id}'
 
 
-def _spelled(value: float) -> float:
+def spelled(value: float) -> float:
+  """Returns a log-probability that JSON has."""
   # NaN stays NaN: the answer then fails, since JSON has no NaN.
   return _LOWEST if value < _LOWEST else value

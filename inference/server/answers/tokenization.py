@@ -14,7 +14,7 @@ false.
 from typing import Any
 
 from inference import generate
-from inference.server.api import errors, schema
+from inference.server.api import errors, tokenizer_schema
 
 _NAMES = 'bos_token', 'eos_token', 'pad_token'
 
@@ -32,7 +32,7 @@ def info(generator: generate.Generator) -> dict[str, Any]:
 
 
 def tokenize(
-  generator: generate.Generator, body: schema.TokenizeRequest
+  generator: generate.Generator, body: tokenizer_schema.TokenizeRequest
 ) -> dict[str, Any]:
   """Returns the ids of a text.
 
@@ -58,7 +58,7 @@ def tokenize(
 
 
 def detokenize(
-  generator: generate.Generator, body: schema.DetokenizeRequest
+  generator: generate.Generator, body: tokenizer_schema.DetokenizeRequest
 ) -> dict[str, Any]:
   """Returns the text of ids.
 

@@ -15,11 +15,13 @@ from pydantic import json_schema
 
 from inference.server.access import api_keys
 from inference.server.api import (
+  chat_schema,
   embedding_schema,
   errors,
   feedback_schema,
   schema,
   shapes,
+  tokenizer_schema,
 )
 
 _REF = '#/components/schemas/{model}'
@@ -65,6 +67,12 @@ _ROUTES = {
     errors=(*_POSTED, 429, 500),
     chunk=shapes.CompletionChunk,
   ),
+  '/v1/chat/completions': _Route(
+    answer=shapes.Chat,
+    body=chat_schema.ChatRequest,
+    errors=(*_POSTED, 429, 500),
+    chunk=shapes.ChatChunk,
+  ),
   '/v1/embeddings': _Route(
     answer=shapes.EmbeddingList,
     body=embedding_schema.EmbeddingRequest,
@@ -81,10 +89,10 @@ _ROUTES = {
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(
-    answer=shapes.Tokens, body=schema.TokenizeRequest, errors=_POSTED
+    answer=shapes.Tokens, body=tokenizer_schema.TokenizeRequest, errors=_POSTED
   ),
   '/detokenize': _Route(
-    answer=shapes.Text, body=schema.DetokenizeRequest, errors=_POSTED
+    answer=shapes.Text, body=tokenizer_schema.DetokenizeRequest, errors=_POSTED
   ),
 }
 

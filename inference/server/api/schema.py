@@ -7,7 +7,7 @@ are made from the fields of `inference.sampling.settings.Settings`. Any other
 field is refused. No field is ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import typing
 from typing import Annotated, Any, ClassVar, Self
@@ -29,8 +29,8 @@ _API_NAMES = {
   for field in dataclasses.fields(settings.Settings)
   if (name := field.metadata.get('api_name', field.name))
 }
-_MAX_PRIORITY = 2**31 - 1
-_UNKNOWN = 'unknown_field'
+MAX_PRIORITY = 2**31 - 1
+_UNKNOWN, _ABSENT = 'unknown_field', 'absent_kind'
 _NUMERIC = 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'
 # The keywords of JSON Schema that limit the values of a type.
 _KEYWORDS = {
@@ -75,10 +75,31 @@ class Unsupported:
     )
 
 
-_FEW = _FirstError(_MOST_ITEMS)
-_Strings = Annotated[list[str], _FEW]
-_Ids = Annotated[list[int], _FirstError()]
-Prompts = str | _Strings | _Ids | Annotated[list[_Ids], _FEW]
+def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
+  """Returns an annotation: another name, as OpenAI has some, is refused.
+
+  Args:
+    *names: that this server supports.
+    key: of the name, if the value is an object.
+  """
+
+  def check(value: Any) -> Any:
+    got = None if key else value
+    if key and isinstance(value, dict):
+      got = value.get(key)
+    if isinstance(got, str) and got not in names:
+      raise pydantic_core.PydanticCustomError(
+        _ABSENT, 'not supported', {'got': got, 'names': names}
+      )
+    return value
+
+  return pydantic.BeforeValidator(check)
+
+
+FEW = _FirstError(_MOST_ITEMS)
+Strings = Annotated[list[str], FEW]
+Ids = Annotated[list[int], _FirstError()]
+Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
 
 
 def _described(schema: dict[str, Any], kind: type['Body']) -> None:
@@ -139,8 +160,8 @@ class Body(pydantic.BaseModel):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    for name, note in self.unsupported().items():
-      if not note.accepts(value := getattr(self, name)):
+    for name, note, value in self._unsupported_values():
+      if not note.accepts(value):
         expected = ' or '.join(map(repr, (None, *note.neutral)))
         raise errors.ApiError(
           400,
@@ -149,6 +170,18 @@ class Body(pydantic.BaseModel):
           param=name,
           code='unsupported_parameter',
         )
+
+  def _unsupported_values(
+    self, where: str = ''
+  ) -> Iterator[tuple[str, Unsupported, Any]]:
+    """Yields names, notes and values, also of the objects in this one."""
+    for name, note in self.unsupported().items():
+      yield where + name, note, getattr(self, name)
+    for name in type(self).model_fields:
+      value = getattr(self, name)
+      for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Body):
+          yield from each._unsupported_values(f'{where}{name}.')
 
 
 _Body = typing.TypeVar('_Body', bound=Body)
@@ -176,10 +209,10 @@ class _OpenAiRequest(Body):
   top_p: float | None = None
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
-  logit_bias: Annotated[dict[str, float], _FEW] | None = None
+  logit_bias: Annotated[dict[str, float], FEW] | None = None
   logprobs: int | None = None  # 0: of the sampled tokens only
   seed: int | None = None
-  stop: str | _Strings | None = None
+  stop: str | Strings | None = None
   n: int | None = None
   echo: bool | None = pydantic.Field(
     default=None, description='Repeats the prompt before the completion.'
@@ -200,9 +233,9 @@ class _OpenAiRequest(Body):
   min_tokens: int | None = None  # vLLM's; here since `_check_scores` reads it
 
 
-def _with_settings(
-  base: type[_OpenAiRequest], fields: Sequence[dataclasses.Field]
-) -> type[_OpenAiRequest]:
+def with_settings(
+  base: type[_Body], fields: Sequence[dataclasses.Field]
+) -> type[_Body]:
   """Returns `base` with a field for each setting that it lacks.
 
   A tuple becomes a list, as JSON has it. None means that the request does not
@@ -215,13 +248,13 @@ def _with_settings(
       continue
     kind: Any = field.type
     if typing.get_origin(kind) is tuple:
-      kind = Annotated[list[typing.get_args(kind)[0]], _FEW]
+      kind = Annotated[list[typing.get_args(kind)[0]], FEW]
     default = pydantic.Field(default=None, description=field.metadata['help'])
     added[name] = (kind | None, default)
   return pydantic.create_model('_VllmRequest', __base__=base, **added)
 
 
-_VllmRequest = _with_settings(
+_VllmRequest = with_settings(
   _OpenAiRequest, dataclasses.fields(settings.Settings)
 )
 
@@ -236,7 +269,7 @@ class CompletionRequest(_VllmRequest):
   limits: ClassVar[dict[str, dict[str, Any]]] = {
     'max_tokens': {'minimum': 0},
     'n': {'maximum': MAX_CHOICES},
-    'priority': {'minimum': -_MAX_PRIORITY, 'maximum': _MAX_PRIORITY},
+    'priority': {'minimum': -MAX_PRIORITY, 'maximum': MAX_PRIORITY},
   }
 
   # vLLM's fields that are no settings.
@@ -259,25 +292,12 @@ class CompletionRequest(_VllmRequest):
     Raises:
       ApiError: status 400; `param` names the field.
     """
-    self.refuse_unsupported()
-    if self.stream_options is not None and not self.stream:
-      raise errors.invalid(
-        'stream_options', 'got options without stream, expected stream: true'
-      )
-    if self.n is not None and self.n < 1:
-      raise errors.invalid('n', f'got {self.n}, expected at least 1')
+    check_common(self, is_shared=is_shared)
     if not 1 <= len(self.prompts()) <= MAX_PROMPTS:
       raise errors.invalid(
         'prompt',
         f'got {len(self.prompts())} prompts, expected 1 to {MAX_PROMPTS}; send'
         ' several requests',
-      )
-    least = 0 if is_shared else -_MAX_PRIORITY
-    if not least <= (self.priority or 0) <= _MAX_PRIORITY:
-      raise errors.invalid(
-        'priority',
-        f'got {self.priority}, expected {least} to {_MAX_PRIORITY}; 0 is the'
-        ' default, and a higher number is served later',
       )
     self._check_scores()
 
@@ -311,47 +331,56 @@ class CompletionRequest(_VllmRequest):
     Raises:
       SettingError: a key of logit_bias is no token id.
     """
-    chosen = {
-      setting: _frozen(getattr(self, name))
-      for setting, name in _API_NAMES.items()
-    }
+    chosen = chosen_settings(self)
     if self.max_tokens == 0:
       # The engine generates at least one token; `completions` drops it.
       chosen['max_tokens'] = 1
-    if self.top_k == -1:  # pyright: ignore[reportAttributeAccessIssue]
-      chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
-    if isinstance(self.stop, str):
-      chosen['stop'] = (self.stop,)
-    if self.logit_bias is not None:
-      chosen['logit_bias'] = settings.bias_pairs(self.logit_bias)
     return chosen
 
 
-class TokenizeRequest(Body):
-  """The body of POST /tokenize."""
+def check_common(body: Any, *, is_shared: bool) -> None:
+  """Checks the fields that the bodies of several routes have.
 
-  model: str | None = None
-  prompt: str | None = None  # vLLM's name of the text
-  content: str | None = None  # llama.cpp's name of the text
-  add_special_tokens: bool = True  # adds BOS if /v1/completions adds it
+  Args:
+    body: with the fields stream, n and priority.
+    is_shared: whether the server has API keys.
 
-  def text(self) -> str:
-    """Returns the text.
+  Raises:
+    ApiError: status 400; `param` names the field.
+  """
+  body.refuse_unsupported()
+  if body.stream_options is not None and not body.stream:
+    raise errors.invalid(
+      'stream_options', 'got options without stream, expected stream: true'
+    )
+  if body.n is not None and body.n < 1:
+    raise errors.invalid('n', f'got {body.n}, expected at least 1')
+  least = 0 if is_shared else -MAX_PRIORITY
+  if not least <= (body.priority or 0) <= MAX_PRIORITY:
+    raise errors.invalid(
+      'priority',
+      f'got {body.priority}, expected {least} to {MAX_PRIORITY}; 0 is the'
+      ' default, and a higher number is served later',
+    )
 
-    Raises:
-      ApiError: no text is given, or two.
-    """
-    if (self.prompt is None) == (self.content is None):
-      got = 'neither' if self.prompt is None else 'both'
-      raise errors.invalid('prompt', f'got {got}, expected prompt or content')
-    return self.prompt if self.prompt is not None else self.content or ''
 
+def chosen_settings(body: Any) -> dict[str, Any]:
+  """Returns the settings of a body made by `with_settings`; None: not chosen.
 
-class DetokenizeRequest(Body):
-  """The body of POST /detokenize."""
-
-  model: str | None = None
-  tokens: _Ids
+  Raises:
+    SettingError: a key of logit_bias is no token id.
+  """
+  chosen = {
+    setting: _frozen(getattr(body, name))
+    for setting, name in _API_NAMES.items()
+  }
+  if body.top_k == -1:
+    chosen['top_k'] = 0  # vLLM's clients send -1 for all tokens
+  if isinstance(body.stop, str):
+    chosen['stop'] = (body.stop,)
+  if body.logit_bias is not None:
+    chosen['logit_bias'] = settings.bias_pairs(body.logit_bias)
+  return chosen
 
 
 def parsed(kind: type[_Body], raw: bytes, *, context: int) -> _Body:
@@ -412,14 +441,28 @@ def from_setting(error: settings.SettingError) -> errors.ApiError:
 
 def from_validation(found: Sequence[Any]) -> errors.ApiError:
   """Returns a 400 about the first field that pydantic refused."""
-  error = found[0]
+  # Of a union, the alternative that the value was meant for.
+  error = next((each for each in found if each['type'] == _ABSENT), found[0])
   if error['type'] == 'json_invalid':
     message = f'body: got invalid JSON ({error["ctx"]["error"]})'
     return errors.ApiError(400, message, param=None, code=None)
   # loc is (field, alternative of a union, index); the field is shown.
-  where = [str(part)[: expect.MOST_SHOWN] for part in error['loc']]
+  where = [
+    part[: expect.MOST_SHOWN]
+    for part in map(str, error['loc'])
+    if '[' not in part  # the name of an alternative, as pydantic writes it
+  ]
   if error['type'] == _UNKNOWN:
     where.append(error['ctx']['name'][: expect.MOST_SHOWN])
+  if error['type'] == _ABSENT:
+    names = ', '.join(map(repr, error['ctx']['names']))
+    message = (
+      f'{".".join(where)}: got {expect.shown(error["ctx"]["got"])}, expected'
+      f' {names}; this server does not support it, leave it out'
+    )
+    return errors.ApiError(
+      400, message, param=where[0], code='unsupported_parameter'
+    )
   if not where:
     message = 'body: got no JSON object, expected one'
     return errors.ApiError(400, message, param=None, code=None)
@@ -435,7 +478,11 @@ def from_validation(found: Sequence[Any]) -> errors.ApiError:
   wanted = dict.fromkeys(
     other['msg'] for other in found if other['loc'][:1] == error['loc'][:1]
   )
-  return errors.invalid(where[0], '; or: '.join(wanted))
+  # Of a list, the item is named too: a conversation may have many.
+  is_listed = len(error['loc']) > 2 and isinstance(error['loc'][1], int)
+  place = '.'.join(where) if is_listed else where[0]
+  message = f'{place}: {"; or: ".join(wanted)}'
+  return errors.ApiError(400, message, param=where[0], code=None)
 
 
 def as_prompts(prompts: Prompts) -> list[str | list[int]]:

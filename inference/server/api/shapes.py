@@ -126,6 +126,99 @@ class Choice(ChunkChoice):
   accounting: Accounting  # pyright: ignore[reportGeneralTypeIssues]
 
 
+class TopLogprob(_Shape):
+  """The log-probability of a token; special tokens have no bytes."""
+
+  token: str
+  logprob: float
+  bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+  """That of a token of the text, with the most probable ones."""
+
+  top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Shape):
+  """Log-probabilities, one entry per token of the text."""
+
+  content: list[TokenLogprob]
+  refusal: None
+
+
+class CalledFunction(_Shape):
+  """The function of a call; its arguments are JSON."""
+
+  name: str
+  arguments: str
+
+
+class ToolCall(_Shape):
+  """A call of a tool."""
+
+  id: str
+  type: Literal['function']
+  function: CalledFunction
+
+
+class ChatMessage(_Shape):
+  """An answer; content is null if it only calls tools."""
+
+  role: Literal['assistant']
+  content: str | None
+  refusal: None
+  reasoning_content: str | None = None
+  tool_calls: list[ToolCall] | None = None
+
+
+class _ChatEnding(_Shape):
+  index: int
+  logprobs: ChatLogprobs | None
+  finish_reason: str | None
+  stop_reason: str | int | None = None
+  seed: int | None = None
+  accounting: Accounting | None = None
+  error: str | None = None
+
+
+class ChatChoice(_ChatEnding):
+  """A whole choice."""
+
+  message: ChatMessage
+
+
+class FunctionPiece(_Shape):
+  """The next piece of the function of a call."""
+
+  name: str | None = None
+  arguments: str
+
+
+class ToolCallPiece(_Shape):
+  """The next piece of a call; the first has its id and name."""
+
+  index: int
+  id: str | None = None
+  type: Literal['function'] | None = None
+  function: FunctionPiece
+
+
+class Delta(_Shape):
+  """The next piece of an answer: one of these, or nothing at its end."""
+
+  role: Literal['assistant'] | None = None
+  content: str | None = None
+  reasoning_content: str | None = None
+  tool_calls: list[ToolCallPiece] | None = None
+
+
+class ChatChunkChoice(_ChatEnding):
+  """The next piece of a choice; the last has what ends it."""
+
+  delta: Delta
+
+
 class PromptDetails(_Shape):
   """What the prompt cost less."""
 
@@ -141,6 +234,18 @@ class Usage(_Shape):
   prompt_tokens_details: PromptDetails
 
 
+class CompletionDetails(_Shape):
+  """Tokens of a kind."""
+
+  reasoning_tokens: int
+
+
+class ChatUsage(Usage):
+  """Tokens of a chat request."""
+
+  completion_tokens_details: CompletionDetails
+
+
 class _Head(_Shape):
   id: str
   object: Literal['text_completion']
@@ -154,6 +259,22 @@ class Completion(_Head):
 
   choices: list[Choice]
   usage: Usage
+
+
+class Chat(_Head):
+  """The answer to a chat request."""
+
+  object: Literal['chat.completion']  # pyright: ignore
+  choices: list[ChatChoice]
+  usage: ChatUsage
+
+
+class ChatChunk(_Head):
+  """An event of a stream of a chat."""
+
+  object: Literal['chat.completion.chunk']  # pyright: ignore
+  choices: list[ChatChunkChoice]
+  usage: ChatUsage | None = None
 
 
 class CompletionChunk(_Head):

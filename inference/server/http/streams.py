@@ -13,6 +13,8 @@ from inference.server import engine_loop as engine_loop_lib
 from inference.server.api import errors
 
 CLIENT_CLOSED_REQUEST = 499  # as in nginx's log; the client cannot read it
+# Clients of server-sent events skip a line that begins with a colon.
+_PING = {'type': 'http.response.body', 'body': b': ping\n\n', 'more_body': True}
 _PIECE = 10_000  # short entries of a list that are written at once
 # `json.dumps` would make an encoder for each token.
 _event_json = json.JSONEncoder(allow_nan=False).encode
@@ -26,17 +28,54 @@ class EventStream(responses.StreamingResponse):
   media_type = 'text/event-stream'
 
   def __init__(
-    self, events: AsyncGenerator[str], updates: engine_loop_lib.Updates
+    self,
+    events: AsyncGenerator[str],
+    updates: engine_loop_lib.Updates,
+    *,
+    ping_seconds: float,
   ):
-    """Takes the events to send, and the updates from which they are made."""
+    """Takes what to send.
+
+    Args:
+      events: of the stream.
+      updates: from which they are made.
+      ping_seconds: after so long without an event, a comment is sent.
+    """
     super().__init__(events)
-    self._updates = updates
+    self._updates, self._ping_seconds = updates, ping_seconds
 
   async def __call__(self, scope, receive, send):
     # Closed here too: a generator that never started runs no `finally`.
     with contextlib.closing(self._updates):
       async with contextlib.aclosing(self.body_iterator):  # pyright: ignore
-        await _until_left(receive, self.stream_response(send))
+        await _until_left(receive, self._with_pings(send))
+
+  async def _with_pings(self, send) -> None:
+    """Sends the stream, and a comment whenever it is silent."""
+    now = asyncio.get_running_loop().time
+    turn, is_open, last = asyncio.Lock(), False, now()
+
+    async def send_in_turn(message) -> None:
+      nonlocal is_open, last
+      async with turn:
+        is_open = message.get('more_body', True)
+        await send(message)
+        last = now()
+
+    async def ping() -> None:
+      while True:
+        await asyncio.sleep(last + self._ping_seconds - now())
+        if is_open and not turn.locked() and now() >= last + self._ping_seconds:
+          await send_in_turn(_PING)
+        elif turn.locked():  # a slow reader
+          await asyncio.sleep(self._ping_seconds)
+
+    pinging = asyncio.create_task(ping())
+    try:
+      await self.stream_response(send_in_turn)
+    finally:
+      pinging.cancel()
+      await asyncio.gather(pinging, return_exceptions=True)
 
 
 async def events(

@@ -94,6 +94,19 @@ class Database:
     self._works.put((lambda connection: work(connection, *args), done))
     return done
 
+  async def erase(self) -> None:
+    """Removes from the disk what works before this have deleted.
+
+    A deleted row is overwritten in the file, but its copy stays in the log
+    until the log is cut.
+    """
+    done: futures.Future[None] = futures.Future()
+    done.set_running_or_notify_cancel()
+    if self._is_closed:
+      raise RuntimeError(f'{self._name}: the records are closed')
+    self._works.put((_cut_log, done))
+    await asyncio.wrap_future(done)
+
   def close(self) -> None:
     """Finishes the works that wait, and closes the file."""
     if not self._is_closed:
@@ -111,8 +124,22 @@ class Database:
         except queue.Empty:
           break
       is_open = None not in batch
-      self._commit([each for each in batch if each is not None])
+      works = [each for each in batch if each is not None]
+      self._commit([each for each in works if each[0] is not _cut_log])
+      self._erase([done for work, done in works if work is _cut_log])
     self._connection.close()
+
+  def _erase(self, waiting: list[futures.Future]) -> None:
+    if not waiting:
+      return
+    try:
+      _cut_log(self._connection)
+    except sqlite3.Error as error:
+      for done in waiting:
+        done.set_exception(error)
+    else:
+      for done in waiting:
+        done.set_result(None)
 
   def _commit(self, batch) -> None:
     """Runs works in one transaction; tells each how it ended."""
@@ -139,6 +166,11 @@ class Database:
         done.set_result(result)
       else:
         done.set_exception(error)
+
+
+def _cut_log(connection: sqlite3.Connection) -> None:
+  # Outside of a transaction: it copies the log into the file, and empties it.
+  connection.execute('PRAGMA wal_checkpoint(TRUNCATE)')
 
 
 def _opened(
@@ -196,6 +228,7 @@ def _prepare(connection: sqlite3.Connection, tables: Iterable[str]) -> None:
   connection.execute('PRAGMA journal_mode = WAL')
   connection.execute('PRAGMA synchronous = FULL')
   connection.execute('PRAGMA foreign_keys = ON')
+  connection.execute('PRAGMA secure_delete = ON')
   connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
   connection.execute(f'PRAGMA user_version = {FORMAT}')
   for sql in tables:

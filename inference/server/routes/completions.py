@@ -32,7 +32,11 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     if answer.is_stream:
       updates = await service.model.submit(answer.requests)
       chunks = answer.chunks(updates)
-      return streams.EventStream(streams.events(chunks), updates)
+      return streams.EventStream(
+        streams.events(chunks),
+        updates,
+        ping_seconds=service.config.ping_seconds,
+      )
     return await streams.unless_disconnected(request, _whole(service, answer))
 
 

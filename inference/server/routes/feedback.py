@@ -73,7 +73,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
 def is_allowed(service: service_lib.Service, key: keys.Key | None) -> bool:
   """Returns whether feedback may be stored."""
-  return service.keeps_feedback if key is None else key.allows_feedback
+  return service.config.feedback if key is None else key.allows_feedback
 
 
 def _refused(*, has_key: bool) -> errors.ApiError:

@@ -9,10 +9,14 @@ from fastapi import responses
 from inference import generate
 from inference.server import service as service_lib
 from inference.server.answers import tokenization
-from inference.server.api import schema
+from inference.server.api import schema, tokenizer_schema
 from inference.server.http import streams
 
-_Request = TypeVar('_Request', schema.TokenizeRequest, schema.DetokenizeRequest)
+_Request = TypeVar(
+  '_Request',
+  tokenizer_schema.TokenizeRequest,
+  tokenizer_schema.DetokenizeRequest,
+)
 
 
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
@@ -37,10 +41,10 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.post('/tokenize')
   async def tokenize(request: fastapi.Request):
-    work = answered(schema.TokenizeRequest, tokenization.tokenize)
+    work = answered(tokenizer_schema.TokenizeRequest, tokenization.tokenize)
     return await service.bodies.worked(request, work)
 
   @app.post('/detokenize')
   async def detokenize(request: fastapi.Request):
-    work = answered(schema.DetokenizeRequest, tokenization.detokenize)
+    work = answered(tokenizer_schema.DetokenizeRequest, tokenization.detokenize)
     return await service.bodies.worked(request, work)

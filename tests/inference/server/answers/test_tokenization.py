@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from inference.server.answers import tokenization
-from inference.server.api import schema, shapes
+from inference.server.api import shapes, tokenizer_schema
 from tests.helpers import hf_files, tiny_models
 from text import hf_tokenizer
 
@@ -64,7 +64,9 @@ def test_the_strings_are_those_of_the_model(family, bos, eos, pad, tmp_path):
   strings = info['bos_token'], info['eos_token'], info['pad_token']
   assert strings == (bos, eos, pad)
   for text in filter(None, strings):
-    body = schema.TokenizeRequest(prompt=text, add_special_tokens=False)
+    body = tokenizer_schema.TokenizeRequest(
+      prompt=text, add_special_tokens=False
+    )
     tokens = tokenization.tokenize(generator, body)['tokens']
     assert tokens == [tokenizer.special_tokens[text]]
 

@@ -42,6 +42,7 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
     '/v1/capabilities',
     *(
       '/v1/completions',
+      '/v1/chat/completions',
       '/v1/embeddings',
       '/v1/feedback',
       '/v1/feedback/{name}',
@@ -78,6 +79,7 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
   body = {'prompt': 'a', **servers.GREEDY, 'logprobs': 2, 'echo': True}
   asked = {
     '/v1/completions': body,
+    '/v1/chat/completions': servers.CHAT | {'logprobs': True},
     '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
     '/tokenize': {'prompt': 'a'},
     '/detokenize': {'tokens': [97]},

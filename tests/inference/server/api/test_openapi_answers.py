@@ -17,6 +17,7 @@ from tests.inference.server.routes import test_feedback
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
 _GOOD = {
+  '/v1/chat/completions': servers.CHAT,
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
   '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
   '/v1/feedback': dict(test_feedback.SAID),

@@ -82,7 +82,7 @@ def test_a_new_setting_becomes_a_field_of_the_body():
       default=(), metadata={'help': 'New too.', 'api_name': 'bad_token_ids'}
     )
 
-  body = schema._with_settings(schema._OpenAiRequest, dataclasses.fields(More))
+  body = schema.with_settings(schema._OpenAiRequest, dataclasses.fields(More))
   assert body.model_fields['typical_p'].description == 'New.'
   parsed = body.model_validate(_BODY | {'typical_p': 0.5, 'bad_token_ids': [3]})
   assert parsed.model_dump()['typical_p'] == 0.5

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from inference.server.api import schema
+from inference.server.api import schema, tokenizer_schema
 from tests.helpers import servers
 
 _LIMIT = 200_000
@@ -221,8 +221,8 @@ def test_a_body_of_too_many_parts_is_not_parsed(
 
   for kind in (
     schema.CompletionRequest,
-    schema.TokenizeRequest,
-    schema.DetokenizeRequest,
+    tokenizer_schema.TokenizeRequest,
+    tokenizer_schema.DetokenizeRequest,
   ):
     monkeypatch.setattr(kind, 'model_validate_json', parse)
   answer = http.post(

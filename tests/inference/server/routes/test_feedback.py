@@ -60,7 +60,7 @@ def served(records):
       records=records,
       keyring=None,
       admission=None,
-      keeps_feedback=keeps_feedback,
+      config=server_config.ServerConfig(feedback=keeps_feedback),
     )
     feedback.add(app, service)
     return testclient.TestClient(app)

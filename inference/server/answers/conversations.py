@@ -1,0 +1,239 @@
+"""A conversation in OpenAI's words becomes a prompt; updates become events.
+
+    asked = conversations.ask(generator, messages, tools=tools)
+    request = generator.request(asked.ids, asked.settings(chosen))
+    reader = asked.reader()
+    for update in updates: events += reader.read(update)
+
+Messages are plain dicts as in the body of /v1/chat/completions, each with one
+text or None as its content. Special tokens in them are text, see
+`text.chat_inputs`. Templates differ, so that the messages are fitted: the role
+'developer' is 'system' for a template that does not know it, the arguments of
+calls are objects where the template wants these, and the result of a call gets
+the name of its function.
+
+A template that would leave out a message or the tools makes an error, since a
+client would not notice.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from typing import Any
+
+from inference import chat_prompts, generate
+from inference.engine import requests
+from inference.sampling import settings as settings_lib
+from inference.server.api import errors
+from text import chat, chat_inputs
+from text.replies import detection, events, formats, markers, parser
+
+_SYSTEM = 'system', 'developer'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """A prompt, and what its answers may have."""
+
+  generator: generate.Generator
+  ids: tuple[int, ...]
+  style: parser.Style
+  tools: formats.Tools  # that may be called
+  is_reasoning: bool  # the answer begins inside of reasoning
+  is_single: bool  # only the first call counts
+
+  def settings(self, chosen: dict[str, Any]) -> settings_lib.Settings:
+    """Returns the settings of an answer, with what ends a turn.
+
+    Raises:
+      SettingError: a value is out of range.
+    """
+    return chat_prompts.settings_for(self.generator, self.ids, chosen)
+
+  def reader(self) -> 'Reader':
+    """Returns the reader of one answer."""
+    return Reader(self)
+
+  @property
+  def has_short_ids(self) -> bool:
+    """Whether ids of calls must have 9 letters and digits."""
+    return self.style.calls is not None and self.style.calls.has_short_ids
+
+
+class Reader:
+  """Reads the updates of one answer."""
+
+  def __init__(self, asked: Asked):
+    tokenizer = asked.generator.tokenizer
+    found = asked.style.markers(tokenizer.special_tokens)
+    self._pieces = markers.Pieces(tokenizer, found)
+    self._parser = parser.Parser(
+      asked.style,
+      found,
+      tools=asked.tools,
+      is_reasoning=asked.is_reasoning,
+      is_single=asked.is_single,
+    )
+
+  def read(self, update: requests.Update) -> list[events.Event]:
+    """Returns the events of the next update, with `End` in the last one."""
+    completion = update.completion
+    pieces = self._pieces.cut(
+      update.text,
+      update.token_ids,
+      completion.num_text_ids if completion else None,
+    )
+    found = [event for piece in pieces for event in self._parser.push(piece)]
+    if completion:
+      found += self._parser.finish(completion.finish_reason)
+    return found
+
+
+def ask(
+  generator: generate.Generator,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  tools: Sequence[Mapping[str, Any]] = (),
+  is_single: bool = False,
+  variables: Mapping[str, Any] | None = None,
+  add_generation_prompt: bool = True,
+  continue_final_message: bool = False,
+  reply_format: str = detection.AUTO,
+  param: str = 'messages',
+) -> Asked:
+  """Returns the prompt of a conversation.
+
+  Args:
+    generator: will answer.
+    messages: of the conversation, oldest first.
+    tools: in OpenAI's shape; empty: nothing in the answer is a call.
+    is_single: whether only the first call of an answer counts.
+    variables: of the template.
+    add_generation_prompt: whether the prompt ends with the start of an answer.
+    continue_final_message: whether the answer continues the last message.
+    reply_format: of the answers, see `text.replies.detection`.
+    param: the field of the request that has the messages, for errors.
+
+  Raises:
+    ApiError: status 400, the template cannot show the conversation to the
+      model, or it does not fit.
+  """
+  style = chat_prompts.style_of(generator, reply_format)
+  _check_shown(messages, tools, style, param)
+  conversation = chat.Conversation(
+    messages=_fitted(messages, style),
+    # Templates test whether tools are there: an empty list is there.
+    tools=list(tools) or None,
+    variables=variables or {},
+    add_generation_prompt=add_generation_prompt,
+    continue_final_message=continue_final_message,
+  )
+
+  def without_prompt() -> str:
+    shorter = dataclasses.replace(conversation, add_generation_prompt=False)
+    return chat_prompts.render(generator, shorter).text
+
+  try:
+    for text in chat_inputs.strings([*messages, *tools]):
+      generator.check_length(text)  # before a template works on it
+    rendered = chat_prompts.render(generator, conversation)
+    generator.check_length(rendered.text)
+    ids = chat_prompts.encode(generator, rendered)
+    is_reasoning = detection.is_opened(
+      rendered.text,
+      conversation,
+      style.replies.reasoning,
+      without_prompt=without_prompt,
+    )
+  except (ValueError, RecursionError) as error:
+    raise errors.invalid(param, str(error).removeprefix('prompt: ')) from error
+  return Asked(
+    generator=generator,
+    ids=ids,
+    style=style.replies,
+    tools={
+      tool['function']['name']: tool['function'].get('parameters') or {}
+      for tool in tools
+    },
+    is_reasoning=is_reasoning,
+    is_single=is_single,
+  )
+
+
+def _check_shown(
+  messages: Sequence[Mapping[str, Any]],
+  tools: Sequence[Mapping[str, Any]],
+  style: detection.TemplateStyle,
+  param: str,
+) -> None:
+  """Refuses what the template would leave out without an error."""
+  if tools and not style.has_tools:
+    raise errors.ApiError(
+      400,
+      'tools: got tools, expected none: the chat template of this model does'
+      ' not show them to it; leave them out',
+      param='tools',
+      code='unsupported_parameter',
+    )
+  if tools and style.replies.calls is None:
+    raise errors.ApiError(
+      400,
+      'tools: got tools, expected none: this server does not know how the'
+      ' model writes calls; start it with --server.reply_format',
+      param='tools',
+      code='unsupported_parameter',
+    )
+  for index, message in enumerate(messages):
+    kind = 'system' if message['role'] in _SYSTEM else message['role']
+    kinds = {kind}
+    if kind == 'system' and index:
+      kinds.add(detection.LATE_SYSTEM)
+    if message.get('tool_calls'):
+      kinds.add(detection.CALLS)
+    if kinds & style.left_out:
+      raise _left_out(f'{param}[{index}]', param)
+
+
+def _left_out(where: str, param: str) -> errors.ApiError:
+  return errors.ApiError(
+    400,
+    f'{where}: got a part of a conversation that the chat template of this'
+    ' model leaves out, expected none; leave it out, or move its text to a'
+    ' message of the user',
+    param=param,
+    code='unsupported_parameter',
+  )
+
+
+def _fitted(
+  messages: Sequence[Mapping[str, Any]], style: detection.TemplateStyle
+) -> list[dict[str, Any]]:
+  """Returns the messages as the template wants them."""
+  names: dict[str, str] = {}  # of functions, by the ids of calls
+  fitted = []
+  for message in messages:
+    message = dict(message)
+    if message['role'] == 'developer' and not style.has_developer:
+      message['role'] = 'system'
+    if calls := message.pop('tool_calls', None):
+      names |= {call['id']: call['function']['name'] for call in calls}
+      message['tool_calls'] = [_fitted_call(call, style) for call in calls]
+    if message['role'] == 'tool' and not message.get('name'):
+      message['name'] = names.get(message['tool_call_id'])
+    fitted.append(message)
+  return fitted
+
+
+def _fitted_call(
+  call: Mapping[str, Any], style: detection.TemplateStyle
+) -> dict[str, Any]:
+  function = {name: call['function'][name] for name in ('name', 'arguments')}
+  if style.takes_objects:
+    try:
+      arguments = json.loads(function['arguments'] or '{}')
+    except (ValueError, RecursionError):
+      arguments = None
+    # Text that is no object is shown as it is, so that a model sees its error.
+    if isinstance(arguments, dict):
+      function['arguments'] = arguments
+  return {'id': call['id'], 'type': 'function', 'function': function}
