@@ -7,6 +7,7 @@
     GET  /v1/models         the one model, with the lineage of its weights
     GET  /v1/models/{id}
     GET  /v1/capabilities   every parameter of every route
+    GET  /v1/prices         what tokens cost
     POST /v1/completions    JSON, or server-sent events with "stream": true
     POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
@@ -78,6 +79,7 @@ from inference.server.routes import (
   embeddings,
   feedback,
   models,
+  prices,
   probes,
   tokenizer,
 )
@@ -182,6 +184,7 @@ def create_app(
     chat,
     embeddings,
     feedback,
+    prices,
     capabilities,
   ):
     routes.add(app, service)

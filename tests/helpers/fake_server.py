@@ -58,6 +58,7 @@ class Fake:
     # Chunks to send, an error to answer, or functions that make one of both.
     self.replies: collections.deque[Any] = collections.deque()
     self.models = [card()]
+    self.prices = {'prompt': 0, 'cached': 0, 'completion': 0}
     self.key: str | None = None
     self.ready = 'ok'
     self.feedback_status = 200
@@ -134,6 +135,10 @@ def create(fake: Fake) -> fastapi.FastAPI:
   async def models(request: fastapi.Request):
     check(request)
     return {'data': fake.models}
+
+  @app.get('/v1/prices')
+  async def prices():
+    return {'per_tokens': 1_000_000, **fake.prices}
 
   @app.get('/metrics')
   async def metrics(request: fastapi.Request):

@@ -78,6 +78,7 @@ _ROUTES = {
     body=embedding_schema.EmbeddingRequest,
     errors=(*_POSTED, 429, 500),
   ),
+  '/v1/prices': _Route(answer=shapes.Prices),
   'POST /v1/feedback': _Route(
     answer=shapes.Feedback,
     body=feedback_schema.FeedbackRequest,

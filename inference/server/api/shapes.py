@@ -325,6 +325,16 @@ class TokenizerInfo(_Shape):
   chat_template: str | None
 
 
+class Prices(_Shape):
+  """Money for so many tokens, in the currency of the operator."""
+
+  object: Literal['prices']
+  per_tokens: int
+  prompt: float
+  cached: float
+  completion: float
+
+
 class Feedback(_Shape):
   """Feedback that is stored."""
 

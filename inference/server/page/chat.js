@@ -22,6 +22,7 @@ export class Chat {
     this.views = new Map(); // turn to its item
     this.spent = nothing(); // of answers that were replaced, too
     this.abort = null;
+    this.prices = null; // of the server, once they are known
     this.#restore();
   }
 
@@ -248,12 +249,15 @@ export class Chat {
       spent.unknown += 1;
       return;
     }
+    const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
     spent.read += usage.prompt_tokens;
-    spent.cached += usage.prompt_tokens_details?.cached_tokens ?? 0;
+    spent.cached += cached;
     spent.written += usage.completion_tokens;
     spent.flops += turn.accounting?.flops ?? 0;
-    spent.price += turn.accounting?.price ?? 0;
-    spent.currency ||= turn.accounting?.currency ?? '';
+    if (!this.prices) return;
+    const { prompt, cached: known, completion, per_tokens: per } = this.prices;
+    spent.price += ((usage.prompt_tokens - cached) * prompt + cached * known +
+      usage.completion_tokens * completion) / per;
   }
 
   #changed() {
@@ -309,7 +313,6 @@ export class Chat {
 
 const nothing = () => ({
   answers: 0, unknown: 0, read: 0, cached: 0, written: 0, flops: 0, price: 0,
-  currency: '',
 });
 
 /** Adds a piece of an answer to its turn; returns whether it had any. */
@@ -362,7 +365,7 @@ function costText(spent) {
       `${whole(spent.written)} written`,
   ];
   if (spent.flops) parts.push(`${short(spent.flops)}FLOP`);
-  if (spent.price) parts.push(`${spent.price.toPrecision(3)} ${spent.currency}`);
+  if (spent.price) parts.push(`price ${spent.price.toPrecision(3)}`);
   if (spent.unknown) parts.push(`${spent.unknown} without a count`);
   return parts.join(' · ');
 }

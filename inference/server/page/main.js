@@ -117,6 +117,7 @@ async function loadModels() {
   try {
     const response = await ask('v1/models');
     models = (await response.json()).data;
+    chat.prices = await (await ask('v1/prices')).json();
   } catch (error) {
     if (error.status === 401) askForKey(error.message);
     else notice(`${error.message} Load the page again.`);

@@ -45,6 +45,7 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
       '/v1/chat/completions',
       '/v1/embeddings',
       '/v1/feedback',
+      '/v1/prices',
       '/v1/feedback/{name}',
       '/tokenizer_info',
       '/tokenize',

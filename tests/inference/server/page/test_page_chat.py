@@ -55,6 +55,17 @@ def test_the_whole_conversation_is_sent_again_and_its_cost_adds_up(page, fake):
   assert page.find('#empty')
 
 
+def test_a_server_with_prices_has_a_cost_in_money(page, fake):
+  page.ask('Hello?')
+  assert 'price' not in page.text('#cost')
+  fake.prices = {'prompt': 2000, 'cached': 100, 'completion': 5000}
+  page.reload()
+  fake.replies.append(fake_server.said('12345678', read=500, cached=200))
+  page.ask('And now?')
+  # 300 at 0.002, 200 at 0.0001, 2 at 0.005.
+  assert page.text('#cost').endswith('price 0.630')
+
+
 def test_settings_are_sent_where_they_are_chosen(page, fake):
   for name, value in {
     'system': 'Be brief.', 'temperature': '0.5', 'top_p': '0.9', 'top_k': '40',
