@@ -59,7 +59,7 @@ def _import() -> None:
   elif values.tokenizer:
     raise ValueError(
       f'--tokenizer: got {values.tokenizer} for a directory, expected none;'
-      ' only a GGUF file needs a --tokenizer'
+      ' only a GGUF file has a --tokenizer'
     )
   else:
     result = importing.import_directory(
@@ -130,7 +130,8 @@ def _define_flags() -> None:
     'tokenizer',
     '',
     'Import of a GGUF file: Hugging Face directory with the tokenizer of the'
-    ' same model.',
+    ' same model. Default: the tokenizer of the file, if it is a byte-level BPE'
+    ' whose splitting rule is known.',
   )
   flags.DEFINE_string(
     'family',

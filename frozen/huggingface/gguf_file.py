@@ -5,9 +5,8 @@ by row. The weights become floats with the rounding of the file. In GGUF, the
 rows of queries and keys are ordered for rotations of neighbours; here, they are
 put into halves.
 
-A GGUF file has a vocabulary but not a whole tokenizer. For the rule that splits
-text before merges, it only has a name, whose meaning is in llama.cpp's code. So
-the tokenizer is read from the Hugging Face directory of the same model.
+The tokenizer is that of the file (`gguf_tokenizer.py`), or that of the Hugging
+Face directory of the same model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,14 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from frozen.huggingface import config_json, importing, layouts, tensor_map
+from frozen.huggingface import (
+  config_json,
+  gguf_tokenizer,
+  importing,
+  layouts,
+  tensor_map,
+)
 from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
 # Kinds of weights: plain floats, or groups of numbers that share a scale.
 PLAIN = ('F32', 'F16', 'BF16')
-QUANTIZED = ('Q8_0', 'Q4_0', 'Q4_K', 'Q6_K')
+QUANTIZED = ('Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K')
 _ARCHITECTURE = 'llama'
 
 
@@ -75,16 +80,23 @@ def open_file(path: str | os.PathLike) -> tuple[importing.Source, Any]:
       weights.
   """
   path = pathlib.Path(path)
+  return _opened(path, _reader(path))
+
+
+def _reader(path: pathlib.Path) -> Any:
   if not path.is_file():
     raise FileNotFoundError(f'{path}: got no such file, expected a GGUF file')
   gguf = _library()
   try:
-    reader = gguf.GGUFReader(path)
+    return gguf.GGUFReader(path)
   except (ValueError, KeyError, IndexError, OverflowError) as error:
     raise ValueError(
       f'{path}: got {error}, expected a GGUF file; it is truncated or of'
       ' another format: copy it again'
     ) from None
+
+
+def _opened(path: pathlib.Path, reader: Any) -> tuple[importing.Source, Any]:
   tensors = dict(_tensors(path, reader))
   divisors = tensors.pop('rope_freqs.weight', None)
   has_head = 'output.weight' in tensors
@@ -102,29 +114,36 @@ def import_file(
   path: str | os.PathLike,
   out: str | os.PathLike,
   *,
-  tokenizer_source: str,
+  tokenizer_source: str = '',
   dtype: str = 'auto',
   origin: Mapping[str, str] | None = None,
+  recommended: Mapping[str, Any] | None = None,
   overwrite: bool = False,
 ) -> importing.Imported:
   """Writes the model of a GGUF file as a frozen directory.
 
   Args:
-    tokenizer_source: a directory with the tokenizer of the same model.
+    tokenizer_source: a directory with the tokenizer of the same model; '' takes
+      the tokenizer of the file.
     dtype: one of `importing.DTYPES`; 'auto' is float32.
     origin: further fields of the manifest's origin.
+    recommended: fields of generation_config.json, in addition to those of the
+      file; only with the tokenizer of the file.
 
   Raises:
     FileNotFoundError: a file is missing.
     ValueError: the model is not supported, or a file is damaged.
   """
-  if not tokenizer_source:
-    raise ValueError(
-      '--tokenizer: got none, expected a directory with the tokenizer.json of'
-      f' the model; {path} has a vocabulary but not a whole tokenizer'
-    )
-  source, pieces = open_file(path)
-  with tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir:
+  path = pathlib.Path(path)
+  reader = _reader(path)
+  source, pieces = _opened(path, reader)
+  with (
+    tempfile.TemporaryDirectory(prefix='gguf_tokenizer_') as own_dir,
+    tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir,
+  ):
+    if not tokenizer_source:
+      tokenizer_source = own_dir
+      _write_tokenizer(path, reader, own_dir, recommended or {})
     tokenizer = hf_tokenizer.convert(tokenizer_source, tokenizer_dir)
     importing.check_vocabulary(source, tokenizer)
     generation, notes = importing.read_generation(
@@ -143,6 +162,23 @@ def import_file(
       origin={**(origin or {}), 'format': 'gguf'},
       overwrite=overwrite,
     )
+
+
+def _write_tokenizer(
+  path: pathlib.Path,
+  reader: Any,
+  directory: str,
+  recommended: Mapping[str, Any],
+) -> None:
+  if not gguf_tokenizer.is_whole(reader.fields):
+    raise ValueError(
+      '--tokenizer: got none, expected a directory with the tokenizer.json of'
+      f' the model; {path} has no byte-level BPE of its own'
+    )
+  try:
+    gguf_tokenizer.write(reader.fields, pathlib.Path(directory), recommended)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from None
 
 
 def _library() -> Any:

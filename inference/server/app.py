@@ -1,5 +1,6 @@
 """The HTTP server of life two, in the shapes of OpenAI's API.
 
+    GET  /                  the page: chat and status
     GET  /health            200 while the process can answer, 503 if it failed
     GET  /ready             503 until every program is compiled
     GET  /metrics           counters of the engine, as Prometheus collects them
@@ -8,9 +9,12 @@
     POST /v1/responses      items in, items out; stored, to be continued
     GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
     GET  /v1/capabilities   every parameter of every route
+    GET  /v1/prices         what tokens cost
     POST /v1/completions    JSON, or server-sent events with "stream": true
     POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
+    POST /v1/feedback       a rating of an answer, where it may be stored
+    DELETE /v1/feedback[/{id}]
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
     GET  /version           of the program and what it runs on
     /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
@@ -26,11 +30,11 @@
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
 its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
-tokenized, in the threads of `http.bodies`. With keys, every route but /health
-and /ready needs one; routes below /admin need one in any case. All generation
-passes through `ServedModel.submit`, which admits and bills it. When the server
-stops, the digest of the weights is computed again and compared with the digest
-in the manifest.
+tokenized, in the threads of `http.bodies`. With keys, every route but
+/health, /ready and the files of the page needs one; routes below /admin need
+one in any case. All generation passes through `ServedModel.submit`, which
+admits and bills it. When the server stops, the digest of the weights is
+computed again and compared with the digest in the manifest.
 
 A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
@@ -63,6 +67,7 @@ from inference.server.http import (
   bodies as bodies_lib,
   draining as draining_lib,
   exchanges,
+  page_files,
   protocol,
   streams,
   turns,
@@ -70,6 +75,7 @@ from inference.server.http import (
 from inference.server.receipts import receipts
 from inference.server.records import (
   database,
+  feedback as feedback_records,
   ledger as ledger_lib,
   responses as responses_store,
 )
@@ -79,7 +85,9 @@ from inference.server.routes import (
   chat,
   completions,
   embeddings,
+  feedback,
   models as models_routes,
+  prices,
   probes,
   responses as responses_routes,
   tokenizer,
@@ -92,6 +100,7 @@ TABLES: tuple[str, ...] = (
   keys_lib.TABLES,
   ledger_lib.TABLES,
   receipts.TABLES,
+  feedback_records.TABLES,
   responses_store.TABLES,
 )
 _ROUTES = (
@@ -103,6 +112,8 @@ _ROUTES = (
   chat,
   embeddings,
   responses_routes,
+  feedback,
+  prices,
   capabilities,
 )
 
@@ -210,6 +221,7 @@ def _add_middleware(
   app.add_middleware(
     api_keys.Authentication, keyring=service.keyring, open_paths=open_paths
   )
+  app.add_middleware(page_files.PageFiles)  # outside: the page needs no key
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
   app.add_middleware(draining_lib.Refusals, draining=service.draining)

@@ -72,6 +72,11 @@ class ServerConfig:
     ' an alarm. 0: the most that rounding explains, 0.01 for float32 on a CPU'
     ' and 1 for bfloat16 or an int8 cache.',
   )
+  feedback: bool = flag_field.field(
+    False,
+    'Stores what clients without keys send to POST /v1/feedback: a rating of an'
+    ' answer, and the conversation. With keys, each key allows it or does not.',
+  )
   price_prompt: float = flag_field.field(
     0.0,
     'Price of a million prompt tokens, in any currency: that of the budgets of'

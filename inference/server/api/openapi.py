@@ -19,6 +19,7 @@ from inference.server.api import (
   chat_schema,
   embedding_schema,
   errors,
+  feedback_schema,
   response_schema,
   response_shapes,
   schema,
@@ -33,8 +34,8 @@ _DONE = '[DONE]'  # the data of a stream's last event
 _MEANINGS = {
   400: 'The request is wrong; `param` names the field.',
   401: 'The key is missing or unknown.',
-  403: 'The key is not that of an admin, or no model may be loaded.',
-  404: 'There is no such model, or no such response.',
+  403: 'The key may not do this, or no model may be loaded.',
+  404: 'There is no such model, or nothing of this id.',
   408: 'The body did not arrive in time.',
   409: 'The Idempotency-Key was used with another body, or a version is there'
   ' already, not ready, or still needed.',
@@ -116,6 +117,16 @@ _ROUTES = {
         'schema': {'type': 'string', 'enum': ['asc', 'desc']},
       },
     ),
+  ),
+  '/v1/prices': _Route(answer=shapes.Prices),
+  'POST /v1/feedback': _Route(
+    answer=shapes.Feedback,
+    body=feedback_schema.FeedbackRequest,
+    errors=(*_POSTED, 403),
+  ),
+  'DELETE /v1/feedback': _Route(answer=shapes.DeletedFeedback),
+  '/v1/feedback/{name}': _Route(
+    answer=shapes.DeletedFeedback, errors=(404, 503)
   ),
   '/tokenizer_info': _Route(answer=shapes.TokenizerInfo),
   '/tokenize': _Route(

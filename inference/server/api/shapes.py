@@ -390,6 +390,31 @@ class TokenizerInfo(_Shape):
   chat_template: str | None
 
 
+class Prices(_Shape):
+  """Money for so many tokens, in the currency of the operator."""
+
+  object: Literal['prices']
+  per_tokens: int
+  prompt: float
+  cached: float
+  completion: float
+
+
+class Feedback(_Shape):
+  """Feedback that is stored."""
+
+  id: str
+  object: Literal['feedback']
+  created: int
+
+
+class DeletedFeedback(_Shape):
+  """The number of rows that were deleted."""
+
+  object: Literal['feedback.deleted']
+  deleted: int
+
+
 class Tokens(_Shape):
   """The token ids of a text."""
 

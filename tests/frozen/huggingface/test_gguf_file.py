@@ -94,7 +94,13 @@ def test_rows_of_rotated_neighbours_are_brought_into_halves():
 # The largest error of a number by the largest of its block: half a step.
 @pytest.mark.parametrize(
   ('kind', 'error'),
-  [('F16', 2**-11), ('BF16', 2**-8), ('Q8_0', 0.51 / 127), ('Q4_0', 0.13)],
+  [
+    ('F16', 2**-11),
+    ('BF16', 2**-8),
+    ('Q8_0', 0.51 / 127),
+    ('Q4_0', 0.13),
+    ('Q4_1', 0.07),
+  ],
 )
 def test_quantised_weights_are_near_what_was_written(tmp_path, kind, error):
   params = _write(tmp_path / 'a.gguf', kind=kind)

@@ -15,7 +15,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def served(generator):
-  with servers.running(generator) as served:
+  with servers.running(generator, feedback=True) as served:
     yield served
 
 

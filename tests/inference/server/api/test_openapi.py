@@ -8,6 +8,7 @@ import pytest
 from inference.server.access import api_keys
 from inference.server.api import response_shapes, shapes
 from tests.helpers import servers
+from tests.inference.server.routes import test_feedback
 
 
 @pytest.fixture(scope='module')
@@ -54,6 +55,9 @@ def test_every_route_is_described_and_every_reference_leads_somewhere(
       '/v1/responses',
       '/v1/responses/{response_id}',
       '/v1/responses/{response_id}/input_items',
+      '/v1/feedback',
+      '/v1/prices',
+      '/v1/feedback/{name}',
       '/tokenizer_info',
       '/tokenize',
       '/detokenize',
@@ -94,13 +98,25 @@ def test_each_answer_has_its_type_and_its_shape(document, http):
     '/detokenize': {'tokens': [97]},
   }
   stored = http.post('/v1/responses', json=asked['/v1/responses']).json()
+  # The ledger knows whose an answer is.
+  rated = {
+    **test_feedback.SAID,
+    'request_id': http.post('/v1/completions', json=body).headers[
+      'x-request-id'
+    ],
+  }
+  asked['/v1/feedback'] = rated
+  said = http.post('/v1/feedback', json=rated)
+  names = {'/v1/feedback/{name}': said.json()['id']}
+  # What is deleted is read first, and one row goes before all others.
   operations = sorted(
-    _operations(document), key=lambda each: each[1] == 'delete'
+    _operations(document),
+    key=lambda each: (each[1] == 'delete', '{' not in each[0]),
   )
   for path, method, operation in operations:
     if path.startswith('/admin/'):
       continue  # see tests/inference/server/routes/test_admin.py
-    url = path.replace('{name}', servers.MODEL)
+    url = path.replace('{name}', names.get(path, servers.MODEL))
     url = url.replace('{response_id}', stored['id'])
     answer = http.request(method.upper(), url, json=asked.get(path))
     assert answer.status_code == 200, answer.text

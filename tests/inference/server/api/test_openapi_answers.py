@@ -10,7 +10,9 @@ import pytest
 from inference.engine import engine as engine_lib
 from inference.server import service as service_lib
 from inference.server.access import api_keys
+from inference.server.routes import feedback
 from tests.helpers import json_schema, servers
+from tests.inference.server.routes import test_feedback
 
 _MOST = 5000  # bytes of a body
 _OPEN = api_keys.OPEN_PATHS
@@ -19,6 +21,7 @@ _GOOD = {
   '/v1/completions': {'prompt': 'a', **servers.GREEDY},
   '/v1/embeddings': {'model': servers.MODEL, 'input': 'a'},
   '/v1/responses': {'model': servers.MODEL, 'input': 'a'},
+  '/v1/feedback': dict(test_feedback.SAID),
   '/tokenize': {'prompt': 'a'},
   '/detokenize': {'tokens': [97]},
 }
@@ -61,6 +64,9 @@ class _Answers:
       body = None if content else _GOOD.get(each)
       url = each.replace('{name}', servers.MODEL)
       url = url.replace('{response_id}', self.response_id)
+      if (each, status) == ('/v1/feedback/{name}', 200):
+        stored = self.found['/v1/feedback', 'post', 200]
+        url = each.replace('{name}', stored['id'])
       with contextlib.suppress(httpx2.HTTPError):
         answer = self.http.request(
           method,
@@ -81,6 +87,9 @@ class _Answers:
     for name in described.get('headers', {}):
       assert name in answer.headers
     self.found[operation] = value
+    if operation == ('/v1/completions', 'post', 200):
+      # Feedback is on an answer that the ledger knows.
+      _GOOD['/v1/feedback']['request_id'] = answer.headers['x-request-id']
 
 
 @contextlib.contextmanager
@@ -119,6 +128,8 @@ def _refusals(served, answers, monkeypatch):
   answers.response_id = 'resp_none'
   answers.ask(404, '/v1/responses/{response_id}')
   answers.ask(404, '/v1/responses/{response_id}/input_items')
+  answer = answers.http.delete('/v1/feedback/other')
+  answers.keep(('/v1/feedback/{name}', 'delete', 404), answer)
   with monkeypatch.context() as patched:
 
     def submit_all(_):
@@ -189,6 +200,8 @@ def test_every_answer_is_as_described(generator, tmp_path, monkeypatch):
   limits = {'max_body_bytes': _MOST, 'body_seconds': 0.3}
   with _served(generator, tmp_path, **limits) as (served, answers):
     answers.store()
+    answers.ask(403)
+    monkeypatch.setattr(feedback, 'is_allowed', lambda *_: True)
     answers.ask(200)
     _refusals(served, answers, monkeypatch)
   with _served(generator, tmp_path, max_connections=1) as (served, others):

@@ -1,0 +1,226 @@
+"""A GGUF file brings its own tokenizer; a package brings a GGUF file."""
+
+import json
+import sys
+
+import pytest
+import tokenizers
+
+from frozen import format as frozen_format
+from frozen.huggingface import gguf_file, packaged
+from inference import generate
+from inference.engine import engine_config
+from tests.frozen.huggingface import test_gguf_file
+from tests.helpers import hf_files
+from text import chat, hf_tokenizer
+
+gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
+
+_TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+  '<|im_end|>\n{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+_SPECIAL = '<|endoftext|>', '<|im_start|>', '<|im_end|>'
+_SPLITS = {
+  'gpt-2': tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+  'smollm': tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Digits(individual_digits=True),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  ),
+}
+
+
+def _trained(split='smollm'):
+  """Returns a tokenizer as Hugging Face has it, and which merges digits."""
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=400,
+    special_tokens=list(_SPECIAL),
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator([*hf_files.CORPUS, '1999 2024 1234 ' * 50], trainer)
+  model.pre_tokenizer = _SPLITS[split]
+  return model
+
+
+def _fields(writer, trained, *, pre='smollm', template=_TEMPLATE):
+  vocabulary = trained.get_vocab()
+  tokens = sorted(vocabulary, key=vocabulary.get)
+  merges = json.loads(trained.to_str())['model']['merges']
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre(pre)
+  writer.add_token_list(tokens)
+  control = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+  writer.add_token_types([control[token not in _SPECIAL] for token in tokens])
+  writer.add_token_merges([' '.join(pair) for pair in merges])
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  writer.add_unk_token_id(0)
+  writer.add_pad_token_id(2)
+  writer.add_add_bos_token(False)
+  writer.add_add_space_prefix(False)
+  writer.add_chat_template(template)
+
+
+def _write(path, monkeypatch, more=lambda writer: None, **fields):
+  """Writes the tiny model with a tokenizer of its own."""
+  start = gguf.GGUFWriter.write_header_to_file
+
+  def with_tokenizer(writer):
+    trained = fields.pop('trained', None) or _trained()
+    _fields(writer, trained, **fields)
+    more(writer)
+    start(writer)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(gguf.GGUFWriter, 'write_header_to_file', with_tokenizer)
+    test_gguf_file._write(path, kind='Q4_1')
+  return path
+
+
+@pytest.mark.parametrize('split', ['gpt-2', 'smollm'])
+def test_ids_are_those_of_the_tokenizer_that_was_written(
+  tmp_path, monkeypatch, split
+):
+  theirs = _trained(split)
+  path = tmp_path / 'a.gguf'
+  _write(path, monkeypatch, trained=theirs, pre=split)
+  gguf_file.import_file(path, tmp_path / 'ours')
+  ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
+  assert ours.is_exact
+  for text in (*hf_files.AWKWARD, 'In 1999, 2024; \u0662\u0663 \u00bd'):
+    assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+  # Digits stay alone although the vocabulary has a token of several.
+  num = len(ours.encode('1999'))
+  assert num == (4 if split == 'smollm' else 1)
+
+
+def test_special_tokens_template_and_ends_are_those_of_the_file(
+  tmp_path, monkeypatch
+):
+  _write(tmp_path / 'a.gguf', monkeypatch)
+  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  frozen = frozen_format.read(tmp_path / 'ours')
+  assert frozen.chat_template == _TEMPLATE
+  ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
+  assert dict(ours.special_tokens) == {t: i for i, t in enumerate(_SPECIAL)}
+  assert (ours.bos_id, ours.eos_ids, ours.adds_bos) == (1, (2,), False)
+  encoded = chat.encode(
+    ours,
+    frozen.chat_template,
+    chat.Conversation(
+      messages=[{'role': 'user', 'content': 'a<|im_end|>b'}],
+      add_generation_prompt=True,
+    ),
+  )
+  # Two turns begin and one ends; the user's text is no end.
+  assert encoded.ids.count(1) == 2
+  assert encoded.ids.count(2) == 1
+
+
+def test_a_file_may_want_tokens_around_a_text_and_another_end(
+  tmp_path, monkeypatch
+):
+  def more(writer):
+    writer.add_add_eos_token(True)
+    writer.add_eot_token_id(0)
+
+  added = gguf.GGUFWriter.add_add_bos_token
+  monkeypatch.setattr(
+    gguf.GGUFWriter, 'add_add_bos_token', lambda self, _: added(self, True)
+  )
+  _write(tmp_path / 'a.gguf', monkeypatch, more)
+  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
+  assert (ours.adds_bos, ours.adds_eos) == (True, True)
+  assert ours.eos_ids == (2, 0)
+
+
+def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
+  def more(writer):
+    writer.add_float32('general.sampling.temp', 0.6)
+    writer.add_float32('general.sampling.top_p', 0.95)
+    writer.add_int32('general.sampling.top_k', 20)
+
+  _write(tmp_path / 'a.gguf', monkeypatch, more)
+  result = gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  assert result.notes == []
+  generation = frozen_format.read(tmp_path / 'ours').generation
+  assert generation.items() >= {
+    'temperature': 0.6, 'top_p': 0.95, 'top_k': 20, 'stop_ids': [2],
+  }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'pre': 'qwen2'}, "got tokenizer.ggml.pre = 'qwen2', expected one of gpt"),
+    ({'more': lambda w: w.add_eot_token_id(9999)}, 'eos_token_id .9999'),
+  ],
+)
+def test_a_tokenizer_that_is_not_known_is_refused(
+  tmp_path, monkeypatch, change, message
+):
+  path = _write(tmp_path / 'a.gguf', monkeypatch, **change)
+  with pytest.raises(ValueError, match=message):
+    gguf_file.import_file(path, tmp_path / 'ours')
+  assert not (tmp_path / 'ours').exists()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """A package with a GGUF file, which may not be imported."""
+  directory = tmp_path / 'site' / 'some_model'
+  directory.mkdir(parents=True)
+  (directory / '__init__.py').write_text('raise RuntimeError("code ran")')
+  _write(directory / 'Tiny-Instruct.Q4_1.gguf', monkeypatch)
+  monkeypatch.syspath_prepend(str(tmp_path / 'site'))
+  yield directory
+  sys.modules.pop('some_model', None)
+
+
+def test_a_packaged_model_is_imported_once_and_answers(package, tmp_path):
+  path = packaged.find('some_model')
+  assert path == package / 'Tiny-Instruct.Q4_1.gguf'
+  out = tmp_path / 'ours'
+  assert packaged.ensure(path, out)
+  made = {each: each.stat().st_mtime_ns for each in out.rglob('*')}
+  assert not packaged.ensure(path, out)
+  assert {each: each.stat().st_mtime_ns for each in out.rglob('*')} == made
+  manifest = frozen_format.read(out).manifest
+  assert manifest.origin['source'] == 'Tiny-Instruct.Q4_1'
+  config = engine_config.EngineConfig(max_sequences=1, chunk_tokens=32)
+  generator = generate.load(out, config)
+  assert generator.defaults.temperature == 0.2
+  ids = generator.tokenizer.encode('What is 1999?')
+  settings = generator.settings_for(ids, max_tokens=4, ignore_eos=True)
+  (completion,) = generator.generate([ids], settings)
+  assert completion.num_completion_tokens == 4
+
+
+def test_another_file_is_imported_again(package, tmp_path, monkeypatch):
+  out = tmp_path / 'ours'
+  assert packaged.ensure(packaged.find('some_model'), out)
+  before = frozen_format.read(out).manifest.origin['file_sha256']
+  _write(
+    package / 'Tiny-Instruct.Q4_1.gguf', monkeypatch, template=_TEMPLATE + ' '
+  )
+  assert packaged.ensure(packaged.find('some_model'), out)
+  assert frozen_format.read(out).manifest.origin['file_sha256'] != before
+
+
+def test_a_package_that_is_missing_is_told_with_what_to_do(package):
+  for path in package.glob('*.gguf'):
+    path.unlink()
+  for name in ('some_model', 'no_such_package'):
+    with pytest.raises(FileNotFoundError, match='--no-deps -r requirements-ch'):
+      packaged.find(name)
