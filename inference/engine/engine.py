@@ -62,7 +62,6 @@ from inference.scheduling import (
 from models import model_config as model_config_lib, transformer
 from text import tokenizer as tokenizer_lib
 
-
 Overloaded = requests_lib.Overloaded
 # Prometheus reads the gauges every few seconds; setting them walks all pages.
 _GAUGE_SECONDS = 0.1
