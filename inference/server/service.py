@@ -158,8 +158,11 @@ class ServedModel:
 
     def end(ended: engine_loop_lib.Ended):
       for which, update in ended.updates:
-        for each in watching:
-          each(which, update.index, update.completion)
+        done = update.completion
+        # Of a client that left, nothing is kept.
+        if done and done.finish_reason != 'cancelled':
+          for each in watching:
+            each(which, update.index, done)
       return admitted.end(ended)
 
     try:
