@@ -330,9 +330,11 @@ def test_an_answer_tells_what_it_took(complete):
   # Four whole pages of eight tokens.
   assert again['usage']['prompt_tokens_details'] == {'cached_tokens': 32}
   fields = {
+    'prompt_tokens',
     'prefill_tokens',
     'decode_tokens',
     'cached_tokens',
+    'rejected_tokens',
     'preemptions',
     'flops',
     'kv_byte_seconds',
