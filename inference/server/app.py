@@ -9,7 +9,7 @@
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
 
     http/      bytes: connections, bodies within limits, streams that can end
-    access/    who sends a request
+    access/    who sends a request, and what the sender may use
     api/       the words: bodies, errors, shapes of answers, OpenAPI document
     routes/    a file per group of routes, which reads bodies and submits
     answers/   from a checked body to the requests of the engine, and back
