@@ -20,7 +20,7 @@
     /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
 
     http/      bytes: connections, bodies within limits, streams that can end
-    access/    who sends a request
+    access/    who sends a request, and what the sender may use
     api/       the words: bodies, errors, shapes of answers, OpenAPI document
     versions/  several models: which answers, how they load and unload
     routes/    a file per group of routes, which reads bodies and submits

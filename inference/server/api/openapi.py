@@ -213,7 +213,9 @@ def _operation(
     model = shapes.Status if is_probe else shapes.Error
     operation['responses'][str(status)] = _error(status, model)
   if described.body:
-    parameters.append(_parameter('Idempotency-Key', 'header'))
+    once = _parameter('Idempotency-Key', 'header')
+    once['description'] = 'Sent again with it, a request is billed once.'
+    parameters.append(once)
     operation['requestBody'] = {
       'required': True,
       'content': {_JSON: _reference(described.body)},

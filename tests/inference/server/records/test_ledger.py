@@ -12,7 +12,7 @@ import pytest
 
 from inference.server import app as app_lib, usage
 from inference.server.records import database, ledger as ledger_lib
-from tests.helpers import servers
+from tests.helpers import commands, servers
 
 _LONG = {
   'prompt': 'hello',
@@ -448,6 +448,16 @@ def test_the_report_sums_and_finds_the_day_that_passed_training(
   assert 'inference passed training on 2026-01-04' in text
   assert 'open (d2): the manifest does not say' in text
   assert '1 requests are open' in text
+
+
+def test_the_command_prints_the_report_beside_a_server(ledger, records):
+  path = records.name
+  done = commands.run('inference/server/usage.py', f'--records={path}')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith(f'{path} at 20')
+  done = commands.run('inference/server/usage.py', f'--records={path}x')
+  assert done.returncode == 2
+  assert 'which does not exist, expected the file that a server' in done.stderr
 
 
 def test_the_models_that_are_served_are_noted(generator, records):

@@ -335,6 +335,7 @@ def test_an_answer_tells_what_it_took(complete):
     'decode_tokens',
     'rejected_tokens',
     'cached_tokens',
+    'rejected_tokens',
     'preemptions',
     'flops',
     'kv_byte_seconds',
