@@ -97,7 +97,7 @@ def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
 
 
 FEW = _FirstError(_MOST_ITEMS)
-TURNS = _FirstError(2048)  # of a conversation: more do not fit into a body
+TURNS = _FirstError(2048)  # messages or items of a conversation
 Strings = Annotated[list[str], FEW]
 Ids = Annotated[list[int], _FirstError()]
 Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
