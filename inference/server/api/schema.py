@@ -97,7 +97,8 @@ def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
 
 
 FEW = _FirstError(_MOST_ITEMS)
-TURNS = _FirstError(2048)  # messages or items of a conversation
+# The messages or items of a conversation: the size of a body bounds them.
+TURNS = _FirstError()
 Strings = Annotated[list[str], FEW]
 Ids = Annotated[list[int], _FirstError()]
 Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
