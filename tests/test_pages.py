@@ -210,6 +210,7 @@ def test_every_recipe_is_there():
     'An attention variant',
     'A layer with its own cache',
     'A sampler setting',
+    'A format of tool calls',
     'A family of open weights',
     'An evaluation',
     'A data source',

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from checks import expect, flag_field
-from text.replies import detection
+from text.replies import detection, formats
 
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
 # they are parsed: 25 to 50 ms on one core.
@@ -74,8 +74,8 @@ class ServerConfig:
   reply_format: str = flag_field.field(
     detection.AUTO,
     'Format of tool calls and reasoning in the answers of a model: auto finds'
-    ' it in the chat template; none; hermes, llama3, mistral, gemma, gemma4 or'
-    ' deepseek; think or mistral_think for reasoning; or one of both, as'
+    f' it in the chat template; none; {", ".join(formats.CALLS)} of calls;'
+    f' {", ".join(formats.REASONING)} of reasoning; or one of each, as'
     ' hermes+think.',
   )
   # Of the flag --drain_seconds, which is older than this class.

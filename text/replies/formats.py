@@ -30,7 +30,7 @@ Tools = Mapping[str, Mapping[str, Any]]
 Form = Callable[[str], str]
 
 
-_MOST_BARE = 512  # characters that tell whether a bare call may begin
+MOST_BARE = 512  # characters that tell whether a bare call may begin
 
 
 class Found(NamedTuple):
@@ -60,7 +60,7 @@ class CallFormat:
 
 def may_be_bare(text: str, tools: Tools) -> bool:
   """Returns whether a bare call of one of the tools may begin so."""
-  squeezed = ''.join(text[:_MOST_BARE].split())
+  squeezed = ''.join(text[:MOST_BARE].split())
   for name in tools:
     for start in ('{"name":"', '{"type":"function","name":"'):
       begin = f'{start}{name}"'

@@ -93,8 +93,10 @@ class Parser:
     self._state = _REASONING if is_reasoning else _TEXT
     self._is_start = True  # nothing but white space and reasoning came
     self._skips = is_reasoning  # line ends after a marker
+    self._is_told = False  # more text tells no more of whether a call is bare
     self._resumed = _TEXT  # the state around a call
     self._body_at = 0  # where the body of a call begins in the buffer
+    self._searched = 0  # up to where its end was not found
     # Calls at the end of reasoning so far, up to `_waiting_at` of the buffer.
     self._waiting: list[events.Call] = []
     self._waiting_at = 0
@@ -186,9 +188,13 @@ class Parser:
     if self._waiting and not self._continues():
       return self._state == _REASONING
     close = self._end or self._begin
-    place = self._buffer.find(close, self._body_at)
+    # A long call is not searched again from its start with every piece.
+    start = max(self._body_at, self._searched - len(close))
+    place = self._buffer.find(close, start)
+    self._searched = len(self._buffer)
     if place < 0:
       return False
+    self._searched = 0
     after = place + len(self._end)
     if not self._read(self._buffer[self._body_at : place], after):
       self._give_up(after)
@@ -196,7 +202,11 @@ class Parser:
 
   def _step_bare(self) -> bool:
     """Waits while all of the answer may be calls."""
-    if formats.may_be_bare(self._buffer.lstrip(), self._tools):
+    if self._is_told:
+      return False
+    stripped = self._buffer.lstrip()
+    if formats.may_be_bare(stripped, self._tools):
+      self._is_told = len(stripped) >= formats.MOST_BARE
       return False
     self._state, self._is_start = _TEXT, False
     return True
@@ -317,6 +327,7 @@ class Parser:
     if marker == self._begin:
       self._body_at = self._buffer.find(marker) + len(marker)
       self._state, self._resumed = _CALL, state
+      self._searched = 0
       return
     self._drop(self._buffer.find(marker) + len(marker))
     self._state = _REASONING if state == _TEXT else _TEXT
