@@ -119,7 +119,7 @@ def _described(schema: dict[str, Any], kind: type['Body']) -> None:
 
 def _limit(found: dict[str, Any], limits: dict[str, Any]) -> None:
   for each in (found, *found.get('anyOf', ())):
-    of_kind = _KEYWORDS.get(each.get('type'), ())
+    of_kind = _KEYWORDS.get(each.get('type', ''), ())
     each.update({name: limits[name] for name in limits if name in of_kind})
 
 
