@@ -149,7 +149,7 @@ class StreamOptions(schema.StreamOptions):
 
 class _OpenAiChat(schema.Body):
   model: str = pydantic.Field(description='A name of /v1/models.')
-  messages: Annotated[list[Message], schema.FEW] = pydantic.Field(
+  messages: Annotated[list[Message], schema.TURNS] = pydantic.Field(
     description='The conversation, oldest first.'
   )
   max_tokens: int | None = pydantic.Field(

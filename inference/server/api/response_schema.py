@@ -184,7 +184,7 @@ class ResponseRequest(schema.Body):
   }
 
   model: str = pydantic.Field(description='A name of /v1/models.')
-  input: str | Annotated[list[Item], schema.FEW] = pydantic.Field(
+  input: str | Annotated[list[Item], schema.TURNS] = pydantic.Field(
     description='A text of the user, or the items of a conversation.'
   )
   instructions: str | None = pydantic.Field(

@@ -97,6 +97,8 @@ def known(*names: str, key: str | None = None) -> pydantic.BeforeValidator:
 
 
 FEW = _FirstError(_MOST_ITEMS)
+# The messages or items of a conversation: the size of a body bounds them.
+TURNS = _FirstError()
 Strings = Annotated[list[str], FEW]
 Ids = Annotated[list[int], _FirstError()]
 Prompts = str | Strings | Ids | Annotated[list[Ids], FEW]
@@ -117,7 +119,7 @@ def _described(schema: dict[str, Any], kind: type['Body']) -> None:
 
 def _limit(found: dict[str, Any], limits: dict[str, Any]) -> None:
   for each in (found, *found.get('anyOf', ())):
-    of_kind = _KEYWORDS.get(each.get('type'), ())
+    of_kind = _KEYWORDS.get(each.get('type', ''), ())
     each.update({name: limits[name] for name in limits if name in of_kind})
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-inspect_ai = pytest.importorskip(
-  'inspect_ai', reason='not installed: pip install -r requirements-clients.txt'
+_WHY = 'not installed: pip install -r requirements-clients.txt'
+inspect_ai = pytest.importorskip('inspect_ai', reason=_WHY)
+dataset, model_lib, scorer, solver = (
+  pytest.importorskip(f'inspect_ai.{name}', reason=_WHY)
+  for name in ('dataset', 'model', 'scorer', 'solver')
 )
-from inspect_ai import dataset, model as model_lib, scorer, solver  # noqa: E402
-
 from tests.helpers import servers  # noqa: E402
 
 
