@@ -9,6 +9,14 @@ import pytest
 
 from tests.helpers import servers
 
+# Keys, by their code points in the WebDriver standard.
+NULL, TAB, ENTER, SHIFT, ESCAPE = (
+  '\ue000',
+  '\ue004',
+  '\ue007',
+  '\ue008',
+  '\ue00c',
+)
 _CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 _DRIVER = shutil.which('chromedriver')
 # Without these, the browser asks its maker for updates at every start.

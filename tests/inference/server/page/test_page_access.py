@@ -1,9 +1,8 @@
 """The page is for everybody: names, contrast, keyboard, width, motion."""
 
 import pytest
-from selenium.webdriver.common import keys
 
-from tests.helpers import fake_server, servers
+from tests.helpers import browsers, fake_server, servers
 
 # Returns selector and contrast of each shown text below the ratio of WCAG AA.
 _CONTRAST = """
@@ -167,7 +166,7 @@ def test_the_keyboard_reaches_everything_in_order_and_shows_where(page, fake):
   page.script('document.querySelector(".skip").focus()')
   seen = ['Skip to the message box']
   for _ in range(40):
-    page.driver.switch_to.active_element.send_keys(keys.Keys.TAB)
+    page.driver.switch_to.active_element.send_keys(browsers.TAB)
     focused = page.script("""
       const e = document.activeElement;
       return [e.id || e.textContent.trim(), e === document.body,
