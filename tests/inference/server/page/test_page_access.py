@@ -255,7 +255,7 @@ def test_nothing_moves_for_those_who_want_no_motion(page, fake):
 def test_the_status_shows_queue_pages_throughput_and_lineage(page, fake):
   fake.models = [fake_server.card('a'), fake_server.card('b')]
   page.reload()
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   page.button('Status').click()
   servers.until(lambda: page.find('.figure'))
   text = page.text('#figures')
@@ -281,7 +281,7 @@ def test_the_status_shows_queue_pages_throughput_and_lineage(page, fake):
 
 
 def test_the_status_tells_why_it_has_no_figures(page, fake):
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   fake.key = 'some'
   page.button('Status').click()
   servers.until(lambda: page.find('#status-problem'))

@@ -138,7 +138,7 @@ def test_the_last_answer_is_made_again_and_the_last_message_edited(page, fake):
 
 
 def test_enter_sends_and_shift_enter_begins_a_line(page, fake):
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   box = page.find('#composer-text')
   box.send_keys(_ENTER)  # nothing to send
   box.send_keys('a', _SHIFT + _ENTER + browsers.NULL, 'b')
