@@ -71,7 +71,7 @@ def write(
     ValueError: the tokenizer is not one that this module reads.
   """
 
-  def read(name, default=None):
+  def read(name: str, default: Any = None) -> Any:
     field = fields.get(f'tokenizer.ggml.{name}')
     return default if field is None else field.contents()
 

@@ -9,6 +9,14 @@ import pytest
 
 from tests.helpers import servers
 
+# Keys, by their code points in the WebDriver standard.
+NULL, TAB, ENTER, SHIFT, ESCAPE = (
+  '\ue000',
+  '\ue004',
+  '\ue007',
+  '\ue008',
+  '\ue00c',
+)
 _CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 _DRIVER = shutil.which('chromedriver')
 # Without these, the browser asks its maker for updates at every start.
@@ -111,9 +119,13 @@ class Page:
       'return document.querySelector(arguments[0]).textContent', selector
     )
 
+  def wait_until_ready(self) -> None:
+    """Waits until a message can be sent: no answer runs, the model is here."""
+    servers.until(lambda: self.find('#send:enabled'))
+
   def send(self, text: str) -> None:
     """Types a message and presses Enter, once the page is ready."""
-    servers.until(lambda: self.find('#send').is_enabled())
+    self.wait_until_ready()
     self.find('#composer-text').send_keys(text, '\n')
 
   def answers(self) -> list[str]:

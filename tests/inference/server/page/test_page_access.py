@@ -1,9 +1,8 @@
 """The page is for everybody: names, contrast, keyboard, width, motion."""
 
 import pytest
-from selenium.webdriver.common import keys
 
-from tests.helpers import fake_server, servers
+from tests.helpers import browsers, fake_server, servers
 
 # Returns selector and contrast of each shown text below the ratio of WCAG AA.
 _CONTRAST = """
@@ -167,7 +166,7 @@ def test_the_keyboard_reaches_everything_in_order_and_shows_where(page, fake):
   page.script('document.querySelector(".skip").focus()')
   seen = ['Skip to the message box']
   for _ in range(40):
-    page.driver.switch_to.active_element.send_keys(keys.Keys.TAB)
+    page.driver.switch_to.active_element.send_keys(browsers.TAB)
     focused = page.script("""
       const e = document.activeElement;
       return [e.id || e.textContent.trim(), e === document.body,
@@ -256,7 +255,7 @@ def test_nothing_moves_for_those_who_want_no_motion(page, fake):
 def test_the_status_shows_queue_pages_throughput_and_lineage(page, fake):
   fake.models = [fake_server.card('a'), fake_server.card('b')]
   page.reload()
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   page.button('Status').click()
   servers.until(lambda: page.find('.figure'))
   text = page.text('#figures')
@@ -282,7 +281,7 @@ def test_the_status_shows_queue_pages_throughput_and_lineage(page, fake):
 
 
 def test_the_status_tells_why_it_has_no_figures(page, fake):
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   fake.key = 'some'
   page.button('Status').click()
   servers.until(lambda: page.find('#status-problem'))

@@ -1,11 +1,10 @@
 """The chat of the page, in headless Chromium, with a scripted server."""
 
 import pytest
-from selenium.webdriver.common import keys
 
-from tests.helpers import fake_server, servers
+from tests.helpers import browsers, fake_server, servers
 
-_ENTER, _ESCAPE, _SHIFT = keys.Keys.ENTER, keys.Keys.ESCAPE, keys.Keys.SHIFT
+_ENTER, _ESCAPE, _SHIFT = browsers.ENTER, browsers.ESCAPE, browsers.SHIFT
 
 
 def test_an_answer_streams_with_its_figures_context_and_cost(page, fake):
@@ -139,10 +138,10 @@ def test_the_last_answer_is_made_again_and_the_last_message_edited(page, fake):
 
 
 def test_enter_sends_and_shift_enter_begins_a_line(page, fake):
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   box = page.find('#composer-text')
   box.send_keys(_ENTER)  # nothing to send
-  box.send_keys('a', _SHIFT + _ENTER + keys.Keys.NULL, 'b')
+  box.send_keys('a', _SHIFT + _ENTER + browsers.NULL, 'b')
   assert not fake.asked
   box.send_keys(_ENTER)
   servers.until(lambda: fake.asked)

@@ -91,7 +91,7 @@ def test_an_answer_at_its_limit_says_so(page, fake):
 
 
 def test_a_server_that_is_gone_is_told(page, fake):
-  servers.until(lambda: page.find('#send').is_enabled())
+  page.wait_until_ready()
   page.driver.execute_cdp_cmd('Network.enable', {})
   network = {'latency': 0, 'downloadThroughput': -1, 'uploadThroughput': -1}
   offline = 'Network.emulateNetworkConditions'
