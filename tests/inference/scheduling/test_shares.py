@@ -6,6 +6,7 @@ simulated device, which also checks that every preemption is exact.
 
 import itertools
 import random
+from typing import cast
 
 import pytest
 
@@ -210,7 +211,8 @@ def test_tokens_are_shared_by_weight_while_both_wait(weight):
   for _ in range(400):
     loop.step()
   made = {'heavy': 0, 'light': 0}
-  for (principal, _), truth in [*loop.truths.items(), *loop.ended.items()]:
+  for name, truth in [*loop.truths.items(), *loop.ended.items()]:
+    principal, _ = cast(tuple[str, int], name)
     made[principal] += truth.num_appended
   # A sequence of 20 tokens in each of 8 slots: the shares are that coarse.
   assert made['heavy'] / made['light'] == pytest.approx(weight, rel=0.1)

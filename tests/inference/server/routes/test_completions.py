@@ -335,7 +335,6 @@ def test_an_answer_tells_what_it_took(complete):
     'decode_tokens',
     'rejected_tokens',
     'cached_tokens',
-    'rejected_tokens',
     'preemptions',
     'flops',
     'kv_byte_seconds',
