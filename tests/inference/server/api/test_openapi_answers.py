@@ -53,9 +53,10 @@ class _Answers:
 
   def ask(self, status, path=None, content=None, **options):
     """Asks the operations that have a status, with a body that is right."""
-    # What is deleted is read first.
+    # What is deleted is read first, and one row goes before all others.
     for each, method, other in sorted(
-      self.expected, key=lambda key: (key[1] == 'delete', key)
+      self.expected,
+      key=lambda key: (key[1] == 'delete', '{' not in key[0], key),
     ):
       if other != status or (path and each != path):
         continue

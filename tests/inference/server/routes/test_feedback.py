@@ -36,6 +36,11 @@ def records(tmp_path):
   records.close()
 
 
+def _found(name):
+  if name != 'tiny':
+    raise errors.no_model(name, ['tiny'])
+
+
 @pytest.fixture
 def served(records):
   """Returns a function that makes a client of a server, by its setting."""
@@ -55,12 +60,11 @@ def served(records):
       return await call_next(request)
 
     service = service_lib.Service(
-      model=types.SimpleNamespace(name='tiny'),
+      versions=types.SimpleNamespace(find=_found),
       bodies=bodies,
       records=records,
-      keyring=None,
-      admission=None,
       config=server_config.ServerConfig(feedback=keeps_feedback),
+      **dict.fromkeys(('store', 'keyring', 'admission', 'loader', 'draining')),
     )
     feedback.add(app, service)
     return testclient.TestClient(app)
