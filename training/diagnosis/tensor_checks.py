@@ -164,7 +164,7 @@ def _evaluate(jaxpr, values, look, key):
 def _scan(eqn, inputs, look, at):
   params = eqn.params
   body = params['jaxpr']
-  num_consts, num_carry = params['num_consts'], params['num_carry']
+  num_consts, num_carry = _scan_counts(eqn)
   consts = inputs[:num_consts]
 
   def step(carry, xs):
@@ -182,6 +182,23 @@ def _scan(eqn, inputs, look, at):
     unroll=params['unroll'],
   )
   return [*carry, *ys], seen
+
+
+def _scan_counts(eqn) -> tuple[int, int]:
+  """Returns the numbers of constants and of carried values of a scan.
+
+  Told by axes: what is scanned has one more outside of the body. The parameters
+  that say it have other names in each version of jax.
+  """
+  body = eqn.params['jaxpr'].jaxpr
+  num_scanned, num_carry = (
+    sum(a.aval.ndim - b.aval.ndim == more for a, b in zip(*both, strict=True))
+    for both, more in (
+      ((eqn.invars, body.invars), 1),
+      ((eqn.outvars, body.outvars), 0),
+    )
+  )
+  return len(eqn.invars) - num_scanned - num_carry, num_carry
 
 
 def _body(eqn):
@@ -269,8 +286,8 @@ def _walk_scan(eqn, record, names, place):
   order = range(length)
   body = eqn.params['jaxpr'].jaxpr
   # A carried value is the named argument in the first iteration only.
-  start = eqn.params['num_consts']
-  stop = start + eqn.params['num_carry']
+  start, num_carry = _scan_counts(eqn)
+  stop = start + num_carry
   names = [*names[:start], *[''] * (stop - start), *names[stop:]]
   inputs = dict(zip(body.invars, names, strict=True))
   for index in reversed(order) if eqn.params['reverse'] else order:
