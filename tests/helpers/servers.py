@@ -109,6 +109,8 @@ def running_app(app, config=server_config.ServerConfig()):
   finally:
     server.should_exit = True
     thread.join(timeout=60)
+    # FastAPI's caches keep the app, which must not keep its connections.
+    del app.state.listener
   assert not thread.is_alive()
 
 
