@@ -76,14 +76,14 @@ class Generator:
     """Refuses a prompt that cannot fit, without looking at its content.
 
     Raises:
-      ValueError: the prompt has more characters, or ids, than can fit.
+      TooLong: the prompt has more characters, or ids, than can fit.
     """
     context = self.engine.context
     is_text = isinstance(prompt, str)
     most = self.most_characters if is_text else context
     if len(prompt) > most:
       unit = 'characters' if is_text else 'token ids'
-      raise ValueError(
+      raise requests.TooLong(
         f'prompt: got {len(prompt)} {unit}, expected at most {most}, which is'
         f' more than fits into the context of this model ({context} tokens);'
         ' shorten the prompt'

@@ -18,6 +18,10 @@ class Overloaded(RuntimeError):
   """Too many sequences wait for the engine to take more; try again later."""
 
 
+class TooLong(ValueError):
+  """A prompt, with its completion, does not fit into the context or cache."""
+
+
 class NotFinite(ValueError):
   """The model computed numbers that are not finite: no next token exists."""
 
@@ -129,8 +133,8 @@ def room_for(
     capacity: tokens of one sequence that the KV cache holds.
 
   Raises:
-    ValueError: a token id is outside the vocabulary, or prompt and completion
-      do not fit into the context or the KV cache.
+    ValueError: a token id is outside the vocabulary.
+    TooLong: prompt and completion do not fit into the context or the KV cache.
   """
   settings = request.settings
   num_prompt, wanted = len(request.prompt_ids), settings.max_tokens or 1
@@ -150,13 +154,13 @@ def room_for(
   # A target that no token follows is never computed: it needs no position.
   most = context + (request.target is not None and wanted == 1)
   if num_prompt + wanted > most:
-    raise ValueError(
+    raise TooLong(
       f'prompt: got {num_prompt} tokens and {wanted} to generate,'
       f' expected at most {context} together (the context of this model);'
       ' shorten the prompt or lower max_tokens'
     )
   if num_prompt + wanted > capacity:
-    raise ValueError(
+    raise TooLong(
       f'prompt: got {num_prompt} tokens and {wanted} to generate, expected at'
       f' most {capacity} together (the cache of this engine); lower'
       ' max_tokens or give the engine more pages'

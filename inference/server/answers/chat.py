@@ -199,8 +199,7 @@ def _request(
       refused = errors.invalid('max_completion_tokens', message)
     raise refused from error
   except ValueError as error:
-    message = str(error).removeprefix('prompt: ')
-    raise errors.invalid('messages', message) from error
+    raise errors.refused_prompt(error, 'messages') from error
 
 
 class _Choice:

@@ -146,7 +146,7 @@ def ask(
       without_prompt=without_prompt,
     )
   except (ValueError, RecursionError) as error:
-    raise errors.invalid(param, str(error).removeprefix('prompt: ')) from error
+    raise errors.refused_prompt(error, param) from error
   return Asked(
     generator=generator,
     ids=ids,

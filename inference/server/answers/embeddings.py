@@ -149,7 +149,7 @@ def _request(
     ids = generator.prompt_ids(text)
     context = generator.engine.context
     if len(ids) > context:
-      raise ValueError(
+      raise requests_lib.TooLong(
         f'got {len(ids)} tokens, expected at most {context}, the context of'
         ' this model; split the input'
       )
@@ -157,5 +157,4 @@ def _request(
       ids, _UNREAD, principal=principal, target=0, pooling=pooling
     )
   except ValueError as error:
-    message = str(error).removeprefix('prompt: ')
-    raise errors.invalid('input', message) from error
+    raise errors.refused_prompt(error, 'input') from error

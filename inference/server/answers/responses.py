@@ -182,8 +182,7 @@ class Answer:
       message = str(error).removeprefix(f'{error.setting}: ')
       raise errors.invalid(name, message) from error
     except ValueError as error:
-      message = str(error).removeprefix('prompt: ')
-      raise errors.invalid('input', message) from error
+      raise errors.refused_prompt(error, 'input') from error
 
   def _begun(
     self, generator: generate.Generator, *, is_stored: bool

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import responses
 
 from checks import expect
+from inference.engine import requests
 from inference.server import engine_loop
 
 RETRIED = 429, 503
@@ -64,9 +65,16 @@ def invalid(param: str, message: str) -> ApiError:
   return ApiError(400, f'{param}: {message}', param=param, code=None)
 
 
-def refused_prompt(error: ValueError) -> ApiError:
-  """Returns a 400 about a prompt that the engine could never answer."""
-  return invalid('prompt', str(error).removeprefix('prompt: '))
+def refused_prompt(error: Exception, param: str = 'prompt') -> ApiError:
+  """Returns a 400 about a prompt that the engine could never answer.
+
+  Its code is OpenAI's where the prompt is too long: clients look for it, to
+  send less of a conversation.
+  """
+  found = invalid(param, str(error).removeprefix('prompt: '))
+  if isinstance(error, requests.TooLong):
+    found.code = 'context_length_exceeded'
+  return found
 
 
 def no_model(name: str, known: Sequence[str]) -> ApiError:

@@ -187,7 +187,6 @@ def _refused(http, body, status=400):
     ({'temperature': -1}, 'temperature', 'temperature: got -1.0, expected a'),
     ({'stop_token_ids': [-1]}, 'stop_token_ids', 'stop_token_ids: got (-1,)'),
     ({'prompt': [[]]}, 'prompt', 'got no token ids'),
-    ({'prompt': 'x' * 60}, 'prompt', 'the context of this model'),
     ({'prompt': ['a'] * 65, 'n': 2}, 'n', 'got 130 completions to make'),
   ],
 )
@@ -198,6 +197,29 @@ def test_a_bad_value_is_refused_before_the_first_byte(
   error = _refused(http, body)
   assert (error['param'], error['code']) == (param, None)
   assert message in error['message']
+
+
+@pytest.mark.parametrize('length', [60, 10**5])
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(
+  client, length
+):
+  text = 'x' * length
+  chat = [{'role': 'user', 'content': text}]
+  asked = {
+    'prompt': lambda: client.completions.create(prompt=text, **_GREEDY),
+    'messages': lambda: client.chat.completions.create(
+      model=_MODEL, messages=chat, max_tokens=8
+    ),
+    'input': lambda: client.responses.create(
+      model=_MODEL, input=text, max_output_tokens=16
+    ),
+  }
+  for param, ask in asked.items():
+    with pytest.raises(
+      openai.BadRequestError, match='the context of this'
+    ) as e:
+      ask()
+    assert (e.value.param, e.value.code) == (param, 'context_length_exceeded')
 
 
 def test_a_body_that_is_no_request_is_refused(http):

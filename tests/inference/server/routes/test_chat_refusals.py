@@ -78,13 +78,13 @@ def served(talker):
     (
       {'messages': [{'role': 'user', 'content': '=-' * 300_000}]},
       'messages',
-      None,
+      'context_length_exceeded',
       'characters',
     ),
     (
       {'messages': [{'role': 'user', 'content': '=-' * 500}]},
       'messages',
-      None,
+      'context_length_exceeded',
       'expected at most 512 together',
     ),
     (

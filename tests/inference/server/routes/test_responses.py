@@ -261,7 +261,7 @@ def test_a_server_that_keeps_none_says_so(generator):
   ('fields', 'param', 'code'),
   [
     ({'input': []}, 'input', None),
-    ({'input': 'x' * 5000}, 'input', None),
+    ({'input': 'x' * 5000}, 'input', 'context_length_exceeded'),
     ({'input': [{'type': 'computer_call'}]}, 'input', 'unsupported_parameter'),
     (
       {'tools': [{'type': 'web_search'}]},
@@ -289,7 +289,7 @@ def test_a_server_that_keeps_none_says_so(generator):
     ({'stream_options': {}}, 'stream_options', None),
     ({'temperature': -1}, 'temperature', None),
     ({'max_output_tokens': 0}, 'max_output_tokens', None),
-    ({'max_output_tokens': 10**6}, 'input', None),
+    ({'max_output_tokens': 10**6}, 'input', 'context_length_exceeded'),
     ({'metadata': {'k': 'v' * 513}}, 'metadata', None),
     (
       {'previous_response_id': 'resp_x'},
