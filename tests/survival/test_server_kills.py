@@ -15,6 +15,7 @@ def _check(tmp_path, count, **options):
   return told
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_loses_and_doubles_no_bill(tmp_path):
   told = _check(tmp_path, 2)
   # The audit can fail: a lost row, a changed count, a second row, an open one.
