@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import time
+import threading
 
 import httpx2
 from hypothesis import given, strategies
@@ -230,10 +230,16 @@ def test_a_budget_ends(served, client_for):
 def test_a_stream_that_is_open_counts_until_it_ends(
   generator, client_for, monkeypatch
 ):
-  step = generator.engine.step
-  monkeypatch.setattr(
-    generator.engine, 'step', lambda: time.sleep(0.05) or step()
-  )
+  step, may_go_on = generator.engine.step, threading.Event()
+  begun = []
+
+  def held_step():
+    if begun:
+      may_go_on.wait(30)
+    begun.extend(found := step())
+    return found
+
+  monkeypatch.setattr(generator.engine, 'step', held_step)
   client, _ = client_for(max_concurrent=1)
   body = {**servers.GREEDY, 'prompt': 'a', 'stream': True, 'max_tokens': 50}
   with client.stream(
@@ -242,6 +248,7 @@ def test_a_stream_that_is_open_counts_until_it_ends(
     arrived = answer.iter_bytes()
     next(arrived)
     refused = _complete(client)
+    may_go_on.set()
   assert refused.status_code == 429
   assert 'of this key are open' in refused.json()['error']['message']
   servers.until(lambda: _complete(client).status_code == 200)
