@@ -2,6 +2,7 @@
 
 import time
 
+from prometheus_client import parser
 import pytest
 
 from tests.helpers import browsers, servers
@@ -13,7 +14,18 @@ def page(served):
     yield browsers.Page(driver, served.url)
 
 
+def _num_ended(served):
+  text = served.generator.engine.metrics.text().decode()
+  return sum(
+    sample.value
+    for family in parser.text_string_to_metric_families(text)
+    for sample in family.samples
+    if sample.name.endswith('finished_total')
+  )
+
+
 def test_it_talks_rates_and_shows_the_status(page, served):
+  num_before = _num_ended(served)  # the engine has served other tests
   page.load()
   page.width(1280)
   page.find('#max_tokens').send_keys('5')
@@ -31,7 +43,8 @@ def test_it_talks_rates_and_shows_the_status(page, served):
   servers.until(lambda: page.answers())
   assert page.answers() == before  # greedy
   page.button('Status').click()
-  servers.until(lambda: '2 ended since start' in page.text('#figures'))
+  ended = f'{num_before + 2:,.0f} ended since start'
+  servers.until(lambda: ended in page.text('#figures'))
   assert servers.MODEL in page.text('#models')
   digest = served.generator.frozen.manifest.weights_digest
   assert digest in page.text('#models')
