@@ -8,8 +8,8 @@ earlier prefix. What the engine answered is compared with it, in the self-audit
 of the server and by `inference.server.replay`.
 
 Layers that are alike are one program, called once per layer, so that little is
-compiled, and whoever calls can stop between two layers. Sequences are padded to
-a power of two; a token sees nothing after it.
+compiled, and the caller can stop between two layers. Sequences are padded to a
+power of two; a token sees nothing after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -121,7 +121,7 @@ class FullForward:
     first: int,
     pause: Callable[[], None] = lambda: None,
   ) -> Iterator[tuple[int, jax.Array]]:
-    """Yields an index of ids, and the logits of it and of those that follow.
+    """Yields pieces of the logits, each with the index of its first id.
 
     Arguments are those of `logprobs`. Logits are float32, [R, V]; rows past the
     last id are of no use.

@@ -299,7 +299,7 @@ async def _on_http(request, error):
     return errors.ApiError(
       404,
       f'{path}: got a path that this server does not have; GET /v1/capabilities'
-      ' lists those that it has',
+      ' lists the paths of this server',
       param=None,
       code='unknown_path',
     ).response()

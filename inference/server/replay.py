@@ -126,7 +126,7 @@ def _check_weights(receipt, directory: str) -> None:
   if manifest.weights_digest != receipt.digests['weights']:
     raise ValueError(
       f'--model: got {directory} with weights {manifest.weights_digest},'
-      f' expected those that answered, {receipt.digests["weights"]}'
+      f' expected {receipt.digests["weights"]}, the weights of the answer'
     )
 
 

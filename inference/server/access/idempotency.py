@@ -84,7 +84,7 @@ class Idempotency:
     self._kept: collections.OrderedDict[_Whose, _Answer] = (
       collections.OrderedDict()  # in the order in which they ended
     )
-    self._num_bytes = 0  # of those that are kept
+    self._num_bytes = 0  # of the kept answers
     self._tasks: set[asyncio.Task[None]] = set()  # else nothing refers to them
 
   async def __call__(self, scope, receive, send):

@@ -198,7 +198,7 @@ class Keyring:
     try:
       self._take(await self._records.run(rows))
     except sqlite3.Error as error:
-      _LOG.error('keys: %s; those that were read before stay valid', error)
+      _LOG.error('keys: %s; the keys that were read before stay valid', error)
       self._looked = time.monotonic()
     finally:
       self._reading = None

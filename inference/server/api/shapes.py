@@ -94,7 +94,7 @@ class ModelVersion(_Shape):
 
 
 class VersionList(_Shape):
-  """All versions, also those that load, drain or have failed."""
+  """All versions, in any state: loading, draining and failed ones, too."""
 
   object: Literal['list']
   data: list[ModelVersion]

@@ -13,7 +13,7 @@ class Draining:
 
   def __init__(self):
     self.is_on = False
-    self.num_open = 0  # of those that are not refused; probes do not count
+    self.num_open = 0  # accepted requests; probes do not count
 
 
 class Refusals:

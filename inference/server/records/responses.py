@@ -199,7 +199,7 @@ def _read(
   oldest: float,
   most_bytes: int | None,
 ) -> list[Row]:
-  """Returns a response; with `most_bytes` also those that it continues."""
+  """Returns a response; with `most_bytes`, the ones before it, too."""
   found: list[Row] = []
   wanted: str | None = response_id
   while wanted is not None:

@@ -1,14 +1,11 @@
 """POST /v1/chat/completions: JSON, or server-sent events."""
 
-import contextlib
-
 import fastapi
-from fastapi import responses
 
 from inference.server import service as service_lib
 from inference.server.answers import chat
 from inference.server.api import chat_schema, schema
-from inference.server.http import streams
+from inference.server.routes import generation
 
 
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
@@ -30,28 +27,4 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
       )
 
     model, answer = await service.bodies.worked(request, prepared)
-    if answer.is_stream:
-      updates = await model.submit(answer.requests)
-      return streams.EventStream(
-        streams.events(answer.chunks(updates)),
-        updates,
-        ping_seconds=service.config.ping_seconds,
-      )
-    return await streams.unless_disconnected(
-      request, _whole(service, model, answer)
-    )
-
-
-async def _whole(
-  service: service_lib.Service,
-  model: service_lib.ServedModel,
-  answer: chat.Answer,
-) -> responses.Response:
-  updates = await model.submit(answer.requests)
-  with contextlib.closing(updates):
-    await answer.finish(updates)
-
-  def written() -> responses.Response:
-    return streams.written(answer.whole())
-
-  return await service.bodies.in_thread(written, size=answer.size)
+    return await generation.answered(request, service, model, answer)

@@ -1,14 +1,11 @@
 """POST /v1/completions: JSON, or server-sent events with "stream": true."""
 
-import contextlib
-
 import fastapi
-from fastapi import responses
 
 from inference.server import service as service_lib
 from inference.server.answers import completions
 from inference.server.api import schema
-from inference.server.http import streams
+from inference.server.routes import generation
 
 
 def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
@@ -30,29 +27,4 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
       )
 
     model, answer = await service.bodies.worked(request, prepared)
-    if answer.is_stream:
-      updates = await model.submit(answer.requests)
-      chunks = answer.chunks(updates)
-      return streams.EventStream(
-        streams.events(chunks),
-        updates,
-        ping_seconds=service.config.ping_seconds,
-      )
-    return await streams.unless_disconnected(
-      request, _whole(service, model, answer)
-    )
-
-
-async def _whole(
-  service: service_lib.Service,
-  model: service_lib.ServedModel,
-  answer: completions.Answer,
-) -> responses.Response:
-  updates = await model.submit(answer.requests)
-  with contextlib.closing(updates):
-    await answer.finish(updates)
-
-  def written() -> responses.Response:
-    return streams.written(answer.whole())
-
-  return await service.bodies.in_thread(written, size=answer.size)
+    return await generation.answered(request, service, model, answer)

@@ -1,7 +1,7 @@
 """The memory plan of a version: known before its weights are read.
 
-The parts are those that an engine allocates when it starts, and the logits of
-its largest step. The rest is a margin: activations, programs, the runtime.
+It counts the arrays that an engine allocates when it starts, and the logits of
+its largest step. A margin is for the rest: activations, programs, the runtime.
 """
 
 import dataclasses

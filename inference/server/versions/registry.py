@@ -63,7 +63,7 @@ class Versions:
       )
 
   def all(self) -> list[service.ServedModel]:
-    """Returns all versions, also those that load, drain or have failed."""
+    """Returns all versions: loading, draining and failed ones, too."""
     with self._lock:
       return list(self._models)
 

@@ -5,8 +5,8 @@
 The choice is a function of the key alone, so that it can be explained later:
 the key is the id of the request, or what sticks together. It is weighted
 rendezvous hashing: each version draws a number from the key, and the smallest
-number, divided by the weight, wins. A changed weight moves no more requests
-than it has to: those that leave or enter that version.
+number, divided by the weight, wins. A changed weight moves no other requests
+than the ones that leave or enter that version.
 
 Reference: Schindelhauer and Schomaker, "Weighted Distributed Hash Tables",
 SPAA 2005, section 4 (the logarithmic method).

@@ -154,7 +154,7 @@ def test_keys_stay_valid_while_the_records_cannot_be_read(records, caplog):
     assert await keyring.find('other') is None
 
   asyncio.run(ask())
-  assert 'those that were read before stay valid' in caplog.text
+  assert 'the keys that were read before stay valid' in caplog.text
   records.close()
 
 

@@ -1,0 +1,80 @@
+"""From a checked request for text to its answer, whole or streamed."""
+
+from collections.abc import AsyncGenerator
+import contextlib
+from typing import Any, Protocol
+
+import fastapi
+from fastapi import responses
+
+from inference.engine import requests as requests_lib
+from inference.server import engine_loop, service as service_lib
+from inference.server.http import streams
+
+
+class Answer(Protocol):
+  """A checked request, and later its answer; see `inference.server.answers`."""
+
+  requests: list[requests_lib.Request]
+
+  @property
+  def is_stream(self) -> bool:
+    """Whether the client wants chunks."""
+    ...
+
+  @property
+  def size(self) -> int:
+    """Entries of a finished answer."""
+    ...
+
+  async def finish(self, updates: engine_loop.Updates) -> None:
+    """Waits for an answer that is not streamed."""
+    ...
+
+  def whole(self) -> dict[str, Any]:
+    """Returns the body of an answer that is finished."""
+    ...
+
+  def chunks(
+    self, updates: engine_loop.Updates
+  ) -> AsyncGenerator[dict[str, Any]]:
+    """Yields the chunks of a stream."""
+    ...
+
+
+async def answered(
+  request: fastapi.Request,
+  service: service_lib.Service,
+  model: service_lib.ServedModel,
+  answer: Answer,
+) -> responses.Response:
+  """Submits the requests of an answer; returns its body, or its stream.
+
+  Raises:
+    ApiError: no request is answered; see `ServedModel.submit`.
+  """
+  if answer.is_stream:
+    updates = await model.submit(answer.requests)
+    return streams.EventStream(
+      streams.events(answer.chunks(updates)),
+      updates,
+      ping_seconds=service.config.ping_seconds,
+    )
+  return await streams.unless_disconnected(
+    request, _whole(service, model, answer)
+  )
+
+
+async def _whole(
+  service: service_lib.Service,
+  model: service_lib.ServedModel,
+  answer: Answer,
+) -> responses.Response:
+  updates = await model.submit(answer.requests)
+  with contextlib.closing(updates):
+    await answer.finish(updates)
+
+  def written() -> responses.Response:
+    return streams.written(answer.whole())
+
+  return await service.bodies.in_thread(written, size=answer.size)
