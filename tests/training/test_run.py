@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
-from storage import disk, file_names
+from storage import code_commit, disk, file_names
 from tests.helpers import tiny_models, tiny_run
 from training import (
   assemble,
@@ -23,7 +23,6 @@ from training import (
   run as run_lib,
   saver,
 )
-from training.checkpoints import workdir as workdir_lib
 from training.reporting import metrics, reporter as reporter_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,7 +117,7 @@ def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
   workdir, _, _ = uninterrupted
   recorded = (workdir / 'run.json').read_bytes()
   # Newer code that finds nothing to do did not train these weights.
-  monkeypatch.setattr(workdir_lib, '_code_commit', lambda: 'newer')
+  monkeypatch.setattr(code_commit, 'find', lambda: 'newer')
   before = (workdir / file_names.METRICS).read_bytes()
   result, printed = _run(_experiment(corpus), workdir)
   assert result.step == 12

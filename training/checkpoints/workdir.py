@@ -14,7 +14,6 @@ import json
 import pathlib
 import secrets
 import shutil
-import subprocess
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from frozen import run_record, seals
 from parallel import processes
-from storage import atomic, file_names, locks
+from storage import atomic, code_commit, file_names, locks
 from training import experiment as experiment_lib
 
 # NFS may show an old directory for up to 30 s (acdirmin, by default). To wait
@@ -292,7 +291,7 @@ def _describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
     'lineage': {},
     'base': {},
     'has_bos': experiment.data.has_bos,
-    'code_commit': _code_commit(),
+    'code_commit': code_commit.find(),
     'config': config,
   }
 
@@ -306,18 +305,3 @@ def _check_same(
       f'--workdir={workdir} holds another run: {words}; use another --workdir,'
       ' or the value it was started with'
     )
-
-
-def _code_commit() -> str:
-  """Returns the commit of this code, with '-dirty' if files were edited."""
-  try:
-    result = subprocess.run(
-      ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
-  return result.stdout.strip()

@@ -18,6 +18,17 @@ _Unsupported = schema.Unsupported
 _NO_GRAMMAR = 'text is not held to a grammar'
 
 
+ToolChoice = Annotated[
+  Literal['none', 'auto'],
+  schema.known('none', 'auto'),
+  schema.known('none', 'auto', key='type'),
+]
+TOOL_CHOICE = (
+  'none: the model sees no tools; auto: it may call them. No grammar can force'
+  ' a call.'
+)
+
+
 class TextPart(schema.Body):
   """A part of a message."""
 
@@ -126,13 +137,6 @@ class Tool(schema.Body):
   function: Function
 
 
-class ToolChoice(schema.Body):
-  """The function that the model must call."""
-
-  type: Literal['function']
-  function: dict[str, Any]
-
-
 class ResponseFormat(schema.Body):
   """The format of the answer."""
 
@@ -192,17 +196,8 @@ class _OpenAiChat(schema.Body):
     description='Functions that the model may call, if its template shows them'
     f' to it; at most {_MOST_TOOLS}.',
   )
-  tool_choice: (
-    Annotated[
-      Literal['none', 'auto'],
-      schema.known('none', 'auto'),
-      schema.known('none', 'auto', key='type'),
-    ]
-    | None
-  ) = pydantic.Field(
-    default=None,
-    description='none: the model sees no tools; auto: it may call them. No'
-    ' grammar can force a call.',
+  tool_choice: ToolChoice | None = pydantic.Field(
+    default=None, description=TOOL_CHOICE
   )
   parallel_tool_calls: bool | None = pydantic.Field(
     default=None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from inference.server.api import errors, schema
+from inference.server.api import chat_schema, errors, schema
 
 _MOST_METADATA, _MOST_KEY, _MOST_VALUE = 16, 64, 512  # as at OpenAI
 _LOGPROBS = 'message.output_text.logprobs'
@@ -215,17 +215,8 @@ class ResponseRequest(schema.Body):
   tools: Annotated[list[_Tool], schema.FEW] | None = pydantic.Field(
     default=None, description='Functions that the model may call.'
   )
-  tool_choice: (
-    Annotated[
-      Literal['none', 'auto'],
-      schema.known('none', 'auto'),
-      schema.known('none', 'auto', key='type'),
-    ]
-    | None
-  ) = pydantic.Field(
-    default=None,
-    description='none: the model sees no tools; auto: it may call them. No'
-    ' grammar can force a call.',
+  tool_choice: chat_schema.ToolChoice | None = pydantic.Field(
+    default=None, description=chat_schema.TOOL_CHOICE
   )
   parallel_tool_calls: bool | None = pydantic.Field(
     default=None, description='Whether it may make several calls at once.'

@@ -2,22 +2,21 @@
 
 import functools
 import importlib.metadata
-import pathlib
 import platform
-import subprocess
 from typing import Any
 
 import jax
 
 from frozen import manifest as manifest_lib
 from inference.server.records import database
+from storage import code_commit
 
 
 @functools.cache
 def version() -> dict[str, Any]:
   """Returns the body of GET /version."""
   device = jax.local_devices()[0]
-  commit = _commit()
+  commit = code_commit.find()
   return {
     # The project has no releases: a version is a commit.
     'version': commit[:12],
@@ -33,18 +32,3 @@ def version() -> dict[str, Any]:
       'records': database.FORMAT,
     },
   }
-
-
-def _commit() -> str:
-  """Returns the commit of this code, with '-dirty' if files were edited."""
-  try:
-    done = subprocess.run(
-      ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
-  return done.stdout.strip()
