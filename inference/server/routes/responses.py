@@ -202,7 +202,7 @@ def _found(param: str):
     raise errors.ApiError(
       404,
       f'{param}: got {expect.shown(str(error))}, expected the id of a response'
-      ' that this key has stored, and neither deleted nor kept too long',
+      ' that this key has stored; it may have been deleted, or be too old',
       param=param,
       code='response_not_found',
     ) from None
