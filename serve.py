@@ -343,8 +343,8 @@ def _define_flags() -> None:
   count(
     'port',
     None,
-    "Serves OpenAI's completions API over HTTP on this port; 0 picks a free"
-    ' one.',
+    "Serves OpenAI's API over HTTP on this port, and a page to chat; 0 picks a"
+    ' free one.',
     lower_bound=0,
     upper_bound=65535,
   )
