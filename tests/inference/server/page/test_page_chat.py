@@ -9,7 +9,9 @@ _ENTER, _ESCAPE, _SHIFT = browsers.ENTER, browsers.ESCAPE, browsers.SHIFT
 
 def test_an_answer_streams_with_its_figures_context_and_cost(page, fake):
   text = 'Grüße, 日本語 and 👩‍👩‍👧 – all of it.'
-  fake.replies.append(fake_server.said(text, read=400, cached=60))
+  reply = fake_server.said(text, read=400, cached=60)
+  # Without a pause all of it may arrive at once, and no speed is shown.
+  fake.replies.append([*reply[:3], 0.2, *reply[3:]])
   assert page.ask('Hello?') == text
   (body,) = fake.asked
   assert body == {
@@ -251,7 +253,7 @@ def test_reasoning_and_calls_are_folded_and_results_are_sent(page, fake):
     fake_server.said('It rains.'),
   ]
   page.send('Weather in Bern?')
-  servers.until(lambda: page.find('.calls form'))
+  servers.until(lambda: page.find('[aria-busy="false"] .calls form'))
   assert fake.asked[0]['tools'][0]['function']['name'] == 'weather'
   folds = page.all('details.fold')
   assert [fold.text for fold in folds] == ['Reasoning', 'Tool call: weather']
