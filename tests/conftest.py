@@ -22,6 +22,7 @@ import pathlib
 from absl import flags
 import pytest
 
+from hardware import cpu_threads
 from tests.helpers import compiled_programs
 
 NUM_FAKE_DEVICES = 8
@@ -52,6 +53,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
       f'--xla_force_host_platform_device_count={NUM_FAKE_DEVICES}',
     ]
   )
+  cpu_threads.provide(os.environ)
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
   # A library must not download anything by default.
   os.environ['HF_HUB_OFFLINE'] = '1'

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from hardware import cpu_threads
 from models import model_config
 from text import tokenizer
 
@@ -141,5 +142,6 @@ def subprocess_env(*, num_devices: int = 1, **extra: str) -> dict[str, str]:
     f' --xla_force_host_platform_device_count={num_devices}'
   )
   # Child processes run as a user would run them.
-  env.pop('JAX_NUMPY_RANK_PROMOTION', None)
+  for name in ('JAX_NUMPY_RANK_PROMOTION', cpu_threads.VARIABLE):
+    env.pop(name, None)
   return env | extra
