@@ -33,7 +33,7 @@ from frozen import (
   seals,
   stored_params,
 )
-from models import layout, model_config
+from models import axes, layout, model_config, reward_head
 from storage import file_names, public_paths
 
 LATEST = -1
@@ -165,10 +165,7 @@ def freeze_checkpoint(
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
-  # An objective's own parameters stay behind: what is served is the model.
-  params, config = serving_params(
-    {'params': params['params']}, config, dtype=dtype
-  )
+  params, config = serving_params(_served(params), config, dtype=dtype)
   return frozen_format.write(
     out,
     params=params,
@@ -180,6 +177,18 @@ def freeze_checkpoint(
     chat_template=template,
     overwrite=overwrite,
   )
+
+
+def _served(params: frozen_format.Params) -> frozen_format.Params:
+  """Returns the model, and its head if it is a reward model.
+
+  Other parameters of an objective stay behind: training alone needs them.
+  """
+  heads = params.get(axes.HEADS, {})
+  served = {'params': params['params']}
+  if reward_head.NAME in heads:
+    served[axes.HEADS] = {reward_head.NAME: heads[reward_head.NAME]}
+  return served
 
 
 def _provenance(

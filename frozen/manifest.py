@@ -53,12 +53,29 @@ class Manifest(Provenance):
   weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
+  # Heads beside that of the language model, such as reward; a directory with
+  # one is no language model (`models.reward_head`).
+  heads: list[str] = dataclasses.field(default_factory=list)
 
   @property
   def name(self) -> str:
     """Returns the name of the experiment or of the imported model."""
     # Earlier versions named an import by the path of its source.
     return public_paths.public(self.experiment.removeprefix('import '))
+
+  def check_language_model(self, name: str, value: str) -> None:
+    """Raises ValueError for a reward model, which predicts no tokens.
+
+    Args:
+      name: the field or flag that names the directory.
+      value: its value.
+    """
+    if self.heads:
+      raise ValueError(
+        f'{name}: got {value}, a reward model, expected a language model: a'
+        ' reward model gives a number per answer and predicts no tokens; score'
+        ' answers with `python -m inference.rewards`'
+      )
 
 
 def sign(**fields: Any) -> Manifest:
