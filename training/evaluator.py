@@ -104,6 +104,7 @@ class Evaluator:
       self._parts.eval_batches,
       put_batch=self._parts.learner.placement.put_batch,
       num_bytes_V=self._parts.tokenizer.num_bytes_V(),
+      predicts_text=self._experiment.objective.predicts_text,
       max_batches=self._experiment.eval_batches,
       should_stop=self._context.stop.between_batches(),
     )

@@ -198,7 +198,20 @@ class Experiment:
     self.optimizer.validate(self.num_steps)
     self.evals.validate(self.eval_every_steps)
     average.validate(self.optimizer.rule, self.ema_decay, self.freeze.weights)
+    self.objective.check_start(self.init_from)
+    self._check_examples()
     self._check_batches()
+
+  def _check_examples(self) -> None:
+    """Refuses data that makes no batches for the objective."""
+    got = getattr(self.data, 'examples', 'text')
+    expected = self.objective.examples
+    if got not in expected:
+      raise ValueError(
+        f'data.examples: got {got}, expected {" or ".join(expected)} for the'
+        f' objective {type(self.objective).__name__}; set data.examples, or'
+        ' take an objective for these examples'
+      )
 
   def _check_batches(self) -> None:
     """Refuses batches that do not fit the model or the length of the run."""
