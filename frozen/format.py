@@ -31,7 +31,7 @@ from models import axes, model_config, reward_head, transformer
 from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib
 
-# Variables of `models.transformer.Transformer`; of a reward model, its head too.
+# Variables of `models.transformer.Transformer`, and the head of a reward model.
 Params = Any
 
 
@@ -234,9 +234,7 @@ def open_directory(
       directory=directory,
       manifest=manifest,
       config=config,
-      shapes=abstract_params(
-        config, manifest.dtype, sharding, manifest.heads
-      ),
+      shapes=abstract_params(config, manifest.dtype, sharding, manifest.heads),
       generation=read_generation(directory),
       chat_template=read_chat_template(directory),
     )

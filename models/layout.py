@@ -84,7 +84,9 @@ def unstack(
   stacked = tree.pop('layers')
   for n in range(config.num_layers):
     tree[f'layer_{n}'] = jax.tree.map(lambda x, n=n: x[n], stacked)
-  return {**params, 'params': tree}, dataclasses.replace(config, scan_layers=False)
+  return {**params, 'params': tree}, dataclasses.replace(
+    config, scan_layers=False
+  )
 
 
 def stack(
@@ -96,4 +98,6 @@ def stack(
   tree = dict(params['params'])
   layers = [tree.pop(f'layer_{n}') for n in range(config.num_layers)]
   tree['layers'] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
-  return {**params, 'params': tree}, dataclasses.replace(config, scan_layers=True)
+  return {**params, 'params': tree}, dataclasses.replace(
+    config, scan_layers=True
+  )

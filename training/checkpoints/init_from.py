@@ -128,7 +128,9 @@ def read(experiment: experiment_lib.Experiment) -> Any:
       f' one that was frozen ({"; ".join(differing)}), expected the same; take'
       ' the model of the directory, as experiments/finetune.py does'
     )
-  params, config = layout.unstack(_with_own_heads(frozen, experiment), frozen.config)
+  params, config = layout.unstack(
+    _with_own_heads(frozen, experiment), frozen.config
+  )
   if experiment.model.scan_layers:
     params, _ = layout.stack(params, config)
   return params

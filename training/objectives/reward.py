@@ -86,16 +86,15 @@ class Reward(port.Objective):
       losses_BU += self.centring * jnp.sum(rewards_BU2, axis=2) ** 2
     num_pairs = jnp.sum(is_pair_BU, dtype=jnp.float32)
 
-    def mean(values_BU, per_pair=1):
-      total = jnp.sum(jnp.where(is_pair_BU, values_BU, 0.0))
-      return port.Mean(total, per_pair * num_pairs)
+    def total(values_BU):
+      return jnp.sum(jnp.where(is_pair_BU, values_BU, 0.0))
 
-    return mean(losses_BU).total, {
+    return total(losses_BU), {
       'weight': num_pairs,
       'tokens': jnp.sum(batch['segment_ids'] > 0, dtype=jnp.float32),
-      'accuracy': mean(gaps_BU > 0),
-      'margin': mean(gaps_BU),
-      'reward': mean(jnp.sum(rewards_BU2, axis=2), 2),
+      'accuracy': port.Share(total(gaps_BU > 0), num_pairs),
+      'margin': port.Mean(total(gaps_BU), num_pairs),
+      'reward': port.Mean(total(jnp.mean(rewards_BU2, axis=2)), num_pairs),
     }
 
 
