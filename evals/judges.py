@@ -77,7 +77,8 @@ def both_orders(
       ' comparisons, expected one for each'
     )
   half = len(comparisons)
-  return list(map(Orders, verdicts[:half], verdicts[half:], strict=True))
+  pairs = zip(verdicts[:half], verdicts[half:], strict=True)
+  return [Orders(*pair) for pair in pairs]
 
 
 def by_score(score: ScoreFn, *, tie_margin: float = 0.0) -> Judge:
