@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from models import reward_head
-from training.objectives import port, segments
+from training.objectives import port, routing, segments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,15 @@ class Reward(port.Objective):
   def init_heads(self, config, key):
     return {reward_head.NAME: reward_head.init(config.model_width, key)}
 
-  def __call__(self, params, batch, model, **others):
+  def totals(self, params, batch, model, **others):
+    """Returns pairs and tokens, by which the routers' losses are means."""
+    del params, others
+    if not model.module.config.num_experts:
+      return None
+    num_pairs = jnp.sum(at_ends(batch['weights'], batch)[1], dtype=jnp.float32)
+    return {'pairs': num_pairs, 'tokens': routing.num_real(batch)}
+
+  def __call__(self, params, batch, model, *, totals=None, **others):
     """Returns the summed loss of the pairs, and sums.
 
     Returns:
@@ -89,9 +97,14 @@ class Reward(port.Objective):
     def total(values_BU):
       return jnp.sum(jnp.where(is_pair_BU, values_BU, 0.0))
 
-    return total(losses_BU), {
+    loss, sums = total(losses_BU), {}
+    if hidden.routing is not None:
+      per_token = totals['pairs'] / jnp.maximum(totals['tokens'], 1.0)
+      router_loss, sums = routing.losses(hidden.routing, batch, per_token)
+      loss += router_loss
+    return loss, sums | {
       'weight': num_pairs,
-      'tokens': jnp.sum(batch['segment_ids'] > 0, dtype=jnp.float32),
+      'tokens': routing.num_real(batch),
       'accuracy': port.Share(total(gaps_BU > 0), num_pairs),
       'margin': port.Mean(total(gaps_BU), num_pairs),
       'reward': port.Mean(total(jnp.mean(rewards_BU2, axis=2)), num_pairs),
