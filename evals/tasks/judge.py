@@ -151,13 +151,14 @@ def _pair(record: records.Record) -> Pair:
   first, second = (_answer(record, name) for name in kinds[0])
   return Pair(
     id=record.id,
-    comparison=judges.Comparison(_prompt(record), first, second),
+    comparison=judges.Comparison(prompt_of(record), first, second),
     is_labelled=kinds[0] == _LABELLED,
     cluster=record.text('cluster', ''),
   )
 
 
-def _prompt(record: records.Record) -> judges.Prompt:
+def prompt_of(record: records.Record) -> judges.Prompt:
+  """Returns the prompt of a line: text, or messages."""
   prompt = record.fields['prompt']
   if isinstance(prompt, str) and prompt or _are_messages(prompt):
     return prompt
