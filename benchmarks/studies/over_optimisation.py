@@ -95,7 +95,7 @@ def labelled_pairs(proxy: Proxy, seed: int) -> tuple[np.ndarray, float]:
   """Returns pairs [pairs, 2, LENGTH], chosen first, and the right share."""
   answers = draw((proxy.num_pairs, 2), [seed, 1])
   gaps = np.subtract(*gold(answers).T)
-  probs = 1 / (1 + np.exp(-proxy.sharpness * gaps))
+  probs = np.exp(-np.logaddexp(0, -proxy.sharpness * gaps))  # sigmoid
   is_first = np.random.default_rng([seed, 2]).random(len(gaps)) < probs
   chosen = np.where(is_first[:, None, None], answers, answers[:, ::-1])
   return chosen, float(np.mean(is_first == (gaps > 0)))
