@@ -37,11 +37,7 @@ def config_of(
     manifest = manifest_lib.read(_directory(name, source))
     config = frozen_format.read_config(_directory(name, source))
   except FileNotFoundError:
-    raise ValueError(
-      f'objective.{name}: got {source.path!r}, expected a frozen directory;'
-      ' make one with `python -m frozen.huggingface import` or `python -m'
-      ' frozen.freeze`'
-    ) from None
+    raise _absent(name, source) from None
   manifest.check_language_model(f'objective.{name}', source.path)
   if config.vocab_size != vocab_size:
     raise ValueError(
@@ -51,6 +47,14 @@ def config_of(
     )
   return dataclasses.replace(
     config, scan_layers=config.is_uniform, dropout_rate=0.0
+  )
+
+
+def _absent(name: str, source: port.ModelSource) -> ValueError:
+  return ValueError(
+    f'objective.{name}: got {source.path!r}, expected a frozen directory; make'
+    ' one with `python -m frozen.huggingface import` or `python -m'
+    ' frozen.freeze`'
   )
 
 
@@ -77,19 +81,37 @@ def place(params: Any, abstract: Any) -> Any:
   )
 
 
-def lineage(objective: port.Objective) -> dict[str, str]:
+def resolved(source: port.ModelSource, init_from: str) -> port.ModelSource:
+  """Returns the source, which is `config.init_from` where it names none."""
+  return source if source.path else port.ModelSource(init_from)
+
+
+def digest_of(name: str, source: port.ModelSource) -> str:
+  """Returns the digest of a frozen model's weights.
+
+  Raises:
+    ValueError: there is no frozen directory, or its manifest is damaged.
+  """
+  try:
+    return manifest_lib.read(_directory(name, source)).weights_digest
+  except FileNotFoundError:
+    raise _absent(name, source) from None
+
+
+def lineage(objective: port.Objective, init_from: str = '') -> dict[str, str]:
   """Returns the digest of each frozen model's weights, by its name."""
+  sources = {**objective.models_needed, **objective.logprobs_needed}
   return {
-    name: manifest_lib.read(_directory(name, source)).weights_digest
-    for name, source in objective.models_needed.items()
+    name: digest_of(name, resolved(source, init_from))
+    for name, source in sources.items()
   }
 
 
 def check_lineage(
-  objective: port.Objective, recorded: Mapping[str, str]
+  objective: port.Objective, init_from: str, recorded: Mapping[str, str]
 ) -> None:
   """Raises ValueError if a run would resume with another frozen model."""
-  for name, digest in lineage(objective).items():
+  for name, digest in lineage(objective, init_from).items():
     if recorded.get(name) != digest:
       raise ValueError(
         f'objective.{name}: got a model with weights {digest[:12]}, expected'

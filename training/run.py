@@ -254,7 +254,9 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   parts = _assemble(experiment, workdir, console)
   if resume.step:
     frozen_models.check_lineage(
-      experiment.objective, workdir_lib.recorded_lineage(workdir)
+      experiment.objective,
+      experiment.init_from,
+      workdir_lib.recorded_lineage(workdir),
     )
   try:
     state, progress = _start_or_restore(
