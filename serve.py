@@ -191,7 +191,8 @@ def _evaluate() -> None:
 
   # Files are read first, so that a wrong one is refused before weights load.
   task = evaluate.open_task(FLAGS.eval, eval_options.Options(**_EVAL.given()))
-  generator = _load(_engine_config())
+  # Of a reward model, tasks that need another function say so.
+  generator = _load(_engine_config(), is_for_rewards=True)
   result = task.run(model_port.evaluated(generator))
   print(report.text(result))
   if FLAGS.eval_out:
@@ -358,8 +359,8 @@ def _define_flags() -> None:
     'eval',
     None,
     'Evaluates the model in a task, KIND:FILE, such as perplexity:book.txt,'
-    ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl or lm_eval:arc_easy;'
-    ' evals/evaluate.py lists all kinds.',
+    ' choice:a.jsonl, generate:a.jsonl, gsm8k:a.jsonl, judge:pairs.jsonl or'
+    ' lm_eval:arc_easy; evals/evaluate.py lists all kinds.',
   )
   path(
     'eval_out',

@@ -16,6 +16,7 @@ from evals.results import scores
 from evals.tasks import (
   generation,
   gsm8k,
+  judge,
   multiple_choice,
   perplexity,
   task as task_lib,
@@ -26,6 +27,7 @@ KINDS: Mapping[str, type[task_lib.Task]] = {
   'choice': multiple_choice.Task,  # FILE.jsonl: the most probable answer
   'generate': generation.Task,  # FILE.jsonl: completions that must match
   'gsm8k': gsm8k.Task,  # FILE.jsonl: word problems in the format of GSM8K
+  'judge': judge.Task,  # FILE.jsonl: which of two answers is better
   # TASK[,TASK]: any task of the LM Evaluation Harness, or its YAML file.
   'lm_eval': lm_eval_kind.Task,
 }

@@ -39,13 +39,13 @@ class Options:
   )
   max_tokens: int = flag_field.field(
     512,
-    'generate and gsm8k: most tokens of a completion. Tasks of lm_eval have'
-    ' their own.',
+    'generate, gsm8k and judge: most tokens of a completion. Tasks of lm_eval'
+    ' have their own.',
   )
   temperature: float = flag_field.field(
     0.0,
-    'generate and gsm8k: divides the logits before sampling; 0 is greedy. Tasks'
-    ' of lm_eval have their own.',
+    'generate, gsm8k and judge: divides the logits before sampling; 0 is'
+    ' greedy. Tasks of lm_eval have their own.',
   )
   num_samples: int = flag_field.field(
     1,

@@ -89,6 +89,14 @@ class ChatFn(Protocol):
     ...
 
 
+class RewardFn(Protocol):
+  """Gives the reward of any number of answers."""
+
+  def __call__(self, answers: Sequence[Ids], /) -> Sequence[float]:
+    """Returns a number per answer; the ids are those of prompt and answer."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
   """A model as evaluations see it; a task refuses one that lacks a function.
@@ -111,6 +119,10 @@ class Model:
   # The ids of a conversation, up to the opening of the assistant's turn. A name
   # of a special token in a message is plain text.
   encode_chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
+  # Of a reward model, which has neither of the functions above.
+  reward_fn: RewardFn | None = None
+  # The ids of a prompt, a text or messages, and of the answer to it.
+  encode_answer: Callable[[Any, str], Sequence[int]] | None = None
   # Identifies the model in results: digest of the weights, name, step.
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -12,7 +12,7 @@ SHA-256. The weights also have a digest of their own, which does not depend on
 how they are stored. A directory appears whole or not at all (`storage.atomic`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -25,12 +25,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from checks import expect
 from frozen import manifest as manifest_lib, stored_params
-from models import model_config, transformer
+from models import axes, model_config, reward_head, transformer
 from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib
 
-Params = Any  # variables of `models.transformer.Transformer`
+# Variables of `models.transformer.Transformer`, and the head of a reward model.
+Params = Any
 
 
 # (path, weight) -> the weight in the form that is wanted
@@ -63,8 +65,9 @@ class Opened:
     """Returns the weights, and verifies the digests of all files.
 
     Args:
-      convert: applied to each weight as soon as it is read; its path is such as
-        'params/layer_0/mlp/up/kernel'. Only one weight is there in both forms.
+      convert: applied to each weight as soon as it is read, but for those of
+        heads; its path is such as 'params/layer_0/mlp/up/kernel'. Only one
+        weight is there in both forms.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -96,7 +99,8 @@ class Opened:
       _add_to_digest(digest, name, array)
       # No copy on a CPU: the memory is aligned, and nobody else holds it.
       weight = jax.device_put(array, wanted[name].sharding)
-      read[name] = convert(name, weight)
+      is_head = name.startswith(f'{axes.HEADS}/')
+      read[name] = weight if is_head else convert(name, weight)
     structure = jax.tree.structure(self.shapes)
     leaves = [read[name] for name in wanted]
     return jax.tree.unflatten(structure, leaves), digest.hexdigest()
@@ -144,7 +148,8 @@ def write(
 
   Args:
     directory: to write. Its parent is created.
-    params: serving params, all of `dtype`; arrays of jax or numpy.
+    params: serving params, all of `dtype`; arrays of jax or numpy. With heads,
+      it is no language model.
     config: of the model. Its `spare_ids` are replaced by the ids that the
       tokenizer does not have.
     dtype: of the weights.
@@ -161,7 +166,9 @@ def write(
   target = pathlib.Path(directory).resolve()
   atomic.restore(target)
   config = _masking(config, tokenizer_dir)
-  _check_params(params, abstract_params(config, dtype), 'params')
+  heads = sorted(params.get(axes.HEADS, ()))
+  abstract = abstract_params(config, dtype, heads=heads)
+  _check_params(params, abstract, 'params')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     # In a thread: writing to the disk leaves a core free.
     digest = pool.submit(weights_digest, params)
@@ -183,6 +190,7 @@ def write(
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         weights_digest=digest.result(),
         files=manifest_lib.file_digests(partial),
+        heads=heads,
       )
       manifest_lib.write(partial, manifest)
   return manifest
@@ -226,7 +234,7 @@ def open_directory(
       directory=directory,
       manifest=manifest,
       config=config,
-      shapes=abstract_params(config, manifest.dtype, sharding),
+      shapes=abstract_params(config, manifest.dtype, sharding, manifest.heads),
       generation=read_generation(directory),
       chat_template=read_chat_template(directory),
     )
@@ -245,9 +253,16 @@ def leaves_by_path(params: Params) -> dict[str, Any]:
 
 
 def abstract_params(
-  config: model_config.ModelConfig, dtype: str, sharding: Any = None
+  config: model_config.ModelConfig,
+  dtype: str,
+  sharding: Any = None,
+  heads: Sequence[str] = (),
 ) -> Params:
-  """Returns the shapes of a model's variables, all of one dtype."""
+  """Returns the shapes of a model's variables, all of one dtype.
+
+  Raises:
+    ValueError: this code does not know one of the heads.
+  """
   # Of layers that are alike one is traced, which takes less time.
   num_traced = 1 if config.is_uniform else config.num_layers
   model = transformer.Transformer(
@@ -270,7 +285,12 @@ def abstract_params(
   elif config.is_uniform:
     for n in range(1, config.num_layers):
       tree[f'layer_{n}'] = tree['layer_0']
-  return {'params': tree}
+  if not heads:
+    return {'params': tree}
+  expect.one_of('heads', tuple(heads), [(reward_head.NAME,)])
+  kernel = jax.ShapeDtypeStruct((config.model_width, 1), dtype)
+  head = {'kernel': shape(kernel)}
+  return {'params': tree, axes.HEADS: {reward_head.NAME: head}}
 
 
 def read_config(directory: str | os.PathLike) -> model_config.ModelConfig:

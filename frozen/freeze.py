@@ -35,7 +35,14 @@ from frozen import (
   seals,
   stored_params,
 )
-from models import adapter_config, adapters, layout, model_config
+from models import (
+  adapter_config,
+  adapters,
+  axes,
+  layout,
+  model_config,
+  reward_head,
+)
 from storage import file_names, public_paths
 
 LATEST = -1
@@ -161,9 +168,8 @@ def freeze_checkpoint(
   base = run.get('base', {})
   if generation is None:
     generation = chosen_generation(run.get('config', {}).get('freeze', {}))
-  template: str = base.get('chat_template', '')
-  if chat_template is not None:
-    template = chat_template
+  if chat_template is None:
+    chat_template = base.get('chat_template', '')
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
@@ -171,25 +177,25 @@ def freeze_checkpoint(
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
+  heads = _served_heads(params)
   provenance = _provenance(run, base, progress, weights)
   settings = generation_of(run, generation)
   if adapters.COLLECTION in params:
     trained = _trained_adapters(run, config, params[adapters.COLLECTION])
-    if not _merges(run, merge_adapter):
+    if not _merges(run, merge_adapter, heads):
       return adapters_lib.write(
         out,
         adapters_lib.files_of(trained),
         trained.base,
         provenance=provenance,
         base_form=trained.config.base,
-        texts=_texts(template, settings),
+        texts=_texts(chat_template, settings),
         overwrite=overwrite,
       )
     params = adapters_lib.merge(trained.params, trained.effective)
     config = dataclasses.replace(config, scan_layers=False)
-  # An objective's own parameters stay behind: what is served is the model.
   params, config = serving_params(
-    {'params': params['params']}, config, dtype=dtype
+    {'params': params['params'], **heads}, config, dtype=dtype
   )
   return frozen_format.write(
     out,
@@ -199,16 +205,38 @@ def freeze_checkpoint(
     provenance=provenance,
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=settings,
-    chat_template=template,
+    chat_template=chat_template,
     overwrite=overwrite,
   )
 
 
-def _merges(run: Mapping[str, Any], merge_adapter: bool | None) -> bool:
-  """Returns whether to freeze the base and its adapter as one."""
-  if merge_adapter is not None:
-    return merge_adapter
-  return run['config'].get('freeze', {}).get('merge_adapter', True)
+def _served_heads(params: frozen_format.Params) -> dict[str, Any]:
+  """Returns the head of a reward model, as a collection.
+
+  Other parameters of an objective stay behind: training alone needs them.
+  """
+  heads = params.get(axes.HEADS, {})
+  if reward_head.NAME not in heads:
+    return {}
+  return {axes.HEADS: {reward_head.NAME: heads[reward_head.NAME]}}
+
+
+def _merges(
+  run: Mapping[str, Any], merge_adapter: bool | None, heads: Mapping[str, Any]
+) -> bool:
+  """Returns whether to freeze the base and its adapter as one.
+
+  Raises:
+    ValueError: there are heads, which an adapter directory cannot hold.
+  """
+  if merge_adapter is None:
+    merge_adapter = run['config'].get('freeze', {}).get('merge_adapter', True)
+  if heads and not merge_adapter:
+    raise ValueError(
+      'freeze.merge_adapter: got False for a reward model, expected True: an'
+      ' adapter directory has no head; freeze with --merge_adapter'
+    )
+  return bool(merge_adapter)
 
 
 def _trained_adapters(

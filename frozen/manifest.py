@@ -54,12 +54,30 @@ class Manifest(Provenance):
   weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
+  # Heads beside that of the language model, such as reward; a directory with
+  # one is no language model (`models.reward_head`). Written if there are some:
+  # so code of before reads language models, and refuses others.
+  heads: list[str] = dataclasses.field(default_factory=list)
 
   @property
   def name(self) -> str:
     """Returns the name of the experiment or of the imported model."""
     # Earlier versions named an import by the path of its source.
     return public_paths.public(self.experiment.removeprefix('import '))
+
+  def check_language_model(self, name: str, value: str) -> None:
+    """Raises ValueError for a reward model, which predicts no tokens.
+
+    Args:
+      name: the field or flag that names the directory.
+      value: its value.
+    """
+    if self.heads:
+      raise ValueError(
+        f'{name}: got {value}, a reward model, expected a language model: a'
+        ' reward model gives a number per answer and predicts no tokens; score'
+        ' answers with `python -m inference.rewards`'
+      )
 
 
 def sign(**fields: Any) -> Manifest:
@@ -69,12 +87,17 @@ def sign(**fields: Any) -> Manifest:
     **fields: all other fields of `Manifest`.
   """
   fields['format_version'] = FORMAT_VERSION
+  fields = _written(fields)
   return Manifest(**fields, manifest_digest=digests.of_json(fields))
+
+
+def _written(fields: dict[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in fields.items() if v or k != 'heads'}
 
 
 def write(directory: pathlib.Path, manifest: Manifest) -> None:
   """Writes the manifest into `directory`."""
-  text = json.dumps(dataclasses.asdict(manifest), indent=2)
+  text = json.dumps(_written(dataclasses.asdict(manifest)), indent=2)
   atomic.write_text(directory / file_names.MANIFEST, text + '\n')
 
 

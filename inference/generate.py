@@ -26,10 +26,11 @@ from inference.engine import (
   requests,
 )
 from inference.sampling import settings as settings_lib
-from models import layout
+from models import axes, layout
 from text import tokenizer as tokenizer_lib
 
 Prompt = str | abc.Sequence[int]
+_MODEL = 'params'  # the collection that an engine computes with
 
 
 class Generator:
@@ -43,6 +44,7 @@ class Generator:
     compile_all: bool = True,
   ):
     self.frozen = frozen
+    self.heads = {}  # of a reward model, once the weights are read
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
     self.defaults = settings_lib.recommended(frozen.generation)
     if self.tokenizer.vocab_size > frozen.config.vocab_size:
@@ -54,13 +56,18 @@ class Generator:
       )
     self.engine = engine_lib.Engine(
       frozen.config,
-      device_state.Unread(frozen.shapes, frozen.read_params),
+      device_state.Unread({_MODEL: frozen.shapes[_MODEL]}, self._read),
       tokenizer=self.tokenizer,
       weights_digest=frozen.manifest.weights_digest,
       dtype=jnp.dtype(frozen.manifest.dtype),
       config=config,
       compile_all=compile_all,
     )
+
+  def _read(self, convert):
+    params = self.frozen.read_params(convert)
+    self.heads = params.get(axes.HEADS, {})
+    return {_MODEL: params[_MODEL]}
 
   @functools.cached_property
   def most_characters(self) -> int:
@@ -94,6 +101,8 @@ class Generator:
     params = layout.host_kernels(self.engine.params)
     if self.frozen.config.scan_layers:
       params, _ = layout.stack(params, self.engine.model_config)
+    if self.heads:
+      params = {**params, axes.HEADS: self.heads}
     return frozen_format.weights_digest(params)
 
   def memory_text(self) -> str:
@@ -245,6 +254,7 @@ def load(
   config: engine_config.EngineConfig = engine_config.EngineConfig(),
   *,
   compile_all: bool = True,
+  is_for_rewards: bool = False,
 ) -> Generator:
   """Reads and verifies a frozen directory; returns its generator.
 
@@ -252,8 +262,15 @@ def load(
     directory: the frozen directory.
     config: the layout of the engine.
     compile_all: False leaves programs to `engine.compile_rest`.
+    is_for_rewards: whether a reward model is accepted, too.
+
+  Raises:
+    FileNotFoundError: there is no frozen directory.
+    ValueError: it is damaged, or a reward model.
   """
   frozen = frozen_format.open_directory(directory)
+  if not is_for_rewards:
+    frozen.manifest.check_language_model('model', str(directory))
   try:
     return Generator(frozen, config, compile_all=compile_all)
   except Exception:

@@ -9,15 +9,20 @@ get what clients get. `evals.ports` has the contracts.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
-from evals import encoding, ports
+from evals import encoding, judges, ports
 from inference import chat_prompts, generate, terminal_chat
 from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
+from models import reward_head
 from text import chat
+
+# The engine needs a token after a prompt. It takes this one unsampled.
+_UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
 
 
 def evaluated(generator: generate.Generator) -> ports.Model:
@@ -34,12 +39,20 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     )
     return chat_prompts.render(generator, conversation).text
 
+  functions: dict[str, Any] = {
+    'logprob_fn': scorer(engine),
+    # Several ids may end a text, of which the tokenizer knows one as its EOS.
+    'sample_fn': sampler(engine, stop_ids=generator.defaults.stop_ids),
+  }
+  if manifest.heads:  # it predicts no tokens
+    functions = {
+      'reward_fn': rewarder(generator),
+      'encode_answer': functools.partial(encode_answer, generator),
+    }
   return ports.Model(
+    **functions,
     tokenizer=generator.tokenizer,
     max_length=engine.context,
-    logprob_fn=scorer(engine),
-    # Several ids may end a text, of which the tokenizer knows one as its EOS.
-    sample_fn=sampler(engine, stop_ids=generator.defaults.stop_ids),
     adds_bos=manifest.has_bos,
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
     render_chat=render_chat if generator.frozen.chat_template else None,
@@ -130,6 +143,67 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
     ]
 
   return sample
+
+
+def rewarder(generator: generate.Generator) -> ports.RewardFn:
+  """Returns a function from the ids of answers to their rewards.
+
+  Answers are prompts of the engine, which computes them together, in chunks,
+  and a common beginning once. The head is the function that training
+  differentiates, of the same hidden state: that of the last token, after the
+  final norm.
+
+  Raises:
+    ValueError: the generator holds no reward model.
+  """
+  if reward_head.NAME not in generator.frozen.manifest.heads:
+    raise ValueError(
+      f'model: got {generator.frozen.directory}, a language model, expected a'
+      ' reward model; train one with experiments/reward.py'
+    )
+
+  def score(answers: Sequence[ports.Ids]) -> list[float]:
+    if not answers:
+      return []
+    completions = answer_all(
+      generator.engine,
+      [
+        requests_lib.Request(
+          prompt_ids=tuple(map(int, ids)),
+          settings=_UNREAD,
+          target=0,
+          pooling='last',
+        )
+        for ids in answers
+      ],
+    )
+    states_BD = np.stack([completion.pooled_D for (completion,) in completions])
+    head = generator.heads[reward_head.NAME]
+    return np.asarray(reward_head.rewards(head, states_BD)).tolist()
+
+  return score
+
+
+def encode_answer(
+  generator: generate.Generator, prompt: judges.Prompt, answer: str
+) -> tuple[int, ...]:
+  """Returns the ids of a conversation that ends with the answer.
+
+  Args:
+    generator: has the tokenizer and the chat template.
+    prompt: messages, or the text of one message of the user.
+    answer: of the assistant.
+
+  Raises:
+    ValueError: the chat template refuses the conversation.
+  """
+  if isinstance(prompt, str):
+    prompt = [{'role': 'user', 'content': prompt}]
+  conversation = chat.Conversation(
+    messages=[*prompt, {'role': 'assistant', 'content': answer}]
+  )
+  rendered = chat_prompts.render(generator, conversation)
+  return chat_prompts.encode(generator, rendered)
 
 
 def answer_all(

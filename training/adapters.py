@@ -87,6 +87,8 @@ def check(experiment: experiment_lib.Experiment) -> None:
 
 def read_base(experiment: experiment_lib.Experiment) -> Any:
   """Returns the verified base of a run, as the run keeps it."""
+  manifest = manifest_lib.read(init_from.directory(experiment))
+  manifest.check_language_model('config.init_from', experiment.init_from)
   return in_form(experiment.adapter, init_from.read(experiment))
 
 

@@ -34,9 +34,11 @@ def config_of(
       another vocabulary.
   """
   try:
+    manifest = manifest_lib.read(_directory(name, source))
     config = frozen_format.read_config(_directory(name, source))
   except FileNotFoundError:
     raise _absent(name, source) from None
+  manifest.check_language_model(f'objective.{name}', source.path)
   if config.vocab_size != vocab_size:
     raise ValueError(
       f'objective.{name}: got a model of {config.vocab_size} tokens, expected'

@@ -89,8 +89,9 @@ def abstract_params(
 def _with_heads(params: Any, key: jax.Array, make_heads: MakeHeads | None):
   # The key of heads is not one of `split`: so a model starts from the same
   # weights with and without heads.
+  # A run that begins with a frozen reward model has its head already.
   heads = make_heads(jax.random.fold_in(key, 1)) if make_heads else None
-  return params if heads is None else {**params, port.HEADS: heads}
+  return params if heads is None else {port.HEADS: heads, **params}
 
 
 def logical_axes(state: TrainState, param_axes: Any) -> TrainState:

@@ -54,9 +54,17 @@ class Record(NamedTuple):
 
 
 def read(
-  path: str | os.PathLike, *, required: Sequence[str], optional: Sequence[str]
+  path: str | os.PathLike,
+  *,
+  required: Sequence[str],
+  optional: Sequence[str] | None,
 ) -> list[Record]:
   """Returns the lines of a file.
+
+  Args:
+    path: of the file.
+    required: fields that every line has.
+    optional: fields that it may have besides; None: any.
 
   Raises:
     FileNotFoundError: there is no file.
@@ -82,7 +90,7 @@ def _record(
   line: str,
   number: int,
   required: Sequence[str],
-  optional: Sequence[str],
+  optional: Sequence[str] | None,
 ) -> Record:
   try:
     fields = json.loads(line)
@@ -93,11 +101,15 @@ def _record(
   if not isinstance(fields, dict):
     raise ValueError(f'{place}: got {line[:60]!r}, expected a JSON object')
   missing = [name for name in required if name not in fields]
-  unknown = [name for name in fields if name not in (*required, *optional)]
+  known = fields if optional is None else (*required, *optional)
+  unknown = [name for name in fields if name not in known]
   if missing or unknown:
+    others = (
+      '' if optional is None else f' and no others but {", ".join(optional)}'
+    )
     raise ValueError(
       f'{place}: got the fields {", ".join(fields) or "none"}, expected'
-      f' {", ".join(required)} and no others but {", ".join(optional)}'
+      f' {", ".join(required)}{others}'
     )
   name = fields.get('id', f'{number}:{_digest(line)}')
   if not isinstance(name, str | int):

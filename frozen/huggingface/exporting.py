@@ -7,10 +7,15 @@ A model that no family of `transformers` computes is refused before any write.
 end of a vocabulary are left out if the model was trained here: nothing trained
 them, and they would be sampled. Rows of an unchanged import are kept: their
 first training made them improbable.
+
+A reward model becomes a classifier of one class, such as
+LlamaForSequenceClassification, which has the same head, without bias, at the
+last token. `transformers` takes the last token that is not padding.
 """
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -25,9 +30,17 @@ from frozen.huggingface import (
   safetensors_files,
   tensor_map,
 )
-from models import layout
+from models import axes, layout, reward_head
 from storage import atomic
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
+
+# Families of which transformers has a classifier with a head like ours.
+_CLASSIFIERS = {
+  'llama': 'LlamaForSequenceClassification',
+  'mistral': 'MistralForSequenceClassification',
+  'qwen2': 'Qwen2ForSequenceClassification',
+  'qwen3': 'Qwen3ForSequenceClassification',
+}
 
 
 class Exported(NamedTuple):
@@ -64,12 +77,16 @@ def export_directory(
     )
   frozen, spare_notes = _trimmed(frozen_format.read(source))
   model_type, values = describe(frozen, family)
+  if frozen.manifest.heads:
+    values |= _classifier(model_type)
   with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
     notes, special_ids = _write_tokenizer(partial, frozen)
     # Both files have all ids that end a text: some programs read one of them.
     special_ids |= _end_ids(frozen.generation)
     values |= special_ids
+    if frozen.manifest.heads:
+      notes += _unpadded(values)
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
     _write_json(partial / config_json.FILE, values)
     generation, more = generation_config(frozen.generation)
@@ -94,7 +111,7 @@ def _trimmed(
     for table in {'embed', 'head'} & inner.keys():
       inner[table] = {'embedding': inner[table]['embedding'][: last[0]]}
     frozen = dataclasses.replace(
-      frozen, config=config, params={'params': inner}
+      frozen, config=config, params={**frozen.params, 'params': inner}
     )
   if frozen.manifest.step and config.spare_ids:
     notes.append(
@@ -122,6 +139,36 @@ def describe(
   return config_json.write(frozen.config)
 
 
+def _classifier(model_type: str) -> dict[str, Any]:
+  """Returns the fields of config.json that make it a reward model."""
+  if model_type not in _CLASSIFIERS:
+    raise ValueError(
+      f'export: got a reward model of the family {model_type}, expected one of'
+      f' {", ".join(_CLASSIFIERS)}, whose classifiers read the last token with'
+      ' one matrix; score with `python -m inference.rewards`'
+    )
+  return {
+    'architectures': [_CLASSIFIERS[model_type]],
+    'id2label': {'0': reward_head.NAME},
+    'label2id': {reward_head.NAME: 0},
+  }
+
+
+def _unpadded(values: dict[str, Any]) -> list[str]:
+  """Takes away padding that ends answers too; returns notes.
+
+  transformers would read the reward before the end of such answers.
+  """
+  pad, ends = values.get('pad_token_id'), values.get('eos_token_id')
+  if pad is None or pad not in (ends if isinstance(ends, list) else [ends]):
+    return []
+  values['pad_token_id'] = None
+  return [
+    'no padding token was written, since it ends answers too: transformers'
+    ' would read the reward before it; score one answer at a time there'
+  ]
+
+
 def tensors_of(
   params: frozen_format.Params, pieces: list[tensor_map.Piece]
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -144,7 +191,12 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
       f'export: got {", ".join(left)} in the model or in {model_type} alone,'
       ' expected the same parameters in both'
     )
-  shapes = {}
+  score = {}
+  if frozen.manifest.heads:  # in place of the head of a language model
+    pieces = [piece for piece in pieces if piece.theirs != 'lm_head.weight']
+    head = frozen.params[axes.HEADS][reward_head.NAME]
+    score = {'score.weight': np.asarray(head['kernel']).T}
+  shapes = {name: tensor.shape for name, tensor in score.items()}
   for piece in pieces:
     parts = [leaves[path].shape for path in piece.ours]
     if piece.expert is not None:
@@ -154,7 +206,7 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
     directory,
     shapes,
     np.dtype(leaves[pieces[0].ours[0]].dtype),
-    tensors_of(params, pieces),
+    itertools.chain(score.items(), tensors_of(params, pieces)),
     shard_bytes=shard_bytes,
   )
 

@@ -8,8 +8,11 @@ float32, as every run.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
+
+import jax
 
 from checks import paths
 from data import data_config
@@ -161,7 +164,24 @@ def read(experiment: experiment_lib.Experiment) -> Any:
       f' one that was frozen ({"; ".join(differing)}), expected the same; take'
       ' the model of the directory, as experiments/finetune.py does'
     )
-  params, config = layout.unstack(frozen.params, frozen.config)
+  params, config = layout.unstack(
+    _with_own_heads(frozen, experiment), frozen.config
+  )
   if experiment.model.scan_layers:
     params, _ = layout.stack(params, config)
   return params
+
+
+def _with_own_heads(
+  frozen: frozen_format.Frozen, experiment: experiment_lib.Experiment
+) -> Any:
+  """Returns the weights; a reward model's head is for a reward objective."""
+  heads = jax.eval_shape(
+    functools.partial(experiment.objective.init_heads, experiment.model),
+    jax.random.key(0),
+  )
+  if set(frozen.manifest.heads) - set(heads or {}):
+    frozen.manifest.check_language_model(
+      'config.init_from', experiment.init_from
+    )
+  return frozen.params

@@ -34,10 +34,11 @@ def evaluate(
 ) -> dict[str, float]:
   """Returns `loss` (nats/token) and `bits_per_byte` over the batches.
 
-  A sum that has its own denominator (`port.Mean`) is reported by its name. The
-  end-of-document token is predicted like any other token and has no bytes.
-  So bits per byte are the length of a code that also says where each document
-  ends. A loss that is not that of the targets has no bits per byte.
+  A sum that has its own denominator (`port.Mean`) is reported by its name; a
+  `port.Share` with its standard error, as `accuracy_error`. The end-of-document
+  token is predicted like any other token and has no bytes. So bits per byte are
+  the length of a code that also says where each document ends. A loss that is
+  not that of the targets has no bits per byte.
 
   Args:
     eval_step: returns sums with 'loss' and 'weight', and with 'nll' if the
@@ -55,6 +56,7 @@ def evaluate(
   if max_batches:
     batches = itertools.islice(batches, max_batches)
   means = collections.defaultdict(lambda: np.zeros(2))
+  shares = set()
   is_text = predicts_text
   for batch in batches:
     if should_stop():
@@ -70,6 +72,8 @@ def evaluate(
     for name, value in sums.items():
       if isinstance(value, port.Mean):
         means[name] += float(value.total), float(value.weight)
+      if isinstance(value, port.Share):
+        shares.add(name)
   if not weight or is_text and not num_bytes:
     raise ValueError(
       'evaluation: got no text, expected at least one byte to predict; look at'
@@ -80,7 +84,18 @@ def evaluate(
     values['bits_per_byte'] = loss / (num_bytes * math.log(2))
   # A figure of nothing, as of labels that the split does not have, is left out.
   counted = {name: mean for name, mean in means.items() if mean[1] > 0}
-  return values | {name: float(t / w) for name, (t, w) in counted.items()}
+  values |= {name: float(t / w) for name, (t, w) in counted.items()}
+  return values | {
+    f'{name}_error': _share_error(*counted[name])
+    for name in sorted(shares & counted.keys())
+    if counted[name][1] > 1
+  }
+
+
+def _share_error(total: float, count: float) -> float:
+  """Returns the standard error of a share, as evals/results has it."""
+  share = total / count
+  return math.sqrt(share * (1 - share) / (count - 1))
 
 
 def report(values: dict[str, float]) -> str:
@@ -96,6 +111,8 @@ def report(values: dict[str, float]) -> str:
       text += f'; of the averaged weights {values["average_loss"]:.4f}'
     if 'accuracy' in values:
       text += f'; accuracy {values["accuracy"]:.4f}'
+      if 'accuracy_error' in values:
+        text += f' +- {values["accuracy_error"]:.4f}'
     return text
   text = (
     f'validation loss {values["loss"]:.4f} nats/token,'

@@ -35,6 +35,10 @@ class Mean(NamedTuple):
   weight: jax.Array  # its denominator, a sum too
 
 
+class Share(Mean):
+  """A `Mean` of zeros and ones; evaluation reports its standard error."""
+
+
 Sums = dict[str, Any]  # arrays, and `Mean` of them
 # Collections of a params tree: the transformer's own, those of the objective,
 # and adapters beside frozen weights of the transformer.
