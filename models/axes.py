@@ -61,6 +61,8 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),
 }
+# Owners of tables, whose rows are looked up or are classes.
+TABLES = ('embed', 'head', 'position_embed')
 _NORMS = (
   'attention_norm', 'attention_norm_after', 'query_norm', 'key_norm',
   'query_latent_norm', 'latent_norm', 'mlp_norm', 'mlp_norm_after',

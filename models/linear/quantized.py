@@ -38,14 +38,14 @@ _COTANGENT = {'int8': jnp.int8, 'fp8': jnp.float8_e5m2}
 _QUANTISES_WEIGHT_GRADIENT = {'int8': False, 'fp8': True}
 
 
-def check_installed() -> None:
-  """Raises ValueError unless qwix can be imported."""
+def check_installed(field: str = 'execution.matmul') -> None:
+  """Raises ValueError, naming the field, unless qwix can be imported."""
   try:
     qwix_module()
   except ImportError as error:
     raise ValueError(
-      f'execution.matmul: got {error}, expected qwix; pip install -r'
-      ' requirements-quant.txt or set execution.matmul = float'
+      f'{field}: got {error}, expected qwix; pip install -r'
+      f' requirements-quant.txt or set {field} = float'
     ) from error
 
 

@@ -21,9 +21,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from models import axes
 from models.linear import plain, quantized
 
 FORMATS = ('int8', 'int4')
+_WHOLE = ('router', 'key_up', 'value_up')
 _TILE = 64  # rows of a scale, as in QLoRA; fewer where they do not divide
 
 
@@ -94,6 +96,30 @@ def quantise(w_IO: Any, form: str) -> Kernel:
     low, high = (values[..., part::2, :].astype(jnp.uint8) for part in (0, 1))
     values = (low & 0xF) | (high << 4)
   return Kernel(values, found.scale.astype(jnp.float32))
+
+
+def quantise_kernels(params: Any, form: str) -> Any:
+  """Returns the collection `params` with the kernels of `Linear` quantised.
+
+  Routers, and kernels that are used otherwise than in a product, stay as they
+  are, like tables, norms and biases.
+  """
+
+  def quantised(path, leaf):
+    *_, owner, kind = axes.names(path)
+    is_linear = kind == 'kernel' and owner not in _WHOLE
+    return quantise(leaf, form) if is_linear else leaf
+
+  return jax.tree_util.tree_map_with_path(quantised, params)
+
+
+def whole_kernels(params: Any) -> Any:
+  """Returns the collection with its kernels dequantised, float32."""
+  return jax.tree.map(
+    lambda x: x.whole(jnp.float32) if isinstance(x, Kernel) else x,
+    params,
+    is_leaf=lambda x: isinstance(x, Kernel),
+  )
 
 
 def param(
