@@ -24,6 +24,7 @@ import numpy as np
 from inference.engine import layered, steps
 from inference.sampling import logprobs as logprobs_lib
 from models import (
+  adapters as adapters_lib,
   block as block_lib,
   execution as execution_lib,
   invariant,
@@ -72,6 +73,7 @@ class FullForward:
     dtype: Any,
     vocab_size: int,
     is_invariant: bool = False,
+    adapter: adapters_lib.Tree | None = None,
   ):
     """Takes the model.
 
@@ -83,10 +85,14 @@ class FullForward:
       is_invariant: compute with the products of `--engine.numerics=invariant`,
         to compare bits. Attention then reads a cache, which is empty at first,
         since that numerics define it so.
+      adapter: that computes beside the params; None: the base alone. To compare
+        bits, padded to the rank of the engine: `adapter_table.alone`.
     """
     is_stacked = 'layers' in params['params']
     config = dataclasses.replace(config, scan_layers=is_stacked)
     params, config = layout.unstack(params, config)
+    if adapter is not None:
+      params = {**params, adapters_lib.COLLECTION: adapter}
     self._shared, self._layers = layered.parted(params)
     execution = execution_lib.Execution()
     if is_invariant:
@@ -147,12 +153,12 @@ class FullForward:
     tokens_1T = np.zeros((1, length), np.int32)
     tokens_1T[0, : len(ids)] = ids
     x_1TD, shared = _embedded(self._shared, tokens_1T, model=model)
-    for n, params in enumerate(self._layers):
+    for n, variables in enumerate(self._layers):
       block = block_lib.Block(
         config, model.dtype, model.execution, config.layer(n), parent=None
       )
       x_1TD = _layer(
-        params, x_1TD, shared, block=block, is_cached=self._is_invariant
+        variables, x_1TD, shared, block=block, is_cached=self._is_invariant
       )
       jax.block_until_ready(x_1TD)
       pause()
@@ -179,8 +185,10 @@ def _embedded(params, tokens_1T, *, model):
 @functools.partial(
   jax.jit, donate_argnames=('x_1TD',), static_argnames=('block', 'is_cached')
 )
-def _layer(params, x_1TD, shared, *, block: block_lib.Block, is_cached: bool):
-  variables = layout.whole_kernels({'params': params})
+def _layer(
+  variables, x_1TD, shared, *, block: block_lib.Block, is_cached: bool
+):
+  variables = layout.whole_kernels(variables)
   entry = None
   if is_cached:
     (entry, *_) = kv_cache.init(

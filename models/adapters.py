@@ -28,7 +28,8 @@ from models import axes
 
 COLLECTION = axes.ADAPTERS
 A, B, GAIN = 'a', 'b', 'gain'
-_SLOTS = 'slots'  # int32 [B, T], in every entry of a tree that is `routed`
+# int32 [B, T], in every entry of a tree that is `routed`, by either name.
+_SLOTS, _SLOTS_APART = 'slots', 'slots_apart'
 
 Tree = Mapping[str, Any]  # nested by module name, down to an entry per layer
 Entry = Mapping[str, Any]
@@ -42,7 +43,7 @@ def of(module: nn.Module) -> Entry | None:
     return None
   return {
     name: module.get_variable(COLLECTION, name)
-    for name in (A, B, GAIN, _SLOTS)
+    for name in (A, B, GAIN, _SLOTS, _SLOTS_APART)
     if module.has_variable(COLLECTION, name)
   }
 
@@ -63,25 +64,48 @@ def linear(
     return multiply(x, w_IO, bias_O) + _change(adapter, multiply, x)
   y = multiply(x, w_IO, None) + _change(adapter, multiply, x)
   gain = adapter[GAIN].astype(y.dtype)
-  if _SLOTS in adapter:
-    gain = jnp.take(gain, adapter[_SLOTS], axis=0)
+  if (slots := _slots(adapter)) is not None:
+    gain = jnp.take(gain, slots, axis=0)
   y = y * gain.reshape((1,) * (y.ndim - gain.ndim) + gain.shape)
   if bias_O is not None:
     y = y + bias_O.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y
 
 
+def _slots(adapter: Entry) -> jax.Array | None:
+  """Returns the slot of each token, None if there is one adapter."""
+  return adapter.get(_SLOTS, adapter.get(_SLOTS_APART))
+
+
 def _change(adapter, multiply, x):
   """Returns (x A) B, of the slot of each token if there are several."""
   a, b = adapter[A], adapter[B]
+  if _SLOTS_APART in adapter:
+    return _change_apart(adapter, multiply, x)
   if _SLOTS not in adapter:
     return multiply(multiply(x, a, None), b, None)
   width, num_slots, rank = a.shape
-  is_mine = adapter[_SLOTS][..., None] == jnp.arange(num_slots)
+  slots = adapter[_SLOTS][..., None]
+  each = jnp.arange(num_slots).reshape((1,) * (slots.ndim - 1) + (-1,))
+  is_mine = slots == each
   h = multiply(x, a.reshape((width, -1)), None)
   # Not a product with 0: the part of another slot may be infinite.
   h = jnp.where(jnp.repeat(is_mine, rank, axis=-1), h, jnp.zeros((), h.dtype))
   return multiply(h, b.reshape((-1, b.shape[-1])), None)
+
+
+def _change_apart(adapter, multiply, x):
+  """Returns what `_change` does, one slot after the other."""
+  a, b, slots = adapter[A], adapter[B], adapter[_SLOTS_APART]
+
+  def add(y, slot):
+    change = multiply(multiply(x, a[:, slot], None), b[slot], None)
+    return jnp.where((slots == slot)[..., None], change, y), None
+
+  like = jax.eval_shape(lambda: multiply(x, a[:, 0] @ b[0], None))
+  empty = jnp.zeros(like.shape, like.dtype)
+  y, _ = jax.lax.scan(add, empty, jnp.arange(b.shape[0]))
+  return y
 
 
 def kernel(adapter: Entry, w_IO: jax.Array, name: str) -> jax.Array:
@@ -90,7 +114,7 @@ def kernel(adapter: Entry, w_IO: jax.Array, name: str) -> jax.Array:
   Raises:
     ValueError: the adapter is of many slots.
   """
-  if _SLOTS in adapter:
+  if _slots(adapter) is not None:
     raise ValueError(
       f'adapters: got several adapters of {name}, expected one: latent'
       ' attention uses this kernel for all rows at once; merge the adapter into'
@@ -168,8 +192,18 @@ def table(adapters: Sequence[Tree]) -> dict[str, Any]:
   return nested(joined)
 
 
-def routed(tree: Tree, slots_BT: jax.Array) -> dict[str, Any]:
-  """Returns a table in which each token of a batch has its slot."""
+def routed(
+  tree: Tree, slots_BT: jax.Array, *, is_apart: bool = False
+) -> dict[str, Any]:
+  """Returns a table in which each token of a batch has its slot.
+
+  Args:
+    tree: the table.
+    slots_BT: int32; 0 is the base.
+    is_apart: compute slot by slot, for invariant numerics: the bits of a token
+      then depend neither on the number of its slot nor on that of all slots.
+  """
+  name = _SLOTS_APART if is_apart else _SLOTS
   return nested(
-    {path: {**entry, _SLOTS: slots_BT} for path, entry in entries(tree)}
+    {path: {**entry, name: slots_BT} for path, entry in entries(tree)}
   )

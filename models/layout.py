@@ -15,7 +15,7 @@ import numpy as np
 from models import model_config
 
 # Matrices that a linear layer does not multiply as they are.
-_RESHAPED = ('key_up', 'value_up')
+RESHAPED = ('key_up', 'value_up')
 
 
 class Transposed(NamedTuple):
@@ -46,7 +46,7 @@ def transpose_kernel(path: str, x: Any) -> Any:
   """
   *_, owner, name = path.split('/')
   is_kernel = name == 'kernel' and not _is_transposed(x) and x.ndim == 2
-  return Transposed(x.T) if is_kernel and owner not in _RESHAPED else x
+  return Transposed(x.T) if is_kernel and owner not in RESHAPED else x
 
 
 def whole_kernels(params: Any) -> Any:

@@ -63,6 +63,8 @@ class Accounts:
   ) -> None:
     live.note_computed(start + length)
     cost = self._flops(start, length, num_logits)
+    # A multiplication and an addition per number of the matrices.
+    cost += 2 * length * live.adapter.num_params
     live.usage.flops += cost
     self._metrics.flops.inc(cost)
 

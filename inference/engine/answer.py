@@ -1,12 +1,12 @@
 """The answer to one sequence: its text, logprobs and usage so far."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
 import time
 
 import numpy as np
 
-from inference.engine import pooling, requests
+from inference.engine import adapter_table, pooling, requests, steps
 from inference.output import stop_strings, stopping
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, spans
@@ -25,6 +25,7 @@ class Live:
     *,
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
+    adapter: adapter_table.Loaded,
     stop: stop_strings.StopStrings | None = None,
   ):
     """Starts without tokens.
@@ -36,10 +37,11 @@ class Live:
       sequence: its tokens, pages and slot, kept by the SequenceManager.
       seed: of the sampling.
       tokenizer: of the model.
+      adapter: of the request, or the base.
       stop: the stop strings, shared by the sequences of the request.
     """
     self.request_id, self.index = request_id, index
-    self.sequence, self.seed = sequence, seed
+    self.sequence, self.seed, self.adapter = sequence, seed, adapter
     self.usage = requests.Usage()
     self.transcript = stopping.Transcript(
       tokenizer,
@@ -236,3 +238,17 @@ class Live:
       usage=self.usage,
       pooled_D=self.pool.vector_D() if self.pool else None,
     )
+
+
+def wanted(
+  lives: Iterable[Live | None], outputs: steps.Outputs
+) -> steps.Outputs:
+  """Returns the outputs of a dispatch that one of its answers asks for."""
+  lives = [live for live in lives if live]
+  if not any(live.wants_logprobs for live in lives):
+    outputs = outputs._replace(logprobs=None)
+  if not any(live.scored_prompt() for live in lives):
+    outputs = outputs._replace(prompt=None)
+  if not any(live.pool for live in lives):
+    outputs = outputs._replace(hidden_MD=None)
+  return outputs

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from hardware import peaks
 from inference.engine import (
   accounts,
+  adapter_table,
   answer as answer_lib,
   compilations,
   device_state,
@@ -115,10 +116,17 @@ class Engine:
     self.backend = backend
     bytes_per_token = backend.bytes_per_token(model_config)
     self.page_bytes = self.page_tokens * bytes_per_token
+    with jax.default_device(device):
+      self.adapters = adapter_table.AdapterTable(
+        params.shapes,
+        num_adapters=config.max_adapters or 0,
+        rank=config.max_adapter_rank or 0,
+        dtype=dtype,
+      )
     num_pages = config.pool_pages(
       self.context,
       bytes_per_token=bytes_per_token,
-      weight_bytes=params.num_bytes,
+      weight_bytes=params.num_bytes + self.adapters.num_bytes,
       memory_bytes=peaks.memory_bytes(device),
       is_host=device.platform == 'cpu',
     )
@@ -143,7 +151,7 @@ class Engine:
       start = time.perf_counter()
       self._programs = programs.Programs(
         model=model,
-        params=backend.shapes(params, self.model_config),
+        params=self.adapters.beside(backend.shapes(params, self.model_config)),
         state=self._state,
         config=config,
         context=self.context,
@@ -152,6 +160,7 @@ class Engine:
       )
       self.compile_seconds = time.perf_counter() - start
       self.params = reading.result()
+    self.adapters.put = self._programs.put_adapter
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._feeder = feeding.Feeder(self)
@@ -183,8 +192,10 @@ class Engine:
 
     Raises:
       ValueError: prompt and completion do not fit into the context or the KV
-        cache, or a token id is outside the vocabulary.
+        cache, a token id is outside the vocabulary, or its adapter is not
+        loaded.
     """
+    self.adapters.find(request.adapter)
     # The last token is sampled and never computed: it needs no place in a page.
     capacity = self.page_tokens * self.manager.tables.allocator.num_usable + 1
     room = requests_lib.room_for(
@@ -214,19 +225,10 @@ class Engine:
     ]
     asked = requests_lib.num_sequences(requests)
     most = self.config.max_waiting
-    own_most = fairness.most_waiting(most)
-    if max(asked.values()) > own_most:
-      raise ValueError(
-        f'prompt: got {asked.total()} completions to make, expected at most'
-        f' {own_most} of one client (engine.max_waiting); send several requests'
-      )
+    requests_lib.check_few(asked, fairness.most_waiting(most))
     if not self.has_places(asked):
       self.metrics.refused.labels('overloaded').inc()
-      raise Overloaded(
-        f'got {asked.total()} more completions to make while'
-        f' {self.num_waiting} wait, expected at most {most} to wait, and'
-        f' {own_most} of one client; try again later'
-      )
+      raise requests_lib.overloaded(asked, self.num_waiting, most)
     return [self._submit(request) for request in requests]
 
   def has_places(self, asked: collections.Counter[str]) -> bool:
@@ -257,6 +259,7 @@ class Engine:
     base = settings_lib.new_seed() if settings.seed is None else settings.seed
     principal = None if self.config.share_prefixes else request.principal
     stop = stop_strings.StopStrings(settings.stop)
+    adapter = self.adapters.find(request.adapter)
     parent = None
     for index in range(settings.n):
       sequence = self.manager.submit(
@@ -266,7 +269,7 @@ class Engine:
         principal=request.principal,
         priority=request.priority,
         weight=request.weight,
-        scope=(self.weights_digest, principal),
+        scope=(self.weights_digest, request.adapter, principal),
         # These need every position of the prompt computed.
         reads_prefix_cache=(
           self.config.prefix_cache
@@ -277,6 +280,7 @@ class Engine:
         parent=parent,
       )
       parent = parent or sequence
+      adapter.num_open += 1
       self._live[sequence] = answer_lib.Live(
         request_id,
         index,
@@ -284,6 +288,7 @@ class Engine:
         sequence,
         seed=settings_lib.sample_seed(base, index),
         tokenizer=self.tokenizer,
+        adapter=adapter,
         stop=stop,
       )
     return request_id
@@ -305,8 +310,10 @@ class Engine:
     """Serves other weights of the same model, as on-policy RL does each step.
 
     Raises:
-      ValueError: a request is unfinished, or shapes or dtypes differ.
+      ValueError: a request is unfinished, an adapter of the weights before is
+        loaded, or shapes or dtypes differ.
     """
+    self.adapters.check_empty()
     if self.has_work:
       raise ValueError(
         f'weights: got new ones while {len(self._live)} sequences run, expected'
@@ -319,7 +326,8 @@ class Engine:
 
   def release(self) -> None:
     """Frees weights and KV cache at once, whatever refers to the arrays."""
-    for leaf in jax.tree.leaves((self.params, self._state)):
+    held = self.adapters.beside(self.params), self._state
+    for leaf in jax.tree.leaves(held):
       leaf.delete()
 
   # --------------------------------------------------------------------------
@@ -354,7 +362,8 @@ class Engine:
     updates: list[requests_lib.Update] = []
     if landed is not None:
       before = time.perf_counter()
-      outputs = jax.device_get(self._wanted(landed))
+      lives = [self._live.get(span.sequence) for span in landed.step.spans]
+      outputs = jax.device_get(answer_lib.wanted(lives, landed.outputs))
       waited = time.perf_counter() - before
       updates = self._land(landed, outputs)
     now = time.perf_counter()
@@ -365,18 +374,6 @@ class Engine:
       self._last_gauged = now
       self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
-
-  def _wanted(self, flight: _Flight) -> steps.Outputs:
-    """Returns the outputs of a dispatch that a request asks for."""
-    lives = [self._live.get(span.sequence) for span in flight.step.spans]
-    outputs = flight.outputs
-    if not any(live and live.wants_logprobs for live in lives):
-      outputs = outputs._replace(logprobs=None)
-    if not any(live and live.scored_prompt() for live in lives):
-      outputs = outputs._replace(prompt=None)
-    if not any(live and live.pool for live in lives):
-      outputs = outputs._replace(hidden_MD=None)
-    return outputs
 
   def _dispatch(self, step: spans.Step) -> _Flight | None:
     """Sends a step to the device."""
@@ -404,7 +401,7 @@ class Engine:
       answers=self._live,
     )
     self._state, outputs = self._programs.step(
-      shape, self.params, self._state, flat_I
+      shape, self.adapters.beside(self.params), self._state, flat_I
     )
     self.metrics.dispatches.inc()
     return _Flight(step, shape, outputs, now)
@@ -492,6 +489,7 @@ class Engine:
   def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
     self.manager.end(live.sequence, is_sound=reason != 'error')
+    live.adapter.num_open -= 1
     del self._live[live.sequence]
 
   def _charge_memory(self, now: float) -> None:

@@ -4,6 +4,7 @@ Imports no JAX: serve.py makes a flag of each field, and `--help` should not
 wait for JAX.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -23,6 +24,8 @@ _HOST_SHARE = 0.25
 # What pages take of a CPU's memory unless a flag says more. One sequence of the
 # whole context always has room, if the share allows it.
 _HOST_BYTES = 2**30
+
+_ADAPTER_RANK = 16  # room for later ones, where none is given
 
 _SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
 
@@ -138,6 +141,17 @@ class EngineConfig:
     'Numbers of decoding sequences to compile a step for; the largest must be'
     ' max_sequences. Empty means powers of two. Fewer compile faster.',
   )
+  max_adapters: int | None = flag_field.field(
+    None,
+    'Number of LoRA adapters that can be loaded beside the base at once. Each'
+    ' step computes with all of these places, used or not. Default: as many as'
+    ' --adapters names.',
+  )
+  max_adapter_rank: int | None = flag_field.field(
+    None,
+    'Largest rank of an adapter; all take the memory of this rank. Default: the'
+    ' largest of --adapters, else 16.',
+  )
 
   def __post_init__(self):
     for name, value in (
@@ -163,6 +177,9 @@ class EngineConfig:
         )
     expect.at_least('engine.max_waiting', self.max_waiting, 0)
     expect.at_least('engine.decode_steps', self.decode_steps, 1)
+    expect.at_least('engine.max_adapters', self.max_adapters or 0, 0)
+    if self.max_adapter_rank is not None:
+      expect.at_least('engine.max_adapter_rank', self.max_adapter_rank, 1)
     if not 0 <= self.stream_seconds < math.inf:
       raise ValueError(
         f'engine.stream_seconds: got {self.stream_seconds}, expected a finite'
@@ -181,6 +198,32 @@ class EngineConfig:
         f' largest of them max_sequences = {self.max_sequences}'
       )
     self.limits(tile)  # Limits checks its own fields
+
+  def holding(self, ranks: Sequence[int]) -> 'EngineConfig':
+    """Returns the config with room for adapters, where it leaves that open.
+
+    Args:
+      ranks: the largest of each adapter.
+
+    Raises:
+      ValueError: there are more of them than the config allows, or one has a
+        larger rank.
+    """
+    most, rank = self.max_adapters, self.max_adapter_rank
+    most = len(ranks) if most is None else most
+    if rank is None:
+      rank = max(ranks, default=_ADAPTER_RANK)
+    if len(ranks) > most:
+      raise ValueError(
+        f'--adapters: got {len(ranks)} adapters, expected at most {most}'
+        ' (engine.max_adapters); raise it'
+      )
+    if max(ranks, default=0) > rank:
+      raise ValueError(
+        f'--adapters: got one of rank {max(ranks)}, expected at most {rank}'
+        ' (engine.max_adapter_rank); raise it'
+      )
+    return dataclasses.replace(self, max_adapters=most, max_adapter_rank=rank)
 
   def context(self, model_length: int) -> int:
     """Returns the most tokens of a sequence: max_length, or the model's.

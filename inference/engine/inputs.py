@@ -18,12 +18,13 @@ class Layout(NamedTuple):
   chunk_tokens: int
   table_width: int  # L, pages of a sequence that fills the context
   num_sampled: int  # R, tokens to sample; at least one per decode and chunk
+  has_adapters: bool = False
 
   def shapes(self) -> steps.Inputs:
     """Returns the shape of each array."""
     num_prompt = self.num_chunks * self.chunk_tokens
     num_tokens = self.num_decodes + num_prompt
-    return steps.Inputs(
+    shapes = steps.Inputs(
       tokens_T=(num_tokens,),
       positions_T=(num_tokens,),
       lengths_D=(self.num_decodes,),
@@ -35,6 +36,9 @@ class Layout(NamedTuple):
       targets_M=(num_prompt,),
       prompt_logprobs_X=(self.num_chunks,),
     )
+    if self.has_adapters:
+      return steps.AdaptedInputs(*shapes, (self.num_decodes + self.num_chunks,))
+    return shapes
 
   @property
   def size(self) -> int:
@@ -47,12 +51,12 @@ def split(flat_I: Any, layout: Layout) -> steps.Inputs:
 
   One array reaches the device in one transfer. NumPy arrays are views.
   """
-  arrays, start = [], 0
-  for shape in layout.shapes():
+  arrays, start, shapes = [], 0, layout.shapes()
+  for shape in shapes:
     stop = start + math.prod(shape)
     arrays.append(flat_I[start:stop].reshape(shape))
     start = stop
-  return steps.Inputs(*arrays)
+  return type(shapes)(*arrays)
 
 
 def empty(
@@ -118,6 +122,8 @@ def fill(
       at = index * chunk_tokens
       inputs.targets_M[at : at + len(targets)] = targets
   for place, span in placed_spans(step, num_decodes):
+    if isinstance(inputs, steps.AdaptedInputs):
+      inputs.adapters_E[place] = answers[span.sequence].adapter.slot
     if span.samples:
       num_given = len(span.tokens) if span.tokens else 1
       token = answers[span.sequence].forced_token(span.start + num_given)

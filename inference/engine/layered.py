@@ -33,7 +33,10 @@ MIN_LAYER_BYTES = 6 * 2**20
 def suits(params: device_state.Params, platform: str) -> bool:
   """Returns whether all layers are large enough to be called one by one."""
   return platform == 'cpu' and all(
-    sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer))
+    sum(
+      leaf.size * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(layer['params'])
+    )
     >= MIN_LAYER_BYTES
     for layer in parted(params)[1]
   )
@@ -96,27 +99,42 @@ def lower(
   return Step(begin, lowered, finish, kinds)
 
 
-def parted(params) -> tuple[Any, list[Any]]:
-  """Returns the params that no layer has, and those of each layer."""
-  tree = dict(params['params'])
-  num_layers = sum(name.startswith('layer_') for name in tree)
-  layers = [tree.pop(f'layer_{n}') for n in range(num_layers)]
-  return {'params': tree}, layers
+def parted(variables) -> tuple[Any, list[Any]]:
+  """Returns the variables that no layer has, and those of each layer."""
+  num_layers = sum(name.startswith('layer_') for name in variables['params'])
+  layers = [
+    {
+      collection: tree[name]
+      for collection, tree in variables.items()
+      if name in tree
+    }
+    for name in map('layer_{}'.format, range(num_layers))
+  ]
+  shared = {
+    name: leaf
+    for name, leaf in variables['params'].items()
+    if not name.startswith('layer_')
+  }
+  return {'params': shared}, layers
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
 def _begin(params, last_B, inputs: steps.Inputs, *, model):
   """Returns the first layer's input, and the arguments of all layers."""
   x_1TD, shared = steps.embedded(params, last_B, inputs, model)
-  return x_1TD, shared, (inputs.decode_table_DL, inputs.chunk_table_XL)
+  tables = inputs.decode_table_DL, inputs.chunk_table_XL
+  return x_1TD, shared, tables, steps.adapter_slots(inputs)
 
 
 @functools.partial(
   jax.jit, donate_argnames=('x_1TD', 'pages'), static_argnames=('block',)
 )
-def _layer(params, x_1TD, pages, shared, tables, *, block: block_lib.Block):
+def _layer(
+  variables, x_1TD, pages, shared, tables, slots_1T, *, block: block_lib.Block
+):
   """Returns the output of a layer, and its pages."""
-  variables = layout.whole_kernels({'params': params})
+  variables = steps.routed(variables, slots_1T, block.execution)
+  variables = layout.whole_kernels(variables)
   entry = kv_cache_lib.PagedLayer(pages, *tables)
   # Flax's type of the result fits no block in particular.
   result: Any = block.apply(variables, x_1TD, entry, *shared)

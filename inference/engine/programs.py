@@ -21,6 +21,7 @@ import numpy as np
 
 from hardware import compilation_cache
 from inference.engine import (
+  adapter_table,
   device_state,
   engine_config,
   inputs as inputs_lib,
@@ -29,7 +30,11 @@ from inference.engine import (
   steps,
 )
 from inference.sampling import sampler as sampler_lib
-from models import kv_cache as kv_cache_lib, transformer
+from models import (
+  adapters as adapters_lib,
+  kv_cache as kv_cache_lib,
+  transformer,
+)
 
 COPIES = 8  # pages that one call of `copy_pages` copies
 
@@ -52,7 +57,8 @@ class Programs:
 
     Args:
       model: the model that the params belong to.
-      params: arrays or shapes, as is `state`.
+      params: arrays or shapes, as is `state`; with the table of adapters, if
+        the engine has one.
       state: of the engine.
       config: of the engine; it has the shapes of the steps.
       context: most tokens of a sequence.
@@ -85,7 +91,9 @@ class Programs:
     )
     self._compiled: dict[Any, Any] = {}
     first = self.shapes if compile_all else _holding_all(self.shapes)
-    self._compile(['seat', 'recount', 'copy', *self._with_sizes(first)])
+    self._has_adapters = adapters_lib.COLLECTION in self._params
+    names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
+    self._compile([*names, *self._with_sizes(first)])
 
   def compile_rest(self) -> None:
     """Compiles the shapes that are left; another thread may run steps."""
@@ -146,6 +154,9 @@ class Programs:
       return _sample.lower(slots, logits_RV, zeros_R, zeros_R, zeros_R)
     if key == 'seat':
       return device_state.seat.lower(slots, slot, sampler_lib.idle())
+    if key == 'adapt':
+      table = params[adapters_lib.COLLECTION]
+      return _put_adapter.lower(table, slot, adapter_table.row_shapes(table))
     if key == 'recount':
       return device_state.recount.lower(slots, slot, ids_T, slot)
     copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
@@ -176,7 +187,11 @@ class Programs:
 
   def _layout(self, shape: steps.Shape) -> inputs_lib.Layout:
     return inputs_lib.Layout(
-      *shape, self._chunk_tokens, self._table_width, self._num_sampled(shape)
+      *shape,
+      self._chunk_tokens,
+      self._table_width,
+      self._num_sampled(shape),
+      self._has_adapters,
     )
 
   def _num_sampled(self, shape: steps.Shape) -> int:
@@ -237,6 +252,15 @@ class Programs:
     )
     return state._replace(slots=slots)
 
+  def put_adapter(
+    self,
+    table: adapter_table.Table,
+    slot: int,
+    row: adapter_table.Table,
+  ) -> adapter_table.Table:
+    """Writes an adapter into its slot of the table. Donates `table`."""
+    return self._compiled['adapt'](table, np.int32(slot), row)
+
   def copy_pages(self, state: device_state.State, copies) -> device_state.State:
     """Copies pages, (source, target) each. Donates the KV cache of `state`.
 
@@ -252,6 +276,9 @@ class Programs:
       source_Z[: len(some)], target_Z[: len(some)] = zip(*some, strict=True)
       kv_cache = self._compiled['copy'](kv_cache, source_Z, target_Z)
     return state._replace(kv_cache=kv_cache)
+
+
+_put_adapter = jax.jit(adapter_table.put, donate_argnames=('table',))
 
 
 @functools.partial(

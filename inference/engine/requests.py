@@ -12,6 +12,7 @@ from inference.sampling import (
   logprobs as logprobs_lib,
   settings as settings_lib,
 )
+from inference.scheduling import fairness
 
 
 class Overloaded(RuntimeError):
@@ -44,6 +45,8 @@ class Request:
   # 'mean' or 'last': the completion has the prompt's final hidden states,
   # pooled in this way.
   pooling: str | None = None
+  # Digest of the adapter that answers, see `adapter_table`; '': the base.
+  adapter: str = ''
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
   room: int | None = None
@@ -119,6 +122,30 @@ def num_sequences(requests: Iterable[Request]) -> collections.Counter[str]:
   for request in requests:
     asked[request.principal] += request.settings.n
   return asked
+
+
+def check_few(asked: collections.Counter[str], own_most: int) -> None:
+  """Refuses more sequences of one principal than ever wait.
+
+  Raises:
+    ValueError: they are more than `own_most`.
+  """
+  if max(asked.values()) > own_most:
+    raise ValueError(
+      f'prompt: got {asked.total()} completions to make, expected at most'
+      f' {own_most} of one client (engine.max_waiting); send several requests'
+    )
+
+
+def overloaded(
+  asked: collections.Counter[str], num_waiting: int, most: int
+) -> Overloaded:
+  """Returns the error for sequences that the queue has no places for."""
+  return Overloaded(
+    f'got {asked.total()} more completions to make while {num_waiting} wait,'
+    f' expected at most {most} to wait, and {fairness.most_waiting(most)} of'
+    ' one client; try again later'
+  )
 
 
 def room_for(

@@ -27,6 +27,7 @@ processor, as a grammar's mask or a verifier, belongs between a step and
 `programs` compiles these functions for every shape before the engine is ready.
 """
 
+import collections
 from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
@@ -41,7 +42,14 @@ from inference.sampling import (
   sampler as sampler_lib,
   settings as settings_lib,
 )
-from models import kv_cache as kv_cache_lib, layout, transformer
+from models import (
+  adapters as adapters_lib,
+  execution as execution_lib,
+  invariant,
+  kv_cache as kv_cache_lib,
+  layout,
+  transformer,
+)
 
 
 class Shape(NamedTuple):
@@ -74,6 +82,13 @@ class Inputs(NamedTuple):
   forced_R: Any  # token to take instead of a sampled one; -1: none
   targets_M: Any  # token that follows each chunk token in its prompt; -1: none
   prompt_logprobs_X: Any  # alternatives wanted per token; -1: no logprobs
+
+
+# The same in an engine with adapters; `adapters_E` has the slot in their table,
+# of each decode, then of each chunk.
+AdaptedInputs: Any = collections.namedtuple(
+  'AdaptedInputs', (*Inputs._fields, 'adapters_E')
+)
 
 
 class Outputs(NamedTuple):
@@ -290,10 +305,41 @@ def _hidden(
     )
     for pages in kv_cache
   )
+  params = routed(params, adapter_slots(inputs), model.execution)
   hidden_1TD, cache = apply(
     model, params, tokens_1T, inputs.positions_T[None], cache, method='hidden'
   )
   return hidden_1TD[0], tuple(layer.pages for layer in cache)
+
+
+def adapter_slots(inputs: Inputs) -> jax.Array | None:
+  """Returns the slot of the adapter of each token, int32 [1, T]."""
+  if not isinstance(inputs, AdaptedInputs):
+    return None
+  num_decodes, num_chunks = (
+    len(table) for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
+  )
+  slots_T = inputs.adapters_E[:num_decodes]
+  if num_chunks:
+    chunk_tokens = len(inputs.targets_M) // num_chunks
+    slots_M = jnp.repeat(inputs.adapters_E[num_decodes:], chunk_tokens)
+    slots_T = jnp.concatenate([slots_T, slots_M])
+  return slots_T[None]
+
+
+def routed(
+  variables: device_state.Params,
+  slots_1T: jax.Array | None,
+  execution: execution_lib.Execution,
+) -> device_state.Params:
+  """Returns variables in which each token of a step has its adapter."""
+  if slots_1T is None:
+    return variables
+  is_apart = execution.linear is invariant.linear
+  table = adapters_lib.routed(
+    variables[adapters_lib.COLLECTION], slots_1T, is_apart=is_apart
+  )
+  return {**variables, adapters_lib.COLLECTION: table}
 
 
 def embedded(

@@ -43,7 +43,6 @@ import asyncio
 from collections.abc import Sequence
 import contextlib
 import logging
-import uuid
 
 import fastapi
 from fastapi import responses
@@ -58,7 +57,6 @@ from inference.server import server_config, service as service_lib
 from inference.server.access import (
   admission as admission_lib,
   api_keys,
-  caller as caller_lib,
   idempotency,
   keys as keys_lib,
 )
@@ -216,7 +214,7 @@ def _add_middleware(
   """Adds what every request passes, the innermost first."""
   app.add_middleware(_Failures)
   # A request with an Idempotency-Key outlives its client.
-  app.add_middleware(exchanges.Exchanges)
+  app.add_middleware(exchanges.Ends)
   app.add_middleware(idempotency.Idempotency, bodies=service.bodies)
   app.add_middleware(
     api_keys.Authentication, keyring=service.keyring, open_paths=open_paths
@@ -225,7 +223,7 @@ def _add_middleware(
   app.add_middleware(protocol.Framing)
   app.add_middleware(turns.Turns)
   app.add_middleware(draining_lib.Refusals, draining=service.draining)
-  app.add_middleware(_RequestId)  # outermost, so that a 401 has an id too
+  app.add_middleware(exchanges.Exchanges)  # outermost: a 401 has an id too
 
 
 def _report_digest(generator: generate.Generator) -> None:
@@ -260,37 +258,6 @@ class _Failures:
       if is_begun or scope['type'] != 'http':
         raise
       await errors.failure(error).response()(scope, receive, send)
-
-
-class _RequestId:
-  """ASGI middleware: adds an `x-request-id`, which clients show in errors.
-
-  It is `state.request_id` of the request, and begins the `caller`, whose
-  headers it sends.
-  """
-
-  def __init__(self, app):
-    self._app = app
-
-  async def __call__(self, scope, receive, send):
-    if scope['type'] != 'http':
-      await self._app(scope, receive, send)
-      return
-    request_id = f'req_{uuid.uuid4().hex}'
-    scope.setdefault('state', {})['request_id'] = request_id
-    caller = caller_lib.Caller(request_id=request_id)
-    caller_lib.begin(caller)
-
-    async def send_with_id(message):
-      if message['type'] == 'http.response.start':
-        message['headers'] = [
-          *message['headers'],
-          (b'x-request-id', request_id.encode()),
-          *((k.encode(), v.encode()) for k, v in caller.headers.items()),
-        ]
-      await send(message)
-
-    await self._app(scope, receive, send_with_id)
 
 
 async def _on_http(request, error):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from inference import full_forward
-from inference.engine import engine as engine_lib, requests
+from inference.engine import adapter_table, engine as engine_lib, requests
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
-from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers import frozen_dirs, tiny_adapters, tiny_models
 from tests.inference import conftest as life_two
 
 _IDS = [256, *b'the weights say this, and nothing else does; read on']
@@ -57,8 +57,10 @@ def _engine(config, params, **overrides):
   )
 
 
-def _answered(engine):
-  request = requests.Request(prompt_ids=tuple(_IDS[:30]), settings=_SETTINGS)
+def _answered(engine, **fields):
+  request = requests.Request(
+    prompt_ids=tuple(_IDS[:30]), settings=_SETTINGS, **fields
+  )
   ((_, update),) = [
     found for found in engine.answer([request]) if found[1].completion
   ]
@@ -137,3 +139,38 @@ def test_every_dtype_of_a_model_has_a_tolerance():
   # Where products have fewer digits, and where the cache has.
   assert tolerance('float32', platform='gpu') > tolerance('float32')
   assert tolerance('float32', kv_dtype='int8') > tolerance('float32')
+
+
+@pytest.mark.parametrize('has_gain', [False, True])
+def test_invariant_numerics_have_its_bits_with_an_adapter(has_gain):
+  config = frozen_dirs.config(num_layers=2)
+  params = frozen_dirs.params(config)
+  tree = tiny_adapters.tree(params, seed=1, rank=2, has_gain=has_gain)
+  engine = _engine(
+    config,
+    params,
+    numerics='invariant',
+    max_adapters=2,
+    max_adapter_rank=4,
+  )
+  engine.adapters.load('a', tree)
+  done = _answered(engine, adapter='a')
+  ids = [*_IDS[:30], *done.token_ids]
+  own = adapter_table.alone(tree, params, rank=4, dtype='float32')
+
+  def logprobs(adapter):
+    forward = full_forward.FullForward(
+      params,
+      config,
+      dtype='float32',
+      vocab_size=259,
+      is_invariant=True,
+      adapter=adapter,
+    )
+    return forward.logprobs(ids, 30)
+
+  answered = [each.chosen for each in done.logprobs]
+  assert logprobs(own).tolist() == answered
+  # Not padded, it is the same function with other sums.
+  np.testing.assert_allclose(logprobs(tree), answered, atol=1e-4)
+  assert np.abs(logprobs(None) - answered).max() > 0.1

@@ -21,8 +21,9 @@ import time
 from checks import expect
 from inference.engine import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
-from inference.server.access import caller as caller_lib, keys, limits
+from inference.server.access import keys, limits
 from inference.server.api import errors
+from inference.server.http import exchanges
 from inference.server.records import ledger as ledger_lib
 
 _TOKENS_PER_PRICE = 10**6
@@ -95,23 +96,23 @@ class Admission:
     Raises:
       ApiError: status 429, a limit of the key; 503, the ledger is not written.
     """
-    caller = caller_lib.current()
+    exchange = exchanges.current()
     prompt, completion = _most_tokens(requests)
     nanos = self._prices.most_nanos(prompt=prompt, completion=completion)
-    key = caller.key
+    key = exchange.key
     mine = self._limits_of(key) if key else None
     now = time.monotonic()
     if mine:
       refusal = mine.refusal(tokens=prompt + completion, nanos=nanos, now=now)
       if not refusal:
         mine.take(tokens=prompt + completion, nanos=nanos, now=now)
-      caller.headers.update(mine.headers(now))
+      exchange.limit_headers.update(mine.headers(now))
       if refusal:
         self.ledger.metrics.refused.labels(refusal.kind).inc()
         raise refusal
     about = ledger_lib.About(
-      request_id=caller.request_id,
-      idempotency=caller.idempotency,
+      request_id=exchange.request_id,
+      idempotency=exchange.idempotency,
       key_id=key.id if key else '',
       principal=key.name if key else '',
       model=model,

@@ -24,7 +24,7 @@ import stat
 import time
 
 from checks import expect
-from inference.server.access import caller as caller_lib, keys as keys_lib
+from inference.server.access import keys as keys_lib
 from inference.server.api import errors
 
 # Probes of the process manager need no key; the answers reveal only the state.
@@ -213,7 +213,6 @@ class Authentication:
           return
       state = scope.setdefault('state', {})
       state['principal'], state['key'] = key.name if key else '', key
-      caller_lib.current().key = key
     await self._app(scope, receive, send)
 
 

@@ -22,9 +22,8 @@ import time
 from starlette import datastructures, requests
 
 from checks import expect
-from inference.server.access import caller as caller_lib
 from inference.server.api import errors
-from inference.server.http import bodies as bodies_lib
+from inference.server.http import bodies as bodies_lib, exchanges
 from inference.server.records import ledger
 
 _MOST_BYTES = 64 * 2**20  # of answers that are kept
@@ -111,7 +110,7 @@ class Idempotency:
     answer = self._running.get(whose) or self._kept.get(whose)
     if answer is None:
       answer = self._running[whose] = _Answer(digest)
-      caller_lib.current().idempotency = digest
+      exchanges.current().idempotency = digest
       task = asyncio.create_task(self._run(whose, answer, scope, body))
       self._tasks.add(task)
       task.add_done_callback(self._tasks.discard)

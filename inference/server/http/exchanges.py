@@ -3,9 +3,10 @@
     exchange = exchanges.current()
     exchange.at_end(model.release)
 
-A route, the threads of `http.bodies` and the tasks of a route all see the same
-exchange. It ends when the last byte of its answer is sent, or when its client
-has left.
+A context variable: work for a request starts in many places, and none of them
+may forget who pays. Middleware, a route, the threads of `http.bodies` and the
+tasks of a route all see the same exchange. It ends when the last byte of its
+answer is made, or when its client has left.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import contextvars
 import threading
 from typing import Any
 import uuid
+
+from inference.server.access import keys
 
 CONVERSATION = b'x-conversation-id'
 _MOST_CHARACTERS = 256  # of a conversation's id that count
@@ -30,7 +33,12 @@ class Exchange:
     self._state = scope.setdefault('state', {})
     self._state.setdefault('request_id', f'req_{uuid.uuid4().hex}')
     self._headers = scope.get('headers', ())
+    # Digest of principal, Idempotency-Key and body; '' without that header.
+    self.idempotency = ''
     self.answer_headers: dict[bytes, bytes] = {}
+    # Of the key's limits now: no answer that is kept, to be sent again, has
+    # them.
+    self.limit_headers: dict[str, str] = {}
     self.shadows: list[Any] = []  # models that get a copy of what is submitted
     self._at_end: list[Callable[[], object]] = []
     self._is_over = False
@@ -65,6 +73,11 @@ class Exchange:
     return self._state.get('principal', '')
 
   @property
+  def key(self) -> keys.Key | None:
+    """The key of the sender; None without keys."""
+    return self._state.get('key')
+
+  @property
   def conversation(self) -> str:
     """The conversation that the client says it belongs to, or ''."""
     for name, value in self._headers:
@@ -86,8 +99,17 @@ def current() -> Exchange:
   return found
 
 
+def begin(exchange: Exchange) -> None:
+  """Makes it the exchange of this task, and of the tasks that it starts."""
+  _current.set(exchange)
+
+
 class Exchanges:
-  """ASGI middleware: makes the exchange of each request, and ends it."""
+  """ASGI middleware, the outermost: makes the exchange of each request.
+
+  Every answer, also a 401, has the header `x-request-id`, which clients show in
+  errors.
+  """
 
   def __init__(self, app):
     self._app = app
@@ -97,7 +119,36 @@ class Exchanges:
       await self._app(scope, receive, send)
       return
     exchange = Exchange(scope)
-    _current.set(exchange)  # of this task, which answers this request alone
+    begin(exchange)
+
+    async def send_with_headers(message):
+      if message['type'] == 'http.response.start':
+        message['headers'] = [
+          *message['headers'],
+          (b'x-request-id', exchange.request_id.encode()),
+          *(
+            (k.encode(), v.encode()) for k, v in exchange.limit_headers.items()
+          ),
+        ]
+      await send(message)
+
+    await self._app(scope, receive, send_with_headers)
+
+
+class Ends:
+  """ASGI middleware, the innermost: ends the exchange of each request.
+
+  It is within `access.idempotency`, whose requests outlive their clients.
+  """
+
+  def __init__(self, app):
+    self._app = app
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    exchange = current()
 
     async def send_with_headers(message):
       if message['type'] == 'http.response.start':

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from inference.engine import answer, requests
+from inference.engine import adapter_table, answer, requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.scheduling import sequence_manager, spans
 from tests.helpers import simulated_device, tiny_models
@@ -26,6 +26,7 @@ def _live(index=0, *, target=None, max_tokens=3, **settings):
     manager.submit((7, index), _PROMPT, max_tokens),
     seed=40 + index,
     tokenizer=tiny_models.byte_tokenizer(),
+    adapter=adapter_table.Loaded('', 0, 0),
   )
 
 

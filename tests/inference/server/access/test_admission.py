@@ -7,7 +7,8 @@ import pytest
 from inference.engine import requests
 from inference.sampling import settings
 from inference.server import app as app_lib, engine_loop
-from inference.server.access import admission, caller, keys, limits
+from inference.server.access import admission, keys, limits
+from inference.server.http import exchanges
 from inference.server.records import database, ledger
 
 _PRICES = admission.Prices(prompt=1.0, cached=0.25, completion=4.0)
@@ -22,12 +23,12 @@ def admit():
 
   def admit(asked, key=_KEY, end=None):
     async def run():
-      me = caller.Caller(request_id='req_1', key=key)
-      caller.begin(me)
+      state = {'request_id': 'req_1', 'key': key}
+      exchanges.begin(exchange := exchanges.Exchange({'state': state}))
       admitted = await gate.admit(asked, model='m', weights_digest='d')
       if end:
         admitted.end(end)
-      return admitted, me.headers
+      return admitted, exchange.limit_headers
 
     return asyncio.run(run())
 

@@ -17,9 +17,10 @@ def _run(app, headers=()):
   scope = {
     'type': 'http',
     'headers': list(headers),
-    'state': {'request_id': 'req_12ab', 'principal': 'alice'},
+    'state': {'request_id': 'req_12ab', 'principal': 'alice', 'key': 'hers'},
   }
-  asyncio.run(exchanges.Exchanges(app)(scope, None, send))
+  whole = exchanges.Exchanges(exchanges.Ends(app))
+  asyncio.run(whole(scope, None, send))
   return sent
 
 
@@ -43,6 +44,7 @@ def test_threads_and_tasks_see_the_exchange():
   assert exchange.request_id == 'req_12ab'
   assert exchange.answer_id('cmpl-') == 'cmpl-12ab'
   assert (exchange.principal, exchange.conversation) == ('alice', 'talk')
+  assert exchange.key == 'hers'
 
 
 def test_it_ends_whatever_ends_the_app():
@@ -77,7 +79,13 @@ def test_what_comes_after_the_end_is_called_at_once():
 def test_headers_are_added_to_the_answer():
   async def app(scope, receive, send):
     exchanges.current().answer_headers[b'x-a'] = b'1'
+    exchanges.current().limit_headers['x-c'] = '3'
     await send({'type': 'http.response.start', 'headers': [(b'x-b', b'2')]})
 
   (start,) = _run(app)
-  assert start['headers'] == [(b'x-b', b'2'), (b'x-a', b'1')]
+  assert start['headers'] == [
+    (b'x-b', b'2'),
+    (b'x-a', b'1'),
+    (b'x-request-id', b'req_12ab'),
+    (b'x-c', b'3'),
+  ]

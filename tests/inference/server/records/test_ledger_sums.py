@@ -9,8 +9,9 @@ from hypothesis import strategies
 from inference.engine import requests as requests_lib
 from inference.sampling import settings
 from inference.server import app as app_lib, engine_loop, service
-from inference.server.access import admission, caller, keys
+from inference.server.access import admission, keys
 from inference.server.api import errors
+from inference.server.http import exchanges
 from inference.server.records import database, ledger
 
 _KEYS = (
@@ -99,7 +100,8 @@ class _Server:
   async def ask(self, length, most, n, num, key):
     request_id = f'req_{self.num_asked}'
     self.num_asked += 1
-    caller.begin(caller.Caller(request_id=request_id, key=key))
+    state = {'request_id': request_id, 'key': key}
+    exchanges.begin(exchanges.Exchange({'state': state}))
     asked = [
       requests_lib.Request(
         prompt_ids=(length, *range(1, length)),

@@ -1,0 +1,338 @@
+"""The adapters of an engine: the weights of all in one table, a slot for each.
+
+    slot = engine.adapters.load(digest, tree)
+    engine.submit(Request(prompt_ids=..., adapter=digest))
+    engine.adapters.unload(digest)
+
+The table has a fixed number of slots, and each adapter is padded to a fixed
+rank: the programs of the engine are compiled once, whatever adapters come and
+go. Slot 0 is the base alone. Each token of a step has the slot of its sequence,
+see `models.adapters`. An engine without slots has no table, and its programs
+know nothing of adapters.
+
+An adapter is named by its digest, which covers its weights and its base. Cached
+prefixes belong to that digest, so that an adapter never meets pages that
+another one wrote, whatever names clients use.
+
+Reference: S-LoRA, arXiv:2311.03285 (many adapters on one base).
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checks import expect
+from models import adapters as adapters_lib, layout
+
+Table = dict[str, Any]  # of `models.adapters.table`
+
+
+@dataclasses.dataclass(eq=False)
+class Loaded:
+  """An adapter in its slot."""
+
+  digest: str
+  slot: int
+  num_params: int
+  num_loads: int = 0  # less those that were unloaded
+  num_open: int = 0  # sequences that use it
+
+
+class AdapterTable:
+  """The adapters of one engine; belongs to the thread of the engine."""
+
+  def __init__(self, params: Any, *, num_adapters: int, rank: int, dtype: Any):
+    """Makes an empty table.
+
+    Args:
+      params: of the base, or their shapes; layers stacked or apart.
+      num_adapters: slots, besides that of the base; 0: there is no table.
+      rank: largest rank.
+      dtype: of the computation.
+    """
+    self.num_adapters, self.rank = num_adapters, rank
+    self._base = Loaded('', 0, 0)
+    self._loaded = {'': self._base}
+    self._free = list(range(1, num_adapters + 1))
+    self.table: Table | None = None
+    if num_adapters:
+      self.table = _empty(layer_shapes(params), num_adapters + 1, rank, dtype)
+    # (table, slot, tree) -> table; compiled by the engine.
+    self.put: Callable[[Table, int, Table], Table] = put
+
+  def beside(self, params: Any) -> Any:
+    """Returns the variables of a step: params, and the table if any."""
+    if self.table is None:
+      return params
+    return {**params, adapters_lib.COLLECTION: self.table}
+
+  @property
+  def digests(self) -> list[str]:
+    """The digests of the adapters that are loaded."""
+    return [digest for digest in self._loaded if digest]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the table."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.table))
+
+  def find(self, digest: str) -> Loaded:
+    """Returns a loaded adapter; '' is the base.
+
+    Raises:
+      ValueError: it is not loaded.
+    """
+    if digest not in self._loaded:
+      raise ValueError(
+        f'adapter: got {expect.shown(digest)}, which is not loaded, expected'
+        f' {self._shown()}; load it first'
+      )
+    return self._loaded[digest]
+
+  def load(self, digest: str, tree: adapters_lib.Tree) -> int:
+    """Puts an adapter into a free slot; returns the slot.
+
+    An adapter that is loaded under two names has one slot, until both are
+    unloaded.
+
+    Args:
+      digest: of the adapter with its base.
+      tree: separate layers, scales folded into B.
+
+    Raises:
+      ValueError: no slot is free, or the adapter does not fit into one.
+    """
+    if (known := self._loaded.get(digest)) is None:
+      if not self._free:
+        raise ValueError(self._full())
+      known = Loaded(digest, self._free[0], _num_params(tree))
+      self.write(known.slot, tree)
+      self._loaded[digest] = known
+      del self._free[0]
+    known.num_loads += 1
+    return known.slot
+
+  def unload(self, digest: str) -> None:
+    """Frees the slot of an adapter, unless it was loaded more than once.
+
+    Raises:
+      ValueError: it is not loaded, or a sequence uses it.
+    """
+    known = self.find(digest)
+    if known is self._base or (known.num_loads == 1 and known.num_open):
+      raise ValueError(
+        f'adapter: got {expect.shown(digest)} to unload while'
+        f' {known.num_open} sequences use it, expected one without; finish or'
+        ' cancel them'
+      )
+    known.num_loads -= 1
+    if not known.num_loads:
+      del self._loaded[digest]
+      self._free.append(known.slot)
+
+  def check_empty(self) -> None:
+    """Checks that the base may change.
+
+    Raises:
+      ValueError: an adapter is loaded, which belongs to the base before.
+    """
+    if self.digests:
+      raise ValueError(
+        f'weights: got new ones while {len(self.digests)} adapters of the old'
+        ' ones are loaded, expected none; unload them first'
+      )
+
+  def write(self, slot: int, tree: adapters_lib.Tree) -> None:
+    """Writes the weights of a slot.
+
+    Raises:
+      ValueError: the adapter does not fit into one.
+    """
+    assert self.table is not None
+    row = padded(tree, self.table, rank=self.rank)
+    self.table = self.put(self.table, slot, row)
+
+  def _shown(self) -> str:
+    shown = [each[:16] for each in self.digests]
+    return f'one of {", ".join(shown)}' if shown else 'none: no adapter is'
+
+  def _full(self) -> str:
+    if not self.num_adapters:
+      return (
+        'adapter: got one to load, expected none: this engine has no slots for'
+        ' adapters; set engine.max_adapters'
+      )
+    return (
+      f'adapter: got one more to load, expected at most {self.num_adapters}'
+      ' (engine.max_adapters); unload another, or raise it'
+    )
+
+
+def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:
+  """Returns (in, out) of each layer that may be adapted, by path.
+
+  Args:
+    params: of the base, or their shapes; layers stacked or apart.
+  """
+  tree = params['params']
+  num_layers = [leaf.shape[0] for leaf in jax.tree.leaves(tree.get('layers'))]
+  paths, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: isinstance(x, layout.Transposed)
+  )
+  found = {}
+  for keys, leaf in paths:
+    first, *names = [key.key for key in keys]
+    if len(names) < 2 or names[-1] != 'kernel' or names[-2] in layout.RESHAPED:
+      continue
+    is_transposed = isinstance(leaf, layout.Transposed)
+    shape = leaf.kernel_OI.shape[::-1] if is_transposed else leaf.shape
+    rest = '/'.join(names[:-1])
+    if first == 'layers' and len(shape) == 3:
+      for n in range(num_layers[0]):
+        found[f'layer_{n}/{rest}'] = shape[1:]
+    elif first.startswith('layer_') and len(shape) == 2:
+      found[f'{first}/{rest}'] = shape
+  return found
+
+
+def padded(tree: adapters_lib.Tree, like: Any, *, rank: int) -> Table:
+  """Returns an adapter with an entry of the same rank at every layer.
+
+  Its function is the same, bit for bit: what is added is 0, and gains of 1.
+
+  Args:
+    tree: separate layers, scales folded into B.
+    like: a table, whose layers and dtypes the result has.
+    rank: of the result.
+
+  Raises:
+    ValueError: a rank is larger, a layer is unknown or has another shape, or a
+      number is not finite.
+  """
+  given = dict(adapters_lib.entries(tree))
+  places = dict(adapters_lib.entries(like))
+  if unknown := sorted(given.keys() - places):
+    raise ValueError(
+      f'adapter: got weights of {", ".join(unknown[:3])}, expected only linear'
+      ' layers of the base that tokens of different adapters can share, such as'
+      f' {", ".join(sorted(places)[:3])}; merge it into a directory of its own'
+    )
+  found = {}
+  for path, place in places.items():
+    width, out = place['a'].shape[0], place['b'].shape[-1]
+    entry = given.get(path, {})
+    a = np.zeros((width, rank), np.float32)
+    b = np.zeros((rank, out), np.float32)
+    gain = np.ones((out,), np.float32)
+    if entry:
+      _check_entry(path, entry, width=width, out=out, rank=rank)
+      own = entry['a'].shape[-1]
+      a[:, :own], b[:own] = entry['a'], entry['b']
+      gain[:] = entry.get('gain', 1)
+    made = {'a': a, 'b': b, 'gain': gain}
+    found[path] = {k: v.astype(place[k].dtype) for k, v in made.items()}
+  return adapters_lib.nested(found)
+
+
+def alone(
+  tree: adapters_lib.Tree, params: Any, *, rank: int, dtype: Any
+) -> Table:
+  """Returns an adapter as a slot of an engine has it, for its params alone.
+
+  Args:
+    tree: separate layers, scales folded into B.
+    params: of the base; layers stacked or apart.
+    rank: that the engine pads to.
+    dtype: of the computation.
+  """
+  table = jax.eval_shape(lambda: _empty(layer_shapes(params), 1, rank, dtype))
+  return jax.tree.map(jnp.asarray, padded(tree, table, rank=rank))
+
+
+def _check_entry(
+  path: str, entry: Mapping[str, Any], *, width: int, out: int, rank: int
+) -> None:
+  own = entry['a'].shape[-1]
+  if own > rank:
+    raise ValueError(
+      f'adapter: got rank {own} at {path}, expected at most {rank}'
+      ' (engine.max_adapter_rank); raise it'
+    )
+  shapes = entry['a'].shape, entry['b'].shape
+  if shapes != ((width, own), (own, out)):
+    raise ValueError(
+      f'adapter: got shapes {shapes} at {path}, expected {(width, own)} and'
+      f' {(own, out)}; it is an adapter of another model'
+    )
+  # A row of another adapter is multiplied by 0, which is no number then.
+  if not all(np.isfinite(np.asarray(x)).all() for x in entry.values()):
+    raise ValueError(
+      f'adapter: got numbers that are not finite at {path}, expected finite'
+      ' ones; its training has diverged'
+    )
+
+
+def _empty(
+  layers: Mapping[str, tuple[int, int]], num_slots: int, rank: int, dtype: Any
+) -> Table:
+  def entry(path: str, width: int, out: int) -> dict[str, jax.Array]:
+    # A router is computed in float32 in every dtype.
+    kind = jnp.float32 if path.endswith('/router') else dtype
+    return {
+      'a': jnp.zeros((width, num_slots, rank), kind),
+      'b': jnp.zeros((num_slots, rank, out), kind),
+      'gain': jnp.ones((num_slots, out), kind),
+    }
+
+  return adapters_lib.nested(
+    {path: entry(path, *shape) for path, shape in layers.items()}
+  )
+
+
+def row_shapes(table: Table) -> Table:
+  """Returns the shapes of `padded` for a table."""
+
+  def shape(leaf, axis):
+    kept = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return jax.ShapeDtypeStruct(kept, leaf.dtype)
+
+  return adapters_lib.nested(
+    {
+      path: {
+        'a': shape(place['a'], 1),
+        'b': shape(place['b'], 0),
+        'gain': shape(place['gain'], 0),
+      }
+      for path, place in adapters_lib.entries(table)
+    }
+  )
+
+
+def put(table: Table, slot: Any, tree: Table) -> Table:
+  """Returns the table with an adapter of `padded` in a slot."""
+
+  def entry(place, own):
+    return {
+      'a': place['a'].at[:, slot].set(own['a']),
+      'b': place['b'].at[slot].set(own['b']),
+      'gain': place['gain'].at[slot].set(own['gain']),
+    }
+
+  own = dict(adapters_lib.entries(tree))
+  return adapters_lib.nested(
+    {
+      path: entry(place, own[path])
+      for path, place in adapters_lib.entries(table)
+    }
+  )
+
+
+def _num_params(tree: adapters_lib.Tree) -> int:
+  """Returns the numbers in the matrices of an adapter."""
+  return sum(
+    entry['a'].size + entry['b'].size for _, entry in adapters_lib.entries(tree)
+  )
