@@ -30,6 +30,7 @@ from frozen import (
 from parallel import processes
 from storage import disk, file_names
 from training import (
+  adapters,
   assemble,
   evaluator as evaluator_lib,
   experiment as experiment_lib,
@@ -255,9 +256,9 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
   if resume.step:
-    frozen_models.check_lineage(
-      experiment.objective, workdir_lib.recorded_lineage(workdir)
-    )
+    lineage = workdir_lib.recorded_lineage(workdir)
+    frozen_models.check_lineage(experiment.objective, lineage)
+    adapters.check_base(experiment, lineage)
   try:
     state, progress = _start_or_restore(
       experiment, parts, saved, goodput, resume.step
@@ -390,9 +391,9 @@ def _start_or_restore(experiment, parts, saved, goodput, step):
   """Returns the placed state and its progress; moves the data to `step`."""
   if not step:
     key = first_key(experiment.seed)
-    if experiment.init_from:
+    init_from.check_tokenizer(experiment, parts.tokenizer)
+    if experiment.init_from and not experiment.adapter.rank:
       params = init_from.read(experiment)
-      init_from.check_tokenizer(experiment, parts.tokenizer)
       return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):

@@ -26,6 +26,8 @@ Objective = Callable[..., tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
 ]
+# (state.params, state.frozen_params) -> the params of an objective
+Joined = Callable[[Any, Any], Any]
 # Names of parts of the step, in profiles and in training/diagnosis/diagnose.py.
 UPDATE, MICROBATCHES = 'optimizer', 'microbatches'
 
@@ -34,12 +36,18 @@ def _identity(tree: Any) -> Any:
   return tree
 
 
+def _params(params: Any, frozen_params: Any) -> Any:
+  del frozen_params
+  return params
+
+
 def make_train_step(
   model: transformer.Transformer,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,
   frozen_models: Mapping[str, transformer.Transformer] | None = None,
+  joined: Joined = _params,
   num_microbatches: int = 1,
   ema_decay: float = 0.0,
   all_sum: Callable[[Any], Any] = _identity,
@@ -51,6 +59,8 @@ def make_train_step(
     objective: returns sums over its batch, see `training.objectives.port`.
     frozen_models: the other models that the objective needs, by name; their
       weights are `state.frozen_params`.
+    joined: makes the params of the objective of `state.params` and
+      `state.frozen_params`: adapters are trained apart from their base.
     ema_decay: decay of `state.average`, if the run keeps one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
@@ -60,10 +70,20 @@ def make_train_step(
     frozen = _frozen(frozen_models, state.frozen_params)
     is_trained = param_groups.trained_by(optimizer, state.params)
     trained = param_groups.selected(is_trained, state.params)
+    totals = _totals(
+      _asked(objective, model, frozen),
+      joined(state.params, state.frozen_params),
+      batch,
+      num_microbatches=num_microbatches,
+      all_sum=all_sum,
+    )
 
     def loss(trained, batch, key):
       params = param_groups.replaced(is_trained, trained, state.params)
-      return objective(params, batch, port.Model(model, key), **frozen)
+      params = joined(params, state.frozen_params)
+      return objective(
+        params, batch, port.Model(model, key), **frozen, **totals
+      )
 
     def gradient_sums(trained, batch, key):
       grad_fn = jax.value_and_grad(loss, has_aux=True)
@@ -77,6 +97,7 @@ def make_train_step(
     grads, sums = all_sum((grads, sums))
     # A batch of nothing but padding is a step of zero gradient, not of NaN.
     weight = jnp.maximum(sums.pop('weight'), 1e-9)
+    tokens = sums.pop('tokens', None)
     grads = jax.tree.map(lambda g: g / weight, grads)
     with jax.named_scope(UPDATE):
       updates, opt_state = optimizer.update(
@@ -101,6 +122,8 @@ def make_train_step(
     )
     metrics = _reported(sums, weight)
     metrics['weight'] = weight
+    if tokens is not None:
+      metrics['tokens'] = tokens
     metrics['grad_norm'] = optax.tree.norm(grads)
     # Where a finite gradient leaves weights that are not, nothing else tells.
     # The barrier makes the sum read the new weights: fused with the update, it
@@ -119,6 +142,7 @@ def make_eval_step(
   objective: Objective,
   *,
   frozen_models: Mapping[str, transformer.Transformer] | None = None,
+  joined: Joined = _params,
   all_sum: Callable[[Any], Any] = _identity,
 ) -> Callable[..., Metrics]:
   """Builds `eval_step(params, batch, frozen_params=None) -> sums`.
@@ -129,7 +153,12 @@ def make_eval_step(
 
   def eval_step(params, batch, frozen_params=None):
     frozen = _frozen(frozen_models, frozen_params)
-    loss_sum, sums = objective(params, batch, port.Model(model), **frozen)
+    params = joined(params, frozen_params)
+    asked = _asked(objective, model, frozen)
+    totals = _totals(asked, params, batch, num_microbatches=1, all_sum=all_sum)
+    loss_sum, sums = objective(
+      params, batch, port.Model(model), **frozen, **totals
+    )
     return all_sum({**sums, 'loss': loss_sum})
 
   return eval_step
@@ -145,11 +174,41 @@ def _frozen(models, params) -> dict[str, port.FrozenModel]:
   }
 
 
+def _asked(objective, model, frozen):
+  """Returns the function of (params, batch) that an objective's totals are."""
+  # A function in place of an objective has none.
+  totals = getattr(objective, 'totals', lambda *_, **__: None)
+  return lambda params, batch: totals(
+    params, batch, port.Model(model), **frozen
+  )
+
+
+def _totals(asked, params, batch, *, num_microbatches, all_sum):
+  """Returns the argument `totals` of an objective; nothing if it asks for none.
+
+  They are known before the loss of any part, so that the loss of a part does
+  not depend on the rows that it happens to have.
+  """
+  if jax.eval_shape(asked, params, batch) is None:
+    return {}
+  # No part draws anything: the key is that of `_accumulate`'s signature.
+  found = _accumulate(
+    lambda params, part, _: asked(params, part),
+    params,
+    batch,
+    jax.random.key(0),
+    num_microbatches,
+  )
+  return {'totals': all_sum(found)}
+
+
 def _reported(sums, weight):
-  """Divides scalar sums by the weight; tells how even arrays of counts are."""
+  """Divides sums by their weights; tells how even arrays of counts are."""
   metrics = {}
   for name, value in sums.items():
-    if value.ndim:
+    if isinstance(value, port.Mean):
+      metrics[name] = value.total / jnp.maximum(value.weight, 1e-9)
+    elif value.ndim:
       for figure, how_even in moe_layer.load_evenness(value).items():
         metrics[f'{name}_{figure}'] = how_even
     else:
@@ -157,14 +216,14 @@ def _reported(sums, weight):
   return metrics
 
 
-def _accumulate(gradient_sums, params, batch, key, num_microbatches):
-  """Adds up gradients and sums over equal parts of the batch.
+def _accumulate(sums_of, params, batch, key, num_microbatches):
+  """Adds up sums, as gradients, over equal parts of the batch.
 
   Rows are dealt out one by one: where the batch axis is laid out over devices,
   each of them keeps its own rows and nothing is moved.
   """
   if num_microbatches == 1:
-    return gradient_sums(params, batch, key)
+    return sums_of(params, batch, key)
   parts = jax.tree.map(
     lambda x: x.reshape(
       (x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
@@ -173,15 +232,13 @@ def _accumulate(gradient_sums, params, batch, key, num_microbatches):
   )
   zeros = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-    jax.eval_shape(
-      gradient_sums, params, jax.tree.map(lambda x: x[0], parts), key
-    ),
+    jax.eval_shape(sums_of, params, jax.tree.map(lambda x: x[0], parts), key),
   )
 
   def add_part(total, indexed_part):
     index, part = indexed_part
     part_key = jax.random.fold_in(key, index)
-    new = gradient_sums(params, part, part_key)
+    new = sums_of(params, part, part_key)
     return jax.tree.map(jnp.add, total, new), None
 
   with jax.named_scope(MICROBATCHES):

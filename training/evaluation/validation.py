@@ -4,12 +4,15 @@ Nats per token compare runs with the same tokenizer. Bits per byte compare runs
 with different tokenizers, too.
 """
 
+import collections
 from collections.abc import Callable, Iterable
 import itertools
 import math
 from typing import Any
 
 import numpy as np
+
+from training.objectives import port
 
 Batch = dict[str, np.ndarray]
 
@@ -25,19 +28,22 @@ def evaluate(
   *,
   put_batch: Callable[[Batch], Any],
   num_bytes_V: np.ndarray,
+  predicts_text: bool = True,
   max_batches: int = 0,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
   """Returns `loss` (nats/token) and `bits_per_byte` over the batches.
 
-  The end-of-document token is predicted like any other token and has no bytes.
+  A sum that has its own denominator (`port.Mean`) is reported by its name. The
+  end-of-document token is predicted like any other token and has no bytes.
   So bits per byte are the length of a code that also says where each document
-  ends. Batches without targets and weights have a loss only.
+  ends. A loss that is not that of the targets has no bits per byte.
 
   Args:
     eval_step: returns sums with 'loss' and 'weight', and with 'nll' if the
       loss has other terms, too.
     num_bytes_V: UTF-8 bytes of each token, 0 for special ones.
+    predicts_text: whether the loss is that of the targets.
     max_batches: number of batches; 0 takes all.
 
   Raises:
@@ -48,11 +54,12 @@ def evaluate(
   num_bytes = 0
   if max_batches:
     batches = itertools.islice(batches, max_batches)
-  is_text = True
+  means = collections.defaultdict(lambda: np.zeros(2))
+  is_text = predicts_text
   for batch in batches:
     if should_stop():
       raise Stopped
-    is_text = {'targets', 'weights'} <= batch.keys()
+    is_text = predicts_text and {'targets', 'weights'} <= batch.keys()
     sums = eval_step(params, put_batch(batch))
     if is_text:
       counted_BT = batch['weights'] > 0
@@ -60,17 +67,20 @@ def evaluate(
     # The prediction loss alone: without z-loss and the losses of routers.
     loss += float(sums.get('nll', sums['loss']))
     weight += float(sums['weight'])
+    for name, value in sums.items():
+      if isinstance(value, port.Mean):
+        means[name] += float(value.total), float(value.weight)
   if not weight or is_text and not num_bytes:
     raise ValueError(
       'evaluation: got no text, expected at least one byte to predict; look at'
       ' data.eval_split'
     )
-  if not is_text:
-    return {'loss': loss / weight}
-  return {
-    'loss': loss / weight,
-    'bits_per_byte': loss / (num_bytes * math.log(2)),
-  }
+  values = {'loss': loss / weight}
+  if is_text:
+    values['bits_per_byte'] = loss / (num_bytes * math.log(2))
+  # A figure of nothing, as of labels that the split does not have, is left out.
+  counted = {name: mean for name, mean in means.items() if mean[1] > 0}
+  return values | {name: float(t / w) for name, (t, w) in counted.items()}
 
 
 def report(values: dict[str, float]) -> str:
@@ -84,6 +94,8 @@ def report(values: dict[str, float]) -> str:
     text = f'validation loss {values["loss"]:.4f}'
     if 'average_loss' in values:
       text += f'; of the averaged weights {values["average_loss"]:.4f}'
+    if 'accuracy' in values:
+      text += f'; accuracy {values["accuracy"]:.4f}'
     return text
   text = (
     f'validation loss {values["loss"]:.4f} nats/token,'

@@ -4,7 +4,8 @@ An objective is a frozen dataclass: its fields are its hyper-parameters, and it
 is called with parameters, a batch and a model. It returns *sums* over its
 batch, never means. The step adds the sums of micro-batches and devices, and
 divides once, by `sums['weight']`; so the loss and its gradient do not depend on
-how a batch was cut up.
+how a batch was cut up. A loss that needs a sum over the whole batch in its
+formula, as the denominator of one of its terms, asks for it with `totals`.
 
 A new objective is one file in this folder. The loop and the step stay the same.
 """
@@ -25,9 +26,19 @@ from models import (
 )
 
 Batch = Mapping[str, jax.Array]
-Sums = dict[str, jax.Array]
-# Collections of a params tree: the transformer's own, and the objective's.
-MODEL, HEADS = 'params', axes.HEADS
+
+
+class Mean(NamedTuple):
+  """A sum that is reported over its own denominator; 0 where that is 0."""
+
+  total: jax.Array
+  weight: jax.Array  # its denominator, a sum too
+
+
+Sums = dict[str, Any]  # arrays, and `Mean` of them
+# Collections of a params tree: the transformer's own, those of the objective,
+# and adapters beside frozen weights of the transformer.
+MODEL, HEADS, ADAPTERS = 'params', axes.HEADS, axes.ADAPTERS
 
 
 class ArraySpec(NamedTuple):
@@ -146,7 +157,7 @@ class Model:
 
   def _apply(self, method: Callable, params: Any, *args: Any) -> Any:
     rngs = None if self.dropout_key is None else {'dropout': self.dropout_key}
-    variables = {MODEL: params[MODEL]}
+    variables = {k: params[k] for k in (MODEL, ADAPTERS) if k in params}
     return self.module.apply(variables, *args, method=method, rngs=rngs)
 
 
@@ -161,7 +172,7 @@ class FrozenModel(NamedTuple):
 class ModelSource:
   """Where the weights of another model are."""
 
-  path: str  # frozen directory
+  path: str  # frozen directory; '' in `logprobs_needed`: config.init_from
 
 
 class Objective(abc.ABC):
@@ -178,22 +189,74 @@ class Objective(abc.ABC):
         transformer, `params['heads']` is the result of `init_heads`.
       batch: the arrays of `batch_spec`, or some of their rows.
       model: the transformer that is trained.
-      **others: the models of `models_needed`, each by its name.
+      **others: the models of `models_needed`, each by its name; and `totals`,
+        where the method of that name returns some.
 
     Returns:
       The loss, and sums with at least `weight`: the loss, the gradient and all
       scalars are divided by it. Where the loss is more than a prediction loss,
-      `nll` is the part that is. Arrays [..., shares] are counts, of which
-      evenness is reported.
+      `nll` is the part that is. A `Mean` has a denominator of its own. Arrays
+      [..., shares] are counts, of which evenness is reported. `tokens` is the
+      number of trained targets, where `weight` counts something else.
     """
+
+  def totals(
+    self, params: Any, batch: Batch, model: Model, **others: FrozenModel
+  ) -> Sums | None:
+    """Returns sums that the loss of every part of a batch needs; None: none.
+
+    The step adds them up over micro-batches and devices before it computes any
+    loss, and passes the whole to `__call__` as `totals`. No gradient goes
+    through them, and there is no dropout.
+
+    Args:
+      params: as for `__call__`.
+      batch: some rows of the whole batch.
+      model: as for `__call__`.
+      **others: the models of `models_needed`.
+    """
+    del params, batch, model, others
 
   def validate(self) -> None:
     """Raises ValueError for hyper-parameters that no run can use."""
     return
 
+  def check_start(self, init_from: str) -> None:
+    """Raises ValueError if no run can train from these weights.
+
+    Args:
+      init_from: frozen directory of the first weights; '': random weights.
+    """
+    for name, source in self.logprobs_needed.items():
+      if not (source.path or init_from):
+        raise ValueError(
+          f'config.objective: got no frozen model for {name}, expected the'
+          " reference's frozen directory; set config.init_from, or"
+          ' config.objective.reference'
+        )
+
   def batch_spec(self) -> Mapping[str, ArraySpec]:
     """Returns the arrays that a batch holds, by name."""
     return TOKEN_ROWS
+
+  @property
+  def examples(self) -> tuple[str, ...]:
+    """The values of `data.examples` that make its batches."""
+    return 'text', 'chat'
+
+  @property
+  def predicts_text(self) -> bool:
+    """Whether the loss is that of the targets, which has bits per byte."""
+    return True
+
+  @property
+  def logprobs_needed(self) -> Mapping[str, ModelSource]:
+    """Log-probabilities of the targets under frozen models, by array name.
+
+    Each is an array of `batch_spec`, float32 [B, T]. They are computed once,
+    before the first step, and kept on disk: training/reference.py.
+    """
+    return {}
 
   @property
   def models_needed(self) -> Mapping[str, ModelSource]:

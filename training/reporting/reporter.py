@@ -152,7 +152,8 @@ class Reporter:
           f'step {taken.step}: skipped, its gradient norm of'
           f' {values["grad_norm"]:.3g} is an outlier'
         )
-      tokens = int(values.pop('weight'))
+      weight = values.pop('weight')
+      tokens = int(values.pop('tokens', weight))
       self.tokens_seen += tokens
       self.losses.append(values['loss'])
       self._log.write(
