@@ -1,11 +1,11 @@
 """Direct preference optimisation on pairs of solutions, in minutes on a CPU.
 
-    python train.py --config=experiments/sft.py --workdir=runs/sft
+    python train.py --config=experiments/problems.py --workdir=runs/problems
     python train.py --config=experiments/preference.py:dpo --workdir=runs/dpo
     python train.py --config=experiments/preference.py:kto:runs/mine/frozen ...
 
 The variants are dpo, ipo, kto, orpo, simpo and cpo, and a frozen directory
-after a second colon; without one, runs/sft/frozen. The chosen solution of a
+after a second colon; without one, runs/problems/frozen. The chosen solution of a
 pair is right. The rejected one has one wrong step, from which its answer
 follows. For kto, solutions are labelled one by one. The references:
 
@@ -24,13 +24,13 @@ figures.
 import dataclasses
 
 from data import data_config
-from experiments import sft
+from experiments import problems
 from training import experiment
 from training.objectives import preference
 from training.optimizer import chain
 
 METHODS = ('dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo')
-BASE = 'runs/sft/frozen'
+BASE = 'runs/problems/frozen'
 
 
 def get_config(variant: str = 'dpo') -> experiment.Experiment:
@@ -39,9 +39,9 @@ def get_config(variant: str = 'dpo') -> experiment.Experiment:
   if method not in METHODS:
     raise ValueError(
       f'variant: got {variant!r}, expected one of {", ".join(METHODS)}, or one'
-      ' with a frozen directory, as dpo:runs/sft/frozen'
+      ' with a frozen directory, as dpo:runs/problems/frozen'
     )
-  base = sft.get_config()
+  base = problems.get_config()
   kind = 'labelled' if method == 'kto' else 'pairs'
   return dataclasses.replace(
     base,
@@ -49,10 +49,10 @@ def get_config(variant: str = 'dpo') -> experiment.Experiment:
     init_from=directory or BASE,
     data=dataclasses.replace(
       base.data,
-      path=f'kind={kind}&count=4000&seed=1&{sft.PROBLEMS}',
+      path=f'kind={kind}&count=4000&seed=1&{problems.PROBLEMS}',
       examples=kind,
       chat_template='',  # that of the frozen directory
-      row_length=sft.LENGTH,
+      row_length=problems.LENGTH,
       tokenizer=data_config.TokenizerConfig(
         kind='directory', path=f'{directory or BASE}/tokenizer'
       ),

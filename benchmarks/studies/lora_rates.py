@@ -17,22 +17,20 @@ of full fine-tuning, at any rank.
 
 from collections.abc import Callable
 import dataclasses
+import math
 import pathlib
 import statistics
 
 from absl import app, flags, logging
 import jax
+import rich.console
 
-from benchmarks.studies import (
-  compare_experiments,
-  figure,
-  mup_transfer,
-  study_flags,
-)
+from benchmarks.studies import figure, mup_transfer, study_flags
 from experiments import lora_against_full
 from hardware import host_memory
 from models import adapter_config, transformer
-from training import experiment as experiment_lib, state as state_lib
+from training import experiment as experiment_lib, run, state as state_lib
+from training.reporting import metrics, reporter
 
 _KINDS = flags.DEFINE_list(
   'kinds', ['full', 'rank-8'], 'Variants of the experiment, `full` first.'
@@ -93,7 +91,7 @@ def _size(tree) -> int:
 def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
   """Trains what is missing in the workdir; returns the losses of each kind."""
   base = lora_against_full.get_config('base')
-  compare_experiments.train(base, workdir / 'base')
+  _train(base, workdir / 'base')
   num_seeds = study_flags.SEEDS.value or _NUM_SEEDS
 
   def loss_of(kind: str, rate: int) -> float:
@@ -101,10 +99,7 @@ def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
     for seed in range(num_seeds):
       experiment = _experiment(kind, rate, seed, workdir / 'base' / 'frozen')
       place = workdir / f'{kind}_{rate}_{seed}'
-      trained = compare_experiments.train(experiment, place)
-      if trained is None:
-        raise SystemExit('stopped by a signal; the same command goes on')
-      losses.append(trained.validation_loss)
+      losses.append(_train(experiment, place))
       print(f'{kind:8} 2^{rate:<3} seed {seed}: {losses[-1]:.4f}', flush=True)
     return statistics.mean(losses)
 
@@ -115,6 +110,20 @@ def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
     )
     for kind in kinds
   }
+
+
+def _train(
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
+) -> float:
+  """Trains or resumes in `workdir`; returns the last validation loss."""
+  try:
+    result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+  except reporter.NonFiniteError:
+    return math.nan
+  if result.exit_code:
+    raise SystemExit('stopped by a signal; the same command goes on')
+  records = metrics.read(workdir)
+  return [each['loss'] for each in records if each['kind'] == 'eval'][-1]
 
 
 def _experiment(kind, rate, seed, base) -> experiment_lib.Experiment:

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on worked solutions, in minutes on two CPU cores.
 
-    python train.py --config=experiments/sft.py --workdir=runs/sft
-    python serve.py --model=runs/sft/frozen --chat
-    python train.py --config=experiments/sft.py --audit    # which tokens train
+    python train.py --config=experiments/problems.py --workdir=runs/problems
+    python serve.py --model=runs/problems/frozen --chat
+    python train.py --config=experiments/problems.py --audit    # which tokens train
 
 A small model learns, from random weights, to answer small problems step by step
 (data/problems/). The loss is that of the answers: the questions are read, and
@@ -26,7 +26,7 @@ PROBLEMS = 'levels=1,2&families=sums,words,comparisons,sorting'
 def get_config() -> experiment.Experiment:
   """Returns the experiment."""
   return experiment.Experiment(
-    name='sft',
+    name='problems',
     model=dataclasses.replace(
       presets.llama(
         vocab_size=VOCAB_SIZE,
