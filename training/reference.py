@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checks import paths
-from data import batches as batches_lib, rows as rows_lib, token_store
+from data import batches as batches_lib, rows as rows_lib
 from models import axes, transformer
 from parallel import placement as placement_lib, processes
 from storage import atomic, derived
@@ -89,16 +89,16 @@ def add_logprobs(
       functools.partial(_Scorer, experiment, array, source, spare_ids)
     )
     for i, rows in enumerate(found):
-      values_N, done = _of_source(experiment, rows, array, source, scorer, say)
-      found[i] = rows.with_stream(array, values_N)
+      path, done = _of_source(experiment, rows, array, source, scorer, say)
+      found[i] = rows.with_array(array, path)
       computed.append(done)
   return found, tuple(computed)
 
 
 def _of_source(
   experiment, rows, array, source, scorer, say
-) -> tuple[np.ndarray, Computed]:
-  """Returns one value per id of a source's store, from disk if they are."""
+) -> tuple[pathlib.Path, Computed]:
+  """Returns the file with one value per id of a source's store."""
   if rows.is_random:
     raise ValueError(
       'data.packing: got windows, whose rows start at random tokens, with the'
@@ -118,8 +118,7 @@ def _of_source(
     raise ValueError(f'{array} of {rows.name}: {error}') from None
   kept = f'{passes} forward passes' if passes else 'known'
   say(f'reference  {array} of {rows.name}: {kept}, {directory}')
-  values_N = token_store.mapped(directory / _VALUES, 'float32')
-  return values_N, Computed(rows.name, array, weights, passes)
+  return directory / _VALUES, Computed(rows.name, array, weights, passes)
 
 
 def _directory(experiment, rows, weights: str) -> pathlib.Path:
