@@ -53,8 +53,8 @@ class VersionError(ValueError):
 def identity(run: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields of a run.json that decide what its weights mean.
 
-  They are the name, the seed, the model and the tokenizer. A run may resume
-  only from a checkpoint with the same identity.
+  They are the name, the seed, the model, the tokenizer and the adapters. A run
+  may resume only from a checkpoint with the same identity.
   """
   config = run.get('config', {})
   flat = {'experiment': run['experiment'], 'seed': config.get('seed')}
@@ -63,6 +63,8 @@ def identity(run: Mapping[str, Any]) -> dict[str, Any]:
     ('data.tokenizer', config.get('data', {}).get('tokenizer', {})),
   ):
     flat |= {f'{prefix}.{name}': value for name, value in fields.items()}
+  if config.get('adapter', {}).get('rank'):  # runs without one have no fields
+    flat |= {f'adapter.{k}': value for k, value in config['adapter'].items()}
   # Follow from the tokenizer. Checkpoints of earlier versions lack them.
   flat.pop('model.spare_ids', None)
   return json.loads(json.dumps(flat))  # lists for tuples, as when read back

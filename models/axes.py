@@ -61,6 +61,8 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),
 }
+# Owners of tables, whose rows are looked up or are classes.
+TABLES = ('embed', 'head', 'position_embed')
 _NORMS = (
   'attention_norm', 'attention_norm_after', 'query_norm', 'key_norm',
   'query_latent_norm', 'latent_norm', 'mlp_norm', 'mlp_norm_after',
@@ -74,6 +76,10 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
   'kernel': ('embed', None),
   'bias': (None,),
 }
+# The collection of adapters, see models/adapters.py, and the axis between
+# the two matrices of one.
+ADAPTERS = 'adapters'
+RANK = 'rank'
 
 
 def param_axes(params: Any) -> Any:
@@ -90,11 +96,25 @@ def names(path: tuple[Any, ...]) -> list[str]:
   return [str(getattr(part, 'key', part)) for part in path]
 
 
+def _adapter_axes(
+  kind: str, into: str | None, out: str | None
+) -> tuple[str | None, ...]:
+  return {
+    'a': (into, RANK), 'b': (RANK, out), 'magnitude': (out,)
+  }[kind]  # fmt: skip
+
+
 def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   keys = names(path)
   owner, kind = keys[-2], keys[-1]
   if keys[0] == HEADS and kind in _HEAD_AXES:
     axes: tuple[str | None, ...] = _HEAD_AXES[kind]
+  elif keys[0] == ADAPTERS and owner in _MATRIX_AXES:
+    axes = _adapter_axes(kind, *_MATRIX_AXES[owner])
+  elif kind in ('values', 'scales') and keys[-3] in _MATRIX_AXES:
+    # A kernel of models/linear/stored.py: its rows are cut into tiles, which
+    # do not divide over devices as the rows do.
+    axes = (None, _MATRIX_AXES[keys[-3]][1])
   elif owner in _NORMS and kind in ('scale', 'bias'):
     axes = ('norm',)
   elif owner in _MATRIX_AXES and kind in ('kernel', 'embedding'):

@@ -154,11 +154,17 @@ def _keys_seen(start: int, length: int, window: int) -> float:
 
 
 def train_flops_per_token(
-  config: model_config.ModelConfig, row_length: int
+  config: model_config.ModelConfig, row_length: int, *, is_frozen: bool = False
 ) -> float:
   """Returns the training FLOPs of one token: forward, and twice for backward.
 
   The mean over a row that is one document. Documents that are packed into a row
   see fewer keys.
+
+  Args:
+    is_frozen: whether the weights have no gradients, as below adapters. The
+      products of the adapters themselves are not counted.
   """
-  return 3.0 * span_flops(config, 0, row_length, row_length) / row_length
+  weights = 2.0 * num_matmul_params(config) if is_frozen else 0.0
+  once = span_flops(config, 0, row_length, row_length) / row_length
+  return 3.0 * once - weights

@@ -77,14 +77,22 @@ def _is_transposed(x: Any) -> bool:
 def unstack(
   params: Any, config: model_config.ModelConfig
 ) -> tuple[Any, model_config.ModelConfig]:
-  """Returns the params with separate layers, and their config."""
+  """Returns the params with separate layers, and their config.
+
+  Of every collection that has layers: `params` and `adapters`.
+  """
   if not config.scan_layers:
     return params, config
-  tree = dict(params['params'])
-  stacked = tree.pop('layers')
-  for n in range(config.num_layers):
-    tree[f'layer_{n}'] = jax.tree.map(lambda x, n=n: x[n], stacked)
-  return {'params': tree}, dataclasses.replace(config, scan_layers=False)
+
+  def unstacked(tree):
+    tree = dict(tree)
+    stacked = tree.pop('layers', {})
+    for n in range(config.num_layers if stacked else 0):
+      tree[f'layer_{n}'] = jax.tree.map(lambda x, n=n: x[n], stacked)
+    return tree
+
+  trees = {name: unstacked(tree) for name, tree in params.items()}
+  return trees, dataclasses.replace(config, scan_layers=False)
 
 
 def stack(
@@ -93,7 +101,13 @@ def stack(
   """Returns the params with stacked layers, and their config."""
   if config.scan_layers:
     return params, config
-  tree = dict(params['params'])
-  layers = [tree.pop(f'layer_{n}') for n in range(config.num_layers)]
-  tree['layers'] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
-  return {'params': tree}, dataclasses.replace(config, scan_layers=True)
+
+  def stacked(tree):
+    tree = dict(tree)
+    layers = [tree.pop(f'layer_{n}', None) for n in range(config.num_layers)]
+    if layers[0] is not None:
+      tree['layers'] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+    return tree
+
+  trees = {name: stacked(tree) for name, tree in params.items()}
+  return trees, dataclasses.replace(config, scan_layers=True)

@@ -15,8 +15,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import execution as execution_lib, model_config, mup
-from models.linear import plain
+from models import adapters, execution as execution_lib, model_config, mup
+from models.linear import plain, stored
 
 
 class Linear(nn.Module):
@@ -30,15 +30,21 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel_IO = self.param(
-      'kernel',
-      nn.initializers.normal(self.init_std),
-      (x.shape[-1], self.width_out),
+    kernel_IO = stored.param(
+      self, nn.initializers.normal(self.init_std), (x.shape[-1], self.width_out)
     )
     bias_O = None
     if self.use_bias:
       bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
-    return self.linear(x, kernel_IO, bias_O, self.dtype)
+
+    def multiply(x, w_IO, bias_O):
+      is_stored = isinstance(w_IO, stored.Kernel)
+      product = stored.linear if is_stored else self.linear
+      return product(x, w_IO, bias_O, self.dtype)
+
+    if (adapter := adapters.of(self)) is not None:
+      return adapters.linear(adapter, multiply, x, kernel_IO, bias_O)
+    return multiply(x, kernel_IO, bias_O)
 
 
 def residual_std(config: model_config.ModelConfig) -> float:

@@ -91,7 +91,8 @@ def lr_multipliers(config: model_config.ModelConfig, params: Any) -> Any:
 
   def multiplier(path: tuple[Any, ...], _: Any) -> float:
     owner, kind = axes.names(path)[-2:]
-    is_hidden = owner in _HIDDEN and kind == 'kernel'
+    # Of an adapter, only A has a fan-in that grows.
+    is_hidden = owner in _HIDDEN and kind in ('kernel', 'a')
     return 1 / width_ratio(config) if is_hidden else 1.0
 
   return jax.tree_util.tree_map_with_path(multiplier, params)

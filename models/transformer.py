@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from models import (
+  adapters,
   axes,
   block as block_lib,
   cross_entropy,
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
     if config.scan_layers:
       self.layers = nn.scan(
         block,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, adapters.COLLECTION: 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=cast(
           Any, (0, *[nn.broadcast] * 3)
@@ -247,13 +248,20 @@ class Transformer(nn.Module):
           config, self.dtype, self.execution, layer, parent=None
         )
         calls[layer] = jax.jit(block.apply)
-    params = self.variables['params']
     return [
       functools.partial(
-        calls[config.layer(n)], {'params': params[f'layer_{n}']}
+        calls[config.layer(n)], self._layer_variables(f'layer_{n}')
       )
       for n in range(config.num_layers)
     ]
+
+  def _layer_variables(self, name: str) -> dict[str, Any]:
+    """Returns the variables of a layer, or of the stack, by collection."""
+    return {
+      collection: tree[name]
+      for collection, tree in self.variables.items()
+      if name in tree
+    }
 
   def _run_layers_elsewhere(self, x_BTD, shared):
     """Returns x and the routing of the port `run_layers`, a pipeline."""
@@ -266,17 +274,17 @@ class Transformer(nn.Module):
       self.config, self.dtype, self.execution, self.config.layer(0), parent=None
     )
 
-    def apply_layer(params, x_BTD, shared, key):
+    def apply_layer(variables, x_BTD, shared, key):
       rngs = None if key is None else {'dropout': key}
       x_BTD, (_, routing) = block.apply(
-        {'params': params}, x_BTD, None, *shared, rngs=rngs
+        variables, x_BTD, None, *shared, rngs=rngs
       )
       return x_BTD, routing
 
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
     assert self.execution.run_layers is not None
     return self.execution.run_layers(
-      apply_layer, self.variables['params']['layers'], x_BTD, shared, key
+      apply_layer, self._layer_variables(axes.LAYERS), x_BTD, shared, key
     )
 
   def weighted_nll(

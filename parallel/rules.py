@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, Any], ...] = (
   ('expert_embed', 'fsdp'),
   ('position', None),
   ('norm', None),
+  ('rank', None),  # of adapters
   ('layers', 'stage'),
 )
 

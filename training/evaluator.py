@@ -1,5 +1,7 @@
 """The evaluator of a run: validation loss and tasks, between steps."""
 
+from typing import Any
+
 from training import (
   assemble,
   experiment as experiment_lib,
@@ -57,7 +59,7 @@ class Evaluator:
         values |= {f'average_{k}': value for k, value in averaged.items()}
         if self._best_by != 'loss':
           frozen = average_params
-      measured = self._measure(step, frozen)
+      measured = self._measure(step, frozen, state)
     except validation.Stopped:
       self._owed_step = step
       return True
@@ -79,7 +81,7 @@ class Evaluator:
     """Returns whether a signal cut the evaluation of `step` short."""
     return self._owed_step == step
 
-  def _measure(self, step: int, params) -> dict[str, float]:
+  def _measure(self, step: int, params, state) -> dict[str, float]:
     """Returns the results of the tasks that are due."""
     every = self._experiment.evals.every_steps
     is_due = (
@@ -94,10 +96,11 @@ class Evaluator:
       self._parts.tokenizer,
       has_bos=self._experiment.data.has_bos,
       should_stop=self._context.stop.between_batches(),
+      frozen=_frozen_of(state),
     )
 
   def _validate(self, params, state) -> dict[str, float]:
-    frozen = () if state.frozen_params is None else (state.frozen_params,)
+    frozen = _frozen_of(state)
     return validation.evaluate(
       lambda params, batch: self._eval_step(params, batch, *frozen),
       params,
@@ -108,3 +111,8 @@ class Evaluator:
       max_batches=self._experiment.eval_batches,
       should_stop=self._context.stop.between_batches(),
     )
+
+
+def _frozen_of(state: state_lib.TrainState) -> tuple[Any, ...]:
+  """Returns the weights that an evaluation reads beside the trained ones."""
+  return () if state.frozen_params is None else (state.frozen_params,)

@@ -18,6 +18,7 @@ from hardware import peaks, xla_options
 from models import axes, execution as execution_lib, flops, transformer
 from parallel import placement as placement_lib
 from training import (
+  adapters,
   execution,
   experiment as experiment_lib,
   frozen_models as frozen_models_lib,
@@ -25,6 +26,8 @@ from training import (
   step as step_lib,
 )
 from training.optimizer import chain, spikes
+
+_FROZEN = ('frozen_params',)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Learner:
   abstract_state: state_lib.TrainState
   # Analytic, of the forward and the backward pass of the trained model.
   flops_per_token: float
+  joined: step_lib.Joined  # the base and its adapters, if the run trains some
   max_documents: int | None  # of a row, see `make`
 
   @property
@@ -79,15 +83,20 @@ class Learner:
     """
     # Without the mesh: a model is initialised on a single token.
     model = self.model.clone(execution=execution_lib.Execution())
-    init = functools.partial(state_lib.init, model, self.optimizer)
-    init = functools.partial(init, **_state_options(self.experiment))
-    if not self.frozen_models:
-      return self.placement.init(init, key)
+    frozen_params = self._read_frozen()
+    init = functools.partial(
+      _first_state, self.experiment, model, self.optimizer
+    )
+    if frozen_params is None:
+      return self.placement.init(lambda key: init(key, None), key)
     layout = jax.tree.map(
       lambda leaf: leaf.sharding,
       self.placement.abstract_whole().replace(frozen_params=None),
     )
-    return self.placed(jax.jit(init, out_shardings=layout)(key))
+    state = jax.jit(init, out_shardings=layout)(
+      key, frozen_params.get(adapters.BASE)
+    )
+    return self.placement.restored(state.replace(frozen_params=frozen_params))
 
   def init_with(self, key: jax.Array, params: Any) -> state_lib.TrainState:
     """Returns the state before the first step, on the devices."""
@@ -104,19 +113,24 @@ class Learner:
 
   def placed(self, state: state_lib.TrainState) -> state_lib.TrainState:
     """Returns the state as steps take it, with the weights of frozen models."""
-    if self.frozen_models:
-      abstract = self.placement.abstract_whole().frozen_params
-      sources = self.experiment.objective.models_needed
-      state = dataclasses.replace(
-        state,
-        frozen_params={
-          name: frozen_models_lib.place(
-            frozen_models_lib.read(sources[name], model.config), abstract[name]
-          )
-          for name, model in self.frozen_models.items()
-        },
-      )
-    return self.placement.restored(state)
+    return self.placement.restored(
+      state.replace(frozen_params=self._read_frozen())
+    )
+
+  def _read_frozen(self) -> dict[str, Any] | None:
+    """Returns the weights of frozen models, placed; None if there are none."""
+    abstract = self.placement.abstract_whole().frozen_params
+    if abstract is None:
+      return None
+    sources, found = self.experiment.objective.models_needed, {}
+    for name, like in abstract.items():
+      if name == adapters.BASE:
+        params = adapters.read_base(self.experiment)
+      else:
+        config = self.frozen_models[name].config
+        params = frozen_models_lib.read(sources[name], config)
+      found[name] = frozen_models_lib.place(params, like)
+    return found
 
   def peak_flops_per_s(self) -> float:
     """Returns the peak FLOP/s of all devices in the compute dtype."""
@@ -133,6 +147,7 @@ class Learner:
       self.experiment.objective,
       self.optimizer,
       frozen_models=self.frozen_models,
+      joined=self.joined,
       num_microbatches=self.experiment.num_microbatches,
       ema_decay=self.experiment.ema_decay,
       all_sum=all_sum,
@@ -156,10 +171,16 @@ class Learner:
         self.model,
         self.experiment.objective,
         frozen_models=self.frozen_models,
+        joined=self.joined,
         all_sum=all_sum,
       ),
-      ('frozen_params',) if self.frozen_models else (),
+      self.frozen_fields,
     )
+
+  @property
+  def frozen_fields(self) -> tuple[str, ...]:
+    """The fields of a state, beside params, that an evaluation reads."""
+    return () if self.abstract_state.frozen_params is None else _FROZEN
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a batch; of the last, if batches grow."""
@@ -192,35 +213,40 @@ def make(
   experiment = execution.settled(experiment, devices or jax.devices())
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)
-  options = _state_options(experiment)
+  adapters.check(experiment)
+  base = _abstract_base(experiment, model)
+
+  def abstract(optimizer):
+    return jax.eval_shape(
+      functools.partial(_first_state, experiment, model, optimizer),
+      jax.random.key(0),
+      base,
+    )
+
   optimizer = chain.make_optimizer(
     experiment.optimizer,
     experiment.num_steps,
     experiment.model,
-    state_lib.abstract_params(model, options['make_heads']),
+    abstract(optax.identity()).params,
     is_staged=experiment.parallel.stage > 1,
   )
   optimizer = spikes.skipping(experiment.spikes, optimizer)
-  abstract_state = jax.eval_shape(
-    lambda key: state_lib.init(model, optimizer, key, **options),
-    jax.random.key(0),
-  )
+  abstract_state = abstract(optimizer)
   execution.check_model(experiment)
   frozen_as = _frozen_as(experiment)
   frozen_models = {
     name: transformer.Transformer(own.model, dtype)
     for name, own in frozen_as.items()
   }
-  if frozen_models:
-    for own in frozen_as.values():
-      execution.check_model(own)
-    abstract_state = dataclasses.replace(
-      abstract_state,
-      frozen_params={
-        name: state_lib.abstract_params(frozen)
-        for name, frozen in frozen_models.items()
-      },
-    )
+  for own in frozen_as.values():
+    execution.check_model(own)
+  frozen_params = {
+    name: state_lib.abstract_params(frozen)
+    for name, frozen in frozen_models.items()
+  }
+  if base is not None:
+    frozen_params[adapters.BASE] = base
+  abstract_state = abstract_state.replace(frozen_params=frozen_params or None)
   placement = placement_lib.make(
     experiment.parallel,
     abstract_state,
@@ -246,8 +272,9 @@ def make(
     placement=placement,
     abstract_state=abstract_state,
     flops_per_token=flops.train_flops_per_token(
-      experiment.model, experiment.data.row_length
+      experiment.model, experiment.data.row_length, is_frozen=base is not None
     ),
+    joined=adapters.joined(experiment.adapter),
     max_documents=max_documents,
   )
 
@@ -265,6 +292,37 @@ def _frozen_as(
     )
     for name, source in experiment.objective.models_needed.items()
   }
+
+
+def _abstract_base(
+  experiment: experiment_lib.Experiment, model: transformer.Transformer
+) -> Any:
+  """Returns the shapes of the weights below adapters; None: no adapters."""
+  if not experiment.adapter.rank:
+    return None
+  return jax.eval_shape(
+    functools.partial(adapters.in_form, experiment.adapter),
+    state_lib.abstract_params(model),
+  )
+
+
+def _first_state(
+  experiment: experiment_lib.Experiment,
+  model: transformer.Transformer,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  base: Any,
+) -> state_lib.TrainState:
+  """Returns the state before the first step. Pure: jit or eval_shape it.
+
+  Args:
+    base: weights that the state has adapters of; None: it has weights.
+  """
+  options = _state_options(experiment)
+  if base is None:
+    return state_lib.init(model, optimizer, key, **options)
+  params = adapters.first(experiment.adapter, key, base)
+  return state_lib.init_with(optimizer, key, params, **options)
 
 
 def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import jax
 import rich.console
 
 from frozen import (
+  adapters as frozen_adapters,
   format as frozen_format,
   freeze,
   manifest as manifest_lib,
@@ -30,6 +31,7 @@ from frozen import (
 from parallel import processes
 from storage import disk, file_names
 from training import (
+  adapters,
   assemble,
   evaluator as evaluator_lib,
   experiment as experiment_lib,
@@ -154,7 +156,7 @@ def _unlike(
   if not frozen.exists():
     return f'nothing is in {frozen}'
   try:
-    manifest = manifest_lib.read(frozen)
+    manifest, dtype = _read_manifest(frozen, experiment)
     manifest_lib.check_files(frozen, manifest)
     run = run_record.read(frozen.parent)
     generation = frozen_format.read_generation(frozen)
@@ -173,7 +175,7 @@ def _unlike(
   )
   for name, got, expected in (
     ('step', manifest.step, step),
-    ('freeze.dtype', manifest.dtype, wanted.dtype),
+    ('freeze.dtype', dtype, wanted.dtype),
     ('freeze.weights', manifest.weights, weights),
     *(
       (f'freeze.{name}', generation.get(name), settings.get(name))
@@ -187,6 +189,22 @@ def _unlike(
   return ''
 
 
+def _read_manifest(
+  frozen: pathlib.Path, experiment: experiment_lib.Experiment
+) -> tuple[manifest_lib.Manifest | frozen_adapters.AdapterManifest, str]:
+  """Returns the manifest of what the run freezes, and the dtype of that.
+
+  Raises:
+    OSError, ValueError: something else is there.
+  """
+  if experiment.adapter.rank and not experiment.freeze.merge_adapter:
+    # The dtype of an adapter is always the same.
+    manifest = frozen_adapters.read_manifest(frozen)
+    return manifest, experiment.freeze.dtype
+  manifest = manifest_lib.read(frozen)
+  return manifest, manifest.dtype
+
+
 def _freeze(experiment, workdir, step, console) -> None:
   """Freezes a step into the workdir."""
   frozen = workdir / file_names.FROZEN
@@ -197,6 +215,7 @@ def _freeze(experiment, workdir, step, console) -> None:
       out=frozen,
       dtype=experiment.freeze.dtype,
       weights=experiment.freeze.weights,
+      merge_adapter=experiment.freeze.merge_adapter,
       generation=freeze.chosen_generation(
         dataclasses.asdict(experiment.freeze)
       ),
@@ -253,11 +272,11 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   changes = workdir_lib.changes(workdir, experiment)
   parts = _assemble(experiment, workdir, console)
   if resume.step:
+    lineage = workdir_lib.recorded_lineage(workdir)
     frozen_models.check_lineage(
-      experiment.objective,
-      experiment.init_from,
-      workdir_lib.recorded_lineage(workdir),
+      experiment.objective, experiment.init_from, lineage
     )
+    adapters.check_base(experiment, lineage)
   try:
     state, progress = _start_or_restore(
       experiment, parts, saved, goodput, resume.step
@@ -389,9 +408,9 @@ def _start_or_restore(experiment, parts, saved, goodput, step):
   """Returns the placed state and its progress; moves the data to `step`."""
   if not step:
     key = first_key(experiment.seed)
-    if experiment.init_from:
+    init_from.check_tokenizer(experiment, parts.tokenizer)
+    if experiment.init_from and not experiment.adapter.rank:
       params = init_from.read(experiment)
-      init_from.check_tokenizer(experiment, parts.tokenizer)
       return parts.learner.init_with(key, params), checkpoint.Progress()
     return parts.learner.init(key), checkpoint.Progress()
   with goodput.during('restore'):

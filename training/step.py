@@ -26,6 +26,8 @@ Objective = Callable[..., tuple[jax.Array, Metrics]]
 TrainStep = Callable[
   [state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]
 ]
+# (state.params, state.frozen_params) -> the params of an objective
+Joined = Callable[[Any, Any], Any]
 # Names of parts of the step, in profiles and in training/diagnosis/diagnose.py.
 UPDATE, MICROBATCHES = 'optimizer', 'microbatches'
 
@@ -34,12 +36,18 @@ def _identity(tree: Any) -> Any:
   return tree
 
 
+def _params(params: Any, frozen_params: Any) -> Any:
+  del frozen_params
+  return params
+
+
 def make_train_step(
   model: transformer.Transformer,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,
   frozen_models: Mapping[str, transformer.Transformer] | None = None,
+  joined: Joined = _params,
   num_microbatches: int = 1,
   ema_decay: float = 0.0,
   all_sum: Callable[[Any], Any] = _identity,
@@ -51,6 +59,8 @@ def make_train_step(
     objective: returns sums over its batch, see `training.objectives.port`.
     frozen_models: the other models that the objective needs, by name; their
       weights are `state.frozen_params`.
+    joined: makes the params of the objective of `state.params` and
+      `state.frozen_params`: adapters are trained apart from their base.
     ema_decay: decay of `state.average`, if the run keeps one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
@@ -62,7 +72,7 @@ def make_train_step(
     trained = param_groups.selected(is_trained, state.params)
     totals = _totals(
       _asked(objective, model, frozen),
-      state.params,
+      joined(state.params, state.frozen_params),
       batch,
       num_microbatches=num_microbatches,
       all_sum=all_sum,
@@ -70,6 +80,7 @@ def make_train_step(
 
     def loss(trained, batch, key):
       params = param_groups.replaced(is_trained, trained, state.params)
+      params = joined(params, state.frozen_params)
       return objective(
         params, batch, port.Model(model, key), **frozen, **totals
       )
@@ -131,6 +142,7 @@ def make_eval_step(
   objective: Objective,
   *,
   frozen_models: Mapping[str, transformer.Transformer] | None = None,
+  joined: Joined = _params,
   all_sum: Callable[[Any], Any] = _identity,
 ) -> Callable[..., Metrics]:
   """Builds `eval_step(params, batch, frozen_params=None) -> sums`.
@@ -141,6 +153,7 @@ def make_eval_step(
 
   def eval_step(params, batch, frozen_params=None):
     frozen = _frozen(frozen_models, frozen_params)
+    params = joined(params, frozen_params)
     asked = _asked(objective, model, frozen)
     totals = _totals(asked, params, batch, num_microbatches=1, all_sum=all_sum)
     loss_sum, sums = objective(

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from models import (
+  adapters,
   execution as execution_lib,
   kv_cache,
   mlp,
@@ -184,4 +185,6 @@ class Up(nn.Module):
     kernel = self.param(
       'kernel', nn.initializers.normal(mup.hidden_std(config)), shape
     )
+    if (adapter := adapters.of(self)) is not None:
+      kernel = adapters.kernel(adapter, kernel, self.name)
     return kernel.reshape((shape[0], config.num_heads, channels))

@@ -38,14 +38,14 @@ _COTANGENT = {'int8': jnp.int8, 'fp8': jnp.float8_e5m2}
 _QUANTISES_WEIGHT_GRADIENT = {'int8': False, 'fp8': True}
 
 
-def check_installed() -> None:
-  """Raises ValueError unless qwix can be imported."""
+def check_installed(field: str = 'execution.matmul') -> None:
+  """Raises ValueError, naming the field, unless qwix can be imported."""
   try:
-    _qwix()
+    qwix_module()
   except ImportError as error:
     raise ValueError(
-      f'execution.matmul: got {error}, expected qwix; pip install -r'
-      ' requirements-quant.txt or set execution.matmul = float'
+      f'{field}: got {error}, expected qwix; pip install -r'
+      f' requirements-quant.txt or set {field} = float'
     ) from error
 
 
@@ -103,7 +103,7 @@ _product.defvjp(_forward, _backward)
 
 def _contract(a, b, a_axes, b_axes, qtypes):
   """Returns the quantised product, summed over the given axes, in float32."""
-  qwix = _qwix()
+  qwix = qwix_module()
 
   def quantised(array, axes, qtype):
     # From float32: scales computed in bfloat16 would have 8 bits.
@@ -119,7 +119,8 @@ def _contract(a, b, a_axes, b_axes, qtypes):
   )
 
 
-def _qwix() -> Any:
+def qwix_module() -> Any:
+  """Returns the package qwix, which is imported at its first use."""
   import qwix  # noqa: PLC0415  takes seconds; an optional requirement
 
   return qwix

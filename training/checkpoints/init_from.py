@@ -63,9 +63,9 @@ def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   start, base = experiment.init_from, {}
   digests = frozen_models.lineage(experiment.objective, start)
   if start:
-    manifest = manifest_lib.read(_directory(experiment))
+    manifest = manifest_lib.read(directory(experiment))
     digests['init_from'] = manifest.weights_digest
-    base = freeze.base_of(_directory(experiment))
+    base = freeze.base_of(directory(experiment))
   if experiment.data.examples != data_config.TEXT:
     # The answers that were trained have this form.
     base = {**base, 'chat_template': chat_template(experiment)}
@@ -92,7 +92,7 @@ def chat_template(experiment: experiment_lib.Experiment) -> str:
       ) from None
   found = ''
   if experiment.init_from:
-    found = frozen_format.read_chat_template(_directory(experiment))
+    found = frozen_format.read_chat_template(directory(experiment))
   if not found:
     raise ValueError(
       f'data.chat_template: got none, and config.init_from ='
@@ -102,7 +102,8 @@ def chat_template(experiment: experiment_lib.Experiment) -> str:
   return found
 
 
-def _directory(experiment: experiment_lib.Experiment) -> pathlib.Path:
+def directory(experiment: experiment_lib.Experiment) -> pathlib.Path:
+  """Returns the frozen directory that a run starts from."""
   return pathlib.Path(paths.expanded('config.init_from', experiment.init_from))
 
 
@@ -118,8 +119,8 @@ def check_tokenizer(
   """
   if not experiment.init_from:
     return
-  directory = _directory(experiment) / file_names.TOKENIZER
-  frozen = tokenizer_lib.load(directory)
+  place = directory(experiment) / file_names.TOKENIZER
+  frozen = tokenizer_lib.load(place)
   names = {i: token for token, i in tokenizer.special_tokens.items()}
   frozen_names = {i: token for token, i in frozen.special_tokens.items()}
   for i in range(frozen.vocab_size):
@@ -129,8 +130,8 @@ def check_tokenizer(
     if got != expected:
       raise ValueError(
         f'data.tokenizer: got {got!r} for id {i}, expected {expected!r} as in'
-        f' {directory}: the weights of config.init_from were trained with it;'
-        f' set data.tokenizer.kind to directory and its path to {directory}'
+        f' {place}: the weights of config.init_from were trained with it;'
+        f' set data.tokenizer.kind to directory and its path to {place}'
       )
 
 
@@ -141,7 +142,7 @@ def read(experiment: experiment_lib.Experiment) -> Any:
     FileNotFoundError: there is no frozen directory.
     ValueError: it is damaged, or its model is not the experiment's.
   """
-  frozen = frozen_format.read(_directory(experiment))
+  frozen = frozen_format.read(directory(experiment))
   got, wanted = frozen.config.to_dict(), experiment.model.to_dict()
   differing = [
     f'model.{name}: {wanted[name]!r}, frozen {got[name]!r}'

@@ -14,7 +14,7 @@ import numpy as np
 
 from evals import ports
 from models import transformer
-from training import learner as learner_lib
+from training import learner as learner_lib, step as step_lib
 from training.evaluation import validation
 from training.objectives import port
 
@@ -43,18 +43,24 @@ class Scorer:
       lambda all_sum, _: make_score_step(
         learner.any_rows_model,
         num_places=data.batch_size * data.row_length,
+        joined=learner.joined,
         all_sum=all_sum,
-      )
+      ),
+      learner.frozen_fields,
     )
 
   def logprob_fn(
-    self, params: Any, should_stop: Callable[[], bool] = lambda: False
+    self,
+    params: Any,
+    should_stop: Callable[[], bool] = lambda: False,
+    frozen: tuple[Any, ...] = (),
   ) -> ports.LogprobFn:
     """Returns the `LogprobFn` of these weights.
 
     Args:
       should_stop: called before every batch; if it returns True, the function
         raises `validation.Stopped`.
+      frozen: frozen_params of the state, if it has any.
     """
 
     def score(requests: _Requests) -> Sequence[ports.Logprobs]:
@@ -63,7 +69,9 @@ class Scorer:
       for batch, members in _batches(requests, slots, self._shape):
         if should_stop():
           raise validation.Stopped
-        sums = jax.device_get(self._step(params, self._put_batch(batch)))
+        sums = jax.device_get(
+          self._step(params, self._put_batch(batch), *frozen)
+        )
         for index, places in members:
           token_logprobs = np.asarray(sums['logprob'][places], np.float64)
           found[index] = ports.Logprobs(
@@ -80,12 +88,14 @@ def make_score_step(
   model: transformer.Transformer,
   *,
   num_places: int,
+  joined: step_lib.Joined = lambda params, _: params,
   all_sum: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """Builds `score_step(params, batch)`: log p(target) at every token.
+) -> Callable[..., dict[str, jax.Array]]:
+  """Builds `score_step(params, batch, frozen_params=None)`: log p(target).
 
   Args:
     num_places: B x T of the whole batch.
+    joined: see `training.step.make_train_step`.
     all_sum: adds a tree of sums across devices, under pmap.
 
   Returns:
@@ -97,7 +107,8 @@ def make_score_step(
 
   model_port = port.Model(model)
 
-  def score_step(params, batch):
+  def score_step(params, batch, frozen_params=None):
+    params = joined(params, frozen_params)
     hidden = model_port.hidden(
       params, batch['tokens'], batch['positions'], batch['segment_ids']
     )

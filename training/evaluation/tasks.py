@@ -41,12 +41,14 @@ def measure(
   *,
   has_bos: bool,
   should_stop: Callable[[], bool] = lambda: False,
+  frozen: tuple[Any, ...] = (),
 ) -> dict[str, float]:
   """Returns every score, and its standard error if it has one, by name.
 
   Args:
     has_bos: whether documents begin with BOS in training.
     should_stop: called before every batch; True raises.
+    frozen: frozen_params of the state, if it has any.
 
   Raises:
     validation.Stopped: `should_stop` returned True.
@@ -55,7 +57,7 @@ def measure(
   model = ports.Model(
     tokenizer=tokenizer,
     max_length=scorer.max_length,
-    logprob_fn=scorer.logprob_fn(params, should_stop),
+    logprob_fn=scorer.logprob_fn(params, should_stop, frozen),
     adds_bos=has_bos,
     # A model trained without BOS knows EOS as the start of a document: there
     # the document before it ends.

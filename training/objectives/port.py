@@ -36,8 +36,9 @@ class Mean(NamedTuple):
 
 
 Sums = dict[str, Any]  # arrays, and `Mean` of them
-# Collections of a params tree: the transformer's own, and the objective's.
-MODEL, HEADS = 'params', axes.HEADS
+# Collections of a params tree: the transformer's own, those of the objective,
+# and adapters beside frozen weights of the transformer.
+MODEL, HEADS, ADAPTERS = 'params', axes.HEADS, axes.ADAPTERS
 
 
 class ArraySpec(NamedTuple):
@@ -161,7 +162,7 @@ class Model:
 
   def _apply(self, method: Callable, params: Any, *args: Any) -> Any:
     rngs = None if self.dropout_key is None else {'dropout': self.dropout_key}
-    variables = {MODEL: params[MODEL]}
+    variables = {k: params[k] for k in (MODEL, ADAPTERS) if k in params}
     return self.module.apply(variables, *args, method=method, rngs=rngs)
 
 

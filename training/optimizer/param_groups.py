@@ -131,7 +131,10 @@ def is_decayed(mask: str, params: Any) -> Any:
   def is_in_mask(path, _):
     if mask == 'all':
       return not _is_state(path)
-    return axes.names(path)[-1] in kinds
+    names = axes.names(path)
+    # The matrices of an adapter are named a and b.
+    is_adapter = names[0] == axes.ADAPTERS and names[-1] in ('a', 'b')
+    return is_adapter or names[-1] in kinds
 
   return jax.tree_util.tree_map_with_path(is_in_mask, params)
 

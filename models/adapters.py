@@ -1,0 +1,175 @@
+"""Low-rank adapters of linear layers: a small change beside frozen weights.
+
+    y = (x W + (x A) B) gain + bias
+
+The collection `adapters` lies beside `params`. At the path of the module that
+owns the kernel W [in, out] it has {'a': [in, r], 'b': [r, out]}, and for DoRA
+'gain': [out] too. Layers that are not adapted have no entry. The scale of an
+adapter is folded into B before the model sees it, see
+models/adapter_config.py. Stacked layers have one more axis in front.
+
+The rows of a batch may have different adapters. `table` joins the adapters of a
+layer, and `routed` gives each token its slot in the table; slot 0 is the base
+without an adapter. All slots are computed as one pair of products, of which a
+token keeps the part of its own slot. So a token does not depend on the adapters
+of others, and no adapter is gathered per token.
+
+References: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import axes
+
+COLLECTION = axes.ADAPTERS
+A, B, GAIN = 'a', 'b', 'gain'
+_SLOTS = 'slots'  # int32 [B, T], in every entry of a tree that is `routed`
+
+Tree = Mapping[str, Any]  # nested by module name, down to an entry per layer
+Entry = Mapping[str, Any]
+# (x[..., I], w_IO, bias_O | None) -> y[..., O]
+Multiply = Callable[..., jax.Array]
+
+
+def of(module: nn.Module) -> Entry | None:
+  """Returns the adapter of the module that is being called, or None."""
+  if not module.has_variable(COLLECTION, A):
+    return None
+  return {
+    name: module.get_variable(COLLECTION, name)
+    for name in (A, B, GAIN, _SLOTS)
+    if module.has_variable(COLLECTION, name)
+  }
+
+
+def linear(
+  adapter: Entry, multiply: Multiply, x: jax.Array, w_IO: Any, bias_O: Any
+) -> jax.Array:
+  """Returns the output [..., O] of an adapted linear layer.
+
+  Args:
+    adapter: of the layer, or the routed adapters of many slots.
+    multiply: computes a product, in the dtype of the result.
+    x: input, [..., I].
+    w_IO: the frozen kernel.
+    bias_O: None if the layer has none. No gain applies to it.
+  """
+  if GAIN not in adapter:
+    return multiply(x, w_IO, bias_O) + _change(adapter, multiply, x)
+  y = multiply(x, w_IO, None) + _change(adapter, multiply, x)
+  gain = adapter[GAIN].astype(y.dtype)
+  if _SLOTS in adapter:
+    gain = jnp.take(gain, adapter[_SLOTS], axis=0)
+  y = y * gain.reshape((1,) * (y.ndim - gain.ndim) + gain.shape)
+  if bias_O is not None:
+    y = y + bias_O.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return y
+
+
+def _change(adapter, multiply, x):
+  """Returns (x A) B, of the slot of each token if there are several."""
+  a, b = adapter[A], adapter[B]
+  if _SLOTS not in adapter:
+    return multiply(multiply(x, a, None), b, None)
+  width, num_slots, rank = a.shape
+  is_mine = jax.nn.one_hot(adapter[_SLOTS], num_slots, dtype=jnp.bool)
+  h = multiply(x, a.reshape((width, -1)), None)
+  # Not a product with 0: the part of another slot may be infinite.
+  h = jnp.where(jnp.repeat(is_mine, rank, axis=-1), h, jnp.zeros((), h.dtype))
+  return multiply(h, b.reshape((-1, b.shape[-1])), None)
+
+
+def kernel(adapter: Entry, w_IO: jax.Array, name: str) -> jax.Array:
+  """Returns the adapted kernel of a layer that uses it otherwise, float32.
+
+  Raises:
+    ValueError: the adapter is of many slots.
+  """
+  if _SLOTS in adapter:
+    raise ValueError(
+      f'adapters: got several adapters of {name}, expected one: latent'
+      ' attention uses this kernel for all rows at once; merge the adapter into'
+      ' a directory of its own'
+    )
+  return merged(w_IO, adapter)
+
+
+def merged(w_IO: Any, adapter: Entry) -> Any:
+  """Returns (W + A B) gain in float32, with any leading axes."""
+  w_IO, a, b = (
+    jnp.asarray(x, jnp.float32) for x in (w_IO, adapter[A], adapter[B])
+  )
+  whole = w_IO + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  if GAIN in adapter:
+    whole = whole * jnp.asarray(adapter[GAIN], jnp.float32)[..., None, :]
+  return whole
+
+
+def entries(tree: Tree, path: str = '') -> Iterator[tuple[str, Entry]]:
+  """Yields each entry with the path of its layer, 'layer_0/mlp/up'."""
+  for name in sorted(tree):
+    here = f'{path}/{name}' if path else name
+    if A in tree[name]:
+      yield here, tree[name]
+    else:
+      yield from entries(tree[name], here)
+
+
+def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the tree of entries that are given by path."""
+  tree: dict[str, Any] = {}
+  for path, entry in by_path.items():
+    *above, last = path.split('/')
+    place = tree
+    for name in above:
+      place = place.setdefault(name, {})
+    place[last] = entry
+  return tree
+
+
+def table(adapters: Sequence[Tree]) -> dict[str, Any]:
+  """Returns the table of adapters: those given have slots 1, 2, ...
+
+  Args:
+    adapters: with separate layers, scales folded into B; as
+      `frozen.adapters.read` returns them. Ranks and adapted layers may differ.
+
+  Returns:
+    At each layer that any of them adapts: a [in, S, r], b [S, r, out], and
+    gain [S, out] if any has one; zeros, and ones in gain, where an adapter has
+    nothing. S is their number plus 1.
+  """
+  of_each = [dict(entries(tree)) for tree in adapters]
+  joined = {}
+  for path in sorted({path for entry in of_each for path in entry}):
+    own = [entry.get(path) for entry in of_each]
+    some = next(entry for entry in own if entry is not None)
+    rank = max(entry[A].shape[1] for entry in own if entry is not None)
+    (width, _), (_, out) = some[A].shape, some[B].shape
+    num_slots, dtype = len(own) + 1, some[A].dtype
+    a = jnp.zeros((width, num_slots, rank), dtype)
+    b = jnp.zeros((num_slots, rank, out), dtype)
+    gain = jnp.ones((num_slots, out), dtype)
+    for slot, entry in enumerate(own, 1):
+      if entry is None:
+        continue
+      mine = slice(0, entry[A].shape[1])
+      a = a.at[:, slot, mine].set(entry[A])
+      b = b.at[slot, mine].set(entry[B])
+      gain = gain.at[slot].set(entry.get(GAIN, 1))
+    joined[path] = {A: a, B: b}
+    if any(entry is not None and GAIN in entry for entry in own):
+      joined[path][GAIN] = gain
+  return nested(joined)
+
+
+def routed(tree: Tree, slots_BT: jax.Array) -> dict[str, Any]:
+  """Returns a table in which each token of a batch has its slot."""
+  return nested(
+    {path: {**entry, _SLOTS: slots_BT} for path, entry in entries(tree)}
+  )

@@ -1,0 +1,105 @@
+"""Runs that train adapters: the base is frozen, and only adapters are state.
+
+    state.params         {'adapters': {layer: {a, b}}}, and heads if any
+    state.frozen_params  {'init_from': variables of the base}
+
+So gradients, moments, averages and checkpoints are of adapters alone. The base
+is read again from its frozen directory when a run resumes, and its digest is
+compared. The step computes with `joined` variables.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from frozen import manifest as manifest_lib
+from models import adapter_config, adapters
+from models.linear import quantized, stored
+from training import experiment as experiment_lib, step
+from training.checkpoints import init_from
+
+BASE = 'init_from'  # in `TrainState.frozen_params`, and in a lineage
+
+
+def joined(config: adapter_config.AdapterConfig) -> step.Joined:
+  """Returns the function that joins a state's params to their base."""
+
+  def join(params, frozen_params):
+    if not config.rank:
+      return params
+    base = jax.lax.stop_gradient(frozen_params[BASE])
+    read = adapter_config.effective(
+      config, base['params'], params[adapters.COLLECTION]
+    )
+    return {**params, **base, adapters.COLLECTION: read}
+
+  return join
+
+
+def first(
+  config: adapter_config.AdapterConfig, key: jax.Array, base: Any
+) -> dict[str, Any]:
+  """Returns the params before the first step. Pure: jit or eval_shape it.
+
+  Args:
+    key: of the run.
+    base: variables of the frozen model.
+  """
+  key = jax.random.fold_in(key, 2)  # 1 is that of heads
+  return {adapters.COLLECTION: adapter_config.init(config, base['params'], key)}
+
+
+def in_form(config: adapter_config.AdapterConfig, base: Any) -> Any:
+  """Returns the variables of a base as a run keeps them."""
+  if config.base == 'float':
+    return base
+  return {'params': stored.quantise_kernels(base['params'], config.base)}
+
+
+def check(experiment: experiment_lib.Experiment) -> None:
+  """Raises ValueError for a run whose adapters no base can have."""
+  config = experiment.adapter
+  if not config.rank:
+    return
+  if not experiment.init_from:
+    raise ValueError(
+      f"adapter.rank: got {config.rank} with config.init_from = '', expected a"
+      ' frozen directory: an adapter is a change of weights that exist; set'
+      ' config.init_from, or adapter.rank = 0'
+    )
+  if experiment.execution.matmul != 'float':
+    raise ValueError(
+      f'execution.matmul: got {experiment.execution.matmul} with adapter.rank ='
+      f' {config.rank}, expected float: products with an adapter are not'
+      ' quantised; adapter.base = int8 stores the frozen weights in 8 bits'
+    )
+  if config.base == 'float':
+    return
+  if experiment.model.num_experts:
+    raise ValueError(
+      f'adapter.base: got {config.base} with model.num_experts ='
+      f' {experiment.model.num_experts}, expected float: matrices of experts'
+      ' are not stored in fewer bits; set adapter.base = float'
+    )
+  quantized.check_installed('adapter.base')
+
+
+def read_base(experiment: experiment_lib.Experiment) -> Any:
+  """Returns the verified base of a run, as the run keeps it."""
+  return in_form(experiment.adapter, init_from.read(experiment))
+
+
+def check_base(
+  experiment: experiment_lib.Experiment, recorded: Mapping[str, str]
+) -> None:
+  """Raises ValueError if a run would resume on another base."""
+  if not experiment.adapter.rank:
+    return
+  got = manifest_lib.read(init_from.directory(experiment)).weights_digest
+  if recorded.get(BASE) != got:
+    raise ValueError(
+      f'config.init_from: got a base with weights {got[:12]}, expected'
+      f' {recorded.get(BASE, "none")[:12]}, on which the adapters were trained'
+      ' so far; set config.init_from back, or use another --workdir'
+    )
