@@ -36,6 +36,7 @@ from models import axes, transformer
 from parallel import placement as placement_lib, processes
 from storage import atomic, derived
 from training import (
+  adapters,
   execution,
   experiment as experiment_lib,
   frozen_models,
@@ -107,7 +108,7 @@ def _of_source(
       ' tokens with a fixed context'
     )
   weights = frozen_models.digest_of(array, source)
-  directory = _directory(experiment, rows, weights)
+  directory = _directory(experiment, rows, source, weights)
   passes = 0
   # Processes may have a data directory each, of which one is complete.
   if processes.agree(not directory.is_dir()):
@@ -121,7 +122,7 @@ def _of_source(
   return directory / _VALUES, Computed(rows.name, array, weights, passes)
 
 
-def _directory(experiment, rows, weights: str) -> pathlib.Path:
+def _directory(experiment, rows, source, weights: str) -> pathlib.Path:
   """Returns the place of a source's values, a hash of what they follow from."""
   data = experiment.data
   parts = {
@@ -131,11 +132,26 @@ def _directory(experiment, rows, weights: str) -> pathlib.Path:
     # Which tokens a row has beside each other does not matter; where a long
     # document is cut does.
     'rows': [data.packing, data.row_length],
-    'numerics': [experiment.compute_dtype, experiment.execution.matmul],
+    'numerics': [
+      experiment.compute_dtype,
+      experiment.execution.matmul,
+      _base_form(experiment, source),
+    ],
   }
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
   place = pathlib.Path(paths.expanded('data.data_dir', data.data_dir))
   return place / 'logprobs' / key
+
+
+def _base_form(experiment, source: port.ModelSource) -> str:
+  """Returns how the weights of a frozen model are stored, see `AdapterConfig`.
+
+  A policy of adapters starts as its quantised base, and not as the weights that
+  the base was made of: a reference of these would be another model.
+  """
+  adapter = experiment.adapter
+  is_base = frozen_models.is_same(source.path, experiment.init_from)
+  return adapter.base if adapter.rank and is_base else 'float'
 
 
 def _compute(experiment, rows, directory, scorer, say) -> int:
@@ -220,16 +236,23 @@ class _Scorer:
     )
     execution.check_model(own)
     model = transformer.Transformer(config, jnp.dtype(own.compute_dtype))
+    stored_as = functools.partial(
+      adapters.in_form,
+      dataclasses.replace(
+        experiment.adapter, base=_base_form(experiment, source)
+      ),
+    )
     abstract = state_lib.TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32),
-      params=state_lib.abstract_params(model),
+      params=jax.eval_shape(stored_as, state_lib.abstract_params(model)),
       opt_state=(),
       key=None,  # type: ignore: nothing is drawn
     )
     logical = state_lib.logical_axes(abstract, axes.param_axes(abstract.params))
     placement = placement_lib.make(own.parallel, abstract, logical, devices)
     params = frozen_models.place(
-      frozen_models.read(source, config), placement.abstract_whole().params
+      stored_as(frozen_models.read(source, config)),
+      placement.abstract_whole().params,
     )
     state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params)
     self._params = placement.restored(state).params
