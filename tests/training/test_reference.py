@@ -12,11 +12,11 @@ import pytest
 
 from data import batches as batches_lib
 from frozen import freeze
-from models import layout, transformer
+from models import adapter_config, layout, transformer
 from parallel import parallel_config
 from storage import file_names
 from tests.helpers import frozen_dirs, tiny_models, tiny_run
-from training import assemble, reference
+from training import assemble, experiment as experiment_lib, reference
 from training.objectives import next_token, port, token_loss
 from training.reporting import metrics as metrics_lib
 
@@ -126,6 +126,28 @@ def test_values_follow_from_weights_tokens_and_numerics(
   assert count('reference', objective=other) == first
   assert count('numerics', compute_dtype='bfloat16') == first
   assert count('rows', data={'row_length': 8}) > first
+
+
+@pytest.mark.parametrize('form', ['float', 'int8'])
+def test_adapters_start_at_their_reference(corpus, base, tmp_path, form):
+  """A policy starts as its base is stored; so is its reference."""
+  if form == 'int8':
+    pytest.importorskip('qwix', reason='requirements-quant.txt')
+  experiment = _experiment(
+    corpus,
+    base,
+    adapter=adapter_config.AdapterConfig(rank=2, base=form),
+    num_steps=2,
+    freeze=experiment_lib.FreezeConfig(enabled=False),
+  )
+  tiny_run.run(experiment, tmp_path / 'run')
+  records = metrics_lib.read(tmp_path / 'run')
+  first = next(r for r in records if r['kind'] == 'train')
+  assert first['distance'] == pytest.approx(0, abs=1e-9)
+  whole = _experiment(corpus, base, num_steps=2)
+  tiny_run.run(whole, tmp_path / 'whole')
+  known = form == 'float'
+  assert (_described(tmp_path / 'whole')[0]['forward_passes'] == 0) == known
 
 
 def _logprobs(learner, params, batch):
