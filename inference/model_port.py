@@ -23,6 +23,9 @@ from text import chat
 def evaluated(generator: generate.Generator) -> ports.Model:
   """Returns the model that evaluations measure: the engine that serves."""
   manifest, engine = generator.frozen.manifest, generator.engine
+  adapter = {}
+  if digest := generator.adapter_digest:
+    adapter = {'adapter_digest': digest}
 
   def encode_chat(messages):
     prompt, _ = terminal_chat.render(generator, messages)
@@ -37,9 +40,9 @@ def evaluated(generator: generate.Generator) -> ports.Model:
   return ports.Model(
     tokenizer=generator.tokenizer,
     max_length=engine.context,
-    logprob_fn=scorer(engine),
+    logprob_fn=scorer(engine, digest),
     # Several ids may end a text, of which the tokenizer knows one as its EOS.
-    sample_fn=sampler(engine, stop_ids=generator.defaults.stop_ids),
+    sample_fn=sampler(engine, digest, stop_ids=generator.defaults.stop_ids),
     adds_bos=manifest.has_bos,
     encode_prompt=encoding.naming_special_tokens(generator.tokenizer),
     render_chat=render_chat if generator.frozen.chat_template else None,
@@ -49,12 +52,15 @@ def evaluated(generator: generate.Generator) -> ports.Model:
       'weights_digest': manifest.weights_digest,
       'dtype': manifest.dtype,
       'step': manifest.step,
+      **adapter,
     },
   )
 
 
-def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
+def scorer(engine: engine_lib.Engine, adapter: str = '') -> ports.LogprobFn:
   """Returns a function that scores continuations of contexts, in order.
+
+  With an adapter, by the digest of one that is loaded.
 
   The function raises ValueError for an empty context or continuation, and for
   a pair that is longer than the model's context and one token: the last token
@@ -81,6 +87,7 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
           prompt_ids=tuple(map(int, read)),
           target=int(target),
           settings=settings,
+          adapter=adapter,
         )
       )
     answers = answer_all(engine, requests)
@@ -92,7 +99,9 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
   return score
 
 
-def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
+def sampler(
+  engine: engine_lib.Engine, adapter: str = '', **fixed: Any
+) -> ports.SampleFn:
   """Returns a function that completes prompts, several times each.
 
   Samples of one call differ from each other, even where prompts are the same.
@@ -121,6 +130,7 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
           # With two numbers: with one it would be a sample of prompt 0.
           seed=settings_lib.folded_seed(settings.seed, index, 0),
         ),
+        adapter=adapter,
       )
       for index, prompt in enumerate(prompts)
     ]
