@@ -5,6 +5,7 @@
     python serve.py --model=DIR --port=8000 --engine.max_sequences=64
     python serve.py --model=DIR --eval=perplexity:book.txt --eval.limit=100
     python serve.py --model=DIR --plan=v5e:2x4
+    python serve.py --model=DIR --adapters=sql=DIR2,poems=DIR3 --port=8000
 
 DIR is a frozen directory: `train.py` writes one, and so does
 `python -m frozen.freeze`. A setting without a flag is as DIR recommends.
@@ -52,6 +53,8 @@ _EVAL = flags_lib.Group(
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
+  'adapters': _ENGINE.ways,
+  'adapter': ('prompt', 'chat', 'eval'),
   'system': ('prompt', 'chat'),
   'host': ('port',),
   'name': ('port',),
@@ -142,6 +145,8 @@ def _complete(prompt: str, chosen) -> None:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
   print(_speed(completions, generator.engine.compile_seconds))
   print(f'memory          {generator.memory_text()}')
+  if generator.adapter:
+    print(f'adapter         {generator.adapter_digest} ({FLAGS.adapter})')
   print(f'weights before  {before}')
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:
@@ -221,6 +226,7 @@ def _listen() -> None:
       ),
       host=FLAGS.host,
       port=FLAGS.port,
+      adapters=FLAGS.adapters,
       api_keys=FLAGS.api_keys,
       records=FLAGS.records,
       has_receipts=FLAGS.receipts,
@@ -244,9 +250,17 @@ def _served_name(manifest) -> str:
 
 
 def _load(config: engine_config.EngineConfig, **how):
-  from inference import generate
+  from inference import adapters, generate
 
-  generator = generate.load(FLAGS.model, config, **how)
+  named = adapters.parsed(FLAGS.adapters)
+  if FLAGS.adapter is not None and FLAGS.adapter not in named:
+    _fail(
+      f'--adapter: got {FLAGS.adapter!r}, expected one of the names of'
+      f' --adapters: {", ".join(named) or "none"}'
+    )
+  generator = generate.load(FLAGS.model, config, adapters=named, **how)
+  if FLAGS.adapter is not None:
+    generator = generator.adapted(FLAGS.adapter)
   gc.freeze()  # it stays: the collector need not walk it
   gc.enable()
   return generator
@@ -329,6 +343,18 @@ def _define_flags() -> None:
   text, count = flags.DEFINE_string, flags.DEFINE_integer
   path = path_flags.DEFINE_path
   path('model', None, 'Frozen directory with the weights.', required=True)
+  flags.DEFINE_list(
+    'adapters',
+    [],
+    'LoRA adapters of the model, NAME=DIR with commas between several. Each'
+    ' answers beside the model, under its name.',
+  )
+  text(
+    'adapter',
+    None,
+    'Name of the adapter that answers, of those in --adapters. If not given,'
+    ' the model without an adapter answers.',
+  )
   text(
     'prompt',
     None,

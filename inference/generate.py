@@ -1,7 +1,8 @@
 """The generator: prompts to completions with one frozen model.
 
-    generator = generate.load(directory)
+    generator = generate.load(directory, adapters={'sql': sql_directory})
     for piece in generator.stream('def add(', settings): ...
+    sql = generator.adapted('sql')  # the same engine, with an adapter
 
 A text prompt starts with the tokenizer's BOS if the training documents did. The
 prompt '' is BOS alone. A prompt of token ids is used verbatim. A sequence ends
@@ -11,6 +12,7 @@ Several streams may be open at once, see `Engine.answer`.
 """
 
 from collections import abc
+import copy
 import dataclasses
 import functools
 import math
@@ -18,7 +20,9 @@ import os
 
 import jax.numpy as jnp
 
-from frozen import format as frozen_format
+from checks import expect
+from frozen import adapters as frozen_adapters, format as frozen_format
+from inference import adapters as adapters_lib
 from inference.engine import (
   device_state,
   engine as engine_lib,
@@ -42,9 +46,14 @@ class Generator:
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     *,
     compile_all: bool = True,
+    adapters: abc.Mapping[str, frozen_adapters.Adapter] | None = None,
   ):
     self.frozen = frozen
     self.heads = {}  # of a reward model, once the weights are read
+    # That of this generator, None for the base; and all by name.
+    self.adapter: frozen_adapters.Adapter | None = None
+    self._adapters = dict(adapters or {})
+    config = config.holding(adapters_lib.ranks(self._adapters.values()))
     self.tokenizer = tokenizer_lib.load(frozen.tokenizer_dir)
     self.defaults = settings_lib.recommended(frozen.generation)
     if self.tokenizer.vocab_size > frozen.config.vocab_size:
@@ -63,6 +72,68 @@ class Generator:
       config=config,
       compile_all=compile_all,
     )
+    for adapter in self._adapters.values():
+      self.engine.adapters.load(adapter.manifest.adapter_digest, adapter.tree)
+
+  def adapted(self, name: str) -> 'Generator':
+    """Returns the generator of an adapter, which shares the engine.
+
+    Raises:
+      ValueError: no adapter has the name.
+    """
+    if name not in self._adapters:
+      names = ', '.join(map(expect.shown, self._adapters)) or 'none'
+      raise ValueError(
+        f'adapter: got {expect.shown(name)}, expected one of the names of'
+        f' --adapters: {names}'
+      )
+    return self.beside(self._adapters[name])
+
+  def beside(self, adapter: frozen_adapters.Adapter) -> 'Generator':
+    """Returns a generator that answers with an adapter the engine has loaded.
+
+    The template and the settings of the adapter take the place of the base's.
+    """
+    made = copy.copy(self)
+    made.adapter = adapter
+    made.frozen = dataclasses.replace(
+      self.frozen,
+      chat_template=adapter.chat_template or self.frozen.chat_template,
+      generation=adapter.generation or self.frozen.generation,
+    )
+    made.defaults = settings_lib.recommended(made.frozen.generation)
+    return made
+
+  @property
+  def adapter_digest(self) -> str:
+    """The digest of its adapter, '' for the base."""
+    return self.adapter.manifest.adapter_digest if self.adapter else ''
+
+  def load_adapter(self, name: str, directory: str | os.PathLike) -> None:
+    """Loads an adapter under a name; it replaces one of that name.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no adapter, it belongs to another
+        base, or the engine has no place for it.
+    """
+    (new,) = adapters_lib.read(
+      {name: os.fspath(directory)}, self.frozen
+    ).values()
+    self.engine.adapters.fitted(new.tree)  # before the other one has gone
+    if name in self._adapters:
+      self.unload_adapter(name)
+    self.engine.adapters.load(new.manifest.adapter_digest, new.tree)
+    self._adapters[name] = new
+
+  def unload_adapter(self, name: str) -> None:
+    """Unloads the adapter of a name.
+
+    Raises:
+      ValueError: no adapter has the name, or it answers a request.
+    """
+    digest = self.adapted(name).adapter_digest
+    self.engine.adapters.unload(digest)
+    del self._adapters[name]
 
   def _read(self, convert):
     params = self.frozen.read_params(convert)
@@ -175,7 +246,10 @@ class Generator:
     """
     return self.engine.checked(
       requests.Request(
-        prompt_ids=self.prompt_ids(prompt), settings=settings, **fields
+        prompt_ids=self.prompt_ids(prompt),
+        settings=settings,
+        adapter=self.adapter_digest,
+        **fields,
       )
     )
 
@@ -235,7 +309,11 @@ class Generator:
       )
     return self.engine.answer(
       [
-        requests.Request(prompt_ids=self.prompt_ids(prompt), settings=wanted)
+        requests.Request(
+          prompt_ids=self.prompt_ids(prompt),
+          settings=wanted,
+          adapter=self.adapter_digest,
+        )
         for prompt, wanted in zip(prompts, settings, strict=True)
       ]
     )
@@ -255,6 +333,7 @@ def load(
   *,
   compile_all: bool = True,
   is_for_rewards: bool = False,
+  adapters: abc.Mapping[str, str] | None = None,
 ) -> Generator:
   """Reads and verifies a frozen directory; returns its generator.
 
@@ -263,6 +342,7 @@ def load(
     config: the layout of the engine.
     compile_all: False leaves programs to `engine.compile_rest`.
     is_for_rewards: whether a reward model is accepted, too.
+    adapters: directories of adapters of the base, by name.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
@@ -271,8 +351,9 @@ def load(
   frozen = frozen_format.open_directory(directory)
   if not is_for_rewards:
     frozen.manifest.check_language_model('model', str(directory))
+  found = adapters_lib.read(adapters or {}, frozen)
   try:
-    return Generator(frozen, config, compile_all=compile_all)
+    return Generator(frozen, config, compile_all=compile_all, adapters=found)
   except Exception:
     frozen.check_files()  # its error names the file that is damaged
     raise

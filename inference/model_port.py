@@ -28,6 +28,9 @@ _UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
 def evaluated(generator: generate.Generator) -> ports.Model:
   """Returns the model that evaluations measure: the engine that serves."""
   manifest, engine = generator.frozen.manifest, generator.engine
+  adapter = {}
+  if digest := generator.adapter_digest:
+    adapter = {'adapter_digest': digest}
 
   def encode_chat(messages):
     prompt, _ = terminal_chat.render(generator, messages)
@@ -40,9 +43,11 @@ def evaluated(generator: generate.Generator) -> ports.Model:
     return chat_prompts.render(generator, conversation).text
 
   functions: dict[str, Any] = {
-    'logprob_fn': scorer(engine),
+    'logprob_fn': scorer(engine, digest),
     # Several ids may end a text, of which the tokenizer knows one as its EOS.
-    'sample_fn': sampler(engine, stop_ids=generator.defaults.stop_ids),
+    'sample_fn': sampler(
+      engine, digest, stop_ids=generator.defaults.stop_ids
+    ),
   }
   if manifest.heads:  # it predicts no tokens
     functions = {
@@ -62,12 +67,15 @@ def evaluated(generator: generate.Generator) -> ports.Model:
       'weights_digest': manifest.weights_digest,
       'dtype': manifest.dtype,
       'step': manifest.step,
+      **adapter,
     },
   )
 
 
-def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
+def scorer(engine: engine_lib.Engine, adapter: str = '') -> ports.LogprobFn:
   """Returns a function that scores continuations of contexts, in order.
+
+  With an adapter, by the digest of one that is loaded.
 
   The function raises ValueError for an empty context or continuation, and for
   a pair that is longer than the model's context and one token: the last token
@@ -94,6 +102,7 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
           prompt_ids=tuple(map(int, read)),
           target=int(target),
           settings=settings,
+          adapter=adapter,
         )
       )
     answers = answer_all(engine, requests)
@@ -105,7 +114,9 @@ def scorer(engine: engine_lib.Engine) -> ports.LogprobFn:
   return score
 
 
-def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
+def sampler(
+  engine: engine_lib.Engine, adapter: str = '', **fixed: Any
+) -> ports.SampleFn:
   """Returns a function that completes prompts, several times each.
 
   Samples of one call differ from each other, even where prompts are the same.
@@ -134,6 +145,7 @@ def sampler(engine: engine_lib.Engine, **fixed: Any) -> ports.SampleFn:
           # With two numbers: with one it would be a sample of prompt 0.
           seed=settings_lib.folded_seed(settings.seed, index, 0),
         ),
+        adapter=adapter,
       )
       for index, prompt in enumerate(prompts)
     ]

@@ -78,7 +78,7 @@ class AdapterTable:
   @property
   def num_bytes(self) -> int:
     """Bytes of the table."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.table))
+    return _num_bytes(self.table)
 
   def find(self, digest: str) -> Loaded:
     """Returns a loaded adapter; '' is the base.
@@ -107,12 +107,11 @@ class AdapterTable:
       ValueError: no slot is free, or the adapter does not fit into one.
     """
     if (known := self._loaded.get(digest)) is None:
-      if not self._free:
-        raise ValueError(self._full())
-      known = Loaded(digest, self._free[0], _num_params(tree))
-      self.write(known.slot, tree)
+      row = self.check(digest, tree)
+      assert self.table is not None
+      known = Loaded(digest, self._free.pop(0), _num_params(tree))
+      self.table = self.put(self.table, known.slot, row)
       self._loaded[digest] = known
-      del self._free[0]
     known.num_loads += 1
     return known.slot
 
@@ -146,30 +145,35 @@ class AdapterTable:
         ' ones are loaded, expected none; unload them first'
       )
 
-  def write(self, slot: int, tree: adapters_lib.Tree) -> None:
-    """Writes the weights of a slot.
+  def check(self, digest: str, tree: adapters_lib.Tree) -> Table:
+    """Returns the row of an adapter, which fits into the table.
 
     Raises:
-      ValueError: the adapter does not fit into one.
+      ValueError: no slot is free, or the adapter does not fit into one.
     """
-    assert self.table is not None
-    row = padded(tree, self.table, rank=self.rank)
-    self.table = self.put(self.table, slot, row)
+    if self.table is not None and not self._free and digest not in self._loaded:
+      raise ValueError(
+        f'adapter: got one more to load, expected at most {self.num_adapters}'
+        ' (engine.max_adapters); unload another, or raise it'
+      )
+    return self.fitted(tree)
+
+  def fitted(self, tree: adapters_lib.Tree) -> Table:
+    """Returns the row of an adapter, whether or not a slot is free.
+
+    Raises:
+      ValueError: it does not fit into one, or there are none.
+    """
+    if self.table is None:
+      raise ValueError(
+        'adapter: got one to load, expected none: this engine has no slots for'
+        ' adapters; set engine.max_adapters'
+      )
+    return padded(tree, self.table, rank=self.rank)
 
   def _shown(self) -> str:
     shown = [each[:16] for each in self.digests]
     return f'one of {", ".join(shown)}' if shown else 'none: no adapter is'
-
-  def _full(self) -> str:
-    if not self.num_adapters:
-      return (
-        'adapter: got one to load, expected none: this engine has no slots for'
-        ' adapters; set engine.max_adapters'
-      )
-    return (
-      f'adapter: got one more to load, expected at most {self.num_adapters}'
-      ' (engine.max_adapters); unload another, or raise it'
-    )
 
 
 def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:
@@ -197,6 +201,19 @@ def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:
     elif first.startswith('layer_') and len(shape) == 2:
       found[f'{first}/{rest}'] = shape
   return found
+
+
+def num_bytes(params: Any, *, num_adapters: int, rank: int, dtype: Any) -> int:
+  """Returns the bytes of a table; arguments as of `AdapterTable`."""
+  layers = layer_shapes(params)
+  return _num_bytes(
+    jax.eval_shape(lambda: _empty(layers, num_adapters + 1, rank, dtype))
+  )
+
+
+def _num_bytes(table: Table | None) -> int:
+  leaves = jax.tree.leaves(table)
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def padded(tree: adapters_lib.Tree, like: Any, *, rank: int) -> Table:

@@ -97,6 +97,7 @@ def fill(
     answers: of every sequence of the step.
   """
   num_decodes = inputs.decode_table_DL.shape[0]
+  adapters_E = getattr(inputs, 'adapters_E', None)  # of `AdaptedInputs` only
   for index, decode in enumerate(step.decodes):
     inputs.tokens_T[index] = -1 if decode.tokens is None else decode.tokens[0]
     inputs.positions_T[index] = decode.start
@@ -122,8 +123,8 @@ def fill(
       at = index * chunk_tokens
       inputs.targets_M[at : at + len(targets)] = targets
   for place, span in placed_spans(step, num_decodes):
-    if isinstance(inputs, steps.AdaptedInputs):
-      inputs.adapters_E[place] = answers[span.sequence].adapter.slot
+    if adapters_E is not None:
+      adapters_E[place] = answers[span.sequence].adapter.slot
     if span.samples:
       num_given = len(span.tokens) if span.tokens else 1
       token = answers[span.sequence].forced_token(span.start + num_given)

@@ -314,15 +314,16 @@ def _hidden(
 
 def adapter_slots(inputs: Inputs) -> jax.Array | None:
   """Returns the slot of the adapter of each token, int32 [1, T]."""
-  if not isinstance(inputs, AdaptedInputs):
+  adapters_E = getattr(inputs, 'adapters_E', None)  # of `AdaptedInputs` only
+  if adapters_E is None:
     return None
   num_decodes, num_chunks = (
     len(table) for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
   )
-  slots_T = inputs.adapters_E[:num_decodes]
+  slots_T = adapters_E[:num_decodes]
   if num_chunks:
     chunk_tokens = len(inputs.targets_M) // num_chunks
-    slots_M = jnp.repeat(inputs.adapters_E[num_decodes:], chunk_tokens)
+    slots_M = jnp.repeat(adapters_E[num_decodes:], chunk_tokens)
     slots_T = jnp.concatenate([slots_T, slots_M])
   return slots_T[None]
 

@@ -128,8 +128,8 @@ def create_app(
   """Returns the ASGI app that serves models.
 
   Args:
-    models: at least one, under different names. The app starts and closes
-      their engine loops.
+    models: at least one, under different names; adapters behind their bases.
+      The app starts and closes their engine loops.
     keys: further keys than those of the records, or all keys. Without any key,
       all clients are answered.
     config: the limits on bodies.
@@ -176,9 +176,9 @@ def create_app(
     bodies.close()
     records.close()
     ledger.close()
-    for model in versions.all():
-      if generator := model.engine_loop.generator:
-        _report_digest(generator)
+    for loop in versions.engine_loops():
+      if loop.generator:
+        _report_digest(loop.generator)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions

@@ -259,6 +259,31 @@ class EngineLoop:
       raise
     return updates
 
+  async def call(self, function: Callable[[engine_lib.Engine], Any]) -> None:
+    """Calls a function with the engine, in its thread, between two steps.
+
+    Raises:
+      ValueError: the function raises it.
+      Failed, Stopped: the engine does not run any more.
+    """
+    if self._is_closed:
+      raise _stopping()
+    called = asyncio.get_running_loop().create_future()
+
+    def run() -> None:
+      error = None
+      if self.failure or not self.generator:
+        error = _failed()
+      else:
+        try:
+          function(self.generator.engine)
+        except ValueError as refusal:
+          error = refusal
+      self._call(_settle, called, error)
+
+    self._inbox.put(run)
+    await called
+
   async def close(self) -> None:
     """Cancels open requests and ends the thread, unless it still loads."""
     self._is_closed = True

@@ -4,7 +4,8 @@
 
 ID is the `x-request-id` of an answer, or the id in its body. Its receipt was
 written by `serve.py --port --receipts`. The replay computes every token of the
-answer again from the weights in DIR: one sequence, without prefix cache, pages,
+answer again from the weights in DIR (and in --adapter=DIR2, if an adapter
+answered): one sequence, without prefix cache, pages,
 batch, chunks, speculation or quantisation of the cache. It prints the first
 token that differs and the largest difference, and a verdict in words:
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
         f'{argv[1]}: got no receipt in {values.records}, expected one; was the'
         ' server started with --receipts, and did the answer finish?'
       )
-    verdicts = _replayed(found, values.model, values.tolerance)
+    verdicts = _replayed(found, values.model, values.adapter, values.tolerance)
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     _fail(str(error))
   else:
@@ -79,7 +80,9 @@ def _receipts(request_id: str, path: str, key_file: str | None):
     ) from None
 
 
-def _replayed(found, directory: str, tolerance: float | None) -> list[str]:
+def _replayed(
+  found, directory: str, adapter: str | None, tolerance: float | None
+) -> list[str]:
   """Prints the replay of each receipt; returns the verdicts."""
   import jax
 
@@ -101,6 +104,7 @@ def _replayed(found, directory: str, tolerance: float | None) -> list[str]:
     dtype=dtype,
     vocab_size=tokenizer.vocab_size,
     is_invariant=numerics['numerics'] == 'invariant',
+    adapter=_adapter_of(found[0], adapter, frozen),
   )
   verdicts = []
   for receipt in found:
@@ -128,6 +132,35 @@ def _check_weights(receipt, directory: str) -> None:
       f'--model: got {directory} with weights {manifest.weights_digest},'
       f' expected {receipt.digests["weights"]}, the weights of the answer'
     )
+
+
+def _adapter_of(receipt, directory: str | None, frozen):
+  """Returns the adapter that answered, as the engine padded it, or None."""
+  digest = receipt.digests.get('adapter')
+  if digest is None and directory is None:
+    return None
+  if digest is None or directory is None:
+    raise ValueError(
+      f'--adapter: got {directory or "none"}, expected'
+      f' {f"the directory of the adapter {digest}" if digest else "none"}, as'
+      ' the answer had'
+    )
+  from frozen import adapters as frozen_adapters
+  from inference.engine import adapter_table
+
+  adapter = frozen_adapters.read(directory, frozen)
+  if adapter.manifest.adapter_digest != digest:
+    raise ValueError(
+      f'--adapter: got {directory} with digest'
+      f' {adapter.manifest.adapter_digest}, expected {digest}, that of the'
+      ' answer'
+    )
+  return adapter_table.alone(
+    adapter.tree,
+    frozen.params,
+    rank=int(receipt.numerics['adapter_rank']),
+    dtype=frozen.manifest.dtype,
+  )
 
 
 def _report(receipt, result):
@@ -212,6 +245,7 @@ def _define_flags() -> None:
     'Frozen directory with the weights that answered.',
     required=True,
   )
+  path('adapter', None, 'Directory of the adapter that answered, if one did.')
   path('key_file', None, 'File of serve.py --receipts_key, if it had one.')
   flags.DEFINE_integer(
     'choice', None, 'Number of the choice to replay. If not given, all.'

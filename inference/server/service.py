@@ -1,6 +1,7 @@
 """The parts of the server that its routes share."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 import dataclasses
 import threading
 import time
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 
 import prometheus_client
 
-from frozen import manifest as manifest_lib
+from frozen import adapters as frozen_adapters, manifest as manifest_lib
 from inference import generate
 from inference.engine import engine, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
@@ -23,6 +24,7 @@ from inference.server.records import database, responses
 from inference.server.versions import fingerprint, memory, registry, shadow
 
 _SHOWN_DIGITS = 16  # of a digest in NAME@DIGEST
+_TICK_SECONDS = 0.02
 
 
 class Observer(Protocol):
@@ -64,9 +66,10 @@ class ServedModel:
       admission: admits and bills its requests; None: that of the versions that
         it will be among.
     """
-    self.name, self.engine_loop = name, engine_loop
-    self.manifest, self.digest = manifest, manifest.weights_digest
-    self.version = f'{name}@{self.digest[:_SHOWN_DIGITS]}'
+    self.name, self.engine_loop, self.manifest = name, engine_loop, manifest
+    self.adapter: frozen_adapters.Adapter | None = None
+    self.base: ServedModel | None = None  # of an adapter
+    self.identify(manifest.weights_digest)
     self.context = context or manifest.model['max_length']
     self.observers: list[Observer] = []
     if admission is not None:
@@ -77,10 +80,55 @@ class ServedModel:
     self._num_held, self._lock = 0, threading.Lock()
     self._created = int(time.time())  # when this server began to load it
 
+  def identify(self, digest: str) -> None:
+    """Sets the digest that names the version."""
+    self.digest = digest
+    self.version = f'{self.name}@{digest[:_SHOWN_DIGITS]}'
+
+  @property
+  def state(self) -> str:
+    """The state of the version, one of those of an engine loop."""
+    return self.engine_loop.state
+
+  @property
+  def failure(self) -> Exception | None:
+    """The error that ended it."""
+    return self.engine_loop.failure
+
+  @property
+  def origin(self) -> manifest_lib.Provenance:
+    """The origin of the weights that are its own."""
+    return self.adapter.manifest if self.adapter else self.manifest
+
+  def loaded(self) -> generate.Generator | None:
+    """Returns its generator, None until it is loaded."""
+    return self.engine_loop.generator
+
+  def registries(self) -> list[prometheus_client.CollectorRegistry]:
+    """Returns the registries of its metrics."""
+    found = [self.shadow.registry]
+    if generator := self.engine_loop.generator:
+      found.append(generator.engine.metrics.registry)
+    return found
+
+  def start(self) -> Coroutine | None:
+    """Starts to load it; returns work that goes on, if there is some."""
+    self.engine_loop.start()
+
+  async def unload(self) -> None:
+    """Frees its memory; no request needs it any more."""
+    loop = self.engine_loop
+    await loop.close()
+    while loop.is_compiling:  # XLA cannot be interrupted
+      await asyncio.sleep(_TICK_SECONDS)
+    await asyncio.to_thread(loop.release)
+
+  def count(self, updates: Sequence[engine_loop_lib.Item]) -> None:
+    """Counts the last updates of sequences; the engine has done so."""
+
   def card(self) -> dict[str, Any]:
     """Returns its entry of /v1/models."""
     manifest = self.manifest
-    generator = self.engine_loop.generator
     return {
       'id': self.name,
       'object': 'model',
@@ -88,7 +136,7 @@ class ServedModel:
       'owned_by': 'two-lives',
       'max_model_len': self.context,
       'version': self.version,
-      'digests': fingerprint.digests(manifest, generator),
+      'digests': fingerprint.digests(manifest, self.loaded()),
       'lineage': {
         'weights_digest': self.digest,
         'num_params': manifest.num_params,
@@ -123,17 +171,24 @@ class ServedModel:
     Raises:
       ApiError: status 503, the model still loads, or the engine has stopped.
     """
-    loop = self.engine_loop
-    if loop.state == engine_loop_lib.READY and loop.generator:
-      return loop.generator
-    if loop.state == engine_loop_lib.STOPPED:
+    state, generator = self.state, self.loaded()
+    if state == engine_loop_lib.READY and generator:
+      return generator
+    if state == engine_loop_lib.STOPPED:
       raise errors.stopping()
     raise errors.ApiError(
       503,
-      f'the server is not ready: {loop.state}; ask /ready',
+      f'the server is not ready: {state}; ask /ready',
       param=None,
       code='not_ready',
     )
+
+  def asked(
+    self, requests: Sequence[requests_lib.Request]
+  ) -> list[requests_lib.Request]:
+    """Returns requests as this version answers them."""
+    digest = self.digest if self.adapter else ''
+    return [dataclasses.replace(each, adapter=digest) for each in requests]
 
   async def submit(
     self, requests: Sequence[requests_lib.Request]
@@ -146,6 +201,7 @@ class ServedModel:
       ApiError: status 400, a prompt does not fit; 429, too many requests wait,
         or a limit is reached; 500 or 503, no request is answered any more.
     """
+    requests = self.asked(requests)
     # A request for an embedding answers with no token.
     is_text = all(each.pooling is None for each in requests)
     found = [each.observe(self, requests) for each in self.observers if is_text]
@@ -157,6 +213,7 @@ class ServedModel:
     )
 
     def end(ended: engine_loop_lib.Ended):
+      self.count(ended.updates)
       for which, update in ended.updates:
         done = update.completion
         # Of a client that left, nothing is kept.
@@ -192,6 +249,21 @@ def _scored(request: requests_lib.Request) -> requests_lib.Request:
 
 class Loader(Protocol):
   """Makes the versions that an administrator asks for."""
+
+  def is_adapter(self, path: str) -> bool:
+    """Returns whether a path is that of an adapter."""
+    ...
+
+  def adapter_asked(
+    self,
+    path: str,
+    name: str,
+    *,
+    base: str | None,
+    models: Sequence[ServedModel],
+  ) -> ServedModel:
+    """Returns an adapter, which is not loaded yet; see `versions.loader`."""
+    ...
 
   def load_asked(
     self, path: str, name: str, *, kv_memory: str | None, pending: int
@@ -241,9 +313,7 @@ class Service:
     found = [({}, registry) for registry in self.metrics]
     for model in self.versions.all():
       labels = {'model': model.name, 'version': model.version}
-      found.append((labels, model.shadow.registry))
-      if generator := model.engine_loop.generator:
-        found.append((labels, generator.engine.metrics.registry))
+      found += [(labels, registry) for registry in model.registries()]
     return found
 
   def find(self, name: str) -> ServedModel:

@@ -5,13 +5,16 @@
 The flags are read by serve.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import os
 import signal
 import sys
 
+from checks import expect
+from frozen import adapters as frozen_adapters, format as frozen_format
+from inference import adapters as adapters_lib
 from inference.engine import engine_config
 from inference.server import (
   app as app_lib,
@@ -23,7 +26,11 @@ from inference.server.access import api_keys, keys as keys_lib
 from inference.server.http import listener
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
-from inference.server.versions import loader as loader_lib, registry
+from inference.server.versions import (
+  loader as loader_lib,
+  registry,
+  served_adapter,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class Options:
   limits: server_config.ServerConfig
   host: str
   port: int
+  adapters: Sequence[str] = ()  # NAME=DIR, of adapters of the model
   api_keys: str | None = None  # file; None: all clients are answered
   records: str | None = None  # file; None: in memory
   has_receipts: bool = False
@@ -57,9 +65,11 @@ def serve(options: Options) -> None:
   loader = loader_lib.Loader(
     options.engine, models_root=options.limits.models_root
   )
+  found = _adapters(options)
   model = loader.load(
     options.directory,
     options.name,
+    config=options.engine.holding(adapters_lib.ranks(found.values())),
     on_load_failure=lambda: setattr(server, 'should_exit', True),
   )
   records = database.Database(options.records, tables=app_lib.TABLES)
@@ -70,9 +80,14 @@ def serve(options: Options) -> None:
     is_insecure=options.is_insecure,
   )
   seal = _seal(options, has_keys=keyring.has_keys)
-  print('\n'.join(_described(model)), flush=True)
+  beside = [
+    served_adapter.ServedAdapter(name, adapter, model)
+    for name, adapter in found.items()
+  ]
+  lines = [*_described(model), *(_adapter_line(each) for each in beside)]
+  print('\n'.join(lines), flush=True)
   app = app_lib.create_app(
-    [model],
+    [model, *beside],
     keyring,
     options.limits,
     records=records,
@@ -90,6 +105,32 @@ def serve(options: Options) -> None:
     port=options.port,
   )
   _run(server, app.state.versions, model.engine_loop)
+
+
+def _adapters(options: Options) -> dict[str, frozen_adapters.Adapter]:
+  """Returns the adapters of the options by name, read and verified.
+
+  Raises:
+    FileNotFoundError, ValueError: one cannot be served beside the model.
+  """
+  named = adapters_lib.parsed(options.adapters)
+  if options.name in named:
+    raise ValueError(
+      f'--adapters: got the name {expect.shown(options.name)}, expected another'
+      ' than that of the base; rename it, or give --name'
+    )
+  if not named:
+    return {}
+  base = frozen_format.open_directory(options.directory)
+  return adapters_lib.read(named, base)
+
+
+def _adapter_line(model: served_adapter.ServedAdapter) -> str:
+  manifest = model.adapter.manifest
+  return (
+    f'adapter  {model.name!r}, {manifest.num_params:,} parameters, digest'
+    f' {model.digest}'
+  )
 
 
 def _described(model: service.ServedModel) -> Iterator[str]:

@@ -1,13 +1,18 @@
 """Random adapters of the tiny models, large enough to change every answer."""
 
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frozen import adapters as frozen_adapters, format as frozen_format
+from frozen.huggingface import peft_files
 from inference.engine import adapter_table
-from models import adapters as adapters_lib
+from models import adapters as adapters_lib, layout
+from storage import file_names
+from tests.helpers import frozen_dirs
 
 
 def tree(
@@ -57,3 +62,41 @@ def merged(params: Any, adapter: dict[str, Any]) -> Any:
     return jnp.asarray(whole, x.dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def write(
+  directory: pathlib.Path,
+  base_directory: pathlib.Path,
+  *,
+  seed: int,
+  rank: int = 2,
+  **texts: str,
+) -> frozen_adapters.AdapterManifest:
+  """Writes an adapter directory of a frozen directory.
+
+  Args:
+    directory: that is made.
+    base_directory: of the base.
+    seed: of the numbers.
+    rank: of every layer.
+    **texts: chat_template, or generation as JSON; else those of the base.
+  """
+  base = frozen_format.open_directory(base_directory)
+  params, _ = layout.unstack(base.read_params(), base.config)
+  layers = {
+    path: peft_files.Layer(
+      np.asarray(entry['a']), np.asarray(entry['b']), float(rank), 1.0
+    )
+    for path, entry in adapters_lib.entries(tree(params, seed=seed, rank=rank))
+  }
+  return frozen_adapters.write(
+    directory,
+    peft_files.Files(layers, False, False),
+    base,
+    provenance=frozen_dirs.provenance(experiment=f'adapter {seed}', step=seed),
+    base_form='float',
+    texts={
+      file_names.CHAT_TEMPLATE: texts.get('chat_template', ''),
+      file_names.GENERATION: texts.get('generation', '{}'),
+    },
+  )

@@ -13,7 +13,11 @@ class LoadRequest(schema.Body):
   """The body of POST /admin/models."""
 
   name: str
-  path: str  # of a frozen directory, relative to --server.models_root
+  # Of a frozen directory or an adapter's, relative to --server.models_root.
+  path: str
+  # The version that an adapter is loaded beside, NAME@DIGEST; null: the one
+  # with the weights that it was trained on.
+  base: str | None = None
   kv_memory: str | None = None  # such as 500MB; null: as --engine.kv_memory
 
   def check(self) -> None:
@@ -28,6 +32,32 @@ class LoadRequest(schema.Body):
         'name',
         f'got {expect.shown(self.name)}, expected 1 to {_MOST_NAME} printable'
         ' characters without @',
+      )
+
+  def check_whole(self) -> None:
+    """Refuses what only adapters have.
+
+    Raises:
+      ApiError: status 400, a base is given.
+    """
+    if self.base is not None:
+      raise errors.invalid(
+        'base',
+        f'got {expect.shown(self.base)} with a frozen directory, expected null;'
+        ' only an adapter has a base',
+      )
+
+  def check_adapter(self) -> None:
+    """Refuses what an adapter has not.
+
+    Raises:
+      ApiError: status 400, memory for pages is given.
+    """
+    if self.kv_memory is not None:
+      raise errors.invalid(
+        'kv_memory',
+        f'got {expect.shown(self.kv_memory)} with an adapter, expected null;'
+        ' its pages are those of its base',
       )
 
 

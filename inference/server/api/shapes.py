@@ -44,6 +44,9 @@ class Model(_Shape):
   version: str
   digests: dict[str, str | None]
   lineage: dict[str, Any]
+  # Of an adapter: name and version of its base.
+  root: str | None = None
+  parent: str | None = None
 
 
 class ModelList(_Shape):
@@ -73,6 +76,7 @@ class Memory(_Shape):
   weights: int
   kv_cache: int
   sampling: int
+  adapters: int
   free: int | None
   total: int
 
@@ -91,6 +95,7 @@ class ModelVersion(_Shape):
   context: int
   memory: Memory | None
   digests: dict[str, str | None]
+  base: str | None  # of an adapter: the version whose engine computes it
 
 
 class VersionList(_Shape):

@@ -153,7 +153,7 @@ class Recorder:
     exchange, generator = exchanges.current(), model.generator()
     if exchange.principal and self._seal is None:
       return None  # a key was made while the server ran
-    digests = fingerprint.digests(model.manifest, generator)
+    digests = fingerprint.digests(model.manifest, generator, model.adapter)
     common = {
       'request_id': exchange.request_id,
       'version': f'{model.name}@{model.digest}',

@@ -240,9 +240,11 @@ class Ledger:
     """Returns the nanos that each key has spent, by its id."""
     return self._records.submit(_spent).result()
 
-  def note_model(self, name: str, manifest: manifest_lib.Manifest) -> None:
+  def note_model(
+    self, name: str, digest: str, origin: manifest_lib.Provenance
+  ) -> None:
     """Keeps what training a model has cost, to compare its use with."""
-    self._records.submit(_insert_model, name, manifest)
+    self._records.submit(_insert_model, name, digest, origin)
 
   def write(self, work, row: dict[str, Any]) -> asyncio.Future[Any]:
     """Runs a work; the failure of one that nobody awaits is logged."""
@@ -313,15 +315,18 @@ def _spent(connection: sqlite3.Connection) -> dict[str, int]:
 
 
 def _insert_model(
-  connection: sqlite3.Connection, name: str, manifest: manifest_lib.Manifest
+  connection: sqlite3.Connection,
+  name: str,
+  digest: str,
+  origin: manifest_lib.Provenance,
 ) -> None:
   connection.execute(
     'INSERT OR IGNORE INTO models VALUES (?, ?, ?, ?, ?)',
     (
-      manifest.weights_digest,
+      digest,
       name,
-      manifest.training_flops,
-      manifest.train_seconds,
+      origin.training_flops,
+      origin.train_seconds,
       time.time(),
     ),
   )

@@ -1,7 +1,8 @@
 """The routes of an administrator: versions and their traffic.
 
     GET    /admin/models                   all versions, with state and memory
-    POST   /admin/models                   loads a frozen directory
+    POST   /admin/models                   loads a frozen directory, or an
+                                           adapter beside its base
     GET    /admin/models/{NAME@DIGEST}
     DELETE /admin/models/{NAME@DIGEST}     drains a version, then unloads it
     GET    /admin/traffic                  weights and shadows of each name
@@ -49,6 +50,12 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
       body.check()
       if loader is None:
         raise _cannot_load()
+      if loader.is_adapter(body.path):
+        body.check_adapter()
+        return loader.adapter_asked(
+          body.path, body.name, base=body.base, models=versions.all()
+        )
+      body.check_whole()
       return loader.load_asked(
         body.path,
         body.name,
@@ -89,21 +96,23 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 def _described(
   service: service_lib.Service, model: service_lib.ServedModel
 ) -> dict[str, Any]:
-  loop = model.engine_loop
   shadows = service.versions.traffic().get(model.name)
   shadow_share = shadows.shadows.get(model.digest, 0.0) if shadows else 0.0
   return {
     'id': model.version,
     'object': 'model_version',
     'name': model.name,
-    'state': DRAINING if model.is_draining else loop.state,
-    'error': None if loop.failure is None else _line(loop.failure),
+    'state': DRAINING if model.is_draining else model.state,
+    'error': None if model.failure is None else _line(model.failure),
     'share': service.versions.share(model),
     'shadow_share': shadow_share,
     'num_requests': model.num_held,
     'context': model.context,
     'memory': model.memory and model.memory.as_json(),
-    'digests': fingerprint.digests(model.manifest, loop.generator),
+    'digests': fingerprint.digests(
+      model.manifest, model.loaded(), model.adapter
+    ),
+    'base': model.base and model.base.version,
   }
 
 
@@ -154,7 +163,7 @@ def _traffic(
   weights, shadows = found(body.weights), found(body.shadows or {})
   answering = [model for model, weight in weights.items() if weight > 0]
   if answering and not any(
-    model.engine_loop.state == engine_loop_lib.READY for model in answering
+    model.state == engine_loop_lib.READY for model in answering
   ):
     raise errors.ApiError(
       409,
@@ -185,7 +194,7 @@ def _pending(service: service_lib.Service) -> int:
   return sum(
     each.memory.total
     for each in service.versions.all()
-    if each.memory and each.engine_loop.state == engine_loop_lib.LOADING
+    if each.memory and each.state == engine_loop_lib.LOADING
   )
 
 

@@ -174,6 +174,7 @@ class Auditor:
         generator.engine.model_config,
         dtype=generator.frozen.manifest.dtype,
         vocab_size=generator.tokenizer.vocab_size,
+        adapter=model.adapter.tree if model.adapter else None,
       )
     return self._forwards[model]
 

@@ -6,18 +6,19 @@ must lie below `--server.models_root`, links followed: who may load models shall
 not be able to read, or find out about, the rest of the disk.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import gc
 import logging
 import os
 import pathlib
 
-from frozen import manifest as manifest_lib
-from inference import generate
+from frozen import adapters as frozen_adapters, manifest as manifest_lib
+from inference import adapters, generate
 from inference.engine import engine_config
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
-from inference.server.versions import memory
+from inference.server.versions import memory, served_adapter
 
 _LOG = logging.getLogger('uvicorn.error')
 
@@ -115,6 +116,48 @@ class Loader:
       raise _refused(400, error, None, 'cannot_load') from error
     return model
 
+  def is_adapter(self, path: str) -> bool:
+    """Returns whether a path that was asked for is that of an adapter.
+
+    Raises:
+      ApiError: status 403 or 400, no such path may be asked for.
+    """
+    return frozen_adapters.is_adapter(self._below_root(path))
+
+  def adapter_asked(
+    self,
+    path: str,
+    name: str,
+    *,
+    base: str | None,
+    models: Sequence[service.ServedModel],
+  ) -> service.ServedModel:
+    """Returns an adapter that was asked for over HTTP, after all checks.
+
+    Args:
+      path: of its directory, below `models_root`.
+      name: of the adapter in requests.
+      base: NAME@DIGEST of the version beside which it is loaded; None: the one
+        with the weights that it was trained on.
+      models: all versions.
+
+    Raises:
+      ApiError: status 400, it is damaged, has no base here, or does not fit;
+        503, its base is not ready.
+    """
+    directory = self._below_root(path)
+    try:
+      manifest = frozen_adapters.read_manifest(directory)
+      found = _base_of(manifest, base, models)
+      generator = found.generator()
+      (adapter,) = adapters.read(
+        {name: str(directory)}, generator.frozen
+      ).values()
+      generator.engine.adapters.check(manifest.adapter_digest, adapter.tree)
+    except (ValueError, OSError) as error:
+      raise _refused(400, error, None, 'cannot_load') from error
+    return served_adapter.ServedAdapter(name, adapter, found)
+
   def _below_root(self, path: str) -> pathlib.Path:
     if self._root is None:
       raise errors.ApiError(
@@ -138,6 +181,30 @@ class Loader:
     if not found.is_relative_to(self._root) or found == self._root:
       raise outside
     return found
+
+
+def _base_of(
+  manifest: frozen_adapters.AdapterManifest,
+  asked: str | None,
+  models: Sequence[service.ServedModel],
+) -> service.ServedModel:
+  """Returns the version that an adapter is loaded beside.
+
+  Raises:
+    ValueError: there is none.
+  """
+  bases = [each for each in models if not (each.base or each.is_draining)]
+  for each in bases:
+    if asked in (each.version, f'{each.name}@{each.digest}', each.name):
+      return each
+    if asked is None and each.digest == manifest.base_digest:
+      return each
+  wanted = asked or f'{manifest.base_name}@{manifest.base_digest[:16]}'
+  shown = ', '.join(errors.printable(each.version) for each in bases)
+  raise ValueError(
+    f'base: got an adapter of {errors.printable(wanted)}, expected one of a'
+    f' version that is loaded: {shown}; load its base first'
+  )
 
 
 def _shapes(config: engine_config.EngineConfig) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from frozen import manifest as manifest_lib
+from frozen import format as frozen_format, manifest as manifest_lib
 from hardware import host_memory, peaks
-from inference.engine import engine_config, execution
+from inference.engine import adapter_table, engine_config, execution
 from models import model_config
 
 _MARGIN = 0.05  # of the sum
@@ -26,12 +26,14 @@ class Plan:
   weights: int
   kv_cache: int
   sampling: int  # counts of tokens, and logits of the largest step
+  adapters: int  # places for adapters
   free: int | None  # when the plan was made; None: unknown
 
   @property
   def total(self) -> int:
     """Bytes of all parts, with a margin."""
-    return int((self.weights + self.kv_cache + self.sampling) * (1 + _MARGIN))
+    parts = self.weights, self.kv_cache, self.sampling, self.adapters
+    return int(sum(parts) * (1 + _MARGIN))
 
   def as_json(self) -> dict[str, int | None]:
     """Returns the plan as GET /admin/models shows it."""
@@ -42,8 +44,8 @@ class Plan:
     free = 'unknown' if self.free is None else _size(self.free)
     return (
       f'{_size(self.total)} (weights {_size(self.weights)}, KV cache'
-      f' {_size(self.kv_cache)}, sampling {_size(self.sampling)}, and a'
-      f' margin) of {free} free'
+      f' {_size(self.kv_cache)}, sampling {_size(self.sampling)}, adapters'
+      f' {_size(self.adapters)}, and a margin) of {free} free'
     )
 
   def check(self, *, pending: int = 0) -> None:
@@ -78,11 +80,20 @@ def plan(
   context = config.context(model.max_length)
   backend = execution.choose(config, model, dtype, device.platform)
   bytes_per_token = backend.bytes_per_token(model)
+  config = config.holding([])
   weights = manifest.num_params * dtype.itemsize
+  of_adapters = 0
+  if config.max_adapters:
+    of_adapters = adapter_table.num_bytes(
+      frozen_format.abstract_params(model, manifest.dtype),
+      num_adapters=config.max_adapters,
+      rank=config.max_adapter_rank or 0,
+      dtype=dtype,
+    )
   num_pages = config.pool_pages(
     context,
     bytes_per_token=bytes_per_token,
-    weight_bytes=weights,
+    weight_bytes=weights + of_adapters,
     memory_bytes=peaks.memory_bytes(device),
     is_host=device.platform == 'cpu',
   )
@@ -93,6 +104,7 @@ def plan(
     weights=weights,
     kv_cache=math.ceil(num_pages * page_bytes),
     sampling=4 * num_rows * model.vocab_size,
+    adapters=of_adapters,
     free=_free_bytes(device),
   )
 

@@ -9,9 +9,9 @@ A request keeps its version to its end: `find` holds the version until the
 exchange ends, and `unload` waits for all that hold it. New requests do not find
 a version that drains. So no request is lost when traffic moves.
 
-An adapter would be another kind of version: its identity is that of its weights
-with those of its base, and its engine is the engine of the base. The project
-has no adapters yet.
+An adapter is another kind of version, see `served_adapter`: its identity is
+that of its weights with those of its base, and its engine is the engine of the
+base. The base stays while adapters need it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Versions:
       return list(self._models)
 
   def engine_loops(self) -> list[engine_loop_lib.EngineLoop]:
-    """Returns the engine loops of all versions."""
-    return [model.engine_loop for model in self.all()]
+    """Returns the engine loops of all versions; adapters have none."""
+    return [each.engine_loop for each in self.all() if each.base is None]
 
   def names(self) -> list[str]:
     """Returns the names that requests may use, oldest first."""
@@ -83,7 +83,7 @@ class Versions:
     with self._lock:
       return {
         name: [
-          each.engine_loop.state
+          each.state
           for each in self._models
           if each.name == name
           and traffic.weights.get(each.digest, 0) > 0
@@ -119,7 +119,7 @@ class Versions:
       self._models.append(model)
       no_traffic = traffic_lib.Traffic(weights={})
       self._traffic.setdefault(model.name, no_traffic)
-    self._admission.ledger.note_model(model.name, model.manifest)
+    self._admission.ledger.note_model(model.name, model.digest, model.origin)
 
   def set_traffic(self, name: str, traffic: traffic_lib.Traffic) -> None:
     """Sets the traffic of a name; requests in flight stay where they are."""
@@ -192,24 +192,37 @@ class Versions:
       ApiError: status 409, the version is there already.
     """
     self.add(model)
-    model.engine_loop.start()
+    self._start(model)
     self.run(self._answer_alone(model))
 
   def start_unloading(self, model: service.ServedModel) -> None:
     """Drains a version, then frees its memory, in a task.
 
     Raises:
-      ApiError: status 409, it drains already, or nothing else answers its name.
+      ApiError: status 409, it drains already, nothing else answers its name,
+        or adapters need it.
     """
+    adapters = [each.version for each in self.all() if each.base is model]
+    if adapters:
+      raise _in_use(
+        model,
+        f'is the base of {", ".join(map(errors.printable, adapters))}',
+        'unload its adapters first',
+      )
     if model.is_draining:
       raise _in_use(model, 'drains already', 'wait until it is gone')
-    if self._is_last(model):
+    # An adapter has no engine that would be lost: its name ends with it.
+    if model.base is None and self._is_last(model):
       raise _in_use(
         model,
         'answers all requests to its name',
         'move the traffic first, with POST /admin/traffic',
       )
     model.is_draining = True
+    if model.base is not None:  # from now on nobody finds it by its name
+      with self._lock:
+        left = _without(self._traffic[model.name], model.digest)
+        self._traffic[model.name] = left
     self.run(self._unload(model))
 
   def run(self, work: Coroutine) -> None:
@@ -221,7 +234,11 @@ class Versions:
   def start(self) -> None:
     """Starts the engine loops, within the event loop."""
     for model in self.all():
-      model.engine_loop.start()
+      self._start(model)
+
+  def _start(self, model: service.ServedModel) -> None:
+    if (work := model.start()) is not None:
+      self.run(work)
 
   async def close(self) -> None:
     """Ends all requests and all tasks."""
@@ -231,7 +248,7 @@ class Versions:
 
   async def _answer_alone(self, model: service.ServedModel) -> None:
     """Gives a version the traffic of its name, if the name has none."""
-    while model.engine_loop.state == engine_loop_lib.LOADING:
+    while model.state == engine_loop_lib.LOADING:
       await asyncio.sleep(_TICK_SECONDS)
     with self._lock:
       traffic = self._traffic.get(model.name)
@@ -243,11 +260,7 @@ class Versions:
   async def _unload(self, model: service.ServedModel) -> None:
     while model.num_held:
       await asyncio.sleep(_TICK_SECONDS)
-    loop = model.engine_loop
-    await loop.close()
-    while loop.is_compiling:  # XLA cannot be interrupted
-      await asyncio.sleep(_TICK_SECONDS)
-    await asyncio.to_thread(loop.release)
+    await model.unload()
     with self._lock:
       self._models.remove(model)
       left = _without(self._traffic[model.name], model.digest)
@@ -316,7 +329,7 @@ class Versions:
 
 def _takes(model: service.ServedModel, name: str) -> bool:
   """Returns whether a version takes new requests to a name."""
-  is_ready = model.engine_loop.state == engine_loop_lib.READY
+  is_ready = model.state == engine_loop_lib.READY
   return model.name == name and is_ready and not model.is_draining
 
 

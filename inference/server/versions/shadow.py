@@ -56,7 +56,7 @@ class Shadow:
     copies = [
       # `room` is that of another engine.
       dataclasses.replace(each, priority=_LAST, room=None)
-      for each in requests
+      for each in self._model.asked(requests)
     ]
     self._model.hold()
     task = asyncio.create_task(self._answer(copies))

@@ -1,0 +1,72 @@
+"""The adapters of a command line: directories, each under a name.
+
+    named = adapters.parsed(['sql=runs/sql/frozen', 'poems=poems'])
+    found = adapters.read(named, base)
+
+Each name is a model that answers beside the base.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import logging
+
+from checks import expect
+from frozen import adapters as frozen_adapters, format as frozen_format
+from models import adapters as adapters_lib
+
+_LOG = logging.getLogger('uvicorn.error')
+
+
+def parsed(texts: Sequence[str]) -> dict[str, str]:
+  """Returns the directories of adapters by name, from texts NAME=DIR.
+
+  Raises:
+    ValueError: a text is not of that form, or a name is there twice.
+  """
+  found: dict[str, str] = {}
+  for text in texts:
+    name, _, directory = (part.strip() for part in text.partition('='))
+    if not (name and directory and name.isprintable()) or '@' in name:
+      raise ValueError(
+        f'--adapters: got {expect.shown(text)}, expected NAME=DIR with a'
+        ' printable name without @, and commas between several'
+      )
+    if name in found:
+      raise ValueError(
+        f'--adapters: got the name {expect.shown(name)} twice, expected'
+        ' different names; rename one'
+      )
+    found[name] = directory
+  return found
+
+
+def read(
+  named: Mapping[str, str], base: frozen_format.Opened
+) -> dict[str, frozen_adapters.Adapter]:
+  """Returns the adapters of directories, by name; their digests are verified.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no adapter, it is damaged, or it
+      belongs to another base.
+  """
+  found = {}
+  for name, directory in named.items():
+    adapter = frozen_adapters.read(directory, base)
+    if (form := adapter.manifest.base_form) != 'float':
+      _LOG.warning(
+        '%s: trained beside kernels of %s and served beside those in %s, so'
+        ' that answers differ a little; `python -m frozen.adapters merge` makes'
+        ' a directory of the function that was trained',
+        directory,
+        form,
+        base.manifest.dtype,
+      )
+    found[name] = adapter
+  return found
+
+
+def ranks(found: Iterable[frozen_adapters.Adapter]) -> list[int]:
+  """Returns the largest rank of each adapter."""
+  return [
+    max(entry[adapters_lib.A].shape[-1] for _, entry in entries)
+    for entries in (adapters_lib.entries(each.tree) for each in found)
+  ]
