@@ -15,6 +15,7 @@ training writes, and imports nothing of training:
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,15 +26,16 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 
-from checks import expect, path_flags
+from checks import expect, path_flags, paths
 from frozen import (
+  adapters as adapters_lib,
   format as frozen_format,
   manifest as manifest_lib,
   run_record,
   seals,
   stored_params,
 )
-from models import layout, model_config
+from models import adapter_config, adapters, layout, model_config
 from storage import file_names, public_paths
 
 LATEST = -1
@@ -126,8 +128,9 @@ def freeze_checkpoint(
   weights: str = 'auto',
   generation: Mapping[str, Any] | None = None,
   chat_template: str | None = None,
+  merge_adapter: bool | None = None,
   overwrite: bool = False,
-) -> manifest_lib.Manifest:
+) -> manifest_lib.Manifest | adapters_lib.AdapterManifest:
   """Writes one checkpoint of a run as a frozen directory.
 
   Args:
@@ -140,11 +143,14 @@ def freeze_checkpoint(
       `generation_of`; None: those of the recorded experiment.
     chat_template: Jinja source, '' for the default transcript; None: that of
       the weights that the run started from.
+    merge_adapter: of a run that trained adapters: whether to merge them into
+      their base; False: write an adapter directory, without dtype. None: as the
+      run was configured.
     overwrite: whether to replace a frozen directory with other weights.
 
   Raises:
-    FileNotFoundError: there is no run or no such checkpoint; the error lists
-      the checkpoints of the run.
+    FileNotFoundError: there is no base, no run or no such checkpoint; the error
+      lists the checkpoints of the run.
     ValueError: the dtype is unknown, the run keeps no average, the checkpoint
       is damaged or of another run, or `out` has other files.
   """
@@ -165,6 +171,22 @@ def freeze_checkpoint(
   params = _restore_params(
     checkpoint / {'raw': 'params', 'average': 'average'}[weights]
   )
+  provenance = _provenance(run, base, progress, weights)
+  settings = generation_of(run, generation)
+  if adapters.COLLECTION in params:
+    trained = _trained_adapters(run, config, params[adapters.COLLECTION])
+    if not _merges(run, merge_adapter):
+      return adapters_lib.write(
+        out,
+        adapters_lib.files_of(trained),
+        trained.base,
+        provenance=provenance,
+        base_form=trained.config.base,
+        texts=_texts(template, settings),
+        overwrite=overwrite,
+      )
+    params = adapters_lib.merge(trained.params, trained.effective)
+    config = dataclasses.replace(config, scan_layers=False)
   # An objective's own parameters stay behind: what is served is the model.
   params, config = serving_params(
     {'params': params['params']}, config, dtype=dtype
@@ -174,12 +196,40 @@ def freeze_checkpoint(
     params=params,
     config=config,
     dtype=dtype,
-    provenance=_provenance(run, base, progress, weights),
+    provenance=provenance,
     tokenizer_dir=workdir / file_names.TOKENIZER,
-    generation=generation_of(run, generation),
+    generation=settings,
     chat_template=template,
     overwrite=overwrite,
   )
+
+
+def _merges(run: Mapping[str, Any], merge_adapter: bool | None) -> bool:
+  """Returns whether to freeze the base and its adapter as one."""
+  if merge_adapter is not None:
+    return merge_adapter
+  return run['config'].get('freeze', {}).get('merge_adapter', True)
+
+
+def _trained_adapters(
+  run: Mapping[str, Any], config: model_config.ModelConfig, tree: Any
+) -> adapters_lib.Trained:
+  """Returns the adapters of a checkpoint, with the base of their run."""
+  recorded = run['config']
+  return adapters_lib.trained(
+    paths.expanded('config.init_from', recorded['init_from']),
+    run['lineage']['init_from'],
+    adapter_config.AdapterConfig(**recorded['adapter']),
+    tree,
+    is_stacked=config.scan_layers,
+  )
+
+
+def _texts(template: str, settings: Mapping[str, Any]) -> dict[str, str]:
+  return {
+    file_names.CHAT_TEMPLATE: template,
+    file_names.GENERATION: json.dumps(dict(settings), indent=2) + '\n',
+  }
 
 
 def _provenance(
@@ -295,12 +345,18 @@ def main(argv) -> None:
       out=values.out,
       dtype=values.dtype,
       weights=values.weights,
+      merge_adapter=values.merge_adapter,
       overwrite=values.overwrite,
     )
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
   print(f'frozen: {values.out}')
+  if isinstance(manifest, adapters_lib.AdapterManifest):
+    print(f'step {manifest.step}, {manifest.num_params:,} params of adapters')
+    print(f'adapter {manifest.adapter_digest} ({manifest.weights})')
+    print(f'of base {manifest.base_digest} ({manifest.base_name})')
+    return
   print(
     f'step {manifest.step}, {manifest.num_params:,} {manifest.dtype} params'
   )
@@ -325,6 +381,12 @@ def _define_flags() -> None:
     manifest_lib.WEIGHTS,
     'Weights to freeze: raw, or their average over training. auto takes the'
     ' average if the run keeps one.',
+  )
+  flags.DEFINE_bool(
+    'merge_adapter',
+    None,
+    'Of a run that trained adapters: freeze the base with them merged into it,'
+    ' or an adapter directory. Default: as the run was configured.',
   )
   flags.DEFINE_bool(
     'overwrite', False, 'Replace a frozen directory with other weights.'

@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
 # else raw.
 WEIGHTS = ('auto', 'raw', 'average')
+ADAPTER = 'adapter'  # the kind of other manifests, see frozen/adapters.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,12 @@ def read(directory: pathlib.Path) -> Manifest:
       f'{path}: got a file that is not JSON ({error}), expected a manifest;'
       ' copy or freeze the directory again'
     ) from None
+  if isinstance(fields, dict) and fields.get('kind') == ADAPTER:
+    raise ValueError(
+      f'{path}: got the directory of an adapter, expected a frozen one; give'
+      ' its base, and the adapter beside it, or make one of both with `python'
+      ' -m frozen.adapters merge`'
+    )
   version = fields.get('format_version') if isinstance(fields, dict) else None
   if version != FORMAT_VERSION:
     raise ValueError(

@@ -107,9 +107,9 @@ class AdapterConfig:
       ValueError: an expression matches no linear layer, or something else; a
         rank is larger than the layer.
     """
-    kernels = dict(_kernels(params))
-    shapes = {name: k.shape[-2:] for name, k in kernels.items() if _fits(name)}
-    self._check_matches(kernels, shapes)
+    found = dict(kernels(params))
+    shapes = {name: k.shape[-2:] for name, k in found.items() if _fits(name)}
+    self._check_matches(found, shapes)
     chosen = {}
     for name, shape in shapes.items():
       rank, alpha = self._of(name)
@@ -130,11 +130,11 @@ class AdapterConfig:
       )
     return chosen
 
-  def _check_matches(self, kernels, shapes) -> None:
+  def _check_matches(self, all_kernels, shapes) -> None:
     expressions = [('adapter.layers', self.layers)] if self.layers else []
     expressions += [('adapter.groups', group[0]) for group in self.groups]
     for field, pattern in expressions:
-      found = [name for name in kernels if re.search(pattern, name)]
+      found = [name for name in all_kernels if re.search(pattern, name)]
       others = [name for name in found if name not in shapes]
       # Layers that are apart differ by their number only: one is enough.
       known = {re.sub(r'^layer_\d+', 'layer_0', name) for name in shapes}
@@ -182,7 +182,7 @@ def _is_group(group: Any) -> bool:
   )
 
 
-def _kernels(params: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+def kernels(params: Any, path: str = '') -> Iterator[tuple[str, Any]]:
   """Yields the path of each module that owns a matrix or table, and that."""
   for name in sorted(params):
     here = f'{path}/{name}' if path else name
@@ -191,7 +191,7 @@ def _kernels(params: Any, path: str = '') -> Iterator[tuple[str, Any]]:
         yield here, params[name][kind]
     if isinstance(params[name], Mapping):
       below = {k: v for k, v in params[name].items() if isinstance(v, Mapping)}
-      yield from _kernels(below, here)
+      yield from kernels(below, here)
 
 
 def _fits(name: str) -> bool:
@@ -206,9 +206,9 @@ def init(config: AdapterConfig, params: Any, key: jax.Array) -> dict[str, Any]:
     params: collection `params` of the base.
     key: of the values of A.
   """
-  kernels, tree = dict(_kernels(params)), {}
+  owned, tree = dict(kernels(params)), {}
   for index, (name, choice) in enumerate(config.choices(params).items()):
-    *stack, rows, columns = kernels[name].shape
+    *stack, rows, columns = owned[name].shape
     bound = rows**-0.5
     tree[name] = {
       adapters.A: jax.random.uniform(
@@ -220,7 +220,9 @@ def init(config: AdapterConfig, params: Any, key: jax.Array) -> dict[str, Any]:
       adapters.B: jnp.zeros((*stack, choice.rank, columns)),
     }
     if config.dora:
-      tree[name][MAGNITUDE] = _norms(kernels[name], tree[name], choice.scale)
+      tree[name][MAGNITUDE] = column_norms(
+        owned[name], tree[name], choice.scale
+      )
   return adapters.nested(tree)
 
 
@@ -233,7 +235,7 @@ def effective(
     params: collection `params` of the base, as the run computes with it.
     trained: adapters as `init` returns them.
   """
-  kernels, tree = dict(_kernels(params)), {}
+  owned, tree = dict(kernels(params)), {}
   choices = config.choices(params)
   for name, entry in adapters.entries(trained):
     scale = choices[name].scale
@@ -242,12 +244,12 @@ def effective(
       adapters.B: entry[adapters.B] * scale,
     }
     if config.dora:
-      norms = _norms(kernels[name], entry, scale)
+      norms = column_norms(owned[name], entry, scale)
       tree[name][adapters.GAIN] = entry[MAGNITUDE] / norms
   return adapters.nested(tree)
 
 
-def _norms(kernel: Any, entry: Any, scale: float) -> jax.Array:
+def column_norms(kernel: Any, entry: Any, scale: float) -> jax.Array:
   """Returns the norm of each column of W + scale A B, [..., out].
 
   As |W|^2 + 2 scale W.(A B) + scale^2 |A B|^2, which makes no matrix of the

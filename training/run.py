@@ -22,6 +22,7 @@ import jax
 import rich.console
 
 from frozen import (
+  adapters as frozen_adapters,
   format as frozen_format,
   freeze,
   manifest as manifest_lib,
@@ -157,7 +158,7 @@ def _unlike(
   if not frozen.exists():
     return f'nothing is in {frozen}'
   try:
-    manifest = manifest_lib.read(frozen)
+    manifest, dtype = _read_manifest(frozen, experiment)
     manifest_lib.check_files(frozen, manifest)
     run = run_record.read(frozen.parent)
     generation = frozen_format.read_generation(frozen)
@@ -176,7 +177,7 @@ def _unlike(
   )
   for name, got, expected in (
     ('step', manifest.step, step),
-    ('freeze.dtype', manifest.dtype, wanted.dtype),
+    ('freeze.dtype', dtype, wanted.dtype),
     ('freeze.weights', manifest.weights, weights),
     *(
       (f'freeze.{name}', generation.get(name), settings.get(name))
@@ -190,6 +191,22 @@ def _unlike(
   return ''
 
 
+def _read_manifest(
+  frozen: pathlib.Path, experiment: experiment_lib.Experiment
+) -> tuple[manifest_lib.Manifest | frozen_adapters.AdapterManifest, str]:
+  """Returns the manifest of what the run freezes, and the dtype of that.
+
+  Raises:
+    OSError, ValueError: something else is there.
+  """
+  if experiment.adapter.rank and not experiment.freeze.merge_adapter:
+    # The dtype of an adapter is always the same.
+    manifest = frozen_adapters.read_manifest(frozen)
+    return manifest, experiment.freeze.dtype
+  manifest = manifest_lib.read(frozen)
+  return manifest, manifest.dtype
+
+
 def _freeze(experiment, workdir, step, console) -> None:
   """Freezes a step into the workdir."""
   frozen = workdir / file_names.FROZEN
@@ -200,6 +217,7 @@ def _freeze(experiment, workdir, step, console) -> None:
       out=frozen,
       dtype=experiment.freeze.dtype,
       weights=experiment.freeze.weights,
+      merge_adapter=experiment.freeze.merge_adapter,
       generation=freeze.chosen_generation(
         dataclasses.asdict(experiment.freeze)
       ),

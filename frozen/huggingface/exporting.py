@@ -63,7 +63,7 @@ def export_directory(
       ' choose another --out'
     )
   frozen, spare_notes = _trimmed(frozen_format.read(source))
-  model_type, values = _describe(frozen, family)
+  model_type, values = describe(frozen, family)
   with atomic.new_directory(target) as partial:
     _write_weights(partial, frozen, model_type, values, shard_bytes)
     notes, special_ids = _write_tokenizer(partial, frozen)
@@ -103,8 +103,14 @@ def _trimmed(
   return frozen, notes
 
 
-def _describe(frozen: frozen_format.Frozen, family: str):
-  """Returns the family and its config.json."""
+def describe(
+  frozen: frozen_format.Opened, family: str = ''
+) -> tuple[str, dict[str, Any]]:
+  """Returns the family of a frozen model, and its config.json.
+
+  Raises:
+    ValueError: no family computes the same function.
+  """
   if family:
     return config_json.write(frozen.config, family)
   imported = frozen.manifest.origin.get('family', '')

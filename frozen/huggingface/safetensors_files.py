@@ -271,6 +271,20 @@ def write_directory(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n')
 
 
+def write_file(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: np.dtype
+) -> None:
+  """Writes small tensors into one file."""
+  code = next(name for name, other in DTYPES.items() if other == dtype)
+  with path.open('wb') as file:
+    _write_header(
+      file,
+      {n: (code, x.shape, x.size * dtype.itemsize) for n, x in tensors.items()},
+    )
+    for x in tensors.values():
+      np.ascontiguousarray(x, dtype).tofile(file)
+
+
 def _write_header(file: BinaryIO, entries: Mapping[str, Any]) -> None:
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   begin = 0

@@ -113,6 +113,15 @@ def quantise_kernels(params: Any, form: str) -> Any:
   return jax.tree_util.tree_map_with_path(quantised, params)
 
 
+def whole_kernels(params: Any) -> Any:
+  """Returns the collection with its kernels dequantised, float32."""
+  return jax.tree.map(
+    lambda x: x.whole(jnp.float32) if isinstance(x, Kernel) else x,
+    params,
+    is_leaf=lambda x: isinstance(x, Kernel),
+  )
+
+
 def param(
   module: nn.Module, init: Any, shape: tuple[int, int]
 ) -> jax.Array | Kernel:

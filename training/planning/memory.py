@@ -40,16 +40,22 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from models import (
+  adapter_config,
+  adapters as models_adapters,
   block as block_lib,
   execution as execution_lib,
   remat,
+  transformer,
 )
 from models.attention import dense
+from models.linear import stored
 from models.moe import dispatch
 from training import (
+  adapters,
   execution as run_execution,
   experiment as experiment_lib,
   learner as learner_lib,
+  state as state_lib,
 )
 from training.optimizer import param_groups
 
@@ -111,6 +117,8 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   # A pipeline has one buffer per tick, and some ticks are idle.
   in_flight = (parts + stages - 1) / parts
   layers_here = model.num_layers / stages
+  # Frozen weights have no gradients: of the loss, a layer and the table.
+  gradient = 0 if experiment.adapter.rank else 1
   return Memory(
     params=params,
     optimizer=optimizer,
@@ -120,9 +128,11 @@ def estimate(learner: learner_lib.Learner) -> Memory:
     * (2 if experiment.num_microbatches > 1 else 1),
     cast=layer_params * itemsize / 4 if itemsize < 4 else 0.0,
     saved=saved * layers_here * in_flight,
-    loss=_loss_bytes(learner, tokens, table, itemsize),
-    layers=layer_whole * (itemsize / 4 + 1) + _working_bytes(learner, tokens),
-    embedding=table,
+    loss=table * (itemsize / 4 + gradient)
+    + _loss_bytes(learner, tokens, itemsize),
+    layers=layer_whole * (itemsize / 4 + gradient)
+    + _working_bytes(learner, tokens),
+    embedding=table * gradient,
     update=_update_bytes(learner),
   )
 
@@ -165,7 +175,7 @@ def _params_bytes(learner, is_selected) -> float:
   )
 
 
-def _loss_bytes(learner, tokens, table, itemsize) -> float:
+def _loss_bytes(learner, tokens, itemsize) -> float:
   model = learner.experiment.model
   hidden = tokens * model.model_width * itemsize
   tensor = _sizes(learner)['tensor']
@@ -174,7 +184,7 @@ def _loss_bytes(learner, tokens, table, itemsize) -> float:
     learner.experiment.execution.loss_chunk_logits,
   )
   # Logits, and their gradient in the compute dtype.
-  return table * (itemsize / 4 + 1) + 2 * hidden + logits * (4 + itemsize)
+  return 2 * hidden + logits * (4 + itemsize)
 
 
 def _sizes(learner) -> dict[str, int]:
@@ -221,14 +231,30 @@ def _frozen_bytes(learner) -> float:
 
 def _layer_bytes(learner) -> float:
   """Returns the float32 bytes of all layers' weights on one device."""
-  params = learner.abstract_state.params['params']
+  params = _weights(learner, learner.abstract_state)
   shardings = getattr(learner.placement, 'whole_shardings', None)
   names = [name for name in params if name.startswith('layer')]
-  layers = {name: params[name] for name in names}
+  layers = _float32({name: params[name] for name in names})
   if shardings is None:
     return _bytes(layers)
-  split = {name: shardings.params['params'][name] for name in names}
-  return _shard_bytes(layers, split)
+  weights = _weights(learner, shardings)
+  return _shard_bytes(layers, _float32({name: weights[name] for name in names}))
+
+
+def _weights(learner, state) -> Any:
+  """Returns the model's weights of a state: frozen ones, below adapters."""
+  if learner.experiment.adapter.rank:
+    return state.frozen_params[adapters.BASE]['params']
+  return state.params['params']
+
+
+def _float32(tree: Any) -> Any:
+  """Returns the tree without what is stored in fewer bits."""
+  return jax.tree.map(
+    lambda x: None if isinstance(x, stored.Kernel) else x,
+    tree,
+    is_leaf=lambda x: isinstance(x, stored.Kernel),
+  )
 
 
 def _layer_numbers(learner) -> float:
@@ -237,13 +263,16 @@ def _layer_numbers(learner) -> float:
   Weights are gathered, except along `tensor`; each device keeps to its own
   experts.
   """
-  params = learner.abstract_state.params['params']
+  params = _weights(learner, learner.abstract_state)
   layers = {k: v for k, v in params.items() if k.startswith('layer')}
   sizes = _sizes(learner)
   total = 0.0
-  for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+  whole = jax.tree.leaves_with_path(
+    layers, is_leaf=lambda x: isinstance(x, stored.Kernel)
+  )
+  for path, leaf in whole:
     is_expert = 'expert_' in jax.tree_util.keystr(path)
-    total += leaf.size / (sizes['expert'] if is_expert else 1)
+    total += math.prod(leaf.shape) / (sizes['expert'] if is_expert else 1)
   return total / learner.experiment.model.num_layers / sizes['tensor']
 
 
@@ -323,12 +352,21 @@ def residuals(
   angles = block_lib.Angles(angles_BTc)
   shared = angles, shape(dtype=jnp.int32), shape(dtype=jnp.int32)
 
+  ranks = _ranks(experiment)
+
   def kept(key, x_BTD, shared):
     params = block.init(key, x_BTD, None, *shared)
+    trained, frozen = params, {}
+    if ranks:
+      trained, frozen = _adapted(experiment.adapter, params, ranks)
     _, vjp = jax.vjp(
-      lambda params, x: block.apply(params, x, None, *shared)[0], params, x_BTD
+      lambda trained, x: block.apply({**frozen, **trained}, x, None, *shared)[
+        0
+      ],
+      trained,
+      x_BTD,
     )
-    return params, vjp
+    return (trained, frozen), vjp
 
   params, vjp = jax.eval_shape(kept, jax.random.key(0), x_BTD, shared)
   # Weights and arrays that all layers share are counted elsewhere.
@@ -338,6 +376,32 @@ def residuals(
     for leaf in jax.tree.leaves(vjp)
     if hasattr(leaf, 'shape') and leaf.shape not in elsewhere
   ]
+
+
+def _ranks(experiment: experiment_lib.Experiment) -> dict[str, int]:
+  """Returns the largest rank of each layer of a block, by its path in there."""
+  if not experiment.adapter.rank:
+    return {}
+  shapes = state_lib.abstract_params(transformer.Transformer(experiment.model))
+  ranks: dict[str, int] = {}
+  for path, choice in experiment.adapter.choices(shapes['params']).items():
+    _, _, owner = path.partition('/')
+    ranks[owner] = max(ranks.get(owner, 0), choice.rank)
+  return ranks
+
+
+def _adapted(config, params, ranks) -> tuple[Any, Any]:
+  """Returns the adapters of a block, and its frozen weights."""
+  entries = {}
+  for path, kernel in adapter_config.kernels(params['params']):
+    if rank := ranks.get(path):
+      into, out = kernel.shape
+      entries[path] = {
+        'a': jnp.zeros((into, rank)),
+        'b': jnp.zeros((rank, out)),
+      }
+  tree = {models_adapters.COLLECTION: models_adapters.nested(entries)}
+  return tree, adapters.in_form(config, params)
 
 
 def _apply_experts(num_shards, x_BTD, ids_BTA, gates_BTA, kernels, dtype):

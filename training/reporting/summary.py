@@ -5,7 +5,8 @@ import pathlib
 
 import rich.console
 
-from frozen import manifest as manifest_lib
+from frozen import adapters, manifest as manifest_lib
+from models import flops
 from parallel import processes
 from training import (
   assemble,
@@ -34,7 +35,7 @@ def describe(
     ('experiment', experiment.name),
     ('data', _describe_data(experiment, parts)),
     ('tokenizer', f'{data.tokenizer.kind}, {parts.tokenizer.vocab_size:,} ids'),
-    ('model', f'{parts.learner.num_params:,} parameters'),
+    ('model', _describe_model(parts.learner)),
     (
       'batch',
       f'{" -> ".join(map(str, data.batch_sizes))} rows x {data.row_length} ='
@@ -62,6 +63,24 @@ def describe(
     rows.append(('resumed', f'after step {first_step}'))
   for name, value in rows:
     say(console, f'{name:<10} {value}')
+
+
+def _describe_model(learner: learner_lib.Learner) -> str:
+  """Returns the number of parameters; with adapters, what is frozen, too."""
+  config, trained = learner.experiment.adapter, learner.num_params
+  if not config.rank:
+    return f'{trained:,} parameters'
+  total = flops.num_params(learner.experiment.model)
+  merged = (
+    ''
+    if config.base == 'float'
+    else '; merged into these, dequantised: the function that is trained'
+  )
+  return (
+    f'{total:,} frozen parameters, kernels in {config.base}{merged}\n'
+    f'{" " * 11}{trained:,} trained, in adapters of rank {config.rank}:'
+    f' {trained / total:.2%} of the model'
+  )
 
 
 def _describe_attention(learner: learner_lib.Learner) -> str:
@@ -135,13 +154,22 @@ def tell_unused(
 
 def show_manifest(
   directory: pathlib.Path,
-  manifest: manifest_lib.Manifest,
+  manifest: manifest_lib.Manifest | adapters.AdapterManifest,
   console: rich.console.Console,
 ) -> None:
-  """Prints the main facts of a frozen directory."""
+  """Prints the main facts of a frozen directory, or of an adapter's."""
+  if isinstance(manifest, adapters.AdapterManifest):
+    kind = 'adapter'
+    weights = (
+      f'adapter {manifest.adapter_digest} ({manifest.weights})\n  of base'
+      f' {manifest.base_digest} ({manifest.base_name})'
+    )
+  else:
+    kind = manifest.dtype
+    weights = f'weights {manifest.weights_digest} ({manifest.weights})'
   say(
     console,
-    f'frozen     {directory}: {manifest.num_params:,} {manifest.dtype}'
+    f'frozen     {directory}: {manifest.num_params:,} {kind}'
     f' parameters in {len(manifest.files)} files\n'
     f'  step {manifest.step}, {manifest.tokens_seen:,} tokens,'
     f' {manifest.training_flops:.2e} FLOPs,'
@@ -149,7 +177,7 @@ def show_manifest(
     f'  data {", ".join(mix["source"] for mix in manifest.data_mix)},'
     f' knowledge cutoff {manifest.knowledge_cutoff or "unknown"}\n'
     f'  code {manifest.code_commit}\n'
-    f'  weights {manifest.weights_digest} ({manifest.weights})',
+    f'  {weights}',
   )
 
 
