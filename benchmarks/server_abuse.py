@@ -8,7 +8,8 @@ bodies that are too large, hostile or never whole, heads that never end, clients
 that stop reading or leave, requests that could be read in two ways, heads and
 chunks that take long to parse. Reports the latency of /health beside its
 latency before, the memory of the server, the statuses, and the goals. Fails if
-any answer is a 5xx, or if a stream does not end.
+any answer is a 5xx, if a stream does not end, if a request is left open or
+holds pages, or if the ledger has other tokens than the engine.
 
 The clients share the cores of this machine with the server. So a control is
 probed at the same time: another process that answers and does nothing else. Its
@@ -27,8 +28,10 @@ from multiprocessing import connection
 import pathlib
 import re
 import socket
+import sqlite3
 import statistics
 import struct
+import tempfile
 import time
 from typing import Any
 
@@ -42,6 +45,10 @@ _PROBE_SECONDS = 0.05
 _TYPE = 'content-type: application/json'
 # The goals of a run.
 _MOST_ADDED_MS = 100.0  # to the p99 of /health
+_MOST_PROBES_TO_IDLE = 600
+# Metrics: what a request may hold, and the tokens of all answers.
+_HELD = 'running', 'waiting', 'kv_pages_used', 'ledger_reservations_open'
+_SAMPLED = 'sampled_tokens_total'
 _MOST_GROWTH = 1.02  # of memory, from a quarter of the run to its end
 
 
@@ -395,8 +402,57 @@ def report(result: entry.Result) -> str:
     f'goal             memory at most {_MOST_GROWTH:.2f} of that after a'
     f' quarter: {growth:.3f} {_verdict(growth <= _MOST_GROWTH)}',
   ]
+  rows.append(
+    f'left behind      nothing; {result["tokens"]:,} completion tokens in'
+    f' {result["ledger_rows"]:,} rows of the ledger, as the engine counted'
+  )
   rows += [f'{who:17}{each}' for who, each in result['statuses'].items()]
   return '\n'.join(rows)
+
+
+async def _settled(target: Target) -> dict[str, int]:
+  """Returns what the server holds and has counted, once it is idle.
+
+  Raises:
+    ValueError: it does not become idle.
+  """
+  for _ in range(_MOST_PROBES_TO_IDLE):
+    reader, writer = await asyncio.open_connection(target.host, target.port)
+    writer.write(
+      b'GET /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n'
+    )
+    text = (await reader.read()).decode()
+    writer.close()
+    found = {
+      name: sum(
+        int(float(value))
+        for value in re.findall(rf'^{name}(?:{{.*}})? (\S+)$', text, re.M)
+      )
+      for name in (*_HELD, _SAMPLED)
+    }
+    if not any(found[name] for name in _HELD):
+      return found
+    await asyncio.sleep(_PROBE_SECONDS)
+  raise ValueError(f'got {found} when all clients had left, expected zeros')
+
+
+def _check_ledger(records: pathlib.Path, sampled: int) -> int:
+  """Returns the rows of the ledger, whose tokens are those of the engine.
+
+  Raises:
+    ValueError: they are not, or a row is open.
+  """
+  with contextlib.closing(sqlite3.connect(records)) as connection:
+    ((rows, tokens, num_open),) = connection.execute(
+      'SELECT COUNT(*), SUM(completion_tokens), SUM(outcome IS NULL)'
+      ' FROM ledger'
+    )
+  if tokens != sampled or num_open:
+    raise ValueError(
+      f'got {tokens} completion tokens and {num_open} open rows in the ledger,'
+      f' expected the {sampled} of the engine and no open row'
+    )
+  return rows
 
 
 def _verdict(is_met: bool) -> str:
@@ -405,18 +461,21 @@ def _verdict(is_met: bool) -> str:
 
 def measure(args: Any):
   """Starts a server and yields the figures of one run."""
-  with server_process.running(f'--model={args.model}', f'--name={_NAME}') as (
-    port,
-    pid,
+  with (
+    tempfile.TemporaryDirectory() as directory,
+    server_process.running(
+      f'--model={args.model}',
+      f'--name={_NAME}',
+      f'--records={directory}/records.db',
+    ) as (port, pid),
   ):
-    yield asyncio.run(
-      abuse(
-        Target('127.0.0.1', port),
-        pid=pid,
-        num_clients=args.clients,
-        seconds=args.seconds,
-      )
+    target = Target('127.0.0.1', port)
+    figures = asyncio.run(
+      abuse(target, pid=pid, num_clients=args.clients, seconds=args.seconds)
     )
+    sampled = asyncio.run(_settled(target))[_SAMPLED]
+    rows = _check_ledger(pathlib.Path(directory) / 'records.db', sampled)
+    yield figures | {'tokens': sampled, 'ledger_rows': rows}
 
 
 def main(argv: list[str]) -> None:

@@ -71,6 +71,7 @@ class EvalBatches:
         num_rows=self.batch_size,
         row_length=source.row_length,
         pad_id=source.pad_id,
+        arrays=source.array_names,
       )
 
 
@@ -103,6 +104,7 @@ class _Order:
       num_rows=size,
       row_length=self.sources[0].row_length,
       pad_id=self.sources[0].pad_id,
+      arrays=self.sources[0].array_names,
     )
 
 

@@ -12,6 +12,13 @@ from checks import expect
 from data import batch_ramp as ramp_lib, sources as sources_lib
 
 TOKENIZER_KINDS = ('byte', 'bpe', 'directory')
+# Documents of a run: text, or records (data/examples/shapes.py).
+TEXT = 'text'
+EXAMPLES = (TEXT, 'chat', 'pairs', 'labelled')
+# What becomes of an example that is longer than a row.
+TRUNCATE, DROP, ERROR = TOO_LONG = ('truncate', 'drop', 'error')
+# Packings that cut a document, or join several.
+_CUTTING = ('concat_then_split', 'windows')
 PACKINGS = ('concat_then_split', 'first_fit', 'best_fit', 'none', 'windows')
 
 
@@ -85,6 +92,17 @@ class DataConfig:
   # A source mix to train on. The single source above is then used for
   # evaluation only. A flag sets one field: --config.data.sources[0].weight=2.
   sources: tuple[SourceConfig, ...] = ()
+  # text: documents with a text. Records: chat, conversations of which the
+  # assistant's turns are trained; pairs, a preferred and a rejected answer;
+  # labelled, an answer and whether it is good. The objective says which it
+  # needs.
+  examples: str = TEXT
+  # Jinja source of the chat template, or a file with it. Empty: the template of
+  # init_from. Read for records only.
+  chat_template: str = ''
+  # Records longer than row_length: truncate | drop | error. The run says how
+  # many there are.
+  too_long: str = TRUNCATE
   # Directory of prepared datasets, downloads and tokens.
   data_dir: str = '~/.cache/two_lives'
   # Tokens per row (T), and rows per step over all devices (B).
@@ -162,6 +180,7 @@ class DataConfig:
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value cannot work."""
     expect.one_of('data.packing', self.packing, PACKINGS)
+    self._check_examples()
     for name, least in (
       ('row_length', 1),
       ('batch_size', 1),
@@ -187,6 +206,29 @@ class DataConfig:
       )
     _check_sources(self.train_sources())
     self.tokenizer.validate()
+
+  def _check_examples(self) -> None:
+    """Refuses settings that records do not read, or that would cut them."""
+    expect.one_of('data.examples', self.examples, EXAMPLES)
+    expect.one_of('data.too_long', self.too_long, TOO_LONG)
+    if self.examples == TEXT:
+      if self.chat_template:
+        raise ValueError(
+          'data.chat_template: got a template with data.examples = text,'
+          " expected '' for documents that are text alone; set data.examples"
+        )
+      return
+    if self.packing in _CUTTING:
+      raise ValueError(
+        f'data.packing: got {self.packing} with data.examples ='
+        f' {self.examples}, expected first_fit, best_fit or none: examples are'
+        ' not cut'
+      )
+    if self.tokenizer.kind == 'bpe':
+      raise ValueError(
+        f'tokenizer.kind: got bpe with data.examples = {self.examples},'
+        ' expected directory or byte: bpe learns from documents of text'
+      )
 
 
 def _check_sources(mixed: tuple[SourceConfig, ...]) -> None:

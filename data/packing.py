@@ -11,6 +11,9 @@ A piece is a run of consecutive pairs of one document. The kinds of packing:
   none               one piece per row.
   windows            the joined text is cut into rows, in order.
 
+Documents of a unit (`data/example_store.py`) go into one row, side by side, and
+are never cut. `first_fit`, `best_fit` and `none` pack units.
+
 A plan has every pair exactly once. Fitting works on `_GROUP` documents at a
 time. This bounds its memory and costs about one row of padding per group.
 
@@ -175,7 +178,8 @@ def row_plan(
   directory = store.directory / f'{packing}-{row_length}'
 
   def write(partial: pathlib.Path) -> None:
-    _write(partial, _groups(store, row_length), fit, row_length)
+    groups = _groups(store, row_length)
+    _write(partial, groups, fit, row_length, store.documents_per_unit)
 
   try:
     derived.open_or_write(directory, write)
@@ -252,6 +256,7 @@ def _groups(
 
   Both are int64 [P]. Documents of more than `row_length` pairs are cut.
   """
+  # _GROUP is a multiple of the documents of any unit, 1 or 2.
   for first in range(0, store.num_documents, _GROUP):
     edges = store.starts_D[first : first + _GROUP + 1]
     num_pairs_D = np.diff(edges)
@@ -268,6 +273,7 @@ def _write(
   groups: Iterator[tuple[np.ndarray, np.ndarray]],
   fit: Callable[[np.ndarray, int], np.ndarray],
   row_length: int,
+  pieces_per_unit: int,
 ) -> None:
   """Writes the plan; rows are in the order of their first documents."""
   num_pieces = 0
@@ -279,10 +285,12 @@ def _write(
     rows.write(np.zeros(1, np.int64).data)
     for starts_P, lengths_P in groups:
       # Pieces that fill a row need no fitting: each has a row of its own.
-      is_full_P = lengths_P == row_length
-      rows_P = np.zeros(len(lengths_P), np.int64)
-      rows_P[~is_full_P] = fit(lengths_P[~is_full_P], row_length)
-      rows_P[is_full_P] = len(rows_P) + np.arange(is_full_P.sum())
+      lengths_U = lengths_P.reshape(-1, pieces_per_unit).sum(axis=1)
+      is_full_U = lengths_U == row_length
+      rows_U = np.zeros(len(lengths_U), np.int64)
+      rows_U[~is_full_U] = fit(lengths_U[~is_full_U], row_length)
+      rows_U[is_full_U] = len(rows_U) + np.arange(is_full_U.sum())
+      rows_P = np.repeat(rows_U, pieces_per_unit)
       # Number the rows by the first piece that each contains.
       _, firsts, rows_P = np.unique(
         rows_P, return_index=True, return_inverse=True

@@ -1,24 +1,28 @@
 """Rows of one source: its tokens, laid out by a row plan.
 
 A row has the arrays tokens, targets, positions and segment_ids, int32 [T], and
-weights, float32 [T]. A weight is 1 where the target is trained and 0 in
-padding. Segments, which are pieces of documents, count from 1 in each row, and
-segment 0 is padding. Positions restart at 0 in each segment.
+weights, float32 [T]. A weight is 1 where the target is trained, and 0 in
+padding and where a store says so (its stream `trained`). Further arrays,
+float32 [T], are streams of the store, or values of its ids that were computed
+later; each is 0 in padding. Segments, which are pieces of documents, count from
+1 in each row, and segment 0 is padding. Positions restart at 0 in each segment.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from data import (
   data_config,
+  example_store,
   packing as packing_lib,
   row_order,
-  sources,
   token_store,
 )
+from data.examples import encoding
 from text import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
@@ -36,11 +40,20 @@ class Rows:
   # True for windows packing: training rows start at random tokens, and only
   # evaluation takes the rows of the plan.
   is_random: bool
+  # Streams of the store that become arrays of a batch, besides `trained`.
+  arrays: tuple[str, ...] = ()
+  # Files of further arrays: float32, one value per id of the store.
+  computed: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
     """Returns the source's name."""
     return self.store.name
+
+  @property
+  def array_names(self) -> tuple[str, ...]:
+    """Returns the arrays of a batch besides those of all rows."""
+    return (*self.arrays, *self.computed)
 
   @property
   def num_rows(self) -> int:
@@ -49,10 +62,44 @@ class Rows:
 
   @property
   def fill_rate(self) -> float:
-    """Returns the share of row positions that are trained, not padding."""
+    """Returns the share of row positions that are no padding."""
     if self.is_random:
       return 1.0
     return self.store.num_pairs / (self.num_rows * self.row_length)
+
+  @property
+  def trained_share(self) -> float:
+    """Returns the share of the pairs whose target is trained."""
+    if 'trained' not in self.store.streams:
+      return 1.0
+    num_trained = np.count_nonzero(self.store.stream_N('trained'))
+    return num_trained / self.store.num_pairs
+
+  def values_N(self, name: str) -> np.ndarray:
+    """Returns the values of all ids, mapped: a stream, or a computed array."""
+    if name in self.computed:
+      return token_store.mapped_once(self.computed[name], 'float32')
+    return self.store.stream_N(name)
+
+  def with_array(self, name: str, path: pathlib.Path) -> 'Rows':
+    """Returns the rows with an array from a file that `scattered` is for."""
+    return dataclasses.replace(self, computed={**self.computed, name: path})
+
+  def scattered(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns one value per id, float32 [N], of the values of all rows.
+
+    Args:
+      arrays: [rows, T], of the rows in the order of the plan; rows behind the
+        last one are padding.
+    """
+    values_N = np.zeros(self.store.num_ids, np.float32)
+    row = 0
+    for values_RT in arrays:
+      for values_T in values_RT[: self.num_rows - row]:
+        targets = _ids_of(*self.plan.pieces(row)) + 1
+        values_N[targets] = values_T[: len(targets)]
+        row += 1
+    return values_N
 
   def epochs(self, num_rows: int) -> float:
     """Returns how often `num_rows` rows train each pair, on average."""
@@ -68,7 +115,16 @@ class Rows:
       'tokens': self.store.num_ids,
       'rows': self.num_rows,
       'fill_rate': self.fill_rate,
+      **self._described_examples(),
       'digest': self.store.digest,
+    }
+
+  def _described_examples(self) -> dict[str, Any]:
+    if not self.store.streams:
+      return {}
+    return {
+      'trained_share': self.trained_share,
+      'counts': dict(self.store.counts),
     }
 
   def shuffled_pieces(self, indices_N: np.ndarray, seed: int) -> list[Pieces]:
@@ -84,35 +140,60 @@ class Rows:
 
 
 def open_rows(
-  source: sources.Source,
+  source: Any,
   tokenizer: tokenizer_lib.Tokenizer,
   config: data_config.DataConfig,
   *,
   name: str,
+  template: str = '',
+  arrays: tuple[str, ...] = (),
   say: token_store.Say = lambda _: None,
 ) -> Rows:
   """Returns the rows of `source`; tokens and plan are made if not on disk.
 
+  Args:
+    source: documents, or for examples other than text records.
+    template: the chat template of records.
+    arrays: streams that become arrays of a batch.
+
   Raises:
-    ValueError: no document has text, a document cannot be read, or the data
-      directory cannot be written.
+    ValueError: no document has text, a document or a record cannot be read, the
+      store has no such stream, or the data directory cannot be written.
   """
   joined = config.packing == 'windows'
-  store = token_store.open_or_write(
-    source,
-    tokenizer,
-    config.data_dir,
-    name=name,
-    joined=joined,
-    num_threads=config.num_threads,
-    say=say,
-  )
+  if config.examples == data_config.TEXT:
+    store = token_store.open_or_write(
+      source,
+      tokenizer,
+      config.data_dir,
+      name=name,
+      joined=joined,
+      num_threads=config.num_threads,
+      say=say,
+    )
+  else:
+    store = example_store.open_or_write(
+      source,
+      encoding.Encoder(tokenizer, template, config.examples),
+      config.data_dir,
+      name=name,
+      row_length=config.row_length,
+      too_long=config.too_long,
+      num_threads=config.num_threads,
+      say=say,
+    )
+  if missing := sorted(set(arrays) - set(store.streams)):
+    raise ValueError(
+      f'{name}: got examples without {", ".join(missing)}, expected them for'
+      ' the objective; add them to every record, or choose another objective'
+    )
   return Rows(
     store=store,
     plan=packing_lib.row_plan(store, config.packing, config.row_length),
     row_length=config.row_length,
     pad_id=tokenizer.pad_id,
     is_random=joined,
+    arrays=arrays,
   )
 
 
@@ -128,6 +209,7 @@ def batch_of(
   num_rows: int,
   row_length: int,
   pad_id: int,
+  arrays: Sequence[str] = (),
 ) -> Batch:
   """Returns a batch of [B, T] arrays.
 
@@ -136,6 +218,7 @@ def batch_of(
     num_rows: B; missing rows are padding of weight 0.
     row_length: T.
     pad_id: token id of padding.
+    arrays: names of further arrays, float32.
   """
   shape = num_rows, row_length
   batch = {
@@ -144,11 +227,21 @@ def batch_of(
     'positions': np.zeros(shape, np.int32),
     'segment_ids': np.zeros(shape, np.int32),
     'weights': np.zeros(shape, np.float32),
-  }
+  } | {name: np.zeros(shape, np.float32) for name in arrays}
   for b, (source, (starts, lengths)) in enumerate(rows):
     row = {name: array[b] for name, array in batch.items()}
     _fill(row, source, starts, lengths)
+    for name in arrays:
+      targets = _ids_of(starts, lengths) + 1
+      row[name][: len(targets)] = source.values_N(name)[targets]
   return batch
+
+
+def _ids_of(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """Returns the index of the input id of each pair of a row."""
+  ends = np.cumsum(lengths)
+  # Distance to the start of the piece, as ends - lengths are the starts.
+  return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 def _fill(
@@ -164,15 +257,15 @@ def _fill(
     row['positions'][:used] = np.arange(used)
     row['segment_ids'][:used] = 1
   else:
-    ends = np.cumsum(lengths)
-    used = int(ends[-1])
-    slots_T = np.arange(used)
-    # Distance to the start of the piece, as ends - lengths are the starts.
-    positions_T = slots_T - np.repeat(ends - lengths, lengths)
-    ids_T = np.repeat(starts, lengths) + positions_T
+    ids_T = _ids_of(starts, lengths)
+    used = len(ids_T)
     row['tokens'][:used] = ids_N[ids_T]
     row['targets'][:used] = ids_N[ids_T + 1]
-    row['positions'][:used] = positions_T
+    row['positions'][:used] = ids_T - np.repeat(starts, lengths)
     segments = np.arange(1, len(starts) + 1)
     row['segment_ids'][:used] = np.repeat(segments, lengths)
-  row['weights'][:used] = 1
+  if 'trained' in source.store.streams:
+    targets = _ids_of(starts, lengths) + 1
+    row['weights'][:used] = source.store.stream_N('trained')[targets]
+  else:
+    row['weights'][:used] = 1

@@ -4,7 +4,8 @@ A store is a directory `tokens/<key>/` of the data directory:
 
     ids.bin      the ids of all documents, one after the other
     starts.bin   int64 [documents + 1]; see `TokenStore`
-    store.json   sizes and dtype, and one digest of both files
+    NAME.bin     a stream: one value per id, see `STREAM_DTYPES`
+    store.json   sizes and dtype, and one digest of all these files
     files.json   size and SHA-256 of each of them (`storage/derived.py`)
 
 The key is a hash of the source's fingerprint and of the tokenizer. The
@@ -17,11 +18,12 @@ A store is verified when it is opened: sizes each time, digests once on each
 machine between two boots. A store that was damaged is never trained on.
 
 A document is [bos, ids of its text, eos]. In a `joined` store, a document is
-the ids of its text alone. Documents without text are left out.
+the ids of its text alone. Documents without text are left out. The documents of
+`data/example_store.py` are conversations, and have streams.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -31,6 +33,8 @@ import os
 import pathlib
 import tempfile
 import time
+import types
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +47,9 @@ Say = Callable[[str], None]
 
 _FORMAT = 2
 _META, _IDS, _STARTS = 'store.json', 'ids.bin', 'starts.bin'
+# The value of a pair (input, target) is that of its target's id. `trained` says
+# whether a target is trained.
+STREAM_DTYPES = {'trained': 'uint8', 'labels': 'float32', 'margins': 'float32'}
 # Documents are tokenised in groups. A group ends with the document in which it
 # reaches this number of characters.
 _GROUP_CHARS = 1_000_000
@@ -68,6 +75,11 @@ class TokenStore:
   num_ids: int
   dtype: str  # of the ids: uint16 or uint32
   joined: bool  # whether documents are without bos and eos
+  streams: tuple[str, ...] = ()
+  # Documents that belong together: number k of each unit follows number k - 1.
+  documents_per_unit: int = 1
+  # Units that are shorter than their record, or left out, by the reason.
+  counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def num_pairs(self) -> int:
@@ -83,6 +95,10 @@ class TokenStore:
   def starts_D(self) -> np.ndarray:
     """Returns int64 [documents + 1], mapped: each document's first pair."""
     return mapped(self.directory / _STARTS, 'int64')
+
+  def stream_N(self, name: str) -> np.ndarray:
+    """Returns the values [N] of a stream, mapped."""
+    return mapped_once(self.directory / f'{name}.bin', STREAM_DTYPES[name])
 
   def __getstate__(self) -> dict[str, object]:
     """Returns the fields; mapped arrays would be copied into the pickle."""
@@ -117,15 +133,19 @@ def open_or_write(
       documents change, or the data directory cannot be written.
   """
   key = _key(source, tokenizer, joined)
-  place = pathlib.Path(paths.expanded('data.data_dir', data_dir))
-  directory = place / 'tokens' / key
+  bos, eos = (
+    np.array([] if joined else [end], np.int64)
+    for end in (tokenizer.bos_id, tokenizer.eos_id)
+  )
 
   def write(partial: pathlib.Path) -> None:
-    documents = _reporting(_documents(source, num_threads), name, source, say)
-    writer = _Writer(partial, tokenizer, joined)
+    documents = reporting(read_ahead(source, num_threads), name, source, say)
+    writer = Writer(partial, tokenizer.vocab_size, joined=joined)
     with writer:
       for group in _groups(documents):
-        writer.add(group)
+        writer.append(
+          [np.concatenate((bos, ids, eos)) for ids in _encode(tokenizer, group)]
+        )
     if not writer.num_ids:
       raise ValueError(
         f'{name}: got {len(source)} documents without any text, expected some'
@@ -140,6 +160,24 @@ def open_or_write(
         ' expected the same until the end; start again when they are complete'
       )
 
+  return open_or_make(key, write, data_dir, name=name)
+
+
+def open_or_make(
+  key: str,
+  write: Callable[[pathlib.Path], None],
+  data_dir: str | os.PathLike,
+  *,
+  name: str,
+) -> TokenStore:
+  """Returns the store of a key; `write` fills its directory if there is none.
+
+  Raises:
+    derived.DamagedError: the store was damaged.
+    ValueError: the data directory cannot be written; and as `write`.
+  """
+  place = pathlib.Path(paths.expanded('data.data_dir', data_dir))
+  directory = place / 'tokens' / key
   try:
     derived.open_or_write(directory, write)
   except OSError as error:
@@ -148,10 +186,11 @@ def open_or_write(
       ' set data.data_dir to a writable directory with enough room'
     ) from error
   meta = json.loads((directory / _META).read_text())
+  meta['streams'] = tuple(meta.get('streams', ()))
   return TokenStore(directory=directory, name=name, **meta)
 
 
-def _tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+def tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
   """Returns the SHA-256 of the files that the tokenizer saves."""
   digest = hashlib.sha256()
   with tempfile.TemporaryDirectory() as directory:
@@ -171,64 +210,87 @@ def mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
   return np.asarray(np.memmap(path, dtype, mode='r'))
 
 
-class _Writer:
+# A row needs it: mapping a file again costs ten times as much.
+mapped_once = functools.lru_cache(maxsize=64)(mapped)
+
+
+class Writer:
   """Writes a store, one group of documents at a time."""
 
   def __init__(
     self,
     directory: pathlib.Path,
-    tokenizer: tokenizer_lib.Tokenizer,
-    joined: bool,
+    vocab_size: int,
+    *,
+    joined: bool = False,
+    streams: Sequence[str] = (),
+    documents_per_unit: int = 1,
+    counts: Mapping[str, int] = types.MappingProxyType({}),
   ):
+    """Opens no file yet; the fields are those of `TokenStore`."""
     self._directory = directory
-    self._tokenizer = tokenizer
-    self._joined = joined
-    self._bos = [] if joined else [tokenizer.bos_id]
-    self._eos = [] if joined else [tokenizer.eos_id]
-    self._dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    self._joined, self.streams = joined, tuple(streams)
+    self._documents_per_unit = documents_per_unit
+    self._dtype = 'uint16' if vocab_size <= 2**16 else 'uint32'
     self._num_documents = 0
-    self._ids_digest, self._starts_digest = hashlib.sha256(), hashlib.sha256()
     self.num_ids = 0
+    self._counts = counts  # read at the end
 
-  def __enter__(self) -> '_Writer':
-    self._ids = (self._directory / _IDS).open('wb')
-    self._starts = (self._directory / _STARTS).open('wb')
-    self._add_starts(np.zeros(1, np.int64))
+  def __enter__(self) -> 'Writer':
+    names = (_IDS, _STARTS, *(f'{name}.bin' for name in self.streams))
+    self._files = {n: (self._directory / n).open('wb') for n in names}
+    self._digests = {n: hashlib.sha256() for n in names}
+    self._write(_STARTS, np.zeros(1, np.int64))
     return self
 
   def __exit__(self, *exception) -> None:
-    self._ids.close()
-    self._starts.close()
+    for file in self._files.values():
+      file.close()
     if exception[0] is not None:
       return
-    self._ids_digest.update(self._starts_digest.digest())
+    digest = self._digests[_IDS]
+    for name in (_STARTS, *(f'{name}.bin' for name in self.streams)):
+      digest.update(self._digests[name].digest())
     meta = {
-      'digest': self._ids_digest.hexdigest(),
+      'digest': digest.hexdigest(),
       'num_documents': self._num_documents,
       'num_ids': self.num_ids,
       'dtype': self._dtype,
       'joined': self._joined,
     }
+    if self.streams:
+      meta |= {
+        'streams': self.streams,
+        'documents_per_unit': self._documents_per_unit,
+        'counts': dict(sorted(self._counts.items())),
+      }
     (self._directory / _META).write_text(json.dumps(meta))
 
-  def add(self, documents: Sequence[dict[str, str]]) -> None:
-    """Appends documents; none of them may be empty."""
-    texts = _encode(self._tokenizer, documents)
-    with_ends = [part for ids in texts for part in (self._bos, ids, self._eos)]
-    ids_N = np.concatenate(with_ends).astype(self._dtype)
-    num_ends = len(self._bos) + len(self._eos)
-    lengths_D = np.array([len(ids) + num_ends for ids in texts], np.int64)
+  def append(
+    self,
+    documents: Sequence[Sequence[int] | np.ndarray],
+    streams: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+  ) -> None:
+    """Appends documents; none of them may be empty.
+
+    Args:
+      documents: the ids of each.
+      streams: the values of their ids, joined.
+    """
+    ids_N = np.concatenate(documents).astype(self._dtype)
+    lengths_D = np.array([len(ids) for ids in documents], np.int64)
     # A document of n ids has n - 1 pairs.
     first = self.num_ids - self._num_documents
-    self._add_starts(first + np.cumsum(lengths_D - 1))
-    self._ids.write(ids_N.data)
-    self._ids_digest.update(ids_N.data)
+    self._write(_STARTS, first + np.cumsum(lengths_D - 1))
+    self._write(_IDS, ids_N)
+    for name in self.streams:
+      self._write(f'{name}.bin', streams[name].astype(STREAM_DTYPES[name]))
     self.num_ids += len(ids_N)
-    self._num_documents += len(texts)
+    self._num_documents += len(documents)
 
-  def _add_starts(self, starts_D: np.ndarray) -> None:
-    self._starts.write(starts_D.data)
-    self._starts_digest.update(starts_D.data)
+  def _write(self, name: str, array: np.ndarray) -> None:
+    self._files[name].write(array.data)
+    self._digests[name].update(array.data)
 
 
 def _encode(
@@ -252,7 +314,7 @@ def _key(
   """Returns the directory name of a store, a hash of its text and tokenizer."""
   describe = getattr(source, 'fingerprint', None)
   described = describe() if describe else _hash_of_documents(source)
-  parts = [_FORMAT, described, _tokenizer_digest(tokenizer), joined]
+  parts = [_FORMAT, described, tokenizer_digest(tokenizer), joined]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -265,9 +327,7 @@ def _hash_of_documents(source: sources.Source) -> str:
   return digest.hexdigest()
 
 
-def _documents(
-  source: sources.Source, num_threads: int
-) -> Iterator[dict[str, str]]:
+def read_ahead(source: Any, num_threads: int) -> Iterator[Any]:
   """Yields the documents in order; threads read a few documents ahead."""
   queue: collections.deque[futures.Future] = collections.deque()
   with futures.ThreadPoolExecutor(num_threads) as pool:
@@ -299,12 +359,9 @@ def _groups(
     yield group
 
 
-def _reporting(
-  documents: Iterator[dict[str, str]],
-  name: str,
-  source: sources.Source,
-  say: Say,
-) -> Iterator[dict[str, str]]:
+def reporting(
+  documents: Iterator[Any], name: str, source: Any, say: Say
+) -> Iterator[Any]:
   """Yields the documents; reports progress every ten seconds."""
   started = reported = time.monotonic()
   for i, document in enumerate(documents):

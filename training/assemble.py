@@ -18,6 +18,7 @@ from data import (
   data_config,
   rows as rows_lib,
   sources,
+  token_store,
   vocabulary,
 )
 from data.contamination import overlap
@@ -32,6 +33,7 @@ from training import (
   learner as learner_lib,
   reference,
 )
+from training.checkpoints import init_from
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
 
@@ -91,7 +93,8 @@ def open_documents(experiment: experiment_lib.Experiment) -> Documents:
   opened = []
   for source in named:
     documents = source.open(data.data_dir)
-    if not any(documents[i]['text'] for i in range(len(documents))):
+    is_text = data.examples == data_config.TEXT
+    if is_text and not any(documents[i]['text'] for i in range(len(documents))):
       raise ValueError(
         f'{source.name}: got {len(documents)} documents without any text,'
         ' expected some; check the path and text_key'
@@ -126,8 +129,15 @@ def assemble(
   tokenizer = _open_tokenizer(
     workdir, experiment, *((opened, s.weight) for s, opened in mixed)
   )
+  is_text = data.examples == data_config.TEXT
+  spec = experiment.objective.batch_spec()
   open_rows = functools.partial(
-    rows_lib.open_rows, tokenizer=tokenizer, config=data, say=say
+    rows_lib.open_rows,
+    tokenizer=tokenizer,
+    config=data,
+    template='' if is_text else init_from.chat_template(experiment),
+    arrays=tuple(name for name in spec if name in token_store.STREAM_DTYPES),
+    say=say,
   )
   with processes.together('data'):
     train = [open_rows(opened, name=s.name) for s, opened in mixed]

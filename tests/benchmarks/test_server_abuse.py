@@ -1,5 +1,7 @@
 """The abuse of a real server: short, with few clients of each kind."""
 
+import contextlib
+import sqlite3
 import types
 
 import pytest
@@ -25,6 +27,8 @@ def test_streams_end_while_others_abuse_the_server(tmp_path, monkeypatch):
   assert statuses['many headers'].keys() == {400}
   assert statuses['short chunks'].keys() == {400}
   assert statuses['smuggler'].keys() == {400}
+  assert result['tokens'] > 0
+  assert result['ledger_rows'] >= statuses['stream'][200]
   text = server_abuse.report(result)
   assert 'health_ms' in text
   assert text.count('goal') == 2
@@ -38,10 +42,28 @@ def test_a_goal_that_is_missed_is_said():
     'control_ms': idle,
     'memory_mib': {'after_a_quarter': 100.0, 'at_the_end': 101.9},
     'statuses': {},
+    'tokens': 1,
+    'ledger_rows': 1,
   }
   text = server_abuse.report(result)
   assert 'above idle: 100.5 (MISSED)' in text
   assert 'quarter: 1.019 (met)' in text
+
+
+@pytest.mark.parametrize(
+  ('rows', 'says'),
+  [
+    ([(3, 'finished')], 'got 3 completion tokens and 0 open'),
+    ([(5, 'finished'), (0, None)], 'got 5 completion tokens and 1 open'),
+  ],
+)
+def test_a_ledger_that_does_not_add_up_is_a_failure(tmp_path, rows, says):
+  with contextlib.closing(sqlite3.connect(tmp_path / 'db')) as connection:
+    connection.execute('CREATE TABLE ledger (completion_tokens, outcome)')
+    connection.executemany('INSERT INTO ledger VALUES (?, ?)', rows)
+    connection.commit()
+  with pytest.raises(ValueError, match=says):
+    server_abuse._check_ledger(tmp_path / 'db', 5)
 
 
 def test_a_server_that_ends_is_reported(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from checks import paths
+from data import data_config
 from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from models import layout, model_config
 from storage import file_names
@@ -68,7 +69,40 @@ def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
     manifest = manifest_lib.read(directory(experiment))
     digests['init_from'] = manifest.weights_digest
     base = freeze.base_of(directory(experiment))
+  if experiment.data.examples != data_config.TEXT:
+    # The answers that were trained have this form.
+    base = {**base, 'chat_template': chat_template(experiment)}
   return {'lineage': digests, 'base': base}
+
+
+def chat_template(experiment: experiment_lib.Experiment) -> str:
+  """Returns the chat template of a run that trains on records.
+
+  Raises:
+    ValueError: there is none, or it cannot be read.
+  """
+  given = experiment.data.chat_template
+  if '{%' in given or '{{' in given:
+    return given
+  if given:
+    path = paths.expanded('data.chat_template', given)
+    try:
+      return pathlib.Path(path).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(
+        f'data.chat_template: got {given!r} ({error}), expected Jinja source or'
+        ' a file with it'
+      ) from None
+  found = ''
+  if experiment.init_from:
+    found = frozen_format.read_chat_template(directory(experiment))
+  if not found:
+    raise ValueError(
+      f'data.chat_template: got none, and config.init_from ='
+      f' {experiment.init_from!r} has none, expected one for data.examples ='
+      f' {experiment.data.examples}; set data.chat_template'
+    )
+  return found
 
 
 def directory(experiment: experiment_lib.Experiment) -> pathlib.Path:

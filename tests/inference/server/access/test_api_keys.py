@@ -231,6 +231,33 @@ def test_one_principals_prompts_never_speed_up_anothers(keyed):
   assert same == text
 
 
+def test_anothers_prompt_costs_what_an_unknown_one_costs(keyed, generator):
+  """What takes time is counted, so that no clock is needed."""
+  known, unknown = 'known to alice alone: several pages', 'x' * 35
+  assert len(known) == len(unknown)
+  for _ in range(2):
+    _cached(keyed, 'key-of-alice', known)
+
+  def num_steps():
+    servers.until(lambda: not generator.engine.has_work)
+    return generator.engine.metrics.value('engine_steps_total')
+
+  def cost(key, prompt):
+    steps = num_steps()
+    body = {'prompt': prompt, **servers.GREEDY, 'ignore_eos': True}
+    answer = keyed.post('/v1/completions', json=body, headers=_headers(key))
+    counts = answer.json()['choices'][0]['accounting']
+    return (
+      num_steps() - steps,
+      counts['prefill_tokens'],
+      counts['decode_tokens'],
+      counts['flops'],
+    )
+
+  assert cost('key:of:bob', known) == cost('key:of:bob', unknown)
+  assert cost('key-of-alice', known)[1] < cost('key-of-alice', unknown)[1]
+
+
 def test_the_body_does_not_say_who_asks(keyed):
   prompt = 'another secret of several pages'
   assert _cached(keyed, 'key-of-alice', prompt, user='alice')[0] == 0
