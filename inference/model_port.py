@@ -177,7 +177,7 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
         for ids in answers
       ],
     )
-    states_BD = np.stack([completion.pooled_D for (completion,) in completions])
+    states_BD = np.asarray([each.pooled_D for (each,) in completions])
     head = generator.heads[reward_head.NAME]
     return np.asarray(reward_head.rewards(head, states_BD)).tolist()
 

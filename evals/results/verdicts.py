@@ -57,7 +57,9 @@ def group(
       ' with [[A]], [[B]] or [[C]]; take a more capable model, or give it more'
       ' tokens'
     )
-  kept_clusters = None if clusters is None else [clusters[i] for i in kept]
+  kept_clusters: Sequence[str] | None = None
+  if clusters is not None:
+    kept_clusters = [clusters[i] for i in kept]
   wins, biases, same, ties = [], [], [], []
   for orders in (found[i] for i in kept):
     forward, backward = (_POINTS[verdict.choice] for verdict in orders)
