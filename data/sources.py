@@ -17,9 +17,11 @@ from typing import Protocol
 
 from checks import paths
 from data.builders import (
+  problems as problems_builder,
   python_stdlib as python_stdlib_builder,
   tiny_shakespeare as tiny_shakespeare_builder,
 )
+from data.problems import generator
 from data.reading import files, readers, tfds_builders
 
 
@@ -62,6 +64,28 @@ def tiny_shakespeare(
   builder = tiny_shakespeare_builder.TinyShakespeare(
     data_dir=directory,
     text_path=tiny_shakespeare_builder.find_or_download(path, directory),
+  )
+  return readers.Tfds(tfds_builders.prepare(builder), split, text_key, data_dir)
+
+
+def problems(
+  path: str = '',
+  split: str = 'train',
+  data_dir: str = '~/.cache/two_lives',
+  text_key: str = 'text',
+) -> Source:
+  """Opens arithmetic and reasoning problems; nothing is downloaded.
+
+  Args:
+    path: their settings as the query of a URL, as
+      'kind=pairs&count=5000&levels=1,2&seed=7'; see data/problems/generator.py.
+      `kind` says what data.examples they are for.
+    split: train, validation, test, or an expression of TFDS.
+    data_dir: where they are prepared.
+    text_key: the feature with the text, of the kind text.
+  """
+  builder = problems_builder.Problems(
+    settings=generator.Settings.parse(path), data_dir=_expand(data_dir)
   )
   return readers.Tfds(tfds_builders.prepare(builder), split, text_key, data_dir)
 

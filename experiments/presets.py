@@ -4,6 +4,17 @@ import dataclasses
 
 from models import model_config
 
+# A conversation as the prompts of evals/tasks/gsm8k.py write it.
+QUESTION_TEMPLATE = """\
+{% for message in messages %}
+{% if message.role == 'assistant' %}
+Answer:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}
+{% else %}
+Question: {{ message.content }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}Answer:{% endif %}"""
+
 
 def gpt2(
   *, vocab_size: int, num_layers: int, num_heads: int, width: int, length: int
@@ -53,6 +64,26 @@ def llama(
     mlp_width=mlp_width,
     max_length=length,
     tie_embeddings=False,
+  )
+
+
+def smollm2_135m() -> model_config.ModelConfig:
+  """Returns SmolLM2-135M: 134.5M parameters, tied embeddings.
+
+  Reference: arXiv:2502.02737.
+  """
+  return dataclasses.replace(
+    llama(
+      vocab_size=49_152,
+      num_layers=30,
+      num_heads=9,
+      num_kv_heads=3,
+      width=576,
+      mlp_width=1536,
+      length=8192,
+    ),
+    rope_base=100_000.0,
+    tie_embeddings=True,
   )
 
 

@@ -168,6 +168,9 @@ class Experiment:
   # Steps between evaluations; the last step is always evaluated. 0: only the
   # last.
   eval_every_steps: int = 200
+  # Whether the weights that the run begins with are evaluated too, as step 0:
+  # the loss that fine-tuning starts from.
+  eval_at_start: bool = False
   eval_batches: int = 0  # of the evaluation split; 0 takes all of it
 
   def validate(self) -> None:

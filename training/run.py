@@ -105,6 +105,8 @@ def run(
     workdir_lib.check_shared(workdir)
     stack.enter_context(contextlib.closing(saved))
     resume = saved.open(say)
+    if experiment.eval_at_start and not resume.step:
+      resume = dataclasses.replace(resume, evaluation_owed=True)
     goodput = goodput_lib.Goodput(
       workdir if processes.is_first() else None,
       first_step=resume.step,
@@ -336,7 +338,7 @@ def _explained(error, workdir, changes) -> str:
 
 
 def _take_steps(experiment, parts, context, saved, resume, hooks, state):
-  """Repeats an owed evaluation, then takes the steps; returns the state."""
+  """Makes up for an owed evaluation, then takes the steps; returns the state."""
   evaluator, saver = hooks
   goodput = context.reporter.goodput
   train_step = parts.learner.compile_train_step()
@@ -344,7 +346,8 @@ def _take_steps(experiment, parts, context, saved, resume, hooks, state):
     with goodput.during('evaluate'):
       if evaluator.evaluate(resume.step, state):
         return state
-      saver.settle(resume.step)
+      if resume.step:  # there is no checkpoint of step 0
+        saver.settle(resume.step)
   with _diagnosing(experiment, parts, saved, goodput, train_step):
     return loop.run(
       state,

@@ -8,11 +8,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from models import transformer
-from tests.helpers import tiny_models
-from training import state as state_lib, step
+from tests.helpers import preference_rows, tiny_models
+from training import adapters, state as state_lib, step
 from training.optimizer import chain
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments'
@@ -24,6 +25,10 @@ VARIANTS = {
   'muon_against_adamw': ['adamw', 'muon'],
   'wsd_against_cosine': ['cosine', 'wsd'],
   'mup_transfer': ['mup-64', 'mup-512', 'standard-512'],
+  'preference': ['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'],
+  'lora_against_full': ['base', 'full', 'rank-8', 'rank-64:some/frozen'],
+  'smollm2': ['full', 'rank-1', 'rank-8', 'rank-64', 'rank-256', 'cpu',
+              'cpu-rank-8:some/frozen'],
 }
 ALL = [
   (path.stem, variant)
@@ -60,29 +65,60 @@ def test_an_experiment_takes_one_step(name, variant):
     max_length=32,
   )
   model = transformer.Transformer(config, jnp.dtype(experiment.compute_dtype))
-  optimizer = chain.make_optimizer(
-    experiment.optimizer,
-    experiment.num_steps,
-    config,
-    state_lib.abstract_params(model),
+  # Layers of this size have no higher rank.
+  adapter = dataclasses.replace(
+    experiment.adapter, rank=min(8, experiment.adapter.rank)
   )
-  state = jax.jit(lambda key: state_lib.init(model, optimizer, key))(
-    jax.random.key(experiment.seed)
-  )
+  optimizer, state = _started(experiment, model, adapter)
   train_step = jax.jit(
     step.make_train_step(
       model,
       experiment.objective,
       optimizer,
+      joined=adapters.joined(adapter),
       num_microbatches=min(2, experiment.num_microbatches),
     )
   )
   for index in range(2):  # the rate of the very first step may be zero
-    state, metrics = train_step(
-      state, tiny_models.batch(batch_size=4, vocab_size=64, seed=index)
-    )
+    state, metrics = train_step(state, _batch(experiment, index))
   assert np.isfinite(float(metrics['loss']))
-  assert float(metrics['loss']) == pytest.approx(np.log(64), rel=0.1)
+  if experiment.objective.predicts_text:
+    assert float(metrics['loss']) == pytest.approx(np.log(64), rel=0.1)
+
+
+def _started(experiment, model, adapter):
+  """Returns the optimizer, and the state before the first step."""
+
+  def make(optimizer):
+    key = jax.random.key(experiment.seed)
+    if not adapter.rank:
+      return state_lib.init(model, optimizer, key)
+    base = model.init(key, jnp.zeros((1, 1), jnp.int32))
+    params = adapters.first(adapter, key, base)
+    state = state_lib.init_with(optimizer, key, params)
+    return state.replace(frozen_params={adapters.BASE: base})
+
+  optimizer = chain.make_optimizer(
+    experiment.optimizer,
+    experiment.num_steps,
+    model.config,
+    jax.eval_shape(lambda: make(optax.identity())).params,
+  )
+  return optimizer, jax.jit(lambda: make(optimizer))()
+
+
+def _batch(experiment, seed):
+  """Returns the arrays that the objective reads, of ids below 64."""
+  if experiment.objective.predicts_text:
+    return tiny_models.batch(batch_size=4, vocab_size=64, seed=seed)
+  units = preference_rows.draw(
+    8,
+    vocab_size=64,
+    labelled='labels' in experiment.objective.batch_spec(),
+    seed=seed,
+  )
+  rows = preference_rows.pack(units, 32, units_per_row=2)
+  return preference_rows.batch(rows[:4], row_length=32, num_rows=4)
 
 
 @pytest.mark.parametrize('name', sorted({name for name, _ in ALL}))

@@ -395,6 +395,26 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(
   assert digests[0] == digests[1]
 
 
+def test_the_first_weights_are_evaluated_if_asked_for(
+  corpus, tmp_path, uninterrupted, monkeypatch
+):
+  """Once, also where a signal cut the first attempt short."""
+  experiment = _experiment(corpus, eval_at_start=True)
+  with monkeypatch.context() as patch:
+    _terminate_in_batch(patch, 2)
+    result, printed = _run(experiment, tmp_path)
+  assert result == run_lib.Result(step=0, exit_code=128 + signal.SIGTERM)
+  assert not [r for r in metrics.read(tmp_path) if r['kind'] == 'eval']
+  result, printed = _run(experiment, tmp_path)
+  assert result == run_lib.Result(step=12, exit_code=0)
+  assert printed.index('step 0: validation loss') < printed.index('step 6:')
+  first, *others = [r for r in metrics.read(tmp_path) if r['kind'] == 'eval']
+  assert first['step'] == 0
+  assert first['loss'] > others[-1]['loss']
+  records = [r for r in _deterministic_records(tmp_path) if r['step']]
+  assert records == _deterministic_records(uninterrupted[0])
+
+
 def _num_eval_batches(experiment, workdir):
   parts = assemble.assemble(experiment, workdir, lambda text: None)
   parts.batches.close()

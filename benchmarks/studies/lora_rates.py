@@ -1,0 +1,202 @@
+"""LoRA against full fine-tuning: the losses at the best learning rates.
+
+    python -m benchmarks.studies.lora_rates --workdir=runs/lora \
+      --figure=runs/lora.svg
+
+Trains the base of `experiments/lora_against_full.py`, then fine-tunes it with
+all weights and with adapters. The learning rates are powers of two. They start
+at a guess and go on towards lower losses until the best one has a higher loss
+on both sides, so that no optimum lies at the edge of a grid. The optimum is the
+vertex of the parabola through these three. Every run is a workdir below
+--workdir, so the same command resumes after an interruption.
+
+Reference: Schulman et al. 2025, LoRA Without Regret
+(thinkingmachines.ai/blog/lora): the best rate of LoRA is about ten times that
+of full fine-tuning, at any rank.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+import pathlib
+import statistics
+
+from absl import app, flags, logging
+import jax
+import rich.console
+
+from benchmarks.studies import figure, mup_transfer, study_flags
+from experiments import lora_against_full
+from hardware import host_memory
+from models import adapter_config, transformer
+from training import experiment as experiment_lib, run, state as state_lib
+from training.reporting import metrics, reporter
+
+_KINDS = flags.DEFINE_list(
+  'kinds', ['full', 'rank-8'], 'Variants of the experiment, `full` first.'
+)
+_NUM_SEEDS = 1
+_MOST_RUNS = 12  # of one kind
+# log2 of the first learning rates.
+_FIRST = {'full': -11}
+_FIRST_OF_ADAPTERS = -8
+
+Losses = dict[int, float]  # log2 of the learning rate -> loss, nats per token
+
+
+def bracketed(loss_of: Callable[[int], float], first: int) -> Losses:
+  """Returns losses around the best rate, which has a neighbour on both sides.
+
+  Args:
+    loss_of: of log2 of a learning rate; not finite if training diverged.
+    first: log2 of the rate to start from.
+
+  Raises:
+    ValueError: the loss still falls after `_MOST_RUNS` rates.
+  """
+  losses = {rate: loss_of(rate) for rate in (first - 1, first, first + 1)}
+  while len(losses) < _MOST_RUNS:
+    best = min(losses, key=lambda rate: _comparable(losses[rate]))
+    missing = [rate for rate in (best - 1, best + 1) if rate not in losses]
+    if not missing:
+      return dict(sorted(losses.items()))
+    losses[missing[0]] = loss_of(missing[0])
+  raise ValueError(
+    f'learning rates: got losses {losses} from 2^{first}, expected a best rate'
+    ' between two others; the run is too short, or the first rate is far off'
+  )
+
+
+def _comparable(loss: float) -> float:
+  return loss if loss == loss else float('inf')
+
+
+def share_of_parameters(experiment: experiment_lib.Experiment) -> float:
+  """Returns the trained parameters as a share of those of the model."""
+  model = transformer.Transformer(experiment.model)
+  params = state_lib.abstract_params(model)['params']
+  whole = _size(params)
+  if not experiment.adapter.rank:
+    return 1.0
+  trained = jax.eval_shape(
+    lambda: adapter_config.init(experiment.adapter, params, jax.random.key(0))
+  )
+  return _size(trained) / whole
+
+
+def _size(tree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
+  """Trains what is missing in the workdir; returns the losses of each kind."""
+  base = lora_against_full.get_config('base')
+  _train(base, workdir / 'base')
+  num_seeds = study_flags.SEEDS.value or _NUM_SEEDS
+
+  def loss_of(kind: str, rate: int) -> float:
+    losses = []
+    for seed in range(num_seeds):
+      experiment = _experiment(kind, rate, seed, workdir / 'base' / 'frozen')
+      place = workdir / f'{kind}_{rate}_{seed}'
+      losses.append(_train(experiment, place))
+      print(f'{kind:8} 2^{rate:<3} seed {seed}: {losses[-1]:.4f}', flush=True)
+    return statistics.mean(losses)
+
+  return {
+    kind: bracketed(
+      lambda rate, kind=kind: loss_of(kind, rate),
+      _FIRST.get(kind, _FIRST_OF_ADAPTERS),
+    )
+    for kind in kinds
+  }
+
+
+def _train(
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
+) -> float:
+  """Trains or resumes in `workdir`; returns the last validation loss."""
+  try:
+    result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+  except reporter.NonFiniteError:
+    return math.nan
+  if result.exit_code:
+    raise SystemExit('stopped by a signal; the same command goes on')
+  records = metrics.read(workdir)
+  return [each['loss'] for each in records if each['kind'] == 'eval'][-1]
+
+
+def _experiment(kind, rate, seed, base) -> experiment_lib.Experiment:
+  experiment = lora_against_full.get_config(f'{kind}:{base}')
+  optimizer = dataclasses.replace(experiment.optimizer, peak_lr=2.0**rate)
+  return dataclasses.replace(
+    experiment,
+    optimizer=optimizer,
+    seed=seed,
+    num_steps=study_flags.STEPS.value or experiment.num_steps,
+  )
+
+
+def report(losses: dict[str, Losses], shares: dict[str, float]) -> str:
+  """Returns the table of the best losses and rates, beside the first kind."""
+  lines = [
+    '| fine-tuning | share of parameters | best loss | against full |'
+    ' best rate | against full |',
+    '|---|---|---|---|---|---|',
+  ]
+  best_of = {kind: min(each.values()) for kind, each in losses.items()}
+  rate_of = {kind: _optimum(each) for kind, each in losses.items()}
+  first = next(iter(losses))
+  for kind in losses:
+    gap = best_of[kind] / best_of[first] - 1
+    ratio = 2 ** (rate_of[kind] - rate_of[first])
+    lines.append(
+      f'| {kind} | {shares[kind]:.2%} | {best_of[kind]:.4f} | {gap:+.2%} |'
+      f' 2^{rate_of[kind]:.2f} = {2 ** rate_of[kind]:.1e} | {ratio:.1f} x |'
+    )
+  return '\n'.join(lines)
+
+
+def _optimum(losses: Losses) -> float:
+  rates = sorted(losses)
+  found = mup_transfer.optimum(rates, [losses[rate] for rate in rates])
+  # A diverged neighbour leaves no parabola, but the best rate is known.
+  return float(min(losses, key=losses.__getitem__)) if found is None else found
+
+
+def panel(losses: dict[str, Losses]) -> figure.Panel:
+  """Returns the loss over the learning rate, a line per kind."""
+  return figure.Panel(
+    title='fine-tuning by learning rate',
+    x_label='learning rate',
+    y_label='validation loss, nats per trained token',
+    lines={
+      kind: figure.Line(
+        x=[2.0**rate for rate in each], y=list(each.values()), style='.-'
+      )
+      for kind, each in losses.items()
+    },
+    log_x=True,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures the kinds and prints the table."""
+  if len(argv) > 1:
+    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
+  # TFDS logs every data set that it loads, twice.
+  logging.set_verbosity(logging.ERROR)
+  host_memory.reuse_freed_memory()
+  kinds = list(_KINDS.value)
+  losses = measure(pathlib.Path(study_flags.required_workdir()), kinds)
+  shares = {
+    kind: share_of_parameters(lora_against_full.get_config(kind))
+    for kind in kinds
+  }
+  print(report(losses, shares))
+  if study_flags.FIGURE.value:
+    figure.save(study_flags.FIGURE.value, [panel(losses)])
+
+
+if __name__ == '__main__':
+  app.run(main)
