@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from evals import encoding, judges, ports
@@ -177,7 +178,7 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
         for ids in answers
       ],
     )
-    states_BD = np.asarray([each.pooled_D for (each,) in completions])
+    states_BD = jnp.asarray([each.pooled_D for (each,) in completions])
     head = generator.heads[reward_head.NAME]
     return np.asarray(reward_head.rewards(head, states_BD)).tolist()
 
@@ -187,23 +188,33 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
 def encode_answer(
   generator: generate.Generator, prompt: judges.Prompt, answer: str
 ) -> tuple[int, ...]:
-  """Returns the ids of a conversation that ends with the answer.
+  """Returns the ids of an answer with its prompt, as training has them.
 
   Args:
     generator: has the tokenizer and the chat template.
-    prompt: messages, or the text of one message of the user.
+    prompt: messages, or the text of one message of the user. Without a chat
+      template it is text, which stands before the answer.
     answer: of the assistant.
 
   Raises:
-    ValueError: the chat template refuses the conversation.
+    ValueError: the chat template refuses the conversation, or there is none
+      for messages.
   """
-  if isinstance(prompt, str):
-    prompt = [{'role': 'user', 'content': prompt}]
-  conversation = chat.Conversation(
-    messages=[*prompt, {'role': 'assistant', 'content': answer}]
-  )
-  rendered = chat_prompts.render(generator, conversation)
-  return chat_prompts.encode(generator, rendered)
+  tokenizer, template = generator.tokenizer, generator.frozen.chat_template
+  if template:
+    if isinstance(prompt, str):
+      prompt = [{'role': 'user', 'content': prompt}]
+    conversation = chat.Conversation(
+      messages=[*prompt, {'role': 'assistant', 'content': answer}]
+    )
+    return tuple(chat.encode(tokenizer, template, conversation).ids)
+  if not isinstance(prompt, str):
+    raise ValueError(
+      'prompt: got messages for a model without a chat template, expected text'
+    )
+  given = tokenizer.encode(prompt) if prompt else []
+  end = tokenizer.eos_id
+  return (tokenizer.bos_id, *given, *tokenizer.encode(answer), end)
 
 
 def answer_all(
