@@ -1,11 +1,12 @@
 """Direct preference optimisation on pairs of solutions, in minutes on a CPU.
 
-    python train.py --config=experiments/problems.py --workdir=runs/problems
+    python train.py --config=experiments/problems.py:base --workdir=runs/base
+    python train.py --config=experiments/problems.py:sft --workdir=runs/sft
     python train.py --config=experiments/preference.py:dpo --workdir=runs/dpo
     python train.py --config=experiments/preference.py:kto:runs/mine/frozen ...
 
 The variants are dpo, ipo, kto, orpo, simpo and cpo, and a frozen directory
-after a second colon; without one, runs/problems/frozen. The chosen solution of a
+after a second colon; without one, runs/sft/frozen. The chosen solution of a
 pair is right. The rejected one has one wrong step, from which its answer
 follows. For kto, solutions are labelled one by one. The references:
 
@@ -23,14 +24,12 @@ figures.
 
 import dataclasses
 
-from data import data_config
 from experiments import problems
 from training import experiment
 from training.objectives import preference
-from training.optimizer import chain
 
 METHODS = ('dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo')
-BASE = 'runs/problems/frozen'
+BASE = 'runs/sft/frozen'
 
 
 def get_config(variant: str = 'dpo') -> experiment.Experiment:
@@ -39,27 +38,21 @@ def get_config(variant: str = 'dpo') -> experiment.Experiment:
   if method not in METHODS:
     raise ValueError(
       f'variant: got {variant!r}, expected one of {", ".join(METHODS)}, or one'
-      ' with a frozen directory, as dpo:runs/problems/frozen'
+      ' with a frozen directory, as dpo:runs/sft/frozen'
     )
-  base = problems.get_config()
+  sft = problems.get_config(f'sft:{directory or BASE}')
   kind = 'labelled' if method == 'kto' else 'pairs'
   return dataclasses.replace(
-    base,
+    sft,
     name=f'preference_{method}',
-    init_from=directory or BASE,
     data=dataclasses.replace(
-      base.data,
-      path=f'kind={kind}&count=4000&seed=1&{problems.PROBLEMS}',
+      sft.data,
+      path=f'kind={kind}&count=4000&seed=1&{problems.TUNED}',
       examples=kind,
       chat_template='',  # that of the frozen directory
-      row_length=problems.LENGTH,
-      tokenizer=data_config.TokenizerConfig(
-        kind='directory', path=f'{directory or BASE}/tokenizer'
-      ),
     ),
     objective=preference.Preference(loss=method),
-    optimizer=chain.OptimizerConfig(peak_lr=1e-4, end_lr=1e-5, warmup_steps=10),
+    optimizer=dataclasses.replace(sft.optimizer, peak_lr=5e-5),
     num_steps=150,
     log_every_steps=10,
-    eval_at_start=True,
   )

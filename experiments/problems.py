@@ -1,14 +1,17 @@
-"""Supervised fine-tuning on worked solutions, in minutes on two CPU cores.
+"""A small model learns to solve problems: pretraining, then fine-tuning.
 
-    python train.py --config=experiments/problems.py --workdir=runs/problems
-    python serve.py --model=runs/problems/frozen --chat
-    python train.py --config=experiments/problems.py --audit    # which tokens train
+    python train.py --config=experiments/problems.py:base --workdir=runs/base
+    python train.py --config=experiments/problems.py:sft --workdir=runs/sft
+    python train.py --config=experiments/problems.py:sft --audit   # what trains
+    python serve.py --model=runs/sft/frozen --chat
 
-A small model learns, from random weights, to answer small problems step by step
-(data/problems/). The loss is that of the answers: the questions are read, and
-not trained. The problems of the validation split are in no training split.
-`experiments/preference.py` goes on from the result. LOG.md has the measured
-figures.
+Both are minutes on two CPU cores. `base` learns the text of problems of five
+families, with their worked solutions (data/problems/). `sft` goes on from it
+with conversations of three other families: the answers are trained, and the
+questions are only read. Another frozen directory may follow a second colon, as
+`sft:runs/mine/frozen`. The problems of the validation split are in no training
+split. `experiments/preference.py` goes on from runs/sft/frozen. LOG.md has the
+measured figures.
 """
 
 import dataclasses
@@ -16,50 +19,79 @@ import dataclasses
 from data import data_config, sources
 from experiments import presets
 from training import experiment
-from training.optimizer import chain, update_rules
+from training.optimizer import chain
 
 VOCAB_SIZE = 1024
 LENGTH = 256
-PROBLEMS = 'levels=1,2&families=sums,words,comparisons,sorting'
+BASE = 'runs/base/frozen'
+PRETRAINED = 'levels=1,2,3&families=sums,products,words,comparisons,sorting'
+TUNED = 'levels=1,2,3&families=modular,fractions,logic'
 
 
-def get_config() -> experiment.Experiment:
-  """Returns the experiment."""
+def get_config(variant: str = 'base') -> experiment.Experiment:
+  """Returns the experiment `base`, `sft` or `sft:DIRECTORY`."""
+  kind, _, directory = variant.partition(':')
+  if kind not in ('base', 'sft'):
+    raise ValueError(
+      f'variant: got {variant!r}, expected base, sft, or sft:DIRECTORY with a'
+      ' frozen directory'
+    )
+  base = _base()
+  if kind == 'base':
+    return base
+  return dataclasses.replace(
+    base,
+    name='problems_sft',
+    init_from=directory or BASE,
+    data=dataclasses.replace(
+      base.data,
+      path=f'kind=chat&count=8000&{TUNED}',
+      examples='chat',
+      chat_template=presets.QUESTION_TEMPLATE,
+      tokenizer=data_config.TokenizerConfig(
+        kind='directory', path=f'{directory or BASE}/tokenizer'
+      ),
+    ),
+    optimizer=chain.OptimizerConfig(
+      peak_lr=5e-4,
+      end_lr=0.0,
+      schedule='linear',
+      warmup_steps=10,
+      weight_decay=0.0,
+    ),
+    freeze=experiment.FreezeConfig(temperature=0.0),
+    num_steps=200,
+    eval_at_start=True,
+  )
+
+
+def _base() -> experiment.Experiment:
   return experiment.Experiment(
-    name='problems',
+    name='problems_base',
+    # Wide and shallow: the adapters of lora_against_full.py are a small part.
     model=dataclasses.replace(
       presets.llama(
         vocab_size=VOCAB_SIZE,
-        num_layers=4,
-        num_heads=6,
-        num_kv_heads=3,
-        width=192,
-        mlp_width=512,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=8,
+        width=512,
+        mlp_width=1376,
         length=LENGTH,
       ),
       tie_embeddings=True,
-      scan_layers=False,  # four layers compile quickly, and run faster
+      scan_layers=False,  # two layers compile quickly, and run faster
     ),
     data=data_config.DataConfig(
       open_source=sources.problems,
-      path=f'kind=chat&count=20000&{PROBLEMS}',
-      examples='chat',
-      chat_template=presets.QUESTION_TEMPLATE,
+      path=f'kind=text&count=20000&{PRETRAINED}',
       row_length=LENGTH,
       batch_size=8,
       packing='first_fit',
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE),
     ),
-    optimizer=chain.OptimizerConfig(
-      rule=update_rules.Muon(),
-      peak_lr=2e-2,
-      end_lr=0.0,
-      schedule='linear',
-      warmup_steps=50,
-      weight_decay=0.1,
-    ),
-    freeze=experiment.FreezeConfig(temperature=0.0),
-    num_steps=500,
-    log_every_steps=25,
+    optimizer=chain.OptimizerConfig(peak_lr=1e-3, end_lr=0.0, warmup_steps=50),
+    num_steps=400,
+    log_every_steps=20,
     eval_every_steps=0,
   )

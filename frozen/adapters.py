@@ -247,10 +247,15 @@ def _gains(files, base, base_form) -> dict[str, np.ndarray]:
     kernel = jnp.asarray(leaves[f'{path}/kernel'], jnp.float32)
     if base_form != 'float':
       kernel = stored.quantise(kernel, base_form).whole(jnp.float32)
-    entry = {adapters.A: jnp.asarray(layer.a), adapters.B: jnp.asarray(layer.b)}
-    norms = adapter_config.column_norms(kernel, entry, layer.scale)
-    gains[path] = np.asarray(layer.magnitude / norms)
+    gains[path] = np.asarray(gain_of(kernel, layer))
   return gains
+
+
+def gain_of(kernel: jax.Array, layer: peft_files.Layer) -> jax.Array:
+  """Returns the factor of each column of W + scale A B in a layer of DoRA."""
+  entry = {adapters.A: jnp.asarray(layer.a), adapters.B: jnp.asarray(layer.b)}
+  norms = adapter_config.column_norms(kernel, entry, layer.scale)
+  return jnp.asarray(layer.magnitude) / norms
 
 
 def _tree(directory: pathlib.Path, files: peft_files.Files) -> dict[str, Any]:

@@ -3,12 +3,13 @@
     python -m benchmarks.studies.lora_rates --workdir=runs/lora \
       --figure=runs/lora.svg
 
-Trains the base of `experiments/lora_against_full.py`, then fine-tunes it with
-all weights and with adapters. The learning rates are powers of two. They start
-at a guess and go on towards lower losses until the best one has a higher loss
-on both sides, so that no optimum lies at the edge of a grid. The optimum is the
-vertex of the parabola through these three. Every run is a workdir below
---workdir, so the same command resumes after an interruption.
+Trains the base of `experiments/problems.py`, then fine-tunes it with all
+weights and with adapters, as `experiments/lora_against_full.py` says. The
+learning rates are powers of two. They start at a guess and go on towards lower
+losses until the best one has a higher loss on both sides, so that no optimum
+lies at the edge of a grid. The optimum is the vertex of the parabola through
+these three. Every run is a workdir below --workdir, so the same command resumes
+after an interruption.
 
 Reference: Schulman et al. 2025, LoRA Without Regret
 (thinkingmachines.ai/blog/lora): the best rate of LoRA is about ten times that
@@ -26,7 +27,7 @@ import jax
 import rich.console
 
 from benchmarks.studies import figure, mup_transfer, study_flags
-from experiments import lora_against_full
+from experiments import lora_against_full, problems
 from hardware import host_memory
 from models import adapter_config, transformer
 from training import experiment as experiment_lib, run, state as state_lib
@@ -90,7 +91,7 @@ def _size(tree) -> int:
 
 def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
   """Trains what is missing in the workdir; returns the losses of each kind."""
-  base = lora_against_full.get_config('base')
+  base = problems.get_config('base')
   _train(base, workdir / 'base')
   num_seeds = study_flags.SEEDS.value or _NUM_SEEDS
 

@@ -1,9 +1,243 @@
-from typing import NamedTuple
+"""Examples become documents: token ids, and which of them are trained.
+
+    encoder = Encoder(tokenizer, template, 'chat')
+    unit = encoder.unit(record, 'train.jsonl:12')
+
+The text of a conversation is encoded as a server encodes it. So the ids before
+an answer are those with which a server asks for it, and they begin with BOS
+where those do. A document ends with the stop token of its last trained turn,
+and one more id, which is not trained: the last real token is an input, too.
+
+A trained id is one that the assistant says: its reasoning, text and calls, and
+the stop token. Special tokens in messages are text (`text.chat_inputs`).
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from checks import expect
+from data.examples import shapes, turns
+from text import spans as spans_lib, tokenizer as tokenizer_lib
+from text.replies import fitting
+
+_FORMAT = 1  # of documents; part of the digest
+
+NO_ANSWER = 'without an answer of the assistant'
+EMPTY_ANSWER = 'with an empty answer'
+SAME_ANSWERS = 'with two answers that are the same'
+
+
+class Empty(ValueError):
+  """A record that teaches nothing, and is left out; its text says why."""
+
+
 class Document(NamedTuple):
-  ids: object
-  trained: object
+  """The ids of a conversation, and one pad id at the end."""
+
+  ids: np.ndarray  # int64 [n]
+  trained: np.ndarray  # bool [n]: whether the id is a trained target
+
+
 class Unit(NamedTuple):
-  documents: tuple
-  streams: dict
-class Empty(ValueError): pass
-class Encoder: pass
+  """The documents of a record, which stay in one row."""
+
+  documents: tuple[Document, ...]
+  streams: dict[str, tuple[float, ...]]  # a value of each document, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """Makes units of records."""
+
+  tokenizer: tokenizer_lib.Tokenizer
+  template: str  # Jinja source; '' for the plain transcript
+  kind: str  # one of shapes.KINDS
+  # Whether a text begins with BOS, as `has_bos` of a frozen directory says.
+  # Templates with special tokens write BOS themselves. None: as the tokenizer.
+  has_bos: bool | None = None
+
+  def __post_init__(self):
+    """Checks the kind."""
+    expect.one_of('data.examples', self.kind, shapes.KINDS)
+
+  def digest(self) -> str:
+    """Returns a hash of all that documents depend on, but the tokenizer."""
+    parts = [_FORMAT, self.template, self.kind, self.has_bos]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+  def unit(self, record: Any, where: str, other: Any | None = None) -> Unit:
+    """Returns the documents of a record.
+
+    Args:
+      record: a JSON value.
+      where: names the record in errors.
+      other: for labelled examples, the record whose completion is the second
+        document, behind the prompt of this one.
+
+    Raises:
+      Empty: the record is left out.
+      ValueError: the record is malformed, or the template refuses it.
+    """
+    example = shapes.recognise(record, self.kind, where)
+    if self.kind == 'chat':
+      document = self._document(
+        example.messages, example.tools, example.untrained, where
+      )
+      return Unit((document,), {})
+    if self.kind == 'pairs':
+      if example.chosen == example.rejected:
+        raise Empty(SAME_ANSWERS)
+      answers = example.chosen, example.rejected
+      margin = example.margin
+      streams = {} if margin is None else {'margins': (margin, margin)}
+    else:
+      place = f'{where}, next record'
+      following = shapes.recognise(other, self.kind, place)
+      answers = example.completion, following.completion
+      streams = {'labels': (1.0 if example.label else -1.0, 0.0)}
+    untrained = range(len(example.prompt))
+    documents = tuple(
+      self._document(example.prompt + answer, example.tools, untrained, where)
+      for answer in answers
+    )
+    return Unit(documents, streams)
+
+  def _document(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    untrained: Sequence[int] | frozenset[int],
+    where: str,
+  ) -> Document:
+    _check_answers(messages, untrained)
+    template = turns.of(self.tokenizer, self.template)
+    try:
+      _check_shown(messages, tools, template)
+      messages = fitting.fitted(messages, template.style)
+      found = turns.find(template, messages, tools, untrained)
+      return self._encoded(found, is_text=not template.specials)
+    except ValueError as error:
+      raise ValueError(f'{where}: {error}') from error
+
+  def _encoded(self, found: turns.Turns, *, is_text: bool) -> Document:
+    ids, offsets = _encode(self.tokenizer, found)
+    trained = _begin_in(offsets, found.trained)
+    if is_text and self._begins_with_bos:
+      ids, trained = [self.tokenizer.bos_id, *ids], [False, *trained]
+    if found.needs_eos:
+      ids, trained = [*ids, self.tokenizer.eos_id], [*trained, True]
+    return Document(
+      np.array([*ids, self.tokenizer.pad_id], np.int64),
+      np.array([*trained, False], np.bool_),
+    )
+
+  @property
+  def _begins_with_bos(self) -> bool:
+    if self.has_bos is not None:
+      return self.has_bos
+    is_foreign = self.tokenizer.kind == 'huggingface'
+    return not is_foreign or getattr(self.tokenizer, 'adds_bos', False)
+
+
+def check(tokenizer: tokenizer_lib.Tokenizer, template: str) -> None:
+  """Checks that training can use a chat template.
+
+  Raises:
+    ValueError: the template is malformed; its answers cannot be told from other
+      text, or have no stop token.
+  """
+  turns.check(turns.of(tokenizer, template))
+
+
+def stop_ids(
+  tokenizer: tokenizer_lib.Tokenizer, template: str
+) -> tuple[int, ...]:
+  """Returns the ids that training makes the model end its turns with."""
+  stop = turns.of(tokenizer, template).ending.stop
+  return (tokenizer.special_tokens[stop] if stop else tokenizer.eos_id,)
+
+
+def _check_answers(
+  messages: Sequence[Mapping[str, Any]], untrained: Sequence[int] | frozenset
+) -> None:
+  """Raises Empty if no answer is trained, or one has nothing in it."""
+  answers = [
+    message
+    for i, message in enumerate(messages)
+    if message['role'] == 'assistant' and i not in untrained
+  ]
+  if not answers:
+    raise Empty(NO_ANSWER)
+  for message in answers:
+    said = ('content', 'reasoning_content', 'thinking', 'reasoning')
+    has_text = any(str(message.get(key) or '').strip() for key in said)
+    if not has_text and not message.get('tool_calls'):
+      raise Empty(EMPTY_ANSWER)
+
+
+def _check_shown(
+  messages: Sequence[Mapping[str, Any]],
+  tools: Sequence[Mapping[str, Any]] | None,
+  template: turns.Template,
+) -> None:
+  """Refuses the parts that the template would leave out without an error."""
+  if tools and not template.style.has_tools:
+    raise ValueError(
+      'got tools, expected none: the chat template does not show them to the'
+      ' model; set data.chat_template to one that does'
+    )
+  index = fitting.left_out(messages, template.style)
+  if index is not None:
+    raise ValueError(
+      f'got message {index} of role {messages[index]["role"]}, which the chat'
+      ' template leaves out, in part or whole; leave it out, or set'
+      ' data.chat_template to one that writes it'
+    )
+
+
+def _begin_in(
+  offsets: Sequence[spans_lib.Span], spans: Sequence[spans_lib.Span]
+) -> list[bool]:
+  """Returns for each offset whether it begins in one of the ascending spans.
+
+  A special token may take the white space behind it, and so the start of an
+  answer. It is the prompt's.
+  """
+  firsts = [(start, start + 1) for start, _ in offsets]
+  return spans_lib.overlaps(firsts, spans)
+
+
+def _encode(
+  tokenizer: tokenizer_lib.Tokenizer, found: turns.Turns
+) -> spans_lib.Encoded:
+  """Returns the ids; none has characters of a prompt and of its answer.
+
+  A model is asked with the ids of the prompt alone, so an id that joins the end
+  of the prompt and the start of the answer is never said. The text is cut there
+  and encoded in parts, if the tokenizer can encode parts: some would put a
+  space in front of each.
+  """
+  whole = tokenizer.encode_marked(found.text, found.specials)
+  cuts = [
+    start
+    for start, _ in found.trained
+    if any(a < start < b for a, b in whole.offsets)
+  ]
+  if not cuts:
+    return whole
+  ids: list[int] = []
+  offsets: list[spans_lib.Span] = []
+  for first, end in zip((0, *cuts), (*cuts, len(found.text)), strict=True):
+    specials = [
+      (a - first, b - first) for a, b in found.specials if first <= a < end
+    ]
+    part = tokenizer.encode_marked(found.text[first:end], specials)
+    ids += part.ids
+    offsets += [(a + first, b + first) for a, b in part.offsets]
+  is_same = tokenizer.decode(ids) == tokenizer.decode(whole.ids)
+  return spans_lib.Encoded(ids, offsets) if is_same else whole

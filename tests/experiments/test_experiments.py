@@ -25,10 +25,18 @@ VARIANTS = {
   'muon_against_adamw': ['adamw', 'muon'],
   'wsd_against_cosine': ['cosine', 'wsd'],
   'mup_transfer': ['mup-64', 'mup-512', 'standard-512'],
+  'problems': ['base', 'sft', 'sft:some/frozen'],
   'preference': ['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'],
-  'lora_against_full': ['base', 'full', 'rank-8', 'rank-64:some/frozen'],
-  'smollm2': ['full', 'rank-1', 'rank-8', 'rank-64', 'rank-256', 'cpu',
-              'cpu-rank-8:some/frozen'],
+  'lora_against_full': ['full', 'rank-8', 'rank-64:some/frozen'],
+  'smollm2': [
+    'full',
+    'rank-1',
+    'rank-8',
+    'rank-64',
+    'rank-256',
+    'cpu',
+    'cpu-rank-8:some/frozen',
+  ],
 }
 ALL = [
   (path.stem, variant)
