@@ -21,6 +21,7 @@ from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import reward_head
 from text import chat
+from text.replies import fitting, turns
 
 # The engine needs a token after a prompt. It takes this one unsampled.
 _UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
@@ -192,29 +193,25 @@ def encode_answer(
 
   Args:
     generator: has the tokenizer and the chat template.
-    prompt: messages, or the text of one message of the user. Without a chat
-      template it is text, which stands before the answer.
-    answer: of the assistant.
+    prompt: messages, or the text of one message of the user.
+    answer: of the assistant. Its stop token is the last id.
 
   Raises:
-    ValueError: the chat template refuses the conversation, or there is none
-      for messages.
+    ValueError: the chat template refuses the conversation.
   """
-  tokenizer, template = generator.tokenizer, generator.frozen.chat_template
-  if template:
-    if isinstance(prompt, str):
-      prompt = [{'role': 'user', 'content': prompt}]
-    conversation = chat.Conversation(
-      messages=[*prompt, {'role': 'assistant', 'content': answer}]
-    )
-    return tuple(chat.encode(tokenizer, template, conversation).ids)
-  if not isinstance(prompt, str):
-    raise ValueError(
-      'prompt: got messages for a model without a chat template, expected text'
-    )
-  given = tokenizer.encode(prompt) if prompt else []
-  end = tokenizer.eos_id
-  return (tokenizer.bos_id, *given, *tokenizer.encode(answer), end)
+  if isinstance(prompt, str):
+    prompt = [{'role': 'user', 'content': prompt}]
+  messages = [*prompt, {'role': 'assistant', 'content': answer}]
+  tokenizer, frozen = generator.tokenizer, generator.frozen
+  template = turns.of(tokenizer, frozen.chat_template)
+  found = turns.find(
+    template,
+    fitting.fitted(messages, template.style),
+    untrained=range(len(prompt)),
+  )
+  has_bos = frozen.manifest.has_bos
+  ids, _ = turns.encode(tokenizer, template, found, has_bos=has_bos)
+  return tuple(ids)
 
 
 def answer_all(
