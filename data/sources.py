@@ -3,8 +3,10 @@
     source = open_source(path, split, data_dir, text_key)
 
 A source has random access: `len(source)`, and `source[i]` is a document
-{'text': str, 'id': str}. Several threads may read it. It may have a method
-`fingerprint()`, which returns a string that changes when the documents change.
+{'text': str, 'id': str}. With text_key None it is a whole record {'record':
+JSON value, 'id': str}, such as a conversation (`data/examples/shapes.py`).
+Several threads may read it. It may have a method `fingerprint()`, which returns
+a string that changes when the documents change.
 For the sources here it is made of the SHA-256 of their files, so that a file
 counts by its contents, not by its name or its time stamp. A source without this
 method is read whole at each start, to see whether it has changed. Missing data
@@ -13,7 +15,7 @@ is an error that says how to get the data, raised before any network access.
 """
 
 import pathlib
-from typing import Protocol
+from typing import Any, Protocol
 
 from checks import paths
 from data.builders import (
@@ -26,18 +28,18 @@ from data.reading import files, readers, tfds_builders
 
 
 class Source(Protocol):
-  """Random access to documents {'text': str, 'id': str}."""
+  """Random access to documents {'text': str, 'id': str}, or to records."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> dict[str, str]: ...
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def python_stdlib(
   path: str = '',
   split: str = 'train',
   data_dir: str = '~/.cache/two_lives',
-  text_key: str = 'text',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens the source files of the running interpreter's standard library.
 
@@ -57,7 +59,7 @@ def tiny_shakespeare(
   path: str = '',
   split: str = 'train',
   data_dir: str = '~/.cache/two_lives',
-  text_key: str = 'text',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens tiny Shakespeare from `path` or `data_dir`, or downloads it."""
   directory = pathlib.Path(_expand(data_dir))
@@ -91,14 +93,17 @@ def problems(
 
 
 def tfds_directory(
-  path: str, split: str, data_dir: str = '', text_key: str = 'text'
+  path: str, split: str, data_dir: str = '', text_key: str | None = 'text'
 ) -> Source:
   """Opens a prepared TFDS dataset; `path` is the directory of its version."""
   return readers.Tfds(path, split, text_key, data_dir)
 
 
 def jsonl(
-  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+  path: str,
+  split: str = 'all',
+  data_dir: str = '',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens JSON Lines: a file, a directory of .jsonl files, or a glob."""
   found = files.resolve(path, split, '.jsonl')
@@ -106,7 +111,10 @@ def jsonl(
 
 
 def parquet(
-  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+  path: str,
+  split: str = 'all',
+  data_dir: str = '',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens Parquet: a file, a directory of .parquet files, or a glob."""
   found = files.resolve(path, split, '.parquet')
@@ -114,10 +122,17 @@ def parquet(
 
 
 def text_files(
-  path: str, split: str = 'all', data_dir: str = '', text_key: str = 'text'
+  path: str,
+  split: str = 'all',
+  data_dir: str = '',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens plain text: a file, all files of a directory, or a glob."""
-  del text_key  # the whole file is the text
+  if text_key is None:
+    raise ValueError(
+      f'text_files: got {path!r} for records, expected jsonl, parquet or'
+      ' tfds_directory: a file of plain text has no keys'
+    )
   return readers.TextFiles(files.resolve(path, split, ''), data_dir)
 
 

@@ -1,5 +1,8 @@
 """Readers: random access to documents in TFDS, JSON Lines, Parquet and text.
 
+With the text_key None, a reader returns whole records: {'record': JSON value,
+'id': where it is}.
+
 The functions of `data/sources.py` return these classes. A reader holds file
 names and offsets only. Its pickle is therefore small, several threads may read
 it, and it keeps no file open. Errors name the file and the line or row.
@@ -15,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +67,7 @@ class Tfds:
     self,
     directory: str | os.PathLike,
     split: str,
-    text_key: str,
+    text_key: str | None,
     data_dir: str = '',
   ):
     """Opens a split of a prepared dataset.
@@ -71,7 +75,7 @@ class Tfds:
     Args:
       directory: the directory of its version, with dataset_info.json.
       split: a TFDS split expression.
-      text_key: the feature that holds a document's text.
+      text_key: the feature that holds a document's text; None: whole records.
       data_dir: where digests of files are kept; '' keeps none.
 
     Raises:
@@ -92,7 +96,7 @@ class Tfds:
         f'examples in {str(directory)!r} are a {type(features).__name__}, '
         'expected a FeaturesDict'
       )
-    if text_key not in features:
+    if text_key is not None and text_key not in features:
       raise ValueError(
         f'no feature {text_key!r} in {str(directory)!r}, expected one of '
         f'{", ".join(sorted(features))}; set text_key'
@@ -112,7 +116,9 @@ class Tfds:
         f'{", ".join(sorted(builder.info.splits))}'
       ) from None
     self._text_key = text_key
+    self._features = features
     self._split = split
+    self._name = f'{directory.parent.name}/{directory.name} {split}'
     self._opened = _Opened(
       sorted(path for path in directory.iterdir() if path.is_file()), data_dir
     )
@@ -127,8 +133,12 @@ class Tfds:
     contents = self._opened.contents()
     return f'tfds {self._split} {self._text_key} {names} {contents}'
 
-  def __getitem__(self, index: int) -> dict[str, str]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     example = self._examples[index]
+    if self._text_key is None:
+      place = f'{self._name}, example {index}'
+      record = _plain(self._features, example, place)
+      return {'record': record, 'id': place}
     text = example[self._text_key]
     if not isinstance(text, bytes):
       raise ValueError(
@@ -146,7 +156,10 @@ class Jsonl:
   """JSON Lines files: one object per line, with the text under one key."""
 
   def __init__(
-    self, files: Sequence[pathlib.Path], text_key: str, data_dir: str = ''
+    self,
+    files: Sequence[pathlib.Path],
+    text_key: str | None,
+    data_dir: str = '',
   ):
     """Indexes the lines of `files`; blank lines are skipped."""
     self._opened = _Opened(files, data_dir)
@@ -169,7 +182,7 @@ class Jsonl:
     """Returns a string that changes when the documents change."""
     return f'jsonl {self._text_key} {self._opened.contents()}'
 
-  def __getitem__(self, index: int) -> dict[str, str]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     file_index, line_number, offset = self._lines[index].tolist()
     file = self._files[file_index]
     place = f'{file}:{line_number}'
@@ -186,6 +199,8 @@ class Jsonl:
       raise ValueError(
         f'{place} is a {type(record).__name__}, expected an object'
       )
+    if self._text_key is None:
+      return {'record': record, 'id': place}
     if self._text_key not in record:
       raise ValueError(
         f'no {self._text_key!r} in {place}, expected one of '
@@ -204,7 +219,10 @@ class Parquet:
   """
 
   def __init__(
-    self, files: Sequence[pathlib.Path], text_key: str, data_dir: str = ''
+    self,
+    files: Sequence[pathlib.Path],
+    text_key: str | None,
+    data_dir: str = '',
   ):
     """Reads the footers of `files`."""
     self._opened = _Opened(files, data_dir)
@@ -227,17 +245,20 @@ class Parquet:
     """Returns a string that changes when the documents change."""
     return f'parquet {self._text_key} {self._opened.contents()}'
 
-  def __getitem__(self, index: int) -> dict[str, str]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(f'got document {index}, expected 0..{len(self) - 1}')
     group_index = int(np.searchsorted(self._starts, index, side='right')) - 1
     file, group = self._groups[group_index]
-    column = _read_row_group(
+    table = _read_row_group(
       file, group, self._text_key, self._opened.identities[file]
     )
     row = index - int(self._starts[group_index])
     place = f'{file}, row {row} of row group {group}'
-    text = _check_text(column[row].as_py(), self._text_key, place)
+    if self._text_key is None:
+      (record,) = table.slice(row, 1).to_pylist()
+      return {'record': _without_nulls(record), 'id': place}
+    text = _check_text(table.column(0)[row].as_py(), self._text_key, place)
     return {'text': text, 'id': place}
 
 
@@ -271,7 +292,50 @@ def _line_offsets(file: pathlib.Path):
       offset += len(line)
 
 
-def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
+def _plain(feature: Any, value: Any, place: str) -> Any:
+  """Returns a value of TFDS as JSON; a sequence of objects as a list."""
+  if isinstance(feature, tfds.features.FeaturesDict):
+    return {key: _plain(feature[key], value[key], place) for key in value}
+  if isinstance(value, dict):  # of columns: a sequence of objects
+    length = _length(value)
+    items = [_item(value, i) for i in range(length)]
+    return [_plain(feature.feature, item, place) for item in items]
+  if isinstance(value, bytes):
+    return _decode(value, place)
+  if isinstance(value, np.generic):
+    return value.item()
+  if isinstance(value, np.ndarray | list | tuple):
+    return [_plain(None, item, place) for item in value]
+  return value
+
+
+def _length(columns: dict[str, Any]) -> int:
+  first = next(iter(columns.values()))
+  return _length(first) if isinstance(first, dict) else len(first)
+
+
+def _item(columns: Any, index: int) -> Any:
+  if isinstance(columns, dict):
+    return {key: _item(column, index) for key, column in columns.items()}
+  return columns[index]
+
+
+def _without_nulls(value: Any) -> Any:
+  """Returns a value without null fields: a column has one for an absent key."""
+  if isinstance(value, dict):
+    return {
+      key: _without_nulls(item)
+      for key, item in value.items()
+      if item is not None
+    }
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
+
+
+def _parquet_metadata(
+  file: pathlib.Path, text_key: str | None
+) -> pq.FileMetaData:
   """Returns the footer of `file`.
 
   Raises:
@@ -281,6 +345,8 @@ def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
     metadata = pq.read_metadata(file)
   except pa.ArrowInvalid as error:
     raise ValueError(f'{file} is not a Parquet file ({error})') from None
+  if text_key is None:
+    return metadata
   schema = metadata.schema.to_arrow_schema()
   if text_key not in schema.names:
     raise ValueError(
@@ -298,11 +364,11 @@ def _parquet_metadata(file: pathlib.Path, text_key: str) -> pq.FileMetaData:
 
 @functools.lru_cache(maxsize=4)
 def _read_row_group(
-  file: pathlib.Path, group: int, column: str, identity: str
-) -> pa.ChunkedArray:
+  file: pathlib.Path, group: int, column: str | None, identity: str
+) -> pa.Table:
   del identity  # so that another file of this name is read again
   with pq.ParquetFile(file) as reader:
-    return reader.read_row_group(group, columns=[column]).column(0)
+    return reader.read_row_group(group, columns=column and [column])
 
 
 def _decode(data: bytes, place: str) -> str:
