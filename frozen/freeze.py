@@ -165,11 +165,9 @@ def freeze_checkpoint(
   workdir = pathlib.Path(workdir).resolve()
   run = _read_run(workdir)
   checkpoint = _checkpoint(workdir, step)
-  base = run.get('base', {})
-  if generation is None:
-    generation = chosen_generation(run.get('config', {}).get('freeze', {}))
-  if chat_template is None:
-    chat_template = base.get('chat_template', '')
+  base, template = run.get('base', {}), chat_template
+  if template is None:
+    template = base.get('chat_template', '')
   config = model_config.ModelConfig.from_dict(run['model'])
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
@@ -179,7 +177,7 @@ def freeze_checkpoint(
   )
   heads = _served_heads(params)
   provenance = _provenance(run, base, progress, weights)
-  settings = generation_of(run, generation)
+  settings = _settings(run, generation)
   if adapters.COLLECTION in params:
     trained = _trained_adapters(run, config, params[adapters.COLLECTION])
     if not _merges(run, merge_adapter, heads):
@@ -189,7 +187,7 @@ def freeze_checkpoint(
         trained.base,
         provenance=provenance,
         base_form=trained.config.base,
-        texts=_texts(chat_template, settings),
+        texts=_texts(template, settings),
         overwrite=overwrite,
       )
     params = adapters_lib.merge(trained.params, trained.effective)
@@ -205,9 +203,17 @@ def freeze_checkpoint(
     provenance=provenance,
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=settings,
-    chat_template=chat_template,
+    chat_template=template,
     overwrite=overwrite,
   )
+
+
+def _settings(
+  run: Mapping[str, Any], generation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  if generation is None:
+    generation = chosen_generation(run.get('config', {}).get('freeze', {}))
+  return generation_of(run, generation)
 
 
 def _served_heads(params: frozen_format.Params) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from evals import encoding, judges, ports
@@ -20,6 +21,7 @@ from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import reward_head
 from text import chat
+from text.replies import fitting, turns
 
 # The engine needs a token after a prompt. It takes this one unsampled.
 _UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
@@ -189,7 +191,7 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
         for ids in answers
       ],
     )
-    states_BD = np.stack([completion.pooled_D for (completion,) in completions])
+    states_BD = jnp.asarray([each.pooled_D for (each,) in completions])
     head = generator.heads[reward_head.NAME]
     return np.asarray(reward_head.rewards(head, states_BD)).tolist()
 
@@ -199,23 +201,29 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
 def encode_answer(
   generator: generate.Generator, prompt: judges.Prompt, answer: str
 ) -> tuple[int, ...]:
-  """Returns the ids of a conversation that ends with the answer.
+  """Returns the ids of an answer with its prompt, as training has them.
 
   Args:
     generator: has the tokenizer and the chat template.
     prompt: messages, or the text of one message of the user.
-    answer: of the assistant.
+    answer: of the assistant. Its stop token is the last id.
 
   Raises:
     ValueError: the chat template refuses the conversation.
   """
   if isinstance(prompt, str):
     prompt = [{'role': 'user', 'content': prompt}]
-  conversation = chat.Conversation(
-    messages=[*prompt, {'role': 'assistant', 'content': answer}]
+  messages = [*prompt, {'role': 'assistant', 'content': answer}]
+  tokenizer, frozen = generator.tokenizer, generator.frozen
+  template = turns.of(tokenizer, frozen.chat_template)
+  found = turns.find(
+    template,
+    fitting.fitted(messages, template.style),
+    untrained=range(len(prompt)),
   )
-  rendered = chat_prompts.render(generator, conversation)
-  return chat_prompts.encode(generator, rendered)
+  has_bos = frozen.manifest.has_bos
+  ids, _ = turns.encode(tokenizer, template, found, has_bos=has_bos)
+  return tuple(ids)
 
 
 def answer_all(

@@ -8,6 +8,7 @@ text. The output has the same lines with a field `reward`. In a program, it is
 `model_port.rewarder`.
 """
 
+from collections.abc import Sequence
 import json
 import pathlib
 import sys
@@ -25,7 +26,7 @@ from storage import atomic
 
 def score_file(
   generator: generate.Generator, source: str, out: str
-) -> list[float]:
+) -> Sequence[float]:
   """Writes the lines of a file with the reward of each; returns the rewards.
 
   Raises:

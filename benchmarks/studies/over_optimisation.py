@@ -245,15 +245,20 @@ def panels(
   for name, result in results.items():
     curve = result.curve
     mean, error = np.array([curve.gold(n) for n in curve.ns]).T
-    distances = curve.distances
     lines[name] = figure.Line(
-      x=distances, y=mean, low=mean - error, high=mean + error, style='.-'
+      x=curve.distances.tolist(),
+      y=mean.tolist(),
+      low=(mean - error).tolist(),
+      high=(mean + error).tolist(),
+      style='.-',
     )
     lines[f'{name}: fit'] = figure.Line(
-      x=distances, y=result.fit(distances), style='--'
+      x=curve.distances.tolist(),
+      y=result.fit(curve.distances).tolist(),
+      style='--',
     )
   lines['the gold reward itself'] = figure.Line(
-    x=best.distances,
+    x=best.distances.tolist(),
     y=[best.gold(n).value for n in best.ns],
     style=':',
   )

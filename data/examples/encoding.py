@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checks import expect
-from data.examples import shapes, turns
-from text import spans as spans_lib, tokenizer as tokenizer_lib
-from text.replies import fitting
+from data.examples import shapes
+from text import tokenizer as tokenizer_lib
+from text.replies import fitting, turns
 
 _FORMAT = 1  # of documents; part of the digest
 
@@ -120,28 +120,15 @@ class Encoder:
       _check_shown(messages, tools, template)
       messages = fitting.fitted(messages, template.style)
       found = turns.find(template, messages, tools, untrained)
-      return self._encoded(found, is_text=not template.specials)
+      ids, trained = turns.encode(
+        self.tokenizer, template, found, has_bos=self.has_bos
+      )
     except ValueError as error:
       raise ValueError(f'{where}: {error}') from error
-
-  def _encoded(self, found: turns.Turns, *, is_text: bool) -> Document:
-    ids, offsets = _encode(self.tokenizer, found)
-    trained = _begin_in(offsets, found.trained)
-    if is_text and self._begins_with_bos:
-      ids, trained = [self.tokenizer.bos_id, *ids], [False, *trained]
-    if found.needs_eos:
-      ids, trained = [*ids, self.tokenizer.eos_id], [*trained, True]
     return Document(
       np.array([*ids, self.tokenizer.pad_id], np.int64),
       np.array([*trained, False], np.bool_),
     )
-
-  @property
-  def _begins_with_bos(self) -> bool:
-    if self.has_bos is not None:
-      return self.has_bos
-    is_foreign = self.tokenizer.kind == 'huggingface'
-    return not is_foreign or getattr(self.tokenizer, 'adds_bos', False)
 
 
 def check(tokenizer: tokenizer_lib.Tokenizer, template: str) -> None:
@@ -198,46 +185,3 @@ def _check_shown(
       ' template leaves out, in part or whole; leave it out, or set'
       ' data.chat_template to one that writes it'
     )
-
-
-def _begin_in(
-  offsets: Sequence[spans_lib.Span], spans: Sequence[spans_lib.Span]
-) -> list[bool]:
-  """Returns for each offset whether it begins in one of the ascending spans.
-
-  A special token may take the white space behind it, and so the start of an
-  answer. It is the prompt's.
-  """
-  firsts = [(start, start + 1) for start, _ in offsets]
-  return spans_lib.overlaps(firsts, spans)
-
-
-def _encode(
-  tokenizer: tokenizer_lib.Tokenizer, found: turns.Turns
-) -> spans_lib.Encoded:
-  """Returns the ids; none has characters of a prompt and of its answer.
-
-  A model is asked with the ids of the prompt alone, so an id that joins the end
-  of the prompt and the start of the answer is never said. The text is cut there
-  and encoded in parts, if the tokenizer can encode parts: some would put a
-  space in front of each.
-  """
-  whole = tokenizer.encode_marked(found.text, found.specials)
-  cuts = [
-    start
-    for start, _ in found.trained
-    if any(a < start < b for a, b in whole.offsets)
-  ]
-  if not cuts:
-    return whole
-  ids: list[int] = []
-  offsets: list[spans_lib.Span] = []
-  for first, end in zip((0, *cuts), (*cuts, len(found.text)), strict=True):
-    specials = [
-      (a - first, b - first) for a, b in found.specials if first <= a < end
-    ]
-    part = tokenizer.encode_marked(found.text[first:end], specials)
-    ids += part.ids
-    offsets += [(a + first, b + first) for a, b in part.offsets]
-  is_same = tokenizer.decode(ids) == tokenizer.decode(whole.ids)
-  return spans_lib.Encoded(ids, offsets) if is_same else whole

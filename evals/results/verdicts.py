@@ -57,7 +57,9 @@ def group(
       ' with [[A]], [[B]] or [[C]]; take a more capable model, or give it more'
       ' tokens'
     )
-  kept_clusters = None if clusters is None else [clusters[i] for i in kept]
+  kept_clusters: Sequence[str] | None = None
+  if clusters is not None:
+    kept_clusters = [clusters[i] for i in kept]
   wins, biases, same, ties = [], [], [], []
   for orders in (found[i] for i in kept):
     forward, backward = (_POINTS[verdict.choice] for verdict in orders)
@@ -66,9 +68,9 @@ def group(
     same.append(float(forward == 1 - backward))
     ties.append(((forward == 0.5) + (backward == 0.5)) / 2)
 
-  def score(name, values, is_better=True, clusters=kept_clusters):
+  def score(name, values, is_better=True):
     return scores.of_values(
-      name, values, higher_is_better=is_better, clusters=clusters
+      name, values, higher_is_better=is_better, clusters=kept_clusters
     )
 
   malformed = [sum(not _is_read((each,)) for each in o) / 2 for o in found]
@@ -79,7 +81,9 @@ def group(
       score('position_bias', biases, False),
       score('consistency', same),
       score('tie_rate', ties, False),
-      score('malformed_rate', malformed, False, clusters),
+      scores.of_values(
+        'malformed_rate', malformed, higher_is_better=False, clusters=clusters
+      ),
     ),
     num_examples=len(found),
     example_ids=tuple(ids),

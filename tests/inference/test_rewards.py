@@ -1,18 +1,21 @@
 """Rewards through the engine: the function that training differentiates."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.examples import encoding
 from evals import evaluate
 from frozen import format as frozen_format
 from inference import generate, model_port, rewards
 from inference.engine import engine_config
 from models import reward_head, transformer
-from tests.helpers import commands, frozen_dirs
+from tests.helpers import commands, frozen_dirs, hf_files, tiny_models
+from text import hf_tokenizer
 from training.objectives import port, reward
 
 CONFIG = frozen_dirs.config()
@@ -93,12 +96,62 @@ def test_the_digest_of_the_weights_counts_the_head(generator):
   assert generator.weights_digest() == expected
 
 
-def test_an_answer_is_encoded_with_the_template_and_ends_there(generator):
-  ids = model_port.encode_answer(generator, 'Two?', 'Yes.')
-  text = '<user>Two?</user><assistant>Yes.</assistant>'
-  assert list(ids)[-len(text) :] == list(text.encode())
-  messages = [{'role': 'user', 'content': 'Two?'}]
-  assert model_port.encode_answer(generator, messages, 'Yes.') == ids
+CHATML = (
+  '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n'
+  '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+MARKED = (
+  '{% for m in messages %}{% if m.role == "assistant" %}A:{% generation %}'
+  ' {{ m.content }}{{ eos_token }}{% endgeneration %}\n{% else %}Q:'
+  ' {{ m.content }}\n{% endif %}{% endfor %}'
+  '{% if add_generation_prompt %}A:{% endif %}'
+)
+
+
+@pytest.mark.parametrize(
+  ('tokenizer', 'template', 'end'),
+  [
+    ('byte', '', 257),
+    ('qwen', CHATML, '<|im_end|>'),
+    ('qwen', MARKED, '<|im_end|>'),
+  ],
+  ids=['transcript', 'chatml', 'marked'],
+)
+def test_an_answer_has_the_ids_that_training_gives_it(
+  tmp_path, tokenizer, template, end
+):
+  if tokenizer == 'byte':
+    tok = tiny_models.byte_tokenizer()
+  else:
+    hf_files.qwen(tmp_path / 'source')
+    tok = hf_tokenizer.convert(tmp_path / 'source', tmp_path / 'converted')
+    end = tok.special_tokens[end]
+  served = types.SimpleNamespace(
+    tokenizer=tok,
+    frozen=types.SimpleNamespace(
+      chat_template=template, manifest=types.SimpleNamespace(has_bos=True)
+    ),
+  )
+  prompt = [
+    {'role': 'user', 'content': 'One?'},
+    {'role': 'assistant', 'content': 'Yes.'},
+    {'role': 'user', 'content': 'Two?'},
+  ]
+  if not template:  # a transcript has one answer, at the end
+    prompt = prompt[2:]
+  record = {
+    'prompt': prompt,
+    'chosen': [{'role': 'assistant', 'content': 'It is 2.'}],
+    'rejected': [{'role': 'assistant', 'content': 'No'}],
+  }
+  unit = encoding.Encoder(tok, template, 'pairs').unit(record, 'here')
+  for document, answer in zip(unit.documents, ('It is 2.', 'No'), strict=True):
+    ids = model_port.encode_answer(served, prompt, answer)
+    # The document has one more id, so that the last one is an input.
+    assert list(ids) == document.ids[:-1].tolist()
+    assert ids[-1] == end
+  text = model_port.encode_answer(served, 'Two?', 'No')
+  assert text == model_port.encode_answer(served, prompt[-1:], 'No')
 
 
 def test_a_file_of_answers_gets_rewards(generator, tmp_path):

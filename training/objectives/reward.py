@@ -99,6 +99,7 @@ class Reward(port.Objective):
 
     loss, sums = total(losses_BU), {}
     if hidden.routing is not None:
+      assert totals is not None
       per_token = totals['pairs'] / jnp.maximum(totals['tokens'], 1.0)
       router_loss, sums = routing.losses(hidden.routing, batch, per_token)
       loss += router_loss

@@ -339,3 +339,72 @@ def _stops(
   for span in _specials(whole, start):
     if span[1] <= end and whole.text[slice(*span)] in names:
       yield span
+
+
+def encode(
+  tokenizer: tokenizer_lib.Tokenizer,
+  template: Template,
+  found: Turns,
+  *,
+  has_bos: bool | None = None,
+) -> tuple[list[int], list[bool]]:
+  """Returns the ids of turns, and whether each is trained.
+
+  Args:
+    has_bos: whether a text begins with BOS, as `has_bos` of a frozen directory
+      says. Templates with special tokens write BOS themselves. None: as the
+      tokenizer.
+  """
+  ids, offsets = _encode(tokenizer, found)
+  trained = _begin_in(offsets, found.trained)
+  if has_bos is None:
+    is_foreign = tokenizer.kind == 'huggingface'
+    has_bos = not is_foreign or getattr(tokenizer, 'adds_bos', False)
+  if not template.specials and has_bos:
+    ids, trained = [tokenizer.bos_id, *ids], [False, *trained]
+  if found.needs_eos:
+    ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
+  return ids, trained
+
+
+def _begin_in(
+  offsets: Sequence[spans_lib.Span], spans: Sequence[spans_lib.Span]
+) -> list[bool]:
+  """Returns for each offset whether it begins in one of the ascending spans.
+
+  A special token may take the white space behind it, and so the start of an
+  answer. It is the prompt's.
+  """
+  firsts = [(start, start + 1) for start, _ in offsets]
+  return spans_lib.overlaps(firsts, spans)
+
+
+def _encode(
+  tokenizer: tokenizer_lib.Tokenizer, found: Turns
+) -> spans_lib.Encoded:
+  """Returns the ids; none has characters of a prompt and of its answer.
+
+  A model is asked with the ids of the prompt alone, so an id that joins the end
+  of the prompt and the start of the answer is never said. The text is cut there
+  and encoded in parts, if the tokenizer can encode parts: some would put a
+  space in front of each.
+  """
+  whole = tokenizer.encode_marked(found.text, found.specials)
+  cuts = [
+    start
+    for start, _ in found.trained
+    if any(a < start < b for a, b in whole.offsets)
+  ]
+  if not cuts:
+    return whole
+  ids: list[int] = []
+  offsets: list[spans_lib.Span] = []
+  for first, end in zip((0, *cuts), (*cuts, len(found.text)), strict=True):
+    specials = [
+      (a - first, b - first) for a, b in found.specials if first <= a < end
+    ]
+    part = tokenizer.encode_marked(found.text[first:end], specials)
+    ids += part.ids
+    offsets += [(a + first, b + first) for a, b in part.offsets]
+  is_same = tokenizer.decode(ids) == tokenizer.decode(whole.ids)
+  return spans_lib.Encoded(ids, offsets) if is_same else whole
