@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from frozen import format as frozen_format
+from inference import chat_prompts, generate
 from tests.helpers import chat_run, hf_files, tiny_models, tiny_run
-from text import tokenizer as tokenizer_lib
-from training import assemble
+from text import chat, tokenizer as tokenizer_lib
+from training import assemble, experiment as experiment_lib
+from training.optimizer import chain
 from training.reporting import metrics
 
 # A run of a few steps in a process of its own, as after a crash.
@@ -141,6 +143,38 @@ def test_a_stop_token_that_no_server_knows_is_added_to_the_settings(
   assert stop != tok.eos_id
   assert frozen.generation['stop_ids'] == [1, stop]
   assert frozen.chat_template == template
+
+
+def test_a_fine_tune_chats_and_ends_its_turn(tmp_path):
+  """It learns one answer, and the stop token behind it."""
+  chat_run.write_base(tmp_path / 'base')
+  question = {'role': 'user', 'content': 'red?'}
+  answer = {'role': 'assistant', 'content': 'two plus two'}
+  (tmp_path / 'chats').mkdir()
+  for split in ('train', 'validation'):
+    path = tmp_path / 'chats' / f'{split}.jsonl'
+    path.write_text(json.dumps({'messages': [question, answer]}))
+  experiment = chat_run.experiment(
+    str(tmp_path / 'chats' / '{split}.jsonl'),
+    tmp_path / 'base',
+    num_steps=60,
+    optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
+    checkpoint=experiment_lib.CheckpointConfig(every_steps=60),
+    log_every_steps=20,
+    eval_every_steps=0,
+    data={'batch_size': 8},
+  )
+  tiny_run.run(experiment, tmp_path / 'run')
+  generator = generate.load(tmp_path / 'run' / 'frozen')
+  rendered = chat_prompts.render(
+    generator,
+    chat.Conversation(messages=[question], add_generation_prompt=True),
+  )
+  ids = chat_prompts.encode(generator, rendered)
+  settings = chat_prompts.settings_for(generator, ids, {})
+  (completion,) = generator.generate([ids], settings)
+  assert completion.text == answer['content']
+  assert completion.finish_reason == 'stop'
 
 
 def test_eos_is_trained_where_it_is_padding_too(tmp_path):
