@@ -35,7 +35,7 @@ class Mean(NamedTuple):
   weight: jax.Array  # its denominator, a sum too
 
 
-Sums = dict[str, Any]  # arrays, and `Mean` of them
+Sums = dict[str, Any]  # arrays, and `Mean` of arrays
 # Collections of a params tree: the transformer's own, those of the objective,
 # and adapters beside frozen weights of the transformer.
 MODEL, HEADS, ADAPTERS = 'params', axes.HEADS, axes.ADAPTERS
