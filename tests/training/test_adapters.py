@@ -389,14 +389,14 @@ def test_a_merge_into_a_quantised_base_is_the_function_that_was_trained(
   last = [r for r in logged if r['kind'] == 'eval'][-1]
   # The frozen directory, evaluated as a whole model: no step is taken.
   whole = tiny_run.tuning(corpus, tmp_path / 'run' / 'frozen')
-  learner = learner_lib.make(whole, jax.devices()[:1])
-  state = learner.init_with(jax.random.key(0), init_from.read(whole))
+  whole = tiny_run.tuning(corpus, tmp_path / 'run' / 'frozen')
   parts = assemble.assemble(whole, tmp_path / 'run')
-  step = learner.compile_eval_step()
-  sums = [step(state.params, batch) for batch in parts.eval_batches]
-  loss = sum(float(s['loss']) for s in sums) / sum(
-    float(s['weight']) for s in sums
-  )
+  learner = parts.learner
+  state = learner.init_with(jax.random.key(0), init_from.read(whole))
+  step, put = learner.compile_eval_step(), learner.placement.put_batch
+  sums = [step(state.params, put(batch)) for batch in parts.eval_batches]
+  total, weight = (sum(float(s[k]) for s in sums) for k in ('loss', 'weight'))
+  loss = total / weight
   assert loss == pytest.approx(last['loss'], abs=1e-5)
 
 
