@@ -8,7 +8,7 @@ import pytest
 
 from frozen import adapters as frozen_adapters
 from inference import generate
-from inference.server import app as app_lib
+from inference.server import app as app_lib, server_config, start
 from inference.server.receipts import receipts
 from inference.server.records import database
 from inference.server.versions import loader as loader_lib, served_adapter
@@ -314,3 +314,73 @@ def test_a_receipt_of_an_adapter_replays_bit_for_bit(
   ):
     done = replay(*more)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def _options(frozen_dir, adapters, **fields):
+  return start.Options(
+    directory=str(frozen_dir),
+    name=servers.MODEL,
+    engine=life_two.ENGINE,
+    limits=server_config.ServerConfig(),
+    host='127.0.0.1',
+    port=0,
+    adapters=adapters,
+    **fields,
+  )
+
+
+@pytest.mark.usefixtures('_own_collector')
+def test_adapters_of_the_command_line_answer_as_soon_as_the_server_is_ready(
+  frozen_dir, root, monkeypatch
+):
+  """As `serve.py --port --adapters` starts it, but for the signals."""
+  found = {}
+
+  def run(server, versions, first):
+    app = server.config.app
+    with servers.running_app(app) as url:
+      servers.until(lambda: httpx2.get(f'{url}/ready').status_code == 200, 120)
+      for name in (servers.MODEL, 'sql', 'poems'):
+        body = {**servers.GREEDY, 'model': name, 'prompt': 'hello', 'seed': 1}
+        answer = httpx2.post(f'{url}/v1/completions', json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        found[name] = answer.json()['system_fingerprint']
+      cards = httpx2.get(f'{url}/v1/models').json()['data']
+      found['names'] = [card['id'] for card in cards]
+
+  monkeypatch.setattr(start, '_run', run)
+  named = [f'sql={root}/one', f'poems={root}/three']
+  start.serve(_options(frozen_dir, named))
+  assert found['names'] == [servers.MODEL, 'sql', 'poems']
+  assert len({found[name] for name in found['names']}) == 3
+
+
+@pytest.mark.parametrize(
+  ('adapters', 'engine', 'message'),
+  [
+    (['{name}={root}/one'], {}, "got the name 'tiny', expected another"),
+    (['a={root}/of_other'], {}, 'take the base that it was trained on'),
+    (['a={root}/nothing'], {}, 'expected an adapter directory'),
+    (['a={root}/other'], {}, 'expected that of an adapter'),
+    (
+      ['a={root}/one', 'b={root}/two'],
+      {'max_adapters': 1},
+      r'got 2 adapters, expected at most 1 \(engine.max_adapters\)',
+    ),
+    (
+      ['a={root}/three'],
+      {'max_adapter_rank': 2},
+      r'got one of rank 3, expected at most 2 \(engine.max_adapter_rank\)',
+    ),
+  ],
+)
+def test_a_server_does_not_start_with_wrong_adapters(
+  frozen_dir, root, adapters, engine, message
+):
+  adapters = [each.format(root=root, name=servers.MODEL) for each in adapters]
+  options = _options(frozen_dir, adapters)
+  options = dataclasses.replace(
+    options, engine=dataclasses.replace(life_two.ENGINE, **engine)
+  )
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    start.serve(options)
