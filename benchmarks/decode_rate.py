@@ -1,6 +1,7 @@
 """Decoding through the engine at several batch sizes, beside the bandwidth.
 
     python -m benchmarks.decode_rate --shape=1b --batches=1,8,32
+    python -m benchmarks.decode_rate --batches=8 --adapters=8 --rank=16
 
 A model of random weights answers greedy requests that all begin together. The
 rate counts the tokens after the last prompt. `bandwidth` is the share of the
@@ -8,6 +9,10 @@ device's peak rate (from its datasheet, or measured) at which each decode step
 reads every weight once, and the keys and values of all sequences. `ready` is
 the time in which the engine of a batch size compiles all its programs, without
 a cache.
+
+With --adapters, each batch size has a second side: the same requests, each with
+one of so many adapters of every linear layer. `adapted` is its rate, as a share
+of that of the base alone.
 
 Shapes of accelerators: `1b`, that of Llama-3.2-1B, and `110m`, both in
 bfloat16. On a CPU, `110m` in float32.
@@ -58,6 +63,8 @@ class Side:
     new_tokens: int,
     dtype: Any,
     numerics: str = 'fast',
+    num_adapters: int = 0,
+    rank: int = 16,
   ):
     """Makes the engine; `ready_s` is the time of that, without the weights."""
     params = jax.tree.map(
@@ -76,9 +83,15 @@ class Side:
         prefix_cache=False,
         numerics=numerics,
         stream_seconds=0,
+        max_adapters=num_adapters,
+        max_adapter_rank=rank,
       ),
     )
     self.ready_s = time.perf_counter() - start
+    self._adapters = [f'adapter {n}' for n in range(num_adapters)] or ['']
+    for seed, name in enumerate(filter(None, self._adapters)):
+      adapter = random_model.adapter(params, seed=seed, rank=rank)
+      self.engine.adapters.load(name, adapter)
     self.batch_size, self.new_tokens = batch_size, new_tokens
     self.step_bytes = decode_bytes(
       model, batch_size, PROMPT_TOKENS + new_tokens / 2, jnp.dtype(dtype)
@@ -91,7 +104,10 @@ class Side:
     )
     for number in range(self.batch_size):
       prompt = tuple(3 + (number + i) % 100 for i in range(PROMPT_TOKENS))
-      self.engine.submit(requests.Request(prompt_ids=prompt, settings=settings))
+      adapter = self._adapters[number % len(self._adapters)]
+      self.engine.submit(
+        requests.Request(prompt_ids=prompt, settings=settings, adapter=adapter)
+      )
     value = self.engine.metrics.value
     total = value('sampled_tokens_total') + self.batch_size * self.new_tokens
     first = value('time_to_first_token_seconds_count') + self.batch_size
@@ -117,15 +133,11 @@ def measure(args: Any) -> Iterator[entry.Result]:
   is_cpu = device.platform == 'cpu'
   shape = args.shape or ('110m' if is_cpu else '1b')
   dtype = jnp.float32 if is_cpu else jnp.bfloat16
+  counts = [0, args.adapters] if args.adapters else [0]
   sides = [
-    Side(
-      model_of(shape),
-      int(size),
-      new_tokens=args.new_tokens,
-      dtype=dtype,
-      numerics=args.numerics,
-    )
+    _side(args, shape, dtype, batch_size=int(size), num_adapters=count)
     for size in args.batches
+    for count in counts
   ]
   rates: list[list[float]] = [[] for _ in sides]
   for _ in range(args.rounds + 1):
@@ -133,35 +145,56 @@ def measure(args: Any) -> Iterator[entry.Result]:
       found.append(side.tokens_per_s())
   peak = peaks.peaks(device)
   batches = {}
-  for side, found in zip(sides, rates, strict=True):
-    rate = statistics.median(found[1:])  # the first round fills caches
+  for index in range(0, len(sides), len(counts)):
+    # The first round fills caches.
+    side, found = sides[index], rates[index][1:]
+    rate = statistics.median(found)
     batches[side.batch_size] = {
       'tokens_per_s': rate,
       'bandwidth': rate / side.batch_size * side.step_bytes / peak.bytes_per_s,
       'ready_s': side.ready_s,
     }
+    if args.adapters:
+      # Of one round each: the machine is as busy for both.
+      pairs = zip(rates[index + 1][1:], found, strict=True)
+      ratio = statistics.median(adapted / base for adapted, base in pairs)
+      batches[side.batch_size]['adapted'] = ratio
   yield {
     'shape': shape,
     'numerics': args.numerics,
     'device': device.device_kind,
     'peak_bytes_per_s': peak.bytes_per_s,
     'peak_source': peak.source,
+    'adapters': args.adapters,
+    'rank': args.rank,
     'batches': batches,
   }
+
+
+def _side(args: Any, shape: str, dtype: Any, **fields: int) -> Side:
+  return Side(
+    model_of(shape),
+    new_tokens=args.new_tokens,
+    dtype=dtype,
+    numerics=args.numerics,
+    rank=args.rank,
+    **fields,
+  )
 
 
 def report(result: entry.Result) -> str:
   """Returns the table."""
   rows = [('sequences', 'tokens/s', 'bandwidth', 'ready')]
-  rows += [
-    (
+  if result.get('adapters'):
+    rows[0] += (f'{result["adapters"]} adapters of rank {result["rank"]}',)
+  for size, each in result['batches'].items():
+    row = (
       str(size),
       f'{each["tokens_per_s"]:,.0f}',
       f'{each["bandwidth"]:.0%}',
       f'{each["ready_s"]:.1f} s',
     )
-    for size, each in result['batches'].items()
-  ]
+    rows.append((*row, *[f'{x:.0%}' for x in [each.get('adapted')] if x]))
   return timing.table(
     f'Decoding, {result["shape"]} on {result["device"]},'
     f' {result["numerics"]} numerics',
@@ -180,6 +213,10 @@ if __name__ == '__main__':
   flags.DEFINE_enum('shape', None, SHAPES, 'Model; default: of the platform.')
   flags.DEFINE_list('batches', ['1', '8', '32'], 'Sequences that run at once.')
   flags.DEFINE_integer('new_tokens', 256, 'Tokens of each answer.', 2)
+  flags.DEFINE_integer(
+    'adapters', 0, 'Adapters of a second side; 0: there is none.', 0
+  )
+  flags.DEFINE_integer('rank', 16, 'Rank of each adapter.', 1)
   flags.DEFINE_enum(
     'numerics', 'fast', engine_config.NUMERICS, 'Numerics of the engine.'
   )

@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from models import model_config, transformer
+from inference.engine import adapter_table
+from models import adapters, model_config, transformer
 from text import tokenizer as tokenizer_lib
 
 
@@ -26,3 +28,19 @@ def params(config: model_config.ModelConfig) -> Any:
   """Returns the initial weights of a model, as before training."""
   model = transformer.Transformer(config)
   return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def adapter(params: Any, *, seed: int, rank: int) -> Any:
+  """Returns an adapter of every linear layer of a model."""
+  rng = np.random.default_rng(seed)
+
+  def matrix(*shape):
+    return rng.normal(0, 0.01, shape).astype(np.float32)
+
+  shapes = adapter_table.layer_shapes(params)
+  return adapters.nested(
+    {
+      path: {'a': matrix(width, rank), 'b': matrix(rank, out)}
+      for path, (width, out) in shapes.items()
+    }
+  )

@@ -93,7 +93,9 @@ class AdapterTable:
       )
     return self._loaded[digest]
 
-  def load(self, digest: str, tree: adapters_lib.Tree) -> int:
+  def load(
+    self, digest: str, tree: adapters_lib.Tree, row: Table | None = None
+  ) -> int:
     """Puts an adapter into a free slot; returns the slot.
 
     An adapter that is loaded under two names has one slot, until both are
@@ -102,12 +104,14 @@ class AdapterTable:
     Args:
       digest: of the adapter with its base.
       tree: separate layers, scales folded into B.
+      row: `fitted`, if another thread has made it already.
 
     Raises:
       ValueError: no slot is free, or the adapter does not fit into one.
     """
     if (known := self._loaded.get(digest)) is None:
-      row = self.check(digest, tree)
+      self.check_room(digest)
+      row = row or self.fitted(tree)
       assert self.table is not None
       known = Loaded(digest, self._free.pop(0), _num_params(tree))
       self.table = self.put(self.table, known.slot, row)
@@ -145,21 +149,20 @@ class AdapterTable:
         ' ones are loaded, expected none; unload them first'
       )
 
-  def check(self, digest: str, tree: adapters_lib.Tree) -> Table:
-    """Returns the row of an adapter, which fits into the table.
+  def check_room(self, digest: str) -> None:
+    """Checks that an adapter is loaded, or finds a free slot.
 
     Raises:
-      ValueError: no slot is free, or the adapter does not fit into one.
+      ValueError: no slot is free.
     """
     if self.table is not None and not self._free and digest not in self._loaded:
       raise ValueError(
         f'adapter: got one more to load, expected at most {self.num_adapters}'
         ' (engine.max_adapters); unload another, or raise it'
       )
-    return self.fitted(tree)
 
   def fitted(self, tree: adapters_lib.Tree) -> Table:
-    """Returns the row of an adapter, whether or not a slot is free.
+    """Returns the row of an adapter, on the device; any thread may call it.
 
     Raises:
       ValueError: it does not fit into one, or there are none.
@@ -169,7 +172,8 @@ class AdapterTable:
         'adapter: got one to load, expected none: this engine has no slots for'
         ' adapters; set engine.max_adapters'
       )
-    return padded(tree, self.table, rank=self.rank)
+    row = padded(tree, self.table, rank=self.rank)
+    return jax.device_put(row, jax.tree.leaves(self.table)[0].sharding)
 
   def _shown(self) -> str:
     shown = [each[:16] for each in self.digests]

@@ -42,3 +42,35 @@ def test_the_report_shows_every_batch():
   lines = decode_rate.report(result).splitlines()
   assert len(lines) == 4
   assert lines[-1].split() == ['32', '1,234', '70%', '3.2', 's']
+
+
+def test_adapters_are_a_second_side_of_the_same_requests():
+  model = tiny_models.llama_like(
+    num_layers=1, max_length=256, vocab_size=301, scan_layers=False
+  )
+  side = decode_rate.Side(
+    model, 2, new_tokens=9, dtype=jnp.float32, num_adapters=2, rank=3
+  )
+  assert side.engine.adapters.digests == ['adapter 0', 'adapter 1']
+  assert side.tokens_per_s() > 0
+  assert side.engine.metrics.value('sampled_tokens_total') == 2 * 9
+
+
+def test_the_report_shows_the_share_of_the_rate_that_adapters_leave():
+  each = {
+    'tokens_per_s': 1234.5,
+    'bandwidth': 0.7,
+    'ready_s': 3.25,
+    'adapted': 0.81,
+  }
+  result = {
+    'shape': '1b',
+    'device': 'a device',
+    'numerics': 'fast',
+    'adapters': 8,
+    'rank': 16,
+    'batches': {8: each},
+  }
+  _, head, line = decode_rate.report(result).splitlines()
+  assert head.endswith('8 adapters of rank 16')
+  assert line.split()[-1] == '81%'

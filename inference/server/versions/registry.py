@@ -192,8 +192,7 @@ class Versions:
       ApiError: status 409, the version is there already.
     """
     self.add(model)
-    self._start(model)
-    self.run(self._answer_alone(model))
+    self.run(self._answer_alone(model, model.start()))
 
   def start_unloading(self, model: service.ServedModel) -> None:
     """Drains a version, then frees its memory, in a task.
@@ -234,11 +233,8 @@ class Versions:
   def start(self) -> None:
     """Starts the engine loops, within the event loop."""
     for model in self.all():
-      self._start(model)
-
-  def _start(self, model: service.ServedModel) -> None:
-    if (work := model.start()) is not None:
-      self.run(work)
+      if (loading := model.start()) is not None:
+        self.run(loading)
 
   async def close(self) -> None:
     """Ends all requests and all tasks."""
@@ -246,8 +242,12 @@ class Versions:
       task.cancel()
     await asyncio.gather(*(each.close() for each in self.engine_loops()))
 
-  async def _answer_alone(self, model: service.ServedModel) -> None:
+  async def _answer_alone(
+    self, model: service.ServedModel, loading: Coroutine | None
+  ) -> None:
     """Gives a version the traffic of its name, if the name has none."""
+    if loading is not None:
+      await loading  # nobody sees it ready before it has traffic
     while model.state == engine_loop_lib.LOADING:
       await asyncio.sleep(_TICK_SECONDS)
     with self._lock:

@@ -14,6 +14,7 @@ import prometheus_client
 from frozen import adapters as frozen_adapters
 from inference import generate
 from inference.server import engine_loop as engine_loop_lib, service
+from inference.server.api import errors
 from inference.server.versions import fingerprint
 
 _TICK_SECONDS = 0.02
@@ -81,11 +82,16 @@ class ServedAdapter(service.ServedModel):
   async def _load(self) -> None:
     while self.base.state == engine_loop_lib.LOADING:
       await asyncio.sleep(_TICK_SECONDS)
+    tree = self.adapter.tree
     try:
+      table = self.base.generator().engine.adapters
+      # In a thread: no step waits for it.
+      row = await asyncio.to_thread(table.fitted, tree)
       await self.engine_loop.call(
-        lambda engine: engine.adapters.load(self.digest, self.adapter.tree)
+        lambda engine: engine.adapters.load(self.digest, tree, row)
       )
     except (
+      errors.ApiError,
       ValueError,
       engine_loop_lib.Failed,
       engine_loop_lib.Stopped,
