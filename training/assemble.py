@@ -32,6 +32,7 @@ from training import (
   execution,
   experiment as experiment_lib,
   learner as learner_lib,
+  reference,
 )
 from training.checkpoints import init_from
 from training.evaluation import tasks as tasks_lib
@@ -51,6 +52,8 @@ class Parts:
   # Evaluation text found in each training source; empty if not searched for.
   overlaps: tuple[overlap.Overlap, ...]
   tasks: tuple[task_lib.Task, ...]  # measured together with validation loss
+  # Of frozen models, which the rows have; empty if the objective needs none.
+  logprobs: tuple[reference.Computed, ...] = ()
 
   def describe_data(self) -> dict[str, Any]:
     """Returns the training and evaluation data of the run, as JSON values."""
@@ -65,6 +68,7 @@ class Parts:
       ],
       'evaluation': self.eval_batches.source.describe(),
       'tasks': {task.name: task.files for task in self.tasks},
+      'logprobs': [computed._asdict() for computed in self.logprobs],
       'contamination': [
         dataclasses.asdict(overlap) | {'share': overlap.share}
         for overlap in self.overlaps
@@ -136,21 +140,24 @@ def assemble(
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
+  spare_ids = tokenizer_lib.spare_ids(tokenizer, experiment.model.vocab_size)
+  (*train, held_out), logprobs = reference.add_logprobs(
+    experiment, [*train, held_out], spare_ids, say
+  )
   if execution.attention_path(experiment, learner.placement) == 'cudnn':
     most = _max_documents(experiment, [*train, held_out], say)
     learner = learner_lib.make(experiment, max_documents=most)
   eval_batches = batches_lib.EvalBatches(held_out, data.batch_size)
   _check_arrays(next(iter(eval_batches)), experiment.objective)
   return Parts(
-    learner=learner.masking(
-      tokenizer_lib.spare_ids(tokenizer, experiment.model.vocab_size)
-    ),
+    learner=learner.masking(spare_ids),
     tokenizer=tokenizer,
     batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
     stop_ids=_stop_ids(experiment, tokenizer),
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
+    logprobs=logprobs,
   )
 
 
@@ -224,7 +231,8 @@ def _check_arrays(batch: rows_lib.Batch, objective: port.Objective) -> None:
   got = {
     name: f'{array.dtype} {"BT"[: array.ndim]}' for name, array in batch.items()
   }
-  if got != expected:
+  # Data may have more: an objective takes what it reads.
+  if not expected.items() <= got.items():
     raise ValueError(
       f'config.objective: got batches with {_listed(got)}, expected'
       f' {_listed(expected)} for {type(objective).__name__}; use an objective'

@@ -36,11 +36,7 @@ def config_of(
   try:
     config = frozen_format.read_config(_directory(name, source))
   except FileNotFoundError:
-    raise ValueError(
-      f'objective.{name}: got {source.path!r}, expected a frozen directory;'
-      ' make one with `python -m frozen.huggingface import` or `python -m'
-      ' frozen.freeze`'
-    ) from None
+    raise _absent(name, source) from None
   if config.vocab_size != vocab_size:
     raise ValueError(
       f'objective.{name}: got a model of {config.vocab_size} tokens, expected'
@@ -49,6 +45,14 @@ def config_of(
     )
   return dataclasses.replace(
     config, scan_layers=config.is_uniform, dropout_rate=0.0
+  )
+
+
+def _absent(name: str, source: port.ModelSource) -> ValueError:
+  return ValueError(
+    f'objective.{name}: got {source.path!r}, expected a frozen directory; make'
+    ' one with `python -m frozen.huggingface import` or `python -m'
+    ' frozen.freeze`'
   )
 
 
@@ -75,19 +79,54 @@ def place(params: Any, abstract: Any) -> Any:
   )
 
 
-def lineage(objective: port.Objective) -> dict[str, str]:
+def resolved(source: port.ModelSource, init_from: str) -> port.ModelSource:
+  """Returns the source, which is `config.init_from` where it names none."""
+  return source if source.path else port.ModelSource(init_from)
+
+
+def is_same(one: str, other: str) -> bool:
+  """Returns whether two paths name one frozen directory, or equal weights."""
+  if not one or not other:
+    return False
+  places = [
+    pathlib.Path(paths.expanded('objective.reference', path)).resolve()
+    for path in (one, other)
+  ]
+  if places[0] == places[1]:
+    return True
+  try:
+    digests = {manifest_lib.read(place).weights_digest for place in places}
+  except (OSError, ValueError):
+    return False  # reading the weights explains why
+  return len(digests) == 1
+
+
+def digest_of(name: str, source: port.ModelSource) -> str:
+  """Returns the digest of a frozen model's weights.
+
+  Raises:
+    ValueError: there is no frozen directory, or its manifest is damaged.
+  """
+  try:
+    return manifest_lib.read(_directory(name, source)).weights_digest
+  except FileNotFoundError:
+    raise _absent(name, source) from None
+
+
+def lineage(objective: port.Objective, init_from: str = '') -> dict[str, str]:
   """Returns the digest of each frozen model's weights, by its name."""
+  sources = {**objective.models_needed, **objective.logprobs_needed}
   return {
-    name: manifest_lib.read(_directory(name, source)).weights_digest
-    for name, source in objective.models_needed.items()
+    name: digest_of(name, resolved(source, init_from))
+    for name, source in sources.items()
   }
 
 
 def check_lineage(
-  objective: port.Objective, recorded: Mapping[str, str]
+  objective: port.Objective, init_from: str, recorded: Mapping[str, str]
 ) -> None:
   """Raises ValueError if a run would resume with another frozen model."""
-  for name, digest in lineage(objective).items():
+  for name, digest in lineage(objective, init_from).items():
     if recorded.get(name) != digest:
       raise ValueError(
         f'objective.{name}: got a model with weights {digest[:12]}, expected'

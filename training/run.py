@@ -275,7 +275,9 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   parts = _assemble(experiment, workdir, console)
   if resume.step:
     lineage = workdir_lib.recorded_lineage(workdir)
-    frozen_models.check_lineage(experiment.objective, lineage)
+    frozen_models.check_lineage(
+      experiment.objective, experiment.init_from, lineage
+    )
     adapters.check_base(experiment, lineage)
   try:
     state, progress = _start_or_restore(

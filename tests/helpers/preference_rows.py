@@ -38,7 +38,9 @@ def draw(
 ) -> list[Unit]:
   """Returns random units: prompts of 1 to 3 ids, completions up to `longest`.
 
-  The completions of a unit share the prompt. Their reference is made up.
+  The completions of a unit share the prompt. Their reference is made up: it
+  likes mismatched completions less than a uniform policy does, so that their
+  divergence, which counts from 0 on, is above 0.
   """
   rng = np.random.default_rng(seed)
 
@@ -46,16 +48,18 @@ def draw(
     size = rng.integers(least, most + 1)
     return tuple(rng.integers(1, vocab_size, size).tolist())
 
-  def document(prompt, label):
+  def document(prompt, label, worse=0.0):
     completion = ids(1, longest)
-    ref_logprobs = -rng.uniform(2, 6, len(completion)).astype(np.float32)
+    drawn = rng.uniform(2, 6, len(completion)) + worse
+    ref_logprobs = -drawn.astype(np.float32)
     return Document(prompt, completion, label, tuple(ref_logprobs.tolist()))
 
   units = []
   for i in range(num_units):
     prompt = ids(1, 3)
     label = (1.0 if i % 3 else -1.0) if labelled else 0.0
-    units.append((document(prompt, label), document(prompt, 0.0)))
+    worse = 3.0 if labelled else 0.0
+    units.append((document(prompt, label), document(prompt, 0.0, worse)))
   return units
 
 

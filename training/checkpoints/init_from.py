@@ -67,8 +67,9 @@ def describe(
     `lineage`, their digests by role, and `base`, the chat template and all else
     of `init_from` that is frozen again (`frozen.freeze.base_of`).
   """
-  digests, base = frozen_models.lineage(experiment.objective), {}
-  if experiment.init_from:
+  start, base = experiment.init_from, {}
+  digests = frozen_models.lineage(experiment.objective, start)
+  if start:
     manifest = manifest_lib.read(directory(experiment))
     digests['init_from'] = manifest.weights_digest
     base = freeze.base_of(directory(experiment))

@@ -133,11 +133,16 @@ class Model:
 
   def map_chunks(
     self,
-    fn: Callable[[jax.Array, jax.Array], Any],
-    states_BTD: jax.Array,
+    fn: Callable[[Any, jax.Array], Any],
+    states_BTD: Any,
     targets_BT: jax.Array,
   ) -> Any:
     """Returns `fn` of all chunks of time, joined; each array is [B, T].
+
+    Args:
+      fn: of hidden states and of targets.
+      states_BTD: an array, or a tree of them.
+      targets_BT: next to the states.
 
     A chunk is as long as the logits of `models.cross_entropy` may be.
     """
@@ -149,7 +154,7 @@ class Model:
       x = x.reshape((batch, chunks, time // chunks, *x.shape[2:]))
       return x.swapaxes(0, 1)
 
-    parts = split(states_BTD), split(targets_BT)
+    parts = jax.tree.map(split, (states_BTD, targets_BT))
     found = jax.lax.map(lambda part: fn(*part), parts)
     return jax.tree.map(
       lambda x: x.swapaxes(0, 1).reshape((batch, time)), found

@@ -263,15 +263,6 @@ def test_fine_tuning(pair):
 def test_kto(pair, options):
   module, params, theirs = pair
   units = preference_rows.draw(7, vocab_size=61, labelled=True, seed=5)
-  # A reference that likes the mismatched completions less than the policy:
-  # their divergence is above 0, and counts.
-  units = [
-    (own, preference_rows.Document(
-      other.prompt, other.completion, 0.0,
-      tuple(x - 3.0 for x in other.ref_logprobs),
-    ))
-    for own, other in units
-  ]  # fmt: skip
   objective = preference.Preference(loss='kto', **options)
   ours = _ours(module, params, objective, units)
   trainer = _trainer(

@@ -1,0 +1,80 @@
+"""Advantages of sampled completions: rewards less a baseline.
+
+Completions of one prompt are a group. A baseline lowers the variance of the
+policy gradient and, if it does not depend on the completion itself, keeps its
+mean. These are host functions: they stamp numbers that `token_loss.TokenLoss`
+reads.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from checks import expect
+
+BASELINES = 'none', 'group', 'leave_one_out'
+_EPSILON = 1e-4  # beside a deviation of rewards, as in TRL and verl's GRPO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advantages:
+  """The recipe: REINFORCE, RLOO and GRPO differ here."""
+
+  # none: the reward itself, REINFORCE. group: less the mean of the group, GRPO
+  # (arXiv:2402.03300). leave_one_out: less the mean of the others, RLOO
+  # (arXiv:2402.14740).
+  baseline: str = 'none'
+  group_size: int = 1  # completions of each prompt
+  # Whether advantages are over the deviation of their group, as GRPO has it;
+  # Dr. GRPO (arXiv:2503.20783) leaves it out.
+  is_normalised: bool = False
+
+  def validate(self) -> None:
+    """Raises ValueError for a recipe that makes no use of any reward."""
+    name = 'objective.advantages'
+    expect.one_of(f'{name}.baseline', self.baseline, BASELINES)
+    expect.at_least(f'{name}.group_size', self.group_size, 1)
+    if self.group_size > 1:
+      return
+    needs = (
+      f'baseline = {self.baseline}'
+      if self.baseline != 'none'
+      else 'is_normalised = True'
+      if self.is_normalised
+      else ''
+    )
+    if needs:
+      raise ValueError(
+        f'{name}.group_size: got 1 with {needs}, expected at least 2: a'
+        ' completion that is compared with itself has the advantage 0; sample'
+        ' more completions, or take baseline = none'
+      )
+
+  def __call__(self, rewards_N: np.ndarray) -> np.ndarray:
+    """Returns the advantage of each completion, float32 [N].
+
+    Args:
+      rewards_N: rewards; those of a group side by side.
+
+    Raises:
+      ValueError: the rewards are not whole groups.
+    """
+    rewards_N = np.asarray(rewards_N, np.float64)
+    if rewards_N.ndim != 1 or rewards_N.size % self.group_size:
+      raise ValueError(
+        f'rewards: got an array of shape {rewards_N.shape}, expected whole'
+        f' groups of {self.group_size}, side by side'
+      )
+    size = self.group_size
+    rewards_GR = rewards_N.reshape(-1, size)
+    advantages_GR = rewards_GR
+    if self.baseline != 'none':
+      mean_G1 = rewards_GR.mean(axis=1, keepdims=True)
+      advantages_GR = rewards_GR - mean_G1
+    if self.baseline == 'leave_one_out':
+      # r - (sum - r) / (n - 1) is n / (n - 1) times the one above.
+      advantages_GR = advantages_GR * size / (size - 1)
+    if self.is_normalised:
+      deviation_G1 = rewards_GR.std(axis=1, ddof=1, keepdims=True)
+      advantages_GR = advantages_GR / (deviation_G1 + _EPSILON)
+    return advantages_GR.reshape(-1).astype(np.float32)
