@@ -11,6 +11,10 @@ on others:
     python train.py --config=experiments/pretrain.py:8b --plan
     python train.py --config=experiments/pretrain.py:8b --plan=v5p:4x4x4
 
+To see which tokens of its data a run trains, and check them:
+
+    python train.py --config=experiments/sft.py --audit
+
 To run several processes, on one host or on several, start the command once for
 each process. The workdir must be on a file system that they share:
 
@@ -89,6 +93,13 @@ _COMPILATION_CACHE = path_flags.DEFINE_path(
   f'{compilation_cache.HELP} --plan keeps none; a run of several processes only'
   ' in a directory that is given, which all of them must share.',
 )
+_AUDIT = flags.DEFINE_integer(
+  'audit',
+  0,
+  'Print this many rows of each source (4 without a value) with the trained'
+  ' tokens marked, check all documents, and exit.',
+  lower_bound=0,
+)
 _PLAN = flags.DEFINE_string(
   'plan',
   None,
@@ -121,6 +132,8 @@ def main(argv: list[str]) -> int:
       'got --plan without --config, expected both, as in --config='
       'experiments/quickstart.py --plan'
     )
+  if _CONFIG.value is not None and _AUDIT.value:
+    return _audit(_AUDIT.value)
   if _CONFIG.value is None or not _WORKDIR.value:
     raise app.UsageError(
       'got no --config or no --workdir, expected both, as in --config='
@@ -179,6 +192,18 @@ def _plan(target: str) -> int:
   return 0
 
 
+def _audit(num_rows: int) -> int:
+  """Prints rows of the data with the trained tokens marked; checks them."""
+  from training import audit
+
+  try:
+    for line in audit.report(_CONFIG.value, num_rows):
+      print(line)
+  except (ValueError, FileNotFoundError) as error:
+    return _failed(error, exit_codes.USER_ERROR)
+  return 0
+
+
 def _join_processes() -> None:
   """Joins the other processes of the run, if flags or environment say so."""
   from parallel import processes
@@ -225,6 +250,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     print(experiment_files.listing())
     sys.exit(0)
   argv = targets.with_default(argv)
+  argv = targets.with_default(argv, _AUDIT.name, '4')
   # Before the flags are parsed: the file of the experiment imports jax, which
   # reads its environment once.
   targets.prepare_for(targets.value_in(argv))

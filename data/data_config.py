@@ -70,9 +70,10 @@ class SourceConfig:
   # Name in messages and metrics; if empty, the name of `open_source`.
   name: str = ''
 
-  def open(self, data_dir: str) -> sources_lib.Source:
-    """Opens the documents."""
-    return self.open_source(self.path, self.split, data_dir, self.text_key)
+  def open(self, data_dir: str, examples: str = TEXT) -> sources_lib.Source:
+    """Opens the documents, or the whole records of other examples."""
+    key = self.text_key if examples == TEXT else None
+    return self.open_source(self.path, self.split, data_dir, key)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -223,11 +224,6 @@ class DataConfig:
         f'data.packing: got {self.packing} with data.examples ='
         f' {self.examples}, expected first_fit, best_fit or none: examples are'
         ' not cut'
-      )
-    if self.tokenizer.kind == 'bpe':
-      raise ValueError(
-        f'tokenizer.kind: got bpe with data.examples = {self.examples},'
-        ' expected directory or byte: bpe learns from documents of text'
       )
 
 

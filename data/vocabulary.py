@@ -7,6 +7,7 @@ run loads it from there.
 from collections.abc import Iterator
 import itertools
 import math
+from typing import Any
 
 from checks import paths
 from data import data_config, sources
@@ -53,9 +54,21 @@ def _texts(source: sources.Source, max_bytes: int) -> Iterator[str]:
   """Yields texts in order, up to `max_bytes` in all; the last one is cut."""
   left = max_bytes
   for i in range(len(source)):
-    data = source[i]['text'].encode('utf-8')[:left]
+    document = source[i]
+    text = document['text'] if 'text' in document else _text_of(document)
+    data = text.encode('utf-8')[:left]
     # A cut may fall inside a character.
     yield data.decode('utf-8', errors='ignore')
     left -= len(data)
     if left <= 0:
       return
+
+
+def _text_of(value: Any) -> str:
+  """Returns all strings in the record of an example."""
+  if isinstance(value, str):
+    return value
+  items = value.values() if isinstance(value, dict) else value
+  if not isinstance(items, str | list) and not isinstance(value, dict):
+    return ''
+  return '\n'.join(filter(None, map(_text_of, items)))

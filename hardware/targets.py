@@ -172,10 +172,13 @@ def prepare_for(plan: str | None) -> None:
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
-def with_default(argv: list[str], flag: str = 'plan') -> list[str]:
+def with_default(
+  argv: list[str], flag: str = 'plan', value: str = HERE
+) -> list[str]:
   """Returns argv with a bare `--plan` as `--plan=here`."""
   return [
-    f'{arg}={HERE}' if arg in (f'-{flag}', f'--{flag}') else arg for arg in argv
+    f'{arg}={value}' if arg in (f'-{flag}', f'--{flag}') else arg
+    for arg in argv
   ]
 
 

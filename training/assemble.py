@@ -22,6 +22,7 @@ from data import (
   vocabulary,
 )
 from data.contamination import overlap
+from data.examples import encoding
 from evals.tasks import task as task_lib
 from models.attention import cudnn_gpu
 from parallel import processes
@@ -46,6 +47,8 @@ class Parts:
   tokenizer: tokenizer_lib.Tokenizer
   batches: batches_lib.TrainBatches
   eval_batches: batches_lib.EvalBatches
+  # Ids that end the answers of a run on conversations, besides EOS.
+  stop_ids: tuple[int, ...]
   # Evaluation text found in each training source; empty if not searched for.
   overlaps: tuple[overlap.Overlap, ...]
   tasks: tuple[task_lib.Task, ...]  # measured together with validation loss
@@ -92,12 +95,17 @@ def open_documents(experiment: experiment_lib.Experiment) -> Documents:
   named = *data.train_sources(), data.eval_source()
   opened = []
   for source in named:
-    documents = source.open(data.data_dir)
+    documents = source.open(data.data_dir, data.examples)
     is_text = data.examples == data_config.TEXT
     if is_text and not any(documents[i]['text'] for i in range(len(documents))):
       raise ValueError(
         f'{source.name}: got {len(documents)} documents without any text,'
         ' expected some; check the path and text_key'
+      )
+    if not is_text and 'record' not in documents[0]:
+      raise ValueError(
+        f'{source.name}: got documents of text, expected records for'
+        f' data.examples = {data.examples}; open JSON Lines, Parquet or TFDS'
       )
     opened.append(documents)
   return Documents(
@@ -125,23 +133,9 @@ def assemble(
   learner = learner_lib.make(experiment)
   data = experiment.data
   documents = documents or open_documents(experiment)
-  mixed = list(zip(data.train_sources(), documents.train, strict=True))
-  tokenizer = _open_tokenizer(
-    workdir, experiment, *((opened, s.weight) for s, opened in mixed)
-  )
-  is_text = data.examples == data_config.TEXT
-  spec = experiment.objective.batch_spec()
-  open_rows = functools.partial(
-    rows_lib.open_rows,
-    tokenizer=tokenizer,
-    config=data,
-    template='' if is_text else init_from.chat_template(experiment),
-    arrays=tuple(name for name in spec if name in token_store.STREAM_DTYPES),
-    say=say,
-  )
+  tokenizer = open_tokenizer(workdir, experiment, documents)
   with processes.together('data'):
-    train = [open_rows(opened, name=s.name) for s, opened in mixed]
-    held_out = open_rows(documents.evaluated, name=data.eval_source().name)
+    *train, held_out = open_rows(experiment, tokenizer, documents, say)
   digests = [rows.store.digest for rows in (*train, held_out)]
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
@@ -160,10 +154,55 @@ def assemble(
     tokenizer=tokenizer,
     batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
+    stop_ids=_stop_ids(experiment, tokenizer),
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
     logprobs=logprobs,
   )
+
+
+def open_rows(
+  experiment: experiment_lib.Experiment,
+  tokenizer: tokenizer_lib.Tokenizer,
+  documents: Documents,
+  say: Callable[[str], None] = lambda _: None,
+) -> list[rows_lib.Rows]:
+  """Returns the rows of each training source, and of the evaluation split.
+
+  Raises:
+    ValueError: a document cannot be read, or conversations cannot be trained
+      with the chat template.
+  """
+  data, template = experiment.data, ''
+  if data.examples != data_config.TEXT:
+    template = init_from.chat_template(experiment)
+    encoding.check(tokenizer, template)
+  spec = experiment.objective.batch_spec()
+  open_one = functools.partial(
+    rows_lib.open_rows,
+    tokenizer=tokenizer,
+    config=data,
+    template=template,
+    arrays=tuple(name for name in spec if name in token_store.STREAM_DTYPES),
+    say=say,
+  )
+  named = *data.train_sources(), data.eval_source()
+  opened = *documents.train, documents.evaluated
+  return [
+    open_one(source, name=config.name)
+    for config, source in zip(named, opened, strict=True)
+  ]
+
+
+def _stop_ids(
+  experiment: experiment_lib.Experiment, tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[int, ...]:
+  """Returns the ids besides EOS that answers are trained to end with."""
+  if experiment.data.examples == data_config.TEXT:
+    return ()
+  template = init_from.chat_template(experiment)
+  found = encoding.stop_ids(tokenizer, template)
+  return tuple(i for i in found if i != tokenizer.eos_id)
 
 
 def _max_documents(
@@ -223,10 +262,10 @@ def _overlaps(
       yield overlap.between_stores(rows.store, held_out.store, ngram)
 
 
-def _open_tokenizer(
+def open_tokenizer(
   workdir: pathlib.Path,
   experiment: experiment_lib.Experiment,
-  *mixed: tuple[sources.Source, float],
+  documents: Documents,
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer of a run: built and saved once, loaded from then on.
 
@@ -234,10 +273,17 @@ def _open_tokenizer(
     ValueError: the tokenizer is damaged, or has more tokens than the model has
       embeddings.
   """
+  data = experiment.data
+  mixed = [
+    (opened, source.weight)
+    for opened, source in zip(
+      documents.train, data.train_sources(), strict=True
+    )
+  ]
   directory = workdir / file_names.TOKENIZER
   with processes.together('tokenizer'):
     if processes.is_first() and not directory.exists():
-      built = vocabulary.build_tokenizer(experiment.data.tokenizer, *mixed)
+      built = vocabulary.build_tokenizer(data.tokenizer, *mixed)
       with atomic.new_directory(directory) as partial:
         built.save(partial)
   try:

@@ -315,7 +315,9 @@ def _record(experiment, workdir, parts, first_step, console) -> None:
     if processes.is_first():
       phases = parts.batches.get_state()['phases']
       with disk.writing(workdir):
-        start = None if first_step else init_from.describe(experiment)
+        start = (
+          None if first_step else init_from.describe(experiment, parts.stop_ids)
+        )
         workdir_lib.record(workdir, experiment, phases, start)
         workdir_lib.record_data(workdir, parts.describe_data())
   if before and before != now:

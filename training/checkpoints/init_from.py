@@ -7,6 +7,7 @@ other. Frozen weights are rounded to their serving dtype. The run trains them in
 float32, as every run.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
@@ -56,8 +57,14 @@ def model_of(directory: str) -> model_config.ModelConfig:
   )
 
 
-def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+def describe(
+  experiment: experiment_lib.Experiment, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
   """Returns the weights that a run begins with, as fields of run.json.
+
+  Args:
+    experiment: validated.
+    stop_ids: besides EOS, the ids that the run trains to end an answer with.
 
   Returns:
     `lineage`, their digests by role, and `base`, the chat template and all else
@@ -72,14 +79,20 @@ def describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   if experiment.data.examples != data_config.TEXT:
     # The answers that were trained have this form.
     base = {**base, 'chat_template': chat_template(experiment)}
+    generation = dict(base.get('generation', freeze.DEFAULT_GENERATION))
+    known = generation.get('stop_ids', ())
+    if unknown := [i for i in stop_ids if i not in known]:
+      # Else a server would go on behind the end of an answer.
+      generation['stop_ids'] = [*known, *unknown]
+    base['generation'] = generation
   return {'lineage': digests, 'base': base}
 
 
 def chat_template(experiment: experiment_lib.Experiment) -> str:
-  """Returns the chat template of a run that trains on records.
+  """Returns the chat template of a run on records; '': the plain transcript.
 
   Raises:
-    ValueError: there is none, or it cannot be read.
+    ValueError: it cannot be read.
   """
   given = experiment.data.chat_template
   if '{%' in given or '{{' in given:
@@ -93,16 +106,9 @@ def chat_template(experiment: experiment_lib.Experiment) -> str:
         f'data.chat_template: got {given!r} ({error}), expected Jinja source or'
         ' a file with it'
       ) from None
-  found = ''
   if experiment.init_from:
-    found = frozen_format.read_chat_template(directory(experiment))
-  if not found:
-    raise ValueError(
-      f'data.chat_template: got none, and config.init_from ='
-      f' {experiment.init_from!r} has none, expected one for data.examples ='
-      f' {experiment.data.examples}; set data.chat_template'
-    )
-  return found
+    return frozen_format.read_chat_template(directory(experiment))
+  return ''
 
 
 def directory(experiment: experiment_lib.Experiment) -> pathlib.Path:

@@ -54,6 +54,7 @@ def describe(
     ),
     ('attention', _describe_attention(parts.learner)),
   ]
+  rows += _describe_examples(experiment, parts)
   for overlap in parts.overlaps:
     is_much = overlap.share > data.contamination_warning or overlap.num_copied
     rows.append(
@@ -121,6 +122,29 @@ def _describe_data(
       f' {epochs[rows.name]:.3g} epochs'
     )
   return ('\n' + ' ' * 11).join(lines)
+
+
+def _describe_examples(
+  experiment: experiment_lib.Experiment, parts: assemble.Parts
+) -> list[tuple[str, str]]:
+  """Returns lines about what is trained of records; none for text."""
+  held_out = parts.eval_batches.source
+  lines = []
+  for rows in (*parts.batches.sources, held_out):
+    store = rows.store
+    if not store.streams:
+      continue
+    units = store.num_documents // store.documents_per_unit
+    lines.append(
+      (
+        'examples',
+        f'{rows.name}: {units:,} {experiment.data.examples},'
+        f' {rows.trained_share:.2%} of their tokens are trained',
+      )
+    )
+    for why, count in sorted(store.counts.items()):
+      lines.append(('WARNING', f'{rows.name}: {count:,} records {why}'))
+  return lines
 
 
 def _in_processes() -> str:
