@@ -6,7 +6,7 @@ from models import model_config
 
 # A conversation as the prompts of evals/tasks/gsm8k.py write it.
 QUESTION_TEMPLATE = """\
-{% for message in messages %}
+{{ bos_token }}{% for message in messages %}
 {% if message.role == 'assistant' %}
 Answer:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}
 {% else %}

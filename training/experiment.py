@@ -215,8 +215,7 @@ class Experiment:
 
   def _check_examples(self) -> None:
     """Refuses data that makes no batches for the objective."""
-    got = getattr(self.data, 'examples', 'text')
-    expected = self.objective.examples
+    got, expected = self.data.examples, self.objective.examples
     if got not in expected:
       raise ValueError(
         f'data.examples: got {got}, expected {" or ".join(expected)} for the'

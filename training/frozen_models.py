@@ -86,6 +86,23 @@ def resolved(source: port.ModelSource, init_from: str) -> port.ModelSource:
   return source if source.path else port.ModelSource(init_from)
 
 
+def is_same(one: str, other: str) -> bool:
+  """Returns whether two paths name one frozen directory, or equal weights."""
+  if not one or not other:
+    return False
+  places = [
+    pathlib.Path(paths.expanded('objective.reference', path)).resolve()
+    for path in (one, other)
+  ]
+  if places[0] == places[1]:
+    return True
+  try:
+    digests = {manifest_lib.read(place).weights_digest for place in places}
+  except (OSError, ValueError):
+    return False  # reading the weights explains why
+  return len(digests) == 1
+
+
 def digest_of(name: str, source: port.ModelSource) -> str:
   """Returns the digest of a frozen model's weights.
 

@@ -31,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from checks import paths
-from data import batches as batches_lib, rows as rows_lib, token_store
+from data import batches as batches_lib, rows as rows_lib
 from models import axes, transformer
 from parallel import placement as placement_lib, processes
 from storage import atomic, derived
 from training import (
+  adapters,
   execution,
   experiment as experiment_lib,
   frozen_models,
@@ -89,16 +90,16 @@ def add_logprobs(
       functools.partial(_Scorer, experiment, array, source, spare_ids)
     )
     for i, rows in enumerate(found):
-      values_N, done = _of_source(experiment, rows, array, source, scorer, say)
-      found[i] = rows.with_stream(array, values_N)
+      path, done = _of_source(experiment, rows, array, source, scorer, say)
+      found[i] = rows.with_array(array, path)
       computed.append(done)
   return found, tuple(computed)
 
 
 def _of_source(
   experiment, rows, array, source, scorer, say
-) -> tuple[np.ndarray, Computed]:
-  """Returns one value per id of a source's store, from disk if they are."""
+) -> tuple[pathlib.Path, Computed]:
+  """Returns the file with one value per id of a source's store."""
   if rows.is_random:
     raise ValueError(
       'data.packing: got windows, whose rows start at random tokens, with the'
@@ -107,7 +108,7 @@ def _of_source(
       ' tokens with a fixed context'
     )
   weights = frozen_models.digest_of(array, source)
-  directory = _directory(experiment, rows, weights)
+  directory = _directory(experiment, rows, source, weights)
   passes = 0
   # Processes may have a data directory each, of which one is complete.
   if processes.agree(not directory.is_dir()):
@@ -118,11 +119,10 @@ def _of_source(
     raise ValueError(f'{array} of {rows.name}: {error}') from None
   kept = f'{passes} forward passes' if passes else 'known'
   say(f'reference  {array} of {rows.name}: {kept}, {directory}')
-  values_N = token_store.mapped(directory / _VALUES, 'float32')
-  return values_N, Computed(rows.name, array, weights, passes)
+  return directory / _VALUES, Computed(rows.name, array, weights, passes)
 
 
-def _directory(experiment, rows, weights: str) -> pathlib.Path:
+def _directory(experiment, rows, source, weights: str) -> pathlib.Path:
   """Returns the place of a source's values, a hash of what they follow from."""
   data = experiment.data
   parts = {
@@ -132,11 +132,26 @@ def _directory(experiment, rows, weights: str) -> pathlib.Path:
     # Which tokens a row has beside each other does not matter; where a long
     # document is cut does.
     'rows': [data.packing, data.row_length],
-    'numerics': [experiment.compute_dtype, experiment.execution.matmul],
+    'numerics': [
+      experiment.compute_dtype,
+      experiment.execution.matmul,
+      _base_form(experiment, source),
+    ],
   }
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
   place = pathlib.Path(paths.expanded('data.data_dir', data.data_dir))
   return place / 'logprobs' / key
+
+
+def _base_form(experiment, source: port.ModelSource) -> str:
+  """Returns how the weights of a frozen model are stored, see `AdapterConfig`.
+
+  A policy of adapters starts as its quantised base, and not as the weights that
+  the base was made of: a reference of these would be another model.
+  """
+  adapter = experiment.adapter
+  is_base = frozen_models.is_same(source.path, experiment.init_from)
+  return adapter.base if adapter.rank and is_base else 'float'
 
 
 def _compute(experiment, rows, directory, scorer, say) -> int:
@@ -221,16 +236,23 @@ class _Scorer:
     )
     execution.check_model(own)
     model = transformer.Transformer(config, jnp.dtype(own.compute_dtype))
+    stored_as = functools.partial(
+      adapters.in_form,
+      dataclasses.replace(
+        experiment.adapter, base=_base_form(experiment, source)
+      ),
+    )
     abstract = state_lib.TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32),
-      params=state_lib.abstract_params(model),
+      params=jax.eval_shape(stored_as, state_lib.abstract_params(model)),
       opt_state=(),
       key=None,  # type: ignore: nothing is drawn
     )
     logical = state_lib.logical_axes(abstract, axes.param_axes(abstract.params))
     placement = placement_lib.make(own.parallel, abstract, logical, devices)
     params = frozen_models.place(
-      frozen_models.read(source, config), placement.abstract_whole().params
+      stored_as(frozen_models.read(source, config)),
+      placement.abstract_whole().params,
     )
     state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params)
     self._params = placement.restored(state).params

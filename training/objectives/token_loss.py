@@ -16,13 +16,12 @@ imitation term; distillation is the distance to a teacher.
 
 import dataclasses
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
-from checks import expect, paths
-from frozen import manifest as manifest_lib
+from checks import expect
+from training import frozen_models
 from training.objectives import advantages as advantages_lib, port, routing
 
 _ARRAY_BT = port.ArraySpec('BT', jnp.float32)
@@ -164,7 +163,7 @@ class TokenLoss(port.Objective):
       return
     # The distance is 0 at its least, and the policy would start there.
     reference = self.reference or init_from
-    if init_from and _is_same_model(reference, init_from):
+    if frozen_models.is_same(reference, init_from):
       raise ValueError(
         f'objective.reference: got the weights of config.init_from'
         f' ({init_from}), expected another model: a policy that only imitates'
@@ -333,18 +332,3 @@ def _divergence(params, states_BTD, model, reference, batch) -> jax.Array:
   return model.map_chunks(
     of_chunk, (states_BTD, hidden.states_BTD), batch['targets']
   )
-
-
-def _is_same_model(one: str, other: str) -> bool:
-  """Returns whether two frozen directories have the same weights."""
-  places = [
-    pathlib.Path(paths.expanded('objective.reference', path)).resolve()
-    for path in (one, other)
-  ]
-  if places[0] == places[1]:
-    return True
-  try:
-    digests = {manifest_lib.read(place).weights_digest for place in places}
-  except (OSError, ValueError):
-    return False  # reading the weights explains why
-  return len(digests) == 1
