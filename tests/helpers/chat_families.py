@@ -6,6 +6,9 @@ import pathlib
 import tempfile
 import types
 
+import numpy as np
+
+from data.examples import audit, encoding
 from inference import generate
 from inference.server.answers import conversations
 from tests.helpers import hf_files
@@ -47,13 +50,32 @@ _FAMILIES = {
 }
 NAMES = tuple(_FAMILIES)
 OURS = ('byte', 'bpe')
+ALL = (*NAMES, *OURS)
+
+SYSTEM = {'role': 'system', 'content': 'the hat'}
+USER = {'role': 'user', 'content': 'What is 2+2?'}
+ANSWER = {'role': 'assistant', 'content': 'the cat: 4'}
+CALL = {
+  'role': 'assistant',
+  'content': None,
+  'reasoning_content': 'hm',
+  'tool_calls': [
+    {
+      'id': 'abcdefghi',
+      'type': 'function',
+      'function': {'name': 'add', 'arguments': '{"a": 2}'},
+    }
+  ],
+}
+RESULT = {'role': 'tool', 'tool_call_id': 'abcdefghi', 'content': '4'}
+TOOLS = [{'type': 'function', 'function': {'name': 'add', 'parameters': {}}}]
 
 
 @functools.cache
 def directory(name: str) -> pathlib.Path:
   """Returns the Hugging Face files of a family."""
   _ROOTS.append(tempfile.TemporaryDirectory())
-  return _FAMILIES[name][0](_ROOTS[-1].name, template=template(name))
+  return _FAMILIES[name][0](_ROOTS[-1].name, template=template_of(name))
 
 
 @functools.cache
@@ -67,7 +89,7 @@ def load(name: str) -> tokenizer.Tokenizer:
 
 
 @functools.cache
-def template(name: str) -> str:
+def template_of(name: str) -> str:
   """Returns the template of a family; '' for tokenizers of our own."""
   if name in OURS:
     return ''
@@ -91,3 +113,30 @@ def served_ids(
     generate.Generator.prompt_ids, generator
   )
   return list(conversations.ask(generator, messages, tools=tools or ()).ids)
+
+
+def encoder_of(name, kind='chat', template=None) -> encoding.Encoder:
+  """Returns the encoder of a family, or of another template with its tokens."""
+  source = template_of(name) if template is None else template
+  return encoding.Encoder(load(name), source, kind)
+
+
+def document_of(name, *messages, template=None, **record) -> encoding.Document:
+  """Returns the document of a conversation, which the audit has checked."""
+  encoder = encoder_of(name, template=template)
+  unit = encoder.unit({'messages': list(messages), **record}, 'a:1')
+  assert unit.streams == {}
+  (document,) = unit.documents
+  audit.check(document, encoder.tokenizer)
+  return document
+
+
+def shown_of(name, *messages, **fields) -> str:
+  """Returns the text of a conversation, what is trained in brackets."""
+  return audit.render(document_of(name, *messages, **fields), load(name))
+
+
+def starts_of(document: encoding.Document) -> list[int]:
+  """Returns the first id of each trained span."""
+  before = np.concatenate([[False], document.trained[:-1]])
+  return np.nonzero(document.trained & ~before)[0].tolist()
