@@ -192,6 +192,9 @@ _ASK = '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
     # A turn in two marks.
     '{% generation %}{{ m.content[:3] }}{% endgeneration %}{% generation %}'
     '{{ m.content[3:] }}{% endgeneration %}<|im_end|>\n',
+    # The stop token has a mark of its own.
+    '{% generation %}{{ m.content }}{% endgeneration %}{% generation %}'
+    '<|im_end|>\n{% endgeneration %}',
     # White space between the answer and the stop token.
     '{% generation %}{{ m.content }}{% endgeneration %}\n\n<|im_end|>\n\n',
   ],
@@ -233,6 +236,23 @@ def test_several_stop_tokens_in_a_turn():
     'qwen', USER, thinks, USER, thinks, template=template
   )
   assert shown.count('⟦hm<|im_end|>the cat: 4<|im_end|>⟧') == 2
+
+
+def test_an_end_that_differs_when_messages_follow_is_refused():
+  # In the style of gpt-oss: <|endoftext|> ends the last turn only. The stop
+  # token that follows the first answer is then the end of another turn.
+  template = (
+    f"{_TURN}{{{{ m.content }}}}{{% if m.role == 'assistant' and loop.last %}}"
+    '<|endoftext|>{% else %}-{% endif %}{% endfor %}' + _ASK
+  )
+  shown = chat_families.shown_of('qwen', USER, ANSWER, template=template)
+  assert shown.endswith('⟦the cat: 4<|endoftext|>⟧<|endoftext|>')
+  with pytest.raises(
+    ValueError, match='a:1: .* end of the answer in message 1'
+  ):
+    chat_families.document_of(
+      'qwen', USER, ANSWER, USER, ANSWER, template=template
+    )
 
 
 def test_messages_behind_the_last_answer_are_cut():
