@@ -312,11 +312,11 @@ def _with_stops(
           f'chat template: got {whole.text[start:end][-40:]!r} as the end of a'
           f' trained turn, expected a stop token; {_FIX}'
         )
-    has_ended = bool(result) and result[-1][1] in ends
+    ended = result[-1][1] if result else -1
     is_stop_alone = bool(inside) and inside[0][0] == start
-    if has_ended and is_stop_alone:
-      if not whole.text[result[-1][1] : start].strip():
-        continue  # a second stop token, which no model reaches
+    is_next = ended in ends and not whole.text[ended:start].strip()
+    if is_next and is_stop_alone:
+      continue  # a second stop token, which no model reaches
     result.append((start, end))
   return result
 
