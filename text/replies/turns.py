@@ -146,7 +146,7 @@ def check(template: Template) -> None:
     )
   turns = find(template, _PROBE)
   texts = [turns.text[slice(*span)] for span in turns.trained]
-  if not any(_ANSWER in text for text in texts):
+  if _ANSWER not in ''.join(texts):
     raise ValueError(
       f'chat template: got {texts} as the trained parts of an example, expected'
       f' the answer {_ANSWER!r} among them; {_FIX}'
@@ -252,9 +252,27 @@ def _unmarked(
       # earlier turns is left out. If it has one stop token, so has the other.
       if len(list(_stops(template, turn, start, len(turn.text)))) != 1:
         raise ValueError(_no_end(i))
-      stops = list(_stops(template, whole, start, len(whole.text)))[:1]
+      following = _start_of(template, whole, messages, tools, i + 1)
+      stops = list(_stops(template, whole, start, following))[:1]
+      if not stops:
+        raise ValueError(_no_end(i))
     spans.append((start, stops[-1][1]))
   return spans
+
+
+def _start_of(
+  template: Template,
+  whole: chat.Prompt,
+  messages: Messages,
+  tools: Tools,
+  place: int,
+) -> int:
+  """Returns where the content of a message begins in the whole text."""
+  content = messages[place]['content'].lstrip()
+  other = {**messages[place], 'content': 'y' if content[:1] == 'x' else 'x'}
+  changed = [*messages[:place], other, *messages[place + 1 :]]
+  text = template.render(changed, tools).text
+  return len(os.path.commonprefix([text, whole.text]))
 
 
 def _no_end(place: int) -> str:
@@ -268,10 +286,12 @@ def _with_stops(
   template: Template, whole: chat.Prompt, spans: Sequence[spans_lib.Span]
 ) -> list[spans_lib.Span]:
   """Returns the spans, each up to its stop token and no further."""
+  every = list(_stops(template, whole, 0, len(whole.text)))
+  ends = {end for _, end in every}
   result: list[spans_lib.Span] = []
   for i, (start, end) in enumerate(spans):
     following = spans[i + 1][0] if i + 1 < len(spans) else len(whole.text)
-    stops = list(_stops(template, whole, start, len(whole.text)))
+    stops = [stop for stop in every if stop[0] >= start]
     inside = [stop for stop in stops if stop[1] <= end]
     # Only white space may be between the stop token and the end.
     if inside and not whole.text[inside[-1][1] : end].strip():
@@ -292,10 +312,10 @@ def _with_stops(
           f'chat template: got {whole.text[start:end][-40:]!r} as the end of a'
           f' trained turn, expected a stop token; {_FIX}'
         )
-    is_stop_alone = inside and inside[0][0] == start
-    if (
-      result and is_stop_alone and not whole.text[result[-1][1] : start].strip()
-    ):
+    ended = result[-1][1] if result else -1
+    is_stop_alone = bool(inside) and inside[0][0] == start
+    is_next = ended in ends and not whole.text[ended:start].strip()
+    if is_next and is_stop_alone:
       continue  # a second stop token, which no model reaches
     result.append((start, end))
   return result
