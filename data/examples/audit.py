@@ -9,6 +9,7 @@ import numpy as np
 from data.examples import encoding
 from text import chat, tokenizer as tokenizer_lib, utf8
 
+_BRACKETS = '⟦', '⟧'
 _GREEN, _PLAIN = '\033[1;32m', '\033[0m'
 
 
@@ -19,9 +20,8 @@ def render(
 
   In colour on a terminal, else in double brackets. Special tokens are shown.
   """
-  opening, closing = ('⟦', '⟧')
-  if sys.stdout.isatty():
-    opening, closing = _GREEN, _PLAIN
+  is_terminal = sys.stdout.isatty()
+  opening, closing = (_GREEN, _PLAIN) if is_terminal else _BRACKETS
   names = {i: token for token, i in tokenizer.special_tokens.items()}
   names |= {
     i: names.get(i) or name
@@ -63,10 +63,12 @@ def check(
   special |= {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
   is_special = np.isin(ids, list(special))
   _check_bos(document, spans, is_special, tokenizer)
-  for (_, end), (following, _) in itertools.pairwise([*spans, (len(ids), 0)]):
+  for (start, end), (following, _) in itertools.pairwise(
+    [*spans, (len(ids), 0)]
+  ):
     if is_special[end - 1] or not is_special[end:following].any():
       continue  # ends with a stop token, or is a part of a turn in several
-    text = tokenizer.decode(ids[:end].tolist())
+    text = tokenizer.decode(ids[start:end].tolist())
     if not text.endswith(chat.DEFAULT_STOP):
       raise ValueError(
         f'document: got a trained span that ends with {text[-20:]!r}, expected'
@@ -112,8 +114,15 @@ def _text(
   ids: list[int], names: dict[int, str], tokenizer: tokenizer_lib.Tokenizer
 ) -> str:
   # By bytes: a run may begin or end inside of a character.
-  return utf8.decode(
+  text = utf8.decode(
     b''.join(
       names[i].encode() if i in names else tokenizer.token_bytes(i) for i in ids
     )
+  )
+  # No text may look like the marks, or move the cursor of a terminal.
+  return ''.join(
+    char
+    if char == '\n' or (char.isprintable() and char not in _BRACKETS)
+    else char.encode('unicode_escape').decode()
+    for char in text
   )

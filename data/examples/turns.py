@@ -146,7 +146,7 @@ def check(template: Template) -> None:
     )
   turns = find(template, _PROBE)
   texts = [turns.text[slice(*span)] for span in turns.trained]
-  if not any(_ANSWER in text for text in texts):
+  if _ANSWER not in ''.join(texts):
     raise ValueError(
       f'chat template: got {texts} as the trained parts of an example, expected'
       f' the answer {_ANSWER!r} among them; {_FIX}'

@@ -204,3 +204,105 @@ def test_tfds_dataset_that_is_no_array_record(tmp_path):
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(ValueError, match='stored as .*expected array_record;'):
     sources.tfds_directory(str(info.parent), 'train')
+
+
+RECORDS = [
+  {
+    'messages': [
+      {'role': 'user', 'content': 'h\u00e9'},
+      {'role': 'assistant', 'content': 'yes', 'name': 'x'},
+    ],
+    'margin': 0.5,
+    'label': True,
+    'tags': ['a', 'b'],
+  },
+  {
+    'messages': [{'role': 'user', 'content': 'no', 'name': ''}],
+    'margin': 2.0,
+    'label': False,
+    'tags': [],
+  },
+]
+
+
+class TinyRecords(tfds.core.GeneratorBasedBuilder):
+  """A dataset of conversations."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    text = tfds.features.Text()
+    message = {'role': text, 'content': text, 'name': text}
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'messages': tfds.features.Sequence(message),
+          'margin': tfds.features.Scalar(np.float32),
+          'label': tfds.features.Scalar(np.bool_),
+          'tags': tfds.features.Sequence(text),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, record in enumerate(RECORDS):
+      messages = [{'name': '', **message} for message in record['messages']]
+      yield i, record | {'messages': messages}
+
+
+def _records_of(kind, tmp_path):
+  if kind == 'tfds':
+    builder = TinyRecords(data_dir=tmp_path)
+    path = str(tfds_builders.prepare(builder))
+    return sources.tfds_directory(path, 'train', text_key=None)
+  path = tmp_path / f'x.{kind}'
+  if kind == 'jsonl':
+    path.write_text('\n\n'.join(map(json.dumps, RECORDS)))
+    return sources.jsonl(str(path), text_key=None)
+  pq.write_table(pa.Table.from_pylist(RECORDS), path)
+  return sources.parquet(str(path), text_key=None)
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet', 'tfds'])
+def test_whole_records_come_back(kind, tmp_path):
+  source = pickle.loads(pickle.dumps(_records_of(kind, tmp_path)))
+  # As JSON: values of numpy would not be written.
+  found = [json.loads(json.dumps(source[i]['record'])) for i in range(2)]
+  for record in found if kind == 'tfds' else ():
+    for message in record['messages']:
+      if not message['name'] and message['content'] != 'no':
+        del message['name']
+  assert sorted(found, key=lambda each: each['margin']) == RECORDS
+  place = {
+    'jsonl': 'x.jsonl:3',
+    'parquet': 'x.parquet, row 1 of row group 0',
+    'tfds': 'tiny_records/1.0.0 train, example 1',
+  }[kind]
+  assert source[1]['id'].endswith(place)
+
+
+def test_records_and_texts_of_a_file_are_different_sources(tmp_path):
+  _jsonl(tmp_path, TEXTS)
+  path = f'{tmp_path}/*.jsonl'
+  texts, records = sources.jsonl(path), sources.jsonl(path, text_key=None)
+  assert texts.fingerprint() != records.fingerprint()
+  assert records[1]['record'] == {'text': TEXTS[1]}
+
+
+def test_columns_of_absent_keys_are_no_keys(tmp_path):
+  # A table has one column for the key of any record.
+  rows = [{'a': {'x': 1}, 'b': None}, {'a': {'y': [{'z': 1}, {'w': 2}]}}]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / 'x.parquet')
+  source = sources.parquet(str(tmp_path), text_key=None)
+  assert [source[i]['record'] for i in range(2)] == [
+    {'a': {'x': 1}}, {'a': {'y': [{'z': 1}, {'w': 2}]}},
+  ]  # fmt: skip
+
+
+def test_plain_text_has_no_records(tmp_path):
+  with pytest.raises(ValueError, match='for records, expected jsonl, parquet'):
+    sources.text_files(str(tmp_path), text_key=None)
