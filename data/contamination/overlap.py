@@ -80,13 +80,14 @@ def between_stores(
   path = train.directory / f'overlap-{evaluated.digest[:32]}-{ngram}.json'
   if (kept := _read(path)) is not None:
     return dataclasses.replace(kept, source=train.name)
-  documents = ngrams.Documents(*_text_of(evaluated), ngram)
+  header = _header(train, evaluated)
+  documents = ngrams.Documents(*_text_of(evaluated, header), ngram)
   for first in range(0, train.num_ids, _PIECE):
     # Pieces overlap, so that no n-gram is missed at a border.
     piece_N = train.ids_N[first : first + _PIECE + ngram - 1]
     documents.mark(row_order.splitmix64(piece_N))
   for first in range(0, train.num_documents, _PIECE):
-    documents.mark_documents(*_text_of(train, first, first + _PIECE))
+    documents.mark_documents(*_text_of(train, header, first, first + _PIECE))
   overlap = _overlap(documents, train.name, 'tokens')
   # In a read-only store, the next run looks for the overlap again.
   with contextlib.suppress(OSError):
@@ -110,12 +111,35 @@ def between_texts(
   return _overlap(documents, name, 'words')
 
 
+def _header(*stores: token_store.TokenStore) -> int:
+  """Returns how many ids behind the first one all conversations begin with.
+
+  They are those of the chat template, as its system prompt: no sign that one
+  conversation was copied from another. 0 for text.
+  """
+  if not all(store.streams for store in stores):
+    return 0
+  begin = [s.starts_D[:-1] + np.arange(s.num_documents) for s in stores]
+  # Never an answer, even if all are the same.
+  longest = min(int(s.stream_N('trained').argmax()) for s in stores)
+  shortest = min(int(np.diff(s.starts_D).min()) for s in stores)
+  for length in range(1, min(longest, shortest)):
+    heads = [s.ids_N[b + length] for s, b in zip(stores, begin, strict=True)]
+    if any((head != heads[0][0]).any() for head in heads):
+      return length - 1
+  return max(0, min(longest, shortest) - 1)
+
+
 def _text_of(
-  store: token_store.TokenStore, first: int = 0, end: int | None = None
+  store: token_store.TokenStore,
+  header: int = 0,
+  first: int = 0,
+  end: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the codes of documents `first` to `end`, and their edges.
 
-  Codes are without bos and eos; both results are as `ngrams.Documents` wants.
+  Codes are without bos, header and eos; both results are as `ngrams.Documents`
+  wants.
   """
   starts_D = store.starts_D[first : None if end is None else end + 1]
   edges_D = starts_D + np.arange(first, first + len(starts_D))
@@ -124,9 +148,10 @@ def _text_of(
   if store.joined:
     return codes_N, edges_D
   is_text_N = np.ones(len(codes_N), bool)
-  is_text_N[edges_D[:-1]] = False
+  for place in range(1 + header):
+    is_text_N[edges_D[:-1] + place] = False
   is_text_N[edges_D[1:] - 1] = False
-  return codes_N[is_text_N], edges_D - 2 * np.arange(len(edges_D))
+  return codes_N[is_text_N], edges_D - (2 + header) * np.arange(len(edges_D))
 
 
 def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:

@@ -15,11 +15,10 @@ from text import hf_tokenizer
 from training import experiment as experiment_lib
 from training.checkpoints import init_from
 
-TEMPLATE = (
-  pathlib.Path(__file__).parents[1] / 'text/chat_templates/chatml.jinja'
-).read_text('utf-8')
+TEMPLATES = pathlib.Path(__file__).parents[1] / 'text' / 'chat_templates'
+TEMPLATE = (TEMPLATES / 'chatml.jinja').read_text('utf-8')
 GENERATION = {'temperature': 0.0, 'max_tokens': 77, 'stop_ids': [332, 330]}
-ROW_LENGTH = 96
+ROW_LENGTH = 128  # no conversation of `write_chats` is longer
 _WORDS = ('red', 'blue', 'naïve', '数', 'two', 'plus', 'is', '\n')
 
 
@@ -49,7 +48,7 @@ def write_chats(directory: pathlib.Path, *, train=40, validation=4) -> str:
   rng = np.random.default_rng(0)
 
   def said(role):
-    return {'role': role, 'content': ' '.join(rng.choice(_WORDS, 4))}
+    return {'role': role, 'content': ' '.join(rng.choice(_WORDS, 2))}
 
   for split, count in (('train', train), ('validation', validation)):
     lines = [

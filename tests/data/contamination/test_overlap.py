@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from data import row_order, token_store
+from data import example_store, row_order, token_store
 from data.contamination import ngrams, overlap as overlap_lib
+from data.examples import encoding
 from tests.helpers import corpora, tiny_models
 
 TOK = tiny_models.byte_tokenizer()
@@ -90,6 +91,43 @@ def test_tokens_are_counted_as_by_sets(tmp_path, monkeypatch, joined, n):
   (kept,) = train.directory.glob('overlap-*')
   kept.write_text('\0' * 9)
   assert overlap_lib.between_stores(train, evaluated, n) == overlap
+
+
+def test_the_words_of_a_template_are_no_copy(tmp_path):
+  """Conversations begin alike, and the answers of two are the same."""
+
+  class Chats(corpora.Texts):
+    def __getitem__(self, index):
+      text = super().__getitem__(index)['text']
+      question, answer = text.split('|')
+      messages = [
+        {'role': 'system', 'content': 'You are a kind and helpful one.'},
+        {'role': 'user', 'content': question},
+        {'role': 'assistant', 'content': answer},
+      ]
+      return {'record': {'messages': messages}, 'id': str(index)}
+
+    def fingerprint(self):
+      return repr(self.texts)
+
+  train, evaluated = (
+    example_store.open_or_write(
+      Chats(*texts),
+      encoding.Encoder(TOK, '', 'chat'),
+      tmp_path,
+      name='train',
+      row_length=200,
+      too_long='error',
+    )
+    for texts in (
+      ('abcdefgh|ijklmnop', 'qrstuvwx|yzabcdef'),
+      ('01234567|89xy', 'zyxwvutsr|qponmlkj', 'abcdefgh|ijklmnop'),
+    )
+  )
+  found = overlap_lib.between_stores(train, evaluated, 20)
+  # Of each, the end of its question, the next turn's start and its answer.
+  assert found.num_documents == 3
+  assert (found.num_copied, found.num_touched) == (1, 1)
 
 
 def test_case_and_punctuation_do_not_hide_a_copy():
