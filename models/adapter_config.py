@@ -261,7 +261,7 @@ def column_norms(kernel: Any, entry: Any, scale: float) -> jax.Array:
   w, a, b = jax.lax.stop_gradient(
     (kernel, entry[adapters.A], entry[adapters.B])
   )
-  exact = {'precision': jax.lax.Precision.HIGHEST}
+  exact: Any = {'precision': jax.lax.Precision.HIGHEST}
   across = jnp.einsum('...io,...ir->...ro', w, a, **exact)
   within = jnp.einsum('...ir,...is->...rs', a, a, **exact)
   within = jnp.einsum('...rs,...so->...ro', within, b, **exact)

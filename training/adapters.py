@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from frozen import manifest as manifest_lib
+from frozen import format as frozen_format, manifest as manifest_lib
+from frozen.huggingface import peft_files
 from models import adapter_config, adapters
 from models.linear import quantized, stored
 from training import experiment as experiment_lib, step
@@ -74,6 +75,10 @@ def check(experiment: experiment_lib.Experiment) -> None:
       f' {config.rank}, expected float: products with an adapter are not'
       ' quantised; adapter.base = int8 stores the frozen weights in 8 bits'
     )
+  if experiment.freeze.enabled and not experiment.freeze.merge_adapter:
+    # Now, and not after the last step.
+    base = frozen_format.open_directory(init_from.directory(experiment))
+    peft_files.check_family(base)
   if config.base == 'float':
     return
   if experiment.model.num_experts:

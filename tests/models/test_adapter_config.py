@@ -134,7 +134,7 @@ def test_values_that_no_run_can_use_are_refused(fields, expected):
     ({'groups': (('x', 2, 1.0),)}, "adapter.groups: got 'x', which matches no"),
     ({'layers': 'embed'}, 'which matches embed: tables of tokens and matrices'),
     ({'rank': 33}, 'got 33 for layer_0/.* expected at most'),
-    ({'groups': (('', 0, 1.0),)}, 'which leave no layer to adapt'),
+    ({'groups': (('attention|mlp', 0, 1.0),)}, 'which leave no layer to adapt'),
   ],
 )
 def test_layers_that_do_not_exist_or_fit_are_refused(fields, expected):

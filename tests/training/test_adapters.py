@@ -15,9 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evals import evaluate, ports
 from frozen import adapters as adapters_lib, format as frozen_format, freeze
 from models import adapter_config, adapters, flops, layout, transformer
-from tests.helpers import frozen_dirs, tiny_experiment, tiny_models, tiny_run
+from tests.helpers import (
+  frozen_dirs,
+  no_network,
+  tiny_experiment,
+  tiny_models,
+  tiny_run,
+)
 from training import (
   adapters as training_adapters,
   assemble,
@@ -25,8 +32,10 @@ from training import (
   learner as learner_lib,
 )
 from training.checkpoints import init_from
+from training.evaluation import evals_config
 from training.optimizer import chain, update_rules
 from training.planning import memory
+from training.reporting import metrics
 
 NUM_STEPS, ROWS, LENGTH = 8, 16, 16
 MAX_RESIDUAL, MEAN_RESIDUAL = 1e-5, 3e-6
@@ -276,7 +285,11 @@ def _files(root):
 def _trained(corpus, base, tmp_path_factory):
   """A run of twelve steps, and what it printed."""
   workdir = tmp_path_factory.mktemp('trained')
-  _, text = _run(corpus, base, workdir, ema_decay=0.9)
+  words = tmp_path_factory.mktemp('tasks') / 'words.jsonl'
+  example = {'context': 'self', 'choices': ['def', 'qq', 'a b'], 'label': 0}
+  words.write_text(json.dumps(example | {'id': 0}) + '\n')
+  evals = evals_config.EvalsConfig(tasks=(f'choice:{words}',))
+  _, text = _run(corpus, base, workdir, ema_decay=0.9, evals=evals)
   return workdir, text
 
 
@@ -296,6 +309,24 @@ def test_a_run_says_what_it_trains_and_freezes_a_merged_directory(
   after = frozen_format.leaves_by_path(frozen.params)
   changed = {n for n in before if not np.array_equal(before[n], after[n])}
   assert changed == {name for name in before if name.endswith('/kernel')}
+
+
+def test_tasks_are_measured_with_the_adapters(trained):
+  """Through the plainest port, the frozen average scores the same."""
+  workdir, _ = trained
+  frozen = frozen_format.read(workdir / 'frozen')
+  tokenizer = tiny_models.byte_tokenizer()
+  apply = transformer.Transformer(frozen.config).apply
+  net = no_network.Network(apply, frozen.params, tokenizer, 16)
+  model = ports.Model(
+    tokenizer=tokenizer, max_length=16, logprob_fn=net.score, adds_bos=True
+  )
+  run = json.loads((workdir / 'run.json').read_text())
+  result = evaluate.run(run['config']['evals']['tasks'][0], model)
+  last = [r for r in metrics.read(workdir) if r['kind'] == 'eval'][-1]
+  assert result.score('nll').value == pytest.approx(
+    last['choice_words/nll'], rel=1e-4
+  )
 
 
 def test_a_checkpoint_has_the_bytes_of_adapters_alone(base, trained, corpus):

@@ -72,13 +72,17 @@ def test_a_product_and_its_gradient_are_those_of_the_whole_kernel(form, dtype):
   np.testing.assert_array_equal(jax.jit(ours)(x), jax.jit(whole)(x))
   for function in (ours, whole):
     assert function(x).dtype == dtype
-  pairs = [
-    jax.jit(
-      jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x)).astype(jnp.float32)))
-    )(x)
-    for f in (ours, whole)
-  ]
-  np.testing.assert_array_equal(*pairs)
+
+  def gradient(function):
+    def loss(x):
+      return jnp.sum(jnp.sin(function(x).astype(jnp.float32)))
+
+    return np.asarray(jax.jit(jax.grad(loss))(x), np.float32)
+
+  found, expected = gradient(ours), gradient(whole)
+  # The cosine of a bfloat16 is rounded, or not, as XLA fuses it.
+  bound = 2 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, atol=bound, rtol=0)
 
 
 def test_the_backward_pass_keeps_no_whole_kernel():
