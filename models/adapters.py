@@ -85,9 +85,7 @@ def _change(adapter, multiply, x):
   if _SLOTS not in adapter:
     return multiply(multiply(x, a, None), b, None)
   width, num_slots, rank = a.shape
-  slots = adapter[_SLOTS][..., None]
-  each = jnp.arange(num_slots).reshape((1,) * (slots.ndim - 1) + (-1,))
-  is_mine = slots == each
+  is_mine = jax.nn.one_hot(adapter[_SLOTS], num_slots, dtype=jnp.bool)
   h = multiply(x, a.reshape((width, -1)), None)
   # Not a product with 0: the part of another slot may be infinite.
   h = jnp.where(jnp.repeat(is_mine, rank, axis=-1), h, jnp.zeros((), h.dtype))

@@ -9,6 +9,10 @@ adapter for all of them: its A has the rows of all our A's, and its B the
 columns, with zeros between layers. Read back, each of ours gets the whole A.
 A matrix of experts, an embedding and a head have no adapter here.
 
+In families with experts, peft takes the name of any MLP for the experts, which
+are one tensor there. So it loads adapters of attention only; all others are
+read here.
+
 Reference: peft 0.21 (`peft.utils.save_and_load`, `peft.tuners.lora`).
 """
 
@@ -26,6 +30,7 @@ from frozen import format as frozen_format
 from frozen.huggingface import (
   config_json,
   exporting,
+  layouts,
   safetensors_files,
   tensor_map,
 )
@@ -177,10 +182,13 @@ def _magnitude(piece, layers, module) -> np.ndarray:
       ' vector of magnitudes; set freeze.merge_adapter, or adapt all of'
       f' {", ".join(piece.ours)}'
     )
-  vectors = [layer.magnitude for layer in layers]
-  if len(vectors) == 1:
-    return vectors[0]
-  return piece.layout.write(*vectors)
+  return _of_vectors(piece).write(*[layer.magnitude for layer in layers])
+
+
+def _of_vectors(piece: tensor_map.Piece) -> layouts.Layout:
+  """Returns the layout of a value per column, as of biases."""
+  is_plain = piece.layout is tensor_map.TRANSPOSED
+  return tensor_map.AS_IT_IS if is_plain else piece.layout
 
 
 def _config(
@@ -323,7 +331,7 @@ def _of_module(directory, module, tensors, piece, config) -> dict[str, Layer]:
   norms: Sequence[Any] = [None] * len(parts)
   if config.get('use_dora'):
     vector = tensors['magnitude_vector'].reshape(-1)
-    norms = [vector] if len(parts) == 1 else piece.layout.read(vector)
+    norms = _of_vectors(piece).read(vector)
   return {
     path.removesuffix('/kernel'): Layer(
       np.ascontiguousarray(a), np.ascontiguousarray(part), alpha, scale, norm
