@@ -12,7 +12,7 @@ or, step by step:
 Sequences join and leave the batch at every step (continuous batching: Yu et
 al., Orca, OSDI 2022). The SequenceManager plans on the host, `programs` compute
 on the device, and this class carries the plans out. It is the only part of life
-two that changes while it runs.
+two that changes while it runs. `adapter_table` has the adapters of the model.
 
 The host is one dispatch ahead. The next one is planned and sent before the
 tokens of the last one are read: a token reaches the next step without leaving

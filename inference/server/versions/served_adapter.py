@@ -13,7 +13,7 @@ import prometheus_client
 
 from frozen import adapters as frozen_adapters
 from inference import generate
-from inference.engine import metrics
+from inference.engine import engine as engine_lib, metrics
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
 from inference.server.versions import fingerprint
@@ -103,16 +103,21 @@ class ServedAdapter(service.ServedModel):
 
   async def unload(self) -> None:
     """Frees its slot in the engine; no request needs it any more."""
+    while self.state == engine_loop_lib.LOADING:
+      await asyncio.sleep(_TICK_SECONDS)
     if self._generator is None:
       return
     self._generator = None
+
+    def drop(engine: engine_lib.Engine) -> None:
+      if self.digest in engine.adapters.digests:
+        engine.adapters.unload(self.digest)
+
     while True:
       try:
-        await self.engine_loop.call(
-          lambda engine: engine.adapters.unload(self.digest)
-        )
+        await self.engine_loop.call(drop)
         return
-      except ValueError:  # the last sequence is cancelled, not yet gone
+      except ValueError:  # its last sequence is cancelled, and not yet gone
         await asyncio.sleep(_TICK_SECONDS)
       except (engine_loop_lib.Failed, engine_loop_lib.Stopped):
         return
