@@ -258,7 +258,9 @@ def _load(config: engine_config.EngineConfig, **how):
       f'--adapter: got {FLAGS.adapter!r}, expected one of the names of'
       f' --adapters: {", ".join(named) or "none"}'
     )
-  generator = generate.load(FLAGS.model, config, adapters=named, **how)
+  if named:
+    how['adapters'] = named
+  generator = generate.load(FLAGS.model, config, **how)
   if FLAGS.adapter is not None:
     generator = generator.adapted(FLAGS.adapter)
   gc.freeze()  # it stays: the collector need not walk it

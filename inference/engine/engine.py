@@ -12,7 +12,7 @@ or, step by step:
 Sequences join and leave the batch at every step (continuous batching: Yu et
 al., Orca, OSDI 2022). The SequenceManager plans on the host, `programs` compute
 on the device, and this class carries the plans out. It is the only part of life
-two that changes while it runs.
+two that changes while it runs. `adapter_table` has the adapters of the model.
 
 The host is one dispatch ahead. The next one is planned and sent before the
 tokens of the last one are read: a token reaches the next step without leaving
@@ -114,8 +114,7 @@ class Engine:
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
     self.backend = backend
-    bytes_per_token = backend.bytes_per_token(model_config)
-    self.page_bytes = self.page_tokens * bytes_per_token
+    self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
       self.adapters = adapter_table.AdapterTable(
         params.shapes,
@@ -123,13 +122,7 @@ class Engine:
         rank=config.max_adapter_rank or 0,
         dtype=dtype,
       )
-    num_pages = config.pool_pages(
-      self.context,
-      bytes_per_token=bytes_per_token,
-      weight_bytes=params.num_bytes + self.adapters.num_bytes,
-      memory_bytes=peaks.memory_bytes(device),
-      is_host=device.platform == 'cpu',
-    )
+    num_pages = self._pool_pages(params)
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
     )
@@ -163,10 +156,18 @@ class Engine:
     self.adapters.put = self._programs.put_adapter
     self._flight: _Flight | None = None
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
-    self._feeder = feeding.Feeder(self)
-    self._ids = itertools.count()
+    self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._accounts = accounts.Accounts(
       self.metrics, model_config, self.page_bytes
+    )
+
+  def _pool_pages(self, params: device_state.Unread) -> int:
+    return self.config.pool_pages(
+      self.context,
+      bytes_per_token=self.backend.bytes_per_token(self.model_config),
+      weight_bytes=params.num_bytes + self.adapters.num_bytes,
+      memory_bytes=peaks.memory_bytes(self.device),
+      is_host=self.device.platform == 'cpu',
     )
 
   # --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import prometheus_client
 
 from frozen import adapters as frozen_adapters
 from inference import generate
+from inference.engine import engine as engine_lib, metrics
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
 from inference.server.versions import fingerprint
@@ -102,16 +103,21 @@ class ServedAdapter(service.ServedModel):
 
   async def unload(self) -> None:
     """Frees its slot in the engine; no request needs it any more."""
+    while self.state == engine_loop_lib.LOADING:
+      await asyncio.sleep(_TICK_SECONDS)
     if self._generator is None:
       return
     self._generator = None
+
+    def drop(engine: engine_lib.Engine) -> None:
+      if self.digest in engine.adapters.digests:
+        engine.adapters.unload(self.digest)
+
     while True:
       try:
-        await self.engine_loop.call(
-          lambda engine: engine.adapters.unload(self.digest)
-        )
+        await self.engine_loop.call(drop)
         return
-      except ValueError:  # the last sequence is cancelled, not yet gone
+      except ValueError:  # its last sequence is cancelled, and not yet gone
         await asyncio.sleep(_TICK_SECONDS)
       except (engine_loop_lib.Failed, engine_loop_lib.Stopped):
         return
@@ -165,13 +171,34 @@ class _Metrics:
       'kv_byte_seconds', 'Bytes of pages, times seconds.'
     )
 
+    def histogram(name: str, text: str) -> metrics.Histogram:
+      return metrics.Histogram(f'adapter_{name}', text, self.registry)
+
+    self._queue = histogram(
+      'queue_seconds', 'From submission to the first step.'
+    )
+    self._first_token = histogram(
+      'time_to_first_token_seconds', 'From submission to the first token.'
+    )
+    self._inter_token = histogram(
+      'inter_token_seconds', 'Between two tokens, the mean of each sequence.'
+    )
+
   def count(self, updates: Sequence[engine_loop_lib.Item]) -> None:
     for _, update in updates:
       if (done := update.completion) is None:
         continue
       self._finished.labels(done.finish_reason).inc()
+      usage, num_tokens = done.usage, done.num_completion_tokens
       for name, each in self._tokens.items():
-        each.inc(getattr(done.usage, name))
-      self._sampled.inc(done.num_completion_tokens)
-      self._flops.inc(done.usage.flops)
-      self._kv_byte_seconds.inc(done.usage.kv_byte_seconds)
+        each.inc(getattr(usage, name))
+      self._sampled.inc(num_tokens)
+      self._flops.inc(usage.flops)
+      self._kv_byte_seconds.inc(usage.kv_byte_seconds)
+      self._queue.observe(usage.queue_seconds)
+      if num_tokens:
+        seconds = usage.queue_seconds + usage.prefill_seconds
+        self._first_token.observe(seconds)
+      if num_tokens > 1:
+        mean = usage.decode_seconds / (num_tokens - 1)
+        self._inter_token.observe(mean, num_tokens - 1)

@@ -21,7 +21,7 @@ from inference.engine import (
   requests as requests_lib,
 )
 from inference.sampling import settings as settings_lib
-from models import adapters as adapters_lib
+from models import adapters as adapters_lib, layout, transformer
 from tests.helpers import reference_engine, tiny_adapters, tiny_models
 
 _ROOM = {'max_adapters': 3, 'max_adapter_rank': 4}
@@ -354,6 +354,21 @@ def test_what_does_not_fit_is_refused():
     bare.adapters.load('first', small)
   with pytest.raises(ValueError, match='none: no adapter is; load it first'):
     bare.submit(_request('first', 5))
+
+
+@pytest.mark.parametrize('make', [tiny_models.llama_like, tiny_models.mixture])
+def test_stacked_and_transposed_layers_have_the_same_places(make):
+  config = make(num_layers=2, scan_layers=True)
+  model = transformer.Transformer(config)
+  stacked = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )
+  apart = jax.eval_shape(lambda tree: layout.unstack(tree, config)[0], stacked)
+  turned = jax.eval_shape(layout.transpose_kernels, apart)
+  found = adapter_table.layer_shapes(apart)
+  assert 'layer_1/attention/query' in found
+  assert adapter_table.layer_shapes(stacked) == found
+  assert adapter_table.layer_shapes(turned) == found
 
 
 def test_an_adapter_in_use_stays():

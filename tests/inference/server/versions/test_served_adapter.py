@@ -212,6 +212,12 @@ def test_records_and_metrics_name_the_adapter(versions):
     text, 'adapter_finished_total', model='sql', reason='length'
   )
   assert ended == 1
+  for name, num in (
+    ('time_to_first_token_seconds', 1),
+    ('inter_token_seconds', 5),
+  ):
+    name = f'adapter_{name}_count'
+    assert servers.metric(text, name, model='sql') == num
 
 
 def test_the_self_audit_knows_the_adapter(versions):
