@@ -34,7 +34,7 @@ from training import (
   learner as learner_lib,
   reference,
 )
-from training.checkpoints import init_from
+from training.checkpoints import init_from, workdir as workdir_lib
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
 
@@ -135,7 +135,10 @@ def assemble(
   documents = documents or open_documents(experiment)
   tokenizer = open_tokenizer(workdir, experiment, documents)
   with processes.together('data'):
-    *train, held_out = open_rows(experiment, tokenizer, documents, say)
+    template = chat_template(experiment, workdir)
+    *train, held_out = open_rows(
+      experiment, tokenizer, documents, template, say
+    )
   digests = [rows.store.digest for rows in (*train, held_out)]
   # Processes that read different data would train on batches that differ.
   digests += [d for task in documents.tasks for d in task.files.values()]
@@ -154,17 +157,37 @@ def assemble(
     tokenizer=tokenizer,
     batches=batches_lib.TrainBatches(train, data, seed=experiment.seed),
     eval_batches=eval_batches,
-    stop_ids=_stop_ids(experiment, tokenizer),
+    stop_ids=_stop_ids(experiment, tokenizer, template),
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
     logprobs=logprobs,
   )
 
 
+def chat_template(
+  experiment: experiment_lib.Experiment, workdir: pathlib.Path
+) -> str:
+  """Returns the template of conversations; '': none, or the plain transcript.
+
+  A run that goes on needs the directory of init_from no longer.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  data = experiment.data
+  if data.examples == data_config.TEXT:
+    return ''
+  recorded = workdir_lib.recorded_template(workdir)
+  if recorded is not None and not data.chat_template:
+    return recorded
+  return init_from.chat_template(experiment)
+
+
 def open_rows(
   experiment: experiment_lib.Experiment,
   tokenizer: tokenizer_lib.Tokenizer,
   documents: Documents,
+  template: str,
   say: Callable[[str], None] = lambda _: None,
 ) -> list[rows_lib.Rows]:
   """Returns the rows of each training source, and of the evaluation split.
@@ -173,9 +196,8 @@ def open_rows(
     ValueError: a document cannot be read, or conversations cannot be trained
       with the chat template.
   """
-  data, template = experiment.data, ''
+  data = experiment.data
   if data.examples != data_config.TEXT:
-    template = init_from.chat_template(experiment)
     encoding.check(tokenizer, template)
   spec = experiment.objective.batch_spec()
   open_one = functools.partial(
@@ -195,12 +217,13 @@ def open_rows(
 
 
 def _stop_ids(
-  experiment: experiment_lib.Experiment, tokenizer: tokenizer_lib.Tokenizer
+  experiment: experiment_lib.Experiment,
+  tokenizer: tokenizer_lib.Tokenizer,
+  template: str,
 ) -> tuple[int, ...]:
   """Returns the ids besides EOS that answers are trained to end with."""
   if experiment.data.examples == data_config.TEXT:
     return ()
-  template = init_from.chat_template(experiment)
   found = encoding.stop_ids(tokenizer, template)
   return tuple(i for i in found if i != tokenizer.eos_id)
 

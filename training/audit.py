@@ -44,7 +44,9 @@ def report(
   with tempfile.TemporaryDirectory() as directory:
     workdir = pathlib.Path(directory)
     tokenizer = assemble.open_tokenizer(workdir, experiment, documents)
-  for rows in assemble.open_rows(experiment, tokenizer, documents):
+    template = assemble.chat_template(experiment, workdir)
+  opened = assemble.open_rows(experiment, tokenizer, documents, template)
+  for rows in opened:
     yield (
       f'{rows.name}: {rows.store.num_documents:,} documents in'
       f' {rows.num_rows:,} rows of {rows.row_length}, {rows.fill_rate:.2%}'

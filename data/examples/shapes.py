@@ -18,6 +18,7 @@ References: platform.openai.com/docs/guides/supervised-fine-tuning and
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -233,11 +234,15 @@ def _check_roles(
 
 def _common_messages(found: Sequence[list[Message]]) -> list[Message]:
   """Returns the messages at the start of all conversations."""
-  common = os.path.commonprefix(found)
+  same = itertools.takewhile(
+    lambda each: all(message == each[0] for message in each),
+    zip(*found, strict=False),
+  )
+  common = [each[0] for each in same]
   # Equal answers at the end are answers.
   while common and common[-1]['role'] == 'assistant':
-    common = common[:-1]
-  return list(common)
+    common.pop()
+  return common
 
 
 def _common_text(
@@ -249,9 +254,9 @@ def _common_text(
     common = common[:-1]
   if not common.strip() or any(map(_TRANSCRIPT.search, answers)):
     raise ValueError(
-      f'{where}: got {" and ".join(names)} as texts without a prompt, in which'
-      ' the prompt cannot be told from the answer; add the prompt, or write'
-      ' lists of messages'
+      f'{where}: got {" and ".join(names)} as texts in which the prompt cannot'
+      ' be told from the answer, expected a prompt beside them; add the prompt,'
+      ' or write lists of messages'
     )
   return common.strip(), [text[len(common) :] for text in answers]
 

@@ -172,6 +172,25 @@ def _losses(learner, *, params=None, batch=_batch):
   return np.array(losses)
 
 
+def _answers(index):
+  """`_batch` with few trained targets, as many as a conversation happens on.
+
+  Rows have uneven numbers of them, and some have none: a mean over a part of
+  the batch, or over rows, would be another loss.
+  """
+  batch = _batch(index)
+  rng = np.random.default_rng(index % 4)
+  share_B1 = np.linspace(0.0, 0.6, ROWS)[:, None]
+  is_trained_BT = rng.random((ROWS, LENGTH)) < share_B1
+  return batch | {'weights': batch['weights'] * is_trained_BT}
+
+
+@functools.cache
+def _expected_of_answers():
+  learner = learner_lib.make(_experiment(MODELS['dense']), jax.devices()[:1])
+  return _losses(learner, batch=_answers)
+
+
 @functools.cache
 def _expected(model):
   return _losses(learner_lib.make(_experiment(model), jax.devices()[:1]))
@@ -244,6 +263,27 @@ def test_products_across_devices(kind, name):
 @pytest.mark.parametrize('microbatches', _tiers([2, 16], 16))
 def test_accumulation(kind, microbatches):
   _check(kind, num_devices=1, microbatches=microbatches)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'microbatches': 16},
+    pytest.param({'microbatches': 4}, marks=pytest.mark.slow),
+    {'parallel': PARALLEL['pmap'], 'microbatches': 2},
+    {'parallel': PRODUCTS['fsdp-ring-tensor']},
+    pytest.param({'parallel': PARALLEL['fsdp']}, marks=pytest.mark.slow),
+    pytest.param({'parallel': PARALLEL['circular']}, marks=pytest.mark.slow),
+    pytest.param({'parallel': PARALLEL['gather']}, marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_answers_alone_are_trained_the_same(options):
+  """Supervised fine-tuning: most targets have the weight 0."""
+  devices = jax.devices()[: 8 if 'parallel' in options else 1]
+  learner = learner_lib.make(_experiment(MODELS['dense'], **options), devices)
+  losses = _losses(learner, batch=_answers)
+  _assert_same(losses, _expected_of_answers())
 
 
 @pytest.mark.parametrize('kind', KINDS)

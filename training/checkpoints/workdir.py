@@ -247,6 +247,11 @@ def recorded_lineage(workdir: pathlib.Path) -> dict[str, str]:
   return _recorded_start(workdir)['lineage']
 
 
+def recorded_template(workdir: pathlib.Path) -> str | None:
+  """Returns the chat template that the run began with; None: no such run."""
+  return _recorded_start(workdir)['base'].get('chat_template')
+
+
 def _recorded_start(workdir: pathlib.Path) -> dict[str, Any]:
   try:
     run = run_record.read(workdir)

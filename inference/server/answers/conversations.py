@@ -7,10 +7,8 @@
 
 Messages are plain dicts as in the body of /v1/chat/completions, each with one
 text or None as its content. Special tokens in them are text, see
-`text.chat_inputs`. Templates differ, so that the messages are fitted: the role
-'developer' is 'system' for a template that does not know it, the arguments of
-calls are objects where the template wants these, and the result of a call gets
-the name of its function.
+`text.chat_inputs`. Templates differ, so that the messages are fitted to them
+(`text/replies/fitting.py`).
 
 A template that would leave out a message or the tools makes an error, since a
 client would not notice.
@@ -18,7 +16,6 @@ client would not notice.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Any
 
 from inference import chat_prompts, generate
@@ -26,9 +23,7 @@ from inference.engine import requests
 from inference.sampling import settings as settings_lib
 from inference.server.api import errors
 from text import chat, chat_inputs
-from text.replies import detection, events, formats, markers, parser
-
-_SYSTEM = 'system', 'developer'
+from text.replies import detection, events, fitting, formats, markers, parser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +116,7 @@ def ask(
   style = chat_prompts.style_of(generator, reply_format)
   _check_shown(messages, tools, style, param)
   conversation = chat.Conversation(
-    messages=_fitted(messages, style),
+    messages=fitting.fitted(messages, style),
     # Templates test whether tools are there: an empty list is there.
     tools=list(tools) or None,
     variables=variables or {},
@@ -183,15 +178,9 @@ def _check_shown(
       param='tools',
       code='unsupported_parameter',
     )
-  for index, message in enumerate(messages):
-    kind = 'system' if message['role'] in _SYSTEM else message['role']
-    kinds = {kind}
-    if kind == 'system' and index:
-      kinds.add(detection.LATE_SYSTEM)
-    if message.get('tool_calls'):
-      kinds.add(detection.CALLS)
-    if kinds & style.left_out:
-      raise _left_out(f'{param}[{index}]', param)
+  index = fitting.left_out(messages, style)
+  if index is not None:
+    raise _left_out(f'{param}[{index}]', param)
 
 
 def _left_out(where: str, param: str) -> errors.ApiError:
@@ -203,37 +192,3 @@ def _left_out(where: str, param: str) -> errors.ApiError:
     param=param,
     code='unsupported_parameter',
   )
-
-
-def _fitted(
-  messages: Sequence[Mapping[str, Any]], style: detection.TemplateStyle
-) -> list[dict[str, Any]]:
-  """Returns the messages as the template wants them."""
-  names: dict[str, str] = {}  # of functions, by the ids of calls
-  fitted = []
-  for message in messages:
-    message = dict(message)
-    if message['role'] == 'developer' and not style.has_developer:
-      message['role'] = 'system'
-    if calls := message.pop('tool_calls', None):
-      names |= {call['id']: call['function']['name'] for call in calls}
-      message['tool_calls'] = [_fitted_call(call, style) for call in calls]
-    if message['role'] == 'tool' and not message.get('name'):
-      message['name'] = names.get(message['tool_call_id'])
-    fitted.append(message)
-  return fitted
-
-
-def _fitted_call(
-  call: Mapping[str, Any], style: detection.TemplateStyle
-) -> dict[str, Any]:
-  function = {name: call['function'][name] for name in ('name', 'arguments')}
-  if style.takes_objects:
-    try:
-      arguments = json.loads(function['arguments'] or '{}')
-    except (ValueError, RecursionError):
-      arguments = None
-    # Text that is no object is shown as it is, so that a model sees its error.
-    if isinstance(arguments, dict):
-      function['arguments'] = arguments
-  return {'id': call['id'], 'type': 'function', 'function': function}
