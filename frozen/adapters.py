@@ -116,8 +116,7 @@ def trained(
   if is_stacked:
     params, _ = layout.stack(params, separate)
   if config.base != 'float':
-    kept = stored.quantise_kernels(params['params'], config.base)
-    params = {'params': stored.whole_kernels(kept)}
+    params = {'params': rounded(params['params'], config.base)}
   effective = adapter_config.effective(config, params['params'], tree)
   choices = config.choices(params['params'])
   trees = {'params': params['params'], 'raw': tree, 'read': effective}
@@ -142,6 +141,11 @@ def trained(
     layers=layers,
     params={'params': trees['params']},
   )
+
+
+def rounded(params: Any, form: str) -> Any:
+  """Returns the collection `params` as a quantised base computes with it."""
+  return stored.whole_kernels(stored.quantise_kernels(params, form))
 
 
 def files_of(trained: Trained) -> peft_files.Files:
@@ -417,8 +421,7 @@ def merge_directory(
   params, config = layout.unstack(base.params, base.config)
   form = adapter.manifest.base_form
   if form != 'float':
-    kept = stored.quantise_kernels(params['params'], form)
-    params = {'params': stored.whole_kernels(kept)}
+    params = {'params': rounded(params['params'], form)}
   dtype = base.manifest.dtype
   provenance = manifest_lib.Provenance(
     **{

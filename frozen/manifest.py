@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
 from storage import atomic, digests, file_names, public_paths
 
@@ -198,7 +198,16 @@ def file_digests(directory: pathlib.Path) -> dict[str, str]:
   return {name: entry.sha256 for name, entry in entries.items()}
 
 
-def check_files(directory: pathlib.Path, manifest: Manifest) -> None:
+class Listing(Protocol):
+  """A manifest, as far as it lists files."""
+
+  @property
+  def files(self) -> dict[str, str]:
+    """Relative path -> SHA-256."""
+    ...
+
+
+def check_files(directory: pathlib.Path, manifest: Listing) -> None:
   """Compares the files of a directory with the list in its manifest.
 
   Raises:

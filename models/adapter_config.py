@@ -115,11 +115,12 @@ class AdapterConfig:
       rank, alpha = self._of(name)
       if not rank:
         continue
-      if rank > min(shape):
+      # An output may be narrower, as those of shared keys and values are.
+      if rank > shape[0]:
         raise ValueError(
-          f'adapter.rank: got {rank} for {name} of {shape[0]} x {shape[1]},'
-          f' expected at most {min(shape)}: its kernel has no higher rank;'
-          ' lower it, or give the layer a group of its own in adapter.groups'
+          f'adapter.rank: got {rank} for {name}, which reads {shape[0]} numbers'
+          f' per token, expected at most {shape[0]}; lower it, or give the'
+          ' layer a group of its own in adapter.groups'
         )
       scale = alpha / (rank**0.5 if self.rslora else rank)
       chosen[name] = Choice(rank, alpha, scale)
@@ -260,7 +261,7 @@ def column_norms(kernel: Any, entry: Any, scale: float) -> jax.Array:
   w, a, b = jax.lax.stop_gradient(
     (kernel, entry[adapters.A], entry[adapters.B])
   )
-  exact = {'precision': jax.lax.Precision.HIGHEST}
+  exact: Any = {'precision': jax.lax.Precision.HIGHEST}
   across = jnp.einsum('...io,...ir->...ro', w, a, **exact)
   within = jnp.einsum('...ir,...is->...rs', a, a, **exact)
   within = jnp.einsum('...rs,...so->...ro', within, b, **exact)

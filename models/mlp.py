@@ -39,7 +39,7 @@ class Linear(nn.Module):
 
     def multiply(x, w_IO, bias_O):
       is_stored = isinstance(w_IO, stored.Kernel)
-      product = stored.linear if is_stored else self.linear
+      product: Any = stored.linear if is_stored else self.linear
       return product(x, w_IO, bias_O, self.dtype)
 
     if (adapter := adapters.of(self)) is not None:

@@ -18,6 +18,10 @@ WORKDIR/                      one run of training
 FROZEN/                       weights to serve, and all that they need
   manifest.json               config, digests, lineage, cost
   params/  tokenizer/  chat_template.jinja  generation.json
+
+ADAPTER/                      a change of frozen weights: frozen/adapters.py
+  manifest.json               of another kind: the digest of the base, its own
+  adapter_config.json  adapter_model.safetensors  as peft has them
 """
 
 # In a workdir.

@@ -114,7 +114,7 @@ class Learner:
   def placed(self, state: state_lib.TrainState) -> state_lib.TrainState:
     """Returns the state as steps take it, with the weights of frozen models."""
     return self.placement.restored(
-      state.replace(frozen_params=self._read_frozen())
+      dataclasses.replace(state, frozen_params=self._read_frozen())
     )
 
   def _read_frozen(self) -> dict[str, Any] | None:

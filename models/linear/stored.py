@@ -148,7 +148,8 @@ def _forward(x, w_IO, bias_O, dtype):
 def _backward(dtype, residuals, dy):
   w_IO, x_like = residuals
   w_OI = w_IO.whole(dtype).T
-  return plain.linear(dy, w_OI, None, dtype).astype(x_like.dtype), None, None
+  dx: Any = plain.linear(dy, w_OI, None, dtype)
+  return dx.astype(x_like.dtype), None, None
 
 
 linear.defvjp(_forward, _backward)

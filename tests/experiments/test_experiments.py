@@ -22,6 +22,7 @@ NOT_EXPERIMENTS = {'__init__', 'presets'}
 VARIANTS = {
   'shakespeare_char': ['cpu', 'gpu'],
   'pretrain': ['124m', '1b', '8b', '70b', '30b-a3b'],
+  'lora': ['0', '1', '8', '64', '256'],
   'pretrain_files': ['text', 'jsonl', 'parquet', 'tfds'],
   'muon_against_adamw': ['adamw', 'muon'],
   'wsd_against_cosine': ['cosine', 'wsd'],
