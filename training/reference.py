@@ -242,11 +242,8 @@ class _Scorer:
         experiment.adapter, base=_base_form(experiment, source)
       ),
     )
-    abstract = state_lib.TrainState(
-      step=jax.ShapeDtypeStruct((), jnp.int32),
-      params=jax.eval_shape(stored_as, state_lib.abstract_params(model)),
-      opt_state=(),
-      key=None,  # type: ignore: nothing is drawn
+    abstract = _weights_alone(
+      jax.eval_shape(stored_as, state_lib.abstract_params(model))
     )
     logical = state_lib.logical_axes(abstract, axes.param_axes(abstract.params))
     placement = placement_lib.make(own.parallel, abstract, logical, devices)
@@ -254,7 +251,7 @@ class _Scorer:
       stored_as(frozen_models.read(source, config)),
       placement.abstract_whole().params,
     )
-    state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params)
+    state = _weights_alone(params)
     self._params = placement.restored(state).params
     self._put_batch = placement.put_batch
     data = experiment.data
@@ -275,3 +272,12 @@ class _Scorer:
     logprobs_BT = np.asarray(sums['logprob']).reshape(self._shape)
     # Padding has an arbitrary target, which may be an id without a token.
     return np.where(batch['segment_ids'] > 0, logprobs_BT, 0.0)
+
+
+def _weights_alone(params: Any) -> Any:
+  """Returns a state without an optimizer and a key: nothing is trained."""
+  step: Any = np.zeros((), np.int32)
+  no_key: Any = None
+  return state_lib.TrainState(
+    step=step, params=params, opt_state=(), key=no_key
+  )

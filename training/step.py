@@ -70,13 +70,9 @@ def make_train_step(
     frozen = _frozen(frozen_models, state.frozen_params)
     is_trained = param_groups.trained_by(optimizer, state.params)
     trained = param_groups.selected(is_trained, state.params)
-    totals = _totals(
-      _asked(objective, model, frozen),
-      joined(state.params, state.frozen_params),
-      batch,
-      num_microbatches=num_microbatches,
-      all_sum=all_sum,
-    )
+    asked = _asked(objective, model, frozen)
+    before = joined(state.params, state.frozen_params)
+    totals = _totals(asked, before, batch, num_microbatches, all_sum)
 
     def loss(trained, batch, key):
       params = param_groups.replaced(is_trained, trained, state.params)
@@ -97,16 +93,9 @@ def make_train_step(
     grads, sums = all_sum((grads, sums))
     # A batch of nothing but padding is a step of zero gradient, not of NaN.
     weight = jnp.maximum(sums.pop('weight'), 1e-9)
-    tokens = sums.pop('tokens', None)
     grads = jax.tree.map(lambda g: g / weight, grads)
     with jax.named_scope(UPDATE):
-      updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params
-      )
-      updates = param_groups.selected(is_trained, updates)
-      params = param_groups.replaced(
-        is_trained, optax.apply_updates(trained, updates), state.params
-      )
+      params, opt_state = _update(optimizer, grads, state, is_trained)
     skipped = spikes.was_skipped(opt_state)
     new_state = state.replace(
       step=state.step + 1,
@@ -121,15 +110,8 @@ def make_train_step(
       ),
     )
     metrics = _reported(sums, weight)
-    metrics['weight'] = weight
-    if tokens is not None:
-      metrics['tokens'] = tokens
     metrics['grad_norm'] = optax.tree.norm(grads)
-    # Where a finite gradient leaves weights that are not, nothing else tells.
-    # The barrier makes the sum read the new weights: fused with the update, it
-    # would read gradients and moments once more.
-    written = jax.lax.optimization_barrier(params)
-    metrics['param_norm'] = optax.tree.norm(written)
+    metrics['param_norm'] = _norm_of_written(params)
     if skipped is not None:
       metrics['skipped'] = skipped.astype(jnp.float32)
     return new_state, metrics
@@ -155,7 +137,7 @@ def make_eval_step(
     frozen = _frozen(frozen_models, frozen_params)
     params = joined(params, frozen_params)
     asked = _asked(objective, model, frozen)
-    totals = _totals(asked, params, batch, num_microbatches=1, all_sum=all_sum)
+    totals = _totals(asked, params, batch, 1, all_sum)
     loss_sum, sums = objective(
       params, batch, port.Model(model), **frozen, **totals
     )
@@ -174,6 +156,18 @@ def _frozen(models, params) -> dict[str, port.FrozenModel]:
   }
 
 
+def _update(optimizer, grads, state, is_trained):
+  """Returns the new params and the optimizer's new state."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  trained, updates = (
+    param_groups.selected(is_trained, tree) for tree in (state.params, updates)
+  )
+  params = param_groups.replaced(
+    is_trained, optax.apply_updates(trained, updates), state.params
+  )
+  return params, opt_state
+
+
 def _asked(objective, model, frozen):
   """Returns the function of (params, batch) that an objective's totals are."""
   # A function in place of an objective has none.
@@ -183,7 +177,7 @@ def _asked(objective, model, frozen):
   )
 
 
-def _totals(asked, params, batch, *, num_microbatches, all_sum):
+def _totals(asked, params, batch, num_microbatches, all_sum):
   """Returns the argument `totals` of an objective; nothing if it asks for none.
 
   They are known before the loss of any part, so that the loss of a part does
@@ -204,9 +198,11 @@ def _totals(asked, params, batch, *, num_microbatches, all_sum):
 
 def _reported(sums, weight):
   """Divides sums by their weights; tells how even arrays of counts are."""
-  metrics = {}
+  metrics = {'weight': weight}
   for name, value in sums.items():
-    if isinstance(value, port.Mean):
+    if name == 'tokens':
+      metrics[name] = value
+    elif isinstance(value, port.Mean):
       metrics[name] = value.total / jnp.maximum(value.weight, 1e-9)
     elif value.ndim:
       for figure, how_even in moe_layer.load_evenness(value).items():
@@ -214,6 +210,14 @@ def _reported(sums, weight):
     else:
       metrics[name] = value / weight
   return metrics
+
+
+def _norm_of_written(params):
+  """Returns the norm of the new weights."""
+  # Where a finite gradient leaves weights that are not, nothing else tells.
+  # The barrier makes the sum read the new weights: fused with the update, it
+  # would read gradients and moments once more.
+  return optax.tree.norm(jax.lax.optimization_barrier(params))
 
 
 def _accumulate(sums_of, params, batch, key, num_microbatches):

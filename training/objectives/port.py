@@ -39,7 +39,7 @@ class Share(Mean):
   """A `Mean` of zeros and ones; evaluation reports its standard error."""
 
 
-Sums = dict[str, Any]  # arrays, and `Mean` of them
+Sums = dict[str, Any]  # arrays, and `Mean` of arrays
 # Collections of a params tree: the transformer's own, those of the objective,
 # and adapters beside frozen weights of the transformer.
 MODEL, HEADS, ADAPTERS = 'params', axes.HEADS, axes.ADAPTERS

@@ -124,7 +124,7 @@ class Preference(port.Objective):
       return None
     lengths_BU2 = segments.sums(batch['weights'], batch['segment_ids'])
     is_unit_BU = self._is_unit(lengths_BU2)
-    sums = {
+    sums: port.Sums = {
       'units': _count(is_unit_BU),
       'chosen_tokens': _sum(is_unit_BU, lengths_BU2[:, :, 0]),
       'real_tokens': routing.num_real(batch),
@@ -137,7 +137,7 @@ class Preference(port.Objective):
       )
     return sums
 
-  def __call__(self, params, batch, model, *, totals=None, **others):
+  def __call__(self, params, batch, model, *, totals: Any = None, **others):
     """Returns the loss, summed over units, and sums.
 
     Returns:

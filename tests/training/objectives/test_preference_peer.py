@@ -237,7 +237,9 @@ def test_formulas_that_one_trainer_has_with_a_reference_and_one_without(
     torch.tensor(chosen), torch.tensor(rejected)
   )
   objective = preference.Preference(**options)
-  got = objective._loss.of_pairs(
+  of_pairs = objective._loss.of_pairs
+  assert of_pairs is not None
+  got = of_pairs(
     chosen,
     rejected,
     preference_losses.Options(objective._beta, objective.label_smoothing, 0.0),
