@@ -74,7 +74,7 @@ def problems(
   path: str = '',
   split: str = 'train',
   data_dir: str = '~/.cache/two_lives',
-  text_key: str = 'text',
+  text_key: str | None = 'text',
 ) -> Source:
   """Opens arithmetic and reasoning problems; nothing is downloaded.
 
@@ -84,7 +84,7 @@ def problems(
       `kind` says what data.examples they are for.
     split: train, validation, test, or an expression of TFDS.
     data_dir: where they are prepared.
-    text_key: the feature with the text, of the kind text.
+    text_key: the feature with the text, of the kind text; None: whole records.
   """
   builder = problems_builder.Problems(
     settings=generator.Settings.parse(path), data_dir=_expand(data_dir)

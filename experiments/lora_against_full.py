@@ -42,7 +42,7 @@ def get_config(variant: str = 'rank-8') -> experiment.Experiment:
       full.optimizer, peak_lr=4e-3 if rank else 5e-4
     ),
     freeze=experiment.FreezeConfig(enabled=False),
-    num_steps=120,
-    eval_batches=24,
+    num_steps=80,
+    eval_batches=12,
     eval_at_start=False,
   )

@@ -7,7 +7,7 @@
 
 Both are minutes on two CPU cores. `base` learns the text of problems of five
 families, with their worked solutions (data/problems/). `sft` goes on from it
-with conversations of three other families: the answers are trained, and the
+with conversations about harder problems: the answers are trained, and the
 questions are only read. Another frozen directory may follow a second colon, as
 `sft:runs/mine/frozen`. The problems of the validation split are in no training
 split. `experiments/preference.py` goes on from runs/sft/frozen. LOG.md has the
@@ -24,8 +24,9 @@ from training.optimizer import chain
 VOCAB_SIZE = 1024
 LENGTH = 256
 BASE = 'runs/base/frozen'
-PRETRAINED = 'levels=1,2,3&families=sums,products,words,comparisons,sorting'
-TUNED = 'levels=1,2,3&families=modular,fractions,logic'
+_FAMILIES = 'families=sums,products,words,comparisons,sorting'
+PRETRAINED = f'levels=1,2,3&{_FAMILIES}'
+TUNED = f'levels=4&{_FAMILIES}'
 
 
 def get_config(variant: str = 'base') -> experiment.Experiment:

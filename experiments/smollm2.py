@@ -82,8 +82,8 @@ def get_config(variant: str = 'cpu') -> experiment.Experiment:
     data=dataclasses.replace(gpu.data, row_length=512, batch_size=4),
     optimizer=dataclasses.replace(gpu.optimizer, warmup_steps=4),
     compute_dtype='float32',
-    num_steps=48,  # about two epochs
-    log_every_steps=4,
+    num_steps=24,  # 1.2 epochs of 200 problems
+    log_every_steps=2,
     eval_every_steps=0,
     eval_batches=5,
   )

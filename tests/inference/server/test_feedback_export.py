@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from data.examples import encoding
 from inference.server import feedback as export_lib
 from inference.server.records import database, feedback
+from text import chat, tokenizer
 
 _PROMPT = [{'role': 'user', 'content': 'Bonjour \u00e0 tous'}]
 
@@ -65,6 +67,47 @@ def test_a_thumb_is_a_label():
     (_said('a'), True),
     (_said('b'), False),
   ]
+
+
+_ENCODED = tokenizer.ByteTokenizer()
+
+
+def _sides(record, kind, other=None):
+  """Returns what is trained of each document of a record, as text."""
+  encoder = encoding.Encoder(_ENCODED, chat.DEFAULT_TEMPLATE, kind)
+  unit = encoder.unit(record, 'prefs.jsonl:1', other)
+  return [
+    _ENCODED.decode(document.ids[document.trained]).strip()
+    for document in unit.documents
+  ], unit.streams
+
+
+def test_exported_pairs_and_labels_can_be_trained_on():
+  """Of conversations with a system prompt and an earlier answer, too."""
+  conversation = [
+    {'role': 'system', 'content': 'Be brief.'},
+    {'role': 'user', 'content': 'Hi'},
+    {'role': 'assistant', 'content': 'Hello.'},
+    *_PROMPT,
+  ]
+  rows = [
+    _row(1, 'up', 'good', messages=conversation),
+    _row(2, 'down', 'bad', messages=conversation),
+    _row(3, 'down', 'worse', messages=conversation, preferred='better'),
+  ]
+  trained = [_sides(pair, 'pairs') for pair in export_lib.pairs(rows)]
+  # Only the rated answers are trained, not the one before them.
+  assert trained == [
+    (['better', 'worse'], {}),
+    (['good', 'bad'], {}),
+    (['good', 'worse'], {}),
+  ]
+  first, second, third = export_lib.labels(rows)
+  assert _sides(first, 'labelled', second) == (
+    ['good', 'bad'],
+    {'labels': (1.0, 0.0)},
+  )
+  assert _sides(second, 'labelled', third)[1] == {'labels': (-1.0, 0.0)}
 
 
 @pytest.fixture
