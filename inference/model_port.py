@@ -47,9 +47,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
   functions: dict[str, Any] = {
     'logprob_fn': scorer(engine, digest),
     # Several ids may end a text, of which the tokenizer knows one as its EOS.
-    'sample_fn': sampler(
-      engine, digest, stop_ids=generator.defaults.stop_ids
-    ),
+    'sample_fn': sampler(engine, digest, stop_ids=generator.defaults.stop_ids),
   }
   if manifest.heads:  # it predicts no tokens
     functions = {

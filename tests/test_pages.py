@@ -214,6 +214,7 @@ def test_every_recipe_is_there():
     'A family of open weights',
     'An evaluation',
     'A data source',
+    'A shape of records',
     'A route',
     'A benchmark',
   ]

@@ -238,14 +238,7 @@ def make(
     name: transformer.Transformer(own.model, dtype)
     for name, own in frozen_as.items()
   }
-  for own in frozen_as.values():
-    execution.check_model(own)
-  frozen_params = {
-    name: state_lib.abstract_params(frozen)
-    for name, frozen in frozen_models.items()
-  }
-  if base is not None:
-    frozen_params[adapters.BASE] = base
+  frozen_params = _abstract_frozen(frozen_as, frozen_models, base)
   abstract_state = abstract_state.replace(frozen_params=frozen_params or None)
   placement = placement_lib.make(
     experiment.parallel,
@@ -277,6 +270,23 @@ def make(
     joined=adapters.joined(experiment.adapter),
     max_documents=max_documents,
   )
+
+
+def _abstract_frozen(
+  frozen_as: Mapping[str, experiment_lib.Experiment],
+  frozen_models: Mapping[str, transformer.Transformer],
+  base: Any,
+) -> dict[str, Any]:
+  """Returns shapes and dtypes of the weights that a step reads only."""
+  for own in frozen_as.values():
+    execution.check_model(own)
+  frozen_params = {
+    name: state_lib.abstract_params(frozen)
+    for name, frozen in frozen_models.items()
+  }
+  if base is not None:
+    frozen_params[adapters.BASE] = base
+  return frozen_params
 
 
 def _frozen_as(

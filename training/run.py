@@ -340,7 +340,7 @@ def _explained(error, workdir, changes) -> str:
 
 
 def _take_steps(experiment, parts, context, saved, resume, hooks, state):
-  """Makes up for an owed evaluation, then takes the steps; returns the state."""
+  """Takes the steps, after an evaluation that is owed; returns the state."""
   evaluator, saver = hooks
   goodput = context.reporter.goodput
   train_step = parts.learner.compile_train_step()

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checks import expect
+from inference.engine import engine_config
 from models import adapters as adapters_lib, layout
 
 Table = dict[str, Any]  # of `models.adapters.table`
@@ -178,6 +179,18 @@ class AdapterTable:
   def _shown(self) -> str:
     shown = [each[:16] for each in self.digests]
     return f'one of {", ".join(shown)}' if shown else 'none: no adapter is'
+
+
+def made(
+  config: engine_config.EngineConfig, params: Any, dtype: Any
+) -> AdapterTable:
+  """Returns the empty table of an engine, see `AdapterTable`."""
+  return AdapterTable(
+    params,
+    num_adapters=config.max_adapters or 0,
+    rank=config.max_adapter_rank or 0,
+    dtype=dtype,
+  )
 
 
 def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:

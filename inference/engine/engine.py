@@ -116,12 +116,7 @@ class Engine:
     self.backend = backend
     self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
-      self.adapters = adapter_table.AdapterTable(
-        params.shapes,
-        num_adapters=config.max_adapters or 0,
-        rank=config.max_adapter_rank or 0,
-        dtype=dtype,
-      )
+      self.adapters = adapter_table.made(config, params.shapes, dtype)
     num_pages = self._pool_pages(params)
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
@@ -166,6 +161,15 @@ class Engine:
       self.context,
       bytes_per_token=self.backend.bytes_per_token(self.model_config),
       weight_bytes=params.num_bytes + self.adapters.num_bytes,
+      memory_bytes=peaks.memory_bytes(self.device),
+      is_host=self.device.platform == 'cpu',
+    )
+
+  def _num_pages(self, weight_bytes: int) -> int:
+    return self.config.pool_pages(
+      self.context,
+      bytes_per_token=self.page_bytes // self.page_tokens,
+      weight_bytes=weight_bytes,
       memory_bytes=peaks.memory_bytes(self.device),
       is_host=self.device.platform == 'cpu',
     )

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from data.problems import answers, generator, records
 from evals import evaluate, judges, options as options_lib
 from evals.results import scores, verdicts
 from evals.tasks import judge as judge_task
@@ -126,6 +127,31 @@ def test_scores_compare_in_either_order_and_each_answer_is_scored_once():
   assert sorted(answer for _, answer in asked) == ['aaa', 'b', 'cc', 'dd']
   close = judges.by_score(length, tie_margin=1)
   assert [v.choice for v in close(pairs)] == [FIRST, TIE, TIE]
+
+
+def test_a_verifier_is_a_judge():
+  """It prefers the right solution of every problem, in either order."""
+  settings = generator.Settings(count=40, kind='pairs')
+  problems = generator.make(settings, 'train')
+  right = {made.question: made.answer for made in problems}
+  pairs = [
+    judges.Comparison(
+      record['prompt'],
+      record['chosen'][0]['content'],
+      record['rejected'][0]['content'],
+    )
+    for record in records.make(settings, 'train')
+  ]
+
+  def verify(answered):
+    return [
+      answers.is_right(right[prompt[0]['content']], answer)
+      for prompt, answer in answered
+    ]
+
+  found = judges.both_orders(judges.by_score(verify), pairs)
+  assert {each.forward.choice for each in found} == {FIRST}
+  assert {each.backward.choice for each in found} == {SECOND}
 
 
 def test_a_score_that_is_not_finite_is_no_verdict():

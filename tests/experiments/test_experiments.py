@@ -1,6 +1,7 @@
 """Every experiment is valid and takes a real step with its own objective."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pathlib
@@ -101,7 +102,8 @@ def _started(experiment, model, adapter):
   def make(optimizer):
     key = jax.random.key(experiment.seed)
     if not adapter.rank:
-      return state_lib.init(model, optimizer, key)
+      heads = functools.partial(experiment.objective.init_heads, model.config)
+      return state_lib.init(model, optimizer, key, make_heads=heads)
     base = model.init(key, jnp.zeros((1, 1), jnp.int32))
     params = adapters.first(adapter, key, base)
     state = state_lib.init_with(optimizer, key, params)

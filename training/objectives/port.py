@@ -282,8 +282,8 @@ class Objective(abc.ABC):
     """Returns the parameters that are trained beside the model's; None: none.
 
     Each is named {head: {'kernel' [width, outputs], 'bias' [outputs]}}, see
-    models/axes.py. They are checkpointed, and not frozen: a frozen directory
-    holds the transformer.
+    models/axes.py. They are checkpointed. Of them, the head `reward` is frozen
+    with the transformer (`models.reward_head`); the others are for training.
 
     Args:
       config: of the transformer.

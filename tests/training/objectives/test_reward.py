@@ -184,6 +184,18 @@ def test_packing_and_padding_change_nothing():
   )
 
 
+def test_padding_on_the_left_changes_nothing():
+  batch = _without_margins(pairs())
+  num_padding = (batch['segment_ids'] == 0).sum(axis=1)
+  moved = {
+    name: np.stack([np.roll(*row) for row in zip(x, num_padding, strict=True)])
+    for name, x in batch.items()
+  }
+  assert (moved['segment_ids'][1] != batch['segment_ids'][1]).any()
+  loss, expected = (float(_loss(reward.Reward(), b)[0]) for b in (moved, batch))
+  assert loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_no_gradient_crosses_documents():
   """What one document reads changes no reward of another."""
   batch = _without_margins(pairs())
@@ -279,6 +291,17 @@ def test_no_cut_of_the_batch_changes_a_step(parallel, num_devices, fields):
     params,
     expected_params,
   )
+
+
+def test_micro_batches_of_a_mixture_add_up():
+  """The routers' losses are means over tokens, whatever a pair weighs."""
+  mixture = tiny_models.mixture(vocab_size=64, scan_layers=True)
+  found = [
+    _train({}, 1, model=mixture, num_microbatches=parts)[0] for parts in (1, 4)
+  ]
+  assert 'balance_loss' in found[0][0]
+  for got, expected in zip(*found, strict=True):
+    assert got == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 def test_evaluation_reports_accuracy_with_its_error():
