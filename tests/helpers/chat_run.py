@@ -19,7 +19,7 @@ TEMPLATES = pathlib.Path(__file__).parents[1] / 'text' / 'chat_templates'
 TEMPLATE = (TEMPLATES / 'chatml.jinja').read_text('utf-8')
 GENERATION = {'temperature': 0.0, 'max_tokens': 77, 'stop_ids': [332, 330]}
 ROW_LENGTH = 128  # no conversation of `write_chats` is longer
-_WORDS = ('red', 'blue', 'naïve', '数', 'two', 'plus', 'is', '\n')
+_WORDS = ('red', 'blue', 'naïve', '数', 'two', 'plus', 'is', 'a\nb')
 
 
 def write_base(directory: pathlib.Path, *, family=hf_files.qwen, **fields):

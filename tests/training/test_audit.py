@@ -69,14 +69,19 @@ def test_pairs_are_named(places, tmp_path):
   assert '⟦bad<|im_end|>⟧' in shown
 
 
-def test_answers_that_were_cut_are_counted(places):
-  root, chats = places
-  experiment = chat_run.experiment(
-    chats, root / 'base', data={'row_length': 40}
+def test_answers_that_were_cut_are_counted(places, tmp_path):
+  root, _ = places
+  (tmp_path / 'chats').mkdir()
+  for split in ('train', 'validation'):
+    record = {'prompt': 'q', 'completion': 'very long ' * 20}
+    path = tmp_path / 'chats' / f'{split}.jsonl'
+    path.write_text(json.dumps(record))
+  chats = str(tmp_path / 'chats' / '{split}.jsonl')
+  shown = _report(
+    chat_run.experiment(chats, root / 'base', data={'row_length': 40})
   )
-  shown = _report(experiment)
-  assert 'records truncated to row_length' in shown
-  assert 'answers were cut, without one' in shown
+  assert 'WARNING: 1 records truncated to row_length' in shown
+  assert '1 answers were cut, without one' in shown
 
 
 def test_text_is_audited_too(corpus):

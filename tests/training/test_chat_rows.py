@@ -158,9 +158,9 @@ def test_the_side_and_the_size_of_padding_change_nothing(places, params):
   left = {name: x.copy() for name, x in batch.items()}
   for b, segments in enumerate(batch['segment_ids']):
     used = int((segments > 0).sum())
-    assert used < len(segments)
     for x in left.values():
       x[b] = np.roll(x[b], len(segments) - used)
+  assert (left['segment_ids'] != batch['segment_ids']).any()
   _assert_same(_ours(params, left), expected)
 
 
@@ -188,7 +188,6 @@ def test_loss_and_gradients_are_those_of_trl(places, params):
       per_device_train_batch_size=len(lines),
       bf16=False,
       use_cpu=True,
-      gradient_checkpointing=False,
       report_to='none',
     ),
     train_dataset=datasets.Dataset.from_list([json.loads(x) for x in lines]),

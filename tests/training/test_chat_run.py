@@ -95,7 +95,7 @@ def test_a_run_resumes_bit_for_bit_in_a_new_process(places, tmp_path):
   for last in (7, 0):  # killed after step 7: step 4 is saved
     done = subprocess.run(
       [sys.executable, '-c', _RUN, chats, root / 'base', tmp_path, str(last)],
-      env=tiny_models.subprocess_env(),
+      env=tiny_models.subprocess_env(num_devices=8),
       timeout=480,
     )
     assert done.returncode == (-signal.SIGKILL if last else 0)
@@ -166,7 +166,7 @@ def test_a_fine_tune_chats_and_ends_its_turn(tmp_path):
     checkpoint=experiment_lib.CheckpointConfig(every_steps=40),
     log_every_steps=20,
     eval_every_steps=0,
-    data={'batch_size': 2},
+    data={'batch_size': 8},
   )
   tiny_run.run(experiment, tmp_path / 'run')
   generator = generate.load(tmp_path / 'run' / 'frozen')
