@@ -7,6 +7,7 @@ pairs have no value.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from evals import judges
 from evals.results import scores
@@ -88,18 +89,17 @@ def group(
     num_examples=len(found),
     example_ids=tuple(ids),
     clusters=None if clusters is None else tuple(clusters),
-    examples=tuple(
-      {
-        'id': name,
-        **{
-          order: {'choice': verdict.choice.value, 'words': verdict.words}
-          for order, verdict in orders._asdict().items()
-        },
-      }
-      for name, orders in zip(ids, found, strict=True)
-    ),
+    examples=tuple(map(_example, ids, found)),
     notes=_notes(len(found) - len(kept), len(found)),
   )
+
+
+def _example(name: str, orders: judges.Orders) -> dict[str, Any]:
+  """Returns the verdicts of a pair, for the reader of a result."""
+  return {'id': name} | {
+    order: {'choice': verdict.choice.value, 'words': verdict.words}
+    for order, verdict in orders._asdict().items()
+  }
 
 
 def _is_read(verdicts: Sequence[judges.Verdict]) -> bool:
