@@ -184,9 +184,10 @@ def _side(args: Any, shape: str, dtype: Any, **fields: int) -> Side:
 
 def report(result: entry.Result) -> str:
   """Returns the table."""
-  rows = [('sequences', 'tokens/s', 'bandwidth', 'ready')]
+  heads: tuple[str, ...] = 'sequences', 'tokens/s', 'bandwidth', 'ready'
   if result.get('adapters'):
-    rows[0] += (f'{result["adapters"]} adapters of rank {result["rank"]}',)
+    heads += (f'{result["adapters"]} adapters of rank {result["rank"]}',)
+  rows = [heads]
   for size, each in result['batches'].items():
     row = (
       str(size),

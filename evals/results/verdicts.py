@@ -89,19 +89,16 @@ def group(
     num_examples=len(found),
     example_ids=tuple(ids),
     clusters=None if clusters is None else tuple(clusters),
-    examples=tuple(map(_described, ids, found)),
+    examples=tuple(map(_example, ids, found)),
     notes=_notes(len(found) - len(kept), len(found)),
   )
 
 
-def _described(name: str, orders: judges.Orders) -> dict[str, Any]:
-  """Returns the verdicts of a pair, as JSON values."""
-  return {
-    'id': name,
-    **{
-      order: {'choice': verdict.choice.value, 'words': verdict.words}
-      for order, verdict in orders._asdict().items()
-    },
+def _example(name: str, orders: judges.Orders) -> dict[str, Any]:
+  """Returns the verdicts of a pair, for the reader of a result."""
+  return {'id': name} | {
+    order: {'choice': verdict.choice.value, 'words': verdict.words}
+    for order, verdict in orders._asdict().items()
   }
 
 

@@ -165,15 +165,6 @@ class Engine:
       is_host=self.device.platform == 'cpu',
     )
 
-  def _num_pages(self, weight_bytes: int) -> int:
-    return self.config.pool_pages(
-      self.context,
-      bytes_per_token=self.page_bytes // self.page_tokens,
-      weight_bytes=weight_bytes,
-      memory_bytes=peaks.memory_bytes(self.device),
-      is_host=self.device.platform == 'cpu',
-    )
-
   # --------------------------------------------------------------------------
   # Requests
 

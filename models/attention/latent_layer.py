@@ -186,5 +186,5 @@ class Up(nn.Module):
       'kernel', nn.initializers.normal(mup.hidden_std(config)), shape
     )
     if (adapter := adapters.of(self)) is not None:
-      kernel = adapters.kernel(adapter, kernel, self.name)
+      kernel = adapters.kernel(adapter, kernel, str(self.name))
     return kernel.reshape((shape[0], config.num_heads, channels))

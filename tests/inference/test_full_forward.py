@@ -169,6 +169,7 @@ def test_invariant_numerics_have_its_bits_with_an_adapter(has_gain):
     )
     return forward.logprobs(ids, 30)
 
+  assert done.logprobs
   answered = [each.chosen for each in done.logprobs]
   assert logprobs(own).tolist() == answered
   # Not padded, it is the same function with other sums.

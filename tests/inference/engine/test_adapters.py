@@ -173,6 +173,8 @@ def test_an_adapter_answers_as_the_merged_weights(numerics):
     whole = tiny_adapters.merged(params, _tree(request.adapter))
     expected = _reference().answer(request, weights=whole)
     assert completion.token_ids == expected.token_ids
+    assert completion.prompt_logprobs and completion.logprobs
+    assert expected.prompt_logprobs and expected.logprobs
     differences = [
       got.chosen - right.chosen
       for got, right in zip(
@@ -253,6 +255,7 @@ def test_pooled_states_are_those_of_the_adapter(pooling):
   engine = _engine()
   for length in (5, 37):
     got = pooled('third', length, engine)
+    assert got is not None
     # float32 sums in another order; states are around 1.
     np.testing.assert_allclose(got, pooled('', length, whole), atol=1e-4)
     assert np.abs(got - pooled('', length, engine)).max() > 1e-2
@@ -282,7 +285,7 @@ def test_layers_called_one_by_one_have_adapters_too(monkeypatch):
     asked = [_request(d, 40, seed=3, temperature=0.0) for d in ('a', '')]
     served = reference_engine.serve(engine, asked)
     found = [
-      [each.chosen for each in completion.logprobs]
+      [each.chosen for each in completion.logprobs or ()]
       for (completion,) in served.completions
     ]
     return engine._programs._is_layered, np.array(found)

@@ -100,6 +100,7 @@ def test_each_adapter_is_a_model_that_answers(versions, adaptable, root):
         offline.defaults, temperature=0.0, max_tokens=6, logprobs=0
       ),
     )
+    assert done.logprobs
     expected = [each.chosen for each in done.logprobs]
     np.testing.assert_allclose(found[name], expected, atol=1e-4)
     assert np.abs(found[name] - found[servers.MODEL]).max() > 1e-2
