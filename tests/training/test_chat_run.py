@@ -161,9 +161,9 @@ def test_a_fine_tune_chats_and_ends_its_turn(tmp_path):
   experiment = chat_run.experiment(
     str(tmp_path / 'chats' / '{split}.jsonl'),
     tmp_path / 'base',
-    num_steps=40,
+    num_steps=60,
     optimizer=chain.OptimizerConfig(warmup_steps=2, peak_lr=1e-2),
-    checkpoint=experiment_lib.CheckpointConfig(every_steps=40),
+    checkpoint=experiment_lib.CheckpointConfig(every_steps=60),
     log_every_steps=20,
     eval_every_steps=0,
     data={'batch_size': 8},
