@@ -187,7 +187,7 @@ def report(result: entry.Result) -> str:
   heads: tuple[str, ...] = 'sequences', 'tokens/s', 'bandwidth', 'ready'
   if result.get('adapters'):
     heads += (f'{result["adapters"]} adapters of rank {result["rank"]}',)
-  rows = [heads]
+  rows: list[tuple[str, ...]] = [heads]
   for size, each in result['batches'].items():
     row = (
       str(size),

@@ -108,7 +108,8 @@ def test_evaluations_measure_the_adapter(generator):
   assert model.description['adapter_digest'] == digest
   assert 'adapter_digest' not in base.description
   pairs = [(tuple(b'what an'), tuple(b' adapter'))]
-  assert model.logprob_fn and base.logprob_fn
+  assert model.logprob_fn
+  assert base.logprob_fn
   (adapted,), (plain,) = model.logprob_fn(pairs), base.logprob_fn(pairs)
   assert abs(adapted.logprob - plain.logprob) > 0.1
 

@@ -195,7 +195,8 @@ def test_a_reward_model_judges_and_predicts_nothing(generator, tmp_path):
   path = tmp_path / 'pairs.jsonl'
   path.write_text(json.dumps({'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}))
   result = evaluate.run(f'judge:{path}', model)
-  assert model.reward_fn and model.encode_answer
+  assert model.reward_fn
+  assert model.encode_answer
   first, second = model.reward_fn(
     [model.encode_answer('p', each) for each in 'ab']
   )

@@ -138,7 +138,8 @@ def test_the_frozen_model_judges_as_training_evaluated(workdir, pairs):
   accuracy = result.score('accuracy')
   assert accuracy.value == pytest.approx(last['accuracy'])
   assert accuracy.standard_error == pytest.approx(last['accuracy_error'])
-  assert model.reward_fn and model.encode_answer
+  assert model.reward_fn
+  assert model.encode_answer
   gaps = [
     np.subtract(*model.reward_fn([model.encode_answer(p, a) for a in answers]))
     for p, *answers in _records(path)

@@ -173,8 +173,10 @@ def test_an_adapter_answers_as_the_merged_weights(numerics):
     whole = tiny_adapters.merged(params, _tree(request.adapter))
     expected = _reference().answer(request, weights=whole)
     assert completion.token_ids == expected.token_ids
-    assert completion.prompt_logprobs and completion.logprobs
-    assert expected.prompt_logprobs and expected.logprobs
+    assert completion.prompt_logprobs
+    assert completion.logprobs
+    assert expected.prompt_logprobs
+    assert expected.logprobs
     differences = [
       got.chosen - right.chosen
       for got, right in zip(
