@@ -11,9 +11,10 @@ Schulman et al. 2025 (LoRA Without Regret, thinkingmachines.ai/blog/lora) find
 that this reaches the loss of full fine-tuning, and that its best learning rate
 is about ten times as high. The variants are `full` and `rank-RANK`, adapters in
 every linear layer. Another frozen directory than runs/base/frozen may follow a
-second colon. Expected: at rank 8 the loss is within 2 % of that of full
-fine-tuning, with less than 3 % of the parameters. LOG.md has the measured
-result. Cost: about half an hour on two CPU cores.
+second colon. The question: is the loss at rank 8 within 2 % of that of full
+fine-tuning, with less than 3 % of the parameters? LOG.md has a measurement on
+other data that says no; these values were not measured to the end. Cost: about
+half an hour on two CPU cores.
 """
 
 import dataclasses

@@ -124,10 +124,12 @@ def check_tokenizer(
   It may have further tokens, behind those of the frozen directory.
 
   Raises:
+    FileNotFoundError: there is no frozen directory.
     ValueError: names the first id that differs.
   """
   if not experiment.init_from:
     return
+  manifest_lib.read(directory(experiment))  # else: no frozen directory
   place = directory(experiment) / file_names.TOKENIZER
   frozen = tokenizer_lib.load(place)
   names = {i: token for token, i in tokenizer.special_tokens.items()}
