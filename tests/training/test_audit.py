@@ -1,5 +1,6 @@
 """The audit of training data: what it shows, and what it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from data import packing
 from tests.helpers import chat_run, commands, tiny_run
 from training import assemble, audit
+from training.objectives import reward
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +64,7 @@ def test_pairs_are_named(places, tmp_path):
     root / 'base',
     data={'examples': 'pairs'},
   )
+  experiment = dataclasses.replace(experiment, objective=reward.Reward())
   shown = _report(experiment)
   assert '[1 chosen] <|im_start|>user\nq' in shown
   assert '[2 rejected] <|im_start|>user\nq' in shown

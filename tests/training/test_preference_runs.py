@@ -103,7 +103,6 @@ def experiment(tmp_path, monkeypatch):
           path='-',
           data_dir=str(tmp_path / 'data'),
           examples='labelled' if loss == 'kto' else 'pairs',
-          chat_template='{{ messages }}',
           packing='best_fit',
           row_length=64,
           batch_size=8,
