@@ -148,7 +148,7 @@ def _with_next(items: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _fitting(units, row_length, too_long, counts) -> Iterator[encoding.Unit]:
-  """Yields units that fit into a row; counts those that do not."""
+  """Yields the units that fit into a row; counts the others."""
   names = None
   for where, unit in units:
     lengths = [len(document.ids) - 1 for document in unit.documents]
@@ -168,7 +168,8 @@ def _fitting(units, row_length, too_long, counts) -> Iterator[encoding.Unit]:
     if unit is None or not all(d.trained[1:].any() for d in unit.documents):
       counts[NOTHING_TRAINED] += 1
       continue
-    names = names or unit.streams.keys()
+    if names is None:
+      names = unit.streams.keys()
     if unit.streams.keys() != names:
       raise ValueError(
         f'{where}: got an example with {_listed(unit.streams)}, expected'

@@ -216,10 +216,14 @@ def test_examples_that_teach_nothing_are_counted(tmp_path):
     _open(tmp_path, records[:2], 'chat', fingerprint='two')
 
 
-def test_margins_are_in_every_record_or_in_none(tmp_path):
+@pytest.mark.parametrize(
+  ('without', 'says'),
+  [(0, 'got an example with margins, expected no num'), (1, 'with no num')],
+)
+def test_margins_are_in_every_record_or_in_none(tmp_path, without, says):
   records = _random_records('pairs', 2, margin=1.0)
-  del records[1]['margin']
-  with pytest.raises(ValueError, match='line 2: got an example with no num'):
+  del records[without]['margin']
+  with pytest.raises(ValueError, match=f'line 2: .*{says}'):
     _open(tmp_path, records, 'pairs')
 
 
