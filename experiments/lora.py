@@ -22,10 +22,10 @@ Reference: LoRA, arXiv:2106.09685.
 import dataclasses
 
 from checks import expect
-from data import data_config
 from experiments import finetune, quickstart
 from models import adapter_config
 from training import experiment
+from training.checkpoints import init_from
 
 RANKS = (0, 1, 8, 64, 256)
 RATE_RATIO = 10  # of the best learning rates of adapters and of all weights
@@ -56,9 +56,7 @@ def get_config(variant: str = '8') -> experiment.Experiment:
 def _small() -> experiment.Experiment:
   """Returns full fine-tuning of the model of `make quickstart`."""
   full = finetune.get_config()
-  tokenizer = data_config.TokenizerConfig(
-    kind='directory', path=f'{QUICKSTART}/tokenizer'
-  )
+  tokenizer = init_from.tokenizer_of(QUICKSTART)
   return dataclasses.replace(
     full,
     model=quickstart.get_config().model,

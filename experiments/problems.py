@@ -19,6 +19,7 @@ import dataclasses
 from data import data_config, sources
 from experiments import presets
 from training import experiment
+from training.checkpoints import init_from
 from training.optimizer import chain
 
 VOCAB_SIZE = 1024
@@ -49,9 +50,7 @@ def get_config(variant: str = 'base') -> experiment.Experiment:
       path=f'kind=chat&count=8000&{TUNED}',
       examples='chat',
       chat_template=presets.QUESTION_TEMPLATE,
-      tokenizer=data_config.TokenizerConfig(
-        kind='directory', path=f'{directory or BASE}/tokenizer'
-      ),
+      tokenizer=init_from.tokenizer_of(directory or BASE),
     ),
     optimizer=chain.OptimizerConfig(
       peak_lr=5e-4,

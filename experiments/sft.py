@@ -39,9 +39,7 @@ def get_config(directory: str = '') -> experiment.Experiment:
   tokenizer = data_config.TokenizerConfig(kind='byte')
   if directory:
     model = init_from.model_of(directory)
-    tokenizer = data_config.TokenizerConfig(
-      kind='directory', path=f'{directory}/tokenizer'
-    )
+    tokenizer = init_from.tokenizer_of(directory)
   return experiment.Experiment(
     name='sft',
     model=model,

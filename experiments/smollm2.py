@@ -26,6 +26,7 @@ from data import data_config, sources
 from experiments import presets
 from models import adapter_config
 from training import experiment
+from training.checkpoints import init_from
 from training.optimizer import chain
 
 VARIANTS = (
@@ -58,9 +59,7 @@ def get_config(variant: str = 'cpu') -> experiment.Experiment:
       row_length=1024,
       batch_size=32,
       packing='first_fit',
-      tokenizer=data_config.TokenizerConfig(
-        kind='directory', path=f'{directory or BASE}/tokenizer'
-      ),
+      tokenizer=init_from.tokenizer_of(directory or BASE),
     ),
     optimizer=chain.OptimizerConfig(
       peak_lr=peak_lr,

@@ -201,7 +201,8 @@ def write(
   _check_replaceable(target, overwrite)
   with atomic.new_directory(target) as partial:
     peft_files.write(partial, files, base)
-    # Read back: equal directories have equal digests, whoever wrote them.
+    # The digest is that of the files as they are read, so that a directory of
+    # peft with the same values has the same one.
     again = peft_files.read(partial, base)
     if files.dora:
       safetensors_files.write_file(

@@ -39,7 +39,7 @@ class Loaded:
   digest: str
   slot: int
   num_params: int
-  num_loads: int = 0  # less those that were unloaded
+  num_loads: int = 0  # number of loads, minus number of unloads
   num_open: int = 0  # sequences that use it
 
 

@@ -119,7 +119,7 @@ def test_wrong_adapters_are_refused(
 ):
   with pytest.raises(ValueError, match="got 'none', expected one of the names"):
     generator.adapted('none')
-  # A rank above the largest of those that the engine was made for.
+  # The engine takes ranks up to the largest that it was made with.
   with pytest.raises(ValueError, match=r'got rank 3 .*max_adapter_rank'):
     generator.load_adapter('one', directories / 'three')
   assert _answer(generator.adapted('one'))[2]  # it is still there

@@ -57,6 +57,13 @@ def model_of(directory: str) -> model_config.ModelConfig:
   )
 
 
+def tokenizer_of(directory: str) -> data_config.TokenizerConfig:
+  """Returns the settings that load the tokenizer of a frozen directory."""
+  return data_config.TokenizerConfig(
+    kind='directory', path=f'{directory}/{file_names.TOKENIZER}'
+  )
+
+
 def describe(
   experiment: experiment_lib.Experiment, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
