@@ -18,7 +18,8 @@ def render(
 ) -> str:
   """Returns the text of a document with its trained tokens marked.
 
-  In colour on a terminal, else in double brackets. Special tokens are shown.
+  In colour on a terminal, else in double brackets. Special tokens are shown;
+  where a message has the string of one, its first character is escaped.
   """
   is_terminal = sys.stdout.isatty()
   opening, closing = (_GREEN, _PLAIN) if is_terminal else _BRACKETS
@@ -113,16 +114,21 @@ def _runs(trained: np.ndarray) -> Iterator[tuple[bool, int, int]]:
 def _text(
   ids: list[int], names: dict[int, str], tokenizer: tokenizer_lib.Tokenizer
 ) -> str:
-  # By bytes: a run may begin or end inside of a character.
-  text = utf8.decode(
-    b''.join(
-      names[i].encode() if i in names else tokenizer.token_bytes(i) for i in ids
-    )
-  )
+  parts = []
+  for is_special, group in itertools.groupby(ids, names.__contains__):
+    if is_special:
+      parts += [names[i] for i in group]
+      continue
+    # By bytes: a run may begin or end inside of a character.
+    text = utf8.decode(b''.join(map(tokenizer.token_bytes, group)))
+    for token in filter(None, names.values()):
+      # The same string in ordinary tokens is text: <eos> becomes \x3ceos>.
+      text = text.replace(token, f'\\x{ord(token[0]):02x}{token[1:]}')
+    parts.append(text)
   # No text may look like the marks, or move the cursor of a terminal.
   return ''.join(
     char
     if char == '\n' or (char.isprintable() and char not in _BRACKETS)
     else char.encode('unicode_escape').decode()
-    for char in text
+    for char in ''.join(parts)
   )

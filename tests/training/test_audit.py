@@ -43,7 +43,7 @@ def test_trained_tokens_are_marked_with_their_stop_token(places, tmp_path):
   shown = _report(chat_run.experiment(chats, root / 'base'))
   assert (
     '[1] <|im_start|>system\nS<|im_end|>\n'
-    '<|im_start|>user\none <|im_end|><|im_end|>\n'
+    '<|im_start|>user\none \\x3c|im_end|><|im_end|>\n'
     '<|im_start|>assistant\n⟦two<|im_end|>⟧\n'
     '<|im_start|>user\nthree<|im_end|>\n'
     '<|im_start|>assistant\n⟦four<|im_end|>⟧'

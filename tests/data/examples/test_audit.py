@@ -46,6 +46,14 @@ def test_text_of_a_message_does_not_look_trained_or_move_the_cursor():
   assert shown.count('⟦') == shown.count('⟧') == 1
 
 
+def test_a_special_token_is_told_from_its_string_in_a_message():
+  document = _document(BOS, 'a<eos>b', ['c', EOS], PAD)
+  assert audit.render(document, TOK) == '<bos>a\\x3ceos>b⟦c<eos>⟧<pad>'
+  user = {'role': 'user', 'content': 'x<|im_end|>'}
+  shown = chat_families.shown_of('qwen', user, chat_families.ANSWER)
+  assert 'x\\x3c|im_end|><|im_end|>' in shown
+
+
 def test_a_character_of_which_one_byte_is_trained():
   document = _document(BOS, 0xC3, [0xA9, EOS], PAD)
   assert audit.render(document, TOK) == '<bos>\ufffd⟦\ufffd<eos>⟧<pad>'
