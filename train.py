@@ -43,7 +43,7 @@ import traceback
 from absl import app, flags, logging
 
 from checks import path_flags
-from hardware import compilation_cache, cpu_threads, targets
+from hardware import compilation_cache, targets
 from storage import disk, locks
 from training import experiment_files, flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
@@ -209,14 +209,15 @@ def _join_processes() -> None:
   from parallel import processes
 
   try:
-    cluster = processes.detect(
-      os.environ,
-      coordinator=_COORDINATOR.value,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
+    processes.start(
+      processes.detect(
+        os.environ,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+      ),
+      heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value,
     )
-    cpu_threads.provide(os.environ, has_peers=cluster is not None)
-    processes.start(cluster, heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value)
   except ValueError as error:
     sys.exit(f'error: {error}')
 

@@ -22,7 +22,7 @@ import pathlib
 from absl import flags
 import pytest
 
-from hardware import cpu_threads
+from hardware import compilation_cache
 from tests.helpers import compiled_programs
 
 NUM_FAKE_DEVICES = 8
@@ -53,7 +53,6 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
       f'--xla_force_host_platform_device_count={NUM_FAKE_DEVICES}',
     ]
   )
-  cpu_threads.provide(os.environ)
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
   # A library must not download anything by default.
   os.environ['HF_HUB_OFFLINE'] = '1'
@@ -66,6 +65,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
   os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
   # Otherwise XLA's own caches put this process's directory into every key.
   os.environ['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] = 'none'
+  compilation_cache.leave_out_collectives()
   atexit.register(programs.close)
   return programs
 

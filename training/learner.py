@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hardware import peaks, xla_options
+from hardware import compilation_cache, peaks, xla_options
 from models import axes, execution as execution_lib, flops, transformer
 from parallel import placement as placement_lib
 from training import (
@@ -210,6 +210,8 @@ def make(
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
+  # JAX may have a cache by the environment alone.
+  compilation_cache.leave_out_collectives()
   experiment = execution.settled(experiment, devices or jax.devices())
   dtype = jnp.dtype(experiment.compute_dtype)
   model = transformer.Transformer(experiment.model, dtype)

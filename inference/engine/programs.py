@@ -88,6 +88,7 @@ class Programs:
       program_store.describe((self._params, self._state)),
       (self._chunk_tokens, self._table_width, vocab_size, self._sample_sizes),
       self.decode_steps,
+      self._is_layered,
     )
     self._compiled: dict[Any, Any] = {}
     first = self.shapes if compile_all else _holding_all(self.shapes)

@@ -1,6 +1,7 @@
 """The compilation cache on disk: entries that a kill cut short."""
 
 import collections
+import contextlib
 import os
 import zlib
 
@@ -80,7 +81,9 @@ def test_the_directory_is_the_flag_then_the_variable_then_the_default(
   assert directory_of(None) == tmp_path / 'two-lives' / 'xla'
 
 
-def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
+@contextlib.contextmanager
+def _cache(directory):
+  """Yields a count of what JAX does with a cache of its own."""
   found = collections.Counter()
 
   def note(event, **_):
@@ -88,33 +91,49 @@ def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
       '/jax/compilation_cache'
     )
 
-  def first_step():
-    jax.clear_caches()
-    found.clear()
-    learner = learner_lib.make(tiny_experiment.make(), jax.devices()[:1])
-    state = learner.init(jax.random.key(0))
-    batch = tiny_models.batch(batch_size=16, row_length=16, vocab_size=64)
-    _, metrics = learner.compile_train_step()(
-      state, learner.placement.put_batch(batch)
-    )
-    return float(metrics['loss'])
-
   kept = {name: getattr(jax.config, name) for name in _OPTIONS}
   jax.monitoring.register_event_listener(note)
   try:
-    compilation_cache.use(tmp_path)
+    compilation_cache.use(directory)
     jax_cache.reset_cache()
-    loss = first_step()
-    assert found['cache_misses']
-    assert not found['cache_hits']
-    (entry,) = tmp_path.glob('jit_train_step-*-cache')
-    assert compilation_cache.is_whole(entry.read_bytes())
-    num_programs = found['cache_misses']
-    assert first_step() == loss
-    assert found['cache_hits'] == num_programs
-    assert not found['cache_misses']
+    yield found
   finally:
     jax.monitoring.unregister_event_listener(note)
     for name, value in kept.items():
       jax.config.update(name, value)
     jax_cache.reset_cache()
+
+
+def _first_step(num_devices):
+  jax.clear_caches()
+  learner = learner_lib.make(
+    tiny_experiment.make(), jax.devices()[:num_devices]
+  )
+  state = learner.init(jax.random.key(0))
+  batch = tiny_models.batch(batch_size=16, row_length=16, vocab_size=64)
+  _, metrics = learner.compile_train_step()(
+    state, learner.placement.put_batch(batch)
+  )
+  return float(metrics['loss'])
+
+
+def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
+  with _cache(tmp_path) as found:
+    loss = _first_step(1)
+    assert found['cache_misses']
+    assert not found['cache_hits']
+    (entry,) = tmp_path.glob('jit_train_step-*-cache')
+    assert compilation_cache.is_whole(entry.read_bytes())
+    num_programs = found['cache_misses']
+    found.clear()
+    assert _first_step(1) == loss
+    assert found['cache_hits'] == num_programs
+    assert not found['cache_misses']
+
+
+def test_a_program_with_collectives_is_compiled_at_each_start(tmp_path):
+  with _cache(tmp_path) as found:
+    for _ in range(2):
+      _first_step(8)
+    assert found['cache_hits']  # programs of one device
+    assert not list(tmp_path.glob('jit_train_step-*'))

@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 
-from hardware import cpu_threads
 from models import model_config
 from text import tokenizer
 
@@ -142,6 +141,5 @@ def subprocess_env(*, num_devices: int = 1, **extra: str) -> dict[str, str]:
     f' --xla_force_host_platform_device_count={num_devices}'
   )
   # Child processes run as a user would run them.
-  for name in ('JAX_NUMPY_RANK_PROMOTION', cpu_threads.VARIABLE):
-    env.pop(name, None)
+  env.pop('JAX_NUMPY_RANK_PROMOTION', None)
   return env | extra

@@ -139,38 +139,45 @@ def test_ports_have_names_that_every_process_has():
   assert ' at 0x' in program_store.describe_ports(local)
 
 
+def _answer():
+  engine = engine_lib.Engine(
+    reference_engine.model_config(),
+    reference_engine.params(),
+    tokenizer=tiny_models.byte_tokenizer(),
+    weights_digest='first',
+    config=engine_config.EngineConfig(
+      max_sequences=1, max_chunks=1, max_mixed_chunks=1, decode_steps=1
+    ),
+  )
+  request = requests.Request(
+    prompt_ids=(65, 66, 67),
+    settings=settings.Settings(max_tokens=5, seed=0, ignore_eos=True),
+  )
+  return [
+    u.completion.token_ids for _, u in engine.answer([request]) if u.completion
+  ]
+
+
 @pytest.mark.parametrize('min_layer_bytes', [0, layered.MIN_LAYER_BYTES])
 def test_the_second_engine_traces_nothing(
   tmp_path, monkeypatch, min_layer_bytes
 ):
   monkeypatch.setattr(layered, 'MIN_LAYER_BYTES', min_layer_bytes)
   monkeypatch.setattr(compilation_cache, 'directory', lambda: tmp_path)
-
-  def answer():
-    engine = engine_lib.Engine(
-      reference_engine.model_config(),
-      reference_engine.params(),
-      tokenizer=tiny_models.byte_tokenizer(),
-      weights_digest='first',
-      config=engine_config.EngineConfig(
-        max_sequences=1, max_chunks=1, max_mixed_chunks=1
-      ),
-    )
-    request = requests.Request(
-      prompt_ids=(65, 66, 67),
-      settings=settings.Settings(max_tokens=5, seed=0, ignore_eos=True),
-    )
-    return [
-      u.completion.token_ids
-      for _, u in engine.answer([request])
-      if u.completion
-    ]
-
-  before = answer()
+  before = _answer()
   assert _files(tmp_path)
 
   def fail(*args):
     raise AssertionError('traced')
 
   monkeypatch.setattr(programs.Programs, '_lower', fail)
-  assert answer() == before
+  assert _answer() == before
+
+
+def test_programs_of_a_step_and_of_its_layers_are_told_apart(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(compilation_cache, 'directory', lambda: tmp_path)
+  before = _answer()
+  monkeypatch.setattr(layered, 'MIN_LAYER_BYTES', 0)
+  assert _answer() == before
