@@ -266,9 +266,13 @@ class Loader(Protocol):
     ...
 
   def load_asked(
-    self, path: str, name: str, *, kv_memory: str | None, pending: int
+    self, path: str, name: str, *, kv_memory: str | None
   ) -> ServedModel:
     """Returns a version, which is not started; see `versions.loader`."""
+    ...
+
+  def check_memory(self, model: ServedModel, *, pending: int) -> None:
+    """Refuses a version that does not fit; see `versions.loader`."""
     ...
 
 

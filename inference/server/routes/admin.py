@@ -56,14 +56,13 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
           body.path, body.name, base=body.base, models=versions.all()
         )
       body.check_whole()
-      return loader.load_asked(
-        body.path,
-        body.name,
-        kv_memory=body.kv_memory,
-        pending=_pending(service),
-      )
+      return loader.load_asked(body.path, body.name, kv_memory=body.kv_memory)
 
     model = await service.bodies.worked(request, prepared)
+    # Both on the event loop: of two that were asked for at once, the second
+    # counts the memory of the first.
+    if loader is not None:
+      loader.check_memory(model, pending=_pending(service))
     versions.load(model)
     return responses.JSONResponse(_described(service, model), 202)
 

@@ -88,19 +88,18 @@ class Loader:
     return model
 
   def load_asked(
-    self, path: str, name: str, *, kv_memory: str | None, pending: int
+    self, path: str, name: str, *, kv_memory: str | None
   ) -> service.ServedModel:
-    """Returns a model that was asked for over HTTP, after all checks.
+    """Returns a model that was asked for over HTTP; `check_memory` is left.
 
     Args:
       path: of the frozen directory, below `models_root`.
       name: of the model in requests.
       kv_memory: of its KV cache; None: as all engines.
-      pending: bytes that versions which load now will take.
 
     Raises:
       ApiError: status 403, no model may be loaded; 404, there is none; 400, it
-        is damaged, does not suit the engine, or does not fit.
+        is damaged or does not suit the engine.
     """
     directory = self._below_root(path)
     config = self._config
@@ -109,12 +108,28 @@ class Loader:
         config = dataclasses.replace(config, kv_memory=kv_memory, num_pages=0)
       model = self.load(directory, name, config=config)
       model.memory = memory.plan(model.manifest, config)
-      model.memory.check(pending=pending)
     except FileNotFoundError as error:
       raise _refused(404, error, 'path', 'path_not_found') from error
     except (ValueError, OSError) as error:
       raise _refused(400, error, None, 'cannot_load') from error
     return model
+
+  def check_memory(self, model: service.ServedModel, *, pending: int) -> None:
+    """Refuses a model that does not fit beside those which load now.
+
+    Args:
+      model: of `load_asked` or `adapter_asked`.
+      pending: bytes that versions which load now will take.
+
+    Raises:
+      ApiError: status 400, it does not fit.
+    """
+    if model.memory is None:
+      return  # an adapter has its place in the memory of its base
+    try:
+      model.memory.check(pending=pending)
+    except ValueError as error:
+      raise _refused(400, error, None, 'cannot_load') from error
 
   def is_adapter(self, path: str) -> bool:
     """Returns whether a path that was asked for is that of an adapter.

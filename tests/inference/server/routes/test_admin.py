@@ -1,15 +1,19 @@
 """POST /admin/models and /admin/traffic: what they refuse, and for whom."""
 
+from concurrent import futures
+import math
 import os
 import shutil
+import threading
 
 import httpx2
 import pytest
 
-from frozen import format as frozen_format
+from frozen import format as frozen_format, manifest as manifest_lib
+from hardware import host_memory
 from inference.server.access import api_keys
 from inference.server.api import shapes
-from inference.server.versions import loader as loader_lib
+from inference.server.versions import loader as loader_lib, memory
 from tests.helpers import frozen_dirs, servers
 from tests.inference import conftest as life_two
 
@@ -131,13 +135,45 @@ def test_a_wrong_field_is_refused(http, fields, message):
 
 
 def test_what_cannot_fit_is_refused_before_it_is_read(http, root, monkeypatch):
-  from hardware import host_memory
-
   monkeypatch.setattr(host_memory, 'available_bytes', lambda: 10_000)
   message = _refused(_load(http, 'good'), 400, 'cannot_load')
   assert message.startswith('memory: got a need of ')
   assert 'give this one less kv_memory' in message
   assert len(http.get('/admin/models').json()['data']) == 1
+
+
+def test_of_two_that_are_asked_for_at_once_one_fits(http, root, monkeypatch):
+  manifest = manifest_lib.read(root / 'good')
+  need = memory.plan(manifest, life_two.ENGINE).total
+  monkeypatch.setattr(
+    host_memory, 'available_bytes', lambda: math.ceil(1.5 * need)
+  )
+  both = threading.Barrier(2)
+  load_asked = loader_lib.Loader.load_asked
+
+  def asked(*args, **kwargs):
+    model = load_asked(*args, **kwargs)
+    both.wait(30)  # both plans are made before a version is added
+    return model
+
+  monkeypatch.setattr(loader_lib.Loader, 'load_asked', asked)
+  ended = threading.Event()
+
+  def load(*args, **kwargs):
+    ended.wait(30)
+    raise ValueError('ended')
+
+  monkeypatch.setattr(loader_lib.generate, 'load', load)
+  with futures.ThreadPoolExecutor(2) as pool:
+    answers = list(pool.map(lambda name: _load(http, 'good', name), 'ab'))
+  (loaded,) = (each for each in answers if each.status_code == 202)
+  (refused,) = (each for each in answers if each.status_code != 202)
+  message = _refused(refused, 400, 'cannot_load')
+  assert 'MiB promised to others' in message
+  ended.set()
+  version = f'/admin/models/{loaded.json()["id"]}'
+  assert http.delete(version).status_code == 202
+  servers.until(lambda: http.get(version).status_code == 404)
 
 
 def test_damaged_weights_are_a_state_and_not_a_crash(http):
