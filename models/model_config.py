@@ -140,6 +140,7 @@ class ModelConfig:
         continue  # _validate_experts checks it
       is_count = isinstance(value, int) and value >= 1
       self._expect(is_count, name, 'a positive integer')
+      self._expect(value <= _MOST, name, f'at most {_MOST:,}')
     for name, allowed in (
       ('norm', NORMS),
       ('positions', POSITIONS),
@@ -457,6 +458,7 @@ def _scaling(fields: Any) -> rope_scaling_lib.RopeScaling:
   return rope_scaling_lib.RopeScaling(**values)
 
 
+_MOST = 2**31 - 1  # positions and ids are int32 on devices
 _COUNTS = (
   'vocab_size', 'num_layers', 'model_width', 'num_heads', 'num_kv_heads',
   'head_width', 'mlp_width', 'max_length',

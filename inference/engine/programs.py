@@ -70,6 +70,7 @@ class Programs:
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
     self._chunk_tokens = config.chunk_tokens
     self._table_width = config.table_width(context)
+    self._context = context
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
@@ -86,7 +87,8 @@ class Programs:
       jnp.dtype(model.dtype).name,
       program_store.describe_ports(model.execution),
       program_store.describe((self._params, self._state)),
-      (self._chunk_tokens, self._table_width, vocab_size, self._sample_sizes),
+      (self._chunk_tokens, self._table_width, context),
+      (vocab_size, self._sample_sizes),
       self.decode_steps,
       self._is_layered,
     )
@@ -128,7 +130,7 @@ class Programs:
   def _lower(self, key: Any) -> Any:
     """Traces the program of a shape, of a size to sample, or of a name."""
     params, (kv_cache, slots) = self._params, self._state
-    slot, ids_T = np.int32(0), np.zeros((self._max_length,), np.int32)
+    slot, ids_T = np.int32(0), np.zeros((self._context,), np.int32)
     pages_Z = np.zeros((COPIES,), np.int32)
     if isinstance(key, steps.Shape):
       layout = self._layout(key)
@@ -162,10 +164,6 @@ class Programs:
       return device_state.recount.lower(slots, slot, ids_T, slot)
     copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
     return copy.lower(kv_cache, pages_Z, pages_Z)
-
-  @property
-  def _max_length(self) -> int:
-    return self._model.config.max_length
 
   def shape_for(self, num_decodes: int, num_chunks: int) -> steps.Shape:
     """Returns the smallest shape that holds so many decodes and chunks.
@@ -246,7 +244,7 @@ class Programs:
     self, state: device_state.State, slot: int, ids, num_prompt_tokens: int
   ) -> device_state.State:
     """Counts the tokens of a sequence. Donates the slots of `state`."""
-    ids_T = np.full((self._max_length,), -1, np.int32)
+    ids_T = np.full((self._context,), -1, np.int32)
     ids_T[: len(ids)] = ids
     slots = self._compiled['recount'](
       state.slots, np.int32(slot), ids_T, np.int32(num_prompt_tokens)

@@ -12,6 +12,7 @@ from tests.helpers import tiny_models
   ('field', 'value', 'message'),
   [
     ('num_layers', 0, 'model.num_layers: got 0, expected a positive integer'),
+    ('max_length', 2**31, 'max_length: got 2147483648, expected at most 2,14'),
     ('norm', 'batchnorm', "got 'batchnorm', expected one of rmsnorm"),
     ('mlp', 'mish', "got 'mish', expected one of swiglu, geglu"),
     ('positions', 'none', "got 'none', expected one of rope, learned"),
