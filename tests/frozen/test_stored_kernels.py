@@ -57,7 +57,6 @@ def test_round_trip(tmp_path, scheme, scan_layers):
       np.asarray(theirs).reshape(-1).view(np.uint8),
     )
   assert frozen.manifest == written
-  assert written.format_version == manifest_lib.STORED_VERSION
   assert written.weights_digest == frozen_format.weights_digest(params)
   floats = frozen_dirs.params(config)
   assert written.num_params == sum(x.size for x in jax.tree.leaves(floats))
@@ -65,7 +64,6 @@ def test_round_trip(tmp_path, scheme, scan_layers):
 
 def test_floats_are_written_as_before_there_were_fewer_bits(tmp_path):
   written = frozen_dirs.write(tmp_path / 'f')
-  assert written.format_version == 1
   assert written.quantization == {'kind': 'none'}
   assert written.weights_digest == frozen_format.weights_digest(
     frozen_dirs.params(frozen_dirs.config())
