@@ -177,6 +177,7 @@ def make(
     if is_here
     else targets.devices(targets.parse(target_name))[0]
   )
+  saved, saved_of_step = _saved(manifest, config)
   plan = Plan(
     name=manifest.experiment,
     target=target_name,
@@ -186,7 +187,8 @@ def make(
     dtype=manifest.dtype,
     num_params=manifest.num_params,
     quantization=manifest.quantization,
-    **_saved(manifest, config),
+    saved_bytes=saved,
+    saved_bytes_of_step=saved_of_step,
   )
   if is_here or not is_compiled:
     return plan
@@ -258,9 +260,9 @@ def compile_decode_step(
     )
 
 
-def _saved(manifest: manifest_lib.Manifest, config) -> dict[str, int]:
+def _saved(manifest: manifest_lib.Manifest, config) -> tuple[int, int]:
   if manifest.quantization == stored_kernels.NONE:
-    return {}  # the shapes of a model take a moment
+    return 0, 0  # the shapes of a model take a moment
   itemsize = jnp.dtype(manifest.dtype).itemsize
   shapes = frozen_format.shapes_of(manifest, config)
   saved = {
@@ -273,7 +275,7 @@ def _saved(manifest: manifest_lib.Manifest, config) -> dict[str, int]:
   unread = (
     0 if config.tie_embeddings else saved.get('params/embed/embedding', 0)
   )
-  return {'saved_bytes': total, 'saved_bytes_of_step': total - unread}
+  return total, total - unread
 
 
 def report(plan: Plan) -> str:
