@@ -39,7 +39,7 @@ from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import peft_files, safetensors_files
 from models import adapter_config, adapters, layout
-from models.linear import stored
+from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
 
 FORMAT_VERSION = 1
@@ -103,7 +103,7 @@ def trained(
   Raises:
     FileNotFoundError, ValueError: there is no such base any more.
   """
-  base = frozen_format.read(base_directory)
+  base = frozen_format.read_whole(base_directory)
   if base.manifest.weights_digest != digest:
     raise ValueError(
       f'{base_directory}: got weights {base.manifest.weights_digest[:12]},'
@@ -145,7 +145,7 @@ def trained(
 
 def rounded(params: Any, form: str) -> Any:
   """Returns the collection `params` as a quantised base computes with it."""
-  return stored.whole_kernels(stored.quantise_kernels(params, form))
+  return stored_tree.whole_kernels(stored_tree.quantise_kernels(params, form))
 
 
 def files_of(trained: Trained) -> peft_files.Files:
@@ -244,14 +244,14 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
 def _gains(files, base, base_form) -> dict[str, np.ndarray]:
   """Returns the gain of each column, by layer."""
   params, _ = layout.unstack(
-    frozen_format.read(base.directory).params, base.config
+    frozen_format.read_whole(base.directory).params, base.config
   )
   leaves = frozen_format.leaves_by_path(params['params'])
   gains = {}
   for path, layer in files.layers.items():
     kernel = jnp.asarray(leaves[f'{path}/kernel'], jnp.float32)
     if base_form != 'float':
-      kernel = stored.quantise(kernel, base_form).whole(jnp.float32)
+      kernel = stored_tree.as_base(kernel, base_form).whole(jnp.float32)
     gains[path] = np.asarray(gain_of(kernel, layer))
   return gains
 
@@ -417,7 +417,7 @@ def merge_directory(
   Raises:
     FileNotFoundError, ValueError: see `read`.
   """
-  base = frozen_format.read(base_directory)
+  base = frozen_format.read_whole(base_directory)
   adapter = read(source, base)
   params, config = layout.unstack(base.params, base.config)
   form = adapter.manifest.base_form

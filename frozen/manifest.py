@@ -49,7 +49,7 @@ class Manifest(Provenance):
   format_version: int
   model: dict[str, Any]  # every field of ModelConfig
   dtype: str  # of the weights and of the computation
-  quantization: dict[str, Any]  # {'kind': 'none'}
+  quantization: dict[str, Any]  # see frozen/stored_kernels.py
   num_params: int
   weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest

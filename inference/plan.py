@@ -13,7 +13,9 @@ beside the formula's.
 Life two runs on one device: all figures are of one device, whatever the target.
 """
 
+from collections.abc import Mapping
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -22,7 +24,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from frozen import manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  stored_kernels,
+)
 from hardware import compile_ahead, peaks as peaks_lib, targets
 from inference.engine import (
   device_state,
@@ -32,6 +38,7 @@ from inference.engine import (
   steps,
 )
 from models import flops, kv_cache, layout, model_config, transformer
+from models.linear.stored import tree as stored_tree
 
 # Share of the memory left free, for activations, the runtime, and everything
 # else that no formula knows.
@@ -51,6 +58,13 @@ class Plan:
   config: model_config.ModelConfig
   dtype: str
   num_params: int
+  # Of kernels in fewer bits: how they are stored, and the bytes that this saves
+  # in memory and in the reads of a step.
+  quantization: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: dict(stored_kernels.NONE)
+  )
+  saved_bytes: int = 0
+  saved_bytes_of_step: int = 0
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
@@ -59,10 +73,15 @@ class Plan:
     """Bytes of one weight, and of one cached channel."""
     return jnp.dtype(self.dtype).itemsize
 
+  def shapes(self) -> Any:
+    """Returns the shapes of the weights, as they are stored."""
+    floats = frozen_format.abstract_params(self.config, self.dtype)
+    return stored_kernels.with_kernels(floats, self.quantization)
+
   @property
   def weight_bytes(self) -> int:
     """Bytes of all weights."""
-    return self.num_params * self.itemsize
+    return self.num_params * self.itemsize - self.saved_bytes
 
   @property
   def kv_bytes_per_token(self) -> int:
@@ -100,7 +119,7 @@ class Plan:
       )
       weights += (taken - config.num_active_experts) * each
     cache = num_sequences * context * self.kv_bytes_per_token
-    return weights * self.itemsize + cache
+    return weights * self.itemsize - self.saved_bytes_of_step + cache
 
   def step_seconds(self, num_sequences: int, context: float) -> float:
     """Returns the least time of a decode step, in seconds."""
@@ -158,6 +177,7 @@ def make(
     if is_here
     else targets.devices(targets.parse(target_name))[0]
   )
+  saved, saved_of_step = _saved(manifest, config)
   plan = Plan(
     name=manifest.experiment,
     target=target_name,
@@ -166,6 +186,9 @@ def make(
     config=config,
     dtype=manifest.dtype,
     num_params=manifest.num_params,
+    quantization=manifest.quantization,
+    saved_bytes=saved,
+    saved_bytes_of_step=saved_of_step,
   )
   if is_here or not is_compiled:
     return plan
@@ -188,7 +211,8 @@ def compile_decode_step(
   dtype = jnp.dtype(plan.dtype)
   params, config = (
     jax.eval_shape(
-      lambda: layout.unstack(_params(plan.config, dtype), plan.config)[0]
+      lambda tree: layout.unstack({'params': tree}, plan.config)[0],
+      plan.shapes()['params'],
     ),
     dataclasses.replace(plan.config, scan_layers=False),
   )
@@ -236,10 +260,22 @@ def compile_decode_step(
     )
 
 
-def _params(config: model_config.ModelConfig, dtype) -> Any:
-  model = transformer.Transformer(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+def _saved(manifest: manifest_lib.Manifest, config) -> tuple[int, int]:
+  if manifest.quantization == stored_kernels.NONE:
+    return 0, 0  # the shapes of a model take a moment
+  itemsize = jnp.dtype(manifest.dtype).itemsize
+  shapes = frozen_format.shapes_of(manifest, config)
+  saved = {
+    path: itemsize * math.prod(leaf.shape) - leaf.nbytes
+    for path, leaf in stored_kernels.by_path(shapes).items()
+    if stored_tree.is_stored(leaf)
+  }
+  total = sum(saved.values())
+  # A step looks up rows of an embedding that is not the head, too.
+  unread = (
+    0 if config.tie_embeddings else saved.get('params/embed/embedding', 0)
+  )
+  return total, total - unread
 
 
 def report(plan: Plan) -> str:
@@ -257,6 +293,8 @@ def _model_lines(plan: Plan):
     f' {compile_ahead.size(limit) if limit else "unknown"} of memory,'
     f' {plan.peaks.bytes_per_s / 1e9:.4g} GB/s ({plan.peaks.source})',
   )
+  if plan.saved_bytes:
+    yield 'stored', stored_kernels.summary(plan.quantization, plan.shapes())
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
   yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}'
   yield 'cache', f'{compile_ahead.size(plan.kv_bytes_per_token)} per token'
