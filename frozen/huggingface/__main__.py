@@ -38,7 +38,7 @@ def _one_line(text: str) -> str:
 
 
 def _import() -> None:
-  from frozen.huggingface import gguf_file, hub, importing
+  from frozen.huggingface import hub
 
   values = flags.FLAGS
   if values.family:
@@ -47,8 +47,18 @@ def _import() -> None:
       ' export has a --family'
     )
   fetched = hub.fetch(values.source, values.revision)
-  if fetched.directory.suffix == '.gguf':
-    result = gguf_file.import_file(
+  is_gguf = fetched.directory.suffix == '.gguf'
+  if is_gguf:
+    from frozen.huggingface.gguf import refusals
+
+    # Before JAX is loaded: a file that is refused is refused at once.
+    refusals.check(fetched.directory, has_tokenizer=bool(values.tokenizer))
+  from frozen.huggingface import importing
+
+  if is_gguf:
+    from frozen.huggingface.gguf import reading
+
+    result = reading.import_file(
       fetched.directory,
       values.out,
       tokenizer_source=values.tokenizer,
@@ -130,8 +140,7 @@ def _define_flags() -> None:
     'tokenizer',
     '',
     'Import of a GGUF file: Hugging Face directory with the tokenizer of the'
-    ' same model. Default: the tokenizer of the file, if it is a byte-level BPE'
-    ' whose splitting rule is known.',
+    ' same model. Default: the tokenizer of the file.',
   )
   flags.DEFINE_string(
     'family',

@@ -5,7 +5,7 @@
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
     generation_config.json    recommended settings (`generation_config.py`)
 
-`frozen.huggingface.gguf_file` imports a single GGUF file of llama.cpp.
+`frozen.huggingface.gguf.reading` imports a single GGUF file of llama.cpp.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,12 +101,7 @@ def load_params(
   Raises:
     ValueError: the tensors are not those of the model.
   """
-  _check_sizes(source)
-  abstract = frozen_format.abstract_params(source.config, dtype)
-  leaves = {
-    path.removeprefix('params/'): leaf
-    for path, leaf in frozen_format.leaves_by_path(abstract).items()
-  }
+  leaves = _leaves(source, dtype)
   tied = {}
   if pieces is None:
     pieces = tensor_map.pieces(source.model_type, source.config, source.values)
@@ -128,6 +123,22 @@ def load_params(
       node = node.setdefault(owner, {})
     node[name] = x
   return {'params': tree}
+
+
+def check_tensors(source: Source, pieces: list[tensor_map.Piece]) -> None:
+  """Raises ValueError if the tensors are not those of the model."""
+  leaves = _leaves(source, 'float32')
+  loading.check(source.tensors, pieces, leaves, tied={}, where=source.where)
+
+
+def _leaves(source: Source, dtype: str) -> dict[str, Any]:
+  """Returns shape and dtype of every leaf of the model, by path."""
+  _check_sizes(source)
+  abstract = frozen_format.abstract_params(source.config, dtype)
+  return {
+    path.removeprefix('params/'): leaf
+    for path, leaf in frozen_format.leaves_by_path(abstract).items()
+  }
 
 
 def _check_sizes(source: Source) -> None:

@@ -7,10 +7,11 @@ import pytest
 import tokenizers
 
 from frozen import format as frozen_format
-from frozen.huggingface import gguf_file, packaged
+from frozen.huggingface import packaged
+from frozen.huggingface.gguf import reading
 from inference import generate
 from inference.engine import engine_config
-from tests.frozen.huggingface import test_gguf_file
+from tests.frozen.huggingface.gguf import test_reading
 from tests.helpers import hf_files
 from text import chat, hf_tokenizer
 
@@ -82,7 +83,7 @@ def _write(path, monkeypatch, more=lambda writer: None, **fields):
 
   with monkeypatch.context() as patched:
     patched.setattr(gguf.GGUFWriter, 'write_header_to_file', with_tokenizer)
-    test_gguf_file._write(path, kind='Q4_1')
+    test_reading._write(path, kind='Q4_1')
   return path
 
 
@@ -93,7 +94,7 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(
   theirs = _trained(split)
   path = tmp_path / 'a.gguf'
   _write(path, monkeypatch, trained=theirs, pre=split)
-  gguf_file.import_file(path, tmp_path / 'ours')
+  reading.import_file(path, tmp_path / 'ours')
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
   assert ours.is_exact
   for text in (*hf_files.AWKWARD, 'In 1999, 2024; \u0662\u0663 \u00bd'):
@@ -108,7 +109,7 @@ def test_special_tokens_template_and_ends_are_those_of_the_file(
   tmp_path, monkeypatch
 ):
   _write(tmp_path / 'a.gguf', monkeypatch)
-  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   frozen = frozen_format.read(tmp_path / 'ours')
   assert frozen.chat_template == _TEMPLATE
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
@@ -139,7 +140,7 @@ def test_a_file_may_want_tokens_around_a_text_and_another_end(
     gguf.GGUFWriter, 'add_add_bos_token', lambda self, _: added(self, True)
   )
   _write(tmp_path / 'a.gguf', monkeypatch, more)
-  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
   assert (ours.adds_bos, ours.adds_eos) == (True, True)
   assert ours.eos_ids == (2, 0)
@@ -152,7 +153,7 @@ def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
     writer.add_int32('general.sampling.top_k', 20)
 
   _write(tmp_path / 'a.gguf', monkeypatch, more)
-  result = gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  result = reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   assert result.notes == []
   generation = frozen_format.read(tmp_path / 'ours').generation
   assert generation.items() >= {
@@ -163,7 +164,7 @@ def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'pre': 'qwen2'}, "got tokenizer.ggml.pre = 'qwen2', expected one of gpt"),
+    ({'pre': 'kimi'}, "got tokenizer.ggml.pre = 'kimi', expected one of gpt-2"),
     ({'more': lambda w: w.add_eot_token_id(9999)}, 'eos_token_id .9999'),
   ],
 )
@@ -172,7 +173,7 @@ def test_a_tokenizer_that_is_not_known_is_refused(
 ):
   path = _write(tmp_path / 'a.gguf', monkeypatch, **change)
   with pytest.raises(ValueError, match=message):
-    gguf_file.import_file(path, tmp_path / 'ours')
+    reading.import_file(path, tmp_path / 'ours')
   assert not (tmp_path / 'ours').exists()
 
 
