@@ -39,7 +39,7 @@ from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import peft_files, safetensors_files
 from models import adapter_config, adapters, layout
-from models.linear import stored
+from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
 
 FORMAT_VERSION = 1
@@ -145,7 +145,7 @@ def trained(
 
 def rounded(params: Any, form: str) -> Any:
   """Returns the collection `params` as a quantised base computes with it."""
-  return stored.whole_kernels(stored.quantise_kernels(params, form))
+  return stored_tree.whole_kernels(stored_tree.quantise_kernels(params, form))
 
 
 def files_of(trained: Trained) -> peft_files.Files:
@@ -251,7 +251,7 @@ def _gains(files, base, base_form) -> dict[str, np.ndarray]:
   for path, layer in files.layers.items():
     kernel = jnp.asarray(leaves[f'{path}/kernel'], jnp.float32)
     if base_form != 'float':
-      kernel = stored.quantise(kernel, base_form).whole(jnp.float32)
+      kernel = stored_tree.as_base(kernel, base_form).whole(jnp.float32)
     gains[path] = np.asarray(gain_of(kernel, layer))
   return gains
 

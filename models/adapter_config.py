@@ -29,10 +29,10 @@ import jax.numpy as jnp
 
 from checks import expect
 from models import adapters, axes
-from models.linear import stored
+from models.linear.stored import tree as stored_tree
 
 MAGNITUDE = 'magnitude'
-BASES = ('float', *stored.FORMATS)
+BASES = ('float', *stored_tree.BASES)
 _ALPHA = 32.0
 _ROUTER = 'router'
 
@@ -256,7 +256,7 @@ def column_norms(kernel: Any, entry: Any, scale: float) -> jax.Array:
   As |W|^2 + 2 scale W.(A B) + scale^2 |A B|^2, which makes no matrix of the
   size of W. No gradient goes through it.
   """
-  if isinstance(kernel, stored.Kernel):
+  if stored_tree.is_stored(kernel):
     kernel = kernel.whole(jnp.float32)
   w, a, b = jax.lax.stop_gradient(
     (kernel, entry[adapters.A], entry[adapters.B])

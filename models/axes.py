@@ -104,6 +104,14 @@ def _adapter_axes(
   }[kind]  # fmt: skip
 
 
+def _stored_axes(kind: str, axes: tuple[str | None, ...]):
+  """Returns the axes of an array of a kernel of models/linear/stored/."""
+  *leading, _, out = axes
+  # Inputs are cut into tiles, which do not divide over devices as they do.
+  own = {'order': (None,), 'gain': ()}.get(kind, (out, None))
+  return (*leading, *own)
+
+
 def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   keys = names(path)
   owner, kind = keys[-2], keys[-1]
@@ -111,10 +119,8 @@ def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
     axes: tuple[str | None, ...] = _HEAD_AXES[kind]
   elif keys[0] == ADAPTERS and owner in _MATRIX_AXES:
     axes = _adapter_axes(kind, *_MATRIX_AXES[owner])
-  elif kind in ('values', 'scales') and keys[-3] in _MATRIX_AXES:
-    # A kernel of models/linear/stored.py: its rows are cut into tiles, which
-    # do not divide over devices as the rows do.
-    axes = (None, _MATRIX_AXES[keys[-3]][1])
+  elif owner == 'kernel' and keys[-3] in _MATRIX_AXES:
+    axes = _stored_axes(kind, _MATRIX_AXES[keys[-3]])
   elif owner in _NORMS and kind in ('scale', 'bias'):
     axes = ('norm',)
   elif owner in _MATRIX_AXES and kind in ('kernel', 'embedding'):

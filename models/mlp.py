@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from models import adapters, execution as execution_lib, model_config, mup
-from models.linear import plain, stored
+from models.linear import plain
+from models.linear.stored import product as stored_product, tree as stored_tree
 
 
 class Linear(nn.Module):
@@ -30,7 +31,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel_IO = stored.param(
+    kernel_IO = stored_tree.param(
       self, nn.initializers.normal(self.init_std), (x.shape[-1], self.width_out)
     )
     bias_O = None
@@ -38,9 +39,10 @@ class Linear(nn.Module):
       bias_O = self.param('bias', nn.initializers.zeros, (self.width_out,))
 
     def multiply(x, w_IO, bias_O):
-      is_stored = isinstance(w_IO, stored.Kernel)
-      product: Any = stored.linear if is_stored else self.linear
-      return product(x, w_IO, bias_O, self.dtype)
+      if stored_tree.is_stored(w_IO):
+        return stored_product.linear(x, w_IO, bias_O, self.dtype, self.linear)
+      y: Any = self.linear(x, w_IO, bias_O, self.dtype)
+      return y
 
     if (adapter := adapters.of(self)) is not None:
       return adapters.linear(adapter, multiply, x, kernel_IO, bias_O)

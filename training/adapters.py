@@ -16,7 +16,7 @@ import jax
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import peft_files
 from models import adapter_config, adapters
-from models.linear import quantized, stored
+from models.linear.stored import tree as stored_tree
 from training import experiment as experiment_lib, step
 from training.checkpoints import init_from
 
@@ -55,7 +55,7 @@ def in_form(config: adapter_config.AdapterConfig, base: Any) -> Any:
   """Returns the variables of a base as a run keeps them."""
   if config.base == 'float':
     return base
-  return {'params': stored.quantise_kernels(base['params'], config.base)}
+  return {'params': stored_tree.quantise_kernels(base['params'], config.base)}
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
@@ -87,7 +87,6 @@ def check(experiment: experiment_lib.Experiment) -> None:
       f' {experiment.model.num_experts}, expected float: matrices of experts'
       ' are not stored in fewer bits; set adapter.base = float'
     )
-  quantized.check_installed('adapter.base')
 
 
 def read_base(experiment: experiment_lib.Experiment) -> Any:

@@ -48,7 +48,7 @@ from models import (
   transformer,
 )
 from models.attention import dense
-from models.linear import stored
+from models.linear.stored import tree as stored_tree
 from models.moe import dispatch
 from training import (
   adapters,
@@ -251,9 +251,9 @@ def _weights(learner, state) -> Any:
 def _float32(tree: Any) -> Any:
   """Returns the tree without what is stored in fewer bits."""
   return jax.tree.map(
-    lambda x: None if isinstance(x, stored.Kernel) else x,
+    lambda x: None if stored_tree.is_stored(x) else x,
     tree,
-    is_leaf=lambda x: isinstance(x, stored.Kernel),
+    is_leaf=stored_tree.is_stored,
   )
 
 
@@ -267,9 +267,7 @@ def _layer_numbers(learner) -> float:
   layers = {k: v for k, v in params.items() if k.startswith('layer')}
   sizes = _sizes(learner)
   total = 0.0
-  whole = jax.tree.leaves_with_path(
-    layers, is_leaf=lambda x: isinstance(x, stored.Kernel)
-  )
+  whole = jax.tree.leaves_with_path(layers, is_leaf=stored_tree.is_stored)
   for path, leaf in whole:
     is_expert = 'expert_' in jax.tree_util.keystr(path)
     total += math.prod(leaf.shape) / (sizes['expert'] if is_expert else 1)

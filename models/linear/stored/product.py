@@ -1,0 +1,145 @@
+"""The product with a stored kernel: the port `Execution.linear` of such ones.
+
+No float copy of a whole matrix is made, unless it is small: a block of columns
+after the other is dequantised and multiplied. The backward pass dequantises the
+blocks again. There is a gradient of the input, and none of the kernel.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.linear import plain
+from models.linear.stored import blocks as blocks_lib, kernel as kernel_lib
+
+Stored = kernel_lib.Kernel | blocks_lib.Blocks
+# (x[..., I], kernel) -> float32 y[..., O], or None for a kernel or a shape that
+# it does not compute.
+Native = Callable[[jax.Array, Stored], jax.Array | None]
+
+# Bytes of a block of columns in float32, which a cache of a core holds. A
+# matrix of no more is one block.
+_BLOCK_BYTES = 2**20
+_COLUMNS = 16  # a block has a multiple of them
+
+# Kernels of machine code, by the platform of `jax.lax.platform_dependent`.
+native: dict[str, Native] = {}
+
+
+def linear(
+  x: jax.Array,
+  w_IO: Any,
+  bias_O: jax.Array | None,
+  dtype: Any,
+  multiply: Any = plain.linear,
+) -> jax.Array:
+  """Returns x[..., I] @ w[I, O] + bias[O], computed and returned in `dtype`.
+
+  Args:
+    x: the input.
+    w_IO: a stored kernel.
+    bias_O: None if there is none.
+    dtype: of the result.
+    multiply: the port that multiplies by a block of floats. Native kernels
+      compute in place of `models.linear.plain.linear` alone.
+  """
+  y: Any = _product(x, w_IO, jnp.dtype(dtype), multiply)
+  if bias_O is not None:
+    y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, w_IO, dtype, multiply):
+  if w_IO.order is not None:
+    x = jnp.take(x, w_IO.order, axis=-1)
+  in_blocks = functools.partial(_in_blocks, dtype=dtype, multiply=multiply)
+  if multiply is not plain.linear:
+    return in_blocks(x, w_IO)
+  able = {
+    platform: functools.partial(_natively, compute, dtype)
+    for platform, compute in native.items()
+    if jax.eval_shape(compute, x, w_IO) is not None
+  }
+  if not able:
+    return in_blocks(x, w_IO)
+  return jax.lax.platform_dependent(x, w_IO, default=in_blocks, **able)
+
+
+def _natively(compute, dtype, x, w_IO):
+  return compute(x, w_IO).astype(dtype)
+
+
+def _forward(x, w_IO, dtype, multiply):
+  # A zero-size array carries the dtype of the input through the residuals.
+  y = _product(x, w_IO, dtype, multiply)
+  return y, (w_IO, jnp.zeros((0,), x.dtype))
+
+
+def _backward(dtype, multiply, residuals, dy):
+  del multiply
+  w_IO, x_like = residuals
+  rows, columns = w_IO.shape
+  size = _block_columns(w_IO)
+
+  def add_block(dx, start, size):
+    dy_block = jax.lax.dynamic_slice_in_dim(dy, start, size, dy.ndim - 1)
+    w_IB = _block(w_IO, start, size, dtype)
+    return dx + plain.unembed(dy_block, w_IB, dtype)
+
+  if size == columns:
+    dx = plain.unembed(dy, w_IO.rows(dtype).T, dtype)
+  else:
+    dx = jax.lax.fori_loop(
+      0,
+      columns // size,
+      lambda n, dx: add_block(dx, n * size, size),
+      jnp.zeros((*dy.shape[:-1], rows), jnp.float32),
+    )
+    if rest := columns % size:
+      dx = add_block(dx, columns - rest, rest)
+  if w_IO.order is not None:
+    dx = jnp.take(dx, jnp.argsort(w_IO.order), axis=-1)
+  return dx.astype(x_like.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _in_blocks(x, w_IO, *, dtype, multiply):
+  """Returns the product; x has its columns in the order of the rows."""
+  columns, size = w_IO.shape[-1], _block_columns(w_IO)
+
+  def block(start, size):
+    return multiply(x, _block(w_IO, start, size, dtype), None, dtype)
+
+  if size == columns:
+    return multiply(x, w_IO.rows(dtype).T, None, dtype)
+  y = jax.lax.map(
+    lambda start: block(start, size), jnp.arange(0, columns - size + 1, size)
+  )
+  y = jnp.moveaxis(y, 0, -2).reshape((*x.shape[:-1], -1))
+  if rest := columns % size:
+    y = jnp.concatenate([y, block(columns - rest, rest)], axis=-1)
+  return y
+
+
+def _block(w_IO: Stored, start: Any, size: int, dtype: Any) -> jax.Array:
+  """Returns columns of a kernel, transposed: floats, [in, size]."""
+  # Without the barrier XLA:CPU would convert all numbers of 8 bits to 16 bits
+  # before the loop over blocks.
+  w_IO, start = jax.lax.optimization_barrier((w_IO, start))
+  return w_IO.part(start, size).rows(dtype).T
+
+
+def _block_columns(w_IO: Stored) -> int:
+  """Returns the columns of a block: all, or some that fit a cache."""
+  rows, columns = w_IO.shape[-2:]
+  if 4 * math.prod(w_IO.shape) <= _BLOCK_BYTES:
+    return columns
+  fitting = _BLOCK_BYTES // (4 * rows)
+  return min(columns, max(fitting // _COLUMNS, 1) * _COLUMNS)

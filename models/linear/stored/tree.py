@@ -1,0 +1,66 @@
+"""Stored kernels in a tree of parameters."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import axes
+from models.linear.stored import (
+  blocks as blocks_lib,
+  kernel as kernel_lib,
+  round as rounding,
+)
+
+TYPES = (kernel_lib.Kernel, blocks_lib.Blocks)
+# Kernels that are used otherwise than in a product, and those of routers.
+WHOLE = ('router', 'key_up', 'value_up')
+# The forms of a base of QLoRA, with the steps up to the largest number (as in
+# qwix), and the inputs that share a scale. Runs that resume rely on them.
+BASES = {'int8': 127.5, 'int4': 7.5}
+_BASE_TILE = 64
+
+
+def is_stored(x: Any) -> bool:
+  """Returns whether a leaf of a tree is a stored kernel."""
+  return isinstance(x, TYPES)
+
+
+def param(module: nn.Module, init: Any, shape: tuple[int, int]) -> Any:
+  """Returns the kernel of a module, as a parameter or as it is stored."""
+  if module.has_variable('params', 'kernel'):
+    kernel = module.get_variable('params', 'kernel')
+    if is_stored(kernel):
+      return kernel
+  return module.param('kernel', init, shape)
+
+
+def as_base(w_IO: Any, form: str) -> kernel_lib.Kernel:
+  """Returns a kernel [..., in, out] as a base of QLoRA is stored."""
+  tile = rounding.divisor(w_IO.shape[-2], _BASE_TILE)
+  return rounding.quantise(w_IO, form, (1, tile), largest=BASES[form])
+
+
+def quantise_kernels(params: Any, form: str) -> Any:
+  """Returns the collection `params` as a base of QLoRA is stored.
+
+  Routers, and kernels that are used otherwise than in a product, stay as they
+  are, like tables, norms and biases.
+  """
+
+  def quantised(path, leaf):
+    *_, owner, kind = axes.names(path)
+    is_linear = kind == 'kernel' and owner not in WHOLE
+    return as_base(leaf, form) if is_linear else leaf
+
+  return jax.tree_util.tree_map_with_path(quantised, params)
+
+
+def whole_kernels(params: Any) -> Any:
+  """Returns the tree with its kernels dequantised, float32."""
+  return jax.tree.map(
+    lambda x: x.whole(jnp.float32) if is_stored(x) else x,
+    params,
+    is_leaf=is_stored,
+  )

@@ -1,0 +1,171 @@
+"""Products with stored kernels, against products with their float copy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import invariant
+from models.linear import plain
+from models.linear.stored import (
+  blocks as blocks_lib,
+  kernel as kernel_lib,
+  product,
+  round as rounding,
+)
+
+
+def _normal(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _stored(name, rows=64, columns=24):
+  if name == 'Q8_0':
+    data = np.zeros((columns, rows // 32, 34), np.uint8)
+    rng = np.random.default_rng(0)
+    data[..., 2:] = rng.integers(0, 256, (*data.shape[:2], 32), np.uint8)
+    data[..., :2] = np.full((*data.shape[:2], 1), 0.01, np.float16).view(
+      np.uint8
+    )
+    return blocks_lib.Blocks.make(
+      jnp.asarray(data.reshape(columns, -1)), kind='Q8_0'
+    )
+  if name == 'ordered':
+    kernel = rounding.by_scheme(_normal(rows, columns), 'int4')
+    kernel.order = jax.random.permutation(jax.random.key(3), rows)
+    return kernel
+  if name == 'square tiles':
+    return rounding.quantise(_normal(rows, columns), 'fp8', (5, 16))
+  return rounding.by_scheme(_normal(rows, columns), name)
+
+
+_NAMES = ['int8', 'int4', 'nf4', 'nvfp4', 'ordered', 'square tiles', 'Q8_0']
+
+
+@pytest.fixture(params=['whole', 'blocks'])
+def in_blocks(request, monkeypatch):
+  """Makes a product take all columns, or 16 and then 8 of 24 (of 40: 2, 8)."""
+  if request.param == 'blocks':
+    monkeypatch.setattr(product, '_BLOCK_BYTES', 16 * 64 * 4)
+  return request.param == 'blocks'
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', _NAMES)
+@pytest.mark.parametrize('columns', [24, 40])
+def test_a_product_and_its_gradient_are_those_of_the_whole_kernel(
+  name, dtype, columns, in_blocks
+):
+  dtype = jnp.dtype(dtype)
+  kernel = _stored(name, columns=columns)
+  x = _normal(2, 5, 64, seed=1).astype(dtype)
+  bias_O = jnp.arange(columns, dtype=jnp.float32)
+
+  def ours(x):
+    return product.linear(x, kernel, bias_O, dtype)
+
+  def whole(x):
+    return plain.linear(x, kernel.whole(jnp.float32), bias_O, dtype)
+
+  eps = float(jnp.finfo(dtype).eps)
+  found, expected = jax.jit(ours)(x), jax.jit(whole)(x)
+  if name == 'ordered' or in_blocks:  # sums have another order
+    scale = np.abs(np.asarray(expected, np.float32)).max()
+    np.testing.assert_allclose(
+      np.asarray(found, np.float32),
+      np.asarray(expected, np.float32),
+      atol=4 * eps * scale,
+      rtol=0,
+    )
+  else:
+    np.testing.assert_array_equal(found, expected)
+  assert ours(x).dtype == dtype
+
+  def gradient(function):
+    def loss(x):
+      return jnp.sum(jnp.sin(function(x).astype(jnp.float32)))
+
+    return np.asarray(jax.jit(jax.grad(loss))(x), np.float32)
+
+  found, expected = gradient(ours), gradient(whole)
+  # The cosine of a bfloat16 is rounded, or not, as XLA fuses it; a sum in
+  # another order moves the argument of the cosine by some eps.
+  bound = (2 + 30 * in_blocks) * eps * np.abs(expected).max()
+  if name == 'ordered':
+    bound = 32 * eps * np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, atol=bound, rtol=0)
+
+
+def test_the_backward_pass_keeps_no_whole_kernel():
+  kernel = _stored('int4')
+  x = _normal(5, 64, seed=1)
+  _, vjp = jax.vjp(lambda x: product.linear(x, kernel, None, jnp.float32), x)
+  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+  assert kept < 64 * 24 * 4
+
+
+@pytest.mark.parametrize('name', [*_NAMES, 'fp8', 'mxfp4'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('num_rows', [1, 32])
+def test_a_compiled_product_makes_no_float_copy(name, dtype, num_rows):
+  dtype = jnp.dtype(dtype)
+  rows, columns = 1024, 2048
+  if name != 'Q8_0':
+    kernel = jax.eval_shape(lambda: _stored(name, rows, columns))
+  else:
+    data = jax.ShapeDtypeStruct((columns, rows // 32 * 34), jnp.uint8)
+    kernel = blocks_lib.Blocks.make(data, kind='Q8_0')
+  x = jax.ShapeDtypeStruct((num_rows, rows), dtype)
+
+  def forward(x, kernel):
+    return product.linear(x, kernel, None, dtype)
+
+  def backward(x, kernel):
+    y, vjp = jax.vjp(lambda x: forward(x, kernel), x)
+    return vjp(y)
+
+  for function in (forward, backward):
+    memory = jax.jit(function).lower(x, kernel).compile().memory_analysis()
+    # A copy in 16 bits has 4 MiB; blocks of 1 MiB have up to three forms.
+    assert memory.temp_size_in_bytes < 0.85 * rows * columns * 2
+
+
+def test_an_invariant_product_does_not_depend_on_the_other_rows(monkeypatch):
+  monkeypatch.setattr(product, '_BLOCK_BYTES', 16 * 64 * 4)
+  kernel, x = _stored('int4'), _normal(33, 64, seed=1)
+
+  @jax.jit
+  def multiply(x):
+    return product.linear(x, kernel, None, jnp.float32, invariant.linear)
+
+  together = multiply(x)
+  for row in (0, 17, 32):
+    np.testing.assert_array_equal(multiply(x[row : row + 1])[0], together[row])
+
+
+def test_a_native_kernel_computes_what_it_can(monkeypatch):
+  asked = []
+
+  def compute(x, kernel):
+    asked.append(kernel)
+    if not isinstance(kernel, kernel_lib.Kernel) or kernel.form != 'int8':
+      return None
+    return 7 * jnp.ones((*x.shape[:-1], kernel.shape[-1]), jnp.float32)
+
+  monkeypatch.setitem(product.native, 'cpu', compute)
+  x = _normal(3, 64)
+  found = product.linear(x, _stored('int8'), None, jnp.bfloat16)
+  assert found.dtype == jnp.bfloat16
+  assert np.all(np.asarray(found) == 7)
+  other = _stored('int4')
+  np.testing.assert_array_equal(
+    product.linear(x, other, None, jnp.float32),
+    plain.linear(x, other.whole(jnp.float32), None, jnp.float32),
+  )
+  count = len(asked)
+  # A port with its own numerics multiplies by itself.
+  found = product.linear(
+    x, _stored('int8'), None, jnp.float32, invariant.linear
+  )
+  assert len(asked) == count
+  assert not np.all(np.asarray(found) == 7)
