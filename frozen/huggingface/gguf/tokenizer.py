@@ -29,6 +29,7 @@ NAMES: Mapping[str, str] = {
   'unk_token': 'unknown_token_id',
   'pad_token': 'padding_token_id',
 }
+_END_IDS = ('eos_token_id', 'eot_token_id', 'eom_token_id')
 _SAMPLING = {
   'temp': 'temperature',
   'penalty_repeat': 'repetition_penalty',
@@ -123,7 +124,7 @@ def check(fields: Mapping[str, Any]) -> None:
         'got tokenizer.ggml.scores with values that are not finite, expected'
         ' finite ones; the file is damaged: copy it again'
       )
-  for key in NAMES.values():
+  for key in (*NAMES.values(), *_END_IDS):
     _named(tokens, read.get(key), key)
 
 
@@ -288,7 +289,7 @@ def _around(
 def _ends(read: _Fields, tokens: Sequence[str], kinds: np.ndarray) -> list[int]:
   """Returns the ids that end a text: those of the file, and ends of turns."""
   ends = []
-  for key in ('eos_token_id', 'eot_token_id', 'eom_token_id'):
+  for key in _END_IDS:
     if _named(tokens, read.get(key), key) is not None:
       ends.append(read.get(key))
   controls = {tokens[i]: i for i in np.flatnonzero(kinds == CONTROL).tolist()}
