@@ -1,7 +1,7 @@
 """Import of open weights, and export to them, from the command line.
 
     python -m frozen.huggingface import --source=DIR_OR_REPO --out=FROZEN
-    python -m frozen.huggingface export --source=FROZEN --out=DIR
+    python -m frozen.huggingface export --source=FROZEN --out=DIR_OR_GGUF
 
 The source of an import is a directory with config.json and safetensors, a GGUF
 file, or the name of a repository on the hub (requirements-hub.txt).
@@ -41,6 +41,11 @@ def _import() -> None:
   from frozen.huggingface import hub
 
   values = flags.FLAGS
+  if values.kind != 'auto':
+    raise ValueError(
+      f'--kind: got {values.kind} for an import, expected none; only an export'
+      ' has a --kind'
+    )
   if values.family:
     raise ValueError(
       f'--family: got {values.family} for an import, expected none; only an'
@@ -91,6 +96,7 @@ def _import() -> None:
 
 def _export() -> None:
   from frozen.huggingface import exporting
+  from frozen.huggingface.gguf import writing
 
   values = flags.FLAGS
   for name, neutral in (
@@ -104,9 +110,19 @@ def _export() -> None:
         f'--{name}: got {values[name].value} for an export, expected none; only'
         f' an import has a --{name}'
       )
-  result = exporting.export_directory(
-    values.source, values.out, family=values.family
-  )
+  if values.out.endswith('.gguf'):
+    result = writing.export_file(
+      values.source, values.out, family=values.family, kind=values.kind
+    )
+  elif values.kind != 'auto':
+    raise ValueError(
+      f'--kind: got {values.kind} for a directory, expected none; only a GGUF'
+      ' file has a --kind'
+    )
+  else:
+    result = exporting.export_directory(
+      values.source, values.out, family=values.family
+    )
   print(f'exported: {values.out} as {result.family}')
   _tell(result.notes)
 
@@ -123,7 +139,16 @@ def _define_flags() -> None:
     'Model to read. Import: a Hugging Face directory, a GGUF file, or a'
     ' repository org/name. Export: a frozen directory.',
   )
-  path_flags.DEFINE_path('out', None, 'Directory to write.')
+  path_flags.DEFINE_path(
+    'out', None, 'Directory to write. Export: a name.gguf writes a GGUF file.'
+  )
+  flags.DEFINE_enum(
+    'kind',
+    'auto',
+    ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0'),
+    'Export of a GGUF file: kind of its matrices. auto keeps their dtype, and'
+    ' the bytes of blocks that were kept.',
+  )
   flags.DEFINE_enum(
     'dtype',
     'auto',

@@ -40,6 +40,7 @@ _TURN_ENDS = (
 )  # fmt: skip
 # The converter's names for rows of the embedding without a token.
 _PADDING = re.compile(r'\[PAD\d+\]')
+_BYTE = re.compile('<0x[0-9A-Fa-f]{2}>')
 _TEMPLATE = 'tokenizer.chat_template'
 
 
@@ -85,6 +86,11 @@ class _Fields:
         ' token; name a Hugging Face directory with --tokenizer'
       )
     return value
+
+
+def is_byte(token: str) -> bool:
+  """Returns whether a token stands for a single byte."""
+  return _BYTE.fullmatch(token) is not None
 
 
 def check(fields: Mapping[str, Any]) -> None:

@@ -165,7 +165,10 @@ def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
   ('change', 'message'),
   [
     ({'pre': 'kimi'}, "got tokenizer.ggml.pre = 'kimi', expected one of gpt-2"),
-    ({'more': lambda w: w.add_eot_token_id(9999)}, 'eot_token_id = 9999, expected an id below'),
+    (
+      {'more': lambda w: w.add_eot_token_id(9999)},
+      'eot_token_id = 9999, expected an id below',
+    ),
   ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(
