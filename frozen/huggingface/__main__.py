@@ -58,6 +58,7 @@ def _import() -> None:
 
     # Before JAX is loaded: a file that is refused is refused at once.
     refusals.check(fetched.directory, has_tokenizer=bool(values.tokenizer))
+  from frozen import format as frozen_format
   from frozen.huggingface import importing
 
   if is_gguf:
@@ -68,6 +69,7 @@ def _import() -> None:
       values.out,
       tokenizer_source=values.tokenizer,
       dtype=values.dtype,
+      weights=values.weights,
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
@@ -91,6 +93,8 @@ def _import() -> None:
     f' {manifest.dtype} params'
   )
   print(f'weights {manifest.weights_digest}')
+  if stored := frozen_format.storage_text(manifest):
+    print(f'stored {stored}')
   _tell(result.notes)
 
 
@@ -103,6 +107,7 @@ def _export() -> None:
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
+    ('weights', 'kept'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -154,6 +159,13 @@ def _define_flags() -> None:
     'auto',
     ('auto', 'float32', 'bfloat16'),
     'Import: dtype of the frozen weights. auto rounds nothing.',
+  )
+  flags.DEFINE_enum(
+    'weights',
+    'kept',
+    ('kept', 'float'),
+    'Import: kept leaves matrices in the fewer bits of the source; float'
+    ' dequantises them to --dtype.',
   )
   flags.DEFINE_string(
     'revision',

@@ -88,6 +88,7 @@ def load_params(
   dtype: str,
   sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
   pieces: list[tensor_map.Piece] | None = None,
+  kept: Mapping[str, Any] | None = None,
 ) -> frozen_format.Params:
   """Returns the weights, as variables of `models.transformer.Transformer`.
 
@@ -97,17 +98,24 @@ def load_params(
     sharding: returns the sharding of a leaf, by its path and shape; None keeps
       numpy arrays in the memory of this process.
     pieces: the tensor map; None for the map of the family.
+    kept: leaves that are in fewer bits already, by path.
 
   Raises:
     ValueError: the tensors are not those of the model.
   """
   leaves = _leaves(source, dtype)
+  kept, tensors = kept or {}, source.tensors
   tied = {}
   if pieces is None:
     pieces = tensor_map.pieces(source.model_type, source.config, source.values)
     tied = _tied(source)
+  if kept:
+    theirs = {piece.theirs for piece in pieces if kept.keys() & set(piece.ours)}
+    tensors = {name: x for name, x in tensors.items() if name not in theirs}
+    pieces = [piece for piece in pieces if piece.theirs not in theirs]
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in kept}
   arrays: dict[str, Any] = loading.load(
-    source.tensors, pieces, leaves, tied=tied, where=source.where
+    tensors, pieces, leaves, tied=tied, where=source.where
   )
   if sharding is not None:
     for path in list(arrays):
@@ -116,7 +124,7 @@ def load_params(
       arrays[path].block_until_ready()
       del x
   tree: dict[str, Any] = {}
-  for path, x in arrays.items():
+  for path, x in (*arrays.items(), *kept.items()):
     *owners, name = path.split('/')
     node = tree
     for owner in owners:
@@ -264,6 +272,8 @@ def freeze_source(
   out: str | os.PathLike,
   *,
   pieces: list[tensor_map.Piece] | None = None,
+  kept: Mapping[str, Any] | None = None,
+  record: Mapping[str, Any] | None = None,
   dtype: str,
   tokenizer_dir: str | os.PathLike,
   tokenizer: hf_tokenizer.HuggingFaceTokenizer,
@@ -272,7 +282,12 @@ def freeze_source(
   origin: Mapping[str, str],
   overwrite: bool,
 ) -> Imported:
-  """Reads the weights of a source and writes the frozen directory."""
+  """Reads the weights of a source and writes the frozen directory.
+
+  Args:
+    kept: leaves in fewer bits, see `load_params`.
+    record: how these were made, for the manifest.
+  """
   chosen = choose_dtype(source, dtype)
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
   if chosen == 'bfloat16' and rounded:
@@ -280,7 +295,7 @@ def freeze_source(
   text = json.dumps(source.values, sort_keys=True)
   manifest = frozen_format.write(
     out,
-    params=load_params(source, chosen, pieces=pieces),
+    params=load_params(source, chosen, pieces=pieces, kept=kept),
     config=source.config,
     dtype=chosen,
     provenance=manifest_lib.Provenance(
@@ -304,6 +319,7 @@ def freeze_source(
     ),
     tokenizer_dir=tokenizer_dir,
     generation=generation,
+    record=record,
     # Templates with other names stay in the files of the tokenizer.
     chat_template=tokenizer.chat_templates().get('default', ''),
     overwrite=overwrite,

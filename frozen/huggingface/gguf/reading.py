@@ -1,9 +1,9 @@
 """Import of a GGUF file, llama.cpp's format, as a frozen directory.
 
 A file is refused as soon as its header shows why: first for its architecture,
-then for its tokenizer, then for its tensors. The weights become floats with the
-rounding of the file. The tokenizer is that of the file, or that of the Hugging
-Face directory of the same model.
+then for its tokenizer, then for its tensors. Matrices keep their blocks, byte
+for byte, or become floats with the rounding of the file. The tokenizer is that
+of the file, or that of the Hugging Face directory of the same model.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,12 @@ import pathlib
 import tempfile
 from typing import Any
 
+from checks import expect
 from frozen.huggingface import config_json, importing, tensor_map
 from frozen.huggingface.gguf import (
   families,
   header as header_lib,
+  kept as kept_lib,
   names,
   refusals,
   tensors as tensors_lib,
@@ -26,6 +28,7 @@ from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
+KEPT, FLOAT = WEIGHTS = ('kept', 'float')
 _DIVISORS = 'rope_freqs.weight'
 _SHORT, _LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 
@@ -79,6 +82,7 @@ def import_file(
   *,
   tokenizer_source: str = '',
   dtype: str = 'auto',
+  weights: str = KEPT,
   origin: Mapping[str, str] | None = None,
   recommended: Mapping[str, Any] | None = None,
   overwrite: bool = False,
@@ -88,7 +92,8 @@ def import_file(
   Args:
     tokenizer_source: a directory with the tokenizer of the same model; '' takes
       the tokenizer of the file.
-    dtype: one of `importing.DTYPES`; 'auto' is float32.
+    dtype: one of `importing.DTYPES`, of floats; 'auto' is float32.
+    weights: one of `WEIGHTS`: matrices keep their blocks, or become floats.
     origin: further fields of the manifest's origin.
     recommended: fields of generation_config.json, in addition to those of the
       file; only with the tokenizer of the file.
@@ -97,6 +102,7 @@ def import_file(
     FileNotFoundError: a file is missing.
     ValueError: the model is not supported, or a file is damaged.
   """
+  expect.one_of('weights', weights, WEIGHTS)
   header = refusals.check(path, has_tokenizer=bool(tokenizer_source))
   source, pieces = _opened(header)
   importing.check_tensors(source, pieces)
@@ -113,10 +119,15 @@ def import_file(
       pathlib.Path(tokenizer_source)
     )
     importing.check_ends(source, generation)
+    kept = {}
+    if weights == KEPT:
+      kept = kept_lib.blocks(source.tensors, pieces)
     return importing.freeze_source(
       source,
       out,
       pieces=pieces,
+      kept=kept,
+      record={'scheme': 'gguf', 'method': 'kept'},
       dtype=dtype,
       tokenizer_dir=tokenizer_dir,
       tokenizer=tokenizer,

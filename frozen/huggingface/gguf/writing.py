@@ -12,19 +12,22 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from checks import expect
-from frozen import format as frozen_format
+from frozen import format as frozen_format, stored_kernels
 from frozen.huggingface import exporting, tensor_map
 from frozen.huggingface.gguf import (
   header as header_lib,
+  kept,
   metadata,
   names,
   tensors as tensors_lib,
   token_fields,
 )
 from models import layout
+from models.linear.stored import tree as stored_tree
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
 
 # Kinds that matrices can be written in.
@@ -73,7 +76,10 @@ def export_file(
     )
   expect.one_of('kind', kind, KINDS)
   library = tensors_lib.library()
-  frozen, notes = exporting.trimmed(frozen_format.read(source))
+  frozen = frozen_format.read(source)
+  if frozen.manifest.step:  # rows of ids without a token are cut off
+    frozen = frozen_format.read_whole(source)
+  frozen, notes = exporting.trimmed(frozen)
   if frozen.manifest.heads:
     raise ValueError(
       f'{source}: got a reward model, expected a language model; export it to'
@@ -86,9 +92,9 @@ def export_file(
     _optional(config),
   )
   pieces = names.pieces(described.model_type, config, described.values)
-  leaves = frozen_format.leaves_by_path(params['params'])
-  default = _OF_DTYPE[frozen.manifest.dtype] if kind == 'auto' else kind
-  planned = [_planned(piece, leaves, default) for piece in pieces]
+  leaves = stored_kernels.by_path(params['params'])
+  dtype = _OF_DTYPE[frozen.manifest.dtype]
+  planned = [_planned(piece, leaves, kind, dtype) for piece in pieces]
   tokens, more = _token_fields(frozen, config.vocab_size)
   name = frozen.manifest.experiment
   fields = {'general.name': name, **described.fields, **tokens}
@@ -111,7 +117,7 @@ def export_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for x in (*described.factors.values(), *()):
+    for x in described.factors.values():
       writer.write_tensor_data(x)
     for x in _rows(planned, leaves, library):
       writer.write_tensor_data(x)
@@ -138,11 +144,13 @@ def _optional(config) -> dict[str, header_lib.Listed]:
 
 
 def _planned(
-  piece: tensor_map.Piece, leaves: Mapping[str, Any], kind: str
+  piece: tensor_map.Piece, leaves: Mapping[str, Any], kind: str, dtype: str
 ) -> _Planned:
-  shape = tuple(
-    piece.layout.shape(*(leaves[path].shape for path in piece.ours))
-  )
+  """Returns a tensor in the kind that is asked for, if it can be so."""
+  shapes = [_shape(path, leaves[path]) for path in piece.ours]
+  shape = tuple(piece.layout.shape(*shapes))
+  if kind == 'auto':
+    kind = kept.kind_of([leaves[path] for path in piece.ours]) or dtype
   _, numbers, _ = header_lib.KINDS[kind]
   # llama.cpp adds vectors and computes routers in float32.
   is_small = len(shape) == 1 or 'ffn_gate_inp' in piece.theirs
@@ -153,13 +161,31 @@ def _planned(
   return _Planned(piece, shape, kind)
 
 
+def _shape(path: str, leaf: Any) -> tuple[int, ...]:
+  """Returns the shape of a leaf in floats; a stored table is turned."""
+  is_turned = stored_tree.is_stored(leaf) and path.endswith('/embedding')
+  return tuple(leaf.shape[::-1] if is_turned else leaf.shape)
+
+
+def _whole(path: str, leaf: Any) -> np.ndarray:
+  """Returns a leaf in floats."""
+  if not stored_tree.is_stored(leaf):
+    return np.asarray(leaf)
+  x = np.asarray(leaf.whole(jnp.float32))
+  return x.T if path.endswith('/embedding') else x
+
+
 def _rows(
   planned: list[_Planned], leaves: Mapping[str, Any], library: Any
 ) -> Iterator[np.ndarray]:
   """Yields the bytes of each tensor."""
   for each in planned:
-    parts = [np.asarray(leaves[path]) for path in each.piece.ours]
-    x = np.ascontiguousarray(each.piece.layout.write(*parts))
+    parts = [leaves[path] for path in each.piece.ours]
+    if kept.kind_of(parts) == each.kind:
+      yield kept.rows(each.piece, parts)
+      continue
+    floats = [_whole(path, leaves[path]) for path in each.piece.ours]
+    x = np.ascontiguousarray(each.piece.layout.write(*floats))
     if each.kind in tensors_lib.PLAIN:
       yield x.astype(tensors_lib.PLAIN[each.kind]).view(np.uint8)
     else:
