@@ -73,6 +73,11 @@ def _import() -> None:
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
+  elif values.weights != 'auto':
+    raise ValueError(
+      f'--weights: got {values.weights} for a directory, expected none; only a'
+      ' GGUF file has --weights'
+    )
   elif values.tokenizer:
     raise ValueError(
       f'--tokenizer: got {values.tokenizer} for a directory, expected none;'
@@ -107,7 +112,7 @@ def _export() -> None:
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
-    ('weights', 'kept'),
+    ('weights', 'auto'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -162,10 +167,11 @@ def _define_flags() -> None:
   )
   flags.DEFINE_enum(
     'weights',
-    'kept',
-    ('kept', 'float'),
-    'Import: kept leaves matrices in the fewer bits of the source; float'
-    ' dequantises them to --dtype.',
+    'auto',
+    ('auto', 'kept', 'float'),
+    'Import of a GGUF file: kept leaves matrices in the blocks of the file;'
+    ' float dequantises them to --dtype; auto keeps blocks that are computed as'
+    ' fast as floats.',
   )
   flags.DEFINE_string(
     'revision',

@@ -32,7 +32,7 @@ _RECOMMENDED = {
 }
 _DIGEST = 'file_sha256'  # in the origin of a manifest
 _IMPORTER = 'importer'
-_VERSION = '1'  # raised when the same file would be imported differently
+_VERSION = '2'  # raised when the same file would be imported differently
 
 
 def find(package: str = PACKAGE) -> pathlib.Path:

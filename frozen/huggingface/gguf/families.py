@@ -5,7 +5,7 @@ name in front, such as `gemma3.block_count`. Its code knows the rest, which a
 config.json has as fields. A field that is not read here is refused: its effect
 on the model is not known.
 
-Reference: `llama-model.cpp` of llama.cpp, `convert_hf_to_gguf.py`.
+Reference: llama.cpp's code of each architecture, and its converter.
 """
 
 from collections.abc import Callable, Mapping

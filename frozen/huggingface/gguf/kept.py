@@ -17,6 +17,9 @@ from models.linear.stored import (
   tree as stored_tree,
 )
 
+# Kinds that a product on a CPU computes at the speed of its memory. A model in
+# others is slower than its floats there.
+FAST = ('Q8_0', 'Q4_0', 'Q4_1')
 _TABLES = ('embed/embedding', 'head/embedding')
 
 
@@ -32,13 +35,30 @@ def blocks(
   found = {}
   for piece in pieces:
     tensor = tensors[piece.theirs]
-    is_kept = tensor.kind in block_kinds.KINDS and len(tensor.shape) == 2
-    if is_kept and all(map(_is_product, piece.ours)):
+    if _can_be_kept(tensor, piece):
       parts = _turned(piece.layout.read(np.array(tensor.data)), piece)
       for path, part in zip(piece.ours, parts, strict=True):
         data = np.ascontiguousarray(part)
         found[path] = blocks_lib.Blocks.make(data, kind=tensor.kind)
   return found
+
+
+def slow_kinds(
+  tensors: Mapping[str, tensors_lib.Tensor],
+  pieces: Sequence[tensor_map.Piece],
+) -> list[str]:
+  """Returns the kinds that could be kept, but are not among the fast ones."""
+  kinds = {
+    tensors[piece.theirs].kind
+    for piece in pieces
+    if _can_be_kept(tensors[piece.theirs], piece)
+  }
+  return sorted(kinds - set(FAST))
+
+
+def _can_be_kept(tensor: tensors_lib.Tensor, piece: tensor_map.Piece) -> bool:
+  is_matrix = tensor.kind in block_kinds.KINDS and len(tensor.shape) == 2
+  return is_matrix and all(map(_is_product, piece.ours))
 
 
 def _is_product(path: str) -> bool:

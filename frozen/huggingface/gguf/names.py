@@ -8,7 +8,7 @@ A converter of llama.cpp gives tensors other names, and changes some of them:
     gpt2              matrices are [out, in], as in all other families
     experts           one tensor holds all experts of a layer
 
-Reference: `tensor_mapping.py` and `convert_hf_to_gguf.py` of llama.cpp.
+Reference: the names in the package gguf, and llama.cpp's converter.
 """
 
 from collections.abc import Iterator, Mapping

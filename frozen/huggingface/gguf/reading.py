@@ -28,7 +28,7 @@ from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
-KEPT, FLOAT = WEIGHTS = ('kept', 'float')
+AUTO, KEPT, FLOAT = WEIGHTS = ('auto', 'kept', 'float')
 _DIVISORS = 'rope_freqs.weight'
 _SHORT, _LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 
@@ -82,7 +82,7 @@ def import_file(
   *,
   tokenizer_source: str = '',
   dtype: str = 'auto',
-  weights: str = KEPT,
+  weights: str = AUTO,
   origin: Mapping[str, str] | None = None,
   recommended: Mapping[str, Any] | None = None,
   overwrite: bool = False,
@@ -94,6 +94,7 @@ def import_file(
       the tokenizer of the file.
     dtype: one of `importing.DTYPES`, of floats; 'auto' is float32.
     weights: one of `WEIGHTS`: matrices keep their blocks, or become floats.
+      auto keeps them if all of their kinds are fast.
     origin: further fields of the manifest's origin.
     recommended: fields of generation_config.json, in addition to those of the
       file; only with the tokenizer of the file.
@@ -120,8 +121,15 @@ def import_file(
     )
     importing.check_ends(source, generation)
     kept = {}
-    if weights == KEPT:
+    slow = kept_lib.slow_kinds(source.tensors, pieces)
+    if weights == KEPT or (weights == AUTO and not slow):
       kept = kept_lib.blocks(source.tensors, pieces)
+    elif weights == AUTO:
+      notes = [
+        *notes,
+        f'{", ".join(slow)} became floats, which are faster here;'
+        ' --weights=kept keeps their bytes',
+      ]
     return importing.freeze_source(
       source,
       out,

@@ -96,8 +96,12 @@ def export_file(
   dtype = _OF_DTYPE[frozen.manifest.dtype]
   planned = [_planned(piece, leaves, kind, dtype) for piece in pieces]
   tokens, more = _token_fields(frozen, config.vocab_size)
-  name = frozen.manifest.experiment
-  fields = {'general.name': name, **described.fields, **tokens}
+  fields = {
+    'general.name': frozen.manifest.experiment,
+    'general.quantization_version': library.GGML_QUANT_VERSION,
+    **described.fields,
+    **tokens,
+  }
   target.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
     prefix='.partial_', dir=target.parent
@@ -128,7 +132,9 @@ def export_file(
 
 def _optional(config) -> dict[str, header_lib.Listed]:
   """Returns the tensors by which a reader knows what the fields do not say."""
-  shapes = {'token_embd.weight': (config.vocab_size, config.model_width)}
+  shapes: dict[str, tuple[int, ...]] = {
+    'token_embd.weight': (config.vocab_size, config.model_width)
+  }
   if not config.tie_embeddings:
     shapes['output.weight'] = shapes['token_embd.weight']
   if config.num_experts:
