@@ -9,7 +9,7 @@ Reference: llama.cpp's code of each architecture, and its converter.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -49,17 +49,15 @@ class Metadata:
 
   def __init__(self, header: header_lib.Header):
     self.path = header.path
-    self.architecture = header.fields.get(ARCHITECTURE)
-    if (
-      not isinstance(self.architecture, str)
-      or self.architecture not in MODEL_TYPES
-    ):
+    found = header.fields.get(ARCHITECTURE)
+    if not isinstance(found, str) or found not in MODEL_TYPES:
       raise ValueError(
         f'{self.path}: got a GGUF file of architecture'
-        f' {expect.shown(self.architecture)}, expected one of'
+        f' {expect.shown(found)}, expected one of'
         f' {", ".join(MODEL_TYPES)}; other families are not read'
       )
-    prefix = f'{self.architecture}.'
+    self.architecture: str = found
+    prefix = f'{found}.'
     self._rest = {
       name.removeprefix(prefix): _number(value)
       for name, value in header.fields.items()
@@ -89,7 +87,7 @@ class Metadata:
     Raises:
       ValueError: it is something else, such as a list with a value per layer.
     """
-    value = self.take(name, *default)
+    value: Any = self.take(name, *default)
     if isinstance(value, np.ndarray) and value.size:
       # A value per layer, of which all are alike.
       value = value[0].item() if (value == value[0]).all() else value.tolist()
@@ -103,7 +101,7 @@ class Metadata:
     if isinstance(value, np.ndarray) or value not in allowed:
       self.refuse(name, value, ' or '.join(map(str, allowed)))
 
-  def refuse(self, name: str, value: Any, expected: str) -> None:
+  def refuse(self, name: str, value: Any, expected: str) -> NoReturn:
     """Raises ValueError for the value of a field."""
     raise ValueError(
       f'{self.path}: got {self.architecture}.{name} = {expect.shown(value)},'

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from frozen.huggingface import layouts, tensor_map
-from frozen.huggingface.gguf import tensors as tensors_lib
 from models.linear.stored import (
   block_kinds,
   blocks as blocks_lib,
@@ -24,13 +23,17 @@ _TABLES = ('embed/embedding', 'head/embedding')
 
 
 def blocks(
-  tensors: Mapping[str, tensors_lib.Tensor],
+  tensors: Mapping[str, Any],
   pieces: Sequence[tensor_map.Piece],
 ) -> dict[str, blocks_lib.Blocks]:
   """Returns the kernels and tables that keep their blocks, by path.
 
   The others become floats: vectors, matrices of experts and of routers, and
   kinds that are not computed with.
+
+  Args:
+    tensors: of `gguf.tensors`, by name.
+    pieces: the tensor map.
   """
   found = {}
   for piece in pieces:
@@ -44,7 +47,7 @@ def blocks(
 
 
 def slow_kinds(
-  tensors: Mapping[str, tensors_lib.Tensor],
+  tensors: Mapping[str, Any],
   pieces: Sequence[tensor_map.Piece],
 ) -> list[str]:
   """Returns the kinds that could be kept, but are not among the fast ones."""
@@ -56,7 +59,7 @@ def slow_kinds(
   return sorted(kinds - set(FAST))
 
 
-def _can_be_kept(tensor: tensors_lib.Tensor, piece: tensor_map.Piece) -> bool:
+def _can_be_kept(tensor: Any, piece: tensor_map.Piece) -> bool:
   is_matrix = tensor.kind in block_kinds.KINDS and len(tensor.shape) == 2
   return is_matrix and all(map(_is_product, piece.ours))
 

@@ -133,7 +133,9 @@ def _name(theirs: str, norms: Mapping[str, str]) -> tuple[str, bool]:
   """Returns the name in GGUF files, and whether it is of all experts."""
   if theirs in _OUTSIDE:
     return _OUTSIDE[theirs], False
-  layer, part = _LAYER.fullmatch(theirs).groups()
+  found = _LAYER.fullmatch(theirs)
+  assert found, theirs
+  layer, part = found.groups()
   if expert := _EXPERT.fullmatch(part):
     return f'blk.{layer}.{_EXPERTS[expert[1]]}', True
   return f'blk.{layer}.{norms.get(part) or _PARTS[part]}', False

@@ -6,18 +6,18 @@ order instead, so each way to make a piece becomes a merge at the rank of the
 score.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 SPACE = '\u2581'
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_NORMAL, _USER_DEFINED = 1, 4  # kinds of pieces that others are joined to
 
 
 def model(
-  tokens: Sequence[str],
-  kinds: Sequence[int],
+  tokens: list[str],
+  kinds: np.ndarray,
   scores: np.ndarray,
   *,
   has_prefix: bool,
@@ -62,14 +62,15 @@ def model(
 
 
 def _merges(
-  tokens: Sequence[str], kinds: Sequence[int], scores: np.ndarray
+  tokens: list[str], kinds: np.ndarray, scores: np.ndarray
 ) -> Iterator[tuple[str, str]]:
   """Yields the pairs that make a piece, of the highest score first."""
   joined = {
-    tokens[i] for i in np.flatnonzero(np.isin(kinds, (_NORMAL, _USER_DEFINED)))
+    tokens[i]
+    for i in np.flatnonzero(np.isin(kinds, (_NORMAL, _USER_DEFINED))).tolist()
   }
   # Pieces with equal scores keep the order of their ids.
-  for i in np.argsort(-scores, kind='stable'):
+  for i in np.argsort(-scores, kind='stable').tolist():
     piece = tokens[i]
     if piece in joined:
       for cut in range(1, len(piece)):

@@ -220,7 +220,7 @@ def _bpe(
 
 
 def _pieces(
-  read: _Fields, tokens: Sequence[str], kinds: np.ndarray
+  read: _Fields, tokens: list[str], kinds: np.ndarray
 ) -> dict[str, Any]:
   """Returns the parts of a tokenizer.json that a SentencePiece BPE has."""
   return sentencepiece.model(
