@@ -1,7 +1,7 @@
 """Import of open weights, and export to them, from the command line.
 
     python -m frozen.huggingface import --source=DIR_OR_REPO --out=FROZEN
-    python -m frozen.huggingface export --source=FROZEN --out=DIR
+    python -m frozen.huggingface export --source=FROZEN --out=DIR_OR_GGUF
 
 The source of an import is a directory with config.json and safetensors, a GGUF
 file, or the name of a repository on the hub (requirements-hub.txt).
@@ -38,23 +38,45 @@ def _one_line(text: str) -> str:
 
 
 def _import() -> None:
-  from frozen.huggingface import gguf_file, hub, importing
+  from frozen.huggingface import hub
 
   values = flags.FLAGS
+  if values.kind != 'auto':
+    raise ValueError(
+      f'--kind: got {values.kind} for an import, expected none; only an export'
+      ' has a --kind'
+    )
   if values.family:
     raise ValueError(
       f'--family: got {values.family} for an import, expected none; only an'
       ' export has a --family'
     )
   fetched = hub.fetch(values.source, values.revision)
-  if fetched.directory.suffix == '.gguf':
-    result = gguf_file.import_file(
+  is_gguf = fetched.directory.suffix == '.gguf'
+  if is_gguf:
+    from frozen.huggingface.gguf import refusals
+
+    # Before JAX is loaded: a file that is refused is refused at once.
+    refusals.check(fetched.directory, has_tokenizer=bool(values.tokenizer))
+  from frozen import format as frozen_format
+  from frozen.huggingface import importing
+
+  if is_gguf:
+    from frozen.huggingface.gguf import reading
+
+    result = reading.import_file(
       fetched.directory,
       values.out,
       tokenizer_source=values.tokenizer,
       dtype=values.dtype,
+      weights=values.weights,
       origin=fetched.origin,
       overwrite=values.overwrite,
+    )
+  elif values.weights != 'auto':
+    raise ValueError(
+      f'--weights: got {values.weights} for a directory, expected none; only a'
+      ' GGUF file has --weights'
     )
   elif values.tokenizer:
     raise ValueError(
@@ -76,17 +98,21 @@ def _import() -> None:
     f' {manifest.dtype} params'
   )
   print(f'weights {manifest.weights_digest}')
+  if stored := frozen_format.storage_text(manifest):
+    print(f'stored {stored}')
   _tell(result.notes)
 
 
 def _export() -> None:
   from frozen.huggingface import exporting
+  from frozen.huggingface.gguf import writing
 
   values = flags.FLAGS
   for name, neutral in (
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
+    ('weights', 'auto'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -94,9 +120,19 @@ def _export() -> None:
         f'--{name}: got {values[name].value} for an export, expected none; only'
         f' an import has a --{name}'
       )
-  result = exporting.export_directory(
-    values.source, values.out, family=values.family
-  )
+  if values.out.endswith('.gguf'):
+    result = writing.export_file(
+      values.source, values.out, family=values.family, kind=values.kind
+    )
+  elif values.kind != 'auto':
+    raise ValueError(
+      f'--kind: got {values.kind} for a directory, expected none; only a GGUF'
+      ' file has a --kind'
+    )
+  else:
+    result = exporting.export_directory(
+      values.source, values.out, family=values.family
+    )
   print(f'exported: {values.out} as {result.family}')
   _tell(result.notes)
 
@@ -113,12 +149,29 @@ def _define_flags() -> None:
     'Model to read. Import: a Hugging Face directory, a GGUF file, or a'
     ' repository org/name. Export: a frozen directory.',
   )
-  path_flags.DEFINE_path('out', None, 'Directory to write.')
+  path_flags.DEFINE_path(
+    'out', None, 'Directory to write. Export: a name.gguf writes a GGUF file.'
+  )
+  flags.DEFINE_enum(
+    'kind',
+    'auto',
+    ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0'),
+    'Export of a GGUF file: kind of its matrices. auto keeps their dtype, and'
+    ' the bytes of blocks that were kept.',
+  )
   flags.DEFINE_enum(
     'dtype',
     'auto',
     ('auto', 'float32', 'bfloat16'),
     'Import: dtype of the frozen weights. auto rounds nothing.',
+  )
+  flags.DEFINE_enum(
+    'weights',
+    'auto',
+    ('auto', 'kept', 'float'),
+    'Import of a GGUF file: kept leaves matrices in the blocks of the file;'
+    ' float dequantises them to --dtype; auto keeps blocks that are computed as'
+    ' fast as floats.',
   )
   flags.DEFINE_string(
     'revision',
@@ -130,8 +183,7 @@ def _define_flags() -> None:
     'tokenizer',
     '',
     'Import of a GGUF file: Hugging Face directory with the tokenizer of the'
-    ' same model. Default: the tokenizer of the file, if it is a byte-level BPE'
-    ' whose splitting rule is known.',
+    ' same model. Default: the tokenizer of the file.',
   )
   flags.DEFINE_string(
     'family',

@@ -238,6 +238,13 @@ def write(
   )
 
 
+def difference(
+  config: model_config.ModelConfig, other: model_config.ModelConfig
+) -> str:
+  """Returns the fields in which two functions differ, as text; '' if none."""
+  return _difference(_function_of(config), _function_of(other))
+
+
 def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
   """Returns the fields that decide the function, in a normal form.
 

@@ -75,7 +75,7 @@ def export_directory(
       f'{target}: got a path with files, expected a new or empty directory;'
       ' choose another --out'
     )
-  frozen, spare_notes = _trimmed(frozen_format.read_whole(source))
+  frozen, spare_notes = trimmed(frozen_format.read_whole(source))
   model_type, values = describe(frozen, family)
   if frozen.manifest.heads:
     values |= _classifier(model_type)
@@ -98,7 +98,7 @@ def export_directory(
   return Exported(model_type, spare_notes + notes + more)
 
 
-def _trimmed(
+def trimmed(
   frozen: frozen_format.Frozen,
 ) -> tuple[frozen_format.Frozen, list[str]]:
   """Returns the model without its last spare ids, and notes for the user."""

@@ -5,7 +5,7 @@
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
     generation_config.json    recommended settings (`generation_config.py`)
 
-`frozen.huggingface.gguf_file` imports a single GGUF file of llama.cpp.
+`frozen.huggingface.gguf.reading` imports a single GGUF file of llama.cpp.
 """
 
 from collections.abc import Callable, Mapping
@@ -88,6 +88,7 @@ def load_params(
   dtype: str,
   sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
   pieces: list[tensor_map.Piece] | None = None,
+  kept: Mapping[str, Any] | None = None,
 ) -> frozen_format.Params:
   """Returns the weights, as variables of `models.transformer.Transformer`.
 
@@ -97,22 +98,24 @@ def load_params(
     sharding: returns the sharding of a leaf, by its path and shape; None keeps
       numpy arrays in the memory of this process.
     pieces: the tensor map; None for the map of the family.
+    kept: leaves that are in fewer bits already, by path.
 
   Raises:
     ValueError: the tensors are not those of the model.
   """
-  _check_sizes(source)
-  abstract = frozen_format.abstract_params(source.config, dtype)
-  leaves = {
-    path.removeprefix('params/'): leaf
-    for path, leaf in frozen_format.leaves_by_path(abstract).items()
-  }
+  leaves = _leaves(source, dtype)
+  kept, tensors = kept or {}, source.tensors
   tied = {}
   if pieces is None:
     pieces = tensor_map.pieces(source.model_type, source.config, source.values)
     tied = _tied(source)
+  if kept:
+    theirs = {piece.theirs for piece in pieces if kept.keys() & set(piece.ours)}
+    tensors = {name: x for name, x in tensors.items() if name not in theirs}
+    pieces = [piece for piece in pieces if piece.theirs not in theirs]
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in kept}
   arrays: dict[str, Any] = loading.load(
-    source.tensors, pieces, leaves, tied=tied, where=source.where
+    tensors, pieces, leaves, tied=tied, where=source.where
   )
   if sharding is not None:
     for path in list(arrays):
@@ -121,13 +124,29 @@ def load_params(
       arrays[path].block_until_ready()
       del x
   tree: dict[str, Any] = {}
-  for path, x in arrays.items():
+  for path, x in (*arrays.items(), *kept.items()):
     *owners, name = path.split('/')
     node = tree
     for owner in owners:
       node = node.setdefault(owner, {})
     node[name] = x
   return {'params': tree}
+
+
+def check_tensors(source: Source, pieces: list[tensor_map.Piece]) -> None:
+  """Raises ValueError if the tensors are not those of the model."""
+  leaves = _leaves(source, 'float32')
+  loading.check(source.tensors, pieces, leaves, tied={}, where=source.where)
+
+
+def _leaves(source: Source, dtype: str) -> dict[str, Any]:
+  """Returns shape and dtype of every leaf of the model, by path."""
+  _check_sizes(source)
+  abstract = frozen_format.abstract_params(source.config, dtype)
+  return {
+    path.removeprefix('params/'): leaf
+    for path, leaf in frozen_format.leaves_by_path(abstract).items()
+  }
 
 
 def _check_sizes(source: Source) -> None:
@@ -253,6 +272,8 @@ def freeze_source(
   out: str | os.PathLike,
   *,
   pieces: list[tensor_map.Piece] | None = None,
+  kept: Mapping[str, Any] | None = None,
+  record: Mapping[str, Any] | None = None,
   dtype: str,
   tokenizer_dir: str | os.PathLike,
   tokenizer: hf_tokenizer.HuggingFaceTokenizer,
@@ -261,7 +282,12 @@ def freeze_source(
   origin: Mapping[str, str],
   overwrite: bool,
 ) -> Imported:
-  """Reads the weights of a source and writes the frozen directory."""
+  """Reads the weights of a source and writes the frozen directory.
+
+  Args:
+    kept: leaves in fewer bits, see `load_params`.
+    record: how these were made, for the manifest.
+  """
   chosen = choose_dtype(source, dtype)
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
   if chosen == 'bfloat16' and rounded:
@@ -269,7 +295,7 @@ def freeze_source(
   text = json.dumps(source.values, sort_keys=True)
   manifest = frozen_format.write(
     out,
-    params=load_params(source, chosen, pieces=pieces),
+    params=load_params(source, chosen, pieces=pieces, kept=kept),
     config=source.config,
     dtype=chosen,
     provenance=manifest_lib.Provenance(
@@ -293,6 +319,7 @@ def freeze_source(
     ),
     tokenizer_dir=tokenizer_dir,
     generation=generation,
+    record=record,
     # Templates with other names stay in the files of the tokenizer.
     chat_template=tokenizer.chat_templates().get('default', ''),
     overwrite=overwrite,

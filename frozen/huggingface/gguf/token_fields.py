@@ -1,0 +1,121 @@
+"""The fields of a GGUF file about its tokenizer: `tokenizer`, reversed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from checks import expect
+from frozen.huggingface.gguf import (
+  pre_tokenizers,
+  sentencepiece,
+  tokenizer as tokenizer_lib,
+)
+from text import hf_files, hf_tokenizer
+
+_NORMAL, _UNKNOWN = 1, 2
+
+
+def fields(
+  tokenizer: hf_tokenizer.HuggingFaceTokenizer,
+  specification: hf_files.Specification,
+  *,
+  num_ids: int,
+  stop_ids: list[int],
+  chat_template: str,
+) -> dict[str, Any]:
+  """Returns the fields of a tokenizer.
+
+  Args:
+    tokenizer: of the model.
+    specification: of the same tokenizer.
+    num_ids: rows of the embedding.
+    stop_ids: ids that end a text.
+    chat_template: '' for none.
+
+  Raises:
+    ValueError: llama.cpp has no such tokenizer.
+  """
+  model = specification.model
+  inner = model['model']
+  tokens, kinds = _tokens(specification, num_ids)
+  if inner.get('type', 'BPE') != 'BPE' or 'merges' not in inner:
+    raise ValueError(
+      f'got a tokenizer of type {inner.get("type")}, expected a BPE'
+    )
+  parts = _pieces if inner.get('byte_fallback') else _bpe
+  found = {
+    **parts(model, len(tokens)),
+    'tokens': tokens,
+    'token_type': kinds,
+    'add_bos_token': tokenizer.adds_bos,
+    'add_eos_token': tokenizer.adds_eos,
+  }
+  for name, key in tokenizer_lib.NAMES.items():
+    token = specification.names.get(name)
+    if token in specification.specials:
+      found[key] = specification.specials[token]
+  found.setdefault('eos_token_id', tokenizer.eos_id)
+  if others := [i for i in stop_ids if i != found['eos_token_id']]:
+    found['eot_token_id'] = others[0]
+  named = {f'tokenizer.ggml.{name}': value for name, value in found.items()}
+  if chat_template:
+    named['tokenizer.chat_template'] = chat_template
+  return named
+
+
+def _bpe(model: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+  inner = model['model']
+  name = pre_tokenizers.name_of(
+    model.get('pre_tokenizer'), bool(inner.get('ignore_merges'))
+  )
+  if name is None:
+    raise ValueError(
+      f'got the pre_tokenizer {expect.shown(model.get("pre_tokenizer"))},'
+      ' expected one that llama.cpp has a name for'
+    )
+  normalizer = model.get('normalizer')
+  # llama.cpp does not normalise; most text is in NFC already.
+  if normalizer is not None and normalizer.get('type') != 'NFC':
+    raise ValueError(
+      f'got the normalizer {expect.shown(normalizer)}, expected none or NFC'
+    )
+  merges = [m if isinstance(m, str) else ' '.join(m) for m in inner['merges']]
+  return {'model': tokenizer_lib.BPE, 'pre': name, 'merges': merges}
+
+
+def _pieces(model: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+  normalizer = model.get('normalizer') or {}
+  steps = normalizer.get('normalizers', [normalizer])
+  kinds = [step.get('type') for step in steps]
+  if kinds not in (['Replace'], ['Prepend', 'Replace']):
+    raise ValueError(
+      f'got the normalizer {expect.shown(normalizer)}, expected one that writes'
+      f' spaces as {sentencepiece.SPACE}, and may put one in front'
+    )
+  return {
+    'model': tokenizer_lib.SENTENCEPIECE,
+    'pre': 'default',
+    'scores': sentencepiece.scores_of(model['model'], num_tokens),
+    'add_space_prefix': kinds[0] == 'Prepend',
+  }
+
+
+def _tokens(
+  specification: hf_files.Specification, num_ids: int
+) -> tuple[list[str], np.ndarray]:
+  """Returns the strings of all ids, and their kinds."""
+  inner = specification.model['model']
+  # An id without a token has the name that llama.cpp's converter gives it.
+  tokens = [f'[PAD{i}]' for i in range(num_ids)]
+  kinds = np.full(num_ids, tokenizer_lib.UNUSED, np.int32)
+  for token, i in inner['vocab'].items():
+    tokens[i], kinds[i] = token, _NORMAL
+    is_byte = inner.get('byte_fallback') and tokenizer_lib.is_byte(token)
+    if is_byte:
+      kinds[i] = tokenizer_lib.BYTE
+  for token in specification.model['added_tokens']:
+    is_special = token['content'] in specification.specials
+    kind = tokenizer_lib.CONTROL if is_special else tokenizer_lib.USER_DEFINED
+    tokens[token['id']], kinds[token['id']] = token['content'], kind
+  return tokens, kinds

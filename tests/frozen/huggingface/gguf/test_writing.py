@@ -1,0 +1,172 @@
+"""Exports to GGUF files, and blocks that an import keeps."""
+
+import numpy as np
+import pytest
+
+from frozen import format as frozen_format
+from frozen.huggingface import config_json, importing
+from frozen.huggingface.gguf import header as header_lib, reading, writing
+from models.linear.stored import blocks as blocks_lib
+from tests.frozen.huggingface.gguf import (
+  test_architectures,
+  test_reading,
+  test_tokenizer,
+)
+from tests.helpers import frozen_dirs, open_weights, tiny_models
+
+gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
+
+
+def _bytes(path):
+  """Returns kind, shape and bytes of every tensor of a file."""
+  data = path.read_bytes()
+  return {
+    name: (x.kind, x.shape, data[x.start : x.start + x.num_bytes])
+    for name, x in header_lib.entries(header_lib.read(path)).items()
+  }
+
+
+def _freeze(directory, config, params, family=''):
+  """Writes an imported model, with a tokenizer of bytes."""
+  frozen_dirs.write(
+    directory,
+    config=config,
+    params=params,
+    provenance=frozen_dirs.provenance(step=0, origin={'family': family}),
+  )
+
+
+@pytest.mark.parametrize('kind', ['Q4_1', 'Q8_0', 'Q4_K', 'Q6_K'])
+def test_kept_blocks_come_out_with_the_same_bytes(tmp_path, monkeypatch, kind):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch, kind=kind)
+  reading.import_file(path, tmp_path / 'ours', weights='kept')
+  frozen = frozen_format.read(tmp_path / 'ours')
+  inner = frozen.params['params']
+  query = inner['layer_0']['attention']['query']['kernel']
+  assert isinstance(query, blocks_lib.Blocks)
+  assert isinstance(inner['embed']['embedding'], blocks_lib.Blocks)
+  # The rows of a head are in halves, as those of the floats are.
+  source, pieces = reading.open_file(path)
+  floats = importing.load_params(source, 'float32', pieces=pieces)['params']
+  np.testing.assert_array_equal(
+    query.whole(np.float32), floats['layer_0']['attention']['query']['kernel']
+  )
+  writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  assert _bytes(tmp_path / 'b.gguf') == _bytes(path)
+
+
+@pytest.mark.parametrize('kind', ['Q4_1', 'Q5_0'])
+def test_blocks_are_kept_where_they_are_fast(tmp_path, monkeypatch, kind):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch, kind=kind)
+  result = reading.import_file(path, tmp_path / 'ours')
+  is_kept = result.manifest.quantization['kind'] == 'stored'
+  assert is_kept == (kind == 'Q4_1')
+  assert is_kept or 'Q5_0 became floats' in result.notes[0]
+
+
+def test_float_weights_are_chosen_at_an_import(tmp_path, monkeypatch):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch)
+  reading.import_file(path, tmp_path / 'ours', weights='float')
+  manifest = frozen_format.read(tmp_path / 'ours').manifest
+  assert manifest.quantization == {'kind': 'none'}
+  with pytest.raises(ValueError, match="weights: got 'int8', expected one of"):
+    reading.import_file(path, tmp_path / 'b', weights='int8')
+
+
+def test_kept_blocks_are_dequantised_for_another_kind(tmp_path, monkeypatch):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch, kind='Q8_0')
+  reading.import_file(path, tmp_path / 'ours')
+  writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf', kind='F32')
+  source, pieces = reading.open_file(path)
+  again, _ = reading.open_file(tmp_path / 'b.gguf')
+  assert {x.kind for x in again.tensors.values()} == {'F32'}
+  ours, theirs = (
+    frozen_format.leaves_by_path(
+      importing.load_params(each, 'float32', pieces=pieces)
+    )
+    for each in (again, source)
+  )
+  for name, x in theirs.items():
+    np.testing.assert_array_equal(ours[name], x)
+
+
+def test_the_tokenizer_comes_back(tmp_path, monkeypatch):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch)
+  reading.import_file(path, tmp_path / 'ours')
+  exported = writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  assert exported.notes == []
+  before, after = (
+    header_lib.read(each).fields for each in (path, tmp_path / 'b.gguf')
+  )
+  num = len(before['tokenizer.ggml.tokens'])
+  for name, value in before.items():
+    if name.endswith(('.tokens', '.token_type')):
+      np.testing.assert_array_equal(after[name][:num], value, err_msg=name)
+    elif name.startswith('tokenizer.') and not name.endswith('space_prefix'):
+      assert after[name] == value, name
+  # Rows of the embedding without a token have names as in llama.cpp's files.
+  assert after['tokenizer.ggml.tokens'][num] == f'[PAD{num}]'
+  reading.import_file(tmp_path / 'b.gguf', tmp_path / 'again')
+  for name in ('tokenizer.json', 'generation_config.json'):
+    first, second = (
+      (tmp_path / each / 'tokenizer' / name).read_bytes()
+      for each in ('ours', 'again')
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize('name', test_architectures.ARCHITECTURES)
+def test_every_architecture_is_written_as_it_is_read(
+  tmp_path, monkeypatch, name
+):
+  pytest.importorskip('transformers', reason='requirements-peer.txt')
+  for other, entry in test_architectures.PLAIN.items():
+    monkeypatch.setitem(open_weights.MODELS, other, entry)
+  model = open_weights.build(name, vocab_size=270)  # as its tokenizer here
+  architecture, extra = test_architectures.ARCHITECTURES[name]
+  path = tmp_path / 'a.gguf'
+  test_architectures.write(path, model, architecture, extra)
+  source, pieces = reading.open_file(path)
+  _freeze(
+    tmp_path / 'ours',
+    source.config,
+    importing.load_params(source, 'float32', pieces=pieces),
+    source.model_type,
+  )
+  exported = writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  assert exported.family == source.model_type
+  again, _ = reading.open_file(tmp_path / 'b.gguf')
+  assert not config_json.difference(again.config, source.config)
+  ours, theirs = _bytes(tmp_path / 'b.gguf'), _bytes(path)
+  assert ours.keys() == theirs.keys()
+  for tensor, (kind, shape, data) in theirs.items():
+    assert ours[tensor][:2] == (kind, shape)
+    x, y = (np.frombuffer(d, np.float32) for d in (data, ours[tensor][2]))
+    # One was added to norms and taken away again.
+    np.testing.assert_allclose(y, x, atol=1e-7, err_msg=tensor)
+
+
+def test_an_export_that_cannot_be_is_refused(tmp_path):
+  config = tiny_models.llama_like(vocab_size=400, logit_softcap=3.0)
+  params = frozen_dirs.params(config)
+  _freeze(tmp_path / 'ours', config, params)
+  with pytest.raises(ValueError, match='no architecture of GGUF computes'):
+    writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['ours', 'tokenizer']
+  (tmp_path / 'b.gguf').write_bytes(b'mine')
+  with pytest.raises(ValueError, match='got a file that is there, expected no'):
+    writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf')
+
+
+def test_the_kind_of_new_blocks_is_chosen(tmp_path):
+  params = frozen_dirs.params(test_reading.CONFIG)
+  _freeze(tmp_path / 'ours', test_reading.CONFIG, params)
+  exported = writing.export_file(
+    tmp_path / 'ours', tmp_path / 'b.gguf', kind='Q8_0'
+  )
+  assert 'no tokenizer was written' in exported.notes[0]
+  kinds = {
+    name: kind for name, (kind, *_) in _bytes(tmp_path / 'b.gguf').items()
+  }
+  assert kinds['blk.0.attn_q.weight'] == 'Q8_0'
+  assert kinds['blk.0.attn_norm.weight'] == 'F32'
