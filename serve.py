@@ -122,6 +122,8 @@ def _is_asked(value) -> bool:
 
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
+  from frozen import format as frozen_format
+
   generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
   ids, settings = _asked(generator, prompt, chosen)
@@ -145,6 +147,8 @@ def _complete(prompt: str, chosen) -> None:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
   print(_speed(completions, generator.engine.compile_seconds))
   print(f'memory          {generator.memory_text()}')
+  if storage := frozen_format.storage_text(generator.frozen.manifest):
+    print(f'stored          {storage}')
   if generator.adapter:
     print(f'adapter         {generator.adapter_digest} ({FLAGS.adapter})')
   print(f'weights before  {before}')

@@ -103,7 +103,7 @@ def trained(
   Raises:
     FileNotFoundError, ValueError: there is no such base any more.
   """
-  base = frozen_format.read(base_directory)
+  base = frozen_format.read_whole(base_directory)
   if base.manifest.weights_digest != digest:
     raise ValueError(
       f'{base_directory}: got weights {base.manifest.weights_digest[:12]},'
@@ -244,7 +244,7 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
 def _gains(files, base, base_form) -> dict[str, np.ndarray]:
   """Returns the gain of each column, by layer."""
   params, _ = layout.unstack(
-    frozen_format.read(base.directory).params, base.config
+    frozen_format.read_whole(base.directory).params, base.config
   )
   leaves = frozen_format.leaves_by_path(params['params'])
   gains = {}
@@ -417,7 +417,7 @@ def merge_directory(
   Raises:
     FileNotFoundError, ValueError: see `read`.
   """
-  base = frozen_format.read(base_directory)
+  base = frozen_format.read_whole(base_directory)
   adapter = read(source, base)
   params, config = layout.unstack(base.params, base.config)
   form = adapter.manifest.base_form

@@ -7,7 +7,8 @@
     generation.json       recommended sampling settings
 
 The promise, tested by damage on purpose: a directory that `read` accepts is
-byte for byte what `write` was given. The manifest lists every file with its
+byte for byte what `write` was given. Kernels may be in fewer bits, see
+`frozen.stored_kernels`; they stay so. The manifest lists every file with its
 SHA-256. The weights also have a digest of their own, which does not depend on
 how they are stored. A directory appears whole or not at all (`storage.atomic`).
 """
@@ -17,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -26,8 +28,9 @@ import jax
 import numpy as np
 
 from checks import expect
-from frozen import manifest as manifest_lib, stored_params
+from frozen import manifest as manifest_lib, stored_kernels, stored_params
 from models import axes, model_config, reward_head, transformer
+from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib
 
@@ -93,14 +96,17 @@ class Opened:
   def _read_params(self, convert: Convert) -> tuple[Params, str]:
     path = self.directory / file_names.PARAMS
     stored = stored_params.open_all(path)
-    _check_params(stored_params.shapes(stored), self.shapes, path)
+    on_disk = stored_params.as_written(self.shapes)
+    _check_params(stored_params.shapes(stored), on_disk, path)
     wanted, digest, read = leaves_by_path(self.shapes), hashlib.sha256(), {}
     for name, array in stored_params.read_all(stored):
+      array = array.view(wanted[name].dtype)  # bytes of 8-bit floats
       _add_to_digest(digest, name, array)
       # No copy on a CPU: the memory is aligned, and nobody else holds it.
       weight = jax.device_put(array, wanted[name].sharding)
       is_head = name.startswith(f'{axes.HEADS}/')
       read[name] = weight if is_head else convert(name, weight)
+    _add_forms_to_digest(digest, self.shapes)
     structure = jax.tree.structure(self.shapes)
     leaves = [read[name] for name in wanted]
     return jax.tree.unflatten(structure, leaves), digest.hexdigest()
@@ -118,12 +124,19 @@ def weights_digest(params: Params) -> str:
 
   Leaves are sorted by path. Values are C-ordered bytes in the byte order of the
   machine, which is little-endian wherever JAX runs. So equal weights have equal
-  digests, however they are stored.
+  digests, however they are stored. The forms of kernels in fewer bits follow.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(leaves_by_path(params).items()):
     _add_to_digest(digest, name, leaf)
+  _add_forms_to_digest(digest, params)
   return digest.hexdigest()
+
+
+def _add_forms_to_digest(digest, params: Params) -> None:
+  # The same bytes are other numbers in another form.
+  if kernels := stored_kernels.described(params):
+    digest.update(json.dumps(kernels, sort_keys=True).encode())
 
 
 def _add_to_digest(digest, name: str, leaf: Any) -> None:
@@ -142,14 +155,16 @@ def write(
   tokenizer_dir: str | os.PathLike,
   generation: Mapping[str, Any],
   chat_template: str = '',
+  record: Mapping[str, Any] | None = None,
+  texts: Mapping[str, str] | None = None,
   overwrite: bool = False,
 ) -> manifest_lib.Manifest:
   """Writes a frozen directory; a failure leaves `directory` unchanged.
 
   Args:
     directory: to write. Its parent is created.
-    params: serving params, all of `dtype`; arrays of jax or numpy. With heads,
-      it is no language model.
+    params: serving params, all of `dtype`; arrays of jax or numpy. Kernels may
+      be of `models/linear/stored/`. With heads, it is no language model.
     config: of the model. Its `spare_ids` are replaced by the ids that the
       tokenizer does not have.
     dtype: of the weights.
@@ -157,6 +172,8 @@ def write(
     tokenizer_dir: copied into the directory.
     generation: recommended sampling settings, JSON values.
     chat_template: Jinja source.
+    record: how the kernels in fewer bits were made, JSON values.
+    texts: other files, by name.
     overwrite: replace a frozen directory with other weights.
 
   Raises:
@@ -168,6 +185,9 @@ def write(
   config = _masking(config, tokenizer_dir)
   heads = sorted(params.get(axes.HEADS, ()))
   abstract = abstract_params(config, dtype, heads=heads)
+  stored_kernels.check(params, abstract)
+  quantization = stored_kernels.quantization(params, record)
+  abstract = stored_kernels.with_kernels(abstract, quantization)
   _check_params(params, abstract, 'params')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     # In a thread: writing to the disk leaves a core free.
@@ -182,12 +202,14 @@ def write(
       (partial / file_names.GENERATION).write_text(
         json.dumps(dict(generation), indent=2) + '\n', encoding='utf-8'
       )
+      for name, text in (texts or {}).items():
+        (partial / name).write_text(text, encoding='utf-8')
       manifest = manifest_lib.sign(
         **dataclasses.asdict(provenance),
         model=config.to_dict(),
         dtype=dtype,
-        quantization={'kind': 'none'},
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        quantization=quantization,
+        num_params=_num_params(params),
         weights_digest=digest.result(),
         files=manifest_lib.file_digests(partial),
         heads=heads,
@@ -234,13 +256,63 @@ def open_directory(
       directory=directory,
       manifest=manifest,
       config=config,
-      shapes=abstract_params(config, manifest.dtype, sharding, manifest.heads),
+      shapes=_shapes(directory, manifest, config, sharding),
       generation=read_generation(directory),
       chat_template=read_chat_template(directory),
     )
   except (OSError, ValueError):
     manifest_lib.check_files(directory, manifest)  # its error names the file
     raise
+
+
+def read_whole(directory: str | os.PathLike) -> Frozen:
+  """Reads a frozen directory, whose kernels are then floats of its dtype.
+
+  The manifest is that of the directory. Raises as `read` does.
+  """
+  frozen = read(directory)
+  if not stored_kernels.described(frozen.params):
+    return frozen
+  dtype = frozen.manifest.dtype
+  return dataclasses.replace(
+    frozen,
+    params=stored_tree.whole_kernels(frozen.params, dtype),
+    shapes=abstract_params(frozen.config, dtype, heads=frozen.manifest.heads),
+  )
+
+
+def shapes_of(
+  manifest: manifest_lib.Manifest, config: model_config.ModelConfig
+) -> Params:
+  """Returns the shapes of the weights of a frozen directory, as stored."""
+  return stored_kernels.with_kernels(
+    abstract_params(config, manifest.dtype, heads=manifest.heads),
+    manifest.quantization,
+  )
+
+
+def storage_text(manifest: manifest_lib.Manifest) -> str:
+  """Returns how kernels in fewer bits are stored as one line; '' for none."""
+  if manifest.quantization == stored_kernels.NONE:
+    return ''
+  config = model_config.ModelConfig.from_dict(manifest.model)
+  shapes = shapes_of(manifest, config)
+  return stored_kernels.summary(manifest.quantization, shapes)
+
+
+def _shapes(directory: pathlib.Path, manifest, config, sharding) -> Params:
+  shapes = abstract_params(config, manifest.dtype, sharding, manifest.heads)
+  try:
+    return stored_kernels.with_kernels(shapes, manifest.quantization)
+  except ValueError as error:
+    raise ValueError(f'{directory / file_names.MANIFEST}: {error}') from None
+
+
+def _num_params(params: Params) -> int:
+  return sum(
+    math.prod(leaf.shape)
+    for leaf in jax.tree.leaves(params, is_leaf=stored_tree.is_stored)
+  )
 
 
 def leaves_by_path(params: Params) -> dict[str, Any]:

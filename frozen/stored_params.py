@@ -51,7 +51,8 @@ def save(directory: pathlib.Path, params: Any) -> None:
   """
   import orbax.checkpoint as ocp
 
-  params = jax.tree.map(np.asarray, params)
+  params = jax.tree.map(np.asarray, _plain(params))
+  params = jax.tree.map(lambda x: x.view(_written_dtype(x.dtype)), params)
   options = _alone()
   if jax.process_count() == 1:
     # With several processes, orbax refuses jax arrays of one process.
@@ -67,6 +68,32 @@ def save(directory: pathlib.Path, params: Any) -> None:
   # Only its presence matters to orbax, and it holds a path of this machine.
   for marker in directory.rglob('commit_success.txt'):
     marker.write_text('')
+
+
+def as_written(shapes: Any) -> Any:
+  """Returns the shapes of arrays on the disk."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, _written_dtype(x.dtype)), shapes
+  )
+
+
+def _written_dtype(dtype: Any) -> np.dtype:
+  """Returns the dtype that an array has on the disk."""
+  # Zarr does not know all floats of 8 bits: their bytes are written.
+  is_narrow = dtype.itemsize == 1 and dtype.name.startswith('float8')
+  return np.dtype(np.uint8) if is_narrow else np.dtype(dtype)
+
+
+def _plain(tree: Any) -> Any:
+  """Returns a tree of dicts alone: kernels in fewer bits are dicts, too."""
+  made: dict[str, Any] = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    *above, last = [key.key for key in path]
+    place = made
+    for name in above:
+      place = place.setdefault(name, {})
+    place[last] = leaf
+  return made
 
 
 def open_all(directory: pathlib.Path) -> dict[str, tensorstore.TensorStore]:

@@ -22,7 +22,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from frozen import manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  stored_kernels,
+)
 from hardware import compile_ahead, peaks as peaks_lib, targets
 from inference.engine import (
   device_state,
@@ -51,6 +55,8 @@ class Plan:
   config: model_config.ModelConfig
   dtype: str
   num_params: int
+  shapes: Any  # of the weights, as they are stored
+  storage: str = ''  # of kernels in fewer bits
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
@@ -62,7 +68,7 @@ class Plan:
   @property
   def weight_bytes(self) -> int:
     """Bytes of all weights."""
-    return self.num_params * self.itemsize
+    return stored_kernels.num_bytes(self.shapes)
 
   @property
   def kv_bytes_per_token(self) -> int:
@@ -100,7 +106,9 @@ class Plan:
       )
       weights += (taken - config.num_active_experts) * each
     cache = num_sequences * context * self.kv_bytes_per_token
-    return weights * self.itemsize + cache
+    # Kernels in fewer bits are multiplied in every step.
+    saved = self.num_params * self.itemsize - self.weight_bytes
+    return weights * self.itemsize - saved + cache
 
   def step_seconds(self, num_sequences: int, context: float) -> float:
     """Returns the least time of a decode step, in seconds."""
@@ -166,6 +174,8 @@ def make(
     config=config,
     dtype=manifest.dtype,
     num_params=manifest.num_params,
+    shapes=frozen_format.shapes_of(manifest, config),
+    storage=frozen_format.storage_text(manifest),
   )
   if is_here or not is_compiled:
     return plan
@@ -188,7 +198,8 @@ def compile_decode_step(
   dtype = jnp.dtype(plan.dtype)
   params, config = (
     jax.eval_shape(
-      lambda: layout.unstack(_params(plan.config, dtype), plan.config)[0]
+      lambda tree: layout.unstack({'params': tree}, plan.config)[0],
+      plan.shapes['params'],
     ),
     dataclasses.replace(plan.config, scan_layers=False),
   )
@@ -236,12 +247,6 @@ def compile_decode_step(
     )
 
 
-def _params(config: model_config.ModelConfig, dtype) -> Any:
-  model = transformer.Transformer(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
 def report(plan: Plan) -> str:
   """Returns the plan as text, one line per figure."""
   lines = [*_model_lines(plan), *_speed_lines(plan), *_compiled_lines(plan)]
@@ -257,6 +262,8 @@ def _model_lines(plan: Plan):
     f' {compile_ahead.size(limit) if limit else "unknown"} of memory,'
     f' {plan.peaks.bytes_per_s / 1e9:.4g} GB/s ({plan.peaks.source})',
   )
+  if plan.storage:
+    yield 'stored', plan.storage
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
   yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}'
   yield 'cache', f'{compile_ahead.size(plan.kv_bytes_per_token)} per token'

@@ -106,6 +106,8 @@ def _adapter_axes(
 
 def _stored_axes(kind: str, axes: tuple[str | None, ...]):
   """Returns the axes of an array of a kernel of models/linear/stored/."""
+  if axes[0] == VOCAB:
+    axes = axes[::-1]  # the kernel of its product, see models/table.py
   *leading, _, out = axes
   # Inputs are cut into tiles, which do not divide over devices as they do.
   own = {'order': (None,), 'gain': ()}.get(kind, (out, None))
@@ -119,7 +121,7 @@ def _leaf_axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
     axes: tuple[str | None, ...] = _HEAD_AXES[kind]
   elif keys[0] == ADAPTERS and owner in _MATRIX_AXES:
     axes = _adapter_axes(kind, *_MATRIX_AXES[owner])
-  elif owner == 'kernel' and keys[-3] in _MATRIX_AXES:
+  elif owner in ('kernel', 'embedding') and keys[-3] in _MATRIX_AXES:
     axes = _stored_axes(kind, _MATRIX_AXES[keys[-3]])
   elif owner in _NORMS and kind in ('scale', 'bias'):
     axes = ('norm',)

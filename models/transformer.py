@@ -30,6 +30,7 @@ from models import (
   norms,
   packed_rows,
   remat,
+  table as table_lib,
 )
 from models.attention import rope
 
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
   def setup(self):
     config = self.config
     normal = nn.initializers.normal(config.init_std)
-    self.embed = nn.Embed(
+    self.embed = table_lib.Table(
       config.vocab_size, config.model_width, embedding_init=normal
     )
     if config.positions == 'learned':
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
       config, mup.logit_multiplier(config), self.execution.by_row
     )
     if not config.tie_embeddings:
-      self.head = nn.Embed(
+      self.head = table_lib.Table(
         config.vocab_size, config.model_width, embedding_init=normal
       )
 
@@ -161,13 +162,7 @@ class Transformer(nn.Module):
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape
       )
-    # The whole table is gathered before the lookup, as every matrix is gathered
-    # before its product. Rows of a table that is split along its width would
-    # not be whole hidden states.
-    table_VD = nn.with_logical_constraint(
-      self.embed.embedding, (axes.VOCAB, axes.WIDTH)
-    )
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+    x_BTD = table_lib.look_up(self.embed.embedding, tokens_BT)
     x_BTD = nn.with_logical_constraint(x_BTD, axes.STREAM)
     if config.embed_multiplier != 1:
       x_BTD = x_BTD * config.embed_multiplier
@@ -310,7 +305,9 @@ class Transformer(nn.Module):
 
     Those of `spare_ids` are `cross_entropy.MASKED`.
     """
-    logits = self.execution.unembed(hidden, self.head_matrix(), self.dtype)
+    logits = table_lib.unembed(
+      hidden, self._head_table(), self.dtype, self.execution.unembed
+    )
     logits = cross_entropy.capped(logits, self.config.logit_softcap)
     return cross_entropy.masked(logits, self.config.spare_ids)
 
@@ -330,4 +327,7 @@ class Transformer(nn.Module):
 
   def head_matrix(self) -> jax.Array:
     """Returns the unembedding matrix, [V, D]; the embedding if tied."""
+    return table_lib.whole(self._head_table(), self.dtype)
+
+  def _head_table(self) -> Any:
     return (self.embed if self.config.tie_embeddings else self.head).embedding

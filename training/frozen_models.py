@@ -64,7 +64,7 @@ def _directory(name: str, source: port.ModelSource) -> pathlib.Path:
 
 def read(source: port.ModelSource, config: model_config.ModelConfig) -> Any:
   """Reads and verifies the variables of a frozen model."""
-  frozen = frozen_format.read(_directory('path', source))
+  frozen = frozen_format.read_whole(_directory('path', source))
   params, unstacked = layout.unstack(frozen.params, frozen.config)
   return layout.stack(params, unstacked)[0] if config.scan_layers else params
 

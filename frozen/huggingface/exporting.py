@@ -75,7 +75,7 @@ def export_directory(
       f'{target}: got a path with files, expected a new or empty directory;'
       ' choose another --out'
     )
-  frozen, spare_notes = _trimmed(frozen_format.read(source))
+  frozen, spare_notes = _trimmed(frozen_format.read_whole(source))
   model_type, values = describe(frozen, family)
   if frozen.manifest.heads:
     values |= _classifier(model_type)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checks import expect
-from frozen import format as frozen_format
+from frozen import format as frozen_format, stored_kernels
 from frozen.huggingface import (
   config_json,
   exporting,
@@ -144,7 +144,7 @@ def _is_as_ours(piece: tensor_map.Piece) -> bool:
 
 
 def _columns(base, owners: list[str]) -> list[int]:
-  leaves = frozen_format.leaves_by_path(base.shapes['params'])
+  leaves = stored_kernels.by_path(base.shapes['params'])
   return [leaves[f'{owner}/kernel'].shape[-1] for owner in owners]
 
 
@@ -341,7 +341,7 @@ def _of_module(directory, module, tensors, piece, config) -> dict[str, Layer]:
 
 
 def _check_shapes(directory, layers: Mapping[str, Layer], base) -> None:
-  leaves = frozen_format.leaves_by_path(base.shapes['params'])
+  leaves = stored_kernels.by_path(base.shapes['params'])
   for path, layer in layers.items():
     got = layer.a.shape[0], layer.b.shape[-1]
     expected = leaves[f'{path}/kernel'].shape[-2:]

@@ -28,6 +28,7 @@ import numpy as np
 from checks import expect
 from inference.engine import engine_config
 from models import adapters as adapters_lib, layout
+from models.linear.stored import tree as stored_tree
 
 Table = dict[str, Any]  # of `models.adapters.table`
 
@@ -202,7 +203,10 @@ def layer_shapes(params: Any) -> dict[str, tuple[int, int]]:
   tree = params['params']
   num_layers = [leaf.shape[0] for leaf in jax.tree.leaves(tree.get('layers'))]
   paths, _ = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: isinstance(x, layout.Transposed)
+    tree,
+    is_leaf=lambda x: (
+      isinstance(x, layout.Transposed) or stored_tree.is_stored(x)
+    ),
   )
   found = {}
   for keys, leaf in paths:

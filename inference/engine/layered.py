@@ -49,9 +49,9 @@ class Step(NamedTuple):
   """
 
   begin: Any
-  layers: dict[model_config.Layer, Any]  # one for all layers that are alike
+  layers: dict[Any, Any]  # one for all layers that are alike
   finish: Any
-  kinds: list[model_config.Layer]  # of each layer
+  kinds: list[Any]  # of each layer
 
   def compile(self, options: dict[str, Any] | None = None) -> 'Step':
     """Returns the compiled step."""
@@ -85,18 +85,25 @@ def lower(
   shared, layers = parted(params)
   begin = _begin.lower(shared, last_B, inputs, model=model)
   x_1TD, *others = begin.out_info
-  kinds = [config.layer(n) for n in range(config.num_layers)]
+  kinds = [_kind(config.layer(n), layer) for n, layer in enumerate(layers)]
   lowered = {}
   for kind, layer, pages in zip(kinds, layers, kv_cache, strict=True):
     if kind not in lowered:
       block = block_lib.Block(
-        config, model.dtype, model.execution, kind, parent=None
+        config, model.dtype, model.execution, kind[0], parent=None
       )
       lowered[kind] = _layer.lower(layer, x_1TD, pages, *others, block=block)
   finish = _finish.lower(
     shared, x_1TD, inputs, model=model, vocab_size=vocab_size
   )
   return Step(begin, lowered, finish, kinds)
+
+
+def _kind(layer: model_config.Layer, variables: Any) -> tuple[Any, ...]:
+  """Returns what layers of one program have in common."""
+  # Kernels in fewer bits may differ in form from layer to layer.
+  leaves, structure = jax.tree.flatten(variables)
+  return layer, structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def parted(variables) -> tuple[Any, list[Any]]:

@@ -141,6 +141,8 @@ def _described(model: service.ServedModel) -> Iterator[str]:
     f'model    {manifest.name}: {manifest.num_params:,} parameters,'
     f' {manifest.dtype}, context {model.context:,} tokens'
   )
+  if storage := frozen_format.storage_text(manifest):
+    yield f'stored   {storage}'
   parents = [f'{role} {digest}' for role, digest in manifest.lineage.items()]
   yield f'lineage  {", ".join(parents) or "none"}'
   yield (

@@ -160,7 +160,7 @@ def read(experiment: experiment_lib.Experiment) -> Any:
     FileNotFoundError: there is no frozen directory.
     ValueError: it is damaged, or its model is not the experiment's.
   """
-  frozen = frozen_format.read(directory(experiment))
+  frozen = frozen_format.read_whole(directory(experiment))
   got, wanted = frozen.config.to_dict(), experiment.model.to_dict()
   differing = [
     f'model.{name}: {wanted[name]!r}, frozen {got[name]!r}'

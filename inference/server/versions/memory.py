@@ -11,7 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from frozen import format as frozen_format, manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  stored_kernels,
+)
 from hardware import host_memory, peaks
 from inference.engine import adapter_table, engine_config, execution
 from models import model_config
@@ -81,11 +85,12 @@ def plan(
   backend = execution.choose(config, model, dtype, device.platform)
   bytes_per_token = backend.bytes_per_token(model)
   config = config.holding([])
-  weights = manifest.num_params * dtype.itemsize
+  shapes = frozen_format.shapes_of(manifest, model)
+  weights = stored_kernels.num_bytes(shapes)
   of_adapters = 0
   if config.max_adapters:
     of_adapters = adapter_table.num_bytes(
-      frozen_format.abstract_params(model, manifest.dtype),
+      shapes,
       num_adapters=config.max_adapters,
       rank=config.max_adapter_rank or 0,
       dtype=dtype,

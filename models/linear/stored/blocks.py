@@ -78,6 +78,11 @@ class Blocks:
     data = jax.lax.dynamic_slice_in_dim(self.data, start, size, axis)
     return Blocks(data, self.kind)
 
+  def columns(self, ids: jax.Array) -> 'Blocks':
+    """Returns the columns of the ids [n], in that order."""
+    data = jnp.take(self.data, ids, self.ndim - 2, mode='clip')
+    return Blocks(data, self.kind)
+
   def rows(self, dtype: Any) -> jax.Array:
     """Returns the rows, decoded in float32, [..., out, in]."""
     kind = block_kinds.KINDS[self.kind]

@@ -125,25 +125,28 @@ class Kernel:
   def part(self, start: Any, size: int) -> 'Kernel':
     """Returns `size` columns of the kernel, from a static or traced one on."""
 
-    def cut(array, first, length):
-      if array is None:
-        return None
-      return jax.lax.dynamic_slice_in_dim(array, first, length, array.ndim - 2)
-
-    tile_out, tile_in = self.tile
-    if tile_out == 1:
-      scales, mins = (cut(x, start, size) for x in (self.scales, self.mins))
-    else:
-      # The part may begin within a tile: each column gets its own scales.
-      tiles = (start + jnp.arange(size)) // tile_out
-      scales, mins = (
-        None if x is None else jnp.take(x, tiles, x.ndim - 2, mode='clip')
-        for x in (self.scales, self.mins)
-      )
-    values = cut(self.values, start, size)
-    return Kernel(
-      values, scales, mins, self.order, self.gain, self.form, (1, tile_in)
+    if self.tile[0] > 1:  # the part may begin within a tile
+      return self.columns(start + jnp.arange(size))
+    arrays = (
+      None
+      if x is None
+      else jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2)
+      for x in (self.values, self.scales, self.mins)
     )
+    return Kernel(*arrays, self.order, self.gain, self.form, self.tile)
+
+  def columns(self, ids: jax.Array) -> 'Kernel':
+    """Returns the columns of the ids [n], in that order."""
+    tile_out, tile_in = self.tile
+    arrays = (
+      None if x is None else jnp.take(x, rows, x.ndim - 2, mode='clip')
+      for x, rows in (
+        (self.values, ids),
+        (self.scales, ids // tile_out),
+        (self.mins, ids // tile_out),
+      )
+    )
+    return Kernel(*arrays, self.order, self.gain, self.form, (1, tile_in))
 
   def rows(self, dtype: Any) -> jax.Array:
     """Returns the rows as they lie, dequantised in float32, [..., out, in]."""

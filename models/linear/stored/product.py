@@ -18,7 +18,7 @@ from models.linear.stored import blocks as blocks_lib, kernel as kernel_lib
 
 Stored = kernel_lib.Kernel | blocks_lib.Blocks
 # (x[..., I], kernel) -> float32 y[..., O], or None for a kernel or a shape that
-# it does not compute.
+# it does not compute. The columns of x are in the order of the stored rows.
 Native = Callable[[jax.Array, Stored], jax.Array | None]
 
 # Bytes of a block of columns in float32, which a cache of a core holds. A
@@ -53,17 +53,40 @@ def linear(
   return y
 
 
+def unembed(
+  hidden: jax.Array, table_DV: Stored, dtype: Any, port: Any = plain.unembed
+) -> jax.Array:
+  """Returns float32 logits [..., V] of hidden states [..., D].
+
+  Args:
+    hidden: final hidden states.
+    table_DV: the table of the head, as the kernel of this product.
+    dtype: of the computation.
+    port: `Execution.unembed`. Native kernels compute in place of
+      `models.linear.plain.unembed` alone.
+  """
+
+  def multiply(x, w_IB, _, dtype):
+    return port(x, w_IB.T, dtype)
+
+  is_plain = port is plain.unembed
+  return _computed(hidden, table_DV, dtype, multiply, is_plain, jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, w_IO, dtype, multiply):
+  is_plain = multiply is plain.linear
+  return _computed(x, w_IO, dtype, multiply, is_plain, dtype)
+
+
+def _computed(x, w_IO, dtype, multiply, is_plain: bool, result_dtype):
   if w_IO.order is not None:
     x = jnp.take(x, w_IO.order, axis=-1)
   in_blocks = functools.partial(_in_blocks, dtype=dtype, multiply=multiply)
-  if multiply is not plain.linear:
-    return in_blocks(x, w_IO)
   able = {
-    platform: functools.partial(_natively, compute, dtype)
+    platform: functools.partial(_natively, compute, result_dtype)
     for platform, compute in native.items()
-    if jax.eval_shape(compute, x, w_IO) is not None
+    if is_plain and jax.eval_shape(compute, x, w_IO) is not None
   }
   if not able:
     return in_blocks(x, w_IO)

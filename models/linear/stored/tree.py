@@ -29,11 +29,17 @@ def is_stored(x: Any) -> bool:
 
 def param(module: nn.Module, init: Any, shape: tuple[int, int]) -> Any:
   """Returns the kernel of a module, as a parameter or as it is stored."""
-  if module.has_variable('params', 'kernel'):
-    kernel = module.get_variable('params', 'kernel')
+  kernel = given(module, 'kernel')
+  return module.param('kernel', init, shape) if kernel is None else kernel
+
+
+def given(module: nn.Module, name: str) -> Any:
+  """Returns the stored kernel of that name which a module is given, or None."""
+  if module.has_variable('params', name):
+    kernel = module.get_variable('params', name)
     if is_stored(kernel):
       return kernel
-  return module.param('kernel', init, shape)
+  return None
 
 
 def as_base(w_IO: Any, form: str) -> kernel_lib.Kernel:
@@ -57,10 +63,14 @@ def quantise_kernels(params: Any, form: str) -> Any:
   return jax.tree_util.tree_map_with_path(quantised, params)
 
 
-def whole_kernels(params: Any) -> Any:
-  """Returns the tree with its kernels dequantised, float32."""
-  return jax.tree.map(
-    lambda x: x.whole(jnp.float32) if is_stored(x) else x,
-    params,
-    is_leaf=is_stored,
-  )
+def whole_kernels(params: Any, dtype: Any = jnp.float32) -> Any:
+  """Returns the tree with its kernels dequantised; tables are [V, D]."""
+
+  def whole(path, x):
+    if not is_stored(x):
+      return x
+    is_table = axes.names(path)[-1] == 'embedding'
+    whole = x.whole(dtype)
+    return jnp.swapaxes(whole, -1, -2) if is_table else whole
+
+  return jax.tree_util.tree_map_with_path(whole, params, is_leaf=is_stored)
