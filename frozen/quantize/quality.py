@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frozen import manifest as manifest_lib
 from frozen.quantize import activations
 from models import model_config, transformer
-
-FILE = 'quality.json'
 
 
 def table(
@@ -75,6 +74,12 @@ def summary(rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     'perplexity_ratio_error': ratio * error,
     'rows': len(of_rows['kl']),
   }
+
+
+def told(manifest: manifest_lib.Manifest) -> str:
+  """Returns the table of a frozen directory in one line; '' if it has none."""
+  record = manifest.quantization.get('record', {})
+  return text(record['quality']) if 'quality' in record else ''
 
 
 def text(quality: Mapping[str, Any]) -> str:

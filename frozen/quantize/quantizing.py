@@ -28,6 +28,7 @@ from models.linear.stored import (
   kernel as kernel_lib,
   round as rounding,
 )
+from storage import file_names
 from text import tokenizer as tokenizer_lib
 
 METHODS = ('rtn', 'gptq', 'awq', 'smoothquant')
@@ -86,10 +87,10 @@ def quantise_directory(
     params, config, rows, scheme=scheme, method=method, tell=tell
   )
   record = {'scheme': scheme, 'method': method, 'calibration': rows.record}
+  record['quality'] = result.quality
   report = {
     **record,
     'original': manifest.weights_digest,
-    'quality': result.quality,
     'kernels': result.kernels,
   }
   fields = {
@@ -110,7 +111,7 @@ def quantise_directory(
     generation=opened.generation,
     chat_template=opened.chat_template,
     record=record,
-    texts={quality.FILE: json.dumps(report, indent=2) + '\n'},
+    texts={file_names.QUALITY: json.dumps(report, indent=2) + '\n'},
     overwrite=overwrite,
   )
   return written, report

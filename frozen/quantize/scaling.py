@@ -149,7 +149,7 @@ def _divide(layer, maker: str, scale_I, config) -> jax.Array:
   """
   if maker == 'mlp/up':
     path = f'{maker}/kernel'
-    layer[path] = jnp.asarray(layer[path], jnp.float32) / scale_I
+    layer[path] = jnp.asarray(layer[path], jnp.float32) / scale_I[None]
   else:
     path, start = f'{maker}/scale', float(config.norm_from_one)
     stored_I = layer[path]

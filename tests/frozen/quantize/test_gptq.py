@@ -1,4 +1,4 @@
-"""GPTQ beside an independent statement of it, and beside rounding to nearest."""
+"""GPTQ beside an independent statement of it, and rounding to nearest."""
 
 import jax.numpy as jnp
 import numpy as np
