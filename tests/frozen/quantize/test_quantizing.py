@@ -73,7 +73,8 @@ def test_a_directory_is_written_with_its_record(tmp_path, text, method, fields):
   assert set(saved['kernels']) == expected
   assert set(manifest.quantization['kernels']) == expected
   for errors in saved['kernels'].values():
-    assert 0 < errors['weight_error'] < 0.01
+    # GPTQ moves weights away, so that outputs come nearer.
+    assert 0 < errors['weight_error'] < (0.05 if method == 'gptq' else 0.01)
     assert 0 < errors['output_error'] < 0.02
 
 

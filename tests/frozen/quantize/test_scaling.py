@@ -96,11 +96,15 @@ def test_awq_spares_the_channels_that_are_large():
     delta_IO = kernel.whole(jnp.float32) / scale_I[:, None] - w_IO
     return float(scaling.output_error(delta_IO, moments.second_II))
 
-  # Errors of the output come from 8 channels, whose steps become finer.
-  assert error(scale_I) < 0.5 * error(jnp.ones(128))
-  assert (
-    scale_I[::16].min() > 2 * jnp.delete(scale_I, slice(None, None, 16)).max()
-  )
+  def tried(power):
+    scale_I = moments.mean_I**power
+    return error(scale_I / jnp.sqrt(scale_I.max() * scale_I.min()))
+
+  errors = [tried(power) for power in np.arange(20) / 20]
+  assert error(scale_I) == pytest.approx(min(errors), rel=1e-3)
+  assert min(errors) < 0.8 * errors[0]  # power 0: all scales are 1
+  others_I = jnp.delete(scale_I, slice(None, None, 16))
+  assert scale_I[::16].min() > 2 * others_I.max()
 
 
 def test_smoothquant_takes_as_much_from_both():
