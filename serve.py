@@ -123,6 +123,7 @@ def _is_asked(value) -> bool:
 def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
   from frozen import format as frozen_format
+  from frozen.quantize import quality
 
   generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
@@ -149,6 +150,8 @@ def _complete(prompt: str, chosen) -> None:
   print(f'memory          {generator.memory_text()}')
   if storage := frozen_format.storage_text(generator.frozen.manifest):
     print(f'stored          {storage}')
+  if measured := quality.told(generator.frozen.manifest):
+    print(f'quality         {measured}')
   if generator.adapter:
     print(f'adapter         {generator.adapter_digest} ({FLAGS.adapter})')
   print(f'weights before  {before}')

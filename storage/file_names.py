@@ -18,6 +18,7 @@ WORKDIR/                      one run of training
 FROZEN/                       weights to serve, and all that they need
   manifest.json               config, digests, lineage, cost
   params/  tokenizer/  chat_template.jinja  generation.json
+  quality.json                of kernels in fewer bits: frozen/quantize/
 
 ADAPTER/                      a change of frozen weights: frozen/adapters.py
   manifest.json               of another kind: the digest of the base, its own
@@ -53,3 +54,4 @@ PARAMS = 'params'
 MANIFEST = 'manifest.json'
 CHAT_TEMPLATE = 'chat_template.jinja'
 GENERATION = 'generation.json'
+QUALITY = 'quality.json'

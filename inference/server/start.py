@@ -14,6 +14,7 @@ import sys
 
 from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
+from frozen.quantize import quality
 from inference import adapters as adapters_lib
 from inference.engine import engine_config
 from inference.server import (
@@ -143,6 +144,8 @@ def _described(model: service.ServedModel) -> Iterator[str]:
   )
   if storage := frozen_format.storage_text(manifest):
     yield f'stored   {storage}'
+  if measured := quality.told(manifest):
+    yield f'quality  {measured}'
   parents = [f'{role} {digest}' for role, digest in manifest.lineage.items()]
   yield f'lineage  {", ".join(parents) or "none"}'
   yield (

@@ -118,7 +118,7 @@ def quantise(
 
   if mins is not None:
     w_OI = w_OI - of_each(mins)
-  codes = _codes(w_OI, of_each(kernel_lib.with_gain(kept, gain)), form)
+  codes = codes_of(w_OI, of_each(kernel_lib.with_gain(kept, gain)), form)
   return kernel_lib.Kernel.make(
     packing.pack(codes) if form in kernel_lib.PACKED else codes,
     kept,
@@ -162,7 +162,7 @@ def _kept(steps, scales: str):
   return steps.astype(scales), None
 
 
-def _codes(w_OI, scales_OI, form: str):
+def codes_of(w_OI, scales_OI, form: str):
   """Returns the code of each number."""
   # A scale of e4m3 may be 0: its numbers are too small for the kernel's gain.
   is_some = scales_OI > 0

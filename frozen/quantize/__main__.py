@@ -1,0 +1,78 @@
+"""Stores the kernels of a frozen directory in fewer bits.
+
+    python -m frozen.quantize --source=FROZEN --out=DIR --scheme=int4 \
+      --method=gptq --text=FILE
+
+--scheme names the numbers, and --method how they are chosen. Every method is
+measured on the end of the text, and the quality table is written beside the
+weights, as quality.json.
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+from checks import path_flags
+from frozen.quantize import calibration, quality, quantizing
+from models.linear.stored import round as rounding
+
+
+def main(argv: list[str]) -> None:
+  """Quantises the directory that the flags name."""
+  if len(argv) != 1:
+    raise app.UsageError(f'got arguments {argv[1:]}, expected flags alone')
+  logging.set_verbosity(logging.ERROR)  # orbax logs every step that it takes
+  values = flags.FLAGS
+  try:
+    manifest, report = quantizing.quantise_directory(
+      values.source,
+      values.out,
+      scheme=values.scheme,
+      method=values.method,
+      text=calibration.Config(
+        path=values.text,
+        seed=values.seed,
+        rows=values.rows,
+        length=values.length,
+        held_out=values.held_out,
+      ),
+      overwrite=values.overwrite,
+      tell=print,
+    )
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  print(f'frozen: {values.out}')
+  print(f'quality {quality.text(report["quality"])}')
+  print(f'weights {manifest.weights_digest}')
+
+
+def _define_flags() -> None:
+  text = calibration.Config()
+  path_flags.DEFINE_path('source', None, 'Frozen directory in floats.')
+  path_flags.DEFINE_path('out', None, 'Directory to write.')
+  flags.DEFINE_string(
+    'scheme', 'int4', f'Numbers: one of {", ".join(rounding.SCHEMES)}.'
+  )
+  flags.DEFINE_string(
+    'method',
+    'gptq',
+    f'How they are chosen: one of {", ".join(quantizing.METHODS)}.',
+  )
+  path_flags.DEFINE_path(
+    'text',
+    text.path,
+    'Text in UTF-8 to calibrate with and, its last tenth, to measure with;'
+    f' default {calibration.SAMPLE}, which is part of Python.',
+  )
+  flags.DEFINE_integer('seed', text.seed, 'Draws the rows of the text.')
+  flags.DEFINE_integer('rows', text.rows, 'Rows to calibrate with.')
+  flags.DEFINE_integer('length', text.length, 'Tokens of a row.')
+  flags.DEFINE_integer('held_out', text.held_out, 'Rows to measure with.')
+  flags.DEFINE_bool('overwrite', False, 'Replace what was frozen there.')
+  flags.mark_flags_as_required(['source', 'out'])
+
+
+if __name__ == '__main__':
+  _define_flags()
+  app.run(main)

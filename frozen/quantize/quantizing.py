@@ -1,0 +1,286 @@
+"""A frozen directory in fewer bits, layer by layer.
+
+Two streams of activations go through the layers: the original's, and that of
+the layers as they were quantised so far, on which GPTQ, AWQ and SmoothQuant
+calibrate. So later layers can make up for errors of earlier ones. One layer at
+a time has its statistics in memory.
+
+Quantised are the kernels of linear layers. Embedding, head, norms and biases
+stay in floats.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from checks import expect
+from frozen import format as frozen_format, manifest as manifest_lib
+from frozen.quantize import activations, calibration, gptq, quality, scaling
+from models import layout, model_config
+from models.linear.stored import (
+  kernel as kernel_lib,
+  round as rounding,
+)
+from storage import file_names
+from text import tokenizer as tokenizer_lib
+
+METHODS = ('rtn', 'gptq', 'awq', 'smoothquant')
+_SMOOTHED = ('int8', 'int8-g32', 'fp8')  # formats that activations have, too
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """A model in fewer bits, before it is written."""
+
+  params: frozen_format.Params  # with separate layers
+  config: model_config.ModelConfig
+  kernels: dict[str, dict[str, float]]  # errors of each, by path
+  quality: dict[str, Any]
+
+
+def quantise_directory(
+  source: str | os.PathLike,
+  out: str | os.PathLike,
+  *,
+  scheme: str,
+  method: str,
+  text: calibration.Config,
+  overwrite: bool = False,
+  tell: Callable[[str], None] = lambda line: None,
+) -> tuple[manifest_lib.Manifest, dict[str, Any]]:
+  """Writes a frozen directory in fewer bits; returns manifest and report.
+
+  Args:
+    source: frozen directory in floats.
+    out: directory to write.
+    scheme: one of `models.linear.stored.round.SCHEMES`.
+    method: one of METHODS.
+    text: to calibrate and to measure with.
+    overwrite: replace what was frozen at `out`.
+    tell: receives a line per layer.
+
+  Raises:
+    OSError: there is no such directory or text.
+    ValueError: the model cannot be stored so, the text is too short, or `out`
+      has other contents.
+  """
+  check_method(scheme, method)
+  _check_free(pathlib.Path(out), overwrite)
+  opened = frozen_format.open_directory(source)
+  check_source(opened)
+  manifest = opened.manifest
+  rows = calibration.rows(
+    text,
+    tokenizer_lib.load(opened.tokenizer_dir),
+    has_bos=manifest.has_bos,
+    max_length=opened.config.max_length,
+  )
+  params, config = layout.unstack(opened.read_params(), opened.config)
+  result = quantised(
+    params, config, rows, scheme=scheme, method=method, tell=tell
+  )
+  record = {'scheme': scheme, 'method': method, 'calibration': rows.record}
+  record['quality'] = result.quality
+  report = {
+    **record,
+    'original': manifest.weights_digest,
+    'kernels': result.kernels,
+  }
+  fields = {
+    field.name: getattr(manifest, field.name)
+    for field in dataclasses.fields(manifest_lib.Provenance)
+  }
+  fields['lineage'] = {
+    **manifest.lineage,
+    'quantised_from': manifest.weights_digest,
+  }
+  written = frozen_format.write(
+    out,
+    params=result.params,
+    config=result.config,
+    dtype=manifest.dtype,
+    provenance=manifest_lib.Provenance(**fields),
+    tokenizer_dir=opened.tokenizer_dir,
+    generation=opened.generation,
+    chat_template=opened.chat_template,
+    record=record,
+    texts={file_names.QUALITY: json.dumps(report, indent=2) + '\n'},
+    overwrite=overwrite,
+  )
+  return written, report
+
+
+def check_method(scheme: str, method: str) -> None:
+  """Raises ValueError for a scheme or a method that are not there together."""
+  expect.one_of('--scheme', scheme, rounding.SCHEMES)
+  expect.one_of('--method', method, METHODS)
+  if method == 'smoothquant':
+    expect.one_of(
+      '--scheme',
+      scheme,
+      _SMOOTHED,
+      '--method=smoothquant makes activations fit 8 bits beside the weights;'
+      ' for 4 bits take gptq or awq',
+    )
+
+
+def check_source(opened: frozen_format.Opened) -> None:
+  """Raises ValueError for a model that cannot be quantised."""
+  manifest, config = opened.manifest, opened.config
+
+  def refuse(got: str, expected: str, fix: str):
+    raise ValueError(
+      f'--source: got {opened.directory}, {got}, expected {expected}; {fix}'
+    )
+
+  if manifest.quantization != {'kind': 'none'}:
+    refuse(
+      'whose kernels are quantised already',
+      'weights in floats',
+      'quantise the directory that it was made of',
+    )
+  if manifest.heads:
+    refuse(
+      f'with heads {manifest.heads}',
+      'a language model',
+      'serve a reward model in floats',
+    )
+  if config.num_experts:
+    refuse(
+      f'with {config.num_experts} experts per layer',
+      'a dense model',
+      'experts are multiplied in floats only',
+    )
+
+
+def quantised(
+  params: frozen_format.Params,
+  config: model_config.ModelConfig,
+  rows: calibration.Rows,
+  *,
+  scheme: str,
+  method: str,
+  tell: Callable[[str], None] = lambda line: None,
+) -> Result:
+  """Returns a model in fewer bits.
+
+  Args:
+    params: with separate layers.
+    config: of the model.
+    rows: of text.
+    scheme: see `quantise_directory`.
+    method: see `quantise_directory`.
+    tell: receives a line per layer.
+
+  Raises:
+    ValueError: a kernel cannot be stored in the scheme, or the method does not
+      have the kind of attention of the model.
+  """
+  if config.latent_width and method in ('awq', 'smoothquant'):
+    raise ValueError(
+      f'--method: got {method} for latent attention, expected rtn or gptq: the'
+      ' inputs of its kernels have no norm of their own to fold scales into'
+    )
+  tree = params['params']
+  outer = {name: x for name, x in tree.items() if not _is_layer(name)}
+  drawn, new = (
+    activations.embedded(config, outer, tokens_RT)
+    for tokens_RT in (rows.drawn_RT, rows.held_out_RT)
+  )
+  old, kernels = new, {}
+  found = dict(outer)
+  for n in range(config.num_layers):
+    name = f'layer_{n}'
+    block = activations.block(config, n)
+    moments = activations.moments_of(block, tree[name], drawn)
+    old = activations.advance(block, tree[name], old)
+    found[name], errors = _layer(
+      tree[name], moments, config, name=name, scheme=scheme, method=method
+    )
+    drawn, new = (
+      activations.advance(block, found[name], batches)
+      for batches in (drawn, new)
+    )
+    kernels |= {
+      f'params/{name}/{path}': error for path, error in errors.items()
+    }
+    worst = max(error['output_error'] for error in errors.values())
+    tell(f'{name}: largest error of an output {worst:.2%}')
+  return Result(
+    params={'params': found},
+    config=config,
+    kernels=kernels,
+    quality=quality.table(config, outer, old, new, rows.held_out_RT),
+  )
+
+
+def _is_layer(name: str) -> bool:
+  return name.startswith('layer_')
+
+
+def _layer(
+  params: Any,
+  moments: Mapping[str, activations.Moments],
+  config: model_config.ModelConfig,
+  *,
+  name: str,
+  scheme: str,
+  method: str,
+) -> tuple[Any, dict[str, dict[str, float]]]:
+  """Returns a layer in fewer bits, and the errors of its kernels."""
+  layer: dict[str, Any] = traverse_util.flatten_dict(params, sep='/')
+  if method in ('awq', 'smoothquant'):
+    layer, moments = scaling.scaled(
+      layer, moments, config, method=method, scheme=scheme
+    )
+  errors = {}
+  for path, of_input in moments.items():
+    w_IO = jnp.asarray(layer[path], jnp.float32)
+    try:
+      if method == 'gptq':
+        kernel = gptq.quantise(w_IO, of_input.second_II, scheme)
+      else:
+        kernel = rounding.by_scheme(w_IO, scheme)
+    except ValueError as error:
+      raise ValueError(f'{name}/{path}: {error}') from None
+    errors[path] = {
+      key: float(value)
+      for key, value in _errors(kernel, w_IO, of_input.second_II).items()
+    }
+    layer[path] = kernel
+  return traverse_util.unflatten_dict(layer, sep='/'), errors
+
+
+@jax.jit
+def _errors(
+  kernel: kernel_lib.Kernel, w_IO: jax.Array, second_II: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns root mean squares of the errors, relative to what is rounded."""
+  delta_IO = kernel.whole(jnp.float32) - w_IO
+
+  def relative(delta, whole):
+    return jnp.sqrt(jnp.maximum(delta, 0) / jnp.where(whole > 0, whole, 1))
+
+  return {
+    'weight_error': relative(jnp.sum(delta_IO**2), jnp.sum(w_IO**2)),
+    'output_error': relative(
+      scaling.output_error(delta_IO, second_II),
+      scaling.output_error(w_IO, second_II),
+    ),
+  }
+
+
+def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+  """Raises ValueError if `out` has contents; here, before the work begins."""
+  if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
+    raise ValueError(
+      f'--out: got {out}, which exists, expected a new directory; choose'
+      ' another place, or say --overwrite'
+    )
