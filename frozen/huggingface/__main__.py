@@ -73,7 +73,7 @@ def _import() -> None:
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
-  elif values.weights != 'auto':
+  elif values.weights != 'float':
     raise ValueError(
       f'--weights: got {values.weights} for a directory, expected none; only a'
       ' GGUF file has --weights'
@@ -112,7 +112,7 @@ def _export() -> None:
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
-    ('weights', 'auto'),
+    ('weights', 'float'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -167,11 +167,10 @@ def _define_flags() -> None:
   )
   flags.DEFINE_enum(
     'weights',
-    'auto',
-    ('auto', 'kept', 'float'),
-    'Import of a GGUF file: kept leaves matrices in the blocks of the file;'
-    ' float dequantises them to --dtype; auto keeps blocks that are computed as'
-    ' fast as floats.',
+    'float',
+    ('float', 'kept'),
+    'Import of a GGUF file: float dequantises matrices to --dtype; kept leaves'
+    ' them in the blocks of the file, which take less memory and more time.',
   )
   flags.DEFINE_string(
     'revision',

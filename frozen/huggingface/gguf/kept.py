@@ -16,9 +16,6 @@ from models.linear.stored import (
   tree as stored_tree,
 )
 
-# Kinds that a product on a CPU computes at the speed of its memory. A model in
-# others is slower than its floats there.
-FAST = ('Q8_0', 'Q4_0', 'Q4_1')
 _TABLES = ('embed/embedding', 'head/embedding')
 
 
@@ -44,19 +41,6 @@ def blocks(
         data = np.ascontiguousarray(part)
         found[path] = blocks_lib.Blocks.make(data, kind=tensor.kind)
   return found
-
-
-def slow_kinds(
-  tensors: Mapping[str, Any],
-  pieces: Sequence[tensor_map.Piece],
-) -> list[str]:
-  """Returns the kinds that could be kept, but are not among the fast ones."""
-  kinds = {
-    tensors[piece.theirs].kind
-    for piece in pieces
-    if _can_be_kept(tensors[piece.theirs], piece)
-  }
-  return sorted(kinds - set(FAST))
 
 
 def _can_be_kept(tensor: Any, piece: tensor_map.Piece) -> bool:

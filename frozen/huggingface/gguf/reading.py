@@ -28,7 +28,7 @@ from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
-AUTO, KEPT, FLOAT = WEIGHTS = ('auto', 'kept', 'float')
+FLOAT, KEPT = WEIGHTS = ('float', 'kept')
 _DIVISORS = 'rope_freqs.weight'
 _SHORT, _LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 
@@ -82,7 +82,7 @@ def import_file(
   *,
   tokenizer_source: str = '',
   dtype: str = 'auto',
-  weights: str = AUTO,
+  weights: str = FLOAT,
   origin: Mapping[str, str] | None = None,
   recommended: Mapping[str, Any] | None = None,
   overwrite: bool = False,
@@ -93,8 +93,7 @@ def import_file(
     tokenizer_source: a directory with the tokenizer of the same model; '' takes
       the tokenizer of the file.
     dtype: one of `importing.DTYPES`, of floats; 'auto' is float32.
-    weights: one of `WEIGHTS`: matrices keep their blocks, or become floats.
-      auto keeps them if all of their kinds are fast.
+    weights: one of `WEIGHTS`: matrices become floats, or keep their blocks.
     origin: further fields of the manifest's origin.
     recommended: fields of generation_config.json, in addition to those of the
       file; only with the tokenizer of the file.
@@ -121,15 +120,8 @@ def import_file(
     )
     importing.check_ends(source, generation)
     kept = {}
-    slow = kept_lib.slow_kinds(source.tensors, pieces)
-    if weights == KEPT or (weights == AUTO and not slow):
+    if weights == KEPT:
       kept = kept_lib.blocks(source.tensors, pieces)
-    elif weights == AUTO:
-      notes = [
-        *notes,
-        f'{", ".join(slow)} became floats, which are faster here;'
-        ' --weights=kept keeps their bytes',
-      ]
     return importing.freeze_source(
       source,
       out,
