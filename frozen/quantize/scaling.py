@@ -100,8 +100,9 @@ def awq_scale(
 ) -> jax.Array:
   """Returns the scale of an input with the smallest error of the outputs."""
   # A channel that is always 0 would have a scale of 0.
-  least = 1e-4 * jnp.max(moments.mean_I) + jnp.finfo(jnp.float32).tiny
-  mean_I = jnp.maximum(moments.mean_I, least)
+  largest = jnp.max(moments.mean_I)
+  mean_I = jnp.maximum(moments.mean_I, 1e-4 * largest)
+  mean_I = jnp.where(largest > 0, mean_I, 1)
 
   def scale(power):
     scale_I = mean_I**power
