@@ -15,9 +15,7 @@ from typing import Any, Protocol
 
 from storage import atomic, digests, file_names, public_paths
 
-# Written of weights in floats, and of those with kernels in fewer bits, which
-# code of before the second version does not know.
-FORMAT_VERSION, STORED_VERSION = 1, 2
+FORMAT_VERSION = 1
 # Weights of a run that can be frozen. auto: the average if the run keeps one,
 # else raw.
 WEIGHTS = ('auto', 'raw', 'average')
@@ -88,8 +86,7 @@ def sign(**fields: Any) -> Manifest:
   Args:
     **fields: all other fields of `Manifest`.
   """
-  is_float = fields['quantization'] == {'kind': 'none'}
-  fields['format_version'] = FORMAT_VERSION if is_float else STORED_VERSION
+  fields['format_version'] = FORMAT_VERSION
   fields = _written(fields)
   return Manifest(**fields, manifest_digest=digests.of_json(fields))
 
@@ -134,10 +131,9 @@ def read(directory: pathlib.Path) -> Manifest:
       ' -m frozen.adapters merge`'
     )
   version = fields.get('format_version') if isinstance(fields, dict) else None
-  if version not in (FORMAT_VERSION, STORED_VERSION):
+  if version != FORMAT_VERSION:
     raise ValueError(
-      f'{path}: got format version {version!r}, expected {FORMAT_VERSION} or'
-      f' {STORED_VERSION};'
+      f'{path}: got format version {version!r}, expected {FORMAT_VERSION};'
       ' use the code that wrote it, or freeze again with this code'
     )
   known = {field.name: field for field in dataclasses.fields(Manifest)}
@@ -153,7 +149,7 @@ def read(directory: pathlib.Path) -> Manifest:
   if unknown or missing:
     raise ValueError(
       f'{path}: got unknown fields {unknown} and missing fields {missing},'
-      f' expected those of format {version}; freeze again with this code'
+      f' expected those of format {FORMAT_VERSION}; freeze again with this code'
     )
   manifest = Manifest(**fields)
   signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}

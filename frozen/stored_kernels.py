@@ -12,7 +12,9 @@
       "record": {"scheme": "int4", "method": "rtn"}
     }
 
-The shapes follow from the model. The arrays lie under the path of the kernel:
+Without such kernels the field is {"kind": "none"}, as code of before wrote it;
+that code refuses a directory with some, since it knows no such arrays. The
+shapes follow from the model. The arrays lie under the path of the kernel:
 `.../kernel/values`, `.../kernel/scales`, of blocks `.../kernel/data`. A table,
 [V, D], is the kernel of its product: rows of D numbers, V of them.
 """
@@ -33,7 +35,7 @@ from models.linear.stored import (
   tree as stored_tree,
 )
 
-NONE = {'kind': 'none'}
+NONE: Mapping[str, Any] = {'kind': 'none'}
 _KIND = 'stored'
 _FIELDS = ('kind', 'kernels', 'record')
 
@@ -76,7 +78,7 @@ def quantization(
     record: how the kernels were made: JSON values.
   """
   if not (kernels := described(params)):
-    return NONE
+    return dict(NONE)
   return {'kind': _KIND, 'kernels': kernels, 'record': dict(record or {})}
 
 

@@ -58,7 +58,8 @@ def tolerance(
   name = jnp.dtype(dtype).name
   if name == 'float32':
     name = _PRODUCTS.get(platform, name)
-  least = _TOLERANCE['bfloat16'] if str(kv_dtype) == 'int8' else 0.0
+  is_quantized = str(kv_dtype) in ('int8', 'fp8')
+  least = _TOLERANCE['bfloat16'] if is_quantized else 0.0
   return max(_TOLERANCE[name], least)
 
 

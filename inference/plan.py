@@ -13,7 +13,9 @@ beside the formula's.
 Life two runs on one device: all figures are of one device, whatever the target.
 """
 
+from collections.abc import Mapping
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -36,6 +38,7 @@ from inference.engine import (
   steps,
 )
 from models import flops, kv_cache, layout, model_config, transformer
+from models.linear.stored import tree as stored_tree
 
 # Share of the memory left free, for activations, the runtime, and everything
 # else that no formula knows.
@@ -55,8 +58,13 @@ class Plan:
   config: model_config.ModelConfig
   dtype: str
   num_params: int
-  shapes: Any  # of the weights, as they are stored
-  storage: str = ''  # of kernels in fewer bits
+  # Of kernels in fewer bits: how they are stored, and the bytes that this saves
+  # in memory and in the reads of a step.
+  quantization: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: dict(stored_kernels.NONE)
+  )
+  saved_bytes: int = 0
+  saved_bytes_of_step: int = 0
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
   compiled_sequences: int = 0
 
@@ -65,10 +73,15 @@ class Plan:
     """Bytes of one weight, and of one cached channel."""
     return jnp.dtype(self.dtype).itemsize
 
+  def shapes(self) -> Any:
+    """Returns the shapes of the weights, as they are stored."""
+    floats = frozen_format.abstract_params(self.config, self.dtype)
+    return stored_kernels.with_kernels(floats, self.quantization)
+
   @property
   def weight_bytes(self) -> int:
     """Bytes of all weights."""
-    return stored_kernels.num_bytes(self.shapes)
+    return self.num_params * self.itemsize - self.saved_bytes
 
   @property
   def kv_bytes_per_token(self) -> int:
@@ -106,9 +119,7 @@ class Plan:
       )
       weights += (taken - config.num_active_experts) * each
     cache = num_sequences * context * self.kv_bytes_per_token
-    # Kernels in fewer bits are multiplied in every step.
-    saved = self.num_params * self.itemsize - self.weight_bytes
-    return weights * self.itemsize - saved + cache
+    return weights * self.itemsize - self.saved_bytes_of_step + cache
 
   def step_seconds(self, num_sequences: int, context: float) -> float:
     """Returns the least time of a decode step, in seconds."""
@@ -166,6 +177,7 @@ def make(
     if is_here
     else targets.devices(targets.parse(target_name))[0]
   )
+  saved, saved_of_step = _saved(manifest, config)
   plan = Plan(
     name=manifest.experiment,
     target=target_name,
@@ -174,8 +186,9 @@ def make(
     config=config,
     dtype=manifest.dtype,
     num_params=manifest.num_params,
-    shapes=frozen_format.shapes_of(manifest, config),
-    storage=frozen_format.storage_text(manifest),
+    quantization=manifest.quantization,
+    saved_bytes=saved,
+    saved_bytes_of_step=saved_of_step,
   )
   if is_here or not is_compiled:
     return plan
@@ -199,7 +212,7 @@ def compile_decode_step(
   params, config = (
     jax.eval_shape(
       lambda tree: layout.unstack({'params': tree}, plan.config)[0],
-      plan.shapes['params'],
+      plan.shapes()['params'],
     ),
     dataclasses.replace(plan.config, scan_layers=False),
   )
@@ -247,6 +260,24 @@ def compile_decode_step(
     )
 
 
+def _saved(manifest: manifest_lib.Manifest, config) -> tuple[int, int]:
+  if manifest.quantization == stored_kernels.NONE:
+    return 0, 0  # the shapes of a model take a moment
+  itemsize = jnp.dtype(manifest.dtype).itemsize
+  shapes = frozen_format.shapes_of(manifest, config)
+  saved = {
+    path: itemsize * math.prod(leaf.shape) - leaf.nbytes
+    for path, leaf in stored_kernels.by_path(shapes).items()
+    if stored_tree.is_stored(leaf)
+  }
+  total = sum(saved.values())
+  # A step looks up rows of an embedding that is not the head, too.
+  unread = (
+    0 if config.tie_embeddings else saved.get('params/embed/embedding', 0)
+  )
+  return total, total - unread
+
+
 def report(plan: Plan) -> str:
   """Returns the plan as text, one line per figure."""
   lines = [*_model_lines(plan), *_speed_lines(plan), *_compiled_lines(plan)]
@@ -262,8 +293,8 @@ def _model_lines(plan: Plan):
     f' {compile_ahead.size(limit) if limit else "unknown"} of memory,'
     f' {plan.peaks.bytes_per_s / 1e9:.4g} GB/s ({plan.peaks.source})',
   )
-  if plan.storage:
-    yield 'stored', plan.storage
+  if plan.saved_bytes:
+    yield 'stored', stored_kernels.summary(plan.quantization, plan.shapes())
   share = f', {plan.weight_bytes / limit:.0%} of the memory' if limit else ''
   yield 'weights', f'{compile_ahead.size(plan.weight_bytes)}{share}'
   yield 'cache', f'{compile_ahead.size(plan.kv_bytes_per_token)} per token'

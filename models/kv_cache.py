@@ -28,8 +28,12 @@ import jax.numpy as jnp
 
 from models import model_config
 
-# The dtype of pages that are quantized; the other choice is the model's dtype.
-INT8 = 'int8'
+# The dtypes of pages that are quantized; the other choice is the model's dtype.
+# The second holds the bits of float8_e4m3fn: XLA:CPU writes and gathers floats
+# of 8 bits in 16 bits.
+INT8, FP8_BITS = 'int8', 'uint8'
+QUANTIZED = (INT8, FP8_BITS)
+_LARGEST = {INT8: 127.0, FP8_BITS: float(jnp.finfo(jnp.float8_e4m3fn).max)}
 # The dtype of pages that hold the bits of bfloat16, on CPU. XLA:CPU writes and
 # gathers bfloat16 in float32: each layer would convert the whole pool to
 # float32 and back in every step.
@@ -58,7 +62,7 @@ class Pages(NamedTuple):
   # On axis Y, the keys of head k are at 2k and its values at 2k + 1; Y is 1 for
   # latents.
   kv_PQYC: jax.Array
-  scale_PQY: jax.Array | None = None  # float32, of int8 pages
+  scale_PQY: jax.Array | None = None  # float32, of quantized pages
 
   @property
   def page_size(self) -> int:
@@ -141,8 +145,8 @@ def init_pages(
     config: of a model whose layers are not stacked (`models.layout.unstack`).
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
-    dtype: of the stored keys and values; `INT8` adds a scale per token and
-      head, `BFLOAT16_BITS` stores bfloat16.
+    dtype: of the stored keys and values; those of `QUANTIZED` add a scale per
+      token and head, `BFLOAT16_BITS` stores bfloat16.
     channels: of a stored head, at least those of the model; 0: those of the
       model. Further channels stay zero, for a kernel that reads whole
       registers.
@@ -151,8 +155,8 @@ def init_pages(
   shape = num_pages, page_size, rows, max(channels, width)
 
   def pool() -> Pages:
-    is_int8 = jnp.dtype(dtype) == jnp.int8
-    scale = jnp.zeros(shape[:3], jnp.float32) if is_int8 else None
+    has_scale = jnp.dtype(dtype).name in QUANTIZED
+    scale = jnp.zeros(shape[:3], jnp.float32) if has_scale else None
     return Pages(jnp.zeros(shape, dtype), scale)
 
   return tuple(pool() for _ in range(config.num_layers))
@@ -210,7 +214,7 @@ def _write_pages(cache: PagedLayer, k_1TKC, v_1TKC, positions_1T) -> PagedLayer:
   where = page_T[:, None], slot_T[:, None], head_1Y
   scale_PQY = pages.scale_PQY
   if scale_PQY is not None:
-    kv_TYC, scale_TY = quantize(kv_TYC)
+    kv_TYC, scale_TY = quantize(kv_TYC, pages.kv_PQYC.dtype.name)
     scale_PQY = scale_PQY.at[where].set(scale_TY, mode='drop')
   kv_PQYC = pages.kv_PQYC.at[where].set(
     _stored(kv_TYC, pages.kv_PQYC.dtype), mode='drop'
@@ -222,6 +226,13 @@ def _stored(kv: jax.Array, dtype) -> jax.Array:
   if dtype == BFLOAT16_BITS:
     return jax.lax.bitcast_convert_type(kv.astype(jnp.bfloat16), dtype)
   return kv.astype(dtype)
+
+
+def numbers(stored: jax.Array) -> jax.Array:
+  """Returns the numbers of quantized pages before they are scaled, float32."""
+  if stored.dtype == FP8_BITS:
+    stored = jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn)
+  return stored.astype(jnp.float32)
 
 
 def loaded(stored: jax.Array, dtype: Any) -> jax.Array:
@@ -248,20 +259,26 @@ def _places(cache: PagedLayer, positions_T, num_pages: int, page_size: int):
   return jnp.where(is_real_T, page_T, num_pages), position_T % page_size
 
 
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns int8 [..., C] and the float32 scale [...] of each vector.
+def quantize(x: jax.Array, dtype: str = INT8) -> tuple[jax.Array, jax.Array]:
+  """Returns [..., C] in a dtype of `QUANTIZED`, and float32 scales [...].
 
-  Symmetric, with one scale per token and head. The largest channel becomes 127,
-  so the error of a channel is at most half a scale, 1/254 of the largest. The
-  scale of a vector that is not finite is NaN.
+  Symmetric, with one scale per token and head. The largest channel becomes the
+  largest number of the dtype. Of int8, the error of a channel is at most half a
+  scale, 1/254 of the largest; of fp8, 1/16 of the channel itself, or half of
+  its smallest number. The scale of a vector that is not finite is NaN.
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1) / 127
+  scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST[dtype]
   # XLA:CPU's maximum may pass over NaN, and no integer stands for it.
   scale = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), scale, jnp.nan)
   # A vector of zeros has scale 0, which must not divide.
   safe = jnp.where(scale == 0, 1.0, scale)
-  return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+  x = x / safe[..., None]
+  if dtype == INT8:
+    return jnp.round(x).astype(jnp.int8), scale
+  # A quotient may be rounded past the largest number, which would be NaN.
+  x = jnp.clip(x, -_LARGEST[dtype], _LARGEST[dtype]).astype(jnp.float8_e4m3fn)
+  return jax.lax.bitcast_convert_type(x, jnp.uint8), scale
 
 
 def copy_pages(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frozen import format as frozen_format
+from frozen import format as frozen_format, stored_kernels
 from frozen.huggingface import (
   config_json,
   generation_config as generation_config_lib,
@@ -89,6 +89,10 @@ def export_directory(
       notes += _unpadded(values)
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
     _write_json(partial / config_json.FILE, values)
+    if frozen.manifest.quantization != stored_kernels.NONE:
+      spare_notes.append(
+        f'kernels in fewer bits are written in {frozen.manifest.dtype}'
+      )
     generation, more = generation_config(frozen.generation)
     _write_json(partial / generation_config_lib.FILE, generation | special_ids)
   return Exported(model_type, spare_notes + notes + more)

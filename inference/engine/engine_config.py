@@ -13,7 +13,7 @@ from checks import expect, flag_field
 from inference.scheduling import scheduler
 
 NUMERICS = ('fast', 'invariant')
-KV_DTYPES = ('model', 'int8')
+KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 
 # Share of the memory left by the weights that pages may take. Activations take
@@ -91,8 +91,9 @@ class EngineConfig:
   )
   kv_dtype: str = flag_field.field(
     'model',
-    'Dtype of the KV cache: model (the dtype of the computation) or int8 (with'
-    ' a float32 scale per token and head). int8 holds more tokens.',
+    'Dtype of the KV cache: model (the dtype of the computation), int8 or fp8'
+    ' (e4m3; both with a float32 scale per token and head). These hold more'
+    ' tokens; fp8 suits channels of very different sizes.',
   )
   numerics: str = flag_field.field(
     'fast',

@@ -82,7 +82,7 @@ class Backend(NamedTuple):
     """Returns the bytes of the KV cache of one token, all layers."""
     dtype = jnp.dtype(self.kv_dtype)
     vector = self.channels * dtype.itemsize
-    if dtype == jnp.int8:
+    if dtype.name in kv_cache.QUANTIZED:
       vector += 4  # the float32 scale of the vector
     num_vectors, _ = kv_cache.rows_and_width(model)
     return model.num_layers * num_vectors * vector
@@ -106,7 +106,7 @@ def choose(
       does not accept the model, or no path accepts the model.
   """
   _, width = kv_cache.rows_and_width(model)
-  kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
+  kv_dtype = _kv_dtype(config, dtype)
   if platform == 'cpu' and kv_dtype == jnp.bfloat16:
     kv_dtype = kv_cache.BFLOAT16_BITS
   backend = Backend(
@@ -155,6 +155,12 @@ def choose(
   return backend
 
 
+def _kv_dtype(config: engine_config.EngineConfig, dtype: Any) -> Any:
+  """Returns the dtype of pages."""
+  own = {'int8': kv_cache.INT8, 'fp8': kv_cache.FP8_BITS}
+  return own.get(config.kv_dtype, dtype)
+
+
 def _request(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,
@@ -182,7 +188,7 @@ def _largest_step(
   chunks = config.max_mixed_chunks
   context = config.context(model.max_length)
   size, width = config.page_tokens(context), config.table_width(context)
-  kv_dtype = dtype if config.kv_dtype == 'model' else kv_cache.INT8
+  kv_dtype = _kv_dtype(config, dtype)
 
   def shapes():
     (pool, *_) = kv_cache.init_pages(

@@ -208,12 +208,15 @@ _VERDICTS = {
 
 def _hints(receipt):
   """Yields what the server did with the sequence that the replay does not."""
+  from models import kv_cache
+
   if receipt.num_cached:
     yield f'{receipt.num_cached} prompt tokens came from the prefix cache'
   if receipt.num_preemptions:
     yield f'it was preempted {receipt.num_preemptions} times'
-  if receipt.numerics['kv_dtype'] == 'int8':
-    yield 'the KV cache was int8'
+  if (stored := receipt.numerics['kv_dtype']) in kv_cache.QUANTIZED:
+    name = 'fp8' if stored == kv_cache.FP8_BITS else stored
+    yield f'the KV cache was {name}'
   yield f'attention was {receipt.numerics["attention"]}'
   yield f'the device was {receipt.numerics["device"]}'
 

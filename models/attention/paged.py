@@ -213,7 +213,7 @@ def _gather_tile(pages: kv_cache.Pages, table_BL, tile, dtype):
   kv_BSYC = gather(pages.kv_PQYC)
   if pages.scale_PQY is not None:
     scale_BSY = gather(pages.scale_PQY)
-    kv_BSYC = kv_BSYC.astype(jnp.float32) * scale_BSY[..., None]
+    kv_BSYC = kv_cache.numbers(kv_BSYC) * scale_BSY[..., None]
   kv_BSYC = kv_cache.loaded(kv_BSYC, dtype)
   if num_heads == 1:  # latent attention: the keys are the values
     kv_B1SC = kv_BSYC.swapaxes(1, 2)

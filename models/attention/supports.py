@@ -253,13 +253,15 @@ def of_call(
   _, page_size, _, width = pool.shape
   tables = cache.decode_table_DL, cache.chunk_table_XL
   is_bare = pool.dtype == jnp.int8 and cache.pages.scale_PQY is None
+  is_fp8 = pool.dtype == kv_cache.FP8_BITS
+  stored = 'fp8' if is_fp8 else pool.dtype.name
   return Request(
     form=form,
     num_heads=heads,
     num_kv_heads=cache.pages.num_kv_heads,
     head_width=channels,
     dtype=q_1THC.dtype.name,
-    page_dtype='int8 without scales' if is_bare else pool.dtype.name,
+    page_dtype='int8 without scales' if is_bare else stored,
     page_width=width,
     page_size=page_size,
     pool_size=pool.size,

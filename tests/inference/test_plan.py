@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from frozen import format as frozen_format
 from hardware import compile_ahead, peaks, targets
 from inference import plan as plan_lib
 from models import flops, kv_cache
@@ -28,7 +27,6 @@ def model(tmp_path_factory):
 
 def _plan(config=None, **fields):
   config = config or frozen_dirs.config()
-  dtype = fields.get('dtype', 'bfloat16')
   return plan_lib.Plan(
     **{
       'name': 'tiny',
@@ -38,7 +36,6 @@ def _plan(config=None, **fields):
       'config': config,
       'dtype': 'bfloat16',
       'num_params': flops.num_params(config),
-      'shapes': frozen_format.abstract_params(config, dtype),
       **fields,
     }
   )

@@ -1,6 +1,7 @@
 """Serving kernels in fewer bits: one function, no float copy of a kernel."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -13,7 +14,7 @@ from frozen import (
   format as frozen_format,
   stored_kernels,
 )
-from inference import full_forward, generate, plan as plan_lib
+from inference import full_forward, generate, model_port, plan as plan_lib
 from inference.engine import (
   adapter_table,
   device_state,
@@ -26,7 +27,7 @@ from inference.engine import (
 )
 from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
-from models import kv_cache, transformer
+from models import kv_cache, reward_head, transformer
 from models.linear.stored import product
 from tests.helpers import (
   commands,
@@ -277,6 +278,20 @@ def test_adapters_compute_beside_kernels_in_fewer_bits(tmp_path):
   assert np.abs(adapted - bare).max() > 1e-2
 
 
+def test_a_reward_model_in_fewer_bits_gives_the_rewards_of_its_floats(tmp_path):
+  config = _config(num_layers=1, max_length=48)
+  head = reward_head.init(config.model_width, jax.random.key(0))
+  stored = {**_params('int8', config), 'heads': {'reward': head}}
+  found = []
+  for name, params in (('f', stored), ('g', stored_params.whole(stored))):
+    frozen_dirs.write(tmp_path / name, config=config, params=params)
+    generator = generate.load(
+      tmp_path / name, life_two.ENGINE, is_for_rewards=True
+    )
+    found.append(model_port.rewarder(generator)([_IDS[:40], _IDS[:9]]))
+  np.testing.assert_allclose(*found, atol=1e-4)
+
+
 def test_the_table_of_adapters_has_the_layers_of_the_floats():
   for scan_layers in (False, True):
     config = _config(scan_layers=scan_layers)
@@ -300,18 +315,28 @@ def test_plans_count_the_bytes_that_are_stored(tmp_path):
   )
   assert memory.plan(floats, life_two.ENGINE).weights > 5 * num_bytes
   less = plan_lib.make(str(tmp_path / 'g')).step_bytes(1, 0)
-  saved = 4 * manifest.num_params - num_bytes
+  table = stored['params']['embed']['embedding']  # of which a step reads a row
+  saved = 4 * (manifest.num_params - math.prod(table.shape))
+  saved -= num_bytes - table.nbytes
   assert plan.step_bytes(1, 0) == pytest.approx(less - saved)
 
 
-def test_serving_says_form_bits_and_bytes(tmp_path):
+def test_the_plan_says_form_bits_and_bytes(tmp_path):
   manifest = _write(tmp_path / 'f', record={'scheme': 'int4', 'method': 'rtn'})
-  done = commands.run(
-    'serve.py', f'--model={tmp_path / "f"}', '--prompt=a', '--max_tokens=2'
-  )
+  done = commands.run('serve.py', f'--model={tmp_path / "f"}', '--plan')
   text = frozen_format.storage_text(manifest)
   assert re.fullmatch(
     r'9 x int4 \(int4 rtn\): 4\.\d+ bits per weight of .*', text
   )
-  assert f'stored          {text}' in done.stdout
+  assert f'stored           {text}\n' in done.stdout
+
+
+@pytest.mark.slow
+def test_a_completion_says_form_bits_and_bytes(tmp_path):
+  manifest = _write(tmp_path / 'f')
+  done = commands.run(
+    'serve.py', f'--model={tmp_path / "f"}', '--prompt=a', '--max_tokens=2'
+  )
+  text = frozen_format.storage_text(manifest)
+  assert f'stored          {text}\n' in done.stdout
   assert 'unchanged' in done.stdout

@@ -48,7 +48,7 @@ class Blocks:
   @classmethod
   def tree_unflatten(cls, kind, children):
     """Returns the kernel of the bytes, for JAX."""
-    return cls(*children, kind)
+    return cls(children[0], kind)
 
   @property
   def shape(self) -> tuple[int, ...]:

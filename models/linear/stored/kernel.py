@@ -69,7 +69,7 @@ class Kernel:
     Raises:
       ValueError: they do not.
     """
-    kernel = cls(values, scales, mins, order, gain, form, tuple(tile))
+    kernel = cls(values, scales, mins, order, gain, form, (tile[0], tile[1]))
     expect.one_of('form', form, FORMS)
     dtype = jnp.dtype(jnp.uint8 if form in PACKED else _BYTES[form])
     _expect('dtype of values', jnp.dtype(values.dtype), dtype)
@@ -127,18 +127,20 @@ class Kernel:
 
     if self.tile[0] > 1:  # the part may begin within a tile
       return self.columns(start + jnp.arange(size))
-    arrays = (
+    values, scales, mins = (
       None
       if x is None
       else jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2)
       for x in (self.values, self.scales, self.mins)
     )
-    return Kernel(*arrays, self.order, self.gain, self.form, self.tile)
+    return Kernel(
+      values, scales, mins, self.order, self.gain, self.form, self.tile
+    )
 
   def columns(self, ids: jax.Array) -> 'Kernel':
     """Returns the columns of the ids [n], in that order."""
     tile_out, tile_in = self.tile
-    arrays = (
+    values, scales, mins = (
       None if x is None else jnp.take(x, rows, x.ndim - 2, mode='clip')
       for x, rows in (
         (self.values, ids),
@@ -146,7 +148,9 @@ class Kernel:
         (self.mins, ids // tile_out),
       )
     )
-    return Kernel(*arrays, self.order, self.gain, self.form, (1, tile_in))
+    return Kernel(
+      values, scales, mins, self.order, self.gain, self.form, (1, tile_in)
+    )
 
   def rows(self, dtype: Any) -> jax.Array:
     """Returns the rows as they lie, dequantised in float32, [..., out, in]."""

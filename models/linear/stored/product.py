@@ -1,8 +1,9 @@
 """The product with a stored kernel: the port `Execution.linear` of such ones.
 
-No float copy of a whole matrix is made, unless it is small: a block of columns
-after the other is dequantised and multiplied. The backward pass dequantises the
-blocks again. There is a gradient of the input, and none of the kernel.
+On one device no float copy of a whole matrix is made, unless it is small: a
+block of columns after the other is dequantised and multiplied. The backward
+pass dequantises the blocks again. There is a gradient of the input, and none of
+the kernel.
 """
 
 from collections.abc import Callable
@@ -162,6 +163,8 @@ def _block(w_IO: Stored, start: Any, size: int, dtype: Any) -> jax.Array:
 def _block_columns(w_IO: Stored) -> int:
   """Returns the columns of a block: all, or some that fit a cache."""
   rows, columns = w_IO.shape[-2:]
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return columns  # the devices of a mesh may each have a part of the columns
   if 4 * math.prod(w_IO.shape) <= _BLOCK_BYTES:
     return columns
   fitting = _BLOCK_BYTES // (4 * rows)

@@ -402,3 +402,10 @@ def test_int8_pages_are_within_their_bound_and_do_round():
   # logits are large. Measured: 0.015 and 0.063.
   assert 1e-3 < np.sqrt(np.mean(errors**2)) < 0.03
   assert errors.max() < 0.15
+
+
+def test_fp8_pages_are_within_their_bound_and_do_round():
+  errors = _errors(reference_engine.engine(**_SIMPLE, kv_dtype='fp8'))
+  # A channel has 4 bits: it is off by up to 1/16 of itself.
+  assert 1e-3 < np.sqrt(np.mean(errors**2)) < 0.15
+  assert errors.max() < 0.8

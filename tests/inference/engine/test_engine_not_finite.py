@@ -26,6 +26,11 @@ _LAYOUTS = {
     'numerics': 'fast',
     'kv_dtype': 'int8',
   },
+  'fast, in fp8': {
+    **reference_engine.TIGHT,
+    'numerics': 'fast',
+    'kv_dtype': 'fp8',
+  },
 }
 
 

@@ -67,6 +67,8 @@ def test_pages_of_bfloat16_are_bits_on_a_cpu():
     ('cpu', 'bfloat16', {}, 'uint16'),
     ('cpu', 'float32', {}, 'float32'),
     ('cpu', 'bfloat16', {'kv_dtype': 'int8'}, 'int8'),
+    ('cpu', 'bfloat16', {'kv_dtype': 'fp8'}, 'uint8'),
+    ('gpu', 'bfloat16', {'kv_dtype': 'fp8'}, 'uint8'),
     ('cpu', 'bfloat16', {'numerics': 'invariant'}, 'uint16'),
     ('gpu', 'bfloat16', {}, 'bfloat16'),
     ('tpu', 'bfloat16', {}, 'bfloat16'),

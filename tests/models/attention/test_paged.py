@@ -33,9 +33,9 @@ class _Case:
     num_pages = batch * per_sequence + 1
     self.table_BL = 1 + rng.permutation(num_pages - 1).reshape(batch, -1)
     shape = num_pages, page_size, 2 * _NUM_KV, _WIDTH
-    is_int8 = jnp.dtype(dtype) == jnp.int8
+    has_scale = jnp.dtype(dtype).name in kv_cache.QUANTIZED
     self.pages = kv_cache.Pages(
-      jnp.zeros(shape, dtype), jnp.zeros(shape[:3]) if is_int8 else None
+      jnp.zeros(shape, dtype), jnp.zeros(shape[:3]) if has_scale else None
     )
     for row, length in enumerate(lengths):
       self._fill(row, length)
@@ -145,8 +145,33 @@ def test_int8_pages_are_within_the_stated_bound():
   assert 1e-5 < np.abs(paged - dense).max() < 0.02  # values are about 1
 
 
-def test_zeros_are_stored_as_zeros():
-  codes, scale = kv_cache.quantize(jnp.zeros((2, 4)))
+def test_fp8_pages_are_within_the_stated_bound():
+  case, exact = _Case(16, [100], dtype=kv_cache.FP8_BITS), _Case(16, [100])
+  stored = kv_cache.numbers(case.pages.kv_PQYC)
+  stored = np.asarray(stored * case.pages.scale_PQY[..., None])
+  expected = np.asarray(exact.pages.kv_PQYC)
+  # The smallest number of e4m3 is 2**-9, of a largest of 448.
+  smallest = np.abs(expected).max(-1, keepdims=True) / 448 / 2**9
+  bound = np.maximum(np.abs(expected) / 16, smallest / 2)
+  assert (np.abs(stored - expected) <= bound * (1 + 1e-5)).all()
+  q_B1HC = _normal(np.random.default_rng(1), 1, 1, _HEADS, _WIDTH)
+  dense, paged = _both(case, q_B1HC, jnp.asarray([[99]]))
+  assert 1e-5 < np.abs(paged - dense).max() < 0.1  # values are about 1
+
+
+def test_the_largest_of_fp8_is_no_nan():
+  x = (
+    jnp.asarray([[3.0000002, -3.0, 0.1]])
+    * jnp.geomspace(1e-30, 1e30, 61)[:, None]
+  )
+  codes, scale = kv_cache.quantize(x, kv_cache.FP8_BITS)
+  found = kv_cache.numbers(codes) * scale[:, None]
+  np.testing.assert_allclose(found, x, rtol=1 / 16)
+
+
+@pytest.mark.parametrize('dtype', kv_cache.QUANTIZED)
+def test_zeros_are_stored_as_zeros(dtype):
+  codes, scale = kv_cache.quantize(jnp.zeros((2, 4)), dtype)
   assert not codes.any()
   assert not scale.any()
 

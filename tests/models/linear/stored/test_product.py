@@ -130,6 +130,25 @@ def test_a_compiled_product_makes_no_float_copy(name, dtype, num_rows):
     assert memory.temp_size_in_bytes < 0.85 * rows * columns * 2
 
 
+def test_devices_that_have_a_part_of_the_columns_each_multiply_theirs():
+  kernel = _stored('int8', 1024, 2048)
+  mesh = jax.make_mesh((2,), ('tensor',), devices=jax.devices()[:2])
+  split = jax.NamedSharding(mesh, jax.P('tensor', None))
+  whole = jax.NamedSharding(mesh, jax.P())
+  x = jax.device_put(_normal(4, 1024), whole)
+
+  def multiply(x, kernel):
+    return product.linear(x, kernel, None, jnp.float32)
+
+  expected = multiply(_normal(4, 1024), kernel)
+  with jax.set_mesh(mesh):
+    kernel = jax.device_put(kernel, split)
+    compiled = jax.jit(multiply).lower(x, kernel).compile()
+  assert 'all-gather' not in compiled.as_text()
+  found = compiled(x, kernel)
+  np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def test_an_invariant_product_does_not_depend_on_the_other_rows(monkeypatch):
   monkeypatch.setattr(product, '_BLOCK_BYTES', 16 * 64 * 4)
   kernel, x = _stored('int4'), _normal(33, 64, seed=1)
