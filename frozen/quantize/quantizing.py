@@ -180,14 +180,9 @@ def quantised(
     tell: receives a line per layer.
 
   Raises:
-    ValueError: a kernel cannot be stored in the scheme, or the method does not
-      have the kind of attention of the model.
+    ValueError: a kernel cannot be stored in the scheme, or its input not be
+      scaled by the method.
   """
-  if config.latent_width and method in ('awq', 'smoothquant'):
-    raise ValueError(
-      f'--method: got {method} for latent attention, expected rtn or gptq: the'
-      ' inputs of its kernels have no norm of their own to fold scales into'
-    )
   tree = params['params']
   outer = {name: x for name, x in tree.items() if not _is_layer(name)}
   drawn, new = (

@@ -27,6 +27,11 @@ from models.linear.stored import round as rounding
 
 _POWERS = 20  # of AWQ, from 0 to 1, as in its code
 _ALPHA = 0.5  # of SmoothQuant
+# All that a layer may have, so that no other reader of an input is missed.
+_KERNELS = {
+  *(f'attention/{name}/kernel' for name in ('query', 'key', 'value', 'out')),
+  *(f'mlp/{name}/kernel' for name in ('up', 'gate', 'down')),
+}
 
 Layer = Mapping[str, Any]  # params of a layer by path, 'mlp/up/kernel'
 Moments = Mapping[str, activations.Moments]
@@ -45,7 +50,16 @@ def places(config: model_config.ModelConfig, moments: Moments) -> list[Place]:
   Args:
     config: of the model.
     moments: of the layer's kernels.
+
+  Raises:
+    ValueError: there are kernels with other makers, as in latent attention.
   """
+  if others := sorted(set(moments) - _KERNELS):
+    raise ValueError(
+      f'--method: got awq or smoothquant for {others[0]}, expected a layer'
+      ' whose inputs are made by its two norms and its gated MLP alone; take'
+      ' rtn or gptq'
+    )
   found = []
   if config.norm_place != 'after':  # else the input is the residual stream
     for maker, owner, output in (

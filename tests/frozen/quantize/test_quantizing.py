@@ -139,7 +139,7 @@ def test_latent_attention_has_gptq_and_no_scales(tmp_path, text):
     latent_width=8, rotary_width=4, num_kv_heads=4, head_width=10, value_width=6
   )
   frozen_dirs.write(tmp_path / 'float', config=config)
-  with pytest.raises(ValueError, match='got awq for latent attention'):
+  with pytest.raises(ValueError, match='for attention/key_rope/kernel, exp'):
     _quantise(tmp_path, text, 'int8', 'awq')
   manifest, _ = _quantise(tmp_path, text, 'int8', 'gptq')
   stored = manifest.quantization['kernels']
@@ -200,6 +200,7 @@ def _command(tmp_path, **fields):
     'source': tmp_path / 'float',
     'out': tmp_path / 'out',
     'scheme': 'int4',
+    'method': 'rtn',
     'rows': 8,
     'length': 32,
     'text': tmp_path / 'squares.txt',

@@ -55,18 +55,9 @@ def test_kept_blocks_come_out_with_the_same_bytes(tmp_path, monkeypatch, kind):
   assert _bytes(tmp_path / 'b.gguf') == _bytes(path)
 
 
-@pytest.mark.parametrize('kind', ['Q4_1', 'Q5_0'])
-def test_blocks_are_kept_where_they_are_fast(tmp_path, monkeypatch, kind):
-  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch, kind=kind)
-  result = reading.import_file(path, tmp_path / 'ours')
-  is_kept = result.manifest.quantization['kind'] == 'stored'
-  assert is_kept == (kind == 'Q4_1')
-  assert is_kept or 'Q5_0 became floats' in result.notes[0]
-
-
-def test_float_weights_are_chosen_at_an_import(tmp_path, monkeypatch):
+def test_blocks_become_floats_unless_they_are_asked_for(tmp_path, monkeypatch):
   path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch)
-  reading.import_file(path, tmp_path / 'ours', weights='float')
+  reading.import_file(path, tmp_path / 'ours')
   manifest = frozen_format.read(tmp_path / 'ours').manifest
   assert manifest.quantization == {'kind': 'none'}
   with pytest.raises(ValueError, match="weights: got 'int8', expected one of"):
@@ -75,7 +66,7 @@ def test_float_weights_are_chosen_at_an_import(tmp_path, monkeypatch):
 
 def test_kept_blocks_are_dequantised_for_another_kind(tmp_path, monkeypatch):
   path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch, kind='Q8_0')
-  reading.import_file(path, tmp_path / 'ours')
+  reading.import_file(path, tmp_path / 'ours', weights='kept')
   writing.export_file(tmp_path / 'ours', tmp_path / 'b.gguf', kind='F32')
   source, pieces = reading.open_file(path)
   again, _ = reading.open_file(tmp_path / 'b.gguf')
