@@ -35,13 +35,14 @@ MODEL_TYPES: Mapping[str, str] = {
 }
 _TABLE = 'token_embd.weight'
 _LAYERS_27B = {'gemma2': 46, 'gemma3': 62}  # their scores have another scale
-# Fields that say how a model was made, or repeat what a family always does.
-_WITHOUT_EFFECT = (
-  'rope.scaling.finetuned',
-  'attention.causal',
-  'expert_group_count',
-  'expert_group_used_count',
-)
+_WITHOUT_EFFECT = 'rope.scaling.finetuned'  # says how a model was made
+# Fields that most files leave out, with the values that change nothing. Tokens
+# choose among all experts if these are in one group.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'attention.causal': (True,),
+  'expert_group_count': (1, 0),
+  'expert_group_used_count': (1, 0),
+}
 
 
 class Metadata:
@@ -110,8 +111,9 @@ class Metadata:
 
   def finish(self) -> None:
     """Raises ValueError if fields are left that were not taken."""
-    for name in _WITHOUT_EFFECT:
-      self._rest.pop(name, None)
+    self._rest.pop(_WITHOUT_EFFECT, None)
+    for name, allowed in _NEUTRAL.items():
+      self.expect(name, *allowed)
     if self._rest:
       names = ', '.join(f'{self.architecture}.{x}' for x in sorted(self._rest))
       raise ValueError(

@@ -13,7 +13,8 @@ from frozen.huggingface.gguf import (
 )
 from text import hf_files, hf_tokenizer
 
-_NORMAL, _UNKNOWN = 1, 2
+_NORMAL = 1  # kind of a token
+_MORE_ENDS = ('eot_token_id', 'eom_token_id')  # behind eos_token_id
 
 
 def fields(
@@ -23,8 +24,8 @@ def fields(
   num_ids: int,
   stop_ids: list[int],
   chat_template: str,
-) -> dict[str, Any]:
-  """Returns the fields of a tokenizer.
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns the fields of a tokenizer, and notes for the user.
 
   Args:
     tokenizer: of the model.
@@ -56,12 +57,23 @@ def fields(
     if token in specification.specials:
       found[key] = specification.specials[token]
   found.setdefault('eos_token_id', tokenizer.eos_id)
-  if others := [i for i in stop_ids if i != found['eos_token_id']]:
-    found['eot_token_id'] = others[0]
+  others = [i for i in stop_ids if i != found['eos_token_id']]
+  found |= dict(zip(_MORE_ENDS, others, strict=False))
+  notes = []
+  if lost := others[len(_MORE_ENDS) :]:
+    notes.append(
+      f'stop ids {lost} are not in the file: it has places for'
+      f' {1 + len(_MORE_ENDS)}'
+    )
+  if (model.get('normalizer') or {}).get('type') == 'NFC':
+    notes.append(
+      'llama.cpp does not normalise text: it has other tokens for letters whose'
+      ' accents are characters of their own'
+    )
   named = {f'tokenizer.ggml.{name}': value for name, value in found.items()}
   if chat_template:
     named['tokenizer.chat_template'] = chat_template
-  return named
+  return named, notes
 
 
 def _bpe(model: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
@@ -75,7 +87,6 @@ def _bpe(model: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
       ' expected one that llama.cpp has a name for'
     )
   normalizer = model.get('normalizer')
-  # llama.cpp does not normalise; most text is in NFC already.
   if normalizer is not None and normalizer.get('type') != 'NFC':
     raise ValueError(
       f'got the normalizer {expect.shown(normalizer)}, expected none or NFC'

@@ -27,7 +27,7 @@ from frozen.huggingface.gguf import (
   token_fields,
 )
 from models import layout
-from models.linear.stored import tree as stored_tree
+from models.linear.stored import kernel as kernel_lib, tree as stored_tree
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
 
 # Kinds that matrices can be written in.
@@ -107,27 +107,40 @@ def export_file(
     prefix='.partial_', dir=target.parent
   ) as partial:
     path = pathlib.Path(partial, target.name)
-    writer = _writer(library, path, fields)
-    for theirs, x in described.factors.items():
-      writer.add_tensor_info(theirs, x.shape, x.dtype, x.nbytes)
-    for each in planned:
-      writer.add_tensor_info(
-        each.piece.theirs,
-        each.byte_shape,
-        np.dtype(np.uint8),
-        int(np.prod(each.byte_shape)),
-        raw_dtype=library.GGMLQuantizationType[each.kind],
-      )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for x in described.factors.values():
-      writer.write_tensor_data(x)
-    for x in _rows(planned, leaves, library):
-      writer.write_tensor_data(x)
-    writer.close()
+    _write(path, library, fields, described.factors, planned, leaves)
     os.replace(path, target)
-  return exporting.Exported(described.model_type, [*notes, *more])
+  notes += [*_notes(planned, leaves, kind), *more]
+  return exporting.Exported(described.model_type, notes)
+
+
+def _write(
+  path: pathlib.Path,
+  library: Any,
+  fields: Mapping[str, Any],
+  factors: Mapping[str, np.ndarray],
+  planned: list[_Planned],
+  leaves: Mapping[str, Any],
+) -> None:
+  """Writes a file; matrices are made one after the other."""
+  writer = _writer(library, path, fields)
+  for theirs, x in factors.items():
+    writer.add_tensor_info(theirs, x.shape, x.dtype, x.nbytes)
+  for each in planned:
+    writer.add_tensor_info(
+      each.piece.theirs,
+      each.byte_shape,
+      np.dtype(np.uint8),
+      int(np.prod(each.byte_shape)),
+      raw_dtype=library.GGMLQuantizationType[each.kind],
+    )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  for x in factors.values():
+    writer.write_tensor_data(x)
+  for x in _rows(planned, leaves, library):
+    writer.write_tensor_data(x)
+  writer.close()
 
 
 def _optional(config) -> dict[str, header_lib.Listed]:
@@ -165,6 +178,20 @@ def _planned(
   elif shape[-1] % numbers:
     kind = 'F16'
   return _Planned(piece, shape, kind)
+
+
+def _notes(
+  planned: list[_Planned], leaves: Mapping[str, Any], kind: str
+) -> Iterator[str]:
+  """Yields what is written otherwise than the user may expect."""
+  forms = {
+    leaf.form for leaf in leaves.values() if isinstance(leaf, kernel_lib.Kernel)
+  }
+  if forms:
+    yield f'kernels in {", ".join(sorted(forms))} became floats first'
+  num = sum(each.kind == 'F16' for each in planned)
+  if num and kind not in ('auto', 'F16'):
+    yield f'{num} matrices are in F16: their rows are no whole blocks of {kind}'
 
 
 def _shape(path: str, leaf: Any) -> tuple[int, ...]:
@@ -214,7 +241,7 @@ def _token_fields(
       num_ids=num_ids,
       stop_ids=list(frozen.generation.get('stop_ids', ())),
       chat_template=frozen.chat_template,
-    ), []
+    )
   except ValueError as error:
     note = f'no tokenizer was written, llama.cpp has none like it: {error}'
     return {'tokenizer.ggml.model': 'none'}, [note]

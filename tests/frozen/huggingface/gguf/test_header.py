@@ -103,7 +103,8 @@ def test_tensors_lie_where_the_file_says(tmp_path):
 
 
 _HUGE = 2**63
-# Bytes: other threads of the process are counted, too.
+# Bytes. The files have less than a page; sizes that they claim have 8 EiB.
+# Other threads of the process are counted, too.
 _SMALL = 2**24
 _BAD_STRING = struct.pack('<Q', _HUGE)
 

@@ -7,7 +7,12 @@ import pytest
 
 from frozen import format as frozen_format
 from frozen.huggingface import importing, layouts
-from frozen.huggingface.gguf import names, reading
+from frozen.huggingface.gguf import (
+  families,
+  header as header_lib,
+  names,
+  reading,
+)
 from models.attention import rope_scaling
 from tests.helpers import frozen_dirs, hf_files, tiny_models
 
@@ -215,3 +220,24 @@ def test_what_cannot_be_read_is_named(tmp_path):
     reading.open_file(path)
   with pytest.raises(FileNotFoundError, match='got no such file, expected a'):
     reading.open_file(tmp_path / 'b.gguf')
+
+
+@pytest.mark.parametrize(
+  ('name', 'neutral', 'value'),
+  [
+    ('attention.causal', True, False),
+    ('expert_group_count', 1, 2),
+    ('expert_group_used_count', 0, 4),
+  ],
+)
+def test_a_field_with_an_effect_is_refused(tmp_path, name, neutral, value):
+  _write(tmp_path / 'a.gguf')
+  header = header_lib.read(tmp_path / 'a.gguf')
+
+  def read(value):
+    fields = {**header.fields, f'llama.{name}': value}
+    return families.read(dataclasses.replace(header, fields=fields))
+
+  assert read(neutral) == families.read(header)
+  with pytest.raises(ValueError, match=f'got llama.{name} = {value}, expected'):
+    read(value)

@@ -1,18 +1,31 @@
 """Exports to GGUF files, and blocks that an import keeps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from frozen import format as frozen_format
 from frozen.huggingface import config_json, importing
-from frozen.huggingface.gguf import header as header_lib, reading, writing
+from frozen.huggingface.gguf import (
+  header as header_lib,
+  reading,
+  token_fields,
+  writing,
+)
 from models.linear.stored import blocks as blocks_lib
 from tests.frozen.huggingface.gguf import (
   test_architectures,
   test_reading,
   test_tokenizer,
 )
-from tests.helpers import frozen_dirs, open_weights, tiny_models
+from tests.helpers import (
+  frozen_dirs,
+  open_weights,
+  stored_params,
+  tiny_models,
+)
+from text import hf_files, hf_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
 
@@ -135,6 +148,36 @@ def test_every_architecture_is_written_as_it_is_read(
     x, y = (np.frombuffer(d, np.float32) for d in (data, ours[tensor][2]))
     # One was added to norms and taken away again.
     np.testing.assert_allclose(y, x, atol=1e-7, err_msg=tensor)
+
+
+def test_a_change_on_the_way_out_is_told(tmp_path):
+  config = dataclasses.replace(test_reading.CONFIG, mlp_width=40)
+  params = stored_params.stored(frozen_dirs.params(config), 'int8')
+  _freeze(tmp_path / 'ours', config, params)
+  exported = writing.export_file(
+    tmp_path / 'ours', tmp_path / 'b.gguf', kind='Q8_0'
+  )
+  assert 'kernels in int8 became floats first' in exported.notes
+  # Down: its rows have 40 numbers.
+  assert any(
+    note.startswith(f'{config.num_layers} matrices are in F16')
+    for note in exported.notes
+  )
+
+
+def test_every_end_of_a_text_is_written_or_told(tmp_path, monkeypatch):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch)
+  reading.import_file(path, tmp_path / 'ours')
+  tokenizer_dir = frozen_format.read(tmp_path / 'ours').tokenizer_dir
+  specification = hf_files.specification(hf_files.read_saved(tokenizer_dir))
+  tokenizer = hf_tokenizer.load(tokenizer_dir)
+  ends = [tokenizer.eos_id, 5, 6, 7, 8]
+  found, notes = token_fields.fields(
+    tokenizer, specification, num_ids=400, stop_ids=ends, chat_template=''
+  )
+  assert found['tokenizer.ggml.eot_token_id'] == 5
+  assert found['tokenizer.ggml.eom_token_id'] == 6
+  assert any('stop ids [7, 8] are not in the file' in note for note in notes)
 
 
 def test_an_export_that_cannot_be_is_refused(tmp_path):
