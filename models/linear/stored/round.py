@@ -54,19 +54,13 @@ SCHEMES: Mapping[str, Scheme] = {
 def by_scheme(w_IO: Any, scheme: str) -> kernel_lib.Kernel:
   """Returns a kernel [..., in, out] as a scheme stores it.
 
-  Where its tile does not divide the rows, the largest divisor below it is
-  taken.
+  The last tile is smaller where the scheme's tile does not divide the inputs.
   """
   expect.one_of('scheme', scheme, SCHEMES)
   wanted = SCHEMES[scheme]
   rows = w_IO.shape[-2]
-  tile = (1, divisor(rows, wanted.tile_in or rows))
+  tile = (1, min(rows, wanted.tile_in or rows))
   return quantise(w_IO, wanted.form, tile, scales=wanted.scales)
-
-
-def divisor(size: int, at_most: int) -> int:
-  """Returns the largest divisor of a size that is no larger than `at_most`."""
-  return next(n for n in range(min(size, at_most), 0, -1) if not size % n)
 
 
 def quantise(

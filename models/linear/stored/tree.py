@@ -44,7 +44,9 @@ def given(module: nn.Module, name: str) -> Any:
 
 def as_base(w_IO: Any, form: str) -> kernel_lib.Kernel:
   """Returns a kernel [..., in, out] as a base of QLoRA is stored."""
-  tile = rounding.divisor(w_IO.shape[-2], _BASE_TILE)
+  rows = w_IO.shape[-2]
+  # The largest divisor, on which runs that resume rely, too.
+  tile = next(n for n in range(min(rows, _BASE_TILE), 0, -1) if not rows % n)
   return rounding.quantise(w_IO, form, (1, tile), largest=BASES[form])
 
 

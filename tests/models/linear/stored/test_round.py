@@ -64,6 +64,22 @@ def test_a_scheme_has_its_bits_and_its_error(scheme, bits, error):
 
 
 @pytest.mark.parametrize('scheme', rounding.SCHEMES)
+def test_inputs_that_no_tile_divides_cost_as_many_bits(scheme):
+  # 514 has the divisors 2 and 257 alone.
+  odd, even = (
+    rounding.by_scheme(_kernel(rows, 64), scheme) for rows in (514, 512)
+  )
+  assert odd.tile[1] >= min(odd.shape[0], even.tile[1])
+  assert odd.bits == pytest.approx(even.bits, rel=0.06)  # a tile of 2 per row
+  errors = [
+    np.linalg.norm(kernel.whole(jnp.float32) - _kernel(*kernel.shape))
+    / np.linalg.norm(_kernel(*kernel.shape))
+    for kernel in (odd, even)
+  ]
+  assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+@pytest.mark.parametrize('scheme', rounding.SCHEMES)
 def test_stacked_kernels_are_rounded_one_by_one(scheme):
   w_NIO = _kernel(3, 64, 8) * jnp.array([1, 30, 0.1])[:, None, None]
   stack = rounding.by_scheme(w_NIO, scheme)
