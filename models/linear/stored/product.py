@@ -6,7 +6,6 @@ pass dequantises the blocks again. There is a gradient of the input, and none of
 the kernel.
 """
 
-from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -18,17 +17,11 @@ from models.linear import plain
 from models.linear.stored import blocks as blocks_lib, kernel as kernel_lib
 
 Stored = kernel_lib.Kernel | blocks_lib.Blocks
-# (x[..., I], kernel) -> float32 y[..., O], or None for a kernel or a shape that
-# it does not compute. The columns of x are in the order of the stored rows.
-Native = Callable[[jax.Array, Stored], jax.Array | None]
 
 # Bytes of a block of columns in float32, which a cache of a core holds. A
 # matrix of no more is one block.
 _BLOCK_BYTES = 2**20
 _COLUMNS = 16  # a block has a multiple of them
-
-# Kernels of machine code, by the platform of `jax.lax.platform_dependent`.
-native: dict[str, Native] = {}
 
 
 def linear(
@@ -45,8 +38,7 @@ def linear(
     w_IO: a stored kernel.
     bias_O: None if there is none.
     dtype: of the result.
-    multiply: the port that multiplies by a block of floats. Native kernels
-      compute in place of `models.linear.plain.linear` alone.
+    multiply: the port that multiplies by a block of floats.
   """
   y: Any = _product(x, w_IO, jnp.dtype(dtype), multiply)
   if bias_O is not None:
@@ -63,39 +55,18 @@ def unembed(
     hidden: final hidden states.
     table_DV: the table of the head, as the kernel of this product.
     dtype: of the computation.
-    port: `Execution.unembed`. Native kernels compute in place of
-      `models.linear.plain.unembed` alone.
+    port: `Execution.unembed`.
   """
 
   def multiply(x, w_IB, _, dtype):
     return port(x, w_IB.T, dtype)
 
-  is_plain = port is plain.unembed
-  return _computed(hidden, table_DV, dtype, multiply, is_plain, jnp.float32)
+  return _computed(hidden, table_DV, dtype, multiply)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, w_IO, dtype, multiply):
-  is_plain = multiply is plain.linear
-  return _computed(x, w_IO, dtype, multiply, is_plain, dtype)
-
-
-def _computed(x, w_IO, dtype, multiply, is_plain: bool, result_dtype):
-  if w_IO.order is not None:
-    x = jnp.take(x, w_IO.order, axis=-1)
-  in_blocks = functools.partial(_in_blocks, dtype=dtype, multiply=multiply)
-  able = {
-    platform: functools.partial(_natively, compute, result_dtype)
-    for platform, compute in native.items()
-    if is_plain and jax.eval_shape(compute, x, w_IO) is not None
-  }
-  if not able:
-    return in_blocks(x, w_IO)
-  return jax.lax.platform_dependent(x, w_IO, default=in_blocks, **able)
-
-
-def _natively(compute, dtype, x, w_IO):
-  return compute(x, w_IO).astype(dtype)
+  return _computed(x, w_IO, dtype, multiply)
 
 
 def _forward(x, w_IO, dtype, multiply):
@@ -134,8 +105,10 @@ def _backward(dtype, multiply, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 
-def _in_blocks(x, w_IO, *, dtype, multiply):
-  """Returns the product; x has its columns in the order of the rows."""
+def _computed(x, w_IO, dtype, multiply):
+  """Returns the product, one block of columns after the other."""
+  if w_IO.order is not None:
+    x = jnp.take(x, w_IO.order, axis=-1)
   columns, size = w_IO.shape[-1], _block_columns(w_IO)
 
   def block(start, size):

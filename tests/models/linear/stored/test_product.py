@@ -9,7 +9,6 @@ from models import invariant
 from models.linear import plain
 from models.linear.stored import (
   blocks as blocks_lib,
-  kernel as kernel_lib,
   product,
   round as rounding,
 )
@@ -160,31 +159,3 @@ def test_an_invariant_product_does_not_depend_on_the_other_rows(monkeypatch):
   together = multiply(x)
   for row in (0, 17, 32):
     np.testing.assert_array_equal(multiply(x[row : row + 1])[0], together[row])
-
-
-def test_a_native_kernel_computes_what_it_can(monkeypatch):
-  asked = []
-
-  def compute(x, kernel):
-    asked.append(kernel)
-    if not isinstance(kernel, kernel_lib.Kernel) or kernel.form != 'int8':
-      return None
-    return 7 * jnp.ones((*x.shape[:-1], kernel.shape[-1]), jnp.float32)
-
-  monkeypatch.setitem(product.native, 'cpu', compute)
-  x = _normal(3, 64)
-  found = product.linear(x, _stored('int8'), None, jnp.bfloat16)
-  assert found.dtype == jnp.bfloat16
-  assert np.all(np.asarray(found) == 7)
-  other = _stored('int4')
-  np.testing.assert_array_equal(
-    product.linear(x, other, None, jnp.float32),
-    plain.linear(x, other.whole(jnp.float32), None, jnp.float32),
-  )
-  count = len(asked)
-  # A port with its own numerics multiplies by itself.
-  found = product.linear(
-    x, _stored('int8'), None, jnp.float32, invariant.linear
-  )
-  assert len(asked) == count
-  assert not np.all(np.asarray(found) == 7)
