@@ -4,7 +4,9 @@ Weights are random with a large standard deviation: the output is nonsense, but
 it differs from token to token and from prompt to prompt.
 """
 
+from collections.abc import Iterator
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +70,30 @@ def write(directory: pathlib.Path, **overrides) -> manifest_lib.Manifest:
     'generation': {'temperature': 0.9, 'max_tokens': 12, 'stop': []},
   }
   return frozen_format.write(directory, **{**fields, **overrides})
+
+
+def damaged(
+  original: pathlib.Path, copies: pathlib.Path
+) -> Iterator[tuple[pathlib.Path, str]]:
+  """Yields copies of a directory with one damaged file each, and its name.
+
+  Every file is altered in one byte, cut by a byte, and removed.
+  """
+  names = [
+    path.relative_to(original).as_posix()
+    for path in sorted(original.rglob('*'))
+    if path.is_file()
+  ]
+  for i, name in enumerate(names):
+    for damage in ('alter', 'truncate', 'remove'):
+      directory = shutil.copytree(original, copies / f'{i}{damage}')
+      path = directory / name
+      data = path.read_bytes()
+      if damage == 'alter':
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if data else b'x')
+      elif damage == 'truncate' and data:
+        # The last two bytes of the manifest are a brace and a line's end.
+        path.write_bytes(data[:-1] if name != 'manifest.json' else data[:-3])
+      else:
+        path.unlink()
+      yield directory, path.name
