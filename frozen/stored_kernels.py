@@ -12,9 +12,8 @@
       "record": {"scheme": "int4", "method": "rtn"}
     }
 
-Without such kernels the field is {"kind": "none"}, as code of before wrote it;
-that code refuses a directory with some, since it knows no such arrays. The
-shapes follow from the model. The arrays lie under the path of the kernel:
+Without such kernels the field is {"kind": "none"}. Shapes are not listed: they
+follow from the model. The arrays lie under the path of the kernel:
 `.../kernel/values`, `.../kernel/scales`, of blocks `.../kernel/data`. A table,
 [V, D], is the kernel of its product: rows of D numbers, V of them.
 """

@@ -1,9 +1,10 @@
 """GPTQ: the inputs that are not rounded yet make up for the errors so far.
 
-The inputs of a kernel are rounded one after the other. Each error is spread
-over those that follow, so that the output on the calibration text changes
-least. The inputs with the largest second moment come first; scales are those of
-rounding to nearest, so this order needs no table beside the weights.
+The weights of a kernel are rounded input by input. After each input, the
+weights of the inputs that are left change a little, so that the kernel's output
+on the calibration text stays close to the original. The inputs with the largest
+second moment come first. Scales are those of rounding to nearest, so this order
+needs no table beside the weights.
 
 Reference: Frantar et al., arXiv:2210.17323, algorithm 1; the order and the
 scales are the options `act_order` and `static_groups` of its code.

@@ -21,7 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from checks import expect
-from frozen import format as frozen_format, manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  stored_kernels,
+)
 from frozen.quantize import activations, calibration, gptq, quality, scaling
 from models import layout, model_config
 from models.linear.stored import (
@@ -140,7 +144,7 @@ def check_source(opened: frozen_format.Opened) -> None:
       f'--source: got {opened.directory}, {got}, expected {expected}; {fix}'
     )
 
-  if manifest.quantization != {'kind': 'none'}:
+  if manifest.quantization != stored_kernels.NONE:
     refuse(
       'whose kernels are quantised already',
       'weights in floats',

@@ -92,8 +92,8 @@ class EngineConfig:
   kv_dtype: str = flag_field.field(
     'model',
     'Dtype of the KV cache: model (the dtype of the computation), int8 or fp8'
-    ' (e4m3; both with a float32 scale per token and head). These hold more'
-    ' tokens; fp8 suits channels of very different sizes.',
+    ' (e4m3). Both have a float32 scale per token and head, and hold more'
+    ' tokens.',
   )
   numerics: str = flag_field.field(
     'fast',

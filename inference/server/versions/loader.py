@@ -90,7 +90,9 @@ class Loader:
   def load_asked(
     self, path: str, name: str, *, kv_memory: str | None
   ) -> service.ServedModel:
-    """Returns a model that was asked for over HTTP; `check_memory` is left.
+    """Returns a model that was asked for over HTTP.
+
+    Its memory is not checked yet, see `check_memory`.
 
     Args:
       path: of the frozen directory, below `models_root`.

@@ -1,4 +1,4 @@
-"""Moments of the kernels' inputs, beside those that Flax intercepts."""
+"""Moments of kernel inputs equal those of inputs that Flax captures."""
 
 from flax import linen as nn
 import jax.numpy as jnp

@@ -212,6 +212,7 @@ def _command(tmp_path, **fields):
   )
 
 
+@pytest.mark.slow
 def test_the_command_says_the_quality_and_so_does_a_server(tmp_path, text):
   frozen_dirs.write(tmp_path / 'float', config=_config())
   done = _command(tmp_path)
