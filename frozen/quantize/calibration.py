@@ -109,6 +109,10 @@ def _read(path: str) -> bytes:
 
     topics = module.topics
     return '\n'.join(topics[name] for name in sorted(topics)).encode()
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f'--text: got {path}, which is no file, expected a text in UTF-8'
+    )
   with pathlib.Path(path).open('rb') as file:
     text = file.read(_MOST_BYTES)
   try:

@@ -27,7 +27,7 @@ from frozen.huggingface.gguf import (
   token_fields,
 )
 from models import layout
-from models.linear.stored import kernel as kernel_lib, tree as stored_tree
+from models.linear.stored import tree as stored_tree
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
 
 # Kinds that matrices can be written in.
@@ -109,7 +109,7 @@ def export_file(
     path = pathlib.Path(partial, target.name)
     _write(path, library, fields, described.factors, planned, leaves)
     os.replace(path, target)
-  notes += [*_notes(planned, leaves, kind), *more]
+  notes += [*_notes(planned, frozen.manifest.quantization, kind), *more]
   return exporting.Exported(described.model_type, notes)
 
 
@@ -181,12 +181,11 @@ def _planned(
 
 
 def _notes(
-  planned: list[_Planned], leaves: Mapping[str, Any], kind: str
+  planned: list[_Planned], quantization: Mapping[str, Any], kind: str
 ) -> Iterator[str]:
   """Yields what is written otherwise than the user may expect."""
-  forms = {
-    leaf.form for leaf in leaves.values() if isinstance(leaf, kernel_lib.Kernel)
-  }
+  kernels = quantization.get('kernels', {}).values()
+  forms = {kernel['form'] for kernel in kernels if 'form' in kernel}
   if forms:
     yield f'kernels in {", ".join(sorted(forms))} became floats first'
   num = sum(each.kind == 'F16' for each in planned)

@@ -111,3 +111,9 @@ def test_a_long_text_is_cut_between_two_characters(tmp_path, monkeypatch):
 def test_numbers_out_of_range_are_refused(path, fields, message):
   with pytest.raises(ValueError, match=message):
     _rows(path, **fields)
+
+
+def test_a_text_that_is_not_there_is_named(tmp_path):
+  for path in (tmp_path / 'nothing', tmp_path):
+    with pytest.raises(FileNotFoundError, match='--text: got .* is no file'):
+      _rows(path)

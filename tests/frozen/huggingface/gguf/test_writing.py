@@ -150,10 +150,14 @@ def test_every_architecture_is_written_as_it_is_read(
     np.testing.assert_allclose(y, x, atol=1e-7, err_msg=tensor)
 
 
-def test_a_change_on_the_way_out_is_told(tmp_path):
+@pytest.mark.parametrize('step', [0, 7])  # imported; trained here
+def test_a_change_on_the_way_out_is_told(tmp_path, step):
   config = dataclasses.replace(test_reading.CONFIG, mlp_width=40)
   params = stored_params.stored(frozen_dirs.params(config), 'int8')
-  _freeze(tmp_path / 'ours', config, params)
+  provenance = frozen_dirs.provenance(step=step)
+  frozen_dirs.write(
+    tmp_path / 'ours', config=config, params=params, provenance=provenance
+  )
   exported = writing.export_file(
     tmp_path / 'ours', tmp_path / 'b.gguf', kind='Q8_0'
   )
