@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning of a small model, by learning rate.
 
-    python -m benchmarks.studies.lora_rates --workdir=runs/lora \
+    python -m studies.lora_rates --workdir=runs/lora \
       --figure=runs/lora.svg
     python train.py --config=experiments/problems.py:base --workdir=runs/base
     python train.py --config=experiments/lora_against_full.py:rank-8 \

@@ -1,7 +1,7 @@
 """Muon against AdamW at equal steps, on the data and model of the quickstart.
 
     E=experiments/muon_against_adamw.py
-    python -m benchmarks.studies.compare_experiments \
+    python -m studies.compare_experiments \
       --experiments=$E:adamw,$E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
     python train.py --config=$E:muon --workdir=...   # one side alone

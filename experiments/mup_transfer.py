@@ -1,6 +1,6 @@
 """muP: the best learning rate of a narrow model is also that of a wide model.
 
-    python -m benchmarks.studies.mup_transfer --workdir=runs/mup \
+    python -m studies.mup_transfer --workdir=runs/mup \
       --figure=runs/mup.svg
 
 Yang et al., arXiv:2203.03466, figure 1: in the standard parametrisation the

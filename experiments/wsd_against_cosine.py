@@ -1,7 +1,7 @@
 """Warm-up, stable, decay (WSD) against a cosine schedule, at equal tokens.
 
     E=experiments/wsd_against_cosine.py
-    python -m benchmarks.studies.compare_experiments \
+    python -m studies.compare_experiments \
       --experiments=$E:cosine,$E:wsd \
       --seeds=5 --workdir=runs/compared --figure=runs/wsd.svg
     python train.py --config=$E:wsd --workdir=...   # one side alone

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import pathlib
 
-from benchmarks.studies import figure
+from studies import figure
 
 
 def write(

@@ -1,6 +1,6 @@
 """Over-optimisation: best of n by a learnt reward, against the true reward.
 
-    python -m benchmarks.studies.over_optimisation --figure=runs/best_of_n.svg
+    python -m studies.over_optimisation --figure=runs/best_of_n.svg
 
 Gao, Schulman & Hilton 2022 (arXiv:2210.10760), figure 1a. The true (gold)
 reward is known exactly. A letter has a value, and an answer of 16 letters has
@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.studies import figure, study_flags
 from data import data_config
 from evals import best_of_n
 from experiments import presets
 from models import reward_head
+from studies import figure, study_flags
 from training import experiment as experiment_lib, learner as learner_lib
 from training.objectives import port, reward
 from training.optimizer import chain

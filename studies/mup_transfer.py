@@ -1,6 +1,6 @@
 """The best learning rate by width, with muP and without.
 
-    python -m benchmarks.studies.mup_transfer --workdir=runs/mup \
+    python -m studies.mup_transfer --workdir=runs/mup \
       --figure=runs/mup.svg
 
 Runs `experiments/mup_transfer.py` over widths and learning rates. Prints the
@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.studies import figure, study_flags
 from data import batches as batches_lib
 from experiments import mup_transfer
 from hardware import host_memory
+from studies import figure, study_flags
 from training import (
   assemble,
   experiment as experiment_lib,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.studies import compare_experiments
+from studies import compare_experiments
 from training.optimizer import update_rules
 
 

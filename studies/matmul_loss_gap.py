@@ -1,6 +1,6 @@
 """The loss gap of training with 8-bit products: a study of execution.matmul.
 
-    python -m benchmarks.studies.matmul_loss_gap --text=tiny_shakespeare.txt
+    python -m studies.matmul_loss_gap --text=tiny_shakespeare.txt
 
 Trains the same small byte model on the same batches and seeds with float, int8
 and fp8 products. Prints the loss on a held-out tenth of the text. `gap` is the
@@ -15,10 +15,10 @@ from absl import app
 import jax
 import numpy as np
 
-from benchmarks.studies import study_flags
 from checks import path_flags
 from data import data_config
 from experiments import presets
+from studies import study_flags
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 

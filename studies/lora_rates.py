@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning: the losses at the best learning rates.
 
-    python -m benchmarks.studies.lora_rates --workdir=runs/lora \
+    python -m studies.lora_rates --workdir=runs/lora \
       --figure=runs/lora.svg
 
 Trains the base of `experiments/problems.py`, then fine-tunes it with all
@@ -26,10 +26,10 @@ from absl import app, flags, logging
 import jax
 import rich.console
 
-from benchmarks.studies import figure, mup_transfer, study_flags
 from experiments import lora_against_full, problems
 from hardware import host_memory
 from models import adapter_config, transformer
+from studies import figure, mup_transfer, study_flags
 from training import experiment as experiment_lib, run, state as state_lib
 from training.reporting import metrics, reporter
 

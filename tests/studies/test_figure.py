@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.studies import figure
+from studies import figure
 
 pytest.importorskip('matplotlib')
 

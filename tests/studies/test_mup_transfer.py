@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.studies import mup_transfer
 from experiments import mup_transfer as page
+from studies import mup_transfer
 from tests.helpers import tiny_models
 from training import learner as learner_lib
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.studies import over_optimisation as lab
 from evals import best_of_n
+from studies import over_optimisation as lab
 
 
 def test_the_gold_reward_rises_to_a_peak_and_falls():

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from benchmarks.studies import lora_rates
 from experiments import lora_against_full
+from studies import lora_rates
 
 
 @pytest.mark.parametrize('first', [-12, -8, -3])

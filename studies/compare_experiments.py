@@ -1,7 +1,7 @@
 """A paired comparison of experiments over seeds, with confidence intervals.
 
     E=experiments/muon_against_adamw.py
-    python -m benchmarks.studies.compare_experiments \
+    python -m studies.compare_experiments \
       --experiments=$E:adamw,$E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
 
@@ -29,9 +29,9 @@ import numpy as np
 import rich.console
 from scipy import stats
 
-from benchmarks.studies import figure, study_flags
 from checks import expect
 from hardware import host_memory
+from studies import figure, study_flags
 from training import experiment as experiment_lib, run
 from training.reporting import metrics
 
