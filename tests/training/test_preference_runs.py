@@ -19,7 +19,7 @@ from training import (
 )
 from training.objectives import next_token, port, preference
 from training.optimizer import chain
-from training.reporting import metrics as metrics_lib
+from training.reporting import metrics as metrics_lib, summary
 
 MODEL = tiny_models.llama_like(vocab_size=264, num_layers=1, max_length=64)
 
@@ -170,6 +170,15 @@ def test_a_run_without_a_reference_needs_no_frozen_model(experiment, tmp_path):
   assert described['logprobs'] == []
   with pytest.raises(ValueError, match='no frozen model for ref_logprobs'):
     tiny_run.run(experiment('dpo', init_from=''), tmp_path / 'other')
+
+
+def test_dropout_beside_a_reference_is_told(experiment):
+  noisy = dataclasses.replace(MODEL, dropout_rate=0.1)
+  rows = summary._warn_of_dropout(experiment('dpo', model=noisy))
+  assert [name for name, _ in rows] == ['WARNING']
+  assert 'dropout 0.1 is on in the model and off in its reference' in rows[0][1]
+  assert not summary._warn_of_dropout(experiment('dpo'))
+  assert not summary._warn_of_dropout(experiment('simpo', model=noisy))
 
 
 def test_the_evaluation_split_has_its_reference_too(

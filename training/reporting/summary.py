@@ -55,6 +55,7 @@ def describe(
     ('attention', _describe_attention(parts.learner)),
   ]
   rows += _describe_examples(experiment, parts)
+  rows += _warn_of_dropout(experiment)
   for overlap in parts.overlaps:
     is_much = overlap.share > data.contamination_warning or overlap.num_copied
     rows.append(
@@ -145,6 +146,23 @@ def _describe_examples(
     for why, count in sorted(store.counts.items()):
       lines.append(('WARNING', f'{rows.name}: {count:,} records {why}'))
   return lines
+
+
+def _warn_of_dropout(
+  experiment: experiment_lib.Experiment,
+) -> list[tuple[str, str]]:
+  """Returns a row if a policy is compared with a reference under dropout."""
+  rate = experiment.model.dropout_rate
+  if not (rate and experiment.objective.logprobs_needed):
+    return []
+  return [
+    (
+      'WARNING',
+      f'dropout {rate} is on in the model and off in its reference, so their'
+      ' log-probabilities differ from the first step on; set'
+      ' config.model.dropout_rate = 0 unless this noise is wanted',
+    )
+  ]
 
 
 def _in_processes() -> str:
