@@ -19,7 +19,6 @@ times out of five (normal approximation, two-sided).
 
 from collections.abc import Sequence
 import dataclasses
-import importlib.util
 import math
 import pathlib
 import statistics
@@ -31,7 +30,7 @@ from scipy import stats
 
 from checks import expect
 from hardware import host_memory
-from studies import figure, study_flags
+from studies import figure, load, study_flags
 from training import experiment as experiment_lib, run
 from training.reporting import metrics
 
@@ -71,26 +70,6 @@ class Difference:
     """Whether the interval is known and excludes zero."""
     is_known = not math.isnan(self.seeds_to_resolve)
     return is_known and abs(self.mean) > self.half_width
-
-
-def load(place: str) -> experiment_lib.Experiment:
-  """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
-
-  Raises:
-    ValueError: the file or the variant does not exist.
-  """
-  path, _, variant = place.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise ValueError(
-      f'--experiments: got {place!r}, expected FILE:VARIANT of a file in'
-      ' experiments/'
-    )
-  spec = importlib.util.spec_from_file_location('compared', path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*([variant] if variant else []))
 
 
 def train(
@@ -210,7 +189,7 @@ def main(argv: list[str]) -> int:
   runs: dict[str, list[Trained]] = {}
   for seed in range(study_flags.SEEDS.value or _NUM_SEEDS):
     for place in _EXPERIMENTS.value:
-      experiment = load(place)
+      experiment = load.experiment(place)
       experiment.seed = seed
       experiment.num_steps = study_flags.STEPS.value or experiment.num_steps
       variant = place.partition(':')[2] or experiment.name

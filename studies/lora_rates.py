@@ -3,13 +3,17 @@
     python -m studies.lora_rates --workdir=runs/lora \
       --figure=runs/lora.svg
 
-Trains the base of `experiments/problems.py`, then fine-tunes it with all
-weights and with adapters, as `experiments/lora_against_full.py` says. The
-learning rates are powers of two. They start at a guess and go on towards lower
-losses until the best one has a higher loss on both sides, so that no optimum
-lies at the edge of a grid. The optimum is the vertex of the parabola through
-these three. Every run is a workdir below --workdir, so the same command resumes
-after an interruption.
+    python -m studies.lora_rates --experiment=experiments/smollm2.py \
+      --kinds=cpu,cpu-rank-8 --base=runs/chat/SmolLM2-135M-Instruct \
+      --workdir=runs/smol_rates
+
+Trains the base of `experiments/problems.py`, unless --base names another, then
+fine-tunes it with all weights and with adapters, as the experiment says. The
+learning rates are powers of two. They start at that of the experiment and go on
+towards lower losses until the best one has a higher loss on both sides, so that
+no optimum lies at the edge of a grid. The optimum is the vertex of the parabola
+through these three. Every run is a workdir below --workdir, so the same command
+resumes after an interruption.
 
 Reference: Schulman et al. 2025, LoRA Without Regret
 (thinkingmachines.ai/blog/lora): the best rate of LoRA is about ten times that
@@ -18,6 +22,7 @@ of full fine-tuning, at any rank.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 import pathlib
 import statistics
@@ -26,21 +31,37 @@ from absl import app, flags, logging
 import jax
 import rich.console
 
-from experiments import lora_against_full, problems
+from checks import path_flags
+from experiments import problems
 from hardware import host_memory
 from models import adapter_config, transformer
-from studies import figure, mup_transfer, study_flags
+from studies import (
+  figure,
+  load,
+  mup_transfer,
+  study_flags,
+)
 from training import experiment as experiment_lib, run, state as state_lib
 from training.reporting import metrics, reporter
 
+_EXPERIMENT = path_flags.DEFINE_path(
+  'experiment',
+  'experiments/lora_against_full.py',
+  'File of the experiment. Its variants are KIND:DIRECTORY of a base.',
+)
 _KINDS = flags.DEFINE_list(
-  'kinds', ['full', 'rank-8'], 'Variants of the experiment, `full` first.'
+  'kinds',
+  ['full', 'rank-8'],
+  'Variants of the experiment; the others are compared with the first.',
+)
+_BASE = path_flags.DEFINE_path(
+  'base',
+  '',
+  'Frozen directory that is fine-tuned. Default: the base of'
+  ' experiments/problems.py is trained first.',
 )
 _NUM_SEEDS = 1
 _MOST_RUNS = 12  # of one kind
-# log2 of the first learning rates.
-_FIRST = {'full': -11}
-_FIRST_OF_ADAPTERS = -8
 
 Losses = dict[int, float]  # log2 of the learning rate -> loss, nats per token
 
@@ -89,28 +110,49 @@ def _size(tree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def measure(workdir: pathlib.Path, kinds: list[str]) -> dict[str, Losses]:
-  """Trains what is missing in the workdir; returns the losses of each kind."""
-  base = problems.get_config('base')
-  _train(base, workdir / 'base')
+def measure(
+  workdir: pathlib.Path, kinds: list[str], base: str
+) -> dict[str, Losses]:
+  """Trains what is missing in the workdir; returns the losses of each kind.
+
+  Args:
+    workdir: has a workdir for each run.
+    kinds: variants of the experiment.
+    base: frozen directory that is fine-tuned.
+  """
   num_seeds = study_flags.SEEDS.value or _NUM_SEEDS
 
   def loss_of(kind: str, rate: int) -> float:
     losses = []
     for seed in range(num_seeds):
-      experiment = _experiment(kind, rate, seed, workdir / 'base' / 'frozen')
       place = workdir / f'{kind}_{rate}_{seed}'
-      losses.append(_train(experiment, place))
+      losses.append(_train(_experiment(kind, rate, seed, base), place))
       print(f'{kind:8} 2^{rate:<3} seed {seed}: {losses[-1]:.4f}', flush=True)
     return statistics.mean(losses)
 
   return {
     kind: bracketed(
-      lambda rate, kind=kind: loss_of(kind, rate),
-      _FIRST.get(kind, _FIRST_OF_ADAPTERS),
+      functools.partial(loss_of, kind), first_rate(_load(kind, base))
     )
     for kind in kinds
   }
+
+
+def first_rate(experiment: experiment_lib.Experiment) -> int:
+  """Returns log2 of an experiment's own learning rate, rounded."""
+  return round(math.log2(experiment.optimizer.peak_lr))
+
+
+def _load(kind: str, base: str) -> experiment_lib.Experiment:
+  return load.experiment(f'{_EXPERIMENT.value}:{kind}:{base}')
+
+
+def _base(workdir: pathlib.Path) -> str:
+  """Returns the frozen directory to fine-tune; trains it if none is named."""
+  if _BASE.value:
+    return _BASE.value
+  _train(problems.get_config('base'), workdir / 'base')
+  return str(workdir / 'base' / 'frozen')
 
 
 def _train(
@@ -128,13 +170,16 @@ def _train(
 
 
 def _experiment(kind, rate, seed, base) -> experiment_lib.Experiment:
-  experiment = lora_against_full.get_config(f'{kind}:{base}')
+  experiment = _load(kind, base)
   optimizer = dataclasses.replace(experiment.optimizer, peak_lr=2.0**rate)
   return dataclasses.replace(
     experiment,
     optimizer=optimizer,
     seed=seed,
     num_steps=study_flags.STEPS.value or experiment.num_steps,
+    # Only the last loss counts.
+    eval_at_start=False,
+    freeze=experiment_lib.FreezeConfig(enabled=False),
   )
 
 
@@ -189,11 +234,10 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   host_memory.reuse_freed_memory()
   kinds = list(_KINDS.value)
-  losses = measure(pathlib.Path(study_flags.required_workdir()), kinds)
-  shares = {
-    kind: share_of_parameters(lora_against_full.get_config(kind))
-    for kind in kinds
-  }
+  workdir = pathlib.Path(study_flags.required_workdir())
+  base = _base(workdir)
+  losses = measure(workdir, kinds, base)
+  shares = {kind: share_of_parameters(_load(kind, base)) for kind in kinds}
   print(report(losses, shares))
   if study_flags.FIGURE.value:
     figure.save(study_flags.FIGURE.value, [panel(losses)])

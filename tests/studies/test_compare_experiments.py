@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from studies import compare_experiments
+from studies import compare_experiments, load
 from training.optimizer import update_rules
 
 
@@ -80,15 +80,15 @@ def test_curves_average_steps_and_leave_out_the_rest():
 
 
 def test_an_unknown_file_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='--experiments: got .* expected FILE'):
-    compare_experiments.load(f'{tmp_path}/absent.py:adamw')
+  with pytest.raises(ValueError, match='experiment: got .* expected FILE'):
+    load.experiment(f'{tmp_path}/absent.py:adamw')
 
 
 def test_a_page_is_loaded_with_its_variant():
-  muon = compare_experiments.load('experiments/muon_against_adamw.py:muon')
+  muon = load.experiment('experiments/muon_against_adamw.py:muon')
   assert isinstance(muon.optimizer.rule, update_rules.Muon)
   cosine, wsd = (
-    compare_experiments.load(f'experiments/wsd_against_cosine.py:{variant}')
+    load.experiment(f'experiments/wsd_against_cosine.py:{variant}')
     for variant in ('cosine', 'wsd')
   )
   assert (cosine.name, wsd.name) == ('equal_steps_adamw', 'equal_steps_wsd')

@@ -60,3 +60,8 @@ def test_rank_8_has_at_most_3_percent_of_the_parameters():
   assert (
     lora_rates.share_of_parameters(lora_against_full.get_config('full')) == 1
   )
+
+
+def test_rates_start_at_those_of_the_experiment():
+  assert lora_rates.first_rate(lora_against_full.get_config('full')) == -11
+  assert lora_rates.first_rate(lora_against_full.get_config('rank-8')) == -8
