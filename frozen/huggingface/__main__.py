@@ -4,7 +4,8 @@
     python -m frozen.huggingface export --source=FROZEN --out=DIR_OR_GGUF
 
 The source of an import is a directory with config.json and safetensors, a GGUF
-file, or the name of a repository on the hub (requirements-hub.txt).
+file, or the name of a repository on the hub (requirements-hub.txt). Quantised
+matrices become floats, or stay quantised with --weights=kept.
 """
 
 import sys
@@ -58,6 +59,10 @@ def _import() -> None:
 
     # Before JAX is loaded: a file that is refused is refused at once.
     refusals.check(fetched.directory, has_tokenizer=bool(values.tokenizer))
+  else:
+    from frozen.huggingface.quantised import table
+
+    table.check(fetched.directory)
   from frozen import format as frozen_format
   from frozen.huggingface import importing
 
@@ -73,11 +78,6 @@ def _import() -> None:
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
-  elif values.weights != 'float':
-    raise ValueError(
-      f'--weights: got {values.weights} for a directory, expected none; only a'
-      ' GGUF file has --weights'
-    )
   elif values.tokenizer:
     raise ValueError(
       f'--tokenizer: got {values.tokenizer} for a directory, expected none;'
@@ -88,6 +88,7 @@ def _import() -> None:
       fetched.directory,
       values.out,
       dtype=values.dtype,
+      weights=values.weights,
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
@@ -169,8 +170,10 @@ def _define_flags() -> None:
     'weights',
     'float',
     ('float', 'kept'),
-    'Import of a GGUF file: float dequantises matrices to --dtype; kept leaves'
-    ' them in the blocks of the file, which take less memory and more time.',
+    'Import of a GGUF file, or of a quantised Hugging Face directory'
+    ' (compressed-tensors, GPTQ, AWQ, fp8): float dequantises matrices to'
+    ' --dtype; kept leaves them as they are stored, which takes less memory and'
+    ' more time.',
   )
   flags.DEFINE_string(
     'revision',

@@ -5,10 +5,12 @@
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
     generation_config.json    recommended settings (`generation_config.py`)
 
+Quantised matrices, of which config.json has a quantization_config, become
+floats or stay as they are (`frozen.huggingface.quantised`).
 `frozen.huggingface.gguf.reading` imports a single GGUF file of llama.cpp.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import hashlib
 import json
@@ -28,6 +30,7 @@ from frozen.huggingface import (
   safetensors_files,
   tensor_map,
 )
+from frozen.huggingface.quantised import kept as kept_lib, table as quantised
 from models import model_config
 from text import hf_tokenizer
 
@@ -44,6 +47,7 @@ class Source(NamedTuple):
   values: Mapping[str, Any]  # of config.json
   config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
+  quantisation: quantised.Quantised | None = None
 
 
 def open_source(directory: str | os.PathLike) -> Source:
@@ -56,8 +60,10 @@ def open_source(directory: str | os.PathLike) -> Source:
   directory = pathlib.Path(directory)
   values = config_json.load(directory)
   where = str(directory / config_json.FILE)
-  model_type, config = config_json.read(values, where)
-  tensors = safetensors_files.open_directory(directory)
+  model_type, config = config_json.read(quantised.without_field(values), where)
+  tensors, how = quantised.opened(
+    values, safetensors_files.open_directory(directory), str(directory)
+  )
   prefix = tensor_map.prefix_of(model_type)
   if not any(name.startswith(prefix) for name in tensors):
     # A model that was saved without its head has names without the prefix.
@@ -66,11 +72,14 @@ def open_source(directory: str | os.PathLike) -> Source:
       tensor
       for name, tensor in tensors.items()
     }  # fmt: skip
-  return Source(str(directory), model_type, values, config, tensors)
+  return Source(str(directory), model_type, values, config, tensors, how)
 
 
-def choose_dtype(source: Source, asked: str) -> str:
+def choose_dtype(source: Source, asked: str, kept: Collection[str] = ()) -> str:
   """Returns the dtype of an import; 'auto' chooses one that rounds nothing.
+
+  Args:
+    kept: names of tensors that do not become floats.
 
   Raises:
     ValueError: `asked` is not one of `DTYPES`.
@@ -78,8 +87,8 @@ def choose_dtype(source: Source, asked: str) -> str:
   expect.one_of('dtype', asked, DTYPES)
   if asked != 'auto':
     return asked
-  found = {tensor.dtype for tensor in source.tensors.values()}
-  is_bfloat16 = found & {'BF16'} and not found & {'F32', 'F16'}
+  found = {x.dtype for name, x in source.tensors.items() if name not in kept}
+  is_bfloat16 = found & {'BF16'} and not found & {'F32', 'F16', 'QUANTISED'}
   return 'bfloat16' if is_bfloat16 else 'float32'
 
 
@@ -111,6 +120,7 @@ def load_params(
     tied = _tied(source)
   if kept:
     theirs = {piece.theirs for piece in pieces if kept.keys() & set(piece.ours)}
+    tied = {name: x for name, x in tied.items() if x not in theirs}
     tensors = {name: x for name, x in tensors.items() if name not in theirs}
     pieces = [piece for piece in pieces if piece.theirs not in theirs]
     leaves = {path: leaf for path, leaf in leaves.items() if path not in kept}
@@ -133,10 +143,20 @@ def load_params(
   return {'params': tree}
 
 
-def check_tensors(source: Source, pieces: list[tensor_map.Piece]) -> None:
-  """Raises ValueError if the tensors are not those of the model."""
-  leaves = _leaves(source, 'float32')
-  loading.check(source.tensors, pieces, leaves, tied={}, where=source.where)
+def check_tensors(
+  source: Source, pieces: list[tensor_map.Piece] | None = None
+) -> list[tensor_map.Piece]:
+  """Returns the tensor map, `pieces` or that of the family.
+
+  Raises:
+    ValueError: the tensors are not those of the model.
+  """
+  leaves, tied = _leaves(source, 'float32'), {}
+  if pieces is None:
+    pieces = tensor_map.pieces(source.model_type, source.config, source.values)
+    tied = _tied(source)
+  loading.check(source.tensors, pieces, leaves, tied=tied, where=source.where)
+  return pieces
 
 
 def _leaves(source: Source, dtype: str) -> dict[str, Any]:
@@ -204,6 +224,7 @@ def import_directory(
   out: str | os.PathLike,
   *,
   dtype: str = 'auto',
+  weights: str = quantised.FLOAT,
   origin: Mapping[str, str] | None = None,
   overwrite: bool = False,
 ) -> Imported:
@@ -211,6 +232,9 @@ def import_directory(
 
   Args:
     directory: with the files above.
+    dtype: one of `DTYPES`, of floats.
+    weights: one of `quantised.WEIGHTS`: quantised matrices become floats, or
+      stay quantised.
     origin: further fields of the manifest's origin.
 
   Raises:
@@ -218,23 +242,49 @@ def import_directory(
     ValueError: the model is not supported, a file is damaged, or `out` has
       other files.
   """
+  expect.one_of('weights', weights, quantised.WEIGHTS)
   source = open_source(directory)
+  if weights != quantised.FLOAT and source.quantisation is None:
+    raise ValueError(
+      f'--weights: got {weights} for {directory}, expected none: its weights'
+      ' are floats; `python -m frozen.quantize` quantises a frozen directory'
+    )
+  pieces = check_tensors(source)
   with tempfile.TemporaryDirectory(prefix='tokenizer_') as tokenizer_dir:
     tokenizer = hf_tokenizer.convert(directory, tokenizer_dir)
     check_vocabulary(source, tokenizer)
     generation, notes = read_generation(pathlib.Path(directory))
     check_ends(source, generation)
+    kept, told, added = _quantised(source, pieces, weights)
     return freeze_source(
       source,
       out,
-      dtype=dtype,
+      kept=kept.kernels,
+      record=told | {'method': 'kept'},
+      dtype=choose_dtype(source, dtype, kept.names),
       tokenizer_dir=tokenizer_dir,
       tokenizer=tokenizer,
       generation=generation,
-      notes=notes,
-      origin=dict(origin or {}),
+      notes=[*notes, *added],
+      origin={**told, **(origin or {})},
       overwrite=overwrite,
     )
+
+
+def _quantised(
+  source: Source, pieces: list[tensor_map.Piece], weights: str
+) -> tuple[kept_lib.Kept, dict[str, str], list[str]]:
+  """Returns the kernels to keep, fields that describe them, and notes."""
+  kept = kept_lib.Kept({}, frozenset(), [])
+  if source.quantisation is None:
+    return kept, {}, []
+  if weights == quantised.KEPT:
+    kept = kept_lib.kernels(source.tensors, pieces)
+  notes = [*source.quantisation.notes, *kept.notes]
+  told = {'scheme': source.quantisation.title}
+  if notes:
+    told['notes'] = '; '.join(notes)
+  return kept, told, [f'quantised: {source.quantisation.title}', *notes]
 
 
 def check_vocabulary(

@@ -20,6 +20,8 @@ PIECE_BYTES = 2**20
 _THREADS = 2
 _ALIGNMENT = 64  # bytes
 _LISTED = 12
+# Dtypes of floats, and of matrices that read as floats.
+_READABLE = ('F32', 'F16', 'BF16', 'GGML', 'QUANTISED')
 
 
 class Tensor(Protocol):
@@ -27,7 +29,7 @@ class Tensor(Protocol):
 
   @property
   def dtype(self) -> str:
-    """The name in safetensors, or GGML_ and a kind."""
+    """The name in safetensors, or GGML_ and a kind, or QUANTISED."""
     ...
 
   @property
@@ -134,9 +136,7 @@ def check(
     if got.shape != shape:
       theirs = expect.shown(list(got.shape))
       wrong.append(f'{piece.theirs} {theirs}, not {list(shape)}')
-    elif got.dtype not in ('F32', 'F16', 'BF16') and not got.dtype.startswith(
-      'GGML'
-    ):
+    elif not got.dtype.startswith(_READABLE):
       wrong.append(f'{piece.theirs} of dtype {got.dtype}')
   if wrong:
     raise ValueError(

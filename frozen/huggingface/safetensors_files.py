@@ -30,10 +30,19 @@ DTYPES: Mapping[str, Any] = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
+# Of the parts of quantised matrices, see `quantised/`.
+CODES: Mapping[str, Any] = {
+  'U8': np.dtype(np.uint8),
+  'I8': np.dtype(np.int8),
+  'I32': np.dtype(np.int32),
+  'I64': np.dtype(np.int64),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_READABLE = {**DTYPES, **CODES}
 # Bytes of the other dtypes of the format, which are no weights here.
 _SIZES = {
-  'BOOL': 1, 'U8': 1, 'I8': 1, 'F8_E5M2': 1, 'F8_E4M3': 1, 'F8_E8M0': 1,
-  'I16': 2, 'U16': 2, 'I32': 4, 'U32': 4, 'I64': 8, 'U64': 8, 'F64': 8,
+  'BOOL': 1, 'F8_E5M2': 1, 'I16': 2, 'U16': 2, 'U32': 4, 'U64': 8, 'F64': 8,
 }  # fmt: skip
 _MAX_HEADER = 100 * 2**20  # bytes, the limit of the library
 SHARD_BYTES = 5 * 10**9  # maximum of a written file
@@ -55,7 +64,7 @@ class Tensor:
 
   def rows(self, start: int, stop: int) -> np.ndarray:
     """Reads the rows `start` to `stop` - 1; a scalar has one row."""
-    dtype = DTYPES[self.dtype]
+    dtype = _READABLE[self.dtype]
     row_shape = self.shape[1:]
     row = math.prod(row_shape)
     try:
@@ -214,13 +223,13 @@ def _entry(
 def _num_bytes(path: pathlib.Path, name: str, dtype: str, shape: Any) -> int:
   if not all(type(n) is int and n >= 0 for n in shape):
     raise ValueError(f'{path}: got {name} of shape {shape}, expected integers')
-  if dtype in DTYPES:
-    return DTYPES[dtype].itemsize * math.prod(shape)
+  if dtype in _READABLE:
+    return _READABLE[dtype].itemsize * math.prod(shape)
   if dtype in _SIZES:
     return _SIZES[dtype] * math.prod(shape)
   raise ValueError(
     f'{path}: got {name} of dtype {dtype!r}, expected one of'
-    f' {", ".join((*DTYPES, *_SIZES))}'
+    f' {", ".join((*_READABLE, *_SIZES))}'
   )
 
 
@@ -236,11 +245,18 @@ def write_directory(
 
   Args:
     shapes: of all tensors, in the order of `tensors`.
+    dtype: of all tensors, or one for each by name.
     shard_bytes: maximum size of a file; a larger tensor has its own file.
   """
-  dtype = np.dtype(dtype)
-  code = next(name for name, other in DTYPES.items() if other == dtype)
-  sizes = {name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}
+  dtypes = {
+    name: np.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype)
+    for name in shapes
+  }
+  codes = {other: name for name, other in _READABLE.items()}
+  sizes = {
+    name: math.prod(shape) * dtypes[name].itemsize
+    for name, shape in shapes.items()
+  }
   shards: list[list[str]] = [[]]
   for name, size in sizes.items():
     held = sum(sizes[other] for other in shards[-1])
@@ -253,12 +269,13 @@ def write_directory(
   ]  # fmt: skip
   for file_name, names in zip(files, shards, strict=True):
     with (directory / file_name).open('wb') as file:
-      _write_header(file, {n: (code, shapes[n], sizes[n]) for n in names})
+      entries = {n: (codes[dtypes[n]], shapes[n], sizes[n]) for n in names}
+      _write_header(file, entries)
       for expected in names:
         name, x = next(tensors)
         assert (name, x.shape) == (expected, shapes[expected]), name
         # Little-endian, as are all machines that JAX runs on.
-        np.ascontiguousarray(x, dtype).tofile(file)
+        np.ascontiguousarray(x, dtypes[name]).tofile(file)
   if len(files) > 1:
     index = {
       'metadata': {'total_size': sum(sizes.values())},

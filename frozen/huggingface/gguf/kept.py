@@ -45,10 +45,10 @@ def blocks(
 
 def _can_be_kept(tensor: Any, piece: tensor_map.Piece) -> bool:
   is_matrix = tensor.kind in block_kinds.KINDS and len(tensor.shape) == 2
-  return is_matrix and all(map(_is_product, piece.ours))
+  return is_matrix and all(map(is_product, piece.ours))
 
 
-def _is_product(path: str) -> bool:
+def is_product(path: str) -> bool:
   """Returns whether a leaf is only multiplied by, as `stored/` can."""
   *_, owner, kind = path.split('/')
   is_float = owner in stored_tree.WHOLE or owner.startswith('expert_')

@@ -1,0 +1,112 @@
+"""The quantised checkpoints that are read, by `quant_method` of config.json.
+
+    quantization_config   of config.json, whose every field is read
+    tensors               of which a matrix has several
+
+Nothing here loads JAX, so that a checkpoint that cannot be imported is refused
+at once.
+"""
+
+from collections.abc import Mapping
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from checks import expect
+from frozen.huggingface import config_json, safetensors_files
+from frozen.huggingface.families import fields as fields_lib
+from frozen.huggingface.quantised import (
+  awq,
+  compressed_tensors,
+  fp8,
+  gptq,
+  opening,
+)
+
+FIELD = 'quantization_config'
+FLOAT, KEPT = WEIGHTS = ('float', 'kept')
+_METHODS = ('compressed-tensors', 'gptq', 'awq', 'fp8')
+
+
+class Quantised(NamedTuple):
+  """How the matrices of a checkpoint are quantised."""
+
+  title: str  # method and format, for people
+  notes: list[str]  # for the user
+
+
+def without_field(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config.json that describe the model in floats."""
+  return {name: value for name, value in values.items() if name != FIELD}
+
+
+def method_of(values: Mapping[str, Any], where: str) -> opening.Method | None:
+  """Returns the method of a config.json; None if its weights are floats.
+
+  Args:
+    values: its fields.
+    where: path of the file, for errors.
+
+  Raises:
+    ValueError: the method, or a field of it, is not supported.
+  """
+  found = values.get(FIELD)
+  if found is None:
+    return None
+  if not isinstance(found, dict) or not found:
+    raise ValueError(
+      f'{where}: got {FIELD} = {expect.shown(found)}, expected an object with a'
+      ' quant_method; remove it if the weights are floats'
+    )
+  fields = fields_lib.Fields(found, where, f'{FIELD}.')
+  method = fields.get('quant_method')
+  if method not in _METHODS:
+    fields.refuse('quant_method', f'one of {", ".join(_METHODS)}')
+  if values.get('model_type') == 'gpt2':
+    raise ValueError(
+      f'{where}: got {FIELD}.quant_method = {method!r} of model_type gpt2,'
+      ' expected another family: its matrices lie [in, out]; import the'
+      ' checkpoint in floats'
+    )
+  if method == 'compressed-tensors':
+    return compressed_tensors.read(fields, where)
+  return {'gptq': gptq, 'awq': awq, 'fp8': fp8}[method].read(fields)
+
+
+def opened(
+  values: Mapping[str, Any], tensors: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], Quantised | None]:
+  """Returns tensors with matrices in place of their parts.
+
+  Args:
+    values: of config.json.
+    tensors: of the files, by name.
+    where: the directory, for errors.
+
+  Returns:
+    The tensors, and how they are quantised; None if they are floats.
+
+  Raises:
+    ValueError: the checkpoint is not supported, or damaged.
+  """
+  path = str(pathlib.Path(where) / config_json.FILE)
+  method = method_of(values, path)
+  if method is None:
+    return dict(tensors), None
+  result, notes = opening.opened(method, tensors, where)
+  return result, Quantised(method.title, [*method.notes, *notes])
+
+
+def check(directory: str | os.PathLike) -> None:
+  """Checks config and headers of a directory, quantised or not.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the model is not supported, or a file is damaged.
+  """
+  directory = pathlib.Path(directory)
+  values = config_json.load(directory)
+  path = str(directory / config_json.FILE)
+  config_json.read(without_field(values), path)
+  if method_of(values, path) is not None:
+    opened(values, safetensors_files.open_directory(directory), str(directory))
