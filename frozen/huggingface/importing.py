@@ -202,7 +202,14 @@ def _tied(source: Source) -> dict[str, str]:
   names = {'gpt2': ('lm_head', 'wte'), 'gpt_neox': ('embed_out', 'embed_in')}
   head, table = names.get(source.model_type, ('lm_head', 'embed_tokens'))
   if source.config.tie_embeddings:
-    return {f'{head}.weight': f'{prefix}{table}.weight'}
+    name = f'{head}.weight'
+    if name in source.tensors and source.tensors[name].dtype == 'QUANTISED':
+      raise ValueError(
+        f'{source.where}: got a quantised {name} and tie_word_embeddings = true'
+        f' in {config_json.FILE}, expected one of the two; set it to false if'
+        ' the model has both tables'
+      )
+    return {name: f'{prefix}{table}.weight'}
   if f'{head}.weight' not in source.tensors:
     raise ValueError(
       f'{source.where}: got tie_word_embeddings = false in {config_json.FILE}'

@@ -1,0 +1,197 @@
+"""compressed-tensors checkpoints, beside the package that defines them."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frozen.huggingface import importing, tensor_map
+from frozen.huggingface.quantised import kept as kept_lib
+from models import transformer
+from models.linear.stored import tree as stored_tree
+from tests.helpers import compressed_models, open_weights
+
+_WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
+torch = pytest.importorskip('torch', reason=_WHY)
+transformers = pytest.importorskip('transformers', reason=_WHY)
+pytest.importorskip('compressed_tensors', reason=_WHY)
+
+# float32 sums in another order, on logits of up to about 10.
+TOLERANCE = 2e-4
+TOKENS = np.arange(1, 25).reshape(2, 12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A scheme, and the forms of the kernels that it becomes."""
+
+  weights: dict
+  form: str
+  inputs: dict | None = None
+  model: str = 'llama3'
+  title: str = ''
+  options: dict = dataclasses.field(default_factory=dict)
+
+
+_W4 = {'num_bits': 4, 'strategy': 'group', 'group_size': 32}
+_FP8 = {'num_bits': 8, 'type': 'float'}
+_TOKEN = {'num_bits': 8, 'strategy': 'token', 'dynamic': True}
+_STATIC = {'num_bits': 8, 'strategy': 'tensor'}
+_FP4 = {'num_bits': 4, 'type': 'float', 'group_size': 16}
+_MX = {'type': 'float', 'group_size': 32, 'strategy': 'group'}
+CASES = {
+  'W4A16': Case(_W4, 'int4'),
+  'W4A16 tied': Case(_W4, 'int4', model='llama'),
+  'W4A16 asymmetric': Case({**_W4, 'symmetric': False}, 'uint4'),
+  'W4A16 channel': Case({'num_bits': 4, 'strategy': 'channel'}, 'int4'),
+  'W4A16 channel asymmetric': Case(
+    {'num_bits': 4, 'strategy': 'channel', 'symmetric': False}, 'uint4'
+  ),
+  'W4A16 joined': Case(_W4, 'int4', model='phi3'),
+  'W8A16': Case({**_W4, 'num_bits': 8}, 'int8'),
+  'W8A16 asymmetric': Case({**_W4, 'num_bits': 8, 'symmetric': False}, 'int8'),
+  'W8A8 dynamic': Case(
+    {'num_bits': 8, 'strategy': 'channel'}, 'int8', _TOKEN
+  ),
+  'W8A8 static': Case({'num_bits': 8, 'strategy': 'channel'}, 'int8', _STATIC),
+  'W8A8 asymmetric': Case(
+    {'num_bits': 8, 'strategy': 'channel', 'symmetric': False}, 'int8', _TOKEN
+  ),
+  'W4A8': Case(_W4, 'int8', _TOKEN),
+  'FP8 static': Case(
+    {**_FP8, 'strategy': 'tensor'}, 'fp8', {**_STATIC, 'type': 'float'}
+  ),
+  'FP8 dynamic': Case(
+    {**_FP8, 'strategy': 'channel'}, 'fp8', {**_TOKEN, 'type': 'float'}
+  ),
+  'FP8 weights': Case({**_FP8, 'strategy': 'channel'}, 'fp8'),
+  'FP8 block': Case(
+    {**_FP8, 'strategy': 'block', 'block_structure': [24, 32]}, 'fp8'
+  ),
+  'FP8 block joined': Case(
+    {**_FP8, 'strategy': 'block', 'block_structure': [24, 32]},
+    'fp8',
+    model='phi3',
+  ),
+  'NVFP4': Case(
+    {**_FP4, 'strategy': 'tensor_group', 'scale_dtype': 'torch.float8_e4m3fn'},
+    'fp4',
+  ),
+  'MXFP4': Case({**_MX, 'num_bits': 4, 'scale_dtype': 'torch.uint8'}, 'fp4'),
+  'MXFP8': Case({**_MX, 'num_bits': 8, 'scale_dtype': 'torch.uint8'}, 'fp8'),
+  'head and table': Case(
+    _W4, 'int4', options={'ignore': (), 'targets': ('Linear', 'Embedding')}
+  ),
+}  # fmt: skip
+# A scheme of each form; the others take the same code with other shapes.
+_FAST = ('W4A16 asymmetric', 'W8A8 static', 'FP8 block', 'NVFP4')
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  num_threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+    yield
+  torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(name, marks=[] if name in _FAST else pytest.mark.slow)
+    for name in CASES
+  ],
+)
+def checkpoint(request, tmp_path_factory):
+  """A case, its directory, and its matrices as the package reads them."""
+  case = CASES[request.param]
+  directory = tmp_path_factory.mktemp('theirs')
+  model = open_weights.build(case.model, **compressed_models.SIZES)
+  inputs = case.inputs and compressed_models.args(**case.inputs)
+  with contextlib.redirect_stderr(io.StringIO()):
+    compressor = compressed_models.quantise(
+      model,
+      compressed_models.args(**case.weights),
+      inputs=inputs,
+      **case.options,
+    )
+    compressed_models.save(model, compressor, directory)
+    compressor.decompress_model(model)
+  # As weights only: their forward pass rounds activations, too.
+  for module in model.modules():
+    module.quantization_enabled = False
+  return case, directory, model
+
+
+def _logits(source, params):
+  model = transformer.Transformer(source.config)
+  params = jax.tree.map(jnp.asarray, params)
+  logits, _ = jax.jit(model.apply)(params, jnp.asarray(TOKENS))
+  return np.asarray(logits)
+
+
+def test_matrices_and_logits_are_those_of_the_package(checkpoint):
+  _, directory, model = checkpoint
+  source = importing.open_source(directory)
+  modules = dict(model.named_modules())
+  compared = 0
+  for name, tensor in source.tensors.items():
+    if tensor.dtype == 'QUANTISED':
+      weight = modules[name.removesuffix('.weight')].weight
+      got = torch.tensor(tensor.whole())
+      assert torch.equal(got.to(weight.dtype), weight), name
+      # The package rounds fp4 to bfloat16; the products are compared below.
+      weight.data = got
+      compared += 1
+  assert compared >= 8
+  params = importing.load_params(source, 'float32')
+  with torch.no_grad():
+    expected = model.float()(torch.tensor(TOKENS)).logits.numpy()
+  got = _logits(source, params)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(got, expected, atol=TOLERANCE * scale)
+
+
+def test_kept_matrices_have_the_logits_of_floats(checkpoint):
+  case, directory, _ = checkpoint
+  source = importing.open_source(directory)
+  pieces = importing.check_tensors(source)
+  kept = kept_lib.kernels(source.tensors, pieces)
+  assert not kept.notes
+  assert {kernel.form for kernel in kept.kernels.values()} == {case.form}
+  assert kept.names == {
+    name for name, x in source.tensors.items() if x.dtype == 'QUANTISED'
+  }
+  floats = importing.load_params(source, 'float32')
+  params = importing.load_params(source, 'float32', kept=kept.kernels)
+  stored = [
+    x
+    for x in jax.tree.leaves(params, is_leaf=stored_tree.is_stored)
+    if stored_tree.is_stored(x)
+  ]
+  assert len(stored) == len(kept.kernels)
+  expected, got = _logits(source, floats), _logits(source, params)
+  scale = np.abs(expected).max()
+  # The same numbers, multiplied in blocks.
+  np.testing.assert_allclose(got, expected, atol=1e-5 * scale)
+
+
+def test_activations_are_said_to_stay_floats(checkpoint):
+  case, directory, _ = checkpoint
+  notes = importing.open_source(directory).quantisation.notes
+  told = [note for note in notes if note.startswith('activations stay in fl')]
+  assert len(told) == bool(case.inputs)
+  values = json.loads((directory / 'config.json').read_text())
+  assert values['quantization_config']['quant_method'] == 'compressed-tensors'
+  names = importing.safetensors_files.open_directory(directory)
+  has_scales = any(name.endswith('input_scale') for name in names)
+  assert has_scales == any('were not read' in note for note in notes)
+  assert tensor_map.prefix_of(case.model) == 'model.'

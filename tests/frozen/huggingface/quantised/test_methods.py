@@ -1,0 +1,217 @@
+"""GPTQ, AWQ and fp8 checkpoints, packed by loops that know no reader."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from frozen import format as frozen_format
+from frozen.huggingface import importing
+from frozen.huggingface.quantised import bits, kept as kept_lib, parts
+from models import transformer
+from models.linear.stored import tree as stored_tree
+from tests.helpers import quantised_dirs, tiny_models
+
+_GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 16}
+_AWQ = {
+  'quant_method': 'awq',
+  'bits': 4,
+  'group_size': 16,
+  'version': 'gemm',
+  'zero_point': True,
+}
+_FP8 = {'quant_method': 'fp8', 'weight_block_size': [24, 20]}
+# Quantiser, quantization_config, and the form of the kernels.
+CASES = {
+  'gptq': (quantised_dirs.gptq(4, 16), {**_GPTQ, 'sym': False}, 'uint4'),
+  'gptq symmetric': (
+    quantised_dirs.gptq(4, 16, symmetric=True),
+    {**_GPTQ, 'sym': True},
+    'int4',
+  ),
+  'gptq v2': (
+    quantised_dirs.gptq(4, 16, version=2),
+    {**_GPTQ, 'sym': False, 'checkpoint_format': 'gptq_v2'},
+    'uint4',
+  ),
+  'gptq act-order': (
+    quantised_dirs.gptq(4, 16, ordered=True),
+    {**_GPTQ, 'sym': False, 'desc_act': True},
+    'uint4',
+  ),
+  'gptq 8 bits': (
+    quantised_dirs.gptq(8, -1),
+    {**_GPTQ, 'bits': 8, 'group_size': -1, 'sym': False},
+    'int8',
+  ),
+  'gptq 8 bits symmetric, act-order': (
+    quantised_dirs.gptq(8, 8, ordered=True, symmetric=True),
+    {**_GPTQ, 'bits': 8, 'group_size': 8, 'desc_act': True},
+    'int8',
+  ),
+  'awq': (quantised_dirs.awq(16), _AWQ, 'uint4'),
+  'awq with a list': (
+    quantised_dirs.awq(8),
+    {**_AWQ, 'group_size': 8, 'modules_to_not_convert': ['lm_head', 'norm']},
+    'uint4',
+  ),
+  'fp8 blocks': (quantised_dirs.fp8((24, 20)), _FP8, 'fp8'),
+  'fp8 blocks of powers': (
+    quantised_dirs.fp8((24, 20), dtype=ml_dtypes.float8_e8m0fnu),
+    {**_FP8, 'scale_fmt': 'ue8m0', 'activation_scheme': 'dynamic'},
+    'fp8',
+  ),
+  'fp8 matrices': (
+    quantised_dirs.fp8(None, scale='weight_scale'),
+    {**_FP8, 'weight_block_size': None},
+    'fp8',
+  ),
+}
+
+
+@pytest.fixture(scope='module', params=list(CASES))
+def checkpoint(request, tmp_path_factory):
+  """A directory, the floats of its matrices, and the form of its kernels."""
+  quantise, field, form = CASES[request.param]
+  directory = tmp_path_factory.mktemp('theirs')
+  floats = quantised_dirs.write(directory, quantise, field)
+  return directory, floats, form
+
+
+def test_matrices_are_the_numbers_that_were_packed(checkpoint):
+  directory, floats, _ = checkpoint
+  source = importing.open_source(directory)
+  read = {
+    name: tensor.whole()
+    for name, tensor in source.tensors.items()
+    if tensor.dtype == parts.DTYPE
+  }
+  assert read.keys() == floats.keys()
+  for name, expected in floats.items():
+    np.testing.assert_array_equal(read[name], expected, err_msg=name)
+
+
+def test_kept_matrices_are_the_same_numbers_and_have_the_same_logits(
+  checkpoint,
+):
+  directory, floats, form = checkpoint
+  source = importing.open_source(directory)
+  kept = kept_lib.kernels(source.tensors, importing.check_tensors(source))
+  assert not kept.notes
+  assert kept.names == floats.keys()
+  assert {kernel.form for kernel in kept.kernels.values()} == {form}
+  whole = importing.load_params(source, 'float32')
+  for path, x in frozen_format.leaves_by_path(whole['params']).items():
+    if path in kept.kernels:
+      # In float32, code and zero are scaled apart: half a bit each.
+      got = kept.kernels[path].whole(jnp.float32)
+      np.testing.assert_allclose(got, x, rtol=0, atol=1e-6, err_msg=path)
+  stored = importing.load_params(source, 'float32', kept=kept.kernels)
+  model = transformer.Transformer(source.config)
+  tokens = jnp.arange(16).reshape(2, 8)
+  expected, got = (
+    np.asarray(model.apply(jax.tree.map(jnp.asarray, params), tokens)[0])
+    for params in (whole, stored)
+  )
+  np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_words_by_hand():
+  word = np.array([[0x76543210]], np.int32)
+  np.testing.assert_array_equal(
+    bits.unpack(word, 4), [[0, 1, 2, 3, 4, 5, 6, 7]]
+  )
+  np.testing.assert_array_equal(
+    bits.unpack(word, 8), [[0x10, 0x32, 0x54, 0x76]]
+  )
+  # AWQ: the nibbles from the lowest on are outputs 0, 2, 4, 6, 1, 3, 5, 7.
+  np.testing.assert_array_equal(
+    bits.in_awq_order(bits.unpack(word, 4)), [[0, 4, 1, 5, 2, 6, 3, 7]]
+  )
+  np.testing.assert_array_equal(bits.pack(bits.unpack(word, 4), 4), word)
+  assert bits.pack(np.array([[15] * 9], np.uint8), 4).tolist() == [[-1, 15]]
+
+
+def test_a_zero_of_version_1_is_stored_minus_one_modulo_its_bits():
+  """By hand: code 9, stored zero 7 is 8; stored zero 15 is 0; scale 0.5."""
+  from frozen.huggingface.quantised import gptq
+
+  method = gptq.Gptq(4, 8, False, False, 1, False, None, '')
+  tensors = {
+    'qweight': np.full((1, 8), -0x66666667, np.int32),  # 0x99999999
+    'qzeros': np.array([[0x7777777F]], np.int32),
+    'scales': np.full((1, 8), 0.5, np.float16),
+  }
+  opened = method.open(
+    parts.Parts('here', 'm', {k: _Held(x) for k, x in tensors.items()}), ''
+  )
+  assert opened is not None
+  expected = np.full((8, 8), 0.5)
+  expected[0] = 4.5
+  np.testing.assert_array_equal(opened.whole(), expected)
+
+
+class _Held:
+  """A tensor in memory."""
+
+  path, place = 'here', ('here', 0)
+
+  def __init__(self, x):
+    self._x, self.shape = x, x.shape
+    self.dtype = {'int32': 'I32', 'float16': 'F16'}[x.dtype.name]
+
+  def whole(self):
+    return self._x
+
+
+@pytest.mark.parametrize('weights', ['float', 'kept'])
+def test_a_frozen_directory_tells_how_it_was_quantised(tmp_path, weights):
+  quantise, field, _ = CASES['fp8 blocks']
+  quantised_dirs.write(tmp_path / 'theirs', quantise, field)
+  result = importing.import_directory(
+    tmp_path / 'theirs', tmp_path / 'ours', weights=weights
+  )
+  assert any('activations stay in floats' in note for note in result.notes)
+  frozen = frozen_format.read(tmp_path / 'ours')
+  origin = frozen.manifest.origin
+  assert origin['scheme'] == 'fp8, scales of blocks of [24, 20]'
+  assert 'activations stay in floats' in origin['notes']
+  leaves = jax.tree.leaves(frozen.params, is_leaf=stored_tree.is_stored)
+  num_stored = sum(map(stored_tree.is_stored, leaves))
+  assert num_stored == (14 if weights == 'kept' else 0)
+  if weights == 'kept':
+    record = frozen.manifest.quantization['record']
+    assert record['method'] == 'kept'
+    assert '14 x fp8' in frozen_format.storage_text(frozen.manifest)
+
+
+def test_experts_and_routers_become_floats(tmp_path):
+  config = tiny_models.llama_like(
+    vocab_size=400,
+    num_layers=1,
+    model_width=32,
+    head_width=8,
+    mlp_width=48,
+    num_experts=2,
+    experts_per_token=1,
+    expert_width=24,
+  )
+  quantise, field, _ = CASES['fp8 blocks']
+  floats = quantised_dirs.write(tmp_path / 'theirs', quantise, field, config)
+  result = importing.import_directory(
+    tmp_path / 'theirs', tmp_path / 'ours', weights='kept'
+  )
+  (note,) = (x for x in result.notes if 'became floats' in x)
+  assert note.startswith('7 quantised matrices became floats, such as model.l')
+  params = frozen_format.read(tmp_path / 'ours').params['params']['layer_0']
+  name = 'experts.1.'
+  (expected,) = (
+    x
+    for key, x in floats.items()
+    if name in key and ('w3' in key or 'up_' in key)
+  )
+  np.testing.assert_array_equal(
+    params['moe']['expert_up']['kernel'][1], expected.T
+  )
+  assert stored_tree.is_stored(params['attention']['query']['kernel'])
