@@ -187,30 +187,17 @@ def test_a_frozen_directory_tells_how_it_was_quantised(tmp_path, weights):
 
 
 def test_experts_and_routers_become_floats(tmp_path):
-  config = tiny_models.llama_like(
-    vocab_size=400,
-    num_layers=1,
-    model_width=32,
-    head_width=8,
-    mlp_width=48,
-    num_experts=2,
-    experts_per_token=1,
-    expert_width=24,
-  )
+  config = tiny_models.mixture(vocab_size=400, num_shared_experts=0)
   quantise, field, _ = CASES['fp8 blocks']
   floats = quantised_dirs.write(tmp_path / 'theirs', quantise, field, config)
   result = importing.import_directory(
     tmp_path / 'theirs', tmp_path / 'ours', weights='kept'
   )
   (note,) = (x for x in result.notes if 'became floats' in x)
-  assert note.startswith('7 quantised matrices became floats, such as model.l')
+  assert note.startswith('50 quantised matrices became floats, such as model.l')
   params = frozen_format.read(tmp_path / 'ours').params['params']['layer_0']
-  name = 'experts.1.'
-  (expected,) = (
-    x
-    for key, x in floats.items()
-    if name in key and ('w3' in key or 'up_' in key)
-  )
+  name = 'model.layers.0.block_sparse_moe.experts.1.w3.weight'
+  expected = floats[name]
   np.testing.assert_array_equal(
     params['moe']['expert_up']['kernel'][1], expected.T
   )
