@@ -47,11 +47,12 @@ def _import() -> None:
       f'--kind: got {values.kind} for an import, expected none; only an export'
       ' has a --kind'
     )
-  if values.family:
-    raise ValueError(
-      f'--family: got {values.family} for an import, expected none; only an'
-      ' export has a --family'
-    )
+  for name, neutral in (('family', ''), ('format', 'float')):
+    if values[name].value != neutral:
+      raise ValueError(
+        f'--{name}: got {values[name].value} for an import, expected none; only'
+        f' an export has a --{name}'
+      )
   fetched = hub.fetch(values.source, values.revision)
   is_gguf = fetched.directory.suffix == '.gguf'
   if is_gguf:
@@ -122,6 +123,11 @@ def _export() -> None:
         f' an import has a --{name}'
       )
   if values.out.endswith('.gguf'):
+    if values.format != 'float':
+      raise ValueError(
+        f'--format: got {values.format} for a GGUF file, expected none; it has'
+        ' a --kind'
+      )
     result = writing.export_file(
       values.source, values.out, family=values.family, kind=values.kind
     )
@@ -132,7 +138,7 @@ def _export() -> None:
     )
   else:
     result = exporting.export_directory(
-      values.source, values.out, family=values.family
+      values.source, values.out, family=values.family, form=values.format
     )
   print(f'exported: {values.out} as {result.family}')
   _tell(result.notes)
@@ -159,6 +165,13 @@ def _define_flags() -> None:
     ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0'),
     'Export of a GGUF file: kind of its matrices. auto keeps their dtype, and'
     ' the bytes of blocks that were kept.',
+  )
+  flags.DEFINE_enum(
+    'format',
+    'float',
+    ('float', 'compressed-tensors'),
+    'Export of a directory: float dequantises kernels in fewer bits;'
+    ' compressed-tensors writes them as they are stored.',
   )
   flags.DEFINE_enum(
     'dtype',

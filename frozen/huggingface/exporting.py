@@ -8,6 +8,9 @@ end of a vocabulary are left out if the model was trained here: nothing trained
 them, and they would be sampled. Rows of an unchanged import are kept: their
 first training made them improbable.
 
+Kernels in fewer bits become floats, or with `form` tensors of
+compressed-tensors (`frozen.huggingface.quantised.writing`).
+
 A reward model becomes a classifier of one class, such as
 LlamaForSequenceClassification, which has the same head, without bias, at the
 last token. `transformers` takes the last token that is not padding.
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checks import expect
 from frozen import format as frozen_format, stored_kernels
 from frozen.huggingface import (
   config_json,
@@ -30,10 +34,13 @@ from frozen.huggingface import (
   safetensors_files,
   tensor_map,
 )
+from frozen.huggingface.quantised import writing
 from models import axes, layout, reward_head
+from models.linear.stored import tree as stored_tree
 from storage import atomic
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib
 
+FLOAT, COMPRESSED = FORMS = ('float', 'compressed-tensors')
 # Families of which transformers has a classifier with a head like ours.
 _CLASSIFIERS = {
   'llama': 'LlamaForSequenceClassification',
@@ -55,6 +62,7 @@ def export_directory(
   out: str | os.PathLike,
   *,
   family: str = '',
+  form: str = FLOAT,
   shard_bytes: int = safetensors_files.SHARD_BYTES,
 ) -> Exported:
   """Writes a frozen directory as a Hugging Face directory.
@@ -63,24 +71,31 @@ def export_directory(
     out: the directory to write; must not exist, or be empty.
     family: the `model_type` to write; '' for the family that the model was
       imported as, or else the first family that computes the same function.
+    form: one of `FORMS`, of kernels in fewer bits.
     shard_bytes: maximum size of a file of weights.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
-    ValueError: no family computes this function, or `out` is not empty.
+    ValueError: no family computes this function, no kernel can be written in
+      the form, or `out` is not empty.
   """
+  expect.one_of('format', form, FORMS)
   target = pathlib.Path(out).absolute()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise ValueError(
       f'{target}: got a path with files, expected a new or empty directory;'
       ' choose another --out'
     )
-  frozen, spare_notes = trimmed(frozen_format.read_whole(source))
+  is_whole = form == FLOAT
+  frozen, spare_notes = trimmed(
+    frozen_format.read_whole(source) if is_whole else _with_kernels(source)
+  )
   model_type, values = describe(frozen, family)
   if frozen.manifest.heads:
     values |= _classifier(model_type)
   with atomic.new_directory(target) as partial:
-    _write_weights(partial, frozen, model_type, values, shard_bytes)
+    write = _write_weights if is_whole else _write_kernels
+    spare_notes += write(partial, frozen, model_type, values, shard_bytes)
     notes, special_ids = _write_tokenizer(partial, frozen)
     # Both files have all ids that end a text: some programs read one of them.
     special_ids |= _end_ids(frozen.generation)
@@ -89,13 +104,53 @@ def export_directory(
       notes += _unpadded(values)
     values['dtype'] = values['torch_dtype'] = frozen.manifest.dtype
     _write_json(partial / config_json.FILE, values)
-    if frozen.manifest.quantization != stored_kernels.NONE:
-      spare_notes.append(
-        f'kernels in fewer bits are written in {frozen.manifest.dtype}'
-      )
     generation, more = generation_config(frozen.generation)
     _write_json(partial / generation_config_lib.FILE, generation | special_ids)
   return Exported(model_type, spare_notes + notes + more)
+
+
+def _with_kernels(source: str | os.PathLike) -> frozen_format.Frozen:
+  """Returns a frozen model with its kernels as they are stored.
+
+  Tables of a trained model are floats: their last rows may be left out.
+
+  Raises:
+    ValueError: it is a reward model.
+  """
+  frozen = frozen_format.read(source)
+  if frozen.manifest.heads:
+    raise ValueError(
+      f'{source}: got a reward model, expected a language model for'
+      f' --format={COMPRESSED}; leave --format out'
+    )
+  if not frozen.manifest.step:
+    return frozen
+  inner = dict(frozen.params['params'])
+  for table in {'embed', 'head'} & inner.keys():
+    inner[table] = stored_tree.whole_kernels(
+      inner[table], frozen.manifest.dtype
+    )
+  return dataclasses.replace(frozen, params={**frozen.params, 'params': inner})
+
+
+def _write_kernels(
+  directory, frozen, model_type, values, shard_bytes
+) -> list[str]:
+  """Writes kernels as they are stored; adds their field to the config."""
+  params, config = layout.unstack(frozen.params, frozen.config)
+  manifest = frozen.manifest
+  record = manifest.quantization.get('record', {})
+  plan = writing.plan(
+    stored_kernels.by_path(params['params']),
+    tensor_map.pieces(model_type, config, values),
+    dtype=manifest.dtype,
+    formats=list(record.get('formats', ())),
+  )
+  safetensors_files.write_directory(
+    directory, plan.shapes, plan.dtypes, plan.tensors, shard_bytes=shard_bytes
+  )
+  values['quantization_config'] = plan.field
+  return plan.notes
 
 
 def trimmed(
@@ -185,7 +240,10 @@ def tensors_of(
     yield piece.theirs, piece.layout.write(*parts)
 
 
-def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
+def _write_weights(
+  directory, frozen, model_type, values, shard_bytes
+) -> list[str]:
+  """Writes floats."""
   params, config = layout.unstack(frozen.params, frozen.config)
   pieces = tensor_map.pieces(model_type, config, values)
   leaves = frozen_format.leaves_by_path(params['params'])
@@ -213,6 +271,9 @@ def _write_weights(directory, frozen, model_type, values, shard_bytes) -> None:
     itertools.chain(score.items(), tensors_of(params, pieces)),
     shard_bytes=shard_bytes,
   )
+  if frozen.manifest.quantization == stored_kernels.NONE:
+    return []
+  return [f'kernels in fewer bits are written in {frozen.manifest.dtype}']
 
 
 def _write_tokenizer(

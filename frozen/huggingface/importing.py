@@ -267,7 +267,7 @@ def import_directory(
       source,
       out,
       kept=kept.kernels,
-      record=told | {'method': 'kept'},
+      record={**told, 'method': 'kept', 'formats': _formats(source)},
       dtype=choose_dtype(source, dtype, kept.names),
       tokenizer_dir=tokenizer_dir,
       tokenizer=tokenizer,
@@ -276,6 +276,10 @@ def import_directory(
       origin={**told, **(origin or {})},
       overwrite=overwrite,
     )
+
+
+def _formats(source: Source) -> list[str]:
+  return list(source.quantisation.formats) if source.quantisation else []
 
 
 def _quantised(

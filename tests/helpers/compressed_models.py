@@ -6,10 +6,11 @@ Scales are those of the smallest and the largest number, by the package's own
 
 import pathlib
 
-from tests.helpers import open_weights
+from tests.helpers import hf_files, open_weights
 
 # Widths of whole groups; more rows than a block of [64, 48], not a multiple.
 SIZES = {
+  'vocab_size': 400,  # ids of the tokenizer, and more
   'hidden_size': 64,
   'intermediate_size': 96,
   'num_attention_heads': 4,
@@ -98,5 +99,6 @@ def _extremes(w, weights):
 def save(model, compressor, directory: pathlib.Path) -> pathlib.Path:
   """Saves a quantised model as llm-compressor does."""
   open_weights.save(model, directory)
+  hf_files.llama3(directory)
   compressor.update_config(str(directory))
   return directory

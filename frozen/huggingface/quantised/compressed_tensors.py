@@ -5,8 +5,8 @@ after `re:` which matches a name from its start, or a class of torch: Linear or
 Embedding. A module has the scheme of the first target that names it: exact
 names come first, then patterns, then classes.
 
-Reference: the package compressed-tensors, `quantization/quant_config.py` and
-`utils/match.py`.
+Reference: the package compressed-tensors, its modules quantization and
+utils.match.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,6 +60,11 @@ class CompressedTensors:
     """The method and its schemes, for people."""
     titles = {scheme.title: None for scheme in self.schemes.values()}
     return f'compressed-tensors, {" and ".join(titles)}'
+
+  @property
+  def formats(self) -> tuple[str, ...]:
+    """The formats of all schemes."""
+    return tuple(sorted({scheme.format for scheme in self.schemes.values()}))
 
   @property
   def notes(self) -> list[str]:

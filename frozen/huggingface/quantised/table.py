@@ -33,6 +33,7 @@ class Quantised(NamedTuple):
 
   title: str  # method and format, for people
   notes: list[str]  # for the user
+  formats: tuple[str, ...]  # of compressed-tensors
 
 
 def without_field(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def opened(
   if method is None:
     return dict(tensors), None
   result, notes = opening.opened(method, tensors, where)
-  return result, Quantised(method.title, [*method.notes, *notes])
+  formats = getattr(method, 'formats', ())
+  return result, Quantised(method.title, [*method.notes, *notes], formats)
 
 
 def check(directory: str | os.PathLike) -> None:

@@ -10,11 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frozen.huggingface import importing, tensor_map
+from frozen import stored_kernels
+from frozen.huggingface import exporting, importing, tensor_map
 from frozen.huggingface.quantised import kept as kept_lib
 from models import transformer
-from models.linear.stored import tree as stored_tree
-from tests.helpers import compressed_models, open_weights
+from models.linear.stored import round as rounding, tree as stored_tree
+from tests.helpers import (
+  compressed_models,
+  frozen_dirs,
+  open_weights,
+  quantised_dirs,
+)
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)
@@ -89,6 +95,7 @@ CASES = {
   ),
 }  # fmt: skip
 # A scheme of each form; the others take the same code with other shapes.
+_UNUSED = ('.input_scale', '.input_zero_point', '.input_global_scale')
 _FAST = ('W4A16 asymmetric', 'W8A8 static', 'FP8 block', 'NVFP4')
 
 
@@ -195,3 +202,114 @@ def test_activations_are_said_to_stay_floats(checkpoint):
   has_scales = any(name.endswith('input_scale') for name in names)
   assert has_scales == any('were not read' in note for note in notes)
   assert tensor_map.prefix_of(case.model) == 'model.'
+
+
+@pytest.fixture(scope='module')
+def exported(checkpoint, tmp_path_factory):
+  """A kept import of a checkpoint, written again, and notes of the export."""
+  root = tmp_path_factory.mktemp('again')
+  importing.import_directory(checkpoint[1], root / 'ours', weights='kept')
+  result = exporting.export_directory(
+    root / 'ours', root / 'theirs', form=exporting.COMPRESSED
+  )
+  return root / 'theirs', result.notes
+
+
+def test_a_kept_import_is_exported_with_its_bytes(
+  checkpoint, exported, tmp_path
+):
+  case, directory, _ = checkpoint
+  again, notes = exported
+  assert not any('floats' in note for note in notes)
+  first, second = (
+    importing.safetensors_files.open_directory(place)
+    for place in (directory, again)
+  )
+  unused = {name for name in first if name.endswith(_UNUSED)}
+  assert second.keys() == first.keys() - unused
+  is_cut = case.model == 'phi3' and case.weights['strategy'] == 'block'
+  for name, tensor in second.items():
+    if is_cut and ('qkv' in name or 'gate_up' in name):
+      continue  # a block has rows of two matrices: each row has a scale now
+    assert tensor.dtype == first[name].dtype, name
+    got, expected = tensor.whole(), first[name].whole()
+    assert got.shape == expected.shape, name
+    assert got.tobytes() == expected.tobytes(), name
+  importing.import_directory(again, tmp_path / 'ours', weights='kept')
+  exporting.export_directory(
+    tmp_path / 'ours', tmp_path / 'theirs', form=exporting.COMPRESSED
+  )
+  for name in ('model.safetensors', 'config.json'):
+    written = (tmp_path / 'theirs' / name).read_bytes()
+    assert written == (again / name).read_bytes(), name
+
+
+def _reference_logits(directory):
+  """Returns the logits of transformers, which reads with the package."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory,
+    dtype=torch.float32,
+    attn_implementation='eager',
+    # Otherwise it refuses the package's own packed zeros (5.24), and computes
+    # with fp4 in bfloat16.
+    quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+  )
+  with torch.no_grad():
+    return model(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+def test_transformers_reads_an_export(checkpoint, exported):
+  case, directory, _ = checkpoint
+  if 'targets' in case.options:
+    pytest.skip('transformers loads no quantised Embedding')
+  source = importing.open_source(directory)
+  expected = _logits(source, importing.load_params(source, 'float32'))
+  got = _reference_logits(exported[0])
+  # The package rounds matrices of exponents to bfloat16.
+  is_rounded = case.weights.get('scale_dtype')
+  tolerance = 2e-2 if is_rounded else TOLERANCE
+  np.testing.assert_allclose(
+    got, expected, atol=tolerance * np.abs(expected).max()
+  )
+
+
+@pytest.mark.parametrize(
+  'scheme',
+  [
+    'int8', 'int4',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('int8-g32', 'fp8', 'mxfp4', 'nvfp4')
+    ),
+  ],
+)  # fmt: skip
+def test_transformers_reads_what_was_quantised_here(tmp_path, scheme):
+  config = dataclasses.replace(quantised_dirs.CONFIG, mlp_width=64)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      rounding.by_scheme(x, scheme) if path[-1].key == 'kernel' else x
+    ),
+    frozen_dirs.params(config),
+  )
+  frozen_dirs.write(
+    tmp_path / 'ours',
+    config=config,
+    params=params,
+    provenance=frozen_dirs.provenance(step=0),
+  )
+  exporting.export_directory(
+    tmp_path / 'ours', tmp_path / 'theirs', form=exporting.COMPRESSED
+  )
+  source = importing.open_source(tmp_path / 'theirs')
+  kept = kept_lib.kernels(source.tensors, importing.check_tensors(source))
+  for path, leaf in stored_kernels.by_path(params['params']).items():
+    if stored_tree.is_stored(leaf):
+      got = kept.kernels[path]
+      assert (got.form, got.tile) == (leaf.form, leaf.tile)
+      np.testing.assert_array_equal(got.values, leaf.values)
+  expected = _logits(source, params)
+  got = _reference_logits(tmp_path / 'theirs')
+  tolerance = 2e-2 if 'fp4' in scheme else TOLERANCE
+  np.testing.assert_allclose(
+    got, expected, atol=tolerance * np.abs(expected).max()
+  )
