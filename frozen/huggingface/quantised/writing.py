@@ -46,6 +46,7 @@ class _Planned:
 
   piece: tensor_map.Piece
   scheme: schemes.Scheme | None
+  inputs: int = 0  # of the scheme
   why: str = ''  # quantised matrices are written in floats
 
   def arrays(self, leaves: Mapping[str, Any], dtype: Any):
@@ -82,13 +83,13 @@ def plan(
   Raises:
     ValueError: no kernel can be written so.
   """
-  planned = [_planned(piece, leaves, formats) for piece in pieces]
+  planned = _uniform([_planned(piece, leaves, formats) for piece in pieces])
   if not any(each.scheme for each in planned):
     reasons = sorted({each.why for each in planned if each.why})
     raise ValueError(
       '--format: got compressed-tensors of a model without kernels for it'
-      f' ({"; ".join(reasons) or "all are floats"}), expected int8, int4, uint4,'
-      ' fp8 or fp4 in rows of whole tiles; quantise it with `python -m'
+      f' ({"; ".join(reasons) or "all are floats"}), expected int8, int4,'
+      ' uint4, fp8 or fp4 in rows of whole tiles; quantise it with `python -m'
       ' frozen.quantize`, or leave --format out'
     )
   shapes, dtypes = {}, {}
@@ -108,6 +109,27 @@ def plan(
   )
 
 
+def _uniform(planned: list[_Planned]) -> list[_Planned]:
+  """Returns rows of one tile as groups, if all others are such groups.
+
+  transformers dequantises all matrices by the first group of a config.
+  """
+  schemed = {each.scheme for each in planned if each.scheme}
+  sizes = {scheme.size for scheme in schemed if scheme.strategy == 'group'}
+  if len(sizes) != 1:
+    return planned
+  (size,) = sizes
+  return [
+    dataclasses.replace(
+      each,
+      scheme=dataclasses.replace(each.scheme, strategy='group', size=size),
+    )
+    if each.scheme and each.scheme.strategy == 'channel' and each.inputs == size
+    else each
+    for each in planned
+  ]
+
+
 def _planned(
   piece: tensor_map.Piece, leaves: Mapping[str, Any], formats: list[str]
 ) -> _Planned:
@@ -115,18 +137,19 @@ def _planned(
   if not any(map(stored_tree.is_stored, parts)):
     return _Planned(piece, None)
   if not all(isinstance(part, kernel_lib.Kernel) for part in parts):
-    return _Planned(piece, None, 'blocks of a GGUF file')
+    return _Planned(piece, None, why='blocks of a GGUF file')
   found = [_scheme(part, formats) for part in parts]
   # Tiles of several rows would be cut where one tensor joins matrices.
   has_wide = len(parts) > 1 and any(part.tile[0] > 1 for part in parts)
   for each in found:
     if isinstance(each, str):
-      return _Planned(piece, None, each)
+      return _Planned(piece, None, why=each)
   if has_wide or len(set(found)) > 1:
-    return _Planned(piece, None, 'matrices that one tensor joins differ')
+    why = 'matrices that one tensor joins differ'
+    return _Planned(piece, None, why=why)
   (scheme,) = set(found)
   assert isinstance(scheme, schemes.Scheme)
-  return _Planned(piece, scheme)
+  return _Planned(piece, scheme, inputs=parts[0].shape[-2])
 
 
 def _scheme(
@@ -146,7 +169,8 @@ def _scheme(
   elif is_block:
     strategy = 'block'
   else:
-    strategy = 'channel' if of_in >= inputs else 'group'
+    is_mx = form in ('fp8', 'fp4') and scales == _E8M0
+    strategy = 'channel' if of_in >= inputs and not is_mx else 'group'
   if strategy == 'group' and inputs % of_in:
     return f'{inputs} inputs are no whole tiles of {of_in}'
   if is_block and form != 'fp8':
@@ -157,7 +181,7 @@ def _scheme(
   if form == 'int8' and formats == [schemes.INT]:
     chosen = schemes.INT
   elif form == 'fp8':
-    is_mx = scales == _E8M0 and kernel.tile == (1, 32)
+    is_mx = scales == _E8M0 and strategy == 'group' and of_in == 32
     chosen = schemes.MXFP8 if is_mx else schemes.FLOAT
   elif form == 'fp4':
     if scales == _E8M0 and kernel.gain is None and kernel.tile == (1, 32):
