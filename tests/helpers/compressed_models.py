@@ -20,7 +20,9 @@ SIZES = {
 
 def args(**fields):
   """Returns QuantizationArgs of a matrix."""
-  from compressed_tensors import quantization
+  from compressed_tensors import (  # pyright: ignore[reportMissingImports]
+    quantization,
+  )
 
   return quantization.QuantizationArgs(**fields)
 
@@ -35,7 +37,10 @@ def quantise(
   inputs=None,
 ):
   """Quantises a model of transformers in place, as its config will say."""
-  from compressed_tensors import compressors, quantization
+  from compressed_tensors import (  # pyright: ignore[reportMissingImports]
+    compressors,
+    quantization,
+  )
 
   scheme = quantization.QuantizationScheme(
     targets=list(targets), weights=weights, input_activations=inputs
@@ -59,7 +64,9 @@ def quantise(
 
 def _calibrate(module, weights) -> None:
   """Sets scales and zeros of a module."""
-  from compressed_tensors.quantization import utils
+  from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
+    utils,
+  )
   import torch
 
   w = module.weight.data
