@@ -116,7 +116,7 @@ def load_params(
   kept, tensors = kept or {}, source.tensors
   tied = {}
   if pieces is None:
-    pieces = tensor_map.pieces(source.model_type, source.config, source.values)
+    pieces = _pieces(source)
     tied = _tied(source)
   if kept:
     theirs = {piece.theirs for piece in pieces if kept.keys() & set(piece.ours)}
@@ -143,6 +143,11 @@ def load_params(
   return {'params': tree}
 
 
+def _pieces(source: Source) -> list[tensor_map.Piece]:
+  """Returns the tensor map of the family."""
+  return tensor_map.pieces(source.model_type, source.config, source.values)
+
+
 def check_tensors(
   source: Source, pieces: list[tensor_map.Piece] | None = None
 ) -> list[tensor_map.Piece]:
@@ -153,7 +158,7 @@ def check_tensors(
   """
   leaves, tied = _leaves(source, 'float32'), {}
   if pieces is None:
-    pieces = tensor_map.pieces(source.model_type, source.config, source.values)
+    pieces = _pieces(source)
     tied = _tied(source)
   loading.check(source.tensors, pieces, leaves, tied=tied, where=source.where)
   return pieces
