@@ -5,7 +5,8 @@ import numpy as np
 from tests.helpers import quantised_dirs
 
 
-def _config(form, **weights):
+def config(form, **weights):
+  """Returns a quantization_config of one group."""
   group = {'targets': ['Linear'], 'weights': weights}
   return {
     'quant_method': 'compressed-tensors',
@@ -16,8 +17,8 @@ def _config(form, **weights):
   }
 
 
-CONFIG = _config('pack-quantized', num_bits=4, strategy='group', group_size=16)
-MXFP4_CONFIG = _config(
+CONFIG = config('pack-quantized', num_bits=4, strategy='group', group_size=16)
+MXFP4_CONFIG = config(
   'mxfp4-pack-quantized',
   num_bits=4,
   type='float',

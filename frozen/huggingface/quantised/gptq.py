@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = frozenset(
     'exllama_config', 'max_input_length', 'use_cuda_fp16', 'model_seqlen',
     'block_name_to_quantize', 'module_name_preceding_first_block',
     'cache_block_outputs', 'backend', 'act_group_aware', 'static_groups',
-    'mse',
+    'mse', 'pack_impl',
   }
 )  # fmt: skip
 
@@ -198,6 +198,7 @@ def read(fields: fields_lib.Fields) -> Gptq:
   for name in ('checkpoint_format', 'format'):
     fields.expect(name, None, 'gptq', 'gptq_v2')
   fields.agree('checkpoint_format', 'format')
+  fields.expect('method', None, 'gptq')
   fields.expect('pack_dtype', None, 'int32')
   fields.expect('is_marlin_format', None, False)
   fields.expect('dynamic', None, {})  # other settings for some modules

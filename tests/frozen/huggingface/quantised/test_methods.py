@@ -11,7 +11,7 @@ from frozen.huggingface import importing
 from frozen.huggingface.quantised import bits, kept as kept_lib, parts
 from models import transformer
 from models.linear.stored import tree as stored_tree
-from tests.helpers import quantised_dirs, tiny_models
+from tests.helpers import compressed_dirs, quantised_dirs, tiny_models
 
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 16}
 _AWQ = {
@@ -61,6 +61,30 @@ CASES = {
     quantised_dirs.fp8((24, 20), dtype=ml_dtypes.float8_e8m0fnu),
     {**_FP8, 'scale_fmt': 'ue8m0', 'activation_scheme': 'dynamic'},
     'fp8',
+  ),
+  # The package of compressed-tensors no longer reads act-order.
+  'packed act-order': (
+    compressed_dirs.int4(16, ordered=True),
+    compressed_dirs.config(
+      'pack-quantized',
+      num_bits=4,
+      strategy='group',
+      group_size=16,
+      actorder='group',
+    ),
+    'int4',
+  ),
+  'packed in act-order at first': (
+    compressed_dirs.int4(16),
+    compressed_dirs.config(
+      'pack-quantized', num_bits=4, group_size=16, actorder='weight'
+    ),
+    'int4',
+  ),
+  'exponents': (
+    compressed_dirs.mxfp4,
+    compressed_dirs.MXFP4_CONFIG,
+    'fp4',
   ),
   'fp8 matrices': (
     quantised_dirs.fp8(None, scale='weight_scale'),
