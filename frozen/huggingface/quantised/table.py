@@ -25,6 +25,7 @@ from frozen.huggingface.quantised import (
 
 FIELD = 'quantization_config'
 FLOAT, KEPT = WEIGHTS = ('float', 'kept')
+_PACKED = ('.qweight', '.weight_packed')
 _METHODS = ('compressed-tensors', 'gptq', 'awq', 'fp8')
 
 
@@ -93,10 +94,22 @@ def opened(
   path = str(pathlib.Path(where) / config_json.FILE)
   method = method_of(values, path)
   if method is None:
+    _check_floats(tensors, path)
     return dict(tensors), None
   result, notes = opening.opened(method, tensors, where)
   formats = getattr(method, 'formats', ())
   return result, Quantised(method.title, [*method.notes, *notes], formats)
+
+
+def _check_floats(tensors: Mapping[str, Any], path: str) -> None:
+  """Raises ValueError for tensors of quantised matrices."""
+  name = next((x for x in sorted(tensors) if x.endswith(_PACKED)), None)
+  if name is not None:
+    raise ValueError(
+      f'{path}: got no {FIELD} and a quantised {name}, expected the field;'
+      ' earlier programs wrote it as quantize_config.json: add it, with its'
+      ' quant_method'
+    )
 
 
 def check(directory: str | os.PathLike) -> None:
@@ -110,5 +123,5 @@ def check(directory: str | os.PathLike) -> None:
   values = config_json.load(directory)
   path = str(directory / config_json.FILE)
   config_json.read(without_field(values), path)
-  if method_of(values, path) is not None:
-    opened(values, safetensors_files.open_directory(directory), str(directory))
+  method_of(values, path)  # before the headers of many files
+  opened(values, safetensors_files.open_directory(directory), str(directory))

@@ -125,7 +125,11 @@ EARLY = [
   ('gptq', _config(quantization_config={'bits': 4}), 'got no quantization_co'),
   ('gptq', _config(quantization_config={}), 'got quantization_config = {}, '),
   ('gptq', _config(model_type='bert'), "got model_type = 'bert'"),
-  ('gptq', _config(quantization_config=None), 'got no model.*expected them'),
+  (
+    'gptq',
+    _config(quantization_config=None),
+    'and a quantised .*qweight, expected the f',
+  ),
   ('gptq', _field(bits=3), 'got quantization_config.bits = 3, expected 4 or 8'),
   ('gptq', _field(group_size=0), 'group_size = 0, expected an integer from 1'),
   ('gptq', _field(checkpoint_format='marlin'), "checkpoint_format = 'marlin'"),
