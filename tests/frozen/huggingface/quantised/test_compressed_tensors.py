@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from frozen import stored_kernels
-from frozen.huggingface import exporting, importing, tensor_map
+from frozen.huggingface import config_json, exporting, importing, tensor_map
 from frozen.huggingface.quantised import kept as kept_lib
 from models import transformer
 from models.linear.stored import round as rounding, tree as stored_tree
@@ -329,3 +329,29 @@ def test_transformers_reads_what_was_quantised_here(tmp_path, scheme):
   got = _reference_logits(tmp_path / 'theirs')
   scale = np.abs(expected).max()
   np.testing.assert_allclose(got, expected, atol=TOLERANCE * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gpt_neox', 'deepseek_v3'])
+def test_rows_of_blocks_follow_the_order_of_heads(tmp_path, name):
+  """Tensors that join matrices head by head, or have other rotary channels."""
+  _, theirs = open_weights.config_of(name, vocab_size=400)
+  architecture = config_json.FAMILIES[theirs.model_type].architecture
+  values = json.loads(json.dumps(theirs.to_dict()))
+  _, config = config_json.read(values | {'architectures': [architecture]})
+  block = [24, 20]
+  quantised_dirs.write(
+    tmp_path,
+    quantised_dirs.fp8(tuple(block)),
+    {'quant_method': 'fp8', 'weight_block_size': block},
+    config,
+  )
+  source = importing.open_source(tmp_path)
+  kept = kept_lib.kernels(source.tensors, importing.check_tensors(source))
+  floats = importing.load_params(source, 'float32')
+  params = importing.load_params(source, 'float32', kept=kept.kernels)
+  expected, got = _logits(source, floats), _logits(source, params)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(got, expected, atol=1e-5 * scale)
+  if name == 'deepseek_v3':  # experts, routers, kv_b_proj
+    assert 'quantised matrices became floats' in kept.notes[0]
