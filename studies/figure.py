@@ -25,11 +25,12 @@ class Line:
   high: Sequence[float] | None = None
   style: str = '-'  # matplotlib's; 'o' draws points without a line
   width: float = 1.0  # points
+  colour: str | None = None  # matplotlib's; None: the next one of its cycle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-  """One pair of axes, and its lines by label."""
+  """One pair of axes, and its lines by label; '_' hides one from the legend."""
 
   title: str
   x_label: str
@@ -94,7 +95,12 @@ def save(
 def _draw(axes, panel: Panel) -> None:
   for label, line in panel.lines.items():
     (drawn,) = axes.plot(
-      line.x, line.y, line.style, label=label, linewidth=line.width
+      line.x,
+      line.y,
+      line.style,
+      label=label,
+      linewidth=line.width,
+      color=line.colour,
     )
     if line.low is not None and line.high is not None:
       axes.fill_between(

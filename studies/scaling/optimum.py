@@ -109,9 +109,7 @@ def choice(
   )
 
 
-def tokens_for(
-  law: scaling_laws.Fit, num_params: float, loss: float
-) -> float:
+def tokens_for(law: scaling_laws.Fit, num_params: float, loss: float) -> float:
   """Returns the tokens with which a size reaches a loss; inf: it never does."""
   left = loss - law.floor - law.params_scale / num_params**law.params_exponent
   if left <= 0:

@@ -88,6 +88,17 @@ def predict(fit: scaling_laws.Fit, points: points_lib.Points) -> np.ndarray:
   return np.array([fit.loss(*pair) for pair in pairs])
 
 
+def misfit(fit: scaling_laws.Fit, points: points_lib.Points) -> float:
+  """Returns the summed Huber loss of the log residuals of a law."""
+  x = np.array([
+    *np.log([fit.floor, fit.params_scale, fit.tokens_scale]),
+    fit.params_exponent,
+    fit.tokens_exponent,
+  ])  # fmt: skip
+  logs = np.log([points.params, points.tokens, points.losses])
+  return huber_objective(x, *logs)[0]
+
+
 def project(points: points_lib.Points) -> scaling_laws.Fit:
   """Fits by variable projection: least squares of relative residuals.
 
