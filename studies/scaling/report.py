@@ -118,7 +118,8 @@ def held_out_lines(points: points_lib.Points) -> str:
       f' ({found.times_larger:.1f} times the largest fitted budget) predicted'
       f' with a mean error of {found.error:.4f} nats'
       f' ({found.relative_error:.2%} of the loss), mean of predicted -'
-      f' measured {found.bias:+.4f}; error on the fitted budgets {found.fitted_error:.4f}'
+      f' measured {found.bias:+.4f}; error on the fitted budgets'
+      f' {found.fitted_error:.4f}'
     )
   return '\n'.join(lines)
 
