@@ -64,9 +64,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     'drop_highest', 0, 'Models of highest loss to leave out.', lower_bound=0
   )
-  flags.DEFINE_integer(
-    'resamples', 200, 'Bootstrap resamples; 0: no intervals.'
-  )
+  flags.DEFINE_integer('resamples', 200, 'Bootstrap resamples.', lower_bound=2)
   flags.DEFINE_list(
     'against', [], f'Published laws to compare: {", ".join(optimum.LAWS)}.'
   )
@@ -81,8 +79,6 @@ def main(argv: list[str]) -> int:
   try:
     for name in values.against:
       expect.one_of('--against', name, optimum.LAWS)
-    if values.resamples < 2:
-      expect.one_of('--resamples', values.resamples, [0, '2 or more'])
     points = points_lib.read(values.points)
     points = points_lib.without_highest(points, values.drop_highest)
     print(f'{len(points)} models, {len(points.budgets)} budgets')

@@ -66,11 +66,12 @@ def budget(law: scaling_laws.Fit, num_params: float) -> float:
 
 def best_params(law: scaling_laws.Fit, flops: float) -> float:
   """Returns the best parameters besides embeddings of a budget 6 N D."""
-  found = optimize.brentq(
+  found, _ = optimize.brentq(
     lambda log_n: np.log(budget(law, float(np.exp(log_n))) / flops),
     0.0,
     np.log(1e15),
     xtol=1e-13,
+    full_output=True,
   )
   return float(np.exp(found))
 

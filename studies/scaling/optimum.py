@@ -273,8 +273,8 @@ def _define_flags() -> None:
 def _use(values: flags.FlagValues) -> Use:
   """Returns the use that the flags describe."""
   expect.at_least('--requests', values.requests, 0)
-  for name in ('tokens_in', 'tokens_out'):
-    expect.at_least(f'--{name}', values[name].value, 0)
+  expect.at_least('--tokens_in', values.tokens_in, 0)
+  expect.at_least('--tokens_out', values.tokens_out, 0)
   tokens = values.tokens_in + values.tokens_out
   if bool(values.requests) != bool(tokens):
     raise ValueError(

@@ -27,9 +27,9 @@ def test_the_grid_has_the_flops_of_its_budgets(grid):
   assert set(grid.runs) == set(grid.trunks)
   for budget in page.BUDGETS:
     runs = [r for of in grid.runs.values() for r in of if r.budget == budget]
-    assert len(runs) >= 5
+    assert len(runs) >= 4
     for run in runs:
-      # Half a step of the shortest run, of 255 steps.
+      # Half a step of the shortest run, of more than 250 steps.
       assert 6 * run.num_params * run.num_tokens == pytest.approx(
         budget, rel=2e-3
       )
