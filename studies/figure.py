@@ -1,4 +1,4 @@
-"""Line charts for the notebook, saved as small SVG files.
+"""Line charts for the notebook, saved as small SVG files, or as PNG.
 
 Text stays text and ids are fixed. The same numbers give the same file, so that
 a change of numbers shows in a diff.
@@ -7,9 +7,12 @@ a change of numbers shows in a diff.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
+
+FORMATS = '.svg', '.png'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,28 +23,45 @@ class Line:
   y: Sequence[float]
   low: Sequence[float] | None = None  # shaded between low and high
   high: Sequence[float] | None = None
-  style: str = '-'  # matplotlib's
+  style: str = '-'  # matplotlib's; 'o' draws points without a line
   width: float = 1.0  # points
+  colour: str | None = None  # matplotlib's; None: the next one of its cycle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-  """One pair of axes, and its lines by label."""
+  """One pair of axes, and its lines by label; '_' hides one from the legend."""
 
   title: str
   x_label: str
   y_label: str
   lines: Mapping[str, Line]
   log_x: bool = False
+  log_y: bool = False
+  log_base: int = 2  # of the ticks of logarithmic axes
   y_limits: tuple[float, float] | None = None
 
 
-def save(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
-  """Draws panels side by side, sharing the y axis, into an SVG file.
+def save(
+  path: str | os.PathLike, panels: Sequence[Panel], *, share_y: bool = True
+) -> None:
+  """Draws panels side by side into an SVG file, or a PNG if the path says so.
+
+  Args:
+    path: its suffix is the format: .svg or .png.
+    panels: from left to right.
+    share_y: whether all panels have one y axis.
 
   Raises:
-    ValueError: matplotlib is not installed, or a panel has no lines.
+    ValueError: matplotlib is not installed, a panel has no lines, or the path
+      has another suffix.
   """
+  suffix = pathlib.PurePath(path).suffix
+  if suffix not in FORMATS:
+    raise ValueError(
+      f'figure: got {os.fspath(path)!r}, expected a name that ends in'
+      f' {" or ".join(FORMATS)}'
+    )
   if not panels or not all(panel.lines for panel in panels):
     raise ValueError(
       'figure: got a panel without lines, expected at least one in each'
@@ -65,23 +85,31 @@ def save(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
     drawn = matplotlib_figure.Figure(
       figsize=(1 + 4 * len(panels), 3.4), layout='constrained'
     )
-    all_axes = np.ravel(drawn.subplots(1, len(panels), sharey=True))
+    all_axes = np.ravel(drawn.subplots(1, len(panels), sharey=share_y))
     for axes, panel in zip(all_axes, panels, strict=True):
       _draw(axes, panel)
-    drawn.savefig(path, format='svg', metadata={'Date': None})
+    metadata = {'Date': None} if suffix == '.svg' else {'Software': None}
+    drawn.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
 
 
 def _draw(axes, panel: Panel) -> None:
   for label, line in panel.lines.items():
     (drawn,) = axes.plot(
-      line.x, line.y, line.style, label=label, linewidth=line.width
+      line.x,
+      line.y,
+      line.style,
+      label=label,
+      linewidth=line.width,
+      color=line.colour,
     )
     if line.low is not None and line.high is not None:
       axes.fill_between(
         line.x, line.low, line.high, color=drawn.get_color(), alpha=0.2, lw=0
       )
   if panel.log_x:
-    axes.set_xscale('log', base=2)
+    axes.set_xscale('log', base=panel.log_base)
+  if panel.log_y:
+    axes.set_yscale('log', base=panel.log_base)
   if panel.y_limits:
     axes.set_ylim(*panel.y_limits)
   axes.set_title(panel.title)

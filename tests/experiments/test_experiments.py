@@ -45,7 +45,7 @@ ALL = [
   for path in sorted(DIRECTORY.glob('*.py'))
   if path.stem not in NOT_EXPERIMENTS
   for variant in VARIANTS.get(path.stem, [None])
-]
+] + [('scaling.bytes', '16')]
 
 
 def _load(name, variant):

@@ -39,3 +39,16 @@ def test_the_same_numbers_draw_the_same_file(tmp_path):
 def test_a_figure_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match='got a panel without lines'):
     figure.save(tmp_path / 'a.svg', [])
+
+
+def test_a_figure_is_a_png_if_its_name_says_so(tmp_path):
+  path = tmp_path / 'figure.png'
+  figure.save(
+    path, [_panel(log_x=True, log_y=True, log_base=10)], share_y=False
+  )
+  assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_another_format_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r'expected a name that ends in \.svg'):
+    figure.save(tmp_path / 'figure.pdf', [_panel()])

@@ -66,3 +66,12 @@ BESIROGLU = Fit(
   tokens_exponent=0.3658,
 )
 FITS = HOFFMANN, BESIROGLU
+# Hoffmann's fit with a digit more, as Sardana et al. use it.
+SARDANA = Fit(
+  source='Sardana et al. 2024',
+  floor=1.69,
+  params_scale=406.4,
+  tokens_scale=410.7,
+  params_exponent=0.336,
+  tokens_exponent=0.283,
+)
