@@ -8,11 +8,17 @@ import sys
 from storage import disk, locks
 from studies.sweeps import (
   claims as claims_lib,
+  group as group_lib,
   points,
   single,
   store as store_lib,
+  together,
 )
 from training import experiment as experiment_lib, sweep as sweep_lib
+from training.lifecycle import exit_codes
+
+# Trials that a process claims at a time, unless it is told.
+_AT_ONCE, _AT_ONCE_LEARNING = 64, 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +68,44 @@ def run(
     tell: receives lines for the user.
   """
   taker = claims_lib.Claims(store, search.workdir)
-  while batch := taker.take(1):
-    for claim in batch:
-      try:
+  structures: dict[str, group_lib.Structure] = {}
+  told: set[str] = set()
+  while batch := taker.take(_most(search)):
+    try:
+      groups, apart = together.members(
+        batch, search.experiment, store, wanted=search.together
+      )
+      for members in groups:
+        tell(
+          f'{len(members)} trials x {len(members[0].experiments)} seeds in one'
+          ' program'
+        )
+        key = members[0].structure
+        if key not in structures:
+          structures[key] = group_lib.Structure(search.workdir, members[0])
+        group_lib.train(structures[key], members, store, progress)
+      for claim, reason in apart:
+        if reason not in told:
+          told.add(reason)
+          tell(f'trials one by one: {reason}')
         single.run_trial(claim, store, search.experiment, progress)
-      except single.Stopped as stopped:
-        tell('stopped; the same command resumes from here')
-        return stopped.exit_code
-      except (disk.SaveError, locks.InUseError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 75
-      finally:
+        claim.release()
+    except single.Stopped as stopped:
+      tell('stopped; the same command resumes from here')
+      return stopped.exit_code
+    except (disk.SaveError, locks.InUseError) as error:
+      print(f'error: {error}', file=sys.stderr)
+      return exit_codes.TRY_AGAIN
+    finally:
+      for claim in batch:
         claim.release()
   return 0
+
+
+def _most(search: Search) -> int:
+  """Returns how many trials a process claims at a time."""
+  sweep = search.sweep
+  if asked := search.trials_at_once or sweep.trials_at_once:
+    return asked
+  learns = sweep.strategy == 'tpe' or sweep.pruner != 'none'
+  return _AT_ONCE_LEARNING if learns else _AT_ONCE
