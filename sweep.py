@@ -123,7 +123,8 @@ def _run(search) -> int:
   import rich.console
 
   from hardware import host_memory
-  from studies.sweeps import claims, progress, results, worker
+  from storage import disk
+  from studies.sweeps import claims, progress, report, results, worker
 
   console = rich.console.Console(soft_wrap=True)
   store = worker.open_store(search)
@@ -144,9 +145,13 @@ def _run(search) -> int:
   if code:
     return code
   found = results.gather(store)
-  results.save(found, search.experiment, search.workdir)
+  with disk.writing(search.workdir, saved='the trials are in the storage'):
+    results.save(found, search.experiment, search.workdir)
+    report.save(found, search.experiment, search.workdir, store.place)
   progress.show_results(found, console)
-  console.print(f'written to {search.workdir}: results.csv, results.json')
+  shown.say(
+    f'written to {search.workdir}: report.html, results.csv, results.json'
+  )
   return 0 if found.best is not None else exit_codes.USER_ERROR
 
 

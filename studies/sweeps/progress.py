@@ -19,6 +19,7 @@ from studies.sweeps import results as results_lib, store as store_lib
 
 _SECONDS = 2.0  # between two questions to the storage
 _MOST_ROWS = 20  # of the live table
+_FILE_WIDTH = 240  # characters of the last table, where it goes into a file
 
 
 class Progress:
@@ -119,7 +120,7 @@ def show_results(
   sweep = results.sweep
   table = rich.table.Table(box=None, pad_edge=False)
   for name in ('trial', 'state', *sweep.parameters, f'{sweep.metric}, 95 %'):
-    table.add_column(name, no_wrap=True)
+    table.add_column(name)
   table.add_column('note')
   for row in results_lib.ranked(results):
     table.add_row(
@@ -129,6 +130,7 @@ def show_results(
       results_lib.value_text(row),
       row.note,
     )
-  console.print(table)
+  # A file has no width: nothing is wrapped there.
+  console.print(table, width=None if console.is_terminal else _FILE_WIDTH)
   for line in results_lib.summary(results):
     console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -59,10 +59,21 @@ def run_trial(
         values[seed] = _advance(
           experiment, directory(claim, seed), sweep.metric, step
         )
+      if rungs != steps:
+        _report_earlier(store, claim, seeds, steps)
       if settle(store, claim, values, steps, step):
         return
   except (ValueError, OSError) as error:
     store.finish(claim.trial, state='errored', note=one_line(error))
+
+
+def _report_earlier(store, claim, seeds, steps) -> None:
+  """Records the evaluations of a complete trial before its last one."""
+  found = [scores(directory(claim, s), store.sweep.metric) for s in seeds]
+  for i, step in enumerate(steps[:-1]):
+    values = [each[step] for each in found if step in each]
+    if len(values) == len(seeds):
+      store.report(claim.trial, i + 1, statistics.mean(values))
 
 
 def settle(
