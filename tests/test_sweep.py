@@ -99,7 +99,7 @@ def test_all_trials_that_diverge_are_one_line(place):
     ),
     (
       {'parameters': "'optimizer.peek_lr': sweep.Choice((1e-3,))"},
-      'did you mean peak_lr?',
+      'did you mean peak_lr',
     ),
     (
       {'parameters': "'optimizer.peak_lr': sweep.Choice(('a',))"},
@@ -107,7 +107,7 @@ def test_all_trials_that_diverge_are_one_line(place):
     ),
     (
       {'parameters': "'optimizer.rule': sweep.Choice(('lyon',))"},
-      'did you mean lion?',
+      'did you mean lion',
     ),
     (
       {'parameters': "'optimizer.peak_lr': sweep.Choice(())"},
