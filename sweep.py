@@ -139,7 +139,7 @@ def _run(search) -> int:
     return worker.run(search, store, tell=shown.say)
   with shown.shown():
     if _PROCESSES.value > 1:
-      code = _run_children(_PROCESSES.value, shown)
+      code = _run_children(_PROCESSES.value, search, shown)
     else:
       code = worker.run(search, store, shown.update, shown.say)
   if code:
@@ -158,12 +158,17 @@ def _run(search) -> int:
 _INDEX = 'SWEEP_PROCESS'  # set in processes of --processes
 
 
-def _run_children(num: int, shown) -> int:
+def _run_children(num: int, search, shown) -> int:
   """Runs processes that share the sweep; returns the worst exit code."""
+  from studies.sweeps import worker
+
+  # One process would claim all trials, to run them together.
+  share = -(-search.sweep.count() // num)
+  share = min(share, worker.most_at_once(search))
   # A process that is killed takes its children along: they would go on unseen.
   children = [
     subprocess.Popen(
-      [sys.executable, *sys.argv],
+      [sys.executable, *sys.argv, f'--trials_at_once={share}'],
       env=os.environ | {_INDEX: str(i), supervisor.PARENT: str(os.getpid())},
       stdout=subprocess.DEVNULL,
     )

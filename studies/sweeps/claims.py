@@ -28,7 +28,7 @@ class Claim:
   """A trial that this process runs."""
 
   trial: Any  # optuna.trial.Trial
-  slot: int
+  point: int
   params: dict[str, sweep_lib.Scalar]
   directory: pathlib.Path  # with a workdir for each seed
   lock: contextlib.ExitStack
@@ -76,25 +76,25 @@ class Claims:
       for row in self._store.rows():
         if len(claims) == most:
           return claims
-        if row.state == 'running' and (lock := self._lock(row.slot)):
+        if row.state == 'running' and (lock := self._lock(row.point)):
           claims.append(self._claim(self._store.again(row), row, lock))
       while len(claims) < most and (trial := self._store.ask()) is not None:
         (row,) = (r for r in self._store.rows() if r.number == trial.number)
-        lock = self._lock(row.slot)
+        lock = self._lock(row.point)
         if lock is None:
           raise locks.InUseError(
-            f'{self.directory(row.slot)}: got a new trial that another process'
+            f'{self.directory(row.point)}: got a new trial that another process'
             ' holds, expected none; end the other processes of this sweep'
           )
         claims.append(self._claim(trial, row, lock))
     return claims
 
-  def directory(self, slot: int) -> pathlib.Path:
-    """Returns the directory of a slot."""
-    return self._workdir / TRIALS / f'{slot:04d}'
+  def directory(self, point: int) -> pathlib.Path:
+    """Returns the directory of a point."""
+    return self._workdir / TRIALS / f'{point:04d}'
 
   def _claim(self, trial, row, lock) -> Claim:
-    directory = self.directory(row.slot)
+    directory = self.directory(row.point)
     # Once: a restart that is killed goes on from its own checkpoint.
     done = directory / f'.restarted-{row.number}'
     if row.is_restart and not done.exists():
@@ -103,15 +103,15 @@ class Claims:
       done.touch()
     return Claim(
       trial=trial,
-      slot=row.slot,
+      point=row.point,
       params=dict(trial.params),
       directory=directory,
       lock=lock,
     )
 
-  def _lock(self, slot: int) -> contextlib.ExitStack | None:
-    """Takes the lock of a slot; None if another process holds it."""
-    directory, stack = self.directory(slot), contextlib.ExitStack()
+  def _lock(self, point: int) -> contextlib.ExitStack | None:
+    """Takes the lock of a point; None if another process holds it."""
+    directory, stack = self.directory(point), contextlib.ExitStack()
 
     def refuse(text: str) -> None:
       raise ValueError(

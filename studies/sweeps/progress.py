@@ -28,7 +28,7 @@ class Progress:
   def __init__(self, console: rich.console.Console, store: store_lib.Store):
     self._console = console
     self._store = store
-    self._steps: dict[int, tuple[int, int]] = {}  # slot: (seed, step)
+    self._steps: dict[int, tuple[int, int]] = {}  # point: (seed, step)
     self._rows: list[store_lib.Row] = []
     self._asked_at = -math.inf
     self._told: set[int] = set()  # numbers of finished trials
@@ -50,9 +50,9 @@ class Progress:
     ):
       yield
 
-  def update(self, slot: int, seed: int, step: int) -> None:
+  def update(self, point: int, seed: int, step: int) -> None:
     """Notes where a trial of this process is."""
-    self._steps[slot] = seed, step
+    self._steps[point] = seed, step
     if not self._console.is_terminal:
       self.tell_finished()
 
@@ -63,7 +63,7 @@ class Progress:
       if _is_finished(row) and row.number not in self._told:
         self._told.add(row.number)
         self.say(
-          f'trial {row.slot}: {results_lib.written(row.params)}: {row.state}'
+          f'trial {row.point}: {results_lib.written(row.params)}: {row.state}'
           f' {results_lib.value_text(row)}'
           + (f' ({row.note})' if row.note else '')
         )
@@ -96,9 +96,9 @@ class Progress:
         if row.value is None and last is not None
         else results_lib.value_text(row)
       )
-      place = self._steps.get(row.slot) if row in active else None
+      place = self._steps.get(row.point) if row in active else None
       table.add_row(
-        str(row.slot),
+        str(row.point),
         row.state,
         *(results_lib.short(row.params.get(n, '')) for n in sweep.parameters),
         value,
@@ -124,7 +124,7 @@ def show_results(
   table.add_column('note')
   for row in results_lib.ranked(results):
     table.add_row(
-      str(row.slot),
+      str(row.point),
       row.state,
       *(results_lib.short(row.params.get(n, '')) for n in sweep.parameters),
       results_lib.value_text(row),

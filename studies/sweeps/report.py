@@ -101,9 +101,9 @@ def _table(results: results_lib.Results) -> str:
   head = ['trial', 'state', *names, f'{results.sweep.metric}, 95 %', 'note']
   lines = [_cells('th', head)]
   for row in results_lib.ranked(results):
-    is_best = results.best is not None and row.slot == results.best.slot
+    is_best = results.best is not None and row.point == results.best.point
     values = [
-      row.slot,
+      row.point,
       row.state,
       *(results_lib.short(row.params.get(name, '')) for name in names),
       results_lib.value_text(row).replace('+-', '±'),

@@ -47,7 +47,7 @@ class Results:
   """All that a sweep found."""
 
   sweep: sweep_lib.Sweep
-  rows: tuple[store_lib.Row, ...]  # by slot
+  rows: tuple[store_lib.Row, ...]  # by point
   best: store_lib.Row | None  # None: no trial is complete and finite
   optimum: Optimum | None
   why_no_optimum: str
@@ -193,7 +193,7 @@ def ranked(results: Results) -> list[store_lib.Row]:
 
   def key(row):
     value = math.inf if row.value is None else sign * row.value
-    return order.get(row.state, 2), value, row.slot
+    return order.get(row.state, 2), value, row.point
 
   return sorted(results.rows, key=key)
 
@@ -204,7 +204,7 @@ def summary(results: Results) -> list[str]:
   if best is None:
     return [all_failed(results)]
   lines = [
-    f'best       trial {best.slot}: {written(best.params)}: {metric}'
+    f'best       trial {best.point}: {written(best.params)}: {metric}'
     f' {value_text(best)}'
   ]
   found = results.optimum
@@ -287,7 +287,7 @@ def save(
     half = half_width(list(row.seeds.values()))
     table.writerow(
       [
-        *(row.slot, row.state, *(row.params.get(name) for name in names)),
+        *(row.point, row.state, *(row.params.get(name) for name in names)),
         *(row.value, half if row.state == 'complete' else None),
         *(row.seeds.get(seed) for seed in seeds),
         row.note,
@@ -301,7 +301,7 @@ def save(
       dataclasses.asdict(row) | {'value': _finite(row.value)}
       for row in results.rows
     ],
-    'best': None if results.best is None else results.best.slot,
+    'best': None if results.best is None else results.best.point,
     'optimum': None if found is None else dataclasses.asdict(found),
     'importance': results.importance,
     'config': experiment.to_dict(),

@@ -1,6 +1,6 @@
 """Trials one by one: every seed is a run of its own, as train.py would do it.
 
-Each run has a workdir, `trials/SLOT/seedSEED/`, and resumes from its checkpoint
+Each run has a workdir, `trials/POINT/seedSEED/`, and resumes from its checkpoint
 bit for bit. Where a pruner looks on, all seeds of a trial are trained up to an
 evaluation before any goes further: the pruner sees means over seeds.
 """
@@ -16,7 +16,7 @@ from studies.sweeps import claims, points, store as store_lib
 from training import experiment as experiment_lib, run
 from training.reporting import metrics, reporter
 
-# (slot, seed, step) -> nothing
+# (point, seed, step) -> nothing
 Progress = Callable[[int, int, int], None]
 
 
@@ -55,7 +55,7 @@ def run_trial(
     for step in rungs:
       values = {}
       for seed, experiment in experiments.items():
-        progress(claim.slot, seed, step)
+        progress(claim.point, seed, step)
         values[seed] = _advance(
           experiment, directory(claim, seed), sweep.metric, step
         )

@@ -8,8 +8,8 @@ sweep begins. So neither a kill nor the number of processes changes them: a
 sampler that starts again would otherwise propose its first points once more.
 
 An errored trial that runs again is a new trial in Optuna, which reopens none.
-Both belong to one slot, whose number is the place of the point: its files, its
-row in the table. The last trial of a slot counts.
+Both belong to one point, whose number names its files and its row in the table.
+The last trial of a point counts.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ import warnings
 from storage import digests
 from training import experiment as experiment_lib, sweep as sweep_lib
 
-SLOT, ERROR, SEEDS, NOTE, RESTART = 'slot', 'error', 'seeds', 'note', 'restart'
+POINT, SEEDS, NOTE, RESTART = 'point', 'seeds', 'note', 'restart'
 _IDENTITY, _WORKDIR = 'identity', 'workdir'
 # Fields that may change from one start to the next: they change no trial.
 _FREE = ('num_trials', 'trials_at_once')
@@ -59,9 +59,9 @@ def without_warnings() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """The trial that counts of a slot."""
+  """The trial that counts of a point."""
 
-  slot: int
+  point: int
   number: int  # Optuna's
   state: str  # waiting | running | complete | pruned | errored
   params: dict[str, sweep_lib.Scalar]
@@ -308,12 +308,12 @@ class Store:
       restart: from its start, not from its checkpoint.
     """
     self.study.enqueue_trial(
-      row.params, user_attrs={SLOT: row.slot, RESTART: restart}
+      row.params, user_attrs={POINT: row.point, RESTART: restart}
     )
 
   def _num_points(self) -> int:
     trials = self.study.get_trials(deepcopy=False)
-    return sum(SLOT not in trial.user_attrs for trial in trials)
+    return sum(POINT not in trial.user_attrs for trial in trials)
 
   # --------------------------------------------------------------------------
 
@@ -355,20 +355,20 @@ class Store:
     )
 
   def rows(self) -> list[Row]:
-    """Returns the trial that counts of each slot, by slot."""
+    """Returns the trial that counts of each point, by point."""
     found: dict[int, Row] = {}
     for trial in self.study.get_trials(deepcopy=False):
       row = _row(trial)
-      # In the order of their numbers: the last one of a slot stays.
-      found[row.slot] = row
-    return [found[slot] for slot in sorted(found)]
+      # In the order of their numbers: the last one of a point stays.
+      found[row.point] = row
+    return [found[point] for point in sorted(found)]
 
 
 def _row(trial) -> Row:
   attrs = trial.user_attrs
   fixed = trial.system_attrs.get('fixed_params', {})
   return Row(
-    slot=attrs.get(SLOT, trial.number),
+    point=attrs.get(POINT, trial.number),
     number=trial.number,
     state=_STATES[trial.state.name],
     params={**fixed, **trial.params},

@@ -96,13 +96,16 @@ def most_runs(experiment: experiment_lib.Experiment) -> int:
   """Returns how many runs fit the memory of all devices at a time."""
   devices = jax.devices()
   learner = learner_lib.make(experiment, devices[:1])
-  needed = memory.estimate(learner).total
+  estimate = memory.estimate(learner)
   if devices[0].platform == 'cpu':
-    # The fake devices of a host share its memory.
-    free = host_memory.available_bytes()
-    return int(_SHARE * free / needed) if free else len(devices)
+    # One run of a device at a time is computed, see `programs.py`; the states
+    # of all lie in memory, twice while they are saved. The fake devices of a
+    # host share its memory.
+    state = estimate.params + estimate.optimizer
+    free = _SHARE * (host_memory.available_bytes() or 0)
+    return max(0, int((free - len(devices) * estimate.total) / (2 * state)))
   free = peaks.memory_bytes(devices[0])
-  return int(_SHARE * free / needed) * len(devices)
+  return int(_SHARE * free / estimate.total) * len(devices)
 
 
 def began_together(claim: claims_lib.Claim) -> bool | None:

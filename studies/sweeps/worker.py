@@ -17,6 +17,8 @@ from studies.sweeps import (
 from training import experiment as experiment_lib, sweep as sweep_lib
 from training.lifecycle import exit_codes
 
+# Data and programs that are kept for later trials.
+_MOST_STRUCTURES = 4
 # Trials that a process claims at a time, unless it is told.
 _AT_ONCE, _AT_ONCE_LEARNING = 64, 8
 
@@ -58,19 +60,19 @@ def open_store(search: Search) -> store_lib.Store:
 def run(
   search: Search,
   store: store_lib.Store,
-  progress: single.Progress = lambda slot, seed, step: None,
+  progress: single.Progress = lambda point, seed, step: None,
   tell: Callable[[str], None] = lambda text: None,
 ) -> int:
   """Trains trials until none is left; returns an exit code.
 
   Args:
-    progress: receives the slot, the seed and the step that are trained now.
+    progress: receives the point, the seed and the step that are trained now.
     tell: receives lines for the user.
   """
   taker = claims_lib.Claims(store, search.workdir)
   structures: dict[str, group_lib.Structure] = {}
   told: set[str] = set()
-  while batch := taker.take(_most(search)):
+  while batch := taker.take(most_at_once(search)):
     try:
       groups, apart = together.members(
         batch, search.experiment, store, wanted=search.together
@@ -82,6 +84,8 @@ def run(
         )
         key = members[0].structure
         if key not in structures:
+          if len(structures) == _MOST_STRUCTURES:
+            structures.clear()
           structures[key] = group_lib.Structure(search.workdir, members[0])
         group_lib.train(structures[key], members, store, progress)
       for claim, reason in apart:
@@ -102,7 +106,7 @@ def run(
   return 0
 
 
-def _most(search: Search) -> int:
+def most_at_once(search: Search) -> int:
   """Returns how many trials a process claims at a time."""
   sweep = search.sweep
   if asked := search.trials_at_once or sweep.trials_at_once:

@@ -32,27 +32,25 @@ from training import sweep
 def get_sweep():
   return sweep.Sweep(
     name='kills',
-    parameters={
+    parameters={{
       'optimizer.peak_lr': sweep.LogUniform(1e-3, 1e-2),
       'model.num_layers': sweep.Choice((1, 2)),
-    },
+    }},
     strategy='random',
-    num_trials=4,
+    num_trials={num_trials},
     num_seeds=2,
   )
 """
 NUM_STEPS, EVAL_EVERY = 60, 20
-NUM_RUNS = 8
+NUM_SEEDS = 2
 TIMEOUT_S = 400
 
 
 def start(
   corpus: str, workdir: pathlib.Path, cache: pathlib.Path, *flags: str
 ) -> subprocess.Popen:
-  """Starts a process of the sweep."""
+  """Starts a process of the sweep in kills_sweep.py, beside the workdir."""
   file = workdir.parent / 'kills_sweep.py'
-  if not file.exists():
-    file.write_text(SWEEP)
   env = tiny_models.subprocess_env(
     JAX_PLATFORMS='cpu',
     JAX_COMPILATION_CACHE_DIR=str(cache),
@@ -167,14 +165,19 @@ def _equal(value: str, other: str) -> bool:
     return value == other
 
 
-def suite(root: pathlib.Path, kills: int, *flags: str) -> list[str]:
+def suite(
+  root: pathlib.Path, kills: int, *flags: str, num_trials: int = 4
+) -> list[str]:
   """Returns what kills have changed, and what was run twice."""
+  text = SWEEP.format(num_trials=num_trials)
+  (root / 'kills_sweep.py').write_text(text)
   corpus = process.write_corpus(root / 'corpus')
   whole, killed, cache = root / 'whole', root / 'killed', root / 'cache'
   finish([start(corpus, whole, cache, *flags)])
   total, found = num_records(whole), []
-  if total != NUM_RUNS * NUM_STEPS:
-    found.append(f'{total} steps, not {NUM_RUNS * NUM_STEPS}')
+  expected = num_trials * NUM_SEEDS * NUM_STEPS
+  if total != expected:
+    found.append(f'{total} steps, not {expected}')
   ended: dict[int, str] = {}
   for i in range(kills):
     running = start(corpus, killed, cache, *flags)

@@ -19,18 +19,18 @@ RATE = {'optimizer.peak_lr': sweep_lib.LogUniform(2**-9, 2**-3, points=7)}
 ONE = sweep_lib.Sweep(name='a', parameters=RATE)
 
 
-def _row(slot, rate, losses, state='complete', note=''):
+def _row(point, rate, losses, state='complete', note=''):
   value = float(np.mean(losses)) if losses else None
   return store_lib.Row(
-    slot=slot,
-    number=slot,
+    point=point,
+    number=point,
     state=state,
     params={'optimizer.peak_lr': rate},
     value=value,
     seeds={str(i): float(loss) for i, loss in enumerate(losses)},
     intermediate={},
     note=note,
-    trial_id=slot + 1,
+    trial_id=point + 1,
   )
 
 
@@ -123,11 +123,11 @@ def test_files_have_every_trial(tmp_path):
   assert [line['state'] for line in lines] == [*['complete'] * 5, 'errored']
   assert float(lines[0]['loss_seed1']) == found.rows[0].value
   described = json.loads((tmp_path / 'results.json').read_text())
-  assert described['best'] == found.best.slot
+  assert described['best'] == found.best.point
   assert described['trials'][4]['value'] == 'diverged'
   assert described['config']['num_steps'] == 10
-  order = [row.slot for row in results_lib.ranked(found)]
-  assert order[0] == found.best.slot
+  order = [row.point for row in results_lib.ranked(found)]
+  assert order[0] == found.best.point
   assert order[-2:] == [4, 5]
 
 

@@ -30,7 +30,7 @@ def test_points_do_not_depend_on_starts(tmp_path, strategy):
   for _ in range(4):  # four processes, each of which takes two trials
     parts += _take(tmp_path / 'b', sweep, most=2)[0]
   assert [c.params for c in parts] == [c.params for c in whole]
-  assert [c.slot for c in parts] == list(range(8))
+  assert [c.point for c in parts] == list(range(8))
   assert len({c.params['optimizer.peak_lr'] for c in whole}) == 8
   for claim in (*whole, *parts):
     claim.release()
@@ -47,8 +47,8 @@ def test_qmc_leaves_smaller_gaps_than_chance(tmp_path):
 def test_a_longer_sweep_begins_with_the_same_points(tmp_path):
   first, _ = _take(tmp_path, untrained_sweeps.sweep(num_trials=3))
   more, store = _take(tmp_path, untrained_sweeps.sweep(num_trials=5))
-  assert [c.slot for c in first] == [0, 1, 2]
-  assert [c.slot for c in more] == [3, 4]
+  assert [c.point for c in first] == [0, 1, 2]
+  assert [c.point for c in more] == [3, 4]
   assert len(store.rows()) == 5
 
 
@@ -59,7 +59,7 @@ def test_a_trial_is_claimed_once_until_its_process_ends(tmp_path):
   assert not again.take(1)
   held.release()  # as the kernel does when the process dies
   (taken,) = again.take(1)
-  assert (taken.slot, taken.params) == (held.slot, held.params)
+  assert (taken.point, taken.params) == (held.point, held.params)
   store.finish(taken.trial, state='complete', value=1.0, seeds={0: 1.0})
   taken.release()
   assert not again.take(1)
@@ -78,13 +78,13 @@ def test_errored_trials_run_again_when_asked(tmp_path):
   assert not claims.take(2)
   claims.begin('errored')
   (again,) = claims.take(2)
-  assert (again.slot, again.params) == (first.slot, first.params)
+  assert (again.point, again.params) == (first.point, first.params)
   assert (again.directory / 'seed0').exists()
   store.finish(again.trial, state='errored', note='no disk')
   again.release()
   claims.begin('restart_errored')
   (anew,) = claims.take(2)
-  assert anew.slot == first.slot
+  assert anew.point == first.point
   assert not (anew.directory / 'seed0').exists()
   # Killed and taken again, it keeps what it has since then.
   (anew.directory / 'seed0').mkdir()
@@ -92,7 +92,7 @@ def test_errored_trials_run_again_when_asked(tmp_path):
   (taken,) = claims.take(2)
   assert (taken.directory / 'seed0').exists()
   store.finish(taken.trial, state='complete', value=2.0)
-  assert [(r.slot, r.state) for r in store.rows()] == [
+  assert [(r.point, r.state) for r in store.rows()] == [
     (0, 'complete'),
     (1, 'complete'),
   ]
@@ -104,7 +104,7 @@ def test_a_trial_killed_while_it_is_proposed_keeps_its_place(tmp_path):
   killed = store.study.ask()  # without any value yet
   claims = claims_lib.Claims(store, tmp_path)
   taken = claims.take(5)
-  assert [claim.slot for claim in taken] == [killed.number, 1]
+  assert [claim.point for claim in taken] == [killed.number, 1]
   assert all(c.params.keys() == sweep.parameters.keys() for c in taken)
 
 

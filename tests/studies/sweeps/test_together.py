@@ -105,11 +105,11 @@ def test_a_trial_that_diverges_harms_no_other(directory, corpus):
   assert [first.state, second.state, third.state] == ['complete'] * 3
   assert second.value == math.inf
   assert second.note.startswith('diverged before step 3: seed 0, 1 of 2')
-  for slot, other in ((0, 0), (2, 1)):
+  for point, other in ((0, 0), (2, 1)):
     for seed in (0, 1):
       ours, theirs = (
         _records(directory / name / f'trials/{n:04d}/seed{seed}')
-        for name, n in (('wild', slot), ('calm', other))
+        for name, n in (('wild', point), ('calm', other))
       )
       # Another number of runs on a device: float32 in another order.
       assert [r['loss'] for r in ours] == pytest.approx(
