@@ -34,15 +34,12 @@ def save(workdir: pathlib.Path, step: int, state: Any) -> None:
   Args:
     state: host arrays; keys as their data.
   """
+  arrays: dict[str, Any] = {
+    str(i): np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
+    for i, leaf in enumerate(jax.tree.leaves(state))
+  }
   file = io.BytesIO()
-  leaves = jax.tree.leaves(state)
-  np.savez(
-    file,
-    **{
-      str(i): np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
-      for i, leaf in enumerate(leaves)
-    },
-  )
+  np.savez(file, **arrays)
   atomic.write_bytes(_path(workdir, step), file.getvalue())
 
 

@@ -1,8 +1,9 @@
 """Trials one by one: every seed is a run of its own, as train.py would do it.
 
-Each run has a workdir, `trials/POINT/seedSEED/`, and resumes from its checkpoint
-bit for bit. Where a pruner looks on, all seeds of a trial are trained up to an
-evaluation before any goes further: the pruner sees means over seeds.
+Each run has a workdir, `trials/POINT/seedSEED/`, and resumes from its
+checkpoint bit for bit. Where a pruner looks on, all seeds of a trial are
+trained up to an evaluation before any goes further: the pruner sees means over
+seeds.
 """
 
 from collections.abc import Callable, Mapping
