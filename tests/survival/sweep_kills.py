@@ -49,7 +49,7 @@ TIMEOUT_S = 400
 def start(
   corpus: str, workdir: pathlib.Path, cache: pathlib.Path, *flags: str
 ) -> subprocess.Popen:
-  """Starts a process of the sweep in kills_sweep.py, beside the workdir."""
+  """Starts a process of the sweep whose file lies beside the workdir."""
   file = workdir.parent / 'kills_sweep.py'
   env = tiny_models.subprocess_env(
     JAX_PLATFORMS='cpu',
