@@ -67,14 +67,18 @@ def test_trials_have_the_numbers_of_single_runs(directory, corpus, rule):
       rule=getattr(update_rules, rule)(), warmup_steps=2
     ),
   )
-  sweep = dataclasses.replace(
-    SWEEP,
+  sweep = sweep_lib.Sweep(
+    name='a',
     parameters={
-      **SWEEP.parameters,
+      'optimizer.peak_lr': sweep_lib.LogUniform(1e-3, 1e-2),
+      'optimizer.weight_decay': sweep_lib.Uniform(0.0, 1.0),
+      'optimizer.clip_norm': sweep_lib.LogUniform(0.1, 10.0),
+      'optimizer.warmup_steps': sweep_lib.Integer(0, 4),
       'optimizer.schedule': sweep_lib.Choice(('cosine', 'linear')),
-    }
-    if rule == 'AdamW'
-    else SWEEP.parameters,
+    },
+    strategy='random',
+    num_trials=4 if rule == 'AdamW' else 2,
+    num_seeds=2,
   )
   places = directory / f'{rule}-together', directory / f'{rule}-apart'
   store, lines = tiny_sweep.run(experiment, sweep, places[0])
