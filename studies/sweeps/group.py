@@ -206,7 +206,7 @@ class Group:
     for run in self._runs:
       run.records.write()
     for member in self._members:
-      self._progress(member.claim.point, len(member.experiments), self._step)
+      self._progress(member.claim.point, None, self._step)
 
   def _evaluate(self) -> None:
     """Adds the evaluation of every run to its records."""

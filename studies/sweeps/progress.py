@@ -28,7 +28,7 @@ class Progress:
   def __init__(self, console: rich.console.Console, store: store_lib.Store):
     self._console = console
     self._store = store
-    self._steps: dict[int, tuple[int, int]] = {}  # point: (seed, step)
+    self._steps: dict[int, str] = {}  # by point
     self._rows: list[store_lib.Row] = []
     self._asked_at = -math.inf
     self._told: set[int] = set()  # numbers of finished trials
@@ -50,9 +50,10 @@ class Progress:
     ):
       yield
 
-  def update(self, point: int, seed: int, step: int) -> None:
+  def update(self, point: int, seed: int | None, step: int) -> None:
     """Notes where a trial of this process is."""
-    self._steps[point] = seed, step
+    which = 'step' if seed is None else f'seed {seed}, to step'
+    self._steps[point] = f'{which} {step}'
     if not self._console.is_terminal:
       self.tell_finished()
 
@@ -102,7 +103,7 @@ class Progress:
         row.state,
         *(results_lib.short(row.params.get(n, '')) for n in sweep.parameters),
         value,
-        f'seed {place[0]}, to step {place[1]}' if place else row.note,
+        place or row.note,
       )
     return rich.console.Group(
       rich.text.Text(f'{sweep.name}: {states} of {sweep.count()} trials'), table

@@ -17,8 +17,8 @@ from studies.sweeps import claims, points, store as store_lib
 from training import experiment as experiment_lib, run
 from training.reporting import metrics, reporter
 
-# (point, seed, step) -> nothing
-Progress = Callable[[int, int, int], None]
+# (point, seed, step) -> nothing; the seed is None if all are trained at once
+Progress = Callable[[int, int | None, int], None]
 
 
 class Stopped(Exception):
