@@ -221,6 +221,11 @@ def summary(results: Results) -> list[str]:
     )
   elif len(results.sweep.parameters) == 1:
     lines.append(f'optimum    not between the points: {results.why_no_optimum}')
+  num_errored = sum(row.state == 'errored' for row in results.rows)
+  if num_errored:
+    lines.append(
+      f'errored    {num_errored} trials; --resume=errored runs them again'
+    )
   if results.importance:
     shares = ', '.join(f'{k} {v:.0%}' for k, v in results.importance.items())
     lines.append(f'importance {shares}')

@@ -117,6 +117,8 @@ def test_files_have_every_trial(tmp_path):
   assert found.best.value == min(row.value for row in found.rows[:4])
   assert found.importance.keys() == sweep.parameters.keys()
   assert sum(found.importance.values()) == pytest.approx(1)
+  lines = results_lib.summary(found)
+  assert 'errored    1 trials; --resume=errored runs them again' in lines
   results_lib.save(found, tiny_experiment.make(), tmp_path)
   with (tmp_path / 'results.csv').open() as file:
     lines = list(csv.DictReader(file))
