@@ -157,7 +157,7 @@ $(DEV): requirements-dev.txt requirements-serve.txt requirements-plot.txt \
 	$(call install,requirements-dev.txt)
 
 $(PEER): requirements-peer.txt requirements-quant.txt requirements-plan.txt \
-    requirements-eval.txt requirements-hub.txt $(DEV)
+    requirements-eval.txt requirements-hub.txt requirements-sweep.txt $(DEV)
 	$(call install,requirements-peer.txt)
 
 $(PLAN): requirements-plan.txt $(CORE)

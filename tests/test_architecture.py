@@ -41,7 +41,7 @@ MAY_IMPORT = {
   },
 }  # fmt: skip
 # Entry points, which see both lives; nothing imports them except tests.
-TOP = {'train', 'serve', 'benchmarks', 'tests'}
+TOP = {'train', 'serve', 'sweep', 'benchmarks', 'tests'}
 
 # Libraries that would put something of the other life, or an undeclared
 # dependency, where it does not belong.

@@ -44,6 +44,12 @@ _PARSERS: dict[Any, flags.ArgumentParser] = {
   int: flags.IntegerParser(),
   str: flags.ArgumentParser(),
 }
+_TYPE_NAMES = {
+  bool: 'True or False',
+  float: 'a number',
+  int: 'an integer',
+  str: 'a string',
+}
 
 
 class FlagError(ValueError):
@@ -162,21 +168,71 @@ def _replace(config: Any, arg: str) -> None:
   """Sets one field of a frozen value, or the value itself, in `config`."""
   match = _OVERRIDE.match(arg)
   assert match
-  flag, text, names = match['flag'], match['text'], match['path'].split('.')
+  flag, text, path = match['flag'], match['text'], match['path']
   if text is None:
     raise FlagError(f'{flag}: got no value, expected one, as in {flag}=VALUE')
-  if words := _lost(config, match['path']):
+  if words := _lost(config, path):
     raise FlagError(f'{flag}: {words}')
+  holders = _holders(config, path)
+  name = path.split('.')[-1]
+  _put(holders, path, _parsed(holders[-1], name, flag, text))
+
+
+def _holders(config: Any, path: str) -> list[Any]:
+  """Returns the values on a path to a field, without the last one."""
   holders = [config]
-  for name in names[:-1]:
+  for name in path.split('.')[:-1]:
     holders.append(getattr(holders[-1], name))
-  value = _parsed(holders[-1], names[-1], flag, text)
+  return holders
+
+
+def _put(holders: list[Any], path: str, value: Any) -> None:
+  """Sets the field of a path, given the values on the way to it."""
   # From the inside out, to the first holder that can be changed.
+  names = path.split('.')
   for holder, name in zip(reversed(holders), reversed(names), strict=True):
     if not _is_frozen(holder):
       setattr(holder, name, value)
       return
     value = dataclasses.replace(holder, **{name: value})
+
+
+def set_field(config: Any, path: str, value: Any) -> None:
+  """Sets a field by its dotted name, as --config.PATH=VALUE would.
+
+  Args:
+    config: an experiment. Changed.
+    path: as optimizer.peak_lr.
+    value: of the field's type. A choice of a field, as optimizer.rule, is given
+      by its name.
+
+  Raises:
+    ValueError: there is no such field, or the value is of another type.
+  """
+  if '[' in path:
+    raise ValueError(f'{path}: got an index, expected names of fields only')
+  if words := _lost(config, path):
+    raise ValueError(f'{path}: {words}')
+  holders, name = _holders(config, path), path.split('.')[-1]
+  now = getattr(holders[-1], name)
+  (field,) = (f for f in dataclasses.fields(holders[-1]) if f.name == name)
+  if field.metadata.get('choices'):
+    _put(holders, path, _parsed(holders[-1], name, path, str(value)))
+    return
+  wanted = float if field.type is float else type(now)
+  if wanted not in _PARSERS:
+    raise ValueError(
+      f'{path}: got {value!r}, expected none: it is chosen in the file of an'
+      ' experiment; name one of its fields'
+    )
+  if wanted is float and type(value) is int:
+    value = float(value)
+  if type(value) is not wanted:
+    raise ValueError(
+      f'{path}: got {value!r}, expected {_TYPE_NAMES[wanted]}, as its value'
+      f' {now!r} is'
+    )
+  _put(holders, path, value)
 
 
 def _parsed(holder: Any, name: str, flag: str, text: str) -> Any:

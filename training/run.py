@@ -61,12 +61,15 @@ def run(
   console: rich.console.Console,
   *,
   seconds_before: float = 0.0,
+  stop_after: int | None = None,
 ) -> Result:
   """Trains to the last step of an experiment, then freezes.
 
   Args:
     workdir: receives all files of the run. A run in it is resumed.
     seconds_before: age of the process when this is called.
+    stop_after: a step at which the run is saved and ends, as by a signal, to be
+      resumed later. None: the last one.
 
   Raises:
     ValueError, FileNotFoundError: the experiment, the workdir or the data
@@ -115,8 +118,11 @@ def run(
     )
     result = Result(step=resume.step, exit_code=0)
     if resume.step < experiment.num_steps or resume.evaluation_owed:
-      result = _train(experiment, workdir, console, saved, resume, goodput)
-    if experiment.freeze.enabled and not result.exit_code:
+      result = _train(
+        experiment, workdir, console, saved, resume, goodput, stop_after
+      )
+    is_whole = result.step >= experiment.num_steps and not result.exit_code
+    if experiment.freeze.enabled and is_whole:
       with goodput.during('freeze'), processes.together('freezing'):
         if processes.is_first():
           _freeze(experiment, workdir, result.step, console)
@@ -227,8 +233,10 @@ def _freeze(experiment, workdir, step, console) -> None:
   summary.show_manifest(frozen, manifest, console)
 
 
-def _train(experiment, workdir, console, saved, resume, goodput) -> Result:
-  """Trains from a checkpoint to the last step, or to a signal."""
+def _train(
+  experiment, workdir, console, saved, resume, goodput, stop_after
+) -> Result:
+  """Trains from a checkpoint to the last step, or to a stop."""
   parts, state, progress = _begin(
     experiment, workdir, console, saved, resume, goodput
   )
@@ -257,7 +265,14 @@ def _train(experiment, workdir, console, saved, resume, goodput) -> Result:
     )
     with contextlib.closing(saver):
       state = _take_steps(
-        experiment, parts, context, saved, resume, (evaluator, saver), state
+        experiment,
+        parts,
+        context,
+        saved,
+        resume,
+        (evaluator, saver),
+        state,
+        stop_after,
       )
       goodput.enter('end')
       with goodput.during('save'):
@@ -339,7 +354,9 @@ def _explained(error, workdir, changes) -> str:
   )
 
 
-def _take_steps(experiment, parts, context, saved, resume, hooks, state):
+def _take_steps(
+  experiment, parts, context, saved, resume, hooks, state, stop_after
+):
   """Takes the steps, after an evaluation that is owed; returns the state."""
   evaluator, saver = hooks
   goodput = context.reporter.goodput
@@ -370,7 +387,9 @@ def _take_steps(experiment, parts, context, saved, resume, hooks, state):
           when_stopped=True,
         ),
       ],
-      should_stop=context.stop.after_step,
+      should_stop=lambda step: (
+        context.stop.after_step(step) or step == stop_after
+      ),
     )
 
 

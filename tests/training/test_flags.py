@@ -1,12 +1,14 @@
 """Flags that set fields of frozen values: an optimizer's rule, an objective."""
 
 import pathlib
+import re
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 import pytest
 
+from experiments import quickstart
 from training import flags as flags_lib
 from training.objectives import next_token
 from training.optimizer import update_rules
@@ -135,3 +137,45 @@ def test_what_a_rule_does_not_have_is_refused(monkeypatch, args, message):
     _parse(monkeypatch, *args)
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------
+# Fields that are set by name, as a sweep does.
+
+
+def test_a_field_is_set_by_its_name():
+  config = quickstart.get_config()
+  for path, value in (
+    ('optimizer.peak_lr', 1),
+    ('optimizer.rule', 'lion'),
+    ('optimizer.rule.beta1', 0.5),
+    ('objective.z_loss_weight', 1e-4),
+    ('model.num_layers', 2),
+    ('data.tokenizer.kind', 'byte'),
+    ('seed', 7),
+  ):
+    flags_lib.set_field(config, path, value)
+  assert config.optimizer.peak_lr == 1.0
+  assert isinstance(config.optimizer.peak_lr, float)
+  assert config.optimizer.rule == update_rules.Lion(beta1=0.5)
+  assert config.objective == next_token.NextToken(z_loss_weight=1e-4)
+  assert (config.model.num_layers, config.seed) == (2, 7)
+  assert config.data.tokenizer.kind == 'byte'
+
+
+@pytest.mark.parametrize(
+  ('path', 'value', 'words'),
+  [
+    ('optimizer.peek_lr', 1.0, "got the unknown field 'peek_lr', expected one"),
+    ('optimizer.rule', 'lyon', 'did you mean lion'),
+    ('optimizer.peak_lr', 'x', "got 'x', expected a number, as its value 0.02"),
+    ('model.num_layers', 1.5, 'got 1.5, expected an integer, as its value 4'),
+    ('model.num_layers', True, 'got True, expected an integer'),
+    ('data.open_source', 'x', "got 'x', expected none: it is chosen in the"),
+    ('data.sources[0].weight', 1.0, 'got an index, expected names of fields'),
+  ],
+)
+def test_a_wrong_field_or_value_is_one_line(path, value, words):
+  with pytest.raises(ValueError, match=re.escape(words)) as error:
+    flags_lib.set_field(quickstart.get_config(), path, value)
+  assert str(error.value).startswith(path)

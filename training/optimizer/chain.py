@@ -137,6 +137,21 @@ class OptimizerConfig:
       )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers:
+  """The numbers of an optimizer that one program may take as arguments.
+
+  They may be traced, so that a program trains with many of them
+  (`studies/sweeps/programs.py`). The config decides the structure: whether
+  there is a clip, for one.
+  """
+
+  schedule: optax.Schedule
+  peak_lr: float | jax.Array
+  weight_decay: float | jax.Array
+  clip_norm: float | jax.Array
+
+
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the step, from 0."""
   return schedules.make_schedule(
@@ -159,6 +174,7 @@ def make_optimizer(
   params: Any,
   *,
   is_staged: bool = False,
+  numbers: Numbers | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optimizer of a validated config.
 
@@ -171,6 +187,7 @@ def make_optimizer(
     is_staged: whether layers are spread over the stages of a pipeline. Every
       stage then updates its own layers at once: a loop over all layers would
       gather each of them on every stage.
+    numbers: in place of those of `config`; None: those.
 
   Raises:
     ValueError: the parameters lack a group that the config names, or do not fit
@@ -197,9 +214,16 @@ def make_optimizer(
   direction = config.rule.direction(
     trained, num_steps=num_steps, is_staged=is_staged
   )
-  steps = _steps(config, num_steps, trained, direction, multipliers)
+  if numbers is None:
+    numbers = Numbers(
+      schedule=make_schedule(config, num_steps),
+      peak_lr=config.peak_lr,
+      weight_decay=config.weight_decay,
+      clip_norm=config.clip_norm,
+    )
+  steps = _steps(config, numbers, trained, direction, multipliers)
   clip = (
-    optax.clip_by_global_norm(config.clip_norm)
+    optax.clip_by_global_norm(numbers.clip_norm)
     if config.clip_norm
     else optax.identity()
   )
@@ -215,29 +239,31 @@ def make_optimizer(
 
 def _steps(
   config: OptimizerConfig,
-  num_steps: int,
+  numbers: Numbers,
   params: Any,
   direction: optax.GradientTransformation,
   multipliers: Any,
 ) -> optax.GradientTransformation:
   """Returns all transformations after clipping."""
-  schedule = make_schedule(config, num_steps)
   steps = optax.chain(
     direction,
     _times(multipliers),
     optax.add_decayed_weights(
-      config.weight_decay,
+      numbers.weight_decay,
       mask=param_groups.is_decayed(config.weight_decay_mask, params),
     ),
-    _times(config.rule.lr_ratios(params, config.peak_lr)),
-    optax.scale_by_learning_rate(schedule),
+    _times(config.rule.lr_ratios(params, numbers.peak_lr)),
+    optax.scale_by_learning_rate(numbers.schedule),
   )
-  return config.rule.wrap(steps, schedule)
+  return config.rule.wrap(steps, numbers.schedule)
 
 
 def _times(factors: Any) -> optax.GradientTransformation:
+  def times(factor, x):
+    # A traced factor has no value yet.
+    is_one = not isinstance(factor, jax.Array) and factor == 1
+    return x if is_one else factor * x
+
   return optax.stateless(
-    lambda updates, _: jax.tree.map(
-      lambda factor, x: x if factor == 1 else factor * x, factors, updates
-    )
+    lambda updates, _: jax.tree.map(times, factors, updates)
   )

@@ -82,7 +82,7 @@ class Rule(abc.ABC):
     """
     return jax.tree.map(lambda _: False, params)
 
-  def lr_ratios(self, params: Any, peak_lr: float) -> Any:
+  def lr_ratios(self, params: Any, peak_lr: float | jax.Array) -> Any:
     """Returns each parameter's own peak learning rate over `peak_lr`."""
     del peak_lr
     return jax.tree.map(lambda _: 1.0, params)

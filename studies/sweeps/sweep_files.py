@@ -1,0 +1,54 @@
+"""Loads the file of a sweep; a mistake is one line that says the fix."""
+
+import importlib.util
+import pathlib
+
+from checks import expect
+from training import sweep as sweep_lib
+
+DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments' / 'sweeps'
+
+
+def load(path: str) -> sweep_lib.Sweep:
+  """Returns the sweep of a file.
+
+  Raises:
+    ValueError: there is no such file, or it returns no sweep.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    known = sorted(p.name for p in DIRECTORY.glob('[!_]*.py'))
+    wanted = f'{file.name.removesuffix(".py")}.py'
+    raise ValueError(
+      f'--sweep: got {path!r}, expected a file as those in experiments/sweeps:'
+      f' {", ".join(known)}{expect.meant(wanted, known)}'
+    )
+  spec = importlib.util.spec_from_file_location('sweep_file', file)
+  if spec is None or spec.loader is None:
+    raise ValueError(f'--sweep: got {path!r}, expected a Python file')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ImportError, AttributeError, NameError) as error:
+    raise ValueError(
+      f'--sweep: got {path!r}, which cannot be loaded ({error}), expected a'
+      ' Python file with a function get_sweep'
+    ) from None
+  if not callable(getattr(module, 'get_sweep', None)):
+    raise ValueError(
+      f'--sweep: got {path!r}, expected a file with a function get_sweep, as'
+      ' experiments/sweeps/quickstart_lr.py has'
+    )
+  try:
+    found = module.get_sweep()
+  except TypeError as error:
+    raise ValueError(
+      f'--sweep: got {path!r}, whose get_sweep fails ({error}), expected fields'
+      ' of training/sweep.py'
+    ) from None
+  if not isinstance(found, sweep_lib.Sweep):
+    raise ValueError(
+      f'--sweep: got {path!r}, whose get_sweep returns'
+      f' {type(found).__name__}, expected a training.sweep.Sweep'
+    )
+  return found
