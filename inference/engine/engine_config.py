@@ -109,10 +109,10 @@ class EngineConfig:
   )
   native: str = flag_field.field(
     'auto',
-    'Products with kernels in fewer bits on a CPU: auto (native code, built once'
-    ' with the C++ compiler that is installed; plain JAX without one), on'
-    ' (native code, or an error) or off (plain JAX). Weights and sums are'
-    ' float32 in both.',
+    'Products with kernels in fewer bits on a CPU: auto (native code, built'
+    ' once with the C++ compiler that is installed; plain JAX without one), on'
+    ' (native code, or an error) or off (plain JAX). Native code has float32'
+    ' weights and sums in every dtype.',
   )
   decode_steps: int = flag_field.field(
     32,

@@ -30,7 +30,8 @@ _COMPILERS = 'g++', 'clang++', 'c++'
 # Products and sums are fused where the source says so, and nowhere else: one
 # row has the bits of many rows.
 _OPTIONS = (
-  '-std=c++17', '-O3', '-DNDEBUG', '-ffp-contract=off', '-fPIC', '-shared', '-w',
+  '-std=c++17', '-O3', '-DNDEBUG', '-ffp-contract=off', '-fPIC', '-shared',
+  '-w',
 )  # fmt: skip
 NATIVE = ('-march=native',)  # options of the processor that runs this
 _SECONDS = 300  # for a compiler; 5 to 10 are usual

@@ -149,7 +149,7 @@ def test_leading_axes_biases_and_logits(ports):
     x_BTI, w_IO, bias_O, jnp.float32, plain.linear, ports()
   )
   logits = product.unembed(x_BTI, w_IO, jnp.bfloat16, plain.unembed, ports())
-  expected = product.linear(x_BTI, w_IO, bias_O, jnp.float32)
+  expected = np.asarray(product.linear(x_BTI, w_IO, bias_O, jnp.float32))
   assert found.shape == logits.shape == (2, 3, 24)
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(found, expected, atol=1e-4)
