@@ -155,7 +155,8 @@ class LlamaCpp(contextlib.AbstractContextManager):
     return self._num_tokens / self._ask({})['seconds']
 
   def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-    assert self._process.stdin and self._process.stdout
+    assert self._process.stdin is not None
+    assert self._process.stdout is not None
     answer = ''
     with contextlib.suppress(BrokenPipeError):
       print(json.dumps(message), file=self._process.stdin, flush=True)

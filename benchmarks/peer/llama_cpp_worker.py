@@ -66,7 +66,9 @@ def main() -> None:
   size, length = spec['batch'], spec['prompt_tokens'] + spec['new_tokens']
   settings.n_ctx = size * -(-length // 256) * 256
   settings.n_seq_max = size
-  settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+  # As XLA counts them.
+  threads = len(os.sched_getaffinity(0))
+  settings.n_threads = settings.n_threads_batch = threads
   context = llama_cpp.llama_init_from_model(model, settings)
   batch = llama_cpp.llama_batch_init(max(size, spec['prompt_tokens']), 0, 1)
   vocab_size = llama_cpp.llama_vocab_n_tokens(
