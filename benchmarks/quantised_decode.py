@@ -202,7 +202,7 @@ def _models(args: Any, scratch: pathlib.Path) -> Iterator[tuple[Any, ...]]:
     model = decode_rate.model_of('110m')
     floats = random_model.params(model)
     for name in args.sides:
-      kind = _PEER_OF.get(name, name)
+      kind = str(_PEER_OF.get(name, name))
       path = ''
       if args.llama_cpp and kind in block_kinds.KINDS:
         path = scratch / f'{kind}.gguf'
@@ -293,7 +293,8 @@ def report(result: entry.Result) -> str:
   """Returns the tables, one per batch size."""
   tables = []
   for batch, sides in result['batches'].items():
-    rows = [('', 'tokens/s', 'bandwidth', 'to float32', 'to llama.cpp')]
+    heads = '', 'tokens/s', 'bandwidth', 'to float32', 'to llama.cpp'
+    rows: list[tuple[str, ...]] = [heads]
     for name, each in sides.items():
       rows.append(
         (

@@ -16,7 +16,7 @@ import numpy as np
 
 
 def _fill(batch, tokens):
-  """Writes (id, position, sequence, whether logits are wanted) of each token."""
+  """Writes id, position, sequence and whether logits are wanted, of each."""
   batch.n_tokens = len(tokens)
   for i, (token, position, sequence, is_last) in enumerate(tokens):
     batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
@@ -57,7 +57,7 @@ def turn(context, batch, vocab_size: int, spec: dict) -> float:
 def main() -> None:
   """Loads the model of the first line, and takes a turn for each other."""
   spec = json.loads(sys.stdin.readline())
-  llama_cpp.llama_log_set(_SILENT, None)
+  llama_cpp.llama_log_set(_say_nothing, None)
   llama_cpp.llama_backend_init()
   model = llama_cpp.llama_model_load_from_file(
     spec['path'].encode(), llama_cpp.llama_model_default_params()
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 @llama_cpp.llama_log_callback
-def _SILENT(level, text, data):
+def _say_nothing(level, text, data):
   del level, text, data
 
 

@@ -27,6 +27,12 @@ struct Matrix {
   const float* scales;
   const float* mins;  // null: none
   int64_t tile_out, tile_in, tiles_in;
+  int tile_shift;  // of a tile_in that is a power of two, else -1
+
+  // The tile of an input. A division would take as long as 32 weights.
+  TWO_LIVES_INLINE int64_t TileOf(int64_t input) const {
+    return tile_shift < 0 ? input / tile_in : input >> tile_shift;
+  }
   const float* book;  // of codes of four bits
 };
 
@@ -50,13 +56,14 @@ struct Apart {
   };
 
   static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
-    const int64_t tile = row / m.tile_out * m.tiles_in, k = block * kPiece;
+    const int64_t of_row = m.tile_out == 1 ? row : row / m.tile_out;
+    const int64_t tile = of_row * m.tiles_in, k = block * kPiece;
     Block found{m.data + row * m.row_bytes + block * kBytes, m.scales + tile,
                 m.mins ? m.mins + tile : nullptr, m.book, 0, 0};
     if (m.tiles_in > 1) {
-      found.first = k / m.tile_in;
+      found.first = m.TileOf(k);
       // The last vector may be beyond the row.
-      found.second = (k + kLanes) / m.tile_in;
+      found.second = m.TileOf(k + kLanes);
       if (found.second >= m.tiles_in) found.second = m.tiles_in - 1;
     }
     return found;

@@ -28,6 +28,7 @@ constexpr int kColumns = 4, kRows = 6;  // 24 sums of 32 registers
 #else
 constexpr int kColumns = 2, kRows = 3;
 #endif
+constexpr int64_t kGroups = 8;  // of columns that are decoded for many rows
 // Products of less work than this are computed by one thread.
 constexpr int64_t kLeastWork = 1 << 16;
 
@@ -119,17 +120,25 @@ void MultiplyFew(int64_t rows, const float* weights, const float* x,
     MultiplyFew<M - 1, N>(rows, weights, x, stride, y, y_stride);
 }
 
+// Computes N * groups outputs from `row` on. The groups' weights are decoded
+// first, so that a few rows of x stay in the nearest cache for all of them.
 template <class Form, int N>
-void MultiplyRows(const Product& p, int64_t row, float* weights) {
-  Decode<Form, N>(p.matrix, row, [&](int64_t piece, int n, Weights w) {
-    float* to = weights + (piece * 2 * N + n) * kLanes;
-    Store(to, w.first);
-    Store(to + N * kLanes, w.second);
-  });
+void MultiplyRows(const Product& p, int64_t row, int groups, float* weights) {
+  for (int group = 0; group < groups; ++group) {
+    float* of_group = weights + group * N * p.stride;
+    Decode<Form, N>(p.matrix, row + group * N,
+                    [&](int64_t piece, int n, Weights w) {
+                      float* to = of_group + (piece * 2 * N + n) * kLanes;
+                      Store(to, w.first);
+                      Store(to + N * kLanes, w.second);
+                    });
+  }
   for (int64_t first = 0; first < p.num_rows; first += kRows)
-    MultiplyFew<kRows, N>(std::min<int64_t>(kRows, p.num_rows - first), weights,
-                          p.x + first * p.stride, p.stride,
-                          p.y + first * p.matrix.rows + row, p.matrix.rows);
+    for (int group = 0; group < groups; ++group)
+      MultiplyFew<kRows, N>(
+          std::min<int64_t>(kRows, p.num_rows - first),
+          weights + group * N * p.stride, p.x + first * p.stride, p.stride,
+          p.y + first * p.matrix.rows + row + group * N, p.matrix.rows);
 }
 
 // Computes the outputs from `begin` to `end`.
@@ -141,10 +150,15 @@ void MultiplyPart(const Product& p, int64_t begin, int64_t end) {
     for (; begin < end; ++begin) MultiplyOneRow<Form, 1>(p, begin);
     return;
   }
-  std::vector<float> weights(p.stride * kColumns);
-  for (; begin + kColumns <= end; begin += kColumns)
-    MultiplyRows<Form, kColumns>(p, begin, weights.data());
-  for (; begin < end; ++begin) MultiplyRows<Form, 1>(p, begin, weights.data());
+  const int64_t most = p.num_rows > kRows ? kGroups : 1;
+  std::vector<float> weights(p.stride * kColumns * most);
+  while (begin + kColumns <= end) {
+    const int64_t groups = std::min(most, (end - begin) / kColumns);
+    MultiplyRows<Form, kColumns>(p, begin, groups, weights.data());
+    begin += groups * kColumns;
+  }
+  for (; begin < end; ++begin)
+    MultiplyRows<Form, 1>(p, begin, 1, weights.data());
 }
 
 typedef void (*Part)(const Product&, int64_t, int64_t);
@@ -215,6 +229,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   matrix.mins = mins.element_count() ? mins.typed_data() : nullptr;
   matrix.tile_out = tile_out;
   matrix.tile_in = tile_in;
+  matrix.tile_shift = -1;
+  for (int shift = 4; shift < 31; ++shift)
+    if (tile_in == int64_t{1} << shift) matrix.tile_shift = shift;
   matrix.tiles_in = (matrix.columns + tile_in - 1) / tile_in;
   matrix.book = book.typed_data();
   product.num_rows = of_x[0];
