@@ -73,7 +73,7 @@ def _import() -> None:
       origin=fetched.origin,
       overwrite=values.overwrite,
     )
-  elif values.weights != 'float':
+  elif values.weights not in ('auto', 'float'):
     raise ValueError(
       f'--weights: got {values.weights} for a directory, expected none; only a'
       ' GGUF file has --weights'
@@ -112,7 +112,7 @@ def _export() -> None:
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
-    ('weights', 'float'),
+    ('weights', 'auto'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -167,10 +167,12 @@ def _define_flags() -> None:
   )
   flags.DEFINE_enum(
     'weights',
-    'float',
-    ('float', 'kept'),
-    'Import of a GGUF file: float dequantises matrices to --dtype; kept leaves'
-    ' them in the blocks of the file, which take less memory and more time.',
+    'auto',
+    ('auto', 'float', 'kept'),
+    'Import of a GGUF file: kept leaves matrices in the blocks of the file;'
+    ' float dequantises them to --dtype. auto keeps the kinds of blocks that'
+    ' native code of this machine multiplies by, and says so: a CPU with a C++'
+    ' compiler. Blocks take less memory, but more time without native code.',
   )
   flags.DEFINE_string(
     'revision',

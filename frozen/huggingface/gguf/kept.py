@@ -7,12 +7,19 @@ bytes of a block never change, and an export has the bytes of the file.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from frozen.huggingface import layouts, tensor_map
+from models.linear.native import (
+  choice as native_choice,
+  product as native_product,
+)
 from models.linear.stored import (
   block_kinds,
   blocks as blocks_lib,
+  product,
   tree as stored_tree,
 )
 
@@ -41,6 +48,36 @@ def blocks(
         data = np.ascontiguousarray(part)
         found[path] = blocks_lib.Blocks.make(data, kind=tensor.kind)
   return found
+
+
+def fast_ones(
+  kept: Mapping[str, blocks_lib.Blocks],
+) -> tuple[dict[str, blocks_lib.Blocks], list[str]]:
+  """Returns the kernels with which this machine computes fast, and notes.
+
+  Native code multiplies by blocks faster than by floats at every batch size
+  that was measured; plain JAX is several times slower.
+  """
+  if not kept:
+    return {}, []
+  chosen = native_choice.choose(
+    'auto', dict(kept), jnp.float32, jax.default_backend()
+  )
+  if chosen.port is product.in_blocks:
+    return {}, [
+      f'matrices become floats, since products are in {chosen.reason};'
+      ' --weights=kept keeps their blocks nevertheless'
+    ]
+  found = {
+    path: kernel
+    for path, kernel in kept.items()
+    if not native_product.refusal(kernel, jnp.float32)
+  }
+  return found, [
+    f'{len(found)} of {len(kept)} matrices keep their blocks, since products'
+    f' are {chosen.reason}; --weights=float dequantises all, for a machine'
+    ' with an accelerator or without a compiler'
+  ]
 
 
 def _can_be_kept(tensor: Any, piece: tensor_map.Piece) -> bool:
