@@ -11,8 +11,9 @@ from models.linear.stored import product
 from tests.helpers import any_kernels
 
 _KINDS = [*native_product._BLOCKS, *any_kernels.SCHEMES]
-_AVX2 = ('-mavx2', '-mfma')
-_PLAIN = ('-mno-avx',)
+# Compiled quickly: they are slow all the same, and used for small products.
+_AVX2 = ('-mavx2', '-mfma', '-O1')
+_PLAIN = ('-mno-avx', '-O1')
 
 
 @pytest.fixture(scope='session')
