@@ -150,6 +150,7 @@ def _complete(prompt: str, chosen) -> None:
   print(f'memory          {generator.memory_text()}')
   if storage := frozen_format.storage_text(generator.frozen.manifest):
     print(f'stored          {storage}')
+    print(f'products        {generator.products_text()}')
   if measured := quality.told(generator.frozen.manifest):
     print(f'quality         {measured}')
   if generator.adapter:

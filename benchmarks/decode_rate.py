@@ -65,11 +65,16 @@ class Side:
     numerics: str = 'fast',
     num_adapters: int = 0,
     rank: int = 16,
+    params: Any = None,
   ):
-    """Makes the engine; `ready_s` is the time of that, without the weights."""
-    params = jax.tree.map(
-      lambda leaf: leaf.astype(dtype), random_model.params(model)
-    )
+    """Makes the engine; `ready_s` is the time of that, without the weights.
+
+    Without `params`, the weights are random floats.
+    """
+    if params is None:
+      params = jax.tree.map(
+        lambda leaf: leaf.astype(dtype), random_model.params(model)
+      )
     jax.block_until_ready(params)
     start = time.perf_counter()
     self.engine = engine_lib.Engine(

@@ -33,6 +33,7 @@ from models import (
   model_config,
   transformer,
 )
+from models.linear.stored import product as stored_product
 
 _LEAST_LENGTH = 64  # of a padded sequence
 _ROWS = 64  # logits that are computed together: few, since each has V numbers
@@ -75,6 +76,7 @@ class FullForward:
     vocab_size: int,
     is_invariant: bool = False,
     adapter: adapters_lib.Tree | None = None,
+    stored: stored_product.Computed = stored_product.in_blocks,
   ):
     """Takes the model.
 
@@ -88,6 +90,8 @@ class FullForward:
         since that numerics define it so.
       adapter: that computes beside the params; None: the base alone. To compare
         bits, padded to the rank of the engine: `adapter_table.alone`.
+      stored: how kernels in fewer bits are multiplied. To compare bits, as in
+        the engine: `Backend.execution.stored`.
     """
     is_stacked = 'layers' in params['params']
     config = dataclasses.replace(config, scan_layers=is_stacked)
@@ -98,6 +102,7 @@ class FullForward:
     execution = execution_lib.Execution()
     if is_invariant:
       execution = invariant.execution()
+    execution = dataclasses.replace(execution, stored=stored)
     self._is_invariant, self._vocab_size = is_invariant, vocab_size
     self._model = transformer.Transformer(config, jnp.dtype(dtype), execution)
 

@@ -188,6 +188,12 @@ class Generator:
       f' tokens each and {tokens:,} together'
     )
 
+  def products_text(self) -> str:
+    """Returns how kernels in fewer bits are multiplied; '' without such."""
+    if not frozen_format.storage_text(self.frozen.manifest):
+      return ''
+    return self.engine.backend.products
+
   def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
     """Returns the ids of a prompt: text as in training, ids verbatim."""
     if not isinstance(prompt, str):

@@ -17,6 +17,7 @@ import jax
 from models import cross_entropy
 from models.attention import cached, dense
 from models.linear import plain
+from models.linear.stored import product as stored_product
 from models.moe import dispatch
 
 # Rematerialisation: the activations that are stored for the backward pass,
@@ -70,6 +71,8 @@ class Execution:
   linear: Linear = plain.linear
   exact_linear: Linear = plain.exact_linear  # of routers
   unembed: Unembed = plain.unembed
+  # Of kernels and tables in fewer bits.
+  stored: stored_product.Computed = stored_product.in_blocks
   by_row: ByRow = at_once  # for sums within a row: norms and routing
   # Whether the backward pass computes the activation of an MLP again from its
   # input: a pass over memory costs an accelerator more than a tanh.

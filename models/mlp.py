@@ -28,6 +28,7 @@ class Linear(nn.Module):
   use_bias: bool
   init_std: float
   linear: execution_lib.Linear = plain.linear
+  stored: stored_product.Computed = stored_product.in_blocks
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,7 +41,9 @@ class Linear(nn.Module):
 
     def multiply(x, w_IO, bias_O):
       if stored_tree.is_stored(w_IO):
-        return stored_product.linear(x, w_IO, bias_O, self.dtype, self.linear)
+        return stored_product.linear(
+          x, w_IO, bias_O, self.dtype, self.linear, self.stored
+        )
       y: Any = self.linear(x, w_IO, bias_O, self.dtype)
       return y
 
@@ -98,6 +101,7 @@ class Mlp(nn.Module):
         config.use_bias or config.mlp_bias,
         std,
         self.execution.linear,
+        self.execution.stored,
         name=name,
       )
 

@@ -39,18 +39,22 @@ def look_up(table: Any, ids_BT: jax.Array) -> jax.Array:
   return jnp.take(table_VD, ids_BT, axis=0)
 
 
-def unembed(hidden: jax.Array, table: Any, dtype: Any, port: Any) -> jax.Array:
+def unembed(
+  hidden: jax.Array, table: Any, dtype: Any, execution: Any
+) -> jax.Array:
   """Returns float32 logits [..., V] of hidden states [..., D].
 
   Args:
     hidden: final hidden states.
     table: of the head.
     dtype: of the computation.
-    port: `Execution.unembed`.
+    execution: an `Execution`.
   """
   if stored_tree.is_stored(table):
-    return product.unembed(hidden, table, dtype, port)
-  return port(hidden, table, dtype)
+    return product.unembed(
+      hidden, table, dtype, execution.unembed, execution.stored
+    )
+  return execution.unembed(hidden, table, dtype)
 
 
 def whole(table: Any, dtype: Any) -> jax.Array:

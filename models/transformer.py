@@ -306,7 +306,7 @@ class Transformer(nn.Module):
     Those of `spare_ids` are `cross_entropy.MASKED`.
     """
     logits = table_lib.unembed(
-      hidden, self._head_table(), self.dtype, self.execution.unembed
+      hidden, self._head_table(), self.dtype, self.execution
     )
     logits = cross_entropy.capped(logits, self.config.logit_softcap)
     return cross_entropy.masked(logits, self.config.spare_ids)

@@ -5,7 +5,7 @@
 
 The source of an import is a directory with config.json and safetensors, a GGUF
 file, or the name of a repository on the hub (requirements-hub.txt). Quantised
-matrices become floats, or stay quantised with --weights=kept.
+matrices stay quantised where this machine computes with them fast (--weights).
 """
 
 import sys
@@ -114,7 +114,7 @@ def _export() -> None:
     ('dtype', 'auto'),
     ('revision', ''),
     ('tokenizer', ''),
-    ('weights', 'float'),
+    ('weights', 'auto'),
     ('overwrite', False),
   ):
     if values[name].value != neutral:
@@ -181,12 +181,14 @@ def _define_flags() -> None:
   )
   flags.DEFINE_enum(
     'weights',
-    'float',
-    ('float', 'kept'),
+    'auto',
+    ('auto', 'float', 'kept'),
     'Import of a GGUF file, or of a quantised Hugging Face directory'
-    ' (compressed-tensors, GPTQ, AWQ, fp8): float dequantises matrices to'
-    ' --dtype; kept leaves them as they are stored, which takes less memory and'
-    ' more time.',
+    ' (compressed-tensors, GPTQ, AWQ, fp8): kept leaves matrices as they are'
+    ' stored; float dequantises them to --dtype. auto keeps the kinds that'
+    ' native code of this machine multiplies by, and says so: a CPU with a C++'
+    ' compiler. Kept matrices take less memory, but more time without native'
+    ' code.',
   )
   flags.DEFINE_string(
     'revision',

@@ -245,8 +245,8 @@ def import_directory(
   Args:
     directory: with the files above.
     dtype: one of `DTYPES`, of floats.
-    weights: one of `quantised.WEIGHTS`: quantised matrices become floats, or
-      stay quantised.
+    weights: one of `quantised.WEIGHTS`: quantised matrices become floats, stay
+      quantised, or do so where this machine computes with them fast.
     origin: further fields of the manifest's origin.
 
   Raises:
@@ -256,7 +256,7 @@ def import_directory(
   """
   expect.one_of('weights', weights, quantised.WEIGHTS)
   source = open_source(directory)
-  if weights != quantised.FLOAT and source.quantisation is None:
+  if weights == quantised.KEPT and source.quantisation is None:
     raise ValueError(
       f'--weights: got {weights} for {directory}, expected none: its weights'
       ' are floats; `python -m frozen.quantize` quantises a frozen directory'
@@ -294,8 +294,10 @@ def _quantised(
   kept = kept_lib.Kept({}, frozenset(), [])
   if source.quantisation is None:
     return kept, {}, []
-  if weights == quantised.KEPT:
+  if weights != quantised.FLOAT:
     kept = kept_lib.kernels(source.tensors, pieces)
+  if weights == quantised.AUTO:
+    kept = kept_lib.fast(kept, pieces)
   notes = [*source.quantisation.notes, *kept.notes]
   told = {'scheme': source.quantisation.title}
   if notes:

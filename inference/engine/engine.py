@@ -113,7 +113,9 @@ class Engine:
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     backend = execution.choose(config, model_config, dtype, device.platform)
-    self.backend = backend
+    self.backend = backend = backend.multiplying(
+      config, params.shapes, dtype, device.platform
+    )
     self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)

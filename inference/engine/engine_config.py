@@ -15,6 +15,7 @@ from inference.scheduling import scheduler
 NUMERICS = ('fast', 'invariant')
 KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
+NATIVE = ('auto', 'on', 'off')
 
 # Share of the memory left by the weights that pages may take. Activations take
 # the rest.
@@ -106,6 +107,13 @@ class EngineConfig:
     'auto (the kernel of the platform if it supports the model, else plain'
     ' JAX), kernel (the kernel, or an error) or reference (plain JAX).',
   )
+  native: str = flag_field.field(
+    'auto',
+    'Products with kernels in fewer bits on a CPU: auto (native code, built'
+    ' once with the C++ compiler that is installed; plain JAX without one), on'
+    ' (native code, or an error) or off (plain JAX). Native code has float32'
+    ' weights and sums in every dtype.',
+  )
   decode_steps: int = flag_field.field(
     32,
     'Largest number of decode steps that are sent to the device at once, while'
@@ -167,6 +175,7 @@ class EngineConfig:
     expect.one_of('engine.numerics', self.numerics, NUMERICS)
     expect.one_of('engine.kv_dtype', self.kv_dtype, KV_DTYPES)
     expect.one_of('engine.attention', self.attention, ATTENTION)
+    expect.one_of('engine.native', self.native, NATIVE)
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:

@@ -17,6 +17,7 @@ from models import (
   model_config,
 )
 from models.attention import supports
+from models.linear.native import choice as native_choice
 
 _KERNELS = {'tpu': supports.PAGED_TPU, 'gpu': supports.PAGED_GPU}
 
@@ -28,6 +29,27 @@ class Backend(NamedTuple):
   channels: int  # C of pages
   kv_dtype: Any  # of pages
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
+  # How kernels in fewer bits are multiplied, and after a colon why.
+  products: str = ''
+
+  def multiplying(
+    self, config: engine_config.EngineConfig, params: Any, dtype: Any,
+    platform: str,
+  ) -> 'Backend':  # fmt: skip
+    """Returns the backend with the product of the stored kernels of params.
+
+    Args:
+      config: of the engine.
+      params: arrays or shapes.
+      dtype: of the computation.
+      platform: of the device.
+
+    Raises:
+      ValueError: the native product is asked for, and cannot be.
+    """
+    chosen = native_choice.choose(config.native, params, dtype, platform)
+    execution = dataclasses.replace(self.execution, stored=chosen.port)
+    return self._replace(execution=execution, products=chosen.reason)
 
   def laid_out(
     self, params: device_state.Params, model: model_config.ModelConfig
@@ -69,6 +91,7 @@ class Backend(NamedTuple):
     attend = self.execution.attend_cached
     return {
       'attention': f'{attend.__module__}.{attend.__qualname__}',
+      'products': self.products.partition(':')[0],
       'ports': program_store.describe_ports(self.execution),
       'kv_dtype': jnp.dtype(self.kv_dtype).name,
       'numerics': config.numerics,

@@ -150,6 +150,7 @@ def _environment() -> str:
   """Returns everything outside the engine that a program depends on."""
   sources = hashlib.sha256()
   for package in _SOURCES:
+    # Native code has its digest in the name of the port that calls it.
     for path in sorted((_ROOT / package).rglob('*.py')):
       text = path.read_bytes()
       sources.update(f'{path.relative_to(_ROOT)}\0{len(text)}\0'.encode())

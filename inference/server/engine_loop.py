@@ -304,6 +304,8 @@ class EngineLoop:
     else:
       seconds = time.perf_counter() - self._started_at
       _LOG.info('ready after %.1f s; %s', seconds, self.generator.memory_text())
+      if products := self.generator.products_text():
+        _LOG.info('products with kernels in fewer bits: %s', products)
       self._compiler.start()
       try:
         self._work(self.generator.engine)

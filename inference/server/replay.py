@@ -105,6 +105,7 @@ def _replayed(
     vocab_size=tokenizer.vocab_size,
     is_invariant=numerics['numerics'] == 'invariant',
     adapter=_adapter_of(found[0], adapter, frozen),
+    stored=_stored_product(numerics, frozen.params, dtype),
   )
   verdicts = []
   for receipt in found:
@@ -121,6 +122,18 @@ def _replayed(
     print('\n'.join(_report(receipt, result)))
     verdicts.append(result.verdict)
   return verdicts
+
+
+def _stored_product(numerics, params, dtype):
+  """Returns how the server multiplied by kernels in fewer bits."""
+  import jax
+
+  from models.linear.native import choice
+
+  was_native = numerics.get('products', '').startswith('native')
+  setting = 'auto' if was_native else 'off'
+  platform = jax.local_devices()[0].platform
+  return choice.choose(setting, params, dtype, platform).port
 
 
 def _check_weights(receipt, directory: str) -> None:
@@ -218,6 +231,8 @@ def _hints(receipt):
     name = 'fp8' if stored == kv_cache.FP8_BITS else stored
     yield f'the KV cache was {name}'
   yield f'attention was {receipt.numerics["attention"]}'
+  if products := receipt.numerics.get('products'):
+    yield f'products with kernels in fewer bits were {products}'
   yield f'the device was {receipt.numerics["device"]}'
 
 

@@ -160,7 +160,13 @@ class LatentAttention(nn.Module):
     config = self.config
     std = mup.hidden_std(config) if std is None else std
     return mlp.Linear(
-      width, self.dtype, use_bias, std, self.execution.linear, name=name
+      width,
+      self.dtype,
+      use_bias,
+      std,
+      self.execution.linear,
+      self.execution.stored,
+      name=name,
     )
 
   def _norm(self, name):

@@ -74,6 +74,7 @@ class Attention(nn.Module):
       config.use_bias or config.out_bias,
       mlp.residual_std(config),
       self.execution.linear,
+      self.execution.stored,
       name='out',
     )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))
     return out_BTD, cache
@@ -94,6 +95,7 @@ class Attention(nn.Module):
         config.use_bias or config.qkv_bias,
         mup.hidden_std(config),
         self.execution.linear,
+        self.execution.stored,
         name=name,
       )(x_BTD)
       has_norm = config.qk_norm and norm_name

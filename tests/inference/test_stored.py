@@ -149,14 +149,23 @@ def test_the_engine_answers_as_the_full_forward(scheme):
   np.testing.assert_allclose(forward.logprobs(ids, 30), recorded, atol=2e-3)
 
 
-def test_invariant_numerics_have_the_bits_of_the_full_forward(monkeypatch):
+@pytest.mark.parametrize('native', ['auto', 'off'])
+def test_invariant_numerics_have_the_bits_of_the_full_forward(
+  monkeypatch, native
+):
   monkeypatch.setattr(product, '_BLOCK_BYTES', _BLOCK_BYTES)
   config = _config()
   params = _params('int4', config)
-  done = _answer(_engine(config, params, numerics='invariant'))
+  engine = _engine(config, params, numerics='invariant', native=native)
+  done = _answer(engine)
   ids = [*_IDS[:30], *done.token_ids]
   forward = full_forward.FullForward(
-    params, config, dtype='float32', vocab_size=259, is_invariant=True
+    params,
+    config,
+    dtype='float32',
+    vocab_size=259,
+    is_invariant=True,
+    stored=engine.backend.execution.stored,
   )
   recorded = [each.chosen for each in done.logprobs or ()]
   assert forward.logprobs(ids, 30).tolist() == recorded

@@ -14,7 +14,12 @@ import tempfile
 from typing import Any
 
 from checks import expect
-from frozen.huggingface import config_json, importing, tensor_map
+from frozen.huggingface import (
+  config_json,
+  fast_kernels,
+  importing,
+  tensor_map,
+)
 from frozen.huggingface.gguf import (
   families,
   header as header_lib,
@@ -28,7 +33,7 @@ from models import model_config
 from models.attention import rope_scaling
 from text import hf_tokenizer
 
-FLOAT, KEPT = WEIGHTS = ('float', 'kept')
+FLOAT, KEPT, AUTO = WEIGHTS = ('float', 'kept', 'auto')
 _DIVISORS = 'rope_freqs.weight'
 _SHORT, _LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 
@@ -93,7 +98,8 @@ def import_file(
     tokenizer_source: a directory with the tokenizer of the same model; '' takes
       the tokenizer of the file.
     dtype: one of `importing.DTYPES`, of floats; 'auto' is float32.
-    weights: one of `WEIGHTS`: matrices become floats, or keep their blocks.
+    weights: one of `WEIGHTS`: matrices become floats, keep their blocks, or
+      keep these where this machine computes with them fast.
     origin: further fields of the manifest's origin.
     recommended: fields of generation_config.json, in addition to those of the
       file; only with the tokenizer of the file.
@@ -120,8 +126,11 @@ def import_file(
     )
     importing.check_ends(source, generation)
     kept = {}
-    if weights == KEPT:
+    if weights != FLOAT:
       kept = kept_lib.blocks(source.tensors, pieces)
+    if weights == AUTO:
+      kept, why = fast_kernels.choose(kept)
+      notes = [*notes, *why]
     return importing.freeze_source(
       source,
       out,

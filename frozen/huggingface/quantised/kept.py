@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frozen.huggingface import layouts, tensor_map
+from frozen.huggingface import fast_kernels, layouts, tensor_map
 from frozen.huggingface.gguf import kept as gguf_kept
 from frozen.huggingface.quantised import (
   matrix as matrix_lib,
@@ -64,6 +64,26 @@ def kernels(
     for why, which in floats.items()
   ]
   return Kept(found, frozenset(names), notes)
+
+
+def fast(kept: Kept, pieces: Sequence[tensor_map.Piece]) -> Kept:
+  """Returns what stays quantised where this machine computes fast with it.
+
+  Args:
+    kept: all that can stay quantised.
+    pieces: the tensor map.
+  """
+  found, notes = fast_kernels.choose(kept.kernels)
+  whole = [
+    piece
+    for piece in pieces
+    if piece.theirs in kept.names and found.keys() >= set(piece.ours)
+  ]
+  return Kept(
+    {path: found[path] for piece in whole for path in piece.ours},
+    frozenset(piece.theirs for piece in whole),
+    [*kept.notes, *notes],
+  )
 
 
 def _stored(

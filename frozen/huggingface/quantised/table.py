@@ -24,7 +24,7 @@ from frozen.huggingface.quantised import (
 )
 
 FIELD = 'quantization_config'
-FLOAT, KEPT = WEIGHTS = ('float', 'kept')
+FLOAT, KEPT, AUTO = WEIGHTS = ('float', 'kept', 'auto')
 _PACKED = ('.qweight', '.weight_packed')
 _METHODS = ('compressed-tensors', 'gptq', 'awq', 'fp8')
 

@@ -1,4 +1,7 @@
-"""The product with a stored kernel: the port `Execution.linear` of such ones.
+"""The product with a stored kernel, where a layer has one of floats.
+
+`Execution.stored` says how it is computed: `in_blocks`, or natively on a CPU
+(`models/linear/native/`).
 
 On one device no float copy of a whole matrix is made, unless it is small: a
 block of columns after the other is dequantised and multiplied. The backward
@@ -6,6 +9,7 @@ pass dequantises the blocks again. There is a gradient of the input, and none of
 the kernel.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -17,11 +21,43 @@ from models.linear import plain
 from models.linear.stored import blocks as blocks_lib, kernel as kernel_lib
 
 Stored = kernel_lib.Kernel | blocks_lib.Blocks
+# (x[..., I], w_IO, dtype, multiply) -> y[..., O], in any float dtype; multiply
+# is a port for a block of floats.
+Computed = Callable[..., jax.Array]
 
 # Bytes of a block of columns in float32, which a cache of a core holds. A
 # matrix of no more is one block.
 _BLOCK_BYTES = 2**20
 _COLUMNS = 16  # a block has a multiple of them
+
+
+def in_blocks(
+  x: jax.Array, w_IO: Stored, dtype: Any, multiply: Any
+) -> jax.Array:
+  """Returns the product, one block of columns after the other.
+
+  Args:
+    x: the input, [..., I].
+    w_IO: a stored kernel.
+    dtype: of a block of floats, and of the computation.
+    multiply: (x, w_IB, None, dtype) -> y[..., B], for a block of floats.
+  """
+  if w_IO.order is not None:
+    x = jnp.take(x, w_IO.order, axis=-1)
+  columns, size = w_IO.shape[-1], _block_columns(w_IO)
+
+  def block(start, size):
+    return multiply(x, _block(w_IO, start, size, dtype), None, dtype)
+
+  if size == columns:
+    return multiply(x, w_IO.rows(dtype).T, None, dtype)
+  y = jax.lax.map(
+    lambda start: block(start, size), jnp.arange(0, columns - size + 1, size)
+  )
+  y = jnp.moveaxis(y, 0, -2).reshape((*x.shape[:-1], -1))
+  if rest := columns % size:
+    y = jnp.concatenate([y, block(columns - rest, rest)], axis=-1)
+  return y
 
 
 def linear(
@@ -30,6 +66,7 @@ def linear(
   bias_O: jax.Array | None,
   dtype: Any,
   multiply: Any = plain.linear,
+  computed: Computed = in_blocks,
 ) -> jax.Array:
   """Returns x[..., I] @ w[I, O] + bias[O], computed and returned in `dtype`.
 
@@ -39,15 +76,20 @@ def linear(
     bias_O: None if there is none.
     dtype: of the result.
     multiply: the port that multiplies by a block of floats.
+    computed: `Execution.stored`.
   """
-  y: Any = _product(x, w_IO, jnp.dtype(dtype), multiply)
+  y: Any = _product(x, w_IO, jnp.dtype(dtype), multiply, computed)
   if bias_O is not None:
     y = y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y
 
 
 def unembed(
-  hidden: jax.Array, table_DV: Stored, dtype: Any, port: Any = plain.unembed
+  hidden: jax.Array,
+  table_DV: Stored,
+  dtype: Any,
+  port: Any = plain.unembed,
+  computed: Computed = in_blocks,
 ) -> jax.Array:
   """Returns float32 logits [..., V] of hidden states [..., D].
 
@@ -56,27 +98,28 @@ def unembed(
     table_DV: the table of the head, as the kernel of this product.
     dtype: of the computation.
     port: `Execution.unembed`.
+    computed: `Execution.stored`.
   """
 
   def multiply(x, w_IB, _, dtype):
     return port(x, w_IB.T, dtype)
 
-  return _computed(hidden, table_DV, dtype, multiply)
+  return computed(hidden, table_DV, dtype, multiply)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, w_IO, dtype, multiply):
-  return _computed(x, w_IO, dtype, multiply)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x, w_IO, dtype, multiply, computed):
+  return computed(x, w_IO, dtype, multiply).astype(dtype)
 
 
-def _forward(x, w_IO, dtype, multiply):
+def _forward(x, w_IO, dtype, multiply, computed):
   # A zero-size array carries the dtype of the input through the residuals.
-  y = _product(x, w_IO, dtype, multiply)
+  y = _product(x, w_IO, dtype, multiply, computed)
   return y, (w_IO, jnp.zeros((0,), x.dtype))
 
 
-def _backward(dtype, multiply, residuals, dy):
-  del multiply
+def _backward(dtype, multiply, computed, residuals, dy):
+  del multiply, computed
   w_IO, x_like = residuals
   rows, columns = w_IO.shape
   size = _block_columns(w_IO)
@@ -103,26 +146,6 @@ def _backward(dtype, multiply, residuals, dy):
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _computed(x, w_IO, dtype, multiply):
-  """Returns the product, one block of columns after the other."""
-  if w_IO.order is not None:
-    x = jnp.take(x, w_IO.order, axis=-1)
-  columns, size = w_IO.shape[-1], _block_columns(w_IO)
-
-  def block(start, size):
-    return multiply(x, _block(w_IO, start, size, dtype), None, dtype)
-
-  if size == columns:
-    return multiply(x, w_IO.rows(dtype).T, None, dtype)
-  y = jax.lax.map(
-    lambda start: block(start, size), jnp.arange(0, columns - size + 1, size)
-  )
-  y = jnp.moveaxis(y, 0, -2).reshape((*x.shape[:-1], -1))
-  if rest := columns % size:
-    y = jnp.concatenate([y, block(columns - rest, rest)], axis=-1)
-  return y
 
 
 def _block(w_IO: Stored, start: Any, size: int, dtype: Any) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 # IQ4_NL: steps are finer near zero.
-_BOOK = (
+BOOK = (
   -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ def iq4_xs(block: jax.Array) -> jax.Array:
 
 
 def _look_up(codes: jax.Array) -> jax.Array:
-  return jnp.take(jnp.asarray(_BOOK, jnp.float32), codes, mode='clip')
+  return jnp.take(jnp.asarray(BOOK, jnp.float32), codes, mode='clip')
 
 
 def q2_k(block: jax.Array) -> jax.Array:

@@ -14,7 +14,11 @@ _WAIT = 20  # seconds until a test gives up
 
 
 def _generator(engine):
-  return types.SimpleNamespace(engine=engine, memory_text=lambda: 'KV cache')
+  return types.SimpleNamespace(
+    engine=engine,
+    memory_text=lambda: 'KV cache',
+    products_text=lambda: '',
+  )
 
 
 class _Engine:

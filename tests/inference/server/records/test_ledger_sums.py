@@ -76,7 +76,7 @@ class _Server:
     self.engine = _Failing(self._generator.engine)
     shadow = type('Generator', (), {})()
     shadow.engine = self.engine
-    shadow.memory_text = lambda: ''
+    shadow.memory_text = shadow.products_text = lambda: ''
     self.loop = engine_loop.EngineLoop(lambda: shadow)
     self.loop.start()
     self.model = service.ServedModel(

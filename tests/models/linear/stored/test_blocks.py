@@ -6,24 +6,11 @@ import numpy as np
 import pytest
 
 from models.linear.stored import block_kinds, blocks as blocks_lib
-
-# Where a block has its float16 scales; any other bytes are fine.
-_SCALES = {
-  'Q8_0': (0,), 'Q4_0': (0,), 'Q4_1': (0, 2), 'Q5_0': (0,), 'Q5_1': (0, 2),
-  'IQ4_NL': (0,), 'Q2_K': (80, 82), 'Q3_K': (108,), 'Q4_K': (0, 2),
-  'Q5_K': (0, 2), 'Q6_K': (208,), 'IQ4_XS': (0,),
-}  # fmt: skip
+from tests.helpers import any_kernels
 
 
-def _rows(kind, columns=5, num_blocks=3):
-  """Returns any bytes, but float16 scales that are finite."""
-  rng = np.random.default_rng(0)
-  size = block_kinds.KINDS[kind].bytes
-  data = rng.integers(0, 256, (columns, num_blocks, size), np.uint8)
-  for at in _SCALES[kind]:
-    scales = rng.normal(size=(columns, num_blocks, 1)).astype(np.float16)
-    data[..., at : at + 2] = scales.view(np.uint8)
-  return data.reshape(columns, -1)
+def _rows(kind):
+  return any_kernels.block_bytes(kind, columns=5, num_blocks=3)
 
 
 @pytest.mark.parametrize('kind', block_kinds.KINDS)

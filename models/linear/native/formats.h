@@ -1,0 +1,277 @@
+// The forms of stored kernels: how the bytes of a row become float32 weights.
+//
+// A form decodes blocks of a row in pieces of 32 weights, two vectors each. The
+// weights are those of `models/linear/stored/`: code times scale, rounded to
+// float32, plus or minus a minimum.
+//
+// Layouts: models/linear/stored/kernel.py, block_kinds.py and super_blocks.py.
+
+#ifndef TWO_LIVES_NATIVE_FORMATS_H_
+#define TWO_LIVES_NATIVE_FORMATS_H_
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace two_lives {
+
+constexpr int kPiece = 32;  // weights that are decoded together
+
+// A matrix as it is stored.
+struct Matrix {
+  const uint8_t* data;
+  int64_t row_bytes;
+  int64_t rows;     // of the store: outputs
+  int64_t columns;  // inputs
+  // Of forms whose scales lie apart, float32.
+  const float* scales;
+  const float* mins;  // null: none
+  int64_t tile_out, tile_in, tiles_in;
+  int tile_shift;  // of a tile_in that is a power of two, else -1
+
+  // The tile of an input. A division would take as long as 32 weights.
+  TWO_LIVES_INLINE int64_t TileOf(int64_t input) const {
+    return tile_shift < 0 ? input / tile_in : input >> tile_shift;
+  }
+  const float* book;  // of codes of four bits
+};
+
+struct Weights {
+  Vec first, second;
+};
+
+// --- Kernels whose scales lie apart -----------------------------------------
+
+// One scale per 16, 32, 64... inputs, or for the whole row.
+template <bool kIsPacked>
+struct Apart {
+  static constexpr bool kHasRest = true;  // rows may have any length
+  static constexpr int kPieces = 1;
+  static constexpr int kBytes = kIsPacked ? kPiece / 2 : kPiece;
+
+  struct Block {
+    const uint8_t* data;
+    const float *scales, *mins, *book;
+    int64_t first, second;  // tiles of the two vectors
+  };
+
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    const int64_t of_row = m.tile_out == 1 ? row : row / m.tile_out;
+    const int64_t tile = of_row * m.tiles_in, k = block * kPiece;
+    Block found{m.data + row * m.row_bytes + block * kBytes, m.scales + tile,
+                m.mins ? m.mins + tile : nullptr, m.book, 0, 0};
+    if (m.tiles_in > 1) {
+      found.first = m.TileOf(k);
+      // The last vector may be beyond the row.
+      found.second = m.TileOf(k + kLanes);
+      if (found.second >= m.tiles_in) found.second = m.tiles_in - 1;
+    }
+    return found;
+  }
+
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    Weights w;
+    if constexpr (kIsPacked) {
+      const Codes bytes = LoadCodes(b.data);
+      Codes codes[2];
+      Interleave(bytes & 15, bytes >> 4, codes);
+      w = {LookUp(codes[0], b.book), LookUp(codes[1], b.book)};
+    } else {
+      w = {OfSigned(LoadCodes(b.data)), OfSigned(LoadCodes(b.data + kLanes))};
+    }
+    w.first = Mul(w.first, Set(b.scales[b.first]));
+    w.second = Mul(w.second, Set(b.scales[b.second]));
+    if (b.mins) {
+      w.first = MulAdd(Set(1.0f), w.first, Set(b.mins[b.first]));
+      w.second = MulAdd(Set(1.0f), w.second, Set(b.mins[b.second]));
+    }
+    return w;
+  }
+};
+
+// --- Blocks of 32 weights ----------------------------------------------------
+
+struct Block32 {
+  const uint8_t* data;
+};
+
+template <class Form>
+struct Blocks32 {
+  static constexpr bool kHasRest = false;
+  static constexpr int kPieces = 1;
+  typedef Block32 Block;
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    return {m.data + row * m.row_bytes + block * Form::kBytes};
+  }
+};
+
+TWO_LIVES_INLINE Weights Scaled(Codes first, Codes second, Vec scale) {
+  return {Mul(OfSigned(first), scale), Mul(OfSigned(second), scale)};
+}
+
+TWO_LIVES_INLINE Weights ScaledPlus(Codes first, Codes second, Vec scale,
+                                    Vec minimum) {
+  return {MulAdd(OfUnsigned(first), scale, minimum),
+          MulAdd(OfUnsigned(second), scale, minimum)};
+}
+
+struct Q8_0 : Blocks32<Q8_0> {
+  static constexpr int kBytes = 34;
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    return Scaled(LoadCodes(b.data + 2), LoadCodes(b.data + 18),
+                  Set(OfHalf(b.data)));
+  }
+};
+
+struct Q4_0 : Blocks32<Q4_0> {
+  static constexpr int kBytes = 18;
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    const Codes bytes = LoadCodes(b.data + 2);
+    return Scaled((bytes & 15) - 8, (bytes >> 4) - 8, Set(OfHalf(b.data)));
+  }
+};
+
+struct Q4_1 : Blocks32<Q4_1> {
+  static constexpr int kBytes = 20;
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    const Codes bytes = LoadCodes(b.data + 4);
+    return ScaledPlus(bytes & 15, bytes >> 4, Set(OfHalf(b.data)),
+                      Set(OfHalf(b.data + 2)));
+  }
+};
+
+// Codes of 5 bits: four in nibbles, the fifth in a word of 32.
+TWO_LIVES_INLINE void FiveBits(const uint8_t* fifth, const uint8_t* nibbles,
+                               Codes* codes) {
+  uint16_t bits[2];
+  std::memcpy(bits, fifth, sizeof(bits));
+  const Codes bytes = LoadCodes(nibbles);
+  codes[0] = (bytes & 15) | SixteenWhere(bits[0]);
+  codes[1] = (bytes >> 4) | SixteenWhere(bits[1]);
+}
+
+struct Q5_0 : Blocks32<Q5_0> {
+  static constexpr int kBytes = 22;
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    Codes codes[2];
+    FiveBits(b.data + 2, b.data + 6, codes);
+    return Scaled(codes[0] - 16, codes[1] - 16, Set(OfHalf(b.data)));
+  }
+};
+
+struct Q5_1 : Blocks32<Q5_1> {
+  static constexpr int kBytes = 24;
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    Codes codes[2];
+    FiveBits(b.data + 4, b.data + 8, codes);
+    return ScaledPlus(codes[0], codes[1], Set(OfHalf(b.data)),
+                      Set(OfHalf(b.data + 2)));
+  }
+};
+
+struct IQ4_NL : Blocks32<IQ4_NL> {
+  static constexpr int kBytes = 18;
+  struct Block {
+    const uint8_t* data;
+    const float* book;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    return {m.data + row * m.row_bytes + block * kBytes, m.book};
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
+    const Codes bytes = LoadCodes(b.data + 2);
+    const Vec scale = Set(OfHalf(b.data));
+    return {Mul(LookUp(bytes & 15, b.book), scale),
+            Mul(LookUp(bytes >> 4, b.book), scale)};
+  }
+};
+
+// --- Blocks of 256 weights ---------------------------------------------------
+
+// Scales and minima of the 8 pieces, 6 bits each, in 12 bytes.
+struct SixBits {
+  float scales[8], minima[8];
+
+  TWO_LIVES_INLINE void Read(const uint8_t* block) {
+    const float scale = OfHalf(block), minimum = OfHalf(block + 2);
+    const uint8_t* packed = block + 4;
+    for (int i = 0; i < 4; ++i) {
+      const int first = packed[i], second = packed[4 + i], rest = packed[8 + i];
+      scales[i] = scale * (first & 63);
+      minima[i] = -(minimum * (second & 63));
+      scales[4 + i] = scale * ((rest & 15) | (first >> 2 & 48));
+      minima[4 + i] = -(minimum * (rest >> 4 | (second >> 2 & 48)));
+    }
+  }
+};
+
+struct Q4_K {
+  static constexpr bool kHasRest = false;
+  static constexpr int kPieces = 8, kBytes = 144;
+  struct Block {
+    const uint8_t* data;
+    SixBits six;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    Block found{m.data + row * m.row_bytes + block * kBytes, {}};
+    found.six.Read(found.data);
+    return found;
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    const uint8_t* nibbles = b.data + 16 + piece / 2 * 32;
+    const int shift = piece % 2 * 4;
+    return ScaledPlus(LoadCodes(nibbles) >> shift & 15,
+                      LoadCodes(nibbles + 16) >> shift & 15,
+                      Set(b.six.scales[piece]), Set(b.six.minima[piece]));
+  }
+};
+
+struct Q5_K {
+  static constexpr bool kHasRest = false;
+  static constexpr int kPieces = 8, kBytes = 176;
+  typedef Q4_K::Block Block;
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    Block found{m.data + row * m.row_bytes + block * kBytes, {}};
+    found.six.Read(found.data);
+    return found;
+  }
+  static TWO_LIVES_INLINE Codes Five(const uint8_t* data, int piece, int half) {
+    const Codes low = LoadCodes(data + 48 + piece / 2 * 32 + 16 * half);
+    const Codes fifth = LoadCodes(data + 16 + 16 * half);
+    return (low >> (piece % 2 * 4) & 15) | (fifth >> piece & 1) << 4;
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    return ScaledPlus(Five(b.data, piece, 0), Five(b.data, piece, 1),
+                      Set(b.six.scales[piece]), Set(b.six.minima[piece]));
+  }
+};
+
+struct Q6_K {
+  static constexpr bool kHasRest = false;
+  static constexpr int kPieces = 8, kBytes = 210;
+  struct Block {
+    const uint8_t* data;
+    float scale;
+  };
+  static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
+    const uint8_t* data = m.data + row * m.row_bytes + block * kBytes;
+    return {data, OfHalf(data + 208)};
+  }
+  static TWO_LIVES_INLINE Vec Half(const Block& b, int piece, int half) {
+    const int group = piece / 4, of_group = piece % 4;
+    const Codes low =
+        LoadCodes(b.data + group * 64 + of_group % 2 * 32 + 16 * half);
+    const Codes high = LoadCodes(b.data + 128 + group * 32 + 16 * half);
+    const Codes codes =
+        (low >> (of_group / 2 * 4) & 15) | (high >> (2 * of_group) & 3) << 4;
+    const int scale = static_cast<int8_t>(b.data[192 + 2 * piece + half]);
+    return Mul(OfSigned(codes - 32), Set(b.scale * scale));
+  }
+  static TWO_LIVES_INLINE Weights Piece(const Block& b, int piece) {
+    return {Half(b, piece, 0), Half(b, piece, 1)};
+  }
+};
+
+}  // namespace two_lives
+
+#endif  // TWO_LIVES_NATIVE_FORMATS_H_

@@ -1,0 +1,272 @@
+// y[R, out] = x[R, in] times a stored kernel, in float32: a handler of XLA.
+//
+// Weights become float32 in registers. A sum over inputs has sixteen partial
+// sums, one per lane, of every sixteenth input in order; then the lanes are
+// added. So the bits of a result depend on its row of x and its column alone:
+// neither on the number of rows, nor on threads, which divide the columns.
+//
+// One row is multiplied while weights are decoded: reading them takes the time.
+// Of several rows, a few columns are decoded into the cache, for all rows.
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "formats.h"
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace two_lives {
+namespace {
+
+namespace ffi = xla::ffi;
+
+#if defined(TWO_LIVES_AVX512)
+constexpr int kColumns = 4, kRows = 6;  // 24 sums of 32 registers
+#else
+constexpr int kColumns = 2, kRows = 3;
+#endif
+constexpr int64_t kGroups = 8;  // of columns that are decoded for many rows
+// Products of less work than this are computed by one thread.
+constexpr int64_t kLeastWork = 1 << 16;
+
+struct Product {
+  Matrix matrix;
+  const float* x;  // rows of `stride` floats, zeros beyond the columns
+  int64_t num_rows, stride;
+  float* y;
+};
+
+// The last piece of a row that is no multiple of 32: decoded from a copy. Rows
+// of blocks are multiples.
+template <class Form>
+Weights LastPiece(const Matrix& matrix, int64_t row, int64_t block) {
+  typename Form::Block b = Form::At(matrix, row, block);
+  const int64_t rest = matrix.columns - block * kPiece;
+  uint8_t bytes[kPiece] = {};
+  std::memcpy(bytes, b.data, matrix.row_bytes - block * Form::kBytes);
+  b.data = bytes;
+  const Weights w = Form::Piece(b, 0);
+  float numbers[kPiece];
+  Store(numbers, w.first);
+  Store(numbers + kLanes, w.second);
+  std::fill(numbers + rest, numbers + kPiece, 0.0f);
+  return {Load(numbers), Load(numbers + kLanes)};
+}
+
+// Calls visit(piece, column, weights) for all pieces of N rows of the store.
+template <class Form, int N, class Visit>
+TWO_LIVES_INLINE void Decode(const Matrix& matrix, int64_t row, Visit visit) {
+  constexpr int kWeights = Form::kPieces * kPiece;
+  const int64_t blocks = matrix.columns / kWeights;
+  for (int64_t block = 0; block < blocks; ++block) {
+    typename Form::Block found[N];
+    for (int n = 0; n < N; ++n) {
+      found[n] = Form::At(matrix, row + n, block);
+      for (int line = 0; line < Form::kBytes; line += 64)
+        __builtin_prefetch(found[n].data + N * matrix.row_bytes + line);
+    }
+#pragma GCC unroll 8
+    for (int piece = 0; piece < Form::kPieces; ++piece)
+      for (int n = 0; n < N; ++n)
+        visit(block * Form::kPieces + piece, n, Form::Piece(found[n], piece));
+  }
+  if constexpr (Form::kHasRest) {
+    if (matrix.columns % kPiece)
+      for (int n = 0; n < N; ++n)
+        visit(blocks, n, LastPiece<Form>(matrix, row + n, blocks));
+  }
+}
+
+template <class Form, int N>
+void MultiplyOneRow(const Product& p, int64_t row) {
+  Vec sums[N];
+  for (Vec& sum : sums) sum = Zero();
+  Decode<Form, N>(p.matrix, row, [&](int64_t piece, int n, Weights w) {
+    const float* x = p.x + piece * kPiece;
+    sums[n] = MulAdd(w.first, Load(x), sums[n]);
+    sums[n] = MulAdd(w.second, Load(x + kLanes), sums[n]);
+  });
+  for (int n = 0; n < N; ++n) p.y[row + n] = Sum(sums[n]);
+}
+
+// Multiplies M rows of x by N columns of decoded weights.
+template <int M, int N>
+void MultiplyDecoded(const float* weights, const float* x, int64_t stride,
+                     float* y, int64_t y_stride) {
+  Vec sums[M][N];
+  for (auto& of_row : sums)
+    for (Vec& sum : of_row) sum = Zero();
+  for (int64_t k = 0; k < stride; k += kLanes) {
+    Vec w[N];
+    for (int n = 0; n < N; ++n) w[n] = Load(weights + k * N + n * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const Vec of_x = Load(x + m * stride + k);
+      for (int n = 0; n < N; ++n) sums[m][n] = MulAdd(w[n], of_x, sums[m][n]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) y[m * y_stride + n] = Sum(sums[m][n]);
+}
+
+template <int M, int N>
+void MultiplyFew(int64_t rows, const float* weights, const float* x,
+                 int64_t stride, float* y, int64_t y_stride) {
+  if (rows == M)
+    MultiplyDecoded<M, N>(weights, x, stride, y, y_stride);
+  else if constexpr (M > 1)
+    MultiplyFew<M - 1, N>(rows, weights, x, stride, y, y_stride);
+}
+
+// Computes N * groups outputs from `row` on. The groups' weights are decoded
+// first, so that a few rows of x stay in the nearest cache for all of them.
+template <class Form, int N>
+void MultiplyRows(const Product& p, int64_t row, int groups, float* weights) {
+  for (int group = 0; group < groups; ++group) {
+    float* of_group = weights + group * N * p.stride;
+    Decode<Form, N>(p.matrix, row + group * N,
+                    [&](int64_t piece, int n, Weights w) {
+                      float* to = of_group + (piece * 2 * N + n) * kLanes;
+                      Store(to, w.first);
+                      Store(to + N * kLanes, w.second);
+                    });
+  }
+  for (int64_t first = 0; first < p.num_rows; first += kRows)
+    for (int group = 0; group < groups; ++group)
+      MultiplyFew<kRows, N>(
+          std::min<int64_t>(kRows, p.num_rows - first),
+          weights + group * N * p.stride, p.x + first * p.stride, p.stride,
+          p.y + first * p.matrix.rows + row + group * N, p.matrix.rows);
+}
+
+// Computes the outputs from `begin` to `end`.
+template <class Form>
+void MultiplyPart(const Product& p, int64_t begin, int64_t end) {
+  if (p.num_rows == 1) {
+    for (; begin + kColumns <= end; begin += kColumns)
+      MultiplyOneRow<Form, kColumns>(p, begin);
+    for (; begin < end; ++begin) MultiplyOneRow<Form, 1>(p, begin);
+    return;
+  }
+  const int64_t most = p.num_rows > kRows ? kGroups : 1;
+  std::vector<float> weights(p.stride * kColumns * most);
+  while (begin + kColumns <= end) {
+    const int64_t groups = std::min(most, (end - begin) / kColumns);
+    MultiplyRows<Form, kColumns>(p, begin, groups, weights.data());
+    begin += groups * kColumns;
+  }
+  for (; begin < end; ++begin)
+    MultiplyRows<Form, 1>(p, begin, 1, weights.data());
+}
+
+typedef void (*Part)(const Product&, int64_t, int64_t);
+
+// Of a form by its number: `FORMS` of product.py has the same order.
+Part PartOf(int64_t form) {
+  static constexpr Part kParts[] = {
+      MultiplyPart<Apart<false>>, MultiplyPart<Apart<true>>,
+      MultiplyPart<Q8_0>,         MultiplyPart<Q4_0>,
+      MultiplyPart<Q4_1>,         MultiplyPart<Q5_0>,
+      MultiplyPart<Q5_1>,         MultiplyPart<IQ4_NL>,
+      MultiplyPart<Q4_K>,         MultiplyPart<Q5_K>,
+      MultiplyPart<Q6_K>,
+  };
+  const int64_t size = sizeof(kParts) / sizeof(kParts[0]);
+  return form >= 0 && form < size ? kParts[form] : nullptr;
+}
+
+// Parts of a product that threads take, one after the other. A thread that XLA
+// starts late finds none left, and touches nothing else.
+struct Parts {
+  Product product;
+  Part part;
+  int64_t size, count;
+  std::atomic<int64_t> next{0}, done{0};
+
+  void Work() {
+    for (int64_t i; (i = next.fetch_add(1)) < count; done.fetch_add(1))
+      part(product, i * size, std::min((i + 1) * size, product.matrix.rows));
+  }
+};
+
+void Run(const Product& product, Part part, ffi::ThreadPool pool) {
+  const int64_t outputs = product.matrix.rows;
+  const int64_t work = outputs * product.matrix.columns * product.num_rows;
+  const int64_t threads = work < kLeastWork ? 1 : pool.num_threads();
+  if (threads <= 1) return part(product, 0, outputs);
+  auto parts = std::make_shared<Parts>();
+  parts->product = product;
+  parts->part = part;
+  const int64_t wanted = (outputs + 4 * threads - 1) / (4 * threads);
+  parts->size = (wanted + kColumns - 1) / kColumns * kColumns;
+  parts->count = (outputs + parts->size - 1) / parts->size;
+  for (int64_t i = 1; i < std::min(threads, parts->count); ++i)
+    pool.Schedule([parts] { parts->Work(); });
+  parts->Work();
+  // What is left is being computed by a thread that runs.
+  while (parts->done.load() < parts->count) std::this_thread::yield();
+}
+
+ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                    ffi::AnyBuffer data, ffi::Buffer<ffi::F32> scales,
+                    ffi::Buffer<ffi::F32> mins, ffi::Buffer<ffi::F32> book,
+                    int64_t form, int64_t tile_out, int64_t tile_in,
+                    ffi::ResultBuffer<ffi::F32> y) {
+  const Part part = PartOf(form);
+  const auto of_x = x.dimensions(), of_data = data.dimensions();
+  if (!part || of_x.size() != 2 || of_data.size() != 2 ||
+      book.element_count() != kLanes || tile_out < 1 || tile_in < 1)
+    return ffi::Error::InvalidArgument("stored product: unknown form or shape");
+  Product product{};
+  Matrix& matrix = product.matrix;
+  matrix.data = static_cast<const uint8_t*>(data.untyped_data());
+  matrix.rows = of_data[0];
+  matrix.row_bytes = of_data[1];
+  matrix.columns = of_x[1];
+  matrix.scales = scales.typed_data();
+  matrix.mins = mins.element_count() ? mins.typed_data() : nullptr;
+  matrix.tile_out = tile_out;
+  matrix.tile_in = tile_in;
+  matrix.tile_shift = -1;
+  for (int shift = 4; shift < 31; ++shift)
+    if (tile_in == int64_t{1} << shift) matrix.tile_shift = shift;
+  matrix.tiles_in = (matrix.columns + tile_in - 1) / tile_in;
+  matrix.book = book.typed_data();
+  product.num_rows = of_x[0];
+  product.y = y->typed_data();
+  if (!product.num_rows || !matrix.rows) return ffi::Error::Success();
+  product.x = x.typed_data();
+  product.stride = (matrix.columns + kPiece - 1) / kPiece * kPiece;
+  std::vector<float> padded;
+  if (product.stride != matrix.columns) {
+    padded.resize(product.num_rows * product.stride);
+    for (int64_t row = 0; row < product.num_rows; ++row)
+      std::copy_n(product.x + row * matrix.columns, matrix.columns,
+                  padded.data() + row * product.stride);
+    product.x = padded.data();
+  }
+  Run(product, part, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace two_lives
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TwoLivesMultiply, two_lives::Multiply,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("form")
+                                  .Attr<int64_t>("tile_out")
+                                  .Attr<int64_t>("tile_in")
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+extern "C" const char* TwoLivesInstructions() {
+  return two_lives::kInstructions;
+}

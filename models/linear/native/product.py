@@ -1,0 +1,96 @@
+"""The native product with a stored kernel: a port `Execution.stored`.
+
+The weights are those of the plain product (`models/linear/stored/`), in
+float32, and so are the sums, whatever the dtype of the computation. The bits of
+a row do not depend on the other rows of the call.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.linear.stored import (
+  blocks as blocks_lib,
+  kernel as kernel_lib,
+  packing,
+  product,
+  super_blocks,
+)
+
+# The numbers of forms are those of `PartOf` in kernel.cc.
+_BYTES, _NIBBLES = 0, 1
+_BLOCKS = {
+  name: number
+  for number, name in enumerate(
+    ('Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'IQ4_NL', 'Q4_K', 'Q5_K', 'Q6_K'),
+    start=2,
+  )
+}
+# The numbers of the 16 codes of a form.
+_BOOKS = {
+  'uint4': tuple(float(code) for code in range(16)),
+  'int4': tuple(float((code ^ 8) - 8) for code in range(16)),
+  'nf4': packing.NF4,
+  'fp4': packing.FP4,
+  'IQ4_NL': tuple(map(float, super_blocks.BOOK)),
+}
+_LANES = 16  # weights of which each group has one scale
+_DTYPES = 'float32', 'bfloat16', 'float16'
+
+
+def refusal(w_IO: product.Stored, dtype: Any) -> str:
+  """Returns why the native product does not accept a kernel, '' if it does."""
+  if jnp.dtype(dtype).name not in _DTYPES:
+    return f'got dtype {jnp.dtype(dtype).name}, expected one of {_DTYPES}'
+  if w_IO.ndim != 2:
+    return f'got a kernel of {w_IO.ndim} axes, expected 2'
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return 'got a mesh of several devices, expected one device'
+  if isinstance(w_IO, blocks_lib.Blocks):
+    if w_IO.kind not in _BLOCKS:
+      return f'got blocks {w_IO.kind}, expected one of {", ".join(_BLOCKS)}'
+    return ''
+  if w_IO.form != 'int8' and w_IO.form not in _BOOKS:
+    return f'got form {w_IO.form}, expected int8, {", ".join(_BOOKS)}'
+  tile_in = w_IO.tile[1]
+  if tile_in % _LANES and tile_in < w_IO.shape[0]:
+    return f'got a scale per {tile_in} inputs, expected a multiple of {_LANES}'
+  return ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+  """Multiplies natively, or as the plain product where that is refused."""
+
+  target: str  # XLA's name of the function; it has the digest of its code
+  instructions: str  # that the code uses
+
+  def __call__(
+    self, x: jax.Array, w_IO: product.Stored, dtype: Any, multiply: Any
+  ) -> jax.Array:
+    """Returns x[..., I] @ w[I, O], see `product.in_blocks`; in float32."""
+    if refusal(w_IO, dtype):
+      return product.in_blocks(x, w_IO, dtype, multiply)
+    if w_IO.order is not None:
+      x = jnp.take(x, w_IO.order, axis=-1)
+    rows_RI = x.astype(dtype).astype(jnp.float32).reshape(-1, x.shape[-1])
+    none = jnp.zeros((0,), jnp.float32)
+    tile, scales, mins = (1, 1), none, none
+    if isinstance(w_IO, kernel_lib.Kernel):
+      form = _BYTES if w_IO.form == 'int8' else _NIBBLES
+      data, book, tile = w_IO.values, _BOOKS.get(w_IO.form), w_IO.tile
+      scales = kernel_lib.with_gain(w_IO.scales, w_IO.gain)
+      mins = none if w_IO.mins is None else w_IO.mins.astype(jnp.float32)
+    else:
+      form, data, book = _BLOCKS[w_IO.kind], w_IO.data, _BOOKS.get(w_IO.kind)
+    book = jnp.asarray(book or (0.0,) * _LANES, jnp.float32)
+    shape = jax.ShapeDtypeStruct(
+      (rows_RI.shape[0], w_IO.shape[-1]), jnp.float32
+    )
+    y_RO = jax.ffi.ffi_call(self.target, shape, vmap_method='sequential')(
+      rows_RI, data, scales, mins, book,
+      form=form, tile_out=tile[0], tile_in=tile[1],
+    )  # fmt: skip
+    return y_RO.reshape((*x.shape[:-1], w_IO.shape[-1]))

@@ -1,0 +1,127 @@
+"""Building the native product: once, whole, and a reason where it cannot be."""
+
+from concurrent import futures
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.linear.native import build, choice, product as native_product
+from models.linear.stored import product
+from tests.helpers import any_kernels
+
+_QUICKLY = ('-O0',)  # compiled in 2 s, not 5
+
+
+@pytest.fixture
+def _has_compiler():
+  try:
+    build._compiler()
+  except build.BuildError as error:
+    pytest.skip(str(error))
+
+
+def _params(kind='int8'):
+  return {'params': {'up': {'kernel': any_kernels.kernel(kind, 64, 4)}}}
+
+
+def _compiled(directory):
+  """Returns the libraries of a directory; they are all that is in it."""
+  found = list(directory.iterdir())
+  assert all(path.suffix == '.so' for path in found)
+  return found
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_a_library_is_built_once_and_again_when_it_is_damaged(
+  tmp_path, monkeypatch
+):
+  built = []
+  run = build._run
+  monkeypatch.setattr(
+    build, '_run', lambda command: built.append(command) or run(command)
+  )
+  path = build.built(_QUICKLY, tmp_path)
+
+  def num_compilations():
+    assert _compiled(tmp_path) == [path]
+    assert build._is_whole(path)
+    return sum('-shared' in command for command in built)
+
+  assert build.built(_QUICKLY, tmp_path) == path
+  assert num_compilations() == 1
+  data = path.read_bytes()
+  for count, damaged in enumerate((data[: len(data) // 2], b''), start=2):
+    path.write_bytes(damaged)
+    assert build.built(_QUICKLY, tmp_path) == path
+    assert num_compilations() == count
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_the_name_tells_options_and_sources_apart(monkeypatch):
+  compiler = build._compiler()
+  keys = {build._key(compiler, build.NATIVE), build._key(compiler, ())}
+  monkeypatch.setattr(build, '_processor', lambda: 'another')
+  keys.add(build._key(compiler, ()))
+  assert len(keys) == 3
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_builds_at_the_same_time_do_not_disturb_each_other(tmp_path):
+  with futures.ThreadPoolExecutor() as pool:
+    building = [pool.submit(build.built, _QUICKLY, tmp_path) for _ in range(3)]
+  (path,) = {each.result() for each in building}
+  assert _compiled(tmp_path) == [path]
+  assert build._is_whole(path)
+
+
+def test_without_a_compiler_products_are_plain_with_the_reason(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  monkeypatch.delenv('CXX', raising=False)
+  found = choice.choose('auto', _params(), jnp.float32, 'cpu')
+  assert found.port is product.in_blocks
+  assert found.reason.startswith('plain JAX: no compiler g++, clang++, c++ on')
+  with pytest.raises(ValueError, match="native: got 'on', but no compiler"):
+    choice.choose('on', _params(), jnp.float32, 'cpu')
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path):
+  with pytest.raises(build.BuildError, match='failed: .*no-such-option'):
+    build.built(('--no-such-option',), tmp_path)
+  assert not _compiled(tmp_path)
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_a_directory_that_cannot_be_written_is_a_reason(tmp_path):
+  blocked = tmp_path / 'file'
+  blocked.touch()
+  with pytest.raises(build.BuildError, match='the library .*file'):
+    build.built(_QUICKLY, blocked / 'd')
+
+
+def test_the_choice_says_why():
+  def reason(*args):
+    found = choice.choose(*args)
+    assert found.port is product.in_blocks
+    return found.reason
+
+  dtype = jnp.float32
+  assert reason('off', _params(), dtype, 'cpu') == (
+    'plain JAX: engine.native is off'
+  )
+  assert 'for CPUs, not for gpu' in reason('auto', _params(), dtype, 'gpu')
+  assert 'got form fp8' in reason('auto', _params('fp8'), dtype, 'cpu')
+  floats = {'params': {'up': {'kernel': jnp.ones((4, 4))}}}
+  assert 'no kernel is in fewer bits' in reason('auto', floats, dtype, 'cpu')
+
+
+@pytest.mark.usefixtures('_has_compiler')
+def test_kernels_of_both_kinds_are_counted():
+  params = {'a': _params(), 'b': _params('fp8'), 'c': _params('Q8_0')}
+  shapes = jax.eval_shape(lambda: params)
+  found = choice.choose('auto', shapes, jnp.float32, 'cpu')
+  assert isinstance(found.port, native_product.Port)
+  assert '1 of 3 kernels in plain JAX: got form fp8' in found.reason

@@ -1,0 +1,200 @@
+"""The native product, against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.linear import plain
+from models.linear.native import build, product as native_product
+from models.linear.stored import product
+from tests.helpers import any_kernels
+
+_KINDS = [*native_product._BLOCKS, *any_kernels.SCHEMES]
+# Compiled quickly: they are slow all the same, and used for small products.
+_AVX2 = ('-mavx2', '-mfma', '-O1')
+_PLAIN = ('-mno-avx', '-O1')
+
+
+@pytest.fixture(scope='session')
+def ports(tmp_path_factory):
+  """Returns (options of the compiler) -> port."""
+  directory = tmp_path_factory.mktemp('native')
+
+  def port(options=build.NATIVE):
+    try:
+      # That of this processor is the one that engines use: kept for the user.
+      kept_in = None if options == build.NATIVE else directory
+      return native_product.Port(*build.registered(options, kept_in))
+    except build.BuildError as error:
+      pytest.skip(str(error))
+
+  return port
+
+
+def _inputs(rows, columns, dtype=np.float32):
+  x_RI = np.random.default_rng(1).normal(size=(rows, columns))
+  return jnp.asarray(x_RI, dtype)
+
+
+def _multiplied(port, x_RI, w_IO, dtype=jnp.float32):
+  # As a layer calls it. A refusal would hide that nothing is tested.
+  assert not native_product.refusal(w_IO, dtype)
+  return np.asarray(
+    jax.jit(lambda x, w: product.linear(x, w, None, dtype, computed=port))(
+      x_RI, w_IO
+    )
+  )
+
+
+def _bound(x_RI, w_IO):
+  """Returns what the order of a float32 sum may change, for each number."""
+  magnitudes = np.abs(x_RI) @ np.abs(np.asarray(w_IO.whole(jnp.float32)))
+  return 2e-6 * magnitudes + 1e-30
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('shape', [(1, 96, 37), (7, 200, 9), (33, 70, 4)])
+def test_numbers_are_those_of_the_plain_product(ports, kind, shape):
+  num_rows, inputs, outputs = shape
+  w_IO = any_kernels.kernel(kind, inputs, outputs)
+  x_RI = _inputs(num_rows, w_IO.shape[0])
+  found = _multiplied(ports(), x_RI, w_IO)
+  expected = np.asarray(x_RI) @ np.asarray(w_IO.whole(jnp.float32))
+  assert found.shape == (num_rows, outputs)
+  assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_a_row_has_the_same_bits_alone_and_among_others(ports, kind):
+  # 260 columns are several parts, which threads take. Rows are multiplied up
+  # to 6 at a time; more than 6 have another order of loops.
+  w_IO = any_kernels.kernel(kind, 520, 260)
+  x_RI = _inputs(33, w_IO.shape[0])
+  multiply = jax.jit(
+    lambda x, w: product.linear(x, w, None, jnp.float32, computed=ports())
+  )
+  alone = np.concatenate(
+    [np.asarray(multiply(x_RI[i : i + 1], w_IO)) for i in range(33)]
+  )
+  for num_rows in (2, 3, 4, 5, 6, 7, 20, 33):
+    found = multiply(x_RI[:num_rows], w_IO)
+    np.testing.assert_array_equal(found, alone[:num_rows])
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_builds_for_other_processors_agree(ports, kind):
+  w_IO = any_kernels.kernel(kind, 296, 11)
+  for num_rows in (1, 7):
+    x_RI = _inputs(num_rows, w_IO.shape[0])
+    expected = _multiplied(ports(), x_RI, w_IO)
+    for options in (_PLAIN, _AVX2):
+      if options == _AVX2 and 'avx2' not in build._processor():
+        pytest.skip('this processor has no AVX2')
+      port = ports(options)
+      assert port.instructions == ('avx2' if options == _AVX2 else 'plain')
+      found = _multiplied(port, x_RI, w_IO)
+      assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
+      if options == _AVX2 and ports().instructions == 'avx512':
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'uint4', 'Q4_1', 'Q6_K'])
+def test_edges_of_shapes(ports, kind):
+  for num_rows, inputs, outputs in ((0, 64, 8), (3, 2, 1), (1, 33, 3)):
+    inputs += inputs % 2 if kind == 'uint4' else 0
+    w_IO = any_kernels.kernel(kind, inputs, outputs)
+    x_RI = _inputs(num_rows, w_IO.shape[0])
+    found = _multiplied(ports(), x_RI, w_IO)
+    expected = np.asarray(x_RI) @ np.asarray(w_IO.whole(jnp.float32))
+    assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4', 'Q8_0', 'Q4_K'])
+def test_numbers_that_are_not_finite_stay_in_their_row(ports, kind):
+  w_IO = any_kernels.kernel(kind, 256, 5)
+  x_RI = np.array(_inputs(4, 256))
+  x_RI[1, 3], x_RI[2, 200] = np.nan, -np.inf
+  plain_RO = product.linear(jnp.asarray(x_RI), w_IO, None, jnp.float32)
+  found = _multiplied(ports(), jnp.asarray(x_RI), w_IO)
+  # Minus infinity times a weight is infinite, or no number where that is 0.
+  np.testing.assert_array_equal(np.isnan(found), np.isnan(plain_RO))
+  np.testing.assert_array_equal(np.isinf(found), np.isinf(plain_RO))
+  infinite = np.isinf(plain_RO)
+  np.testing.assert_array_equal(found[infinite], plain_RO[infinite])
+  assert np.isfinite(found[[0, 3]]).all()
+  assert np.isnan(found[1]).all()
+
+
+def test_scales_that_are_not_finite_stay_in_their_column(ports):
+  w_IO = any_kernels.kernel('int8', 70, 9)
+  w_IO.scales = w_IO.scales.at[2, 0].set(jnp.nan)
+  found = _multiplied(ports(), _inputs(3, 70), w_IO)
+  assert np.isnan(found[:, 2]).all()
+  assert np.isfinite(np.delete(found, 2, axis=1)).all()
+
+
+def test_bfloat16_inputs_meet_float32_weights(ports):
+  w_IO = any_kernels.kernel('int4', 128, 6)
+  x_RI = _inputs(3, 128, jnp.bfloat16)
+  found = _multiplied(ports(), x_RI, w_IO, jnp.bfloat16)
+  exact = np.asarray(x_RI, np.float32) @ np.asarray(w_IO.whole(jnp.float32))
+  assert found.dtype == jnp.bfloat16
+  # Rounded once, to 8 bits; near 0 the order of the sum counts.
+  np.testing.assert_allclose(
+    found.astype(np.float32), exact, rtol=2**-8, atol=1e-5
+  )
+
+
+def test_leading_axes_biases_and_logits(ports):
+  w_IO = any_kernels.kernel('int8', 64, 24)
+  x_BTI = _inputs(6, 64).reshape(2, 3, 64)
+  bias_O = jnp.arange(24.0)
+  found = product.linear(
+    x_BTI, w_IO, bias_O, jnp.float32, plain.linear, ports()
+  )
+  logits = product.unembed(x_BTI, w_IO, jnp.bfloat16, plain.unembed, ports())
+  expected = np.asarray(product.linear(x_BTI, w_IO, bias_O, jnp.float32))
+  assert found.shape == logits.shape == (2, 3, 24)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+  np.testing.assert_allclose(logits, expected - np.arange(24.0), atol=0.1)
+
+
+def test_gradients_are_those_of_the_plain_product(ports):
+  w_IO = any_kernels.kernel('int8', 70, 9)
+
+  def loss(x_RI, *ports):
+    y_RO = product.linear(x_RI, w_IO, None, jnp.float32, plain.linear, *ports)
+    return jnp.sum(y_RO * jnp.arange(9.0)[None])
+
+  x_RI = _inputs(3, 70)
+  np.testing.assert_array_equal(
+    jax.grad(loss)(x_RI, ports()), jax.grad(loss)(x_RI)
+  )
+
+
+def test_the_table_says_what_is_refused():
+  for kind, dtype, text in (
+    ('Q2_K', 'float32', 'got blocks Q2_K, expected one of Q8_0'),
+    ('fp8', 'float32', 'got form fp8, expected int8'),
+    ('int8', 'float64', 'got dtype float64, expected one of'),
+  ):
+    w_IO = any_kernels.kernel(kind, 64, 4)
+    assert text in native_product.refusal(w_IO, dtype)
+  w_IO = any_kernels.kernel('int8', 64, 4)
+  w_IO.tile, w_IO.scales = (1, 8), jnp.ones((4, 8))
+  text = 'got a scale per 8 inputs, expected a multiple of 16'
+  assert text in native_product.refusal(w_IO, 'float32')
+  stack = jax.tree.map(lambda x: x[None], any_kernels.kernel('int8', 64, 4))
+  assert 'got a kernel of 3 axes' in native_product.refusal(stack, 'float32')
+
+
+def test_a_kernel_that_is_refused_is_multiplied_plainly():
+  port = native_product.Port('nothing', 'none')
+  w_IO = any_kernels.kernel('fp8', 64, 4)
+  x_RI = _inputs(3, 64)
+  np.testing.assert_array_equal(
+    product.linear(x_RI, w_IO, None, jnp.float32, plain.linear, port),
+    product.linear(x_RI, w_IO, None, jnp.float32),
+  )
