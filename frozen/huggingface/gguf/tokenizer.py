@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from checks import expect
-from frozen.huggingface.gguf import pre_tokenizers, sentencepiece
+from frozen.huggingface.gguf import pre_tokenizers
 from text import hf_files
+from text.sentencepiece import model_file, pipeline
 
 BPE, SENTENCEPIECE = 'gpt2', 'llama'
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6  # kinds of tokens
@@ -166,10 +167,10 @@ def write(
   model = {
     'version': '1.0',
     'added_tokens': list(_added(tokens, kinds)),
-    'post_processor': _around(
+    'post_processor': pipeline.around(
       names.get('bos_token') if read.flag('add_bos_token', adds_bos) else None,
       names.get('eos_token') if read.flag('add_eos_token', False) else None,
-      tokens,
+      {token: i for i, token in enumerate(tokens)},
     ),
     **parts,
   }
@@ -223,13 +224,17 @@ def _pieces(
   read: _Fields, tokens: list[str], kinds: np.ndarray
 ) -> dict[str, Any]:
   """Returns the parts of a tokenizer.json that a SentencePiece BPE has."""
-  return sentencepiece.model(
+  kinds_joined = (model_file.NORMAL, model_file.USER_DEFINED)
+  is_joined = np.isin(kinds, kinds_joined)
+  has_prefix = read.flag('add_space_prefix', True)
+  model = pipeline.bpe(
     tokens,
-    kinds,
+    {tokens[i] for i in np.flatnonzero(is_joined).tolist()},
     read.numbers('scores', len(tokens)),
-    has_prefix=read.flag('add_space_prefix', True),
     unknown=_named(tokens, read.get('unknown_token_id'), 'unknown_token_id'),
   )
+  prefix = pipeline.EACH if has_prefix else pipeline.NO_PREFIX
+  return pipeline.parts(pipeline.Rules(prefix), model)
 
 
 def _named(tokens: Sequence[str], token_id: Any, key: str) -> str | None:
@@ -266,30 +271,6 @@ def _added(
         'normalized': False,
         'special': bool(kinds[i] == CONTROL),
       }
-
-
-def _around(
-  bos: str | None, eos: str | None, tokens: Sequence[str]
-) -> dict[str, Any] | None:
-  """Returns the processor that puts BOS before and EOS after a text."""
-  if bos is None and eos is None:
-    return None
-  text = {'Sequence': {'id': 'A', 'type_id': 0}}
-  before, after = (
-    [] if token is None else [{'SpecialToken': {'id': token, 'type_id': 0}}]
-    for token in (bos, eos)
-  )
-  single = [*before, text, *after]
-  return {
-    'type': 'TemplateProcessing',
-    'single': single,
-    'pair': [*single, {'Sequence': {'id': 'B', 'type_id': 0}}],
-    'special_tokens': {
-      token: {'id': token, 'ids': [tokens.index(token)], 'tokens': [token]}
-      for token in (bos, eos)
-      if token is not None
-    },
-  }
 
 
 def _ends(read: _Fields, tokens: Sequence[str], kinds: np.ndarray) -> list[int]:
