@@ -23,6 +23,7 @@ from checks import expect
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import (
   config_json,
+  further_layers,
   generation_config,
   loading,
   safetensors_files,
@@ -44,6 +45,7 @@ class Source(NamedTuple):
   values: Mapping[str, Any]  # of config.json
   config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
+  left_out: str = ''  # tensors of no use here, as text
 
 
 def open_source(directory: str | os.PathLike) -> Source:
@@ -66,7 +68,12 @@ def open_source(directory: str | os.PathLike) -> Source:
       tensor
       for name, tensor in tensors.items()
     }  # fmt: skip
-  return Source(str(directory), model_type, values, config, tensors)
+  split = further_layers.split(
+    model_type, values, config.num_layers, tensors, str(directory)
+  )
+  return Source(
+    str(directory), model_type, values, config, split.tensors, split.left_out
+  )
 
 
 def choose_dtype(source: Source, asked: str) -> str:
@@ -107,7 +114,12 @@ def load_params(
   kept, tensors = kept or {}, source.tensors
   tied = {}
   if pieces is None:
-    pieces = tensor_map.pieces(source.model_type, source.config, source.values)
+    pieces = tensor_map.pieces(
+      source.model_type,
+      source.config,
+      source.values,
+      is_fused=tensor_map.has_fused_experts(source.tensors),
+    )
     tied = _tied(source)
   if kept:
     theirs = {piece.theirs for piece in pieces if kept.keys() & set(piece.ours)}
@@ -292,6 +304,9 @@ def freeze_source(
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
   if chosen == 'bfloat16' and rounded:
     notes = [*notes, f'{" and ".join(sorted(rounded))} rounded to bfloat16']
+  if source.left_out:
+    notes = [*notes, f'left out {source.left_out}; the model does without']
+    origin = {**origin, further_layers.ORIGIN: source.left_out}
   text = json.dumps(source.values, sort_keys=True)
   manifest = frozen_format.write(
     out,
