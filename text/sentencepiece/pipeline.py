@@ -23,7 +23,7 @@ NO_PREFIX, EACH, FIRST = '', 'each', 'first'
 
 
 class Rules(NamedTuple):
-  """What happens to a text before its pieces are found."""
+  """The changes to a text before its pieces are found."""
 
   prefix: str = NO_PREFIX
   charsmap: bytes = b''  # of SentencePiece, see `model_file`

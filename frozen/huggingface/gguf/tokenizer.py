@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from checks import expect
-from frozen.huggingface.gguf import pre_tokenizers
+from frozen.huggingface.gguf import pre_tokenizers, sampling
 from text import hf_files
 from text.sentencepiece import model_file, pipeline
 
@@ -31,10 +31,6 @@ NAMES: Mapping[str, str] = {
   'pad_token': 'padding_token_id',
 }
 _END_IDS = ('eos_token_id', 'eot_token_id', 'eom_token_id')
-_SAMPLING = {
-  'temp': 'temperature',
-  'penalty_repeat': 'repetition_penalty',
-}
 # Control tokens that end a turn. A file may name the end of a document only.
 _TURN_ENDS = (
   '<|im_end|>', '<|eot_id|>', '<|end|>', '<end_of_turn>', '<|eom_id|>',
@@ -182,7 +178,7 @@ def write(
   }
   generation = {
     'eos_token_id': _ends(read, tokens, kinds),
-    **_sampling(fields),
+    **sampling.read(fields),
     **recommended,
   }
   for name, value in (
@@ -301,22 +297,3 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {'chat_template': found['default']} if found else {}
   named = [{'name': name, 'template': text} for name, text in found.items()]
   return {'chat_template': named}
-
-
-def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sampling that a file recommends, in words of transformers."""
-  prefix = 'general.sampling.'
-  found = {
-    name.removeprefix(prefix): value
-    for name, value in fields.items()
-    if name.startswith(prefix)
-  }
-  if not found:
-    return {}
-  values = {
-    _SAMPLING.get(name, name): float(f'{value:.6g}')
-    if isinstance(value, float)
-    else value
-    for name, value in found.items()
-  }
-  return {'do_sample': True, **values}
