@@ -259,7 +259,7 @@ def _writer(library: Any, path: pathlib.Path, fields: Mapping[str, Any]) -> Any:
       continue
     if isinstance(value, np.ndarray):
       writer.add_array(name, value.tolist())
-    elif isinstance(value, np.int32):  # a number that may be negative
+    elif isinstance(value, np.integer):  # a number that may be negative
       writer.add_key_value(name, int(value), kinds.INT32)
     elif isinstance(value, list):
       writer.add_array(name, value)
