@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from text.sentencepiece import conversion
+
 MODEL = 'tokenizer.json'
 CONFIG = 'tokenizer_config.json'
 GENERATION = 'generation_config.json'
@@ -54,6 +56,10 @@ def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
   directory = pathlib.Path(directory)
   if not (directory / MODEL).is_file():
     raise FileNotFoundError(_no_model(directory))
+  return _read(directory)
+
+
+def _read(directory: pathlib.Path) -> dict[str, bytes]:
   names = (MODEL, CONFIG, GENERATION, _NAMES, _ADDED, TEMPLATE)
   return {
     name: (directory / name).read_bytes()
@@ -62,17 +68,43 @@ def read_saved(directory: str | os.PathLike) -> dict[str, bytes]:
   }
 
 
+def _converted(directory: pathlib.Path) -> dict[str, bytes]:
+  """Returns the files of a slow tokenizer, made those of a fast one."""
+  files = _read(directory)
+  config = _json(files, CONFIG)
+  named = config
+  if 'added_tokens_decoder' not in config:
+    named = config | _json(files, _NAMES)
+  with open(directory / conversion.FILE, 'rb') as file:
+    data = file.read(conversion.MOST_BYTES + 1)
+  model, written = conversion.convert(
+    data, config, dict(_named(named)), _json(files, _ADDED)
+  )
+  # The ids of added tokens are in tokenizer.json from here on.
+  others = {k: v for k, v in files.items() if k != _ADDED}
+  return others | {
+    name: json.dumps(value, ensure_ascii=False).encode()
+    for name, value in ((MODEL, model), (CONFIG, written))
+  }
+
+
 def read_source(directory: str | os.PathLike) -> dict[str, bytes]:
   """Returns the files of a Hugging Face directory, by name.
 
-  Several chat templates are moved into the config, because a saved tokenizer
-  has no subdirectories.
+  A directory with SentencePiece's `tokenizer.model` alone gets the
+  `tokenizer.json` of the same tokenizer. Several chat templates are moved into
+  the config, because a saved tokenizer has no subdirectories.
 
   Raises:
-    FileNotFoundError: there is no `tokenizer.json`; tells how to make one.
-    ValueError: a file is not JSON.
+    FileNotFoundError: there is neither; tells how to make one.
+    ValueError: a file is damaged.
   """
-  files = read_saved(directory)
+  directory = pathlib.Path(directory)
+  is_slow = not (directory / MODEL).is_file()
+  if is_slow and (directory / conversion.FILE).is_file():
+    files = _converted(directory)
+  else:
+    files = read_saved(directory)
   config = _json(files, CONFIG)
   more = pathlib.Path(directory) / MORE_TEMPLATES
   if more.is_dir():

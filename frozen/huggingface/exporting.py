@@ -30,6 +30,7 @@ from checks import expect
 from frozen import format as frozen_format, stored_kernels
 from frozen.huggingface import (
   config_json,
+  further_layers,
   generation_config as generation_config_lib,
   safetensors_files,
   tensor_map,
@@ -156,7 +157,10 @@ def _write_kernels(
 def trimmed(
   frozen: frozen_format.Frozen,
 ) -> tuple[frozen_format.Frozen, list[str]]:
-  """Returns the model without its last spare ids, and notes for the user."""
+  """Returns the model without its last spare ids, and notes for the user.
+
+  The notes tell of tensors, too, that the import has left out.
+  """
   config, inner = frozen.config, dict(frozen.params['params'])
   *others, last = config.spare_ids or ((0, 0),)
   notes = []
@@ -176,6 +180,8 @@ def trimmed(
     notes.append(
       f'transformers may sample ids without a token: {config.spare_ids}'
     )
+  if left_out := frozen.manifest.origin.get(further_layers.ORIGIN):
+    notes.append(f'without {left_out}, which the import has left out')
   return frozen, notes
 
 

@@ -25,6 +25,7 @@ from checks import expect
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import (
   config_json,
+  further_layers,
   generation_config,
   loading,
   safetensors_files,
@@ -48,6 +49,7 @@ class Source(NamedTuple):
   config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
   quantisation: quantised.Quantised | None = None
+  left_out: str = ''  # tensors of no use here, as text
 
 
 def open_source(directory: str | os.PathLike) -> Source:
@@ -72,7 +74,13 @@ def open_source(directory: str | os.PathLike) -> Source:
       tensor
       for name, tensor in tensors.items()
     }  # fmt: skip
-  return Source(str(directory), model_type, values, config, tensors, how)
+  split = further_layers.split(
+    model_type, values, config.num_layers, tensors, str(directory)
+  )
+  return Source(
+    str(directory), model_type, values, config, split.tensors, how,
+    split.left_out,
+  )  # fmt: skip
 
 
 def choose_dtype(source: Source, asked: str, kept: Collection[str] = ()) -> str:
@@ -145,7 +153,12 @@ def load_params(
 
 def _pieces(source: Source) -> list[tensor_map.Piece]:
   """Returns the tensor map of the family."""
-  return tensor_map.pieces(source.model_type, source.config, source.values)
+  return tensor_map.pieces(
+    source.model_type,
+    source.config,
+    source.values,
+    is_fused=tensor_map.has_fused_experts(source.tensors),
+  )
 
 
 def check_tensors(
@@ -360,6 +373,9 @@ def freeze_source(
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
   if chosen == 'bfloat16' and rounded:
     notes = [*notes, f'{" and ".join(sorted(rounded))} rounded to bfloat16']
+  if source.left_out:
+    notes = [*notes, f'left out {source.left_out}; the model does without']
+    origin = {**origin, further_layers.ORIGIN: source.left_out}
   text = json.dumps(source.values, sort_keys=True)
   manifest = frozen_format.write(
     out,

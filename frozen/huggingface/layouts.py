@@ -24,6 +24,8 @@ class Layout:
   # tensor can be read in pieces.
   is_rows: bool = False
   is_columns: bool = False
+  # Whether their tensor and our leaves have one matrix of each expert in a row.
+  is_stacked: bool = False
 
 
 def _theirs(*shapes: Shape) -> Shape:
@@ -70,6 +72,25 @@ def joined(
     return x
 
   return Layout(read, write, _theirs)
+
+
+def stacked(num: int) -> Layout:
+  """Returns the layout of `num` matrices of all experts in one tensor.
+
+  Theirs is [experts, out of all matrices, in], ours are [experts, in, out].
+  """
+
+  def read(x):
+    return tuple(part.swapaxes(1, 2) for part in np.split(x, num, axis=1))
+
+  def write(*leaves):
+    return np.concatenate([leaf.swapaxes(1, 2) for leaf in leaves], axis=1)
+
+  def shape(*shapes):
+    experts, width, _ = shapes[0]
+    return (experts, sum(each[2] for each in shapes), width)
+
+  return Layout(read, write, shape, is_stacked=True)
 
 
 def columns(num: int) -> Layout:

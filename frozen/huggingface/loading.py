@@ -163,6 +163,12 @@ def _read(tensor: Tensor, piece: tensor_map.Piece, result) -> None:
     for path in piece.ours
   ]
   layout = piece.layout
+  if layout.is_stacked:  # an expert at a time: a tensor may have gigabytes
+    for e in range(tensor.shape[0]):
+      parts = layout.read(tensor.rows(e, e + 1))
+      for target, part in zip(targets, parts, strict=True):
+        _copy(target[e : e + 1], part)
+    return
   if not (layout.is_rows or layout.is_columns) or not tensor.shape:
     for target, part in zip(targets, layout.read(tensor.whole()), strict=True):
       _copy(target, part)

@@ -3,6 +3,11 @@
 A map is a list of pieces. A piece has the name of a tensor, the leaves that it
 holds, and its layout. The same list serves import and export. A tensor or a
 leaf that is not in the list is an error.
+
+Experts have two forms. A tensor for each matrix of each expert is the form of
+published models; transformers writes it unless save_original_format is false,
+and reads it in all versions. So exports have it, too. The other form is that of
+the modules of transformers 5: one tensor for all experts of a layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +24,8 @@ DERIVED = re.compile(
   r'.*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias'
   r'|.*\.attention\.(masked_)?bias'
 )
+
+_FUSED = ('gate_up_proj', 'down_proj')  # of all experts of a layer
 
 AS_IT_IS, TRANSPOSED = layouts.AS_IT_IS, layouts.TRANSPOSED
 
@@ -45,6 +52,7 @@ class Names:
   is_joined: bool = False  # one tensor for q, k, v, and one for gate and up
   moe: str = 'mlp'
   expert: tuple[str, str, str] = ('gate_proj', 'up_proj', 'down_proj')
+  is_fused: bool = False  # one tensor for all experts of a layer
 
 
 _LLAMA = Names()
@@ -56,20 +64,32 @@ _NAMES: Mapping[str, Names] = {
 }
 
 
+def has_fused_experts(names: Iterable[str]) -> bool:
+  """Returns whether all experts of a layer share a tensor, by tensor names."""
+  return any(name.endswith(f'.experts.{_FUSED[0]}') for name in names)
+
+
 def pieces(
-  model_type: str, config: model_config.ModelConfig, values: Mapping[str, Any]
+  model_type: str,
+  config: model_config.ModelConfig,
+  values: Mapping[str, Any],
+  *,
+  is_fused: bool = False,
 ) -> list[Piece]:
   """Returns the pieces of all tensors of a model.
 
   Args:
     model_type: one of `config_json.FAMILIES`.
     values: its config.json, for fields about the order of tensor rows.
+    is_fused: whether all experts of a layer share a tensor.
   """
   if model_type == 'gpt2':
     return list(_gpt2(config))
   if model_type == 'gpt_neox':
     return list(_gpt_neox(config))
   names = _NAMES.get(model_type, _LLAMA)
+  if is_fused:  # all families have one name for the layer there
+    names = dataclasses.replace(names, is_fused=True, moe=_LLAMA.moe)
   # null is false, as in transformers.
   is_paired = model_type == 'deepseek_v2' or (
     model_type == 'deepseek_v3' and values.get('rope_interleave', True)
@@ -218,7 +238,12 @@ def _experts(config, names, at, ours) -> Iterator[Piece]:
       f'{at}.gate.e_score_correction_bias', f'{ours}/router_correction/bias'
     )
   kinds = ('expert_gate', 'expert_up', 'expert_down')
-  for e in range(config.num_experts):
+  if names.is_fused:
+    leaves = tuple(f'{ours}/{kind}/kernel' for kind in kinds)
+    for name, owners in zip(_FUSED, (leaves[:2], leaves[2:]), strict=True):
+      layout = layouts.stacked(len(owners))
+      yield Piece(f'{at}.experts.{name}', owners, layout)
+  for e in range(0 if names.is_fused else config.num_experts):
     for kind, name in zip(kinds, names.expert, strict=True):
       theirs = f'{at}.experts.{e}.{name}.weight'
       yield Piece(theirs, (f'{ours}/{kind}/kernel',), TRANSPOSED, expert=e)

@@ -171,7 +171,7 @@ def test_an_empty_directory(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name', ['tokenizer.model', 'vocab.json', 'tekken.json', 'qwen.tiktoken']
+  'name', ['spiece.model', 'vocab.json', 'tekken.json', 'qwen.tiktoken']
 )
 def test_a_tokenizer_that_was_not_converted(tmp_path, name):
   (tmp_path / name).write_text('x')

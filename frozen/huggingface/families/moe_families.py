@@ -297,4 +297,5 @@ def write_deepseek_v3(config: ModelConfig) -> dict[str, Any]:
     'rope_interleave': True,
     'scoring_func': 'sigmoid',
     'topk_method': 'noaux_tc',
+    'num_nextn_predict_layers': 0,  # 1 if left out; see `further_layers`
   }

@@ -8,10 +8,10 @@ import numpy as np
 from checks import expect
 from frozen.huggingface.gguf import (
   pre_tokenizers,
-  sentencepiece,
   tokenizer as tokenizer_lib,
 )
 from text import hf_files, hf_tokenizer
+from text.sentencepiece import pipeline
 
 _NORMAL = 1  # kind of a token
 _MORE_ENDS = ('eot_token_id', 'eom_token_id')  # behind eos_token_id
@@ -65,6 +65,11 @@ def fields(
       f'stop ids {lost} are not in the file: it has places for'
       f' {1 + len(_MORE_ENDS)}'
     )
+  if pipeline.is_first_prefixed(model.get('pre_tokenizer')):
+    notes.append(
+      'llama.cpp puts a space after each special token, not before the first'
+      ' text alone as this tokenizer does'
+    )
   if (model.get('normalizer') or {}).get('type') == 'NFC':
     notes.append(
       'llama.cpp does not normalise text: it has other tokens for letters whose'
@@ -102,13 +107,20 @@ def _pieces(model: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
   if kinds not in (['Replace'], ['Prepend', 'Replace']):
     raise ValueError(
       f'got the normalizer {expect.shown(normalizer)}, expected one that writes'
-      f' spaces as {sentencepiece.SPACE}, and may put one in front'
+      f' spaces as {pipeline.SPACE}, and may put one in front'
+    )
+  before = model.get('pre_tokenizer')
+  if pipeline.changes_pieces(before) and not pipeline.is_first_prefixed(before):
+    raise ValueError(
+      f'got the pre_tokenizer {expect.shown(before)}, expected none, as'
+      ' llama.cpp joins pieces across the whole text'
     )
   return {
     'model': tokenizer_lib.SENTENCEPIECE,
     'pre': 'default',
-    'scores': sentencepiece.scores_of(model['model'], num_tokens),
-    'add_space_prefix': kinds[0] == 'Prepend',
+    'scores': pipeline.scores_of(model['model'], num_tokens),
+    'add_space_prefix': kinds[0] == 'Prepend'
+    or pipeline.is_first_prefixed(before),
   }
 
 

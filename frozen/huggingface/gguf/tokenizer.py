@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from checks import expect
-from frozen.huggingface.gguf import pre_tokenizers, sentencepiece
+from frozen.huggingface.gguf import pre_tokenizers, sampling
 from text import hf_files
+from text.sentencepiece import model_file, pipeline
 
 BPE, SENTENCEPIECE = 'gpt2', 'llama'
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6  # kinds of tokens
@@ -30,10 +31,6 @@ NAMES: Mapping[str, str] = {
   'pad_token': 'padding_token_id',
 }
 _END_IDS = ('eos_token_id', 'eot_token_id', 'eom_token_id')
-_SAMPLING = {
-  'temp': 'temperature',
-  'penalty_repeat': 'repetition_penalty',
-}
 # Control tokens that end a turn. A file may name the end of a document only.
 _TURN_ENDS = (
   '<|im_end|>', '<|eot_id|>', '<|end|>', '<end_of_turn>', '<|eom_id|>',
@@ -166,10 +163,10 @@ def write(
   model = {
     'version': '1.0',
     'added_tokens': list(_added(tokens, kinds)),
-    'post_processor': _around(
+    'post_processor': pipeline.around(
       names.get('bos_token') if read.flag('add_bos_token', adds_bos) else None,
       names.get('eos_token') if read.flag('add_eos_token', False) else None,
-      tokens,
+      {token: i for i, token in enumerate(tokens)},
     ),
     **parts,
   }
@@ -181,7 +178,7 @@ def write(
   }
   generation = {
     'eos_token_id': _ends(read, tokens, kinds),
-    **_sampling(fields),
+    **sampling.read(fields),
     **recommended,
   }
   for name, value in (
@@ -223,13 +220,17 @@ def _pieces(
   read: _Fields, tokens: list[str], kinds: np.ndarray
 ) -> dict[str, Any]:
   """Returns the parts of a tokenizer.json that a SentencePiece BPE has."""
-  return sentencepiece.model(
+  kinds_joined = (model_file.NORMAL, model_file.USER_DEFINED)
+  is_joined = np.isin(kinds, kinds_joined)
+  has_prefix = read.flag('add_space_prefix', True)
+  model = pipeline.bpe(
     tokens,
-    kinds,
+    {tokens[i] for i in np.flatnonzero(is_joined).tolist()},
     read.numbers('scores', len(tokens)),
-    has_prefix=read.flag('add_space_prefix', True),
     unknown=_named(tokens, read.get('unknown_token_id'), 'unknown_token_id'),
   )
+  prefix = pipeline.EACH if has_prefix else pipeline.NO_PREFIX
+  return pipeline.parts(pipeline.Rules(prefix), model)
 
 
 def _named(tokens: Sequence[str], token_id: Any, key: str) -> str | None:
@@ -268,30 +269,6 @@ def _added(
       }
 
 
-def _around(
-  bos: str | None, eos: str | None, tokens: Sequence[str]
-) -> dict[str, Any] | None:
-  """Returns the processor that puts BOS before and EOS after a text."""
-  if bos is None and eos is None:
-    return None
-  text = {'Sequence': {'id': 'A', 'type_id': 0}}
-  before, after = (
-    [] if token is None else [{'SpecialToken': {'id': token, 'type_id': 0}}]
-    for token in (bos, eos)
-  )
-  single = [*before, text, *after]
-  return {
-    'type': 'TemplateProcessing',
-    'single': single,
-    'pair': [*single, {'Sequence': {'id': 'B', 'type_id': 0}}],
-    'special_tokens': {
-      token: {'id': token, 'ids': [tokens.index(token)], 'tokens': [token]}
-      for token in (bos, eos)
-      if token is not None
-    },
-  }
-
-
 def _ends(read: _Fields, tokens: Sequence[str], kinds: np.ndarray) -> list[int]:
   """Returns the ids that end a text: those of the file, and ends of turns."""
   ends = []
@@ -320,22 +297,3 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {'chat_template': found['default']} if found else {}
   named = [{'name': name, 'template': text} for name, text in found.items()]
   return {'chat_template': named}
-
-
-def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sampling that a file recommends, in words of transformers."""
-  prefix = 'general.sampling.'
-  found = {
-    name.removeprefix(prefix): value
-    for name, value in fields.items()
-    if name.startswith(prefix)
-  }
-  if not found:
-    return {}
-  values = {
-    _SAMPLING.get(name, name): float(f'{value:.6g}')
-    if isinstance(value, float)
-    else value
-    for name, value in found.items()
-  }
-  return {'do_sample': True, **values}

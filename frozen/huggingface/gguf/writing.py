@@ -23,6 +23,7 @@ from frozen.huggingface.gguf import (
   kept,
   metadata,
   names,
+  sampling,
   tensors as tensors_lib,
   token_fields,
 )
@@ -96,11 +97,13 @@ def export_file(
   dtype = _OF_DTYPE[frozen.manifest.dtype]
   planned = [_planned(piece, leaves, kind, dtype) for piece in pieces]
   tokens, more = _token_fields(frozen, config.vocab_size)
+  recommended, unwritten = sampling.write(frozen.generation)
   fields = {
     'general.name': frozen.manifest.experiment,
     'general.quantization_version': library.GGML_QUANT_VERSION,
     **described.fields,
     **tokens,
+    **recommended,
   }
   target.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
@@ -110,6 +113,7 @@ def export_file(
     _write(path, library, fields, described.factors, planned, leaves)
     os.replace(path, target)
   notes += [*_notes(planned, frozen.manifest.quantization, kind), *more]
+  notes += unwritten
   return exporting.Exported(described.model_type, notes)
 
 
@@ -255,6 +259,8 @@ def _writer(library: Any, path: pathlib.Path, fields: Mapping[str, Any]) -> Any:
       continue
     if isinstance(value, np.ndarray):
       writer.add_array(name, value.tolist())
+    elif isinstance(value, np.integer):  # a number that may be negative
+      writer.add_key_value(name, int(value), kinds.INT32)
     elif isinstance(value, list):
       writer.add_array(name, value)
     else:

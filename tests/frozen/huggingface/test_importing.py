@@ -19,8 +19,15 @@ from frozen.huggingface import (
   importing,
   safetensors_files,
 )
+from frozen.huggingface.gguf import token_fields
 from models import transformer
-from tests.helpers import frozen_dirs, hf_files, tiny_models
+from tests.helpers import (
+  frozen_dirs,
+  hf_files,
+  sentencepiece_files,
+  tiny_models,
+)
+from text import hf_files as hf_files_lib, hf_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[3]
 CONFIG = tiny_models.llama_like(vocab_size=400, num_layers=2)
@@ -120,6 +127,36 @@ def test_a_chat_template_comes_along(tmp_path):
   hf_files.llama3(tmp_path / 'theirs', template=template)
   importing.import_directory(tmp_path / 'theirs', tmp_path / 'ours')
   assert frozen_format.read(tmp_path / 'ours').chat_template == template
+
+
+@pytest.mark.parametrize('is_legacy', [True, False])
+def test_a_slow_tokenizer_comes_along(tmp_path, is_legacy):
+  theirs = tmp_path / 'theirs'
+  _save(theirs)
+  for path in theirs.glob('*token*'):
+    path.unlink()
+  sentencepiece_files.write(
+    theirs, sentencepiece_files.small(), {'legacy': is_legacy}
+  )
+  importing.import_directory(theirs, tmp_path / 'ours')
+  ours = hf_tokenizer.load(tmp_path / 'ours' / 'tokenizer')
+  texts = ['hell\u00f6 abc', ' a', 'ab\n bc', 'hello <s> ab']
+  ids = [ours.encode(text) for text in texts]
+  assert [ours.decode(each) for each in ids] == texts
+  exporting.export_directory(tmp_path / 'ours', tmp_path / 'again')
+  again = hf_tokenizer.convert(tmp_path / 'again', tmp_path / 'copy')
+  assert [again.encode(text) for text in texts] == ids
+  # llama.cpp's own form has the same pieces, in the same order of joins.
+  specification = hf_files_lib.specification(
+    hf_files_lib.read_saved(tmp_path / 'ours' / 'tokenizer')
+  )
+  fields, notes = token_fields.fields(
+    ours, specification, num_ids=400, stop_ids=[2], chat_template=''
+  )
+  token_fields.tokenizer_lib.write(fields, tmp_path / 'copy', {})
+  gguf = hf_tokenizer.convert(tmp_path / 'copy', tmp_path / 'copy')
+  assert [gguf.encode(text) for text in texts] == ids
+  assert ('space after each special token' in ''.join(notes)) != is_legacy
 
 
 def _equal_files(a, b, name):

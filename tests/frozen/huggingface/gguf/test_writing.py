@@ -111,12 +111,16 @@ def test_the_tokenizer_comes_back(tmp_path, monkeypatch):
   # Rows of the embedding without a token have names as in llama.cpp's files.
   assert after['tokenizer.ggml.tokens'][num] == f'[PAD{num}]'
   reading.import_file(tmp_path / 'b.gguf', tmp_path / 'again')
-  for name in ('tokenizer.json', 'generation_config.json'):
-    first, second = (
-      (tmp_path / each / 'tokenizer' / name).read_bytes()
-      for each in ('ours', 'again')
-    )
-    assert first == second
+  first, second = (
+    (tmp_path / each / 'tokenizer' / 'tokenizer.json').read_bytes()
+    for each in ('ours', 'again')
+  )
+  assert first == second
+  # Greedy is said by the second file, and the default of one without sampling.
+  first, second = (
+    frozen_format.read(tmp_path / each).generation for each in ('ours', 'again')
+  )
+  assert first == second
 
 
 @pytest.mark.parametrize('name', test_architectures.ARCHITECTURES)
@@ -208,3 +212,56 @@ def test_the_kind_of_new_blocks_is_chosen(tmp_path):
   }
   assert kinds['blk.0.attn_q.weight'] == 'Q8_0'
   assert kinds['blk.0.attn_norm.weight'] == 'F32'
+
+
+GREEDY = {'temperature': 0.0}
+SAMPLED = {'temperature': 0.6, 'top_k': 0, 'top_p': 0.95, 'min_p': 0.05}
+KEYS = gguf.constants.Keys.General
+
+
+@pytest.mark.parametrize(
+  'generation',
+  [
+    GREEDY,
+    SAMPLED,
+    GREEDY | {'repetition_penalty': 1.3},
+    SAMPLED | {'top_k': 7, 'repetition_penalty': 0.9},
+  ],
+)
+def test_the_recommended_sampling_comes_along(
+  tmp_path, monkeypatch, generation
+):
+  path = test_tokenizer._write(tmp_path / 'a.gguf', monkeypatch)
+  reading.import_file(path, tmp_path / 'ours')
+  frozen = frozen_format.read(tmp_path / 'ours')
+  wanted = generation | {'stop_ids': frozen.generation['stop_ids']}
+  frozen_dirs.write(
+    tmp_path / 'set',
+    config=frozen.config,
+    params=frozen.params,
+    tokenizer_dir=frozen.tokenizer_dir,
+    provenance=frozen_dirs.provenance(step=0, origin={'family': 'llama'}),
+    generation=wanted | {'max_tokens': 12, 'stop': []},
+  )
+  exported = writing.export_file(tmp_path / 'set', tmp_path / 'b.gguf')
+  assert [note for note in exported.notes if 'no field' in note] == [
+    'max_tokens 12 was not written: llama.cpp has no field for it'
+  ]
+  # As the package reads it.
+  theirs = gguf.GGUFReader(tmp_path / 'b.gguf')
+  for key, ours in (
+    (KEYS.SAMPLING_TEMP, 'temperature'),
+    (KEYS.SAMPLING_TOP_K, 'top_k'),
+    (KEYS.SAMPLING_TOP_P, 'top_p'),
+    (KEYS.SAMPLING_MIN_P, 'min_p'),
+    (KEYS.SAMPLING_PENALTY_REPEAT, 'repetition_penalty'),
+  ):
+    field = theirs.get_field(key)
+    value = None if field is None else field.contents()
+    assert value == pytest.approx(generation.get(ours)), key
+  last = theirs.get_field(KEYS.SAMPLING_PENALTY_LAST_N)
+  assert (last is None) == ('repetition_penalty' not in generation)
+  assert last is None or last.contents() == -1
+  again = reading.import_file(tmp_path / 'b.gguf', tmp_path / 'again')
+  assert again.notes == []
+  assert frozen_format.read(tmp_path / 'again').generation == wanted
