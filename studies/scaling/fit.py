@@ -28,15 +28,23 @@ from studies.scaling import (
 def analyse(
   points: points_lib.Points, num_resamples: int, against: list[str]
 ) -> None:
-  """Prints fits, misfits, parabolas and the held-out prediction."""
-  found = report.estimates(points, num_resamples)
+  """Prints fits, misfits, parabolas and the held-out prediction.
+
+  Raises:
+    NoFitError: no method has a fit, or a budget has no parabola.
+  """
+  found, failed = report.estimates(points, num_resamples)
+  if not found:
+    raise parametric.NoFitError('; '.join(failed.values()))
   print(report.fits_table(found))
+  for name, words in failed.items():
+    print(f'no fit by {name}: {words}')
   laws = {name: estimate.fit for name, estimate in found.items()}
+  first = next(iter(laws.values()))
   laws |= {name: optimum.parse_law(name) for name in against}
   print(report.misfit_table(points, laws))
   if has_budgets(points):
-    law = laws['variable projection']
-    print(report.isoflop_table(points, law, num_resamples))
+    print(report.isoflop_table(points, first, num_resamples))
     print(report.held_out_lines(points))
 
 
@@ -47,7 +55,10 @@ def has_budgets(points: points_lib.Points) -> bool:
 
 def draw(path: str, points: points_lib.Points) -> None:
   """Draws the fit, and the parabolas of points that belong to budgets."""
-  law = parametric.project(points)
+  try:
+    law = parametric.project(points)
+  except parametric.NoFitError:
+    law = parametric.huber(points)
   panels = report.fit_panels(points, law)
   if has_budgets(points):
     panels = [*report.isoflop_panels(points, law), *panels]

@@ -21,14 +21,17 @@ METHODS = {
 
 def estimates(
   points: points_lib.Points, num_resamples: int, seed: int = 0
-) -> dict[str, parametric.Estimate]:
-  """Returns the fit of each method with its bootstrap intervals."""
-  return {
-    name: parametric.bootstrap(
-      points, method, num_resamples=num_resamples, seed=seed
-    )
-    for name, method in METHODS.items()
-  }
+) -> tuple[dict[str, parametric.Estimate], dict[str, str]]:
+  """Returns the fit of each method with its intervals, and the failures."""
+  found, failed = {}, {}
+  for name, method in METHODS.items():
+    try:
+      found[name] = parametric.bootstrap(
+        points, method, num_resamples=num_resamples, seed=seed
+      )
+    except parametric.NoFitError as error:
+      failed[name] = str(error)
+  return found, failed
 
 
 def fits_table(found: Mapping[str, parametric.Estimate]) -> str:

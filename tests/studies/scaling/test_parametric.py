@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from studies.scaling import held_out, parametric, points as points_lib, report
+from studies.scaling import (
+  fit,
+  held_out,
+  parametric,
+  points as points_lib,
+  report,
+)
 from training.planning import scaling_laws
 
 LAW = scaling_laws.BESIROGLU
@@ -144,7 +150,8 @@ def test_two_budgets_are_too_few_to_predict_one():
 
 def test_the_tables_have_every_quantity_and_law():
   points = grid(noise=1e-3)
-  found = report.estimates(points, 3)
+  found, failed = report.estimates(points, 3)
+  assert not failed
   table = report.fits_table(found)
   for name in parametric.quantities(LAW):
     assert f'| {name} |' in table
@@ -153,3 +160,16 @@ def test_the_tables_have_every_quantity_and_law():
   isoflop = report.isoflop_table(points, LAW, 4)
   assert isoflop.count('\n| 1e+') == 4
   assert 'exponent a: parabolas' in isoflop
+
+
+def test_the_analysis_prints_all_parts_or_says_why_there_is_no_fit(capsys):
+  points = grid(noise=1e-3)
+  found, failed = report.estimates(points.at(np.arange(3)), 3)
+  assert not found
+  assert set(failed) == set(report.METHODS)
+  with pytest.raises(parametric.NoFitError, match='got 3 different models'):
+    fit.analyse(points.at(np.arange(3)), 3, [])
+  fit.analyse(points, 3, ['hoffmann'])
+  said = capsys.readouterr().out
+  for words in ('| hoffmann |', 'exponent a: parabolas', 'held out, Huber'):
+    assert words in said
