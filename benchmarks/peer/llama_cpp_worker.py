@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 
