@@ -10,6 +10,7 @@ from frozen import format as frozen_format
 from frozen.huggingface import importing
 from frozen.huggingface.quantised import bits, kept as kept_lib, parts
 from models import transformer
+from models.linear.native import build
 from models.linear.stored import tree as stored_tree
 from tests.helpers import compressed_dirs, quantised_dirs, tiny_models
 
@@ -226,3 +227,26 @@ def test_experts_and_routers_become_floats(tmp_path):
     params['moe']['expert_up']['kernel'][1], expected.T
   )
   assert stored_tree.is_stored(params['attention']['query']['kernel'])
+
+
+@pytest.mark.parametrize(
+  ('case', 'num_stored'), [('gptq', 14), ('fp8 blocks', 0)]
+)
+def test_auto_keeps_what_native_code_multiplies_by(
+  tmp_path, monkeypatch, case, num_stored
+):
+  monkeypatch.setattr(build, 'registered', lambda: ('target', 'avx2'))
+  quantise, field, _ = CASES[case]
+  quantised_dirs.write(tmp_path / 'theirs', quantise, field)
+  result = importing.import_directory(
+    tmp_path / 'theirs', tmp_path / 'ours', weights='auto'
+  )
+  said = (
+    f'{num_stored} of 14 matrices stay quantised, since products are native'
+  )
+  why_not = 'matrices become floats, since products are in plain JAX'
+  expected = said if num_stored else why_not
+  assert any(note.startswith(expected) for note in result.notes)
+  params = frozen_format.read(tmp_path / 'ours').params
+  leaves = jax.tree.leaves(params, is_leaf=stored_tree.is_stored)
+  assert sum(map(stored_tree.is_stored, leaves)) == num_stored

@@ -1,9 +1,9 @@
-"""Which blocks of a GGUF file an import keeps by itself."""
+"""Which quantised matrices an import keeps by itself."""
 
 import jax
 import pytest
 
-from frozen.huggingface.gguf import kept
+from frozen.huggingface import fast_kernels
 from models.linear.native import build
 from tests.helpers import any_kernels
 
@@ -16,11 +16,11 @@ def _kernels():
 
 def test_kinds_that_native_code_multiplies_by_are_kept(monkeypatch):
   monkeypatch.setattr(build, 'registered', lambda: ('target', 'avx2'))
-  found, (note,) = kept.fast_ones(_kernels())
+  found, (note,) = fast_kernels.choose(_kernels())
   assert list(found) == ['Q8_0', 'Q4_K']
-  assert note.startswith('2 of 3 matrices keep their blocks, since products')
+  assert note.startswith('2 of 3 matrices stay quantised, since products')
   assert 'native, avx2; 1 of 3 kernels in plain JAX: got blocks Q2_K' in note
-  assert kept.fast_ones({}) == ({}, [])
+  assert fast_kernels.choose({}) == ({}, [])
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu'])
@@ -30,7 +30,7 @@ def test_blocks_become_floats_without_native_code(
   monkeypatch.setattr(jax, 'default_backend', lambda: platform)
   monkeypatch.setenv('PATH', str(tmp_path))
   monkeypatch.delenv('CXX', raising=False)
-  found, (note,) = kept.fast_ones(_kernels())
+  found, (note,) = fast_kernels.choose(_kernels())
   assert not found
   reason = 'no compiler g++' if platform == 'cpu' else 'not for gpu'
   assert note.startswith('matrices become floats, since products are in plain')
