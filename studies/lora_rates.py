@@ -4,7 +4,7 @@
       --figure=runs/lora.svg
 
     python -m studies.lora_rates --experiment=experiments/smollm2.py \
-      --kinds=cpu,cpu-rank-8 --base=runs/chat/SmolLM2-135M-Instruct \
+      --kinds=cpu,cpu-rank-8 --base=runs/SmolLM2-135M-Instruct \
       --workdir=runs/smol_rates
 
 Trains the base of `experiments/problems.py`, unless --base names another, then

