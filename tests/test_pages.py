@@ -205,6 +205,7 @@ def test_a_recipe_lists_the_files_of_its_example(title, text):
 def test_every_recipe_is_there():
   assert [title for title, _ in _recipes()] == [
     'An experiment',
+    'A sweep',
     'An objective',
     'An optimizer',
     'An attention variant',

@@ -9,17 +9,23 @@ import pathlib
 
 from checks import expect
 
-DIRECTORY = pathlib.Path(__file__).parents[1] / 'experiments'
+DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / 'experiments'
 
 
 def describe(directory: pathlib.Path) -> dict[str, str]:
-  """Returns the first line of each experiment of a directory, by file name."""
+  """Returns the first line of each experiment of a directory, by file name.
+
+  In `DIRECTORY`, those of its folders follow.
+  """
   found = {}
-  for path in sorted(directory.glob('*.py')):
+  paths = sorted(directory.glob('*.py'))
+  if directory.resolve() == DIRECTORY:
+    paths += sorted(directory.glob('*/*.py'))
+  for path in paths:
     module, get_config = _parsed(path)
     if get_config is not None:
       text = ast.get_docstring(module) or ''
-      found[path.name] = text.partition('\n')[0]
+      found[path.relative_to(directory).as_posix()] = text.partition('\n')[0]
   return found
 
 

@@ -1,16 +1,14 @@
 """--config: the error for a missing file, and the list of experiments."""
 
-import pathlib
-
 import pytest
 
 from tests.helpers import commands
 from training import experiment_files
 
 NAMES = {
-  path.name
-  for path in experiment_files.DIRECTORY.glob('*.py')
-  if path.stem not in ('__init__', 'presets')
+  path.relative_to(experiment_files.DIRECTORY).as_posix()
+  for path in experiment_files.DIRECTORY.rglob('*.py')
+  if path.stem not in ('__init__', 'presets') and path.parent.name != 'sweeps'
 }
 
 
@@ -22,6 +20,7 @@ NAMES = {
     ('experiments/nope.py', '; --config=list describes them'),
     ('experiment/quickstart.py', 'did you mean quickstart.py?'),
     ('quickstart', 'did you mean quickstart.py?'),
+    ('experiments/scaling/byte.py', 'of experiments/scaling, one of bytes.py;'),
     ('experiments', 'expected a file of experiments, one of finetune.py'),
     ('', "--config: got '', expected a file of experiments, one of"),
     ('nope.py:8b', "--config: got 'nope.py', expected a file of"),
@@ -57,8 +56,7 @@ def test_the_list_has_a_line_of_each_experiment(args):
   assert (done.returncode, done.stderr) == (0, '')
   lines = done.stdout.splitlines()
   assert {
-    pathlib.PurePath(line.split()[0].removeprefix('--config=')).name
-    for line in lines
+    line.split()[0].removeprefix('--config=experiments/') for line in lines
   } == NAMES
   (line,) = (line for line in lines if 'finetune' in line)
   assert line.startswith('--config=experiments/finetune.py ')
