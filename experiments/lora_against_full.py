@@ -13,7 +13,7 @@ is about ten times as high. The variants are `full` and `rank-RANK`, adapters in
 every linear layer. Another frozen directory than runs/base/frozen may follow a
 second colon. The question: is the loss at rank 8 within 2 % of that of full
 fine-tuning, with less than 3 % of the parameters? Here it is not: it is 6.3 %
-higher, and the best rate is 5.4 times as high (LOG.md, one seed); the fine-tuned
+higher, and the best rate is 5.4 times as high (LOG.md, one seed): so small a
 model learns much that is new. Cost: ten minutes on two CPU cores.
 """
 
