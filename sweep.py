@@ -63,8 +63,9 @@ _RESUME = flags.DEFINE_enum(
   'resume',
   'unfinished',
   ['unfinished', 'errored', 'restart_errored'],
-  'The trials that run: unfinished ones; and those that failed with an error,'
-  ' from their checkpoint (errored) or from their start (restart_errored).',
+  'The trials that run. unfinished: trials that did not end. errored: trials'
+  ' that failed with an error, too, from their checkpoint. restart_errored: the'
+  ' same, from their start.',
 )
 _PROCESSES = flags.DEFINE_integer(
   'processes', 1, 'Processes on this host that share the sweep.', lower_bound=1

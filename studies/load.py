@@ -1,26 +1,49 @@
-"""Experiments by the names that a command line gives them."""
+"""Experiments and other files of values, by the paths that flags give."""
 
 import importlib.util
 import pathlib
+from typing import Any
 
 from training import experiment as experiment_lib
 
 
-def experiment(place: str) -> experiment_lib.Experiment:
+def module(path: str, flag: str, example: str) -> Any:
+  """Returns the module of a Python file, which is run.
+
+  Args:
+    path: of the file.
+    flag: that names it, for errors.
+    example: a file that would do, for errors.
+
+  Raises:
+    ValueError: there is no such file, or it cannot be run.
+  """
+  expected = f'expected a Python file, as {example}'
+  spec = importlib.util.spec_from_file_location('loaded_file', path)
+  if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
+    raise ValueError(f'{flag}: got {path!r}, {expected}')
+  found = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(found)
+  except (SyntaxError, ImportError, AttributeError, NameError) as error:
+    raise ValueError(
+      f'{flag}: got {path!r}, which cannot be loaded ({error}), {expected}'
+    ) from None
+  return found
+
+
+def experiment(
+  place: str, flag: str = '--experiments'
+) -> experiment_lib.Experiment:
   """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
+
+  Args:
+    place: as a flag gives it.
+    flag: that gives it, for errors.
 
   Raises:
     ValueError: the file or the variant does not exist.
   """
   path, _, variant = place.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise ValueError(
-      f'experiment: got {place!r}, expected FILE:VARIANT of a file in'
-      ' experiments/'
-    )
-  spec = importlib.util.spec_from_file_location('experiment', path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*([variant] if variant else []))
+  found = module(path, flag, 'experiments/quickstart.py, and :VARIANT')
+  return found.get_config(*([variant] if variant else []))

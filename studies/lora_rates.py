@@ -144,7 +144,7 @@ def first_rate(experiment: experiment_lib.Experiment) -> int:
 
 
 def _load(kind: str, base: str) -> experiment_lib.Experiment:
-  return load.experiment(f'{_EXPERIMENT.value}:{kind}:{base}')
+  return load.experiment(f'{_EXPERIMENT.value}:{kind}:{base}', '--experiment')
 
 
 def _base(workdir: pathlib.Path) -> str:

@@ -167,7 +167,7 @@ class Sweep:
   num_trials: int = 0  # a grid has as many as it has points: 0
   num_seeds: int = 3  # of each trial: config.seed, config.seed + 1, ...
   sampler_seed: int = 0  # of random, qmc and tpe
-  # Trials that a process claims at a time, to run them together. 0: those that
+  # Trials that a process claims at a time, to run them together. 0: as many as
   # fit; for tpe and with a pruner 8, since both learn from earlier trials.
   trials_at_once: int = 0
 

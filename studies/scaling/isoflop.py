@@ -17,7 +17,6 @@ in two: its last twentieth is evaluated.
 """
 
 import dataclasses
-import importlib.util
 import math
 import pathlib
 from typing import Any
@@ -31,6 +30,7 @@ from frozen import seals
 from hardware import compilation_cache, host_memory
 from models import flops
 from storage import atomic, file_names
+from studies import load as load_lib
 from studies.scaling import fit, points as points_lib
 from training import experiment as experiment_lib, run as run_lib
 from training.checkpoints import branch, workdir as workdir_lib
@@ -89,16 +89,7 @@ def load(path: str) -> Any:
   Raises:
     ValueError: there is no such file, or it has no grid.
   """
-  if not pathlib.Path(path).is_file():
-    raise ValueError(
-      f'--config: got {path!r}, expected a file with a grid, as'
-      ' experiments/scaling/bytes.py'
-    )
-  spec = importlib.util.spec_from_file_location('grid', path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = load_lib.module(path, '--config', 'experiments/scaling/bytes.py')
   missing = [name for name in _FIELDS if not hasattr(module, name)]
   if missing:
     raise ValueError(

@@ -230,7 +230,7 @@ class Group:
       run.records.write()
 
   def _settle(self) -> None:
-    """Records the evaluation of each trial; ends those that are finished."""
+    """Records the evaluation of each trial; ends the finished ones."""
     metric, ended = self._store.sweep.metric, []
     for member in self._members:
       values = {}

@@ -1,9 +1,9 @@
 """Loads the file of a sweep; a mistake is one line that says the fix."""
 
-import importlib.util
 import pathlib
 
 from checks import expect
+from studies import load as load_lib
 from training import sweep as sweep_lib
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments' / 'sweeps'
@@ -23,17 +23,9 @@ def load(path: str) -> sweep_lib.Sweep:
       f'--sweep: got {path!r}, expected a file as those in experiments/sweeps:'
       f' {", ".join(known)}{expect.meant(wanted, known)}'
     )
-  spec = importlib.util.spec_from_file_location('sweep_file', file)
-  if spec is None or spec.loader is None:
-    raise ValueError(f'--sweep: got {path!r}, expected a Python file')
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except (SyntaxError, ImportError, AttributeError, NameError) as error:
-    raise ValueError(
-      f'--sweep: got {path!r}, which cannot be loaded ({error}), expected a'
-      ' Python file with a function get_sweep'
-    ) from None
+  module = load_lib.module(
+    path, '--sweep', 'experiments/sweeps/quickstart_lr.py'
+  )
   if not callable(getattr(module, 'get_sweep', None)):
     raise ValueError(
       f'--sweep: got {path!r}, expected a file with a function get_sweep, as'

@@ -78,3 +78,18 @@ def write(directory, data, config=None, **files):
     text = json.dumps(value)
     (directory / f'{name}.json').write_text(text, 'utf-8')
   return directory
+
+
+def joined(text, scores):
+  """Joins pieces by the book: the highest score, the first of equals."""
+  parts = list(text)
+  while True:
+    pairs = [
+      (scores[a + b], -i)
+      for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+      if a + b in scores
+    ]
+    if not pairs:
+      return parts
+    i = -max(pairs)[1]
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]

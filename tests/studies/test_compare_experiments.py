@@ -80,7 +80,9 @@ def test_curves_average_steps_and_leave_out_the_rest():
 
 
 def test_an_unknown_file_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='experiment: got .* expected FILE'):
+  with pytest.raises(
+    ValueError, match='--experiments: got .* expected a Python'
+  ):
     load.experiment(f'{tmp_path}/absent.py:adamw')
 
 

@@ -77,7 +77,7 @@ def opened(
     where: the directory, for errors.
 
   Raises:
-    ValueError: they are not those that the method describes.
+    ValueError: a tensor is not as the method describes it.
   """
   modules: dict[str, dict[str, Any]] = {}
   for name, tensor in tensors.items():

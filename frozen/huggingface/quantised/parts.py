@@ -99,7 +99,7 @@ class Tensor:
     return min(part.place for part in self.parts.tensors.values())
 
   def matrix(self) -> matrix_lib.Matrix:
-    """Reads codes and scales; a thread keeps those that it read last.
+    """Reads codes and scales; each thread keeps the last matrix.
 
     Raises:
       ValueError: they are damaged.

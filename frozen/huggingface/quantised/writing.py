@@ -78,7 +78,7 @@ def plan(
     leaves: parameters of separate layers, by path.
     pieces: the tensor map.
     dtype: of floats.
-    formats: those that the kernels were imported from.
+    formats: of the checkpoint from which the kernels were imported.
 
   Raises:
     ValueError: no kernel can be written so.

@@ -163,7 +163,7 @@ void MultiplyPart(const Product& p, int64_t begin, int64_t end) {
 
 typedef void (*Part)(const Product&, int64_t, int64_t);
 
-// Of a form by its number: `FORMS` of product.py has the same order.
+// Of a form by its number: _BYTES, _NIBBLES and `_BLOCKS` of product.py.
 Part PartOf(int64_t form) {
   static constexpr Part kParts[] = {
       MultiplyPart<Apart<false>>, MultiplyPart<Apart<true>>,

@@ -104,21 +104,6 @@ def test_the_saved_files_mean_the_same_to_transformers(tmp_path):
         assert ids == slow.encode(text, add_special_tokens=False), text
 
 
-def _joined(text, scores):
-  """Joins pieces by the book: the highest score, the first of equals."""
-  parts = list(text)
-  while True:
-    pairs = [
-      (scores[a + b], -i)
-      for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-      if a + b in scores
-    ]
-    if not pairs:
-      return parts
-    i = -max(pairs)[1]
-    parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
 @pytest.mark.parametrize('is_prefixed', [True, False])
 def test_pieces_are_joined_by_their_scores(tmp_path, is_prefixed):
   data = sentencepiece_files.small(is_prefixed=is_prefixed)
@@ -131,7 +116,8 @@ def test_pieces_are_joined_by_their_scores(tmp_path, is_prefixed):
   for _ in range(200):
     text = ''.join(rng.choices('abcdehlor ', k=rng.randint(1, 12)))
     spaced = ('\u2581' if is_prefixed else '') + text.replace(' ', '\u2581')
-    expected = [vocab[token] for token in _joined(spaced, scores)]
+    pieces = sentencepiece_files.joined(spaced, scores)
+    expected = [vocab[token] for token in pieces]
     assert ours.encode(text) == expected
     assert ours.decode(expected) == text
   assert ours.encode('\u00e9')[-2:] == [vocab['<0xC3>'], vocab['<0xA9>']]

@@ -17,7 +17,7 @@ from frozen.huggingface.gguf import (
 from inference import generate
 from inference.engine import engine_config
 from tests.frozen.huggingface.gguf import test_reading
-from tests.helpers import hf_files
+from tests.helpers import hf_files, sentencepiece_files
 from text import chat, hf_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
@@ -262,21 +262,6 @@ def _sentencepiece(writer, *, prefix):
   return tokens
 
 
-def _joined(text, tokens, scores):
-  """Joins pieces as llama.cpp does: the highest score, the first of equals."""
-  parts = list(text)
-  while True:
-    pairs = [
-      (scores[a + b], -i)
-      for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-      if a + b in scores
-    ]
-    if not pairs:
-      return parts
-    i = -max(pairs)[1]
-    parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
 @pytest.mark.parametrize('prefix', [True, False])
 def test_pieces_are_joined_by_their_scores(tmp_path, monkeypatch, prefix):
   path = tmp_path / 'a.gguf'
@@ -307,9 +292,8 @@ def test_pieces_are_joined_by_their_scores(tmp_path, monkeypatch, prefix):
   assert (ours.adds_bos, ours.eos_ids) == (True, (2, 3))
   for text in ('hello', 'abcabc', 'a ab abc bcd', 'ababc', 'h\u00e9llo\n', 'z'):
     wanted = []
-    for part in _joined(
-      ('\u2581' if prefix else '') + text.replace(' ', '\u2581'), tokens, scores
-    ):
+    spaced = ('\u2581' if prefix else '') + text.replace(' ', '\u2581')
+    for part in sentencepiece_files.joined(spaced, scores):
       wanted += (
         [tokens.index(part)]
         if part in tokens
