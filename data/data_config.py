@@ -14,7 +14,8 @@ from data import batch_ramp as ramp_lib, sources as sources_lib
 TOKENIZER_KINDS = ('byte', 'bpe', 'directory')
 # Documents of a run: text, or records (data/examples/shapes.py).
 TEXT = 'text'
-EXAMPLES = (TEXT, 'chat', 'pairs', 'labelled')
+PROMPTS = 'prompts'  # questions alone, which the policy of a run answers
+EXAMPLES = (TEXT, 'chat', 'pairs', 'labelled', PROMPTS)
 # What becomes of an example that is longer than a row.
 TRUNCATE, DROP, ERROR = TOO_LONG = ('truncate', 'drop', 'error')
 # Packings that cut a document, or join several.
@@ -95,8 +96,8 @@ class DataConfig:
   sources: tuple[SourceConfig, ...] = ()
   # text: documents with a text. Records: chat, conversations of which the
   # assistant's turns are trained; pairs, a preferred and a rejected answer;
-  # labelled, an answer and whether it is good. The objective says which it
-  # needs.
+  # labelled, an answer and whether it is good; prompts, for config.rollouts.
+  # The objective says which it needs.
   examples: str = TEXT
   # Jinja source of the chat template, or a file with it. Empty: the template of
   # init_from. Read for records only.

@@ -15,6 +15,7 @@ from parallel import parallel_config
 from training.evaluation import evals_config
 from training.objectives import next_token, port
 from training.optimizer import average, chain, spikes as spikes_lib
+from training.rollouts import rollout_config
 
 # See training/execution.py and models/linear/quantized.py.
 ATTENTION = ('auto', 'reference', 'splash', 'cudnn')
@@ -151,6 +152,9 @@ class Experiment:
   evals: evals_config.EvalsConfig = dataclasses.field(
     default_factory=evals_config.EvalsConfig
   )
+  # Reinforcement: the policy samples what it trains on. None: the data are
+  # fixed.
+  rollouts: rollout_config.RolloutConfig | None = None
   # Decay per step of an exponential average of the weights, as 0.999; 0 keeps
   # no average. See training/optimizer/average.py.
   ema_decay: float = 0.0
@@ -212,9 +216,43 @@ class Experiment:
     self.objective.check_start(self.init_from)
     self._check_examples()
     self._check_batches()
+    self._check_rollouts()
+
+  def _check_rollouts(self) -> None:
+    """Refuses rollouts that the rest of the experiment cannot train."""
+    if self.rollouts is None:
+      return
+    if self.data.batch_ramp:
+      raise ValueError(
+        'data.batch_ramp: got sizes that grow with config.rollouts, expected'
+        ' none: a rollout batch is cut into steps of one size; leave it out'
+      )
+    if self.data.packing != 'none':
+      raise ValueError(
+        f'data.packing: got {self.data.packing} with config.rollouts, expected'
+        ' none: a row holds one prompt and its answer'
+      )
+    if self.rollouts.max_tokens >= self.data.row_length:
+      raise ValueError(
+        f'rollouts.max_tokens: got {self.rollouts.max_tokens}, expected less'
+        f' than data.row_length = {self.data.row_length}: a row holds a prompt'
+        ' and its answer; lengthen the rows'
+      )
+    self.rollouts.validate(
+      rollout_config.group_size_of(self.objective), self.data.batch_size
+    )
 
   def _check_examples(self) -> None:
     """Refuses data that makes no batches for the objective."""
+    is_prompts = self.data.examples == rollout_config.PROMPTS
+    if is_prompts != (self.rollouts is not None):
+      raise ValueError(
+        f'data.examples: got {self.data.examples}'
+        f' {"with" if self.rollouts else "without"} config.rollouts, expected'
+        ' prompts exactly where the policy answers them; set both, or neither'
+      )
+    if is_prompts:
+      return
     got, expected = self.data.examples, self.objective.examples
     if got not in expected:
       raise ValueError(

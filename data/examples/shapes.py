@@ -146,7 +146,7 @@ def _labelled(record: Mapping[str, Any], where: str) -> Example | None:
       f'{where}: got the label {expect.shown(label)}, expected true or false'
     )
   if 'messages' in record:
-    messages = _messages(record['messages'], f'{where}: messages')
+    messages = read_messages(record['messages'], f'{where}: messages')
     _check_roles(messages[:-1], messages[-1:], 'messages', where)
     prompt, answer = messages[:-1], messages[-1:]
   elif (name := _answer_key(record)) is not None:
@@ -195,7 +195,7 @@ def _split(
       [{'role': 'assistant', 'content': answer}] for answer in answers
     ]
   found = [
-    _messages(answer, f'{where}: {name}')
+    read_messages(answer, f'{where}: {name}')
     for name, answer in zip(names, answers, strict=True)
   ]
   if prompt is None or isinstance(prompt, str):
@@ -209,7 +209,7 @@ def _split(
       )
     found = [messages[len(before) :] for messages in found]
   else:
-    before = _messages(prompt, f'{where}: prompt')
+    before = read_messages(prompt, f'{where}: prompt')
   for name, answer in zip(names, found, strict=True):
     _check_roles(before, answer, name, where)
   return before, found
@@ -263,7 +263,7 @@ def _common_text(
 
 def _weighed(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
   """Returns the messages without weights, and the places of weight 0."""
-  messages = _messages(value, where)
+  messages = read_messages(value, where)
   untrained = set()
   for i, message in enumerate(messages):
     weight = message.pop('weight', 1)
@@ -276,7 +276,7 @@ def _weighed(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
   return messages, frozenset(untrained)
 
 
-def _messages(value: Any, where: str) -> list[Message]:
+def read_messages(value: Any, where: str) -> list[Message]:
   """Returns checked messages with one text, or none, as their content."""
   value = _parsed(value, where)
   if not isinstance(value, list | tuple) or not value:
