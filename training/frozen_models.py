@@ -86,6 +86,16 @@ def resolved(source: port.ModelSource, init_from: str) -> port.ModelSource:
   return source if source.path else port.ModelSource(init_from)
 
 
+def needed(
+  objective: port.Objective, init_from: str
+) -> dict[str, port.ModelSource]:
+  """Returns the sources of the models that each step reads, by name."""
+  return {
+    name: resolved(source, init_from)
+    for name, source in objective.models_needed.items()
+  }
+
+
 def is_same(one: str, other: str) -> bool:
   """Returns whether two paths name one frozen directory, or equal weights."""
   if not one or not other:

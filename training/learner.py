@@ -8,10 +8,12 @@ allocates no arrays.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hardware import compilation_cache, peaks, xla_options
@@ -28,6 +30,10 @@ from training import (
 from training.optimizer import chain, spikes
 
 _FROZEN = ('frozen_params',)
+# (state, batch of host arrays) -> arrays of the same rows
+AnnotateStep = Callable[
+  [state_lib.TrainState, Mapping[str, np.ndarray]], dict[str, np.ndarray]
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,10 +128,13 @@ class Learner:
     abstract = self.placement.abstract_whole().frozen_params
     if abstract is None:
       return None
-    sources, found = self.experiment.objective.models_needed, {}
+    experiment, found = self.experiment, {}
+    sources = frozen_models_lib.needed(
+      experiment.objective, experiment.init_from
+    )
     for name, like in abstract.items():
       if name == adapters.BASE:
-        params = adapters.read_base(self.experiment)
+        params = adapters.read_base(experiment)
       else:
         config = self.frozen_models[name].config
         params = frozen_models_lib.read(sources[name], config)
@@ -176,6 +185,52 @@ class Learner:
       ),
       self.frozen_fields,
     )
+
+  def compile_annotate_step(self) -> AnnotateStep:
+    """Returns the function that adds arrays to batches that were sampled.
+
+    It takes a state and a batch of host arrays, the `batch_spec` of the
+    objective but its `annotated`. The rows may be those of several steps: a
+    multiple of data.batch_size. It returns the arrays `annotated`, on the host,
+    float32 with the shape and the order of the batch. Rows are computed as the
+    train step does it, batch by batch and part by part.
+    """
+    experiment, data = self.experiment, self.experiment.data
+    shape = data.batch_size, data.row_length
+    names = set(experiment.objective.batch_spec())
+    names -= set(experiment.objective.annotated)
+    annotate_step = self.placement.compile_eval(
+      lambda all_sum, _: step_lib.make_annotate_step(
+        self.model,
+        experiment.objective,
+        num_places=math.prod(shape),
+        frozen_models=self.frozen_models,
+        joined=self.joined,
+        num_microbatches=experiment.num_microbatches,
+        all_sum=all_sum,
+      ),
+      self.frozen_fields,
+    )
+    places_BT = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+
+    def annotate(state, batch):
+      _check_rows(batch, names, shape)
+      frozen = [getattr(state, name) for name in self.frozen_fields]
+      parts = []
+      for first in range(0, len(batch['tokens']), data.batch_size):
+        rows = slice(first, first + data.batch_size)
+        arrays = {name: batch[name][rows] for name in names}
+        arrays['places'] = places_BT
+        placed = self.placement.put_batch(arrays)
+        parts.append(annotate_step(state.params, placed, *frozen))
+      return {
+        name: np.concatenate(
+          [np.asarray(p[name]).reshape(shape) for p in parts]
+        )
+        for name in experiment.objective.annotated
+      }
+
+    return annotate
 
   @property
   def frozen_fields(self) -> tuple[str, ...]:
@@ -274,6 +329,24 @@ def make(
   )
 
 
+def _check_rows(
+  batch: Mapping[str, np.ndarray], names: set[str], shape: tuple[int, int]
+) -> None:
+  """Refuses rows that the program of `compile_annotate_step` cannot take."""
+  if missing := sorted(names - set(batch)):
+    raise ValueError(
+      f'batch: got arrays {", ".join(sorted(batch))}, expected'
+      f' {", ".join(missing)} too; make them with the rows'
+    )
+  rows, length = batch['tokens'].shape
+  if not rows or rows % shape[0] or length != shape[1]:
+    raise ValueError(
+      f'batch: got {rows} rows of {length} tokens, expected a multiple of'
+      f' data.batch_size = {shape[0]} rows of data.row_length = {shape[1]};'
+      ' fill the last rows with padding'
+    )
+
+
 def _abstract_frozen(
   frozen_as: Mapping[str, experiment_lib.Experiment],
   frozen_models: Mapping[str, transformer.Transformer],
@@ -302,7 +375,9 @@ def _frozen_as(
         name, source, experiment.model.vocab_size
       ),
     )
-    for name, source in experiment.objective.models_needed.items()
+    for name, source in frozen_models_lib.needed(
+      experiment.objective, experiment.init_from
+    ).items()
   }
 
 

@@ -146,6 +146,54 @@ def make_eval_step(
   return eval_step
 
 
+def make_annotate_step(
+  model: transformer.Transformer,
+  objective: port.Objective,
+  *,
+  num_places: int,
+  frozen_models: Mapping[str, transformer.Transformer] | None = None,
+  joined: Joined = _params,
+  num_microbatches: int = 1,
+  all_sum: Callable[[Any], Any] = _identity,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Builds `annotate_step(params, batch, frozen_params=None)`.
+
+  For the arguments, see `make_train_step`. Parts of the batch are those of the
+  train step, so that both compute a row in the same company.
+
+  Args:
+    num_places: B x T of the whole batch.
+
+  Returns:
+    A function of a batch with one more array, `places`, int32 [B, T]: the
+    numbers 0..B x T - 1 in any order. It returns the arrays of
+    `objective.annotated`, float32 [B x T] by place.
+  """
+
+  def annotate_step(params, batch, frozen_params=None):
+    frozen = _frozen(frozen_models, frozen_params)
+
+    def by_place(params, part, _):
+      arrays = {name: x for name, x in part.items() if name != 'places'}
+      found = objective.annotate(
+        joined(params, frozen_params), arrays, port.Model(model), **frozen
+      )
+      # Each device and each part has its own rows, and time may be laid out in
+      # any order: summed by place, they are the whole.
+      return {
+        name: jnp.zeros(num_places, jnp.float32)
+        .at[part['places'].reshape(-1)]
+        .set(found[name].reshape(-1))
+        for name in objective.annotated
+      }
+
+    # No part draws anything: the key is that of `_accumulate`'s signature.
+    key = jax.random.key(0)
+    return all_sum(_accumulate(by_place, params, batch, key, num_microbatches))
+
+  return annotate_step
+
+
 def _frozen(models, params) -> dict[str, port.FrozenModel]:
   """Joins frozen models to their weights, through which no gradient goes."""
   return {

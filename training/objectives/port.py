@@ -118,17 +118,27 @@ class Model:
     return self._apply(transformer.Transformer.unembed, params, states)
 
   def token_logprobs(
-    self, params: Any, states_BTD: jax.Array, targets_BT: jax.Array
+    self,
+    params: Any,
+    states_BTD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: float = 1.0,
   ) -> jax.Array:
     """Returns log p(target) of every token, float32 [B, T].
 
     Holds the logits of one chunk of time only, in the backward pass too.
+
+    Args:
+      temperature: divides the logits.
     """
 
     # Without it, the backward pass would keep the logits of all chunks.
     @jax.checkpoint
     def of_chunk(states_BtD, targets_Bt):
-      logprobs_BtV = jax.nn.log_softmax(self.logits(params, states_BtD))
+      logits_BtV = self.logits(params, states_BtD)
+      if temperature != 1.0:
+        logits_BtV = logits_BtV / temperature
+      logprobs_BtV = jax.nn.log_softmax(logits_BtV)
       return jnp.take_along_axis(logprobs_BtV, targets_Bt[:, :, None], axis=-1)[
         :, :, 0
       ]
@@ -181,7 +191,7 @@ class FrozenModel(NamedTuple):
 class ModelSource:
   """Where the weights of another model are."""
 
-  path: str  # frozen directory; '' in `logprobs_needed`: config.init_from
+  path: str  # frozen directory; '': config.init_from
 
 
 class Objective(abc.ABC):
@@ -226,6 +236,25 @@ class Objective(abc.ABC):
     """
     del params, batch, model, others
 
+  def annotate(
+    self, params: Any, batch: Batch, model: Model, **others: FrozenModel
+  ) -> Mapping[str, jax.Array]:
+    """Returns the arrays `annotated`, float32 [B, T] each; no gradient.
+
+    For batches that the policy sampled: what the loss needs of the policy as it
+    was before a batch's first step, or of a frozen model, whose values cannot
+    be known before the text is. It is called once per sampled batch, with some
+    rows at a time, and without dropout.
+
+    Args:
+      params: as for `__call__`.
+      batch: the arrays of `batch_spec` but those that are made here.
+      model: as for `__call__`.
+      **others: the models of `models_needed`.
+    """
+    del params, batch, model, others
+    return {}
+
   def validate(self) -> None:
     """Raises ValueError for hyper-parameters that no run can use."""
     return
@@ -236,7 +265,8 @@ class Objective(abc.ABC):
     Args:
       init_from: frozen directory of the first weights; '': random weights.
     """
-    for name, source in self.logprobs_needed.items():
+    needed = {**self.logprobs_needed, **self.models_needed}
+    for name, source in needed.items():
       if not (source.path or init_from):
         raise ValueError(
           f'config.objective: got no frozen model for {name}, expected the'
@@ -247,6 +277,14 @@ class Objective(abc.ABC):
   def batch_spec(self) -> Mapping[str, ArraySpec]:
     """Returns the arrays that a batch holds, by name."""
     return TOKEN_ROWS
+
+  @property
+  def annotated(self) -> tuple[str, ...]:
+    """The arrays of `batch_spec` that `annotate` makes; (): it is not called.
+
+    Those are arrays of batches that the policy samples.
+    """
+    return ()
 
   @property
   def examples(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from training.objectives import advantages as advantages_lib, port, routing
 
 _ARRAY_BT = port.ArraySpec('BT', jnp.float32)
 TERMS = 'policy', 'imitation', 'distance'
+RECOMPUTED, OWN, SAMPLER = PROXIMALS = 'recomputed', 'own', 'sampler'
 
 
 def k1(log_ratio, importance):
@@ -85,14 +86,27 @@ class TokenLoss(port.Objective):
     distance_weights
     advantages, old_logprobs   of the policy term: how much better than expected
                        a token was, and its log-probability when it was drawn
-    ref_logprobs       of the distance: log p(target) under the reference, which
-                       training/reference.py computes once; not for `full`
+    ref_logprobs       of the distance: log p(target) under the reference; not
+                       for `full`
+
+  Of fixed data, training/reference.py computes `ref_logprobs` once. Where the
+  policy samples its own text (`is_sampled`), `annotate` makes `ref_logprobs`
+  and `old_logprobs`.
   """
 
   policy_scale: float = 0.0
   imitation_scale: float = 0.0
   distance_scale: float = 0.0
   is_stamped: bool = False  # whether each term has an array of weights
+  # Whether batches are sampled by the policy while it trains.
+  is_sampled: bool = False
+  # Sampled batches: the policy that ratios compare with. recomputed: the policy
+  # before the first step on a batch, which costs a forward pass. own: the
+  # policy itself, for one step on each batch: all ratios are 1. sampler: the
+  # log-probabilities that the sampler gave, `sampler_logprobs`.
+  proximal: str = RECOMPUTED
+  # Of the distribution that was sampled from: it divides the logits.
+  temperature: float = 1.0
   # The ratio of new to old probability counts from 1 - clip_low to 1 +
   # clip_high (PPO, arXiv:1707.06347, equation 7; DAPO raises clip_high). 0 for
   # both: no limits.
@@ -140,12 +154,31 @@ class TokenLoss(port.Objective):
         ' where the policy has not moved, and would never count beyond it'
       )
     self.advantages.validate()
+    self._check_sampled()
     if self._is_full and not self.reference:
       raise ValueError(
         "objective.reference: got '' with objective.distance = full, expected"
         ' the frozen directory of a reference or teacher, whose whole'
         ' distribution each step computes; set it'
       )
+
+  def _check_sampled(self):
+    expect.one_of('objective.proximal', self.proximal, PROXIMALS)
+    if not 0 < self.temperature < math.inf:
+      raise ValueError(
+        f'objective.temperature: got {self.temperature}, expected a number'
+        ' above 0, the one that text is sampled with'
+      )
+    if self.is_sampled:
+      return
+    for name in ('proximal', 'temperature'):
+      default = type(self).__dataclass_fields__[name].default
+      if (value := getattr(self, name)) != default:
+        raise ValueError(
+          f'objective.{name}: got {value!r} with objective.is_sampled = False,'
+          f' expected {default!r}: the batches are fixed data; set'
+          f' objective.is_sampled, or leave {name} out'
+        )
 
   def _refuse_unused(self, name, term):
     default = type(self).__dataclass_fields__[name].default
@@ -197,22 +230,72 @@ class TokenLoss(port.Objective):
       del spec['weights']
       spec |= {f'{term}_weights': _ARRAY_BT for term in self._active}
     if self.policy_scale:
-      spec |= {'advantages': _ARRAY_BT, 'old_logprobs': _ARRAY_BT}
-    if self.distance_scale and not self._is_full:
+      spec['advantages'] = _ARRAY_BT
+    if self._old:
+      spec[self._old] = _ARRAY_BT
+    if self._reads_reference:
       spec['ref_logprobs'] = _ARRAY_BT
     return spec
 
   @property
+  def annotated(self):
+    if not self.is_sampled:
+      return ()
+    return tuple(
+      name
+      for name in ('old_logprobs', 'ref_logprobs')
+      if name in self.batch_spec()
+    )
+
+  @property
   def logprobs_needed(self):
-    if not self.distance_scale or self._is_full:
+    if self.is_sampled or not self._reads_reference:
       return {}
     return {'ref_logprobs': port.ModelSource(self.reference)}
 
   @property
   def models_needed(self):
-    if not self._is_full:
+    if not self._is_full and not (self.is_sampled and self._reads_reference):
       return {}
     return {'reference': port.ModelSource(self.reference)}
+
+  @property
+  def _reads_reference(self) -> bool:
+    """Whether batches have the log-probabilities of a reference."""
+    return bool(self.distance_scale) and not self._is_full
+
+  @property
+  def _old(self) -> str:
+    """The array of log-probabilities that ratios compare with; '': its own."""
+    if not self.policy_scale or (self.is_sampled and self.proximal == OWN):
+      return ''
+    is_sampler = self.is_sampled and self.proximal == SAMPLER
+    return 'sampler_logprobs' if is_sampler else 'old_logprobs'
+
+  def annotate(self, params, batch, model, *, reference=None):
+    """Returns `old_logprobs` and `ref_logprobs`, as far as they are read."""
+    found = {}
+    if 'old_logprobs' in self.annotated:
+      found['old_logprobs'] = self._logprobs(params, batch, model)[0]
+    if 'ref_logprobs' in self.annotated:
+      found['ref_logprobs'] = self._logprobs(
+        reference.params, batch, reference.model
+      )[0]
+    # The target of padding may be an id without a token, of probability 0.
+    return {
+      name: jnp.where(batch['segment_ids'] > 0, values_BT, 0.0)
+      for name, values_BT in found.items()
+    }
+
+  def _logprobs(self, params, batch, model):
+    """Returns log p(target), [B, T], and the hidden states."""
+    hidden = model.hidden(
+      params, batch['tokens'], batch['positions'], batch['segment_ids']
+    )
+    logprobs_BT = model.token_logprobs(
+      params, hidden.states_BTD, batch['targets'], self.temperature
+    )
+    return logprobs_BT, hidden
 
   def _weights(self, batch, term):
     return batch[f'{term}_weights' if self.is_stamped else 'weights']
@@ -239,12 +322,7 @@ class TokenLoss(port.Objective):
       `ratio`, `clipped_low` and `clipped_high` of the policy term, the last two
       the shares of tokens whose gradient is cut off.
     """
-    hidden = model.hidden(
-      params, batch['tokens'], batch['positions'], batch['segment_ids']
-    )
-    logprobs_BT = model.token_logprobs(
-      params, hidden.states_BTD, batch['targets']
-    )
+    logprobs_BT, hidden = self._logprobs(params, batch, model)
     found = {}
     sums: port.Sums = {}
     importance_BT = self._importance(logprobs_BT, batch)
@@ -254,7 +332,7 @@ class TokenLoss(port.Objective):
       found['imitation'] = -logprobs_BT
     if self._is_full:
       found['distance'] = _divergence(
-        params, hidden.states_BTD, model, reference, batch
+        params, hidden.states_BTD, model, reference, batch, self.temperature
       )
     elif self.distance_scale:
       found['distance'] = ESTIMATORS[self.distance](
@@ -278,8 +356,8 @@ class TokenLoss(port.Objective):
     # Without them, the tokens count as the policy's own: a ratio of 1, with the
     # gradient of a probability.
     old_BT = jax.lax.stop_gradient(logprobs_BT)
-    if self.policy_scale:
-      old_BT = batch['old_logprobs']
+    if self._old:
+      old_BT = batch[self._old]
     # exp(20) is far beyond any clip, and still has a finite gradient.
     return jnp.exp(jnp.clip(logprobs_BT - old_BT, -20.0, 20.0))
 
@@ -309,7 +387,9 @@ def _mean(values_BT, weights_BT) -> port.Mean:
   return port.Mean(jnp.sum(weighted_BT), jnp.sum(weights_BT))
 
 
-def _divergence(params, states_BTD, model, reference, batch) -> jax.Array:
+def _divergence(
+  params, states_BTD, model, reference, batch, temperature
+) -> jax.Array:
   """Returns KL(policy || reference) of the next token at each place, [B, T]."""
   hidden = reference.model.hidden(
     reference.params,
@@ -323,9 +403,9 @@ def _divergence(params, states_BTD, model, reference, batch) -> jax.Array:
   def of_chunk(states, targets_Bt):
     del targets_Bt
     own_BtD, their_BtD = states
-    own_BtV = jax.nn.log_softmax(model.logits(params, own_BtD))
+    own_BtV = jax.nn.log_softmax(model.logits(params, own_BtD) / temperature)
     their_BtV = jax.nn.log_softmax(
-      reference.model.logits(reference.params, their_BtD)
+      reference.model.logits(reference.params, their_BtD) / temperature
     )
     return jnp.sum(jnp.exp(own_BtV) * (own_BtV - their_BtV), axis=-1)
 
