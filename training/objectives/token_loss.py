@@ -278,6 +278,7 @@ class TokenLoss(port.Objective):
     if 'old_logprobs' in self.annotated:
       found['old_logprobs'] = self._logprobs(params, batch, model)[0]
     if 'ref_logprobs' in self.annotated:
+      assert reference is not None
       found['ref_logprobs'] = self._logprobs(
         reference.params, batch, reference.model
       )[0]
