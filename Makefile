@@ -153,7 +153,7 @@ $(CORE): requirements.txt | $(PY)
 	$(call install,requirements.txt)
 
 $(DEV): requirements-dev.txt requirements-serve.txt requirements-plot.txt \
-    $(CORE)
+    requirements-rewards.txt $(CORE)
 	$(call install,requirements-dev.txt)
 
 $(PEER): requirements-peer.txt requirements-quant.txt requirements-plan.txt \

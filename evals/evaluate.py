@@ -20,6 +20,7 @@ from evals.tasks import (
   multiple_choice,
   perplexity,
   task as task_lib,
+  verify,
 )
 
 KINDS: Mapping[str, type[task_lib.Task]] = {
@@ -27,6 +28,7 @@ KINDS: Mapping[str, type[task_lib.Task]] = {
   'choice': multiple_choice.Task,  # FILE.jsonl: the most probable answer
   'generate': generation.Task,  # FILE.jsonl: completions that must match
   'gsm8k': gsm8k.Task,  # FILE.jsonl: word problems in the format of GSM8K
+  'verify': verify.Task,  # FILE.jsonl: answers that a rule gives a score
   'judge': judge.Task,  # FILE.jsonl: which of two answers is better
   # TASK[,TASK]: any task of the LM Evaluation Harness, or its YAML file.
   'lm_eval': lm_eval_kind.Task,

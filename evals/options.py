@@ -39,26 +39,26 @@ class Options:
   )
   max_tokens: int = flag_field.field(
     512,
-    'generate, gsm8k and judge: most tokens of a completion. Tasks of lm_eval'
-    ' have their own.',
+    'generate, gsm8k, verify and judge: most tokens of a completion. Tasks of'
+    ' lm_eval have their own.',
   )
   temperature: float = flag_field.field(
     0.0,
-    'generate, gsm8k and judge: divides the logits before sampling; 0 is'
-    ' greedy. Tasks of lm_eval have their own.',
+    'generate, gsm8k, verify and judge: divides the logits before sampling; 0'
+    ' is greedy. Tasks of lm_eval have their own.',
   )
   num_samples: int = flag_field.field(
     1,
-    'generate and gsm8k: completions per prompt, for pass@k. More than 1 needs'
-    ' a temperature above 0.',
+    'generate, gsm8k and verify: completions per prompt, for pass@k. More than'
+    ' 1 needs a temperature above 0.',
   )
   seed: int = flag_field.field(
     0, 'Seed of the samples, and of what lm_eval draws.'
   )
   chat: bool = flag_field.field(
     False,
-    "generate, gsm8k and lm_eval: puts each prompt into the model's chat"
-    ' template. Set it for models that were trained on chats.',
+    "generate, gsm8k, verify and lm_eval: puts each prompt into the model's"
+    ' chat template. Set it for models that were trained on chats.',
   )
 
   def __post_init__(self):

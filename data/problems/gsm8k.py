@@ -27,8 +27,8 @@ from typing import Any
 from absl import app, flags
 
 from checks import expect, path_flags
-from data.problems import answers
 from storage import atomic
+from text.replies import answers
 
 _NOTE = re.compile(r'<<[^<>]*>>')
 

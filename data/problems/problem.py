@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from data.problems import answers, draws as draws_lib, working
+from data.problems import draws as draws_lib, working
+from text.replies import answers
 
 _MOST_TRIES = 50
 

@@ -11,7 +11,7 @@ Reference: Cobbe et al. 2021 (arXiv:2110.14168).
 
 from collections.abc import Sequence
 import dataclasses
-import decimal
+import fractions
 import functools
 import os
 import re
@@ -106,7 +106,7 @@ def prompt(question: str, solved: Sequence[tuple[str, str]] = ()) -> str:
   return f'{"".join(parts)}Question: {question}\nAnswer:'
 
 
-def marked_number(text: str) -> decimal.Decimal | None:
+def marked_number(text: str) -> fractions.Fraction | None:
   """Returns the number after the first '####', None if there is none."""
   match = _MARKED.search(text)
   return numbers.number(match.group(1)) if match else None

@@ -1,14 +1,20 @@
-"""Numbers in text: found, and equal however they are written."""
+"""The number that a completion gives, as GSM8K and its followers read it.
 
-import decimal
+`text.replies.answers` has the value of a number, however it is written, and a
+more lenient reading of completions, which the verifiers use.
+"""
+
+import fractions
 import re
+
+from text.replies import answers
 
 # With or without a sign, thousands separators and a decimal part.
 PATTERN = r'-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+'
 _ANY = re.compile(PATTERN)
 
 
-def last_number(text: str) -> decimal.Decimal | None:
+def last_number(text: str) -> fractions.Fraction | None:
   """Returns the last number of a text, None if there is none.
 
   A hyphen is a sign unless it joins two words: '5-3' ends in 3, 'is -3' in -3.
@@ -22,16 +28,10 @@ def last_number(text: str) -> decimal.Decimal | None:
   return number(found)
 
 
-def number(text: str) -> decimal.Decimal | None:
+def number(text: str) -> fractions.Fraction | None:
   """Returns the value of a text that is a number, None for any other text.
 
   '$1,200.50', ' 18. ', '18.0' and '18%' are numbers. Numbers of the same value
   compare equal however they are written.
   """
-  stripped = text.strip().rstrip('.').strip()
-  stripped = re.sub(r'[$,%]', '', stripped)
-  try:
-    value = decimal.Decimal(stripped)
-  except decimal.InvalidOperation:
-    return None
-  return value if value.is_finite() else None
+  return answers.value(text)

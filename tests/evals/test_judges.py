@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from data.problems import answers, generator, records
+from data.problems import generator, records
 from evals import evaluate, judges, options as options_lib
 from evals.results import scores, verdicts
 from evals.tasks import judge as judge_task
 from tests.helpers import eval_models
+from text.replies import answers
 
 FIRST, SECOND, TIE, MALFORMED = judges.Choice
 

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from data.problems import answers, draws, generator, records, working
+from data.problems import draws, generator, records, working
+from text.replies import answers
 
 ALL = generator.Settings(count=1_500, levels=generator.LEVELS, seed=11)
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from data.problems import answers
 from evals.tasks import gsm8k as gsm8k_task
+from text.replies import answers
 
 
 def _run(module, *args):

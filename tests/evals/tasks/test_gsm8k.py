@@ -1,6 +1,6 @@
 """Numbers in answers: found, and equal however they are written."""
 
-import decimal
+import fractions
 
 import pytest
 
@@ -21,7 +21,7 @@ from evals.tasks import gsm8k, numbers
   ],
 )
 def test_a_number_is_what_it_says(text, value):
-  assert numbers.number(text) == decimal.Decimal(value)
+  assert numbers.number(text) == fractions.Fraction(value)
 
 
 @pytest.mark.parametrize('text', ['', 'ten', '1 2', 'nan', 'Infinity', '#'])
@@ -42,7 +42,7 @@ def test_what_is_no_number(text):
   ],
 )
 def test_the_last_number(text, value):
-  assert numbers.last_number(text) == decimal.Decimal(value)
+  assert numbers.last_number(text) == fractions.Fraction(value)
 
 
 def test_no_number_at_all():

@@ -4,7 +4,7 @@ import fractions
 
 import pytest
 
-from data.problems import answers
+from text.replies import answers
 
 _ANN = answers.Answer('word', 'Ann', ('Ann', 'Annabel', 'Ben'))
 _SORTED = answers.Answer('numbers', '-3, 5, 1000')

@@ -84,9 +84,19 @@ def is_right(answer: Answer, completion: str, *, strict: bool = False) -> bool:
   return bool(found) and found[0][0 if is_marked else -1] == right[0]
 
 
+def given(completion: str, *, is_strict: bool = False) -> str | None:
+  """Returns the text in which a completion gives its answer; None for none.
+
+  Args:
+    is_strict: whether only an answer after '####' counts.
+  """
+  found = _given(completion, is_strict)
+  return found[0] if found else None
+
+
 def value(text: str) -> fractions.Fraction | None:
   """Returns the value of a text that is a number, None for any other text."""
-  match = _NUMBER.fullmatch(_plain(text).strip(' .$%'))
+  match = _NUMBER.fullmatch(_plain(text).lstrip(' $').rstrip(' .$%'))
   return _value(match) if match else None
 
 
