@@ -206,6 +206,7 @@ def test_every_recipe_is_there():
   assert [title for title, _ in _recipes()] == [
     'An experiment',
     'A sweep',
+    'A claim of a paper',
     'An objective',
     'An optimizer',
     'An attention variant',

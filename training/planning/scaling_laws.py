@@ -10,6 +10,7 @@ digits and does not match its data.
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,3 +76,26 @@ SARDANA = Fit(
   params_exponent=0.336,
   tokens_exponent=0.283,
 )
+
+# Epochs after which repeated tokens are worth 1 - 1/e of what they could be
+# worth at most: R*_D of arXiv:2305.16264, appendix A.
+_REPEATED_EPOCHS = 15.387756
+
+
+def effective_tokens(unique_tokens: float, epochs: float) -> float:
+  """Returns the new tokens that are worth as much as repeated ones.
+
+  D' = U + U R* (1 - exp(-(epochs - 1) / R*)) for U unique tokens (Muennighoff
+  et al. 2023, arXiv:2305.16264, equation 5): each further epoch is worth less.
+
+  Args:
+    unique_tokens: U.
+    epochs: passes over them, at least 1.
+
+  Raises:
+    ValueError: less than one epoch.
+  """
+  if not epochs >= 1:
+    raise ValueError(f'epochs: got {epochs}, expected at least 1')
+  worth = _REPEATED_EPOCHS * -math.expm1((1 - epochs) / _REPEATED_EPOCHS)
+  return unique_tokens * (1 + worth)

@@ -1,0 +1,78 @@
+"""Measurements of claims about pretraining: runs of experiments, by seed."""
+
+import dataclasses
+import pathlib
+
+import rich.console
+
+from evals import claims as claims_lib
+from experiments import (
+  muon_against_adamw,
+  shakespeare_char,
+  wsd_against_cosine,
+)
+from studies.papers import port
+from training import experiment as experiment_lib, run
+from training.reporting import metrics
+
+
+def shakespeare_cpu(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the validation loss of each seed."""
+  experiment = shakespeare_char.get_config('cpu')
+  experiment = dataclasses.replace(
+    experiment,
+    data=dataclasses.replace(
+      experiment.data, path=setting.inputs['tiny_shakespeare']
+    ),
+  )
+  (quantity,) = claim.quantities
+  return {
+    quantity.name: [_loss(experiment, seed, setting) for seed in setting.seeds]
+  }
+
+
+def muon_ahead(claim: claims_lib.Claim, setting: port.Setting) -> port.Measured:
+  """Returns the paired difference of each seed."""
+  return _differences(
+    claim,
+    setting,
+    muon_against_adamw.get_config('muon'),
+    muon_against_adamw.get_config('adamw'),
+  )
+
+
+def wsd_costs_nothing(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the paired difference of each seed."""
+  return _differences(
+    claim,
+    setting,
+    wsd_against_cosine.get_config('wsd'),
+    wsd_against_cosine.get_config('cosine'),
+  )
+
+
+def _differences(claim, setting, side, reference) -> port.Measured:
+  (quantity,) = claim.quantities
+  return {
+    quantity.name: [
+      _loss(side, seed, setting) - _loss(reference, seed, setting)
+      for seed in setting.seeds
+    ]
+  }
+
+
+def _loss(
+  experiment: experiment_lib.Experiment, seed: int, setting: port.Setting
+) -> float:
+  """Trains or resumes a seed; returns its validation loss, nats per token."""
+  place: pathlib.Path = setting.workdir / f'{experiment.name}_{seed}'
+  experiment = dataclasses.replace(experiment, seed=seed)
+  result = run.run(experiment, place, rich.console.Console(quiet=True))
+  if result.exit_code:
+    raise port.Stopped(result.exit_code)
+  evaluated = [r for r in metrics.read(place) if r['kind'] == 'eval']
+  return evaluated[-1]['loss']

@@ -1,0 +1,118 @@
+"""Measurements of claims about drawing several answers, and about KL."""
+
+import math
+
+import numpy as np
+
+from evals import best_of_n as best_of_n_lib, claims as claims_lib
+from evals.results import pass_at_k as pass_at_k_lib, voting as voting_lib
+from studies import over_optimisation as lab
+from studies.papers import port
+from training.objectives import token_loss
+
+_NUM_ANSWERS = 1_000_000  # of the policy, all as likely
+_NODES = 200  # of the quadrature
+
+
+def best_of_n_kl(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns KL(best of n || policy), by enumeration of all answers.
+
+  The answer of rank i among M is the best of n with probability (i/M)^n -
+  ((i-1)/M)^n.
+  """
+  del claim, setting
+  ranks = np.arange(_NUM_ANSWERS + 1) / _NUM_ANSWERS
+  found = {}
+  for n in (2, 4, 8, 16, 128):
+    probs = np.diff(ranks**n)
+    some = probs[probs > 0]
+    found[f'n = {n}, nats'] = float(np.sum(some * np.log(some * _NUM_ANSWERS)))
+    gap = abs(found[f'n = {n}, nats'] - best_of_n_lib.kl(n))
+    # The formula that our own studies use.
+    if gap > 1e-4:
+      raise ValueError(f'best_of_n.kl({n}): got {gap} off the enumeration')
+  return found
+
+
+def kl_estimators(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns bias and deviation of k1, k2 and k3, over the true KL.
+
+  Samples are of q = N(0, 1); the reference is p = N(mean, 1), as in the source.
+  The expectations are Gauss-Hermite quadratures of the functions that train.
+  """
+  del claim, setting
+  nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+  weights /= weights.sum()
+  found = {}
+  for mean in (0.1, 1.0):
+    true = mean**2 / 2
+    # log q(x) - log p(x)
+    log_ratio = (mean**2 - 2 * mean * nodes) / 2
+    for name in ('k1', 'k2', 'k3'):
+      values = np.asarray(
+        token_loss.ESTIMATORS[name](log_ratio, 1.0), np.float64
+      )
+      average = float(weights @ values)
+      deviation = math.sqrt(float(weights @ (values - average) ** 2))
+      found[f'{name} deviation, p = N({mean:g}, 1)'] = deviation / true
+      if name == 'k2':
+        found[f'{name} bias, p = N({mean:g}, 1)'] = average / true - 1
+  return found
+
+
+def voting(claim: claims_lib.Claim, setting: port.Setting) -> port.Measured:
+  """Returns the accuracy of a majority over easy and hard questions."""
+  del claim, setting
+  return {
+    f'{votes} votes': voting_lib.mixed_accuracy((0.85, 0.4), (0.5, 0.5), votes)
+    for votes in (1, 3, 5, 11, 101)
+  }
+
+
+def pass_at_k_law(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the exponent of 1 - pass@k, by the unbiased estimator.
+
+  Problems are solved with a probability that is Beta(a, b) distributed. Their
+  numbers of right samples are drawn, and estimated as any benchmark is.
+  """
+  del claim
+  num_samples, num_problems, ks = 5_000, 10_000, (100, 1_000)
+  slopes = []
+  for seed in setting.seeds:
+    rng = np.random.default_rng([seed, 0])
+    difficulty = rng.beta(0.3, 3.0, num_problems)
+    counts, repeats = np.unique(
+      rng.binomial(num_samples, difficulty), return_counts=True
+    )
+    failing = [
+      1 - np.average(
+        pass_at_k_lib.values([num_samples] * len(counts), counts.tolist(), k),
+        weights=repeats,
+      )
+      for k in ks
+    ]  # fmt: skip
+    slopes.append(
+      float(np.log(failing[0] / failing[1]) / np.log(ks[1] / ks[0]))
+    )
+  return {'exponent': slopes}
+
+
+def over_optimisation(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the fit of the form, and the fall after the peak, by seed."""
+  del claim
+  proxy = lab.PROXIES[0]
+  results = [lab.measure(proxy, seed=seed) for seed in setting.seeds]
+  return {
+    'R^2 of the form': [result.fit.r_squared for result in results],
+    'lost after the peak, gold reward': [
+      result.curve.decline().value for result in results
+    ],
+  }
