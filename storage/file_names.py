@@ -11,7 +11,7 @@ WORKDIR/                      one run of training
   checkpoints/STEP.partial/   being written
   checkpoints/STEP.deleted/   being deleted
   checkpoints/damaged-STEP-N/ found damaged, and set aside
-  metrics.jsonl  goodput.jsonl  tensorboard/
+  metrics.jsonl  goodput.jsonl  tensorboard/  report.html
   frozen/                     what the run hands to serving
   .lock                       held by the run that writes here
 
@@ -32,6 +32,7 @@ CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics.jsonl'
 GOODPUT = 'goodput.jsonl'
 TENSORBOARD = 'tensorboard'
+REPORT = 'report.html'
 FROZEN = 'frozen'
 LOCK = '.lock'
 

@@ -1,5 +1,6 @@
-"""The evaluator of a run: validation loss and tasks, between steps."""
+"""The evaluator of a run: validation loss, tasks and samples, between steps."""
 
+import dataclasses
 from typing import Any
 
 from training import (
@@ -8,7 +9,7 @@ from training import (
   run_context,
   state as state_lib,
 )
-from training.evaluation import model_port, tasks, validation
+from training.evaluation import model_port, samples, tasks, validation
 from training.optimizer import average
 
 
@@ -27,6 +28,9 @@ class Evaluator:
     self._context = context
     self._eval_step = parts.learner.compile_eval_step()
     self._scorer = model_port.Scorer(parts.learner)
+    self._sampler = samples.Sampler(
+      parts.learner, parts.tokenizer, parts.eval_batches, parts.stop_ids
+    )
     # The best checkpoint is chosen by the weights that will be frozen.
     self._best_by = (
       'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
@@ -43,7 +47,7 @@ class Evaluator:
     """Records the validation loss of `state`, and its tasks if they are due.
 
     If the run averages its weights, the loss of the average is recorded too.
-    Tasks are measured with the weights that will be frozen.
+    Tasks are measured, and samples drawn, with the weights that will be frozen.
 
     A signal to stop ends the evaluation without a record. The evaluation is
     then owed: a run that resumes from this step repeats it first.
@@ -60,10 +64,20 @@ class Evaluator:
         if self._best_by != 'loss':
           frozen = average_params
       measured = self._measure(step, frozen, state)
+      drawn = self._sampler.draw(
+        frozen,
+        step,
+        self._context.stop.between_batches(),
+        _frozen_of(state),
+      )
     except validation.Stopped:
       self._owed_step = step
       return True
     self._context.log.write('eval', step, values | measured)
+    for i, sample in enumerate(drawn):
+      self._context.log.write(
+        'sample', step, {'index': i, **dataclasses.asdict(sample)}
+      )
     self._last = step, values.get(self._best_by, values['loss'])
     say = self._context.terminal.say
     say(f'step {step}: {validation.report(values)}')

@@ -44,7 +44,12 @@ from training.checkpoints import checkpoint, init_from, workdir as workdir_lib
 from training.diagnosis import diagnose
 from training.optimizer import average
 from training.planning import choices
-from training.reporting import goodput as goodput_lib, reporter, summary
+from training.reporting import (
+  goodput as goodput_lib,
+  report,
+  reporter,
+  summary,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,8 @@ def run(
         if processes.is_first():
           _freeze(experiment, workdir, result.step, console)
     goodput.write()
+    if processes.is_first():
+      report.save(workdir, say)
   say(goodput_lib.report(goodput.life()))
   return result
 
@@ -241,6 +248,9 @@ def _train(
     experiment, workdir, console, saved, resume, goodput
   )
   with (
+    report.if_it_fails(workdir, functools.partial(summary.say, console))
+    if processes.is_first()
+    else contextlib.nullcontext(),
     goodput.written(),
     contextlib.closing(parts.batches),
     run_context.opened(

@@ -28,8 +28,9 @@ def experiment_of(
 ) -> experiment_lib.Experiment:
   """Returns the experiment of one run of a trial.
 
-  Nothing is frozen: the best point is trained again, by train.py. A step that
-  is not finite is not explained: in a search it is a result.
+  Nothing is frozen, and no text is drawn: the best point is trained again, by
+  train.py. A step that is not finite is not explained: in a search it is a
+  result.
 
   Raises:
     ValueError: a field does not exist, or no run can use the values.
@@ -39,6 +40,7 @@ def experiment_of(
     flags_lib.set_field(experiment, path, value)
   experiment.seed = seed
   experiment.freeze.enabled = False
+  experiment.evals.samples = 0
   experiment.diagnose_non_finite = False
   experiment.validate()
   return experiment

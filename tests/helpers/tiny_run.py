@@ -10,6 +10,7 @@ from data import data_config, sources
 from tests.helpers import tiny_models
 from training import experiment as experiment_lib, run as run_lib
 from training.checkpoints import init_from
+from training.evaluation import evals_config
 from training.optimizer import chain
 
 _WORDS = ['def', 'return', 'self', 'for', 'in', 'import', 'naïve', '数']
@@ -47,6 +48,8 @@ def experiment(corpus: str, **overrides) -> experiment_lib.Experiment:
     'log_every_steps': 3,
     'eval_every_steps': 6,
     'checkpoint': experiment_lib.CheckpointConfig(every_steps=4),
+    # A program less to compile; test_samples.py has some.
+    'evals': evals_config.EvalsConfig(samples=0),
   }
   return experiment_lib.Experiment(**{**fields, **overrides})
 

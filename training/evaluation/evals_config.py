@@ -1,4 +1,4 @@
-"""The evaluation tasks of a run, as its experiment names them."""
+"""The evaluation tasks and samples of a run, as its experiment names them."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ from evals import evaluate
 
 @dataclasses.dataclass(kw_only=True)
 class EvalsConfig:
-  """Tasks and their interval; read by `training/evaluation/tasks.py`."""
+  """Read by `training/evaluation/tasks.py` and `samples.py` beside it."""
 
   # KIND:FILE, of the kinds in evals/evaluate.py that only score text.
   tasks: tuple[str, ...] = ()
@@ -21,6 +21,9 @@ class EvalsConfig:
   # Tokens by which a window of perplexity advances; 0: half of data.row_length.
   # A smaller stride gives each token more context, and takes longer.
   stride: int = 0
+  # Prompts of the validation split that each evaluation continues, for the
+  # report of the run; at most data.batch_size. 0: none.
+  samples: int = 2
 
   def validate(self, eval_every_steps: int) -> None:
     """Raises ValueError for tasks that cannot be, or are never, measured."""
@@ -44,7 +47,7 @@ class EvalsConfig:
         f'evals.tasks: got several called {", ".join(repeated)}, expected files'
         ' of different names'
       )
-    for name in ('every_steps', 'limit', 'stride'):
+    for name in ('every_steps', 'limit', 'stride', 'samples'):
       expect.at_least(f'evals.{name}', getattr(self, name), 0)
     if self.every_steps and (
       not eval_every_steps or self.every_steps % eval_every_steps

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from tensorboardX import event_file_writer
+from tensorboardX import event_file_writer, summary as tensorboard_summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 60.0
@@ -108,14 +108,18 @@ class TensorBoard:
     start = _events.SessionLog(status=_events.SessionLog.START)
     self._add(_events.Event(step=purge_step, session_log=start))
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds values by tag."""
-    summary = _summaries.Summary(
-      value=[
-        _summaries.Summary.Value(tag=tag, simple_value=value)
-        for tag, value in values.items()
-      ]
-    )
+  def write(self, step: int, values: Mapping[str, float | str]) -> None:
+    """Adds values by tag; strings are those of TensorBoard's text plugin."""
+    found = [
+      tensorboard_summary.text(tag, value).value[0]
+      if isinstance(value, str)
+      else _summaries.Summary.Value(tag=tag, simple_value=value)
+      for tag, value in values.items()
+    ]
+    self.add(step, _summaries.Summary(value=found))
+
+  def add(self, step: int, summary: Any) -> None:
+    """Adds a summary as tensorboardX makes them."""
     self._add(_events.Event(step=step, summary=summary))
 
   def close(self) -> None:

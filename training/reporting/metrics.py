@@ -1,11 +1,12 @@
 """The metrics of a run: metrics.jsonl (the source of truth) and TensorBoard.
 
 metrics.jsonl has each step once as a `train` record and each evaluation once as
-an `eval` record; both are reproducible to the bit. The other records depend on
-the machine: `speed`, and `save`, in which `saved` is 0 if the save failed.
+an `eval` record; both are reproducible to the bit. A `sample` record is one of
+the texts that the evaluation of its step drew. The other records depend on the
+machine: `speed`, and `save`, in which `saved` is 0 if the save failed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import pathlib
 import threading
@@ -55,7 +56,7 @@ class Log:
       if record['step'] <= first_step
       and not (
         evaluation_owed
-        and record['kind'] == 'eval'
+        and record['kind'] in ('eval', 'sample')
         and record['step'] == first_step
       )
     ]
@@ -68,7 +69,9 @@ class Log:
       workdir / file_names.TENSORBOARD, purge_step=first_step + 1
     )
 
-  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+  def write(
+    self, kind: str, step: int, values: Mapping[str, float | str]
+  ) -> None:
     """Adds one record.
 
     The record is in the file when this returns. If the file cannot be written,
