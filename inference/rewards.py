@@ -17,6 +17,7 @@ from absl import app, flags, logging
 import numpy as np
 
 from checks import path_flags
+from evals import judges
 from evals.results import statistics
 from evals.tasks import judge as judge_task, records
 from inference import generate, model_port
@@ -51,6 +52,35 @@ def score_file(
   return numbers
 
 
+def open_scorer(path: str) -> judges.ScoreFn:
+  """Loads a reward model; returns the function from answers to rewards.
+
+  Raises:
+    FileNotFoundError: there is no such directory.
+    ValueError: it holds no reward model; later, an answer does not fit it.
+  """
+  generator = _load(path)
+  score = model_port.rewarder(generator)
+
+  def scored(
+    answered: Sequence[tuple[judges.Prompt, str]],
+  ) -> Sequence[float]:
+    return score(
+      [model_port.encode_answer(generator, *each) for each in answered]
+    )
+
+  return scored
+
+
+def _load(path: str) -> generate.Generator:
+  # One chunk of a prompt at a time compiles quickly.
+  return generate.load(
+    path,
+    engine_config.EngineConfig(max_chunks=1, max_mixed_chunks=1),
+    is_for_rewards=True,
+  )
+
+
 def main(argv: list[str]) -> int:
   """Scores the answers that the flags name."""
   if len(argv) > 1:
@@ -58,13 +88,7 @@ def main(argv: list[str]) -> int:
   values = flags.FLAGS
   logging.set_verbosity(logging.WARNING)
   try:
-    # One chunk of a prompt at a time compiles quickly.
-    generator = generate.load(
-      values.model,
-      engine_config.EngineConfig(max_chunks=1, max_mixed_chunks=1),
-      is_for_rewards=True,
-    )
-    numbers = score_file(generator, values.input, values.out)
+    numbers = score_file(_load(values.model), values.input, values.out)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
