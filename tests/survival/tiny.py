@@ -35,4 +35,5 @@ def get_config() -> experiment.Experiment:
     checkpoint=experiment.CheckpointConfig(
       every_steps=SAVE_EVERY, keep_latest=2, keep_best=1
     ),
+    evals=evals_config.EvalsConfig(samples=0),
   )
