@@ -15,6 +15,10 @@ Trials that differ in numbers only (learning rate, schedule, weight decay, seed)
 run together in one program; --notogether trains one after the other, with the
 same numbers.
 
+The best point is trained again, and frozen, by
+
+    python train.py --flagfile=runs/lr/best.flags --workdir=runs/best
+
 Several processes share a sweep: --processes=4 starts four here. Elsewhere,
 start the same command as often as you like, on hosts that share --workdir;
 SQLite does for one host, several want a server's database:
@@ -147,15 +151,24 @@ def _run(search) -> int:
     return code
   found = results.gather(store)
   with disk.writing(search.workdir, saved='the trials are in the storage'):
-    results.save(found, search.experiment, search.workdir)
-    report.save(found, search.experiment, search.workdir, store.place)
+    rerun = results.rerun_flags(found, _config_flags)
+    results.save(found, search.experiment, search.workdir, rerun)
+    report.save(found, search.experiment, search.workdir, store.place, rerun)
   progress.show_results(found, console)
   shown.say(
-    f'written to {search.workdir}: report.html, results.csv, results.json'
+    f'written to {search.workdir}: report.html, figures/, results.csv,'
+    ' results.json'
   )
+  if rerun:
+    shown.say(
+      'to train the best point: python train.py'
+      f' --flagfile={search.workdir / results.BEST} --workdir=...'
+    )
   return 0 if found.best is not None else exit_codes.USER_ERROR
 
 
+# --config and its overrides, as they were given.
+_config_flags: list[str] = []
 _INDEX = 'SWEEP_PROCESS'  # set in processes of --processes
 
 
@@ -210,6 +223,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if flags_lib.asks_for_list(argv):
       print(experiment_files.listing())
       sys.exit(0)
+    _config_flags[:] = flags_lib.config_flags_in(argv)
     return flags_lib.parse(argv)
   except (flags.Error, flags_lib.FlagError) as error:
     sys.exit(f'error: {error}')

@@ -75,6 +75,9 @@ def test_a_sweep_prints_its_table_and_ends_at_once_the_second_time(place):
   assert 'optimum    ' in done.stdout
   for name in ('results.csv', 'results.json', 'report.html'):
     assert (place / 'out' / name).stat().st_size
+  best = (place / 'out' / 'best.flags').read_text().splitlines()
+  assert best[:-1] == [f'--config={place}/tiny.py', *SMALL]
+  assert best[-1].startswith('--config.optimizer.peak_lr=0.')
   again = _run(place)
   assert again.returncode == 0
   assert 'in one program' not in again.stdout

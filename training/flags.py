@@ -110,6 +110,22 @@ def asks_for_list(argv: list[str]) -> bool:
   return any(value == 'list' for _, value in _values_of_config(argv))
 
 
+def config_flags_in(argv: list[str]) -> list[str]:
+  """Returns --config and its overrides in `argv`, each as NAME=VALUE."""
+  found, values = [], dict(_values_of_config(argv))
+  for i, arg in enumerate(argv[1:], 1):
+    name = arg.partition('=')[0].lstrip('-')
+    if i in values:
+      found.append(f'--config={values[i]}')
+    elif name.startswith('config.'):
+      # An override may stand in two arguments, too.
+      has_value = '=' in arg or i + 1 == len(argv)
+      found.append(
+        f'--{arg.lstrip("-")}' + ('' if has_value else f'={argv[i + 1]}')
+      )
+  return found
+
+
 def _values_of_config(argv: list[str]) -> list[tuple[int, str]]:
   """Returns the index and the value of every --config in `argv`."""
   found = []

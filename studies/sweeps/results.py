@@ -25,6 +25,7 @@ from studies.sweeps import store as store_lib
 from training import experiment as experiment_lib, sweep as sweep_lib
 
 LEVEL = 0.95
+BEST = 'best.flags'
 _RESAMPLES = 2000
 # Below this share of usable resamples the interval would be of the lucky ones.
 _LEAST_USABLE = 0.9
@@ -253,6 +254,24 @@ def written(params: dict[str, Any]) -> str:
   return ', '.join(f'{name}={short(v)}' for name, v in params.items())
 
 
+def rerun_flags(results: Results, config_flags: Sequence[str]) -> list[str]:
+  """Returns the flags of train.py that train the best point; none without one.
+
+  Args:
+    config_flags: --config and its overrides, as the sweep was given them. An
+      override of a field that the sweep varies is left out.
+  """
+  if results.best is None:
+    return []
+  params = results.best.params
+  kept = [
+    flag
+    for flag in config_flags
+    if flag.partition('=')[0].removeprefix('--config.') not in params
+  ]
+  return [*kept, *(f'--config.{name}={v!s}' for name, v in params.items())]
+
+
 def short(value: Any) -> str:
   """Returns a value of a parameter as text."""
   return f'{value:.4g}' if isinstance(value, float) else str(value)
@@ -274,8 +293,13 @@ def save(
   results: Results,
   experiment: experiment_lib.Experiment,
   workdir: pathlib.Path,
+  rerun: Sequence[str] = (),
 ) -> None:
-  """Writes results.csv and results.json into the workdir."""
+  """Writes results.csv, results.json and best.flags into the workdir.
+
+  Args:
+    rerun: of `rerun_flags`.
+  """
   names = list(results.sweep.parameters)
   seeds = sorted({seed for row in results.rows for seed in row.seeds}, key=int)
   metric = results.sweep.metric
@@ -315,6 +339,15 @@ def save(
   atomic.write_text(
     workdir / 'results.json', json.dumps(described, indent=2) + '\n'
   )
+  _save_flags(rerun, workdir / BEST)
+
+
+def _save_flags(rerun: Sequence[str], path: pathlib.Path) -> None:
+  """Writes the flags of the best point, one a line; none: no file."""
+  if rerun:
+    atomic.write_text(path, ''.join(f'{flag}\n' for flag in rerun))
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -179,3 +179,13 @@ def test_a_wrong_field_or_value_is_one_line(path, value, words):
   with pytest.raises(ValueError, match=re.escape(words)) as error:
     flags_lib.set_field(quickstart.get_config(), path, value)
   assert str(error.value).startswith(path)
+
+
+def test_the_flags_of_the_config_are_found_in_a_command():
+  argv = [
+    'sweep.py', '--config', 'a.py', '--sweep=b.py', '--config.num_steps=3',
+    '-config.optimizer.rule', 'lion', '--workdir=--config.x',
+  ]  # fmt: skip
+  assert flags_lib.config_flags_in(argv) == [
+    '--config=a.py', '--config.num_steps=3', '--config.optimizer.rule=lion'
+  ]  # fmt: skip

@@ -168,12 +168,15 @@ def averaged(
   )
 
 
-def shares(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
+def shares(
+  title: str, rows: Sequence[tuple[str, float, str]], *, is_file: bool = False
+) -> str:
   """Returns horizontal bars.
 
   Args:
     title: read aloud in place of the picture.
     rows: (name, share from 0 to 1, words behind the bar).
+    is_file: see `charts.svg`.
   """
   height, left, right, whole = 24, 270, 130, 860
   span = whole - left - right
@@ -191,4 +194,10 @@ def shares(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
         left + width + 6, y + 14, f'{share:.1%}  {words}'.strip(), kind='soft'
       )
     )
-  return charts.element(''.join(parts), title, whole, 12 + height * len(rows))
+  return charts.element(
+    ''.join(parts),
+    title,
+    whole,
+    12 + height * len(rows),
+    is_file=is_file,
+  )

@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from studies.sweeps import (
   claims as claims_lib,
+  report,
   results as results_lib,
   store as store_lib,
 )
@@ -31,6 +34,17 @@ def _row(point, rate, losses, state='complete', note=''):
     intermediate={},
     note=note,
     trial_id=point + 1,
+  )
+
+
+def _results(rows, best=None):
+  return results_lib.Results(
+    sweep=ONE,
+    rows=tuple(rows),
+    best=best,
+    optimum=None,
+    why_no_optimum='',
+    importance={},
   )
 
 
@@ -119,7 +133,8 @@ def test_files_have_every_trial(tmp_path):
   assert sum(found.importance.values()) == pytest.approx(1)
   lines = results_lib.summary(found)
   assert 'errored    1 trials; --resume=errored runs them again' in lines
-  results_lib.save(found, tiny_experiment.make(), tmp_path)
+  results_lib.save(found, tiny_experiment.make(), tmp_path, ['--config=a'])
+  assert (tmp_path / 'best.flags').read_text() == '--config=a\n'
   with (tmp_path / 'results.csv').open() as file:
     lines = list(csv.DictReader(file))
   assert [line['state'] for line in lines] == [*['complete'] * 5, 'errored']
@@ -131,6 +146,41 @@ def test_files_have_every_trial(tmp_path):
   order = [row.point for row in results_lib.ranked(found)]
   assert order[0] == found.best.point
   assert order[-2:] == [4, 5]
+  _check_page(found, tmp_path)
+
+
+def _check_page(found, directory):
+  """Checks the page of the same sweep, and its figures."""
+  report.save(found, tiny_experiment.make(), directory, 'a <storage>', ['--x'])
+  text = (directory / 'report.html').read_text()
+  for words in (
+    'Sweep a', 'loss by optimizer.peak_lr', 'Parallel coordinates',
+    'PED-ANOVA', 'train.py --x --workdir', 'a &lt;storage&gt;', 'diverged',
+  ):  # fmt: skip
+    assert words in text, words
+  own = text.replace('http://www.w3.org/2000/svg', '')
+  assert not re.search(r'https?:|<script|<link|src=|@import|url\(', own)
+  names = {path.name for path in (directory / 'figures').iterdir()}
+  fields = [name.replace('.', '_') for name in found.sweep.parameters]
+  assert names == {
+    'parallel.svg', 'importance.svg', *(f'by_{name}.svg' for name in fields)
+  }  # fmt: skip
+  for name in names:
+    root = ElementTree.parse(directory / 'figures' / name).getroot()
+    assert root.attrib['viewBox']
+  circles = (directory / 'figures' / f'by_{fields[0]}.svg').read_text()
+  assert circles.count('<circle') == 4  # the trials with a finite value
+
+
+def test_the_best_point_is_given_as_flags():
+  rows = [_row(0, 0.1, [2.0]), _row(1, 0.3, [1.0])]
+  found = _results(rows, best=rows[1])
+  rate = '--config.optimizer.peak_lr'
+  given = ['--config=a.py', '--config.num_steps=3', f'{rate}=9']
+  assert results_lib.rerun_flags(found, given) == [
+    '--config=a.py', '--config.num_steps=3', f'{rate}=0.3'
+  ]  # fmt: skip
+  assert not results_lib.rerun_flags(_results([]), given)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +198,5 @@ def test_files_have_every_trial(tmp_path):
   ],
 )
 def test_a_sweep_without_any_result_says_why(rows, words):
-  found = results_lib.Results(
-    sweep=ONE,
-    rows=tuple(rows),
-    best=None,
-    optimum=None,
-    why_no_optimum='',
-    importance={},
-  )
+  found = _results(rows)
   assert words in results_lib.summary(found)[0]
