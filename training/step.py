@@ -109,7 +109,9 @@ def make_train_step(
         skipped=skipped,
       ),
     )
-    metrics = _reported(sums, weight)
+    # A function in place of an objective derives no figures.
+    derived = getattr(objective, 'derived', _identity)
+    metrics = dict(derived(_reported(sums, weight)))
     metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['param_norm'] = _norm_of_written(params)
     if skipped is not None:

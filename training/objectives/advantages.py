@@ -12,7 +12,8 @@ import numpy as np
 
 from checks import expect
 
-BASELINES = 'none', 'group', 'leave_one_out'
+BASELINES = 'none', 'group', 'leave_one_out', 'batch'
+SCALES = 'none', 'group', 'batch'
 _EPSILON = 1e-4  # beside a deviation of rewards, as in TRL and verl's GRPO
 
 
@@ -22,25 +23,28 @@ class Advantages:
 
   # none: the reward itself, REINFORCE. group: less the mean of the group, GRPO
   # (arXiv:2402.03300). leave_one_out: less the mean of the others, RLOO
-  # (arXiv:2402.14740).
+  # (arXiv:2402.14740). batch: less the mean of the whole batch.
   baseline: str = 'none'
   group_size: int = 1  # completions of each prompt
-  # Whether advantages are over the deviation of their group, as GRPO has it;
-  # Dr. GRPO (arXiv:2503.20783) leaves it out.
-  is_normalised: bool = False
+  # What advantages are divided by. group: the deviation of the rewards of their
+  # group, GRPO. batch: that of the advantages of the whole batch, REINFORCE++
+  # (arXiv:2501.03262). none: Dr. GRPO (arXiv:2503.20783).
+  scale: str = 'none'
 
   def validate(self) -> None:
     """Raises ValueError for a recipe that makes no use of any reward."""
     name = 'objective.advantages'
     expect.one_of(f'{name}.baseline', self.baseline, BASELINES)
+    expect.one_of(f'{name}.scale', self.scale, SCALES)
     expect.at_least(f'{name}.group_size', self.group_size, 1)
     if self.group_size > 1:
       return
+    of_groups = 'group', 'leave_one_out'
     needs = (
       f'baseline = {self.baseline}'
-      if self.baseline != 'none'
-      else 'is_normalised = True'
-      if self.is_normalised
+      if self.baseline in of_groups
+      else 'scale = group'
+      if self.scale in of_groups
       else ''
     )
     if needs:
@@ -68,13 +72,17 @@ class Advantages:
     size = self.group_size
     rewards_GR = rewards_N.reshape(-1, size)
     advantages_GR = rewards_GR
-    if self.baseline != 'none':
+    if self.baseline == 'batch':
+      advantages_GR = rewards_GR - rewards_GR.mean()
+    elif self.baseline != 'none':
       mean_G1 = rewards_GR.mean(axis=1, keepdims=True)
       advantages_GR = rewards_GR - mean_G1
     if self.baseline == 'leave_one_out':
       # r - (sum - r) / (n - 1) is n / (n - 1) times the one above.
       advantages_GR = advantages_GR * size / (size - 1)
-    if self.is_normalised:
+    if self.scale == 'batch':
+      advantages_GR = advantages_GR / (advantages_GR.std() + _EPSILON)
+    if self.scale == 'group':
       deviation_G1 = rewards_GR.std(axis=1, ddof=1, keepdims=True)
       advantages_GR = advantages_GR / (deviation_G1 + _EPSILON)
     return advantages_GR.reshape(-1).astype(np.float32)

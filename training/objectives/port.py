@@ -131,6 +131,21 @@ class Model:
     Args:
       temperature: divides the logits.
     """
+    return self.token_logprobs_and_entropy(
+      params, states_BTD, targets_BT, temperature
+    )[0]
+
+  def token_logprobs_and_entropy(
+    self,
+    params: Any,
+    states_BTD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: float = 1.0,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns `token_logprobs`, and the entropy of each next token, [B, T].
+
+    The entropy is in nats, and has no gradient.
+    """
 
     # Without it, the backward pass would keep the logits of all chunks.
     @jax.checkpoint
@@ -139,9 +154,13 @@ class Model:
       if temperature != 1.0:
         logits_BtV = logits_BtV / temperature
       logprobs_BtV = jax.nn.log_softmax(logits_BtV)
-      return jnp.take_along_axis(logprobs_BtV, targets_Bt[:, :, None], axis=-1)[
-        :, :, 0
-      ]
+      own_Bt1 = jnp.take_along_axis(
+        logprobs_BtV, targets_Bt[:, :, None], axis=-1
+      )
+      known_BtV = jax.lax.stop_gradient(logprobs_BtV)
+      # Ids without a token have a probability of 0 and a finite logarithm.
+      entropy_Bt = -jnp.sum(jnp.exp(known_BtV) * known_BtV, axis=-1)
+      return own_Bt1[:, :, 0], entropy_Bt
 
     return self.map_chunks(of_chunk, states_BTD, targets_BT)
 
@@ -254,6 +273,14 @@ class Objective(abc.ABC):
     """
     del params, batch, model, others
     return {}
+
+  def derived(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the metrics of a step, with figures that are no means of sums.
+
+    Args:
+      metrics: each sum of `__call__` over its denominator.
+    """
+    return metrics
 
   def validate(self) -> None:
     """Raises ValueError for hyper-parameters that no run can use."""

@@ -36,16 +36,41 @@ def sums(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
   return sums_BS.reshape((batch, -1, 2))
 
 
+@jax.custom_vjp
+def spread(sums_BU2: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+  """Returns the number of its segment at each token, [B, T]; 0 in padding.
+
+  The transpose of `sums`.
+  """
+  return _at_tokens(sums_BU2, segment_ids_BT)
+
+
+def _at_tokens(sums_BU2, segment_ids_BT):
+  sums_BS = sums_BU2.reshape((sums_BU2.shape[0], -1))
+  places_BT = jnp.maximum(segment_ids_BT - 1, 0)
+  found_BT = jnp.take_along_axis(sums_BS, places_BT, axis=1)
+  return jnp.where(segment_ids_BT > 0, found_BT, 0.0)
+
+
 def _forward(values_BT, segment_ids_BT):
   return sums(values_BT, segment_ids_BT), segment_ids_BT
 
 
 def _backward(segment_ids_BT, grads_BU2):
   # Every token has the gradient of its segment.
-  grads_BS = grads_BU2.reshape((grads_BU2.shape[0], -1))
-  places_BT = jnp.maximum(segment_ids_BT - 1, 0)
-  grads_BT = jnp.take_along_axis(grads_BS, places_BT, axis=1)
-  return jnp.where(segment_ids_BT > 0, grads_BT, 0.0), None
+  return _at_tokens(grads_BU2, segment_ids_BT), None
 
 
 sums.defvjp(_forward, _backward)
+
+
+def _spread_forward(sums_BU2, segment_ids_BT):
+  return _at_tokens(sums_BU2, segment_ids_BT), segment_ids_BT
+
+
+def _spread_backward(segment_ids_BT, grads_BT):
+  # A gather's own gradient would be a scatter, see `sums`.
+  return sums(grads_BT, segment_ids_BT), None
+
+
+spread.defvjp(_spread_forward, _spread_backward)

@@ -9,69 +9,32 @@ loss knows no algorithm. A mean is over the weights of its own term in the whole
 batch, whatever the micro-batches and devices: a term that trains few tokens is
 as strong as its scale says.
 
-REINFORCE, RLOO, GRPO and PPO's policy loss are policy terms with different
-advantages (`training.objectives.advantages`); supervised fine-tuning is the
+REINFORCE, RLOO, GRPO and their kin are policy terms with different advantages
+(`training.objectives.advantages`), ratios and means; `policy/recipes.py` has
+them by name, and `policy/ppo.py` adds a critic. Supervised fine-tuning is the
 imitation term; distillation is the distance to a teacher.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from checks import expect
 from training import frozen_models
 from training.objectives import advantages as advantages_lib, port, routing
+from training.objectives.policy import (
+  corrections,
+  estimators,
+  refusals,
+  sequences,
+  terms,
+)
 
 _ARRAY_BT = port.ArraySpec('BT', jnp.float32)
+_EPSILON = 1e-8  # beside a deviation of advantages
 TERMS = 'policy', 'imitation', 'distance'
-RECOMPUTED, OWN, SAMPLER = PROXIMALS = 'recomputed', 'own', 'sampler'
-
-
-def k1(log_ratio, importance):
-  """Returns rho r, r = log(policy / reference).
-
-  Its mean is the divergence, and its gradient's mean the divergence's, because
-  the importance ratio rho has a gradient. Without rho, the mean of the gradient
-  is 0: the classic mistake.
-  """
-  return importance * log_ratio
-
-
-def k2(log_ratio, importance):
-  """Returns r^2 / 2: a biased value, with the gradient of the divergence.
-
-  Its gradient is r grad log p: that of `k1` without a part of mean 0.
-  """
-  del importance
-  return jnp.square(log_ratio) / 2
-
-
-def k3(log_ratio, importance):
-  """Returns exp(-r) - 1 + r: an unbiased value of low variance, at least 0.
-
-  Its gradient is that of KL(reference || policy), as in GRPO
-  (arXiv:2402.03300, equation 4).
-  """
-  del importance
-  return jnp.expm1(-log_ratio) + log_ratio
-
-
-def k3_unbiased(log_ratio, importance):
-  """Returns rho (exp(-r) - 1 + r): value and gradient of the divergence.
-
-  As in DeepSeek-V3.2 (arXiv:2512.02556, section 3.1).
-  """
-  return importance * k3(log_ratio, importance)
-
-
-# Estimators from the log-probability of the one token that was drawn, as in
-# http://joschu.net/blog/kl-approx.html. They take tokens for samples of the
-# policy; `full` sums over the vocabulary, and fits any text. The divergence is
-# that of the next token given the tokens before it, which have no gradient.
-ESTIMATORS = {'k1': k1, 'k2': k2, 'k3': k3, 'k3_unbiased': k3_unbiased}
-FULL = 'full'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,20 +61,38 @@ class TokenLoss(port.Objective):
   imitation_scale: float = 0.0
   distance_scale: float = 0.0
   is_stamped: bool = False  # whether each term has an array of weights
+  # token | sequence | constant: each mean is one over tokens; over completions,
+  # of their means; or the sum over completions x max_length.
+  aggregation: str = terms.TOKEN
+  max_length: int = 0  # of constant: the most sampled tokens of a completion
   # Whether batches are sampled by the policy while it trains.
   is_sampled: bool = False
   # Sampled batches: the policy that ratios compare with. recomputed: the policy
   # before the first step on a batch, which costs a forward pass. own: the
   # policy itself, for one step on each batch: all ratios are 1. sampler: the
   # log-probabilities that the sampler gave, `sampler_logprobs`.
-  proximal: str = RECOMPUTED
+  proximal: str = refusals.RECOMPUTED
   # Of the distribution that was sampled from: it divides the logits.
   temperature: float = 1.0
-  # The ratio of new to old probability counts from 1 - clip_low to 1 +
-  # clip_high (PPO, arXiv:1707.06347, equation 7; DAPO raises clip_high). 0 for
-  # both: no limits.
+  # token | sequence: ratios of new to old probability, of each token or of the
+  # whole completion (GSPO).
+  ratio: str = terms.TOKEN
+  # clipped | cispo: the gradient ends at the limits of the ratio (PPO), or the
+  # limited ratio is a weight and every token has a gradient (CISPO).
+  form: str = terms.CLIPPED
+  # The ratio counts from 1 - clip_low to 1 + clip_high; DAPO raises clip_high.
+  # 0 for both: no limits.
   clip_low: float = 0.2
   clip_high: float = 0.2
+  # Whether advantages are scaled to mean 0 and variance 1 over the tokens of
+  # each step's batch (PPO, REINFORCE++).
+  is_whitened: bool = False
+  # Sampled batches: factor of log(policy / reference) of each token, which is
+  # taken from the rewards. Unlike the distance, it counts the effect of a token
+  # on the divergence of all tokens after it.
+  kl_reward: float = 0.0
+  # Sampled batches: importance weights against the sampler.
+  correction: corrections.Correction = corrections.Correction()
   # k1 | k2 | k3 | k3_unbiased | full: estimator of the distance.
   distance: str = 'k2'
   # Frozen directory of the reference, or of a teacher; '': config.init_from.
@@ -132,62 +113,12 @@ class TokenLoss(port.Objective):
         'objective: got 0 for policy_scale, imitation_scale and distance_scale,'
         ' expected a term at least; set one of them above 0'
       )
-    expect.one_of('objective.distance', self.distance, (*ESTIMATORS, FULL))
-    for name, term in (
-      ('clip_low', 'policy'),
-      ('clip_high', 'policy'),
-      ('advantages', 'policy'),
-      ('distance', 'distance'),
-      ('reference', 'distance'),
-    ):
-      self._refuse_unused(name, term)
-    if not 0 <= self.clip_low < 1 or not 0 <= self.clip_high < math.inf:
-      raise ValueError(
-        f'objective.clip_low, clip_high: got {self.clip_low} and'
-        f' {self.clip_high}, expected 0 <= clip_low < 1 and clip_high >= 0;'
-        ' 0 for both does not clip'
-      )
-    if (self.clip_low == 0) != (self.clip_high == 0):
-      raise ValueError(
-        f'objective.clip_low, clip_high: got {self.clip_low} and'
-        f' {self.clip_high}, expected both above 0, or 0 for both: a ratio is 1'
-        ' where the policy has not moved, and would never count beyond it'
-      )
-    self.advantages.validate()
-    self._check_sampled()
+    refusals.check(self)
     if self._is_full and not self.reference:
       raise ValueError(
         "objective.reference: got '' with objective.distance = full, expected"
         ' the frozen directory of a reference or teacher, whose whole'
         ' distribution each step computes; set it'
-      )
-
-  def _check_sampled(self):
-    expect.one_of('objective.proximal', self.proximal, PROXIMALS)
-    if not 0 < self.temperature < math.inf:
-      raise ValueError(
-        f'objective.temperature: got {self.temperature}, expected a number'
-        ' above 0, the one that text is sampled with'
-      )
-    if self.is_sampled:
-      return
-    for name in ('proximal', 'temperature'):
-      default = type(self).__dataclass_fields__[name].default
-      if (value := getattr(self, name)) != default:
-        raise ValueError(
-          f'objective.{name}: got {value!r} with objective.is_sampled = False,'
-          f' expected {default!r}: the batches are fixed data; set'
-          f' objective.is_sampled, or leave {name} out'
-        )
-
-  def _refuse_unused(self, name, term):
-    default = type(self).__dataclass_fields__[name].default
-    value = getattr(self, name)
-    if value != default and not self._scale(term):
-      raise ValueError(
-        f'objective.{name}: got {value!r} with objective.{term}_scale = 0,'
-        f' expected {default!r}: the {term} term is left out; set its scale, or'
-        f' leave {name} out'
       )
 
   def check_start(self, init_from):
@@ -213,7 +144,7 @@ class TokenLoss(port.Objective):
 
   @property
   def _is_full(self) -> bool:
-    return bool(self.distance_scale) and self.distance == FULL
+    return bool(self.distance_scale) and self.distance == refusals.FULL
 
   @property
   def examples(self):
@@ -233,6 +164,8 @@ class TokenLoss(port.Objective):
       spec['advantages'] = _ARRAY_BT
     if self._old:
       spec[self._old] = _ARRAY_BT
+    if self._is_corrected:
+      spec['sampler_logprobs'] = _ARRAY_BT
     if self._reads_reference:
       spec['ref_logprobs'] = _ARRAY_BT
     return spec
@@ -262,41 +195,56 @@ class TokenLoss(port.Objective):
   @property
   def _reads_reference(self) -> bool:
     """Whether batches have the log-probabilities of a reference."""
-    return bool(self.distance_scale) and not self._is_full
+    is_estimated = bool(self.distance_scale) and not self._is_full
+    return is_estimated or bool(self.kl_reward)
 
   @property
   def _old(self) -> str:
     """The array of log-probabilities that ratios compare with; '': its own."""
-    if not self.policy_scale or (self.is_sampled and self.proximal == OWN):
+    if not self.policy_scale or self.proximal == refusals.OWN:
       return ''
-    is_sampler = self.is_sampled and self.proximal == SAMPLER
+    is_sampler = self.proximal == refusals.SAMPLER
     return 'sampler_logprobs' if is_sampler else 'old_logprobs'
+
+  @property
+  def is_penalised(self) -> bool:
+    """Whether the loss takes `kl_reward` from the advantages."""
+    return bool(self.kl_reward)
+
+  @property
+  def _is_corrected(self) -> bool:
+    return self.correction.level != corrections.NONE
 
   def annotate(self, params, batch, model, *, reference=None):
     """Returns `old_logprobs` and `ref_logprobs`, as far as they are read."""
+    own = None
+    if 'old_logprobs' in self.annotated:
+      own = self._own(params, batch, model)
+    return self._annotations(own, batch, reference)
+
+  def _annotations(self, own, batch, reference):
     found = {}
     if 'old_logprobs' in self.annotated:
-      found['old_logprobs'] = self._logprobs(params, batch, model)[0]
+      found['old_logprobs'] = own.logprobs_BT
     if 'ref_logprobs' in self.annotated:
       assert reference is not None
-      found['ref_logprobs'] = self._logprobs(
-        reference.params, batch, reference.model
-      )[0]
+      theirs = self._own(reference.params, batch, reference.model)
+      found['ref_logprobs'] = theirs.logprobs_BT
     # The target of padding may be an id without a token, of probability 0.
     return {
       name: jnp.where(batch['segment_ids'] > 0, values_BT, 0.0)
       for name, values_BT in found.items()
     }
 
-  def _logprobs(self, params, batch, model):
-    """Returns log p(target), [B, T], and the hidden states."""
+  def _own(self, params, batch, model) -> '_Own':
+    """Returns the log-probabilities of the targets under a model."""
     hidden = model.hidden(
       params, batch['tokens'], batch['positions'], batch['segment_ids']
     )
-    logprobs_BT = model.token_logprobs(
+    logprobs_BT, entropy_BT = model.token_logprobs_and_entropy(
       params, hidden.states_BTD, batch['targets'], self.temperature
     )
-    return logprobs_BT, hidden
+    return _Own(hidden, logprobs_BT, entropy_BT)
 
   def _weights(self, batch, term):
     return batch[f'{term}_weights' if self.is_stamped else 'weights']
@@ -306,86 +254,147 @@ class TokenLoss(port.Objective):
     is_trained_BT = sum(self._weights(batch, term) for term in self._active) > 0
     return jnp.sum(is_trained_BT, dtype=jnp.float32)
 
+  def _shares(self, batch, term) -> terms.Shares:
+    weights_BT = self._weights(batch, term)
+    return terms.shares(self.aggregation, weights_BT, batch, self.max_length)
+
   def totals(self, params, batch, model, **others):
-    """Returns the sum of the weights of each term, and counts of tokens."""
+    """Returns the denominator of each term, and counts of tokens."""
     del params, model, others
-    return {
-      **{term: jnp.sum(self._weights(batch, term)) for term in self._active},
+    sums: port.Sums = {
+      **{term: self._shares(batch, term).count for term in self._active},
       'tokens': self._num_tokens(batch),
       'real_tokens': routing.num_real(batch),
     }
+    if self.is_whitened:
+      weights_BT = self._weights(batch, 'policy')
+      old_BT = batch[self._old] if self.is_penalised else None
+      advantages_BT = self._penalised(batch, old_BT)
+      for name, power in ('mean', 1), ('square', 2):
+        total = jnp.sum(advantages_BT**power * weights_BT)
+        sums[name] = port.Mean(total, jnp.sum(weights_BT))
+    return sums
 
   def __call__(self, params, batch, model, *, totals, reference=None):
     """Returns the summed loss, and sums.
 
     Returns:
-      The sums: `weight`, the number of trained targets; each term by its name;
-      `ratio`, `clipped_low` and `clipped_high` of the policy term, the last two
-      the shares of tokens whose gradient is cut off.
+      The sums: `weight`, the number of trained targets; each term by its name.
+      Of the policy term, as means over tokens: `entropy`; `ratio`;
+      `clipped_low` and `clipped_high`, the shares beyond the limits of the
+      ratio; `old_kl`, the divergence from the old policy; `reference_kl`, that
+      from the reference, if the reward has it; and those of the correction.
     """
-    logprobs_BT, hidden = self._logprobs(params, batch, model)
-    found = {}
+    own = self._own(params, batch, model)
+    found: dict[str, jax.Array] = {}
     sums: port.Sums = {}
-    importance_BT = self._importance(logprobs_BT, batch)
+    old_BT = batch[self._old] if self._old else None
+    if old_BT is None:
+      # The policy's own tokens: a ratio of 1, with the gradient of a
+      # probability.
+      old_BT = jax.lax.stop_gradient(own.logprobs_BT)
     if self.policy_scale:
-      found['policy'], sums = self._policy(importance_BT, batch)
+      found['policy'], sums = self._policy(own, old_BT, batch, totals)
     if self.imitation_scale:
-      found['imitation'] = -logprobs_BT
+      found['imitation'] = -own.logprobs_BT
     if self._is_full:
       found['distance'] = _divergence(
-        params, hidden.states_BTD, model, reference, batch, self.temperature
+        params, own.hidden.states_BTD, model, reference, batch, self.temperature
       )
     elif self.distance_scale:
-      found['distance'] = ESTIMATORS[self.distance](
-        logprobs_BT - batch['ref_logprobs'], importance_BT
+      weights_BT = self._weights(batch, 'distance')
+      found['distance'] = estimators.ESTIMATORS[self.distance](
+        own.logprobs_BT - batch['ref_logprobs'],
+        terms.ratios(own.logprobs_BT - old_BT, weights_BT, batch, terms.TOKEN),
       )
-    # The step divides by all tokens; each term is over its own weights.
+      if self._is_corrected:
+        found['distance'] *= self._corrected(old_BT, batch)[0]
+    more, more_sums = self._more_terms(params, own.hidden, batch)
+    found, sums = found | more, sums | more_sums
+    # The step divides by all tokens; each term is over its own denominator.
     loss = jnp.zeros(())
     for term, values_BT in found.items():
-      mean = _mean(values_BT, self._weights(batch, term))
-      per_weight = totals['tokens'] / jnp.maximum(totals[term], 1e-9)
-      loss += self._scale(term) * per_weight * mean.total
+      mean = self._shares(batch, term).mean(values_BT)
+      per_count = totals['tokens'] / jnp.maximum(totals[term], 1e-9)
+      loss += self._scale(term) * per_count * mean.total
       sums[term] = mean
-    if hidden.routing is not None:
+    if own.hidden.routing is not None:
       per_token = totals['tokens'] / jnp.maximum(totals['real_tokens'], 1.0)
-      router_loss, routed = routing.losses(hidden.routing, batch, per_token)
+      router_loss, routed = routing.losses(own.hidden.routing, batch, per_token)
       loss, sums = loss + router_loss, sums | routed
     return loss, {**sums, 'weight': self._num_tokens(batch)}
 
-  def _importance(self, logprobs_BT, batch):
-    """Returns new over old probability, of tokens that the policy drew."""
-    # Without them, the tokens count as the policy's own: a ratio of 1, with the
-    # gradient of a probability.
-    old_BT = jax.lax.stop_gradient(logprobs_BT)
-    if self._old:
-      old_BT = batch[self._old]
-    # exp(20) is far beyond any clip, and still has a finite gradient.
-    return jnp.exp(jnp.clip(logprobs_BT - old_BT, -20.0, 20.0))
+  def derived(self, metrics):
+    """Returns the metrics with the effective sample size."""
+    return (
+      corrections.effective_size(metrics) if self._is_corrected else metrics
+    )
 
-  def _policy(self, ratio_BT, batch):
-    advantages_BT = batch['advantages']
+  def _more_terms(self, params, hidden, batch):
+    """Returns the values [B, T] of further terms, and their sums."""
+    del params, hidden, batch
+    return {}, {}
+
+  def _policy(self, own, old_BT, batch, totals):
+    """Returns the policy term of each token, [B, T], and sums."""
     weights_BT = self._weights(batch, 'policy')
-    objective_BT = ratio_BT * advantages_BT
-    sums: port.Sums = {'ratio': _mean(ratio_BT, weights_BT)}
-    if self.clip_low or self.clip_high:
-      low, high = 1 - self.clip_low, 1 + self.clip_high
-      clipped_BT = jnp.clip(ratio_BT, low, high) * advantages_BT
-      objective_BT = jnp.minimum(objective_BT, clipped_BT)
-      sums |= {
-        'clipped_low': _mean(
-          (ratio_BT < low) & (advantages_BT < 0), weights_BT
-        ),
-        'clipped_high': _mean(
-          (ratio_BT > high) & (advantages_BT > 0), weights_BT
-        ),
-      }
-    return -objective_BT, sums
+    log_ratio_BT = own.logprobs_BT - old_BT
+    ratio_BT = terms.ratios(log_ratio_BT, weights_BT, batch, self.ratio)
+    advantages_BT = self._penalised(batch, jax.lax.stop_gradient(old_BT))
+    if self.is_whitened:
+      mean, square = (
+        totals[name].total / jnp.maximum(totals[name].weight, 1e-9)
+        for name in ('mean', 'square')
+      )
+      deviation = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
+      advantages_BT = (advantages_BT - mean) / (deviation + _EPSILON)
+    low, high = 1 - self.clip_low, 1 + self.clip_high
+    if self.form == terms.CISPO:
+      values_BT, means = terms.cispo(
+        ratio_BT, advantages_BT, own.logprobs_BT, low, high
+      )
+    elif self.clip_low:
+      values_BT, means = terms.clipped(ratio_BT, advantages_BT, low, high)
+    else:
+      values_BT, means = ratio_BT * advantages_BT, {}
+    means |= {'ratio': ratio_BT, 'entropy': own.entropy_BT}
+    if self._old:
+      # k3 of tokens that the old policy drew: KL(old || new).
+      limit = corrections.MAX_LOG
+      log_BT = jnp.clip(log_ratio_BT, -limit, limit)
+      means['old_kl'] = jnp.expm1(log_BT) - log_BT
+    if self.kl_reward:  # of PPO too, whose rewards have it
+      means['reference_kl'] = old_BT - batch['ref_logprobs']
+    shares = terms.shares(terms.TOKEN, weights_BT, batch, 0)
+    sums: port.Sums = {name: shares.mean(x) for name, x in means.items()}
+    if self._is_corrected:
+      importance_BT, found = self._corrected(old_BT, batch)
+      values_BT, sums = values_BT * importance_BT, sums | found
+    return -values_BT, sums
+
+  def _penalised(self, batch, old_BT):
+    """Returns the advantages, with the penalty of the tokens from each on."""
+    advantages_BT = batch['advantages']
+    if not self.is_penalised:
+      return advantages_BT
+    is_trained_BT = self._weights(batch, 'policy') > 0
+    penalties_BT = jnp.where(
+      is_trained_BT, self.kl_reward * (old_BT - batch['ref_logprobs']), 0.0
+    )
+    return advantages_BT - sequences.to_go(penalties_BT, batch)
+
+  def _corrected(self, old_BT, batch):
+    """Returns the importance weights against the sampler, and their sums."""
+    log_ratio_BT = jax.lax.stop_gradient(old_BT) - batch['sampler_logprobs']
+    return self.correction(log_ratio_BT, self._weights(batch, 'policy'), batch)
 
 
-def _mean(values_BT, weights_BT) -> port.Mean:
-  # A target that is not trained may be an id without a token: 0 x inf.
-  weighted_BT = jnp.where(weights_BT > 0, values_BT * weights_BT, 0.0)
-  return port.Mean(jnp.sum(weighted_BT), jnp.sum(weights_BT))
+class _Own(NamedTuple):
+  """The results of a forward pass."""
+
+  hidden: port.Hidden
+  logprobs_BT: jax.Array
+  entropy_BT: jax.Array  # of the next token at each place, without gradient
 
 
 def _divergence(

@@ -69,9 +69,9 @@ def _refused(message, init_from='', **fields):
     (
       {
         'policy_scale': 1.0,
-        'advantages': advantages.Advantages(is_normalised=True),
+        'advantages': advantages.Advantages(scale='group'),
       },
-      'objective.advantages.group_size: got 1 with is_normalised = True',
+      'objective.advantages.group_size: got 1 with scale = group',
     ),
   ],
 )
@@ -235,13 +235,13 @@ def test_advantages_are_rewards_less_the_baseline():
     of(baseline='leave_one_out', group_size=3), [1, -0.5, -0.5, -3, 0, 3]
   )
   np.testing.assert_allclose(
-    of(baseline='group', group_size=3, is_normalised=True)[3:],
+    of(baseline='group', group_size=3, scale='group')[3:],
     [-1, 0, 1],
     atol=1e-3,
   )
   # A group of equal rewards teaches nothing, and is not divided by 0.
   np.testing.assert_array_equal(
-    advantages.Advantages(baseline='group', group_size=2, is_normalised=True)(
+    advantages.Advantages(baseline='group', group_size=2, scale='group')(
       np.ones(4)
     ),
     np.zeros(4),
