@@ -5,15 +5,26 @@ of a batch have different numbers of units, trained tokens and labels, so a mean
 of means would differ. The tolerances are those of that file.
 """
 
+import atexit
+import dataclasses
 import functools
+import pathlib
+import shutil
+import tempfile
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import preference_rows, tiny_experiment, tiny_models
+from tests.helpers import (
+  frozen_dirs,
+  preference_rows,
+  tiny_experiment,
+  tiny_models,
+)
 from training import learner as learner_lib
 from training.objectives import port, preference, token_loss
+from training.objectives.policy import corrections, recipes
 from training.optimizer import chain
 
 ROWS, LENGTH, VOCAB, UNITS = 16, 48, 64, 34
@@ -55,6 +66,25 @@ OBJECTIVES = {
     distance='k3_unbiased',
     is_stamped=True,
   ),
+  'reinforce_pp': recipes.reinforce_pp(kl=0.1),
+  'rloo': recipes.rloo(group_size=2),
+  'grpo': recipes.grpo(group_size=2, temperature=0.8),
+  'dr_grpo': recipes.dr_grpo(group_size=2, max_length=5),
+  'dapo': recipes.dapo(group_size=2),
+  'gspo': recipes.gspo(
+    group_size=2,
+    clip_low=0.1,
+    clip_high=0.1,
+    correction=corrections.Correction(level='sequence'),
+  ),
+  'cispo': recipes.cispo(
+    group_size=2,
+    clip_high=0.1,
+    correction=corrections.Correction(
+      level='token', mode='reject', cap=1.1, floor=0.8
+    ),
+  ),
+  'ppo': recipes.ppo(kl=0.1, value_scale=1.0),
 }
 
 
@@ -64,6 +94,16 @@ def _fast(*names):
     n if n in names else pytest.param(n, marks=pytest.mark.slow)
     for n in OBJECTIVES
   ]
+
+
+@functools.cache
+def _reference():
+  """Returns a frozen directory with other weights."""
+  directory = pathlib.Path(tempfile.mkdtemp()) / 'frozen'
+  params = frozen_dirs.params(MODEL, seed=5)
+  frozen_dirs.write(directory, params=params, config=MODEL)
+  atexit.register(shutil.rmtree, directory.parent, ignore_errors=True)
+  return str(directory)
 
 
 @functools.cache
@@ -93,6 +133,8 @@ def _stamps(batch):
     'distance_weights': trained_BT * (1 + noise_BT),
     'advantages': noise_BT * trained_BT,
     'old_logprobs': -4.16 + 0.3 * noise_BT,
+    'sampler_logprobs': -4.16 + 0.3 * noise_BT,
+    'rewards': noise_BT * (trained_BT > 0),
   }
   return {name: np.float32(array) for name, array in arrays.items()}
 
@@ -100,11 +142,14 @@ def _stamps(batch):
 def _train(name, batch=_batch, num_devices=1, rows=ROWS, **options):
   """Returns the metrics of each step, [steps, metrics], and their names."""
   model = options.pop('model', MODEL)
+  objective = OBJECTIVES[name]
+  if objective.models_needed:
+    objective = dataclasses.replace(objective, reference=_reference())
   learner = learner_lib.make(
     tiny_experiment.make(
       model=model,
       data={'row_length': LENGTH, 'batch_size': rows},
-      objective=OBJECTIVES[name],
+      objective=objective,
       optimizer=chain.OptimizerConfig(warmup_steps=0, peak_lr=3e-3),
       num_steps=NUM_STEPS,
       **options,
@@ -112,10 +157,15 @@ def _train(name, batch=_batch, num_devices=1, rows=ROWS, **options):
     jax.devices()[:num_devices],
   )
   state = learner.init(jax.random.key(0))
+  batches = [batch(index) for index in range(2)]
+  if objective.annotated:
+    # Later steps are inner epochs: the policy moves away from this one.
+    annotate = learner.compile_annotate_step()
+    batches = [b | annotate(state, b) for b in batches]
   train_step = learner.compile_train_step()
   found = []
   for index in range(NUM_STEPS):
-    arrays = {k: batch(index)[k] for k in learner.batch_shapes()}
+    arrays = {k: batches[index % 2][k] for k in learner.batch_shapes()}
     state, metrics = train_step(state, learner.placement.put_batch(arrays))
     metrics = {k: float(v) for k, v in metrics.items()}
     metrics.pop('param_norm')
@@ -150,12 +200,12 @@ def _assert_same(got, expected):
     assert expected_values[:, names.index('kl')].min() > 1
 
 
-@pytest.mark.parametrize('name', _fast('kto', 'cpo', 'tokens'))
+@pytest.mark.parametrize('name', _fast('kto', 'cpo', 'tokens', 'ppo'))
 def test_accumulation(name):
   _assert_same(_train(name, num_microbatches=8), _expected(name))
 
 
-@pytest.mark.parametrize('name', _fast('dpo', 'kto'))
+@pytest.mark.parametrize('name', _fast('dpo', 'kto', 'gspo'))
 def test_packing(name):
   """Each unit in a row of its own."""
   batch = functools.partial(_batch, units_per_row=1, num_rows=40)
@@ -168,7 +218,7 @@ def test_padding_side(name):
   _assert_same(_train(name, batch), _expected(name))
 
 
-@pytest.mark.parametrize('name', _fast('kto', 'tokens'))
+@pytest.mark.parametrize('name', _fast('kto', 'tokens', 'reinforce_pp'))
 def test_a_mesh(name):
   parallel = {'data': 2, 'context': 2, 'tensor': 2}
   _assert_same(
