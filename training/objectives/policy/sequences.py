@@ -57,11 +57,18 @@ def advantages_and_returns(
   goes_on_BT = order.goes_on_BT
   is_trained_BT = order.sorted(weights_BT) > 0
   value_BT = jnp.where(is_trained_BT, order.sorted(values_BT), 0.0)
-  # The value at the first trained token from each place on.
-  here_BT = _backwards(jnp.where(is_trained_BT, 0.0, goes_on_BT), value_BT)
-  next_BT = goes_on_BT * jnp.roll(here_BT, -1, axis=1)
-  delta_BT = order.sorted(rewards_BT) + jnp.where(
-    is_trained_BT, discount * next_BT - value_BT, 0.0
+  # Up to the next trained token, places pass on the number after them.
+  passes_BT = jnp.where(is_trained_BT, 0.0, goes_on_BT)
+
+  def next_of(numbers_BT):
+    here_BT = _backwards(passes_BT, numbers_BT)
+    return goes_on_BT * jnp.roll(here_BT, -1, axis=1)
+
+  next_BT = next_of(value_BT)
+  reward_BT = order.sorted(rewards_BT)
+  reward_BT += next_of(jnp.where(is_trained_BT, 0.0, reward_BT))
+  delta_BT = jnp.where(
+    is_trained_BT, reward_BT + discount * next_BT - value_BT, 0.0
   )
   kept_BT = goes_on_BT * jnp.where(is_trained_BT, discount * decay, 1.0)
   found_BT = jnp.where(is_trained_BT, _backwards(kept_BT, delta_BT), 0.0)

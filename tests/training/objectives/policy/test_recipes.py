@@ -106,7 +106,7 @@ def _fields(**fields):
     ),
     (
       {'is_sampled': False, 'kl_reward': 0.5},
-      'objective.kl_reward: got 0.5 with objective.is_sampled = False, expected',
+      'objective.kl_reward: got 0.5 with objective.is_sampled = False, exp',
     ),
     (
       {'policy_scale': 0.0, 'imitation_scale': 1.0, 'form': 'cispo'},
@@ -121,7 +121,7 @@ def _fields(**fields):
         'proximal': 'sampler',
         'correction': corrections.Correction(level='token'),
       },
-      'objective.correction: got weights against the sampler with objective.pro',
+      'objective.correction: got weights against the sampler with objective.p',
     ),
     (
       {'correction': corrections.Correction(cap=3.0)},
