@@ -42,52 +42,80 @@ struct Weights {
 
 // --- Kernels whose scales lie apart -----------------------------------------
 
-// One scale per 16, 32, 64... inputs, or for the whole row.
-template <bool kIsPacked>
+enum class Tiles {
+  kWhole,      // a piece has one scale: tiles of 32, 64... inputs, or whole rows
+  kWithMins,   // the same, and a minimum
+  kAny,        // tiles of 16, 48... inputs; with minima or without
+};
+
+// Packed codes are decoded as they lie: the first vector has the low bits of 16
+// bytes, which are the even inputs, and the second the high bits, the odd ones.
+// The inputs are ordered in the same way before the product: `OrderPacked`.
+template <bool kIsPacked, Tiles kTiles>
 struct Apart {
   static constexpr bool kHasRest = true;  // rows may have any length
+  static constexpr bool kIsEvenOdd = kIsPacked;
   static constexpr int kPieces = 1;
   static constexpr int kBytes = kIsPacked ? kPiece / 2 : kPiece;
 
   struct Block {
     const uint8_t* data;
     const float *scales, *mins, *book;
-    int64_t first, second;  // tiles of the two vectors
+    int64_t next;  // the tile of the second 16 inputs, from that of the first
   };
 
   static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
     const int64_t of_row = m.tile_out == 1 ? row : row / m.tile_out;
-    const int64_t tile = of_row * m.tiles_in, k = block * kPiece;
+    const int64_t k = block * kPiece;
+    const int64_t first = m.tiles_in > 1 ? m.TileOf(k) : 0;
+    const int64_t tile = of_row * m.tiles_in + first;
     Block found{m.data + row * m.row_bytes + block * kBytes, m.scales + tile,
-                m.mins ? m.mins + tile : nullptr, m.book, 0, 0};
-    if (m.tiles_in > 1) {
-      found.first = m.TileOf(k);
-      // The last vector may be beyond the row.
-      found.second = m.TileOf(k + kLanes);
-      if (found.second >= m.tiles_in) found.second = m.tiles_in - 1;
+                m.mins ? m.mins + tile : nullptr, m.book, 0};
+    if (kTiles == Tiles::kAny && m.tiles_in > 1) {
+      int64_t second = m.TileOf(k + kLanes);
+      // The last 16 inputs may be beyond the row.
+      if (second >= m.tiles_in) second = m.tiles_in - 1;
+      found.next = second - first;
     }
     return found;
+  }
+
+  // The numbers of the tiles that the inputs of two vectors are of.
+  static TWO_LIVES_INLINE Weights OfTiles(const float* numbers, int64_t next) {
+    const Vec first = Set(numbers[0]);
+    if constexpr (kTiles != Tiles::kAny) return {first, first};
+    if constexpr (kIsPacked) {
+      const Vec both = Halves(numbers[0], numbers[next]);
+      return {both, both};
+    }
+    return {first, Set(numbers[next])};
   }
 
   static TWO_LIVES_INLINE Weights Piece(const Block& b, int) {
     Weights w;
     if constexpr (kIsPacked) {
-      const Codes bytes = LoadCodes(b.data);
-      Codes codes[2];
-      Interleave(bytes & 15, bytes >> 4, codes);
-      w = {LookUp(codes[0], b.book), LookUp(codes[1], b.book)};
+      LookUpBoth(LoadCodes(b.data), b.book, &w.first, &w.second);
     } else {
       w = {OfSigned(LoadCodes(b.data)), OfSigned(LoadCodes(b.data + kLanes))};
     }
-    w.first = Mul(w.first, Set(b.scales[b.first]));
-    w.second = Mul(w.second, Set(b.scales[b.second]));
-    if (b.mins) {
-      w.first = MulAdd(Set(1.0f), w.first, Set(b.mins[b.first]));
-      w.second = MulAdd(Set(1.0f), w.second, Set(b.mins[b.second]));
+    const Weights scales = OfTiles(b.scales, b.next);
+    w = {Mul(w.first, scales.first), Mul(w.second, scales.second)};
+    if (kTiles == Tiles::kWithMins || (kTiles == Tiles::kAny && b.mins)) {
+      const Weights mins = OfTiles(b.mins, b.next);
+      w.first = MulAdd(Set(1.0f), w.first, mins.first);
+      w.second = MulAdd(Set(1.0f), w.second, mins.second);
     }
     return w;
   }
 };
+
+// Inputs in the order in which packed codes are decoded, zeros beyond the end.
+inline void OrderPacked(const float* x, int64_t columns, float* ordered) {
+  for (int64_t k = 0; k < columns; ++k) {
+    const int64_t place = k % kPiece;
+    ordered[k - place + place % 2 * kLanes + place / 2] = x[k];
+  }
+}
 
 // --- Blocks of 32 weights ----------------------------------------------------
 
@@ -97,7 +125,7 @@ struct Block32 {
 
 template <class Form>
 struct Blocks32 {
-  static constexpr bool kHasRest = false;
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
   static constexpr int kPieces = 1;
   typedef Block32 Block;
   static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
@@ -206,7 +234,7 @@ struct SixBits {
 };
 
 struct Q4_K {
-  static constexpr bool kHasRest = false;
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
   static constexpr int kPieces = 8, kBytes = 144;
   struct Block {
     const uint8_t* data;
@@ -227,7 +255,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-  static constexpr bool kHasRest = false;
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
   static constexpr int kPieces = 8, kBytes = 176;
   typedef Q4_K::Block Block;
   static TWO_LIVES_INLINE Block At(const Matrix& m, int64_t row, int64_t block) {
@@ -247,7 +275,7 @@ struct Q5_K {
 };
 
 struct Q6_K {
-  static constexpr bool kHasRest = false;
+  static constexpr bool kHasRest = false, kIsEvenOdd = false;
   static constexpr int kPieces = 8, kBytes = 210;
   struct Block {
     const uint8_t* data;

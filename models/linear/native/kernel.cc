@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -52,7 +53,12 @@ Weights LastPiece(const Matrix& matrix, int64_t row, int64_t block) {
   float numbers[kPiece];
   Store(numbers, w.first);
   Store(numbers + kLanes, w.second);
-  std::fill(numbers + rest, numbers + kPiece, 0.0f);
+  if (Form::kIsEvenOdd) {
+    std::fill(numbers + rest / 2, numbers + kLanes, 0.0f);
+    std::fill(numbers + kLanes + rest / 2, numbers + kPiece, 0.0f);
+  } else {
+    std::fill(numbers + rest, numbers + kPiece, 0.0f);
+  }
   return {Load(numbers), Load(numbers + kLanes)};
 }
 
@@ -163,18 +169,27 @@ void MultiplyPart(const Product& p, int64_t begin, int64_t end) {
 
 typedef void (*Part)(const Product&, int64_t, int64_t);
 
+constexpr int64_t kBytes = 0, kNibbles = 1;  // as in product.py
+
+template <bool kIsPacked>
+Part PartOfApart(const Matrix& m) {
+  if (m.tiles_in > 1 && m.tile_in % kPiece)
+    return MultiplyPart<Apart<kIsPacked, Tiles::kAny>>;
+  return m.mins ? MultiplyPart<Apart<kIsPacked, Tiles::kWithMins>>
+                : MultiplyPart<Apart<kIsPacked, Tiles::kWhole>>;
+}
+
 // Of a form by its number: _BYTES, _NIBBLES and `_BLOCKS` of product.py.
-Part PartOf(int64_t form) {
+Part PartOf(int64_t form, const Matrix& matrix) {
   static constexpr Part kParts[] = {
-      MultiplyPart<Apart<false>>, MultiplyPart<Apart<true>>,
-      MultiplyPart<Q8_0>,         MultiplyPart<Q4_0>,
-      MultiplyPart<Q4_1>,         MultiplyPart<Q5_0>,
-      MultiplyPart<Q5_1>,         MultiplyPart<IQ4_NL>,
-      MultiplyPart<Q4_K>,         MultiplyPart<Q5_K>,
-      MultiplyPart<Q6_K>,
+      MultiplyPart<Q8_0>, MultiplyPart<Q4_0>,   MultiplyPart<Q4_1>,
+      MultiplyPart<Q5_0>, MultiplyPart<Q5_1>,   MultiplyPart<IQ4_NL>,
+      MultiplyPart<Q4_K>, MultiplyPart<Q5_K>,   MultiplyPart<Q6_K>,
   };
-  const int64_t size = sizeof(kParts) / sizeof(kParts[0]);
-  return form >= 0 && form < size ? kParts[form] : nullptr;
+  if (form == kBytes) return PartOfApart<false>(matrix);
+  if (form == kNibbles) return PartOfApart<true>(matrix);
+  const int64_t index = form - kNibbles - 1, size = std::size(kParts);
+  return index >= 0 && index < size ? kParts[index] : nullptr;
 }
 
 // Parts of a product that threads take, one after the other. A thread that XLA
@@ -214,11 +229,10 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                     ffi::Buffer<ffi::F32> mins, ffi::Buffer<ffi::F32> book,
                     int64_t form, int64_t tile_out, int64_t tile_in,
                     ffi::ResultBuffer<ffi::F32> y) {
-  const Part part = PartOf(form);
   const auto of_x = x.dimensions(), of_data = data.dimensions();
-  if (!part || of_x.size() != 2 || of_data.size() != 2 ||
+  if (of_x.size() != 2 || of_data.size() != 2 ||
       book.element_count() != kLanes || tile_out < 1 || tile_in < 1)
-    return ffi::Error::InvalidArgument("stored product: unknown form or shape");
+    return ffi::Error::InvalidArgument("stored product: unknown shape");
   Product product{};
   Matrix& matrix = product.matrix;
   matrix.data = static_cast<const uint8_t*>(data.untyped_data());
@@ -234,17 +248,25 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
     if (tile_in == int64_t{1} << shift) matrix.tile_shift = shift;
   matrix.tiles_in = (matrix.columns + tile_in - 1) / tile_in;
   matrix.book = book.typed_data();
+  const Part part = PartOf(form, matrix);
+  if (!part)
+    return ffi::Error::InvalidArgument("stored product: unknown form");
   product.num_rows = of_x[0];
   product.y = y->typed_data();
   if (!product.num_rows || !matrix.rows) return ffi::Error::Success();
   product.x = x.typed_data();
   product.stride = (matrix.columns + kPiece - 1) / kPiece * kPiece;
   std::vector<float> padded;
-  if (product.stride != matrix.columns) {
+  if (form == kNibbles || product.stride != matrix.columns) {
     padded.resize(product.num_rows * product.stride);
-    for (int64_t row = 0; row < product.num_rows; ++row)
-      std::copy_n(product.x + row * matrix.columns, matrix.columns,
-                  padded.data() + row * product.stride);
+    for (int64_t row = 0; row < product.num_rows; ++row) {
+      const float* from = product.x + row * matrix.columns;
+      float* to = padded.data() + row * product.stride;
+      if (form == kNibbles)
+        OrderPacked(from, matrix.columns, to);
+      else
+        std::copy_n(from, matrix.columns, to);
+    }
     product.x = padded.data();
   }
   Run(product, part, pool);

@@ -60,6 +60,19 @@ TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
   return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)codes),
                                _mm512_loadu_ps(book));
 }
+// The numbers of the low four bits of 16 bytes, and of the high ones.
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
+                                 Vec* high) {
+  // A permutation has 16 entries: it reads the low four bits of an index alone.
+  const __m512i codes = _mm512_cvtepu8_epi32((__m128i)bytes);
+  const __m512 entries = _mm512_loadu_ps(book);
+  *low = _mm512_permutexvar_ps(codes, entries);
+  *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), entries);
+}
+// Eight lanes of one number, eight of another.
+TWO_LIVES_INLINE Vec Halves(float first, float second) {
+  return _mm512_mask_blend_ps(0xff00, Set(first), Set(second));
+}
 
 #elif defined(TWO_LIVES_AVX2)
 
@@ -110,6 +123,14 @@ TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
   return {LookUpHalf(_mm256_cvtepu8_epi32((__m128i)codes), book),
           LookUpHalf(_mm256_cvtepu8_epi32(HighHalf(codes)), book)};
 }
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
+                                 Vec* high) {
+  *low = LookUp(bytes & 15, book);
+  *high = LookUp(bytes >> 4, book);
+}
+TWO_LIVES_INLINE Vec Halves(float first, float second) {
+  return {_mm256_set1_ps(first), _mm256_set1_ps(second)};
+}
 
 #else
 
@@ -143,6 +164,14 @@ TWO_LIVES_INLINE Vec OfSigned(Codes codes) {
 TWO_LIVES_INLINE Vec LookUp(Codes codes, const float* book) {
   TWO_LIVES_EACH(book[codes[i]]);
 }
+TWO_LIVES_INLINE void LookUpBoth(Codes bytes, const float* book, Vec* low,
+                                 Vec* high) {
+  *low = LookUp(bytes & 15, book);
+  *high = LookUp(bytes >> 4, book);
+}
+TWO_LIVES_INLINE Vec Halves(float first, float second) {
+  TWO_LIVES_EACH(i < kLanes / 2 ? first : second);
+}
 #undef TWO_LIVES_EACH
 
 #endif
@@ -171,10 +200,10 @@ TWO_LIVES_INLINE float Sum(Vec a) {
 // The numbers of all float16. A scale that is read from this table costs no
 // instruction of the units that multiply, which decoding keeps busy; the few
 // that a model has stay in a cache.
-struct Halves {
+struct HalfNumbers {
   float numbers[1 << 16];
 
-  Halves() {
+  HalfNumbers() {
     for (int half = 0; half < 1 << 16; ++half) {
       const float sign = half & 0x8000 ? -1.0f : 1.0f;
       const int exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -189,13 +218,13 @@ struct Halves {
     }
   }
 };
-static const Halves kHalves;
+static const HalfNumbers kHalfNumbers;
 
 // Of a float16, 2 bytes that may lie anywhere.
 TWO_LIVES_INLINE float OfHalf(const uint8_t* from) {
   uint16_t half;
   std::memcpy(&half, from, sizeof(half));
-  return kHalves.numbers[half];
+  return kHalfNumbers.numbers[half];
 }
 
 // 16 in each byte whose bit is set, 0 elsewhere.
@@ -214,17 +243,6 @@ TWO_LIVES_INLINE Codes SixteenWhere(uint16_t bits) {
   Codes codes;
   for (int i = 0; i < 16; ++i) codes[i] = (bits >> i & 1) << 4;
   return codes;
-#endif
-}
-
-// The codes of 16 bytes in the order of columns: low bits, then high bits, of
-// one byte after the other.
-TWO_LIVES_INLINE void Interleave(Codes low, Codes high, Codes* codes) {
-#if defined(__SSE2__)
-  codes[0] = (Codes)_mm_unpacklo_epi8((__m128i)low, (__m128i)high);
-  codes[1] = (Codes)_mm_unpackhi_epi8((__m128i)low, (__m128i)high);
-#else
-  for (int i = 0; i < 32; ++i) codes[i / 16][i % 16] = i % 2 ? high[i / 2] : low[i / 2];
 #endif
 }
 
