@@ -129,7 +129,14 @@ def _run(search) -> int:
 
   from hardware import host_memory
   from storage import disk
-  from studies.sweeps import claims, progress, report, results, worker
+  from studies.sweeps import (
+    claims,
+    progress,
+    report,
+    results,
+    tensorboard,
+    worker,
+  )
 
   console = rich.console.Console(soft_wrap=True)
   store = worker.open_store(search)
@@ -154,10 +161,11 @@ def _run(search) -> int:
     rerun = results.rerun_flags(found, _config_flags)
     results.save(found, search.experiment, search.workdir, rerun)
     report.save(found, search.experiment, search.workdir, store.place, rerun)
+    tensorboard.save(found, search.workdir)
   progress.show_results(found, console)
   shown.say(
     f'written to {search.workdir}: report.html, figures/, results.csv,'
-    ' results.json'
+    ' results.json, tensorboard/ (HParams)'
   )
   if rerun:
     shown.say(

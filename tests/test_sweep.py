@@ -1,10 +1,12 @@
 """The command line of sweeps: results, and one clear line for each mistake."""
 
 import pathlib
+import struct
 import sys
 from unittest import mock
 
 import pytest
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from tests.helpers import commands, tiny_run
 
@@ -78,10 +80,37 @@ def test_a_sweep_prints_its_table_and_ends_at_once_the_second_time(place):
   best = (place / 'out' / 'best.flags').read_text().splitlines()
   assert best[:-1] == [f'--config={place}/tiny.py', *SMALL]
   assert best[-1].startswith('--config.optimizer.peak_lr=0.')
+  _check_tensorboard(place / 'out' / 'tensorboard')
   again = _run(place)
   assert again.returncode == 0
   assert 'in one program' not in again.stdout
   assert 'best       trial' in again.stdout
+
+
+def _check_tensorboard(root):
+  """Checks the hyper-parameters and the curves of one of six runs."""
+  assert len(list(root.glob('*/seed*/events*'))) == 6
+  (path,) = (root / '0001' / 'seed1').iterdir()
+  values = [value for event in _events(path) for value in event.summary.value]
+  tags = [value.tag for value in values]
+  assert tags.count('eval/loss') == 2
+  assert tags.count('train/loss') == 4
+  (start,) = (v for v in values if v.tag.endswith('session_start_info'))
+  info = plugin_hparams_pb2.HParamsPluginData.FromString(
+    start.metadata.plugin_data.content
+  ).session_start_info
+  assert info.group_name == '0001'
+  rate = info.hparams['optimizer.peak_lr'].number_value
+  assert rate == pytest.approx(1e-2)
+
+
+def _events(path):
+  data, at, found = path.read_bytes(), 0, []
+  while at < len(data):  # length, its CRC, the event, its CRC
+    (size,) = struct.unpack_from('<Q', data, at)
+    found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
+    at += 16 + size
+  return found
 
 
 def test_all_trials_that_diverge_are_one_line(place):

@@ -97,6 +97,7 @@ def _by_parameter(results: results_lib.Results, name: str) -> charts.Chart:
     x=charts.Axis(
       label=name,
       is_log=isinstance(space, sweep_lib.LogUniform),
+      is_whole=isinstance(space, sweep_lib.Integer),
       names=list(map(str, space.values))
       if isinstance(space, sweep_lib.Choice)
       else (),

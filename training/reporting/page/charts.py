@@ -68,6 +68,7 @@ class Axis:
   low: float | None = None  # None: as the values say
   high: float | None = None
   names: Sequence[str] = ()  # of the places 0, 1, ..., in place of numbers
+  is_whole: bool = False  # numbers without fractions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,8 @@ def _axes(chart: Chart, x: _Scale, y: _Scale) -> list[str]:
     places = list(enumerate(chart.x.names))
   else:
     values = x.ticks(6)
+    if chart.x.is_whole:
+      values = [value for value in values if value == round(value)]
     places = list(zip(values, ticks.texts(values), strict=True))
   for value, words in places:
     at = x(value)
