@@ -113,7 +113,9 @@ def fit(path: Path) -> Fit:
 
 def kl_of(logits_TV: np.ndarray) -> float:
   """Returns the KL of a policy from letters at random, in nats."""
-  logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV), np.float64)
+  logits_TV = np.asarray(logits_TV, np.float64)
+  total_T1 = np.logaddexp.reduce(logits_TV, axis=1, keepdims=True)
+  logprobs_TV = logits_TV - total_T1
   ratio_TV = logprobs_TV + np.log(lab.NUM_LETTERS)
   return max(0.0, float(np.sum(np.exp(logprobs_TV) * ratio_TV)))
 
