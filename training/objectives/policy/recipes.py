@@ -146,8 +146,8 @@ def gspo(*, group_size: int = 8, **fields: Any) -> token_loss.TokenLoss:
 def cispo(*, group_size: int = 16, **fields: Any) -> token_loss.TokenLoss:
   """CISPO (MiniMax-M1, arXiv:2506.13585, equations 4 and 5).
 
-  The paper has no lower limit, and does not tell its upper one: 5 is that of
-  ScaleRL (arXiv:2510.13786).
+  The paper has no lower limit, and does not tell its upper one: ratios up to 5
+  are our choice. So is the group size.
   """
   return _loss(
     **{
