@@ -93,6 +93,8 @@ def save(
 
 
 def _draw(axes, panel: Panel) -> None:
+  from matplotlib import ticker
+
   for label, line in panel.lines.items():
     (drawn,) = axes.plot(
       line.x,
@@ -110,6 +112,12 @@ def _draw(axes, panel: Panel) -> None:
     axes.set_xscale('log', base=panel.log_base)
   if panel.log_y:
     axes.set_yscale('log', base=panel.log_base)
+  if panel.log_base == 10:
+    # The labels of all nine minor ticks would overlap.
+    for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
+      if is_log:
+        axis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5)))
+        axis.set_minor_formatter(ticker.NullFormatter())
   if panel.y_limits:
     axes.set_ylim(*panel.y_limits)
   axes.set_title(panel.title)
