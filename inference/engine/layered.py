@@ -7,7 +7,8 @@ These are the results of `steps.prefill` and `steps.decode_step`. A program of a
 whole step has all layers in it, and XLA compiles and loads each of them anew,
 though most are alike. Here layers that are alike are one program, called once
 per layer. For 30 layers of width 576, 1.2 s of CPU time compile a step, in
-place of 3 to 6; it takes the same time per step and has the same bits.
+place of 3 to 6. A step has the same bits, and where layers are large it takes
+the same time.
 """
 
 import functools
@@ -24,10 +25,12 @@ from models import (
   transformer,
 )
 
-# A call takes the host 30 to 60 us. In this time a CPU reads less than a tenth
-# of a layer of this size, so that the calls do not slow a step down. On
-# accelerators, whose steps are shorter, they would.
-MIN_LAYER_BYTES = 6 * 2**20
+# A call takes the host 30 to 60 us when it has a core to itself, and wakes
+# XLA's threads again. Layers of 7 MB do not hide that: a token of a 110M model
+# in int8 took 37 ms of CPU time by layers and 28 ms in one program, a share of
+# its prompt included, on 2 busy cores. Accelerators, whose steps are shorter,
+# never call layers.
+MIN_LAYER_BYTES = 12 * 2**20
 
 
 def suits(params: device_state.Params, platform: str) -> bool:

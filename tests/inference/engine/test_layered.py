@@ -117,10 +117,10 @@ def test_large_layers_of_a_cpu_are_called_one_by_one():
     layers = {f'layer_{n}': {'up': {'kernel': leaf}} for n in range(3)}
     return {'params': {**layers, 'embed': {'embedding': leaf}}}
 
-  assert layered.suits(params(2048), 'cpu')
-  assert not layered.suits(params(2048), 'gpu')
-  assert not layered.suits(params(1024), 'cpu')
-  mixed = params(2048)
+  assert layered.suits(params(3072), 'cpu')  # 12 MiB each
+  assert not layered.suits(params(3072), 'gpu')
+  assert not layered.suits(params(2048), 'cpu')
+  mixed = params(3072)
   mixed['params']['layer_1'] = params(8)['params']['layer_1']
   assert not layered.suits(mixed, 'cpu')
 

@@ -7,7 +7,7 @@ import pytest
 
 from models.linear import plain
 from models.linear.native import build, product as native_product
-from models.linear.stored import product
+from models.linear.stored import product, round as rounding
 from tests.helpers import any_kernels
 
 _KINDS = [*native_product._BLOCKS, *any_kernels.SCHEMES]
@@ -97,6 +97,21 @@ def test_builds_for_other_processors_agree(ports, kind):
       assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
       if options == _AVX2 and ports().instructions == 'avx512':
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('form', ['int4', 'uint4'])
+@pytest.mark.parametrize('tile_in', [16, 32, 48])
+def test_packed_tiles_of_any_width(ports, form, tile_in):
+  # 106 inputs: the last piece and the last tile are partial. A tile of 16 or 48
+  # ends within a piece, whose even and odd inputs are decoded apart.
+  w_IO = jnp.asarray(np.random.default_rng(0).normal(size=(106, 9)), 'float32')
+  w_IO = rounding.quantise(w_IO, form, (1, tile_in))
+  assert (w_IO.mins is None) == (form == 'int4')
+  for num_rows in (1, 7):
+    x_RI = _inputs(num_rows, 106)
+    found = _multiplied(ports(), x_RI, w_IO)
+    expected = np.asarray(x_RI) @ np.asarray(w_IO.whole(jnp.float32))
+    assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
 
 
 @pytest.mark.parametrize('kind', ['int8', 'uint4', 'Q4_1', 'Q6_K'])
