@@ -7,7 +7,7 @@
       RewardConfig(reward=another, weight=0.0, name='held_out'),
     )
 
-The weighted sum, its check and the log of each part are in `scoring.py`. A part
+The run computes the weighted sum, checks it and logs each part. A part
 of weight 0 trains nothing: a verifier that the policy does not see, beside a
 proxy that it does, shows whether the proxy is gamed.
 
