@@ -31,6 +31,7 @@ from text import tokenizer as tokenizer_lib
 from training import (
   execution,
   experiment as experiment_lib,
+  frozen_models,
   learner as learner_lib,
   reference,
 )
@@ -134,6 +135,9 @@ def assemble(
   data = experiment.data
   documents = documents or open_documents(experiment)
   tokenizer = open_tokenizer(workdir, experiment, documents)
+  frozen_models.check_tokenizers(
+    experiment.objective, experiment.init_from, tokenizer
+  )
   with processes.together('data'):
     template = chat_template(experiment, workdir)
     *train, held_out = open_rows(

@@ -17,6 +17,8 @@ import numpy as np
 from checks import paths
 from frozen import format as frozen_format, manifest as manifest_lib
 from models import layout, model_config
+from storage import file_names
+from text import tokenizer as tokenizer_lib
 from training.objectives import port
 
 
@@ -111,6 +113,77 @@ def is_same(one: str, other: str) -> bool:
   except (OSError, ValueError):
     return False  # reading the weights explains why
   return len(digests) == 1
+
+
+def refuse_same(name: str, teacher: str, init_from: str) -> None:
+  """Raises ValueError if a policy would only imitate the weights of its start.
+
+  Their distance is 0 at its least, and the policy would start there.
+  """
+  if is_same(teacher, init_from):
+    raise ValueError(
+      f'{name}: got the weights of config.init_from ({init_from}), expected'
+      ' another model: a policy that only imitates its teacher learns nothing'
+      f' from itself; set {name} to a teacher'
+    )
+
+
+def check_tokenizers(
+  objective: port.Objective, init_from: str, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+  """Refuses frozen models whose ids are other tokens than those of the run.
+
+  Raises:
+    ValueError: names the model, and the first id that differs.
+  """
+  sources = {**objective.models_needed, **objective.logprobs_needed}
+  for name, source in sources.items():
+    source = resolved(source, init_from)
+    # A run may add tokens to those of its own start.
+    is_whole = not is_same(source.path, init_from)
+    check_tokenizer(
+      f'objective.{name}',
+      _directory(name, source),
+      tokenizer,
+      is_whole=is_whole,
+    )
+
+
+def check_tokenizer(
+  name: str,
+  directory: pathlib.Path,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  is_whole: bool,
+) -> None:
+  """Refuses a tokenizer whose ids are not those of a frozen directory.
+
+  Args:
+    name: of the value that names the directory, for errors.
+    directory: the frozen directory.
+    tokenizer: of the run.
+    is_whole: whether it must have no ids behind those of the directory.
+
+  Raises:
+    ValueError: names the first id that differs.
+  """
+  place = directory / file_names.TOKENIZER
+  frozen = tokenizer_lib.load(place)
+  names = {i: token for token, i in tokenizer.special_tokens.items()}
+  frozen_names = {i: token for token, i in frozen.special_tokens.items()}
+  sizes = tokenizer.vocab_size, frozen.vocab_size
+  for i in range(max(sizes) if is_whole else frozen.vocab_size):
+    got = expected = 'no such id'
+    if i < tokenizer.vocab_size:
+      got = names.get(i) or tokenizer.token_bytes(i)
+    if i < frozen.vocab_size:
+      expected = frozen_names.get(i) or frozen.token_bytes(i)
+    if got != expected:
+      raise ValueError(
+        f'data.tokenizer: got {got!r} for id {i}, expected {expected!r} as in'
+        f' {place}: the weights of {name} were trained with it;'
+        f' set data.tokenizer.kind to directory and its path to {place}'
+      )
 
 
 def digest_of(name: str, source: port.ModelSource) -> str:

@@ -137,20 +137,9 @@ def check_tokenizer(
   if not experiment.init_from:
     return
   manifest_lib.read(directory(experiment))  # else: no frozen directory
-  place = directory(experiment) / file_names.TOKENIZER
-  frozen = tokenizer_lib.load(place)
-  names = {i: token for token, i in tokenizer.special_tokens.items()}
-  frozen_names = {i: token for token, i in frozen.special_tokens.items()}
-  for i in range(frozen.vocab_size):
-    got, expected = 'no such id', frozen_names.get(i) or frozen.token_bytes(i)
-    if i < tokenizer.vocab_size:
-      got = names.get(i) or tokenizer.token_bytes(i)
-    if got != expected:
-      raise ValueError(
-        f'data.tokenizer: got {got!r} for id {i}, expected {expected!r} as in'
-        f' {place}: the weights of config.init_from were trained with it;'
-        f' set data.tokenizer.kind to directory and its path to {place}'
-      )
+  frozen_models.check_tokenizer(
+    'config.init_from', directory(experiment), tokenizer, is_whole=False
+  )
 
 
 def read(experiment: experiment_lib.Experiment) -> Any:

@@ -23,7 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from training import frozen_models
-from training.objectives import advantages as advantages_lib, port, routing
+from training.objectives import (
+  advantages as advantages_lib,
+  divergences,
+  port,
+  routing,
+)
 from training.objectives.policy import (
   corrections,
   estimators,
@@ -125,15 +130,9 @@ class TokenLoss(port.Objective):
     super().check_start(init_from)
     if self._active != ('distance',):
       return
-    # The distance is 0 at its least, and the policy would start there.
-    reference = self.reference or init_from
-    if frozen_models.is_same(reference, init_from):
-      raise ValueError(
-        f'objective.reference: got the weights of config.init_from'
-        f' ({init_from}), expected another model: a policy that only imitates'
-        ' its teacher learns nothing from itself; set objective.reference to a'
-        ' teacher, or a scale of another term'
-      )
+    frozen_models.refuse_same(
+      'objective.reference', self.reference or init_from, init_from
+    )
 
   def _scale(self, term: str) -> float:
     return getattr(self, f'{term}_scale')
@@ -298,8 +297,17 @@ class TokenLoss(port.Objective):
     if self.imitation_scale:
       found['imitation'] = -own.logprobs_BT
     if self._is_full:
-      found['distance'] = _divergence(
-        params, own.hidden.states_BTD, model, reference, batch, self.temperature
+      # KL(policy || reference) of the next token at each place.
+      found['distance'] = divergences.over_vocabulary(
+        lambda own_BtV, their_BtV, _: divergences.reverse(
+          jax.nn.log_softmax(their_BtV / self.temperature),
+          jax.nn.log_softmax(own_BtV / self.temperature),
+        ),
+        params,
+        own.hidden.states_BTD,
+        model,
+        reference,
+        batch,
       )
     elif self.distance_scale:
       weights_BT = self._weights(batch, 'distance')
@@ -395,30 +403,3 @@ class _Own(NamedTuple):
   hidden: port.Hidden
   logprobs_BT: jax.Array
   entropy_BT: jax.Array  # of the next token at each place, without gradient
-
-
-def _divergence(
-  params, states_BTD, model, reference, batch, temperature
-) -> jax.Array:
-  """Returns KL(policy || reference) of the next token at each place, [B, T]."""
-  hidden = reference.model.hidden(
-    reference.params,
-    batch['tokens'],
-    batch['positions'],
-    batch['segment_ids'],
-  )
-
-  # Without it, the backward pass would keep the logits of all chunks.
-  @jax.checkpoint
-  def of_chunk(states, targets_Bt):
-    del targets_Bt
-    own_BtD, their_BtD = states
-    own_BtV = jax.nn.log_softmax(model.logits(params, own_BtD) / temperature)
-    their_BtV = jax.nn.log_softmax(
-      reference.model.logits(reference.params, their_BtD) / temperature
-    )
-    return jnp.sum(jnp.exp(own_BtV) * (own_BtV - their_BtV), axis=-1)
-
-  return model.map_chunks(
-    of_chunk, (states_BTD, hidden.states_BTD), batch['targets']
-  )

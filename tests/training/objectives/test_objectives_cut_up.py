@@ -23,7 +23,7 @@ from tests.helpers import (
   tiny_models,
 )
 from training import learner as learner_lib
-from training.objectives import port, preference, token_loss
+from training.objectives import distillation, port, preference, token_loss
 from training.objectives.policy import corrections, recipes
 from training.optimizer import chain
 
@@ -85,6 +85,9 @@ OBJECTIVES = {
     ),
   ),
   'ppo': recipes.ppo(kl=0.1, value_scale=1.0),
+  'distillation': distillation.Distillation(
+    divergence='jensen_shannon', temperature=2.0, imitation_share=0.3
+  ),
 }
 
 
@@ -144,7 +147,8 @@ def _train(name, batch=_batch, num_devices=1, rows=ROWS, **options):
   model = options.pop('model', MODEL)
   objective = OBJECTIVES[name]
   if objective.models_needed:
-    objective = dataclasses.replace(objective, reference=_reference())
+    (name,) = objective.models_needed
+    objective = dataclasses.replace(objective, **{name: _reference()})
   learner = learner_lib.make(
     tiny_experiment.make(
       model=model,
@@ -200,7 +204,9 @@ def _assert_same(got, expected):
     assert expected_values[:, names.index('kl')].min() > 1
 
 
-@pytest.mark.parametrize('name', _fast('kto', 'cpo', 'tokens', 'ppo'))
+@pytest.mark.parametrize(
+  'name', _fast('kto', 'cpo', 'tokens', 'ppo', 'distillation')
+)
 def test_accumulation(name):
   _assert_same(_train(name, num_microbatches=8), _expected(name))
 
@@ -218,7 +224,9 @@ def test_padding_side(name):
   _assert_same(_train(name, batch), _expected(name))
 
 
-@pytest.mark.parametrize('name', _fast('kto', 'tokens', 'reinforce_pp'))
+@pytest.mark.parametrize(
+  'name', _fast('kto', 'tokens', 'reinforce_pp', 'distillation')
+)
 def test_a_mesh(name):
   parallel = {'data': 2, 'context': 2, 'tensor': 2}
   _assert_same(
