@@ -28,6 +28,8 @@ VARIANTS = {
   'wsd_against_cosine': ['cosine', 'wsd'],
   'mup_transfer': ['mup-64', 'mup-512', 'standard-512'],
   'problems': ['base', 'sft', 'sft:some/frozen'],
+  # The others read a teacher's weights.
+  'distil': ['teacher', 'alone'],
   'preference': ['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'],
   'lora_against_full': ['full', 'rank-8', 'rank-64:some/frozen'],
   'smollm2': [
@@ -139,6 +141,22 @@ def test_an_experiment_is_described_and_refuses_unknown_variants(name):
   if inspect.signature(module.get_config).parameters:
     with pytest.raises(ValueError, match="variant: got 'nonsense', expected"):
       module.get_config('nonsense')
+
+
+@pytest.mark.parametrize('kind', ['forward', 'reverse', 'jensen_shannon'])
+def test_a_student_has_a_quarter_of_its_teacher(kind):
+  student = _load('distil', f'{kind}:some/frozen')
+  student.validate()
+  assert student.objective.teacher == 'some/frozen'
+  assert student.data == _load('distil', 'alone').data
+
+  def size(experiment):
+    model = transformer.Transformer(experiment.model)
+    return sum(
+      x.size for x in jax.tree.leaves(state_lib.abstract_params(model))
+    )
+
+  assert 0.2 < size(student) / size(_load('distil', 'teacher')) <= 0.25
 
 
 def test_published_sizes():
