@@ -80,7 +80,7 @@ class Distillation(port.Objective):
     if not 0 <= self.imitation_share < 1:
       raise ValueError(
         f'objective.imitation_share: got {self.imitation_share}, expected a'
-        ' number from 0 to below 1; for 1, take the objective NextToken, which'
+        ' number from 0 to below 1; for 1, take the default objective, which'
         ' needs no teacher'
       )
 
