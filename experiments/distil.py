@@ -13,8 +13,9 @@ again and again. Alone it learns these texts; from a teacher, it learns what
 else could have stood there. All are evaluated on the same held-out problems.
 
 References: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2023
-(arXiv:2306.13649). Expected: the distilled student closes at least half of the
-gap in held-out loss between the student alone and the teacher.
+(arXiv:2306.13649). The goal is that the distilled student closes at least half
+of the gap in held-out loss between the student alone and the teacher. This is
+not measured yet.
 """
 
 import dataclasses
