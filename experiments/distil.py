@@ -14,8 +14,9 @@ else could have stood there. All are evaluated on the same held-out problems.
 
 References: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2023
 (arXiv:2306.13649). The goal is that the distilled student closes at least half
-of the gap in held-out loss between the student alone and the teacher. This is
-not measured yet.
+of the gap in held-out loss between the student alone and the teacher. It closes
+32 % of it so far (one seed, nats/token): teacher 0.5054, alone 0.5444, forward
+0.5320.
 """
 
 import dataclasses
