@@ -39,6 +39,7 @@ import os
 import pathlib
 import sys
 import traceback
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -159,6 +160,7 @@ def main(argv: list[str]) -> int:
       pathlib.Path(_WORKDIR.value),
       rich.console.Console(soft_wrap=True, quiet=not processes.is_first()),
       seconds_before=goodput.process_age(),
+      make_sampler=_make_sampler,
     )
   except (ValueError, FileNotFoundError) as error:
     return _failed(error, exit_codes.USER_ERROR)
@@ -167,6 +169,13 @@ def main(argv: list[str]) -> int:
   except (processes.PeerError, disk.SaveError, locks.InUseError) as error:
     return _failed(error, exit_codes.TRY_AGAIN)
   return result.exit_code
+
+
+def _make_sampler(model: Any) -> Any:
+  """Makes the engine that samples, in a run with rollouts only."""
+  from inference import rollouts
+
+  return rollouts.make(model)
 
 
 def _failed(error: Exception, code: int) -> int:

@@ -12,6 +12,7 @@ WORKDIR/                      one run of training
   checkpoints/STEP.deleted/   being deleted
   checkpoints/damaged-STEP-N/ found damaged, and set aside
   metrics.jsonl  goodput.jsonl  tensorboard/  report.html
+  samples.jsonl               answers of rollouts with their rewards
   frozen/                     what the run hands to serving
   .lock                       held by the run that writes here
 
@@ -31,6 +32,7 @@ DATA = 'data.json'
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics.jsonl'
 GOODPUT = 'goodput.jsonl'
+SAMPLES = 'samples.jsonl'
 TENSORBOARD = 'tensorboard'
 REPORT = 'report.html'
 FROZEN = 'frozen'

@@ -38,6 +38,12 @@ from training import (
 from training.checkpoints import init_from, workdir as workdir_lib
 from training.evaluation import tasks as tasks_lib
 from training.objectives import port
+from training.rollouts import (
+  batches as rollout_batches,
+  held_out as held_out_lib,
+  sampler as sampler_lib,
+  wiring,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,8 @@ class Parts:
 
   learner: learner_lib.Learner
   tokenizer: tokenizer_lib.Tokenizer
-  batches: batches_lib.TrainBatches
-  eval_batches: batches_lib.EvalBatches
+  batches: batches_lib.TrainBatches | rollout_batches.RolloutBatches
+  eval_batches: batches_lib.EvalBatches | held_out_lib.HeldOut
   # Ids that end the answers of a run on conversations, besides EOS.
   stop_ids: tuple[int, ...]
   # Evaluation text found in each training source; empty if not searched for.
@@ -121,16 +127,20 @@ def assemble(
   workdir: pathlib.Path,
   say: Callable[[str], None] = lambda _: None,
   documents: Documents | None = None,
+  make_sampler: sampler_lib.MakeSampler | None = None,
 ) -> Parts:
   """Builds the parts of a run.
 
   Args:
     documents: from `open_documents`; opened now if None.
+    make_sampler: makes the sampler of a run with rollouts.
 
   Raises:
     ValueError, FileNotFoundError: the data cannot be opened, the vocabulary
       does not fit the model, or the model does not fit the devices.
   """
+  if experiment.rollouts is not None:
+    make_sampler = wiring.check(experiment, make_sampler)
   learner = learner_lib.make(experiment)
   data = experiment.data
   documents = documents or open_documents(experiment)
@@ -138,6 +148,10 @@ def assemble(
   frozen_models.check_tokenizers(
     experiment.objective, experiment.init_from, tokenizer
   )
+  if make_sampler is not None and experiment.rollouts is not None:
+    return _with_rollouts(
+      experiment, workdir, learner, tokenizer, documents, make_sampler
+    )
   with processes.together('data'):
     template = chat_template(experiment, workdir)
     *train, held_out = open_rows(
@@ -165,6 +179,39 @@ def assemble(
     overlaps=tuple(_overlaps(train, held_out, tokenizer, data)),
     tasks=documents.tasks,
     logprobs=logprobs,
+  )
+
+
+def _with_rollouts(
+  experiment: experiment_lib.Experiment,
+  workdir: pathlib.Path,
+  learner: learner_lib.Learner,
+  tokenizer: tokenizer_lib.Tokenizer,
+  documents: Documents,
+  make_sampler: sampler_lib.MakeSampler,
+) -> Parts:
+  """Builds the parts of a run that samples its own data."""
+  template = chat_template(experiment, workdir)
+  stop_ids = _stop_ids(experiment, tokenizer, template)
+  spare_ids = tokenizer_lib.spare_ids(tokenizer, experiment.model.vocab_size)
+  learner = learner.masking(spare_ids)
+  wired = wiring.wire(
+    experiment,
+    learner,
+    tokenizer,
+    (documents.train[0], documents.evaluated),
+    template=template,
+    stop_ids=stop_ids,
+    make_sampler=make_sampler,
+  )
+  return Parts(
+    learner=learner,
+    tokenizer=tokenizer,
+    batches=wired.batches,
+    eval_batches=wired.held_out,
+    stop_ids=stop_ids,
+    overlaps=(),
+    tasks=documents.tasks,
   )
 
 

@@ -40,6 +40,11 @@ def report(
       a check has failed.
   """
   experiment.validate()
+  if experiment.rollouts:
+    raise ValueError(
+      '--audit: got an experiment with rollouts, expected fixed data: its'
+      ' policy samples the rows; read samples.jsonl in the workdir of a run'
+    )
   documents = assemble.open_documents(experiment)
   with tempfile.TemporaryDirectory() as directory:
     workdir = pathlib.Path(directory)

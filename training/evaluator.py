@@ -11,6 +11,7 @@ from training import (
 )
 from training.evaluation import model_port, samples, tasks, validation
 from training.optimizer import average
+from training.rollouts import held_out
 
 
 class Evaluator:
@@ -56,10 +57,11 @@ class Evaluator:
       Whether the run is asked to stop.
     """
     try:
-      values, frozen = self._validate(state.params, state), state.params
+      values = self._validate(step, state.params, state)
+      frozen = state.params
       if self._average is not None:
         average_params = self._place_average(state)
-        averaged = self._validate(average_params, state)
+        averaged = self._validate(step, average_params, state)
         values |= {f'average_{k}': value for k, value in averaged.items()}
         if self._best_by != 'loss':
           frozen = average_params
@@ -80,7 +82,9 @@ class Evaluator:
       )
     self._last = step, values.get(self._best_by, values['loss'])
     say = self._context.terminal.say
-    say(f'step {step}: {validation.report(values)}')
+    is_sampled = isinstance(self._parts.eval_batches, held_out.HeldOut)
+    report = held_out.report if is_sampled else validation.report
+    say(f'step {step}: {report(values)}')
     if measured:
       say(f'step {step}: {tasks.report(measured)}')
     return False
@@ -113,12 +117,15 @@ class Evaluator:
       frozen=_frozen_of(state),
     )
 
-  def _validate(self, params, state) -> dict[str, float]:
+  def _validate(self, step: int, params, state) -> dict[str, float]:
+    batches = self._parts.eval_batches
+    if isinstance(batches, held_out.HeldOut):
+      return batches.evaluate(step, state.replace(params=params))
     frozen = _frozen_of(state)
     return validation.evaluate(
       lambda params, batch: self._eval_step(params, batch, *frozen),
       params,
-      self._parts.eval_batches,
+      batches,
       put_batch=self._parts.learner.placement.put_batch,
       num_bytes_V=self._parts.tokenizer.num_bytes_V(),
       predicts_text=self._experiment.objective.predicts_text,

@@ -222,6 +222,25 @@ class Experiment:
     """Refuses rollouts that the rest of the experiment cannot train."""
     if self.rollouts is None:
       return
+    if len(self.data.train_sources()) > 1:
+      raise ValueError(
+        f'data.sources: got {len(self.data.sources)} sources with'
+        ' config.rollouts, expected one of prompts; join their records in one'
+        ' file'
+      )
+    if self.objective.logprobs_needed:
+      raise ValueError(
+        f'config.objective: got {type(self.objective).__name__} for fixed data'
+        ' with config.rollouts, expected one for sampled text; set'
+        ' objective.is_sampled'
+      )
+    temperature = getattr(self.objective, 'temperature', None)
+    if temperature not in (None, self.rollouts.temperature):
+      raise ValueError(
+        f'objective.temperature: got {temperature}, expected'
+        f' rollouts.temperature = {self.rollouts.temperature}: what is trained'
+        ' is the distribution that is sampled; set both'
+      )
     if self.data.batch_ramp:
       raise ValueError(
         'data.batch_ramp: got sizes that grow with config.rollouts, expected'
@@ -238,9 +257,16 @@ class Experiment:
         f' than data.row_length = {self.data.row_length}: a row holds a prompt'
         ' and its answer; lengthen the rows'
       )
-    self.rollouts.validate(
-      rollout_config.group_size_of(self.objective), self.data.batch_size
-    )
+    shape = rollout_config.group_size_of(self.objective), self.data.batch_size
+    self.rollouts.validate(*shape)
+    steps = self.rollouts.steps_per_rollout(*shape)
+    if getattr(self.objective, 'proximal', '') == 'own' and steps > 1:
+      raise ValueError(
+        f'objective.proximal: got own with {steps} steps on each rollout batch,'
+        ' expected recomputed or sampler: after the first step the policy is'
+        ' not the one that sampled; or train one step (rollouts.num_prompts x'
+        ' group_size = data.batch_size, inner_epochs = 1)'
+      )
 
   def _check_examples(self) -> None:
     """Refuses data that makes no batches for the objective."""

@@ -50,6 +50,7 @@ from training.reporting import (
   reporter,
   summary,
 )
+from training.rollouts import batches as rollout_batches, reports, sampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ def run(
   *,
   seconds_before: float = 0.0,
   stop_after: int | None = None,
+  make_sampler: sampler.MakeSampler | None = None,
 ) -> Result:
   """Trains to the last step of an experiment, then freezes.
 
@@ -75,6 +77,7 @@ def run(
     seconds_before: age of the process when this is called.
     stop_after: a step at which the run is saved and ends, as by a signal, to be
       resumed later. None: the last one.
+    make_sampler: makes the engine of a run with rollouts.
 
   Raises:
     ValueError, FileNotFoundError: the experiment, the workdir or the data
@@ -124,7 +127,14 @@ def run(
     result = Result(step=resume.step, exit_code=0)
     if resume.step < experiment.num_steps or resume.evaluation_owed:
       result = _train(
-        experiment, workdir, console, saved, resume, goodput, stop_after
+        experiment,
+        workdir,
+        console,
+        saved,
+        resume,
+        goodput,
+        stop_after,
+        make_sampler,
       )
     is_whole = result.step >= experiment.num_steps and not result.exit_code
     if experiment.freeze.enabled and is_whole:
@@ -241,11 +251,18 @@ def _freeze(experiment, workdir, step, console) -> None:
 
 
 def _train(
-  experiment, workdir, console, saved, resume, goodput, stop_after
+  experiment,
+  workdir,
+  console,
+  saved,
+  resume,
+  goodput,
+  stop_after,
+  make_sampler,
 ) -> Result:
   """Trains from a checkpoint to the last step, or to a stop."""
   parts, state, progress = _begin(
-    experiment, workdir, console, saved, resume, goodput
+    experiment, workdir, console, saved, resume, goodput, make_sampler
   )
   with (
     report.if_it_fails(workdir, functools.partial(summary.say, console))
@@ -273,6 +290,9 @@ def _train(
       before=progress,
       first_step=resume.step,
     )
+    if isinstance(parts.batches, rollout_batches.RolloutBatches):
+      told = reports.Reports(experiment, workdir, context, resume.step)
+      parts.batches.tell = told.tell
     with contextlib.closing(saver):
       state = _take_steps(
         experiment,
@@ -294,10 +314,10 @@ def _train(
   return Result(step=step or 0, exit_code=context.stop.exit_code)
 
 
-def _begin(experiment, workdir, console, saved, resume, goodput):
+def _begin(experiment, workdir, console, saved, resume, goodput, make_sampler):
   """Returns the parts of the run, its state and its progress; records it."""
   changes = workdir_lib.changes(workdir, experiment)
-  parts = _assemble(experiment, workdir, console)
+  parts = _assemble(experiment, workdir, console, make_sampler)
   if resume.step:
     lineage = workdir_lib.recorded_lineage(workdir)
     frozen_models.check_lineage(
@@ -318,7 +338,7 @@ def _begin(experiment, workdir, console, saved, resume, goodput):
   return parts, state, progress
 
 
-def _assemble(experiment, workdir, console) -> assemble.Parts:
+def _assemble(experiment, workdir, console, make_sampler) -> assemble.Parts:
   """Builds the parts of the run; writes only its tokenizer."""
   # Before anything is written: data that cannot be read leaves no files.
   with processes.together('data'):
@@ -328,7 +348,11 @@ def _assemble(experiment, workdir, console) -> assemble.Parts:
       workdir_lib.prepare(workdir)
   with disk.writing(f'{workdir} or {experiment.data.data_dir}'):
     return assemble.assemble(
-      experiment, workdir, lambda text: summary.say(console, text), documents
+      experiment,
+      workdir,
+      lambda text: summary.say(console, text),
+      documents,
+      make_sampler,
     )
 
 
@@ -377,6 +401,13 @@ def _take_steps(
         return state
       if resume.step:  # there is no checkpoint of step 0
         saver.settle(resume.step)
+  first_hooks = []
+  if isinstance(parts.batches, rollout_batches.RolloutBatches):
+    # Before the others: a checkpoint holds the rows of the next steps.
+    with goodput.during('rollout'):
+      parts.batches.refresh(resume.step, state)
+    every = parts.batches.steps_per_rollout
+    first_hooks.append(loop.Hook(every, parts.batches.refresh, 'rollout'))
   with _diagnosing(experiment, parts, saved, goodput, train_step):
     return loop.run(
       state,
@@ -388,6 +419,7 @@ def _take_steps(
       reporter=context.reporter,
       report_every=experiment.log_every_steps,
       hooks=[
+        *first_hooks,
         # In this order: a checkpoint has the loss of its own step.
         loop.Hook(experiment.eval_every_steps, evaluator.evaluate, 'evaluate'),
         loop.Hook(
@@ -417,7 +449,8 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
   try:
     yield
   except reporter.NonFiniteError as error:
-    if not experiment.diagnose_non_finite:
+    # The weights that sampled the batches before are gone.
+    if not experiment.diagnose_non_finite or experiment.rollouts:
       raise
     goodput.enter('end')
     raise diagnose.explained(

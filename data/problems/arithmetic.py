@@ -1,4 +1,4 @@
-"""Families of arithmetic: sums, products, fractions and remainders.
+"""Families of arithmetic: sums, additions, products, fractions and remainders.
 
 A family is a function of (draws, level) that returns a problem.
 """
@@ -39,6 +39,20 @@ def sums(draws: draws_lib.Draws, level: int) -> problem.Problem:
     content=tuple(sorted(zip(signs, terms, strict=True))),
     kind='number',
     solve=solve,
+  )
+
+
+def additions(draws: draws_lib.Draws, level: int) -> problem.Problem:
+  """Adds two numbers of `level` digits each."""
+  low, high = 10 ** (level - 1), 10**level - 1
+  terms = [draws.between(low, high) for _ in range(2)]
+  return problem.Problem(
+    family='additions',
+    level=level,
+    question=draws.pick(_ASKED).format(f'{terms[0]} + {terms[1]}'),
+    content=('+', *sorted(terms)),
+    kind='number',
+    solve=lambda work: work.calculate(terms[0], '+', terms[1]),
   )
 
 

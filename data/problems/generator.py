@@ -36,9 +36,12 @@ FAMILIES: dict[str, Callable[[draws_lib.Draws, int], problem.Problem]] = {
   'comparisons': orders.comparisons,
   'sorting': orders.sorting,
   'logic': orders.logic,
+  # By name only: one skill, for reinforcement.
+  'additions': arithmetic.additions,
 }
+_MIXED = tuple(name for name in FAMILIES if name != 'additions')
 # Those whose answers are whole numbers.
-WHOLE = ('sums', 'products', 'modular', 'words')
+WHOLE = ('sums', 'products', 'modular', 'words', 'additions')
 KINDS = ('text', 'chat', 'pairs', 'labelled', 'questions')
 LEVELS = (1, 2, 3, 4, 5)
 # Shares of the contents.
@@ -53,7 +56,7 @@ class Settings:
   """What to make; the text form is that of a URL query."""
 
   count: int = 1000  # problems of the split
-  families: tuple[str, ...] = tuple(FAMILIES)
+  families: tuple[str, ...] = _MIXED
   levels: tuple[int, ...] = (1, 2, 3)
   seed: int = 0  # 64 bits
   kind: str = 'chat'  # of the records, see data/problems/records.py

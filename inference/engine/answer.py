@@ -91,12 +91,15 @@ class Live:
 
   def sampler_row(self) -> sampler.Sampler:
     """Returns the sampler settings of the sequence."""
-    return sampler.row(
+    row = sampler.row(
       self._request.settings,
       num_prompt_tokens=self.sequence.num_prompt,
       seed=self.seed,
       eos_id=self._eos_id,
     )
+    if not self._request.scores_drawn:
+      return row
+    return row._replace(num_logprobs_B=np.int32(sampler.OF_DRAWN))
 
   def scored_prompt(self) -> tuple[tuple[int, ...], int] | None:
     """Returns the prompt and the number of alternatives per prompt token.

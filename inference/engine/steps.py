@@ -278,7 +278,10 @@ def sample(
     logits_RV, sampler, slots.seen_BV, positions_R, slots_B=slots_R
   )
   tokens_R = jnp.where(forced_R < 0, tokens_R, forced_R)
-  found = logprobs_lib.logprobs(logits_RV, tokens_R, sampler.num_logprobs_B)
+  scored_RV, wanted_R = sampler_lib.scored_logits(
+    logits_RV, sampler, slots.seen_BV, positions_R, slots_B=slots_R
+  )
+  found = logprobs_lib.logprobs(scored_RV, tokens_R, wanted_R)
   is_finite_R = jnp.all(jnp.isfinite(logits_RV), axis=-1)
   is_end_R = sampler_lib.is_end(tokens_R, sampler, positions_R)
   slots = slots._replace(

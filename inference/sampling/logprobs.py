@@ -3,7 +3,8 @@
 They belong to the model itself: a float32 log-softmax of its logits, before
 penalties, bias, temperature and filters, as OpenAI and vLLM report them. The
 distribution that a token was drawn from is
-`inference.sampling.sampler.filtered_logits`.
+`inference.sampling.sampler.filtered_logits`: training on samples asks for that
+(`Request.scores_drawn`).
 
 The logprobs of a row depend on that row alone, to the bit: see `row_sum`.
 """

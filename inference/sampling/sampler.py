@@ -38,6 +38,9 @@ from inference.sampling import logprobs, penalties, settings as settings_lib
 
 # A lower temperature means greedy: dividing by it would overflow float32.
 MIN_TEMPERATURE = 1e-5
+# A value of `num_logprobs_B`: the logprob of the sampled token, in the
+# distribution that it was drawn from.
+OF_DRAWN = -2
 _MAX_INT32 = 2**31 - 1
 _GROUP = 256  # tokens that `_argmax` compares together
 
@@ -61,7 +64,8 @@ class Sampler(NamedTuple):
   stop_ids_BI: Any  # int32 [B, MAX_STOP_IDS + 1], EOS among them; -1 is none
   end_ids_BI: Any  # the same, without an EOS that is ignored
   min_position_B: Any  # int32, first position where a stop id may be sampled
-  num_logprobs_B: Any  # int32, alternatives; 0: sampled token only, -1: none
+  # int32, alternatives; 0: sampled token only, -1: none, or OF_DRAWN
+  num_logprobs_B: Any
   key_B: Any  # typed PRNG keys; on the host, two uint32 words of the seed
 
 
@@ -226,6 +230,31 @@ def filtered_logits(
     logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
   )
   return _filtered(adjusted_BV, sampler)
+
+
+def scored_logits(
+  logits_BV: jax.Array,
+  sampler: Sampler,
+  seen_BV: jax.Array,
+  positions_B: jax.Array,
+  *,
+  slots_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits that logprobs are of, and how many each row wants.
+
+  They are the model's, and those of `filtered_logits` where a row asks for
+  OF_DRAWN. The arguments are those of `sample`.
+  """
+  is_drawn_B = sampler.num_logprobs_B == OF_DRAWN
+
+  def drawn(logits_BV):
+    filtered_BV = filtered_logits(
+      logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
+    )
+    return jnp.where(is_drawn_B[:, None], filtered_BV, logits_BV)
+
+  scored_BV = jax.lax.cond(jnp.any(is_drawn_B), drawn, lambda x: x, logits_BV)
+  return scored_BV, jnp.where(is_drawn_B, 0, sampler.num_logprobs_B)
 
 
 def adjusted_logits(

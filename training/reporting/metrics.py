@@ -54,6 +54,8 @@ class Log:
       record
       for record in records
       if record['step'] <= first_step
+      # A run without a checkpoint draws its first rollout once more.
+      and not (record['kind'] == 'rollout' and not first_step)
       and not (
         evaluation_owed
         and record['kind'] in ('eval', 'sample')

@@ -1,0 +1,157 @@
+"""Drawing: episodes of a rollout batch, a function of seed, index and weights.
+
+Neither prompts nor seeds depend on earlier batches, so a run that resumes draws
+the same tokens again.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from data.examples import prompts as prompts_lib
+from evals import sampling
+from training.rollouts import (
+  episodes as episodes_lib,
+  rollout_config,
+  scoring,
+)
+
+_PROMPTS, _REFILLS, _SAMPLES = range(3)  # streams of numbers of a seed
+
+
+class Drawn(NamedTuple):
+  """The episodes of a rollout batch; groups are side by side."""
+
+  index: int
+  version: int  # of the weights that drew them
+  episodes: tuple[episodes_lib.Episode, ...]
+  scored: scoring.Scored
+  share_without_signal: float  # of all groups that were drawn
+  num_rounds: int  # of sampling: 1, and those for replacements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawer:
+  """Draws the rollout batches of a run."""
+
+  config: rollout_config.RolloutConfig
+  prompts: prompts_lib.Prompts
+  group_size: int
+  seed: int
+  stop_ids: tuple[int, ...]
+  stop: tuple[str, ...]
+
+  def draw(self, sampler: sampling.Sampler, index: int, version: int) -> Drawn:
+    """Returns a rollout batch, sampled by the sampler's weights.
+
+    With `drops_groups_without_signal`, further prompts replace groups in which
+    all rewards are the same, in at most `max_refills` more rounds; what is
+    missing then is filled up with such groups.
+    """
+    config, size = self.config, self.group_size
+    wanted = config.num_prompts
+    kept: list[tuple[list[episodes_lib.Episode], scoring.Scored]] = []
+    spare: list[tuple[list[episodes_lib.Episode], scoring.Scored]] = []
+    most = 1 + config.max_refills * config.drops_groups_without_signal
+    num_rounds = 0
+    while len(kept) < wanted and num_rounds < most:
+      found = self._round(sampler, index, num_rounds)
+      scored = scoring.score(config, found)
+      signal_G = scoring.has_signal(scored.total_N, size)
+      for g, has_signal in enumerate(signal_G.tolist()):
+        own = slice(g * size, (g + 1) * size)
+        group = found[own], _cut(scored, own)
+        is_kept = has_signal or not config.drops_groups_without_signal
+        (kept if is_kept else spare).append(group)
+      num_rounds += 1
+    without = len(spare) + sum(
+      not scoring.has_signal(scored.total_N, size)[0] for _, scored in kept
+    )
+    share = without / (len(kept) + len(spare))
+    groups = (kept + spare)[:wanted]
+    return Drawn(
+      index=index,
+      version=version,
+      episodes=tuple(each for found, _ in groups for each in found),
+      scored=_joined([scored for _, scored in groups]),
+      share_without_signal=share,
+      num_rounds=num_rounds,
+    )
+
+  def _round(
+    self, sampler: sampling.Sampler, index: int, number: int
+  ) -> list[episodes_lib.Episode]:
+    """Returns the episodes of one round of sampling, group by group."""
+    config = self.config
+    stream, first = _PROMPTS, index * config.num_prompts
+    if number:
+      stream = _REFILLS
+      first = (index * config.max_refills + number - 1) * config.num_prompts
+    asked = self.prompts.shuffled(
+      first, config.num_prompts, folded(self.seed, stream)
+    )
+    return episodes_of(
+      sampler,
+      asked,
+      [
+        sampling.Ask(
+          prompt_ids=prompt.ids,
+          seed=folded(self.seed, _SAMPLES, index, number, i),
+          max_tokens=config.max_tokens,
+          num_samples=self.group_size,
+          temperature=config.temperature,
+          stop_ids=self.stop_ids,
+          stop=self.stop,
+        )
+        for i, prompt in enumerate(asked)
+      ],
+    )
+
+
+def episodes_of(
+  sampler: sampling.Sampler,
+  prompts: Sequence[prompts_lib.Prompt],
+  asks: Sequence[sampling.Ask],
+) -> list[episodes_lib.Episode]:
+  """Returns the sampled episodes; those of a prompt are side by side."""
+  return [
+    episodes_lib.Episode(
+      prompt_ids=prompt.ids,
+      ids=sample.ids,
+      text=sample.text,
+      logprobs=sample.logprobs,
+      versions=sample.versions,
+      is_truncated=sample.is_truncated,
+      record=prompt.record,
+      messages=prompt.messages,
+    )
+    for prompt, samples in zip(prompts, sampler.sample(asks), strict=True)
+    for sample in samples
+  ]
+
+
+def folded(seed: int, *numbers: int) -> int:
+  """Returns a seed of 64 bits, a hash of a seed and of numbers."""
+  # NumPy joins the words of numbers: the seed has two, whatever its size.
+  words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, *numbers]
+  sequence = np.random.SeedSequence(words)
+  return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _cut(scored: scoring.Scored, own: slice) -> scoring.Scored:
+  return scoring.Scored(
+    total_N=scored.total_N[own],
+    parts={name: values[own] for name, values in scored.parts.items()},
+  )
+
+
+def _joined(scored: Sequence[scoring.Scored]) -> scoring.Scored:
+  return scoring.Scored(
+    total_N=np.concatenate([each.total_N for each in scored]),
+    parts={
+      name: np.concatenate([each.parts[name] for each in scored])
+      for name in scored[0].parts
+    },
+  )

@@ -1,0 +1,91 @@
+"""Held-out prompts: the rewards of greedy answers, in place of a loss.
+
+It has the face of `data.batches.EvalBatches` where a run describes its data.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from data.examples import prompts as prompts_lib
+from evals import sampling
+from training import state as state_lib
+from training.rollouts import (
+  drawing,
+  prompt_source,
+  rollout_config,
+  scoring,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+  """Answers the evaluation prompts by the likeliest tokens, and scores them."""
+
+  config: rollout_config.RolloutConfig
+  prompts: prompts_lib.Prompts
+  sampler: sampling.Sampler
+  weights_of: Callable[[state_lib.TrainState], Any]
+  stop_ids: tuple[int, ...]
+  stop: tuple[str, ...]
+
+  @property
+  def source(self) -> prompt_source.PromptSource:
+    """Returns the evaluation prompts."""
+    return prompt_source.PromptSource(self.prompts)
+
+  def evaluate(
+    self, step: int, state: state_lib.TrainState
+  ) -> dict[str, float]:
+    """Returns `loss`, which is minus the mean reward, and further figures.
+
+    Each part of the reward is `reward/NAME`, with its standard error.
+    """
+    self.sampler.update(self.weights_of(state), step)
+    asked = self.prompts.prompts[: self.config.eval_prompts or None]
+    found = drawing.episodes_of(
+      self.sampler,
+      asked,
+      [
+        sampling.Ask(
+          prompt_ids=prompt.ids,
+          seed=0,
+          max_tokens=self.config.max_tokens,
+          temperature=0.0,
+          stop_ids=self.stop_ids,
+          stop=self.stop,
+        )
+        for prompt in asked
+      ],
+    )
+    scored = scoring.score(self.config, found)
+    lengths_N = np.asarray([each.num_sampled for each in found], np.float64)
+    values = {
+      'loss': -float(scored.total_N.mean()),
+      'reward': float(scored.total_N.mean()),
+      'length': float(lengths_N.mean()),
+      'truncated': float(np.mean([each.is_truncated for each in found])),
+    }
+    for name, values_N in scored.parts.items():
+      values[f'reward/{name}'] = float(values_N.mean())
+      values[f'reward/{name}_stderr'] = float(
+        values_N.std(ddof=min(1, len(values_N) - 1)) / math.sqrt(len(values_N))
+      )
+    return values
+
+
+def report(values: dict[str, float]) -> str:
+  """Returns the figures of `evaluate` as text."""
+  parts = [
+    f'{name.removeprefix("reward/")} {value:.4f} +-'
+    f' {values[f"{name}_stderr"]:.4f}'
+    for name, value in values.items()
+    if name.startswith('reward/') and not name.endswith('_stderr')
+  ]
+  return (
+    f'held-out {", ".join(parts) or "answers"}; length {values["length"]:.1f},'
+    f' truncated {values["truncated"]:.1%}'
+  )
