@@ -234,13 +234,6 @@ class Experiment:
         ' with config.rollouts, expected one for sampled text; set'
         ' objective.is_sampled'
       )
-    temperature = getattr(self.objective, 'temperature', None)
-    if temperature not in (None, self.rollouts.temperature):
-      raise ValueError(
-        f'objective.temperature: got {temperature}, expected'
-        f' rollouts.temperature = {self.rollouts.temperature}: what is trained'
-        ' is the distribution that is sampled; set both'
-      )
     if self.data.batch_ramp:
       raise ValueError(
         'data.batch_ramp: got sizes that grow with config.rollouts, expected'
@@ -259,6 +252,13 @@ class Experiment:
       )
     shape = rollout_config.group_size_of(self.objective), self.data.batch_size
     self.rollouts.validate(*shape)
+    temperature = getattr(self.objective, 'temperature', None)
+    if temperature not in (None, self.rollouts.temperature):
+      raise ValueError(
+        f'objective.temperature: got {temperature}, expected'
+        f' rollouts.temperature = {self.rollouts.temperature}: what is trained'
+        ' is the distribution that is sampled; set both'
+      )
     steps = self.rollouts.steps_per_rollout(*shape)
     if getattr(self.objective, 'proximal', '') == 'own' and steps > 1:
       raise ValueError(

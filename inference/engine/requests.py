@@ -47,8 +47,8 @@ class Request:
   pooling: str | None = None
   # Digest of the adapter that answers, see `adapter_table`; '': the base.
   adapter: str = ''
-  # Whether `logprobs` are of the distribution that tokens were drawn from, after
-  # temperature, penalties and filters, and not of the model itself.
+  # Whether `logprobs` are of the distribution that tokens were drawn from,
+  # after temperature, penalties and filters, and not of the model itself.
   scores_drawn: bool = False
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
