@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import dataclasses
 
 from data import data_config, sources
-from data.problems import answers
 from experiments import presets
+from text.replies import answers
 from training import experiment
 from training.checkpoints import init_from
 from training.objectives import advantages, token_loss

