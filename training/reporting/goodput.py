@@ -46,7 +46,7 @@ PARTS = {
   'restore': 'reading a checkpoint',
   'compile': 'the first step of each batch shape',
   'input': 'devices idle, no batch yet',
-  'rollout': 'sampling and scoring what is trained on',
+  'rollout': 'sampling the rows to train on',
   'report': 'devices idle while metrics are written',
   'evaluate': 'validation, with its compilation',
   'save': 'held up by checkpoints',

@@ -229,7 +229,7 @@ def test_shares_of_the_splits():
 def test_questions_of_a_split_are_different(made):
   assert len({each.question for each in made}) == len(made)
   counts = collections.Counter((each.family, each.level) for each in made)
-  assert len(counts) == len(generator.FAMILIES) * len(generator.LEVELS)
+  assert len(counts) == len(ALL.families) * len(generator.LEVELS)
   assert min(counts.values()) > 10
 
 

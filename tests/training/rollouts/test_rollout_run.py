@@ -33,7 +33,7 @@ def test_a_run_reports_rewards_samples_and_held_out_answers(whole):
     assert each['entropy'] > 0
   assert 'rollout 0: reward' in text
   assert re.search(r'step 8: held-out few_high_bytes \d', text)
-  assert 'sampling and scoring what is trained on' in text
+  assert 'sampling the rows to train on' in text
   lines = (directory / 'run' / 'samples.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert {row['step'] for row in rows} == {0, 4}
