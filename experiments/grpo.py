@@ -41,11 +41,11 @@ _BASELINES = {
     baseline='leave_one_out', group_size=GROUP_SIZE
   ),
   'grpo': advantages.Advantages(
-    baseline='group', group_size=GROUP_SIZE, is_normalised=True
+    baseline='group', group_size=GROUP_SIZE, scale='group'
   ),
   'dr_grpo': advantages.Advantages(baseline='group', group_size=GROUP_SIZE),
   'dapo': advantages.Advantages(
-    baseline='group', group_size=GROUP_SIZE, is_normalised=True
+    baseline='group', group_size=GROUP_SIZE, scale='group'
   ),
 }
 

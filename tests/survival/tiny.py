@@ -7,6 +7,7 @@ evaluations and saves take turns so often that a kill hits any of them.
 from data import data_config, sources
 from tests.helpers import tiny_models
 from training import experiment
+from training.evaluation import evals_config
 from training.optimizer import chain
 
 NUM_STEPS = 240

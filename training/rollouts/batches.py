@@ -119,7 +119,8 @@ class RolloutBatches:
     made_here = set(objective.batch_spec()) - set(objective.annotated)
     if 'advantages' in made_here:
       # The recipe of advantages is a field of objectives that have them.
-      advantages_N = objective.advantages(drawn.scored.total_N)
+      recipe: Any = getattr(objective, 'advantages', None)
+      advantages_N = recipe(drawn.scored.total_N)
     arrays = rows_lib.rows_of(
       drawn.episodes,
       row_length=self._experiment.data.row_length,

@@ -3,7 +3,7 @@
 It has the face of `data.batches.EvalBatches` where a run describes its data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from typing import Any
@@ -36,6 +36,10 @@ class HeldOut:
   def source(self) -> prompt_source.PromptSource:
     """Returns the evaluation prompts."""
     return prompt_source.PromptSource(self.prompts)
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    """Yields no rows: the answers are not known before they are sampled."""
+    return iter(())
 
   def evaluate(
     self, step: int, state: state_lib.TrainState
