@@ -31,6 +31,7 @@ from frozen import (
   adapters as adapters_lib,
   format as frozen_format,
   manifest as manifest_lib,
+  recipe,
   run_record,
   seals,
   stored_params,
@@ -178,6 +179,7 @@ def freeze_checkpoint(
   heads = _served_heads(params)
   provenance = _provenance(run, base, progress, weights)
   settings = _settings(run, generation)
+  made = _recipe(workdir, run, progress)
   if adapters.COLLECTION in params:
     trained = _trained_adapters(run, config, params[adapters.COLLECTION])
     if not _merges(run, merge_adapter, heads):
@@ -187,7 +189,7 @@ def freeze_checkpoint(
         trained.base,
         provenance=provenance,
         base_form=trained.config.base,
-        texts=_texts(template, settings),
+        texts=_texts(template, settings) | made,
         overwrite=overwrite,
       )
     params = adapters_lib.merge(trained.params, trained.effective)
@@ -204,6 +206,7 @@ def freeze_checkpoint(
     tokenizer_dir=workdir / file_names.TOKENIZER,
     generation=settings,
     chat_template=template,
+    texts=made,
     overwrite=overwrite,
   )
 
@@ -257,6 +260,14 @@ def _trained_adapters(
     tree,
     is_stacked=config.scan_layers,
   )
+
+
+def _recipe(
+  workdir: pathlib.Path, run: Mapping[str, Any], progress: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns the file that says how the weights were made, by name."""
+  made = recipe.of_run(workdir, run, progress['step'])
+  return {file_names.RECIPE: json.dumps(made, indent=1) + '\n'} if made else {}
 
 
 def _texts(template: str, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -20,6 +20,7 @@ FROZEN/                       weights to serve, and all that they need
   manifest.json               config, digests, lineage, cost
   params/  tokenizer/  chat_template.jinja  generation.json
   quality.json                of kernels in fewer bits: frozen/quantize/
+  recipe.json                 how a run made the weights: frozen/recipe.py
 
 ADAPTER/                      a change of frozen weights: frozen/adapters.py
   manifest.json               of another kind: the digest of the base, its own
@@ -58,3 +59,4 @@ MANIFEST = 'manifest.json'
 CHAT_TEMPLATE = 'chat_template.jinja'
 GENERATION = 'generation.json'
 QUALITY = 'quality.json'
+RECIPE = 'recipe.json'

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from frozen import run_record, seals
+from frozen import recipe, run_record, seals
 from parallel import processes
 from storage import atomic, code_commit, file_names, locks
 from training import experiment as experiment_lib
@@ -297,6 +297,7 @@ def _describe(experiment: experiment_lib.Experiment) -> dict[str, Any]:
     'base': {},
     'has_bos': experiment.data.has_bos,
     'code_commit': code_commit.find(),
+    'made_with': recipe.made_with(),
     'config': config,
   }
 

@@ -1,0 +1,163 @@
+"""recipe.json: how a run made its weights, for whoever makes them again.
+
+A frozen directory of a run has it beside the manifest, which covers it like any
+other file. `python -m studies.rebuild` reads it. Paths lose the directories of
+the machine that they were on: data and parents are known by their digests.
+
+    experiment   every field of the experiment
+    data         digest of the tokens of each source, and of the evaluation
+    lineage      digests of other models' weights, by role
+    step         of the weights
+    made_with    versions of libraries, kind and number of devices
+    trace        [step, loss] of steps, spread over the run
+"""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from storage import file_names, json_lines, public_paths
+
+FORMAT_VERSION = 1
+# Steps of the trace: enough to say where two runs part, few enough to keep.
+_FIRST, _MOST = 32, 256
+_LIBRARIES = 'jax', 'jaxlib', 'numpy', 'flax', 'optax'
+
+
+def of_run(
+  workdir: pathlib.Path, run: Mapping[str, Any], step: int
+) -> dict[str, Any]:
+  """Returns the recipe of a run, JSON values; {} for a run without a config.
+
+  Args:
+    workdir: of the run; its data.json and metrics.jsonl are read.
+    run: contents of its run.json.
+    step: of the weights.
+  """
+  if not isinstance(run.get('config'), Mapping):
+    return {}
+  return {
+    'format_version': FORMAT_VERSION,
+    'code_commit': run['code_commit'],
+    'experiment': _public(run['config'], run['config'].get('init_from', '')),
+    'data': data_digests(_data(workdir)),
+    'lineage': run['lineage'],
+    'step': step,
+    'made_with': run.get('made_with', {}),
+    'trace': trace(workdir, step),
+  }
+
+
+def made_with() -> dict[str, Any]:
+  """Returns the versions and devices on which equal bits depend."""
+  devices = jax.devices()
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+    'device': devices[0].device_kind,
+    'devices': len(devices),
+  }
+
+
+def data_digests(described: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the digest of the tokens of each source, by name.
+
+  Args:
+    described: contents of a data.json; {} has none.
+  """
+  sources = [
+    (source['name'], source['digest'])
+    for source in described.get('sources', ())
+    if 'digest' in source
+  ]
+  evaluation = described.get('evaluation', {})
+  if 'digest' in evaluation:
+    sources.append(('evaluation', evaluation['digest']))
+  return dict(sources)
+
+
+def trace(workdir: pathlib.Path, step: int) -> list[list[float]]:
+  """Returns [step, loss] of steps of a run: the first ones, then some.
+
+  Args:
+    workdir: of the run.
+    step: the last one.
+  """
+  path = workdir / file_names.METRICS
+  if not path.exists():
+    return []
+  lines = path.read_bytes().split(b'\n')
+  records, _ = json_lines.parse(lines, ('kind', 'step'))
+  found = [
+    [record['step'], record['loss']]
+    for record in records
+    if record['kind'] == 'train' and record['step'] <= step
+  ]
+  rest = found[_FIRST:]
+  stride = -(-len(rest) // (_MOST - _FIRST)) or 1
+  return found[:_FIRST] + rest[stride - 1 :: stride]
+
+
+def read(directory: pathlib.Path) -> dict[str, Any]:
+  """Returns the recipe of a frozen directory.
+
+  Raises:
+    ValueError: it has none, or one of another version.
+  """
+  path = directory / file_names.RECIPE
+  if not path.is_file():
+    raise ValueError(
+      f'{directory}: got no {file_names.RECIPE}, expected the directory of a'
+      ' run, frozen since there are recipes; imports and quantised weights have'
+      ' none: make them again by the command that made them'
+    )
+  try:
+    recipe = json.loads(path.read_text('utf-8'))
+    version = recipe['format_version']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{path}: got a file that cannot be read ({error!r}), expected a recipe;'
+      ' copy the directory again'
+    ) from None
+  if version != FORMAT_VERSION:
+    raise ValueError(
+      f'{path}: got format version {version!r}, expected {FORMAT_VERSION}; use'
+      ' the code that wrote it'
+    )
+  return recipe
+
+
+def _data(workdir: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads((workdir / file_names.DATA).read_text('utf-8'))
+  except (OSError, ValueError):
+    return {}
+
+
+def _public(value: Any, parent: str) -> Any:
+  """Returns values with paths that do not name the machine.
+
+  Directories that only keep what is derived are left out.
+
+  Args:
+    value: JSON values.
+    parent: the directory of init_from, whose files stay below it.
+  """
+  if isinstance(value, str):
+    if parent and value.startswith(f'{parent}/'):
+      return public_paths.public(parent) + value.removeprefix(parent)
+    return public_paths.public(value)
+  if isinstance(value, Mapping):
+    return {
+      key: _public(item, parent)
+      for key, item in value.items()
+      if key != 'data_dir'
+    }
+  if isinstance(value, list):
+    return [_public(item, parent) for item in value]
+  return value
