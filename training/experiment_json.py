@@ -7,7 +7,7 @@ classes of this project are looked up by their names.
 from collections import abc
 from collections.abc import Callable, Mapping
 import dataclasses
-import importlib
+import pkgutil
 import types
 import typing
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from checks import expect
 from training import experiment as experiment_lib
 
-# Packages whose names an experiment may have.
+# Packages whose names an experiment may have; training may import them all.
 _PACKAGES = ('data', 'evals', 'models', 'parallel', 'text', 'training')
 
 
@@ -107,7 +107,7 @@ def _named(name: Any, where: str) -> Any:
       ' of the record'
     )
   try:
-    return getattr(importlib.import_module(module), attribute)
+    return pkgutil.resolve_name(f'{module}:{attribute}')
   except (ImportError, AttributeError) as error:
     raise ValueError(
       f'{where}: got {expect.shown(name)}, which this code does not have'
