@@ -46,6 +46,8 @@ from models import (
 )
 from storage import file_names, public_paths
 
+# The tree of a checkpoint that has each kind of weights.
+_TREES = {'raw': 'params', 'average': 'average'}
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
 
@@ -173,9 +175,7 @@ def freeze_checkpoint(
   seals.check(checkpoint, run)
   progress = json.loads((checkpoint / file_names.PROGRESS).read_text('utf-8'))
   weights = _chosen_weights(checkpoint, weights)
-  params = _restore_params(
-    checkpoint / {'raw': 'params', 'average': 'average'}[weights]
-  )
+  params = _restore_params(checkpoint / _TREES[weights])
   heads = _served_heads(params)
   provenance = _provenance(run, base, progress, weights)
   settings = _settings(run, generation)

@@ -39,14 +39,14 @@ def test_places_of_a_machine_are_left_out(tmp_path):
     'code_commit': 'abc',
     'lineage': {},
     'config': {
-      'data': {'path': '/home/me/corpus/{split}.txt', 'data_dir': '/home/me/x'},
+      'data': {'path': '~/texts/corpus/{split}.txt', 'data_dir': '~/texts/x'},
       'init_from': '~/models/base',
       'tokenizer': {'path': '~/models/base/tokenizer'},
       'seed': 3,
     },
   }
   made = recipe.of_run(tmp_path, run, 5)
-  assert 'home' not in json.dumps(made)
+  assert 'texts' not in json.dumps(made)
   assert made['experiment'] == {
     'data': {'path': 'corpus/{split}.txt'},
     'init_from': 'base',
