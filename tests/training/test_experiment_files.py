@@ -8,7 +8,8 @@ from training import experiment_files
 NAMES = {
   path.relative_to(experiment_files.DIRECTORY).as_posix()
   for path in experiment_files.DIRECTORY.rglob('*.py')
-  if path.stem not in ('__init__', 'presets') and path.parent.name != 'sweeps'
+  if path.stem not in ('__init__', 'presets')
+  and path.parent.name not in ('sweeps', 'papers')
 }
 
 
