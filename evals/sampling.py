@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from evals import judges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -63,6 +65,14 @@ class Sampler(Protocol):
 
   def resume(self) -> None:
     """Goes on after `pause`."""
+    ...
+
+  def open_scorer(self, path: str) -> judges.ScoreFn:
+    """Loads a frozen reward model; returns the function that scores answers.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, or no reward model.
+    """
     ...
 
   def close(self) -> None:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evals import sampling
+from evals import judges, sampling
+from inference import rewards
 from inference.engine import (
   device_state,
   engine as engine_lib,
@@ -121,6 +122,10 @@ class EngineSampler:
   def resume(self) -> None:
     """Goes on after `pause`."""
     self._may_run.set()
+
+  def open_scorer(self, path: str) -> judges.ScoreFn:
+    """Loads a frozen reward model; returns the function that scores answers."""
+    return rewards.open_scorer(path)
 
   def close(self) -> None:
     """Frees weights and KV cache."""

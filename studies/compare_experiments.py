@@ -25,13 +25,12 @@ import statistics
 
 from absl import app, flags, logging
 import numpy as np
-import rich.console
 from scipy import stats
 
 from checks import expect
 from hardware import host_memory
-from studies import figure, load, study_flags
-from training import experiment as experiment_lib, run
+from studies import figure, load, quiet_run, study_flags
+from training import experiment as experiment_lib
 from training.reporting import metrics
 
 _EXPERIMENTS = flags.DEFINE_list(
@@ -76,7 +75,7 @@ def train(
   experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> Trained | None:
   """Trains or resumes in `workdir`; None if a signal stopped the run."""
-  result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+  result = quiet_run.run(experiment, workdir)
   if result.exit_code:
     return None
   records = metrics.read(workdir)

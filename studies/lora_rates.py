@@ -29,7 +29,6 @@ import statistics
 
 from absl import app, flags, logging
 import jax
-import rich.console
 
 from checks import path_flags
 from experiments import problems
@@ -39,9 +38,10 @@ from studies import (
   figure,
   load,
   mup_transfer,
+  quiet_run,
   study_flags,
 )
-from training import experiment as experiment_lib, run, state as state_lib
+from training import experiment as experiment_lib, state as state_lib
 from training.reporting import metrics, reporter
 
 _EXPERIMENT = path_flags.DEFINE_path(
@@ -160,7 +160,7 @@ def _train(
 ) -> float:
   """Trains or resumes in `workdir`; returns the last validation loss."""
   try:
-    result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+    result = quiet_run.run(experiment, workdir)
   except reporter.NonFiniteError:
     return math.nan
   if result.exit_code:

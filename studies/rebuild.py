@@ -28,17 +28,16 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 import numpy as np
-import rich.console
 
 from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib, recipe
 from storage import code_commit
+from studies import quiet_run
 from training import (
   assemble,
   experiment as experiment_lib,
   experiment_json,
   flags as flags_lib,
-  run,
 )
 from training.checkpoints import init_from
 
@@ -264,7 +263,7 @@ def rebuild(
     parts = assemble.assemble(experiment, pathlib.Path(place))
     check_data(values, parts.describe_data())
     parts.batches.close()
-  result = run.run(experiment, workdir, rich.console.Console(quiet=True))
+  result = quiet_run.run(experiment, workdir)
   if result.exit_code:
     say('stopped by a signal; the same command goes on')
     return result.exit_code

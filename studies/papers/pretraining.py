@@ -3,16 +3,15 @@
 import dataclasses
 import pathlib
 
-import rich.console
-
 from evals import claims as claims_lib
 from experiments import (
   muon_against_adamw,
   shakespeare_char,
   wsd_against_cosine,
 )
+from studies import quiet_run
 from studies.papers import port
-from training import experiment as experiment_lib, run
+from training import experiment as experiment_lib
 from training.reporting import metrics
 
 
@@ -71,7 +70,7 @@ def _loss(
   """Trains or resumes a seed; returns its validation loss, nats per token."""
   place: pathlib.Path = setting.workdir / f'{experiment.name}_{seed}'
   experiment = dataclasses.replace(experiment, seed=seed)
-  result = run.run(experiment, place, rich.console.Console(quiet=True))
+  result = quiet_run.run(experiment, place)
   if result.exit_code:
     raise port.Stopped(result.exit_code)
   evaluated = [r for r in metrics.read(place) if r['kind'] == 'eval']

@@ -8,7 +8,7 @@ from evals import best_of_n as best_of_n_lib, claims as claims_lib
 from evals.results import pass_at_k as pass_at_k_lib, voting as voting_lib
 from studies import over_optimisation as lab
 from studies.papers import port
-from training.objectives import token_loss
+from training.objectives.policy import estimators
 
 _NUM_ANSWERS = 1_000_000  # of the policy, all as likely
 _NODES = 200  # of the quadrature
@@ -54,7 +54,7 @@ def kl_estimators(
     log_ratio = (mean**2 - 2 * mean * nodes) / 2
     for name in ('k1', 'k2', 'k3'):
       values = np.asarray(
-        token_loss.ESTIMATORS[name](log_ratio, 1.0), np.float64
+        estimators.ESTIMATORS[name](log_ratio, 1.0), np.float64
       )
       average = float(weights @ values)
       deviation = math.sqrt(float(weights @ (values - average) ** 2))

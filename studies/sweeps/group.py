@@ -53,6 +53,9 @@ class Structure:
     place = together.workdir_of(root, member.structure)
     self.parts = assemble.assemble(experiment, place)
     self.parts.batches.close()
+    # `together.reason_apart` leaves runs with rollouts out.
+    assert isinstance(self.parts.batches, batches_lib.TrainBatches)
+    self._sources = self.parts.batches.sources
     config = self.parts.learner.model.config
     self.program = programs.Program(experiment, config.spare_ids)
     most = experiment.eval_batches or None
@@ -63,7 +66,7 @@ class Structure:
   ) -> batches_lib.TrainBatches:
     """Returns the batches of a seed, from a step on."""
     batches = batches_lib.TrainBatches(
-      self.parts.batches.sources, experiment.data, seed=seed
+      self._sources, experiment.data, seed=seed
     )
     batches.seek(step)
     return batches

@@ -11,10 +11,9 @@ import math
 import pathlib
 import statistics
 
-import rich.console
-
+from studies import quiet_run
 from studies.sweeps import claims, points, store as store_lib
-from training import experiment as experiment_lib, run
+from training import experiment as experiment_lib
 from training.reporting import metrics, reporter
 
 # (point, seed, step) -> nothing; the seed is None if all are trained at once
@@ -127,12 +126,7 @@ def _advance(
   found = scores(workdir, metric)
   if step not in found:
     try:
-      result = run.run(
-        experiment,
-        workdir,
-        rich.console.Console(quiet=True),
-        stop_after=step,
-      )
+      result = quiet_run.run(experiment, workdir, stop_after=step)
     except reporter.NonFiniteError:
       return math.nan
     if result.exit_code:

@@ -77,6 +77,8 @@ def reason_apart(experiment: experiment_lib.Experiment) -> str:
     return 'config.init_from: the run begins with other weights'
   if experiment.objective.models_needed:
     return 'config.objective needs a frozen model'
+  if experiment.rollouts is not None:
+    return 'config.rollouts: each policy samples its own data'
   if experiment.evals.tasks:
     return 'config.evals.tasks are measured while it trains'
   if experiment.ema_decay or rule.keeps_average:

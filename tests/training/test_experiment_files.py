@@ -22,7 +22,7 @@ NAMES = {
     ('experiment/quickstart.py', 'did you mean quickstart.py?'),
     ('quickstart', 'did you mean quickstart.py?'),
     ('experiments/scaling/byte.py', 'of experiments/scaling, one of bytes.py;'),
-    ('experiments', 'expected a file of experiments, one of finetune.py'),
+    ('experiments', 'expected a file of experiments, one of distil.py'),
     ('', "--config: got '', expected a file of experiments, one of"),
     ('nope.py:8b', "--config: got 'nope.py', expected a file of"),
     (

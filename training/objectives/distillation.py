@@ -137,6 +137,7 @@ class Distillation(port.Objective):
     if self.imitation_share:
       loss += self.imitation_share * sums['nll']
     if hidden.routing is not None:
+      assert totals is not None  # `totals` returns some with experts
       per_token = totals['weight'] / jnp.maximum(totals['real_tokens'], 1.0)
       router_loss, routed = routing.losses(hidden.routing, batch, per_token)
       loss, sums = loss + router_loss, sums | routed

@@ -297,6 +297,7 @@ class TokenLoss(port.Objective):
     if self.imitation_scale:
       found['imitation'] = -own.logprobs_BT
     if self._is_full:
+      assert reference is not None  # one of `models_needed`
       # KL(policy || reference) of the next token at each place.
       found['distance'] = divergences.over_vocabulary(
         lambda own_BtV, their_BtV, _: divergences.reverse(

@@ -53,10 +53,6 @@ class RolloutConfig:
   # Passes over a rollout batch. More train longer on answers of an older
   # policy, and need the ratio of the objective.
   inner_epochs: int = 1
-  # Rollout batches that may be sampled ahead of the one that is trained.
-  # 0: a batch is sampled by the weights that train it first. More: sampling and
-  # training at once, with answers of a policy that is as many batches older.
-  max_staleness: int = 0
   # Whether groups whose answers all have the same reward, which teach nothing,
   # are replaced by groups of further prompts (DAPO's dynamic sampling,
   # arXiv:2503.14476, section 3.2).
@@ -72,8 +68,9 @@ class RolloutConfig:
   # Whether answers that ended at max_tokens train nothing. They still count in
   # the mean of their group.
   masks_truncated: bool = False
-  # fast | invariant: of the engine and of the trained model. invariant:
-  # log-probabilities of both are the same to the bit; slower.
+  # fast | invariant: of the engine. invariant: an answer has the same bits
+  # whatever is sampled beside it; slower. The trained model keeps its own
+  # numerics; the gap between both is in the metrics.
   numerics: str = 'fast'
   # Rollout batches between two tables of samples in samples.jsonl; 0: none.
   samples_every: int = 1
@@ -93,7 +90,6 @@ class RolloutConfig:
       ('num_prompts', 1),
       ('max_tokens', 1),
       ('inner_epochs', 1),
-      ('max_staleness', 0),
       ('max_refills', 0),
       ('overlong_tokens', 0),
       ('samples_every', 0),

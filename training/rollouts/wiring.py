@@ -1,10 +1,12 @@
 """Wiring: the prompts, batches and held-out prompts of a run with rollouts."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from checks import expect
 from data.examples import prompts as prompts_lib
+from evals import sampling
 from parallel import processes
 from text import tokenizer as tokenizer_lib
 from training import (
@@ -16,6 +18,7 @@ from training.rollouts import (
   batches as batches_lib,
   drawing,
   held_out as held_out_lib,
+  rewards as rewards_lib,
   rollout_config,
   sampler as sampler_lib,
 )
@@ -102,6 +105,7 @@ def wire(
       numerics=config.numerics,
     )
   )
+  config = _with_weights(config, sampler)
   stop = prompts_lib.stop_strings(template)
   weights_of = _weights_of(learner)
   drawer = drawing.Drawer(
@@ -135,6 +139,16 @@ def wire(
       stop=stop,
     ),
   )
+
+
+def _with_weights(
+  config: rollout_config.RolloutConfig, sampler: sampling.Sampler
+) -> rollout_config.RolloutConfig:
+  """Returns the config, with the weights of reward models in its rewards."""
+  rewards = rewards_lib.bind(
+    config.rewards, lambda path: sampler.open_scorer(path)
+  )
+  return dataclasses.replace(config, rewards=rewards)
 
 
 def _weights_of(
