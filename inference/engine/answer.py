@@ -53,6 +53,11 @@ class Live:
     self.seated_at: float | None = None  # time of its first step
     self.last_at: float | None = None  # time of its last token
     self._request, self._eos_id = request, tokenizer.eos_id
+    self.matcher = (
+      request.grammar.matcher(request.settings.stop_ids)
+      if request.grammar
+      else None
+    )
     self._logprobs: list[logprobs.TokenLogprobs] = []
     self._prompt_logprobs: list[logprobs.TokenLogprobs | None] = [
       None
@@ -61,6 +66,11 @@ class Live:
     self.pool = (
       pooling.Pool(request.pooling) if request.pooling and not index else None
     )
+
+  @property
+  def is_stuck(self) -> bool:
+    """Whether its grammar has no next token."""
+    return self.matcher is not None and bool(self.matcher.failure)
 
   @property
   def wants_logprobs(self) -> bool:
@@ -188,6 +198,8 @@ class Live:
         scored = logprobs.of_row(found, (index, place), wanted)
         self._logprobs.append(scored)
       releases.append(self.transcript.push(token, scored))
+      if self.matcher:
+        self.matcher.push(token)
       if self.transcript.finish_reason:
         break
     if tokens[0] >= 0:
@@ -240,6 +252,9 @@ class Live:
       prompt_logprobs=self._prompt_logprobs if has_prompt_logprobs else None,
       usage=self.usage,
       pooled_D=self.pool.vector_D() if self.pool else None,
+      failure=self.matcher.failure
+      if self.matcher and reason == 'error'
+      else '',
     )
 
 

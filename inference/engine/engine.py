@@ -31,12 +31,13 @@ from concurrent import futures
 import dataclasses
 import itertools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hardware import peaks
+from inference.constraints import grammars
 from inference.engine import (
   accounts,
   adapter_table,
@@ -46,6 +47,7 @@ from inference.engine import (
   engine_config,
   execution,
   feeding,
+  flight as flight_lib,
   inputs as inputs_lib,
   metrics,
   programs,
@@ -66,15 +68,6 @@ from text import tokenizer as tokenizer_lib
 Overloaded = requests_lib.Overloaded
 # Prometheus reads the gauges every few seconds; setting them walks all pages.
 _GAUGE_SECONDS = 0.1
-
-
-class _Flight(NamedTuple):
-  """A step that is dispatched, and whose outputs are not read yet."""
-
-  step: spans.Step
-  shape: steps.Shape
-  outputs: steps.Outputs
-  sent_at: float  # seconds of `time.perf_counter`
 
 
 class Engine:
@@ -151,7 +144,8 @@ class Engine:
       self.compile_seconds = time.perf_counter() - start
       self.params = reading.result()
     self.adapters.put = self._programs.put_adapter
-    self._flight: _Flight | None = None
+    self._flight: flight_lib.Flight | None = None
+    self._grammars, self._num_constrained = grammars.Grammars(tokenizer), 0
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._accounts = accounts.Accounts(
@@ -202,7 +196,8 @@ class Engine:
       context=self.context,
       capacity=capacity,
     )
-    return dataclasses.replace(request, room=room)
+    request = dataclasses.replace(request, room=room)
+    return flight_lib.with_grammar(request, self._grammars, self.config)
 
   def submit(self, request: requests_lib.Request) -> int:
     """Submits one request, see `submit_all`; returns its id."""
@@ -279,6 +274,7 @@ class Engine:
       )
       parent = parent or sequence
       adapter.num_open += 1
+      self._num_constrained += request.grammar is not None
       self._live[sequence] = answer_lib.Live(
         request_id,
         index,
@@ -346,7 +342,8 @@ class Engine:
     flight = None
     if plan.preempted or not plan.is_empty:
       most = self._accounts.most_decode_steps(
-        self._programs.decode_steps, self.config.stream_seconds
+        1 if self._num_constrained else self._programs.decode_steps,
+        self.config.stream_seconds,
       )
       num = self.manager.decode_steps(plan, most)
       flight = self._dispatch(self.manager.begin(plan, decode_steps=num))
@@ -364,6 +361,8 @@ class Engine:
       outputs = jax.device_get(answer_lib.wanted(lives, landed.outputs))
       waited = time.perf_counter() - before
       updates = self._land(landed, outputs)
+    if flight is not None and flight.pending is not None:
+      self._flight = self._sampled(flight)
     now = time.perf_counter()
     self.metrics.step_seconds.inc(now - start)
     self.metrics.host_seconds.inc(now - start - waited)
@@ -373,8 +372,8 @@ class Engine:
       self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
 
-  def _dispatch(self, step: spans.Step) -> _Flight | None:
-    """Sends a step to the device."""
+  def _dispatch(self, step: spans.Step) -> flight_lib.Flight | None:
+    """Sends a step to the device, without sampling if a grammar is read."""
     now = time.perf_counter()
     self.metrics.preemptions.inc(len(step.preempted))
     for sequence in step.preempted:
@@ -390,19 +389,33 @@ class Engine:
       self._state = self._programs.copy_pages(self._state, step.copies)
     if not step.spans:
       return None
-    shape = self._programs.shape_for(len(step.decodes), len(step.chunks))
-    flat_I, inputs = self._programs.empty_inputs(shape)
+    is_split = flight_lib.is_split(step, self._live)
+    shape = self._programs.shape_for(
+      len(step.decodes), len(step.chunks), is_split=is_split
+    )
+    flat_I, inputs = self._programs.empty_inputs(shape, is_split=is_split)
     inputs_lib.fill(
       inputs,
       step,
       chunk_tokens=self.config.chunk_tokens,
       answers=self._live,
     )
-    self._state, outputs = self._programs.step(
+    run = self._programs.forward if is_split else self._programs.step
+    self._state, made = run(
       shape, self.adapters.beside(self.params), self._state, flat_I
     )
     self.metrics.dispatches.inc()
-    return _Flight(step, shape, outputs, now)
+    done, pending = (None, made) if is_split else (made, None)
+    return flight_lib.Flight(step, shape, done, pending, now)
+
+  def _sampled(self, flight: flight_lib.Flight) -> flight_lib.Flight:
+    """Sends the sampling of a step, once the tokens before are known."""
+    pending = flight.pending
+    assert pending is not None
+    bits_RW = self._programs.all_allowed(pending.size)
+    flight_lib.allowed(flight, self._live, bits_RW, self.metrics)
+    self._state, outputs = self._programs.sample(self._state, pending, bits_RW)
+    return flight._replace(outputs=outputs, pending=None)
 
   def _seat(self, live: answer_lib.Live) -> None:
     """Writes the settings of a sequence to its slot."""
@@ -417,7 +430,7 @@ class Engine:
       )
 
   def _land(
-    self, flight: _Flight, outputs: steps.Outputs
+    self, flight: flight_lib.Flight, outputs: steps.Outputs
   ) -> list[requests_lib.Update]:
     """Takes the tokens of a dispatch, and returns the updates."""
     now = time.perf_counter()
@@ -432,6 +445,8 @@ class Engine:
         if -1 in tokens:
           self.manager.discard(span.sequence)
         continue
+      if live.is_stuck:
+        tokens = [-1]
       if place >= num_decodes:
         self._accounts.charge_chunk(live, span)
         num_prefilled += span.length
@@ -486,7 +501,9 @@ class Engine:
 
   def _close(self, live: answer_lib.Live, reason: str) -> None:
     self.metrics.finished.labels(reason).inc()
-    self.manager.end(live.sequence, is_sound=reason != 'error')
+    is_sound = reason != 'error' or live.is_stuck
+    self.manager.end(live.sequence, is_sound=is_sound)
+    self._num_constrained -= live.matcher is not None
     live.adapter.num_open -= 1
     del self._live[live.sequence]
 

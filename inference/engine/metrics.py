@@ -30,11 +30,15 @@ class Histogram:
   """
 
   def __init__(
-    self, name: str, text: str, registry: prometheus_client.CollectorRegistry
+    self,
+    name: str,
+    text: str,
+    registry: prometheus_client.CollectorRegistry,
+    seconds: tuple[float, ...] = _SECONDS,
   ):
     """Starts empty, as a collector of the registry."""
-    self._name, self._text = name, text
-    self._counts = [0] * (len(_SECONDS) + 1)
+    self._name, self._text, self._seconds = name, text, seconds
+    self._counts = [0] * (len(seconds) + 1)
     self._sum = 0.0
     self._lock = threading.Lock()  # the server reads in its own thread
     registry.register(self)
@@ -42,14 +46,14 @@ class Histogram:
   def observe(self, value: float, num: int = 1) -> None:
     """Adds a value `num` times."""
     with self._lock:
-      self._counts[bisect.bisect_left(_SECONDS, value)] += num
+      self._counts[bisect.bisect_left(self._seconds, value)] += num
       self._sum += value * num
 
   def collect(self) -> Iterator[metrics_core.Metric]:
     """Yields the buckets, as a registry asks for them."""
     with self._lock:
       counts, total = list(itertools.accumulate(self._counts)), self._sum
-    bounds = [*map(utils.floatToGoString, (*_SECONDS, math.inf))]
+    bounds = [*map(utils.floatToGoString, (*self._seconds, math.inf))]
     yield metrics_core.HistogramMetricFamily(
       self._name,
       self._text,
@@ -126,6 +130,18 @@ class Metrics:
     )
     self.inter_token = histogram(
       'inter_token_seconds', 'Between two tokens of a sequence.'
+    )
+    self.mask_seconds = Histogram(
+      'constraint_mask_seconds',
+      'To find the tokens that a grammar allows, of one sequence.',
+      self.registry,
+      tuple(each / 100 for each in _SECONDS),
+    )
+    self.constrained_rows = counter(
+      'constraint_rows', 'Tokens that were sampled within a grammar.'
+    )
+    self.forced_tokens = counter(
+      'constraint_forced_tokens', 'Those of them that a grammar left no choice.'
     )
     self.queue = histogram(
       'queue_seconds', 'From submission to the first step.'

@@ -13,7 +13,7 @@ sampler take longer to compile than a layer of the model.
 
 from concurrent import futures
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,29 @@ from models import (
   kv_cache as kv_cache_lib,
   transformer,
 )
+
+
+class Forward(NamedTuple):
+  """Names the program of a step of decodes that does not sample."""
+
+  shape: steps.Shape
+
+
+class Masked(NamedTuple):
+  """Names the program that samples so many tokens within grammars."""
+
+  size: int
+
+
+class Pending(NamedTuple):
+  """The results of a step whose tokens are not sampled yet."""
+
+  logits_RV: jax.Array
+  prompt: Any
+  hidden_MD: Any
+  where: Any  # slots, positions and forced tokens of the tokens to sample
+  size: int  # R
+
 
 COPIES = 8  # pages that one call of `copy_pages` copies
 
@@ -71,6 +94,7 @@ class Programs:
     self._chunk_tokens = config.chunk_tokens
     self._table_width = config.table_width(context)
     self._context = context
+    self._has_constraints = bool(config.constraints)
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
@@ -109,7 +133,16 @@ class Programs:
       for each in shapes
       if each.num_chunks or self._is_layered
     ]
-    return [*dict.fromkeys(sizes), *shapes]
+    keys = [*dict.fromkeys(sizes), *shapes]
+    if self._has_constraints:
+      sizes = [self._num_sampled(each, is_split=True) for each in shapes]
+      keys += [Masked(size) for size in dict.fromkeys(sizes)]
+      keys += [Forward(each) for each in shapes if self._is_whole(each)]
+    return keys
+
+  def _is_whole(self, shape: steps.Shape) -> bool:
+    """Returns whether the program of a shape samples, too."""
+    return not shape.num_chunks and not self._is_layered
 
   def _compile(self, keys: list[Any]) -> None:
     """Compiles the programs of the keys that have none."""
@@ -132,6 +165,17 @@ class Programs:
     params, (kv_cache, slots) = self._params, self._state
     slot, ids_T = np.int32(0), np.zeros((self._context,), np.int32)
     pages_Z = np.zeros((COPIES,), np.int32)
+    if isinstance(key, Forward):
+      layout = self._layout(key.shape, is_split=True)
+      return _forward.lower(
+        params,
+        kv_cache,
+        slots.last_B,
+        np.zeros((layout.size,), np.int32),
+        layout=layout,
+        model=self._model,
+        vocab_size=self._vocab_size,
+      )
     if isinstance(key, steps.Shape):
       layout = self._layout(key)
       flat_I = np.zeros((layout.size,), np.int32)
@@ -151,10 +195,14 @@ class Programs:
         most=self.decode_steps,
         **static,
       )
-    if isinstance(key, int):
-      logits_RV = jax.ShapeDtypeStruct((key, self._vocab_size), jnp.float32)
-      zeros_R = np.zeros((key,), np.int32)
-      return _sample.lower(slots, logits_RV, zeros_R, zeros_R, zeros_R)
+    if isinstance(key, int | Masked):
+      size = key.size if isinstance(key, Masked) else key
+      logits_RV = jax.ShapeDtypeStruct((size, self._vocab_size), jnp.float32)
+      zeros_R = np.zeros((size,), np.int32)
+      allowed = (self.all_allowed(size),) if isinstance(key, Masked) else ()
+      return _sample.lower(
+        slots, logits_RV, zeros_R, zeros_R, zeros_R, *allowed
+      )
     if key == 'seat':
       return device_state.seat.lower(slots, slot, sampler_lib.idle())
     if key == 'adapt':
@@ -165,7 +213,9 @@ class Programs:
     copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
     return copy.lower(kv_cache, pages_Z, pages_Z)
 
-  def shape_for(self, num_decodes: int, num_chunks: int) -> steps.Shape:
+  def shape_for(
+    self, num_decodes: int, num_chunks: int, *, is_split: bool = False
+  ) -> steps.Shape:
     """Returns the smallest shape that holds so many decodes and chunks.
 
     Only shapes that are compiled; their size of `sample` is compiled first.
@@ -176,25 +226,42 @@ class Programs:
       if shape.num_decodes >= num_decodes
       and shape.num_chunks >= num_chunks
       and shape in self._compiled
+      and (not is_split or self._is_split(shape))
     )
 
-  def empty_inputs(self, shape: steps.Shape) -> tuple[np.ndarray, steps.Inputs]:
-    """Returns inputs of padding only: one array, and the views of its parts."""
+  def _is_split(self, shape: steps.Shape) -> bool:
+    """Returns whether the programs of a split step are compiled."""
+    size = Masked(self._num_sampled(shape, is_split=True))
+    return size in self._compiled and (
+      not self._is_whole(shape) or Forward(shape) in self._compiled
+    )
+
+  def empty_inputs(
+    self, shape: steps.Shape, *, is_split: bool = False
+  ) -> tuple[np.ndarray, steps.Inputs]:
+    """Returns inputs of padding only: one array, and the views of its parts.
+
+    Args:
+      shape: of the step.
+      is_split: whether they are for `forward`.
+    """
     return inputs_lib.empty(
-      self._layout(shape), padding_slot=self._padding_slot
+      self._layout(shape, is_split=is_split), padding_slot=self._padding_slot
     )
 
-  def _layout(self, shape: steps.Shape) -> inputs_lib.Layout:
+  def _layout(
+    self, shape: steps.Shape, *, is_split: bool = False
+  ) -> inputs_lib.Layout:
     return inputs_lib.Layout(
       *shape,
       self._chunk_tokens,
       self._table_width,
-      self._num_sampled(shape),
+      self._num_sampled(shape, is_split=is_split),
       self._has_adapters,
     )
 
-  def _num_sampled(self, shape: steps.Shape) -> int:
-    if not shape.num_chunks and not self._is_layered:
+  def _num_sampled(self, shape: steps.Shape, *, is_split: bool = False) -> int:
+    if self._is_whole(shape) and not is_split:
       return shape.num_decodes
     return next(size for size in self._sample_sizes if size >= sum(shape))
 
@@ -213,25 +280,72 @@ class Programs:
       state: of the engine.
       flat_I: the inputs of the step, filled.
     """
-    program = self._compiled[shape]
+    if self._is_whole(shape):
+      return self._compiled[shape](params, state, flat_I)
+    return self.sample(*self.forward(shape, params, state, flat_I))
+
+  def forward(
+    self,
+    shape: steps.Shape,
+    params: device_state.Params,
+    state: device_state.State,
+    flat_I: np.ndarray,
+  ) -> tuple[device_state.State, Pending]:
+    """Computes a step up to the logits. Donates the KV cache of `state`.
+
+    Arguments are those of `step`; the inputs are those of a split step.
+    """
+    last_B = state.slots.last_B
+    key = Forward(shape) if self._is_whole(shape) else shape
+    program = self._compiled[key]
     if self._is_layered:
       inputs = inputs_lib.split(flat_I, self._layout(shape))
       # Logprobs and hidden states of prompts come last, if there are chunks.
       kv_cache, logits_RV, *of_prompts = program(
-        params, state.kv_cache, state.slots.last_B, inputs
+        params, state.kv_cache, last_B, inputs
       )
       prompt, hidden_MD = of_prompts or (None, None)
       where = _sampled(inputs)
     elif shape.num_chunks:
       kv_cache, logits_RV, prompt, hidden_MD, where = program(
-        params, state.kv_cache, state.slots.last_B, flat_I
+        params, state.kv_cache, last_B, flat_I
       )
     else:
-      return program(params, state, flat_I)
-    sample = self._compiled[self._num_sampled(shape)]
-    slots, outputs = sample(state.slots, logits_RV, *where)
-    state = device_state.State(kv_cache, slots)
-    return state, outputs._replace(prompt=prompt, hidden_MD=hidden_MD)
+      prompt = hidden_MD = None
+      kv_cache, logits_RV, where = program(
+        params, state.kv_cache, last_B, flat_I
+      )
+    size = self._num_sampled(shape, is_split=True)
+    pending = Pending(logits_RV, prompt, hidden_MD, where, size)
+    return state._replace(kv_cache=kv_cache), pending
+
+  def sample(
+    self,
+    state: device_state.State,
+    pending: Pending,
+    allowed_RW: np.ndarray | None = None,
+  ) -> tuple[device_state.State, steps.Outputs]:
+    """Samples the tokens of a step. Donates the slots of `state`.
+
+    Args:
+      state: of the engine.
+      pending: of `forward`.
+      allowed_RW: bits of the tokens that grammars allow; None: all.
+    """
+    key, allowed = pending.size, ()
+    if allowed_RW is not None:
+      key, allowed = Masked(pending.size), (allowed_RW,)
+    slots, outputs = self._compiled[key](
+      state.slots, pending.logits_RV, *pending.where, *allowed
+    )
+    state = state._replace(slots=slots)
+    return state, outputs._replace(
+      prompt=pending.prompt, hidden_MD=pending.hidden_MD
+    )
+
+  def all_allowed(self, size: int) -> np.ndarray:
+    """Returns the bits of a step without grammars, uint32 [R, V / 32]."""
+    return np.full((size, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32)
 
   def seat(
     self, state: device_state.State, slot: int, row: sampler_lib.Sampler
@@ -302,6 +416,18 @@ def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
   return *results, _sampled(inputs)
 
 
+@functools.partial(
+  jax.jit,
+  donate_argnames=('kv_cache',),
+  static_argnames=('layout', 'model', 'vocab_size'),
+)
+def _forward(params, kv_cache, last_B, flat_I, *, layout, **static):
+  """Returns the results of `decode_step`, and the arguments of `sample`."""
+  inputs = inputs_lib.split(flat_I, layout)
+  results = steps.decode_step(params, kv_cache, last_B, inputs, **static)
+  return *results, _sampled(inputs)
+
+
 def _sampled(inputs: steps.Inputs) -> tuple[Any, Any, Any]:
   """Returns slots, positions and forced tokens of the tokens to sample."""
   positions_R = inputs.positions_T[inputs.rows_R] + 1
@@ -309,9 +435,9 @@ def _sampled(inputs: steps.Inputs) -> tuple[Any, Any, Any]:
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def _sample(slots, logits_RV, slots_R, positions_R, forced_R):
+def _sample(slots, logits_RV, *where):
   """Returns the results of `sample` as those of one decode step."""
-  slots, *found = steps.sample(slots, logits_RV, slots_R, positions_R, forced_R)
+  slots, *found = steps.sample(slots, logits_RV, *where)
   tokens_SR, logprobs = jax.tree.map(lambda leaf: leaf[None], found)
   return slots, steps.Outputs(tokens_SR, logprobs, None)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from inference.constraints import grammars
 from inference.engine import pooling
 from inference.sampling import (
   logprobs as logprobs_lib,
@@ -21,6 +22,10 @@ class Overloaded(RuntimeError):
 
 class TooLong(ValueError):
   """A prompt, with its completion, does not fit into the context or cache."""
+
+
+class Stuck(ValueError):
+  """The grammar of a request has no next token, or is too complex there."""
 
 
 class NotFinite(ValueError):
@@ -53,6 +58,8 @@ class Request:
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
   room: int | None = None
+  # That of `settings.constraint`, likewise.
+  grammar: grammars.Grammar | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,7 +87,7 @@ class Completion:
   token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
   num_text_ids: int  # the first ids that spell the text
   # 'stop' (EOS, stop string or id) | 'length' | 'error': the model computed
-  # numbers that are not finite; the text and ids are those before |
+  # numbers that are not finite, or `failure`; text and ids are those before |
   # 'cancelled': the request ended first.
   finish_reason: str
   stop_reason: str | int | None  # the stop string or id; None for EOS
@@ -91,6 +98,7 @@ class Completion:
   prompt_logprobs: list[logprobs_lib.TokenLogprobs | None] | None
   usage: Usage
   pooled_D: np.ndarray | None = None  # float64; if the request has `pooling`
+  failure: str = ''  # why a grammar has no next token, in an 'error'
 
   @property
   def num_completion_tokens(self) -> int:
@@ -98,7 +106,12 @@ class Completion:
     return len(self.token_ids)
 
   def check(self) -> None:
-    """Raises NotFinite if the sequence ended with an error."""
+    """Raises NotFinite or Stuck if the sequence ended with an error."""
+    if self.failure:
+      raise Stuck(
+        f'constraint: got no next token after {len(self.token_ids)} new tokens,'
+        f' expected one: {self.failure}; simplify the grammar'
+      )
     if self.finish_reason == 'error':
       raise NotFinite(
         f'the model: got numbers that are not finite after'

@@ -19,9 +19,8 @@ must not be used again.
 
 One call computes T tokens in one row [1, T]: first D tokens that each continue
 a sequence of their own (decodes), then X chunks of R prompt tokens each.
-`models.kv_cache` says how pages and page tables belong to them. A logits
-processor, as a grammar's mask or a verifier, belongs between a step and
-`sample`.
+`models.kv_cache` says how pages and page tables belong to them. The tokens that
+a grammar allows reach `sample`, after the step has been sent: `constrained`.
 
 `device_state` holds the state, `inputs` fills `Inputs` on the host, and
 `programs` compiles these functions for every shape before the engine is ready.
@@ -258,6 +257,7 @@ def sample(
   slots_R: jax.Array,
   positions_R: jax.Array,
   forced_R: jax.Array,
+  allowed_RW: jax.Array | None = None,
 ) -> tuple[device_state.Slots, jax.Array, logprobs_lib.Logprobs]:
   """Samples R tokens, each with the settings of its slot. Donates `slots`.
 
@@ -267,6 +267,7 @@ def sample(
     slots_R: slot that each token is sampled for.
     positions_R: position of each new token.
     forced_R: token to take instead of a sampled one; -1: none.
+    allowed_RW: bits of the tokens that a grammar allows; None: all.
 
   Returns:
     The slots with the tokens in `last_B` and `seen_BV` and the ends in
@@ -275,7 +276,12 @@ def sample(
   """
   sampler = sampler_lib.take(slots.sampler, slots_R)
   tokens_R = sampler_lib.sample(
-    logits_RV, sampler, slots.seen_BV, positions_R, slots_B=slots_R
+    logits_RV,
+    sampler,
+    slots.seen_BV,
+    positions_R,
+    slots_B=slots_R,
+    allowed_BW=allowed_RW,
   )
   tokens_R = jnp.where(forced_R < 0, tokens_R, forced_R)
   scored_RV, wanted_R = sampler_lib.scored_logits(

@@ -123,3 +123,17 @@ def _drop_negative(ids, size: int) -> jax.Array:
 
 def _unchanged(logits_BV):
   return logits_BV
+
+
+def allow(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+  """Makes the tokens impossible that a grammar does not allow.
+
+  Args:
+    logits_BV: float32.
+    allowed_BW: uint32; token v has bit v % 32 of word v // 32.
+  """
+  num_tokens = logits_BV.shape[-1]
+  bits_32 = jnp.arange(32, dtype=jnp.uint32)
+  bits_BWJ = allowed_BW[:, :, None] >> bits_32[None, None] & 1
+  is_allowed_BV = bits_BWJ.reshape(len(allowed_BW), -1)[:, :num_tokens] == 1
+  return jnp.where(is_allowed_BV, logits_BV, -jnp.inf)

@@ -9,6 +9,7 @@ The order is fixed:
   2. presence, frequency penalties  } the largest one
   3. logit bias                     }
   4. minimum of tokens: no EOS      }
+     or the tokens of a grammar     }
   5. temperature                          } `filtered_logits`, the distribution
   6. top-k                                } that a token is drawn from
   7. top-p, of the tokens after top-k     }
@@ -165,6 +166,7 @@ def sample(
   positions_B: jax.Array,
   *,
   slots_B: jax.Array | None = None,
+  allowed_BW: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the next token of each sequence, int32 [B].
 
@@ -174,12 +176,16 @@ def sample(
     seen_BV: token counts of `penalties.recount` and `penalties.count`.
     positions_B: the position of each new token.
     slots_B: the row of each sequence in `seen_BV`; None: in order.
+    allowed_BW: uint32, a bit per token: whether a grammar allows it; None: all.
   """
 
   def sampled(logits_BV):
     adjusted_BV = adjusted_logits(
       logits_BV, sampler, seen_BV, positions_B, slots_B=slots_B
     )
+    if allowed_BW is not None:
+      # Impossible here, and so in all later stages.
+      adjusted_BV = penalties.allow(adjusted_BV, allowed_BW)
     # An all-greedy batch computes no noise and no filters.
     return jax.lax.cond(jnp.all(is_greedy_B), _argmax, mixed, adjusted_BV)
 
@@ -190,6 +196,8 @@ def sample(
     return jnp.where(is_greedy_B, _argmax(logits_BV), _argmax(noisy_BV))
 
   is_greedy_B = _is_greedy(sampler)
+  if allowed_BW is not None:
+    return sampled(logits_BV)
   is_plain = jnp.all(is_greedy_B) & ~_any_adjusted(sampler, positions_B)
   # A plain batch does not even copy its logits.
   return jax.lax.cond(is_plain, _argmax, sampled, logits_BV)
@@ -282,8 +290,6 @@ def adjusted_logits(
     logits_BV = penalties.add_bias(
       logits_BV, sampler.bias_ids_BL, sampler.bias_values_BL
     )
-    # The mask of a grammar belongs directly after this one: a token that is
-    # impossible here stays impossible in all later stages.
     return penalties.forbid(
       logits_BV, sampler.stop_ids_BI, _is_too_early(sampler, positions_B)
     )

@@ -28,6 +28,7 @@ import secrets
 from typing import Any
 
 from checks import expect, flag_field
+from inference.constraints import constraint as constraint_lib
 from storage import file_names
 
 # Seeds have 64 bits, with or without a sign: -1 and 2**64 - 1 are one seed.
@@ -192,6 +193,14 @@ class Settings:
     api_name='',
   )
 
+  # The language that the completion belongs to; log-probabilities stay those of
+  # the model, as they do with penalties and filters.
+  constraint: constraint_lib.Constraint | None = flag_field.field(
+    None,
+    flag=False,
+    api_name='',
+  )
+
   def __post_init__(self):
     self._check('temperature', lambda x: 0 <= x < math.inf, 'a number >= 0')
     self._check('top_p', lambda x: 0 < x <= 1, 'a number above 0, at most 1')
@@ -214,6 +223,7 @@ class Settings:
       raise SettingError('ignore_eos', self.ignore_eos, 'True or False')
     self._check_stops()
     self._check_bias()
+    self._check_constraint()
     if self.max_tokens is not None and self.min_tokens > self.max_tokens:
       raise SettingError(
         'min_tokens',
@@ -221,6 +231,20 @@ class Settings:
         f'at most max_tokens, which is {self.max_tokens}',
         'lower min_tokens or raise max_tokens',
       )
+
+  def _check_constraint(self):
+    if self.constraint is None:
+      return
+    if not isinstance(self.constraint, constraint_lib.Constraint):
+      raise SettingError('constraint', self.constraint, 'a Constraint')
+    for name in ('min_tokens', 'ignore_eos'):
+      if value := getattr(self, name):
+        raise SettingError(
+          name,
+          value,
+          'none beside a constraint',
+          'the grammar says where the text may end',
+        )
 
   def check_ids(self, vocab_size: int) -> None:
     """Checks the token ids of the settings against a vocabulary.

@@ -1,0 +1,238 @@
+"""Grammars: which tokens may come next, so that an answer keeps a constraint.
+
+    grammar = Grammars(tokenizer).compile(constraint)
+    matcher = grammar.matcher()              # one per sequence
+    matcher.fill(bits_W)                     # before a token is sampled
+    matcher.push(token)                      # after
+
+llguidance keeps an Earley parser over lexemes that are derivatives of regular
+expressions, and walks the trie of the vocabulary: no table is built beforehand
+(github.com/guidance-ai/llguidance). Its limits bound time and memory, of the
+compilation and of every mask.
+"""
+
+import collections
+from collections.abc import Sequence
+import json
+import threading
+from typing import Any
+
+import numpy as np
+
+from inference.constraints import constraint as constraint_lib, schemas
+from text import tokenizer as tokenizer_lib
+
+_MOST_KEPT = 128  # compiled grammars of one tokenizer
+# A space or a line break with its indentation between two tokens of JSON: a
+# model that writes space without end is cut nowhere else.
+_SPACE = r'( |\n[ ]{0,24})?'
+# Steps of building lexers, 50,000 per ms, and of one mask, 14,000 per ms.
+_LIMITS = {
+  'initial_lexer_fuel': 300_000,
+  'step_lexer_fuel': 50_000,
+  'step_max_items': 10_000,
+  'max_lexer_states': 20_000,
+  'max_grammar_size': 100_000,
+  'verbose_errors': False,
+}
+
+
+class Matcher:
+  """The state of one sequence in its grammar."""
+
+  def __init__(self, inner: Any, end_ids: Sequence[int], eos_id: int):
+    self._inner, self._end_ids, self._eos_id = inner, end_ids, eos_id
+    self.failure = ''  # why no token can follow
+
+  def fill(self, bits_W: np.ndarray) -> None:
+    """Sets the bits of the tokens that may come next, uint32 [V / 32].
+
+    An end of the answer may come where the grammar may end. If none may come,
+    `failure` says why, and the bits stay as they are.
+    """
+    found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
+    if self._inner.is_error():
+      self.failure = _first_line(self._inner.get_error())
+      return
+    found = found[: len(bits_W)].copy()
+    may_end = found[self._eos_id >> 5] >> (self._eos_id & 31) & 1
+    for token in self._end_ids:
+      bit = np.uint32(1 << (token & 31))
+      if may_end:
+        found[token >> 5] |= bit
+      else:
+        found[token >> 5] &= ~bit
+    if not found.any():
+      self.failure = 'the grammar has no token that may come next'
+      return
+    bits_W[:] = found
+
+  def push(self, token: int) -> None:
+    """Takes the token that was sampled."""
+    if token in self._end_ids or self.failure:
+      return
+    if not self._inner.consume_token(token):
+      self.failure = _first_line(self._inner.get_error())
+
+
+class Grammar:
+  """A compiled constraint."""
+
+  def __init__(self, inner: Any, special_ids: frozenset[int], eos_id: int):
+    self._inner, self._special_ids = inner, special_ids
+    self._eos_id = eos_id
+
+  def matcher(self, stop_ids: Sequence[int] = ()) -> Matcher:
+    """Returns the state of a new sequence.
+
+    Args:
+      stop_ids: of the request. One without text ends an answer only where the
+        grammar may end, as EOS does.
+    """
+    ends = [token for token in stop_ids if token in self._special_ids]
+    return Matcher(self._inner.deep_copy(), [*ends, self._eos_id], self._eos_id)
+
+
+class Grammars:
+  """Compiles constraints for one tokenizer, and keeps the latest."""
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
+    self._tokenizer, self._lock = tokenizer, threading.Lock()
+    self._kept: collections.OrderedDict[Any, Grammar] = (
+      collections.OrderedDict()
+    )
+    self._inner: Any = None
+    self._special_ids: frozenset[int] = frozenset()
+
+  def compile(self, constraint: constraint_lib.Constraint) -> Grammar:
+    """Returns the grammar of a constraint; from any thread.
+
+    Raises:
+      ConstraintError: it cannot be kept, or exceeds the limits.
+      ModuleNotFoundError: llguidance is not installed.
+    """
+    with self._lock:
+      if constraint in self._kept:
+        self._kept.move_to_end(constraint)
+        return self._kept[constraint]
+      library = _library()
+      if self._inner is None:
+        self._inner = self._words(library)
+    if constraint.kind == constraint_lib.JSON_SCHEMA:
+      schemas.check(json.loads(constraint.text))
+    # The library lets other threads run while it compiles.
+    inner = library.LLMatcher(
+      self._inner,
+      self._source(library, constraint),
+      log_level=0,
+      limits=library.LLParserLimits(**_LIMITS),
+    )
+    if not inner.is_error():
+      inner.deep_copy().compute_bitmask()
+    if inner.is_error():
+      raise constraint_lib.ConstraintError(
+        f'{constraint.kind}: got one that cannot be kept:'
+        f' {_first_line(inner.get_error())}; simplify it'
+      )
+    made = Grammar(inner, self._special_ids, self._tokenizer.eos_id)
+    with self._lock:
+      self._kept[constraint] = made
+      while len(self._kept) > _MOST_KEPT:
+        self._kept.popitem(last=False)
+    return made
+
+  def _words(self, library: Any) -> Any:
+    """Returns the vocabulary as the library has it."""
+    tokenizer = self._tokenizer
+    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    specials = {i for i, each in enumerate(tokens) if not each}
+    specials |= set(tokenizer.special_tokens.values())
+    for i in specials:
+      tokens[i] = f'<|{i}|>'.encode()  # a name; no text has it
+    self._special_ids = frozenset(specials)
+    # The argument of `TokenizerWrapper`.
+    words = _Words(tokens, sorted(specials), tokenizer)
+    return library.LLTokenizer(
+      library.TokenizerWrapper(words), n_vocab=tokenizer.vocab_size
+    )
+
+  def _source(self, library: Any, constraint: constraint_lib.Constraint) -> str:
+    """Returns the grammar in the library's words."""
+    thought, text = constraint.thought, constraint.text
+    if constraint.kind == constraint_lib.LARK:
+      if thought:
+        raise constraint_lib.ConstraintError(
+          'lark: got a grammar for a model that reasons first, expected'
+          ' json_schema, regex or choice'
+        )
+      return library.LLMatcher.grammar_from_lark(text)
+    if constraint.kind == constraint_lib.JSON_SCHEMA:
+      schema = json.loads(text)
+      if isinstance(schema, bool):
+        schema = {} if schema else {'enum': []}
+      schema['x-guidance'] = {'whitespace_pattern': _SPACE}
+      body = f'body: %json {json.dumps(schema)}'
+    elif constraint.kind == constraint_lib.CHOICE:
+      body = f'body: {" | ".join(map(json.dumps, json.loads(text)))}'
+    else:
+      body = f'body: BODY\nBODY: /{library.regex_to_lark(text)}/'
+    return library.LLMatcher.grammar_from_lark(
+      f'{self._beginning(thought)}\n{body}'
+    )
+
+  def _beginning(self, thought: constraint_lib.Thought | None) -> str:
+    """Returns the first rules: reasoning, if there may be some, then a body."""
+    if thought is None:
+      return 'start: body'
+    opening, closing = (
+      self._tokenizer.special_tokens.get(each)
+      for each in (thought.opening, thought.closing)
+    )
+    begin = json.dumps(thought.opening) if opening is None else f'<[{opening}]>'
+    if closing is None:
+      rest = f'thought\nthought[suffix={json.dumps(thought.closing)}]: TEXT'
+      rest = rest.replace('TEXT', '/(?s:.*)/')
+    else:
+      rest = f'TEXT <[{closing}]>\nTEXT: /(?s:.*)/'
+    first = 'think' if thought.is_open else 'think?'
+    begin = '' if thought.is_open else begin
+    return f'start: {first} SPACE body\nthink: {begin} {rest}\n' + (
+      r'SPACE: /[ \n]{0,4}/'
+    )
+
+
+class _Words:
+  """A vocabulary in the form that `llguidance.TokenizerWrapper` reads."""
+
+  def __init__(
+    self,
+    tokens: list[bytes],
+    special_ids: list[int],
+    tokenizer: tokenizer_lib.Tokenizer,
+  ):
+    self.tokens, self.special_token_ids = tokens, special_ids
+    self.bos_token_id = tokenizer.bos_id
+    self.eos_token_id = tokenizer.eos_id
+    self._tokenizer = tokenizer
+
+  def __call__(self, text: str | bytes) -> list[int]:
+    if isinstance(text, bytes):
+      text = text.decode(errors='replace')
+    return self._tokenizer.encode(text)
+
+
+def _library() -> Any:
+  try:
+    import llguidance
+  except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+      'llguidance: got no such library, expected it for constrained answers;'
+      ' pip install -r requirements-serve.txt'
+    ) from None
+  return llguidance
+
+
+def _first_line(text: str) -> str:
+  """Returns the part of an error that says why, without the state."""
+  text = text.split('<state>')[0].split('<non-verbose/>')[0]
+  return ' '.join(text.split())[:300] or 'the grammar is too complex'

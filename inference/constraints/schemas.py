@@ -1,0 +1,95 @@
+"""Which JSON schemas constrain an answer wholly; others are refused.
+
+A keyword that the grammar would not keep is refused with its path, as a JSON
+pointer. Answers of a schema that passes are valid JSON of it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from checks import expect
+from inference.constraints import constraint
+
+_MOST_DEPTH, _MOST_NODES, _MOST_COUNT = 48, 4000, 2000
+# Keywords whose value is a schema, a list of schemas, or a dict of schemas.
+_ONE = 'items', 'additionalProperties'
+_LIST = 'anyOf', 'oneOf', 'allOf', 'prefixItems'
+_DICT = 'properties', 'patternProperties', '$defs', 'definitions'
+_COUNTS = 'minLength', 'maxLength', 'minItems', 'maxItems', 'maxProperties'
+_KEPT = (
+  *_ONE,
+  *_LIST,
+  *_DICT,
+  *_COUNTS,
+  *('$ref', 'type', 'const', 'enum', 'required', 'pattern', 'format'),
+  *('minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'),
+  'multipleOf',
+)
+# Annotations: JSON Schema gives them no say in what is valid.
+_ANNOTATIONS = (
+  *('title', 'description', 'default', 'examples', '$comment', '$schema'),
+  *('$id', 'deprecated', 'readOnly', 'writeOnly', 'discriminator'),
+)
+SUPPORTED = tuple(sorted(_KEPT + _ANNOTATIONS))
+
+
+def check(schema: Any) -> None:
+  """Refuses a schema that a grammar cannot keep wholly.
+
+  Raises:
+    ConstraintError: a keyword is not supported, or the schema is too large; the
+      message begins with its path.
+  """
+  num_nodes = 0
+  for path, node in _nodes(schema, '#', 0):
+    num_nodes += 1
+    if num_nodes > _MOST_NODES:
+      raise _refused(path, f'more than {_MOST_NODES} schemas', 'fewer')
+    if isinstance(node, bool):
+      continue
+    if not isinstance(node, dict):
+      raise _refused(path, expect.shown(node), 'an object or a boolean')
+    for name, value in node.items():
+      where = f'{path}/{_escaped(name)}'
+      if name not in SUPPORTED:
+        raise _refused(
+          where,
+          'a keyword that is not supported',
+          f'one of {", ".join(SUPPORTED)}',
+        )
+      if name in _COUNTS and isinstance(value, int) and value > _MOST_COUNT:
+        raise _refused(where, value, f'at most {_MOST_COUNT}')
+      if name == 'enum' and isinstance(value, list):
+        if len(value) > constraint.MOST_CHOICES:
+          most = constraint.MOST_CHOICES
+          raise _refused(where, f'{len(value)} values', f'at most {most}')
+
+
+def _nodes(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+  """Yields all schemas within a schema, with their paths."""
+  if depth > _MOST_DEPTH:
+    raise _refused(path, 'more nesting', f'at most {_MOST_DEPTH} levels')
+  yield path, node
+  if not isinstance(node, dict):
+    return
+  for name in node:
+    value, inner = node[name], f'{path}/{_escaped(name)}'
+    if name in _ONE:
+      yield from _nodes(value, inner, depth + 1)
+    elif name in _LIST and isinstance(value, list):
+      for index, each in enumerate(value):
+        yield from _nodes(each, f'{inner}/{index}', depth + 1)
+    elif name in _DICT and isinstance(value, dict):
+      for key, each in value.items():
+        yield from _nodes(each, f'{inner}/{_escaped(key)}', depth + 1)
+
+
+def _escaped(name: str) -> str:
+  """Returns a part of a JSON pointer (RFC 6901, section 3)."""
+  return name[: expect.MOST_SHOWN].replace('~', '~0').replace('/', '~1')
+
+
+def _refused(path: str, got: Any, expected: str) -> constraint.ConstraintError:
+  return constraint.ConstraintError(
+    f'{path}: got {got}, expected {expected}; leave it out'
+  )

@@ -1,0 +1,113 @@
+"""A dispatch that is on its way, and the tokens that grammars allow in it.
+
+A step with a sequence that a grammar constrains is sent up to its logits. While
+the device computes them, the host reads the tokens of the step before, and finds
+the tokens that may come next. Then the sampling is sent. So such a step
+waits for the host only if that takes longer than the step. All sequences of the
+batch take part in every step, constrained or not. A dispatch has one step while
+one of its sequences is constrained.
+
+Tokens that a grammar forces are sampled, too. Its bytes may be forced, but the
+tokens that spell them are seldom: a model has probabilities for all ways to
+spell them, and taking one without sampling would change the distribution. The
+metric `constraint_forced_tokens` counts masks of one token.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from inference.constraints import constraint as constraint_lib, grammars
+from inference.engine import (
+  answer,
+  engine_config,
+  inputs as inputs_lib,
+  metrics as metrics_lib,
+  programs as programs_lib,
+  requests,
+  steps,
+)
+from inference.sampling import settings as settings_lib
+from inference.scheduling import page_tables, spans
+
+Lives = Mapping[page_tables.Sequence, answer.Live]
+
+
+class Flight(NamedTuple):
+  """A step that is dispatched, and whose outputs are not read yet."""
+
+  step: spans.Step
+  shape: steps.Shape
+  outputs: steps.Outputs | None  # None: it is not sampled yet
+  pending: programs_lib.Pending | None
+  sent_at: float  # seconds of `time.perf_counter`
+
+
+def with_grammar(
+  request: requests.Request,
+  found: grammars.Grammars,
+  config: engine_config.EngineConfig,
+) -> requests.Request:
+  """Returns a request with the grammar of its constraint, if it has one.
+
+  Raises:
+    SettingError: the constraint cannot be kept.
+  """
+  constraint = request.settings.constraint
+  if constraint is None or request.grammar is not None:
+    return request
+  if not config.constraints:
+    raise settings_lib.SettingError(
+      'constraint',
+      constraint.kind,
+      'none: this engine has no programs for grammars',
+      'start it with --engine.constraints (llguidance must be installed)',
+    )
+  if request.target is not None or request.pooling:
+    raise settings_lib.SettingError(
+      'constraint', constraint.kind, 'none where no text is sampled'
+    )
+  try:
+    grammar = found.compile(constraint)
+  except constraint_lib.ConstraintError as error:
+    raise settings_lib.SettingError('constraint', error, 'another') from error
+  return dataclasses.replace(request, grammar=grammar)
+
+
+def is_split(step: spans.Step, lives: Lives) -> bool:
+  """Returns whether a step samples a token within a grammar."""
+  return any(
+    span.samples and lives[span.sequence].matcher for span in step.spans
+  )
+
+
+def allowed(
+  flight: Flight,
+  lives: Lives,
+  bits_RW: np.ndarray,
+  metrics: metrics_lib.Metrics,
+) -> np.ndarray:
+  """Returns the bits of the tokens that may be sampled, uint32 [R, V / 32].
+
+  Args:
+    flight: a step; the tokens before it are in `lives`.
+    lives: of its sequences, unless they have ended.
+    bits_RW: all ones; changed.
+    metrics: of the engine.
+  """
+  for place, span in inputs_lib.placed_spans(
+    flight.step, flight.shape.num_decodes
+  ):
+    live = lives.get(span.sequence)
+    if not span.samples or live is None or live.matcher is None:
+      continue
+    start = time.perf_counter()
+    live.matcher.fill(bits_RW[place])
+    metrics.mask_seconds.observe(time.perf_counter() - start)
+    metrics.constrained_rows.inc()
+    if int(np.bitwise_count(bits_RW[place]).sum()) == 1:
+      metrics.forced_tokens.inc()
+  return bits_RW
