@@ -59,10 +59,9 @@ def check(schema: Any) -> None:
         )
       if name in _COUNTS and isinstance(value, int) and value > _MOST_COUNT:
         raise _refused(where, value, f'at most {_MOST_COUNT}')
-      if name == 'enum' and isinstance(value, list):
-        if len(value) > constraint.MOST_CHOICES:
-          most = constraint.MOST_CHOICES
-          raise _refused(where, f'{len(value)} values', f'at most {most}')
+      most = constraint.MOST_CHOICES
+      if name == 'enum' and isinstance(value, list) and len(value) > most:
+        raise _refused(where, f'{len(value)} values', f'at most {most}')
 
 
 def _nodes(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:

@@ -356,13 +356,16 @@ class Engine:
     waited = 0.0
     updates: list[requests_lib.Update] = []
     if landed is not None:
+      assert landed.outputs is not None
       before = time.perf_counter()
       lives = [self._live.get(span.sequence) for span in landed.step.spans]
       outputs = jax.device_get(answer_lib.wanted(lives, landed.outputs))
       waited = time.perf_counter() - before
       updates = self._land(landed, outputs)
     if flight is not None and flight.pending is not None:
-      self._flight = self._sampled(flight)
+      self._state, self._flight = flight_lib.sampled(
+        flight, self._programs, self._state, self._live, self.metrics
+      )
     now = time.perf_counter()
     self.metrics.step_seconds.inc(now - start)
     self.metrics.host_seconds.inc(now - start - waited)
@@ -400,22 +403,15 @@ class Engine:
       chunk_tokens=self.config.chunk_tokens,
       answers=self._live,
     )
-    run = self._programs.forward if is_split else self._programs.step
-    self._state, made = run(
-      shape, self.adapters.beside(self.params), self._state, flat_I
-    )
     self.metrics.dispatches.inc()
-    done, pending = (None, made) if is_split else (made, None)
-    return flight_lib.Flight(step, shape, done, pending, now)
-
-  def _sampled(self, flight: flight_lib.Flight) -> flight_lib.Flight:
-    """Sends the sampling of a step, once the tokens before are known."""
-    pending = flight.pending
-    assert pending is not None
-    bits_RW = self._programs.all_allowed(pending.size)
-    flight_lib.allowed(flight, self._live, bits_RW, self.metrics)
-    self._state, outputs = self._programs.sample(self._state, pending, bits_RW)
-    return flight._replace(outputs=outputs, pending=None)
+    self._state, flight = flight_lib.sent(
+      self._programs,
+      (shape, self.adapters.beside(self.params), self._state, flat_I),
+      step,
+      now,
+      is_split=is_split,
+    )
+    return flight
 
   def _seat(self, live: answer_lib.Live) -> None:
     """Writes the settings of a sequence to its slot."""

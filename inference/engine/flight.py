@@ -1,8 +1,8 @@
 """A dispatch that is on its way, and the tokens that grammars allow in it.
 
 A step with a sequence that a grammar constrains is sent up to its logits. While
-the device computes them, the host reads the tokens of the step before, and finds
-the tokens that may come next. Then the sampling is sent. So such a step
+the device computes them, the host reads the tokens of the step before, and
+finds the tokens that may come next. Then the sampling is sent. So such a step
 waits for the host only if that takes longer than the step. All sequences of the
 batch take part in every step, constrained or not. A dispatch has one step while
 one of its sequences is constrained.
@@ -16,13 +16,14 @@ metric `constraint_forced_tokens` counts masks of one token.
 from collections.abc import Mapping
 import dataclasses
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from inference.constraints import constraint as constraint_lib, grammars
 from inference.engine import (
   answer,
+  device_state,
   engine_config,
   inputs as inputs_lib,
   metrics as metrics_lib,
@@ -84,19 +85,56 @@ def is_split(step: spans.Step, lives: Lives) -> bool:
   )
 
 
-def allowed(
+def sent(
+  programs: programs_lib.Programs,
+  arguments: tuple[Any, ...],
+  step: spans.Step,
+  now: float,
+  *,
+  is_split: bool,
+) -> tuple[device_state.State, Flight]:
+  """Sends a step, whole or up to its logits; returns the state and it.
+
+  Args:
+    programs: of the engine.
+    arguments: of `Programs.step`; the first is the shape.
+    step: that the arguments are of.
+    now: seconds of `time.perf_counter`.
+    is_split: whether the tokens that grammars allow are still to be found.
+  """
+  shape = arguments[0]
+  if is_split:
+    state, pending = programs.forward(*arguments)
+    return state, Flight(step, shape, None, pending, now)
+  state, outputs = programs.step(*arguments)
+  return state, Flight(step, shape, outputs, None, now)
+
+
+def sampled(
+  flight: Flight,
+  programs: programs_lib.Programs,
+  state: device_state.State,
+  lives: Lives,
+  metrics: metrics_lib.Metrics,
+) -> tuple[device_state.State, Flight]:
+  """Sends the sampling of a step, once the tokens before it are known."""
+  pending = flight.pending
+  assert pending is not None
+  bits_RW = programs.all_allowed(pending.size)
+  _allow(flight, lives, bits_RW, metrics)
+  state, outputs = programs.sample(state, pending, bits_RW)
+  return state, flight._replace(outputs=outputs, pending=None)
+
+
+def _allow(
   flight: Flight,
   lives: Lives,
   bits_RW: np.ndarray,
   metrics: metrics_lib.Metrics,
-) -> np.ndarray:
-  """Returns the bits of the tokens that may be sampled, uint32 [R, V / 32].
+) -> None:
+  """Clears the bits of tokens that grammars do not allow, uint32 [R, V / 32].
 
-  Args:
-    flight: a step; the tokens before it are in `lives`.
-    lives: of its sequences, unless they have ended.
-    bits_RW: all ones; changed.
-    metrics: of the engine.
+  Sequences that have ended, or have no grammar, keep all of theirs.
   """
   for place, span in inputs_lib.placed_spans(
     flight.step, flight.shape.num_decodes
@@ -110,4 +148,3 @@ def allowed(
     metrics.constrained_rows.inc()
     if int(np.bitwise_count(bits_RW[place]).sum()) == 1:
       metrics.forced_tokens.inc()
-  return bits_RW
