@@ -167,7 +167,7 @@ class Grammars:
         )
       return library.LLMatcher.grammar_from_lark(text)
     if constraint.kind == constraint_lib.JSON_SCHEMA:
-      schema = json.loads(text)
+      schema: Any = json.loads(text)
       if isinstance(schema, bool):
         schema = {} if schema else {'enum': []}
       schema['x-guidance'] = {'whitespace_pattern': _SPACE}
@@ -223,7 +223,7 @@ class _Words:
 
 def _library() -> Any:
   try:
-    import llguidance
+    import llguidance  # pyright: ignore[reportMissingImports]
   except ModuleNotFoundError:
     raise ModuleNotFoundError(
       'llguidance: got no such library, expected it for constrained answers;'

@@ -392,24 +392,14 @@ class Engine:
       self._state = self._programs.copy_pages(self._state, step.copies)
     if not step.spans:
       return None
-    is_split = flight_lib.is_split(step, self._live)
-    shape = self._programs.shape_for(
-      len(step.decodes), len(step.chunks), is_split=is_split
-    )
-    flat_I, inputs = self._programs.empty_inputs(shape, is_split=is_split)
-    inputs_lib.fill(
-      inputs,
-      step,
-      chunk_tokens=self.config.chunk_tokens,
-      answers=self._live,
-    )
     self.metrics.dispatches.inc()
     self._state, flight = flight_lib.sent(
-      self._programs,
-      (shape, self.adapters.beside(self.params), self._state, flat_I),
       step,
-      now,
-      is_split=is_split,
+      self._programs,
+      self.adapters.beside(self.params),
+      self._state,
+      lives=self._live,
+      chunk_tokens=self.config.chunk_tokens,
     )
     return flight
 

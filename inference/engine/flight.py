@@ -78,35 +78,38 @@ def with_grammar(
   return dataclasses.replace(request, grammar=grammar)
 
 
-def is_split(step: spans.Step, lives: Lives) -> bool:
-  """Returns whether a step samples a token within a grammar."""
-  return any(
-    span.samples and lives[span.sequence].matcher for span in step.spans
-  )
-
-
 def sent(
-  programs: programs_lib.Programs,
-  arguments: tuple[Any, ...],
   step: spans.Step,
-  now: float,
+  programs: programs_lib.Programs,
+  params: device_state.Params,
+  state: device_state.State,
   *,
-  is_split: bool,
+  lives: Lives,
+  chunk_tokens: int,
 ) -> tuple[device_state.State, Flight]:
-  """Sends a step, whole or up to its logits; returns the state and it.
+  """Sends a step; with a token within a grammar, up to its logits.
 
   Args:
+    step: with at least one span.
     programs: of the engine.
-    arguments: of `Programs.step`; the first is the shape.
-    step: that the arguments are of.
-    now: seconds of `time.perf_counter`.
-    is_split: whether the tokens that grammars allow are still to be found.
+    params: that they compute with.
+    state: of the engine; donated.
+    lives: of all sequences of the step.
+    chunk_tokens: tokens per chunk.
   """
-  shape = arguments[0]
+  now = time.perf_counter()
+  is_split = any(
+    span.samples and lives[span.sequence].matcher for span in step.spans
+  )
+  shape = programs.shape_for(
+    len(step.decodes), len(step.chunks), is_split=is_split
+  )
+  flat_I, inputs = programs.empty_inputs(shape, is_split=is_split)
+  inputs_lib.fill(inputs, step, chunk_tokens=chunk_tokens, answers=lives)
   if is_split:
-    state, pending = programs.forward(*arguments)
+    state, pending = programs.forward(shape, params, state, flat_I)
     return state, Flight(step, shape, None, pending, now)
-  state, outputs = programs.step(*arguments)
+  state, outputs = programs.step(shape, params, state, flat_I)
   return state, Flight(step, shape, outputs, None, now)
 
 

@@ -6,7 +6,7 @@ one process.
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import itertools
 import math
 import threading
@@ -131,6 +131,12 @@ class Metrics:
     self.inter_token = histogram(
       'inter_token_seconds', 'Between two tokens of a sequence.'
     )
+    self.queue = histogram(
+      'queue_seconds', 'From submission to the first step.'
+    )
+    self._add_constraints(counter)
+
+  def _add_constraints(self, counter: Callable) -> None:
     self.mask_seconds = Histogram(
       'constraint_mask_seconds',
       'To find the tokens that a grammar allows, of one sequence.',
@@ -142,9 +148,6 @@ class Metrics:
     )
     self.forced_tokens = counter(
       'constraint_forced_tokens', 'Those of them that a grammar left no choice.'
-    )
-    self.queue = histogram(
-      'queue_seconds', 'From submission to the first step.'
     )
 
   def count(

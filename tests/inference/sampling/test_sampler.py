@@ -467,6 +467,7 @@ def test_every_setting_but_those_of_the_host_reaches_the_row():
   # Settings that the engine or the transcript reads; `seed` is an argument.
   of_the_host = {
     'seed', 'n', 'max_tokens', 'stop', 'ignore_eos', 'prompt_logprobs',
+        'constraint',
   }  # fmt: skip
   names = {field.name for field in dataclasses.fields(_Settings)}
   assert names == changed.keys() | of_the_host
