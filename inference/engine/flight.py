@@ -16,7 +16,7 @@ metric `constraint_forced_tokens` counts masks of one token.
 from collections.abc import Mapping
 import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
