@@ -28,6 +28,7 @@ from checks import path_flags
 from evals import options as eval_options
 from hardware import compilation_cache, host_memory
 from inference import flags as flags_lib
+from inference.constraints import flags as constraint_flags
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
 from inference.server import server_config
@@ -53,6 +54,7 @@ _EVAL = flags_lib.Group(
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
+  **dict.fromkeys(constraint_flags.NAMES, ('prompt',)),
   'adapters': _ENGINE.ways,
   'adapter': ('prompt', 'chat', 'eval'),
   'system': ('prompt', 'chat'),
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
     elif way == 'eval':
       _evaluate()
     else:
-      _complete(FLAGS.prompt, _SETTINGS.given())
+      _complete(FLAGS.prompt, _SETTINGS.given() | constraint_flags.given())
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     _fail(str(error))
   except KeyboardInterrupt:
@@ -125,7 +127,7 @@ def _complete(prompt: str, chosen) -> None:
   from frozen import format as frozen_format
   from frozen.quantize import quality
 
-  generator = _load_small(FLAGS.n or 1)
+  generator = _load_small(FLAGS.n or 1, constraints='constraint' in chosen)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
   ids, settings = _asked(generator, prompt, chosen)
   updates = generator.updates([ids], settings)
@@ -276,10 +278,11 @@ def _load(config: engine_config.EngineConfig, **how):
   return generator
 
 
-def _load_small(num_sequences: int):
+def _load_small(num_sequences: int, *, constraints: bool = False):
   """Loads an engine that compiles quickly, with few sequences and shapes."""
   return _load(
     _engine_config(
+      constraints=constraints,
       max_sequences=num_sequences,
       decode_shapes=(num_sequences,),
       chunk_tokens=128,
@@ -350,6 +353,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _define_flags() -> None:
+  constraint_flags.define()
   text, count = flags.DEFINE_string, flags.DEFINE_integer
   path = path_flags.DEFINE_path
   path('model', None, 'Frozen directory with the weights.', required=True)

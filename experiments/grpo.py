@@ -20,17 +20,16 @@ Aim: the share of right greedy answers to validation questions rises from 20 to
 steps, and `sft` as it stands gives 3 % (LOG.md, one seed).
 """
 
-from collections.abc import Sequence
 import dataclasses
 
 from data import data_config, sources
+from evals.verifiers import texts
 from experiments import presets
-from text.replies import answers
 from training import experiment
 from training.checkpoints import init_from
 from training.objectives import advantages, token_loss
 from training.optimizer import chain
-from training.rollouts import episodes, rollout_config
+from training.rollouts import rewards, rollout_config
 
 LENGTH = 96
 SFT = 'runs/add_sft/frozen'
@@ -49,20 +48,6 @@ _BASELINES = {
     baseline='group', group_size=GROUP_SIZE, scale='group'
   ),
 }
-
-
-def right_number(found: Sequence[episodes.Episode]) -> list[float]:
-  """Returns 1 for each answer with the right number after '####', else 0."""
-  return [
-    float(
-      answers.is_right(
-        answers.Answer('number', each.record['answer'].rpartition('#')[2]),
-        each.text,
-        strict=True,
-      )
-    )
-    for each in found
-  ]
 
 
 def get_config(variant: str = 'grpo') -> experiment.Experiment:
@@ -99,7 +84,10 @@ def get_config(variant: str = 'grpo') -> experiment.Experiment:
     ),
     rollouts=rollout_config.RolloutConfig(
       rewards=(
-        rollout_config.RewardConfig(reward=right_number, name='accuracy'),
+        rollout_config.RewardConfig(
+          reward=rewards.Verified(verifier=texts.Number(is_strict=True)),
+          name='accuracy',
+        ),
       ),
       num_prompts=64,
       max_tokens=32,

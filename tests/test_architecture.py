@@ -56,6 +56,7 @@ MAY_NOT_USE = {
 # makes the flags of serve.py from dataclasses; makes flags that hold paths; has
 # flags of several benchmarks: absl refuses a name that is given twice.
 MAY_READ_FLAGS = {
+  'inference/constraints/flags.py',
   'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
   'checks/path_flags.py', 'studies/study_flags.py',
 }  # fmt: skip

@@ -126,11 +126,8 @@ class EngineConfig:
     ' arrive in groups of this time, and a new request waits for up to two'
     ' groups. 0: no limit, for work without streams.',
   )
-  constraints: bool | None = flag_field.field(
-    None,
-    'Compile the programs of answers that a grammar constrains. Default: with'
-    ' --port, if llguidance is installed; with --prompt, if it is constrained.',
-  )
+  # Whether to compile the programs of answers that a grammar constrains.
+  constraints: bool = flag_field.field(False, flag=False)
   prefix_cache: bool = flag_field.field(
     True,
     'Keep the pages of earlier prompts, and reuse them for equal prefixes.',

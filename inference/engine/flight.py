@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inference.constraints import constraint as constraint_lib, grammars
+from inference.constraints import grammars
 from inference.engine import (
   answer,
   device_state,
@@ -55,7 +55,8 @@ def with_grammar(
   """Returns a request with the grammar of its constraint, if it has one.
 
   Raises:
-    SettingError: the constraint cannot be kept.
+    SettingError: no text is sampled, or the engine has no such programs.
+    ConstraintError: the constraint cannot be kept.
   """
   constraint = request.settings.constraint
   if constraint is None or request.grammar is not None:
@@ -65,16 +66,13 @@ def with_grammar(
       'constraint',
       constraint.kind,
       'none: this engine has no programs for grammars',
-      'start it with --engine.constraints (llguidance must be installed)',
+      'make it with EngineConfig(constraints=True)',
     )
   if request.target is not None or request.pooling:
     raise settings_lib.SettingError(
       'constraint', constraint.kind, 'none where no text is sampled'
     )
-  try:
-    grammar = found.compile(constraint)
-  except constraint_lib.ConstraintError as error:
-    raise settings_lib.SettingError('constraint', error, 'another') from error
+  grammar = found.compile(constraint)
   return dataclasses.replace(request, grammar=grammar)
 
 

@@ -94,7 +94,7 @@ class Programs:
     self._chunk_tokens = config.chunk_tokens
     self._table_width = config.table_width(context)
     self._context = context
-    self._has_constraints = bool(config.constraints)
+    self._has_constraints = config.constraints
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = _sample_sizes(max(map(sum, shapes)))

@@ -30,6 +30,7 @@ VARIANTS = {
   'problems': ['base', 'sft', 'sft:some/frozen'],
   # The others read a teacher's weights.
   'distil': ['teacher', 'alone'],
+  'grpo': ['sft', 'grpo', 'rloo', 'dr_grpo', 'dapo', 'reinforce:some/frozen'],
   'preference': ['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'],
   'lora_against_full': ['full', 'rank-8', 'rank-64:some/frozen'],
   'smollm2': [
@@ -124,6 +125,15 @@ def _batch(experiment, seed):
   """Returns the arrays that the objective reads, of ids below 64."""
   if experiment.objective.predicts_text:
     return tiny_models.batch(batch_size=4, vocab_size=64, seed=seed)
+  if experiment.rollouts is not None:
+    rows = tiny_models.batch(batch_size=4, vocab_size=64, seed=seed)
+    rng = np.random.default_rng(seed)
+    return {
+      name: rows[name]
+      if name in rows
+      else jnp.asarray(rng.normal(size=rows['tokens'].shape), spec.dtype)
+      for name, spec in experiment.objective.batch_spec().items()
+    }
   units = preference_rows.draw(
     8,
     vocab_size=64,

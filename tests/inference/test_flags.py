@@ -90,8 +90,11 @@ def test_a_new_setting_is_a_flag_by_its_field_alone():
 @pytest.mark.parametrize(
   ('config', 'without_flag'),
   [
-    (settings.Settings, {'logit_bias', 'logprobs', 'prompt_logprobs'}),
-    (engine_config.EngineConfig, set()),
+    (
+      settings.Settings,
+      {'logit_bias', 'logprobs', 'prompt_logprobs', 'constraint'},
+    ),
+    (engine_config.EngineConfig, {'constraints'}),
     (options.Options, set()),
   ],
 )

@@ -230,7 +230,7 @@ def test_refusals():
   engine = reference_engine.engine(
     is_small=True, **_LAYOUT | {'constraints': None}
   )
-  with pytest.raises(settings_lib.SettingError, match='--engine.constraints'):
+  with pytest.raises(settings_lib.SettingError, match='constraints=True'):
     engine.submit(_request(_CONSTRAINTS['regex']))
   for fields in ({'min_tokens': 2}, {'ignore_eos': True}):
     with pytest.raises(settings_lib.SettingError, match='beside a constraint'):

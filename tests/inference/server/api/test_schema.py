@@ -70,8 +70,9 @@ def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
-  # The API asks for the log-probabilities of a prompt with `echo`.
-  assert names - reached == {'prompt_logprobs'}
+  # The API asks for the log-probabilities of a prompt with `echo`. A grammar
+  # comes from the command line alone.
+  assert names - reached == {'prompt_logprobs', 'constraint'}
 
 
 def test_a_new_setting_becomes_a_field_of_the_body():
