@@ -53,9 +53,9 @@ MAY_NOT_USE = {
 }
 
 # Beside entry points: parses the command line for train.py, in its own words;
-# makes the flags of serve.py from dataclasses, and those of grammars; makes flags
-# that hold paths; has
-# flags of several benchmarks: absl refuses a name that is given twice.
+# makes the flags of serve.py from dataclasses, and those of grammars; makes
+# flags that hold paths; has flags of several benchmarks: absl refuses a name
+# that is given twice.
 MAY_READ_FLAGS = {
   'inference/constraints/flags.py',
   'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
