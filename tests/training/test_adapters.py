@@ -434,7 +434,7 @@ def test_a_merge_into_a_quantised_base_is_the_function_that_was_trained(
 def test_a_run_may_freeze_its_adapters_only(corpus, base, tmp_path):
   apart = experiment_lib.FreezeConfig(merge_adapter=False)
   _, text = _run(corpus, base, tmp_path / 'run', freeze=apart)
-  assert 'adapter parameters in 4 files' in text
+  assert 'adapter parameters in 5 files' in text
   digest = frozen_format.read(base).manifest.weights_digest
   assert f'of base {digest} (tiny)' in text
   _, text = _run(corpus, base, tmp_path / 'run', freeze=apart)
