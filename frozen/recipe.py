@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from storage import file_names, json_lines, public_paths
 FORMAT_VERSION = 1
 # Steps of the trace: enough to say where two runs part, few enough to keep.
 _FIRST, _MOST = 32, 256
+# A path, also behind a word, as in perplexity:/texts/book.txt; no address.
+_PATH = re.compile(r'(?:^|(?<=[:=&,]))(?!//)[/~][^:&,]*')
 _LIBRARIES = 'jax', 'jaxlib', 'numpy', 'flax', 'optax'
 
 
@@ -151,7 +154,7 @@ def _public(value: Any, parent: str) -> Any:
   if isinstance(value, str):
     if parent and value.startswith(f'{parent}/'):
       return public_paths.public(parent) + value.removeprefix(parent)
-    return public_paths.public(value)
+    return _PATH.sub(lambda found: public_paths.public(found[0]), value)
   if isinstance(value, Mapping):
     return {
       key: _public(item, parent)

@@ -78,6 +78,7 @@ def experiment_of(
   if parent and experiment.data.tokenizer == init_from.tokenizer_of(parent):
     experiment.data.tokenizer = init_from.tokenizer_of(experiment.init_from)
   experiment.freeze.enabled = True
+  experiment.evals.tasks = ()  # they measure, and change no weight
   experiment.num_steps = recipe_values['step']
   return experiment
 
@@ -127,7 +128,7 @@ def known_differences(
   return found
 
 
-_SAME = 'num_steps', 'freeze.enabled'
+_SAME = 'num_steps', 'freeze.enabled', 'evals.tasks'
 
 
 def _flat(values: Any, prefix: str = '') -> dict[str, Any]:

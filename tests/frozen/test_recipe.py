@@ -42,6 +42,7 @@ def test_places_of_a_machine_are_left_out(tmp_path):
       'data': {'path': '~/texts/corpus/{split}.txt', 'data_dir': '~/texts/x'},
       'init_from': '~/models/base',
       'tokenizer': {'path': '~/models/base/tokenizer'},
+      'evals': {'tasks': ['perplexity:/texts/me/book.txt', 'a:b.txt']},
       'seed': 3,
     },
   }
@@ -51,6 +52,7 @@ def test_places_of_a_machine_are_left_out(tmp_path):
     'data': {'path': 'corpus/{split}.txt'},
     'init_from': 'base',
     'tokenizer': {'path': 'base/tokenizer'},
+    'evals': {'tasks': ['perplexity:book.txt', 'a:b.txt']},
     'seed': 3,
   }
   assert made['step'] == 5
