@@ -1,4 +1,4 @@
-"""recipe.json: how a run made its weights, for whoever makes them again.
+"""recipe.json: how a run made its weights, so that they can be made again.
 
 A frozen directory of a run has it beside the manifest, which covers it like any
 other file. `python -m studies.rebuild` reads it. Paths lose the directories of

@@ -193,7 +193,7 @@ def _take(
   copy_into: Any,
   digest: str,
 ) -> None:
-  """Copies weights into the buffers of those that the engine serves."""
+  """Copies weights into the buffers of the weights that are served."""
   engine.adapters.check_empty()
   if engine.has_work:
     raise ValueError(

@@ -14,7 +14,7 @@ def _double_descent() -> claims.Claim:
   return claims.Claim(
     name='double_descent',
     paper='Hastie et al. 2019, arXiv:1903.08560',
-    where='corollary 1 and figure 2, n = 100, sigma = .5',
+    where='the risk with isotropic features; here n = 100, sigma = .5',
     statement='The risk of minimum-norm regression explodes at as many'
     ' parameters as points, and falls again beyond.',
     quantities=tuple(
@@ -35,7 +35,7 @@ def _in_context_floor() -> claims.Claim:
   return claims.Claim(
     name='in_context_floor',
     paper='Garg et al. 2022, arXiv:2208.01066',
-    where='figure 2, dimension 20',
+    where='least squares in dimension 20',
     statement='Least squares, which models come near in context, has the error'
     ' (d - k) / d after k examples.',
     quantities=tuple(

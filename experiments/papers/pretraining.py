@@ -56,7 +56,7 @@ def _wsd() -> claims.Claim:
   return claims.Claim(
     name='wsd_costs_nothing',
     paper='Haegele et al. 2024, arXiv:2405.18392',
-    where='section 3',
+    where='the comparison of both schedules',
     statement='A constant rate with a decay at the end is as good as a cosine.',
     quantities=(
       claims.at_most(

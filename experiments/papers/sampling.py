@@ -19,7 +19,7 @@ def _best_of_n_kl() -> claims.Claim:
   return claims.Claim(
     name='best_of_n_kl',
     paper='Beirami et al. 2024, arXiv:2401.01879',
-    where='theorem 1',
+    where='the bound on the KL of best of n',
     statement='The best of n answers is at most log n - (n - 1) / n nats from'
     ' the policy, and as much where no two answers are equal.',
     quantities=tuple(
@@ -48,7 +48,8 @@ def _kl_estimators() -> claims.Claim:
       claims.digits(f'k3 deviation, {far}', '1.70'),
     ),
     seconds={'cpu': 4},
-    note='The functions are those that train; expectations are quadratures.',
+    note='The estimators are the functions that training uses. Expectations are'
+    ' integrated numerically.',
   )
 
 
@@ -57,7 +58,7 @@ def _voting() -> claims.Claim:
   return claims.Claim(
     name='voting',
     paper='Chen et al. 2024, arXiv:2403.02419',
-    where='theorem 1, at p = .85 and .4 in equal shares',
+    where='the case p = .85 and .4 in equal shares',
     statement='More votes help at first and harm later, where some questions'
     ' are more often answered wrong.',
     quantities=tuple(
@@ -71,7 +72,7 @@ def _pass_at_k_law() -> claims.Claim:
   return claims.Claim(
     name='pass_at_k_law',
     paper='Schaeffer et al. 2025, arXiv:2502.17578',
-    where='section 3, a Beta distribution of difficulties',
+    where='difficulties with a Beta distribution',
     statement='Failures fall as k^-a, where Beta(a, b) problems are hard.',
     quantities=(
       claims.within(

@@ -57,7 +57,7 @@ def _inference_adjusted() -> claims.Claim:
   return claims.Claim(
     name='inference_adjusted',
     paper='Sardana et al. 2024, arXiv:2401.00448',
-    where='section 3.1',
+    where='the example of 13B and 7B parameters',
     statement='With 2T tokens to serve, 7B parameters cost less than 13B of the'
     ' same loss.',
     quantities=(
@@ -84,7 +84,7 @@ def _kaplan_reconciled() -> claims.Claim:
   return claims.Claim(
     name='kaplan_reconciled',
     paper='Pearce and Song 2024, arXiv:2406.12907',
-    where='section 3',
+    where='the simulated exponents',
     statement="Chinchilla's law, counted without embeddings at Kaplan's sizes,"
     ' has nearly the exponent of Kaplan et al. (.73).',
     quantities=(
@@ -124,7 +124,7 @@ def _repeated_data() -> claims.Claim:
   return claims.Claim(
     name='repeated_data',
     paper='Muennighoff et al. 2023, arXiv:2305.16264',
-    where='equation 5 and appendix A',
+    where='the law of repeated tokens',
     statement='Four epochs of the same tokens are worth almost four of new'
     ' ones; forty are worth fifteen.',
     quantities=(
