@@ -99,7 +99,7 @@ def _parabola_bias() -> claims.Claim:
   shares = {2: '0.3', 4: '1.3', 8: '3.0', 16: '5.4'}
   return claims.Claim(
     name='parabola_bias',
-    paper='arXiv:2603.22339',
+    paper='Problems with Chinchilla Approach 2, 2026, arXiv:2603.22339',
     where='losses of the law without noise',
     statement='Parabolas of IsoFLOP curves put the best size too high, and the'
     ' exponent right, on grids that are centred.',

@@ -267,7 +267,7 @@ class Objective(abc.ABC):
 
     Args:
       params: as for `__call__`.
-      batch: the arrays of `batch_spec` but those that are made here.
+      batch: the arrays of `batch_spec`, without the `annotated` ones.
       model: as for `__call__`.
       **others: the models of `models_needed`.
     """

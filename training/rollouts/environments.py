@@ -29,7 +29,7 @@ class Step(NamedTuple):
   """The answer of an environment to a turn of the policy."""
 
   messages: tuple[Message, ...] = ()  # behind the turn; none: the episode ends
-  reward: float = 0.0  # of the turn; the end has those of RolloutConfig, too
+  reward: float = 0.0  # of the turn; RolloutConfig adds rewards at the end
 
 
 class Environment(Protocol):
