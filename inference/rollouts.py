@@ -5,7 +5,7 @@
     samples = sampler.sample(asks)
 
 `evals/sampling.py` has its contract. New weights are copied into the buffers of
-those before, and the prefix cache is emptied. A completion has one version of
+the old ones, and the prefix cache is emptied. A completion has one version of
 the weights: they change only while no sequence runs.
 """
 

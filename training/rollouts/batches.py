@@ -100,8 +100,8 @@ class RolloutBatches:
     if step % self.steps_per_rollout:
       raise ValueError(
         f'rollouts: got no rows of the rollout batch {index} at step {step},'
-        ' expected the rows that its checkpoint holds; the checkpoint is damaged:'
-        ' resume from an earlier one'
+        ' expected the rows that its checkpoint holds; the checkpoint is'
+        ' damaged: resume from an earlier one'
       )
     self._sampler.update(self._weights_of(state), step)
     drawn = self._drawer.draw(self._sampler, index, step)
