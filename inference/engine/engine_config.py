@@ -126,8 +126,12 @@ class EngineConfig:
     ' arrive in groups of this time, and a new request waits for up to two'
     ' groups. 0: no limit, for work without streams.',
   )
-  # Whether to compile the programs of answers that a grammar constrains.
-  constraints: bool = flag_field.field(False, flag=False)
+  # No flag: serve.py sets it where a request is constrained.
+  constraints: bool = flag_field.field(
+    False,
+    'Compile the programs of answers that a grammar constrains.',
+    flag=False,
+  )
   prefix_cache: bool = flag_field.field(
     True,
     'Keep the pages of earlier prompts, and reuse them for equal prefixes.',
