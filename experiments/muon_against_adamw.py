@@ -1,8 +1,7 @@
 """Muon against AdamW at equal steps, on the data and model of the quickstart.
 
     E=experiments/muon_against_adamw.py
-    python -m studies.compare_experiments \
-      --experiments=$E:adamw,$E:muon \
+    python -m studies.compare $E:adamw $E:muon \
       --seeds=5 --workdir=runs/compared --figure=runs/muon.svg
     python train.py --config=$E:muon --workdir=...   # one side alone
 

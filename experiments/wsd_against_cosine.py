@@ -1,8 +1,7 @@
 """Warm-up, stable, decay (WSD) against a cosine schedule, at equal tokens.
 
     E=experiments/wsd_against_cosine.py
-    python -m studies.compare_experiments \
-      --experiments=$E:cosine,$E:wsd \
+    python -m studies.compare $E:cosine $E:wsd \
       --seeds=5 --workdir=runs/compared --figure=runs/wsd.svg
     python train.py --config=$E:wsd --workdir=...   # one side alone
 

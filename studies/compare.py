@@ -1,175 +1,75 @@
-"""Says whether two sets of runs differ, and how many seeds it takes to know.
+"""Says whether runs differ, and how many seeds it takes to know.
 
+    python -m studies.compare runs/a runs/b                   # two runs
     python -m studies.compare runs/a0,runs/a1,runs/a2 runs/b0,runs/b1,runs/b2
-    python -m studies.compare runs/lr/trials/0003 runs/lr/trials/0007
+    python -m studies.compare runs/lr:3 runs/lr:best          # of a sweep
+    E=experiments/muon_against_adamw.py
+    python -m studies.compare $E:adamw $E:muon --seeds=5 --workdir=runs/compared
 
-A set is a list of workdirs, or a directory whose subdirectories are workdirs,
-as a trial of a sweep is. The metric is that of the last evaluation in
-metrics.jsonl. Runs with the same seeds on both sides are paired (a paired t
-test): a seed gives both the same order of data, and common noise cancels.
-Otherwise the test is Welch's. `seeds to know` is the number of runs on each
-side with which a test at 5 % would see the measured difference four times out
-of five (normal approximation, two-sided).
+Sides are runs that exist, or experiments that are trained here first
+(`comparison/sides.py` says how each is written). All are compared with the
+first. The value of a run is that of its last evaluation.
 
-Reference: Welch 1947, Biometrika 34, for unequal variances.
+One run has no spread over seeds. Of two single runs the comparison says the
+spread up to which a number of seeds would be enough; --spread_of=RUNS takes the
+spread of other runs of the same kind. `comparison/differences.py` has the
+tests.
 """
 
-from collections.abc import Mapping, Sequence
-import dataclasses
 import math
 import pathlib
 import statistics
 
 from absl import app, flags, logging
-from scipy import stats
 
-from checks import expect
-from frozen import run_record
-from storage import file_names
-from training.reporting import metrics
+from hardware import host_memory
+from studies import figure, study_flags
+from studies.comparison import differences, sides, trained
 
 _METRIC = flags.DEFINE_string(
-  'metric', 'loss', 'A value of the evaluations in metrics.jsonl.'
+  'metric',
+  'loss',
+  'A value of the evaluations in metrics.jsonl, as loss, bits_per_byte,'
+  ' accuracy or TASK/SCORE; or a speed, as tokens_per_s.',
 )
-_LEVEL, _POWER = 0.95, 0.8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-  """The difference of two sets of runs, second minus first."""
-
-  difference: float
-  low: float  # of the 95 % interval
-  high: float
-  p_value: float
-  is_paired: bool
-  # On each side; infinite if the means are equal, nan if nothing varies.
-  seeds_to_know: float
-
-  @property
-  def differs(self) -> bool:
-    """Whether the interval excludes zero."""
-    return self.low > 0 or self.high < 0
-
-
-def compare(
-  first: Mapping[int, float], second: Mapping[int, float]
-) -> Comparison:
-  """Compares two sets of values by seed.
-
-  Raises:
-    ValueError: a side has fewer than two values.
-  """
-  for name, side in (('first', first), ('second', second)):
-    expect.at_least(
-      f'runs of the {name} set', len(side), 2, 'one run has no spread'
-    )
-  a, b = list(first.values()), list(second.values())
-  is_paired = first.keys() == second.keys()
-  mean = statistics.mean(b) - statistics.mean(a)
-  if is_paired:
-    gaps = [second[seed] - first[seed] for seed in sorted(first)]
-    # The spread of one pair; of two independent runs otherwise.
-    variance = statistics.variance(gaps)
-    error, freedom = math.sqrt(variance / len(gaps)), len(gaps) - 1
-  else:
-    parts = [statistics.variance(side) / len(side) for side in (a, b)]
-    variance = statistics.variance(a) + statistics.variance(b)
-    error = math.sqrt(sum(parts))
-    freedom = _welch(parts, (len(a), len(b)))
-  half = float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * error
-  p_value = (
-    2 * float(stats.t.sf(abs(mean) / error, freedom)) if error else math.nan
-  )
-  return Comparison(
-    difference=mean,
-    low=mean - half,
-    high=mean + half,
-    p_value=p_value,
-    is_paired=is_paired,
-    seeds_to_know=_seeds_to_know(mean, variance),
-  )
-
-
-def _welch(parts: Sequence[float], sizes: Sequence[int]) -> float:
-  """Returns the degrees of freedom of Welch and Satterthwaite."""
-  total = sum(parts)
-  if not total:
-    return float(sum(sizes) - 2)
-  below = sum(p * p / (n - 1) for p, n in zip(parts, sizes, strict=True))
-  return total * total / below
-
-
-def _seeds_to_know(mean: float, variance: float) -> float:
-  if not mean:
-    return math.inf
-  if not variance:
-    return math.nan
-  z = float(stats.norm.ppf((1 + _LEVEL) / 2) + stats.norm.ppf(_POWER))
-  return variance * (z / mean) ** 2
-
-
-def read(place: str, metric: str) -> dict[int, float]:
-  """Returns the metric of the last evaluation of each run, by seed.
-
-  Args:
-    place: workdirs with commas between them, or a directory of workdirs.
-
-  Raises:
-    ValueError: there is no run, a run has no evaluation or no such metric, or
-      two runs have one seed.
-  """
-  found: dict[int, float] = {}
-  for workdir in _workdirs(place):
-    evals = [r for r in metrics.read(workdir) if r['kind'] == 'eval']
-    if not evals:
-      raise ValueError(
-        f'{workdir}: got a run without an evaluation, expected one; train it to'
-        ' its end'
-      )
-    if metric not in evals[-1]:
-      names = sorted(evals[-1].keys() - {'kind', 'step'})
-      expect.one_of('--metric', metric, names)
-    seed = int(run_record.read(workdir)['config']['seed'])
-    if seed in found:
-      raise ValueError(
-        f'{workdir}: got a second run of seed {seed}, expected each seed once;'
-        ' leave one out'
-      )
-    found[seed] = evals[-1][metric]
-  return found
-
-
-def _workdirs(place: str) -> list[pathlib.Path]:
-  found = []
-  for each in place.split(','):
-    path = pathlib.Path(each)
-    if (path / file_names.RUN).exists():
-      found.append(path)
-      continue
-    below = sorted(p.parent for p in path.glob(f'*/{file_names.RUN}'))
-    if not below:
-      raise ValueError(
-        f'{each}: got a directory without runs, expected a workdir of train.py,'
-        ' or a directory of workdirs'
-      )
-    found += below
-  return found
+_SPREAD_OF = flags.DEFINE_string(
+  'spread_of',
+  '',
+  'Runs of one experiment with several seeds, written like a side. Their spread'
+  ' is taken for sides that have one run each.',
+)
+_NUM_SEEDS = 5  # of each experiment
+_EXAMPLES = (3, 10)  # seeds, for sides without a spread
+_MOST_FIELDS = 6  # of the config
 
 
 def report(
-  first: Mapping[int, float], second: Mapping[int, float], metric: str
+  first: sides.Side,
+  second: sides.Side,
+  metric: str,
+  like: sides.Side | None = None,
 ) -> str:
-  """Returns the comparison as text."""
-  found = compare(first, second)
-  kind = 'paired by seed' if found.is_paired else "Welch's, unpaired"
+  """Returns a comparison as text."""
+  found = differences.compare(
+    first.values, second.values, None if like is None else like.values
+  )
   lines = [
-    f'first      {metric} {_mean(first)}',
-    f'second     {metric} {_mean(second)}',
-    f'difference {found.difference:+.4f}, 95 % interval {found.low:+.4f} to'
-    f' {found.high:+.4f} ({kind}; p = {found.p_value:.3g})',
+    *(
+      f'{name:10} {side.name}: {metric} {_values(side)}'
+      for name, side in (('first', first), ('second', second))
+    ),
+    *_notes(first, second),
   ]
-  if math.isnan(found.seeds_to_know):
+  if not found.test:
+    lines.append(f'difference {found.difference:+.4g}')
+    return '\n'.join([*lines, f'verdict    {_without_spread(found)}'])
+  lines.append(
+    f'difference {found.difference:+.4g}, 95 % interval {found.low:+.4g} to'
+    f' {found.high:+.4g} ({found.test}; p = {found.p_value:.3g})'
+  )
+  if math.isinf(found.seeds_to_know):
+    verdict = 'no difference'
+  elif math.isnan(found.seeds_to_know):
     verdict = 'cannot be told: all seeds differ alike'
   elif found.differs:
     verdict = 'they differ'
@@ -183,21 +83,92 @@ def report(
   return '\n'.join([*lines, f'verdict    {verdict}'])
 
 
-def _mean(side: Mapping[int, float]) -> str:
-  return f'{statistics.mean(side.values()):.4f}, {len(side)} seeds'
+def _without_spread(found: differences.Comparison) -> str:
+  if not found.difference:
+    return 'no difference, in one run on each side'
+  enough = ', '.join(
+    f'{seeds} are enough up to'
+    f' {differences.most_spread(found.difference, seeds):.2g}'
+    for seeds in _EXAMPLES
+  )
+  return (
+    'not known: one run on each side has no spread over seeds. Seeds to know a'
+    f' difference of this size, by the standard deviation over seeds: {enough}.'
+    ' Train a second seed (--config.seed=1), or name runs like these with'
+    ' --spread_of'
+  )
+
+
+def _notes(first: sides.Side, second: sides.Side) -> list[str]:
+  """Returns what else differs between two sides."""
+  lines = []
+  if first.step != second.step:
+    lines.append(
+      f'note       last evaluations at steps {first.step} and {second.step}'
+    )
+  changed = sides.config_differences(first.config, second.config)
+  lines += [f'config     {each}' for each in changed[:_MOST_FIELDS]]
+  if len(changed) > _MOST_FIELDS:
+    lines.append(f'config     and {len(changed) - _MOST_FIELDS} more fields')
+  if not changed and first.values.keys() == second.values.keys():
+    lines.append('config     the same, with the same seeds')
+  return lines
+
+
+def _values(side: sides.Side) -> str:
+  """Returns the mean of a side, and its values by seed."""
+  values = [side.values[seed] for seed in sorted(side.values)]
+  if len(values) == 1:
+    return f'{values[0]:.4f}, one run (seed {next(iter(side.values))})'
+  listed = ' '.join(f'{value:.4f}' for value in values)
+  return f'{statistics.mean(values):.4f}, {len(values)} seeds: {listed}'
+
+
+def _sides(places: list[str], metric: str) -> list[sides.Side]:
+  """Trains the experiments among the places; returns all sides."""
+  experiments = [place for place in places if trained.is_experiment(place)]
+  made = {}
+  if experiments:
+    # Orbax logs many lines, warnings included, about successful saves.
+    host_memory.reuse_freed_memory()
+    made = trained.train(
+      experiments,
+      seeds=study_flags.SEEDS.value or _NUM_SEEDS,
+      num_steps=study_flags.STEPS.value,
+      workdir=pathlib.Path(study_flags.required_workdir()),
+      tell=lambda line: print(line, flush=True),
+    )
+  return [
+    sides.of_workdirs(place, made[place], metric)
+    if place in made
+    else sides.read(place, metric)
+    for place in places
+  ]
 
 
 def main(argv: list[str]) -> int:
-  """Prints the comparison of two sets of runs."""
-  if len(argv) != 3:
+  """Prints the comparison of each side with the first."""
+  if len(argv) < 3 or len({*argv[1:]}) < len(argv) - 1:
     raise app.UsageError(
-      f'got {len(argv) - 1} sets of runs, expected two, as in python -m'
-      ' studies.compare runs/a runs/b'
+      f'got {len(argv) - 1} sides, expected two or more different ones, as in'
+      ' python -m studies.compare runs/a runs/b'
     )
   logging.set_verbosity(logging.ERROR)
+  metric = _METRIC.value
   try:
-    first, second = (read(place, _METRIC.value) for place in argv[1:])
-    print(report(first, second, _METRIC.value))
+    like = sides.read(_SPREAD_OF.value, metric) if _SPREAD_OF.value else None
+    if like is not None and len(like.values) < 2:
+      raise ValueError(
+        f'--spread_of: got {_SPREAD_OF.value!r}, which has one run, expected'
+        ' several seeds of one experiment'
+      )
+    first, *others = _sides(argv[1:], metric)
+    print('\n\n'.join(report(first, each, metric, like) for each in others))
+    if study_flags.FIGURE.value:
+      figure.save(study_flags.FIGURE.value, [trained.curves([first, *others])])
+  except trained.Stopped:
+    print('stopped; the same command resumes from here')
+    return 1
   except (ValueError, OSError) as error:
     print(f'error: {error}')
     return 1

@@ -25,7 +25,7 @@ from studies.sweeps import store as store_lib
 from training import experiment as experiment_lib, sweep as sweep_lib
 
 LEVEL = 0.95
-BEST = 'best.flags'
+BEST, JSON = 'best.flags', 'results.json'
 _RESAMPLES = 2000
 # Below this share of usable resamples the interval would be of the lucky ones.
 _LEAST_USABLE = 0.9
@@ -336,9 +336,7 @@ def save(
     'config': experiment.to_dict(),
     'commit': code_commit.find(),
   }
-  atomic.write_text(
-    workdir / 'results.json', json.dumps(described, indent=2) + '\n'
-  )
+  atomic.write_text(workdir / JSON, json.dumps(described, indent=2) + '\n')
   _save_flags(rerun, workdir / BEST)
 
 

@@ -12,6 +12,7 @@ import pathlib
 import statistics
 
 from studies import quiet_run
+from studies.comparison import run_values
 from studies.sweeps import claims, points, store as store_lib
 from training import experiment as experiment_lib
 from training.reporting import metrics, reporter
@@ -141,18 +142,7 @@ def scores(workdir: pathlib.Path, metric: str) -> dict[int, float]:
   Raises:
     ValueError: evaluations have no such value.
   """
-  found = {}
-  for record in metrics.read(workdir):
-    if record['kind'] != 'eval':
-      continue
-    if metric not in record:
-      names = sorted(record.keys() - {'kind', 'step'})
-      raise ValueError(
-        f'metric: got {metric!r}, expected a value of the evaluations, one of'
-        f' {", ".join(names)}'
-      )
-    found[record['step']] = record[metric]
-  return found
+  return run_values.by_step(metrics.read(workdir), metric, 'metric')
 
 
 def one_line(error: Exception) -> str:
