@@ -31,6 +31,7 @@ parallelism of 8, and a volume for --workdir. Exit codes are those of train.py
 (training/lifecycle/exit_codes.py); 1 also if no trial has a finite value.
 """
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -71,6 +72,20 @@ _RESUME = flags.DEFINE_enum(
   ' that failed with an error, too, from their checkpoint. restart_errored: the'
   ' same, from their start.',
 )
+_METRIC = flags.DEFINE_string(
+  'metric',
+  '',
+  'Judges trials by this value in place of the one that the sweep names: loss,'
+  ' bits_per_byte, accuracy, TASK/SCORE of config.evals.tasks, reward, or a'
+  ' speed, as tokens_per_s. Each trial has its mean over seeds.',
+)
+_DIRECTION = flags.DEFINE_enum(
+  'direction',
+  None,
+  ['minimize', 'maximize'],
+  'Which way --metric is better. Left out: as its name says (loss: minimize;'
+  ' accuracy, reward, tokens_per_s: maximize).',
+)
 _PROCESSES = flags.DEFINE_integer(
   'processes', 1, 'Processes on this host that share the sweep.', lower_bound=1
 )
@@ -110,7 +125,7 @@ def main(argv: list[str]) -> int:
   library_logs.quiet()
   try:
     search = worker.Search(
-      sweep=sweep_files.load(_SWEEP.value),
+      sweep=_judged(sweep_files.load(_SWEEP.value)),
       experiment=_CONFIG.value,
       workdir=pathlib.Path(_WORKDIR.value).absolute(),
       url=_STORAGE.value,
@@ -121,6 +136,28 @@ def main(argv: list[str]) -> int:
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {error}', file=sys.stderr)
     return exit_codes.USER_ERROR
+
+
+def _judged(sweep):
+  """Returns the sweep with --metric and --direction."""
+  from studies.comparison import metric_names, run_values
+
+  metric = _METRIC.value or sweep.metric
+  direction = _DIRECTION.value or (
+    metric_names.direction_of(metric) if _METRIC.value else sweep.direction
+  )
+  if direction is None:
+    metric_names.check(_CONFIG.value, metric)  # is it only misspelt?
+    raise ValueError(
+      f'--direction: got none with --metric={metric}, expected minimize or'
+      ' maximize: the name does not say which way it is better'
+    )
+  if metric in run_values.SPEEDS and _PROCESSES.value > 1:
+    raise ValueError(
+      f'--processes: got {_PROCESSES.value} with metric {metric}, expected 1:'
+      ' processes on one host slow each other down'
+    )
+  return dataclasses.replace(sweep, metric=metric, direction=direction)
 
 
 def _run(search) -> int:

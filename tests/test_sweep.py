@@ -171,6 +171,16 @@ def test_a_wrong_sweep_is_one_line(place, options, words):
       'pruner: got asha with config.eval_every_steps = 0 in 4 steps, expected',
     ),
     (['--storage=nowhere'], {}, '--storage: got nowhere, which cannot be'),
+    (
+      ['--metric=acuracy'],
+      {},
+      "metric: got 'acuracy', expected one of bits_pe",
+    ),
+    (
+      ['--metric=tokens_per_s', '--processes=2'],
+      {},
+      '--processes: got 2 with metric tokens_per_s, expected 1',
+    ),
     (['--storage=sqlite:///:memory:'], {}, 'expected a database that survives'),
     (['--sweep=lr.py'], {}, "got 'lr.py', expected a file as those in"),
     (['--config.num_steps=0'], {}, 'config.num_steps: got 0'),

@@ -161,7 +161,9 @@ class Sweep:
   # with different first evaluations (Li et al., arXiv:1603.06560).
   pruner: str = 'none'
   reduction: int = 3  # of asha and hyperband
-  # A value of the evaluations in metrics.jsonl; that of the last step counts.
+  # A value of the evaluations in metrics.jsonl (loss, bits_per_byte, accuracy,
+  # TASK/SCORE, reward), of which that of the last step counts; or a speed
+  # (tokens_per_s), as the median over the run. --metric overrides it.
   metric: str = 'loss'
   direction: str = 'minimize'  # minimize | maximize
   num_trials: int = 0  # a grid has as many as it has points: 0

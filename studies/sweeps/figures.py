@@ -153,6 +153,8 @@ def _unit(metric: str) -> str:
   units = {
     'loss': 'validation loss, nats per token',
     'bits_per_byte': 'bits per byte',
+    'tokens_per_s': 'tokens per second',
+    'seconds_per_step': 'seconds per step',
   }
   return units.get(metric, metric)
 

@@ -240,6 +240,11 @@ class Group:
       for run in self._runs:
         if run.member is member:
           found = single.scores(run.workdir, metric)
+          if run.is_finite and self._step not in found:
+            raise ValueError(
+              f'metric: got no {metric} at step {self._step}, expected one at'
+              ' each evaluation'
+            )
           values[run.seed] = found.get(self._step, math.nan)
       if single.settle(
         self._store, member.claim, values, self._steps, self._step

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import copy
 
+from studies.comparison import metric_names
 from studies.sweeps import store as store_lib
 from training import (
   experiment as experiment_lib,
@@ -63,8 +64,9 @@ def check(
     url: of the storage.
 
   Raises:
-    ValueError: a field does not exist or has another type; a pruner would see
-      no evaluation before the last one; the storage forgets.
+    ValueError: a field does not exist or has another type; no run writes the
+      metric; a pruner would see no evaluation before the last one, or none with
+      the metric; the storage forgets.
   """
   for name, space in sweep.parameters.items():
     examples = (
@@ -85,6 +87,19 @@ def check(
       f' {base.eval_every_steps} in {base.num_steps} steps, expected'
       ' evaluations before the last step, by which trials are pruned; set'
       ' --config.eval_every_steps'
+    )
+  metric_names.check(base, sweep.metric)
+  every = base.evals.every_steps
+  if (
+    sweep.pruner != 'none'
+    and '/' in sweep.metric
+    and base.evals.tasks
+    and every not in (0, base.eval_every_steps)
+  ):
+    raise ValueError(
+      f'pruner: got {sweep.pruner} with config.evals.every_steps = {every} and'
+      f' evaluations every {base.eval_every_steps} steps, expected a score at'
+      ' each of them; set --config.evals.every_steps=0'
     )
   if ':memory:' in url:
     raise ValueError(

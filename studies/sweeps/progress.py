@@ -93,7 +93,7 @@ class Progress:
     for row in [*active, *reversed(others)][:_MOST_ROWS]:
       last = max(row.intermediate, default=None)
       value = (
-        f'{row.intermediate[last]:.4f}'
+        results_lib.figure(row.intermediate[last])
         if row.value is None and last is not None
         else results_lib.value_text(row)
       )

@@ -218,7 +218,7 @@ def summary(results: Results) -> list[str]:
     )
     lines.append(
       f'optimum    {found.parameter} = {found.best:.4g} ({interval}); {metric}'
-      f' {found.value:.4f} there, by a parabola'
+      f' {figure(found.value)} there, by a parabola'
     )
   elif len(results.sweep.parameters) == 1:
     lines.append(f'optimum    not between the points: {results.why_no_optimum}')
@@ -285,8 +285,13 @@ def value_text(row: store_lib.Row) -> str:
     return 'diverged'
   half = half_width(list(row.seeds.values()))
   if row.state != 'complete' or half is None:
-    return f'{row.value:.4f}'
-  return f'{row.value:.4f} +- {half:.4f}'
+    return figure(row.value)
+  return f'{figure(row.value)} +- {figure(half)}'
+
+
+def figure(value: float) -> str:
+  """Returns a value of the metric as text; speeds have no decimals."""
+  return f'{value:.0f}' if abs(value) >= 1000 else f'{value:.4f}'
 
 
 def save(

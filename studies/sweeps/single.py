@@ -133,6 +133,12 @@ def _advance(
     if result.exit_code:
       raise Stopped(result.exit_code)
     found = scores(workdir, metric)
+  if step not in found:
+    raise ValueError(
+      f'metric: got no {metric} at step {step}, expected one at each'
+      ' evaluation that counts; a speed needs a report after the first one, see'
+      ' config.log_every_steps'
+    )
   return found[step]
 
 

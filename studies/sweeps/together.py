@@ -13,6 +13,7 @@ import jax
 
 from hardware import host_memory, peaks
 from storage import digests
+from studies.comparison import run_values
 from studies.sweeps import claims as claims_lib, points, single
 from training import (
   execution,
@@ -151,6 +152,8 @@ def members(
       continue
     if began is False:
       reason = 'it began so'
+    elif store.sweep.metric in run_values.SPEEDS:
+      reason = f'metric {store.sweep.metric} is that of a run by itself'
     elif not wanted and not began:
       reason = '--notogether'
     if reason:

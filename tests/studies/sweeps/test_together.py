@@ -1,7 +1,9 @@
 """Trials in one program: the numbers of single runs, on eight devices."""
 
 import dataclasses
+import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -232,18 +234,35 @@ def test_a_plain_run_may_run_with_others():
   assert together.most_runs(_experiment()) > 100
 
 
-def test_a_metric_that_is_no_evaluation_is_one_line(directory, corpus):
+def test_a_metric_that_no_run_writes_is_one_line(directory, corpus):
   experiment = tiny_run.experiment(corpus, **STEPS)
-  sweep = dataclasses.replace(
-    SWEEP,
-    metric='accuracy',
-    parameters={'optimizer.peak_lr': sweep_lib.Choice((1e-3,))},
-  )
-  store, _ = tiny_sweep.run(experiment, sweep, directory / 'metric')
-  (row,) = store.rows()
-  assert row.state == 'errored'
-  assert row.note == (
-    "metric: got 'accuracy', expected a value of the evaluations, one of"
-    ' bits_per_byte, loss'
-  )
+  sweep = dataclasses.replace(SWEEP, metric='accuracy')
+  with pytest.raises(ValueError, match="metric: got 'accuracy', expected one"):
+    tiny_sweep.run(experiment, sweep, directory / 'metric')
+  assert not (directory / 'metric').exists()
   assert single.one_line(ValueError('a\n b')) == 'a b'
+
+
+def test_a_speed_is_measured_run_by_run(directory, corpus, monkeypatch):
+  def fake_run(experiment, workdir, *, stop_after):
+    del experiment
+    workdir.mkdir(parents=True)
+    records = [
+      {'kind': 'speed', 'step': step, 'tokens_per_s': speed}
+      for step, speed in ((2, 1.0), (4, 30.0), (stop_after, 20.0))
+    ]
+    records.append({'kind': 'eval', 'step': stop_after, 'loss': 1.0})
+    lines = [json.dumps(record) + '\n' for record in records]
+    (workdir / 'metrics.jsonl').write_text(''.join(lines))
+    return mock.Mock(exit_code=0)
+
+  monkeypatch.setattr(single.quiet_run, 'run', fake_run)
+  sweep = dataclasses.replace(
+    SWEEP, metric='tokens_per_s', direction='maximize'
+  )
+  experiment = tiny_run.experiment(corpus, **STEPS)
+  store, lines = tiny_sweep.run(experiment, sweep, directory / 'speed')
+  assert {(r.state, r.value) for r in store.rows()} == {('complete', 20.0)}
+  assert lines == [
+    'trials one by one: metric tokens_per_s is that of a run by itself'
+  ]
