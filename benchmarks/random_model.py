@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.engine import adapter_table
-from models import adapters, model_config, transformer
+from models import model_config, transformer
+from models.layers import adapters
 from text import tokenizer as tokenizer_lib
 
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import cross_entropy
 from models.attention import form as form_lib
+from models.layers import cross_entropy
 from training import learner as learner_lib
 
 _REPEATS = 5

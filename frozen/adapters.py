@@ -38,7 +38,8 @@ import numpy as np
 from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import peft_files, safetensors_files
-from models import adapter_config, adapters, layout
+from models import adapter_config, layout
+from models.layers import adapters
 from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
 
@@ -67,7 +68,8 @@ class Adapter:
 
   directory: pathlib.Path
   manifest: AdapterManifest
-  tree: dict[str, Any]  # for models.adapters; separate layers, scale in B
+  # For models.layers.adapters; separate layers, the scale in B.
+  tree: dict[str, Any]
   generation: dict[str, Any]
   chat_template: str
 

@@ -29,7 +29,8 @@ import numpy as np
 
 from checks import expect
 from frozen import manifest as manifest_lib, stored_kernels, stored_params
-from models import axes, model_config, reward_head, transformer
+from models import axes, model_config, transformer
+from models.layers import reward_head
 from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
 from text import tokenizer as tokenizer_lib

@@ -36,14 +36,8 @@ from frozen import (
   seals,
   stored_params,
 )
-from models import (
-  adapter_config,
-  adapters,
-  axes,
-  layout,
-  model_config,
-  reward_head,
-)
+from models import adapter_config, axes, layout, model_config
+from models.layers import adapters, reward_head
 from storage import file_names, public_paths
 
 # The tree of a checkpoint that has each kind of weights.

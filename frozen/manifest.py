@@ -55,8 +55,8 @@ class Manifest(Provenance):
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
   # Heads beside that of the language model, such as reward; a directory with
-  # one is no language model (`models.reward_head`). Written if there are some:
-  # so code of before reads language models, and refuses others.
+  # one is no language model (`models.layers.reward_head`). Written if there are
+  # some: so code of before reads language models, and refuses others.
   heads: list[str] = dataclasses.field(default_factory=list)
 
   @property

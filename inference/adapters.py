@@ -11,7 +11,7 @@ import logging
 
 from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
-from models import adapters as adapters_lib
+from models.layers import adapters as adapters_lib
 
 _LOG = logging.getLogger('uvicorn.error')
 

@@ -24,15 +24,15 @@ import numpy as np
 from inference.engine import layered, steps
 from inference.sampling import logprobs as logprobs_lib
 from models import (
-  adapters as adapters_lib,
   block as block_lib,
   execution as execution_lib,
-  invariant,
   kv_cache,
   layout,
   model_config,
   transformer,
 )
+from models.layers import adapters as adapters_lib
+from models.linear import invariant
 from models.linear.stored import product as stored_product
 
 _LEAST_LENGTH = 64  # of a padded sequence

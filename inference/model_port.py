@@ -19,7 +19,7 @@ from evals import encoding, judges, ports
 from inference import chat_prompts, generate, terminal_chat
 from inference.engine import engine as engine_lib, requests as requests_lib
 from inference.sampling import settings as settings_lib
-from models import reward_head
+from models.layers import reward_head
 from text import chat
 from text.replies import fitting, turns
 

@@ -1,7 +1,7 @@
 """AdapterConfig: which layers a run adapts, and by how much.
 
 An adapter of rank r changes a kernel by `scale` A B, with A [in, r] and
-B [r, out] of models/adapters.py, and
+B [r, out] of models/layers/adapters.py, and
 
     scale = alpha / rank          (LoRA, arXiv:2106.09685, section 4.1)
     scale = alpha / sqrt(rank)    with rslora (arXiv:2312.03732)
@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from checks import expect
-from models import adapters, axes
+from models import axes
+from models.layers import adapters
 from models.linear.stored import tree as stored_tree
 
 MAGNITUDE = 'magnitude'

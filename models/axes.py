@@ -76,8 +76,8 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
   'kernel': ('embed', None),
   'bias': (None,),
 }
-# The collection of adapters, see models/adapters.py, and the axis between
-# the two matrices of one.
+# The collection of adapters, see models/layers/adapters.py, and the axis
+# between the two matrices of one.
 ADAPTERS = 'adapters'
 RANK = 'rank'
 
@@ -107,7 +107,7 @@ def _adapter_axes(
 def _stored_axes(kind: str, axes: tuple[str | None, ...]):
   """Returns the axes of an array of a kernel of models/linear/stored/."""
   if axes[0] == VOCAB:
-    axes = axes[::-1]  # the kernel of its product, see models/table.py
+    axes = axes[::-1]  # the kernel of its product, see models/layers/table.py
   *leading, _, out = axes
   # Inputs are cut into tiles, which do not divide over devices as they do.
   own = {'order': (None,), 'gain': ()}.get(kind, (out, None))

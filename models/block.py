@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 
-from models import (
-  axes,
-  execution as execution_lib,
-  mlp,
-  model_config,
-  norms,
-  remat,
-)
+from models import axes, execution as execution_lib, model_config, remat
 from models.attention import latent_layer, layer as attention_layer
+from models.layers import mlp, norms
 from models.moe import layer as moe_layer
 
 

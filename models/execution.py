@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from models import cross_entropy
 from models.attention import cached, dense
+from models.layers import cross_entropy
 from models.linear import plain
 from models.linear.stored import product as stored_product
 from models.moe import dispatch

@@ -9,7 +9,8 @@ needed, so that no implementation is credited for wasted work.
 import jax
 import jax.numpy as jnp
 
-from models import mlp, model_config, transformer
+from models import model_config, transformer
+from models.layers import mlp
 
 
 def num_params(config: model_config.ModelConfig) -> int:

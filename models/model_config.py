@@ -54,7 +54,7 @@ class ModelConfig:
   norm_epsilon: float = 1e-5  # added to the variance
   positions: str = 'rope'  # rope (arXiv:2104.09864) | learned
   rope_base: float = 10_000.0  # base of the wavelengths, RoPE section 3.3
-  mlp: str = 'swiglu'  # one of MLPS, see models/mlp.py
+  mlp: str = 'swiglu'  # one of MLPS, see models/layers/mlp.py
   use_bias: bool = False  # biases in linear layers and in LayerNorm
   tie_embeddings: bool = True  # the head is the embedding
   qk_norm: bool = False  # RMSNorm of each head's queries and keys, before rope

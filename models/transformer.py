@@ -19,20 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from models import (
-  adapters,
   axes,
   block as block_lib,
-  cross_entropy,
   execution as execution_lib,
   kv_cache,
   model_config,
   mup,
-  norms,
   packed_rows,
   remat,
-  table as table_lib,
 )
 from models.attention import rope
+from models.layers import adapters, cross_entropy, norms, table as table_lib
 
 # The arguments of every layer after its cache: angles, positions, segment ids.
 Shared = tuple[block_lib.Angles, jax.Array, jax.Array | None]

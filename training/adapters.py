@@ -15,7 +15,8 @@ import jax
 
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import peft_files
-from models import adapter_config, adapters
+from models import adapter_config
+from models.layers import adapters
 from models.linear.stored import tree as stored_tree
 from training import experiment as experiment_lib, step
 from training.checkpoints import init_from

@@ -24,7 +24,7 @@ from data import (
 from data.contamination import overlap
 from data.examples import encoding
 from evals.tasks import task as task_lib
-from models.attention import cudnn_gpu
+from models.attention.kernels import cudnn_gpu
 from parallel import processes
 from storage import atomic, file_names
 from text import tokenizer as tokenizer_lib

@@ -9,8 +9,8 @@ is refused here, before anything is compiled.
 same function:
 
     reference  models.attention.dense: plain array code, on any device
-    splash     models.attention.splash_tpu: TPU
-    cudnn      models.attention.cudnn_gpu: NVIDIA GPU, bfloat16
+    splash     models.attention.kernels.splash_tpu: TPU
+    cudnn      models.attention.kernels.cudnn_gpu: NVIDIA GPU, bfloat16
     auto       splash or cudnn where devices and shapes allow it, else reference
 
 `models/attention/supports.py` has what each path accepts. The first lines of a
@@ -32,8 +32,10 @@ import jax.numpy as jnp
 
 from checks import expect
 from hardware import peaks
-from models import cross_entropy, execution as execution_lib, remat
-from models.attention import cudnn_gpu, dense, splash_tpu, supports
+from models import execution as execution_lib, remat
+from models.attention import dense, supports
+from models.attention.kernels import cudnn_gpu, splash_tpu
+from models.layers import cross_entropy
 from models.linear import plain, quantized
 from models.moe import dispatch
 from parallel import (

@@ -36,7 +36,8 @@ from frozen.huggingface import (
   tensor_map,
 )
 from frozen.huggingface.quantised import writing
-from models import axes, layout, reward_head
+from models import axes, layout
+from models.layers import reward_head
 from models.linear.stored import tree as stored_tree
 from storage import atomic
 from text import hf_files, hf_tokenizer, tokenizer as tokenizer_lib

@@ -16,7 +16,8 @@ import re
 from typing import Any
 
 from frozen.huggingface import layouts
-from models import mlp, model_config
+from models import model_config
+from models.layers import mlp
 
 # Tensors that follow from the config: rotary frequencies, and the triangular
 # masks in old files. They are ignored.

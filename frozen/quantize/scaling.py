@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from frozen.quantize import activations
-from models import mlp, model_config
+from models import model_config
+from models.layers import mlp
 from models.linear.stored import round as rounding
 
 _POWERS = 20  # of AWQ, from 0 to 1, as in its code

@@ -7,8 +7,8 @@
 The table has a fixed number of slots, and each adapter is padded to a fixed
 rank: the programs of the engine are compiled once, whatever adapters come and
 go. Slot 0 is the base alone. Each token of a step has the slot of its sequence,
-see `models.adapters`. An engine without slots has no table, and its programs
-know nothing of adapters.
+see `models.layers.adapters`. An engine without slots has no table, and its
+programs know nothing of adapters.
 
 An adapter is named by its digest, which covers its weights and its base. Cached
 prefixes belong to that digest, so that an adapter never meets pages that
@@ -27,10 +27,11 @@ import numpy as np
 
 from checks import expect
 from inference.engine import engine_config
-from models import adapters as adapters_lib, layout
+from models import layout
+from models.layers import adapters as adapters_lib
 from models.linear.stored import tree as stored_tree
 
-Table = dict[str, Any]  # of `models.adapters.table`
+Table = dict[str, Any]  # of `models.layers.adapters.table`
 
 
 @dataclasses.dataclass(eq=False)

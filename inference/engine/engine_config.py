@@ -100,7 +100,7 @@ class EngineConfig:
     'fast',
     'fast (XLA chooses the shapes of its operations) or invariant (the bits of'
     ' a token do not depend on the other sequences of its batch; slower, see'
-    ' models/invariant.py).',
+    ' models/linear/invariant.py).',
   )
   attention: str = flag_field.field(
     'auto',

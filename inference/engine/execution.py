@@ -9,14 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from inference.engine import device_state, engine_config, program_store
-from models import (
-  execution as execution_lib,
-  invariant,
-  kv_cache,
-  layout,
-  model_config,
-)
+from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
+from models.linear import invariant
 from models.linear.native import choice as native_choice
 
 _KERNELS = {'tpu': supports.PAGED_TPU, 'gpu': supports.PAGED_GPU}
@@ -163,9 +158,9 @@ def choose(
       if not refusal:
         # Here: they import Pallas, without which a CPU starts sooner.
         if platform == 'tpu':
-          from models.attention import paged_tpu as port
+          from models.attention.kernels import paged_tpu as port
         else:
-          from models.attention import paged_gpu as port
+          from models.attention.kernels import paged_gpu as port
         return Backend(
           execution_lib.Execution(attend_cached=port.attend),
           channels,

@@ -30,11 +30,8 @@ from inference.engine import (
   steps,
 )
 from inference.sampling import sampler as sampler_lib
-from models import (
-  adapters as adapters_lib,
-  kv_cache as kv_cache_lib,
-  transformer,
-)
+from models import kv_cache as kv_cache_lib, transformer
+from models.layers import adapters as adapters_lib
 
 
 class Forward(NamedTuple):

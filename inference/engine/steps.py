@@ -42,13 +42,13 @@ from inference.sampling import (
   settings as settings_lib,
 )
 from models import (
-  adapters as adapters_lib,
   execution as execution_lib,
-  invariant,
   kv_cache as kv_cache_lib,
   layout,
   transformer,
 )
+from models.layers import adapters as adapters_lib
+from models.linear import invariant
 
 
 class Shape(NamedTuple):

@@ -30,16 +30,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import (
-  adapters,
-  execution as execution_lib,
-  kv_cache,
-  mlp,
-  model_config,
-  mup,
-  norms,
-)
+from models import execution as execution_lib, kv_cache, model_config, mup
 from models.attention import form as form_lib, rope
+from models.layers import adapters, mlp, norms
 
 # The epsilon of the norms of latents, which does not follow norm_epsilon: so in
 # every implementation of DeepSeek's models.

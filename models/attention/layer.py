@@ -13,15 +13,9 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-from models import (
-  execution as execution_lib,
-  kv_cache,
-  mlp,
-  model_config,
-  mup,
-  norms,
-)
+from models import execution as execution_lib, kv_cache, model_config, mup
 from models.attention import form as form_lib, rope
+from models.layers import mlp, norms
 
 
 class Attention(nn.Module):

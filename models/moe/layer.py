@@ -1,6 +1,6 @@
 """The layer of a mixture of experts: a router and many small MLPs.
 
-It takes the place of `models.mlp.Mlp` in a block. Each token goes to the
+It takes the place of `models.layers.mlp.Mlp` in a block. Each token goes to the
 `num_active_experts` with the highest router scores, weighted by these scores,
 and to all shared experts (DeepSeekMoE, arXiv:2401.06066).
 `models/moe/dispatch.py` computes the experts. The choice may be limited to a
@@ -23,7 +23,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import execution as execution_lib, mlp, model_config, mup
+from models import execution as execution_lib, model_config, mup
+from models.layers import mlp
 from models.moe import dispatch
 
 

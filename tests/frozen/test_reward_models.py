@@ -9,7 +9,8 @@ import pytest
 
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import exporting
-from models import reward_head, transformer
+from models import transformer
+from models.layers import reward_head
 from tests.helpers import frozen_dirs, hf_files, tiny_models
 from text import hf_tokenizer
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import cudnn_gpu, dense, form as form_lib
+from models.attention import dense, form as form_lib
+from models.attention.kernels import cudnn_gpu
 from tests.helpers import gpu, tiny_experiment, tiny_models
 from training import experiment as experiment_lib, learner as learner_lib
 from training.planning import choices

@@ -10,18 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import invariant, kv_cache
-from models.attention import (
-  cached,
-  cudnn_gpu,
-  dense,
-  form as form_lib,
-  paged,
-  paged_gpu,
-  paged_tpu,
-  splash_tpu,
-  supports,
-)
+from models import kv_cache
+from models.attention import cached, dense, form as form_lib, paged, supports
+from models.attention.kernels import cudnn_gpu, paged_gpu, paged_tpu, splash_tpu
+from models.linear import invariant
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.attention import context
 

@@ -24,7 +24,8 @@ from inference.sampling import (
   logprobs as logprobs_lib,
   settings as settings_lib,
 )
-from models import invariant, kv_cache, transformer
+from models import kv_cache, transformer
+from models.linear import invariant
 from tests.helpers import simulated_device, tiny_models
 from text import tokenizer as tokenizer_lib
 

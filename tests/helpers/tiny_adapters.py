@@ -10,7 +10,8 @@ import numpy as np
 from frozen import adapters as frozen_adapters, format as frozen_format
 from frozen.huggingface import peft_files
 from inference.engine import adapter_table
-from models import adapters as adapters_lib, layout
+from models import layout
+from models.layers import adapters as adapters_lib
 from storage import file_names
 from tests.helpers import frozen_dirs
 

@@ -13,7 +13,8 @@ from evals import evaluate
 from frozen import format as frozen_format
 from inference import generate, model_port, rewards
 from inference.engine import engine_config
-from models import reward_head, transformer
+from models import transformer
+from models.layers import reward_head
 from tests.helpers import commands, frozen_dirs, hf_files, tiny_models
 from text import hf_tokenizer
 from training.objectives import port, reward

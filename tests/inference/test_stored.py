@@ -27,7 +27,8 @@ from inference.engine import (
 )
 from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
-from models import kv_cache, reward_head, transformer
+from models import kv_cache, transformer
+from models.layers import reward_head
 from models.linear.stored import product
 from tests.helpers import (
   commands,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import adapter_config, adapters, transformer
+from models import adapter_config, transformer
+from models.layers import adapters
 from tests.helpers import tiny_models
 
 

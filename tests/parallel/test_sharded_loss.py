@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import cross_entropy
+from models.layers import cross_entropy
 from parallel import mesh as mesh_lib, parallel_config, rules, sharded_loss
 
 MESHES = (

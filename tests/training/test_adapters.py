@@ -17,7 +17,8 @@ import pytest
 
 from evals import evaluate, ports
 from frozen import adapters as adapters_lib, format as frozen_format, freeze
-from models import adapter_config, adapters, flops, layout, transformer
+from models import adapter_config, flops, layout, transformer
+from models.layers import adapters
 from tests.helpers import (
   frozen_dirs,
   no_network,

@@ -11,7 +11,8 @@ import functools
 import jax
 import pytest
 
-from models.attention import cudnn_gpu, dense, splash_tpu
+from models.attention import dense
+from models.attention.kernels import cudnn_gpu, splash_tpu
 from tests.helpers import tiny_experiment, tiny_models
 from training import learner as learner_lib
 from training.optimizer import chain

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from models.attention import cudnn_gpu
+from models.attention.kernels import cudnn_gpu
 from storage import file_names
 from tests.helpers import tiny_run
 from training import execution

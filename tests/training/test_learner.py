@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from models import cross_entropy, execution
+from models import execution
 from models.attention import dense
+from models.layers import cross_entropy
 from tests.helpers import tiny_experiment, tiny_models
 from training import learner as learner_lib
 

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from data import data_config, sources
-from models import cross_entropy, layout
+from models import layout
+from models.layers import cross_entropy
 from tests.helpers import tiny_experiment, tiny_models
 from training import learner as learner_lib, state as state_lib
 from training.objectives import next_token

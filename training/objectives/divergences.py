@@ -2,8 +2,8 @@
 
 P is the teacher's (or reference's) distribution and Q that of the model that is
 trained. All take log-probabilities [..., V] and return [...], in nats. A
-probability of 0 is a finite log-probability (`models.cross_entropy.MASKED`), so
-that no term is 0 x inf.
+probability of 0 is a finite log-probability
+(`models.layers.cross_entropy.MASKED`), so that no term is 0 x inf.
 
 References: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2023, GKD
 (arXiv:2306.13649), section 2.

@@ -16,8 +16,8 @@ class NextToken(port.Objective):
   weighted in the model's config.
   """
 
-  # Weight of the z-loss, log(Z)^2 (models/cross_entropy.py); 0: no z-loss. PaLM
-  # took 1e-4 (arXiv:2204.02311, section 5).
+  # Weight of the z-loss, log(Z)^2 (models/layers/cross_entropy.py); 0: no
+  # z-loss. PaLM took 1e-4 (arXiv:2204.02311, section 5).
   z_loss_weight: float = 0.0
 
   def validate(self):

@@ -18,12 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models import (
-  axes,
-  cross_entropy,
-  model_config as model_config_lib,
-  transformer,
-)
+from models import axes, model_config as model_config_lib, transformer
+from models.layers import cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -177,7 +173,7 @@ class Model:
       states_BTD: an array, or a tree of them.
       targets_BT: next to the states.
 
-    A chunk is as long as the logits of `models.cross_entropy` may be.
+    A chunk is as long as the logits of `models.layers.cross_entropy` may be.
     """
     batch, time = targets_BT.shape
     vocab_size = self.module.config.vocab_size
@@ -348,7 +344,8 @@ class Objective(abc.ABC):
 
     Each is named {head: {'kernel' [width, outputs], 'bias' [outputs]}}, see
     models/axes.py. They are checkpointed. Of them, the head `reward` is frozen
-    with the transformer (`models.reward_head`); the others are for training.
+    with the transformer (`models.layers.reward_head`); the others are for
+    training.
 
     Args:
       config: of the transformer.

@@ -1,8 +1,8 @@
 """The reward model: which of two answers people prefer, from pairs.
 
 A scalar head reads the final hidden state at the last token of each answer
-(`models/reward_head.py`). With r(x, y) the reward of answer y to prompt x, a
-pair of a chosen answer c and a rejected one j has the loss
+(`models/layers/reward_head.py`). With r(x, y) the reward of answer y to prompt
+x, a pair of a chosen answer c and a rejected one j has the loss
 
     -log sigmoid(r(x, c) - r(x, j) - m) + centring * (r(x, c) + r(x, j))^2
 
@@ -21,7 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models import reward_head
+from models.layers import reward_head
 from training.objectives import port, routing, segments
 
 

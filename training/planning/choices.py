@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import jax
 
 from hardware import compile_ahead, peaks as peaks_lib
-from models import cross_entropy, flops
+from models import flops
+from models.layers import cross_entropy
 from training import (
   execution,
   experiment as experiment_lib,

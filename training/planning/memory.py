@@ -41,13 +41,13 @@ import jax.numpy as jnp
 
 from models import (
   adapter_config,
-  adapters as models_adapters,
   block as block_lib,
   execution as execution_lib,
   remat,
   transformer,
 )
 from models.attention import dense
+from models.layers import adapters as models_adapters
 from models.linear.stored import tree as stored_tree
 from models.moe import dispatch
 from training import (

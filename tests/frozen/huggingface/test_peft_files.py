@@ -13,7 +13,8 @@ import pytest
 
 from frozen import adapters as adapters_lib, format as frozen_format, manifest
 from frozen.huggingface import importing, peft_files
-from models import adapters, transformer
+from models import transformer
+from models.layers import adapters
 from tests.helpers import frozen_dirs, open_weights
 
 _WHY = 'the peer is not installed: pip install -r requirements-peer.txt'

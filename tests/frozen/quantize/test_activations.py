@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from frozen.quantize import activations
-from models import mlp, transformer
+from models import transformer
+from models.layers import mlp
 from tests.helpers import frozen_dirs, tiny_models
 
 _CONFIGS = {

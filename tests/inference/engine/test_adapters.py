@@ -21,7 +21,8 @@ from inference.engine import (
   requests as requests_lib,
 )
 from inference.sampling import settings as settings_lib
-from models import adapters as adapters_lib, layout, transformer
+from models import layout, transformer
+from models.layers import adapters as adapters_lib
 from tests.helpers import reference_engine, tiny_adapters, tiny_models
 
 _ROOM = {'max_adapters': 3, 'max_adapter_rank': 4}

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from inference.engine import engine_config, execution
-from models import invariant
-from models.attention import cached, paged_gpu, paged_tpu, supports
+from models.attention import cached, supports
+from models.attention.kernels import paged_gpu, paged_tpu
+from models.linear import invariant
 from tests.helpers import tiny_models
 
 _Config = engine_config.EngineConfig

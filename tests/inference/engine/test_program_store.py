@@ -17,7 +17,8 @@ from inference.engine import (
   requests,
 )
 from inference.sampling import settings
-from models import execution, invariant
+from models import execution
+from models.linear import invariant
 from tests.helpers import reference_engine, tiny_models
 
 _X = np.arange(8, dtype=np.float32)
@@ -132,7 +133,7 @@ def test_a_directory_that_cannot_be_written_costs_nothing_else(tmp_path):
 
 def test_ports_have_names_that_every_process_has():
   text = program_store.describe_ports(invariant.execution())
-  assert 'models.invariant.linear' in text
+  assert 'models.linear.invariant.linear' in text
   assert ' at 0x' not in text
   assert text != program_store.describe_ports(execution.Execution())
   local = execution.Execution(linear=lambda *args: None)

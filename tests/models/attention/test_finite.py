@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import invariant, kv_cache
-from models.attention import cached, finite, form as form_lib, paged, paged_gpu
+from models import kv_cache
+from models.attention import cached, finite, form as form_lib, paged
+from models.attention.kernels import paged_gpu
+from models.linear import invariant
 from parallel.attention import partial
 from tests.helpers import attention_paths
 from training.diagnosis import tensor_checks

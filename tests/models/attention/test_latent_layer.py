@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import execution, invariant, kv_cache, layout, transformer
+from models import execution, kv_cache, layout, transformer
+from models.linear import invariant
 from tests.helpers import frozen_dirs, tiny_models
 
 CONFIG = tiny_models.llama_like(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import execution, flops, mlp, model_config, transformer
+from models import execution, flops, model_config, transformer
+from models.layers import mlp
 from models.moe import layer
 from tests.helpers import tiny_models
 

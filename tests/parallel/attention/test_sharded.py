@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import dense, splash_tpu
+from models.attention import dense
+from models.attention.kernels import splash_tpu
 from parallel import mesh as mesh_lib, parallel_config
 from parallel.attention import sharded
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from evals import ports
-from models import cross_entropy, execution
+from models import execution
+from models.layers import cross_entropy
 from parallel import parallel_config
 from tests.helpers import no_network, tiny_models, tiny_run
 from training import learner as learner_lib

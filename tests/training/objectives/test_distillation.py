@@ -11,7 +11,8 @@ import pytest
 
 from data import data_config
 from frozen import freeze
-from models import cross_entropy, layout, transformer
+from models import layout, transformer
+from models.layers import cross_entropy
 from storage import file_names
 from tests.helpers import frozen_dirs, tiny_experiment, tiny_models, tiny_run
 from text import bpe

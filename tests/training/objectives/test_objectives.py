@@ -474,7 +474,9 @@ def test_token_logprobs_are_those_of_the_logits_in_any_number_of_chunks(
   )[:, :, 0]
   np.testing.assert_allclose(jax.jit(logprobs)(params), expected, atol=1e-5)
   gradient = jax.jit(jax.grad(lambda p: logprobs(p).sum()))(params)
-  monkeypatch.setattr('models.cross_entropy.MAX_CHUNK_LOGITS', 8 * 4 * 64)
+  monkeypatch.setattr(
+    'models.layers.cross_entropy.MAX_CHUNK_LOGITS', 8 * 4 * 64
+  )
   np.testing.assert_allclose(
     jax.jit(lambda p: logprobs(p))(params), expected, atol=1e-5
   )

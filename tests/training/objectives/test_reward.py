@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data import data_config
-from models import reward_head, transformer
+from models import transformer
+from models.layers import reward_head
 from parallel import parallel_config
 from tests.helpers import tiny_models
 from training import experiment as experiment_lib, learner as learner_lib

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from hardware import peaks, targets
-from models import cross_entropy
+from models.layers import cross_entropy
 from storage import file_names
 from tests.helpers import tiny_experiment, tiny_models, tiny_run
 from training import execution, experiment as experiment_lib

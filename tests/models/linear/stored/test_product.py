@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import invariant
-from models.linear import plain
+from models.linear import invariant, plain
 from models.linear.stored import (
   blocks as blocks_lib,
   product,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import cudnn_gpu, dense, form as form_lib, splash_tpu
+from models.attention import dense, form as form_lib
+from models.attention.kernels import cudnn_gpu, splash_tpu
 
 TIME = 256  # two tiles of 128: one of them above the diagonal
 KERNELS = {

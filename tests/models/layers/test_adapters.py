@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import (
-  adapter_config,
-  adapters,
-  execution,
-  invariant,
-  kv_cache,
-  layout,
-  transformer,
-)
+from models import adapter_config, execution, kv_cache, layout, transformer
+from models.layers import adapters
+from models.linear import invariant
 from tests.helpers import tiny_models
 
 MODELS = {

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from models import kv_cache
-from models.attention import dense, form as form_lib, paged, paged_gpu, supports
+from models.attention import dense, form as form_lib, paged, supports
+from models.attention.kernels import paged_gpu
 from tests.helpers import absent_devices, tiny_models
 
 # On a GPU, where products of float32 are not of float32 by default: with the

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import model_config, norms
+from models import model_config
+from models.layers import norms
 from tests.helpers import tiny_models
 
 

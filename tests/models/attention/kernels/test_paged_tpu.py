@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from models import kv_cache
-from models.attention import cached, form as form_lib, paged, paged_tpu
+from models.attention import cached, form as form_lib, paged
+from models.attention.kernels import paged_tpu
 from tests.helpers import absent_devices, tiny_models
 
 _NUM_KV, _GROUPS = 2, 3

@@ -15,7 +15,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import adapters, execution as execution_lib, model_config, mup
+from models import execution as execution_lib, model_config, mup
+from models.layers import adapters
 from models.linear import plain
 from models.linear.stored import product as stored_product, tree as stored_tree
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import cross_entropy
+from models.layers import cross_entropy
 
 
 def _loss_inputs(batch=3, time=12, width=5, vocab=11):

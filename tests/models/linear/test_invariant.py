@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import execution as execution_lib, invariant, kv_cache, transformer
+from models import execution as execution_lib, kv_cache, transformer
+from models.linear import invariant
 from tests.helpers import tiny_models
 
 _SIZE, _PAGES = 16, 8  # tokens of a page, pages of a sequence

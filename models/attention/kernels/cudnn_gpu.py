@@ -30,7 +30,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from models.attention import cudnn_call, finite, form as form_lib, supports
+from models.attention import finite, form as form_lib, supports
+from models.attention.kernels import cudnn_call
 
 # Beyond it, statistics of M documents are larger than a mask of most rows.
 MOST_DOCUMENTS = 64

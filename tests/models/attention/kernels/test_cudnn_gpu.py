@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from models import execution, remat, transformer
-from models.attention import cudnn_call, cudnn_gpu, dense, form as form_lib
+from models.attention import dense, form as form_lib
+from models.attention.kernels import cudnn_call, cudnn_gpu
 from tests.helpers import absent_devices, tiny_models
 
 BATCH, TIME, HEADS, KV_HEADS, CHANNELS = 2, 64, 4, 2, 8
