@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks import entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import peaks
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings
 from models import flops, model_config
 

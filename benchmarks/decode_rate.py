@@ -36,7 +36,8 @@ from benchmarks import (
   train_throughput,
 )
 from hardware import peaks
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import flops, model_config
 

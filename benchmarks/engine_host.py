@@ -23,10 +23,10 @@ from inference.engine import (
   engine as engine_lib,
   engine_config,
   inputs as inputs_lib,
-  programs,
-  requests,
   steps,
 )
+from inference.engine.compiled import programs
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import model_config
 

@@ -24,7 +24,8 @@ import numpy as np
 
 from benchmarks import decode_latency, entry, random_model, timing
 from hardware import host_memory
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import flops, model_config
 

@@ -36,7 +36,8 @@ import numpy as np
 from benchmarks import decode_latency, entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import host_memory, peaks as peaks_lib
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import flops, model_config
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import layered, steps
+from inference.engine import steps
+from inference.engine.compiled import layered
 from inference.sampling import logprobs as logprobs_lib
 from models import (
   block as block_lib,

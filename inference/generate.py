@@ -23,12 +23,8 @@ import jax.numpy as jnp
 from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
 from inference import adapters as adapters_lib
-from inference.engine import (
-  device_state,
-  engine as engine_lib,
-  engine_config,
-  requests,
-)
+from inference.engine import device_state, engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import axes, layout
 from text import tokenizer as tokenizer_lib

@@ -17,7 +17,8 @@ import numpy as np
 
 from evals import encoding, judges, ports
 from inference import chat_prompts, generate, terminal_chat
-from inference.engine import engine as engine_lib, requests as requests_lib
+from inference.engine import engine as engine_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models.layers import reward_head
 from text import chat

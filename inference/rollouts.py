@@ -20,12 +20,8 @@ import numpy as np
 
 from evals import judges, sampling
 from inference import rewards
-from inference.engine import (
-  device_state,
-  engine as engine_lib,
-  engine_config,
-  requests as requests_lib,
-)
+from inference.engine import device_state, engine as engine_lib, engine_config
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import model_config as model_config_lib
 from text import tokenizer as tokenizer_lib

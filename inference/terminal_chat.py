@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 
 from inference import chat_prompts, generate
-from inference.engine import requests
+from inference.requests import requests
 from text import chat as chat_lib, chat_inputs, detokenize
 
 HELP = 'Type a message; /exit or Ctrl-D leaves.'

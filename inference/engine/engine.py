@@ -39,22 +39,23 @@ import jax.numpy as jnp
 from hardware import peaks
 from inference.constraints import grammars
 from inference.engine import (
-  accounts,
   adapter_table,
-  answer as answer_lib,
-  compilations,
   device_state,
   engine_config,
   execution,
-  feeding,
   flight as flight_lib,
   inputs as inputs_lib,
   metrics,
-  programs,
-  requests as requests_lib,
   steps,
 )
+from inference.engine.compiled import compilations, programs
 from inference.output import stop_strings
+from inference.requests import (
+  accounts,
+  answer as answer_lib,
+  feeding,
+  requests as requests_lib,
+)
 from inference.sampling import settings as settings_lib
 from inference.scheduling import (
   fairness,

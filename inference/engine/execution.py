@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from inference.engine import device_state, engine_config, program_store
+from inference.engine import device_state, engine_config
+from inference.engine.compiled import program_store
 from models import execution as execution_lib, kv_cache, layout, model_config
 from models.attention import supports
 from models.linear import invariant

@@ -22,15 +22,14 @@ import numpy as np
 
 from inference.constraints import grammars
 from inference.engine import (
-  answer,
   device_state,
   engine_config,
   inputs as inputs_lib,
   metrics as metrics_lib,
-  programs as programs_lib,
-  requests,
   steps,
 )
+from inference.engine.compiled import programs as programs_lib
+from inference.requests import answer, requests
 from inference.sampling import settings as settings_lib
 from inference.scheduling import page_tables, spans
 

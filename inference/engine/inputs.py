@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from inference.engine import answer, steps
+from inference.engine import steps
+from inference.requests import answer
 from inference.scheduling import page_tables, spans
 
 

@@ -37,7 +37,8 @@ from typing import Any
 
 from hardware import host_memory
 from inference import generate
-from inference.engine import engine as engine_lib, requests as requests_lib
+from inference.engine import engine as engine_lib
+from inference.requests import requests as requests_lib
 from inference.server.http import thread_priority
 
 _LOG = logging.getLogger('uvicorn.error')

@@ -11,7 +11,8 @@ import prometheus_client
 
 from frozen import adapters as frozen_adapters, manifest as manifest_lib
 from inference import generate
-from inference.engine import engine, requests as requests_lib
+from inference.engine import engine
+from inference.requests import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors

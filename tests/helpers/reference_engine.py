@@ -15,11 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import (
-  engine as engine_lib,
-  engine_config,
-  requests as requests_lib,
-)
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests as requests_lib
 from inference.sampling import (
   logprobs as logprobs_lib,
   settings as settings_lib,

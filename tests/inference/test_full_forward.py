@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from inference import full_forward
-from inference.engine import adapter_table, engine as engine_lib, requests
+from inference.engine import adapter_table, engine as engine_lib
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
 from tests.helpers import frozen_dirs, tiny_adapters, tiny_models

@@ -11,10 +11,10 @@ from inference.engine import (
   engine as engine_lib,
   execution,
   inputs as inputs_lib,
-  program_store,
-  requests,
   steps,
 )
+from inference.engine.compiled import program_store
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import transformer
 from models.linear.native import build

@@ -21,10 +21,10 @@ from inference.engine import (
   engine as engine_lib,
   execution,
   inputs as inputs_lib,
-  layered,
-  requests,
   steps,
 )
+from inference.engine.compiled import layered
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
 from models import kv_cache, transformer

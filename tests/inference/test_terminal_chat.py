@@ -8,7 +8,8 @@ import types
 import pytest
 
 from inference import generate, terminal_chat
-from inference.engine import engine_config, requests
+from inference.engine import engine_config
+from inference.requests import requests
 from tests.helpers import frozen_dirs, hf_files
 from text import detokenize, hf_tokenizer
 

@@ -19,7 +19,7 @@ import sqlite3
 import time
 
 from checks import expect
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import keys, limits
 from inference.server.api import errors

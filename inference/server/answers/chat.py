@@ -20,7 +20,7 @@ from typing import Any
 
 from checks import expect
 from inference import generate
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.server.answers import (
   chat_logprobs,

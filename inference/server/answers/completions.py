@@ -10,7 +10,7 @@ The last chunk of a choice has three fields that OpenAI does not have:
 
     seed          the same seed, settings and weights give the same text
     stop_reason   the stop string or id that ended the choice, as in vLLM
-    accounting    the cost, see `inference.engine.requests.Usage`: tokens that
+    accounting    the cost, see `inference.requests.requests.Usage`: tokens that
                   were computed or cached, floating-point operations, bytes of
                   pages times seconds, seconds of waiting, prefill and decoding
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from checks import expect
 from inference import generate
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.answers import logprobs_json
 from inference.server.api import errors, schema

@@ -19,7 +19,7 @@ import dataclasses
 from typing import Any
 
 from inference import chat_prompts, generate
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.api import errors
 from text import chat, chat_inputs

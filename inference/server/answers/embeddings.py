@@ -20,7 +20,7 @@ import numpy as np
 
 from checks import expect
 from inference import generate
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.server import engine_loop
 from inference.server.api import embedding_schema, errors

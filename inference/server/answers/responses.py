@@ -12,7 +12,7 @@ from typing import Any
 
 from checks import expect
 from inference import generate
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import (
   logprobs as logprobs_lib,
   settings as settings_lib,

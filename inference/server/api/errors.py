@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import responses
 
 from checks import expect
-from inference.engine import requests
+from inference.requests import requests
 from inference.server import engine_loop
 
 RETRIED = 429, 503

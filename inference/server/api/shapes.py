@@ -160,7 +160,7 @@ class Logprobs(_Shape):
 
 
 class Accounting(_Shape):
-  """The cost of a choice, see `inference.engine.requests.Usage`."""
+  """The cost of a choice, see `inference.requests.requests.Usage`."""
 
   prompt_tokens: int
   prefill_tokens: int

@@ -19,7 +19,7 @@ import time
 from typing import Any
 import zlib
 
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.server import service
 from inference.server.http import exchanges

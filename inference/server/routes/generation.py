@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import fastapi
 from fastapi import responses
 
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.server import engine_loop, service as service_lib
 from inference.server.http import streams
 

@@ -24,7 +24,7 @@ import numpy as np
 import prometheus_client
 
 from inference import full_forward
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.http import exchanges, thread_priority
 

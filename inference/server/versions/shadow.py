@@ -15,7 +15,8 @@ import typing
 
 import prometheus_client
 
-from inference.engine import engine, requests as requests_lib
+from inference.engine import engine
+from inference.requests import requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib
 
 if typing.TYPE_CHECKING:  # it imports this module

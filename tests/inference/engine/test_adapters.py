@@ -12,14 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import (
-  adapter_table,
-  compilations,
-  engine as engine_lib,
-  engine_config,
-  layered,
-  requests as requests_lib,
-)
+from inference.engine import adapter_table, engine as engine_lib, engine_config
+from inference.engine.compiled import compilations, layered
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
 from models.layers import adapters as adapters_lib

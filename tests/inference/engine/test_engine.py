@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import answer, engine as engine_lib, metrics, requests
+from inference.engine import engine as engine_lib, metrics
+from inference.requests import answer, requests
 from inference.sampling import settings as settings_lib
 from models import layout
 from tests.helpers import reference_engine

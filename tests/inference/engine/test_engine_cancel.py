@@ -3,7 +3,7 @@
 import pytest
 
 from inference import generate
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings
 from inference.server.access import admission
 

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from inference.constraints import constraint as constraint_lib, grammars
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import reference_engine
 

@@ -13,7 +13,7 @@ import functools
 import numpy as np
 import pytest
 
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import reference_engine
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inference import model_port
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import reference_engine, simulated_device
 

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from inference.engine import engine as engine_lib, requests
+from inference.engine import engine as engine_lib
+from inference.requests import requests
 from inference.sampling import settings
 from inference.scheduling import sequence_manager
 from tests.helpers import reference_engine, simulated_device

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers import reference_engine
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import pooling, requests as requests_lib
+from inference.engine import pooling
+from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import transformer
 from tests.helpers import reference_engine

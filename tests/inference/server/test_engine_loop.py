@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from inference.engine import engine as engine_lib, requests
+from inference.engine import engine as engine_lib
+from inference.requests import requests
 from inference.sampling import settings
 from inference.server import engine_loop as engine_loop_lib
 

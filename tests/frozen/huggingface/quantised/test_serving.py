@@ -4,7 +4,8 @@ import numpy as np
 
 from frozen import format as frozen_format
 from frozen.huggingface import importing
-from inference.engine import engine as engine_lib, engine_config, requests
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models.linear.stored import tree as stored_tree
 from tests.helpers import quantised_dirs

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from inference.engine import requests
+from inference.requests import requests
 from inference.sampling import settings
 from inference.server import app as app_lib, engine_loop
 from inference.server.access import admission, keys, limits

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from inference.engine import requests
+from inference.requests import requests
 from inference.server.answers import conversations
 from inference.server.api import errors
 from tests.helpers import scripted_models

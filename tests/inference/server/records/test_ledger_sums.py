@@ -6,7 +6,7 @@ import math
 import hypothesis
 from hypothesis import strategies
 
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import settings
 from inference.server import app as app_lib, engine_loop, service
 from inference.server.access import admission, keys

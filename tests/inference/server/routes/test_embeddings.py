@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import answer as answer_lib
+from inference.requests import answer as answer_lib
 from inference.server.answers import embeddings
 from models import transformer
 from tests.helpers import frozen_dirs, servers

@@ -9,7 +9,8 @@ import pydantic
 import pytest
 
 from inference import generate
-from inference.engine import answer as answer_lib, engine_config
+from inference.engine import engine_config
+from inference.requests import answer as answer_lib
 from tests.helpers import scripted_models, servers
 
 _EVENT = pydantic.TypeAdapter(openai_responses.ResponseStreamEvent)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inference import full_forward
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import logprobs as logprobs_lib
 from inference.server import server_config
 from inference.server.versions import audit

@@ -5,7 +5,7 @@ import threading
 import jax
 import numpy as np
 
-from inference.engine import compilations
+from inference.engine.compiled import compilations
 
 
 def _compile(number):

@@ -11,10 +11,10 @@ from inference.engine import (
   device_state,
   engine as engine_lib,
   engine_config,
-  programs as programs_lib,
-  requests as requests_lib,
   steps,
 )
+from inference.engine.compiled import programs as programs_lib
+from inference.requests import requests as requests_lib
 from inference.sampling import penalties, sampler as sampler_lib, settings
 from tests.helpers import reference_engine, tiny_models
 

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Generator
 from typing import Protocol
 
-from inference.engine import requests as requests_lib
+from inference.requests import requests as requests_lib
 
 
 class Engine(Protocol):

@@ -25,10 +25,9 @@ from inference.engine import (
   device_state,
   engine_config,
   inputs as inputs_lib,
-  layered,
-  program_store,
   steps,
 )
+from inference.engine.compiled import layered, program_store
 from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 from models.layers import adapters as adapters_lib

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 
 from hardware import compilation_cache
-from inference.engine import (
-  engine as engine_lib,
-  engine_config,
-  layered,
-  program_store,
-  programs,
-  requests,
-)
+from inference.engine import engine as engine_lib, engine_config
+from inference.engine.compiled import layered, program_store, programs
+from inference.requests import requests
 from inference.sampling import settings
 from models import execution
 from models.linear import invariant

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 import math
 import time
 
-from inference.engine import answer, metrics as metrics_lib
+from inference.engine import metrics as metrics_lib
+from inference.requests import answer
 from inference.scheduling import spans
 from models import flops, model_config as model_config_lib
 

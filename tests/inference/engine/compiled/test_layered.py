@@ -13,10 +13,10 @@ from inference.engine import (
   engine_config,
   execution,
   inputs as inputs_lib,
-  layered,
-  requests,
   steps,
 )
+from inference.engine.compiled import layered
+from inference.requests import requests
 from inference.sampling import settings
 from models import transformer
 from tests.helpers import reference_engine, tiny_models

@@ -29,7 +29,7 @@ from jax.experimental import serialize_executable
 
 from storage import atomic
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 _SOURCES = 'inference', 'models'  # packages that programs are traced from
 _LIBRARIES = 'jax', 'jaxlib', 'flax', 'numpy'
 _DIGEST_BYTES = 32

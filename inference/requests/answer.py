@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 
-from inference.engine import adapter_table, pooling, requests, steps
+from inference.engine import adapter_table, pooling, steps
 from inference.output import stop_strings, stopping
+from inference.requests import requests
 from inference.sampling import logprobs, sampler
 from inference.scheduling import page_tables, spans
 from text import tokenizer as tokenizer_lib

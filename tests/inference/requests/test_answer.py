@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from inference.engine import adapter_table, answer, requests
+from inference.engine import adapter_table
+from inference.requests import answer, requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.scheduling import sequence_manager, spans
 from tests.helpers import simulated_device, tiny_models
