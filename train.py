@@ -203,7 +203,7 @@ def _plan(target: str) -> int:
 
 def _audit(num_rows: int) -> int:
   """Prints rows of the data with the trained tokens marked; checks them."""
-  from training import audit
+  from training.diagnosis import audit
 
   try:
     for line in audit.report(_CONFIG.value, num_rows):

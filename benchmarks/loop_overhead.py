@@ -36,15 +36,10 @@ import rich.console
 from benchmarks import entry, timing
 from experiments import quickstart
 from hardware import host_memory
-from training import (
-  assemble,
-  evaluator,
-  experiment as experiment_lib,
-  loop,
-  run_context,
-  saver,
-)
-from training.checkpoints import checkpoint, workdir as workdir_lib
+from training import assemble, experiment as experiment_lib, loop
+from training.checkpoints import checkpoint, saver, workdir as workdir_lib
+from training.evaluation import evaluator
+from training.lifecycle import run_context
 from training.reporting import goodput
 
 # The step number continues from turn to turn and never reaches this end.

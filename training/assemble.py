@@ -31,12 +31,11 @@ from text import tokenizer as tokenizer_lib
 from training import (
   execution,
   experiment as experiment_lib,
-  frozen_models,
   learner as learner_lib,
-  reference,
 )
 from training.checkpoints import init_from, workdir as workdir_lib
 from training.evaluation import tasks as tasks_lib
+from training.frozen_inputs import frozen_models, reference
 from training.objectives import port
 from training.rollouts import (
   batches as rollout_batches,

@@ -23,10 +23,10 @@ from training import (
   adapters,
   execution,
   experiment as experiment_lib,
-  frozen_models as frozen_models_lib,
   state as state_lib,
   step as step_lib,
 )
+from training.frozen_inputs import frozen_models as frozen_models_lib
 from training.optimizer import chain, spikes
 
 _FROZEN = ('frozen_params',)

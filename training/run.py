@@ -31,18 +31,17 @@ from frozen import (
 )
 from parallel import processes
 from storage import disk, file_names
-from training import (
-  adapters,
-  assemble,
-  evaluator as evaluator_lib,
-  experiment as experiment_lib,
-  frozen_models,
-  loop,
-  run_context,
+from training import adapters, assemble, experiment as experiment_lib, loop
+from training.checkpoints import (
+  checkpoint,
+  init_from,
   saver as saver_lib,
+  workdir as workdir_lib,
 )
-from training.checkpoints import checkpoint, init_from, workdir as workdir_lib
 from training.diagnosis import diagnose
+from training.evaluation import evaluator as evaluator_lib
+from training.frozen_inputs import frozen_models
+from training.lifecycle import run_context
 from training.optimizer import average
 from training.planning import choices
 from training.reporting import (

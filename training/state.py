@@ -29,7 +29,7 @@ class TrainState:
   average: Any = None
   # Variables of the objective's frozen models, by name, and of the base of
   # adapters. No step changes them and no checkpoint holds them:
-  # training/frozen_models.py, training/adapters.py.
+  # training/frozen_inputs/frozen_models.py, training/adapters.py.
   frozen_params: Any = None
 
 

@@ -12,11 +12,8 @@ from data.examples import encoding
 from frozen import freeze
 from storage import file_names
 from tests.helpers import frozen_dirs, tiny_experiment, tiny_models, tiny_run
-from training import (
-  experiment as experiment_lib,
-  learner as learner_lib,
-  reference,
-)
+from training import experiment as experiment_lib, learner as learner_lib
+from training.frozen_inputs import reference
 from training.objectives import next_token, port, preference
 from training.optimizer import chain
 from training.reporting import metrics as metrics_lib, summary

@@ -21,8 +21,8 @@ from training import (
   experiment as experiment_lib,
   learner as learner_lib,
   run as run_lib,
-  saver,
 )
+from training.checkpoints import saver
 from training.reporting import metrics, reporter as reporter_lib
 
 ROOT = pathlib.Path(__file__).parents[2]

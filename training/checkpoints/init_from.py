@@ -21,7 +21,8 @@ from frozen import format as frozen_format, freeze, manifest as manifest_lib
 from models import layout, model_config
 from storage import file_names
 from text import tokenizer as tokenizer_lib
-from training import experiment as experiment_lib, frozen_models
+from training import experiment as experiment_lib
+from training.frozen_inputs import frozen_models
 
 # Model fields that may differ. They matter in training only, or change the
 # layout of the parameters, not what the weights compute.

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from checks import expect
-from training import frozen_models
+from training.frozen_inputs import frozen_models
 from training.objectives import divergences, port, routing
 
 FORWARD, REVERSE, JENSEN_SHANNON = 'forward', 'reverse', 'jensen_shannon'

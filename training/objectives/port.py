@@ -324,7 +324,8 @@ class Objective(abc.ABC):
     """Log-probabilities of the targets under frozen models, by array name.
 
     Each is an array of `batch_spec`, float32 [B, T]. They are computed once,
-    before the first step, and kept on disk: training/reference.py.
+    before the first step, and kept on disk:
+    training/frozen_inputs/reference.py.
     """
     return {}
 

@@ -4,8 +4,8 @@ One objective for all losses; `training.objectives.preference_losses` has their
 formulas. Rows hold units of two documents (data/rows.py): the chosen and the
 rejected completion of a prompt, or for KTO a labelled completion and one that
 belongs to another prompt. The reference is a frozen model. Its
-log-probabilities are an array of the batch, which training/reference.py
-computes once.
+log-probabilities are an array of the batch, which
+training/frozen_inputs/reference.py computes once.
 
     objective = preference.Preference(loss='dpo', beta=0.1)
 """

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from training import frozen_models
+from training.frozen_inputs import frozen_models
 from training.objectives import (
   advantages as advantages_lib,
   divergences,
@@ -57,9 +57,9 @@ class TokenLoss(port.Objective):
     ref_logprobs       of the distance: log p(target) under the reference; not
                        for `full`
 
-  Of fixed data, training/reference.py computes `ref_logprobs` once. Where the
-  policy samples its own text (`is_sampled`), `annotate` makes `ref_logprobs`
-  and `old_logprobs`.
+  Of fixed data, training/frozen_inputs/reference.py computes `ref_logprobs`
+  once. Where the policy samples its own text (`is_sampled`), `annotate` makes
+  `ref_logprobs` and `old_logprobs`.
   """
 
   policy_scale: float = 0.0

@@ -4,7 +4,8 @@ import json
 import pathlib
 
 from storage import atomic, file_names, json_lines
-from training import experiment as experiment_lib, run_context
+from training import experiment as experiment_lib
+from training.lifecycle import run_context
 from training.rollouts import (
   diagnostics,
   drawing,

@@ -16,8 +16,13 @@ from evals.tasks import task as task_lib
 from frozen import format as frozen_format
 from models import transformer
 from tests.helpers import no_network, tiny_models, tiny_run
-from training import evaluator, flags as flags_lib, learner as learner_lib
-from training.evaluation import evals_config, model_port, tasks as tasks_lib
+from training import flags as flags_lib, learner as learner_lib
+from training.evaluation import (
+  evals_config,
+  evaluator,
+  model_port,
+  tasks as tasks_lib,
+)
 from training.reporting import metrics
 
 ROOT = pathlib.Path(__file__).parents[3]

@@ -8,7 +8,8 @@ import pytest
 
 from data import packing
 from tests.helpers import chat_run, commands, tiny_run
-from training import assemble, audit
+from training import assemble
+from training.diagnosis import audit
 from training.objectives import reward
 
 

@@ -3,13 +3,9 @@
 import dataclasses
 from typing import Any
 
-from training import (
-  assemble,
-  experiment as experiment_lib,
-  run_context,
-  state as state_lib,
-)
+from training import assemble, experiment as experiment_lib, state as state_lib
 from training.evaluation import model_port, samples, tasks, validation
+from training.lifecycle import run_context
 from training.optimizer import average
 from training.rollouts import held_out
 

@@ -7,15 +7,10 @@ import jax
 
 from parallel import processes
 from storage import disk
-from training import (
-  assemble,
-  evaluator as evaluator_lib,
-  experiment as experiment_lib,
-  run_context,
-  state as state_lib,
-)
+from training import assemble, experiment as experiment_lib, state as state_lib
 from training.checkpoints import checkpoint
-from training.lifecycle import interrupt
+from training.evaluation import evaluator as evaluator_lib
+from training.lifecycle import interrupt, run_context
 from training.optimizer import average
 
 # Seconds between attempts at the last save of a run. A stopped run has less

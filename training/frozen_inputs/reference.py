@@ -39,10 +39,10 @@ from training import (
   adapters,
   execution,
   experiment as experiment_lib,
-  frozen_models,
   state as state_lib,
 )
 from training.evaluation import model_port
+from training.frozen_inputs import frozen_models
 from training.objectives import port
 
 Say = Callable[[str], None]
