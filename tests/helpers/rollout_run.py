@@ -14,7 +14,8 @@ from tests.helpers import tiny_models
 from training import experiment as experiment_lib, run as run_lib
 from training.objectives import advantages, token_loss
 from training.optimizer import chain
-from training.rollouts import episodes, rollout_config
+from training.rollouts import rollout_config
+from training.rollouts.dialogues import episodes
 
 
 def few_high_bytes(found: Sequence[episodes.Episode]) -> list[float]:

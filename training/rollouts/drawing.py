@@ -12,11 +12,8 @@ import numpy as np
 
 from data.examples import prompts as prompts_lib
 from evals import sampling
-from training.rollouts import (
-  episodes as episodes_lib,
-  rollout_config,
-  scoring,
-)
+from training.rollouts import rollout_config, scoring
+from training.rollouts.dialogues import episodes as episodes_lib
 
 _PROMPTS, _REFILLS, _SAMPLES = range(3)  # streams of numbers of a seed
 

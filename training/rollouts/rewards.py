@@ -24,7 +24,7 @@ from absl import logging
 from checks import expect
 from evals import endpoint, judges, ports
 from evals.verifiers import verifier as verifier_lib
-from training.rollouts import episodes as episodes_lib
+from training.rollouts.dialogues import episodes as episodes_lib
 
 _Episodes = Sequence[episodes_lib.Episode]
 

@@ -16,7 +16,7 @@ from data import data_config
 
 NUMERICS = ('fast', 'invariant')
 PROMPTS = data_config.PROMPTS
-# (episodes) -> one number each; see training/rollouts/episodes.py.
+# (episodes) -> one number each; see training/rollouts/dialogues/episodes.py.
 Reward = Callable[[Sequence[Any]], Sequence[float]]
 
 

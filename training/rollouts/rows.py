@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from training.rollouts import episodes as episodes_lib
+from training.rollouts.dialogues import episodes as episodes_lib
 
 Arrays = dict[str, np.ndarray]
 _FLOATS = 'rewards', 'advantages', 'sampler_logprobs'

@@ -5,7 +5,8 @@ import dataclasses
 
 import numpy as np
 
-from training.rollouts import episodes as episodes_lib, rollout_config
+from training.rollouts import rollout_config
+from training.rollouts.dialogues import episodes as episodes_lib
 
 OVERLONG = 'overlong'
 

@@ -6,7 +6,8 @@ import pytest
 from evals import judges
 from evals.verifiers import texts
 from training import experiment as experiment_lib
-from training.rollouts import episodes, rewards, rollout_config
+from training.rollouts import rewards, rollout_config
+from training.rollouts.dialogues import episodes
 
 
 def _episode(text, prompt=(1,), **record):

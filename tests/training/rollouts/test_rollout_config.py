@@ -10,7 +10,8 @@ from data import data_config
 from tests.helpers import tiny_experiment
 from training import experiment as experiment_lib
 from training.objectives import advantages, token_loss
-from training.rollouts import episodes, rollout_config
+from training.rollouts import rollout_config
+from training.rollouts.dialogues import episodes
 
 
 def length(found):

@@ -16,7 +16,7 @@ import numpy as np
 
 from checks import expect
 from text.replies import events
-from training.rollouts import (
+from training.rollouts.dialogues import (
   dialogue as dialogue_lib,
   episodes as episodes_lib,
   tools as tools_lib,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import chat_families
 from text.replies import events, fitting
-from training.rollouts import dialogue, environments, tools
+from training.rollouts.dialogues import dialogue, environments, tools
 
 _USE = environments.ToolUse(tools=(tools.Calculator(),))
 _WORKING = ('qwen', 'llama3')
