@@ -25,7 +25,7 @@ from absl import app
 import jax
 import numpy as np
 
-from benchmarks import entry, random_model, timing
+from benchmarks.common import entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config

@@ -28,13 +28,8 @@ from absl import app, flags
 import jax
 import jax.numpy as jnp
 
-from benchmarks import (
-  decode_latency,
-  entry,
-  random_model,
-  timing,
-  train_throughput,
-)
+from benchmarks import decode_latency, train_throughput
+from benchmarks.common import entry, random_model, timing
 from hardware import peaks
 from inference.engine import engine as engine_lib, engine_config
 from inference.requests import requests

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 import numpy as np
 
-from benchmarks import entry, random_model
+from benchmarks.common import entry, random_model
 from inference.engine import (
   engine as engine_lib,
   engine_config,

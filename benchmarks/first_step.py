@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 import numpy as np
 
-from benchmarks import entry, timing
+from benchmarks.common import entry, timing
 from hardware import compilation_cache
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import timing
+from benchmarks.common import timing
 from hardware import gpu_environment
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import entry, server_process, timing
+from benchmarks.common import entry, server_process, timing
 from checks import path_flags
 
 GOAL = 1.15

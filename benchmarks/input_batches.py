@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags
 import jax
 
-from benchmarks import entry, timing
+from benchmarks.common import entry, timing
 from checks import path_flags
 from data import (
   batches as batches_lib,

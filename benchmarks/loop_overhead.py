@@ -33,7 +33,7 @@ from absl import app, flags, logging
 import jax
 import rich.console
 
-from benchmarks import entry, timing
+from benchmarks.common import entry, timing
 from experiments import quickstart
 from hardware import host_memory
 from training import assemble, experiment as experiment_lib, loop

@@ -34,7 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode_rate, entry, random_model, timing
+from benchmarks import decode_rate
+from benchmarks.common import entry, random_model, timing
 from checks import path_flags
 from frozen import format as frozen_format
 from hardware import peaks

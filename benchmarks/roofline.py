@@ -16,7 +16,7 @@ from typing import Any
 from absl import app
 import jax
 
-from benchmarks import entry, timing
+from benchmarks.common import entry, timing
 from hardware import peaks
 
 

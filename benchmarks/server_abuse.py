@@ -37,7 +37,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import entry, server_process
+from benchmarks.common import entry, server_process
 from checks import path_flags
 
 _NAME = 'abused'  # of the model in requests

@@ -22,7 +22,8 @@ from absl import app
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, entry, random_model, timing
+from benchmarks import decode_latency
+from benchmarks.common import entry, random_model, timing
 from hardware import host_memory
 from inference.engine import engine as engine_lib, engine_config
 from inference.requests import requests

@@ -33,7 +33,8 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, entry, random_model, timing
+from benchmarks import decode_latency
+from benchmarks.common import entry, random_model, timing
 from benchmarks.peer import peer_process
 from hardware import host_memory, peaks as peaks_lib
 from inference.engine import engine as engine_lib, engine_config

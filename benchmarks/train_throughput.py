@@ -39,7 +39,8 @@ from absl import app, flags
 import jax
 import numpy as np
 
-from benchmarks import decode_latency, entry, timing, train_parts
+from benchmarks import decode_latency, train_parts
+from benchmarks.common import entry, timing
 from benchmarks.peer import peer_process
 from data import data_config
 from experiments import presets

@@ -58,7 +58,7 @@ MAY_NOT_USE = {
 # that is given twice.
 MAY_READ_FLAGS = {
   'inference/constraints/flags.py',
-  'training/flags.py', 'inference/flags.py', 'benchmarks/entry.py',
+  'training/flags.py', 'inference/flags.py', 'benchmarks/common/entry.py',
   'checks/path_flags.py', 'studies/study_flags.py',
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import types
 from absl import flags
 import pytest
 
-from benchmarks import entry, timing
+from benchmarks.common import entry, timing
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import timing
+from benchmarks.common import timing
 from checks import path_flags
 
 Result = dict[str, Any]

@@ -3,7 +3,7 @@
 import json
 import os
 
-from benchmarks import timing
+from benchmarks.common import timing
 
 
 def test_sides_take_turns_and_the_order_is_reversed_every_other_round():
