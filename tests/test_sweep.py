@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
-from tests.helpers import commands, tiny_run
+from tests.helpers import commands
+from tests.helpers.training import tiny_run
 
 SMALL = [
   '--config.num_steps=4',
@@ -16,7 +17,7 @@ SMALL = [
   '--config.eval_every_steps=2',
 ]
 EXPERIMENT = """
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 
 def get_config():
   return tiny_run.experiment({corpus!r})

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data import batches as batches_lib, data_config, rows as rows_lib, sources
-from tests.helpers import corpora, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import corpora
 from text import tokenizer as tokenizer_lib
 
 BOS, EOS, PAD = 256, 257, 258

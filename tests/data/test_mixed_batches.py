@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data import batches as batches_lib, data_config, rows as rows_lib
-from tests.helpers import corpora, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import corpora
 
 
 def _mixed(tmp_path, weights=(3, 1), texts=None, **fields):

@@ -17,7 +17,8 @@ import pytest
 
 from data import sources, token_store
 from storage import derived, locks, remembered
-from tests.helpers import corpora, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import corpora
 from text import bpe
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 
 from data import data_config, vocabulary
-from tests.helpers import corpora
+from tests.helpers.training import corpora
 from text import bpe, tokenizer
 
 WORDS = 'the cat sat on the mat, the bat sat on the hat '

@@ -12,7 +12,7 @@ import pytest
 from evals import ports
 from evals.tasks import perplexity
 from models import transformer
-from tests.helpers import no_network
+from tests.helpers.serving import no_network
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)

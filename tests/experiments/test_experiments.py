@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from models import transformer
-from tests.helpers import preference_rows, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import preference_rows
 from training import adapters, state as state_lib, step
 from training.optimizer import chain
 

@@ -11,7 +11,8 @@ from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import exporting
 from models import transformer
 from models.layers import reward_head
-from tests.helpers import frozen_dirs, hf_files, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 
 _FAMILIES = {

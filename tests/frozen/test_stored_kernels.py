@@ -11,7 +11,8 @@ import pytest
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.huggingface import exporting, safetensors_files
 from models.linear.stored import round as rounding
-from tests.helpers import frozen_dirs, stored_params, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
 
 _SIZES = {'model_width': 64, 'mlp_width': 96, 'head_width': 16}
 

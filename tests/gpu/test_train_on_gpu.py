@@ -10,7 +10,8 @@ import pytest
 
 from models.attention import dense, form as form_lib
 from models.attention.kernels import cudnn_gpu
-from tests.helpers import gpu, tiny_experiment, tiny_models
+from tests.helpers import gpu, tiny_models
+from tests.helpers.training import tiny_experiment
 from training import experiment as experiment_lib, learner as learner_lib
 from training.planning import choices
 

@@ -10,7 +10,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import pytest
 
 from hardware import compilation_cache
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib
 
 _OPTIONS = (

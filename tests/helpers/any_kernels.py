@@ -10,7 +10,7 @@ from models.linear.stored import (
   blocks as blocks_lib,
   round as rounding,
 )
-from tests.helpers import stored_params
+from tests.helpers.open_weights import stored_params
 
 # Where a block has its float16 scales; any other bytes are fine.
 SCALES = {

@@ -8,7 +8,8 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs, reference_engine
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import reference_engine
 
 # Several sequences and pages in three shapes, since compiling takes the time.
 ENGINE = engine_config.EngineConfig(

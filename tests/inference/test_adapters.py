@@ -8,7 +8,8 @@ import pytest
 from frozen import adapters as frozen_adapters
 from inference import adapters, generate, model_port
 from inference.sampling import settings as settings_lib
-from tests.helpers import commands, frozen_dirs, tiny_adapters
+from tests.helpers import commands, frozen_dirs
+from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two
 
 _PROMPT = 'what an adapter changes is the answer to this prompt'

@@ -18,7 +18,8 @@ from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models import transformer
 from models.linear.native import build
-from tests.helpers import frozen_dirs, stored_params, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
 from tests.inference import conftest as life_two
 
 _PROMPTS = [[256, *b'what is said alone'], [256, *b'and'], [256, *b'beside it']]

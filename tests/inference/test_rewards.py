@@ -15,7 +15,8 @@ from inference import generate, model_port, rewards
 from inference.engine import engine_config
 from models import transformer
 from models.layers import reward_head
-from tests.helpers import commands, frozen_dirs, hf_files, tiny_models
+from tests.helpers import commands, frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 from training.objectives import port, reward
 

@@ -30,13 +30,9 @@ from inference.server.versions import memory
 from models import kv_cache, transformer
 from models.layers import reward_head
 from models.linear.stored import product
-from tests.helpers import (
-  commands,
-  frozen_dirs,
-  stored_params,
-  tiny_adapters,
-  tiny_models,
-)
+from tests.helpers import commands, frozen_dirs, tiny_models
+from tests.helpers.open_weights import stored_params
+from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two
 
 _IDS = [256, *b'the weights say this, and nothing else does; read on']

@@ -10,7 +10,8 @@ import pytest
 from inference import generate, terminal_chat
 from inference.engine import engine_config
 from inference.requests import requests
-from tests.helpers import frozen_dirs, hf_files
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import hf_files
 from text import detokenize, hf_tokenizer
 
 CHAT_TEMPLATES = pathlib.Path(__file__).parents[1] / 'text' / 'chat_templates'

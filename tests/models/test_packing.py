@@ -12,7 +12,8 @@ import pytest
 
 from models import kv_cache, model_config, transformer
 from models.attention import rope_scaling
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import execution
 
 ORIGINAL = 6  # a trained length between those of the documents

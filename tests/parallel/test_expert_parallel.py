@@ -10,7 +10,8 @@ import pytest
 
 from models.moe import dispatch
 from parallel import expert_parallel, mesh as mesh_lib, parallel_config, rules
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner
 from training.optimizer import chain
 

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from studies import rebuild
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 
 SMALL = {'num_steps': 4, 'log_every_steps': 1, 'eval_every_steps': 0}
 

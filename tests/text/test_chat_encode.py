@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pytest
 import tokenizers
 
-from tests.helpers import hf_files
+from tests.helpers.open_weights import hf_files
 from text import bpe, chat, hf_tokenizer, tokenizer
 
 TEMPLATES = {

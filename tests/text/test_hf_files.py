@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from tests.helpers import hf_files as hf_files_lib
+from tests.helpers.open_weights import hf_files as hf_files_lib
 from text import hf_files, hf_tokenizer
 
 

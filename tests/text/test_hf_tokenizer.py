@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from tests.helpers import hf_files
+from tests.helpers.open_weights import hf_files
 from text import detokenize, hf_tokenizer, tokenizer
 
 FAMILIES = sorted(hf_files.FAMILIES)

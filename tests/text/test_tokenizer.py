@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from tests.helpers import hf_files, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
 from text import bpe, tokenizer
 
 CORPUS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 
 
 @pytest.fixture(scope='session')

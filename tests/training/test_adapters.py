@@ -19,13 +19,9 @@ from evals import evaluate, ports
 from frozen import adapters as adapters_lib, format as frozen_format, freeze
 from models import adapter_config, flops, layout, transformer
 from models.layers import adapters
-from tests.helpers import (
-  frozen_dirs,
-  no_network,
-  tiny_experiment,
-  tiny_models,
-  tiny_run,
-)
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.serving import no_network
+from tests.helpers.training import tiny_experiment, tiny_run
 from training import (
   adapters as training_adapters,
   assemble,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import frozen_dirs, tiny_experiment, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib
 from training.objectives import port, token_loss
 

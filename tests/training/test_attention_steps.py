@@ -13,7 +13,8 @@ import pytest
 
 from models.attention import dense
 from models.attention.kernels import cudnn_gpu, splash_tpu
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib
 from training.optimizer import chain
 

@@ -16,7 +16,9 @@ import pytest
 from data import batches as batches_lib, data_config, rows as rows_lib, sources
 from frozen.huggingface import config_json, exporting, tensor_map
 from models import transformer
-from tests.helpers import chat_run, hf_files, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
+from tests.helpers.training import chat_run
 from text import hf_tokenizer
 from training.objectives import next_token, port
 

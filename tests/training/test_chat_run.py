@@ -11,7 +11,9 @@ import pytest
 
 from frozen import format as frozen_format
 from inference import chat_prompts, generate
-from tests.helpers import chat_run, hf_files, tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
+from tests.helpers.training import chat_run, tiny_run
 from text import chat, tokenizer as tokenizer_lib
 from training import assemble, experiment as experiment_lib
 from training.optimizer import chain
@@ -21,7 +23,7 @@ from training.reporting import metrics
 _RUN = """
 import os, pathlib, signal, sys
 import rich.console
-from tests.helpers import chat_run
+from tests.helpers.training import chat_run
 from training import run
 from training.reporting import reporter
 chats, base, workdir, last = sys.argv[1:]

@@ -6,7 +6,7 @@ import pytest
 
 from models.attention.kernels import cudnn_gpu
 from storage import file_names
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training import execution
 from training.reporting import metrics
 

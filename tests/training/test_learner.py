@@ -6,7 +6,8 @@ import pytest
 from models import execution
 from models.attention import dense
 from models.layers import cross_entropy
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib
 
 

@@ -23,7 +23,8 @@ import pytest
 from data import data_config, sources
 from models import layout
 from models.layers import cross_entropy
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib, state as state_lib
 from training.objectives import next_token
 from training.optimizer import chain

@@ -11,7 +11,8 @@ from data import data_config
 from data.examples import encoding
 from frozen import freeze
 from storage import file_names
-from tests.helpers import frozen_dirs, tiny_experiment, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_experiment, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.frozen_inputs import reference
 from training.objectives import next_token, port, preference

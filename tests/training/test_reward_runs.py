@@ -14,7 +14,8 @@ from inference import generate, model_port
 from inference.engine import engine_config
 from models import adapter_config
 from storage import file_names
-from tests.helpers import frozen_dirs, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_run
 from training import experiment as experiment_lib
 from training.checkpoints import init_from
 from training.objectives import next_token, reward

@@ -15,7 +15,8 @@ import pytest
 
 from frozen import format as frozen_format, seals
 from storage import code_commit, disk, file_names
-from tests.helpers import tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_run
 from training import (
   assemble,
   experiment as experiment_lib,

@@ -14,7 +14,8 @@ from inference import generate, model_port
 from inference.engine import engine_config
 from inference.sampling import settings
 from models import transformer
-from tests.helpers import tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_run
 from training.evaluation import evals_config
 from training.objectives import next_token, port
 from training.reporting import metrics

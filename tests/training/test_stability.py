@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from models import transformer
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib, step
 from training.evaluation import validation
 from training.objectives import next_token, port

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from parallel import parallel_config, rules
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib
 from training.optimizer import chain
 

@@ -13,7 +13,7 @@ import pytest
 from data import data_config
 from frozen import format as frozen_format
 from storage import atomic, disk, locks
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training import experiment, run as run_lib
 from training.checkpoints import workdir as workdir_lib
 from training.optimizer import chain, update_rules

@@ -7,7 +7,9 @@ import pytest
 from frozen import adapters as adapters_lib, format as frozen_format
 from models import adapter_config
 from models.linear.stored import tree as stored_tree
-from tests.helpers import frozen_dirs, stored_params, tiny_run
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import stored_params
+from tests.helpers.training import tiny_run
 from training import experiment as experiment_lib
 
 

@@ -10,7 +10,8 @@ import pytest
 from data import example_store, row_order, token_store
 from data.contamination import ngrams, overlap as overlap_lib
 from data.examples import encoding
-from tests.helpers import corpora, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import corpora
 
 TOK = tiny_models.byte_tokenizer()
 WORDS = [f'w{i}' for i in range(6)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.examples import audit, encoding
-from tests.helpers import chat_families, hf_files
+from tests.helpers.open_weights import chat_families, hf_files
 from text import chat
 
 ANSWER = chat_families.ANSWER

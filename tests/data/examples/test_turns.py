@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.examples import audit, encoding
-from tests.helpers import chat_families
+from tests.helpers.open_weights import chat_families
 from text import tokenizer
 
 ANSWER = chat_families.ANSWER

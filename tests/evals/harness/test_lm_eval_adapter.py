@@ -13,7 +13,8 @@ import pytest
 
 from evals import encoding, evaluate, options as options_lib, ports
 from models import transformer
-from tests.helpers import eval_models, no_network
+from tests.helpers import eval_models
+from tests.helpers.serving import no_network
 
 _WHY = 'not installed: pip install -r requirements-peer.txt'
 lm_eval = pytest.importorskip('lm_eval', reason=_WHY)

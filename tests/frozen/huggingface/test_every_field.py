@@ -13,8 +13,13 @@ import pytest
 
 from frozen.huggingface import config_json
 from frozen.huggingface.families import fields as fields_lib
-from tests.helpers import open_weights, reference_configs
-from tests.helpers.reference_configs import EQUAL, FAULT, OUTSIDE, REFUSED
+from tests.helpers.open_weights import open_weights, reference_configs
+from tests.helpers.open_weights.reference_configs import (
+  EQUAL,
+  FAULT,
+  OUTSIDE,
+  REFUSED,
+)
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)

@@ -19,7 +19,7 @@ from frozen.huggingface import (
   tensor_map,
 )
 from models import kv_cache, transformer
-from tests.helpers import open_weights
+from tests.helpers.open_weights import open_weights
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)

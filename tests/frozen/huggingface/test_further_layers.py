@@ -14,7 +14,8 @@ from frozen.huggingface import (
   importing,
   safetensors_files,
 )
-from tests.helpers import frozen_dirs, hf_files, open_weights
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import hf_files, open_weights
 
 FIELD = further_layers.FIELD
 VALUES = {

@@ -8,7 +8,7 @@ import pytest
 
 from frozen.huggingface import importing, safetensors_files, tensor_map
 from models import transformer
-from tests.helpers import open_weights
+from tests.helpers.open_weights import open_weights
 
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)

@@ -21,12 +21,8 @@ from frozen.huggingface import (
 )
 from frozen.huggingface.gguf import token_fields
 from models import transformer
-from tests.helpers import (
-  frozen_dirs,
-  hf_files,
-  sentencepiece_files,
-  tiny_models,
-)
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files, sentencepiece_files
 from text import hf_files as hf_files_lib, hf_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[3]

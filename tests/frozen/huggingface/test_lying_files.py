@@ -8,7 +8,8 @@ import pytest
 
 from frozen.huggingface import __main__ as command, exporting, importing
 from inference.sampling import settings
-from tests.helpers import frozen_dirs, hf_files, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
 
 DEEP = b'[' * 200_000
 INDEX = 'model.safetensors.index.json'

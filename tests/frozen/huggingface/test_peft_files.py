@@ -15,7 +15,8 @@ from frozen import adapters as adapters_lib, format as frozen_format, manifest
 from frozen.huggingface import importing, peft_files
 from models import transformer
 from models.layers import adapters
-from tests.helpers import frozen_dirs, open_weights
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import open_weights
 
 _WHY = 'the peer is not installed: pip install -r requirements-peer.txt'
 torch = pytest.importorskip('torch', reason=_WHY)

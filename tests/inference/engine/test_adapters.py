@@ -18,7 +18,9 @@ from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import layout, transformer
 from models.layers import adapters as adapters_lib
-from tests.helpers import reference_engine, tiny_adapters, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import reference_engine
+from tests.helpers.training import tiny_adapters
 
 _ROOM = {'max_adapters': 3, 'max_adapter_rank': 4}
 # Ranks, layers and gains differ.

@@ -14,7 +14,7 @@ from inference.engine import engine as engine_lib, metrics
 from inference.requests import answer, requests
 from inference.sampling import settings as settings_lib
 from models import layout
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 _Settings = settings_lib.Settings
 _GREEDY = {'temperature': 0.0, 'max_tokens': 8, 'logprobs': 0}

@@ -16,7 +16,7 @@ from scipy import stats
 from inference.constraints import constraint as constraint_lib, grammars
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 pytest.importorskip('llguidance', reason='requirements-serve.txt has it')
 

@@ -15,7 +15,7 @@ import pytest
 
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 _Settings = settings_lib.Settings
 _DENSE = {

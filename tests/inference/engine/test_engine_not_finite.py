@@ -10,7 +10,7 @@ import pytest
 from inference import model_port
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from tests.helpers import reference_engine, simulated_device
+from tests.helpers.serving import reference_engine, simulated_device
 
 BAD = 200  # the token whose embedding is NaN in `spoilt`
 _LAYOUTS = {

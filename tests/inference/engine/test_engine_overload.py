@@ -11,7 +11,7 @@ from inference.engine import engine as engine_lib
 from inference.requests import requests
 from inference.sampling import settings
 from inference.scheduling import sequence_manager
-from tests.helpers import reference_engine, simulated_device
+from tests.helpers.serving import reference_engine, simulated_device
 
 
 @pytest.fixture

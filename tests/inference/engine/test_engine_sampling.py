@@ -14,7 +14,7 @@ from scipy import stats
 
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 _LAYOUT = {
   'max_sequences': 32,

@@ -11,7 +11,7 @@ from inference.engine import pooling
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from models import transformer
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 # As a request for a vector alone: no token is sampled.
 _SETTINGS = settings_lib.Settings(temperature=0.0, max_tokens=1)

@@ -18,7 +18,7 @@ from inference.engine import (
 )
 from inference.sampling import sampler as sampler_lib, settings
 from models import kv_cache as kv_cache_lib, transformer
-from tests.helpers import reference_engine
+from tests.helpers.serving import reference_engine
 
 _PROMPT = (40, 41, 42, 43, 44)
 _VOCAB = 259  # of the tokenizer; the model has spare rows

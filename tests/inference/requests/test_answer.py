@@ -7,7 +7,8 @@ from inference.engine import adapter_table
 from inference.requests import answer, requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.scheduling import sequence_manager, spans
-from tests.helpers import simulated_device, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import simulated_device
 
 _PROMPT = (256, 97, 98, 99)
 

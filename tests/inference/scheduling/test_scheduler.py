@@ -5,7 +5,7 @@ import random
 import pytest
 
 from inference.scheduling import scheduler
-from tests.helpers import simulated_device
+from tests.helpers.serving import simulated_device
 
 # Pages of 4 tokens, chunks of 4 tokens; 4 chunks, or 2 beside decodes.
 LIMITS = simulated_device.limits()

@@ -3,7 +3,7 @@
 import pytest
 
 from inference.scheduling import page_tables, scheduler, sequence_manager
-from tests.helpers import simulated_device
+from tests.helpers.serving import simulated_device
 
 
 def _loop(*, num_pages=32, depth=1, **limits):

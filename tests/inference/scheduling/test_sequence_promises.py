@@ -11,7 +11,7 @@ import hypothesis
 from hypothesis import stateful, strategies as st
 import pytest
 
-from tests.helpers import simulated_device
+from tests.helpers.serving import simulated_device
 
 NUM_PAGES = 14  # 13 to own, of 4 tokens
 MOST_TOKENS = 13 * 4

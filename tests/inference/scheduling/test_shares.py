@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from inference.scheduling import fairness, scheduler
-from tests.helpers import simulated_device
+from tests.helpers.serving import simulated_device
 
 
 def _loop(*, num_pages=600, **limits):

@@ -4,7 +4,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,7 @@ import pytest
 
 from inference.sampling import settings as settings_lib
 from inference.server.records import responses as responses_store
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _MODEL, _GREEDY = servers.MODEL, servers.GREEDY
 

@@ -19,7 +19,7 @@ from inference.server import (
   engine_loop as engine_loop_lib,
   service,
 )
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _MODEL = servers.MODEL
 _STEP_SECONDS = 0.05

@@ -17,7 +17,8 @@ from inference.server import app as app_lib, start
 from inference.server.access import api_keys
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
-from tests.helpers import commands, frozen_dirs, servers
+from tests.helpers import commands, frozen_dirs
+from tests.helpers.serving import servers
 from tests.inference import conftest as life_two
 
 _BODY = {

@@ -11,7 +11,7 @@ from experiments.scaling import bytes as page
 from models import flops
 from storage import file_names
 from studies.scaling import isoflop
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training.optimizer import chain
 
 FILE = 'experiments/scaling/bytes.py'

@@ -15,7 +15,7 @@ from studies.sweeps import (
   results as results_lib,
   store as store_lib,
 )
-from tests.helpers import tiny_experiment, untrained_sweeps
+from tests.helpers.training import tiny_experiment, untrained_sweeps
 from training import sweep as sweep_lib
 
 RATE = {'optimizer.peak_lr': sweep_lib.LogUniform(2**-9, 2**-3, points=7)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import tiny_run, tiny_sweep
+from tests.helpers.training import tiny_run, tiny_sweep
 from training import sweep as sweep_lib
 from training.reporting import metrics
 

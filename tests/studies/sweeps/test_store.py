@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from studies.sweeps import claims as claims_lib, store as store_lib
-from tests.helpers import untrained_sweeps
+from tests.helpers.training import untrained_sweeps
 
 pytest.importorskip('optuna')
 

@@ -14,7 +14,7 @@ from studies.sweeps import (
   single,
   together,
 )
-from tests.helpers import tiny_experiment, tiny_run, tiny_sweep
+from tests.helpers.training import tiny_experiment, tiny_run, tiny_sweep
 from training import experiment as experiment_lib, sweep as sweep_lib
 from training.evaluation import evals_config
 from training.optimizer import chain, update_rules

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helpers import hf_files, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 from text.replies import markers
 

@@ -7,7 +7,10 @@ import random
 import pytest
 import tokenizers
 
-from tests.helpers import hf_files as hf_files_lib, sentencepiece_files
+from tests.helpers.open_weights import (
+  hf_files as hf_files_lib,
+  sentencepiece_files,
+)
 from text import hf_tokenizer
 from text.sentencepiece import conversion
 

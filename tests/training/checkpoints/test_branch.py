@@ -9,7 +9,7 @@ import pytest
 
 from frozen import format as frozen_format
 from storage import file_names
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training import experiment as experiment_lib
 from training.checkpoints import branch
 from training.optimizer import chain

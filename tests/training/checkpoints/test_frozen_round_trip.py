@@ -18,7 +18,9 @@ from frozen.huggingface import (
   importing,
   safetensors_files,
 )
-from tests.helpers import frozen_dirs, hf_files, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
+from tests.helpers.training import tiny_run
 from text import tokenizer as tokenizer_lib
 from training import experiment as experiment_lib
 

@@ -13,7 +13,8 @@ from frozen import format as frozen_format
 from frozen.huggingface import exporting, importing
 from models import transformer
 from parallel import parallel_config
-from tests.helpers import frozen_dirs, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_run
 from training import learner as learner_lib
 from training.checkpoints import init_from
 from training.reporting import metrics

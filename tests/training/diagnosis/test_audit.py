@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data import packing
-from tests.helpers import chat_run, commands, tiny_run
+from tests.helpers import commands
+from tests.helpers.training import chat_run, tiny_run
 from training import assemble
 from training.diagnosis import audit
 from training.objectives import reward

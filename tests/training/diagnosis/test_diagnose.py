@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import experiment as experiment_lib, learner as learner_lib
 from training.diagnosis import diagnose
 from training.lifecycle import exit_codes

@@ -8,7 +8,9 @@ from evals import ports
 from models import execution
 from models.layers import cross_entropy
 from parallel import parallel_config
-from tests.helpers import no_network, tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.serving import no_network
+from tests.helpers.training import tiny_run
 from training import learner as learner_lib
 from training.evaluation import model_port, validation
 

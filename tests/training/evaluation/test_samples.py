@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallel import parallel_config
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training import assemble
 from training.evaluation import evals_config, samples
 from training.objectives import port

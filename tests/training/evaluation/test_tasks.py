@@ -15,7 +15,9 @@ from evals import evaluate, ports
 from evals.tasks import task as task_lib
 from frozen import format as frozen_format
 from models import transformer
-from tests.helpers import no_network, tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.serving import no_network
+from tests.helpers.training import tiny_run
 from training import flags as flags_lib, learner as learner_lib
 from training.evaluation import (
   evals_config,

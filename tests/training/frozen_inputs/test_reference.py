@@ -15,7 +15,8 @@ from frozen import freeze
 from models import adapter_config, layout, transformer
 from parallel import parallel_config
 from storage import file_names
-from tests.helpers import frozen_dirs, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_run
 from training import assemble, experiment as experiment_lib
 from training.frozen_inputs import reference
 from training.objectives import next_token, port, token_loss

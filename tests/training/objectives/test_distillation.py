@@ -14,7 +14,8 @@ from frozen import freeze
 from models import layout, transformer
 from models.layers import cross_entropy
 from storage import file_names
-from tests.helpers import frozen_dirs, tiny_experiment, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_experiment, tiny_run
 from text import bpe
 from training.objectives import distillation, divergences, port
 from training.reporting import metrics as metrics_lib

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from models import transformer
-from tests.helpers import preference_rows, tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import preference_rows, tiny_experiment
 from training import learner as learner_lib
 from training.objectives import port, preference, token_loss
 from training.optimizer import chain

@@ -20,7 +20,8 @@ from frozen import format as frozen_format, freeze
 from models import layout, transformer
 from parallel import parallel_config
 from storage import file_names
-from tests.helpers import frozen_dirs, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.objectives import next_token, port
 from training.optimizer import chain, param_groups

@@ -16,12 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import (
-  frozen_dirs,
-  preference_rows,
-  tiny_experiment,
-  tiny_models,
-)
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import preference_rows, tiny_experiment
 from training import learner as learner_lib
 from training.objectives import distillation, port, preference, token_loss
 from training.objectives.policy import corrections, recipes

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from models import transformer
-from tests.helpers import preference_rows, tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import preference_rows, tiny_experiment
 from training.objectives import (
   port,
   preference,

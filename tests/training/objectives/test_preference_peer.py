@@ -14,7 +14,8 @@ import pytest
 
 from frozen.huggingface import config_json, exporting, tensor_map
 from models import transformer
-from tests.helpers import preference_rows, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import preference_rows
 from training import step as step_lib
 from training.objectives import (
   next_token,

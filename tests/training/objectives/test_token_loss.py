@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from models import transformer
-from tests.helpers import frozen_dirs, tiny_experiment, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.training import tiny_experiment
 from training.objectives import advantages, port, token_loss
 
 MODEL = tiny_models.llama_like()

@@ -12,7 +12,8 @@ import pytest
 from frozen import format as frozen_format, freeze, seals
 from parallel import parallel_config
 from storage import file_names
-from tests.helpers import tiny_experiment, tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment, tiny_run
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import average, chain, update_rules
 from training.planning import memory

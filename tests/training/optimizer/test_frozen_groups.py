@@ -7,7 +7,8 @@ import pytest
 
 from models import transformer
 from parallel import parallel_config, placement as placement_lib
-from tests.helpers import tiny_experiment, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment
 from training import learner as learner_lib, state as state_lib, step
 from training.objectives import next_token, port
 from training.optimizer import chain, param_groups, spikes, update_rules

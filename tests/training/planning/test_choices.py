@@ -11,7 +11,8 @@ import pytest
 from hardware import peaks, targets
 from models.layers import cross_entropy
 from storage import file_names
-from tests.helpers import tiny_experiment, tiny_models, tiny_run
+from tests.helpers import tiny_models
+from tests.helpers.training import tiny_experiment, tiny_run
 from training import execution, experiment as experiment_lib
 from training.checkpoints import workdir as workdir_lib
 from training.planning import choices, memory

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.helpers import tiny_run
+from tests.helpers.training import tiny_run
 from training.evaluation import evals_config
 from training.reporting import report, report_figures, reporter
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import data_config
-from tests.helpers import tiny_experiment
+from tests.helpers.training import tiny_experiment
 from training import experiment as experiment_lib
 from training.objectives import advantages, token_loss
 from training.rollouts import rollout_config

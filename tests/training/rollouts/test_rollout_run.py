@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.helpers import rollout_run
+from tests.helpers.training import rollout_run
 from training.objectives import advantages
 
 KINDS = 'train', 'eval', 'rollout'

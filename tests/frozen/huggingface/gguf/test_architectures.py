@@ -13,7 +13,7 @@ import pytest
 from frozen.huggingface import importing
 from frozen.huggingface.gguf import reading
 from models import transformer
-from tests.helpers import open_weights
+from tests.helpers.open_weights import open_weights
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
 _WHY = 'the oracle is not installed: pip install -r requirements-peer.txt'
@@ -23,8 +23,8 @@ LENGTH = 40
 # float32 sums in another order, on logits of up to about 10.
 TOLERANCE = 2e-4
 
-# A model of tests.helpers.open_weights by architecture, and the fields that
-# only some architectures have.
+# A model of tests.helpers.open_weights.open_weights by architecture, and the
+# fields that only some architectures have.
 _WINDOW = {'attention.sliding_window': 'sliding_window'}
 _EXPERTS = {'expert_used_count': 'num_experts_per_tok'}
 ARCHITECTURES = {

@@ -14,7 +14,8 @@ from frozen.huggingface.gguf import (
   reading,
 )
 from models.attention import rope_scaling
-from tests.helpers import frozen_dirs, hf_files, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')
 

@@ -17,7 +17,7 @@ from frozen.huggingface.gguf import (
 from inference import generate
 from inference.engine import engine_config
 from tests.frozen.huggingface.gguf import test_reading
-from tests.helpers import hf_files, sentencepiece_files
+from tests.helpers.open_weights import hf_files, sentencepiece_files
 from text import chat, hf_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')

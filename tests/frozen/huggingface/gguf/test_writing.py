@@ -19,12 +19,8 @@ from tests.frozen.huggingface.gguf import (
   test_reading,
   test_tokenizer,
 )
-from tests.helpers import (
-  frozen_dirs,
-  open_weights,
-  stored_params,
-  tiny_models,
-)
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import open_weights, stored_params
 from text import hf_files, hf_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='requirements-hub.txt')

@@ -16,9 +16,9 @@ from frozen.huggingface import config_json, exporting, importing, tensor_map
 from frozen.huggingface.quantised import kept as kept_lib
 from models import transformer
 from models.linear.stored import round as rounding, tree as stored_tree
-from tests.helpers import (
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import (
   compressed_models,
-  frozen_dirs,
   open_weights,
   quantised_dirs,
 )

@@ -10,7 +10,8 @@ import pytest
 
 from frozen.huggingface import importing
 from frozen.huggingface.quantised import parts, table
-from tests.helpers import compressed_dirs as packed, quantised_dirs, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import compressed_dirs as packed, quantised_dirs
 
 MODULE = 'model.layers.1.mlp.up_proj'
 _GROUP = ('config_groups', 'group_0')

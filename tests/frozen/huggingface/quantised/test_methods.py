@@ -12,7 +12,8 @@ from frozen.huggingface.quantised import bits, kept as kept_lib, parts
 from models import transformer
 from models.linear.native import build
 from models.linear.stored import tree as stored_tree
-from tests.helpers import compressed_dirs, quantised_dirs, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import compressed_dirs, quantised_dirs
 
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 16}
 _AWQ = {

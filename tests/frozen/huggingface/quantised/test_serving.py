@@ -8,7 +8,7 @@ from inference.engine import engine as engine_lib, engine_config
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from models.linear.stored import tree as stored_tree
-from tests.helpers import quantised_dirs
+from tests.helpers.open_weights import quantised_dirs
 from text import tokenizer as tokenizer_lib
 
 _ENGINE = engine_config.EngineConfig(

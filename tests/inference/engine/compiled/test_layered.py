@@ -19,7 +19,8 @@ from inference.engine.compiled import layered
 from inference.requests import requests
 from inference.sampling import settings
 from models import transformer
-from tests.helpers import reference_engine, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import reference_engine
 
 
 def _config(kind: str):

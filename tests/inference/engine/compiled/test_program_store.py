@@ -14,7 +14,8 @@ from inference.requests import requests
 from inference.sampling import settings
 from models import execution
 from models.linear import invariant
-from tests.helpers import reference_engine, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import reference_engine
 
 _X = np.arange(8, dtype=np.float32)
 

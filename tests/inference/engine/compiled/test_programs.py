@@ -16,7 +16,8 @@ from inference.engine import (
 from inference.engine.compiled import programs as programs_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import penalties, sampler as sampler_lib, settings
-from tests.helpers import reference_engine, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import reference_engine
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from inference.server.access import api_keys
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _FILE = """\
 # who: what

@@ -11,7 +11,7 @@ import pytest
 from inference.server import app as app_lib
 from inference.server.access import api_keys, idempotency
 from inference.server.records import database
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _BODY = {**servers.GREEDY, 'prompt': 'hello', 'temperature': 1.0}
 _JSON = {'content-type': 'application/json'}

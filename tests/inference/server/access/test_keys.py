@@ -13,7 +13,7 @@ import pytest
 from inference.server import app as app_lib
 from inference.server.access import api_keys, keys
 from inference.server.records import database
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 
 def _run(*args):

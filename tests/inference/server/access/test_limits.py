@@ -12,7 +12,7 @@ import pytest
 from inference.server import app as app_lib
 from inference.server.access import keys, limits
 from inference.server.records import database, ledger
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 
 def _limits(spent=0, **fields):

@@ -11,7 +11,7 @@ import pytest
 
 from inference import generate
 from inference.server.access import api_keys
-from tests.helpers import servers
+from tests.helpers.serving import servers
 from tests.inference import conftest
 
 _STEP_SECONDS = 0.01

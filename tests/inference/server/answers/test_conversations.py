@@ -9,7 +9,7 @@ import pytest
 from inference.requests import requests
 from inference.server.answers import conversations
 from inference.server.api import errors
-from tests.helpers import scripted_models
+from tests.helpers.serving import scripted_models
 from text.replies import events
 
 _USER = {'role': 'user', 'content': 'Hi'}

@@ -5,7 +5,8 @@ import pytest
 
 from inference.sampling import logprobs
 from inference.server.answers import logprobs_json
-from tests.helpers import hf_files, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
 from text import bpe, detokenize, hf_tokenizer
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from inference.server.answers import tokenization
 from inference.server.api import shapes, tokenizer_schema
-from tests.helpers import hf_files, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 
 

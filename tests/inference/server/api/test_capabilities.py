@@ -6,7 +6,7 @@ import pytest
 
 from inference.sampling import settings as settings_lib
 from inference.server.api import openapi, shapes
-from tests.helpers import json_schema, servers
+from tests.helpers.serving import json_schema, servers
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import pytest
 
 from inference.server.access import api_keys
 from inference.server.api import response_shapes, shapes
-from tests.helpers import servers
+from tests.helpers.serving import servers
 from tests.inference.server.routes import test_feedback
 
 

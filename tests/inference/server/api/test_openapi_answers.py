@@ -11,7 +11,7 @@ from inference.engine import engine as engine_lib
 from inference.server import service as service_lib
 from inference.server.access import api_keys
 from inference.server.routes import feedback
-from tests.helpers import json_schema, servers
+from tests.helpers.serving import json_schema, servers
 from tests.inference.server.routes import test_feedback
 
 _MOST = 5000  # bytes of a body

@@ -23,7 +23,7 @@ import pytest
 import typing_extensions
 
 from inference.server.api import openapi
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _MODEL = servers.MODEL
 _SAID = [{'role': 'user', 'content': 'a'}]

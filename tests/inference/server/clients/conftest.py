@@ -11,7 +11,8 @@ import pytest
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs, scripted_models, servers
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import scripted_models, servers
 
 # A byte is a token: the prompts of these clients have hundreds.
 CONTEXT = 2048

@@ -8,7 +8,7 @@ dataset, model_lib, scorer, solver = (
   pytest.importorskip(f'inspect_ai.{name}', reason=_WHY)
   for name in ('dataset', 'model', 'scorer', 'solver')
 )
-from tests.helpers import servers  # noqa: E402
+from tests.helpers.serving import servers  # noqa: E402
 
 
 @pytest.mark.parametrize('is_responses', [False, True])

@@ -8,7 +8,7 @@ langchain_openai = pytest.importorskip('langchain_openai', reason=_WHY)
 integration_tests = pytest.importorskip(
   'langchain_tests.integration_tests', reason=_WHY
 )
-from tests.helpers import servers  # noqa: E402
+from tests.helpers.serving import servers  # noqa: E402
 
 # These two force a call, whatever `has_tool_choice` says.
 _NO_GRAMMAR = pytest.mark.xfail(

@@ -7,7 +7,7 @@ langchain_openai = pytest.importorskip('langchain_openai', reason=_WHY)
 integration_tests = pytest.importorskip(
   'langchain_tests.integration_tests', reason=_WHY
 )
-from tests.helpers import servers  # noqa: E402
+from tests.helpers.serving import servers  # noqa: E402
 
 
 class TestOpenAIEmbeddings(integration_tests.EmbeddingsIntegrationTests):

@@ -8,7 +8,7 @@ import pytest
 litellm = pytest.importorskip(
   'litellm', reason='not installed: pip install -r requirements-clients.txt'
 )
-from tests.helpers import servers  # noqa: E402
+from tests.helpers.serving import servers  # noqa: E402
 
 _TEXT = f'text-completion-openai/{servers.MODEL}'
 

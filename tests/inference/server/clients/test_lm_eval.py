@@ -11,7 +11,7 @@ pytest.importorskip(
 from lm_eval import evaluator, tasks as tasks_lib  # noqa: E402
 
 from inference import model_port  # noqa: E402
-from tests.helpers import servers  # noqa: E402
+from tests.helpers.serving import servers  # noqa: E402
 
 _CHOICE = """\
 task: {kind}

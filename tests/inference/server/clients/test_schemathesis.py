@@ -13,7 +13,7 @@ import sys
 import httpx2
 import pytest
 
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 pytest.importorskip(
   'schemathesis',

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from inference.server.api import schema, tokenizer_schema
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _LIMIT = 200_000
 

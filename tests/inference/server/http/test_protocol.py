@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from inference.server.http import protocol
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _GET = b'GET /health HTTP/1.1\r\nhost: a\r\n\r\n'
 _POST = b'POST /v1/completions HTTP/1.1\r\nhost: a\r\n'

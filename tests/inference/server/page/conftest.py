@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import browsers, fake_server
+from tests.helpers.serving import browsers, fake_server
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import browsers, fake_server, servers
+from tests.helpers.serving import browsers, fake_server, servers
 
 # Returns selector and contrast of each shown text below the ratio of WCAG AA.
 _CONTRAST = """

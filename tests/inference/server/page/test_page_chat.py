@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import browsers, fake_server, servers
+from tests.helpers.serving import browsers, fake_server, servers
 
 _ENTER, _ESCAPE, _SHIFT = browsers.ENTER, browsers.ESCAPE, browsers.SHIFT
 

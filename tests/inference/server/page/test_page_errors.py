@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers import fake_server, servers
+from tests.helpers.serving import fake_server, servers
 
 Refused = fake_server.Refused
 

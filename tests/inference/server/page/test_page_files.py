@@ -7,7 +7,7 @@ import pytest
 
 from inference.server.access import api_keys
 from inference.server.http import page_files
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _FILES = sorted(page_files._DIRECTORY.iterdir())
 

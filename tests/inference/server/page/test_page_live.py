@@ -5,7 +5,7 @@ import time
 from prometheus_client import parser
 import pytest
 
-from tests.helpers import browsers, servers
+from tests.helpers.serving import browsers, servers
 
 
 @pytest.fixture(scope='module')

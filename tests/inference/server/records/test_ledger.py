@@ -12,7 +12,8 @@ import pytest
 
 from inference.server import app as app_lib, usage
 from inference.server.records import database, ledger as ledger_lib
-from tests.helpers import commands, servers
+from tests.helpers import commands
+from tests.helpers.serving import servers
 
 _LONG = {
   'prompt': 'hello',

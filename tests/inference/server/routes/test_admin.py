@@ -14,7 +14,8 @@ from hardware import host_memory
 from inference.server.access import api_keys
 from inference.server.api import shapes
 from inference.server.versions import loader as loader_lib, memory
-from tests.helpers import frozen_dirs, servers
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import servers
 from tests.inference import conftest as life_two
 
 _ROUTES = (

@@ -6,7 +6,7 @@ import pytest
 
 from inference.server.answers import conversations
 from inference.server.api import shapes
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 _URL = '/v1/chat/completions'
 _USER = {'role': 'user', 'content': 'How is it?'}

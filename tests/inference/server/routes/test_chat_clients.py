@@ -11,7 +11,7 @@ import pytest
 
 from inference import model_port, terminal_chat
 from inference.sampling import settings as settings_lib
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 _USER = {'role': 'user', 'content': 'How is it?'}
 

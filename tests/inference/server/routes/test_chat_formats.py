@@ -4,7 +4,7 @@ import httpx2
 import pytest
 
 from inference import generate
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 _URL = '/v1/chat/completions'
 _SPECIAL = '[TOOL_CALLS]', '[ARGS]'

@@ -5,7 +5,7 @@ from openai.types.chat import completion_create_params
 import pytest
 
 from inference.server.api import chat_schema
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 _URL = '/v1/chat/completions'
 _USER = {'role': 'user', 'content': 'How is it?'}

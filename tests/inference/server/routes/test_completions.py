@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from inference.sampling import settings as settings_lib
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _MODEL, _GREEDY = servers.MODEL, servers.GREEDY
 _TEXT = 'hello'

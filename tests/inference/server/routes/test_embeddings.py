@@ -12,7 +12,8 @@ import pytest
 from inference.requests import answer as answer_lib
 from inference.server.answers import embeddings
 from models import transformer
-from tests.helpers import frozen_dirs, servers
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import servers
 
 _TEXTS = ['a', 'a longer text', 'ä€', 'a']
 

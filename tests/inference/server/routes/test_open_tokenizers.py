@@ -9,7 +9,8 @@ from inference import generate
 from inference.engine import engine_config
 from inference.server.answers import completions
 from inference.server.api import schema
-from tests.helpers import frozen_dirs, hf_files
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 
 

@@ -11,7 +11,7 @@ import pytest
 from inference import generate
 from inference.engine import engine_config
 from inference.requests import answer as answer_lib
-from tests.helpers import scripted_models, servers
+from tests.helpers.serving import scripted_models, servers
 
 _EVENT = pydantic.TypeAdapter(openai_responses.ResponseStreamEvent)
 _CALL = '{"name": "weather", "arguments": {"city": "K\u00f6ln"}}'

@@ -8,7 +8,7 @@ import pytest
 
 from inference.server.access import api_keys
 from inference.server.api import response_shapes
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _EVENT = pydantic.TypeAdapter(openai_responses.ResponseStreamEvent)
 _ASKED = {

@@ -8,7 +8,8 @@ import httpx2
 import pytest
 
 from inference.server.versions import loader as loader_lib
-from tests.helpers import frozen_dirs, servers
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import servers
 from tests.inference import conftest as life_two
 
 MODEL = servers.MODEL

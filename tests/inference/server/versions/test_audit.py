@@ -14,7 +14,7 @@ from inference.requests import requests as requests_lib
 from inference.sampling import logprobs as logprobs_lib
 from inference.server import server_config
 from inference.server.versions import audit
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _BODY = {
   'model': servers.MODEL,

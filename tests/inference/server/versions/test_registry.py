@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from inference.sampling import settings as settings_lib
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 _MODEL = servers.MODEL
 _GREEDY = settings_lib.Settings(temperature=0.0, max_tokens=8)

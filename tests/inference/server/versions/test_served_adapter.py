@@ -13,7 +13,9 @@ from inference.server.receipts import receipts
 from inference.server.records import database
 from inference.server.versions import loader as loader_lib, served_adapter
 from models import transformer
-from tests.helpers import commands, frozen_dirs, servers, tiny_adapters
+from tests.helpers import commands, frozen_dirs
+from tests.helpers.serving import servers
+from tests.helpers.training import tiny_adapters
 from tests.inference import conftest as life_two
 from tests.inference.server.versions import conftest as versions_lib
 

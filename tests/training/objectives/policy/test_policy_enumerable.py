@@ -2,7 +2,7 @@
 
 The expectation of a loss and of its gradient is taken over all batches that a
 step may see, weighted by their probability. The oracle is NumPy in float64 with
-derivatives by hand (`tests.helpers.tabular_policy`).
+derivatives by hand (`tests.helpers.training.tabular_policy`).
 
 The tolerance: losses are computed in float32, whose relative error of 6e-8
 grows over some hundred terms of size 1 to about 1e-6.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import tabular_policy as tabular
+from tests.helpers.training import tabular_policy as tabular
 from training.objectives import advantages, port, token_loss
 from training.objectives.policy import (
   corrections,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import tiny_experiment
+from tests.helpers.training import tiny_experiment
 from training.objectives import advantages, token_loss
 from training.objectives.policy import corrections, ppo, recipes
 

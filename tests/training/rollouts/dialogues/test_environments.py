@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.helpers import chat_families
+from tests.helpers.open_weights import chat_families
 from text.replies import events, fitting
 from training.rollouts.dialogues import dialogue, environments, tools
 

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from frozen.huggingface import config_json, exporting, safetensors_files
-from tests.helpers import frozen_dirs, hf_files, tiny_models
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
 
 # Widths of whole words and groups; blocks of 24 x 20 are partial.
 CONFIG = tiny_models.llama_like(

@@ -23,7 +23,7 @@ from frozen.huggingface import (
   tensor_map,
 )
 from models import transformer
-from tests.helpers import open_weights
+from tests.helpers.open_weights import open_weights
 
 REFUSED, OUTSIDE, EQUAL, FAULT = 'refused', 'outside', 'equal', 'fault'
 WHERE = 'a/config.json'

@@ -10,7 +10,9 @@ import pathlib
 import numpy as np
 
 from data import data_config, sources
-from tests.helpers import frozen_dirs, hf_files, tiny_models, tiny_run
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.open_weights import hf_files
+from tests.helpers.training import tiny_run
 from text import hf_tokenizer
 from training import experiment as experiment_lib
 from training.checkpoints import init_from

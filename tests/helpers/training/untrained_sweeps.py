@@ -3,7 +3,7 @@
 import pathlib
 
 from studies.sweeps import store as store_lib
-from tests.helpers import tiny_experiment
+from tests.helpers.training import tiny_experiment
 from training import sweep as sweep_lib
 
 SPACES = {

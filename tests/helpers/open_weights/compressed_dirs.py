@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.helpers import quantised_dirs
+from tests.helpers.open_weights import quantised_dirs
 
 
 def config(form, **weights):

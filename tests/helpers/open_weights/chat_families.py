@@ -11,10 +11,10 @@ import numpy as np
 from data.examples import audit, encoding
 from inference import generate
 from inference.server.answers import conversations
-from tests.helpers import hf_files
+from tests.helpers.open_weights import hf_files
 from text import bpe, hf_tokenizer, tokenizer
 
-_TEMPLATES = pathlib.Path(__file__).parents[1] / 'text/chat_templates'
+_TEMPLATES = pathlib.Path(__file__).parents[2] / 'text/chat_templates'
 _ROOTS: list[tempfile.TemporaryDirectory] = []
 
 # In the style of SmolLM2: ChatML without marks, with a system message of its

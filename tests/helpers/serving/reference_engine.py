@@ -23,7 +23,8 @@ from inference.sampling import (
 )
 from models import kv_cache, transformer
 from models.linear import invariant
-from tests.helpers import simulated_device, tiny_models
+from tests.helpers import tiny_models
+from tests.helpers.serving import simulated_device
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128

@@ -6,7 +6,7 @@ Scales are those of the smallest and the largest number, by the package's own
 
 import pathlib
 
-from tests.helpers import hf_files, open_weights
+from tests.helpers.open_weights import hf_files, open_weights
 
 # Widths of whole groups; more rows than a block of [64, 48], not a multiple.
 SIZES = {

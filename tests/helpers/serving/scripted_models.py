@@ -21,7 +21,8 @@ import tokenizers
 
 from inference import generate
 from inference.engine import engine_config
-from tests.helpers import frozen_dirs, hf_files
+from tests.helpers import frozen_dirs
+from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
 
 END = '<|im_end|>'

@@ -16,7 +16,7 @@ from fastapi import responses
 import uvicorn
 
 from inference.server.http import page_files
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 MODEL = 'tiny-llama'
 METRICS = """\

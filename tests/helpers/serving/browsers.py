@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from tests.helpers import servers
+from tests.helpers.serving import servers
 
 # Keys, by their code points in the WebDriver standard.
 NULL, TAB, ENTER, SHIFT, ESCAPE = (
