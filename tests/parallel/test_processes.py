@@ -1,6 +1,6 @@
 """Detection of the processes of a run from the environments of launchers.
 
-tests/training/test_several_processes.py starts real processes.
+tests/training/runs/test_several_processes.py starts real processes.
 """
 
 import socket

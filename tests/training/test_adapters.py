@@ -1,7 +1,7 @@
 """Runs that train adapters: what moves, what is saved, and on what devices.
 
-The comparison across devices is that of tests/training/test_metamorphic.py,
-with its tolerances.
+The comparison across devices is that of
+tests/training/runs/test_metamorphic.py, with its tolerances.
 """
 
 import dataclasses

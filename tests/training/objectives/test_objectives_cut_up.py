@@ -1,8 +1,8 @@
 """Every objective trains the same, however its batches are cut up and laid out.
 
-As tests/training/test_metamorphic.py, for the objectives of fine-tuning: parts
-of a batch have different numbers of units, trained tokens and labels, so a mean
-of means would differ. The tolerances are those of that file.
+As tests/training/runs/test_metamorphic.py, for the objectives of fine-tuning:
+parts of a batch have different numbers of units, trained tokens and labels, so
+a mean of means would differ. The tolerances are those of that file.
 """
 
 import atexit

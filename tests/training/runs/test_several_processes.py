@@ -26,7 +26,7 @@ from tests.helpers import commands, tiny_models
 from training.lifecycle import exit_codes
 from training.reporting import goodput, metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 # The quickstart's model and data, made small: every start of a process costs
 # seconds, and every step should not.
 SMALL = {

@@ -26,7 +26,7 @@ from training import (
 from training.checkpoints import saver
 from training.reporting import metrics, reporter as reporter_lib
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 _experiment, _run = tiny_run.experiment, tiny_run.run
