@@ -141,7 +141,8 @@ def pytest_collection_finish():
   """Makes the garbage collector run seldom, and on new objects only.
 
   Tracing allocates so much that Python's defaults (700, 10, 10) walk all of
-  JAX's caches again and again: 15 % of a warm run of test_metamorphic.py.
+  JAX's caches again and again: 15 % of a warm run of
+  tests/training/runs/test_metamorphic.py.
   """
   gc.collect()
   gc.freeze()

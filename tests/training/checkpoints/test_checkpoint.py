@@ -1,6 +1,7 @@
 """Checkpoints on disk: sealed, verified, kept, and what happens if they fail.
 
-States of a few numbers; whole runs are in test_run.py and tests/survival/.
+States of a few numbers; whole runs are in tests/training/runs/ and
+tests/survival/.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """When to stop, agreed among processes; here the others are pretended.
 
 Real ones: tests/training/runs/test_several_processes.py. One alone:
-test_run.py.
+tests/training/runs/test_run.py.
 """
 
 import signal
