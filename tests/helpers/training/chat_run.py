@@ -17,7 +17,7 @@ from text import hf_tokenizer
 from training import experiment as experiment_lib
 from training.checkpoints import init_from
 
-TEMPLATES = pathlib.Path(__file__).parents[1] / 'text' / 'chat_templates'
+TEMPLATES = pathlib.Path(__file__).parents[2] / 'text' / 'chat_templates'
 TEMPLATE = (TEMPLATES / 'chatml.jinja').read_text('utf-8')
 GENERATION = {'temperature': 0.0, 'max_tokens': 77, 'stop_ids': [332, 330]}
 ROW_LENGTH = 128  # no conversation of `write_chats` is longer
