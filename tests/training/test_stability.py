@@ -1,7 +1,8 @@
 """z-loss in the objective, the experiment and what is reported of it.
 
 The kernel is in tests/models/layers/test_cross_entropy.py, all meshes are in
-tests/training/runs/test_metamorphic.py. With soft-cap, QK-norm and muP in the model as well.
+tests/training/runs/test_metamorphic.py. With soft-cap, QK-norm and muP in the
+model as well.
 """
 
 import functools
