@@ -3,7 +3,7 @@
 import pytest
 
 from studies.comparison import metric_names
-from tests.helpers import tiny_experiment
+from tests.helpers.training import tiny_experiment
 from training.evaluation import evals_config
 from training.objectives import reward
 
