@@ -2,7 +2,8 @@
 
 `ModelConfig.norm_place` has the place of the norms: before attention and before
 the MLP, as in GPT-2 and Llama (arXiv:2302.13971); after each of them, as in
-OLMo 2 (arXiv:2501.00656, section 2.1); or on both sides, as in Gemma 2.
+OLMo 2 (arXiv:2501.00656, section 2.1); or on both sides, as in Gemma 2. With
+`mlp = none` a layer is attention alone, the model of arXiv:2209.11895.
 """
 
 from typing import Any, NamedTuple
@@ -64,6 +65,8 @@ class Block(nn.Module):
     )
     y_BTD = self._after('attention_norm', y_BTD)
     attended_BTD = x_BTD + mlp.dropout_of(self, config.dropout_rate)(y_BTD)
+    if config.mlp == model_config.NO_MLP:
+      return attended_BTD, (cache, None)
     seen_BTD = x_BTD if config.parallel_residual else attended_BTD
     y_BTD, routing = self._feed_forward(
       self._before('mlp_norm', seen_BTD), segment_ids_BT

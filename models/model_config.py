@@ -14,7 +14,11 @@ from models.attention import rope_scaling as rope_scaling_lib
 NORMS = ('rmsnorm', 'layernorm')
 NORM_PLACES = ('before', 'after', 'both')
 POSITIONS = ('rope', 'learned')
-MLPS = ('swiglu', 'geglu', 'geglu_exact', 'reglu', 'gelu', 'gelu_exact', 'relu')
+NO_MLP = 'none'  # layers of attention alone, as in arXiv:2209.11895
+MLPS = (
+  'swiglu', 'geglu', 'geglu_exact', 'reglu', 'gelu', 'gelu_exact', 'relu',
+  NO_MLP,
+)  # fmt: skip
 EXPERT_MLPS = ('swiglu', 'gelu')  # the MLPS that experts can have
 SCORES = ('softmax', 'sigmoid')
 LAYER_KINDS = {
@@ -48,7 +52,7 @@ class ModelConfig:
   num_heads: int  # H, query heads
   num_kv_heads: int  # K, key/value heads; K = H is multi-head attention
   head_width: int  # C, channels per head
-  mlp_width: int  # F, hidden width of the MLP; 0 if every layer has experts
+  mlp_width: int  # F, hidden width of the MLP; 0 without any such MLP
   max_length: int  # positions that the model is trained for, in tokens
   norm: str = 'rmsnorm'  # rmsnorm (arXiv:1910.07467) | layernorm
   norm_epsilon: float = 1e-5  # added to the variance
@@ -136,8 +140,8 @@ class ModelConfig:
     """Raises ValueError, naming the field, for a model that cannot be built."""
     for name in _COUNTS:
       value = getattr(self, name)
-      if name == 'mlp_width' and self.num_experts:
-        continue  # _validate_experts checks it
+      if name == 'mlp_width' and (self.num_experts or self.mlp == NO_MLP):
+        continue  # _validate_experts and _validate_layers check it
       is_count = isinstance(value, int) and value >= 1
       self._expect(is_count, name, 'a positive integer')
       self._expect(value <= _MOST, name, f'at most {_MOST:,}')
@@ -243,6 +247,15 @@ class ModelConfig:
       'False; set model.qk_norm too',
       given='without qk_norm',
     )
+
+    if self.mlp == NO_MLP:
+      for name in ('mlp_width', 'mlp_bias', 'parallel_residual'):
+        self._expect(
+          not getattr(self, name),
+          name,
+          'none of it: layers of attention alone have no MLP',
+          given=f'with mlp = {NO_MLP!r}',
+        )
 
   def _validate_latent(self) -> None:
     if not self.latent_width:

@@ -6,6 +6,8 @@ arXiv:2002.05202).
 
     gated      swiglu (SiLU)  geglu (GELU, tanh form)  geglu_exact (erf)  reglu
     not gated  gelu (tanh form)  gelu_exact (erf)  relu
+
+With `none` a layer is attention alone (`models/block.py`).
 """
 
 import functools
@@ -56,10 +58,12 @@ class Linear(nn.Module):
 def residual_std(config: model_config.ModelConfig) -> float:
   """Returns the initial std of a layer that writes to the residual stream.
 
-  It is divided by the square root of the number of such layers, 2N, so that the
-  variance of the stream does not grow with depth (GPT-2, section 2.3).
+  It is divided by the square root of the number of such layers, 2N, or N of
+  attention alone, so that the variance of the stream does not grow with depth
+  (GPT-2, section 2.3).
   """
-  return mup.hidden_std(config) / (2 * config.num_layers) ** 0.5
+  per_layer = 1 if config.mlp == model_config.NO_MLP else 2
+  return mup.hidden_std(config) / (per_layer * config.num_layers) ** 0.5
 
 
 def is_gated(mlp: str) -> bool:

@@ -19,6 +19,7 @@ def test_matmul_params_are_the_kernels_and_the_head():
     tiny_models.llama_like(),
     tiny_models.gpt2_like(),
     tiny_models.llama_like(qk_norm=True),
+    tiny_models.llama_like(mlp='none', mlp_width=0),
   ):
     leaves = jax.tree_util.tree_leaves_with_path(_params(config))
     kernels = sum(

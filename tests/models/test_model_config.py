@@ -29,6 +29,7 @@ from tests.helpers import tiny_models
       -8,
       'mup_base_head_width: got -8, expected a posit',
     ),
+    ('mlp', 'none', 'mlp_width: got 40 with mlp = .none., expected none of'),
     ('mup_base_head_width', 8, 'got 8 without muP, expected 0; set model.mup'),
   ],
 )

@@ -19,6 +19,7 @@ CONFIGS = {
   'gpt2_scanned': tiny_models.gpt2_like(scan_layers=True),
   'stable': tiny_models.stable(),
   'stable_scanned': tiny_models.stable(scan_layers=True, tie_embeddings=True),
+  'attention_only': tiny_models.llama_like(mlp='none', mlp_width=0),
   'mixture': tiny_models.mixture(),
   'mixture_scanned': tiny_models.mixture(scan_layers=True),
 }
