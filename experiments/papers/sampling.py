@@ -10,6 +10,8 @@ def get_claims() -> tuple[claims.Claim, ...]:
     _kl_estimators(),
     _voting(),
     _pass_at_k_law(),
+    _pass_at_k_bias(),
+    _dpo_optimum(),
     _over_optimisation(),
   )
 
@@ -86,6 +88,54 @@ def _pass_at_k_law() -> claims.Claim:
     seconds={'cpu': 20},
     seeds=25,  # five were not enough to decide
   )
+
+
+def _pass_at_k_bias() -> claims.Claim:
+  return claims.Claim(
+    name='pass_at_k_bias',
+    paper='Chen et al. 2021, arXiv:2107.03374',
+    where='equation 1 and figure 3',
+    statement='1 - C(n - c, k) / C(n, k) has no bias; 1 - (1 - c / n)^k is too'
+    ' low.',
+    quantities=(
+      claims.Quantity(
+        name='bias of the estimate',
+        published='0',
+        low=-1e-9,
+        high=1e-9,
+        why='an expectation in float64, whose sums round',
+      ),
+      claims.at_most(
+        'bias of the other one', 'below 0', -0.01, 'a bias that matters'
+      ),
+    ),
+    seconds={'cpu': 1},
+    note='The expectation over c of n = 20 samples, each right with probability'
+    ' .1, at k = 10. The function is the one that evaluations use.',
+  )
+
+
+def _dpo_optimum() -> claims.Claim:
+  return claims.Claim(
+    name='dpo_optimum',
+    paper='Rafailov et al. 2023, arXiv:2305.18290',
+    where='equation 4 and theorem 1',
+    statement='With all preferences of a Bradley-Terry model, DPO ends at the'
+    ' optimum of its reward under a KL penalty, reference x exp(r / beta).',
+    quantities=(
+      claims.at_most(
+        'total variation from the optimum', '0', 1e-3, 'float32 and an end'
+      ),
+      claims.at_most(
+        'implicit reward, largest error', '0', 0.02,
+        'the rewards have deviation 1',
+      ),
+    ),
+    seconds={'cpu': 10},
+    seeds=3,
+    note='One prompt with 32 answers, beta .5; the loss is the one that'
+    ' training uses, over all pairs.',
+  )  # fmt: skip
 
 
 def _over_optimisation() -> claims.Claim:

@@ -5,17 +5,23 @@ from types import ModuleType
 
 from evals import claims as claims_lib
 from experiments.papers import (
+  in_context as in_context_claims,
   least_squares as least_squares_claims,
+  optimisation as optimisation_claims,
   pretraining as pretraining_claims,
   sampling as sampling_claims,
   scaling_laws as scaling_laws_claims,
+  serving as serving_claims,
 )
 from studies.papers import (
+  in_context,
   least_squares,
+  optimisation,
   port,
   pretraining,
   sampling,
   scaling_laws,
+  serving,
 )
 
 # Claims, and the module whose functions of their names measure them.
@@ -23,6 +29,9 @@ _FILES: tuple[tuple[ModuleType, ModuleType], ...] = (
   (scaling_laws_claims, scaling_laws),
   (sampling_claims, sampling),
   (least_squares_claims, least_squares),
+  (serving_claims, serving),
+  (optimisation_claims, optimisation),
+  (in_context_claims, in_context),
   (pretraining_claims, pretraining),
 )
 _BUDGET = re.compile(r'(cpu|gpu)-(\d+)(s|m|h)')

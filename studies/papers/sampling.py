@@ -2,12 +2,16 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from evals import best_of_n as best_of_n_lib, claims as claims_lib
 from evals.results import pass_at_k as pass_at_k_lib, voting as voting_lib
 from studies import over_optimisation as lab
 from studies.papers import port
+from training.objectives import preference_losses
 from training.objectives.policy import estimators
 
 _NUM_ANSWERS = 1_000_000  # of the policy, all as likely
@@ -116,3 +120,73 @@ def over_optimisation(
       result.curve.decline().value for result in results
     ],
   }
+
+
+def pass_at_k_bias(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns expected estimates of pass@10 less the true one."""
+  del setting
+  num_samples, rate, k = 20, 0.1, 10
+  true = 1 - (1 - rate) ** k
+  probs = [
+    math.comb(num_samples, c) * rate**c * (1 - rate) ** (num_samples - c)
+    for c in range(num_samples + 1)
+  ]
+  estimates = [
+    pass_at_k_lib.pass_at_k(num_samples, c, k) for c in range(num_samples + 1)
+  ]
+  others = [1 - (1 - c / num_samples) ** k for c in range(num_samples + 1)]
+  return {
+    quantity.name: math.fsum(map(math.prod, zip(probs, values, strict=True)))
+    - true
+    for quantity, values in zip(
+      claim.quantities, (estimates, others), strict=True
+    )
+  }
+
+
+def dpo_optimum(
+  claim: claims_lib.Claim, setting: port.Setting
+) -> port.Measured:
+  """Returns the distance of a policy that DPO trained to its optimum."""
+  pairs = [_dpo_distance(seed) for seed in setting.seeds]
+  variation, reward = claim.quantities
+  return {
+    variation.name: [distance for distance, _ in pairs],
+    reward.name: [error for _, error in pairs],
+  }
+
+
+def _dpo_distance(seed: int) -> tuple[float, float]:
+  """Trains one policy; returns total variation and the error of rewards."""
+  num_answers, num_steps, beta = 32, 4000, 0.5
+  keys = jax.random.split(jax.random.key(seed), 2)
+  rewards_A = jax.random.normal(keys[0], (num_answers,))
+  reference_A = jax.nn.log_softmax(jax.random.normal(keys[1], (num_answers,)))
+  # That the answer of the row is preferred to that of the column.
+  preferred_AA = jax.nn.sigmoid(rewards_A[:, None] - rewards_A)
+  options = preference_losses.Options(beta, 0.0, 0.0)
+  optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, num_steps))
+
+  def loss(logits_A):
+    ratios_A = jax.nn.log_softmax(logits_A) - reference_A
+    losses_AA = preference_losses.dpo(ratios_A[:, None], ratios_A, options)
+    return jnp.mean(preferred_AA * losses_AA)
+
+  def step(carry, _):
+    logits_A, state = carry
+    updates, state = optimizer.update(jax.grad(loss)(logits_A), state)
+    return (optax.apply_updates(logits_A, updates), state), None
+
+  @jax.jit
+  def train():
+    carry = reference_A, optimizer.init(reference_A)
+    return jax.lax.scan(step, carry, length=num_steps)[0][0]
+
+  policy_A = jax.nn.log_softmax(train())
+  optimum_A = jax.nn.log_softmax(reference_A + rewards_A / beta)
+  variation = 0.5 * jnp.abs(jnp.exp(policy_A) - jnp.exp(optimum_A)).sum()
+  # Rewards are known up to a constant.
+  error_A = beta * (policy_A - reference_A) - rewards_A
+  return float(variation), float(jnp.abs(error_A - error_A.mean()).max())

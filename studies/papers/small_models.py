@@ -1,0 +1,166 @@
+"""Small transformers, trained on rows that are drawn as they are needed.
+
+The model, the optimizer, the objective and the train step are those of every
+run; only the rows come from a function of a random generator in place of files.
+All steps between two looks at the model are one program, since a step of a tiny
+model takes less time than a call from Python.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import model_config, transformer
+from storage import atomic
+from studies.papers import port
+from training import state as state_lib, step as step_lib
+from training.objectives import next_token
+from training.optimizer import chain, update_rules
+
+# From a generator to ids [B, T] and whether each is trained, bool [B, T]. The
+# first id of a row is no target.
+Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """The training of one model."""
+
+  model: model_config.ModelConfig
+  optimizer: chain.OptimizerConfig
+  num_steps: int
+  look_every: int  # steps; divides num_steps
+
+  @property
+  def digest(self) -> str:
+    """Returns a short digest: results of another recipe are not this one's."""
+    fields = json.dumps(dataclasses.asdict(self), sort_keys=True, default=repr)
+    return hashlib.sha256(fields.encode('utf-8')).hexdigest()[:12]
+
+
+class Trainer:
+  """The compiled programs of a recipe."""
+
+  def __init__(self, recipe: Recipe):
+    """Compiles nothing yet.
+
+    Raises:
+      ValueError: the recipe cannot be trained.
+    """
+    recipe.model.validate()
+    recipe.optimizer.validate(recipe.num_steps)
+    if recipe.num_steps % recipe.look_every:
+      raise ValueError(
+        f'look_every: got {recipe.look_every}, expected a divisor of'
+        f' num_steps = {recipe.num_steps}'
+      )
+    self._recipe = recipe
+    self._model = transformer.Transformer(recipe.model)
+    self._optimizer = chain.make_optimizer(
+      recipe.optimizer,
+      recipe.num_steps,
+      recipe.model,
+      state_lib.abstract_params(self._model),
+    )
+    train_step = step_lib.make_train_step(
+      self._model, next_token.NextToken(), self._optimizer
+    )
+    self._steps = jax.jit(
+      lambda state, batches: jax.lax.scan(train_step, state, batches)[0],
+      donate_argnums=0,
+    )
+    self._init = jax.jit(
+      lambda key: state_lib.init(self._model, self._optimizer, key)
+    )
+    self._seen = jax.jit(self._seen_by)
+
+  def run(self, seed: int, draw: Draw) -> Iterator[tuple[int, Any]]:
+    """Trains a model; yields the step and its params, from step 0 on.
+
+    The params are valid until the next step is asked for.
+    """
+    recipe = self._recipe
+    rng = np.random.default_rng([seed, 1])
+    state = self._init(jax.random.key(seed))
+    yield 0, state.params
+    for step in range(0, recipe.num_steps, recipe.look_every):
+      drawn = [batch(*draw(rng)) for _ in range(recipe.look_every)]
+      batches = jax.tree.map(lambda *arrays: np.stack(arrays), *drawn)
+      state = self._steps(state, batches)
+      yield step + recipe.look_every, state.params
+
+  def last(self, seed: int, draw: Draw) -> Any:
+    """Trains a model; returns its params after the last step."""
+    *_, (_, params) = self.run(seed, draw)
+    return params
+
+  def seen(
+    self, params: Any, ids_BT: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns -log p of each id but the first, and whether it was likeliest.
+
+    In nats. Both are [B, T - 1]. A greedy continuation is right if and only if
+    each of its ids is the likeliest one behind the right ids before it.
+    """
+    nll, is_right = self._seen(params, ids_BT)
+    return np.asarray(nll), np.asarray(is_right)
+
+  def _seen_by(self, params, ids_BT):
+    logits_BTV, _ = self._model.apply(params, ids_BT[:, :-1])
+    targets_BT = ids_BT[:, 1:]
+    logprobs_BTV = jax.nn.log_softmax(logits_BTV)
+    nll_BT = -jnp.take_along_axis(
+      logprobs_BTV, targets_BT[..., None], axis=-1
+    ).squeeze(-1)
+    return nll_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT
+
+
+def batch(
+  ids_BT: np.ndarray, is_trained_BT: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns a batch of rows that each hold one document."""
+  shape = len(ids_BT), ids_BT.shape[1] - 1
+  return {
+    'tokens': ids_BT[:, :-1].astype(np.int32),
+    'targets': ids_BT[:, 1:].astype(np.int32),
+    'positions': np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+    'segment_ids': np.ones(shape, np.int32),
+    'weights': is_trained_BT[:, 1:].astype(np.float32),
+  }
+
+
+def adam(
+  peak_lr: float, *, decay: float = 0.0, beta2: float = 0.99
+) -> chain.OptimizerConfig:
+  """Returns AdamW with a constant rate behind a short warm-up."""
+  return chain.OptimizerConfig(
+    rule=update_rules.AdamW(beta1=0.9, beta2=beta2),
+    peak_lr=peak_lr,
+    schedule='constant',
+    warmup_steps=50,
+    weight_decay=decay,
+    weight_decay_mask='all',
+  )
+
+
+def kept(
+  setting: port.Setting,
+  recipe: Recipe,
+  name: str,
+  seed: int,
+  measure: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+  """Returns the numbers of a run; those of an earlier start, if it has any."""
+  setting.workdir.mkdir(parents=True, exist_ok=True)
+  path = setting.workdir / f'{name}_{seed}_{recipe.digest}.json'
+  if path.exists():
+    return json.loads(path.read_text('utf-8'))
+  found = measure()
+  atomic.write_text(path, json.dumps(found))
+  return found
