@@ -12,6 +12,7 @@ from experiments.papers import (
   sampling as sampling_claims,
   scaling_laws as scaling_laws_claims,
   serving as serving_claims,
+  small_tasks as small_tasks_claims,
 )
 from studies.papers import (
   in_context,
@@ -22,6 +23,7 @@ from studies.papers import (
   sampling,
   scaling_laws,
   serving,
+  small_tasks,
 )
 
 # Claims, and the module whose functions of their names measure them.
@@ -32,6 +34,7 @@ _FILES: tuple[tuple[ModuleType, ModuleType], ...] = (
   (serving_claims, serving),
   (optimisation_claims, optimisation),
   (in_context_claims, in_context),
+  (small_tasks_claims, small_tasks),
   (pretraining_claims, pretraining),
 )
 _BUDGET = re.compile(r'(cpu|gpu)-(\d+)(s|m|h)')

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.synthetic import markov, repeats, sums
+from data.synthetic import markov, pairs, repeats, sums
 
 
 def test_floors_of_chains_are_in_order_and_those_of_the_chain():
@@ -65,3 +65,22 @@ def test_additions_are_written_as_they_are_read(is_reversed):
   drawn_B2 = sums.draw(np.random.default_rng(0), 1000, 2)
   assert drawn_B2.min() == 0
   assert drawn_B2.max() == 99
+
+
+def test_pairs_have_different_parts_and_both_orders():
+  found = pairs.draw(np.random.default_rng(0), num_pairs=100, num_ids=15)
+  for part, length in ((found.names, 2), (found.descriptions, 3)):
+    assert len(np.unique(part, axis=0)) == 100
+    assert part.shape == (100, length)
+    assert part.min() >= 3
+    assert part.max() < 15
+  forward, is_description = found.rows(pairs.FORWARD)
+  backward, is_name = found.rows(pairs.BACKWARD)
+  n1, n2 = found.names[0]
+  d1, d2, d3 = found.descriptions[0]
+  assert forward[0].tolist() == [0, n1, n2, 2, d1, d2, d3]
+  assert backward[0].tolist() == [1, d1, d2, d3, 2, n1, n2]
+  assert is_description[0].tolist() == [False] * 4 + [True] * 3
+  assert is_name[0].tolist() == [False] * 5 + [True] * 2
+  with pytest.raises(ValueError, match='got 145 with 15 ids, expected at most'):
+    pairs.draw(np.random.default_rng(0), 145, 15)
