@@ -169,7 +169,9 @@ def induction(claim: claims_lib.Claim, setting: port.Setting) -> port.Measured:
   ]
   return {
     'two layers, right repeated tokens': [run['right'] for run in runs[1]],
-    'one layer, right repeated tokens': [run['right'] for run in runs[0]],
+    'two layers less one, right repeated tokens': [
+      two['right'] - one['right'] for one, two in zip(*runs, strict=True)
+    ],
     'two layers, share of the fall in one tenth of the steps': [
       run['sharpness'] for run in runs[1]
     ],

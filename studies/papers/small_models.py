@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import model_config, transformer
+from models import adapter_config, model_config, transformer
 from storage import atomic
 from studies.papers import port
-from training import state as state_lib, step as step_lib
+from training import (
+  adapters as adapters_lib,
+  state as state_lib,
+  step as step_lib,
+)
 from training.objectives import next_token
 from training.optimizer import chain, update_rules
 
@@ -36,6 +40,10 @@ class Recipe:
   optimizer: chain.OptimizerConfig
   num_steps: int
   look_every: int  # steps; divides num_steps
+  # With a rank, adapters are trained beside the weights of `start`.
+  adapter: adapter_config.AdapterConfig = dataclasses.field(
+    default_factory=adapter_config.AdapterConfig
+  )
 
   @property
   def digest(self) -> str:
@@ -55,6 +63,7 @@ class Trainer:
     """
     recipe.model.validate()
     recipe.optimizer.validate(recipe.num_steps)
+    recipe.adapter.validate()
     if recipe.num_steps % recipe.look_every:
       raise ValueError(
         f'look_every: got {recipe.look_every}, expected a divisor of'
@@ -66,39 +75,72 @@ class Trainer:
       recipe.optimizer,
       recipe.num_steps,
       recipe.model,
-      state_lib.abstract_params(self._model),
+      jax.eval_shape(
+        self._first,
+        jax.random.key(0),
+        state_lib.abstract_params(self._model),
+      ),
     )
+    self._joined = adapters_lib.joined(recipe.adapter)
     train_step = step_lib.make_train_step(
-      self._model, next_token.NextToken(), self._optimizer
+      self._model, next_token.NextToken(), self._optimizer, joined=self._joined
     )
     self._steps = jax.jit(
       lambda state, batches: jax.lax.scan(train_step, state, batches)[0],
       donate_argnums=0,
     )
-    self._init = jax.jit(
+    self._init_new = jax.jit(
       lambda key: state_lib.init(self._model, self._optimizer, key)
     )
     self._seen = jax.jit(self._seen_by)
 
-  def run(self, seed: int, draw: Draw) -> Iterator[tuple[int, Any]]:
-    """Trains a model; yields the step and its params, from step 0 on.
+  def _first(self, key: jax.Array, start: Any) -> Any:
+    """Returns what is trained, before the first step."""
+    if not self._recipe.adapter.rank:
+      return start
+    return adapters_lib.first(self._recipe.adapter, key, start)
 
-    The params are valid until the next step is asked for.
+  def _init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
+    if start is None:
+      if self._recipe.adapter.rank:
+        raise ValueError(
+          'start: got None with adapters, expected the weights beside them'
+        )
+      return self._init_new(key)
+    # The steps donate their state, and `start` stays the caller's.
+    start = jax.tree.map(jnp.copy, start)
+    state = state_lib.init_with(self._optimizer, key, self._first(key, start))
+    if not self._recipe.adapter.rank:
+      return state
+    return state.replace(frozen_params={adapters_lib.BASE: start})
+
+  def run(
+    self, seed: int, draw: Draw, start: Any = None
+  ) -> Iterator[tuple[int, Any]]:
+    """Trains a model; yields the step and the model's variables, from step 0.
+
+    They are valid until the next step is asked for.
+
+    Args:
+      seed: of the first weights and of the rows.
+      draw: the rows of a batch.
+      start: variables to begin with; None: new ones.
     """
     recipe = self._recipe
     rng = np.random.default_rng([seed, 1])
-    state = self._init(jax.random.key(seed))
-    yield 0, state.params
+    state = self._init(jax.random.key(seed), start)
+    yield 0, self._joined(state.params, state.frozen_params)
     for step in range(0, recipe.num_steps, recipe.look_every):
       drawn = [batch(*draw(rng)) for _ in range(recipe.look_every)]
       batches = jax.tree.map(lambda *arrays: np.stack(arrays), *drawn)
       state = self._steps(state, batches)
-      yield step + recipe.look_every, state.params
+      variables = self._joined(state.params, state.frozen_params)
+      yield step + recipe.look_every, variables
 
-  def last(self, seed: int, draw: Draw) -> Any:
-    """Trains a model; returns its params after the last step."""
-    *_, (_, params) = self.run(seed, draw)
-    return params
+  def last(self, seed: int, draw: Draw, start: Any = None) -> Any:
+    """Trains a model; returns its variables after the last step."""
+    *_, (_, variables) = self.run(seed, draw, start)
+    return variables
 
   def seen(
     self, params: Any, ids_BT: np.ndarray
