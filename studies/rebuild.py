@@ -13,6 +13,13 @@ in --workdir, which resumes like any run, and its weights are compared: equal
 bit for bit on the same kind of device with the same versions; elsewhere, the
 distance of the weights, and the first step at which the losses part.
 
+A quantised directory is made again from its floats, --source, and the text that
+it was calibrated with, --text; its manifest has the rest
+(studies/rebuild_quantised.py).
+
+    python -m studies.rebuild --model=DIR --workdir=runs/again \
+      --source=runs/quickstart/frozen --text=FILE
+
 Exit codes: 0 equal, 3 not equal, 1 the user must change something.
 """
 
@@ -32,7 +39,7 @@ import numpy as np
 from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib, recipe
 from storage import code_commit
-from studies import quiet_run
+from studies import quiet_run, rebuild_quantised
 from training import (
   assemble,
   experiment as experiment_lib,
@@ -192,10 +199,24 @@ def compare(
     again: the one that was made now.
     workdir: of the run that made it.
   """
-  first, second = manifest_lib.read(model), manifest_lib.read(again)
+  step = manifest_lib.read(again).step
   parted_at = _parted_at(
-    recipe.read(model)['trace'], recipe.trace(workdir, second.step)
+    recipe.read(model)['trace'], recipe.trace(workdir, step)
   )
+  return distance(model, again, parted_at)
+
+
+def distance(
+  model: pathlib.Path, again: pathlib.Path, parted_at: int | None = None
+) -> Comparison:
+  """Returns how far the weights of two frozen directories are apart.
+
+  Args:
+    model: the first one.
+    again: the one that was made now.
+    parted_at: see `Comparison`.
+  """
+  first, second = manifest_lib.read(model), manifest_lib.read(again)
   if first.weights_digest == second.weights_digest:
     return Comparison(
       is_equal=True, relative=0.0, largest=0.0, name='', parted_at=parted_at
@@ -274,8 +295,13 @@ def rebuild(
   return EQUAL if found.is_equal else NOT_EQUAL
 
 
-def told(found: Comparison) -> list[str]:
-  """Returns the lines about a comparison."""
+def told(found: Comparison, *, has_losses: bool = True) -> list[str]:
+  """Returns the lines about a comparison.
+
+  Args:
+    found: the comparison.
+    has_losses: whether both sides were trained, and have losses to compare.
+  """
   if found.is_equal:
     return [EQUAL_TEXT]
   parted = (
@@ -283,10 +309,11 @@ def told(found: Comparison) -> list[str]:
     if found.parted_at is None
     else f'the first loss that differs is that of step {found.parted_at}'
   )
-  return [
+  line = (
     f'not equal  relative distance {found.relative:.3g}, largest difference'
-    f' {found.largest:.3g} in {found.name}; {parted}'
-  ]
+    f' {found.largest:.3g} in {found.name}'
+  )
+  return [f'{line}; {parted}' if has_losses else line]
 
 
 def _define_flags() -> None:
@@ -295,6 +322,18 @@ def _define_flags() -> None:
   )
   path_flags.DEFINE_path(
     'workdir', None, 'Directory of the new run; resumed.', required=True
+  )
+  path_flags.DEFINE_path(
+    'source',
+    '',
+    'Of a quantised --model: the frozen directory in floats that it was made'
+    ' of.',
+  )
+  path_flags.DEFINE_path(
+    'text',
+    '',
+    'Of a quantised --model: the text of its calibration; empty: the one that'
+    ' is part of Python.',
   )
   flags.DEFINE_multi_string(
     'set',
@@ -311,13 +350,33 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   logging.set_verbosity(logging.ERROR)
   values = flags.FLAGS
+  model, workdir = pathlib.Path(values.model), pathlib.Path(values.workdir)
   try:
-    return rebuild(
-      pathlib.Path(values.model), pathlib.Path(values.workdir), values.set
-    )
+    if rebuild_quantised.is_quantised(model):
+      return _quantised(model, workdir, values)
+    if given := [n for n in ('source', 'text') if getattr(values, n)]:
+      raise ValueError(
+        f'--{given[0]}: got {getattr(values, given[0])} with a --model of'
+        ' floats, expected none; paths of a run are given by --set'
+      )
+    return rebuild(model, workdir, values.set)
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {error}')
     return USER_ERROR
+
+
+def _quantised(model: pathlib.Path, workdir: pathlib.Path, values) -> int:
+  if values.set:
+    raise ValueError(
+      f'--set: got {values.set} with a quantised --model, expected none; it is'
+      ' made from --source and --text alone'
+    )
+  again = rebuild_quantised.make(
+    model, workdir, source=values.source, text=values.text
+  )
+  found = distance(model, again)
+  print('\n'.join(told(found, has_losses=False)))
+  return EQUAL if found.is_equal else NOT_EQUAL
 
 
 if __name__ == '__main__':

@@ -88,7 +88,9 @@ def _recipe(num_steps: int, rate: float, rank: int = 0) -> small_models.Recipe:
     optimizer=small_models.adam(rate),
     num_steps=num_steps,
     look_every=100,
-    adapter=adapter_config.AdapterConfig(rank=rank, alpha=2.0 * max(rank, 1)),
+    adapter=adapter_config.AdapterConfig(rank=rank, alpha=2.0 * rank)
+    if rank
+    else adapter_config.AdapterConfig(),
   )
 
 

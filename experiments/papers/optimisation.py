@@ -72,12 +72,13 @@ def _edge_of_stability() -> claims.Claim:
         high=1.15,
         why='lines of their figures lie between 1 and about 1.1',
       )
-      for rate in (0.2, 0.4)
+      for rate in (0.12, 0.16)
     ),
     seconds={'cpu': 15},
     seeds=3,
     note='A tanh network of 32 units on 20 points of a Chebyshev polynomial of'
-    ' degree 4, 20,000 steps; the mean over the last quarter.',
+    ' degree 4, 16,000 steps; the mean over the last quarter. A pilot with'
+    ' another seed chose the step sizes: .4 diverges, .05 does not get there.',
   )
 
 

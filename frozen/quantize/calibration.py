@@ -96,10 +96,21 @@ def rows(
       'sha256': hashlib.sha256(text).hexdigest(),
       'seed': config.seed,
       'rows': config.rows,
+      'held_out': config.held_out,
       'length': length,
       'tokens': config.rows * length,
     },
   )
+
+
+def text_digest(path: str) -> str:
+  """Returns the SHA-256 of a text, as records have it; '' is SAMPLE.
+
+  Raises:
+    OSError: there is no such file.
+    ValueError: it is not UTF-8.
+  """
+  return hashlib.sha256(_read(path)).hexdigest()
 
 
 def _read(path: str) -> bytes:

@@ -101,7 +101,7 @@ def edge_of_stability(
 ) -> port.Measured:
   """Returns the sharpness that gradient descent ends with, times rate / 2."""
   found = {}
-  for quantity, rate in zip(claim.quantities, (0.2, 0.4), strict=True):
+  for quantity, rate in zip(claim.quantities, (0.12, 0.16), strict=True):
     found[quantity.name] = [
       _last_sharpness(seed, rate) * rate / 2 for seed in setting.seeds
     ]
@@ -136,10 +136,10 @@ def _last_sharpness(seed: int, rate: float) -> float:
     return jnp.linalg.eigvalsh(jax.hessian(loss)(params))[-1]
 
   params, seen = start, []
-  for _ in range(100):
+  for _ in range(80):
     params = descend(params)
     seen.append(float(sharpness(params)))
-  return float(np.mean(seen[75:]))
+  return float(np.mean(seen[60:]))
 
 
 def superposition(
