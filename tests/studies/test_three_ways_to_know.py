@@ -44,6 +44,7 @@ def test_costs_cross_where_the_context_has_cost_as_much():
   assert study.crossing(known(at_once=1.0), known(per_question=5.0)) == np.inf
 
 
+@pytest.mark.slow
 def test_a_short_run_says_which_weights_changed(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(study, '_BASE_STEPS', 100)
   monkeypatch.setattr(study, '_TUNE_STEPS', 100)
