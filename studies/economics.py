@@ -36,6 +36,7 @@ import dataclasses
 import datetime
 import math
 import pathlib
+from typing import Any
 
 from absl import app, flags
 import numpy as np
@@ -380,7 +381,9 @@ def _define_flags() -> None:
   flags.DEFINE_float('requests', 0, 'Requests in all; 0: those of a year.')
   for fields in (Rates, Options):
     for field in dataclasses.fields(fields):
-      define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+      define: Any = (
+        flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+      )
       define(field.name, field.default, _HELP[field.name])
 
 
@@ -409,30 +412,43 @@ def _taken(kind, values):
   return found
 
 
+def run(values: Any, figure_path: str = '') -> str:
+  """Returns the tables of the flags' values; draws the figure if asked to.
+
+  Raises:
+    ValueError, OSError: a value is wrong, or a file cannot be read.
+  """
+  price = prices_lib.read(values.prices)
+  request = Request(prompt=values.tokens_in, answer=values.tokens_out)
+  per_day = values.requests_per_day
+  if values.records:
+    request, per_day = used(values.records)
+  for name, value in (
+    ('tokens_in', request.prompt),
+    ('tokens_out', request.answer),
+    ('requests_per_day', per_day),
+  ):
+    if not 0 < value < math.inf:
+      raise ValueError(f'--{name}: got {value}, expected more than 0')
+  if not 0 <= values.requests < math.inf:
+    raise ValueError(
+      f'--requests: got {values.requests}, expected a number of requests, or 0'
+      ' for those of a year'
+    )
+  manifest = manifest_lib.read(pathlib.Path(values.model))
+  costs = Costs(price=price, rates=_taken(Rates, values))
+  found = bills(manifest, costs, request, _taken(Options, values))
+  if figure_path:
+    figure.save(figure_path, panels(found, price.currency))
+  return report(found, price, values.requests or 365 * per_day, per_day)
+
+
 def main(argv: list[str]) -> int:
   """Prints the tables and draws the figure; errors are one line."""
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  values = flags.FLAGS
   try:
-    price = prices_lib.read(values.prices)
-    request = Request(prompt=values.tokens_in, answer=values.tokens_out)
-    per_day = values.requests_per_day
-    if values.records:
-      request, per_day = used(values.records)
-    for name, value in (
-      ('tokens_in', request.prompt),
-      ('tokens_out', request.answer),
-      ('requests_per_day', per_day),
-    ):
-      if not 0 < value < math.inf:
-        raise ValueError(f'--{name}: got {value}, expected more than 0')
-    manifest = manifest_lib.read(pathlib.Path(values.model))
-    costs = Costs(price=price, rates=_taken(Rates, values))
-    found = bills(manifest, costs, request, _taken(Options, values))
-    print(report(found, price, values.requests or 365 * per_day, per_day))
-    if study_flags.FIGURE.value:
-      figure.save(study_flags.FIGURE.value, panels(found, price.currency))
+    print(run(flags.FLAGS, study_flags.FIGURE.value))
   except (ValueError, OSError) as error:
     print(f'error: {error}')
     return 1

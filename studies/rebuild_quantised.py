@@ -7,6 +7,7 @@ text. `python -m studies.rebuild` compares the weights.
 """
 
 import pathlib
+from typing import Any
 
 from frozen import format as frozen_format, manifest as manifest_lib
 from frozen.quantize import calibration, quantizing
@@ -18,7 +19,7 @@ def is_quantised(model: pathlib.Path) -> bool:
   Raises:
     FileNotFoundError, ValueError: there is no manifest that can be read.
   """
-  return 'calibration' in manifest_lib.read(model).quantization
+  return 'calibration' in _record(manifest_lib.read(model))
 
 
 def make(
@@ -39,7 +40,7 @@ def make(
   manifest = manifest_lib.read(model)
   manifest_lib.check_files(model, manifest)
   expected = manifest.lineage['quantised_from']
-  record = manifest.quantization
+  record = _record(manifest)
   if not source:
     raise ValueError(
       f'--source: got none with a quantised --model, expected the frozen'
@@ -76,3 +77,8 @@ def make(
     overwrite=again.exists(),
   )
   return again
+
+
+def _record(manifest: manifest_lib.Manifest) -> dict[str, Any]:
+  """Returns how the kernels of a manifest were made; {}: they are floats."""
+  return manifest.quantization.get('record', {})

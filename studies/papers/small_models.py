@@ -112,7 +112,7 @@ class Trainer:
     state = state_lib.init_with(self._optimizer, key, self._first(key, start))
     if not self._recipe.adapter.rank:
       return state
-    return state.replace(frozen_params={adapters_lib.BASE: start})
+    return dataclasses.replace(state, frozen_params={adapters_lib.BASE: start})
 
   def run(
     self, seed: int, draw: Draw, start: Any = None
@@ -196,8 +196,8 @@ def kept(
   recipe: Recipe,
   name: str,
   seed: int,
-  measure: Callable[[], dict[str, float]],
-) -> dict[str, float]:
+  measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
   """Returns the numbers of a run; those of an earlier start, if it has any."""
   setting.workdir.mkdir(parents=True, exist_ok=True)
   path = setting.workdir / f'{name}_{seed}_{recipe.digest}.json'

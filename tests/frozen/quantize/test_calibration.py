@@ -62,6 +62,7 @@ def test_the_record_has_the_digest_of_the_text(path):
     'sha256': hashlib.sha256(_TEXT.encode()).hexdigest(),
     'seed': 3,
     'rows': 8,
+    'held_out': 4,
     'length': 32,
     'tokens': 256,
   }
