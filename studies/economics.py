@@ -26,8 +26,9 @@ cost as much as training. The second one compares ways to change the bill, at
 
 Loss is that of a scaling law (arXiv:2404.10102) for the parameters and the
 tokens of training. It says nothing of quantising, of distillation beyond
-training alone, and of thinking: there the table has none. Costs leave out
-failed runs, people, idle devices and networks.
+training alone, of thinking, and of models outside of the sizes that it was
+fitted to: there the table has none. Costs leave out failed runs, people, idle
+devices and networks.
 
 Reference: Sardana et al. 2024, arXiv:2401.00448, equation 3.
 """
@@ -51,6 +52,7 @@ from training.planning import scaling_laws
 
 _BYTES, _FOUR_BITS = 2.0, 0.5625  # of a weight: bfloat16; int4 with scales
 _LAW = scaling_laws.BESIROGLU
+_SIZES = 4e7, 2e10  # parameters of the models that the law was fitted to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,9 @@ def bills(
   distilled = once * (1 + share + 1 / 3)
 
   def bill(name, once, per_request, size=None):
-    loss = _LAW.loss(size, tokens) if size and tokens else None
+    # Outside of its sizes a law is no more than a formula.
+    is_known = size and tokens and _SIZES[0] <= size <= _SIZES[1]
+    loss = _LAW.loss(size, tokens) if is_known else None
     return Bill(name=name, once=once, per_request=per_request, loss=loss)
 
   return [
