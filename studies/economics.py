@@ -212,8 +212,10 @@ def bills(
 
   def bill(name, once, per_request, size=None):
     # Outside of its sizes a law is no more than a formula.
-    is_known = size and tokens and _SIZES[0] <= size <= _SIZES[1]
-    loss = _LAW.loss(size, tokens) if is_known else None
+    if not tokens or size is None or not _SIZES[0] <= size <= _SIZES[1]:
+      loss = None
+    else:
+      loss = _LAW.loss(size, tokens)
     return Bill(name=name, once=once, per_request=per_request, loss=loss)
 
   return [

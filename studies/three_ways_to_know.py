@@ -40,7 +40,7 @@ from studies.papers import port, small_models, verdicts
 
 _OLD, _NEW = 160, 40  # people
 _FOUND = 3  # statements that the index returns
-_ROW = 28  # ids
+_ROW = 32  # ids
 _BATCH = 32  # rows
 _BASE_STEPS, _TUNE_STEPS = 3000, 300
 _NUM_SEEDS = 3
@@ -150,18 +150,19 @@ def _questions_row(rng, people):
 
 
 def _context_row(rng):
-  """Returns a question about a stranger behind statements; the answer trains.
+  """Returns questions about strangers behind statements; answers train.
 
-  The people of a row are new each time, so the answer is in the row alone.
+  The people of a row are new each time, so the answers are in the row alone.
   """
   people = people_lib.draw(rng, _FOUND)
   parts = [
     people.statement(i, int(rng.integers(people_lib.NUM_TEMPLATES)))
     for i in range(_FOUND)
   ]
-  row, _ = _filled([*parts, people.question(int(rng.integers(_FOUND)))])
-  length = sum(map(len, parts)) + 5
-  return row, np.arange(_ROW) == length - 1
+  questions = [people.question(i) for i in rng.permutation(_FOUND)]
+  row, _ = _filled([*parts, *questions])
+  ends = sum(map(len, parts)) + np.cumsum([len(each) for each in questions])
+  return row, np.isin(np.arange(_ROW), ends - 1)
 
 
 def _base_draw(people, asked) -> small_models.Draw:
@@ -230,7 +231,7 @@ def measure(seed: int) -> dict[str, Known]:
     [*index.find(question, _FOUND), question] for (question,) in closed
   ]
   ways = {'context': found(base_trainer, base, with_context, 0.0)}
-  for kind, rank, rate in (('LoRA', 8, 1e-2), ('full', 0, 1e-3)):
+  for kind, rank, rate in (('LoRA', 8, 3e-3), ('full', 0, 1e-3)):
     recipe = _recipe(_TUNE_STEPS, rate, rank)
     trainer = small_models.Trainer(recipe)
     for told, templates in (
