@@ -68,7 +68,8 @@ def places(config: model_config.ModelConfig, moments: Moments) -> list[Place]:
       ('mlp_norm', 'mlp/', 'mlp/down/kernel'),
     ):
       kernels = [x for x in moments if x.startswith(owner) and x != output]
-      found.append(Place(maker, tuple(kernels)))
+      if kernels:  # layers of attention alone have no MLP
+        found.append(Place(maker, tuple(kernels)))
   if mlp.is_gated(config.mlp):
     found.append(Place('mlp/up', ('mlp/down/kernel',)))
   return found

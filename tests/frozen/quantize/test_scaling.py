@@ -19,6 +19,7 @@ _CONFIGS = {
   'from_one': tiny_models.llama_like(norm_from_one=True, norm_place='both'),
   'after': tiny_models.llama_like(norm_place='after'),
   'parallel': tiny_models.gpt2_like(parallel_residual=True),
+  'attention_only': tiny_models.llama_like(mlp='none', mlp_width=0),
 }
 _TOKENS_RT = np.random.default_rng(5).integers(0, 61, (3, 20), np.int32)
 
