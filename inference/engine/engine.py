@@ -46,6 +46,7 @@ from inference.engine import (
   flight as flight_lib,
   inputs as inputs_lib,
   metrics,
+  speculating,
   steps,
 )
 from inference.engine.compiled import compilations, programs
@@ -60,6 +61,7 @@ from inference.sampling import settings as settings_lib
 from inference.scheduling import (
   fairness,
   page_tables,
+  scheduler,
   sequence_manager,
   spans,
 )
@@ -148,6 +150,8 @@ class Engine:
     self._flight: flight_lib.Flight | None = None
     self._grammars, self._num_constrained = grammars.Grammars(tokenizer), 0
     self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
+    parts = self._programs, self.manager, self.metrics
+    self._speculator = speculating.Speculator(config, *parts)
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._accounts = accounts.Accounts(
       self.metrics, model_config, self.page_bytes
@@ -339,30 +343,23 @@ class Engine:
     compiled = compilations.on_this_thread()
     # Before sequences enter: they have held no pages until now.
     self._charge_memory(start)
+    updates: list[requests_lib.Update] = []
+    waited, landed, may_draft = 0.0, self._flight, not self._num_constrained
+    if landed and self._speculator.wants_tokens(landed.step, may_draft):
+      self._flight = None
+      updates, waited = self._land(landed)
     plan = self.manager.plan()
     flight = None
     if plan.preempted or not plan.is_empty:
-      most = self._accounts.most_decode_steps(
-        1 if self._num_constrained else self._programs.decode_steps,
-        self.config.stream_seconds,
-      )
-      num = self.manager.decode_steps(plan, most)
-      flight = self._dispatch(self.manager.begin(plan, decode_steps=num))
+      flight = self._dispatch(self._begun(plan))
     landed, self._flight = self._flight, flight
-    if flight is None and landed is None and self._live:
+    if flight is None and landed is None and self._live and not updates:
       raise RuntimeError(
         f'got {len(self._live)} sequences and nothing to do for any of them;'
         ' report this as a bug'
       )
-    waited = 0.0
-    updates: list[requests_lib.Update] = []
     if landed is not None:
-      assert landed.outputs is not None
-      before = time.perf_counter()
-      lives = [self._live.get(span.sequence) for span in landed.step.spans]
-      outputs = jax.device_get(answer_lib.wanted(lives, landed.outputs))
-      waited = time.perf_counter() - before
-      updates = self._land(landed, outputs)
+      updates, waited = self._land(landed)
     if flight is not None and flight.pending is not None:
       self._state, self._flight = flight_lib.sampled(
         flight, self._programs, self._state, self._live, self.metrics
@@ -376,6 +373,16 @@ class Engine:
       self.metrics.set_gauges(self.manager.gauges(), self.page_tokens)
     return updates
 
+  def _begun(self, plan: scheduler.StepPlan) -> spans.Step:
+    """Carries out a plan, with drafts or several decode steps if it may."""
+    most = 1 if self._num_constrained else self._speculator.most_steps
+    may_draft = self._flight is None and not self._num_constrained
+    if may_draft and (drafts := self._speculator.drafts(plan)):
+      return self.manager.begin(plan, drafts=drafts)
+    most = self._accounts.most_decode_steps(most, self.config.stream_seconds)
+    num = self.manager.decode_steps(plan, most)
+    return self.manager.begin(plan, decode_steps=num)
+
   def _dispatch(self, step: spans.Step) -> flight_lib.Flight | None:
     """Sends a step to the device, without sampling if a grammar is read."""
     now = time.perf_counter()
@@ -384,7 +391,7 @@ class Engine:
       self._live[sequence].usage.preemptions += 1
     for sequence in step.seated:
       live = self._live[sequence]
-      self._seat(live)
+      self._state = flight_lib.seat(live, self._programs, self._state)
       if live.seated_at is None:
         live.begin(now)
         self.metrics.queue.observe(live.usage.queue_seconds)
@@ -404,22 +411,11 @@ class Engine:
     )
     return flight
 
-  def _seat(self, live: answer_lib.Live) -> None:
-    """Writes the settings of a sequence to its slot."""
-    sequence = live.sequence
-    assert sequence.slot is not None
-    self._state = self._programs.seat(
-      self._state, sequence.slot, live.sampler_row()
-    )
-    if live.has_penalties:
-      self._state = self._programs.recount(
-        self._state, sequence.slot, sequence.tokens, sequence.num_prompt
-      )
-
   def _land(
-    self, flight: flight_lib.Flight, outputs: steps.Outputs
-  ) -> list[requests_lib.Update]:
-    """Takes the tokens of a dispatch, and returns the updates."""
+    self, flight: flight_lib.Flight
+  ) -> tuple[list[requests_lib.Update], float]:
+    """Takes the tokens of a dispatch; returns updates and seconds waited."""
+    outputs, waited = flight_lib.read(flight, self._live)
     now = time.perf_counter()
     self._charge_memory(now)
     num_decodes, num_chunks = flight.shape
@@ -448,16 +444,22 @@ class Engine:
       if place < num_decodes:
         self._accounts.charge_decodes(live, span, num_taken)
         num_decoded += num_taken
+      if flight.step.is_verified:
+        self._speculator.landed(span, tokens[:num_taken], live)
+    num_steps = steps.num_computed(outputs)
+    if flight.step.is_verified:
+      num_steps = 1
+    self._speculator.timed(flight, num_steps, now)
     self._accounts.count(
       flight.step,
-      num_steps=steps.num_computed(outputs),
+      num_steps=num_steps,
       num_decoded=num_decoded,
       num_prefilled=num_prefilled,
-      rows=num_decodes + num_chunks * self.config.chunk_tokens,
+      rows=num_decodes * flight.width + num_chunks * self.config.chunk_tokens,
       sent_at=flight.sent_at,
       now=now,
     )
-    return updates
+    return updates, waited
 
   def _push(
     self,
@@ -469,11 +471,6 @@ class Engine:
     now: float,
   ) -> tuple[requests_lib.Update, int]:
     """Gives an answer its next tokens; returns how many it took."""
-    if not tokens:
-      raise RuntimeError(
-        f'sequence {span.sequence.id}: got no token, expected one, since it has'
-        ' not ended; report this as a bug'
-      )
     is_first = live.last_at is None
     since = live.submitted_at if live.last_at is None else live.last_at
     update, num_taken = live.push(tokens, outputs.logprobs, place, now)
@@ -491,6 +488,7 @@ class Engine:
     is_sound = reason != 'error' or live.is_stuck
     self.manager.end(live.sequence, is_sound=is_sound)
     self._num_constrained -= live.matcher is not None
+    self._speculator.forget(live.sequence)
     live.adapter.num_open -= 1
     del self._live[live.sequence]
 

@@ -16,6 +16,7 @@ NUMERICS = ('fast', 'invariant')
 KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 NATIVE = ('auto', 'on', 'off')
+SPECULATION = ('off', 'ngram')
 
 # Share of the memory left by the weights that pages may take. Activations take
 # the rest.
@@ -26,6 +27,8 @@ _HOST_SHARE = 0.25
 # whole context always has room, if the share allows it.
 _HOST_BYTES = 2**30
 
+# A span of 8 tokens: the rows of a tile with invariant numerics.
+_DRAFT_TOKENS = 7
 _ADAPTER_RANK = 16  # room for later ones, where none is given
 
 _SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
@@ -126,6 +129,18 @@ class EngineConfig:
     ' arrive in groups of this time, and a new request waits for up to two'
     ' groups. 0: no limit, for work without streams.',
   )
+  speculation: str = flag_field.field(
+    'off',
+    'Guess the next tokens of an answer, and verify several in one step: off or'
+    ' ngram (the tokens that followed the same words before, in the prompt or'
+    ' the answer). Answers stay as they are; those that repeat their prompt'
+    ' come sooner.',
+  )
+  draft_tokens: int | None = flag_field.field(
+    None,
+    'Largest number of tokens that are guessed at once for a sequence; needs'
+    ' speculation. A step computes one token more per sequence. Default: 7.',
+  )
   # No flag: serve.py sets it where a request is constrained.
   constraints: bool = flag_field.field(
     False,
@@ -182,6 +197,14 @@ class EngineConfig:
     expect.one_of('engine.kv_dtype', self.kv_dtype, KV_DTYPES)
     expect.one_of('engine.attention', self.attention, ATTENTION)
     expect.one_of('engine.native', self.native, NATIVE)
+    expect.one_of('engine.speculation', self.speculation, SPECULATION)
+    if self.draft_tokens is not None:
+      expect.at_least('engine.draft_tokens', self.draft_tokens, 1)
+      if self.speculation == 'off':
+        raise ValueError(
+          f'engine.draft_tokens: got {self.draft_tokens} without speculation,'
+          ' expected none; add --engine.speculation=ngram'
+        )
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:
@@ -296,6 +319,18 @@ class EngineConfig:
       for chunks in _powers(self.max_mixed_chunks)
     ]
     return shapes
+
+  def verified_shapes(self) -> list[tuple[int, int]]:
+    """Returns the shapes (X spans, R tokens) of steps that verify drafts.
+
+    Half the width, too: few tokens of a draft may be worth their time.
+    """
+    if self.speculation == 'off':
+      return []
+    most = (self.draft_tokens or _DRAFT_TOKENS) + 1
+    widths = sorted({max(most // 2, 2), most})
+    decodes = self.decode_shapes or _powers(self.max_sequences)
+    return [(num, width) for num in decodes for width in widths]
 
   def pool_pages(
     self,

@@ -18,6 +18,7 @@ import dataclasses
 import time
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from inference.constraints import grammars
@@ -44,6 +45,7 @@ class Flight(NamedTuple):
   outputs: steps.Outputs | None  # None: it is not sampled yet
   pending: programs_lib.Pending | None
   sent_at: float  # seconds of `time.perf_counter`
+  width: int = 1  # tokens of the shape for each decode
 
 
 def with_grammar(
@@ -95,6 +97,8 @@ def sent(
     chunk_tokens: tokens per chunk.
   """
   now = time.perf_counter()
+  if step.is_verified:
+    return _verified(step, programs, params, state, lives)
   is_split = any(
     span.samples and lives[span.sequence].matcher for span in step.spans
   )
@@ -108,6 +112,50 @@ def sent(
     return state, Flight(step, shape, None, pending, now)
   state, outputs = programs.step(shape, params, state, flat_I)
   return state, Flight(step, shape, outputs, None, now)
+
+
+def _verified(
+  step: spans.Step,
+  programs: programs_lib.Programs,
+  params: device_state.Params,
+  state: device_state.State,
+  lives: Lives,
+) -> tuple[device_state.State, Flight]:
+  """Sends a step that verifies drafts."""
+  now = time.perf_counter()
+  longest = max(span.length for span in step.decodes)
+  shape = programs.verified_for(len(step.decodes), longest)
+  assert shape is not None  # drafts are as long as a shape allows
+  flat_I, inputs = programs.empty_verified(shape)
+  inputs_lib.fill_verified(inputs, step, width=shape.width, answers=lives)
+  state, outputs = programs.verify(shape, params, state, flat_I)
+  rows = steps.Shape(shape.num_spans, 0)
+  return state, Flight(step, rows, outputs, None, now, shape.width)
+
+
+def seat(
+  live: answer.Live,
+  programs: programs_lib.Programs,
+  state: device_state.State,
+) -> device_state.State:
+  """Writes the settings of a sequence to its slot. Donates `state`."""
+  sequence = live.sequence
+  assert sequence.slot is not None
+  state = programs.seat(state, sequence.slot, live.sampler_row())
+  if live.has_penalties:
+    state = programs.recount(
+      state, sequence.slot, sequence.tokens, sequence.num_prompt
+    )
+  return state
+
+
+def read(flight: Flight, lives: Lives) -> tuple[steps.Outputs, float]:
+  """Returns what answers want of a dispatch, and the seconds waited for it."""
+  assert flight.outputs is not None
+  start = time.perf_counter()
+  asking = [lives.get(span.sequence) for span in flight.step.spans]
+  outputs = jax.device_get(answer.wanted(asking, flight.outputs))
+  return outputs, time.perf_counter() - start
 
 
 def sampled(

@@ -133,6 +133,37 @@ def fill(
         inputs.forced_R[place] = token
 
 
+def fill_verified(
+  inputs: steps.Inputs,
+  step: spans.Step,
+  *,
+  width: int,
+  answers: Mapping[page_tables.Sequence, answer.Live],
+) -> None:
+  """Writes a step that verifies drafts into empty inputs that hold it.
+
+  Each decode, with its draft, lies where a chunk of another step would.
+
+  Args:
+    inputs: of `empty`, without decodes; changed.
+    step: the planned step.
+    width: R, tokens per chunk.
+    answers: of every sequence of the step.
+  """
+  adapters_E = getattr(inputs, 'adapters_E', None)  # of `AdaptedInputs` only
+  for place, span in enumerate(step.decodes):
+    part = slice(place * width, place * width + span.length)
+    inputs.tokens_T[part] = span.tokens
+    inputs.positions_T[part] = np.arange(span.start, span.start + span.length)
+    inputs.chunk_table_XL[place, : len(span.pages)] = span.pages
+    inputs.slots_R[place] = span.slot
+    if adapters_E is not None:
+      adapters_E[place] = answers[span.sequence].adapter.slot
+    token = answers[span.sequence].forced_token(span.start + 1)
+    if token is not None:
+      inputs.forced_R[place] = token
+
+
 def placed_spans(
   step: spans.Step, num_decodes: int
 ) -> list[tuple[int, spans.Span]]:

@@ -14,7 +14,7 @@ import threading
 import prometheus_client
 from prometheus_client import metrics_core, utils
 
-from inference.scheduling import sequence_manager
+from inference.scheduling import gauges as gauges_lib
 
 # Bucket bounds in seconds, from a step of a small model to a long wait.
 _SECONDS = tuple(
@@ -135,6 +135,7 @@ class Metrics:
       'queue_seconds', 'From submission to the first step.'
     )
     self._add_constraints(counter)
+    self._add_speculation(counter, gauge)
 
   def _add_constraints(self, counter: Callable) -> None:
     self.mask_seconds = Histogram(
@@ -149,6 +150,32 @@ class Metrics:
     self.forced_tokens = counter(
       'constraint_forced_tokens', 'Those of them that a grammar left no choice.'
     )
+
+  def _add_speculation(self, counter: Callable, gauge: Callable) -> None:
+    self.acceptance = gauge(
+      'speculation_acceptance',
+      'Share of late drafted tokens that were right, as all before them.',
+    )
+    self.speculation_gain = gauge(
+      'speculation_gain',
+      'Expected tokens per second of the last choice, beside decode steps; 1:'
+      ' drafts are not worth their time.',
+    )
+    self.verified_spans = counter(
+      'speculation_verified_spans', 'Drafts that were verified.'
+    )
+    self.drafted_tokens = counter(
+      'speculation_tokens',
+      'Tokens of drafts, by what became of them.',
+      ['kind'],
+    )
+
+  def count_draft(self, *, drafted: int, accepted: int) -> None:
+    """Counts a draft, and those of its tokens that an answer has taken."""
+    if drafted:
+      self.verified_spans.inc()
+      self.drafted_tokens.labels('accepted').inc(accepted)
+      self.drafted_tokens.labels('rejected').inc(drafted - accepted)
 
   def count(
     self, *, steps: int, decoded: int, prefilled: int, rows: int
@@ -182,9 +209,7 @@ class Metrics:
     if num:
       self.inter_token.observe(since / num, num)
 
-  def set_gauges(
-    self, gauges: sequence_manager.Gauges, page_tokens: int
-  ) -> None:
+  def set_gauges(self, gauges: gauges_lib.Gauges, page_tokens: int) -> None:
     """Sets the gauges to the state of the sequences and their pages."""
     self.running.set(gauges.num_running)
     self.waiting.set(gauges.num_waiting)

@@ -218,7 +218,7 @@ def decode_step(
     The KV cache with the keys and values of the D tokens, and the logits of
     the tokens that follow, float32 [R, V].
   """
-  hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
+  hidden_TD, kv_cache = hidden(params, kv_cache, last_B, inputs, model)
   return kv_cache, *finish(model, params, vocab_size, hidden_TD, inputs)
 
 
@@ -246,7 +246,7 @@ def prefill(
     of the M prompt tokens in `inputs.targets_M`, and the final hidden states of
     the M tokens of the chunks, [M, D].
   """
-  hidden_TD, kv_cache = _hidden(params, kv_cache, last_B, inputs, model)
+  hidden_TD, kv_cache = hidden(params, kv_cache, last_B, inputs, model)
   return kv_cache, *finish(model, params, vocab_size, hidden_TD, inputs)
 
 
@@ -299,7 +299,7 @@ def sample(
   return slots, jnp.where(is_finite_R, tokens_R, -1), found
 
 
-def _hidden(
+def hidden(
   params: device_state.Params,
   kv_cache: device_state.KVCache,
   last_B: jax.Array,
@@ -382,7 +382,7 @@ def finish(
   inputs: Inputs,
 ) -> tuple[Any, ...]:
   """Returns the logits of a step; with chunks, what their prompts want too."""
-  logits_of = functools.partial(_logits, model, params, vocab_size)
+  logits_of = functools.partial(logits, model, params, vocab_size)
   num_decodes, num_chunks = (
     table.shape[0] for table in (inputs.decode_table_DL, inputs.chunk_table_XL)
   )
@@ -410,12 +410,13 @@ def _last(hidden_TD: jax.Array, inputs: Inputs, num_decodes: int) -> jax.Array:
   return hidden_RD.at[chunks].add(marks_X1)
 
 
-def _logits(
+def logits(
   model: transformer.Transformer,
   params: device_state.Params,
   vocab_size: int,
   hidden_RD: jax.Array,
 ) -> jax.Array:
+  """Returns the logits of ids below V after final hidden states, [R, V]."""
   # The head is the largest matrix: it sees the tokens that need logits only.
   return apply(model, params, hidden_RD, method='unembed')[..., :vocab_size]
 

@@ -97,7 +97,7 @@ class Accounts:
       prefilled=num_prefilled,
       rows=num_steps * rows,
     )
-    if num_steps and not step.chunks:
+    if num_steps and not step.chunks and not step.is_verified:
       seconds = (now - max(sent_at, self._last_landed)) / num_steps
       if seconds > self._step_seconds:
         longer = seconds - self._step_seconds

@@ -187,6 +187,11 @@ class Live:
     Returns:
       The update, and the number of tokens until the end of the answer.
     """
+    if not tokens:
+      raise RuntimeError(
+        f'sequence {self.sequence.id}: got no token, expected one, since it has'
+        ' not ended; report this as a bug'
+      )
     wanted = self._request.settings.logprobs
     releases = []
     for index, token in enumerate(tokens):

@@ -70,7 +70,8 @@ class Usage:
   prefill_tokens: int = 0  # computed in chunks, also after a preemption
   decode_tokens: int = 0  # computed one at a time
   cached_tokens: int = 0  # prompt tokens that other sequences had computed
-  rejected_tokens: int = 0  # guesses of its next tokens that were wrong
+  accepted_tokens: int = 0  # guesses of its next tokens that were right
+  rejected_tokens: int = 0  # guesses that were wrong, or behind its end
   preemptions: int = 0  # times that it gave its pages back
   flops: float = 0.0  # of matrix products, without padding
   kv_byte_seconds: float = 0.0  # bytes of its pages, times the duration

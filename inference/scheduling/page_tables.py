@@ -181,6 +181,12 @@ class PageTables:
       sequence.pages += tuple(self._allocate(missing))
     return copies
 
+  def trim(self, sequence: Sequence):
+    """Releases the pages behind the computed tokens of a sequence."""
+    num_pages = self.num_pages(sequence.num_computed)
+    self.allocator.release(sequence.pages[num_pages:])
+    sequence.pages = sequence.pages[:num_pages]
+
   def fork(self, source: Sequence, child: Sequence):
     """Shares the computed prompt of `source` with `child`.
 

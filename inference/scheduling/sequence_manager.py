@@ -13,40 +13,29 @@ while a dispatched step writes to it, because the device runs steps in order and
 the next owner of the page writes in a later step.
 
 A step without chunks may compute several tokens of each sequence, one after
-another: `decode_steps` says how many may follow without another plan.
+another: `decode_steps` says how many may follow without another plan. It may
+also verify tokens that were drafted, all at once: `draft_lengths` says how
+many, and `reject` takes back those that turned out wrong.
 
 One thread owns a SequenceManager.
 """
 
 import collections
-from collections.abc import Collection, Hashable, Sequence
-import dataclasses
+from collections.abc import Collection, Hashable, Mapping, Sequence
 import heapq
 import itertools
 
-from inference.scheduling import fairness, page_tables, scheduler, spans
+from inference.scheduling import (
+  fairness,
+  gauges as gauges_lib,
+  lengths,
+  page_tables,
+  refusals,
+  scheduler,
+  spans,
+)
 
-# Decode steps of one dispatch while sequences wait: a slot that becomes free is
-# given away after at most so many steps more.
-_STEPS_BEFORE_WAITING = 8
-
-
-class Refused(ValueError):
-  """The sequence could never run, or contradicts its parent."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gauges:
-  """The state of a manager for metrics; the last two values only grow."""
-
-  num_running: int
-  num_waiting: int
-  pages_used: int
-  pages_idle: int
-  pages_free: int
-  tokens_held: int  # in the used pages; the tokens of a shared page count once
-  prefix_tokens_looked_up: int
-  prefix_tokens_found: int
+Refused = refusals.Refused
 
 
 class SequenceManager:
@@ -115,13 +104,7 @@ class SequenceManager:
     self._check_new(id, len(prompt), max_new_tokens)
     if parent and self._sequences.get(parent.id) is not parent:
       parent = None  # it has ended
-    if parent and (
-      parent.tokens[: parent.num_prompt] != prompt or parent.scope != scope
-    ):
-      raise Refused(
-        f'sequence {id!r}: got another prompt or scope than its parent'
-        f' {parent.id!r}, expected the same; submit it without a parent'
-      )
+    refusals.check_parent(id, prompt, scope, parent)
     if principal not in self._active:
       self.served = fairness.lift(self.served, principal, self._active)
     self._active[principal] += 1
@@ -176,34 +159,46 @@ class SequenceManager:
   def decode_steps(self, plan: scheduler.StepPlan, most: int) -> int:
     """Returns how many decode steps may be computed before the next plan.
 
-    More than one only if the next plan would decode the same sequences: none
-    has prompt tokens left, none enters or gives pages back, and the pages that
-    no sequence holds suffice.
+    More than one only if the next plan would decode the same sequences, and the
+    pages that no sequence holds suffice.
 
     Args:
       plan: the latest.
       most: at most so many.
     """
-    if plan.prefills or plan.preempted or plan.admitted or not plan.decodes:
+    if not lengths.is_steady(plan, self._running.values()):
       return 1
-    ready = sum(each.is_ready for each in self._running.values())
-    if ready > len(plan.decodes):
-      return 1  # prompt tokens of another sequence wait for a later step
     if any(each.is_ready for each in self._waiting.values()):
-      most = min(most, _STEPS_BEFORE_WAITING)
+      most = min(most, lengths.STEPS_BEFORE_WAITING)
     sequences = [self._sequences[id] for id in plan.decodes]
-    most = min(most, max(each.num_unsampled for each in sequences))
-    allocator = self.tables.allocator
-    room = allocator.num_free + allocator.num_idle
-    while most > 1 and room < sum(
-      self.tables.num_missing(each, min(most, each.num_unsampled))
-      for each in sequences
-    ):
-      most //= 2
-    return most
+    return lengths.decode_steps(sequences, most, self.tables)
+
+  def draft_lengths(
+    self, plan: scheduler.StepPlan, wanted: Mapping[Hashable, int]
+  ) -> dict[Hashable, int]:
+    """Returns how many drafted tokens of each decode may be verified at once.
+
+    None if the plan does more than decode, or if a token is in flight: a draft
+    continues known tokens.
+
+    Args:
+      plan: the latest.
+      wanted: tokens of the draft of each sequence, by its id.
+    """
+    sequences = [self._sequences[id] for id in plan.decodes]
+    if not lengths.is_steady(plan, self._running.values()):
+      return {}
+    found = lengths.drafts(
+      {each: wanted.get(each.id, 0) for each in sequences}, self.tables
+    )
+    return {each.id: length for each, length in found.items()}
 
   def begin(
-    self, plan: scheduler.StepPlan, *, decode_steps: int = 1
+    self,
+    plan: scheduler.StepPlan,
+    *,
+    decode_steps: int = 1,
+    drafts: Mapping[Hashable, Sequence[int]] | None = None,
   ) -> spans.Step:
     """Carries out a plan and returns the step for the device.
 
@@ -214,6 +209,9 @@ class SequenceManager:
       plan: the latest.
       decode_steps: tokens of each decode, as `decode_steps` allows. A sequence
         that reaches its last token before has fewer.
+      drafts: tokens that may follow the known ones of each decode, by its id,
+        as many as `draft_lengths` allows; the step verifies them. None: it
+        verifies nothing.
 
     Raises:
       ValueError: `plan` is not the latest plan, or a sequence has left since.
@@ -233,10 +231,7 @@ class SequenceManager:
     for sequence in seated:
       self._seat(sequence)
     decoding = [self._sequences[id] for id in plan.decodes]
-    work = [
-      (sequence, min(decode_steps, sequence.num_unsampled))
-      for sequence in decoding
-    ]
+    work = lengths.work(decoding, decode_steps, drafts)
     work += [(self._sequences[each.id], each.length) for each in plan.prefills]
     copies = []
     for sequence, length in work:
@@ -246,7 +241,9 @@ class SequenceManager:
     step = spans.Step(
       copies=tuple(copies),
       decodes=tuple(
-        spans.decode(sequence, length, self.limits)
+        spans.decode(
+          sequence, length, self.limits, (drafts or {}).get(sequence.id, ())
+        )
         for sequence, length in decodes
       ),
       chunks=tuple(
@@ -256,6 +253,7 @@ class SequenceManager:
       ),
       seated=tuple(seated),
       preempted=tuple(preempted),
+      is_verified=drafts is not None,
     )
     for sequence, length in decodes:
       for _ in range(length):
@@ -263,7 +261,11 @@ class SequenceManager:
     for sequence, length in prefills:
       self._advance(sequence, length)
     self._charge(work)
-    self.num_steps += max((length for _, length in decodes), default=1)
+    self.num_steps += (
+      1
+      if step.is_verified
+      else max((length for _, length in decodes), default=1)
+    )
     return step
 
   def append(self, sequence: page_tables.Sequence, token: int) -> None:
@@ -280,6 +282,19 @@ class SequenceManager:
     sequence.num_in_flight -= 1
     sequence.tokens.append(token)
 
+  def reject(self, sequence: page_tables.Sequence, num_tokens: int) -> None:
+    """Takes back the last tokens in flight: they follow a wrong draft.
+
+    Their pages are released: the step that wrote to them has been read. A plan
+    made before is void.
+    """
+    sequence.num_in_flight -= num_tokens
+    if sequence.is_running:  # else its pages are gone already
+      sequence.num_computed -= num_tokens
+      self.tables.trim(sequence)
+      self._refund(sequence, sequence.num_computed)
+    self._planned = None
+
   def end(
     self, sequence: page_tables.Sequence, *, is_sound: bool = True
   ) -> None:
@@ -294,8 +309,8 @@ class SequenceManager:
       is_sound: False if its keys and values are not finite. The prefix cache
         then drops all its pages, also the pages that it shared.
     """
-    self._refund(sequence)
     num_known = len(sequence.tokens)
+    self._refund(sequence, num_known)
     sequence.num_computed = min(sequence.num_computed, num_known - 1)
     self._release(sequence, is_sound=is_sound)
     self._disown(sequence)
@@ -331,18 +346,13 @@ class SequenceManager:
     running = [each.principal for each in self._running.values()]
     return self._active[principal] - running.count(principal)
 
-  def gauges(self) -> Gauges:
+  def gauges(self) -> gauges_lib.Gauges:
     """Returns the state of the manager."""
-    allocator, cache = self.tables.allocator, self.tables.cache
-    return Gauges(
+    return gauges_lib.of(
+      self.tables,
+      self._sequences.values(),
       num_running=len(self._running),
       num_waiting=len(self._waiting),
-      pages_used=allocator.num_used,
-      pages_idle=allocator.num_idle,
-      pages_free=allocator.num_free,
-      tokens_held=self.tables.num_tokens_held(self._sequences.values()),
-      prefix_tokens_looked_up=cache.num_tokens_looked_up,
-      prefix_tokens_found=cache.num_tokens_found,
     )
 
   def check(self) -> None:
@@ -457,9 +467,9 @@ class SequenceManager:
       served = self.served.get(sequence.principal, 0)
       self.served[sequence.principal] = served + new / sequence.weight
 
-  def _refund(self, sequence: page_tables.Sequence):
-    """Gives back the charge for tokens that were to follow the last one."""
-    unused = sequence.num_charged - len(sequence.tokens)
+  def _refund(self, sequence: page_tables.Sequence, num_tokens: int):
+    """Gives back the charge for tokens that were to follow the first ones."""
+    unused = sequence.num_charged - num_tokens
     if unused > 0:
       sequence.num_charged -= unused
       self.served[sequence.principal] -= unused / sequence.weight
@@ -470,19 +480,10 @@ class SequenceManager:
       raise Refused(
         f'sequence {id!r}: got an id that is taken; expected a new one'
       )
-    if num_prompt < 1 or max_new_tokens < 1:
-      raise Refused(
-        f'sequence {id!r}: got a prompt of {num_prompt} tokens and'
-        f' {max_new_tokens} new ones, expected at least one of each; begin with'
-        ' a token that starts a text, and ignore a token that is not wanted'
-      )
-    usable = self.tables.allocator.num_usable
-    # The last token is sampled and never computed.
-    needed = self.limits.num_pages(num_prompt + max_new_tokens - 1)
-    if needed > usable:
-      raise Refused(
-        f'sequence {id!r}: got {num_prompt} prompt tokens and up to'
-        f' {max_new_tokens} new ones, {needed} pages, expected at most'
-        f' {usable * self.limits.page_size} tokens, {usable} pages; shorten it'
-        ' or give the cache more pages'
-      )
+    refusals.check_fits(
+      id,
+      num_prompt,
+      max_new_tokens,
+      limits=self.limits,
+      num_usable=self.tables.allocator.num_usable,
+    )

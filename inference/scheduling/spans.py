@@ -1,5 +1,6 @@
 """The work of the device in one step: spans of tokens, and pages to copy."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from inference.scheduling import page_tables, scheduler
@@ -12,10 +13,11 @@ class Span:
   sequence: page_tables.Sequence
   slot: int  # of the sequence in this step; it may have another one later
   start: int  # position of the first token
-  length: int  # of a decode: its successive decode steps
-  # Token ids; of a decode the first one. None: it is in flight, the token
-  # sampled last in this slot. A new owner of a slot never reads the token of
-  # the owner before, since its first tokens are known.
+  # Of a decode: its successive decode steps, or 1 and the length of its draft.
+  length: int
+  # Token ids; of a decode the first one, and those of its draft. None: it is in
+  # flight, the token sampled last in this slot. A new owner of a slot never
+  # reads the token of the owner before, since its first tokens are known.
   tokens: tuple[int, ...] | None
   pages: tuple[int, ...]  # page table up to position start + length
   samples: bool  # whether a token is sampled after the last position
@@ -38,6 +40,9 @@ class Step:
   # Sequences that got a slot in this step; each has a span.
   seated: tuple[page_tables.Sequence, ...]
   preempted: tuple[page_tables.Sequence, ...]  # lost their slot before it
+  # Whether all tokens of the decodes are known, and a token is sampled after
+  # each of them as long as it is the next one: they are drafts.
+  is_verified: bool = False
 
   @property
   def spans(self) -> tuple[Span, ...]:
@@ -46,9 +51,12 @@ class Step:
 
 
 def decode(
-  sequence: page_tables.Sequence, length: int, limits: scheduler.Limits
+  sequence: page_tables.Sequence,
+  length: int,
+  limits: scheduler.Limits,
+  draft: Sequence[int] = (),
 ) -> Span:
-  """Returns the span of `length` decode steps of a sequence."""
+  """Returns the span of `length` decode steps of a sequence, or of a draft."""
   stop = sequence.num_computed + length
   known = sequence.tokens[sequence.num_computed :][:1]
   assert sequence.slot is not None
@@ -57,7 +65,7 @@ def decode(
     slot=sequence.slot,
     start=sequence.num_computed,
     length=length,
-    tokens=tuple(known) or None,
+    tokens=(*known, *draft) or None,
     pages=sequence.pages[: limits.num_pages(stop)],
     samples=True,
   )

@@ -11,6 +11,7 @@ place of 3 to 6. A step has the same bits, and where layers are large it takes
 the same time.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -82,8 +83,12 @@ def lower(
   *,
   model: transformer.Transformer,
   vocab_size: int,
+  finish: Callable[..., tuple[Any, ...]] = steps.finish,
 ) -> Step:
-  """Traces the programs of a step; arguments as of `steps.prefill`."""
+  """Traces the programs of a step; arguments as of `steps.prefill`.
+
+  `finish` makes the results of the final hidden states, as `steps.finish` does.
+  """
   config = model.config
   shared, layers = parted(params)
   begin = _begin.lower(shared, last_B, inputs, model=model)
@@ -96,10 +101,10 @@ def lower(
         config, model.dtype, model.execution, kind[0], parent=None
       )
       lowered[kind] = _layer.lower(layer, x_1TD, pages, *others, block=block)
-  finish = _finish.lower(
-    shared, x_1TD, inputs, model=model, vocab_size=vocab_size
+  finished = _finish.lower(
+    shared, x_1TD, inputs, model=model, vocab_size=vocab_size, finish=finish
   )
-  return Step(begin, lowered, finish, kinds)
+  return Step(begin, lowered, finished, kinds)
 
 
 def _kind(layer: model_config.Layer, variables: Any) -> tuple[Any, ...]:
@@ -152,7 +157,7 @@ def _layer(
   return x_1TD, entry.pages
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'vocab_size'))
-def _finish(params, x_1TD, inputs: steps.Inputs, *, model, vocab_size: int):
+@functools.partial(jax.jit, static_argnames=('model', 'vocab_size', 'finish'))
+def _finish(params, x_1TD, inputs: steps.Inputs, *, model, vocab_size, finish):
   (hidden_TD,) = steps.apply(model, params, x_1TD, method='normalised')
-  return steps.finish(model, params, vocab_size, hidden_TD, inputs)
+  return finish(model, params, vocab_size, hidden_TD, inputs)

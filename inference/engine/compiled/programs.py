@@ -12,7 +12,6 @@ sampler take longer to compile than a layer of the model.
 """
 
 from concurrent import futures
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,13 @@ from inference.engine import (
   inputs as inputs_lib,
   steps,
 )
-from inference.engine.compiled import layered, program_store
+from inference.engine.compiled import (
+  jitted,
+  layered,
+  program_store,
+  shapes as shapes_lib,
+  verification,
+)
 from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 from models.layers import adapters as adapters_lib
@@ -43,6 +48,19 @@ class Masked(NamedTuple):
   """Names the program that samples so many tokens within grammars."""
 
   size: int
+
+
+class Verified(NamedTuple):
+  """Names the program of a step that verifies drafts: X spans of R tokens."""
+
+  num_spans: int
+  width: int
+
+
+class Accepted(NamedTuple):
+  """Names the program that samples the tokens of such a step."""
+
+  shape: Verified
 
 
 class Pending(NamedTuple):
@@ -93,7 +111,7 @@ class Programs:
     self._has_constraints = config.constraints
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
-    self._sample_sizes = _sample_sizes(max(map(sum, shapes)))
+    self._sample_sizes = shapes_lib.sample_sizes(max(map(sum, shapes)))
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
     (device,) = state.slots.last_B.devices()
@@ -113,14 +131,22 @@ class Programs:
       self._is_layered,
     )
     self._compiled: dict[Any, Any] = {}
-    first = self.shapes if compile_all else _holding_all(self.shapes)
+    self.verified = [Verified(*shape) for shape in config.verified_shapes()]
+    first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     self._has_adapters = adapters_lib.COLLECTION in self._params
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
     self._compile([*names, *self._with_sizes(first)])
+    if compile_all:
+      self._compile(self._verifying())
 
   def compile_rest(self) -> None:
     """Compiles the shapes that are left; another thread may run steps."""
     self._compile(self._with_sizes(self.shapes))
+    self._compile(self._verifying())
+
+  def _verifying(self) -> list[Any]:
+    """Returns the keys of the programs that verify drafts."""
+    return [key for each in self.verified for key in (Accepted(each), each)]
 
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns shapes, and before them the sizes that they sample with."""
@@ -163,7 +189,7 @@ class Programs:
     pages_Z = np.zeros((COPIES,), np.int32)
     if isinstance(key, Forward):
       layout = self._layout(key.shape, is_split=True)
-      return _forward.lower(
+      return jitted.forward.lower(
         params,
         kv_cache,
         slots.last_B,
@@ -172,6 +198,8 @@ class Programs:
         model=self._model,
         vocab_size=self._vocab_size,
       )
+    if isinstance(key, Verified | Accepted):
+      return self._lower_verified(key)
     if isinstance(key, steps.Shape):
       layout = self._layout(key)
       flat_I = np.zeros((layout.size,), np.int32)
@@ -180,10 +208,10 @@ class Programs:
         inputs = inputs_lib.split(flat_I, layout)
         return layered.lower(params, kv_cache, slots.last_B, inputs, **static)
       if key.num_chunks:
-        return _prefill.lower(
+        return jitted.prefill.lower(
           params, kv_cache, slots.last_B, flat_I, layout=layout, **static
         )
-      return _decode_steps.lower(
+      return jitted.decode_steps.lower(
         params,
         self._state,
         flat_I,
@@ -196,18 +224,92 @@ class Programs:
       logits_RV = jax.ShapeDtypeStruct((size, self._vocab_size), jnp.float32)
       zeros_R = np.zeros((size,), np.int32)
       allowed = (self.all_allowed(size),) if isinstance(key, Masked) else ()
-      return _sample.lower(
+      return jitted.sample.lower(
         slots, logits_RV, zeros_R, zeros_R, zeros_R, *allowed
       )
     if key == 'seat':
       return device_state.seat.lower(slots, slot, sampler_lib.idle())
     if key == 'adapt':
       table = params[adapters_lib.COLLECTION]
-      return _put_adapter.lower(table, slot, adapter_table.row_shapes(table))
+      return jitted.put_adapter.lower(
+        table, slot, adapter_table.row_shapes(table)
+      )
     if key == 'recount':
       return device_state.recount.lower(slots, slot, ids_T, slot)
     copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
     return copy.lower(kv_cache, pages_Z, pages_Z)
+
+  def _lower_verified(self, key: Verified | Accepted) -> Any:
+    params, (kv_cache, slots) = self._params, self._state
+    shape = key.shape if isinstance(key, Accepted) else key
+    layout = self._verified_layout(shape)
+    flat_I = np.zeros((layout.size,), np.int32)
+    if isinstance(key, Accepted):
+      logits_XRV = jax.ShapeDtypeStruct((*shape, self._vocab_size), jnp.float32)
+      return verification.accept.lower(slots, logits_XRV, flat_I, layout=layout)
+    given = params, kv_cache, slots.last_B
+    static = {'model': self._model, 'vocab_size': self._vocab_size}
+    if self._is_layered:
+      inputs = inputs_lib.split(flat_I, layout)
+      return layered.lower(*given, inputs, finish=verification.finish, **static)
+    return verification.verify.lower(*given, flat_I, layout=layout, **static)
+
+  def _verified_layout(self, shape: Verified) -> inputs_lib.Layout:
+    # Spans lie as chunks of a step without decodes.
+    return inputs_lib.Layout(
+      0, *shape, self._table_width, shape.num_spans, self._has_adapters
+    )
+
+  def verified_shapes(self, num_spans: int) -> list[Verified]:
+    """Returns the smallest shape of each width that holds so many spans.
+
+    Only shapes that are compiled; none if the engine does not speculate.
+    """
+    widths = sorted({shape.width for shape in self.verified})
+    found = [self.verified_for(num_spans, width) for width in widths]
+    return list(dict.fromkeys(shape for shape in found if shape))
+
+  def verified_for(self, num_spans: int, length: int) -> Verified | None:
+    """Returns the smallest shape that holds spans of up to `length` tokens.
+
+    None if none is compiled: the engine does not speculate, or not yet.
+    """
+    held = [
+      shape
+      for shape in self.verified
+      if shape.num_spans >= num_spans
+      and shape.width >= length
+      and shape in self._compiled
+    ]
+    return min(held, key=lambda shape: (shape.width, shape), default=None)
+
+  def empty_verified(self, shape: Verified) -> tuple[np.ndarray, steps.Inputs]:
+    """Returns inputs of padding only, as `empty_inputs` does."""
+    return inputs_lib.empty(
+      self._verified_layout(shape), padding_slot=self._padding_slot
+    )
+
+  def verify(
+    self,
+    shape: Verified,
+    params: device_state.Params,
+    state: device_state.State,
+    flat_I: np.ndarray,
+  ) -> tuple[device_state.State, steps.Outputs]:
+    """Computes a step that verifies drafts. Donates `state`.
+
+    Arguments are those of `step`.
+    """
+    inputs: Any = flat_I
+    if self._is_layered:
+      inputs = inputs_lib.split(flat_I, self._verified_layout(shape))
+    kv_cache, logits_XRV = self._compiled[shape](
+      params, state.kv_cache, state.slots.last_B, inputs
+    )
+    slots, outputs = self._compiled[Accepted(shape)](
+      state.slots, logits_XRV, flat_I
+    )
+    return device_state.State(kv_cache, slots), outputs
 
   def shape_for(
     self, num_decodes: int, num_chunks: int, *, is_split: bool = False
@@ -301,7 +403,7 @@ class Programs:
         params, state.kv_cache, last_B, inputs
       )
       prompt, hidden_MD = of_prompts or (None, None)
-      where = _sampled(inputs)
+      where = jitted.sampled(inputs)
     elif shape.num_chunks:
       kv_cache, logits_RV, prompt, hidden_MD, where = program(
         params, state.kv_cache, last_B, flat_I
@@ -387,88 +489,6 @@ class Programs:
     return state._replace(kv_cache=kv_cache)
 
 
-_put_adapter = jax.jit(adapter_table.put, donate_argnames=('table',))
-
-
-@functools.partial(
-  jax.jit,
-  donate_argnames=('state',),
-  static_argnames=('layout', 'model', 'vocab_size', 'most'),
-)
-def _decode_steps(params, state, flat_I, *, layout, **static):
-  inputs = inputs_lib.split(flat_I, layout)
-  return steps.decode_steps(params, state, inputs, **static)
-
-
-@functools.partial(
-  jax.jit,
-  donate_argnames=('kv_cache',),
-  static_argnames=('layout', 'model', 'vocab_size'),
-)
-def _prefill(params, kv_cache, last_B, flat_I, *, layout, **static):
-  """Returns the results of `prefill`, and the arguments of `sample`."""
-  inputs = inputs_lib.split(flat_I, layout)
-  results = steps.prefill(params, kv_cache, last_B, inputs, **static)
-  return *results, _sampled(inputs)
-
-
-@functools.partial(
-  jax.jit,
-  donate_argnames=('kv_cache',),
-  static_argnames=('layout', 'model', 'vocab_size'),
-)
-def _forward(params, kv_cache, last_B, flat_I, *, layout, **static):
-  """Returns the results of `decode_step`, and the arguments of `sample`."""
-  inputs = inputs_lib.split(flat_I, layout)
-  results = steps.decode_step(params, kv_cache, last_B, inputs, **static)
-  return *results, _sampled(inputs)
-
-
-def _sampled(inputs: steps.Inputs) -> tuple[Any, Any, Any]:
-  """Returns slots, positions and forced tokens of the tokens to sample."""
-  positions_R = inputs.positions_T[inputs.rows_R] + 1
-  return inputs.slots_R, positions_R, inputs.forced_R
-
-
-@functools.partial(jax.jit, donate_argnames=('slots',))
-def _sample(slots, logits_RV, *where):
-  """Returns the results of `sample` as those of one decode step."""
-  slots, *found = steps.sample(slots, logits_RV, *where)
-  tokens_SR, logprobs = jax.tree.map(lambda leaf: leaf[None], found)
-  return slots, steps.Outputs(tokens_SR, logprobs, None)
-
-
-def _holding_all(shapes: list[steps.Shape]) -> list[steps.Shape]:
-  """Returns the fewest shapes that hold every step, and that of decodes alone.
-
-  A step without chunks runs most often. Padding by chunks would slow it down.
-  """
-
-  def largest(among):
-    return [
-      shape
-      for shape in among
-      if not any(
-        other != shape and np.all(np.array(other) >= shape) for other in among
-      )
-    ]
-
-  decodes = [shape for shape in shapes if not shape.num_chunks]
-  return list(dict.fromkeys([*largest(decodes), *largest(shapes)]))
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(leaf, 'sharding', None)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _sample_sizes(most: int) -> list[int]:
-  """Returns the sizes that `sample` is compiled for: powers of 4, and `most`.
-
-  Few sizes: its filters take longer to compile than a layer of the model does,
-  and padding costs little beside the matrix products of a step.
-  """
-  sizes = []
-  while (size := 4 ** len(sizes)) < most:
-    sizes.append(size)
-  return [*sizes, most]

@@ -166,6 +166,7 @@ class Accounting(_Shape):
   prefill_tokens: int
   decode_tokens: int
   cached_tokens: int
+  accepted_tokens: int
   rejected_tokens: int
   preemptions: int
   flops: float

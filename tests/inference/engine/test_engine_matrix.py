@@ -15,7 +15,7 @@ import pytest
 
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from tests.helpers.serving import reference_engine
+from tests.helpers.serving import guesses, reference_engine
 
 _Settings = settings_lib.Settings
 _DENSE = {
@@ -192,6 +192,33 @@ def _check_everything(kind, layout, *, num_crowds=2, num_requests=24):
 @pytest.mark.parametrize('layout', [reference_engine.SIX_SHAPES, _DENSE])
 def test_one_function_paged_and_dense(layout):
   _check_everything('llama', layout)
+
+
+def _check_drafted(layout, **crowds):
+  """Serves everything with drafts that are right, wrong, or of other texts."""
+  engine = reference_engine.engine(**layout, speculation='ngram')
+  texts = (
+    (*request.prompt_ids, *_reference().answer(request, index).token_ids)
+    for request in _requests()
+    for index in range(request.settings.n)
+  )
+  guesses.install(engine, guesses.Guesses(texts))
+  _check_alone('llama', engine)
+  _check_crowds('llama', engine, **crowds)
+  for kind in ('accepted', 'rejected'):
+    value = engine.metrics.value('speculation_tokens_total', kind=kind)
+    assert value > 50
+
+
+def test_one_function_with_drafts():
+  layout = {**reference_engine.SIX_SHAPES, 'decode_shapes': (8,)}
+  _check_drafted(layout, num_crowds=2, num_requests=24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', [_DENSE, _PAGE_1, _PAGE_64])
+def test_one_function_with_drafts_for_every_page_size(layout):
+  _check_drafted(layout, num_crowds=3, num_requests=24)
 
 
 @pytest.mark.slow

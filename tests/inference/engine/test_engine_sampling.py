@@ -84,6 +84,11 @@ def counts():
 
 @pytest.fixture(scope='module')
 def logits():
+  """Returns `outcomes`."""
+  return outcomes()
+
+
+def outcomes():
   """Returns the logits after the prompt, and after each next token."""
   reference = reference_engine.Reference(is_small=True)
   vocabulary = range(reference_engine.SmallTokenizer.vocab_size)

@@ -431,7 +431,7 @@ def test_gauges_tell_running_waiting_pages_and_tokens():
   for id in 'abc':
     loop.submit(id, [ord(id)] * 5, 20)
   loop.step()
-  assert loop.manager.gauges() == sequence_manager.Gauges(
+  assert loop.manager.gauges() == sequence_manager.gauges_lib.Gauges(
     num_running=2,
     num_waiting=1,
     pages_used=4,

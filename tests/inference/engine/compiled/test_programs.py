@@ -13,7 +13,7 @@ from inference.engine import (
   engine_config,
   steps,
 )
-from inference.engine.compiled import programs as programs_lib
+from inference.engine.compiled import shapes as shapes_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import penalties, sampler as sampler_lib, settings
 from tests.helpers import tiny_models
@@ -64,7 +64,7 @@ def test_few_shapes_hold_every_step():
   ):
     config = engine_config.EngineConfig(**layout)
     shapes = [steps.Shape(*shape) for shape in config.step_shapes()]
-    few = programs_lib._holding_all(shapes)
+    few = shapes_lib.holding_all(shapes)
     assert len(few) <= 3
     assert (config.max_sequences, 0) in few
     for decodes, chunks in shapes:
@@ -112,7 +112,7 @@ def test_sizes_of_sample_are_few_and_hold_every_shape():
   for most, expected in (
     (1, [1]), (2, [1, 2]), (4, [1, 4]), (5, [1, 4, 5]), (33, [1, 4, 16, 33]),
   ):  # fmt: skip
-    assert programs_lib._sample_sizes(most) == expected
+    assert shapes_lib.sample_sizes(most) == expected
 
 
 def test_inputs_are_padding_until_they_are_filled(programs):

@@ -333,6 +333,7 @@ def test_an_answer_tells_what_it_took(complete):
     'prompt_tokens',
     'prefill_tokens',
     'decode_tokens',
+    'accepted_tokens',
     'rejected_tokens',
     'cached_tokens',
     'preemptions',

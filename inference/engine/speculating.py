@@ -1,0 +1,189 @@
+"""Which drafts an engine verifies, and what became of them.
+
+An engine that speculates waits for the tokens in flight when a draft may follow
+them, plans one step that verifies drafts of all decoding sequences, and waits
+for that as well (`compiled.verification`). It sends decode steps ahead, as any
+engine does, while no sequence has a draft, and where `speculation.choice`
+expects them to be quicker. Steps with prompt chunks verify nothing: their
+programs are large, and more shapes of them would be many.
+
+Steps with a sequence that a grammar constrains verify nothing either.
+"""
+
+from collections.abc import Hashable
+
+from inference.engine import (
+  engine_config,
+  flight as flight_lib,
+  metrics as metrics_lib,
+)
+from inference.engine.compiled import programs as programs_lib
+from inference.requests import answer
+from inference.scheduling import page_tables, scheduler, sequence_manager, spans
+from inference.speculation import (
+  choice as choice_lib,
+  drafter as drafter_lib,
+  ngrams,
+)
+
+# Chances to wait for tokens that are passed over, if waiting was in vain as
+# often before.
+_MOST_PASSED = 16
+# Decode steps that are sent at once: a draft can follow tokens that were read.
+# The host is ready for the next dispatch in less time than these take.
+MOST_STEPS = 8
+
+
+class Speculator:
+  """Drafts tokens for the sequences of one engine."""
+
+  def __init__(
+    self,
+    config: engine_config.EngineConfig,
+    programs: programs_lib.Programs,
+    manager: sequence_manager.SequenceManager,
+    metrics: metrics_lib.Metrics,
+  ):
+    """Starts without sequences.
+
+    Args:
+      config: of the engine, with its kind of speculation.
+      programs: of the engine; they bound the length of a draft.
+      manager: of its sequences.
+      metrics: of the engine.
+    """
+    self._programs, self._manager, self._metrics = programs, manager, metrics
+    self._measured = choice_lib.Measured()
+    self._choice = choice_lib.Choice(self._measured)
+    self._last_landed = 0.0
+    # Waits for tokens that no draft followed, and chances to wait that are
+    # passed over after them.
+    self._num_vain, self._num_passed, self._has_waited = 0, 0, False
+    self._drafter: drafter_lib.Drafter | None = None
+    if config.speculation == 'ngram':
+      self._drafter = ngrams.Ngrams()
+
+  @property
+  def most_steps(self) -> int:
+    """Returns the largest number of decode steps of a dispatch."""
+    most = self._programs.decode_steps
+    return min(most, MOST_STEPS) if self._drafter else most
+
+  def wants_tokens(self, step: spans.Step, may_draft: bool) -> bool:
+    """Returns whether the tokens in flight are needed before the next plan.
+
+    After a step that verifies, always: how many tokens it gives is unknown.
+    After another one if the known tokens have a draft, which may go on.
+
+    Args:
+      step: in flight.
+      may_draft: whether the next step may verify anything.
+    """
+    if step.is_verified or not (may_draft and self._drafter):
+      return step.is_verified
+    ready = [each for each in self._manager.running() if each.is_ready]
+    # One without a token in flight has prompt tokens left.
+    if not ready or not all(each.num_in_flight for each in ready):
+      return False
+    if not self._chosen({each.id: self._draft(each) for each in ready}):
+      return False
+    self._num_passed += 1
+    if self._num_passed < min(self._num_vain, _MOST_PASSED):
+      return False
+    self._num_passed, self._has_waited = 0, True
+    return True
+
+  def drafts(
+    self, plan: scheduler.StepPlan
+  ) -> dict[Hashable, tuple[int, ...]] | None:
+    """Returns the drafts that a step of a plan verifies; None: it has none.
+
+    Args:
+      plan: the latest; no step is in flight.
+    """
+    if not self._drafter:
+      return None
+    by_id = {each.id: each for each in self._manager.running()}
+    found = {id: self._draft(by_id[id]) for id in plan.decodes if id in by_id}
+    has_waited, self._has_waited = self._has_waited, False
+    chosen = self._chosen(found)
+    lengths = self._manager.draft_lengths(plan, chosen) if chosen else {}
+    if not any(lengths.values()):
+      self._num_vain += has_waited
+      return None
+    self._num_vain = 0
+    return {id: found[id][:length] for id, length in lengths.items()}
+
+  def _chosen(
+    self, drafts: dict[Hashable, tuple[int, ...]]
+  ) -> dict[Hashable, int]:
+    """Returns how many tokens of drafts are worth a step; {}: none are."""
+    if not any(drafts.values()):
+      return {}
+    num = len(drafts)
+    chosen = self._choice.choose(
+      {id: len(draft) for id, draft in drafts.items()},
+      self._programs.verified_shapes(num),
+      self._programs.shape_for(num, 0).num_decodes,
+    )
+    self._metrics.speculation_gain.set(chosen.gain)
+    return chosen.lengths
+
+  def timed(
+    self, flight: flight_lib.Flight, num_steps: int, now: float
+  ) -> None:
+    """Notes how long a dispatch took, at the time when it was read.
+
+    A step that verifies takes from the reading of the one before: the host
+    plans while the device waits.
+    """
+    before, self._last_landed = self._last_landed, now
+    if not self._drafter or flight.step.chunks or not num_steps:
+      return
+    seconds = now - max(flight.sent_at, before)
+    if flight.step.is_verified:
+      # After a pause without work, what came before says nothing.
+      seconds = min(now - before, 2 * seconds)
+    rows = flight.shape.num_decodes
+    self._measured.observe(rows, flight.width, seconds / num_steps)
+
+  def landed(
+    self, span: spans.Span, tokens: list[int], live: answer.Live
+  ) -> None:
+    """Counts the tokens of a draft, and takes back those that were wrong.
+
+    Args:
+      span: that was verified.
+      tokens: that the answer has taken.
+      live: the answer.
+    """
+    assert span.tokens is not None
+    draft = span.tokens[1:]
+    num_accepted = sum(
+      token == guess for token, guess in zip(tokens, draft, strict=False)
+    )
+    live.usage.accepted_tokens += num_accepted
+    live.usage.rejected_tokens += len(draft) - num_accepted
+    self._metrics.count_draft(drafted=len(draft), accepted=num_accepted)
+    self._choice.observe(
+      span.sequence.id, accepted=num_accepted, length=len(draft)
+    )
+    self._metrics.acceptance.set(self._choice.acceptance)
+    if not live.transcript.finish_reason:
+      self._manager.reject(span.sequence, span.length - len(tokens))
+
+  def forget(self, sequence: page_tables.Sequence) -> None:
+    """Drops everything kept for a sequence, which has ended."""
+    if self._drafter:
+      self._drafter.forget(sequence.id)
+      self._choice.forget(sequence.id)
+
+  def _draft(self, sequence: page_tables.Sequence) -> tuple[int, ...]:
+    assert self._drafter
+    # Those of the smallest number: all widths have the same numbers of spans.
+    widths = [shape.width for shape in self._programs.verified_shapes(1)]
+    # A token follows the last one of a draft.
+    most = min(max(widths, default=1), sequence.num_unsampled) - 1
+    if most < 1:
+      return ()
+    return self._drafter.draft(sequence.id, sequence.tokens, most)

@@ -1,0 +1,89 @@
+"""How many tokens of each sequence a dispatch of decodes may compute.
+
+The plan gives one token to each decode. More are possible if the next plan
+would decode the same sequences, and if pages for all of them are free.
+"""
+
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sized
+
+from inference.scheduling import page_tables, scheduler
+
+# Decode steps of one dispatch while sequences wait: a slot that becomes free is
+# given away after at most so many steps more.
+STEPS_BEFORE_WAITING = 8
+
+
+def is_steady(
+  plan: scheduler.StepPlan, running: Collection[page_tables.Sequence]
+) -> bool:
+  """Returns whether the next plan would decode the same sequences.
+
+  None has prompt tokens left, and none enters or gives pages back.
+
+  Args:
+    plan: the latest.
+    running: all sequences that have a slot.
+  """
+  if plan.prefills or plan.preempted or plan.admitted or not plan.decodes:
+    return False
+  # More of them: prompt tokens of a sequence wait for a later step.
+  return sum(each.is_ready for each in running) <= len(plan.decodes)
+
+
+def decode_steps(
+  sequences: Collection[page_tables.Sequence],
+  most: int,
+  tables: page_tables.PageTables,
+) -> int:
+  """Returns for how many decode steps pages are free, 1 to `most`."""
+  most = min(most, max(each.num_unsampled for each in sequences))
+  while most > 1 and not _has_pages(
+    {each: min(most, each.num_unsampled) for each in sequences}, tables
+  ):
+    most //= 2
+  return most
+
+
+def drafts(
+  wanted: Mapping[page_tables.Sequence, int], tables: page_tables.PageTables
+) -> dict[page_tables.Sequence, int]:
+  """Returns how many drafted tokens may follow the next token of each sequence.
+
+  A token is sampled after each of them, and one after the next token itself.
+  {} if a token is in flight: a draft continues known tokens.
+
+  Args:
+    wanted: tokens of the draft of each decode of a plan, 0 or more.
+    tables: the pages.
+  """
+  if any(each.num_in_flight for each in wanted):
+    return {}
+  found = {
+    each: max(min(length, each.num_unsampled - 1), 0)
+    for each, length in wanted.items()
+  }
+  while any(found.values()) and not _has_pages(
+    {each: length + 1 for each, length in found.items()}, tables
+  ):
+    found = {each: length // 2 for each, length in found.items()}
+  return found
+
+
+def work(
+  sequences: Iterable[page_tables.Sequence],
+  decode_steps: int,
+  drafted: Mapping[Hashable, Sized] | None,
+) -> list[tuple[page_tables.Sequence, int]]:
+  """Returns the tokens of each decode: its decode steps, or 1 and its draft."""
+  if drafted is None:
+    return [(each, min(decode_steps, each.num_unsampled)) for each in sequences]
+  return [(each, 1 + len(drafted.get(each.id, ()))) for each in sequences]
+
+
+def _has_pages(
+  lengths: Mapping[page_tables.Sequence, int], tables: page_tables.PageTables
+) -> bool:
+  allocator = tables.allocator
+  return allocator.num_free + allocator.num_idle >= sum(
+    tables.num_missing(each, length) for each, length in lengths.items()
+  )

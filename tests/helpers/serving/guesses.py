@@ -1,0 +1,70 @@
+"""A drafter of engines in tests: guesses that are right or wrong."""
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import numpy as np
+
+from inference.engine import engine as engine_lib
+from inference.speculation import drafter as drafter_lib
+
+
+def install(
+  engine: engine_lib.Engine,
+  drafter: drafter_lib.Drafter,
+  costs: 'Costs | None' = None,
+) -> None:
+  """Gives an engine that speculates a drafter, and costs of its programs."""
+  engine._speculator._drafter = drafter
+  engine._speculator._choice.costs = costs or Costs()
+
+
+class Costs:
+  """Seconds of programs that a test chooses."""
+
+  def __init__(self, verified: float = 1.0):
+    """Starts with the seconds of a step of any width above 1."""
+    self._verified = verified
+
+  def seconds(self, rows: int, width: int) -> float:
+    """Returns the seconds; a decode step takes one."""
+    return self._verified if width > 1 else 1.0
+
+
+class Guesses:
+  """Drafts known texts, with mistakes."""
+
+  def __init__(
+    self, texts: Iterable[Sequence[int]], *, seed: int = 0, wrong: float = 0.2
+  ):
+    """Starts with texts of prompts and their answers.
+
+    Args:
+      texts: token ids; the first that begins as a sequence does is guessed.
+      seed: of the mistakes.
+      wrong: share of the guessed tokens that are others.
+    """
+    self._texts = [tuple(text) for text in texts]
+    self._rng, self._wrong = np.random.default_rng(seed), wrong
+    self.forgotten: list[Hashable] = []
+    self.drafted: list[Hashable] = []
+
+  def draft(
+    self, id: Hashable, tokens: Sequence[int], most: int
+  ) -> tuple[int, ...]:
+    """Returns guesses of some length; of unknown texts, any tokens."""
+    length = int(self._rng.integers(1, most + 1))
+    known, end = tuple(tokens), len(tokens)
+    text = next((x for x in self._texts if x[:end] == known), ())
+    found = [
+      *text[end : end + length],
+      *self._rng.integers(0, 12, most).tolist(),
+    ]
+    for index in range(length):
+      if self._rng.random() < self._wrong:
+        found[index] = (found[index] + 1) % 12
+    self.drafted += [id] * bool(length)
+    return tuple(found[:length])
+
+  def forget(self, id: Hashable) -> None:
+    """Notes the end of a sequence."""
+    self.forgotten.append(id)

@@ -1,0 +1,102 @@
+"""The choice of drafts: the most tokens per second, from injected costs."""
+
+import pytest
+
+from inference.speculation import choice as choice_lib
+
+
+class _Costs:
+  """Seconds by (rows, width)."""
+
+  def __init__(self, seconds):
+    self._seconds = seconds
+
+  def seconds(self, rows, width):
+    return self._seconds.get((rows, width), 0.0)
+
+
+def _choice(**seconds):
+  costs = {(4, 1): 1.0, (4, 4): 1.5, (4, 8): 2.5}
+  costs.update({(4, int(name[1:])): x for name, x in seconds.items()})
+  return choice_lib.Choice(_Costs(costs))
+
+
+_SHAPES = [(4, 4), (4, 8)]
+
+
+def _learn(choice, id, accepted, length, times=60):
+  for _ in range(times):
+    choice.observe(id, accepted=accepted, length=length)
+
+
+def test_expected_tokens_are_those_of_the_formula():
+  choice = _choice()
+  _learn(choice, 'a', 3, 7)  # of four examined tokens, three are right
+  for length in (0, 1, 5):
+    expected = (1 - 0.75 ** (length + 1)) / (1 - 0.75)
+    assert choice.expected('a', length) == pytest.approx(expected, rel=0.02)
+  assert choice.acceptance == pytest.approx(0.75, abs=0.01)
+  # A new sequence is expected to be like the others.
+  own = choice.expected('a', 3)
+  assert choice.expected('b', 3) == pytest.approx(own, rel=0.01)
+
+
+def test_good_drafts_are_verified_wide_and_poor_ones_are_not():
+  choice = _choice()
+  _learn(choice, 'a', 7, 7)
+  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 7}
+  poor = _choice()
+  _learn(poor, 'a', 0, 7)
+  assert poor.choose({'a': 7}, _SHAPES, 4) == ({}, 1.0)
+  middle = _choice()
+  _learn(middle, 'a', 2, 7)
+  # 1 + .67 + .44 + .3 in 1.5 s, or .63 more in a second more.
+  assert middle.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 3}
+
+
+def test_the_batch_decides():
+  choice = _choice()
+  _learn(choice, 'a', 3, 3)
+  alone = choice.choose({'a': 3}, _SHAPES, 4)
+  assert alone.lengths == {'a': 3}
+  # Three sequences without a draft would wait for the one that has one.
+  others = {'a': 3, 'b': 0, 'c': 0, 'd': 0}
+  crowd = choice_lib.Choice(_Costs({(4, 1): 1.0, (4, 4): 2.5}))
+  _learn(crowd, 'a', 3, 3)
+  assert crowd.choose({'a': 3}, [(4, 4)], 4).lengths == {'a': 3}
+  assert crowd.choose(others, [(4, 4)], 4).lengths == {}
+  _learn(crowd, 'b', 0, 3)
+  both = choice.choose({'a': 3, 'b': 3}, _SHAPES, 4).lengths
+  assert both == {'a': 3, 'b': 3}  # tokens that fit cost nothing more
+
+
+def test_costs_that_are_unknown_are_found_out():
+  choice = choice_lib.Choice(_Costs({}))
+  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 7}
+  assert choice.choose({'a': 0}, _SHAPES, 4).lengths == {}
+  assert choice.choose({'a': 7}, [], 4).lengths == {}
+  measured = choice_lib.Measured()
+  for seconds in (9.0, 1.0, 1.2):
+    assert measured.seconds(4, 1) == 0
+    measured.observe(4, 1, seconds)
+  assert measured.seconds(4, 1) == 1.0
+  measured.observe(4, 1, 2.0)
+  assert measured.seconds(4, 1) == pytest.approx(1.1)
+  # A wider program, measured or not, takes no less.
+  for _ in range(3):
+    measured.observe(4, 8, 0.5)
+  assert measured.seconds(4, 4) == measured.seconds(4, 8) == pytest.approx(1.1)
+  assert measured.seconds(2, 1) == 0
+
+
+def test_drafts_that_lose_are_tried_again_at_last():
+  choice = _choice(w4=9.0, w8=9.0)
+  declined = 0
+  while not choice.choose({'a': 7}, _SHAPES, 4).lengths:
+    declined += 1
+    assert declined < 1000
+  assert declined == 128
+  # Until it has been seen how the draft does.
+  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {'a': 3}
+  choice.observe('a', accepted=3, length=3)
+  assert choice.choose({'a': 7}, _SHAPES, 4).lengths == {}
