@@ -234,6 +234,12 @@ class Experiment:
         ' with config.rollouts, expected one for sampled text; set'
         ' objective.is_sampled'
       )
+    if self.model.dropout_rate:
+      raise ValueError(
+        f'model.dropout_rate: got {self.model.dropout_rate} with'
+        ' config.rollouts, expected 0: the sampler has no dropout, so ratios'
+        ' would compare two different policies; set it to 0'
+      )
     if self.data.batch_ramp:
       raise ValueError(
         'data.batch_ramp: got sizes that grow with config.rollouts, expected'
@@ -244,9 +250,10 @@ class Experiment:
         f'data.packing: got {self.data.packing} with config.rollouts, expected'
         ' none: a row holds one prompt and its answer'
       )
-    if self.rollouts.max_tokens >= self.data.row_length:
+    if (most := self.rollouts.most_tokens) >= self.data.row_length:
+      of_tools = ', with those of tools' if self.rollouts.environment else ''
       raise ValueError(
-        f'rollouts.max_tokens: got {self.rollouts.max_tokens}, expected less'
+        f'rollouts.max_tokens: got {most}{of_tools}, expected less'
         f' than data.row_length = {self.data.row_length}: a row holds a prompt'
         ' and its answer; lengthen the rows'
       )

@@ -28,22 +28,26 @@ class Evaluator:
     self._sampler = samples.Sampler(
       parts.learner, parts.tokenizer, parts.eval_batches, parts.stop_ids
     )
-    # The best checkpoint is chosen by the weights that will be frozen.
-    self._best_by = (
-      'loss' if experiment.freeze.weights == 'raw' else 'average_loss'
-    )
+    # The best checkpoint is chosen by the weights that will be frozen: by their
+    # loss, or by their reward where the policy samples.
+    is_sampled = isinstance(parts.eval_batches, held_out.HeldOut)
+    self._ranked_by = 'reward' if is_sampled else 'loss'
+    self._sign = -1.0 if is_sampled else 1.0
+    is_raw = experiment.freeze.weights == 'raw'
+    self._best_by = self._ranked_by if is_raw else f'average_{self._ranked_by}'
     rule, decay = experiment.optimizer.rule, experiment.ema_decay
     self._average = average.reader(rule, decay)
     self._place_average = parts.learner.placement.compile_weights(
       self._average or (lambda state: state.params)
     )
-    self._last: tuple[int, float] | None = None  # step, loss
+    self._last: tuple[int, float] | None = None  # step, see `loss_at`
     self._owed_step: int | None = None
 
   def evaluate(self, step: int, state: state_lib.TrainState) -> bool:
     """Records the validation loss of `state`, and its tasks if they are due.
 
-    If the run averages its weights, the loss of the average is recorded too.
+    Of a policy that samples, held-out rewards stand in place of the loss. If
+    the run averages its weights, the values of the average are recorded too.
     Tasks are measured, and samples drawn, with the weights that will be frozen.
 
     A signal to stop ends the evaluation without a record. The evaluation is
@@ -59,7 +63,7 @@ class Evaluator:
         average_params = self._place_average(state)
         averaged = self._validate(step, average_params, state)
         values |= {f'average_{k}': value for k, value in averaged.items()}
-        if self._best_by != 'loss':
+        if self._best_by != self._ranked_by:
           frozen = average_params
       measured = self._measure(step, frozen, state)
       drawn = self._sampler.draw(
@@ -76,7 +80,8 @@ class Evaluator:
       self._context.log.write(
         'sample', step, {'index': i, **dataclasses.asdict(sample)}
       )
-    self._last = step, values.get(self._best_by, values['loss'])
+    best = values.get(self._best_by, values[self._ranked_by])
+    self._last = step, self._sign * best
     say = self._context.terminal.say
     is_sampled = isinstance(self._parts.eval_batches, held_out.HeldOut)
     report = held_out.report if is_sampled else validation.report
@@ -86,7 +91,10 @@ class Evaluator:
     return False
 
   def loss_at(self, step: int) -> float | None:
-    """Returns the loss that ranks the checkpoint of `step`, if evaluated."""
+    """Returns the number that ranks the checkpoint of `step`, if evaluated.
+
+    The loss, or minus the reward: the lowest is the best.
+    """
     if self._last is None or self._last[0] != step:
       return None
     return self._last[1]

@@ -119,7 +119,10 @@ def _facts(
   found = {}
   if evaluated := _last(records, 'eval'):
     at = f'at step {evaluated["step"]:,}'
-    found[f'validation loss {at}'] = f'{evaluated["loss"]:.4f}'
+    # A policy that samples its own text has held-out rewards, and no loss.
+    for name, words in (('loss', 'validation loss'), ('reward', 'reward')):
+      if name in evaluated:
+        found[f'{words} {at}'] = f'{evaluated[name]:.4f}'
     for name in ('bits_per_byte', 'accuracy'):
       if name in evaluated:
         found[name.replace('_', ' ')] = f'{evaluated[name]:.4f}'

@@ -17,6 +17,7 @@ from training import (
 from training.evaluation import validation
 from training.lifecycle import interrupt
 from training.reporting import metrics, terminal
+from training.rollouts import held_out
 
 
 def describe(
@@ -240,7 +241,10 @@ def summarise(
     )
   evals = [r for r in records if r['kind'] == 'eval']
   for record in evals[-1:]:
-    say(console, f'{validation.report(record)} at step {record["step"]}')
+    # A policy that samples its own text is evaluated by rewards.
+    is_text = 'loss' in record
+    report = validation.report if is_text else held_out.report
+    say(console, f'{report(record)} at step {record["step"]}')
   skipped = [r['step'] for r in records if r.get('skipped')]
   if skipped:
     say(

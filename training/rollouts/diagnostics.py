@@ -12,6 +12,7 @@ from training.rollouts import drawing, rollout_config, rows as rows_lib, scoring
 _WINDOW = 10
 _MOST_WITHOUT_SIGNAL = 0.9
 _LEAST_ENTROPY = 0.1  # as a share of that at the start
+_MOST_FAILED = 0.1  # of the answers, by a verifier or judge
 _MOST_GROWTH = 2.0  # of the mean length
 
 
@@ -21,8 +22,10 @@ def figures(
   """Returns the figures of a rollout batch, by name.
 
   `entropy` is the mean of -log p of the sampled tokens, in nats per token: an
-  unbiased estimate of the policy's. `gap_*` compares the log-probabilities of
-  sampler and trainer, where the objective has those of the trainer.
+  unbiased estimate of the policy's. `failed/NAME` is the share of all answers
+  that have the reward 0 because a verifier or judge failed. `gap_*` compares
+  the log-probabilities of sampler and trainer, where the objective has those of
+  the trainer.
   """
   total_N = drawn.scored.total_N
   lengths_N = np.asarray([e.num_sampled for e in drawn.episodes], np.float64)
@@ -43,6 +46,8 @@ def figures(
     values['length_ended'] = lengths_N[~truncated_N].mean()
   for name, values_N in drawn.scored.parts.items():
     values[f'reward/{name}'] = values_N.mean()
+  for name, share in drawn.failed.items():
+    values[f'failed/{name}'] = share
   if trained_BT.any():
     sampled_N = arrays['sampler_logprobs'][trained_BT].astype(np.float64)
     values['entropy'] = -sampled_N.mean()
@@ -108,6 +113,15 @@ class Watch:
         ' too hard or too easy; change them, raise the group size or the'
         ' temperature, or set rollouts.drops_groups_without_signal',
       )
+    for name in [n for n in latest[-1] if n.startswith('failed/')]:
+      if mean(name) > _MOST_FAILED:
+        self._warn(
+          name,
+          f'step {step}: {name.partition("/")[2]} failed on {mean(name):.0%} of'
+          ' the answers, which count as 0: right answers may be among them;'
+          ' look at the log for the first reason of each batch, and raise the'
+          " verifier's limits",
+        )
     start = self._first.get('entropy', 0.0)
     if mean('entropy') < _LEAST_ENTROPY * start and mean('reward') < 0.9:
       self._warn(

@@ -4,7 +4,8 @@ Neither prompts nor seeds depend on earlier batches, so a run that resumes draws
 the same tokens again.
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -13,7 +14,11 @@ import numpy as np
 from data.examples import prompts as prompts_lib
 from evals import sampling
 from training.rollouts import rollout_config, scoring
-from training.rollouts.dialogues import episodes as episodes_lib
+from training.rollouts.dialogues import (
+  dialogue as dialogue_lib,
+  environments,
+  episodes as episodes_lib,
+)
 
 _PROMPTS, _REFILLS, _SAMPLES = range(3)  # streams of numbers of a seed
 
@@ -27,6 +32,7 @@ class Drawn(NamedTuple):
   scored: scoring.Scored
   share_without_signal: float  # of all groups that were drawn
   num_rounds: int  # of sampling: 1, and those for replacements
+  failed: Mapping[str, float]  # share of all answers, see `Scored.failures`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Drawer:
   seed: int
   stop_ids: tuple[int, ...]
   stop: tuple[str, ...]
+  dialogue: dialogue_lib.Dialogue | None = None  # with an environment
 
   def draw(self, sampler: sampling.Sampler, index: int, version: int) -> Drawn:
     """Returns a rollout batch, sampled by the sampler's weights.
@@ -52,10 +59,13 @@ class Drawer:
     kept: list[tuple[list[episodes_lib.Episode], scoring.Scored]] = []
     spare: list[tuple[list[episodes_lib.Episode], scoring.Scored]] = []
     most = 1 + config.max_refills * config.drops_groups_without_signal
-    num_rounds = 0
+    num_rounds, num_answers = 0, 0
+    failures: collections.Counter[str] = collections.Counter()
     while len(kept) < wanted and num_rounds < most:
       found = self._round(sampler, index, num_rounds)
       scored = scoring.score(config, found)
+      failures.update(scored.failures)
+      num_answers += len(found)
       signal_G = scoring.has_signal(scored.total_N, size)
       for g, has_signal in enumerate(signal_G.tolist()):
         own = slice(g * size, (g + 1) * size)
@@ -75,6 +85,7 @@ class Drawer:
       scored=_joined([scored for _, scored in groups]),
       share_without_signal=share,
       num_rounds=num_rounds,
+      failed={name: n / num_answers for name, n in failures.items()},
     )
 
   def _round(
@@ -104,6 +115,8 @@ class Drawer:
         )
         for i, prompt in enumerate(asked)
       ],
+      self.config.environment,
+      self.dialogue,
     )
 
 
@@ -111,8 +124,17 @@ def episodes_of(
   sampler: sampling.Sampler,
   prompts: Sequence[prompts_lib.Prompt],
   asks: Sequence[sampling.Ask],
+  use: environments.ToolUse | None = None,
+  dialogue: dialogue_lib.Dialogue | None = None,
 ) -> list[episodes_lib.Episode]:
-  """Returns the sampled episodes; those of a prompt are side by side."""
+  """Returns the sampled episodes; those of a prompt are side by side.
+
+  Args:
+    use: the environment of episodes of several turns, with its `dialogue`.
+  """
+  if use is not None:
+    assert dialogue is not None
+    return _played(sampler, prompts, asks, use, dialogue)
   return [
     episodes_lib.Episode(
       prompt_ids=prompt.ids,
@@ -127,6 +149,45 @@ def episodes_of(
     for prompt, samples in zip(prompts, sampler.sample(asks), strict=True)
     for sample in samples
   ]
+
+
+def _played(
+  sampler: sampling.Sampler,
+  prompts: Sequence[prompts_lib.Prompt],
+  asks: Sequence[sampling.Ask],
+  use: environments.ToolUse,
+  dialogue: dialogue_lib.Dialogue,
+) -> list[episodes_lib.Episode]:
+  """Returns the episodes of an environment, all played side by side."""
+  # An episode is a sample of an ask: its turns have seeds of their own.
+  own = [(ask, r) for ask in asks for r in range(ask.num_samples)]
+  records = [
+    prompt.record
+    for prompt, ask in zip(prompts, asks, strict=True)
+    for _ in range(ask.num_samples)
+  ]
+
+  def sample(turns: Sequence[environments.Turn]) -> list[sampling.Sample]:
+    found = sampler.sample(
+      [
+        dataclasses.replace(
+          own[turn.episode][0],
+          prompt_ids=turn.prompt_ids,
+          seed=folded(
+            own[turn.episode][0].seed, own[turn.episode][1], turn.number
+          ),
+          max_tokens=turn.max_tokens,
+          num_samples=1,
+          stop_ids=dialogue.stop_ids,
+          stop=(),  # a turn ends with an id, which the template goes on from
+        )
+        for turn in turns
+      ]
+    )
+    return [samples[0] for samples in found]
+
+  most = max((ask.max_tokens for ask in asks), default=1)
+  return environments.play(use, dialogue, records, sample, max_tokens=most)
 
 
 def folded(seed: int, *numbers: int) -> int:

@@ -19,6 +19,7 @@ from training.rollouts import (
   rollout_config,
   scoring,
 )
+from training.rollouts.dialogues import dialogue as dialogue_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class HeldOut:
   weights_of: Callable[[state_lib.TrainState], Any]
   stop_ids: tuple[int, ...]
   stop: tuple[str, ...]
+  dialogue: dialogue_lib.Dialogue | None = None  # with an environment
 
   @property
   def source(self) -> prompt_source.PromptSource:
@@ -44,7 +46,7 @@ class HeldOut:
   def evaluate(
     self, step: int, state: state_lib.TrainState
   ) -> dict[str, float]:
-    """Returns `loss`, which is minus the mean reward, and further figures.
+    """Returns the mean `reward` of the answers, and further figures.
 
     Each part of the reward is `reward/NAME`, with its standard error.
     """
@@ -64,15 +66,18 @@ class HeldOut:
         )
         for prompt in asked
       ],
+      self.config.environment,
+      self.dialogue,
     )
     scored = scoring.score(self.config, found)
     lengths_N = np.asarray([each.num_sampled for each in found], np.float64)
     values = {
-      'loss': -float(scored.total_N.mean()),
       'reward': float(scored.total_N.mean()),
       'length': float(lengths_N.mean()),
       'truncated': float(np.mean([each.is_truncated for each in found])),
     }
+    for name, count in scored.failures.items():
+      values[f'failed/{name}'] = count / len(found)
     for name, values_N in scored.parts.items():
       values[f'reward/{name}'] = float(values_N.mean())
       values[f'reward/{name}_stderr'] = float(

@@ -45,6 +45,9 @@ class RolloutConfig:
   # Parts of the reward. Their weighted sum is what advantages are made of.
   # Empty: no reward, for on-policy distillation.
   rewards: tuple[RewardConfig, ...] = ()
+  # None, or an environment of training/rollouts/dialogues/environments.py: the
+  # policy calls tools in several turns, which share `max_tokens`.
+  environment: Any = None
   # Prompts of a rollout batch. Each is answered objective.advantages.group_size
   # times, and all answers are trained in steps of data.batch_size of them.
   num_prompts: int = 32
@@ -113,6 +116,16 @@ class RolloutConfig:
         f'rollouts.overlong_penalty: got {self.overlong_penalty}, expected a'
         ' number of at least 0'
       )
+    if missing := [
+      name
+      for name in ('open', 'schemas', 'max_turns', 'max_given_tokens')
+      if self.environment is not None and not hasattr(self.environment, name)
+    ]:
+      raise ValueError(
+        f'rollouts.environment: got {self.environment!r} without'
+        f' {", ".join(missing)}, expected an environment as'
+        ' environments.ToolUse(tools=(tools.Calculator(),))'
+      )
     self._check_rewards(group_size)
     if batch_size % group_size:
       raise ValueError(
@@ -161,6 +174,12 @@ class RolloutConfig:
         ' expected objective.advantages.group_size of at least 2: one answer'
         ' has no other to differ from'
       )
+
+  @property
+  def most_tokens(self) -> int:
+    """Returns the most tokens behind a prompt: sampled, and of tools."""
+    given = getattr(self.environment, 'max_given_tokens', 0)
+    return self.max_tokens + given
 
   def steps_per_rollout(self, group_size: int, batch_size: int) -> int:
     """Returns the steps that one rollout batch is trained for."""

@@ -17,6 +17,9 @@ class Scored:
 
   total_N: np.ndarray  # what advantages are made of
   parts: Mapping[str, np.ndarray]  # without their weights, by name
+  # Answers whose reward is 0 because a verifier or a judge failed, by name of
+  # the parts that count them.
+  failures: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def score(
@@ -30,9 +33,13 @@ def score(
       finite.
   """
   total_N = np.zeros(len(episodes))
-  parts = {}
+  parts, failures = {}, {}
   for part in config.rewards:
-    values_N = np.asarray(part.reward(episodes), np.float64)
+    given = part.reward(episodes)
+    values_N = np.asarray(given, np.float64)
+    # Of `rewards.Rewards`; a plain function counts none.
+    if (failed := getattr(given, 'failures', None)) is not None:
+      failures[part.label] = int(failed)
     if values_N.shape != (len(episodes),):
       raise ValueError(
         f'reward {part.label}: got an array of shape {values_N.shape} for'
@@ -52,7 +59,7 @@ def score(
   if config.overlong_tokens:
     parts[OVERLONG] = overlong(config, episodes)
     total_N += parts[OVERLONG]
-  return Scored(total_N=total_N, parts=parts)
+  return Scored(total_N=total_N, parts=parts, failures=failures)
 
 
 def overlong(

@@ -22,6 +22,7 @@ from training.rollouts import (
   rollout_config,
   sampler as sampler_lib,
 )
+from training.rollouts.dialogues import dialogue as dialogue_lib
 
 
 class Wired(NamedTuple):
@@ -82,18 +83,8 @@ def wire(
   """
   config, data = experiment.rollouts, experiment.data
   assert config is not None
-  (train_source,), eval_source = data.train_sources(), data.eval_source()
-  train, held_out = (
-    prompts_lib.open_prompts(
-      source,
-      tokenizer,
-      template,
-      name=named.name,
-      most_tokens=data.row_length - config.max_tokens,
-      too_long=data.too_long,
-    )
-    for source, named in zip(opened, (train_source, eval_source), strict=True)
-  )
+  dialogue = _dialogue(config, tokenizer, template)
+  train, held_out = _open_prompts(experiment, opened, tokenizer, template)
   group_size = rollout_config.group_size_of(experiment.objective)
   sampler = make_sampler(
     sampler_lib.ModelOfRun(
@@ -115,6 +106,7 @@ def wire(
     seed=experiment.seed,
     stop_ids=stop_ids,
     stop=stop,
+    dialogue=dialogue,
   )
   batches = batches_lib.RolloutBatches(
     experiment,
@@ -137,7 +129,46 @@ def wire(
       weights_of=weights_of,
       stop_ids=stop_ids,
       stop=stop,
+      dialogue=dialogue,
     ),
+  )
+
+
+def _open_prompts(
+  experiment: experiment_lib.Experiment,
+  opened: tuple[Any, Any],
+  tokenizer: tokenizer_lib.Tokenizer,
+  template: str,
+) -> list[prompts_lib.Prompts]:
+  """Returns the prompts to train and to evaluate on."""
+  config, data = experiment.rollouts, experiment.data
+  assert config is not None
+  (train_source,) = data.train_sources()
+  return [
+    prompts_lib.open_prompts(
+      source,
+      tokenizer,
+      template,
+      name=named.name,
+      most_tokens=data.row_length - config.most_tokens,
+      too_long=data.too_long,
+    )
+    for source, named in zip(
+      opened, (train_source, data.eval_source()), strict=True
+    )
+  ]
+
+
+def _dialogue(
+  config: rollout_config.RolloutConfig,
+  tokenizer: tokenizer_lib.Tokenizer,
+  template: str,
+) -> dialogue_lib.Dialogue | None:
+  """Returns how episodes of several turns become ids; None without turns."""
+  if config.environment is None:
+    return None
+  return dialogue_lib.Dialogue.of(
+    tokenizer, template, config.environment.schemas
   )
 
 

@@ -11,7 +11,7 @@ from tests.helpers.training import tiny_experiment
 from training import experiment as experiment_lib
 from training.objectives import advantages, token_loss
 from training.rollouts import rollout_config
-from training.rollouts.dialogues import episodes
+from training.rollouts.dialogues import environments, episodes, tools
 
 
 def length(found):
@@ -58,6 +58,11 @@ def test_the_steps_of_a_rollout_batch_cover_it_once_per_inner_epoch():
   [
     ({'num_prompts': 0}, 'rollouts.num_prompts: got 0, expected at least 1'),
     ({'num_prompts': 3}, 'expected a multiple of 2 prompts'),
+    ({'environment': 3}, 'rollouts.environment: got 3 without open, schemas'),
+    (
+      {'environment': environments.ToolUse(tools=(tools.Calculator(),))},
+      'rollouts.max_tokens: got 264, with those of tools, expected less than',
+    ),
     ({'max_tokens': 16}, 'rollouts.max_tokens: got 16, expected less than'),
     ({'temperature': 0.0}, 'rollouts.temperature: got 0.0, expected'),
     ({'overlong_tokens': 9}, 'at most rollouts.max_tokens = 8'),
@@ -117,3 +122,10 @@ def test_an_episode_has_one_log_probability_and_version_per_id():
       versions=good[1],
       trained=np.ones(3, bool),
     )
+
+
+def test_a_policy_with_dropout_is_refused():
+  made = of()
+  made.model = dataclasses.replace(made.model, dropout_rate=0.1)
+  with pytest.raises(ValueError, match='model.dropout_rate: got 0.1 with conf'):
+    made.validate()

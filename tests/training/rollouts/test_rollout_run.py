@@ -33,6 +33,11 @@ def test_a_run_reports_rewards_samples_and_held_out_answers(whole):
     assert each['entropy'] > 0
   assert 'rollout 0: reward' in text
   assert re.search(r'step 8: held-out few_high_bytes \d', text)
+  # Rewards are no loss, neither in the figures nor in the words.
+  assert 'validation loss' not in text
+  for each in rollout_run.records(directory / 'run', 'eval'):
+    assert 'loss' not in each
+    assert each['reward'] == pytest.approx(each['reward/few_high_bytes'])
   assert 'sampling the rows to train on' in text
   lines = (directory / 'run' / 'samples.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]

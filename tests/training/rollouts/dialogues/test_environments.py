@@ -6,8 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from data.examples import prompts as prompts_lib
+from evals import sampling
 from tests.helpers.open_weights import chat_families
 from text.replies import events, fitting
+from training.rollouts import drawing, rollout_config, rows
 from training.rollouts.dialogues import dialogue, environments, tools
 
 _USE = environments.ToolUse(tools=(tools.Calculator(),))
@@ -221,3 +224,78 @@ def test_wrong_settings_and_records_are_refused():
     environments.ToolUse(tools=_USE.tools, max_turns=0)
   with pytest.raises(ValueError, match='record: got the fields a, expected'):
     _USE.open().reset({'a': 1})
+
+
+class _Sampler:
+  """Answers every ask of a conversation as `turns` says, by its length."""
+
+  def __init__(self, turns):
+    self.turns, self.asked = turns, []
+
+  def sample(self, asks):
+    self.asked.append(asks)
+    ids = tuple(self.turns[len(self.asked) - 1])
+    return [
+      [
+        sampling.Sample(
+          ids,
+          'unused',
+          np.full(len(ids), -0.5, np.float32),
+          np.full(len(ids), 7, np.int32),
+          False,
+        )
+      ]
+      for _ in asks
+    ]
+
+
+def test_the_rollouts_of_a_run_play_its_environment():
+  talk = _dialogue('qwen')
+  record = {'question': '6 * 7?'}
+  question = {'role': 'user', 'content': record['question']}
+  call = _said(talk, [question], _call('6 * 7'))
+  last = [*talk.tokenizer.encode('42'), talk.stop_ids[0]]
+  asked = prompts_lib.Prompt(ids=(1,), messages=(question,), record=record)
+  drawer = drawing.Drawer(
+    config=rollout_config.RolloutConfig(
+      rewards=(
+        rollout_config.RewardConfig(
+          reward=lambda found: [float(each.text == '42') for each in found]
+        ),
+      ),
+      environment=_USE,
+      num_prompts=2,
+      max_tokens=len(call) + 10,
+    ),
+    prompts=prompts_lib.Prompts(
+      name='p', prompts=(asked,), digest='', num_too_long=0
+    ),
+    group_size=3,
+    seed=0,
+    stop_ids=(),
+    stop=(),
+    dialogue=talk,
+  )
+  sampler = _Sampler([call, last])
+  drawn = drawer.draw(sampler, 0, 7)
+  assert drawn.scored.total_N.tolist() == [1.0] * 6
+  first, second = sampler.asked
+  # Every turn of every episode has a seed of its own, and all end with the
+  # template's stop tokens.
+  seeds = [ask.seed for ask in (*first, *second)]
+  assert len(set(seeds)) == len(seeds) == 12
+  assert {ask.stop_ids for ask in first} == {talk.stop_ids}
+  assert second[0].prompt_ids[: len(first[0].prompt_ids)] == first[0].prompt_ids
+  assert {ask.max_tokens for ask in second} == {10}
+  arrays = rows.rows_of(
+    drawn.episodes,
+    row_length=512,
+    pad_id=0,
+    names={'sampler_logprobs'},
+    rewards_N=drawn.scored.total_N,
+    advantages_N=np.ones(6, np.float32),
+  )
+  # Only what the policy sampled is trained.
+  assert (arrays['weights'].sum(axis=1) == len(call) + len(last)).all()
+  again = drawer.draw(_Sampler([call, last]), 0, 7)
+  assert again.episodes[0].ids == drawn.episodes[0].ids
