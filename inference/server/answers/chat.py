@@ -157,7 +157,15 @@ class Answer:
       'completion_tokens': num_made,
       'total_tokens': num_prompt + num_made,
       'prompt_tokens_details': {'cached_tokens': done[0].usage.cached_tokens},
-      'completion_tokens_details': {'reasoning_tokens': num_thought},
+      'completion_tokens_details': {
+        'reasoning_tokens': num_thought,
+        'accepted_prediction_tokens': sum(
+          each.usage.accepted_tokens for each in done
+        ),
+        'rejected_prediction_tokens': sum(
+          each.usage.rejected_tokens for each in done
+        ),
+      },
     }
 
 

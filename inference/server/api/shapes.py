@@ -309,6 +309,8 @@ class CompletionDetails(_Shape):
   """Tokens of a kind."""
 
   reasoning_tokens: int
+  accepted_prediction_tokens: int  # tokens of drafts that the answer has
+  rejected_prediction_tokens: int  # other tokens of drafts; not billed
 
 
 class ChatUsage(Usage):

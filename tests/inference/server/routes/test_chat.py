@@ -110,6 +110,14 @@ def _calls(message):
   ]
 
 
+def _details(num_thought):
+  return {
+    'reasoning_tokens': num_thought,
+    'accepted_prediction_tokens': 0,
+    'rejected_prediction_tokens': 0,
+  }
+
+
 def test_text(ask):
   answer = ask()
   (choice,) = answer['choices']
@@ -119,7 +127,7 @@ def test_text(ask):
   assert choice['finish_reason'] == 'stop'
   usage = answer['usage']
   assert usage['completion_tokens'] == 5  # with the end
-  assert usage['completion_tokens_details'] == {'reasoning_tokens': 0}
+  assert usage['completion_tokens_details'] == _details(0)
   assert usage['total_tokens'] == usage['prompt_tokens'] + 5
 
 
@@ -132,7 +140,7 @@ def test_reasoning_and_a_call(ask):
   assert _calls(message) == [('weather', {'city': 'K\u00f6ln'})]
   assert choice['finish_reason'] == 'tool_calls'
   details = answer['usage']['completion_tokens_details']
-  assert details == {'reasoning_tokens': 2}
+  assert details == _details(2)
 
 
 def test_calls_that_are_text(ask):
