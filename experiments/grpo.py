@@ -52,6 +52,7 @@ _OBJECTIVES = {
   'dr_grpo': recipes.dr_grpo(group_size=GROUP_SIZE, max_length=MAX_TOKENS),
   'dapo': recipes.dapo(group_size=GROUP_SIZE),
 }
+METHODS = tuple(_OBJECTIVES)
 
 
 def get_config(variant: str = 'grpo') -> experiment.Experiment:

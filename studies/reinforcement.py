@@ -26,9 +26,10 @@ from studies import figure, quiet_run, study_flags
 from training import experiment as experiment_lib
 from training.reporting import goodput, metrics
 
-_METHOD = flags.DEFINE_string(
+_METHOD = flags.DEFINE_enum(
   'method',
   'grpo',
+  grpo.METHODS,
   'Variant of experiments/grpo.py that goes on from `sft`.',
 )
 NUM_SEEDS = 5
@@ -167,7 +168,6 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   workdir = pathlib.Path(study_flags.required_workdir())
   method = _METHOD.value
-  grpo.get_config(method)  # an unknown method is an error before any training
   # The runs of all seeds have the same programs.
   if directory := compilation_cache.directory_of(None):
     compilation_cache.use(directory)
