@@ -45,6 +45,7 @@ from checks import path_flags
 from hardware import compilation_cache
 from training import experiment_files, flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
+from training.reporting import wandb_mirror
 
 _CONFIG = flags_lib.define_config(
   'The experiment: a file in experiments/, with an optional :variant;'
@@ -102,6 +103,7 @@ _TRIALS_AT_ONCE = flags.DEFINE_integer(
   ' sweep says. Set it to trials per process where several processes share.',
   lower_bound=0,
 )
+_WANDB = flags.DEFINE_string('wandb', '', wandb_mirror.HELP)
 _COMPILATION_CACHE = path_flags.DEFINE_path(
   'compilation_cache', None, compilation_cache.HELP
 )
@@ -172,9 +174,12 @@ def _run(search) -> int:
     report,
     results,
     tensorboard,
+    wandb_runs,
     worker,
   )
 
+  if _WANDB.value:
+    wandb_mirror.library(_WANDB.value)  # a mistake is told before the work
   console = rich.console.Console(soft_wrap=True)
   store = worker.open_store(search)
   shown = progress.Progress(console, store)
@@ -200,6 +205,9 @@ def _run(search) -> int:
     report.save(found, search.experiment, search.workdir, store.place, rerun)
     tensorboard.save(found, search.workdir)
   progress.show_results(found, console)
+  if _WANDB.value:
+    count = wandb_runs.save(search.workdir, search.sweep.name, _WANDB.value)
+    shown.say(f'{count} records sent to {_WANDB.value} at W&B')
   shown.say(
     f'written to {search.workdir}: report.html, figures/, results.csv,'
     ' results.json, tensorboard/ (HParams)'

@@ -48,6 +48,7 @@ from hardware import compilation_cache, targets
 from storage import disk, locks
 from training import experiment_files, flags as flags_lib
 from training.lifecycle import exit_codes, supervisor
+from training.reporting import wandb_mirror
 
 _CONFIG = flags_lib.define_config(
   'The experiment: a file in experiments/, with an optional'
@@ -94,6 +95,7 @@ _COMPILATION_CACHE = path_flags.DEFINE_path(
   f'{compilation_cache.HELP} --plan keeps none; a run of several processes only'
   ' in a directory that is given, which all of them must share.',
 )
+_WANDB = flags.DEFINE_string('wandb', '', wandb_mirror.HELP)
 _AUDIT = flags.DEFINE_integer(
   'audit',
   0,
@@ -154,14 +156,18 @@ def main(argv: list[str]) -> int:
   host_memory.reuse_freed_memory()
   _join_processes()
   _cache_compilations()
+  workdir = pathlib.Path(_WORKDIR.value)
+  console = rich.console.Console(soft_wrap=True, quiet=not processes.is_first())
   try:
-    result = run.run(
-      _CONFIG.value,
-      pathlib.Path(_WORKDIR.value),
-      rich.console.Console(soft_wrap=True, quiet=not processes.is_first()),
-      seconds_before=goodput.process_age(),
-      make_sampler=_make_sampler,
-    )
+    project = _WANDB.value if processes.is_first() else ''
+    with wandb_mirror.following(workdir, project, console.print):
+      result = run.run(
+        _CONFIG.value,
+        workdir,
+        console,
+        seconds_before=goodput.process_age(),
+        make_sampler=_make_sampler,
+      )
   except (ValueError, FileNotFoundError) as error:
     return _failed(error, exit_codes.USER_ERROR)
   except reporter.NonFiniteError as error:

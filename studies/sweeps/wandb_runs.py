@@ -1,0 +1,47 @@
+"""The runs of a sweep at Weights & Biases: --wandb=PROJECT of sweep.py.
+
+At the end of every start of the sweep, as for TensorBoard. A point is a group,
+so that W&B shows means over its seeds; a run that was sent is not sent again.
+"""
+
+import pathlib
+
+from storage import file_names
+from studies.sweeps import claims
+from training.reporting import wandb_mirror
+
+
+def save(workdir: pathlib.Path, sweep: str, project: str) -> int:
+  """Sends the new records of all runs; returns how many.
+
+  Args:
+    workdir: of the sweep.
+    sweep: its name.
+    project: PROJECT or TEAM/PROJECT.
+
+  Raises:
+    ValueError: of `wandb_mirror.library`; or W&B refused a run.
+  """
+  wandb, count = wandb_mirror.library(project), 0
+  for run in sorted(
+    path.parent
+    for path in (workdir / claims.TRIALS).glob(f'*/seed*/{file_names.RUN}')
+  ):
+    point = run.parent.name
+    mirror = wandb_mirror.Mirror(
+      run,
+      project,
+      wandb,
+      name=f'{sweep}-{point}-{run.name}',
+      group=f'{sweep}-{point}',
+    )
+    try:
+      count += mirror.sync()
+      mirror.close()
+    except Exception as error:  # its own classes, and those of its network
+      raise ValueError(
+        f'--wandb={project}: got {" ".join(str(error).split())} at {run},'
+        ' expected W&B to take it; the trials are kept: the same command sends'
+        ' the rest'
+      ) from None
+  return count
