@@ -21,13 +21,18 @@ The best point is trained again, and frozen, by
 
 Several processes share a sweep: --processes=4 starts four here. Elsewhere,
 start the same command as often as you like, on hosts that share --workdir;
-SQLite does for one host, several want a server's database:
+SQLite does for one host, several want a server's database and its driver (pip
+install psycopg2-binary):
 
     sbatch --array=0-7 --wrap "python sweep.py --config=... --sweep=... \
       --workdir=/shared/lr --storage=postgresql://me:secret@db/sweeps"
 
 Under Kubernetes, the same command in an Indexed Job, with completions and
-parallelism of 8, and a volume for --workdir. Exit codes are those of train.py
+parallelism of 8, NUM_PROCESSES=8 in its environment, and a volume for
+--workdir. Each process takes its share of the trials. Under Ray, or any other
+launcher, it is a task that calls this command: no scheduler has to know the
+trials, because the storage hands them out, and takes up those of a task that
+died. Exit codes are those of train.py
 (training/lifecycle/exit_codes.py); 1 also if no trial has a finite value.
 """
 

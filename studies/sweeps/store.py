@@ -144,6 +144,7 @@ class Store:
       RuntimeError,
     ) as error:
       reason = str(error.__cause__ or error).partition('\n')[0]
+      _refuse_missing_driver(self.place, error)
       raise ValueError(
         f'--storage: got {self.place}, which cannot be opened'
         f' ({type(error).__name__}: {reason.replace(url, self.place)}),'
@@ -362,6 +363,23 @@ class Store:
       # In the order of their numbers: the last one of a point stays.
       found[row.point] = row
     return [found[point] for point in sorted(found)]
+
+
+# Packages of the modules that SQLAlchemy imports for an address.
+_DRIVERS = {'psycopg2': 'psycopg2-binary', 'MySQLdb': 'mysqlclient'}
+
+
+def _refuse_missing_driver(place: str, error: BaseException) -> None:
+  """Raises ValueError if a database has no driver here."""
+  cause: BaseException | None = error
+  while cause is not None and not isinstance(cause, ModuleNotFoundError):
+    cause = cause.__cause__ or cause.__context__
+  if cause is not None and cause.name:
+    raise ValueError(
+      f'--storage: got {place}, whose driver {cause.name} is missing, expected'
+      ' it to be installed on every host; run pip install'
+      f' {_DRIVERS.get(cause.name, cause.name)}'
+    ) from None
 
 
 def _row(trial) -> Row:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ from storage import disk, locks
 from studies.sweeps import (
   claims as claims_lib,
   group as group_lib,
+  launchers,
   points,
   single,
   store as store_lib,
@@ -44,6 +46,7 @@ def open_store(search: Search) -> store_lib.Store:
   store_lib.optuna()
   search.experiment.validate()
   search.sweep.validate()
+  most_at_once(search)  # of a scheduler's variables
   url = search.url or store_lib.default_url(search.workdir)
   points.check(search.experiment, search.sweep, url)
   with disk.writing(search.workdir):
@@ -112,4 +115,6 @@ def most_at_once(search: Search) -> int:
   if asked := search.trials_at_once or sweep.trials_at_once:
     return asked
   learns = sweep.strategy == 'tpe' or sweep.pruner != 'none'
-  return _AT_ONCE_LEARNING if learns else _AT_ONCE
+  most = _AT_ONCE_LEARNING if learns else _AT_ONCE
+  # Of an array each process takes a share.
+  return min(most, -(-sweep.count() // launchers.num_processes(os.environ)))

@@ -1,5 +1,7 @@
 """The storage: the same points whatever happens, and no other sweep's."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -133,12 +135,12 @@ def test_another_experiment_or_workdir_is_refused(tmp_path):
     untrained_sweeps.store(tmp_path, sweep, token='u')
 
 
-def test_a_password_is_never_shown(tmp_path):
+def test_a_missing_driver_is_one_line_without_the_password(monkeypatch):
   url = 'postgresql://me:secret@nowhere.invalid/sweeps'
   assert 'secret' not in store_lib.redacted(url)
-  with pytest.raises(
-    ValueError, match='--storage: got postgres.*cannot be'
-  ) as e:
+  monkeypatch.setitem(sys.modules, 'psycopg2', None)  # not installed
+  words = 'driver psycopg2 is missing, expected it.*pip install psycopg2-binary'
+  with pytest.raises(ValueError, match=words) as e:
     store_lib.Store(
       untrained_sweeps.sweep(),
       untrained_sweeps.tiny_experiment.make(),
