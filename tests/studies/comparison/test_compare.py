@@ -116,7 +116,7 @@ def test_a_run_without_an_evaluation_is_one_line(runs):
 
 
 EXPERIMENT = """
-from tests.helpers import tiny_experiment
+from tests.helpers.training import tiny_experiment
 from training.optimizer import chain
 
 def get_config(variant):

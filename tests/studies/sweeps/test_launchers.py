@@ -3,7 +3,7 @@
 import pytest
 
 from studies.sweeps import claims as claims_lib, launchers, worker
-from tests.helpers import tiny_experiment, untrained_sweeps
+from tests.helpers.training import tiny_experiment, untrained_sweeps
 
 ARRAY = {'SLURM_ARRAY_TASK_COUNT': '4', 'SLURM_ARRAY_TASK_ID': '2'}
 JOB = {'NUM_PROCESSES': '3', 'JOB_COMPLETION_INDEX': '0'}
