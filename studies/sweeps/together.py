@@ -2,6 +2,14 @@
 
 Runs share a program if they differ in the numbers of `VARYING` only. All other
 fields change shapes, or what is computed.
+
+One program saves compilation, start and idle cores, which is most of the time
+of a tiny model, and little of a large one. Three kinds of runs could share a
+program and do not, since they gain little by it. Betas: 1 - beta is a constant
+in float64, an argument would be float32 (`VARYING`). Averages of weights: every
+evaluation is made twice, and a state is larger by the weights. Adapters, and
+other runs from frozen weights: a base that is worth adapting fills the cores by
+itself. They run one by one, with the numbers of train.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ import pytest
 
 from studies.sweeps import (
   group as group_lib,
+  programs,
   run_states,
   single,
   together,
@@ -189,6 +190,14 @@ def test_a_killed_group_goes_on_where_all_of_its_runs_are(
 
 def _experiment(**fields):
   return tiny_experiment.make(**fields)
+
+
+def test_runs_are_spread_over_eight_devices():
+  program = programs.Program(_experiment(), ())
+  num_runs = program.padded(12)
+  placed = program.placed(np.arange(num_runs))
+  runs_of = {s.device.id: s.data.tolist() for s in placed.addressable_shards}
+  assert runs_of == {i: [2 * i, 2 * i + 1] for i in range(8)}
 
 
 def test_what_varies_is_no_structure():
