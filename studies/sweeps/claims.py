@@ -48,6 +48,11 @@ def token(workdir: pathlib.Path) -> str:
     return path.read_text()
 
 
+def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+  """Keeps the other processes of a sweep out of its storage meanwhile."""
+  return locks.locked(workdir / _LOCK)
+
+
 class Claims:
   """Hands out the trials of a sweep to this process."""
 

@@ -51,13 +51,16 @@ def open_store(search: Search) -> store_lib.Store:
   points.check(search.experiment, search.sweep, url)
   with disk.writing(search.workdir):
     token = claims_lib.token(search.workdir)
-  return store_lib.Store(
-    search.sweep,
-    search.experiment,
-    url=url,
-    workdir_token=token,
-    num_evaluations=len(points.evaluations(search.experiment)),
-  )
+  # Optuna fails if two processes make the tables of a database at once, as all
+  # of an array do.
+  with claims_lib.alone(search.workdir):
+    return store_lib.Store(
+      search.sweep,
+      search.experiment,
+      url=url,
+      workdir_token=token,
+      num_evaluations=len(points.evaluations(search.experiment)),
+    )
 
 
 def run(
