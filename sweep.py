@@ -22,7 +22,7 @@ The best point is trained again, and frozen, by
 Several processes share a sweep: --processes=4 starts four here. Elsewhere,
 start the same command as often as you like, on hosts that share --workdir;
 SQLite does for one host, several want a server's database and its driver (pip
-install psycopg2-binary):
+install "psycopg[binary]"):
 
     sbatch --array=0-7 --wrap "python sweep.py --config=... --sweep=... \
       --workdir=/shared/lr --storage=postgresql://me:secret@db/sweeps"

@@ -366,7 +366,11 @@ class Store:
 
 
 # Packages of the modules that SQLAlchemy imports for an address.
-_DRIVERS = {'psycopg2': 'psycopg2-binary', 'MySQLdb': 'mysqlclient'}
+_DRIVERS = {
+  'psycopg': '"psycopg[binary]"',
+  'psycopg2': 'psycopg2-binary',
+  'MySQLdb': 'mysqlclient',
+}
 
 
 def _refuse_missing_driver(place: str, error: BaseException) -> None:

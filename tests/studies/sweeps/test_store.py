@@ -138,8 +138,11 @@ def test_another_experiment_or_workdir_is_refused(tmp_path):
 def test_a_missing_driver_is_one_line_without_the_password(monkeypatch):
   url = 'postgresql://me:secret@nowhere.invalid/sweeps'
   assert 'secret' not in store_lib.redacted(url)
-  monkeypatch.setitem(sys.modules, 'psycopg2', None)  # not installed
-  words = 'driver psycopg2 is missing, expected it.*pip install psycopg2-binary'
+  for name in ('psycopg', 'psycopg2'):  # the default depends on SQLAlchemy
+    monkeypatch.setitem(sys.modules, name, None)  # not installed
+  words = (
+    r'driver psycopg2? is missing, expected.*pip install \S*psycopg.*binary'
+  )
   with pytest.raises(ValueError, match=words) as e:
     store_lib.Store(
       untrained_sweeps.sweep(),
