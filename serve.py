@@ -127,7 +127,7 @@ def _complete(prompt: str, chosen) -> None:
   from frozen import format as frozen_format
   from frozen.quantize import quality
 
-  generator = _load_small(FLAGS.n or 1, constraints='constraint' in chosen)
+  generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
   ids, settings = _asked(generator, prompt, chosen)
   updates = generator.updates([ids], settings)
@@ -278,11 +278,10 @@ def _load(config: engine_config.EngineConfig, **how):
   return generator
 
 
-def _load_small(num_sequences: int, *, constraints: bool = False):
+def _load_small(num_sequences: int):
   """Loads an engine that compiles quickly, with few sequences and shapes."""
   return _load(
     _engine_config(
-      constraints=constraints,
       max_sequences=num_sequences,
       decode_shapes=(num_sequences,),
       chunk_tokens=128,

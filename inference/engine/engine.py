@@ -180,6 +180,11 @@ class Engine:
       self._programs.compile_rest()
 
   @property
+  def is_compiling(self) -> bool:
+    """Whether a thread of its own compiles."""
+    return self._programs.masks.is_compiling
+
+  @property
   def num_waiting(self) -> int:
     """Number of sequences that wait for a slot."""
     return self.manager.num_waiting
@@ -202,7 +207,7 @@ class Engine:
       capacity=capacity,
     )
     request = dataclasses.replace(request, room=room)
-    return flight_lib.with_grammar(request, self._grammars, self.config)
+    return flight_lib.with_grammar(request, self._grammars, self._programs)
 
   def submit(self, request: requests_lib.Request) -> int:
     """Submits one request, see `submit_all`; returns its id."""
@@ -217,10 +222,7 @@ class Engine:
         sequences than the queue holds.
       Overloaded: too many sequences wait; try again later.
     """
-    requests = [
-      self.checked(request) if request.room is None else request
-      for request in requests
-    ]
+    requests = [each if each.room else self.checked(each) for each in requests]
     asked = requests_lib.num_sequences(requests)
     most = self.config.max_waiting
     requests_lib.check_few(asked, fairness.most_waiting(most))

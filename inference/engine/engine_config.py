@@ -141,11 +141,10 @@ class EngineConfig:
     'Largest number of tokens that are guessed at once for a sequence; needs'
     ' speculation. A step computes one token more per sequence. Default: 7.',
   )
-  # No flag: serve.py sets it where a request is constrained.
   constraints: bool = flag_field.field(
-    False,
-    'Compile the programs of answers that a grammar constrains.',
-    flag=False,
+    True,
+    'Answer requests whose text a grammar constrains. Their programs are'
+    ' compiled when the first such request arrives.',
   )
   prefix_cache: bool = flag_field.field(
     True,

@@ -24,7 +24,6 @@ import numpy as np
 from inference.constraints import grammars
 from inference.engine import (
   device_state,
-  engine_config,
   inputs as inputs_lib,
   metrics as metrics_lib,
   steps,
@@ -51,29 +50,32 @@ class Flight(NamedTuple):
 def with_grammar(
   request: requests.Request,
   found: grammars.Grammars,
-  config: engine_config.EngineConfig,
+  programs: programs_lib.Programs,
 ) -> requests.Request:
   """Returns a request with the grammar of its constraint, if it has one.
 
+  The first one compiles the programs of such steps; from any thread.
+
   Raises:
-    SettingError: no text is sampled, or the engine has no such programs.
+    SettingError: no text is sampled, or the engine is to have no grammars.
     ConstraintError: the constraint cannot be kept.
   """
   constraint = request.settings.constraint
   if constraint is None or request.grammar is not None:
     return request
-  if not config.constraints:
+  if not programs.has_grammars:
     raise settings_lib.SettingError(
       'constraint',
       constraint.kind,
-      'none: this engine has no programs for grammars',
-      'make it with EngineConfig(constraints=True)',
+      'none: this engine answers without grammars',
+      'start it with --engine.constraints',
     )
   if request.target is not None or request.pooling:
     raise settings_lib.SettingError(
       'constraint', constraint.kind, 'none where no text is sampled'
     )
   grammar = found.compile(constraint)
+  programs.masks.compile()
   return dataclasses.replace(request, grammar=grammar)
 
 

@@ -193,7 +193,10 @@ class EngineLoop:
   @property
   def is_compiling(self) -> bool:
     """Whether a thread compiles, in which XLA cannot be interrupted."""
-    return self.is_loading or self._compiler.is_alive()
+    if self.is_loading or self._compiler.is_alive():
+      return True
+    generator = self.generator
+    return generator is not None and generator.engine.is_compiling
 
   @property
   def is_idle(self) -> bool:

@@ -94,7 +94,7 @@ def test_a_new_setting_is_a_flag_by_its_field_alone():
       settings.Settings,
       {'logit_bias', 'logprobs', 'prompt_logprobs', 'constraint'},
     ),
-    (engine_config.EngineConfig, {'constraints'}),
+    (engine_config.EngineConfig, set()),
     (options.Options, set()),
   ],
 )

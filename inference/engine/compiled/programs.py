@@ -6,6 +6,8 @@ executables, which cannot compile anything. An engine may start with the few
 shapes that hold every step, and get the others from another thread: until then
 its steps have more padding.
 
+Programs of steps with grammars are compiled when the first grammar arrives.
+
 The host's arrays of a step reach a program as one array. A program of decodes
 also samples; after a prefill another program does, since the filters of the
 sampler take longer to compile than a layer of the model.
@@ -28,6 +30,7 @@ from inference.engine import (
 )
 from inference.engine.compiled import (
   jitted,
+  late,
   layered,
   program_store,
   shapes as shapes_lib,
@@ -108,7 +111,7 @@ class Programs:
     self._chunk_tokens = config.chunk_tokens
     self._table_width = config.table_width(context)
     self._context = context
-    self._has_constraints = config.constraints
+    self.has_grammars = config.constraints
     self._padding_slot = state.slots.last_B.shape[0] - 1
     self._model, self._vocab_size = model, vocab_size
     self._sample_sizes = shapes_lib.sample_sizes(max(map(sum, shapes)))
@@ -135,6 +138,9 @@ class Programs:
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     self._has_adapters = adapters_lib.COLLECTION in self._params
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
+    self.masks = late.Late(  # for grammars
+      self._compile, device, *map(self._of_masks, (first, self.shapes))
+    )
     self._compile([*names, *self._with_sizes(first)])
     if compile_all:
       self._compile(self._verifying())
@@ -155,12 +161,13 @@ class Programs:
       for each in shapes
       if each.num_chunks or self._is_layered
     ]
-    keys = [*dict.fromkeys(sizes), *shapes]
-    if self._has_constraints:
-      sizes = [self._num_sampled(each, is_split=True) for each in shapes]
-      keys += [Masked(size) for size in dict.fromkeys(sizes)]
-      keys += [Forward(each) for each in shapes if self._is_whole(each)]
-    return keys
+    return [*dict.fromkeys(sizes), *shapes]
+
+  def _of_masks(self, shapes: list[steps.Shape]) -> list[Any]:
+    """Returns the keys of the programs that shapes need within grammars."""
+    sizes = [self._num_sampled(each, is_split=True) for each in shapes]
+    keys: list[Any] = [Masked(size) for size in dict.fromkeys(sizes)]
+    return keys + [Forward(each) for each in shapes if self._is_whole(each)]
 
   def _is_whole(self, shape: steps.Shape) -> bool:
     """Returns whether the program of a shape samples, too."""

@@ -333,7 +333,12 @@ def ending(completion: requests.Completion) -> dict[str, Any]:
     'accounting': dataclasses.asdict(completion.usage),
   }
   if completion.finish_reason == 'error':
-    fields['error'] = (
-      'the model computed numbers that are not finite; the text is that before'
-    )
+    fields['error'] = f'{failure(completion)}; the text is that before'
   return fields
+
+
+def failure(completion: requests.Completion) -> str:
+  """Returns why a completion ended with an error."""
+  if completion.failure:
+    return f'the grammar has no next token: {completion.failure}'
+  return 'the model computed numbers that are not finite'

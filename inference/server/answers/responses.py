@@ -20,6 +20,7 @@ from inference.sampling import (
 from inference.server.answers import (
   chat,
   chat_logprobs,
+  completions,
   conversations,
   response_events,
   response_items,
@@ -31,7 +32,6 @@ from inference.server.versions import fingerprint
 from text.replies import events as events_lib
 
 _LOG = logging.getLogger('uvicorn.error')
-_NOT_FINITE = 'the model computed numbers that are not finite'
 _NAMES = {
   'max_tokens': 'max_output_tokens',
   'logprobs': 'top_logprobs',
@@ -145,7 +145,7 @@ class Answer:
         return writer.arguments(found.text)
     assert completion
     if completion.finish_reason == 'error':
-      return writer.fail(_NOT_FINITE)
+      return writer.fail(completions.failure(completion))
     usage = self._usage(completion)
     _LOG.info(
       '%s principal=%s user=%s %s',

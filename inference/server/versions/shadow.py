@@ -55,8 +55,8 @@ class Shadow:
   def take(self, requests: Sequence[requests_lib.Request]) -> None:
     """Answers copies of requests, and discards the answers."""
     copies = [
-      # `room` is that of another engine.
-      dataclasses.replace(each, priority=_LAST, room=None)
+      # `room` and grammar are those of another engine.
+      dataclasses.replace(each, priority=_LAST, room=None, grammar=None)
       for each in self._model.asked(requests)
     ]
     self._model.hold()

@@ -42,7 +42,6 @@ _LAYOUT = {
   'chunk_tokens': 8,
   'max_chunks': 1,
   'max_mixed_chunks': 1,
-  'constraints': True,
   'numerics': 'invariant',
 }
 _SCHEMA = {
@@ -228,9 +227,9 @@ def test_a_cancelled_answer_leaves_nothing():
 
 def test_refusals():
   engine = reference_engine.engine(
-    is_small=True, **_LAYOUT | {'constraints': None}
+    is_small=True, **_LAYOUT | {'constraints': False}
   )
-  with pytest.raises(settings_lib.SettingError, match='constraints=True'):
+  with pytest.raises(settings_lib.SettingError, match='--engine.constraints'):
     engine.submit(_request(_CONSTRAINTS['regex']))
   for fields in ({'min_tokens': 2}, {'ignore_eos': True}):
     with pytest.raises(settings_lib.SettingError, match='beside a constraint'):
