@@ -27,7 +27,12 @@ from inference.server.answers import (
   completions,
   conversations,
 )
-from inference.server.api import chat_schema, errors, schema
+from inference.server.api import (
+  chat_schema,
+  errors,
+  format_schema,
+  schema,
+)
 from inference.server.http import exchanges
 from inference.server.versions import fingerprint
 from text.replies import events
@@ -193,13 +198,17 @@ def _asked(
 def _request(
   asked: conversations.Asked, body: chat_schema.ChatRequest, principal: str
 ) -> requests.Request:
+  chosen, language = body.chosen(), body.language()
+  if language:
+    chosen['constraint'] = asked.constraint(language.constraint)
   try:
-    return asked.generator.request(
-      asked.ids,
-      asked.settings(body.chosen()),
-      principal=principal,
-      priority=body.priority or 0,
-    )
+    with format_schema.refusals(language.param if language else ''):
+      return asked.generator.request(
+        asked.ids,
+        asked.settings(chosen),
+        principal=principal,
+        priority=body.priority or 0,
+      )
   except settings_lib.SettingError as error:
     refused = schema.from_setting(error)
     if refused.param == 'max_tokens' and body.max_tokens is None:

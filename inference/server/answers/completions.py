@@ -26,7 +26,12 @@ from inference import generate
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.answers import logprobs_json
-from inference.server.api import errors, schema
+from inference.server.api import (
+  completion_schema,
+  errors,
+  format_schema,
+  schema,
+)
 from inference.server.http import exchanges
 from inference.server.versions import fingerprint
 
@@ -45,7 +50,7 @@ class Answer:
   def __init__(
     self,
     generator: generate.Generator,
-    body: schema.CompletionRequest,
+    body: completion_schema.CompletionRequest,
     *,
     principal: str,
   ):
@@ -63,6 +68,7 @@ class Answer:
     self._principal = principal
     self._prompts = body.prompts()
     self._check_size()
+    self._language = body.language()
     try:
       self.requests = [self._request(prompt) for prompt in self._prompts]
     except settings_lib.SettingError as error:
@@ -161,20 +167,24 @@ class Answer:
   def _request(self, prompt: generate.Prompt) -> requests.Request:
     body = self._body
     ids = self._generator.prompt_ids(prompt)  # once: it may be long
-    settings = self._generator.settings_for(ids, **body.chosen())
+    chosen, language = body.chosen(), self._language
+    if language:
+      chosen['constraint'] = language.constraint
+    settings = self._generator.settings_for(ids, **chosen)
     if body.echo and settings.logprobs is not None:
       settings = dataclasses.replace(
         settings, prompt_logprobs=settings.logprobs
       )
-    return self._generator.request(
-      ids,
-      settings,
-      principal=self._principal,
-      priority=body.priority or 0,
-      # The engine needs a token after the prompt. A given target is not
-      # sampled, so the prompt may fill the context.
-      target=0 if self._is_echo_alone else None,
-    )
+    with format_schema.refusals(language.param if language else ''):
+      return self._generator.request(
+        ids,
+        settings,
+        principal=self._principal,
+        priority=body.priority or 0,
+        # The engine needs a token after the prompt. A given target is not
+        # sampled, so the prompt may fill the context.
+        target=0 if self._is_echo_alone else None,
+      )
 
   def _keep(self, which: int, update: requests.Update) -> None:
     if update.completion is None:

@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 from inference import chat_prompts, generate
+from inference.constraints import constraint as constraint_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.api import errors
@@ -44,6 +45,18 @@ class Asked:
       SettingError: a value is out of range.
     """
     return chat_prompts.settings_for(self.generator, self.ids, chosen)
+
+  def constraint(
+    self, found: constraint_lib.Constraint
+  ) -> constraint_lib.Constraint:
+    """Returns a constraint of the answer, behind reasoning if there is some."""
+    if self.style.reasoning is None:
+      return found
+    opening, closing = self.style.reasoning
+    thought = constraint_lib.Thought(
+      opening=opening, closing=closing, is_open=self.is_reasoning
+    )
+    return dataclasses.replace(found, thought=thought)
 
   def reader(self) -> 'Reader':
     """Returns the reader of one answer."""

@@ -25,7 +25,7 @@ from inference.server.answers import (
   response_events,
   response_items,
 )
-from inference.server.api import errors, response_schema
+from inference.server.api import errors, format_schema, response_schema
 from inference.server.http import exchanges
 from inference.server.records import responses as store_lib
 from inference.server.versions import fingerprint
@@ -163,20 +163,22 @@ class Answer:
     return self._logprobs.write(tokens)['content']
 
   def _request(self, generator: generate.Generator) -> requests_lib.Request:
-    body = self._body
+    body, language = self._body, self._body.language()
+    chosen = {
+      'temperature': body.temperature,
+      'top_p': body.top_p,
+      'max_tokens': body.max_output_tokens,
+      'logprobs': (body.top_logprobs or 0) if body.has_logprobs else None,
+      'n': 1,
+    }
+    if language:
+      chosen['constraint'] = self._asked.constraint(language.constraint)
     try:
-      settings = self._asked.settings(
-        {
-          'temperature': body.temperature,
-          'top_p': body.top_p,
-          'max_tokens': body.max_output_tokens,
-          'logprobs': (body.top_logprobs or 0) if body.has_logprobs else None,
-          'n': 1,
-        }
-      )
-      return generator.request(
-        self._asked.ids, settings, principal=self._principal
-      )
+      with format_schema.refusals(language.param if language else ''):
+        settings = self._asked.settings(chosen)
+        return generator.request(
+          self._asked.ids, settings, principal=self._principal
+        )
     except settings_lib.SettingError as error:
       name = _NAMES.get(error.setting, error.setting)
       message = str(error).removeprefix(f'{error.setting}: ')
@@ -210,7 +212,7 @@ class Answer:
       'service_tier': 'default',
       'store': is_stored,
       'temperature': settings.temperature,
-      'text': {'format': {'type': 'text'}},
+      'text': {'format': _format(body)},
       'tool_choice': body.tool_choice or 'auto',
       'tools': [
         {'parameters': None, 'strict': False, **each} for each in tools
@@ -239,6 +241,14 @@ class Answer:
       },
       'total_tokens': num_prompt + num_made,
     }
+
+
+def _format(body: response_schema.ResponseRequest) -> dict[str, Any]:
+  """Returns the format of the text as a response repeats it."""
+  found = body.text.format if body.text else None
+  if found is None:
+    return {'type': 'text'}
+  return found.model_dump(by_alias=True, exclude_none=True)
 
 
 def _tools(body: response_schema.ResponseRequest) -> list[dict[str, Any]]:

@@ -11,12 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from inference.sampling import settings
-from inference.server.api import errors, schema
+from inference.server.api import errors, format_schema, schema
 
 _MOST_TOOLS = 128  # as at OpenAI
 _Unsupported = schema.Unsupported
-_NO_GRAMMAR = 'text is not held to a grammar'
-
 
 ToolChoice = Annotated[
   Literal['none', 'auto'],
@@ -137,12 +135,6 @@ class Tool(schema.Body):
   function: Function
 
 
-class ResponseFormat(schema.Body):
-  """The format of the answer."""
-
-  type: Literal['text']
-
-
 class StreamOptions(schema.StreamOptions):
   """Options of a stream."""
 
@@ -151,7 +143,7 @@ class StreamOptions(schema.StreamOptions):
   ] = None
 
 
-class _OpenAiChat(schema.Body):
+class _OpenAiChat(format_schema.Languages):
   model: str = pydantic.Field(description='A name of /v1/models.')
   messages: Annotated[list[Message], schema.TURNS] = pydantic.Field(
     description='The conversation, oldest first.'
@@ -210,9 +202,6 @@ class _OpenAiChat(schema.Body):
   safety_identifier: str | None = pydantic.Field(
     default=None, description="Written to the server's log."
   )
-  response_format: (
-    Annotated[ResponseFormat, schema.known('text', key='type')] | None
-  ) = pydantic.Field(default=None, description=f'Text alone: {_NO_GRAMMAR}.')
   store: Annotated[
     Any, _Unsupported('chats are not stored, see /v1/responses', (False,))
   ] = None

@@ -17,12 +17,12 @@ from inference.server.access import api_keys
 from inference.server.api import (
   admin_schema,
   chat_schema,
+  completion_schema,
   embedding_schema,
   errors,
   feedback_schema,
   response_schema,
   response_shapes,
-  schema,
   shapes,
   tokenizer_schema,
 )
@@ -70,7 +70,7 @@ _ROUTES = {
   '/v1/models/{name}': _Route(answer=shapes.Model, errors=(404, 503)),
   '/v1/completions': _Route(
     answer=shapes.Completion,
-    body=schema.CompletionRequest,
+    body=completion_schema.CompletionRequest,
     errors=(*_POSTED, 429, 500),
     chunk=shapes.CompletionChunk,
   ),

@@ -9,7 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from inference.server.api import chat_schema, errors, schema
+from inference.server.api import (
+  chat_schema,
+  errors,
+  format_schema,
+  schema,
+)
 
 _MOST_METADATA, _MOST_KEY, _MOST_VALUE = 16, 64, 512  # as at OpenAI
 _LOGPROBS = 'message.output_text.logprobs'
@@ -140,18 +145,12 @@ class FunctionTool(schema.Body):
 _Tool = Annotated[FunctionTool, schema.known('function', key='type')]
 
 
-class TextFormat(schema.Body):
-  """The format of the answer."""
-
-  type: Annotated[
-    Any, _Unsupported('text is not held to a grammar', ('text',))
-  ] = 'text'
-
-
 class TextOptions(schema.Body):
   """Options of the answer's text."""
 
-  format: Annotated[TextFormat, schema.known('text', key='type')] | None = None
+  format: format_schema.TextFormat | None = pydantic.Field(
+    default=None, description=format_schema.JSON_FORMATS
+  )
   verbosity: Annotated[
     Any, _Unsupported('no model here was trained for it', ('medium',))
   ] = None
@@ -314,6 +313,21 @@ class ResponseRequest(schema.Body):
     if self.input == []:
       raise errors.invalid('input', 'got no items, expected at least one')
     self._check_metadata()
+
+  def language(self) -> format_schema.Language | None:
+    """Returns the language of the text; None: any text.
+
+    Raises:
+      ApiError: status 400, the schema is too long.
+    """
+    found = self.text.format if self.text else None
+    return format_schema.of_format(found, 'text')
+
+  @property
+  def is_constrained(self) -> bool:
+    """Whether a grammar is compiled for the answer."""
+    found = self.text.format if self.text else None
+    return found is not None and found.type != 'text'
 
   @property
   def has_logprobs(self) -> bool:

@@ -29,7 +29,7 @@ _LONG = 64 * 1024  # bytes; the text of a shorter body takes milliseconds
 _MOST_LONG = 8  # long bodies in memory
 _PAUSE = 3  # times the duration of long work
 _MOST_PAUSE_SECONDS = 1.0
-_NUM_THREADS = 2  # for short bodies
+_NUM_THREADS = 2  # for short bodies; and for grammars
 
 _Result = TypeVar('_Result')
 
@@ -40,9 +40,13 @@ class Bodies:
   def __init__(self, config: server_config.ServerConfig):
     """Makes the threads, which start when the first work arrives."""
     self._config = config
-    self._short, self._long = (
+    self._short, self._long, self._grammars = (
       futures.ThreadPoolExecutor(num, name, initializer=thread_priority.lower)
-      for num, name in ((_NUM_THREADS, 'text'), (1, 'long-text'))
+      for num, name in (
+        (_NUM_THREADS, 'text'),
+        (1, 'long-text'),
+        (_NUM_THREADS, 'grammar'),
+      )
     )
     self._may_be_long = asyncio.Semaphore(_MOST_LONG)
     self._timers: set[asyncio.Timeout] = set()
@@ -72,16 +76,18 @@ class Bodies:
     self, work: Callable[..., _Result], *args: Any, size: int
   ) -> _Result:
     """Returns what `work` makes of `args`; `size` is that of the text."""
-    loop = asyncio.get_running_loop()
-    # Of the exchange: the thread then sees the request that it works for.
-    context = contextvars.copy_context()
-
-    def run() -> _Result:
-      return context.run(work, *args)
-
+    loop, run = asyncio.get_running_loop(), _in_exchange(work, *args)
     if size <= _LONG:
       return await loop.run_in_executor(self._short, run)
     return await loop.run_in_executor(self._long, self._paced, run)
+
+  async def compiled(self, work: Callable[[], _Result]) -> _Result:
+    """Returns what `work` makes, in a thread that compiles grammars.
+
+    Some take a second: requests without a grammar do not wait for them.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(self._grammars, _in_exchange(work))
 
   def stop(self) -> None:
     """Answers 503 to the requests whose bodies have not arrived."""
@@ -92,7 +98,7 @@ class Bodies:
 
   def close(self) -> None:
     """Ends the threads after the work that they have begun."""
-    for lane in (self._short, self._long):
+    for lane in (self._short, self._long, self._grammars):
       lane.shutdown(wait=False, cancel_futures=True)
 
   def _paced(self, work: Callable[[], _Result]) -> _Result:
@@ -147,6 +153,14 @@ class Bodies:
         param=None,
         code='timeout',
       ) from error
+
+
+def _in_exchange(
+  work: Callable[..., _Result], *args: Any
+) -> Callable[[], _Result]:
+  """Returns work that sees, in a thread, the exchange that it is for."""
+  context = contextvars.copy_context()
+  return lambda: context.run(work, *args)
 
 
 def _check_type(request: fastapi.Request) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference import full_forward
+from inference.constraints import grammars
 from inference.sampling import logprobs as logprobs_lib, penalties, sampler
 from inference.server.receipts import receipts
 from text import tokenizer as tokenizer_lib
@@ -114,14 +115,17 @@ def compare(
     jnp.int32(num_prompt),
     vocab_size,
   )[None]
+  matcher = _matcher(receipt, tokenizer)
   tokens = []
   for start, logits_RV in forward.logits(ids, num_prompt):
     for row_index, token in enumerate(ids[start : start + len(logits_RV)]):
       position = start + row_index
       seen_1V, found = _next(
         logits_RV[row_index][None], settings, seen_1V, token, position,
-        tolerance,
+        tolerance, _allowed_1W(matcher, vocab_size),
       )  # fmt: skip
+      if matcher:
+        matcher.push(token)
       logprob, taken, nearly_taken = jax.device_get(found)
       place = position - num_prompt
       is_given = receipt.target is not None and not place
@@ -138,15 +142,39 @@ def compare(
   return Comparison(tokens=tokens, tolerance=tolerance)
 
 
+def _matcher(
+  receipt: receipts.Receipt, tokenizer: tokenizer_lib.Tokenizer
+) -> grammars.Matcher | None:
+  """Returns the state of the grammar of an answer, if it had one."""
+  constraint = receipt.settings.constraint
+  if constraint is None:
+    return None
+  grammar = grammars.Grammars(tokenizer).compile(constraint)
+  return grammar.matcher(receipt.settings.stop_ids)
+
+
+def _allowed_1W(
+  matcher: grammars.Matcher | None, vocab_size: int
+) -> np.ndarray | None:
+  """Returns the bits of the tokens that may come next; None: all may."""
+  if matcher is None:
+    return None
+  bits_1W = np.full((1, -(-vocab_size // 32)), 2**32 - 1, np.uint32)
+  matcher.fill(bits_1W[0])
+  return bits_1W
+
+
 @functools.partial(jax.jit, donate_argnames=('seen_1V',))
-def _next(logits_1V, settings, seen_1V, token, position, tolerance):
+def _next(logits_1V, settings, seen_1V, token, position, tolerance, allowed_1W):
   """Returns the counts with a token, and what is found at its position."""
   tokens_1 = jnp.full((1,), token, jnp.int32)
   positions_1 = jnp.full((1,), position, jnp.int32)
   found = logprobs_lib.logprobs(logits_1V, tokens_1, jnp.zeros_like(tokens_1))
 
   def sampled(logits_1V):
-    return sampler.sample(logits_1V, settings, seen_1V, positions_1)[0]
+    return sampler.sample(
+      logits_1V, settings, seen_1V, positions_1, allowed_BW=allowed_1W
+    )[0]
 
   # Both logits of a difference may be off.
   raised_1V = logits_1V.at[0, token].add(2 * tolerance)

@@ -19,6 +19,7 @@ import time
 from typing import Any
 import zlib
 
+from inference.constraints import constraint as constraint_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
 from inference.server import service
@@ -86,6 +87,7 @@ def unpacked(data: bytes) -> Receipt:
     for name in ('stop', 'stop_ids'):
       settings[name] = tuple(settings[name])
     settings['logit_bias'] = tuple(map(tuple, settings['logit_bias']))
+    settings['constraint'] = _constraint(settings.get('constraint'))
     for name in ('prompt_ids', 'token_ids', 'logprobs'):
       fields[name] = tuple(fields[name])
     return Receipt(**fields, settings=settings_lib.Settings(**settings))
@@ -93,6 +95,17 @@ def unpacked(data: bytes) -> Receipt:
     raise ValueError(
       f'receipt: got one that cannot be read ({error}), expected a whole one'
     ) from error
+
+
+def _constraint(
+  fields: dict[str, Any] | None,
+) -> constraint_lib.Constraint | None:
+  if fields is None:
+    return None
+  thought = fields.pop('thought')
+  return constraint_lib.Constraint(
+    **fields, thought=thought and constraint_lib.Thought(**thought)
+  )
 
 
 def digits(text: str) -> str:

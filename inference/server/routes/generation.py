@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncGenerator
 import contextlib
-from typing import Any, Protocol
+import functools
+from typing import Any, Protocol, TypeVar
 
 import fastapi
 from fastapi import responses
@@ -40,6 +41,18 @@ class Answer(Protocol):
   ) -> AsyncGenerator[dict[str, Any]]:
     """Yields the chunks of a stream."""
     ...
+
+
+_Made = TypeVar('_Made')
+
+
+async def compiled(
+  service: service_lib.Service, made: _Made | functools.partial[_Made]
+) -> _Made:
+  """Returns an answer; one that is not made yet compiles a grammar."""
+  if not isinstance(made, functools.partial):
+    return made
+  return await service.bodies.compiled(made)
 
 
 async def answered(

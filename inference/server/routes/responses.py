@@ -7,6 +7,7 @@ by its id. With --server.store_days=0 nothing is stored.
 
 from collections.abc import AsyncGenerator
 import contextlib
+import functools
 import json
 from typing import Any
 
@@ -19,7 +20,9 @@ from inference.server.answers import response_events, responses
 from inference.server.api import errors, response_schema, schema
 from inference.server.http import streams
 from inference.server.records import responses as store_lib
+from inference.server.routes import generation
 
+_Answer = responses.Answer | functools.partial[responses.Answer]
 _JSON = 'application/json'
 _MOST_LISTED, _LISTED = 100, 20  # input items of an answer, as at OpenAI
 _BYTES_PER_CHARACTER = 4
@@ -38,6 +41,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     )
     if answer is None:
       answer = await _continued(service, model, principal, body)
+    answer = await generation.compiled(service, answer)
     updates = await model.submit([answer.request])
     events = _stored(service, answer, principal, updates)
     if answer.is_stream:
@@ -77,7 +81,7 @@ def _prepared(
 ) -> tuple[
   response_schema.ResponseRequest,
   service_lib.ServedModel,
-  responses.Answer | None,
+  _Answer | None,
 ]:
   """Returns a checked body; its answer too, unless it continues another."""
   body = schema.parsed(
@@ -103,8 +107,9 @@ def _answer(
   principal: str,
   body: response_schema.ResponseRequest,
   rows: tuple[store_lib.Row, ...] = (),
-) -> responses.Answer:
-  return responses.Answer(
+) -> _Answer:
+  make = functools.partial(
+    responses.Answer,
     model.generator(),
     body,
     principal=principal,
@@ -112,6 +117,7 @@ def _answer(
     is_stored=service.store.is_kept and body.store is not False,
     reply_format=service.config.reply_format,
   )
+  return make if body.is_constrained else make()
 
 
 async def _continued(
@@ -119,7 +125,7 @@ async def _continued(
   model: service_lib.ServedModel,
   principal: str,
   body: response_schema.ResponseRequest,
-) -> responses.Answer:
+) -> _Answer:
   """Returns the answer of a request that continues a stored response."""
   most = model.generator().most_characters * _BYTES_PER_CHARACTER + _OVERHEAD
   with _found('previous_response_id'):

@@ -80,12 +80,18 @@ def recorded(generator, tmp_path_factory):
       'several': _ask(served, n=2, prompt=['one', 'two'], top_k=7, min_p=0.01),
       'scored': _ask(served, max_tokens=0, min_tokens=0, echo=True, logprobs=1),
       'stream': _ask(served, stream=True, logprobs=2),
+      'constrained': _ask(
+        served,
+        min_tokens=0,
+        structured_outputs={'json': {'type': 'array', 'minItems': 2}},
+      ),
     }
   return path, answers
 
 
 @pytest.mark.parametrize(
-  'name', ['plain', 'again', 'greedy', 'several', 'scored', 'stream']
+  'name',
+  ['plain', 'again', 'greedy', 'several', 'scored', 'stream', 'constrained'],
 )
 def test_an_answer_of_the_weights_is_a_training_problem(
   recorded, frozen_dir, name

@@ -93,7 +93,14 @@ _ROUTES = {
       'top_logprobs': [2],
       'max_completion_tokens': [3],
       'parallel_tool_calls': [True, False],
-      'response_format': [{'type': 'text'}],
+      'response_format': [
+        {'type': 'text'},
+        {'type': 'json_object'},
+        {
+          'type': 'json_schema',
+          'json_schema': {'name': 'a', 'schema': {'type': 'null'}},
+        },
+      ],
       'safety_identifier': ['somebody'],
       'tool_choice': ['none', 'auto'],
       'tools': [[]],
@@ -137,7 +144,17 @@ _ROUTES = {
       'safety_identifier': ['somebody'],
       'store': [True, False],
       'stream_options': [{}],
-      'text': [{'format': {'type': 'text'}}],
+      'text': [
+        {'format': {'type': 'text'}},
+        {
+          'format': {
+            'type': 'json_schema',
+            'name': 'a',
+            'schema': {'type': 'null'},
+            'strict': True,
+          }
+        },
+      ],
       'tool_choice': ['none', 'auto'],
       'tools': [[{'type': 'function', 'strict': False, **_TOOL}]],
       'top_logprobs': [2],

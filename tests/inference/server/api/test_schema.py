@@ -6,13 +6,14 @@ import pydantic
 import pytest
 
 from inference.sampling import settings as settings_lib
-from inference.server.api import errors, schema
+from inference.server.api import completion_schema, errors, schema
 
+_Request = completion_schema.CompletionRequest
 _BODY = {'model': 'tiny', 'prompt': 'a'}
 
 
 def _parsed(**fields):
-  return schema.CompletionRequest(**_BODY, **fields)
+  return _Request(**_BODY, **fields)
 
 
 def _checked(is_shared=False, **fields):
@@ -52,6 +53,8 @@ _OTHERS = {
   'user',
   'priority',
   'return_tokens_as_token_ids',
+  'response_format',
+  'structured_outputs',
 }
 
 
@@ -65,13 +68,13 @@ def test_a_field_chooses_a_setting(name):
 
 
 def test_no_field_is_without_a_test_and_no_setting_out_of_reach():
-  assert schema.CompletionRequest.model_fields.keys() == (
-    _SETTINGS.keys() | _OTHERS | schema.CompletionRequest.unsupported().keys()
+  assert _Request.model_fields.keys() == (
+    _SETTINGS.keys() | _OTHERS | _Request.unsupported().keys()
   )
   reached = {name for _, chosen in _SETTINGS.values() for name in chosen}
   names = {field.name for field in dataclasses.fields(settings_lib.Settings)}
-  # The API asks for the log-probabilities of a prompt with `echo`. A grammar
-  # comes from the command line alone.
+  # The API asks for the log-probabilities of a prompt with `echo`, and for a
+  # constraint with response_format or structured_outputs.
   assert names - reached == {'prompt_logprobs', 'constraint'}
 
 
@@ -83,7 +86,9 @@ def test_a_new_setting_becomes_a_field_of_the_body():
       default=(), metadata={'help': 'New too.', 'api_name': 'bad_token_ids'}
     )
 
-  body = schema.with_settings(schema._OpenAiRequest, dataclasses.fields(More))
+  body = schema.with_settings(
+    completion_schema._OpenAiRequest, dataclasses.fields(More)
+  )
   assert body.model_fields['typical_p'].description == 'New.'
   parsed = body.model_validate(_BODY | {'typical_p': 0.5, 'bad_token_ids': [3]})
   assert parsed.model_dump()['typical_p'] == 0.5
@@ -141,7 +146,7 @@ def test_what_makes_no_sense_is_refused(fields, param, message):
 
 @pytest.mark.parametrize('num', [0, 129])
 def test_prompts_are_counted(num):
-  body = schema.CompletionRequest(model='tiny', prompt=['a'] * num)
+  body = _Request(model='tiny', prompt=['a'] * num)
   with pytest.raises(
     errors.ApiError, match=f'got {num} prompts, expected 1 to'
   ):
@@ -159,7 +164,7 @@ def test_prompts_are_counted(num):
   ],
 )
 def test_every_form_of_prompt(prompt, prompts):
-  body = schema.CompletionRequest(model='tiny', prompt=prompt)
+  body = _Request(model='tiny', prompt=prompt)
   assert body.prompts() == prompts
 
 
@@ -172,7 +177,7 @@ def test_minus_one_is_all_tokens_as_clients_of_vllm_send_it():
 @pytest.mark.parametrize('seed', [-(2**63), 2**32, 2**63, 2**64 - 1])
 def test_a_seed_of_64_bits_passes(seed):
   body = schema.parsed(
-    schema.CompletionRequest,
+    _Request,
     b'{"model":"tiny","prompt":"a","seed":%d}' % seed,
     context=64,
   )
@@ -216,7 +221,7 @@ def test_what_makes_no_difference_is_accepted():
 )
 def test_types_are_checked_and_the_field_is_named(fields, param, message, code):
   with pytest.raises(pydantic.ValidationError) as caught:
-    schema.CompletionRequest(**{**_BODY, **fields})
+    _Request(**{**_BODY, **fields})
   error = schema.from_validation(caught.value.errors())
   assert (error.param, error.code) == (param, code)
   assert message in str(error)

@@ -6,7 +6,11 @@ import threading
 
 import pytest
 
-from inference.server.api import schema, tokenizer_schema
+from inference.server.api import (
+  completion_schema,
+  schema,
+  tokenizer_schema,
+)
 from tests.helpers.serving import servers
 
 _LIMIT = 200_000
@@ -203,8 +207,8 @@ def test_the_first_error_is_reported(name, http, monkeypatch):
   ('path', 'body', 'message'),
   [
     ('/v1/completions', b'{"prompt":[%s1]}' % (b'1,' * 10**5), '100000 values'),
-    ('/v1/completions', b'{"prompt":[%s]}' % (b'[],' * 200), '202 lists and'),
-    ('/v1/completions', b'{"a":' * 300, '300 lists and objects'),
+    ('/v1/completions', b'{"prompt":[%s]}' % (b'[],' * 9000), '9002 lists and'),
+    ('/v1/completions', b'{"a":' * 9000, '9000 lists and objects'),
     ('/v1/completions', b'[%s' % (b'"\\\\","\\"",' * 10**4), '20000 strings'),
     ('/tokenize', b'{"prompt":%s' % (b'[' * 10**6), '1000001 lists and'),
     ('/detokenize', b'{"tokens":[%s1]}' % (b'1,' * 10**5), '100000 values'),
@@ -220,7 +224,7 @@ def test_a_body_of_too_many_parts_is_not_parsed(
     raise AssertionError('parsed')
 
   for kind in (
-    schema.CompletionRequest,
+    completion_schema.CompletionRequest,
     tokenizer_schema.TokenizeRequest,
     tokenizer_schema.DetokenizeRequest,
   ):

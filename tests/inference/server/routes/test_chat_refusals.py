@@ -107,10 +107,10 @@ def served(talker):
     ),
     ({'tools': scripted_models.TOOLS * 2}, 'tools', None, 'twice'),
     (
-      {'response_format': {'type': 'json_schema', 'json_schema': {}}},
+      {'response_format': {'type': 'grammar'}},
       'response_format',
       'unsupported_parameter',
-      "got 'json_schema'",
+      "got 'grammar'",
     ),
     (
       {'reasoning_effort': 'low'},

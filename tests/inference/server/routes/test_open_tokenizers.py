@@ -8,7 +8,7 @@ import pytest
 from inference import generate
 from inference.engine import engine_config
 from inference.server.answers import completions
-from inference.server.api import schema
+from inference.server.api import completion_schema
 from tests.helpers import frozen_dirs
 from tests.helpers.open_weights import hf_files
 from text import hf_tokenizer
@@ -32,7 +32,7 @@ def generator(request, tmp_path_factory):
 
 
 def _answer(generator, **fields):
-  body = schema.CompletionRequest(
+  body = completion_schema.CompletionRequest(
     model='m', temperature=1.0, seed=5, max_tokens=20, **fields
   )
   return completions.Answer(generator, body, principal='')

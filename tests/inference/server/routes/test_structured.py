@@ -1,0 +1,270 @@
+"""Answers held to a grammar, over HTTP: schemas, regexes, choices, Lark."""
+
+import enum
+import json
+import re
+
+import httpx2
+import jsonschema
+import pydantic
+import pytest
+
+from inference import generate
+from tests.helpers import frozen_dirs
+from tests.helpers.serving import scripted_models, servers
+
+pytest.importorskip('llguidance', reason='requirements-serve.txt has it')
+
+_SAMPLED = {'model': servers.MODEL, 'temperature': 1.5, 'max_tokens': 200}
+_MESSAGES = [{'role': 'user', 'content': 'a'}]
+
+
+class Colour(enum.StrEnum):
+  RED = 'red'
+  BLUE = 'blue'
+
+
+class Point(pydantic.BaseModel):
+  """A place."""
+
+  x: int = pydantic.Field(ge=-9, le=9)
+  colour: Colour | None
+  near: list['Point'] = pydantic.Field(max_length=1)
+
+
+_SCHEMA = {
+  'type': 'object',
+  'properties': {
+    'a': {'type': 'integer', 'minimum': 1, 'maximum': 22},
+    'b': {'enum': ['x', None, 1.5]},
+  },
+  'required': ['a', 'b'],
+  'additionalProperties': False,
+}
+_FORMAT = {
+  'type': 'json_schema',
+  'json_schema': {'name': 'pair', 'schema': _SCHEMA, 'strict': True},
+}
+
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('structured') / 'tiny'
+  config = frozen_dirs.config(num_layers=1, max_length=512)
+  frozen_dirs.write(directory, config=config)
+  generator = generate.load(directory, scripted_models.ENGINE)
+  with servers.running(generator) as served:
+    yield served
+
+
+def _post(http, path='/v1/chat/completions', **fields):
+  given = {'messages': _MESSAGES} if 'chat' in path else {'prompt': 'a'}
+  return http.post(path, json={**_SAMPLED, **given, **fields})
+
+
+def test_the_openai_client_parses_a_model_of_pydantic(client):
+  for seed in range(4):
+    answer = client.chat.completions.parse(
+      **_SAMPLED, messages=_MESSAGES, response_format=Point, seed=seed
+    )
+    found = answer.choices[0].message.parsed
+    assert isinstance(found, Point)
+    assert -9 <= found.x <= 9
+  with client.chat.completions.stream(
+    **_SAMPLED, messages=_MESSAGES, response_format=Point, seed=3
+  ) as stream:
+    final = stream.get_final_completion()
+  assert final.choices[0].message.parsed == found
+  response = client.responses.parse(
+    model=servers.MODEL,
+    input='a',
+    temperature=1.5,
+    max_output_tokens=200,
+    text_format=Point,
+  )
+  assert isinstance(response.output_parsed, Point)
+  assert response.text.format.name == 'Point'
+
+
+def test_a_chat_with_several_choices_and_logprobs(http):
+  asked = {'response_format': _FORMAT, 'n': 3, 'seed': 5}
+  whole = _post(http, **asked, logprobs=True, top_logprobs=2).json()
+  texts = [each['message']['content'] for each in whole['choices']]
+  assert len({*texts}) > 1
+  for text, choice in zip(texts, whole['choices'], strict=True):
+    jsonschema.validate(json.loads(text), _SCHEMA)
+    assert choice['finish_reason'] == 'stop'
+    content = choice['logprobs']['content']
+    assert ''.join(each['token'] for each in content) == text
+  streamed = [''] * 3
+  for event in servers.events(_post(http, **asked, stream=True).content):
+    for choice in event['choices']:
+      streamed[choice['index']] += choice['delta'].get('content') or ''
+  assert streamed == texts
+  (found,) = _post(http, response_format={'type': 'json_object'}).json()[
+    'choices'
+  ]
+  if found['finish_reason'] == 'stop':  # it may be long
+    assert isinstance(json.loads(found['message']['content']), dict)
+
+
+@pytest.mark.parametrize(
+  ('language', 'pattern'),
+  [
+    ({'regex': '[ab]{3}c?'}, '[ab]{3}c?'),
+    ({'choice': ['left', 'right']}, 'left|right'),
+    ({'grammar': 'start: "x" rest\nrest: "y" | "z"'}, 'xy|xz'),
+    ({'json': {'const': [1]}}, r'\[\s*1\s*\]'),
+    ({'json': '{"type": "boolean"}'}, 'true|false'),
+    ({'json_object': True}, r'\{.*'),
+  ],
+)
+def test_the_languages_of_vllm(http, language, pattern):
+  for path in ('/v1/completions', '/v1/chat/completions'):
+    answer = _post(http, path, structured_outputs=language, max_tokens=40)
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()['choices']
+    text = choice['text'] if 'text' in choice else choice['message']['content']
+    assert re.fullmatch(pattern, text, re.DOTALL), text
+
+
+def test_a_stop_string_cuts_a_constrained_text(http):
+  answer = _post(
+    http,
+    '/v1/completions',
+    structured_outputs={'regex': 'aab[cd]{4}'},
+    stop=['b'],
+    n=2,
+    echo=True,
+  ).json()
+  assert [each['text'] for each in answer['choices']] == ['aaa', 'aaa']
+  assert {each['stop_reason'] for each in answer['choices']} == {'b'}
+
+
+_DEEP = json.loads('{"items":' * 60 + '{}' + '}' * 60)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'param', 'code', 'words'),
+  [
+    (
+      {'schema': {'properties': {'a/b': {'not': {}}}}},
+      'response_format',
+      None,
+      'response_format: #/properties/a~1b/not: got a keyword that is not',
+    ),
+    ({'schema': _DEEP}, 'response_format', None, 'got more nesting'),
+    (
+      {'schema': {'enum': list(range(1001))}},
+      'response_format',
+      None,
+      '#/enum: got 1001 values, expected at most 1000',
+    ),
+    ({'regex': '(a'}, 'structured_outputs', None, 'regex: got one that cannot'),
+    ({'regex': ''}, 'structured_outputs', None, '0 characters'),
+    ({'regex': 'a', 'choice': ['b']}, 'structured_outputs', None, 'regex and'),
+    ({}, 'structured_outputs', None, 'got no language'),
+    ({'choice': []}, 'structured_outputs', None, 'got 0 texts'),
+    ({'grammar': 'start: nope'}, 'structured_outputs', None, 'unknown name'),
+    ({'json': '{'}, 'structured_outputs', None, 'expected JSON'),
+    (
+      {'regex': 'a', 'structural_tag': 'x'},
+      'structured_outputs.structural_tag',
+      'unsupported_parameter',
+      'send tools',
+    ),
+    ({'regex': 'a', 'lark': 'x'}, 'structured_outputs', None, 'lark'),
+  ],
+)
+def test_a_language_that_cannot_be_kept_is_400(
+  http, fields, param, code, words
+):
+  if 'schema' in fields:
+    made = {'type': 'json_schema', 'json_schema': {'name': 'n', **fields}}
+    asked = {'response_format': made}
+  else:
+    asked = {'structured_outputs': fields}
+  for path in ('/v1/completions', '/v1/chat/completions'):
+    answer = _post(http, path, **asked)
+    error = answer.json()['error']
+    assert answer.status_code == 400, answer.text
+    assert error['param'] == param
+    assert words in error['message'], error
+    if code:
+      assert error['code'] == code
+
+
+def test_other_refusals_name_their_field(http):
+  language = {'regex': 'a'}
+  for fields, param, words in (
+    ({'response_format': _FORMAT}, 'structured_outputs', 'got both'),
+    ({'min_tokens': 2}, 'min_tokens', 'none beside a constraint'),
+    ({'max_tokens': 0, 'echo': True}, 'structured_outputs', 'no text'),
+    ({'guided_regex': 'a'}, 'guided_regex', 'send structured_outputs'),
+  ):
+    answer = _post(
+      http, '/v1/completions', structured_outputs=language, **fields
+    )
+    error = answer.json()['error']
+    assert (answer.status_code, error['param']) == (400, param), error
+    assert words in error['message']
+  made = {'type': 'json_schema', 'name': 'n', 'schema': {'not': {}}}
+  answer = http.post(
+    '/v1/responses',
+    json={'model': servers.MODEL, 'input': 'a', 'text': {'format': made}},
+  )
+  assert answer.json()['error']['param'] == 'text'
+  assert '#/not: got a keyword' in answer.json()['error']['message']
+
+
+def test_a_grammar_that_no_token_can_go_on_with_says_so(http):
+  """A byte that is no text of its own has no token after it."""
+  asked = {'grammar': 'start: "a" never\nnever: "b" never'}
+  answer = _post(http, '/v1/completions', structured_outputs=asked)
+  if answer.status_code == 200:
+    (choice,) = answer.json()['choices']
+    assert choice['finish_reason'] in ('error', 'length')
+    if choice['finish_reason'] == 'error':
+      assert 'the grammar has no next token' in choice['error']
+
+
+def test_without_the_library_it_is_one_clear_400(http, monkeypatch):
+  def missing(*_):
+    raise ModuleNotFoundError('llguidance: got no such library')
+
+  monkeypatch.setattr(
+    'inference.constraints.grammars.Grammars.compile', missing
+  )
+  answer = _post(http, structured_outputs={'regex': 'a'})
+  error = answer.json()['error']
+  assert (answer.status_code, error['code']) == (400, 'unsupported_parameter')
+  assert 'structured_outputs: llguidance: got no such' in error['message']
+
+
+def test_reasoning_comes_first_and_the_grammar_after_it(talker):
+  with servers.running(talker) as served:
+    answer = httpx2.post(
+      f'{served.url}/v1/chat/completions',
+      json={
+        'model': servers.MODEL,
+        'messages': _MESSAGES,
+        'chat_template_kwargs': {'script': 'call'},
+        'structured_outputs': {'regex': '[0-9]{2}'},
+      },
+      timeout=60,
+    )
+  (choice,) = answer.json()['choices']
+  assert choice['message']['reasoning_content'] == 'I need it.'
+  assert re.fullmatch('[0-9]{2}', choice['message']['content'])
+
+
+def test_capabilities_and_the_document_say_what_is_supported(http):
+  routes = http.get('/v1/capabilities').json()['routes']
+  for path in ('/v1/completions', '/v1/chat/completions'):
+    (route,) = (each for each in routes if each['path'] == path)
+    found = {each['name']: each for each in route['parameters']}
+    assert found['structured_outputs']['supported']
+    assert not found['guided_json']['supported']
+    assert 'json_schema' in json.dumps(found['response_format']['values'])
+  document = http.get('/openapi.json').json()['components']['schemas']
+  assert {'schema', 'name'} <= document['NamedSchema']['properties'].keys()
