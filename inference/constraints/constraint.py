@@ -21,6 +21,7 @@ JSON_SCHEMA, REGEX, CHOICE, LARK = KINDS = (
   'choice',
   'lark',
 )
+CALLS = 'calls'  # of tools, see `inference.constraints.calls`
 # Of all texts of a constraint. It bounds the time and memory of compiling, with
 # the limits of `grammars`.
 MOST_CHARACTERS = 100_000
@@ -53,7 +54,7 @@ class Constraint:
   thought: Thought | None = None
 
   def __post_init__(self):
-    if self.kind not in KINDS:
+    if self.kind not in (*KINDS, CALLS):
       raise ConstraintError(
         f'kind: got {self.kind!r}, expected one of {", ".join(KINDS)}'
       )

@@ -13,19 +13,15 @@ compilation and of every mask.
 
 import collections
 from collections.abc import Sequence
-import json
 import threading
 from typing import Any
 
 import numpy as np
 
-from inference.constraints import constraint as constraint_lib, schemas
+from inference.constraints import constraint as constraint_lib, sources
 from text import tokenizer as tokenizer_lib
 
 _MOST_KEPT = 128  # compiled grammars of one tokenizer
-# A space or a line break with its indentation between two tokens of JSON: a
-# model that writes space without end is cut nowhere else.
-_SPACE = r'( |\n[ ]{0,24})?'
 # Steps of building lexers, 50,000 per ms, and of one mask, 14,000 per ms.
 _LIMITS = {
   'initial_lexer_fuel': 300_000,
@@ -118,12 +114,10 @@ class Grammars:
       library = _library()
       if self._inner is None:
         self._inner = self._words(library)
-    if constraint.kind == constraint_lib.JSON_SCHEMA:
-      schemas.check(json.loads(constraint.text))
     # The library lets other threads run while it compiles.
     inner = library.LLMatcher(
       self._inner,
-      self._source(library, constraint),
+      sources.source(library, constraint, self._tokenizer.special_tokens),
       log_level=0,
       limits=library.LLParserLimits(**_LIMITS),
     )
@@ -154,50 +148,6 @@ class Grammars:
     words = _Words(tokens, sorted(specials), tokenizer)
     return library.LLTokenizer(
       library.TokenizerWrapper(words), n_vocab=tokenizer.vocab_size
-    )
-
-  def _source(self, library: Any, constraint: constraint_lib.Constraint) -> str:
-    """Returns the grammar in the library's words."""
-    thought, text = constraint.thought, constraint.text
-    if constraint.kind == constraint_lib.LARK:
-      if thought:
-        raise constraint_lib.ConstraintError(
-          'lark: got a grammar for a model that reasons first, expected'
-          ' json_schema, regex or choice'
-        )
-      return library.LLMatcher.grammar_from_lark(text)
-    if constraint.kind == constraint_lib.JSON_SCHEMA:
-      schema: Any = json.loads(text)
-      if isinstance(schema, bool):
-        schema = {} if schema else {'enum': []}
-      schema['x-guidance'] = {'whitespace_pattern': _SPACE}
-      body = f'body: %json {json.dumps(schema)}'
-    elif constraint.kind == constraint_lib.CHOICE:
-      body = f'body: {" | ".join(map(json.dumps, json.loads(text)))}'
-    else:
-      body = f'body: BODY\nBODY: /{library.regex_to_lark(text)}/'
-    return library.LLMatcher.grammar_from_lark(
-      f'{self._beginning(thought)}\n{body}'
-    )
-
-  def _beginning(self, thought: constraint_lib.Thought | None) -> str:
-    """Returns the first rules: reasoning, if there may be some, then a body."""
-    if thought is None:
-      return 'start: body'
-    opening, closing = (
-      self._tokenizer.special_tokens.get(each)
-      for each in (thought.opening, thought.closing)
-    )
-    begin = json.dumps(thought.opening) if opening is None else f'<[{opening}]>'
-    if closing is None:
-      rest = f'thought\nthought[suffix={json.dumps(thought.closing)}]: TEXT'
-      rest = rest.replace('TEXT', '/(?s:.*)/')
-    else:
-      rest = f'TEXT <[{closing}]>\nTEXT: /(?s:.*)/'
-    first = 'think' if thought.is_open else 'think?'
-    begin = '' if thought.is_open else begin
-    return f'start: {first} SPACE body\nthink: {begin} {rest}\n' + (
-      r'SPACE: /[ \n]{0,4}/'
     )
 
 

@@ -179,7 +179,11 @@ def _asked(
   body: chat_schema.ChatRequest,
   reply_format: str,
 ) -> conversations.Asked:
-  tools = [each.model_dump(exclude_none=True) for each in body.tools or ()]
+  tools = [
+    # The model was trained without the word strict.
+    each.model_dump(exclude_none=True, exclude={'function': {'strict'}})
+    for each in body.tools or ()
+  ]
   add = body.add_generation_prompt
   return conversations.ask(
     generator,
@@ -198,9 +202,10 @@ def _asked(
 def _request(
   asked: conversations.Asked, body: chat_schema.ChatRequest, principal: str
 ) -> requests.Request:
-  chosen, language = body.chosen(), body.language()
+  chosen = body.chosen()
+  language = asked.language(body.language(), body.tool_use())
   if language:
-    chosen['constraint'] = asked.constraint(language.constraint)
+    chosen['constraint'] = language.constraint
   try:
     with format_schema.refusals(language.param if language else ''):
       return asked.generator.request(

@@ -19,10 +19,10 @@ import dataclasses
 from typing import Any
 
 from inference import chat_prompts, generate
-from inference.constraints import constraint as constraint_lib
+from inference.constraints import calls, constraint as constraint_lib
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
-from inference.server.api import errors
+from inference.server.api import errors, format_schema
 from text import chat, chat_inputs
 from text.replies import detection, events, fitting, formats, markers, parser
 
@@ -46,10 +46,56 @@ class Asked:
     """
     return chat_prompts.settings_for(self.generator, self.ids, chosen)
 
-  def constraint(
-    self, found: constraint_lib.Constraint
+  def language(
+    self,
+    language: format_schema.Language | None,
+    use: format_schema.ToolUse,
+  ) -> format_schema.Language | None:
+    """Returns the language of a whole answer; None: any text.
+
+    Args:
+      language: of an answer without calls; None: any text.
+      use: of the tools.
+
+    Raises:
+      ApiError: status 400, the model writes calls that no grammar can hold.
+    """
+    if self.tools and (use.is_held or language):
+      language = self._with_calls(language, use)
+    if language is None:
+      return None
+    return language._replace(constraint=self._behind_thought(language))
+
+  def _with_calls(
+    self, language: format_schema.Language | None, use: format_schema.ToolUse
+  ) -> format_schema.Language:
+    """Returns the language of text, or of an answer, with calls in it."""
+    param = 'tool_choice' if use.is_forced else 'tools'
+    tools = use.tools or tuple(
+      calls.Tool(name=name, parameters=None) for name in self.tools
+    )
+    (name,) = (
+      name for name, each in formats.CALLS.items() if each is self.style.calls
+    )
+    if '<function=' in chat_prompts.template(self.generator):
+      name = 'xml'  # calls that are not JSON
+    with format_schema.refusals(param):
+      return format_schema.Language(
+        param,
+        calls.calls(
+          name,
+          tools,
+          is_forced=use.is_forced,
+          is_single=use.is_single,
+          answer=None if use.is_forced or not language else language.constraint,
+        ),
+      )
+
+  def _behind_thought(
+    self, language: format_schema.Language
   ) -> constraint_lib.Constraint:
-    """Returns a constraint of the answer, behind reasoning if there is some."""
+    """Returns the constraint of text that may come after reasoning."""
+    found = language.constraint
     if self.style.reasoning is None:
       return found
     opening, closing = self.style.reasoning

@@ -163,7 +163,8 @@ class Answer:
     return self._logprobs.write(tokens)['content']
 
   def _request(self, generator: generate.Generator) -> requests_lib.Request:
-    body, language = self._body, self._body.language()
+    body = self._body
+    language = self._asked.language(body.language(), body.tool_use())
     chosen = {
       'temperature': body.temperature,
       'top_p': body.top_p,
@@ -172,7 +173,7 @@ class Answer:
       'n': 1,
     }
     if language:
-      chosen['constraint'] = self._asked.constraint(language.constraint)
+      chosen['constraint'] = language.constraint
     try:
       with format_schema.refusals(language.param if language else ''):
         settings = self._asked.settings(chosen)
@@ -213,7 +214,7 @@ class Answer:
       'store': is_stored,
       'temperature': settings.temperature,
       'text': {'format': _format(body)},
-      'tool_choice': body.tool_choice or 'auto',
+      'tool_choice': _choice(body),
       'tools': [
         {'parameters': None, 'strict': False, **each} for each in tools
       ],
@@ -241,6 +242,12 @@ class Answer:
       },
       'total_tokens': num_prompt + num_made,
     }
+
+
+def _choice(body: response_schema.ResponseRequest) -> Any:
+  """Returns the choice of tools as a response repeats it."""
+  found = body.tool_choice or 'auto'
+  return found if isinstance(found, str) else found.model_dump()
 
 
 def _format(body: response_schema.ResponseRequest) -> dict[str, Any]:

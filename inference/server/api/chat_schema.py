@@ -16,15 +16,33 @@ from inference.server.api import errors, format_schema, schema
 _MOST_TOOLS = 128  # as at OpenAI
 _Unsupported = schema.Unsupported
 
-ToolChoice = Annotated[
-  Literal['none', 'auto'],
-  schema.known('none', 'auto'),
-  schema.known('none', 'auto', key='type'),
-]
+_CHOICES = 'none', 'auto', 'required'
 TOOL_CHOICE = (
-  'none: the model sees no tools; auto: it may call them. No grammar can force'
-  ' a call.'
+  'none: the model sees no tools; auto: it may call them; required: it calls'
+  ' one at least; or the one that it calls. Arguments are held to the schema of'
+  ' a tool with strict, and of any tool that must be called unless strict is'
+  ' false.'
 )
+
+
+class ChosenName(schema.Body):
+  """The name of a function."""
+
+  name: str
+
+
+class ChosenTool(schema.Body):
+  """The tool that is called."""
+
+  type: Literal['function']
+  function: ChosenName
+
+
+ToolChoice = Annotated[
+  Literal['none', 'auto', 'required'] | ChosenTool,
+  schema.known(*_CHOICES),
+  schema.known('function', key='type'),
+]
 
 
 class TextPart(schema.Body):
@@ -123,9 +141,9 @@ class Function(schema.Body):
   name: str = pydantic.Field(pattern='^[a-zA-Z0-9_.-]{1,64}$')
   description: str | None = None
   parameters: dict[str, Any] | None = None
-  strict: Annotated[
-    Any, _Unsupported('arguments are not held to a schema', (False,))
-  ] = None
+  strict: bool | None = pydantic.Field(
+    default=None, description='Whether arguments are of the schema.'
+  )
 
 
 class Tool(schema.Body):
@@ -336,6 +354,27 @@ class ChatRequest(_VllmChat):
       raise errors.invalid(
         'tools', f'got {twice[0]!r} twice, expected different names'
       )
+
+  def tool_use(self) -> format_schema.ToolUse:
+    """Returns the tools that may or must be called.
+
+    Raises:
+      ApiError: status 400, the one that must be is not there.
+    """
+    choice = self.tool_choice or 'auto'
+    is_name = isinstance(choice, ChosenTool)
+    return format_schema.tool_use(
+      [tool.function for tool in self.tools or ()],
+      choice='required' if is_name else choice,
+      only=choice.function.name if is_name else None,
+      is_single=self.parallel_tool_calls is False,
+      place='function.parameters',
+    )
+
+  @property
+  def is_constrained(self) -> bool:
+    """Whether a grammar is compiled for the answer."""
+    return super().is_constrained or self.tool_use().is_held
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.

@@ -4,13 +4,14 @@
 vLLM's. Each gives a constraint; see `inference.constraints`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from inference.constraints import constraint as constraint_lib
+from checks import expect
+from inference.constraints import calls, constraint as constraint_lib, schemas
 from inference.sampling import settings as settings_lib
 from inference.server.api import errors, schema
 
@@ -204,6 +205,75 @@ def of_format(found: Any, param: str) -> Language | None:
       case FlatJsonSchema():
         return Language(param, constraint_lib.json_schema(found.schema_))
   return None
+
+
+class ToolUse(NamedTuple):
+  """The tools of a request, and whether an answer must call one."""
+
+  tools: tuple[calls.Tool, ...]  # that an answer may call
+  is_held: bool  # to a grammar: a call is forced, or one is strict
+  is_forced: bool
+  is_single: bool
+
+
+def tool_use(
+  functions: Sequence[Any],
+  *,
+  choice: str,
+  only: str | None,
+  is_single: bool,
+  place: str,
+) -> ToolUse:
+  """Returns the use of the tools of a request.
+
+  Args:
+    functions: each with name, parameters and strict.
+    choice: none, auto or required.
+    only: the name of the one that must be called; None: any.
+    is_single: whether an answer has one call at most.
+    place: of the parameters in a tool, for errors.
+
+  Raises:
+    ApiError: status 400, a call is forced, and there is no such tool; or a
+      schema cannot be kept.
+  """
+  is_forced = choice == 'required'
+  names = [each.name for each in functions]
+  if is_forced and (not names or (only is not None and only not in names)):
+    raise errors.invalid(
+      'tool_choice',
+      f'got {expect.shown(only or choice)} with'
+      f' {"the tools " + ", ".join(names) if names else "no tools"}, expected'
+      ' a tool of the request',
+    )
+  is_held = is_forced or any(each.strict for each in functions)
+  if choice == 'none' or not is_held:
+    return ToolUse((), False, False, is_single)
+  found = []
+  for index, each in enumerate(functions):
+    if only is not None and each.name != only:
+      continue
+    is_strict = each.strict or (is_forced and each.strict is None)
+    parameters = each.parameters if is_strict else None
+    _check_parameters(parameters, f'tools[{index}].{place}')
+    found.append(calls.Tool(name=each.name, parameters=parameters))
+  return ToolUse(tuple(found), True, is_forced, is_single or only is not None)
+
+
+def _check_parameters(parameters: Any, where: str) -> None:
+  """Refuses a schema that arguments cannot be held to, with its path."""
+  if parameters is None:
+    return
+  if parameters.get('type', 'object') != 'object':
+    raise errors.invalid(
+      'tools',
+      f'{where}: got the type {expect.shown(parameters["type"])}, expected'
+      " 'object'",
+    )
+  try:
+    schemas.check(parameters)
+  except constraint_lib.ConstraintError as error:
+    raise errors.invalid('tools', f'{where}: {error}') from error
 
 
 @contextlib.contextmanager

@@ -137,9 +137,23 @@ class FunctionTool(schema.Body):
   name: str
   description: str | None = None
   parameters: dict[str, Any] | None = None
-  strict: Annotated[
-    Any, _Unsupported('arguments are not held to a schema', (False,))
-  ] = None
+  strict: bool | None = pydantic.Field(
+    default=None, description='Whether arguments are of the schema.'
+  )
+
+
+class ChosenFunction(schema.Body):
+  """The function that is called."""
+
+  type: Literal['function']
+  name: str
+
+
+ToolChoice = Annotated[
+  Literal['none', 'auto', 'required'] | ChosenFunction,
+  schema.known('none', 'auto', 'required'),
+  schema.known('function', key='type'),
+]
 
 
 _Tool = Annotated[FunctionTool, schema.known('function', key='type')]
@@ -214,7 +228,7 @@ class ResponseRequest(schema.Body):
   tools: Annotated[list[_Tool], schema.FEW] | None = pydantic.Field(
     default=None, description='Functions that the model may call.'
   )
-  tool_choice: chat_schema.ToolChoice | None = pydantic.Field(
+  tool_choice: ToolChoice | None = pydantic.Field(
     default=None, description=chat_schema.TOOL_CHOICE
   )
   parallel_tool_calls: bool | None = pydantic.Field(
@@ -327,7 +341,24 @@ class ResponseRequest(schema.Body):
   def is_constrained(self) -> bool:
     """Whether a grammar is compiled for the answer."""
     found = self.text.format if self.text else None
-    return found is not None and found.type != 'text'
+    is_formatted = found is not None and found.type != 'text'
+    return is_formatted or self.tool_use().is_held
+
+  def tool_use(self) -> format_schema.ToolUse:
+    """Returns the tools that may or must be called.
+
+    Raises:
+      ApiError: status 400, the one that must be is not there.
+    """
+    choice = self.tool_choice or 'auto'
+    is_name = isinstance(choice, ChosenFunction)
+    return format_schema.tool_use(
+      self.tools or (),
+      choice='required' if is_name else choice,
+      only=choice.name if is_name else None,
+      is_single=self.parallel_tool_calls is False,
+      place='parameters',
+    )
 
   @property
   def has_logprobs(self) -> bool:

@@ -111,7 +111,7 @@ class Response(_Shape):
   store: bool
   temperature: float
   text: dict[str, Any]
-  tool_choice: str
+  tool_choice: str | dict[str, Any]
   tools: list[dict[str, Any]]
   top_logprobs: int
   top_p: float
