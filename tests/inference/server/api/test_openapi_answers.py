@@ -268,7 +268,7 @@ def test_a_chat_is_as_described_or_refused(generator, tmp_path):
       ({'messages': [{**said, 'tool_calls': [{**call, 'id': 5}]}]}, False),
       ({'messages': [{**said, 'audio': {'id': 'x'}}]}, False),
       ({'logprobs': 1}, False),
-      ({'tool_choice': 'required'}, False),
+      ({'tool_choice': 'always'}, False),
       ({'response_format': {'type': 'json_object'}}, True),
       ({'response_format': {'type': 'json_schema'}}, False),
       ({'structured_outputs': {'regex': 'a+'}}, True),

@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 import openai
-import pydantic
 import pytest
 
 from inference import model_port, terminal_chat
@@ -95,14 +94,9 @@ def test_what_the_client_cannot_be_given_is_a_structured_error(client):
   with pytest.raises(openai.NotFoundError) as missing:
     client.chat.completions.create(**{**asked, 'model': 'other'})
   assert missing.value.code == 'model_not_found'
-
-  class Weather(pydantic.BaseModel):
-    city: str
-
-  tools = [openai.pydantic_function_tool(Weather)]
-  with pytest.raises(openai.BadRequestError) as strict:
-    client.chat.completions.parse(**asked, tools=tools)
-  assert strict.value.param == 'tools.function.strict'
+  with pytest.raises(openai.BadRequestError) as refused:
+    client.chat.completions.create(**asked, verbosity='low')
+  assert refused.value.param == 'verbosity'
 
 
 _TASK = """\

@@ -90,14 +90,20 @@ def served(talker):
     (
       {'tool_choice': 'required'},
       'tool_choice',
-      'unsupported_parameter',
-      'requ',
+      None,
+      'no tools, expected a tool of the request',
     ),
     (
       {'tool_choice': {'type': 'function', 'function': {'name': 'weather'}}},
       'tool_choice',
+      None,
+      "got 'weather' with no tools",
+    ),
+    (
+      {'tool_choice': {'type': 'allowed_tools', 'allowed_tools': {}}},
+      'tool_choice',
       'unsupported_parameter',
-      "got 'function'",
+      "got 'allowed_tools'",
     ),
     (
       {'tools': [{'type': 'custom', 'custom': {'name': 'x'}}]},

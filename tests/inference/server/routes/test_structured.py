@@ -4,8 +4,8 @@ import enum
 import json
 import re
 
-import httpx2
 import jsonschema
+import openai
 import pydantic
 import pytest
 
@@ -241,21 +241,90 @@ def test_without_the_library_it_is_one_clear_400(http, monkeypatch):
   assert 'structured_outputs: llguidance: got no such' in error['message']
 
 
-def test_reasoning_comes_first_and_the_grammar_after_it(talker):
+@pytest.fixture(scope='module')
+def talk(talker):
+  """Returns a client of a model whose answers are known."""
   with servers.running(talker) as served:
-    answer = httpx2.post(
-      f'{served.url}/v1/chat/completions',
-      json={
-        'model': servers.MODEL,
-        'messages': _MESSAGES,
-        'chat_template_kwargs': {'script': 'call'},
-        'structured_outputs': {'regex': '[0-9]{2}'},
-      },
-      timeout=60,
+    url = f'{served.url}/v1'
+    with openai.OpenAI(base_url=url, api_key='none', timeout=300) as client:
+      yield client
+
+
+def test_reasoning_comes_first_and_the_grammar_after_it(talk):
+  answer = talk.chat.completions.create(
+    model=servers.MODEL,
+    messages=_MESSAGES,
+    extra_body={
+      'chat_template_kwargs': {'script': 'call'},
+      'structured_outputs': {'regex': '[0-9]{2}'},
+    },
+  )
+  message = answer.choices[0].message
+  assert message.reasoning_content == 'I need it.'
+  assert re.fullmatch('[0-9]{2}', message.content)
+
+
+class Weather(pydantic.BaseModel):
+  """The weather of a city."""
+
+  city: Colour
+  days: list[bool] = pydantic.Field(max_length=2)
+
+
+_ASKED = {'model': servers.MODEL, 'messages': _MESSAGES, 'temperature': 2.0}
+_TOOL = openai.pydantic_function_tool(Weather, name='weather')
+
+
+def test_strict_tools_of_the_openai_client(talk):
+  """The model wants another argument, and its grammar has none."""
+  num_calls = 0
+  for seed in range(4):
+    answer = talk.chat.completions.parse(**_ASKED, tools=[_TOOL], seed=seed)
+    for call in answer.choices[0].message.tool_calls or ():
+      assert isinstance(call.function.parsed_arguments, Weather)
+      num_calls += 1
+  for choice in ('required', {'type': 'function', 'function': _NAMED}):
+    answer = talk.chat.completions.parse(
+      **_ASKED, tools=[_TOOL], tool_choice=choice, parallel_tool_calls=False
     )
-  (choice,) = answer.json()['choices']
-  assert choice['message']['reasoning_content'] == 'I need it.'
-  assert re.fullmatch('[0-9]{2}', choice['message']['content'])
+    (call,) = answer.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather)
+    assert answer.choices[0].finish_reason == 'tool_calls'
+  parameters = _TOOL['function']['parameters']
+  tool = {'type': 'function', **_NAMED, 'parameters': parameters}
+  response = talk.responses.create(
+    model=servers.MODEL,
+    input='a',
+    temperature=2.0,
+    tools=[{**tool, 'strict': True}],
+    tool_choice={'type': 'function', 'name': 'weather'},
+  )
+  (call,) = [each for each in response.output if each.type == 'function_call']
+  Weather.model_validate_json(call.arguments)
+
+
+_NAMED = {'name': 'weather'}
+
+
+def test_tools_that_are_not_strict_are_free_unless_a_call_is_forced(talk):
+  free = talk.chat.completions.create(
+    **{**_ASKED, 'temperature': 0.0}, tools=scripted_models.TOOLS
+  )
+  (call,) = free.choices[0].message.tool_calls
+  assert json.loads(call.function.arguments) == {'city': 'K\u00f6ln'}
+  schema = {'type': 'object', 'properties': {'a': {'not': {}}}}
+  function = {'name': 'weather', 'parameters': schema, 'strict': True}
+  for fields, param, words in (
+    ({}, 'tools', 'tools[0].function.parameters: #/properties/a/not: got a'),
+    ({'tool_choice': {'type': 'function', 'function': {'name': 'x'}}},
+     'tool_choice', "got 'x' with the tools weather"),
+  ):  # fmt: skip
+    with pytest.raises(openai.BadRequestError) as refused:
+      talk.chat.completions.create(
+        **_ASKED, tools=[{'type': 'function', 'function': function}], **fields
+      )
+    assert refused.value.param == param
+    assert words in refused.value.message
 
 
 def test_capabilities_and_the_document_say_what_is_supported(http):
