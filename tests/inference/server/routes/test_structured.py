@@ -1,15 +1,19 @@
 """Answers held to a grammar, over HTTP: schemas, regexes, choices, Lark."""
 
+from concurrent import futures
 import enum
 import json
 import re
+import threading
 
+import httpx2
 import jsonschema
 import openai
 import pydantic
 import pytest
 
 from inference import generate
+from inference.constraints import grammars
 from tests.helpers import frozen_dirs
 from tests.helpers.serving import scripted_models, servers
 
@@ -337,3 +341,37 @@ def test_capabilities_and_the_document_say_what_is_supported(http):
     assert 'json_schema' in json.dumps(found['response_format']['values'])
   document = http.get('/openapi.json').json()['components']['schemas']
   assert {'schema', 'name'} <= document['NamedSchema']['properties'].keys()
+
+
+def test_a_slow_grammar_holds_up_no_other_request(http, served, monkeypatch):
+  """Grammars compile in threads of their own, a few at once."""
+  compile_, begun = grammars.Grammars.compile, threading.Semaphore(0)
+  may_go_on = threading.Event()
+
+  def slow(self, constraint):
+    begun.release()
+    assert may_go_on.wait(60)
+    return compile_(self, constraint)
+
+  monkeypatch.setattr(grammars.Grammars, 'compile', slow)
+
+  def ask(number):
+    language = {'regex': f'[a-c]{{{number}}}'}
+    url = f'{served.url}/v1/completions'
+    body = {**_SAMPLED, 'prompt': 'a', 'structured_outputs': language}
+    return httpx2.post(url, json=body, timeout=120)
+
+  with futures.ThreadPoolExecutor() as pool:
+    try:
+      asked = [pool.submit(ask, number) for number in range(3, 8)]
+      assert begun.acquire(timeout=60)
+      assert http.get('/health').status_code == 200
+      free = _post(http, '/v1/completions', stream=True, max_tokens=4)
+      assert servers.events(free.content)
+      assert not any(each.done() for each in asked)
+    finally:
+      may_go_on.set()
+    for number, each in enumerate(asked, 3):
+      (choice,) = each.result().json()['choices']
+      assert re.fullmatch('[a-c]*', choice['text'])
+      assert len(choice['text']) == number
