@@ -1,0 +1,211 @@
+"""Answers of a random model under fifty JSON schemas; time of their masks.
+
+    python -m benchmarks.constrained_answers --samples=1000
+
+A model of random weights draws letters as it likes, so an answer is valid only
+because its grammar makes it so. `jsonschema`, which shares no code with the
+grammars, checks each. Masks are timed again afterwards, one by one, with the
+tokens that were drawn. Then a batch of half constrained and half free answers
+is compared with the same batch without constraints: time per step.
+"""
+
+from collections.abc import Iterator, Sequence
+import json
+import time
+from typing import Any
+
+from absl import app, flags
+import jsonschema
+import numpy as np
+
+from benchmarks.common import entry, json_schemas, random_model
+from inference.constraints import constraint as constraint_lib, grammars
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
+from inference.sampling import settings as settings_lib
+from models import model_config
+from text import tokenizer as tokenizer_lib
+
+_SEQUENCES, _TOKENS = 32, 600  # at once; most of an answer
+_FREE_TOKENS = 100
+
+
+def engine_of(num_sequences: int = _SEQUENCES) -> engine_lib.Engine:
+  """Returns an engine with a tiny model of random weights, and of bytes."""
+  tokenizer = tokenizer_lib.ByteTokenizer()
+  model = model_config.ModelConfig(
+    vocab_size=tokenizer.vocab_size,
+    num_layers=1,
+    model_width=32,
+    num_heads=1,
+    num_kv_heads=1,
+    head_width=32,
+    mlp_width=32,
+    max_length=_TOKENS + 16,
+  )
+  return engine_lib.Engine(
+    model,
+    random_model.params(model),
+    tokenizer=tokenizer,
+    weights_digest='',
+    config=engine_config.EngineConfig(
+      max_sequences=num_sequences,
+      decode_shapes=(num_sequences,),
+      max_chunks=1,
+      max_mixed_chunks=1,
+    ),
+  )
+
+
+def request(constraint: Any, seed: int, **settings: Any) -> requests.Request:
+  """Returns a request for one answer."""
+  return requests.Request(
+    prompt_ids=(97,),
+    settings=settings_lib.Settings(
+      constraint=constraint, seed=seed, **{'max_tokens': _TOKENS, **settings}
+    ),
+  )
+
+
+def answers(
+  engine: engine_lib.Engine, schemas: Sequence[Any], num: int
+) -> Iterator[tuple[Any, requests.Completion]]:
+  """Yields schemas with answers, each schema as often as the others."""
+  asked = [schemas[number % len(schemas)] for number in range(num)]
+  found = engine.answer(
+    [
+      request(constraint_lib.json_schema(schema), seed)
+      for seed, schema in enumerate(asked)
+    ]
+  )
+  for which, update in found:
+    if update.completion:
+      yield asked[which], update.completion
+
+
+def fault(schema: Any, completion: requests.Completion) -> str:
+  """Returns why an answer is not valid; '': it is, or its length cut it."""
+  if completion.finish_reason == 'length':
+    return ''
+  if completion.finish_reason != 'stop':
+    return completion.failure or completion.finish_reason
+  try:
+    value = json.loads(completion.text)
+    jsonschema.Draft202012Validator(schema).validate(value)
+  except (ValueError, jsonschema.ValidationError) as error:
+    return f'{completion.text!r}: {str(error).splitlines()[0]}'
+  return ''
+
+
+def mask_ms(
+  found: grammars.Grammars,
+  vocab_size: int,
+  schema: Any,
+  token_ids: Sequence[int],
+) -> list[float]:
+  """Returns the milliseconds of each mask of an answer."""
+  matcher = found.compile(constraint_lib.json_schema(schema)).matcher()
+  bits_W = np.zeros(-(-vocab_size // 32), np.uint32)
+  times = []
+  for token in token_ids:
+    start = time.perf_counter()
+    matcher.fill(bits_W)
+    times.append(1e3 * (time.perf_counter() - start))
+    matcher.push(token)
+  return times
+
+
+def mixed_ms(engine: engine_lib.Engine, *, is_constrained: bool) -> float:
+  """Returns the median ms of a step in which half the batch may be held."""
+  constraint = constraint_lib.regex('[a-z]*') if is_constrained else None
+  for seed in range(engine.config.max_sequences):
+    given = constraint if seed % 2 else None
+    free = {'max_tokens': _FREE_TOKENS, 'ignore_eos': given is None}
+    engine.submit(request(given, seed, **free))
+  times = []
+  while engine.has_work:
+    before = engine.metrics.value('engine_steps_total')
+    start = time.perf_counter()
+    engine.step()
+    steps = engine.metrics.value('engine_steps_total') - before
+    if steps:
+      times.append(1e3 * (time.perf_counter() - start) / steps)
+  return float(np.median(times))
+
+
+def sampled(samples: int) -> dict[str, Any]:
+  """Returns what was found, of so many answers."""
+  engine = engine_of()
+  made = list(answers(engine, json_schemas.ALL, samples))
+  faults = [why for each in made if (why := fault(*each))]
+  found, size = grammars.Grammars(engine.tokenizer), engine.tokenizer.vocab_size
+  times = [
+    each
+    for schema, completion in made
+    for each in mask_ms(found, size, schema, completion.token_ids)
+  ]
+  return {
+    'name': 'constrained_answers',
+    'schemas': len(json_schemas.ALL),
+    'answers': len(made),
+    'ended': sum(each.finish_reason == 'stop' for _, each in made),
+    'faults': faults,
+    'masks': len(times),
+    'mask_p50_ms': float(np.percentile(times, 50)),
+    'mask_p99_ms': float(np.percentile(times, 99)),
+    'mask_max_ms': max(times),
+  }
+
+
+def beside(rounds: int) -> dict[str, Any]:
+  """Returns the ms per step of a batch, half of it constrained, and free."""
+  engine = engine_of()
+  ways = (True, False)
+  for is_constrained in ways:
+    mixed_ms(engine, is_constrained=is_constrained)  # compiles
+  found = {way: [] for way in ways}
+  for _ in range(rounds):
+    for way in ways:
+      found[way].append(mixed_ms(engine, is_constrained=way))
+  held, free = (float(np.median(found[way])) for way in ways)
+  return {
+    'name': 'constrained_beside_free',
+    'half_constrained_ms': held,
+    'free_ms': free,
+    'ratio': held / free,
+  }
+
+
+def report(result: dict[str, Any]) -> str:
+  """Returns a result as one line, and its faults."""
+  if result['name'] == 'constrained_beside_free':
+    return (
+      f'step of {_SEQUENCES} sequences: {result["half_constrained_ms"]:.2f} ms'
+      f' with half of them constrained, {result["free_ms"]:.2f} ms without,'
+      f' ratio {result["ratio"]:.2f}'
+    )
+  line = (
+    f'{result["answers"]} answers of {result["schemas"]} schemas:'
+    f' {result["ended"]} ended, {len(result["faults"])} not valid;'
+    f' {result["masks"]:,} masks: p50 {result["mask_p50_ms"]:.3f} ms, p99'
+    f' {result["mask_p99_ms"]:.3f} ms, max {result["mask_max_ms"]:.1f} ms'
+  )
+  return '\n'.join([line, *result['faults']])
+
+
+def measure(args: Any) -> Iterator[entry.Result]:
+  """Yields the figures of answers, and those of a batch."""
+  yield sampled(args.samples)
+  yield beside(args.rounds)
+
+
+def main(argv: list[str]) -> None:
+  """Measures and reports."""
+  del argv
+  entry.run(measure, report, is_list=True)
+
+
+if __name__ == '__main__':
+  entry.define_flags(rounds=3)
+  flags.DEFINE_integer('samples', 1000, 'Answers that are drawn.', 1)
+  app.run(main)
