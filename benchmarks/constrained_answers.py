@@ -103,14 +103,14 @@ def mask_ms(
   schema: Any,
   token_ids: Sequence[int],
 ) -> list[float]:
-  """Returns the milliseconds of each mask of an answer."""
+  """Returns the milliseconds of processor time of each mask."""
   matcher = found.compile(constraint_lib.json_schema(schema)).matcher()
   bits_W = np.zeros(-(-vocab_size // 32), np.uint32)
   times = []
   for token in token_ids:
-    start = time.perf_counter()
+    start = time.thread_time()  # other processes do not count
     matcher.fill(bits_W)
-    times.append(1e3 * (time.perf_counter() - start))
+    times.append(1e3 * (time.thread_time() - start))
     matcher.push(token)
   return times
 

@@ -73,10 +73,10 @@ def check(schema: Any) -> None:
         raise _refused(
           where, value, f'a number above 0 of digits up to {_MOST_MULTIPLE}'
         )
-      is_wide = isinstance(value, dict) and len(value) > _MOST_PROPERTIES
-      if name == 'properties' and is_wide:
+      num = len(value) if isinstance(value, dict) else 0
+      if name == 'properties' and num > _MOST_PROPERTIES:
         raise _refused(
-          where, f'{len(value)} properties', f'at most {_MOST_PROPERTIES}'
+          where, f'{num} properties', f'at most {_MOST_PROPERTIES}'
         )
       most = constraint.MOST_CHOICES
       if name == 'enum' and isinstance(value, list) and len(value) > most:

@@ -6,8 +6,6 @@ executables, which cannot compile anything. An engine may start with the few
 shapes that hold every step, and get the others from another thread: until then
 its steps have more padding.
 
-Programs of steps with grammars are compiled when the first grammar arrives.
-
 The host's arrays of a step reach a program as one array. A program of decodes
 also samples; after a prefill another program does, since the filters of the
 sampler take longer to compile than a layer of the model.
@@ -138,7 +136,7 @@ class Programs:
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     self._has_adapters = adapters_lib.COLLECTION in self._params
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
-    self.masks = late.Late(  # for grammars
+    self.masks = late.Late(
       self._compile, device, *map(self._of_masks, (first, self.shapes))
     )
     self._compile([*names, *self._with_sizes(first)])

@@ -300,12 +300,11 @@ def plain_talk(tmp_path_factory):
 
 def test_strict_tools_of_the_openai_client(plain_talk):
   """The model wants another argument, and its grammar has none."""
-  for seed in range(2):
-    answer = plain_talk.chat.completions.create(
-      **_ASKED, tools=[_TOOL], seed=seed
-    )
-    for call in answer.choices[0].message.tool_calls or ():
-      Weather.model_validate_json(call.function.arguments)
+  answer = plain_talk.chat.completions.create(
+    **{**_ASKED, 'max_tokens': 60}, tools=[_TOOL]
+  )
+  for call in answer.choices[0].message.tool_calls or ():
+    Weather.model_validate_json(call.function.arguments)
   for choice in ('required', {'type': 'function', 'function': _NAMED}):
     answer = plain_talk.chat.completions.parse(
       **_ASKED, tools=[_TOOL], tool_choice=choice, parallel_tool_calls=False
