@@ -34,7 +34,12 @@ class Guesses:
   """Drafts known texts, with mistakes."""
 
   def __init__(
-    self, texts: Iterable[Sequence[int]], *, seed: int = 0, wrong: float = 0.2
+    self,
+    texts: Iterable[Sequence[int]],
+    *,
+    seed: int = 0,
+    wrong: float = 0.2,
+    is_longest: bool = False,
   ):
     """Starts with texts of prompts and their answers.
 
@@ -42,7 +47,9 @@ class Guesses:
       texts: token ids; the first that begins as a sequence does is guessed.
       seed: of the mistakes.
       wrong: share of the guessed tokens that are others.
+      is_longest: every draft has the most tokens; otherwise, any number.
     """
+    self._is_longest = is_longest
     self._texts = [tuple(text) for text in texts]
     self._rng, self._wrong = np.random.default_rng(seed), wrong
     self.forgotten: list[Hashable] = []
@@ -52,7 +59,7 @@ class Guesses:
     self, id: Hashable, tokens: Sequence[int], most: int
   ) -> tuple[int, ...]:
     """Returns guesses of some length; of unknown texts, any tokens."""
-    length = int(self._rng.integers(1, most + 1))
+    length = most if self._is_longest else int(self._rng.integers(1, most + 1))
     known, end = tuple(tokens), len(tokens)
     text = next((x for x in self._texts if x[:end] == known), ())
     found = [

@@ -85,6 +85,40 @@ def test_drafts_change_no_end_and_no_account():
   assert len(drafter.forgotten) == len(usages) == len({*drafter.forgotten})
 
 
+def test_tokens_of_a_verification_are_those_of_the_formula(monkeypatch):
+  """(1 - a^(g+1)) / (1 - a), Leviathan et al. (arXiv:2211.17192), eq. 1."""
+  right, length, lanes, seeds = 0.7, 5, 8, 12
+  wanted = [
+    requests.Request(
+      prompt_ids=(lane + 1, seed + 1),
+      settings=_Settings(max_tokens=90, seed=seed, ignore_eos=True),
+    )
+    for seed in range(seeds)
+    for lane in range(lanes)
+  ]
+
+  def texts(engine):
+    served = reference_engine.serve(engine, wanted)
+    return [
+      (*request.prompt_ids, *completions[0].token_ids)
+      for request, completions in zip(wanted, served.completions, strict=True)
+    ]
+
+  expected = texts(reference_engine.engine(**_PLAIN))
+  engine = _engine(guesses.Guesses(expected, wrong=1 - right, is_longest=True))
+  found = []
+  monkeypatch.setattr(
+    engine.metrics,
+    'count_draft',
+    lambda drafted, accepted: found.append((drafted, accepted)),
+  )
+  assert texts(engine) == expected
+  tokens = [accepted + 1 for drafted, accepted in found if drafted == length]
+  assert len(tokens) > 2000
+  formula = (1 - right ** (length + 1)) / (1 - right)
+  assert np.mean(tokens) == pytest.approx(formula, rel=0.02)
+
+
 def test_a_text_that_repeats_itself_takes_fewer_steps():
   repeated = tuple(range(40, 52)) * 3
   asked = requests.Request(

@@ -1,0 +1,207 @@
+"""Decoding with drafts by prompt look-up, beside decoding without.
+
+    python -m benchmarks.speculation --model=runs/SmolLM2-135M-Instruct
+
+Two engines of one frozen directory answer the same requests in turns. Their
+tokens are compared: drafts change the time, and no token but for rounding, and
+with --numerics=invariant none at all. Traces:
+
+    edit    greedy; the prompt is a passage three times, which the answer
+            repeats, as an editor's request to change a word does
+    free    temperature 1 behind a short prompt: there is little to look up
+    mixed   half of the batch of each
+
+A rate counts the tokens after the first one of all sequences. Goals: at least
+1.5 times as fast on `edit`, and never below 0.97.
+"""
+
+from collections.abc import Iterator, Sequence
+import time
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from benchmarks.common import entry, timing
+from checks import path_flags
+from inference import generate
+from inference.engine import engine as engine_lib, engine_config
+from inference.requests import requests
+from inference.sampling import settings as settings_lib
+
+GOALS = {'edit': 1.5, 'free': 0.97, 'mixed': 0.97}
+_PASSAGE = (
+  'The quick brown fox jumps over the lazy dog. The small grey cat sleeps under'
+  ' the old table. A tall man walks along the river with two brown dogs. '
+)
+_ROOM = 512  # tokens of a prompt, and more
+
+
+class Answers(NamedTuple):
+  """The answers of one turn."""
+
+  rate: float  # tokens per second after the first one
+  token_ids: list[tuple[int, ...]]
+  accepted: int  # drafted tokens
+  rejected: int
+  verified: int  # drafts
+
+
+def engine_of(
+  args: Any, batch_size: int, speculation: str
+) -> engine_lib.Engine:
+  """Returns an engine for one batch size, with one kind of drafts."""
+  config = engine_config.EngineConfig(
+    max_sequences=batch_size,
+    decode_shapes=(batch_size,),
+    chunk_tokens=128,
+    max_chunks=1,
+    max_mixed_chunks=1,
+    max_length=_ROOM + args.tokens,
+    numerics=args.numerics,
+    speculation=speculation,
+  )
+  return generate.load(args.model, config).engine
+
+
+def requests_of(
+  trace: str, tokenizer: Any, batch_size: int, new_tokens: int, seed: int
+) -> list[requests.Request]:
+  """Returns the requests of a trace."""
+
+  def request(is_edit: bool, number: int) -> requests.Request:
+    text = _PASSAGE * 3 if is_edit else f'Story {number} begins like this:'
+    return requests.Request(
+      prompt_ids=tuple(tokenizer.encode(text)),
+      settings=settings_lib.Settings(
+        temperature=0.0 if is_edit else 1.0,
+        max_tokens=new_tokens,
+        seed=1000 * seed + number,
+        ignore_eos=True,
+      ),
+    )
+
+  return [
+    request(trace == 'edit' or (trace == 'mixed' and number % 2 == 0), number)
+    for number in range(batch_size)
+  ]
+
+
+def answer(
+  engine: engine_lib.Engine, asked: Sequence[requests.Request]
+) -> Answers:
+  """Answers requests that begin together."""
+  engine.manager.clear()  # no prompt is known from the turn before
+  value = engine.metrics.value
+  before = value('speculation_verified_spans_total')
+  start, found = 0.0, {}
+  for which, update in engine.answer(asked):
+    start = start or time.perf_counter()
+    if update.completion:
+      found[which] = update.completion
+  seconds = time.perf_counter() - start
+  made = [found[which] for which in sorted(found)]
+  return Answers(
+    sum(len(each.token_ids) - 1 for each in made) / seconds,
+    [each.token_ids for each in made],
+    sum(each.usage.accepted_tokens for each in made),
+    sum(each.usage.rejected_tokens for each in made),
+    int(value('speculation_verified_spans_total') - before),
+  )
+
+
+def compared(
+  trace: str,
+  engines: dict[str, engine_lib.Engine],
+  batch_size: int,
+  args: Any,
+) -> entry.Result:
+  """Returns the figures of one trace.
+
+  Raises:
+    ValueError: drafts have changed a token of invariant numerics.
+  """
+  found: dict[str, list[Answers]] = {name: [] for name in engines}
+
+  def turn(name: str) -> float:
+    engine = engines[name]
+    made = answer(
+      engine,
+      requests_of(
+        trace, engine.tokenizer, batch_size, args.tokens, len(found[name])
+      ),
+    )
+    found[name].append(made)
+    return 1 / made.rate
+
+  # The first round measures the programs, which decides about later drafts.
+  seconds = timing.interleave(
+    {name: lambda name=name: turn(name) for name in engines}, args.rounds + 1
+  )
+  equal = [
+    one == other
+    for plain, drafted in zip(found['plain'], found['ngram'], strict=True)
+    for one, other in zip(plain.token_ids, drafted.token_ids, strict=True)
+  ]
+  if args.numerics == 'invariant' and not all(equal):
+    raise ValueError(f'{trace}: got other tokens with drafts, expected equal')
+  made = found['ngram'][1:]
+  accepted, rejected, verified = (
+    sum(getattr(each, name) for each in made)
+    for name in ('accepted', 'rejected', 'verified')
+  )
+  return {
+    'trace': trace,
+    'batch_size': batch_size,
+    'plain_rate': 1 / sorted(seconds['plain'][1:])[args.rounds // 2],
+    'ratio': timing.median_ratio(seconds['plain'][1:], seconds['ngram'][1:]),
+    'goal': GOALS[trace],
+    'equal': sum(equal),
+    'answers': len(equal),
+    'accepted': accepted,
+    'rejected': rejected,
+    'verified': verified,
+    'tokens_per_verification': 1 + accepted / verified if verified else 0.0,
+  }
+
+
+def measure(args: Any) -> Iterator[entry.Result]:
+  """Yields the figures of each batch size and trace."""
+  if not args.model:
+    raise ValueError('--model: got none, expected a frozen directory')
+  for batch_size in map(int, args.batches):
+    engines = {
+      'plain': engine_of(args, batch_size, 'off'),
+      'ngram': engine_of(args, batch_size, 'ngram'),
+    }
+    for trace in GOALS:
+      if trace != 'mixed' or batch_size > 1:
+        yield compared(trace, engines, batch_size, args)
+
+
+def report(result: entry.Result) -> str:
+  """Returns the figures of one trace as a line."""
+  return (
+    f'{result["trace"]:>5}, batch {result["batch_size"]}:'
+    f' {result["ratio"]:.2f} x (goal {result["goal"]}) of'
+    f' {result["plain_rate"]:.1f} tokens/s; {result["accepted"]} drafted tokens'
+    f' accepted, {result["rejected"]} rejected;'
+    f' {result["tokens_per_verification"]:.2f} tokens per verification;'
+    f' {result["equal"]} of {result["answers"]} answers are equal'
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures and reports."""
+  del argv
+  entry.run(measure, report, is_list=True)
+
+
+if __name__ == '__main__':
+  entry.define_flags(rounds=5)
+  path_flags.DEFINE_path('model', '', 'The frozen directory that answers.')
+  flags.DEFINE_list('batches', ['1'], 'Sequences that decode at once.')
+  flags.DEFINE_enum(
+    'numerics', 'fast', engine_config.NUMERICS, 'Numerics of both engines.'
+  )
+  flags.DEFINE_integer('tokens', 60, 'Tokens of each answer.', 2)
+  app.run(main)
