@@ -173,14 +173,13 @@ def _run(search) -> int:
 
   from hardware import host_memory
   from storage import disk
-  from studies.sweeps import (
-    claims,
+  from studies.sweeps import claims, worker
+  from studies.sweeps.reporting import (
     progress,
     report,
     results,
     tensorboard,
     wandb_runs,
-    worker,
   )
 
   if _WANDB.value:

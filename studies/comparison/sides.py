@@ -17,7 +17,8 @@ from typing import Any
 from frozen import run_record
 from storage import file_names
 from studies.comparison import run_values
-from studies.sweeps import claims, results
+from studies.sweeps import claims
+from studies.sweeps.reporting import results
 
 _BEST = 'best'
 # Fields in which the runs of a side may differ.

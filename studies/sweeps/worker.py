@@ -9,13 +9,12 @@ import sys
 from storage import disk, locks
 from studies.sweeps import (
   claims as claims_lib,
-  group as group_lib,
   launchers,
   points,
   single,
   store as store_lib,
-  together,
 )
+from studies.sweeps.groups import group as group_lib, together
 from training import experiment as experiment_lib, sweep as sweep_lib
 from training.lifecycle import exit_codes
 

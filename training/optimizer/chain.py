@@ -142,8 +142,8 @@ class Numbers:
   """The numbers of an optimizer that one program may take as arguments.
 
   They may be traced, so that a program trains with many of them
-  (`studies/sweeps/programs.py`). The config decides the structure: whether
-  there is a clip, for one.
+  (`studies/sweeps/groups/programs.py`). The config decides the structure:
+  whether there is a clip, for one.
   """
 
   schedule: optax.Schedule

@@ -9,12 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from studies.sweeps import (
-  claims as claims_lib,
-  report,
-  results as results_lib,
-  store as store_lib,
-)
+from studies.sweeps import claims as claims_lib, store as store_lib
+from studies.sweeps.reporting import report, results as results_lib
 from tests.helpers.training import tiny_experiment, untrained_sweeps
 from training import sweep as sweep_lib
 

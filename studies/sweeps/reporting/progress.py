@@ -15,7 +15,8 @@ import rich.live
 import rich.table
 import rich.text
 
-from studies.sweeps import results as results_lib, store as store_lib
+from studies.sweeps import store as store_lib
+from studies.sweeps.reporting import results as results_lib
 
 _SECONDS = 2.0  # between two questions to the storage
 _MOST_ROWS = 20  # of the live table

@@ -8,11 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from studies.sweeps import (
+from studies.sweeps import single
+from studies.sweeps.groups import (
   group as group_lib,
   programs,
   run_states,
-  single,
   together,
 )
 from tests.helpers.training import tiny_experiment, tiny_run, tiny_sweep

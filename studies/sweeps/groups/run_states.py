@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storage import atomic
-from studies.sweeps import together
+from studies.sweeps.groups import together
 
 
 def steps(workdir: pathlib.Path) -> set[int]:

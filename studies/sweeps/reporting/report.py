@@ -12,7 +12,7 @@ import html
 import pathlib
 
 from storage import atomic, code_commit
-from studies.sweeps import figures, results as results_lib
+from studies.sweeps.reporting import figures, results as results_lib
 from training import experiment as experiment_lib
 from training.reporting.page import document
 

@@ -5,7 +5,8 @@ import dataclasses
 import math
 from typing import Any
 
-from studies.sweeps import results as results_lib, store as store_lib
+from studies.sweeps import store as store_lib
+from studies.sweeps.reporting import results as results_lib
 from training import sweep as sweep_lib
 from training.reporting import report_figures
 from training.reporting.page import charts

@@ -16,7 +16,8 @@ from tensorboardX import summary as tensorboard_summary
 from tensorboardX.proto import plugin_hparams_pb2
 
 from storage import file_names
-from studies.sweeps import claims, results as results_lib
+from studies.sweeps import claims
+from studies.sweeps.reporting import results as results_lib
 from training.reporting import journal, metrics
 
 # Of what metrics.jsonl has; the others depend on the machine.

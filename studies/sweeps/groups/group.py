@@ -19,13 +19,10 @@ from data import batches as batches_lib
 from studies.sweeps import (
   claims as claims_lib,
   points,
-  programs,
-  run_records,
-  run_states,
   single,
   store as store_lib,
-  together,
 )
+from studies.sweeps.groups import programs, run_records, run_states, together
 from training import assemble, experiment as experiment_lib
 from training.checkpoints import init_from, workdir as workdir_lib
 from training.evaluation import validation
