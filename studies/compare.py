@@ -23,7 +23,7 @@ import statistics
 from absl import app, flags, logging
 
 from hardware import host_memory
-from studies import figure, study_flags
+from studies.common import figure, study_flags
 from studies.comparison import differences, sides, trained
 
 _METRIC = flags.DEFINE_string(

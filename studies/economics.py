@@ -47,7 +47,8 @@ from frozen import manifest as manifest_lib
 from inference.server.access import keys
 from inference.server.records import database, ledger
 from models import flops, kv_cache, model_config
-from studies import figure, prices as prices_lib, study_flags
+from studies import prices as prices_lib
+from studies.common import figure, study_flags
 from training.planning import scaling_laws
 
 _BYTES, _FOUR_BITS = 2.0, 0.5625  # of a weight: bfloat16; int4 with scales

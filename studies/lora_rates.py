@@ -34,13 +34,8 @@ from checks import path_flags
 from experiments import problems
 from hardware import host_memory
 from models import adapter_config, transformer
-from studies import (
-  figure,
-  load,
-  mup_transfer,
-  quiet_run,
-  study_flags,
-)
+from studies import mup_transfer
+from studies.common import figure, load, quiet_run, study_flags
 from training import experiment as experiment_lib, state as state_lib
 from training.reporting import metrics, reporter
 

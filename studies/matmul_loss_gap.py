@@ -18,7 +18,7 @@ import numpy as np
 from checks import path_flags
 from data import data_config
 from experiments import presets
-from studies import study_flags
+from studies.common import study_flags
 from training import experiment as experiment_lib, learner as learner_lib
 from training.optimizer import chain
 

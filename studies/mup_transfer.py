@@ -28,7 +28,7 @@ import optax
 from data import batches as batches_lib
 from experiments import mup_transfer
 from hardware import host_memory
-from studies import figure, study_flags
+from studies.common import figure, study_flags
 from training import (
   assemble,
   experiment as experiment_lib,

@@ -33,7 +33,7 @@ from data import data_config
 from evals import best_of_n
 from experiments import presets
 from models.layers import reward_head
-from studies import figure, study_flags
+from studies.common import figure, study_flags
 from training import experiment as experiment_lib, learner as learner_lib
 from training.objectives import port, reward
 from training.optimizer import chain

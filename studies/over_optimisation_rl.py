@@ -33,7 +33,8 @@ import optax
 from evals import best_of_n
 from evals.results import statistics
 from models import transformer
-from studies import figure, over_optimisation as lab, study_flags
+from studies import over_optimisation as lab
+from studies.common import figure, study_flags
 from training.objectives import port
 from training.objectives.policy import recipes
 

@@ -39,7 +39,8 @@ import numpy as np
 from checks import path_flags
 from frozen import format as frozen_format, manifest as manifest_lib, recipe
 from storage import code_commit
-from studies import quiet_run, rebuild_quantised
+from studies import rebuild_quantised
+from studies.common import quiet_run
 from training import (
   assemble,
   experiment as experiment_lib,

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import grpo
 from hardware import compilation_cache
-from studies import figure, quiet_run, study_flags
+from studies.common import figure, quiet_run, study_flags
 from training import experiment as experiment_lib
 from training.reporting import goodput, metrics
 

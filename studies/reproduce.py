@@ -22,7 +22,7 @@ import jax
 
 from evals import claims as claims_lib
 from storage import code_commit
-from studies import study_flags
+from studies.common import study_flags
 from studies.papers import port, registry, table, verdicts
 
 _WORKDIR = 'runs/papers'  # where --workdir names none

@@ -37,7 +37,7 @@ import numpy as np
 from data.synthetic import people as people_lib
 from frozen import format as frozen_format
 from models import adapter_config, flops, model_config
-from studies import figure, study_flags
+from studies.common import figure, study_flags
 from studies.papers import port, small_models, verdicts
 
 _OLD, _NEW = 160, 40  # people

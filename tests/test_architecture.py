@@ -59,7 +59,7 @@ MAY_NOT_USE = {
 MAY_READ_FLAGS = {
   'inference/constraints/flags.py',
   'training/flags.py', 'inference/flags.py', 'benchmarks/common/entry.py',
-  'checks/path_flags.py', 'studies/study_flags.py',
+  'checks/path_flags.py', 'studies/common/study_flags.py',
 }  # fmt: skip
 
 MAX_FUNCTION_LINES = 80

@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from studies import figure, load, quiet_run
+from studies.common import figure, load, quiet_run
 from studies.comparison import sides
 from training import experiment as experiment_lib
 from training.reporting import metrics

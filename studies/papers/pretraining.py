@@ -9,7 +9,7 @@ from experiments import (
   shakespeare_char,
   wsd_against_cosine,
 )
-from studies import quiet_run
+from studies.common import quiet_run
 from studies.papers import port
 from training import experiment as experiment_lib
 from training.reporting import metrics

@@ -15,7 +15,7 @@ is predicted from the others.
 from absl import app, flags
 
 from checks import expect, path_flags
-from studies import figure
+from studies.common import figure
 from studies.scaling import (
   optimum,
   parabolas,

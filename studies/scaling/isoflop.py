@@ -30,7 +30,7 @@ from frozen import seals
 from hardware import compilation_cache, host_memory
 from models import flops
 from storage import atomic, file_names
-from studies import load as load_lib
+from studies.common import load as load_lib
 from studies.scaling import fit, points as points_lib
 from training import experiment as experiment_lib, run as run_lib
 from training.checkpoints import branch, workdir as workdir_lib

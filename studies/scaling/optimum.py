@@ -25,7 +25,7 @@ import numpy as np
 from scipy import optimize
 
 from checks import expect, path_flags
-from studies import figure
+from studies.common import figure
 from training.planning import scaling_laws
 
 LAWS = {

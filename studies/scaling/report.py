@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from studies import figure
+from studies.common import figure
 from studies.scaling import (
   held_out,
   parabolas,

@@ -11,7 +11,7 @@ import math
 import pathlib
 import statistics
 
-from studies import quiet_run
+from studies.common import quiet_run
 from studies.comparison import run_values
 from studies.sweeps import claims, points, store as store_lib
 from training import experiment as experiment_lib

@@ -3,7 +3,7 @@
 import pathlib
 
 from checks import expect
-from studies import load as load_lib
+from studies.common import load as load_lib
 from training import sweep as sweep_lib
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / 'experiments' / 'sweeps'

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import pathlib
 
-from studies import figure
+from studies.common import figure
 
 
 def write(

@@ -9,7 +9,8 @@ from absl import app, flags
 from absl.testing import flagsaver
 import pytest
 
-from studies import compare, load, quiet_run
+from studies import compare
+from studies.common import load, quiet_run
 from studies.comparison import run_values, sides, trained
 from training.optimizer import update_rules
 

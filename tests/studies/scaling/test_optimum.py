@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from studies import figure
+from studies.common import figure
 from studies.scaling import kaplan, optimum
 from training.planning import scaling_laws
 

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from studies import figure
+from studies.common import figure
 
 pytest.importorskip('matplotlib')
 
