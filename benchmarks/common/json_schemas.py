@@ -11,7 +11,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 
-def _object(required: bool = True, **properties: Any) -> Schema:
+def _object(required: bool = True, /, **properties: Any) -> Schema:
   return {
     'type': 'object',
     'properties': properties,
@@ -76,7 +76,7 @@ _LISTS: list[Schema] = [
 _OBJECTS: list[Schema] = [
   _POINT,
   _object(name=_WORD, age=_integer(0, 120), is_member=_BOOL),
-  _object(required=False, a=_BOOL, b=_BOOL, c=_BOOL),
+  _object(False, a=_BOOL, b=_BOOL, c=_BOOL),
   _object(city=_WORD, unit={'enum': ['C', 'F']}, days=_integer(1, 7)),
   _object(to=_list(_WORD, 1, 2), subject=_TEXT, urgent=_BOOL),
   _object(query=_TEXT, limit=_integer(1, 50), filters=_list(_WORD)),
