@@ -3,17 +3,26 @@
 import pathlib
 import subprocess
 
+# Pages are no code. Some are rewritten by what notes its commit in them.
+_PAGES = ':(top,exclude,glob)**/*.md'
+
 
 def find() -> str:
-  """Returns the commit, with '-dirty' if files were edited; else 'unknown'."""
+  """Returns the commit, with '-dirty' if code was edited; else 'unknown'."""
   try:
-    done = subprocess.run(
-      ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
+    commit = _git('rev-parse', 'HEAD')
+    edited = _git('diff', '--name-only', 'HEAD', '--', ':(top)', _PAGES)
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
+  return f'{commit}-dirty' if edited else commit
+
+
+def _git(*arguments: str) -> str:
+  done = subprocess.run(
+    ['git', *arguments],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   return done.stdout.strip()

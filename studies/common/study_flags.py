@@ -23,10 +23,10 @@ STEPS = flags.DEFINE_integer(
 
 
 def required_workdir() -> str:
-  """Returns --workdir; raises ValueError without one."""
+  """Returns --workdir; ends the program with a line without one."""
   if not WORKDIR.value:
-    raise ValueError(
-      '--workdir: got none, expected a directory to keep results in, as in'
-      ' --workdir=runs/study'
+    raise SystemExit(
+      'error: --workdir: got none, expected a directory to keep results in, as'
+      ' in --workdir=runs/study'
     )
   return WORKDIR.value

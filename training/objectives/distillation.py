@@ -10,7 +10,7 @@ the cross-entropy of the text itself:
 
 It fits any text: that of a data set, completions of the teacher
 (sequence-level), or the student's own (on-policy). The teacher is computed in
-every step, or its most probable tokens are read from disk (`top_k`).
+every step.
 
 References: Hinton et al. 2015 (arXiv:1503.02531), section 2: temperature and
 T^2; Kim & Rush 2016 (arXiv:1606.07947); Agarwal et al. 2023, GKD
