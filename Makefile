@@ -38,7 +38,7 @@ CHAT := $(VENV)/.installed-chat
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart chat test test-slow test-all test-gpu lint format bench \
-  bench-gpu bench-peer plan-table survive clean
+  bench-gpu bench-peer plan-table survive lifecycle clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) \
@@ -102,6 +102,9 @@ bench-peer: $(PEER)  ## The same, and beside transformers on torch
 
 plan-table: $(PLAN)  ## Plan the presets ahead of time, into experiments/PLANS.md
 	@$(PY) -m benchmarks.plan_table
+
+lifecycle: $(CORE)  ## Pretrain, fine-tune, prefer, reinforce, distil: one table
+	@$(PY) -m studies.lifecycle --workdir=$(dir $(WORKDIR))lifecycle
 
 survive: $(DEV)  ## Kill, damage and starve a run in every way; minutes
 	@$(PY) -m tests.survival.full --kills=20 --flips=200 $(SURVIVE_ARGS)

@@ -1,0 +1,166 @@
+"""The whole life of a small model, stage by stage, on two-digit additions.
+
+    make lifecycle
+    python train.py --config=experiments/lifecycle.py:base --workdir=runs/base
+    python train.py --config=experiments/lifecycle.py:sft:runs/base/frozen ...
+
+A variant is STAGE:DIRECTORY, where the directory is the frozen one of the stage
+before, by `PARENTS`. `python -m studies.lifecycle`, which `make lifecycle`
+runs, trains all of them and prints one table.
+
+    base    learns the text of additions
+    sft     learns to answer questions, from conversations
+    reward  learns which of two answers is right
+    dpo     prefers right answers to wrong ones, from the pairs of `reward`
+    grpo    samples answers, and learns from those that are right
+    distil  a student a quarter of that size learns from what grpo has made
+
+All read the training split of data/problems/; all are measured on questions of
+its validation split, which shares no problem with it.
+"""
+
+import dataclasses
+
+from experiments import grpo, presets
+from training import experiment
+from training.checkpoints import init_from
+from training.objectives import distillation, preference, reward
+from training.optimizer import chain
+
+# The stage that each goes on from; '': it begins with random weights.
+PARENTS = {
+  'base': '',
+  'sft': 'base',
+  'reward': 'sft',
+  'dpo': 'sft',
+  'grpo': 'sft',
+  'distil': 'grpo',
+}
+QUESTIONS = 'kind=questions&families=additions&levels=2'
+MAX_TOKENS = grpo.MAX_TOKENS
+_ADDITIONS = 'families=additions&levels=2'
+_PAIR_LENGTH = 2 * grpo.LENGTH  # a row has both answers
+
+
+def get_config(variant: str = 'base') -> experiment.Experiment:
+  """Returns the experiment `base` or STAGE:DIRECTORY."""
+  stage, _, directory = variant.partition(':')
+  if stage not in PARENTS or bool(directory) != bool(PARENTS[stage]):
+    raise ValueError(
+      f'variant: got {variant!r}, expected base, or one of'
+      f' {", ".join(list(PARENTS)[1:])} with the frozen directory of the stage'
+      ' before, as sft:runs/base/frozen'
+    )
+  found = {
+    'base': _base,
+    'sft': _sft,
+    'reward': _reward,
+    'dpo': _dpo,
+    'grpo': _grpo,
+    'distil': _distil,
+  }[stage](directory)
+  return dataclasses.replace(found, name=f'lifecycle_{stage}')
+
+
+def _started() -> experiment.Experiment:
+  """Returns the experiment that all but the student vary."""
+  sft = grpo.get_config('sft')
+  return dataclasses.replace(
+    sft, model=dataclasses.replace(sft.model, max_length=_PAIR_LENGTH)
+  )
+
+
+def _base(directory: str) -> experiment.Experiment:
+  del directory
+  sft = _started()
+  return dataclasses.replace(
+    sft,
+    data=dataclasses.replace(
+      sft.data,
+      path=f'kind=text&{_ADDITIONS}&count=3000',
+      examples='text',
+      chat_template='',
+    ),
+    optimizer=chain.OptimizerConfig(peak_lr=2e-3, end_lr=0.0, warmup_steps=20),
+    num_steps=400,
+  )
+
+
+def _sft(directory: str) -> experiment.Experiment:
+  sft = _started()
+  return dataclasses.replace(
+    sft,
+    init_from=directory,
+    data=dataclasses.replace(
+      sft.data,
+      path=f'kind=chat&{_ADDITIONS}&count=3000',
+      tokenizer=init_from.tokenizer_of(directory),
+    ),
+    optimizer=dataclasses.replace(sft.optimizer, peak_lr=1e-3),
+    num_steps=400,
+  )
+
+
+def _pairs(directory: str) -> experiment.Experiment:
+  sft = _sft(directory)
+  return dataclasses.replace(
+    sft,
+    data=dataclasses.replace(
+      sft.data,
+      path=f'kind=pairs&{_ADDITIONS}&count=3000&seed=1',
+      examples='pairs',
+      chat_template='',  # that of the frozen directory
+      row_length=_PAIR_LENGTH,
+      batch_size=16,
+    ),
+    num_steps=150,
+  )
+
+
+def _reward(directory: str) -> experiment.Experiment:
+  pairs = _pairs(directory)
+  return dataclasses.replace(
+    pairs,
+    # Rewards near 0: a policy that is trained on them has no constant to learn.
+    objective=reward.Reward(centring=0.01),
+    optimizer=dataclasses.replace(pairs.optimizer, peak_lr=5e-4),
+    num_steps=300,
+  )
+
+
+def _dpo(directory: str) -> experiment.Experiment:
+  pairs = _pairs(directory)
+  return dataclasses.replace(
+    pairs,
+    objective=preference.Preference(loss='dpo'),
+    optimizer=dataclasses.replace(pairs.optimizer, peak_lr=1e-4),
+  )
+
+
+def _grpo(directory: str) -> experiment.Experiment:
+  return dataclasses.replace(
+    grpo.get_config(f'grpo:{directory}'),
+    model=_started().model,
+    num_steps=80,
+    eval_every_steps=40,
+  )
+
+
+def _distil(directory: str) -> experiment.Experiment:
+  sft = grpo.get_config('sft')
+  student = presets.llama(
+    vocab_size=264,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    width=64,
+    mlp_width=144,
+    length=grpo.LENGTH,
+  )
+  return dataclasses.replace(
+    sft,
+    model=dataclasses.replace(student, tie_embeddings=True, scan_layers=False),
+    objective=distillation.Distillation(teacher=directory),
+    optimizer=dataclasses.replace(sft.optimizer, peak_lr=4e-3),
+    num_steps=600,
+  )
