@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.engine import engine as engine_lib, metrics
+from inference.engine import engine as engine_lib, flight, metrics
 from inference.requests import answer, requests
 from inference.sampling import settings as settings_lib
 from models import layout
@@ -265,7 +265,7 @@ def test_tokens_and_flops_are_counted_one_by_one(engine):
 def test_time_and_memory_are_charged_to_who_has_them(engine, monkeypatch):
   clock = types.SimpleNamespace(now=1000.0)
   clock.perf_counter = lambda: clock.now
-  for module in (engine_lib, answer):
+  for module in (engine_lib, answer, flight):
     monkeypatch.setattr(module, 'time', clock)
   monkeypatch.setattr(engine._accounts, '_last_charged', 0.0)  # idle for long
   engine.submit(_request(_PROMPT[:14], max_tokens=4))

@@ -268,12 +268,7 @@ def test_a_server_that_keeps_none_says_so(generator):
       'tools',
       'unsupported_parameter',
     ),
-    (
-      {'text': {'format': {'type': 'json_object'}}},
-      'text',
-      'unsupported_parameter',
-    ),
-    ({'tool_choice': 'required'}, 'tool_choice', 'unsupported_parameter'),
+    ({'tool_choice': 'required'}, 'tool_choice', None),  # of no tools
     (
       {'reasoning': {'effort': 'low'}},
       'reasoning.effort',
