@@ -12,7 +12,7 @@ runs, trains all of them and prints one table.
     sft     learns to answer questions, from conversations
     reward  learns which of two answers is right
     dpo     prefers right answers to wrong ones, from the pairs of `reward`
-    grpo    samples answers, and learns from those that are right
+    grpo    samples answers, and makes right answers more likely
     distil  a student a quarter of that size learns from what grpo has made
 
 All read the training split of data/problems/; all are measured on questions of

@@ -142,7 +142,7 @@ def _statements_row(rng, people, templates: Sequence[Sequence[int]]):
   """Returns a row of statements about people at random, all trained.
 
   Args:
-    templates: of each person, those that the text has.
+    templates: of each person, the templates that the text has.
   """
   chosen = rng.integers(len(people), size=6)
   return _filled(

@@ -133,8 +133,8 @@ class EngineConfig:
     'off',
     'Guess the next tokens of an answer, and verify several in one step: off or'
     ' ngram (the tokens that followed the same words before, in the prompt or'
-    ' the answer). Answers stay as they are; those that repeat their prompt'
-    ' come sooner.',
+    ' the answer). No token changes, but for rounding with numerics=fast.'
+    ' Answers that repeat their prompt come sooner.',
   )
   draft_tokens: int | None = flag_field.field(
     None,

@@ -142,7 +142,7 @@ class Speculator:
       return
     seconds = now - max(flight.sent_at, before)
     if flight.step.is_verified:
-      # After a pause without work, what came before says nothing.
+      # After a pause without work, the time between two readings says nothing.
       seconds = min(now - before, 2 * seconds)
     rows = flight.shape.num_decodes
     self._measured.observe(rows, flight.width, seconds / num_steps)
@@ -150,7 +150,7 @@ class Speculator:
   def landed(
     self, span: spans.Span, tokens: list[int], live: answer.Live
   ) -> None:
-    """Counts the tokens of a draft, and takes back those that were wrong.
+    """Counts the tokens of a draft, and takes back the wrong ones.
 
     Args:
       span: that was verified.

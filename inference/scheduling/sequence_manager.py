@@ -15,7 +15,7 @@ the next owner of the page writes in a later step.
 A step without chunks may compute several tokens of each sequence, one after
 another: `decode_steps` says how many may follow without another plan. It may
 also verify tokens that were drafted, all at once: `draft_lengths` says how
-many, and `reject` takes back those that turned out wrong.
+many, and `reject` takes back the wrong ones.
 
 One thread owns a SequenceManager.
 """

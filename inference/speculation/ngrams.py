@@ -1,4 +1,4 @@
-"""Prompt look-up: the next tokens are those that followed such words before.
+"""Prompt look-up: what followed the same words before may follow them again.
 
 An answer that edits, quotes or summarises a text repeats parts of it. The last
 tokens of a sequence are looked up in the sequence itself; what followed them

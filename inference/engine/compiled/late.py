@@ -23,7 +23,7 @@ class Late:
       compile_keys: compiles the programs of keys.
       device: that they are for.
       first: keys of the programs that are waited for.
-      rest: keys of those that are not.
+      rest: keys of the programs that are compiled behind them.
     """
     self._compile_keys, self._device = compile_keys, device
     self._first, self._rest = list(first), list(rest)

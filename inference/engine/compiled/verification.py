@@ -12,7 +12,9 @@ So a call gives one token more than the draft had right.
 **No token changes.** A sampled token is a function of the logits, the settings,
 the tokens before it, the key of the sequence and its position
 (`sampling.sampler`). Nothing of that depends on the draft: a draft whose token
-differs ends the span, and tokens behind it are never sampled. That is sampling
+differs ends the span, and tokens behind it are never sampled. Only the rounding
+of the logits may differ from a decode step's, and not with invariant numerics.
+That is sampling
 from the model itself, with any temperature, filter, penalty or seed. The
 rejection sampling of Leviathan et al. (arXiv:2211.17192, algorithm 1) keeps the
 distribution, but not the tokens. It accepts a guess x with min(1, p(x) / q(x)),
