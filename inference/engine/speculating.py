@@ -123,7 +123,10 @@ class Speculator:
     num = len(drafts)
     chosen = self._choice.choose(
       {id: len(draft) for id, draft in drafts.items()},
-      self._programs.verified_shapes(num),
+      [
+        (shape.num_spans, shape.width)
+        for shape in self._programs.verified_shapes(num)
+      ],
       self._programs.shape_for(num, 0).num_decodes,
     )
     self._metrics.speculation_gain.set(chosen.gain)

@@ -28,6 +28,7 @@ from inference.engine import (
 )
 from inference.engine.compiled import (
   jitted,
+  keys as keys_lib,
   late,
   layered,
   program_store,
@@ -37,31 +38,6 @@ from inference.engine.compiled import (
 from inference.sampling import sampler as sampler_lib
 from models import kv_cache as kv_cache_lib, transformer
 from models.layers import adapters as adapters_lib
-
-
-class Forward(NamedTuple):
-  """Names the program of a step of decodes that does not sample."""
-
-  shape: steps.Shape
-
-
-class Masked(NamedTuple):
-  """Names the program that samples so many tokens within grammars."""
-
-  size: int
-
-
-class Verified(NamedTuple):
-  """Names the program of a step that verifies drafts: X spans of R tokens."""
-
-  num_spans: int
-  width: int
-
-
-class Accepted(NamedTuple):
-  """Names the program that samples the tokens of such a step."""
-
-  shape: Verified
 
 
 class Pending(NamedTuple):
@@ -132,7 +108,9 @@ class Programs:
       self._is_layered,
     )
     self._compiled: dict[Any, Any] = {}
-    self.verified = [Verified(*shape) for shape in config.verified_shapes()]
+    self.verified = [
+      keys_lib.Verified(*shape) for shape in config.verified_shapes()
+    ]
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     self._has_adapters = adapters_lib.COLLECTION in self._params
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
@@ -150,7 +128,9 @@ class Programs:
 
   def _verifying(self) -> list[Any]:
     """Returns the keys of the programs that verify drafts."""
-    return [key for each in self.verified for key in (Accepted(each), each)]
+    return [
+      key for each in self.verified for key in (keys_lib.Accepted(each), each)
+    ]
 
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns shapes, and before them the sizes that they sample with."""
@@ -164,8 +144,10 @@ class Programs:
   def _of_masks(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns the keys of the programs that shapes need within grammars."""
     sizes = [self._num_sampled(each, is_split=True) for each in shapes]
-    keys: list[Any] = [Masked(size) for size in dict.fromkeys(sizes)]
-    return keys + [Forward(each) for each in shapes if self._is_whole(each)]
+    keys: list[Any] = [keys_lib.Masked(size) for size in dict.fromkeys(sizes)]
+    return keys + [
+      keys_lib.Forward(each) for each in shapes if self._is_whole(each)
+    ]
 
   def _is_whole(self, shape: steps.Shape) -> bool:
     """Returns whether the program of a shape samples, too."""
@@ -192,7 +174,7 @@ class Programs:
     params, (kv_cache, slots) = self._params, self._state
     slot, ids_T = np.int32(0), np.zeros((self._context,), np.int32)
     pages_Z = np.zeros((COPIES,), np.int32)
-    if isinstance(key, Forward):
+    if isinstance(key, keys_lib.Forward):
       layout = self._layout(key.shape, is_split=True)
       return jitted.forward.lower(
         params,
@@ -203,7 +185,7 @@ class Programs:
         model=self._model,
         vocab_size=self._vocab_size,
       )
-    if isinstance(key, Verified | Accepted):
+    if isinstance(key, keys_lib.Verified | keys_lib.Accepted):
       return self._lower_verified(key)
     if isinstance(key, steps.Shape):
       layout = self._layout(key)
@@ -224,11 +206,13 @@ class Programs:
         most=self.decode_steps,
         **static,
       )
-    if isinstance(key, int | Masked):
-      size = key.size if isinstance(key, Masked) else key
+    if isinstance(key, int | keys_lib.Masked):
+      size = key.size if isinstance(key, keys_lib.Masked) else key
       logits_RV = jax.ShapeDtypeStruct((size, self._vocab_size), jnp.float32)
       zeros_R = np.zeros((size,), np.int32)
-      allowed = (self.all_allowed(size),) if isinstance(key, Masked) else ()
+      allowed = (
+        (self.all_allowed(size),) if isinstance(key, keys_lib.Masked) else ()
+      )
       return jitted.sample.lower(
         slots, logits_RV, zeros_R, zeros_R, zeros_R, *allowed
       )
@@ -244,13 +228,15 @@ class Programs:
     copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
     return copy.lower(kv_cache, pages_Z, pages_Z)
 
-  def _lower_verified(self, key: Verified | Accepted) -> Any:
+  def _lower_verified(self, key: keys_lib.Verified | keys_lib.Accepted) -> Any:
     params, (kv_cache, slots) = self._params, self._state
-    shape = key.shape if isinstance(key, Accepted) else key
+    shape = key.shape if isinstance(key, keys_lib.Accepted) else key
     layout = self._verified_layout(shape)
     flat_I = np.zeros((layout.size,), np.int32)
-    if isinstance(key, Accepted):
-      logits_XRV = jax.ShapeDtypeStruct((*shape, self._vocab_size), jnp.float32)
+    if isinstance(key, keys_lib.Accepted):
+      logits_XRV = jax.ShapeDtypeStruct(
+        (shape.num_spans, shape.width, self._vocab_size), jnp.float32
+      )
       return verification.accept.lower(slots, logits_XRV, flat_I, layout=layout)
     given = params, kv_cache, slots.last_B
     static = {'model': self._model, 'vocab_size': self._vocab_size}
@@ -259,13 +245,18 @@ class Programs:
       return layered.lower(*given, inputs, finish=verification.finish, **static)
     return verification.verify.lower(*given, flat_I, layout=layout, **static)
 
-  def _verified_layout(self, shape: Verified) -> inputs_lib.Layout:
+  def _verified_layout(self, shape: keys_lib.Verified) -> inputs_lib.Layout:
     # Spans lie as chunks of a step without decodes.
     return inputs_lib.Layout(
-      0, *shape, self._table_width, shape.num_spans, self._has_adapters
+      0,
+      shape.num_spans,
+      shape.width,
+      self._table_width,
+      shape.num_spans,
+      self._has_adapters,
     )
 
-  def verified_shapes(self, num_spans: int) -> list[Verified]:
+  def verified_shapes(self, num_spans: int) -> list[keys_lib.Verified]:
     """Returns the smallest shape of each width that holds so many spans.
 
     Only shapes that are compiled; none if the engine does not speculate.
@@ -274,7 +265,9 @@ class Programs:
     found = [self.verified_for(num_spans, width) for width in widths]
     return list(dict.fromkeys(shape for shape in found if shape))
 
-  def verified_for(self, num_spans: int, length: int) -> Verified | None:
+  def verified_for(
+    self, num_spans: int, length: int
+  ) -> keys_lib.Verified | None:
     """Returns the smallest shape that holds spans of up to `length` tokens.
 
     None if none is compiled: the engine does not speculate, or not yet.
@@ -286,9 +279,13 @@ class Programs:
       and shape.width >= length
       and shape in self._compiled
     ]
-    return min(held, key=lambda shape: (shape.width, shape), default=None)
+    return min(
+      held, key=lambda shape: (shape.width, shape.num_spans), default=None
+    )
 
-  def empty_verified(self, shape: Verified) -> tuple[np.ndarray, steps.Inputs]:
+  def empty_verified(
+    self, shape: keys_lib.Verified
+  ) -> tuple[np.ndarray, steps.Inputs]:
     """Returns inputs of padding only, as `empty_inputs` does."""
     return inputs_lib.empty(
       self._verified_layout(shape), padding_slot=self._padding_slot
@@ -296,7 +293,7 @@ class Programs:
 
   def verify(
     self,
-    shape: Verified,
+    shape: keys_lib.Verified,
     params: device_state.Params,
     state: device_state.State,
     flat_I: np.ndarray,
@@ -311,7 +308,7 @@ class Programs:
     kv_cache, logits_XRV = self._compiled[shape](
       params, state.kv_cache, state.slots.last_B, inputs
     )
-    slots, outputs = self._compiled[Accepted(shape)](
+    slots, outputs = self._compiled[keys_lib.Accepted(shape)](
       state.slots, logits_XRV, flat_I
     )
     return device_state.State(kv_cache, slots), outputs
@@ -334,9 +331,9 @@ class Programs:
 
   def _is_split(self, shape: steps.Shape) -> bool:
     """Returns whether the programs of a split step are compiled."""
-    size = Masked(self._num_sampled(shape, is_split=True))
+    size = keys_lib.Masked(self._num_sampled(shape, is_split=True))
     return size in self._compiled and (
-      not self._is_whole(shape) or Forward(shape) in self._compiled
+      not self._is_whole(shape) or keys_lib.Forward(shape) in self._compiled
     )
 
   def empty_inputs(
@@ -399,7 +396,7 @@ class Programs:
     Arguments are those of `step`; the inputs are those of a split step.
     """
     last_B = state.slots.last_B
-    key = Forward(shape) if self._is_whole(shape) else shape
+    key = keys_lib.Forward(shape) if self._is_whole(shape) else shape
     program = self._compiled[key]
     if self._is_layered:
       inputs = inputs_lib.split(flat_I, self._layout(shape))
@@ -437,7 +434,7 @@ class Programs:
     """
     key, allowed = pending.size, ()
     if allowed_RW is not None:
-      key, allowed = Masked(pending.size), (allowed_RW,)
+      key, allowed = keys_lib.Masked(pending.size), (allowed_RW,)
     slots, outputs = self._compiled[key](
       state.slots, pending.logits_RV, *pending.where, *allowed
     )

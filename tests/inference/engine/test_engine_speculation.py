@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from inference.engine import engine_config
+from inference.engine.compiled import keys
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.speculation import ngrams
@@ -209,9 +210,10 @@ def test_an_engine_without_speculation_has_no_programs_for_it():
   assert engine._programs.verified == []
   assert engine._programs.verified_for(1, 2) is None
   speculating = _engine(None)._programs
-  assert speculating.verified == [(4, 3), (4, 6)]
-  assert speculating.verified_for(1, 2) == (4, 3)
-  assert speculating.verified_for(4, 4) == (4, 6)
+  narrow, wide = keys.Verified(4, 3), keys.Verified(4, 6)
+  assert speculating.verified == [narrow, wide]
+  assert speculating.verified_for(1, 2) == narrow
+  assert speculating.verified_for(4, 4) == wide
   assert speculating.verified_for(4, 7) is None
   plain = engine._programs._compiled.keys()
   assert plain < speculating._compiled.keys()

@@ -13,7 +13,7 @@ from inference.engine import (
   engine_config,
   steps,
 )
-from inference.engine.compiled import shapes as shapes_lib
+from inference.engine.compiled import keys, shapes as shapes_lib
 from inference.requests import requests as requests_lib
 from inference.sampling import penalties, sampler as sampler_lib, settings
 from tests.helpers import tiny_models
@@ -185,3 +185,12 @@ def test_pages_are_copied_in_calls_that_run_in_order(
   for source, target in copies:
     expected_PQYC[target] = before.kv_PQYC[source]
   np.testing.assert_array_equal(state.kv_cache[0].kv_PQYC, expected_PQYC)
+
+
+def test_keys_of_equal_numbers_are_different():
+  shape, verified = steps.Shape(4, 4), keys.Verified(4, 4)
+  found = (
+    shape, verified, keys.Forward(shape), keys.Accepted(verified),
+    keys.Masked(4), 4,
+  )  # fmt: skip
+  assert len(set(found)) == len(found)
