@@ -25,7 +25,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 import numpy as np
 
 from data.problems import generator as problems_lib, records
@@ -237,6 +237,8 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   workdir = pathlib.Path(study_flags.required_workdir())
+  # Orbax logs many lines about saves that went well.
+  logging.set_verbosity(logging.ERROR)
   # Several stages have the same programs.
   if directory := compilation_cache.directory_of(None):
     compilation_cache.use(directory)

@@ -17,7 +17,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 import numpy as np
 
 from experiments import grpo
@@ -167,6 +167,8 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   workdir = pathlib.Path(study_flags.required_workdir())
+  # Orbax logs many lines about saves that went well.
+  logging.set_verbosity(logging.ERROR)
   method = _METHOD.value
   # The runs of all seeds have the same programs.
   if directory := compilation_cache.directory_of(None):
