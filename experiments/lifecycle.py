@@ -96,8 +96,7 @@ def _sft(directory: str) -> experiment.Experiment:
       path=f'kind=chat&{_ADDITIONS}&count=3000',
       tokenizer=init_from.tokenizer_of(directory),
     ),
-    optimizer=dataclasses.replace(sft.optimizer, peak_lr=1e-3),
-    num_steps=400,
+    num_steps=600,
   )
 
 
@@ -133,15 +132,17 @@ def _dpo(directory: str) -> experiment.Experiment:
   return dataclasses.replace(
     pairs,
     objective=preference.Preference(loss='dpo'),
-    optimizer=dataclasses.replace(pairs.optimizer, peak_lr=1e-4),
+    optimizer=dataclasses.replace(pairs.optimizer, peak_lr=1e-5),
   )
 
 
 def _grpo(directory: str) -> experiment.Experiment:
+  found = grpo.get_config(f'grpo:{directory}')
   return dataclasses.replace(
-    grpo.get_config(f'grpo:{directory}'),
+    found,
     model=_started().model,
-    num_steps=80,
+    optimizer=dataclasses.replace(found.optimizer, peak_lr=1e-4),
+    num_steps=120,
     eval_every_steps=40,
   )
 
