@@ -287,7 +287,7 @@ class Engine:
         index,
         request,
         sequence,
-        seed=settings_lib.sample_seed(base, index),
+        seed=settings_lib.sample_seed(base, request.first_sample + index),
         tokenizer=self.tokenizer,
         adapter=adapter,
         stop=stop,

@@ -55,6 +55,11 @@ class Request:
   # Whether `logprobs` are of the distribution that tokens were drawn from,
   # after temperature, penalties and filters, and not of the model itself.
   scores_drawn: bool = False
+  # Number of the first of its n samples, on which their seeds depend.
+  first_sample: int = 0
+  # FLOPs that each sequence may use; it ends with reason 'length' before it
+  # would use more, as after a preemption. None: no limit.
+  most_flops: float | None = None
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
   room: int | None = None

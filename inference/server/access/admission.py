@@ -14,57 +14,19 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import logging
-import math
 import sqlite3
 import time
 
 from checks import expect
-from inference.requests import requests as requests_lib
+from inference.requests import prices as prices_lib, requests as requests_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import keys, limits
 from inference.server.api import errors
 from inference.server.http import exchanges
 from inference.server.records import ledger as ledger_lib
 
-_TOKENS_PER_PRICE = 10**6
+Prices = prices_lib.Prices
 _LOG = logging.getLogger('uvicorn.error')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prices:
-  """Money per million tokens; the currency is the operator's.
-
-  Raises:
-    ValueError: a price is negative or not finite.
-  """
-
-  prompt: float = 0.0  # computed for the request
-  cached: float = 0.0  # found computed
-  completion: float = 0.0
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if not 0 <= (price := getattr(self, field.name)) < math.inf:
-        raise ValueError(
-          f'server.price_{field.name}: got {price}, expected a finite amount'
-          ' per million tokens, at least 0'
-        )
-
-  def nanos(self, *, prompt: int, cached: int, completion: int) -> int:
-    """Returns the price of so many tokens; `prompt` has the cached ones too."""
-    money = (
-      (prompt - cached) * self.prompt
-      + cached * self.cached
-      + completion * self.completion
-    )
-    return round(money * ledger_lib.NANOS / _TOKENS_PER_PRICE)
-
-  def most_nanos(self, *, prompt: int, completion: int) -> int:
-    """Returns the most that they can cost, cached or not."""
-    return max(
-      self.nanos(prompt=prompt, cached=cached, completion=completion)
-      for cached in (0, prompt)
-    )
 
 
 def prices(config: server_config.ServerConfig) -> Prices:

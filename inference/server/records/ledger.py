@@ -33,10 +33,11 @@ import uuid
 import prometheus_client
 
 from frozen import manifest as manifest_lib
+from inference.requests import prices
 from inference.server.records import database
 from storage import locks
 
-NANOS = 10**9  # parts of the currency: sums of whole numbers are exact
+NANOS = prices.NANOS
 TABLES = """
 CREATE TABLE IF NOT EXISTS ledger (
   id TEXT PRIMARY KEY,

@@ -1,0 +1,488 @@
+"""A search: one strategy answers one question within one budget.
+
+    class Strategy(Protocol):
+      def search(self, desk): ...      # a generator
+
+A strategy asks a `Desk` for samples, and is sent each one as it ends:
+
+    desk.ask(8)
+    samples = []
+    while (sample := (yield)) is not None:
+      samples.append(sample)
+    return Choice(best(samples))
+
+None says that nothing is open: all samples have ended, or the rest are beyond
+the budget (`desk.is_spent`). A strategy that returns earlier has its open
+samples cancelled. So it decides and computes nothing; it knows neither the
+engine nor time, and runs offline and on a server alike:
+`inference.search.drive` carries its requests to an engine.
+
+Sample i has the seed of sample i of one request for several. So samples do not
+depend on how the budget let them start, together or one by one.
+"""
+
+import collections
+from collections.abc import Generator, Mapping, Sequence
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from inference.requests import prices as prices_lib, requests as requests_lib
+from inference.sampling import settings as settings_lib
+from inference.search import (
+  budget as budget_lib,
+  receipt as receipt_lib,
+  samples as samples_lib,
+)
+from text import detokenize, tokenizer as tokenizer_lib
+
+# Why a search ended: the strategy had all that it asked for; it knew the
+# answer before; the budget or its seconds were spent.
+DONE, DECIDED, SPENT = 'done', 'decided', 'budget'
+# Sequences of one request, so that one search never fills a queue at once.
+MOST_AT_ONCE = 64
+
+
+class Choice(NamedTuple):
+  """What a strategy returns."""
+
+  sample: samples_lib.Sample | None  # None: nothing was sampled
+  is_decided: bool = False  # before all samples had ended
+  # What the choice was made of, such as votes, for reports.
+  details: Mapping[str, Any] = {}
+
+
+# What a strategy's `search` is.
+Course = Generator[None, samples_lib.Sample | None, Choice]
+
+
+class Strategy(Protocol):
+  """A way to spend a budget on a question; a frozen dataclass."""
+
+  def search(self, desk: 'Desk') -> Course:
+    """Asks for samples, takes them, and returns its choice."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+  """The answer to a question, and what it has cost."""
+
+  chosen: samples_lib.Sample | None  # None: the budget is below one token
+  samples: tuple[samples_lib.Sample, ...]  # that the strategy has seen
+  receipt: receipt_lib.Receipt
+  ended_by: str  # DONE | DECIDED | SPENT
+  details: Mapping[str, Any]
+
+  @property
+  def text(self) -> str:
+    """The answer without its reasoning, '' if there is none."""
+    return self.chosen.answer if self.chosen else ''
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Ask:
+  """Samples that a strategy wants, and that are not requested yet."""
+
+  num: int
+  after: samples_lib.Sample | None
+  keep: int  # ids of `after` that they continue
+  forced: tuple[int, ...]
+  settings: settings_lib.Settings
+  scorer: samples_lib.Scorer | None
+  least_tokens: int
+  tag: Any
+
+  @property
+  def prefix(self) -> tuple[int, ...]:
+    """The ids between the prompt and what is sampled."""
+    return (*(self.after.ids[: self.keep] if self.after else ()), *self.forced)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Open:
+  """Sequences of one request that have not all ended."""
+
+  ask: _Ask
+  first: int  # number of the first one
+  num_left: int
+  reserved: budget_lib.Cost  # of each that has not ended
+  prices: prices_lib.Prices
+  ended: list[requests_lib.Update] = dataclasses.field(default_factory=list)
+
+  def spent(self) -> budget_lib.Cost:
+    """Returns what sequences that have ended cost, as a ledger counts it.
+
+    They share a prompt. It is paid as the first of them found it; until all
+    have ended, at the most that it can cost.
+    """
+    done = [
+      each.completion
+      for each in sorted(self.ended, key=lambda update: update.index)
+      if each.completion
+    ]
+    if not done:
+      return budget_lib.Cost()
+    longest = max(done, key=lambda each: each.usage.prompt_tokens).usage
+    num_new = sum(each.num_completion_tokens for each in done)
+    if self.num_left:
+      money = self.prices.most_money(
+        prompt=longest.prompt_tokens, completion=num_new
+      )
+    else:
+      money = self.prices.money(
+        prompt=longest.prompt_tokens,
+        cached=longest.cached_tokens,
+        completion=num_new,
+      )
+    return budget_lib.Cost(
+      tokens=num_new,
+      flops=sum(each.usage.flops for each in done),
+      money=money,
+    )
+
+
+class Desk:
+  """Where a strategy asks for samples."""
+
+  def __init__(self, question: samples_lib.Question):
+    self.question = question
+    self.is_spent = False  # a sample was refused, or cut short
+    self.asks: collections.deque[_Ask] = collections.deque()
+
+  def ask(
+    self,
+    num: int = 1,
+    *,
+    after: samples_lib.Sample | None = None,
+    keep: int | None = None,
+    forced: Sequence[int] = (),
+    scorer: samples_lib.Scorer | None = None,
+    least_tokens: int = 1,
+    tag: Any = None,
+    **settings: Any,
+  ) -> None:
+    """Asks for samples.
+
+    Args:
+      num: of samples.
+      after: that they continue; None: they follow the prompt.
+      keep: the number of its ids that they continue; None: all.
+      forced: ids that are put in before they begin.
+      scorer: scores each one that was not cut short by the budget.
+      least_tokens: when the budget is nearly spent, a sample is cut to what is
+        left if it is at least so many tokens.
+      tag: of each sample.
+      **settings: fields of `Settings` in place of the question's.
+    """
+    if num < 1:
+      raise ValueError(f'ask: got {num} samples, expected at least 1')
+    if after and keep is None:
+      keep = len(after.ids)
+    chosen = dataclasses.replace(self.question.request.settings, **settings)
+    if chosen.logprobs is None and scorer and scorer.needs_logprobs:
+      chosen = dataclasses.replace(chosen, logprobs=0)
+    self.asks.append(
+      _Ask(
+        num=num,
+        after=after,
+        keep=keep or 0,
+        forced=tuple(forced),
+        settings=chosen,
+        scorer=scorer,
+        least_tokens=least_tokens,
+        tag=tag,
+      )
+    )
+
+
+class Search:
+  """A strategy at work; belongs to one thread at a time.
+
+  while request := search.next_request(): key, request = ...
+  search.take(key, update)
+  search.to_cancel()
+  """
+
+  def __init__(
+    self,
+    strategy: Strategy,
+    question: samples_lib.Question,
+    *,
+    budget: budget_lib.Budget,
+    costs: budget_lib.Costs,
+    tokenizer: tokenizer_lib.Tokenizer,
+    room: int,
+    read: samples_lib.Read = samples_lib.plain,
+    now: float = 0.0,
+  ):
+    """Begins; the strategy asks for its first samples.
+
+    Args:
+      strategy: that answers.
+      question: to answer.
+      budget: that is never exceeded.
+      costs: of samples of the model.
+      tokenizer: of the model.
+      room: tokens that the engine lets follow the prompt.
+      read: parts of a sampled text.
+      now: the time in seconds, on the clock of `outcome` and `expire`.
+
+    Raises:
+      ValueError: the question asks for several samples, or for
+        log-probabilities of its prompt.
+    """
+    settings = question.request.settings
+    for name, value, only in (
+      ('n', settings.n, 1),
+      ('prompt_logprobs', settings.prompt_logprobs, None),
+    ):
+      if value != only:
+        raise ValueError(
+          f'{name}: got {value} in the question of a search, expected {only}:'
+          ' the strategy chooses the samples'
+        )
+    self.budget, self._costs, self._began = budget, costs, now
+    self._tokenizer, self._room, self._read = tokenizer, room, read
+    self.deadline = now + budget.seconds if budget.seconds else None
+    seed = settings.seed
+    self._seed = settings_lib.new_seed() if seed is None else seed
+    self._question, self._desk = question, Desk(question)
+    self._open: dict[int, _Open] = {}  # by key
+    self._num_keys = self._num_parts = 0
+    self._ended: list[requests_lib.Completion] = []
+    self._total, self._scores = budget_lib.Cost(), budget_lib.Cost()
+    self._scored_tokens = 0
+    self._seen: list[samples_lib.Sample] = []
+    self._choice: Choice | None = None
+    self._course = strategy.search(self._desk)
+    self._advance(None, is_first=True)
+
+  @property
+  def is_done(self) -> bool:
+    """Whether the strategy has chosen and no sample is open."""
+    return self._choice is not None and not self._open
+
+  def to_cancel(self) -> list[int]:
+    """Returns the keys of requests that the strategy needs no more."""
+    return list(self._open) if self._choice is not None else []
+
+  def expire(self) -> list[int]:
+    """Ends all at the deadline: returns the keys of requests to cancel.
+
+    The strategy gets what was sampled so far.
+    """
+    self._desk.is_spent = True
+    self._desk.asks.clear()
+    if not self._open:
+      self._settle_down()
+    return list(self._open)
+
+  def next_request(self) -> tuple[int, requests_lib.Request] | None:
+    """Returns the next request and its key; None: nothing may start now.
+
+    Its most expensive end is reserved.
+    """
+    self._settle_down()
+    if self._choice is not None or not self._desk.asks:
+      return None
+    ask = self._desk.asks[0]
+    num, most, each = self._affordable(ask)
+    if not num:
+      if self._open:
+        return None  # they may leave something
+      self._desk.is_spent = True
+      self._desk.asks.clear()
+      return self.next_request()
+    if num == ask.num:
+      self._desk.asks.popleft()
+    else:
+      self._desk.asks[0] = dataclasses.replace(ask, num=ask.num - num)
+    key, self._num_keys = self._num_keys, self._num_keys + 1
+    self._open[key] = _Open(
+      ask=ask,
+      first=self._num_parts,
+      num_left=num,
+      reserved=each,
+      prices=self._costs.prices,
+    )
+    request = self._request(ask, num, most)
+    self._num_parts += num
+    return key, request
+
+  def take(self, key: int, update: requests_lib.Update) -> None:
+    """Takes an update of a request; of interest is the end of a sequence.
+
+    Raises:
+      NotFinite, Stuck: a sequence ended with an error.
+    """
+    completion = update.completion
+    if completion is None:
+      return
+    group = self._open[key]
+    group.num_left -= 1
+    group.ended.append(update)
+    if not group.num_left:
+      del self._open[key]
+      self._total = self._total + group.spent()
+    self._ended.append(completion)
+    completion.check()
+    if self._choice is not None:
+      return
+    sample = self._sample(group, update.index, completion)
+    self._seen.append(sample)
+    self._advance(sample)
+
+  def outcome(self, now: float) -> Outcome:
+    """Returns the outcome of a search that is done."""
+    assert self._choice is not None
+    assert not self._open
+    choice = self._choice
+    prompt = self._question.request.prompt_ids
+    ended_by = DECIDED if choice.is_decided else DONE
+    return Outcome(
+      chosen=choice.sample,
+      samples=tuple(self._seen),
+      receipt=receipt_lib.made(
+        choice.sample,
+        self._ended,
+        num_prompt=len(prompt),
+        total=self._total + self._scores,
+        scores=self._scores,
+        scored_tokens=self._scored_tokens,
+        costs=self._costs,
+        seconds=now - self._began,
+      ),
+      ended_by=SPENT if self._desk.is_spent else ended_by,
+      details=choice.details,
+    )
+
+  def _advance(
+    self, sample: samples_lib.Sample | None, *, is_first: bool = False
+  ) -> None:
+    try:
+      if is_first:
+        next(self._course)
+      else:
+        self._course.send(sample)
+    except StopIteration as end:
+      self._choice = end.value
+      self._desk.asks.clear()
+
+  def _settle_down(self) -> None:
+    """Tells the strategy that nothing is open, until it asks or returns."""
+    while self._choice is None and not self._open and not self._desk.asks:
+      self._advance(None)
+      if self._choice is None and self._desk.is_spent:
+        self._desk.asks.clear()
+      elif self._choice is None and not self._desk.asks:
+        raise RuntimeError(
+          'search: got a strategy that waits without having asked, expected an'
+          ' ask or its choice; report this as a bug'
+        )
+
+  def _affordable(self, ask: _Ask) -> tuple[int, int, budget_lib.Cost]:
+    """Returns (samples that may start, tokens of each, cost of each)."""
+    num_prompt = len(self._question.request.prompt_ids) + len(ask.prefix)
+    room = self._room - len(ask.prefix)
+    most = min(ask.settings.max_tokens or room, room)
+    held = self._held()
+
+    def allows(num: int, tokens: int) -> bool:
+      each = self._most(ask, num_prompt, tokens)
+      return self.budget.allows(held + each * num)
+
+    if most < 1:  # the context is full
+      return 0, 0, budget_lib.Cost()
+    num = _largest(min(ask.num, MOST_AT_ONCE), lambda n: allows(n, most))
+    if not num and not self._open:
+      shorter = _largest(most - 1, lambda tokens: allows(1, tokens))
+      if shorter >= max(1, ask.least_tokens):
+        self._desk.is_spent = True
+        num, most = 1, shorter
+    return num, most, self._most(ask, num_prompt, most)
+
+  def _most(self, ask: _Ask, num_prompt: int, tokens: int) -> budget_lib.Cost:
+    cost = self._costs.most(num_prompt, tokens)
+    return cost + ask.scorer.cost(num_prompt + tokens) if ask.scorer else cost
+
+  def _held(self) -> budget_lib.Cost:
+    """Returns what is spent and reserved."""
+    held = self._total + self._scores
+    for each in self._open.values():
+      held = held + each.spent() + each.reserved * each.num_left
+    return held
+
+  def _request(self, ask: _Ask, num: int, most: int) -> requests_lib.Request:
+    asked = self._question.request
+    prompt_ids = (*asked.prompt_ids, *ask.prefix)
+    least = min(ask.settings.min_tokens, most)
+    return dataclasses.replace(
+      asked,
+      prompt_ids=prompt_ids,
+      settings=dataclasses.replace(
+        ask.settings, n=num, max_tokens=most, min_tokens=least, seed=self._seed
+      ),
+      first_sample=self._num_parts,
+      # A preemption computes tokens again, for which nothing is reserved.
+      most_flops=self._costs.sample_flops(len(prompt_ids), most),
+      room=None,
+    )
+
+  def _sample(
+    self, group: _Open, index: int, completion: requests_lib.Completion
+  ) -> samples_lib.Sample:
+    ask, after = group.ask, group.ask.after
+    prefix = ask.prefix
+    ids = (*prefix, *completion.token_ids)
+    text = completion.text
+    if prefix:
+      text = _decoded(self._tokenizer, prefix) + text
+    old = {place for place in after.forced if place < ask.keep} if after else ()
+    new = range(len(prefix) - len(ask.forced), len(prefix))
+    logprobs = None
+    if completion.logprobs is not None:
+      own = [each.chosen for each in completion.logprobs]
+      before = np.zeros(0)
+      if after is not None and after.logprobs is not None:
+        before = after.logprobs[: ask.keep - len(old)]
+      logprobs = np.concatenate([before, np.asarray(own, np.float64)])
+    sample = samples_lib.Sample(
+      number=group.first + index,
+      tag=ask.tag,
+      parts=(*(after.parts if after else ()), completion),
+      ids=ids,
+      forced=frozenset([*old, *new]),
+      text=text,
+      reading=self._read(text, ids),
+      logprobs=logprobs,
+    )
+    if ask.scorer is None or completion.finish_reason == 'cancelled':
+      return sample
+    read = len(self._question.request.prompt_ids) + len(ids)
+    self._scores = self._scores + ask.scorer.cost(read)
+    self._scored_tokens += ask.scorer.num_read(read)
+    score = float(ask.scorer(self._question, sample))
+    if not np.isfinite(score):
+      raise ValueError(
+        f'scorer: got the score {score} of an answer, expected a finite number'
+      )
+    return dataclasses.replace(sample, score=score)
+
+
+def _largest(most: int, allows) -> int:
+  """Returns the largest number up to `most` that is allowed, 0 for none.
+
+  What is allowed is all numbers up to one.
+  """
+  low, high = 0, most
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (middle, high) if allows(middle) else (low, middle - 1)
+  return low
+
+
+def _decoded(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
+  decoder = detokenize.StreamDecoder(tokenizer, is_continued=True)
+  return ''.join([*map(decoder.push, ids), decoder.finish()])
