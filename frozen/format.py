@@ -29,7 +29,7 @@ import numpy as np
 
 from checks import expect
 from frozen import manifest as manifest_lib, stored_kernels, stored_params
-from models import axes, model_config, transformer
+from models import axes, model_config, param_shapes
 from models.layers import reward_head
 from models.linear.stored import tree as stored_tree
 from storage import atomic, digests, file_names
@@ -336,28 +336,11 @@ def abstract_params(
   Raises:
     ValueError: this code does not know one of the heads.
   """
-  # Of layers that are alike one is traced, which takes less time.
-  num_traced = 1 if config.is_uniform else config.num_layers
-  model = transformer.Transformer(
-    dataclasses.replace(config, num_layers=num_traced, scan_layers=False)
-  )
-  tokens_11 = jax.ShapeDtypeStruct((1, 1), np.int32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
 
-  def shape(leaf, *leading):
-    return jax.ShapeDtypeStruct(
-      (*leading, *leaf.shape), dtype, sharding=sharding
-    )
+  def shape(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
-  tree = jax.tree.map(shape, variables['params'])
-  if config.scan_layers:
-    layer = tree.pop('layer_0')
-    tree['layers'] = jax.tree.map(
-      lambda leaf: shape(leaf, config.num_layers), layer
-    )
-  elif config.is_uniform:
-    for n in range(1, config.num_layers):
-      tree[f'layer_{n}'] = tree['layer_0']
+  tree = jax.tree.map(shape, param_shapes.of(config)['params'])
   if not heads:
     return {'params': tree}
   expect.one_of('heads', tuple(heads), [(reward_head.NAME,)])

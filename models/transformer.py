@@ -72,6 +72,9 @@ class Transformer(nn.Module):
         ),  # the cache of each layer; shared arguments
         length=config.num_layers,
         unroll=1 if is_looped else config.num_layers,
+        # The check would trace the layers once more. It is of variables that
+        # all layers share, of which there are none.
+        check_constancy_invariants=False,
       )(config, self.dtype, self.execution, config.layer(0))
     else:
       self.layer = [

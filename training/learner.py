@@ -17,7 +17,13 @@ import numpy as np
 import optax
 
 from hardware import compilation_cache, peaks, xla_options
-from models import axes, execution as execution_lib, flops, transformer
+from models import (
+  axes,
+  execution as execution_lib,
+  flops,
+  param_shapes,
+  transformer,
+)
 from parallel import placement as placement_lib
 from training import (
   adapters,
@@ -274,11 +280,7 @@ def make(
   base = _abstract_base(experiment, model)
 
   def abstract(optimizer):
-    return jax.eval_shape(
-      functools.partial(_first_state, experiment, model, optimizer),
-      jax.random.key(0),
-      base,
-    )
+    return _abstract_state(experiment, model, optimizer, base)
 
   optimizer = chain.make_optimizer(
     experiment.optimizer,
@@ -410,6 +412,24 @@ def _first_state(
     return state_lib.init(model, optimizer, key, **options)
   params = adapters.first(experiment.adapter, key, base)
   return state_lib.init_with(optimizer, key, params, **options)
+
+
+def _abstract_state(
+  experiment: experiment_lib.Experiment,
+  model: transformer.Transformer,
+  optimizer: optax.GradientTransformation,
+  base: Any,
+) -> Any:
+  """Returns the shapes and dtypes of `_first_state`."""
+
+  def first(key, params):
+    if base is not None:
+      return _first_state(experiment, model, optimizer, key, params)
+    options = _state_options(experiment)
+    return state_lib.init_with(optimizer, key, params, **options)
+
+  params = param_shapes.of(experiment.model) if base is None else base
+  return jax.eval_shape(first, jax.random.key(0), params)
 
 
 def _state_options(experiment: experiment_lib.Experiment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import axes
+from models import axes, param_shapes, transformer
 from training.objectives import port
 
 MakeHeads = Callable[[jax.Array], Any]
@@ -75,15 +75,14 @@ def init_with(
 
 
 def abstract_params(
-  model: nn.Module, make_heads: MakeHeads | None = None
+  model: transformer.Transformer, make_heads: MakeHeads | None = None
 ) -> Any:
   """Returns the shapes and dtypes of the parameters."""
-
-  def init(key):
-    params = model.init(key, jnp.zeros((1, 1), jnp.int32))
-    return _with_heads(params, key, make_heads)
-
-  return jax.eval_shape(init, jax.random.key(0))
+  return jax.eval_shape(
+    lambda key, params: _with_heads(params, key, make_heads),
+    jax.random.key(0),
+    param_shapes.of(model.config),
+  )
 
 
 def _with_heads(params: Any, key: jax.Array, make_heads: MakeHeads | None):
