@@ -12,4 +12,4 @@ pytest.importorskip('optuna')
   ('flag', 'num_trials'), [('--together', 4), ('--notogether', 2)]
 )
 def test_kills_change_nothing(tmp_path, flag, num_trials):
-  assert not sweep_kills.suite(tmp_path, 3, flag, num_trials=num_trials)
+  assert not sweep_kills.suite(tmp_path, 2, flag, num_trials=num_trials)

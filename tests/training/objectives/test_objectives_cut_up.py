@@ -87,11 +87,18 @@ OBJECTIVES = {
 }
 
 
-def _fast(*names):
-  """Returns all objectives as parameters, all but the fast ones marked slow."""
+# One objective of each kind of sums: over pairs, over units with a number of
+# the whole batch, over chosen and rejected tokens, over tokens, per group with
+# a sequence's ratio, with values, with a teacher. The others are formulas of
+# the same sums, so devices cannot tell them apart.
+KINDS = ('dpo', 'kto', 'orpo', 'tokens', 'reinforce_pp', 'gspo', 'ppo')
+KINDS += ('distillation',)
+
+
+def _fast(*names, among=tuple(OBJECTIVES)):
+  """Returns objectives as parameters, all but the fast ones marked slow."""
   return [
-    n if n in names else pytest.param(n, marks=pytest.mark.slow)
-    for n in OBJECTIVES
+    n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in among
   ]
 
 
@@ -214,14 +221,15 @@ def test_packing(name):
   _assert_same(_train(name, batch, rows=40), _expected(name))
 
 
-@pytest.mark.parametrize('name', _fast('orpo'))
+@pytest.mark.parametrize('name', _fast('orpo', among=KINDS))
 def test_padding_side(name):
   batch = functools.partial(_batch, is_padded_left=True)
   _assert_same(_train(name, batch), _expected(name))
 
 
 @pytest.mark.parametrize(
-  'name', _fast('kto', 'tokens', 'reinforce_pp', 'distillation')
+  'name',
+  _fast('kto', 'tokens', 'reinforce_pp', 'distillation', among=KINDS),
 )
 def test_a_mesh(name):
   parallel = {'data': 2, 'context': 2, 'tensor': 2}
@@ -231,7 +239,7 @@ def test_a_mesh(name):
   )
 
 
-@pytest.mark.parametrize('name', _fast('kto', 'orpo'))
+@pytest.mark.parametrize('name', _fast('kto', 'orpo', among=KINDS))
 def test_pmap(name):
   _assert_same(
     _train(name, num_devices=4, parallel={'kind': 'pmap'}, num_microbatches=2),

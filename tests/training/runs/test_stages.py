@@ -71,18 +71,17 @@ def _single_device_losses():
 
 _CIRCULAR = {'stage_repeats': 2, 'stage_microbatches': 4}
 _FOUR_PARTS = {'stage_microbatches': 4}
-_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
+# Stages beside every other axis are in test_metamorphic.py.
 @pytest.mark.parametrize(
   ('parallel', 'options'),
   [
-    _slow({'stage': 2, 'data': 4}, {}),
-    _slow({'stage': 4, 'data': 2}, {}),
-    _slow({'stage': 2, 'fsdp': 2, 'tensor': 2}, {}),
-    _slow({'stage': 2, 'data': 4} | _CIRCULAR, {}),
-    _slow({'stage': 2, 'data': 2, 'fsdp': 2} | _CIRCULAR, {'remat': 'minimal'}),
-    _slow({'stage': 2, 'data': 4}, {'remat': 'full', 'num_microbatches': 2}),
+    pytest.param(
+      {'stage': 2, 'data': 4},
+      {'remat': 'full', 'num_microbatches': 2},
+      marks=pytest.mark.slow,
+    ),
     (
       {'stage': 2, 'data': 2, 'tensor': 2} | _CIRCULAR,
       {'remat': 'full', 'num_microbatches': 2},
