@@ -36,7 +36,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hardware import peaks
 from inference.constraints import grammars
 from inference.engine import (
   adapter_table,
@@ -115,7 +114,12 @@ class Engine:
     self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    num_pages = self._pool_pages(params)
+    num_pages = backend.pool_pages(
+      config,
+      model_config,
+      weight_bytes=params.num_bytes + self.adapters.num_bytes,
+      device=device,
+    )
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
     )
@@ -155,15 +159,6 @@ class Engine:
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._accounts = accounts.Accounts(
       self.metrics, model_config, self.page_bytes
-    )
-
-  def _pool_pages(self, params: device_state.Unread) -> int:
-    return self.config.pool_pages(
-      self.context,
-      bytes_per_token=self.backend.bytes_per_token(self.model_config),
-      weight_bytes=params.num_bytes + self.adapters.num_bytes,
-      memory_bytes=peaks.memory_bytes(self.device),
-      is_host=self.device.platform == 'cpu',
     )
 
   # --------------------------------------------------------------------------
@@ -432,6 +427,10 @@ class Engine:
         continue
       if live.is_stuck:
         tokens = [-1]
+      if self._accounts.is_beyond(live, span, place < num_decodes, len(tokens)):
+        updates.append(live.cut(now))
+        self._close(live, 'length')
+        continue
       if place >= num_decodes:
         self._accounts.charge_chunk(live, span)
         num_prefilled += span.length

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hardware import peaks
 from inference.engine import device_state, engine_config
 from inference.engine.compiled import program_store
 from models import execution as execution_lib, kv_cache, layout, model_config
@@ -46,6 +47,23 @@ class Backend(NamedTuple):
     chosen = native_choice.choose(config.native, params, dtype, platform)
     execution = dataclasses.replace(self.execution, stored=chosen.port)
     return self._replace(execution=execution, products=chosen.reason)
+
+  def pool_pages(
+    self,
+    config: engine_config.EngineConfig,
+    model: model_config.ModelConfig,
+    *,
+    weight_bytes: float,
+    device: jax.Device,
+  ) -> int:
+    """Returns the pages of an engine's pool, see `EngineConfig.pool_pages`."""
+    return config.pool_pages(
+      config.context(model.max_length),
+      bytes_per_token=self.bytes_per_token(model),
+      weight_bytes=weight_bytes,
+      memory_bytes=peaks.memory_bytes(device),
+      is_host=device.platform == 'cpu',
+    )
 
   def laid_out(
     self, params: device_state.Params, model: model_config.ModelConfig

@@ -134,6 +134,11 @@ class Transcript:
     """Ends the sequence where no next token exists; returns the release."""
     return self._finish('error')
 
+  def cut(self) -> Release:
+    """Ends the sequence by its length, where it is; returns the release."""
+    self._flush(may_stop=False)
+    return self._finish('length')
+
   def _decode(self, token_id, logprobs, may_stop: bool) -> None:
     self._pass(self._decoder.push(token_id), may_stop)
     end = self._num_decoded if self._decoder.is_whole else None

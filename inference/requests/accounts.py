@@ -42,11 +42,32 @@ class Accounts:
       held = len(live.sequence.pages) * self._page_bytes
       live.usage.kv_byte_seconds += held * seconds
 
+  def is_beyond(
+    self, live: answer.Live, span: spans.Span, is_decode: bool, num_tokens: int
+  ) -> bool:
+    """Returns whether a span would exceed the FLOPs that a sequence may use.
+
+    Only what a preemption has undone can do so, where `most_flops` is the cost
+    of the whole sequence.
+
+    Args:
+      live: the sequence.
+      span: that the device has computed, and that is not charged.
+      is_decode: whether it is not a chunk.
+      num_tokens: decoded tokens of it.
+    """
+    if live.most_flops is None:
+      return False
+    if is_decode:
+      cost = self._cost(live, span.start, num_tokens, num_tokens)
+    else:
+      cost = self._cost(live, span.start, span.length, _num_logits(live, span))
+    return live.usage.flops + cost > live.most_flops
+
   def charge_chunk(self, live: answer.Live, chunk: spans.Span) -> None:
     """Charges a sequence for a chunk of its prompt."""
-    num_logits = chunk.length if live.scored_prompt() else int(chunk.samples)
     live.usage.prefill_tokens += chunk.length
-    self._charge(live, chunk.start, chunk.length, num_logits)
+    self._charge(live, chunk.start, chunk.length, _num_logits(live, chunk))
 
   def charge_decodes(
     self, live: answer.Live, decode: spans.Span, num_tokens: int
@@ -63,11 +84,16 @@ class Accounts:
     self, live: answer.Live, start: int, length: int, num_logits: int
   ) -> None:
     live.note_computed(start + length)
-    cost = self._flops(start, length, num_logits)
-    # A multiplication and an addition per number of the matrices.
-    cost += 2 * length * live.adapter.num_params
+    cost = self._cost(live, start, length, num_logits)
     live.usage.flops += cost
     self._metrics.flops.inc(cost)
+
+  def _cost(
+    self, live: answer.Live, start: int, length: int, num_logits: int
+  ) -> float:
+    # A multiplication and an addition per number of an adapter's matrices.
+    added = 2 * length * live.adapter.num_params
+    return self._flops(start, length, num_logits) + added
 
   def count(
     self,
@@ -115,3 +141,7 @@ class Accounts:
     if not seconds:
       return most
     return max(1, min(most, int(seconds / self._step_seconds)))
+
+
+def _num_logits(live: answer.Live, chunk: spans.Span) -> int:
+  return chunk.length if live.scored_prompt() else int(chunk.samples)

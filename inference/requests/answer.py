@@ -79,6 +79,11 @@ class Live:
     return self._request.settings.logprobs is not None
 
   @property
+  def most_flops(self) -> float | None:
+    """The FLOPs that it may use, None for no limit."""
+    return self._request.most_flops
+
+  @property
   def has_penalties(self) -> bool:
     """Whether sampling depends on the tokens so far."""
     settings = self._request.settings
@@ -221,6 +226,12 @@ class Live:
     return requests.Update(
       self.request_id, self.index, '', (), (), self._completion('cancelled')
     )
+
+  def cut(self, now: float) -> requests.Update:
+    """Returns the update that ends the answer where it is, as its length."""
+    if self.seated_at is not None and self.last_at is None:
+      self.usage.prefill_seconds = now - self.seated_at
+    return self._update([self.transcript.cut()])
 
   def _note_time(self, now: float) -> None:
     if self.last_at is None:

@@ -132,7 +132,13 @@ def run(
       each.cancel(port, list(each.keys))
     while port.has_work:
       port.step()  # reads the step in flight
-  return [each.outcome for each in runs if each.outcome]
+  found = [each.outcome for each in runs if each.outcome]
+  if len(found) < len(runs):
+    raise RuntimeError(
+      f'search: got {len(found)} outcomes of {len(runs)} questions, expected'
+      ' one each; report this as a bug'
+    )
+  return found
 
 
 def _drive(port: Port, runs: list['_Run'], clock) -> None:
@@ -144,7 +150,7 @@ def _drive(port: Port, runs: list['_Run'], clock) -> None:
       deadline = each.search.deadline
       if each.outcome is None and deadline and now + longest >= deadline:
         each.cancel(port, each.search.expire())
-        waiting.append(each)
+        each.finish(clock())
     while waiting and waiting[0].start(port):
       waiting.popleft().finish(clock())
     open_ = {id_: each for each in runs for id_ in each.keys.values()}
@@ -160,6 +166,7 @@ def _drive(port: Port, runs: list['_Run'], clock) -> None:
         each.take(update)
         if update.completion:
           each.cancel(port, each.search.to_cancel())
+          each.finish(clock())
           waiting.append(each)
 
 
@@ -200,6 +207,9 @@ class _Run:
 
   def cancel(self, port: Port, keys: Sequence[int]) -> None:
     """Cancels requests; their last updates reach the search."""
+    if self._held and self._held[0] in keys:
+      self.search.withdraw(self._held[0])
+      self._held = None
     for key in keys:
       if key in self.keys:
         for update in port.cancel(self.keys[key]):

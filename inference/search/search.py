@@ -256,6 +256,7 @@ class Search:
     self._scored_tokens = 0
     self._seen: list[samples_lib.Sample] = []
     self._choice: Choice | None = None
+    self._is_expired = False
     self._course = strategy.search(self._desk)
     self._advance(None, is_first=True)
 
@@ -273,10 +274,8 @@ class Search:
 
     The strategy gets what was sampled so far.
     """
-    self._desk.is_spent = True
-    self._desk.asks.clear()
-    if not self._open:
-      self._settle_down()
+    self._is_expired = self._desk.is_spent = True
+    self._settle_down()
     return list(self._open)
 
   def next_request(self) -> tuple[int, requests_lib.Request] | None:
@@ -311,6 +310,11 @@ class Search:
     self._num_parts += num
     return key, request
 
+  def withdraw(self, key: int) -> None:
+    """Takes back a request that the engine never got."""
+    del self._open[key]
+    self._settle_down()
+
   def take(self, key: int, update: requests_lib.Update) -> None:
     """Takes an update of a request; of interest is the end of a sequence.
 
@@ -333,6 +337,7 @@ class Search:
     sample = self._sample(group, update.index, completion)
     self._seen.append(sample)
     self._advance(sample)
+    self._settle_down()
 
   def outcome(self, now: float) -> Outcome:
     """Returns the outcome of a search that is done."""
@@ -372,15 +377,18 @@ class Search:
 
   def _settle_down(self) -> None:
     """Tells the strategy that nothing is open, until it asks or returns."""
-    while self._choice is None and not self._open and not self._desk.asks:
-      self._advance(None)
-      if self._choice is None and self._desk.is_spent:
+    while self._choice is None:
+      if self._is_expired:
         self._desk.asks.clear()
-      elif self._choice is None and not self._desk.asks:
-        raise RuntimeError(
-          'search: got a strategy that waits without having asked, expected an'
-          ' ask or its choice; report this as a bug'
-        )
+      if self._open or self._desk.asks:
+        return
+      self._advance(None)
+      if self._choice or self._desk.asks:
+        continue
+      raise RuntimeError(
+        'search: got a strategy that waits without having asked, expected an'
+        ' ask or its choice; report this as a bug'
+      )
 
   def _affordable(self, ask: _Ask) -> tuple[int, int, budget_lib.Cost]:
     """Returns (samples that may start, tokens of each, cost of each)."""

@@ -9,7 +9,7 @@ Aggarwal et al. 2023 (arXiv:2305.11860), which compares the two answers with
 most votes by a Beta distribution.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 import dataclasses
 import math
 
@@ -55,41 +55,78 @@ class SelfConsistency:
 
   def search(self, desk: search_lib.Desk) -> search_lib.Course:
     """See `Strategy.search`."""
-    found: list[samples_lib.Sample] = []
-    first = min(self.n, self.at_once or self.n)
-    desk.ask(first, scorer=self.scorer)
-    num_asked = first
+    votes = _Votes(self)
+    num_asked = min(self.n, self.at_once or self.n)
+    desk.ask(num_asked, scorer=self.scorer)
     is_decided = False
     while (sample := (yield)) is not None:
-      found.append(sample)
-      left = self.n - len(found)
-      if left and self._is_decided(self.tally(found), left):
+      votes.add(sample)
+      left = self.n - votes.num_samples
+      if left and self._is_decided(votes, left):
         is_decided = True
         break
-      if num_asked < self.n:
+      if num_asked < self.n and not desk.is_spent:
         desk.ask(scorer=self.scorer)
         num_asked += 1
-    votes = self.tally(found)
-    return search_lib.Choice(
-      self._kept(found, votes), is_decided, {'votes': votes}
-    )
+    details = {'votes': votes.ranked()}
+    return search_lib.Choice(votes.kept(), is_decided, details)
 
-  def tally(self, found: list[samples_lib.Sample]) -> dict[Hashable, float]:
-    """Returns the votes of each answer, the winner first.
+  def _is_decided(self, votes: '_Votes', left: int) -> bool:
+    leader, second = (*sorted(votes.counts.values())[:-3:-1], 0.0, 0.0)[:2]
+    if leader > second + left:  # each vote weighs at most 1
+      return True
+    if self.confidence == 1 or not leader:
+      return False
+    return probability(int(leader), int(second)) >= self.confidence
+
+
+class _Votes:
+  """The votes so far."""
+
+  def __init__(self, rule: SelfConsistency):
+    self._rule, self.num_samples = rule, 0
+    self.counts: dict[Hashable, float] = {}
+    # The samples that voted for each answer; and all, to have one of no votes.
+    self._voters: dict[Hashable, list[samples_lib.Sample]] = {}
+    self._all: list[samples_lib.Sample] = []
+
+  def add(self, sample: samples_lib.Sample) -> None:
+    """Counts the vote of a sample.
 
     Raises:
-      ValueError: a score is outside 0 to 1.
+      ValueError: its score is outside 0 to 1.
     """
-    votes: dict[Hashable, float] = {}
-    for sample in sorted(found, key=lambda each: each.number):
-      choice = None if _is_cut(sample) else self.ballot(sample)
-      if choice is not None:
-        votes[choice] = votes.get(choice, 0.0) + self._weight(sample)
-    # The sort keeps the order of equals: that of their first votes.
-    return dict(sorted(votes.items(), key=lambda item: -item[1]))
+    self.num_samples += 1
+    self._all.append(sample)
+    # One that the budget cut in the middle of its text says nothing yet.
+    if sample.last.finish_reason == 'cancelled':
+      return
+    choice = self._rule.ballot(sample)
+    if choice is not None:
+      before = self.counts.get(choice, 0.0)
+      self.counts[choice] = before + self._weight(sample)
+      self._voters.setdefault(choice, []).append(sample)
+
+  def ranked(self) -> dict[Hashable, float]:
+    """Returns the votes of each answer, the winner first."""
+
+    def rank(choice):
+      first = min(sample.number for sample in self._voters[choice])
+      return -self.counts[choice], first
+
+    return {x: self.counts[x] for x in sorted(self.counts, key=rank)}
+
+  def kept(self) -> samples_lib.Sample | None:
+    """Returns the sample that speaks for the winner."""
+    ranked = self.ranked()
+    if not ranked:
+      whole = [each for each in self._all if each.is_whole]
+      return min(whole or self._all, key=lambda x: x.number, default=None)
+    voters = self._voters[next(iter(ranked))]
+    return max(voters, key=lambda x: (x.score or 0.0, -x.number))
 
   def _weight(self, sample: samples_lib.Sample) -> float:
-    if self.scorer is None:
+    if self._rule.scorer is None:
       return 1.0
     if sample.score is None or not 0 <= sample.score <= 1:
       raise ValueError(
@@ -98,40 +135,14 @@ class SelfConsistency:
       )
     return sample.score
 
-  def _is_decided(self, votes: Mapping[Hashable, float], left: int) -> bool:
-    if not votes:
-      return False
-    leader, second = (*votes.values(), 0.0)[:2]
-    if leader > second + left:  # each vote weighs at most 1
-      return True
-    if self.confidence == 1:
-      return False
-    return probability(int(leader), int(second)) >= self.confidence
-
-  def _kept(
-    self, found: list[samples_lib.Sample], votes: Mapping[Hashable, float]
-  ) -> samples_lib.Sample | None:
-    found = sorted(found, key=lambda each: each.number)
-    if not votes:
-      whole = [each for each in found if each.is_whole]
-      return next(iter(whole or found), None)
-    winner = next(iter(votes))
-    agreeing = [x for x in found if not _is_cut(x) and self.ballot(x) == winner]
-    return max(agreeing, key=lambda x: (x.score or 0.0, -x.number))
-
-
-def _is_cut(sample: samples_lib.Sample) -> bool:
-  """Returns whether the budget ended a sample in the middle of its text."""
-  return sample.last.finish_reason == 'cancelled'
-
 
 def probability(leader: int, second: int) -> float:
   """Returns the probability that the leading answer is the more probable one.
 
   With a uniform prior on the share p of the leader's votes among those of both,
   p has the distribution Beta(leader + 1, second + 1). P(p > 1/2) is the
-  probability of at most `second` heads in leader + second + 1 fair coins.
+  probability of at most `leader` heads in leader + second + 1 fair coins.
   """
   num = leader + second + 1
-  below = sum(math.comb(num, heads) for heads in range(second + 1))
+  below = sum(math.comb(num, heads) for heads in range(leader + 1))
   return below / 2**num

@@ -17,8 +17,9 @@ from inference.sampling import logprobs, settings as settings_lib
 from models import flops, model_config
 from tests.helpers import tiny_models
 
-# Returns the text that a sequence says: (prompt ids, rng) -> text.
-Says = Callable[[tuple[int, ...], np.random.Generator], str]
+# Returns the text that a sequence says, by the prompt, its number among the
+# samples of its search, and a generator of its seed.
+Says = Callable[[tuple[int, ...], int, np.random.Generator], str]
 
 
 @dataclasses.dataclass
@@ -110,7 +111,7 @@ class ScriptedEngine:
       number = request.first_sample + index
       seed = settings_lib.sample_seed(request.settings.seed, number)
       rng = np.random.default_rng([seed, len(request.prompt_ids)])
-      text = self._says(request.prompt_ids, rng)
+      text = self._says(request.prompt_ids, number, rng)
       script = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
       self._waiting.append(
         _Live(
@@ -179,14 +180,18 @@ class ScriptedEngine:
       live.num_computed = known
       live.ids.append(live.script[len(live.ids)])
       self.sampled += 1
-      text = self.tokenizer.decode(live.ids)
-      if live.ids[-1] == self.tokenizer.eos_id or any(
-        stop in text for stop in live.request.settings.stop
-      ):
+      if live.ids[-1] == self.tokenizer.eos_id or self._has_stop(live):
         return self._end(live, 'stop')
       if len(live.ids) == live.request.room:
         return self._end(live, 'length')
     return None
+
+  def _has_stop(self, live: _Live) -> bool:
+    stops = live.request.settings.stop
+    if not stops:
+      return False
+    text = self.tokenizer.decode(live.ids)
+    return any(stop in text for stop in stops)
 
   def _end(self, live: _Live, reason: str) -> requests_lib.Update:
     (self._running if live in self._running else self._waiting).remove(live)
@@ -196,7 +201,6 @@ class ScriptedEngine:
     for stop in found:
       text = text[: text.index(stop)]
     wanted = live.request.settings.logprobs is not None
-    scored = [_scored(token) for token in live.ids]
     completion = requests_lib.Completion(
       text=text,
       token_ids=list(live.ids),
@@ -205,7 +209,7 @@ class ScriptedEngine:
       stop_reason=found[0] if found else None,
       num_prompt_tokens=len(live.request.prompt_ids),
       seed=live.seed,
-      logprobs=scored if wanted else None,
+      logprobs=[_scored(token) for token in live.ids] if wanted else None,
       prompt_logprobs=None,
       usage=live.usage,
     )

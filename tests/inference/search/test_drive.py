@@ -5,52 +5,26 @@ import dataclasses
 import numpy as np
 import pytest
 
-from inference.requests import prices as prices_lib, requests as requests_lib
-from inference.sampling import settings as settings_lib
 from inference.search import (
   budget as budget_lib,
-  drive,
-  samples as samples_lib,
   sampling,
   scorers,
   voting,
 )
-from tests.helpers.serving import scripted_engine
+from tests.helpers.serving import scripted_engine, searches
 
 
-def _says(prompt_ids, rng: np.random.Generator) -> str:
+def _says(prompt_ids, number: int, rng: np.random.Generator) -> str:
   """Answers 4 with probability .5, else 5 or 6, after some words."""
   words = 'so ' * int(rng.integers(0, 12))
   return f'{words}#### {rng.choice(["4", "5", "6"], p=[0.5, 0.3, 0.2])}'
 
 
-def _question(**settings) -> samples_lib.Question:
-  settings = {'seed': 7, 'max_tokens': 60, **settings}
-  return samples_lib.Question(
-    request=requests_lib.Request(
-      prompt_ids=tuple(b'2+2='),
-      settings=settings_lib.Settings(**settings),
-    ),
-    prompt='2+2=',
-  )
-
-
 def _run(strategy, engine=None, *, questions=None, **fields):
   engine = engine or scripted_engine.ScriptedEngine(_says)
-  costs = budget_lib.Costs(engine.model_config, prices=_PRICES)
-  found = drive.run(
-    engine,
-    strategy,
-    questions or [_question()],
-    costs=costs,
-    clock=engine.clock,
-    **fields,
-  )
-  assert not engine.has_work
-  return found
+  return searches.run(strategy, engine, questions, **fields)
 
 
-_PRICES = prices_lib.Prices(prompt=1.0, cached=0.25, completion=4.0)
 _IS_FOUR = scorers.Called(lambda question, text: float(text.endswith('4')))
 
 
@@ -90,7 +64,7 @@ def test_a_vote_stops_as_soon_as_its_winner_is_certain():
 
 def test_a_receipt_adds_up_to_the_counters_of_the_engine():
   engine = scripted_engine.ScriptedEngine(_says, preemption=0.1, most_tokens=3)
-  questions = [_question(seed=seed) for seed in range(6)]
+  questions = [searches.question(seed=seed) for seed in range(6)]
   found = _run(voting.SelfConsistency(n=9), engine, questions=questions)
   receipts = [each.receipt for each in found]
   assert sum(x.completion_tokens for x in receipts) == engine.sampled
@@ -109,7 +83,7 @@ def test_a_budget_of_tokens_cuts_the_last_sample():
   (found,) = _run(
     sampling.SampleOnce(),
     budget=budget_lib.Budget(tokens=4),
-    questions=[_question(seed=3)],
+    questions=[searches.question(seed=3)],
   )
   assert found.ended_by == 'budget'
   assert found.receipt.completion_tokens == 4
@@ -121,7 +95,7 @@ def test_a_budget_of_tokens_cuts_the_last_sample():
 
 def test_an_engine_with_work_of_others_is_refused():
   engine = scripted_engine.ScriptedEngine(_says)
-  engine.submit(_question().request)
+  engine.submit(searches.question().request)
   with pytest.raises(ValueError, match='expected an idle one'):
     _run(sampling.SampleOnce(), engine)
 
@@ -129,7 +103,7 @@ def test_an_engine_with_work_of_others_is_refused():
 @pytest.mark.parametrize('settings', [{'n': 2}, {'prompt_logprobs': 0}])
 def test_a_question_leaves_samples_to_the_strategy(settings):
   with pytest.raises(ValueError, match='the strategy chooses the samples'):
-    _run(sampling.SampleOnce(), questions=[_question(**settings)])
+    _run(sampling.SampleOnce(), questions=[searches.question(**settings)])
 
 
 @pytest.mark.parametrize(
