@@ -114,12 +114,7 @@ class Engine:
     self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    num_pages = backend.pool_pages(
-      config,
-      model_config,
-      weight_bytes=params.num_bytes + self.adapters.num_bytes,
-      device=device,
-    )
+    num_pages = self._pool_pages(params)
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=num_pages
     )
@@ -160,6 +155,11 @@ class Engine:
     self._accounts = accounts.Accounts(
       self.metrics, model_config, self.page_bytes
     )
+
+  def _pool_pages(self, params: device_state.Unread) -> int:
+    held = params.num_bytes + self.adapters.num_bytes
+    parts = self.config, self.model_config, held, self.device
+    return self.backend.pool_pages(*parts)
 
   # --------------------------------------------------------------------------
   # Requests

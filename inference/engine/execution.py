@@ -52,7 +52,6 @@ class Backend(NamedTuple):
     self,
     config: engine_config.EngineConfig,
     model: model_config.ModelConfig,
-    *,
     weight_bytes: float,
     device: jax.Device,
   ) -> int:
