@@ -1,4 +1,4 @@
-"""Families of arithmetic: sums, additions, products, fractions and remainders.
+"""Families of arithmetic: sums, additions, products, fractions, remainders.
 
 A family is a function of (draws, level) that returns a problem.
 """
@@ -53,6 +53,34 @@ def additions(draws: draws_lib.Draws, level: int) -> problem.Problem:
     content=('+', *sorted(terms)),
     kind='number',
     solve=lambda work: work.calculate(terms[0], '+', terms[1]),
+  )
+
+
+def columns(draws: draws_lib.Draws, level: int) -> problem.Problem:
+  """Adds two numbers of `level` + 1 digits, a column and a carry at a time."""
+  low, high = 10**level, 10 ** (level + 1) - 1
+  terms = [draws.between(low, high) for _ in range(2)]
+
+  def solve(work: working.Working) -> working.Number:
+    total = carry = 0
+    for place in range(level + 1):
+      digits = [term // 10**place % 10 for term in terms]
+      right = sum(digits) + carry
+      # A slip of one; or the carry is forgotten, or added twice.
+      others = [right + 1, right - carry if carry else right + 2]
+      written = '+'.join(map(str, (*digits, carry)))
+      column = work.choose(right, others, f'{written}={{}}')
+      total += column % 10 * 10**place
+      carry = column // 10
+    return total + carry * 10 ** (level + 1)
+
+  return problem.Problem(
+    family='columns',
+    level=level,
+    question=draws.pick(_ASKED).format(f'{terms[0]} + {terms[1]}'),
+    content=('+', *sorted(terms)),
+    kind='number',
+    solve=solve,
   )
 
 

@@ -36,12 +36,13 @@ FAMILIES: dict[str, Callable[[draws_lib.Draws, int], problem.Problem]] = {
   'comparisons': orders.comparisons,
   'sorting': orders.sorting,
   'logic': orders.logic,
-  # By name only: one skill, for reinforcement.
+  # By name only: one skill, for reinforcement and for compute at test time.
   'additions': arithmetic.additions,
+  'columns': arithmetic.columns,
 }
-_MIXED = tuple(name for name in FAMILIES if name != 'additions')
+_MIXED = tuple(x for x in FAMILIES if x not in ('additions', 'columns'))
 # Those whose answers are whole numbers.
-WHOLE = ('sums', 'products', 'modular', 'words', 'additions')
+WHOLE = ('sums', 'products', 'modular', 'words', 'additions', 'columns')
 KINDS = ('text', 'chat', 'pairs', 'labelled', 'questions')
 LEVELS = (1, 2, 3, 4, 5)
 # Shares of the contents.
