@@ -19,11 +19,11 @@ from experiments import presets
 from training import experiment
 from training.optimizer import chain
 
-LENGTH = 128
+LENGTH = 256  # of a row, which holds about three conversations
 MAX_TOKENS = 88  # of an answer; the longest right one has 82 bytes
 # A level of `columns` has one digit more than its number.
 LEVELS = {2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
-_WIDTHS = {'small': 128, 'large': 256}
+_WIDTHS = {'small': 64, 'large': 128}
 SIZES = tuple(_WIDTHS)
 
 
@@ -51,19 +51,19 @@ def get_config(variant: str = 'small') -> experiment.Experiment:
     ),
     data=data_config.DataConfig(
       open_source=sources.problems,
-      path=f'kind=chat&families=columns&levels=1,2,3,4,5&count=20000',
+      path='kind=chat&families=columns&levels=1,2,3,4,5&count=20000',
       examples='chat',
       chat_template=presets.QUESTION_TEMPLATE,
       row_length=LENGTH,
-      batch_size=32,
-      packing='first_fit',
+      batch_size=16,
+      packing='best_fit',
       contamination_ngram=0,  # the splits share no problem by design
       tokenizer=data_config.TokenizerConfig(kind='byte'),
     ),
     optimizer=chain.OptimizerConfig(
       peak_lr=2e-3, end_lr=0.0, warmup_steps=20, weight_decay=0.0
     ),
-    num_steps=800,
+    num_steps=400,
     log_every_steps=20,
     eval_every_steps=0,
   )

@@ -33,8 +33,8 @@ def probabilities(logprobs: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def bins(
-  confidences: Sequence[float],
-  is_right: Sequence[float],
+  confidences: Sequence[float] | np.ndarray,
+  is_right: Sequence[float] | np.ndarray,
   num_bins: int = NUM_BINS,
 ) -> list[Bin]:
   """Returns the reliability diagram: the bins that are not empty."""
@@ -55,8 +55,8 @@ def bins(
 
 
 def error_values(
-  confidences: Sequence[float],
-  is_right: Sequence[float],
+  confidences: Sequence[float] | np.ndarray,
+  is_right: Sequence[float] | np.ndarray,
   num_bins: int = NUM_BINS,
 ) -> np.ndarray:
   """Returns values whose mean is the expected calibration error.
@@ -71,6 +71,35 @@ def error_values(
   gaps_N = is_right_N - confidences_N
   sums = np.bincount(index_N, weights=gaps_N, minlength=num_bins)
   return np.sign(sums)[index_N] * gaps_N
+
+
+def error_of_perfect(
+  confidences: Sequence[float] | np.ndarray,
+  num_tries: int = 1,
+  *,
+  num_bins: int = NUM_BINS,
+  num_draws: int = 500,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """Returns the mean and the spread of the ECE of perfect confidences.
+
+  Outcomes are drawn with the confidences as their probabilities. An ECE that is
+  near this mean shows no miscalibration, however far above 0 it is.
+
+  Args:
+    confidences: of the answers.
+    num_tries: of which each outcome is the share that was right.
+    num_bins: of the ECE.
+    num_draws: tables of outcomes.
+    seed: of the draws.
+  """
+  confidences_N = np.asarray(confidences, np.float64)
+  rng = np.random.default_rng(seed)
+  errors = []
+  for _ in range(num_draws):
+    outcomes_N = rng.binomial(num_tries, confidences_N) / num_tries
+    errors.append(np.mean(error_values(confidences, outcomes_N, num_bins)))
+  return float(np.mean(errors)), float(np.std(errors))
 
 
 def brier_value(probabilities: np.ndarray, label: int) -> float:
