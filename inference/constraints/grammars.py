@@ -106,7 +106,7 @@ class Grammars:
   """Compiles constraints for one tokenizer, and keeps the latest."""
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
-    self._tokenizer, self._lock = tokenizer, threading.Lock()
+    self.tokenizer, self._lock = tokenizer, threading.Lock()
     self._kept: collections.OrderedDict[Any, Grammar] = (
       collections.OrderedDict()
     )
@@ -130,7 +130,7 @@ class Grammars:
     # The library lets other threads run while it compiles.
     inner = library.LLMatcher(
       self._inner,
-      sources.source(library, constraint, self._tokenizer.special_tokens),
+      sources.source(library, constraint, self.tokenizer.special_tokens),
       log_level=0,
       limits=library.LLParserLimits(**_LIMITS),
     )
@@ -141,7 +141,7 @@ class Grammars:
         f'{constraint.kind}: got one that cannot be kept:'
         f' {_first_line(inner.get_error())}; simplify it'
       )
-    made = Grammar(inner, self._special_ids, self._tokenizer.eos_id)
+    made = Grammar(inner, self._special_ids, self.tokenizer.eos_id)
     with self._lock:
       self._kept[constraint] = made
       while len(self._kept) > _MOST_KEPT:
@@ -150,7 +150,7 @@ class Grammars:
 
   def _words(self, library: Any) -> Any:
     """Returns the vocabulary as the library has it."""
-    tokenizer = self._tokenizer
+    tokenizer = self.tokenizer
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     specials = {i for i, each in enumerate(tokens) if not each}
     specials |= set(tokenizer.special_tokens.values())

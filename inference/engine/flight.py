@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from inference.constraints import grammars
+from inference.constraints import grammars, thinking
 from inference.engine import (
   device_state,
   inputs as inputs_lib,
@@ -52,7 +52,7 @@ def with_grammar(
   found: grammars.Grammars,
   programs: programs_lib.Programs,
 ) -> requests.Request:
-  """Returns a request with the grammar of its constraint, if it has one.
+  """Returns a request with the grammar of its constraint, or of its cap.
 
   The first one compiles the programs of such steps; from any thread.
 
@@ -60,21 +60,24 @@ def with_grammar(
     SettingError: no text is sampled, or the engine is to have no grammars.
     ConstraintError: the constraint cannot be kept.
   """
-  constraint = request.settings.constraint
-  if constraint is None or request.grammar is not None:
+  constraint, cap = request.settings.constraint, request.thinking
+  if (constraint is None and cap is None) or request.grammar is not None:
     return request
+  kind = constraint.kind if constraint else 'a cap on reasoning'
   if not programs.has_grammars:
     raise settings_lib.SettingError(
       'constraint',
-      constraint.kind,
+      kind,
       'none: this engine answers without grammars',
       'start it with --engine.constraints',
     )
   if request.target is not None or request.pooling:
     raise settings_lib.SettingError(
-      'constraint', constraint.kind, 'none where no text is sampled'
+      'constraint', kind, 'none where no text is sampled'
     )
-  grammar = found.compile(constraint)
+  grammar = found.compile(constraint) if constraint else None
+  if cap:
+    grammar = thinking.Capped(cap, grammar, found.tokenizer)
   programs.masks.compile()
   return dataclasses.replace(request, grammar=grammar)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inference.constraints import grammars
+from inference.constraints import grammars, thinking as thinking_lib
 from inference.engine import pooling
 from inference.sampling import (
   logprobs as logprobs_lib,
@@ -63,8 +63,10 @@ class Request:
   # Number of tokens that may follow the prompt, set by `Engine.checked`; None:
   # the engine has not checked the request yet.
   room: int | None = None
-  # That of `settings.constraint`, likewise.
-  grammar: grammars.Grammar | None = None
+  # The most reasoning of each sequence, None for no limit.
+  thinking: thinking_lib.Cap | None = None
+  # Those of `settings.constraint` and `thinking`, likewise.
+  grammar: grammars.Grammar | thinking_lib.Capped | None = None
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from inference.search import (
   budget as budget_lib,
   samples as samples_lib,
   search as search_lib,
+  strategy as strategy_lib,
 )
 from text import tokenizer as tokenizer_lib
 
@@ -79,7 +80,7 @@ def room(port: Port, request: requests_lib.Request) -> int:
 
 def run(
   port: Port,
-  strategy: search_lib.Strategy,
+  strategy: strategy_lib.Strategy,
   questions: Sequence[samples_lib.Question],
   *,
   costs: budget_lib.Costs,

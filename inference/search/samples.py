@@ -31,11 +31,11 @@ class Reading(NamedTuple):
   num_reasoning: int = 0  # first ids, of the reasoning and its markers
 
 
-# Reads (text, ids) of a sample. The ids may end with a stop token.
-Read = Callable[[str, Sequence[int]], Reading]
+# Reads (text, ids, the number of first ids that spell the text) of a sample.
+Read = Callable[[str, Sequence[int], int], Reading]
 
 
-def plain(text: str, ids: Sequence[int]) -> Reading:
+def plain(text: str, ids: Sequence[int], num_text_ids: int) -> Reading:
   """Reads a text without reasoning."""
   return Reading(text)
 

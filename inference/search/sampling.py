@@ -3,18 +3,18 @@
 import dataclasses
 
 from checks import expect
-from inference.search import samples as samples_lib, search as search_lib
+from inference.search import samples as samples_lib, strategy as strategy_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOnce:
   """Samples one answer, as without a search."""
 
-  def search(self, desk: search_lib.Desk) -> search_lib.Course:
+  def search(self, desk: strategy_lib.Desk) -> strategy_lib.Course:
     """See `Strategy.search`."""
     desk.ask()
     sample = yield
-    return search_lib.Choice(sample)
+    return strategy_lib.Choice(sample)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class BestOfN:
   def __post_init__(self):
     expect.at_least('n', self.n, 1)
 
-  def search(self, desk: search_lib.Desk) -> search_lib.Course:
+  def search(self, desk: strategy_lib.Desk) -> strategy_lib.Course:
     """See `Strategy.search`."""
     desk.ask(self.n, scorer=self.scorer)
     found = []
     while (sample := (yield)) is not None:
       found.append(sample)
-    return search_lib.Choice(best(found), details={'scores': scores(found)})
+    return strategy_lib.Choice(best(found), details={'scores': scores(found)})
 
 
 def best(found: list[samples_lib.Sample]) -> samples_lib.Sample | None:

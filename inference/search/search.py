@@ -1,30 +1,14 @@
 """A search: one strategy answers one question within one budget.
 
-    class Strategy(Protocol):
-      def search(self, desk): ...      # a generator
-
-A strategy asks a `Desk` for samples, and is sent each one as it ends:
-
-    desk.ask(8)
-    samples = []
-    while (sample := (yield)) is not None:
-      samples.append(sample)
-    return Choice(best(samples))
-
-None says that nothing is open: all samples have ended, or the rest are beyond
-the budget (`desk.is_spent`). A strategy that returns earlier has its open
-samples cancelled. So it decides and computes nothing; it knows neither the
-engine nor time, and runs offline and on a server alike:
 `inference.search.drive` carries its requests to an engine.
 
 Sample i has the seed of sample i of one request for several. So samples do not
 depend on how the budget let them start, together or one by one.
 """
 
-import collections
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +18,7 @@ from inference.search import (
   budget as budget_lib,
   receipt as receipt_lib,
   samples as samples_lib,
+  strategy as strategy_lib,
 )
 from text import detokenize, tokenizer as tokenizer_lib
 
@@ -42,27 +27,6 @@ from text import detokenize, tokenizer as tokenizer_lib
 DONE, DECIDED, SPENT = 'done', 'decided', 'budget'
 # Sequences of one request, so that one search never fills a queue at once.
 MOST_AT_ONCE = 64
-
-
-class Choice(NamedTuple):
-  """What a strategy returns."""
-
-  sample: samples_lib.Sample | None  # None: nothing was sampled
-  is_decided: bool = False  # before all samples had ended
-  # What the choice was made of, such as votes, for reports.
-  details: Mapping[str, Any] = {}
-
-
-# What a strategy's `search` is.
-Course = Generator[None, samples_lib.Sample | None, Choice]
-
-
-class Strategy(Protocol):
-  """A way to spend a budget on a question; a frozen dataclass."""
-
-  def search(self, desk: 'Desk') -> Course:
-    """Asks for samples, takes them, and returns its choice."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,29 +46,10 @@ class Outcome:
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Ask:
-  """Samples that a strategy wants, and that are not requested yet."""
-
-  num: int
-  after: samples_lib.Sample | None
-  keep: int  # ids of `after` that they continue
-  forced: tuple[int, ...]
-  settings: settings_lib.Settings
-  scorer: samples_lib.Scorer | None
-  least_tokens: int
-  tag: Any
-
-  @property
-  def prefix(self) -> tuple[int, ...]:
-    """The ids between the prompt and what is sampled."""
-    return (*(self.after.ids[: self.keep] if self.after else ()), *self.forced)
-
-
-@dataclasses.dataclass(kw_only=True)
 class _Open:
   """Sequences of one request that have not all ended."""
 
-  ask: _Ask
+  ask: strategy_lib.Ask
   first: int  # number of the first one
   num_left: int
   reserved: budget_lib.Cost  # of each that has not ended
@@ -143,60 +88,6 @@ class _Open:
     )
 
 
-class Desk:
-  """Where a strategy asks for samples."""
-
-  def __init__(self, question: samples_lib.Question):
-    self.question = question
-    self.is_spent = False  # a sample was refused, or cut short
-    self.asks: collections.deque[_Ask] = collections.deque()
-
-  def ask(
-    self,
-    num: int = 1,
-    *,
-    after: samples_lib.Sample | None = None,
-    keep: int | None = None,
-    forced: Sequence[int] = (),
-    scorer: samples_lib.Scorer | None = None,
-    least_tokens: int = 1,
-    tag: Any = None,
-    **settings: Any,
-  ) -> None:
-    """Asks for samples.
-
-    Args:
-      num: of samples.
-      after: that they continue; None: they follow the prompt.
-      keep: the number of its ids that they continue; None: all.
-      forced: ids that are put in before they begin.
-      scorer: scores each one that was not cut short by the budget.
-      least_tokens: when the budget is nearly spent, a sample is cut to what is
-        left if it is at least so many tokens.
-      tag: of each sample.
-      **settings: fields of `Settings` in place of the question's.
-    """
-    if num < 1:
-      raise ValueError(f'ask: got {num} samples, expected at least 1')
-    if after and keep is None:
-      keep = len(after.ids)
-    chosen = dataclasses.replace(self.question.request.settings, **settings)
-    if chosen.logprobs is None and scorer and scorer.needs_logprobs:
-      chosen = dataclasses.replace(chosen, logprobs=0)
-    self.asks.append(
-      _Ask(
-        num=num,
-        after=after,
-        keep=keep or 0,
-        forced=tuple(forced),
-        settings=chosen,
-        scorer=scorer,
-        least_tokens=least_tokens,
-        tag=tag,
-      )
-    )
-
-
 class Search:
   """A strategy at work; belongs to one thread at a time.
 
@@ -207,7 +98,7 @@ class Search:
 
   def __init__(
     self,
-    strategy: Strategy,
+    strategy: strategy_lib.Strategy,
     question: samples_lib.Question,
     *,
     budget: budget_lib.Budget,
@@ -248,14 +139,14 @@ class Search:
     self.deadline = now + budget.seconds if budget.seconds else None
     seed = settings.seed
     self._seed = settings_lib.new_seed() if seed is None else seed
-    self._question, self._desk = question, Desk(question)
+    self._question, self._desk = question, strategy_lib.Desk(question)
     self._open: dict[int, _Open] = {}  # by key
     self._num_keys = self._num_parts = 0
     self._ended: list[requests_lib.Completion] = []
     self._total, self._scores = budget_lib.Cost(), budget_lib.Cost()
     self._scored_tokens = 0
     self._seen: list[samples_lib.Sample] = []
-    self._choice: Choice | None = None
+    self._choice: strategy_lib.Choice | None = None
     self._is_expired = False
     self._course = strategy.search(self._desk)
     self._advance(None, is_first=True)
@@ -390,7 +281,9 @@ class Search:
         ' ask or its choice; report this as a bug'
       )
 
-  def _affordable(self, ask: _Ask) -> tuple[int, int, budget_lib.Cost]:
+  def _affordable(
+    self, ask: strategy_lib.Ask
+  ) -> tuple[int, int, budget_lib.Cost]:
     """Returns (samples that may start, tokens of each, cost of each)."""
     num_prompt = len(self._question.request.prompt_ids) + len(ask.prefix)
     room = self._room - len(ask.prefix)
@@ -411,7 +304,9 @@ class Search:
         num, most = 1, shorter
     return num, most, self._most(ask, num_prompt, most)
 
-  def _most(self, ask: _Ask, num_prompt: int, tokens: int) -> budget_lib.Cost:
+  def _most(
+    self, ask: strategy_lib.Ask, num_prompt: int, tokens: int
+  ) -> budget_lib.Cost:
     cost = self._costs.most(num_prompt, tokens)
     return cost + ask.scorer.cost(num_prompt + tokens) if ask.scorer else cost
 
@@ -422,7 +317,9 @@ class Search:
       held = held + each.spent() + each.reserved * each.num_left
     return held
 
-  def _request(self, ask: _Ask, num: int, most: int) -> requests_lib.Request:
+  def _request(
+    self, ask: strategy_lib.Ask, num: int, most: int
+  ) -> requests_lib.Request:
     asked = self._question.request
     prompt_ids = (*asked.prompt_ids, *ask.prefix)
     least = min(ask.settings.min_tokens, most)
@@ -456,6 +353,15 @@ class Search:
       if after is not None and after.logprobs is not None:
         before = after.logprobs[: ask.keep - len(old)]
       logprobs = np.concatenate([before, np.asarray(own, np.float64)])
+    num_text_ids = len(prefix) + completion.num_text_ids
+    if ask.is_anew:
+      own = completion.token_ids
+      reading = self._read(completion.text, own, completion.num_text_ids)
+      reading = reading._replace(
+        num_reasoning=len(prefix) + reading.num_reasoning
+      )
+    else:
+      reading = self._read(text, ids, num_text_ids)
     sample = samples_lib.Sample(
       number=group.first + index,
       tag=ask.tag,
@@ -463,7 +369,7 @@ class Search:
       ids=ids,
       forced=frozenset([*old, *new]),
       text=text,
-      reading=self._read(text, ids),
+      reading=reading,
       logprobs=logprobs,
     )
     if ask.scorer is None or completion.finish_reason == 'cancelled':

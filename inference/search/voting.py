@@ -14,7 +14,7 @@ import dataclasses
 import math
 
 from checks import expect
-from inference.search import samples as samples_lib, search as search_lib
+from inference.search import samples as samples_lib, strategy as strategy_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class SelfConsistency:
         ' its probability is of counts; leave out the scorer'
       )
 
-  def search(self, desk: search_lib.Desk) -> search_lib.Course:
+  def search(self, desk: strategy_lib.Desk) -> strategy_lib.Course:
     """See `Strategy.search`."""
     votes = _Votes(self)
     num_asked = min(self.n, self.at_once or self.n)
@@ -69,7 +69,7 @@ class SelfConsistency:
         desk.ask(scorer=self.scorer)
         num_asked += 1
     details = {'votes': votes.ranked()}
-    return search_lib.Choice(votes.kept(), is_decided, details)
+    return strategy_lib.Choice(votes.kept(), is_decided, details)
 
   def _is_decided(self, votes: '_Votes', left: int) -> bool:
     leader, second = (*sorted(votes.counts.values())[:-3:-1], 0.0, 0.0)[:2]

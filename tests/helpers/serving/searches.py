@@ -7,6 +7,7 @@ from inference.search import (
   drive,
   samples as samples_lib,
   search as search_lib,
+  strategy as strategy_lib,
 )
 from tests.helpers.serving import scripted_engine
 
@@ -26,7 +27,7 @@ def question(prompt: str = '2+2=', **settings) -> samples_lib.Question:
 
 
 def run(
-  strategy: search_lib.Strategy,
+  strategy: strategy_lib.Strategy,
   engine: scripted_engine.ScriptedEngine,
   questions: list[samples_lib.Question] | None = None,
   **fields,

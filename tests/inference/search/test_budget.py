@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 
-from inference.search import budget as budget_lib, sampling, scorers, voting
+from inference.search import (
+  budget as budget_lib,
+  forcing,
+  revision,
+  sampling,
+  scorers,
+  trees,
+  voting,
+)
+from tests.helpers import tiny_models
 from tests.helpers.serving import scripted_engine, searches
 
 _NUM_QUESTIONS = 10_000
+_TOKENIZER = tiny_models.byte_tokenizer()
 _IS_FOUR = scorers.Called(lambda question, text: float(text.endswith('4')))
 
 
@@ -28,6 +38,14 @@ STRATEGIES = (
   voting.SelfConsistency(n=5),
   voting.SelfConsistency(n=6, scorer=_IS_FOUR, at_once=2),
   voting.SelfConsistency(n=9, confidence=0.8),
+  trees.BeamSearch(beams=2, width=2, scorer=_COSTLY, step_end=' '),
+  trees.BeamSearch(
+    beams=1, width=3, scorer=_IS_FOUR, step_end=' ', lookahead=2
+  ),
+  revision.SequentialRevision(n=3, tokenizer=_TOKENIZER, words='no: '),
+  forcing.BudgetForcing(
+    tokenizer=_TOKENIZER, most_reasoning=6, num_waits=2, closing='4'
+  ),
 )
 
 
