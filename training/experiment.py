@@ -258,8 +258,11 @@ class Experiment:
         ' and its answer; lengthen the rows'
       )
     shape = rollout_config.group_size_of(self.objective), self.data.batch_size
-    self.rollouts.validate(*shape)
-    temperature = getattr(self.objective, 'temperature', None)
+    reads = set(self.objective.batch_spec())
+    self.rollouts.validate(
+      *shape, needs_rewards=bool(reads & {'advantages', 'rewards'})
+    )
+    temperature = self.objective.sampled_at
     if temperature not in (None, self.rollouts.temperature):
       raise ValueError(
         f'objective.temperature: got {temperature}, expected'

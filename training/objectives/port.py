@@ -315,6 +315,11 @@ class Objective(abc.ABC):
     return 'text', 'chat'
 
   @property
+  def sampled_at(self) -> float | None:
+    """The temperature at which sampled batches have to be drawn; None: any."""
+    return None
+
+  @property
   def predicts_text(self) -> bool:
     """Whether the loss is that of the targets, which has bits per byte."""
     return True

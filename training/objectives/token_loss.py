@@ -151,6 +151,10 @@ class TokenLoss(port.Objective):
     return 'text', 'chat', 'pairs', 'labelled'
 
   @property
+  def sampled_at(self):
+    return self.temperature
+
+  @property
   def predicts_text(self):
     return False
 

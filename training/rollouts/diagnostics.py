@@ -87,6 +87,7 @@ class Watch:
     self, config: rollout_config.RolloutConfig, say: Callable[[str], None]
   ):
     self._say = say
+    self._is_rewarded = config.is_rewarded
     self._verifiers = [p.label for p in config.rewards if not p.weight]
     self._seen: collections.deque[dict[str, float]] = collections.deque(
       maxlen=2 * _WINDOW
@@ -105,14 +106,6 @@ class Watch:
     def mean(name: str, records: Any = latest) -> float:
       return float(np.mean([r.get(name, 0.0) for r in records]))
 
-    if mean('without_signal') > _MOST_WITHOUT_SIGNAL:
-      self._warn(
-        'signal',
-        f'step {step}: in {mean("without_signal"):.0%} of the groups all'
-        ' answers have the same reward, which teaches nothing: the prompts are'
-        ' too hard or too easy; change them, raise the group size or the'
-        ' temperature, or set rollouts.drops_groups_without_signal',
-      )
     for name in [n for n in latest[-1] if n.startswith('failed/')]:
       if mean(name) > _MOST_FAILED:
         self._warn(
@@ -122,6 +115,27 @@ class Watch:
           ' look at the log for the first reason of each batch, and raise the'
           " verifier's limits",
         )
+    length = self._first['length']
+    if mean('length') > _MOST_GROWTH * length:
+      self._warn(
+        'length',
+        f'step {step}: answers grew from {length:.0f} to {mean("length"):.0f}'
+        f' tokens, {mean("truncated"):.0%} reach rollouts.max_tokens; look at'
+        ' samples.jsonl, or set rollouts.overlong_tokens',
+      )
+    if self._is_rewarded:
+      self._see_learning(step, mean)
+      self._see_hacking(step, mean)
+
+  def _see_learning(self, step: int, mean: Callable[..., float]) -> None:
+    if mean('without_signal') > _MOST_WITHOUT_SIGNAL:
+      self._warn(
+        'signal',
+        f'step {step}: in {mean("without_signal"):.0%} of the groups all'
+        ' answers have the same reward, which teaches nothing: the prompts are'
+        ' too hard or too easy; change them, raise the group size or the'
+        ' temperature, or set rollouts.drops_groups_without_signal',
+      )
     start = self._first.get('entropy', 0.0)
     if mean('entropy') < _LEAST_ENTROPY * start and mean('reward') < 0.9:
       self._warn(
@@ -131,15 +145,6 @@ class Watch:
         ' and no better ones are found; raise objective.clip_high, lower'
         ' optimizer.peak_lr, or add a distance to the reference',
       )
-    length = self._first['length']
-    if mean('length') > _MOST_GROWTH * length:
-      self._warn(
-        'length',
-        f'step {step}: answers grew from {length:.0f} to {mean("length"):.0f}'
-        f' tokens, {mean("truncated"):.0%} reach rollouts.max_tokens; look at'
-        ' samples.jsonl, or set rollouts.overlong_tokens',
-      )
-    self._see_hacking(step, mean)
 
   def _see_hacking(self, step: int, mean: Callable[..., float]) -> None:
     before = list(self._seen)[:-_WINDOW]
@@ -166,8 +171,17 @@ class Watch:
       self._say(f'WARNING    {text}')
 
 
-def report(index: int, values: dict[str, float]) -> str:
-  """Returns the figures of a rollout batch as one line."""
+def report(index: int, values: dict[str, float], *, is_rewarded: bool) -> str:
+  """Returns the figures of a rollout batch as one line.
+
+  Args:
+    is_rewarded: whether the reward trains, so that groups need a signal.
+  """
+  signal_text = (
+    f', no signal in {values["without_signal"]:.0%} of groups'
+    if is_rewarded
+    else ''
+  )
   gap_text = (
     f', gap to the sampler {values["gap_mean"]:.2g} (at most'
     f' {values["gap_max"]:.2g})'
@@ -176,8 +190,7 @@ def report(index: int, values: dict[str, float]) -> str:
   )
   return (
     f'rollout {index}: reward {values["reward"]:.4f} +-'
-    f' {values["reward_std"]:.4f}, no signal in'
-    f' {values["without_signal"]:.0%} of groups, length'
+    f' {values["reward_std"]:.4f}{signal_text}, length'
     f' {values["length"]:.1f}, truncated {values["truncated"]:.1%}, entropy'
     f' {values.get("entropy", 0.0):.3f}{gap_text}'
   )

@@ -47,7 +47,11 @@ class Reports:
     values = diagnostics.figures(drawn, arrays, self._group_size)
     self._context.log.write('rollout', drawn.version, values)
     if drawn.index % self._lines_every == 0:
-      self._context.terminal.say(diagnostics.report(drawn.index, values))
+      self._context.terminal.say(
+        diagnostics.report(
+          drawn.index, values, is_rewarded=self._config.is_rewarded
+        )
+      )
     self._watch.see(drawn.version, values)
     every = self._config.samples_every
     if every and drawn.index % every == 0:

@@ -26,7 +26,8 @@ class RewardConfig:
 
   reward: Reward  # a function, or a frozen dataclass that is called
   # 0: the part is measured and reported, and trains nothing. A verifier beside
-  # a proxy shows whether the proxy is being gamed.
+  # a proxy shows whether the proxy is being gamed; beside a teacher, whether
+  # the student learns the task.
   weight: float = 1.0
   # Name in metrics; if empty, that of the function or class.
   name: str = ''
@@ -42,8 +43,9 @@ class RewardConfig:
 class RolloutConfig:
   """The rollouts of a run; read by training/rollouts/."""
 
-  # Parts of the reward. Their weighted sum is what advantages are made of.
-  # Empty: no reward, for on-policy distillation.
+  # Parts of the reward. Advantages are made of their weighted sum. With an
+  # objective without advantages (on-policy distillation): none, or parts of
+  # weight 0.
   rewards: tuple[RewardConfig, ...] = ()
   # None, or an environment of training/rollouts/dialogues/environments.py: the
   # policy calls tools in several turns, which share `max_tokens`.
@@ -82,12 +84,15 @@ class RolloutConfig:
   # likeliest tokens. 0: all.
   eval_prompts: int = 256
 
-  def validate(self, group_size: int, batch_size: int) -> None:
+  def validate(
+    self, group_size: int, batch_size: int, *, needs_rewards: bool
+  ) -> None:
     """Raises ValueError for values that no run can use.
 
     Args:
       group_size: answers of each prompt, of the objective.
       batch_size: answers of a step, of the data.
+      needs_rewards: whether the objective trains rewards.
     """
     for name, least in (
       ('num_prompts', 1),
@@ -126,7 +131,7 @@ class RolloutConfig:
         f' {", ".join(missing)}, expected an environment as'
         ' environments.ToolUse(tools=(tools.Calculator(),))'
       )
-    self._check_rewards(group_size)
+    self._check_rewards(group_size, needs_rewards)
     if batch_size % group_size:
       raise ValueError(
         f'data.batch_size: got {batch_size} answers in a step, expected a'
@@ -142,7 +147,7 @@ class RolloutConfig:
         f' {self.num_prompts * group_size} answers'
       )
 
-  def _check_rewards(self, group_size: int) -> None:
+  def _check_rewards(self, group_size: int, needs_rewards: bool) -> None:
     if not isinstance(self.rewards, tuple | list) or not all(
       isinstance(part, RewardConfig) for part in self.rewards
     ):
@@ -163,10 +168,21 @@ class RolloutConfig:
         f'rollouts.rewards: got several called {", ".join(repeated)}, expected'
         ' different names; set the field `name` of each'
       )
-    if self.rewards and not any(part.weight for part in self.rewards):
+    if needs_rewards and not self.is_rewarded:
+      got = 'weight 0 for all of them' if self.rewards else 'none'
       raise ValueError(
-        'rollouts.rewards: got weight 0 for all of them, expected one part at'
-        ' least that trains; set its weight'
+        f'rollouts.rewards: got {got}, expected one part at least that trains;'
+        ' set its weight, or take an objective without advantages'
+      )
+    if not needs_rewards and any(part.weight for part in self.rewards):
+      raise ValueError(
+        'rollouts.rewards: got weights with an objective that trains no reward,'
+        ' expected 0: a part is then measured only; set its weight to 0'
+      )
+    if not needs_rewards and self.drops_groups_without_signal:
+      raise ValueError(
+        'rollouts.drops_groups_without_signal: got True with an objective that'
+        ' trains no reward, expected False: every answer teaches'
       )
     if self.drops_groups_without_signal and group_size < 2:
       raise ValueError(
@@ -174,6 +190,12 @@ class RolloutConfig:
         ' expected objective.advantages.group_size of at least 2: one answer'
         ' has no other to differ from'
       )
+
+  @property
+  def is_rewarded(self) -> bool:
+    """Returns whether an answer can have a reward that trains."""
+    is_weighted = any(part.weight for part in self.rewards)
+    return is_weighted or self.environment is not None
 
   @property
   def most_tokens(self) -> int:

@@ -28,6 +28,8 @@ def score(
 ) -> Scored:
   """Returns the weighted sum of the parts of the reward, and each part.
 
+  Where no part trains, each counts 1: their sum ranks checkpoints.
+
   Raises:
     ValueError: a part gives another number of rewards, or one that is not
       finite.
@@ -53,7 +55,8 @@ def score(
         ' reward: one such number would spoil its whole group'
       )
     parts[part.label] = values_N
-    total_N += part.weight * values_N
+    weight = part.weight if config.is_rewarded else 1.0
+    total_N += weight * values_N
   for i, episode in enumerate(episodes):
     total_N[i] += sum(episode.turn_rewards.values())
   if config.overlong_tokens:

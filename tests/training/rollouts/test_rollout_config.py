@@ -75,8 +75,9 @@ def test_the_steps_of_a_rollout_batch_cover_it_once_per_inner_epoch():
     ),
     (
       {'rewards': (rollout_config.RewardConfig(reward=length, weight=0.0),)},
-      'got weight 0 for all of them',
+      'rollouts.rewards: got weight 0 for all of them',
     ),
+    ({'rewards': ()}, 'rollouts.rewards: got none, expected one part at least'),
   ],
 )
 def test_values_that_no_run_can_use_are_refused(changes, message):
