@@ -1,101 +1,172 @@
-"""Distillation: a student a quarter of its teacher's size, in minutes on a CPU.
+"""Distillation of two-digit additions: a student a quarter of its teacher.
 
+    python -m studies.distillation --workdir=runs/distil    # all of them
     python train.py --config=experiments/distil.py:teacher \
-      --workdir=runs/teacher
-    python train.py --config=experiments/distil.py:alone --workdir=runs/alone
-    python train.py --config=experiments/distil.py:forward --workdir=runs/s
+      --workdir=runs/distil/teacher
+    python train.py --config=experiments/distil.py:alone \
+      --workdir=runs/distil/alone
 
-The variants of a student are alone, forward, reverse and jensen_shannon; a
-teacher's frozen directory may follow a second colon, as
-forward:runs/mine/frozen. The teacher reads the text of 8,000 problems
-(data/problems/); each student begins with random weights and reads 300 of them
-again and again. Alone it learns these texts; from a teacher, it learns what
-else could have stood there. All are evaluated on the same held-out problems.
+The teacher reads 3,000 problems with their solutions (data/problems/), the
+student 300 of them. What else the student learns from is the teacher:
 
-References: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2023
-(arXiv:2306.13649). The goal is that the distilled student closes at least half
-of the gap in held-out loss between the student alone and the teacher. It closes
-32 % of it so far (one seed, nats/token): teacher 0.5054, alone 0.5444, forward
-0.5320.
+    alone       the texts of 300 problems
+    forward, reverse, jensen_shannon
+                the same texts, and the teacher's distribution of each token
+    answers     the teacher's answers to 6,000 questions (Kim & Rush 2016,
+                arXiv:1606.07947): no teacher while it trains
+    off_policy  these answers, and the teacher's distribution of each token
+    on_policy   the student's own answers to these questions, and the teacher's
+                distribution of each token (Agarwal et al. 2023,
+                arXiv:2306.13649)
+
+The last three go on from `alone`. A directory may follow a variant, as
+on_policy:runs/distil; it holds the workdirs teacher/ and alone/, and
+answers.jsonl, which `python -m studies.answers` writes. All are measured on
+questions of the validation split, which shares no problem with the others.
 """
 
 import dataclasses
 
 from data import data_config, sources
-from experiments import presets
-from models import model_config
+from evals.verifiers import texts
+from experiments import grpo, presets
 from training import experiment
+from training.checkpoints import init_from
 from training.objectives import distillation
-from training.optimizer import chain
+from training.rollouts import rewards, rollout_config
 
-LENGTH = 128
-TEACHER = 'runs/teacher/frozen'
-_PROBLEMS = 'families=sums,comparisons&levels=1,2'
-_NUM_READ = {'teacher': 8000, 'student': 300}  # problems
-STUDENTS = ('alone', *distillation.DIVERGENCES)
+DIRECTORY = 'runs/distil'
+TEACHER, ALONE, ANSWERS = 'teacher', 'alone', 'answers'
+OFF_POLICY, ON_POLICY = 'off_policy', 'on_policy'
+ANSWERS_FILE = 'answers.jsonl'
+# In the order in which one needs the other.
+VARIANTS = (
+  TEACHER,
+  ALONE,
+  *distillation.DIVERGENCES,
+  ANSWERS,
+  OFF_POLICY,
+  ON_POLICY,
+)
+MAX_TOKENS = grpo.MAX_TOKENS
+_ADDITIONS = 'families=additions&levels=2'
+QUESTIONS = f'{_ADDITIONS}&count=6000'  # that the teacher answers
+HELD_OUT = f'kind=questions&{_ADDITIONS}'
+_STUDENT_READS = f'kind=chat&{_ADDITIONS}&count=300'
+_ANSWERS_PER_STEP = 128  # of the policy
 
 
 def get_config(variant: str = 'forward') -> experiment.Experiment:
-  """Returns the experiment `teacher`, STUDENT or STUDENT:DIRECTORY."""
+  """Returns the experiment VARIANT or VARIANT:DIRECTORY."""
   kind, _, directory = variant.partition(':')
-  if kind not in ('teacher', *STUDENTS) or (
-    directory and kind in ('teacher', 'alone')
-  ):
+  directory = directory or DIRECTORY
+  if kind not in VARIANTS:
     raise ValueError(
-      f'variant: got {variant!r}, expected teacher, or one of'
-      f' {", ".join(STUDENTS)}; all but the first two may have a frozen'
-      ' directory, as forward:runs/teacher/frozen'
+      f'variant: got {variant!r}, expected one of {", ".join(VARIANTS)}; the'
+      ' directory of their workdirs may follow, as on_policy:runs/distil'
     )
-  if kind == 'teacher':
-    return _text(kind, _model(width=128, mlp_width=344), 'teacher')
-  student = _text(kind, _model(width=64, mlp_width=144), 'student')
-  if kind == 'alone':
-    return student
-  return dataclasses.replace(
-    student,
-    objective=distillation.Distillation(
-      teacher=directory or TEACHER, divergence=kind
-    ),
-  )
+  if kind == TEACHER:
+    found = grpo.get_config('sft')
+  elif kind in (OFF_POLICY, ANSWERS):
+    found = _taught_by_answers(directory)
+  elif kind == ON_POLICY:
+    found = _on_policy(directory)
+  else:
+    found = _student()
+  teacher = f'{directory}/{TEACHER}/frozen'
+  if kind in distillation.DIVERGENCES:
+    divergence = kind
+  else:
+    divergence = {OFF_POLICY: 'forward', ON_POLICY: 'reverse'}.get(kind, '')
+  if divergence:
+    objective = distillation.Distillation(
+      teacher=teacher, divergence=divergence
+    )
+    found = dataclasses.replace(found, objective=objective)
+  return dataclasses.replace(found, name=f'distil_{kind}')
 
 
-def _model(*, width: int, mlp_width: int) -> model_config.ModelConfig:
-  made = presets.llama(
+def _student() -> experiment.Experiment:
+  """Returns the experiment of a student with random weights."""
+  sft = grpo.get_config('sft')
+  model = presets.llama(
     vocab_size=264,
     num_layers=2,
-    num_heads=width // 32,
-    num_kv_heads=width // 32,
-    width=width,
-    mlp_width=mlp_width,
-    length=LENGTH,
+    num_heads=2,
+    num_kv_heads=2,
+    width=64,
+    mlp_width=144,
+    length=grpo.LENGTH,
   )
-  return dataclasses.replace(made, tie_embeddings=True, scan_layers=False)
+  return dataclasses.replace(
+    sft,
+    model=dataclasses.replace(model, tie_embeddings=True, scan_layers=False),
+    data=dataclasses.replace(sft.data, path=_STUDENT_READS),
+    optimizer=dataclasses.replace(sft.optimizer, peak_lr=4e-3),
+    num_steps=400,
+    eval_every_steps=0,
+  )
 
 
-def _text(
-  kind: str, model: model_config.ModelConfig, reader: str
-) -> experiment.Experiment:
-  """Returns the experiment that learns the text of problems."""
-  return experiment.Experiment(
-    name=f'distil_{kind}',
-    model=model,
-    data=data_config.DataConfig(
-      # The source of the evaluation alone.
-      open_source=sources.problems,
-      path=f'kind=text&count=1000&{_PROBLEMS}',
+def _further(directory: str) -> experiment.Experiment:
+  """Returns the experiment of a student that goes on from `alone`."""
+  student = _student()
+  alone = f'{directory}/{ALONE}/frozen'
+  return dataclasses.replace(
+    student,
+    init_from=alone,
+    data=dataclasses.replace(
+      student.data,
+      chat_template='',  # that of the frozen directory
+      tokenizer=init_from.tokenizer_of(alone),
+    ),
+    num_steps=800,
+  )
+
+
+def _taught_by_answers(directory: str) -> experiment.Experiment:
+  student = _further(directory)
+  return dataclasses.replace(
+    student,
+    data=dataclasses.replace(
+      student.data,
+      # `path` is that of the evaluation alone, as for every student.
       sources=(
         data_config.SourceConfig(
-          open_source=sources.problems,
-          path=f'kind=text&count={_NUM_READ[reader]}&{_PROBLEMS}',
+          open_source=sources.jsonl,
+          path=f'{directory}/{ANSWERS_FILE}',
+          split='all',
         ),
       ),
-      row_length=LENGTH,
-      batch_size=16,
-      packing='first_fit',
-      tokenizer=data_config.TokenizerConfig(kind='byte'),
     ),
-    optimizer=chain.OptimizerConfig(peak_lr=4e-3, end_lr=0.0, warmup_steps=30),
+  )
+
+
+def _on_policy(directory: str) -> experiment.Experiment:
+  student = _further(directory)
+  return dataclasses.replace(
+    student,
+    data=dataclasses.replace(
+      student.data,
+      path=f'kind=questions&{QUESTIONS}',
+      examples='prompts',
+      packing='none',
+      batch_size=_ANSWERS_PER_STEP,
+    ),
+    rollouts=rollout_config.RolloutConfig(
+      rewards=(
+        rollout_config.RewardConfig(
+          reward=rewards.Verified(verifier=texts.Number(is_strict=True)),
+          name='accuracy',
+          weight=0.0,  # measured alone
+        ),
+      ),
+      num_prompts=_ANSWERS_PER_STEP,
+      max_tokens=MAX_TOKENS,
+    ),
+    # As many answers as `off_policy` reads.
     num_steps=300,
-    log_every_steps=20,
-    eval_every_steps=100,
+    log_every_steps=10,
+    eval_every_steps=50,
+    eval_at_start=True,
   )

@@ -23,123 +23,34 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
 
 from absl import app, flags, logging
-import numpy as np
 
-from data.problems import generator as problems_lib, records
-from evals import ports
-from evals.results import statistics
-from evals.verifiers import texts
+from data.problems import generator as problems_lib
 from experiments import lifecycle
 from frozen import format as frozen_format
 from hardware import compilation_cache
-from inference import generate, model_port
-from inference.engine import engine_config
 from storage import atomic
-from studies.common import quiet_run, study_flags
+from studies.common import answered, quiet_run, study_flags
 from training import experiment as experiment_lib
 from training.reporting import goodput, metrics
 
 _QUESTIONS = flags.DEFINE_integer(
   'questions', 300, 'Held-out questions that every stage answers.', 2
 )
-_ENGINE = engine_config.EngineConfig(
-  max_sequences=32, decode_shapes=(32,), max_chunks=4, max_mixed_chunks=4
-)
 _RESULTS = 'lifecycle.json'
-
-
-class Score(NamedTuple):
-  """A mean over questions, and its standard error."""
-
-  mean: float
-  error: float
-
-  def text(self, form: str) -> str:
-    """Returns both numbers in a format, as in '.3f'."""
-    return f'{self.mean:{form}} +- {self.error:{form}}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
   """What a stage can, and what it has cost."""
 
-  accuracy: Score
-  loss: Score | None  # None: a reward model
-  kl: Score | None
+  accuracy: answered.Score
+  loss: answered.Score | None  # None: a reward model
+  kl: answered.Score | None
   tokens: int  # that training has read
   flops: float  # of training
   seconds: float  # of the run
-
-
-class Question(NamedTuple):
-  """A held-out question as every stage sees it."""
-
-  prompt_ids: tuple[int, ...]
-  answer_ids: tuple[int, ...]  # the right answer, with its stop token
-  record: records.Record  # with `answer`, for the verifier
-
-
-def questions_of(directory: pathlib.Path, num: int) -> list[Question]:
-  """Returns held-out questions in the chat template of a frozen directory."""
-  chatting = generate.load(directory, _ENGINE, compile_all=False)
-  settings = problems_lib.Settings.parse(f'{lifecycle.QUESTIONS}&count={num}')
-  encode_chat = model_port.evaluated(chatting).encode_chat
-  assert encode_chat is not None
-  found = []
-  for record in records.make(settings, 'validation'):
-    asked = [{'role': 'user', 'content': record['question']}]
-    prompt = tuple(encode_chat(asked))
-    whole = model_port.encode_answer(chatting, asked, record['answer'])
-    if whole[: len(prompt)] != prompt:
-      raise ValueError(
-        f'{directory}: got a chat template that changes the prompt when the'
-        ' answer is there, expected one that goes on from it'
-      )
-    found.append(Question(prompt, whole[len(prompt) :], record))
-  return found
-
-
-def score(
-  model: ports.Model, base: ports.Model, questions: Sequence[Question]
-) -> tuple[Score, Score, Score]:
-  """Returns accuracy, loss per token, and the KL from a base per answer."""
-  prompts = [each.prompt_ids for each in questions]
-  sample, logprobs = model.required_sample_fn(), model.required_logprob_fn()
-  greedy = ports.SampleSettings(max_tokens=lifecycle.MAX_TOKENS)
-  is_right = texts.Number(is_strict=True)
-  right = [
-    is_right(completion.text, question.record).value
-    for question, (completion,) in zip(
-      questions, sample(prompts, greedy, 1), strict=True
-    )
-  ]
-  losses = [
-    -found.logprob / len(found.token_logprobs)
-    for found in logprobs([(x.prompt_ids, x.answer_ids) for x in questions])
-  ]
-  drawn = [
-    (prompt, completion.all_ids)
-    for prompt, (completion,) in zip(
-      prompts,
-      sample(prompts, dataclasses.replace(greedy, temperature=1.0), 1),
-      strict=True,
-    )
-  ]
-  gaps = [
-    own.logprob - other.logprob
-    for own, other in zip(
-      logprobs(drawn), base.required_logprob_fn()(drawn), strict=True
-    )
-  ]
-  accuracy, loss, kl = (_mean(x) for x in (right, losses, gaps))
-  return accuracy, loss, kl
-
-
-def _mean(values: Sequence[float]) -> Score:
-  return Score(float(np.mean(values)), statistics.standard_error(values))
 
 
 def train(
@@ -175,8 +86,11 @@ def measure(
   stages: Sequence[str] = tuple(lifecycle.PARENTS),
 ) -> dict[str, Measured]:
   """Measures stages, which are trained, in their order."""
-  questions = questions_of(workdir / 'sft' / 'frozen', num_questions)
-  base = _model(workdir / 'base')
+  questions = answered.questions_of(
+    workdir / 'sft' / 'frozen',
+    problems_lib.Settings.parse(f'{lifecycle.QUESTIONS}&count={num_questions}'),
+  )
+  base = answered.open_model(workdir / 'base' / 'frozen')
   found = {}
   for stage in stages:
     place = workdir / stage
@@ -185,8 +99,11 @@ def measure(
     if manifest.heads:
       accuracy = _accuracy_of_pairs(place)
     else:
-      model = base if stage == 'base' else _model(place)
-      accuracy, loss, kl = score(model, base, questions)
+      is_base = stage == 'base'
+      model = base if is_base else answered.open_model(place / 'frozen')
+      accuracy, loss, kl = answered.score(
+        model, base, questions, lifecycle.MAX_TOKENS
+      )
     found[stage] = Measured(
       accuracy=accuracy,
       loss=loss,
@@ -198,14 +115,12 @@ def measure(
   return found
 
 
-def _model(workdir: pathlib.Path) -> ports.Model:
-  return model_port.evaluated(generate.load(workdir / 'frozen', _ENGINE))
-
-
-def _accuracy_of_pairs(workdir: pathlib.Path) -> Score:
+def _accuracy_of_pairs(workdir: pathlib.Path) -> answered.Score:
   """Returns that of the last evaluation of a reward model's run."""
   evaluated = [x for x in metrics.read(workdir) if x['kind'] == 'eval']
-  return Score(evaluated[-1]['accuracy'], evaluated[-1]['accuracy_error'])
+  return answered.Score(
+    evaluated[-1]['accuracy'], evaluated[-1]['accuracy_error']
+  )
 
 
 def table(found: dict[str, Measured]) -> str:
@@ -216,7 +131,9 @@ def table(found: dict[str, Measured]) -> str:
     '|---|---|---|---|---|---|---|---|',
   ]
   for stage, each in found.items():
-    percent = Score(100 * each.accuracy.mean, 100 * each.accuracy.error)
+    percent = answered.Score(
+      100 * each.accuracy.mean, 100 * each.accuracy.error
+    )
     of_what = ' of pairs' if each.loss is None else ''
     lines.append(
       f'| {stage} | {lifecycle.PARENTS[stage] or "random"} |'

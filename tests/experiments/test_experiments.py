@@ -156,9 +156,9 @@ def test_an_experiment_is_described_and_refuses_unknown_variants(name):
 
 @pytest.mark.parametrize('kind', ['forward', 'reverse', 'jensen_shannon'])
 def test_a_student_has_a_quarter_of_its_teacher(kind):
-  student = _load('distil', f'{kind}:some/frozen')
+  student = _load('distil', f'{kind}:some/runs')
   student.validate()
-  assert student.objective.teacher == 'some/frozen'
+  assert student.objective.teacher == 'some/runs/teacher/frozen'
   assert student.data == _load('distil', 'alone').data
 
   def size(experiment):
@@ -168,6 +168,18 @@ def test_a_student_has_a_quarter_of_its_teacher(kind):
     )
 
   assert 0.2 < size(student) / size(_load('distil', 'teacher')) <= 0.25
+
+
+def test_students_of_answers_see_as_many_of_them():
+  off_policy, on_policy = (
+    _load('distil', name) for name in ('off_policy', 'on_policy')
+  )
+  assert on_policy.init_from == off_policy.init_from
+  assert on_policy.model == off_policy.model
+  # A row of 96 tokens holds one to two answers.
+  rows = off_policy.num_steps * off_policy.data.batch_size
+  answers = on_policy.num_steps * on_policy.data.batch_size
+  assert rows <= answers <= 2 * rows
 
 
 def test_published_sizes():
