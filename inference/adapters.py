@@ -20,7 +20,7 @@ def parsed(texts: Sequence[str]) -> dict[str, str]:
   """Returns the directories of adapters by name, from texts NAME=DIR.
 
   Raises:
-    ValueError: a text is not of that form, or a name is there twice.
+    ValueError: a text is not NAME=DIR, or two texts have the same name.
   """
   found: dict[str, str] = {}
   for text in texts:
@@ -42,20 +42,20 @@ def parsed(texts: Sequence[str]) -> dict[str, str]:
 def read(
   named: Mapping[str, str], base: frozen_format.Opened
 ) -> dict[str, frozen_adapters.Adapter]:
-  """Returns the adapters of directories, by name; their digests are verified.
+  """Returns the adapters in directories, by name; their digests are verified.
 
   Raises:
-    FileNotFoundError, ValueError: there is no adapter, it is damaged, or it
-      belongs to another base.
+    FileNotFoundError: a directory has no adapter.
+    ValueError: an adapter is damaged, or belongs to another base.
   """
   found = {}
   for name, directory in named.items():
     adapter = frozen_adapters.read(directory, base)
     if (form := adapter.manifest.base_form) != 'float':
       _LOG.warning(
-        '%s: trained beside kernels of %s and served beside those in %s, so'
-        ' that answers differ a little; `python -m frozen.adapters merge` makes'
-        ' a directory of the function that was trained',
+        '%s: trained beside kernels of %s and served beside kernels of %s, so'
+        ' answers differ a little; `python -m frozen.adapters merge` writes a'
+        ' frozen directory of the function that was trained',
         directory,
         form,
         base.manifest.dtype,
@@ -65,7 +65,7 @@ def read(
 
 
 def ranks(found: Iterable[frozen_adapters.Adapter]) -> list[int]:
-  """Returns the largest rank of each adapter."""
+  """Returns for each adapter the largest rank of its matrices."""
   return [
     max(entry[adapters_lib.A].shape[-1] for _, entry in entries)
     for entries in (adapters_lib.entries(each.tree) for each in found)

@@ -47,8 +47,8 @@ def settings_for(
 ) -> settings_lib.Settings:
   """Returns the settings of an answer.
 
-  What ends a turn ends it beside what a request chooses: strings of a plain
-  transcript, and the ids that the model recommends.
+  Stop strings of a plain transcript and stop ids that the model recommends end
+  an answer, in addition to the stops that a request chooses.
   """
   wanted = chosen.get('stop') or generator.defaults.stop
   chosen = {**chosen, 'stop': (*stop_strings(generator), *wanted)}
@@ -87,7 +87,7 @@ def _special_tokens(generator: generate.Generator):
 
 
 def stop_strings(generator: generate.Generator) -> tuple[str, ...]:
-  """Returns the strings that end an answer: of a plain transcript."""
+  """Returns the strings that end an answer in a plain transcript, else ()."""
   return () if generator.frozen.chat_template else chat.DEFAULT_STOP
 
 

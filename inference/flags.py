@@ -24,7 +24,7 @@ class Group:
 
   config: type  # a dataclass
   prefix: str = ''  # in front of the name of the field
-  # Ways of asking, such as 'prompt' for --prompt, that the flags matter to.
+  # Ways of asking for which the flags matter, such as 'prompt' for --prompt.
   ways: tuple[str, ...]
   default_words: str = '{}'  # how the help states the default of a field
 

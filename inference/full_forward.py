@@ -3,9 +3,9 @@
     forward = FullForward(params, config, dtype=..., vocab_size=...)
     logprobs = forward.logprobs(ids, first=num_prompt)
 
-One sequence alone, as training computes it: no pages, no batch, no chunks, no
-earlier prefix. What the engine answered is compared with it, in the self-audit
-of the server and by `inference.server.replay`.
+It computes one sequence alone, as training computes it: no pages, no batch, no
+chunks, no cached prefix. The self-audit of the server and
+`inference.server.replay` compare the answers of the engine with it.
 
 Layers that are alike are one program, called once per layer, so that little is
 compiled, and the caller can stop between two layers. Sequences are padded to a
@@ -42,7 +42,7 @@ _ROWS = 64  # logits that are computed together: few, since each has V numbers
 # 200 new tokens of SmolLM2-135M on a CPU, the largest was 3e-5 in float32, 0.35
 # in bfloat16, and 0.2 in float32 over a KV cache of int8.
 _TOLERANCE = {'float32': 1e-2, 'float16': 0.2, 'bfloat16': 1.0}
-# The digits that products of float32 have on a platform: TF32 has those of
+# The precision of float32 products on a platform: TF32 has as many digits as
 # float16, and TPUs multiply in bfloat16.
 _PRODUCTS = {'gpu': 'float16', 'tpu': 'bfloat16'}
 
@@ -53,9 +53,9 @@ def tolerance(
   """Returns the largest difference that rounding explains, in nats.
 
   Args:
-    dtype: of the computation.
-    platform: of the device.
-    kv_dtype: of a KV cache that the other side reads, if it is quantised.
+    dtype: dtype of the computation.
+    platform: platform of the device.
+    kv_dtype: dtype of the KV cache that the other side reads, if quantised.
   """
   name = jnp.dtype(dtype).name
   if name == 'float32':
@@ -82,17 +82,17 @@ class FullForward:
     """Takes the model.
 
     Args:
-      params: of a checkpoint, or as an engine lays them out.
-      config: of the model.
-      dtype: of the computation.
-      vocab_size: V, ids that may be sampled.
+      params: the params of a checkpoint, or params as an engine lays them out.
+      config: the config of the model.
+      dtype: dtype of the computation.
+      vocab_size: V, the number of ids that may be sampled.
       is_invariant: compute with the products of `--engine.numerics=invariant`,
         to compare bits. Attention then reads a cache, which is empty at first,
-        since that numerics define it so.
-      adapter: that computes beside the params; None: the base alone. To compare
-        bits, padded to the rank of the engine: `adapter_table.alone`.
-      stored: how kernels in fewer bits are multiplied. To compare bits, as in
-        the engine: `Backend.execution.stored`.
+        because the invariant numerics are defined that way.
+      adapter: the adapter beside the params; None: the base alone. To compare
+        bits, pad it to the rank of the engine: `adapter_table.alone`.
+      stored: how kernels in fewer bits are multiplied. To compare bits, pass
+        the value of the engine: `Backend.execution.stored`.
     """
     is_stacked = 'layers' in params['params']
     config = dataclasses.replace(config, scan_layers=is_stacked)
@@ -116,7 +116,7 @@ class FullForward:
     """Returns the log-probability of each of ids[first:], float32.
 
     Args:
-      ids: of the sequence.
+      ids: the ids of the sequence.
       first: index of the first id to score, at least 1.
       pause: called between two programs; it may raise, to stop.
     """
@@ -136,8 +136,8 @@ class FullForward:
   ) -> Iterator[tuple[int, jax.Array]]:
     """Yields pieces of the logits, each with the index of its first id.
 
-    Arguments are those of `logprobs`. Logits are float32, [R, V]; rows past the
-    last id are of no use.
+    The arguments are the same as of `logprobs`. Logits are float32, [R, V];
+    rows after the last id are padding.
     """
     hidden_TD = self._hidden(ids, pause)
     for start in range(first, len(ids), _ROWS):
@@ -183,7 +183,7 @@ def _embedded(params, tokens_1T, *, model):
     tokens_1T,
     positions_1T,
     # Some rotations depend on the length of the text: here, as in serving, on
-    # what each token has before it.
+    # the number of tokens before each token.
     has_cache=True,
     method='embedded',
   )

@@ -46,7 +46,7 @@ class Generator:
   ):
     self.frozen = frozen
     self.heads = {}  # of a reward model, once the weights are read
-    # That of this generator, None for the base; and all by name.
+    # The adapter of this generator, None for the base; and all, by name.
     self.adapter: frozen_adapters.Adapter | None = None
     self._adapters = dict(adapters or {})
     config = config.holding(adapters_lib.ranks(self._adapters.values()))
@@ -86,7 +86,7 @@ class Generator:
     return self.beside(self._adapters[name])
 
   def beside(self, adapter: frozen_adapters.Adapter) -> 'Generator':
-    """Returns a generator that answers with an adapter the engine has loaded.
+    """Returns a generator that answers with an adapter of the engine.
 
     The template and the settings of the adapter take the place of the base's.
     """
@@ -109,8 +109,9 @@ class Generator:
     """Loads an adapter under a name; it replaces one of that name.
 
     Raises:
-      FileNotFoundError, ValueError: there is no adapter, it belongs to another
-        base, or the engine has no place for it.
+      FileNotFoundError: the directory has no adapter.
+      ValueError: the adapter belongs to another base, or the engine has no
+        place for it.
     """
     (new,) = adapters_lib.read(
       {name: os.fspath(directory)}, self.frozen
@@ -194,7 +195,7 @@ class Generator:
     """Returns the ids of a prompt: text as in training, ids verbatim."""
     if not isinstance(prompt, str):
       return tuple(prompt)
-    # Of a batch, the library lets other threads run while it encodes.
+    # Encoding a batch, the library lets other threads run meanwhile.
     (ids,) = self.tokenizer.encode_batch([prompt])
     ids = ids.tolist()
     # An empty prompt needs a first token, even if training had no BOS.
@@ -203,7 +204,7 @@ class Generator:
     return tuple(ids)
 
   def warning(self, prompt: str) -> str:
-    """Returns a warning about special tokens in a text prompt; '' for none."""
+    """Returns the warning about special tokens in a text prompt, or ''."""
     token = tokenizer_lib.special_token_in(self.tokenizer, prompt)
     if not token:
       return ''
@@ -299,8 +300,8 @@ class Generator:
       prompts: at least one. The engine gets them as its queue has room.
 
     Raises:
-      ValueError: at the call, for a prompt that cannot be answered. A server
-        has not answered 200 then.
+      ValueError: a prompt cannot be answered. It is raised at the call, before
+        a server has sent status 200.
     """
     if isinstance(settings, settings_lib.Settings):
       settings = [settings] * len(prompts)
@@ -348,7 +349,7 @@ def load(
 
   Raises:
     FileNotFoundError: there is no frozen directory.
-    ValueError: it is damaged, or a reward model.
+    ValueError: the directory is damaged, or holds a reward model.
   """
   frozen = frozen_format.open_directory(directory)
   if not is_for_rewards:

@@ -3,8 +3,8 @@
     score = model_port.scorer(engine)
     logprobs = score([(context_ids, continuation_ids), ...])
 
-Both functions go through the engine that serves: evaluations and on-policy RL
-get what clients get. `evals.ports` has the contracts.
+Both functions use the engine that serves, so evaluations and on-policy RL get
+the same answers as clients. `evals.ports` has the contracts.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from models.layers import reward_head
 from text import chat
 from text.replies import fitting, turns
 
-# The engine needs a token after a prompt. It takes this one unsampled.
+# The engine needs a token after a prompt. It takes this id without sampling.
 _UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
 
 
@@ -47,7 +47,7 @@ def evaluated(generator: generate.Generator) -> ports.Model:
 
   functions: dict[str, Any] = {
     'logprob_fn': scorer(engine, digest),
-    # Several ids may end a text, of which the tokenizer knows one as its EOS.
+    # Several ids may end a text; the tokenizer knows only one as its EOS.
     'sample_fn': sampler(engine, digest, stop_ids=generator.defaults.stop_ids),
   }
   if manifest.heads:  # it predicts no tokens
@@ -76,11 +76,13 @@ def evaluated(generator: generate.Generator) -> ports.Model:
 def scorer(engine: engine_lib.Engine, adapter: str = '') -> ports.LogprobFn:
   """Returns a function that scores continuations of contexts, in order.
 
-  With an adapter, by the digest of one that is loaded.
-
   The function raises ValueError for an empty context or continuation, and for
-  a pair that is longer than the model's context and one token: the last token
-  is predicted and never read.
+  a pair of more tokens than the model's context plus one: the last token is
+  predicted and never read.
+
+  Args:
+    engine: the engine that computes.
+    adapter: digest of a loaded adapter; '': the base.
   """
   settings = settings_lib.Settings(
     temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=1
@@ -143,7 +145,7 @@ def sampler(
         prompt_ids=tuple(map(int, prompt)),
         settings=dataclasses.replace(
           common,
-          # With two numbers: with one it would be a sample of prompt 0.
+          # Two numbers: with one, the seed would be a sample seed of prompt 0.
           seed=settings_lib.folded_seed(settings.seed, index, 0),
         ),
         adapter=adapter,
@@ -162,9 +164,8 @@ def rewarder(generator: generate.Generator) -> ports.RewardFn:
   """Returns a function from the ids of answers to their rewards.
 
   Answers are prompts of the engine, which computes them together, in chunks,
-  and a common beginning once. The head is the function that training
-  differentiates, of the same hidden state: that of the last token, after the
-  final norm.
+  and a common beginning once. The head is the same function as in training. It
+  reads the hidden state of the last token, after the final norm.
 
   Raises:
     ValueError: the generator holds no reward model.
@@ -205,7 +206,7 @@ def encode_answer(
   Args:
     generator: has the tokenizer and the chat template.
     prompt: messages, or the text of one message of the user.
-    answer: of the assistant. Its stop token is the last id.
+    answer: the text of the assistant. The last id is its stop token.
 
   Raises:
     ValueError: the chat template refuses the conversation.
@@ -231,7 +232,7 @@ def answer_all(
   """Returns the n completions of each request.
 
   Raises:
-    ValueError: a request could never be answered; before any work.
+    ValueError: a request could never be answered; raised before any work.
     NotFinite: the model computed numbers that are not finite.
   """
   answers: list[list[Any]] = [[None] * each.settings.n for each in requests]

@@ -4,8 +4,8 @@
       --out=scored.jsonl
 
 A line of the input has `prompt`, a text or a list of messages, and `answer`, a
-text. The output has the same lines with a field `reward`. In a program, it is
-`model_port.rewarder`.
+text. The output has the same lines with a field `reward`. A Python program
+calls `model_port.rewarder` instead.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,8 @@ def open_scorer(path: str) -> judges.ScoreFn:
 
   Raises:
     FileNotFoundError: there is no such directory.
-    ValueError: it holds no reward model; later, an answer does not fit it.
+    ValueError: the directory holds no reward model. The returned function
+      raises it for an answer that does not fit the model.
   """
   generator = _load(path)
   score = model_port.rewarder(generator)
@@ -102,7 +103,7 @@ def _define_flags() -> None:
   path = path_flags.DEFINE_path
   path('model', None, 'Frozen directory of a reward model.')
   path('input', None, 'JSON Lines file of answers: prompt, answer.')
-  path('out', None, 'File to write: the same lines, each with its reward.')
+  path('out', None, 'File to write: the lines of --input, with their rewards.')
   flags.mark_flags_as_required(['model', 'input', 'out'])
 
 

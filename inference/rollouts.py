@@ -27,7 +27,8 @@ from models import model_config as model_config_lib
 from text import tokenizer as tokenizer_lib
 
 _MODEL = 'params'
-# Sequences that run at once: more only take memory of the KV cache.
+# The most sequences that run at once: more would only take memory of the KV
+# cache.
 _MOST_SEQUENCES = 256
 
 
@@ -47,11 +48,11 @@ class EngineSampler:
     """Allocates nothing: the engine is made for the first weights.
 
     Args:
-      config: of the model.
-      tokenizer: of the model.
-      dtype: of the computation.
+      config: config of the model.
+      tokenizer: tokenizer of the model.
+      dtype: dtype of the computation.
       max_length: tokens of the longest prompt with its completion.
-      max_sequences: completions that are asked for at once, at most.
+      max_sequences: the most completions that are asked for at once.
       numerics: fast | invariant, see `EngineConfig.numerics`.
     """
     self._config, self._tokenizer, self._dtype = config, tokenizer, dtype
@@ -116,7 +117,7 @@ class EngineSampler:
         jax.block_until_ready(self.engine._state)
 
   def resume(self) -> None:
-    """Goes on after `pause`."""
+    """Continues after `pause`."""
     self._may_run.set()
 
   def open_scorer(self, path: str) -> judges.ScoreFn:
@@ -171,7 +172,7 @@ def _request(ask: sampling.Ask) -> requests_lib.Request:
 def _copier(engine: engine_lib.Engine) -> Any:
   """Returns fn(weights that are served, new ones) -> a copy of the new ones.
 
-  Donates the first: the copy takes its place.
+  Donates the first argument: the copy takes its place.
   """
 
   def copy(old, new):

@@ -64,7 +64,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """A message of the user, ready to be answered."""
+  """A message of the user and its prompt."""
 
   messages: tuple[Message, ...]  # the last is the new one
   ids: tuple[int, ...]  # the prompt
@@ -85,7 +85,7 @@ class Talk:
     self._answer: requests.Completion | None = None
 
   def ask(self, text: str) -> Asked:
-    """Returns the prompt of the next message; it is kept by `keep`.
+    """Returns the prompt of the next message; `keep` adds it to the talk.
 
     Raises:
       ValueError: the template refuses the conversation.
@@ -113,10 +113,11 @@ class Talk:
   def _continued(
     self, rendered: chat_lib.Prompt, mark: str
   ) -> tuple[int, ...] | None:
-    """Returns the ids so far, then those of the text behind the last answer.
+    """Returns the ids so far, and the ids of the text behind the last answer.
 
-    None without an answer, or if the template writes the turns before it
-    differently now, as one that moves the system prompt to the last message.
+    None without an answer, or if the template now writes the earlier turns
+    differently, like a template that moves the system prompt to the last
+    message.
     """
     last, answer = self._last, self._answer
     if last is None or answer is None:

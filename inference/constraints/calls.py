@@ -1,10 +1,10 @@
-"""Calls of tools, in the format of a model, with arguments of their schemas.
+"""Tool calls in the format of a model, with arguments that match the schemas.
 
     constraint = calls('hermes', [Tool(name='weather', parameters=...)], ...)
 
 A forced answer is a call. Otherwise an answer is text, in which the marker that
 opens a call is followed by a call. `text.replies.formats` reads the same
-formats. Those with other values than JSON, as Gemma's, are refused.
+formats. Formats whose values are not JSON, such as Gemma's, are refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,13 +39,13 @@ def calls(
 
   Args:
     call_format: a name of FORMATS.
-    tools: that may be called.
-    is_forced: whether the answer is a call, and no text.
-    is_single: whether it has at most one call.
+    tools: the tools that may be called.
+    is_forced: whether the answer must be a call, without text.
+    is_single: whether the answer has at most one call.
     answer: the language of an answer without calls; None: any text.
 
   Raises:
-    ConstraintError: the format has no grammar, or all is too long.
+    ConstraintError: the format has no grammar, or the constraint is too long.
   """
   if call_format not in FORMATS:
     raise constraint_lib.ConstraintError(
@@ -87,9 +87,9 @@ def rules(
 
   Args:
     asked: the parsed text of a constraint of `calls`.
-    marker: returns what stands for a marker: the name of a special token, which
-      begins with <, or a string.
-    json_rule: returns what stands for JSON of a schema.
+    marker: returns the Lark symbol of a marker: the name of a special token,
+      which begins with <, or a string.
+    json_rule: returns the Lark symbol of JSON that matches a schema.
   """
   block = _BLOCKS[asked['format']](marker, asked['is_single'])
   lines = [f'block: {block.rule}', r'TEXT: /(?s:.*)/']
@@ -109,7 +109,7 @@ def _body(
   marker: _Marker,
   repeats: bool,
 ) -> list[str]:
-  """Returns the rules of an answer: the calls, or what may stand around."""
+  """Returns the rules of an answer: the calls, and text if it is allowed."""
   begin = marker(found.begin)
   is_special = begin.startswith('<')
   forced = f'{begin} block' + (rf' (/\n?/ {begin} block)*' if repeats else '')

@@ -21,9 +21,9 @@ JSON_SCHEMA, REGEX, CHOICE, LARK = KINDS = (
   'choice',
   'lark',
 )
-CALLS = 'calls'  # of tools, see `inference.constraints.calls`
-# Of all texts of a constraint. It bounds the time and memory of compiling, with
-# the limits of `grammars`.
+CALLS = 'calls'  # tool calls, see `inference.constraints.calls`
+# Characters of all texts of a constraint. This limit and the limits of
+# `grammars` bound the time and memory of compiling.
 MOST_CHARACTERS = 100_000
 MOST_CHOICES = 1000
 
@@ -34,7 +34,7 @@ class ConstraintError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thought:
-  """Reasoning that may come first, which no grammar holds."""
+  """Reasoning that may come before the answer; no grammar constrains it."""
 
   opening: str  # markers around it
   closing: str
@@ -66,7 +66,10 @@ class Constraint:
 
 
 def json_schema(schema: Any) -> Constraint:
-  """Returns the constraint to JSON of a schema, an object or its JSON text.
+  """Returns the constraint to JSON that matches a schema.
+
+  Args:
+    schema: the schema, as an object or as its JSON text.
 
   Raises:
     ConstraintError: the text is no JSON, or too long.
@@ -96,7 +99,7 @@ def choice(texts: Sequence[str]) -> Constraint:
   """Returns the constraint to one of some texts.
 
   Raises:
-    ConstraintError: there are none, too many, or one is empty.
+    ConstraintError: there is no text, there are too many, or one is empty.
   """
   if not 1 <= len(texts) <= MOST_CHOICES or not all(texts):
     raise ConstraintError(

@@ -20,7 +20,8 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   path_flags.DEFINE_path(
     constraint_lib.JSON_SCHEMA,
     None,
-    'File with a JSON schema. The completion of --prompt is JSON of it.',
+    'File with a JSON schema. The completion of --prompt is JSON that matches'
+    ' it.',
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -32,7 +33,8 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_multi_string(
     constraint_lib.CHOICE,
     None,
-    'A text that the completion of --prompt may be; give it once for each.',
+    'A text that the completion of --prompt may be. Repeat the flag for each'
+    ' text; the completion is exactly one of them.',
     flag_values=values,
   )
   path_flags.DEFINE_path(
@@ -46,11 +48,11 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 def given(
   values: flags.FlagValues = flags.FLAGS,
 ) -> dict[str, constraint_lib.Constraint]:
-  """Returns the constraint of the flags, as a setting; {}: none.
+  """Returns the constraint of the flags, as a setting; {} without such a flag.
 
   Raises:
-    ConstraintError: there are two, a file cannot be read, the text is no
-      constraint, or the library that compiles it is not installed.
+    ConstraintError: two kinds of constraint are given, a file cannot be read,
+      the text is no valid constraint, or llguidance is not installed.
   """
   kinds = [kind for kind in NAMES if values[kind].value]
   if not kinds:

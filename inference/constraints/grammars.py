@@ -7,7 +7,7 @@
 
 llguidance keeps an Earley parser over lexemes that are derivatives of regular
 expressions, and walks the trie of the vocabulary: no table is built beforehand
-(github.com/guidance-ai/llguidance). Its limits bound time and memory, of the
+(github.com/guidance-ai/llguidance). Its limits bound the time and memory of the
 compilation and of every mask.
 """
 
@@ -23,7 +23,7 @@ from inference.constraints import constraint as constraint_lib, sources
 from text import tokenizer as tokenizer_lib
 
 _MOST_KEPT = 128  # compiled grammars of one tokenizer
-# Steps of building lexers, 50,000 per ms, and of one mask, 14,000 per ms.
+# Limits in steps: building lexers takes 50,000 steps per ms, one mask 14,000.
 _LIMITS = {
   'initial_lexer_fuel': 300_000,
   'step_lexer_fuel': 50_000,
@@ -34,9 +34,10 @@ _LIMITS = {
 }
 
 
-# Processor time of a mask, and what all masks of a sequence may take beside
-# it. Those of ordinary schemas take less than a tenth. All sequences of a batch
-# wait for the slowest, so one whose masks are slower ends with an error.
+# Processor time that a mask may take on average, and the extra time that all
+# masks of a sequence may take together. Masks of ordinary schemas take less
+# than a tenth. All sequences of a batch wait for the slowest mask, so one
+# whose masks are slower ends with an error.
 _MASK_SECONDS, _SPARE_SECONDS = 0.005, 0.2
 
 
@@ -46,7 +47,7 @@ class Matcher:
   def __init__(self, inner: Any, end_ids: Sequence[int], eos_id: int):
     self._inner, self._end_ids, self._eos_id = inner, end_ids, eos_id
     self.failure = ''  # why no token can follow
-    self._seconds = 0.0  # of masks, above what they may take
+    self._seconds = 0.0  # time of masks beyond the average that is allowed
 
   def fill(self, bits_W: np.ndarray) -> None:
     """Sets the bits of the tokens that may come next, uint32 [V / 32].
@@ -95,15 +96,15 @@ class Grammar:
     """Returns the state of a new sequence.
 
     Args:
-      stop_ids: of the request. One without text ends an answer only where the
-        grammar may end, as EOS does.
+      stop_ids: stop ids of the request. A stop id without text ends an answer
+        only where the grammar may end, as EOS does.
     """
     ends = [token for token in stop_ids if token in self._special_ids]
     return Matcher(self._inner.deep_copy(), [*ends, self._eos_id], self._eos_id)
 
 
 class Grammars:
-  """Compiles constraints for one tokenizer, and keeps the latest."""
+  """Compiles constraints for one tokenizer, and keeps the latest grammars."""
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
     self.tokenizer, self._lock = tokenizer, threading.Lock()
@@ -114,10 +115,10 @@ class Grammars:
     self._special_ids: frozenset[int] = frozenset()
 
   def compile(self, constraint: constraint_lib.Constraint) -> Grammar:
-    """Returns the grammar of a constraint; from any thread.
+    """Returns the grammar of a constraint. Any thread may call this.
 
     Raises:
-      ConstraintError: it cannot be kept, or exceeds the limits.
+      ConstraintError: the constraint has no grammar, or exceeds the limits.
       ModuleNotFoundError: llguidance is not installed.
     """
     with self._lock:
@@ -149,7 +150,7 @@ class Grammars:
     return made
 
   def _words(self, library: Any) -> Any:
-    """Returns the vocabulary as the library has it."""
+    """Returns the vocabulary in the library's own type."""
     tokenizer = self.tokenizer
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     specials = {i for i, each in enumerate(tokens) if not each}

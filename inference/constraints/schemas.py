@@ -1,7 +1,8 @@
-"""Which JSON schemas constrain an answer wholly; others are refused.
+"""The check of JSON schemas: a grammar must be able to enforce all of a schema.
 
-A keyword that the grammar would not keep is refused with its path, as a JSON
-pointer. Answers of a schema that passes are valid JSON of it.
+A schema with a keyword that the grammar would not enforce is refused; the error
+names the path of the keyword as a JSON pointer. Every answer to a schema that
+passes the check is valid JSON of that schema.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ _KEPT = (
   *('minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'),
   'multipleOf',
 )
-# Annotations: JSON Schema gives them no say in what is valid.
+# Annotations: JSON Schema does not use them to decide whether JSON is valid.
 _ANNOTATIONS = (
   *('title', 'description', 'default', 'examples', '$comment', '$schema'),
   *('$id', 'deprecated', 'readOnly', 'writeOnly', 'discriminator'),
@@ -41,11 +42,11 @@ SUPPORTED = tuple(sorted(_KEPT + _ANNOTATIONS))
 
 
 def check(schema: Any) -> None:
-  """Refuses a schema that a grammar cannot keep wholly.
+  """Refuses a schema that a grammar cannot enforce completely.
 
   Raises:
     ConstraintError: a keyword is not supported, or the schema is too large; the
-      message begins with its path.
+      message begins with the path in the schema.
   """
   num_nodes = num_at_once = 0
   for path, node in _nodes(schema, '#', 0):

@@ -13,8 +13,8 @@ from typing import Any
 
 from inference.constraints import calls, constraint as constraint_lib, schemas
 
-# A space or a line break with its indentation between two tokens of JSON: a
-# model that writes space without end is cut nowhere else.
+# White space between two tokens of JSON is one space, or a line break with an
+# indentation. Without this bound, a model could write white space without end.
 _SPACE = r'( |\n[ ]{0,24})?'
 _INNER = 'inner'  # the name of a grammar within the grammar
 
@@ -28,11 +28,11 @@ def source(
 
   Args:
     library: llguidance.
-    constraint: to keep.
+    constraint: the constraint to express.
     special_tokens: ids of the special tokens.
 
   Raises:
-    ConstraintError: it cannot be kept wholly.
+    ConstraintError: no grammar can enforce the constraint completely.
   """
 
   def marker(text: str) -> str:
@@ -56,10 +56,10 @@ def source(
 
 
 def json_rule(schema: Any) -> str:
-  """Returns what stands for JSON of a schema in a rule.
+  """Returns the Lark symbol of JSON that matches a schema.
 
   Raises:
-    ConstraintError: a keyword cannot be kept.
+    ConstraintError: a keyword cannot be enforced.
   """
   schemas.check(schema)
   if isinstance(schema, bool):

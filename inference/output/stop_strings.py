@@ -18,7 +18,7 @@ class _Tables(NamedTuple):
   edges: dict[tuple[int, str], int]  # the state that is one character longer
   # The longest end of a state that is another state; 0 for the state 0.
   shorter: list[int]
-  # The longest stop string that the text ends with; None: with none.
+  # The longest stop string that the text ends with, or None.
   longest: list[str | None]
   # Length of the longest end of the text that a stop string continues.
   num_pending: list[int]

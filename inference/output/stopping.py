@@ -41,7 +41,7 @@ from text import detokenize, tokenizer as tokenizer_lib
 
 
 class Release(NamedTuple):
-  """The text, ids and logprobs that one token releases; may be empty."""
+  """The text, ids and logprobs that one token releases; each may be empty."""
 
   text: str
   token_ids: tuple[int, ...]
@@ -72,8 +72,8 @@ class Transcript:
     """Starts without tokens.
 
     Args:
-      tokenizer: of the model.
-      settings: of the request.
+      tokenizer: the tokenizer of the model.
+      settings: the settings of the request.
       max_tokens: the length at which the sequence ends.
       stop: the stop strings of `settings`, if other sequences share them.
     """
@@ -135,7 +135,7 @@ class Transcript:
     return self._finish('error')
 
   def cut(self) -> Release:
-    """Ends the sequence by its length, where it is; returns the release."""
+    """Ends the sequence here, with reason 'length'; returns the release."""
     self._flush(may_stop=False)
     return self._finish('length')
 

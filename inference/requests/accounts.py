@@ -10,7 +10,8 @@ from inference.scheduling import spans
 from models import flops, model_config as model_config_lib
 
 # Weight of a step that took longer than the estimate of its duration. A shorter
-# one counts whole: the host may have come late to read a result.
+# step replaces the estimate: a longer time may only mean that the host read the
+# result late.
 _SLOWER_WEIGHT = 0.1
 
 
@@ -23,11 +24,11 @@ class Accounts:
     model_config: model_config_lib.ModelConfig,
     page_bytes: float,
   ):
-    """Starts now.
+    """Starts the clock of memory charges.
 
     Args:
-      metrics: of the engine.
-      model_config: of the model.
+      metrics: the metrics of the engine.
+      model_config: the config of the model.
       page_bytes: bytes of one page, all layers.
     """
     self._metrics, self._page_bytes = metrics, page_bytes
@@ -47,14 +48,14 @@ class Accounts:
   ) -> bool:
     """Returns whether a span would exceed the FLOPs that a sequence may use.
 
-    Only what a preemption has undone can do so, where `most_flops` is the cost
-    of the whole sequence.
+    If `most_flops` is the cost of the whole sequence, only work that is
+    repeated after a preemption can exceed it.
 
     Args:
       live: the sequence.
-      span: that the device has computed, and that is not charged.
-      is_decode: whether it is not a chunk.
-      num_tokens: decoded tokens of it.
+      span: a span that the device has computed and that is not yet charged.
+      is_decode: whether the span is of decode steps, not a chunk.
+      num_tokens: decoded tokens of the span.
     """
     if live.most_flops is None:
       return False
@@ -109,11 +110,11 @@ class Accounts:
     """Counts a dispatch that has been read, and estimates a step's duration.
 
     Args:
-      step: of the dispatch.
-      num_steps: that the device computed.
+      step: the step of the dispatch.
+      num_steps: steps that the device computed.
       num_decoded: decoded tokens that belong to an answer.
-      num_prefilled: tokens of chunks that belong to one.
-      rows: tokens of the shape of each step.
+      num_prefilled: tokens of chunks that belong to an answer.
+      rows: tokens in the shape of each step, padding included.
       sent_at: time of the dispatch, in seconds of `time.perf_counter`.
       now: the time.
     """
@@ -132,11 +133,11 @@ class Accounts:
     self._last_landed = now
 
   def most_decode_steps(self, most: int, seconds: float) -> int:
-    """Returns how many decode steps take so many seconds, 1 to `most`.
+    """Returns how many decode steps fit into `seconds`, 1 to `most`.
 
     Args:
-      most: of one dispatch.
-      seconds: 0 is no limit.
+      most: the most steps of one dispatch.
+      seconds: duration of the dispatch; 0: no limit.
     """
     if not seconds:
       return most

@@ -32,13 +32,13 @@ class Live:
     """Starts without tokens.
 
     Args:
-      request_id: of the request.
-      index: of the sequence among the n of the request.
-      request: that is answered.
+      request_id: id of the request.
+      index: index of the sequence among the n of the request.
+      request: the request that is answered.
       sequence: its tokens, pages and slot, kept by the SequenceManager.
-      seed: of the sampling.
-      tokenizer: of the model.
-      adapter: of the request, or the base.
+      seed: seed of the sampling.
+      tokenizer: tokenizer of the model.
+      adapter: adapter of the request, or the base.
       stop: the stop strings, shared by the sequences of the request.
     """
     self.request_id, self.index = request_id, index
@@ -80,7 +80,7 @@ class Live:
 
   @property
   def most_flops(self) -> float | None:
-    """The FLOPs that it may use, None for no limit."""
+    """The FLOPs that the sequence may use; None: no limit."""
     return self._request.most_flops
 
   @property
@@ -145,8 +145,8 @@ class Live:
 
     Args:
       found: logprobs of all targets of the step, if any are wanted.
-      chunk: of the prompt.
-      at: index of its first target in `found`.
+      chunk: a chunk of the prompt.
+      at: index in `found` of the first target of the chunk.
 
     Returns:
       Whether all of them are finite.
@@ -180,11 +180,11 @@ class Live:
     place: int,
     now: float,
   ) -> tuple[requests.Update, int]:
-    """Takes the tokens of a dispatch; returns what they add to the answer.
+    """Takes the tokens of a dispatch; returns their update of the answer.
 
     Args:
-      tokens: the next ones. -1: no next token exists, since the model's numbers
-        are not finite.
+      tokens: the next tokens. -1: no next token exists, since the model's
+        numbers are not finite.
       found: logprobs [S, R] of the dispatch, if they are wanted.
       place: index of the sequence on axis R.
       now: the time, in seconds of `time.perf_counter`.
@@ -218,7 +218,7 @@ class Live:
     return self._update(releases), len(releases)
 
   def cancelled(self, now: float) -> requests.Update:
-    """Returns the update that ends the answer where it is, without text."""
+    """Returns the update that ends the answer here, as cancelled."""
     if self.seated_at is None:
       self.usage.queue_seconds = now - self.submitted_at
     elif self.last_at is None:
@@ -228,7 +228,7 @@ class Live:
     )
 
   def cut(self, now: float) -> requests.Update:
-    """Returns the update that ends the answer where it is, as its length."""
+    """Returns the update that ends the answer here, with reason 'length'."""
     if self.seated_at is not None and self.last_at is None:
       self.usage.prefill_seconds = now - self.seated_at
     return self._update([self.transcript.cut()])

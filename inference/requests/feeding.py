@@ -16,7 +16,7 @@ class Engine(Protocol):
     ...
 
   def has_places(self, asked: collections.Counter[str]) -> bool:
-    """Returns whether the queue holds so many sequences of each principal."""
+    """Returns whether the queue has room for the sequences, by principal."""
     ...
 
   def submit(self, request: requests_lib.Request) -> int:
@@ -51,7 +51,7 @@ class Feeder:
     """Yields updates, each with the index of its request; see `Engine.answer`.
 
     Args:
-      requests: that the engine has checked.
+      requests: requests that the engine has checked.
     """
     pending = collections.deque(enumerate(requests))
     which: dict[int, int] = {}  # index in `requests`, by request id

@@ -1,4 +1,4 @@
-"""Prices of tokens: what an operator asks, in a currency of its own."""
+"""Prices of tokens, in the currency of the operator."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ class Prices:
     ValueError: a price is negative or not finite.
   """
 
-  prompt: float = 0.0  # computed for the request
-  cached: float = 0.0  # found computed
+  prompt: float = 0.0  # prompt tokens computed for the request
+  cached: float = 0.0  # prompt tokens found in the prefix cache
   completion: float = 0.0
 
   def __post_init__(self):
@@ -28,7 +28,7 @@ class Prices:
         )
 
   def money(self, *, prompt: int, cached: int, completion: int) -> float:
-    """Returns the price of so many tokens; `prompt` has the cached ones too."""
+    """Returns the price of tokens; `prompt` includes the cached tokens."""
     money = (
       (prompt - cached) * self.prompt
       + cached * self.cached
@@ -42,12 +42,12 @@ class Prices:
     return round(money * NANOS)
 
   def most_money(self, *, prompt: int, completion: int) -> float:
-    """Returns the most that they can cost, cached or not."""
+    """Returns the highest price of tokens, whether cached or not."""
     return max(
       self.money(prompt=prompt, cached=cached, completion=completion)
       for cached in (0, prompt)
     )
 
   def most_nanos(self, *, prompt: int, completion: int) -> int:
-    """Returns the same as a whole number of nanos."""
+    """Returns the highest price as a whole number of nanos."""
     return round(self.most_money(prompt=prompt, completion=completion) * NANOS)

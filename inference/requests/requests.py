@@ -65,7 +65,7 @@ class Request:
   room: int | None = None
   # The most reasoning of each sequence, None for no limit.
   thinking: thinking_lib.Cap | None = None
-  # Those of `settings.constraint` and `thinking`, likewise.
+  # Grammar of `settings.constraint` and `thinking`, set by `Engine.checked`.
   grammar: grammars.Grammar | thinking_lib.Capped | None = None
 
 
@@ -79,7 +79,7 @@ class Usage:
   cached_tokens: int = 0  # prompt tokens that other sequences had computed
   accepted_tokens: int = 0  # guesses of its next tokens that were right
   rejected_tokens: int = 0  # guesses that were wrong, or behind its end
-  preemptions: int = 0  # times that it gave its pages back
+  preemptions: int = 0  # how often the sequence gave its pages back
   flops: float = 0.0  # of matrix products, without padding
   kv_byte_seconds: float = 0.0  # bytes of its pages, times the duration
   queue_seconds: float = 0.0  # from submission to its first step
@@ -95,8 +95,8 @@ class Completion:
   token_ids: list[int]  # all sampled ids: also of EOS or of a stop string
   num_text_ids: int  # the first ids that spell the text
   # 'stop' (EOS, stop string or id) | 'length' | 'error': the model computed
-  # numbers that are not finite, or `failure`; text and ids are those before |
-  # 'cancelled': the request ended first.
+  # numbers that are not finite, or `failure`; text and ids end before the error
+  # | 'cancelled': the request ended first.
   finish_reason: str
   stop_reason: str | int | None  # the stop string or id; None for EOS
   num_prompt_tokens: int  # with BOS
@@ -149,10 +149,10 @@ def num_sequences(requests: Iterable[Request]) -> collections.Counter[str]:
 
 
 def check_few(asked: collections.Counter[str], own_most: int) -> None:
-  """Refuses more sequences of one principal than ever wait.
+  """Refuses more sequences of one principal than may ever wait.
 
   Raises:
-    ValueError: they are more than `own_most`.
+    ValueError: there are more than `own_most` sequences.
   """
   if max(asked.values()) > own_most:
     raise ValueError(

@@ -79,7 +79,7 @@ class Running(Protocol):
 QueuedT = TypeVar('QueuedT', bound=Queued)
 RunningT = TypeVar('RunningT', bound=Running)
 
-# One place of so many that are left is kept for other principals. A queue of
+# One of this many free places is kept for other principals. A queue of
 # 1,024 places has 112 for a second principal, and 14 for a third.
 _KEPT_SHARE = 8
 
@@ -89,7 +89,7 @@ def most_waiting(max_waiting: int, num_others: int = 0) -> int:
 
   Args:
     max_waiting: places in the queue.
-    num_others: places that other principals have.
+    num_others: places that sequences of other principals take.
   """
   places = max(max_waiting - num_others, 0)
   return places - places // _KEPT_SHARE
@@ -105,8 +105,8 @@ def has_places(
   """Returns whether the queue takes more sequences of some principals.
 
   Args:
-    asked: further sequences of each principal.
-    own: sequences of each that wait now.
+    asked: new sequences, by principal.
+    own: sequences that wait now, by principal.
     max_waiting: places in the queue.
     waiting: places that are taken.
   """
@@ -127,8 +127,8 @@ def standing(
   """Returns running sequences with their ranks, best standing first.
 
   Args:
-    running: in any order.
-    levels: of each, by id.
+    running: running sequences, in any order.
+    levels: level of each sequence, by id.
   """
 
   def key(task: RunningT):
@@ -157,8 +157,8 @@ def service_order(
   first, then a prompt of the principal that was served least.
 
   Args:
-    running: best standing first.
-    levels: of each, by id.
+    running: running sequences, best standing first.
+    levels: level of each sequence, by id.
     served: tokens computed per principal, divided by its weight.
   """
   running = list(running)
@@ -188,7 +188,7 @@ def lift(
 
   Args:
     served: tokens computed per principal, divided by its weight.
-    principal: that becomes active.
+    principal: the principal that becomes active.
     active: principals with unfinished sequences.
   """
   active = set(active)
@@ -220,7 +220,7 @@ def in_turn(
   Args:
     queue: the waiting sequences.
     served: tokens computed per principal, divided by its weight.
-    best_priority: of all sequences, running or waiting.
+    best_priority: best priority of all sequences, running or waiting.
     aging_steps: steps of waiting that lift by one level.
     running: principals that have a running sequence.
   """

@@ -27,7 +27,7 @@ def of(
   num_running: int,
   num_waiting: int,
 ) -> Gauges:
-  """Returns the gauges of pages that so many sequences run and wait for."""
+  """Returns the gauges of the pages, and of running and waiting sequences."""
   allocator, cache = tables.allocator, tables.cache
   return Gauges(
     num_running=num_running,

@@ -8,8 +8,8 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sized
 
 from inference.scheduling import page_tables, scheduler
 
-# Decode steps of one dispatch while sequences wait: a slot that becomes free is
-# given away after at most so many steps more.
+# Decode steps of one dispatch while sequences wait: a waiting sequence gets a
+# free slot after at most this many more steps.
 STEPS_BEFORE_WAITING = 8
 
 
@@ -18,15 +18,17 @@ def is_steady(
 ) -> bool:
   """Returns whether the next plan would decode the same sequences.
 
-  None has prompt tokens left, and none enters or gives pages back.
+  This holds if no running sequence has prompt tokens left, and no sequence
+  enters or gives pages back.
 
   Args:
-    plan: the latest.
+    plan: the latest plan.
     running: all sequences that have a slot.
   """
   if plan.prefills or plan.preempted or plan.admitted or not plan.decodes:
     return False
-  # More of them: prompt tokens of a sequence wait for a later step.
+  # More running sequences than decodes: some prompt tokens wait for a later
+  # step.
   return sum(each.is_ready for each in running) <= len(plan.decodes)
 
 
@@ -35,7 +37,7 @@ def decode_steps(
   most: int,
   tables: page_tables.PageTables,
 ) -> int:
-  """Returns for how many decode steps pages are free, 1 to `most`."""
+  """Returns the number of decode steps that have free pages, 1 to `most`."""
   most = min(most, max(each.num_unsampled for each in sequences))
   while most > 1 and not _has_pages(
     {each: min(most, each.num_unsampled) for each in sequences}, tables
@@ -49,8 +51,8 @@ def drafts(
 ) -> dict[page_tables.Sequence, int]:
   """Returns how many drafted tokens may follow the next token of each sequence.
 
-  A token is sampled after each of them, and one after the next token itself.
-  {} if a token is in flight: a draft continues known tokens.
+  A token is sampled after the next token, and after each drafted token. Returns
+  {} if a token is in flight, because a draft continues known tokens.
 
   Args:
     wanted: tokens of the draft of each decode of a plan, 0 or more.

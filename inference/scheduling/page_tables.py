@@ -25,7 +25,7 @@ class Sequence:
   reads_prefix_cache: bool
   arrival: int  # order of submission
   submitted: int  # number of the step
-  in_chunks: bool = False  # whether the last prompt token takes one too
+  in_chunks: bool = False  # whether the last prompt token takes a chunk, too
   awaits_parent: bool = False
   children: list['Sequence'] = dataclasses.field(default_factory=list)
   slot: int | None = None
@@ -200,9 +200,9 @@ class PageTables:
   def insert(self, sequence: Sequence):
     """Offers the full pages of a sequence to the prefix cache.
 
-    Only pages of known token ids. Their keys and values may still be computed
-    by a dispatched step: a sequence that finds the page reads it in a later
-    step.
+    Only pages of known token ids are offered. A dispatched step may still
+    compute their keys and values: a sequence that finds the page reads it in a
+    later step.
     """
     num_tokens = min(sequence.num_computed, len(sequence.tokens))
     self.cache.insert(
@@ -212,7 +212,8 @@ class PageTables:
   def release(self, sequence: Sequence, *, is_sound: bool = True):
     """Takes all pages of a sequence; the cache keeps the full ones.
 
-    It keeps none if they are not sound, nor pages that continue them.
+    If the pages are not sound (not finite), the cache keeps none of them, and
+    drops the pages that continue them.
     """
     if is_sound:
       self.insert(sequence)

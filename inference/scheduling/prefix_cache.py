@@ -147,7 +147,8 @@ class PrefixCache:
   def discard(self, scope: Hashable, tokens: Sequence[int]):
     """Removes the pages of a sequence, and all pages that continue them.
 
-    The first page decides: a page is as good as the pages before it.
+    The first page decides: keys and values of a page depend on all pages before
+    it.
     """
     root = self._roots.get(scope)
     first = root and root.children.get(tuple(tokens[: self._page_size]))

@@ -56,10 +56,10 @@ class Limits:
       without.
   """
 
-  max_sequences: int  # that run at once: slots, and decodes of a step
+  max_sequences: int  # sequences that run at once: slots, decodes of a step
   chunk_tokens: int  # tokens per chunk
-  max_chunks: int  # of a step without decodes
-  max_mixed_chunks: int  # of a step with decodes
+  max_chunks: int  # chunks of a step without decodes
+  max_mixed_chunks: int  # chunks of a step with decodes
   stall_context: int  # earlier tokens after which a chunk counts twice
   page_size: int  # tokens per page
   aging_steps: int  # steps of waiting that lift by one priority level
@@ -70,7 +70,7 @@ class Limits:
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
           f'engine.{field.name}: got {value!r}, expected a whole number of at'
-          ' least 1; no limit can be switched off'
+          ' least 1; a limit cannot be switched off'
         )
     if self.max_mixed_chunks > self.max_chunks:
       raise ValueError(
@@ -105,10 +105,10 @@ class Task:
   seniority: int = 0  # order of first admission; kept when preempted
   num_known: int  # known tokens, those in flight included
   max_known: int = 2**62  # tokens of prompt and completion, at most
-  num_computed: int = 0  # computed tokens; of a waiting one, after its hit
+  num_computed: int = 0  # computed tokens; while waiting: after its prefix hit
   pages: tuple[int, ...] = ()  # held now
   num_hit_pages: int = 0  # pages that a prefix hit would give a waiting one
-  num_idle_hit_pages: int = 0  # idle ones of these: taking them uses up room
+  num_idle_hit_pages: int = 0  # hit pages that are idle: they take up room
   num_copies: int = 0  # pages to copy before it can write: 0 or 1
   is_tail_cached: bool = False  # then it copies even as the only holder
   is_running: bool = False
@@ -172,13 +172,13 @@ def plan(
   """Plans the next step.
 
   Args:
-    tasks: all sequences that run or hold pages; of the others, at least the
-      first in turn, one for each free slot.
-    num_free: pages that hold nothing.
+    tasks: all sequences that run or hold pages, and of the other sequences at
+      least the first in turn, one for each free slot.
+    num_free: pages without contents.
     num_idle: pages that only the prefix cache keeps.
     served: tokens computed per principal, divided by its weight.
-    limits: of the step.
-    best_priority: of all sequences, if `tasks` leaves some out.
+    limits: limits of the step.
+    best_priority: best priority of all sequences, if `tasks` leaves some out.
   """
   tasks = tuple(tasks)
   if best_priority is None:
@@ -441,10 +441,10 @@ class _Draft:
     If all candidates together free too few pages, none is preempted.
 
     Args:
-      task: that needs pages.
-      num_tokens: of the task, for which it needs pages.
-      candidates: best standing first.
-      first: preempted in any case, for its slot.
+      task: the task that needs pages.
+      num_tokens: tokens of the task that need pages.
+      candidates: tasks that may be preempted, best standing first.
+      first: a task that is preempted in any case, for its slot.
 
     Returns:
       Whether the task has room now.

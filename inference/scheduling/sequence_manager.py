@@ -45,7 +45,7 @@ class SequenceManager:
     """Starts without sequences.
 
     Args:
-      limits: of a step.
+      limits: limits of a step.
       num_pages: P, the null page included.
     """
     self.limits = limits
@@ -159,12 +159,12 @@ class SequenceManager:
   def decode_steps(self, plan: scheduler.StepPlan, most: int) -> int:
     """Returns how many decode steps may be computed before the next plan.
 
-    More than one only if the next plan would decode the same sequences, and the
-    pages that no sequence holds suffice.
+    There are several only if the next plan would decode the same sequences, and
+    the pages that no sequence holds are enough.
 
     Args:
-      plan: the latest.
-      most: at most so many.
+      plan: the latest plan.
+      most: upper bound of the result.
     """
     if not lengths.is_steady(plan, self._running.values()):
       return 1
@@ -182,7 +182,7 @@ class SequenceManager:
     continues known tokens.
 
     Args:
-      plan: the latest.
+      plan: the latest plan.
       wanted: tokens of the draft of each sequence, by its id.
     """
     sequences = [self._sequences[id] for id in plan.decodes]
@@ -206,9 +206,9 @@ class SequenceManager:
     tokens that it samples count as known.
 
     Args:
-      plan: the latest.
+      plan: the latest plan.
       decode_steps: tokens of each decode, as `decode_steps` allows. A sequence
-        that reaches its last token before has fewer.
+        that reaches its last token earlier gets fewer.
       drafts: tokens that may follow the known ones of each decode, by its id,
         as many as `draft_lengths` allows; the step verifies them. None: it
         verifies nothing.
@@ -305,7 +305,7 @@ class SequenceManager:
     a sequence. A plan made before is void, since it may count on the sequence.
 
     Args:
-      sequence: that ends, running or waiting.
+      sequence: the sequence that ends, running or waiting.
       is_sound: False if its keys and values are not finite. The prefix cache
         then drops all its pages, also the pages that it shared.
     """
@@ -450,13 +450,13 @@ class SequenceManager:
     if not sequence.num_remaining:
       sequence.num_in_flight += 1
     if was_prompt and sequence.num_computed >= sequence.num_prompt:
-      # Now, not at the end of the sequence: requests with the same prompt often
-      # arrive together.
+      # The prefix cache gets the pages now, not at the end of the sequence:
+      # requests with the same prompt often arrive together.
       self.tables.insert(sequence)
       self._fork(sequence)
 
   def _charge(self, work: list[tuple[page_tables.Sequence, int]]):
-    """Charges each principal for the tokens that are computed first now.
+    """Charges each principal for tokens that are computed for the first time.
 
     Tokens computed again after a preemption, and tokens found in the prefix
     cache, are free.

@@ -15,9 +15,10 @@ class Span:
   start: int  # position of the first token
   # Of a decode: its successive decode steps, or 1 and the length of its draft.
   length: int
-  # Token ids; of a decode the first one, and those of its draft. None: it is in
-  # flight, the token sampled last in this slot. A new owner of a slot never
-  # reads the token of the owner before, since its first tokens are known.
+  # Token ids; of a decode: the first token, and the tokens of its draft. None:
+  # the token is in flight; it is the token sampled last in this slot. A new
+  # owner of a slot never reads the token of the owner before, since its first
+  # tokens are known.
   tokens: tuple[int, ...] | None
   pages: tuple[int, ...]  # page table up to position start + length
   samples: bool  # whether a token is sampled after the last position
@@ -40,8 +41,8 @@ class Step:
   # Sequences that got a slot in this step; each has a span.
   seated: tuple[page_tables.Sequence, ...]
   preempted: tuple[page_tables.Sequence, ...]  # lost their slot before it
-  # Whether all tokens of the decodes are known, and a token is sampled after
-  # each of them as long as it is the next one: they are drafts.
+  # Whether the decodes carry drafts: all their tokens are known, and a token is
+  # sampled after each of them as long as the draft is right.
   is_verified: bool = False
 
   @property

@@ -1,4 +1,4 @@
-"""How many tokens of drafts a step verifies, or none: the quickest way on.
+"""The choice of drafts: how many drafted tokens a step verifies, if any.
 
 A draft of g tokens, each right with probability a if all before it were, gives
 (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al., arXiv:2211.17192,
@@ -10,7 +10,7 @@ batch decides and not each sequence, since all share one program. Its price per
 number of tokens is here a price per compiled shape, in which padding costs as
 much as a token: so a chosen shape takes all tokens that fit.
 
-The choice changes when tokens come, and no token.
+The choice changes the time of tokens, and never a token.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,17 +19,18 @@ from typing import NamedTuple, Protocol
 
 # A program counts as measured after so many calls: the first ones are slower.
 _SAMPLES = 3
-# Weight of a call that took longer than the estimate. A shorter one counts
-# whole: the host may have come late to read a result.
+# Weight of a call that took longer than the estimate. A shorter call replaces
+# the estimate: a longer time may only mean that the host read the result late.
 _SLOWER_WEIGHT = 0.1
-# What earlier drafts of a sequence count after each further one.
+# Weight of the earlier drafts of a sequence after each new draft.
 _KEPT = 0.9
-# Acceptance before anything is known, and the tokens that it counts as.
+# Acceptance that is assumed at first, and the number of tokens that the
+# assumption weighs.
 _PRIOR, _PRIOR_TOKENS = 0.7, 2.0
-# The formula has no value at 1, and nothing is certain.
+# Upper bound of the acceptance: the formula has no value at 1.
 _MOST_ACCEPTANCE = 0.98
-# After so many choices against drafts one is verified anyway: prices and texts
-# change.
+# After this many choices against drafts, a draft is verified anyway: step times
+# and texts change.
 _RETRY = 128
 
 
@@ -40,20 +41,20 @@ class Seconds(Protocol):
     """Returns the seconds of a step; 0: not known yet.
 
     Args:
-      rows: sequences that its program holds.
-      width: tokens of each; 1: a decode step.
+      rows: sequences that the program of the step holds.
+      width: tokens of each sequence; 1: a decode step.
     """
     ...
 
 
 class Measured:
-  """The measured time of programs; a wider one takes no less."""
+  """The measured time of programs; a wider program takes at least as long."""
 
   def __init__(self):
     self._found: dict[tuple[int, int], tuple[int, float]] = {}
 
   def observe(self, rows: int, width: int, seconds: float) -> None:
-    """Notes that a step took so long."""
+    """Notes the duration of a step."""
     num, before = self._found.get((rows, width), (0, seconds))
     if seconds > before and num >= _SAMPLES:
       seconds = before + _SLOWER_WEIGHT * (seconds - before)
@@ -75,10 +76,10 @@ class Measured:
 
 @dataclasses.dataclass
 class _Record:
-  """How drafts have done; both numbers fade."""
+  """Results of earlier drafts; older drafts weigh less in both numbers."""
 
   accepted: float = 0.0
-  examined: float = 0.0  # the accepted ones, and the first wrong one of each
+  examined: float = 0.0  # accepted tokens, and the first wrong one per draft
 
   def add(self, accepted: int, examined: int) -> None:
     self.accepted = self.accepted * _KEPT + accepted
@@ -86,23 +87,23 @@ class _Record:
 
 
 class Chosen(NamedTuple):
-  """Which drafts a step verifies."""
+  """The drafts that a step verifies."""
 
   lengths: dict[Hashable, int]  # tokens of each draft; {}: decode steps
-  gain: float  # tokens per second, beside those of decode steps
+  gain: float  # tokens per second, as a multiple of the rate of decode steps
 
 
 class Choice:
   """Chooses the drafts of each step of an engine."""
 
   def __init__(self, costs: Seconds):
-    """Starts without experience."""
+    """Starts without results of drafts."""
     self.costs, self._num_declined = costs, 0
     self._all, self._records = _Record(), dict[Hashable, _Record]()
 
   @property
   def acceptance(self) -> float:
-    """Returns the acceptance of late drafts of all sequences."""
+    """Returns the acceptance of recent drafts of all sequences."""
     return _rate(self._all, _PRIOR)
 
   def expected(self, id: Hashable, length: int) -> float:
@@ -145,7 +146,7 @@ class Choice:
     return best
 
   def observe(self, id: Hashable, *, accepted: int, length: int) -> None:
-    """Notes how a draft has done."""
+    """Notes how many tokens of a draft were accepted."""
     if not length:
       return
     self._num_declined = 0
@@ -154,7 +155,7 @@ class Choice:
     self._records.setdefault(id, _Record()).add(accepted, examined)
 
   def forget(self, id: Hashable) -> None:
-    """Drops the experience with a sequence, which has ended."""
+    """Drops the record of a sequence that has ended."""
     self._records.pop(id, None)
 
 

@@ -1,14 +1,14 @@
-"""The port of everything that guesses the next tokens of a sequence."""
+"""The port of drafters: they guess the next tokens of a sequence."""
 
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 
 class Drafter(Protocol):
-  """Guesses how texts go on, on the host; the model verifies the guesses.
+  """Guesses the next tokens of texts, on the host; the model verifies them.
 
-  A guess changes no token: a wrong one costs time. So a drafter may use
-  anything, and answer nothing.
+  A guess changes no token: a wrong guess only costs time. So a drafter may use
+  any source, and may return no guess.
   """
 
   def draft(

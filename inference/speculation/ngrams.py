@@ -1,15 +1,16 @@
-"""Prompt look-up: what followed the same words before may follow them again.
+"""Prompt look-up: tokens that followed the same tokens before are the draft.
 
 An answer that edits, quotes or summarises a text repeats parts of it. The last
-tokens of a sequence are looked up in the sequence itself; what followed them
-there is the draft. It needs no model and no training (prompt look-up decoding:
+tokens of a sequence are looked up in the sequence itself; the tokens behind the
+match are the draft. It needs no model and no training (prompt look-up decoding:
 Saxena, github.com/apoorvumang/prompt-lookup-decoding, 2023).
 """
 
 from collections.abc import Hashable, Sequence
 import dataclasses
 
-# Fewer equal tokens say little about the next one; more are not more certain.
+# A match of fewer tokens says little about the next token; a match of more is
+# not more certain.
 _LEAST, _MOST = 3, 16
 # Earlier places that are compared, latest first.
 _PLACES = 8
@@ -34,8 +35,8 @@ class Ngrams:
     """Starts without sequences.
 
     Args:
-      least: equal tokens that a match has.
-      most: at which no longer match is looked for.
+      least: tokens of the shortest match.
+      most: tokens of the longest match that is looked for.
 
     Raises:
       ValueError: not 1 <= least <= most.
@@ -50,7 +51,7 @@ class Ngrams:
   def draft(
     self, id: Hashable, tokens: Sequence[int], most: int
   ) -> tuple[int, ...]:
-    """Returns the tokens that followed the longest match; the latest of equals.
+    """Returns the tokens behind the longest match; of equal ones, the latest.
 
     It takes `_PLACES * most` comparisons, whatever the length of the text.
     """
@@ -72,7 +73,8 @@ class Ngrams:
       place = index.before[place]
     if best < 0:
       return ()
-    # A text that repeats itself goes on in the draft of itself.
+    # Where the match meets the end of the text, the text repeats itself: the
+    # draft then continues with its own first tokens.
     period = end - 1 - best
     found: list[int] = []
     for offset in range(most):
