@@ -9,19 +9,19 @@
     POST /v1/responses      items in, items out; stored, to be continued
     GET, DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items
     GET  /v1/capabilities   every parameter of every route
-    GET  /v1/prices         what tokens cost
+    GET  /v1/prices         prices of tokens
     POST /v1/completions    JSON, or server-sent events with "stream": true
     POST /v1/chat/completions    a conversation, by the model's chat template
     POST /v1/embeddings     a vector per input
     POST /v1/feedback       a rating of an answer, where it may be stored
     DELETE /v1/feedback[/{id}]
     GET  /tokenizer_info, POST /tokenize, POST /detokenize
-    GET  /version           of the program and what it runs on
+    GET  /version           versions of the program, its libraries and device
     /admin/models, /admin/traffic    versions: load, weigh, shadow, unload
 
     http/      bytes: connections, bodies within limits, streams that can end
-    access/    who sends a request, and what the sender may use
-    api/       the words: bodies, errors, shapes of answers, OpenAPI document
+    access/    the sender of a request, and the sender's limits
+    api/       the schema: bodies, errors, shapes of answers, OpenAPI document
     versions/  several models: which answers, how they load and unload
     routes/    a file per group of routes, which reads bodies and submits
     answers/   from a checked body to the requests of the engine, and back
@@ -30,9 +30,9 @@
 A request is checked completely before the first byte of its answer, since the
 status 200 of a stream cannot be taken back. A client that disconnects cancels
 its request, unless it has an Idempotency-Key. Bodies are parsed, and text is
-tokenized, in the threads of `http.bodies`. With keys, every route but
-/health, /ready and the files of the page needs one; routes below /admin need
-one in any case. All generation passes through `ServedModel.submit`, which
+tokenized, in the threads of `http.bodies`. On a server with keys, every route
+needs one except /health, /ready and the files of the page; routes below /admin
+always need one. All generation passes through `ServedModel.submit`, which
 admits and bills it. When the server stops, the digest of the weights is
 computed again and compared with the digest in the manifest.
 
@@ -130,12 +130,12 @@ def create_app(
   Args:
     models: at least one, under different names; adapters behind their bases.
       The app starts and closes their engine loops.
-    keys: further keys than those of the records, or all keys. Without any key,
-      all clients are answered.
+    keys: keys in addition to the records, or a keyring of all keys. Without any
+      key, all clients are answered.
     config: the limits on bodies.
     records: opened with `TABLES`, and closed by the app; None: in memory.
     loader: of further models; None: none can be loaded.
-    observers: of what the models answer, such as receipts.
+    observers: observers of the finished answers, such as receipts.
   """
   records = records or database.Database(None, tables=TABLES)
   keyring = keys
@@ -211,7 +211,7 @@ def _store(
 def _add_middleware(
   app: fastapi.FastAPI, service: service_lib.Service, open_paths: set[str]
 ) -> None:
-  """Adds what every request passes, the innermost first."""
+  """Adds the middleware that every request passes, the innermost first."""
   app.add_middleware(_Failures)
   # A request with an Idempotency-Key outlives its client.
   app.add_middleware(exchanges.Ends)

@@ -19,7 +19,7 @@ If a step fails, all open requests and all later requests fail: the state on the
 device cannot be trusted any more. So no client waits for an answer that will
 never come.
 
-Whatever ends a submission, its `on_end` is called once, in the event loop, with
+However a submission ends, its `on_end` is called once, in the event loop, with
 the counts of the engine.
 """
 
@@ -114,13 +114,13 @@ class Updates:
   def end(
     self, cancelled: Sequence[Item] = (), error: Exception | None = None
   ) -> None:
-    """Ends the updates, with those of cancelled sequences and an error."""
+    """Ends the updates; cancelled sequences have a last update."""
     if error:
       self._arrived.put_nowait(error)
     ended = Ended(updates=[*self._last, *cancelled], error=error)
     try:
       self._ending = self._on_end(ended)
-    except Exception as failure:  # that of one request, of all that end now
+    except Exception as failure:  # must not keep other requests from ending
       self._ending = asyncio.get_running_loop().create_future()
       self._ending.set_exception(failure)
 
@@ -135,7 +135,7 @@ class Updates:
 class _Open:
   """An unfinished request."""
 
-  updates: Updates  # that it belongs to
+  updates: Updates  # of the submission that the request belongs to
   which: int  # index among the requests submitted together
   num_left: int  # unfinished sequences
 
@@ -387,7 +387,7 @@ class EngineLoop:
     self._call(_settle, accepted, error)
 
   def _cancel(self, updates: Updates) -> None:
-    # They may have ended, and nobody may have read so: then nothing is open.
+    # They may have ended before any reader noticed: then nothing is open.
     if any(each.updates is updates for each in self._open.values()):
       self._end(updates)
 

@@ -13,7 +13,7 @@ lists of messages with role and content.
 A pair is an answer and a better one that the client wrote; or two answers of
 one principal to the same prompt, one with thumb up and one with thumb down. A
 label is the thumb of an answer. Each line has the ids of its feedback, so that
-what is deleted here can be deleted there, and no principal.
+feedback deleted here can be deleted in the exported file. It has no principal.
 
 Reference: huggingface.co/docs/trl/dataset_formats (conversational, explicit
 prompt).
@@ -39,7 +39,7 @@ _Row = dict[str, Any]
 
 
 def pairs(rows: Iterable[_Row]) -> Iterator[_Row]:
-  """Yields the pairs that rows of the records make."""
+  """Yields the pairs of answers in rows of the records."""
   rated: dict[tuple[str, str], dict[str | None, list[_Row]]] = {}
   for row in rows:
     if row['preferred'] is not None and row['preferred'] != row['answer']:
@@ -148,7 +148,13 @@ if __name__ == '__main__':
     'records', None, 'File of the records of a server.', required=True
   )
   path_flags.DEFINE_path('out', None, 'export: JSONL file to write.')
-  flags.DEFINE_enum('kind', 'pairs', KINDS, 'export: what a line is.')
+  flags.DEFINE_enum(
+    'kind',
+    'pairs',
+    KINDS,
+    'export: the kind of each line: pairs (a chosen and a rejected answer) or'
+    ' labels (an answer and its thumb).',
+  )
   flags.DEFINE_string(
     'principal', None, "delete: whose feedback; '' without keys."
   )

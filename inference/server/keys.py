@@ -7,9 +7,10 @@
     python -m inference.server.keys list --records=FILE
     python -m inference.server.keys revoke --records=FILE --id=key_0123456789ab
 
-The server may run: it heeds a change within a second. The text of a key is
-printed once, and kept nowhere. Keys of one name share the cached prompts and
-the turn of that name, so that a key can be replaced while the old one is used.
+The server may run meanwhile: it reads a change within a second. The text of a
+key is printed once, and is not kept. Keys of one name share the cached prompts
+and the turn of that name, so that a key can be replaced while the old one is
+used.
 """
 
 import datetime
@@ -35,7 +36,7 @@ _USAGE = (
 
 
 def main(argv: list[str]) -> None:
-  """Does what the argument says; errors are one line."""
+  """Runs the command of the argument; errors are one line."""
   ways = {'create': _create, 'list': _list, 'revoke': _revoke}
   if len(argv) != 2 or argv[1] not in ways:
     raise app.UsageError(f'got arguments {argv[1:]}, {_USAGE}')
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def _create(records: database.Database, values: flags.FlagValues) -> None:
   if values.name is None:
-    raise ValueError('--name: got none, expected whom the key belongs to')
+    raise ValueError('--name: got none, expected the name of the owner')
   fields = {name: values[name].value for name in _LIMITS}
   key, text = records.submit(
     lambda connection: keys.create(
@@ -101,7 +102,7 @@ def _list(records: database.Database, values: flags.FlagValues) -> None:
 
 def _revoke(records: database.Database, values: flags.FlagValues) -> None:
   if values.id is None:
-    raise ValueError('--id: got none, expected that of a key; `list` prints it')
+    raise ValueError('--id: got none, expected a key id; `list` prints the ids')
   records.submit(keys.revoke, values.id).result()
   print(f'revoked {values.id}')
 
@@ -116,7 +117,7 @@ def _define_flags() -> None:
   path_flags.DEFINE_path(
     'records', None, 'File of the records of a server.', required=True
   )
-  flags.DEFINE_string('name', None, 'Whom a new key belongs to.')
+  flags.DEFINE_string('name', None, 'create: name of the owner of the key.')
   flags.DEFINE_enum(
     'role', 'user', ['user', 'admin'], 'Role; an admin may use /admin.'
   )
@@ -133,7 +134,7 @@ def _define_flags() -> None:
     'budget',
     None,
     'Money that the key may spend, in the currency of --server.price_prompt and'
-    ' its like. If not given: no limit.',
+    ' the other prices. If not given: no limit.',
   )
   flags.DEFINE_float(
     'weight',

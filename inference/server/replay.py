@@ -1,4 +1,4 @@
-"""Replays an answer alone, and says whether the weights would say it too.
+"""Replays an answer alone, and says whether the weights give the same answer.
 
     python -m inference.server.replay ID --records=FILE --model=DIR
 
@@ -9,8 +9,8 @@ answered): one sequence, without prefix cache, pages,
 batch, chunks, speculation or quantisation of the cache. It prints the first
 token that differs and the largest difference, and a verdict in words:
 
-    a training problem     the weights say this themselves; exit status 0
-    an inference problem   they do not, and where it begins; exit status 1
+    a training problem     the weights alone give this answer; exit status 0
+    an inference problem   they do not, from token N on; exit status 1
 
 Status 2: there is no receipt, DIR has other weights, or a flag is wrong.
 """
@@ -165,8 +165,8 @@ def _adapter_of(receipt, directory: str | None, frozen):
   if adapter.manifest.adapter_digest != digest:
     raise ValueError(
       f'--adapter: got {directory} with digest'
-      f' {adapter.manifest.adapter_digest}, expected {digest}, that of the'
-      ' answer'
+      f' {adapter.manifest.adapter_digest}, expected {digest}, the adapter of'
+      ' the answer'
     )
   return adapter_table.alone(
     adapter.tree,
@@ -210,7 +210,7 @@ _VERDICTS = {
   ),
   'rounding': (
     'a training problem, if the answer is wrong: the weights say it'
-    ' themselves; what differs is within rounding'
+    ' themselves; all differences are within rounding'
   ),
   'inference': (
     'an inference problem: alone, these weights say something else than the'
@@ -220,7 +220,7 @@ _VERDICTS = {
 
 
 def _hints(receipt):
-  """Yields what the server did with the sequence that the replay does not."""
+  """Yields the differences between the server's computation and the replay."""
   from models import kv_cache
 
   if receipt.num_cached:
@@ -271,7 +271,7 @@ def _define_flags() -> None:
   flags.DEFINE_float(
     'tolerance',
     None,
-    'Difference of a log-probability that counts as rounding, in nats. If not'
+    'Largest difference of a log-probability, in nats, that is rounding. If not'
     ' given, 0.01 for float32 on a CPU and 1 for bfloat16.',
     lower_bound=0.0,
   )

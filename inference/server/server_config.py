@@ -1,7 +1,7 @@
 """ServerConfig: the limits within which the server answers its clients.
 
-No client may hold memory, a file descriptor or a thread for longer, or take
-more of it, than these fields say. Imports nothing heavy: serve.py makes a flag
+These fields limit how much memory, how many file descriptors and threads a
+client may take, and for how long. Imports nothing heavy: serve.py makes a flag
 of each field.
 """
 
@@ -68,22 +68,23 @@ class ServerConfig:
   )
   audit_threshold: float = flag_field.field(
     0.0,
-    'Difference of a log-probability, in nats, from which on the audit raises'
-    ' an alarm. 0: the most that rounding explains, 0.01 for float32 on a CPU'
-    ' and 1 for bfloat16 or an int8 cache.',
+    'The audit raises an alarm if a log-probability differs by more than this,'
+    ' in nats. 0: the most that rounding explains, 0.01 for float32 on a CPU'
+    ' and 1 for bfloat16, or for an int8 or fp8 cache.',
   )
   feedback: bool = flag_field.field(
     False,
-    'Stores what clients without keys send to POST /v1/feedback: a rating of an'
-    ' answer, and the conversation. With keys, each key allows it or does not.',
+    'Stores feedback that clients without keys send to POST /v1/feedback: a'
+    ' rating of an answer, and the conversation. On a server with keys, each'
+    ' key allows this or not.',
   )
   price_prompt: float = flag_field.field(
     0.0,
-    'Price of a million prompt tokens, in any currency: that of the budgets of'
-    ' keys.',
+    'Price of a million prompt tokens, in any currency. Budgets of keys are in'
+    ' the same currency.',
   )
   price_cached: float = flag_field.field(
-    0.0, 'Price of a million prompt tokens that were found computed.'
+    0.0, 'Price of a million prompt tokens found in the prefix cache.'
   )
   price_completion: float = flag_field.field(
     0.0, 'Price of a million completion tokens.'
@@ -94,8 +95,8 @@ class ServerConfig:
   store_days: float = flag_field.field(
     30.0,
     'Days for which responses of /v1/responses are kept, with their prompts, so'
-    ' that clients can continue them by an id; a request says store: false to'
-    ' be left out. 0 keeps none.',
+    ' that clients can continue them by an id; a request with store: false is'
+    ' not kept. 0 keeps none.',
   )
   store_mebibytes: int = flag_field.field(
     256,
@@ -114,7 +115,7 @@ class ServerConfig:
     f' {", ".join(formats.REASONING)} of reasoning; or one of each, as'
     ' hermes+think.',
   )
-  # Of the flag --drain_seconds, which is older than this class.
+  # Value of the flag --drain_seconds, which is older than this class.
   drain_seconds: float = dataclasses.field(
     default=30.0, metadata={'flag': False}
   )

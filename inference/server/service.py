@@ -34,12 +34,12 @@ class Observer(Protocol):
   def observe(
     self, model: 'ServedModel', requests: Sequence[requests_lib.Request]
   ) -> 'OnFinished | None':
-    """Returns the function that gets their completions; None: not these."""
+    """Returns the function that gets the completions; None: observes none."""
     ...
 
 
-# (index of the request among those submitted together, index of the sequence
-# of the request, its completion)
+# (index of the request in its submission, index of the sequence of the request,
+# its completion)
 OnFinished = Callable[[int, int, requests_lib.Completion], object]
 
 
@@ -62,10 +62,10 @@ class ServedModel:
     Args:
       name: the name in requests.
       engine_loop: runs its engine.
-      manifest: of its frozen directory.
-      context: most tokens of a sequence; 0: those of the model.
-      admission: admits and bills its requests; None: that of the versions that
-        it will be among.
+      manifest: manifest of its frozen directory.
+      context: most tokens of a sequence; 0: the context of the model.
+      admission: admits and bills its requests; None: the admission of the
+        `Versions` that it is added to.
     """
     self.name, self.engine_loop, self.manifest = name, engine_loop, manifest
     self.adapter: frozen_adapters.Adapter | None = None
@@ -88,7 +88,7 @@ class ServedModel:
 
   @property
   def state(self) -> str:
-    """The state of the version, one of those of an engine loop."""
+    """The state of the version: a state of an engine loop."""
     return self.engine_loop.state
 
   @property
@@ -98,7 +98,7 @@ class ServedModel:
 
   @property
   def origin(self) -> manifest_lib.Provenance:
-    """The origin of the weights that are its own."""
+    """The origin of its weights; of an adapter, only the adapter's own."""
     return self.adapter.manifest if self.adapter else self.manifest
 
   def loaded(self) -> generate.Generator | None:
@@ -113,7 +113,7 @@ class ServedModel:
     return found
 
   def start(self) -> Coroutine | None:
-    """Starts to load it; returns work that goes on, if there is some."""
+    """Starts to load it; returns the rest of the work, if there is any."""
     self.engine_loop.start()
 
   async def unload(self) -> None:
@@ -203,7 +203,7 @@ class ServedModel:
         or a limit is reached; 500 or 503, no request is answered any more.
     """
     requests = self.asked(requests)
-    # A request for an embedding answers with no token.
+    # The answer to a request for an embedding has no token.
     is_text = all(each.pooling is None for each in requests)
     found = [each.observe(self, requests) for each in self.observers if is_text]
     watching = [each for each in found if each]
@@ -217,7 +217,7 @@ class ServedModel:
       self.count(ended.updates)
       for which, update in ended.updates:
         done = update.completion
-        # Of a client that left, nothing is kept.
+        # Observers keep nothing of a client that has left.
         if done and done.finish_reason != 'cancelled':
           for each in watching:
             each(which, update.index, done)
@@ -252,7 +252,7 @@ class Loader(Protocol):
   """Makes the versions that an administrator asks for."""
 
   def is_adapter(self, path: str) -> bool:
-    """Returns whether a path is that of an adapter."""
+    """Returns whether a path is the directory of an adapter."""
     ...
 
   def adapter_asked(
@@ -300,7 +300,7 @@ class Service:
 
   @property
   def model(self) -> ServedModel:
-    """The model of a request that names none: of the first name."""
+    """The model for requests without a model name: the first name's."""
     names = self.versions.names()
     model = self.versions.default(names[0]) if names else None
     if model is None:

@@ -36,7 +36,7 @@ from inference.server.versions import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """The model to serve, and the way to serve it."""
+  """The model to serve, and how to serve it."""
 
   directory: str  # frozen
   name: str  # of the model in requests
@@ -49,7 +49,7 @@ class Options:
   records: str | None = None  # file; None: in memory
   has_receipts: bool = False
   receipts_key: str | None = None  # file of the key that seals receipts
-  is_insecure: bool = False  # may answer everybody, without keys
+  is_insecure: bool = False  # may answer all clients, without keys
 
 
 def serve(options: Options) -> None:
@@ -135,7 +135,7 @@ def _adapter_line(model: served_adapter.ServedAdapter) -> str:
 
 
 def _described(model: service.ServedModel) -> Iterator[str]:
-  """Yields what the manifest of a model says of it."""
+  """Yields the lines about a model from its manifest."""
   manifest = model.manifest
   yield f'serving {model.name!r}, weights {model.digest}'
   yield (
@@ -159,8 +159,8 @@ def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:
   """Returns the seal of receipts, None if they are not sealed.
 
   Raises:
-    ValueError: receipts would not outlive the server, or would lay the prompts
-      of tenants open; or the key has no receipts to seal.
+    ValueError: receipts have no file to be stored in, receipts of tenants would
+      be stored without encryption, or there is a key but no receipts.
   """
   if not options.has_receipts:
     if options.receipts_key is not None:

@@ -1,4 +1,4 @@
-"""What the requests of a server have used and cost, from its records.
+"""The usage and cost of the requests of a server, from its records.
 
     python -m inference.server.usage --records=FILE
 
@@ -109,7 +109,7 @@ def _compared(row: sqlite3.Row) -> str:
   name = f'{row["name"]} ({row["weights_digest"][:16]})'
   trained, used = row['training_flops'], row['flops']
   if not trained:
-    return f'{name}: the manifest does not say what its training has cost'
+    return f'{name}: the manifest does not have the cost of its training'
   share = f'{used:.3g} FLOPs, {used / trained:.2%} of the {trained:.3g} of'
   if row['day'] is None:
     return f'{name}: inference has computed {share} its training'

@@ -4,9 +4,10 @@
     await engine_loop.submit(admitted.requests, admitted.end)
 
 Admission reserves each prompt, and for each of its n completions the most
-tokens that may follow. The engine's counts settle it, whatever ended the
-request: the model, a stop string, a client that left, an error, the end of the
-server. Preempted and computed again, a token is billed once.
+tokens that may follow. The engine's counts settle the reservation when the
+request ends for any reason: the model, a stop string, a client that left, an
+error, the end of the server. A token that is computed again after a preemption
+is billed once.
 """
 
 import asyncio
@@ -53,10 +54,11 @@ class Admission:
     model: str,
     weights_digest: str,
   ) -> 'Admitted':
-    """Reserves what the requests of one HTTP request may use.
+    """Reserves the tokens that the requests of one HTTP request may use.
 
     Raises:
-      ApiError: status 429, a limit of the key; 503, the ledger is not written.
+      ApiError: status 429, a limit of the key is reached; 503, the ledger
+        cannot be written.
     """
     exchange = exchanges.current()
     prompt, completion = _most_tokens(requests)
@@ -98,7 +100,7 @@ class Admission:
       if key.budget is not None and self._prices == Prices():
         _LOG.warning(
           '%s of %s has a budget that never ends, since all prices are 0; give'
-          ' --server.price_prompt and its like',
+          ' --server.price_prompt and the other prices',
           key.id,
           expect.shown(key.name),
         )
@@ -130,7 +132,7 @@ class Admitted:
     """Writes the open row, and waits for it.
 
     Raises:
-      ApiError: status 503, it cannot be written.
+      ApiError: status 503, the row cannot be written.
     """
     try:
       await asyncio.shield(self._entry.open())
@@ -209,7 +211,7 @@ def used_by(
   updates: Sequence[engine_loop_lib.Item],
   prices: Prices,
 ) -> ledger_lib.Used:
-  """Returns what requests have used, by the last updates of their sequences."""
+  """Returns the usage of requests, by the last updates of their sequences."""
   last = sorted(updates, key=lambda item: (item[0], item[1].index))
   prompt = cached = completion = 0
   usages = []

@@ -9,8 +9,8 @@ one is in use. Empty lines, and lines that begin with #, are ignored.
 The file is read again when it changes, or after SIGHUP. If it is then wrong or
 missing, the keys that were read before stay valid, and the log says so.
 
-Keys with limits, and those of administrators, are in the records: see
-`access.keys`. Without any key none is checked, and all requests have the
+Keys with limits, and keys of administrators, are in the records: see
+`access.keys`. A server without any key checks none, and all requests have the
 principal ''.
 """
 
@@ -33,12 +33,13 @@ OPEN_PATHS = '/health', '/ready'
 _LOG = logging.getLogger('uvicorn.error')
 _LOOK_SECONDS = 1.0  # a change of the file counts after at most this time
 
-# Its routes change what is served, so they need an admin key in any case.
+# Routes of administrators change the served models, so they always need an
+# admin key.
 _ADMIN = '/admin'
 
 _NOT_ADMIN = errors.ApiError(
   403,
-  'authorization: got the key of a user, expected that of an admin; make one'
+  'authorization: got the key of a user, expected a key of an admin; make one'
   ' with `python -m inference.server.keys create --role=admin`',
   param=None,
   code='insufficient_permissions',
@@ -60,7 +61,7 @@ class ApiKeys:
     self._principals = tuple(keys.items())
 
   def principal(self, key: str) -> str | None:
-    """Returns the principal of a key, or None; in the same time for any key."""
+    """Returns the principal of a key, or None; takes equal time for any key."""
     digest = keys_lib.digest(key)
     found = None
     for known, name in self._principals:
@@ -86,7 +87,7 @@ class KeysFile:
     return self._keys.principal(key)
 
   def expire(self) -> None:
-    """Has the file read again before the next key is looked up."""
+    """Makes the next look-up read the file again."""
     self._stamp, self._looked = None, -math.inf
 
   def _look(self) -> None:
@@ -140,8 +141,8 @@ def read(path: str | os.PathLike) -> ApiKeys:
 def _text(path: str | os.PathLike) -> str:
   """Returns the content of a file of keys; warns if others can read it.
 
-  An empty path is an unset variable: to serve without keys then would open the
-  server to everybody.
+  An empty path comes from an unset shell variable. It is refused: without keys
+  the server would answer every client.
   """
   fix = 'a file of lines name:key; leave --api_keys out to serve without keys'
   if not os.fspath(path).strip():
@@ -186,7 +187,7 @@ class Authentication:
   """ASGI middleware: sets the state of a request, or answers 401 or 403.
 
   `state.key` is the `keys.Key`, None without keys. `state.principal` is its
-  name. It acts before any part of the body is read.
+  name. The check comes before any part of the body is read.
   """
 
   def __init__(

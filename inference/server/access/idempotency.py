@@ -5,11 +5,11 @@ request, sent again, joins it or gets its answer, byte for byte, with the header
 `idempotency-replayed: true`. The same key of the same principal with another
 body is refused with 409.
 
-Answers with status 200 are kept in memory for a day, or until newer ones need
-the room; they are never written to disk. After that, or after a restart, the
-request is computed again: the ledger knows it by a digest for a day, and bills
-only what it costs more than before. Other answers are not kept, so that an
-error can be tried again.
+Answers with status 200 are kept in memory for a day, or until newer answers
+need the room; they are never written to disk. After that, or after a restart,
+the request is computed again: the ledger knows it by a digest for a day, and
+bills only the amount by which it costs more than before. Other answers are not
+kept, so that a client can try again after an error.
 
 Reference: draft-ietf-httpapi-idempotency-key-header; Stripe's API.
 """
@@ -26,7 +26,7 @@ from inference.server.api import errors
 from inference.server.http import bodies as bodies_lib, exchanges
 from inference.server.records import ledger
 
-_MOST_BYTES = 64 * 2**20  # of answers that are kept
+_MOST_BYTES = 64 * 2**20  # bytes of all answers that are kept
 _MOST_NAME = 255  # characters
 _OVERHEAD = 1024  # bytes of an answer besides its text
 _REPLAYED = (b'idempotency-replayed', b'true')
@@ -57,7 +57,7 @@ class _Answer:
     self._wake()
 
   async def send_to(self, send, *, is_replayed: bool) -> None:
-    """Sends all messages, those of the past and those to come."""
+    """Sends all messages: past ones at once, later ones as they arrive."""
     num = 0
     while num < len(self._messages) or self.ended_at is None:
       if num == len(self._messages):
@@ -104,7 +104,7 @@ class Idempotency:
     await answer.send_to(send, is_replayed=not is_new)
 
   def _answer(self, whose: _Whose, body: bytes, scope) -> tuple[_Answer, bool]:
-    """Returns the answer to a request, and whether it is begun now."""
+    """Returns the answer to a request, and whether this call begins it."""
     digest = hashlib.sha256('\0'.join([*whose, '']).encode() + body).hexdigest()
     self._forget()
     answer = self._running.get(whose) or self._kept.get(whose)
@@ -127,7 +127,7 @@ class Idempotency:
     async def receive():
       if parts:
         return parts.pop()
-      # No client that leaves ends the request: another may ask for it.
+      # A client that leaves does not end the request: another may ask for it.
       return await asyncio.get_running_loop().create_future()
 
     try:
@@ -144,7 +144,7 @@ class Idempotency:
       answer.end()
 
   def _forget(self) -> None:
-    """Drops answers that are old, and the oldest while they are too much."""
+    """Drops answers that are too old, and the oldest beyond `_MOST_BYTES`."""
     least = time.monotonic() - ledger.REMEMBERED_SECONDS
     while self._kept:
       oldest = next(iter(self._kept.values()))

@@ -1,11 +1,12 @@
-"""Keys: who sends a request, and what the sender may have of the server.
+"""Keys: the sender of a request, and the sender's limits.
 
 Keys come from two places: the records, which `python -m inference.server.keys`
-writes, and the file of --api_keys. Of both only SHA-256 digests are held. The
-keys of the records are random and long, so that a plain hash resists guessing.
+writes, and the file of --api_keys. The server holds only their SHA-256 digests.
+The keys of the records are random and long, so that a plain hash resists
+guessing.
 
-The server has keys as soon as one was ever made: after the last one is revoked
-it answers nobody, instead of everybody.
+The server asks for keys as soon as one was ever made: after the last key is
+revoked it refuses all clients, instead of answering all.
 """
 
 import asyncio
@@ -47,18 +48,18 @@ _KEY_BYTES = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-  """What is known of a key; the key itself is kept nowhere.
+  """The record of a key; the text of the key itself is not kept.
 
-  A limit that is None does not exist.
+  None means no limit.
 
   Raises:
     ValueError: a value is out of range.
   """
 
   id: str  # names the key in lists and in the ledger; no secret
-  name: str  # the principal: fairness and cached prompts go by it
+  name: str  # the principal: each has its share and its cached prompts
   is_admin: bool = False  # may use the routes below /admin
-  allows_feedback: bool = False  # what it says of answers may be stored
+  allows_feedback: bool = False  # its ratings of answers may be stored
   requests_per_minute: int | None = None
   tokens_per_minute: int | None = None  # of prompts and completions
   max_concurrent: int | None = None  # requests that are open at once
@@ -89,11 +90,11 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Key))
 
 
 def create(connection: sqlite3.Connection, **fields) -> tuple[Key, str]:
-  """Stores a new key; returns it, and its text, which is kept nowhere.
+  """Stores a new key; returns its record and its text, which is not kept.
 
   Args:
-    connection: of the records, in a transaction.
-    **fields: those of `Key` but the id.
+    connection: connection to the records, in a transaction.
+    **fields: the fields of `Key` except the id.
   """
   key = Key(id=f'key_{secrets.token_hex(6)}', **fields)
   # Scanners for leaked secrets know this prefix.
@@ -177,8 +178,8 @@ class Keyring:
   async def find(self, text: str) -> Key | None:
     """Returns a key, or None; the comparison takes the same time for any."""
     if time.monotonic() >= self._looked + _LOOK_SECONDS:
-      # All that ask now wait for one look: after a quiet hour, none of them may
-      # pass with a key that was revoked in it.
+      # All callers now wait for one look at the records: after a quiet hour, no
+      # caller may pass with a key that was revoked during that hour.
       if self._reading is None:
         self._reading = asyncio.create_task(self._look())
       await asyncio.shield(self._reading)
@@ -215,7 +216,7 @@ def check_exposure(host: str, *, has_keys: bool, is_insecure: bool) -> None:
   """Checks that a server without keys answers only its own machine.
 
   Raises:
-    ValueError: it would answer everybody who reaches the address.
+    ValueError: it would answer every client that reaches the address.
   """
   if has_keys or is_insecure or is_loopback(host):
     return
@@ -234,4 +235,4 @@ def is_loopback(host: str) -> bool:
   try:
     return ipaddress.ip_address(host.strip('[]')).is_loopback
   except ValueError:
-    return False  # another name: where it leads may change
+    return False  # another name: the address behind it may change

@@ -1,9 +1,9 @@
 """Limits of a key: rates as token buckets, requests at once, a budget.
 
-A bucket holds what a minute allows, is full at first, and fills evenly. So the
-wait that a refused client is told is exact: after it, the same request passes,
-unless another one of the same key came between. Buckets are in memory, and full
-again after a restart. What a key has spent is in the ledger.
+A bucket holds the allowance of a minute, is full at first, and fills evenly. So
+the wait in a refusal is exact: after it, the same request passes, unless the
+same key has sent another request meanwhile. Buckets are in memory, and full
+again after a restart. The money that a key has spent is in the ledger.
 
 Reference: the headers x-ratelimit-* and the codes of OpenAI's API.
 """
@@ -16,25 +16,25 @@ from inference.server.records import ledger
 
 
 class Bucket:
-  """What may be taken per minute."""
+  """A token bucket: the requests, or tokens, that a key has left."""
 
   def __init__(self, per_minute: int, now: float):
     self.size = per_minute
     self._left, self._at = float(per_minute), now
 
   def left(self, now: float) -> float:
-    """Returns how much it holds, at a time in seconds."""
+    """Returns the content of the bucket, at a time in seconds."""
     filled = (now - self._at) * self.size / 60
     return min(self._left + filled, float(self.size))
 
   def wait(self, num: int, now: float) -> float:
-    """Returns the seconds until it holds so much; infinity for never."""
+    """Returns the seconds until it holds `num`; infinity: never."""
     if num > self.size:
       return math.inf
     return max((num - self.left(now)) * 60 / self.size, 0.0)
 
   def take(self, num: float, now: float) -> None:
-    """Takes so much out of it; puts it back if negative."""
+    """Takes `num` out of the bucket; a negative number is put back."""
     self._left, self._at = self.left(now) - num, now
 
 
@@ -64,8 +64,8 @@ class Limits:
     """Returns why a request is refused, or None.
 
     Args:
-      tokens: of its prompts, and most of its completions.
-      nanos: most that they can cost.
+      tokens: tokens of the prompts, and the most of the completions.
+      nanos: the most that these tokens can cost.
       now: time in seconds.
     """
     key = self.key
@@ -106,7 +106,7 @@ class Limits:
     )
 
   def take(self, *, tokens: int, nanos: int, now: float) -> None:
-    """Reserves for a request that was not refused."""
+    """Reserves tokens and nanos for a request that was not refused."""
     self.num_open += 1
     self.reserved += nanos
     for kind, num in (('requests', 1), ('tokens', tokens)):
@@ -124,7 +124,7 @@ class Limits:
       bucket.take(-unused_tokens, now)
 
   def release(self, *, tokens: int, reserved: int, now: float) -> None:
-    """Ends a reservation of which nothing was used."""
+    """Ends a reservation without any use."""
     self.settle(reserved=reserved, spent=0, unused_tokens=tokens, now=now)
     if bucket := self._buckets.get('requests'):
       bucket.take(-1, now)

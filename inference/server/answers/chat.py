@@ -8,7 +8,7 @@ as it comes; a whole answer sends the fold. So both say the same.
      'finish_reason': 'stop' | 'length' | 'tool_calls' | 'error'}
 
 `content` is null if there are calls and no text. The fields seed, stop_reason,
-accounting and error of a choice are those of `answers.completions`.
+accounting and error of a choice have the meaning of `answers.completions`.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -235,7 +235,7 @@ class _Choice:
     self._reader, self._writer = asked.reader(), writer
     self._has_short_ids = asked.has_short_ids
     self._call_ids: list[str] = []
-    # What tokens have, by their numbers in events.
+    # Ids and log-probabilities of tokens, by the tokens' numbers in events.
     self._tokens: list[tuple[int, logprobs.TokenLogprobs]] = []
     self.reply = events.Reply()
     self.completion: requests.Completion | None = None

@@ -3,9 +3,9 @@
     {'content': [{'token': ..., 'logprob': ..., 'bytes': [...],
                   'top_logprobs': [{'token': ..., ...}, ...]}, ...]}
 
-`content` has one entry per token of the text that the user reads, in its order:
-none of reasoning, of calls, or of the end. `bytes` joins over the entries to
-the text. A token whose bytes are no whole characters is spelled `bytes:\\xe2`,
+`content` has one entry per token of the text that the user reads, in its order.
+Tokens of reasoning, of calls and of the end have no entry. The `bytes` of all
+entries join to the text. A token of incomplete characters is `bytes:\\xe2`,
 as at OpenAI. A special token is named by its string and has no bytes.
 """
 

@@ -38,7 +38,7 @@ from inference.server.versions import fingerprint
 # Uvicorn shows this logger; under another server it is an ordinary one.
 _LOG = logging.getLogger('uvicorn.error')
 
-# Models, by digest, of which a prompt with special tokens as text was logged.
+# Digests of models for which the warning about special tokens was logged.
 _WARNED: set[str] = set()
 
 Updates = AsyncIterable[tuple[int, requests.Update]]
@@ -343,7 +343,7 @@ def ending(completion: requests.Completion) -> dict[str, Any]:
     'accounting': dataclasses.asdict(completion.usage),
   }
   if completion.finish_reason == 'error':
-    fields['error'] = f'{failure(completion)}; the text is that before'
+    fields['error'] = f'{failure(completion)}; the text ends before that'
   return fields
 
 

@@ -1,4 +1,4 @@
-"""A conversation in OpenAI's words becomes a prompt; updates become events.
+"""From a conversation in OpenAI's shape to a prompt; from updates to events.
 
     asked = conversations.ask(generator, messages, tools=tools)
     request = generator.request(asked.ids, asked.settings(chosen))
@@ -10,8 +10,8 @@ text or None as its content. Special tokens in them are text, see
 `text.chat_inputs`. Templates differ, so that the messages are fitted to them
 (`text/replies/fitting.py`).
 
-A template that would leave out a message or the tools makes an error, since a
-client would not notice.
+If the template would leave out a message or the tools, the request is refused:
+a client would not notice the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,17 @@ from text.replies import detection, events, fitting, formats, markers, parser
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """A prompt, and what its answers may have."""
+  """A prompt, and the rules for its answers."""
 
   generator: generate.Generator
   ids: tuple[int, ...]
   style: parser.Style
-  tools: formats.Tools  # that may be called
+  tools: formats.Tools  # the tools that may be called
   is_reasoning: bool  # the answer begins inside of reasoning
   is_single: bool  # only the first call counts
 
   def settings(self, chosen: dict[str, Any]) -> settings_lib.Settings:
-    """Returns the settings of an answer, with what ends a turn.
+    """Returns the settings of an answer, with the stops that end a turn.
 
     Raises:
       SettingError: a value is out of range.
@@ -54,11 +54,11 @@ class Asked:
     """Returns the language of a whole answer; None: any text.
 
     Args:
-      language: of an answer without calls; None: any text.
-      use: of the tools.
+      language: language of an answer without calls; None: any text.
+      use: how the answer may use the tools.
 
     Raises:
-      ApiError: status 400, the model writes calls that no grammar can hold.
+      ApiError: status 400, no grammar can describe the calls of the model.
     """
     if self.tools and (use.is_held or language):
       language = self._with_calls(language, use)
@@ -158,19 +158,19 @@ def ask(
   """Returns the prompt of a conversation.
 
   Args:
-    generator: will answer.
-    messages: of the conversation, oldest first.
+    generator: the generator that will answer.
+    messages: messages of the conversation, oldest first.
     tools: in OpenAI's shape; empty: nothing in the answer is a call.
     is_single: whether only the first call of an answer counts.
-    variables: of the template.
+    variables: variables of the template.
     add_generation_prompt: whether the prompt ends with the start of an answer.
     continue_final_message: whether the answer continues the last message.
-    reply_format: of the answers, see `text.replies.detection`.
+    reply_format: format of the answers, see `text.replies.detection`.
     param: the field of the request that has the messages, for errors.
 
   Raises:
     ApiError: status 400, the template cannot show the conversation to the
-      model, or it does not fit.
+      model, or the conversation does not fit into the context.
   """
   style = chat_prompts.style_of(generator, reply_format)
   _check_shown(messages, tools, style, param)
@@ -220,7 +220,7 @@ def _check_shown(
   style: detection.TemplateStyle,
   param: str,
 ) -> None:
-  """Refuses what the template would leave out without an error."""
+  """Refuses messages and tools that the template would leave out silently."""
   if tools and not style.has_tools:
     raise errors.ApiError(
       400,

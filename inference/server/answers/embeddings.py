@@ -3,11 +3,11 @@
 The final hidden states of the input's tokens, which the model would turn into
 logits, are pooled and then scaled to length 1, so that a scalar product is a
 cosine. With fewer `dimensions` the first ones are kept and scaled again, as
-OpenAI does. A model that was not trained for that loses more by it.
+OpenAI does. A model that was not trained for that loses more accuracy.
 
 The inputs are sequences of the engine's running batch, as prompts are. They
-have their principal's share of it, and neither chunks nor company change a
-vector. No token is sampled after them.
+have their principal's share of the batch, and neither chunks nor other
+requests change a vector. No token is sampled after them.
 """
 
 import base64
@@ -30,7 +30,7 @@ _LOG = logging.getLogger('uvicorn.error')
 _MOST_TOGETHER = 64
 # Numbers of an answer, by format: 20 bytes each as text, 5.3 in base64.
 _MOST_NUMBERS = {'float': 2**21, 'base64': 2**23}
-# The engine needs a token after a prompt. It takes this one unsampled.
+# The engine needs a token after a prompt. It takes this id without sampling.
 _UNREAD = settings_lib.Settings(temperature=0.0, max_tokens=1)
 
 Submit = Callable[

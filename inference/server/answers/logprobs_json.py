@@ -121,8 +121,9 @@ def prompt_places(
 ) -> list[int] | None:
   """Returns where each token of a text prompt begins in the text.
 
-  None if the tokens decode to the text: then `LogprobsWriter` counts. Else the
-  tokenizer has changed the text, as to lower case, and has to say itself.
+  None if the tokens decode to the text: then `LogprobsWriter` counts
+  characters. Otherwise the tokenizer has changed the text, for example to lower
+  case, and the tokenizer itself gives the places.
 
   Args:
     tokenizer: of the model.
@@ -137,7 +138,7 @@ def prompt_places(
 
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:
-  """Returns the entries of one text after those of another."""
+  """Returns the entries of several texts, joined in order."""
   return {name: [x for part in parts for x in part[name]] for name in _NAMES}
 
 
@@ -146,6 +147,6 @@ def _id_name(token_id: int) -> str:
 
 
 def spelled(value: float) -> float:
-  """Returns a log-probability that JSON has."""
+  """Returns a log-probability that JSON can represent."""
   # NaN stays NaN: the answer then fails, since JSON has no NaN.
   return _LOWEST if value < _LOWEST else value

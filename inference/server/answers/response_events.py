@@ -6,7 +6,7 @@
     yield from writer.end('stop', usage)
 
 A response is a list of items: reasoning, messages, calls of functions. One item
-is open at a time; what belongs to another one closes it. The answer without a
+is open at a time; a piece of another item closes it. The answer without a
 stream is `writer.response` at the end, so that it is the sum of the events.
 """
 

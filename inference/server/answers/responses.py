@@ -1,8 +1,8 @@
 """The answer to a request of /v1/responses.
 
 The items of the conversation become the messages of a chat, and the events of
-the chat's answer become those of a response. The answer without a stream is the
-sum of the same events.
+the chat's answer become the events of a response. The answer without a stream
+is the sum of the same events.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
@@ -86,7 +86,7 @@ class Answer:
       if body.has_logprobs
       else None
     )
-    # What tokens have, by their numbers in events.
+    # Ids and log-probabilities of tokens, by the tokens' numbers in events.
     self._tokens: list[tuple[int, logprobs_lib.TokenLogprobs]] = []
     self._reasoning_tokens: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""The tokenizer over HTTP, in vLLM's shapes, as lm-eval's remote mode asks it.
+"""The tokenizer over HTTP, in vLLM's shapes, for lm-eval's remote mode.
 
     GET  /tokenizer_info   strings of the special tokens, and the chat template
     POST /tokenize         {'prompt': text} to {'tokens': ids}
@@ -89,7 +89,7 @@ def _special_tokens(
       name: (f'<|{name}|>', token_id)
       for name, token_id in zip(_NAMES, ids, strict=True)
     }
-  # An end that only generation_config.json names is one, too.
+  # An EOS that only generation_config.json names is listed, too.
   texts = {i: text for text, i in tokenizer.special_tokens.items()}
   named = {'eos_token': texts.get(tokenizer.eos_id, ''), **tokenizer.names}
   return {

@@ -56,7 +56,7 @@ class Bodies:
   async def worked(
     self, request: fastapi.Request, work: Callable[[bytes], _Result]
   ) -> _Result:
-    """Returns what `work` makes, in a thread, of the body of a request.
+    """Returns the result of `work` on the body of a request, in a thread.
 
     Raises:
       ApiError: the body is too large, does not arrive in time, or finds no
@@ -75,16 +75,17 @@ class Bodies:
   async def in_thread(
     self, work: Callable[..., _Result], *args: Any, size: int
   ) -> _Result:
-    """Returns what `work` makes of `args`; `size` is that of the text."""
+    """Returns the result of `work(*args)`; `size` is the length of the text."""
     loop, run = asyncio.get_running_loop(), _in_exchange(work, *args)
     if size <= _LONG:
       return await loop.run_in_executor(self._short, run)
     return await loop.run_in_executor(self._long, self._paced, run)
 
   async def compiled(self, work: Callable[[], _Result]) -> _Result:
-    """Returns what `work` makes, in a thread that compiles grammars.
+    """Returns the result of `work`, in a thread that compiles grammars.
 
-    Some take a second: requests without a grammar do not wait for them.
+    Some grammars take a second: requests without a grammar do not wait for
+    them.
     """
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(self._grammars, _in_exchange(work))
@@ -102,7 +103,7 @@ class Bodies:
       lane.shutdown(wait=False, cancel_futures=True)
 
   def _paced(self, work: Callable[[], _Result]) -> _Result:
-    """Does long work, after a pause that the work before has earned.
+    """Does long work, after a pause for the work before.
 
     A parser holds Python's lock from its first byte to its last. Without pauses
     a few clients with long bodies would hold it most of the time.
@@ -118,7 +119,7 @@ class Bodies:
   async def _read(
     self, request: fastapi.Request, held: contextlib.AsyncExitStack
   ) -> bytes:
-    """Returns the body; `held` keeps its place among the long ones."""
+    """Returns the body; `held` keeps its place among the long bodies."""
     most = self._config.max_body_bytes
     _check_length(request, most)
     body = bytearray()
@@ -158,7 +159,7 @@ class Bodies:
 def _in_exchange(
   work: Callable[..., _Result], *args: Any
 ) -> Callable[[], _Result]:
-  """Returns work that sees, in a thread, the exchange that it is for."""
+  """Returns the work with its exchange set, for a call in a thread."""
   context = contextvars.copy_context()
   return lambda: context.run(work, *args)
 
@@ -186,7 +187,7 @@ def _check_length(request: fastapi.Request, most: int) -> None:
 def _too_large(most: int) -> errors.ApiError:
   return errors.ApiError(
     413,
-    f'body: got more than {most} bytes, expected at most as many; send several'
+    f'body: got more than {most} bytes, expected at most {most}; send several'
     ' requests, or start the server with a larger --server.max_body_bytes',
     param=None,
     code='body_too_large',

@@ -1,7 +1,7 @@
 """Draining: after a signal to stop, open requests finish and others get 503.
 
-The server listens until the open requests have finished: a client that comes
-in this time is told to try again, where a closed port would look like a crash.
+The server listens until the open requests have finished. A client that comes in
+this time gets 503 and tries again; a closed port would look like a crash.
 """
 
 from inference.server.access import api_keys
@@ -28,7 +28,7 @@ class Refusals:
       return
     if self._draining.is_on:
       response = errors.stopping().response()
-      # Else a client that asks again and again would keep the server open.
+      # Otherwise a client that asks again and again would keep the server open.
       response.headers['connection'] = 'close'
       await response(scope, receive, send)
       return

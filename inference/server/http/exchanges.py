@@ -3,10 +3,10 @@
     exchange = exchanges.current()
     exchange.at_end(model.release)
 
-A context variable: work for a request starts in many places, and none of them
-may forget who pays. Middleware, a route, the threads of `http.bodies` and the
-tasks of a route all see the same exchange. It ends when the last byte of its
-answer is made, or when its client has left.
+It is a context variable, because work for a request starts in many places, and
+each must know the sender. Middleware, a route, the threads of `http.bodies` and
+the tasks of a route all see the same exchange. It ends when the last byte of
+its answer is made, or when its client has left.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import uuid
 from inference.server.access import keys
 
 CONVERSATION = b'x-conversation-id'
-_MOST_CHARACTERS = 256  # of a conversation's id that count
+_MOST_CHARACTERS = 256  # of a conversation's id; further ones are not read
 
 _current: contextvars.ContextVar['Exchange'] = contextvars.ContextVar(
   'exchange'
@@ -36,16 +36,16 @@ class Exchange:
     # Digest of principal, Idempotency-Key and body; '' without that header.
     self.idempotency = ''
     self.answer_headers: dict[bytes, bytes] = {}
-    # Of the key's limits now: no answer that is kept, to be sent again, has
-    # them.
+    # Headers of the key's limits now. They are not part of an answer that is
+    # kept to be sent again.
     self.limit_headers: dict[str, str] = {}
-    self.shadows: list[Any] = []  # models that get a copy of what is submitted
+    self.shadows: list[Any] = []  # models that get a copy of the requests
     self._at_end: list[Callable[[], object]] = []
     self._is_over = False
     self._lock = threading.Lock()
 
   def at_end(self, call: Callable[[], object]) -> None:
-    """Has a function called at the end; now, if the exchange is over.
+    """Registers a call for the end; calls it now if the exchange is over.
 
     A thread may still work for a client that has left.
     """
@@ -64,12 +64,12 @@ class Exchange:
 
   @property
   def request_id(self) -> str:
-    """Its id, as the header `x-request-id` tells the client."""
+    """Its id, the value of the header `x-request-id`."""
     return self._state['request_id']
 
   @property
   def principal(self) -> str:
-    """The sender, whom the client cannot choose; '' without keys."""
+    """The sender, known by its key and not by the body; '' without keys."""
     return self._state.get('principal', '')
 
   @property
@@ -79,7 +79,7 @@ class Exchange:
 
   @property
   def conversation(self) -> str:
-    """The conversation that the client says it belongs to, or ''."""
+    """The conversation that the client names, or ''."""
     for name, value in self._headers:
       if name == CONVERSATION:
         return value.decode('latin-1')[:_MOST_CHARACTERS]
@@ -100,7 +100,7 @@ def current() -> Exchange:
 
 
 def begin(exchange: Exchange) -> None:
-  """Makes it the exchange of this task, and of the tasks that it starts."""
+  """Sets the exchange of this task, and of the tasks that it starts."""
   _current.set(exchange)
 
 

@@ -2,8 +2,8 @@
 
 After a signal to stop, open requests have `drain_seconds` to finish; new ones
 are answered 503, see `draining`. Then streams end with an error event and
-[DONE], and other requests are answered 503. uvicorn would cancel the tasks in
-place of that: half answers, 500s, tracebacks.
+[DONE], and other requests are answered 503. uvicorn alone would cancel the
+tasks: half answers, 500s, tracebacks.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import uvicorn
 from inference.server import server_config
 from inference.server.http import draining as draining_lib, protocol
 
-# For the last events to reach clients that read. Others are cut off.
+# Time in which the last events may reach clients; slower clients are cut off.
 _FLUSH_SECONDS = 2.0
 _TICK_SECONDS = 0.05
 _MOST_ACCEPTED = 32  # connections, in one turn of the event loop
@@ -46,7 +46,7 @@ class Listener(uvicorn.Server):
       config: the limits.
       end_requests: ends all open requests with an error; called after the
         drain.
-      draining: of the app; None: the port is closed at once.
+      draining: draining state of the app; None: the port is closed at once.
       **options: of `uvicorn.Config`, such as host and port.
     """
     super().__init__(

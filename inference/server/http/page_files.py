@@ -43,7 +43,7 @@ _HEADERS = {
   'cross-origin-opener-policy': 'same-origin',
   'cross-origin-resource-policy': 'same-origin',
   # A browser asks again each time, and gets 304 unless the file has changed:
-  # after an update of the server no old script meets a new page.
+  # after an update of the server, an old script is never mixed with a new page.
   'cache-control': 'no-cache',
 }
 

@@ -1,10 +1,10 @@
-"""HTTP/1.1 connections that no client can hold for longer than it may.
+"""HTTP/1.1 connections with time limits, which no client can exceed.
 
 `make_protocol` adds to uvicorn's h11 protocol the limits that it lacks: the
-time for the head of a request, for the rest of a body that nobody reads, and
+time for the head of a request, for the rest of a body after its answer, and
 for a client to read its answer; and a number of connections that leaves room
-for probes. `Framing` refuses a request whose end two readers could see at
-different places (request smuggling, RFC 9112 section 6.3).
+for probes. `Framing` refuses a request if two readers could disagree about its
+end (request smuggling, RFC 9112 section 6.3).
 """
 
 import asyncio
@@ -26,18 +26,19 @@ from inference.server.api import errors
 
 # Connections beyond the limit, so that a probe is answered at the limit too.
 _NUM_SPARE = 32
-_REPLACED_SHARE = 64  # one of so many connections is replaced at once
+_REPLACED_SHARE = 64  # one in 64 connections is replaced at once
 # A client that reads less than this in `write_seconds` is not reading.
 _LEAST_READ = 4096
 _MOST_HEAD = 16 * 1024  # bytes; h11 takes 5 ms for 64 KiB of short headers
-# A chunk takes h11 25 us, however short. Beyond some, chunks must be longer.
+# h11 takes 25 us for a chunk of any length. After this many short chunks, the
+# average chunk must have at least `_CHUNK_BYTES`.
 _SHORT_CHUNKS = 256
 _CHUNK_BYTES = 64
 _TURN_CHUNKS = 16  # in one turn of the event loop
 # Bytes of answers that clients have not read, of all connections.
 _MOST_UNREAD = 64 * 2**20
 _LINGER_SECONDS = 2.0
-# Between two reads of bytes that are dropped: 30 MB/s of all connections.
+# Pause between two reads of dropped bytes: 30 MB/s over all connections.
 _DRAIN_SECONDS = 0.002
 
 _UNCLEAR = errors.ApiError(
@@ -63,7 +64,7 @@ def make_protocol(config: server_config.ServerConfig) -> Any:
 
 
 class _Drain:
-  """Reads what clients send behind their answer, one connection at a time.
+  """Reads bytes that clients send after their answer, one connection at a time.
 
   The event loop waits for Python's lock at each read, and reads 32 times per
   turn from a client that sends fast: the others would wait.
@@ -93,7 +94,7 @@ class _Drain:
 
 
 class _Connection(h11.Connection):
-  """Counts chunks: those of one byte would take 25 s of CPU per MiB."""
+  """Counts chunks: chunks of one byte would take 25 s of CPU per MiB."""
 
   def __init__(self):
     super().__init__(h11.SERVER, _MOST_HEAD)
@@ -130,9 +131,9 @@ class _Connection(h11.Connection):
 class _Protocol(h11_impl.H11Protocol):
   """One connection.
 
-  Two timers run, each only while the client has to do something: `_reading`
-  until a head is there, or the rest of a body that nobody reads; `_writing`
-  until the client has taken what was written.
+  Two timers run, each only while the client has to act: `_reading` until a head
+  has arrived, or the rest of a body whose request is answered; `_writing` until
+  the client has read the bytes that were written.
   """
 
   def __init__(
@@ -169,7 +170,7 @@ class _Protocol(h11_impl.H11Protocol):
     """Takes a connection, in place of an idle one if there are too many."""
     self._lingering = _Lingering(transport, self._linger)
     super().connection_made(self._lingering)  # pyright: ignore[reportArgumentType]
-    # Whatever the kernel does not take at once starts the timer of writing.
+    # Bytes that the kernel does not take at once start the timer of writing.
     transport.set_write_buffer_limits(high=0)
     most = self._limits.max_connections
     if len(self.connections) > most:
@@ -181,7 +182,7 @@ class _Protocol(h11_impl.H11Protocol):
     self._expect_head()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    """Stops the timers, and frees what the connection holds."""
+    """Stops the timers, and frees the buffers of the connection."""
     self._lingering.detach()
     self._stop_reading()
     super().connection_lost(exc)  # its `resume_writing` stops the other timer
@@ -303,7 +304,7 @@ class _Protocol(h11_impl.H11Protocol):
   def _replace_waiting(self) -> None:
     """Closes the connections that have waited longest without a request.
 
-    Several at once: to find them takes longer than to close them.
+    It closes several at once: finding them takes longer than closing them.
     """
     waiting = [
       each
@@ -317,10 +318,11 @@ class _Protocol(h11_impl.H11Protocol):
       oldest.abort()
 
   def _free_unread(self) -> None:
-    """Closes the connections that have not read for longest, if all hold much.
+    """Closes the connections that have not read for longest, to free memory.
 
-    A thousand clients that ask for long answers and read none would otherwise
-    hold gigabytes until `write_seconds` have passed.
+    It acts when unread answers exceed `_MOST_UNREAD` bytes. A thousand clients
+    that ask for long answers and read none would otherwise hold gigabytes until
+    `write_seconds` have passed.
     """
     writing = sorted(
       (each for each in self.connections if isinstance(each, _Protocol)),
@@ -442,7 +444,7 @@ def _closing(error: errors.ApiError) -> responses.Response:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-  """Cuts what a client has sent out of a line of the access log."""
+  """Shortens the text of a client in a line of the access log."""
   if isinstance(record.args, tuple):
     record.args = tuple(
       errors.printable(each) if isinstance(each, str) else each

@@ -34,12 +34,12 @@ class EventStream(responses.StreamingResponse):
     *,
     ping_seconds: float,
   ):
-    """Takes what to send.
+    """Takes the events to send.
 
     Args:
-      events: of the stream.
-      updates: from which they are made.
-      ping_seconds: after so long without an event, a comment is sent.
+      events: events of the stream.
+      updates: the updates that the events are made from.
+      ping_seconds: after this time without an event, a comment is sent.
     """
     super().__init__(events)
     self._updates, self._ping_seconds = updates, ping_seconds
@@ -108,7 +108,7 @@ async def unless_disconnected(
 async def _until_left(
   receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, _Result]
 ) -> _Result | None:
-  """Returns what `work` returns; cancels it if the client disconnects."""
+  """Returns the result of `work`; cancels it if the client disconnects."""
 
   async def left():
     # The body of the request has been read: the next message is a disconnect.
@@ -131,7 +131,7 @@ def written(body: dict[str, Any], *, piece: int = _PIECE) -> responses.Response:
   """Returns a body as JSON; other threads run while a long list is written.
 
   Args:
-    body: to write.
+    body: the body to write.
     piece: entries of a list that are written at once.
   """
   parts = []

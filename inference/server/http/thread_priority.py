@@ -1,4 +1,4 @@
-"""The priority of threads beside the event loop's.
+"""Lower priority for threads other than the event loop's.
 
 The event loop has little to do for each client, and all clients wait for it.
 Text work, the engine and XLA can keep every core busy, and the event loop would
@@ -16,6 +16,6 @@ _NICE = 4
 
 def lower() -> None:
   """Lowers the priority of this thread, and of threads that it will start."""
-  if sys.platform == 'linux':  # elsewhere priorities are those of processes
+  if sys.platform == 'linux':  # elsewhere only processes have priorities
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice + _NICE)

@@ -1,12 +1,12 @@
-"""The comparison of a receipt with what the weights say, computed alone.
+"""The comparison of a receipt with the cache-free forward of the same weights.
 
 The cache-free forward gives the logits before each token of the answer. They
 give the log-probability of the recorded token, and with the settings and the
 seed of the receipt the token that the sampler takes there. So each token is
-judged by itself: a difference does not hide those after it.
+judged by itself: a difference does not hide the differences after it.
 
-A verdict is one of three. EQUAL: every token and every bit. ROUNDING: what
-differs is explained by the order of sums. INFERENCE: it is not.
+There are three verdicts. EQUAL: every token and every bit are equal. ROUNDING:
+the order of sums explains the differences. INFERENCE: it does not.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Token(NamedTuple):
   replayed: int  # id that the sampler takes
   recorded_logprob: float  # of the recorded token
   replayed_logprob: float
-  # Whether the sampler takes the recorded token if its logit is raised by what
-  # rounding may do to the difference of two logits.
+  # Whether the sampler takes the recorded token if its logit is raised by the
+  # largest error that rounding may cause in the difference of two logits.
   is_near: bool
 
   @property
@@ -61,7 +61,7 @@ class Comparison:
 
   @property
   def first_different(self) -> Token | None:
-    """The first token of which any bit differs."""
+    """The first token with any different bit."""
     return next(
       (
         each
@@ -73,7 +73,7 @@ class Comparison:
 
   @property
   def first_wrong(self) -> Token | None:
-    """The first token of which more differs than rounding explains."""
+    """The first token that differs by more than rounding explains."""
     return next((each for each in self.tokens if self.is_wrong(each)), None)
 
   @property
@@ -82,7 +82,7 @@ class Comparison:
     return max(self.tokens, key=lambda each: each.difference)
 
   def is_wrong(self, token: Token) -> bool:
-    """Returns whether more of a token differs than rounding explains."""
+    """Returns whether a token differs by more than rounding explains."""
     return token.difference > self.tolerance or not token.is_near
 
 
@@ -95,10 +95,10 @@ def compare(
   """Returns the comparison of a receipt.
 
   Args:
-    receipt: of an answer with at least one token.
-    forward: of the model with the weights of the receipt.
-    tokenizer: of the model.
-    tolerance: of a log-probability, in nats.
+    receipt: receipt of an answer with at least one token.
+    forward: cache-free forward of the weights of the receipt.
+    tokenizer: tokenizer of the model.
+    tolerance: tolerance of a log-probability, in nats.
   """
   num_prompt = len(receipt.prompt_ids)
   ids = receipt.prompt_ids + receipt.token_ids
@@ -166,7 +166,7 @@ def _allowed_1W(
 
 @functools.partial(jax.jit, donate_argnames=('seen_1V',))
 def _next(logits_1V, settings, seen_1V, token, position, tolerance, allowed_1W):
-  """Returns the counts with a token, and what is found at its position."""
+  """Returns the counts with a token, and the comparison at its position."""
   tokens_1 = jnp.full((1,), token, jnp.int32)
   positions_1 = jnp.full((1,), position, jnp.int32)
   found = logprobs_lib.logprobs(logits_1V, tokens_1, jnp.zeros_like(tokens_1))

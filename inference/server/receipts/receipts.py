@@ -1,4 +1,4 @@
-"""Receipts: what a replay needs of an answer, in the records of the server.
+"""Receipts: the data that a replay of an answer needs, in the server's records.
 
 A receipt is of one sequence: the ids of its prompt, its settings and seed, the
 ids that it answered with their log-probabilities, and the version. The id of a
@@ -46,7 +46,7 @@ _DIGITS = re.compile(r'(?:\w+[-_])?([0-9a-f]{32})')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Receipt:
-  """What a replay needs of one sequence."""
+  """The data that a replay of one sequence needs."""
 
   format: int = FORMAT
   request_id: str
@@ -133,7 +133,7 @@ def find(
     seal: opens sealed receipts.
 
   Raises:
-    ValueError: they are sealed and there is no seal, or it is another one.
+    ValueError: the receipts are sealed and there is no seal, or another seal.
   """
   rows = connection.execute(
     'SELECT body, is_sealed FROM receipts WHERE request = ? ORDER BY choice',
@@ -162,7 +162,7 @@ class Recorder:
     model: service.ServedModel,
     requests: Sequence[requests_lib.Request],
   ) -> service.OnFinished | None:
-    """Returns what writes the receipts of the sequences of requests."""
+    """Returns the function that writes a receipt of each finished sequence."""
     exchange, generator = exchanges.current(), model.generator()
     if exchange.principal and self._seal is None:
       return None  # a key was made while the server ran

@@ -52,11 +52,12 @@ def read(path: str | os.PathLike, *, flag: str) -> Seal:
   """Returns the seal of a key file.
 
   Args:
-    path: of the file.
-    flag: that gave it, for errors.
+    path: path of the file.
+    flag: the flag that gave the path, for errors.
 
   Raises:
-    ValueError: it holds no key, or other users of the machine can read it.
+    ValueError: the file holds no key, or other users of the machine can read
+      it.
     FileNotFoundError: there is no file.
     ModuleNotFoundError: the library is missing.
   """

@@ -76,7 +76,7 @@ class Database:
     work: Callable[..., _Result],
     *args: Any,
   ) -> _Result:
-    """Returns what `work(connection, *args)` returns, once it is on disk.
+    """Returns the result of `work(connection, *args)`, once it is on disk.
 
     Cancelling the caller does not undo the work.
     """
@@ -95,7 +95,7 @@ class Database:
     return done
 
   async def erase(self) -> None:
-    """Removes from the disk what works before this have deleted.
+    """Removes from the disk the rows that earlier works have deleted.
 
     A deleted row is overwritten in the file, but its copy stays in the log
     until the log is cut.

@@ -1,9 +1,8 @@
-"""Feedback: what clients said of answers, with conversations that they sent.
+"""Feedback: ratings of answers by clients, with the conversations they sent.
 
-Nothing else of prompts or outputs is stored, so a row holds the conversation
-that its client chose to send. There is one row per answer and principal: a
-later one replaces it. A row belongs to a principal, who may delete it, also
-after the key that sent it was replaced.
+A row holds only the conversation that its client chose to send. There is one
+row per answer and principal: later feedback replaces it. A row belongs to a
+principal, who may delete it even after the key that sent it was replaced.
 
 A deleted row is overwritten in the file. The write-ahead log may hold it until
 the next checkpoint, at the latest when the server stops.
@@ -39,7 +38,7 @@ MOST_ROWS = 10_000  # of a principal
 
 
 class Full(Exception):
-  """A principal has as many rows as it may have."""
+  """A principal has the largest number of rows that it may have."""
 
 
 class NotTheirs(Exception):
@@ -52,10 +51,10 @@ def add(
   """Stores feedback in place of any earlier one on the same answer.
 
   Args:
-    connection: of the records, in a transaction.
-    principal: who sends it.
+    connection: connection to the records, in a transaction.
+    principal: the sender.
     key_id: the key that it was sent with, '' without keys.
-    **said: the other columns but id and time; messages is a list.
+    **said: the other columns except id and time; messages is a list.
 
   Returns:
     The id, and the time in seconds since 1970.

@@ -1,4 +1,4 @@
-"""The ledger: a row for each request that the engine took, and what it cost.
+"""The ledger: a row for each request that the engine took, with its cost.
 
     entry = ledger.reserve(about, reserved)      # admission
     entry.open()                                 # the engine has taken it
@@ -7,17 +7,17 @@
 
 An entry is a state machine: reserved, then open, then settled; or released,
 without a row. Every other step is a bug, and raises. A row is written twice: as
-open, which nobody waits for, and as settled. Both writes go through one thread
-in their order, and share commits with those of other requests.
+open, without waiting, and as settled. Both writes go through one thread in
+order, and share commits with the writes of other requests.
 
 A process that is killed leaves open rows. The next start settles them as
 `orphaned` without tokens or price: the counts have died with the engine, and no
 client got the end of its answer. A lock keeps a second server off the file,
 whose open requests would look like orphans.
 
-Rows have counts and times; nothing of prompts or outputs. An Idempotency-Key
-leaves a digest of itself with the body: requests with equal digests cost
-together what the dearest of them costs.
+Rows have counts and times, and no text of prompts or outputs. For a request
+with an Idempotency-Key, a row has a digest of the key and the body: requests
+with equal digests cost together as much as the most expensive of them.
 """
 
 import asyncio
@@ -79,7 +79,8 @@ CREATE TABLE IF NOT EXISTS models (
 );
 """
 
-# Outcomes. FINISHED: the engine made all of the answer, read or not.
+# Outcomes. FINISHED: the engine made the whole answer; the client may not have
+# read it.
 FINISHED, CANCELLED, ERROR, STOPPED, ORPHANED = OUTCOMES = (
   'finished',
   'cancelled',
@@ -87,14 +88,14 @@ FINISHED, CANCELLED, ERROR, STOPPED, ORPHANED = OUTCOMES = (
   'stopped',
   'orphaned',
 )
-REMEMBERED_SECONDS = 24 * 3600  # after which an Idempotency-Key is a new one
+REMEMBERED_SECONDS = 24 * 3600  # later, the same Idempotency-Key counts as new
 
 _LOG = logging.getLogger('uvicorn.error')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-  """What is known of a request at its admission."""
+  """The facts about a request at its admission."""
 
   request_id: str
   idempotency: str  # digest, or ''
@@ -102,16 +103,16 @@ class About:
   principal: str
   model: str
   weights_digest: str
-  reserved_tokens: int  # prompts, and most of the completions
+  reserved_tokens: int  # prompts, and the most of the completions
   reserved_nanos: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Used:
-  """What a request has used, by the counts of the engine."""
+  """The usage of a request, by the counts of the engine."""
 
   prompt_tokens: int = 0  # each prompt once, however many completions it has
-  cached_tokens: int = 0  # part of these
+  cached_tokens: int = 0  # part of the prompt tokens
   completion_tokens: int = 0
   rejected_tokens: int = 0
   prefill_tokens: int = 0
@@ -143,7 +144,7 @@ class Entry:
     return self._ledger.write(_insert, self._head)
 
   def settle(self, used: Used, outcome: str) -> asyncio.Future[int]:
-    """Writes what was used; the result is the price in nanos, once durable."""
+    """Writes the usage; the result is the price in nanos, once durable."""
     self._step('settled', before=('reserved', 'open'))
     row = {
       **self._head,
@@ -156,7 +157,7 @@ class Entry:
     return written
 
   def release(self) -> None:
-    """Ends a reservation of which nothing was used."""
+    """Ends a reservation without any use."""
     self._step('released', before=('reserved',))
     self._ledger.metrics.open.dec()
 
@@ -170,7 +171,7 @@ class Entry:
 
 
 class Metrics:
-  """What the ledger tells Prometheus."""
+  """The metrics of the ledger, for Prometheus."""
 
   def __init__(self):
     self.registry = prometheus_client.CollectorRegistry()
@@ -198,7 +199,7 @@ class Metrics:
     )
 
   def text(self) -> bytes:
-    """Returns all of it in the text format of Prometheus."""
+    """Returns all metrics in the text format of Prometheus."""
     return prometheus_client.generate_latest(self.registry)
 
 
@@ -206,7 +207,7 @@ class Ledger:
   """The ledger of one server; belongs to one event loop."""
 
   def __init__(self, records: database.Database):
-    """Takes the lock, and settles what a killed process has left open.
+    """Takes the lock, and settles rows that a killed process has left open.
 
     Args:
       records: opened with `TABLES`.
@@ -244,11 +245,11 @@ class Ledger:
   def note_model(
     self, name: str, digest: str, origin: manifest_lib.Provenance
   ) -> None:
-    """Keeps what training a model has cost, to compare its use with."""
+    """Keeps the cost of training a model, to compare the cost of its use."""
     self._records.submit(_insert_model, name, digest, origin)
 
   def write(self, work, row: dict[str, Any]) -> asyncio.Future[Any]:
-    """Runs a work; the failure of one that nobody awaits is logged."""
+    """Runs a work; its failure is logged, since callers may not await it."""
     written = asyncio.wrap_future(self._records.submit(work, row))
     written.add_done_callback(self._check)
     return written

@@ -1,11 +1,11 @@
-"""Stored responses: the input and output of requests that asked for it.
+"""Stored responses: input and output of requests that asked to be stored.
 
 A response belongs to the principal that made it; for any other it does not
-exist. It is kept for a number of days, and a principal's oldest ones make room
-for new ones beyond a number of bytes. What is deleted is overwritten on disk.
+exist. It is kept for a number of days. Beyond a number of bytes, a principal's
+oldest responses make room for new ones. Deleted rows are overwritten on disk.
 
-A response that continues another one keeps its own items only: those before it
-are found through it, so that what is deleted is not kept elsewhere.
+A response that continues another one keeps its own items only. The items before
+it stay in the earlier responses, so that a deleted item is not kept elsewhere.
 """
 
 import asyncio
@@ -81,8 +81,8 @@ class Store:
 
     Args:
       records: opened with `TABLES`.
-      days: that a response is kept; 0: none is.
-      most_bytes: of one principal's responses.
+      days: days that a response is kept; 0: no response is kept.
+      most_bytes: the most bytes of one principal's responses.
     """
     self._records, self._days, self._most = records, days, most_bytes
 
@@ -97,9 +97,9 @@ class Store:
     """Keeps a finished response; durable on return.
 
     Args:
-      principal: that it belongs to.
-      response_id: its id.
-      row: in JSON.
+      principal: owner of the response.
+      response_id: id of the response.
+      row: the response in JSON.
       previous: id of the response that it continues.
     """
     fields = response_id, principal, time.time(), previous, *row, row.size
@@ -124,7 +124,7 @@ class Store:
 
     Raises:
       Missing: the principal has no such response, or one before it is deleted.
-      TooLong: together they have more bytes.
+      TooLong: together they have more bytes than `most_bytes`.
     """
     return await self._records.run(
       _read, principal, response_id, self._oldest, most_bytes
@@ -176,7 +176,7 @@ def _put(
   connection.execute('DELETE FROM responses WHERE created < ?', (oldest,))
   _, principal, *_, size = fields
   connection.execute(
-    # The newest ones that fit beside the new one stay.
+    # The newest responses that fit beside the new one stay.
     """DELETE FROM responses WHERE id IN (
       SELECT id FROM (
         SELECT id, SUM(size) OVER (ORDER BY created DESC, id) AS total

@@ -6,12 +6,12 @@
     GET    /admin/models/{NAME@DIGEST}
     DELETE /admin/models/{NAME@DIGEST}     drains a version, then unloads it
     GET    /admin/traffic                  weights and shadows of each name
-    POST   /admin/traffic                  sets those of one name
+    POST   /admin/traffic                  sets weights and shadows of one name
 
 A version loads beside the others, in a thread of its own, and gets no traffic
 until it is given a weight. Only the first version of a new name answers it as
-soon as it is ready. To roll back is to set the weights as they were. All of
-them need the key of an admin, see `access.api_keys`.
+soon as it is ready. To roll back, set the earlier weights again. All these
+routes need the key of an admin, see `access.api_keys`.
 """
 
 from collections.abc import Mapping
@@ -59,8 +59,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
       return loader.load_asked(body.path, body.name, kv_memory=body.kv_memory)
 
     model = await service.bodies.worked(request, prepared)
-    # Both on the event loop: of two that were asked for at once, the second
-    # counts the memory of the first.
+    # The check and the start are one step of the event loop: if two versions
+    # are asked for at once, the second one counts the memory of the first.
     if loader is not None:
       loader.check_memory(model, pending=_pending(service))
     versions.load(model)
@@ -149,8 +149,8 @@ def _traffic(
   """Returns the traffic that a body asks for, checked.
 
   Raises:
-    ApiError: status 404, a version does not exist; 409, none that would answer
-      is ready; 400, a shadow cannot read the tokens of the others.
+    ApiError: status 404, a version does not exist; 409, no version with a
+      weight is ready; 400, a shadow has another tokenizer than the others.
   """
 
   def found(values: Mapping[str, float]):
@@ -178,8 +178,8 @@ def _traffic(
   if shadows and len(tokenizers) > 1:
     raise errors.invalid(
       'shadows',
-      'got a version with another tokenizer than those it copies, expected the'
-      ' same: a copy has the same token ids',
+      'got a version with another tokenizer than the versions it copies,'
+      ' expected the same: a copy has the same token ids',
     )
   return traffic_lib.Traffic(
     weights={model.digest: weight for model, weight in weights.items()},
@@ -189,7 +189,7 @@ def _traffic(
 
 
 def _pending(service: service_lib.Service) -> int:
-  """Returns the bytes that versions which load now will take."""
+  """Returns the bytes that loading versions will take."""
   return sum(
     each.memory.total
     for each in service.versions.all()

@@ -1,8 +1,8 @@
 """POST and DELETE /v1/feedback: ratings of answers, stored where it is allowed.
 
-A key allows its feedback to be stored, or does not. Without keys, the setting
---server.feedback does. Deletion is always allowed. The log has the id and the
-thumb, and nothing of the conversation.
+The record of a key says whether its feedback may be stored; on a server without
+keys, --server.feedback says so. Deletion is always allowed. The log has the id
+and the thumb, and no text of the conversation.
 """
 
 import logging

@@ -49,7 +49,7 @@ _Made = TypeVar('_Made')
 async def compiled(
   service: service_lib.Service, made: _Made | functools.partial[_Made]
 ) -> _Made:
-  """Returns an answer; one that is not made yet compiles a grammar."""
+  """Returns an answer; if it is not made yet, its grammar is compiled first."""
   if not isinstance(made, functools.partial):
     return made
   return await service.bodies.compiled(made)

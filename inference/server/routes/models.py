@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{name}: what is served, with its lineage.
+"""GET /v1/models and /v1/models/{name}: served models with their lineage.
 
 A name is listed with the lineage of the version that answers most requests. If
 a name has several versions, each is listed as NAME@DIGEST, too.

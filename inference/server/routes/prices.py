@@ -1,4 +1,4 @@
-"""GET /v1/prices: what tokens cost, for clients that tell their users."""
+"""GET /v1/prices: prices of tokens, for clients that show them to users."""
 
 import fastapi
 

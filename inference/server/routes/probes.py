@@ -10,7 +10,7 @@ from inference.server import (
 from inference.server.versions import about, metrics as metrics_lib
 
 _METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
-# Of a name, the state of its best version counts.
+# The state of a name is the state of its best version.
 _BEST_FIRST = (
   engine_loop_lib.READY,
   engine_loop_lib.LOADING,
@@ -23,7 +23,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   """Adds the routes."""
 
   def state() -> str:
-    """Returns the state of the name that is worst off."""
+    """Returns the worst state of any name."""
     states = service.versions.states().values()
     return max(
       (min(each, key=_BEST_FIRST.index) for each in states),

@@ -1,8 +1,8 @@
 """POST /v1/responses, and GET and DELETE of the responses that are stored.
 
-A response is stored because its client asked for it: `store` is true where a
-request does not say, as at OpenAI, so that its clients can continue a response
-by its id. With --server.store_days=0 nothing is stored.
+A response is stored if its client asks for it. The default of `store` is true,
+as at OpenAI, so that clients can continue a response by its id. With
+--server.store_days=0 nothing is stored.
 """
 
 from collections.abc import AsyncGenerator
@@ -201,7 +201,7 @@ async def _whole(
 
 @contextlib.contextmanager
 def _found(param: str):
-  """Turns a response that is missing, or too long to go on, into an error."""
+  """Turns a missing response, or one too long to continue, into an error."""
   try:
     yield
   except store_lib.Missing as error:
@@ -223,7 +223,7 @@ def _found(param: str):
 def _check_query(
   request: fastapi.Request, names: tuple[str, ...]
 ) -> dict[str, str]:
-  """Returns the query parameters; refuses others than these."""
+  """Returns the query parameters; refuses unknown and repeated ones."""
   query = request.query_params
   for name in query:
     if name not in names or len(query.getlist(name)) > 1:

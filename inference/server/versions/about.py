@@ -1,4 +1,4 @@
-"""The version of this program, and of what it runs on."""
+"""The versions of this program, its libraries and its device."""
 
 import functools
 import importlib.metadata

@@ -67,8 +67,9 @@ class Auditor:
     """Starts without a thread.
 
     Args:
-      share: of the requests, 0 to 1.
-      threshold: the alarm, in nats; 0: what rounding explains in the dtype.
+      share: share of the requests to audit, 0 to 1.
+      threshold: the difference that raises an alarm, in nats; 0: the tolerance
+        of the dtype, see `full_forward.tolerance`.
       engines: returns the engines that must be idle.
     """
     self._share, self._threshold, self.engines = share, threshold, engines
@@ -97,7 +98,7 @@ class Auditor:
     model: service.ServedModel,
     requests: Sequence[requests_lib.Request],
   ) -> service.OnFinished | None:
-    """Returns what keeps the finished sequences, for a share of requests."""
+    """Returns the function that keeps finished sequences, for a share."""
     if self._random.random() >= self._share:
       return None
     request_id = exchanges.current().request_id
@@ -201,7 +202,7 @@ class Auditor:
 
 
 def _tolerance(model: service.ServedModel) -> float:
-  """Returns what rounding explains of the answers of a model."""
+  """Returns the tolerance of a model's log-probabilities, in nats."""
   engine = model.generator().engine
   return full_forward.tolerance(
     model.manifest.dtype,
@@ -211,7 +212,7 @@ def _tolerance(model: service.ServedModel) -> float:
 
 
 class Metrics:
-  """What the audit has found since the start."""
+  """The results of the audit since the start."""
 
   def __init__(self):
     self.registry = prometheus_client.CollectorRegistry()

@@ -7,10 +7,11 @@
     numerics     attention path, dtypes of computation and cache, fast or
                  invariant, versions of jax and jaxlib, device, XLA_FLAGS
 
-Two answers with one fingerprint are of one function of (prompt, settings,
+Two answers with one fingerprint come from one function of (prompt, settings,
 seed). With `--engine.numerics=invariant` they are equal bit for bit; otherwise
-the company of a request changes last bits, which the fingerprint does not
-cover. The first 16 digits are those of the weights; the others, of all parts.
+other requests in the batch change last bits, which the fingerprint does not
+cover. The first 16 digits are of the weights' digest; the others cover all
+parts.
 """
 
 from typing import Any
@@ -44,7 +45,7 @@ def digests(
   }
   of_adapter = {}
   if adapter is not None:
-    # What it has not, it has from its base.
+    # An adapter takes missing parts from its base.
     if adapter.chat_template:
       template = adapter.manifest.files[file_names.CHAT_TEMPLATE]
       of_tokenizer[file_names.CHAT_TEMPLATE] = template
@@ -62,7 +63,7 @@ def digests(
 
 
 def numerics(generator: generate.Generator) -> dict[str, Any]:
-  """Returns what the digest of the numerics is made of."""
+  """Returns the values that the digest of the numerics covers."""
   engine = generator.engine
   found = {
     'dtype': generator.frozen.manifest.dtype,

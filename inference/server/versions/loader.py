@@ -1,9 +1,9 @@
 """The loader: from a frozen directory to a version that can be started.
 
-The model of the command line and those of POST /admin/models are loaded by the
-same code, with the same layout of the engine. A path that arrives over HTTP
-must lie below `--server.models_root`, links followed: who may load models shall
-not be able to read, or find out about, the rest of the disk.
+The model of the command line and the models of POST /admin/models are loaded by
+the same code, with the same layout of the engine. A path that arrives over HTTP
+must lie below `--server.models_root`, after links are resolved: a client that
+may load models must not read, or learn about, the rest of the disk.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Loader:
     *,
     models_root: str = '',
   ):
-    """Takes what all models have in common.
+    """Takes the values that all models have in common.
 
     Args:
       config: the layout of every engine.
@@ -60,9 +60,9 @@ class Loader:
     """Returns a model that loads once its engine loop is started.
 
     Args:
-      directory: frozen.
-      name: of the model in requests.
-      config: the layout of its engine; None: that of every engine.
+      directory: the frozen directory.
+      name: name of the model in requests.
+      config: the layout of its engine; None: the layout of every engine.
       **events: callbacks of the engine loop.
 
     Raises:
@@ -95,9 +95,9 @@ class Loader:
     Its memory is not checked yet, see `check_memory`.
 
     Args:
-      path: of the frozen directory, below `models_root`.
-      name: of the model in requests.
-      kv_memory: of its KV cache; None: as all engines.
+      path: path of the frozen directory, below `models_root`.
+      name: name of the model in requests.
+      kv_memory: memory of its KV cache; None: as in all engines.
 
     Raises:
       ApiError: status 403, no model may be loaded; 404, there is none; 400, it
@@ -117,11 +117,11 @@ class Loader:
     return model
 
   def check_memory(self, model: service.ServedModel, *, pending: int) -> None:
-    """Refuses a model that does not fit beside those which load now.
+    """Refuses a model that does not fit beside the models that load now.
 
     Args:
-      model: of `load_asked` or `adapter_asked`.
-      pending: bytes that versions which load now will take.
+      model: a model from `load_asked` or `adapter_asked`.
+      pending: bytes that the versions that load now will take.
 
     Raises:
       ApiError: status 400, it does not fit.
@@ -134,7 +134,7 @@ class Loader:
       raise _refused(400, error, None, 'cannot_load') from error
 
   def is_adapter(self, path: str) -> bool:
-    """Returns whether a path that was asked for is that of an adapter.
+    """Returns whether a requested path is the directory of an adapter.
 
     Raises:
       ApiError: status 403 or 400, no such path may be asked for.
@@ -152,10 +152,10 @@ class Loader:
     """Returns an adapter that was asked for over HTTP, after all checks.
 
     Args:
-      path: of its directory, below `models_root`.
-      name: of the adapter in requests.
-      base: NAME@DIGEST of the version beside which it is loaded; None: the one
-        with the weights that it was trained on.
+      path: path of its directory, below `models_root`.
+      name: name of the adapter in requests.
+      base: NAME@DIGEST of the version beside which it is loaded; None: the
+        version with the weights that it was trained on.
       models: all versions.
 
     Raises:
@@ -248,5 +248,5 @@ def _keep_objects() -> None:
   """
   gc.collect()
   gc.freeze()
-  # Requests in progress are walked as well, 80 ms for 256: once a minute then.
+  # It also walks requests in progress, 80 ms for 256: once a minute is enough.
   gc.set_threshold(700, 10, 100)

@@ -1,7 +1,7 @@
 """The memory plan of a version: known before its weights are read.
 
 It counts the arrays that an engine allocates when it starts, and the logits of
-its largest step. A margin is for the rest: activations, programs, the runtime.
+its largest step. A margin covers the rest: activations, programs, the runtime.
 """
 
 import dataclasses

@@ -6,11 +6,11 @@ NAME goes to one of the versions of that name, as their traffic says; a request
 to NAME@DIGEST (at least 8 hex digits) goes to that version always.
 
 A request keeps its version to its end: `find` holds the version until the
-exchange ends, and `unload` waits for all that hold it. New requests do not find
-a version that drains. So no request is lost when traffic moves.
+exchange ends, and `unload` waits for all holders. New requests do not find a
+version that drains. So no request is lost when traffic moves.
 
-An adapter is another kind of version, see `served_adapter`: its identity is
-that of its weights with those of its base, and its engine is the engine of the
+An adapter is another kind of version, see `served_adapter`: its digest covers
+its own weights and the weights of its base, and its engine is the engine of the
 base. The base stays while adapters need it.
 """
 
@@ -44,12 +44,12 @@ class Versions:
     admission: admission_lib.Admission,
     observers: Sequence[service.Observer] = (),
   ):
-    """Takes models under different names; each answers all of its name.
+    """Takes models of different names; each gets all requests to its name.
 
     Args:
-      models: the first ones.
+      models: the first versions.
       admission: admits and bills the requests of all versions.
-      observers: of all versions.
+      observers: observers of all versions.
     """
     self._admission, self._observers = admission, observers
     self._lock = threading.Lock()
@@ -149,7 +149,7 @@ class Versions:
       return self._heaviest(name)
 
   def version(self, version: str) -> service.ServedModel:
-    """Returns the version of an identity, whatever its state.
+    """Returns the version of an identity, in any state.
 
     Raises:
       ApiError: status 404, there is none.
@@ -218,7 +218,7 @@ class Versions:
         'move the traffic first, with POST /admin/traffic',
       )
     model.is_draining = True
-    if model.base is not None:  # from now on nobody finds it by its name
+    if model.base is not None:  # from now on no request finds it by its name
       with self._lock:
         left = _without(self._traffic[model.name], model.digest)
         self._traffic[model.name] = left
@@ -247,7 +247,7 @@ class Versions:
   ) -> None:
     """Gives a version the traffic of its name, if the name has none."""
     if loading is not None:
-      await loading  # nobody sees it ready before it has traffic
+      await loading  # no client sees it ready before it has traffic
     while model.state == engine_loop_lib.LOADING:
       await asyncio.sleep(_TICK_SECONDS)
     with self._lock:
@@ -293,7 +293,7 @@ class Versions:
     weights = {d: w for d, w in traffic.weights.items() if d in able}
     digest = traffic_lib.choose(weights, key)
     if digest is None:
-      return self._heaviest(name)  # it says in which state it is
+      return self._heaviest(name)  # its error tells the client its state
     exchange.shadows = [
       able[each]
       for each in traffic_lib.copies(traffic.shadows, key)

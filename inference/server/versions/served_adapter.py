@@ -33,11 +33,11 @@ class ServedAdapter(service.ServedModel):
     adapter: frozen_adapters.Adapter,
     base: service.ServedModel,
   ):
-    """Describes it; it is loaded once its base is.
+    """Describes the adapter; it is loaded once its base is.
 
     Args:
-      name: of the adapter in requests.
-      adapter: of the base.
+      name: name of the adapter in requests.
+      adapter: an adapter of the base.
       base: the version whose engine computes it.
     """
     super().__init__(
@@ -61,7 +61,7 @@ class ServedAdapter(service.ServedModel):
 
   @property
   def failure(self) -> Exception | None:
-    """The error that ended it, or its base."""
+    """The error that ended the adapter or its base."""
     return self._failure or self.base.failure
 
   def loaded(self) -> generate.Generator | None:
@@ -148,7 +148,7 @@ class ServedAdapter(service.ServedModel):
 
 
 class _Metrics:
-  """What the requests to an adapter have used; parts of the engine's sums."""
+  """The usage of the requests to an adapter; parts of the engine's sums."""
 
   def __init__(self):
     self.registry = prometheus_client.CollectorRegistry()

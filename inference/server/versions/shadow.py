@@ -2,7 +2,7 @@
 
 A copy runs on the version's own engine, behind all its other requests, and a
 client never waits for it: a copy that finds no place is dropped. Its cost is
-counted here and charged to nobody.
+counted here and not billed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shadow:
   def take(self, requests: Sequence[requests_lib.Request]) -> None:
     """Answers copies of requests, and discards the answers."""
     copies = [
-      # `room` and grammar are those of another engine.
+      # `room` and grammar belong to another engine.
       dataclasses.replace(each, priority=_LAST, room=None, grammar=None)
       for each in self._model.asked(requests)
     ]

@@ -1,12 +1,12 @@
-"""The traffic of a name: which version answers a request, which get a copy.
+"""The traffic of a name: the version that answers, and versions with a copy.
 
     version = traffic.choose(weights, key)
 
 The choice is a function of the key alone, so that it can be explained later:
-the key is the id of the request, or what sticks together. It is weighted
-rendezvous hashing: each version draws a number from the key, and the smallest
-number, divided by the weight, wins. A changed weight moves no other requests
-than the ones that leave or enter that version.
+the key is the id of the request, its conversation or its principal. The method
+is weighted rendezvous hashing: each version draws a number from the key, and
+the smallest number, divided by the weight, wins. A changed weight moves only
+requests that leave or enter that version.
 
 Reference: Schindelhauer and Schomaker, "Weighted Distributed Hash Tables",
 SPAA 2005, section 4 (the logarithmic method).
@@ -20,7 +20,7 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-  """The versions that requests to a name go to, by weights digest."""
+  """The versions that answer requests to a name, by weights digest."""
 
   weights: Mapping[str, float]  # relative; a version without one gets none
   # Share of the requests that a version gets a copy of, 0 to 1. Its answer to
@@ -62,7 +62,7 @@ def copies(shadows: Mapping[str, float], key: str) -> list[str]:
   return [
     version
     for version, share in shadows.items()
-    # Other digits than those of `choose`: the copies are a fair sample.
+    # Another hash than in `choose`, so the copies are a fair sample.
     if _uniform(f'shadow\0{version}', key) <= share
   ]
 

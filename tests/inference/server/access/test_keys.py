@@ -49,7 +49,7 @@ def test_a_key_is_shown_once_and_stored_as_a_digest(tmp_path):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (('create',), '--name: got none, expected whom'),
+    (('create',), '--name: got none, expected the name of the owner'),
     (('create', '--name= '), "name: got ' ', expected printable text"),
     (('create', '--name=a', '--budget=-1'), 'budget: got -1.0, expected'),
     (('create', '--name=a', '--weight=0'), 'weight: got 0.0, expected'),
@@ -217,7 +217,7 @@ def test_admin_routes_need_an_admin_key_in_any_case(generator, records):
     assert statuses(served.url, admin) == {200, 404}  # some do not exist
     error = _ask(served.url, user, '/admin/models').json()['error']
     assert error['code'] == 'insufficient_permissions'
-    assert 'expected that of an admin' in error['message']
+    assert 'expected a key of an admin' in error['message']
 
 
 @pytest.mark.parametrize('is_public', [False, True])

@@ -447,7 +447,7 @@ def test_the_report_sums_and_finds_the_day_that_passed_training(
   assert ['alice', 'alice', '3', '3,000', '0', '21'] in [w[:6] for w in words]
   assert ['2026-01-02', '1', '1,000', '0', '7'] in [w[:5] for w in words]
   assert 'inference passed training on 2026-01-04' in text
-  assert 'open (d2): the manifest does not say' in text
+  assert 'open (d2): the manifest does not have the cost' in text
   assert '1 requests are open' in text
 
 
