@@ -20,6 +20,19 @@ SEEDS = flags.DEFINE_integer(
 STEPS = flags.DEFINE_integer(
   'steps', 0, "Steps of each run; 0: the study's own number.", lower_bound=0
 )
+# Of studies of compute at test time, which share their samples.
+QUESTIONS_PER_LEVEL = flags.DEFINE_integer(
+  'questions_per_level',
+  100,
+  'Held-out questions of each level of difficulty.',
+  lower_bound=4,
+)
+SAMPLES_PER_QUESTION = flags.DEFINE_integer(
+  'samples_per_question',
+  64,
+  'Answers that each model draws to each question.',
+  lower_bound=2,
+)
 
 
 def required_workdir() -> str:

@@ -1,0 +1,214 @@
+"""Pools of samples: many answers to each question, drawn once per model.
+
+    pool = draw(directory, problems, num_samples=64)
+
+Strategies that only choose among independent samples are evaluated from a pool
+without sampling again (`studies/think/estimates.py`). A pool keeps of each
+answer its value, whether it is right, its tokens, and the scores of verifiers
+that do not know the right answer.
+"""
+
+from collections.abc import Hashable, Sequence
+import dataclasses
+import io
+import os
+import pathlib
+import re
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from data.problems import problem as problem_lib
+from evals import ports
+from inference import generate, model_port
+from inference.engine import engine_config
+from inference.search import budget
+from inference.search.routing import features
+from models import model_config
+from storage import atomic
+from text.replies import answers
+
+_ENGINE = engine_config.EngineConfig(
+  max_sequences=64, decode_shapes=(64,), max_chunks=4, max_mixed_chunks=4
+)
+_TOGETHER = 20  # questions of one call
+# Scores of a sample: exp of the mean log-probability of its tokens, exp of that
+# of the least likely token, and the share of its lines that are right sums.
+SCORES = 'likelihood', 'weakest token', 'steps'
+_STEP = re.compile(r'(\d)\+(\d)\+(\d)=(\d+)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+  """Samples of one model: Q questions, N samples of each, C scores."""
+
+  ids: np.ndarray  # of the questions, [Q]
+  levels_Q: np.ndarray
+  codes_QN: np.ndarray  # equal answers have equal numbers; -1: none
+  is_right_QN: np.ndarray
+  tokens_QN: np.ndarray
+  scores_CQN: np.ndarray  # by `SCORES`, from 0 to 1
+  prompt_flops_Q: np.ndarray
+  answer_flops_QN: np.ndarray
+  last_QF: np.ndarray  # features of the prefill, hidden state of the last token
+  mean_QF: np.ndarray  # those with the mean of the hidden states
+
+  @property
+  def flops_QN(self) -> np.ndarray:
+    """FLOPs of each sample on its own, its prompt included."""
+    return self.prompt_flops_Q[:, None] + self.answer_flops_QN
+
+  def take(self, which: np.ndarray) -> Self:
+    """Returns the pool of some questions, by places or a mask."""
+    found = {}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      is_score = field.name == 'scores_CQN'
+      found[field.name] = value[:, which] if is_score else value[which]
+    return dataclasses.replace(self, **found)
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes all arrays into one file."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **vars(self))
+    atomic.write_bytes(pathlib.Path(path), file.getvalue())
+
+
+def load(path: str | os.PathLike) -> Pool:
+  """Returns the pool of a file.
+
+  Raises:
+    ValueError: the file is no pool.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return Pool(**file)
+  except (TypeError, ValueError, EOFError) as error:
+    raise ValueError(
+      f'{os.fspath(path)}: got no pool of samples ({error}), expected one;'
+      ' remove it, and the study draws it again'
+    ) from None
+
+
+def draw(
+  directory: pathlib.Path,
+  problems: Sequence[problem_lib.Problem],
+  *,
+  num_samples: int,
+  max_tokens: int,
+  temperature: float = 1.0,
+  seed: int = 0,
+) -> Pool:
+  """Returns the samples of a frozen model."""
+  generator = generate.load(directory, _ENGINE)
+  model = model_port.evaluated(generator)
+  assert model.encode_chat is not None
+  prompts = [
+    model.encode_chat([{'role': 'user', 'content': each.question}])
+    for each in problems
+  ]
+  sample = model.required_sample_fn()
+  drawn = []
+  for start in range(0, len(prompts), _TOGETHER):
+    settings = ports.SampleSettings(
+      max_tokens=max_tokens,
+      temperature=temperature,
+      seed=seed * len(prompts) + start,
+    )
+    drawn += sample(prompts[start : start + _TOGETHER], settings, num_samples)
+  pool = of_completions(problems, prompts, drawn, generator.engine.model_config)
+  last_QF, mean_QF = (
+    features.of_prompts(generator.engine, prompts, pooling=pooling)
+    for pooling in ('last', 'mean')
+  )
+  return dataclasses.replace(pool, last_QF=last_QF, mean_QF=mean_QF)
+
+
+def of_completions(
+  problems: Sequence[problem_lib.Problem],
+  prompts: Sequence[ports.Ids],
+  drawn: Sequence[Sequence[ports.Completion]],
+  config: model_config.ModelConfig,
+) -> Pool:
+  """Returns the pool of completions; it has no features."""
+  costs = budget.Costs(config)
+  rows = [
+    [_read(problem, each) for each in completions]
+    for problem, completions in zip(problems, drawn, strict=True)
+  ]
+
+  def flops(prompt: ports.Ids, completion: ports.Completion) -> float:
+    # The prompt's last token is the answer's first prediction.
+    whole = costs.sample_flops(len(prompt), len(completion.all_ids))
+    return whole - costs.flops(0, len(prompt), 1)
+
+  scores_QNC = np.array([[each.scores for each in row] for row in rows])
+  nothing = np.zeros((len(problems), 0))
+  return Pool(
+    ids=np.array([each.id for each in problems]),
+    levels_Q=np.array([each.level for each in problems]),
+    codes_QN=np.array([_codes([each.value for each in row]) for row in rows]),
+    is_right_QN=np.array([[each.is_right for each in row] for row in rows]),
+    tokens_QN=np.array(
+      [[len(each.all_ids) for each in completions] for completions in drawn]
+    ),
+    scores_CQN=np.moveaxis(scores_QNC, -1, 0),
+    prompt_flops_Q=np.array(
+      [costs.flops(0, len(prompt), 1) for prompt in prompts]
+    ),
+    answer_flops_QN=np.array(
+      [
+        [flops(prompt, each) for each in completions]
+        for prompt, completions in zip(prompts, drawn, strict=True)
+      ]
+    ),
+    last_QF=nothing,
+    mean_QF=nothing,
+  )
+
+
+class _Read(NamedTuple):
+  value: Hashable  # None: no answer
+  is_right: bool
+  scores: tuple[float, ...]  # by `SCORES`
+
+
+def _read(problem: problem_lib.Problem, completion: ports.Completion) -> _Read:
+  given = answers.given(completion.text, is_strict=True)
+  value = answers.value(given) if given else None
+  is_right = answers.is_right(problem.answer, completion.text, strict=True)
+  logprobs = completion.logprobs
+  assert logprobs is not None
+  likelihoods = [float(np.exp(x)) for x in (logprobs.mean(), logprobs.min())]
+  return _Read(value, is_right, (*likelihoods, steps_score(completion.text)))
+
+
+def _codes(values: Sequence[Hashable]) -> list[int]:
+  """Returns a number of each value, equal for equals; -1 for None."""
+  found: dict[Hashable, int] = {}
+  return [
+    -1 if value is None else found.setdefault(value, len(found))
+    for value in values
+  ]
+
+
+def steps_score(text: str) -> float:
+  """Returns the share of the lines of a sum that follow from each other.
+
+  A program as a verifier of steps, which does not know the question: a line
+  a+b+c=d must be a right sum, its carry c that of the line before, and the last
+  line the number that the columns spell. Copied digits may still be wrong.
+  """
+  *lines, last = text.strip().splitlines() or ['']
+  num_right, carry, total = 0, 0, 0
+  for place, line in enumerate(lines):
+    match = _STEP.fullmatch(line.strip())
+    if match is None:
+      continue
+    first, second, third, result = map(int, match.groups())
+    num_right += first + second + third == result and third == carry
+    carry = result // 10
+    total += result % 10 * 10**place
+  total += carry * 10 ** len(lines)
+  num_right += last.strip() == f'{answers.MARK} {total}'
+  return num_right / (len(lines) + 1)
