@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from models.attention import cached, dense
-from models.layers import cross_entropy
+from models.layers import cross_entropy, table
 from models.linear import plain
 from models.linear.stored import product as stored_product
 from models.moe import dispatch
@@ -34,8 +34,12 @@ AttendCached = Callable[..., jax.Array]
 WeightedNll = Callable[..., cross_entropy.LossSums]
 # (x[..., I], w_IO, bias_O | None, dtype) -> y[..., O]
 Linear = Callable[..., Any]
+# (table, ids_BT) -> rows_BTD
+LookUp = Callable[..., jax.Array]
 # (hidden[..., D], head_VD, dtype) -> float32 logits[..., V]
 Unembed = Callable[..., jax.Array]
+# (logits[..., V], spare_ids) -> logits without these ids
+Masked = Callable[..., jax.Array]
 # (function, x[..., I]) -> function(x), for a function of each row [I] by
 # itself.
 ByRow = Callable[..., Any]
@@ -69,8 +73,13 @@ class Execution:
   attend_cached: AttendCached = cached.attend
   weighted_nll: WeightedNll = cross_entropy.chunked_nll
   linear: Linear = plain.linear
+  # Of the products whose results are added to the stream, `out` and `down`:
+  # devices may each hold some of their inputs. None: as `linear`.
+  joined: Linear | None = None
   exact_linear: Linear = plain.exact_linear  # of routers
+  look_up: LookUp = table.look_up  # of the embedding
   unembed: Unembed = plain.unembed
+  masked: Masked = cross_entropy.masked
   # Of kernels and tables in fewer bits.
   stored: stored_product.Computed = stored_product.in_blocks
   by_row: ByRow = at_once  # for sums within a row: norms and routing

@@ -162,7 +162,7 @@ class Transformer(nn.Module):
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape
       )
-    x_BTD = table_lib.look_up(self.embed.embedding, tokens_BT)
+    x_BTD = self.execution.look_up(self.embed.embedding, tokens_BT)
     x_BTD = nn.with_logical_constraint(x_BTD, axes.STREAM)
     if config.embed_multiplier != 1:
       x_BTD = x_BTD * config.embed_multiplier
@@ -309,7 +309,7 @@ class Transformer(nn.Module):
       hidden, self._head_table(), self.dtype, self.execution
     )
     logits = cross_entropy.capped(logits, self.config.logit_softcap)
-    return cross_entropy.masked(logits, self.config.spare_ids)
+    return self.execution.masked(logits, self.config.spare_ids)
 
   def _check_length(self, tokens_BT, cache) -> None:
     # A lookup past the table would be clamped, without an error.

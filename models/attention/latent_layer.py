@@ -152,12 +152,13 @@ class LatentAttention(nn.Module):
   def _linear(self, name, width, use_bias=False, std=None):
     config = self.config
     std = mup.hidden_std(config) if std is None else std
+    joined = self.execution.joined if name == 'out' else None
     return mlp.Linear(
       width,
       self.dtype,
       use_bias,
       std,
-      self.execution.linear,
+      joined or self.execution.linear,
       self.execution.stored,
       name=name,
     )

@@ -67,7 +67,7 @@ class Attention(nn.Module):
       self.dtype,
       config.use_bias or config.out_bias,
       mlp.residual_std(config),
-      self.execution.linear,
+      self.execution.joined or self.execution.linear,
       self.execution.stored,
       name='out',
     )(out_BTHC.reshape((*out_BTHC.shape[:2], -1)))

@@ -99,13 +99,13 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     config = self.config
 
-    def linear(width: int, std: float, name: str) -> Linear:
+    def linear(width: int, std: float, name: str, product=None) -> Linear:
       return Linear(
         width,
         self.dtype,
         config.use_bias or config.mlp_bias,
         std,
-        self.execution.linear,
+        product or self.execution.linear,
         self.execution.stored,
         name=name,
       )
@@ -118,9 +118,10 @@ class Mlp(nn.Module):
     if self.execution.recomputes_activation:
       hidden = jax.checkpoint(hidden)
     hidden_BTF = hidden(*inputs)
-    return linear(x_BTD.shape[-1], residual_std(config), 'down')(
-      hidden_BTF.astype(jnp.dtype(self.dtype))
+    down = linear(
+      x_BTD.shape[-1], residual_std(config), 'down', self.execution.joined
     )
+    return down(hidden_BTF.astype(jnp.dtype(self.dtype)))
 
 
 def dropout_of(module: nn.Module, rate: float) -> nn.Dropout:
