@@ -40,6 +40,7 @@ from inference.sampling import (
   penalties,
   sampler as sampler_lib,
   settings as settings_lib,
+  vocabulary,
 )
 from models import (
   execution as execution_lib,
@@ -288,7 +289,7 @@ def sample(
     logits_RV, sampler, slots.seen_BV, positions_R, slots_B=slots_R
   )
   found = logprobs_lib.logprobs(scored_RV, tokens_R, wanted_R)
-  is_finite_R = jnp.all(jnp.isfinite(logits_RV), axis=-1)
+  is_finite_R = vocabulary.here().all(jnp.isfinite(logits_RV))
   is_end_R = sampler_lib.is_end(tokens_R, sampler, positions_R)
   slots = slots._replace(
     # An id that can be embedded, also after logits that are not finite.

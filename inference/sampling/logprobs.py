@@ -6,7 +6,8 @@ distribution that a token was drawn from is
 `inference.sampling.sampler.filtered_logits`: training on samples asks for that
 (`Request.scores_drawn`).
 
-The logprobs of a row depend on that row alone, to the bit: see `row_sum`.
+The logprobs of a row depend on that row alone, to the bit: see
+`vocabulary.row_sum`.
 """
 
 from typing import NamedTuple
@@ -14,12 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from inference.sampling import settings
-
-# Number of neighbouring pieces that `row_sum` adds at a time, and their size.
-_PARTS = 16, 64
-# `row_sum` pads a row unless its length is a multiple of this.
-ROW_UNIT = _PARTS[0] * _PARTS[1]
+from inference.sampling import settings, vocabulary
 
 
 class Logprobs(NamedTuple):
@@ -56,23 +52,20 @@ def logprobs(
       the token only, -1 gives none.
     max_alternatives: static, K, the largest number of alternatives.
   """
-  batch_size, num_tokens = logits_BV.shape
-  num_found = min(max_alternatives, num_tokens)
+  batch_size, ids = logits_BV.shape[0], vocabulary.here()
+  num_found = min(max_alternatives, ids.size(logits_BV))
 
   def search(logits_BV):
-    values_BK, ids_BK = jax.lax.top_k(logits_BV, num_found)
-    return values_BK, ids_BK.astype(jnp.int32)
+    return ids.top(logits_BV, num_found)
 
   def no_search(_):
     shape = batch_size, num_found
     return jnp.zeros(shape), jnp.full(shape, -1, jnp.int32)
 
   def measured(logits_BV):
-    max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    log_sum_B1 = jnp.log(row_sum(jnp.exp(logits_BV - max_B1)))[:, None]
-    chosen_B1 = jnp.take_along_axis(
-      logits_BV, tokens_B[:, None], axis=-1, mode='clip'
-    )
+    max_B1 = ids.max(logits_BV)
+    log_sum_B1 = jnp.log(ids.sum(jnp.exp(logits_BV - max_B1)))[:, None]
+    chosen_B1 = ids.take(logits_BV, tokens_B)
     values_BK, ids_BK = jax.lax.cond(
       jnp.any(num_logprobs_B > 0), search, no_search, logits_BV
     )
@@ -115,29 +108,3 @@ def of_row(
     tuple(found.ids_BK[row][:num_logprobs].tolist()),
     tuple(found.values_BK[row][:num_logprobs].tolist()),
   )
-
-
-def row_sum(values_BV: jax.Array) -> jax.Array:
-  """Sums each row in an order that depends on its length only.
-
-  The order of the compiler's sum also depends on the number of rows: on CPU it
-  adds a row of 259 numbers in one order among 8 rows and in another among 16.
-  Then the last bit changes, or the token at the edge of a top-p filter. The
-  compiler may not reorder additions that are written out.
-
-  Measured on CPU, 32 rows of a length that needs no padding: 1 to 1.7 times the
-  time of the compiler's sum.
-  """
-  num_rows = values_BV.shape[0]
-  while (width := values_BV.shape[-1]) > 1:
-    num_parts, size = _PARTS if width > ROW_UNIT else (2, (width + 1) // 2)
-    num_spare = -width % (num_parts * size)
-    values_BV = jnp.pad(values_BV, ((0, 0), (0, num_spare)))
-    pieces = values_BV.reshape(num_rows, -1, num_parts, size)
-    # Neighbouring pieces, so that memory is read in one direction. Adding one
-    # half of a row to the other took up to six times as long where the length
-    # was a power of two.
-    while pieces.shape[2] > 1:
-      pieces = pieces[:, :, ::2] + pieces[:, :, 1::2]
-    values_BV = pieces.reshape(num_rows, -1)
-  return values_BV[:, 0]

@@ -16,6 +16,8 @@ the documentation of OpenAI's API.
 import jax
 import jax.numpy as jnp
 
+from inference.sampling import vocabulary
+
 PROMPT_FLAG = 1 << 30  # above any count that fits a context
 
 
@@ -29,7 +31,7 @@ def recount(
     num_prompt_tokens: length of the prompt.
     vocab_size: static, V.
   """
-  ids_T = _drop_negative(ids_T, vocab_size)
+  ids_T = _local(ids_T, vocab_size)
   is_prompt_T = jnp.arange(ids_T.shape[0]) < num_prompt_tokens
   counts_V = jnp.zeros((vocab_size,), jnp.int32)
   counts_V = counts_V.at[ids_T].add((~is_prompt_T).astype(jnp.int32))
@@ -45,7 +47,7 @@ def count(
   The caller should donate `seen_BV`: otherwise each call copies it.
   """
   slots_R = _drop_negative(slots_R, seen_BV.shape[0])
-  tokens_R = _drop_negative(tokens_R, seen_BV.shape[1])
+  tokens_R = _local(tokens_R, seen_BV.shape[1])
   return seen_BV.at[slots_R, tokens_R].add(1, mode='drop')
 
 
@@ -94,7 +96,7 @@ def add_bias(
   """Adds a value to the logit of each given id; an id of -1 is skipped."""
 
   def biased(logits_BV):
-    ids = _drop_negative(ids_BL, logits_BV.shape[-1])
+    ids = _local(ids_BL, logits_BV.shape[-1])
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     return logits_BV.at[rows_B1, ids].add(values_BL, mode='drop')
 
@@ -108,11 +110,16 @@ def forbid(
   ids_BI = jnp.where(is_forbidden_B[:, None], ids_BI, -1)
 
   def masked(logits_BV):
-    ids = _drop_negative(ids_BI, logits_BV.shape[-1])
+    ids = _local(ids_BI, logits_BV.shape[-1])
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     return logits_BV.at[rows_B1, ids].set(-jnp.inf, mode='drop')
 
   return jax.lax.cond(jnp.any(ids_BI >= 0), masked, _unchanged, logits_BV)
+
+
+def _local(ids, num_tokens: int) -> jax.Array:
+  """Returns ids as indices of an array of tokens, past the end if not in it."""
+  return _drop_negative(vocabulary.here().local(ids, num_tokens), num_tokens)
 
 
 def _drop_negative(ids, size: int) -> jax.Array:

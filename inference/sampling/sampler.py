@@ -35,7 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.sampling import logprobs, penalties, settings as settings_lib
+from inference.sampling import (
+  penalties,
+  settings as settings_lib,
+  vocabulary,
+)
 
 # A lower temperature means greedy: dividing by it would overflow float32.
 MIN_TEMPERATURE = 1e-5
@@ -43,7 +47,6 @@ MIN_TEMPERATURE = 1e-5
 # distribution that it was drawn from.
 OF_DRAWN = -2
 _MAX_INT32 = 2**31 - 1
-_GROUP = 256  # tokens that `_argmax` compares together
 
 
 class Sampler(NamedTuple):
@@ -187,20 +190,21 @@ def sample(
       # Impossible here, and so in all later stages.
       adjusted_BV = penalties.allow(adjusted_BV, allowed_BW)
     # An all-greedy batch computes no noise and no filters.
-    return jax.lax.cond(jnp.all(is_greedy_B), _argmax, mixed, adjusted_BV)
+    return jax.lax.cond(jnp.all(is_greedy_B), ids.argmax, mixed, adjusted_BV)
 
   def mixed(logits_BV):
-    noisy_BV = _filtered(logits_BV, sampler) + _gumbel_noise(
+    noisy_BV = _filtered(logits_BV, sampler) + ids.gumbel(
       sampler.key_B, positions_B, logits_BV.shape[-1]
     )
-    return jnp.where(is_greedy_B, _argmax(logits_BV), _argmax(noisy_BV))
+    return jnp.where(is_greedy_B, ids.argmax(logits_BV), ids.argmax(noisy_BV))
 
+  ids = vocabulary.here()
   is_greedy_B = _is_greedy(sampler)
   if allowed_BW is not None:
     return sampled(logits_BV)
   is_plain = jnp.all(is_greedy_B) & ~_any_adjusted(sampler, positions_B)
   # A plain batch does not even copy its logits.
-  return jax.lax.cond(is_plain, _argmax, sampled, logits_BV)
+  return jax.lax.cond(is_plain, ids.argmax, sampled, logits_BV)
 
 
 def is_end(
@@ -320,11 +324,13 @@ def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
   """Applies the temperature, then the filters."""
   is_greedy_B = _is_greedy(sampler)
   temperature_B = jnp.where(is_greedy_B, 1.0, sampler.temperature_B)
-  shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  ids = vocabulary.here()
+  shifted_BV = logits_BV - ids.max(logits_BV)
   # Adding zero turns -0.0 into 0.0: `_heaviest` would order them by their bits.
   scaled_BV = shifted_BV / temperature_B[:, None] + 0.0
 
-  has_top_k_B = (sampler.top_k_B > 0) & (sampler.top_k_B < logits_BV.shape[-1])
+  num_ids = ids.size(logits_BV)
+  has_top_k_B = (sampler.top_k_B > 0) & (sampler.top_k_B < num_ids)
   has_top_p_B = sampler.top_p_B < 1.0
   has_min_p_B = sampler.min_p_B > 0.0
 
@@ -337,7 +343,7 @@ def _filtered(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
       jnp.where(is_top_p, mass_BV, 1.0),
       jnp.where(
         is_top_p,
-        sampler.top_p_B * logprobs.row_sum(mass_BV),
+        sampler.top_p_B * ids.sum(mass_BV),
         sampler.top_k_B.astype(jnp.float32),
       ),
     )
@@ -368,33 +374,6 @@ def _is_greedy(sampler: Sampler) -> jax.Array:
   return sampler.temperature_B < MIN_TEMPERATURE
 
 
-def _argmax(values_BV: jax.Array) -> jax.Array:
-  """Returns the least index of the largest value of each row, int32.
-
-  Finds the group with the largest value, then the index in the group.
-  `jnp.argmax` reduces pairs, which XLA does not vectorise on CPU, and the
-  operations that made the values are fused into that reduction: measured on
-  CPU for 32 rows of 32k, 5 ms against 0.25.
-  """
-  num_spare = -values_BV.shape[-1] % _GROUP
-  spare = ((0, 0), (0, num_spare))
-  values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)
-  groups = values_BV.reshape(values_BV.shape[0], -1, _GROUP)
-  group_B = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
-  group = jnp.take_along_axis(groups, group_B[:, None, None], axis=1).squeeze(1)
-  index_B = group_B * _GROUP + jnp.argmax(group, axis=-1)
-  return index_B.astype(jnp.int32)
-
-
-def _gumbel_noise(key_B, positions_B, num_tokens: int) -> jax.Array:
-  """Draws noise [B, V]; each row depends on its key and position only."""
-
-  def row(key, position):
-    return jax.random.gumbel(jax.random.fold_in(key, position), (num_tokens,))
-
-  return jax.vmap(row)(key_B, positions_B)
-
-
 def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
   """Returns a mask of the largest values whose weights reach `wanted_B`.
 
@@ -405,10 +384,9 @@ def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
   which order like unsigned integers after a change of the sign bit. Measured on
   CPU, one row of 50k: 1 ms, where a sort takes 10 ms.
   """
-  num_tokens = values_BV.shape[-1]
+  ids, num_tokens = vocabulary.here(), values_BV.shape[-1]
   # Padded once here: padding inside each sum takes two to four times as long.
-  is_long = num_tokens > logprobs.ROW_UNIT
-  spare = ((0, 0), (0, -num_tokens % logprobs.ROW_UNIT if is_long else 0))
+  spare = ((0, 0), (0, ids.spare(num_tokens)))
   values_BV = jnp.pad(values_BV, spare, constant_values=-jnp.inf)
   weights_BV = jnp.pad(weights_BV, spare)
   bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.uint32)
@@ -416,7 +394,7 @@ def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
   order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
 
   def weight_where(chosen_BV):
-    return logprobs.row_sum(jnp.where(chosen_BV, weights_BV, 0.0))
+    return ids.sum(jnp.where(chosen_BV, weights_BV, 0.0))
 
   def set_bit(index, cut_B):
     candidate_B = cut_B | (sign >> index.astype(jnp.uint32))
@@ -426,7 +404,7 @@ def _heaviest(values_BV, weights_BV, wanted_B) -> jax.Array:
   cut_B = jnp.zeros(wanted_B.shape, jnp.uint32)
   cut_BV = jax.lax.fori_loop(0, 32, set_bit, cut_B)[:, None]
   is_above_BV, is_tied_BV = order_BV > cut_BV, order_BV == cut_BV
-  num_tied_before_BV = jnp.cumsum(is_tied_BV, axis=-1) - 1
+  num_tied_before_BV = ids.num_before(is_tied_BV)
   weight_before_BV = (
     weight_where(is_above_BV)[:, None] + num_tied_before_BV * weights_BV
   )

@@ -1,0 +1,105 @@
+"""The ports of a model of which each device holds a part.
+
+In training the compiler splits the products of a model, as `parallel.rules`
+says. In serving each device runs a model with fewer heads, a narrower MLP and a
+part of the vocabulary, inside `jax.shard_map` over the mesh axis `tensor`. It
+computes with its own weights and its own pages alone, so that every kernel
+works as on one device, and no compiler can decide to gather a weight. All that
+devices send is written here:
+
+  - after `out` and `down`, whose inputs are split: a sum of the stream, two per
+    layer (Megatron-LM, arXiv:1909.08053, section 3);
+  - after the experts of a mixture: a sum;
+  - after the embedding, of which each device has some rows: a sum.
+
+Logits stay where they are: `inference.sampling.vocabulary` samples from them.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+AXIS = 'tensor'  # of the mesh, see `parallel.rules`
+# Parts into which a sum over the vocabulary is cut, so that its bits do not
+# depend on the number of devices, up to this one.
+SUM_PARTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+  """The port `joined` of `models.execution`: inputs are split."""
+
+  linear: Callable[..., Any]
+
+  def __call__(self, x, w_IO, bias_O, dtype):
+    y = jax.lax.psum(self.linear(x, w_IO, None, dtype), AXIS)
+    return biased(y, bias_O, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """The port `apply_experts`: every device has a part of each expert."""
+
+  apply_experts: Callable[..., jax.Array]
+
+  def __call__(self, *args):
+    return jax.lax.psum(self.apply_experts(*args), AXIS)
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+  """Returns the rows of ids, [B, T, D], of a table whose rows are split."""
+  num_rows = table_VD.shape[0]
+  ids_BT = ids_BT - jax.lax.axis_index(AXIS) * num_rows
+  is_here_BT = (ids_BT >= 0) & (ids_BT < num_rows)
+  rows_BTD = jnp.take(table_VD, jnp.where(is_here_BT, ids_BT, 0), axis=0)
+  # A row that another device has must not be in the sum, not even times zero:
+  # the row that is read in its place may be infinite.
+  rows_BTD = jnp.where(is_here_BT[..., None], rows_BTD, 0)
+  return jax.lax.psum(rows_BTD, AXIS)  # exact: one term, and zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+  """The port `masked`: ids count over the parts of all devices."""
+
+  masked: Callable[..., jax.Array]
+
+  def __call__(self, logits, spare_ids):
+    start = jax.lax.axis_index(AXIS) * logits.shape[-1]
+    return self.masked(
+      logits, tuple((first - start, end - start) for first, end in spare_ids)
+    )
+
+
+def total(
+  row_sum: Callable[[jax.Array], jax.Array], values_BV: jax.Array
+) -> jax.Array:
+  """Returns the sums of rows [B, V] that are split, [B].
+
+  The parts of a row are summed by `row_sum`, and then in a fixed order.
+  """
+  num_local = max(SUM_PARTS // jax.lax.axis_size(AXIS), 1)
+  rows = values_BV.shape[0]
+  sums = row_sum(values_BV.reshape(rows * num_local, -1))
+  sums_PB = jax.lax.all_gather(
+    sums.reshape(rows, num_local).T, AXIS, tiled=True
+  )
+  return in_order(sums_PB)
+
+
+def in_order(terms: jax.Array) -> jax.Array:
+  """Returns the sum over the first axis, as a tree of pairs."""
+  while len(terms) > 1:
+    last = terms[len(terms) // 2 * 2 :]
+    terms = jnp.concatenate([terms[:-1:2] + terms[1::2], last])
+  return terms[0]
+
+
+def biased(y: jax.Array, bias_O: jax.Array | None, dtype: Any) -> jax.Array:
+  """Returns a sum over devices with the bias, which is added once."""
+  if bias_O is None:
+    return y
+  return y + bias_O.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
