@@ -31,12 +31,13 @@ from inference.engine.compiled import (
   keys as keys_lib,
   late,
   layered,
+  layouts,
+  lowering,
   program_store,
   shapes as shapes_lib,
-  verification,
 )
 from inference.sampling import sampler as sampler_lib
-from models import kv_cache as kv_cache_lib, transformer
+from models import transformer
 from models.layers import adapters as adapters_lib
 
 
@@ -48,9 +49,6 @@ class Pending(NamedTuple):
   hidden_MD: Any
   where: Any  # slots, positions and forced tokens of the tokens to sample
   size: int  # R
-
-
-COPIES = 8  # pages that one call of `copy_pages` copies
 
 
 class Programs:
@@ -82,17 +80,22 @@ class Programs:
     """
     shapes = [steps.Shape(*shape) for shape in config.step_shapes()]
     self.shapes = sorted(shapes, key=lambda shape: (sum(shape), shape))
-    self._chunk_tokens = config.chunk_tokens
-    self._table_width = config.table_width(context)
     self._context = context
     self.has_grammars = config.constraints
     self._padding_slot = state.slots.last_B.shape[0] - 1
-    self._model, self._vocab_size = model, vocab_size
-    self._sample_sizes = shapes_lib.sample_sizes(max(map(sum, shapes)))
+    self._vocab_size = vocab_size
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
     (device,) = state.slots.last_B.devices()
-    self._is_layered = layered.suits(self._params, device.platform)
+    self._has_adapters = adapters_lib.COLLECTION in self._params
+    self._layouts = layouts.Layouts(
+      chunk_tokens=config.chunk_tokens,
+      table_width=config.table_width(context),
+      sample_sizes=shapes_lib.sample_sizes(max(map(sum, shapes))),
+      has_adapters=self._has_adapters,
+      is_layered=layered.suits(self._params, device.platform),
+    )
+    self._is_layered = self._layouts.is_layered
     # Of one call. A layered step takes long beside the host's work.
     self.decode_steps = 1 if self._is_layered else config.decode_steps
     self._store = program_store.Store(
@@ -102,17 +105,25 @@ class Programs:
       jnp.dtype(model.dtype).name,
       program_store.describe_ports(model.execution),
       program_store.describe((self._params, self._state)),
-      (self._chunk_tokens, self._table_width, context),
-      (vocab_size, self._sample_sizes),
+      (config.chunk_tokens, self._layouts.table_width, context),
+      (vocab_size, self._layouts.sample_sizes),
       self.decode_steps,
       self._is_layered,
+    )
+    self._lowering = lowering.Lowering(
+      model=model,
+      params=self._params,
+      state=self._state,
+      layouts=self._layouts,
+      vocab_size=vocab_size,
+      context=context,
+      decode_steps=self.decode_steps,
     )
     self._compiled: dict[Any, Any] = {}
     self.verified = [
       keys_lib.Verified(*shape) for shape in config.verified_shapes()
     ]
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
-    self._has_adapters = adapters_lib.COLLECTION in self._params
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
     self.masks = late.Late(
       self._compile, device, *map(self._of_masks, (first, self.shapes))
@@ -135,7 +146,7 @@ class Programs:
   def _with_sizes(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns shapes, and before them the sizes that they sample with."""
     sizes = [
-      self._num_sampled(each)
+      self._layouts.num_sampled(each)
       for each in shapes
       if each.num_chunks or self._is_layered
     ]
@@ -143,15 +154,11 @@ class Programs:
 
   def _of_masks(self, shapes: list[steps.Shape]) -> list[Any]:
     """Returns the keys of the programs that shapes need within grammars."""
-    sizes = [self._num_sampled(each, is_split=True) for each in shapes]
+    sizes = [self._layouts.num_sampled(each, is_split=True) for each in shapes]
     keys: list[Any] = [keys_lib.Masked(size) for size in dict.fromkeys(sizes)]
     return keys + [
-      keys_lib.Forward(each) for each in shapes if self._is_whole(each)
+      keys_lib.Forward(each) for each in shapes if self._layouts.is_whole(each)
     ]
-
-  def _is_whole(self, shape: steps.Shape) -> bool:
-    """Returns whether the program of a shape samples, too."""
-    return not shape.num_chunks and not self._is_layered
 
   def _compile(self, keys: list[Any]) -> None:
     """Compiles the programs of the keys that have none."""
@@ -165,96 +172,11 @@ class Programs:
       }
       for key, stored in made.items():
         if stored.result() is None:
-          made[key] = pool.submit(self._store.keep, key, self._lower(key))
+          made[key] = pool.submit(
+            self._store.keep, key, self._lowering.lowered(key)
+          )
       for key, each in made.items():
         self._compiled[key] = each.result()
-
-  def _lower(self, key: Any) -> Any:
-    """Traces the program of a shape, of a size to sample, or of a name."""
-    params, (kv_cache, slots) = self._params, self._state
-    slot, ids_T = np.int32(0), np.zeros((self._context,), np.int32)
-    pages_Z = np.zeros((COPIES,), np.int32)
-    if isinstance(key, keys_lib.Forward):
-      layout = self._layout(key.shape, is_split=True)
-      return jitted.forward.lower(
-        params,
-        kv_cache,
-        slots.last_B,
-        np.zeros((layout.size,), np.int32),
-        layout=layout,
-        model=self._model,
-        vocab_size=self._vocab_size,
-      )
-    if isinstance(key, keys_lib.Verified | keys_lib.Accepted):
-      return self._lower_verified(key)
-    if isinstance(key, steps.Shape):
-      layout = self._layout(key)
-      flat_I = np.zeros((layout.size,), np.int32)
-      static = {'model': self._model, 'vocab_size': self._vocab_size}
-      if self._is_layered:
-        inputs = inputs_lib.split(flat_I, layout)
-        return layered.lower(params, kv_cache, slots.last_B, inputs, **static)
-      if key.num_chunks:
-        return jitted.prefill.lower(
-          params, kv_cache, slots.last_B, flat_I, layout=layout, **static
-        )
-      return jitted.decode_steps.lower(
-        params,
-        self._state,
-        flat_I,
-        layout=layout,
-        most=self.decode_steps,
-        **static,
-      )
-    if isinstance(key, int | keys_lib.Masked):
-      size = key.size if isinstance(key, keys_lib.Masked) else key
-      logits_RV = jax.ShapeDtypeStruct((size, self._vocab_size), jnp.float32)
-      zeros_R = np.zeros((size,), np.int32)
-      allowed = (
-        (self.all_allowed(size),) if isinstance(key, keys_lib.Masked) else ()
-      )
-      return jitted.sample.lower(
-        slots, logits_RV, zeros_R, zeros_R, zeros_R, *allowed
-      )
-    if key == 'seat':
-      return device_state.seat.lower(slots, slot, sampler_lib.idle())
-    if key == 'adapt':
-      table = params[adapters_lib.COLLECTION]
-      return jitted.put_adapter.lower(
-        table, slot, adapter_table.row_shapes(table)
-      )
-    if key == 'recount':
-      return device_state.recount.lower(slots, slot, ids_T, slot)
-    copy = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
-    return copy.lower(kv_cache, pages_Z, pages_Z)
-
-  def _lower_verified(self, key: keys_lib.Verified | keys_lib.Accepted) -> Any:
-    params, (kv_cache, slots) = self._params, self._state
-    shape = key.shape if isinstance(key, keys_lib.Accepted) else key
-    layout = self._verified_layout(shape)
-    flat_I = np.zeros((layout.size,), np.int32)
-    if isinstance(key, keys_lib.Accepted):
-      logits_XRV = jax.ShapeDtypeStruct(
-        (shape.num_spans, shape.width, self._vocab_size), jnp.float32
-      )
-      return verification.accept.lower(slots, logits_XRV, flat_I, layout=layout)
-    given = params, kv_cache, slots.last_B
-    static = {'model': self._model, 'vocab_size': self._vocab_size}
-    if self._is_layered:
-      inputs = inputs_lib.split(flat_I, layout)
-      return layered.lower(*given, inputs, finish=verification.finish, **static)
-    return verification.verify.lower(*given, flat_I, layout=layout, **static)
-
-  def _verified_layout(self, shape: keys_lib.Verified) -> inputs_lib.Layout:
-    # Spans lie as chunks of a step without decodes.
-    return inputs_lib.Layout(
-      0,
-      shape.num_spans,
-      shape.width,
-      self._table_width,
-      shape.num_spans,
-      self._has_adapters,
-    )
 
   def verified_shapes(self, num_spans: int) -> list[keys_lib.Verified]:
     """Returns the smallest shape of each width that holds so many spans.
@@ -288,7 +210,7 @@ class Programs:
   ) -> tuple[np.ndarray, steps.Inputs]:
     """Returns inputs of padding only, as `empty_inputs` does."""
     return inputs_lib.empty(
-      self._verified_layout(shape), padding_slot=self._padding_slot
+      self._layouts.verified(shape), padding_slot=self._padding_slot
     )
 
   def verify(
@@ -304,7 +226,7 @@ class Programs:
     """
     inputs: Any = flat_I
     if self._is_layered:
-      inputs = inputs_lib.split(flat_I, self._verified_layout(shape))
+      inputs = inputs_lib.split(flat_I, self._layouts.verified(shape))
     kv_cache, logits_XRV = self._compiled[shape](
       params, state.kv_cache, state.slots.last_B, inputs
     )
@@ -312,6 +234,10 @@ class Programs:
       state.slots, logits_XRV, flat_I
     )
     return device_state.State(kv_cache, slots), outputs
+
+  def all_allowed(self, size: int) -> np.ndarray:
+    """Returns the bits of a step without grammars, uint32 [R, V / 32]."""
+    return lowering.all_allowed(size, self._vocab_size)
 
   def shape_for(
     self, num_decodes: int, num_chunks: int, *, is_split: bool = False
@@ -331,9 +257,10 @@ class Programs:
 
   def _is_split(self, shape: steps.Shape) -> bool:
     """Returns whether the programs of a split step are compiled."""
-    size = keys_lib.Masked(self._num_sampled(shape, is_split=True))
+    size = keys_lib.Masked(self._layouts.num_sampled(shape, is_split=True))
     return size in self._compiled and (
-      not self._is_whole(shape) or keys_lib.Forward(shape) in self._compiled
+      not self._layouts.is_whole(shape)
+      or keys_lib.Forward(shape) in self._compiled
     )
 
   def empty_inputs(
@@ -346,24 +273,9 @@ class Programs:
       is_split: whether they are for `forward`.
     """
     return inputs_lib.empty(
-      self._layout(shape, is_split=is_split), padding_slot=self._padding_slot
+      self._layouts.of(shape, is_split=is_split),
+      padding_slot=self._padding_slot,
     )
-
-  def _layout(
-    self, shape: steps.Shape, *, is_split: bool = False
-  ) -> inputs_lib.Layout:
-    return inputs_lib.Layout(
-      *shape,
-      self._chunk_tokens,
-      self._table_width,
-      self._num_sampled(shape, is_split=is_split),
-      self._has_adapters,
-    )
-
-  def _num_sampled(self, shape: steps.Shape, *, is_split: bool = False) -> int:
-    if self._is_whole(shape) and not is_split:
-      return shape.num_decodes
-    return next(size for size in self._sample_sizes if size >= sum(shape))
 
   def step(
     self,
@@ -380,7 +292,7 @@ class Programs:
       state: of the engine.
       flat_I: the inputs of the step, filled.
     """
-    if self._is_whole(shape):
+    if self._layouts.is_whole(shape):
       return self._compiled[shape](params, state, flat_I)
     return self.sample(*self.forward(shape, params, state, flat_I))
 
@@ -396,10 +308,10 @@ class Programs:
     Arguments are those of `step`; the inputs are those of a split step.
     """
     last_B = state.slots.last_B
-    key = keys_lib.Forward(shape) if self._is_whole(shape) else shape
+    key = keys_lib.Forward(shape) if self._layouts.is_whole(shape) else shape
     program = self._compiled[key]
     if self._is_layered:
-      inputs = inputs_lib.split(flat_I, self._layout(shape))
+      inputs = inputs_lib.split(flat_I, self._layouts.of(shape))
       # Logprobs and hidden states of prompts come last, if there are chunks.
       kv_cache, logits_RV, *of_prompts = program(
         params, state.kv_cache, last_B, inputs
@@ -415,7 +327,7 @@ class Programs:
       kv_cache, logits_RV, where = program(
         params, state.kv_cache, last_B, flat_I
       )
-    size = self._num_sampled(shape, is_split=True)
+    size = self._layouts.num_sampled(shape, is_split=True)
     pending = Pending(logits_RV, prompt, hidden_MD, where, size)
     return state._replace(kv_cache=kv_cache), pending
 
@@ -442,10 +354,6 @@ class Programs:
     return state, outputs._replace(
       prompt=pending.prompt, hidden_MD=pending.hidden_MD
     )
-
-  def all_allowed(self, size: int) -> np.ndarray:
-    """Returns the bits of a step without grammars, uint32 [R, V / 32]."""
-    return np.full((size, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32)
 
   def seat(
     self, state: device_state.State, slot: int, row: sampler_lib.Sampler
@@ -482,10 +390,10 @@ class Programs:
     """
     kv_cache = state.kv_cache
     num_pages = kv_cache[0].kv_PQYC.shape[0]
-    for start in range(0, len(copies), COPIES):
-      some = copies[start : start + COPIES]
-      source_Z = np.zeros((COPIES,), np.int32)
-      target_Z = np.full((COPIES,), num_pages, np.int32)
+    for start in range(0, len(copies), lowering.COPIES):
+      some = copies[start : start + lowering.COPIES]
+      source_Z = np.zeros((lowering.COPIES,), np.int32)
+      target_Z = np.full((lowering.COPIES,), num_pages, np.int32)
       source_Z[: len(some)], target_Z[: len(some)] = zip(*some, strict=True)
       kv_cache = self._compiled['copy'](kv_cache, source_Z, target_Z)
     return state._replace(kv_cache=kv_cache)

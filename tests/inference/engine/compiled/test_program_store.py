@@ -9,7 +9,7 @@ import pytest
 
 from hardware import compilation_cache
 from inference.engine import engine as engine_lib, engine_config
-from inference.engine.compiled import layered, program_store, programs
+from inference.engine.compiled import layered, lowering, program_store
 from inference.requests import requests
 from inference.sampling import settings
 from models import execution
@@ -167,7 +167,7 @@ def test_the_second_engine_traces_nothing(
   def fail(*args):
     raise AssertionError('traced')
 
-  monkeypatch.setattr(programs.Programs, '_lower', fail)
+  monkeypatch.setattr(lowering.Lowering, 'lowered', fail)
   assert _answer() == before
 
 
