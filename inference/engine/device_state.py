@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from inference.sampling import penalties, sampler as sampler_lib
-from models import kv_cache as kv_cache_lib, transformer
+from models import axes, kv_cache as kv_cache_lib, transformer
 
 Params = Any  # the variables of `models.transformer.Transformer`
 KVCache = tuple[kv_cache_lib.Pages, ...]  # the pages of each layer
@@ -38,7 +38,13 @@ def unread(params: Params | Unread) -> Unread:
   """Returns params that are there already as if they had to be read."""
   if isinstance(params, Unread):
     return params
-  return Unread(params, lambda convert: params)
+
+  def read(convert: Callable[[str, jax.Array], Any]) -> Params:
+    return jax.tree.map_with_path(
+      lambda path, x: convert('/'.join(axes.names(path)), x), params
+    )
+
+  return Unread(params, read)
 
 
 def check_alike(params: Params, served: Params) -> None:

@@ -49,6 +49,7 @@ from inference.engine import (
   steps,
 )
 from inference.engine.compiled import compilations, programs
+from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from inference.output import stop_strings
 from inference.requests import (
   accounts,
@@ -104,43 +105,41 @@ class Engine:
     self.model_config = dataclasses.replace(model_config, scan_layers=False)
     self.weights_digest, self.tokenizer = weights_digest, tokenizer
     self.metrics, self._last_gauged = metrics.Metrics(), 0.0
-    self.device = device = params.device
+    self.placement = placement_lib.make(
+      config, self.model_config, params, vocab_size=tokenizer.vocab_size
+    )
+    self.device = device = self.placement.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    backend = execution.choose(config, model_config, dtype, device.platform)
-    self.backend = backend = backend.multiplying(
-      config, params.shapes, dtype, device.platform
+    served = self.placement.model
+    self.backend = backend = self.placement.backend(
+      execution.choose(config, served, dtype, device.platform).multiplying(
+        config, params.shapes, dtype, device.platform
+      )
     )
-    self.page_bytes = self.page_tokens * backend.bytes_per_token(model_config)
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    num_pages = self._pool_pages(params)
+    pool = pool_lib.sized(
+      self.placement, config, backend, params, self.adapters.num_bytes
+    )
+    self.page_bytes = pool.page_bytes
     self.manager = sequence_manager.SequenceManager(
-      config.limits(self.page_tokens), num_pages=num_pages
+      config.limits(self.page_tokens), num_pages=pool.num_pages
     )
-    model = transformer.Transformer(
-      self.model_config, jnp.dtype(dtype), backend.execution
-    )
+    model = transformer.Transformer(served, jnp.dtype(dtype), backend.execution)
     # A thread reads the weights: programs need their shapes alone.
-    with jax.default_device(device), futures.ThreadPoolExecutor(1) as pool:
-      reading = pool.submit(backend.read, params, self.model_config)
-      self._state = device_state.init_state(
-        model,
-        num_slots=config.max_sequences,
-        num_pages=num_pages,
-        page_size=self.page_tokens,
-        kv_dtype=backend.kv_dtype,
-        channels=backend.channels,
-        vocab_size=tokenizer.vocab_size,
-      )
+    with jax.default_device(device), futures.ThreadPoolExecutor(1) as threads:
+      reading = threads.submit(self.placement.read, backend, params)
+      self._state = self.placement.state(model, **pool.sizes(config, backend))
       start = time.perf_counter()
       self._programs = programs.Programs(
         model=model,
-        params=self.adapters.beside(backend.shapes(params, self.model_config)),
+        params=self.adapters.beside(self.placement.shapes(backend, params)),
         state=self._state,
         config=config,
         context=self.context,
         vocab_size=tokenizer.vocab_size,
+        placement=self.placement,
         compile_all=compile_all,
       )
       self.compile_seconds = time.perf_counter() - start
@@ -155,11 +154,6 @@ class Engine:
     self._accounts = accounts.Accounts(
       self.metrics, model_config, self.page_bytes
     )
-
-  def _pool_pages(self, params: device_state.Unread) -> int:
-    held = params.num_bytes + self.adapters.num_bytes
-    parts = self.config, self.model_config, held, self.device
-    return self.backend.pool_pages(*parts)
 
   # --------------------------------------------------------------------------
   # Requests
@@ -315,7 +309,7 @@ class Engine:
         f'weights: got new ones while {len(self._live)} sequences run, expected'
         ' none; finish or cancel them, a sequence has one set of weights'
       )
-    params = self.backend.laid_out(params, self.model_config)
+    params = self.placement.read(self.backend, device_state.unread(params))
     device_state.check_alike(params, self.params)
     self.params, self.weights_digest = params, weights_digest
     self.manager.clear()

@@ -93,6 +93,12 @@ class EngineConfig:
     ' against max_mixed_chunks; with twice as many, three times. Lower it if'
     ' long prompts delay other requests.',
   )
+  tensor: int = flag_field.field(
+    1,
+    'Number of devices that share the model: each has some heads, a part of the'
+    ' MLP and of the vocabulary, and the KV cache of its heads. For models that'
+    ' one device does not hold, or for a shorter time per token.',
+  )
   kv_dtype: str = flag_field.field(
     'model',
     'Dtype of the KV cache: model (the dtype of the computation), int8 or fp8'
@@ -204,6 +210,7 @@ class EngineConfig:
           f'engine.draft_tokens: got {self.draft_tokens} without speculation,'
           ' expected none; add --engine.speculation=ngram'
         )
+    expect.at_least('engine.tensor', self.tensor, 1)
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:

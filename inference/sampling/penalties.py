@@ -140,6 +140,7 @@ def allow(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
     allowed_BW: uint32; token v has bit v % 32 of word v // 32.
   """
   num_tokens = logits_BV.shape[-1]
+  allowed_BW = vocabulary.here().words(allowed_BW, num_tokens)
   bits_32 = jnp.arange(32, dtype=jnp.uint32)
   bits_BWJ = allowed_BW[:, :, None] >> bits_32[None, None] & 1
   is_allowed_BV = bits_BWJ.reshape(len(allowed_BW), -1)[:, :num_tokens] == 1

@@ -25,6 +25,7 @@ _GROUP = 256  # tokens that `argmax` compares together
 _PARTS = 16, 64
 # `row_sum` pads a row unless its length is a multiple of this.
 ROW_UNIT = _PARTS[0] * _PARTS[1]
+_WORD = 32  # bits
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
@@ -39,6 +40,11 @@ class Whole:
     """Returns ids as indices of an array [.., V]; -1 for those not in it."""
     del num_local
     return ids
+
+  def words(self, allowed_BW: jax.Array, num_local: int) -> jax.Array:
+    """Returns the words of bits, one bit per id, of an array [B, V]."""
+    del num_local
+    return allowed_BW
 
   def spare(self, num_local: int) -> int:
     """Returns how many zeros behind a row make its sums cheaper."""
@@ -99,6 +105,14 @@ class Split(Whole):
   def local(self, ids, num_local):
     ids = ids - self._start(num_local)
     return jnp.where((ids >= 0) & (ids < num_local), ids, -1)
+
+  def words(self, allowed_BW, num_local):
+    num = num_local // _WORD
+    total = num * jax.lax.axis_size(ports.AXIS)
+    spare = ((0, 0), (0, total - allowed_BW.shape[1]))
+    return jax.lax.dynamic_slice_in_dim(
+      jnp.pad(allowed_BW, spare), jax.lax.axis_index(ports.AXIS) * num, num, 1
+    )
 
   def spare(self, num_local):
     del num_local  # parts of a row must stay what they are

@@ -89,6 +89,12 @@ def mixture(**overrides) -> model_config.ModelConfig:
   return llama_like(**(fields | overrides))
 
 
+def odd_heads(**overrides) -> model_config.ModelConfig:
+  """`llama_like` with sizes that no power of two divides, as SmolLM2's."""
+  fields = {'num_heads': 9, 'num_kv_heads': 3, 'mlp_width': 42}
+  return llama_like(**(fields | overrides))
+
+
 def byte_tokenizer() -> tokenizer.ByteTokenizer:
   """The smallest real tokenizer: 256 bytes and three special ids."""
   return tokenizer.ByteTokenizer()

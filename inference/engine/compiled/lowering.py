@@ -5,10 +5,9 @@ that are traced here are compiled and called by `programs`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from inference.engine import (
@@ -29,7 +28,24 @@ from models import kv_cache as kv_cache_lib, transformer
 from models.layers import adapters as adapters_lib
 
 COPIES = 8  # pages that one call of `copy_pages` copies
-_copy_pages = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
+copy_pages = jax.jit(kv_cache_lib.copy_pages, donate_argnums=0)
+
+
+class Placement(Protocol):
+  """The devices that programs are traced for, see `inference.engine.spread`."""
+
+  @property
+  def vocab_size(self) -> int:
+    """The number of ids that a device has logits of."""
+    ...
+
+  def logits(self, *rows: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of logits [..., V]."""
+    ...
+
+  def lower(self, function: Any, *args: Any, **static: Any) -> Any:
+    """Returns a jitted function, traced."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +56,7 @@ class Lowering:
   params: device_state.Params  # shapes, as `state`
   state: device_state.State
   layouts: layouts_lib.Layouts
+  placement: Placement
   vocab_size: int  # V, ids that may be sampled
   context: int  # most tokens of a sequence
   decode_steps: int  # of one call
@@ -57,23 +74,27 @@ class Lowering:
     params, (kv_cache, slots) = self.params, self.state
     slot, ids_T = np.int32(0), np.zeros((self.context,), np.int32)
     if key == 'seat':
-      return device_state.seat.lower(slots, slot, sampler_lib.idle())
+      return self.placement.lower(
+        device_state.seat, slots, slot, sampler_lib.idle()
+      )
     if key == 'adapt':
       table = params[adapters_lib.COLLECTION]
-      return jitted.put_adapter.lower(
-        table, slot, adapter_table.row_shapes(table)
+      return self.placement.lower(
+        jitted.put_adapter, table, slot, adapter_table.row_shapes(table)
       )
     if key == 'recount':
-      return device_state.recount.lower(slots, slot, ids_T, slot)
+      return self.placement.lower(
+        device_state.recount, slots, slot, ids_T, slot
+      )
     pages_Z = np.zeros((COPIES,), np.int32)
-    return _copy_pages.lower(kv_cache, pages_Z, pages_Z)
+    return self.placement.lower(copy_pages, kv_cache, pages_Z, pages_Z)
 
   @property
   def _static(self) -> dict[str, Any]:
-    return {'model': self.model, 'vocab_size': self.vocab_size}
+    return {'model': self.model, 'vocab_size': self.placement.vocab_size}
 
   @property
-  def _given(self) -> tuple[Any, ...]:
+  def _given(self) -> tuple[Any, Any, Any]:
     """The first arguments of a step that does not sample."""
     return self.params, self.state.kv_cache, self.state.slots.last_B
 
@@ -84,10 +105,11 @@ class Lowering:
       inputs = inputs_lib.split(flat_I, layout)
       return layered.lower(*self._given, inputs, **self._static)
     if shape.num_chunks:
-      return jitted.prefill.lower(
-        *self._given, flat_I, layout=layout, **self._static
+      return self.placement.lower(
+        jitted.prefill, *self._given, flat_I, layout=layout, **self._static
       )
-    return jitted.decode_steps.lower(
+    return self.placement.lower(
+      jitted.decode_steps,
       self.params,
       self.state,
       flat_I,
@@ -99,19 +121,25 @@ class Lowering:
   def _forward(self, key: keys_lib.Forward) -> Any:
     layout = self.layouts.of(key.shape, is_split=True)
     flat_I = np.zeros((layout.size,), np.int32)
-    return jitted.forward.lower(
-      *self._given, flat_I, layout=layout, **self._static
+    return self.placement.lower(
+      jitted.forward, *self._given, flat_I, layout=layout, **self._static
     )
 
   def _sample(self, key: int | keys_lib.Masked) -> Any:
     size = key.size if isinstance(key, keys_lib.Masked) else key
-    logits_RV = jax.ShapeDtypeStruct((size, self.vocab_size), jnp.float32)
+    logits_RV = self.placement.logits(size)
     zeros_R = np.zeros((size,), np.int32)
     allowed = ()
     if isinstance(key, keys_lib.Masked):
       allowed = (all_allowed(size, self.vocab_size),)
-    return jitted.sample.lower(
-      self.state.slots, logits_RV, zeros_R, zeros_R, zeros_R, *allowed
+    return self.placement.lower(
+      jitted.sample,
+      self.state.slots,
+      logits_RV,
+      zeros_R,
+      zeros_R,
+      zeros_R,
+      *allowed,
     )
 
   def _verified(self, key: keys_lib.Verified | keys_lib.Accepted) -> Any:
@@ -119,19 +147,17 @@ class Lowering:
     layout = self.layouts.verified(shape)
     flat_I = np.zeros((layout.size,), np.int32)
     if isinstance(key, keys_lib.Accepted):
-      logits_XRV = jax.ShapeDtypeStruct(
-        (shape.num_spans, shape.width, self.vocab_size), jnp.float32
-      )
-      return verification.accept.lower(
-        self.state.slots, logits_XRV, flat_I, layout=layout
+      logits_XRV = self.placement.logits(shape.num_spans, shape.width)
+      return self.placement.lower(
+        verification.accept, self.state.slots, logits_XRV, flat_I, layout=layout
       )
     if self.layouts.is_layered:
       inputs = inputs_lib.split(flat_I, layout)
       return layered.lower(
         *self._given, inputs, finish=verification.finish, **self._static
       )
-    return verification.verify.lower(
-      *self._given, flat_I, layout=layout, **self._static
+    return self.placement.lower(
+      verification.verify, *self._given, flat_I, layout=layout, **self._static
     )
 
 

@@ -12,7 +12,7 @@ sampler take longer to compile than a layer of the model.
 """
 
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,20 @@ class Pending(NamedTuple):
   size: int  # R
 
 
+class Placement(lowering.Placement, Protocol):
+  """The devices that programs run on, see `inference.engine.spread`."""
+
+  @property
+  def device(self) -> jax.Device:
+    """The first device."""
+    ...
+
+  @property
+  def is_spread(self) -> bool:
+    """Whether programs run over a mesh."""
+    ...
+
+
 class Programs:
   """The compiled programs of one engine."""
 
@@ -63,6 +77,7 @@ class Programs:
     config: engine_config.EngineConfig,
     context: int,
     vocab_size: int,
+    placement: Placement,
     compile_all: bool = True,
   ):
     """Compiles the programs that steps need.
@@ -75,6 +90,7 @@ class Programs:
       config: of the engine; it has the shapes of the steps.
       context: most tokens of a sequence.
       vocab_size: V, ids that may be sampled.
+      placement: the devices.
       compile_all: False leaves the shapes without which every step can be
         computed to `compile_rest`.
     """
@@ -86,35 +102,25 @@ class Programs:
     self._vocab_size = vocab_size
     # Shapes alone: steps donate the arrays of the state.
     self._params, self._state = jax.tree.map(_abstract, (params, state))
-    (device,) = state.slots.last_B.devices()
     self._has_adapters = adapters_lib.COLLECTION in self._params
     self._layouts = layouts.Layouts(
       chunk_tokens=config.chunk_tokens,
       table_width=config.table_width(context),
       sample_sizes=shapes_lib.sample_sizes(max(map(sum, shapes))),
       has_adapters=self._has_adapters,
-      is_layered=layered.suits(self._params, device.platform),
+      is_layered=not placement.is_spread
+      and layered.suits(self._params, placement.device.platform),
     )
     self._is_layered = self._layouts.is_layered
     # Of one call. A layered step takes long beside the host's work.
     self.decode_steps = 1 if self._is_layered else config.decode_steps
-    self._store = program_store.Store(
-      compilation_cache.directory(),
-      device,
-      model.config,
-      jnp.dtype(model.dtype).name,
-      program_store.describe_ports(model.execution),
-      program_store.describe((self._params, self._state)),
-      (config.chunk_tokens, self._layouts.table_width, context),
-      (vocab_size, self._layouts.sample_sizes),
-      self.decode_steps,
-      self._is_layered,
-    )
+    self._store = self._opened_store(model, placement)
     self._lowering = lowering.Lowering(
       model=model,
       params=self._params,
       state=self._state,
       layouts=self._layouts,
+      placement=placement,
       vocab_size=vocab_size,
       context=context,
       decode_steps=self.decode_steps,
@@ -126,11 +132,31 @@ class Programs:
     first = self.shapes if compile_all else shapes_lib.holding_all(self.shapes)
     names = ['seat', 'recount', 'copy', *['adapt'] * self._has_adapters]
     self.masks = late.Late(
-      self._compile, device, *map(self._of_masks, (first, self.shapes))
+      self._compile,
+      placement.device,
+      *map(self._of_masks, (first, self.shapes)),
     )
     self._compile([*names, *self._with_sizes(first)])
     if compile_all:
       self._compile(self._verifying())
+
+  def _opened_store(
+    self, model: transformer.Transformer, placement: Placement
+  ) -> program_store.Store:
+    """Returns the store of programs; those of several devices are not kept."""
+    layouts = self._layouts
+    return program_store.Store(
+      None if placement.is_spread else compilation_cache.directory(),
+      placement.device,
+      model.config,
+      jnp.dtype(model.dtype).name,
+      program_store.describe_ports(model.execution),
+      program_store.describe((self._params, self._state)),
+      (layouts.chunk_tokens, layouts.table_width, self._context),
+      (self._vocab_size, layouts.sample_sizes),
+      self.decode_steps,
+      self._is_layered,
+    )
 
   def compile_rest(self) -> None:
     """Compiles the shapes that are left; another thread may run steps."""

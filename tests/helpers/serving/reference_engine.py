@@ -32,6 +32,7 @@ _MODELS = {
   'llama': tiny_models.llama_like,
   'gpt2': tiny_models.gpt2_like,
   'mixture': tiny_models.mixture,
+  'odd_heads': tiny_models.odd_heads,
 }
 _ENGINES: list[engine_lib.Engine] = []
 

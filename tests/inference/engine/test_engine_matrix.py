@@ -385,14 +385,14 @@ def test_decode_steps_end_when_a_request_waits_or_pages_are_short():
 # Bounds, where bits may differ.
 
 
-def _errors(engine):
+def _errors(engine, kind='llama'):
   """Returns errors of log-probabilities; checks greedy ids."""
   wanted = [*_requests(), *_requests()]
   served = reference_engine.serve(engine, wanted, preemptions=(0, 1), spread=9)
   errors = []
   for request, completions in zip(wanted, served.completions, strict=True):
     for index, completion in enumerate(completions):
-      expected = _reference().answer(request, index)
+      expected = _reference(kind).answer(request, index)
       if engine.config.kv_dtype == 'model' and not request.settings.temperature:
         assert completion.token_ids == expected.token_ids
       scored = zip(completion.logprobs, expected.logprobs, strict=False)
@@ -436,3 +436,26 @@ def test_fp8_pages_are_within_their_bound_and_do_round():
   # A channel has 4 bits: it is off by up to 1/16 of itself.
   assert 1e-3 < np.sqrt(np.mean(errors**2)) < 0.15
   assert errors.max() < 0.8
+
+
+# ------------------------------------------------------------------------------
+# Several devices.
+
+
+@pytest.mark.parametrize(
+  ('kind', 'num_devices'),
+  [
+    ('odd_heads', 2),
+    *(
+      pytest.param(*each, marks=pytest.mark.slow)
+      for each in (
+        ('odd_heads', 4), ('odd_heads', 8), ('llama', 4), ('gpt2', 8),
+        ('mixture', 4),
+      )
+    ),
+  ],
+)  # fmt: skip
+def test_devices_that_share_a_model_are_within_the_bound(kind, num_devices):
+  engine = reference_engine.engine(kind, **_SIMPLE, tensor=num_devices)
+  # As for one device: sums over devices are rounded in another order.
+  assert _errors(engine, kind).max() < 1e-5

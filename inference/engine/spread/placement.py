@@ -1,0 +1,305 @@
+"""The placement of an engine: one device, or several that share its model.
+
+Both kinds have the same methods, so that the engine and its programs know no
+mesh. Over several devices each program of `compiled` runs inside
+`jax.shard_map`: every device runs it on its own parts of weights and pages, see
+`spread.layout` and `parallel.tensor.ports`. The host plans once, for all.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from frozen import format as frozen_format
+from inference.engine import device_state, engine_config, execution
+from inference.engine.compiled import programs
+from inference.engine.spread import layout as layout_lib, refusals, results
+from models import axes, layout as model_layout, model_config, transformer
+from parallel import mesh as mesh_lib, parallel_config, rules
+from parallel.tensor import ports
+
+
+class Placement(programs.Placement, Protocol):
+  """The devices of an engine, and what each holds."""
+
+  @property
+  def num_devices(self) -> int:
+    """The number of devices."""
+    ...
+
+  @property
+  def model(self) -> model_config.ModelConfig:
+    """The config of the model that a device computes."""
+    ...
+
+  def backend(self, backend: execution.Backend) -> execution.Backend:
+    """Returns the backend of a device."""
+    ...
+
+  def num_bytes(self, params: device_state.Unread) -> int:
+    """Returns the bytes of the weights on a device."""
+    ...
+
+  def shapes(
+    self, backend: execution.Backend, params: device_state.Unread
+  ) -> device_state.Params:
+    """Returns the shapes of the params of programs."""
+    ...
+
+  def read(
+    self, backend: execution.Backend, params: device_state.Unread
+  ) -> device_state.Params:
+    """Reads params, and returns those of programs."""
+    ...
+
+  def whole(self, params: device_state.Params) -> device_state.Params:
+    """Returns params of programs as those of the model, on the host."""
+    ...
+
+  def state(
+    self, model: transformer.Transformer, **sizes: Any
+  ) -> device_state.State:
+    """Returns the state of an engine without sequences."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+  """The placement of a model that one device holds."""
+
+  device: jax.Device
+  model: model_config.ModelConfig
+  vocab_size: int
+  num_devices = 1
+  is_spread = False
+
+  def backend(self, backend):
+    return backend
+
+  def num_bytes(self, params):
+    return params.num_bytes
+
+  def shapes(self, backend, params):
+    return backend.shapes(params, self.model)
+
+  def read(self, backend, params):
+    return backend.read(params, self.model)
+
+  def whole(self, params):
+    return model_layout.host_kernels(params)
+
+  def state(self, model, **sizes):
+    return device_state.init_state(model, vocab_size=self.vocab_size, **sizes)
+
+  def logits(self, *rows):
+    return jax.ShapeDtypeStruct((*rows, self.vocab_size), jnp.float32)
+
+  def lower(self, function, *args, **static):
+    return function.lower(*args, **static)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """The placement of a model of which each device holds some parts."""
+
+  mesh: Mesh
+  layout: layout_lib.Layout
+  is_spread = True
+
+  @property
+  def num_devices(self) -> int:
+    return self.mesh.size
+
+  @property
+  def device(self) -> jax.Device:
+    return self.mesh.devices.flat[0]
+
+  @property
+  def model(self) -> model_config.ModelConfig:
+    return self.layout.config(self.layout.num_parts // self.num_devices)
+
+  @property
+  def vocab_size(self) -> int:
+    return self.model.vocab_size
+
+  def backend(self, backend):
+    given = backend.execution
+    spread = dataclasses.replace(
+      given,
+      joined=ports.Joined(given.linear),
+      look_up=ports.look_up,
+      apply_experts=ports.Experts(given.apply_experts),
+      masked=ports.Masked(given.masked),
+    )
+    # Transposed kernels would have no logical axes.
+    return backend._replace(execution=spread, has_transposed_kernels=False)
+
+  def num_bytes(self, params):
+    return sum(
+      np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(self.shapes(None, params))
+    )
+
+  def shapes(self, backend, params):
+    del backend
+    shapes, names = self._of_model(params.shapes)
+    shapes = self.layout.shapes(shapes)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      shapes,
+      rules.shardings(self.mesh, shapes, names),
+    )
+
+  def read(self, backend, params):
+    del backend
+    shapes, names = self._of_model(params.shapes)
+    wanted = frozen_format.leaves_by_path(self.shapes(None, params))
+    named = dict(
+      zip(
+        frozen_format.leaves_by_path(shapes),
+        jax.tree.leaves(names, is_leaf=_is_names),
+        strict=True,
+      )
+    )
+
+    def placed(path: str, weight: Any) -> Any:
+      """Returns a weight on its devices; of a stack, that of each layer."""
+      weight = np.asarray(weight)
+      stack, layer = f'/{axes.LAYERS}/', '/layer_{}/'
+      if stack not in path:
+        return put(path, weight)
+      return [
+        put(path.replace(stack, layer.format(n)), each)
+        for n, each in enumerate(weight)
+      ]
+
+    def put(path: str, weight: np.ndarray) -> jax.Array:
+      weight = self.layout.laid_out(weight, named[path])
+      sharding = wanted[path].sharding
+      # Each device gets its part: no device ever holds a whole weight.
+      return jax.make_array_from_callback(
+        weight.shape, sharding, lambda index: weight[index]
+      )
+
+    read = params.read(placed)
+    return {name: _unstacked(tree) for name, tree in read.items()}
+
+  def whole(self, params):
+    return {name: dict(tree) for name, tree in params.items()}
+
+  def state(self, model, **sizes):
+    del model
+    whole = transformer.Transformer(self.layout.config(self.layout.num_parts))
+
+    def init():
+      vocab_size = whole.config.vocab_size
+      return device_state.init_state(whole, vocab_size=vocab_size, **sizes)
+
+    shardings = jax.tree.map(
+      lambda spec: NamedSharding(self.mesh, spec),
+      results.state(whole.config),
+      is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return jax.jit(init, out_shardings=shardings)()
+
+  def logits(self, *rows):
+    spec = PartitionSpec(*[None] * len(rows), ports.AXIS)
+    return jax.ShapeDtypeStruct(
+      (*rows, self.vocab_size * self.num_devices),
+      jnp.float32,
+      sharding=NamedSharding(self.mesh, spec),
+    )
+
+  def lower(self, function, *args, **static):
+    form = results.forms(self.model)[function]
+    given = jax.tree.map(self._abstract, args)
+    spread = jax.shard_map(
+      functools.partial(function, **static),
+      mesh=self.mesh,
+      in_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, given),
+      out_specs=form.results,
+      # Results that all devices have alike are so by what they compute.
+      check_vma=False,
+    )
+    return jax.jit(spread, donate_argnums=form.donated).lower(*given)
+
+  def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, 'sharding', None)
+    if not isinstance(sharding, NamedSharding):
+      sharding = rules.replicated(self.mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  def _of_model(self, shapes: Any) -> tuple[Any, Any]:
+    """Returns the shapes of separate layers, and their logical axes."""
+    is_stacked = axes.LAYERS in shapes['params']
+    model = dataclasses.replace(self.layout.model, scan_layers=is_stacked)
+    shapes = jax.eval_shape(
+      lambda tree: model_layout.unstack(tree, model)[0], shapes
+    )
+    return shapes, axes.param_axes(shapes)
+
+
+def make(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  params: device_state.Unread,
+  *,
+  vocab_size: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Placement:
+  """Returns the placement of a model.
+
+  Args:
+    config: of the engine.
+    model: with separate layers.
+    params: of the model.
+    vocab_size: V, ids that may be sampled.
+    devices: of the engine; None: the first ones of this process.
+
+  Raises:
+    ValueError: there are too few devices, or something of the config or of the
+      model works on one device only.
+  """
+  if config.tensor == 1:
+    return OneDevice(params.device, model, vocab_size)
+  devices = jax.local_devices() if devices is None else devices
+  if len(devices) < config.tensor:
+    raise ValueError(
+      f'engine.tensor: got {config.tensor}, expected at most the number of'
+      f' devices, {len(devices)}; lower it'
+    )
+  refusals.check(config, model, params.shapes)
+  mesh = mesh_lib.make_mesh(
+    parallel_config.ParallelConfig(tensor=config.tensor),
+    devices[: config.tensor],
+  )
+  layout = layout_lib.Layout(
+    model=model, vocab_size=vocab_size, num_parts=config.tensor
+  )
+  return Spread(mesh, layout)
+
+
+def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:
+  """Returns the weights of a collection with a tree for each layer."""
+  tree = dict(tree)
+  stacked = tree.pop(axes.LAYERS, None)
+  if stacked is None:
+    return tree
+  leaves, structure = jax.tree.flatten(
+    stacked, is_leaf=lambda x: isinstance(x, list)
+  )
+  for n, layer in enumerate(zip(*leaves, strict=True)):
+    tree[f'layer_{n}'] = jax.tree.unflatten(structure, layer)
+  return tree
+
+
+def _is_names(x: Any) -> bool:
+  return isinstance(x, tuple)

@@ -1,0 +1,79 @@
+"""What an engine of several devices does not do yet, refused when it starts."""
+
+from typing import Any
+
+from inference.engine import engine_config
+from models import model_config
+from models.linear.stored import tree as stored_tree
+
+_FIX = 'leave one of them out'
+
+
+def check(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  params: Any,
+) -> None:
+  """Refuses an engine that works on one device only.
+
+  Args:
+    config: of the engine.
+    model: that it serves.
+    params: their shapes.
+
+  Raises:
+    ValueError: something of the config or of the model is not supported over
+      several devices.
+  """
+  problem = _of_config(config) or _of_model(config, model, params)
+  if problem:
+    got, expected = problem
+    raise ValueError(
+      f'engine.tensor: got {config.tensor} and {got}, expected {expected}'
+    )
+
+
+def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
+  if config.max_adapters:
+    return (
+      f'{config.max_adapters} places for adapters',
+      'none over several devices; merge the adapter into its base (python -m'
+      ' frozen.adapters merge), or use one device',
+    )
+  if config.native == 'on':
+    return (
+      'engine.native = on',
+      'off: native products compute on one device; leave it out',
+    )
+  return None
+
+
+def _of_model(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  params: Any,
+) -> tuple[str, str] | None:
+  if any(map(stored_tree.is_stored, _leaves(params))):
+    return (
+      'kernels in fewer bits',
+      'kernels of floats over several devices; serve the directory that was'
+      ' quantised, or use one device',
+    )
+  if model.qk_norm_whole:
+    return (
+      'a model that normalises the queries of all heads together'
+      ' (qk_norm_whole)',
+      'norms of each head; use one device',
+    )
+  if model.expert_width % config.tensor:
+    return (
+      f'experts of width {model.expert_width}',
+      'a divisor of the width; choose another number of devices',
+    )
+  return None
+
+
+def _leaves(params: Any) -> list[Any]:
+  import jax
+
+  return jax.tree.leaves(params, is_leaf=stored_tree.is_stored)
