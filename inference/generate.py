@@ -18,7 +18,9 @@ import functools
 import math
 import os
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
@@ -166,8 +168,9 @@ class Generator:
 
   def weights_digest(self) -> str:
     """Returns the digest of the weights that the engine computes with now."""
-    params = layout.host_kernels(self.engine.params)
+    params = self.engine.placement.of_model(self.engine.params)
     if self.frozen.config.scan_layers:
+      params = jax.tree.map(np.asarray, params)
       params, _ = layout.stack(params, self.engine.model_config)
     if self.heads:
       params = {**params, axes.HEADS: self.heads}
@@ -351,7 +354,12 @@ def load(
     FileNotFoundError: there is no frozen directory.
     ValueError: the directory is damaged, or holds a reward model.
   """
-  frozen = frozen_format.open_directory(directory)
+  sharding = None
+  if config.tensor > 1:
+    # Weights go from the host to the device that holds them.
+    host = jax.local_devices(backend='cpu')[0]
+    sharding = jax.sharding.SingleDeviceSharding(host)
+  frozen = frozen_format.open_directory(directory, sharding=sharding)
   if not is_for_rewards:
     frozen.manifest.check_language_model('model', str(directory))
   found = adapters_lib.read(adapters or {}, frozen)

@@ -108,6 +108,7 @@ class Backend(NamedTuple):
       'ports': program_store.describe_ports(self.execution),
       'kv_dtype': jnp.dtype(self.kv_dtype).name,
       'numerics': config.numerics,
+      **({'tensor': str(config.tensor)} if config.tensor > 1 else {}),
       'jax': importlib.metadata.version('jax'),
       'jaxlib': importlib.metadata.version('jaxlib'),
       'device': device.device_kind,

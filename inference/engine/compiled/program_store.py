@@ -10,6 +10,7 @@ A file that is damaged counts as absent. Files hold native code, as those of
 JAX's cache do: a user who may write into the directory can run code here.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -137,6 +138,8 @@ def describe_ports(ports: Any) -> str:
   """Returns the fields of a dataclass of functions as text."""
 
   def text(value: Any) -> str:
+    if dataclasses.is_dataclass(value):  # a port around another one
+      return f'{type(value).__qualname__}({describe_ports(value)})'
     name = getattr(value, '__qualname__', '<locals>')
     # The text of a function within a function has its address: such a program
     # is never found again.

@@ -58,8 +58,16 @@ class Placement(programs.Placement, Protocol):
     """Reads params, and returns those of programs."""
     ...
 
-  def whole(self, params: device_state.Params) -> device_state.Params:
-    """Returns params of programs as those of the model, on the host."""
+  @property
+  def all_model(self) -> model_config.ModelConfig:
+    """The config of the model that the params of all devices belong to."""
+    ...
+
+  def of_model(self, params: device_state.Params) -> device_state.Params:
+    """Returns params of programs as those of the model.
+
+    Leaves are arrays of the host, or become such one by one, when NumPy asks.
+    """
     ...
 
   def state(
@@ -91,7 +99,11 @@ class OneDevice:
   def read(self, backend, params):
     return backend.read(params, self.model)
 
-  def whole(self, params):
+  @property
+  def all_model(self):
+    return self.model
+
+  def of_model(self, params):
     return model_layout.host_kernels(params)
 
   def state(self, model, **sizes):
@@ -192,12 +204,26 @@ class Spread:
     read = params.read(placed)
     return {name: _unstacked(tree) for name, tree in read.items()}
 
-  def whole(self, params):
-    return {name: dict(tree) for name, tree in params.items()}
+  @property
+  def all_model(self):
+    return self.layout.config(self.layout.num_parts)
+
+  def of_model(self, params):
+    model = transformer.Transformer(self.layout.model)
+    tokens_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_11)
+    return jax.tree.map(
+      lambda shape, leaf, names: _OfModel(
+        self.layout, leaf, names, shape.shape
+      ),
+      {'params': shapes['params']},
+      params,
+      axes.param_axes(params),
+    )
 
   def state(self, model, **sizes):
     del model
-    whole = transformer.Transformer(self.layout.config(self.layout.num_parts))
+    whole = transformer.Transformer(self.all_model)
 
     def init():
       vocab_size = whole.config.vocab_size
@@ -245,6 +271,27 @@ class Spread:
       lambda tree: model_layout.unstack(tree, model)[0], shapes
     )
     return shapes, axes.param_axes(shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfModel:
+  """A weight of the model, which becomes an array when it is asked for."""
+
+  layout: layout_lib.Layout
+  weight: jax.Array  # of all parts
+  names: tuple[str | None, ...]
+  shape: tuple[int, ...]
+
+  @property
+  def dtype(self) -> Any:
+    return self.weight.dtype
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del dtype, copy
+    found = self.layout.of_model(
+      np.asarray(self.weight), self.names, self.shape
+    )
+    return np.ascontiguousarray(found)
 
 
 def make(

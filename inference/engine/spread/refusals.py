@@ -40,6 +40,12 @@ def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
       'none over several devices; merge the adapter into its base (python -m'
       ' frozen.adapters merge), or use one device',
     )
+  if config.numerics != 'fast':
+    return (
+      f'engine.numerics = {config.numerics}',
+      'fast: sums over devices are rounded in an order of their own; use one'
+      ' device for invariant numerics',
+    )
   if config.native == 'on':
     return (
       'engine.native = on',

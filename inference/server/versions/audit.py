@@ -172,7 +172,7 @@ class Auditor:
       generator = model.generator()
       self._forwards[model] = full_forward.FullForward(
         generator.engine.params,
-        generator.engine.model_config,
+        generator.engine.placement.all_model,
         dtype=generator.frozen.manifest.dtype,
         vocab_size=generator.tokenizer.vocab_size,
         adapter=model.adapter.tree if model.adapter else None,

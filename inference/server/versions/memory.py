@@ -17,7 +17,13 @@ from frozen import (
   stored_kernels,
 )
 from hardware import host_memory, peaks
-from inference.engine import adapter_table, engine_config, execution
+from inference.engine import (
+  adapter_table,
+  device_state,
+  engine_config,
+  execution,
+)
+from inference.engine.spread import placement as placement_lib
 from models import model_config
 
 _MARGIN = 0.05  # of the sum
@@ -25,7 +31,7 @@ _MARGIN = 0.05  # of the sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The bytes that a version takes on its device."""
+  """The bytes that a version takes on a device; on a CPU, on all of them."""
 
   weights: int
   kv_cache: int
@@ -82,11 +88,19 @@ def plan(
   model = model_config.ModelConfig.from_dict(manifest.model)
   dtype: Any = jnp.dtype(manifest.dtype)
   context = config.context(model.max_length)
+  shapes = frozen_format.shapes_of(manifest, model)
+  weights = stored_kernels.num_bytes(shapes)
+  if config.tensor > 1:
+    placement = placement_lib.make(
+      config,
+      dataclasses.replace(model, scan_layers=False),
+      params := device_state.unread(shapes),
+      vocab_size=model.vocab_size,
+    )
+    model, weights = placement.model, placement.num_bytes(params)
   backend = execution.choose(config, model, dtype, device.platform)
   bytes_per_token = backend.bytes_per_token(model)
   config = config.holding([])
-  shapes = frozen_format.shapes_of(manifest, model)
-  weights = stored_kernels.num_bytes(shapes)
   of_adapters = 0
   if config.max_adapters:
     of_adapters = adapter_table.num_bytes(
@@ -105,10 +119,12 @@ def plan(
   page_bytes = config.page_tokens(context) * bytes_per_token
   # int32 counts of each slot; float32 logits, and a copy of them.
   num_rows = 3 * config.max_sequences
+  # Devices of a CPU are all in the memory of the host.
+  num_here = config.tensor if device.platform == 'cpu' else 1
   return Plan(
-    weights=weights,
-    kv_cache=math.ceil(num_pages * page_bytes),
-    sampling=4 * num_rows * model.vocab_size,
+    weights=num_here * weights,
+    kv_cache=num_here * math.ceil(num_pages * page_bytes),
+    sampling=num_here * 4 * num_rows * model.vocab_size,
     adapters=of_adapters,
     free=_free_bytes(device),
   )

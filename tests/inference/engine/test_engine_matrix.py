@@ -13,6 +13,8 @@ import functools
 import numpy as np
 import pytest
 
+from hardware import hlo
+from inference.engine import steps
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from tests.helpers.serving import guesses, reference_engine
@@ -459,3 +461,20 @@ def test_devices_that_share_a_model_are_within_the_bound(kind, num_devices):
   engine = reference_engine.engine(kind, **_SIMPLE, tensor=num_devices)
   # As for one device: sums over devices are rounded in another order.
   assert _errors(engine, kind).max() < 1e-5
+
+
+def test_devices_exchange_sums_and_candidates_alone():
+  engine = reference_engine.engine('odd_heads', **_SIMPLE, tensor=2)
+  layers, width = (
+    engine.model_config.num_layers,
+    engine.model_config.model_width,
+  )
+  text = engine._programs._compiled[steps.Shape(4, 0)].as_text()
+  found = hlo.traffic(hlo.parse(text)).collectives
+  # A step has a sum of the stream of 4 tokens after the embedding, after `out`
+  # and after `down`. All else is of the sampler: at most 20 candidates a row.
+  sums = [x for x in found if x.payload_bytes == 4 * 4 * width]
+  assert sum(x.count for x in sums) == 1 + 2 * layers
+  assert {x.kind for x in sums} == {'all-reduce'}
+  rest = [x.payload_bytes for x in found if x not in sums]
+  assert 0 < max(rest) <= 4 * 4 * 20

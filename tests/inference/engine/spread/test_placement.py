@@ -1,0 +1,119 @@
+"""Weights over devices: each device its parts, and the same weights again."""
+
+import jax
+import numpy as np
+import pytest
+
+from frozen import format as frozen_format
+from inference import generate
+from inference.engine import device_state, engine_config
+from inference.engine.spread import placement as placement_lib
+from models import layout
+from tests.helpers import frozen_dirs, tiny_models
+from tests.helpers.serving import reference_engine
+
+
+def _placement(kind, num_devices, params=None):
+  params = reference_engine.params(kind) if params is None else params
+  return placement_lib.make(
+    engine_config.EngineConfig(tensor=num_devices),
+    reference_engine.model_config(kind),
+    device_state.unread(params),
+    vocab_size=259,
+  )
+
+
+@pytest.mark.parametrize('kind', ['odd_heads', 'gpt2', 'mixture'])
+@pytest.mark.parametrize('num_devices', [2, 4])
+def test_weights_are_those_of_the_model_again(kind, num_devices):
+  params = reference_engine.params(kind)
+  placement = _placement(kind, num_devices)
+  placed = placement.read(None, device_state.unread(params))
+  expected = placement.shapes(None, device_state.unread(params))
+  jax.tree.map(
+    lambda x, shape: np.testing.assert_equal(
+      (x.shape, x.sharding), (shape.shape, shape.sharding)
+    ),
+    placed,
+    expected,
+  )
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(np.asarray(x), y),
+    placement.of_model(placed),
+    params,
+  )
+
+
+def test_each_device_has_its_share():
+  params = reference_engine.params('llama')
+  placement = _placement('llama', 4)
+  placed = placement.read(None, device_state.unread(params))
+  kernel = placed['params']['layer_0']['mlp']['up']['kernel']
+  assert kernel.sharding.shard_shape(kernel.shape) == (24, 40 // 4)
+  table = placed['params']['embed']['embedding']
+  assert table.sharding.shard_shape(table.shape) == (512 // 4, 24)
+  held = placement.num_bytes(device_state.unread(params))
+  assert held == sum(
+    leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(placed)
+  )
+
+
+def test_stacked_layers_are_placed_as_separate_ones():
+  params, config = layout.stack(
+    reference_engine.params('llama'), reference_engine.model_config('llama')
+  )
+  assert config.scan_layers
+  placement = _placement('llama', 2)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    placement.read(None, device_state.unread(params)),
+    placement.read(None, device_state.unread(reference_engine.params('llama'))),
+  )
+
+
+def test_a_frozen_directory_is_read_into_its_places(tmp_path):
+  config = frozen_dirs.config(num_heads=9, num_kv_heads=3, scan_layers=True)
+  manifest = frozen_dirs.write(tmp_path / 'model', config=config)
+  opened = frozen_format.open_directory(tmp_path / 'model')
+  generator = generate.Generator(
+    opened,
+    engine_config.EngineConfig(
+      tensor=2, max_sequences=1, chunk_tokens=16, max_chunks=1
+    ),
+    compile_all=False,
+  )
+  assert generator.weights_digest() == manifest.weights_digest
+
+
+@pytest.mark.parametrize(
+  ('model', 'layout', 'message'),
+  [
+    ({}, {'tensor': 16}, 'engine.tensor: got 16, expected at most the number'),
+    ({}, {'tensor': 2, 'numerics': 'invariant'}, 'invariant, expected fast'),
+    ({}, {'tensor': 2, 'max_adapters': 3}, 'got 2 and 3 places for adapters'),
+    ({}, {'tensor': 2, 'native': 'on'}, 'native = on, expected off'),
+    (
+      {'qk_norm': True, 'qk_norm_whole': True}, {'tensor': 2},
+      'qk_norm_whole.*expected norms of each head',
+    ),
+  ],
+)  # fmt: skip
+def test_an_unsupported_engine_is_refused(model, layout, message):
+  config = tiny_models.llama_like(**model)
+  with pytest.raises(ValueError, match=message):
+    placement_lib.make(
+      engine_config.EngineConfig(**layout),
+      config,
+      device_state.unread(frozen_dirs.params(config)),
+      vocab_size=61,
+    )
+
+
+def test_experts_that_do_not_divide_are_refused():
+  with pytest.raises(ValueError, match='got 8 and experts of width 20'):
+    _placement('mixture', 8)
+
+
+def test_fewer_than_one_device_is_refused():
+  with pytest.raises(ValueError, match='engine.tensor: got 0, expected'):
+    engine_config.EngineConfig(tensor=0)
