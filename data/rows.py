@@ -11,7 +11,7 @@ later; each is 0 in padding. Segments, which are pieces of documents, count from
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,21 @@ from data.examples import encoding
 from text import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
+
+
+class Column(NamedTuple):
+  """A file with values of all ids of a store, that were computed later."""
+
+  path: pathlib.Path
+  dtype: str = 'float32'
+  width: int = 0  # values of each id; 0: one, without an axis for it
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Returns the shape of the values of one id."""
+    return (self.width,) if self.width else ()
+
+
 Pieces = tuple[np.ndarray, np.ndarray]  # first ids, numbers of pairs
 
 
@@ -42,8 +57,8 @@ class Rows:
   is_random: bool
   # Streams of the store that become arrays of a batch, besides `trained`.
   arrays: tuple[str, ...] = ()
-  # Files of further arrays: float32, one value per id of the store.
-  computed: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+  # Files of further arrays.
+  computed: Mapping[str, Column] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -78,23 +93,42 @@ class Rows:
   def values_N(self, name: str) -> np.ndarray:
     """Returns the values of all ids, mapped: a stream, or a computed array."""
     if name in self.computed:
-      return token_store.mapped_once(self.computed[name], 'float32')
+      column = self.computed[name]
+      values = token_store.mapped_once(column.path, column.dtype)
+      return values.reshape(-1, *column.shape)
     return self.store.stream_N(name)
 
-  def with_array(self, name: str, path: pathlib.Path) -> 'Rows':
-    """Returns the rows with an array from a file that `scattered` is for."""
-    return dataclasses.replace(self, computed={**self.computed, name: path})
-
-  def scattered(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns one value per id, float32 [N], of the values of all rows.
+  def zeros(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of a batch as it is where there is padding.
 
     Args:
-      arrays: [rows, T], of the rows in the order of the plan; rows behind the
-        last one are padding.
+      shape: [..., T], without the axis of several values per id.
+    """
+    column = self.computed.get(name)
+    if column is None:
+      return np.zeros(shape, np.float32)
+    return np.zeros((*shape, *column.shape), column.dtype)
+
+  def with_array(self, name: str, column: Column) -> 'Rows':
+    """Returns the rows with an array from a file that `scattered` is for."""
+    return dataclasses.replace(self, computed={**self.computed, name: column})
+
+  def scattered(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the values of all ids, [N, ...], from those of all rows.
+
+    They are float32, or int32 for integers.
+
+    Args:
+      arrays: [rows, T, ...], of the rows in the order of the plan; rows behind
+        the last one are padding.
     """
     values_N = np.zeros(self.store.num_ids, np.float32)
     row = 0
     for values_RT in arrays:
+      if not row:
+        shape = self.store.num_ids, *values_RT.shape[2:]
+        is_id = np.issubdtype(values_RT.dtype, np.integer)
+        values_N = np.zeros(shape, np.int32 if is_id else np.float32)
       for values_T in values_RT[: self.num_rows - row]:
         targets = _ids_of(*self.plan.pieces(row)) + 1
         values_N[targets] = values_T[: len(targets)]
@@ -211,14 +245,15 @@ def batch_of(
   pad_id: int,
   arrays: Sequence[str] = (),
 ) -> Batch:
-  """Returns a batch of [B, T] arrays.
+  """Returns a batch of arrays [B, T].
 
   Args:
     rows: a source and the pieces of one row, for each row.
     num_rows: B; missing rows are padding of weight 0.
     row_length: T.
     pad_id: token id of padding.
-    arrays: names of further arrays, float32.
+    arrays: names of further arrays, [B, T] or with an axis more; float32,
+      unless they were computed.
   """
   shape = num_rows, row_length
   batch = {
@@ -227,8 +262,11 @@ def batch_of(
     'positions': np.zeros(shape, np.int32),
     'segment_ids': np.zeros(shape, np.int32),
     'weights': np.zeros(shape, np.float32),
-  } | {name: np.zeros(shape, np.float32) for name in arrays}
-  for b, (source, (starts, lengths)) in enumerate(rows):
+  }
+  laid_out = list(rows)
+  for name in arrays:
+    batch[name] = laid_out[0][0].zeros(name, shape)
+  for b, (source, (starts, lengths)) in enumerate(laid_out):
     row = {name: array[b] for name, array in batch.items()}
     _fill(row, source, starts, lengths)
     for name in arrays:

@@ -161,7 +161,7 @@ def assemble(
   digests += [d for task in documents.tasks for d in task.files.values()]
   processes.check_same('data', json.dumps(digests))
   spare_ids = tokenizer_lib.spare_ids(tokenizer, experiment.model.vocab_size)
-  (*train, held_out), logprobs = reference.add_logprobs(
+  (*train, held_out), logprobs = reference.add_values(
     experiment, [*train, held_out], spare_ids, say
   )
   if execution.attention_path(experiment, learner.placement) == 'cudnn':

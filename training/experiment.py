@@ -228,7 +228,8 @@ class Experiment:
         ' config.rollouts, expected one of prompts; join their records in one'
         ' file'
       )
-    if self.objective.logprobs_needed:
+    fixed = self.objective.logprobs_needed, self.objective.top_tokens_needed
+    if any(fixed):
       raise ValueError(
         f'config.objective: got {type(self.objective).__name__} for fixed data'
         ' with config.rollouts, expected one for sampled text; set'

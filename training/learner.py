@@ -249,7 +249,11 @@ class Learner:
     sizes = {'B': data.batch_size, 'T': data.row_length}
     return {
       name: jax.ShapeDtypeStruct(
-        tuple(sizes[axis] for axis in spec.axes), spec.dtype
+        (
+          *(sizes[axis] for axis in spec.axes),
+          *([spec.width] * bool(spec.width)),
+        ),
+        spec.dtype,
       )
       for name, spec in self.experiment.objective.batch_spec().items()
     }

@@ -165,7 +165,8 @@ def test_computed_values_come_back_where_they_were(tmp_path):
   values_N = rows.scattered(values)
   path = tmp_path / 'values.bin'
   path.write_bytes(values_N.data)
-  rows = pickle.loads(pickle.dumps(rows.with_array('ref_logprobs', path)))
+  column = rows_lib.Column(path)
+  rows = pickle.loads(pickle.dumps(rows.with_array('ref_logprobs', column)))
   config = data_config.DataConfig(
     row_length=T, batch_size=8, packing='best_fit', num_threads=1
   )

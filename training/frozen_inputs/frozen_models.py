@@ -136,8 +136,7 @@ def check_tokenizers(
   Raises:
     ValueError: names the model, and the first id that differs.
   """
-  sources = {**objective.models_needed, **objective.logprobs_needed}
-  for name, source in sources.items():
+  for name, source in objective.frozen_sources.items():
     source = resolved(source, init_from)
     # A run may add tokens to those of its own start.
     is_whole = not is_same(source.path, init_from)
@@ -200,7 +199,7 @@ def digest_of(name: str, source: port.ModelSource) -> str:
 
 def lineage(objective: port.Objective, init_from: str = '') -> dict[str, str]:
   """Returns the digest of each frozen model's weights, by its name."""
-  sources = {**objective.models_needed, **objective.logprobs_needed}
+  sources = objective.frozen_sources
   return {
     name: digest_of(name, resolved(source, init_from))
     for name, source in sources.items()

@@ -9,8 +9,9 @@ the cross-entropy of the text itself:
     (1 - imitation_share) T^2 D(P_T, Q_T) + imitation_share (-log Q(target))
 
 It fits any text: that of a data set, completions of the teacher
-(sequence-level), or the student's own (on-policy). The teacher is computed in
-every step.
+(sequence-level, `studies/answers.py`), or the student's own (on-policy, with
+`config.rollouts`). The teacher is computed in every step; or, with `top_k`, its
+k likeliest tokens are computed once before the first step and kept on disk.
 
 References: Hinton et al. 2015 (arXiv:1503.02531), section 2: temperature and
 T^2; Kim & Rush 2016 (arXiv:1606.07947); Agarwal et al. 2023, GKD
@@ -52,6 +53,11 @@ class Distillation(port.Objective):
   # Share of the loss that is the cross-entropy of the text, without a
   # temperature.
   imitation_share: float = 0.0
+  # 0: the teacher is computed in each step. k: its k likeliest tokens of each
+  # place are computed once and kept, 8 k bytes per token of text; all others
+  # count as one token, so the divergence is at most that of the whole
+  # distributions. The teacher then takes no memory while the student trains.
+  top_k: int = 0
 
   def validate(self):
     if not self.teacher:
@@ -77,6 +83,7 @@ class Distillation(port.Objective):
         f'objective.temperature: got {self.temperature}, expected a number'
         ' above 0; 1 leaves the distributions as they are'
       )
+    expect.at_least('objective.top_k', self.top_k, 0)
     if not 0 <= self.imitation_share < 1:
       raise ValueError(
         f'objective.imitation_share: got {self.imitation_share}, expected a'
@@ -90,7 +97,20 @@ class Distillation(port.Objective):
 
   @property
   def models_needed(self):
-    return {'teacher': port.ModelSource(self.teacher)}
+    return {} if self.top_k else {'teacher': port.ModelSource(self.teacher)}
+
+  @property
+  def top_tokens_needed(self):
+    if not self.top_k:
+      return {}
+    source = port.ModelSource(self.teacher)
+    return {'teacher': port.TopTokens(source, self.top_k, self.temperature)}
+
+  def batch_spec(self):
+    spec = {**port.TOKEN_ROWS}
+    for name, top in self.top_tokens_needed.items():
+      spec |= top.specs(name)
+    return spec
 
   def totals(self, params, batch, model, **others):
     """Returns the denominators of the routers' losses of a mixture."""
@@ -102,21 +122,26 @@ class Distillation(port.Objective):
       'real_tokens': routing.num_real(batch),
     }
 
-  def __call__(self, params, batch, model, *, teacher, totals=None):
+  def __call__(self, params, batch, model, *, teacher=None, totals=None):
     """Returns the loss, summed over targets by their weights, and sums.
 
     Returns:
       The sums: `weight`; `nll`, the cross-entropy of the text, which evaluation
       reports as the loss; `divergence`, at the temperature and before it is
-      rescaled; `teacher_nll`, the teacher's cross-entropy; `agreement`, the
-      share of targets where both models have the same most probable token.
+      rescaled; `teacher_nll`, the teacher's cross-entropy, unless the teacher
+      is known by its likeliest tokens only; `agreement`, the share of targets
+      where both models have the same most probable token.
     """
     hidden = model.hidden(
       params, batch['tokens'], batch['positions'], batch['segment_ids']
     )
-    found = divergences.over_vocabulary(
-      self._of_logits, params, hidden.states_BTD, model, teacher, batch
-    )
+    if self.top_k:
+      found = self._of_known(params, hidden.states_BTD, model, batch)
+    else:
+      assert teacher is not None  # one of `models_needed`
+      found = divergences.over_vocabulary(
+        self._of_logits, params, hidden.states_BTD, model, teacher, batch
+      )
     weights_BT = batch['weights']
     is_trained_BT = weights_BT > 0
     # A target that is not trained may be an id without a token: 0 x inf.
@@ -126,7 +151,7 @@ class Distillation(port.Objective):
     }
     sums: port.Sums = {'weight': jnp.sum(weights_BT)}
     sums['nll'] = jnp.sum(weights_BT * found['nll'])
-    for name in ('divergence', 'teacher_nll'):
+    for name in ('divergence', *({'teacher_nll'} & found.keys())):
       total = jnp.sum(weights_BT * found[name])
       sums[name] = port.Mean(total, sums['weight'])
     sums['agreement'] = port.Share(
@@ -143,22 +168,35 @@ class Distillation(port.Objective):
       loss, sums = loss + router_loss, sums | routed
     return loss, sums
 
+  def _of_known(self, params, states_BTD, model, batch):
+    """Returns the figures of each token, [B, T], by the arrays of a batch."""
+
+    # Without it, the backward pass would keep the logits of all chunks.
+    @jax.checkpoint
+    def of_chunk(chunk, targets_Bt):
+      states_BtD, ids_Btk, their_Btk = chunk
+      own_BtV = model.logits(params, states_BtD)
+      is_same_Bt = jnp.argmax(own_BtV, -1) == ids_Btk[:, :, 0]
+      own_Btk = divergences.coarse(own_BtV / self.temperature, ids_Btk)
+      return {
+        'divergence': self._divergence(their_Btk, own_Btk),
+        'nll': _nll(own_BtV, targets_Bt),
+        'agreement': is_same_Bt.astype(jnp.float32),
+      }
+
+    known = batch['teacher_ids'], batch['teacher_logprobs']
+    return model.map_chunks(of_chunk, (states_BTD, *known), batch['targets'])
+
   def _of_logits(self, own_BtV, their_BtV, targets_Bt):
-    """Returns what the loss needs of each token, [B, t] each."""
-
-    def nll(logits_BtV):
-      logprobs_BtV = jax.nn.log_softmax(logits_BtV)
-      found_Bt1 = jnp.take_along_axis(logprobs_BtV, targets_Bt[:, :, None], -1)
-      return -found_Bt1[:, :, 0]
-
+    """Returns the figures of each token, [B, t] each."""
     is_same_Bt = jnp.argmax(own_BtV, -1) == jnp.argmax(their_BtV, -1)
     return {
       'divergence': self._divergence(
         jax.nn.log_softmax(their_BtV / self.temperature),
         jax.nn.log_softmax(own_BtV / self.temperature),
       ),
-      'nll': nll(own_BtV),
-      'teacher_nll': nll(their_BtV),
+      'nll': _nll(own_BtV, targets_Bt),
+      'teacher_nll': _nll(their_BtV, targets_Bt),
       'agreement': is_same_Bt.astype(jnp.float32),
     }
 
@@ -168,3 +206,10 @@ class Distillation(port.Objective):
     if self.divergence == REVERSE:
       return divergences.reverse(theirs, own)
     return divergences.jensen_shannon(theirs, own, self.beta)
+
+
+def _nll(logits_BtV: jax.Array, targets_Bt: jax.Array) -> jax.Array:
+  """Returns -log p(target) of each token."""
+  logprobs_BtV = jax.nn.log_softmax(logits_BtV)
+  found_Bt1 = jnp.take_along_axis(logprobs_BtV, targets_Bt[:, :, None], -1)
+  return -found_Bt1[:, :, 0]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.layers import cross_entropy
 from training.objectives import port
 
 
@@ -40,6 +41,30 @@ def jensen_shannon(theirs: jax.Array, own: jax.Array, beta: float) -> jax.Array:
   """
   mixed = jnp.logaddexp(theirs + math.log(beta), own + math.log1p(-beta))
   return beta * forward(theirs, mixed) + (1 - beta) * forward(own, mixed)
+
+
+def coarse(logits: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns log-probabilities of some tokens, and of all others together.
+
+  A divergence of two such distributions is at most that of the whole ones (the
+  data-processing inequality), and equal where one token or none is left over.
+
+  Args:
+    logits: [..., V].
+    ids: different tokens, [..., k].
+
+  Returns:
+    float32 [..., k + 1]; the last is that of the other tokens.
+  """
+  logits = logits.astype(jnp.float32)
+  whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  own = jnp.take_along_axis(logits, ids, axis=-1)
+  others = jnp.put_along_axis(
+    logits, ids, cross_entropy.MASKED, axis=-1, inplace=False
+  )
+  rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+  # With all tokens listed the rest is that of masked logits: still finite.
+  return jnp.concatenate([own, rest], axis=-1) - whole
 
 
 def over_vocabulary(

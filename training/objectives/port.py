@@ -46,6 +46,7 @@ class ArraySpec(NamedTuple):
 
   axes: str  # letters of models/axes.py; B rows, T tokens per row
   dtype: Any
+  width: int = 0  # values of each token, on a further axis; 0: one, without it
 
 
 _TOKENS = ArraySpec('BT', jnp.int32)
@@ -166,7 +167,7 @@ class Model:
     states_BTD: Any,
     targets_BT: jax.Array,
   ) -> Any:
-    """Returns `fn` of all chunks of time, joined; each array is [B, T].
+    """Returns `fn` of all chunks of time, joined; each array is [B, T, ...].
 
     Args:
       fn: of hidden states and of targets.
@@ -186,7 +187,7 @@ class Model:
     parts = jax.tree.map(split, (states_BTD, targets_BT))
     found = jax.lax.map(lambda part: fn(*part), parts)
     return jax.tree.map(
-      lambda x: x.swapaxes(0, 1).reshape((batch, time)), found
+      lambda x: x.swapaxes(0, 1).reshape((batch, time, *x.shape[3:])), found
     )
 
   def _apply(self, method: Callable, params: Any, *args: Any) -> Any:
@@ -207,6 +208,24 @@ class ModelSource:
   """Where the weights of another model are."""
 
   path: str  # frozen directory; '': config.init_from
+
+
+class TopTokens(NamedTuple):
+  """The likeliest next tokens that a frozen model gives each place.
+
+  The last of the k + 1 log-probabilities is that of all other tokens together.
+  """
+
+  source: ModelSource
+  count: int  # k
+  temperature: float = 1.0  # divides the logits
+
+  def specs(self, name: str) -> dict[str, ArraySpec]:
+    """Returns the arrays of a batch, by name."""
+    return {
+      f'{name}_ids': ArraySpec('BT', jnp.int32, self.count),
+      f'{name}_logprobs': ArraySpec('BT', jnp.float32, self.count + 1),
+    }
 
 
 class Objective(abc.ABC):
@@ -282,14 +301,22 @@ class Objective(abc.ABC):
     """Raises ValueError for hyper-parameters that no run can use."""
     return
 
+  @property
+  def frozen_sources(self) -> Mapping[str, ModelSource]:
+    """The frozen models that a run reads, by name."""
+    return {
+      **self.models_needed,
+      **self.logprobs_needed,
+      **{name: top.source for name, top in self.top_tokens_needed.items()},
+    }
+
   def check_start(self, init_from: str) -> None:
     """Raises ValueError if no run can train from these weights.
 
     Args:
       init_from: frozen directory of the first weights; '': random weights.
     """
-    needed = {**self.logprobs_needed, **self.models_needed}
-    for name, source in needed.items():
+    for name, source in self.frozen_sources.items():
       if not (source.path or init_from):
         raise ValueError(
           f'config.objective: got no frozen model for {name}, expected the'
@@ -331,6 +358,15 @@ class Objective(abc.ABC):
     Each is an array of `batch_spec`, float32 [B, T]. They are computed once,
     before the first step, and kept on disk:
     training/frozen_inputs/reference.py.
+    """
+    return {}
+
+  @property
+  def top_tokens_needed(self) -> Mapping[str, TopTokens]:
+    """The likeliest next tokens under frozen models, by name.
+
+    Each is two arrays of `batch_spec`: {name}_ids, int32 [B, T, k], and
+    {name}_logprobs, float32 [B, T, k + 1]. Computed as `logprobs_needed`.
     """
     return {}
 
