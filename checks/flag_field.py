@@ -8,7 +8,8 @@ def field(default: Any, text: str = '', **metadata: Any) -> Any:
   """Returns a dataclass field with the help text of its flag.
 
   Args:
-    default: of the field.
+    text: help text of the flag; `inference.flags` adds the default to it.
+    default: value of the field.
     text: help of the flag; its default is added there.
     **metadata: further metadata, which `inference.flags` and its readers know.
   """

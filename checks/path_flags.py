@@ -35,7 +35,7 @@ def DEFINE_path(
     default: its value if it is not given; ~ and $VARIABLES are replaced, too.
     help_text: for --help.
     flag_values: the registry.
-    **options: of `flags.DEFINE`, as `required`.
+    **options: further arguments of `flags.DEFINE`, such as `required`.
   """
   flags.disclaim_key_flags()  # --help lists it as a flag of the caller
   return flags.DEFINE(

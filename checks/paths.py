@@ -13,11 +13,11 @@ _VARIABLE = re.compile(r'\$(\w+|\{\w+\})')
 def expanded(name: str, path: str | os.PathLike) -> str:
   """Returns a path with its ~, ~USER and $VARIABLES replaced.
 
-  A path with a $ that exists as it is written is left so.
+  A path that contains a $ and exists as written is returned unchanged.
 
   Args:
     name: the flag or the field as its user writes it, for the error.
-    path: what the user wrote; '' stays ''.
+    path: the path as the user wrote it; '' stays ''.
 
   Raises:
     ValueError: there is no such user or variable.

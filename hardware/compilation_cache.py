@@ -6,10 +6,11 @@ JAX neither reads nor replaces: each later start would warn and compile again.
 
 Programs of several CPU devices are not kept. In a fresh one, XLA:CPU (jaxlib
 0.10 to 0.12) runs the collectives of a device one after another, in the same
-order on all devices; in one that was read from disk, each collective counts as
-independent. Devices then wait in different ones for ever, and XLA ends the
-process after 40 s. Of a pipeline with adapters over 8 devices, 5 of 6 programs
-from disk were stuck within 400 steps, none of 6 fresh ones within 2,000.
+order on all devices; in a program read from disk, each collective counts as
+independent. Devices then wait for different collectives for ever, and XLA ends
+the process after 40 s. Measured on a pipeline with adapters over 8 devices: 5
+of 6 programs from disk hung within 400 steps, none of 6 fresh programs within
+2,000.
 """
 
 import functools
@@ -90,7 +91,7 @@ def leave_out_collectives() -> None:
 
 
 def remove_incomplete(directory: pathlib.Path) -> None:
-  """Removes entries that are not whole, of those written since the last call.
+  """Removes incomplete entries among the entries since the last call.
 
   Another process may be writing an entry now. Its program is compiled once
   more.
@@ -107,7 +108,7 @@ def remove_incomplete(directory: pathlib.Path) -> None:
     # The time before the check, and a second for file systems that round.
     os.utime(mark, (now - 1, now - 1))
   except OSError:
-    pass  # read-only, or another process removes entries: JAX uses what it can
+    pass  # read-only, or another process removes entries: JAX uses the rest
 
 
 def is_whole(entry: bytes) -> bool:
@@ -123,7 +124,7 @@ def is_whole(entry: bytes) -> bool:
 
 
 def _is_whole_zstandard(entry: bytes) -> bool:
-  """The same for Zstandard, which JAX uses where its package is installed."""
+  """Returns the same for Zstandard, which JAX uses if it is installed."""
   try:
     import zstandard  # pyright: ignore[reportMissingImports]
   except ModuleNotFoundError:

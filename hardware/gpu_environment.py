@@ -21,14 +21,14 @@ TESTS = BENCHMARKS | {
   # References in float32: by default a GPU multiplies them in TF32, with 10
   # bits, and is off by 1e-4.
   'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
-  # tests/conftest.py compiles quickly for CPUs; of a repeated flag, the last
-  # counts.
+  # tests/conftest.py sets a flag for quick compilation on CPUs. XLA takes the
+  # last value of a repeated flag.
   'XLA_FLAGS': '--xla_backend_optimization_level=3',
 }
 
 
 def missing() -> str:
-  """Returns why this machine has no GPU for us, or ''. Does not import jax."""
+  """Returns why this machine has no usable GPU, or ''. Does not import jax."""
   if not glob.glob('/dev/nvidia[0-9]*') and not glob.glob('/dev/dxg'):
     return 'got no NVIDIA GPU (/dev/nvidia0), expected one; use such a machine'
   return ''

@@ -118,7 +118,7 @@ def shape_bytes(shape: str, *, is_main_memory: bool = False) -> int:
   """Returns the bytes of a shape or of a tuple of shapes, without padding.
 
   Args:
-    is_main_memory: counts arrays in main memory only, not those on the chip.
+    is_main_memory: counts only arrays in main memory, not arrays on the chip.
   """
   total = 0
   for dtype, dims, layout in _SHAPE.findall(shape):

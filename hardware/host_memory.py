@@ -1,4 +1,4 @@
-"""The memory of the host: what is free, and a malloc setting for XLA:CPU.
+"""The host's free memory, and a malloc setting for XLA:CPU.
 
 With the setting, freed memory stays with the process. A compiled program
 allocates its temporaries anew in every call. By default glibc takes large

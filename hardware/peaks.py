@@ -5,8 +5,8 @@ divide bytes/s by `Peaks.bytes_per_s` to report how close decoding is to the
 memory roofline. Figures of known accelerators come from their datasheets. Any
 other device, CPUs included, is measured for about a second, once per process.
 
-The float32 rates are those of XLA's default matmul precision: one bfloat16 pass
-on TPU, TF32 on GPU. All rates are dense (no structured sparsity).
+The float32 rates hold for XLA's default matmul precision: one bfloat16 pass on
+TPU, TF32 on GPU. All rates are dense (no structured sparsity).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Peaks:
   flops_per_s: dict[str, float]  # dense matmul rate by operand dtype name
   bytes_per_s: float  # main memory (HBM on accelerators)
   memory_bytes: int = 0  # that a program may use; 0 if unknown
-  # To other devices, all links together, one direction; 0 without such links.
+  # Rate to other devices, all links together, one direction; 0 without links.
   # Datasheets add up both directions: their figure is twice this one.
   link_bytes_per_s: float = 0.0
   source: str  # the datasheet, or the kind of measurement

@@ -3,8 +3,8 @@
     options = xla_options.of(devices)
     jax.jit(step, compiler_options=options)
 
-Each row says why it is there and what it was measured to do. No option of the
-table changes a result: one that adds numbers in another order stays out. A flag
+Each row gives its reason and its measured effect. No option of the table
+changes a result: an option that adds numbers in another order stays out. A flag
 of the user's own, in XLA_FLAGS or LIBTPU_INIT_ARGS, wins over its row.
 
 An unknown name in XLA_FLAGS ends the process. As an option of one program it is

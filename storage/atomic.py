@@ -128,8 +128,8 @@ def _exchange(path: pathlib.Path, other: pathlib.Path) -> bool:
   if _renameat2 is None:
     return False
   names = os.fsencode(path), os.fsencode(other)
-  # 0 is success. Else the file system does not know this step, as NFS; any
-  # other error occurs again, and is raised, in the two steps.
+  # 0 is success. Some file systems, such as NFS, have no exchange. Any other
+  # error occurs again in the two steps, which raise it.
   return not _renameat2(
     _AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)
   )
@@ -164,18 +164,18 @@ def restore(target: pathlib.Path) -> None:
     and (found['name'], found['role']) == (target.name, 'previous')
   ]
   if aside:
-    # The time of change is that of the rename.
+    # A rename sets the time of change: the newest was set aside last.
     os.replace(max(aside, key=lambda path: path.stat().st_ctime_ns), target)
 
 
 def remove_leftovers(directory: pathlib.Path, name: str = '') -> None:
-  """Restores or deletes what killed processes left of their writes.
+  """Restores or deletes the leftovers of writes by killed processes.
 
   The caller must know that no other process is writing there.
 
   Args:
     directory: in which the files and directories were written.
-    name: of the one that was written; all of them if empty.
+    name: name of the file or directory that was written; '' for all.
   """
   for path in list(directory.iterdir()):
     found = _LEFTOVER.fullmatch(path.name)

@@ -1,9 +1,9 @@
-"""The commit of the code that runs, for everything that says who made it."""
+"""The commit of the running code, for files that record their origin."""
 
 import pathlib
 import subprocess
 
-# Pages are no code. Some are rewritten by what notes its commit in them.
+# Pages are no code. Tools rewrite some of them to note the commit.
 _PAGES = ':(top,exclude,glob)**/*.md'
 
 

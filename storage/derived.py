@@ -18,7 +18,7 @@ _LIST, _VERIFIED = 'files.json', 'verified.json'
 
 
 class DamagedError(ValueError):
-  """A file differs from what was written."""
+  """A file that differs from the file that was written."""
 
 
 def open_or_write(

@@ -46,7 +46,7 @@ def entry_of(path: str | os.PathLike) -> Entry:
 
 
 def of_json(fields: Mapping[str, Any]) -> str:
-  """Returns the SHA-256 of JSON values, whatever the order of the keys."""
+  """Returns the SHA-256 of JSON values; the order of keys does not matter."""
   text = json.dumps(fields, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Errors of a disk that cannot be written, as one line that says what to do."""
+"""Errors of a disk that cannot be written, as one line with a fix."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,7 +17,7 @@ def writing(
 
   Args:
     place: the file or directory that the block writes.
-    saved: what the user still has if the block fails.
+    saved: the part of the work that is safe on disk if the block fails.
 
   Raises:
     SaveError: the write may work later, as when the disk is full.

@@ -13,7 +13,7 @@ WORKDIR/                      one run of training
   checkpoints/damaged-STEP-N/ found damaged, and set aside
   metrics.jsonl  goodput.jsonl  tensorboard/  report.html
   samples.jsonl               answers of rollouts with their rewards
-  frozen/                     what the run hands to serving
+  frozen/                     the frozen directory, to serve
   .lock                       held by the run that writes here
 
 FROZEN/                       weights to serve, and all that they need

@@ -1,7 +1,7 @@
 """Lock files: one writer at a time, on one host or on several.
 
-A lock is an `flock`: the kernel releases it when the process ends, in whatever
-way. Hosts that share a file system share its locks if the file system knows
+A lock is an `flock`: the kernel releases it when the process ends, even after a
+crash. Hosts that share a file system share its locks if the file system knows
 `flock`, as NFS does.
 """
 

@@ -75,7 +75,7 @@ def identity(file: pathlib.Path) -> str:
 
 
 def _read(memory: pathlib.Path | None) -> dict[str, str]:
-  """Returns what is remembered; nothing if the file is damaged."""
+  """Returns the remembered digests; none if the file is damaged."""
   with contextlib.suppress(OSError, ValueError):
     if memory is not None:
       known = json.loads(memory.read_text(encoding='utf-8'))

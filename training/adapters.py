@@ -3,8 +3,8 @@
     state.params         {'adapters': {layer: {a, b}}}, and heads if any
     state.frozen_params  {'init_from': variables of the base}
 
-So gradients, moments, averages and checkpoints are of adapters alone. The base
-is read again from its frozen directory when a run resumes, and its digest is
+So gradients, moments, averages and checkpoints hold adapters alone. The base is
+read again from its frozen directory when a run resumes, and its digest is
 compared. The step computes with `joined` variables.
 """
 
@@ -45,22 +45,22 @@ def first(
   """Returns the params before the first step. Pure: jit or eval_shape it.
 
   Args:
-    key: of the run.
+    key: PRNG key of the run.
     base: variables of the frozen model.
   """
-  key = jax.random.fold_in(key, 2)  # 1 is that of heads
+  key = jax.random.fold_in(key, 2)  # heads take 1
   return {adapters.COLLECTION: adapter_config.init(config, base['params'], key)}
 
 
 def in_form(config: adapter_config.AdapterConfig, base: Any) -> Any:
-  """Returns the variables of a base as a run keeps them."""
+  """Returns the variables of a base in the form that a run keeps."""
   if config.base == 'float':
     return base
   return {'params': stored_tree.quantise_kernels(base['params'], config.base)}
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
-  """Raises ValueError for a run whose adapters no base can have."""
+  """Raises ValueError for adapters that fit no base."""
   config = experiment.adapter
   if not config.rank:
     return
@@ -77,7 +77,7 @@ def check(experiment: experiment_lib.Experiment) -> None:
       ' quantised; adapter.base = int8 stores the frozen weights in 8 bits'
     )
   if experiment.freeze.enabled and not experiment.freeze.merge_adapter:
-    # Now, and not after the last step.
+    # Checked now: merging after the last step would fail too late.
     base = frozen_format.open_directory(init_from.directory(experiment))
     peft_files.check_family(base)
   if config.base == 'float':

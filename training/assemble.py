@@ -55,10 +55,10 @@ class Parts:
   eval_batches: batches_lib.EvalBatches | held_out_lib.HeldOut
   # Ids that end the answers of a run on conversations, besides EOS.
   stop_ids: tuple[int, ...]
-  # Evaluation text found in each training source; empty if not searched for.
+  # Share of evaluation text in each training source; empty if not searched.
   overlaps: tuple[overlap.Overlap, ...]
   tasks: tuple[task_lib.Task, ...]  # measured together with validation loss
-  # Of frozen models, which the rows have; empty if the objective needs none.
+  # Values of frozen models for the rows; empty if the objective needs none.
   logprobs: tuple[reference.Computed, ...] = ()
 
   def describe_data(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def chat_template(
 ) -> str:
   """Returns the template of conversations; '': none, or the plain transcript.
 
-  A run that goes on needs the directory of init_from no longer.
+  A resumed run does not need the directory of init_from.
 
   Raises:
     ValueError: it cannot be read.
@@ -304,7 +304,7 @@ def _check_arrays(batch: rows_lib.Batch, objective: port.Objective) -> None:
   got = {
     name: f'{array.dtype} {"BT"[: array.ndim]}' for name, array in batch.items()
   }
-  # Data may have more: an objective takes what it reads.
+  # The data may have more arrays: an objective takes the ones that it reads.
   if not expected.items() <= got.items():
     raise ValueError(
       f'config.objective: got batches with {_listed(got)}, expected'

@@ -13,8 +13,8 @@ same function:
     cudnn      models.attention.kernels.cudnn_gpu: NVIDIA GPU, bfloat16
     auto       splash or cudnn where devices and shapes allow it, else reference
 
-`models/attention/supports.py` has what each path accepts. The first lines of a
-run name the path, and the reason why `auto` took plain attention.
+`models/attention/supports.py` lists the inputs that each path accepts. The
+first lines of a run name the path, and why `auto` took plain attention.
 
 If the tokens of a row are split over devices (parallel.context > 1), `auto` and
 `reference` take parallel.context_attention, ring or gather, of
@@ -61,7 +61,8 @@ _PATHS = {
 def check_model(experiment: experiment_lib.Experiment) -> None:
   """Raises ValueError for a model that the run cannot train.
 
-  It does not divide as `parallel` asks, or would be served as another function.
+  The model does not divide as `parallel` asks, or serving would compute another
+  function.
   """
   model, parallel = experiment.model, experiment.parallel
   scaling, row_length = model.rope_scaling, experiment.data.row_length
@@ -139,20 +140,20 @@ def check_batch(experiment: experiment_lib.Experiment, num_shards: int) -> None:
     )
 
 
-# Devices of that many bytes hold 1 GiB of float32 logits at a time: on an H200,
-# the loss at 50,304 ids takes 8.2 ms in 4 chunks and 9.1 in 16.
+# Devices with at least this much memory hold 1 GiB of float32 logits at a time:
+# on an H200, the loss at 50,304 ids takes 8.2 ms in 4 chunks and 9.1 in 16.
 _LARGE_MEMORY, _LARGE_CHUNK = 40e9, 2**28
-# A program of more layers would compile for minutes.
+# A program with more layers, compiled apart, would compile for minutes.
 _MOST_APART = 48
 
 
 def settled(
   experiment: experiment_lib.Experiment, devices: Sequence[jax.Device]
 ) -> experiment_lib.Experiment:
-  """Returns the experiment with what it leaves open settled for the devices.
+  """Returns the experiment with its open choices made for the devices.
 
-  `training.planning.choices` settles by memory what costs time; here, for
-  learners without a plan, remat is none and a batch is not cut.
+  `training.planning.choices` chooses by memory where memory costs time. Here,
+  for learners without a plan, remat is none and a batch is not cut.
   """
   asked, device = experiment.execution, devices[0]
   is_accelerator = device.platform != 'cpu'

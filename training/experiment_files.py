@@ -15,7 +15,7 @@ DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / 'experiments'
 def describe(directory: pathlib.Path) -> dict[str, str]:
   """Returns the first line of each experiment of a directory, by file name.
 
-  In `DIRECTORY`, those of its folders follow.
+  In `DIRECTORY`, the experiments of its folders follow.
   """
   found = {}
   paths = sorted(directory.glob('*.py'))
@@ -58,7 +58,7 @@ def check(path: str, variant: str) -> None:
 
   Args:
     path: value of --config, without its variant.
-    variant: behind the colon, or ''.
+    variant: the text after the colon, or ''.
 
   Raises:
     ValueError: there is no such file, or it has no `get_config` or variants.
@@ -90,7 +90,7 @@ def check(path: str, variant: str) -> None:
 
 
 def _written(path: pathlib.Path) -> str:
-  """Returns a path as short as it can be written from here."""
+  """Returns a path in its shortest form, relative to here if possible."""
   try:
     return str(path.resolve().relative_to(pathlib.Path.cwd()))
   except ValueError:

@@ -1,7 +1,7 @@
-"""Experiments from the JSON values that `Experiment.to_dict` makes of them.
+"""Experiments from the JSON values that `Experiment.to_dict` returns.
 
-A run.json and the recipe of a frozen directory have them. Only functions and
-classes of this project are looked up by their names.
+A run.json and the recipe of a frozen directory hold such values. Only functions
+and classes of this project are looked up by their names.
 """
 
 from collections import abc
@@ -22,7 +22,7 @@ _PACKAGES = ('data', 'evals', 'models', 'parallel', 'text', 'training')
 def from_dict(values: Mapping[str, Any]) -> experiment_lib.Experiment:
   """Returns the experiment of JSON values.
 
-  A field that is missing has its default: it is younger than the record.
+  A missing field gets its default: the field is newer than the record.
 
   Raises:
     ValueError: a field is unknown, or a name is not one of this project.
@@ -38,7 +38,7 @@ def _dataclass(cls: type, values: Any, where: str) -> Any:
     )
   values = dict(values)
   if 'type' in values and dataclasses.is_dataclass(cls):
-    # A frozen dataclass says which class of its kind it is.
+    # The record of a frozen dataclass names its class.
     cls = _named(values.pop('type'), f'{where}.type')
   known = {f.name: f for f in dataclasses.fields(cls) if f.init}
   if unknown := sorted(values.keys() - known):

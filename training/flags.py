@@ -29,7 +29,7 @@ from ml_collections import config_flags
 from checks import expect, paths
 from training import experiment_files
 
-# Texts of the libraries about a wrong value, and the values that they expect.
+# Error texts of the libraries about a wrong value, and the values they expect.
 _EXPECTED = (
   (r'invalid literal for int\(\)', 'an integer'),
   (r'could not convert string to float', 'a number'),
@@ -59,8 +59,8 @@ class FlagError(ValueError):
 def define_config(help_string: str) -> flags.FlagHolder:
   """Defines --config, the file of an experiment."""
   flags.disclaim_key_flags()  # --help lists it as a flag of the caller
-  # The library looks into a --flagfile when it defines a flag, and has a
-  # traceback if there is no such file. `parse` reports it.
+  # The library reads a --flagfile when it defines a flag, and fails with a
+  # traceback if there is no such file. `parse` reports the file instead.
   with _command_line(sys.argv[:1]):
     return config_flags.DEFINE_config_file('config', help_string=help_string)
 
@@ -96,7 +96,7 @@ def parse(
 def with_flagfiles(
   argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
 ) -> list[str]:
-  """Returns the arguments with those of each --flagfile in its place.
+  """Returns the arguments, with each --flagfile replaced by its flags.
 
   Raises:
     flags.Error: a file cannot be read.
@@ -162,7 +162,7 @@ def _of_frozen_values(argv: list[str]) -> list[str]:
   for arg in argv[1:]:
     if not (match := _OVERRIDE.match(arg)):
       continue
-    # Loaded only if needed, and before the library changes anything in it.
+    # Loaded only if needed, and before the library changes the config.
     config = config or _without_overrides(argv)
     holder, names = config, match.group('path').split('.')
     for name in names:

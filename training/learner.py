@@ -54,7 +54,7 @@ class Learner:
   placement: placement_lib.Placement
   # Shapes and dtypes of a whole state, as a checkpoint has it.
   abstract_state: state_lib.TrainState
-  # Analytic, of the forward and the backward pass of the trained model.
+  # Analytic FLOPs of the forward and the backward pass of the trained model.
   flops_per_token: float
   joined: step_lib.Joined  # the base and its adapters, if the run trains some
   max_documents: int | None  # of a row, see `make`
@@ -66,7 +66,7 @@ class Learner:
 
   @property
   def any_rows_model(self) -> transformer.Transformer:
-    """The model for rows that the data did not pack, of any documents."""
+    """The model for rows with any documents, which the data did not pack."""
     return self.model.clone(
       execution=execution.choose(self.experiment, self.placement, 0)
     )
@@ -75,7 +75,8 @@ class Learner:
     """Returns the learner, with models that mask ids without a token.
 
     Args:
-      spare_ids: of the run's tokenizer, which its frozen models share.
+      spare_ids: ids that the run's tokenizer, shared by its frozen models,
+        does not use.
     """
 
     def mask(model):
@@ -196,10 +197,10 @@ class Learner:
     """Returns the function that adds arrays to batches that were sampled.
 
     It takes a state and a batch of host arrays, the `batch_spec` of the
-    objective but its `annotated`. The rows may be those of several steps: a
-    multiple of data.batch_size. It returns the arrays `annotated`, on the host,
-    float32 with the shape and the order of the batch. Rows are computed as the
-    train step does it, batch by batch and part by part.
+    objective but its `annotated`. The number of rows may be that of several
+    steps: a multiple of data.batch_size. It returns the arrays `annotated`, on
+    the host, float32 with the shape and the order of the batch. It computes the
+    rows as the train step does, batch by batch and part by part.
     """
     experiment, data = self.experiment, self.experiment.data
     shape = data.batch_size, data.row_length
@@ -267,15 +268,15 @@ def make(
   """Builds the learner of a validated experiment.
 
   Args:
-    devices: of the run, or of an ahead-of-time target; None: all devices of
-      this process's platform.
+    devices: devices of the run, or of an ahead-of-time target; None: all
+      devices of this process's platform.
     max_documents: most documents of a row of training and evaluation data,
       padding counted as one; 0: unknown. None: as the packing says.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
   """
-  # JAX may have a cache by the environment alone.
+  # JAX may have a cache whose directory the environment alone has set.
   compilation_cache.leave_out_collectives()
   experiment = execution.settled(experiment, devices or jax.devices())
   dtype = jnp.dtype(experiment.compute_dtype)
@@ -358,7 +359,7 @@ def _abstract_frozen(
   frozen_models: Mapping[str, transformer.Transformer],
   base: Any,
 ) -> dict[str, Any]:
-  """Returns shapes and dtypes of the weights that a step reads only."""
+  """Returns shapes and dtypes of the weights that a step only reads."""
   for own in frozen_as.values():
     execution.check_model(own)
   frozen_params = {
@@ -390,7 +391,7 @@ def _frozen_as(
 def _abstract_base(
   experiment: experiment_lib.Experiment, model: transformer.Transformer
 ) -> Any:
-  """Returns the shapes of the weights below adapters; None: no adapters."""
+  """Returns the shapes of the base below adapters; None without adapters."""
   if not experiment.adapter.rank:
     return None
   return jax.eval_shape(
@@ -409,7 +410,7 @@ def _first_state(
   """Returns the state before the first step. Pure: jit or eval_shape it.
 
   Args:
-    base: weights that the state has adapters of; None: it has weights.
+    base: weights under the state's adapters; None: the state has the weights.
   """
   options = _state_options(experiment)
   if base is None:

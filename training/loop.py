@@ -13,7 +13,7 @@ from training.reporting import reporter as reporter_lib
 
 
 class Hook(NamedTuple):
-  """Something to do every so many steps, and after the last step."""
+  """A function that runs every so many steps, and after the last step."""
 
   every: int  # steps; 0: only after the last step
   run: Callable[[int, state_lib.TrainState], bool | None]  # True: stop the run
@@ -45,7 +45,7 @@ def run(
   """Takes steps to `num_steps` or to a request to stop; returns the state.
 
   Args:
-    state: after `first_step` steps. Donated.
+    state: the state after `first_step` steps. Donated.
     batches: host batches, at the position that belongs to `first_step`.
     train_step: compiled; donates its state.
     hooks: run in this order. A hook that stops the run makes later hooks due
@@ -64,7 +64,7 @@ def run(
     if step % report_every == 0 or any(
       hook.is_due(step, is_last=is_last, stopped=stopped) for hook in hooks
     ):
-      # Before the hooks: a state that is saved is known to be finite.
+      # Checked before the hooks: a saved state is known to be finite.
       reporter.flush()
     for hook in hooks:
       if hook.is_due(step, is_last=is_last, stopped=stopped):

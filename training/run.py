@@ -62,7 +62,7 @@ class Result:
 
 
 class _Asked(NamedTuple):
-  """What the caller of a run asks for, beside its experiment."""
+  """The requests of the caller of a run, besides its experiment."""
 
   stop_after: int | None
   make_sampler: sampler.MakeSampler | None
@@ -102,7 +102,7 @@ def run(
   asked = _Asked(stop_after, make_sampler)
   chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
   experiment = chosen.experiment
-  # From the devices and the run.json that each process sees.
+  # Chosen from the devices and the run.json, which all processes see alike.
   processes.check_same('chosen', json.dumps(experiment.to_dict()))
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)
@@ -156,8 +156,8 @@ def _complete_step(experiment, workdir, resume, console) -> int | None:
   why_not = ''
   if is_trained and experiment.freeze.enabled and processes.is_first():
     why_not = _unlike(frozen, step, experiment)
-  # As the first process sees them: on a network file system, another process
-  # may see older files.
+  # The first process decides: on a network file system, another process may see
+  # older files.
   is_complete, is_trained, step = processes.gather(
     is_trained and not why_not, is_trained, step
   )[0].tolist()
@@ -178,7 +178,7 @@ def _complete_step(experiment, workdir, resume, console) -> int | None:
 def _unlike(
   frozen: pathlib.Path, step: int, experiment: experiment_lib.Experiment
 ) -> str:
-  """Returns the first difference to what a run would freeze now, or ''."""
+  """Returns the first difference from the result of freezing now, or ''."""
   if not frozen.exists():
     return f'nothing is in {frozen}'
   try:
@@ -218,7 +218,7 @@ def _unlike(
 def _read_manifest(
   frozen: pathlib.Path, experiment: experiment_lib.Experiment
 ) -> tuple[manifest_lib.Manifest | frozen_adapters.AdapterManifest, str]:
-  """Returns the manifest of what the run freezes, and the dtype of that.
+  """Returns the manifest of the frozen result, and its dtype.
 
   Raises:
     OSError, ValueError: something else is there.
@@ -334,7 +334,7 @@ def _begin(experiment, workdir, console, saved, resume, goodput, make_sampler):
 
 def _assemble(experiment, workdir, console, make_sampler) -> assemble.Parts:
   """Builds the parts of the run; writes only its tokenizer."""
-  # Before anything is written: data that cannot be read leaves no files.
+  # Opened before anything is written: unreadable data leaves no files.
   with processes.together('data'):
     documents = assemble.open_documents(experiment)
   with processes.together('workdir'):
@@ -397,7 +397,7 @@ def _take_steps(
         saver.settle(resume.step)
   first_hooks = []
   if isinstance(parts.batches, rollout_batches.RolloutBatches):
-    # Before the others: a checkpoint holds the rows of the next steps.
+    # The first hook: a checkpoint holds the rows of the next steps.
     with goodput.during('rollout'):
       parts.batches.refresh(resume.step, state)
     every = parts.batches.steps_per_rollout
@@ -414,7 +414,7 @@ def _take_steps(
       report_every=experiment.log_every_steps,
       hooks=[
         *first_hooks,
-        # In this order: a checkpoint has the loss of its own step.
+        # Evaluation before saving: a checkpoint has the loss of its own step.
         loop.Hook(experiment.eval_every_steps, evaluator.evaluate, 'evaluate'),
         loop.Hook(
           experiment.checkpoint.every_steps,
@@ -431,7 +431,7 @@ def _take_steps(
 
 @contextlib.contextmanager
 def _diagnosing(experiment, parts, saved, goodput, train_step):
-  """Adds to a NonFiniteError the tensor that it comes from, by a replay."""
+  """Adds to a NonFiniteError the first bad tensor, found by a replay."""
   data_start = parts.batches.get_state()
 
   def restart():
@@ -443,7 +443,7 @@ def _diagnosing(experiment, parts, saved, goodput, train_step):
   try:
     yield
   except reporter.NonFiniteError as error:
-    # The weights that sampled the batches before are gone.
+    # The weights that sampled the earlier batches are gone.
     if not experiment.diagnose_non_finite or experiment.rollouts:
       raise
     goodput.enter('end')

@@ -20,12 +20,13 @@ class TrainState:
   """The state that a step takes and returns."""
 
   step: jax.Array  # int32 scalar: number of steps taken
-  # The model's variables at 'params', or their 'adapters' in place of them; and
+  # The model's variables at 'params', or its 'adapters' in place of them; and
   # the objective's own parameters, if it has any, at 'heads'; float32.
   params: Any
   opt_state: Any
   key: jax.Array  # typed; never changes: a step's key is fold_in(key, step)
-  # Of params, see training/optimizer/average.py; None: the run keeps none.
+  # Average of params, see training/optimizer/average.py; None: the run keeps
+  # none.
   average: Any = None
   # Variables of the objective's frozen models, by name, and of the base of
   # adapters. No step changes them and no checkpoint holds them:

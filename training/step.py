@@ -59,8 +59,8 @@ def make_train_step(
     objective: returns sums over its batch, see `training.objectives.port`.
     frozen_models: the other models that the objective needs, by name; their
       weights are `state.frozen_params`.
-    joined: makes the params of the objective of `state.params` and
-      `state.frozen_params`: adapters are trained apart from their base.
+    joined: makes the objective's params from `state.params` and
+      `state.frozen_params`: adapters are stored apart from their base.
     ema_decay: decay of `state.average`, if the run keeps one.
     all_sum: adds a tree of sums across devices where the caller must (pmap).
     shard_key: gives each device a dropout key of its own (pmap).
@@ -91,7 +91,7 @@ def make_train_step(
       gradient_sums, trained, batch, key, num_microbatches
     )
     grads, sums = all_sum((grads, sums))
-    # A batch of nothing but padding is a step of zero gradient, not of NaN.
+    # A batch of only padding is a step of zero gradient, not of NaN.
     weight = jnp.maximum(sums.pop('weight'), 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
     with jax.named_scope(UPDATE):
@@ -131,8 +131,8 @@ def make_eval_step(
 ) -> Callable[..., Metrics]:
   """Builds `eval_step(params, batch, frozen_params=None) -> sums`.
 
-  Without dropout; nothing is updated. For the arguments, see
-  `make_train_step`; `frozen_params` are those of a state.
+  Runs without dropout and updates nothing. For the arguments, see
+  `make_train_step`; `frozen_params` belong to a state.
   """
 
   def eval_step(params, batch, frozen_params=None):
@@ -160,8 +160,8 @@ def make_annotate_step(
 ) -> Callable[..., dict[str, jax.Array]]:
   """Builds `annotate_step(params, batch, frozen_params=None)`.
 
-  For the arguments, see `make_train_step`. Parts of the batch are those of the
-  train step, so that both compute a row in the same company.
+  For the arguments, see `make_train_step`. The batch is cut into the parts of
+  the train step, so that both compute a row with the same other rows.
 
   Args:
     num_places: B x T of the whole batch.
@@ -181,7 +181,7 @@ def make_annotate_step(
         joined(params, frozen_params), arrays, port.Model(model), **frozen
       )
       # Each device and each part has its own rows, and time may be laid out in
-      # any order: summed by place, they are the whole.
+      # any order. The sum by place is the whole result.
       return {
         name: jnp.zeros(num_places, jnp.float32)
         .at[part['places'].reshape(-1)]
@@ -189,7 +189,7 @@ def make_annotate_step(
         for name in objective.annotated
       }
 
-    # No part draws anything: the key is that of `_accumulate`'s signature.
+    # No part draws random numbers; `_accumulate` needs a key all the same.
     key = jax.random.key(0)
     return all_sum(_accumulate(by_place, params, batch, key, num_microbatches))
 
@@ -219,8 +219,8 @@ def _update(optimizer, grads, state, is_trained):
 
 
 def _asked(objective, model, frozen):
-  """Returns the function of (params, batch) that an objective's totals are."""
-  # A function in place of an objective has none.
+  """Returns the objective's `totals` as a function of (params, batch)."""
+  # A function in place of an objective has no totals.
   totals = getattr(objective, 'totals', lambda *_, **__: None)
   return lambda params, batch: totals(
     params, batch, port.Model(model), **frozen
@@ -228,14 +228,14 @@ def _asked(objective, model, frozen):
 
 
 def _totals(asked, params, batch, num_microbatches, all_sum):
-  """Returns the argument `totals` of an objective; nothing if it asks for none.
+  """Returns the argument `totals` of an objective; nothing without totals.
 
-  They are known before the loss of any part, so that the loss of a part does
-  not depend on the rows that it happens to have.
+  The totals are known before the loss of any part, so that the loss of a part
+  does not depend on the rows that happen to be in it.
   """
   if jax.eval_shape(asked, params, batch) is None:
     return {}
-  # No part draws anything: the key is that of `_accumulate`'s signature.
+  # No part draws random numbers; `_accumulate` needs a key all the same.
   found = _accumulate(
     lambda params, part, _: asked(params, part),
     params,
@@ -247,7 +247,7 @@ def _totals(asked, params, batch, num_microbatches, all_sum):
 
 
 def _reported(sums, weight):
-  """Divides sums by their weights; tells how even arrays of counts are."""
+  """Divides sums by their weights; adds the evenness of arrays of counts."""
   metrics = {'weight': weight}
   for name, value in sums.items():
     if name == 'tokens':
@@ -264,17 +264,17 @@ def _reported(sums, weight):
 
 def _norm_of_written(params):
   """Returns the norm of the new weights."""
-  # Where a finite gradient leaves weights that are not, nothing else tells.
+  # A finite gradient may leave non-finite weights, and no other metric tells.
   # The barrier makes the sum read the new weights: fused with the update, it
   # would read gradients and moments once more.
   return optax.tree.norm(jax.lax.optimization_barrier(params))
 
 
 def _accumulate(sums_of, params, batch, key, num_microbatches):
-  """Adds up sums, as gradients, over equal parts of the batch.
+  """Adds up sums, such as gradients, over equal parts of the batch.
 
-  Rows are dealt out one by one: where the batch axis is laid out over devices,
-  each of them keeps its own rows and nothing is moved.
+  Rows are dealt out one by one. Where the batch axis is laid out over devices,
+  each device keeps its own rows and nothing is moved.
   """
   if num_microbatches == 1:
     return sums_of(params, batch, key)

@@ -54,7 +54,7 @@ class Uniform:
 
   low: float
   high: float
-  points: int = 0  # of a grid
+  points: int = 0  # number of points of a grid
 
   def validate(self, name: str) -> None:
     """Raises ValueError for an empty range."""
@@ -71,7 +71,7 @@ class LogUniform:
 
   low: float
   high: float
-  points: int = 0  # of a grid
+  points: int = 0  # number of points of a grid
 
   def validate(self, name: str) -> None:
     """Raises ValueError for an empty range, or one that includes 0."""
@@ -160,15 +160,15 @@ class Sweep:
   # reduction^2, ... (Li et al., arXiv:1810.05934). hyperband: several of these
   # with different first evaluations (Li et al., arXiv:1603.06560).
   pruner: str = 'none'
-  reduction: int = 3  # of asha and hyperband
+  reduction: int = 3  # for asha and hyperband
   # A value of the evaluations in metrics.jsonl (loss, bits_per_byte, accuracy,
-  # TASK/SCORE, reward), of which that of the last step counts; or a speed
-  # (tokens_per_s), as the median over the run. --metric overrides it.
+  # TASK/SCORE, reward), taken at the last step; or a speed (tokens_per_s), as
+  # the median over the run. --metric overrides it.
   metric: str = 'loss'
   direction: str = 'minimize'  # minimize | maximize
-  num_trials: int = 0  # a grid has as many as it has points: 0
+  num_trials: int = 0  # 0 for a grid, which has a trial for each of its points
   num_seeds: int = 3  # of each trial: config.seed, config.seed + 1, ...
-  sampler_seed: int = 0  # of random, qmc and tpe
+  sampler_seed: int = 0  # for random, qmc and tpe
   # Trials that a process claims at a time, to run them together. 0: as many as
   # fit; for tpe and with a pruner 8, since both learn from earlier trials.
   trials_at_once: int = 0

@@ -11,8 +11,8 @@ branch decays the rate over its own last steps (Haegele et al.,
 arXiv:2405.18392). The branch has the weights, the optimizer's state, the PRNG
 key and the position in the data of the trunk. So it ends with the bits of an
 uninterrupted run of its own schedule, as far as that schedule agrees with the
-trunk's up to `step`. What a checkpoint belongs to (name, seed, model,
-tokenizer) stays, and a start with other values is refused.
+trunk's up to `step`. The identity of the run (name, seed, model, tokenizer)
+stays, and a start with other values is refused.
 """
 
 import pathlib
@@ -29,11 +29,11 @@ from storage import atomic, file_names
 def branch(workdir: pathlib.Path, step: int, out: pathlib.Path) -> pathlib.Path:
   """Makes a workdir with one verified checkpoint of another workdir.
 
-  The workdir is whole or not there. Its metrics begin behind `step`.
+  The workdir is made whole or not at all. Its metrics begin after `step`.
 
   Args:
-    workdir: of the trunk; nothing in it is changed.
-    step: of a checkpoint in it.
+    workdir: workdir of the trunk; nothing in it is changed.
+    step: the step of a checkpoint in `workdir`.
     out: the new workdir; nothing may be there.
 
   Raises:

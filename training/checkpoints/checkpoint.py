@@ -9,7 +9,7 @@ in the data and the cost of the run so far.
 decides which checkpoint a run resumes from, and which ones are kept:
 
 - A run resumes from the newest checkpoint that is whole. A damaged one is set
-  aside, and the user is told what is wrong with which file.
+  aside, and an error line names the damaged file and the damage.
 - A save that fails in one process fails in all of them. It does no harm to
   other checkpoints: nothing is deleted before its replacement is sealed.
 - The contents do not depend on the number of processes: a run may resume with
@@ -45,7 +45,7 @@ class Progress:
   tokens_seen: int = 0  # targets that were trained on
   training_flops: float = 0.0  # analytic, see models/flops.py
   train_seconds: float = 0.0  # wall time in steps; not compiling or saving
-  data_state: dict[str, Any] | None = None  # of the data iterator
+  data_state: dict[str, Any] | None = None  # state of the data iterator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Outcome:
 
   step: int
   error: str = ''  # empty: the checkpoint is sealed
-  blocked_seconds: float  # that the loop waited, also for the save before
+  blocked_seconds: float  # the loop waited, also for the save before this one
   seconds: float  # from the start of the save to its end
   num_bytes: int = 0
   latest_step: int | None = None  # newest checkpoint after this save
@@ -70,7 +70,7 @@ class Resume:
 
 
 class MismatchError(ValueError):
-  """A checkpoint whose arrays are not those of the run."""
+  """A checkpoint whose arrays do not fit the run."""
 
 
 class Checkpoints:
@@ -85,13 +85,13 @@ class Checkpoints:
     """Creates the object; reads and changes nothing on disk.
 
     Args:
-      identity: of the run, see `seals.identity`. Checkpoints of another run are
-        refused.
+      identity: identity of the run, see `seals.identity`. Checkpoints of
+        another run are refused.
     """
     self._root = workdir.absolute() / file_names.CHECKPOINTS
     self._config = config
     self._identity = dict(identity or {})
-    self._seals: dict[int, seals.Seal] = {}  # of usable checkpoints, by step
+    self._seals: dict[int, seals.Seal] = {}  # usable checkpoints, by step
     self._thread: threading.Thread | None = None
     self._channel = processes.Channel('save')
     self._handler = ocp.StandardCheckpointHandler()
@@ -120,8 +120,8 @@ class Checkpoints:
     with processes.together('checkpoints'):
       if processes.is_first():
         seals.restore_replaced(self._root)
-    # As the first process sees them: on a network file system, another process
-    # may see older directory contents.
+    # The first process decides: on a network file system, another process may
+    # see older directory contents.
     steps = json.loads(
       self._channel.gather(json.dumps(seals.steps(self._root)))[0]
     )
@@ -154,7 +154,7 @@ class Checkpoints:
     return Resume(step=good, evaluation_owed=self._seals[good].evaluation_owed)
 
   def _problems(self, step: int) -> str:
-    """Returns what is damaged in a checkpoint; the same in all processes.
+    """Returns the damage of a checkpoint as text; the same in all processes.
 
     Raises:
       ValueError: the checkpoint belongs to another run, or has another version.
@@ -233,7 +233,7 @@ class Checkpoints:
       channel=self._channel,
       before_seal=before_seal,
     )
-    # A failure here reaches the other processes through the thread.
+    # A failure here reaches the other processes through the save's thread.
     save.start(_items(state), _progress(state, progress))
     seal = seals.Seal(
       step=step,
@@ -315,7 +315,7 @@ class Checkpoints:
     if 'average' not in seal.leaves:
       sources['average'] = 'params'
     leaves = {name: seal.leaves.get(sources[name], {}) for name in wanted}
-    # Compared first: orbax casts to the wanted dtype and says nothing.
+    # Compared first: orbax casts silently to the wanted dtype.
     _check_leaves(step, leaves, {k: _describe(v) for k, v in wanted.items()})
     restored = {}
     with processes.together('restoring'):

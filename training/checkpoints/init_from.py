@@ -2,9 +2,9 @@
 
 The weights may come from another run, or from an import
 (`python -m frozen.huggingface import`). The run must have the model of the
-frozen directory: `model_of` returns it to an experiment, and `read` refuses any
-other. Frozen weights are rounded to their serving dtype. The run trains them in
-float32, as every run.
+frozen directory: an experiment gets it from `model_of`, and `read` refuses any
+other model. Frozen weights are rounded to their serving dtype. The run trains
+them in float32, as every run does.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from training import experiment as experiment_lib
 from training.frozen_inputs import frozen_models
 
 # Model fields that may differ. They matter in training only, or change the
-# layout of the parameters, not what the weights compute.
+# layout of the parameters, not the function that the weights compute.
 _FREE = (
   'scan_layers',
   'dropout_rate',
@@ -85,12 +85,12 @@ def describe(
     digests['init_from'] = manifest.weights_digest
     base = freeze.base_of(directory(experiment))
   if experiment.data.examples != data_config.TEXT:
-    # The answers that were trained have this form.
+    # The run trains answers of this form.
     base = {**base, 'chat_template': chat_template(experiment)}
     generation = dict(base.get('generation', freeze.DEFAULT_GENERATION))
     known = generation.get('stop_ids', ())
     if unknown := [i for i in stop_ids if i not in known]:
-      # Else a server would go on behind the end of an answer.
+      # Without these ids, a server would generate past the end of an answer.
       generation['stop_ids'] = [*known, *unknown]
     base['generation'] = generation
   return {'lineage': digests, 'base': base}
@@ -127,9 +127,9 @@ def directory(experiment: experiment_lib.Experiment) -> pathlib.Path:
 def check_tokenizer(
   experiment: experiment_lib.Experiment, tokenizer: tokenizer_lib.Tokenizer
 ) -> None:
-  """Refuses a tokenizer whose ids are not those of `experiment.init_from`.
+  """Refuses a tokenizer whose ids differ from the ids of `init_from`.
 
-  It may have further tokens, behind those of the frozen directory.
+  It may have further tokens after the ids of the frozen directory.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
@@ -137,7 +137,7 @@ def check_tokenizer(
   """
   if not experiment.init_from:
     return
-  manifest_lib.read(directory(experiment))  # else: no frozen directory
+  manifest_lib.read(directory(experiment))  # raises if there is none
   frozen_models.check_tokenizer(
     'config.init_from', directory(experiment), tokenizer, is_whole=False
   )

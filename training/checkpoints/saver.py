@@ -49,7 +49,7 @@ class Saver:
     self._average = average.reader(
       experiment.optimizer.rule, experiment.ema_decay
     )
-    self._last_step: int | None = None  # given to `save`
+    self._last_step: int | None = None  # last step given to `save`
     self._has_warned = False
 
   def save(self, step: int, state: state_lib.TrainState) -> None:
@@ -118,7 +118,7 @@ class Saver:
 
   def _report(self, step: int) -> Callable[[checkpoint.Outcome], None]:
     """Returns the function that the thread of a save calls with its outcome."""
-    # Read here: the clock belongs to the thread of the loop.
+    # Read now: the clock belongs to the thread of the loop.
     num_steps = max(step - self._first_step, 1)
     seconds_per_step = self._context.reporter.train_seconds / num_steps
 

@@ -3,10 +3,10 @@
     start()    makes STEP.partial, and copies off the devices; the loop waits
     finish()   writes, merges, hashes, seals, renames to STEP; in a thread
 
-Orbax writes the arrays. This module decides the order of the steps and what the
-processes exchange between them. Each process writes and hashes its part; the
-first process does the rest. A failure in one process reaches all of them before
-the next step.
+Orbax writes the arrays. This module decides the order of the steps and the data
+that processes exchange between steps. Each process writes and hashes its part;
+the first process does the rest. A failure in one process reaches all of them
+before the next step.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class Save:
       sealed = dataclasses.replace(seal, files=entries)
       if lost := seals.lost(sealed):
         raise disk.SaveError(
-          f'{self._partial}: got no {", ".join(lost)}, expected what was just'
+          f'{self._partial}: got no {", ".join(lost)}, expected the files just'
           ' written; another program deletes files here'
         )
       self._together(lambda: self._seal(sealed))
@@ -102,7 +102,7 @@ class Save:
 
   def _write(self) -> None:
     failure = self._failure
-    # All futures: none may still be writing when the directory is deleted.
+    # Waits for all writes: none may still run when the directory is deleted.
     for future in self._futures:
       try:
         future.result()

@@ -24,8 +24,8 @@ from parallel import processes
 from storage import atomic, code_commit, file_names, locks
 from training import experiment as experiment_lib
 
-# NFS may show an old directory for up to 30 s (acdirmin, by default). To wait
-# as long would be safer, but slow where the path is simply wrong.
+# NFS may show an old directory for up to 30 s (acdirmin, by default). Waiting
+# that long would be safer, but slow where the path is simply wrong.
 _SECONDS_TO_APPEAR = 5.0
 
 

@@ -2,11 +2,11 @@
 
     python train.py --config=experiments/sft.py --audit=2
 
-It makes the token stores and row plans that the run will read. Of each
-source, a few rows are printed, with the trained tokens marked. Checked are all
-documents of all rows: BOS is at most once, at the start; each trained span ends
-with a stop token; no target belongs to another document than its input. Answers
-that were cut at the end of a row have no stop token, and are counted.
+It makes the token stores and row plans that the run will read. It prints a few
+rows of each source, with the trained tokens marked. It checks all documents of
+all rows: BOS is at most once, at the start; each trained span ends with a stop
+token; no target belongs to another document than its input. Answers that were
+cut at the end of a row have no stop token, and are counted.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ def report(
   """Yields lines about the data of a run, evaluation split included.
 
   Args:
-    experiment: of the run.
-    num_rows: rows that are printed of each source.
+    experiment: the experiment of the run.
+    num_rows: number of rows to print for each source.
 
   Raises:
     ValueError, FileNotFoundError: the experiment or its data cannot be used, or
@@ -98,7 +98,7 @@ def _checked(
   rows: rows_lib.Rows,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> str:
-  """Checks all rows; returns a line that says what holds."""
+  """Checks all rows; returns a line with the findings."""
   is_text = experiment.data.examples == data_config.TEXT
   num_pieces = num_cut = 0
   for row in range(rows.num_rows):

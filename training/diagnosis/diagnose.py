@@ -2,12 +2,11 @@
 
 A non-finite loss is noticed some steps later, when it is fetched. By then its
 state is gone: donated and overwritten. But every step of a run can be repeated
-bit for bit from a checkpoint. So the last checkpoint is restored, the steps up
-to the failing one are repeated, and the failing one is taken by
-`training/diagnosis/tensor_checks.py`. It looks at every tensor, in this order:
-of the layers, the loss, the backward pass and the optimizer's update. It looks
-at the step itself, on the same devices and with the same dropout. Healthy runs
-pay nothing for this.
+bit for bit from a checkpoint. So the last checkpoint is restored and the steps
+up to the failing step are repeated. `training/diagnosis/tensor_checks.py` then
+takes the failing step and looks at every tensor, in this order: the layers, the
+loss, the backward pass and the optimizer's update. The step runs on the same
+devices and with the same dropout. Healthy runs pay nothing for this.
 
 Some tensors are not finite in healthy steps either, such as masks of -inf. They
 are found in the step before and left out.
@@ -47,14 +46,15 @@ def explained(
 ) -> reporter.NonFiniteError:
   """Returns the error, extended by the findings of a replay of its step.
 
-  If the replay fails, the error says so; it is not hidden by the failure. With
-  several processes, all have the same error and all have to call this function.
+  If the replay fails, the error says so; the failure does not hide the error.
+  With several processes, all have the same error and all have to call this
+  function.
   """
-  # Frames of the traceback hold a state, and there may be memory for one only.
+  # Frames of the traceback hold a state, and memory may hold only one state.
   traceback.clear_frames(error.__traceback__)
   try:
     found = _diagnose(error.step, replay)
-  except Exception as failure:  # no memory, no file: the first error matters
+  except Exception as failure:  # of any kind: the first error matters more
     reason = str(failure).partition('\n')[0]
     found = [
       f'the cause is not known: {type(failure).__name__} while the step was'
@@ -96,7 +96,7 @@ class _CloseUp:
   num_bad: float  # values that are not finite
   size: int  # all values
   largest: float  # magnitude of the finite values
-  # Rows of the batch with such values; empty if the tensor has no rows.
+  # Rows of the batch with non-finite values; empty if the tensor has no rows.
   rows: list[int]
   num_rows: int  # of the whole batch
 
@@ -105,13 +105,13 @@ class _Probe:
   """A train step whose tensors are watched."""
 
   def __init__(self, learner: learner_lib.Learner):
-    # A pipeline would be seen from outside only, as kernels are; without it,
-    # every layer is seen.
+    # Without a pipeline, every layer is seen. A pipeline would be seen from
+    # outside only, as kernels are.
     execution = dataclasses.replace(learner.model.execution, run_layers=None)
     self._learner = dataclasses.replace(
       learner, model=learner.model.clone(execution=execution)
     )
-    self._watch: Any = None  # of the latest trace
+    self._watch: Any = None  # the `Watch` of the latest trace
     # Tensors that are not finite in a healthy step.
     self._usual: set[tensor_checks.Key] = set()
     self._compiled = learner.placement.compile_probe(self._build)

@@ -26,7 +26,7 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
-# Calls that are evaluated in place, and the parameter with their jaxpr.
+# Calls that are entered, and the parameter that holds their jaxpr.
 _CALLS = {
   'jit': 'jaxpr',
   'pjit': 'jaxpr',
@@ -53,7 +53,7 @@ class Sight:
   name: str  # of an argument of the function; '' if it was computed
   shape: tuple[int, ...]
   dtype: str
-  largest: float  # magnitude; NaN or infinite if any value is
+  largest: float  # magnitude; not finite if any value is not finite
 
   @property
   def is_finite(self) -> bool:
@@ -67,7 +67,7 @@ class Computed:
 
   key: Key
   operation: str
-  scope: str  # of jax, including the scopes of the loops around it
+  scope: str  # jax's name stack, including the scopes of the loops around it
   loops: tuple[tuple[str, int], ...]  # scope and iteration of each loop
   inputs: tuple[Sight, ...]
   outputs: tuple[Sight, ...]
@@ -86,7 +86,7 @@ class Watch:
 
     Args:
       fn: a function of arrays.
-      names: of the leaves of its arguments, flat, for `Sight.name`.
+      names: names of the leaves of its arguments, flat, for `Sight.name`.
     """
     self._fn = fn
     self._names = tuple(names)
@@ -187,8 +187,9 @@ def _scan(eqn, inputs, look, at):
 def _scan_counts(eqn) -> tuple[int, int]:
   """Returns the numbers of constants and of carried values of a scan.
 
-  Told by axes: what is scanned has one more outside of the body. The parameters
-  that say it have other names in each version of jax.
+  Derived from the numbers of axes: a scanned value has one more axis outside of
+  the body. The parameters with the numbers are named differently in each
+  version of jax.
   """
   body = eqn.params['jaxpr'].jaxpr
   num_scanned, num_carry = (
@@ -202,7 +203,7 @@ def _scan_counts(eqn) -> tuple[int, int]:
 
 
 def _body(eqn):
-  """Returns (jaxpr, constants) of a call that is evaluated in place."""
+  """Returns (jaxpr, constants) of a call that is entered."""
   name = _CALLS.get(eqn.primitive.name)
   if name is None:
     return None
@@ -218,8 +219,8 @@ def _seen(at, values):
 
 
 def summary(x: jax.Array) -> jax.Array:
-  """Returns the largest magnitude: NaN or infinite if any value is."""
-  x = jnp.asarray(x)  # literals are numbers
+  """Returns the largest magnitude; not finite if any value is not finite."""
+  x = jnp.asarray(x)  # a jaxpr's literals are plain numbers
   if not x.size:
     return jnp.zeros(())
   axes = tuple(range(x.ndim))

@@ -16,22 +16,22 @@ from training import step as step_lib
 from training.diagnosis import tensor_checks
 
 _LAYERS = 'layers'  # the stack of a scanned model, in trees and scopes
-_RUN_LAYERS = '_run_layers'  # the method that has the loop over it
+_RUN_LAYERS = '_run_layers'  # the method that loops over the stack
 _TRANSFORMS = re.compile(r'\b(?:jvp|transpose|vmap|jit|pmap)\(|\)')
 # Scopes of transformations, and scopes that `nn.scan` and `nn.remat` open.
 _NOT_MODULES = ('checkpoint', 'rematted_computation', 'while', 'body')
-# Names of the model's own operations, outside of its modules, by method.
+# Names of operations of the model outside of its modules, by method.
 _METHODS = {'embedded': 'embedding', 'weighted_nll': 'loss'}
 
 
 def leaf(path: tuple[Any, ...]) -> str:
-  """Returns the name of a state's leaf, as params/layer_0/mlp/up/kernel."""
+  """Returns the name of a leaf, such as params/layer_0/mlp/up/kernel."""
   names = [
     str(getattr(key, 'name', getattr(key, 'key', '')))
     for key in path
     if not isinstance(key, jax.tree_util.SequenceKey)
   ]
-  # Flax's own level, `params`, is left out below the state's.
+  # Flax's own level `params`, below the `params` of the state, is left out.
   return '/'.join(n for i, n in enumerate(names) if not i or n != 'params')
 
 
@@ -46,7 +46,7 @@ def is_stacked(name: str) -> bool:
 
 
 def place(tensor: tensor_checks.Computed) -> str:
-  """Returns the place of a tensor, as 'layer 3, mlp/down, backward'."""
+  """Returns the place of a tensor, such as 'layer 3, mlp/down, backward'."""
   parts = [
     part
     for part in _TRANSFORMS.sub('', tensor.scope).split('/')

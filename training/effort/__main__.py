@@ -3,10 +3,10 @@
     python -m training.effort --outcomes=runs/routing/outcomes.jsonl \
       --model=runs/think/small_0/frozen --out=runs/routing/effort.json
 
-`training/effort/outcomes.py` says what a line is; `python -m studies.routing`
-writes such a file. The questions are split by a hash of their ids: 60 % train,
-20 % calibrate, 20 % test. Printed is the expected calibration error of each
-effort on the test questions, with its standard error.
+`training/effort/outcomes.py` defines a line; `python -m studies.routing` writes
+such a file. The questions are split by a hash of their ids: 60 % train, 20 %
+calibrate, 20 % test. It prints the expected calibration error of each effort on
+the test questions, with its standard error.
 `inference/search/routing/router.py` serves the file beside the same model.
 """
 

@@ -4,8 +4,8 @@
 
 Life one of a router: the weights of `models/effort_predictor.py` are fitted to
 logged outcomes by cross-entropy, all questions in each step. A fifth of the
-training questions says when to stop. The calibration questions are read only
-after that, for a line in the logits of each effort.
+training questions decides when to stop. The calibration questions are read only
+after that, to fit a line in the logits of each effort.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from models import effort_predictor
 from training.effort import outcomes
 
 KINDS = ('platt', 'temperature', 'none')
-_STOP_EVERY = 5  # of the training questions, one says when to stop
-_RIDGE = 1.0  # of the costs' regression, in units of a question
+_STOP_EVERY = 5  # every fifth training question decides when to stop
+_RIDGE = 1.0  # strength in the regression of costs, in units of one question
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-  """How a predictor is fitted."""
+  """The settings of a fit."""
 
   num_hidden: int = 16
   num_steps: int = 600
@@ -58,7 +58,7 @@ class Fitted:
   efforts: tuple[str, ...]
   best_step: int
   train_loss: float  # nats per question and effort, at the best step
-  stop_loss: float  # of the questions that stop
+  stop_loss: float  # the same, on the questions that decide when to stop
 
 
 def fit(
@@ -75,8 +75,8 @@ def fit(
   expect.at_least('training questions', len(train), 10, 'log more questions')
   if train.efforts != calibration.efforts:
     raise ValueError(
-      f'calibration: got the efforts {calibration.efforts}, expected those of'
-      f' training, {train.efforts}'
+      f'calibration: got the efforts {calibration.efforts}, expected the'
+      f' training efforts {train.efforts}'
     )
   order = np.random.default_rng(config.seed).permutation(len(train))
   stop = train.take(order[::_STOP_EVERY])
@@ -91,7 +91,7 @@ def fit(
   rate_E = np.clip(rest.correct_BE.mean(axis=0), 0.01, 0.99)
   params |= {
     'mean_F': jnp.asarray(rest.features_BF.mean(axis=0), jnp.float32),
-    # A feature that never varies says nothing; it must not divide by 0.
+    # A feature that never varies has no information; it must not divide by 0.
     'scale_F': jnp.asarray(
       np.where(spread_F > 1e-6, spread_F, 1.0), jnp.float32
     ),

@@ -1,6 +1,6 @@
-"""Logged outcomes: what each effort made of each question.
+"""Logged outcomes: the result of each question at each effort.
 
-A line of the file is a question:
+Each line of the file is one question:
 
     {"id": "...", "features": [0.1, ...],
      "outcomes": {"low": {"correct": 1, "flops": 2e7, "tokens": 31}, ...}}

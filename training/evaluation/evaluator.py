@@ -46,7 +46,7 @@ class Evaluator:
   def evaluate(self, step: int, state: state_lib.TrainState) -> bool:
     """Records the validation loss of `state`, and its tasks if they are due.
 
-    Of a policy that samples, held-out rewards stand in place of the loss. If
+    For a policy that samples, held-out rewards take the place of the loss. If
     the run averages its weights, the values of the average are recorded too.
     Tasks are measured, and samples drawn, with the weights that will be frozen.
 
@@ -93,7 +93,7 @@ class Evaluator:
   def loss_at(self, step: int) -> float | None:
     """Returns the number that ranks the checkpoint of `step`, if evaluated.
 
-    The loss, or minus the reward: the lowest is the best.
+    It is the loss, or minus the reward: the lowest is the best.
     """
     if self._last is None or self._last[0] != step:
       return None

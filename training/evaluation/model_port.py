@@ -125,8 +125,8 @@ def make_score_step(
     found = model_port.map_chunks(
       score_chunk, hidden.states_BTD, batch['targets']
     )
-    # Each device has its own rows, and time may be laid out in any order:
-    # summed by place, they are the whole.
+    # Each device has its own rows, and time may be laid out in any order. The
+    # sum by place over the devices is the whole result.
     return all_sum(
       {
         name: jnp.zeros(num_places, jnp.float32)
@@ -182,7 +182,7 @@ def _batches(
       batch['tokens'][at] = ids[:-1]
       batch['targets'][at] = ids[1:]
       batch['positions'][at] = np.arange(slot.size)
-      # Any number except 0 that no other request in the row has.
+      # Any segment number except 0 that no other request in the row has.
       batch['segment_ids'][at] = slot.first + 1
       end = at[0] * row_length + slot.first + slot.size
       members.append((slot.request, slice(end - len(rest), end)))

@@ -1,10 +1,10 @@
 """Samples: text that a run writes while it trains, shown in its report.
 
 Each evaluation continues the same few prompts of the validation split: the
-first half of a document, or the question of a conversation. The model is that
-of training, on the run's own devices, without a cache: rows are short, and a
-pass per token costs less than a second program with caches would take to
-compile. `serve.py` samples quickly, from a frozen directory.
+first half of a document, or the question of a conversation. It uses the
+training model on the run's own devices, without a cache: rows are short, and a
+pass per token costs less than compiling a second program with caches.
+`serve.py` samples quickly, from a frozen directory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ from training.evaluation import validation
 from training.objectives import port
 
 _LENGTH = 256  # positions of a row at most: prompt and continuation
-_MOST_TOKENS = 48  # of a continuation
+_MOST_TOKENS = 48  # in a continuation
 _TEMPERATURE = 0.8
-_MOST_BATCHES = 16  # of the validation split, that are searched for prompts
+_MOST_BATCHES = 16  # batches of the validation split to search for prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class Sampler:
     """Chooses the prompts.
 
     Args:
-      eval_batches: of the validation split.
-      stop_ids: end a continuation, besides EOS.
+      eval_batches: batches of the validation split.
+      stop_ids: ids that end a continuation, besides EOS.
     """
     experiment = learner.experiment
     data = experiment.data
     self._tokenizer = tokenizer
     self._ends = {tokenizer.eos_id, *stop_ids}
-    # Time that is cut over devices has a length that they divide.
+    # Devices that split the tokens of a row must divide its length.
     is_cut = experiment.parallel.context not in (1, -1)
     length = data.row_length if is_cut else min(data.row_length, _LENGTH)
     self._shape = data.batch_size, length
@@ -94,7 +94,7 @@ class Sampler:
     """Returns a continuation of each prompt.
 
     Args:
-      step: of the run; it and the run's seed decide what is drawn.
+      step: step of the run; with the run's seed it decides the draws.
       should_stop: called before every token; True raises.
       frozen: frozen_params of the state, if it has any.
 
@@ -149,7 +149,7 @@ class Sampler:
       ).copy(),
       'segment_ids': segments_BT,
       'is_last': is_last_BT,
-      # [B, T], as all arrays of a batch: that is how devices share them.
+      # [B, T], like all arrays of a batch: devices share only such arrays.
       'rows': _repeated(rows_B, self._shape),
       'seeds': _repeated(seeds_B, self._shape),
     }
@@ -186,7 +186,7 @@ def make_sample_step(
     hidden = model_port.hidden(
       params, batch['tokens'], batch['positions'], batch['segment_ids']
     )
-    # A sum, and no index: time may be laid out in any order.
+    # A sum in place of an index: time may be laid out in any order.
     is_last_BT1 = batch['is_last'][:, :, None] > 0
     last_BD = jnp.where(is_last_BT1, hidden.states_BTD, 0).sum(axis=1)
     logits_B1V = model_port.logits(params, last_BD[:, None])
@@ -196,7 +196,7 @@ def make_sample_step(
       )
     )
     next_B = draw(batch['seeds'][:, 0], logits_B1V[:, 0])
-    # Each device has its own rows: summed by row, they are the whole.
+    # Each device has its own rows: the sum over devices has all of them.
     return all_sum(
       jnp.zeros(num_rows, jnp.int32)
       .at[batch['rows'][:, 0]]
@@ -212,8 +212,8 @@ def choose_prompts(
   """Returns the beginnings of the first documents that are long enough.
 
   Args:
-    batches: of the validation split.
-    count: of prompts; fewer if there are not as many.
+    batches: batches of the validation split.
+    count: number of prompts; fewer if there are not as many.
     most: tokens of a prompt.
     is_text: whether a prompt is the first half of its document; else it ends
       where the first trained token begins.

@@ -59,8 +59,8 @@ def measure(
     max_length=scorer.max_length,
     logprob_fn=scorer.logprob_fn(params, should_stop, frozen),
     adds_bos=has_bos,
-    # A model trained without BOS knows EOS as the start of a document: there
-    # the document before it ends.
+    # A model trained without BOS knows EOS as the start of a document: EOS ends
+    # the document before it.
     prefix_id=tokenizer.bos_id if has_bos else tokenizer.eos_id,
   )
   values = {}

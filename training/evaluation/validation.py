@@ -37,14 +37,14 @@ def evaluate(
   A sum that has its own denominator (`port.Mean`) is reported by its name; a
   `port.Share` with its standard error, as `accuracy_error`. The end-of-document
   token is predicted like any other token and has no bytes. So bits per byte are
-  the length of a code that also says where each document ends. A loss that is
-  not that of the targets has no bits per byte.
+  the length of a code that also marks the end of each document. Bits per byte
+  are left out if the loss is not the loss of the targets.
 
   Args:
     eval_step: returns sums with 'loss' and 'weight', and with 'nll' if the
       loss has other terms, too.
     num_bytes_V: UTF-8 bytes of each token, 0 for special ones.
-    predicts_text: whether the loss is that of the targets.
+    predicts_text: whether the loss is the loss of the targets.
     max_batches: number of batches; 0 takes all.
 
   Raises:
@@ -82,7 +82,7 @@ def evaluate(
   values = {'loss': loss / weight}
   if is_text:
     values['bits_per_byte'] = loss / (num_bytes * math.log(2))
-  # A figure of nothing, as of labels that the split does not have, is left out.
+  # A figure without a value, such as for absent labels, is left out.
   counted = {name: mean for name, mean in means.items() if mean[1] > 0}
   values |= {name: float(t / w) for name, (t, w) in counted.items()}
   return values | {
@@ -102,7 +102,7 @@ def report(values: dict[str, float]) -> str:
   """Returns the figures of `evaluate` as text.
 
   Args:
-    values: loss and bits_per_byte. With `average_` in front, they are those of
+    values: loss and bits_per_byte; with the prefix `average_`, the values of
       the averaged weights.
   """
   if 'bits_per_byte' not in values:

@@ -73,7 +73,7 @@ def read(source: port.ModelSource, config: model_config.ModelConfig) -> Any:
 
 def place(params: Any, abstract: Any) -> Any:
   """Sends parameters of any float dtype to the devices."""
-  # Each device is sent its own part alone.
+  # Each device receives only its own part.
   return jax.tree.map(
     lambda x, like: jax.device_put(
       np.asarray(x).astype(like.dtype), like.sharding
@@ -84,7 +84,7 @@ def place(params: Any, abstract: Any) -> Any:
 
 
 def resolved(source: port.ModelSource, init_from: str) -> port.ModelSource:
-  """Returns the source, which is `config.init_from` where it names none."""
+  """Returns the source; a source without a path becomes `config.init_from`."""
   return source if source.path else port.ModelSource(init_from)
 
 
@@ -131,14 +131,14 @@ def refuse_same(name: str, teacher: str, init_from: str) -> None:
 def check_tokenizers(
   objective: port.Objective, init_from: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> None:
-  """Refuses frozen models whose ids are other tokens than those of the run.
+  """Refuses frozen models with other token ids than the run.
 
   Raises:
     ValueError: names the model, and the first id that differs.
   """
   for name, source in objective.frozen_sources.items():
     source = resolved(source, init_from)
-    # A run may add tokens to those of its own start.
+    # A run may add tokens to the tokens of its own start.
     is_whole = not is_same(source.path, init_from)
     check_tokenizer(
       f'objective.{name}',
@@ -155,13 +155,13 @@ def check_tokenizer(
   *,
   is_whole: bool,
 ) -> None:
-  """Refuses a tokenizer whose ids are not those of a frozen directory.
+  """Refuses a tokenizer whose ids differ from the ids of a frozen directory.
 
   Args:
     name: of the value that names the directory, for errors.
     directory: the frozen directory.
-    tokenizer: of the run.
-    is_whole: whether it must have no ids behind those of the directory.
+    tokenizer: tokenizer of the run.
+    is_whole: whether it must have no ids after the ids of the directory.
 
   Raises:
     ValueError: names the first id that differs.

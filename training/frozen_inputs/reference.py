@@ -52,7 +52,7 @@ from training.objectives import port
 Say = Callable[[str], None]
 _FORMAT = 1
 _READ = 'tokens', 'targets', 'positions', 'segment_ids'
-# Seconds between two parts on disk, which is what a kill can cost.
+# Seconds between two parts on disk: a kill loses at most this much work.
 _SECONDS_BETWEEN_PARTS = 60.0
 
 
@@ -62,7 +62,7 @@ class Computed(NamedTuple):
   source: str
   array: str  # in batches; of top tokens, what their names begin with
   weights: str  # digest of the frozen model's weights
-  forward_passes: int  # of this start of the run; 0: all were on disk
+  forward_passes: int  # in this start of the run; 0: all values were on disk
 
 
 class _Wanted(NamedTuple):
@@ -127,7 +127,7 @@ def add_values(
 
   Args:
     experiment: validated.
-    sources_of_rows: of the training sources, and of the evaluation split.
+    sources_of_rows: rows of the training sources, and of the evaluation split.
     spare_ids: ids of the model without a token, see `Learner.masking`.
     say: receives a line about each source.
 
@@ -164,7 +164,7 @@ def _of_source(
   weights = frozen_models.digest_of(wanted.name, wanted.source)
   directory = _directory(experiment, rows, wanted, weights)
   passes = 0
-  # Processes may have a data directory each, of which one is complete.
+  # Each process may have its own data directory, and one of these be complete.
   if processes.agree(not directory.is_dir()):
     passes = _compute(experiment, rows, wanted, directory, scorer, say)
   try:
@@ -183,8 +183,8 @@ def _directory(experiment, rows, wanted: _Wanted, weights: str) -> pathlib.Path:
     'format': _FORMAT,
     'weights': weights,
     'store': rows.store.digest,
-    # Which tokens a row has beside each other does not matter; where a long
-    # document is cut does.
+    # The neighbours of a document in its row do not matter; the place where a
+    # long document is cut does.
     'rows': [data.packing, data.row_length],
     'numerics': [
       experiment.compute_dtype,
@@ -200,10 +200,10 @@ def _directory(experiment, rows, wanted: _Wanted, weights: str) -> pathlib.Path:
 
 
 def _base_form(experiment, source: port.ModelSource) -> str:
-  """Returns how the weights of a frozen model are stored, see `AdapterConfig`.
+  """Returns the form of a frozen model's weights, see `AdapterConfig`.
 
-  A policy of adapters starts as its quantised base, and not as the weights that
-  the base was made of: a reference of these would be another model.
+  A policy of adapters starts as its quantised base. The weights before
+  quantisation would be another model, and a wrong reference.
   """
   adapter = experiment.adapter
   is_base = frozen_models.is_same(source.path, experiment.init_from)
@@ -250,7 +250,7 @@ class _Parts:
   """The values of batches in order; written to disk now and then."""
 
   def __init__(self, directory: pathlib.Path):
-    """Reads what is on disk, up to the first gap."""
+    """Reads the parts that are on disk, up to the first gap."""
     self._directory = directory
     atomic.make_directory(directory)
     self.done: list[dict[str, np.ndarray]] = []  # [B, T, ...] by name
@@ -364,7 +364,7 @@ class _Scorer:
 
 
 def _weights_alone(params: Any) -> Any:
-  """Returns a state without an optimizer and a key: nothing is trained."""
+  """Returns a state with weights only: nothing is trained."""
   step: Any = np.zeros((), np.int32)
   no_key: Any = None
   return state_lib.TrainState(

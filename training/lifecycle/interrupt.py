@@ -7,7 +7,7 @@ All processes of a run must stop after the same step, but a signal may reach
 only one of them. So they exchange the signal every few seconds. This exchange
 is a collective of two integers, and makes the devices wait for the host once.
 It is too rare to cost time, and frequent enough to save within the grace
-period. To exchange at reports only would take too long where steps are slow.
+period. Exchanging only at reports would take too long where steps are slow.
 The processes agree on the step of the next exchange too, because their clocks
 differ.
 """
@@ -75,9 +75,9 @@ class Interrupt:
     self.grace_s = grace_s
     self._wait_for_steps = wait_for_steps
     self._previous = {}
-    self._pace = Pace()  # of the steps
+    self._pace = Pace()  # for steps
     self._is_agreed = False  # every process knows of the signal
-    self._since = 0.0  # when it was noticed here, seconds
+    self._since = 0.0  # time at which this process noticed the signal, seconds
 
   def __enter__(self) -> 'Interrupt':
     for number in self.SIGNALS:
@@ -150,8 +150,8 @@ class Interrupt:
     if self.signal is None:
       self._since = time.monotonic()
     self.signal = signal.Signals(number)
-    # Only Ctrl-C ends the process at the second time. A scheduler may send
-    # SIGTERM to this process and to its supervisor, which passes it on: the
-    # second SIGTERM must not end this process before it has saved.
+    # Only a second Ctrl-C ends the process. A scheduler may send SIGTERM to
+    # this process and to its supervisor, which passes it on: the second SIGTERM
+    # must not end this process before it has saved.
     if number == signal.SIGINT:
       signal.signal(number, self._previous[number])

@@ -26,7 +26,7 @@ from training.reporting import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
-  """Where a run reports to, and whether it is asked to stop."""
+  """The outputs of a run, and its request to stop."""
 
   log: metrics.Log
   terminal: terminal_lib.Terminal

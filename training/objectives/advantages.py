@@ -14,25 +14,25 @@ from checks import expect
 
 BASELINES = 'none', 'group', 'leave_one_out', 'batch'
 SCALES = 'none', 'group', 'batch'
-_EPSILON = 1e-4  # beside a deviation of rewards, as in TRL and verl's GRPO
+_EPSILON = 1e-4  # added to a deviation of rewards, as in TRL and verl's GRPO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Advantages:
   """The recipe: REINFORCE, RLOO and GRPO differ here."""
 
-  # none: the reward itself, REINFORCE. group: less the mean of the group, GRPO
-  # (arXiv:2402.03300). leave_one_out: less the mean of the others, RLOO
+  # The baseline. none: 0, REINFORCE. group: the mean of the group, GRPO
+  # (arXiv:2402.03300). leave_one_out: the mean of the others, RLOO
   # (arXiv:2402.14740). batch: less the mean of the whole batch.
   baseline: str = 'none'
   group_size: int = 1  # completions of each prompt
-  # What advantages are divided by. group: the deviation of the rewards of their
-  # group, GRPO. batch: that of the advantages of the whole batch, REINFORCE++
+  # The divisor of advantages. group: the deviation of the rewards of their
+  # group, GRPO. batch: the deviation of the batch's advantages, REINFORCE++
   # (arXiv:2501.03262). none: Dr. GRPO (arXiv:2503.20783).
   scale: str = 'none'
 
   def validate(self) -> None:
-    """Raises ValueError for a recipe that makes no use of any reward."""
+    """Raises ValueError for a recipe that ignores all rewards."""
     name = 'objective.advantages'
     expect.one_of(f'{name}.baseline', self.baseline, BASELINES)
     expect.one_of(f'{name}.scale', self.scale, SCALES)
@@ -58,7 +58,7 @@ class Advantages:
     """Returns the advantage of each completion, float32 [N].
 
     Args:
-      rewards_N: rewards; those of a group side by side.
+      rewards_N: rewards; the rewards of one group lie side by side.
 
     Raises:
       ValueError: the rewards are not whole groups.
@@ -78,7 +78,7 @@ class Advantages:
       mean_G1 = rewards_GR.mean(axis=1, keepdims=True)
       advantages_GR = rewards_GR - mean_G1
     if self.baseline == 'leave_one_out':
-      # r - (sum - r) / (n - 1) is n / (n - 1) times the one above.
+      # r - (sum - r) / (n - 1) is n / (n - 1) times r - mean.
       advantages_GR = advantages_GR * size / (size - 1)
     if self.scale == 'batch':
       advantages_GR = advantages_GR / (advantages_GR.std() + _EPSILON)

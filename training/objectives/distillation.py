@@ -2,8 +2,8 @@
 
     objective = distillation.Distillation(teacher='runs/teacher/frozen')
 
-The loss of a token is a divergence of two distributions of it, the teacher's
-and the student's, both softened by one temperature; a share of the loss may be
+The loss of a token is a divergence between the teacher's and the student's
+distribution of it, both softened by one temperature. A share of the loss may be
 the cross-entropy of the text itself:
 
     (1 - imitation_share) T^2 D(P_T, Q_T) + imitation_share (-log Q(target))
@@ -41,11 +41,10 @@ class Distillation(port.Objective):
   # forward: KL(teacher || student). reverse: KL(student || teacher).
   # jensen_shannon: between them, by `beta`.
   divergence: str = FORWARD
-  # Of jensen_shannon: the teacher's share in the mixture that both are compared
-  # with. Near 0 it is like forward, near 1 like reverse.
+  # For jensen_shannon: the teacher's share in the mixture that both models are
+  # compared with. Near 0 it is like forward, near 1 like reverse.
   beta: float = _BETA
-  # Both models' logits are divided by it: above 1, improbable tokens count
-  # more.
+  # Divides both models' logits. Above 1, improbable tokens count more.
   temperature: float = 1.0
   # Whether the divergence is multiplied by temperature^2, so that its gradient
   # has the same size at every temperature (Hinton, section 2.1).
@@ -144,7 +143,7 @@ class Distillation(port.Objective):
       )
     weights_BT = batch['weights']
     is_trained_BT = weights_BT > 0
-    # A target that is not trained may be an id without a token: 0 x inf.
+    # An untrained target may be an id without a token: this avoids 0 x inf.
     found = {
       name: jnp.where(is_trained_BT, values_BT, 0.0)
       for name, values_BT in found.items()

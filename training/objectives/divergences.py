@@ -1,8 +1,8 @@
 """Divergences of two distributions of the next token, over the vocabulary.
 
-P is the teacher's (or reference's) distribution and Q that of the model that is
-trained. All take log-probabilities [..., V] and return [...], in nats. A
-probability of 0 is a finite log-probability
+P is the distribution of the teacher (or reference), and Q the distribution of
+the trained model. All functions take log-probabilities [..., V] and return
+[...], in nats. A probability of 0 is a finite log-probability
 (`models.layers.cross_entropy.MASKED`), so that no term is 0 x inf.
 
 References: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2023, GKD
@@ -26,7 +26,7 @@ def forward(theirs: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def reverse(theirs: jax.Array, own: jax.Array) -> jax.Array:
-  """Returns KL(Q || P): the student says only what the teacher may say."""
+  """Returns KL(Q || P): the student keeps to the teacher's likely tokens."""
   return jnp.sum(jnp.exp(own) * (own - theirs), axis=-1)
 
 
@@ -77,23 +77,23 @@ def over_vocabulary(
 ) -> Any:
   """Returns a function of the logits of two models, [B, T] arrays.
 
-  One forward pass of the other model. The logits of one chunk of time exist at
-  a time, in the backward pass too.
+  Runs one forward pass of the other model. Only the logits of one chunk of time
+  exist at a time, in the backward pass too.
 
   Args:
-    fn: of the own logits [B, t, V], the other's, and targets [B, t]; returns a
-      tree of arrays [B, t].
-    params: of `model`.
+    fn: function of the own logits [B, t, V], the other logits, and targets
+      [B, t]; returns a tree of arrays [B, t].
+    params: parameters of `model`.
     states_BTD: final hidden states of `model`.
-    model: the one that is trained.
+    model: the trained model.
     other: a teacher or a reference.
-    batch: the rows that both read.
+    batch: the rows that both models read.
   """
   hidden = other.model.hidden(
     other.params, batch['tokens'], batch['positions'], batch['segment_ids']
   )
 
-  # Without it, the backward pass would keep the logits of all chunks.
+  # Without remat, the backward pass would keep the logits of all chunks.
   @jax.checkpoint
   def of_chunk(states, targets_Bt):
     own_BtD, their_BtD = states

@@ -32,7 +32,7 @@ class NextToken(port.Objective):
 
     Returns:
       The sum of weight * loss, and the sums: `weight`; `nll`, the sum of
-      weight * -log p(target), where the loss is more than that; with a z-loss,
+      weight * -log p(target), if the loss has further terms; with a z-loss,
       `z_loss` before it is weighted; with experts, the figures of
       `models.moe.layer.routing_sums`.
     """

@@ -25,7 +25,7 @@ Batch = Mapping[str, jax.Array]
 
 
 class Mean(NamedTuple):
-  """A sum that is reported over its own denominator; 0 where that is 0."""
+  """A sum with its own denominator; reported as 0 where that is 0."""
 
   total: jax.Array
   weight: jax.Array  # its denominator, a sum too
@@ -36,7 +36,7 @@ class Share(Mean):
 
 
 Sums = dict[str, Any]  # arrays, and `Mean` of arrays
-# Collections of a params tree: the transformer's own, those of the objective,
+# Collections of a params tree: the transformer's own, the objective's heads,
 # and adapters beside frozen weights of the transformer.
 MODEL, HEADS, ADAPTERS = 'params', axes.HEADS, axes.ADAPTERS
 
@@ -53,7 +53,7 @@ _TOKENS = ArraySpec('BT', jnp.int32)
 # The arrays that data/batches.py makes.
 TOKEN_ROWS: Mapping[str, ArraySpec] = {
   'tokens': _TOKENS,
-  'targets': _TOKENS,  # the token after each
+  'targets': _TOKENS,  # the token after each token
   'positions': _TOKENS,  # in the document
   'segment_ids': _TOKENS,  # number of the document in the row; 0: padding
   'weights': ArraySpec('BT', jnp.float32),  # of each target; 0: not trained on
@@ -63,7 +63,7 @@ TOKEN_ROWS: Mapping[str, ArraySpec] = {
 class Hidden(NamedTuple):
   """The output of a transformer's layers."""
 
-  states_BTD: jax.Array  # the head is applied to them
+  states_BTD: jax.Array  # final hidden states, the input of the head
   routing: Any  # `models.moe.layer.routing_sums` [N, ...]; None: a dense model
 
 
@@ -144,7 +144,7 @@ class Model:
     The entropy is in nats, and has no gradient.
     """
 
-    # Without it, the backward pass would keep the logits of all chunks.
+    # Without remat, the backward pass would keep the logits of all chunks.
     @jax.checkpoint
     def of_chunk(states_BtD, targets_Bt):
       logits_BtV = self.logits(params, states_BtD)
@@ -170,11 +170,11 @@ class Model:
     """Returns `fn` of all chunks of time, joined; each array is [B, T, ...].
 
     Args:
-      fn: of hidden states and of targets.
+      fn: function of hidden states and of targets.
       states_BTD: an array, or a tree of them.
-      targets_BT: next to the states.
+      targets_BT: targets of the positions of the states.
 
-    A chunk is as long as the logits of `models.layers.cross_entropy` may be.
+    A chunk is at most as long as `models.layers.cross_entropy` allows logits.
     """
     batch, time = targets_BT.shape
     vocab_size = self.module.config.vocab_size
@@ -238,17 +238,17 @@ class Objective(abc.ABC):
     """Returns the summed loss, and the sums that the step reports.
 
     Args:
-      params: what is trained. `params['params']` are the variables of the
-        transformer, `params['heads']` is the result of `init_heads`.
+      params: the trained parameters. `params['params']` are the variables of
+        the transformer, `params['heads']` is the result of `init_heads`.
       batch: the arrays of `batch_spec`, or some of their rows.
-      model: the transformer that is trained.
+      model: the trained transformer.
       **others: the models of `models_needed`, each by its name; and `totals`,
-        where the method of that name returns some.
+        if the method of that name returns sums.
 
     Returns:
       The loss, and sums with at least `weight`: the loss, the gradient and all
-      scalars are divided by it. Where the loss is more than a prediction loss,
-      `nll` is the part that is. A `Mean` has a denominator of its own. Arrays
+      scalars are divided by it. If the loss has terms beyond a prediction loss,
+      `nll` is that prediction loss. A `Mean` has its own denominator. Arrays
       [..., shares] are counts, of which evenness is reported. `tokens` is the
       number of trained targets, where `weight` counts something else.
     """
@@ -275,10 +275,10 @@ class Objective(abc.ABC):
   ) -> Mapping[str, jax.Array]:
     """Returns the arrays `annotated`, float32 [B, T] each; no gradient.
 
-    For batches that the policy sampled: what the loss needs of the policy as it
-    was before a batch's first step, or of a frozen model, whose values cannot
-    be known before the text is. It is called once per sampled batch, with some
-    rows at a time, and without dropout.
+    For batches that the policy sampled. The arrays hold values of the policy as
+    it was before a batch's first step, or of a frozen model on the sampled
+    text. It is called once per sampled batch, with some rows at a time, and
+    without dropout.
 
     Args:
       params: as for `__call__`.
@@ -290,7 +290,7 @@ class Objective(abc.ABC):
     return {}
 
   def derived(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the metrics of a step, with figures that are no means of sums.
+    """Returns the metrics of a step, with figures that are not means of sums.
 
     Args:
       metrics: each sum of `__call__` over its denominator.
@@ -332,7 +332,7 @@ class Objective(abc.ABC):
   def annotated(self) -> tuple[str, ...]:
     """The arrays of `batch_spec` that `annotate` makes; (): it is not called.
 
-    Those are arrays of batches that the policy samples.
+    Such arrays belong to batches that the policy samples.
     """
     return ()
 
@@ -348,7 +348,7 @@ class Objective(abc.ABC):
 
   @property
   def predicts_text(self) -> bool:
-    """Whether the loss is that of the targets, which has bits per byte."""
+    """Whether the loss is the loss of the targets, which has bits per byte."""
     return True
 
   @property
@@ -385,12 +385,12 @@ class Objective(abc.ABC):
     """Returns the parameters that are trained beside the model's; None: none.
 
     Each is named {head: {'kernel' [width, outputs], 'bias' [outputs]}}, see
-    models/axes.py. They are checkpointed. Of them, the head `reward` is frozen
-    with the transformer (`models.layers.reward_head`); the others are for
-    training.
+    models/axes.py. They are checkpointed. The head `reward` is frozen with the
+    transformer (`models.layers.reward_head`); the other heads are for training
+    only.
 
     Args:
-      config: of the transformer.
-      key: of their first values.
+      config: config of the transformer.
+      key: PRNG key of their first values.
     """
     del config, key

@@ -29,11 +29,11 @@ class Preference(port.Objective):
   """A loss of preferences. An option that the loss does not have is refused."""
 
   loss: str = 'dpo'  # one of `preference_losses.LOSSES`
-  # Strength of the tie to the reference; tau of IPO, lambda of ORPO. -1: 0.1,
-  # and 2 for SimPO.
+  # Strength of the tie to the reference; tau of IPO, lambda of ORPO. -1: the
+  # default of the loss, 2 for SimPO and 0.1 for the others.
   beta: float = UNSET
-  # Probability that a label is wrong. dpo believes labels less; robust corrects
-  # for the flipped ones.
+  # Probability that a label is wrong. dpo trusts labels less; robust corrects
+  # for the flipped labels.
   label_smoothing: float = 0.0
   # Whether log ratios are means over tokens, not sums: dpo, robust, ipo. The
   # means of orpo and simpo are part of their definition.
@@ -163,7 +163,7 @@ class Preference(port.Objective):
       nll = -_sum(is_unit_BU, logprobs.own[:, :, 0])
       num_tokens = _sum(is_unit_BU, lengths_BU2[:, :, 0])
       sums['chosen_nll'] = port.Mean(nll, num_tokens)
-      # A mean over all tokens of the batch, which the step multiplies by
+      # A mean over all tokens of the batch. It cancels the step's factor
       # 1 / units.
       per_token = _ratio(totals['units'], totals['chosen_tokens'])
       loss += self._imitation_weight * per_token * nll
@@ -200,7 +200,7 @@ class Preference(port.Objective):
     own_BU2 = sums(own_BT)
     if not self._loss.has_reference:
       return _Logprobs(own_BU2, own_BU2), hidden
-    # Token by token, before they are summed: the difference of two sums of
+    # Subtracted token by token before the sum: the difference of two sums of
     # hundreds of nats would have lost its last digits.
     return _Logprobs(own_BU2, sums(own_BT - batch['ref_logprobs'])), hidden
 
@@ -208,8 +208,8 @@ class Preference(port.Objective):
     scores_BU2 = logprobs.ratios
     if self._loss.is_per_token or self.length_normalised:
       scores_BU2 = scores_BU2 / jnp.maximum(lengths_BU2, 1.0)
-    # Units that are not there have a score of their own: it keeps their
-    # gradient, which is multiplied by 0, finite.
+    # Absent units get a score of their own, which keeps their gradient finite;
+    # it is then multiplied by 0.
     scores_BU2 = jnp.where(is_unit_BU[:, :, None], scores_BU2, -1.0)
     chosen_BU, rejected_BU = scores_BU2[:, :, 0], scores_BU2[:, :, 1]
     gamma = self._loss.gamma if self.gamma == UNSET else self.gamma
@@ -248,7 +248,7 @@ class Preference(port.Objective):
           f'{side}_logprob': logprobs.own[:, :, 0],
         },
       )
-    # An example is right if the loss calls it a gain, or a loss, as its label.
+    # An example is right if the sign of its score agrees with its label.
     is_right_BU = (scores_BU > kl) == is_desirable_BU
     sums |= _means(
       is_unit_BU,
@@ -265,7 +265,7 @@ class _Logprobs:
   """Log-probabilities of the documents of units, [B, units, 2]."""
 
   own: jax.Array
-  ratios: jax.Array  # less those of the reference, where the loss has one
+  ratios: jax.Array  # minus the reference's, where the loss has a reference
 
 
 def _count(mask: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """The losses of preferences: formulas of scores, one row of a table each.
 
-A score is a number per completion: its log-probability under the policy, less
-that under the reference where the loss has one (a log ratio), over its number
-of tokens where the loss takes means. `training.objectives.preference` makes the
-scores; the formulas know neither models nor rows.
+A score is a number per completion: its log-probability under the policy. Where
+the loss has a reference, the reference's log-probability is subtracted (a log
+ratio). Where the loss takes means, the score is divided by the number of
+tokens. `training.objectives.preference` makes the scores; the formulas know
+neither models nor rows.
 
 A new loss is a function and its row in `LOSSES`.
 """
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-UNSET = -1.0  # of an option: the loss has a value of its own
+UNSET = -1.0  # value of an option: the loss takes its own default
 
 
 class Options(NamedTuple):
@@ -38,7 +39,7 @@ def dpo(chosen: jax.Array, rejected: jax.Array, options: Options) -> jax.Array:
 def robust(
   chosen: jax.Array, rejected: jax.Array, options: Options
 ) -> jax.Array:
-  """Returns the loss whose mean over flipped labels is that of DPO.
+  """Returns the loss whose mean over flipped labels is DPO's loss.
 
   Robust DPO (arXiv:2403.00409, section 3): a share of label_smoothing of
   the labels is flipped. It has no lower bound.
@@ -51,8 +52,8 @@ def robust(
 def ipo(chosen: jax.Array, rejected: jax.Array, options: Options) -> jax.Array:
   """Returns (h - 1 / (2 tau))^2, h the difference of log ratios, tau = beta.
 
-  Equation 17 of IPO (arXiv:2310.12036). Its authors say that their results are
-  of log ratios per token: `length_normalised`, which TRL always does.
+  Equation 17 of IPO (arXiv:2310.12036). Its authors report results with log
+  ratios per token: `length_normalised`, which TRL always does.
   """
   return (chosen - rejected - 1 / (2 * options.beta)) ** 2
 
@@ -71,8 +72,8 @@ def simpo(
 def cpo(chosen: jax.Array, rejected: jax.Array, options: Options) -> jax.Array:
   """Returns -log sigmoid(beta h), h of log-probabilities; no reference.
 
-  L_prefer of equation 3 of CPO (arXiv:2401.08417), to which the loss adds that
-  of imitating the chosen completion, L_NLL.
+  L_prefer of equation 3 of CPO (arXiv:2401.08417); the loss adds L_NLL, which
+  imitates the chosen completion.
   """
   return dpo(chosen, rejected, options)
 
@@ -98,7 +99,7 @@ def kto(
 
   Args:
     scores: log ratios.
-    is_desirable: of each.
+    is_desirable: whether each example is desirable.
     beta: risk aversion.
     divergence: z, a constant: the mean log ratio of completions of other
       prompts, at least 0, which estimates KL(policy || reference).
@@ -117,7 +118,7 @@ def _logistic(margin: jax.Array, label_smoothing: float) -> jax.Array:
 
 def _log1mexp(x: jax.Array) -> jax.Array:
   """Returns log(1 - exp(x)) for x < 0."""
-  # A probability that rounds to 1 has finite odds, and a finite gradient.
+  # A probability that rounds to 1 gets finite odds, and a finite gradient.
   x = jnp.minimum(x, -1e-7)
   # Each form is exact where the other one loses digits. The inner `where`s keep
   # the gradient of the form that is not taken finite.

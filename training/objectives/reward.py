@@ -29,7 +29,7 @@ from training.objectives import port, routing, segments
 class Reward(port.Objective):
   """Bradley-Terry loss, in nats per pair."""
 
-  # Factor of the margin of each pair, the stream `margins` of the data. 0: the
+  # Factor of the margin of each pair, the array `margins` of the data. 0: the
   # data need no margins, and none are used.
   margin: float = 0.0
   # Weight of the squared sum of a pair's rewards, which keeps their mean near 0
@@ -60,7 +60,7 @@ class Reward(port.Objective):
     return {reward_head.NAME: reward_head.init(config.model_width, key)}
 
   def totals(self, params, batch, model, **others):
-    """Returns pairs and tokens, by which the routers' losses are means."""
+    """Returns counts of pairs and tokens, the denominators of router losses."""
     del params, others
     if not model.module.config.num_experts:
       return None

@@ -1,4 +1,4 @@
-"""The losses of routers, for objectives whose weight is not that of tokens."""
+"""The losses of routers, for objectives whose `weight` is not a token count."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ def losses(
   """Returns the routers' loss, and the sums to report.
 
   Args:
-    routing: of `port.Hidden`, not None.
+    routing: `port.Hidden.routing`, not None.
     batch: the rows that were routed.
     per_token: weight of the objective over `num_real`, both of the whole batch.
-      So the routers' losses are means over tokens, whatever the weight counts.
+      It makes the routers' losses means over tokens, for any kind of weight.
   """
   count = num_real(batch)
   reported: port.Sums = {

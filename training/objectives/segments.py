@@ -1,8 +1,8 @@
 """Sums of the segments of packed rows: one number per document.
 
 In rows of preferences, a unit is two documents side by side: segments 1 and 2,
-3 and 4, and so on. The first is the chosen one (or the labelled example), the
-second the rejected one (or the mismatched one). See data/rows.py.
+3 and 4, and so on. The first is the chosen (or labelled) document, the second
+the rejected (or mismatched) document. See data/rows.py.
 """
 
 import jax
@@ -38,7 +38,7 @@ def sums(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def spread(sums_BU2: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-  """Returns the number of its segment at each token, [B, T]; 0 in padding.
+  """Returns at each token the number of its segment, [B, T]; 0 in padding.
 
   The transpose of `sums`.
   """
@@ -57,7 +57,7 @@ def _forward(values_BT, segment_ids_BT):
 
 
 def _backward(segment_ids_BT, grads_BU2):
-  # Every token has the gradient of its segment.
+  # The gradient of a segment goes to each of its tokens.
   return _at_tokens(grads_BU2, segment_ids_BT), None
 
 

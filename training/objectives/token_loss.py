@@ -4,10 +4,10 @@
          + imitation_scale * mean of -log p(target)
          + distance_scale  * mean of an estimator of KL(policy || reference)
 
-An algorithm is the weights that it puts on tokens, as arrays of a batch; the
+An algorithm is the weights that it gives to tokens, as arrays of a batch; the
 loss knows no algorithm. A mean is over the weights of its own term in the whole
-batch, whatever the micro-batches and devices: a term that trains few tokens is
-as strong as its scale says.
+batch, for any micro-batches and devices: a term that trains few tokens is as
+strong as its scale says.
 
 REINFORCE, RLOO, GRPO and their kin are policy terms with different advantages
 (`training.objectives.advantages`), ratios and means; `policy/recipes.py` has
@@ -38,13 +38,13 @@ from training.objectives.policy import (
 )
 
 _ARRAY_BT = port.ArraySpec('BT', jnp.float32)
-_EPSILON = 1e-8  # beside a deviation of advantages
+_EPSILON = 1e-8  # added to a deviation of advantages
 TERMS = 'policy', 'imitation', 'distance'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLoss(port.Objective):
-  """Policy gradient, imitation and distance to a reference; a scale of 0: none.
+  """Policy gradient, imitation and distance; a scale of 0 leaves a term out.
 
   Arrays of a batch, float32 [B, T], of its targets:
 
@@ -57,7 +57,7 @@ class TokenLoss(port.Objective):
     ref_logprobs       of the distance: log p(target) under the reference; not
                        for `full`
 
-  Of fixed data, training/frozen_inputs/reference.py computes `ref_logprobs`
+  For fixed data, training/frozen_inputs/reference.py computes `ref_logprobs`
   once. Where the policy samples its own text (`is_sampled`), `annotate` makes
   `ref_logprobs` and `old_logprobs`.
   """
@@ -66,10 +66,10 @@ class TokenLoss(port.Objective):
   imitation_scale: float = 0.0
   distance_scale: float = 0.0
   is_stamped: bool = False  # whether each term has an array of weights
-  # token | sequence | constant: each mean is one over tokens; over completions,
-  # of their means; or the sum over completions x max_length.
+  # token: each mean is over tokens. sequence: over completions, of their means.
+  # constant: the sum, divided by the number of completions x max_length.
   aggregation: str = terms.TOKEN
-  max_length: int = 0  # of constant: the most sampled tokens of a completion
+  max_length: int = 0  # for constant: the most sampled tokens of a completion
   # Whether batches are sampled by the policy while it trains.
   is_sampled: bool = False
   # Sampled batches: the policy that ratios compare with. recomputed: the policy
@@ -77,7 +77,7 @@ class TokenLoss(port.Objective):
   # policy itself, for one step on each batch: all ratios are 1. sampler: the
   # log-probabilities that the sampler gave, `sampler_logprobs`.
   proximal: str = refusals.RECOMPUTED
-  # Of the distribution that was sampled from: it divides the logits.
+  # Temperature of the sampling distribution: it divides the logits.
   temperature: float = 1.0
   # token | sequence: ratios of new to old probability, of each token or of the
   # whole completion (GSPO).
@@ -93,8 +93,8 @@ class TokenLoss(port.Objective):
   # each step's batch (PPO, REINFORCE++).
   is_whitened: bool = False
   # Sampled batches: factor of log(policy / reference) of each token, which is
-  # taken from the rewards. Unlike the distance, it counts the effect of a token
-  # on the divergence of all tokens after it.
+  # subtracted from the rewards. Unlike the distance, it counts the effect of a
+  # token on the divergence of all tokens after it.
   kl_reward: float = 0.0
   # Sampled batches: importance weights against the sampler.
   correction: corrections.Correction = corrections.Correction()
@@ -116,7 +116,7 @@ class TokenLoss(port.Objective):
     if not self._active:
       raise ValueError(
         'objective: got 0 for policy_scale, imitation_scale and distance_scale,'
-        ' expected a term at least; set one of them above 0'
+        ' expected at least one term; set one of them above 0'
       )
     refusals.check(self)
     if self._is_full and not self.reference:
@@ -147,7 +147,7 @@ class TokenLoss(port.Objective):
 
   @property
   def examples(self):
-    # Which records hold stamped arrays is known once their batches are made.
+    # The names of stamped arrays are known once their batches are made.
     return 'text', 'chat', 'pairs', 'labelled'
 
   @property
@@ -203,7 +203,7 @@ class TokenLoss(port.Objective):
 
   @property
   def _old(self) -> str:
-    """The array of log-probabilities that ratios compare with; '': its own."""
+    """The array of log-probabilities that ratios compare with; '': own."""
     if not self.policy_scale or self.proximal == refusals.OWN:
       return ''
     is_sampler = self.proximal == refusals.SAMPLER
@@ -211,7 +211,7 @@ class TokenLoss(port.Objective):
 
   @property
   def is_penalised(self) -> bool:
-    """Whether the loss takes `kl_reward` from the advantages."""
+    """Whether the loss subtracts `kl_reward` from the advantages."""
     return bool(self.kl_reward)
 
   @property
@@ -283,17 +283,18 @@ class TokenLoss(port.Objective):
 
     Returns:
       The sums: `weight`, the number of trained targets; each term by its name.
-      Of the policy term, as means over tokens: `entropy`; `ratio`;
+      For the policy term, as means over tokens: `entropy`; `ratio`;
       `clipped_low` and `clipped_high`, the shares beyond the limits of the
-      ratio; `old_kl`, the divergence from the old policy; `reference_kl`, that
-      from the reference, if the reward has it; and those of the correction.
+      ratio; `old_kl`, the divergence from the old policy; `reference_kl`, the
+      divergence from the reference, if the reward has it; and the sums of the
+      correction.
     """
     own = self._own(params, batch, model)
     found: dict[str, jax.Array] = {}
     sums: port.Sums = {}
     old_BT = batch[self._old] if self._old else None
     if old_BT is None:
-      # The policy's own tokens: a ratio of 1, with the gradient of a
+      # The policy's own tokens have a ratio of 1, with the gradient of a
       # probability.
       old_BT = jax.lax.stop_gradient(own.logprobs_BT)
     if self.policy_scale:
@@ -376,7 +377,7 @@ class TokenLoss(port.Objective):
       limit = corrections.MAX_LOG
       log_BT = jnp.clip(log_ratio_BT, -limit, limit)
       means['old_kl'] = jnp.expm1(log_BT) - log_BT
-    if self.kl_reward:  # of PPO too, whose rewards have it
+    if self.kl_reward:  # for PPO too, whose rewards include it
       means['reference_kl'] = old_BT - batch['ref_logprobs']
     shares = terms.shares(terms.TOKEN, weights_BT, batch, 0)
     sums: port.Sums = {name: shares.mean(x) for name, x in means.items()}
@@ -386,7 +387,7 @@ class TokenLoss(port.Objective):
     return -values_BT, sums
 
   def _penalised(self, batch, old_BT):
-    """Returns the advantages, with the penalty of the tokens from each on."""
+    """Returns the advantages minus the penalties from each token on."""
     advantages_BT = batch['advantages']
     if not self.is_penalised:
       return advantages_BT

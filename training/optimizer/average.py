@@ -43,7 +43,7 @@ def update(
 
   Args:
     average: float32, like the parameters; None: the run keeps no average.
-    params: after the step.
+    params: the parameters after the step.
     num_updates: t, the number of steps before this one.
     decay: the largest decay, `Experiment.ema_decay`.
     skipped: whether the step was skipped; the average then stays, too.
@@ -76,7 +76,7 @@ def validate(rule: update_rules.Rule, ema_decay: float, weights: str) -> None:
   """Refuses a missing average, and two averages.
 
   Args:
-    rule: of the optimizer.
+    rule: rule of the optimizer.
     ema_decay: `Experiment.ema_decay`.
     weights: `FreezeConfig.weights`.
 

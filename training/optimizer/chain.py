@@ -6,7 +6,7 @@
              -> + weight_decay x parameter
              -> times -lr(t)
 
-The same chain of optax transformations for every rule. Decay comes after the
+All rules share this chain of optax transformations. Decay comes after the
 multipliers and before the learning rate: in every group a weight loses
 lr(t) x weight_decay of itself per step, as in AdamW (arXiv:1711.05101), and as
 muP needs it (models/mup.py). With Muon each half decays by its own learning
@@ -14,10 +14,10 @@ rate.
 
 A multiplier of 0 freezes a group: it is not moved and not decayed, has no state
 and no gradient, and counts in no norm. Parameters that no gradient reaches are
-always frozen: a mixture's routing corrections.
+always frozen, such as a mixture's routing corrections.
 
-The structure of the state depends on the rule and on the frozen groups alone,
-not on any number.
+The structure of the state depends on the rule and on the frozen groups, not on
+any number.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from training.optimizer import param_groups, schedules, update_rules
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-  """A rule, its learning-rate schedule, and what all rules share.
+  """A rule, its learning-rate schedule, and the numbers that all rules share.
 
   A field that the chosen schedule does not use must be left at its default.
   """
@@ -45,7 +45,7 @@ class OptimizerConfig:
   rule: update_rules.Rule = dataclasses.field(
     default=update_rules.AdamW(), metadata={'choices': update_rules.RULES}
   )
-  peak_lr: float = 1e-3  # per step; of Muon, the rate of hidden matrices
+  peak_lr: float = 1e-3  # per step; with Muon, the rate of hidden matrices
   end_lr: float = 1e-4  # reached at the last step: linear | cosine | wsd
   # constant | linear | cosine | wsd | inverse_sqrt
   schedule: str = 'cosine'
@@ -63,7 +63,7 @@ class OptimizerConfig:
     """Raises ValueError for values that no run can use.
 
     Args:
-      num_steps: of the whole run.
+      num_steps: number of steps of the whole run.
     """
     if not isinstance(self.rule, update_rules.Rule):
       raise ValueError(
@@ -142,8 +142,8 @@ class Numbers:
   """The numbers of an optimizer that one program may take as arguments.
 
   They may be traced, so that a program trains with many of them
-  (`studies/sweeps/groups/programs.py`). The config decides the structure:
-  whether there is a clip, for one.
+  (`studies/sweeps/groups/programs.py`). The config decides the structure, for
+  example whether there is a clip.
   """
 
   schedule: optax.Schedule
@@ -180,14 +180,14 @@ def make_optimizer(
 
   Args:
     config: the rule, its schedule and the numbers that all rules share.
-    num_steps: of the whole run.
+    num_steps: number of steps of the whole run.
     model_config: says whether muP scales the learning rates.
     params: arrays or shapes, with layers as a checkpoint has them. Names decide
       which parameters are decayed, scaled and orthogonalised.
     is_staged: whether layers are spread over the stages of a pipeline. Every
       stage then updates its own layers at once: a loop over all layers would
       gather each of them on every stage.
-    numbers: in place of those of `config`; None: those.
+    numbers: numbers in place of the config's; None: the config's.
 
   Raises:
     ValueError: the parameters lack a group that the config names, or do not fit

@@ -1,6 +1,6 @@
 """Groups of parameters that an optimizer treats alike.
 
-A parameter's group is decided by its name, never by its shape. With scanned
+The name of a parameter decides its group, never its shape. With scanned
 layers, the scale of a norm is [N, D] and a matrix is [N, in, out], so the
 number of axes does not say whether a parameter is a matrix.
 """
@@ -19,10 +19,10 @@ LrMultipliers = tuple[tuple[str, float], ...]
 
 # Leading axes along which matrices are stacked: one matrix per index.
 _STACKS = (axes.LAYERS, 'experts')
-# Axes of tables. Their rows are looked up or are classes; a table is no linear
-# map between vectors of the model.
+# Axes of tables. Rows of a table are looked up, or are classes; a table is not
+# a linear map between vectors of the model.
 _TABLES = ('vocab', 'position')
-# Owners of parameters that are state of the model: no gradient reaches them.
+# Owners of parameters that are state of the model: they receive no gradient.
 _STATES = ('router_correction',)
 
 

@@ -1,4 +1,4 @@
-"""Spikes: steps are skipped whose gradient norm is far above recent norms.
+"""Spikes: skips steps whose gradient norm is far above recent norms.
 
     optimizer = spikes.skipping(SpikeConfig(skip_std=6.0), optimizer)
 
@@ -7,7 +7,7 @@ gradient can cost a run the progress of hundreds of steps. PaLM restarted from
 an older checkpoint and left out the batches around the spike (arXiv:2204.02311,
 section 5.1). OLMo 2 (arXiv:2501.00656) judges each step before it is taken, and
 skips it if its norm lies 6 standard deviations above the mean of the last 128
-steps. This file does the same, with two changes. Mean and deviation are those
+steps. This file does the same, with two changes. Mean and deviation are taken
 of the norm's logarithm, because norms differ by factors. Both are running
 averages: two numbers instead of a window.
 
@@ -36,8 +36,8 @@ from training.optimizer import param_groups
 # data, huge batches), 6 deviations of less than this would skip a gradient that
 # is only 30 % longer.
 _LEAST_STD = 0.05
-# The counts of steps that schedules read, by the states that hold them. All
-# other counts are of the gradients in a moment, as Adam's bias correction.
+# Counts of steps that schedules read, by the states that hold them. All other
+# counts are numbers of gradients in a moment, as for Adam's bias correction.
 _SCHEDULE_COUNTS = {
   optax.ScaleByScheduleState: 'count',
   contrib.ScaleByAdemamixState: 'count_m2',
@@ -47,16 +47,16 @@ _SCHEDULE_COUNTS = {
 
 @dataclasses.dataclass(kw_only=True)
 class SpikeConfig:
-  """The steps that are skipped."""
+  """The settings that decide which steps are skipped."""
 
   # A step is skipped if its log gradient norm lies more than this many standard
   # deviations above the mean. 0 skips no step; OLMo 2 takes 6.
   skip_std: float = 0.0
   # Steps that the running averages remember; they decay by 1 / window per step.
   window_steps: int = 128
-  min_steps: int = 64  # measured before the first step may be skipped
-  # Steps skipped in a row. The next step is taken in any case, and measuring
-  # starts anew: gradients have become longer for good.
+  min_steps: int = 64  # steps to measure before the first step may be skipped
+  # Most steps skipped in a row. The next step is taken in any case, and
+  # measuring starts anew: the gradients have become longer for good.
   max_skipped: int = 8
 
   def validate(self) -> None:
@@ -79,15 +79,15 @@ class OutlierState(NamedTuple):
 
   inner: Any
   num_measured: jax.Array  # int32: steps in mean and variance
-  mean: jax.Array  # of the log norms of taken steps
-  variance: jax.Array  # likewise
+  mean: jax.Array  # mean of the log norms of taken steps
+  variance: jax.Array  # variance of the same log norms
   num_in_row: jax.Array  # int32: steps skipped since the last taken step
 
 
 def skipping(
   config: SpikeConfig, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Returns the optimizer, which now skips outliers.
+  """Returns the optimizer with outliers skipped.
 
   Args:
     config: defines an outlier. With `skip_std` 0, the optimizer is returned
@@ -155,8 +155,8 @@ def _is_outlier(config, state, log_norm):
 def _measure(config, state, log_norm, is_change):
   """Returns (count, mean, variance) after one more log norm.
 
-  A plain average for the first `window_steps` norms, an exponential one from
-  then on. The variance follows West (CACM 22(9), 1979), weighted.
+  The average is plain for the first `window_steps` norms, exponential from then
+  on. The variance follows West (CACM 22(9), 1979), weighted.
   """
   count = jnp.where(is_change, 0, state.num_measured) + 1
   share = jnp.maximum(1.0 / count, 1.0 / config.window_steps)

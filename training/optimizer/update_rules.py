@@ -26,7 +26,7 @@ from models import model_config as model_config_lib
 from training.optimizer import param_groups, per_matrix
 
 STATE_DTYPES = ('float32', 'bfloat16')
-# Names of moments in the states of optax, whatever the optimizer.
+# Names of moments in the states of optax, for all optimizers.
 _MOMENTS = ('mu', 'nu', 'm1', 'm2')
 # The slowest running average. Float32 rounds a change of less than 2^-24 of a
 # value back to the old value, so a running average stops at a distance of up to
@@ -70,7 +70,7 @@ class Rule(abc.ABC):
 
     Args:
       params: the trained parameters, arrays or shapes.
-      num_steps: of the whole run.
+      num_steps: number of steps of the whole run.
       is_staged: layers are spread over the stages of a pipeline.
     """
 
@@ -100,9 +100,9 @@ class Rule(abc.ABC):
     Only rules that set `keeps_average` have them.
 
     Args:
-      opt_state: a state of the optimizer, possibly inside those of wrappers.
-        It may also be one with an axis of devices in front (pmap).
-      params: of the same step.
+      opt_state: a state of the optimizer, possibly inside states of wrappers.
+        It may also have a first axis of devices (pmap).
+      params: parameters of the same step.
     """
     raise NotImplementedError(f'{type(self).__name__} keeps no average')
 
@@ -223,7 +223,7 @@ class Adafactor(Rule):
       raise ValueError(
         'optimizer.rule.scale_by_parameter: got True with'
         f' model.mup_base_width = {model_config.mup_base_width}, expected'
-        " False: muP's learning rates are those of absolute steps, as Adam's"
+        " False: muP's learning rates are for absolute steps, as Adam's"
         ' are'
       )
 

@@ -1,7 +1,7 @@
-"""Choices: what an experiment leaves open, chosen by memory and modelled time.
+"""Choices: the open fields of an experiment, set by memory and modelled time.
 
     chosen = choices.make(experiment, devices, before)
-    chosen.experiment    # with nothing left open
+    chosen.experiment    # with all fields set
     chosen.reasons       # for the first lines of a run
 
 Rematerialisation and micro-batches are tried in the order of their modelled
@@ -11,13 +11,13 @@ parameters of a device and M micro-batches,
 
     C (1 + again(remat)) + M 12 P / bandwidth    the last if M > 1
 
-since each micro-batch reads a sum of float32 gradients, and new ones, and
-writes the sum. Measured on one H200 with the shape of Llama-3.2-1B: minimal
-takes 10 % longer than none, and full 20 %.
+because each micro-batch reads the sum of float32 gradients and its own new
+gradients, and writes the sum. Measured on one H200 with the shape of
+Llama-3.2-1B: minimal takes 10 % longer than none, and full 20 %.
 
 On a CPU nothing is tried: remat is none, and a batch is not cut. The number of
-micro-batches and the logits of a chunk of the loss change the order of sums, so
-a resumed run keeps the recorded ones on any device.
+micro-batches and of logits in a chunk of the loss change the order of sums, so
+a resumed run keeps its recorded numbers on any device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,15 +38,15 @@ from training.planning import memory
 
 _AGAIN = {'none': 0.0, 'minimal': 0.1, 'full': 0.2}
 _ASSUMED_MFU = 0.5
-# The formula is not exact, and memory has gaps.
+# Share of memory that stays free: the formula is not exact, and memory has gaps.
 _MARGIN = 0.1
 
 
 class Choices(NamedTuple):
-  """An experiment without anything left open, and why it is so."""
+  """An experiment with all fields set, and the reasons."""
 
   experiment: experiment_lib.Experiment
-  reasons: tuple[str, ...] = ()  # of what was open; none on a CPU
+  reasons: tuple[str, ...] = ()  # for each open field; none on a CPU
 
 
 def make(
@@ -57,8 +57,8 @@ def make(
   """Returns the choices for a run on the devices.
 
   Args:
-    devices: of the run or of an ahead-of-time target; None: all devices.
-    before: `config` in run.json, of a run that is resumed.
+    devices: devices of the run or of an ahead-of-time target; None: all.
+    before: `config` in run.json, for a run that is resumed.
 
   Raises:
     ValueError: model, batch and devices do not fit each other.
@@ -91,7 +91,7 @@ def make(
 
 
 def _as_before(experiment, before):
-  """Returns the experiment with what a resumed run has to keep, as texts."""
+  """Returns the experiment with the values of a resumed run, and texts."""
   if before is None:
     return experiment, []
   kept = []
@@ -101,7 +101,7 @@ def _as_before(experiment, before):
     kept.append(f'{recorded} micro-batches, as before')
   own = experiment.execution
   if not own.loss_chunk_logits:
-    # Runs without this record had no other number.
+    # Runs without this record used this number.
     recorded = before.get('execution', {}).get('loss_chunk_logits')
     recorded = recorded or cross_entropy.MAX_CHUNK_LOGITS
     own = dataclasses.replace(own, loss_chunk_logits=recorded)

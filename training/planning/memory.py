@@ -8,8 +8,7 @@ exist:
                  keeps one, and the objective's frozen models, split over
                  devices by the placement
     gradients    of every trained parameter, split alike; twice with
-                 micro-batches: the sum so far, and the gradients that are added
-                 to it
+                 micro-batches: the sum so far, and the new gradients
     cast         the stacked weights in the compute dtype: XLA converts them
                  once, before the loop over layers
     saved        results that the forward pass of all layers stores for the
@@ -26,8 +25,9 @@ The peak is their sum and the largest of four phases of the step:
                  and one whole matrix that is multiplied with itself
 
 The results that a layer saves are not counted by hand. The layer is traced with
-abstract values, and `jax.vjp` says what it keeps. So remat policies, attention
-kernels and mixtures of experts count as they are in the step.
+abstract values, and `jax.vjp` shows the results that it keeps. So remat
+policies, attention kernels and mixtures of experts count as they are in the
+step.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Memory:
   params: float
   optimizer: float
   average: float
-  frozen: float  # models of the objective
+  frozen: float  # frozen models of the objective
   gradients: float
   cast: float
   saved: float
@@ -117,7 +117,8 @@ def estimate(learner: learner_lib.Learner) -> Memory:
   # A pipeline has one buffer per tick, and some ticks are idle.
   in_flight = (parts + stages - 1) / parts
   layers_here = model.num_layers / stages
-  # Frozen weights have no gradients: of the loss, a layer and the table.
+  # Frozen weights have no gradients, neither in the loss, nor in a layer, nor
+  # in the table.
   gradient = 0 if experiment.adapter.rank else 1
   return Memory(
     params=params,
@@ -209,7 +210,7 @@ def _tokens(experiment, sizes) -> float:
 
 
 def _state_bytes(learner) -> tuple[float, float]:
-  """Returns (params, optimizer) bytes of one device."""
+  """Returns the bytes of params and of the optimizer, on one device."""
   state = learner.abstract_state
   shardings = getattr(learner.placement, 'state_shardings', None)
   if shardings is None:
@@ -249,7 +250,7 @@ def _weights(learner, state) -> Any:
 
 
 def _float32(tree: Any) -> Any:
-  """Returns the tree without what is stored in fewer bits."""
+  """Returns the tree without the weights that are stored in fewer bits."""
   return jax.tree.map(
     lambda x: None if stored_tree.is_stored(x) else x,
     tree,
@@ -260,7 +261,7 @@ def _float32(tree: Any) -> Any:
 def _layer_numbers(learner) -> float:
   """Returns the number of one layer's weights that a device multiplies with.
 
-  Weights are gathered, except along `tensor`; each device keeps to its own
+  Weights are gathered, except along `tensor`; each device uses only its own
   experts.
   """
   params = _weights(learner, learner.abstract_state)
@@ -311,8 +312,8 @@ def residuals(
   """Returns the arrays that one layer stores for its backward pass.
 
   Args:
-    sizes: of the mesh axes. The layer is traced with the heads, columns and
-      tokens of one device.
+    sizes: sizes of the mesh axes. The layer is traced with the heads, columns
+      and tokens of one device.
   """
   model = experiment.model
   config = dataclasses.replace(
@@ -335,7 +336,7 @@ def residuals(
       apply_experts=functools.partial(_apply_experts, sizes['expert']),
       recomputes_activation=recomputes_activation,
     ),
-    # If layers differ, those with experts come last, and store the most.
+    # If layers differ, the layers with experts come last, and store the most.
     config.layer(config.num_layers - 1),
   )
   rows = _rows(experiment, sizes)
@@ -377,7 +378,7 @@ def residuals(
 
 
 def _ranks(experiment: experiment_lib.Experiment) -> dict[str, int]:
-  """Returns the largest rank of each layer of a block, by its path in there."""
+  """Returns the largest rank of each layer in a block, by its path there."""
   if not experiment.adapter.rank:
     return {}
   shapes = state_lib.abstract_params(transformer.Transformer(experiment.model))
@@ -463,11 +464,11 @@ def _residuals(learner, policy: str) -> list[jax.ShapeDtypeStruct]:
 def _working_bytes(learner, tokens: float) -> float:
   """Returns the bytes that the backward pass of one layer holds at a time.
 
-  Counted are all results that the layer would store without remat: either the
-  results are recomputed, or their gradients are held. Float32 results of
-  norms are neither, because the compiler computes them where they are read.
-  Instead there are two float32 gradients of the residual stream, the incoming
-  one and the outgoing one. A mixture of experts also holds the gradient of the
+  It counts all results that the layer would store without remat: either the
+  results are recomputed, or their gradients are held. Float32 results of norms
+  are neither, because the compiler computes them where they are read. Instead
+  there are two float32 gradients of the residual stream, the incoming and the
+  outgoing gradient. A mixture of experts also holds the gradient of the
   experts' outputs.
   """
   experiment = learner.experiment

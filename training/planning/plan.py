@@ -5,8 +5,8 @@
 
 The first command computes formulas and takes seconds. The second one also
 compiles the step of the run, for devices that are not here
-(`hardware.targets`), and prints the compiler's figures beside those of the
-formulas. No array is allocated and no data is opened.
+(`hardware.targets`), and prints the compiler's figures beside the figures of
+the formulas. No array is allocated and no data is opened.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Plan:
   compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None
   assumed_mfu: float
   price_per_device_hour: float  # in any currency; 0: unknown
-  chosen: tuple[str, ...] = ()  # what the experiment left open, and why
+  chosen: tuple[str, ...] = ()  # values of open fields, with the reasons
   remedy: Remedy | None = None  # found by `training.planning.remedy`
 
   @property
@@ -115,7 +115,7 @@ class Plan:
 
   @property
   def mfu(self) -> float:
-    """Expected MFU: the assumed one, or that of the roofline if it is lower."""
+    """Expected MFU: the assumed MFU, or the roofline's if it is lower."""
     return min(self.assumed_mfu, self.best_mfu)
 
   @property
@@ -408,7 +408,7 @@ def _cost_lines(plan: Plan):
   money = (
     f', {_money(plan.cost)} at {price:g} per device-hour'
     if price
-    else '; --price_per_device_hour says what that costs'
+    else '; --price_per_device_hour adds the cost'
   )
   hours = plan.device_hours
   yield (

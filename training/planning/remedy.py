@@ -25,7 +25,7 @@ _PER_DOUBLING, _ALL_FSDP, _PER_TENSOR_DOUBLING = 3, 4, 8
 _MOST_DOUBLINGS = 6
 # The formula is not exact: a proposal leaves this share of the memory free.
 _MARGIN = 0.1
-# Proposals that are compiled; each takes minutes.
+# Number of proposals that are compiled; each compilation takes minutes.
 _MOST_COMPILED = 2
 
 

@@ -77,13 +77,13 @@ SARDANA = Fit(
   tokens_exponent=0.283,
 )
 
-# Epochs after which repeated tokens are worth 1 - 1/e of what they could be
-# worth at most: R*_D of arXiv:2305.16264.
+# Epochs after which repeated tokens have 1 - 1/e of the value that they can
+# reach: R*_D of arXiv:2305.16264.
 _REPEATED_EPOCHS = 15.387756
 
 
 def effective_tokens(unique_tokens: float, epochs: float) -> float:
-  """Returns the new tokens that are worth as much as repeated ones.
+  """Returns the number of new tokens that are worth as much as repeated ones.
 
   D' = U + U R* (1 - exp(-(epochs - 1) / R*)) for U unique tokens (Muennighoff
   et al. 2023, arXiv:2305.16264): each further epoch is worth less.

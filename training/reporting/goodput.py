@@ -12,9 +12,9 @@ beside the goodput (their Scheduling Goodput).
 At every moment the time of an attempt goes to exactly one part, so the parts
 add up to the wall time. Limits of the figures:
 
-- Steps are dispatched, and waited for at reports. Their time is the rest of the
-  loop's time. So a device that waits for another device, or for a slow
-  dispatch, counts as taking steps.
+- Steps are dispatched, and waited for at reports. Their time is the part of the
+  loop's time that no other part took. So a device that waits for another
+  device, or for a slow dispatch, counts as taking steps.
 - An attempt counts from the start of its process to its last report. If it was
   killed, the time after that report counts as time between attempts. The same
   holds for an attempt that was killed before it had its data and its state.
@@ -53,8 +53,8 @@ PARTS = {
   'freeze': 'handing over to life two',
   'end': 'closing down',
 }
-# An attempt remembers the time of so many checkpoints. The time of an older one
-# is interpolated.
+# An attempt remembers the times of this many checkpoints. The time of an older
+# one is interpolated.
 _MAX_MARKS = 64
 _SECONDS_BETWEEN_WRITES = 1.0
 
@@ -67,7 +67,7 @@ class Attempt:
   first_step: int  # steps taken by the attempts before
   step: int  # last step known to be taken
   seconds: dict[str, float]  # by part
-  # (step, seconds in steps until then) of each checkpoint.
+  # (step, seconds in steps up to that step) of each checkpoint.
   marks: list[tuple[int, float]]
 
   @property
@@ -89,9 +89,9 @@ class Attempt:
 class Life:
   """A run over all of its attempts, in seconds."""
 
-  parts: dict[str, float]  # by PARTS; steps without the lost ones
-  lost: float  # in steps that were taken again
-  between: float  # from the last report of an attempt to the next start
+  parts: dict[str, float]  # by PARTS; the steps exclude lost steps
+  lost: float  # seconds in steps that were taken again
+  between: float  # seconds from the last report of an attempt to the next start
   num_attempts: int
 
   @property
@@ -165,8 +165,8 @@ def read(
   """Returns the attempts of a run in order; none if there is no file.
 
   Args:
-    workdir: of the run.
-    tell: receives a line if lines are no attempts; they are skipped.
+    workdir: workdir of the run.
+    tell: receives a line about damaged lines, which are skipped.
   """
   path = workdir / file_names.GOODPUT
   lines = path.read_bytes().splitlines() if path.exists() else []
@@ -195,9 +195,9 @@ class Goodput:
     """Starts to measure, with the part 'start-up'.
 
     Args:
-      workdir: of the run, with its earlier attempts. None: nothing is read or
-        written. In a run of several processes the first one writes.
-      first_step: steps that earlier attempts have taken.
+      workdir: workdir of the run, with its earlier attempts. None: nothing is
+        read or written. In a run of several processes the first one writes.
+      first_step: number of steps that earlier attempts have taken.
       seconds_before: age of this process.
       clock: returns seconds since any moment.
       wall: returns seconds since 1970.
@@ -247,7 +247,7 @@ class Goodput:
   def begin(self, first_step: int) -> None:
     """Sets the step that the attempt really starts from.
 
-    It is below the one given to `__init__` if a checkpoint was damaged.
+    It is below the `first_step` of `__init__` if a checkpoint was damaged.
     """
     self._now.first_step = self._now.step = first_step
 
@@ -272,7 +272,7 @@ class Goodput:
   def write(self) -> None:
     """Brings the file up to date, atomically.
 
-    If the file cannot be written, the run goes on.
+    If the file cannot be written, the run continues.
     """
     self.enter(self._part)
     self._written_at = self._since
@@ -291,7 +291,7 @@ class Goodput:
   def written(self) -> Iterator[None]:
     """Brings the file up to date before and after the block.
 
-    After it even if the block fails: the time of a failed attempt counts.
+    The block may fail: the time of a failed attempt counts too.
     """
     self.write()
     try:

@@ -2,7 +2,7 @@
 
 The loop only dispatches steps. When it waits for a batch, the devices may still
 be busy with earlier steps. So the wait of the loop is not the idle time. A
-thread of its own waits for the devices and notes when each step is done.
+separate thread waits for the devices and notes when each step is done.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,8 @@ class Journal:
     """Returns when all lines are on disk.
 
     Raises:
-      OSError: they are not. They stay in memory for the next attempt.
+      OSError: some lines cannot be written. They stay in memory for the next
+        attempt.
     """
     with self._lock:
       self._write_pending()
@@ -91,7 +92,7 @@ class Journal:
 class TensorBoard:
   """Event files for TensorBoard; events are lost while the disk is full.
 
-  tensorboardX's SummaryWriter is not used: its thread dies of the first failed
+  tensorboardX's SummaryWriter is not used: its thread dies at the first failed
   write, and then its full queue blocks the run for ever.
   """
 
@@ -99,7 +100,7 @@ class TensorBoard:
     """Opens a new file.
 
     Args:
-      directory: of all event files of the run.
+      directory: directory of all event files of the run.
       purge_step: TensorBoard hides events of older files from this step on.
     """
     self._directory = directory
@@ -109,7 +110,7 @@ class TensorBoard:
     self._add(_events.Event(step=purge_step, session_log=start))
 
   def write(self, step: int, values: Mapping[str, float | str]) -> None:
-    """Adds values by tag; strings are those of TensorBoard's text plugin."""
+    """Adds values by tag; a string goes to TensorBoard's text plugin."""
     found = [
       tensorboard_summary.text(tag, value).value[0]
       if isinstance(value, str)
@@ -119,7 +120,7 @@ class TensorBoard:
     self.add(step, _summaries.Summary(value=found))
 
   def add(self, step: int, summary: Any) -> None:
-    """Adds a summary as tensorboardX makes them."""
+    """Adds a summary in tensorboardX's format."""
     self._add(_events.Event(step=step, summary=summary))
 
   def close(self) -> None:

@@ -1,8 +1,8 @@
 """The metrics of a run: metrics.jsonl (the source of truth) and TensorBoard.
 
 metrics.jsonl has each step once as a `train` record and each evaluation once as
-an `eval` record; both are reproducible to the bit. A `sample` record is one of
-the texts that the evaluation of its step drew. The other records depend on the
+an `eval` record; both are reproducible to the bit. A `sample` record holds one
+text that the evaluation of its step drew. The other records depend on the
 machine: `speed`, and `save`, in which `saved` is 0 if the save failed.
 """
 
@@ -30,10 +30,10 @@ class Log:
     """Opens the log of a run that has taken `first_step` steps.
 
     Drops the records of later steps. A killed run wrote them after its last
-    checkpoint, and those steps are taken again now.
+    checkpoint, and the resumed run takes these steps again.
 
     Args:
-      workdir: of the run; None: nothing is written. In a run of several
+      workdir: workdir of the run; None: nothing is written. In a run of several
         processes the first one writes.
       first_step: steps taken so far.
       evaluation_owed: drop the evaluation of `first_step` too: it is repeated.
@@ -54,7 +54,7 @@ class Log:
       record
       for record in records
       if record['step'] <= first_step
-      # A run without a checkpoint draws its first rollout once more.
+      # A run without a checkpoint draws its first rollout again.
       and not (record['kind'] == 'rollout' and not first_step)
       and not (
         evaluation_owed
@@ -91,7 +91,8 @@ class Log:
     """Returns when all records are on disk.
 
     Raises:
-      OSError: they are not. They stay in memory for the next attempt.
+      OSError: some records cannot be written. They stay in memory for the next
+        attempt.
     """
     if self._journal is not None:
       self._journal.sync()
@@ -111,7 +112,7 @@ def read(
   An incomplete last line, left by a killed process, is ignored.
 
   Args:
-    workdir: of the run.
+    workdir: workdir of the run.
     tell: receives a line if a power loss took lines; they are skipped.
 
   Raises:

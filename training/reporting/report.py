@@ -2,11 +2,11 @@
 
     python -m training.reporting.report --workdir=runs/quickstart
 
-Every start of a run writes it at its end; the command does so at any other
-time, as for a run that still trains, or was killed. The page needs no other
-file and no other host. It has curves of the losses, the learning rate, the
-gradient norm and the speed, the goodput, samples over time, and the record of
-the run: data, lineage and config.
+Every start of a run writes the report at its end. The command writes it at any
+other time, for example for a run that still trains or was killed. The page
+needs no other file and no other host. It has curves of the losses, the learning
+rate, the gradient norm and the speed, the goodput, samples over time, and the
+record of the run: data, lineage and config.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from storage import atomic, file_names
 from training.reporting import goodput as goodput_lib, metrics, report_figures
 from training.reporting.page import document, ticks
 
-_MOST_SAMPLED = 8  # steps whose samples are shown
+_MOST_SAMPLED = 8  # most steps whose samples are shown
 
 
 def save(
@@ -34,11 +34,11 @@ def save(
   tell: Callable[[str], None] = lambda text: None,
   problem: str = '',
 ) -> None:
-  """Writes the report of a run; a failure is told and ends nothing.
+  """Writes the report of a run; a failure is reported and ends nothing.
 
   Args:
     tell: receives a line if the page cannot be made or written.
-    problem: the error that ended the run, for its first lines.
+    problem: error that ended the run, for the first lines of the page.
   """
   try:
     text = make(workdir, problem)
@@ -90,7 +90,7 @@ def make(workdir: pathlib.Path, problem: str = '') -> str:
 
 
 def _is_text(records: Sequence[dict[str, Any]]) -> bool:
-  """Returns whether losses are those of text, in nats per token."""
+  """Returns whether the losses are of text, in nats per token."""
   evals = [r for r in records if r['kind'] == 'eval']
   return not evals or 'bits_per_byte' in evals[-1]
 
@@ -100,7 +100,7 @@ def _last(records: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def _state(run: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-  """Returns how far the run is."""
+  """Returns the progress of the run as text."""
   step, steps = _last(records, 'train').get('step', 0), _num_steps(run)
   where = f'Step {step:,} of {steps:,}'
   state = 'complete' if step >= steps else 'not complete'
@@ -115,7 +115,7 @@ def _num_steps(run: dict[str, Any]) -> int:
 def _facts(
   records: Sequence[dict[str, Any]], life: goodput_lib.Life
 ) -> dict[str, str]:
-  """Returns the few figures that stand first."""
+  """Returns the few figures at the top of the page."""
   found = {}
   if evaluated := _last(records, 'eval'):
     at = f'at step {evaluated["step"]:,}'
@@ -186,7 +186,7 @@ def _time(life: goodput_lib.Life) -> str:
 
 
 def _samples(records: Sequence[dict[str, Any]]) -> list[str]:
-  """Returns the samples over time: of some steps, the last one included."""
+  """Returns the samples of some steps, the last step included."""
   drawn = [r for r in records if r['kind'] == 'sample']
   if not drawn:
     return []
@@ -200,8 +200,8 @@ def _samples(records: Sequence[dict[str, Any]]) -> list[str]:
   parts = [
     document.heading('Samples'),
     document.paragraph(
-      'Beginnings of validation documents, and in colour what the model writes'
-      ' next at temperature 0.8.'
+      'Beginnings of validation documents; in colour, the next tokens of the'
+      ' model at temperature 0.8.'
       + (
         f' {len(shown)} of {len(steps)} evaluations.' if shown != steps else ''
       ),
@@ -219,7 +219,7 @@ def _samples(records: Sequence[dict[str, Any]]) -> list[str]:
       parts.append(document.paragraph(title) + texts)
     else:
       parts.append(document.details(title, texts))
-  # The newest first: that is the one a reader wants.
+  # The newest step first: a reader wants it most.
   return [*parts[:2], *reversed(parts[2:])]
 
 
@@ -270,7 +270,7 @@ def _record(
 def _lineage(
   workdir: pathlib.Path, run: dict[str, Any]
 ) -> list[tuple[str, str]]:
-  """Returns where the weights come from, and where they went."""
+  """Returns the origin of the weights, and the directories made of them."""
   rows = [('commit of the code', str(run.get('code_commit', 'unknown')))]
   rows += [(f'from {k}', str(v)) for k, v in run.get('lineage', {}).items()]
   if not run.get('lineage'):
@@ -291,7 +291,7 @@ def _lineage(
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the values of a JSON file; none if it is not there, or damaged."""
+  """Returns the values of a JSON file; none if it is absent or damaged."""
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError):

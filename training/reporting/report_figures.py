@@ -6,7 +6,7 @@ from typing import Any
 
 from training.reporting.page import charts, document
 
-_MOST_POINTS = 300  # of a curve; more steps are averaged
+_MOST_POINTS = 300  # most points of a curve; more steps are averaged
 _UNITS = {
   'grad_norm': 'gradient norm, before clipping',
   'learning_rate': 'learning rate',
@@ -16,14 +16,14 @@ _UNITS = {
   'goodput': 'goodput, share of the time so far',
   'bits_per_byte': 'bits per byte',
 }
-# In figures of their own, or no curve.
+# Names that have figures of their own, or no curve.
 _SHOWN = {
   'kind', 'step', 'loss', 'learning_rate', 'grad_norm', 'tokens',
 }  # fmt: skip
 _ERRORS = '_error', '_stderr'
 _AVERAGE = 'average_'
 
-# From 0 on, so that figures that begin at other steps are comparable.
+# Axes that begin at 0, so that figures with different first steps compare.
 _STEPS = charts.Axis(label='step', low=0.0)
 
 Records = Sequence[Mapping[str, Any]]
@@ -152,7 +152,7 @@ def averaged(
 ) -> charts.Series:
   """Returns a value by step: means of neighbours if there are many steps.
 
-  The band is from the least to the largest of the neighbours.
+  The band reaches from the least to the largest of the neighbours.
   """
   kept = [r for r in records if name in r and math.isfinite(r[name])]
   width = max(-(-len(kept) // _MOST_POINTS), 1)
@@ -174,8 +174,8 @@ def shares(
   """Returns horizontal bars.
 
   Args:
-    title: read aloud in place of the picture.
-    rows: (name, share from 0 to 1, words behind the bar).
+    title: a screen reader reads it in place of the picture.
+    rows: (name, share from 0 to 1, words after the bar).
     is_file: see `charts.svg`.
   """
   height, left, right, whole = 24, 270, 130, 860

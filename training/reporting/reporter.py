@@ -16,7 +16,7 @@ from training.reporting import (
 
 
 class NonFiniteError(FloatingPointError):
-  """A metric of a step, as its loss, that is NaN or infinite."""
+  """A metric of a step, such as its loss, that is NaN or infinite."""
 
   def __init__(self, message: str, step: int):
     super().__init__(message)
@@ -29,11 +29,11 @@ class _Taken(NamedTuple):
   step: int
   metrics: dict[str, Any]
   learning_rate: Any
-  num_positions: int  # in its batch, padding and context included
+  num_positions: int  # in the batch, padding and context included
 
 
 class Reporter:
-  """Fetches metrics at reports, so that the devices never wait for the host.
+  """Fetches metrics only at reports, so the devices never wait for the host.
 
   Measures the speed between two reports. Time in hooks does not count, nor does
   the first step of each batch shape, which compiles. Tokens are targets, as in
@@ -61,7 +61,7 @@ class Reporter:
       learning_rate: the schedule, a function of the step that jax can trace.
       mfu_per_token_rate: MFU of one token/s: FLOPs per token over peak FLOP/s.
       epochs: returns how often each source was trained on, from a step.
-      last_checkpoint: returns the step to go back to, for an error text.
+      last_checkpoint: returns the newest saved step, for an error text.
     """
     self._log = log
     self._terminal = terminal
@@ -75,9 +75,9 @@ class Reporter:
     self._input_wait = input_wait.InputWait()
     self._pending: list[_Taken] = []
     self._shapes: set[Any] = set()
-    self._num_positions = 0  # of the last batch
+    self._num_positions = 0  # in the last batch
     self._is_compiling = False
-    self._reported_seconds = 0.0  # of train_seconds
+    self._reported_seconds = 0.0  # part of train_seconds already reported
     self.tokens_seen = 0
     self.losses: list[float] = []
 
@@ -95,7 +95,7 @@ class Reporter:
     """Records the wait for a batch, and notices a new batch shape.
 
     Args:
-      asked_at: when the loop began to wait, by `time.perf_counter`.
+      asked_at: time at which the loop began to wait, by `time.perf_counter`.
       batch: host arrays [B, T].
     """
     self._input_wait.batch_came(asked_at, time.perf_counter())
@@ -104,7 +104,7 @@ class Reporter:
     shapes = tuple(leaf.shape for leaf in leaves)
     if shapes not in self._shapes:
       self._shapes.add(shapes)
-      # Flushed first, or the steps so far would count as compilation.
+      # Flushed first: otherwise the steps so far would count as compilation.
       self.flush()
       self.goodput.enter('compile')
       self._is_compiling = True

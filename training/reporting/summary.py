@@ -1,4 +1,4 @@
-"""The lines for the user before a run, after it, and when it is frozen."""
+"""Lines for the user: before a run, after a run, and after freezing."""
 
 from collections.abc import Sequence
 import pathlib
@@ -69,7 +69,7 @@ def describe(
 
 
 def _describe_model(learner: learner_lib.Learner) -> str:
-  """Returns the number of parameters; with adapters, what is frozen, too."""
+  """Returns the parameter counts; with adapters, the frozen count too."""
   config, trained = learner.experiment.adapter, learner.num_params
   if not config.rank:
     return f'{trained:,} parameters'
@@ -129,7 +129,7 @@ def _describe_data(
 def _describe_examples(
   experiment: experiment_lib.Experiment, parts: assemble.Parts
 ) -> list[tuple[str, str]]:
-  """Returns lines about what is trained of records; none for text."""
+  """Returns lines about the trained tokens of records; none for text."""
   held_out = parts.eval_batches.source
   lines = []
   for rows in (*parts.batches.sources, held_out):
@@ -152,7 +152,7 @@ def _describe_examples(
 def _warn_of_dropout(
   experiment: experiment_lib.Experiment,
 ) -> list[tuple[str, str]]:
-  """Returns a row if a policy is compared with a reference under dropout."""
+  """Returns a row if dropout disturbs the comparison with a reference."""
   rate = experiment.model.dropout_rate
   if not (rate and experiment.objective.logprobs_needed):
     return []
@@ -233,7 +233,7 @@ def summarise(
   """Prints the loss curve of the whole run and its last evaluation."""
   records = metrics.read(workdir)
   losses = [r['loss'] for r in records if r['kind'] == 'train']
-  if losses:  # the records may be lost, with the disk's last blocks
+  if losses:  # a disk that failed may have lost the last records
     say(
       console,
       f'loss       {losses[0]:.3f} {terminal.sparkline(losses)}'

@@ -47,7 +47,7 @@ class Terminal:
     self._bar.stop()
 
   def update(self, step: int, loss: float, speed: dict[str, float]) -> None:
-    """Shows where the run is; speed may be empty while it is unknown."""
+    """Shows the progress of the run; speed is empty while it is unknown."""
     parts = [f'loss {loss:.4f}']
     if speed:
       left = (self._num_steps - step) * speed['seconds_per_step']

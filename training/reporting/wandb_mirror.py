@@ -1,14 +1,14 @@
 """A copy of a run's metrics at Weights & Biases: --wandb=PROJECT.
 
-The mirror reads metrics.jsonl, the source of truth, and sends what is new. A
-thread does it while the run trains; so neither the loop nor a step waits for a
+The mirror reads metrics.jsonl, the source of truth, and sends new records from
+a thread while the run trains. So neither the loop nor a step waits for a
 network, and an error of the service never ends a run. `wandb.json` in the
-workdir says which records were sent: a run that is resumed goes on in the same
-W&B run, and sends no step twice. The mode is W&B's own: WANDB_MODE=offline
-writes below WORKDIR/wandb, for `wandb sync`.
+workdir notes the records that were sent: a resumed run continues the same W&B
+run, and sends no step twice. The mode is W&B's own: WANDB_MODE=offline writes
+below WORKDIR/wandb, for `wandb sync`.
 
-`pip install -r requirements-wandb.txt` has the library, which is imported with
-the flag only.
+`pip install -r requirements-wandb.txt` installs the library, which is imported
+only with the flag.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ HELP = (
   ' (default): nothing is sent.'
 )
 STATE = 'wandb.json'
-_SECONDS = 10.0  # between two looks at metrics.jsonl
+_SECONDS = 10.0  # between two reads of metrics.jsonl
 # Modes in which no key is needed.
 _LOCAL = ('offline', 'dryrun', 'disabled')
 
@@ -38,7 +38,7 @@ def library(project: str) -> Any:
   """Returns W&B's library, logged in.
 
   Args:
-    project: as --wandb gives it.
+    project: value of --wandb.
 
   Raises:
     ValueError: it is not installed, the project has no name, or there is no
@@ -58,9 +58,9 @@ def library(project: str) -> Any:
     )
   if os.environ.get('WANDB_MODE') not in _LOCAL:
     try:
-      # Here, where it may ask: not in a thread, minutes after the start.
+      # Logs in here, where it may ask, and not in a thread minutes later.
       is_known = wandb.login()
-    except Exception as error:  # its own classes, and those of its network
+    except Exception as error:  # W&B's own classes, and network errors
       raise _no_key(project, f' ({_one_line(error)})') from None
     if not is_known:
       raise _no_key(project, '')
@@ -89,11 +89,11 @@ class Mirror:
     """Sends nothing yet.
 
     Args:
-      workdir: of the run; it need not exist.
+      workdir: workdir of the run; it need not exist.
       project: PROJECT or TEAM/PROJECT.
-      wandb: of `library`.
-      name: of the run at W&B; '': that of the workdir.
-      group: of the run at W&B; a trial of a sweep is one.
+      wandb: result of `library`.
+      name: name of the run at W&B; '': the name of the workdir.
+      group: group of the run at W&B; each trial of a sweep is a group.
     """
     self._workdir = workdir
     self._project = project
@@ -109,7 +109,7 @@ class Mirror:
     """Sends the records that are new; returns how many.
 
     Raises:
-      Exception: of W&B, or of a file. Nothing is lost: the records are sent
+      Exception: an error of W&B, or of a file. No record is lost: all are sent
         the next time.
     """
     if not (self._workdir / file_names.RUN).exists():
@@ -128,7 +128,8 @@ class Mirror:
       }
       if step <= self._sent.get(kind, -1) or not values:
         continue
-      # `step` as a value: W&B's own must not go back, and kinds alternate.
+      # `step` is sent as a value: W&B's own step must not go back, but kinds
+      # of records alternate.
       run.log({'step': step, **values})
       sent[kind] = max(step, sent.get(kind, -1))
       count += 1
@@ -173,21 +174,21 @@ class Mirror:
     atomic.write_text(self._workdir / STATE, json.dumps(state) + '\n')
 
   def _new_records(self) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """Returns the records that were not read yet, and how far the file is."""
+    """Returns the new records, and the position in the file after them."""
     path = self._workdir / file_names.METRICS
     if not path.exists():
       return [], self._file
     with path.open('rb') as file:
       status = os.fstat(file.fileno())
       inode, start = self._file
-      # Another file, or a shorter one: a run that went back to a checkpoint.
+      # Another file, or a shorter one: the run went back to a checkpoint.
       if status.st_ino != inode or status.st_size < start:
         start = 0
       file.seek(start)
       data = file.read()
     whole = data[: data.rfind(b'\n') + 1]
     lines = whole.split(b'\n')[:-1]
-    # Damaged lines are told by the run itself.
+    # The run itself reports damaged lines.
     records, _ = json_lines.parse(lines, ('kind', 'step'))
     return records, (status.st_ino, start + len(whole))
 
@@ -204,10 +205,10 @@ def following(
   Args:
     project: PROJECT or TEAM/PROJECT; '': nothing is sent.
     tell: receives a line if sending begins to fail.
-    seconds: between two looks at the file.
+    seconds: seconds between two reads of the file.
 
   Raises:
-    ValueError: of `library`, before the block begins.
+    ValueError: raised by `library`, before the block begins.
   """
   if not project:
     yield
@@ -219,7 +220,7 @@ def following(
   def attempt(do: Callable[[], Any]) -> None:
     try:
       do()
-    except Exception as error:  # whatever it is, the run goes on
+    except Exception as error:  # of any kind: the run continues
       if not told.is_set():
         told.set()
         tell(

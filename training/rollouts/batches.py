@@ -3,11 +3,11 @@
     batches.refresh(step, state)   # a hook of the loop: draws when it is time
     batch = next(batches)          # rows of whole groups, B of them
 
-They have the face of `data.batches.TrainBatches`, so the loop and the step know
-nothing of them. A rollout batch is drawn by the weights after a step, annotated
-by the trained model, and trained for `steps_per_rollout` steps. Its arrays are
-part of a checkpoint: a run that was stopped between two inner epochs goes on
-with the same rows, whose policy no longer exists.
+They have the interface of `data.batches.TrainBatches`, so the loop and the step
+do not know about sampling. A rollout batch is drawn by the weights after a
+step, annotated by the trained model, and trained for `steps_per_rollout` steps.
+Its arrays are part of a checkpoint: a run that was stopped between two inner
+epochs continues with the same rows, although their policy no longer exists.
 """
 
 import base64
@@ -30,7 +30,7 @@ from training.rollouts import (
 
 # (state, host arrays) -> arrays of `objective.annotated`
 Annotate = Callable[[state_lib.TrainState, Mapping[str, np.ndarray]], Any]
-# (drawn, arrays) -> None: after each draw, for reports
+# (drawn, arrays) -> None: called after each draw, for reports
 Tell = Callable[[drawing.Drawn, rows_lib.Arrays], None]
 _ORDER = 7  # a stream of numbers of the seed, see `drawing.folded`
 
@@ -52,10 +52,11 @@ class RolloutBatches:
 
     Args:
       drawer: draws the episodes.
-      pad_id: of the tokenizer.
-      sampler: of the run; it gets the weights of a state at each refresh.
+      pad_id: padding id of the tokenizer.
+      sampler: sampler of the run; it gets the weights of a state at each
+        refresh.
       weights_of: returns the variables of the model that a state trains.
-      annotate: of the learner; None: the objective annotates nothing.
+      annotate: the learner's function; None: the objective annotates nothing.
     """
     config = experiment.rollouts
     assert config is not None
@@ -66,8 +67,8 @@ class RolloutBatches:
     self.steps_per_rollout = config.steps_per_rollout(
       drawer.group_size, self._batch_size
     )
-    self._step = 0  # batches taken
-    self._index = -1  # of the rollout batch whose rows are below
+    self._step = 0  # number of batches taken
+    self._index = -1  # index of the rollout batch whose rows are below
     self._arrays: rows_lib.Arrays = {}
     self.tell: Tell = lambda drawn, arrays: None
     # A saved position is valid only with these settings.
@@ -118,14 +119,14 @@ class RolloutBatches:
     advantages_N = np.zeros(len(drawn.episodes), np.float32)
     made_here = set(objective.batch_spec()) - set(objective.annotated)
     if 'advantages' in made_here:
-      # The recipe of advantages is a field of objectives that have them.
+      # Only some objectives have a recipe of advantages.
       recipe: Any = getattr(objective, 'advantages', None)
       advantages_N = recipe(drawn.scored.total_N)
     arrays = rows_lib.rows_of(
       drawn.episodes,
       row_length=self._experiment.data.row_length,
       pad_id=self._pad_id,
-      # The gap of sampler and trainer is measured where both are known.
+      # Compares sampler and trainer, where both log-probabilities are known.
       names=made_here | {'sampler_logprobs', 'versions'},
       rewards_N=drawn.scored.total_N,
       advantages_N=advantages_N,
@@ -214,5 +215,5 @@ def _unpacked(text: str) -> rows_lib.Arrays:
 
 
 def group_size_of(experiment: experiment_lib.Experiment) -> int:
-  """Returns the answers of each prompt that a run compares."""
+  """Returns the number of answers to one prompt that a run compares."""
   return rollout_config.group_size_of(experiment.objective)

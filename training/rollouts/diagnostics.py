@@ -8,12 +8,12 @@ import numpy as np
 
 from training.rollouts import drawing, rollout_config, rows as rows_lib, scoring
 
-# Rollout batches that a warning looks at, on each side of a comparison.
+# Number of rollout batches on each side of a comparison in a warning.
 _WINDOW = 10
 _MOST_WITHOUT_SIGNAL = 0.9
-_LEAST_ENTROPY = 0.1  # as a share of that at the start
-_MOST_FAILED = 0.1  # of the answers, by a verifier or judge
-_MOST_GROWTH = 2.0  # of the mean length
+_LEAST_ENTROPY = 0.1  # as a share of the entropy at the start
+_MOST_FAILED = 0.1  # share of the answers on which a verifier or judge fails
+_MOST_GROWTH = 2.0  # growth of the mean length
 
 
 def figures(
@@ -22,10 +22,10 @@ def figures(
   """Returns the figures of a rollout batch, by name.
 
   `entropy` is the mean of -log p of the sampled tokens, in nats per token: an
-  unbiased estimate of the policy's. `failed/NAME` is the share of all answers
-  that have the reward 0 because a verifier or judge failed. `gap_*` compares
-  the log-probabilities of sampler and trainer, where the objective has those of
-  the trainer.
+  unbiased estimate of the policy's entropy. `failed/NAME` is the share of all
+  answers with the reward 0 because a verifier or judge failed. `gap_*` compares
+  the log-probabilities of sampler and trainer, where the objective has the
+  trainer's.
   """
   total_N = drawn.scored.total_N
   lengths_N = np.asarray([e.num_sampled for e in drawn.episodes], np.float64)
@@ -78,7 +78,7 @@ def gap(trainer_N: np.ndarray, sampler_N: np.ndarray) -> dict[str, float]:
 
 
 class Watch:
-  """Looks at the figures of a run, and says in words what often goes wrong.
+  """Watches the figures of a run, and warns of common problems in words.
 
   Each warning is given once.
   """
@@ -219,5 +219,5 @@ def table(
 
 
 def signal(drawn: drawing.Drawn, group_size: int) -> np.ndarray:
-  """Returns whether each group of a batch teaches, bool [G]."""
+  """Returns whether each group of a batch has a training signal, bool [G]."""
   return scoring.has_signal(drawn.scored.total_N, group_size)

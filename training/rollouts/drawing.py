@@ -27,11 +27,11 @@ class Drawn(NamedTuple):
   """The episodes of a rollout batch; groups are side by side."""
 
   index: int
-  version: int  # of the weights that drew them
+  version: int  # steps of the weights that drew the episodes
   episodes: tuple[episodes_lib.Episode, ...]
   scored: scoring.Scored
   share_without_signal: float  # of all groups that were drawn
-  num_rounds: int  # of sampling: 1, and those for replacements
+  num_rounds: int  # rounds of sampling: 1, and the rounds for replacements
   failed: Mapping[str, float]  # share of all answers, see `Scored.failures`
 
 
@@ -45,14 +45,14 @@ class Drawer:
   seed: int
   stop_ids: tuple[int, ...]
   stop: tuple[str, ...]
-  dialogue: dialogue_lib.Dialogue | None = None  # with an environment
+  dialogue: dialogue_lib.Dialogue | None = None  # set with an environment
 
   def draw(self, sampler: sampling.Sampler, index: int, version: int) -> Drawn:
     """Returns a rollout batch, sampled by the sampler's weights.
 
     With `drops_groups_without_signal`, further prompts replace groups in which
-    all rewards are the same, in at most `max_refills` more rounds; what is
-    missing then is filled up with such groups.
+    all rewards are the same, in at most `max_refills` more rounds; if groups
+    are still missing, groups without signal fill the batch.
     """
     config, size = self.config, self.group_size
     wanted = config.num_prompts
@@ -127,10 +127,10 @@ def episodes_of(
   use: environments.ToolUse | None = None,
   dialogue: dialogue_lib.Dialogue | None = None,
 ) -> list[episodes_lib.Episode]:
-  """Returns the sampled episodes; those of a prompt are side by side.
+  """Returns the sampled episodes; the episodes of a prompt are side by side.
 
   Args:
-    use: the environment of episodes of several turns, with its `dialogue`.
+    use: environment of episodes of several turns, with its `dialogue`.
   """
   if use is not None:
     assert dialogue is not None
@@ -159,7 +159,7 @@ def _played(
   dialogue: dialogue_lib.Dialogue,
 ) -> list[episodes_lib.Episode]:
   """Returns the episodes of an environment, all played side by side."""
-  # An episode is a sample of an ask: its turns have seeds of their own.
+  # An episode is one sample of an ask: each of its turns has its own seed.
   own = [(ask, r) for ask in asks for r in range(ask.num_samples)]
   records = [
     prompt.record
@@ -179,7 +179,7 @@ def _played(
           max_tokens=turn.max_tokens,
           num_samples=1,
           stop_ids=dialogue.stop_ids,
-          stop=(),  # a turn ends with an id, which the template goes on from
+          stop=(),  # a turn ends with an id, after which the template writes on
         )
         for turn in turns
       ]
@@ -192,7 +192,8 @@ def _played(
 
 def folded(seed: int, *numbers: int) -> int:
   """Returns a seed of 64 bits, a hash of a seed and of numbers."""
-  # NumPy joins the words of numbers: the seed has two, whatever its size.
+  # NumPy joins the 32-bit words of numbers: the seed always has two words, for
+  # any value.
   words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, *numbers]
   sequence = np.random.SeedSequence(words)
   return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,6 +1,7 @@
 """Held-out prompts: the rewards of greedy answers, in place of a loss.
 
-It has the face of `data.batches.EvalBatches` where a run describes its data.
+It has the interface of `data.batches.EvalBatches` where a run describes its
+data.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class HeldOut:
   weights_of: Callable[[state_lib.TrainState], Any]
   stop_ids: tuple[int, ...]
   stop: tuple[str, ...]
-  dialogue: dialogue_lib.Dialogue | None = None  # with an environment
+  dialogue: dialogue_lib.Dialogue | None = None  # set with an environment
 
   @property
   def source(self) -> prompt_source.PromptSource:

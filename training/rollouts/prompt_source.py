@@ -1,4 +1,4 @@
-"""Prompts with the face of `data.rows.Rows`, for descriptions of a run."""
+"""Prompts with the interface of `data.rows.Rows`, to describe a run's data."""
 
 import dataclasses
 from typing import Any
@@ -41,7 +41,7 @@ class PromptSource:
   """One source of prompts."""
 
   prompts: prompts_lib.Prompts
-  fill_rate: float = 1.0  # of rows that are not sampled yet: unknown
+  fill_rate: float = 1.0  # unknown: the rows are not sampled yet
 
   @property
   def trained_share(self) -> float:
@@ -64,7 +64,7 @@ class PromptSource:
     return PromptStore(self.prompts)
 
   def epochs(self, num_rows: int) -> float:
-    """Returns how often so many drawn prompts are each of them."""
+    """Returns how often each prompt occurs in so many drawn prompts."""
     return num_rows / self.num_rows
 
   def describe(self) -> dict[str, Any]:

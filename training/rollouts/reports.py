@@ -65,7 +65,7 @@ class Reports:
 def _read(path: pathlib.Path) -> list[dict]:
   if not path.exists():
     return []
-  # Lines that a kill cut short are of samples that are drawn again.
+  # Incomplete lines, left by a kill, are of samples that are drawn again.
   lines = path.read_bytes().split(b'\n')[:-1]
   records, _ = json_lines.parse(lines, ('step', 'answer'))
   return records

@@ -7,12 +7,12 @@
       RewardConfig(reward=another, weight=0.0, name='held_out'),
     )
 
-The run computes the weighted sum, checks it and logs each part. A part
-of weight 0 trains nothing: a verifier that the policy does not see, beside a
-proxy that it does, shows whether the proxy is gamed.
+The run computes the weighted sum, checks it and logs each part. A part of
+weight 0 does not train. For example, a verifier that the policy never sees,
+beside a proxy that trains it, shows whether the policy games the proxy.
 
-A part that fails on an answer (a verifier took too long or crashed, a judge's
-words hold no verdict) gives it 0 and goes on. Its rewards say how many did.
+A part may fail on an answer: a verifier took too long or crashed, or a judge's
+words hold no verdict. The answer then gets 0, and `Rewards` counts the failure.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ _Episodes = Sequence[episodes_lib.Episode]
 
 
 class Rewards(list[float]):
-  """One reward per episode, and how many of them are 0 by a failure."""
+  """One reward per episode, and the number of them that failed and are 0."""
 
   def __init__(self, values: Sequence[float], failures: Sequence[str] = ()):
     super().__init__(values)
@@ -57,7 +57,7 @@ class Verified:
 
   @property
   def __name__(self) -> str:
-    """Returns the verifier's name, which metrics have unless told another."""
+    """Returns the verifier's name, the default name in metrics."""
     return type(self.verifier).__name__
 
   def check(self, record: verifier_lib.Record) -> None:
@@ -129,7 +129,7 @@ class RewardModel:
   def bound(
     self, open_scorer: Callable[[str], judges.ScoreFn]
   ) -> 'RewardModel':
-    """Returns it with the function that scores, which loads the weights."""
+    """Returns the reward model with a scoring function, which loads weights."""
     return dataclasses.replace(self, score=open_scorer(self.path))
 
   def __call__(self, episodes: _Episodes) -> Rewards:
@@ -147,9 +147,9 @@ class RewardModel:
 class EndpointJudge:
   """A language model behind an OpenAI-compatible API, as a judge."""
 
-  url: str  # of the API, as http://127.0.0.1:8000/v1
+  url: str  # of the API, such as http://127.0.0.1:8000/v1
   model: str  # its name there
-  max_tokens: int = 512  # of its words
+  max_tokens: int = 512  # most tokens of its reply
   concurrency: int = 8  # comparisons at a time
 
   def __call__(
@@ -167,10 +167,10 @@ class EndpointJudge:
 class Judged:
   """How often a judge prefers an answer to another one, from 0 to 1.
 
-  Both orders are asked, and count half each, so a judge that prefers a place
-  gives 1/2 to all answers (Zheng et al. 2023, arXiv:2306.05685). Without
-  `against`, an answer is compared with the next one to the same prompt, in a
-  ring: group_size comparisons per prompt.
+  Each pair is asked in both orders, which count half each. So a judge that
+  prefers a position gives 1/2 to all answers (Zheng et al. 2023,
+  arXiv:2306.05685). Without `against`, an answer is compared with the next
+  answer to the same prompt, in a ring: group_size comparisons per prompt.
   """
 
   judge: judges.Judge
@@ -203,7 +203,7 @@ class Judged:
     return Rewards([sum(p) / len(p) if p else 0.0 for p in points], failures)
 
   def _pairs(self, episodes: _Episodes) -> list[tuple[int, int | None, str]]:
-    """Returns an episode, the other one if it is one, and the other answer."""
+    """Returns (episode, other episode or None, other answer) of each pair."""
     if self.against:
       return [
         (i, None, str(each.record.get(self.against, '')))
@@ -245,8 +245,8 @@ def bind(parts: Sequence[Any], open_scorer: Callable[[str], judges.ScoreFn]):
   """Returns the parts of a RolloutConfig with the weights that they need.
 
   Args:
-    parts: RewardConfigs.
-    open_scorer: loads a reward model, as `inference.rewards.open_scorer`.
+    parts: the `RewardConfig`s of a run.
+    open_scorer: loads a reward model, like `inference.rewards.open_scorer`.
   """
   return tuple(
     dataclasses.replace(part, reward=part.reward.bound(open_scorer))

@@ -1,9 +1,9 @@
-"""RolloutConfig: how a run samples what it trains on.
+"""RolloutConfig: how a run samples its own training data.
 
 With `Experiment.rollouts`, the data of a run are prompts (`data.examples =
-prompts`). The policy answers each of them several times, rewards say how good
-the answers are, and the answers become the rows that the steps train. Without
-rewards (on-policy distillation), the answers are rows alone.
+prompts`). The policy answers each prompt several times, rewards grade the
+answers, and the answers become the rows that the steps train. Without rewards
+(on-policy distillation), the answers become rows without a grade.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class RewardConfig:
   # a proxy shows whether the proxy is being gamed; beside a teacher, whether
   # the student learns the task.
   weight: float = 1.0
-  # Name in metrics; if empty, that of the function or class.
+  # Name in metrics; if empty, the name of the function or class.
   name: str = ''
 
   @property
@@ -50,32 +50,33 @@ class RolloutConfig:
   # None, or an environment of training/rollouts/dialogues/environments.py: the
   # policy calls tools in several turns, which share `max_tokens`.
   environment: Any = None
-  # Prompts of a rollout batch. Each is answered objective.advantages.group_size
-  # times, and all answers are trained in steps of data.batch_size of them.
+  # Prompts of a rollout batch. Each prompt is answered
+  # objective.advantages.group_size times, and all answers are trained, in steps
+  # of data.batch_size answers.
   num_prompts: int = 32
-  max_tokens: int = 64  # sampled per answer
-  temperature: float = 1.0  # of sampling, and of the policy that is trained
-  # Passes over a rollout batch. More train longer on answers of an older
+  max_tokens: int = 64  # most sampled tokens of an answer
+  temperature: float = 1.0  # of sampling, and of the trained policy
+  # Passes over a rollout batch. More passes train longer on answers of an older
   # policy, and need the ratio of the objective.
   inner_epochs: int = 1
   # Whether groups whose answers all have the same reward, which teach nothing,
   # are replaced by groups of further prompts (DAPO's dynamic sampling,
   # arXiv:2503.14476, section 3.2).
   drops_groups_without_signal: bool = False
-  # Further rounds of sampling for replacements. After the last of them, groups
-  # without signal fill the batch up.
+  # Further rounds of sampling for replacements. After the last round, groups
+  # without signal fill the batch.
   max_refills: int = 4
   # Tokens before max_tokens in which a longer answer loses reward, up to
   # overlong_penalty at max_tokens (DAPO's soft overlong punishment, equation
   # 13). 0: none.
   overlong_tokens: int = 0
   overlong_penalty: float = 1.0
-  # Whether answers that ended at max_tokens train nothing. They still count in
-  # the mean of their group.
+  # Whether answers that ended at max_tokens have weight 0 in training. They
+  # still count in the mean of their group.
   masks_truncated: bool = False
-  # fast | invariant: of the engine. invariant: an answer has the same bits
-  # whatever is sampled beside it; slower. The trained model keeps its own
-  # numerics; the gap between both is in the metrics.
+  # Numerics of the engine: fast | invariant. invariant: an answer has the same
+  # bits for any other answers in the batch; slower. The trained model keeps its
+  # own numerics; the gap between both is in the metrics.
   numerics: str = 'fast'
   # Rollout batches between two tables of samples in samples.jsonl; 0: none.
   samples_every: int = 1
@@ -199,7 +200,7 @@ class RolloutConfig:
 
   @property
   def most_tokens(self) -> int:
-    """Returns the most tokens behind a prompt: sampled, and of tools."""
+    """Returns the most tokens after a prompt: sampled, and of tools."""
     given = getattr(self.environment, 'max_given_tokens', 0)
     return self.max_tokens + given
 
@@ -210,6 +211,6 @@ class RolloutConfig:
 
 
 def group_size_of(objective: Any) -> int:
-  """Returns the answers of each prompt that an objective compares."""
+  """Returns the number of answers to each prompt that an objective compares."""
   advantages = getattr(objective, 'advantages', None)
   return getattr(advantages, 'group_size', 1)

@@ -24,10 +24,11 @@ def rows_of(
 
   Args:
     row_length: T; a prompt with its ids has at most T + 1 tokens.
-    names: the arrays to make, besides those of all rows: of `rewards`,
+    names: arrays to make besides the arrays of all rows: some of `rewards`,
       `advantages`, `sampler_logprobs` and `versions`.
-    rewards_N: of the episodes, at the last id that the policy sampled.
-    advantages_N: of the episodes, on all ids that the policy sampled.
+    rewards_N: one reward per episode, put at the last id that the policy
+      sampled.
+    advantages_N: one per episode, put on all ids that the policy sampled.
     masks_truncated: whether truncated episodes have weight 0.
 
   Raises:

@@ -1,4 +1,4 @@
-"""What the sampler of a run has to know of it, and the maker of samplers.
+"""The facts of a run that its sampler needs, and the maker of samplers.
 
 `train.py` makes the sampler of a run and hands it to `training.run.run`:
 training never imports inference. `evals/sampling.py` has the port.
@@ -13,7 +13,7 @@ from text import tokenizer as tokenizer_lib
 
 
 class ModelOfRun(NamedTuple):
-  """What a sampler has to know of a run before its first weights."""
+  """The facts of a run that a sampler needs before its first weights."""
 
   config: model_config_lib.ModelConfig
   tokenizer: tokenizer_lib.Tokenizer

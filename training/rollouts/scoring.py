@@ -1,4 +1,4 @@
-"""Scoring: the reward of each episode, part by part, and what groups teach."""
+"""Scoring: the reward of each episode, part by part, and the groups' signal."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -15,7 +15,7 @@ OVERLONG = 'overlong'
 class Scored:
   """The rewards of some episodes, float64 [N]."""
 
-  total_N: np.ndarray  # what advantages are made of
+  total_N: np.ndarray  # weighted sums, from which advantages are made
   parts: Mapping[str, np.ndarray]  # without their weights, by name
   # Answers whose reward is 0 because a verifier or a judge failed, by name of
   # the parts that count them.
@@ -39,7 +39,7 @@ def score(
   for part in config.rewards:
     given = part.reward(episodes)
     values_N = np.asarray(given, np.float64)
-    # Of `rewards.Rewards`; a plain function counts none.
+    # Counted by `rewards.Rewards`; a plain function counts no failures.
     if (failed := getattr(given, 'failures', None)) is not None:
       failures[part.label] = int(failed)
     if values_N.shape != (len(episodes),):
@@ -83,7 +83,7 @@ def overlong(
 def has_signal(total_N: np.ndarray, group_size: int) -> np.ndarray:
   """Returns for each group whether its rewards differ, bool [G].
 
-  A single answer has nothing to differ from, and always teaches.
+  A single answer has no other to differ from, and always has a signal.
   """
   total_GR = total_N.reshape(-1, group_size)
   if group_size == 1:

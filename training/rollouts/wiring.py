@@ -73,9 +73,9 @@ def wire(
   """Returns the batches of a run that samples, and its evaluation.
 
   Args:
-    learner: with the spare ids of the tokenizer masked.
+    learner: the learner, with the spare ids of the tokenizer masked.
     opened: the records to train and to evaluate on.
-    template: of prompts; '' for the plain transcript.
+    template: chat template of prompts; '' for the plain transcript.
     stop_ids: besides EOS, the ids that end an answer.
 
   Raises:
@@ -164,7 +164,7 @@ def _dialogue(
   tokenizer: tokenizer_lib.Tokenizer,
   template: str,
 ) -> dialogue_lib.Dialogue | None:
-  """Returns how episodes of several turns become ids; None without turns."""
+  """Returns the encoder of episodes with several turns; None without turns."""
   if config.environment is None:
     return None
   return dialogue_lib.Dialogue.of(

@@ -1,4 +1,4 @@
-"""Importance weights of tokens that another policy drew than the one trained.
+"""Importance weights of tokens that another policy than the trained one drew.
 
 The sampler computes with other kernels, in another precision or with older
 weights than the trainer. With mu the distribution that tokens were drawn from
@@ -6,9 +6,10 @@ and pi the trainer's policy before its first step on them, a token weighs
 
     w = pi / mu     of itself, or of its whole completion
 
-Whole completions have the right expectation and a large variance; tokens have a
-bias, because the text before each of them is still mu's. Truncation (min(w,
-cap)) and rejection (0 outside of floor to cap) bound the variance.
+Weights of whole completions have the right expectation and a large variance;
+weights of tokens have a bias, because the text before each of them is still
+mu's. Truncation (min(w, cap)) and rejection (0 outside of floor to cap) bound
+the variance.
 
 References: truncated weights: Espeholt et al. 2018 (arXiv:1802.01561), section
 4.1, as used for language models by Yao et al. 2025 (fengyao.notion.site/
@@ -33,7 +34,7 @@ MAX_LOG = 20.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correction:
-  """How tokens weigh that a sampler drew."""
+  """The weights of sampled tokens."""
 
   level: str = NONE  # none | token | sequence
   mode: str = TRUNCATE  # truncate | reject
@@ -70,8 +71,8 @@ class Correction:
 
     Args:
       log_ratio_BT: log(pi / mu) of each token, without gradient.
-      weights_BT: of the policy term.
-      batch: for its segments.
+      weights_BT: weights of the policy term.
+      batch: gives the segments.
 
     Returns:
       The weights; and as means over tokens, or over completions: `importance`
@@ -106,8 +107,8 @@ class Correction:
 def effective_size(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns the metrics with `ess` in place of the mean square of weights.
 
-  `ess` is the share of samples from pi that would be worth as much as those of
-  mu, E[w]^2 / E[w^2] (Kish's effective sample size): 1 where both are one.
+  `ess` is the number of samples from pi that would be worth as much as one
+  sample of mu, E[w]^2 / E[w^2] (Kish's effective sample size): 1 if pi = mu.
   """
   metrics = dict(metrics)
   squared = metrics.pop('importance_squared')

@@ -1,10 +1,10 @@
-"""Estimators of KL(policy || reference), of the one token that was drawn.
+"""Estimators of KL(policy || reference) from the one token that was drawn.
 
-They take tokens for samples of the policy, as in
-http://joschu.net/blog/kl-approx.html, and r = log(policy / reference) of each.
-The divergence is that of the next token given the tokens before it, which have
-no gradient. A penalty in the reward (`TokenLoss.kl_reward`) has the gradient of
-the divergence of whole texts.
+They treat tokens as samples of the policy, as in
+http://joschu.net/blog/kl-approx.html, and take r = log(policy / reference) of
+each token. The divergence is of the next token given the tokens before it,
+which have no gradient. A penalty in the reward (`TokenLoss.kl_reward`) has the
+gradient of the divergence of whole texts.
 """
 
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def k1(log_ratio, importance):
 def k2(log_ratio, importance):
   """Returns r^2 / 2: a biased value, with the gradient of the divergence.
 
-  Its gradient is r grad log p: that of `k1` without a part of mean 0.
+  Its gradient is r grad log p: the gradient of `k1` without a part of mean 0.
   """
   del importance
   return jnp.square(log_ratio) / 2
@@ -32,7 +32,7 @@ def k2(log_ratio, importance):
 def k3(log_ratio, importance):
   """Returns exp(-r) - 1 + r: an unbiased value of low variance, at least 0.
 
-  Its gradient is that of KL(reference || policy), as in GRPO
+  Its gradient is the gradient of KL(reference || policy), as in GRPO
   (arXiv:2402.03300, equation 4).
   """
   del importance

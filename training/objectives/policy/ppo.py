@@ -1,11 +1,12 @@
-"""PPO: the policy term with a critic, a head beside that of the language model.
+"""PPO: the policy term with a critic, a head beside the language model's.
 
     loss = policy term + value_scale * mean of 1/2 max((V - R)^2, (V' - R)^2)
 
 V is the value of the text before each sampled token, V' is V limited to
 value_clip around its value before the batch's first step. `annotate` computes
-values once per batch, and of them the advantages and the returns R by
-generalised advantage estimation. A completion that was cut off counts as ended.
+values once per batch. From the values it computes the advantages and the
+returns R by generalised advantage estimation. A completion that was cut off
+counts as ended.
 
 References: PPO: arXiv:1707.06347; GAE: arXiv:1506.02438; for language models:
 Ouyang et al. 2022 (arXiv:2203.02155), appendix C.4; the limit of the values:
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from training.objectives import advantages as advantages_lib, port, token_loss
 from training.objectives.policy import sequences
 
-NAME = 'value'  # of the head
+NAME = 'value'  # name of the head
 _ARRAY_BT = port.ArraySpec('BT', jnp.float32)
 _MOMENTS = 'return_mean', 'return_square', 'error_mean', 'error_square'
 
@@ -31,7 +32,7 @@ class PPO(token_loss.TokenLoss):
   """The policy and its critic.
 
   Reads `rewards` in place of `advantages`: the reward after each token, float32
-  [B, T]. `kl_reward` is taken from the rewards before they are estimated.
+  [B, T]. `kl_reward` is subtracted from the rewards before the estimation.
   """
 
   policy_scale: float = 1.0
@@ -76,7 +77,7 @@ class PPO(token_loss.TokenLoss):
 
   @property
   def is_penalised(self):
-    return False  # in the rewards, see `annotate`
+    return False  # the penalty is in the rewards, see `annotate`
 
   def batch_spec(self):
     names = 'rewards', 'values', 'returns'
@@ -87,13 +88,14 @@ class PPO(token_loss.TokenLoss):
     return (*super().annotated, 'values', 'advantages', 'returns')
 
   def annotate(self, params, batch, model, *, reference=None):
-    """Returns log-probabilities as they are read, and the critic's arrays."""
+    """Returns log-probabilities as far as needed, and the critic's arrays."""
     own = self._own(params, batch, model)
     found = self._annotations(own, batch, reference)
     values_BT = _values(params, own.hidden.states_BTD)
     rewards_BT, weights_BT = batch['rewards'], batch['weights']
     if self.kl_reward:
-      # Its own log-probabilities are known, whatever the ratios compare with.
+      # The penalty needs log-probabilities of the trained policy, even where
+      # the ratios compare with the sampler.
       log_ratio_BT = own.logprobs_BT - found['ref_logprobs']
       rewards_BT -= self.kl_reward * jnp.where(weights_BT > 0, log_ratio_BT, 0)
     advantages_BT, returns_BT = sequences.advantages_and_returns(

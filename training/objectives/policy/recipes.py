@@ -2,7 +2,7 @@
 
     objective = recipes.grpo(group_size=8, kl=0.04)
 
-Each has the values of its paper; a field that is given replaces one of them. A
+Each recipe has the values of its paper; a given field replaces one of them. A
 recipe is an objective alone: the size of a batch, inner epochs and filters of
 groups are settings of the rollouts. With one step on each batch of completions,
 pass proximal='own': all ratios are 1, and no forward pass is spent on them.
@@ -15,7 +15,7 @@ from training.objectives.policy import ppo as ppo_lib, terms
 
 
 def reinforce(**fields: Any) -> token_loss.TokenLoss:
-  """Reward less the mean of the batch, one step (Williams 1992, section 4)."""
+  """Reward minus the mean of the batch, one step (Williams 1992, section 4)."""
   return _loss(
     **{
       'advantages': advantages.Advantages(baseline='batch'),
@@ -41,8 +41,8 @@ def rloo(
 ) -> token_loss.TokenLoss:
   """REINFORCE with the mean of the other answers (arXiv:2402.14740).
 
-  One step on each batch, a sum over the tokens of an answer in place of their
-  mean: `max_length` scales the learning rate only.
+  One step on each batch. It sums over the tokens of an answer, not their mean,
+  so `max_length` only scales the learning rate.
 
   Args:
     group_size: answers of each prompt; 2 and 4 in the paper.
@@ -90,7 +90,8 @@ def dr_grpo(
 ) -> token_loss.TokenLoss:
   """GRPO done right (arXiv:2503.20783, section 3.2).
 
-  Neither the deviation of a group nor the length of an answer weighs it.
+  The weight of an answer depends neither on its length nor on the deviation of
+  its group.
 
   Args:
     max_length: the most sampled tokens of an answer, the constant divisor.
@@ -127,7 +128,7 @@ def dapo(*, group_size: int = 16, **fields: Any) -> token_loss.TokenLoss:
 def gspo(*, group_size: int = 8, **fields: Any) -> token_loss.TokenLoss:
   """GSPO (arXiv:2507.18071, equation 5; limits of section 5.1).
 
-  The paper does not tell its group size.
+  The paper does not state its group size.
   """
   return _loss(
     **{
@@ -146,8 +147,8 @@ def gspo(*, group_size: int = 8, **fields: Any) -> token_loss.TokenLoss:
 def cispo(*, group_size: int = 16, **fields: Any) -> token_loss.TokenLoss:
   """CISPO (MiniMax-M1, arXiv:2506.13585, equations 4 and 5).
 
-  The paper has no lower limit, and does not tell its upper one: ratios up to 5
-  are our choice. So is the group size.
+  The paper has no lower limit, and does not state its upper limit: ratios up to
+  5 are our choice. So is the group size.
   """
   return _loss(
     **{

@@ -9,7 +9,7 @@ from training.objectives.policy import corrections, estimators, terms
 RECOMPUTED, OWN, SAMPLER = PROXIMALS = 'recomputed', 'own', 'sampler'
 FULL = 'full'
 
-# Fields that mean something with a term only, or for sampled batches only.
+# Fields that have a meaning with one term only, or for sampled batches only.
 _OF_TERMS = (
   ('clip_low', 'policy'),
   ('clip_high', 'policy'),

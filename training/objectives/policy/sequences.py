@@ -12,7 +12,7 @@ from training.objectives import port, segments
 
 
 def totals(values_BT: jax.Array, batch: port.Batch) -> jax.Array:
-  """Returns the sum of its segment at each token, [B, T]; 0 in padding."""
+  """Returns at each token the sum of its segment, [B, T]; 0 in padding."""
   segment_ids_BT = batch['segment_ids']
   return segments.spread(
     segments.sums(values_BT, segment_ids_BT), segment_ids_BT
@@ -57,7 +57,7 @@ def advantages_and_returns(
   goes_on_BT = order.goes_on_BT
   is_trained_BT = order.sorted(weights_BT) > 0
   value_BT = jnp.where(is_trained_BT, order.sorted(values_BT), 0.0)
-  # Up to the next trained token, places pass on the number after them.
+  # Positions up to the next trained token pass on the number after them.
   passes_BT = jnp.where(is_trained_BT, 0.0, goes_on_BT)
 
   def next_of(numbers_BT):

@@ -1,4 +1,4 @@
-"""The policy term of each token, and how tokens are added up.
+"""The policy term of each token, and the sums over tokens.
 
 With rho the ratio of new to old probability and A the advantage, a token has
 the term
@@ -24,13 +24,13 @@ CLIPPED, CISPO = FORMS = 'clipped', 'cispo'
 
 
 class Shares(NamedTuple):
-  """How a term is added up: sum of share_BT x values over `count`."""
+  """The aggregation of a term: sum of share_BT x values over `count`."""
 
   share_BT: jax.Array
   count: jax.Array
 
   def mean(self, values_BT: jax.Array) -> port.Mean:
-    # A target that is not trained may be an id without a token: 0 x inf.
+    # An untrained target may be an id without a token: this avoids 0 x inf.
     total = jnp.where(self.share_BT > 0, values_BT * self.share_BT, 0.0)
     return port.Mean(jnp.sum(total), self.count)
 
@@ -45,9 +45,9 @@ def shares(
       sequence: the mean over completions of their means (GRPO,
       arXiv:2402.03300, equation 3). constant: over completions and a constant
       length (Dr. GRPO, arXiv:2503.20783, section 3.2).
-    weights_BT: of the term.
-    batch: for its segments.
-    length: of constant.
+    weights_BT: weights of the term.
+    batch: gives the segments.
+    length: the constant length, for `constant`.
   """
   if aggregation == TOKEN:
     return Shares(weights_BT, jnp.sum(weights_BT))
@@ -67,7 +67,7 @@ def ratios(
   Args:
     log_ratio_BT: log of new over old probability of each token.
     weights_BT: above 0 at the tokens of the completion.
-    batch: for its segments.
+    batch: gives the segments.
     kind: token; or sequence: the geometric mean over the tokens of each
       completion, GSPO.
   """
@@ -101,7 +101,7 @@ def cispo(
   low: float,
   high: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns sg(clip(rho)) A log pi, and where rho is beyond, [B, T]."""
+  """Returns sg(clip(rho)) A log pi, and where rho is beyond a limit, [B, T]."""
   bounded_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, low, high))
   return bounded_BT * advantages_BT * logprobs_BT, {
     'clipped_low': ratio_BT < low,

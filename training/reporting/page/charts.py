@@ -1,9 +1,9 @@
 """Charts as SVG text, with no library: for report.html, and as files.
 
 A chart is plain values (`Chart`, of `Series`); `svg` draws it. Colours are
-classes of `STYLE`, so that a page can be light, dark or printed; each series
-has a dash of its own besides, since colour alone tells some readers nothing.
-Every point has its numbers as a tooltip (`title`), where the chart has few.
+classes of `STYLE`, so that a page can be light, dark or printed. Each series
+also has its own dash, because some readers cannot tell colours apart. A chart
+with few points shows the numbers of each point as a tooltip (`title`).
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ svg.chart .line { fill: none; } svg.chart .hollow { fill: #1d2223; }
 _DASHES = '', '7 3', '2 3', '9 3 2 3'
 WIDTH, HEIGHT = 470, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 44, 40
-_MOST_TOOLTIPS = 60  # points of a line that are drawn as such
-_ROOM = 0.04  # of an axis, beyond the values
+_MOST_TOOLTIPS = 60  # most points of a line that get tooltips
+_ROOM = 0.04  # empty share of an axis, beyond the values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class Axis:
 
   label: str
   is_log: bool = False
-  low: float | None = None  # None: as the values say
+  low: float | None = None  # None: taken from the values
   high: float | None = None
-  names: Sequence[str] = ()  # of the places 0, 1, ..., in place of numbers
+  names: Sequence[str] = ()  # for the places 0, 1, ..., in place of numbers
   is_whole: bool = False  # numbers without fractions
 
 
@@ -85,7 +85,7 @@ class Mark:
 class Chart:
   """One pair of axes."""
 
-  title: str  # read aloud in place of the picture
+  title: str  # a screen reader reads it in place of the picture
   x: Axis
   y: Axis
   series: Sequence[Series]
@@ -94,7 +94,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scale:
-  """From a value to its place in the picture, in pixels."""
+  """The map from a value to its place in the picture, in pixels."""
 
   low: float
   high: float
@@ -118,7 +118,8 @@ class _Scale:
 def svg(chart: Chart, *, is_file: bool = False) -> str:
   """Returns a chart as an svg element.
 
-  Values that are not finite, and those a logarithm does not have, are left out.
+  Leaves out values that are not finite, and on a logarithmic axis values that
+  are not positive.
 
   Args:
     is_file: with its own style and a light background, to stand alone.
@@ -150,10 +151,10 @@ def svg(chart: Chart, *, is_file: bool = False) -> str:
 def element(
   inside: str, title: str, width: float, height: float, *, is_file: bool = False
 ) -> str:
-  """Returns an svg element with a title for those who do not see it.
+  """Returns an svg element with a title for screen readers.
 
   Args:
-    inside: its shapes.
+    inside: shapes of the element, as SVG text.
     is_file: with its own style and a light background, to stand alone.
   """
   own = (
@@ -175,7 +176,7 @@ def text(
   """Returns a text element.
 
   Args:
-    anchor: start, middle or end: the part of the words that is at x.
+    anchor: start, middle or end: the part of the text that is at x.
     kind: class of STYLE.
   """
   return (
@@ -219,7 +220,7 @@ def _scale(
     room = (high / low) ** _ROOM if high > low else 2.0
     low, high = low / room, high * room
   else:
-    # A single value, and its rounding, is a flat line in the middle.
+    # A single value, with its rounding, is a flat line in the middle.
     least = abs(high) * 1e-6
     room = (high - low) * _ROOM if high - low > least else abs(high) / 2 or 1.0
     low, high = low - room, high + room

@@ -1,8 +1,8 @@
 """The document of a report: one HTML file that needs no other.
 
-For screen and print, light and dark; without scripts, and without another
-host, which a content security policy in the page enforces. Runs and sweeps
-share it, so that both look alike.
+For screen and print, light and dark. It has no scripts and loads nothing from
+another host; a content security policy in the page enforces both. Reports of
+runs and of sweeps share it, so that both look alike.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +73,7 @@ def document(title: str, parts: Iterable[str]) -> str:
   """Returns the page.
 
   Args:
-    title: of the tab; plain text.
+    title: title of the tab; plain text.
     parts: HTML, in order.
   """
   return (
@@ -110,7 +110,7 @@ def figure(
   """Returns a figure with its caption above.
 
   Args:
-    is_whole: as wide as the page, beside no other.
+    is_whole: whether the figure takes the whole width of the page.
   """
   kind = ' class="whole"' if is_whole else ''
   words = f'<b>{html.escape(title)}</b> {html.escape(caption)}'

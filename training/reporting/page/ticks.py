@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import math
 
 _STEPS = 1.0, 2.0, 5.0, 10.0
-_EPSILON = 1e-9  # of a step: rounding must not lose the last tick
+_EPSILON = 1e-9  # share of a step: rounding must not lose the last tick
 
 
 def linear(low: float, high: float, most: int) -> list[float]:
@@ -45,7 +45,7 @@ def logarithmic(low: float, high: float, most: int) -> list[float]:
       break
   else:
     inside = inside[:: math.ceil(len(inside) / most)]
-  # A short axis may lie between two of them.
+  # A short axis may lie between two powers.
   return inside if len(inside) > 1 else linear(low, high, most)
 
 
@@ -62,7 +62,7 @@ def texts(values: Sequence[float]) -> list[str]:
 
 
 def number(value: float) -> str:
-  """Returns a number with four digits at most, thousands apart."""
+  """Returns a number with at most four digits, thousands separated."""
   if 1000 <= abs(value) < 1e7:
     return f'{value:,.0f}'
   return f'{value:.4g}'

@@ -1,13 +1,13 @@
-"""Conversations with tools as one stream of ids, of which only ends are new.
+"""Conversations with tools as one stream of ids, to which turns only add ids.
 
     prompt | sampled, with its stop token | results of tools, and the opening of
     the next turn | sampled ... | ...
 
-What the model sampled is kept as it is, and never tokenised again: its text has
-other ids as well, and a policy is trained on the ids that it drew. The ids
-between two of its turns are those that the chat template writes behind the stop
-token. For that, a template must write a conversation as the beginning of a
-longer one. `Dialogue` refuses templates that do not, and says why.
+The sampled ids are kept and never tokenised again: their text has other ids as
+well, and a policy is trained on the ids that it drew. The ids between two of
+its turns are the ids that the chat template writes after the stop token. For
+this, a template must write a conversation as the beginning of a longer one.
+`Dialogue` refuses a template that does not, and gives the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,13 +41,14 @@ class Dialogue:
     """Returns the dialogue of a model with this chat template.
 
     Raises:
-      ValueError: conversations with tools are no stream of ids with it.
+      ValueError: with this template, conversations with tools are no stream of
+        ids.
     """
     found = cls(tokenizer, turns.of(tokenizer, source), tuple(tools))
     if reason := found.refusal():
       raise ValueError(
         f'chat template: got one that {reason}, expected one that writes calls'
-        ' of tools and their results at the end of what was there; take a'
+        ' of tools and their results at the end of the conversation; take a'
         ' template that does, or train without an environment'
       )
     return found
@@ -74,8 +75,9 @@ class Dialogue:
         given = [result_of(said['tool_calls'][0], result)]
         after = self.between(messages, said, given)
         messages = [*messages, said, *given]
-        # By their text: the first token of a reply may be joined with the end
-        # of the prompt where the template writes both, and never when sampled.
+        # Compared by text: the first token of a reply may be joined with the
+        # end of the prompt where the template writes both, but a sampled token
+        # never is.
         if not self._render(messages).text.startswith(before):
           return 'changes the beginning of a conversation when turns follow'
         whole, end = self.prompt_ids(messages), len(after)
@@ -107,13 +109,13 @@ class Dialogue:
     said: Message,
     given: Sequence[Message],
   ) -> tuple[int, ...]:
-    """Returns the ids behind the stop token of a reply, up to the next one.
+    """Returns the ids after the stop token of a reply, up to the next reply.
 
     Args:
-      messages: before the reply.
-      said: the reply as a message. Its text is written as the template does
-        it, and then left out.
-      given: messages behind it, at least one.
+      messages: the messages before the reply.
+      said: the reply as a message. Its text is written in the template's way,
+        and then left out.
+      given: messages after the reply, at least one.
 
     Raises:
       ValueError: the template refuses the conversation, or no stop token ends
@@ -134,7 +136,7 @@ class Dialogue:
     if not stops:
       raise ValueError('no stop token stands between a call and its result')
     first = stops[-1][0]
-    # With the stop token, because some take the white space behind them.
+    # Compared with the stop token, because some take the white space after it.
     ids = self.tokenizer.encode_marked(
       whole.text[first:],
       [(a - first, b - first) for a, b in whole.specials if a >= first],
@@ -142,10 +144,10 @@ class Dialogue:
     return tuple(ids[1:])
 
   def reply(self, ids: Sequence[int], *, is_whole: bool) -> events.Reply:
-    """Returns what the model said in one turn: text, reasoning and calls.
+    """Returns one turn of the model, parsed: text, reasoning and calls.
 
     Args:
-      ids: as sampled.
+      ids: the sampled ids.
       is_whole: whether the turn ended with a stop token, the last id.
     """
     text_ids = list(ids[:-1] if is_whole else ids)
@@ -184,7 +186,7 @@ def message_of(reply: events.Reply, number: int) -> dict[str, Any]:
   """Returns a reply as a message of the assistant.
 
   Args:
-    number: of the turn; calls of all turns have different ids.
+    number: number of the turn; calls of all turns have different ids.
   """
   message: dict[str, Any] = {'role': 'assistant', 'content': reply.text}
   if reply.reasoning:

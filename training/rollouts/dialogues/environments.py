@@ -3,9 +3,9 @@
     reset(record) -> messages        step(reply) -> messages, reward, or the end
 
 `play` runs many episodes side by side: each round samples the next turn of all
-that have not ended, through the sampler of the run. The prompt of a turn is the
-prompt of the turn before and the ids behind it, so the engine's prefix cache
-has computed all but the newest of them.
+unfinished episodes, through the sampler of the run. The prompt of a turn is the
+prompt of the turn before and the ids after it, so the engine's prefix cache
+holds all but the newest of these ids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,23 +28,23 @@ Message = Mapping[str, Any]
 class Step(NamedTuple):
   """The answer of an environment to a turn of the policy."""
 
-  messages: tuple[Message, ...] = ()  # behind the turn; none: the episode ends
+  messages: tuple[Message, ...] = ()  # after the turn; none: the episode ends
   reward: float = 0.0  # of the turn; RolloutConfig adds rewards at the end
 
 
 class Environment(Protocol):
-  """What a policy acts in. An object is one episode."""
+  """The world of a policy in one episode: it starts, and answers each turn."""
 
   def reset(self, record: Mapping[str, Any]) -> Sequence[Message]:
     """Returns the conversation that the policy answers first."""
     ...
 
   def step(self, reply: events.Reply, said: Message) -> Step:
-    """Returns what follows a turn.
+    """Returns the messages after a turn, and the reward of the turn.
 
     Args:
       reply: text, reasoning and calls of the turn.
-      said: the same as a message; its calls have the ids that results name.
+      said: the turn as a message; its calls have ids that results name.
     """
     ...
 
@@ -53,15 +53,15 @@ class Environment(Protocol):
 class ToolUse:
   """Questions that are answered with the help of tools.
 
-  It is what an experiment names; `open` gives the environment of one episode.
+  An experiment names this class; `open` gives the environment of one episode.
 
   Raises:
     ValueError: there are no tools, or a limit is below 1.
   """
 
   tools: tuple[tools_lib.Tool, ...]
-  max_turns: int = 4  # of the policy, in an episode
-  max_given_tokens: int = 256  # of tools, in an episode
+  max_turns: int = 4  # turns of the policy, in an episode
+  max_given_tokens: int = 256  # tokens from tools, in an episode
 
   def __post_init__(self):
     if not self.tools:
@@ -118,11 +118,11 @@ class ToolEpisode:
 
 
 class Turn(NamedTuple):
-  """A turn that is asked for: the fields of `Ask` that differ."""
+  """A requested turn: the fields of `Ask` that differ."""
 
   prompt_ids: tuple[int, ...]
   episode: int
-  number: int  # of the turn in its episode
+  number: int  # number of the turn in its episode
   max_tokens: int
 
 
@@ -146,7 +146,7 @@ class Sampled(Protocol):
 
 
 class _Played:
-  """An episode as far as it has come."""
+  """An episode up to its latest turn."""
 
   def __init__(self, environment: Environment, record, dialogue):
     self.environment, self.record = environment, record
@@ -192,12 +192,12 @@ def play(
   """Returns one episode per record, played to its end or to a limit.
 
   Args:
-    sample: gives each turn. It may be called max_turns times.
-    max_tokens: sampled in an episode, in all turns together.
+    sample: samples each turn. It may be called max_turns times.
+    max_tokens: sampled tokens of an episode, in all turns together.
 
-  The text of an episode is that of its last turn, without calls and reasoning.
-  An episode that ends at a limit (of tokens, turns, or tokens of tools) is
-  truncated.
+  The text of an episode is the text of its last turn, without calls and
+  reasoning. An episode that ends at a limit (of tokens, turns, or tokens of
+  tools) is truncated.
 
   Raises:
     ValueError: a record has no prompt, or a reward of a turn is not finite.
@@ -226,7 +226,7 @@ def _advance(
   dialogue: dialogue_lib.Dialogue,
   max_tokens: int,
 ) -> None:
-  """Adds a turn of the policy, and what the environment answers."""
+  """Adds a turn of the policy, and the environment's answer to it."""
   played.add(sampled.ids, sampled.logprobs, sampled.versions, trained=True)
   played.num_sampled += len(sampled.ids)
   is_whole = bool(sampled.ids) and sampled.ids[-1] in dialogue.stop_ids
@@ -255,7 +255,7 @@ def _advance(
     or played.num_sampled >= max_tokens
     or num_given > use.max_given_tokens
   ):
-    # Results that no turn reads would only be tokens of a row.
+    # Results after the last turn would only fill the row.
     played.is_over = played.is_truncated = True
     return
   version = int(sampled.versions[-1])

@@ -2,7 +2,7 @@
 
     prompts -> Sampler -> episodes -> rewards -> rows of arrays -> train step
 
-An episode holds what the policy said as ids. Its text is for rewards and for
+An episode holds the policy's tokens as ids. Its text is for rewards and for
 people, and is never tokenised again.
 """
 
@@ -18,10 +18,10 @@ class Episode:
   """One completion of a prompt, or several turns of one conversation."""
 
   prompt_ids: tuple[int, ...]
-  # The ids behind the prompt: what the policy sampled, with the stop token, and
-  # between its turns what tools returned.
+  # The ids after the prompt: sampled ids, with the stop token, and between the
+  # turns of the policy the ids of tool results.
   ids: tuple[int, ...]
-  text: str  # of the sampled ids, without what ended the completion
+  text: str  # of the sampled ids, without the stop token or stop string
   # float32, one per id: log-probability in the distribution that the id was
   # drawn from, after temperature, penalties and filters; 0 for ids of tools.
   logprobs: np.ndarray
@@ -29,7 +29,7 @@ class Episode:
   # the id.
   versions: np.ndarray
   is_truncated: bool  # it ended at a limit of tokens, not with a stop token
-  # What the data source says of the prompt, as its answer.
+  # Fields of the prompt's record in the data source, such as its answer.
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # The conversation before the first answer; empty for a prompt of text.
   messages: Sequence[Mapping[str, Any]] = ()
@@ -54,7 +54,7 @@ class Episode:
     if not self.prompt_ids or not self.ids:
       raise ValueError(
         f'episode: got {len(self.prompt_ids)} ids of the prompt and'
-        f' {len(self.ids)} behind it, expected at least one of each'
+        f' {len(self.ids)} after it, expected at least one of each'
       )
 
   @property

@@ -1,6 +1,6 @@
 """Tools that a policy may call: a calculator, and Python in the sandbox.
 
-A tool never raises: what went wrong is its result, which the model reads.
+A tool never raises: its result describes the error, and the model reads it.
 """
 
 import ast
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from evals.verifiers.sandbox import runner
 
-_MOST_CHARACTERS = 200  # of an expression
-_MOST_BITS = 4096  # of a number
+_MOST_CHARACTERS = 200  # in an expression
+_MOST_BITS = 4096  # in a number
 _OPERATORS = {
   ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
   ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
@@ -77,7 +77,7 @@ class Python:
     )
 
   def __call__(self, code: str) -> str:
-    """Returns what the program prints, and how it ended if it failed."""
+    """Returns the output of the program, with the error if it failed."""
     if not isinstance(code, str):
       raise ValueError('expected the text of a program')
     ran = runner.run(code, self.limits)
