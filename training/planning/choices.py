@@ -38,7 +38,7 @@ from training.planning import memory
 
 _AGAIN = {'none': 0.0, 'minimal': 0.1, 'full': 0.2}
 _ASSUMED_MFU = 0.5
-# Share of memory that stays free: the formula is not exact, and memory has gaps.
+# Share of memory that stays free: the formula is inexact, and memory has gaps.
 _MARGIN = 0.1
 
 

@@ -258,7 +258,7 @@ def test_a_checkpoint_that_lost_a_part_is_not_sealed(copy, monkeypatch):
   monkeypatch.setattr(saving.Save, '_merge', merge_and_lose)
   saved = _open(copy)
   assert (
-    'got no progress.json, expected what was just' in _save(saved, 12).error
+    'got no progress.json, expected the files just' in _save(saved, 12).error
   )
   assert saved.wait() == 8
   assert seals.steps(copy / 'checkpoints') == [4, 8]
