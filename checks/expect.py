@@ -83,7 +83,7 @@ def multiple_of(
   """Raises ValueError if `value` is no multiple of `part`.
 
   Args:
-    part_name: of the divisor; '' where a number needs no name.
+    part_name: name of the divisor; '' where a number needs no name.
   """
   if value % part:
     named = f'{part_name} = {part}' if part_name else f'{part}'

@@ -31,7 +31,7 @@ def DEFINE_path(
   """Defines a flag that holds a path, as `flags.DEFINE_string` does.
 
   Args:
-    name: of the flag.
+    name: name of the flag.
     default: its value if it is not given; ~ and $VARIABLES are replaced, too.
     help_text: for --help.
     flag_values: the registry.

@@ -80,7 +80,7 @@ class _Order:
   """The function from a step to its batch. Its pickle is small, for workers."""
 
   sources: tuple[rows_lib.Rows, ...]
-  seeds: tuple[int, ...]  # of the order of rows within each source
+  seeds: tuple[int, ...]  # one per source, for the order of its rows
   phases: tuple[source_mix.Phase, ...]
   ramp: ramp_lib.Ramp
 
@@ -126,7 +126,7 @@ class TrainBatches:
     Args:
       sources: the rows of `config.train_sources()`, in the same order.
       config: the data settings, validated.
-      seed: of the order of rows; 64 bits.
+      seed: seed of the order of rows; 64 bits.
 
     Raises:
       ValueError: a text has too few tokens for windows packing.
@@ -204,8 +204,8 @@ class TrainBatches:
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues from `state`, with bit-identical batches.
 
-    The weights of the source mix may differ from those of `state`. So may the
-    sizes of batches that are still to come.
+    The weights of the source mix may differ from the weights in `state`. So may
+    the sizes of later batches.
 
     Raises:
       ValueError: `state` was saved with other settings or other data.

@@ -16,7 +16,7 @@ TOKENIZER_KINDS = ('byte', 'bpe', 'directory')
 TEXT = 'text'
 PROMPTS = 'prompts'  # questions alone, which the policy of a run answers
 EXAMPLES = (TEXT, 'chat', 'pairs', 'labelled', PROMPTS)
-# What becomes of an example that is longer than a row.
+# Treatments of an example that is longer than a row.
 TRUNCATE, DROP, ERROR = TOO_LONG = ('truncate', 'drop', 'error')
 # Packings that cut a document, or join several.
 _CUTTING = ('concat_then_split', 'windows')
@@ -25,7 +25,7 @@ PACKINGS = ('concat_then_split', 'first_fit', 'best_fit', 'none', 'windows')
 
 @dataclasses.dataclass(kw_only=True)
 class TokenizerConfig:
-  """The tokenizer of a run, and how it is made."""
+  """The tokenizer of a run: its kind, and the settings of that kind."""
 
   # 'byte': one id per byte. 'bpe': trained on the training documents.
   # 'directory': loaded from `path`.
@@ -58,7 +58,7 @@ class TokenizerConfig:
 class SourceConfig:
   """One source of a source mix."""
 
-  # One of the functions of data/sources.py, or one with their signature.
+  # A function of data/sources.py, or a function with the same signature.
   open_source: Callable[..., sources_lib.Source]
   # Files that the source reads; '{split}' in it becomes the split's name.
   path: str = ''
@@ -81,7 +81,7 @@ class SourceConfig:
 class DataConfig:
   """The documents of a run, and how they become batches."""
 
-  # One of the functions of data/sources.py, or one with their signature.
+  # A function of data/sources.py, or a function with the same signature.
   open_source: Callable[..., sources_lib.Source] = sources_lib.python_stdlib
   # Files that the source reads; '{split}' in it becomes the split's name.
   path: str = ''
@@ -97,13 +97,13 @@ class DataConfig:
   # text: documents with a text. Records: chat, conversations of which the
   # assistant's turns are trained; pairs, a preferred and a rejected answer;
   # labelled, an answer and whether it is good; prompts, for config.rollouts.
-  # The objective says which it needs.
+  # The objective decides which kind it needs.
   examples: str = TEXT
   # Jinja source of the chat template, or a file with it. Empty: the template of
   # init_from. Read for records only.
   chat_template: str = ''
-  # Records longer than row_length: truncate | drop | error. The run says how
-  # many there are.
+  # Treatment of records longer than row_length: truncate | drop | error. The
+  # run reports their number.
   too_long: str = TRUNCATE
   # Directory of prepared datasets, downloads and tokens.
   data_dir: str = '~/.cache/two_lives'
@@ -130,7 +130,7 @@ class DataConfig:
   # The run warns if more than this share of the n-grams of the evaluation text
   # is in the training text.
   contamination_warning: float = 0.1
-  # Last date that the documents speak of (ISO 8601). Goes into the manifest.
+  # Newest date in the documents (ISO 8601), for the manifest.
   knowledge_cutoff: str = ''
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
@@ -167,7 +167,7 @@ class DataConfig:
     )
 
   def eval_source(self) -> SourceConfig:
-    """Returns the evaluation source; its name is that of the split."""
+    """Returns the evaluation source, named after its split."""
     source = self._source(self.eval_split)
     return dataclasses.replace(source, name=self.eval_split)
 

@@ -6,9 +6,9 @@ is a unit of two, the chosen and the rejected answer. A labelled example is a
 unit of two, for KTO: the example, and its prompt with the next example's
 completion, which the estimate of the divergence needs.
 
-A unit is never cut into two rows. One that is longer than a row is truncated,
-left out, or an error. A unit without a trained target in each of its documents
-teaches nothing and is left out. Both are counted by their reason.
+A unit is never cut into two rows. A unit longer than a row is truncated, left
+out, or an error. A unit is also left out if one of its documents has no trained
+target. Both are counted by their reason.
 """
 
 import collections
@@ -35,7 +35,7 @@ NOTHING_TRAINED = 'without a trained token in row_length'
 
 
 class Records(Protocol):
-  """Random access to records {'record': JSON object, 'id': where it is}."""
+  """Random access to records {'record': JSON object, 'id': its place}."""
 
   def __len__(self) -> int: ...
 
@@ -63,7 +63,7 @@ def open_or_write(
     source: the records.
     encoder: makes units of them.
     data_dir: directory of all stores.
-    name: of the source, in messages.
+    name: name of the source, in messages.
     row_length: pairs of a row, in which a unit has to fit.
     too_long: one of `data_config.TOO_LONG`.
     num_threads: threads that read records.
@@ -122,7 +122,7 @@ def _key(source, encoder, row_length, too_long) -> str:
 def _units(
   source, encoder, num_threads, name, say, counts
 ) -> Iterator[tuple[str, encoding.Unit]]:
-  """Yields where each record is, and its unit; counts records left out."""
+  """Yields the place of each record, and its unit; counts records left out."""
   is_labelled = encoder.kind == 'labelled'
   first = source[0]['record'] if is_labelled and len(source) else None
   read = token_store.read_ahead(source, num_threads)
@@ -191,7 +191,7 @@ def _truncated(
   """
   left = row_length
   kept = [0] * len(lengths)
-  # The shortest take what they need, the others share the rest.
+  # The shortest documents keep their length, the others share the rest.
   order = sorted(range(len(lengths)), key=lengths.__getitem__)
   for place, which in enumerate(order):
     kept[which] = min(lengths[which], left // (len(order) - place))

@@ -50,7 +50,7 @@ class RowPlan(Protocol):
     ...
 
   def max_pieces(self) -> int:
-    """Returns the most pieces of a row, or a number above."""
+    """Returns the most pieces of a row, or an upper bound."""
     ...
 
 
@@ -217,7 +217,7 @@ def first_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
 def best_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
   """Returns the fullest row with room for each piece, the longest piece first.
 
-  Arguments and result are those of `first_fit`.
+  Arguments and result have the form of `first_fit`'s.
   """
   # Rows by their room. Bit r of `rooms` is set if some row has room r, so that
   # the smallest sufficient room is found by bit operations.
@@ -244,7 +244,7 @@ def best_fit(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def _alone(lengths_P: np.ndarray, row_length: int) -> np.ndarray:
-  """Returns a row of its own for every piece."""
+  """Returns a separate row for every piece."""
   del row_length
   return np.arange(len(lengths_P))
 

@@ -32,7 +32,7 @@ def shuffled(indices_N: np.ndarray, size: int, seed: int) -> np.ndarray:
   Args:
     indices_N: int64 [N], 0 or more; index // size is the epoch.
     size: number of rows of an epoch, up to 2**62.
-    seed: of the order.
+    seed: seed of the order.
 
   Returns:
     int64 [N]; over the indices of one epoch, every number occurs once.

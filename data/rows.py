@@ -67,7 +67,7 @@ class Rows:
 
   @property
   def array_names(self) -> tuple[str, ...]:
-    """Returns the arrays of a batch besides those of all rows."""
+    """Returns the names of a batch's arrays besides the arrays of all rows."""
     return (*self.arrays, *self.computed)
 
   @property
@@ -186,7 +186,7 @@ def open_rows(
   """Returns the rows of `source`; tokens and plan are made if not on disk.
 
   Args:
-    source: documents, or for examples other than text records.
+    source: documents; whole records if examples are not text.
     template: the chat template of records.
     arrays: streams that become arrays of a batch.
 

@@ -32,7 +32,7 @@ class Phase:
   """A range of rows of the run that are mixed by the same weights."""
 
   from_row: int  # first row of the phase, counted over the run
-  weights: tuple[float, ...]  # of each source
+  weights: tuple[float, ...]  # one per source
   taken: tuple[int, ...]  # rows of each source before this phase
 
 
@@ -57,7 +57,7 @@ def changed(
   """Returns the phases of a run whose weights change at `row`.
 
   Args:
-    weights: of each source from `row` on; equal shares change nothing.
+    weights: weight of each source from `row` on; equal shares change nothing.
     row: first row of the run with the new weights.
   """
   if _tree(phases[-1].weights) == _tree(tuple(weights)):

@@ -81,9 +81,9 @@ def problems(
   Args:
     path: their settings as the query of a URL, as
       'kind=pairs&count=5000&levels=1,2&seed=7'; see data/problems/generator.py.
-      `kind` says what data.examples they are for.
+      `kind` decides which data.examples can read them.
     split: train, validation, test, or an expression of TFDS.
-    data_dir: where they are prepared.
+    data_dir: directory of the prepared problems.
     text_key: the feature with the text, of the kind text; None: whole records.
   """
   builder = problems_builder.Problems(

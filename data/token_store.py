@@ -47,8 +47,8 @@ Say = Callable[[str], None]
 
 _FORMAT = 2
 _META, _IDS, _STARTS = 'store.json', 'ids.bin', 'starts.bin'
-# The value of a pair (input, target) is that of its target's id. `trained` says
-# whether a target is trained.
+# A pair (input, target) has the value of its target's id. `trained` is 1 where
+# a target is trained.
 STREAM_DTYPES = {'trained': 'uint8', 'labels': 'float32', 'margins': 'float32'}
 # Documents are tokenised in groups. A group ends with the document in which it
 # reaches this number of characters.
@@ -69,11 +69,11 @@ class TokenStore:
   """
 
   directory: pathlib.Path
-  name: str  # of the source, in messages
-  digest: str  # SHA-256 of the ids and of where documents start
+  name: str  # name of the source, in messages
+  digest: str  # SHA-256 of the ids and of the starts of documents
   num_documents: int
   num_ids: int
-  dtype: str  # of the ids: uint16 or uint32
+  dtype: str  # dtype of the ids: uint16 or uint32
   joined: bool  # whether documents are without bos and eos
   streams: tuple[str, ...] = ()
   # Documents that belong together: number k of each unit follows number k - 1.
@@ -122,7 +122,7 @@ def open_or_write(
     source: the documents.
     tokenizer: makes ids of the documents.
     data_dir: directory of all stores; may be read-only if this store exists.
-    name: of the source, in messages.
+    name: name of the source, in messages.
     joined: whether documents are without bos and eos.
     num_threads: threads that read documents; tokenising uses all cores.
     say: receives a line about progress every ten seconds.
@@ -151,7 +151,7 @@ def open_or_write(
         f'{name}: got {len(source)} documents without any text, expected some'
         ' text; check the path and text_key'
       )
-    # Else the store would have tokens of other documents than its key says.
+    # Else the store would hold other documents than its key names.
     if hasattr(source, 'fingerprint') and key != _key(
       source, tokenizer, joined
     ):
@@ -210,7 +210,7 @@ def mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
   return np.asarray(np.memmap(path, dtype, mode='r'))
 
 
-# A row needs it: mapping a file again costs ten times as much.
+# Kept, because each row needs a file: mapping it again costs ten times as much.
 mapped_once = functools.lru_cache(maxsize=64)(mapped)
 
 
@@ -227,7 +227,7 @@ class Writer:
     documents_per_unit: int = 1,
     counts: Mapping[str, int] = types.MappingProxyType({}),
   ):
-    """Opens no file yet; the fields are those of `TokenStore`."""
+    """Opens no file yet; the arguments are fields of `TokenStore`."""
     self._directory = directory
     self._joined, self.streams = joined, tuple(streams)
     self._documents_per_unit = documents_per_unit
@@ -274,7 +274,7 @@ class Writer:
     """Appends documents; none of them may be empty.
 
     Args:
-      documents: the ids of each.
+      documents: the ids of each document.
       streams: the values of their ids, joined.
     """
     ids_N = np.concatenate(documents).astype(self._dtype)

@@ -4,9 +4,9 @@
     fitted = best_of_n.fit(found)
 
 Each of P prompts has N answers of one policy. Best of n draws n answers and
-takes the one with the largest proxy reward. It moves away from the policy by at
-most KL = log n - (n - 1) / n nats. With d = sqrt(KL), Gao et al. found that the
-true (gold) reward rises above that of the policy by
+takes the answer with the largest proxy reward. It moves away from the policy by
+at most KL = log n - (n - 1) / n nats. With d = sqrt(KL), Gao et al. found that
+the true (gold) reward rises above the policy's reward by
 
     R(d) = d (alpha - beta d)
 
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-  """Rewards of best of n above those of the policy, [P, len(ns)]."""
+  """Rewards of best of n minus the policy's rewards, [P, len(ns)]."""
 
   ns: tuple[int, ...]
   gold_Pn: np.ndarray
@@ -72,7 +72,7 @@ class Fit:
 
   alpha: Estimate
   beta: Estimate
-  rms: float  # of the curve's distance from the fit
+  rms: float  # root mean square distance of the curve from the fit
   r_squared: float  # share of the curve's variation that the fit explains
 
   def __call__(self, distances: np.ndarray) -> np.ndarray:
@@ -163,9 +163,9 @@ def _by_rank(proxy_N: np.ndarray, rewards_N: np.ndarray) -> np.ndarray:
 def fit(found: Curve) -> Fit:
   """Returns the fit by least squares, with errors over prompts.
 
-  The coefficients are linear in the curve. So they are the means of those of
-  single prompts, whose spread gives the errors; points of one curve depend on
-  each other, and count as one.
+  The coefficients are linear in the curve. So they are the means of the
+  coefficients of single prompts, whose spread gives the errors. Points of one
+  curve depend on each other, and count as one.
 
   Raises:
     ValueError: the curve has fewer than two points beside n = 1.

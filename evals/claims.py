@@ -2,8 +2,9 @@
 
 A file in `experiments/papers/` returns claims from `get_claims`;
 `python -m studies.reproduce` measures them. A claim has one or more quantities.
-Each says which values count as reproduced, and why. That range is written
-before anything is measured, and does not depend on the measurement.
+Each quantity has a range of values that count as reproduced, with a reason. The
+range is written before anything is measured, and does not depend on the
+measurement.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ class Quantity:
   """One number of a claim, and the values that count as reproduced."""
 
   name: str  # with its unit, where it has one
-  published: str  # as the paper has it
+  published: str  # in the spelling of the paper
   low: float  # the least value that counts as reproduced
-  high: float  # the largest one
+  high: float  # the largest such value
   why: str  # the reason for this range
 
   def accepts(self, value: float) -> bool:
@@ -36,9 +37,10 @@ def digits(name: str, published: str, why: str = '') -> Quantity:
   """Returns a quantity that is reproduced to the digits of its paper.
 
   Args:
-    name: of the quantity.
+    name: name of the quantity.
     published: a decimal number, such as '0.1931'.
-    why: more to say than that the range is half a unit of the last digit.
+    why: a reason beyond the rule that the range is half a unit of the last
+      digit.
 
   Raises:
     ValueError: `published` is not a plain decimal number.
@@ -50,7 +52,7 @@ def digits(name: str, published: str, why: str = '') -> Quantity:
     )
   value = float(published)
   half = 0.5 * 10.0 ** -len(published.partition('.')[2])
-  # A number between two of the paper's may round to either of them.
+  # A number between two decimals of the paper's length may round to either.
   slack = half * (1 + 1e-9)
   return Quantity(
     name=name,
@@ -73,14 +75,14 @@ def within(
 
 
 def at_least(name: str, published: str, low: float, why: str) -> Quantity:
-  """Returns a quantity that is reproduced from a value on."""
+  """Returns a quantity that is reproduced by values from `low` on."""
   return Quantity(
     name=name, published=published, low=low, high=math.inf, why=why
   )
 
 
 def at_most(name: str, published: str, high: float, why: str) -> Quantity:
-  """Returns a quantity that is reproduced up to a value."""
+  """Returns a quantity that is reproduced by values up to `high`."""
   return Quantity(
     name=name, published=published, low=-math.inf, high=high, why=why
   )
@@ -88,18 +90,18 @@ def at_most(name: str, published: str, high: float, why: str) -> Quantity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-  """A result of a paper, and how to measure it."""
+  """A result of a paper, and the way to measure it."""
 
-  name: str  # that of the function in studies/papers/ which measures it
+  name: str  # name of the function in studies/papers/ that measures it
   paper: str  # authors, year and address
   where: str  # table, figure, equation or section
   statement: str  # one sentence
   quantities: tuple[Quantity, ...]
-  # Seconds of one measurement with all seeds, by kind of device. A kind that is
-  # missing is too slow to be of use.
+  # Seconds of one measurement with all seeds, by kind of device. A missing kind
+  # is too slow to be of use.
   seconds: Mapping[str, float]
-  # 0: the result depends on no seed. Others need at least 2: one run does not
-  # show how much runs vary.
+  # 0: the result does not depend on a seed. Others need at least 2: one run
+  # does not show how much runs vary.
   seeds: int = 0
   # Files that the project does not contain, by the name that --inputs gives,
   # and where they come from.
@@ -108,7 +110,7 @@ class Claim:
   note: str = ''
 
   def validate(self) -> None:
-    """Raises ValueError for a claim that nobody could check."""
+    """Raises ValueError for a claim that cannot be checked."""
     where = f'claim {self.name!r}'
     if not _NAME.fullmatch(self.name):
       raise ValueError(
@@ -131,7 +133,7 @@ class Claim:
       )
     if not self.seconds:
       raise ValueError(
-        f'{where}: got no seconds, expected those of a CPU, a GPU or both'
+        f'{where}: got no seconds, expected the seconds of a CPU, a GPU or both'
       )
     for device, seconds in self.seconds.items():
       expect.one_of(f'{where}, seconds', device, DEVICES)

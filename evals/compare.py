@@ -5,7 +5,7 @@
 
 A is the baseline. For every score that both results have, prints the difference
 with its confidence interval and test. Then prints how many examples would show
-this difference, and how many would show the one that --difference states.
+this difference, and how many would show the difference in --difference.
 """
 
 import sys

@@ -46,7 +46,7 @@ def encode_pair(model: ports.Model, context: str, continuation: str) -> Pair:
     whole = encode(model, stripped + continuation)
     context_ids = encode(model, stripped)
     continuation_ids = whole[len(context_ids) :]
-    # The context was white space alone, and the model has no BOS.
+    # The context was only white space, and the model has no BOS.
     context_ids = context_ids or [model.prefix]
   else:
     context_ids = [model.prefix]

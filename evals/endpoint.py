@@ -4,7 +4,7 @@
     answers = ask([[{'role': 'user', 'content': 'Hello'}], ...])
 
 Only the standard library speaks HTTP here. An answer that the server could give
-later (429, 5xx) is asked for again, as often as `_TRIES` says.
+later (429, 5xx) is requested again, up to `_TRIES` times.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,15 @@ def ask(
   """Returns a function that answers conversations through an endpoint.
 
   Args:
-    url: of the API, as http://127.0.0.1:8000/v1.
+    url: URL of the API, such as http://127.0.0.1:8000/v1.
     model: its name on the server.
-    settings: of the answers; filters are not sent.
+    settings: settings of the answers; filters are not sent.
     api_key: '' sends none.
     concurrency: requests that are open at once.
     timeout: seconds that an answer may take.
 
   Raises:
-    ValueError: the URL is none; when asked: the server cannot be reached,
+    ValueError: the URL is none. When asked: the server cannot be reached,
       refuses a request, or its answer is no chat completion.
   """
   parts = urllib.parse.urlsplit(url)
@@ -88,7 +88,7 @@ def ask(
 
 
 def _sent(request: urllib.request.Request, timeout: float) -> Any:
-  """Returns the JSON value of a response; asks again where that may help."""
+  """Returns the JSON value of a response; tries again after passing errors."""
   url = request.full_url
   for attempt in range(1, _TRIES + 1):
     try:

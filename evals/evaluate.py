@@ -2,8 +2,8 @@
 
     result = run.run('perplexity:book.txt', model)
 
-`KINDS` lists the kinds of evaluation. The module of each kind says what its
-files hold; evals/tasks/records.py has what JSON Lines have in common.
+`KINDS` lists the kinds of evaluation. The module of each kind describes its
+files; evals/tasks/records.py describes the common form of JSON Lines.
 """
 
 from collections.abc import Mapping

@@ -3,9 +3,9 @@
     verdicts = judge([Comparison(prompt, first, second), ...])
 
 A judge is a function, so that a reward model, a verifier, a gold reward and a
-language model that is asked all stand in the same place. `both_orders` asks
-each pair twice, since a judge that is a language model may prefer a place
-(Zheng et al. 2023, arXiv:2306.05685, section 3.3).
+language model can take the same place. `both_orders` asks for each pair twice,
+since a language model as judge may prefer a position (Zheng et al. 2023,
+arXiv:2306.05685, section 3.3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 Message = Mapping[str, Any]
 # A text, or the messages of a conversation that ends with the user's turn.
 Prompt = str | Sequence[Message]
-# (prompt, answer) of each -> a number of each; the larger, the better.
+# [(prompt, answer), ...] -> one number each; a larger number is better.
 ScoreFn = Callable[[Sequence[tuple[Prompt, str]]], Sequence[float]]
 # Conversations -> the answer of a language model to each.
 Ask = Callable[[Sequence[list[dict[str, Any]]]], Sequence[str]]
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
   """The choice of a judge, and its words."""
 
   choice: Choice
-  words: str = ''  # of a language model; scores of the answers otherwise
+  words: str = ''  # of a language model; otherwise the scores of both answers
 
 
 class Judge(Protocol):
@@ -147,7 +147,7 @@ def by_asking(ask: Ask, instructions: str = _INSTRUCTIONS) -> Judge:
 def read_choice(words: str) -> Choice:
   """Returns the choice at the end of a judge's words.
 
-  The last mark counts: a judge may quote others from the answers before.
+  The last mark counts: a judge may quote other marks from the answers before.
   """
   marks = _MARK.findall(words)
   return _MARKS[marks[-1]] if marks else Choice.MALFORMED

@@ -3,7 +3,7 @@
     python -m evals.judging --pairs=pairs.jsonl --model=NAME \
       --url=http://127.0.0.1:8000/v1 --out=verdicts.json
 
-evals/tasks/judge.py says what a line of the file holds. Prints the accuracy (or
+evals/tasks/judge.py describes a line of the file. Prints the accuracy (or
 the rate at which `a` wins), the position bias, the consistency, ties and
 verdicts that cannot be read, each with its error. `python serve.py --model=DIR
 --eval=judge:FILE` asks a model in its own process, where a reward model can be
@@ -104,13 +104,13 @@ def _define_flags() -> None:
     'Environment variable with the key of the API; none is sent if not set.',
   )
   flags.DEFINE_integer(
-    'limit', 0, 'Judges only so many first pairs; 0: all.', lower_bound=0
+    'limit', 0, 'Judges only this many first pairs; 0: all.', lower_bound=0
   )
   flags.DEFINE_integer(
     'max_tokens', 512, "Most tokens of the judge's words.", lower_bound=1
   )
   flags.DEFINE_float(
-    'temperature', 0.0, 'Of the judge; 0 is greedy.', lower_bound=0.0
+    'temperature', 0.0, "The judge's temperature; 0: greedy.", lower_bound=0.0
   )
   flags.DEFINE_integer('seed', 0, 'Of its samples.', lower_bound=0)
   flags.DEFINE_integer(

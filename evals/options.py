@@ -11,7 +11,7 @@ from checks import expect, flag_field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What may be chosen about an evaluation; a task names the fields it reads.
+  """The settings of an evaluation; a task names the fields that it reads.
 
   Raises:
     ValueError: a value is out of range.
@@ -30,7 +30,7 @@ class Options:
   num_fewshot: int | None = flag_field.field(
     None,
     'gsm8k and lm_eval: solved examples in front of each question. If not'
-    ' given: none, or what the task of lm_eval says.',
+    ' given: none, or the default of the lm_eval task.',
   )
   fewshot_path: str = flag_field.field(
     '',
@@ -53,7 +53,7 @@ class Options:
     ' 1 needs a temperature above 0.',
   )
   seed: int = flag_field.field(
-    0, 'Seed of the samples, and of what lm_eval draws.'
+    0, 'Seed of the samples, and of the random draws of lm_eval.'
   )
   chat: bool = flag_field.field(
     False,

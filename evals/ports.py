@@ -1,4 +1,4 @@
-"""The ports of evaluations: what they ask of a model.
+"""The ports of evaluations: the functions of a model that they call.
 
 Training and serving each wrap their model into these functions, so that the
 same evaluation measures both.
@@ -21,7 +21,7 @@ class Logprobs(NamedTuple):
 
   logprob: float  # of the whole continuation
   is_greedy: bool  # whether every token is the most probable one
-  token_logprobs: np.ndarray  # of each token
+  token_logprobs: np.ndarray  # one per token
 
 
 class LogprobFn(Protocol):
@@ -42,7 +42,7 @@ class LogprobFn(Protocol):
 class SampleSettings:
   """The settings of a completion."""
 
-  max_tokens: int  # of a completion, at most
+  max_tokens: int  # most tokens of a completion
   temperature: float = 0.0  # divides the logits; 0 is greedy
   # Further settings of the sampler by name, such as {'top_p': 0.9}.
   filters: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -58,9 +58,9 @@ class Completion(NamedTuple):
   """
 
   text: str  # without the stop string or the end-of-document token
-  ids: tuple[int, ...]  # of the text
-  all_ids: tuple[int, ...] = ()  # as sampled, with what ended the completion
-  # float32, of `all_ids`, before temperature and filters.
+  ids: tuple[int, ...]  # ids of the text
+  all_ids: tuple[int, ...] = ()  # as sampled, with the ids of the ending
+  # Log-probabilities of `all_ids`, float32, before temperature and filters.
   logprobs: np.ndarray | None = None
 
 
@@ -85,7 +85,7 @@ class ChatFn(Protocol):
   def __call__(
     self, messages: list[dict[str, Any]], *, add_generation_prompt: bool
   ) -> str:
-    """Returns the text, with the opening of the next turn if asked for."""
+    """Returns the text, with the opening of the next turn on request."""
     ...
 
 
@@ -93,13 +93,13 @@ class RewardFn(Protocol):
   """Gives the reward of any number of answers."""
 
   def __call__(self, answers: Sequence[Ids], /) -> Sequence[float]:
-    """Returns a number per answer; the ids are those of prompt and answer."""
+    """Returns a number per answer; its ids are the ids of prompt and answer."""
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """A model as evaluations see it; a task refuses one that lacks a function.
+  """A model as evaluations see it; a task refuses a model without a function.
 
   Raises:
     ValueError: `max_length` is below 1.
@@ -119,7 +119,7 @@ class Model:
   # The ids of a conversation, up to the opening of the assistant's turn. A name
   # of a special token in a message is plain text.
   encode_chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
-  # Of a reward model, which has neither of the functions above.
+  # For a reward model, which has neither of the functions above.
   reward_fn: RewardFn | None = None
   # The ids of a prompt, a text or messages, and of the answer to it.
   encode_answer: Callable[[Any, str], Sequence[int]] | None = None

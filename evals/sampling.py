@@ -1,7 +1,7 @@
-"""The port of sampling: completions with all that training asks of them.
+"""The port of sampling: completions with all that training needs of them.
 
-The engine implements it (`inference/rollouts.py`), and training asks it for
-rollouts (`training/rollouts/`), which never imports the engine.
+The engine implements it (`inference/rollouts.py`). Training calls it for
+rollouts (`training/rollouts/`) and never imports the engine.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from evals import judges
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
-  """Completions that are asked for, of one prompt."""
+  """A request for completions of one prompt."""
 
   prompt_ids: tuple[int, ...]
   # 64 bits. Completion i is a function of seed, i, prompt and weights alone.
@@ -31,17 +31,17 @@ class Sample(NamedTuple):
   """One completion of an `Ask`."""
 
   ids: tuple[int, ...]  # as sampled, with the stop token
-  text: str  # without what ended it
-  logprobs: np.ndarray  # float32, of the distribution that each id came from
+  text: str  # without the stop token or stop string
+  logprobs: np.ndarray  # float32, in the distribution that each id came from
   versions: np.ndarray  # int32, the version of the weights that drew each id
   is_truncated: bool  # ended by max_tokens
 
 
 class Sampler(Protocol):
-  """Samples completions with the weights that it was given last."""
+  """Samples completions with the weights of its last `update`."""
 
   def update(self, params: Any, version: int) -> None:
-    """Takes new weights, and forgets all that was computed with others.
+    """Takes new weights, and forgets all results of other weights.
 
     Args:
       params: variables of the model. They are copied: the train step donates
@@ -64,14 +64,14 @@ class Sampler(Protocol):
     ...
 
   def resume(self) -> None:
-    """Goes on after `pause`."""
+    """Continues after `pause`."""
     ...
 
   def open_scorer(self, path: str) -> judges.ScoreFn:
     """Loads a frozen reward model; returns the function that scores answers.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, or no reward model.
+      FileNotFoundError, ValueError: it is absent, or no reward model.
     """
     ...
 

@@ -90,7 +90,7 @@ def _define_flags() -> None:
     'verifier', None, list(kinds.KINDS), 'The rule that gives the scores.'
   )
   path_flags.DEFINE_path(
-    'input', None, 'JSON Lines file: completion, and what the verifier reads.'
+    'input', None, 'JSON Lines file: completion, and fields for the verifier.'
   )
   path_flags.DEFINE_path(
     'out', None, 'File to write: the same lines, each with score and reason.'

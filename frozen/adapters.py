@@ -6,18 +6,18 @@
     manifest.json               the base's digest, the adapter's own, lineage
     adapter_config.json         both as peft reads and writes them, see
     adapter_model.safetensors   frozen/huggingface/peft_files.py
-    gains.safetensors           DoRA: what B is multiplied with, of each column
-    chat_template.jinja         of the run; empty: that of the base
+    gains.safetensors           DoRA: the factor of each column of B
+    chat_template.jinja         the run's template; empty: the base's template
     generation.json             recommended sampling settings
 
 An adapter belongs to one base: the frozen directory whose weights have the
-digest of its manifest. `read` refuses every other. A merge adds A B to the
+digest in its manifest. `read` refuses every other base. A merge adds A B to the
 kernels in float32, and rounds them once to the dtype of the result.
 
 The base of a run may have been quantised (`adapter.base`). The adapter was then
-trained beside rounded kernels: `merge` into such a base dequantises these, so
-that the result is the function that was trained, not the float base plus the
-adapter.
+trained beside rounded kernels. A merge into such a base dequantises these
+kernels, so the result is the function that was trained, not the float base plus
+the adapter.
 """
 
 from collections.abc import Mapping
@@ -53,11 +53,11 @@ class AdapterManifest(manifest_lib.Provenance):
 
   kind: str  # manifest_lib.ADAPTER
   format_version: int
-  base_digest: str  # of the base's weights
+  base_digest: str  # digest of the base's weights
   base_name: str
-  base_form: str  # one of adapter_config.BASES: the kernels in training
+  base_form: str  # one of adapter_config.BASES: form of kernels in training
   num_params: int
-  adapter_digest: str  # of the base's digest and of the values that are added
+  adapter_digest: str  # over the base's digest and the adapter's values
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str
 
@@ -82,7 +82,7 @@ class Trained:
   config: adapter_config.AdapterConfig
   effective: dict[str, Any]  # separate layers, as a model reads them
   layers: dict[str, peft_files.Layer]  # by path, as peft has them
-  params: frozen_format.Params  # of the base as it was trained on, float32
+  params: frozen_format.Params  # the base in training, float32
 
 
 def trained(
@@ -97,13 +97,13 @@ def trained(
 
   Args:
     base_directory: frozen directory that the run started from.
-    digest: of its weights when the run started.
-    config: of the run.
+    digest: digest of its weights when the run started.
+    config: config of the run.
     tree: collection `adapters` of the checkpoint.
     is_stacked: whether the layers of the run are stacked.
 
   Raises:
-    FileNotFoundError, ValueError: there is no such base any more.
+    FileNotFoundError, ValueError: the base is missing or was changed.
   """
   base = frozen_format.read_whole(base_directory)
   if base.manifest.weights_digest != digest:
@@ -151,7 +151,7 @@ def rounded(params: Any, form: str) -> Any:
 
 
 def files_of(trained: Trained) -> peft_files.Files:
-  """Returns what peft's files hold of the adapters of a run."""
+  """Returns the adapters of a run in the form of peft's files."""
   config = trained.config
   return peft_files.Files(trained.layers, config.rslora, config.dora)
 
@@ -160,8 +160,8 @@ def merge(params: frozen_format.Params, tree: adapters.Tree) -> Any:
   """Returns the variables of a base with an adapter merged into its kernels.
 
   Args:
-    params: with separate layers.
-    tree: of an `Adapter`.
+    params: parameters with separate layers.
+    tree: `Adapter.tree`.
 
   Returns:
     The same tree; merged kernels are float32.
@@ -189,7 +189,7 @@ def write(
 
   Args:
     files: the adapter, as it was trained.
-    base: of the adapter. Only DoRA reads its weights.
+    base: base of the adapter. Only DoRA reads its weights.
     provenance: origin of the adapter.
     base_form: one of `adapter_config.BASES`.
     texts: contents of other files by name: the template, and settings.
@@ -203,8 +203,8 @@ def write(
   _check_replaceable(target, overwrite)
   with atomic.new_directory(target) as partial:
     peft_files.write(partial, files, base)
-    # The digest is that of the files as they are read, so that a directory of
-    # peft with the same values has the same one.
+    # The digest covers the files as they are read, so that peft's directory
+    # with the same values has the same digest.
     again = peft_files.read(partial, base)
     if files.dora:
       safetensors_files.write_file(
@@ -285,7 +285,7 @@ def _digest(base_digest: str, tree: adapters.Tree) -> str:
 
 
 def is_adapter(directory: str | os.PathLike) -> bool:
-  """Returns whether a directory says of itself that it is an adapter's."""
+  """Returns whether the manifest of a directory says that it is an adapter."""
   try:
     text = (pathlib.Path(directory) / file_names.MANIFEST).read_text('utf-8')
     return json.loads(text).get('kind') == manifest_lib.ADAPTER
@@ -484,7 +484,7 @@ def _define_flags() -> None:
     ' directory.',
   )
   path_flags.DEFINE_path('out', None, 'Directory to write.')
-  flags.DEFINE_bool('overwrite', False, 'Replace what was frozen there.')
+  flags.DEFINE_bool('overwrite', False, 'Replace a frozen directory at --out.')
   flags.mark_flags_as_required(['base', 'source', 'out'])
 
 

@@ -1,8 +1,8 @@
 """The frozen predictor of effort: one JSON file that crosses to serving.
 
 It holds the weights of `models/effort_predictor.py`, the names of the efforts,
-and the digest of the language model whose hidden states it reads: beside
-another model its numbers would mean nothing, so that is refused.
+and the digest of the language model whose hidden states it reads. With another
+model its numbers would be meaningless, so another model is refused.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predictor:
-  """Weights, and what they are for."""
+  """The weights of a predictor, and the efforts and model that they fit."""
 
   params: dict[str, np.ndarray]
   efforts: tuple[str, ...]
-  weights_digest: str  # of the model that computes the features; '': unknown
-  pooling: str = 'last'  # of the hidden states among the features
+  weights_digest: str  # digest of the features' model; '': unknown
+  pooling: str = 'last'  # pooling of the hidden states among the features
 
   def __call__(self, features_BF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns P(correct) and the expected FLOPs, float64 [B, E] each.
@@ -70,10 +70,11 @@ def read(path: str | os.PathLike, weights_digest: str = '') -> Predictor:
 
   Args:
     path: the file.
-    weights_digest: of the model that will compute the features; '' takes any.
+    weights_digest: digest of the model that will compute the features; ''
+      accepts any model.
 
   Raises:
-    ValueError: the file is no predictor, or that of another model.
+    ValueError: the file is no predictor, or belongs to another model.
     OSError: it cannot be read.
   """
   name = os.fspath(path)

@@ -6,11 +6,12 @@
     chat_template.jinja   empty: the default transcript of `text.chat`
     generation.json       recommended sampling settings
 
-The promise, tested by damage on purpose: a directory that `read` accepts is
-byte for byte what `write` was given. Kernels may be in fewer bits, see
+The promise, tested by damage on purpose: a directory that `read` accepts holds
+byte for byte the values given to `write`. Kernels may be in fewer bits, see
 `frozen.stored_kernels`; they stay so. The manifest lists every file with its
 SHA-256. The weights also have a digest of their own, which does not depend on
-how they are stored. A directory appears whole or not at all (`storage.atomic`).
+the way in which they are stored. A directory appears whole or not at all
+(`storage.atomic`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,18 +40,18 @@ from text import tokenizer as tokenizer_lib
 Params = Any
 
 
-# (path, weight) -> the weight in the form that is wanted
+# (path, weight) -> the weight in the reader's form
 Convert = Callable[[str, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
-  """A frozen directory, of which only the manifest is verified so far."""
+  """A frozen directory of which only the manifest is verified yet."""
 
   directory: pathlib.Path
   manifest: manifest_lib.Manifest
   config: model_config.ModelConfig
-  shapes: Params  # of the weights, with their shardings
+  shapes: Params  # shapes of the weights, with their shardings
   generation: dict[str, Any]
   chat_template: str
 
@@ -69,13 +70,13 @@ class Opened:
     """Returns the weights, and verifies the digests of all files.
 
     Args:
-      convert: applied to each weight as soon as it is read, but for those of
-        heads; its path is such as 'params/layer_0/mlp/up/kernel'. Only one
-        weight is there in both forms.
+      convert: applied to each weight as soon as it is read, except to heads;
+        it receives a path such as 'params/layer_0/mlp/up/kernel'. Only one
+        weight at a time exists in both forms.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file differs from what was written.
+      ValueError: a file differs from the file that was written.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       # In a thread: digests need no Python lock.
@@ -103,7 +104,7 @@ class Opened:
     for name, array in stored_params.read_all(stored):
       array = array.view(wanted[name].dtype)  # bytes of 8-bit floats
       _add_to_digest(digest, name, array)
-      # No copy on a CPU: the memory is aligned, and nobody else holds it.
+      # No copy on a CPU: the memory is aligned, and nothing else holds it.
       weight = jax.device_put(array, wanted[name].sharding)
       is_head = name.startswith(f'{axes.HEADS}/')
       read[name] = weight if is_head else convert(name, weight)
@@ -125,7 +126,7 @@ def weights_digest(params: Params) -> str:
 
   Leaves are sorted by path. Values are C-ordered bytes in the byte order of the
   machine, which is little-endian wherever JAX runs. So equal weights have equal
-  digests, however they are stored. The forms of kernels in fewer bits follow.
+  digests in every storage. The forms of kernels in fewer bits follow.
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(leaves_by_path(params).items()):
@@ -135,7 +136,7 @@ def weights_digest(params: Params) -> str:
 
 
 def _add_forms_to_digest(digest, params: Params) -> None:
-  # The same bytes are other numbers in another form.
+  # The same bytes mean other numbers in another form.
   if kernels := stored_kernels.described(params):
     digest.update(json.dumps(kernels, sort_keys=True).encode())
 
@@ -166,14 +167,14 @@ def write(
     directory: to write. Its parent is created.
     params: serving params, all of `dtype`; arrays of jax or numpy. Kernels may
       be of `models/linear/stored/`. With heads, it is no language model.
-    config: of the model. Its `spare_ids` are replaced by the ids that the
-      tokenizer does not have.
-    dtype: of the weights.
+    config: config of the model. Its `spare_ids` are replaced by the ids that
+      the tokenizer does not have.
+    dtype: dtype of the weights.
     provenance: origin of the weights.
     tokenizer_dir: copied into the directory.
     generation: recommended sampling settings, JSON values.
     chat_template: Jinja source.
-    record: how the kernels in fewer bits were made, JSON values.
+    record: origin of the kernels in fewer bits, JSON values.
     texts: other files, by name.
     overwrite: replace a frozen directory with other weights.
 
@@ -226,11 +227,11 @@ def read(
 
   Args:
     directory: written by `write`.
-    sharding: of the weights; None: all on the first device.
+    sharding: sharding of the weights; None: all on the first device.
 
   Raises:
     FileNotFoundError: there is no frozen directory, or a file is missing.
-    ValueError: a file differs from what was written.
+    ValueError: a file differs from the file that was written.
   """
   opened = open_directory(directory, sharding=sharding)
   return Frozen(**vars(opened), params=opened.read_params())
@@ -269,7 +270,7 @@ def open_directory(
 def read_whole(directory: str | os.PathLike) -> Frozen:
   """Reads a frozen directory, whose kernels are then floats of its dtype.
 
-  The manifest is that of the directory. Raises as `read` does.
+  The manifest stays the directory's own. Raises as `read` does.
   """
   frozen = read(directory)
   if not stored_kernels.described(frozen.params):
@@ -293,7 +294,7 @@ def shapes_of(
 
 
 def storage_text(manifest: manifest_lib.Manifest) -> str:
-  """Returns how kernels in fewer bits are stored as one line; '' for none."""
+  """Returns the storage of kernels in fewer bits, in one line; '' for none."""
   if manifest.quantization == stored_kernels.NONE:
     return ''
   config = model_config.ModelConfig.from_dict(manifest.model)
@@ -388,7 +389,7 @@ def read_chat_template(directory: str | os.PathLike) -> str:
 
 
 def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies contents alone: modes are those of new files, not of `source`."""
+  """Copies contents only: the modes of `source` are not copied."""
   target.mkdir()
   for name in digests.names(source):
     (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -396,7 +397,7 @@ def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _check_params(params: Params, abstract_params: Params, where) -> None:
-  """Raises ValueError if names, shapes or dtypes are not those expected."""
+  """Raises ValueError if names, shapes or dtypes are not as expected."""
   got, expected = leaves_by_path(params), leaves_by_path(abstract_params)
   for name in sorted(got.keys() | expected.keys()):
     found, wanted = (

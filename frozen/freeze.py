@@ -40,7 +40,7 @@ from models import adapter_config, axes, layout, model_config
 from models.layers import adapters, reward_head
 from storage import file_names, public_paths
 
-# The tree of a checkpoint that has each kind of weights.
+# The tree in a checkpoint for each kind of weights.
 _TREES = {'raw': 'params', 'average': 'average'}
 LATEST = -1
 DTYPES = ('float32', 'bfloat16')
@@ -104,7 +104,7 @@ def generation_of(
 
   Args:
     run: fields of run.json.
-    chosen: settings that differ from those of the run's base, or from
+    chosen: settings that differ from the settings of the run's base, or from
       DEFAULT_GENERATION.
   """
   base = run.get('base', {}).get('generation', DEFAULT_GENERATION)
@@ -138,16 +138,16 @@ def freeze_checkpoint(
   """Writes one checkpoint of a run as a frozen directory.
 
   Args:
-    workdir: of the run.
+    workdir: directory of the run.
     step: step of the checkpoint; LATEST for the last one.
     out: the frozen directory to write.
-    dtype: of the weights, and of the computation that will use them.
+    dtype: dtype of the weights, and of the computation that will use them.
     weights: one of `frozen.manifest.WEIGHTS`.
     generation: recommended settings that the experiment chooses, see
-      `generation_of`; None: those of the recorded experiment.
-    chat_template: Jinja source, '' for the default transcript; None: that of
-      the weights that the run started from.
-    merge_adapter: of a run that trained adapters: whether to merge them into
+      `generation_of`; None: the settings of the recorded experiment.
+    chat_template: Jinja source, '' for the default transcript; None: the
+      template of the weights that the run started from.
+    merge_adapter: for a run that trained adapters: whether to merge them into
       their base; False: write an adapter directory, without dtype. None: as the
       run was configured.
     overwrite: whether to replace a frozen directory with other weights.
@@ -216,7 +216,7 @@ def _settings(
 def _served_heads(params: frozen_format.Params) -> dict[str, Any]:
   """Returns the head of a reward model, as a collection.
 
-  Other parameters of an objective stay behind: training alone needs them.
+  Other parameters of an objective are not frozen: only training needs them.
   """
   heads = params.get(axes.HEADS, {})
   if reward_head.NAME not in heads:
@@ -259,7 +259,7 @@ def _trained_adapters(
 def _recipe(
   workdir: pathlib.Path, run: Mapping[str, Any], progress: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Returns the file that says how the weights were made, by name."""
+  """Returns the file that describes the making of the weights, by name."""
   made = recipe.of_run(workdir, run, progress['step'])
   return {file_names.RECIPE: json.dumps(made, indent=1) + '\n'} if made else {}
 
@@ -282,7 +282,7 @@ def _provenance(
   Args:
     run: content of run.json.
     base: its part about the weights that the run started from.
-    progress: of the checkpoint.
+    progress: progress of the checkpoint.
     weights: one of `frozen.manifest.WEIGHTS`.
   """
   return manifest_lib.Provenance(
@@ -292,7 +292,7 @@ def _provenance(
       mixed | {'path': public_paths.public(mixed['path'])}
       for mixed in run['data_mix']
     ],
-    # Dates of ISO 8601 sort as text; '' is an unknown one.
+    # Dates of ISO 8601 sort as text; '' is an unknown date.
     knowledge_cutoff=max(
       run['knowledge_cutoff'], base.get('knowledge_cutoff', '')
     ),
@@ -424,8 +424,8 @@ def _define_flags() -> None:
   flags.DEFINE_bool(
     'merge_adapter',
     None,
-    'Of a run that trained adapters: freeze the base with them merged into it,'
-    ' or an adapter directory. Default: as the run was configured.',
+    'For a run that trained adapters: freeze the base with the adapters merged'
+    ' into it, or an adapter directory. Default: as the run was configured.',
   )
   flags.DEFINE_bool(
     'overwrite', False, 'Replace a frozen directory with other weights.'

@@ -33,8 +33,8 @@ class Provenance:
   training_flops: float  # total, analytic
   train_seconds: float  # wall clock of the training
   data_mix: list[dict[str, Any]]  # source, path, split, weight of each
-  knowledge_cutoff: str  # newest date of a text that is known, or ''
-  weights: str  # which weights of the run are frozen: raw | average
+  knowledge_cutoff: str  # newest known date of a text, or ''
+  weights: str  # kind of the run's weights that are frozen: raw | average
   lineage: dict[str, str]  # role (init_from, teacher, ...) -> weights digest
   has_bos: bool  # whether training put BOS before each document
   # Imported weights, and weights trained from them: format, family, source,
@@ -54,9 +54,9 @@ class Manifest(Provenance):
   weights_digest: str  # see frozen.format.weights_digest
   files: dict[str, str]  # relative path -> SHA-256, all but the manifest
   manifest_digest: str  # SHA-256 over all the other fields
-  # Heads beside that of the language model, such as reward; a directory with
-  # one is no language model (`models.layers.reward_head`). Written if there are
-  # some: so code of before reads language models, and refuses others.
+  # Heads beside the language model's, such as reward; a directory with a head
+  # is no language model (`models.layers.reward_head`). Written only if a head
+  # exists: older code then reads language models, and refuses other models.
   heads: list[str] = dataclasses.field(default_factory=list)
 
   @property
@@ -138,7 +138,7 @@ def read(directory: pathlib.Path) -> Manifest:
     )
   known = {field.name: field for field in dataclasses.fields(Manifest)}
   unknown = sorted(fields.keys() - known)
-  # A field with a default is younger than some directories.
+  # A field with a default may be newer than the directory.
   missing = [
     name
     for name, field in known.items()
@@ -149,7 +149,8 @@ def read(directory: pathlib.Path) -> Manifest:
   if unknown or missing:
     raise ValueError(
       f'{path}: got unknown fields {unknown} and missing fields {missing},'
-      f' expected those of format {FORMAT_VERSION}; freeze again with this code'
+      f' expected the fields of format {FORMAT_VERSION}; freeze again with this'
+      ' code'
     )
   manifest = Manifest(**fields)
   signed = {k: v for k, v in fields.items() if k != 'manifest_digest'}
@@ -163,7 +164,7 @@ def read(directory: pathlib.Path) -> Manifest:
 
 
 def _remedy(directory: pathlib.Path) -> str:
-  """Returns how to get a frozen directory from something else."""
+  """Returns the way to get a frozen directory from another kind of path."""
   if (directory / file_names.FROZEN / file_names.MANIFEST).is_file():
     return f'take {directory / file_names.FROZEN}, which the run has frozen'
   is_open = directory.suffix in ('.gguf', '.safetensors') or (
@@ -199,7 +200,7 @@ def file_digests(directory: pathlib.Path) -> dict[str, str]:
 
 
 class Listing(Protocol):
-  """A manifest, as far as it lists files."""
+  """The list of files in a manifest of any kind."""
 
   @property
   def files(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""recipe.json: how a run made its weights, so that they can be made again.
+"""recipe.json: the recipe of a run's weights, so that they can be made again.
 
-A frozen directory of a run has it beside the manifest, which covers it like any
-other file. `python -m studies.rebuild` reads it. Paths lose the directories of
-the machine that they were on: data and parents are known by their digests.
+A frozen directory of a run has the recipe beside the manifest, which covers it
+like any other file. `python -m studies.rebuild` reads it. Paths lose the
+directories of their machine: data and parents are known by their digests.
 
     experiment   every field of the experiment
     data         digest of the tokens of each source, and of the evaluation
@@ -25,9 +25,9 @@ import jax
 from storage import file_names, json_lines, public_paths
 
 FORMAT_VERSION = 1
-# Steps of the trace: enough to say where two runs part, few enough to keep.
+# Steps in the trace: enough to see where two runs part, few enough to keep.
 _FIRST, _MOST = 32, 256
-# A path, also behind a word, as in perplexity:/texts/book.txt; no address.
+# A path, also after a word, as in perplexity:/texts/book.txt; not an address.
 _PATH = re.compile(r'(?:^|(?<=[:=&,]))(?!//)[/~][^:&,]*')
 _LIBRARIES = 'jax', 'jaxlib', 'numpy', 'flax', 'optax'
 
@@ -38,9 +38,9 @@ def of_run(
   """Returns the recipe of a run, JSON values; {} for a run without a config.
 
   Args:
-    workdir: of the run; its data.json and metrics.jsonl are read.
+    workdir: directory of the run; its data.json and metrics.jsonl are read.
     run: contents of its run.json.
-    step: of the weights.
+    step: step of the weights.
   """
   if not isinstance(run.get('config'), Mapping):
     return {}
@@ -57,7 +57,7 @@ def of_run(
 
 
 def made_with() -> dict[str, Any]:
-  """Returns the versions and devices on which equal bits depend."""
+  """Returns the versions and devices that decide whether bits are equal."""
   devices = jax.devices()
   return {
     'python': platform.python_version(),
@@ -88,8 +88,8 @@ def trace(workdir: pathlib.Path, step: int) -> list[list[float]]:
   """Returns [step, loss] of steps of a run: the first ones, then some.
 
   Args:
-    workdir: of the run.
-    step: the last one.
+    workdir: directory of the run.
+    step: the last step.
   """
   path = workdir / file_names.METRICS
   if not path.exists():
@@ -110,7 +110,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   """Returns the recipe of a frozen directory.
 
   Raises:
-    ValueError: it has none, or one of another version.
+    ValueError: it has no recipe, or a recipe of another version.
   """
   path = directory / file_names.RECIPE
   if not path.is_file():
@@ -145,7 +145,7 @@ def _data(workdir: pathlib.Path) -> dict[str, Any]:
 def _public(value: Any, parent: str) -> Any:
   """Returns values with paths that do not name the machine.
 
-  Directories that only keep what is derived are left out.
+  Directories of derived files only are left out.
 
   Args:
     value: JSON values.

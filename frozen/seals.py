@@ -25,7 +25,7 @@ from models import model_config
 from storage import atomic, digests, file_names as file_names_lib
 
 FORMAT_VERSION = 1
-# Written by earlier versions of this code, and left there by a kill.
+# Files of earlier versions of this code, left there by a kill.
 _OLD_LEFTOVER = 'seal.tmp'
 
 
@@ -43,7 +43,7 @@ class Seal:
 
 
 class DamagedError(ValueError):
-  """A checkpoint that differs from what was written."""
+  """A checkpoint that differs from the checkpoint that was written."""
 
 
 class VersionError(ValueError):
@@ -51,7 +51,7 @@ class VersionError(ValueError):
 
 
 def identity(run: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a run.json that decide what its weights mean.
+  """Returns the fields of a run.json that decide the meaning of its weights.
 
   They are the name, the seed, the model, the tokenizer and the adapters. A run
   may resume only from a checkpoint with the same identity.
@@ -65,7 +65,8 @@ def identity(run: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f'{prefix}.{name}': value for name, value in fields.items()}
   if config.get('adapter', {}).get('rank'):  # runs without one have no fields
     flat |= {f'adapter.{k}': value for k, value in config['adapter'].items()}
-  # Follow from the tokenizer. Checkpoints of earlier versions lack them.
+  # These fields follow from the tokenizer. Checkpoints of earlier versions lack
+  # them.
   flat.pop('model.spare_ids', None)
   return json.loads(json.dumps(flat))  # lists for tuples, as when read back
 
@@ -116,7 +117,7 @@ def restore_replaced(root: pathlib.Path) -> None:
 
 
 def remove_unfinished(root: pathlib.Path) -> None:
-  """Deletes what killed processes left of saves and deletions."""
+  """Deletes the leftovers of saves and deletions by killed processes."""
   for suffix in (file_names_lib.PARTIAL, file_names_lib.DELETED):
     for path in root.glob(f'*{suffix}'):
       shutil.rmtree(path, ignore_errors=True)
@@ -149,7 +150,7 @@ def read(directory: pathlib.Path) -> Seal:
     text = path.read_text(encoding='utf-8')
     fields = json.loads(text)
     signature = fields.pop('seal_digest')
-    # A digest that matches shows that the version is not a damaged bit.
+    # The digest matches, so the version is a true one and not a damaged bit.
     is_whole = digests.of_json(fields) == signature
     version = fields.pop('format_version')
     if is_whole and version != FORMAT_VERSION:
@@ -177,7 +178,7 @@ def read(directory: pathlib.Path) -> Seal:
   if text != expected:
     raise DamagedError(
       f'{path}: got contents that do not match their digest {signature!r},'
-      ' expected those that were written'
+      ' expected the contents that were written'
     )
   return seal
 
@@ -243,7 +244,7 @@ def check_owner(
   """
   if str(seal.step) != directory.name:
     raise ValueError(
-      f'{directory}: got a checkpoint of step {seal.step}, expected that of'
+      f'{directory}: got a checkpoint of step {seal.step}, expected one of'
       f' step {directory.name}; rename the directory'
     )
   if words := difference(seal.identity, expected):

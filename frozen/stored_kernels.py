@@ -48,7 +48,7 @@ def by_path(params: Any) -> dict[str, Any]:
 
 
 def described(params: Any) -> dict[str, dict[str, Any]]:
-  """Returns what a manifest says of each stored kernel, by path."""
+  """Returns the manifest's entry of each stored kernel, by path."""
   found = {}
   for path, leaf in by_path(params).items():
     if isinstance(leaf, kernel_lib.Kernel):
@@ -85,8 +85,8 @@ def with_kernels(shapes: Any, quantization: Mapping[str, Any]) -> Any:
   """Returns the shapes of a model whose kernels are stored as a manifest says.
 
   Args:
-    shapes: of the variables in floats.
-    quantization: of the manifest.
+    shapes: shapes of the variables in floats.
+    quantization: field `quantization` of the manifest.
 
   Raises:
     ValueError: the manifest lists a kernel that the model does not have, or
@@ -123,7 +123,7 @@ def with_kernels(shapes: Any, quantization: Mapping[str, Any]) -> Any:
 
 
 def check(params: Any, abstract: Any) -> None:
-  """Raises ValueError for a stored kernel that no product reads.
+  """Raises ValueError for a stored kernel that no product can read.
 
   Args:
     params: the variables to write.
@@ -147,8 +147,8 @@ def summary(quantization: Mapping[str, Any], shapes: Any) -> str:
   """Returns the forms of the kernels and their bits per weight; '' for none.
 
   Args:
-    quantization: of the manifest.
-    shapes: of the variables, as `with_kernels` returns them.
+    quantization: field `quantization` of the manifest.
+    shapes: shapes of the variables, as `with_kernels` returns them.
   """
   if quantization == NONE:
     return ''
@@ -175,7 +175,7 @@ def _is_table(path: str) -> bool:
 
 
 def _check_path(path: str, leaf: Any) -> None:
-  """Raises ValueError for a parameter that only floats can be."""
+  """Raises ValueError for a parameter that must be in floats."""
   collection, *_, owner, kind = path.split('/')
   is_matrix = kind == 'kernel' and owner not in stored_tree.WHOLE
   is_expert = owner.startswith('expert_')
@@ -190,7 +190,7 @@ def _check_path(path: str, leaf: Any) -> None:
 
 
 def _abstract(leaf: Any, told: Mapping[str, Any], *, is_table: bool) -> Any:
-  """Returns the shapes of a stored kernel, of that of its floats."""
+  """Returns the shapes of a stored kernel, from the shape of its floats."""
   *leading, rows, columns = leaf.shape
   if is_table:
     rows, columns = columns, rows

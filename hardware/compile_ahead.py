@@ -136,9 +136,9 @@ def roofline(
   """Returns the least seconds of a program on one device.
 
   Args:
-    flops: of matrix products, including products that rematerialisation
+    flops: FLOPs of matrix products, including products that rematerialisation
       repeats.
-    dtype: of the operands of the products.
+    dtype: dtype of the operands of the products.
   """
   sent = traffic.sent_bytes
   return Roofline(

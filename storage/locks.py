@@ -64,7 +64,7 @@ def held(
   The file names the process that holds it. The block may delete it.
 
   Args:
-    path: of the lock file. Its directory is created.
+    path: path of the lock file. Its directory is created.
     place: the locked directory as the user writes it, for the error text.
     tell: receives a warning if the file system has no locks.
 

@@ -1,11 +1,12 @@
 """Byte-level byte-pair encoding, learnt from the documents of a run.
 
 Text is split by GPT-2's regular expression. The UTF-8 bytes of each part are
-joined to tokens by the merges that were learnt. There is no normalizer and
+joined to tokens by the learnt merges. There is no normalizer and
 every byte has an id, so that every string has ids and decodes to itself.
 
-The result is a `tokenizer.json`, which `text/hf_tokenizer.py` reads like that
-of an open model. Its config has the kind 'bpe' and names the special tokens:
+The result is a `tokenizer.json`, which `text/hf_tokenizer.py` reads like the
+file of an open model. Its config has the kind 'bpe' and names the special
+tokens:
 
     {"kind": "bpe", "special_tokens": {"bos": "<|bos|>", ...}}
 

@@ -1,9 +1,10 @@
 """Chat templates: a conversation becomes a prompt, through a Jinja template.
 
 Templates come with weights from untrusted sources, so they run in Jinja's
-immutable sandbox. It has what templates of open models expect: trimmed blocks,
-loop controls, the `generation` block, `tojson`, `raise_exception` and
-`strftime_now`. The text equals that of `apply_chat_template` of `transformers`.
+immutable sandbox. It has the features that templates of open models expect:
+trimmed blocks, loop controls, the `generation` block, `tojson`,
+`raise_exception` and `strftime_now`. The text equals the text of
+`apply_chat_template` of `transformers`.
 
 `encode` returns ids. A special token that the template writes is a special
 token, and the same string in a message is text, so no message can forge a turn.
@@ -33,7 +34,7 @@ DEFAULT_TEMPLATE = """\
 {% endfor %}
 {% if add_generation_prompt %}Assistant:{% endif %}"""
 
-# Stop strings: the start of the next turn, which a base model would go on with.
+# Stop strings: the start of the next turn, which a base model would write next.
 DEFAULT_STOP = ('\nUser:', '\nSystem:', '\nAssistant:')
 
 _ARGUMENTS = ('messages', 'tools', 'documents', 'add_generation_prompt')
@@ -170,7 +171,7 @@ def _given(conversation: Conversation) -> dict[str, Any]:
   if reserved := sorted(set(variables) & set(_ARGUMENTS)):
     raise ValueError(
       f'template variables: got {", ".join(reserved)}, expected other names'
-      ' than those of the conversation itself'
+      ' than the names of the conversation itself'
     )
   if conversation.add_generation_prompt and conversation.continue_final_message:
     raise ValueError(
@@ -288,7 +289,7 @@ class _GenerationBlock(ext.Extension):
 
   The contents are put between two brackets, unused characters that are found in
   the result and removed. A block may be in a macro or a loop, so its place is
-  known in the result only.
+  known only in the result.
   """
 
   tags = {'generation'}

@@ -27,7 +27,7 @@ _ROLES = frozenset(
 )
 _WORD = re.compile(r'[\w-]*')
 # Keys under which clients send the reasoning of a model. Templates read the
-# first key, and those of gpt-oss the second.
+# first key, and templates of gpt-oss the second.
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
 
 

@@ -19,7 +19,7 @@ class StreamDecoder:
     """Starts a sequence.
 
     Args:
-      tokenizer: of the ids.
+      tokenizer: tokenizer of the ids.
       is_continued: whether the ids continue a text. If so, a space before the
         first word is kept. If not, it may be a space that `encode` has added,
         which is removed.

@@ -40,10 +40,10 @@ class Specification(NamedTuple):
   """A tokenizer, joined from its files."""
 
   model: dict[str, Any]  # tokenizer.json, with all added tokens
-  kind: str  # 'bpe' for one that was trained here, else 'huggingface'
+  kind: str  # 'bpe' if trained by this project, else 'huggingface'
   names: dict[str, str]  # 'bos_token' -> '<s>', as in chat templates
   specials: dict[str, int]  # ids of the special tokens, by string
-  eos_ids: tuple[int, ...]  # of generation_config.json; may be empty
+  eos_ids: tuple[int, ...]  # from generation_config.json; may be empty
   is_cleaned: bool  # clean_up_tokenization_spaces
 
 
@@ -69,7 +69,7 @@ def _read(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def _converted(directory: pathlib.Path) -> dict[str, bytes]:
-  """Returns the files of a slow tokenizer, made those of a fast one."""
+  """Returns the files of a slow tokenizer, converted to a fast tokenizer."""
   files = _read(directory)
   config = _json(files, CONFIG)
   named = config

@@ -1,15 +1,15 @@
-"""Tokenizers in a `tokenizer.json`: of open models, and those trained here.
+"""Tokenizers in a `tokenizer.json`, of open models and of this project.
 
     python -c "from text import hf_tokenizer; hf_tokenizer.convert(DIR, OUT)"
 
-Ids and decoded text equal those of `transformers` on the same `tokenizer.json`
+Ids and decoded text equal the results of `transformers` on the same file
 for all kinds: byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece's BPE with
 byte fallback (Llama 2, Mistral, Gemma), Unigram and WordPiece. Some tokenizers
 change text: they normalise it, lack rare characters, read '\u2581' as a space,
 or drop a space at the start. For these, `decode` does not always return the
 text, and `is_exact` is False. A few classes of `transformers` 5, such as
 `LlamaTokenizer`, ignore the pipeline in the file and build their own. The files
-that they save agree with what they compute. `TokenizersBackend` of
+that they save agree with their own pipeline. `TokenizersBackend` of
 `transformers` reads older files in the same way as this module.
 
 No text becomes a special token. The option of the library for that,
@@ -123,7 +123,8 @@ class HuggingFaceTokenizer:
   ) -> spans_lib.Encoded:
     """Returns the ids of a rendered template; special tokens are at `spans`.
 
-    They are those of `transformers` for a text with no other special tokens.
+    They equal the ids of `transformers` for a text with no other special
+    tokens.
     """
     spans = list(spans)
     while True:
@@ -199,7 +200,7 @@ class HuggingFaceTokenizer:
   def _all_eos_ids(self, recommended: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the ids that end a text; the tokenizer's own id is first.
 
-    If generation_config.json lists other ids only, only those end a text.
+    If generation_config.json lists only other ids, only these ids end a text.
     """
     own = self._named_id('eos_token', -1)
     if own >= 0 and (own in recommended or not recommended):
@@ -376,9 +377,9 @@ def _moved_back(
   """Returns the encoding with offsets into the original text.
 
   Args:
-    encoding: of the text with hidden strings.
-    spans: of special tokens in the original text.
-    moved: of the same tokens in the text with hidden strings.
+    encoding: encoding of the text with hidden strings.
+    spans: spans of special tokens in the original text.
+    moved: spans of the same tokens in the text with hidden strings.
   """
   # Pairs (position with hidden strings, original position) at which the
   # difference of both changes.

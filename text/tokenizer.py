@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
   bos_id: int
   eos_id: int
   pad_id: int
-  # Names of special tokens in chat templates, as 'bos_token' -> '<s>'.
+  # Names of special tokens in chat templates, such as 'bos_token' -> '<s>'.
   names: Mapping[str, str]
   # Ids of the strings that are special tokens where a chat template has them.
   special_tokens: Mapping[str, int]
@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
   def first_bytes(self, token_id: int) -> bytes:
     """Returns the bytes of an id at the start of a text.
 
-    Without a space that `encode` has added, else as `token_bytes`.
+    Without a space that `encode` has added; otherwise as `token_bytes`.
     """
     ...
 
@@ -172,7 +172,7 @@ def spare_ids(
   """Returns the ranges [first, end) of a model's ids that no token has.
 
   Args:
-    tokenizer: of the model.
+    tokenizer: tokenizer of the model.
     vocab_size: ids that the model embeds; often rounded up for speed.
   """
   ranges: list[tuple[int, int]] = []

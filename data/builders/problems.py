@@ -35,7 +35,7 @@ _FEATURES = {
 class Problems(tfds.core.GeneratorBasedBuilder):
   """Problems of some families and levels, with worked solutions."""
 
-  # Another version where the same settings make other problems.
+  # Raise the version when the same settings make other problems.
   VERSION = tfds.core.Version('1.0.0')
 
   def __init__(

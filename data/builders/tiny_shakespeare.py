@@ -70,7 +70,7 @@ def find_or_download(path: str, data_dir: pathlib.Path) -> pathlib.Path:
   Args:
     path: the file, or a directory that has it; '' looks into `data_dir`, and
       downloads the file if it is not there.
-    data_dir: where a download is kept.
+    data_dir: directory that keeps a download.
 
   Raises:
     FileNotFoundError: there is no such file, or the download failed.

@@ -4,7 +4,7 @@
       --eval=corpus/validation.jsonl
 
 Counts the n-grams of words of the evaluation text that are in the training
-text, too; `data/contamination/overlap.py` says how words are made.
+text, too; `data/contamination/overlap.py` defines a word.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from absl import app, flags
 from data import sources
 from data.contamination import overlap as overlap_lib
 
-# By a file's ending; all other files are read as plain text.
+# Readers by a file's ending; all other files are read as plain text.
 _OPENERS = {'.jsonl': sources.jsonl, '.parquet': sources.parquet}
 
 

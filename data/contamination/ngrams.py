@@ -115,7 +115,7 @@ def hashes(codes_N: np.ndarray, ngram: int) -> np.ndarray:
   result_N = np.zeros(num, np.uint64)
   if not num:
     return result_N
-  # power_N has the hashes of `size` symbols, result_N those of `done` symbols.
+  # power_N: hashes of `size` symbols; result_N: hashes of `done` symbols.
   power_N, size, done = codes_N, 1, 0
   while done < ngram:
     if (ngram - done) & size:

@@ -2,7 +2,7 @@
 
 Before a run starts, it looks for the n-grams of tokens of the evaluation split
 in each training source, and warns. The result is kept for each pair of token
-stores. The command line compares files by their words, whatever the tokenizer:
+stores. The command line compares files by their words, for any tokenizer:
 
     python -m data.contamination --train='corpus/train-*.parquet' \
       --eval=corpus/validation.jsonl
@@ -32,22 +32,22 @@ from text import tokenizer as tokenizer_lib
 
 TOKENS, BYTES, WORDS = 13, 50, 13
 _COPIED = 0.8
-# Tokens or documents of one pass; a pass over words has about as many.
+# Tokens or documents in one pass; a pass over words has about as many.
 _PIECE = 2**20
 _PUNCTUATION = re.compile(r'[^\w\s]+')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlap:
-  """The part of an evaluation text that a training source has."""
+  """The part of an evaluation text that is also in a training source."""
 
   source: str  # name of the training source
   ngram: int  # length of an n-gram, in units
   unit: str  # tokens | words
-  num_documents: int  # of the evaluation text, without empty documents
+  num_documents: int  # non-empty documents of the evaluation text
   num_touched: int  # documents with at least one n-gram found
   num_copied: int  # documents with at least 80 % of their n-grams found
-  num_ngrams: int  # of the evaluation text
+  num_ngrams: int  # n-grams of the evaluation text
   num_found: int  # n-grams that are in the training text
   most_copied: list[int]  # indices of the first copied documents, at most 5
 
@@ -112,15 +112,15 @@ def between_texts(
 
 
 def _header(*stores: token_store.TokenStore) -> int:
-  """Returns how many ids behind the first one all conversations begin with.
+  """Returns the number of ids after the first that all conversations share.
 
-  They are those of the chat template, as its system prompt: no sign that one
-  conversation was copied from another. 0 for text.
+  These ids come from the chat template, such as its system prompt. They are no
+  sign that one conversation was copied from another. 0 for text.
   """
   if not all(store.streams for store in stores):
     return 0
   begin = [s.starts_D[:-1] + np.arange(s.num_documents) for s in stores]
-  # Never an answer, even if all are the same.
+  # An answer never counts as a header, even if all answers are the same.
   longest = min(int(s.stream_N('trained').argmax()) for s in stores)
   shortest = min(int(np.diff(s.starts_D).min()) for s in stores)
   for length in range(1, min(longest, shortest)):
@@ -138,8 +138,8 @@ def _text_of(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the codes of documents `first` to `end`, and their edges.
 
-  Codes are without bos, header and eos; both results are as `ngrams.Documents`
-  wants.
+  Codes are without bos, header and eos; both results have the form that
+  `ngrams.Documents` takes.
   """
   starts_D = store.starts_D[first : None if end is None else end + 1]
   edges_D = starts_D + np.arange(first, first + len(starts_D))
@@ -171,7 +171,7 @@ def _overlap(documents: ngrams.Documents, name: str, unit: str) -> Overlap:
 
 
 def _read(path: pathlib.Path) -> Overlap | None:
-  """Returns the kept overlap; None if there is none that can be read."""
+  """Returns the kept overlap; None if there is none, or it is damaged."""
   try:
     return Overlap(**json.loads(path.read_text()))
   except (OSError, ValueError, TypeError):
@@ -179,7 +179,7 @@ def _read(path: pathlib.Path) -> Overlap | None:
 
 
 def _some(texts: Iterator[str]) -> Iterator[str]:
-  """Yields texts until they are enough for one pass."""
+  """Yields texts up to the size of one pass."""
   num_chars = 0
   for text in texts:
     yield text

@@ -1,15 +1,15 @@
-"""Examples become documents: token ids, and which of them are trained.
+"""Examples become documents: token ids, each trained or not.
 
     encoder = Encoder(tokenizer, template, 'chat')
     unit = encoder.unit(record, 'train.jsonl:12')
 
 The text of a conversation is encoded as a server encodes it. So the ids before
-an answer are those with which a server asks for it, and they begin with BOS
-where those do. A document ends with the stop token of its last trained turn,
-and one more id, which is not trained: the last real token is an input, too.
+an answer are the ids of a server's prompt, and begin with BOS if that prompt
+does. A document ends with the stop token of its last trained turn and one more
+id, which is not trained: the stop token is then an input, too.
 
-A trained id is one that the assistant says: its reasoning, text and calls, and
-the stop token. Special tokens in messages are text (`text.chat_inputs`).
+A trained id is an id that the assistant says: its reasoning, text and calls,
+and the stop token. Special tokens in messages are text (`text.chat_inputs`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from data.examples import shapes
 from text import tokenizer as tokenizer_lib
 from text.replies import fitting, turns
 
-_FORMAT = 1  # of documents; part of the digest
+_FORMAT = 1  # version of the documents' form; part of the digest
 
 NO_ANSWER = 'without an answer of the assistant'
 EMPTY_ANSWER = 'with an empty answer'
@@ -33,7 +33,7 @@ SAME_ANSWERS = 'with two answers that are the same'
 
 
 class Empty(ValueError):
-  """A record that teaches nothing, and is left out; its text says why."""
+  """A record with nothing to train, which is left out; its text says why."""
 
 
 class Document(NamedTuple):
@@ -47,7 +47,7 @@ class Unit(NamedTuple):
   """The documents of a record, which stay in one row."""
 
   documents: tuple[Document, ...]
-  streams: dict[str, tuple[float, ...]]  # a value of each document, by name
+  streams: dict[str, tuple[float, ...]]  # one value per document, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Encoder:
     expect.one_of('data.examples', self.kind, shapes.KINDS)
 
   def digest(self) -> str:
-    """Returns a hash of all that documents depend on, but the tokenizer."""
+    """Returns a hash of all settings of documents except the tokenizer."""
     parts = [_FORMAT, self.template, self.kind, self.has_bos]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -77,7 +77,7 @@ class Encoder:
       record: a JSON value.
       where: names the record in errors.
       other: for labelled examples, the record whose completion is the second
-        document, behind the prompt of this one.
+        document, after the prompt of this record.
 
     Raises:
       Empty: the record is left out.
@@ -135,7 +135,7 @@ def check(tokenizer: tokenizer_lib.Tokenizer, template: str) -> None:
   """Checks that training can use a chat template.
 
   Raises:
-    ValueError: the template is malformed; its answers cannot be told from other
+    ValueError: the template is malformed; its answers cannot be found in the
       text, or have no stop token.
   """
   turns.check(turns.of(tokenizer, template))
@@ -144,7 +144,7 @@ def check(tokenizer: tokenizer_lib.Tokenizer, template: str) -> None:
 def stop_ids(
   tokenizer: tokenizer_lib.Tokenizer, template: str
 ) -> tuple[int, ...]:
-  """Returns the ids that training makes the model end its turns with."""
+  """Returns the ids that the model is trained to end its turns with."""
   stop = turns.of(tokenizer, template).ending.stop
   return (tokenizer.special_tokens[stop] if stop else tokenizer.eos_id,)
 

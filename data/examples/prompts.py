@@ -1,10 +1,10 @@
-"""Prompts: what a policy is asked in reinforcement, as token ids.
+"""Prompts of a policy in reinforcement learning, as token ids.
 
     {"prompt": "..." or [messages], ...}     TRL, OpenRLHF
     {"question": "...", ...}                 GSM8K
     {"messages": [...], ...}                 up to the last turn of the user
 
-The other keys of a record say what a right answer is; rewards read them. A
+The other keys of a record describe the right answer, for rewards. A
 prompt is encoded as a server encodes it, up to the opening of the assistant's
 turn. Text without a chat template becomes the plain transcript of `text.chat`.
 """
@@ -28,7 +28,7 @@ _KEYS = ('messages', 'prompt', 'question')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-  """A prompt, and what the data say of it."""
+  """A prompt, and the other keys of its record."""
 
   ids: tuple[int, ...]
   messages: Sequence[Mapping[str, Any]]
@@ -41,8 +41,8 @@ class Prompts:
 
   name: str
   prompts: tuple[Prompt, ...]
-  digest: str  # of ids and records
-  num_too_long: int  # left out
+  digest: str  # digest of ids and records
+  num_too_long: int  # number of prompts left out
 
   def __len__(self) -> int:
     return len(self.prompts)
@@ -77,9 +77,9 @@ def open_prompts(
   Args:
     source: records, see `data.sources`.
     template: Jinja source; '' for the plain transcript.
-    most_tokens: of a prompt, so that its answer fits into a row.
-    too_long: of `data_config.TOO_LONG`, for a longer prompt. None is cut: the
-      question would be another one.
+    most_tokens: most tokens of a prompt, so that its answer fits into a row.
+    too_long: one of `data_config.TOO_LONG`, for a longer prompt. Prompts are
+      never cut: the question would be another one.
 
   Raises:
     ValueError: a record is malformed, or no prompt is short enough.
@@ -143,7 +143,7 @@ def encode(
 
 
 def messages_of(record: Any, place: str) -> list[shapes.Message]:
-  """Returns the conversation up to the answer that is asked for.
+  """Returns the conversation up to the requested answer.
 
   Raises:
     ValueError: the record has no prompt.

@@ -50,11 +50,11 @@ class Example:
 
   kind: str
   tools: list[dict[str, Any]] | None = None
-  # chat: the whole conversation, and its messages of the assistant that are not
-  # trained: those of a prompt, and those of weight 0.
+  # chat: the whole conversation, and the indices of the assistant's untrained
+  # messages: messages of a prompt, and messages of weight 0.
   messages: list[Message] = dataclasses.field(default_factory=list)
   untrained: frozenset[int] = frozenset()
-  # pairs and labelled: what comes before the answers.
+  # pairs and labelled: the messages or text before the answers.
   prompt: list[Message] = dataclasses.field(default_factory=list)
   chosen: list[Message] = dataclasses.field(default_factory=list)
   rejected: list[Message] = dataclasses.field(default_factory=list)
@@ -248,7 +248,7 @@ def _common_messages(found: Sequence[list[Message]]) -> list[Message]:
 def _common_text(
   answers: list[str], names: Sequence[str], where: str
 ) -> tuple[str, list[str]]:
-  """Returns the start that all texts share, to whole words, and the rests."""
+  """Returns the start that all texts share, in whole words, and the rests."""
   common = os.path.commonprefix(answers)
   while common and not common[-1].isspace():
     common = common[:-1]

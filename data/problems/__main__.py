@@ -6,8 +6,8 @@
     python -m data.problems --out=pairs.jsonl --kind=pairs --difficulties=3 \
       --families=sums,words --levels=1,2 --seed=7
 
-No problem of one split is in another one, whatever the seed: they differ in
-content, not only in wording. `data/problems/records.py` says what a line is.
+No two splits share a problem, for any seeds: the problems differ in content,
+not only in wording. `data/problems/records.py` describes a line.
 """
 
 import json
@@ -60,7 +60,7 @@ def _define_numbers(name: str, default: tuple[int, ...], text: str) -> None:
 if __name__ == '__main__':
   _defaults = generator.Settings()
   path_flags.DEFINE_path('out', None, 'JSONL file to write.', required=True)
-  flags.DEFINE_enum('kind', _defaults.kind, generator.KINDS, 'What a line is.')
+  flags.DEFINE_enum('kind', _defaults.kind, generator.KINDS, 'Kind of records.')
   flags.DEFINE_enum('split', 'train', tuple(generator.SPLITS), 'The split.')
   flags.DEFINE_integer('count', _defaults.count, 'Number of lines.', 1)
   flags.DEFINE_list(

@@ -25,7 +25,7 @@ def check_seed(name: str, seed: int) -> None:
 
 
 class Draws:
-  """The draws of a place (an index, a name) under a seed of 64 bits."""
+  """Random draws for a place (an index, a name) under a seed of 64 bits."""
 
   def __init__(self, seed: int, *place: int | str):
     """Starts the draws; -1 and 2**64 - 1 are one seed."""

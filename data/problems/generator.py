@@ -3,9 +3,8 @@
     made = generator.make(generator.Settings(count=1000, seed=7), 'train')
 
 Candidate i of a seed is a function of (seed, i) alone. Its split is a hash of
-its content, so that no problem of one split is in another one under any seed,
-any number or any wording, and the first problems of a long list are those of a
-short one.
+its content, so two splits never share a problem, under any seed, number or
+wording. The problems of a short list are the first problems of a longer list.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,26 +40,26 @@ FAMILIES: dict[str, Callable[[draws_lib.Draws, int], problem.Problem]] = {
   'columns': arithmetic.columns,
 }
 _MIXED = tuple(x for x in FAMILIES if x not in ('additions', 'columns'))
-# Those whose answers are whole numbers.
+# Families whose answers are whole numbers.
 WHOLE = ('sums', 'products', 'modular', 'words', 'additions', 'columns')
 KINDS = ('text', 'chat', 'pairs', 'labelled', 'questions')
 LEVELS = (1, 2, 3, 4, 5)
 # Shares of the contents.
 SPLITS = {'train': 0.8, 'validation': 0.1, 'test': 0.1}
-# Candidates of a family and level that must be known, one after the other,
-# before it counts as used up.
+# Number of known candidates in a row after which a family and level counts as
+# used up.
 _MOST_KNOWN = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What to make; the text form is that of a URL query."""
+  """The settings of a list of problems; as text, the query of a URL."""
 
   count: int = 1000  # problems of the split
   families: tuple[str, ...] = _MIXED
   levels: tuple[int, ...] = (1, 2, 3)
   seed: int = 0  # 64 bits
-  kind: str = 'chat'  # of the records, see data/problems/records.py
+  kind: str = 'chat'  # kind of records, see data/problems/records.py
   # How hard wrong solutions are to tell, see data/problems/working.py; drawn
   # with equal shares.
   difficulties: tuple[int, ...] = working.DIFFICULTIES
@@ -148,11 +147,11 @@ def split_of(made: problem.Problem) -> str:
 def make(settings: Settings, split: str) -> list[problem.Problem]:
   """Returns `settings.count` different problems of a split.
 
-  Families and levels are drawn with equal shares. One that has no more
-  different problems is left out from there on, with a warning.
+  Families and levels are drawn with equal shares. If a family and level has no
+  more different problems, it is left out from then on, with a warning.
 
   Raises:
-    ValueError: there is no such split, or there are not as many problems.
+    ValueError: there is no such split, or there are fewer problems.
   """
   expect.one_of('split', split, SPLITS)
   found = list(itertools.islice(_different(settings, split), settings.count))

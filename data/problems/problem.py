@@ -35,7 +35,7 @@ class Problem:
   # The problem without its wording: two problems that differ in names or in the
   # order of a sum are one. The split depends on it alone.
   content: tuple[Any, ...]
-  kind: str  # of the answer, see `answers.KINDS`
+  kind: str  # kind of the answer, see `answers.KINDS`
   choices: tuple[str, ...] = ()
   # Writes the lines, and returns the answer that they lead to.
   solve: Callable[[working.Working], Any]
@@ -51,7 +51,7 @@ class Problem:
     return answers.Answer(self.kind, self.solution().answer, self.choices)
 
   def solution(self, mistake: working.Mistake | None = None) -> Solution:
-    """Returns the right solution, or the one with a mistake."""
+    """Returns the right solution, or the solution with a mistake."""
     work = working.Working(mistake)
     answer = self.solve(work)
     items = answer if isinstance(answer, list) else [answer]
@@ -64,9 +64,9 @@ class Problem:
     """Returns a solution with a wrong answer, and its margin.
 
     Args:
-      difficulty: of telling it from the right one: `working.NO_WORK` gives a
+      difficulty: how hard the mistake is to see: `working.NO_WORK` gives a
         wrong answer alone, `OPERATION` and `SLIP` one wrong step.
-      draws: of the step and of the mistake.
+      draws: random draws of the step and of the mistake.
 
     Returns:
       The solution, and the share of the lines of the right solution that it

@@ -38,9 +38,9 @@ def of(made: problem.Problem, settings: generator.Settings) -> Record:
   prompt = [_message('user', made.question)]
   if settings.kind == 'chat':
     return {'messages': [*prompt, _said(right)], **named}
-  # By the question, so that a record does not depend on those before it.
+  # Drawn by the question, so that a record does not depend on earlier records.
   draws = draws_lib.Draws(settings.seed, 'mistake', made.question)
-  is_right = draws.share() < 0.5  # of labelled
+  is_right = draws.share() < 0.5  # read by the kind labelled
   difficulty = draws.pick(settings.difficulties)
   wrong, margin = made.wrong_solution(difficulty, draws)
   if settings.kind == 'pairs':

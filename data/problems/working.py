@@ -1,4 +1,4 @@
-"""The working of a solution: its lines, with one mistake where one is wanted.
+"""The working of a solution: its lines, with one mistake on request.
 
 A family solves its problem with the methods of a `Working`, which writes the
 lines and returns the value that the next lines use. A wrong solution is the
@@ -16,7 +16,7 @@ from data.problems import draws as draws_lib
 
 Number = int | fractions.Fraction
 
-# What is wrong with a solution, by how hard it is to see.
+# Kinds of mistakes, from easy to hard to see.
 NO_WORK, OPERATION, SLIP = DIFFICULTIES = (1, 2, 3)
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Number]] = {
@@ -45,7 +45,7 @@ class Mistake:
 
 
 class Working:
-  """Lines of a solution as they are written."""
+  """The lines of a solution while it is written."""
 
   def __init__(self, mistake: Mistake | None = None):
     """Starts with no line; `mistake` is None for a right solution."""
@@ -69,9 +69,9 @@ class Working:
     """Writes a line with a choice; returns it.
 
     Args:
-      right: what is to be chosen.
+      right: the right choice.
       others: wrong choices, the likeliest first; at least one.
-      line: with {} for the choice.
+      line: text of the line, with {} for the choice.
     """
     chosen = right
     if mistake := self._mistake_here():

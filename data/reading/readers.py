@@ -7,9 +7,9 @@ The functions of `data/sources.py` return these classes. A reader holds file
 names and offsets only. Its pickle is therefore small, several threads may read
 it, and it keeps no file open. Errors name the file and the line or row.
 
-A reader's `fingerprint` is that of the contents of its files. They are read for
-it once, and again when they may have changed; `storage/remembered.py` says how
-that is noticed. A reader refuses files that changed after it was opened.
+A reader's `fingerprint` is a hash of the contents of its files. The files are
+read for it once, and again when they may have changed; `storage/remembered.py`
+notices a change. A reader refuses files that changed after it was opened.
 """
 
 from collections.abc import Sequence
@@ -296,7 +296,7 @@ def _plain(feature: Any, value: Any, place: str) -> Any:
   """Returns a value of TFDS as JSON; a sequence of objects as a list."""
   if isinstance(feature, tfds.features.FeaturesDict):
     return {key: _plain(feature[key], value[key], place) for key in value}
-  if isinstance(value, dict):  # of columns: a sequence of objects
+  if isinstance(value, dict):  # a sequence of objects, stored as columns
     length = _length(value)
     items = [_item(value, i) for i in range(length)]
     return [_plain(feature.feature, item, place) for item in items]

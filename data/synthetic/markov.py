@@ -1,17 +1,17 @@
 """Markov chains that differ from sequence to sequence, with their exact floors.
 
 A chain of K states has rows of transition probabilities from Dirichlet(1), and
-starts in a random state. Nobody who sees a sequence knows its chain, so the
+starts in a random state. A reader of a sequence does not know its chain, so the
 loss of a model has four floors, each in nats per predicted state:
 
     uniform   log K: every state alike
     unigram   the counts of states so far
     bigram    the counts of transitions so far: Bayes, the lowest possible
-    entropy   the chain itself is known, which no model is told
+    entropy   with the chain itself known, which no model knows
 
 The predictions from counts are means of posteriors under Dirichlet(1):
-(count + 1) / (total + K). That of transitions is exact; that of states is the
-same rule for a source without memory.
+(count + 1) / (total + K). The prediction from transitions is exact; the
+prediction from states is the same rule for a source without memory.
 
 Reference: Edelman et al. 2024, arXiv:2402.11004, sections 2 and 3.
 """

@@ -3,9 +3,9 @@
     forward    0 n1 n2 2 d1 d2 d3
     backward   1 d1 d2 d3 2 n1 n2
 
-Names and descriptions are random ids, all different, so nothing but the rows
-tells which belong together. The first id says the order, and 2 stands between
-the parts, as "is" would.
+Names and descriptions are random ids, all different, so only the rows tell
+which name belongs to which description. The first id gives the order, and 2
+stands between the parts, as "is" would.
 
 Reference: Berglund et al. 2023, arXiv:2309.12288, experiment 1.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 FORWARD, BACKWARD, IS = 0, 1, 2
-_NAME, _DESCRIPTION = 2, 3  # ids of each
+_NAME, _DESCRIPTION = 2, 3  # number of ids in each
 ROW_LENGTH = 2 + _NAME + _DESCRIPTION
 
 
@@ -42,12 +42,12 @@ def draw(rng: np.random.Generator, num_pairs: int, num_ids: int) -> Pairs:
   """Returns pairs of different names and different descriptions.
 
   Args:
-    rng: that draws them.
+    rng: generator that draws the pairs.
     num_pairs: M.
     num_ids: ids are 3 to num_ids - 1.
 
   Raises:
-    ValueError: there are not as many different names.
+    ValueError: `num_ids` does not give that many different names.
   """
   first = IS + 1
   if num_pairs > (num_ids - first) ** _NAME:

@@ -6,7 +6,7 @@ a question asks for it. Between the ids of names and values stand marks:
     statements   1 n1 n2 v      2 v n1 n2      3 n1 6 n2 v
     question     4 n1 n2 5 v
 
-Nothing but statements tells the value of a person. So a model knows it from its
+Only statements tell the value of a person. So a model knows it from its
 weights, where it was trained on statements, or from statements before the
 question. Templates are the paraphrases of Allen-Zhu and Li 2023
 (arXiv:2309.14316).
@@ -64,7 +64,7 @@ def draw(rng: np.random.Generator, num_people: int) -> People:
   """Returns people with different names, and values that are independent.
 
   Raises:
-    ValueError: there are not as many names.
+    ValueError: there are fewer different names.
   """
   if not 1 <= num_people <= NUM_NAMES**2:
     raise ValueError(

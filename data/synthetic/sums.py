@@ -25,7 +25,7 @@ def draw(
 def rows(
   pairs_B2: np.ndarray, num_digits: int, *, is_reversed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns additions as ids, int32 [B, 3 n + 3], and where the sum is.
+  """Returns additions as ids, int32 [B, 3 n + 3], and the place of the sum.
 
   Args:
     pairs_B2: numbers below 10^n.

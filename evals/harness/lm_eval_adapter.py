@@ -24,8 +24,8 @@ from evals import encoding, ports
 from evals.tasks import perplexity
 
 _log = logging.getLogger('lm_eval')  # where lm_eval's own warnings go
-_MAX_GEN_TOKENS = 256  # lm_eval's default for tasks that do not say
-# Filters that a task may ask for, as transformers names them. Any other
+_MAX_GEN_TOKENS = 256  # lm_eval's default for tasks without a number
+# Filters that a task may set, by their names in transformers. Any other
 # setting is refused, since the ports would ignore it.
 _FILTERS = ('top_k', 'top_p', 'min_p')
 # (texts or None, context ids, continuation ids)
@@ -61,7 +61,7 @@ class LM(lm_eval_model.TemplateLM):
 
   @property
   def max_gen_toks(self) -> int:
-    """Returns the most tokens of a completion, if a task does not say."""
+    """Returns the most tokens of a completion, for tasks without a number."""
     return _MAX_GEN_TOKENS
 
   @property
@@ -198,7 +198,7 @@ class LM(lm_eval_model.TemplateLM):
     ]
 
   def _settings(self, kwargs: dict[str, Any]) -> ports.SampleSettings:
-    """Returns the settings that a task's generation_kwargs stand for."""
+    """Returns the settings for a task's generation_kwargs."""
     rest: dict[str, Any] = dict(
       lm_eval_utils.normalize_gen_kwargs(kwargs, self.max_gen_toks)
     )

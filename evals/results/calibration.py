@@ -1,4 +1,4 @@
-"""Calibration: does the confidence of a model match its accuracy?
+"""Calibration: whether the confidence of a model matches its accuracy.
 
 The confidence of an answer is the probability of the option that was chosen. A
 calibrated model is right in seven of ten answers with confidence 0.7.
@@ -63,9 +63,9 @@ def error_values(
 
   The ECE is 1/N times the sum over bins of |sum of (is_right - confidence)|. So
   the value of an answer is its gap, is_right - confidence, times the sign of
-  the sum of its bin. The standard error of the values is that of the ECE to
-  first order. It ignores that the signs come from the same data: with few
-  answers per bin, the ECE of a calibrated model is above 0.
+  the sum of its bin. The standard error of the values is the standard error of
+  the ECE to first order. It ignores that the signs come from the same data:
+  with few answers per bin, the ECE of a calibrated model is above 0.
   """
   confidences_N, is_right_N, index_N = _binned(confidences, is_right, num_bins)
   gaps_N = is_right_N - confidences_N
@@ -84,14 +84,14 @@ def error_of_perfect(
   """Returns the mean and the spread of the ECE of perfect confidences.
 
   Outcomes are drawn with the confidences as their probabilities. An ECE that is
-  near this mean shows no miscalibration, however far above 0 it is.
+  near this mean shows no miscalibration, even if it is far above 0.
 
   Args:
-    confidences: of the answers.
-    num_tries: of which each outcome is the share that was right.
-    num_bins: of the ECE.
-    num_draws: tables of outcomes.
-    seed: of the draws.
+    confidences: confidence of each answer.
+    num_tries: number of tries behind each outcome, the share that was right.
+    num_bins: number of bins of the ECE.
+    num_draws: number of tables of outcomes to draw.
+    seed: seed of the draws.
   """
   confidences_N = np.asarray(confidences, np.float64)
   rng = np.random.default_rng(seed)

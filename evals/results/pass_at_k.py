@@ -47,7 +47,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def values(
   num_samples: Sequence[int], num_correct: Sequence[int], k: int
 ) -> list[float]:
-  """Returns the estimate of each problem; the mean is that of the benchmark."""
+  """Returns the estimate of each problem; their mean is the benchmark's."""
   return [
     pass_at_k(n, c, k) for n, c in zip(num_samples, num_correct, strict=True)
   ]

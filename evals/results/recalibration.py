@@ -38,15 +38,15 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 def fit(
   logits_N: np.ndarray, labels_N: np.ndarray, *, has_offset: bool = True
 ) -> Line:
-  """Returns the line of the least negative log-likelihood.
+  """Returns the line with the least negative log-likelihood.
 
   Args:
-    logits_N: raw.
+    logits_N: raw logits.
     labels_N: from 0 to 1; a share counts as that many tries of one.
     has_offset: False fits a temperature alone.
 
   Raises:
-    ValueError: no outcomes, or others than logits, or values out of range.
+    ValueError: no outcomes, not as many as logits, or values out of range.
   """
   logits_N = np.asarray(logits_N, np.float64)
   labels_N = np.asarray(labels_N, np.float64)

@@ -25,7 +25,7 @@ NUM_RESAMPLES = 10_000
 # other number, is rounding: all examples differ alike, and do not show how much
 # examples vary.
 _ROUNDING, _ROUNDING_OF_VALUES = 1e-9, 1e-14
-_FEWEST_FOR_T = 3  # clusters; the spread of two says nothing about a third
+_FEWEST_FOR_T = 3  # clusters; the spread of two shows nothing about a third
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def ratio_values(
 ) -> np.ndarray:
   """Returns values whose mean is sum(numerators) / sum(denominators).
 
-  The standard error of the values is that of the ratio to first order (the
-  delta method): a value is the ratio plus the influence of the example on it.
+  The standard error of the values is the standard error of the ratio to first
+  order (the delta method): a value is the ratio plus the example's influence.
   """
   x = np.asarray(numerators, np.float64)
   w = np.asarray(denominators, np.float64)
@@ -135,7 +135,7 @@ def mcnemar(a: Sequence[float], b: Sequence[float]) -> Difference:
 
   The test counts only examples on which the answers differ. Under the null
   hypothesis each of them favours a or b with probability 1/2. The interval is
-  that of `paired_t`.
+  the interval of `paired_t`.
 
   Raises:
     ValueError: a value is neither 0 nor 1.
@@ -204,8 +204,8 @@ def unpaired(
 ) -> Difference:
   """Returns b - a of two scores on different examples, by a z-test.
 
-  The test is unknown if all examples of a score are alike: their error of 0 is
-  no estimate.
+  The test is unknown if all examples of a score are alike: an error of 0 is no
+  estimate then.
 
   Args:
     value_a: score of a.
@@ -220,7 +220,7 @@ def unpaired(
     error = math.nan
   half_width = float(stats.norm.ppf(1 - LEVEL / 2)) * error
   p_value = 2 * float(stats.norm.sf(abs(value) / error))
-  # Of 20 and 20 there are more than 10^11 divisions.
+  # For 20 and 20 examples there are more than 10^11 divisions.
   if counts is not None and min(counts) < 20 and not math.isnan(p_value):
     p_value = max(p_value, 2 / math.comb(sum(counts), counts[0]))
   return Difference(
@@ -255,9 +255,9 @@ def num_to_resolve(
   the squared error. The error takes clusters into account.
 
   Args:
-    difference: to be found, on the scale of the score.
-    standard_error: of the paired difference if the examples are the same, else
-      of one score times sqrt(2).
+    difference: difference to find, on the scale of the score.
+    standard_error: standard error of the paired difference if the examples are
+      the same, else of one score times sqrt(2).
     num_examples: the examples behind the standard error.
 
   Returns:

@@ -37,13 +37,13 @@ def group(
     consistency: pairs with the same preferred answer in both orders.
     tie_rate: verdicts that are ties.
     malformed_rate: verdicts that cannot be read, of all verdicts. The other
-      scores are of the pairs with two verdicts.
+      scores are means over the pairs with two verdicts.
 
   Args:
-    name: of the group.
+    name: name of the group.
     found: verdicts in both orders.
-    ids: of the pairs.
-    clusters: of the pairs, see `statistics.standard_error`.
+    ids: ids of the pairs.
+    clusters: clusters of the pairs, see `statistics.standard_error`.
     is_labelled: whether the first answer of each pair is the better one.
 
   Raises:

@@ -13,11 +13,11 @@ from scipy import stats
 def accuracy(probability: float, votes: int) -> float:
   """Returns the probability that a majority of votes is right.
 
-  Answers are right or wrong; wrong ones agree with each other. A tie is right
-  half of the time.
+  Answers are right or wrong; wrong answers agree with each other. A tie is
+  right half of the time.
 
   Args:
-    probability: that one vote is right.
+    probability: probability that one vote is right.
     votes: independent votes, at least 1.
 
   Raises:
@@ -40,8 +40,8 @@ def mixed_accuracy(
   """Returns the accuracy over questions of several difficulties.
 
   Args:
-    probabilities: that one vote is right, by kind of question.
-    shares: of each kind among the questions; they add up to 1.
+    probabilities: probability that one vote is right, by kind of question.
+    shares: share of each kind among the questions; they add up to 1.
     votes: independent votes, at least 1.
 
   Raises:

@@ -4,7 +4,7 @@
 
 Optional fields of a line are `stop`, a list of strings that end the completion;
 `match`, exact (the whole text, the default) or number (the last number); and
-those of `evals.tasks.records`.
+the fields of `evals.tasks.records`.
 
 With several samples per prompt, the score of an example is the mean over its
 samples, and pass@k is the probability that one of k samples is right.
@@ -116,7 +116,7 @@ def exact_match(answers: Sequence[str], match: str = 'exact') -> Grade:
   Args:
     answers: the right answers, of which one is enough.
     match: 'exact' compares texts without surrounding white space; 'number'
-      compares the last number of the completion, however it is written.
+      compares the last number of the completion, in any spelling.
   """
   if match == 'number':
     right = [numbers.number(answer) for answer in answers]
@@ -142,7 +142,7 @@ def measure(
   """Returns the grades of the model's completions.
 
   Args:
-    prompts: their stop strings are used besides those of the settings.
+    prompts: their stop strings are added to the stop strings of the settings.
     is_chat: puts each prompt into the model's chat template, as a message of
       the user.
 

@@ -3,8 +3,8 @@
     {"question": "...", "answer": "Janet sells ... <<9*2=18>>18 ...\\n#### 18"}
 
 The right answer stands after '####'. `exact_match` reads the number after the
-first '####' of a completion, which is how the few-shot examples teach a model
-to write it. `exact_match_last` reads the last number of a completion.
+first '####' of a completion; the few-shot examples teach a model to write it.
+`exact_match_last` reads the last number of a completion.
 
 Reference: Cobbe et al. 2021 (arXiv:2110.14168).
 """
@@ -23,7 +23,7 @@ from evals.tasks import generation, numbers, records
 from storage import digests
 
 _MARKED = re.compile(rf'####\s*({numbers.PATTERN})')
-# A base model that has answered goes on with the next question.
+# A base model that has answered continues with another question.
 STOP = ('Question:',)
 
 

@@ -5,7 +5,7 @@
 
 The first form knows the better answer: the score is the judge's accuracy. The
 second compares two answers: the score is the rate at which `a` wins. A prompt
-is a text, or a list of messages; other fields are those of
+is a text, or a list of messages; other fields are described in
 `evals.tasks.records`.
 
 A reward model compares rewards. A language model is asked in words, with the

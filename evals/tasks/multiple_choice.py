@@ -3,7 +3,7 @@
     {"context": "...", "choices": ["...", "..."], "label": 0}
 
 Optional fields of a line are `delimiter`, the text between context and choice,
-by default a space; and those of `evals.tasks.records`.
+by default a space; and the fields of `evals.tasks.records`.
 
 There are three accuracies, as in the LM Evaluation Harness. `acc` compares the
 log-probabilities of the answers. `acc_norm` divides each by the characters of
@@ -32,7 +32,7 @@ class Question:
   id: str
   context: str
   choices: tuple[str, ...]
-  label: int  # which of the choices is right
+  label: int  # index of the right choice
   delimiter: str = ' '  # between the context and each choice
   cluster: str = ''  # questions of one cluster may err together
 

@@ -1,6 +1,6 @@
-"""The number that a completion gives, as GSM8K and its followers read it.
+"""The number that a completion gives, read as in GSM8K and its followers.
 
-`text.replies.answers` has the value of a number, however it is written, and a
+`text.replies.answers` has the value of a number in any spelling, and a
 more lenient reading of completions, which the verifiers use.
 """
 
@@ -32,6 +32,6 @@ def number(text: str) -> fractions.Fraction | None:
   """Returns the value of a text that is a number, None for any other text.
 
   '$1,200.50', ' 18. ', '18.0' and '18%' are numbers. Numbers of the same value
-  compare equal however they are written.
+  compare equal in any spelling.
   """
   return answers.value(text)

@@ -13,8 +13,8 @@ tokens, each later one `stride` tokens, all of these with at least max_length -
 stride + 1 tokens of context. A small stride gives more context and takes
 longer. The LM Evaluation Harness has a stride of max_length.
 
-Bits per byte compare models with different tokenizers, since the bytes are
-those of the text itself.
+Bits per byte compare models with different tokenizers, because the text has the
+same bytes for all of them.
 """
 
 from collections.abc import Iterator, Sequence

@@ -62,9 +62,9 @@ def read(
   """Returns the lines of a file.
 
   Args:
-    path: of the file.
+    path: path of the file.
     required: fields that every line has.
-    optional: fields that it may have besides; None: any.
+    optional: further fields that a line may have; None: any.
 
   Raises:
     FileNotFoundError: there is no file.
@@ -145,7 +145,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def clusters(examples: Sequence[Any]) -> tuple[str, ...] | None:
-  """Returns the cluster of each example; one without is a cluster alone."""
+  """Returns the cluster of each example; without one, the example is alone."""
   if not any(example.cluster for example in examples):
     return None
   return tuple(

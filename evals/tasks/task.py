@@ -47,7 +47,7 @@ class Task(abc.ABC):
     """
 
   def run(self, model: ports.Model) -> scores.Result:
-    """Returns the scores of the model with what they were measured with.
+    """Returns the scores of the model, with the options and files used.
 
     Raises:
       ValueError: the model lacks a function that the task needs.

@@ -4,7 +4,7 @@
     {"prompt": "...", "verifier": "unit_tests", "tests": ["assert f(1) == 2"]}
 
 `evals/verifiers/kinds.py` lists the verifiers; each says which fields it reads.
-Further fields are those of `evals.tasks.generation`, without `match`.
+Further fields are the fields of `evals.tasks.generation`, without `match`.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class _Graded:
 class Task(generation.Task):
   """The kind `verify`."""
 
-  failures: list[str]  # of verifiers, while a model is measured
+  failures: list[str]  # failures of verifiers, while a model is measured
 
   @classmethod
   def read(cls, path: str, options: options_lib.Options) -> Self:

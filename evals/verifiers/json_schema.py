@@ -1,4 +1,4 @@
-"""The verifier of JSON: a value that is as a JSON Schema says.
+"""The verifier of JSON: a value that a JSON Schema allows.
 
     {"schema": {"type": "object", "required": ["name"]}}
 
@@ -34,10 +34,10 @@ _PATTERNS = ('pattern', 'patternProperties')
 class JsonSchema(verifier.Verifier):
   """JSON that a schema allows. Of a record: `schema`, an object or its text."""
 
-  cpu_seconds: int = 2  # of a schema with regular expressions
+  cpu_seconds: int = 2  # limit for a schema with regular expressions
 
   def check(self, record: verifier.Record) -> None:
-    """Raises ValueError for a schema that is none."""
+    """Raises ValueError for an invalid schema."""
     schema = _schema(record)
     jsonschema, registry = _library()
     kind = jsonschema.validators.validator_for(
@@ -95,7 +95,7 @@ print(json.dumps(json_schema.fault_of(*json.loads(input()))))
 
 
 def fault_of(schema: Any, value: Any) -> str:
-  """Returns the first thing that is not as the schema says; '' for none.
+  """Returns the first part that the schema forbids; '' for none.
 
   Raises:
     ValueError: a `$ref` of the schema leads nowhere.
@@ -106,7 +106,7 @@ def fault_of(schema: Any, value: Any) -> str:
     schema, default=jsonschema.Draft202012Validator
   )
   try:
-    # With a registry of its own the library fetches nothing.
+    # With its own registry the library fetches nothing.
     error = next(kind(schema, registry=registry).iter_errors(value), None)
   except jsonschema.exceptions._WrappedReferencingError as wrapped:
     raise ValueError(f'schema: got {wrapped}, expected a place in it') from None
@@ -126,7 +126,7 @@ def _library() -> tuple[Any, Any]:
 
 
 def _library_paths() -> set[str]:
-  """Returns the directories in which the library and its own ones lie."""
+  """Returns the directories of the library and of its dependencies."""
   names = 'jsonschema', 'jsonschema_specifications', 'referencing', 'rpds'
   files = (sys.modules[name].__file__ for name in (*names, 'attr'))
   return {str(pathlib.Path(file).parents[1]) for file in files if file}

@@ -16,7 +16,7 @@ KINDS: Mapping[str, verifier.Verifier] = {
   'json_schema': json_schema.JsonSchema(),  # schema
   'unit_tests': unit_tests.UnitTests(),  # tests, entry_point; cases
 }
-# The fields that they read of a record.
+# The fields of a record that they read.
 FIELDS = (
   'answer', 'choices', 'pattern', 'schema', 'tests', 'entry_point', 'cases'
 )  # fmt: skip

@@ -1,7 +1,7 @@
 r"""Verifiers of a text: its number, its words, its choice, its pattern.
 
-A completion gives its answer behind '####', in '\boxed{...}' or behind 'the
-answer is', and else as `text.replies.answers` says, which reads the values.
+A completion gives its answer after '####', in '\boxed{...}' or after 'the
+answer is', and else by the rules of `text.replies.answers`, which reads values.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from text.replies import answers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Number(verifier.Verifier):
-  """The right number, however it is written.
+  """The right number, in any spelling.
 
-  Of a record: `answer`, a number or a solution that ends with '####' and one,
-  as in GSM8K.
+  Field of the record: `answer`, a number, or a solution that ends with '####'
+  and a number, as in GSM8K.
   """
 
   is_strict: bool = False  # only a number behind '####' counts
@@ -37,9 +37,9 @@ class Number(verifier.Verifier):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice(verifier.Verifier):
-  """The right one of some words, such as letters or yes and no.
+  """The right word of a few, such as letters or yes and no.
 
-  Of a record: `answer`, and `choices`, a list that holds it.
+  Fields of the record: `answer`, and `choices`, a list that holds it.
   """
 
   is_strict: bool = False  # only a choice behind '####' counts
@@ -63,8 +63,8 @@ class Choice(verifier.Verifier):
 class Exact(verifier.Verifier):
   """One of the right texts.
 
-  Of a record: `answer`, a text or a list of texts. Compared is what stands
-  behind '####' or in a box, and else the whole answer.
+  Field of the record: `answer`, a text or a list of texts. It is compared with
+  the text after '####' or in a box, and else with the whole answer.
   """
 
   ignores_case: bool = False
@@ -75,7 +75,7 @@ class Exact(verifier.Verifier):
     verifier.texts_field(record, 'answer')
 
   def __call__(self, answer: str, record: verifier.Record) -> verifier.Score:
-    """Returns 1 for a text that is the same but for white space around it."""
+    """Returns 1 for a text that is equal, except for white space around it."""
     right = map(self._plain, verifier.texts_field(record, 'answer'))
     given = answers.given(answer, is_strict=self.is_strict)
     if given is None:
@@ -92,15 +92,15 @@ class Exact(verifier.Verifier):
 class Pattern(verifier.Verifier):
   """A regular expression of Python that must be found in the answer.
 
-  Of a record: `pattern`; it is anchored by ^ and \\Z where all of the answer is
-  meant. It is searched in a confined process, because some expressions take
+  Field of the record: `pattern`; write ^ and \\Z around a pattern for the whole
+  answer. It is searched in a confined process, because some expressions take
   exponential time.
   """
 
   cpu_seconds: int = 1
 
   def check(self, record: verifier.Record) -> None:
-    """Raises ValueError for a pattern that is none."""
+    """Raises ValueError for an invalid pattern."""
     pattern = verifier.text_field(record, 'pattern')
     try:
       re.compile(pattern)

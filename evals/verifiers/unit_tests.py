@@ -5,8 +5,8 @@
     {"cases": [{"stdin": "1 2\\n", "stdout": "3\\n"}]}
 
 `tests` are Python code with asserts, in a process of their own: the program can
-answer their calls and nothing else, see `sandbox/remote.py`. `cases` run the
-program as a script. What the program should print stays outside of its process.
+only answer their calls, see `sandbox/remote.py`. `cases` run the program as a
+script. The expected output stays outside of its process.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from evals.verifiers.sandbox import runner
 class UnitTests(verifier.Verifier):
   """Tests of the Python code in an answer: its last fenced block, or all.
 
-  Of a record: `tests`, a text or a list of texts, with or without
+  Fields of the record: `tests`, a text or a list of texts, with or without
   `entry_point`; or `cases`.
   """
 
@@ -30,7 +30,7 @@ class UnitTests(verifier.Verifier):
   limits: runner.Limits = dataclasses.field(default_factory=runner.Limits)
 
   def check(self, record: verifier.Record) -> None:
-    """Raises ValueError for tests that are none."""
+    """Raises ValueError for invalid tests."""
     runner.check()
     if 'cases' in record:
       _cases(record)
@@ -53,7 +53,7 @@ class UnitTests(verifier.Verifier):
       source, tests, self.limits, entry_point=entry_point
     )
     if not faults:
-      # One that defines no asserts, such as `def check`, is no test.
+      # A text without asserts, such as `def check`, is no test.
       faults = [ran.reason or 'the tests ended before their last'] * len(tests)
     if entry_point:
       faults = [fault for fault in faults if fault] or faults[-1:]
@@ -74,7 +74,7 @@ class UnitTests(verifier.Verifier):
       faults.append(fault)
       if ran.status == 'time':
         worst = ran
-        break  # the others would take as long
+        break  # the other cases would take as long
     return faults + [worst.reason] * (len(cases) - len(faults)), worst
 
   def _score(self, faults: list[str], ran: runner.Ran) -> verifier.Score:
@@ -86,7 +86,7 @@ class UnitTests(verifier.Verifier):
     value = num_passed / len(faults)
     if not self.is_partial:
       value = float(value == 1)
-    # What passed before a time-out did pass.
+    # Tests that passed before a time-out did pass.
     failure = 'time' if ran.status == 'time' and not value else ''
     return verifier.Score(value, reason, failure=failure)
 

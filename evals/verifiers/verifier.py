@@ -1,13 +1,14 @@
-"""Verifiers: how good an answer is, by a rule and not by a model.
+"""Verifiers: the score of an answer, by a rule and not by a model.
 
     score = verifier(answer, record)     # Score(1.0, 'got 42')
 
-The record says what is right, in fields that each verifier names. `check` reads
-it before anything was generated, so a wrong record is an error at the start.
+The record has the right answer, in fields that each verifier names. `check`
+reads it before anything was generated, so a wrong record is an error at the
+start.
 
-`score_all` gives answers of many records their scores, some at a time. A
-verifier that fails on an answer (it took too long, or crashed) gives 0 and says
-so: one answer must not end a run of days. Failures are counted by who calls.
+`score_all` gives answers of many records their scores, some at a time. If a
+verifier fails on an answer (it took too long, or crashed), the score is 0 and
+has the failure: one answer must not end a run of days. Callers count failures.
 """
 
 import abc
@@ -28,7 +29,7 @@ class Score(NamedTuple):
 
   value: float  # from 0 to 1
   reason: str  # in words
-  # '' or why there is no true score: 'time' or 'error'. The value is 0 then.
+  # '' or the reason for a missing score: 'time' or 'error'. `value` is then 0.
   failure: str = ''
 
 
@@ -44,12 +45,12 @@ class Verifier(abc.ABC):
     """Returns the score of the text of an answer.
 
     Raises:
-      ValueError: the record is not as `check` wants it.
+      ValueError: the record is not in the form that `check` accepts.
     """
 
 
 def guarded(verifier: Verifier, answer: str, record: Record) -> Score:
-  """Returns the score; one with `failure` where the verifier fails.
+  """Returns the score; with `failure` set if the verifier fails.
 
   Raises:
     Unavailable: this system has no sandbox, and the verifier needs one.

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 def _one_line(text: str) -> str:
-  """Returns a text without control characters: names come from files."""
+  """Returns a text without control characters: files may contain any name."""
   cut = text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]}...'
   return ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in cut
@@ -58,7 +58,7 @@ def _import() -> None:
   if is_gguf:
     from frozen.huggingface.gguf import refusals
 
-    # Before JAX is loaded: a file that is refused is refused at once.
+    # Before JAX is loaded: a wrong file is refused without that wait.
     refusals.check(fetched.directory, has_tokenizer=bool(values.tokenizer))
   else:
     from frozen.huggingface.quantised import table
@@ -164,7 +164,7 @@ def _define_flags() -> None:
     'auto',
     ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0'),
     'Export of a GGUF file: kind of its matrices. auto keeps their dtype, and'
-    ' the bytes of blocks that were kept.',
+    ' keeps imported blocks byte for byte.',
   )
   flags.DEFINE_enum(
     'format',

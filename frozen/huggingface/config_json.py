@@ -23,7 +23,7 @@ from frozen.huggingface.families import (
 from models import model_config
 
 FILE = 'config.json'
-MOST_BYTES = 16 * 2**20  # of a JSON file without lists of tensors
+MOST_BYTES = 16 * 2**20  # most bytes of a JSON file without lists of tensors
 
 
 class Family(NamedTuple):
@@ -146,7 +146,7 @@ def read_object(
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns a JSON object without equal names, of which readers take either."""
+  """Returns a JSON object; refuses a name twice: readers take either value."""
   found = dict(pairs)
   if len(found) < len(pairs):
     names = collections.Counter(name for name, _ in pairs)
@@ -200,7 +200,7 @@ def write(
   """Returns a family that computes the same function, and its config.json.
 
   Args:
-    config: of the model.
+    config: config of the model.
     model_type: the family to write; '' for the first that fits.
 
   Raises:
@@ -221,7 +221,7 @@ def write(
       'pad_token_id': None,
       **family.write(config),
     }
-    # Through JSON, as a reader will see it.
+    # Through JSON, because readers see the text and not the Python values.
     as_read = json.loads(json.dumps(written))
     try:
       _, again = read(as_read)
@@ -263,7 +263,7 @@ def _function_of(config: model_config.ModelConfig) -> dict[str, Any]:
     scan_layers=False,
     balance_loss_weight=0.0,
     router_z_weight=0.0,
-    # Follow from the tokenizer, which config.json does not describe.
+    # Derived from the tokenizer, which config.json does not describe.
     spare_ids=(),
   )
   fields = dataclasses.asdict(config)

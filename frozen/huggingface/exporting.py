@@ -73,7 +73,7 @@ def export_directory(
     out: the directory to write; must not exist, or be empty.
     family: the `model_type` to write; '' for the family that the model was
       imported as, or else the first family that computes the same function.
-    form: one of `FORMS`, of kernels in fewer bits.
+    form: one of `FORMS`, for kernels in fewer bits.
     shard_bytes: maximum size of a file of weights.
 
   Raises:
@@ -99,7 +99,7 @@ def export_directory(
     write = _write_weights if is_whole else _write_kernels
     spare_notes += write(partial, frozen, model_type, values, shard_bytes)
     notes, special_ids = _write_tokenizer(partial, frozen)
-    # Both files have all ids that end a text: some programs read one of them.
+    # Both files list all ids that end a text: some programs read only one file.
     special_ids |= _end_ids(frozen.generation)
     values |= special_ids
     if frozen.manifest.heads:
@@ -160,7 +160,7 @@ def trimmed(
 ) -> tuple[frozen_format.Frozen, list[str]]:
   """Returns the model without its last spare ids, and notes for the user.
 
-  The notes tell of tensors, too, that the import has left out.
+  The notes also name tensors that the import has left out.
   """
   config, inner = frozen.config, dict(frozen.params['params'])
   *others, last = config.spare_ids or ((0, 0),)
@@ -221,7 +221,7 @@ def _classifier(model_type: str) -> dict[str, Any]:
 
 
 def _unpadded(values: dict[str, Any]) -> list[str]:
-  """Takes away padding that ends answers too; returns notes.
+  """Removes padding that also ends answers; returns notes.
 
   transformers would read the reward before the end of such answers.
   """
@@ -261,7 +261,7 @@ def _write_weights(
       ' expected the same parameters in both'
     )
   score = {}
-  if frozen.manifest.heads:  # in place of the head of a language model
+  if frozen.manifest.heads:  # a reward head in place of the language model's
     pieces = [piece for piece in pieces if piece.theirs != 'lm_head.weight']
     head = frozen.params[axes.HEADS][reward_head.NAME]
     score = {'score.weight': np.asarray(head['kernel']).T}

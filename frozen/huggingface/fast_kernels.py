@@ -1,4 +1,4 @@
-"""The matrices of an import that stay quantised because that is fast here."""
+"""The matrices of an import that stay quantised, for speed on this machine."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -3,10 +3,10 @@
 Their number is `num_nextn_predict_layers`. Layer N + k takes the hidden states
 of the layer before and the embedding of the next token, joins both with
 `eh_proj`, and predicts the token after. The main model does not use them: its
-logits are the same without. Only speculative decoding would, and it drafts with
-another model here. So an import leaves them out: kept, they would be weights
-that nothing computes with and no test covers. They are counted, and the notes
-of the import, the manifest and every export name them.
+logits are the same without them. Only speculative decoding would use them, and
+here it drafts with another model. So an import leaves them out: otherwise
+nothing would compute with these weights, and no test would cover them. They are
+counted, and the notes of the import, the manifest and every export name them.
 
 Reference: DeepSeek-AI, DeepSeek-V3 (2024), section 2.2,
 arxiv.org/abs/2412.19437.
@@ -41,16 +41,16 @@ def split(
   tensors: Mapping[str, Any],
   where: str,
 ) -> Split:
-  """Returns the tensors without those of further layers.
+  """Returns the tensors without the tensors of further layers.
 
   Args:
-    values: of config.json.
-    num_layers: of the main model.
+    values: fields of config.json.
+    num_layers: number of layers of the main model.
     where: the directory, for errors.
 
   Raises:
-    ValueError: a layer behind the last one is none that predicts further
-      tokens, or their number is none.
+    ValueError: a layer after the last one does not predict further tokens, or
+      `num_nextn_predict_layers` is no valid number.
   """
   if model_type not in _FAMILIES:
     return Split(dict(tensors), '')

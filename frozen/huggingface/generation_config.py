@@ -1,9 +1,10 @@
 """`generation_config.json` of an open model, as sampling settings of ours.
 
-The defaults are those of `transformers.generate`, so a model answers here as
-it does there. Generation is greedy unless `do_sample` is true. It then samples
-from the 50 most probable tokens unless `top_k` is set. A field that changes the
-samples and has no setting here is refused. A field without effect is listed.
+The defaults are the defaults of `transformers.generate`, so a model answers
+here as it does there. Generation is greedy unless `do_sample` is true. It then
+samples from the 50 most probable tokens unless `top_k` is set. A field that
+changes the samples and has no setting here is refused. A field without effect
+is listed.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ _WITHOUT_EFFECT = frozenset(
     'transformers_version', '_from_model_config',
   }
 )  # fmt: skip
-_MOST = 2**31 - 1  # of a count
+_MOST = 2**31 - 1  # largest count
 _DEFAULT_TOP_K = 50  # default of transformers if do_sample is true
 
 

@@ -5,7 +5,7 @@
     tokenizer.json, ...       the tokenizer (`text.hf_tokenizer`)
     generation_config.json    recommended settings (`generation_config.py`)
 
-Quantised matrices, of which config.json has a quantization_config, become
+Quantised matrices, which config.json describes in quantization_config, become
 floats or stay as they are (`frozen.huggingface.quantised`).
 `frozen.huggingface.gguf.reading` imports a single GGUF file of llama.cpp.
 """
@@ -37,7 +37,7 @@ from text import hf_tokenizer
 
 _COUNTS = ('vocab_size', 'num_experts')  # dimensions of a tensor
 DTYPES = ('auto', 'float32', 'bfloat16')
-MOST_ENDS = 16  # ids that end a text; the engine's slots have room for these
+MOST_ENDS = 16  # most ids that end a text; the engine's slots have room for 16
 
 
 class Source(NamedTuple):
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
   where: str  # path, for errors
   model_type: str
-  values: Mapping[str, Any]  # of config.json
+  values: Mapping[str, Any]  # fields of config.json
   config: model_config.ModelConfig
   tensors: Mapping[str, loading.Tensor]
   quantisation: quantised.Quantised | None = None
@@ -115,10 +115,10 @@ def load_params(
     sharding: returns the sharding of a leaf, by its path and shape; None keeps
       numpy arrays in the memory of this process.
     pieces: the tensor map; None for the map of the family.
-    kept: leaves that are in fewer bits already, by path.
+    kept: leaves that stay in fewer bits, by path.
 
   Raises:
-    ValueError: the tensors are not those of the model.
+    ValueError: the tensors do not fit the model.
   """
   leaves = _leaves(source, dtype)
   kept, tensors = kept or {}, source.tensors
@@ -164,10 +164,10 @@ def _pieces(source: Source) -> list[tensor_map.Piece]:
 def check_tensors(
   source: Source, pieces: list[tensor_map.Piece] | None = None
 ) -> list[tensor_map.Piece]:
-  """Returns the tensor map, `pieces` or that of the family.
+  """Returns the tensor map: `pieces`, or the map of the family.
 
   Raises:
-    ValueError: the tensors are not those of the model.
+    ValueError: the tensors do not fit the model.
   """
   leaves, tied = _leaves(source, 'float32'), {}
   if pieces is None:
@@ -190,7 +190,7 @@ def _leaves(source: Source, dtype: str) -> dict[str, Any]:
 def _check_sizes(source: Source) -> None:
   """Raises ValueError if no tensor is as large as the config says.
 
-  Lists and shapes are made of the sizes only afterwards: a file may lie.
+  Called before lists and shapes are made of the sizes: a file may be wrong.
   """
   config, tensors = source.config, source.tensors
   largest = max((max(x.shape, default=1) for x in tensors.values()), default=0)
@@ -257,9 +257,9 @@ def import_directory(
 
   Args:
     directory: with the files above.
-    dtype: one of `DTYPES`, of floats.
+    dtype: one of `DTYPES`, for floats.
     weights: one of `quantised.WEIGHTS`: quantised matrices become floats, stay
-      quantised, or do so where this machine computes with them fast.
+      quantised, or stay so if this machine computes with them fast.
     origin: further fields of the manifest's origin.
 
   Raises:
@@ -331,7 +331,7 @@ def check_vocabulary(
 
 
 def check_ends(source: Source, generation: Mapping[str, Any]) -> None:
-  """Raises ValueError if ids that end a text are not there, or too many."""
+  """Raises ValueError if ids that end a text are invalid, or too many."""
   most = source.config.vocab_size
   ends = generation.get('stop_ids', ())
   if len(ends) > MOST_ENDS:
@@ -367,7 +367,7 @@ def freeze_source(
 
   Args:
     kept: leaves in fewer bits, see `load_params`.
-    record: how these were made, for the manifest.
+    record: origin of these leaves, for the manifest.
   """
   chosen = choose_dtype(source, dtype)
   rounded = {'F32', 'F16'} & {x.dtype for x in source.tensors.values()}
@@ -421,8 +421,8 @@ def read_generation(
 ) -> tuple[dict[str, Any], list[str]]:
   """Returns the recommended settings, and notes on fields without use.
 
-  Without generation_config.json, generation is greedy, and EOS ids are those
-  of config.json, as in `transformers`.
+  Without generation_config.json, generation is greedy, and the EOS ids are the
+  ids in config.json, as in `transformers`.
   """
   path = directory / generation_config.FILE
   if path.is_file():

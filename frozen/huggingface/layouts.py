@@ -19,7 +19,7 @@ class Layout:
 
   read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
   write: Callable[..., np.ndarray]
-  shape: Callable[..., Shape]  # of their tensor, from the shapes of our leaves
+  shape: Callable[..., Shape]  # their tensor's shape from our leaves' shapes
   # Whether each row of their tensor is one row (column) of our leaf. Such a
   # tensor can be read in pieces.
   is_rows: bool = False
@@ -49,7 +49,8 @@ def joined(
   Args:
     sizes: rows of each matrix in one head.
     heads: number of heads; each has the rows of all matrices.
-    order: order[i] is their row that becomes row i; None keeps the order.
+    order: order[i] is the index of their row that becomes row i; None keeps the
+      order.
   """
   cuts = np.cumsum(sizes)[:-1]
 

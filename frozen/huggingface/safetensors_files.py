@@ -4,11 +4,10 @@
     header    {name: {dtype, shape, data_offsets: [begin, end]}, ...}
     data      tensors one after the other, row by row
 
-The files are read here, and not by the library of that name, because it maps
-files into memory. The pages of a mapped file count as memory of this process
-and would double the memory of an import. Nothing in a file is trusted: a
-length, an offset or a shape that does not fit the file is an error that names
-the file.
+This module reads the files without the library of that name, which maps files
+into memory. The pages of a mapped file count as memory of this process and
+would double the memory of an import. Nothing in a file is trusted: a length, an
+offset or a shape that does not fit the file is an error that names the file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ DTYPES: Mapping[str, Any] = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-# Of the parts of quantised matrices, see `quantised/`.
+# Dtypes of the parts of quantised matrices, see `quantised/`.
 CODES: Mapping[str, Any] = {
   'U8': np.dtype(np.uint8),
   'I8': np.dtype(np.int8),
@@ -40,12 +39,12 @@ CODES: Mapping[str, Any] = {
   'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _READABLE = {**DTYPES, **CODES}
-# Bytes of the other dtypes of the format, which are no weights here.
+# Bytes of the other dtypes of the format, which no weights have here.
 _SIZES = {
   'BOOL': 1, 'F8_E5M2': 1, 'I16': 2, 'U16': 2, 'U32': 4, 'U64': 8, 'F64': 8,
 }  # fmt: skip
 _MAX_HEADER = 100 * 2**20  # bytes, the limit of the library
-SHARD_BYTES = 5 * 10**9  # maximum of a written file
+SHARD_BYTES = 5 * 10**9  # most bytes of a written file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +243,8 @@ def write_directory(
   """Writes tensors, one at a time, into one file or several shards.
 
   Args:
-    shapes: of all tensors, in the order of `tensors`.
-    dtype: of all tensors, or one for each by name.
+    shapes: shapes of all tensors, in the order of `tensors`.
+    dtype: dtype of all tensors, or one for each by name.
     shard_bytes: maximum size of a file; a larger tensor has its own file.
   """
   dtypes = {

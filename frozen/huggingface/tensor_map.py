@@ -6,7 +6,7 @@ leaf that is not in the list is an error.
 
 Experts have two forms. A tensor for each matrix of each expert is the form of
 published models; transformers writes it unless save_original_format is false,
-and reads it in all versions. So exports have it, too. The other form is that of
+and reads it in all versions. So exports have it, too. The other form is used by
 the modules of transformers 5: one tensor for all experts of a layer.
 """
 
@@ -26,7 +26,7 @@ DERIVED = re.compile(
   r'|.*\.attention\.(masked_)?bias'
 )
 
-_FUSED = ('gate_up_proj', 'down_proj')  # of all experts of a layer
+_FUSED = ('gate_up_proj', 'down_proj')  # they hold all experts of a layer
 
 AS_IT_IS, TRANSPOSED = layouts.AS_IT_IS, layouts.TRANSPOSED
 

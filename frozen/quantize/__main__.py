@@ -3,9 +3,9 @@
     python -m frozen.quantize --source=FROZEN --out=DIR --scheme=int4 \
       --method=gptq --text=FILE
 
---scheme names the numbers, and --method how they are chosen. Every method is
-measured on the end of the text, and the quality table is written beside the
-weights, as quality.json.
+--scheme names the number format, and --method the way to choose the numbers.
+Every method is measured on the end of the text, and the quality table is
+written beside the weights, as quality.json.
 """
 
 import sys
@@ -52,24 +52,24 @@ def _define_flags() -> None:
   path_flags.DEFINE_path('source', None, 'Frozen directory in floats.')
   path_flags.DEFINE_path('out', None, 'Directory to write.')
   flags.DEFINE_string(
-    'scheme', 'int4', f'Numbers: one of {", ".join(rounding.SCHEMES)}.'
+    'scheme', 'int4', f'Number format: one of {", ".join(rounding.SCHEMES)}.'
   )
   flags.DEFINE_string(
     'method',
     'gptq',
-    f'How they are chosen: one of {", ".join(quantizing.METHODS)}.',
+    f'Way to choose the numbers: one of {", ".join(quantizing.METHODS)}.',
   )
   path_flags.DEFINE_path(
     'text',
     text.path,
-    'Text in UTF-8 to calibrate with and, its last tenth, to measure with;'
+    'Text in UTF-8. Its last tenth measures the result, the rest calibrates;'
     f' default {calibration.SAMPLE}, which is part of Python.',
   )
-  flags.DEFINE_integer('seed', text.seed, 'Draws the rows of the text.')
+  flags.DEFINE_integer('seed', text.seed, 'Seed that draws the rows of text.')
   flags.DEFINE_integer('rows', text.rows, 'Rows to calibrate with.')
   flags.DEFINE_integer('length', text.length, 'Tokens of a row.')
   flags.DEFINE_integer('held_out', text.held_out, 'Rows to measure with.')
-  flags.DEFINE_bool('overwrite', False, 'Replace what was frozen there.')
+  flags.DEFINE_bool('overwrite', False, 'Replace a frozen directory at --out.')
   flags.mark_flags_as_required(['source', 'out'])
 
 

@@ -1,11 +1,11 @@
-"""The inputs of a layer's kernels on a text, by the one model function.
+"""The inputs of a layer's kernels on a text, from the model's own function.
 
     moments = moments_of(block, params, batches)
     batches = advance(block, params, batches)
 
-A port `Execution.linear` keeps the input of every kernel that it multiplies
-by. So a kernel whose product does not pass through the port is not seen here,
-and is not quantised either.
+A port `Execution.linear` keeps the input of every kernel that passes through
+it. A kernel whose product does not pass through the port is not seen here, and
+is not quantised either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Moments(NamedTuple):
   largest_I: Any  # largest |x|
 
   def scaled(self, scale_I: Any) -> 'Moments':
-    """Returns those of x * scale, for a positive scale."""
+    """Returns the moments of x * scale, for a positive scale."""
     return Moments(
       self.second_II * scale_I[:, None] * scale_I[None],
       self.mean_I * scale_I,
@@ -65,8 +65,8 @@ def embedded(
   """Returns the input of the first layer.
 
   Args:
-    config: of the model.
-    outer: params that are of no layer.
+    config: config of the model.
+    outer: params outside of the layers.
     tokens_RT: rows of text.
   """
   model = transformer.Transformer(config)
@@ -78,8 +78,8 @@ def embedded(
 
 @functools.partial(jax.jit, static_argnames=('model',))
 def _embedded(variables, tokens_BT, *, model):
-  # Some rotations depend on the length of the text: here, as in serving, on
-  # what each token has before it.
+  # Some rotations depend on the length of the text. Here, as in serving, they
+  # depend on the tokens up to each token.
   return model.apply(variables, tokens_BT, has_cache=True, method='embedded')
 
 
@@ -149,7 +149,7 @@ def _added(a, b):
 class _Recorder:
   """The port `Execution.linear` that keeps the inputs of known kernels.
 
-  It lives while one program is traced, in which a kernel is the same object in
+  It is used while one program is traced. There, a kernel is the same object in
   the params and in the call.
   """
 

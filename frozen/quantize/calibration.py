@@ -1,8 +1,8 @@
 """Texts for calibration: rows of tokens that show a model's activations.
 
-Rows of the first nine tenths of a text are drawn with a seed. Those to measure
-with come from the last tenth, whatever the seed, so that two quantised models
-are measured on the same rows.
+Rows of the first nine tenths of a text are drawn with a seed. Rows to measure
+with come from the last tenth, for every seed, so that two quantised models are
+measured on the same rows.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from checks import expect
 from text import tokenizer as tokenizer_lib
 
 SAMPLE = 'pydoc_data.topics'  # prose in English that is part of Python
-_MOST_BYTES = 16 * 2**20  # of a text; more of it would draw no better rows
+_MOST_BYTES = 16 * 2**20  # most bytes of a text; more would draw no better rows
 _HELD_OUT = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """The text of a calibration, and the rows that are taken of it."""
+  """The text of a calibration, and the number of its rows."""
 
   path: str = ''  # UTF-8; '': SAMPLE
   seed: int = 0
@@ -44,7 +44,7 @@ class Rows:
 
   drawn_RT: np.ndarray
   held_out_RT: np.ndarray
-  record: dict[str, Any]  # of the manifest
+  record: dict[str, Any]  # `record` of the manifest
 
 
 def rows(
@@ -58,7 +58,7 @@ def rows(
 
   Args:
     config: the text.
-    tokenizer: of the model.
+    tokenizer: tokenizer of the model.
     has_bos: whether BOS begins a row.
     max_length: context of the model.
 

@@ -1,10 +1,10 @@
-"""GPTQ: the inputs that are not rounded yet make up for the errors so far.
+"""GPTQ: inputs that are not rounded yet compensate for the errors so far.
 
 The weights of a kernel are rounded input by input. After each input, the
-weights of the inputs that are left change a little, so that the kernel's output
-on the calibration text stays close to the original. The inputs with the largest
-second moment come first. Scales are those of rounding to nearest, so this order
-needs no table beside the weights.
+weights of the remaining inputs change a little, so that the kernel's output on
+the calibration text stays close to the original. The inputs with the largest
+second moment come first. Scales are the scales of rounding to nearest, so this
+order needs no table beside the weights.
 
 Reference: Frantar et al., arXiv:2210.17323, algorithm 1; the order and the
 scales are the options `act_order` and `static_groups` of its code.
@@ -23,12 +23,12 @@ from models.linear.stored import (
   round as rounding,
 )
 
-_BLOCK = 128  # inputs whose errors reach the later ones in one product
-_DAMPING = 0.01  # of the mean second moment, as in the paper
+_BLOCK = 128  # inputs whose errors reach the later inputs in one product
+_DAMPING = 0.01  # share of the mean second moment, as in the paper
 
 
 def quantise(w_IO: Any, second_II: Any, scheme: str) -> kernel_lib.Kernel:
-  """Returns a kernel as a scheme stores it.
+  """Returns a kernel in the form of a scheme.
 
   Args:
     w_IO: the kernel.
@@ -61,8 +61,8 @@ def quantise(w_IO: Any, second_II: Any, scheme: str) -> kernel_lib.Kernel:
 def factor(second_II: Any) -> tuple[np.ndarray, jax.Array]:
   """Returns the order of the inputs, and the upper Cholesky factor.
 
-  The factor U, with U^T U the inverse of the damped second moments in that
-  order. It is computed in float64: its condition is that of the moments.
+  U^T U is the inverse of the damped second moments in that order. The factor is
+  computed in float64, because it is as ill-conditioned as the moments.
   """
   second_II = np.asarray(second_II, np.float64)
   diagonal = np.diagonal(second_II)
@@ -85,14 +85,14 @@ def compensated(
   *,
   form: str,
 ) -> jax.Array:
-  """Returns the weights, each as it is when its turn to be rounded comes.
+  """Returns the weights, each with its value just before it is rounded.
 
   Args:
     w_OI: rows of weights, with the inputs in the order of rounding.
     scales_OI: scale of each weight.
     mins_OI: min of each weight; 0 if the form has none.
     upper_II: see `factor`.
-    form: of `models.linear.stored.kernel`.
+    form: a form of `models.linear.stored.kernel`.
   """
   rows = w_OI.shape[1]
   padding = -rows % _BLOCK
@@ -123,7 +123,7 @@ def compensated(
 
 
 def _round_columns(w_Ob, scales_Ob, mins_Ob, upper_bb, form):
-  """Returns the weights of a block as they are rounded, and their errors."""
+  """Returns the rounded weights of a block, and their errors."""
 
   def round_column(i, carry):
     w_Ob, errors_Ob = carry

@@ -1,8 +1,8 @@
-"""How far a quantised model is from its original, on rows that neither drew.
+"""The distance of a quantised model from its original, on held-out rows.
 
-    KL           of the original's next-token distribution to the quantised one
+    KL           from the original's next-token distribution to the quantised
     same top-1   how often both have the same most likely token
-    perplexity   of the quantised model over that of the original
+    perplexity   of the quantised model, divided by the original's
 
 Means over tokens. Errors are standard errors over rows, since the tokens of a
 row are alike. llama.cpp's `--kl-divergence` reports the same numbers.
@@ -31,10 +31,10 @@ def table(
   """Returns the quality table, JSON values.
 
   Args:
-    config: of the model.
-    outer: params that are of no layer, the same in both models.
+    config: config of the model.
+    outer: params outside of the layers, the same in both models.
     original: outputs of the last layer.
-    quantised: those of the quantised layers.
+    quantised: outputs of the last quantised layer.
     tokens_RT: the rows.
   """
   model = transformer.Transformer(config)
@@ -70,7 +70,7 @@ def summary(rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     'perplexity': float(np.exp(of_rows['nll_new'].mean())),
     'original_perplexity': float(np.exp(of_rows['nll'].mean())),
     'perplexity_ratio': ratio,
-    # Paired: what both models find hard cancels.
+    # Paired: the difficulty of a row, common to both models, cancels.
     'perplexity_ratio_error': ratio * error,
     'rows': len(of_rows['kl']),
   }
@@ -107,8 +107,8 @@ def _of_row(variables, old_TD, new_TD, tokens_T, *, model):
   def nll(logprobs_TV):
     return -jnp.mean(jnp.take_along_axis(logprobs_TV, chosen_T1, axis=1))
 
-  # Masked ids have no probability: their difference is 0, not that of infinite
-  # numbers.
+  # Masked ids have no probability: their difference is set to 0, because it
+  # would be a difference of infinite numbers.
   terms_TV = jnp.exp(old_TV) * (old_TV - new_TV)
   kl_T = jnp.sum(jnp.where(jnp.exp(old_TV) > 0, terms_TV, 0), axis=1)
   same_T = jnp.argmax(old_TV, axis=1) == jnp.argmax(new_TV, axis=1)

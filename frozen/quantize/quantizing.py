@@ -1,11 +1,11 @@
 """A frozen directory in fewer bits, layer by layer.
 
-Two streams of activations go through the layers: the original's, and that of
-the layers as they were quantised so far, on which GPTQ, AWQ and SmoothQuant
-calibrate. So later layers can make up for errors of earlier ones. One layer at
-a time has its statistics in memory.
+Two streams of activations go through the layers: the original's, and the stream
+of the layers quantised so far, on which GPTQ, AWQ and SmoothQuant calibrate. So
+later layers can compensate for errors of earlier layers. Only one layer at a
+time has its statistics in memory.
 
-Quantised are the kernels of linear layers. Embedding, head, norms and biases
+Only kernels of linear layers are quantised. Embedding, head, norms and biases
 stay in floats.
 """
 
@@ -36,7 +36,7 @@ from storage import file_names
 from text import tokenizer as tokenizer_lib
 
 METHODS = ('rtn', 'gptq', 'awq', 'smoothquant')
-_SMOOTHED = ('int8', 'int8-g32', 'fp8')  # formats that activations have, too
+_SMOOTHED = ('int8', 'int8-g32', 'fp8')  # formats that also fit activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ def quantise_directory(
     out: directory to write.
     scheme: one of `models.linear.stored.round.SCHEMES`.
     method: one of METHODS.
-    text: to calibrate and to measure with.
-    overwrite: replace what was frozen at `out`.
+    text: text to calibrate and to measure with.
+    overwrite: replace a frozen directory at `out`.
     tell: receives a line per layer.
 
   Raises:
@@ -122,7 +122,7 @@ def quantise_directory(
 
 
 def check_method(scheme: str, method: str) -> None:
-  """Raises ValueError for a scheme or a method that are not there together."""
+  """Raises ValueError for a scheme and a method that do not fit together."""
   expect.one_of('--scheme', scheme, rounding.SCHEMES)
   expect.one_of('--method', method, METHODS)
   if method == 'smoothquant':
@@ -177,8 +177,8 @@ def quantised(
 
   Args:
     params: with separate layers.
-    config: of the model.
-    rows: of text.
+    config: config of the model.
+    rows: rows of text.
     scheme: see `quantise_directory`.
     method: see `quantise_directory`.
     tell: receives a line per layer.
@@ -261,7 +261,7 @@ def _layer(
 def _errors(
   kernel: kernel_lib.Kernel, w_IO: jax.Array, second_II: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns root mean squares of the errors, relative to what is rounded."""
+  """Returns RMS errors of weights and outputs, relative to the exact ones."""
   delta_IO = kernel.whole(jnp.float32) - w_IO
 
   def relative(delta, whole):
@@ -277,7 +277,7 @@ def _errors(
 
 
 def _check_free(out: pathlib.Path, overwrite: bool) -> None:
-  """Raises ValueError if `out` has contents; here, before the work begins."""
+  """Raises ValueError if `out` has contents, before the work begins."""
   if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
     raise ValueError(
       f'--out: got {out}, which exists, expected a new directory; choose'

@@ -2,12 +2,12 @@
 
 The input of a kernel is divided by a scale per channel, and the kernel's rows
 are multiplied by it: the function is the same, and rounding costs less. The
-division is part of what makes the input: the scale of a norm, or `up` of a
-gated MLP. So the model computes nothing more.
+division is part of the layer that makes the input: the scale of a norm, or `up`
+of a gated MLP. So the model computes nothing more.
 
     awq          channels that are large on the text get finer steps; the power
                  of the scale is searched (arXiv:2306.00978, section 3.2)
-    smoothquant  as much is taken from large activations as from large weights
+    smoothquant  the largest activations and the largest weights are balanced
                  (arXiv:2211.10438, equation 4, with its alpha of 0.5)
 
 The output of attention is not scaled: with grouped queries, several of its
@@ -26,9 +26,9 @@ from models import model_config
 from models.layers import mlp
 from models.linear.stored import round as rounding
 
-_POWERS = 20  # of AWQ, from 0 to 1, as in its code
-_ALPHA = 0.5  # of SmoothQuant
-# All that a layer may have, so that no other reader of an input is missed.
+_POWERS = 20  # powers that AWQ tries, from 0 to 1, as in its code
+_ALPHA = 0.5  # alpha of SmoothQuant
+# All kernels that a layer may have, so that no reader of an input is missed.
 _KERNELS = {
   *(f'attention/{name}/kernel' for name in ('query', 'key', 'value', 'out')),
   *(f'mlp/{name}/kernel' for name in ('up', 'gate', 'down')),
@@ -39,7 +39,7 @@ Moments = Mapping[str, activations.Moments]
 
 
 class Place(NamedTuple):
-  """Kernels that read one input, and the part that makes it."""
+  """Kernels that read one input, and the part that makes the input."""
 
   maker: str  # the norm, or 'mlp/up'
   kernels: tuple[str, ...]
@@ -49,8 +49,8 @@ def places(config: model_config.ModelConfig, moments: Moments) -> list[Place]:
   """Returns the places of a layer whose input can be scaled.
 
   Args:
-    config: of the model.
-    moments: of the layer's kernels.
+    config: config of the model.
+    moments: moments of the layer's kernels.
 
   Raises:
     ValueError: there are kernels with other makers, as in latent attention.
@@ -88,10 +88,10 @@ def scaled(
   Args:
     layer: params of a layer by path; the kernels that are scaled come back in
       float32.
-    moments: of the layer's kernels.
-    config: of the model.
+    moments: moments of the layer's kernels.
+    config: config of the model.
     method: awq or smoothquant.
-    scheme: that the kernels will be stored in.
+    scheme: scheme in which the kernels will be stored.
   """
   layer, moments = dict(layer), dict(moments)
   for place in places(config, moments):
@@ -159,10 +159,10 @@ def output_error(delta_IO: jax.Array, second_II: jax.Array) -> jax.Array:
 
 
 def _divide(layer, maker: str, scale_I, config) -> jax.Array:
-  """Divides the maker of an input, in place; returns the scale it has then.
+  """Divides the maker of an input, in place; returns the scale it really got.
 
-  A norm keeps its dtype: the kernels are multiplied by what the norm was
-  divided by after it was rounded.
+  A norm keeps its dtype, so its divisor is rounded: the kernels are multiplied
+  by the rounded divisor.
   """
   if maker == 'mlp/up':
     path = f'{maker}/kernel'

@@ -1,12 +1,12 @@
-r"""Answers, compared by their value and not by the way they are written.
+r"""Answers, compared by their value and not by their spelling.
 
     answer = Answer('number', '1000')
     is_right(answer, 'It costs $1,000.00 in all.\n#### $1,000')      # True
     is_right(Answer('number', '3/4'), 'So the share is \\frac{6}{8}.')  # True
 
 A completion gives its answer after the first '####', as in GSM8K: a model that
-goes on with a next question has answered this one. Without this mark, the last
-of '\boxed{...}' and 'the answer is ...' counts, and then the last value of all.
+continues with another question has answered this one. Without this mark, the
+last '\boxed{...}' or 'the answer is ...' counts, and else the last value.
 
 Reference: Cobbe et al. 2021 (arXiv:2110.14168) for '####'.
 """
@@ -48,8 +48,8 @@ class Answer:
   """The right answer of a problem."""
 
   kind: str  # number | numbers (in this order) | word
-  text: str  # as a solution writes it
-  choices: tuple[str, ...] = ()  # the words that may be an answer, of a word
+  text: str  # in the spelling of a solution
+  choices: tuple[str, ...] = ()  # for a word: the words that may be an answer
 
   def __post_init__(self):
     """Raises ValueError for a text that is no answer of this kind."""
@@ -79,7 +79,7 @@ def is_right(answer: Answer, completion: str, *, strict: bool = False) -> bool:
   found = _readings(answer, text)
   if answer.kind == 'numbers':
     return right in found
-  # Behind a mark the first number counts, as in '18 apples for 3 days'; in
+  # After a mark the first number counts, as in '18 apples for 3 days'; in
   # free text the last one, since the numbers before it led to the answer.
   return bool(found) and found[0][0 if is_marked else -1] == right[0]
 
@@ -125,7 +125,7 @@ def _joined(match: re.Match) -> str:
 
 
 def _readings(answer: Answer, text: str) -> list[list[fractions.Fraction]]:
-  """Returns the lists of numbers that a text can be read as, without empties.
+  """Returns the possible readings of a text as lists of numbers; none is empty.
 
   The commas of '1,000,200' group digits or separate numbers. A list is tried
   with both; a single number only has the first.

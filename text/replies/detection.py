@@ -1,8 +1,9 @@
 """The style of a model's answers, found by rendering its chat template.
 
-A template says in which format the model calls tools, since it writes the calls
-of earlier turns so. A probe conversation is rendered, with a tool and a call,
-and the result is looked at. So it does not matter how a template is written.
+A template writes the calls of earlier turns, so its text shows the format in
+which the model calls tools. A probe conversation with a tool and a call is
+rendered, and the result is searched. So the source of the template does not
+matter.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from text import chat, chat_inputs
 from text.replies import formats, parser
 
 AUTO, NONE = 'auto', 'none'
-# A system message behind another one, and a message with calls.
+# A system message after another one, and a message with calls.
 LATE_SYSTEM, CALLS = 'late_system', 'calls'
 _TOOL = 'probe_tool'
 _KEY = 'probe_key'
@@ -41,7 +42,7 @@ _TOOLS = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateStyle:
-  """What a chat template reads and writes."""
+  """The features of a chat template: its formats and kinds of messages."""
 
   replies: parser.Style
   has_tools: bool  # it shows the model the tools of a request
@@ -83,7 +84,8 @@ def style_of(
     template: Jinja source.
     names: variables of the tokenizer, such as 'bos_token', and their values.
     special_tokens: strings that are special tokens if the template writes them.
-    reply_format: of the answers: AUTO, NONE, names of `formats`, joined by +.
+    reply_format: format of the answers: AUTO, NONE, or names of `formats`,
+      joined by +.
   """
 
   def rendered(*messages: Mapping[str, Any], **fields: Any) -> str:
@@ -95,7 +97,7 @@ def style_of(
         names=dict(names),
         special_tokens=special_tokens,
       ).text
-    except ValueError:  # a template may refuse what it does not know
+    except ValueError:  # a template may refuse an unknown role or key
       return ''
 
   arguments: dict[str, Any] = {_KEY: 'x'}
@@ -127,7 +129,7 @@ def _left_out(rendered: Callable[..., str], arguments: Any) -> frozenset[str]:
     CALLS: (_TOOL, rendered(_USER, call)),
     'tool': (_WORD, rendered(_USER, call, result)),
   }
-  # An error of the template tells more than this probe, so it is not one.
+  # The template raises its own error later, with a better text than this probe.
   return frozenset(
     kind for kind, (word, text) in found.items() if text and word not in text
   )
@@ -140,7 +142,7 @@ def _call(arguments: Any) -> dict[str, Any]:
 
 
 def _chosen(reply_format: str) -> parser.Style | None:
-  """Returns the style that a flag names; None: that of the template."""
+  """Returns the style that a flag names; None: the style of the template."""
   if reply_format == AUTO:
     return None
   check_name(reply_format)
@@ -185,7 +187,7 @@ def is_opened(
 
   Args:
     text: the prompt.
-    conversation: from which it was rendered.
+    conversation: the conversation of the prompt.
     reasoning: the markers around it, if the model has them.
     without_prompt: renders the conversation without the start of an answer, in
       which the template, and not a message, must have the opening marker.

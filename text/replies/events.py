@@ -3,11 +3,11 @@
     Reasoning*  (Text | ToolCall Arguments+)*  End
 
 A stream sends the events as they come. A whole answer is their fold. Both have
-the same parts, however the text was cut into pieces.
+the same parts, for every division of the text into pieces.
 
-`tokens` numbers the pieces, 0 for the first that was pushed, of which the text
-has at least a part. So whatever belongs to a token, such as its
-log-probability, is sent with the text of the token.
+`tokens` numbers the pieces, from 0 for the first pushed piece, that have a part
+of the text. So a value of a token, such as its log-probability, is sent with
+the text of the token.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning:
-  """A piece of what the model thinks before it answers."""
+  """A piece of the model's reasoning before its answer."""
 
   text: str
   tokens: tuple[int, ...] = ()
@@ -33,15 +33,15 @@ class Reasoning:
 class ToolCall:
   """The start of a call."""
 
-  index: int  # of the call in the answer, from 0
-  name: str  # of a tool of the request
+  index: int  # index of the call in the answer, from 0
+  name: str  # name of a tool of the request
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-  """A piece of the arguments of a call, which together are a JSON object."""
+  """A piece of a call's arguments; joined, the pieces are a JSON object."""
 
-  index: int  # of the call
+  index: int  # index of the call
   text: str
 
 

@@ -1,8 +1,8 @@
-"""Messages as a chat template wants them, the same in training and serving.
+"""Messages in the form that a chat template takes, for training and serving.
 
 Templates differ: the role 'developer' is 'system' for a template that does not
-know it, the arguments of calls are objects where the template wants these, and
-the result of a call gets the name of its function.
+know it, the arguments of calls are objects where the template takes objects,
+and the result of a call gets the name of its function.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ _SYSTEM = 'system', 'developer'
 def fitted(
   messages: Sequence[Mapping[str, Any]], style: detection.TemplateStyle
 ) -> list[dict[str, Any]]:
-  """Returns the messages as the template wants them."""
-  names: dict[str, str] = {}  # of functions, by the ids of calls
+  """Returns the messages in the form that the template takes."""
+  names: dict[str, str] = {}  # names of functions, by the ids of calls
   result = []
   for message in messages:
     message = dict(message)

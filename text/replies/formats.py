@@ -45,7 +45,7 @@ class CallFormat:
   """A format of calls."""
 
   begin: str  # marker that opens a block of calls
-  end: str = ''  # that closes it; '': the next block or the end of the answer
+  end: str = ''  # closes the block; '': the next block or the end does
   inner: tuple[str, ...] = ()  # markers inside a block
   # Reads the body of a block: (body, tools, form). None: it has no calls.
   read: Callable[[str, Tools, Form], Found | None]
@@ -78,7 +78,7 @@ def _call(name: Any, arguments: Any, tools: Tools) -> events.Call | None:
     return None
   try:
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # no lone surrogate, as JSON can escape one
+    text.encode()  # raises for a lone surrogate, which JSON can escape
   except (ValueError, RecursionError):
     return None
   return events.Call(name, text)
@@ -91,10 +91,10 @@ def _loaded(text: str) -> Any:
 
 
 def _next_value(text: str) -> tuple[Any, int] | None:
-  """Returns the JSON value that a text begins with, and where it ends."""
+  """Returns the JSON value at the start of a text, and the place of its end."""
   start = len(text) - len(text.lstrip())
   try:
-    # Models write line ends inside of strings, which strict JSON has not.
+    # Models write line ends inside of strings, which strict JSON forbids.
     return json.JSONDecoder(strict=False).raw_decode(text, start)
   except (ValueError, RecursionError):
     return None
@@ -110,7 +110,7 @@ def _from_object(value: Any, tools: Tools) -> events.Call | None:
 
 
 def _all(calls: Sequence[events.Call | None], rest: str = '') -> Found | None:
-  """Returns the calls, unless there are none or one of them is not one."""
+  """Returns the calls; None if there are none or one of them is invalid."""
   found = [call for call in calls if call is not None]
   return Found(found, rest) if found and len(found) == len(calls) else None
 
@@ -145,7 +145,7 @@ def _read_xml(body: str, tools: Tools) -> Found | None:
 
 
 def _typed(value: str, schema: Any) -> Any:
-  """Returns the value of a parameter: text, unless its schema says other."""
+  """Returns the value of a parameter: text, unless its schema has a type."""
   kinds = schema.get('type') if isinstance(schema, Mapping) else 'string'
   if 'string' in (kinds if isinstance(kinds, list) else [kinds]):
     return value
@@ -228,7 +228,7 @@ _DEEPSEEK_INNER = (
   _deepseek('tool_call_end'),
   _deepseek('tool_sep'),
 )
-# By the names in flags.
+# Formats of calls by their names in flags.
 CALLS = {
   'hermes': CallFormat(
     begin='<tool_call>', end='</tool_call>', read=_read_hermes
@@ -261,7 +261,7 @@ CALLS = {
     begin='<|python_tag|>', read=_read_llama3, has_bare=True
   ),
 }
-# Markers around reasoning, by the names in flags.
+# Markers around reasoning by their names in flags.
 REASONING = {
   'think': ('<think>', '</think>'),
   'mistral_think': ('[THINK]', '[/THINK]'),

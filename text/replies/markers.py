@@ -56,8 +56,8 @@ class Pieces:
     Args:
       text: the next text of the answer.
       token_ids: the next tokens. Before the end they spell the text.
-      num_text_ids: at the end of the answer, how many of all its tokens spell
-        it: the others are of a stop string or of an end.
+      num_text_ids: at the end of the answer, the number of its tokens that
+        spell the text: the others belong to a stop string or end the answer.
     """
     pieces: list[str] = []
     start = 0
@@ -71,7 +71,7 @@ class Pieces:
         start += len(pieces[-1])
       self._num_tokens += 1
     if start < len(text):
-      # An unfinished character at the end, of the last token with text.
+      # An unfinished character at the end belongs to the last token with text.
       _append(pieces, text[start:], self._num_tokens, num_text_ids)
     return pieces
 

@@ -5,22 +5,22 @@
     events += parser.finish('stop')
 
 The events do not depend on how the text was cut into pieces, except for where
-Text and Reasoning are divided. What happens where:
+Text and Reasoning are divided. The rules:
 
 - Text that may be part of a marker waits for the text that decides. A marker
-  that the end cuts is text of where it stands.
+  that the end cuts off belongs to the text or reasoning around it.
 - Line ends beside a marker belong to the marker. They are left out with it.
 - A call waits for its end: then it is a call, or all of it is text, markers
   included. So the arguments of a call are always whole, a JSON object.
 - The first closing marker ends a call, wherever it stands.
-- An end in the middle of a call makes it text. A call that lacks nothing but
-  its closing marker is a call.
-- Several calls are numbered in their order. With `is_single`, those after the
-  first are left out. Text may stand before, between and after calls.
-- Reasoning begins in the prompt, or with a marker: one that is a special token
-  anywhere, another one only where the answer begins. All up to the closing
-  marker is reasoning, and without one all up to the end. A closing marker
-  without an opening one is text.
+- An end in the middle of a call makes it text. A call that lacks only its
+  closing marker is a call.
+- Several calls are numbered in their order. With `is_single`, all calls after
+  the first are left out. Text may stand before, between and after calls.
+- Reasoning begins in the prompt, or with a marker. A marker that is a special
+  token counts anywhere, another marker only at the start of the answer. All
+  text up to the closing marker, or to the end without one, is reasoning. A
+  closing marker without an opening one is text.
 - A call inside reasoning is part of it: the model only considers it. But if the
   answer ends with the call, the model forgot to close its reasoning, and the
   call counts.
@@ -41,13 +41,13 @@ _KINDS = {_TEXT: events.Text, _REASONING: events.Reasoning}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Style:
-  """What a model's answers have beside text."""
+  """The parts of a model's answers besides text: calls and reasoning."""
 
   calls: formats.CallFormat | None = None
   reasoning: tuple[str, str] | None = None  # the markers around it
 
   def markers(self, special_tokens: Mapping[str, int]) -> markers_lib.Markers:
-    """Returns its markers, for a tokenizer with these special tokens."""
+    """Returns the markers, for a tokenizer with these special tokens."""
     found = (*(self.calls.markers if self.calls else ()),)
     return markers_lib.Markers(
       (*found, *(self.reasoning or ())), special_tokens
@@ -75,9 +75,9 @@ class Parser:
     """Starts an answer.
 
     Args:
-      style: of the model.
-      markers: of the style, see `Style.markers`.
-      tools: that may be called; None or empty: nothing is a call.
+      style: style of the model.
+      markers: markers of the style, see `Style.markers`.
+      tools: tools that may be called; None or empty: nothing is a call.
       is_reasoning: whether the prompt ends inside of reasoning.
       is_single: whether only the first call counts.
     """
@@ -91,12 +91,12 @@ class Parser:
     self._opening, self._closing = markers.form(opening), markers.form(closing)
     self._opens_anywhere = self._opening != opening
     self._state = _REASONING if is_reasoning else _TEXT
-    self._is_start = True  # nothing but white space and reasoning came
+    self._is_start = True  # only white space and reasoning have come
     self._skips = is_reasoning  # line ends after a marker
-    self._is_told = False  # more text tells no more of whether a call is bare
+    self._is_told = False  # whether it is decided if calls are bare
     self._resumed = _TEXT  # the state around a call
     self._body_at = 0  # where the body of a call begins in the buffer
-    self._searched = 0  # up to where its end was not found
+    self._searched = 0  # position up to which its end was not found
     # Calls at the end of reasoning so far, up to `_waiting_at` of the buffer.
     self._waiting: list[events.Call] = []
     self._waiting_at = 0
@@ -120,7 +120,7 @@ class Parser:
     """Returns the last events: the answer ends here.
 
     Args:
-      finish_reason: why generation ended, such as 'stop' or 'length'.
+      finish_reason: reason why generation ended, such as 'stop' or 'length'.
     """
     while self._buffer or self._waiting:
       self._finish_state()
@@ -137,7 +137,7 @@ class Parser:
   # The states
 
   def _run(self) -> None:
-    """Decides all that the buffer decides."""
+    """Decides as much of the buffer as its text allows."""
     steps: dict[str, Callable[[], bool]] = {
       _TEXT: self._step_text,
       _REASONING: self._step_reasoning,
@@ -166,7 +166,7 @@ class Parser:
       return True
     if not marker:
       num_safe = self._num_safe(opening, self._begin)
-      # White space where the answer begins belongs to a marker behind it.
+      # White space at the start of the answer belongs to a marker after it.
       if not self._is_start or self._buffer[:num_safe].strip():
         self._pass(num_safe, _TEXT)
       return False
@@ -184,7 +184,7 @@ class Parser:
     return True
 
   def _step_call(self) -> bool:
-    """Reads a call once its end is there; returns whether it was."""
+    """Reads a call when its end has come; returns whether it has."""
     if self._waiting and not self._continues():
       return self._state == _REASONING
     close = self._end or self._begin
@@ -252,13 +252,13 @@ class Parser:
     return True
 
   def _read_rest(self) -> bool:
-    """Takes a call whose closing marker is cut or missing."""
+    """Takes a call whose closing marker is cut off or missing."""
     body, size = self._buffer[self._body_at :], len(self._buffer)
     cut = markers_lib.pending(body, [self._end])
     return self._read(body, size) or (cut > 0 and self._read(body[:-cut], size))
 
   def _give_up(self, after: int) -> None:
-    """Makes text of a call, up to the next marker that opens one."""
+    """Turns a call into text, up to the next marker that opens one."""
     if self._waiting:
       after = self._body_at - len(self._begin)
       self._waiting = []
@@ -315,7 +315,7 @@ class Parser:
   # The buffer
 
   def _first(self, *markers: str) -> tuple[int, str]:
-    """Returns the first marker in the buffer, and where; '' for none."""
+    """Returns the first marker in the buffer, and its place; '' for none."""
     found = [(self._buffer.find(m), m) for m in markers if m]
     return min((each for each in found if each[0] >= 0), default=(0, ''))
 
@@ -334,7 +334,7 @@ class Parser:
     self._skips = self._is_start = True
 
   def _num_safe(self, *markers: str) -> int:
-    """Returns how much of the buffer no marker can take back."""
+    """Returns the characters of the buffer that belong to no marker."""
     markers = tuple(filter(None, markers))
     if not markers:
       return len(self._buffer)

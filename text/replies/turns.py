@@ -1,15 +1,15 @@
-"""Where the turns of the assistant are in a rendered conversation.
+"""The places of the assistant's turns in a rendered conversation.
 
-A template with generation marks says it itself. For another one, a turn begins
-where the prompt ends with which a server asks for it, and it ends with a stop
-token. Both are found by rendering the start of the conversation, and checked: a
-template that writes the start of a conversation differently when more messages
-follow is refused, because no prompt of a server would be like that text.
+Generation marks in a template give the places. In another template, a turn
+begins at the end of the prompt with which a server asks for it, and ends with a
+stop token. Both are found by rendering the start of the conversation, and
+checked. A template that writes the start of a conversation differently when
+more messages follow is refused: no prompt of a server would be like its text.
 
-The stop token is the special token that the template writes behind an answer. A
-template that writes none (all those of tokenizers without strings for special
-tokens) gets EOS behind the last answer. In the plain transcript of `text.chat`,
-the stop string of a server ends the answers before.
+The stop token is the special token that the template writes after an answer. If
+a template writes none (as with all tokenizers without strings for special
+tokens), EOS ends the last answer. In the plain transcript of `text.chat`, a
+server's stop string ends the answers before it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ _FIX = (
   'mark the answers in the template with {% generation %} and'
   ' {% endgeneration %}, the stop token included'
 )
-# Words that no template writes by itself.
+# Words that no template writes itself.
 _ANSWER = 'probed answer'
 _PROBE = (
   {'role': 'user', 'content': 'probed question'},
@@ -46,10 +46,10 @@ class Turns(NamedTuple):
 
 
 class Ending(NamedTuple):
-  """The end of an answer, as a template writes it."""
+  """The text that a template writes after an answer."""
 
   stop: str  # a special token; '' for none
-  after: str  # all text behind the last answer
+  after: str  # all text after the last answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Template:
 
   source: str
   names: tuple[tuple[str, str], ...]
-  specials: frozenset[str]  # strings that are special where it writes them
-  eos: frozenset[str]  # those of them that end an answer anywhere
+  specials: frozenset[str]  # strings that are special where the template writes
+  eos: frozenset[str]  # the specials that end an answer anywhere
 
   @functools.cached_property
   def style(self) -> detection.TemplateStyle:
-    """Returns what the template reads and writes."""
+    """Returns the formats and kinds of messages of the template."""
     return detection.style_of(
       self.source, names=self.names, special_tokens=self.specials
     )
@@ -132,7 +132,7 @@ def of(tokenizer: tokenizer_lib.Tokenizer, source: str) -> Template:
 
 
 def check(template: Template) -> None:
-  """Checks that the answer to a question can be told, with its stop token.
+  """Checks that the answer to a question can be found, with its stop token.
 
   Raises:
     ValueError: it cannot, or it has no stop token.
@@ -159,7 +159,7 @@ def find(
   tools: Tools = None,
   untrained: Collection[int] = (),
 ) -> Turns:
-  """Returns a rendered conversation, and where its trained turns are.
+  """Returns a rendered conversation, and the spans of its trained turns.
 
   Args:
     messages: a conversation that the template takes.
@@ -167,7 +167,7 @@ def find(
 
   Raises:
     ValueError: the template refuses the conversation, or its turns cannot be
-      told.
+      found.
   """
   places = [
     i
@@ -204,7 +204,7 @@ def _marked(
     return [by_place[i] for i in places]
   skipped = 0
   if all_places != list(places):
-    # A template may mark a turn in several parts: count those of the start.
+    # A template may mark a turn in several parts: count the starts of parts.
     if all_places[-len(places) :] != list(places):
       raise ValueError(
         f'chat template: got {len(marks)} marks of {len(all_places)} answers,'
@@ -327,7 +327,7 @@ def _with_strings(
   spans: Sequence[spans_lib.Span],
   needs_eos: bool,
 ) -> list[spans_lib.Span]:
-  """Returns the spans; those without EOS behind them up to a stop string."""
+  """Returns the spans; a span without EOS after it ends at a stop string."""
   without = len(spans) - needs_eos
   result = []
   for start, end in spans[:without]:
@@ -392,8 +392,8 @@ def _begin_in(
 ) -> list[bool]:
   """Returns for each offset whether it begins in one of the ascending spans.
 
-  A special token may take the white space behind it, and so the start of an
-  answer. It is the prompt's.
+  A special token may include the white space after it, and so the start of an
+  answer. That token belongs to the prompt.
   """
   firsts = [(start, start + 1) for start, _ in offsets]
   return spans_lib.overlaps(firsts, spans)

@@ -1,11 +1,11 @@
-"""The files of a slow tokenizer become those of a fast one.
+"""The files of a slow tokenizer, converted to the files of a fast one.
 
 Older directories have a `tokenizer.model` of SentencePiece and no
-`tokenizer.json`. Ids and text are those of SentencePiece itself. The rest is
+`tokenizer.json`. Ids and text equal SentencePiece's own. The rest is
 read as `transformers` reads it: `legacy` decides whether a space comes after
 each special token or before the first text alone, add_bos_token and
-add_eos_token decide what is put around a text, and added tokens have the ids
-behind those of the pieces.
+add_eos_token decide which tokens are put around a text, and added tokens have
+the ids after the pieces.
 
 Two differences to SentencePiece remain, both of the library `tokenizers`, which
 transformers uses as well. A table of characters (`precompiled_charsmap`) is
@@ -14,8 +14,8 @@ not belong to may be lost, and letters of Korean in parts stay in parts. In a
 unigram model, a piece that the user has defined competes by its score alone (3
 of 600 texts made of such pieces had other ids).
 
-Left out, `legacy` is true, as in SentencePiece and in transformers 4; its
-LlamaTokenizer of version 5 takes false. Left out, add_bos_token is true.
+If `legacy` is absent, it is true, as in SentencePiece and in transformers 4;
+LlamaTokenizer of version 5 takes false. If add_bos_token is absent, it is true.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ def convert(
   """Returns tokenizer.json and tokenizer_config.json of a model file.
 
   Args:
-    data: of `tokenizer.model`.
+    data: bytes of `tokenizer.model`.
     config: tokenizer_config.json as it is; empty if there is none.
     names: special tokens of the config, 'bos_token' -> '<s>'.
     added: added_tokens.json; empty if there is none.
@@ -138,7 +138,7 @@ def _with_added(
   names: Mapping[str, str],
   added: Mapping[str, Any],
 ) -> tuple[list[str], list[dict[str, Any]]]:
-  """Returns the pieces, some renamed, and the tokens behind them.
+  """Returns the pieces, some renamed, and the tokens after them.
 
   Raises:
     ValueError: an id is not the next one, or belongs to another token.
@@ -266,13 +266,13 @@ def _parts(
 
 
 def _prefix(model: model_file.Model, config: Mapping[str, Any]) -> str:
-  """Returns where a space is put in front of a text."""
+  """Returns the rule for a space in front of a text."""
   if not _flag(config, 'add_prefix_space', model.is_prefixed):
     return pipeline.NO_PREFIX
   if _flag(config, 'legacy', True):
     return pipeline.EACH
   if model.is_stripped or model.charsmap:
-    # What is removed at the start of a text hides that it is the start.
+    # A rule that removes the start of a text hides that it is the start.
     raise ValueError(
       f'{CONFIG}: got legacy = false for a {FILE} that replaces or removes'
       ' characters, expected true: the library puts no space before the first'

@@ -17,8 +17,8 @@ from typing import NamedTuple
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2  # model_type
 _MODEL_TYPES = {1: 'UNIGRAM', 2: 'BPE', 3: 'WORD', 4: 'CHAR'}
-MOST_BYTES = 64 * 2**20  # that of Gemma 3, with 262,144 pieces, has 4.7 MB
-_Value = int | float | bytes  # of a field
+MOST_BYTES = 64 * 2**20  # the file of Gemma 3, with 262,144 pieces, has 4.7 MB
+_Value = int | float | bytes  # value of a field
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 

@@ -26,7 +26,7 @@ class Rules(NamedTuple):
   """The changes to a text before its pieces are found."""
 
   prefix: str = NO_PREFIX
-  charsmap: bytes = b''  # of SentencePiece, see `model_file`
+  charsmap: bytes = b''  # SentencePiece's table, see `model_file`
   has_lines_joined: bool = False  # whether it maps '\r' and '\n' alike
   is_stripped: bool = False  # no spaces at the ends, and no two in a row
   # Pieces of a BPE that the user has defined: never joined, and never cut.
@@ -120,7 +120,7 @@ def around(
   Args:
     bos: None for none.
     eos: None for none.
-    ids: of these tokens.
+    ids: ids of these tokens.
   """
   if bos is None and eos is None:
     return None

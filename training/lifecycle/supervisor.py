@@ -71,7 +71,7 @@ class Seen:
     """Returns the progress in a workdir, which need not exist yet.
 
     Args:
-      workdir: of the run.
+      workdir: directory of the run.
       tell: receives a line if lines of the metrics are damaged.
     """
     names = [path.name for path in (workdir / file_names.CHECKPOINTS).glob('*')]

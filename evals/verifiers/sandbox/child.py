@@ -1,6 +1,6 @@
 """The first code of a confined process: reads its task, is confined, runs it.
 
-The task is JSON in a file without a name, and is closed before anything of a
+The task is JSON in a file without a name, and is closed before any code of a
 stranger runs. `runner.py` starts these processes.
 
     program    runs a text as a script: stdin and stdout are its own
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
   """Does the task of the file descriptor that the argument numbers."""
   with os.fdopen(int(argv[0]), 'rb') as file:
     task = json.load(file)
-  # No module of the repository may be found by a name of the stranger's.
+  # A name in the stranger's code must find no module of the repository.
   sys.path[:] = [*task['path'], *sys.path[1:]]
   sys.argv[:] = ['answer']
   try:

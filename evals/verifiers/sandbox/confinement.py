@@ -24,12 +24,12 @@ from evals.verifiers.sandbox import syscalls
 
 _LIBC = ('/lib', '/lib64', '/usr/lib', '/usr/lib64')
 _MORE = ('/usr/share/zoneinfo', '/dev/null', '/dev/urandom')
-_MOST_FILES = 64  # that are open at once
+_MOST_FILES = 64  # files that are open at once
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CLONE_NEWIPC, _CLONE_NEWUSER = 0x08000000, 0x10000000
 _CLONE_NEWNET = 0x40000000
-_CAPABILITY_VERSION = 0x20080522  # of linux/capability.h
+_CAPABILITY_VERSION = 0x20080522  # from linux/capability.h
 _CAPSET = {'x86_64': 126, 'aarch64': 91}
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
@@ -48,7 +48,7 @@ def apply(
   """Confines this process, which must have one thread only.
 
   Args:
-    parent: the id of the process that started it, and with which it dies.
+    parent: id of the process that started this one; this process dies with it.
     readable: files and directories to read besides Python and its libraries.
 
   Raises:
@@ -82,7 +82,7 @@ def apply(
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
-  """Gives up all capabilities; root then is a user among others."""
+  """Gives up all capabilities; root then is an ordinary user."""
   header = struct.pack('Ii', _CAPABILITY_VERSION, 0)
   number = _CAPSET[os.uname().machine]
   if libc.syscall(number, header, struct.pack('6I', *[0] * 6)):
@@ -90,10 +90,10 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 
 
 def _restrict_reading(libc: ctypes.CDLL, readable: Sequence[str]) -> bool:
-  """Lets this process open only some files; returns whether Landlock is there.
+  """Lets this process open only some files; returns whether Landlock exists.
 
   Raises:
-    OSError: Landlock is there, and refuses a rule.
+    OSError: Landlock exists, and refuses a rule.
   """
   if libc.syscall(_LANDLOCK_CREATE, None, 0, _VERSION_FLAG) < 1:
     return False

@@ -1,15 +1,15 @@
-"""Tests and the program that they test, each in a process of its own.
+"""Tests and the program that they test, in two processes.
 
     solution                          tests
     add = lambda a, b: a + b          assert add(1, 2) == 3
                     <- call add(1, 2) -
                     -      3         ->
 
-The tests' process sends calls and compares what comes back. The right values
-never reach the program. Whatever the program does, it can only answer calls: it
-may print, exit, or change what equality means, and no test passes for that.
+The tests' process sends calls and compares the replies. The right values never
+reach the program. The program can only answer calls: it may print, exit, or
+change the meaning of equality, and no test passes for that.
 
-A name that the tests use and do not define is one of the program, unless it is
+A name that the tests use and do not define belongs to the program, unless it is
 a builtin of Python. Values that are not plain (`values.py`), such as objects of
 a class, stay with the program: their attributes, calls, items and iteration are
 calls, too.
@@ -79,7 +79,7 @@ def _told(error: BaseException) -> str:
 
 
 class SolutionError(Exception):
-  """The program raised an exception that is none of Python's own."""
+  """The program raised an exception of its own class."""
 
 
 class _Link:
@@ -113,7 +113,7 @@ class _Link:
       return object.__getattribute__(value, '_number')
     raise TypeError(
       f'the tests give a value of type {type(value).__name__} to the program,'
-      ' expected plain data, or what the program returned'
+      ' expected plain data, or a value that the program returned'
     )
 
 
@@ -135,7 +135,7 @@ def _pairs(given: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _change(before: Any, after: Any) -> None:
-  """Makes a list, set or dict what it became in the program."""
+  """Changes a list, set or dict as the program has changed its copy."""
   if type(before) is not type(after) or before == after:
     return
   if isinstance(before, list):
@@ -179,7 +179,7 @@ class _Remote:
 
 
 class _Names(dict):
-  """The names of the tests; what they do not define is the program's."""
+  """The names of the tests; other names belong to the program."""
 
   def __init__(self, link: _Link):
     super().__init__(__name__='tests')
@@ -197,11 +197,11 @@ class _Names(dict):
 def test(
   tests: Sequence[str], entry_point: str, requests: int, replies: int
 ) -> list[str]:
-  """Runs tests; returns what is wrong with each, '' for one that passed.
+  """Runs tests; returns the fault of each test, '' for a passed test.
 
   Args:
-    tests: Python code with asserts; a name that one defines is there for the
-      next.
+    tests: Python code with asserts; a name that one test defines is known to
+      the next.
     entry_point: '' or the name of the function that `check` of the tests gets.
   """
   names = _Names(_Link(requests, replies))
@@ -221,7 +221,7 @@ def test(
 
 
 def _where(error: Exception, sources: Mapping[str, str]) -> str:
-  """Returns an error with the line of the tests at which it came."""
+  """Returns an error with the line of the tests where it was raised."""
   places = [
     frame
     for frame in traceback.extract_tb(error.__traceback__)

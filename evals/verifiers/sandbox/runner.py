@@ -3,14 +3,14 @@
     ran = runner.run('print(6 * 7)')          # Ran('ok', '42\\n', '')
     results, ran = runner.run_tests('def f(x): return x', ['assert f(1) == 1'])
 
-What the sandbox is: a Python process with the standard library alone, an empty
+The sandbox is a Python process with the standard library alone, an empty
 environment, limits on CPU time, wall time, memory and output, and few system
 calls (`syscalls.py`). It starts no process and no program, opens no socket,
 changes no file, and signals no other process. It dies with the process that
 started it.
 
-What it is not: a virtual machine. The kernel is shared, so an error of the
-kernel in one of the calls that are allowed is a way out. Without Landlock it
+The sandbox is no virtual machine. The kernel is shared, so an error of the
+kernel in an allowed call is a way out. Without Landlock it
 may read the files that its user may read. CPU time and memory are limited, not
 reserved: other programs of the machine become slower.
 """
@@ -37,14 +37,14 @@ _START = (
   'import sys; sys.path.insert(0, sys.argv[1]);'
   ' from evals.verifiers.sandbox import child; child.main(sys.argv[2:])'
 )
-# Nothing of the caller's environment. One seed for the order of sets, so that
-# a program does the same when a run is repeated.
+# Nothing of the caller's environment. A fixed seed for the order of sets, so
+# that a program does the same when a run is repeated.
 _ENVIRONMENT = {'LC_ALL': 'C.UTF-8', 'PYTHONHASHSEED': '0'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What a confined process may use.
+  """The resources that a confined process may use.
 
   Raises:
     ValueError: a limit is too low for Python itself.
@@ -55,7 +55,7 @@ class Limits:
   # result.
   wall_seconds: float = 30.0
   memory_bytes: int = 512 << 20  # address space, Python's own included
-  output_bytes: int = 64 << 10  # of stdout and stderr together
+  output_bytes: int = 64 << 10  # stdout and stderr together
 
   def __post_init__(self):
     expect.at_least('cpu_seconds', self.cpu_seconds, 1)
@@ -70,7 +70,7 @@ class Ran(NamedTuple):
   # ok, error (it raised, exited with another code than 0, or died), time (a
   # limit of time) or output (it wrote too much)
   status: str
-  output: str  # stdout and stderr, as they came
+  output: str  # stdout and stderr, interleaved
   reason: str  # in words; '' for ok
 
 
@@ -129,17 +129,17 @@ def run_tests(
   *,
   entry_point: str = '',
 ) -> tuple[list[str], Ran]:
-  """Runs tests against a program, each in a process of its own.
+  """Runs tests against a program, each in its own process.
 
   Args:
-    source: Python code that defines what the tests call.
+    source: Python code that defines the names that the tests call.
     tests: Python code with asserts.
     entry_point: '' or the name of the function that `check` of the tests gets.
 
   Returns:
-    What is wrong with each test, '' for one that passed, and last that of
-    `check`, if there is an entry point; empty if the tests did not end. And the
-    end of the program.
+    The fault of each test, '' for a passed test, and last the fault of `check`,
+    if there is an entry point; empty if the tests did not end. And the end of
+    the program.
 
   Raises:
     Unavailable: this system cannot confine a process.
@@ -291,7 +291,7 @@ def _watch(
     for name, pipe in pipes.items():
       selector.register(pipe, selectors.EVENT_READ, name)
     while not why:
-      # A process may close its output and live on.
+      # A process may close its output and continue.
       is_over = processes[0].poll() is not None
       ready = selector.select(0.02) if selector.get_map() else []
       if is_over and not ready:
@@ -321,7 +321,7 @@ def _ran(code: int, output: bytes, why: str, limits: Limits) -> Ran:
     return Ran('time', text, f'it ran for {limits.wall_seconds:g} s')
   if why == 'output':
     return Ran('output', text, f'it wrote over {limits.output_bytes} bytes')
-  if code in (-signal.SIGKILL, -signal.SIGXCPU):  # of the limit
+  if code in (-signal.SIGKILL, -signal.SIGXCPU):  # signals of the CPU limit
     return Ran('time', text, f'it computed for {limits.cpu_seconds} s')
   if code:
     last = text.strip().splitlines()

@@ -1,8 +1,8 @@
 """The system calls that a confined program may make, as a filter of the kernel.
 
-The list says what is allowed: computing, memory, threads of its own, reading
-files, and reading and writing what is open already. All else fails with EPERM,
-whatever kernels add later: processes, programs, sockets, signals to others,
+The list is of allowed calls: computing, memory, threads of its own, reading
+files, and reading and writing open files. All other calls fail with EPERM, also
+calls that later kernels add: processes, programs, sockets, signals to others,
 every change of a file.
 
 References: seccomp(2); linux/filter.h and linux/seccomp.h for the numbers of
@@ -54,8 +54,8 @@ _CLONE_THREAD = 0x10000
 _WRITES = 0o3 | 0o100 | 0o1000 | 0o20000000
 # TCGETS, FIOCLEX, FIONCLEX, FIONREAD.
 _IOCTLS = (0x5401, 0x5451, 0x5450, 0x541B)
-# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: none of those
-# that let the kernel send signals to another process.
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no command that
+# lets the kernel send signals to another process.
 _FCNTLS = (0, 1, 2, 3, 4, 1030)
 
 # Instructions of classic BPF (linux/filter.h).
@@ -150,7 +150,7 @@ def _conditions(pid: int) -> list[tuple[tuple[int, int], list[_Instruction]]]:
 
 
 def _place(argument: int) -> int:
-  """Returns where the low half of an argument is; both are little-endian."""
+  """Returns the place of an argument's low half; both are little-endian."""
   return _ARGUMENTS + 8 * argument
 
 

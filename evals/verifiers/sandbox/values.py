@@ -13,7 +13,7 @@ import os
 import struct
 from typing import Any
 
-MOST_BYTES = 1 << 24  # of a message
+MOST_BYTES = 1 << 24  # most bytes of a message
 
 _SEQUENCES = {'list': list, 'tuple': tuple, 'set': set, 'frozenset': frozenset}
 
@@ -56,7 +56,7 @@ def decode(value: Any, follow: Callable[[int], Any]) -> Any:
     follow: gives the value of a number.
 
   Raises:
-    ValueError: they are not what `encode` makes.
+    ValueError: `encode` cannot have made them.
   """
   if not isinstance(value, dict | list):
     return value
@@ -90,7 +90,7 @@ def receive(pipe: int) -> Any:
 
   Raises:
     EOFError: the other end is closed.
-    ValueError: what comes is no message.
+    ValueError: the bytes are no message.
   """
   (size,) = struct.unpack('>I', _read(pipe, 4))
   if size > MOST_BYTES:

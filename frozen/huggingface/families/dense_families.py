@@ -3,7 +3,7 @@
 A family has two functions: `read_*` returns the ModelConfig of some fields, and
 `write_*` the fields of a ModelConfig. A writer does not check that its fields
 express the whole model: `frozen.huggingface.config_json` reads them again and
-compares. Defaults of absent fields are those of `transformers`.
+compares. Absent fields have the defaults of `transformers`.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def sizes(
   """Returns the fields that have the same names in nearly all families.
 
   Args:
-    fields: of the config.
+    fields: fields of the config.
     kv_heads: default of num_key_value_heads; None for num_attention_heads.
     head_width: default of head_dim; None for hidden_size / heads.
     epsilon: default of rms_norm_eps.
@@ -87,7 +87,7 @@ def sizes(
 
 
 def init_std(fields: Fields) -> float:
-  """Returns the standard deviation of new weights; 0 tells nothing."""
+  """Returns the standard deviation of new weights; 0: not known."""
   if fields.get('initializer_range', 0.02) == 0:
     return 0.02
   return fields.number('initializer_range', 0.02)
@@ -136,9 +136,9 @@ def _llama_like(
   """Returns the fields that the relatives of Llama share.
 
   Args:
-    fields: of the config.
+    fields: fields of the config.
     family: names and defaults of the family's rotary fields.
-    **defaults: of `sizes`.
+    **defaults: passed to `sizes`.
   """
   found = sizes(fields, **defaults)
   rope = rope_fields.read(fields, found['head_width'], family)
@@ -297,7 +297,7 @@ def _gemma_activation(
 
   Args:
     name: the field that transformers computes with.
-    other: the field that it ignores, which must not say something else.
+    other: the field that it ignores; it must not contradict `name`.
     known: activations, by their names there.
   """
   mlp = activation(fields, name, 'gelu_pytorch_tanh', known)

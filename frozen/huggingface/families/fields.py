@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from checks import expect
 
 REQUIRED = object()  # the default of a field without a default
-MOST = 2**31 - 1  # of a size: shapes and ids have 32 bits
+MOST = 2**31 - 1  # largest size: shapes and ids have 32 bits
 # Of layers, and of experts in a layer: names of tensors are listed one by one.
 MOST_LAYERS = 10_000
 _MOST_LISTED = 8
@@ -69,7 +69,7 @@ class Fields:
   def __init__(self, values: Mapping[str, Any], where: str, path: str = ''):
     self._values = dict(values)
     self._where = where
-    self.path = path  # of the object, as in 'rope_parameters.'
+    self.path = path  # path of the object, as in 'rope_parameters.'
     self._read: set[str] = set()
 
   def has(self, name: str) -> bool:
@@ -171,7 +171,7 @@ class Fields:
     for name in _HARMLESS.keys() & self._values.keys() - self._read:
       self._read.add(name)
       value, allowed = self._values[name], _HARMLESS[name]
-      # 0 is not false: it may be the number of something.
+      # Types are compared, too: 0 is not false, since it may be a count.
       if not any(type(value) is type(x) and value == x for x in allowed):
         self.refuse(name, ' or '.join(map(repr, allowed)))
     self.finish_object('of the family', WITHOUT_EFFECT)
@@ -179,8 +179,8 @@ class Fields:
   def finish_object(self, owner: str, ignored: Set[str] = frozenset()) -> None:
     """Raises ValueError if fields are left that are not null nor ignored."""
     unread = self._values.keys() - self._read - ignored
-    # A field that is null is not given. One that is false or 0 may switch off
-    # what the family always does.
+    # A null field counts as absent. A field with false or 0 may switch off a
+    # part that the family always has.
     unread = {n for n in unread if self._values[n] is not None}
     if unread:
       listed = ', '.join(

@@ -79,7 +79,7 @@ def read_alternating(
 
 
 def read_qwen(fields: fields_lib.Fields, num_layers: int) -> dict[str, Any]:
-  """Returns global layers; those from max_window_layers on may be local."""
+  """Returns global layers; layers from max_window_layers on may be local."""
   is_used = fields.flag('use_sliding_window', False)
   window = fields.size_or_none('sliding_window', 4096) if is_used else 0
   first = fields.count('max_window_layers', 28)

@@ -40,10 +40,10 @@ def _num_experts(
   """Returns the numbers of experts of a layer and of a token.
 
   Args:
-    fields: of the config.
-    name: of the number of experts.
+    fields: fields of the config.
+    name: field with the number of experts.
     alias: another name of it.
-    default: of the number of experts.
+    default: default number of experts.
     active: default of num_experts_per_tok.
   """
   fields.agree(alias, name)
@@ -129,7 +129,7 @@ def _read_deepseek(fields: Fields, alias: str, shared: int) -> dict[str, Any]:
   """Returns the fields that V2 and V3 share.
 
   Args:
-    fields: of the config.
+    fields: fields of the config.
     alias: another name of n_routed_experts.
     shared: default number of shared experts.
   """
@@ -188,7 +188,7 @@ def _groups(
   """Returns the groups of experts; empty if there is only one.
 
   Args:
-    fields: of the config.
+    fields: fields of the config.
     found: the numbers of experts.
     groups: default number of groups.
     active: default number of groups that a token may use.

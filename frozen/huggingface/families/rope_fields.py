@@ -220,7 +220,7 @@ def _width(fields, given, head_width, family) -> int:
   elif family.partial_name:
     owner, name = fields, family.partial_name
   else:
-    # The family rotates all channels whatever these fields say.
+    # The family rotates all channels, for any values of these fields.
     for owner in (fields, given):
       owner.expect(inner, None, 1, 1.0)
     owner, name = fields, ''

@@ -90,14 +90,14 @@ class Metadata:
     """
     value: Any = self.take(name, *default)
     if isinstance(value, np.ndarray) and value.size:
-      # A value per layer, of which all are alike.
+      # A value per layer, all of them alike.
       value = value[0].item() if (value == value[0]).all() else value.tolist()
     if type(value) is not int or not 0 < value <= fields_lib.MOST:
       self.refuse(name, value, f'an integer from 1 to {fields_lib.MOST}')
     return value
 
   def expect(self, name: str, *allowed: Any) -> None:
-    """Raises ValueError if a field is there with none of these values."""
+    """Raises ValueError if a field exists with none of these values."""
     value = self.take(name, allowed[0])
     if isinstance(value, np.ndarray) or value not in allowed:
       self.refuse(name, value, ' or '.join(map(str, allowed)))

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and the list of tensors.
 
-The header is read here, not with the `gguf` package: that makes several objects
-of each element of an array, which takes minutes for a vocabulary of 262,144
+This module reads the header itself. The `gguf` package makes several objects of
+each element of an array, which takes minutes for a vocabulary of 262,144
 tokens. Every size is compared with the length of the file before anything is
 allocated for it, so a damaged file costs no more memory than its own bytes.
 
@@ -24,11 +24,11 @@ from checks import expect
 
 _MAGIC = b'GGUF'
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of tensors, unless general.alignment says otherwise
+_ALIGNMENT = 32  # bytes; alignment of tensors without general.alignment
 _MOST_ALIGNMENT = 2**20
 _MOST_AXES = 4
 _MOST_NAME = 2**16  # bytes of the name of a field or of a tensor
-_MOST_DEPTH = 4  # of arrays in arrays
+_MOST_DEPTH = 4  # nesting of arrays in arrays
 _NUMBERS = ('B', 'b', 'H', 'h', 'I', 'i', 'f', '?', '', '', 'Q', 'q', 'd')
 _STRING, _ARRAY = 8, 9
 _LEAST_FIELD = 8 + 4 + 1  # bytes: length of the name, type, value
@@ -71,7 +71,7 @@ class Entry:
   """A tensor of the list; its bytes are at `start` in the file."""
 
   name: str
-  kind: str  # of KINDS
+  kind: str  # one of KINDS
   shape: tuple[int, ...]  # [out, in]: the reverse of the order in the file
   start: int
   num_bytes: int
@@ -83,12 +83,12 @@ class Entry:
 
 
 class Listed(NamedTuple):
-  """A tensor as the header lists it, which may lie."""
+  """A tensor as the header lists it; the values may be wrong."""
 
   name: str
   shape: tuple[int, ...]
-  code: int  # of its kind
-  offset: int  # from the first byte behind the header
+  code: int  # code of its kind
+  offset: int  # bytes from the first byte after the header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Header:
   path: pathlib.Path
   fields: Mapping[str, Any]  # numbers, strings, lists of strings, numpy arrays
   listed: Mapping[str, Listed]
-  end: int  # the first byte behind the header
-  size: int  # of the file
+  end: int  # the first byte after the header
+  size: int  # bytes of the file
 
 
 def read(path: str | os.PathLike) -> Header:
@@ -254,7 +254,7 @@ class _Reader:
     return struct.unpack_from(code, self._data, at)[0]
 
   def _count(self, what: str, code: str, least: int) -> int:
-    """Reads a number of things, of which each has at least `least` bytes."""
+    """Reads a count of items, each of which has at least `least` bytes."""
     count = self._number(code)
     if count * least > self._size - self._at:
       raise ValueError(
@@ -309,7 +309,7 @@ class _Reader:
     return [self._value(name, kind, depth + 1) for _ in range(count)]
 
   def _strings(self, name: str, count: int) -> list[str]:
-    # Without a call per string: a vocabulary has hundreds of thousands.
+    # Decodes without a call per string: a vocabulary has hundreds of thousands.
     data, size, at = self._data, self._size, self._at
     length_at = struct.Struct('<Q').unpack_from
     result = []

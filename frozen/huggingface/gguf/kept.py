@@ -26,10 +26,10 @@ def blocks(
   """Returns the kernels and tables that keep their blocks, by path.
 
   The others become floats: vectors, matrices of experts and of routers, and
-  kinds that are not computed with.
+  kinds without a stored kernel.
 
   Args:
-    tensors: of `gguf.tensors`, by name.
+    tensors: tensors of `gguf.tensors`, by name.
     pieces: the tensor map.
   """
   found = {}

@@ -1,8 +1,8 @@
 """The fields of a GGUF file that describe a model: `families`, reversed.
 
-What llama.cpp would compute from the fields is compared with the model, by
-reading them as an import does. A model that a GGUF file cannot describe is
-refused before anything is written.
+The fields are read back as an import reads them, and the result is compared
+with the model. A model that a GGUF file cannot describe is refused before
+anything is written.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ class Described:
   """A model as a GGUF file describes it."""
 
   model_type: str
-  values: Mapping[str, Any]  # of config.json
-  fields: Mapping[str, Any]  # of the file
+  values: Mapping[str, Any]  # fields of config.json
+  fields: Mapping[str, Any]  # fields of the GGUF file
   factors: Mapping[str, np.ndarray]  # tensors of rotary positions, by name
 
 
@@ -68,11 +68,11 @@ def describe(
   """Returns the first of some families that computes a model.
 
   Args:
-    model_types: families to try; others than those of GGUF are left out.
-    listed: tells which optional tensors there will be, by their names.
+    model_types: families to try; families without a GGUF form are left out.
+    listed: the optional tensors that the file will have, by name.
 
   Raises:
-    ValueError: none of them does.
+    ValueError: no family computes the model.
   """
   plain, factors = _without_divisors(config)
   problems = []
@@ -104,7 +104,7 @@ def describe(
 
 
 def candidates(family: str, imported: str) -> list[str]:
-  """Returns the families to try: the one asked for, or all of them."""
+  """Returns the families to try: the requested family, or all of them."""
   return [family] if family else [imported, *_ARCHITECTURES]
 
 
@@ -149,7 +149,7 @@ def _fields(
 def _without_divisors(
   config: model_config.ModelConfig,
 ) -> tuple[model_config.ModelConfig, dict[str, np.ndarray]]:
-  """Returns the model without scaled frequencies, and the tensor of these."""
+  """Returns the model without scaled frequencies, and their tensor."""
   scaling = config.rope_scaling
   is_table = (
     scaling.kind == 'longrope'

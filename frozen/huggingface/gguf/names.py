@@ -20,8 +20,8 @@ from frozen.huggingface import layouts, tensor_map
 from models import model_config
 
 _PERMUTED = ('llama', 'mistral', 'mixtral', 'smollm3')
-# The norm in front of the MLP has the name of the norm behind attention where
-# there is none behind.
+# In models without a norm behind attention, the norm in front of the MLP has
+# the name of that norm.
 _NORMS = {
   'input_layernorm': 'attn_norm',
   'post_attention_layernorm': 'ffn_norm',
@@ -121,7 +121,7 @@ def _pieces(model_type, config, values) -> Iterator[tensor_map.Piece]:
 
 
 def _unique(found) -> Iterator[tensor_map.Piece]:
-  """Yields each tensor once: that of all experts comes once per expert."""
+  """Yields each tensor once; a tensor of all experts comes once per expert."""
   seen = set()
   for piece in found:
     if piece.theirs not in seen:
@@ -130,7 +130,7 @@ def _unique(found) -> Iterator[tensor_map.Piece]:
 
 
 def _name(theirs: str, norms: Mapping[str, str]) -> tuple[str, bool]:
-  """Returns the name in GGUF files, and whether it is of all experts."""
+  """Returns the name in GGUF files, and whether it holds all experts."""
   if theirs in _OUTSIDE:
     return _OUTSIDE[theirs], False
   found = _LAYER.fullmatch(theirs)

@@ -48,7 +48,7 @@ _DEEPSEEK3 = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule: its expressions, and what its name says besides."""
+  """A rule: its expressions, and the settings that its name implies."""
 
   expressions: tuple[str, ...]
   ignores_merges: bool = False  # a piece that is a token needs no merges

@@ -2,8 +2,8 @@
 
 A file is refused as soon as its header shows why: first for its architecture,
 then for its tokenizer, then for its tensors. Matrices keep their blocks, byte
-for byte, or become floats with the rounding of the file. The tokenizer is that
-of the file, or that of the Hugging Face directory of the same model.
+for byte, or become floats with the rounding of the file. The tokenizer comes
+from the file, or from the Hugging Face directory of the same model.
 """
 
 from collections.abc import Mapping
@@ -99,10 +99,10 @@ def import_file(
       the tokenizer of the file.
     dtype: one of `importing.DTYPES`, of floats; 'auto' is float32.
     weights: one of `WEIGHTS`: matrices become floats, keep their blocks, or
-      keep these where this machine computes with them fast.
+      keep their blocks if this machine computes with them fast.
     origin: further fields of the manifest's origin.
-    recommended: fields of generation_config.json, in addition to those of the
-      file; only with the tokenizer of the file.
+    recommended: fields of generation_config.json, in addition to the file's
+      fields; only with the tokenizer of the file.
 
   Raises:
     FileNotFoundError: a file is missing.

@@ -1,8 +1,8 @@
 """The sampling that a GGUF file recommends: read, and written.
 
-llama.cpp samples with these fields unless its user sets others. A temperature
-of 0 is greedy there. Its penalty looks at the last 64 tokens unless
-`penalty_last_n` says otherwise, and ours at the whole context, which is -1.
+llama.cpp samples with these fields unless its user sets others. There, a
+temperature of 0 is greedy. Its penalty looks at the last 64 tokens unless
+`penalty_last_n` says otherwise; our penalty looks at the whole context, -1.
 
 Reference: `general.sampling.*` in `Keys.General` of the package gguf, and
 `common_init_sampler_from_model` in llama.cpp.
@@ -15,7 +15,7 @@ import numpy as np
 
 _PREFIX = 'general.sampling.'
 _TEMPERATURE, _LAST = 'temp', 'penalty_last_n'
-# Names in a GGUF file, with those of ours and of generation_config.json.
+# Names in a GGUF file, with our names and the names in generation_config.json.
 _NAMES = {
   _TEMPERATURE: 'temperature',
   'top_k': 'top_k',
@@ -31,7 +31,7 @@ _ELSEWHERE = ('stop_ids',)
 def read(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the sampling of a file as fields of generation_config.json."""
   found = {
-    name.removeprefix(_PREFIX): float(f'{value:.6g}')  # it has 32 bits there
+    name.removeprefix(_PREFIX): float(f'{value:.6g}')  # float32 in the file
     if isinstance(value, float)
     else value
     for name, value in fields.items()

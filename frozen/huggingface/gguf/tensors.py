@@ -28,7 +28,7 @@ class Tensor:
   """A tensor in an open file."""
 
   path: pathlib.Path
-  kind: str  # of header.KINDS
+  kind: str  # one of header.KINDS
   shape: tuple[int, ...]  # [out, in]
   data: np.ndarray  # uint8, mapped: rows of bytes
 

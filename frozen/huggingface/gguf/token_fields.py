@@ -28,8 +28,8 @@ def fields(
   """Returns the fields of a tokenizer, and notes for the user.
 
   Args:
-    tokenizer: of the model.
-    specification: of the same tokenizer.
+    tokenizer: tokenizer of the model.
+    specification: specification of the same tokenizer.
     num_ids: rows of the embedding.
     stop_ids: ids that end a text.
     chat_template: '' for none.

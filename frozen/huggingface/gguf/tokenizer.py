@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file, as the files of a Hugging Face tokenizer.
 
 A GGUF file has the vocabulary, its merges or scores, the special tokens and the
-chat template. Two kinds are read: byte-level BPE, which is `gpt2` there, and
-SentencePiece's BPE, which is `llama`.
+chat template. Two kinds are read: byte-level BPE, which is named `gpt2`, and
+SentencePiece's BPE, which is named `llama`.
 
 Reference: github.com/ggml-org/ggml/blob/master/docs/gguf.md; `llama-vocab.cpp`
 of llama.cpp.
@@ -96,7 +96,7 @@ def check(fields: Mapping[str, Any]) -> None:
   It is quick: the vocabulary is counted and not read.
 
   Args:
-    fields: of the header.
+    fields: fields of the header.
   """
   read = _Fields(fields)
   kind = read.get('model')
@@ -139,10 +139,10 @@ def write(
   """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
   Args:
-    fields: of the header.
+    fields: fields of the header.
     directory: exists.
-    recommended: fields of generation_config.json that go before those of the
-      file.
+    recommended: fields of generation_config.json that win over the file's
+      fields.
 
   Raises:
     ValueError: the tokenizer is not one that this module reads.
@@ -270,7 +270,7 @@ def _added(
 
 
 def _ends(read: _Fields, tokens: Sequence[str], kinds: np.ndarray) -> list[int]:
-  """Returns the ids that end a text: those of the file, and ends of turns."""
+  """Returns the ids that end a text: the file's ids, and ends of turns."""
   ends = []
   for key in _END_IDS:
     if _named(tokens, read.get(key), key) is not None:

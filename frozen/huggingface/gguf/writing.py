@@ -2,7 +2,7 @@
 
 Kernels that were kept in the blocks of a GGUF file are written with the same
 bytes. Other matrices become floats of the dtype of the directory, or blocks of
-a kind that is asked for. Vectors are float32, as llama.cpp reads them.
+a requested kind. Vectors are float32, as llama.cpp reads them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ def export_file(
     out: the file to write; must not exist.
     family: the `model_type` to write; '' for the family that the model was
       imported as, or else the first that computes the same function.
-    kind: of matrices, one of `KINDS`; auto keeps their dtype.
+    kind: kind of matrices, one of `KINDS`; auto keeps their dtype.
 
   Raises:
     FileNotFoundError: there is no frozen directory.
@@ -148,7 +148,7 @@ def _write(
 
 
 def _optional(config) -> dict[str, header_lib.Listed]:
-  """Returns the tensors by which a reader knows what the fields do not say."""
+  """Returns the tensors that tell a reader facts which no field states."""
   shapes: dict[str, tuple[int, ...]] = {
     'token_embd.weight': (config.vocab_size, config.model_width)
   }
@@ -169,7 +169,7 @@ def _optional(config) -> dict[str, header_lib.Listed]:
 def _planned(
   piece: tensor_map.Piece, leaves: Mapping[str, Any], kind: str, dtype: str
 ) -> _Planned:
-  """Returns a tensor in the kind that is asked for, if it can be so."""
+  """Returns a tensor in the requested kind, if its shape allows it."""
   shapes = [_shape(path, leaves[path]) for path in piece.ours]
   shape = tuple(piece.layout.shape(*shapes))
   if kind == 'auto':
@@ -187,7 +187,7 @@ def _planned(
 def _notes(
   planned: list[_Planned], quantization: Mapping[str, Any], kind: str
 ) -> Iterator[str]:
-  """Yields what is written otherwise than the user may expect."""
+  """Yields a note for each part that is written unlike the source."""
   kernels = quantization.get('kernels', {}).values()
   forms = {kernel['form'] for kernel in kernels if 'form' in kernel}
   if forms:

@@ -28,8 +28,8 @@ from frozen.huggingface.quantised import (
 )
 
 _BITS = 4
-# How the checkpoint was made, and how other programs run it. Newer versions of
-# transformers write the fields of gptq, too.
+# Fields about the making of the checkpoint, and about other programs that run
+# it. Newer versions of transformers write the fields of gptq, too.
 _WITHOUT_EFFECT = frozenset(
   {
     'quant_method', 'backend', 'do_fuse', 'fuse_max_seq_len',
@@ -48,19 +48,19 @@ class Awq:
 
   group_size: int  # -1: all inputs
   excluded: tuple[str, ...]  # parts of the names of modules in floats
-  path: str  # of the fields, for errors
+  path: str  # path of the fields, for errors
 
   parts = frozenset({'qweight', 'qzeros', 'scales'})
   unused = frozenset()
 
   @property
   def title(self) -> str:
-    """The method, for people."""
+    """The method, for messages."""
     return f'awq, {_BITS} bits, groups of {self.group_size}'
 
   @property
   def notes(self) -> list[str]:
-    """Activations are floats where the checkpoint was made, too."""
+    """No notes: the checkpoint's own activations are floats, too."""
     return []
 
   def check_names(self, classes: Mapping[str, str]) -> list[str]:
@@ -69,7 +69,7 @@ class Awq:
     return []
 
   def open(self, parts: parts_lib.Parts, kind: str) -> parts_lib.Tensor | None:
-    """Returns a matrix, of which headers are checked."""
+    """Returns a matrix; checks only the headers of its tensors."""
     del kind
     if not parts.tensors.keys() & self.parts:
       return None

@@ -44,8 +44,8 @@ class CompressedTensors:
 
   schemes: Mapping[str, schemes.Scheme]  # by target, in order of preference
   ignored: tuple[str, ...]
-  activations: tuple[str, ...]  # that are quantised elsewhere, for people
-  path: str  # of the fields, for errors
+  activations: tuple[str, ...]  # quantised elsewhere; for messages
+  path: str  # path of the fields, for errors
 
   parts = frozenset(
     {
@@ -57,7 +57,7 @@ class CompressedTensors:
 
   @property
   def title(self) -> str:
-    """The method and its schemes, for people."""
+    """The method and its schemes, for messages."""
     titles = {scheme.title: None for scheme in self.schemes.values()}
     return f'compressed-tensors, {" and ".join(titles)}'
 
@@ -68,14 +68,14 @@ class CompressedTensors:
 
   @property
   def notes(self) -> list[str]:
-    """Says that activations are floats here."""
+    """Notes that activations are floats here."""
     return [fp8.weight_only(text) for text in self.activations]
 
   def check_names(self, classes: Mapping[str, str]) -> list[str]:
     """Checks targets and ignore list.
 
     Raises:
-      ValueError: a name, not a pattern, is that of no module.
+      ValueError: a name that is no pattern names no module.
     """
     notes = []
     for field, names in (('targets', self.schemes), ('ignore', self.ignored)):
@@ -90,7 +90,7 @@ class CompressedTensors:
     return notes
 
   def open(self, parts: parts_lib.Parts, kind: str) -> parts_lib.Tensor | None:
-    """Returns a matrix, of which headers are checked."""
+    """Returns a matrix; checks only the headers of its tensors."""
     module = parts.module
     weight = parts.tensors.get('weight')
     found = parts.tensors.keys() & self.parts
@@ -124,7 +124,7 @@ def read(fields: fields_lib.Fields, where: str) -> CompressedTensors:
   """Returns the method of a quantization_config.
 
   Args:
-    fields: of the config.
+    fields: fields of the config.
     where: path of the file, for errors.
 
   Raises:
@@ -207,7 +207,7 @@ def _scheme(group: fields_lib.Fields, form: Any) -> schemes.Scheme:
 
 
 def _activations(group: fields_lib.Fields) -> Iterator[str]:
-  """Yields how the inputs of a group are quantised elsewhere."""
+  """Yields the quantisation of a group's inputs in other programs."""
   if not group.has('input_activations'):
     return
   inside = group.inside('input_activations')

@@ -5,8 +5,8 @@
 
     w[o, i] = weight * weight_scale_inv of its block
 
-In spite of its name the scale multiplies. With weight_block_size = null, one
-scale is that of the whole matrix; vLLM calls it weight_scale.
+In spite of its name the scale multiplies. With weight_block_size = null, the
+whole matrix has one scale; vLLM calls it weight_scale.
 
 Reference: DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
 """
@@ -37,20 +37,20 @@ class Fp8:
   block: tuple[int, int] | None  # None: a matrix has one scale
   excluded: tuple[str, ...]  # parts of the names of modules in floats
   activations: str
-  path: str  # of the fields, for errors
+  path: str  # path of the fields, for errors
 
   parts = frozenset(_SCALES)
   unused = frozenset({'input_scale', 'activation_scale'})
 
   @property
   def title(self) -> str:
-    """The method, for people."""
+    """The method, for messages."""
     of = f'blocks of {list(self.block)}' if self.block else 'whole matrices'
     return f'fp8, scales of {of}'
 
   @property
   def notes(self) -> list[str]:
-    """Says that activations are floats here."""
+    """Notes that activations are floats here."""
     return [weight_only(f'fp8 ({self.activations})')]
 
   def check_names(self, classes: Mapping[str, str]) -> list[str]:
@@ -60,7 +60,7 @@ class Fp8:
     return []
 
   def open(self, parts: parts_lib.Parts, kind: str) -> parts_lib.Tensor | None:
-    """Returns a matrix, of which headers are checked."""
+    """Returns a matrix; checks only the headers of its tensors."""
     del kind
     weight = parts.tensors.get('weight')
     is_narrow = weight is not None and weight.dtype not in parts_lib.FLOATS

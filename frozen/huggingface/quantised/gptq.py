@@ -8,8 +8,8 @@
     w[o, i] = (code - zero) * scale of group g_idx[i]
 
 `checkpoint_format` gptq (v1) stores zero - 1, modulo 2^bits; gptq_v2 stores the
-zero. Act-order (`desc_act`) gives each group the inputs of like importance, so
-that a group's inputs do not lie together.
+zero. Act-order (`desc_act`) groups inputs of similar importance, so that the
+inputs of a group do not lie together.
 
 Reference: GPTQ, arXiv:2210.17323; packing of AutoGPTQ's QuantLinear.
 """
@@ -28,7 +28,8 @@ from frozen.huggingface.quantised import (
   parts as parts_lib,
 )
 
-# How the checkpoint was made, and how other programs run it.
+# Fields about the making of the checkpoint, and about other programs that run
+# it.
 _WITHOUT_EFFECT = frozenset(
   {
     'quant_method', 'true_sequential', 'damp_percent', 'damp_auto_increment',
@@ -53,20 +54,20 @@ class Gptq:
   zero_offset: int  # added to stored zeros
   has_head: bool
   modules: tuple[str, ...] | None  # last words of quantised ones; None: any
-  path: str  # of the fields, for errors
+  path: str  # path of the fields, for errors
 
   parts = frozenset({'qweight', 'qzeros', 'scales', 'g_idx'})
   unused = frozenset()
 
   @property
   def title(self) -> str:
-    """The method, for people."""
+    """The method, for messages."""
     order = ', act-order' if self.is_ordered else ''
     return f'gptq, {self.bits} bits, groups of {self.group_size}{order}'
 
   @property
   def notes(self) -> list[str]:
-    """Activations are floats where the checkpoint was made, too."""
+    """No notes: the checkpoint's own activations are floats, too."""
     return []
 
   def check_names(self, classes: Mapping[str, str]) -> list[str]:
@@ -78,7 +79,7 @@ class Gptq:
     return []
 
   def open(self, parts: parts_lib.Parts, kind: str) -> parts_lib.Tensor | None:
-    """Returns a matrix, of which headers are checked."""
+    """Returns a matrix; checks only the headers of its tensors."""
     del kind
     if not parts.tensors.keys() & self.parts:
       return None
@@ -160,7 +161,7 @@ def in_form(
     scales: [out, groups].
     bits: 4 or 8.
     size: inputs of a group.
-    groups: of each input; None if a group's inputs lie together.
+    groups: group of each input; None if a group's inputs lie together.
   """
   middle = 2 ** (bits - 1)
   is_centred = bool(np.all(zeros == middle))

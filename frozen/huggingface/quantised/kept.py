@@ -1,7 +1,7 @@
 """Matrices of a quantised checkpoint as stored kernels: their codes stay.
 
-Codes and scales keep their bits. Their place changes as a layout says: the
-order of heads, and of matrices that one tensor joins.
+Codes and scales keep their bits. A layout changes only their place: the order
+of heads, and of matrices that one tensor joins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Kept(NamedTuple):
   """The matrices that stay quantised, and the others."""
 
   kernels: dict[str, kernel_lib.Kernel]  # by path
-  names: frozenset[str]  # of their tensors
+  names: frozenset[str]  # names of their tensors
   notes: list[str]  # on the matrices that become floats
 
 
@@ -35,7 +35,7 @@ def kernels(
   stored kernel holds.
 
   Args:
-    tensors: of `quantised.opening`, by name.
+    tensors: tensors of `quantised.opening`, by name.
     pieces: the tensor map.
 
   Raises:
@@ -50,7 +50,7 @@ def kernels(
     if piece.expert is not None or not all(
       map(gguf_kept.is_product, piece.ours)
     ):
-      why = 'experts, routers and what latent attention folds'
+      why = 'experts, routers and the matrices that latent attention folds'
     else:
       matrix = tensor.matrix()
       why = matrix.why_not_stored()
@@ -67,7 +67,7 @@ def kernels(
 
 
 def fast(kept: Kept, pieces: Sequence[tensor_map.Piece]) -> Kept:
-  """Returns what stays quantised where this machine computes fast with it.
+  """Returns the matrices that stay quantised because that is fast here.
 
   Args:
     kept: all that can stay quantised.

@@ -2,8 +2,8 @@
 
     w[o, i] = (number(codes[o, i]) - zero) * scale / divisor
 
-Zero and scale are those of the tile of (tile_out, tile_in) codes; the last
-tiles may be partial. With `groups`, as of GPTQ's act-order, the second index of
+Each tile of (tile_out, tile_in) codes has its own zero and scale; the last
+tiles may be partial. With `groups`, as in GPTQ's act-order, the second index of
 a tile is groups[i] in place of i // tile_in.
 """
 

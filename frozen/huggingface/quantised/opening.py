@@ -2,8 +2,8 @@
 
     m.qweight, m.scales, m.qzeros   ->   m.weight
 
-Everything that headers and quantization_config show to be wrong is refused
-here, before any matrix is read.
+Any fault that the headers and the quantization_config show is refused here,
+before any matrix is read.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from checks import expect
 from frozen.huggingface.quantised import parts as parts_lib
 
-# A head that is tied has no tensors of its own, and is listed nevertheless.
+# A tied head has no tensors of its own, but lists name it nevertheless.
 HEADS = ('lm_head', 'embed_out')
 # Linear layers in older versions of transformers; lists name them or not.
 ROUTERS = ('mlp.gate', 'block_sparse_moe.gate')
@@ -29,12 +29,12 @@ class Method(Protocol):
 
   @property
   def notes(self) -> list[str]:
-    """What is computed otherwise than where the checkpoint was made."""
+    """Notes on parts that are computed unlike in the original program."""
     ...
 
   @property
   def parts(self) -> frozenset[str]:
-    """Names of the tensors of a matrix that no matrix of floats has."""
+    """Names of tensors that only quantised matrices have."""
     ...
 
   @property
@@ -61,7 +61,7 @@ class Method(Protocol):
       kind: Linear, Embedding or ''.
 
     Raises:
-      ValueError: its tensors are not those of the method.
+      ValueError: its tensors do not fit the method.
     """
     ...
 
@@ -72,8 +72,8 @@ def opened(
   """Returns tensors with matrices in place of their parts, and notes.
 
   Args:
-    method: of the quantization_config.
-    tensors: of `safetensors_files`, by name.
+    method: method of the quantization_config.
+    tensors: tensors of `safetensors_files`, by name.
     where: the directory, for errors.
 
   Raises:

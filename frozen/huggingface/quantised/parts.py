@@ -16,7 +16,7 @@ from checks import expect
 from frozen.huggingface import safetensors_files
 from frozen.huggingface.quantised import matrix as matrix_lib
 
-DTYPE = 'QUANTISED'  # of a matrix, in place of a name of safetensors
+DTYPE = 'QUANTISED'  # dtype of a matrix, in place of a name of safetensors
 FLOATS = tuple(safetensors_files.DTYPES)
 _READ = threading.local()  # the matrix that a thread has read last
 

@@ -41,7 +41,7 @@ NVFP4, MXFP4 = 'nvfp4-pack-quantized', 'mxfp4-pack-quantized'
 FORMATS = (PACKED, INT, FLOAT, NAIVE, MXFP8, NVFP4, MXFP4)
 _FP4 = (NVFP4, MXFP4)
 _GLOBAL = 'weight_global_scale'
-# Observers chose the scales; others say what the tensors show.
+# Observers chose the scales; other fields repeat facts that the tensors show.
 _WITHOUT_EFFECT = frozenset(
   {'observer', 'observer_kwargs', 'scale_dtype', 'zp_dtype'}
 )
@@ -51,7 +51,7 @@ _WITHOUT_EFFECT = frozenset(
 class Scheme:
   """The field `weights` of a group, and its format."""
 
-  format: str  # of FORMATS
+  format: str  # one of FORMATS
   bits: int
   is_float: bool
   strategy: str
@@ -62,16 +62,16 @@ class Scheme:
 
   @property
   def title(self) -> str:
-    """The scheme, for people."""
+    """The scheme, for messages."""
     kind = 'float' if self.is_float else 'int'
     size = self.block or self.size or ''
     return f'{self.format} {kind}{self.bits} {self.strategy} {size}'.rstrip()
 
   def open(self, parts: parts_lib.Parts) -> parts_lib.Tensor:
-    """Returns a matrix, of which headers are checked.
+    """Returns a matrix; checks only the headers of its tensors.
 
     Raises:
-      ValueError: its tensors are not those of the scheme.
+      ValueError: its tensors do not fit the scheme.
     """
     outputs, inputs = self._shape(parts)
     if self.size and self.format in (*_FP4, MXFP8) and inputs % self.size:
@@ -210,7 +210,7 @@ def read(fields: fields_lib.Fields, form: str) -> Scheme:
   """Returns the scheme of the fields `weights` of a group.
 
   Args:
-    fields: of a quantization_config's group.
+    fields: fields of a quantization_config's group.
     form: the format of the group.
 
   Raises:

@@ -30,9 +30,9 @@ _METHODS = ('compressed-tensors', 'gptq', 'awq', 'fp8')
 
 
 class Quantised(NamedTuple):
-  """How the matrices of a checkpoint are quantised."""
+  """The quantisation of a checkpoint's matrices."""
 
-  title: str  # method and format, for people
+  title: str  # method and format, for messages
   notes: list[str]  # for the user
   formats: tuple[str, ...]  # of compressed-tensors
 
@@ -81,8 +81,8 @@ def opened(
   """Returns tensors with matrices in place of their parts.
 
   Args:
-    values: of config.json.
-    tensors: of the files, by name.
+    values: fields of config.json.
+    tensors: tensors of the files, by name.
     where: the directory, for errors.
 
   Returns:

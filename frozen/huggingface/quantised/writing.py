@@ -6,10 +6,10 @@
     fp8               float-quantized; mxfp8-quantized with powers of two
     fp4               mxfp4-pack-quantized, nvfp4-pack-quantized: by its scales
 
-The bytes of codes and scales are those of the kernels: an import that was kept
-and is written again has the bytes of its checkpoint. Other kernels become
-floats: those in act-order, which compressed-tensors no longer reads, nf4,
-blocks of a GGUF file, and tiles that it does not have.
+The codes and scales of the kernels are written byte for byte. So an import that
+was kept and is written again has the bytes of its checkpoint. Other kernels
+become floats: act-order, which compressed-tensors no longer reads, nf4, blocks
+of a GGUF file, and tiles that compressed-tensors does not have.
 
 Reference: see `schemes.py`.
 """
@@ -47,7 +47,7 @@ class _Planned:
   piece: tensor_map.Piece
   scheme: schemes.Scheme | None
   inputs: int = 0  # of the scheme
-  why: str = ''  # quantised matrices are written in floats
+  why: str = ''  # reason why quantised matrices are written in floats
 
   def arrays(self, leaves: Mapping[str, Any], dtype: Any):
     """Returns the tensors by name."""
@@ -77,8 +77,8 @@ def plan(
   Args:
     leaves: parameters of separate layers, by path.
     pieces: the tensor map.
-    dtype: of floats.
-    formats: of the checkpoint from which the kernels were imported.
+    dtype: dtype of floats.
+    formats: formats of the checkpoint from which the kernels were imported.
 
   Raises:
     ValueError: no kernel can be written so.
@@ -205,7 +205,7 @@ def _scheme(
 
 
 def _zeros(kernel: kernel_lib.Kernel) -> np.ndarray | None:
-  """Returns zeros [out, groups] that make the mins; None if none do."""
+  """Returns zeros [out, groups] that give the mins; None if none do."""
   scales = np.asarray(kernel.scales, np.float32)
   mins = np.asarray(kernel.mins, np.float32)
   is_some = scales != 0
@@ -260,7 +260,7 @@ def _arrays(
   zeros = kernel.get('zeros')
   if scheme.format == schemes.PACKED:
     rows, inputs = len(values), kernel['inputs']
-    # Codes plus 2^(bits - 1): the highest bit of each is the other one.
+    # Codes plus 2^(bits - 1): only the highest bit of each changes.
     flip = {'int4': 0x88, 'int8': 0x80, 'uint4': 0}[kernel['form']]
     packed = values.view(np.uint8) ^ np.uint8(flip)
     found['weight_packed'] = bits_lib.pack(packed, 8)

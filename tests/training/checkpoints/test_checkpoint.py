@@ -309,7 +309,7 @@ def test_a_checkpoint_that_a_kill_set_aside_is_restored(copy):
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(copy):
   (copy / 'checkpoints' / '8').rename(copy / 'checkpoints' / '16')
   with pytest.raises(
-    ValueError, match='16: got a checkpoint of step 8, expected that of step 16'
+    ValueError, match='16: got a checkpoint of step 8, expected one of step 16'
   ):
     _open(copy)
 
