@@ -4,7 +4,7 @@
 
 NAME is the flag or the field as its user writes it. Every function raises
 ValueError where the value is out of range and returns nothing where it is fine.
-Imports nothing of ours, so that every package can use it.
+Imports no other package of the project, so that every package can use it.
 """
 
 from collections.abc import Iterable

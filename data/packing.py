@@ -67,7 +67,7 @@ class Concatenated:
     return -(-self.store.num_pairs // self.row_length)
 
   def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where pieces start, and their lengths."""
+    """Returns the starts of the pieces, and their lengths."""
     starts_D = self.store.starts_D
     first = row * self.row_length
     end = min(first + self.row_length, self.store.num_pairs)
@@ -129,7 +129,7 @@ class Fitted:
     return len(self._rows) - 1
 
   def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where pieces start, and their lengths."""
+    """Returns the starts of the pieces, and their lengths."""
     which = slice(*self._rows[row : row + 2].tolist())
     return self._starts[which], self._lengths[which].astype(np.int64)
 

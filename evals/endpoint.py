@@ -50,7 +50,7 @@ def ask(
   parts = urllib.parse.urlsplit(url)
   if parts.scheme not in ('http', 'https') or not parts.netloc:
     raise ValueError(
-      f'url: got {url!r}, expected that of an API, as http://127.0.0.1:8000/v1'
+      f'url: got {url!r}, expected an API, as http://127.0.0.1:8000/v1'
     )
   headers = {'Content-Type': 'application/json'}
   if api_key:

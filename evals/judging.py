@@ -107,12 +107,12 @@ def _define_flags() -> None:
     'limit', 0, 'Judges only this many first pairs; 0: all.', lower_bound=0
   )
   flags.DEFINE_integer(
-    'max_tokens', 512, "Most tokens of the judge's words.", lower_bound=1
+    'max_tokens', 512, "Most tokens of the judge's reply.", lower_bound=1
   )
   flags.DEFINE_float(
     'temperature', 0.0, "The judge's temperature; 0: greedy.", lower_bound=0.0
   )
-  flags.DEFINE_integer('seed', 0, 'Of its samples.', lower_bound=0)
+  flags.DEFINE_integer('seed', 0, "Seed of the judge's samples.", lower_bound=0)
   flags.DEFINE_integer(
     'concurrency', 8, 'Requests that are open at once.', lower_bound=1
   )

@@ -321,7 +321,7 @@ def read_manifest(directory: str | os.PathLike) -> AdapterManifest:
     return AdapterManifest(**fields)
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise ValueError(
-      f'{path}: got a manifest that cannot be used ({error}), expected that of'
+      f'{path}: got a manifest that cannot be used ({error}), expected one of'
       f' an adapter, format {FORMAT_VERSION}; copy or freeze it again'
     ) from None
 
@@ -476,7 +476,9 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags() -> None:
-  path_flags.DEFINE_path('base', None, 'Frozen directory of the base.')
+  path_flags.DEFINE_path(
+    'base', None, "Frozen directory of the adapter's base."
+  )
   path_flags.DEFINE_path(
     'source',
     None,

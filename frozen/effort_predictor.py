@@ -100,8 +100,8 @@ def read(path: str | os.PathLike, weights_digest: str = '') -> Predictor:
   if weights_digest and found.weights_digest != weights_digest:
     raise ValueError(
       f'{name}: got the predictor of the model {found.weights_digest!r},'
-      f' expected that of {weights_digest!r}; log outcomes with this model and'
-      ' fit again'
+      f' expected the one of {weights_digest!r}; log outcomes with this model'
+      ' and fit again'
     )
   return found
 

@@ -433,6 +433,6 @@ def _check_replaceable(
   if existing != digest():
     raise ValueError(
       f'{target}: got a frozen directory with weights {existing}, expected'
-      f' those of now, {digest()}, or none; choose another place or say'
+      f' the new weights, {digest()}, or none; choose another place or say'
       ' overwrite'
     )

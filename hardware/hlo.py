@@ -2,7 +2,7 @@
 
 XLA's cost analysis counts the body of a loop once. This module parses the text
 of the optimised program and counts a loop's body as often as the loop runs.
-All figures are those of one device.
+All figures are for one device.
 
     program = hlo.parse(compiled.as_text())
     traffic = hlo.traffic(program)
@@ -225,7 +225,7 @@ def traffic(program: Program) -> Traffic:
 
 
 def kernels(program: Program) -> dict[str, int]:
-  """Returns how often the program starts a kernel, by opcode.
+  """Returns the number of kernel starts in the program, by opcode.
 
   A fusion is one kernel. A custom call counts under the name of its target.
   """

@@ -189,7 +189,7 @@ def remove_leftovers(directory: pathlib.Path, name: str = '') -> None:
 
 
 def is_leftover(path: pathlib.Path) -> bool:
-  """Returns whether the name is that of an unfinished write."""
+  """Returns whether the name belongs to an unfinished write."""
   return _LEFTOVER.fullmatch(path.name) is not None
 
 

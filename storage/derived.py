@@ -24,7 +24,7 @@ class DamagedError(ValueError):
 def open_or_write(
   directory: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> None:
-  """Makes a directory, or verifies the one that is there.
+  """Makes a directory, or verifies it if it exists.
 
   Args:
     directory: made whole or not at all.

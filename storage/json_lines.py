@@ -39,7 +39,7 @@ def parse(
   records, damaged = [], []
   for number, line in enumerate(lines, 1):
     try:
-      # A record that was written behind a lost block follows its NUL bytes.
+      # A record that was written after a lost block follows its NUL bytes.
       record = json.loads(line.lstrip(b'\0'))
     except ValueError:
       record = None

@@ -304,7 +304,7 @@ def _check_arrays(batch: rows_lib.Batch, objective: port.Objective) -> None:
   got = {
     name: f'{array.dtype} {"BT"[: array.ndim]}' for name, array in batch.items()
   }
-  # The data may have more arrays: an objective takes the ones that it reads.
+  # The data may have more arrays; an objective takes only the arrays it reads.
   if not expected.items() <= got.items():
     raise ValueError(
       f'config.objective: got batches with {_listed(got)}, expected'

@@ -79,7 +79,7 @@ class FreezeConfig:
     if not (self.temperature >= 0 or self.temperature == -1):
       raise ValueError(
         f'freeze.temperature: got {self.temperature}, expected at least 0, or'
-        ' -1 for that of init_from'
+        ' -1 for the temperature of init_from'
       )
 
 
@@ -252,7 +252,7 @@ class Experiment:
         ' none: a row holds one prompt and its answer'
       )
     if (most := self.rollouts.most_tokens) >= self.data.row_length:
-      of_tools = ', with those of tools' if self.rollouts.environment else ''
+      of_tools = ', with tool tokens' if self.rollouts.environment else ''
       raise ValueError(
         f'rollouts.max_tokens: got {most}{of_tools}, expected less'
         f' than data.row_length = {self.data.row_length}: a row holds a prompt'
@@ -267,8 +267,8 @@ class Experiment:
     if temperature not in (None, self.rollouts.temperature):
       raise ValueError(
         f'objective.temperature: got {temperature}, expected'
-        f' rollouts.temperature = {self.rollouts.temperature}: what is trained'
-        ' is the distribution that is sampled; set both'
+        f' rollouts.temperature = {self.rollouts.temperature}: the policy'
+        ' trains the distribution that it samples; set both'
       )
     steps = self.rollouts.steps_per_rollout(*shape)
     if getattr(self.objective, 'proximal', '') == 'own' and steps > 1:

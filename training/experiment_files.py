@@ -68,7 +68,7 @@ def check(path: str, variant: str) -> None:
     if b'get_config' not in pathlib.Path(path).read_bytes():
       raise ValueError(
         f'--config: got {path!r}, expected a file with a function get_config;'
-        ' --config=list shows those of experiments'
+        ' --config=list shows the experiments'
       )
     _, get_config = _parsed(pathlib.Path(path))
     if variant and get_config is not None and not get_config.args.args:

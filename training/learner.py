@@ -197,9 +197,9 @@ class Learner:
     """Returns the function that adds arrays to batches that were sampled.
 
     It takes a state and a batch of host arrays, the `batch_spec` of the
-    objective but its `annotated`. The number of rows may be that of several
-    steps: a multiple of data.batch_size. It returns the arrays `annotated`, on
-    the host, float32 with the shape and the order of the batch. It computes the
+    objective but its `annotated`. The rows may come from several steps: a
+    multiple of data.batch_size rows. It returns the arrays `annotated`, on the
+    host, float32 with the shape and the order of the batch. It computes the
     rows as the train step does, batch by batch and part by part.
     """
     experiment, data = self.experiment, self.experiment.data

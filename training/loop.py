@@ -13,7 +13,7 @@ from training.reporting import reporter as reporter_lib
 
 
 class Hook(NamedTuple):
-  """A function that runs every so many steps, and after the last step."""
+  """A function that runs every few steps, and after the last step."""
 
   every: int  # steps; 0: only after the last step
   run: Callable[[int, state_lib.TrainState], bool | None]  # True: stop the run

@@ -102,7 +102,7 @@ def run(
   asked = _Asked(stop_after, make_sampler)
   chosen = choices.make(experiment, before=workdir_lib.config_before(workdir))
   experiment = chosen.experiment
-  # Chosen from the devices and the run.json, which all processes see alike.
+  # Each process has chosen from the devices and the run.json that it sees.
   processes.check_same('chosen', json.dumps(experiment.to_dict()))
   with processes.together('workdir'):
     workdir_lib.check(workdir, experiment)
@@ -377,8 +377,8 @@ def _explained(error, workdir, changes) -> str:
     return str(error)
   return (
     f'--workdir={workdir} was trained with another optimizer or model:'
-    f' {"; ".join(changes)}; set back what changes their state, or use another'
-    f' --workdir ({error})'
+    f' {"; ".join(changes)}; set back the fields that change their state,'
+    f' or use another --workdir ({error})'
   )
 
 

@@ -40,7 +40,7 @@ _EXPECTED = {
   'labelled': 'prompt, completion and label; prompt, response and label; or'
   ' messages and label',
 }
-# A transcript inside of one text, as that of Anthropic's HH-RLHF.
+# A transcript inside of one text, as in Anthropic's HH-RLHF.
 _TRANSCRIPT = re.compile(r'(^|\n)(Human|User|Assistant):')
 
 
@@ -390,7 +390,7 @@ def _named(record: Mapping[str, Any]) -> str:
 
 
 def _other_kind(record: Mapping[str, Any], kind: str) -> str:
-  """Returns which kind a record would be, as a fix; '' for none."""
+  """Returns the kind of example that a record has, as a fix; '' for none."""
   keys = record.keys()
   if {'chosen', 'rejected'} <= keys or set(_OPENAI) <= keys:
     found = 'pairs'

@@ -61,19 +61,21 @@ if __name__ == '__main__':
   _defaults = generator.Settings()
   path_flags.DEFINE_path('out', None, 'JSONL file to write.', required=True)
   flags.DEFINE_enum('kind', _defaults.kind, generator.KINDS, 'Kind of records.')
-  flags.DEFINE_enum('split', 'train', tuple(generator.SPLITS), 'The split.')
-  flags.DEFINE_integer('count', _defaults.count, 'Number of lines.', 1)
+  flags.DEFINE_enum(
+    'split', 'train', tuple(generator.SPLITS), 'Split to write.'
+  )
+  flags.DEFINE_integer('count', _defaults.count, 'Number of problems.', 1)
   flags.DEFINE_list(
     'families',
     list(_defaults.families),
-    f'Kinds of problems, of {", ".join(generator.FAMILIES)}.',
+    f'Families of problems, from {", ".join(generator.FAMILIES)}.',
   )
-  _define_numbers('levels', _defaults.levels, 'Levels, 1 (easy) to 5.')
-  flags.DEFINE_integer('seed', 0, 'Seed of 64 bits.')
+  _define_numbers('levels', _defaults.levels, 'Levels, from 1 (easy) to 5.')
+  flags.DEFINE_integer('seed', 0, 'Seed of the problems, 64 bits.')
   _define_numbers(
     'difficulties',
     _defaults.difficulties,
-    'How hard wrong solutions are to tell: 1 a wrong answer without work, 2 a'
-    ' wrong operation, 3 a slip.',
+    'Kinds of wrong solutions, from easy to hard to see: 1 a wrong answer'
+    ' without work, 2 a wrong operation, 3 a slip.',
   )
   app.run(main)

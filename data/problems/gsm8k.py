@@ -112,9 +112,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  path_flags.DEFINE_path('path', None, 'JSONL of GSM8K.', required=True)
+  path_flags.DEFINE_path('path', None, 'JSONL file of GSM8K.', required=True)
   path_flags.DEFINE_path('out', None, 'JSONL file to write.', required=True)
   flags.DEFINE_integer('count', 0, 'Number of lines; 0: all.', 0)
   flags.DEFINE_integer('skip', 0, 'Lines to leave out at the start.', 0)
-  flags.DEFINE_boolean('notes', False, 'Keep the notes <<9*2=18>>.')
+  flags.DEFINE_boolean('notes', False, 'Keep calculator notes, <<9*2=18>>.')
   app.run(main)

@@ -23,7 +23,7 @@ class Number(verifier.Verifier):
   and a number, as in GSM8K.
   """
 
-  is_strict: bool = False  # only a number behind '####' counts
+  is_strict: bool = False  # only a number after '####' counts
 
   def check(self, record: verifier.Record) -> None:
     """Raises ValueError for an answer that is no number."""
@@ -42,7 +42,7 @@ class Choice(verifier.Verifier):
   Fields of the record: `answer`, and `choices`, a list that holds it.
   """
 
-  is_strict: bool = False  # only a choice behind '####' counts
+  is_strict: bool = False  # only a choice after '####' counts
 
   def check(self, record: verifier.Record) -> None:
     """Raises ValueError for an answer that is not among the choices."""
@@ -68,7 +68,7 @@ class Exact(verifier.Verifier):
   """
 
   ignores_case: bool = False
-  is_strict: bool = False  # only a text behind '####' counts
+  is_strict: bool = False  # only a text after '####' counts
 
   def check(self, record: verifier.Record) -> None:
     """Raises ValueError for a record without a right text."""

@@ -1,4 +1,4 @@
-"""Layers behind a model that predict further tokens, of DeepSeek-V3.
+"""Layers after a model that predict further tokens, as in DeepSeek-V3.
 
 Their number is `num_nextn_predict_layers`. Layer N + k takes the hidden states
 of the layer before and the embedding of the next token, joins both with

@@ -1,4 +1,4 @@
-"""`generation_config.json` of an open model, as sampling settings of ours.
+"""`generation_config.json` of an open model, as our sampling settings.
 
 The defaults are the defaults of `transformers.generate`, so a model answers
 here as it does there. Generation is greedy unless `do_sample` is true. It then

@@ -1,8 +1,8 @@
-"""Layouts: how one Hugging Face tensor holds parameter leaves of ours.
+"""Layouts: one Hugging Face tensor, and the leaves of our model in it.
 
 PyTorch stores matrices as [out, in], and our kernels are [in, out]. Some
 families join the matrices of several projections, some of them head by head. A
-layout splits one of their tensors into leaves of ours, and joins them again.
+layout splits one of their tensors into our leaves, and joins them again.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The conversion of one of their tensors to leaves of ours, and back."""
+  """The conversion of one of their tensors to our leaves, and back."""
 
   read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
   write: Callable[..., np.ndarray]

@@ -4,7 +4,7 @@
     adapter_model.safetensors   A [r, in] and B [out, r] of each layer
 
 `tensor_map` knows which of their modules holds which of our layers. Where their
-module joins several of ours (query, key and value in one matrix), it has one
+module joins several layers (query, key and value in one matrix), it has one
 adapter for all of them: its A has the rows of all our A's, and its B their
 columns, with zeros between layers. Read back, each of our layers gets the whole
 A. A matrix of experts, an embedding and a head have no adapter here.

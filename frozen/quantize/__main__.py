@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
 
 def _define_flags() -> None:
   text = calibration.Config()
-  path_flags.DEFINE_path('source', None, 'Frozen directory in floats.')
+  path_flags.DEFINE_path(
+    'source', None, 'Frozen directory to quantise, in floats.'
+  )
   path_flags.DEFINE_path('out', None, 'Directory to write.')
   flags.DEFINE_string(
     'scheme', 'int4', f'Number format: one of {", ".join(rounding.SCHEMES)}.'
@@ -57,7 +59,8 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     'method',
     'gptq',
-    f'Way to choose the numbers: one of {", ".join(quantizing.METHODS)}.',
+    f'Way to choose the numbers: one of {", ".join(quantizing.METHODS)}. rtn'
+    ' only rounds; the others calibrate on the text.',
   )
   path_flags.DEFINE_path(
     'text',
@@ -66,9 +69,18 @@ def _define_flags() -> None:
     f' default {calibration.SAMPLE}, which is part of Python.',
   )
   flags.DEFINE_integer('seed', text.seed, 'Seed that draws the rows of text.')
-  flags.DEFINE_integer('rows', text.rows, 'Rows to calibrate with.')
-  flags.DEFINE_integer('length', text.length, 'Tokens of a row.')
-  flags.DEFINE_integer('held_out', text.held_out, 'Rows to measure with.')
+  flags.DEFINE_integer(
+    'rows',
+    text.rows,
+    'Rows of text to calibrate with. More rows take longer.',
+  )
+  flags.DEFINE_integer('length', text.length, 'Tokens of each row of text.')
+  flags.DEFINE_integer(
+    'held_out',
+    text.held_out,
+    'Rows of text to measure with, at least 2. More rows lower the errors of'
+    ' the quality table.',
+  )
   flags.DEFINE_bool('overwrite', False, 'Replace a frozen directory at --out.')
   flags.mark_flags_as_required(['source', 'out'])
 

@@ -37,7 +37,7 @@ _BOXED = re.compile(r'\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}')
 _SAID = re.compile(r'\banswer(?: is|:)\s*:?([^\n]*)', re.IGNORECASE)
 # U+2212 is a minus.
 _ALIKE = str.maketrans({'\u2212': '-'})
-# No-break and thin spaces do nothing but group digits.
+# No-break and thin spaces only group digits.
 _GROUPED = re.compile(r'(?<![\d.,])\d{1,3}(?:\s\d{3})+(?!\d)')
 _THIN = re.compile(r'(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))')
 _EMPHASIS = re.compile(r'\*\*|__|`|\\text\b|\\!|\\,|\{,\}')
@@ -101,7 +101,7 @@ def value(text: str) -> fractions.Fraction | None:
 
 
 def _given(completion: str, strict: bool) -> tuple[str, bool] | None:
-  """Returns the text with the answer and whether it was marked as such."""
+  """Returns the text with the answer, and whether it has a mark."""
   _, mark, after = completion.partition(MARK)
   if mark:
     lines = after.strip().splitlines()

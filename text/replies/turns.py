@@ -267,7 +267,7 @@ def _start_of(
   tools: Tools,
   place: int,
 ) -> int:
-  """Returns where the content of a message begins in the whole text."""
+  """Returns the place of a message's content in the whole text."""
   content = messages[place]['content'].lstrip()
   other = {**messages[place], 'content': 'y' if content[:1] == 'x' else 'x'}
   changed = [*messages[:place], other, *messages[place + 1 :]]

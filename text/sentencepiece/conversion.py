@@ -9,7 +9,7 @@ the ids after the pieces.
 
 Two differences to SentencePiece remain, both of the library `tokenizers`, which
 transformers uses as well. A table of characters (`precompiled_charsmap`) is
-applied to a letter and its marks as one: marks behind a character that they do
+applied to a letter and its marks as one: marks after a character that they do
 not belong to may be lost, and letters of Korean in parts stay in parts. In a
 unigram model, a piece that the user has defined competes by its score alone (3
 of 600 texts made of such pieces had other ids).
@@ -201,7 +201,7 @@ def _added(
     'single_word': fields.get('single_word') is True,
     'lstrip': fields.get('lstrip') is True,
     'rstrip': fields.get('rstrip') is True,
-    # A normalized one is not found behind the space that a prefix puts there;
+    # A normalized one is not found after the space that a prefix puts there;
     # transformers matches these tokens in the raw text as well.
     'normalized': False,
     'special': is_special,

@@ -193,7 +193,7 @@ def _fields(data: _Value) -> Iterator[tuple[int, _Value]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-  """Returns a number of 7 bits per byte, and the position behind it."""
+  """Returns a number of 7 bits per byte, and the position after it."""
   value = 0
   for shift in range(0, 70, 7):
     if at >= len(data):

@@ -85,26 +85,34 @@ if __name__ == '__main__':
   path_flags.DEFINE_path(
     'model',
     '',
-    'Frozen directory of the model whose features were logged; the predictor is'
-    ' refused beside other weights. Empty: it is taken beside any.',
+    'Frozen directory of the model whose features were logged. A server refuses'
+    ' the predictor for other weights. Empty: it accepts any weights.',
   )
   flags.DEFINE_integer(
-    'num_hidden', _defaults.num_hidden, 'Hidden units of the predictor.', 1
+    'num_hidden',
+    _defaults.num_hidden,
+    'Hidden units of the predictor. Lower it for few questions.',
+    1,
   )
   flags.DEFINE_integer(
-    'num_steps', _defaults.num_steps, 'Steps of the fit, at most.', 1
+    'num_steps',
+    _defaults.num_steps,
+    'Steps of the fit; the weights of the best step are kept.',
+    1,
   )
   flags.DEFINE_enum(
     'calibration',
     _defaults.calibration,
     fit_lib.KINDS,
-    'A line in the logits, a temperature alone, or nothing.',
+    'Calibration of each effort: platt fits a line in the logits, temperature'
+    ' its slope only, none nothing. Take a simpler one for few questions.',
   )
   flags.DEFINE_enum(
     'pooling',
     'last',
     ('last', 'mean'),
-    'How the hidden states among the logged features were pooled.',
+    'Pooling of the hidden states in the logged features: the last token or the'
+    ' mean. Give the value with which they were logged.',
   )
-  flags.DEFINE_integer('seed', _defaults.seed, 'Of the first weights.', 0)
+  flags.DEFINE_integer('seed', _defaults.seed, 'Seed of the first weights.', 0)
   app.run(main)

@@ -4,8 +4,9 @@
 
 Life one of a router: the weights of `models/effort_predictor.py` are fitted to
 logged outcomes by cross-entropy, all questions in each step. A fifth of the
-training questions decides when to stop. The calibration questions are read only
-after that, to fit a line in the logits of each effort.
+training questions is held out: the weights of the step with the least held-out
+loss are kept. The calibration questions are read only after that, to fit a line
+in the logits of each effort.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from models import effort_predictor
 from training.effort import outcomes
 
 KINDS = ('platt', 'temperature', 'none')
-_STOP_EVERY = 5  # every fifth training question decides when to stop
+_STOP_EVERY = 5  # every fifth training question is held out
 _RIDGE = 1.0  # strength in the regression of costs, in units of one question
 
 
@@ -58,7 +59,7 @@ class Fitted:
   efforts: tuple[str, ...]
   best_step: int
   train_loss: float  # nats per question and effort, at the best step
-  stop_loss: float  # the same, on the questions that decide when to stop
+  stop_loss: float  # the same, on the held-out questions
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""Frozen models beside the one that is trained: a reference, a teacher.
+"""Frozen models beside the trained model: a reference, a teacher.
 
 An objective names them in `models_needed`. Each frozen model is read from its
 frozen directory, laid out over the devices by the same rules as the trained

@@ -164,7 +164,8 @@ def _of_source(
   weights = frozen_models.digest_of(wanted.name, wanted.source)
   directory = _directory(experiment, rows, wanted, weights)
   passes = 0
-  # Each process may have its own data directory, and one of these be complete.
+  # Agreed, because each process may have its own data directory, and only some
+  # directories may be complete.
   if processes.agree(not directory.is_dir()):
     passes = _compute(experiment, rows, wanted, directory, scorer, say)
   try:

@@ -25,7 +25,7 @@ Batch = Mapping[str, jax.Array]
 
 
 class Mean(NamedTuple):
-  """A sum with its own denominator; reported as 0 where that is 0."""
+  """A sum with its own denominator; reported as 0 if the denominator is 0."""
 
   total: jax.Array
   weight: jax.Array  # its denominator, a sum too
@@ -205,7 +205,7 @@ class FrozenModel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-  """Where the weights of another model are."""
+  """The place of another model's weights."""
 
   path: str  # frozen directory; '': config.init_from
 

@@ -69,7 +69,7 @@ class Preference(port.Objective):
       ok, expected = 0 < value < math.inf or value == UNSET, 'a number above 0'
     elif name in ('gamma', 'imitation_weight'):
       ok = 0 <= value < math.inf or value == UNSET
-      expected = 'a number of at least 0, or -1 for that of the loss'
+      expected = "a number of at least 0, or -1 for the loss's default"
     elif name in ('desirable_weight', 'undesirable_weight'):
       ok, expected = 0 < value < math.inf, 'a number above 0'
     else:
@@ -248,7 +248,8 @@ class Preference(port.Objective):
           f'{side}_logprob': logprobs.own[:, :, 0],
         },
       )
-    # An example is right if the sign of its score agrees with its label.
+    # An example is right if its score is above `kl` and it is desirable, or if
+    # neither holds.
     is_right_BU = (scores_BU > kl) == is_desirable_BU
     sums |= _means(
       is_unit_BU,

@@ -147,7 +147,7 @@ class TokenLoss(port.Objective):
 
   @property
   def examples(self):
-    # The names of stamped arrays are known once their batches are made.
+    # Only the batches show which records hold stamped arrays.
     return 'text', 'chat', 'pairs', 'labelled'
 
   @property

@@ -7,7 +7,7 @@ point:
     EMA            `Experiment.ema_decay`: an exponential average, one more copy
                    of the parameters, updated in the train step
     schedule-free  `rules.ScheduleFree`: the optimizer's own average. Gradients
-                   are taken at another point than the one that is evaluated
+                   are taken at another point than the evaluated point
                    (arXiv:2405.15682)
 
 The average is evaluated beside the raw weights and saved as the checkpoint's

@@ -109,7 +109,7 @@ def skipping(
       optax.tree.norm(param_groups.selected(is_trained, updates))
     )
     is_outlier = _is_outlier(config, state, log_norm)
-    # After so many outliers in a row the longer norms are the new normal.
+    # After `max_skipped` outliers in a row, the longer norms are normal.
     is_change = is_outlier & (state.num_in_row >= config.max_skipped)
     skipped = is_outlier & ~is_change
     updates, inner = optimizer.update(updates, state.inner, params, **extra)

@@ -4,7 +4,7 @@
 
 for N parameters and D tokens, minimised under C = 6 N D (Chinchilla, Hoffmann
 et al., arXiv:2203.15556, section 3.3). Two fits of the same data are published,
-and their optima differ: the authors' own fit, and that of Besiroglu et al.
+and their optima differ: the authors' own fit, and the fit of Besiroglu et al.
 (arXiv:2404.10102), who found that the first fit was reported with too few
 digits and does not match its data.
 """

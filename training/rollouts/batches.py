@@ -162,7 +162,7 @@ class RolloutBatches:
     return (groups[:, None] * size + np.arange(size)).reshape(-1)
 
   def epochs(self, num_steps: int) -> dict[str, float]:
-    """Returns how often each prompt was drawn after so many steps."""
+    """Returns how often each prompt was drawn in `num_steps` steps."""
     config, prompts = self._experiment.rollouts, self._drawer.prompts
     assert config is not None
     drawn = -(-num_steps // self.steps_per_rollout) * config.num_prompts

@@ -31,7 +31,7 @@ class PromptStore:
 
   @property
   def counts(self) -> dict[str, int]:
-    """Returns how many prompts were left out, by reason."""
+    """Returns the number of prompts that were left out, by reason."""
     left_out = self.prompts.num_too_long
     return {'longer than a row, left out': left_out} if left_out else {}
 
@@ -64,7 +64,7 @@ class PromptSource:
     return PromptStore(self.prompts)
 
   def epochs(self, num_rows: int) -> float:
-    """Returns how often each prompt occurs in so many drawn prompts."""
+    """Returns how often each prompt occurs among `num_rows` drawn prompts."""
     return num_rows / self.num_rows
 
   def describe(self) -> dict[str, Any]:

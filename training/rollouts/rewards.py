@@ -30,7 +30,7 @@ _Episodes = Sequence[episodes_lib.Episode]
 
 
 class Rewards(list[float]):
-  """One reward per episode, and the number of them that failed and are 0."""
+  """One reward per episode, and the number of failures, which have 0."""
 
   def __init__(self, values: Sequence[float], failures: Sequence[str] = ()):
     super().__init__(values)
@@ -165,7 +165,7 @@ class EndpointJudge:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-  """How often a judge prefers an answer to another one, from 0 to 1.
+  """The share of comparisons in which a judge prefers an answer, 0 to 1.
 
   Each pair is asked in both orders, which count half each. So a judge that
   prefers a position gives 1/2 to all answers (Zheng et al. 2023,

@@ -20,7 +20,7 @@ from frozen.huggingface import layouts, tensor_map
 from models import model_config
 
 _PERMUTED = ('llama', 'mistral', 'mixtral', 'smollm3')
-# In models without a norm behind attention, the norm in front of the MLP has
+# In models without a norm after attention, the norm in front of the MLP has
 # the name of that norm.
 _NORMS = {
   'input_layernorm': 'attn_norm',

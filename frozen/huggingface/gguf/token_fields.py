@@ -14,7 +14,7 @@ from text import hf_files, hf_tokenizer
 from text.sentencepiece import pipeline
 
 _NORMAL = 1  # kind of a token
-_MORE_ENDS = ('eot_token_id', 'eom_token_id')  # behind eos_token_id
+_MORE_ENDS = ('eot_token_id', 'eom_token_id')  # after eos_token_id
 
 
 def fields(

@@ -12,7 +12,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def words_of(count: int, bits: int) -> int:
-  """Returns the number of words that hold so many codes."""
+  """Returns the number of words that hold `count` codes."""
   return -(-count * bits // 32)
 
 

@@ -75,5 +75,5 @@ def test_a_router_spends_where_effort_helps_and_keeps_its_budget(
   assert router.decide(PROMPTS[1], most=5.0).effort == 'low'
   with pytest.raises(ValueError, match=r'budget: got 0\.5 for a request'):
     router.decide(PROMPTS[1], most=0.5)
-  with pytest.raises(ValueError, match="expected that of 'other'"):
+  with pytest.raises(ValueError, match="expected the one of 'other'"):
     router_lib.Router.open(path, engine, 'other', budget=4.0)

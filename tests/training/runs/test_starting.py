@@ -124,8 +124,8 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
         )
       },
       r'was trained with another optimizer or model: .*optimizer.rule.type: got'
-      r" '[\w.]*Lion', before '[\w.]*AdamW'.*; set back what changes"
-      ' their state',
+      r" '[\w.]*Lion', before '[\w.]*AdamW'.*; set back the fields that"
+      ' change their state',
     ),
     ({'data': {'row_length': 8}}, 'the saved data position has row_length 16'),
   ],

@@ -136,7 +136,8 @@ class Dialogue:
     if not stops:
       raise ValueError('no stop token stands between a call and its result')
     first = stops[-1][0]
-    # Compared with the stop token, because some take the white space after it.
+    # Encoded with the stop token, because some stop tokens take the white space
+    # after them.
     ids = self.tokenizer.encode_marked(
       whole.text[first:],
       [(a - first, b - first) for a, b in whole.specials if a >= first],

@@ -371,7 +371,7 @@ def test_adapters_of_the_command_line_answer_as_soon_as_the_server_is_ready(
     (['{name}={root}/one'], {}, "got the name 'tiny', expected another"),
     (['a={root}/of_other'], {}, 'take the base that it was trained on'),
     (['a={root}/nothing'], {}, 'expected an adapter directory'),
-    (['a={root}/other'], {}, 'expected that of an adapter'),
+    (['a={root}/other'], {}, 'expected one of an adapter'),
     (
       ['a={root}/one', 'b={root}/two'],
       {'max_adapters': 1},
