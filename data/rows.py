@@ -114,7 +114,7 @@ class Rows:
     return dataclasses.replace(self, computed={**self.computed, name: column})
 
   def scattered(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the values of all ids, [N, ...], from those of all rows.
+    """Returns the values of all ids, [N, ...], from the values of all rows.
 
     They are float32, or int32 for integers.
 

@@ -60,7 +60,7 @@ class Computed(NamedTuple):
   """The values of one frozen model for one source of rows."""
 
   source: str
-  array: str  # in batches; of top tokens, what their names begin with
+  array: str  # name in batches; for top tokens, the start of their names
   weights: str  # digest of the frozen model's weights
   forward_passes: int  # in this start of the run; 0: all values were on disk
 
@@ -121,7 +121,7 @@ def add_values(
   spare_ids: tuple[tuple[int, int], ...],
   say: Say = lambda _: None,
 ) -> tuple[list[rows_lib.Rows], tuple[Computed, ...]]:
-  """Returns the rows with what the objective needs of frozen models.
+  """Returns the rows with the arrays of frozen models that the objective needs.
 
   A collective: all processes compute them together.
 
@@ -178,7 +178,7 @@ def _of_source(
 
 
 def _directory(experiment, rows, wanted: _Wanted, weights: str) -> pathlib.Path:
-  """Returns the place of a source's values, a hash of what they follow from."""
+  """Returns the directory of a source's values, named by their inputs' hash."""
   data = experiment.data
   parts = {
     'format': _FORMAT,
