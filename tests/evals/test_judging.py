@@ -136,7 +136,7 @@ def test_a_url_without_a_server_is_an_error():
   ):
     ask([[{'role': 'user', 'content': 'c'}]])
   for wrong in ('127.0.0.1:8000/v1', 'file:///v1', ''):
-    with pytest.raises(ValueError, match=f"url: got '{wrong}', expected that"):
+    with pytest.raises(ValueError, match=f"url: got '{wrong}', expected an"):
       endpoint.ask(wrong, 'name', SETTINGS)
 
 

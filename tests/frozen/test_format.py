@@ -191,7 +191,7 @@ def test_other_weights_are_not_overwritten_unless_asked(tmp_path):
   assert frozen_format.read(target).chat_template == 'new'
   other = frozen_dirs.params(config, seed=1)
   with pytest.raises(
-    ValueError, match=f'with weights {first.weights_digest}, expected those of'
+    ValueError, match=f'{first.weights_digest}, expected the new weights'
   ):
     frozen_dirs.write(target, params=other)
   assert frozen_format.read(target).manifest.weights_digest == (

@@ -61,7 +61,7 @@ def test_the_steps_of_a_rollout_batch_cover_it_once_per_inner_epoch():
     ({'environment': 3}, 'rollouts.environment: got 3 without open, schemas'),
     (
       {'environment': environments.ToolUse(tools=(tools.Calculator(),))},
-      'rollouts.max_tokens: got 264, with those of tools, expected less than',
+      'rollouts.max_tokens: got 264, with tool tokens, expected less than',
     ),
     ({'max_tokens': 16}, 'rollouts.max_tokens: got 16, expected less than'),
     ({'temperature': 0.0}, 'rollouts.temperature: got 0.0, expected'),
