@@ -1,4 +1,4 @@
-"""AdapterConfig: which layers a run adapts, and by how much.
+"""AdapterConfig: the layers that a run adapts, their ranks and scales.
 
 An adapter of rank r changes a kernel by `scale` A B, with A [in, r] and
 B [r, out] of models/layers/adapters.py, and
@@ -13,8 +13,9 @@ DoRA (arXiv:2402.09353) also trains the norm of each column, `magnitude` [out]:
 
     W' = magnitude (W + scale A B) / |W + scale A B|
 
-with columns' norms that get no gradient (section 4.3 of the paper). The model
-is given the quotient as `gain`, so a merge computes the same products.
+where the norms in the denominator get no gradient (section 4.3 of the paper).
+The model receives the quotient as `gain`, so a merge computes the same
+products.
 
 Training keeps {a, b, magnitude}; `effective` returns what the model reads.
 """
@@ -105,8 +106,8 @@ class AdapterConfig:
       params: collection `params` of the model, arrays or shapes.
 
     Raises:
-      ValueError: an expression matches no linear layer, or something else; a
-        rank is larger than the layer.
+      ValueError: an expression matches no linear layer, or it matches a table
+        or a matrix of experts; a rank is larger than the layer.
     """
     found = dict(kernels(params))
     shapes = {name: k.shape[-2:] for name, k in found.items() if _fits(name)}
@@ -138,7 +139,7 @@ class AdapterConfig:
     for field, pattern in expressions:
       found = [name for name in all_kernels if re.search(pattern, name)]
       others = [name for name in found if name not in shapes]
-      # Layers that are apart differ by their number only: one is enough.
+      # Separate layers differ only in their number: the error shows one.
       known = {re.sub(r'^layer_\d+', 'layer_0', name) for name in shapes}
       if not found or others:
         what = (
@@ -185,7 +186,7 @@ def _is_group(group: Any) -> bool:
 
 
 def kernels(params: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """Yields the path of each module that owns a matrix or table, and that."""
+  """Yields each matrix or table, with the path of the module that owns it."""
   for name in sorted(params):
     here = f'{path}/{name}' if path else name
     for kind in ('kernel', 'embedding'):
@@ -206,7 +207,7 @@ def init(config: AdapterConfig, params: Any, key: jax.Array) -> dict[str, Any]:
 
   Args:
     params: collection `params` of the base.
-    key: of the values of A.
+    key: PRNG key of the values of A.
   """
   owned, tree = dict(kernels(params)), {}
   for index, (name, choice) in enumerate(config.choices(params).items()):

@@ -61,7 +61,7 @@ _MATRIX_AXES: dict[str, tuple[str | None, ...]] = {
   'head': ('vocab', 'embed'),
   'position_embed': ('position', 'embed'),
 }
-# Owners of tables, whose rows are looked up or are classes.
+# Modules that own tables; rows of a table are looked up, or are classes.
 TABLES = ('embed', 'head', 'position_embed')
 _NORMS = (
   'attention_norm', 'attention_norm_after', 'query_norm', 'key_norm',
@@ -77,7 +77,7 @@ _HEAD_AXES: dict[str, tuple[str | None, ...]] = {
   'bias': (None,),
 }
 # The collection of adapters, see models/layers/adapters.py, and the axis
-# between the two matrices of one.
+# between the two matrices of an adapter.
 ADAPTERS = 'adapters'
 RANK = 'rank'
 
@@ -109,7 +109,7 @@ def _stored_axes(kind: str, axes: tuple[str | None, ...]):
   if axes[0] == VOCAB:
     axes = axes[::-1]  # the kernel of its product, see models/layers/table.py
   *leading, _, out = axes
-  # Inputs are cut into tiles, which do not divide over devices as they do.
+  # Inputs are not split: tiles of inputs need not divide over the devices.
   own = {'order': (None,), 'gain': ()}.get(kind, (out, None))
   return (*leading, *own)
 

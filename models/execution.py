@@ -21,8 +21,9 @@ from models.linear.stored import product as stored_product
 from models.moe import dispatch
 
 # Rematerialisation: the activations that are stored for the backward pass,
-# besides the input of each layer. none: all; minimal: the results of the matrix
-# products; full: none; offload: none, and the inputs wait in host memory.
+# besides the input of each layer. none: all activations; minimal: the results
+# of the matrix products; full: no activations; offload: no activations, and the
+# inputs wait in host memory.
 REMAT = ('none', 'minimal', 'full', 'offload')
 
 # (q_BTHC, k_BKTC, v_BKTC, *, segment_ids_BT, dropout, form) -> out_BTHC:
@@ -76,7 +77,7 @@ class Execution:
   # Of the products whose results are added to the stream, `out` and `down`:
   # devices may each hold some of their inputs. None: as `linear`.
   joined: Linear | None = None
-  exact_linear: Linear = plain.exact_linear  # of routers
+  exact_linear: Linear = plain.exact_linear  # for routers
   look_up: LookUp = table.look_up  # of the embedding
   unembed: Unembed = plain.unembed
   masked: Masked = cross_entropy.masked
@@ -88,6 +89,6 @@ class Execution:
   recomputes_activation: bool = False
   apply_experts: ApplyExperts = dispatch.apply_experts
   run_layers: RunLayers | None = None  # None: one layer after the other
-  # Whether the program has every layer of a stack (`scan_layers`) apart, not a
-  # loop over them. In a training pass only.
+  # Whether the program contains each layer of a stack (`scan_layers`)
+  # separately, not a loop over them. In a training pass only.
   is_unrolled: bool = False

@@ -92,7 +92,7 @@ def forward_flops_per_token(
 ) -> float:
   """Returns the FLOPs of one token with `context` tokens up to itself.
 
-  Not for a mean context: a window limits each token, not their mean.
+  A mean context gives a wrong result: a window limits each token, not the mean.
   """
   channels = config.num_heads * (config.head_width + config.value_head_width)
   # A window limits the keys that a token sees, in rows of any length.
@@ -107,8 +107,8 @@ def forward_flops_per_token(
 class SpanFlops:
   """The forward FLOPs of successive tokens of one sequence of a model.
 
-  The engine asks for every token: what depends on the model alone is computed
-  once.
+  The engine asks for every token, so terms that depend only on the model are
+  computed once.
   """
 
   def __init__(self, config: model_config.ModelConfig):

@@ -142,14 +142,13 @@ def init_pages(
   """Returns the empty pools of all layers.
 
   Args:
-    config: of a model whose layers are not stacked (`models.layout.unstack`).
+    config: config of a model with separate layers (`models.layout.unstack`).
     num_pages: P, page 0 included.
     page_size: Q, tokens per page.
-    dtype: of the stored keys and values; those of `QUANTIZED` add a scale per
-      token and head, `BFLOAT16_BITS` stores bfloat16.
-    channels: of a stored head, at least those of the model; 0: those of the
-      model. Further channels stay zero, for a kernel that reads whole
-      registers.
+    dtype: dtype of the stored keys and values; dtypes of `QUANTIZED` add a
+      scale per token and head, `BFLOAT16_BITS` stores bfloat16.
+    channels: channels of a stored head, at least the model's C; 0: C. Further
+      channels stay zero, for a kernel that reads whole registers.
   """
   rows, width = rows_and_width(config)
   shape = num_pages, page_size, rows, max(channels, width)
@@ -263,9 +262,10 @@ def quantize(x: jax.Array, dtype: str = INT8) -> tuple[jax.Array, jax.Array]:
   """Returns [..., C] in a dtype of `QUANTIZED`, and float32 scales [...].
 
   Symmetric, with one scale per token and head. The largest channel becomes the
-  largest number of the dtype. Of int8, the error of a channel is at most half a
-  scale, 1/254 of the largest; of fp8, 1/16 of the channel itself, or half of
-  its smallest number. The scale of a vector that is not finite is NaN.
+  largest number of the dtype. In int8, the error of a channel is at most half a
+  scale, 1/254 of the largest channel. In fp8, it is at most 1/16 of the channel
+  itself, or half of the dtype's smallest number. The scale of a vector that is
+  not finite is NaN.
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST[dtype]

@@ -14,7 +14,7 @@ import numpy as np
 
 from models import model_config
 
-# Matrices that a linear layer does not multiply as they are.
+# Matrices that are not used directly as the kernel of a linear layer.
 RESHAPED = ('key_up', 'value_up')
 
 
@@ -59,9 +59,9 @@ def whole_kernels(params: Any) -> Any:
 
 
 def host_kernels(params: Any) -> Any:
-  """Returns the params as `whole_kernels` does, in place: views of the host.
+  """Returns the params as `whole_kernels` does, as views of host memory.
 
-  A view takes no memory where the weights are in that of the host.
+  A view takes no further memory if the weights are in host memory.
   """
   return jax.tree.map(
     lambda x: np.asarray(x.kernel_OI).T if _is_transposed(x) else x,
@@ -79,7 +79,7 @@ def unstack(
 ) -> tuple[Any, model_config.ModelConfig]:
   """Returns the params with separate layers, and their config.
 
-  Of every collection that has layers: `params` and `adapters`.
+  It separates the layers of every collection: `params` and `adapters`.
   """
   if not config.scan_layers:
     return params, config

@@ -77,8 +77,8 @@ class ModelConfig:
   # token.
   balance_loss_weight: float = 0.0
   router_z_weight: float = 0.0
-  # The fields below are those of families of open weights;
-  # frozen/huggingface/families/ has which family sets which field.
+  # Families of open weights use the fields below;
+  # frozen/huggingface/families/ sets the fields of each family.
   qkv_bias: bool = False  # biases of queries, keys, values even if not use_bias
   out_bias: bool = False  # the same for the projection out of attention
   mlp_bias: bool = False  # the same for the MLP
@@ -440,7 +440,7 @@ class ModelConfig:
 
 
 def _check_fields(prefix: str, cls: Any, fields: Any) -> None:
-  """Raises ValueError if `fields` cannot be those of a dataclass."""
+  """Raises ValueError if `fields` do not match the fields of a dataclass."""
   known = dataclasses.fields(cls)
   if not isinstance(fields, dict):
     raise ValueError(
@@ -457,8 +457,8 @@ def _check_fields(prefix: str, cls: Any, fields: Any) -> None:
   for kind, names in (('unknown', unknown), ('missing', missing)):
     if names:
       raise ValueError(
-        f'model config: got {kind} fields {prefix}{names}, expected those of'
-        f' {cls.__name__}; the file was written by another version of this code'
+        f'model config: got {kind} fields {prefix}{names}, expected the fields'
+        f' of {cls.__name__}; another version of this code wrote the file'
       )
 
 

@@ -1,4 +1,4 @@
-"""The documents of packed rows: where they start, and more than expected."""
+"""Documents of packed rows: first tokens, and documents beyond a limit."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ def is_start(segment_ids_BT: jax.Array) -> jax.Array:
 def is_excess(segment_ids_BT: jax.Array, max_documents: int) -> jax.Array:
   """Returns whether each token is beyond the documents that a row may have.
 
-  Padding (segment 0) counts as a document, unless a row may have one: that one
-  does not see the padding after it.
+  Padding (segment 0) counts as a document, unless a row may have only one
+  document: it does not see the padding after it.
   """
   if max_documents == 1:
     return (segment_ids_BT != segment_ids_BT[:, :1]) & (segment_ids_BT != 0)

@@ -1,8 +1,8 @@
 """Shapes and dtypes of a model's parameters, without computing one.
 
 Training, freezing, serving and plans ask for them again and again, and tracing
-a model takes longer than most of what is then done with the shapes. So a config
-is traced once in a process; of layers that are alike, one is.
+a model takes longer than most uses of the shapes. So a config is traced once in
+a process, and only one of several equal layers is traced.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ def of(config: model_config.ModelConfig) -> dict[str, Any]:
   return jax.tree.unflatten(structure, leaves)
 
 
-# A sweep over shapes has some dozens of them.
+# The cache holds the configs of a sweep over shapes, which has some dozens.
 @functools.lru_cache(maxsize=128)
 def _traced(
   config: model_config.ModelConfig,

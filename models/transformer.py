@@ -40,9 +40,9 @@ class Transformer(nn.Module):
 
   Attributes:
     config: the function of the model.
-    dtype: of the computation. Parameters are float32 in training, and have the
-      dtype of the frozen directory in serving. Softmax and norms are always
-      float32.
+    dtype: dtype of the computation. Parameters are float32 in training, and
+      have the dtype of the frozen directory in serving. Softmax and norms are
+      always float32.
     execution: the way of computing; it does not change the function.
   """
 
@@ -72,8 +72,8 @@ class Transformer(nn.Module):
         ),  # the cache of each layer; shared arguments
         length=config.num_layers,
         unroll=1 if is_looped else config.num_layers,
-        # The check would trace the layers once more. It is of variables that
-        # all layers share, of which there are none.
+        # The check would trace the layers once more. It concerns variables that
+        # all layers share, and this stack has none.
         check_constancy_invariants=False,
       )(config, self.dtype, self.execution, config.layer(0))
     else:
@@ -303,7 +303,7 @@ class Transformer(nn.Module):
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D].
 
-    Those of `spare_ids` are `cross_entropy.MASKED`.
+    Logits of `spare_ids` are `cross_entropy.MASKED`.
     """
     logits = table_lib.unembed(
       hidden, self._head_table(), self.dtype, self.execution

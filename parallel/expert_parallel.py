@@ -3,12 +3,12 @@
 A group is the devices along mesh axis `expert`. Per layer, every device gathers
 the tokens of its group, applies its own experts to the tokens that chose them,
 and a reduce-scatter adds the results on their way back to the tokens' devices.
-No token is dropped, whatever the router chooses, and every shape is static. The
+No token is dropped for any choice of the router, and every shape is static. The
 price is one gather and one scatter of the group's tokens per layer, and memory
-on every device for all of them, once per active expert. (GShard,
+on every device for all these tokens, once per active expert. (GShard,
 arXiv:2006.16668, sends each token only to the devices of its experts, and drops
-some.) A small group is therefore better than a large one: let `fsdp` split the
-rest.
+some tokens.) A small group is therefore better than a large one: let `fsdp`
+split the rest.
 
 The same code serves any mesh. Without it, the compiler would gather the tokens
 of all devices to sort them by expert.
@@ -28,7 +28,7 @@ ApplyExperts = Callable[..., jax.Array]
 
 _GROUP = 'expert'
 # The mesh axis that splits each dimension of a kernel. A dimension split by
-# `fsdp` is gathered before the product; one split by `tensor` is not.
+# `fsdp` is gathered before the product; a dimension split by `tensor` is not.
 _SPLIT = {
   'gate': (_GROUP, 'fsdp', 'tensor'),
   'up': (_GROUP, 'fsdp', 'tensor'),

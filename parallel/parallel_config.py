@@ -34,7 +34,7 @@ class ParallelConfig:
 
   @property
   def num_stage_microbatches(self) -> int:
-    """Micro-batches into which the pipeline cuts the rows that it is given."""
+    """Micro-batches into which the pipeline cuts its rows."""
     return self.stage_microbatches or self.stage
 
   def validate(self) -> None:

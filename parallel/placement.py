@@ -58,7 +58,7 @@ class Placement(Protocol):
     """Returns step(state, batch) -> (state, metrics). Donates `state`.
 
     Args:
-      options: of the compiler; pmap takes none.
+      options: options of the compiler; pmap takes none.
     """
     ...
 
@@ -234,7 +234,7 @@ class MeshPlacement:
     return self.compile_train(build, options).lower(placed, batch)
 
   def _compiled(self, build, **jit_options):
-    # Sums and keys are of the whole batch already: nothing to add or to split.
+    # Sums and keys cover the whole batch already: nothing to add or to split.
     step = jax.jit(build(lambda tree: tree, lambda key: key), **jit_options)
     return _UnderMesh(step, self.mesh)
 

@@ -18,15 +18,15 @@ environment variables (`detect`):
     --coordinator=auto   jax's own detection, e.g. for TPU virtual machines that
                  only their metadata server describes
 
-Flags win over the environment; launchers are tried in this order. Without a
-launcher, or with one that started one process, nothing is started, and every
-helper below is trivial: callers need not check.
+Flags override the environment; launchers are tried in this order. Without a
+launcher, or if the launcher started only one process, `start` does nothing, and
+every helper below works for one process: callers need not check.
 
-`jax.distributed.initialize()` alone would not do. It fails without a launcher,
+`jax.distributed.initialize()` alone is not enough. It fails without a launcher,
 and for one process it starts a cluster of one. On CPU such a cluster sums over
-devices by gloo, as several processes do, in another order than one process:
-its numbers equal those of several processes to the bit, and those of one
-process only to the last digits. Flags with --num_processes=1 ask for that.
+devices by gloo, as several processes do, in another order than one process: its
+numbers equal the numbers of several processes to the bit, and the numbers of
+one process except for the last digits. Flags with --num_processes=1 ask for it.
 
 Breaks first when jax moves: `Channel` uses the private client
 `jax._src.distributed.global_state.client` (key_value_set,
@@ -136,8 +136,8 @@ def start(
     local_device_ids=None if ids is None else list(ids),
     cluster_detection_method=cluster.method,
     heartbeat_timeout_seconds=heartbeat_timeout_s,
-    # A process that failed alone waits this long for the others, which then
-    # learn of its end.
+    # A process that failed waits this long for the other processes; then they
+    # are told of its end.
     shutdown_timeout_seconds=heartbeat_timeout_s,
   )
   if cluster.num_processes is not None:
@@ -154,7 +154,7 @@ def _check_port(coordinator: str) -> None:
     except OSError as error:
       raise ValueError(
         f'--coordinator: got port {port}, which process 0 cannot listen on'
-        f' ({error.strerror}), expected a free one; choose another for all'
+        f' ({error.strerror}), expected a free port; choose another for all'
         ' processes'
       ) from None
 

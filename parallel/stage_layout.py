@@ -3,7 +3,7 @@
 Stage s of S runs the groups of L layers s, S + s, 2 S + s, ...: one group for
 each of the R times that a row passes the stage. These groups are not one slice
 of the stack [N, ...], but one slice per repeat of the stack folded to
-[R, N / R, ...]. A checkpoint always has [N, ...], whichever layout wrote it.
+[R, N / R, ...]. A checkpoint always has [N, ...], in either layout.
 """
 
 import dataclasses

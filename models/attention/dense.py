@@ -1,9 +1,9 @@
 """Plain causal grouped-query attention, for training, prefill and decode.
 
-`attend` is the one entry point; `models/attention/cached.py` calls it for a
+`attend` is the only entry point; `models/attention/cached.py` calls it for a
 dense cache. Queries are processed in tiles of R rows. A tile is multiplied only
-with the keys that its queries can see: those at or before its last query and,
-with a window, those within the window of its first. The rest of the score
+with the keys that its queries can see: keys at or before its last query and,
+with a window, keys within the window of its first query. The rest of the score
 matrix is never computed, and no [T, T] array exists.
 
 Reference: grouped-query attention, Ainslie et al., arXiv:2305.13245.
@@ -54,14 +54,15 @@ def attend(
     v_BKSC: values, one per slot. They may have another C than the keys; the
       output has the C of the values.
     slots_BT: the slot of each query; a query sees the slots up to its own.
-      None if the keys are those of this call: S = T, and query t is in slot t.
+      None if the keys belong to this call: S = T, and query t is in slot t.
     segment_ids_BT: queries and keys of different segments do not see each
       other. Only without `slots_BT`: a cache holds one document per sequence.
     dropout: applied to the attention weights.
-    min_rows: least rows of a tile.
-    max_apart: tiles that the program has apart. If there are more, neighbours
-      are steps of a loop and share their keys: some are multiplied for nothing.
-      With dropout tiles are larger instead: a loop would drop the same weights.
+    min_rows: the fewest rows of a tile.
+    max_apart: the most tiles that the program computes separately. If there are
+      more, neighbouring tiles are steps of a loop over the same keys, so some
+      keys are multiplied in vain. With dropout tiles are larger instead: a loop
+      would drop the same weights in each step.
   """
   batch, time, heads, channels = q_BTHC.shape
   num_kv = k_BKSC.shape[1]
@@ -75,7 +76,7 @@ def attend(
   else:
     most = MAX_TILES if dropout is None else max_apart
     rows = tile_rows(time, min_rows, most)
-    # Tiles of a band have the keys of its last tile.
+    # All tiles of a band are multiplied with the keys of its last tile.
     band = rows * -(-time // (rows * max_apart))
     out_BKGTC = _attend_causal(
       operands, segment_ids_BT, dropout, form, (rows, band)
@@ -102,8 +103,8 @@ class _Operands(NamedTuple):
 
 
 def _parted(q_BKGRC, k_BKSC, v_BKSC) -> _Operands:
-  # Queries and keys too: the gradients of keys are sums over queries, those of
-  # queries are sums over keys.
+  # Queries and keys are also replaced: gradients of keys are sums over queries,
+  # and gradients of queries are sums over keys.
   q_BKGRC, marks_BKGR = finite.parted(q_BKGRC)
   k_BKSC, marks_BKS = finite.parted(k_BKSC)
   v_BKSC, more_BKS = finite.parted(v_BKSC)
@@ -114,7 +115,7 @@ def _attend_causal(operands, segment_ids_BT, dropout, form, sizes):
   """Attends tile by tile, each over the keys that it can see.
 
   Args:
-    sizes: rows of a tile, and of a band of tiles.
+    sizes: rows of a tile, and rows of a band of tiles.
   """
   time, (rows, band) = operands.q_BKGRC.shape[3], sizes
   outs = []
@@ -145,7 +146,7 @@ def _attend_tile(operands, segment_ids_BT, dropout, form, tile, keys):
 
   Args:
     tile: the first query, which may be traced, and the number of queries.
-    keys: the first key, and the one after the last.
+    keys: index of the first key, and one past the last key.
   """
   q_BKGTC, k_BKTC, v_BKTC, marks_BKGT, marks_BKT = operands
   (begin, size), (first, stop) = tile, keys
@@ -198,7 +199,7 @@ def _attend_rows(operands: _Operands, mask_BRS, dropout, form):
   is_seen_BKGRS = mask_BRS[:, None, None]
   scores_BKGRS = jnp.where(is_seen_BKGRS, scores_BKGRS, _MASKED)
   # The second selection changes no finite weight. A query with a score of NaN
-  # has NaN for weights: it may pass them on to the keys that it sees alone.
+  # has weights of NaN: their gradients may reach only the keys that it sees.
   probs_BKGRS = jax.nn.softmax(scores_BKGRS, axis=-1)
   probs_BKGRS = jnp.where(is_seen_BKGRS, probs_BKGRS, 0)
   if dropout is not None:

@@ -1,8 +1,8 @@
-"""Vectors that are not finite, kept from the queries that do not see them.
+"""Vectors that are not finite must not reach queries that do not see them.
 
 A masked key has the weight zero, but 0 x NaN is NaN: one token whose key or
-value is NaN or infinite would spoil every sum that it lies beside. It may be a
-token of another document in a packed row, or what a sequence left in a page
+value is NaN or infinite would spoil the sums of all queries. It may be a token
+of another document in a packed row, or a token that a sequence left in a page
 before the page got its next owner. So such a vector is replaced by zeros, and
 the scores that it takes part in become NaN before the mask selects scores:
 
@@ -26,8 +26,9 @@ def parted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   The marks [...] are float32, to be added to scores: NaN for such a vector,
   else 0.
   """
-  # From the vector, not a constant NaN: where a run looks for its first tensor
-  # that is not finite, it must not find this one. Inf x 0 and NaN x 0 are NaN.
+  # The mark is computed from the vector, and is no constant NaN: a diagnosis
+  # that looks for a run's first tensor that is not finite must not find this
+  # one. Inf x 0 and NaN x 0 are NaN.
   marks = jnp.sum(jax.lax.stop_gradient(x).astype(jnp.float32) * 0, axis=-1)
   return jnp.where((marks == 0)[..., None], x, 0), marks
 

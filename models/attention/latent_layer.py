@@ -34,7 +34,7 @@ from models import execution as execution_lib, kv_cache, model_config, mup
 from models.attention import form as form_lib, rope
 from models.layers import adapters, mlp, norms
 
-# The epsilon of the norms of latents, which does not follow norm_epsilon: so in
+# The epsilon of the norms of latents. It does not follow norm_epsilon, as in
 # every implementation of DeepSeek's models.
 LATENT_EPSILON = 1e-6
 

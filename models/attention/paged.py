@@ -152,8 +152,8 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
     )
     scores_BKMS = jnp.where(is_seen, scores_BKMS, _MASKED)
     new_m_BKM = jnp.maximum(m_BKM, jnp.max(scores_BKMS, axis=-1))
-    # Selected: a query that has seen nothing so far has the maximum _MASKED,
-    # and would give masked keys the weight exp(0).
+    # Weights are selected by the mask: a query that has seen no key so far has
+    # the maximum _MASKED, and would give masked keys the weight exp(0).
     p_BKMS = jnp.where(is_seen, jnp.exp(scores_BKMS - new_m_BKM[..., None]), 0)
     # Sums so far are relative to the old maximum.
     keep_BKM = jnp.exp(m_BKM - new_m_BKM)
@@ -173,7 +173,7 @@ def _attend_group(q_BKMC, table_BL, positions_BR, pages, form, rows: int):
     fold,
     (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, channels))),
   )
-  # Padding that is alone in its group has a sum of 0: its loop saw no tile.
+  # If a group has only padding, its loop saw no tile and its sum is 0.
   return out_BKMC / jnp.where(l_BKM == 0, 1.0, l_BKM)[..., None]
 
 

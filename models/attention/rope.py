@@ -29,9 +29,9 @@ def angles(
 
   Args:
     rotary_width: channels that are rotated, an even number.
-    scaling: of the frequencies; None: no scaling.
+    scaling: scaling of the frequencies; None: no scaling.
     max_length: `ModelConfig.max_length`, which chooses the table of `longrope`.
-    has_cache: whether the pass has a cache, so that the text may go on; see
+    has_cache: whether the pass has a cache, so that more text may follow; see
       `models.attention.rope_scaling` for `dynamic`.
     segment_ids_BT: the document of each token of a packed row; None: each row
       is one document.

@@ -19,8 +19,8 @@ arrives, and training computes the function that is served:
   tables differ for short texts, too: other implementations change the table
   when a text grows past the trained length.
 - `dynamic` uses the position of each token plus one in a pass with a cache. In
-  a pass without, it uses the length of the token's document, as other
-  implementations do. The two differ past the original length alone:
+  a pass without a cache, it uses the length of the token's document, as other
+  implementations do. The two differ only past the original length, and
   `training.execution` refuses longer rows.
 """
 
@@ -100,8 +100,8 @@ def stretched(
   Args:
     base: base of the wavelengths.
     width: channels that are rotated.
-    scaling: of the frequencies.
-    max_length: of the model; decides between the tables of `longrope`.
+    scaling: scaling of the frequencies.
+    max_length: `ModelConfig.max_length`; chooses the table of `longrope`.
   """
   plain = frequencies(base, width)
   if scaling.kind == 'linear':

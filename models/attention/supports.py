@@ -88,7 +88,7 @@ class Path:
 
 
 _FORM = 'window', 'softcap', 'scale'
-# Fields of `Form` whose name in `ModelConfig` is another.
+# Fields of `Form` that have another name in `ModelConfig`.
 _CONFIG_NAMES = {'softcap': 'attention_softcap', 'scale': 'query_scale'}
 
 
@@ -104,7 +104,7 @@ def _ragged_heads(request: Request) -> str:
       f'got {kv_heads} key/value heads in {dtype.name}, expected 1, 2 or 4, or'
       ' a multiple of 8 (float32: of 4)'
     )
-  # Here, as all imports of Pallas: other platforms start without it.
+  # Pallas is imported inside functions: other platforms start without it.
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     kernel as ragged_paged,
   )

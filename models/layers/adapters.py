@@ -54,7 +54,7 @@ def linear(
   """Returns the output [..., O] of an adapted linear layer.
 
   Args:
-    adapter: of the layer, or the routed adapters of many slots.
+    adapter: the adapter of the layer, or the routed adapters of many slots.
     multiply: computes a product, in the dtype of the result.
     x: input, [..., I].
     w_IO: the frozen kernel.
@@ -95,7 +95,7 @@ def _change(adapter, multiply, x):
 
 
 def _change_apart(adapter, multiply, x):
-  """Returns what `_change` does, one slot after the other."""
+  """Returns the result of `_change`, computed one slot after the other."""
   a, b, slots = adapter[A], adapter[B], adapter[_SLOTS_APART]
 
   def add(y, slot):
@@ -109,7 +109,7 @@ def _change_apart(adapter, multiply, x):
 
 
 def kernel(adapter: Entry, w_IO: jax.Array, name: str) -> jax.Array:
-  """Returns the adapted kernel of a layer that uses it otherwise, float32.
+  """Returns the adapted kernel, float32, for a use other than a plain product.
 
   Raises:
     ValueError: the adapter is of many slots.
@@ -157,16 +157,16 @@ def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(adapters: Sequence[Tree]) -> dict[str, Any]:
-  """Returns the table of adapters: those given have slots 1, 2, ...
+  """Returns the table of adapters: the given adapters have slots 1, 2, ...
 
   Args:
     adapters: with separate layers, scales folded into B; as
       `frozen.adapters.read` returns them. Ranks and adapted layers may differ.
 
   Returns:
-    At each layer that any of them adapts: a [in, S, r], b [S, r, out], and
-    gain [S, out] if any has one; zeros, and ones in gain, where an adapter has
-    nothing. S is their number plus 1.
+    At each layer that any adapter adapts: a [in, S, r], b [S, r, out], and gain
+    [S, out] if any adapter has a gain. Slots of adapters without this layer
+    have zeros, and ones in gain. S is the number of adapters plus 1.
   """
   of_each = [dict(entries(tree)) for tree in adapters]
   joined = {}
@@ -201,7 +201,7 @@ def routed(
     tree: the table.
     slots_BT: int32; 0 is the base.
     is_apart: compute slot by slot, for invariant numerics: the bits of a token
-      then depend neither on the number of its slot nor on that of all slots.
+      then depend neither on its slot nor on the number of slots.
   """
   name = _SLOTS_APART if is_apart else _SLOTS
   return nested(

@@ -63,7 +63,7 @@ def num_chunks(
   """Returns the number of chunks of equal length that time is cut into.
 
   Args:
-    max_logits: of a chunk; 0: MAX_CHUNK_LOGITS.
+    max_logits: the most logits of a chunk; 0: MAX_CHUNK_LOGITS.
   """
   most = max_logits or MAX_CHUNK_LOGITS
   wanted = -(-batch * time * vocab_size // most)
@@ -86,9 +86,9 @@ def masked(
   sum, each log-probability would be lower in training than in serving.
 
   Args:
-    logits: after the cap.
+    logits: logits after the cap.
     spare_ids: ranges [first, end), `ModelConfig.spare_ids`.
-    value: of masked logits.
+    value: value of masked logits.
   """
   if not spare_ids:
     return logits
@@ -113,8 +113,8 @@ def chunked_nll(
   Args:
     vocab_shards: devices that split the vocabulary; each holds that part of the
       logits of a chunk.
-    max_logits: of a chunk on a device; 0: MAX_CHUNK_LOGITS. Another number adds
-      up the same terms in another order.
+    max_logits: the most logits of a chunk on a device; 0: MAX_CHUNK_LOGITS.
+      Another number adds up the same terms in another order.
   """
   batch, time = weights_BT.shape
   vocab_size = -(-head_VD.shape[0] // vocab_shards)
@@ -250,7 +250,8 @@ def _dlogits(logits_BtV, log_z_Bt, targets_Bt, weights_Bt, form):
   if form.softcap:
     # d cap tanh(l / cap) / d l = 1 - tanh^2, with tanh = c / cap.
     dlogits = dlogits * (1 - jnp.square(logits_BtV / form.softcap))
-  # Zero already, but for the square of a masked logit, which overflows.
+  # Gradients of masked logits are zero already, unless the square of such a
+  # logit overflows.
   return masked(dlogits, form.spare_ids, 0.0)
 
 

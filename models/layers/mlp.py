@@ -74,7 +74,7 @@ def is_gated(mlp: str) -> bool:
 def _hidden(
   mlp: str, up_BTF: jax.Array, gate_BTF: jax.Array | None = None
 ) -> jax.Array:
-  """Returns what `down` is applied to."""
+  """Returns the hidden state of the MLP, the input of `down`, [..., F]."""
   if gate_BTF is None:
     return _activate(mlp, up_BTF)
   return _activate(mlp, gate_BTF) * up_BTF

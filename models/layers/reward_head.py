@@ -4,7 +4,7 @@
 
 There is no bias: it cancels in every comparison of two rewards. `transformers`
 (LlamaForSequenceClassification) has the same head. Training and serving call
-the same function of the head.
+the same function.
 """
 
 import math

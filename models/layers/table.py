@@ -2,7 +2,7 @@
 
 A table [V, D] of floats is the parameter of flax's `Embed`. A table in fewer
 bits is the kernel of its product with hidden states, W [D, V], of
-`models/linear/stored/`: the rows that this stores are those of the table.
+`models/linear/stored/`: such a kernel stores the rows of the table.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class Table(nn.Embed):
 
 
 def look_up(table: Any, ids_BT: jax.Array) -> jax.Array:
-  """Returns the rows of ids, [B, T, D]; in float32 of a stored table."""
+  """Returns the rows of ids, [B, T, D]; float32 if the table is stored."""
   if stored_tree.is_stored(table):
     rows = table.columns(ids_BT.reshape(-1)).whole(jnp.float32).T
     return rows.reshape((*ids_BT.shape, -1))
@@ -46,8 +46,8 @@ def unembed(
 
   Args:
     hidden: final hidden states.
-    table: of the head.
-    dtype: of the computation.
+    table: the table of the head.
+    dtype: dtype of the computation.
     execution: an `Execution`.
   """
   if stored_tree.is_stored(table):

@@ -25,8 +25,8 @@ from models import remat
 from models.linear import plain
 
 # (gather, scatter) for a weight of which this device holds a part: gather makes
-# the whole weight, scatter turns the gradient of the whole weight into that of
-# the part. Both are applied here for two reasons. The whole weight must not be
+# the whole weight, scatter turns the gradient of the whole weight into the
+# part's. Both are applied here for two reasons. The whole weight must not be
 # stored for the backward pass. And the weight is sent in the compute dtype, but
 # its gradient is added up in float32.
 Held = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
@@ -168,7 +168,7 @@ def _outer_in_tiles(x_JI, dy_JO, sizes_E, *, interpret: bool = False):
 
   XLA:TPU (jax 0.10) would multiply all rows for every group.
   """
-  # Here: other platforms start without Pallas.
+  # Imported here: other platforms start without Pallas.
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
   num_rows, num_groups = x_JI.shape[0], sizes_E.shape[0]
@@ -231,7 +231,7 @@ def _outer_in_pieces(x_JI, dy_JO, sizes_E):
   def add_piece(j, dw_EIO):
     group, row = piece_at(j)
     is_inside = row + jnp.arange(size) < end_E[group]
-    # Both operands: 0 x NaN is NaN.
+    # Both operands are masked: 0 x NaN is NaN.
     x_piece, dy_piece = (
       jnp.where(
         is_inside[:, None], jax.lax.dynamic_slice_in_dim(rows, row, size), 0

@@ -190,7 +190,7 @@ def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
   Returns:
     The arrays that `function` returns, with the leading axes of x in place of
-    their first axis, which is that of the rows.
+    their first axis, the axis of the rows.
   """
   rows = x.reshape(-1, x.shape[-1])
   num_rows = rows.shape[0]

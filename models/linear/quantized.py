@@ -4,7 +4,7 @@
 `models.linear.plain.linear`. Operands are quantised during the product; the
 weights stay float32. Each vector along the summed axis has its own scale, its
 largest magnitude. Products accumulate in a wide dtype and are scaled back.
-Rounding has a straight-through gradient: gradients are those of the product, at
+Rounding has a straight-through gradient: gradients are taken of the product, at
 the quantised values.
 
     product          int8            fp8

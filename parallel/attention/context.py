@@ -68,7 +68,7 @@ def kv_repeats(num_heads: int, num_kv_heads: int, num_parts: int) -> int:
   Raises:
     ValueError: the heads do not divide.
   """
-  # The least number of key/value heads that `num_parts` divides.
+  # The smallest number of key/value heads that `num_parts` divides.
   whole = math.lcm(num_kv_heads, num_parts)
   if num_heads % whole:
     raise ValueError(
@@ -104,8 +104,8 @@ def make_attend(mesh: Mesh, kind: str, saved_name: str = '') -> Attend:
   )
   if num_shards == 1:
     raise ValueError(
-      'context parallelism: got parallel.context = 1, expected at least 2: one'
-      ' device has all keys; use attention of whole rows'
+      'context parallelism: got parallel.context = 1, expected at least 2: a'
+      ' single device has all keys; use attention of whole rows'
     )
 
   def local(form, q_BTHC, k_BKTC, v_BKTC, segment_ids_BT):

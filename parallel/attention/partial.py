@@ -109,7 +109,8 @@ def attend(queries: Queries, keys: Keys, shape: Shape = PLAIN) -> Partial:
     scores_BKGRS, _, is_seen = _scores(queries, keys, shape, marks_BKS)
     max_BKGR = jnp.max(scores_BKGRS, axis=-1)
     weights_BKGRS = jnp.exp(scores_BKGRS - max_BKGR[..., None])
-    # Also selected: of a query that sees no key here, the maximum is _MASKED.
+    # Weights are selected, too: for a query that sees no key here, the maximum
+    # is _MASKED.
     weights_BKGRS = _selected(is_seen, weights_BKGRS, 0)
     out_BKGRC = _over_keys(weights_BKGRS, v_BKSC)
     return Partial(out_BKGRC, max_BKGR, jnp.sum(weights_BKGRS, axis=-1))
@@ -230,7 +231,7 @@ def _selected(is_seen: jax.Array | None, x_BKGRS, other: float) -> jax.Array:
 
 def _parted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns x [..., C] without the vectors that are not finite, and marks."""
-  # No constant NaN: diagnosis would take it for the first one of a run.
+  # No constant NaN: a diagnosis would take it for the first NaN of a run.
   marks = jnp.sum(x.astype(jnp.float32) * 0, axis=-1)
   return jnp.where((marks == 0)[..., None], x, 0), marks
 

@@ -13,7 +13,7 @@ parts, `lo` = i and `hi` = 2n - 1 - i. For the keys of another device j:
     j > i   hi sees the lo and the hi keys, lo sees none
 
 Either case is two pairs of parts, without a mask. A `select` of operands
-chooses the pairs, so that all devices do the same work and none waits for
+chooses the pairs, so that all devices do the same work and no device waits for
 another. Call these functions with the mesh axis `context` in scope.
 
 With a window, queries and keys get their indices in the row, and masks hide the

@@ -2,9 +2,9 @@
 
 The compiler cannot look into a custom kernel: it would gather the operands and
 run the whole kernel on every device. Attention does not mix rows or heads, so
-no device needs another's: `shard_map` gives each device its own. `attend`
-refuses rows whose tokens are split (context parallelism), because tokens of a
-row do mix.
+no device needs rows or heads of another device: `shard_map` gives each device
+its own. `attend` refuses rows whose tokens are split (context parallelism),
+because attention does mix the tokens of a row.
 """
 
 from collections.abc import Callable

@@ -185,7 +185,7 @@ def _call(name: str, results, layouts, config: dict[str, Any]):
     name,
     results,
     output_layouts=layouts,
-    # A pipeline maps over stages, of which a device has one.
+    # A pipeline maps over stages; a device has only one of them.
     vmap_method='sequential',
     custom_call_api_version=2,  # with a status, without typed attributes
     legacy_backend_config=json.dumps(config),
@@ -237,7 +237,7 @@ def interpreted(
   operands: Operands,
   form: Form,
 ) -> jax.Array:
-  """Returns what `attend` returns, in plain array code; for tests."""
+  """Returns the result of `attend`, in plain array code; for tests."""
   batch, time, heads, channels = q_BTHC.shape
   groups = heads // k_BTKC.shape[2]
   k_BTHC, v_BTHC = (jnp.repeat(x, groups, axis=2) for x in (k_BTKC, v_BTKC))

@@ -14,12 +14,13 @@ times as many programs, most of which end at once.
 
 Without a bound on documents, rows are scored document by document, and a key or
 value that is not finite changes no query that does not see it (`finite`). With
-one, rows are those of a training batch, whose loss is one sum: it is not finite
-in either case, and the passes over queries, keys and values are saved.
+a bound, the rows belong to a training batch, whose loss is one sum: it is not
+finite in either case, so the extra passes over queries, keys and values are
+left out.
 
 cuDNN multiplies in bfloat16 only and computes the softmax in float32. It could
 drop weights, but XLA counts its random numbers from the start of the process:
-a resumed run would drop others, so that dropout is refused.
+a resumed run would drop other weights, so dropout is refused.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 from models.attention import finite, form as form_lib, supports
 from models.attention.kernels import cudnn_call
 
-# Beyond it, statistics of M documents are larger than a mask of most rows.
+# With more documents, their statistics are larger than a mask of most rows.
 MOST_DOCUMENTS = 64
 
 
@@ -154,7 +155,7 @@ def refusal(
 
 
 def _bias(segment_ids_BT, form: form_lib.Form, dtype) -> jax.Array:
-  """Returns what is added to scores, [B, 1, T, T]."""
+  """Returns the mask that the kernel adds to scores, [B, 1, T, T]."""
   mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   if form.window:
     place_T = jnp.arange(segment_ids_BT.shape[1])

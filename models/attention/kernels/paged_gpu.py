@@ -37,8 +37,8 @@ MAX_FLOAT32_ROWS, FLOAT32_WARPS = 32, 8
 # MAX_TILE_CHANNELS have tiles of half as many slots.
 TILE_SLOTS = 64
 MAX_TILE_CHANNELS = 128
-# Programs that keep a GPU busy: two for each multiprocessor of an H100. And the
-# fewest slots that are worth a separate program.
+# The number of programs that keep a GPU busy, two for each multiprocessor of an
+# H100, and the fewest slots that are worth a separate program.
 WANTED_PROGRAMS = 264
 MIN_SPLIT_SLOTS = 256
 _MASKED = -1e30  # as in models/attention/dense.py

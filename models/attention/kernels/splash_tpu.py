@@ -101,8 +101,8 @@ def _kernel(time: int, heads: int, form: form_lib.Form, interpret: bool):
       block_kv=rows,
       block_q_dkv=rows,
       block_kv_dkv=rows,
-      # The gradients of queries have their own kernel. Fused with those of
-      # keys, they would be written once per tile of keys and then added up.
+      # The gradients of queries have their own kernel. Fused with the gradients
+      # of keys, they would be written once per tile of keys and then added up.
       block_q_dq=rows,
       block_kv_dq=rows,
     ),

@@ -1,11 +1,11 @@
 """Builds the native product with the user's compiler, once, and loads it.
 
-The library is kept in a directory of the user. Its name is a digest of all that
-it depends on: sources, compiler, options, processor and jaxlib, whose headers
-it includes. So it is never stale, and machines that share a home directory have
-one each. Its last bytes are a digest of the others: a file that is damaged
-counts as absent. It is written under another name and renamed, so processes
-that build it at the same time do not disturb each other.
+The library is kept in a directory of the user. Its name is a digest of all its
+inputs: sources, compiler, options, processor and jaxlib, whose headers it
+includes. So it is never stale, and machines that share a home directory have
+separate libraries. Its last bytes are a digest of all other bytes: a damaged
+file counts as absent. It is written under another name and renamed, so
+processes that build it at the same time do not disturb each other.
 
 A user who may write into the directory can run code here, as with JAX's own
 cache.
@@ -58,8 +58,8 @@ def registered(
   The first call of a process builds or loads the library and registers it.
 
   Args:
-    options: of the compiler, for a processor.
-    kept_in: default: `directory()`.
+    options: options of the compiler, for a processor.
+    kept_in: directory of the library; default: `directory()`.
 
   Raises:
     BuildError: there is no compiler, it fails, or the library cannot be kept or
@@ -85,7 +85,7 @@ def built(options: tuple[str, ...], kept_in: pathlib.Path) -> pathlib.Path:
   """Returns the path of the library; builds it, unless it is there and whole.
 
   Raises:
-    BuildError: it cannot be.
+    BuildError: the library cannot be built.
   """
   compiler = _compiler()
   path = kept_in / f'{_key(compiler, options)}.so'

@@ -21,11 +21,11 @@ def choose(setting: str, params: Any, dtype: Any, platform: str) -> Choice:
   Args:
     setting: 'auto', 'on' (an error where there is no native product) or 'off'.
     params: arrays or shapes.
-    dtype: of the computation.
-    platform: of the device: 'cpu', 'gpu' or 'tpu'.
+    dtype: dtype of the computation.
+    platform: platform of the device: 'cpu', 'gpu' or 'tpu'.
 
   Raises:
-    ValueError: `on` cannot be.
+    ValueError: the setting is `on` and there is no native product.
   """
 
   def plain(reason: str) -> Choice:

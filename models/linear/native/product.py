@@ -1,8 +1,8 @@
 """The native product with a stored kernel: a port `Execution.stored`.
 
-The weights are those of the plain product (`models/linear/stored/`), in
-float32, and so are the sums, whatever the dtype of the computation. The bits of
-a row do not depend on the other rows of the call.
+The weights have the same values as in the plain product
+(`models/linear/stored/`). Weights and sums are float32 for every dtype of the
+computation. The bits of a row do not depend on the other rows of the call.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from models.linear.stored import (
   super_blocks,
 )
 
-# The numbers of forms are those of `PartOf` in kernel.cc.
+# Numbers of the forms, as in `PartOf` of kernel.cc.
 _BYTES, _NIBBLES = 0, 1
 _BLOCKS = {
   name: number
@@ -36,7 +36,7 @@ _BOOKS = {
   'fp4': packing.FP4,
   'IQ4_NL': tuple(map(float, super_blocks.BOOK)),
 }
-_LANES = 16  # weights of which each group has one scale
+_LANES = 16  # every group of so many weights has one scale
 _DTYPES = 'float32', 'bfloat16', 'float16'
 
 

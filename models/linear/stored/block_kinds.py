@@ -1,4 +1,4 @@
-"""Kinds of GGUF blocks: the numbers that the bytes of a block stand for.
+"""Kinds of GGUF blocks: how the bytes of a block become numbers.
 
 A block holds consecutive numbers of a row, with its scales. Where the bytes
 hold two codes each, the low bits are the first half of the block.

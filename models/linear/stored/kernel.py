@@ -67,7 +67,7 @@ class Kernel:
     """Returns a kernel of arrays, or of their shapes, that fit each other.
 
     Raises:
-      ValueError: they do not.
+      ValueError: the arrays do not fit each other.
     """
     kernel = cls(values, scales, mins, order, gain, form, (tile[0], tile[1]))
     expect.one_of('form', form, FORMS)
@@ -192,7 +192,7 @@ def with_gain(scales: jax.Array, gain: jax.Array | None) -> jax.Array:
 def spread(
   of_tiles: jax.Array, tile: tuple[int, int], columns: int, rows: int
 ) -> jax.Array:
-  """Returns the number of each weight's tile, [..., out, in]."""
+  """Returns for each weight the value of its tile, [..., out, in]."""
   for axis, size, length in ((-2, tile[0], columns), (-1, tile[1], rows)):
     if size > 1:
       of_tiles = jnp.repeat(of_tiles, size, axis=axis)

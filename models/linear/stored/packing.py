@@ -24,7 +24,7 @@ FP4_LARGEST = 6.0
 
 
 def pack(codes: jax.Array) -> jax.Array:
-  """Returns uint8 [..., n / 2] of integers [..., n], of which 4 bits count."""
+  """Returns uint8 [..., n / 2] from the low 4 bits of integers [..., n]."""
   codes = codes.astype(jnp.uint8) & 0xF
   return codes[..., ::2] | (codes[..., 1::2] << 4)
 

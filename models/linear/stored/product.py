@@ -1,12 +1,12 @@
-"""The product with a stored kernel, where a layer has one of floats.
+"""The product with a stored kernel, in place of a kernel of floats.
 
 `Execution.stored` says how it is computed: `in_blocks`, or natively on a CPU
 (`models/linear/native/`).
 
-On one device no float copy of a whole matrix is made, unless it is small: a
-block of columns after the other is dequantised and multiplied. The backward
-pass dequantises the blocks again. There is a gradient of the input, and none of
-the kernel.
+On one device no float copy of a whole matrix is made, unless it is small:
+blocks of columns are dequantised and multiplied one after the other. The
+backward pass dequantises the blocks again. The input has a gradient, the kernel
+has none.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ Stored = kernel_lib.Kernel | blocks_lib.Blocks
 # is a port for a block of floats.
 Computed = Callable[..., jax.Array]
 
-# Bytes of a block of columns in float32, which a cache of a core holds. A
-# matrix of no more is one block.
+# Bytes of a block of columns in float32, which fit a core's cache. A matrix of
+# at most this size is one block.
 _BLOCK_BYTES = 2**20
 _COLUMNS = 16  # a block has a multiple of them
 
@@ -39,7 +39,7 @@ def in_blocks(
   Args:
     x: the input, [..., I].
     w_IO: a stored kernel.
-    dtype: of a block of floats, and of the computation.
+    dtype: dtype of a block of floats, and of the computation.
     multiply: (x, w_IB, None, dtype) -> y[..., B], for a block of floats.
   """
   if w_IO.order is not None:
@@ -73,8 +73,8 @@ def linear(
   Args:
     x: the input.
     w_IO: a stored kernel.
-    bias_O: None if there is none.
-    dtype: of the result.
+    bias_O: the bias, or None.
+    dtype: dtype of the result.
     multiply: the port that multiplies by a block of floats.
     computed: `Execution.stored`.
   """
@@ -96,7 +96,7 @@ def unembed(
   Args:
     hidden: final hidden states.
     table_DV: the table of the head, as the kernel of this product.
-    dtype: of the computation.
+    dtype: dtype of the computation.
     port: `Execution.unembed`.
     computed: `Execution.stored`.
   """

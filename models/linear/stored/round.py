@@ -1,10 +1,10 @@
 """Rounding to nearest: a kernel of floats becomes a stored one.
 
-A tile's scale is taken of its largest magnitude, and each number becomes the
-nearest one that the form has. Of uint4, scale and min are taken of the smallest
-and the largest number.
+The scale of a tile follows from its largest magnitude, and each number becomes
+the nearest number of the form. For uint4, scale and min follow from the
+smallest and the largest number.
 
-The largest magnitude is 127 steps of int8. It is 7.5 steps of int4: cutting it
+The largest magnitude is 127 steps of int8. It is 7.5 steps of int4: clipping it
 costs less than wider steps do. The smallest codes, -128 and -8, are not used.
 
 References: OCP Microscaling Formats v1.0, section 6.3 (scales of fp4 that are
@@ -32,7 +32,7 @@ _E4M3_LARGEST = _LARGEST['fp8']
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-  """A way of storing kernels that has a name."""
+  """A named way to store kernels."""
 
   form: str  # one of kernel.FORMS
   tile_in: int | None  # None: a whole row has one scale
@@ -74,17 +74,17 @@ def quantise(
   """Returns a kernel [..., in, out] in a form, rounded to nearest.
 
   Args:
-    w_IO: computed with in float32.
+    w_IO: the kernel; rounding computes in float32.
     form: one of `kernel.FORMS`.
     tile: outputs and inputs that share a scale.
     scales: dtype of the scales. float8_e8m0fnu: powers of two. float8_e4m3fn:
       the kernel gets a gain, so that the largest scale is the largest number
       of this dtype.
-    largest: magnitude of a tile's largest number before it is rounded, in
-      steps; None: that of the form. Not of uint4.
+    largest: magnitude of a tile's largest number before rounding, in steps;
+      None: the value of the form. uint4 does not use it.
 
   Raises:
-    ValueError: the form needs two inputs per byte, and their number is odd.
+    ValueError: the form stores two inputs per byte, and their number is odd.
   """
   expect.one_of('form', form, kernel_lib.FORMS)
   rows = w_IO.shape[-2]
@@ -98,7 +98,7 @@ def quantise(
   if form == 'uint4':
     least = _of_tiles(w_OI, tile, jnp.min)
     steps = _whole_steps((_of_tiles(w_OI, tile, jnp.max) - least) / 15)
-    # Rounded first, so that codes are those of the numbers that are stored.
+    # Scales are rounded first, so that codes match the scales that are stored.
     mins, kept = least.astype(scales), steps.astype(scales)
   else:
     steps = _of_tiles(jnp.abs(w_OI), tile, jnp.max) / (
@@ -127,7 +127,8 @@ def _of_tiles(w_OI, tile, function):
   """Returns a function of each tile, [..., out / tile_out, in / tile_in]."""
   *leading, columns, rows = w_OI.shape
   of_out, of_in = tile
-  # The edge again: it changes neither the smallest nor the largest number.
+  # Padding repeats the edge: it changes neither the smallest nor the largest
+  # number.
   padding = [(0, 0)] * len(leading) + [
     (0, -columns % of_out),
     (0, -rows % of_in),
@@ -138,7 +139,7 @@ def _of_tiles(w_OI, tile, function):
 
 
 def _whole_steps(steps):
-  """Returns the steps; 1 of a tile without a spread, as qwix has it."""
+  """Returns the steps, 1 for a tile of equal numbers, as in qwix."""
   smallest = float(jnp.finfo(jnp.float32).tiny) ** 0.5
   return jnp.where(steps < smallest, 1.0, steps)
 
@@ -146,8 +147,9 @@ def _whole_steps(steps):
 def _kept(steps, scales: str):
   """Returns the scales as they are stored, and the gain or None."""
   if scales == 'float8_e8m0fnu':
-    # The exponent of the largest number becomes that of the form's largest, 4:
-    # numbers above 6 are cut, which costs less than a step twice as wide.
+    # The exponent of the largest number becomes the exponent of 4, the form's
+    # largest power of two: numbers above 6 are clipped, which costs less than a
+    # step twice as wide.
     exponents = jnp.floor(jnp.log2(steps * (_LARGEST['fp4'] / 4)))
     return jnp.exp2(jnp.clip(exponents, -127, 127)).astype(scales), None
   if scales == 'float8_e4m3fn':
@@ -164,8 +166,8 @@ def codes_of(w_OI, scales_OI, form: str):
   if form == 'uint4':
     return jnp.clip(jnp.round(ratio), 0, 15)
   if form in ('int8', 'int4'):
-    # The largest number may lie halfway between two steps. It is cut to the
-    # same one everywhere, however XLA rounds the division.
+    # The largest number may lie halfway between two steps. It is clipped to the
+    # same step everywhere, however XLA rounds the division.
     most = int(_LARGEST[form])
     return jnp.clip(jnp.round(ratio), -most, most).astype(jnp.int8)
   if form == 'fp8':

@@ -1,9 +1,9 @@
-"""Kinds of GGUF blocks of 256 numbers, and those of 5 bits or a book.
+"""Kinds of GGUF blocks of 256 numbers, and kinds with 5 bits or a code book.
 
 A block of 256 numbers has parts of 16 or 32 numbers. The scale of a part has 4
 to 8 bits and is multiplied by the float16 scale of the block. Codes of a few
-bits lie in planes: the first byte of a group holds the same bits of several
-numbers, which are a group apart.
+bits lie in planes: a byte holds codes of several numbers, whose places are one
+group apart.
 
 Reference: the package gguf, `gguf.quants`; ggml's `ggml-common.h`.
 """

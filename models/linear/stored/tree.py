@@ -14,7 +14,7 @@ from models.linear.stored import (
 )
 
 TYPES = (kernel_lib.Kernel, blocks_lib.Blocks)
-# Kernels that are used otherwise than in a product, and those of routers.
+# Kernels that are not used in a plain product, and kernels of routers.
 WHOLE = ('router', 'key_up', 'value_up')
 # The forms of a base of QLoRA, with the steps up to the largest number (as in
 # qwix), and the inputs that share a scale. Runs that resume rely on them.
@@ -28,13 +28,13 @@ def is_stored(x: Any) -> bool:
 
 
 def param(module: nn.Module, init: Any, shape: tuple[int, int]) -> Any:
-  """Returns the kernel of a module, as a parameter or as it is stored."""
+  """Returns the kernel of a module: a parameter, or a stored kernel."""
   kernel = given(module, 'kernel')
   return module.param('kernel', init, shape) if kernel is None else kernel
 
 
 def given(module: nn.Module, name: str) -> Any:
-  """Returns the stored kernel of that name which a module is given, or None."""
+  """Returns the stored kernel of a name in a module's variables, or None."""
   if module.has_variable('params', name):
     kernel = module.get_variable('params', name)
     if is_stored(kernel):
@@ -45,7 +45,7 @@ def given(module: nn.Module, name: str) -> Any:
 def as_base(w_IO: Any, form: str) -> kernel_lib.Kernel:
   """Returns a kernel [..., in, out] as a base of QLoRA is stored."""
   rows = w_IO.shape[-2]
-  # The largest divisor, on which runs that resume rely, too.
+  # The largest divisor; runs that resume rely on this choice, too.
   tile = next(n for n in range(min(rows, _BASE_TILE), 0, -1) if not rows % n)
   return rounding.quantise(w_IO, form, (1, tile), largest=BASES[form])
 
@@ -53,8 +53,8 @@ def as_base(w_IO: Any, form: str) -> kernel_lib.Kernel:
 def quantise_kernels(params: Any, form: str) -> Any:
   """Returns the collection `params` as a base of QLoRA is stored.
 
-  Routers, and kernels that are used otherwise than in a product, stay as they
-  are, like tables, norms and biases.
+  Routers, and kernels that are not used in a plain product, stay as they are,
+  like tables, norms and biases.
   """
 
   def quantised(path, leaf):
