@@ -1,4 +1,4 @@
-"""Says whether runs differ, and how many seeds it takes to know.
+"""Says whether runs differ, and how many seeds are needed to decide that.
 
     python -m studies.compare runs/a runs/b                   # two runs
     python -m studies.compare runs/a0,runs/a1,runs/a2 runs/b0,runs/b1,runs/b2
@@ -7,13 +7,13 @@
     python -m studies.compare $E:adamw $E:muon --seeds=5 --workdir=runs/compared
 
 Sides are runs that exist, or experiments that are trained here first
-(`comparison/sides.py` says how each is written). All are compared with the
-first. The value of a run is that of its last evaluation.
+(`comparison/sides.py` says how each is written). Every side is compared with
+the first. The value of a run is the metric of its last evaluation.
 
-One run has no spread over seeds. Of two single runs the comparison says the
-spread up to which a number of seeds would be enough; --spread_of=RUNS takes the
-spread of other runs of the same kind. `comparison/differences.py` has the
-tests.
+A single run has no spread over seeds. For two single runs, the answer is the
+largest spread at which a number of seeds would be enough; --spread_of=RUNS
+takes the spread of other runs of the same kind. `comparison/differences.py` has
+the tests.
 """
 
 import math
@@ -100,7 +100,7 @@ def _without_spread(found: differences.Comparison) -> str:
 
 
 def _notes(first: sides.Side, second: sides.Side) -> list[str]:
-  """Returns what else differs between two sides."""
+  """Returns further differences between two sides: steps and config."""
   lines = []
   if first.step != second.step:
     lines.append(

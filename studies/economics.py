@@ -6,13 +6,13 @@
     python -m studies.economics --model=DIR --prices=FILE \
       --records=runs/server.sqlite
 
-The cost of training follows from the FLOPs in the manifest, and that of a
-request from its tokens: both take the seconds that a device of the price file
-needs, at a share of its peaks. Prompts are bound by products, and answers by
-the bytes of a decode step (inference/plan.py), shared by a batch; measured
-rates, --prompt_tokens_per_s and --answer_tokens_per_s, take the place of that
-model. --records takes the tokens and the requests of a day from the ledger of a
-server.
+The cost of training follows from the FLOPs in the manifest, and the cost of a
+request from its tokens. Both are the seconds that a device of the price file
+needs, at a share of its peaks, times the price. Matrix products bound prompts,
+and the bytes of a decode step (inference/plan.py), shared by a batch, bound
+answers. Measured rates, --prompt_tokens_per_s and --answer_tokens_per_s,
+replace this model of time. --records takes the tokens and the requests of a day
+from the ledger of a server.
 
 The first table says after how many requests, and on which day, inference has
 cost as much as training. The second one compares ways to change the bill, at
@@ -24,11 +24,11 @@ cost as much as training. The second one compares ways to change the bill, at
     think longer  --think_factor times as many tokens in an answer
     larger        --larger_factor times the parameters, on the same tokens
 
-Loss is that of a scaling law (arXiv:2404.10102) for the parameters and the
-tokens of training. It says nothing of quantising, of distillation beyond
-training alone, of thinking, and of models outside of the sizes that it was
-fitted to: there the table has none. Costs leave out failed runs, people, idle
-devices and networks.
+Loss is the prediction of a scaling law (arXiv:2404.10102) for the parameters
+and the tokens of training. The law does not cover quantising, the gain of
+distillation, thinking, and models outside of the sizes that it was fitted to:
+there the table has no loss. Costs leave out failed runs, people, idle devices
+and networks.
 
 Reference: Sardana et al. 2024, arXiv:2401.00448, equation 3.
 """
@@ -70,13 +70,13 @@ class Rates:
 
   training_share: float = 0.4
   prompt_share: float = 0.5
-  answer_share: float = 0.6  # of the memory's bytes
+  answer_share: float = 0.6  # of the memory's peak bytes/s
   batch: int = 16  # sequences that share a decode step
-  prompt_tokens_per_s: float = 0.0  # of one device; 0: the model of time
+  prompt_tokens_per_s: float = 0.0  # of one device; 0: from the model of time
   answer_tokens_per_s: float = 0.0
 
   def validate(self) -> None:
-    """Raises ValueError for shares outside (0, 1] and other wrong numbers."""
+    """Raises ValueError for shares outside (0, 1], rates and batches < 0."""
     for name in ('training_share', 'prompt_share', 'answer_share'):
       value = getattr(self, name)
       if not 0 < value <= 1:
@@ -100,10 +100,10 @@ class Bill:
   name: str
   once: float
   per_request: float
-  loss: float | None  # nats per token by the law; None: it does not say
+  loss: float | None  # nats per token by the law; None: outside of the law
 
   def total(self, requests: float) -> float:
-    """Returns the cost of the model and so many requests."""
+    """Returns the cost of the model and of a number of requests."""
     return self.once + requests * self.per_request
 
 
@@ -130,10 +130,10 @@ class Costs:
     """Returns the price of a request.
 
     Args:
-      config: of the model.
-      request: its tokens.
-      size: parameters of a model like it, over its own.
-      weight_bytes: of each weight.
+      config: config of the model.
+      request: tokens of the request.
+      size: parameters of the model that is billed, over those of `config`.
+      weight_bytes: bytes of each weight.
     """
     peaks, rates = self.price.peaks, self.rates
     params = flops.num_matmul_params(config) * size
@@ -142,15 +142,15 @@ class Costs:
       2 * params / (peaks.flops_per_s['bfloat16'] * rates.prompt_share)
     )
     rows, width = kv_cache.rows_and_width(config)
-    # A larger model has a larger cache, about as the root of its parameters.
+    # The cache grows about as the square root of the parameters.
     cache = config.num_layers * rows * width * _BYTES * size**0.5
     step_bytes = params * weight_bytes / rates.batch + context * cache
     per_answer_token = max(
       step_bytes / (peaks.bytes_per_s * rates.answer_share),
       per_prompt_token,
     )
-    # Measured rates are of this model in this form: another is as much faster
-    # or slower as the model of time says.
+    # Measured rates belong to this model in this form. For another model they
+    # are scaled by the ratio of the modelled times.
     base = self if (size, weight_bytes) == (1.0, _BYTES) else None
     if rates.prompt_tokens_per_s:
       per_prompt_token = size / rates.prompt_tokens_per_s
@@ -180,7 +180,7 @@ class Options:
   larger_factor: float = 4.0
 
   def validate(self) -> None:
-    """Raises ValueError for a student as large as its teacher, and so on."""
+    """Raises ValueError for shares outside (0, 1) and factors up to 1."""
     if not 0 < self.distil_share < 1:
       raise ValueError(
         f'--distil_share: got {self.distil_share}, expected a share of the'
@@ -199,7 +199,7 @@ def bills(
   request: Request,
   options: Options,
 ) -> list[Bill]:
-  """Returns the bill of a model as it is, and those of its alternatives."""
+  """Returns the bill of a model as it is, and the bills of its alternatives."""
   config = model_config.ModelConfig.from_dict(manifest.model)
   size, tokens = manifest.num_params, manifest.tokens_seen
   once = costs.training(manifest.training_flops)
@@ -212,7 +212,7 @@ def bills(
   distilled = once * (1 + share + 1 / 3)
 
   def bill(name, once, per_request, size=None):
-    # Outside of its sizes a law is no more than a formula.
+    # A law is not valid outside of the sizes that it was fitted to.
     if not tokens or size is None or not _SIZES[0] <= size <= _SIZES[1]:
       loss = None
     else:
@@ -246,7 +246,7 @@ def bills(
 
 
 def crossing(first: Bill, second: Bill) -> float | None:
-  """Returns the requests at which two bills are equal; None: at no number."""
+  """Returns the number of requests at which bills are equal, or None."""
   saved = first.per_request - second.per_request
   if not saved:
     return None
@@ -379,13 +379,13 @@ def _define_flags() -> None:
   path_flags.DEFINE_path(
     'records',
     '',
-    "Records of a server (its --records): the mean request and a day's number"
-    ' of requests are those of its ledger.',
+    "Records of a server (its --records): the tokens of a request and a day's"
+    ' number of requests come from its ledger.',
   )
   flags.DEFINE_float('tokens_in', 500, 'Tokens of a prompt.')
   flags.DEFINE_float('tokens_out', 200, 'Tokens of an answer.')
   flags.DEFINE_float('requests_per_day', 1e5, 'Requests of a day.')
-  flags.DEFINE_float('requests', 0, 'Requests in all; 0: those of a year.')
+  flags.DEFINE_float('requests', 0, 'Requests in all; 0: requests of a year.')
   for fields in (Rates, Options):
     for field in dataclasses.fields(fields):
       define: Any = (
@@ -395,20 +395,22 @@ def _define_flags() -> None:
 
 
 _HELP = {
-  'training_share': "Of the device's peak FLOP/s, while training.",
-  'prompt_share': 'Of the peak FLOP/s, for prompts.',
-  'answer_share': 'Of the peak bytes/s of memory, for answers.',
+  'training_share': "Share of the device's peak FLOP/s that training reaches.",
+  'prompt_share': 'Share of the peak FLOP/s that prompts reach.',
+  'answer_share': 'Share of the peak bytes/s of memory that answers reach.',
   'batch': 'Sequences that share a decode step.',
-  'prompt_tokens_per_s': 'Measured on one device; 0: the model of time.',
-  'answer_tokens_per_s': 'Measured on one device; 0: the model of time.',
-  'distil_share': "A student's share of the parameters.",
-  'think_factor': 'Tokens of an answer that thinks longer, over its own.',
-  'larger_factor': 'Parameters of a larger model, over its own.',
+  'prompt_tokens_per_s': 'Prompt tokens per second, measured on one device; 0:'
+  ' from the model of time.',
+  'answer_tokens_per_s': 'Answer tokens per second, measured on one device; 0:'
+  ' from the model of time.',
+  'distil_share': 'Parameters of the student, as a share of the model.',
+  'think_factor': 'Factor of the tokens of an answer that thinks longer.',
+  'larger_factor': 'Factor of the parameters of the larger model.',
 }
 
 
 def _taken(kind, values):
-  """Returns Rates or Options of the flags, validated."""
+  """Returns the Rates or Options from the flags, validated."""
   found = kind(
     **{
       field.name: getattr(values, field.name)
@@ -440,7 +442,7 @@ def run(values: Any, figure_path: str = '') -> str:
   if not 0 <= values.requests < math.inf:
     raise ValueError(
       f'--requests: got {values.requests}, expected a number of requests, or 0'
-      ' for those of a year'
+      ' for the requests of a year'
     )
   manifest = manifest_lib.read(pathlib.Path(values.model))
   costs = Costs(price=price, rates=_taken(Rates, values))

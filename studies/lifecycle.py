@@ -6,7 +6,7 @@
 Trains the stages of `experiments/lifecycle.py` one after the other:
 pretraining, fine-tuning, a reward model, preferences, reinforcement,
 distillation. Each is an ordinary run in a workdir of its own below --workdir,
-so the same command goes on where it was stopped. Every frozen directory is then
+so the same command resumes where it was stopped. Every frozen directory is then
 loaded into the engine that serves, and measured on the same held-out questions:
 
     loss      nats per token of the right answers
@@ -15,8 +15,8 @@ loaded into the engine that serves, and measured on the same held-out questions:
     KL        from `base`, nats per answer: the mean over answers that the stage
               samples of log p(answer) - log p_base(answer)
 
-Errors are standard errors over questions. The cost of a stage is what its run
-has read, computed and taken, its start and its evaluations included.
+Errors are standard errors over questions. The cost of a stage has the tokens,
+FLOPs and seconds of its run, its start and its evaluations included.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ _RESULTS = 'lifecycle.json'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """What a stage can, and what it has cost."""
+  """The scores of a stage, and its cost."""
 
   accuracy: answered.Score
   loss: answered.Score | None  # None: a reward model
@@ -59,8 +59,8 @@ def train(
   """Trains or resumes a stage; returns its experiment.
 
   Args:
-    workdir: of all stages; that of the parent is finished.
-    steps: of the run; 0: those of the experiment.
+    workdir: directory of all stages; the run of the parent is finished.
+    steps: steps of the run; 0: as the experiment says.
 
   Raises:
     SystemExit: a signal stopped the run.
@@ -85,7 +85,7 @@ def measure(
   num_questions: int,
   stages: Sequence[str] = tuple(lifecycle.PARENTS),
 ) -> dict[str, Measured]:
-  """Measures stages, which are trained, in their order."""
+  """Measures trained stages, in their order."""
   questions = answered.questions_of(
     workdir / 'sft' / 'frozen',
     problems_lib.Settings.parse(f'{lifecycle.QUESTIONS}&count={num_questions}'),
@@ -116,7 +116,7 @@ def measure(
 
 
 def _accuracy_of_pairs(workdir: pathlib.Path) -> answered.Score:
-  """Returns that of the last evaluation of a reward model's run."""
+  """Returns the accuracy of a reward model at its last evaluation."""
   evaluated = [x for x in metrics.read(workdir) if x['kind'] == 'eval']
   return answered.Score(
     evaluated[-1]['accuracy'], evaluated[-1]['accuracy_error']

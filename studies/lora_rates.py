@@ -9,11 +9,11 @@
 
 Trains the base of `experiments/problems.py`, unless --base names another, then
 fine-tunes it with all weights and with adapters, as the experiment says. The
-learning rates are powers of two. They start at that of the experiment and go on
-towards lower losses until the best one has a higher loss on both sides, so that
-no optimum lies at the edge of a grid. The optimum is the vertex of the parabola
-through these three. Every run is a workdir below --workdir, so the same command
-resumes after an interruption.
+learning rates are powers of two. They start at the experiment's own rate and
+move towards lower losses until the best rate has a higher loss on both sides,
+so that no optimum lies at the edge of a grid. The optimum is the vertex of the
+parabola through these three. Every run is a workdir below --workdir, so the
+same command resumes after an interruption.
 
 Reference: Schulman et al. 2025, LoRA Without Regret
 (thinkingmachines.ai/blog/lora): the best rate of LoRA is about ten times that
@@ -65,7 +65,8 @@ def bracketed(loss_of: Callable[[int], float], first: int) -> Losses:
   """Returns losses around the best rate, which has a neighbour on both sides.
 
   Args:
-    loss_of: of log2 of a learning rate; not finite if training diverged.
+    loss_of: returns the loss at log2 of a learning rate; not finite if training
+      diverged.
     first: log2 of the rate to start from.
 
   Raises:
@@ -89,7 +90,7 @@ def _comparable(loss: float) -> float:
 
 
 def share_of_parameters(experiment: experiment_lib.Experiment) -> float:
-  """Returns the trained parameters as a share of those of the model."""
+  """Returns the trained parameters as a share of the model's parameters."""
   model = transformer.Transformer(experiment.model)
   params = state_lib.abstract_params(model)['params']
   whole = _size(params)
@@ -111,7 +112,7 @@ def measure(
   """Trains what is missing in the workdir; returns the losses of each kind.
 
   Args:
-    workdir: has a workdir for each run.
+    workdir: directory with a workdir for each run.
     kinds: variants of the experiment.
     base: frozen directory that is fine-tuned.
   """

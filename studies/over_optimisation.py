@@ -12,12 +12,13 @@ letters at random. More is better, up to a point:
 The proxies are reward models of one shape that learn from pairs of random
 answers, with labels drawn from the Bradley-Terry model of the gold reward. They
 differ in the number of pairs, and in the noise of the labels. Best of n takes
-the best of n random answers by a proxy; the gold reward says what it is worth.
-A fit of R(d) = d (alpha - beta d), d = sqrt(KL), goes with every curve.
+the best of n random answers by a proxy; the gold reward gives its true value.
+Every curve has a fit of R(d) = d (alpha - beta d), d = sqrt(KL).
 
-Expected: few pairs show that more is better, and not that too much is worse, so
-that the gold reward rises and then falls with n. Many pairs show both. LOG.md
-has the measured result. Takes about three minutes on two CPU cores.
+Expected: a proxy of few pairs learns that a larger sum is better, but not that
+too large a sum is worse, so the gold reward rises and then falls with n. A
+proxy of many pairs learns both. LOG.md has the measured result. Takes about
+three minutes on two CPU cores.
 """
 
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ def measure(
 
 def ns_of(group: int) -> tuple[int, ...]:
   """Returns powers of two up to half a group."""
-  # Beyond it, the sets of n answers have most answers in common.
+  # For larger n, the sets of n answers have most answers in common.
   return tuple(2**i for i in range(group.bit_length() - 1))
 
 

@@ -3,21 +3,21 @@
     python -m studies.over_optimisation_rl --figure=runs/reinforced.svg
 
 Gao, Schulman & Hilton 2022 (arXiv:2210.10760), figure 1 and section 3.6. Gold
-reward, proxies and best of n are those of studies/over_optimisation.py. The
-policy has a distribution of its own for each of the 16 letters, so it begins as
-the random policy and its KL from it is known exactly. RLOO trains it against
-the proxy, through the loss that trains language models. With d = sqrt(KL),
-their fit for reinforcement goes with the curve:
+reward, proxies and best of n come from studies/over_optimisation.py. The policy
+has a separate distribution for each of the 16 letters, so it begins as the
+random policy, and its KL from the random policy is known exactly. RLOO trains
+it against the proxy, through the loss that trains language models. With d =
+sqrt(KL), the curve has the paper's fit for reinforcement:
 
     R(d) = d (alpha - beta log d)
 
-Expected: the gold reward rises and then falls while the proxy still rises. A
-KL penalty ends the run at a smaller d, near the largest gold reward, and there
-the gold reward is about that of the run without one: the penalty is an early
-stop. Letters that do not depend on each other cannot all be as good as best of
-n, whose answers avoid both too little and too much; so the curves compare in
-form, not in height. LOG.md has the measured result. Takes about five minutes on
-two CPU cores.
+Expected: the gold reward rises and then falls while the proxy still rises. A KL
+penalty ends the run at a smaller d, near the largest gold reward. There, the
+gold reward is about the same as in the run without a penalty: the penalty is an
+early stop. A policy of independent letters cannot be as good as best of n,
+whose answers avoid sums that are too small or too large; so the curves compare
+in form, not in height. LOG.md has the measured result. Takes about five minutes
+on two CPU cores.
 """
 
 from collections.abc import Callable
@@ -59,10 +59,10 @@ class _Letters(port.Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
-  """What a run passes through: one point every few steps, [seeds, points]."""
+  """The course of a run: one point every few steps, [seeds, points]."""
 
   distance_SP: np.ndarray  # root of the KL from the first policy, in nats
-  gold_SP: np.ndarray  # above that of the first policy
+  gold_SP: np.ndarray  # gold reward above the first policy's
   proxy_SP: np.ndarray
 
   def peak(self) -> best_of_n.Estimate:
@@ -71,7 +71,7 @@ class Path:
     return _mean(self.gold_SP[:, best])
 
   def decline(self) -> best_of_n.Estimate:
-    """Returns the gold reward lost from that point to the end; 0: none."""
+    """Returns the gold reward lost from the peak to the end; 0: none."""
     best = int(np.argmax(self.gold_SP.mean(axis=0)))
     return _mean(self.gold_SP[:, best] - self.gold_SP[:, -1])
 
@@ -133,11 +133,11 @@ def train(
   Args:
     score: the proxy, from answers [..., LENGTH] to rewards.
     penalty: factor of the KL in the reward.
-    seed: of the answers.
+    seed: seed of the answers.
   """
   objective = recipes.rloo(group_size=_GROUP, kl=penalty, max_length=lab.LENGTH)
   objective.validate()
-  # The port reads nothing of it but the number of letters.
+  # The port reads only its number of letters.
   model = _Letters(transformer.Transformer(lab.experiment_of(PROXY).model))
   optimizer = optax.adam(_PEAK_LR)
 

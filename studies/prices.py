@@ -1,4 +1,4 @@
-"""Price files: what an hour of a device costs, since when, and who says so.
+"""Price files: the price of an hour of a device, with its date and source.
 
     {"name": ..., "date": "2026-11-29", "source": ..., "currency": "USD",
      "device_hour": 2.69, "device": "NVIDIA H100 80GB HBM3"}
@@ -36,7 +36,7 @@ class Price:
     return peaks.DATASHEETS[self.device]
 
   def of_seconds(self, seconds: float) -> float:
-    """Returns the price of so many seconds of one device."""
+    """Returns the price of `seconds` seconds of one device."""
     return seconds / 3600 * self.device_hour
 
 

@@ -8,10 +8,11 @@
 The directory's recipe (frozen/recipe.py) says how its run made it. First come
 the differences that are known before any training: the commit of the code,
 versions of libraries, devices, fields that --set changes, and the digests of
-the data and of other models. Data that differ end it. Then the run is trained
-in --workdir, which resumes like any run, and its weights are compared: equal
-bit for bit on the same kind of device with the same versions; elsewhere, the
-distance of the weights, and the first step at which the losses part.
+the data and of other models. If the data differ, the command ends. Otherwise
+the run is trained in --workdir, where it resumes like any run, and its weights
+are compared. On the same kind of device with the same versions they are equal
+bit for bit; elsewhere, the report has the distance of the weights, and the
+first step with different losses.
 
 A quantised directory is made again from its floats, --source, and the text that
 it was calibrated with, --text; its manifest has the rest
@@ -20,7 +21,7 @@ it was calibrated with, --text; its manifest has the rest
     python -m studies.rebuild --model=DIR --workdir=runs/again \
       --source=runs/quickstart/frozen --text=FILE
 
-Exit codes: 0 equal, 3 not equal, 1 the user must change something.
+Exit codes: 0 equal, 3 not equal, 1 an error that the user must correct.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,14 +57,13 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-  """Weights that were made again, beside the first ones."""
+  """The comparison of new weights with the first weights."""
 
   is_equal: bool  # bit for bit
   relative: float  # norm of the difference over the norm of the first weights
   largest: float  # difference of a weight
   name: str  # of the tensor with the largest difference
-  # The first step whose loss differs, of the steps that the recipe has; None:
-  # all are equal.
+  # The first step of the recipe whose loss differs; None: all are equal.
   parted_at: int | None
 
 
@@ -86,7 +86,7 @@ def experiment_of(
   if parent and experiment.data.tokenizer == init_from.tokenizer_of(parent):
     experiment.data.tokenizer = init_from.tokenizer_of(experiment.init_from)
   experiment.freeze.enabled = True
-  experiment.evals.tasks = ()  # they measure, and change no weight
+  experiment.evals.tasks = ()  # they only measure: no weight depends on them
   experiment.num_steps = recipe_values['step']
   return experiment
 
@@ -117,7 +117,7 @@ def _set(experiment: experiment_lib.Experiment, text: str) -> None:
 def known_differences(
   recipe_values: Mapping[str, Any], experiment: experiment_lib.Experiment
 ) -> list[str]:
-  """Returns what is known to differ before any training, one line each."""
+  """Returns the differences known before any training, one line each."""
   found = []
   commit, now = recipe_values['code_commit'], code_commit.find()
   if commit != now:
@@ -129,7 +129,7 @@ def known_differences(
   old, new = recipe_values['experiment'], experiment.to_dict()
   for path, value in _flat(new).items():
     before = _flat(old).get(path)
-    # The steps that were frozen, and where files are, change no weight.
+    # The frozen steps and the places of files change no weight.
     is_place = isinstance(value, str) and path.endswith(('path', 'dir', 'from'))
     if value != before and path not in _SAME and not is_place:
       found.append(f'{path}: {before!r} made it, this is {value!r}')
@@ -152,11 +152,11 @@ def _flat(values: Any, prefix: str = '') -> dict[str, Any]:
 def check_data(
   recipe_values: Mapping[str, Any], described: Mapping[str, Any]
 ) -> None:
-  """Raises ValueError if data differ from those of the recipe.
+  """Raises ValueError if the data differ from the recipe.
 
   Args:
     recipe_values: the recipe.
-    described: of the run's parts, as in data.json.
+    described: description of the run's data, as in data.json.
   """
   expected, got = recipe_values['data'], recipe.data_digests(described)
   for name, digest in expected.items():
@@ -196,9 +196,9 @@ def compare(
   """Returns the comparison of two frozen directories.
 
   Args:
-    model: the first one.
-    again: the one that was made now.
-    workdir: of the run that made it.
+    model: the first directory.
+    again: the directory that was made now.
+    workdir: workdir of the run that made it.
   """
   step = manifest_lib.read(again).step
   parted_at = _parted_at(
@@ -210,11 +210,11 @@ def compare(
 def distance(
   model: pathlib.Path, again: pathlib.Path, parted_at: int | None = None
 ) -> Comparison:
-  """Returns how far the weights of two frozen directories are apart.
+  """Returns the distance between the weights of two frozen directories.
 
   Args:
-    model: the first one.
-    again: the one that was made now.
+    model: the first directory.
+    again: the directory that was made now.
     parted_at: see `Comparison`.
   """
   first, second = manifest_lib.read(model), manifest_lib.read(again)
@@ -282,7 +282,7 @@ def rebuild(
     say(f'differs    {line}')
   check_parents(values, experiment)
   with tempfile.TemporaryDirectory() as place:
-    # Before hours of training: whether the data are the same.
+    # The data are checked before hours of training.
     parts = assemble.assemble(experiment, pathlib.Path(place))
     check_data(values, parts.describe_data())
     parts.batches.close()
@@ -308,7 +308,7 @@ def told(found: Comparison, *, has_losses: bool = True) -> list[str]:
   parted = (
     'all losses of the recipe are equal'
     if found.parted_at is None
-    else f'the first loss that differs is that of step {found.parted_at}'
+    else f'the first loss that differs is at step {found.parted_at}'
   )
   line = (
     f'not equal  relative distance {found.relative:.3g}, largest difference'
@@ -327,21 +327,21 @@ def _define_flags() -> None:
   path_flags.DEFINE_path(
     'source',
     '',
-    'Of a quantised --model: the frozen directory in floats that it was made'
-    ' of.',
+    'For a quantised --model: the frozen directory in floats that it was made'
+    ' from.',
   )
   path_flags.DEFINE_path(
     'text',
     '',
-    'Of a quantised --model: the text of its calibration; empty: the one that'
-    ' is part of Python.',
+    'For a quantised --model: file with the text of its calibration. Empty'
+    ' (default): the text that is part of Python.',
   )
   flags.DEFINE_multi_string(
     'set',
     [],
     'FIELD=VALUE of the experiment, as data.path=corpus.txt; may be given'
-    ' several times. Places of files are needed where they differ; a change of'
-    ' another field is told, and changes the weights.',
+    ' several times. Give the paths of files that have moved. A change of'
+    ' another field is reported, and changes the weights.',
   )
 
 

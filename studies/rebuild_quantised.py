@@ -1,9 +1,9 @@
 """Makes the weights of a quantised directory again, from its manifest.
 
 The manifest has the scheme, the method, and the numbers and the digest of the
-text that they were measured on (frozen/quantize/). What it cannot have is asked
-for: the directory in floats, which must have the digest of the lineage, and the
-text. `python -m studies.rebuild` compares the weights.
+text that they were measured on (frozen/quantize/). The user gives the rest: the
+directory in floats, which must have the digest of the lineage, and the text.
+`python -m studies.rebuild` compares the weights.
 """
 
 import pathlib
@@ -29,12 +29,12 @@ def make(
 
   Args:
     model: the quantised directory.
-    workdir: for the new one.
+    workdir: directory for the new one.
     source: frozen directory in floats.
     text: file of the calibration; '': the text that is part of Python.
 
   Raises:
-    ValueError: source or text are not those of the manifest.
+    ValueError: source or text differ from the manifest.
     OSError: there is no such directory or text.
   """
   manifest = manifest_lib.read(model)
@@ -57,8 +57,8 @@ def make(
   if digest != used['sha256']:
     raise ValueError(
       f'--text: got {text or calibration.SAMPLE} with SHA-256 {digest[:16]},'
-      f' expected {used["sha256"][:16]}, that of {used["text"]}; give the text'
-      ' of the calibration'
+      f' expected {used["sha256"][:16]}, the digest of {used["text"]}; give the'
+      ' text of the calibration'
     )
   again = workdir / 'frozen'
   quantizing.quantise_directory(
@@ -71,7 +71,7 @@ def make(
       seed=used['seed'],
       rows=used['rows'],
       length=used['length'],
-      # Directories of before it was recorded had the default.
+      # Directories from before it was recorded used the default.
       held_out=used.get('held_out', calibration.Config().held_out),
     ),
     overwrite=again.exists(),

@@ -4,9 +4,9 @@
       --figure=runs/reinforced.svg
     python -m studies.reinforcement --workdir=runs/reinforced --method=dapo
 
-For each seed, trains `experiments/grpo.py:sft` and goes on from it with the
+For each seed, trains `experiments/grpo.py:sft` and continues from it with the
 method. Prints the accuracy of greedy answers to all held-out questions before
-and after, with its standard error, and the seconds that both took. The figure
+and after, with its standard error, and the seconds of both runs. The figure
 has means over the seeds, and the range from the lowest to the highest. Every
 run is a workdir below --workdir: the same command resumes, and another method
 reuses the runs of `sft`.
@@ -30,7 +30,7 @@ _METHOD = flags.DEFINE_enum(
   'method',
   'grpo',
   grpo.METHODS,
-  'Variant of experiments/grpo.py that goes on from `sft`.',
+  'Variant of experiments/grpo.py that continues from `sft`.',
 )
 NUM_SEEDS = 5
 _SMOOTHED = 5  # rollout batches that are averaged into one point of a curve
@@ -39,7 +39,7 @@ ACCURACY = 'reward/accuracy'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What the files of a run with rollouts tell."""
+  """The results in the files of a run with rollouts."""
 
   steps_E: np.ndarray  # of evaluations
   accuracy_E: np.ndarray  # of greedy answers to held-out questions
@@ -79,7 +79,7 @@ def read(workdir: pathlib.Path) -> Run:
 
 
 def _of_kind(records, kind: str) -> list[dict[str, Any]]:
-  """Returns the records of a kind by step, of a resumed run the later one."""
+  """Returns the records of a kind by step; of equal steps, the later record."""
   found = {r['step']: r for r in records if r['kind'] == kind}
   return [found[step] for step in sorted(found)]
 

@@ -9,7 +9,7 @@
 A claim says which values count as reproduced, before it is measured. The
 verdict follows from the measured value and its interval alone; a result that is
 not reproduced is written down like any other. Runs are kept in --workdir
-(runs/papers), so the same command goes on after an interruption.
+(runs/papers), so the same command resumes after an interruption.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ def measure(
   """Returns the rows of a claim.
 
   Raises:
-    ValueError: the measurement lacks a quantity, has another, or has one that
-      is not finite.
+    ValueError: the measurement lacks a quantity, has an unknown one, or has one
+      that is not finite.
   """
   started = time.perf_counter()
   measured = registry.measure_of(claim)(claim, setting)
@@ -112,14 +112,15 @@ def run(
   Args:
     inputs: paths by name.
     workdir: keeps runs.
-    is_all: a claim without its input is left out, and said; else refused.
-    seeds: in place of the claim's own number; 0: that one.
-    path: of the table.
+    is_all: whether a claim without its input is left out with a message; if
+      false, it is refused.
+    seeds: number of seeds; 0: the claim's own number.
+    path: path of the table.
 
   Raises:
     ValueError: a claim lacks an input, or its measurement is not usable.
-    table.TableError: the table that is there contradicts itself.
-    port.Stopped: a signal.
+    table.TableError: the existing table contradicts itself.
+    port.Stopped: a signal came.
   """
   known = registry.all_claims()
   rows = table.read(known, path)

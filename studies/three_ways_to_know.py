@@ -3,20 +3,20 @@
     python -m studies.three_ways_to_know --workdir=runs/three_ways \
       --figure=runs/three_ways.svg
 
-A small model learns 160 people from statements, and to answer questions: about
-half of them from its weights, and about anybody whose statement stands before
-the question. Then 40 new people come, and their facts are brought to it by
+A small model learns 160 people from statements. It learns to answer questions
+about half of them from its weights, and about any person whose statement stands
+before the question. Then 40 new people are added; the model gets their facts by
 
     context      an index finds statements by the names of the question
     fine-tuning  all weights, or a LoRA adapter; each fact stated once, or in
-                 three paraphrases; in both, nothing else is trained
+                 three paraphrases; no other text is trained
     retraining   a new model, from all statements, old and new
 
-Each way has the right answers about new people, the right answers about old
-ones (what was forgotten), its cost in FLOPs at once and for each question, and
-the digest of the weights that answer. The crossing point of a way is the number
-of questions from which on it costs less than the context does. Means over seeds
-have an interval at 95 %.
+For each way the table has the right answers about new people, the right answers
+about old people (which show forgetting), its cost in FLOPs, once and for each
+question, and the digest of the weights that answer. The crossing point of a way
+is the number of questions from which it costs less than the context. Means over
+seeds have an interval at 95 %.
 
 Expected: context changes no weight, forgets nothing and costs most per
 question; fine-tuning costs a tenth of retraining and forgets old facts;
@@ -111,7 +111,7 @@ class Index:
       [name for names in self._names for name in names],
       minlength=people_lib.NUM_IDS,
     )
-    # Rare names say more, as in every index of words (tf-idf).
+    # Rare names weigh more, as in every index of words (tf-idf).
     self._weights = np.log1p(len(self._statements) / np.maximum(counted, 1))
 
   def find(self, question: Sequence[int], num: int) -> list[list[int]]:
@@ -142,7 +142,7 @@ def _statements_row(rng, people, templates: Sequence[Sequence[int]]):
   """Returns a row of statements about people at random, all trained.
 
   Args:
-    templates: of each person, the templates that the text has.
+    templates: templates of each person in the text.
   """
   chosen = rng.integers(len(people), size=6)
   return _filled(
@@ -158,7 +158,7 @@ def _questions_row(rng, people):
 def _context_row(rng):
   """Returns questions about strangers behind statements; answers train.
 
-  The people of a row are new each time, so the answers are in the row alone.
+  The people of a row are new each time, so only the row has the answers.
   """
   people = people_lib.draw(rng, _FOUND)
   parts = [
@@ -256,7 +256,7 @@ def measure(seed: int) -> dict[str, Known]:
 
 
 def _train_flops(recipe: small_models.Recipe) -> float:
-  # A frozen kernel needs no gradient of its own: a third of the work less.
+  # A frozen kernel needs no gradient, which saves a third of the work.
   each = flops.train_flops_per_token(
     recipe.model, _ROW - 1, is_frozen=bool(recipe.adapter.rank)
   )
@@ -272,7 +272,7 @@ def _question_flops(prompts: Sequence[Sequence[Sequence[int]]]) -> float:
 
 
 def crossing(way: Known, context: Known) -> float:
-  """Returns the number of questions from which on a way costs less."""
+  """Returns the number of questions from which a way costs less."""
   saved = context.per_question - way.per_question
   return way.at_once / saved if saved > 0 else float('inf')
 
@@ -328,7 +328,7 @@ def _shown(values: list[float]) -> str:
 
 
 def panels(seeds: Sequence[Mapping[str, Known]]) -> list[figure.Panel]:
-  """Returns total cost over questions, and what each way knows."""
+  """Returns total cost over questions, and the right answers of each way."""
   questions = np.geomspace(1, 1e8, 60)
   costs = {
     name: figure.Line(

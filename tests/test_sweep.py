@@ -183,7 +183,7 @@ def test_a_wrong_sweep_is_one_line(place, options, words):
       '--processes: got 2 with metric tokens_per_s, expected 1',
     ),
     (['--storage=sqlite:///:memory:'], {}, 'expected a database that survives'),
-    (['--sweep=lr.py'], {}, "got 'lr.py', expected a file as those in"),
+    (['--sweep=lr.py'], {}, "got 'lr.py', expected a file such as these"),
     (['--config.num_steps=0'], {}, 'config.num_steps: got 0'),
   ],
 )

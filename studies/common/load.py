@@ -8,12 +8,12 @@ from training import experiment as experiment_lib
 
 
 def module(path: str, flag: str, example: str) -> Any:
-  """Returns the module of a Python file, which is run.
+  """Runs a Python file and returns its module.
 
   Args:
-    path: of the file.
-    flag: that names it, for errors.
-    example: a file that would do, for errors.
+    path: path of the file.
+    flag: the flag that names the file, for errors.
+    example: an example of a valid file, for errors.
 
   Raises:
     ValueError: there is no such file, or it cannot be run.
@@ -38,8 +38,8 @@ def experiment(
   """Returns the experiment of FILE:VARIANT, or of a FILE without variants.
 
   Args:
-    place: as a flag gives it.
-    flag: that gives it, for errors.
+    place: FILE or FILE:VARIANT, as a flag gives it.
+    flag: the flag that gives it, for errors.
 
   Raises:
     ValueError: the file or the variant does not exist.

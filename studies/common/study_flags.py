@@ -36,7 +36,7 @@ SAMPLES_PER_QUESTION = flags.DEFINE_integer(
 
 
 def required_workdir() -> str:
-  """Returns --workdir; ends the program with a line without one."""
+  """Returns --workdir; without it, ends the program with one error line."""
   if not WORKDIR.value:
     raise SystemExit(
       'error: --workdir: got none, expected a directory to keep results in, as'

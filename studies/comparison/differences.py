@@ -1,6 +1,6 @@
-"""The difference of two sets of runs: its interval, and the seeds to know it.
+"""The difference of two sets of runs: its interval, and the seeds it needs.
 
-Four cases, by what is known of the spread over seeds:
+There are four cases, by the known spread over seeds:
 
 - Both sets have the same seeds, two or more: a paired t test. A seed gives both
   sides the same order of data, so common noise cancels.
@@ -66,8 +66,8 @@ def compare(
   """Compares two sets of values by seed, each of at least one.
 
   Args:
-    like: runs of one experiment whose spread over seeds holds for both sets. It
-      is used if both have one run.
+    like: values of runs of one experiment, whose spread over seeds is taken for
+      both sets if each has one run.
   """
   a, b = list(first.values()), list(second.values())
   mean = statistics.mean(b) - statistics.mean(a)
@@ -97,7 +97,7 @@ def compare(
 def _spread(
   first: Mapping[int, float], second: Mapping[int, float], like: Sequence[float]
 ) -> _Spread | None:
-  """Returns how far the difference can be off; None: nothing is known."""
+  """Returns the error of the difference; None: no spread is known."""
   a, b = list(first.values()), list(second.values())
   several = [side for side in (a, b) if len(side) > 1]
   if len(several) == 2 and first.keys() == second.keys():
@@ -151,10 +151,10 @@ def _seeds_to_know(mean: float, variance: float) -> float:
 
 
 def most_spread(difference: float, seeds: int) -> float:
-  """Returns the standard deviation over seeds up to which a number is enough.
+  """Returns the largest standard deviation for which `seeds` are enough.
 
   Args:
-    difference: of two means.
+    difference: difference of two means.
     seeds: runs on each side, unpaired.
   """
   return abs(difference) / _z() * math.sqrt(seeds / 2)

@@ -1,7 +1,7 @@
-"""Which metrics a run will write, and which way each is better.
+"""The metrics that a run will write, and the better direction of each.
 
-Known before anything is trained, so that a misspelt metric of a sweep costs no
-run.
+They are known before any training, so that a misspelt metric of a sweep is
+refused before a run starts.
 """
 
 import jax
@@ -45,7 +45,7 @@ def check(
   """Refuses a metric that no run of an experiment writes.
 
   Scores of tasks and parts of rewards are checked up to their slash: the rest
-  is known when they are measured.
+  of the name is known only when they are measured.
 
   Raises:
     ValueError: there is no such metric.

@@ -1,4 +1,4 @@
-"""The value by which a run is judged, of its metrics.jsonl.
+"""The value that judges a run, from its metrics.jsonl.
 
 A metric is a value of the evaluations (`loss`, `bits_per_byte`, `accuracy`, a
 score of a task as `perplexity_book/perplexity`), or a speed (`SPEEDS`): the
@@ -29,11 +29,11 @@ def by_step(
 ) -> dict[int, float]:
   """Returns a metric of a run at its evaluations, by step.
 
-  A task that is measured at some of the evaluations has a value at those.
+  A task that is measured at some evaluations has values at these only.
 
   Args:
-    records: of metrics.jsonl.
-    name: of the flag or field, for errors.
+    records: records of metrics.jsonl.
+    name: name of the flag or field, for errors.
 
   Raises:
     ValueError: there are evaluations, and none of them has the metric.

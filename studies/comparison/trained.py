@@ -38,17 +38,17 @@ def train(
   """Trains experiments side by side; returns the workdirs of each.
 
   Args:
-    places: FILE:VARIANT of each.
-    seeds: of each: 0, 1, ...
-    num_steps: of each run; 0: those of the experiment.
-    workdir: of all runs.
+    places: FILE:VARIANT of each experiment.
+    seeds: number of seeds of each experiment: 0, 1, ...
+    num_steps: steps of each run; 0: as the experiment says.
+    workdir: directory of all runs.
     tell: receives a line for each run.
 
   Raises:
     Stopped: a signal came; the same command resumes.
     ValueError: a file, a variant or a value is wrong.
   """
-  for place in places:  # a wrong one is refused before anything is trained
+  for place in places:  # a wrong place is refused before any training
     _experiment(place, 0, num_steps).validate()
   # Seed by seed: an interrupted comparison has the same seeds on all sides.
   found: dict[str, list[pathlib.Path]] = {place: [] for place in places}

@@ -7,7 +7,7 @@ from studies.papers import port
 
 _NOISE = 0.5  # standard deviation of the labels
 _NUM_POINTS = 100
-_REPEATS = 200  # draws of a seed, of which the mean is one value
+_REPEATS = 200  # draws of a seed; their mean is one value
 _DIMENSION = 20  # of regression in context
 
 
@@ -17,7 +17,7 @@ def double_descent(
   """Returns the excess risk of minimum-norm regression, by simulation.
 
   Features are N(0, I), the true weights have length 1, and the risk is the
-  squared distance of the weights that were found.
+  squared distance of the fitted weights to the true weights.
   """
   del claim
   found = {}

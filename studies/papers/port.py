@@ -1,4 +1,4 @@
-"""The port of measurements: what a claim's function receives and returns."""
+"""The port of measurements: input and result of a claim's function."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -9,16 +9,16 @@ from evals import claims as claims_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-  """What a measurement may use."""
+  """The inputs of a measurement."""
 
   seeds: Sequence[int]  # empty for a claim without seeds
-  # Keeps the runs of the measurement; the next one goes on from there.
+  # Keeps the runs of the measurement; the next start resumes them.
   workdir: pathlib.Path
   inputs: Mapping[str, str]  # paths of the files that the claim names
 
 
 class Stopped(Exception):
-  """A signal stopped a run; the same command goes on with it."""
+  """A signal stopped a run; the same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,9 @@ class Interval:
   high: float
 
 
-# One number: exact. A sequence: one number per seed, of which the mean counts.
+# One number is an exact value. A sequence has one number per seed; its mean
+# counts.
 Value = float | Interval | Sequence[float]
-# From the name of each quantity of the claim to what was measured.
+# The measured value of each quantity of the claim, by its name.
 Measured = Mapping[str, Value]
 Measure = Callable[[claims_lib.Claim, Setting], Measured]

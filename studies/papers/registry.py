@@ -60,7 +60,7 @@ def chosen(names: list[str], budget: str) -> tuple[claims_lib.Claim, ...]:
   """Returns the claims of a command line.
 
   Args:
-    names: of claims, or `all`.
+    names: names of claims, or `all`.
     budget: device and longest time of a claim, as cpu-10m; '': any. A claim
       that is named must fit, and `all` leaves out the others.
 
@@ -94,7 +94,7 @@ def parse_budget(text: str) -> tuple[str, float]:
   """Returns the device and the seconds of a text such as cpu-10m.
 
   Raises:
-    ValueError: the text is another.
+    ValueError: the text has another form.
   """
   found = _BUDGET.fullmatch(text)
   if not found:

@@ -34,7 +34,7 @@ def best_of_n_kl(
     some = probs[probs > 0]
     found[f'n = {n}, nats'] = float(np.sum(some * np.log(some * _NUM_ANSWERS)))
     gap = abs(found[f'n = {n}, nats'] - best_of_n_lib.kl(n))
-    # The formula that our own studies use.
+    # The formula of our own studies must agree.
     if gap > 1e-4:
       raise ValueError(f'best_of_n.kl({n}): got {gap} off the enumeration')
   return found
@@ -164,7 +164,7 @@ def _dpo_distance(seed: int) -> tuple[float, float]:
   keys = jax.random.split(jax.random.key(seed), 2)
   rewards_A = jax.random.normal(keys[0], (num_answers,))
   reference_A = jax.nn.log_softmax(jax.random.normal(keys[1], (num_answers,)))
-  # That the answer of the row is preferred to that of the column.
+  # Probability that the row's answer is preferred to the column's answer.
   preferred_AA = jax.nn.sigmoid(rewards_A[:, None] - rewards_A)
   options = preference_losses.Options(beta, 0.0, 0.0)
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, num_steps))

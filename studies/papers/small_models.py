@@ -1,9 +1,9 @@
 """Small transformers, trained on rows that are drawn as they are needed.
 
-The model, the optimizer, the objective and the train step are those of every
-run; only the rows come from a function of a random generator in place of files.
-All steps between two looks at the model are one program, since a step of a tiny
-model takes less time than a call from Python.
+The model, the optimizer, the objective and the train step are the same as in
+every run; only the rows come from a function of a random generator in place of
+files. All steps between two looks at the model are one program, since a step of
+a tiny model takes less time than a call from Python.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Recipe:
 
   @property
   def digest(self) -> str:
-    """Returns a short digest: results of another recipe are not this one's."""
+    """Returns a short digest, which separates results of different recipes."""
     fields = json.dumps(dataclasses.asdict(self), sort_keys=True, default=repr)
     return hashlib.sha256(fields.encode('utf-8')).hexdigest()[:12]
 
@@ -95,7 +95,7 @@ class Trainer:
     self._seen = jax.jit(self._seen_by)
 
   def _first(self, key: jax.Array, start: Any) -> Any:
-    """Returns what is trained, before the first step."""
+    """Returns the trained variables before the first step."""
     if not self._recipe.adapter.rank:
       return start
     return adapters_lib.first(self._recipe.adapter, key, start)
@@ -119,11 +119,11 @@ class Trainer:
   ) -> Iterator[tuple[int, Any]]:
     """Trains a model; yields the step and the model's variables, from step 0.
 
-    They are valid until the next step is asked for.
+    The variables are valid until the next step is asked for.
 
     Args:
-      seed: of the first weights and of the rows.
-      draw: the rows of a batch.
+      seed: seed of the first weights and of the rows.
+      draw: draws the rows of a batch.
       start: variables to begin with; None: new ones.
     """
     recipe = self._recipe
@@ -198,7 +198,7 @@ def kept(
   seed: int,
   measure: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-  """Returns the numbers of a run; those of an earlier start, if it has any."""
+  """Returns the numbers of a run, from an earlier start if they are there."""
   setting.workdir.mkdir(parents=True, exist_ok=True)
   path = setting.workdir / f'{name}_{seed}_{recipe.digest}.json'
   if path.exists():

@@ -2,8 +2,8 @@
 
 Rows of claims that are measured again are replaced; the others stay as they
 are. A row is checked when it is read: its verdict must follow from its numbers
-and from the claim, so that neither a hand nor a changed claim can leave a
-verdict behind that is not true.
+and from the claim. So neither an edit by hand nor a changed claim can leave a
+wrong verdict behind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -155,11 +155,11 @@ def read(
 ) -> dict[str, list[Row]]:
   """Returns the rows of a page, by claim; checks each.
 
-  Rows of claims and quantities that are no more are left out.
+  Rows of claims and quantities that no longer exist are left out.
 
   Raises:
-    TableError: a row cannot be read, or its verdict or range is not that of its
-      numbers and of the claim.
+    TableError: a row cannot be read, or its verdict or range does not follow
+      from its numbers and from the claim.
   """
   if not path.exists():
     return {}

@@ -23,7 +23,7 @@ REPRODUCED = 'reproduced'
 NOT_REPRODUCED = 'not reproduced'
 INCONCLUSIVE = 'inconclusive'
 VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE
-# A value at an end of the range would take more seeds than anyone has.
+# A value close to an end of the range would need too many seeds.
 _MOST_SEEDS = 10_000
 
 
@@ -97,7 +97,7 @@ def would_decide(quantity: claims_lib.Quantity, found: Finding) -> str:
     if math.isfinite(end)
   )
   half = found.high - found.value
-  # Of the interval's width, the deviation stays and 1 / sqrt(seeds) shrinks.
+  # With more seeds, the interval shrinks as 1 / sqrt(seeds).
   ratio = half / distance if distance else math.inf
   seeds = found.seeds * ratio**2
   if seeds > _MOST_SEEDS:

@@ -104,7 +104,7 @@ def make_grid(module: Any, scale: float = 1.0, text: str = '') -> Grid:
 
   Args:
     module: with SIZES, BUDGETS, DECAY_SHARE, RATIOS and get_config.
-    scale: of all budgets.
+    scale: factor of all budgets.
     text: path of text files, with '{split}'; '': the experiment's own data.
 
   Raises:
@@ -163,7 +163,7 @@ def _run(trunk, num_params, budget, decay_share) -> Run:
 
 
 def measure(grid: Grid, workdir: pathlib.Path) -> points_lib.Points | None:
-  """Trains the runs that are not finished; None if a signal stopped one."""
+  """Trains the unfinished runs; returns None if a signal came."""
   measured = []
   for i, (name, runs) in enumerate(grid.runs.items(), 1):
     for run in runs:
@@ -187,7 +187,7 @@ def measure(grid: Grid, workdir: pathlib.Path) -> points_lib.Points | None:
 
 
 def finished(run: Run, place: pathlib.Path) -> float | None:
-  """Returns the loss of a finished run, nats per token; None: it is not.
+  """Returns the loss of a run, nats per token; None: it is not finished.
 
   Raises:
     ValueError: the run in `place` was trained with other values.
@@ -236,7 +236,7 @@ def _run_to_end(
 
 
 def cut_text(path: str, workdir: pathlib.Path) -> str:
-  """Returns a path with '{split}', of a file that is cut in two if need be.
+  """Returns a path with '{split}'; a single file is cut into two files first.
 
   Raises:
     ValueError: the file cannot be read, or another text was cut here before.

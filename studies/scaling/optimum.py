@@ -6,7 +6,7 @@
 
 Without requests the best size has a closed form (`Fit.optimum`). With requests,
 training and inference are one bill (Sardana et al., arXiv:2401.00448): of all
-models with the loss of the compute-optimal one, the cheapest has
+models with the loss of the compute-optimal model, the cheapest has
 
     min over N, D of  6 N D / u_train + 2 N T_in / u_in + 2 N T_out / u_out
 
@@ -126,8 +126,8 @@ def cheapest(law: scaling_laws.Fit, loss: float, use: Use) -> Choice:
   use.validate()
   if not loss > law.floor:
     raise ValueError(
-      f'loss: got {loss}, expected more than {law.floor}, below which no model'
-      f' of the law of {law.source} comes'
+      f'loss: got {loss}, expected more than {law.floor}, the lowest loss of'
+      f' the law of {law.source}'
     )
   # The smallest size that reaches the loss, with infinitely many tokens.
   least = (law.params_scale / (loss - law.floor)) ** (1 / law.params_exponent)
@@ -153,10 +153,10 @@ def cheapest(law: scaling_laws.Fit, loss: float, use: Use) -> Choice:
 def plan(
   law: scaling_laws.Fit, training_flops: float, use: Use
 ) -> tuple[Choice, Choice]:
-  """Returns the compute-optimal model of a budget, and the cheapest as good.
+  """Returns a budget's compute-optimal model, and the cheapest of its loss.
 
   Args:
-    training_flops: of the compute-optimal model, 6 N D.
+    training_flops: FLOPs of the compute-optimal model, 6 N D.
   """
   reference = choice(law, *law.optimum(training_flops), use)
   return reference, cheapest(law, reference.loss, use)
@@ -220,7 +220,7 @@ def parse_law(text: str) -> scaling_laws.Fit:
   """Returns a law by name, or from five numbers.
 
   Raises:
-    ValueError: neither.
+    ValueError: the text is neither a name nor five numbers.
   """
   if text in LAWS:
     return LAWS[text]

@@ -103,7 +103,7 @@ def bootstrap(
   """Returns the interval of the exponent, by resampled residuals.
 
   A budget has too few sizes to draw them with replacement: a draw of three
-  distinct ones leaves no residual. So residuals, scaled by sqrt(n / (n - 3))
+  distinct sizes leaves no residual. So residuals, scaled by sqrt(n / (n - 3))
   for the three numbers of a parabola, are drawn within each budget instead.
   """
   found = fit(points)
@@ -142,7 +142,7 @@ class Bias:
 def bias(law: scaling_laws.Fit, points: points_lib.Points) -> Bias:
   """Returns the error of `fit` on the grid of points, without noise.
 
-  Losses are those of `law` at the sizes and tokens of the points: the rest of
+  The losses come from `law` at the sizes and tokens of the points. The rest of
   the difference between both methods is noise, or a law that does not hold.
   """
   exact = dataclasses.replace(points, losses=parametric.predict(law, points))

@@ -320,7 +320,7 @@ def _logs(points, scales) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unscaled(source: str, found, scales) -> scaling_laws.Fit:
-  """Returns the law in the units of the points; refuses one that is none."""
+  """Returns the law in the units of the points; refuses an invalid law."""
   floor, params_factor, tokens_factor, alpha, beta = map(float, found)
   named = {
     'A': params_factor,

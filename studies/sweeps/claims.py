@@ -1,11 +1,11 @@
 """Claims: which process runs which trial, and the trials of killed processes.
 
 A process that runs a trial holds the lock of the trial's directory
-(`storage/locks.py`). The kernel releases it when the process ends, in whatever
-way. So a trial that Optuna calls running, and whose lock is free, was left
-behind: the next process takes it and goes on from its checkpoint. Nothing has
-to time out. Hosts that share a sweep share the directory, and a file system
-that knows `flock`.
+(`storage/locks.py`). The kernel releases the lock when the process ends for any
+reason. So a trial that Optuna calls running, and whose lock is free, was left
+behind: the next process takes it and resumes from its checkpoint. No timeout is
+needed. Hosts that share a sweep share the directory, on a file system with
+`flock`.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class Claims:
           self._store.retry(row, restart=resume == 'restart_errored')
 
   def take(self, most: int) -> list[Claim]:
-    """Returns up to `most` trials, those left behind first."""
+    """Returns up to `most` trials; trials left behind come first."""
     claims: list[Claim] = []
     with locks.locked(self._workdir / _LOCK):
       for row in self._store.rows():
@@ -100,7 +100,7 @@ class Claims:
 
   def _claim(self, trial, row, lock) -> Claim:
     directory = self.directory(row.point)
-    # Once: a restart that is killed goes on from its own checkpoint.
+    # Only once: a restart that is killed resumes from its own checkpoint.
     done = directory / f'.restarted-{row.number}'
     if row.is_restart and not done.exists():
       for path in directory.glob('seed*'):
@@ -121,7 +121,7 @@ class Claims:
     def refuse(text: str) -> None:
       raise ValueError(
         f'--workdir={self._workdir}: got a file system without locks, expected'
-        ' one with flock, by which the processes of a sweep know each other;'
+        ' one with flock, which the processes of a sweep need to share trials;'
         f' use another --workdir ({text})'
       )
 

@@ -4,9 +4,10 @@
     Kubernetes  an Indexed Job: JOB_COMPLETION_INDEX, and NUM_PROCESSES from the
                 manifest, as `parallel/processes.py` reads it
 
-They are no processes of one run: each claims trials of its own, and they meet
-in the storage alone. All that a process has to know is how many there are:
-without a share the first one would claim all trials, to run them together.
+These are not the processes of one run: each claims its own trials, and they
+share only the storage. A process only needs the number of processes, which
+gives its share: otherwise the first process would claim all trials, to run them
+together.
 """
 
 from collections.abc import Mapping

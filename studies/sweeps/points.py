@@ -29,9 +29,8 @@ def experiment_of(
 ) -> experiment_lib.Experiment:
   """Returns the experiment of one run of a trial.
 
-  Nothing is frozen, and no text is drawn: the best point is trained again, by
-  train.py. A step that is not finite is not explained: in a search it is a
-  result.
+  The runs freeze nothing and draw no samples: train.py trains the best point
+  again. A step that is not finite is not diagnosed: in a search it is a result.
 
   Raises:
     ValueError: a field does not exist, or no run can use the values.
@@ -59,14 +58,14 @@ def check(
   """Refuses a sweep that does not fit its experiment.
 
   Args:
-    base: validated.
-    sweep: validated.
-    url: of the storage.
+    base: the experiment, validated.
+    sweep: the sweep, validated.
+    url: address of the storage.
 
   Raises:
     ValueError: a field does not exist or has another type; no run writes the
       metric; a pruner would see no evaluation before the last one, or none with
-      the metric; the storage forgets.
+      the metric; the storage does not outlive the process.
   """
   for name, space in sweep.parameters.items():
     examples = (

@@ -1,9 +1,8 @@
 """Trials one by one: every seed is a run of its own, as train.py would do it.
 
 Each run has a workdir, `trials/POINT/seedSEED/`, and resumes from its
-checkpoint bit for bit. Where a pruner looks on, all seeds of a trial are
-trained up to an evaluation before any goes further: the pruner sees means over
-seeds.
+checkpoint bit for bit. With a pruner, all seeds of a trial are trained up to an
+evaluation before any seed continues: the pruner sees means over seeds.
 """
 
 from collections.abc import Callable, Mapping
@@ -88,8 +87,8 @@ def settle(
 
   Args:
     values: the metric by seed; not finite if the seed diverged.
-    steps: of the trial's evaluations.
-    step: of this one.
+    steps: steps of the trial's evaluations.
+    step: step of this evaluation.
   """
   seeds = dict(values)
   diverged = [seed for seed, value in seeds.items() if not math.isfinite(value)]
@@ -122,7 +121,7 @@ def _advance(
 ) -> float:
   """Trains a run up to an evaluation; returns the metric there.
 
-  NaN: the run diverged.
+  The metric is NaN if the run diverged.
   """
   found = scores(workdir, metric)
   if step not in found:

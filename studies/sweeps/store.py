@@ -7,9 +7,9 @@ Points that depend on no result (grid, random, qmc) are all enqueued when the
 sweep begins. So neither a kill nor the number of processes changes them: a
 sampler that starts again would otherwise propose its first points once more.
 
-An errored trial that runs again is a new trial in Optuna, which reopens none.
-Both belong to one point, whose number names its files and its row in the table.
-The last trial of a point counts.
+An errored trial that runs again is a new trial in Optuna, because Optuna never
+reopens a trial. Both belong to one point, whose number names its files and its
+row in the table. The last trial of a point counts.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from training import experiment as experiment_lib, sweep as sweep_lib
 
 POINT, SEEDS, NOTE, RESTART = 'point', 'seeds', 'note', 'restart'
 _IDENTITY, _WORKDIR = 'identity', 'workdir'
-# Fields that may change from one start to the next: they change no trial.
+# Fields that may change between starts, because no trial depends on them.
 _FREE = ('num_trials', 'trials_at_once')
 # Seconds that a process waits for another one to finish a write into SQLite.
 _BUSY_S = 120
@@ -36,7 +36,7 @@ def optuna() -> Any:
   """Returns the library.
 
   Raises:
-    ValueError: it is not installed.
+    ValueError: Optuna is not installed.
   """
   try:
     import optuna as found
@@ -51,7 +51,7 @@ def optuna() -> Any:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-  """Silences Optuna about parts of it that may change; tests see changes."""
+  """Silences Optuna's warnings about experimental parts; tests see changes."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', optuna().exceptions.ExperimentalWarning)
     yield
@@ -59,7 +59,7 @@ def without_warnings() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """The trial that counts of a point."""
+  """A point, with the trial that counts."""
 
   point: int
   number: int  # Optuna's
@@ -68,7 +68,7 @@ class Row:
   value: float | None  # mean over seeds; infinite if one of them diverged
   seeds: dict[str, float]  # value by seed
   intermediate: dict[int, float]  # mean by number of evaluations
-  note: str  # an error, or a word about the end
+  note: str  # an error, or how the trial ended
   trial_id: int
   is_restart: bool = False  # of an errored trial, from its start
 
@@ -108,9 +108,9 @@ class Store:
     """Opens the study, or creates it.
 
     Args:
-      url: of the database, as SQLAlchemy takes it.
+      url: address of the database, as SQLAlchemy takes it.
       workdir_token: identifies the directory with the trials' files.
-      num_evaluations: of a trial, for pruners.
+      num_evaluations: number of evaluations of a trial, for pruners.
 
     Raises:
       ValueError: the database cannot be opened, or has another sweep of this
@@ -182,8 +182,8 @@ class Store:
     samplers = optuna().samplers
     with without_warnings():
       if self.sweep.strategy == 'tpe':
-        # Trials that still run count as poor ones: the next point is not a
-        # neighbour of them.
+        # Running trials count as poor ones, so that the next point is not close
+        # to them.
         return samplers.TPESampler(seed=seed, constant_liar=True)
       if self.sweep.strategy == 'qmc':
         return samplers.QMCSampler(
@@ -235,8 +235,8 @@ class Store:
   def _asked(self, drawing):
     trial = drawing.ask()
     if self.sweep.strategy == 'qmc':
-      # Its space is that of the trials so far. The first trial has none, and
-      # would be an independent draw.
+      # The space of the sampler follows from the earlier trials. Without it,
+      # the first trial would be an independent draw.
       trial.relative_search_space = self.distributions()
       trial._relative_params = drawing.sampler.sample_relative(
         drawing, trial._cached_frozen_trial, trial.relative_search_space
@@ -244,7 +244,7 @@ class Store:
     return trial
 
   def distributions(self) -> dict[str, Any]:
-    """Returns the spaces as Optuna has them."""
+    """Returns the spaces in Optuna's types."""
     found = optuna().distributions
     made = {}
     for name, space in self.sweep.parameters.items():
@@ -261,7 +261,7 @@ class Store:
     return made
 
   def _suggest(self, trial) -> dict[str, sweep_lib.Scalar]:
-    """Returns the point of a trial; values that it has already stay."""
+    """Returns the point of a trial; values that are already set stay."""
     values = {}
     with without_warnings():
       for name, space in self.sweep.parameters.items():
@@ -289,10 +289,10 @@ class Store:
     return trial
 
   def again(self, row: Row) -> Any:
-    """Returns the trial of a row that is running in no process any more."""
+    """Returns the trial of a row whose process has ended."""
     with without_warnings():
       trial = optuna().trial.Trial(self.study, row.trial_id)
-    # It may have been killed before it had all of its values.
+    # The process may have been killed before the trial had all its values.
     self._complete(trial)
     return trial
 
@@ -306,7 +306,7 @@ class Store:
     """Enqueues an errored trial again.
 
     Args:
-      restart: from its start, not from its checkpoint.
+      restart: whether it runs from its start, not from its checkpoint.
     """
     self.study.enqueue_trial(
       row.params, user_attrs={POINT: row.point, RESTART: restart}
@@ -338,10 +338,10 @@ class Store:
     """Records the end of a trial.
 
     Args:
-      state: of `FINISHED`.
-      value: mean over seeds, of a complete trial.
+      state: one of `FINISHED`.
+      value: mean over seeds, for a complete trial.
       seeds: value by seed.
-      note: an error, or a word about the end.
+      note: an error, or how the trial ended.
     """
     states = optuna().trial.TrialState
     of = {'complete': states.COMPLETE, 'pruned': states.PRUNED}
@@ -360,7 +360,7 @@ class Store:
     found: dict[int, Row] = {}
     for trial in self.study.get_trials(deepcopy=False):
       row = _row(trial)
-      # In the order of their numbers: the last one of a point stays.
+      # In the order of their numbers, so the last trial of a point stays.
       found[row.point] = row
     return [found[point] for point in sorted(found)]
 

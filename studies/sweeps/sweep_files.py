@@ -1,4 +1,4 @@
-"""Loads the file of a sweep; a mistake is one line that says the fix."""
+"""Loads the file of a sweep; an error is one line with the fix."""
 
 import pathlib
 
@@ -20,7 +20,8 @@ def load(path: str) -> sweep_lib.Sweep:
     known = sorted(p.name for p in DIRECTORY.glob('[!_]*.py'))
     wanted = f'{file.name.removesuffix(".py")}.py'
     raise ValueError(
-      f'--sweep: got {path!r}, expected a file as those in experiments/sweeps:'
+      f'--sweep: got {path!r}, expected a file such as these in'
+      ' experiments/sweeps:'
       f' {", ".join(known)}{expect.meant(wanted, known)}'
     )
   module = load_lib.module(

@@ -18,9 +18,9 @@ from studies.sweeps.groups import group as group_lib, together
 from training import experiment as experiment_lib, sweep as sweep_lib
 from training.lifecycle import exit_codes
 
-# Data and programs that are kept for later trials.
+# The number of structures whose data and programs are kept for later trials.
 _MOST_STRUCTURES = 4
-# Trials that a process claims at a time, unless it is told.
+# Default number of trials that a process claims at a time.
 _AT_ONCE, _AT_ONCE_LEARNING = 64, 8
 
 
@@ -50,8 +50,8 @@ def open_store(search: Search) -> store_lib.Store:
   points.check(search.experiment, search.sweep, url)
   with disk.writing(search.workdir):
     token = claims_lib.token(search.workdir)
-  # Optuna fails if two processes make the tables of a database at once, as all
-  # of an array do.
+  # Optuna fails if two processes make the tables of a database at the same
+  # time, as the processes of a job array would.
   with claims_lib.alone(search.workdir):
     return store_lib.Store(
       search.sweep,
@@ -118,5 +118,5 @@ def most_at_once(search: Search) -> int:
     return asked
   learns = sweep.strategy == 'tpe' or sweep.pruner != 'none'
   most = _AT_ONCE_LEARNING if learns else _AT_ONCE
-  # Of an array each process takes a share.
+  # Each process of a job array takes a share.
   return min(most, -(-sweep.count() // launchers.num_processes(os.environ)))

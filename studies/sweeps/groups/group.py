@@ -1,9 +1,9 @@
 """A group: trials with all their seeds, trained at once in one program.
 
-The group goes from evaluation to evaluation. There each trial is recorded, and
-may end: complete, pruned, or diverged. A run that diverged does not disturb the
-others. Its place, and that of ended trials, is computed on until half of the
-places are free; then the program is compiled for fewer.
+The group trains from evaluation to evaluation. There each trial is recorded,
+and may end: complete, pruned, or diverged. A diverged run does not disturb the
+other runs. The places of ended and diverged runs are still computed until half
+of the places are free; then the program is compiled for fewer places.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class _Run:
 
 
 class Structure:
-  """What all trials of a structure share: data, and the compiled program."""
+  """The shared parts of a structure's trials: data, and compiled program."""
 
   def __init__(self, root: pathlib.Path, member: together.Member):
     """Opens the data; builds the tokenizer, if this is the first time."""
@@ -70,10 +70,10 @@ class Structure:
 
 
 def common_steps(members: Sequence[together.Member]) -> list[tuple[int, list]]:
-  """Returns (step, members) pairs: trials that can go on beside each other.
+  """Returns (step, members) pairs: trials that can continue together.
 
-  Usually one pair. A group that was killed while it saved may have trials that
-  lack its last step; all then go back to the step before.
+  There is usually one pair. If a group was killed while it saved, some trials
+  may lack its last step; then all return to the step before.
   """
   available = {}
   for i, member in enumerate(members):
@@ -107,7 +107,7 @@ class Group:
     """Restores or starts the runs.
 
     Args:
-      step: of which every run has a state; 0: they begin.
+      step: a step at which every run has a state; 0: the runs begin.
     """
     self._structure = structure
     self._program = structure.program
@@ -255,14 +255,15 @@ class Group:
     self._compact()
 
   def _save(self) -> None:
-    """Saves every run that goes on."""
+    """Saves every run that continues."""
     self._report()
     host = jax.device_get(run_states.raw(self._states))
     alive = [(i, r) for i, r in enumerate(self._runs) if self._is_alive(r)]
     for i, run in alive:
       own = jax.tree.map(lambda x, i=i: x[i], host)
       run_states.save(run.workdir, self._step, own)
-    # Only now: a kill in between leaves every run with the step before.
+    # Older states are deleted only now: after a kill in between, every run
+    # still has the step before.
     for _, run in alive:
       run_states.keep(run.workdir, [self._step])
 
@@ -328,7 +329,7 @@ def train(
 def finish_errored(
   store: store_lib.Store, claims: Sequence[claims_lib.Claim], note: str
 ) -> None:
-  """Records trials as errored that are not finished yet."""
+  """Records unfinished trials as errored."""
   running = {row.number for row in store.rows() if row.state == 'running'}
   for claim in claims:
     if claim.trial.number in running:

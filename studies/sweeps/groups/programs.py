@@ -3,10 +3,10 @@
     states, metrics = train(states, batches, numbers)
 
 Every array of a state has a leading axis of runs, R, spread over the devices.
-What differs between runs are arguments: a table of learning rates by step, and
-the numbers of `chain.Numbers`. Runs of one seed train on the same batches, so
-batches have an axis of seeds, and each run has the index of its seed. Runs
-never meet: no value of one run depends on another, and NaN stays where it is.
+Values that differ between runs are arguments: a table of learning rates by
+step, and the numbers of `chain.Numbers`. Runs of one seed train on the same
+batches, so batches have an axis of seeds, and each run has the index of its
+seed. No value of a run depends on another run, so NaN stays within its run.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ class Program:
 
     Args:
       experiment: any of the runs.
-      spare_ids: of the tokenizer, which are masked.
+      spare_ids: ids without a token of the tokenizer, which are masked.
     """
-    # Of one device: every run is whole on the device that it lies on.
+    # A mesh of one device: every run lies whole on one device.
     learner = learner_lib.make(experiment, jax.devices()[:1])
     self.learner = learner.masking(spare_ids)
     self._experiment = self.learner.experiment
@@ -109,8 +109,8 @@ class Program:
 
     Args:
       batches: host arrays [S, B, T], one batch for each seed.
-      seeds_R: index into `batches`, of every run.
-      numbers: of `numbers`.
+      seeds_R: index of every run into `batches`.
+      numbers: the result of `numbers`.
     """
     batches = jax.device_put(batches, self._shared)
     return self._train(states, batches, seeds_R, numbers)
@@ -164,7 +164,8 @@ class Program:
     return spikes.skipping(experiment.spikes, optimizer)
 
   def _first_state(self, key):
-    # The state's structure depends on no number: any optimizer of the runs.
+    # The structure of the state depends on no number, so the optimizer of any
+    # run will do.
     return state_lib.init(
       self.learner.model.clone(execution=execution_lib.Execution()),
       self.learner.optimizer,

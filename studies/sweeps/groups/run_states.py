@@ -1,9 +1,9 @@
 """The state of one run of a group on disk, in the run's workdir.
 
-`state-STEP.npz`: the bytes of every array. Runs are saved one by one, since
-they are independent: a run may go on beside others than before. A kill between
-two files leaves runs at different steps, so the step before is kept until all
-runs of the group have the new one.
+`state-STEP.npz` has the bytes of every array. Runs are saved one by one, since
+they are independent: a run may continue beside other runs than before. A kill
+between two files leaves runs at different steps, so the step before is kept
+until all runs of the group have the new step.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from studies.sweeps.groups import together
 
 
 def steps(workdir: pathlib.Path) -> set[int]:
-  """Returns the steps of which a state is saved."""
+  """Returns the steps with a saved state."""
   return {
     int(path.stem.removeprefix(together.STATE))
     for path in workdir.glob(f'{together.STATE}*.npz')
@@ -69,8 +69,8 @@ def load(workdir: pathlib.Path, step: int, like: Any) -> Any:
     ]
   except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
     raise ValueError(
-      f'{path}: got a state that cannot be read ({error}), expected that of'
-      ' this trial; delete it, and the trial begins again'
+      f'{path}: got a state that cannot be read ({error}), expected the state'
+      ' of this trial; delete it, and the trial begins again'
     ) from None
   return treedef.unflatten(arrays)
 

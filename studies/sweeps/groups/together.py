@@ -1,15 +1,16 @@
 """Which trials run together in one program, and why the others do not.
 
 Runs share a program if they differ in the numbers of `VARYING` only. All other
-fields change shapes, or what is computed.
+fields change the shapes or the computation.
 
 One program saves compilation, start and idle cores, which is most of the time
-of a tiny model, and little of a large one. Three kinds of runs could share a
-program and do not, since they gain little by it. Betas: 1 - beta is a constant
-in float64, an argument would be float32 (`VARYING`). Averages of weights: every
-evaluation is made twice, and a state is larger by the weights. Adapters, and
-other runs from frozen weights: a base that is worth adapting fills the cores by
-itself. They run one by one, with the numbers of train.py.
+of a tiny model, and little of the time of a large one. Three kinds of runs
+could share a program and do not, since they gain little. Betas: 1 - beta is a
+constant in float64, an argument would be float32 (`VARYING`). Averages of
+weights: every evaluation runs twice, and a state has the weights once more.
+Adapters, and other runs from frozen weights: a base that is worth adapting
+fills the cores by itself. These runs are trained one by one, with the numbers
+of train.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ VARYING = (
   'weight_decay',
   'clip_norm',  # not to or from 0, which is no clip
 )
-# Of the memory that is free, for the runs of one program.
+# Share of the free memory that the runs of one program may take.
 _SHARE = 0.5
 
 
@@ -122,7 +123,7 @@ def most_runs(experiment: experiment_lib.Experiment) -> int:
 def began_together(claim: claims_lib.Claim) -> bool | None:
   """Returns how a trial began; None: it has not trained yet.
 
-  A trial goes on as it began: its checkpoints are of that form.
+  A trial continues as it began, because its checkpoints have that form.
   """
   if list(claim.directory.glob(f'seed*/{STATE}*')):
     return True
@@ -161,7 +162,7 @@ def members(
     if began is False:
       reason = 'it began so'
     elif store.sweep.metric in run_values.SPEEDS:
-      reason = f'metric {store.sweep.metric} is that of a run by itself'
+      reason = f'metric {store.sweep.metric} is measured on a run by itself'
     elif not wanted and not began:
       reason = '--notogether'
     if reason:

@@ -1,7 +1,7 @@
 """The terminal of a sweep: all trials while they run, and the table at the end.
 
 Counts and values come from the storage, so that the trials of other processes
-are shown too; the step of a running trial is known for those of this process.
+are shown too; the step of a running trial is known only in its own process.
 """
 
 import collections
@@ -18,7 +18,7 @@ import rich.text
 from studies.sweeps import store as store_lib
 from studies.sweeps.reporting import results as results_lib
 
-_SECONDS = 2.0  # between two questions to the storage
+_SECONDS = 2.0  # between two reads of the storage
 _MOST_ROWS = 20  # of the live table
 _FILE_WIDTH = 240  # characters of the last table, where it goes into a file
 

@@ -1,7 +1,7 @@
 """report.html of a sweep: one file that needs no other, for screen and print.
 
-It has the best point, figures, the table of all trials, the config and where it
-all came from. The design is that of a run's report
+It has the best point, figures, the table of all trials, the config, and the
+versions and places of its inputs. It has the design of a run's report
 (`training/reporting/page/`); figures are inside the page, and also SVG files
 beside it, for papers.
 """
@@ -29,7 +29,7 @@ def save(
   """Writes report.html, and its figures as SVG files into figures/.
 
   Args:
-    place: of the storage, without a password.
+    place: address of the storage, without a password.
     rerun: flags of train.py that train the best point.
   """
   sweep = results.sweep

@@ -3,7 +3,7 @@
 The interval of a trial is Student's, at 95 %, over its seeds. The optimum over
 one numeric parameter is the vertex of a parabola through the best point and its
 two neighbours (over the logarithm for a LogUniform). Its interval is a
-bootstrap over seeds, which are paired across trials: a seed gives all of them
+bootstrap over seeds, which are paired across trials: a seed gives all trials
 the same order of data.
 """
 
@@ -27,7 +27,8 @@ from training import experiment as experiment_lib, sweep as sweep_lib
 LEVEL = 0.95
 BEST, JSON = 'best.flags', 'results.json'
 _RESAMPLES = 2000
-# Below this share of usable resamples the interval would be of the lucky ones.
+# Below this share of usable resamples, the interval would be biased by the
+# resamples that have a vertex.
 _LEAST_USABLE = 0.9
 
 
@@ -45,7 +46,7 @@ class Optimum:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-  """All that a sweep found."""
+  """All results of a sweep."""
 
   sweep: sweep_lib.Sweep
   rows: tuple[store_lib.Row, ...]  # by point
@@ -172,7 +173,7 @@ def _bootstrap(
 def importance(
   store: store_lib.Store, usable: Sequence[store_lib.Row]
 ) -> dict[str, float]:
-  """Returns the share of each parameter in what makes trials good.
+  """Returns the importance of each parameter for good trials, as a share.
 
   PED-ANOVA (Watanabe et al., arXiv:2304.10255): empty with fewer than two
   parameters, or fewer than four trials.
@@ -188,7 +189,7 @@ def importance(
 
 
 def ranked(results: Results) -> list[store_lib.Row]:
-  """Returns the trials, the best one first; those without a value last."""
+  """Returns the trials, best first; trials without a value come last."""
   sign = 1 if results.sweep.direction == 'minimize' else -1
   order = {'complete': 0, 'pruned': 1}
 
@@ -255,11 +256,11 @@ def written(params: dict[str, Any]) -> str:
 
 
 def rerun_flags(results: Results, config_flags: Sequence[str]) -> list[str]:
-  """Returns the flags of train.py that train the best point; none without one.
+  """Returns the flags of train.py for the best point; [] without a best point.
 
   Args:
-    config_flags: --config and its overrides, as the sweep was given them. An
-      override of a field that the sweep varies is left out.
+    config_flags: --config and its overrides, as given to the sweep. An override
+      of a field that the sweep varies is left out.
   """
   if results.best is None:
     return []

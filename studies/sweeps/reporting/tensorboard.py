@@ -2,8 +2,8 @@
 
     tensorboard --logdir=runs/lr/tensorboard
 
-`tensorboard/POINT/seedSEED/` is made anew at the end of every start of the
-sweep, of the runs' metrics.jsonl. A point is a session group, so that the
+`tensorboard/POINT/seedSEED/` is written again at the end of every start of the
+sweep, from the runs' metrics.jsonl. A point is a session group, so that the
 HParams tables can show means over seeds.
 """
 
@@ -20,9 +20,9 @@ from studies.sweeps import claims
 from studies.sweeps.reporting import results as results_lib
 from training.reporting import journal, metrics
 
-# Of what metrics.jsonl has; the others depend on the machine.
+# Records of metrics.jsonl that are written; the others depend on the machine.
 _KINDS = 'train', 'eval'
-# Any: type checkers see nothing of generated modules.
+# Typed as Any: type checkers cannot read generated modules.
 _hparams: Any = plugin_hparams_pb2
 
 

@@ -1,7 +1,8 @@
 """The runs of a sweep at Weights & Biases: --wandb=PROJECT of sweep.py.
 
-At the end of every start of the sweep, as for TensorBoard. A point is a group,
-so that W&B shows means over its seeds; a run that was sent is not sent again.
+Runs are sent at the end of every start of the sweep, as for TensorBoard. A
+point is a group, so that W&B shows means over its seeds; a run is sent only
+once.
 """
 
 import pathlib
@@ -15,8 +16,8 @@ def save(workdir: pathlib.Path, sweep: str, project: str) -> int:
   """Sends the new records of all runs; returns how many.
 
   Args:
-    workdir: of the sweep.
-    sweep: its name.
+    workdir: workdir of the sweep.
+    sweep: name of the sweep.
     project: PROJECT or TEAM/PROJECT.
 
   Raises:

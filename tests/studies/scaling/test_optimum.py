@@ -96,7 +96,7 @@ def test_the_cheapest_model_is_that_of_a_search_over_sizes():
 
 def test_a_loss_below_the_floor_and_bad_shares_are_refused():
   law = scaling_laws.BESIROGLU
-  with pytest.raises(ValueError, match='below which no model'):
+  with pytest.raises(ValueError, match='the lowest loss of the law'):
     optimum.cheapest(law, 1.8, optimum.Use())
   with pytest.raises(ValueError, match='--training_utilisation: got 1.2'):
     optimum.plan(law, 1e21, optimum.Use(training_utilisation=1.2))
