@@ -4,9 +4,9 @@
       --sweep=experiments/sweeps/quickstart_lr.py --workdir=runs/lr
 
 A sweep file says which fields vary, how points are chosen, and how many seeds
-each has (`training/sweep.py`). The same command resumes, whatever killed it: a
-finished trial never runs again, and an unfinished one goes on from its
-checkpoint. Trials that failed with an error run again when asked to:
+each has (`training/sweep.py`). The same command resumes a sweep that was
+killed: a finished trial never runs again, and an unfinished trial resumes from
+its checkpoint. Trials that failed with an error run again with --resume:
 
     python sweep.py ... --resume=errored          # from their checkpoint
     python sweep.py ... --resume=restart_errored  # from their start
@@ -19,10 +19,10 @@ The best point is trained again, and frozen, by
 
     python train.py --flagfile=runs/lr/best.flags --workdir=runs/best
 
-Several processes share a sweep: --processes=4 starts four here. Elsewhere,
-start the same command as often as you like, on hosts that share --workdir;
-SQLite does for one host, several want a server's database and its driver (pip
-install "psycopg[binary]"):
+Several processes may share a sweep. --processes=4 starts four on this host. On
+other hosts that share --workdir, start the same command, any number of times.
+SQLite is enough for one host; several hosts need a database server and its
+driver (pip install "psycopg[binary]"):
 
     sbatch --array=0-7 --wrap "python sweep.py --config=... --sweep=... \
       --workdir=/shared/lr --storage=postgresql://me:secret@db/sweeps"
@@ -30,9 +30,9 @@ install "psycopg[binary]"):
 Under Kubernetes, the same command in an Indexed Job, with completions and
 parallelism of 8, NUM_PROCESSES=8 in its environment, and a volume for
 --workdir. Each process takes its share of the trials. Under Ray, or any other
-launcher, it is a task that calls this command: no scheduler has to know the
-trials, because the storage hands them out, and takes up those of a task that
-died. Exit codes are those of train.py
+launcher, a task calls this command: the scheduler does not need to know the
+trials, because the storage hands them out, and hands out again the trials of a
+task that died. Exit codes are the same as of train.py
 (training/lifecycle/exit_codes.py); 1 also if no trial has a finite value.
 """
 
@@ -74,23 +74,23 @@ _RESUME = flags.DEFINE_enum(
   'resume',
   'unfinished',
   ['unfinished', 'errored', 'restart_errored'],
-  'The trials that run. unfinished: trials that did not end. errored: trials'
-  ' that failed with an error, too, from their checkpoint. restart_errored: the'
-  ' same, from their start.',
+  'The trials to run. unfinished: trials that did not end. errored: also trials'
+  ' that failed with an error, from their checkpoint. restart_errored: also'
+  ' these, from their start.',
 )
 _METRIC = flags.DEFINE_string(
   'metric',
   '',
-  'Judges trials by this value in place of the one that the sweep names: loss,'
-  ' bits_per_byte, accuracy, TASK/SCORE of config.evals.tasks, reward, or a'
-  ' speed, as tokens_per_s. Each trial has its mean over seeds.',
+  'The value that judges trials, in place of the metric of the sweep file:'
+  ' loss, bits_per_byte, accuracy, TASK/SCORE of config.evals.tasks, reward, or'
+  ' a speed, as tokens_per_s. A trial has the mean over its seeds.',
 )
 _DIRECTION = flags.DEFINE_enum(
   'direction',
   None,
   ['minimize', 'maximize'],
-  'Which way --metric is better. Left out: as its name says (loss: minimize;'
-  ' accuracy, reward, tokens_per_s: maximize).',
+  'The better direction of --metric. Default: known from its name (loss:'
+  ' minimize; accuracy, reward, tokens_per_s: maximize).',
 )
 _PROCESSES = flags.DEFINE_integer(
   'processes', 1, 'Processes on this host that share the sweep.', lower_bound=1
@@ -104,8 +104,9 @@ _TOGETHER = flags.DEFINE_bool(
 _TRIALS_AT_ONCE = flags.DEFINE_integer(
   'trials_at_once',
   0,
-  'Trials that a process claims at a time, to run them together. 0: as the'
-  ' sweep says. Set it to trials per process where several processes share.',
+  'Trials that a process claims at a time, to run them together. 0 (default):'
+  ' as the sweep says. If several processes share a sweep, set it to the number'
+  ' of trials per process.',
   lower_bound=0,
 )
 _WANDB = flags.DEFINE_string('wandb', '', wandb_mirror.HELP)
@@ -154,10 +155,11 @@ def _judged(sweep):
     metric_names.direction_of(metric) if _METRIC.value else sweep.direction
   )
   if direction is None:
-    metric_names.check(_CONFIG.value, metric)  # is it only misspelt?
+    # A misspelt name has its own error.
+    metric_names.check(_CONFIG.value, metric)
     raise ValueError(
       f'--direction: got none with --metric={metric}, expected minimize or'
-      ' maximize: the name does not say which way it is better'
+      ' maximize: the direction does not follow from the name'
     )
   if metric in run_values.SPEEDS and _PROCESSES.value > 1:
     raise ValueError(
@@ -168,7 +170,7 @@ def _judged(sweep):
 
 
 def _run(search) -> int:
-  """Trains what is left of the sweep, and prints what it found."""
+  """Trains the remaining trials of the sweep, and prints its results."""
   import rich.console
 
   from hardware import host_memory
@@ -183,7 +185,7 @@ def _run(search) -> int:
   )
 
   if _WANDB.value:
-    wandb_mirror.library(_WANDB.value)  # a mistake is told before the work
+    wandb_mirror.library(_WANDB.value)  # raises its errors before the work
   console = rich.console.Console(soft_wrap=True)
   store = worker.open_store(search)
   shown = progress.Progress(console, store)
@@ -236,7 +238,7 @@ def _run_children(num: int, search, shown) -> int:
   # One process would claim all trials, to run them together.
   share = -(-search.sweep.count() // num)
   share = min(share, worker.most_at_once(search))
-  # A process that is killed takes its children along: they would go on unseen.
+  # If this process is killed, its children end too: they would run on unseen.
   children = [
     subprocess.Popen(
       [sys.executable, *sys.argv, f'--trials_at_once={share}'],

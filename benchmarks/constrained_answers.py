@@ -2,11 +2,11 @@
 
     python -m benchmarks.constrained_answers --samples=1000
 
-A model of random weights draws letters as it likes, so an answer is valid only
-because its grammar makes it so. `jsonschema`, which shares no code with the
-grammars, checks each. Masks are timed again afterwards, one by one, with the
-tokens that were drawn. Then a batch of half constrained and half free answers
-is compared with the same batch without constraints: time per step.
+A model of random weights draws random letters, so an answer can be valid only
+because of its grammar. `jsonschema`, which shares no code with the grammars,
+checks each answer. Masks are timed again afterwards, one by one, with the
+sampled tokens. Then the time per step of a batch with half constrained and half
+free answers is compared with the same batch without constraints.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from inference.sampling import settings as settings_lib
 from models import model_config
 from text import tokenizer as tokenizer_lib
 
-_SEQUENCES, _TOKENS = 32, 600  # at once; most of an answer
+_SEQUENCES, _TOKENS = 32, 600  # answers at once; the most tokens of an answer
 _FREE_TOKENS = 100
 
 
@@ -84,7 +84,7 @@ def answers(
 
 
 def fault(schema: Any, completion: requests.Completion) -> str:
-  """Returns why an answer is not valid; '': it is, or its length cut it."""
+  """Returns why an answer is invalid; '' if it is valid or cut by length."""
   if completion.finish_reason == 'length':
     return ''
   if completion.finish_reason != 'stop':
@@ -116,7 +116,7 @@ def mask_ms(
 
 
 def mixed_ms(engine: engine_lib.Engine, *, is_constrained: bool) -> float:
-  """Returns the median ms of a step in which half the batch may be held."""
+  """Returns the median ms of a step; half of the batch may be constrained."""
   constraint = constraint_lib.regex('[a-z]*') if is_constrained else None
   for seed in range(engine.config.max_sequences):
     given = constraint if seed % 2 else None
@@ -134,7 +134,7 @@ def mixed_ms(engine: engine_lib.Engine, *, is_constrained: bool) -> float:
 
 
 def sampled(samples: int) -> dict[str, Any]:
-  """Returns what was found, of so many answers."""
+  """Returns the figures of `samples` answers."""
   engine = engine_of()
   made = list(answers(engine, json_schemas.ALL, samples))
   faults = [why for each in made if (why := fault(*each))]
@@ -194,7 +194,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def measure(args: Any) -> Iterator[entry.Result]:
-  """Yields the figures of answers, and those of a batch."""
+  """Yields the figures of answers, then the figures of a batch."""
   yield sampled(args.samples)
   yield beside(args.rounds)
 

@@ -63,8 +63,8 @@ def llama_110m() -> Request:
 def bytes_per_token(request: Request) -> float:
   """Returns the bytes that the average decode step must read, float32.
 
-  These are all weights that multiply the token, the keys and values of the
-  prompt, and those of half of the new tokens.
+  These are all weights that multiply the token, and the keys and values of the
+  prompt and of half of the new tokens.
   """
   model = request.model
   context = request.prompt_tokens + request.new_tokens / 2

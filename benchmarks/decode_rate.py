@@ -10,12 +10,12 @@ reads every weight once, and the keys and values of all sequences. `ready` is
 the time in which the engine of a batch size compiles all its programs, without
 a cache.
 
-With --adapters, each batch size has a second side: the same requests, each with
-one of so many adapters of every linear layer. `adapted` is its rate, as a share
-of that of the base alone.
+With --adapters=N, each batch size has a second side: the same requests, each
+with one of N adapters of every linear layer. `adapted` is its rate, as a share
+of the base's rate.
 
-Shapes of accelerators: `1b`, that of Llama-3.2-1B, and `110m`, both in
-bfloat16. On a CPU, `110m` in float32.
+Shapes on accelerators: `1b`, the shape of Llama-3.2-1B, and `110m`, both in
+bfloat16. On a CPU: `110m` in float32.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class Side:
     rank: int = 16,
     params: Any = None,
   ):
-    """Makes the engine; `ready_s` is the time of that, without the weights.
+    """Makes the engine; `ready_s` is the time this takes, without the weights.
 
     Without `params`, the weights are random floats.
     """
@@ -212,11 +212,13 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   entry.define_flags(rounds=3)
-  flags.DEFINE_enum('shape', None, SHAPES, 'Model; default: of the platform.')
+  flags.DEFINE_enum(
+    'shape', None, SHAPES, 'Model; default: 110m on a CPU, else 1b.'
+  )
   flags.DEFINE_list('batches', ['1', '8', '32'], 'Sequences that run at once.')
   flags.DEFINE_integer('new_tokens', 256, 'Tokens of each answer.', 2)
   flags.DEFINE_integer(
-    'adapters', 0, 'Adapters of a second side; 0: there is none.', 0
+    'adapters', 0, 'Number of adapters of a second side; 0: no such side.', 0
   )
   flags.DEFINE_integer('rank', 16, 'Rank of each adapter.', 1)
   flags.DEFINE_enum(

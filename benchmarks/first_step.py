@@ -94,5 +94,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   entry.define_flags(rounds=1)
-  flags.DEFINE_enum('variant', 'gpu', ['cpu', 'gpu'], 'Of the experiment.')
+  flags.DEFINE_enum(
+    'variant', 'gpu', ['cpu', 'gpu'], 'Variant of the experiment.'
+  )
   app.run(main)

@@ -58,9 +58,9 @@ class Part:
   """A benchmark, and the rows of its result."""
 
   name: str
-  command: tuple[str, ...]  # of python; gets --out=FILE
+  command: tuple[str, ...]  # arguments of python; --out=FILE is added
   rows: Callable[[Any], Sequence[Row]]  # of the JSON in that file
-  seconds: float  # that it may take
+  seconds: float  # the longest time of the part
 
 
 def train_rows(result: Any) -> list[Row]:

@@ -4,9 +4,9 @@
 
 `--sequences` requests of `--tokens` new tokens each are answered by an engine
 in this process, and by serve.py over streams on loopback; both take turns. The
-figure is the time of a round over HTTP over that of the bare engine, a median
-over rounds. Server, clients and engine share the cores of this machine: on one
-with few cores the clients' time is part of the figure.
+result is the time of a round over HTTP divided by the time of the bare engine,
+a median over rounds. Server, clients and engine share the cores of this
+machine: on a machine with few cores, the clients' time is part of the result.
 
 A column counts the events of a stream per token: a stream gets the tokens of a
 dispatch together (`--engine.stream_seconds`).

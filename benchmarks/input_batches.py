@@ -7,8 +7,8 @@ Makes batches of the quickstart's data with every packing, and with a mix of two
 sources; the quickstart's train step on this machine's devices takes turns with
 them. `times` is rows per second of the batches over rows per second of the
 step, the median over rounds. Below 1, a run waits for its data. Tokenising,
-which happens once, is timed by itself. Batches that are timed alone have all
-cores; beside a step on a CPU they compete for the cores.
+which happens once, is timed separately. Batches that are timed alone use all
+cores; beside a train step on a CPU they compete for the cores.
 """
 
 import dataclasses

@@ -13,9 +13,9 @@ Two sides take turns of 200 steps:
 `overhead` is the median over rounds of loop / bare - 1. The promise of 3 % is
 for the quickstart. A tiny model without checkpoints shows the host's time per
 step. The second table splits the host's time by part, with a step that does
-nothing, so that no part can hide behind the devices. On an accelerator, only
-the part that is longer than its step costs time, and the reports do. Evaluation
-is not measured: it is no part of the loop.
+nothing, so that no part can hide behind the devices. On an accelerator, the
+host costs time only where it takes longer than the step, and in reports.
+Evaluation is not measured: it is not part of the loop.
 """
 
 from collections.abc import Sequence

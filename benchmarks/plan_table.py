@@ -96,7 +96,7 @@ def compiled_cells(made: plan_lib.Plan) -> list[str]:
   if not isinstance(made.compiled, compile_ahead.Program):
     raise ValueError(
       f'{made.experiment.name}: got a step that does not fit {made.target}'
-      f' ({made.compiled}), expected presets that do; change its experiment'
+      f' ({made.compiled}), expected a step that fits; change its experiment'
     )
   roof = made.roofline
   assert roof is not None
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     made = plan(preset, is_compiled=True)
     print(f'{plan_lib.report(made)}\n', flush=True)
     cells = [*analytic_cells(preset, made), *compiled_cells(made)]
-    # Written after each preset, because the others take minutes more.
+    # Written after each preset, because the next one takes minutes.
     rows = read(path.read_text(encoding='utf-8')) if path.exists() else {}
     rows[preset] = dict(zip((*ANALYTIC, *COMPILED), cells, strict=True))
     path.write_text(write(rows), encoding='utf-8')

@@ -6,16 +6,17 @@
 Greedy requests that begin together are answered through the engine, at several
 batch sizes; the rate counts the tokens after the last prompt. The sides take
 turns. A side is a dtype of floats, a scheme of `frozen.quantize`, or a kind of
-GGUF blocks. `bandwidth` is the share of this machine's rate of reading memory
-at which each step reads all weights once, and all keys and values.
+GGUF blocks. `bandwidth` is the rate at which the steps read all weights once,
+and all keys and values, as a share of this machine's measured memory rate.
 
 With `--llama_cpp`, an interpreter that has llama-cpp-python, each side of GGUF
 blocks has llama.cpp beside it, on the same blocks and with as many threads as
 cores. The ratio is the median over rounds; above 1, ours is faster. int8 is
 compared with llama.cpp's Q8_0, and int4 with its Q4_0.
 
-The model has the 110M shape of `benchmarks.decode_latency` and random weights,
-or it is `--gguf`, with the sides kept and float32.
+The model has the 110M shape of `benchmarks.decode_latency` and random weights.
+With `--gguf`, it is the model of that file, with two sides: the kept blocks,
+and float32.
 """
 
 from collections.abc import Iterator
@@ -53,10 +54,10 @@ _WORKER = pathlib.Path(__file__).parent / 'peer' / 'llama_cpp_worker.py'
 
 
 def stored_params(params: Any, name: str) -> Any:
-  """Returns params as a side computes with them.
+  """Returns the params in the form of a side.
 
   Args:
-    params: float32.
+    params: params in float32.
     name: a dtype, a scheme or a kind of blocks.
   """
   if name in _FLOATS:
@@ -138,7 +139,7 @@ class LlamaCpp(contextlib.AbstractContextManager):
     spec: see `peer/llama_cpp_worker.py`.
 
   Raises:
-    ValueError: it does not start.
+    ValueError: the process does not start.
   """
 
   def __init__(self, python: str, spec: dict[str, Any]):
@@ -198,7 +199,7 @@ class _Ours:
 
 
 def _models(args: Any, scratch: pathlib.Path) -> Iterator[tuple[Any, ...]]:
-  """Yields name, config, params and dtype of sides, and a peer's file or ''."""
+  """Yields name, config, params, dtype and GGUF file ('': none) of sides."""
   if not args.gguf:
     model = decode_rate.model_of('110m')
     floats = random_model.params(model)

@@ -6,8 +6,8 @@ Measures the matmul rate per dtype (float32 accumulation, int32 for int8) and
 the rate at which weights are read from memory. Prints the median over rounds
 and the best round; the two differ on a shared machine. Training cannot exceed
 the matmul rate, single-stream decoding cannot exceed the memory rate (Williams
-et al., "Roofline", 2009). Figures of the device's datasheet follow if it has
-one.
+et al., "Roofline", 2009). Peaks of the device's datasheet follow, if they are
+known.
 """
 
 import statistics
@@ -44,7 +44,7 @@ def measure(
 
 
 def report(result: dict[str, Any]) -> str:
-  """Returns the table of measured rates, with those of the datasheet if any."""
+  """Returns the table of measured rates, and the datasheet's if known."""
   rows = [('', 'median', 'best', '')]
   for name, values in result['rates'].items():
     unit = 'GB/s' if name == 'read' else 'GFLOP/s'

@@ -3,17 +3,17 @@
     python -m benchmarks.server_abuse --model=runs/quickstart/frozen
 
 Starts serve.py on a free loopback port. `--clients` clients stream completions
-for `--seconds`. Beside them run the abuses of `ABUSES`, each in a fixed number:
-bodies that are too large, hostile or never whole, heads that never end, clients
-that stop reading or leave, requests that could be read in two ways, heads and
-chunks that take long to parse. Reports the latency of /health beside its
-latency before, the memory of the server, the statuses, and the goals. Fails if
-any answer is a 5xx, if a stream does not end, if a request is left open or
-holds pages, or if the ledger has other tokens than the engine.
+for `--seconds`. Meanwhile the abuses of `ABUSES` run, each with a fixed number
+of clients: bodies that are too large, hostile or never complete, heads that
+never end, clients that stop reading or leave, requests that could be read in
+two ways, heads and chunks that take long to parse. Reports the latency of
+/health under load and before, the memory of the server, the statuses, and the
+goals. Fails if any answer is a 5xx, if a stream does not end, if a request is
+left open or holds pages, or if the ledger has other tokens than the engine.
 
 The clients share the cores of this machine with the server. So a control is
-probed at the same time: another process that answers and does nothing else. Its
-latency is what the load of the machine costs; the server causes the rest.
+probed at the same time: another process that only answers 200. Its latency is
+due to the load of the machine; the server causes the rest.
 """
 
 import asyncio
@@ -44,9 +44,9 @@ _NAME = 'abused'  # of the model in requests
 _PROBE_SECONDS = 0.05
 _TYPE = 'content-type: application/json'
 # The goals of a run.
-_MOST_ADDED_MS = 100.0  # to the p99 of /health
+_MOST_ADDED_MS = 100.0  # of the p99 of /health, above idle
 _MOST_PROBES_TO_IDLE = 600
-# Metrics: what a request may hold, and the tokens of all answers.
+# Metrics: open requests and used pages, and the tokens of all answers.
 _HELD = 'running', 'waiting', 'kv_pages_used', 'ledger_reservations_open'
 _SAMPLED = 'sampled_tokens_total'
 _MOST_GROWTH = 1.02  # of memory, from a quarter of the run to its end
@@ -355,7 +355,7 @@ async def abuse(
     before = _memory_mib(pid)
     health, control = await asyncio.gather(*both)
   after = _memory_mib(pid)
-  # Clients that the server lets wait are given up; the others end themselves.
+  # Clients that still wait for the server are cancelled; the others have ended.
   _, late = await asyncio.wait(clients, timeout=seconds)
   for client in late:
     client.cancel()
@@ -399,7 +399,7 @@ def report(result: entry.Result) -> str:
   rows += [
     f'goal             p99 of /health at most {_MOST_ADDED_MS:.0f} ms above'
     f' idle: {added:,.1f} {_verdict(added <= _MOST_ADDED_MS)}',
-    f'goal             memory at most {_MOST_GROWTH:.2f} of that after a'
+    f'goal             memory at most {_MOST_GROWTH:.2f} times that after a'
     f' quarter: {growth:.3f} {_verdict(growth <= _MOST_GROWTH)}',
   ]
   rows.append(
@@ -411,10 +411,10 @@ def report(result: entry.Result) -> str:
 
 
 async def _settled(target: Target) -> dict[str, int]:
-  """Returns what the server holds and has counted, once it is idle.
+  """Returns the metrics of the server once it is idle.
 
   Raises:
-    ValueError: it does not become idle.
+    ValueError: the server does not become idle.
   """
   for _ in range(_MOST_PROBES_TO_IDLE):
     reader, writer = await asyncio.open_connection(target.host, target.port)
@@ -437,10 +437,10 @@ async def _settled(target: Target) -> dict[str, int]:
 
 
 def _check_ledger(records: pathlib.Path, sampled: int) -> int:
-  """Returns the rows of the ledger, whose tokens are those of the engine.
+  """Returns the number of rows of the ledger, after comparing its tokens.
 
   Raises:
-    ValueError: they are not, or a row is open.
+    ValueError: the ledger has other tokens than the engine, or an open row.
   """
   with contextlib.closing(sqlite3.connect(records)) as connection:
     ((rows, tokens, num_open),) = connection.execute(

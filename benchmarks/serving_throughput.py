@@ -14,8 +14,8 @@ submitted at once; greedy, no EOS. Four ways take turns:
 
 Columns. `tokens/s` is the requested new tokens over the whole time, prompts
 included; ratios are medians over rounds. `roofline` is the least time of the
-continuous way over its measured time. The least time is that of reading weights
-and cache, or of all products, at this machine's rates, whichever is longer.
+continuous way over its measured time. The least time is the longer of two times
+at this machine's rates: reading weights and cache, or computing all products.
 `KV waste` is the share of slots in used pages that hold no token, averaged over
 steps. `contiguous` is the same share if each sequence had a contiguous row for
 the whole context, or for exactly its final length.
@@ -57,7 +57,7 @@ class Workload:
 
   model: model_config.ModelConfig
   jobs: tuple[Job, ...]
-  num_serial: int  # the first so many jobs are served one after another
+  num_serial: int  # how many of the first jobs are also served serially
   engine: engine_config.EngineConfig
 
 

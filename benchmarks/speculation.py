@@ -3,8 +3,8 @@
     python -m benchmarks.speculation --model=runs/SmolLM2-135M-Instruct
 
 Two engines of one frozen directory answer the same requests in turns. Their
-tokens are compared: drafts change the time, and no token but for rounding, and
-with --numerics=invariant none at all. Traces:
+tokens are compared: drafts change the time; tokens change only by rounding, and
+not at all with --numerics=invariant. Traces:
 
     edit    greedy; the prompt is a passage three times, which the answer
             repeats, as an editor's request to change a word does
@@ -33,7 +33,7 @@ _PASSAGE = (
   'The quick brown fox jumps over the lazy dog. The small grey cat sleeps under'
   ' the old table. A tall man walks along the river with two brown dogs. '
 )
-_ROOM = 512  # tokens of a prompt, and more
+_ROOM = 512  # context beyond the new tokens; holds the longest prompt
 
 
 class Answers(NamedTuple):

@@ -4,11 +4,11 @@
     attention   of all layers, by the run's own kernel
     loss        with the head
     optimizer   clipping, the rule and the addition of updates
-    rest        what the step takes besides: norms, activations, embedding,
-                and what its program moves
+    rest        the remaining time of the step: norms, activations, embedding,
+                and memory traffic between the parts
 
-A part that is measured alone gets no operand from a cache that the part before
-it filled, so that a small negative rest is possible.
+A part that is measured alone finds no operand in a cache that an earlier part
+filled, so that a small negative rest is possible.
 """
 
 from collections.abc import Callable

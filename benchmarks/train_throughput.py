@@ -15,10 +15,10 @@ On an accelerator, in bfloat16 with float32 parameters:
 
 Columns. `tokens/s` is the median over rounds. `MFU` is the FLOPs per second
 that the model needs (`models.flops`, without the masked half of causal
-attention) over the peak rate: that of the datasheet, or the matmul rate that an
-unknown device, such as a CPU, reached in the same round. `memory` is the most
-that the device held; on a CPU, the process. The parts of a step are measured
-alone (`benchmarks.train_parts`).
+attention) over the peak rate. The peak is the datasheet's, or, for an unknown
+device such as a CPU, the matmul rate measured in the same round. `memory` is
+the peak memory of the device; on a CPU, of the process. The parts of a step are
+measured alone (`benchmarks.train_parts`).
 
 With `--peer`, the same model of transformers trains on torch: on a CPU eager,
 taking turns with ours; on a GPU with torch.compile, bfloat16 autocast and
@@ -132,7 +132,7 @@ OPTIMIZER = chain.OptimizerConfig(
 
 
 class Ours:
-  """Our train step, with what a run chooses by default."""
+  """Our train step, with the default choices of a run."""
 
   def __init__(self, shape: Shape, device: jax.Device):
     """Compiles the step and warms it up."""
@@ -298,7 +298,7 @@ def run(
 
 
 def _matmul_turn(device: jax.Device, dtype: str) -> timing.Turn:
-  """Returns a turn whose seconds are those of a FLOP."""
+  """Returns a turn that returns the seconds of one FLOP."""
   size = 1024 if device.platform == 'cpu' else 8192
   return lambda: (
     1 / peaks.matmul_flops_per_s(dtype, size=size, seconds=0.3, device=device)

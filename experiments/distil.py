@@ -130,7 +130,7 @@ def _taught_by_answers(directory: str) -> experiment.Experiment:
     student,
     data=dataclasses.replace(
       student.data,
-      # `path` is that of the evaluation alone, as for every student.
+      # `path` is the path of the evaluation only, as for every student.
       sources=(
         data_config.SourceConfig(
           open_source=sources.jsonl,

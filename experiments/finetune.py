@@ -7,8 +7,8 @@
 
 The variant names a frozen directory. The run takes its model, its tokenizer and
 its weights. Without a variant, a small model starts from random weights, to try
-the data. The learning rate is a tenth of the usual one for training models of
-that size from the start.
+the data. The learning rate is a tenth of the usual rate for training a model of
+that size from random weights.
 """
 
 from data import data_config, sources

@@ -5,9 +5,9 @@
     python train.py --config=experiments/grpo.py:dapo:runs/mine/frozen ...
 
 `sft` learns the form of an answer and some additions from conversations. The
-other variants go on from it, or from the frozen directory after a second colon,
-with questions alone: a reward of 1 for the right number. No problem of the
-validation split is in the training split. The references:
+other variants continue from it, or from a frozen directory after a second
+colon, with questions alone: a reward of 1 for the right number. No problem of
+the validation split is in the training split. The references:
 
     reinforce  less the mean of the batch              Williams 1992
     rloo       less the mean of the others             arXiv:2402.14740
@@ -15,7 +15,8 @@ validation split is in the training split. The references:
     dr_grpo    grpo without the spread or the length   arXiv:2503.20783
     dapo       grpo, clips higher, groups with signal  arXiv:2503.14476
 
-None has a KL to a reference. `training/objectives/policy/recipes.py` has them.
+No variant has a KL to a reference. `training/objectives/policy/recipes.py` has
+the settings of each.
 
 Aim: the share of right greedy answers to validation questions rises from 20 to
 60 % to at least 90 %, for five seeds; `python -m studies.reinforcement` runs
@@ -41,7 +42,8 @@ SFT = 'runs/add_sft/frozen'
 GROUP_SIZE = 8
 _ADDITIONS = 'families=additions&levels=2&count=3000'
 MAX_TOKENS = 32  # of an answer
-# Two steps on each rollout batch: ratios are to the policy that drew it.
+# Two steps on each rollout batch; ratios are relative to the policy that
+# sampled it.
 _OBJECTIVES = {
   'reinforce': recipes.reinforce(
     advantages=advantages.Advantages(baseline='batch', group_size=GROUP_SIZE),
@@ -75,7 +77,7 @@ def get_config(variant: str = 'grpo') -> experiment.Experiment:
       sft.data,
       path=f'kind=questions&{_ADDITIONS}',
       examples='prompts',
-      chat_template='',  # that of the frozen directory
+      chat_template='',  # the template of the frozen directory
       packing='none',
       batch_size=256,
       tokenizer=init_from.tokenizer_of(directory or SFT),

@@ -4,19 +4,19 @@
     python train.py --config=experiments/lifecycle.py:base --workdir=runs/base
     python train.py --config=experiments/lifecycle.py:sft:runs/base/frozen ...
 
-A variant is STAGE:DIRECTORY, where the directory is the frozen one of the stage
-before, by `PARENTS`. `python -m studies.lifecycle`, which `make lifecycle`
-runs, trains all of them and prints one table.
+A variant is STAGE:DIRECTORY, with the frozen directory of the stage before, see
+`PARENTS`. `python -m studies.lifecycle`, which `make lifecycle` runs, trains
+all stages and prints one table.
 
     base    learns the text of additions
     sft     learns to answer questions, from conversations
     reward  learns which of two answers is right
     dpo     prefers right answers to wrong ones, from the pairs of `reward`
     grpo    samples answers, and makes right answers more likely
-    distil  a student a quarter of that size learns from what grpo has made
+    distil  a student a quarter of that size learns from the model of grpo
 
-All read the training split of data/problems/; all are measured on questions of
-its validation split, which shares no problem with it.
+All stages read the training split of data/problems/, and are measured on
+questions of its validation split. The two splits share no problem.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from training.checkpoints import init_from
 from training.objectives import distillation, preference, reward
 from training.optimizer import chain
 
-# The stage that each goes on from; '': it begins with random weights.
+# The stage that each stage continues from; '': it begins with random weights.
 PARENTS = {
   'base': '',
   'sft': 'base',
@@ -63,7 +63,7 @@ def get_config(variant: str = 'base') -> experiment.Experiment:
 
 
 def _started() -> experiment.Experiment:
-  """Returns the experiment that all but the student vary."""
+  """Returns the experiment that all stages but `distil` vary."""
   sft = grpo.get_config('sft')
   return dataclasses.replace(
     sft, model=dataclasses.replace(sft.model, max_length=_PAIR_LENGTH)
@@ -108,7 +108,7 @@ def _pairs(directory: str) -> experiment.Experiment:
       sft.data,
       path=f'kind=pairs&{_ADDITIONS}&count=3000&seed=1',
       examples='pairs',
-      chat_template='',  # that of the frozen directory
+      chat_template='',  # the template of the frozen directory
       row_length=_PAIR_LENGTH,
       batch_size=16,
     ),
@@ -120,7 +120,7 @@ def _reward(directory: str) -> experiment.Experiment:
   pairs = _pairs(directory)
   return dataclasses.replace(
     pairs,
-    # Rewards near 0: a policy that is trained on them has no constant to learn.
+    # Keeps rewards near 0, so that a policy need not learn a constant.
     objective=reward.Reward(centring=0.01),
     optimizer=dataclasses.replace(pairs.optimizer, peak_lr=5e-4),
     num_steps=300,

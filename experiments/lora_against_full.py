@@ -11,10 +11,10 @@ Schulman et al. 2025 (LoRA Without Regret, thinkingmachines.ai/blog/lora) find
 that this reaches the loss of full fine-tuning, and that its best learning rate
 is about ten times as high. The variants are `full` and `rank-RANK`, adapters in
 every linear layer. Another frozen directory than runs/base/frozen may follow a
-second colon. The question: is the loss at rank 8 within 2 % of that of full
+second colon. The question: is the loss at rank 8 within 2 % of the loss of full
 fine-tuning, with less than 3 % of the parameters? Here it is not: it is 6.3 %
-higher, and the best rate is 5.4 times as high (LOG.md, one seed): so small a
-model learns much that is new. Cost: ten minutes on two CPU cores.
+higher, and the best rate is 5.4 times as high (LOG.md, one seed), because so
+small a model learns much that is new. Cost: ten minutes on two CPU cores.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""muP: the best learning rate of a narrow model is also that of a wide model.
+"""muP: narrow and wide models have the same best learning rate.
 
     python -m studies.mup_transfer --workdir=runs/mup \
       --figure=runs/mup.svg

@@ -49,7 +49,7 @@ def get_config(variant: str = 'dpo') -> experiment.Experiment:
       sft.data,
       path=f'kind={kind}&count=4000&seed=1&{problems.TUNED}',
       examples=kind,
-      chat_template='',  # that of the frozen directory
+      chat_template='',  # the template of the frozen directory
     ),
     objective=preference.Preference(loss=method),
     optimizer=dataclasses.replace(sft.optimizer, peak_lr=5e-5),

@@ -13,10 +13,10 @@ Variants, and the target that `PLANS.md` has figures for:
     :30b-a3b  a mixture of experts: Qwen3-30B-A3B           v5p:4x4x4
               (arXiv:2505.09388)
 
-Shapes and peak learning rates are those of the papers. The number of steps
-gives 20 tokens per parameter (Chinchilla, arXiv:2203.15556), of the Parquet
+Shapes and peak learning rates are taken from the papers. The number of steps
+gives 20 tokens per parameter (Chinchilla, arXiv:2203.15556), from the Parquet
 files that `data.path` names. None of these runs has been made: the largest
-needs device-years. `--plan` says what each would cost.
+needs device-years. `--plan` gives the cost of each run.
 """
 
 from data import data_config, sources

@@ -3,7 +3,7 @@
     python train.py --config=experiments/pretrain_124m.py --workdir=runs/124m \
       --config.data.path='text/{split}-*.parquet'
 
-Shape and schedule are those of nanoGPT's reproduction of GPT-2
+Shape and schedule are taken from nanoGPT's reproduction of GPT-2
 (config/train_gpt2.py, https://github.com/karpathy/nanoGPT): half a million
 tokens per step, peak learning rate 6e-4, weight decay 0.1. nanoGPT takes
 600,000 steps and reaches 2.85 nats per token on OpenWebText after four days on

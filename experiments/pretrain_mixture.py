@@ -10,8 +10,8 @@ If it is resumed with --config.data.sources[0].weight=1, both sources have equal
 shares from that step on, and the manifest of the frozen directory records both
 phases. The run prints how often each source was trained, and how much of the
 evaluation text each source contains. Packing splits as few documents as
-possible. The average of the weights is evaluated beside them, and frozen. The
-model is that of `experiments/pretrain_files.py`.
+possible. The average of the weights is evaluated beside the weights, and is
+frozen. The model is the same as in `experiments/pretrain_files.py`.
 """
 
 import dataclasses

@@ -5,13 +5,13 @@
     python train.py --config=experiments/problems.py:sft --audit   # what trains
     python serve.py --model=runs/sft/frozen --chat
 
-Both are minutes on two CPU cores. `base` learns the text of problems of five
-families, with their worked solutions (data/problems/). `sft` goes on from it
+Both take minutes on two CPU cores. `base` learns the text of problems of five
+families, with their worked solutions (data/problems/). `sft` continues from it
 with conversations about harder problems: the answers are trained, and the
 questions are only read. Another frozen directory may follow a second colon, as
 `sft:runs/mine/frozen`. The problems of the validation split are in no training
-split. `experiments/preference.py` goes on from runs/sft/frozen. LOG.md has the
-measured figures.
+split. `experiments/preference.py` continues from runs/sft/frozen. LOG.md has
+the measured figures.
 """
 
 import dataclasses
@@ -68,7 +68,8 @@ def get_config(variant: str = 'base') -> experiment.Experiment:
 def _base() -> experiment.Experiment:
   return experiment.Experiment(
     name='problems_base',
-    # Wide and shallow: the adapters of lora_against_full.py are a small part.
+    # Wide and shallow, so that the adapters of lora_against_full.py have a
+    # small share of the parameters.
     model=dataclasses.replace(
       presets.llama(
         vocab_size=VOCAB_SIZE,

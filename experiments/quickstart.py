@@ -2,7 +2,7 @@
 
     make quickstart
 
-It trains on the source of the running interpreter's standard library: real text
+It trains on the source code of the interpreter's standard library: real text
 that is on every machine. Expected: at most 1.75 bits per byte on its validation
 split. LOG.md has the measured figures.
 """
@@ -43,7 +43,7 @@ def get_config() -> experiment.Experiment:
       row_length=LENGTH,
       batch_size=8,
       tokenizer=data_config.TokenizerConfig(kind='bpe', vocab_size=VOCAB_SIZE),
-      # The year of the interpreter's release is that of the library's text.
+      # The library's text is as old as the interpreter's release.
       knowledge_cutoff=_RELEASE_YEARS.get(sys.version_info[:2], ''),
     ),
     # Muon is ahead of AdamW at equal steps: muon_against_adamw.py.

@@ -8,7 +8,7 @@
       --input=answers.jsonl --out=scored.jsonl
 
 Ouyang et al. 2022 (arXiv:2203.02155), equation 1. The variant is a frozen
-directory to start from; without one, runs/base/frozen. One that has a chat
+directory to start from; without one, runs/base/frozen. A directory with a chat
 template keeps it with --config.data.chat_template=. The rejected solution of a
 pair has a wrong operation, or a wrong answer without work: difficulties 1 and 2
 of data/problems/. Minutes on two CPU cores. `accuracy` is the share of held-out
@@ -40,7 +40,7 @@ def get_config(directory: str = '') -> experiment.Experiment:
       examples='pairs',
       chat_template=presets.QUESTION_TEMPLATE,
     ),
-    # Rewards near 0: a policy that is trained on them has no constant to learn.
+    # Keeps rewards near 0, so that a policy need not learn a constant.
     objective=reward.Reward(centring=0.01),
     optimizer=chain.OptimizerConfig(
       peak_lr=3e-4, end_lr=0.0, schedule='linear', warmup_steps=20

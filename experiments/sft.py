@@ -9,10 +9,10 @@
 The variant names a frozen directory. The run takes its model, its tokenizer,
 its weights and its chat template; the frozen result has the same template, stop
 tokens and settings. `data/examples/shapes.py` lists the shapes of records. Only
-answers and their stop tokens are trained. Without a variant, a small model of
-minutes on CPU starts from random weights and writes plain transcripts, to try
-the data. The learning rate is that of full fine-tuning; adapters
-(--config.adapter.rank=8) want about ten times as much.
+answers and their stop tokens are trained. Without a variant, a small model
+trains for minutes on a CPU from random weights and writes plain transcripts, to
+try the data. The learning rate is for full fine-tuning; adapters
+(--config.adapter.rank=8) need about ten times as much.
 """
 
 from data import data_config, sources

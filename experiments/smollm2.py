@@ -16,10 +16,11 @@ problems. `cpu` and `cpu-rank-8` take 200 problems (--count=200 above) and at
 most 20 minutes on two CPU cores. A frozen directory may follow a second colon,
 as `cpu:frozen/SmolLM2`.
 
-On a GPU, the learning rate of adapters is ten times that of all weights
-(Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora). The
-rates of `cpu` and `cpu-rank-8` were measured: the best ones of so short a run
-are higher, and 20 times apart (LOG.md, 2026-11-29).
+On a GPU, the learning rate of adapters is ten times the rate of full
+fine-tuning (Schulman et al. 2025, LoRA Without Regret,
+thinkingmachines.ai/blog/lora). The rates of `cpu` and `cpu-rank-8` were
+measured: the best rates of so short a run are higher, and 20 times apart
+(LOG.md, 2026-11-29).
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ VARIANTS = (
 BASE = 'runs/SmolLM2-135M-Instruct'
 FULL_RATE = 2e-5
 ADAPTER_RATE = 10 * FULL_RATE
-# By studies/lora_rates.py, of 24 steps of 4 rows.
+# Measured by studies/lora_rates.py, with 24 steps of 4 rows.
 CPU_FULL_RATE = 1.5e-4
 CPU_ADAPTER_RATE = 3e-3
 

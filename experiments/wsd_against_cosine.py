@@ -9,10 +9,10 @@ The schedule of MiniCPM (Hu et al., arXiv:2404.06395) keeps the learning rate
 constant and decays it over the last fifth. So a run can be made longer without
 having been planned longer. The claim: this costs nothing against a cosine over
 the same tokens (also Haegele et al., arXiv:2405.18392). Model, data, batches,
-initial weights and peak learning rate are those of the AdamW side of
+initial weights and peak learning rate are the same as in the AdamW side of
 `experiments/muon_against_adamw.py`; its runs are reused if they exist. LOG.md
-has the measured difference with its interval: WSD is ahead, in a run this
-short. Cost: about two minutes per run on two CPU cores, ten runs.
+has the measured difference with its interval: WSD is ahead in so short a run.
+Cost: about two minutes per run on two CPU cores, ten runs.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def get_config(variant: str = 'cosine') -> experiment_lib.Experiment:
   """Returns one side of the comparison, `cosine` or `wsd`."""
   if variant not in ('cosine', 'wsd'):
     raise ValueError(f'variant: got {variant!r}, expected cosine or wsd')
-  # The same runs of AdamW with a cosine that Muon is compared with.
+  # These are the runs of AdamW with a cosine that Muon is compared with.
   experiment = muon_against_adamw.get_config('adamw')
   if variant == 'wsd':
     experiment.name = 'equal_steps_wsd'

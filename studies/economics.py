@@ -76,7 +76,7 @@ class Rates:
   answer_tokens_per_s: float = 0.0
 
   def validate(self) -> None:
-    """Raises ValueError for shares outside (0, 1], rates and batches < 0."""
+    """Raises ValueError for shares outside (0, 1], batches < 1, rates < 0."""
     for name in ('training_share', 'prompt_share', 'answer_share'):
       value = getattr(self, name)
       if not 0 < value <= 1:
@@ -132,7 +132,7 @@ class Costs:
     Args:
       config: config of the model.
       request: tokens of the request.
-      size: parameters of the model that is billed, over those of `config`.
+      size: parameters of the billed model, over the parameters of `config`.
       weight_bytes: bytes of each weight.
     """
     peaks, rates = self.price.peaks, self.rates

@@ -1,4 +1,4 @@
-"""The command line that benchmarks share: their flags, and how a run ends.
+"""The command line of all benchmarks: common flags, printing and --out.
 
 entry.define_flags(rounds=5, has_peer=True)    # where the file is run
 entry.run(measure, report)                     # in its main
@@ -19,7 +19,7 @@ Result = dict[str, Any]
 def define_flags(*, rounds: int, has_peer: bool = False) -> None:
   """Defines --rounds with its default, --out, and --peer if there is one."""
   flags.DEFINE_integer(
-    'rounds', rounds, 'Turns of each side; figures are medians over rounds.', 1
+    'rounds', rounds, 'Turns of each side; results are medians over them.', 1
   )
   path_flags.DEFINE_path('out', '', 'A file that gets the result as JSON.')
   if has_peer:

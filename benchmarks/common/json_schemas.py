@@ -1,6 +1,6 @@
 """Fifty JSON schemas, of the kinds that people send to servers.
 
-The kinds are those of JSONSchemaBench (Geng et al. 2025, arXiv:2501.10868):
+The kinds come from JSONSchemaBench (Geng et al. 2025, arXiv:2501.10868):
 calls of functions, settings of programs, records, nested and recursive data.
 Each schema is written for this list. Texts and lists are short, so that a
 model which draws letters at random comes to an end.

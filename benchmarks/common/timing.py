@@ -42,8 +42,8 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 def busy_note() -> str:
   """Returns a warning if other processes use this machine's cores, or ''.
 
-  Contention does not slow all sides alike: a side that synchronises more
-  threads loses more, so that a ratio from a busy machine is biased.
+  Contention does not slow all sides equally: a side that synchronises more
+  threads loses more time, so a ratio from a busy machine is biased.
   """
   cores = os.cpu_count() or 1
   load = os.getloadavg()[0]

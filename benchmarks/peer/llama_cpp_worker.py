@@ -1,7 +1,7 @@
-"""llama.cpp's turns of `benchmarks.quantised_decode`, in a Python of its own.
+"""llama.cpp's turns of `benchmarks.quantised_decode`, in a separate Python.
 
-Needs llama-cpp-python (built from source) and numpy alone, so it runs with any
-interpreter that has them. The first line of its input has `path`, `batch`,
+It needs only llama-cpp-python (built from source) and numpy, so it runs with
+any interpreter that has these. The first line of its input has `path`, `batch`,
 `prompt_tokens` and `new_tokens`; each later line asks for one turn. An answer
 has the seconds of the steps after the last prompt.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def _fill(batch, tokens):
-  """Writes id, position, sequence and whether logits are wanted, of each."""
+  """Writes each token: id, position, sequence, and whether it has logits."""
   batch.n_tokens = len(tokens)
   for i, (token, position, sequence, is_last) in enumerate(tokens):
     batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
@@ -55,7 +55,7 @@ def turn(context, batch, vocab_size: int, spec: dict) -> float:
 
 
 def main() -> None:
-  """Loads the model of the first line, and takes a turn for each other."""
+  """Loads the model of the first line; takes a turn for each later line."""
   spec = json.loads(sys.stdin.readline())
   llama_cpp.llama_log_set(_say_nothing, None)
   llama_cpp.llama_backend_init()
@@ -66,7 +66,7 @@ def main() -> None:
   size, length = spec['batch'], spec['prompt_tokens'] + spec['new_tokens']
   settings.n_ctx = size * -(-length // 256) * 256
   settings.n_seq_max = size
-  # As XLA counts them.
+  # The number of cores as XLA counts them.
   threads = len(os.sched_getaffinity(0))
   settings.n_threads = settings.n_threads_batch = threads
   context = llama_cpp.llama_init_from_model(model, settings)

@@ -1,4 +1,4 @@
-"""The process of a peer: starts `peer_worker` and gives it turns by a pipe."""
+"""The process of a peer: starts `peer_worker`, and asks for turns by a pipe."""
 
 import contextlib
 import importlib.util
@@ -89,7 +89,7 @@ def _check_device(device: str) -> None:
 
 
 def check_same_size(info: dict[str, Any], num_params: int) -> None:
-  """Raises ValueError if the peer's model has not `num_params` parameters."""
+  """Raises ValueError unless the peer's model has `num_params` parameters."""
   if info['num_params'] != num_params:
     raise ValueError(
       f'--peer: got {info["num_params"]} parameters, expected our {num_params};'

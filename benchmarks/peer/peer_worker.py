@@ -132,7 +132,7 @@ _WORKLOADS = {
 
 
 def _memory_bytes(device: str) -> int:
-  """Returns the most memory that was held; on a CPU, by the process."""
+  """Returns the peak memory in bytes; on a CPU, of the process."""
   if device == 'cuda':
     return torch.cuda.max_memory_allocated()
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""An IsoFLOP grid of tiny models of bytes: which size is best for a budget.
+"""An IsoFLOP grid of tiny byte models: the best model size for each budget.
 
     python -m studies.scaling.isoflop --config=experiments/scaling/bytes.py \
       --workdir=runs/isoflop --figure=runs/isoflop.svg
@@ -6,15 +6,16 @@
 Models of three layers and several widths are trained with several budgets of
 6 N D FLOPs each (approach 2 of Hoffmann et al., arXiv:2203.15556). N counts all
 parameters: embeddings are tied, so that each of them multiplies a token, and
-leaving them out would bend the power law of models this small (Pearce and Song,
+leaving them out would bend the power law of such small models (Pearce and Song,
 arXiv:2406.12907). One run of constant learning rate per width is branched at
 80 % of each length and decayed (Haegele et al., arXiv:2405.18392). muP gives
 all widths one learning rate. One run alone:
 
     python train.py --config=experiments/scaling/bytes.py:64 --workdir=...
 
-The text is the quickstart's, as bytes, or that of --path. The evaluated rows
-are the same for all models, so that their noise is in all losses alike.
+The text is the quickstart's, as bytes, or the text of --path. The evaluated
+rows are the same for all models, so that their noise affects all losses
+equally.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ HEAD_WIDTH = 8
 # The grid. From one width to the next, parameters grow 1.4 to 2 times.
 SIZES = (16, 24, 32, 40, 48, 64, 80)
 BUDGETS = (1.5e11, 3e11, 6e11, 1.2e12, 2.4e12)  # FLOPs, 6 N D
-# Tokens per parameter of the runs; others are far from the optimum, which is
-# near 90 bytes per parameter at 4e10 FLOPs.
+# Range of tokens per parameter; other runs would be far from the optimum, which
+# is near 90 bytes per parameter at 4e10 FLOPs.
 RATIOS = (4, 600)
 DECAY_SHARE = 0.2  # of the steps, as in arXiv:2405.18392
 

@@ -31,7 +31,7 @@ class Side:
 
   name: str  # as it was written
   values: Mapping[int, float]  # the metric by seed
-  step: int  # of the last evaluation of any run
+  step: int  # of the last evaluation, the same in all runs
   config: Mapping[str, Any]  # by dotted name, without `_FREE`
   workdirs: tuple[pathlib.Path, ...]
 
