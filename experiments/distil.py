@@ -7,7 +7,7 @@
       --workdir=runs/distil/alone
 
 The teacher reads 3,000 problems with their solutions (data/problems/), the
-student 300 of them. What else the student learns from is the teacher:
+student 300 of them. The variants differ in the student's further sources:
 
     alone       the texts of 300 problems
     forward, reverse, jensen_shannon
@@ -19,7 +19,7 @@ student 300 of them. What else the student learns from is the teacher:
                 distribution of each token (Agarwal et al. 2023,
                 arXiv:2306.13649)
 
-The last three go on from `alone`. A directory may follow a variant, as
+The last three continue from `alone`. A directory may follow a variant, as
 on_policy:runs/distil; it holds the workdirs teacher/ and alone/, and
 answers.jsonl, which `python -m studies.answers` writes. All are measured on
 questions of the validation split, which shares no problem with the others.

@@ -17,7 +17,7 @@ where the norms in the denominator get no gradient (section 4.3 of the paper).
 The model receives the quotient as `gain`, so a merge computes the same
 products.
 
-Training keeps {a, b, magnitude}; `effective` returns what the model reads.
+Training keeps {a, b, magnitude}; `effective` returns the arrays for the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -117,7 +117,7 @@ class AdapterConfig:
       rank, alpha = self._of(name)
       if not rank:
         continue
-      # An output may be narrower, as those of shared keys and values are.
+      # An output may be narrower, as the outputs of shared keys and values are.
       if rank > shape[0]:
         raise ValueError(
           f'adapter.rank: got {rank} for {name}, which reads {shape[0]} numbers'

@@ -5,7 +5,7 @@
 
 The features are of one prefill of the question (`inference/search/routing/`).
 Training fits the weights to logged outcomes (`training/effort/`), and serving
-chooses an effort by what they say. The table of a frozen predictor has the
+chooses an effort by their predictions. The table of a frozen predictor has the
 names of the efforts. F features, H hidden units, E efforts in this file.
 
 A calibrated logit is a line in the network's own (Platt 1999), one line for

@@ -11,15 +11,14 @@ answers (Kim & Rush 2016, arXiv:1606.07947). The second keeps right answers
 alone, for fine-tuning by rejection (Yuan et al. 2023, arXiv:2308.01825).
 
 Questions are records with a prompt (data/examples/prompts.py). The output has a
-conversation for each answer that is kept, and what a verifier reads of its
-question; a run reads it with data.examples = chat. Left out are answers that
-did not end within --max_tokens, answers that the verifier gives less than
---least_score, and repetitions of an answer to the same question. The
-counts, the settings and the digest of the weights are in a file beside it,
-OUT.about.json.
+conversation for each answer that is kept, with the fields of its question that
+a verifier reads; a run reads the output with data.examples = chat. Answers that
+did not end within --max_tokens, answers with a lower score than --least_score,
+and repetitions of an answer to the same question are left out. The counts, the
+settings and the digest of the weights are in a file beside it, OUT.about.json.
 
 An answer is a function of the weights, the question, the settings and the seed.
-Answers are kept in blocks while the program works, so the same command goes on
+Answers are kept in blocks while the program works, so the same command resumes
 where it was stopped.
 """
 
@@ -87,7 +86,7 @@ class Counts:
   truncated: int = 0
   repeated: int = 0
   low_score: int = 0
-  failed: int = 0  # of those: the verifier could not read them
+  failed: int = 0  # part of low_score: answers that the verifier cannot read
   prompt_tokens: int = 0
   tokens: int = 0  # sampled
   flops: float = 0.0
@@ -277,8 +276,8 @@ class _Blocks:
       differs = [k for k in settings if before.get(k) != settings[k]]
       raise ValueError(
         f'{self._place}: got answers of other settings ({", ".join(differs)}),'
-        ' expected those of this command; remove the directory, or take another'
-        ' --out'
+        ' expected the settings of this command; remove the directory, or give'
+        ' another --out'
       )
 
   def read(self, first: int) -> tuple[Counts, list[dict[str, Any]]] | None:

@@ -1,4 +1,4 @@
-"""Ways to teach a small model what a large one knows, in one table.
+"""Ways to distil a large model into a small one, in one table.
 
     python -m studies.distillation --workdir=runs/distil
     python -m studies.distillation --workdir=runs/distil --seeds=3
@@ -12,7 +12,7 @@ below --workdir/seedN. Then measures all of them on the same held-out questions:
               accuracy: 0 % learned nothing from it, 100 % is as good
 
 Errors are standard errors: over the questions for one seed, over the seeds for
-several. The same command goes on where it was stopped.
+several. The same command resumes where it was stopped.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ _RESULTS = 'distillation.json'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """What one model can do, and what its run has cost."""
+  """The scores of one model, and the cost of its run."""
 
   accuracy: answered.Score
   loss: answered.Score
@@ -56,10 +56,11 @@ def train(
   """Trains or resumes a variant in workdir/VARIANT.
 
   Args:
-    workdir: of one seed.
-    seed: of the run.
-    variant: one of `distil.VARIANTS`; those that it goes on from are trained.
-    steps: of the run; 0: those of the experiment.
+    workdir: workdir of one seed.
+    seed: seed of the run.
+    variant: one of `distil.VARIANTS`; variants that it continues from are
+      trained already.
+    steps: steps of the run; 0: as the experiment says.
 
   Raises:
     SystemExit: a signal stopped the run.
@@ -170,7 +171,7 @@ def _over_seeds(scores: Sequence[answered.Score]) -> answered.Score:
 
 
 def main(argv: list[str]) -> None:
-  """Trains what is missing, measures all of it, and prints the table."""
+  """Trains missing variants, measures all variants, and prints the table."""
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   workdir = pathlib.Path(study_flags.required_workdir())

@@ -150,7 +150,7 @@ def table(found: dict[str, Measured]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Trains what is missing, measures all stages, and prints the table."""
+  """Trains missing stages, measures all stages, and prints the table."""
   if len(argv) > 1:
     raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
   workdir = pathlib.Path(study_flags.required_workdir())

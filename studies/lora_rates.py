@@ -109,7 +109,7 @@ def _size(tree) -> int:
 def measure(
   workdir: pathlib.Path, kinds: list[str], base: str
 ) -> dict[str, Losses]:
-  """Trains what is missing in the workdir; returns the losses of each kind.
+  """Trains the missing runs in the workdir; returns the losses of each kind.
 
   Args:
     workdir: directory with a workdir for each run.

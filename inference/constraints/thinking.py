@@ -5,10 +5,11 @@
 
 The tokens between the markers are free until there are `most_tokens`. If the
 model has not closed its reasoning by then, the tokens of the closing marker are
-the only ones allowed, one after the other, and the model goes on with its
+the only ones allowed, one after the other, and the model continues with its
 answer. So the cap holds for any sampling, greedy too, and costs no second
 request. Tokens of a text marker that the model writes itself count until the
-marker is whole; those of a forced one do not. A grammar goes on beneath it.
+marker is whole; tokens of a forced marker do not count. A grammar may apply at
+the same time.
 
 The mask of a step is the port: `inference.engine.flight` applies it as a
 grammar's, so preemption, drafts and several samples need nothing of their own.

@@ -42,7 +42,7 @@ class Request:
   # shared between them. It comes from authentication, never from the body.
   principal: str = ''
   priority: int = 0  # lower is sooner
-  weight: float = 1.0  # share of the engine, beside those of other principals
+  weight: float = 1.0  # share of the engine, relative to other principals
   # Taken as the first token instead of a sampled one, to get its logprob. With
   # max_tokens = 1 no later step reads it, so that the prompt may fill the
   # context.

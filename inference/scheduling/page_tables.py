@@ -54,7 +54,7 @@ class Sequence:
 
   @property
   def num_unsampled(self) -> int:
-    """Tokens that may still be sampled, without those in flight."""
+    """Tokens that may still be sampled, without the tokens in flight."""
     return self.max_known - self.num_known
 
   @property
@@ -225,7 +225,7 @@ class PageTables:
     sequence.hit_version = -1  # it has more tokens than at its last lookup
 
   def num_tokens_held(self, sequences: Iterable[Sequence]) -> int:
-    """Returns the tokens in used pages; those of a shared page count once."""
+    """Returns the tokens in used pages; a shared page counts once."""
     full: set[int] = set()
     last: dict[int, int] = {}
     for sequence in sequences:

@@ -25,8 +25,8 @@ Among equals, each principal has its share and each sequence its place in line.
 An admitted sequence keeps its level and its seniority: only sequences that go
 before it anyway can take its pages. A run that is preempted counts as waiting.
 
-Admission needs pages for all tokens that the sequence knows, after those of the
-running ones, and one page more for each sequence that may grow into one. A
+Admission needs pages for all tokens that the sequence knows, after the pages of
+running sequences, and one page more for each sequence that may grow into it. A
 sequence that has just given its pages back is not admitted again before another
 one leaves. Running sequences of worse priority make room for it; others do so
 only for a *guest*, the next in turn of a principal that has nothing running. If
@@ -93,7 +93,7 @@ class Task:
 
   A running sequence holds pages for its computed tokens. A waiting one holds no
   pages, and starts from the pages of a prefix hit. A fork is a sequence that
-  waits with pages: those of the prompt that it shares with its parent.
+  waits with pages: the pages of the prompt that it shares with its parent.
   """
 
   id: Hashable
@@ -103,7 +103,7 @@ class Task:
   arrival: int  # order of submission; kept when preempted
   waited_steps: int = 0  # since submission, without the current run
   seniority: int = 0  # order of first admission; kept when preempted
-  num_known: int  # known tokens, those in flight included
+  num_known: int  # known tokens, tokens in flight included
   max_known: int = 2**62  # tokens of prompt and completion, at most
   num_computed: int = 0  # computed tokens; while waiting: after its prefix hit
   pages: tuple[int, ...] = ()  # held now

@@ -53,7 +53,7 @@ class Ngrams:
   ) -> tuple[int, ...]:
     """Returns the tokens behind the longest match; of equal ones, the latest.
 
-    It takes `_PLACES * most` comparisons, whatever the length of the text.
+    It takes `_PLACES * most` comparisons, for a text of any length.
     """
     index = self._indices.setdefault(id, _Index())
     self._extend(index, tokens)
@@ -99,7 +99,7 @@ class Ngrams:
     index.num_tokens = stop
 
   def _matched(self, tokens: Sequence[int], place: int) -> int:
-    """Returns how many tokens up to `place` equal those at the end."""
+    """Returns how many tokens up to `place` equal the tokens at the end."""
     end, length = len(tokens) - 1, self._least
     while (
       length < self._most

@@ -191,7 +191,7 @@ def _attend_rows(operands: _Operands, mask_BRS, dropout, form):
     (((3,), (3,)), ((0, 1), (0, 1))),
     preferred_element_type=jnp.float32,
   )
-  # Softmax in float32, whatever the dtype of the queries.
+  # Softmax in float32, for any dtype of the queries.
   scores_BKGRS = form_lib.capped_scores(
     scores.reshape(batch, num_kv, groups, rows, -1), form
   )

@@ -136,7 +136,7 @@ def gradients(
 
 
 def _pass_on(tree, num_shards):
-  """Sends arrays to the next device; returns those of the device before."""
+  """Sends arrays to the next device; returns the previous device's arrays."""
   ring = [(i, (i + 1) % num_shards) for i in range(num_shards)]
   return jax.tree.map(lambda x: jax.lax.ppermute(x, _AXIS, ring), tree)
 

@@ -74,7 +74,7 @@ class Heads:
   def keys(self, x: np.ndarray, axis: int) -> np.ndarray:
     """Returns an array with the key/value heads of all parts.
 
-    Arguments are those of `queries`.
+    The arguments are the same as of `queries`.
     """
     x, rest = _by_heads(x, axis, (self.num_kv_heads, 1))
     x = np.repeat(x, self.copies, axis=0)

@@ -1,7 +1,7 @@
-"""Held-out questions with numbers as answers: what a small model can do.
+"""Held-out questions with numbers as answers, to measure a small model.
 
-Accuracy, loss and distance of a frozen model, each over the same questions,
-through the engine that serves.
+The measures are accuracy, loss and distance of a frozen model, each over the
+same questions, through the engine that serves.
 """
 
 from collections.abc import Sequence

@@ -127,7 +127,7 @@ def _round(
 def _tokens_per_round(rng, overlap: float, num_drafted: int) -> float:
   target, draft = _pair(rng, overlap)
   _, is_accepted = _round(rng, target, draft, (_ROUNDS, num_drafted))
-  # Those before the first rejection, and the token that the target adds.
+  # The tokens before the first rejection, and the token that the target adds.
   return float(np.cumprod(is_accepted, axis=-1).sum(axis=-1).mean() + 1)
 
 

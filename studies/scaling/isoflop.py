@@ -206,7 +206,7 @@ def finished(run: Run, place: pathlib.Path) -> float | None:
   if changes:
     raise ValueError(
       f'--workdir: got {place}, which was trained with other values'
-      f' ({"; ".join(changes)}), expected those of --config; use another'
+      f' ({"; ".join(changes)}), expected the values of --config; use another'
       ' --workdir'
     )
   return last[0]['loss']

@@ -64,7 +64,7 @@ class Key:
   tokens_per_minute: int | None = None  # of prompts and completions
   max_concurrent: int | None = None  # requests that are open at once
   budget: float | None = None  # money, in the currency of the prices
-  weight: float = 1.0  # share of the engine, beside those of other principals
+  weight: float = 1.0  # share of the engine, relative to other principals
 
   def __post_init__(self):
     if not self.name.strip() or not self.name.isprintable():

@@ -274,7 +274,7 @@ export class Chat {
     this.#keep();
   }
 
-  /** Shows the share of the context that is used, and what was spent. */
+  /** Shows the used share of the context, and the cost so far. */
   showAccount() {
     const answer = this.turns.findLast((turn) => turn.usage);
     const most = this.model()?.max_model_len ?? 0;

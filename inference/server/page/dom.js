@@ -1,5 +1,5 @@
-// DOM nodes from values. Text becomes text nodes only, never HTML: what a model
-// writes cannot become an element or an attribute.
+// DOM nodes from values. Text becomes text nodes only, never HTML: text of a
+// model cannot become an element or an attribute.
 
 /**
  * Returns a new element.

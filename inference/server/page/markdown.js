@@ -5,7 +5,7 @@
 
 import { node } from './dom.js';
 
-// Each expression takes time in proportion to its line, whatever is in it.
+// Each expression takes time in proportion to its line, for any content.
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const HEADING = /^#{1,6}\s+(.*)$/;

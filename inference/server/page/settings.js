@@ -14,7 +14,7 @@ const NUMBERS = {
 const TEXTS = ['system', 'stop-strings', 'tools'];
 const FIELDS = [...Object.keys(NUMBERS), ...TEXTS];
 
-/** Fills the form with what this tab had, and keeps what is changed. */
+/** Fills the form with the settings of this tab, and keeps changes. */
 export function start() {
   const kept = JSON.parse(sessionStorage.getItem(STORE) ?? '{}');
   for (const name of FIELDS) byId(name).value = kept[name] ?? '';

@@ -24,7 +24,7 @@ export function samples(text) {
   return found;
 }
 
-/** Returns the sum of a metric over its samples, those of every model. */
+/** Returns the sum of a metric over the samples of all models. */
 function total(reading, name, labels = {}) {
   const wanted = Object.entries(labels);
   return reading

@@ -104,7 +104,7 @@ export class Answered {
     this.better.replaceChildren(form);
   }
 
-  /** Tells what became of a rating. */
+  /** Shows the result of a rating. */
   tell(text) {
     this.better.replaceChildren(
       ...(text ? [node('p.small', { role: 'status' }, text)] : []));

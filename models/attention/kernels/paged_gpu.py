@@ -26,7 +26,7 @@ from models import kv_cache
 from models.attention import cached, form as form_lib, supports
 
 # Queries of a program, and its warps. Tensor cores multiply at least 16 rows;
-# those of an H100 are best at 64. Float32 products do not run on tensor cores
+# an H100's are best at 64. Float32 products do not run on tensor cores
 # and need registers: 64 rows, or half the warps, would exceed the registers.
 MIN_ROWS = 16
 MAX_ROWS, NUM_WARPS = 64, 4

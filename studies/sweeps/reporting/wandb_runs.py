@@ -39,7 +39,7 @@ def save(workdir: pathlib.Path, sweep: str, project: str) -> int:
     try:
       count += mirror.sync()
       mirror.close()
-    except Exception as error:  # its own classes, and those of its network
+    except Exception as error:  # of its own classes, or of its network library
       raise ValueError(
         f'--wandb={project}: got {" ".join(str(error).split())} at {run},'
         ' expected W&B to take it; the trials are kept: the same command sends'
