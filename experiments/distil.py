@@ -109,7 +109,7 @@ def _student() -> experiment.Experiment:
 
 
 def _further(directory: str) -> experiment.Experiment:
-  """Returns the experiment of a student that goes on from `alone`."""
+  """Returns the experiment of a student that continues from `alone`."""
   student = _student()
   alone = f'{directory}/{ALONE}/frozen'
   return dataclasses.replace(

@@ -75,14 +75,14 @@ def train(
     )
   experiment = dataclasses.replace(experiment, seed=seed)
   if quiet_run.run(experiment, workdir / variant).exit_code:
-    raise SystemExit('stopped by a signal; the same command goes on')
+    raise SystemExit('stopped by a signal; the same command resumes')
 
 
 def write_answers(workdir: pathlib.Path, query: str = distil.QUESTIONS) -> None:
   """Writes the teacher's answers, if they are not there yet.
 
   Args:
-    workdir: of one seed, with a trained teacher.
+    workdir: workdir of one seed, with a trained teacher.
     query: the questions, see `data/problems/generator.py`.
   """
   out = workdir / distil.ANSWERS_FILE

@@ -76,7 +76,7 @@ def train(
       optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=warmup),
     )
   if quiet_run.run(experiment, workdir / stage).exit_code:
-    raise SystemExit('stopped by a signal; the same command goes on')
+    raise SystemExit('stopped by a signal; the same command resumes')
   return experiment
 
 

@@ -160,7 +160,7 @@ def _train(
   except reporter.NonFiniteError:
     return math.nan
   if result.exit_code:
-    raise SystemExit('stopped by a signal; the same command goes on')
+    raise SystemExit('stopped by a signal; the same command resumes')
   records = metrics.read(workdir)
   return [each['loss'] for each in records if each['kind'] == 'eval'][-1]
 

@@ -288,7 +288,7 @@ def rebuild(
     parts.batches.close()
   result = quiet_run.run(experiment, workdir)
   if result.exit_code:
-    say('stopped by a signal; the same command goes on')
+    say('stopped by a signal; the same command resumes')
     return result.exit_code
   found = compare(model, workdir / 'frozen', workdir)
   for line in told(found):

@@ -114,7 +114,7 @@ def _train(
   experiment: experiment_lib.Experiment, workdir: pathlib.Path
 ) -> None:
   if quiet_run.run(experiment, workdir).exit_code:
-    raise SystemExit('stopped by a signal; the same command goes on')
+    raise SystemExit('stopped by a signal; the same command resumes')
 
 
 def panels(runs: Sequence[Run], method: str) -> list[figure.Panel]:

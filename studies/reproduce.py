@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int:
     print(f'error: {error}')
     return 1
   except port.Stopped as stopped:
-    print('stopped by a signal; the same command goes on')
+    print('stopped by a signal; the same command resumes')
     return stopped.args[0]
   return 0
 

@@ -84,7 +84,7 @@ class PageTables:
     self.cache = prefix_cache.PrefixCache(self.allocator, page_size)
 
   def num_pages(self, num_tokens: int) -> int:
-    """Returns how many pages hold so many tokens."""
+    """Returns the number of pages that hold `num_tokens` tokens."""
     return -(-num_tokens // self.page_size)
 
   def hit(self, sequence: Sequence) -> tuple[int, ...]:

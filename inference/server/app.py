@@ -134,7 +134,7 @@ def create_app(
       key, all clients are answered.
     config: the limits on bodies.
     records: opened with `TABLES`, and closed by the app; None: in memory.
-    loader: of further models; None: none can be loaded.
+    loader: loads further models; None: no model can be loaded.
     observers: observers of the finished answers, such as receipts.
   """
   records = records or database.Database(None, tables=TABLES)

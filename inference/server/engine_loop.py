@@ -238,7 +238,7 @@ class EngineLoop:
     """Submits requests, all or none; returns their updates.
 
     Args:
-      requests: of one client.
+      requests: requests of one client.
       on_end: called once, also if this raises.
 
     Raises:

@@ -17,7 +17,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 from typing import NamedTuple, Protocol
 
-# A program counts as measured after so many calls: the first ones are slower.
+# A program counts as measured after this many calls: the first calls are
+# slower.
 _SAMPLES = 3
 # Weight of a call that took longer than the estimate. A shorter call replaces
 # the estimate: a longer time may only mean that the host read the result late.

@@ -17,7 +17,7 @@ class Drafter(Protocol):
     """Returns up to `most` tokens that may follow; () if there is no guess.
 
     Args:
-      id: of the sequence. Its tokens only grow from call to call.
+      id: id of the sequence. Its tokens only grow from call to call.
       tokens: all known tokens of the sequence, the prompt included.
       most: at least 1.
     """

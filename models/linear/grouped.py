@@ -64,7 +64,7 @@ def grouped_linear(
     w_EIO: one matrix per group, or the part that this device holds.
     sizes_E: int32, rows of each group. Rows past the sum of the sizes are in no
       group; their result is zero.
-    dtype: of the operands and the result.
+    dtype: dtype of the operands and the result.
     held: see `Held`.
   """
   y_JO, _ = _forward(x_JI, w_EIO, sizes_E, dtype, held)

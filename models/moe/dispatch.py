@@ -37,7 +37,7 @@ def apply_experts(
     gates_BTA: float32, the weight of each chosen expert.
     kernels: 'up' [E, D, F] and 'down' [E, F, D]. Experts are SwiGLU with 'gate'
       [E, D, F], and GELU without.
-    dtype: of the computation; sums are float32.
+    dtype: dtype of the computation; sums are float32.
     held: gather and scatter of each kernel, if this device holds a part of it.
   """
   num_experts = kernels['down'].shape[0]

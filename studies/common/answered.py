@@ -66,7 +66,7 @@ def questions_of(
     if whole[: len(prompt)] != prompt:
       raise ValueError(
         f'{directory}: got a chat template that changes the prompt when the'
-        ' answer is there, expected one that goes on from it'
+        ' answer is there, expected a template that continues it'
       )
     found.append(Question(prompt, whole[len(prompt) :], record))
   return found
@@ -85,7 +85,7 @@ def score(
   answer per question.
 
   Args:
-    max_tokens: of an answer.
+    max_tokens: the most tokens of an answer.
   """
   prompts = [each.prompt_ids for each in questions]
   sample, logprobs = model.required_sample_fn(), model.required_logprob_fn()

@@ -64,7 +64,7 @@ class Claims:
     """Enqueues the points of the sweep, and errored trials to run again.
 
     Args:
-      resume: of `RESUMES`.
+      resume: one of `RESUMES`.
     """
     with locks.locked(self._workdir / _LOCK):
       self._store.enqueue()

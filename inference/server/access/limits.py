@@ -170,7 +170,7 @@ class Refusal(errors.ApiError):
       kind: requests, tokens, concurrency or budget.
       message: got, expected, fix.
       wait: seconds until the same request may pass; infinity: never.
-      code: of OpenAI.
+      code: the error code of OpenAI.
     """
     super().__init__(429, message, param=None, code=code)
     self.kind = kind

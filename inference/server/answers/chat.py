@@ -58,7 +58,7 @@ class Answer:
       generator: its engine will answer.
       body: body of the request.
       principal: owner of the API key that the request has.
-      reply_format: of the model, see `text.replies.detection`.
+      reply_format: format of the answers, see `text.replies.detection`.
 
     Raises:
       ApiError: status 400; `param` names the field.

@@ -41,7 +41,7 @@ class LogprobsWriter:
     """Begins a text.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       as_ids: whether all tokens are named `token_id:ID`.
       offset: characters of the answer in front of the text.
       is_continued: whether the tokens continue a text, as a completion does.
@@ -126,9 +126,9 @@ def prompt_places(
   case, and the tokenizer itself gives the places.
 
   Args:
-    tokenizer: of the model.
-    text: of the prompt.
-    token_ids: of the prompt, perhaps with BOS in front.
+    tokenizer: tokenizer of the model.
+    text: text of the prompt.
+    token_ids: ids of the prompt, perhaps with BOS in front.
   """
   if tokenizer.decode(token_ids) == text:
     return None

@@ -71,7 +71,7 @@ class Writer:
 
     Args:
       reason: the finish_reason of the completion.
-      usage: of the response.
+      usage: usage of the response.
     """
     is_cut = reason == 'length'
     if not self._item and not self.response['output']:

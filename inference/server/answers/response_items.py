@@ -40,7 +40,7 @@ def messages(
 
   Args:
     instructions: a system message before all others.
-    items: of the conversation, the oldest first.
+    items: items of the conversation, oldest first.
   """
   found: list[dict[str, Any]] = []
   if instructions:

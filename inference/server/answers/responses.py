@@ -61,7 +61,7 @@ class Answer:
       principal: owner of the API key that the request has.
       before: the items of the response that this one continues.
       is_stored: whether the response will be kept.
-      reply_format: of the model's answers, see `text.replies.detection`.
+      reply_format: format of the answers, see `text.replies.detection`.
 
     Raises:
       ApiError: status 400; `param` names the field.

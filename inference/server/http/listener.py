@@ -47,7 +47,7 @@ class Listener(uvicorn.Server):
       end_requests: ends all open requests with an error; called after the
         drain.
       draining: draining state of the app; None: the port is closed at once.
-      **options: of `uvicorn.Config`, such as host and port.
+      **options: options of `uvicorn.Config`, such as host and port.
     """
     super().__init__(
       uvicorn.Config(

@@ -128,7 +128,7 @@ def find(
   """Returns the receipts of a request, by choice.
 
   Args:
-    connection: of the records.
+    connection: connection to the records.
     request: digits of its id.
     seal: opens sealed receipts.
 

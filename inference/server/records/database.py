@@ -42,7 +42,7 @@ class Database:
     """Opens or creates the file; other users of the machine cannot read it.
 
     Args:
-      path: of the file; None: in memory.
+      path: path of the file; None: in memory.
       tables: SQL that creates tables and indices where they are missing.
 
     Raises:

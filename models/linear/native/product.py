@@ -36,7 +36,7 @@ _BOOKS = {
   'fp4': packing.FP4,
   'IQ4_NL': tuple(map(float, super_blocks.BOOK)),
 }
-_LANES = 16  # every group of so many weights has one scale
+_LANES = 16  # weights of a group that shares one scale
 _DTYPES = 'float32', 'bfloat16', 'float16'
 
 

@@ -304,7 +304,7 @@ def save(
   """Writes results.csv, results.json and best.flags into the workdir.
 
   Args:
-    rerun: of `rerun_flags`.
+    rerun: the result of `rerun_flags`.
   """
   names = list(results.sweep.parameters)
   seeds = sorted({seed for row in results.rows for seed in row.seeds}, key=int)

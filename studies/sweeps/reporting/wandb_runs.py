@@ -21,7 +21,7 @@ def save(workdir: pathlib.Path, sweep: str, project: str) -> int:
     project: PROJECT or TEAM/PROJECT.
 
   Raises:
-    ValueError: of `wandb_mirror.library`; or W&B refused a run.
+    ValueError: `wandb_mirror.library` raises it, or W&B refused a run.
   """
   wandb, count = wandb_mirror.library(project), 0
   for run in sorted(
