@@ -13,6 +13,7 @@ from checks import expect, flag_field
 from inference.scheduling import scheduler
 
 NUMERICS = ('fast', 'invariant')
+TENSOR_PARTS = (0, 2, 4, 8)
 KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 NATIVE = ('auto', 'on', 'off')
@@ -98,6 +99,13 @@ class EngineConfig:
     'Number of devices that share the model: each has some heads, a part of the'
     ' MLP and of the vocabulary, and the KV cache of its heads. For models that'
     ' one device does not hold, or for a shorter time per token.',
+  )
+  tensor_parts: int = flag_field.field(
+    0,
+    'Parts into which the model is cut with numerics=invariant: 2, 4 or 8. The'
+    ' bits of an answer are then the same for every number of devices that'
+    ' divides it, 1 included. 0: 8 over several devices, none on one. It costs'
+    ' time: smaller products, and terms that are sent apart.',
   )
   kv_dtype: str = flag_field.field(
     'model',
@@ -211,6 +219,8 @@ class EngineConfig:
           ' expected none; add --engine.speculation=ngram'
         )
     expect.at_least('engine.tensor', self.tensor, 1)
+    expect.one_of('engine.tensor_parts', self.tensor_parts, TENSOR_PARTS)
+    self._check_parts()
     expect.at_least('engine.num_pages', self.num_pages, 0)
     expect.at_least('engine.max_length', self.max_length, 0)
     if self.kv_memory:
@@ -243,6 +253,26 @@ class EngineConfig:
         f' largest of them max_sequences = {self.max_sequences}'
       )
     self.limits(tile)  # Limits checks its own fields
+
+  @property
+  def num_parts(self) -> int:
+    """The parts that a model is cut into; 1: it stays whole."""
+    if self.numerics == 'invariant' and self.tensor > 1:
+      return self.tensor_parts or TENSOR_PARTS[-1]
+    return self.tensor_parts or self.tensor
+
+  def _check_parts(self) -> None:
+    if self.tensor_parts and self.numerics != 'invariant':
+      raise ValueError(
+        f'engine.tensor_parts: got {self.tensor_parts} with numerics ='
+        f' {self.numerics}, expected 0; add --engine.numerics=invariant'
+      )
+    if self.num_parts % self.tensor:
+      raise ValueError(
+        f'engine.tensor: got {self.tensor} with invariant numerics, expected a'
+        f' divisor of the {self.num_parts} parts of the model; change it or'
+        ' engine.tensor_parts'
+      )
 
   def holding(self, ranks: Sequence[int]) -> 'EngineConfig':
     """Returns the config with room for adapters, where it leaves that open.

@@ -108,7 +108,7 @@ class Backend(NamedTuple):
       'ports': program_store.describe_ports(self.execution),
       'kv_dtype': jnp.dtype(self.kv_dtype).name,
       'numerics': config.numerics,
-      **({'tensor': str(config.tensor)} if config.tensor > 1 else {}),
+      **_devices(config),
       'jax': importlib.metadata.version('jax'),
       'jaxlib': importlib.metadata.version('jaxlib'),
       'device': device.device_kind,
@@ -190,6 +190,15 @@ def choose(
   if refusal := supports.problem(path, _request(config, model, dtype, width)):
     raise ValueError(f'{path.name}: {refusal}')
   return backend
+
+
+def _devices(config: engine_config.EngineConfig) -> dict[str, str]:
+  """Returns what decides the order of sums over devices; nothing for one."""
+  if config.num_parts == 1:
+    return {}
+  if config.numerics == 'invariant':  # however many devices share the parts
+    return {'tensor_parts': str(config.num_parts)}
+  return {'tensor': str(config.tensor)}
 
 
 def _kv_dtype(config: engine_config.EngineConfig, dtype: Any) -> Any:

@@ -230,6 +230,10 @@ def _hints(receipt):
   if (stored := receipt.numerics['kv_dtype']) in kv_cache.QUANTIZED:
     name = 'fp8' if stored == kv_cache.FP8_BITS else stored
     yield f'the KV cache was {name}'
+  if parts := receipt.numerics.get('tensor_parts'):
+    yield f'sums were those of a model in {parts} parts'
+  if num_devices := receipt.numerics.get('tensor'):
+    yield f'{num_devices} devices shared the model'
   yield f'attention was {receipt.numerics["attention"]}'
   if products := receipt.numerics.get('products'):
     yield f'products with kernels in fewer bits were {products}'

@@ -22,7 +22,7 @@ from inference.engine.compiled import programs
 from inference.engine.spread import layout as layout_lib, refusals, results
 from models import axes, layout as model_layout, model_config, transformer
 from parallel import mesh as mesh_lib, parallel_config, rules
-from parallel.tensor import ports
+from parallel.tensor import by_part, ports
 
 
 class Placement(programs.Placement, Protocol):
@@ -122,6 +122,7 @@ class Spread:
 
   mesh: Mesh
   layout: layout_lib.Layout
+  is_invariant: bool
   is_spread = True
 
   @property
@@ -141,14 +142,25 @@ class Spread:
     return self.model.vocab_size
 
   def backend(self, backend):
-    given = backend.execution
+    given, num = backend.execution, self.layout.num_parts
     spread = dataclasses.replace(
-      given,
-      joined=ports.Joined(given.linear),
-      look_up=ports.look_up,
-      apply_experts=ports.Experts(given.apply_experts),
-      masked=ports.Masked(given.masked),
+      given, look_up=ports.look_up, masked=ports.Masked(given.masked)
     )
+    if self.is_invariant:
+      spread = dataclasses.replace(
+        spread,
+        linear=by_part.Linear(given.linear, num),
+        joined=by_part.Joined(given.linear, num),
+        unembed=by_part.Unembed(given.unembed, num),
+        attend_cached=by_part.AttendCached(given.attend_cached, num),
+        apply_experts=by_part.Experts(given.apply_experts, num),
+      )
+    else:
+      spread = dataclasses.replace(
+        spread,
+        joined=ports.Joined(given.linear),
+        apply_experts=ports.Experts(given.apply_experts),
+      )
     # Transposed kernels would have no logical axes.
     return backend._replace(execution=spread, has_transposed_kernels=False)
 
@@ -315,7 +327,7 @@ def make(
     ValueError: there are too few devices, or something of the config or of the
       model works on one device only.
   """
-  if config.tensor == 1:
+  if config.num_parts == 1:
     return OneDevice(params.device, model, vocab_size)
   devices = jax.local_devices() if devices is None else devices
   if len(devices) < config.tensor:
@@ -329,9 +341,9 @@ def make(
     devices[: config.tensor],
   )
   layout = layout_lib.Layout(
-    model=model, vocab_size=vocab_size, num_parts=config.tensor
+    model=model, vocab_size=vocab_size, num_parts=config.num_parts
   )
-  return Spread(mesh, layout)
+  return Spread(mesh, layout, config.numerics == 'invariant')
 
 
 def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:

@@ -40,12 +40,6 @@ def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
       'none over several devices; merge the adapter into its base (python -m'
       ' frozen.adapters merge), or use one device',
     )
-  if config.numerics != 'fast':
-    return (
-      f'engine.numerics = {config.numerics}',
-      'fast: sums over devices are rounded in an order of their own; use one'
-      ' device for invariant numerics',
-    )
   if config.native == 'on':
     return (
       'engine.native = on',
@@ -71,7 +65,13 @@ def _of_model(
       ' (qk_norm_whole)',
       'norms of each head; use one device',
     )
-  if model.expert_width % config.tensor:
+  if model.latent_width and config.numerics == 'invariant':
+    return (
+      'latent attention with invariant numerics',
+      'fast numerics: every device computes whole latents; use one device, or'
+      ' numerics=fast',
+    )
+  if model.expert_width % config.num_parts:
     return (
       f'experts of width {model.expert_width}',
       'a divisor of the width; choose another number of devices',

@@ -90,7 +90,7 @@ def plan(
   context = config.context(model.max_length)
   shapes = frozen_format.shapes_of(manifest, model)
   weights = stored_kernels.num_bytes(shapes)
-  if config.tensor > 1:
+  if config.num_parts > 1:
     placement = placement_lib.make(
       config,
       dataclasses.replace(model, scan_layers=False),

@@ -89,7 +89,6 @@ def test_a_frozen_directory_is_read_into_its_places(tmp_path):
   ('model', 'layout', 'message'),
   [
     ({}, {'tensor': 16}, 'engine.tensor: got 16, expected at most the number'),
-    ({}, {'tensor': 2, 'numerics': 'invariant'}, 'invariant, expected fast'),
     ({}, {'tensor': 2, 'max_adapters': 3}, 'got 2 and 3 places for adapters'),
     ({}, {'tensor': 2, 'native': 'on'}, 'native = on, expected off'),
     (

@@ -1,0 +1,155 @@
+"""The ports of a model in parts, with bits that no number of devices changes.
+
+A model is cut into a fixed number of parts, and a device holds one part or
+several. It computes its parts one by one, all in the same shapes, so that the
+order of no sum within a part depends on the number of devices. Where parts are
+added, devices exchange the terms of all parts, and each adds them in one fixed
+order, a tree of pairs. So 1, 2, 4 and 8 devices compute the same bits.
+
+The price: a sum of P terms is sent as P terms in place of one, and products are
+P times as many, each a P-th as large.
+
+Reference: Zhang et al., "Deterministic inference across tensor parallel sizes
+that eliminates training-inference mismatch", arXiv:2511.17826: one binary tree
+for the sums within a device and between devices, in kernels of their own.
+
+The ports wrap those of `models.linear.invariant`, which take care of batches.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from parallel.tensor import ports
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """The port `linear`: outputs are split over the parts."""
+
+  linear: Callable[..., Any]
+  num_parts: int  # of all devices
+
+  def __call__(self, x, w_IO, bias_O, dtype):
+    num = _num_here(self.num_parts)
+    biases = [None] * num
+    if bias_O is not None:
+      biases = jnp.split(bias_O, num)
+    return jnp.concatenate(
+      [
+        _apart(lambda x, w, b: self.linear(x, w, b, dtype), x, w_Ip, bias_p)
+        for w_Ip, bias_p in zip(jnp.split(w_IO, num, 1), biases, strict=True)
+      ],
+      axis=-1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+  """The port `joined`: inputs are split over the parts."""
+
+  linear: Callable[..., Any]
+  num_parts: int
+
+  def __call__(self, x, w_IO, bias_O, dtype):
+    num = _num_here(self.num_parts)
+    terms = [
+      _apart(lambda x, w: self.linear(x, w, None, dtype), x_p, w_pO)
+      for x_p, w_pO in zip(
+        jnp.split(x, num, -1), jnp.split(w_IO, num), strict=True
+      )
+    ]
+    return ports.biased(_summed(terms, dtype), bias_O, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unembed:
+  """The port `unembed`: rows of the head are split over the parts."""
+
+  unembed: Callable[..., jax.Array]
+  num_parts: int
+
+  def __call__(self, hidden, head_VD, dtype):
+    return jnp.concatenate(
+      [
+        _apart(lambda x, w: self.unembed(x, w, dtype), hidden, head_pD)
+        for head_pD in jnp.split(head_VD, _num_here(self.num_parts))
+      ],
+      axis=-1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendCached:
+  """The port `attend_cached`: heads are split over the parts."""
+
+  attend_cached: Callable[..., jax.Array]
+  num_parts: int
+
+  def __call__(self, q_1THC, cache, positions_1T, form):
+    num = _num_here(self.num_parts)
+
+    def attend(q_1THC, pages):
+      return self.attend_cached(
+        q_1THC, cache._replace(pages=pages), positions_1T, form
+      )
+
+    def pages_of(part: int):
+      def own(pool):
+        per_part = pool.shape[2] // num
+        return pool[:, :, part * per_part : (part + 1) * per_part]
+
+      return jax.tree.map(own, cache.pages)
+
+    outs = [
+      jax.lax.optimization_barrier(
+        attend(jax.lax.optimization_barrier(q_1TpC), pages_of(part))
+      )
+      for part, q_1TpC in enumerate(jnp.split(q_1THC, num, 2))
+    ]
+    return jnp.concatenate(outs, axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """The port `apply_experts`: the width of experts is split over the parts."""
+
+  apply_experts: Callable[..., jax.Array]
+  num_parts: int
+
+  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
+    num = _num_here(self.num_parts)
+    split = {
+      name: jnp.split(kernel, num, 1 if name == 'down' else 2)
+      for name, kernel in kernels.items()
+    }
+
+    def apply(x_BTD, kernels):
+      return self.apply_experts(x_BTD, ids_BTA, gates_BTA, kernels, dtype)
+
+    terms = [
+      _apart(apply, x_BTD, {name: each[n] for name, each in split.items()})
+      for n in range(num)
+    ]
+    return _summed(terms, dtype)
+
+
+def _num_here(num_parts: int) -> int:
+  """Returns the parts of a device."""
+  return num_parts // jax.lax.axis_size(ports.AXIS)
+
+
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+  """Returns function(*args), which XLA does not fuse with other parts."""
+  args = jax.lax.optimization_barrier(args)
+  return jax.lax.optimization_barrier(function(*args))
+
+
+def _summed(terms: Sequence[jax.Array], dtype: Any) -> jax.Array:
+  """Returns the sum of the terms of all parts, in their order."""
+  terms_P = jax.lax.all_gather(jnp.stack(terms), ports.AXIS, tiled=True)
+  total = ports.in_order(terms_P.astype(jnp.float32))
+  return total.astype(dtype)

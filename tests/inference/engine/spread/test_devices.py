@@ -1,0 +1,119 @@
+"""Engines of several devices: the bits of one, drafts and grammars."""
+
+import numpy as np
+import pytest
+
+from inference.constraints import constraint as constraint_lib
+from inference.requests import requests
+from inference.sampling import settings as settings_lib
+from tests.helpers.serving import guesses, reference_engine
+
+_LAYOUT = {
+  'max_sequences': 4,
+  'decode_shapes': (4,),
+  'page_size': 16,
+  'num_pages': 14,
+  'chunk_tokens': 16,
+  'max_chunks': 1,
+  'max_mixed_chunks': 1,
+  'stream_seconds': 0,
+}
+
+
+def _request(length, *, seed=0, constraint=None, **settings):
+  rng = np.random.default_rng(length)
+  return requests.Request(
+    prompt_ids=tuple(rng.integers(0, 256, length).tolist()),
+    settings=settings_lib.Settings(
+      max_tokens=14, logprobs=3, seed=seed, constraint=constraint, **settings
+    ),
+  )
+
+
+_REQUESTS = (
+  _request(1, temperature=0.0),
+  _request(5, temperature=0.9, n=2),
+  _request(17, temperature=1.2, top_k=50, top_p=0.9, prompt_logprobs=2),
+  _request(33, temperature=1.0, min_p=0.02, repetition_penalty=1.3),
+  _request(48, temperature=0.0, frequency_penalty=0.4, min_tokens=4),
+  _request(64, temperature=1.1, logit_bias=((7, 3.0), (250, 2.0))),
+)
+
+
+def _answers(engine, wanted, **how):
+  """Returns ids and log-probabilities of every completion."""
+  served = reference_engine.serve(engine, wanted, **how)
+  return [
+    [(each.token_ids, each.logprobs, each.prompt_logprobs) for each in found]
+    for found in served.completions
+  ]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'num_parts', 'devices'),
+  [
+    ('odd_heads', 2, (1, 2)),
+    pytest.param('odd_heads', 8, (1, 2, 4, 8), marks=pytest.mark.slow),
+    pytest.param('gpt2', 8, (1, 8), marks=pytest.mark.slow),
+    pytest.param('mixture', 4, (1, 2, 4), marks=pytest.mark.slow),
+  ],
+)
+def test_bits_do_not_depend_on_the_number_of_devices(kind, num_parts, devices):
+  found = [
+    _answers(
+      reference_engine.engine(
+        kind,
+        **_LAYOUT,
+        numerics='invariant',
+        tensor=num_devices,
+        tensor_parts=num_parts,
+      ),
+      _REQUESTS,
+      # Other company, other pages and other chunks on each.
+      rng=np.random.default_rng(num_devices),
+      spread=9,
+      preemptions=(0, 1),
+    )
+    for num_devices in devices
+  ]
+  for other in found[1:]:
+    assert other == found[0]
+  reference = reference_engine.Reference(kind)
+  for request, completions in zip(_REQUESTS, found[0], strict=True):
+    for index, (_, logprobs, _) in enumerate(completions):
+      expected = reference.answer(request, index).logprobs
+      # The function is the model's; the order of its sums is another one.
+      assert logprobs[0].chosen == pytest.approx(expected[0].chosen, abs=1e-5)
+
+
+def test_drafts_and_grammars_over_devices():
+  engine = reference_engine.engine(
+    'odd_heads', **_LAYOUT, tensor=2, speculation='ngram'
+  )
+  reference = reference_engine.Reference('odd_heads')
+  greedy = [_request(length, temperature=0.0) for length in (5, 17, 40)]
+  texts = [
+    (*request.prompt_ids, *reference.answer(request).token_ids)
+    for request in greedy
+  ]
+  guesses.install(engine, guesses.Guesses(texts))
+  for request, ((ids, *_),) in zip(
+    greedy, _answers(engine, greedy), strict=True
+  ):
+    assert ids == reference.answer(request).token_ids
+  for kind in ('accepted', 'rejected'):
+    assert engine.metrics.value('speculation_tokens_total', kind=kind) > 2
+  pattern = constraint_lib.Constraint(
+    kind='regex', text='[0-9]{3}[\\xE0-\\xEF]'
+  )
+  constrained = [
+    _request(9, seed=n, temperature=1.0, constraint=pattern) for n in range(3)
+  ]
+  served = reference_engine.serve(engine, [*constrained, greedy[1]])
+  for number in range(len(constrained)):
+    text = served.texts[number, 0]
+    assert len(text) == 4
+    assert text[:3].isdigit()
+    assert '\xe0' <= text[3] <= '\xef'
+  last = served.completions[3][0]
+  assert last.token_ids == reference.answer(greedy[1]).token_ids
