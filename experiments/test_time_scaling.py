@@ -6,10 +6,15 @@
 
 `small` and `large` learn to add numbers of two to six digits, a column and a
 carry at a time (`data/problems/arithmetic.py:columns`). The large model has
-about four times the parameters. Training ends early on purpose: a column is
-right with a probability below 1, so that an answer of six columns is wrong much
-more often than one of two. `python -m studies.test_time_scaling` asks what
-samples, votes and verifiers make of it. LOG.md has the measured figures.
+about four times the parameters. A column is right with a probability below 1,
+so that an answer of six columns is wrong more often than one of two.
+`python -m studies.test_time_scaling` asks what samples, votes and verifiers
+make of it.
+
+Measured so far, one seed, 400 steps: the loss per token is 0.69 (small) and
+0.33 (large), and the small model answers 0.2 % of the held-out questions. That
+is too early to compare strategies, hence the number of steps below, which is
+not yet measured. Other `--steps` of the study train models of another ability.
 """
 
 import dataclasses
@@ -63,7 +68,7 @@ def get_config(variant: str = 'small') -> experiment.Experiment:
     optimizer=chain.OptimizerConfig(
       peak_lr=2e-3, end_lr=0.0, warmup_steps=20, weight_decay=0.0
     ),
-    num_steps=400,
+    num_steps=3000,
     log_every_steps=20,
     eval_every_steps=0,
   )
