@@ -1,6 +1,7 @@
 """Life two: frozen weights answer prompts, and no weight changes.
 
     python serve.py --model=DIR --prompt='def add('
+    python serve.py --model=DIR --prompt='2+2=' --strategy=self_consistency:9
     python serve.py --model=DIR --chat
     python serve.py --model=DIR --port=8000 --engine.max_sequences=64
     python serve.py --model=DIR --eval=perplexity:book.txt --eval.limit=100
@@ -31,6 +32,7 @@ from inference import flags as flags_lib
 from inference.constraints import flags as constraint_flags
 from inference.engine import engine_config
 from inference.sampling import settings as settings_lib
+from inference.search import options as search_options
 from inference.server import server_config
 
 FLAGS = flags.FLAGS
@@ -48,6 +50,7 @@ _ENGINE = flags_lib.Group(
 _SERVER = flags_lib.Group(
   config=server_config.ServerConfig, prefix='server.', ways=('port',)
 )
+_SEARCH = flags_lib.Group(config=search_options.Options, ways=('prompt',))
 _EVAL = flags_lib.Group(
   config=eval_options.Options, prefix='eval.', ways=('eval',)
 )
@@ -109,6 +112,9 @@ def main(argv: list[str]) -> None:
       )
     elif way == 'eval':
       _evaluate()
+    elif given := _SEARCH.given():
+      chosen = _SETTINGS.given() | constraint_flags.given()
+      _search(FLAGS.prompt, chosen, search_options.Options(**given))
     else:
       _complete(FLAGS.prompt, _SETTINGS.given() | constraint_flags.given())
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
@@ -161,6 +167,20 @@ def _complete(prompt: str, chosen) -> None:
   print(f'weights after   {after}  {"unchanged" if is_same else "CHANGED"}')
   if not is_same:
     _fail('the weights changed while they were used; report this as a bug')
+
+
+def _search(prompt: str, chosen, options: search_options.Options) -> None:
+  """Answers a prompt with a strategy, then prints the receipt."""
+  from inference.search import prompt as prompt_search
+
+  spec = prompt_search.check(options, FLAGS.n)
+  generator = _load_small(min(spec.num_sequences, 16))
+  ids, settings = _asked(generator, prompt, chosen)
+  found = prompt_search.search(generator, prompt, ids, settings, options)
+  if FLAGS.system is None:
+    _show(prompt)
+  _show(found.chosen.text if found.chosen else '')
+  print(f'\n\n{prompt_search.told(found)}')
 
 
 def _asked(generator, prompt: str, chosen):
@@ -318,7 +338,7 @@ def _heeded_by(name: str) -> tuple[str, ...]:
   """Returns the ways of asking that a flag matters to."""
   if name in _HEEDED_BY:
     return _HEEDED_BY[name]
-  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL, _SEARCH):
     if name in group.fields:
       return group.ways
   return _WAYS
@@ -413,7 +433,7 @@ def _define_flags() -> None:
     compilation_cache.HELP,
   )
   _define_server_flags()
-  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL):
+  for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL, _SEARCH):
     group.define()
 
 

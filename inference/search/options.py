@@ -1,0 +1,187 @@
+"""Strategies by the names of users: --strategy of serve.py, and the server's.
+
+    parsed('self_consistency:16')
+
+Imports nothing heavy: serve.py makes flags of `Options`.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from checks import expect, flag_field
+
+if TYPE_CHECKING:
+  from inference.search import samples as samples_lib, strategy as strategy_lib
+
+# Names, and what their number means; None: they take none.
+NAMES = {
+  'once': None,
+  'best_of_n': 'samples',
+  'self_consistency': 'votes at most',
+  'beam': 'samples of a step, a multiple of 4',
+  'dvts': 'samples of a step, a multiple of 4',
+  'revision': 'answers, one after the other',
+  'wait': 'ends of the reasoning that are taken back',
+}
+MOST = 256  # samples of one question
+_WIDTH = 4  # continuations of a beam, as in Snell et al. 2024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+  """The name of a strategy, and its number.
+
+  Raises:
+    ValueError: there is no such strategy, or the number is out of range.
+  """
+
+  name: str
+  n: int = 1
+
+  def __post_init__(self):
+    expect.one_of('strategy', self.name, NAMES)
+    meaning = NAMES[self.name]
+    if not 1 <= self.n <= MOST:
+      raise ValueError(
+        f'strategy: got {self.name} with {self.n}, expected 1 to {MOST}'
+        f' {meaning or "samples"}'
+      )
+    if self.name in ('beam', 'dvts') and self.n % _WIDTH:
+      raise ValueError(
+        f'strategy: got {self.name} with {self.n}, expected {meaning}'
+      )
+
+  @property
+  def num_sequences(self) -> int:
+    """Sequences that run at once, at most."""
+    is_parallel = self.name not in ('once', 'revision', 'wait')
+    return self.n if is_parallel else 1
+
+  def check_temperature(self, temperature: float) -> None:
+    """Refuses samples that would all be the same.
+
+    Raises:
+      ValueError: the strategy compares samples, and they are greedy.
+    """
+    if self.num_sequences > 1 and not temperature:
+      raise ValueError(
+        f'temperature: got 0 with the strategy {self.name}, expected more than'
+        ' 0: all samples would be the same'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How --prompt spends compute; the fields are flags of serve.py."""
+
+  strategy: str | None = flag_field.field(
+    None,
+    'How to spend more on the completion, NAME:NUMBER: '
+    + ', '.join(f'{n}{f":N ({m})" if m else ""}' for n, m in NAMES.items())
+    + '. best_of_n, beam and dvts keep the largest --reward_model, else the'
+    ' largest mean log-probability. If not given, one sample.',
+  )
+  budget: str | None = flag_field.field(
+    None,
+    'Most that the strategy may spend, UNIT:NUMBER with commas between several,'
+    ' of tokens (sampled, kept or not), flops and seconds. If not given, no'
+    ' limit.',
+  )
+  reasoning_budget: int | None = flag_field.field(
+    None,
+    'Most tokens of reasoning, between the markers of the chat template; then'
+    ' the closing marker is put in. If not given, no limit.',
+  )
+  reward_model: str | None = flag_field.field(
+    None,
+    'Frozen directory of a reward model, which scores the samples of'
+    ' --strategy.',
+  )
+
+
+def parsed(text: str) -> Spec:
+  """Returns the strategy of a text such as 'best_of_n:8'.
+
+  Raises:
+    ValueError: there is no such strategy, or its number is wrong.
+  """
+  name, is_split, number = text.partition(':')
+  expect.one_of('strategy', name, NAMES)
+  meaning = NAMES[name]
+  if bool(is_split) != (meaning is not None) or (
+    is_split and not (number.isascii() and number.isdigit())
+  ):
+    expected = f'{name}:NUMBER ({meaning})' if meaning else f'{name} alone'
+    raise ValueError(f'strategy: got {expect.shown(text)}, expected {expected}')
+  return Spec(name=name, n=int(number) if is_split else 1)
+
+
+def made(
+  spec: Spec,
+  *,
+  tokenizer: Any,
+  scorer: 'samples_lib.Scorer | None' = None,
+  markers: tuple[str, str] | None = None,
+  is_open: bool = False,
+  most_reasoning: int | None = None,
+) -> 'strategy_lib.Strategy':
+  """Returns the strategy of a spec.
+
+  Args:
+    spec: of the user.
+    tokenizer: of the model.
+    scorer: of best_of_n, beam, dvts, and, if there is one, of revision; None:
+      the mean log-probability.
+    markers: of reasoning, if the model has them.
+    is_open: whether the prompt ends inside of reasoning.
+    most_reasoning: tokens, which `wait` needs.
+
+  Raises:
+    ValueError: `wait` for a model without reasoning, or without its limit.
+  """
+  from inference.search import (
+    forcing,
+    revision,
+    sampling,
+    scorers,
+    trees,
+    voting,
+  )
+
+  score = scorer or scorers.MeanLogprob()
+  match spec.name:
+    case 'once':
+      return sampling.SampleOnce()
+    case 'best_of_n':
+      return sampling.BestOfN(n=spec.n, scorer=score)
+    case 'self_consistency':
+      return voting.SelfConsistency(n=spec.n)
+    case 'beam' | 'dvts':
+      return trees.BeamSearch(
+        beams=spec.n // _WIDTH,
+        width=_WIDTH,
+        scorer=score,
+        is_apart=spec.name == 'dvts',
+      )
+    case 'revision':
+      return revision.SequentialRevision(
+        n=spec.n, tokenizer=tokenizer, scorer=scorer
+      )
+  if markers is None:
+    raise ValueError(
+      'strategy: got wait, expected a model whose chat template marks its'
+      ' reasoning; choose another strategy'
+    )
+  if not most_reasoning:
+    raise ValueError(
+      'strategy: got wait without a budget of reasoning, expected one, which'
+      ' ends it; give the most tokens of reasoning'
+    )
+  return forcing.BudgetForcing(
+    tokenizer=tokenizer,
+    most_reasoning=most_reasoning,
+    num_waits=spec.n,
+    opening=markers[0],
+    closing=markers[1],
+    is_open=is_open,
+  )
