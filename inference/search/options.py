@@ -57,6 +57,28 @@ class Spec:
     is_parallel = self.name not in ('once', 'revision', 'wait')
     return self.n if is_parallel else 1
 
+  @property
+  def is_in_parts(self) -> bool:
+    """Whether an answer is sampled in several parts."""
+    return self.name in ('beam', 'dvts', 'revision', 'wait')
+
+  def check_whole(self, *, has_constraint: bool, has_cap: bool) -> None:
+    """Refuses what holds a whole answer, where that is sampled in parts.
+
+    Raises:
+      ValueError: there is a constraint, or a cap on reasoning.
+    """
+    if self.is_in_parts and has_constraint:
+      raise ValueError(
+        f'strategy: got {self.name} with a constraint, expected one of once,'
+        ' best_of_n, self_consistency: a grammar holds an answer as a whole'
+      )
+    if self.is_in_parts and has_cap and self.name != 'wait':
+      raise ValueError(
+        f'strategy: got {self.name} with a budget of reasoning, expected one of'
+        ' once, best_of_n, self_consistency, wait'
+      )
+
   def check_temperature(self, temperature: float) -> None:
     """Refuses samples that would all be the same.
 

@@ -102,6 +102,10 @@ def search(
   """
   spec = check(options, settings.n)
   spec.check_temperature(settings.temperature)
+  spec.check_whole(
+    has_constraint=settings.constraint is not None,
+    has_cap=options.reasoning_budget is not None,
+  )
   begun = thought(generator, ids)
   cap = None
   if options.reasoning_budget is not None:

@@ -128,9 +128,11 @@ def ballot(sample: Sample) -> Hashable | None:
   """Returns the value of the answer, equal however it is written.
 
   A number votes for its value: 1,000 and 1000.0 are one. Of another text, case
-  and spaces at the ends do not count. An empty answer has no vote.
+  and spaces at the ends do not count. An empty answer has no vote. An answer
+  that was cut short votes only if it is marked as such: the last number of half
+  a solution is none.
   """
-  given = answers.given(sample.answer)
+  given = answers.given(sample.answer, is_strict=not sample.is_whole)
   if given is None or not given.strip():
     return None
   found = answers.value(given)

@@ -23,7 +23,7 @@ from inference.search import (
 from text import detokenize, tokenizer as tokenizer_lib
 
 # Why a search ended: the strategy had all that it asked for; it knew the
-# answer before; the budget or its seconds were spent.
+# answer before; the budget, its seconds or the context were spent.
 DONE, DECIDED, SPENT = 'done', 'decided', 'budget'
 # Sequences of one request, so that one search never fills a queue at once.
 MOST_AT_ONCE = 64

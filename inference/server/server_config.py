@@ -14,6 +14,7 @@ from text.replies import detection, formats
 # A MiB of `[1,1,...]` is half a million numbers. Python runs nothing else while
 # they are parsed: 25 to 50 ms on one core.
 _BODY_BYTES = 2**20
+EFFORTS = 'minimal', 'low', 'medium', 'high', 'xhigh'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class ServerConfig:
     15.0,
     'Seconds that a connection may wait for its next request; then it is'
     ' closed.',
+  )
+  reasoning_efforts: str = flag_field.field(
+    'minimal:128,low:512,medium:2048,high:8192,xhigh:32768',
+    'Most tokens of reasoning for each reasoning_effort of a request, beside'
+    ' none, which is 0, and auto, which leaves the length to the model.',
   )
   models_root: str = flag_field.field(
     '',
@@ -120,7 +126,31 @@ class ServerConfig:
     default=30.0, metadata={'flag': False}
   )
 
+  @property
+  def efforts(self) -> dict[str, int | None]:
+    """Returns the most tokens of reasoning of each effort, None for no limit.
+
+    Raises:
+      ValueError: the field is not NAME:NUMBER, with commas between.
+    """
+    found: dict[str, int | None] = {'none': 0, 'auto': None}
+    for part in self.reasoning_efforts.split(','):
+      name, _, number = part.strip().partition(':')
+      if name not in EFFORTS or not (number.isascii() and number.isdigit()):
+        raise ValueError(
+          f'server.reasoning_efforts: got {expect.shown(part)}, expected'
+          f' NAME:TOKENS with commas between, of {", ".join(EFFORTS)}'
+        )
+      found[name] = int(number)
+    if missing := [name for name in EFFORTS if name not in found]:
+      raise ValueError(
+        f'server.reasoning_efforts: got none for {", ".join(missing)}, expected'
+        ' a number of tokens for each'
+      )
+    return found
+
   def __post_init__(self):
+    _ = self.efforts
     expect.at_least('server.max_connections', self.max_connections, 1)
     expect.at_least('server.max_body_bytes', self.max_body_bytes, 1)
     if not 0 <= self.audit_share <= 1:

@@ -192,11 +192,17 @@ class ServedModel:
     return [dataclasses.replace(each, adapter=digest) for each in requests]
 
   async def submit(
-    self, requests: Sequence[requests_lib.Request]
+    self,
+    requests: Sequence[requests_lib.Request],
+    on_end: Callable[[engine_loop_lib.Ended], object] = lambda _: None,
   ) -> engine_loop_lib.Updates:
     """Submits requests to the engine, all or none; returns their updates.
 
     The caller is billed for them, and its key has limits.
+
+    Args:
+      requests: of one client.
+      on_end: called once with their end, if the engine has taken them.
 
     Raises:
       ApiError: status 400, a prompt does not fit; 429, too many requests wait,
@@ -215,6 +221,7 @@ class ServedModel:
 
     def end(ended: engine_loop_lib.Ended):
       self.count(ended.updates)
+      on_end(ended)
       for which, update in ended.updates:
         done = update.completion
         # Observers keep nothing of a client that has left.

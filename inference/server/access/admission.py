@@ -43,7 +43,7 @@ class Admission:
   """Admits requests; belongs to one event loop."""
 
   def __init__(self, ledger: ledger_lib.Ledger, prices: Prices = Prices()):
-    self.ledger, self._prices = ledger, prices
+    self.ledger, self.prices = ledger, prices
     self._spent = ledger.spent()  # before this start
     self._limits: dict[str, limits.Limits] = {}  # by id of the key
 
@@ -62,7 +62,7 @@ class Admission:
     """
     exchange = exchanges.current()
     prompt, completion = _most_tokens(requests)
-    nanos = self._prices.most_nanos(prompt=prompt, completion=completion)
+    nanos = self.prices.most_nanos(prompt=prompt, completion=completion)
     key = exchange.key
     mine = self._limits_of(key) if key else None
     now = time.monotonic()
@@ -89,7 +89,7 @@ class Admission:
       [dataclasses.replace(each, weight=weight) for each in requests],
       self.ledger.reserve(about),
       mine,
-      self._prices,
+      self.prices,
     )
     if self.ledger.is_failing:
       await admitted.probe()  # before the engine works for nothing
@@ -97,7 +97,7 @@ class Admission:
 
   def _limits_of(self, key: keys.Key) -> limits.Limits:
     if key.id not in self._limits:
-      if key.budget is not None and self._prices == Prices():
+      if key.budget is not None and self.prices == Prices():
         _LOG.warning(
           '%s of %s has a budget that never ends, since all prices are 0; give'
           ' --server.price_prompt and the other prices',

@@ -20,6 +20,7 @@ from typing import Any
 
 from checks import expect
 from inference import generate
+from inference.constraints import thinking
 from inference.requests import requests
 from inference.sampling import logprobs, settings as settings_lib
 from inference.server.answers import (
@@ -32,6 +33,7 @@ from inference.server.api import (
   errors,
   format_schema,
   schema,
+  search_schema,
 )
 from inference.server.http import exchanges
 from inference.server.versions import fingerprint
@@ -51,6 +53,7 @@ class Answer:
     *,
     principal: str,
     reply_format: str,
+    efforts: dict[str, int | None],
   ):
     """Checks the conversation and the settings.
 
@@ -59,19 +62,23 @@ class Answer:
       body: body of the request.
       principal: owner of the API key that the request has.
       reply_format: format of the answers, see `text.replies.detection`.
+      efforts: most tokens of reasoning by effort, None for no limit.
 
     Raises:
       ApiError: status 400; `param` names the field.
     """
     self._body, self._principal = body, principal
     self._asked = _asked(generator, body, reply_format)
-    self.requests = [_request(self._asked, body, principal)]
+    param, most = search_schema.most_reasoning(body, efforts)
+    cap = self._asked.cap(param, most)
+    self.requests = [_request(self._asked, body, principal, cap)]
     self._n = self.requests[0].settings.n
     self._writer = chat_logprobs.ChatLogprobs(
       generator.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
     )
     self._choices = [self._new_choice() for _ in range(self._n)]
     self._updates: list[requests.Update] = []  # of an answer that waits
+    self.receipt: dict[str, Any] | None = None  # of a search
     self._head = {
       'id': exchanges.current().answer_id('chatcmpl-'),
       'created': int(time.time()),
@@ -79,6 +86,16 @@ class Answer:
       # The weights. With the seed of a choice they determine the text.
       'system_fingerprint': fingerprint.of(generator),
     }
+
+  @property
+  def asked(self) -> conversations.Asked:
+    """The prompt, and what its answers may have."""
+    return self._asked
+
+  @property
+  def body(self) -> chat_schema.ChatRequest:
+    """The body of the request."""
+    return self._body
 
   @property
   def is_stream(self) -> bool:
@@ -154,6 +171,14 @@ class Answer:
     # The prompt counts once, however many choices it has.
     num_prompt = done[0].num_prompt_tokens
     num_made = sum(each.num_completion_tokens for each in done)
+    extra = {}
+    if self.receipt:
+      # A client pays for what was discarded, too.
+      num_made = sum(
+        self.receipt[f'{name}_tokens']
+        for name in ('reasoning', 'answer', 'discarded')
+      )
+      extra = {'receipt': self.receipt}
     num_thought = sum(
       len(each.reply.reasoning_tokens) for each in self._choices
     )
@@ -171,6 +196,7 @@ class Answer:
           each.usage.rejected_tokens for each in done
         ),
       },
+      **extra,
     }
 
 
@@ -200,7 +226,10 @@ def _asked(
 
 
 def _request(
-  asked: conversations.Asked, body: chat_schema.ChatRequest, principal: str
+  asked: conversations.Asked,
+  body: chat_schema.ChatRequest,
+  principal: str,
+  cap: thinking.Cap | None,
 ) -> requests.Request:
   chosen = body.chosen()
   language = asked.language(body.language(), body.tool_use())
@@ -213,6 +242,7 @@ def _request(
         asked.settings(chosen),
         principal=principal,
         priority=body.priority or 0,
+        thinking=cap,
       )
   except settings_lib.SettingError as error:
     refused = schema.from_setting(error)

@@ -19,7 +19,11 @@ import dataclasses
 from typing import Any
 
 from inference import chat_prompts, generate
-from inference.constraints import calls, constraint as constraint_lib
+from inference.constraints import (
+  calls,
+  constraint as constraint_lib,
+  thinking,
+)
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.api import errors, format_schema
@@ -103,6 +107,34 @@ class Asked:
       opening=opening, closing=closing, is_open=self.is_reasoning
     )
     return dataclasses.replace(found, thought=thought)
+
+  def cap(self, param: str, most_tokens: int | None) -> thinking.Cap | None:
+    """Returns the cap on reasoning; None: none is needed.
+
+    Args:
+      param: the field of the request.
+      most_tokens: of reasoning; None: any number.
+
+    Raises:
+      ApiError: status 400, the model marks no reasoning that could be limited.
+    """
+    if most_tokens is None:
+      return None
+    if self.style.reasoning is None:
+      if not most_tokens:
+        return None  # it reasons in no way that anybody can see
+      raise errors.invalid(
+        param,
+        f'got {most_tokens} tokens, expected none: the chat template of this'
+        ' model marks no reasoning; leave it out',
+      )
+    opening, closing = self.style.reasoning
+    return thinking.Cap(
+      most_tokens=most_tokens,
+      opening=opening,
+      closing=closing,
+      is_open=self.is_reasoning,
+    )
 
   def reader(self) -> 'Reader':
     """Returns the reader of one answer."""

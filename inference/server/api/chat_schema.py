@@ -11,7 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from inference.sampling import settings
-from inference.server.api import errors, format_schema, schema
+from inference.server.api import (
+  errors,
+  format_schema,
+  schema,
+  search_schema,
+)
 
 _MOST_TOOLS = 128  # as at OpenAI
 _Unsupported = schema.Unsupported
@@ -228,7 +233,9 @@ class _OpenAiChat(format_schema.Languages):
   ] = None
   modalities: Annotated[Any, _Unsupported('text only', (['text'],))] = None
   audio: Annotated[Any, _Unsupported('text only')] = None
-  reasoning_effort: Annotated[Any, _Unsupported('effort is not limited')] = None
+  reasoning_effort: search_schema.Effort | None = pydantic.Field(
+    default=None, description=search_schema.EFFORT
+  )
   verbosity: Annotated[
     Any, _Unsupported('no model here was trained for it', ('medium',))
   ] = None
@@ -277,6 +284,18 @@ class ChatRequest(_VllmChat):
     },
     'tools': {'maxItems': _MOST_TOOLS},
   }
+
+  reasoning: search_schema.Reasoning | None = pydantic.Field(
+    default=None, description='Limits of the reasoning.'
+  )
+  strategy: search_schema.Strategy | None = pydantic.Field(
+    default=None,
+    description='How to spend more on the answer, which is then one of several'
+    ' samples. The receipt is in usage.',
+  )
+  budget: search_schema.Budget | None = pydantic.Field(
+    default=None, description='Most that the answer may cost, whatever it is.'
+  )
 
   # vLLM's fields that are no settings.
   chat_template_kwargs: dict[str, Any] | None = pydantic.Field(
@@ -343,6 +362,7 @@ class ChatRequest(_VllmChat):
         'got both it and add_generation_prompt, expected one of them',
       )
     self._check_tools()
+    search_schema.check(self)
 
   def _check_tools(self) -> None:
     names = [tool.function.name for tool in self.tools or ()]
@@ -374,7 +394,13 @@ class ChatRequest(_VllmChat):
   @property
   def is_constrained(self) -> bool:
     """Whether a grammar is compiled for the answer."""
-    return super().is_constrained or self.tool_use().is_held
+    has_cap = bool(self.reasoning_effort or self.reasoning)
+    return super().is_constrained or self.tool_use().is_held or has_cap
+
+  @property
+  def is_search(self) -> bool:
+    """Whether a strategy answers."""
+    return self.strategy is not None or self.budget is not None
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.

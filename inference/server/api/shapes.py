@@ -313,10 +313,34 @@ class CompletionDetails(_Shape):
   rejected_prediction_tokens: int  # other tokens of drafts; not billed
 
 
+class Receipt(_Shape):
+  """What an answer of a strategy has cost, see `inference.search.receipt`."""
+
+  prompt_tokens: int
+  reasoning_tokens: int
+  answer_tokens: int
+  discarded_tokens: int
+  forced_tokens: int
+  scored_tokens: int
+  num_samples: int
+  prefill_tokens: int
+  cached_tokens: int
+  decode_tokens: int
+  flops: float
+  score_flops: float
+  kv_byte_seconds: float
+  seconds: float
+  money: float
+  single_flops: float
+  single_money: float
+  ended_by: Literal['done', 'decided', 'budget']
+
+
 class ChatUsage(Usage):
   """Tokens of a chat request."""
 
   completion_tokens_details: CompletionDetails
+  receipt: Receipt | None = None  # if a strategy or a budget was asked for
 
 
 class _Head(_Shape):

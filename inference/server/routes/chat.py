@@ -7,7 +7,7 @@ import fastapi
 from inference.server import service as service_lib
 from inference.server.answers import chat
 from inference.server.api import chat_schema, schema
-from inference.server.routes import generation
+from inference.server.routes import generation, searching
 
 _Answer = chat.Answer | functools.partial[chat.Answer]
 
@@ -31,9 +31,12 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
         body,
         principal=request.state.principal,
         reply_format=service.config.reply_format,
+        efforts=service.config.efforts,
       )
       return model, make if body.is_constrained else make()
 
     model, answer = await service.bodies.worked(request, prepared)
     answer = await generation.compiled(service, answer)
+    if answer.body.is_search:
+      return await searching.answered(request, service, model, answer)
     return await generation.answered(request, service, model, answer)

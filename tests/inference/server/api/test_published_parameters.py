@@ -93,6 +93,7 @@ _ROUTES = {
       'top_logprobs': [2],
       'max_completion_tokens': [3],
       'parallel_tool_calls': [True, False],
+      'reasoning_effort': ['none', 'auto'],
       'response_format': [
         {'type': 'text'},
         {'type': 'json_object'},
@@ -139,6 +140,7 @@ _ROUTES = {
       'max_output_tokens': [3],
       'metadata': [{'k': 'v'}],
       'parallel_tool_calls': [True, False],
+      'reasoning_effort': ['none', 'auto'],
       'previous_response_id': [None],  # its tests are in test_responses
       'reasoning': [{'effort': None}],
       'safety_identifier': ['somebody'],
