@@ -140,7 +140,6 @@ _ROUTES = {
       'max_output_tokens': [3],
       'metadata': [{'k': 'v'}],
       'parallel_tool_calls': [True, False],
-      'reasoning_effort': ['none', 'auto'],
       'previous_response_id': [None],  # its tests are in test_responses
       'reasoning': [{'effort': None}],
       'safety_identifier': ['somebody'],
