@@ -118,12 +118,6 @@ def served(talker):
       'unsupported_parameter',
       "got 'grammar'",
     ),
-    (
-      {'reasoning_effort': 'low'},
-      'reasoning_effort',
-      'unsupported_parameter',
-      '',
-    ),
     ({'top_logprobs': 2}, 'top_logprobs', None, 'without logprobs'),
     ({'top_logprobs': 21, 'logprobs': True}, 'top_logprobs', None, '0 to 20'),
     ({'logprobs': 2}, 'logprobs', None, 'boolean'),
