@@ -69,7 +69,9 @@ class Answer:
     """
     self._body, self._principal = body, principal
     self._asked = _asked(generator, body, reply_format)
-    param, most = search_schema.most_reasoning(body, efforts)
+    param, most = search_schema.most_reasoning(
+      efforts, body.reasoning, body.reasoning_effort
+    )
     cap = self._asked.cap(param, most)
     self.requests = [_request(self._asked, body, principal, cap)]
     self._n = self.requests[0].settings.n

@@ -12,6 +12,7 @@ from typing import Any
 
 from checks import expect
 from inference import generate
+from inference.constraints import thinking
 from inference.requests import requests as requests_lib
 from inference.sampling import (
   logprobs as logprobs_lib,
@@ -25,7 +26,12 @@ from inference.server.answers import (
   response_events,
   response_items,
 )
-from inference.server.api import errors, format_schema, response_schema
+from inference.server.api import (
+  errors,
+  format_schema,
+  response_schema,
+  search_schema,
+)
 from inference.server.http import exchanges
 from inference.server.records import responses as store_lib
 from inference.server.versions import fingerprint
@@ -52,6 +58,7 @@ class Answer:
     before: Sequence[dict[str, Any]] = (),
     is_stored: bool,
     reply_format: str,
+    efforts: dict[str, int | None],
   ):
     """Checks the conversation and the settings.
 
@@ -62,6 +69,7 @@ class Answer:
       before: the items of the response that this one continues.
       is_stored: whether the response will be kept.
       reply_format: format of the answers, see `text.replies.detection`.
+      efforts: most tokens of reasoning by effort, None for no limit.
 
     Raises:
       ApiError: status 400; `param` names the field.
@@ -77,7 +85,9 @@ class Answer:
       reply_format=reply_format,
       param='input',
     )
-    self.request = self._request(generator)
+    param, most = search_schema.most_reasoning(efforts, body.reasoning)
+    cap = self._asked.cap(param, most)
+    self.request = self._request(generator, cap)
     self._writer = response_events.Writer(
       self._begun(generator, is_stored=is_stored)
     )
@@ -162,7 +172,9 @@ class Answer:
     tokens = (self._tokens[number] for number in numbers)
     return self._logprobs.write(tokens)['content']
 
-  def _request(self, generator: generate.Generator) -> requests_lib.Request:
+  def _request(
+    self, generator: generate.Generator, cap: thinking.Cap | None
+  ) -> requests_lib.Request:
     body = self._body
     language = self._asked.language(body.language(), body.tool_use())
     chosen = {
@@ -178,7 +190,10 @@ class Answer:
       with format_schema.refusals(language.param if language else ''):
         settings = self._asked.settings(chosen)
         return generator.request(
-          self._asked.ids, settings, principal=self._principal
+          self._asked.ids,
+          settings,
+          principal=self._principal,
+          thinking=cap,
         )
     except settings_lib.SettingError as error:
       name = _NAMES.get(error.setting, error.setting)
@@ -209,7 +224,7 @@ class Answer:
       'output': [],
       'parallel_tool_calls': body.parallel_tool_calls is not False,
       'previous_response_id': body.previous_response_id,
-      'reasoning': {'effort': None, 'summary': None},
+      'reasoning': {'effort': None, 'summary': None} | _limits(body),
       'service_tier': 'default',
       'store': is_stored,
       'temperature': settings.temperature,
@@ -271,3 +286,12 @@ def _tools(body: response_schema.ResponseRequest) -> list[dict[str, Any]]:
     }
     for tool in body.tools or ()
   ]
+
+
+def _limits(body: response_schema.ResponseRequest) -> dict[str, Any]:
+  """Returns the limits of the reasoning that the body has."""
+  if body.reasoning is None:
+    return {}
+  return body.reasoning.model_dump(
+    include={'effort', 'budget'}, exclude_none=True
+  )

@@ -14,6 +14,7 @@ from inference.server.api import (
   errors,
   format_schema,
   schema,
+  search_schema,
 )
 
 _MOST_METADATA, _MOST_KEY, _MOST_VALUE = 16, 64, 512  # as at OpenAI
@@ -170,10 +171,9 @@ class TextOptions(schema.Body):
   ] = None
 
 
-class ReasoningOptions(schema.Body):
-  """Options of reasoning."""
+class ReasoningOptions(search_schema.Reasoning):
+  """Limits and options of the reasoning."""
 
-  effort: Annotated[Any, _Unsupported('effort is not limited')] = None
   summary: Annotated[Any, _Unsupported('reasoning comes whole')] = None
   generate_summary: Annotated[Any, _Unsupported('reasoning comes whole')] = None
 
@@ -238,7 +238,7 @@ class ResponseRequest(schema.Body):
     default=None, description='Options of the text.'
   )
   reasoning: ReasoningOptions | None = pydantic.Field(
-    default=None, description='Options of reasoning.'
+    default=None, description='Limits and options of the reasoning.'
   )
   include: (
     Annotated[
@@ -324,6 +324,7 @@ class ResponseRequest(schema.Body):
       raise errors.invalid(
         'top_logprobs', f'got it alone, expected include: [{_LOGPROBS!r}] too'
       )
+    search_schema.check_reasoning(self.reasoning)
     if self.input == []:
       raise errors.invalid('input', 'got no items, expected at least one')
     self._check_metadata()
@@ -342,7 +343,8 @@ class ResponseRequest(schema.Body):
     """Whether a grammar is compiled for the answer."""
     found = self.text.format if self.text else None
     is_formatted = found is not None and found.type != 'text'
-    return is_formatted or self.tool_use().is_held
+    has_cap = self.reasoning is not None and self.reasoning.is_limited
+    return is_formatted or self.tool_use().is_held or has_cap
 
   def tool_use(self) -> format_schema.ToolUse:
     """Returns the tools that may or must be called.

@@ -31,6 +31,11 @@ class Reasoning(schema.Body):
     json_schema_extra={'minimum': 0},
   )
 
+  @property
+  def is_limited(self) -> bool:
+    """Whether a limit is given."""
+    return self.effort is not None or self.budget is not None
+
 
 class Strategy(schema.Body):
   """A way to spend a budget."""
@@ -88,25 +93,7 @@ def check(body: Any) -> None:
   Raises:
     ApiError: status 400; `param` names the field.
   """
-  limits = body.reasoning
-  given = [
-    name
-    for name, value in (
-      ('reasoning_effort', body.reasoning_effort),
-      ('reasoning.effort', limits and limits.effort),
-      ('reasoning.budget', None if limits is None else limits.budget),
-    )
-    if value is not None
-  ]
-  if len(given) > 1:
-    raise errors.invalid(
-      given[-1], f'got it and {given[0]}, expected one of them'
-    )
-  most = limits.budget if limits else None
-  if most is not None and not 0 <= most < 2**31:
-    raise errors.invalid(
-      'reasoning.budget', f'got {most}, expected 0 to {2**31 - 1} tokens'
-    )
+  check_reasoning(body.reasoning, body.reasoning_effort)
   if body.budget:
     body.budget.value()
   if not body.is_search:
@@ -123,6 +110,38 @@ def check(body: Any) -> None:
         ' text, chosen among samples; leave one of them out',
       )
   spec(body)
+
+
+def check_reasoning(
+  limits: Reasoning | None, effort: Effort | None = None
+) -> None:
+  """Refuses limits of reasoning that contradict each other.
+
+  Args:
+    limits: the field `reasoning` of a body.
+    effort: the field `reasoning_effort` of a body.
+
+  Raises:
+    ApiError: status 400; `param` names the field.
+  """
+  given = [
+    name
+    for name, value in (
+      ('reasoning_effort', effort),
+      ('reasoning.effort', limits and limits.effort),
+      ('reasoning.budget', None if limits is None else limits.budget),
+    )
+    if value is not None
+  ]
+  if len(given) > 1:
+    raise errors.invalid(
+      given[-1], f'got it and {given[0]}, expected one of them'
+    )
+  most = limits.budget if limits else None
+  if most is not None and not 0 <= most < 2**31:
+    raise errors.invalid(
+      'reasoning.budget', f'got {most}, expected 0 to {2**31 - 1} tokens'
+    )
 
 
 def spec(body: Any) -> options_lib.Spec:
@@ -148,17 +167,19 @@ def spec(body: Any) -> options_lib.Spec:
 
 
 def most_reasoning(
-  body: Any, efforts: dict[str, int | None]
+  efforts: dict[str, int | None],
+  limits: Reasoning | None,
+  effort: Effort | None = None,
 ) -> tuple[str, int | None]:
   """Returns the field that limits reasoning, and the most tokens of it.
 
   Args:
-    body: of the request.
     efforts: tokens of each effort, None for no limit.
+    limits: the field `reasoning` of a body.
+    effort: the field `reasoning_effort` of a body.
   """
-  if body.reasoning_effort is not None:
-    return 'reasoning_effort', efforts[body.reasoning_effort]
-  limits = body.reasoning
+  if effort is not None:
+    return 'reasoning_effort', efforts[effort]
   if limits is not None and limits.effort is not None:
     return 'reasoning.effort', efforts[limits.effort]
   return 'reasoning.budget', limits.budget if limits else None

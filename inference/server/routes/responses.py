@@ -116,6 +116,7 @@ def _answer(
     before=store_lib.items(rows),
     is_stored=service.store.is_kept and body.store is not False,
     reply_format=service.config.reply_format,
+    efforts=service.config.efforts,
   )
   return make if body.is_constrained else make()
 

@@ -141,7 +141,7 @@ _ROUTES = {
       'metadata': [{'k': 'v'}],
       'parallel_tool_calls': [True, False],
       'previous_response_id': [None],  # its tests are in test_responses
-      'reasoning': [{'effort': None}],
+      'reasoning': [{'effort': None}, {'effort': 'none'}],
       'safety_identifier': ['somebody'],
       'store': [True, False],
       'stream_options': [{}],

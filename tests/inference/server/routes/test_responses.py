@@ -269,9 +269,11 @@ def test_a_server_that_keeps_none_says_so(generator):
       'unsupported_parameter',
     ),
     ({'tool_choice': 'required'}, 'tool_choice', None),  # of no tools
+    ({'reasoning': {'effort': 'low'}}, 'reasoning.effort', None),  # marks none
+    ({'reasoning': {'effort': 'none', 'budget': 3}}, 'reasoning.budget', None),
     (
-      {'reasoning': {'effort': 'low'}},
-      'reasoning.effort',
+      {'reasoning': {'summary': 'auto'}},
+      'reasoning.summary',
       'unsupported_parameter',
     ),
     ({'background': True}, 'background', 'unsupported_parameter'),

@@ -161,3 +161,24 @@ def test_reasoning_is_capped_and_an_answer_follows(talker):
       # The model goes on behind its closing marker, forced or not.
       assert message['tool_calls'][0]['function']['name'] == 'weather'
     assert thoughts == [('I need it.', 2), ('I need ', 1), (None, 0)]
+    # Responses have the same limits; here the model opens its reasoning itself.
+    asked = {
+      'model': servers.MODEL,
+      'input': _USER['content'],
+      'temperature': 0,
+      'tools': [
+        {'type': 'function', **tool['function']}
+        for tool in scripted_models.TOOLS
+      ],
+    }
+    for limit, thought in (
+      ({'effort': 'auto'}, 'I need it.'),
+      ({'budget': 1}, 'I need '),
+    ):
+      answer = http.post('/v1/responses', json=asked | {'reasoning': limit})
+      assert answer.status_code == 200, answer.text
+      found = answer.json()
+      assert found['reasoning'] == {'effort': None, 'summary': None} | limit
+      reasoning, call = found['output']
+      assert reasoning['content'][0]['text'] == thought
+      assert call['name'] == 'weather'
