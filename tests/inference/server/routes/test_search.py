@@ -3,7 +3,10 @@
 import httpx2
 import pytest
 
+from inference.server import app as app_lib
+from inference.server.access import keys as keys_lib
 from inference.server.api import shapes
+from inference.server.records import database
 from tests.helpers.serving import scripted_models, servers
 
 _URL = '/v1/chat/completions'
@@ -182,3 +185,37 @@ def test_reasoning_is_capped_and_an_answer_follows(talker):
       reasoning, call = found['output']
       assert reasoning['content'][0]['text'] == thought
       assert call['name'] == 'weather'
+
+
+def test_a_bill_has_all_samples_and_a_limit_of_the_key_holds(generator):
+  records = database.Database(None, tables=app_lib.TABLES)
+  made = records.submit(
+    lambda connection: keys_lib.create(
+      connection, name='user', is_admin=False, tokens_per_minute=400
+    )
+  )
+  _, key = made.result()
+  headers = {'authorization': f'Bearer {key}'}
+  body = {'model': servers.MODEL, 'messages': [_USER], 'max_tokens': 6}
+  asked = body | {'strategy': {'name': 'best_of_n', 'n': 4}, 'seed': 1}
+  with (
+    servers.running(generator, records=records) as served,
+    httpx2.Client(base_url=served.url, timeout=60, headers=headers) as http,
+  ):
+    usage = http.post(_URL, json=asked).json()['usage']
+    receipt = usage['receipt']
+    tokens, flops, still_open = records.submit(
+      lambda connection: connection.execute(
+        'SELECT sum(completion_tokens), sum(flops), sum(outcome IS NULL)'
+        ' FROM ledger'
+      ).fetchone()
+    ).result()
+    assert tokens == usage['completion_tokens'] > 6
+    assert receipt['discarded_tokens'] > 0
+    assert flops == pytest.approx(receipt['flops'])
+    assert still_open == 0
+    # 64 samples may take more tokens than the key ever has in a minute.
+    asked['strategy'] = {'name': 'best_of_n', 'n': 64}
+    answer = http.post(_URL, json=asked)
+    assert answer.status_code == 429, answer.text
+    assert answer.headers['x-should-retry'] == 'false'
