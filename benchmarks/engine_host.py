@@ -40,7 +40,7 @@ class NoPrograms(programs.Programs):
 
   def step(self, shape, params, state, flat_I):
     """Returns outputs as a device would, in NumPy."""
-    inputs = inputs_lib.split(flat_I, self._layout(shape))
+    inputs = inputs_lib.split(flat_I, self._layouts.of(shape))
     num_steps = 1 if shape.num_chunks else self.decode_steps
     tokens_SR = np.full((num_steps, len(inputs.slots_R)), 7, np.int32)
     if not shape.num_chunks:
