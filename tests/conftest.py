@@ -75,6 +75,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
 MAX_SECONDS = 10
 # A worker that has grown by more at the end of a file forgets its programs.
 MAX_GROWTH_BYTES = 1.5e9
+MAX_MAPS = 25_000  # several per compiled program
 _resident_before = 0.0  # bytes, when programs were last forgotten
 _SECONDS: dict[str, float] = collections.defaultdict(float)
 _TOO_LONG: list[str] = []
@@ -100,10 +101,11 @@ def _forget_programs(module) -> None:
   """Frees programs and engines at the end of a file, if they have become many.
 
   Otherwise a worker would hold 10 GB at the end of all tests, and tens of
-  thousands of memory maps, of which Linux allows 65,530.
+  thousands of memory maps: Linux ends a process that needs more than 65,530.
   """
   global _resident_before
-  if _resident_bytes() - _resident_before < MAX_GROWTH_BYTES:
+  has_grown = _resident_bytes() - _resident_before >= MAX_GROWTH_BYTES
+  if not has_grown and _num_maps() < MAX_MAPS:
     return
   import jax  # the environment was set before
 
@@ -121,6 +123,14 @@ def _trim() -> None:
   """Gives freed memory back, which malloc would keep: two workers share it."""
   with contextlib.suppress(OSError, AttributeError):  # other C libraries
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _num_maps() -> int:
+  """Returns the number of memory maps of this process; 0: unknown."""
+  try:
+    return pathlib.Path('/proc/self/maps').read_bytes().count(b'\n')
+  except OSError:
+    return 0
 
 
 def _resident_bytes() -> float:
