@@ -83,8 +83,8 @@ async def _asynchronous(url):
     texts = [c.choices[0].delta.content or '' async for c in stream]
     assert ''.join(texts) == 'Hello \u65e5\u672c!'
     with pytest.raises(openai.BadRequestError) as caught:
-      await client.chat.completions.create(**asked, reasoning_effort='low')
-    assert caught.value.param == 'reasoning_effort'
+      await client.chat.completions.create(**asked, verbosity='low')
+    assert caught.value.param == 'verbosity'
     assert caught.value.code == 'unsupported_parameter'
     assert caught.value.request_id.startswith('req_')
 
