@@ -72,9 +72,11 @@ class Transformer(nn.Module):
         ),  # the cache of each layer; shared arguments
         length=config.num_layers,
         unroll=1 if is_looped else config.num_layers,
-        # The check would trace the layers once more. It concerns variables that
-        # all layers share, and this stack has none.
-        check_constancy_invariants=False,
+        # The check traces the layers once more. It concerns variables that all
+        # layers share, and this stack has none. But random numbers depend on
+        # it, and a seed has to give the weights that it always gave.
+        check_constancy_invariants=self.is_initializing()
+        or config.dropout_rate > 0,
       )(config, self.dtype, self.execution, config.layer(0))
     else:
       self.layer = [

@@ -75,7 +75,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
 MAX_SECONDS = 10
 # A worker that has grown by more at the end of a file forgets its programs.
 MAX_GROWTH_BYTES = 1.5e9
-MAX_MAPS = 25_000  # several per compiled program
+MAX_MAPS = 15_000  # several per compiled program
 _resident_before = 0.0  # bytes, when programs were last forgotten
 _SECONDS: dict[str, float] = collections.defaultdict(float)
 _TOO_LONG: list[str] = []
