@@ -47,6 +47,18 @@ def _tokens(config, batch=BATCH, time=TIME):
   )
 
 
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [('llama', 289.3767466), ('llama_scanned', 289.4632278)],
+)
+def test_a_seed_gives_the_weights_that_it_always_gave(name, expected):
+  _, params = _model(CONFIGS[name])
+  total = sum(
+    float(np.abs(np.float64(leaf)).sum()) for leaf in jax.tree.leaves(params)
+  )
+  assert total == pytest.approx(expected, rel=1e-7)
+
+
 @pytest.mark.parametrize('config', [CONFIGS['llama'], CONFIGS['gpt2_scanned']])
 def test_logits_have_shape_and_dtype_and_jit_changes_nothing(config):
   model, params = _model(config)

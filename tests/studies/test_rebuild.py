@@ -62,7 +62,7 @@ def test_another_seed_is_told_and_parts_at_the_first_step(
   code, lines = again(frozen, corpus, tmp_path / 'w', 'seed=1')
   assert code == 3
   assert lines[0] == 'differs    seed: 0 made it, this is 1'
-  assert 'that of step 1' in lines[1]
+  assert 'that differs is at step 1' in lines[1]
   assert 'relative distance' in lines[1]
 
 

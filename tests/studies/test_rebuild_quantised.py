@@ -53,7 +53,10 @@ def test_the_same_weights_are_made_again_and_others_are_told(place, tmp_path):
   [
     ({'source': ''}, '--source: got none with a quantised --model'),
     ({'source': 'int4'}, r'--source: got .* expected .* that was quantised'),
-    ({'text': ''}, r'--text: got pydoc_data.topics with SHA-256 .* that of te'),
+    (
+      {'text': ''},
+      r'--text: got pydoc_data.topics with SHA-256 .* digest of te',
+    ),
     ({'text': 'other'}, '--text: got .* give the text of the calibration'),
   ],
 )

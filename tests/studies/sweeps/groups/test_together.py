@@ -273,5 +273,5 @@ def test_a_speed_is_measured_run_by_run(directory, corpus, monkeypatch):
   store, lines = tiny_sweep.run(experiment, sweep, directory / 'speed')
   assert {(r.state, r.value) for r in store.rows()} == {('complete', 20.0)}
   assert lines == [
-    'trials one by one: metric tokens_per_s is that of a run by itself'
+    'trials one by one: metric tokens_per_s is measured on a run by itself'
   ]
