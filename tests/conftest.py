@@ -18,6 +18,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 from absl import flags
 import pytest
@@ -75,6 +76,7 @@ def _set_environment() -> compiled_programs.CompiledPrograms:
 MAX_SECONDS = 10
 # A worker that has grown by more at the end of a file forgets its programs.
 MAX_GROWTH_BYTES = 1.5e9
+_HELPERS = 'tests.helpers'
 MAX_MAPS = 15_000  # several per compiled program
 _resident_before = 0.0  # bytes, when programs were last forgotten
 _SECONDS: dict[str, float] = collections.defaultdict(float)
@@ -109,9 +111,12 @@ def _forget_programs(module) -> None:
     return
   import jax  # the environment was set before
 
-  for value in vars(module).values():
-    if hasattr(value, 'cache_clear') and value.__module__ == module.__name__:
-      value.cache_clear()
+  # Caches of helpers, too: they hold engines that several files share.
+  helpers = [m for name, m in sys.modules.items() if name.startswith(_HELPERS)]
+  for owner in (module, *helpers):
+    for value in list(vars(owner).values()):
+      if hasattr(value, 'cache_clear') and value.__module__ == owner.__name__:
+        value.cache_clear()
   jax.clear_caches()
   gc.collect()
   _trim()

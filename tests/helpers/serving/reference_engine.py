@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ _MODELS = {
   'mixture': tiny_models.mixture,
   'odd_heads': tiny_models.odd_heads,
 }
-_ENGINES: list[engine_lib.Engine] = []
+# Weak: `tests/conftest.py` empties the cache of `engine` to free programs.
+_ENGINES: weakref.WeakSet[engine_lib.Engine] = weakref.WeakSet()
 
 
 class SmallTokenizer(tokenizer_lib.ByteTokenizer):
@@ -97,13 +99,13 @@ def engine_of(config, kind: str = 'llama', **layout) -> engine_lib.Engine:
     weights_digest='first',
     config=engine_config.EngineConfig(**layout),
   )
-  _ENGINES.append(made)
+  _ENGINES.add(made)
   return made
 
 
 def check_engines():
   """Asserts that each engine is idle and consistent, and cleans up."""
-  for made in _ENGINES:
+  for made in list(_ENGINES):
     was_busy = made.has_work
     for live in list(made._live.values()):
       # Otherwise the failure of one test would fail the next one.
