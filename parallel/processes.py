@@ -137,7 +137,7 @@ def start(
     cluster_detection_method=cluster.method,
     heartbeat_timeout_seconds=heartbeat_timeout_s,
     # A process that failed waits this long for the other processes; then they
-    # are told of its end.
+    # hear of its end.
     shutdown_timeout_seconds=heartbeat_timeout_s,
   )
   if cluster.num_processes is not None:

@@ -81,7 +81,7 @@ class BudgetForcing:
       max_tokens=self.most_answer or settings.max_tokens,
     )
     answer = yield
-    # Without means for an answer, the reasoning is what there is.
+    # If the budget leaves no answer, the reasoning is returned alone.
     return strategy_lib.Choice(answer or thought)
 
   def _special(self) -> int | None:

@@ -65,7 +65,7 @@ class BeamSearch:
     num_steps = 0
     while True:
       found = yield from self._judged(desk)
-      # Those that have ended compete with those that go on.
+      # Finished beams compete with unfinished beams.
       beams = self._kept([*filter(self._is_over, beams), *found])
       num_steps += 1
       open_ = [beam for beam in beams if not self._is_over(beam)]

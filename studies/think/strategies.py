@@ -17,7 +17,7 @@ from studies.think import estimates, pool as pool_lib
 ONCE, LIKELIEST, STEPS = 'once', 'best of n: likelihood', 'best of n: steps'
 MAJORITY, EARLY = 'majority', 'majority, early stop'
 WEIGHTED, COVERAGE = 'majority by steps', 'pass@n'
-# Those that a user can have: pass@n knows the right answer.
+# Strategies without the right answer, which pass@n knows.
 USABLE = LIKELIEST, STEPS, MAJORITY, EARLY, WEIGHTED
 
 

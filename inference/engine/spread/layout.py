@@ -145,7 +145,7 @@ _FITS: dict[str | None, tuple[_Fit, _Fit]] = {
 
 
 def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-  """Returns ranges of ids in order, those that overlap as one."""
+  """Returns ranges of ids in order; ranges that overlap are joined."""
   found: list[tuple[int, int]] = []
   for first, end in sorted(ranges):
     if found and first <= found[-1][1]:

@@ -59,7 +59,7 @@ def test_a_vote_stops_as_soon_as_its_winner_is_certain():
   assert found.ended_by == 'decided'
   assert most > max(votes for _, votes in others) + left
   assert found.text.endswith(f'#### {leader}')
-  assert found.receipt.num_samples == 15  # those that were cancelled, too
+  assert found.receipt.num_samples == 15  # cancelled samples, too
 
 
 def test_a_receipt_adds_up_to_the_counters_of_the_engine():
