@@ -5,6 +5,8 @@ import json
 import pytest
 
 from data import sources
+from data.examples import encoding
+from experiments import presets
 from inference import generate
 from studies import answers
 from tests.helpers import frozen_dirs
@@ -33,6 +35,29 @@ def questions(generator, tmp_path, monkeypatch):
     + '\n'
   )
   return answers.questions_of(str(path), 'all', generator)
+
+
+def test_the_space_of_a_template_is_no_part_of_an_answer(tmp_path):
+  """The template writes it again when the answer is trained."""
+  directory = tmp_path / 'model' / 'frozen'
+  frozen_dirs.write(directory, chat_template=presets.QUESTION_TEMPLATE)
+  asked = generate.load(directory, answers.ENGINE, compile_all=False)
+  path = tmp_path / 'questions.jsonl'
+  path.write_text('{"question": "1 + 1?"}\n')
+  found = answers.questions_of(str(path), 'all', asked)
+  (question,) = found.prompts
+  assert answers._lead(asked, question) == ' '
+  # The conversation that a run trains is prompt, space and answer.
+  encoder = encoding.Encoder(
+    asked.tokenizer, asked.frozen.chat_template, 'chat'
+  )
+  record = answers._record(question, '2', None)
+  (document,) = encoder.unit(record, 'a record').documents
+  sampled = asked.tokenizer.encode(' 2')
+  assert list(document.ids)[: len(question.ids) + 2] == [
+    *question.ids,
+    *sampled,
+  ]
 
 
 def _write(generator, questions, out, **settings):
