@@ -23,13 +23,16 @@ The last three continue from `alone`. A directory may follow a variant, as
 on_policy:runs/distil; it holds the workdirs teacher/ and alone/, and
 answers.jsonl, which `python -m studies.answers` writes. All are measured on
 questions of the validation split, which shares no problem with the others.
+
+`answers` closes 96 % of the gap in accuracy between `alone` and the teacher
+(seed 0; the goal was half), `off_policy` 31 % and `on_policy` 4 %: LOG.md.
 """
 
 import dataclasses
 
 from data import data_config, sources
 from evals.verifiers import texts
-from experiments import grpo, presets
+from experiments import grpo
 from training import experiment
 from training.checkpoints import init_from
 from training.objectives import distillation
@@ -89,18 +92,9 @@ def get_config(variant: str = 'forward') -> experiment.Experiment:
 def _student() -> experiment.Experiment:
   """Returns the experiment of a student with random weights."""
   sft = grpo.get_config('sft')
-  model = presets.llama(
-    vocab_size=264,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    width=64,
-    mlp_width=144,
-    length=grpo.LENGTH,
-  )
   return dataclasses.replace(
     sft,
-    model=dataclasses.replace(model, tie_embeddings=True, scan_layers=False),
+    model=grpo.small_model(),
     data=dataclasses.replace(sft.data, path=_STUDENT_READS),
     optimizer=dataclasses.replace(sft.optimizer, peak_lr=4e-3),
     num_steps=400,

@@ -30,6 +30,7 @@ import dataclasses
 from data import data_config, sources
 from evals.verifiers import texts
 from experiments import presets
+from models import model_config
 from training import experiment
 from training.checkpoints import init_from
 from training.objectives import advantages
@@ -104,22 +105,34 @@ def get_config(variant: str = 'grpo') -> experiment.Experiment:
   )
 
 
+def small_model() -> model_config.ModelConfig:
+  """Returns a student with a quarter of the parameters of `sft`."""
+  return _model(num_heads=2, width=64, mlp_width=144)
+
+
+def _model(
+  *, num_heads: int, width: int, mlp_width: int
+) -> model_config.ModelConfig:
+  made = presets.llama(
+    vocab_size=264,
+    num_layers=2,
+    num_heads=num_heads,
+    num_kv_heads=num_heads,
+    width=width,
+    mlp_width=mlp_width,
+    length=LENGTH,
+  )
+  return dataclasses.replace(
+    made,
+    tie_embeddings=True,
+    scan_layers=False,  # two layers compile quickly, and run faster
+  )
+
+
 def _sft() -> experiment.Experiment:
   return experiment.Experiment(
     name='add_sft',
-    model=dataclasses.replace(
-      presets.llama(
-        vocab_size=264,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        width=128,
-        mlp_width=352,
-        length=LENGTH,
-      ),
-      tie_embeddings=True,
-      scan_layers=False,  # two layers compile quickly, and run faster
-    ),
+    model=_model(num_heads=4, width=128, mlp_width=352),
     data=data_config.DataConfig(
       open_source=sources.problems,
       path=f'kind=chat&{_ADDITIONS}',

@@ -21,7 +21,7 @@ questions of its validation split. The two splits share no problem.
 
 import dataclasses
 
-from experiments import grpo, presets
+from experiments import grpo
 from training import experiment
 from training.checkpoints import init_from
 from training.objectives import distillation, preference, reward
@@ -149,18 +149,9 @@ def _grpo(directory: str) -> experiment.Experiment:
 
 def _distil(directory: str) -> experiment.Experiment:
   sft = grpo.get_config('sft')
-  student = presets.llama(
-    vocab_size=264,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    width=64,
-    mlp_width=144,
-    length=grpo.LENGTH,
-  )
   return dataclasses.replace(
     sft,
-    model=dataclasses.replace(student, tie_embeddings=True, scan_layers=False),
+    model=grpo.small_model(),
     objective=distillation.Distillation(teacher=directory),
     optimizer=dataclasses.replace(sft.optimizer, peak_lr=4e-3),
     num_steps=600,

@@ -20,13 +20,12 @@ import dataclasses
 import json
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 import numpy as np
 
 from data.problems import generator as problems_lib
 from experiments import distil
 from frozen import format as frozen_format
-from hardware import compilation_cache
 from inference import generate
 from storage import atomic
 from studies import answers
@@ -66,13 +65,7 @@ def train(
     SystemExit: a signal stopped the run.
   """
   experiment = distil.get_config(f'{variant}:{workdir}')
-  if steps:
-    warmup = min(experiment.optimizer.warmup_steps, steps)
-    experiment = dataclasses.replace(
-      experiment,
-      num_steps=steps,
-      optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=warmup),
-    )
+  experiment = quiet_run.shortened(experiment, steps)
   experiment = dataclasses.replace(experiment, seed=seed)
   if quiet_run.run(experiment, workdir / variant).exit_code:
     raise SystemExit('stopped by a signal; the same command resumes')
@@ -172,13 +165,7 @@ def _over_seeds(scores: Sequence[answered.Score]) -> answered.Score:
 
 def main(argv: list[str]) -> None:
   """Trains missing variants, measures all variants, and prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
-  if directory := compilation_cache.directory_of(None):
-    compilation_cache.use(directory)
+  workdir = study_flags.begin(argv)
   seeds = []
   for seed in range(study_flags.SEEDS.value or 1):
     place = workdir / f'seed{seed}'

@@ -24,12 +24,11 @@ import dataclasses
 import json
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from data.problems import generator as problems_lib
 from experiments import lifecycle
 from frozen import format as frozen_format
-from hardware import compilation_cache
 from storage import atomic
 from studies.common import answered, quiet_run, study_flags
 from training import experiment as experiment_lib
@@ -68,13 +67,7 @@ def train(
   parent = lifecycle.PARENTS[stage]
   variant = f'{stage}:{workdir / parent / "frozen"}' if parent else stage
   experiment = lifecycle.get_config(variant)
-  if steps:
-    warmup = min(experiment.optimizer.warmup_steps, steps)
-    experiment = dataclasses.replace(
-      experiment,
-      num_steps=steps,
-      optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=warmup),
-    )
+  experiment = quiet_run.shortened(experiment, steps)
   if quiet_run.run(experiment, workdir / stage).exit_code:
     raise SystemExit('stopped by a signal; the same command resumes')
   return experiment
@@ -151,14 +144,7 @@ def table(found: dict[str, Measured]) -> str:
 
 def main(argv: list[str]) -> None:
   """Trains missing stages, measures all stages, and prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
-  # Several stages have the same programs.
-  if directory := compilation_cache.directory_of(None):
-    compilation_cache.use(directory)
+  workdir = study_flags.begin(argv)
   for stage in lifecycle.PARENTS:
     train(workdir, stage, study_flags.STEPS.value)
     print(f'{stage}: {workdir / stage / "frozen"}', flush=True)

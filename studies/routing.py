@@ -21,13 +21,12 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 import numpy as np
 
 from evals.results import calibration
 from experiments import test_time_scaling as experiments
 from frozen import effort_predictor, format as frozen_format
-from hardware import compilation_cache
 from storage import atomic
 from studies import test_time_scaling
 from studies.common import figure, study_flags
@@ -321,14 +320,7 @@ def freeze(
 
 def main(argv: list[str]) -> None:
   """Makes what is missing; prints the tables."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  atomic.make_directory(workdir)
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
-  if directory := compilation_cache.directory_of(None):
-    compilation_cache.use(directory)
+  workdir = study_flags.begin(argv)
   size, pooling = _SIZE.value, _POOLING.value
   try:
     pool = test_time_scaling.pool_of(

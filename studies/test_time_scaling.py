@@ -20,13 +20,12 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from absl import app, logging
+from absl import app
 import numpy as np
 
 from data.problems import generator, problem as problem_lib
 from evals.results import pass_at_k
 from experiments import test_time_scaling as experiments
-from hardware import compilation_cache
 from storage import atomic
 from studies.common import figure, quiet_run, study_flags
 from studies.think import estimates, pool as pool_lib, strategies
@@ -62,7 +61,7 @@ def pool_of(
   num_samples: int,
   steps: int = 0,
 ) -> pool_lib.Pool:
-  """Trains a model and draws its pool, or reads what is there.
+  """Trains a model and draws its pool of samples, or reads the pool.
 
   Args:
     workdir: of all runs and pools.
@@ -80,16 +79,10 @@ def pool_of(
   if path.exists():
     return pool_lib.load(path)
   experiment = dataclasses.replace(experiments.get_config(size), seed=seed)
-  if steps:
-    warmup = min(experiment.optimizer.warmup_steps, steps)
-    experiment = dataclasses.replace(
-      experiment,
-      num_steps=steps,
-      optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=warmup),
-    )
+  experiment = quiet_run.shortened(experiment, steps)
   run = workdir / f'{size}_{seed}'
   if quiet_run.run(experiment, run).exit_code:
-    raise SystemExit('stopped by a signal; the same command goes on')
+    raise SystemExit('stopped by a signal; the same command resumes')
   found = pool_lib.draw(
     run / 'frozen',
     problems_of(num_per_level),
@@ -391,14 +384,7 @@ def report(pools: Pools, workdir: pathlib.Path, figure_path: str = '') -> str:
 
 def main(argv: list[str]) -> None:
   """Trains and samples what is missing; prints the tables."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  atomic.make_directory(workdir)
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
-  if directory := compilation_cache.directory_of(None):
-    compilation_cache.use(directory)
+  workdir = study_flags.begin(argv)
   pools: Pools = []
   try:
     for seed in range(study_flags.SEEDS.value or NUM_SEEDS):

@@ -21,16 +21,14 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
-import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 import numpy as np
 
 from checks import path_flags
 from evals.results import pass_at_k
 from experiments import test_time_scaling as experiments
 from frozen import format as frozen_format
-from hardware import compilation_cache
 from storage import atomic
 from studies import prices as prices_lib, test_time_scaling
 from studies.common import study_flags
@@ -139,17 +137,10 @@ def _targets(values: Sequence[str]) -> list[float]:
 
 def main(argv: list[str]) -> None:
   """Makes what is missing; prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
+  workdir = study_flags.begin(argv)
   try:
     targets = _targets(flags.FLAGS.targets)
     price = prices_lib.read(flags.FLAGS.prices) if flags.FLAGS.prices else None
-    atomic.make_directory(workdir)
-    if directory := compilation_cache.directory_of(None):
-      compilation_cache.use(directory)
     curves, training, levels_Q = {}, {}, np.zeros(0)
     for size in experiments.SIZES:
       pool = test_time_scaling.pool_of(

@@ -13,15 +13,13 @@ question. Errors are standard errors over questions.
 """
 
 import json
-import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 import numpy as np
 
 from evals.results import calibration, recalibration, statistics
 from experiments import test_time_scaling as experiments
-from hardware import compilation_cache
 from storage import atomic
 from studies import test_time_scaling
 from studies.common import study_flags
@@ -124,14 +122,7 @@ def table(numbers: dict[str, dict[str, Any]], title: str) -> str:
 
 def main(argv: list[str]) -> None:
   """Makes what is missing; prints a table for each size."""
-  if len(argv) > 1:
-    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
-  workdir = pathlib.Path(study_flags.required_workdir())
-  atomic.make_directory(workdir)
-  # Orbax logs many lines about saves that went well.
-  logging.set_verbosity(logging.ERROR)
-  if directory := compilation_cache.directory_of(None):
-    compilation_cache.use(directory)
+  workdir = study_flags.begin(argv)
   numbers = {}
   try:
     for size in [flags.FLAGS.size] if flags.FLAGS.size else experiments.SIZES:

@@ -1,5 +1,6 @@
 """Runs of experiments that print nothing, as studies start them."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -25,6 +26,25 @@ def run(
     rich.console.Console(quiet=True),
     stop_after=stop_after,
     make_sampler=_make_sampler,
+  )
+
+
+def shortened(
+  experiment: experiment_lib.Experiment, steps: int
+) -> experiment_lib.Experiment:
+  """Returns the experiment with another number of steps.
+
+  Args:
+    experiment: experiment of a study.
+    steps: steps of the run; 0: as the experiment says.
+  """
+  if not steps:
+    return experiment
+  warmup = min(experiment.optimizer.warmup_steps, steps)
+  return dataclasses.replace(
+    experiment,
+    num_steps=steps,
+    optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=warmup),
   )
 
 

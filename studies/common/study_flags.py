@@ -4,9 +4,14 @@ They are defined here because absl allows a name only once per process, and
 tests import all studies.
 """
 
-from absl import flags
+from collections.abc import Sequence
+import pathlib
+
+from absl import app, flags, logging
 
 from checks import path_flags
+from hardware import compilation_cache
+from storage import atomic
 
 WORKDIR = path_flags.DEFINE_path(
   'workdir', '', 'Directory that keeps runs or results, to resume from.'
@@ -33,6 +38,28 @@ SAMPLES_PER_QUESTION = flags.DEFINE_integer(
   'Answers that each model draws to each question.',
   lower_bound=2,
 )
+
+
+def begin(argv: Sequence[str]) -> pathlib.Path:
+  """Prepares a study that trains: returns its workdir, which is made.
+
+  Args:
+    argv: of the program; flags only.
+
+  Raises:
+    UsageError: there are arguments besides flags.
+    SystemExit: there is no --workdir.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(f'got unknown arguments {argv[1:]}, expected flags')
+  workdir = pathlib.Path(required_workdir())
+  atomic.make_directory(workdir)
+  # Orbax logs many lines about saves that went well.
+  logging.set_verbosity(logging.ERROR)
+  # Runs of a study have programs in common.
+  if directory := compilation_cache.directory_of(None):
+    compilation_cache.use(directory)
+  return workdir
 
 
 def required_workdir() -> str:
