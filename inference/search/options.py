@@ -161,11 +161,11 @@ def made(
   Raises:
     ValueError: `wait` for a model without reasoning, or without its limit.
   """
-  from inference.search import (
+  from inference.search import scorers
+  from inference.search.strategies import (
     forcing,
     revision,
     sampling,
-    scorers,
     trees,
     voting,
   )

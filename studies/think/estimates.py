@@ -86,7 +86,7 @@ def majority(
   """Returns majority votes over k samples.
 
   Of equals, the answer with the first vote wins, as in
-  `inference/search/voting.py`. No answer has no vote.
+  `inference/search/strategies/voting.py`. No answer has no vote.
 
   Args:
     pool: of samples.

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from inference.search import (
-  budget as budget_lib,
+from inference.search import budget as budget_lib, scorers
+from inference.search.strategies import (
   forcing,
   revision,
   sampling,
-  scorers,
   trees,
   voting,
 )

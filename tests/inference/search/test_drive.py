@@ -5,12 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from inference.search import (
-  budget as budget_lib,
-  sampling,
-  scorers,
-  voting,
-)
+from inference.search import budget as budget_lib, scorers
+from inference.search.strategies import sampling, voting
 from tests.helpers.serving import scripted_engine, searches
 
 

@@ -11,10 +11,9 @@ from inference.search import (
   budget as budget_lib,
   drive,
   samples as samples_lib,
-  sampling,
   scorers,
-  voting,
 )
+from inference.search.strategies import sampling, voting
 from tests.helpers.serving import reference_engine, searches, simulated_device
 
 _COUNTERS = 'sampled_tokens_total', 'flops_total', 'prefill_tokens_total'

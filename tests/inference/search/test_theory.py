@@ -15,7 +15,8 @@ from scipy import stats
 
 from evals import best_of_n
 from evals.results import pass_at_k, voting as voting_theory
-from inference.search import sampling, scorers, voting
+from inference.search import scorers
+from inference.search.strategies import sampling, voting
 from tests.helpers.serving import searches
 
 _REWARDS = {'a': -1.0, 'b': 0.5, 'c': 2.0, 'd': 3.0}

@@ -7,7 +7,8 @@ import pytest
 from inference.constraints import thinking
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
-from inference.search import forcing, reading
+from inference.search import reading
+from inference.search.strategies import forcing
 from tests.helpers import tiny_models
 from tests.helpers.serving import reference_engine, searches, simulated_device
 from text.replies import parser

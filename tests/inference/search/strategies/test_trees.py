@@ -8,12 +8,10 @@ from inference.sampling import settings as settings_lib
 from inference.search import (
   budget as budget_lib,
   drive,
-  revision,
   samples as samples_lib,
-  sampling,
   scorers,
-  trees,
 )
+from inference.search.strategies import revision, sampling, trees
 from tests.helpers import tiny_models
 from tests.helpers.serving import reference_engine, scripted_engine, searches
 

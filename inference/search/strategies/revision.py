@@ -9,11 +9,8 @@ Reference: Snell et al. 2024 (arXiv:2408.03314), section 6.
 import dataclasses
 
 from checks import expect
-from inference.search import (
-  samples as samples_lib,
-  sampling,
-  strategy as strategy_lib,
-)
+from inference.search import samples as samples_lib, strategy as strategy_lib
+from inference.search.strategies import sampling
 from text import tokenizer as tokenizer_lib
 
 WORDS = '\n\nThis may be wrong. I check it and answer again.\n\n'

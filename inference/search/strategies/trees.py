@@ -21,11 +21,8 @@ from collections.abc import Generator, Sequence
 import dataclasses
 
 from checks import expect
-from inference.search import (
-  samples as samples_lib,
-  sampling,
-  strategy as strategy_lib,
-)
+from inference.search import samples as samples_lib, strategy as strategy_lib
+from inference.search.strategies import sampling
 
 _Collected = Generator[
   None, samples_lib.Sample | None, list[samples_lib.Sample]
