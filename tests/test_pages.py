@@ -187,6 +187,7 @@ def _without_prose(source: str) -> str:
   return ast.unparse(tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('title', 'text'), _recipes(), ids=lambda x: x[:30])
 def test_a_recipe_lists_the_files_of_its_example(title, text):
   (examples,) = _EXAMPLES.findall(text)

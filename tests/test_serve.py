@@ -93,6 +93,7 @@ def test_prompt_streams_then_reports_speed_and_an_unchanged_digest(model):
   assert f'weights after   {digest}  unchanged' in out
 
 
+@pytest.mark.slow
 def test_several_completions_of_a_prompt(model):
   directory, _ = model
   code, out, err = _run(
@@ -125,6 +126,7 @@ def test_a_prompt_with_a_system_prompt_is_a_chat(model):
   assert re.search(r'prefill .*\(31 tokens', out)
 
 
+@pytest.mark.slow
 def test_a_cache_is_mended_and_may_be_copied_to_another_place(model, tmp_path):
   """The next start finds all entries; it makes incomplete ones again."""
   directory, _ = model
@@ -218,6 +220,7 @@ def test_a_process_that_is_asked_nothing_exits_with_2():
   assert err.startswith('error: got none, expected one of --prompt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('chosen', 'message'),
   [
@@ -302,6 +305,7 @@ def test_bad_input_is_one_line_and_no_traceback(
   assert 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_a_task_is_scored_by_the_engine_that_serves(model, tmp_path):
   directory, digest = model
   text = 'Of what is written, some is read; of what is read, little is kept.'
@@ -365,6 +369,7 @@ def test_help_does_not_wait_for_jax():
     assert f' {name}\n' not in process.stderr
 
 
+@pytest.mark.slow
 def test_port_serves_until_it_is_stopped(model, tmp_path):
   directory, digest = model
   keys = tmp_path / 'keys'
@@ -399,6 +404,7 @@ def test_port_serves_until_it_is_stopped(model, tmp_path):
   assert 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_streams_that_outlast_the_drain_end_with_an_error(tmp_path):
   """SIGTERM, while more is asked than one second can answer."""
   directory = tmp_path / 'long'

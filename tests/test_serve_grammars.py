@@ -18,6 +18,7 @@ def model(tmp_path_factory):
   return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flags', 'language'),
   [

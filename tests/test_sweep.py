@@ -114,6 +114,7 @@ def _events(path):
   return found
 
 
+@pytest.mark.slow
 def test_all_trials_that_diverge_are_one_line(place):
   pytest.importorskip('optuna')
   done = _run(
@@ -192,6 +193,7 @@ def test_a_wrong_flag_is_one_line(place, flags, options, words):
   assert words in _error(_run(place, *flags, **options))
 
 
+@pytest.mark.slow
 def test_a_storage_of_another_sweep_is_one_line(place):
   pytest.importorskip('optuna')
   first = _run(

@@ -88,6 +88,7 @@ def test_an_unexpected_exception_has_a_code_of_its_own(tmp_path):
   assert 'Traceback' in result.stderr
 
 
+@pytest.mark.slow
 def test_errors_of_the_users_are_final(tmp_path):
   flags = [*SMALL, f'--workdir={tmp_path / "run"}', '--config.num_steps=0']
   result = _train(*flags, '--max_restarts', '3')

@@ -9,6 +9,7 @@ pytest.importorskip('llguidance', reason='requirements-serve.txt has it')
 jsonschema = pytest.importorskip('jsonschema')
 
 
+@pytest.mark.slow
 def test_answers_of_all_schemas_are_valid():
   assert len(json_schemas.ALL) == 50
   for schema in json_schemas.ALL:

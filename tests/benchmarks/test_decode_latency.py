@@ -35,6 +35,7 @@ def test_bytes_per_token_counts_weights_and_cache():
   assert decode_latency.bytes_per_token(_tiny()) == 4 * (weights + cache)
 
 
+@pytest.mark.slow
 def test_result_is_consistent():
   result = decode_latency.run(_tiny(), with_peer=False, rounds=2)
   ours = result['ours']

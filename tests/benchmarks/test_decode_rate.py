@@ -9,6 +9,7 @@ from benchmarks import decode_rate
 from tests.helpers import tiny_models
 
 
+@pytest.mark.slow
 def test_a_side_answers_all_requests_and_knows_its_bytes():
   model = tiny_models.llama_like(
     num_layers=1, max_length=256, vocab_size=301, scan_layers=False
@@ -44,6 +45,7 @@ def test_the_report_shows_every_batch():
   assert lines[-1].split() == ['32', '1,234', '70%', '3.2', 's']
 
 
+@pytest.mark.slow
 def test_adapters_are_a_second_side_of_the_same_requests():
   model = tiny_models.llama_like(
     num_layers=1, max_length=256, vocab_size=301, scan_layers=False

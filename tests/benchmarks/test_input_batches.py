@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from benchmarks import input_batches
 from data import data_config, sources
 from experiments import quickstart
@@ -27,6 +29,7 @@ def _experiment(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_every_packing_and_a_source_mix_are_measured(tmp_path):
   experiment = _experiment(tmp_path)
   measured = input_batches.measure(

@@ -23,6 +23,7 @@ def args(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_each_trace_is_compared(args):
   found = list(speculation.measure(args))
   assert [each['trace'] for each in found] == ['edit', 'free', 'mixed']

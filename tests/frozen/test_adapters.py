@@ -202,6 +202,7 @@ def test_a_model_of_no_family_keeps_its_adapters_merged(tmp_path):
     _write(tmp_path / 'a', base)
 
 
+@pytest.mark.slow
 def test_the_command_merges_and_says_what_is_wrong(base, written, tmp_path):
   def command(*args):
     return subprocess.run(

@@ -118,6 +118,7 @@ def _first_step(num_devices):
   return float(metrics['loss'])
 
 
+@pytest.mark.slow
 def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
   with _cache(tmp_path) as found:
     loss = _first_step(1)
@@ -132,6 +133,7 @@ def test_a_train_step_is_compiled_once_for_all_starts(tmp_path):
     assert not found['cache_misses']
 
 
+@pytest.mark.slow
 def test_a_program_with_collectives_is_compiled_at_each_start(tmp_path):
   with _cache(tmp_path) as found:
     for _ in range(2):

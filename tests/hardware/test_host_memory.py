@@ -27,6 +27,7 @@ print(-faults() + faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='mallopt is of glibc')
 def test_steps_stop_faulting_in_their_temporaries():
   faults = {}

@@ -39,6 +39,7 @@ def _answer(generator):
   return completion.token_ids, np.array(found), completion.usage
 
 
+@pytest.mark.slow
 def test_each_name_answers_as_its_merged_directory(
   generator, frozen_dir, directories, tmp_path
 ):
@@ -174,6 +175,7 @@ def _flags(frozen_dir, directories, name):
   )
 
 
+@pytest.mark.slow
 def test_the_command_answers_with_an_adapter(
   generator, frozen_dir, directories
 ):

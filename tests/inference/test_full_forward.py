@@ -31,6 +31,7 @@ def _expected(config, params, ids, first, vocab_size=259):
   return [logits_TV[t - 1, ids[t]] for t in range(first, len(ids))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'make', [tiny_models.llama_like, tiny_models.gpt2_like, tiny_models.mixture]
 )
@@ -90,6 +91,7 @@ def test_invariant_numerics_have_its_bits():
   assert worst < full_forward.tolerance('float32')
 
 
+@pytest.mark.slow
 def test_it_reads_the_params_of_an_engine_as_they_lie():
   """A bfloat16 engine on a CPU keeps the transposes of its kernels."""
   config = frozen_dirs.config(num_layers=1)
@@ -143,6 +145,7 @@ def test_every_dtype_of_a_model_has_a_tolerance():
   assert tolerance('float32', kv_dtype='int8') > tolerance('float32')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('has_gain', [False, True])
 def test_invariant_numerics_have_its_bits_with_an_adapter(has_gain):
   config = frozen_dirs.config(num_layers=2)

@@ -64,6 +64,7 @@ def _answers(engine, prompts, max_tokens=10):
   return [found[index] for index in range(len(asked))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['int4', 'Q8_0'])
 def test_answers_have_the_same_bits_alone_and_in_a_crowd(scheme):
   config = _config()
@@ -74,6 +75,7 @@ def test_answers_have_the_same_bits_alone_and_in_a_crowd(scheme):
   assert [_answers(engine, [each])[0] for each in _PROMPTS] == together
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_plain_products():
   config = _config()
   params = stored_params.stored(frozen_dirs.params(config), 'int8')

@@ -61,6 +61,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', list(MODELS))
 def test_greedy_tokens_are_the_full_forwards(tmp_path, name):
   config = frozen_dirs.config(**MODELS[name])

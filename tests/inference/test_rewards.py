@@ -52,6 +52,7 @@ def generator(directory):
   return generate.load(directory, config, is_for_rewards=True)
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_the_training_objective(directory, generator):
   rng = np.random.default_rng(0)
   # Longer than a chunk and shorter than a page; two begin alike.
@@ -217,6 +218,7 @@ def test_it_is_not_served_as_a_language_model(directory):
     generate.load(directory)
 
 
+@pytest.mark.slow
 def test_a_language_model_gives_no_rewards(tmp_path):
   frozen_dirs.write(tmp_path / 'frozen', config=CONFIG)
   config = engine_config.EngineConfig(max_sequences=1)
@@ -227,6 +229,7 @@ def test_a_language_model_gives_no_rewards(tmp_path):
     model_port.rewarder(generator)
 
 
+@pytest.mark.slow
 def test_the_command(directory, tmp_path):
   source, out = tmp_path / 'answers.jsonl', tmp_path / 'out.jsonl'
   source.write_text(json.dumps({'prompt': 'p', 'answer': 'one'}))

@@ -75,6 +75,7 @@ def _logits(params, config, ids):
   return np.asarray(model.apply(params, tokens)[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', [*_SCHEMES, 'ordered', 'Q8_0'])
 @pytest.mark.usefixtures('_in_blocks')
 def test_a_pass_is_that_of_the_whole_kernels(scheme):
@@ -91,6 +92,7 @@ def test_a_pass_is_that_of_the_whole_kernels(scheme):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['int8', 'int4', 'Q8_0'])
 @pytest.mark.usefixtures('_in_blocks')
 def test_prefill_and_decode_steps_are_the_whole_pass(scheme):
@@ -130,6 +132,7 @@ def _engine(config, params, **overrides):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['int8', 'nvfp4', 'ordered', 'mixed'])
 def test_the_engine_answers_as_the_full_forward(scheme):
   config = _config()
@@ -255,6 +258,7 @@ def _write(directory, scheme='int4', **fields):
   return frozen_dirs.write(directory, config=config, params=params, **fields)
 
 
+@pytest.mark.slow
 def test_a_directory_is_served_and_its_digest_stays(tmp_path):
   written = _write(tmp_path / 'f')
   generator = generate.load(tmp_path / 'f', life_two.ENGINE)
@@ -265,6 +269,7 @@ def test_a_directory_is_served_and_its_digest_stays(tmp_path):
   assert generator.weights_digest() == written.weights_digest
 
 
+@pytest.mark.slow
 def test_adapters_compute_beside_kernels_in_fewer_bits(tmp_path):
   base, adapter, merged = (tmp_path / n for n in ('base', 'adapter', 'merged'))
   _write(base)

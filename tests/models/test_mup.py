@@ -44,6 +44,7 @@ def _by_owner(tree):
     yield path[-2].key, path[-1].key, leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', [WIDE, MIXTURE], ids=['dense', 'mixture'])
 def test_initial_scales(config):
   """The same key draws the same numbers, at another scale."""
@@ -109,6 +110,7 @@ def test_scores_are_scaled_by_one_over_channels():
   np.testing.assert_allclose(scale, np.sqrt(6) / 24, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [tiny_models.llama_like, tiny_models.mixture])
 def test_at_its_base_it_is_the_standard_parametrisation(make):
   standard = make()

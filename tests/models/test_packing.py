@@ -113,6 +113,7 @@ def _packed(name, documents, row_length=24, numbers=(1, 2, 3)):
   return [np.asarray(logits_BTV[0, place]) for place in places]
 
 
+@pytest.mark.slow
 @every_option
 def test_a_document_is_the_same_in_any_row(name):
   """Alone, among neighbours, among others in another order and numbering."""

@@ -67,6 +67,7 @@ def test_losses_and_gradients_are_those_of_storing_everything(
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('policy', ['none', 'minimal', 'full'])
 def test_layers_apart_and_activations_made_again_train_the_same(policy):
   expected = _value_and_gradients('none', True, jnp.float32)

@@ -180,6 +180,7 @@ def _trajectory(num_devices, **parallel):
   return sorted(metrics), np.array(reported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [

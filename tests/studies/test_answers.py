@@ -70,6 +70,7 @@ def _records(out):
   return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_truncated_answers_are_counted_and_left_out(
   generator, questions, tmp_path
 ):

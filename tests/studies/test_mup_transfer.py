@@ -26,6 +26,7 @@ def test_an_optimum_at_the_edge_is_none(losses):
   assert mup_transfer.optimum([-3, -2, -1], losses) is None
 
 
+@pytest.mark.slow
 def test_the_rate_as_an_argument_is_the_rate_of_the_optimizer():
   experiment = page.get_config('mup-128')
   experiment = dataclasses.replace(

@@ -48,6 +48,7 @@ def test_a_batch_has_pairs_side_by_side():
     )
 
 
+@pytest.mark.slow
 def test_a_proxy_is_trained_and_its_curve_is_fitted():
   proxy = lab.Proxy(name='few', num_pairs=256, num_steps=30)
   found = lab.measure(proxy, num_groups=3, group=256)

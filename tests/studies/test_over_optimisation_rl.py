@@ -35,6 +35,7 @@ def test_the_fit_finds_its_own_coefficients():
   assert found.peak == pytest.approx(np.exp(0.9 / 0.4 - 1))
 
 
+@pytest.mark.slow
 def test_gold_falls_while_the_proxy_rises_and_a_penalty_stops_before():
   free, held = (
     study.measure(_more_is_better, penalty, num_seeds=2, num_steps=100)

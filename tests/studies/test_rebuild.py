@@ -30,6 +30,7 @@ def again(frozen, corpus, workdir, *changes):
   return code, lines
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_weights(frozen, corpus, tmp_path):
   code, lines = again(frozen, corpus, tmp_path / 'w')
   assert (code, lines) == (0, [rebuild.EQUAL_TEXT])
@@ -56,6 +57,7 @@ def test_a_fine_tuned_child_gives_the_same_weights(frozen, corpus, tmp_path):
     again(tmp_path / 'tuned/frozen', corpus, tmp_path / 'w3')
 
 
+@pytest.mark.slow
 def test_another_seed_is_told_and_parts_at_the_first_step(
   frozen, corpus, tmp_path
 ):

@@ -34,6 +34,7 @@ def make(place, workdir, **changes):
   return rebuild_quantised.make(place / 'int4', workdir, **(given | changes))
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_made_again_and_others_are_told(place, tmp_path):
   assert rebuild_quantised.is_quantised(place / 'int4')
   assert not rebuild_quantised.is_quantised(place / 'float')

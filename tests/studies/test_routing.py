@@ -62,6 +62,7 @@ def test_calibration_is_near_that_of_perfect_predictions(table, found):
   assert routing.calibration_error(base_BE, table.correct_BE, 16)[0] > 0.2
 
 
+@pytest.mark.slow
 def test_the_report_has_both_halves_and_the_table_of_outcomes(tmp_path):
   pool = sample_pools.graded(num_per_level=20)
   text = study.report(

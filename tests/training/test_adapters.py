@@ -114,6 +114,7 @@ def _expected(base, kind):
   return _train(experiment, num_devices=1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'way'),
   [
@@ -140,6 +141,7 @@ def test_every_way_trains_the_same(base, kind, way):
   assert losses[-4:].mean() < losses[:4].mean() - 0.05, 'nothing was learnt'
 
 
+@pytest.mark.slow
 def test_layers_apart_train_as_stacked_ones_do(base):
   model = dataclasses.replace(init_from.model_of(base), scan_layers=False)
   stacked = learner_lib.make(_experiment(base), jax.devices()[:1])
@@ -201,6 +203,7 @@ def _assert_moved(before, after):
   assert np.abs(after - before).max() > 0
 
 
+@pytest.mark.slow
 def test_weight_decay_shrinks_both_matrices(base):
   def norms(decay):
     optimizer = chain.OptimizerConfig(
@@ -290,6 +293,7 @@ def _trained(corpus, base, tmp_path_factory):
   return workdir, text
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_trains_and_freezes_a_merged_directory(
   base, trained
 ):
@@ -346,6 +350,7 @@ def test_a_checkpoint_has_the_bytes_of_adapters_alone(base, trained, corpus):
   assert held + 65536 < 4 * flops.num_params(learner.experiment.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   kind, corpus, base, tmp_path
@@ -404,6 +409,7 @@ def test_a_merge_in_bfloat16_rounds_the_float32_merge_once(trained, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['int8', 'int4'])
 def test_a_merge_into_a_quantised_base_is_the_function_that_was_trained(
   form, corpus, base, tmp_path
@@ -428,6 +434,7 @@ def test_a_merge_into_a_quantised_base_is_the_function_that_was_trained(
   assert loss == pytest.approx(last['loss'], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_may_freeze_its_adapters_only(corpus, base, tmp_path):
   apart = experiment_lib.FreezeConfig(merge_adapter=False)
   _, text = _run(corpus, base, tmp_path / 'run', freeze=apart)

@@ -91,6 +91,7 @@ def whole(corpus, tmp_path_factory):
   return workdir, data_dir, printed
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_every_size(whole):
   workdir, _, printed = whole
   tokens = [r['tokens'] for r in _records(workdir, 'train')]
@@ -150,6 +151,7 @@ def _killed_after(step, experiment, workdir):
     reporter_lib.Reporter.add = real_add
 
 
+@pytest.mark.slow
 def test_a_resumed_ramp_is_the_uninterrupted_one(corpus, whole, tmp_path):
   workdir, data_dir, _ = whole
   experiment = _experiment(corpus, data_dir)
@@ -160,6 +162,7 @@ def test_a_resumed_ramp_is_the_uninterrupted_one(corpus, whole, tmp_path):
   assert _records(tmp_path, 'eval') == _records(workdir, 'eval')
 
 
+@pytest.mark.slow
 def test_weights_may_change_on_resume(corpus, whole, tmp_path):
   workdir, data_dir, _ = whole
   experiment = _experiment(corpus, data_dir)

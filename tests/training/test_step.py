@@ -87,6 +87,7 @@ def _single_device_losses():
   return _losses(CONFIG, parallel_config.ParallelConfig(), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [

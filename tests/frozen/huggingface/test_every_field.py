@@ -178,6 +178,7 @@ def _changes(values, names):
       yield name, reference_configs.as_json(changed)
 
 
+@pytest.mark.slow
 def test_each_field_changes_the_logits_or_is_refused(reference):
   names = _names(reference.config, reference.model_class)
   without_effect = fields_lib.WITHOUT_EFFECT
@@ -321,6 +322,7 @@ def _rope_changes(pairs):
 
 
 # The other families read rotary fields with the same code, here and there.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'reference',
   _params(('llama3', 'phi3', 'gpt_neox', 'gemma3', 'deepseek_v3_dense')),

@@ -78,6 +78,7 @@ def test_a_directory_is_written_with_its_record(tmp_path, text, method, fields):
     assert 0 < errors['output_error'] < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', sorted(rounding.SCHEMES))
 def test_the_table_is_of_the_model_that_was_written(tmp_path, text, scheme):
   config = _config()

@@ -108,6 +108,7 @@ def _check(asked, served, kind='llama'):
       assert completion.prompt_logprobs == expected.prompt_logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'layout',
   [
@@ -141,6 +142,7 @@ def test_a_crowd_of_adapters_has_the_bits_of_each_alone(layout):
   assert len(texts) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['gpt2', 'mixture'])
 def test_other_models_have_adapters_too(kind):
   engine = _engine(kind)
@@ -158,6 +160,7 @@ def test_the_bits_of_an_adapter_do_not_depend_on_its_slot():
   assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('numerics', ['fast', 'invariant'])
 def test_an_adapter_answers_as_the_merged_weights(numerics):
   engine = _engine(numerics=numerics)
@@ -261,6 +264,7 @@ def test_pooled_states_are_those_of_the_adapter(pooling):
     assert np.abs(got - pooled('', length, engine)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_layers_called_one_by_one_have_adapters_too(monkeypatch):
   config = dataclasses.replace(reference_engine.model_config(), num_layers=2)
   params = jax.tree.map(

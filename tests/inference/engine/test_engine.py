@@ -68,6 +68,7 @@ def _work(engine):
 # Isolation: principals know nothing of each other's prompts.
 
 
+@pytest.mark.slow
 def test_principals_share_no_page_while_one_and_its_samples_do(engine):
   long = {'principal': 'a', 'max_tokens': 30}
   first = engine.submit(_request(**long, n=2, seed=1))

@@ -35,6 +35,7 @@ def _used(engine, request, request_id, updates=()):
   return used, reasons
 
 
+@pytest.mark.slow
 def test_before_its_first_step_it_has_used_nothing(engine):
   request = _request(n=2)
   used, reasons = _used(engine, request, engine.submit(request))

@@ -122,6 +122,7 @@ def _outcomes(constraint, settings):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', _SETTINGS)
 @pytest.mark.parametrize('which', _CONSTRAINTS)
 def test_distribution(which, how):
@@ -149,6 +150,7 @@ def test_distribution(which, how):
   assert stats.chisquare(observed, wanted).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'layout',
   [

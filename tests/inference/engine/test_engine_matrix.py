@@ -212,6 +212,7 @@ def _check_drafted(layout, **crowds):
     assert value > 50
 
 
+@pytest.mark.slow
 def test_one_function_with_drafts():
   layout = {**reference_engine.SIX_SHAPES, 'decode_shapes': (8,)}
   _check_drafted(layout, num_crowds=2, num_requests=24)
@@ -287,6 +288,7 @@ def _without_times(completion):
   return {**dataclasses.asdict(completion), 'usage': usage}
 
 
+@pytest.mark.slow
 def test_decode_steps_of_a_dispatch_change_no_answer_and_no_account():
   found, reasons = [], set()
   for num in (1, 2, 32):
@@ -323,6 +325,7 @@ def test_decode_steps_of_a_dispatch_change_no_answer_and_no_account():
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_page_that_the_last_token_fills_is_not_cached():
   """The device computes no keys for a token that ends its sequence."""
   engine = reference_engine.engine(**_INVARIANT)
@@ -352,6 +355,7 @@ def test_a_page_that_the_last_token_fills_is_not_cached():
     assert cached == len(tokens) - engine.page_tokens
 
 
+@pytest.mark.slow
 def test_decode_steps_end_when_a_request_waits_or_pages_are_short():
   layout = {**_SIMPLE, 'prefix_cache': False}
   engine = reference_engine.engine(**layout)
@@ -425,6 +429,7 @@ def test_fast_numerics_are_within_their_bound_and_do_differ():
   assert errors.max() < 1e-5
 
 
+@pytest.mark.slow
 def test_int8_pages_are_within_their_bound_and_do_round():
   errors = _errors(reference_engine.engine(**_SIMPLE, kv_dtype='int8'))
   # A channel is off by up to 1/254 of its vector's largest, and this model's
@@ -433,6 +438,7 @@ def test_int8_pages_are_within_their_bound_and_do_round():
   assert errors.max() < 0.15
 
 
+@pytest.mark.slow
 def test_fp8_pages_are_within_their_bound_and_do_round():
   errors = _errors(reference_engine.engine(**_SIMPLE, kv_dtype='fp8'))
   # A channel has 4 bits: it is off by up to 1/16 of itself.
@@ -444,6 +450,7 @@ def test_fp8_pages_are_within_their_bound_and_do_round():
 # Several devices.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'num_devices'),
   [

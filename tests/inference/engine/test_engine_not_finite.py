@@ -102,6 +102,7 @@ def _reference(kind):
   return reference_engine.Reference(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'layout'),
   [*(('llama', each) for each in _LAYOUTS), ('mixture', 'chunks of a page')],

@@ -39,6 +39,7 @@ def _without_guesses(completion):
   return found
 
 
+@pytest.mark.slow
 def test_drafts_change_no_end_and_no_account():
   """Of stop ids, stop strings, EOS and lengths in the middle of a draft."""
   plain = reference_engine.engine(**_PLAIN)
@@ -86,6 +87,7 @@ def test_drafts_change_no_end_and_no_account():
   assert len(drafter.forgotten) == len(usages) == len({*drafter.forgotten})
 
 
+@pytest.mark.slow
 def test_tokens_of_a_verification_are_those_of_the_formula(monkeypatch):
   """(1 - a^(g+1)) / (1 - a), Leviathan et al. (arXiv:2211.17192), eq. 1."""
   right, length, lanes, seeds = 0.7, 5, 8, 12

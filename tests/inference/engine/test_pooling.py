@@ -46,6 +46,7 @@ def _pooled(engine, asked, **chance):
   return [completions[0].pooled_D for completions in served.completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', pooling.KINDS)
 @pytest.mark.parametrize('model', ['llama', 'gpt2', 'mixture'])
 def test_the_engine_pools_the_hidden_states_of_the_full_forward(model, kind):
@@ -59,6 +60,7 @@ def test_the_engine_pools_the_hidden_states_of_the_full_forward(model, kind):
   assert np.abs(found_D - _expected_D(asked[1], kind, model)).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', pooling.KINDS)
 def test_a_vector_does_not_depend_on_company_chunks_or_preemption(kind):
   alone = reference_engine.engine(**reference_engine.TIGHT)
@@ -100,6 +102,7 @@ def test_pooling_changes_no_token_and_other_requests_have_no_vector():
   assert [c.pooled_D is None for c in second] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_mean_reads_no_cached_prompt_and_a_last_state_may():
   engine = reference_engine.engine(**reference_engine.TIGHT)
   found = {}

@@ -207,6 +207,7 @@ def test_until_all_is_compiled_it_is_alive_and_not_ready(generator):
     assert http.post('/v1/completions', json=_LONG).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_finishes_what_was_asked(slow):
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     with servers.running(slow) as served:
@@ -218,6 +219,7 @@ def test_a_server_that_stops_finishes_what_was_asked(slow):
   assert answer.json()['choices'][0]['finish_reason'] == 'length'
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_refuses_what_comes_then(slow):
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     with servers.running(slow) as served:

@@ -93,6 +93,7 @@ def test_what_a_window_has_left_behind_never_enters_a_sum(name):
   assert np.isnan(got[:, :59]).any((2, 3)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', [name for name, path in PATHS.items() if path.has_segments]
 )

@@ -77,6 +77,7 @@ def _merged(params, tree):
   return merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dora', [False, True])
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize('kind', MODELS)
@@ -91,6 +92,7 @@ def test_a_merge_computes_the_same(kind, scan, dora):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('dora', [False, True])
 @pytest.mark.parametrize('kind', MODELS)
@@ -105,6 +107,7 @@ def test_a_new_adapter_has_the_bits_of_the_base(kind, dora, dtype):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', MODELS)
 def test_prefill_and_decode_steps_are_the_whole_pass(kind):
   model = _model(kind)
@@ -149,6 +152,7 @@ def _three(params, **fields):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ports', ['fast', 'invariant'])
 @pytest.mark.parametrize('kind', ['llama', 'biased', 'experts'])
 def test_each_row_of_a_batch_has_its_own_adapter(kind, ports):
@@ -168,6 +172,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(kind, ports):
     np.testing.assert_allclose(found[row], alone, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_adapters_of_others():
   model = _model().clone(execution=invariant.execution())
   params = _params(model)
@@ -219,6 +224,7 @@ def test_a_table_of_latent_projections_is_refused():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', execution.REMAT[:3])
 def test_gradients_reach_adapters_alone(remat):
   model = _model(scan_layers=True).clone(

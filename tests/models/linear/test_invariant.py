@@ -138,6 +138,7 @@ def _logits(kind, is_invariant):
   return np.asarray(full[0]), {way: getattr(paged, way)() for way in ways}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', _MODELS)
 def test_a_token_has_the_same_bits_in_whatever_company(kind):
   full, ways = _logits(kind, is_invariant=True)
@@ -156,6 +157,7 @@ def test_without_fixed_shapes_the_bits_do_differ():
     np.testing.assert_allclose(way, full, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_ports_compute_what_the_usual_ones_do():
   rng = np.random.default_rng(0)
 

@@ -118,6 +118,7 @@ def _train(form, *, num_steps=20, **model_fields):
   return np.array(losses), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'form', ['int8', pytest.param('fp8', marks=pytest.mark.slow)]
 )

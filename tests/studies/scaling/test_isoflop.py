@@ -102,6 +102,7 @@ def measured(corpus, tmp_path_factory):
   return workdir, isoflop.measure(_grid(corpus, (6, 12)), workdir)
 
 
+@pytest.mark.slow
 def test_runs_are_branched_off_one_trunk(measured):
   workdir, points = measured
   assert points.tokens.tolist() == [6 * 128, 12 * 128]
@@ -113,6 +114,7 @@ def test_runs_are_branched_off_one_trunk(measured):
   ]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(corpus, measured, capsys, monkeypatch):
   workdir, points = measured
   started = []

@@ -34,6 +34,7 @@ def grid(law=LAW, noise=0.0, seed=0, budgets=(1e18, 1e19, 1e20, 1e21)):
   return dataclasses.replace(points, losses=losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('law', scaling_laws.FITS)
 def test_a_law_without_noise_is_found_exactly(method, law):
@@ -126,6 +127,7 @@ def test_losses_that_rise_with_size_have_no_law():
     parametric.project(risen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_the_largest_budget_is_predicted(method):
   found = held_out.predict_largest(grid(), method)
@@ -148,6 +150,7 @@ def test_two_budgets_are_too_few_to_predict_one():
   assert 'at least 3' in report.held_out_lines(points)
 
 
+@pytest.mark.slow
 def test_the_tables_have_every_quantity_and_law():
   points = grid(noise=1e-3)
   found, failed = report.estimates(points, 3)
@@ -162,6 +165,7 @@ def test_the_tables_have_every_quantity_and_law():
   assert 'exponent a: parabolas' in isoflop
 
 
+@pytest.mark.slow
 def test_the_analysis_prints_all_parts_or_says_why_there_is_no_fit(capsys):
   points = grid(noise=1e-3)
   found, failed = report.estimates(points.at(np.arange(3)), 3)

@@ -52,6 +52,7 @@ def _decayed(experiment: experiment_lib.Experiment):
   )
 
 
+@pytest.mark.slow
 def test_a_branch_has_the_bits_of_an_uninterrupted_run(trunk, tmp_path):
   workdir, experiment = trunk
   longer = _decayed(experiment)

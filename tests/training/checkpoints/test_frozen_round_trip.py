@@ -142,6 +142,7 @@ def _differing_fields(a, b):
   return {name for name in a if a[name] != b[name]}
 
 
+@pytest.mark.slow
 def test_all_that_training_does_not_change_is_frozen_again(places):
   base, tuned = places / 'base', places / 'run' / 'frozen'
   # An import has no recipe.
@@ -233,6 +234,7 @@ def test_a_template_of_its_own_is_exported(places, tmp_path):
     assert frozen_format.read(tmp_path / 'again').chat_template == template
 
 
+@pytest.mark.slow
 def test_the_newest_known_date_is_the_cutoff(corpus, tmp_path):
   frozen_dirs.write(
     tmp_path / 'base', config=tiny_models.llama_like(vocab_size=264)

@@ -93,6 +93,7 @@ def test_a_run_goes_on_from_frozen_weights(corpus, tmp_path, overrides):
     assert np.abs(np.asarray(a) - np.asarray(b)).max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_lineage(corpus, tmp_path):
   _frozen(tmp_path / 'base')
   experiment = tiny_run.tuning(corpus, tmp_path / 'base', num_steps=4)
@@ -151,6 +152,7 @@ def test_another_model_is_refused(corpus, tmp_path):
     tiny_run.run(missing, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_what_was_tuned_is_exported_and_reads_the_same(corpus, tmp_path):
   _frozen(tmp_path / 'base')
   tiny_run.run(tiny_run.tuning(corpus, tmp_path / 'base'), tmp_path / 'run')

@@ -176,6 +176,7 @@ def _spoiling_token(is_pmap):
   return _spoiling('embed', 'embedding', value=1e30, at=at)
 
 
+@pytest.mark.slow
 def test_a_rate_that_overflows_is_the_optimizers():
   # Twice the largest float32: the first step's update is infinite.
   optimizer = chain.OptimizerConfig(
@@ -188,6 +189,7 @@ def test_a_rate_that_overflows_is_the_optimizers():
   assert 'param_norm = inf' in message
 
 
+@pytest.mark.slow
 def test_what_was_not_finite_before_is_told():
   message = _explained(
     _experiment(),
@@ -199,6 +201,7 @@ def test_what_was_not_finite_before_is_told():
   ) in message
 
 
+@pytest.mark.slow
 def test_a_step_that_is_finite_when_taken_again_speaks_for_itself():
   message = _explained(_experiment(), failed=2)
   assert 'first not finite' not in message

@@ -57,6 +57,7 @@ def _requests(net):
   return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'model'),
   [

@@ -47,6 +47,7 @@ def _sampler(root, corpus, **fields):
   return made, parts
 
 
+@pytest.mark.slow
 def test_the_most_likely_token_is_drawn_as_often_as_it_should_be(tmp_path):
   """Pearson's statistic over 2,100 draws; false alarms: 0.1 %."""
   sampler, parts = _sampler(tmp_path, tiny_run.write_corpus(tmp_path))
@@ -81,6 +82,7 @@ def test_the_most_likely_token_is_drawn_as_often_as_it_should_be(tmp_path):
   assert statistic < freedom + 3.1 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [

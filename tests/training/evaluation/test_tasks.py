@@ -84,6 +84,7 @@ def test_a_run_records_scores_with_their_errors(corpus, tasks, tmp_path):
   assert sorted(described) == sorted(tasks)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_measures_again(
   corpus, tasks, tmp_path, monkeypatch
 ):

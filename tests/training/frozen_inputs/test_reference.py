@@ -104,6 +104,7 @@ def test_known_log_probabilities_are_not_computed_again(
   assert passes.count == count
 
 
+@pytest.mark.slow
 def test_values_follow_from_weights_tokens_and_numerics(
   corpus, base, tmp_path, passes
 ):
@@ -130,6 +131,7 @@ def test_values_follow_from_weights_tokens_and_numerics(
   assert count('rows', data={'row_length': 8}) > first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['float', 'int8'])
 def test_adapters_start_at_their_reference(corpus, base, tmp_path, form):
   """A policy starts as its base is stored; so is its reference."""
@@ -179,6 +181,7 @@ def _assembled(corpus, base, directory, place=None, **fields):
   return assemble.assemble(experiment, directory / 'run')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'packing', ['concat_then_split', 'best_fit', 'first_fit', 'none']
 )
@@ -203,6 +206,7 @@ def test_the_array_of_a_batch_is_that_of_a_forward_pass(
   parts.batches.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [
@@ -226,6 +230,7 @@ def test_every_way_across_devices_computes_the_same(
   assert np.ptp(expected) > 1
 
 
+@pytest.mark.slow
 def test_a_computation_that_was_cut_short_goes_on(
   corpus, base, tmp_path, passes, monkeypatch
 ):
@@ -275,6 +280,7 @@ def test_rows_without_a_fixed_layout_are_refused(corpus, base, tmp_path):
     _assembled(corpus, base, tmp_path, data={'packing': 'windows'})
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_reference(corpus, base, tmp_path):
   tiny_run.run(_experiment(corpus, base, num_steps=2), tmp_path / 'run')
   recorded = json.loads((tmp_path / 'run' / file_names.RUN).read_text())
@@ -289,6 +295,7 @@ def test_a_run_is_not_resumed_with_another_reference(corpus, base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_reference_resumes_bit_for_bit(corpus, base, tmp_path):
   schedule = dataclasses.replace(
     _experiment(corpus, base).optimizer, schedule='constant'
@@ -313,6 +320,7 @@ def test_a_run_with_a_reference_resumes_bit_for_bit(corpus, base, tmp_path):
   assert records[-1]['distance'] > 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_without_a_reference_computes_none(corpus, tmp_path, passes):
   tiny_run.run(
     tiny_run.experiment(corpus, objective=next_token.NextToken(), num_steps=2),

@@ -320,6 +320,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(corpus, tmp_path):
     tiny_run.run(experiment, tmp_path / 'longer')
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_learns(corpus, tmp_path):
   teacher = _teacher(tmp_path / 'teacher')
   experiment = _distilled(

@@ -95,6 +95,7 @@ def _preferences(ref_BT):
   return units
 
 
+@pytest.mark.slow
 def test_dpo_reaches_the_optimal_policy():
   """pi* is proportional to pi_ref exp(r / beta): DPO, equation 4."""
   params, texts, steps = _params(0), _texts(), 200
@@ -175,6 +176,7 @@ def _assert_same(got, expected):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('baseline', [0.0, 1.7])
 @pytest.mark.parametrize('clip', [0.0, 0.2])
 def test_the_policy_term_is_the_gradient_of_the_expected_reward(baseline, clip):

@@ -211,6 +211,7 @@ def test_preferences_are_learnt_from_the_reference_on(reference):
   assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'num_devices'),
   [
@@ -268,6 +269,7 @@ def test_a_reference_is_split_as_the_model_is(reference):
   assert any(not s.is_fully_replicated for s in jax.tree.leaves(own))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'num_devices'),
   [
@@ -352,6 +354,7 @@ def _teacher(directory, seed=0):
   return frozen_dirs.write(directory, params=params, config=config)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
   manifest = _teacher(tmp_path / 'teacher')
   source = port.ModelSource(str(tmp_path / 'teacher'))
@@ -396,6 +399,7 @@ def test_a_run_keeps_its_heads_and_knows_its_teacher(corpus, tmp_path):
   assert all('head_loss' in r for r in records if r['kind'] == 'train')
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_teacher(corpus, tmp_path):
   _teacher(tmp_path / 'teacher')
   _teacher(tmp_path / 'other', seed=1)
@@ -451,6 +455,7 @@ def test_an_objective_whose_arrays_the_data_lacks_is_refused(
   assert not (tmp_path / 'run' / 'run.json').exists()
 
 
+@pytest.mark.slow
 def test_token_logprobs_are_those_of_the_logits_in_any_number_of_chunks(
   monkeypatch,
 ):

@@ -207,6 +207,7 @@ def _assert_same(got, expected):
     assert expected_values[:, names.index('kl')].min() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', _fast('kto', 'cpo', 'tokens', 'ppo', 'distillation')
 )
@@ -214,6 +215,7 @@ def test_accumulation(name):
   _assert_same(_train(name, num_microbatches=8), _expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _fast('dpo', 'kto', 'gspo'))
 def test_packing(name):
   """Each unit in a row of its own."""
@@ -227,6 +229,7 @@ def test_padding_side(name):
   _assert_same(_train(name, batch), _expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   _fast('kto', 'tokens', 'reinforce_pp', 'distillation', among=KINDS),
@@ -239,6 +242,7 @@ def test_a_mesh(name):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _fast('kto', 'orpo', among=KINDS))
 def test_pmap(name):
   _assert_same(
@@ -255,6 +259,7 @@ def test_the_losses_of_routers_are_means_over_tokens(name):
   _assert_same(_train(name, model=MIXTURE, num_microbatches=8), expected)
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_would_be_noticed():
   """Each part of a batch with the totals of its own: what must not be."""
   own = OBJECTIVES['kto']

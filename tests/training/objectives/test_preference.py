@@ -172,6 +172,7 @@ def _loss(objective, batch):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 def test_rows_of_padding_and_empty_answers_have_no_part_in_it(loss):
   units = preference_rows.draw(4, vocab_size=61, labelled=True, seed=1)
@@ -198,6 +199,7 @@ def test_rows_of_padding_and_empty_answers_have_no_part_in_it(loss):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', LOSSES)
 def test_a_batch_of_padding_has_a_loss_and_a_gradient_of_zero(loss):
   batch = preference_rows.batch([], row_length=16, num_rows=2)

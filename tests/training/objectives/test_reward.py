@@ -102,6 +102,7 @@ def _loss(objective, batch, params=None):
   return fn(params or _params(), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'objective',
   [
@@ -263,6 +264,7 @@ def test_a_reward_model_learns_its_pairs():
   assert params['heads']['reward']['kernel'].shape == (32, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'num_devices', 'fields'),
   [
@@ -294,6 +296,7 @@ def test_no_cut_of_the_batch_changes_a_step(parallel, num_devices, fields):
   )
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_mixture_add_up():
   """The routers' losses are means over tokens, whatever a pair weighs."""
   mixture = tiny_models.mixture(vocab_size=64, scan_layers=True)

@@ -80,6 +80,7 @@ def test_combinations_that_cannot_work_are_refused(fields, message):
   _refused(message, **fields)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_policy_is_refused(tmp_path):
   for name, seed in (('base', 0), ('copy', 0), ('other', 1)):
     params = transformer.Transformer(MODEL).init(

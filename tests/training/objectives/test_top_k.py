@@ -53,6 +53,7 @@ def _loss(objective, params, batch, model, teacher=None):
   return objective(params, batch, model, teacher=teacher)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('divergence', distillation.DIVERGENCES)
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
 def test_the_whole_vocabulary_is_the_exact_divergence(
@@ -82,6 +83,7 @@ def test_the_whole_vocabulary_is_the_exact_divergence(
     )
 
 
+@pytest.mark.slow
 def test_more_tokens_see_more_of_the_divergence(models):
   (model, params), teacher = models
   batch = tiny_models.batch(vocab_size=V)
@@ -137,6 +139,7 @@ def _trained(workdir):
   return [r for r in metrics_lib.read(workdir) if r['kind'] == 'train']
 
 
+@pytest.mark.slow
 def test_a_run_computes_them_once_and_resumes_bit_for_bit(
   corpus, teacher, tmp_path, monkeypatch
 ):

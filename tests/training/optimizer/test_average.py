@@ -131,6 +131,7 @@ def _assert_equal(a, b):
   assert a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'num_devices'),
   [
@@ -187,6 +188,7 @@ def whole_run(corpus, tmp_path_factory):
   return workdir, _run(_experiment(corpus), workdir)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_saved_and_frozen(whole_run):
   workdir, printed = whole_run
   last = [r for r in metrics.read(workdir) if r['kind'] == 'eval'][-1]

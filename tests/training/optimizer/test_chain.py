@@ -385,6 +385,7 @@ def _train(state_dtype):
   return state, np.array(losses)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_take_half_the_memory_and_learn_the_same():
   state, losses = _train('bfloat16')
   reference_state, reference = _train('float32')

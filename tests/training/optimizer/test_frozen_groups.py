@@ -86,6 +86,7 @@ def _train(spike, *, name='adamw', num_microbatches=1, kind='jit', steps=7):
   return metrics, first, jax.device_get(placement.whole(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'how',
   [
@@ -119,6 +120,7 @@ def test_a_spike_in_a_frozen_gradient_changes_nothing(how, spike):
     )
 
 
+@pytest.mark.slow
 def test_the_norm_is_that_of_the_trained_gradients():
   metrics, params, _ = _train(0.0, steps=2)
   batch = tiny_models.batch(vocab_size=64, seed=0)

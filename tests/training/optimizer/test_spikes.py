@@ -226,6 +226,7 @@ def _train(poisoned_at, *, skip_std, left_out=()):
   return losses, skipped, state.params
 
 
+@pytest.mark.slow
 def test_a_poisoned_batch_is_survived():
   """The run goes on as one that never had the batch; without, it is lost."""
   losses, skipped, params = _train({8}, skip_std=6.0)

@@ -97,6 +97,7 @@ def test_remat_is_the_first_that_fits(gpu, monkeypatch, remat):
   assert found.execution.remat == 'none'
 
 
+@pytest.mark.slow
 def test_micro_batches_are_cut_until_they_fit(gpu, monkeypatch):
   experiment = _experiment(
     num_microbatches=0, execution=dataclasses.replace(AUTO, remat='full')
@@ -149,6 +150,7 @@ def test_stages_loop_over_their_layers(gpu):
     choices.make(dataclasses.replace(experiment, execution=apart), devices)
 
 
+@pytest.mark.slow
 def test_a_run_records_its_choices_and_keeps_them(tmp_path):
   corpus, workdir = tiny_run.write_corpus(tmp_path), tmp_path / 'run'
   tiny_run.run(tiny_run.experiment(corpus, num_steps=2), workdir)

@@ -93,6 +93,7 @@ def _state_bytes_per_device(learner):
   return sum(jax.tree.leaves(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [

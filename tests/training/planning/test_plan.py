@@ -268,6 +268,7 @@ def test_changes_come_cheapest_first_and_are_flags():
     assert changed.model == experiment.model
 
 
+@pytest.mark.slow
 def test_the_smallest_change_that_fits_is_found(monkeypatch):
   monkeypatch.setattr(remedy_lib, '_splits', lambda *_: [(0, {})])
   monkeypatch.setattr(remedy_lib, '_MOST_DOUBLINGS', 1)
@@ -405,6 +406,7 @@ def _run(*flags):
   )
 
 
+@pytest.mark.slow
 def test_plan_needs_neither_workdir_nor_data(tmp_path):
   done = _run(
     '--config=experiments/pretrain_files.py:jsonl',

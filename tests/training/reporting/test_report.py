@@ -23,6 +23,7 @@ def workdir(tmp_path_factory):
   return root / 'run'
 
 
+@pytest.mark.slow
 def test_every_start_leaves_a_page_of_the_whole_run(workdir):
   text = (workdir / 'report.html').read_text()
   assert 'Step 12 of 12: complete' in text

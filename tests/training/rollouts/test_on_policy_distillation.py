@@ -57,6 +57,7 @@ def whole(student, tmp_path_factory):
   return workdir, text
 
 
+@pytest.mark.slow
 def test_the_student_becomes_like_its_teacher(whole):
   steps = rollout_run.records(whole[0], 'train')
   assert steps[-1]['divergence'] < 0.8 * steps[0]['divergence']
@@ -70,6 +71,7 @@ def test_a_verifier_measures_and_trains_nothing(whole):
   assert 'no signal' not in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_a_whole_one(student, whole, tmp_path):
   rollout_run.run(student, tmp_path, stop_after=9)
   rollout_run.run(student, tmp_path)

@@ -22,6 +22,7 @@ def whole(tmp_path_factory):
   return directory, text
 
 
+@pytest.mark.slow
 def test_a_run_reports_rewards_samples_and_held_out_answers(whole):
   directory, text = whole
   drawn = rollout_run.records(directory / 'run', 'rollout')
@@ -54,6 +55,7 @@ def test_the_first_step_on_a_rollout_batch_has_ratio_one(whole):
   assert abs(steps[2]['ratio'] - 1.0) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop_after', [2, 3, 4])
 def test_a_resumed_run_has_the_bits_of_a_whole_one(whole, tmp_path, stop_after):
   # 2 and 3 are between the steps of a rollout batch, which is in the
@@ -72,6 +74,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(whole, tmp_path, stop_after):
   assert samples[0].read_text() == samples[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_sampler_that_dies_loses_nothing(whole, tmp_path):
   directory, _ = whole
   made = rollout_run.experiment(tmp_path)
@@ -157,6 +160,7 @@ def test_groups_of_equal_rewards_are_replaced_within_a_bound(tmp_path):
   assert (drawn['rounds'], drawn['without_signal']) == (3, 1.0)
 
 
+@pytest.mark.slow
 def test_rewards_rise_where_they_can_be_learnt(tmp_path):
   made = rollout_run.experiment(
     tmp_path,

@@ -62,6 +62,7 @@ def _losses(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_run_learns_answers_and_says_what_it_trains(places):
   root, _ = places
   losses = _losses(root / 'run')
@@ -92,6 +93,7 @@ def test_a_fine_tune_keeps_template_stop_tokens_and_settings(places):
   assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_in_a_new_process(places, tmp_path):
   root, chats = places
   for last in (7, 0):  # killed after step 7: step 4 is saved
@@ -108,6 +110,7 @@ def test_a_run_resumes_bit_for_bit_in_a_new_process(places, tmp_path):
   assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_needs_its_base_no_longer(places, tmp_path):
   root, chats = places
   shutil.copytree(root / 'base', tmp_path / 'base')
@@ -151,6 +154,7 @@ def test_a_stop_token_that_no_server_knows_is_added_to_the_settings(
   assert frozen.chat_template == template
 
 
+@pytest.mark.slow
 def test_a_fine_tune_chats_and_ends_its_turn(tmp_path):
   """It learns one answer, and the stop token behind it."""
   chat_run.write_base(tmp_path / 'base')

@@ -27,6 +27,7 @@ def _losses(corpus, workdir, packing):
   return printed, [r['loss'] for r in records if 'loss' in r]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('packing', 'said'),
   [

@@ -218,6 +218,7 @@ def _check_model(model, num_devices, **options):
   _assert_same(_losses(learner), _expected(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
   'name', _tiers(PARALLEL, 'fsdp', 'ring', 'circular', 'pmap')
@@ -226,6 +227,7 @@ def test_each_way_across_devices(kind, name):
   _check(kind, parallel=PARALLEL[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parallel',
   [
@@ -249,6 +251,7 @@ def test_an_axis_that_is_all_devices(kind, axis):
   _check(kind, num_devices=2, parallel={axis: 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _tiers(EXPERT, 'expert-fsdp-tensor'))
 def test_experts_across_devices(name):
   _check('mixture', parallel=EXPERT[name])

@@ -129,6 +129,7 @@ def _params(workdir, step):
   return freeze._restore_params(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', ['dpo', 'kto'])
 def test_a_run_resumes_bit_for_bit_and_learns(experiment, tmp_path, loss):
   whole = experiment(loss)
@@ -162,6 +163,7 @@ def test_a_run_resumes_bit_for_bit_and_learns(experiment, tmp_path, loss):
       assert resumed[-1][name] == value, name
 
 
+@pytest.mark.slow
 def test_a_run_without_a_reference_needs_no_frozen_model(experiment, tmp_path):
   tiny_run.run(experiment('simpo', init_from=''), tmp_path / 'run')
   described = json.loads((tmp_path / 'run' / file_names.DATA).read_text())
@@ -179,6 +181,7 @@ def test_dropout_beside_a_reference_is_told(experiment):
   assert not summary._warn_of_dropout(experiment('simpo', model=noisy))
 
 
+@pytest.mark.slow
 def test_the_evaluation_split_has_its_reference_too(
   experiment, tmp_path, monkeypatch
 ):
@@ -223,6 +226,7 @@ class WithModel(preference.Preference):
     return super().__call__(params, {**batch, 'ref_logprobs': ref_BT}, model)
 
 
+@pytest.mark.slow
 def test_forward_passes_of_a_step_are_counted():
   """By the step's FLOPs: a backward pass costs two forward ones."""
 

@@ -102,6 +102,7 @@ def _loaded(directory):
   return generate.load(directory, config, is_for_rewards=True)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_with_its_head(make, workdir, tmp_path):
   tiny_run.run(make(num_steps=4), tmp_path / 'run')
   tiny_run.run(make(), tmp_path / 'run')
@@ -126,6 +127,7 @@ def test_a_run_reports_accuracy_with_its_error(workdir):
   assert 'bits_per_byte' not in evaluated[-1]
 
 
+@pytest.mark.slow
 def test_the_frozen_model_judges_as_training_evaluated(workdir, pairs):
   frozen = frozen_format.read(workdir / 'frozen')
   assert frozen.manifest.heads == ['reward']
@@ -183,6 +185,7 @@ def _still():
   )
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_with_adapters(make, tmp_path):
   base = tmp_path / 'base'
   frozen_dirs.write(base, config=MODEL)

@@ -1,6 +1,5 @@
 """Whole runs on real text: resuming, refusing, stopping, freezing."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -8,15 +7,13 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from frozen import format as frozen_format, seals
 from storage import code_commit, disk, file_names
 from tests.helpers import tiny_models
-from tests.helpers.training import tiny_run
+from tests.helpers.training import saved_state, tiny_run
 from training import (
   assemble,
   experiment as experiment_lib,
@@ -32,25 +29,6 @@ ROOT = pathlib.Path(__file__).parents[3]
 _experiment, _run = tiny_run.experiment, tiny_run.run
 
 
-def _saved(workdir, step):
-  """Returns every array of a checkpoint, and its progress."""
-  directory = workdir / file_names.CHECKPOINTS / str(step)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  arrays = {}
-  with ocp.StandardCheckpointer() as checkpointer:
-    for item in ('params', 'opt_state'):
-      tree = checkpointer.metadata(directory / item).item_metadata.tree
-      target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-      )
-      restored = checkpointer.restore(directory / item, target)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
-        arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-  progress = json.loads((directory / 'progress.json').read_text())
-  return arrays, progress
-
-
 def _deterministic_records(workdir):
   return [r for r in metrics.read(workdir) if r['kind'] in ('train', 'eval')]
 
@@ -62,6 +40,7 @@ def uninterrupted(corpus, tmp_path_factory):
   return workdir, result, printed
 
 
+@pytest.mark.slow
 def test_a_run_reports_evaluates_and_freezes(uninterrupted):
   workdir, result, printed = uninterrupted
   assert result == run_lib.Result(step=12, exit_code=0)
@@ -108,7 +87,7 @@ def test_padding_counts_in_positions_and_in_nothing_else(corpus, tmp_path):
       assert speed[trained] / speed[padded] == pytest.approx(share)
     in_report = speed['tokens_per_s'] * speed['seconds_per_step'] * len(steps)
     assert in_report == pytest.approx(sum(tokens[step] for step in steps))
-  _, progress = _saved(tmp_path, 4)
+  _, progress = saved_state.arrays_and_progress(tmp_path, 4)
   assert progress['tokens_seen'] == sum(tokens.values())
   assert f' in {4 * num_positions:,} positions, ' in printed
   assert 'with padding' in printed
@@ -128,8 +107,8 @@ def test_a_complete_run_is_left_alone(corpus, uninterrupted, monkeypatch):
 
 
 def _assert_same_run(workdir, other):
-  arrays, progress = _saved(workdir, 12)
-  other_arrays, other_progress = _saved(other, 12)
+  arrays, progress = saved_state.arrays_and_progress(workdir, 12)
+  other_arrays, other_progress = saved_state.arrays_and_progress(other, 12)
   assert arrays.keys() == other_arrays.keys()
   for name, array in arrays.items():
     np.testing.assert_array_equal(other_arrays[name], array, err_msg=name)
@@ -140,6 +119,7 @@ def _assert_same_run(workdir, other):
   assert _deterministic_records(other) == _deterministic_records(workdir)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   corpus, uninterrupted, tmp_path
 ):
@@ -214,8 +194,8 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
   assert 'resumed' in output
   for item in ('whole', 'killed'):
     assert (tmp_path / item / 'frozen' / 'manifest.json').exists()
-  a, progress_a = _saved(tmp_path / 'whole', 200)
-  b, progress_b = _saved(tmp_path / 'killed', 200)
+  a, progress_a = saved_state.arrays_and_progress(tmp_path / 'whole', 200)
+  b, progress_b = saved_state.arrays_and_progress(tmp_path / 'killed', 200)
   for name, array in a.items():
     np.testing.assert_array_equal(b[name], array, err_msg=name)
   # The position of the data: the next batch.
@@ -226,6 +206,7 @@ def test_kill_9_and_resume_in_fresh_processes(corpus, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(corpus, tmp_path, uninterrupted):
   experiment = _experiment(corpus)
   real_add = reporter_lib.Reporter.add
@@ -249,6 +230,7 @@ def test_sigterm_saves_and_leaves(corpus, tmp_path, uninterrupted):
   _assert_same_run(uninterrupted[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(
   corpus, tmp_path
 ):
@@ -369,6 +351,7 @@ def _terminate_in_batch(monkeypatch, number):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', [6, 12])
 def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(
   corpus, tmp_path, uninterrupted, monkeypatch, step
@@ -396,6 +379,7 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(
   assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_the_first_weights_are_evaluated_if_asked_for(
   corpus, tmp_path, uninterrupted, monkeypatch
 ):
@@ -442,6 +426,7 @@ def test_a_longer_run_is_not_complete_until_it_is_frozen_anew(
   assert not list(workdir.glob('.frozen.*'))
 
 
+@pytest.mark.slow
 def test_saves_that_fail_do_not_end_the_run_unless_the_last_does(
   corpus, uninterrupted, tmp_path, monkeypatch
 ):

@@ -45,6 +45,7 @@ def trained(tmp_path_factory):
   return root / 'run', text
 
 
+@pytest.mark.slow
 def test_training_and_serving_have_one_perplexity(trained):
   workdir, text = trained
   generator = generate.load(
@@ -142,6 +143,7 @@ def test_a_masked_model_is_the_model_without_those_rows(softcap):
     np.testing.assert_array_equal(a[b.shape[0] :], 0)
 
 
+@pytest.mark.slow
 def test_no_spare_id_is_sampled_or_listed(trained):
   workdir, _ = trained
   generator = generate.load(

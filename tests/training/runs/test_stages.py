@@ -74,6 +74,7 @@ _FOUR_PARTS = {'stage_microbatches': 4}
 
 
 # Stages beside every other axis are in test_metamorphic.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parallel', 'options'),
   [
@@ -150,6 +151,7 @@ def test_models_and_batches_that_stages_cannot_share_are_refused(
     learner_lib.make(_experiment(parallel, **model))
 
 
+@pytest.mark.slow
 def test_no_token_sees_a_later_one_through_the_stages():
   experiment = _experiment({'stage': 2, 'data': 4, 'stage_repeats': 2})
   learner = learner_lib.make(experiment)

@@ -103,6 +103,7 @@ def test_a_start_that_fails_leaves_nothing(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'tokenizer').mkdir(parents=True)
@@ -114,6 +115,7 @@ def test_what_a_kill_leaves_before_run_json_is_started_over(corpus, tmp_path):
   assert result.step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
@@ -139,6 +141,7 @@ def test_a_resume_that_is_refused_changes_nothing(
   assert _files(copy) == before
 
 
+@pytest.mark.slow
 def test_a_resume_says_what_it_has_otherwise(corpus, copy):
   optimizer = chain.OptimizerConfig(warmup_steps=2, peak_lr=2e-3)
   _, printed = tiny_run.run(
@@ -199,6 +202,7 @@ def test_new_text_to_evaluate_on_is_told_of(corpus, copy, tmp_path):
   assert 'losses before and after are of different text' in printed
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_of_weights_that_changed(corpus, tmp_path):
   sources = tuple(
     data_config.SourceConfig(
@@ -301,6 +305,7 @@ def test_every_bit_of_a_seed_counts():
   assert keys[1] == jax.random.key(1)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_long_seed_resumes(corpus, tmp_path):
   experiment = tiny_run.experiment(corpus, seed=2**63 + 5, num_steps=8)
   half = dataclasses.replace(experiment, num_steps=4)

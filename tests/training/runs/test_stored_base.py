@@ -22,6 +22,7 @@ def _base(tmp_path_factory):
   return str(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['float', *stored_tree.BASES])
 def test_a_run_trains_beside_its_numbers_and_merges_in_floats(
   form, corpus, base, tmp_path

@@ -69,6 +69,7 @@ def _case(kind: str, dtype, shape: steps.Shape):
   return model, backend.laid_out(params, config), state, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(1, 0), (0, 1), (2, 2)])
 @pytest.mark.parametrize(
   ('kind', 'dtype', 'num_kinds'),
@@ -126,6 +127,7 @@ def test_large_layers_of_a_cpu_are_called_one_by_one():
   assert not layered.suits(mixed, 'cpu')
 
 
+@pytest.mark.slow
 def test_an_engine_of_large_layers_answers_as_one_of_small_layers(monkeypatch):
   def answers():
     config = dataclasses.replace(reference_engine.model_config(), num_layers=3)

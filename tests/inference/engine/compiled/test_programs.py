@@ -47,6 +47,7 @@ def _host(tree):
   return jax.tree.map(np.array, tree)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_smallest_shape_that_holds_it(programs):
   assert programs.shapes == [(0, 1), (0, 2), (2, 0), (2, 1), (8, 0), (8, 1)]
   assert [

@@ -49,6 +49,7 @@ def _answers(engine, wanted, **how):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'num_parts', 'devices'),
   [
@@ -86,6 +87,7 @@ def test_bits_do_not_depend_on_the_number_of_devices(kind, num_parts, devices):
       assert logprobs[0].chosen == pytest.approx(expected[0].chosen, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_drafts_and_grammars_over_devices():
   engine = reference_engine.engine(
     'odd_heads', **_LAYOUT, tensor=2, speculation='ngram'

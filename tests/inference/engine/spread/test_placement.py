@@ -71,6 +71,7 @@ def test_stacked_layers_are_placed_as_separate_ones():
   )
 
 
+@pytest.mark.slow
 def test_a_frozen_directory_is_read_into_its_places(tmp_path):
   config = frozen_dirs.config(num_heads=9, num_kv_heads=3, scan_layers=True)
   manifest = frozen_dirs.write(tmp_path / 'model', config=config)

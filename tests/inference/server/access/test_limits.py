@@ -184,6 +184,7 @@ def _complete(client, **fields):
   return client.post('/v1/completions', json=body)
 
 
+@pytest.mark.slow
 def test_rates_are_in_the_headers_and_a_refusal_says_when(served, client_for):
   client, text = client_for(requests_per_minute=2, tokens_per_minute=500)
   # 6 tokens of the prompt and 8 of the completion.

@@ -23,6 +23,7 @@ def test_a_token_that_is_no_whole_character_is_spelled_in_bytes():
   assert _entry(tokenizer, 97)['token'] == 'a'
 
 
+@pytest.mark.slow
 def test_a_special_token_has_its_name_and_no_bytes(talker):
   tokenizer = talker.tokenizer
   token_id = tokenizer.special_tokens['<|im_end|>']

@@ -41,6 +41,7 @@ _SHOWS = (
 )
 
 
+@pytest.mark.slow
 def test_arguments_are_what_the_template_wants(talker):
   objects = _with(
     talker, _SHOWS.replace('ARGUMENTS', 'c.function.arguments | tojson')

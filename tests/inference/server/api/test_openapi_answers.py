@@ -197,6 +197,7 @@ def _failures(served, answers, monkeypatch):
     answers.ask(503, path)
 
 
+@pytest.mark.slow
 def test_every_answer_is_as_described(generator, tmp_path, monkeypatch):
   limits = {'max_body_bytes': _MOST, 'body_seconds': 0.3}
   with _served(generator, tmp_path, **limits) as (served, answers):

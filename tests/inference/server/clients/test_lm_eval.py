@@ -112,6 +112,7 @@ def _flat(nested):
   return [round(nested, 9) if isinstance(nested, float) else str(nested)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'more', [{'batch_size': 1}, {'batch_size': 4}, {'num_concurrent': 4}]
 )

@@ -70,6 +70,7 @@ def test_the_stream_of_the_openai_client(client):
   assert ''.join(texts) == 'It is sunny.'
 
 
+@pytest.mark.slow
 def test_the_asynchronous_client(served):
   asyncio.run(_asynchronous(f'{served.url}/v1'))
 

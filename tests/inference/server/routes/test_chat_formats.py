@@ -45,6 +45,7 @@ def _asked(generator, script, *, reply_format='auto', **fields):
   return answer.json()['choices'][0]
 
 
+@pytest.mark.slow
 def test_special_tokens_are_markers_and_their_strings_are_text(mistral):
   choice = _asked(mistral, 'call')
   (call,) = choice['message']['tool_calls']

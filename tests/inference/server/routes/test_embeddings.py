@@ -56,6 +56,7 @@ def _vectors(answer):
   return np.array([each['embedding'] for each in answer['data']])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pooling', [None, 'mean', 'last'])
 def test_a_vector_is_the_pooled_state_of_the_full_forward(
   embed, served, pooling
@@ -193,6 +194,7 @@ def test_more_inputs_than_wait_together_come_in_their_order(embed, served):
     np.testing.assert_allclose(found[index], _expected_D(ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_thousand_inputs_of_ids_pass_the_checks_of_a_body(embed):
   answer = embed(input=[[5]] * 2048, dimensions=1)
   assert len(answer['data']) == 2048

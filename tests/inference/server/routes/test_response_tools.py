@@ -63,6 +63,7 @@ def _check_call(response):
   return call
 
 
+@pytest.mark.slow
 def test_a_call_its_output_and_the_answer(client):
   """The loop of an agent, by ids; then with all items sent back by itself."""
   first = client.responses.create(**_ASKED)

@@ -26,6 +26,7 @@ def _bytes():
   return sum(each.nbytes for each in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_a_version_is_loaded_beside_weighed_pinned_and_unloaded(versions):
   before, old = _bytes(), _text(versions.complete())
   second = versions.load('v2')
@@ -92,6 +93,7 @@ def test_a_digest_answers_or_is_not_found(versions, generator, change, status):
   assert answer.status_code == status, answer.text
 
 
+@pytest.mark.slow
 def test_requests_in_flight_finish_on_the_weights_they_began_with(versions):
   expected = versions.served.offline(
     ['a'], settings_lib.Settings(temperature=0.0, max_tokens=50)
@@ -154,6 +156,7 @@ def test_the_choice_can_be_explained_and_a_conversation_sticks(versions):
   assert len({answering() for _ in range(8)}) == 1
 
 
+@pytest.mark.slow
 def test_load_switch_and_unload_under_load_lose_no_request(versions):
   """Clients that stream and clients that wait, while versions come and go."""
   may_stop, failures, answered = threading.Event(), [], []

@@ -76,6 +76,7 @@ def _logprobs(body):
   return np.array(body['choices'][0]['logprobs']['token_logprobs'])
 
 
+@pytest.mark.slow
 def test_each_adapter_is_a_model_that_answers(versions, adaptable, root):
   one, two = versions.load('one', 'sql'), versions.load('two', 'poems')
   assert versions.state(one) == versions.state(two) == 'ready'
@@ -279,6 +280,7 @@ def test_a_copy_for_a_shadow_is_answered_by_its_own_weights(versions):
   assert body['usage']['prompt_tokens_details']['cached_tokens'] > 0
 
 
+@pytest.mark.slow
 def test_a_receipt_of_an_adapter_replays_bit_for_bit(
   frozen_dir, root, tmp_path
 ):
@@ -339,6 +341,7 @@ def _options(frozen_dir, adapters, **fields):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('_own_collector')
 def test_adapters_of_the_command_line_answer_as_soon_as_the_server_is_ready(
   frozen_dir, root, monkeypatch

@@ -66,6 +66,7 @@ def test_the_name_tells_options_and_sources_apart(monkeypatch):
   assert len(keys) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('_has_compiler')
 def test_builds_at_the_same_time_do_not_disturb_each_other(tmp_path):
   with futures.ThreadPoolExecutor() as pool:

@@ -114,6 +114,7 @@ def test_packed_tiles_of_any_width(ports, form, tile_in):
     assert np.all(np.abs(found - expected) < _bound(x_RI, w_IO))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['int8', 'uint4', 'Q4_1', 'Q6_K'])
 def test_edges_of_shapes(ports, kind):
   for num_rows, inputs, outputs in ((0, 64, 8), (3, 2, 1), (1, 33, 3)):

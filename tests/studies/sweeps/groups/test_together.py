@@ -95,6 +95,7 @@ def test_trials_have_the_numbers_of_single_runs(directory, corpus, rule):
     assert ours.intermediate == pytest.approx(theirs.intermediate, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_harms_no_other(directory, corpus):
   experiment = tiny_run.experiment(corpus, **STEPS)
   calm = sweep_lib.Sweep(
@@ -124,6 +125,7 @@ def test_a_trial_that_diverges_harms_no_other(directory, corpus):
       )
 
 
+@pytest.mark.slow
 def test_pruned_trials_leave_and_the_others_go_on(directory, corpus):
   experiment = tiny_run.experiment(
     corpus,
@@ -150,6 +152,7 @@ def test_pruned_trials_leave_and_the_others_go_on(directory, corpus):
   assert not list((directory / 'pruned').glob('trials/*/seed*/state-*'))
 
 
+@pytest.mark.slow
 def test_a_killed_group_goes_on_where_all_of_its_runs_are(
   directory, corpus, monkeypatch
 ):
