@@ -10,7 +10,7 @@ import math
 import re
 
 from checks import expect, flag_field
-from inference.scheduling import scheduler
+from inference.scheduling import limits as limits_lib
 
 NUMERICS = ('fast', 'invariant')
 TENSOR_PARTS = (0, 2, 4, 8)
@@ -317,9 +317,9 @@ class EngineConfig:
     """Returns Q, tokens per page; a dense page holds the padded context."""
     return self.page_size or _whole_tiles(max_length)
 
-  def limits(self, page_tokens: int) -> scheduler.Limits:
+  def limits(self, page_tokens: int) -> limits_lib.Limits:
     """Returns the limits that the scheduler plans within."""
-    return scheduler.Limits(
+    return limits_lib.Limits(
       max_sequences=self.max_sequences,
       chunk_tokens=self.chunk_tokens,
       max_chunks=self.max_chunks,

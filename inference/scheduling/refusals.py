@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
-from inference.scheduling import page_tables, scheduler
+from inference.scheduling import limits as limits_lib, page_tables
 
 
 class Refused(ValueError):
@@ -34,7 +34,7 @@ def check_fits(
   num_prompt: int,
   max_new_tokens: int,
   *,
-  limits: scheduler.Limits,
+  limits: limits_lib.Limits,
   num_usable: int,
 ) -> None:
   """Refuses a sequence that could not run even alone.

@@ -29,6 +29,7 @@ from inference.scheduling import (
   fairness,
   gauges as gauges_lib,
   lengths,
+  limits as limits_lib,
   page_tables,
   refusals,
   scheduler,
@@ -41,7 +42,7 @@ Refused = refusals.Refused
 class SequenceManager:
   """The sequences of an engine and their pages."""
 
-  def __init__(self, limits: scheduler.Limits, *, num_pages: int):
+  def __init__(self, limits: limits_lib.Limits, *, num_pages: int):
     """Starts without sequences.
 
     Args:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 
-from inference.scheduling import page_tables, scheduler
+from inference.scheduling import limits as limits_lib, page_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Step:
 def decode(
   sequence: page_tables.Sequence,
   length: int,
-  limits: scheduler.Limits,
+  limits: limits_lib.Limits,
   draft: Sequence[int] = (),
 ) -> Span:
   """Returns the span of `length` decode steps of a sequence, or of a draft."""
@@ -73,7 +73,7 @@ def decode(
 
 
 def chunks(
-  sequence: page_tables.Sequence, length: int, limits: scheduler.Limits
+  sequence: page_tables.Sequence, length: int, limits: limits_lib.Limits
 ) -> list[Span]:
   """Cuts `length` known tokens of a sequence into chunks."""
   first, end = sequence.num_computed, sequence.num_computed + length

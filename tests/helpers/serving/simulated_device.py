@@ -11,15 +11,15 @@ import dataclasses
 import zlib
 
 from inference.scheduling import (
+  limits as limits_lib,
   page_tables,
   pages,
-  scheduler,
   sequence_manager,
   spans,
 )
 
 
-def limits(**changes) -> scheduler.Limits:
+def limits(**changes) -> limits_lib.Limits:
   """Returns tiny limits, with changes."""
   fields = {
     'max_sequences': 4,
@@ -30,7 +30,7 @@ def limits(**changes) -> scheduler.Limits:
     'page_size': 4,
     'aging_steps': 8,
   }
-  return scheduler.Limits(**{**fields, **changes})
+  return limits_lib.Limits(**{**fields, **changes})
 
 
 def preempt(
@@ -159,7 +159,7 @@ class Loop:
 
   def __init__(
     self,
-    limits: scheduler.Limits,
+    limits: limits_lib.Limits,
     *,
     num_pages: int,
     depth: int = 1,

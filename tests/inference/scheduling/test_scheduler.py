@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from inference.scheduling import scheduler
+from inference.scheduling import limits as limits_lib, scheduler
 from tests.helpers.serving import simulated_device
 
 # Pages of 4 tokens, chunks of 4 tokens; 4 chunks, or 2 beside decodes.
@@ -422,7 +422,7 @@ def test_forks_make_room_for_whoever_comes_before_them(pool):
 # Limits, and the invariants of any plan.
 
 
-@pytest.mark.parametrize('name', sorted(scheduler.Limits.__annotations__))
+@pytest.mark.parametrize('name', sorted(limits_lib.Limits.__annotations__))
 @pytest.mark.parametrize('value', [0, -1, 1.0, True])
 def test_limits_are_counts(name, value):
   with pytest.raises(
