@@ -43,10 +43,9 @@ from inference.engine import (
   engine_config,
   execution,
   flight as flight_lib,
-  inputs as inputs_lib,
+  landing,
   metrics,
   speculating,
-  steps,
 )
 from inference.engine.compiled import compilations, programs
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
@@ -60,7 +59,6 @@ from inference.requests import (
 from inference.sampling import settings as settings_lib
 from inference.scheduling import (
   fairness,
-  page_tables,
   scheduler,
   sequence_manager,
   spans,
@@ -146,13 +144,20 @@ class Engine:
       self.params = reading.result()
     self.adapters.put = self._programs.put_adapter
     self._flight: flight_lib.Flight | None = None
-    self._grammars, self._num_constrained = grammars.Grammars(tokenizer), 0
-    self._live: dict[page_tables.Sequence, answer_lib.Live] = {}
-    parts = self._programs, self.manager, self.metrics
-    self._speculator = speculating.Speculator(config, *parts)
+    self._grammars = grammars.Grammars(tokenizer)
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
+    self._speculator = speculating.Speculator(
+      config, self._programs, self.manager, self.metrics
+    )
+    self._answers = self._opened_answers()
+    self._live = self._answers.live
+
+  def _opened_answers(self) -> landing.Answers:
     self._accounts = accounts.Accounts(
-      self.metrics, model_config, self.page_bytes
+      self.metrics, self.model_config, self.page_bytes
+    )
+    return landing.Answers(
+      self.config, self.manager, self.metrics, self._accounts, self._speculator
     )
 
   # --------------------------------------------------------------------------
@@ -269,17 +274,17 @@ class Engine:
         parent=parent,
       )
       parent = parent or sequence
-      adapter.num_open += 1
-      self._num_constrained += request.grammar is not None
-      self._live[sequence] = answer_lib.Live(
-        request_id,
-        index,
-        request,
-        sequence,
-        seed=settings_lib.sample_seed(base, request.first_sample + index),
-        tokenizer=self.tokenizer,
-        adapter=adapter,
-        stop=stop,
+      self._answers.add(
+        answer_lib.Live(
+          request_id,
+          index,
+          request,
+          sequence,
+          seed=settings_lib.sample_seed(base, request.first_sample + index),
+          tokenizer=self.tokenizer,
+          adapter=adapter,
+          stop=stop,
+        )
       )
     return request_id
 
@@ -288,10 +293,10 @@ class Engine:
 
     They say what was used; work in flight is charged to nobody.
     """
-    self._charge_memory(now := time.perf_counter())
+    self._answers.charge_memory(now := time.perf_counter())
     ended = [x for x in self._live.values() if x.request_id == request_id]
     for live in ended:
-      self._close(live, 'cancelled')
+      self._answers.close(live, 'cancelled')
     return [live.cancelled(now) for live in ended]
 
   def set_params(
@@ -333,9 +338,10 @@ class Engine:
     start = time.perf_counter()
     compiled = compilations.on_this_thread()
     # Before sequences enter: they have held no pages until now.
-    self._charge_memory(start)
+    self._answers.charge_memory(start)
     updates: list[requests_lib.Update] = []
-    waited, landed, may_draft = 0.0, self._flight, not self._num_constrained
+    waited, landed = 0.0, self._flight
+    may_draft = not self._answers.num_constrained
     if landed and self._speculator.wants_tokens(landed.step, may_draft):
       self._flight = None
       updates, waited = self._land(landed)
@@ -366,8 +372,8 @@ class Engine:
 
   def _begun(self, plan: scheduler.StepPlan) -> spans.Step:
     """Carries out a plan, with drafts or several decode steps if it may."""
-    most = 1 if self._num_constrained else self._speculator.most_steps
-    may_draft = self._flight is None and not self._num_constrained
+    most = 1 if self._answers.num_constrained else self._speculator.most_steps
+    may_draft = self._flight is None and not self._answers.num_constrained
     if may_draft and (drafts := self._speculator.drafts(plan)):
       return self.manager.begin(plan, drafts=drafts)
     most = self._accounts.most_decode_steps(most, self.config.stream_seconds)
@@ -407,86 +413,4 @@ class Engine:
   ) -> tuple[list[requests_lib.Update], float]:
     """Takes the tokens of a dispatch; returns updates and seconds waited."""
     outputs, waited = flight_lib.read(flight, self._live)
-    now = time.perf_counter()
-    self._charge_memory(now)
-    num_decodes, num_chunks = flight.shape
-    updates, num_decoded, num_prefilled = [], 0, 0
-    for place, span in inputs_lib.placed_spans(flight.step, num_decodes):
-      row = outputs.tokens_SR[:, place].tolist()
-      tokens = [token for token in row if token != steps.NOT_COMPUTED]
-      live = self._live.get(span.sequence)
-      if live is None:  # it ended while this dispatch ran
-        if -1 in tokens:
-          self.manager.discard(span.sequence)
-        continue
-      if live.is_stuck:
-        tokens = [-1]
-      if self._accounts.is_beyond(live, span, place < num_decodes, len(tokens)):
-        updates.append(live.cut(now))
-        self._close(live, 'length')
-        continue
-      if place >= num_decodes:
-        self._accounts.charge_chunk(live, span)
-        num_prefilled += span.length
-        at = (place - num_decodes) * self.config.chunk_tokens
-        if not live.take_prompt_logprobs(outputs.prompt, span, at):
-          tokens = [-1]
-        live.take_hidden(outputs.hidden_MD, span, at)
-        if not span.samples and tokens[0] >= 0:
-          continue
-      update, num_taken = self._push(live, span, tokens, outputs, place, now)
-      updates.append(update)
-      if place < num_decodes:
-        self._accounts.charge_decodes(live, span, num_taken)
-        num_decoded += num_taken
-      if flight.step.is_verified:
-        self._speculator.landed(span, tokens[:num_taken], live)
-    num_steps = steps.num_computed(outputs)
-    if flight.step.is_verified:
-      num_steps = 1
-    self._speculator.timed(flight, num_steps, now)
-    self._accounts.count(
-      flight.step,
-      num_steps=num_steps,
-      num_decoded=num_decoded,
-      num_prefilled=num_prefilled,
-      rows=num_decodes * flight.width + num_chunks * self.config.chunk_tokens,
-      sent_at=flight.sent_at,
-      now=now,
-    )
-    return updates, waited
-
-  def _push(
-    self,
-    live: answer_lib.Live,
-    span: spans.Span,
-    tokens: list[int],
-    outputs: steps.Outputs,
-    place: int,
-    now: float,
-  ) -> tuple[requests_lib.Update, int]:
-    """Gives an answer its next tokens; returns how many it took."""
-    is_first = live.last_at is None
-    since = live.submitted_at if live.last_at is None else live.last_at
-    update, num_taken = live.push(tokens, outputs.logprobs, place, now)
-    taken = [token for token in tokens[:num_taken] if token >= 0]
-    for token in taken:
-      self.manager.append(span.sequence, token)
-    if taken:
-      self.metrics.observe_tokens(len(taken), now - since, is_first=is_first)
-    if live.transcript.finish_reason:
-      self._close(live, live.transcript.finish_reason)
-    return update, num_taken
-
-  def _close(self, live: answer_lib.Live, reason: str) -> None:
-    self.metrics.finished.labels(reason).inc()
-    is_sound = reason != 'error' or live.is_stuck
-    self.manager.end(live.sequence, is_sound=is_sound)
-    self._num_constrained -= live.matcher is not None
-    self._speculator.forget(live.sequence)
-    live.adapter.num_open -= 1
-    del self._live[live.sequence]
-
-  def _charge_memory(self, now: float) -> None:
-    running = self.manager.running()
-    self._accounts.charge_memory([self._live[each] for each in running], now)
+    return self._answers.land(flight, time.perf_counter(), outputs), waited

@@ -224,7 +224,7 @@ def test_a_cancelled_answer_leaves_nothing():
     engine.step()
   assert len(engine.cancel(request_id)) == 4
   list(engine.run())
-  assert engine._num_constrained == 0
+  assert engine._answers.num_constrained == 0
 
 
 def test_refusals():
