@@ -42,7 +42,7 @@ from inference.engine import engine_config
 from inference.requests import requests as requests_lib
 from storage import atomic
 from text.replies import fitting, turns
-from training.rollouts import drawing
+from training.rollouts.draws import drawing
 
 PROBLEMS = 'problems:'
 _MARK = 'XmarkX'  # an answer that no template changes

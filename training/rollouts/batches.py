@@ -22,11 +22,11 @@ from data import row_order
 from evals import sampling
 from training import experiment as experiment_lib, state as state_lib
 from training.rollouts import (
-  drawing,
   prompt_source,
   rollout_config,
   rows as rows_lib,
 )
+from training.rollouts.draws import drawing
 
 # (state, host arrays) -> arrays of `objective.annotated`
 Annotate = Callable[[state_lib.TrainState, Mapping[str, np.ndarray]], Any]

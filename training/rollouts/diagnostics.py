@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from training.rollouts import drawing, rollout_config, rows as rows_lib, scoring
+from training.rollouts import rollout_config, rows as rows_lib
+from training.rollouts.draws import drawing, scoring
 
 # Number of rollout batches on each side of a comparison in a warning.
 _WINDOW = 10

@@ -15,12 +15,11 @@ from data.examples import prompts as prompts_lib
 from evals import sampling
 from training import state as state_lib
 from training.rollouts import (
-  drawing,
   prompt_source,
   rollout_config,
-  scoring,
 )
 from training.rollouts.dialogues import dialogue as dialogue_lib
+from training.rollouts.draws import drawing, scoring
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from training import experiment as experiment_lib
 from training.lifecycle import run_context
 from training.rollouts import (
   diagnostics,
-  drawing,
   rollout_config,
   rows as rows_lib,
 )
+from training.rollouts.draws import drawing
 
 
 class Reports:

@@ -16,13 +16,13 @@ from training import (
 )
 from training.rollouts import (
   batches as batches_lib,
-  drawing,
   held_out as held_out_lib,
   rewards as rewards_lib,
   rollout_config,
   sampler as sampler_lib,
 )
 from training.rollouts.dialogues import dialogue as dialogue_lib
+from training.rollouts.draws import drawing
 
 
 class Wired(NamedTuple):

@@ -6,13 +6,12 @@ import pytest
 from evals import sampling
 from training.rollouts import (
   diagnostics,
-  drawing,
   rewards,
   rollout_config,
   rows,
-  scoring,
 )
 from training.rollouts.dialogues import episodes
+from training.rollouts.draws import drawing, scoring
 
 _FINE = {
   'reward': 0.5,

@@ -10,8 +10,9 @@ from data.examples import prompts as prompts_lib
 from evals import sampling
 from tests.helpers.open_weights import chat_families
 from text.replies import events, fitting
-from training.rollouts import drawing, rollout_config, rows
+from training.rollouts import rollout_config, rows
 from training.rollouts.dialogues import dialogue, environments, tools
+from training.rollouts.draws import drawing
 
 _USE = environments.ToolUse(tools=(tools.Calculator(),))
 _WORKING = ('qwen', 'llama3')

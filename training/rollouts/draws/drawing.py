@@ -13,12 +13,13 @@ import numpy as np
 
 from data.examples import prompts as prompts_lib
 from evals import sampling
-from training.rollouts import rollout_config, scoring
+from training.rollouts import rollout_config
 from training.rollouts.dialogues import (
   dialogue as dialogue_lib,
   environments,
   episodes as episodes_lib,
 )
+from training.rollouts.draws import scoring
 
 _PROMPTS, _REFILLS, _SAMPLES = range(3)  # streams of numbers of a seed
 
