@@ -278,6 +278,25 @@ class Experiment:
         ' not the one that sampled; or train one step (rollouts.num_prompts x'
         ' group_size = data.batch_size, inner_epochs = 1)'
       )
+    if self.rollouts.staleness:
+      self._check_staleness()
+
+  def _check_staleness(self) -> None:
+    """Refuses an objective that takes older weights for the newest ones."""
+    assert self.rollouts is not None
+    proximal = getattr(self.objective, 'proximal', None)
+    correction = getattr(self.objective, 'correction', None)
+    is_corrected = (
+      proximal == 'sampler' or getattr(correction, 'level', 'none') != 'none'
+    )
+    if proximal is not None and not is_corrected:
+      raise ValueError(
+        f'rollouts.staleness: got {self.rollouts.staleness} with'
+        f' objective.proximal = {proximal} and no correction, expected'
+        ' importance weights against the weights that sampled: set'
+        ' objective.correction=corrections.Correction(level="token"), or'
+        ' objective.proximal = sampler'
+      )
 
   def _check_examples(self) -> None:
     """Refuses data that makes no batches for the objective."""

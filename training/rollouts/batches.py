@@ -6,6 +6,7 @@
 They have the interface of `data.batches.TrainBatches`, so the loop and the step
 do not know about sampling. A rollout batch is drawn by the weights after a
 step, annotated by the trained model, and trained for `steps_per_rollout` steps.
+With `rollouts.staleness`, older weights draw it, while steps run.
 Its arrays are part of a checkpoint: a run that was stopped between two inner
 epochs continues with the same rows, although their policy no longer exists.
 """
@@ -13,6 +14,7 @@ epochs continues with the same rows, although their policy no longer exists.
 import base64
 from collections.abc import Callable, Mapping
 import io
+import threading
 from typing import Any
 import zlib
 
@@ -26,12 +28,12 @@ from training.rollouts import (
   rollout_config,
   rows as rows_lib,
 )
-from training.rollouts.draws import drawing
+from training.rollouts.draws import ahead, drawing
 
 # (state, host arrays) -> arrays of `objective.annotated`
 Annotate = Callable[[state_lib.TrainState, Mapping[str, np.ndarray]], Any]
-# (drawn, arrays) -> None: called after each draw, for reports
-Tell = Callable[[drawing.Drawn, rows_lib.Arrays], None]
+# (step, drawn, arrays) -> None: for reports, before the first step on a batch
+Tell = Callable[[int, drawing.Drawn, rows_lib.Arrays], None]
 _ORDER = 7  # a stream of numbers of the seed, see `drawing.folded`
 
 
@@ -45,6 +47,7 @@ class RolloutBatches:
     *,
     pad_id: int,
     sampler: sampling.Sampler,
+    turn: threading.Lock,
     weights_of: Callable[[state_lib.TrainState], Any],
     annotate: Annotate | None,
   ):
@@ -55,6 +58,7 @@ class RolloutBatches:
       pad_id: padding id of the tokenizer.
       sampler: sampler of the run; it gets the weights of a state at each
         refresh.
+      turn: held while the sampler works.
       weights_of: returns the variables of the model that a state trains.
       annotate: the learner's function; None: the objective annotates nothing.
     """
@@ -62,6 +66,9 @@ class RolloutBatches:
     assert config is not None
     self._experiment, self._drawer = experiment, drawer
     self._pad_id, self._sampler = pad_id, sampler
+    self._draws = ahead.Draws(
+      drawer, sampler, staleness=config.staleness, turn=turn
+    )
     self._weights_of, self._annotate = weights_of, annotate
     self._batch_size = experiment.data.batch_size
     self.steps_per_rollout = config.steps_per_rollout(
@@ -70,7 +77,7 @@ class RolloutBatches:
     self._step = 0  # number of batches taken
     self._index = -1  # index of the rollout batch whose rows are below
     self._arrays: rows_lib.Arrays = {}
-    self.tell: Tell = lambda drawn, arrays: None
+    self.tell: Tell = lambda step, drawn, arrays: None
     # A saved position is valid only with these settings.
     self._settings = {
       'seed': experiment.seed,
@@ -87,13 +94,15 @@ class RolloutBatches:
     return (prompt_source.PromptSource(self._drawer.prompts),)
 
   def refresh(self, step: int, state: state_lib.TrainState) -> None:
-    """Draws the rollout batch of the next steps, if it is not there yet.
+    """Takes the rollout batch of the next steps, if it is not there yet.
+
+    Batches that are drawn ahead begin here, and the next one is waited for.
 
     A hook of the loop. Idempotent: a run that resumes calls it once more.
 
     Args:
       step: steps that `state` has taken.
-      state: its weights sample, and annotate.
+      state: its weights sample, now or ahead, and annotate.
     """
     index = step // self.steps_per_rollout
     if index == self._index or step >= self._experiment.num_steps:
@@ -104,11 +113,12 @@ class RolloutBatches:
         ' expected the rows that its checkpoint holds; the checkpoint is'
         ' damaged: resume from an earlier one'
       )
-    self._sampler.update(self._weights_of(state), step)
-    drawn = self._drawer.draw(self._sampler, index, step)
+    last = -(-self._experiment.num_steps // self.steps_per_rollout) - 1
+    self._draws.ask(index, step, lambda: self._weights_of(state), last=last)
+    drawn = self._draws.take(index)
     self._arrays = self._rows(drawn, state)
     self._index = index
-    self.tell(drawn, self._arrays)
+    self.tell(step, drawn, self._arrays)
 
   def _rows(
     self, drawn: drawing.Drawn, state: state_lib.TrainState
@@ -179,6 +189,7 @@ class RolloutBatches:
       'step': self._step,
       'index': self._index,
       'rows': _packed(self._arrays),
+      'ahead': self._draws.get_state(),
       'phases': [{'from_row': 0, 'weights': [1.0], 'taken': [0]}],
     }
 
@@ -196,9 +207,12 @@ class RolloutBatches:
         )
     self._step, self._index = state['step'], state['index']
     self._arrays = _unpacked(state['rows'])
+    # Checkpoints from before there was a staleness have none.
+    self._draws.set_state(state.get('ahead', []))
 
   def close(self) -> None:
-    """Frees the sampler."""
+    """Frees the sampler, after the batch that is being drawn."""
+    self._draws.close()
     self._sampler.close()
 
 

@@ -18,10 +18,12 @@ _MOST_GROWTH = 2.0  # growth of the mean length
 
 
 def figures(
-  drawn: drawing.Drawn, arrays: rows_lib.Arrays, group_size: int
+  step: int, drawn: drawing.Drawn, arrays: rows_lib.Arrays, group_size: int
 ) -> dict[str, float]:
   """Returns the figures of a rollout batch, by name.
 
+  `staleness` is the mean age of the tokens, in steps, at the first step on
+  them.
   `entropy` is the mean of -log p of the sampled tokens, in nats per token: an
   unbiased estimate of the policy's entropy. `failed/NAME` is the share of all
   answers with the reward 0 because a verifier or judge failed. `gap_*` compares
@@ -53,7 +55,7 @@ def figures(
     sampled_N = arrays['sampler_logprobs'][trained_BT].astype(np.float64)
     values['entropy'] = -sampled_N.mean()
     versions_N = arrays['versions'][trained_BT]
-    values['staleness'] = drawn.version - versions_N.mean()
+    values['staleness'] = step - versions_N.mean()
     if 'old_logprobs' in arrays:
       values |= gap(arrays['old_logprobs'][trained_BT], sampled_N)
   return {name: float(value) for name, value in values.items()}
@@ -198,7 +200,7 @@ def report(index: int, values: dict[str, float], *, is_rewarded: bool) -> str:
 
 
 def table(
-  drawn: drawing.Drawn, group_size: int, num_groups: int
+  step: int, drawn: drawing.Drawn, group_size: int, num_groups: int
 ) -> list[dict[str, Any]]:
   """Returns the answers of the first prompts with their rewards, as JSON."""
   rows = []
@@ -206,7 +208,7 @@ def table(
     parts = drawn.scored.parts.items()
     rows.append(
       {
-        'step': drawn.version,
+        'step': step,
         'group': i // group_size,
         'prompt': [dict(message) for message in episode.messages],
         'answer': episode.text,

@@ -7,6 +7,7 @@ data.
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class HeldOut:
   config: rollout_config.RolloutConfig
   prompts: prompts_lib.Prompts
   sampler: sampling.Sampler
+  turn: threading.Lock  # held while the sampler works
   weights_of: Callable[[state_lib.TrainState], Any]
   stop_ids: tuple[int, ...]
   stop: tuple[str, ...]
@@ -50,25 +52,23 @@ class HeldOut:
 
     Each part of the reward is `reward/NAME`, with its standard error.
     """
-    self.sampler.update(self.weights_of(state), step)
     asked = self.prompts.prompts[: self.config.eval_prompts or None]
-    found = drawing.episodes_of(
-      self.sampler,
-      asked,
-      [
-        sampling.Ask(
-          prompt_ids=prompt.ids,
-          seed=0,
-          max_tokens=self.config.max_tokens,
-          temperature=0.0,
-          stop_ids=self.stop_ids,
-          stop=self.stop,
-        )
-        for prompt in asked
-      ],
-      self.config.environment,
-      self.dialogue,
-    )
+    asks = [
+      sampling.Ask(
+        prompt_ids=prompt.ids,
+        seed=0,
+        max_tokens=self.config.max_tokens,
+        temperature=0.0,
+        stop_ids=self.stop_ids,
+        stop=self.stop,
+      )
+      for prompt in asked
+    ]
+    with self.turn:
+      self.sampler.update(self.weights_of(state), step)
+      found = drawing.episodes_of(
+        self.sampler, asked, asks, self.config.environment, self.dialogue
+      )
     scored = scoring.score(self.config, found)
     lengths_N = np.asarray([each.num_sampled for each in found], np.float64)
     values = {

@@ -42,21 +42,23 @@ class Reports:
     ]
     atomic.write_text(self._path, _text(kept))
 
-  def tell(self, drawn: drawing.Drawn, arrays: rows_lib.Arrays) -> None:
-    """Reports a rollout batch."""
-    values = diagnostics.figures(drawn, arrays, self._group_size)
-    self._context.log.write('rollout', drawn.version, values)
+  def tell(
+    self, step: int, drawn: drawing.Drawn, arrays: rows_lib.Arrays
+  ) -> None:
+    """Reports a rollout batch before the first step on it."""
+    values = diagnostics.figures(step, drawn, arrays, self._group_size)
+    self._context.log.write('rollout', step, values)
     if drawn.index % self._lines_every == 0:
       self._context.terminal.say(
         diagnostics.report(
           drawn.index, values, is_rewarded=self._config.is_rewarded
         )
       )
-    self._watch.see(drawn.version, values)
+    self._watch.see(step, values)
     every = self._config.samples_every
     if every and drawn.index % every == 0:
       rows = diagnostics.table(
-        drawn, self._group_size, self._config.num_samples
+        step, drawn, self._group_size, self._config.num_samples
       )
       with self._path.open('a', encoding='utf-8') as file:
         file.write(_text(rows))

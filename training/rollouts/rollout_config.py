@@ -59,6 +59,11 @@ class RolloutConfig:
   # Passes over a rollout batch. More passes train longer on answers of an older
   # policy, and need the ratio of the objective.
   inner_epochs: int = 1
+  # Rollout batches that are drawn ahead, while the steps run. 0: the weights
+  # that a batch trains draw it, and sampler and trainer take turns. S: the
+  # weights from before the last S batches draw it, which needs a copy of them
+  # and an objective that corrects for it. See training/rollouts/draws/ahead.py.
+  staleness: int = 0
   # Whether groups whose answers all have the same reward, which teach nothing,
   # are replaced by groups of further prompts (DAPO's dynamic sampling,
   # arXiv:2503.14476, section 3.2).
@@ -99,6 +104,7 @@ class RolloutConfig:
       ('num_prompts', 1),
       ('max_tokens', 1),
       ('inner_epochs', 1),
+      ('staleness', 0),
       ('max_refills', 0),
       ('overlong_tokens', 0),
       ('samples_every', 0),

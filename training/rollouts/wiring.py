@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import threading
 from typing import Any, NamedTuple
 
 from checks import expect
@@ -99,6 +100,7 @@ def wire(
   config = _with_weights(config, sampler)
   stop = prompts_lib.stop_strings(template)
   weights_of = _weights_of(learner)
+  turn = threading.Lock()
   drawer = drawing.Drawer(
     config=config,
     prompts=train,
@@ -113,6 +115,7 @@ def wire(
     drawer,
     pad_id=tokenizer.pad_id,
     sampler=sampler,
+    turn=turn,
     weights_of=weights_of,
     annotate=(
       learner.compile_annotate_step()
@@ -126,6 +129,7 @@ def wire(
       config=config,
       prompts=held_out,
       sampler=sampler,
+      turn=turn,
       weights_of=weights_of,
       stop_ids=stop_ids,
       stop=stop,
