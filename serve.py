@@ -6,6 +6,7 @@
     python serve.py --model=DIR --port=8000 --engine.max_sequences=64
     python serve.py --model=DIR --eval=perplexity:book.txt --eval.limit=100
     python serve.py --model=DIR --plan=v5e:2x4
+    python serve.py --config=experiments/pretrain.py:8b --plan=h100:8
     python serve.py --model=DIR --adapters=sql=DIR2,poems=DIR3 --port=8000
 
 DIR is a frozen directory: `train.py` writes one, and so does
@@ -70,6 +71,8 @@ _HEEDED_BY = {
   'insecure': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
+  'config': ('plan',),
+  'engine.tensor': (*_ENGINE.ways, 'plan'),
   'compilation_cache': _ENGINE.ways,
 }
 
@@ -85,15 +88,15 @@ def main(argv: list[str]) -> None:
     )
   (way,) = asked
   _check_heeded(way)
+  if FLAGS.model is None and way != 'plan':
+    _fail('--model: got none, expected a frozen directory')
   logging.set_verbosity(logging.WARNING)  # orbax logs each of its steps
   # A terminal that cannot show a character shows a question mark instead.
   sys.stdout.reconfigure(errors='replace')  # pyright: ignore
   try:
     # Imported here, since these import JAX.
     if way == 'plan':
-      from inference import plan
-
-      print(plan.report(plan.make(FLAGS.model, FLAGS.plan)))
+      print(_plan())
       return
     host_memory.reuse_freed_memory()  # as the serving benchmarks do
     gc.disable()  # until `_load` has made what stays: a seventh of the start
@@ -124,6 +127,18 @@ def main(argv: list[str]) -> None:
     sys.exit(130)  # what a shell expects after Ctrl-C
 
 
+def _plan() -> str:
+  """Returns the plan of a frozen directory, or of a config without weights."""
+  from inference.planning import plan, report, subject
+  from studies.common import load
+
+  planned = subject.of(
+    FLAGS.model, FLAGS.config, lambda name: load.experiment(name, '--config')
+  )
+  tensor = _ENGINE.given().get('tensor')
+  return report.report(plan.make(planned, FLAGS.plan, tensor=tensor))
+
+
 def _is_asked(value) -> bool:
   return value is not None and value is not False  # --port=0 asks
 
@@ -132,6 +147,7 @@ def _complete(prompt: str, chosen) -> None:
   """Streams the completion of a prompt, then reports speed and digests."""
   from frozen import format as frozen_format
   from frozen.quantize import quality
+  from inference.output import speed
 
   generator = _load_small(FLAGS.n or 1)
   before = generator.frozen.manifest.weights_digest  # verified by `load`
@@ -154,7 +170,7 @@ def _complete(prompt: str, chosen) -> None:
   if settings.n > 1:
     for completion in completions:
       print(f'--- seed {completion.seed}\n{completion.text}\n')
-  print(_speed(completions, generator.engine.compile_seconds))
+  print(speed.text(completions, generator.engine.compile_seconds))
   print(f'memory          {generator.memory_text()}')
   if storage := frozen_format.storage_text(generator.frozen.manifest):
     print(f'stored          {storage}')
@@ -194,28 +210,6 @@ def _asked(generator, prompt: str, chosen):
     print(f'warning: {warning}', file=sys.stderr)
   ids = generator.prompt_ids(prompt)
   return ids, generator.settings_for(ids, **chosen)
-
-
-def _speed(completions, compile_seconds: float) -> str:
-  """Returns the speed of the completions of one prompt, without compilation."""
-  first = completions[0]
-  took = first.usage
-  # Prefill gives the first token of each completion. The others are decoded
-  # together, so the slowest completion has the time of all.
-  num_decoded = sum(each.num_completion_tokens - 1 for each in completions)
-  seconds = max(each.usage.decode_seconds for each in completions)
-  prefill = f'{took.prefill_tokens / took.prefill_seconds:,.0f} tokens/s'
-  decode = (
-    f'{num_decoded / seconds:,.1f} tokens/s' if num_decoded else 'no tokens'
-  )
-  reasons = ', '.join(dict.fromkeys(each.finish_reason for each in completions))
-  return (
-    f'prefill         {prefill} ({first.num_prompt_tokens} tokens,'
-    f' {took.cached_tokens} of them cached)\n'
-    f'decode          {decode} ({num_decoded} tokens, ended by'
-    f' {reasons}, seed {first.seed})\n'
-    f'compilation     {compile_seconds:.1f} s, not counted above'
-  )
 
 
 def _evaluate() -> None:
@@ -375,7 +369,13 @@ def _define_flags() -> None:
   constraint_flags.define()
   text, count = flags.DEFINE_string, flags.DEFINE_integer
   path = path_flags.DEFINE_path
-  path('model', None, 'Frozen directory with the weights.', required=True)
+  path('model', None, 'Frozen directory with the weights.')
+  text(
+    'config',
+    None,
+    'Model of --plan that has no weights yet: an experiment, such as'
+    ' experiments/pretrain.py:8b, or a config.json of Hugging Face.',
+  )
   flags.DEFINE_list(
     'adapters',
     [],

@@ -140,11 +140,12 @@ def roofline(
       repeats.
     dtype: dtype of the operands of the products.
   """
-  sent = traffic.sent_bytes
+  sent, rate = traffic.sent_bytes, peaks.link_bytes_per_s
   return Roofline(
     compute=flops / peaks.flops_per_s[dtype],
     memory=traffic.memory_bytes / peaks.bytes_per_s,
-    links=sent / peaks.link_bytes_per_s if sent else 0.0,
+    # Parts of one CPU have no links.
+    links=sent / rate if sent and rate else 0.0,
   )
 
 

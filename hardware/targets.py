@@ -4,7 +4,8 @@
     target = targets.parse('v5p:4x4x4')
     devices = targets.devices(target)
 
-`v5p:4x4x4` is a slice of TPU chips in a torus; `h100:8` is eight GPUs. XLA's
+`v5p:4x4x4` is a slice of TPU chips in a torus; `h100:8` is eight GPUs; `cpu:8`
+is this machine's CPU as eight devices, which needs no other compiler. XLA's
 own compilers need no device: libtpu compiles for a TPU; the CUDA plugin
 compiles for a GPU, from a description that this file writes from datasheets.
 Peak rates come from `hardware.peaks`, under the device kinds that jax reports
@@ -53,8 +54,21 @@ class _Tpu:
   most_chips: int  # of one slice; docs.cloud.google.com/tpu/docs
   devices_per_chip: int = 1
   options: tuple[tuple[str, Any], ...] = ()  # for libtpu
+  # Slices that are rented, smallest first; docs.cloud.google.com/tpu/docs.
+  slices: tuple[str, ...] = ()
 
 
+_SLICES_2D = ['1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16']
+_SLICES_3D = [
+  '2x2x1',
+  '2x2x2',
+  '2x2x4',
+  '2x4x4',
+  '4x4x4',
+  '4x4x8',
+  '4x8x8',
+  '8x8x8',
+]
 _TPUS = {
   # As on a real v4: the two cores of a chip are one jax device.
   'v4': _Tpu(
@@ -62,12 +76,32 @@ _TPUS = {
     num_dims=3,
     most_chips=4096,
     options=(('chip_config_name', 'megacore'),),
+    slices=tuple(_SLICES_3D),
   ),
-  'v5e': _Tpu(device_kind='TPU v5 lite', num_dims=2, most_chips=256),
-  'v5p': _Tpu(device_kind='TPU v5', num_dims=3, most_chips=8960),
-  'v6e': _Tpu(device_kind='TPU v6 lite', num_dims=2, most_chips=256),
+  'v5e': _Tpu(
+    device_kind='TPU v5 lite',
+    num_dims=2,
+    most_chips=256,
+    slices=tuple(_SLICES_2D),
+  ),
+  'v5p': _Tpu(
+    device_kind='TPU v5',
+    num_dims=3,
+    most_chips=8960,
+    slices=tuple(_SLICES_3D),
+  ),
+  'v6e': _Tpu(
+    device_kind='TPU v6 lite',
+    num_dims=2,
+    most_chips=256,
+    slices=tuple(_SLICES_2D),
+  ),
   'tpu7x': _Tpu(
-    device_kind='TPU7x', num_dims=3, most_chips=9216, devices_per_chip=2
+    device_kind='TPU7x',
+    num_dims=3,
+    most_chips=9216,
+    devices_per_chip=2,
+    slices=tuple(_SLICES_3D),
   ),
 }
 _GPUS = {
@@ -75,6 +109,8 @@ _GPUS = {
   'h100': 'NVIDIA H100 80GB HBM3',
   'h200': 'NVIDIA H200',
 }
+_CPU = 'cpu'  # the generation of this machine's CPU
+_MOST_CPU_DEVICES = 64
 # Device files of TPUs (up to v4; from v5 on), of NVIDIA and AMD GPUs, and of
 # GPUs under WSL.
 _ACCELERATORS = (
@@ -82,7 +118,7 @@ _ACCELERATORS = (
 )  # fmt: skip
 HERE = 'here'  # value of --plan: the devices of this machine, no target
 GPUS_PER_HOST = 8  # all connected by NVLink
-_EXAMPLES = 'v5e:2x4, v5p:4x4x4 or h100:8'
+_EXAMPLES = 'v5e:2x4, v5p:4x4x4, h100:8 or cpu:1'
 
 
 class TargetError(ValueError):
@@ -108,11 +144,12 @@ def parse(name: str) -> Target:
     TargetError: the name is unknown, or its size is impossible.
   """
   generation, _, size = name.partition(':')
-  if generation not in _TPUS and generation not in _GPUS:
+  known = [*_TPUS, *_GPUS, _CPU]
+  if generation not in known:
     raise TargetError(
       f'--plan: got the unknown target {name!r}, expected one of'
-      f' {", ".join([*_TPUS, *_GPUS])} with a size, as in {_EXAMPLES}'
-      f'{expect.meant(generation, [*_TPUS, *_GPUS])}'
+      f' {", ".join(known)} with a size, as in {_EXAMPLES}'
+      f'{expect.meant(generation, known)}'
     )
   is_tpu = generation in _TPUS
   num_dims = _TPUS[generation].num_dims if is_tpu else 1
@@ -133,6 +170,12 @@ def parse(name: str) -> Target:
         ' plan for a smaller one'
       )
     num_devices *= _TPUS[generation].devices_per_chip
+  elif generation == _CPU:
+    if num_devices > _MOST_CPU_DEVICES:
+      raise TargetError(
+        f'--plan: got {name!r}, expected at most {_MOST_CPU_DEVICES} devices of'
+        ' one CPU; lower it'
+      )
   elif num_devices > GPUS_PER_HOST and num_devices % GPUS_PER_HOST:
     raise TargetError(
       f'--plan: got {name!r}, expected at most {GPUS_PER_HOST} devices or a'
@@ -141,11 +184,30 @@ def parse(name: str) -> Target:
   return Target(
     name=name,
     generation=generation,
-    device_kind=_TPUS[generation].device_kind if is_tpu else _GPUS[generation],
+    device_kind=(
+      _TPUS[generation].device_kind
+      if is_tpu
+      else _GPUS.get(generation, generation)
+    ),
     shape=shape,
     num_devices=num_devices,
     is_tpu=is_tpu,
   )
+
+
+def slices(target: Target) -> tuple[tuple[str, int], ...]:
+  """Returns slices of the target's generation, smallest first.
+
+  Each with its number of devices; of GPUs, whole numbers of hosts or the half
+  and the quarter of one.
+  """
+  generation = _TPUS.get(target.generation)
+  sizes = [str(1 << power) for power in range(8)]
+  sizes = generation.slices if generation else sizes
+  if target.generation == _CPU:
+    return ()
+  names = [f'{target.generation}:{size}' for size in sizes]
+  return tuple((name, parse(name).num_devices) for name in names)
 
 
 def prepare_environment() -> None:
@@ -168,6 +230,10 @@ def prepare_for(plan: str | None) -> None:
   """
   if plan and plan != HERE:
     prepare_environment()
+    if match := re.fullmatch(rf'{_CPU}:(\d+)', plan):
+      option = '--xla_force_host_platform_device_count'
+      given = os.environ.get('XLA_FLAGS', '')
+      os.environ['XLA_FLAGS'] = f'{given} {option}={match[1]}'.strip()
   elif sys.platform == 'linux' and not any(map(glob.glob, _ACCELERATORS)):
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -199,6 +265,17 @@ def devices(target: Target) -> list[Any]:
   """
   from jax.experimental import topologies
 
+  if target.generation == _CPU:
+    import jax
+
+    found = jax.devices(_CPU)
+    if len(found) < target.num_devices:
+      raise TargetError(
+        f'--plan: got {target.name!r}, expected at most the {len(found)}'
+        ' devices that this process has; set XLA_FLAGS='
+        f'--xla_force_host_platform_device_count={target.num_devices}'
+      )
+    return found[: target.num_devices]
   try:
     if target.is_tpu:
       generation = _TPUS[target.generation]

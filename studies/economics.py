@@ -9,8 +9,8 @@
 The cost of training follows from the FLOPs in the manifest, and the cost of a
 request from its tokens. Both are the seconds that a device of the price file
 needs, at a share of its peaks, times the price. Matrix products bound prompts,
-and the bytes of a decode step (inference/plan.py), shared by a batch, bound
-answers. Measured rates, --prompt_tokens_per_s and --answer_tokens_per_s,
+and the bytes of a decode step (inference/planning/plan.py), shared by a batch,
+bound answers. Measured rates, --prompt_tokens_per_s and --answer_tokens_per_s,
 replace this model of time. --records takes the tokens and the requests of a day
 from the ledger of a server.
 

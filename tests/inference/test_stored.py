@@ -14,7 +14,7 @@ from frozen import (
   format as frozen_format,
   stored_kernels,
 )
-from inference import full_forward, generate, model_port, plan as plan_lib
+from inference import full_forward, generate, model_port
 from inference.engine import (
   adapter_table,
   device_state,
@@ -24,6 +24,7 @@ from inference.engine import (
   steps,
 )
 from inference.engine.compiled import layered
+from inference.planning import plan as plan_lib, report, subject
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
 from inference.server.versions import memory
@@ -316,16 +317,17 @@ def test_plans_count_the_bytes_that_are_stored(tmp_path):
   stored = frozen_format.read(tmp_path / 'f').params
   num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
   assert memory.plan(manifest, life_two.ENGINE).weights == num_bytes
-  plan = plan_lib.make(str(tmp_path / 'f'))
+  plan = plan_lib.make(subject.of_directory(str(tmp_path / 'f')))
   assert plan.weight_bytes == num_bytes
   assert f'stored           {frozen_format.storage_text(manifest)}' in (
-    plan_lib.report(plan)
+    report.report(plan)
   )
   floats = frozen_dirs.write(
     tmp_path / 'g', config=_config(num_layers=1, max_length=48)
   )
   assert memory.plan(floats, life_two.ENGINE).weights > 5 * num_bytes
-  less = plan_lib.make(str(tmp_path / 'g')).step_bytes(1, 0)
+  whole = plan_lib.make(subject.of_directory(str(tmp_path / 'g')))
+  less = whole.step_bytes(1, 0)
   table = stored['params']['embed']['embedding']  # of which a step reads a row
   saved = 4 * (manifest.num_params - math.prod(table.shape))
   saved -= num_bytes - table.nbytes

@@ -76,6 +76,12 @@ class Placement(programs.Placement, Protocol):
     """Returns the state of an engine without sequences."""
     ...
 
+  def state_shapes(
+    self, model: transformer.Transformer, **sizes: Any
+  ) -> device_state.State:
+    """Returns the shapes of `state`, without making it."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
@@ -108,6 +114,9 @@ class OneDevice:
 
   def state(self, model, **sizes):
     return device_state.init_state(model, vocab_size=self.vocab_size, **sizes)
+
+  def state_shapes(self, model, **sizes):
+    return jax.eval_shape(lambda: self.state(model, **sizes))
 
   def logits(self, *rows):
     return jax.ShapeDtypeStruct((*rows, self.vocab_size), jnp.float32)
@@ -234,6 +243,22 @@ class Spread:
     )
 
   def state(self, model, **sizes):
+    init, shardings = self._init(model, sizes)
+    return jax.jit(init, out_shardings=shardings)()
+
+  def state_shapes(self, model, **sizes):
+    init, shardings = self._init(model, sizes)
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      shapes,
+      jax.tree.broadcast(shardings, shapes),
+    )
+
+  def _init(self, model, sizes: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns a function that makes the state, and its shardings."""
     del model
     whole = transformer.Transformer(self.all_model)
 
@@ -246,7 +271,7 @@ class Spread:
       results.state(whole.config),
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    return jax.jit(init, out_shardings=shardings)()
+    return init, shardings
 
   def logits(self, *rows):
     spec = PartitionSpec(*[None] * len(rows), ports.AXIS)

@@ -25,12 +25,29 @@ def check(
     ValueError: something of the config or of the model is not supported over
       several devices.
   """
-  problem = _of_config(config) or _of_model(config, model, params)
-  if problem:
-    got, expected = problem
-    raise ValueError(
-      f'engine.tensor: got {config.tensor} and {got}, expected {expected}'
-    )
+  is_stored = any(map(stored_tree.is_stored, _leaves(params)))
+  if found := problem(config, model, is_stored):
+    raise ValueError(found)
+
+
+def problem(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  is_stored: bool,
+) -> str | None:
+  """Returns why an engine of several devices is refused, None if it works.
+
+  Args:
+    config: of the engine.
+    model: that it serves.
+    is_stored: whether the model has kernels in fewer bits.
+  """
+  if config.num_parts == 1:
+    return None
+  if found := _of_config(config) or _of_model(config, model, is_stored):
+    got, expected = found
+    return f'engine.tensor: got {config.tensor} and {got}, expected {expected}'
+  return None
 
 
 def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
@@ -51,9 +68,9 @@ def _of_config(config: engine_config.EngineConfig) -> tuple[str, str] | None:
 def _of_model(
   config: engine_config.EngineConfig,
   model: model_config.ModelConfig,
-  params: Any,
+  is_stored: bool,
 ) -> tuple[str, str] | None:
-  if any(map(stored_tree.is_stored, _leaves(params))):
+  if is_stored:
     return (
       'kernels in fewer bits',
       'kernels of floats over several devices; serve the directory that was'

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from hardware import compile_ahead, peaks, targets
-from inference import plan as plan_lib
+from inference.planning import plan as plan_lib, report, subject
 from models import flops, kv_cache
 from tests.helpers import commands, frozen_dirs, tiny_models
 
@@ -25,17 +25,14 @@ def model(tmp_path_factory):
   return str(directory)
 
 
-def _plan(config=None, **fields):
+def _plan(config=None, *, dtype='bfloat16', **fields):
   config = config or frozen_dirs.config()
   return plan_lib.Plan(
     **{
-      'name': 'tiny',
+      'subject': subject.of_config('tiny', config, dtype),
       'target': 'v5e:2x2',
       'device_kind': 'TPU v5 lite',
       'peaks': peaks.DATASHEETS['TPU v5e'],
-      'config': config,
-      'dtype': 'bfloat16',
-      'num_params': flops.num_params(config),
       **fields,
     }
   )
@@ -57,11 +54,13 @@ def _large():
 
 
 def test_only_the_manifest_is_read(model):
-  plan = plan_lib.make(model)
-  assert plan.num_params == flops.num_params(frozen_dirs.config())
-  assert plan.weight_bytes == 4 * plan.num_params
+  plan = plan_lib.make(subject.of_directory(model))
+  assert plan.subject.num_params == flops.num_params(frozen_dirs.config())
+  assert plan.weight_bytes == 4 * plan.subject.num_params
   assert plan.compiled is None
-  assert f'{plan.num_params:,} parameters, float32' in plan_lib.report(plan)
+  assert f'{plan.subject.num_params:,} parameters, float32' in report.report(
+    plan
+  )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -85,9 +84,11 @@ def test_one_sequence_more_does_not_fit(length):
 
 
 def test_a_model_that_does_not_fit_is_told():
-  plan = _plan(num_params=10**11)
+  plan = _plan()
+  large = dataclasses.replace(plan.subject, num_params=10**11)
+  plan = dataclasses.replace(plan, subject=large)
   assert plan.num_sequences(1) == 0
-  text = plan_lib.report(plan)
+  text = report.report(plan)
   assert 'fits             NO: not the weights and one token' in text
 
 
@@ -117,10 +118,8 @@ def test_compute_binds_from_the_batch_that_the_plan_says(context):
 def test_long_caches_are_never_compute_bound():
   plan = _plan(_large())
   assert plan.compute_bound_batch(context=100_000) is None
-  assert 'compute-bound never' in plan_lib.report(
-    dataclasses.replace(
-      plan, config=dataclasses.replace(plan.config, max_length=200_000)
-    )
+  assert 'compute-bound never' in report.report(
+    _plan(dataclasses.replace(plan.config, max_length=200_000))
   )
 
 
@@ -138,7 +137,7 @@ def test_a_mixture_reads_the_experts_that_are_taken():
   # With many tokens, all of them; the embedding of the input is looked up.
   lookup = config.vocab_size * config.model_width
   norms = (2 * config.num_layers + 1) * config.model_width
-  assert many == pytest.approx(2 * (plan.num_params - lookup - norms))
+  assert many == pytest.approx(2 * (plan.subject.num_params - lookup - norms))
 
 
 def test_the_compilers_memory_stands_beside_the_formula():
@@ -153,12 +152,12 @@ def test_the_compilers_memory_stands_beside_the_formula():
       collectives=(), memory_bytes=1.0, unknown=()
     ),
   )
-  text = plan_lib.report(
+  text = report.report(
     dataclasses.replace(plan, compiled=program, compiled_sequences=4)
   )
   assert '4 sequences of 64: 2 GiB at its peak' in text
   refused = compile_ahead.OutOfMemory(needed=2**31, available=2**30, message='')
-  text = plan_lib.report(
+  text = report.report(
     dataclasses.replace(plan, compiled=refused, compiled_sequences=4)
   )
   assert 'needs 2 GiB of 1 GiB: DOES NOT FIT' in text
@@ -198,7 +197,7 @@ def test_the_decode_step_is_compiled_for_a_device_that_is_not_here(
   pytest.importorskip('jax_cuda13_plugin')
   for name, value in targets._ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
-  plan = plan_lib.make(model, target)
+  plan = plan_lib.make(subject.of_directory(model), target)
   assert isinstance(plan.compiled, compile_ahead.Program)
   cache = plan.kv_bytes_per_token * 64 * plan.compiled_sequences
   assert plan.compiled.arguments >= plan.weight_bytes + cache

@@ -1,0 +1,346 @@
+"""The plan of serving a model: memory and speed, for `serve.py --plan`.
+
+    python serve.py --model=DIR --plan
+    python serve.py --model=DIR --plan=v5e:2x4 --engine.tensor=4
+    python serve.py --config=experiments/pretrain.py:8b --plan=h100:8
+
+The plan needs the manifest or a config only: no weights are read. Decoding
+reads every weight and every cached key and value once per step, so that memory
+bandwidth bounds its speed until the batch is large enough to keep the
+multipliers busy (Pope et al., arXiv:2211.05102, section 2). For a target
+device, the engine's decode step is compiled ahead of time, and the plan shows
+the compiler's memory beside the formula's.
+
+Devices that share a model (`--engine.tensor`) each compute a model of their own
+parts, so the formulas of a device are those of that smaller model; a step also
+sends the sums that `parallel.tensor.ports` lists. The devices of a target that
+are left over hold replicas.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from checks import expect
+from frozen import stored_kernels
+from hardware import compile_ahead, peaks as peaks_lib, targets
+from inference.engine import engine_config
+from inference.engine.spread import layout as layout_lib, refusals
+from inference.planning import compiled as compiled_lib, subject as subject_lib
+from models import flops, kv_cache, model_config
+from models.linear.stored import tree as stored_tree
+
+# Share of the memory left free, for activations, the runtime, and everything
+# else that no formula knows.
+_MARGIN = 0.05
+# Largest batch of the compiled decode step; a power of two, as batches are.
+_MOST_COMPILED_SEQUENCES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """The figures of serving one model. Bytes are of one device."""
+
+  subject: subject_lib.Subject
+  target: str
+  device_kind: str
+  peaks: peaks_lib.Peaks
+  num_devices: int = 1  # of the target
+  tensor: int = 1  # devices that share the model
+  # Smaller plans of the same generation, from one device on; see `smallest`.
+  slices: tuple[tuple[str, int], ...] = ()  # (name, number of devices)
+  # Of kernels in fewer bits: the bytes that they save in memory, and in the
+  # reads of a step.
+  saved_bytes: int = 0
+  saved_bytes_of_step: int = 0
+  compiled: compile_ahead.Program | compile_ahead.OutOfMemory | None = None
+  compiled_sequences: int = 0
+
+  @property
+  def config(self) -> model_config.ModelConfig:
+    """The config of the model."""
+    return self.subject.config
+
+  @property
+  def dtype(self) -> str:
+    """The dtype of weights, cache and computation."""
+    return self.subject.dtype
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes of one weight, and of one cached channel."""
+    return jnp.dtype(self.dtype).itemsize
+
+  @functools.cached_property
+  def part(self) -> model_config.ModelConfig:
+    """The model that one device computes."""
+    if self.tensor == 1:
+      return self.config
+    layout = layout_lib.Layout(
+      model=self.config,
+      vocab_size=self.config.vocab_size,
+      num_parts=self.tensor,
+    )
+    return layout.config(1)
+
+  @functools.cached_property
+  def weight_bytes(self) -> int:
+    """Bytes of all weights that a device has."""
+    if self.tensor == 1:
+      return self.subject.num_params * self.itemsize - self.saved_bytes
+    return flops.num_params(self.part) * self.itemsize
+
+  @property
+  def num_replicas(self) -> int:
+    """The engines that the devices of the target hold."""
+    return self.num_devices // self.tensor
+
+  @property
+  def kv_bytes_per_token(self) -> int:
+    """Bytes of the cached keys and values of one token, all layers."""
+    config = self.part
+    rows, width = kv_cache.rows_and_width(config)
+    return config.num_layers * rows * width * self.itemsize
+
+  def bytes_of(self, num_sequences: int, length: int) -> float:
+    """Returns the bytes of weights and of sequences with `length` tokens."""
+    # Float32 logits, and a copy of them: the weights of the sampler's search.
+    logits = 2 * 4 * num_sequences * self.part.vocab_size
+    cache = num_sequences * length * self.kv_bytes_per_token
+    return self.weight_bytes + cache + logits
+
+  def num_sequences(self, length: int) -> int:
+    """Returns how many sequences with `length` tokens fit; may be 0."""
+    room = self.peaks.memory_bytes * (1 - _MARGIN) - self.weight_bytes
+    each = self.bytes_of(1, length) - self.weight_bytes
+    return max(int(room // each), 0)
+
+  def step_bytes(self, num_sequences: int, context: float) -> float:
+    """Returns the bytes of weights and cache that a decode step reads.
+
+    A mixture of experts reads each expert that any token chooses: for B tokens
+    that choose A of E experts independently, E (1 - (1 - A/E)^B) experts.
+    """
+    config = self.part
+    weights = flops.num_matmul_params(config)
+    if config.num_experts:
+      share = config.num_active_experts / config.num_experts
+      taken = config.num_experts * (1 - (1 - share) ** num_sequences)
+      each = (flops.num_params(config) - flops.num_active_params(config)) / (
+        config.num_experts - config.num_active_experts or 1
+      )
+      weights += (taken - config.num_active_experts) * each
+    cache = num_sequences * context * self.kv_bytes_per_token
+    return weights * self.itemsize - self.saved_bytes_of_step + cache
+
+  @property
+  def sums_per_step(self) -> int:
+    """The sums over devices in a decode step, sampling left out.
+
+    One after attention and one after the MLP or the experts of each layer, one
+    after shared experts, and one of the embedding (`parallel.tensor.ports`).
+    """
+    if self.tensor == 1:
+      return 0
+    config = self.config
+    layers = [config.layer(n) for n in range(config.num_layers)]
+    with_shared = bool(config.num_shared_experts) * sum(
+      layer.has_experts for layer in layers
+    )
+    return 2 * config.num_layers + with_shared + 1
+
+  def sent_bytes(self, num_sequences: int) -> float:
+    """Returns the bytes that a device sends in a decode step, see `hlo`."""
+    payload = num_sequences * self.config.model_width * self.itemsize
+    share = 2 * (self.tensor - 1) / self.tensor  # of a sum over a ring
+    return self.sums_per_step * payload * share
+
+  @property
+  def sends_no_weight(self) -> bool:
+    """Whether no collective of the compiled step is larger than the stream.
+
+    The stream of a step is the largest array that devices should exchange.
+    """
+    if not isinstance(self.compiled, compile_ahead.Program):
+      return True
+    # A backend may add in float32, and sends the sums of routed and of shared
+    # experts as one.
+    joined = 2 if self.config.num_shared_experts else 1
+    most = 4 * joined * self.compiled_sequences * self.config.model_width
+    return all(
+      each.payload_bytes <= most for each in self.compiled.traffic.collectives
+    )
+
+  def step_seconds(self, num_sequences: int, context: float) -> float:
+    """Returns the least time of a decode step, in seconds."""
+    products = num_sequences * flops.forward_flops_per_token(self.part, context)
+    sent, links = self.sent_bytes(num_sequences), self.peaks.link_bytes_per_s
+    return max(
+      self.step_bytes(num_sequences, context) / self.peaks.bytes_per_s,
+      products / self.peaks.flops_per_s[self.dtype],
+      sent / links if links else 0.0,
+    )
+
+  def tokens_per_s(self, num_sequences: int, context: float) -> float:
+    """Returns the upper bound of a replica, of all sequences together."""
+    return num_sequences / self.step_seconds(num_sequences, context)
+
+  @property
+  def rate(self) -> float:
+    """The most tokens per second of all replicas; 0 if the model does not fit.
+
+    Of as many sequences as fit at full context, with half of it cached.
+    """
+    length = self.config.max_length
+    most = self.num_sequences(length)
+    if not most:
+      return 0.0
+    return self.num_replicas * self.tokens_per_s(most, length / 2)
+
+  def compute_bound_batch(self, context: float) -> int | None:
+    """Returns the smallest batch whose products take longer than its reads.
+
+    None if reading the cache of a token takes longer than its products: then no
+    batch is compute-bound.
+    """
+    per_token = flops.forward_flops_per_token(self.part, context)
+    compute = per_token / self.peaks.flops_per_s[self.dtype]
+
+    def is_bound(batch: int) -> bool:
+      read = self.step_bytes(batch, context) / self.peaks.bytes_per_s
+      return batch * compute >= read
+
+    cache = context * self.kv_bytes_per_token / self.peaks.bytes_per_s
+    if compute <= cache:
+      return None
+    high = 1
+    while not is_bound(high):
+      high *= 2
+    low = high // 2
+    while high - low > 1:
+      middle = (low + high) // 2
+      low, high = (low, middle) if is_bound(middle) else (middle, high)
+    return high
+
+
+def make(
+  subject: subject_lib.Subject,
+  target_name: str = targets.HERE,
+  *,
+  tensor: int | None = None,
+  is_compiled: bool = True,
+) -> Plan:
+  """Returns the plan for a model.
+
+  Args:
+    subject: the model.
+    target_name: `here`, or a name that `hardware.targets` knows, as v5e:2x4.
+    tensor: devices that share the model; None: as many as give the most tokens
+      per second, see `chosen`.
+
+  Raises:
+    ValueError: the target does not exist, or the engine refuses the model over
+      so many devices.
+  """
+  is_here = target_name == targets.HERE
+  target = None if is_here else targets.parse(target_name)
+  devices = targets.devices(target) if target else jax.local_devices()
+  saved, saved_of_step = _saved(subject)
+  plan = Plan(
+    subject=subject,
+    target=target_name,
+    device_kind=devices[0].device_kind,
+    peaks=peaks_lib.peaks(devices[0]),
+    num_devices=len(devices),
+    slices=targets.slices(target) if target else (),
+    saved_bytes=saved,
+    saved_bytes_of_step=saved_of_step,
+  )
+  if tensor is None:
+    plan = chosen(plan) if target else plan
+  else:
+    _check_degree(plan, subject, tensor)
+    plan = dataclasses.replace(plan, tensor=tensor)
+  if is_here or not is_compiled:
+    return plan
+  fitting = max(plan.num_sequences(plan.config.max_length), 1)
+  sequences = min(1 << fitting.bit_length() - 1, _MOST_COMPILED_SEQUENCES)
+  engine = engine_config.EngineConfig(
+    tensor=plan.tensor, max_sequences=sequences
+  )
+  return dataclasses.replace(
+    plan,
+    compiled=compiled_lib.decode_step(subject, engine, devices),
+    compiled_sequences=sequences,
+  )
+
+
+def degrees(plan: Plan) -> list[Plan]:
+  """Returns the plans of all numbers of devices that may share the model."""
+  found = []
+  for tensor in range(1, plan.num_devices + 1):
+    engine = engine_config.EngineConfig(tensor=tensor)
+    if plan.num_devices % tensor == 0 and not refusals.problem(
+      engine, plan.config, plan.subject.quantization != stored_kernels.NONE
+    ):
+      found.append(dataclasses.replace(plan, tensor=tensor))
+  return found
+
+
+def chosen(plan: Plan) -> Plan:
+  """Returns the plan of the degree with the most tokens per second.
+
+  All devices of the target count, with the sequences of full context that they
+  hold. Of equal degrees it is the smallest, which sends least; if the model
+  fits at none, the largest.
+  """
+  plans = degrees(plan)
+  best = max(plans, key=lambda each: (each.rate, -each.tensor))
+  return best if best.rate else plans[-1]
+
+
+def smallest(plan: Plan) -> tuple[str, Plan] | None:
+  """Returns the smallest slice that holds the model, and its plan.
+
+  It holds weights and one sequence of full context, by the formula. None if no
+  slice does, or the generation has none.
+  """
+  length = plan.config.max_length
+  for name, num_devices in plan.slices:
+    for each in degrees(dataclasses.replace(plan, num_devices=num_devices)):
+      if each.num_sequences(length):
+        return name, each
+  return None
+
+
+def _check_degree(
+  plan: Plan, subject: subject_lib.Subject, tensor: int
+) -> None:
+  expect.at_least('--engine.tensor', tensor, 1)
+  if plan.num_devices % tensor:
+    raise ValueError(
+      f'--engine.tensor: got {tensor} with --plan={plan.target}, expected a'
+      f' divisor of its {plan.num_devices} devices; change one of them'
+    )
+  engine = engine_config.EngineConfig(tensor=tensor)
+  if tensor > 1:
+    refusals.check(engine, subject.config, subject.shapes())
+
+
+def _saved(subject: subject_lib.Subject) -> tuple[int, int]:
+  if subject.quantization == stored_kernels.NONE:
+    return 0, 0  # the shapes of a model take a moment
+  itemsize = jnp.dtype(subject.dtype).itemsize
+  saved = {
+    path: itemsize * math.prod(leaf.shape) - leaf.nbytes
+    for path, leaf in stored_kernels.by_path(subject.shapes()).items()
+    if stored_tree.is_stored(leaf)
+  }
+  total = sum(saved.values())
+  # A step looks up rows of an embedding that is not the head, too.
+  tied = subject.config.tie_embeddings
+  unread = 0 if tied else saved.get('params/embed/embedding', 0)
+  return total, total - unread

@@ -1,0 +1,164 @@
+"""Plans of models that several devices share, against placements and XLA."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from experiments import pretrain
+from hardware import compile_ahead, hlo, peaks, targets
+from inference.engine import device_state, engine_config
+from inference.engine.spread import placement as placement_lib
+from inference.planning import plan as plan_lib, report, subject
+from tests.helpers import commands
+from tests.helpers.serving import reference_engine
+
+
+def _subject(kind):
+  config = reference_engine.model_config(kind)
+  return subject.of_config(kind, config, 'float32')
+
+
+def _eight_billion(target, **fields):
+  found = pretrain.get_config('8b')
+  parsed = targets.parse(target)
+  return plan_lib.Plan(
+    subject=subject.of_config('8b', found.model, 'bfloat16'),
+    target=target,
+    device_kind=parsed.device_kind,
+    peaks=peaks.DATASHEETS[parsed.device_kind],
+    num_devices=parsed.num_devices,
+    slices=targets.slices(parsed),
+    **fields,
+  )
+
+
+@pytest.mark.parametrize('kind', ['odd_heads', 'gpt2', 'mixture'])
+@pytest.mark.parametrize('tensor', [2, 4])
+def test_weights_of_a_device_are_those_that_the_engine_places(kind, tensor):
+  planned = plan_lib.make(
+    _subject(kind), 'cpu:4', tensor=tensor, is_compiled=False
+  )
+  placement = placement_lib.make(
+    engine_config.EngineConfig(tensor=tensor),
+    planned.config,
+    device_state.unread(reference_engine.params(kind)),
+    vocab_size=planned.config.vocab_size,
+  )
+  params = device_state.unread(reference_engine.params(kind))
+  assert planned.weight_bytes == placement.num_bytes(params)
+
+
+@pytest.mark.parametrize(('kind', 'tensor'), [('llama', 2), ('mixture', 4)])
+def test_the_compiled_step_sends_the_sums_of_the_formula_and_no_weight(
+  kind, tensor
+):
+  planned = plan_lib.make(_subject(kind), 'cpu:4', tensor=tensor)
+  assert isinstance(planned.compiled, compile_ahead.Program)
+  stream = planned.compiled_sequences * planned.config.model_width * 4
+  found = planned.compiled.traffic.collectives
+  # XLA adds two arrays in one message where none waits for the other.
+  sums = [each for each in found if each.payload_bytes >= stream]
+  assert {each.kind for each in sums} == {'all-reduce'}
+  num_bytes = sum(each.count * each.payload_bytes for each in sums)
+  assert num_bytes == planned.sums_per_step * stream
+  sent = sum(each.sent_bytes for each in sums)
+  assert sent == planned.sent_bytes(planned.compiled_sequences)
+  # The rest is of the sampler: a few numbers per row.
+  assert planned.sends_no_weight
+  text = report.report(planned)
+  assert f'{planned.sums_per_step} sums of the stream' in text
+  assert 'no weight is sent' in text
+
+
+def test_a_weight_that_is_sent_is_told():
+  planned = _eight_billion('v5e:2x4', tensor=8, compiled_sequences=4)
+  gathered = hlo.Collective(
+    kind='all-gather', num_devices=8, payload_bytes=2**20, count=1
+  )
+  program = compile_ahead.Program(
+    arguments=2**30,
+    outputs=0,
+    temporaries=0,
+    aliased=0,
+    peak=2**30,
+    traffic=hlo.Traffic(collectives=(gathered,), memory_bytes=1.0, unknown=()),
+  )
+  planned = dataclasses.replace(planned, compiled=program)
+  assert not planned.sends_no_weight
+  assert 'WEIGHTS ARE SENT' in report.report(planned)
+
+
+def test_the_smallest_slice_holds_what_a_smaller_one_does_not():
+  # 15 GiB of weights: one v5e has 15.75 GiB, of which 5 % stay free.
+  found = plan_lib.smallest(_eight_billion('v5e:4x4'))
+  assert found is not None
+  name, least = found
+  assert (name, least.tensor) == ('v5e:2x2', 2)
+  assert not dataclasses.replace(least, tensor=1).num_sequences(4096)
+  name, least = plan_lib.smallest(_eight_billion('h100:8')) or ('', None)
+  assert name == 'h100:1'
+
+
+def test_devices_divide_memory_and_reads_and_send():
+  one, eight = (_eight_billion('h100:8', tensor=n) for n in (1, 8))
+  norms = 2 * (2 * 32 + 1) * 4096  # every device has all of them
+  assert eight.weight_bytes - norms == (one.weight_bytes - norms) / 8
+  assert eight.kv_bytes_per_token == one.kv_bytes_per_token / 8
+  assert one.sent_bytes(1) == 0
+  assert eight.sent_bytes(3) == 65 * 3 * 4096 * 2 * 2 * 7 / 8
+  assert eight.rate < 8 * eight.tokens_per_s(10**4, 2048)
+
+
+def test_published_latency_of_8b_is_above_the_bound():
+  # Llama 3.1 8B on one H100, vLLM: 6.44 ms + 4.37e-5 ms per token of context
+  # (vLLM's blog, 2026-04-22). Both terms are within 1.5 of the bound.
+  one = _eight_billion('h100:1')
+  weights = one.step_seconds(1, 0)
+  token = (one.step_seconds(1, 10**6) - weights) / 10**6
+  assert 1 < 6.44e-3 / weights < 1.5
+  assert 1 < 4.37e-8 / token < 1.5
+
+
+def test_a_config_json_is_planned_without_weights(tmp_path):
+  values = {
+    'model_type': 'qwen2', 'architectures': ['Qwen2ForCausalLM'],
+    'hidden_size': 2048, 'num_hidden_layers': 36, 'num_attention_heads': 16,
+    'num_key_value_heads': 2, 'intermediate_size': 11008, 'hidden_act': 'silu',
+    'vocab_size': 151936, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-6,
+    'rope_theta': 1000000.0, 'max_position_embeddings': 32768,
+    'torch_dtype': 'bfloat16',
+  }  # fmt: skip
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(values))
+  found = subject.of(None, str(path), load_experiment=pytest.fail)
+  assert (
+    found.num_params == 3_085_938_688
+  )  # the model card of Qwen2.5-3B: 3.09B
+  assert (found.dtype, found.config.num_kv_heads) == ('bfloat16', 2)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], 'both or none of --model and --config'),
+    (['--config=no/config.json'], 'expected a file config.json, or an exp'),
+    (['--config=experiments/none.py'], 'expected a Python file'),
+    (
+      ['--config=experiments/quickstart.py', '--engine.tensor=3'],
+      'got 3 with --plan=cpu:4, expected a divisor of its 4 devices',
+    ),
+  ],
+)
+def test_wrong_plans_are_refused_in_one_line(flags, message):
+  done = commands.run('serve.py', '--plan=cpu:4', *flags)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert message in line
+
+
+def test_more_devices_than_the_process_has_are_refused():
+  num = len(jax.devices())
+  with pytest.raises(targets.TargetError, match='force_host_platform_device'):
+    targets.devices(targets.parse(f'cpu:{2 * num}'))
