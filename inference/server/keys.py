@@ -1,16 +1,19 @@
-"""Makes, lists and revokes the keys of a server, in the file of its records.
+"""Makes, lists, changes and revokes keys of a server, in its records.
 
     python -m inference.server.keys create --records=FILE --name=alice
     python -m inference.server.keys create --records=FILE --name=me --role=admin
     python -m inference.server.keys create --records=FILE --name=alice \\
       --requests_per_minute=60 --tokens_per_minute=90000 --budget=20 --weight=2
     python -m inference.server.keys list --records=FILE
+    python -m inference.server.keys change --records=FILE \\
+      --id=key_0123456789ab --budget=50 --unlimited=tokens_per_minute
     python -m inference.server.keys revoke --records=FILE --id=key_0123456789ab
 
 The server may run meanwhile: it reads a change within a second. The text of a
 key is printed once, and is not kept. Keys of one name share the cached prompts
 and the turn of that name, so that a key can be replaced while the old one is
-used.
+used. A change of limits keeps the key: requests, tokens and money that it has
+used still count.
 """
 
 import datetime
@@ -30,14 +33,19 @@ _LIMITS = (
   'budget',
 )
 _USAGE = (
-  'expected one of create, list, revoke, as in create --records=FILE'
+  'expected one of create, list, change, revoke, as in create --records=FILE'
   ' --name=NAME'
 )
 
 
 def main(argv: list[str]) -> None:
   """Runs the command of the argument; errors are one line."""
-  ways = {'create': _create, 'list': _list, 'revoke': _revoke}
+  ways = {
+    'create': _create,
+    'list': _list,
+    'change': _change,
+    'revoke': _revoke,
+  }
   if len(argv) != 2 or argv[1] not in ways:
     raise app.UsageError(f'got arguments {argv[1:]}, {_USAGE}')
   values = flags.FLAGS
@@ -100,11 +108,57 @@ def _list(records: database.Database, values: flags.FlagValues) -> None:
     print('  '.join(padded).rstrip())
 
 
+def _change(records: database.Database, values: flags.FlagValues) -> None:
+  """Changes the fields whose flags are given."""
+  key_id = _given_id(values)
+  fixed = [name for name in ('name', 'role') if values[name].present]
+  if fixed:
+    raise ValueError(
+      f'--{fixed[0]}: got one for a key that exists, expected none: the ledger'
+      ' and the admin routes trust it; create a new key and revoke this one'
+    )
+  unlimited = values.unlimited
+  if unknown := sorted(set(unlimited) - set(_LIMITS)):
+    raise ValueError(
+      f'--unlimited: got {unknown[0]}, expected names of {", ".join(_LIMITS)}'
+    )
+  given = [
+    name
+    for name in (*_LIMITS, 'weight', 'allows_feedback')
+    if values[name].present
+  ]
+  if both := sorted(set(given) & set(unlimited)):
+    raise ValueError(
+      f'--unlimited: got {both[0]}, which --{both[0]} limits, expected one of'
+      ' the two flags'
+    )
+  fields = {name: values[name].value for name in given}
+  fields |= dict.fromkeys(unlimited)
+  if not fields:
+    raise ValueError(
+      'change: got no new value, expected a limit, --weight, --allows_feedback'
+      ' or --unlimited'
+    )
+  key = records.submit(
+    lambda connection: keys.change(connection, key_id, **fields)
+  ).result()
+  new = ' '.join(
+    f'{name}={getattr(key, name)}' if name not in unlimited else f'no {name}'
+    for name in fields
+  )
+  print(f'changed {key.id} of {key.name}: {new}')
+
+
 def _revoke(records: database.Database, values: flags.FlagValues) -> None:
+  key_id = _given_id(values)
+  records.submit(keys.revoke, key_id).result()
+  print(f'revoked {key_id}')
+
+
+def _given_id(values: flags.FlagValues) -> str:
   if values.id is None:
     raise ValueError('--id: got none, expected a key id; `list` prints the ids')
-  records.submit(keys.revoke, values.id).result()
-  print(f'revoked {values.id}')
+  return values.id
 
 
 def _day(seconds: float | None) -> str:
@@ -142,7 +196,10 @@ def _define_flags() -> None:
     'Share of the engine: twice the weight gets twice the tokens, while others'
     ' wait too.',
   )
-  flags.DEFINE_string('id', None, 'Id of the key to revoke.')
+  flags.DEFINE_list(
+    'unlimited', [], 'change: names of limits that the key has no longer.'
+  )
+  flags.DEFINE_string('id', None, 'Id of the key to change or to revoke.')
 
 
 if __name__ == '__main__':

@@ -96,6 +96,8 @@ class Admission:
     return admitted
 
   def _limits_of(self, key: keys.Key) -> limits.Limits:
+    """Returns the state of a key, which may have new limits since."""
+    now = time.monotonic()
     if key.id not in self._limits:
       if key.budget is not None and self.prices == Prices():
         _LOG.warning(
@@ -105,8 +107,9 @@ class Admission:
           expect.shown(key.name),
         )
       self._limits[key.id] = limits.Limits(
-        key, spent=self._spent.get(key.id, 0), now=time.monotonic()
+        key, spent=self._spent.get(key.id, 0), now=now
       )
+    self._limits[key.id].follow(key, now)
     return self._limits[key.id]
 
 

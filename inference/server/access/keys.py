@@ -108,6 +108,30 @@ def create(connection: sqlite3.Connection, **fields) -> tuple[Key, str]:
   return key, text
 
 
+def change(connection: sqlite3.Connection, key_id: str, **fields) -> Key:
+  """Changes limits or permissions of a key; returns its new record.
+
+  Args:
+    connection: connection to the records, in a transaction.
+    key_id: id of the key.
+    **fields: the fields of `Key` that change.
+
+  Raises:
+    ValueError: there is no such key, it is revoked, or a value is out of range.
+  """
+  row = connection.execute(
+    'SELECT * FROM keys WHERE id = ? AND revoked_at IS NULL', (key_id,)
+  ).fetchone()
+  if row is None:
+    raise _unknown(key_id)
+  changed = dataclasses.replace(of_row(row), **fields)
+  columns = ', '.join(f'{name} = ?' for name in fields)
+  connection.execute(
+    f'UPDATE keys SET {columns} WHERE id = ?', (*fields.values(), key_id)
+  )
+  return changed
+
+
 def revoke(connection: sqlite3.Connection, key_id: str) -> None:
   """Ends a key; its row stays, since the ledger names it.
 
@@ -119,10 +143,14 @@ def revoke(connection: sqlite3.Connection, key_id: str) -> None:
     (time.time(), key_id),
   )
   if not found.rowcount:
-    raise ValueError(
-      f'id: got {expect.shown(key_id)}, expected the id of a key that is not'
-      ' revoked; `list` prints them'
-    )
+    raise _unknown(key_id)
+
+
+def _unknown(key_id: str) -> ValueError:
+  return ValueError(
+    f'id: got {expect.shown(key_id)}, expected the id of a key that is not'
+    ' revoked; `list` prints them'
+  )
 
 
 def rows(connection: sqlite3.Connection) -> list[sqlite3.Row]:

@@ -37,6 +37,11 @@ class Bucket:
     """Takes `num` out of the bucket; a negative number is put back."""
     self._left, self._at = self.left(now) - num, now
 
+  def resize(self, per_minute: int, now: float) -> None:
+    """Gives the bucket another size; the tokens in use stay taken."""
+    self.take(self.size - per_minute, now)
+    self.size = per_minute
+
 
 class Limits:
   """The state of one key within its limits."""
@@ -52,13 +57,18 @@ class Limits:
     self.key = key
     self.spent, self.reserved, self.num_open = spent, 0, 0
     self._buckets = {
-      kind: Bucket(most, now)
-      for kind, most in (
-        ('requests', key.requests_per_minute),
-        ('tokens', key.tokens_per_minute),
-      )
-      if most is not None
+      kind: Bucket(most, now) for kind, most in _rates(key).items()
     }
+
+  def follow(self, key: keys.Key, now: float) -> None:
+    """Takes the limits of a key that was changed; what is used stays used."""
+    if key == self.key:
+      return
+    self.key, before = key, self._buckets
+    self._buckets = {}
+    for kind, most in _rates(key).items():
+      self._buckets[kind] = before.get(kind) or Bucket(most, now)
+      self._buckets[kind].resize(most, now)
 
   def refusal(self, *, tokens: int, nanos: int, now: float) -> 'Refusal | None':
     """Returns why a request is refused, or None.
@@ -151,6 +161,15 @@ class Limits:
       wait=math.inf,
       code='insufficient_quota',
     )
+
+
+def _rates(key: keys.Key) -> dict[str, int]:
+  """Returns the limits per minute that a key has, by kind."""
+  rates = {
+    'requests': key.requests_per_minute,
+    'tokens': key.tokens_per_minute,
+  }
+  return {kind: most for kind, most in rates.items() if most is not None}
 
 
 class Refusal(errors.ApiError):

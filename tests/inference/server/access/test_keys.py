@@ -58,6 +58,24 @@ def test_a_key_is_shown_once_and_stored_as_a_digest(tmp_path):
       'max_concurrent: got 0, expected at least 1',
     ),
     (('revoke',), '--id: got none, expected'),
+    (('change', '--budget=3'), '--id: got none, expected'),
+    (
+      ('change', '--id=key_x', '--budget=3'),
+      "id: got 'key_x', expected the id of a key",
+    ),
+    (('change', '--id=key_x'), 'change: got no new value, expected a limit'),
+    (
+      ('change', '--id=key_x', '--role=admin'),
+      '--role: got one for a key that exists, expected none',
+    ),
+    (
+      ('change', '--id=key_x', '--unlimited=money'),
+      '--unlimited: got money, expected names of requests_per_minute',
+    ),
+    (
+      ('change', '--id=key_x', '--budget=3', '--unlimited=budget'),
+      '--unlimited: got budget, which --budget limits',
+    ),
     (('revoke', '--id=key_x'), "id: got 'key_x', expected the id of a key"),
   ],
 )
@@ -71,6 +89,24 @@ def test_a_wrong_command_is_one_line_and_changes_nothing(
   assert message in done.stderr
   assert done.stderr.count('\n') == 1
   assert len(_run('list', f'--records={path}').stdout.splitlines()) == 2
+
+
+def test_a_change_is_of_what_is_given_alone(tmp_path):
+  path = tmp_path / 'records'
+  key_id, _ = _created(
+    f'--records={path}', '--name=alice', '--budget=2', '--weight=3',
+    '--tokens_per_minute=50',
+  )  # fmt: skip
+  done = _run(
+    'change', f'--records={path}', f'--id={key_id}', '--budget=9.5',
+    '--unlimited=tokens_per_minute', '--allows_feedback',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  line = _run('list', f'--records={path}').stdout.splitlines()[1]
+  assert line.endswith('yes       budget=9.5 weight=3')
+  wrong = _run('change', f'--records={path}', f'--id={key_id}', '--weight=-1')
+  assert 'weight: got -1.0, expected' in wrong.stderr
+  assert _run('list', f'--records={path}').stdout.splitlines()[1] == line
 
 
 def test_a_list_of_no_file_makes_none(tmp_path):

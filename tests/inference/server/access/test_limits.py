@@ -71,6 +71,22 @@ def test_a_refusal_takes_nothing():
   assert not _refused(mine, 30.0, tokens=1)
 
 
+def test_a_change_of_limits_keeps_what_was_used():
+  mine = _limits(tokens_per_minute=100, max_concurrent=1)
+  _take(mine, tokens=90)
+  assert _refused(mine).kind == 'concurrency'
+  more = keys.Key(id='key_a', name='a', tokens_per_minute=200, budget=1)
+  mine.follow(more, 0.0)
+  assert _refused(mine, tokens=111).kind == 'tokens'
+  _take(mine, tokens=110)
+  fewer = keys.Key(id='key_a', name='a', tokens_per_minute=60)
+  mine.follow(fewer, 0.0)
+  # 200 tokens are taken of 60 per minute: 140 more than a full bucket.
+  assert _refused(mine, tokens=1).headers['retry-after'] == '141'
+  mine.follow(keys.Key(id='key_a', name='a'), 0.0)
+  assert not _refused(mine, tokens=10**6)
+
+
 def test_tokens_that_were_not_used_are_given_back():
   mine = _limits(tokens_per_minute=100)
   _take(mine, tokens=100, nanos=7)
@@ -226,6 +242,20 @@ def test_a_budget_ends(served, client_for):
   ):
     other.completions.create(prompt='hello', **servers.GREEDY)
   assert caught.value.response.headers['x-should-retry'] == 'false'
+
+
+def test_a_changed_budget_counts_within_a_second(served, client_for):
+  client, text = client_for(budget=0)
+  assert _complete(client).status_code == 429
+  digest = keys.digest(text)
+  (found,) = [
+    row for row in served.records.submit(keys.rows).result()
+    if row['digest'] == digest
+  ]  # fmt: skip
+  served.records.submit(
+    lambda connection: keys.change(connection, found['id'], budget=1000.0)
+  ).result()
+  servers.until(lambda: _complete(client).status_code == 200, seconds=5)
 
 
 def test_a_stream_that_is_open_counts_until_it_ends(
