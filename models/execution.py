@@ -41,6 +41,8 @@ LookUp = Callable[..., jax.Array]
 Unembed = Callable[..., jax.Array]
 # (logits[..., V], spare_ids) -> logits without these ids
 Masked = Callable[..., jax.Array]
+# (logits[..., V], spare_ids, temperature) -> log-probabilities [..., V]
+LogSoftmax = Callable[..., jax.Array]
 # (function, x[..., I]) -> function(x), for a function of each row [I] by
 # itself.
 ByRow = Callable[..., Any]
@@ -81,6 +83,7 @@ class Execution:
   look_up: LookUp = table.look_up  # of the embedding
   unembed: Unembed = plain.unembed
   masked: Masked = cross_entropy.masked
+  log_softmax: LogSoftmax = cross_entropy.log_softmax  # of whole rows
   # Of kernels and tables in fewer bits.
   stored: stored_product.Computed = stored_product.in_blocks
   by_row: ByRow = at_once  # for sums within a row: norms and routing

@@ -36,7 +36,7 @@ from models import execution as execution_lib, remat
 from models.attention import dense, supports
 from models.attention.kernels import cudnn_gpu, splash_tpu
 from models.layers import cross_entropy
-from models.linear import plain, quantized
+from models.linear import invariant_gradient, plain, quantized
 from models.moe import dispatch
 from parallel import (
   expert_parallel,
@@ -195,7 +195,7 @@ def choose(
   Raises:
     ValueError: the devices cannot run the model as the experiment asks.
   """
-  return execution_lib.Execution(
+  found = execution_lib.Execution(
     remat=_remat(experiment, placement),
     attend=_attend(experiment, placement, max_documents),
     max_documents=(
@@ -210,6 +210,32 @@ def choose(
     is_unrolled=experiment.execution.layers == 'apart',
     recomputes_activation=placement.devices[0].platform == 'gpu',
   )
+  if experiment.computes_invariantly:
+    _check_invariant(experiment, placement)
+    return invariant_gradient.execution(found)
+  return found
+
+
+def _check_invariant(
+  experiment: experiment_lib.Experiment, placement: placement_lib.Placement
+) -> None:
+  """Refuses a pass whose bits the invariant sampler would not have."""
+  model, parallel = experiment.model, experiment.parallel
+  asked = experiment.execution
+  for name, got, wanted in (
+    ('execution.attention', attention_path(experiment, placement), 'reference'),
+    ('execution.matmul', asked.matmul, 'float'),
+    ('parallel.context', parallel.context, 1),
+    ('parallel.tensor', parallel.tensor, 1),
+    ('parallel.stage', parallel.stage, 1),
+    ('model.latent_width', model.latent_width, 0),
+  ):
+    if got != wanted:
+      raise ValueError(
+        f'{name}: got {got} with rollouts.numerics = invariant, expected'
+        f' {wanted}: sampler and trainer would not have the same bits; set it,'
+        ' or rollouts.numerics = fast'
+      )
 
 
 def attention_path(

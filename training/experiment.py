@@ -218,6 +218,11 @@ class Experiment:
     self._check_batches()
     self._check_rollouts()
 
+  @property
+  def computes_invariantly(self) -> bool:
+    """Whether the trained model has the bits of an invariant sampler."""
+    return self.rollouts is not None and self.rollouts.numerics == 'invariant'
+
   def _check_rollouts(self) -> None:
     """Refuses rollouts that the rest of the experiment cannot train."""
     if self.rollouts is None:

@@ -7,7 +7,7 @@ distribution that a token was drawn from is
 (`Request.scores_drawn`).
 
 The logprobs of a row depend on that row alone, to the bit: see
-`vocabulary.row_sum`.
+`models.layers.row_sums`.
 """
 
 from typing import NamedTuple

@@ -18,13 +18,10 @@ import jax
 from jax.extend import random as jax_random
 import jax.numpy as jnp
 
+from models.layers import row_sums
 from parallel.tensor import ports
 
 _GROUP = 256  # tokens that `argmax` compares together
-# Number of neighbouring pieces that `row_sum` adds at a time, and their size.
-_PARTS = 16, 64
-# `row_sum` pads a row unless its length is a multiple of this.
-ROW_UNIT = _PARTS[0] * _PARTS[1]
 _WORD = 32  # bits
 _TINY = jnp.finfo(jnp.float32).tiny
 
@@ -48,7 +45,7 @@ class Whole:
 
   def spare(self, num_local: int) -> int:
     """Returns how many zeros behind a row make its sums cheaper."""
-    return -num_local % ROW_UNIT if num_local > ROW_UNIT else 0
+    return -num_local % row_sums.UNIT if num_local > row_sums.UNIT else 0
 
   def max(self, values_BV: jax.Array) -> jax.Array:
     """Returns the largest value of each row, [B, 1]."""
@@ -59,8 +56,8 @@ class Whole:
     return jnp.all(is_so_BV, axis=-1)
 
   def sum(self, values_BV: jax.Array) -> jax.Array:
-    """Returns the sum of each row, [B], see `row_sum`."""
-    return row_sum(values_BV)
+    """Returns the sum of each row, [B], see `row_sums.row_sum`."""
+    return row_sums.row_sum(values_BV)
 
   def argmax(self, values_BV: jax.Array) -> jax.Array:
     """Returns the least id of the largest value of each row, int32 [B]."""
@@ -125,7 +122,7 @@ class Split(Whole):
     return jax.lax.pmin(super().all(is_so_BV).astype(jnp.int32), ports.AXIS) > 0
 
   def sum(self, values_BV):
-    return ports.total(row_sum, values_BV)
+    return ports.total(row_sums.row_sum, values_BV)
 
   def argmax(self, values_BV):
     ids_B = argmax(values_BV)
@@ -219,29 +216,3 @@ def _gumbel(words: jax.Array, ids_V: jax.Array) -> jax.Array:
   floats_V = jax.lax.bitcast_convert_type(bits_V, jnp.float32) - 1.0
   uniform_V = jnp.maximum(_TINY, floats_V * (1.0 - _TINY) + _TINY)
   return -jnp.log(-jnp.log(uniform_V))
-
-
-def row_sum(values_BV: jax.Array) -> jax.Array:
-  """Sums each row in an order that depends on its length only.
-
-  The order of the compiler's sum also depends on the number of rows: on CPU it
-  adds a row of 259 numbers in one order among 8 rows and in another among 16.
-  Then the last bit changes, or the token at the edge of a top-p filter. The
-  compiler may not reorder additions that are written out.
-
-  Measured on CPU, 32 rows of a length that needs no padding: 1 to 1.7 times the
-  time of the compiler's sum.
-  """
-  num_rows = values_BV.shape[0]
-  while (width := values_BV.shape[-1]) > 1:
-    num_parts, size = _PARTS if width > ROW_UNIT else (2, (width + 1) // 2)
-    num_spare = -width % (num_parts * size)
-    values_BV = jnp.pad(values_BV, ((0, 0), (0, num_spare)))
-    pieces = values_BV.reshape(num_rows, -1, num_parts, size)
-    # Neighbouring pieces, so that memory is read in one direction. Adding one
-    # half of a row to the other took up to six times as long where the length
-    # was a power of two.
-    while pieces.shape[2] > 1:
-      pieces = pieces[:, :, ::2] + pieces[:, :, 1::2]
-    values_BV = pieces.reshape(num_rows, -1)
-  return values_BV[:, 0]

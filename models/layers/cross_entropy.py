@@ -98,6 +98,23 @@ def masked(
   return logits
 
 
+def log_softmax(
+  logits: jax.Array,
+  spare_ids: tuple[tuple[int, int], ...],
+  temperature: float = 1.0,
+) -> jax.Array:
+  """Returns log-probabilities [..., V] of `masked` logits [..., V].
+
+  Args:
+    spare_ids: ranges of masked ids.
+    temperature: divides the logits.
+  """
+  del spare_ids  # their probability is 0
+  if temperature != 1.0:
+    logits = logits / temperature
+  return jax.nn.log_softmax(logits)
+
+
 def chunked_nll(
   hidden_BTD: jax.Array,
   head_VD: jax.Array,

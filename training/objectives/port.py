@@ -147,10 +147,11 @@ class Model:
     # Without remat, the backward pass would keep the logits of all chunks.
     @jax.checkpoint
     def of_chunk(states_BtD, targets_Bt):
-      logits_BtV = self.logits(params, states_BtD)
-      if temperature != 1.0:
-        logits_BtV = logits_BtV / temperature
-      logprobs_BtV = jax.nn.log_softmax(logits_BtV)
+      logprobs_BtV = self.module.execution.log_softmax(
+        self.logits(params, states_BtD),
+        self.module.config.spare_ids,
+        temperature,
+      )
       own_Bt1 = jnp.take_along_axis(
         logprobs_BtV, targets_Bt[:, :, None], axis=-1
       )

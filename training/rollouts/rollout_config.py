@@ -79,9 +79,10 @@ class RolloutConfig:
   # Whether answers that ended at max_tokens have weight 0 in training. They
   # still count in the mean of their group.
   masks_truncated: bool = False
-  # Numerics of the engine: fast | invariant. invariant: an answer has the same
-  # bits for any other answers in the batch; slower. The trained model keeps its
-  # own numerics; the gap between both is in the metrics.
+  # Numerics of the engine and of the trained model: fast | invariant.
+  # invariant: an answer has the same bits for any other answers in the batch,
+  # and the trainer computes it with the same bits, so that log-probabilities of
+  # both agree to the last bit in float32; slower. The gap is in the metrics.
   numerics: str = 'fast'
   # Rollout batches between two tables of samples in samples.jsonl; 0: none.
   samples_every: int = 1

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.sampling import logprobs, vocabulary
+from inference.sampling import logprobs
+from models.layers import row_sums
 
 # XLA sums rows of this length in one order among 8 rows, another among 16.
 _VOCAB = 259
@@ -112,7 +113,7 @@ def test_a_row_has_the_same_bits_in_any_company():
 def test_without_row_sum_it_would_not(monkeypatch):
   # If this fails, XLA's own sum no longer depends on the number of rows, and
   # `row_sum` may go.
-  monkeypatch.setattr(vocabulary, 'row_sum', lambda x: jnp.sum(x, axis=-1))
+  monkeypatch.setattr(row_sums, 'row_sum', lambda x: jnp.sum(x, axis=-1))
   assert len({_in_company(*company) for company in _COMPANIES}) > 1
 
 
@@ -121,7 +122,7 @@ def test_row_sum_is_a_sum(width):
   values_BV = np.random.default_rng(1).random((3, width), np.float32)
   # Pairwise sums add each number few times: 2 ulps are a wide bound.
   np.testing.assert_allclose(
-    jax.jit(vocabulary.row_sum)(values_BV),
+    jax.jit(row_sums.row_sum)(values_BV),
     values_BV.astype(np.float64).sum(axis=-1),
     rtol=2.4e-7,
   )
