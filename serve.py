@@ -189,8 +189,9 @@ def _search(prompt: str, chosen, options: search_options.Options) -> None:
   """Answers a prompt with a strategy, then prints the receipt."""
   from inference.search import prompt as prompt_search
 
-  spec = prompt_search.check(options, FLAGS.n)
-  generator = _load_small(min(spec.num_sequences, 16))
+  specs = prompt_search.check(options, FLAGS.n)
+  num_sequences = max(each.num_sequences for each in specs)
+  generator = _load_small(min(num_sequences, 16))
   ids, settings = _asked(generator, prompt, chosen)
   found = prompt_search.search(generator, prompt, ids, settings, options)
   if FLAGS.system is None:

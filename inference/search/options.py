@@ -101,7 +101,8 @@ class Options:
     'How to spend more on the completion, NAME:NUMBER: '
     + ', '.join(f'{n}{f":N ({m})" if m else ""}' for n, m in NAMES.items())
     + '. best_of_n, beam and dvts keep the largest --reward_model, else the'
-    ' largest mean log-probability. If not given, one sample.',
+    ' largest mean log-probability. auto: what --effort_predictor expects to be'
+    ' right. If not given, one sample.',
   )
   budget: str | None = flag_field.field(
     None,
@@ -118,6 +119,11 @@ class Options:
     None,
     'Frozen directory of a reward model, which scores the samples of'
     ' --strategy.',
+  )
+  effort_predictor: str | None = flag_field.field(
+    None,
+    'File of python -m training.effort, of the model that answers: it chooses'
+    ' with --strategy=auto, within --budget=flops:NUMBER.',
   )
 
 

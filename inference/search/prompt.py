@@ -4,8 +4,8 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 
-from frozen import manifest as manifest_lib
-from inference import chat_prompts, generate, rewards
+from frozen import effort_predictor, manifest as manifest_lib
+from inference import chat_prompts, generate, model_port, rewards
 from inference.constraints import thinking
 from inference.requests import requests as requests_lib
 from inference.sampling import settings as settings_lib
@@ -18,6 +18,10 @@ from inference.search import (
   samples as samples_lib,
   scorers,
   search as search_lib,
+)
+from inference.search.routing import (
+  efforts as efforts_lib,
+  router as router_lib,
 )
 from models import model_config
 from text.replies import detection, parser
@@ -62,30 +66,51 @@ def thought(generator: generate.Generator, ids: Sequence[int]) -> Thought:
   return Thought(style=style, is_open=is_open)
 
 
-def check(options: options_lib.Options, num: int | None) -> options_lib.Spec:
-  """Returns the strategy of flags, before weights are read.
+def check(
+  options: options_lib.Options, num: int | None
+) -> list[options_lib.Spec]:
+  """Returns the strategies of flags, before weights are read.
+
+  Several, if a predictor chooses among them.
 
   Raises:
     ValueError: a flag is wrong, or would be ignored.
+    OSError: the file of a predictor cannot be read.
   """
   if num is not None and num > 1:
     raise ValueError(
       f'--n: got {num} with --strategy, expected it alone; the strategy has the'
       ' number of samples'
     )
-  spec = options_lib.parsed(options.strategy or 'once')
-  is_scored = spec.name in ('best_of_n', 'beam', 'dvts', 'revision')
-  if options.reward_model and not is_scored:
-    raise ValueError(
-      f'--reward_model: got one with the strategy {spec.name}, which scores'
-      ' nothing; leave it out'
-    )
   if options.budget and budget_lib.parsed(options.budget).money is not None:
     raise ValueError(
       'budget: got money, expected tokens, flops or seconds: only a server has'
       ' prices'
     )
-  return spec
+  is_auto = options.strategy == efforts_lib.AUTO
+  if is_auto != (options.effort_predictor is not None):
+    raise ValueError(
+      f'--strategy: got {options.strategy} and --effort_predictor='
+      f'{options.effort_predictor}, expected auto and the file of a predictor'
+      ' together; python -m training.effort makes one'
+    )
+  if is_auto and options.reasoning_budget is not None:
+    raise ValueError(
+      f'--reasoning_budget: got {options.reasoning_budget} with'
+      ' --strategy=auto, expected none: the chosen effort has it; leave it out'
+    )
+  if options.effort_predictor:
+    predictor = effort_predictor.read(options.effort_predictor)
+    specs = [efforts_lib.parsed(name).spec for name in predictor.efforts]
+  else:
+    specs = [options_lib.parsed(options.strategy or 'once')]
+  scored = 'best_of_n', 'beam', 'dvts', 'revision'
+  if options.reward_model and not any(each.name in scored for each in specs):
+    raise ValueError(
+      f'--reward_model: got one with the strategy {options.strategy}, which'
+      ' scores nothing; leave it out'
+    )
+  return specs
 
 
 def search(
@@ -100,26 +125,30 @@ def search(
   Raises:
     ValueError: an option is wrong, or does not fit the model.
   """
-  spec = check(options, settings.n)
+  spec, *others = check(options, settings.n)
+  budget = budget_lib.Budget()
+  if options.budget:
+    budget = budget_lib.parsed(options.budget)
+  most, chosen = options.reasoning_budget, None
+  if options.effort_predictor:
+    for each in (spec, *others):
+      each.check_temperature(settings.temperature)
+    chosen = _chosen(generator, ids, options.effort_predictor, budget)
+    spec, most = chosen.effort.spec, chosen.effort.most_reasoning
   spec.check_temperature(settings.temperature)
   spec.check_whole(
-    has_constraint=settings.constraint is not None,
-    has_cap=options.reasoning_budget is not None,
+    has_constraint=settings.constraint is not None, has_cap=most is not None
   )
   begun = thought(generator, ids)
-  cap = None
-  if options.reasoning_budget is not None:
-    cap = begun.cap(options.reasoning_budget)
-  scorer = None
-  if options.reward_model:
-    scorer = _rewarded(options.reward_model)
+  cap = None if most is None else begun.cap(most)
+  scorer = _rewarded(options.reward_model) if options.reward_model else None
   strategy = options_lib.made(
     spec,
     tokenizer=generator.tokenizer,
     scorer=scorer,
     markers=begun.style.reasoning,
     is_open=begun.is_open,
-    most_reasoning=options.reasoning_budget,
+    most_reasoning=most,
   )
   request = requests_lib.Request(
     prompt_ids=tuple(ids),
@@ -128,19 +157,39 @@ def search(
     # Budget forcing ends the reasoning itself.
     thinking=None if spec.name == 'wait' else cap,
   )
+  question = samples_lib.Question(
+    request=request, prompt=text, before=(chosen.prefill,) if chosen else ()
+  )
   (found,) = drive.run(
     generator.engine,
     strategy,
-    [samples_lib.Question(request=request, prompt=text)],
+    [question],
     costs=budget_lib.of_engine(generator.engine, generator.adapter_digest),
-    budget=budget_lib.parsed(options.budget)
-    if options.budget
-    else budget_lib.Budget(),
+    budget=budget,
     read=reading.reader(
       generator.tokenizer, begun.style, is_reasoning=begun.is_open
     ),
   )
-  return found
+  if chosen is None:
+    return found
+  return dataclasses.replace(found, details=chosen.told() | {**found.details})
+
+
+def _chosen(
+  generator: generate.Generator,
+  ids: Sequence[int],
+  path: str,
+  budget: budget_lib.Budget,
+) -> router_lib.Decision:
+  """Returns the effort that a predictor of this model expects to be right."""
+  digest = generator.adapter_digest or generator.frozen.manifest.weights_digest
+  router = router_lib.Router.open(path, digest)
+  request = router.request(ids, adapter=generator.adapter_digest)
+  ((prefill,),) = model_port.answer_all(generator.engine, [request])
+  left = None
+  if budget.flops is not None:
+    left = max(budget.flops - prefill.usage.flops, 0.0)
+  return router.decide(prefill, most=left)
 
 
 def _rewarded(directory: str) -> scorers.Rewarded:

@@ -21,6 +21,9 @@ class Question:
   request: requests_lib.Request
   prompt: judges.Prompt = ''  # text or messages, for reward models
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Completions made for it before, such as the prefill that a router reads. The
+  # budget pays for them, and the receipt has them.
+  before: tuple[requests_lib.Completion, ...] = ()
 
 
 class Reading(NamedTuple):

@@ -143,7 +143,7 @@ class Search:
     self._open: dict[int, _Open] = {}  # by key
     self._num_keys = self._num_parts = 0
     self._ended: list[requests_lib.Completion] = []
-    self._total, self._scores = budget_lib.Cost(), budget_lib.Cost()
+    self._total, self._scores = self._paid_before(), budget_lib.Cost()
     self._scored_tokens = 0
     self._seen: list[samples_lib.Sample] = []
     self._choice: strategy_lib.Choice | None = None
@@ -155,6 +155,14 @@ class Search:
   def is_done(self) -> bool:
     """Whether the strategy has chosen and no sample is open."""
     return self._choice is not None and not self._open
+
+  @property
+  def spent(self) -> budget_lib.Cost:
+    """What ended samples and scores have cost so far."""
+    spent = self._total + self._scores
+    for each in self._open.values():
+      spent = spent + each.spent()
+    return spent
 
   def to_cancel(self) -> list[int]:
     """Returns the keys of requests that the strategy needs no more."""
@@ -243,6 +251,7 @@ class Search:
       receipt=receipt_lib.made(
         choice.sample,
         self._ended,
+        before=self._question.before,
         num_prompt=len(prompt),
         total=self._total + self._scores,
         scores=self._scores,
@@ -253,6 +262,17 @@ class Search:
       ended_by=SPENT if self._desk.is_spent else ended_by,
       details=choice.details,
     )
+
+  def _paid_before(self) -> budget_lib.Cost:
+    """Returns what completions before the search have cost; none sampled."""
+    paid = budget_lib.Cost()
+    for each in self._question.before:
+      used = each.usage
+      money = self._costs.prices.money(
+        prompt=used.prompt_tokens, cached=used.cached_tokens, completion=0
+      )
+      paid = paid + budget_lib.Cost(flops=used.flops, money=money)
+    return paid
 
   def _advance(
     self, sample: samples_lib.Sample | None, *, is_first: bool = False
@@ -312,9 +332,9 @@ class Search:
 
   def _held(self) -> budget_lib.Cost:
     """Returns what is spent and reserved."""
-    held = self._total + self._scores
+    held = self.spent
     for each in self._open.values():
-      held = held + each.spent() + each.reserved * each.num_left
+      held = held + each.reserved * each.num_left
     return held
 
   def _request(

@@ -40,7 +40,7 @@ A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import logging
 
@@ -53,6 +53,7 @@ from starlette import (
 )
 
 from inference import generate
+from inference.search.routing import router as router_lib
 from inference.server import server_config, service as service_lib
 from inference.server.access import (
   admission as admission_lib,
@@ -124,6 +125,7 @@ def create_app(
   records: database.Database | None = None,
   loader: service_lib.Loader | None = None,
   observers: Sequence[service_lib.Observer] = (),
+  routers: Mapping[str, router_lib.Router] | None = None,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
 
@@ -136,6 +138,7 @@ def create_app(
     records: opened with `TABLES`, and closed by the app; None: in memory.
     loader: loads further models; None: no model can be loaded.
     observers: observers of the finished answers, such as receipts.
+    routers: choose for the effort auto, by the digest of a version.
   """
   records = records or database.Database(None, tables=TABLES)
   keyring = keys
@@ -158,6 +161,7 @@ def create_app(
     admission=admission,
     loader=loader,
     draining=draining,
+    routers=routers or {},
     metrics=[auditor.metrics.registry],
   )
 
@@ -190,12 +194,19 @@ def create_app(
   app.add_exception_handler(starlette_requests.ClientDisconnect, _on_left)
   for routes in _ROUTES:
     routes.add(app, service)
+  _describe(app, keyring, open_paths)
+  return app
+
+
+def _describe(
+  app: fastapi.FastAPI, keyring: keys_lib.Keyring, open_paths: set[str]
+) -> None:
+  """Makes the OpenAPI documents of the routes, with keys and without."""
   described = {
     has_keys: openapi.document(app, has_keys=has_keys, open_paths=open_paths)
     for has_keys in (False, True)
   }
   app.openapi = lambda: described[keyring.has_keys]
-  return app
 
 
 def _store(

@@ -59,7 +59,18 @@ class ServerConfig:
   reasoning_efforts: str = flag_field.field(
     'minimal:128,low:512,medium:2048,high:8192,xhigh:32768',
     'Most tokens of reasoning for each reasoning_effort of a request, beside'
-    ' none, which is 0, and auto, which leaves the length to the model.',
+    ' none, which is 0, and auto, see --server.effort_predictor.',
+  )
+  effort_predictor: str = flag_field.field(
+    '',
+    'File of python -m training.effort, of the weights or an adapter that is'
+    ' served: it chooses for requests with the reasoning_effort auto. If not'
+    ' given, auto is refused.',
+  )
+  effort_flops: float = flag_field.field(
+    0.0,
+    'Mean FLOPs that a request with the effort auto may cost. 0: no limit, so'
+    ' that each has the effort of the most probable right answer.',
   )
   models_root: str = flag_field.field(
     '',
@@ -151,6 +162,13 @@ class ServerConfig:
 
   def __post_init__(self):
     _ = self.efforts
+    if not 0 <= self.effort_flops < math.inf or (
+      self.effort_flops and not self.effort_predictor
+    ):
+      raise ValueError(
+        f'server.effort_flops: got {self.effort_flops}, expected a finite'
+        ' number, at least 0, with --server.effort_predictor'
+      )
     expect.at_least('server.max_connections', self.max_connections, 1)
     expect.at_least('server.max_body_bytes', self.max_body_bytes, 1)
     if not 0 <= self.audit_share <= 1:

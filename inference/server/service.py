@@ -1,7 +1,7 @@
 """The parts of the server that its routes share."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 import dataclasses
 import threading
 import time
@@ -13,6 +13,7 @@ from frozen import adapters as frozen_adapters, manifest as manifest_lib
 from inference import generate
 from inference.engine import engine
 from inference.requests import requests as requests_lib
+from inference.search.routing import router as router_lib
 from inference.server import engine_loop as engine_loop_lib, server_config
 from inference.server.access import admission as admission_lib, keys
 from inference.server.api import errors
@@ -297,6 +298,10 @@ class Service:
   admission: admission_lib.Admission
   loader: Loader | None  # of the versions that an administrator asks for
   draining: draining_lib.Draining
+  # Of the effort auto, by the digest of a version.
+  routers: Mapping[str, router_lib.Router] = dataclasses.field(
+    default_factory=dict
+  )
   # Of metrics that belong to no version.
   metrics: Sequence[prometheus_client.CollectorRegistry] = ()
 

@@ -13,10 +13,15 @@ import signal
 import sys
 
 from checks import expect
-from frozen import adapters as frozen_adapters, format as frozen_format
+from frozen import (
+  adapters as frozen_adapters,
+  effort_predictor,
+  format as frozen_format,
+)
 from frozen.quantize import quality
 from inference import adapters as adapters_lib
 from inference.engine import engine_config
+from inference.search.routing import router as router_lib
 from inference.server import (
   app as app_lib,
   engine_loop as engine_loop_lib,
@@ -85,6 +90,7 @@ def serve(options: Options) -> None:
     served_adapter.ServedAdapter(name, adapter, model)
     for name, adapter in found.items()
   ]
+  routers = _routers(options.limits, [model, *beside])
   lines = [*_described(model), *(_adapter_line(each) for each in beside)]
   print('\n'.join(lines), flush=True)
   app = app_lib.create_app(
@@ -96,6 +102,7 @@ def serve(options: Options) -> None:
     observers=[receipts.Recorder(records, seal)]
     if options.has_receipts
     else [],
+    routers=routers,
   )
   server = listener.Listener(
     app,
@@ -124,6 +131,24 @@ def _adapters(options: Options) -> dict[str, frozen_adapters.Adapter]:
     return {}
   base = frozen_format.open_directory(options.directory)
   return adapters_lib.read(named, base)
+
+
+def _routers(
+  limits: server_config.ServerConfig, models: Sequence[service.ServedModel]
+) -> dict[str, router_lib.Router]:
+  """Returns the router of the predictor, by the digest of its version.
+
+  Raises:
+    OSError, ValueError: it cannot be read, or belongs to no version here.
+  """
+  path = limits.effort_predictor
+  if not path:
+    return {}
+  digests = [each.digest for each in models]
+  found = effort_predictor.read(path).weights_digest
+  digest = found if found in digests else digests[0]
+  budget = limits.effort_flops or None
+  return {digest: router_lib.Router.open(path, digest, budget=budget)}
 
 
 def _adapter_line(model: served_adapter.ServedAdapter) -> str:

@@ -25,7 +25,8 @@ from inference.search.routing import policy as policy_lib
 from studies.think import estimates, pool as pool_lib
 from training.effort import fit as fit_lib, outcomes
 
-EFFORTS = {'none': 1, 'low': 4, 'high': 16}
+# Votes by name of the effort, as a router reads it.
+EFFORTS = {'once': 1, 'self_consistency:4': 4, 'self_consistency:16': 16}
 NUM_FOLDS = 5
 
 

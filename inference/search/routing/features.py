@@ -4,11 +4,12 @@
 
 The final hidden state of the prompt (a mean over its tokens, or the last one),
 the entropy of the next token, the probability of the likeliest one, and the log
-of the number of tokens. The engine answers it as a request of one token, and
-computes a prompt once: the prefix cache keeps its pages for the answer.
+of the number of tokens. The engine answers it as a request of one given token,
+and computes a prompt once: the prefix cache keeps its pages for the answer.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,24 +41,39 @@ def of_prompts(
   Raises:
     ValueError: a prompt could not be answered.
   """
-  settings = settings_lib.Settings(
-    temperature=0.0, max_tokens=1, logprobs=_NUM_LOGPROBS
-  )
   requests = [
-    requests_lib.Request(
-      prompt_ids=tuple(map(int, prompt)),
-      settings=settings,
-      pooling=pooling,
-      adapter=adapter,
-    )
-    for prompt in prompts
+    request(prompt, pooling=pooling, adapter=adapter) for prompt in prompts
   ]
   return np.stack(
-    [_of(each) for (each,) in model_port.answer_all(engine, requests)]
+    [of(each) for (each,) in model_port.answer_all(engine, requests)]
   )
 
 
-def _of(completion: requests_lib.Completion) -> np.ndarray:
+def request(
+  prompt: Sequence[int], *, pooling: str, **fields: Any
+) -> requests_lib.Request:
+  """Returns the request whose completion has the features of a prompt.
+
+  Nothing is sampled: its one token is given.
+
+  Args:
+    prompt: ids of the question.
+    pooling: of the hidden states, mean or last.
+    **fields: of the request, such as principal and adapter.
+  """
+  return requests_lib.Request(
+    prompt_ids=tuple(map(int, prompt)),
+    settings=settings_lib.Settings(
+      temperature=0.0, max_tokens=1, logprobs=_NUM_LOGPROBS
+    ),
+    target=0,
+    pooling=pooling,
+    **fields,
+  )
+
+
+def of(completion: requests_lib.Completion) -> np.ndarray:
+  """Returns the features of a completion of `request`, float64 [D + 3]."""
   assert completion.pooled_D is not None
   assert completion.logprobs is not None
   logprobs_N = np.asarray(completion.logprobs[0].values, np.float64)

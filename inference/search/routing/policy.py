@@ -190,6 +190,10 @@ class Pace:
       self, spent=self.spent + cost, num_requests=self.num_requests + 1
     )
 
+  def paid_late(self, cost: float) -> Self:
+    """Returns the state after more cost of a request that was paid before."""
+    return dataclasses.replace(self, spent=self.spent + cost)
+
 
 def _best(
   probs_BE: np.ndarray, costs_BE: np.ndarray, prices_B: np.ndarray

@@ -176,10 +176,7 @@ class Answer:
     extra = {}
     if self.receipt:
       # A client pays for what was discarded, too.
-      num_made = sum(
-        self.receipt[f'{name}_tokens']
-        for name in ('reasoning', 'answer', 'discarded')
-      )
+      num_made = search_schema.num_sampled(self.receipt)
       extra = {'receipt': self.receipt}
     num_thought = sum(
       len(each.reply.reasoning_tokens) for each in self._choices

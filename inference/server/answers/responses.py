@@ -87,7 +87,8 @@ class Answer:
     )
     param, most = search_schema.most_reasoning(efforts, body.reasoning)
     cap = self._asked.cap(param, most)
-    self.request = self._request(generator, cap)
+    self.requests = [self._request(generator, cap)]
+    self.receipt: dict[str, Any] | None = None  # of a search
     self._writer = response_events.Writer(
       self._begun(generator, is_stored=is_stored)
     )
@@ -99,6 +100,16 @@ class Answer:
     # Ids and log-probabilities of tokens, by the tokens' numbers in events.
     self._tokens: list[tuple[int, logprobs_lib.TokenLogprobs]] = []
     self._reasoning_tokens: set[int] = set()
+
+  @property
+  def asked(self) -> conversations.Asked:
+    """The prompt, and what its answers may have."""
+    return self._asked
+
+  @property
+  def body(self) -> response_schema.ResponseRequest:
+    """The body of the request."""
+    return self._body
 
   @property
   def is_stream(self) -> bool:
@@ -206,7 +217,7 @@ class Answer:
     self, generator: generate.Generator, *, is_stored: bool
   ) -> dict[str, Any]:
     """Returns the response before its first item."""
-    body, settings = self._body, self.request.settings
+    body, settings = self._body, self.requests[0].settings
     tools = [each.model_dump(exclude_none=True) for each in body.tools or ()]
     return {
       'id': exchanges.current().answer_id('resp_'),
@@ -245,6 +256,11 @@ class Answer:
   def _usage(self, completion: requests_lib.Completion) -> dict[str, Any]:
     num_prompt = completion.num_prompt_tokens
     num_made = completion.num_completion_tokens
+    extra = {}
+    if self.receipt:
+      # A client pays for what was discarded, too.
+      num_made = search_schema.num_sampled(self.receipt)
+      extra = {'receipt': self.receipt}
     return {
       'input_tokens': num_prompt,
       'input_tokens_details': {
@@ -256,6 +272,7 @@ class Answer:
         'reasoning_tokens': len(self._reasoning_tokens)
       },
       'total_tokens': num_prompt + num_made,
+      **extra,
     }
 
 

@@ -289,12 +289,10 @@ class ChatRequest(_VllmChat):
     default=None, description='Limits of the reasoning.'
   )
   strategy: search_schema.Strategy | None = pydantic.Field(
-    default=None,
-    description='How to spend more on the answer, which is then one of several'
-    ' samples. The receipt is in usage.',
+    default=None, description=search_schema.STRATEGY
   )
   budget: search_schema.Budget | None = pydantic.Field(
-    default=None, description='Most that the answer may cost, whatever it is.'
+    default=None, description=search_schema.BUDGET
   )
 
   # vLLM's fields that are no settings.
@@ -400,7 +398,7 @@ class ChatRequest(_VllmChat):
   @property
   def is_search(self) -> bool:
     """Whether a strategy answers."""
-    return self.strategy is not None or self.budget is not None
+    return search_schema.is_search(self)
 
   def chosen(self) -> dict[str, Any]:
     """Returns the settings of the request; None means not chosen.

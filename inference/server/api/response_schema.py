@@ -240,6 +240,12 @@ class ResponseRequest(schema.Body):
   reasoning: ReasoningOptions | None = pydantic.Field(
     default=None, description='Limits and options of the reasoning.'
   )
+  strategy: search_schema.Strategy | None = pydantic.Field(
+    default=None, description=search_schema.STRATEGY
+  )
+  budget: search_schema.Budget | None = pydantic.Field(
+    default=None, description=search_schema.BUDGET
+  )
   include: (
     Annotated[
       list[
@@ -324,7 +330,7 @@ class ResponseRequest(schema.Body):
       raise errors.invalid(
         'top_logprobs', f'got it alone, expected include: [{_LOGPROBS!r}] too'
       )
-    search_schema.check_reasoning(self.reasoning)
+    search_schema.check(self)
     if self.input == []:
       raise errors.invalid('input', 'got no items, expected at least one')
     self._check_metadata()
@@ -361,6 +367,11 @@ class ResponseRequest(schema.Body):
       is_single=self.parallel_tool_calls is False,
       place='parameters',
     )
+
+  @property
+  def is_search(self) -> bool:
+    """Whether a strategy answers."""
+    return search_schema.is_search(self)
 
   @property
   def has_logprobs(self) -> bool:

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import pydantic
 
+from inference.server.api import shapes
+
 
 class _Shape(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='forbid')
@@ -86,6 +88,7 @@ class ResponseUsage(_Shape):
   output_tokens: int
   output_tokens_details: OutputDetails
   total_tokens: int
+  receipt: shapes.Receipt | None = None  # if a strategy or a budget was asked
 
 
 class Response(_Shape):

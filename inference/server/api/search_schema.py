@@ -1,4 +1,4 @@
-"""Fields of a chat request that say how much to spend on its answer.
+"""Fields of a request that say how much to spend on its answer.
 
 "reasoning_effort": "low"
 "reasoning": {"budget": 500}
@@ -15,9 +15,16 @@ from inference.server.api import errors, schema
 Effort = Literal['none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'auto']
 EFFORT = (
   'Most reasoning, by a name of --server.reasoning_efforts: none closes the'
-  ' reasoning at once, auto leaves its length to the model. The closing marker'
-  ' is put in where the limit is reached.'
+  ' reasoning at once. The closing marker is put in where the limit is reached.'
+  ' auto chooses by a prediction of the right answer, where the server has'
+  ' --server.effort_predictor; the receipt names the effort.'
 )
+AUTO = 'auto'
+STRATEGY = (
+  'How to spend more on the answer, which is then one of several samples. The'
+  ' receipt is in usage.'
+)
+BUDGET = 'Most that the answer may cost, whatever it is.'
 _ABOVE_0: dict[str, Any] = {'exclusiveMinimum': 0}
 
 
@@ -93,23 +100,50 @@ def check(body: Any) -> None:
   Raises:
     ApiError: status 400; `param` names the field.
   """
-  check_reasoning(body.reasoning, body.reasoning_effort)
+  check_reasoning(body.reasoning, getattr(body, 'reasoning_effort', None))
   if body.budget:
     body.budget.value()
   if not body.is_search:
     return
+  if effort_of(body)[1] == AUTO and body.strategy:
+    raise errors.invalid(
+      'strategy',
+      f'got {body.strategy.name} with the effort auto, expected one of them:'
+      ' auto chooses the strategy',
+    )
   for name, is_given in (
-    ('n', (body.n or 1) > 1),
-    ('logprobs', body.logprobs),
+    ('n', (getattr(body, 'n', None) or 1) > 1),
+    ('logprobs', getattr(body, 'logprobs', None)),
+    ('include', getattr(body, 'has_logprobs', False)),
     ('tools', body.tools),
   ):
     if is_given:
       raise errors.invalid(
         name,
-        'got it with a strategy or a budget, expected none: the answer is one'
-        ' text, chosen among samples; leave one of them out',
+        'got it with a strategy, a budget or the effort auto, expected none:'
+        ' the answer is one text, chosen among samples; leave one of them out',
       )
   spec(body)
+
+
+def is_search(body: Any) -> bool:
+  """Returns whether a strategy answers a body."""
+  is_auto = effort_of(body)[1] == AUTO
+  return body.strategy is not None or body.budget is not None or is_auto
+
+
+def effort_of(body: Any) -> tuple[str, Effort | None]:
+  """Returns the field of the effort of a body, and the effort."""
+  if effort := getattr(body, 'reasoning_effort', None):
+    return 'reasoning_effort', effort
+  return 'reasoning.effort', body.reasoning and body.reasoning.effort
+
+
+def num_sampled(receipt: dict[str, Any]) -> int:
+  """Returns all sampled tokens of a receipt, discarded ones too."""
+  return sum(
+    receipt[f'{name}_tokens'] for name in ('reasoning', 'answer', 'discarded')
+  )
 
 
 def check_reasoning(

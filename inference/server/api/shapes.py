@@ -334,6 +334,9 @@ class Receipt(_Shape):
   single_flops: float
   single_money: float
   ended_by: Literal['done', 'decided', 'budget']
+  # Of the effort auto: the chosen effort, and P(correct) of each.
+  effort: str | None = None
+  probabilities: dict[str, float] | None = None
 
 
 class ChatUsage(Usage):

@@ -1,10 +1,16 @@
 """Answers that end as soon as the client disconnects, whole or as a stream."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import (
+  AsyncGenerator,
+  AsyncIterator,
+  Awaitable,
+  Callable,
+  Coroutine,
+)
 import contextlib
 import json
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import fastapi
 from fastapi import responses
@@ -22,6 +28,18 @@ event_json = json.JSONEncoder(allow_nan=False).encode
 _Result = TypeVar('_Result')
 
 
+class Updates(Protocol):
+  """Updates of an answer, of one submission or of a search."""
+
+  def __aiter__(self) -> AsyncIterator[engine_loop_lib.Item]: ...
+
+  async def __anext__(self) -> engine_loop_lib.Item: ...
+
+  def close(self) -> None:
+    """Cancels the requests that have not ended."""
+    ...
+
+
 class EventStream(responses.StreamingResponse):
   """A stream that cancels its requests as soon as the client disconnects."""
 
@@ -30,7 +48,7 @@ class EventStream(responses.StreamingResponse):
   def __init__(
     self,
     events: AsyncGenerator[str],
-    updates: engine_loop_lib.Updates,
+    updates: Updates,
     *,
     ping_seconds: float,
   ):

@@ -7,7 +7,8 @@ import fastapi
 from inference.server import service as service_lib
 from inference.server.answers import chat
 from inference.server.api import chat_schema, schema
-from inference.server.routes import generation, searching
+from inference.server.routes import generation
+from inference.server.search import running
 
 _Answer = chat.Answer | functools.partial[chat.Answer]
 
@@ -37,6 +38,10 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
     model, answer = await service.bodies.worked(request, prepared)
     answer = await generation.compiled(service, answer)
-    if answer.body.is_search:
-      return await searching.answered(request, service, model, answer)
-    return await generation.answered(request, service, model, answer)
+
+    def submit():
+      if answer.body.is_search:
+        return running.begin(service, model, answer)
+      return model.submit(answer.requests)
+
+    return await generation.answered(request, service, submit, answer)

@@ -33,4 +33,6 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
     model, answer = await service.bodies.worked(request, prepared)
     answer = await generation.compiled(service, answer)
-    return await generation.answered(request, service, model, answer)
+    return await generation.answered(
+      request, service, lambda: model.submit(answer.requests), answer
+    )

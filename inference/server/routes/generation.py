@@ -1,6 +1,6 @@
 """From a checked request for text to its answer, whole or streamed."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 import contextlib
 import functools
 from typing import Any, Protocol, TypeVar
@@ -9,7 +9,7 @@ import fastapi
 from fastapi import responses
 
 from inference.requests import requests as requests_lib
-from inference.server import engine_loop, service as service_lib
+from inference.server import service as service_lib
 from inference.server.http import streams
 
 
@@ -28,7 +28,7 @@ class Answer(Protocol):
     """Entries of a finished answer."""
     ...
 
-  async def finish(self, updates: engine_loop.Updates) -> None:
+  async def finish(self, updates: streams.Updates) -> None:
     """Waits for an answer that is not streamed."""
     ...
 
@@ -36,14 +36,14 @@ class Answer(Protocol):
     """Returns the body of an answer that is finished."""
     ...
 
-  def chunks(
-    self, updates: engine_loop.Updates
-  ) -> AsyncGenerator[dict[str, Any]]:
+  def chunks(self, updates: streams.Updates) -> AsyncGenerator[dict[str, Any]]:
     """Yields the chunks of a stream."""
     ...
 
 
 _Made = TypeVar('_Made')
+# Submits an answer: to the engine, or to a search.
+Submit = Callable[[], Awaitable[streams.Updates]]
 
 
 async def compiled(
@@ -58,7 +58,7 @@ async def compiled(
 async def answered(
   request: fastapi.Request,
   service: service_lib.Service,
-  model: service_lib.ServedModel,
+  submit: Submit,
   answer: Answer,
 ) -> responses.Response:
   """Submits the requests of an answer; returns its body, or its stream.
@@ -67,23 +67,23 @@ async def answered(
     ApiError: no request is answered; see `ServedModel.submit`.
   """
   if answer.is_stream:
-    updates = await model.submit(answer.requests)
+    updates = await submit()
     return streams.EventStream(
       streams.events(answer.chunks(updates)),
       updates,
       ping_seconds=service.config.ping_seconds,
     )
   return await streams.unless_disconnected(
-    request, _whole(service, model, answer)
+    request, _whole(service, submit, answer)
   )
 
 
 async def _whole(
   service: service_lib.Service,
-  model: service_lib.ServedModel,
+  submit: Submit,
   answer: Answer,
 ) -> responses.Response:
-  updates = await model.submit(answer.requests)
+  updates = await submit()
   with contextlib.closing(updates):
     await answer.finish(updates)
 

@@ -21,6 +21,7 @@ from inference.server.api import errors, response_schema, schema
 from inference.server.http import streams
 from inference.server.records import responses as store_lib
 from inference.server.routes import generation
+from inference.server.search import running
 
 _Answer = responses.Answer | functools.partial[responses.Answer]
 _JSON = 'application/json'
@@ -42,7 +43,10 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     if answer is None:
       answer = await _continued(service, model, principal, body)
     answer = await generation.compiled(service, answer)
-    updates = await model.submit([answer.request])
+    if body.is_search:
+      updates = await running.begin(service, model, answer)
+    else:
+      updates = await model.submit(answer.requests)
     events = _stored(service, answer, principal, updates)
     if answer.is_stream:
       return streams.EventStream(

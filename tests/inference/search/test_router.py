@@ -1,13 +1,12 @@
 """Routers beside a small engine: features of a prefill, efforts, budgets."""
 
-import jax
 import numpy as np
 import pytest
 
 from frozen import effort_predictor
-from inference.search.routing import features, router as router_lib
-from models import effort_predictor as network
-from tests.helpers.serving import reference_engine
+from inference import model_port
+from inference.search.routing import efforts, features, router as router_lib
+from tests.helpers.serving import effort_predictors, reference_engine
 
 PROMPTS = ((1, 2, 3), (9, 8, 7, 6, 5, 4), (40, 41))
 
@@ -15,24 +14,6 @@ PROMPTS = ((1, 2, 3), (9, 8, 7, 6, 5, 4), (40, 41))
 @pytest.fixture(scope='module')
 def engine():
   return reference_engine.engine()
-
-
-def _predictor(num_features: int) -> effort_predictor.Predictor:
-  """Says that effort helps longer prompts, at FLOPs of 1 and 10."""
-  params = network.init(jax.random.key(0), num_features, 1, 2)
-  inner_FH = np.zeros((num_features, 1), np.float32)
-  inner_FH[-1] = 1.0  # the log of the length
-  params |= {
-    'inner_FH': inner_FH,
-    'inner_H': np.array([-1.2], np.float32),
-    'outer_HE': np.array([[0.0, 6.0]], np.float32),
-    'least_cost_E': np.array([1.0, 10.0], np.float32),
-  }
-  return effort_predictor.Predictor(
-    params={name: np.asarray(x) for name, x in params.items()},
-    efforts=('low', 'high'),
-    weights_digest='d',
-  )
 
 
 def test_features_are_of_the_prompt_alone(engine):
@@ -60,20 +41,43 @@ def test_the_entropy_of_listed_outcomes_is_exact_and_else_a_bound():
 def test_a_router_spends_where_effort_helps_and_keeps_its_budget(
   engine, tmp_path
 ):
-  num_features = engine.model_config.model_width + features.NUM_SCALARS
   path = tmp_path / 'effort.json'
-  effort_predictor.save(path, _predictor(num_features))
-  router = router_lib.Router.open(path, engine, 'd', budget=4.0)
+  predictor = effort_predictors.of_length(
+    engine.model_config.model_width, 'd', least=4, flops=(1.0, 10.0)
+  )
+  effort_predictor.save(path, predictor)
+  router = router_lib.Router.open(path, 'd', budget=4.0)
+  requests = [router.request(each) for each in PROMPTS]
+  prefills = [each for (each,) in model_port.answer_all(engine, requests)]
   chosen = []
   for i in range(60):
-    decision = router.decide(PROMPTS[i % 3])
-    chosen.append(decision.effort)
-    router.paid(decision.flops[decision.effort])
-  assert {*chosen[::3], *chosen[2::3]} == {'low'}
-  assert 'high' in chosen[1::3]
+    decision = router.decide(prefills[i % 3])
+    chosen.append(decision.name)
+    router.paid(decision.flops[decision.name])
+  low, high = effort_predictors.EFFORTS
+  assert {*chosen[::3], *chosen[2::3]} == {low}
+  assert high in chosen[1::3]
   assert router.pace.spent <= 4.0 * 60 * 1.01
-  assert router.decide(PROMPTS[1], most=5.0).effort == 'low'
+  assert router.decide(prefills[1], most=5.0).name == low
   with pytest.raises(ValueError, match=r'budget: got 0\.5 for a request'):
-    router.decide(PROMPTS[1], most=0.5)
+    router.decide(prefills[1], most=0.5)
+  # Without a mean budget, the most probable effort.
+  free = router_lib.Router.open(path, 'd')
+  assert [free.decide(each).name for each in prefills] == [low, high, low]
+  assert free.decide(prefills[1], most=5.0).name == low
   with pytest.raises(ValueError, match="expected the one of 'other'"):
-    router_lib.Router.open(path, engine, 'other', budget=4.0)
+    router_lib.Router.open(path, 'other', budget=4.0)
+
+
+def test_an_effort_is_a_strategy_or_a_limit_of_reasoning_or_both():
+  both = efforts.parsed('best_of_n:4+reasoning:128')
+  assert (both.spec.name, both.spec.n, both.most_reasoning) == (
+    'best_of_n',
+    4,
+    128,
+  )
+  assert efforts.parsed('reasoning:0').spec.name == 'once'
+  assert efforts.parsed('once').most_reasoning is None
+  for name in ('low', 'reasoning:x', 'once+once', 'beam:3', 'wait:2', ''):
+    with pytest.raises(ValueError, match='effort: got'):
+      efforts.parsed(name)

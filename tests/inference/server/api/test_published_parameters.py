@@ -93,7 +93,7 @@ _ROUTES = {
       'top_logprobs': [2],
       'max_completion_tokens': [3],
       'parallel_tool_calls': [True, False],
-      'reasoning_effort': ['none', 'auto'],
+      'reasoning_effort': ['none'],
       'response_format': [
         {'type': 'text'},
         {'type': 'json_object'},
