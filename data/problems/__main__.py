@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
       seed=values.seed,
       kind=values.kind,
       difficulties=tuple(values.difficulties),
+      wrong=values.wrong,
     )
     made = records.make(settings, values.split)
     path = pathlib.Path(values.out)
@@ -77,5 +78,10 @@ if __name__ == '__main__':
     _defaults.difficulties,
     'Kinds of wrong solutions, from easy to hard to see: 1 a wrong answer'
     ' without work, 2 a wrong operation, 3 a slip.',
+  )
+  flags.DEFINE_integer(
+    'wrong',
+    _defaults.wrong,
+    'Percent of the conversations of --kind=chat whose solution is wrong.',
   )
   app.run(main)

@@ -63,6 +63,9 @@ class Settings:
   # How hard wrong solutions are to tell, see data/problems/working.py; drawn
   # with equal shares.
   difficulties: tuple[int, ...] = working.DIFFICULTIES
+  # Percent of the chats whose solution is a wrong one: demonstrations of mixed
+  # quality, for reinforcement to begin with.
+  wrong: int = 0
 
   def __post_init__(self):
     """Raises ValueError, naming the value."""
@@ -76,6 +79,11 @@ class Settings:
       for value in values:
         expect.one_of(name, value, allowed)
     expect.one_of('kind', self.kind, KINDS)
+    if not 0 <= self.wrong <= 100 or (self.wrong and self.kind != 'chat'):
+      raise ValueError(
+        f'wrong: got {self.wrong} with kind = {self.kind}, expected a'
+        ' percentage of the solutions of kind chat, else 0'
+      )
     if self.kind == 'questions':
       for family in self.families:
         expect.one_of(

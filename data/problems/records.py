@@ -36,13 +36,16 @@ def of(made: problem.Problem, settings: generator.Settings) -> Record:
   if settings.kind == 'questions':
     return {'question': made.question, 'answer': right.text, 'id': made.id}
   prompt = [_message('user', made.question)]
-  if settings.kind == 'chat':
-    return {'messages': [*prompt, _said(right)], **named}
   # Drawn by the question, so that a record does not depend on earlier records.
   draws = draws_lib.Draws(settings.seed, 'mistake', made.question)
-  is_right = draws.share() < 0.5  # read by the kind labelled
+  share = draws.share()
+  is_right = share < 0.5  # read by the kind labelled
+  if settings.kind == 'chat' and share >= settings.wrong / 100:
+    return {'messages': [*prompt, _said(right)], **named}
   difficulty = draws.pick(settings.difficulties)
   wrong, margin = made.wrong_solution(difficulty, draws)
+  if settings.kind == 'chat':
+    return {'messages': [*prompt, _said(wrong)], **named}
   if settings.kind == 'pairs':
     return {
       'prompt': prompt,

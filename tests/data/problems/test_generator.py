@@ -318,6 +318,8 @@ def test_more_problems_than_there_are_is_an_error():
     ({'difficulties': (0,)}, 'difficulties: got 0, expected one of 1, 2, 3'),
     ({'kind': 'poem'}, "kind: got 'poem', expected one of text, chat"),
     ({'kind': 'questions'}, "families: got 'fractions', expected one of sums"),
+    ({'wrong': 101}, 'wrong: got 101 with kind = chat, expected a percentage'),
+    ({'wrong': 5, 'kind': 'text'}, 'wrong: got 5 with kind = text, expected'),
     ({'seed': 2**64}, 'seed: got 18446744073709551616, expected an integer of'),
   ],
 )
@@ -338,6 +340,7 @@ def test_settings_are_read_from_their_text():
   assert generator.Settings.parse(str(settings)) == settings
   assert generator.Settings.parse('') == generator.Settings()
   assert generator.Settings.parse('count=5&levels=1,2').levels == (1, 2)
+  assert generator.Settings.parse('wrong=60').wrong == 60
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Problems as training examples: the solutions are trained, nothing else."""
 
+import dataclasses
+
 import pytest
 
 from data import sources
@@ -37,6 +39,23 @@ def test_the_solution_and_the_stop_token_are_trained(tokenizer):
     assert list(document.ids).count(tokenizer.bos_id) == 1
     question = record['messages'][0]['content']
     assert f'Question: {question}\nAnswer: ' in tokenizer.decode(document.ids)
+
+
+def test_a_share_of_the_chats_is_wrong():
+  settings = generator.Settings(
+    count=400, families=('additions',), levels=(2,), difficulties=(2,), wrong=60
+  )
+  mixed = records.make(settings, 'train')
+  right = records.make(dataclasses.replace(settings, wrong=0), 'train')
+  assert [each['id'] for each in mixed] == [each['id'] for each in right]
+  differ = [
+    (a['messages'][1]['content'], b['messages'][1]['content'])
+    for a, b in zip(mixed, right, strict=True)
+    if a != b
+  ]
+  assert len(differ) == pytest.approx(240, abs=40)  # 4 standard deviations
+  for wrong, solution in differ:
+    assert wrong.split('#### ')[1] != solution.split('#### ')[1]
 
 
 def test_pairs_have_both_solutions_and_their_margin(tokenizer):
