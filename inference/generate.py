@@ -24,7 +24,7 @@ import numpy as np
 
 from checks import expect
 from frozen import adapters as frozen_adapters, format as frozen_format
-from inference import adapters as adapters_lib
+from inference import adapters as adapters_lib, drafts
 from inference.engine import device_state, engine as engine_lib, engine_config
 from inference.requests import requests
 from inference.sampling import settings as settings_lib
@@ -69,6 +69,7 @@ class Generator:
       dtype=jnp.dtype(frozen.manifest.dtype),
       config=config,
       compile_all=compile_all,
+      draft=drafts.read(config, frozen),
     )
     for adapter in self._adapters.values():
       self.engine.adapters.load(adapter.manifest.adapter_digest, adapter.tree)
@@ -181,11 +182,18 @@ class Generator:
     engine = self.engine
     pages = engine.manager.tables.allocator.num_usable
     tokens = pages * engine.page_tokens
-    return (
+    text = (
       f'KV cache {pages * engine.page_bytes / 2**20:,.0f} MiB: {pages:,} pages'
       f' of {engine.page_tokens:,} tokens; {engine.config.max_sequences}'
       f' sequences run at once, of at most {min(engine.context, tokens + 1):,}'
       f' tokens each and {tokens:,} together'
+    )
+    if engine.draft is None:
+      return text
+    own = pages * engine.page_tokens * engine.draft.bytes_per_token
+    return (
+      f'{text}; draft model {engine.draft.num_bytes / 2**20:,.0f} MiB, and'
+      f' {own / 2**20:,.0f} MiB of the KV cache'
     )
 
   def products_text(self) -> str:

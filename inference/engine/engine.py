@@ -45,9 +45,9 @@ from inference.engine import (
   flight as flight_lib,
   landing,
   metrics,
-  speculating,
 )
 from inference.engine.compiled import compilations, programs
+from inference.engine.drafting import draft_model, speculating
 from inference.engine.spread import placement as placement_lib, pool as pool_lib
 from inference.output import stop_strings
 from inference.requests import (
@@ -84,6 +84,7 @@ class Engine:
     dtype: Any = jnp.float32,
     config: engine_config.EngineConfig = engine_config.EngineConfig(),
     compile_all: bool = True,
+    draft: draft_model.Weights | None = None,
   ):
     """Allocates the KV cache and compiles the programs.
 
@@ -97,6 +98,7 @@ class Engine:
       config: the layout of the engine.
       compile_all: False compiles the few programs that every step can use. The
         others are left to `compile_rest`.
+      draft: the model that drafts, with speculation by a model.
     """
     params = device_state.unread(params)
     self.config = config
@@ -109,17 +111,18 @@ class Engine:
     self.device = device = self.placement.device
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
-    served = self.placement.model
-    self.backend = backend = self.placement.backend(
-      execution.choose(config, served, dtype, device.platform).multiplying(
-        config, params.shapes, dtype, device.platform
-      )
+    served, vocab_size = self.placement.model, tokenizer.vocab_size
+    self.draft = draft_model.made(
+      draft, config, self.context, vocab_size, device
+    )
+    self.backend = backend = _backend(
+      self.placement, config, params, dtype, self.draft
     )
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    pool = pool_lib.sized(
-      self.placement, config, backend, params, self.adapters.num_bytes
-    )
+    others = self.adapters.num_bytes
+    others += self.draft.num_bytes if self.draft else 0
+    pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes
     self.manager = sequence_manager.SequenceManager(
       config.limits(self.page_tokens), num_pages=pool.num_pages
@@ -136,10 +139,13 @@ class Engine:
         state=self._state,
         config=config,
         context=self.context,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         placement=self.placement,
         compile_all=compile_all,
       )
+      if self.draft:
+        self.draft.allocate(pool.num_pages, pool.page_tokens, self._state.slots)
+        self.draft.compile(compile_all)
       self.compile_seconds = time.perf_counter() - start
       self.params = reading.result()
     self.adapters.put = self._programs.put_adapter
@@ -147,7 +153,7 @@ class Engine:
     self._grammars = grammars.Grammars(tokenizer)
     self._feeder, self._ids = feeding.Feeder(self), itertools.count()
     self._speculator = speculating.Speculator(
-      config, self._programs, self.manager, self.metrics
+      config, self._programs, self.manager, self.metrics, self.draft
     )
     self._answers = self._opened_answers()
     self._live = self._answers.live
@@ -172,6 +178,8 @@ class Engine:
     """Compiles the programs that are left, in a thread beside the engine's."""
     with jax.default_device(self.device):
       self._programs.compile_rest()
+      if self.draft:
+        self.draft.compile()
 
   @property
   def is_compiling(self) -> bool:
@@ -322,6 +330,8 @@ class Engine:
   def release(self) -> None:
     """Frees weights and KV cache at once, whatever refers to the arrays."""
     held = self.adapters.beside(self.params), self._state
+    if self.draft:
+      held = held, self.draft.arrays
     for leaf in jax.tree.leaves(held):
       leaf.delete()
 
@@ -397,6 +407,8 @@ class Engine:
       self._state = self._programs.copy_pages(self._state, step.copies)
     if not step.spans:
       return None
+    if step.is_verified:
+      step = self._speculator.filled(step, self._state.slots)
     self.metrics.dispatches.inc()
     self._state, flight = flight_lib.sent(
       step,
@@ -414,3 +426,21 @@ class Engine:
     """Takes the tokens of a dispatch; returns updates and seconds waited."""
     outputs, waited = flight_lib.read(flight, self._live)
     return self._answers.land(flight, time.perf_counter(), outputs), waited
+
+
+def _backend(
+  placement: placement_lib.Placement,
+  config: engine_config.EngineConfig,
+  params: device_state.Unread,
+  dtype: Any,
+  draft: draft_model.DraftModel | None,
+) -> execution.Backend:
+  """Returns the backend of an engine."""
+  platform = placement.device.platform
+  chosen = execution.choose(config, placement.model, dtype, platform)
+  backend = placement.backend(
+    chosen.multiplying(config, params.shapes, dtype, platform)
+  )
+  if draft is None:
+    return backend
+  return backend._replace(beside_bytes=draft.bytes_per_token)

@@ -17,7 +17,7 @@ TENSOR_PARTS = (0, 2, 4, 8)
 KV_DTYPES = ('model', 'int8', 'fp8')
 ATTENTION = ('auto', 'reference', 'kernel')
 NATIVE = ('auto', 'on', 'off')
-SPECULATION = ('off', 'ngram')
+SPECULATION = ('off', 'ngram', 'model')
 
 # Share of the memory left by the weights that pages may take. Activations take
 # the rest.
@@ -30,6 +30,7 @@ _HOST_BYTES = 2**30
 
 # A span of 8 tokens: the rows of a tile with invariant numerics.
 _DRAFT_TOKENS = 7
+_MADE_TOKENS = 4  # of a draft model
 _ADAPTER_RANK = 16  # room for later ones, where none is given
 
 _SIZE = re.compile(r'(\d+(?:\.\d+)?) *(|[KMGT]i?)B?', re.IGNORECASE)
@@ -145,15 +146,23 @@ class EngineConfig:
   )
   speculation: str = flag_field.field(
     'off',
-    'Guess the next tokens of an answer, and verify several in one step: off or'
+    'Guess the next tokens of an answer, and verify several in one step: off,'
     ' ngram (the tokens that followed the same words before, in the prompt or'
-    ' the answer). No token changes, but for rounding with numerics=fast.'
-    ' Answers that repeat their prompt come sooner.',
+    ' the answer) or model (a smaller model guesses, see draft_model). No token'
+    ' changes, but for rounding with numerics=fast. It is off by itself where'
+    ' it would lose time.',
+  )
+  draft_model: str = flag_field.field(
+    '',
+    'Frozen directory of the model that guesses, with speculation=model. It has'
+    ' the tokenizer of the model; five times smaller or more is best. Its'
+    ' weights and its KV cache take memory, too.',
   )
   draft_tokens: int | None = flag_field.field(
     None,
     'Largest number of tokens that are guessed at once for a sequence; needs'
-    ' speculation. A step computes one token more per sequence. Default: 7.',
+    ' speculation. A step computes one token more per sequence. Default: 7, or'
+    ' 4 with a draft model, whose tokens take time.',
   )
   constraints: bool = flag_field.field(
     True,
@@ -218,6 +227,7 @@ class EngineConfig:
           f'engine.draft_tokens: got {self.draft_tokens} without speculation,'
           ' expected none; add --engine.speculation=ngram'
         )
+    self._check_draft_model()
     expect.at_least('engine.tensor', self.tensor, 1)
     expect.one_of('engine.tensor_parts', self.tensor_parts, TENSOR_PARTS)
     self._check_parts()
@@ -253,6 +263,19 @@ class EngineConfig:
         f' largest of them max_sequences = {self.max_sequences}'
       )
     self.limits(tile)  # Limits checks its own fields
+
+  def _check_draft_model(self) -> None:
+    if (self.speculation == 'model') != bool(self.draft_model):
+      raise ValueError(
+        f'engine.draft_model: got {self.draft_model or "none"} with speculation'
+        f' = {self.speculation}, expected a directory with speculation = model'
+        ' and none otherwise; give both, or leave both out'
+      )
+    if self.speculation == 'model' and self.num_parts > 1:
+      raise ValueError(
+        'engine.speculation: got model over several devices, expected one'
+        ' device; use ngram, or engine.tensor = 1 without tensor_parts'
+      )
 
   @property
   def num_parts(self) -> int:
@@ -363,7 +386,8 @@ class EngineConfig:
     """
     if self.speculation == 'off':
       return []
-    most = (self.draft_tokens or _DRAFT_TOKENS) + 1
+    usual = _DRAFT_TOKENS if self.speculation == 'ngram' else _MADE_TOKENS
+    most = (self.draft_tokens or usual) + 1
     widths = sorted({max(most // 2, 2), most})
     decodes = self.decode_shapes or _powers(self.max_sequences)
     return [(num, width) for num in decodes for width in widths]

@@ -28,6 +28,8 @@ class Backend(NamedTuple):
   has_transposed_kernels: bool = False  # `models.layout.transpose_kernels`
   # How kernels in fewer bits are multiplied, and after a colon why.
   products: str = ''
+  # Per token, of the KV cache of a draft model: its pages are as many.
+  beside_bytes: float = 0.0
 
   def multiplying(
     self, config: engine_config.EngineConfig, params: Any, dtype: Any,
@@ -116,13 +118,16 @@ class Backend(NamedTuple):
     }
 
   def bytes_per_token(self, model: model_config.ModelConfig) -> float:
-    """Returns the bytes of the KV cache of one token, all layers."""
+    """Returns the bytes of the KV cache of one token, all layers.
+
+    That of a draft model is among them.
+    """
     dtype = jnp.dtype(self.kv_dtype)
     vector = self.channels * dtype.itemsize
     if dtype.name in kv_cache.QUANTIZED:
       vector += 4  # the float32 scale of the vector
     num_vectors, _ = kv_cache.rows_and_width(model)
-    return model.num_layers * num_vectors * vector
+    return model.num_layers * num_vectors * vector + self.beside_bytes
 
 
 def choose(

@@ -10,9 +10,9 @@ from inference.engine import (
   flight as flight_lib,
   inputs as inputs_lib,
   metrics as metrics_lib,
-  speculating,
   steps,
 )
+from inference.engine.drafting import speculating
 from inference.requests import accounts as accounts_lib, answer, requests
 from inference.scheduling import page_tables, sequence_manager, spans
 

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 
 from inference.engine import engine as engine_lib
-from inference.speculation import drafter as drafter_lib
+from inference.speculation import drafter as drafter_lib, source
 
 
 def install(
@@ -14,7 +14,7 @@ def install(
   costs: 'Costs | None' = None,
 ) -> None:
   """Gives an engine that speculates a drafter, and costs of its programs."""
-  engine._speculator._drafter = drafter
+  engine._speculator.source = source.OfHost(drafter)
   engine._speculator._choice.costs = costs or Costs()
 
 

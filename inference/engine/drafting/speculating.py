@@ -11,6 +11,8 @@ Steps with a sequence that a grammar constrains verify nothing either.
 """
 
 from collections.abc import Hashable
+import time
+from typing import Any
 
 from inference.engine import (
   engine_config,
@@ -22,8 +24,8 @@ from inference.requests import answer
 from inference.scheduling import page_tables, scheduler, sequence_manager, spans
 from inference.speculation import (
   choice as choice_lib,
-  drafter as drafter_lib,
   ngrams,
+  source as source_lib,
 )
 
 # Chances to wait for tokens that are passed over, if waiting was in vain as
@@ -43,6 +45,7 @@ class Speculator:
     programs: programs_lib.Programs,
     manager: sequence_manager.SequenceManager,
     metrics: metrics_lib.Metrics,
+    source: source_lib.Source | None = None,
   ):
     """Starts without sequences.
 
@@ -51,6 +54,7 @@ class Speculator:
       programs: of the engine; they bound the length of a draft.
       manager: of its sequences.
       metrics: of the engine.
+      source: of the drafts, if they are no look-ups.
     """
     self._programs, self._manager, self._metrics = programs, manager, metrics
     self._measured = choice_lib.Measured()
@@ -59,15 +63,17 @@ class Speculator:
     # Waits for tokens that no draft followed, and chances to wait that are
     # passed over after them.
     self._num_vain, self._num_passed, self._has_waited = 0, 0, False
-    self._drafter: drafter_lib.Drafter | None = None
+    # When the drafts of the latest step were begun.
+    self._began = 0.0
+    self.source = source
     if config.speculation == 'ngram':
-      self._drafter = ngrams.Ngrams()
+      self.source = source_lib.OfHost(ngrams.Ngrams())
 
   @property
   def most_steps(self) -> int:
     """Returns the largest number of decode steps of a dispatch."""
     most = self._programs.decode_steps
-    return min(most, MOST_STEPS) if self._drafter else most
+    return min(most, MOST_STEPS) if self.source else most
 
   def wants_tokens(self, step: spans.Step, may_draft: bool) -> bool:
     """Returns whether the tokens in flight are needed before the next plan.
@@ -79,13 +85,15 @@ class Speculator:
       step: in flight.
       may_draft: whether the next step may verify anything.
     """
-    if step.is_verified or not (may_draft and self._drafter):
+    if step.is_verified or not (may_draft and self.source):
       return step.is_verified
     ready = [each for each in self._manager.running() if each.is_ready]
     # One without a token in flight has prompt tokens left.
     if not ready or not all(each.num_in_flight for each in ready):
       return False
-    if not self._chosen({each.id: self._draft(each) for each in ready}):
+    if not (most := self._most_tokens()):
+      return False
+    if not self._chosen(self.source.lengths(ready, most)):
       return False
     self._num_passed += 1
     if self._num_passed < min(self._num_vain, _MOST_PASSED):
@@ -101,33 +109,52 @@ class Speculator:
     Args:
       plan: the latest; no step is in flight.
     """
-    if not self._drafter:
+    if not self.source or not (most := self._most_tokens()):
       return None
     by_id = {each.id: each for each in self._manager.running()}
-    found = {id: self._draft(by_id[id]) for id in plan.decodes if id in by_id}
+    decoding = [by_id[id] for id in plan.decodes if id in by_id]
+    chosen = self._chosen(self.source.ready(decoding, most))
     has_waited, self._has_waited = self._has_waited, False
-    chosen = self._chosen(found)
     lengths = self._manager.draft_lengths(plan, chosen) if chosen else {}
     if not any(lengths.values()):
       self._num_vain += has_waited
       return None
     self._num_vain = 0
-    return {id: found[id][:length] for id, length in lengths.items()}
+    return self.source.placed(lengths)
 
-  def _chosen(
-    self, drafts: dict[Hashable, tuple[int, ...]]
-  ) -> dict[Hashable, int]:
+  def filled(self, step: spans.Step, slots: Any) -> spans.Step:
+    """Returns a step that verifies drafts with the tokens of its drafts.
+
+    Args:
+      step: as it was begun, after the copies of its pages.
+      slots: the sampling state of the engine.
+    """
+    assert self.source
+    self._began = time.perf_counter()
+    return self.source.filled(step, slots)
+
+  def _most_tokens(self) -> int:
+    """Returns the tokens of the longest draft; 0: nothing can verify any."""
+    # Those of the smallest number: all widths have the same numbers of spans.
+    widths = [shape.width for shape in self._programs.verified_shapes(1)]
+    return max(widths, default=1) - 1
+
+  def _chosen(self, drafts: source_lib.Lengths) -> dict[Hashable, int]:
     """Returns how many tokens of drafts are worth a step; {}: none are."""
     if not any(drafts.values()):
       return {}
+    assert self.source
     num = len(drafts)
+    rows = self._programs.shape_for(num, 0).num_decodes
+    if self.source.is_endless and not self._choice.costs.seconds(rows, 1):
+      return {}
     chosen = self._choice.choose(
-      {id: len(draft) for id, draft in drafts.items()},
+      drafts,
       [
         (shape.num_spans, shape.width)
         for shape in self._programs.verified_shapes(num)
       ],
-      self._programs.shape_for(num, 0).num_decodes,
+      rows,
     )
     self._metrics.speculation_gain.set(chosen.gain)
     return chosen.lengths
@@ -138,15 +165,15 @@ class Speculator:
     """Notes how long a dispatch took, at the time when it was read.
 
     A step that verifies takes from the reading of the one before: the host
-    plans while the device waits.
+    plans while the device waits. The time of its drafts is a part of it.
     """
     before, self._last_landed = self._last_landed, now
-    if not self._drafter or flight.step.chunks or not num_steps:
+    if not self.source or flight.step.chunks or not num_steps:
       return
     seconds = now - max(flight.sent_at, before)
     if flight.step.is_verified:
       # After a pause without work, the time between two readings says nothing.
-      seconds = min(now - before, 2 * seconds)
+      seconds = min(now - before, 2 * (now - max(self._began, before)))
     rows = flight.shape.num_decodes
     self._measured.observe(rows, flight.width, seconds / num_steps)
 
@@ -177,16 +204,6 @@ class Speculator:
 
   def forget(self, sequence: page_tables.Sequence) -> None:
     """Drops everything kept for a sequence, which has ended."""
-    if self._drafter:
-      self._drafter.forget(sequence.id)
+    if self.source:
+      self.source.forget(sequence.id)
       self._choice.forget(sequence.id)
-
-  def _draft(self, sequence: page_tables.Sequence) -> tuple[int, ...]:
-    assert self._drafter
-    # Those of the smallest number: all widths have the same numbers of spans.
-    widths = [shape.width for shape in self._programs.verified_shapes(1)]
-    # A token follows the last one of a draft.
-    most = min(max(widths, default=1), sequence.num_unsampled) - 1
-    if most < 1:
-      return ()
-    return self._drafter.draft(sequence.id, sequence.tokens, most)

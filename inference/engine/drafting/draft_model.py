@@ -1,0 +1,303 @@
+"""The draft model of an engine: a smaller model guesses, the model verifies.
+
+A draft model has a pool of as many pages as the model, and reads its page
+tables (`speculation.followed`). It computes nothing until drafts are worth
+their time. Then it first catches up with the tokens of the sequences, a few
+chunks per step, so that no other sequence waits for a long prompt. From then on
+it has one or two tokens to compute before each draft.
+
+Which tokens it drafts changes the time of an answer, and never a token of it:
+so it has fast numerics beside a model with invariant ones, and guesses for
+adapters, too, as their base would answer.
+
+Reference: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
+"""
+
+from collections.abc import Collection
+from concurrent import futures
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.engine import (
+  device_state,
+  engine_config,
+  execution,
+  inputs as inputs_lib,
+)
+from inference.engine.drafting import draft_steps
+from inference.scheduling import page_tables
+from inference.speculation import followed as followed_lib, source
+from models import kv_cache as kv_cache_lib, model_config, transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+  """A frozen model that drafts."""
+
+  config: model_config.ModelConfig
+  params: device_state.Unread
+  dtype: Any
+
+
+class DraftModel:
+  """A model that drafts, see `source.Source`; of the engine's thread."""
+
+  is_endless = True
+
+  def __init__(
+    self,
+    weights: Weights,
+    config: engine_config.EngineConfig,
+    context: int,
+    vocab_size: int,
+    device: jax.Device,
+  ):
+    """Chooses the way of computing; allocates nothing.
+
+    Args:
+      weights: of the model.
+      config: of the engine.
+      context: most tokens of a sequence.
+      vocab_size: V, ids that may be sampled.
+      device: of the engine.
+
+    Raises:
+      ValueError: the engine has a number of devices or a way of computing that
+        the model does not support.
+    """
+    self._weights, self._device = weights, device
+    self._model_config = dataclasses.replace(weights.config, scan_layers=False)
+    # A guess needs no numerics of its own, and no kernel.
+    fast = dataclasses.replace(config, numerics='fast', attention='auto')
+    platform = device.platform
+    self._backend = execution.choose(
+      fast, self._model_config, weights.dtype, platform
+    ).multiplying(fast, weights.params.shapes, weights.dtype, platform)
+    self._model = transformer.Transformer(
+      self._model_config,
+      jnp.dtype(weights.dtype),
+      self._backend.execution,
+    )
+    self._vocab_size, self._chunk_tokens = vocab_size, config.chunk_tokens
+    self._table_width = config.table_width(context)
+    self._padding_slot = config.max_sequences
+    self._most = max(width for _, width in config.verified_shapes()) - 1
+    self._rows = sorted({rows for rows, _ in config.verified_shapes()})
+    self._chunks = sorted({1, config.max_chunks})
+    self._compiled: dict[Any, Any] = {}
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the weights."""
+    return self._weights.params.num_bytes
+
+  @property
+  def bytes_per_token(self) -> float:
+    """Bytes of the KV cache of one token, all layers."""
+    return self._backend.bytes_per_token(self._model_config)
+
+  def allocate(
+    self, num_pages: int, page_size: int, slots: device_state.Slots
+  ) -> None:
+    """Reads the weights, and makes the pages.
+
+    Args:
+      num_pages: P, as many as the engine has.
+      page_size: Q, tokens per page.
+      slots: of the engine.
+    """
+    self._page_size, self._slots = page_size, jax.tree.map(_abstract, slots)
+    self._followed = followed_lib.Followed(page_size)
+    self._params = self._backend.read(self._weights.params, self._model_config)
+    self._kv_cache: Any = kv_cache_lib.init_pages(
+      self._model_config,
+      num_pages=num_pages,
+      page_size=page_size,
+      dtype=self._backend.kv_dtype,
+      channels=self._backend.channels,
+    )
+    self._shapes = jax.tree.map(_abstract, self.arrays)
+
+  @property
+  def arrays(self) -> tuple[device_state.Params, device_state.KVCache]:
+    """Weights and pages."""
+    return self._params, self._kv_cache
+
+  def compile(self, is_now: bool = True) -> None:
+    """Compiles the programs; from any thread, until then there are no drafts.
+
+    Args:
+      is_now: False leaves them to a later call.
+    """
+    if not is_now or self._compiled:
+      return
+    made = {}
+    with futures.ThreadPoolExecutor() as pool:
+      for num in self._chunks:
+        layout = self._layout(num)
+        flat_I = np.zeros((layout.size,), np.int32)
+        lowered = draft_steps.extend.lower(
+          *self._shapes, flat_I, layout=layout, model=self._model
+        )
+        made['extend', num] = pool.submit(lowered.compile)
+      for num in self._rows:
+        flat_I, _ = draft_steps.empty(num, self._table_width, 0)
+        lowered = draft_steps.draft.lower(
+          *self._shapes,
+          self._slots,
+          flat_I,
+          num_rows=num,
+          most=self._most,
+          model=self._model,
+          vocab_size=self._vocab_size,
+        )
+        made['draft', num] = pool.submit(lowered.compile)
+    self._compiled = {key: each.result() for key, each in made.items()}
+
+  def lengths(
+    self, sequences: Collection[page_tables.Sequence], most: int
+  ) -> dict[Any, int]:
+    """Returns how many tokens a draft of each sequence may have."""
+    return {each.id: self._length(each, most) for each in sequences}
+
+  def ready(
+    self, sequences: Collection[page_tables.Sequence], most: int
+  ) -> dict[Any, int]:
+    """Catches up with sequences; returns the lengths of those that it knows."""
+    found, work = {}, []
+    for each in sequences:
+      found[each.id] = length = self._length(each, most)
+      if not length:
+        continue
+      start, end = self._num_computed(each), len(each.tokens) - 1
+      if end + 1 - start <= draft_steps.KNOWN:
+        continue
+      room = self._chunks[-1] - len(work)
+      stops = range(start + self._chunk_tokens, end, self._chunk_tokens)
+      cuts = [start, *stops, end][: room + 1]
+      work += [
+        (each, one, other) for one, other in zip(cuts, cuts[1:], strict=False)
+      ]
+      if cuts[-1] < end:
+        found[each.id] = 0  # in a later step
+    if work:
+      self._extend(work)
+    return found
+
+  def placed(self, lengths: source.Lengths) -> dict[Any, tuple[int, ...]]:
+    """Returns places for drafts of these lengths."""
+    return {id: (0,) * length for id, length in lengths.items()}
+
+  def filled(self, step, slots):
+    """Drafts, and returns the step with the tokens; waits for the device."""
+    drafted = [span for span in step.decodes if span.length > 1]
+    num_rows = next(num for num in self._rows if num >= len(drafted))
+    flat_I, inputs = draft_steps.empty(
+      num_rows, self._table_width, self._padding_slot
+    )
+    # A page that was just copied is not in the cache of this model: its
+    # sequence catches up in the next step, and its draft is no guess in this.
+    drafted = [span for span in drafted if self._is_known(span.sequence)]
+    for row, span in enumerate(drafted):
+      tokens = span.sequence.tokens
+      num_known = len(tokens) - self._num_computed(span.sequence)
+      inputs.known_KD[-num_known:, row] = tokens[-num_known:]
+      inputs.num_known_D[row] = num_known
+      inputs.positions_D[row] = span.start
+      inputs.lengths_D[row] = span.length - 1
+      inputs.slots_D[row] = span.slot
+      inputs.table_DL[row, : len(span.pages)] = span.pages
+    self._kv_cache, tokens_GD = self._compiled['draft', num_rows](
+      self._params, self._kv_cache, slots, flat_I
+    )
+    tokens_GD = np.asarray(tokens_GD)
+    filled = {}
+    for row, span in enumerate(drafted):
+      guess = tuple(tokens_GD[: span.length - 1, row].tolist())
+      sequence = span.sequence
+      self._followed.wrote(sequence.id, sequence.tokens, len(sequence.tokens))
+      # No key of the last one is computed.
+      self._followed.guessed(sequence.id, span.pages, guess[:-1])
+      assert span.tokens is not None
+      filled[sequence.id] = dataclasses.replace(
+        span, tokens=(span.tokens[0], *guess)
+      )
+    decodes = tuple(filled.get(x.sequence.id, x) for x in step.decodes)
+    return dataclasses.replace(step, decodes=decodes)
+
+  def forget(self, id: Any) -> None:
+    """Drops what is known of a sequence, which has ended."""
+    self._followed.forget(id)
+
+  def _length(self, sequence: page_tables.Sequence, most: int) -> int:
+    if not self._compiled:
+      return 0
+    # Positions beyond its context mean nothing to the draft model.
+    room = self._model_config.max_length - len(sequence.tokens)
+    return max(min(source.most_of(sequence, most), room), 0)
+
+  def _num_computed(self, sequence: page_tables.Sequence) -> int:
+    return self._followed.num_computed(
+      sequence.id, sequence.tokens, sequence.pages, sequence.num_preemptions
+    )
+
+  def _is_known(self, sequence: page_tables.Sequence) -> bool:
+    """Returns whether `draft` can compute all that is left."""
+    left = len(sequence.tokens) - self._num_computed(sequence)
+    return left <= draft_steps.KNOWN
+
+  def _extend(self, work: list[tuple[page_tables.Sequence, int, int]]) -> None:
+    """Computes chunks (sequence, start, stop)."""
+    num_chunks = next(num for num in self._chunks if num >= len(work))
+    flat_I, inputs = inputs_lib.empty(
+      self._layout(num_chunks), padding_slot=self._padding_slot
+    )
+    for row, (sequence, start, stop) in enumerate(work):
+      part = slice(
+        row * self._chunk_tokens, row * self._chunk_tokens + stop - start
+      )
+      inputs.tokens_T[part] = sequence.tokens[start:stop]
+      inputs.positions_T[part] = np.arange(start, stop)
+      pages = sequence.pages[: -(-stop // self._page_size)]
+      inputs.chunk_table_XL[row, : len(pages)] = pages
+      self._followed.wrote(sequence.id, sequence.tokens, stop)
+    self._kv_cache = self._compiled['extend', num_chunks](
+      self._params, self._kv_cache, flat_I
+    )
+
+  def _layout(self, num_chunks: int) -> inputs_lib.Layout:
+    return inputs_lib.Layout(
+      0, num_chunks, self._chunk_tokens, self._table_width, num_chunks
+    )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def made(
+  weights: Weights | None,
+  config: engine_config.EngineConfig,
+  context: int,
+  vocab_size: int,
+  device: jax.Device,
+) -> DraftModel | None:
+  """Returns the draft model of an engine; None: it has none.
+
+  Raises:
+    ValueError: the engine is to have one and has no weights for it, or the
+      other way round, or see `DraftModel`.
+  """
+  if (config.speculation == 'model') != (weights is not None):
+    raise ValueError(
+      f'engine.speculation: got {config.speculation!r} with'
+      f' {"no" if weights is None else "a"} draft model, expected a draft model'
+      " with 'model' alone; give --engine.draft_model=DIR, or leave both out"
+    )
+  if weights is None:
+    return None
+  return DraftModel(weights, config, context, vocab_size, device)
