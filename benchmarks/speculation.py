@@ -1,6 +1,9 @@
-"""Decoding with drafts by prompt look-up, beside decoding without.
+"""Decoding with drafts, beside decoding without.
 
     python -m benchmarks.speculation --model=runs/SmolLM2-135M-Instruct
+    python -m benchmarks.speculation --model=runs/large --draft_model=runs/small
+
+Drafts are looked up in the prompt, or made by a draft model.
 
 Two engines of one frozen directory answer the same requests in turns. Their
 tokens are compared: drafts change the time; tokens change only by rounding, and
@@ -12,7 +15,7 @@ not at all with --numerics=invariant. Traces:
     mixed   half of the batch of each
 
 A rate counts the tokens after the first one of all sequences. Goals: at least
-1.5 times as fast on `edit`, and never below 0.97.
+1.5 times as fast on `edit` with look-ups, and never below 0.97.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,6 +62,7 @@ def engine_of(
     max_length=_ROOM + args.tokens,
     numerics=args.numerics,
     speculation=speculation,
+    draft_model=args.draft_model if speculation == 'model' else '',
   )
   return generate.load(args.model, config).engine
 
@@ -137,14 +141,15 @@ def compared(
   seconds = timing.interleave(
     {name: lambda name=name: turn(name) for name in engines}, args.rounds + 1
   )
+  kind = _kind(args)
   equal = [
     one == other
-    for plain, drafted in zip(found['plain'], found['ngram'], strict=True)
+    for plain, drafted in zip(found['plain'], found[kind], strict=True)
     for one, other in zip(plain.token_ids, drafted.token_ids, strict=True)
   ]
   if args.numerics == 'invariant' and not all(equal):
     raise ValueError(f'{trace}: got other tokens with drafts, expected equal')
-  made = found['ngram'][1:]
+  made = found[kind][1:]
   accepted, rejected, verified = (
     sum(getattr(each, name) for each in made)
     for name in ('accepted', 'rejected', 'verified')
@@ -153,8 +158,8 @@ def compared(
     'trace': trace,
     'batch_size': batch_size,
     'plain_rate': 1 / sorted(seconds['plain'][1:])[args.rounds // 2],
-    'ratio': timing.median_ratio(seconds['plain'][1:], seconds['ngram'][1:]),
-    'goal': GOALS[trace],
+    'ratio': timing.median_ratio(seconds['plain'][1:], seconds[kind][1:]),
+    'goal': GOALS[trace] if kind == 'ngram' else min(GOALS.values()),
     'equal': sum(equal),
     'answers': len(equal),
     'accepted': accepted,
@@ -164,6 +169,11 @@ def compared(
   }
 
 
+def _kind(args: Any) -> str:
+  """Returns the kind of speculation that is measured."""
+  return 'model' if args.draft_model else 'ngram'
+
+
 def measure(args: Any) -> Iterator[entry.Result]:
   """Yields the figures of each batch size and trace."""
   if not args.model:
@@ -171,7 +181,7 @@ def measure(args: Any) -> Iterator[entry.Result]:
   for batch_size in map(int, args.batches):
     engines = {
       'plain': engine_of(args, batch_size, 'off'),
-      'ngram': engine_of(args, batch_size, 'ngram'),
+      _kind(args): engine_of(args, batch_size, _kind(args)),
     }
     for trace in GOALS:
       if trace != 'mixed' or batch_size > 1:
@@ -199,6 +209,11 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   entry.define_flags(rounds=5)
   path_flags.DEFINE_path('model', '', 'The frozen directory that answers.')
+  path_flags.DEFINE_path(
+    'draft_model',
+    '',
+    'Frozen directory of a draft model, in place of look-ups.',
+  )
   flags.DEFINE_list('batches', ['1'], 'Sequences that decode at once.')
   flags.DEFINE_enum(
     'numerics', 'fast', engine_config.NUMERICS, 'Numerics of both engines.'

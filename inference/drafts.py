@@ -3,10 +3,17 @@
 Both have the same ids, since one verifies the tokens of the other.
 """
 
+import pathlib
+
 from checks import paths
-from frozen import format as frozen_format, manifest as manifest_lib
+from frozen import (
+  format as frozen_format,
+  manifest as manifest_lib,
+  stored_kernels,
+)
 from inference.engine import device_state, engine_config
 from inference.engine.drafting import draft_model
+from models import model_config
 from storage import file_names
 
 _MODEL = 'params'  # the collection that an engine computes with
@@ -52,6 +59,27 @@ def read(
     ),
     dtype=frozen.manifest.dtype,
   )
+
+
+def memory(
+  config: engine_config.EngineConfig, platform: str
+) -> tuple[int, float]:
+  """Returns the bytes of the draft model, and of its KV cache per token.
+
+  They are known from its manifest; 0 if the config has none.
+
+  Args:
+    config: of an engine.
+    platform: of its device.
+  """
+  if not config.draft_model:
+    return 0, 0.0
+  directory = paths.expanded(_FLAG, config.draft_model)
+  manifest = manifest_lib.read(pathlib.Path(directory))
+  model = model_config.ModelConfig.from_dict(manifest.model)
+  weights = stored_kernels.num_bytes(frozen_format.shapes_of(manifest, model))
+  backend = draft_model.backend(config, model, manifest.dtype, platform)
+  return weights, backend.bytes_per_token(model)
 
 
 def _tokenizer_files(manifest: manifest_lib.Manifest) -> dict[str, str]:

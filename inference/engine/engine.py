@@ -112,16 +112,13 @@ class Engine:
     self.context = config.context(model_config.max_length)
     self.page_tokens = config.page_tokens(self.context)
     served, vocab_size = self.placement.model, tokenizer.vocab_size
-    self.draft = draft_model.made(
-      draft, config, self.context, vocab_size, device
-    )
+    self.draft = draft_model.made(draft, config, self.placement)
     self.backend = backend = _backend(
       self.placement, config, params, dtype, self.draft
     )
     with jax.default_device(device):
       self.adapters = adapter_table.made(config, params.shapes, dtype)
-    others = self.adapters.num_bytes
-    others += self.draft.num_bytes if self.draft else 0
+    others = self.adapters.num_bytes + draft_model.num_bytes(self.draft)
     pool = pool_lib.sized(self.placement, config, backend, params, others)
     self.page_bytes = pool.page_bytes
     self.manager = sequence_manager.SequenceManager(

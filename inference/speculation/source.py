@@ -32,13 +32,21 @@ class Source(Protocol):
     """
     ...
 
+  def advance(self, sequences: Collection[page_tables.Sequence]) -> bool:
+    """Does some of the work that is due before drafts; tokens are in flight.
+
+    Returns:
+      Whether a sequence has no work left but for the tokens in flight.
+    """
+    ...
+
   def ready(
     self, sequences: Collection[page_tables.Sequence], most: int
   ) -> dict[Hashable, int]:
-    """Returns the same for a step that is planned now.
+    """Returns the lengths for a step that is planned now.
 
-    No token is in flight. A source may do work that is due before drafts, and
-    leave out the sequences for which more of it is left.
+    No token is in flight. The length is 0 for a sequence that still has work
+    due before it.
     """
     ...
 
@@ -85,6 +93,10 @@ class OfHost:
     return {id: len(draft) for id, draft in self._found.items()}
 
   ready = lengths
+
+  def advance(self, sequences):
+    del sequences
+    return True
 
   def placed(self, lengths):
     return {id: self._found[id][:length] for id, length in lengths.items()}

@@ -13,9 +13,10 @@ adapters, too, as their base would answer.
 Reference: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent import futures
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from inference.engine import (
   inputs as inputs_lib,
 )
 from inference.engine.drafting import draft_steps
+from inference.engine.spread import placement as placement_lib
 from inference.scheduling import page_tables
 from inference.speculation import followed as followed_lib, source
 from models import kv_cache as kv_cache_lib, model_config, transformer
@@ -52,37 +54,33 @@ class DraftModel:
     self,
     weights: Weights,
     config: engine_config.EngineConfig,
-    context: int,
-    vocab_size: int,
-    device: jax.Device,
+    placement: placement_lib.Placement,
   ):
     """Chooses the way of computing; allocates nothing.
 
     Args:
       weights: of the model.
       config: of the engine.
-      context: most tokens of a sequence.
-      vocab_size: V, ids that may be sampled.
-      device: of the engine.
+      placement: of the engine, one device.
 
     Raises:
       ValueError: the engine has a number of devices or a way of computing that
         the model does not support.
     """
-    self._weights, self._device = weights, device
+    self._weights = weights
     self._model_config = dataclasses.replace(weights.config, scan_layers=False)
-    # A guess needs no numerics of its own, and no kernel.
-    fast = dataclasses.replace(config, numerics='fast', attention='auto')
-    platform = device.platform
-    self._backend = execution.choose(
-      fast, self._model_config, weights.dtype, platform
-    ).multiplying(fast, weights.params.shapes, weights.dtype, platform)
+    platform, dtype = placement.device.platform, weights.dtype
+    self._backend = backend(
+      config, self._model_config, dtype, platform
+    ).multiplying(config, weights.params.shapes, dtype, platform)
     self._model = transformer.Transformer(
       self._model_config,
       jnp.dtype(weights.dtype),
       self._backend.execution,
     )
-    self._vocab_size, self._chunk_tokens = vocab_size, config.chunk_tokens
+    self._vocab_size = placement.vocab_size
+    self._chunk_tokens = config.chunk_tokens
+    context = config.context(placement.model.max_length)
     self._table_width = config.table_width(context)
     self._padding_slot = config.max_sequences
     self._most = max(width for _, width in config.verified_shapes()) - 1
@@ -164,29 +162,19 @@ class DraftModel:
     """Returns how many tokens a draft of each sequence may have."""
     return {each.id: self._length(each, most) for each in sequences}
 
+  def advance(self, sequences: Collection[page_tables.Sequence]) -> bool:
+    """Catches up with sequences, a few chunks; returns whether with any."""
+    return len(self._caught_up(sequences)) > 0
+
   def ready(
     self, sequences: Collection[page_tables.Sequence], most: int
   ) -> dict[Any, int]:
     """Catches up with sequences; returns the lengths of those that it knows."""
-    found, work = {}, []
-    for each in sequences:
-      found[each.id] = length = self._length(each, most)
-      if not length:
-        continue
-      start, end = self._num_computed(each), len(each.tokens) - 1
-      if end + 1 - start <= draft_steps.KNOWN:
-        continue
-      room = self._chunks[-1] - len(work)
-      stops = range(start + self._chunk_tokens, end, self._chunk_tokens)
-      cuts = [start, *stops, end][: room + 1]
-      work += [
-        (each, one, other) for one, other in zip(cuts, cuts[1:], strict=False)
-      ]
-      if cuts[-1] < end:
-        found[each.id] = 0  # in a later step
-    if work:
-      self._extend(work)
-    return found
+    known = self._caught_up(sequences)
+    return {
+      each.id: self._length(each, most) if each.id in known else 0
+      for each in sequences
+    }
 
   def placed(self, lengths: source.Lengths) -> dict[Any, tuple[int, ...]]:
     """Returns places for drafts of these lengths."""
@@ -250,16 +238,41 @@ class DraftModel:
     left = len(sequence.tokens) - self._num_computed(sequence)
     return left <= draft_steps.KNOWN
 
-  def _extend(self, work: list[tuple[page_tables.Sequence, int, int]]) -> None:
+  def _caught_up(self, sequences: Collection[page_tables.Sequence]) -> set[Any]:
+    """Computes known tokens; returns the ids of sequences with none left.
+
+    One chunk of a sequence is always computed. More of them are for as many as
+    a step of prompts has.
+    """
+    known, work = set(), []
+    for each in sequences:
+      if not self._length(each, 1):
+        continue
+      start, end = self._num_computed(each), len(each.tokens) - 1
+      if end + 1 - start > draft_steps.KNOWN:
+        room = max(self._chunks[-1] - len(work), 1)
+        stops = [*range(start + self._chunk_tokens, end, self._chunk_tokens)]
+        cuts = [start, *stops, end][: room + 1]
+        work += [(each, *span) for span in itertools.pairwise(cuts)]
+        if cuts[-1] < end:
+          continue
+      known.add(each.id)
+    most = self._chunks[-1]
+    for at in range(0, len(work), most):
+      self._extend(work[at : at + most])
+    return known
+
+  def _extend(
+    self, work: Sequence[tuple[page_tables.Sequence, int, int]]
+  ) -> None:
     """Computes chunks (sequence, start, stop)."""
     num_chunks = next(num for num in self._chunks if num >= len(work))
     flat_I, inputs = inputs_lib.empty(
       self._layout(num_chunks), padding_slot=self._padding_slot
     )
     for row, (sequence, start, stop) in enumerate(work):
-      part = slice(
-        row * self._chunk_tokens, row * self._chunk_tokens + stop - start
-      )
+      at = row * self._chunk_tokens
+      part = slice(at, at + stop - start)
       inputs.tokens_T[part] = sequence.tokens[start:stop]
       inputs.positions_T[part] = np.arange(start, stop)
       pages = sequence.pages[: -(-stop // self._page_size)]
@@ -279,12 +292,26 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def backend(
+  config: engine_config.EngineConfig,
+  model: model_config.ModelConfig,
+  dtype: Any,
+  platform: str,
+) -> execution.Backend:
+  """Returns the way in which a draft model computes on a platform.
+
+  Raises:
+    ValueError: no way supports the model.
+  """
+  # A guess needs no numerics of its own, and no kernel.
+  fast = dataclasses.replace(config, numerics='fast', attention='auto')
+  return execution.choose(fast, model, dtype, platform)
+
+
 def made(
   weights: Weights | None,
   config: engine_config.EngineConfig,
-  context: int,
-  vocab_size: int,
-  device: jax.Device,
+  placement: placement_lib.Placement,
 ) -> DraftModel | None:
   """Returns the draft model of an engine; None: it has none.
 
@@ -300,4 +327,9 @@ def made(
     )
   if weights is None:
     return None
-  return DraftModel(weights, config, context, vocab_size, device)
+  return DraftModel(weights, config, placement)
+
+
+def num_bytes(draft: DraftModel | None) -> int:
+  """Returns the bytes of the weights of a draft model, if there is one."""
+  return draft.num_bytes if draft else 0

@@ -95,6 +95,8 @@ class Speculator:
       return False
     if not self._chosen(self.source.lengths(ready, most)):
       return False
+    if not self.source.advance(ready):
+      return False
     self._num_passed += 1
     if self._num_passed < min(self._num_vain, _MOST_PASSED):
       return False

@@ -17,6 +17,7 @@ from frozen import (
   stored_kernels,
 )
 from hardware import host_memory, peaks
+from inference import drafts
 from inference.engine import (
   adapter_table,
   device_state,
@@ -99,7 +100,9 @@ def plan(
     )
     model, weights = placement.model, placement.num_bytes(params)
   backend = execution.choose(config, model, dtype, device.platform)
-  bytes_per_token = backend.bytes_per_token(model)
+  of_draft, draft_per_token = drafts.memory(config, device.platform)
+  weights += of_draft
+  bytes_per_token = backend.bytes_per_token(model) + draft_per_token
   config = config.holding([])
   of_adapters = 0
   if config.max_adapters:

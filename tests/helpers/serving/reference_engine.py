@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import engine as engine_lib, engine_config
+from inference.engine import (
+  device_state,
+  engine as engine_lib,
+  engine_config,
+)
+from inference.engine.drafting import draft_model
 from inference.requests import requests as requests_lib
 from inference.sampling import (
   logprobs as logprobs_lib,
@@ -25,7 +30,7 @@ from inference.sampling import (
 from models import kv_cache, transformer
 from models.linear import invariant
 from tests.helpers import tiny_models
-from tests.helpers.serving import simulated_device
+from tests.helpers.serving import guesses, simulated_device
 from text import tokenizer as tokenizer_lib
 
 MAX_LENGTH = 128
@@ -75,20 +80,48 @@ def params(kind: str = 'llama', vocab_size: int = 261, seed: int = 0):
 
 @functools.cache
 def engine(
-  kind: str = 'llama', *, is_small: bool = False, **layout
+  kind: str = 'llama',
+  *,
+  is_small: bool = False,
+  noise: float | None = None,
+  **layout,
 ) -> engine_lib.Engine:
   """Returns the engine of a layout, made once since compiling takes long.
 
   Args:
     kind: of model.
     is_small: with the vocabulary of `SmallTokenizer`.
+    noise: of the draft model: it has the weights of the model with so much
+      noise; None: there is none.
     **layout: fields of `EngineConfig`.
   """
   vocab_size = 13 if is_small else 261
-  return engine_of(model_config(kind, vocab_size), kind, **layout)
+  config = model_config(kind, vocab_size)
+  if noise is None:
+    return engine_of(config, kind, **layout)
+  rng = np.random.default_rng(1)
+  drafting = jax.tree.map(
+    lambda x: x + noise * jnp.asarray(rng.normal(0, 1, x.shape), x.dtype),
+    params(kind, vocab_size),
+  )
+  made = engine_of(
+    config,
+    kind,
+    draft=draft_model.Weights(
+      config=config, params=device_state.unread(drafting), dtype=jnp.float32
+    ),
+    **layout,
+    speculation='model',
+    draft_model='given',
+  )
+  # All drafts are worth their time.
+  made._speculator._choice.costs = guesses.Costs()
+  return made
 
 
-def engine_of(config, kind: str = 'llama', **layout) -> engine_lib.Engine:
+def engine_of(
+  config, kind: str = 'llama', draft=None, **layout
+) -> engine_lib.Engine:
   """Returns an engine of a model that has the weights of a kind."""
   is_small = config.vocab_size == 13
   tokenizer = SmallTokenizer() if is_small else tiny_models.byte_tokenizer()
@@ -98,6 +131,7 @@ def engine_of(config, kind: str = 'llama', **layout) -> engine_lib.Engine:
     tokenizer=tokenizer,
     weights_digest='first',
     config=engine_config.EngineConfig(**layout),
+    draft=draft,
   )
   _ENGINES.add(made)
   return made
