@@ -16,6 +16,7 @@ def args(tmp_path):
   )
   return types.SimpleNamespace(
     model=str(tmp_path / 'frozen'),
+    draft_model='',
     batches=['2'],
     tokens=24,
     rounds=1,

@@ -33,6 +33,7 @@ def _counted(engine):
   ]
 
 
+@pytest.mark.slow
 def test_one_function_with_a_draft_model():
   """In crowds, with prefix hits, chunks, forks and preemptions."""
   engine = reference_engine.engine(**_LAYOUT, noise=0.02)
@@ -56,6 +57,7 @@ def test_one_function_with_a_draft_model_for_every_page_size(name):
   )
 
 
+@pytest.mark.slow
 def test_a_model_that_drafts_for_itself_is_right():
   """So its cache follows hits, preemptions, cancellations and other drafts."""
   engine = reference_engine.engine(**_LAYOUT, noise=0.0)
@@ -84,12 +86,12 @@ def test_a_model_that_drafts_for_itself_is_right():
   engine.cancel(cancelled)
   reference_engine.serve(engine, [wanted[3]])
   accepted, rejected = np.subtract(_counted(engine), before)
-  print('counted', accepted, rejected)
-  # Measured: 176 and 0. Fast numerics may round one guess to another token.
+  # Measured: 168 and 0. Fast numerics may round one guess to another token.
   assert accepted > 120
   assert rejected <= 5
 
 
+@pytest.mark.slow
 def test_a_draft_model_has_to_have_the_same_tokens(tmp_path):
   manifest = frozen_dirs.write(tmp_path / 'model')
   frozen_dirs.write(tmp_path / 'small')
