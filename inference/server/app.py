@@ -52,7 +52,6 @@ from starlette import (
   routing,
 )
 
-from inference import generate
 from inference.search.routing import router as router_lib
 from inference.server import server_config, service as service_lib
 from inference.server.access import (
@@ -180,9 +179,9 @@ def create_app(
     bodies.close()
     records.close()
     ledger.close()
-    for loop in versions.engine_loops():
-      if loop.generator:
-        _report_digest(loop.generator)
+    for model in versions.all():
+      if model.base is None:
+        _report_digests(model)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
@@ -237,13 +236,13 @@ def _add_middleware(
   app.add_middleware(exchanges.Exchanges)  # outermost: a 401 has an id too
 
 
-def _report_digest(generator: generate.Generator) -> None:
-  expected = generator.frozen.manifest.weights_digest
-  digest = generator.weights_digest()
-  if digest == expected:
-    _LOG.info('weights %s: unchanged', digest)
-  else:
-    _LOG.error('weights %s: CHANGED, were %s', digest, expected)
+def _report_digests(model: service_lib.ServedModel) -> None:
+  expected = model.manifest.weights_digest
+  for where, digest in model.engine_loop.digests():
+    if digest == expected:
+      _LOG.info('%sweights %s: unchanged', where, digest)
+    else:
+      _LOG.error('%sweights %s: CHANGED, were %s', where, digest, expected)
 
 
 class _Failures:

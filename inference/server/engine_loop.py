@@ -1,23 +1,13 @@
-"""The engine's thread, and the queue through which an event loop talks to it.
+"""The engine's thread, as an event loop talks to it.
 
     engine_loop.start()                          # within the event loop
     updates = await engine_loop.submit(requests)
     async for which, update in updates: ...
     updates.close()                              # in the middle: cancels
 
-Requests join and leave the running batch between two steps. Commands of the
-event loop wait in an inbox, which the thread empties before every step. The
-updates of a step go to the event loop in one call. Without work the thread
-sleeps. The event loop stays free: it answers /health, accepts requests, and
-notices clients that have left.
-
-The thread also makes the engine, so that the server listens while the engine
-compiles. The engine answers as soon as it has the programs that every step can
-use; another thread compiles the others.
-
-If a step fails, all open requests and all later requests fail: the state on the
-device cannot be trusted any more. So no client waits for an answer that will
-never come.
+The event loop stays free while the engine works: it answers /health, accepts
+requests, and notices clients that have left. See `engine_thread`, which has the
+thread; `replicas.loop` has the same members for engines in other processes.
 
 However a submission ends, its `on_end` is called once, in the event loop, with
 the counts of the engine.
@@ -27,37 +17,97 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 import contextlib
 import dataclasses
-import functools
-import gc
-import logging
-import queue
-import threading
-import time
-from typing import Any
+from typing import Any, Protocol
 
-from hardware import host_memory
+from frozen import adapters as frozen_adapters
 from inference import generate
 from inference.engine import engine as engine_lib
 from inference.requests import requests as requests_lib
-from inference.server.http import thread_priority
+from inference.server import engine_thread
 
-_LOG = logging.getLogger('uvicorn.error')
-
-LOADING, READY, FAILED, STOPPED = 'loading', 'ready', 'failed', 'stopped'
-
-
-_Command = Callable[[], None]
-
-
-class Failed(RuntimeError):
-  """The engine has failed; no request is answered any more."""
+LOADING, READY = engine_thread.LOADING, engine_thread.READY
+FAILED, STOPPED = engine_thread.FAILED, engine_thread.STOPPED
+Failed, Stopped = engine_thread.Failed, engine_thread.Stopped
+Item = engine_thread.Item
+Labelled = tuple[dict[str, str], Any]
+_TICK_SECONDS = 0.02
 
 
-class Stopped(RuntimeError):
-  """The server is stopping; no request is answered any more."""
+class Port(Protocol):
+  """The engine of a version, or its engines, as the server uses them."""
 
+  failure: Exception | None
 
-Item = tuple[int, requests_lib.Update]  # with the index of the request
+  @property
+  def generator(self) -> generate.Generator | None:
+    """Makes requests for the engine; None until it is loaded."""
+    ...
+
+  @property
+  def state(self) -> str:
+    """LOADING, READY, FAILED or STOPPED."""
+    ...
+
+  @property
+  def is_loading(self) -> bool:
+    """Whether the engine is still made."""
+    ...
+
+  @property
+  def is_compiling(self) -> bool:
+    """Whether a thread of this process compiles."""
+    ...
+
+  @property
+  def is_idle(self) -> bool:
+    """Whether the engine is complete, and has nothing to do."""
+    ...
+
+  def start(self) -> None:
+    """Starts to load, within the event loop."""
+    ...
+
+  async def submit(
+    self,
+    requests: Sequence[requests_lib.Request],
+    on_end: 'OnEnd' = lambda _: None,
+    *,
+    is_stream: bool = True,
+  ) -> 'Updates':
+    """Submits requests; see `EngineLoop.submit`."""
+    ...
+
+  async def close(self) -> None:
+    """Ends open requests and the engine."""
+    ...
+
+  async def unload(self) -> None:
+    """Ends the engine and frees its memory."""
+    ...
+
+  def check_adapter(self, adapter: frozen_adapters.Adapter) -> None:
+    """Refuses an adapter that has no place; not in the event loop."""
+    ...
+
+  async def load_adapter(self, adapter: frozen_adapters.Adapter) -> None:
+    """Loads an adapter; see `EngineLoop.load_adapter`."""
+    ...
+
+  async def unload_adapter(self, digest: str) -> None:
+    """Unloads an adapter; see `EngineLoop.unload_adapter`."""
+    ...
+
+  def registries(self) -> list[Labelled]:
+    """Returns the registries of metrics, with labels of their samples."""
+    ...
+
+  async def refresh(self) -> None:
+    """Brings the registries up to now."""
+    ...
+
+  def digests(self) -> list[tuple[str, str]]:
+    """Returns where weights are and their digests now, after `close`."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,17 +181,8 @@ class Updates:
     self._num_left = 0
 
 
-@dataclasses.dataclass
-class _Open:
-  """An unfinished request."""
-
-  updates: Updates  # of the submission that the request belongs to
-  which: int  # index among the requests submitted together
-  num_left: int  # unfinished sequences
-
-
-class EngineLoop:
-  """Runs an engine in a thread of its own, once."""
+class EngineLoop(engine_thread.EngineThread):
+  """An engine in a thread of this process, as a `Port`."""
 
   def __init__(
     self,
@@ -158,104 +199,47 @@ class EngineLoop:
         in `failure`.
       on_compiled: called in a thread when all programs are compiled.
     """
-    self.generator: generate.Generator | None = None
-    self.failure: Exception | None = None
-    self._load, self._on_load_failure = load, on_load_failure
-    self._on_compiled = on_compiled
-    self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-    self._open: dict[int, _Open] = {}  # by request id; used in the thread only
-    self._is_closed = False
-    self._started_at = 0.0  # seconds of `time.perf_counter`
+    super().__init__(
+      load,
+      deliver=self._deliver,
+      on_load_failure=on_load_failure,
+      on_compiled=on_compiled,
+    )
     self._event_loop: asyncio.AbstractEventLoop | None = None
-    # A daemon: XLA cannot be interrupted, and a process that is told to stop
-    # during a compilation must not wait for its end.
-    self._thread = threading.Thread(
-      target=self._run, name='engine', daemon=True
-    )
-    self._compiler = threading.Thread(
-      target=self._compile_rest, name='compiler', daemon=True
-    )
-
-  @property
-  def state(self) -> str:
-    """LOADING while programs compile, READY, FAILED or STOPPED."""
-    if self.failure:
-      return FAILED
-    if self._is_closed:
-      return STOPPED
-    return READY if self.generator else LOADING
-
-  @property
-  def is_loading(self) -> bool:
-    """Whether the thread still makes the generator, closed or not."""
-    return self._thread.is_alive() and not (self.generator or self.failure)
-
-  @property
-  def is_compiling(self) -> bool:
-    """Whether a thread compiles, in which XLA cannot be interrupted."""
-    if self.is_loading or self._compiler.is_alive():
-      return True
-    generator = self.generator
-    return generator is not None and generator.engine.is_compiling
-
-  @property
-  def is_idle(self) -> bool:
-    """Whether the engine is complete, and has nothing to do."""
-    generator = self.generator
-    return (
-      self.state == READY
-      and generator is not None
-      and not self._compiler.is_alive()
-      and not generator.engine.has_work
-      and self._inbox.empty()
-    )
-
-  def release(self) -> None:
-    """Frees the memory of the engine, after `close` and all compilation."""
-    self._thread.join()
-    if self.generator:
-      self.generator.engine.release()
-      self.generator = None
-    # Programs and the engine are in cycles, of objects that may be frozen.
-    was_frozen = gc.get_freeze_count() > 0
-    gc.unfreeze()
-    gc.collect()
-    if was_frozen:
-      gc.freeze()
-    host_memory.return_freed_memory()
 
   def start(self) -> None:
     """Starts the thread, for the running event loop."""
-    self._started_at = time.perf_counter()
     self._event_loop = asyncio.get_running_loop()
-    self._thread.start()
+    super().start()
 
   async def submit(
     self,
     requests: Sequence[requests_lib.Request],
     on_end: OnEnd = lambda _: None,
+    *,
+    is_stream: bool = True,
   ) -> Updates:
     """Submits requests, all or none; returns their updates.
 
     Args:
       requests: requests of one client.
       on_end: called once, also if this raises.
+      is_stream: whether updates are needed as they come. Engines in other
+        processes hand them out together if not.
 
     Raises:
       ValueError: a request could never be answered.
       engine.Overloaded: too many sequences wait; try again later.
       Failed, Stopped: no request is answered any more.
     """
-    updates = Updates(
-      sum(request.settings.n for request in requests),
-      lambda each: self._inbox.put(functools.partial(self._cancel, each)),
-      on_end,
-    )
-    if self._is_closed:
-      updates.end(error=_stopping())
-      raise _stopping()
+    del is_stream
+    num_sequences = sum(request.settings.n for request in requests)
+    updates = Updates(num_sequences, self.cancel, on_end)
+    if self.is_closed:
+      updates.end(error=engine_thread.stopping())
+      raise engine_thread.stopping()
     accepted = asyncio.get_running_loop().create_future()
-    self._inbox.put(functools.partial(self._take, requests, updates, accepted))
+    self.take(requests, updates, accepted)
     try:
       await accepted
     except asyncio.CancelledError:
@@ -263,188 +247,86 @@ class EngineLoop:
       raise
     return updates
 
-  async def call(self, function: Callable[[engine_lib.Engine], Any]) -> None:
-    """Calls a function with the engine, in its thread, between two steps.
+  async def call(self, function: Callable[[engine_lib.Engine], Any]) -> Any:
+    """Returns what a function of the engine returns, see `ask`.
 
     Raises:
       ValueError: the function raises it.
       Failed, Stopped: the engine does not run any more.
     """
-    if self._is_closed:
-      raise _stopping()
+    if self.is_closed:
+      raise engine_thread.stopping()
     called = asyncio.get_running_loop().create_future()
-
-    def run() -> None:
-      error = None
-      if self.failure or not self.generator:
-        error = _failed()
-      else:
-        try:
-          function(self.generator.engine)
-        except ValueError as refusal:
-          error = refusal
-      self._call(_settle, called, error)
-
-    self._inbox.put(run)
-    await called
+    self.ask(function, called)
+    return await called
 
   async def close(self) -> None:
     """Cancels open requests and ends the thread, unless it still loads."""
-    self._is_closed = True
-    self._inbox.put(None)
+    self.begin_close()
     if not self.is_loading:
-      await asyncio.to_thread(self._thread.join)
+      await asyncio.to_thread(self.join)
 
-  # --------------------------------------------------------------------------
-  # In the thread
+  async def unload(self) -> None:
+    """Ends the engine and frees its memory; no request needs it any more."""
+    await self.close()
+    while self.is_compiling:  # XLA cannot be interrupted
+      await asyncio.sleep(_TICK_SECONDS)
+    await asyncio.to_thread(self.release)
 
-  def _run(self) -> None:
-    thread_priority.lower()  # first, so that XLA's threads have it too
-    try:
-      self.generator = self._load()
-    except Exception as error:
-      self.failure = error
-      self._call(self._on_load_failure)
-    else:
-      seconds = time.perf_counter() - self._started_at
-      _LOG.info('ready after %.1f s; %s', seconds, self.generator.memory_text())
-      if products := self.generator.products_text():
-        _LOG.info('products with kernels in fewer bits: %s', products)
-      self._compiler.start()
-      try:
-        self._work(self.generator.engine)
-      except Exception as error:
-        _LOG.error('the engine failed', exc_info=error)
-        self.failure = error
-    if self.failure:
-      self._end_all(_failed())
-    while (command := self._inbox.get()) is not None:
-      command()  # fails its request: no client may wait forever
+  def check_adapter(self, adapter: frozen_adapters.Adapter) -> None:
+    """Refuses an adapter that the engine has no place for.
 
-  def _compile_rest(self) -> None:
-    assert self.generator
-    start = time.perf_counter()
-    try:
-      self.generator.engine.compile_rest()
-    except Exception as error:
-      # The programs that exist can compute every step.
-      _LOG.error('programs are missing, steps are slower', exc_info=error)
-    else:
-      self._on_compiled()
-      seconds = time.perf_counter() - start
-      _LOG.info('all programs are compiled, %.1f s after ready', seconds)
-
-  def _work(self, engine: engine_lib.Engine) -> None:
-    while self._obey(is_idle=not engine.has_work):
-      if engine.has_work:
-        self._hand_out(engine.step())
-    self._inbox.put(None)  # again, for `_run`: `_obey` has read the first
-    self._end_all(_stopping())
-    while engine.has_work:
-      engine.step()  # reads the step in flight
-
-  def _obey(self, *, is_idle: bool) -> bool:
-    """Runs the commands of the inbox; without work, waits for one.
-
-    Returns:
-      False if the end was among them.
+    Raises:
+      ValueError: it does not fit, or all places are taken.
     """
-    try:
-      command = self._inbox.get(block=is_idle)
-      while command is not None:
-        command()
-        command = self._inbox.get_nowait()
-    except queue.Empty:
-      return True
-    return False
-
-  def _take(
-    self,
-    requests: Sequence[requests_lib.Request],
-    updates: Updates,
-    accepted: asyncio.Future,
-  ) -> None:
-    if self.failure or not self.generator:
-      self._refuse(updates, accepted, _failed())
-      return
-    try:
-      request_ids = self.generator.engine.submit_all(requests)
-    except (ValueError, engine_lib.Overloaded) as error:
-      self._refuse(updates, accepted, error)
-    except Exception:
-      self._refuse(updates, accepted, _failed())
-      raise
-    else:
-      for which, request_id in enumerate(request_ids):
-        num = requests[which].settings.n
-        self._open[request_id] = _Open(updates, which, num)
-      self._call(_settle, accepted, None)
-
-  def _refuse(
-    self, updates: Updates, accepted: asyncio.Future, error: Exception
-  ) -> None:
-    self._call(updates.end, (), error)
-    self._call(_settle, accepted, error)
-
-  def _cancel(self, updates: Updates) -> None:
-    # They may have ended before any reader noticed: then nothing is open.
-    if any(each.updates is updates for each in self._open.values()):
-      self._end(updates)
-
-  def _end(self, updates: Updates, error: Exception | None = None) -> None:
-    """Cancels the open requests of a submission in the engine."""
     assert self.generator
-    cancelled = []
-    for request_id, each in list(self._open.items()):
-      if each.updates is updates:
-        del self._open[request_id]
-        # The counts of a failed engine are known, unless they are the failure.
-        with contextlib.suppress(*[Exception] * bool(self.failure)):
-          last = self.generator.engine.cancel(request_id)
-          cancelled += [(each.which, update) for update in last]
-    self._call(updates.end, cancelled, error)
+    table = self.generator.engine.adapters
+    table.check_room(adapter.manifest.adapter_digest)
+    table.fitted(adapter.tree)
 
-  def _hand_out(self, arrived: Sequence[requests_lib.Update]) -> None:
-    """Gives the updates of a step to the event loop, which wakes once."""
-    items = []
-    for update in arrived:
-      each = self._open[update.request_id]
-      items.append((each.updates, (each.which, update)))
-      each.num_left -= update.completion is not None
-      if not each.num_left:
-        del self._open[update.request_id]
-    if items:
-      self._call(_put_all, items)
+  async def load_adapter(self, adapter: frozen_adapters.Adapter) -> None:
+    """Loads an adapter; no step waits for it.
 
-  def _end_all(self, error: Exception) -> None:
-    whose = {id(each.updates): each.updates for each in self._open.values()}
-    for updates in whose.values():
-      self._end(updates, error)
+    Raises:
+      ValueError: the engine has no place for it.
+      Failed, Stopped: the engine does not run any more.
+    """
+    if not self.generator:
+      raise engine_thread.failed()
+    digest, tree = adapter.manifest.adapter_digest, adapter.tree
+    table = self.generator.engine.adapters
+    row = await asyncio.to_thread(table.fitted, tree)
+    await self.call(lambda engine: engine.adapters.load(digest, tree, row))
 
-  def _call(self, function: Callable, *args) -> None:
+  async def unload_adapter(self, digest: str) -> None:
+    """Frees the place of an adapter, if it is loaded.
+
+    Raises:
+      ValueError: a sequence needs it; a cancelled one has gone soon.
+      Failed, Stopped: the engine does not run any more.
+    """
+    await self.call(lambda engine: drop_adapter(engine, digest))
+
+  def registries(self) -> list[Labelled]:
+    """Returns the registry of the engine's metrics, once it is loaded."""
+    generator = self.generator
+    return [({}, generator.engine.metrics.registry)] if generator else []
+
+  async def refresh(self) -> None:
+    """Does nothing: the registry has the values of now."""
+
+  def digests(self) -> list[tuple[str, str]]:
+    """Returns the digest of the weights that the engine computed with."""
+    return [('', self.generator.weights_digest())] if self.generator else []
+
+  def _deliver(self, function: Callable, *args) -> None:
     """Calls a function in the event loop, unless it is closed."""
     assert self._event_loop
     with contextlib.suppress(RuntimeError):
       self._event_loop.call_soon_threadsafe(function, *args)
 
 
-def _failed() -> Failed:
-  return Failed('the engine has failed; see the log of the server')
-
-
-def _stopping() -> Stopped:
-  return Stopped('the server is stopping')
-
-
-def _settle(future: asyncio.Future, error: Exception | None) -> None:
-  if future.done():
-    return  # the client has left
-  if error:
-    future.set_exception(error)
-  else:
-    future.set_result(None)
-
-
-def _put_all(items) -> None:
-  for updates, item in items:
-    updates.put(item)
+def drop_adapter(engine: engine_lib.Engine, digest: str) -> None:
+  """Unloads an adapter, if the engine has it; raises as `unload_adapter`."""
+  if digest in engine.adapters.digests:
+    engine.adapters.unload(digest)

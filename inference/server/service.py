@@ -1,6 +1,5 @@
 """The parts of the server that its routes share."""
 
-import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 import dataclasses
 import threading
@@ -26,7 +25,6 @@ from inference.server.records import database, responses
 from inference.server.versions import fingerprint, memory, registry, shadow
 
 _SHOWN_DIGITS = 16  # of a digest in NAME@DIGEST
-_TICK_SECONDS = 0.02
 
 
 class Observer(Protocol):
@@ -52,7 +50,7 @@ class ServedModel:
   def __init__(
     self,
     name: str,
-    engine_loop: engine_loop_lib.EngineLoop,
+    engine_loop: engine_loop_lib.Port,
     manifest: manifest_lib.Manifest,
     *,
     context: int = 0,
@@ -106,12 +104,9 @@ class ServedModel:
     """Returns its generator, None until it is loaded."""
     return self.engine_loop.generator
 
-  def registries(self) -> list[prometheus_client.CollectorRegistry]:
-    """Returns the registries of its metrics."""
-    found = [self.shadow.registry]
-    if generator := self.engine_loop.generator:
-      found.append(generator.engine.metrics.registry)
-    return found
+  def registries(self) -> list[engine_loop_lib.Labelled]:
+    """Returns the registries of its metrics, with labels of their samples."""
+    return [({}, self.shadow.registry), *self.engine_loop.registries()]
 
   def start(self) -> Coroutine | None:
     """Starts to load it; returns the rest of the work, if there is any."""
@@ -119,11 +114,7 @@ class ServedModel:
 
   async def unload(self) -> None:
     """Frees its memory; no request needs it any more."""
-    loop = self.engine_loop
-    await loop.close()
-    while loop.is_compiling:  # XLA cannot be interrupted
-      await asyncio.sleep(_TICK_SECONDS)
-    await asyncio.to_thread(loop.release)
+    await self.engine_loop.unload()
 
   def count(self, updates: Sequence[engine_loop_lib.Item]) -> None:
     """Counts the last updates of sequences; the engine has done so."""
@@ -196,6 +187,8 @@ class ServedModel:
     self,
     requests: Sequence[requests_lib.Request],
     on_end: Callable[[engine_loop_lib.Ended], object] = lambda _: None,
+    *,
+    is_stream: bool = True,
   ) -> engine_loop_lib.Updates:
     """Submits requests to the engine, all or none; returns their updates.
 
@@ -204,6 +197,7 @@ class ServedModel:
     Args:
       requests: of one client.
       on_end: called once with their end, if the engine has taken them.
+      is_stream: whether the client gets tokens as they come.
 
     Raises:
       ApiError: status 400, a prompt does not fit; 429, too many requests wait,
@@ -232,7 +226,9 @@ class ServedModel:
       return admitted.end(ended)
 
     try:
-      updates = await self.engine_loop.submit(admitted.requests, end)
+      updates = await self.engine_loop.submit(
+        admitted.requests, end, is_stream=is_stream
+      )
       admitted.open()
     except engine.Overloaded as error:
       raise errors.ApiError(
@@ -324,13 +320,13 @@ class Service:
     """Most tokens of a sequence of any model."""
     return max((each.context for each in self.versions.all()), default=0)
 
-  def registries(self) -> list[tuple[dict[str, str], Any]]:
+  def registries(self) -> list[engine_loop_lib.Labelled]:
     """Returns the registries of metrics, with the labels of their samples."""
-    found: list[tuple[dict[str, str], Any]]
+    found: list[engine_loop_lib.Labelled]
     found = [({}, registry) for registry in self.metrics]
     for model in self.versions.all():
       labels = {'model': model.name, 'version': model.version}
-      found += [(labels, registry) for registry in model.registries()]
+      found += [({**labels, **own}, each) for own, each in model.registries()]
     return found
 
   def find(self, name: str) -> ServedModel:

@@ -213,7 +213,7 @@ def _seal(options: Options, *, has_keys: bool) -> sealing.Seal | None:
 def _run(
   server: listener.Listener,
   versions: registry.Versions,
-  first: engine_loop_lib.EngineLoop,
+  first: engine_loop_lib.Port,
 ) -> None:
   # After each of its system calls the event loop waits for the thread that runs
   # Python: 5 ms by default, thousands of times per second.

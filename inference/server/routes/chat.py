@@ -42,6 +42,6 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     def submit():
       if answer.body.is_search:
         return running.begin(service, model, answer)
-      return model.submit(answer.requests)
+      return model.submit(answer.requests, is_stream=answer.is_stream)
 
     return await generation.answered(request, service, submit, answer)

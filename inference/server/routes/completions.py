@@ -34,5 +34,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     model, answer = await service.bodies.worked(request, prepared)
     answer = await generation.compiled(service, answer)
     return await generation.answered(
-      request, service, lambda: model.submit(answer.requests), answer
+      request,
+      service,
+      lambda: model.submit(answer.requests, is_stream=answer.is_stream),
+      answer,
     )

@@ -1,5 +1,7 @@
 """GET /health, /ready, /metrics and /version."""
 
+import asyncio
+
 import fastapi
 from fastapi import responses
 
@@ -51,6 +53,8 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
   async def metrics():
     if not any(each.generator for each in service.versions.engine_loops()):
       service.model.generator()  # 503: there is nothing to count yet
+    loops = service.versions.engine_loops()
+    await asyncio.gather(*(each.refresh() for each in loops))
     text = metrics_lib.text(service.registries())
     text += service.admission.ledger.metrics.text()
     return responses.Response(text, media_type=_METRICS_TYPE)

@@ -46,7 +46,7 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
     if body.is_search:
       updates = await running.begin(service, model, answer)
     else:
-      updates = await model.submit(answer.requests)
+      updates = await model.submit(answer.requests, is_stream=answer.is_stream)
     events = _stored(service, answer, principal, updates)
     if answer.is_stream:
       return streams.EventStream(

@@ -62,7 +62,7 @@ class Auditor:
     share: float,
     threshold: float = 0.0,
     *,
-    engines: Callable[[], Sequence[engine_loop_lib.EngineLoop]] = list,
+    engines: Callable[[], Sequence[engine_loop_lib.Port]] = list,
   ):
     """Starts without a thread.
 

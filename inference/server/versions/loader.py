@@ -170,8 +170,7 @@ class Loader:
       (adapter,) = adapters.read(
         {name: str(directory)}, generator.frozen
       ).values()
-      generator.engine.adapters.check_room(manifest.adapter_digest)
-      generator.engine.adapters.fitted(adapter.tree)
+      found.engine_loop.check_adapter(adapter)
     except (ValueError, OSError) as error:
       raise _refused(400, error, None, 'cannot_load') from error
     return served_adapter.ServedAdapter(name, adapter, found)

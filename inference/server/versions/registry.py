@@ -67,7 +67,7 @@ class Versions:
     with self._lock:
       return list(self._models)
 
-  def engine_loops(self) -> list[engine_loop_lib.EngineLoop]:
+  def engine_loops(self) -> list[engine_loop_lib.Port]:
     """Returns the engine loops of all versions; adapters have none."""
     return [each.engine_loop for each in self.all() if each.base is None]
 

@@ -13,7 +13,7 @@ import prometheus_client
 
 from frozen import adapters as frozen_adapters
 from inference import generate
-from inference.engine import engine as engine_lib, metrics
+from inference.engine import metrics
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
 from inference.server.versions import fingerprint
@@ -68,9 +68,9 @@ class ServedAdapter(service.ServedModel):
     """Returns its generator, None until it is loaded."""
     return self._generator
 
-  def registries(self) -> list[prometheus_client.CollectorRegistry]:
+  def registries(self) -> list[engine_loop_lib.Labelled]:
     """Returns the registries of its metrics; its base has the engine's."""
-    return [self.shadow.registry, self._metrics.registry]
+    return [({}, self.shadow.registry), ({}, self._metrics.registry)]
 
   def count(self, updates: Sequence[engine_loop_lib.Item]) -> None:
     """Counts the last updates of sequences."""
@@ -83,14 +83,9 @@ class ServedAdapter(service.ServedModel):
   async def _load(self) -> None:
     while self.base.state == engine_loop_lib.LOADING:
       await asyncio.sleep(_TICK_SECONDS)
-    tree = self.adapter.tree
     try:
-      table = self.base.generator().engine.adapters
-      # In a thread: no step waits for it.
-      row = await asyncio.to_thread(table.fitted, tree)
-      await self.engine_loop.call(
-        lambda engine: engine.adapters.load(self.digest, tree, row)
-      )
+      self.base.generator()  # 503: it has stopped, or failed
+      await self.engine_loop.load_adapter(self.adapter)
     except (
       errors.ApiError,
       ValueError,
@@ -108,14 +103,9 @@ class ServedAdapter(service.ServedModel):
     if self._generator is None:
       return
     self._generator = None
-
-    def drop(engine: engine_lib.Engine) -> None:
-      if self.digest in engine.adapters.digests:
-        engine.adapters.unload(self.digest)
-
     while True:
       try:
-        await self.engine_loop.call(drop)
+        await self.engine_loop.unload_adapter(self.digest)
         return
       except ValueError:  # its last sequence is cancelled, and not yet gone
         await asyncio.sleep(_TICK_SECONDS)
