@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,18 @@ class Generator:
     *,
     compile_all: bool = True,
     adapters: abc.Mapping[str, frozen_adapters.Adapter] | None = None,
+    engine: abc.Callable[[tokenizer_lib.Tokenizer], Any] | None = None,
   ):
+    """Makes the engine, and loads the adapters.
+
+    Args:
+      frozen: the model.
+      config: the layout of the engine.
+      compile_all: False leaves programs to `engine.compile_rest`.
+      adapters: adapters of the model, by name.
+      engine: returns an engine in another process, for a tokenizer; see
+        `server.replicas.remote_engine`. None: makes one here.
+    """
     self.frozen = frozen
     self.heads = {}  # of a reward model, once the weights are read
     # The adapter of this generator, None for the base; and all, by name.
@@ -61,6 +73,10 @@ class Generator:
         f' {frozen.config.vocab_size} that the model embeds; freeze again with'
         ' the tokenizer of the training run'
       )
+    self.engine: engine_lib.Engine
+    if engine is not None:
+      self.engine = engine(self.tokenizer)
+      return
     self.engine = engine_lib.Engine(
       frozen.config,
       device_state.Unread({_MODEL: frozen.shapes[_MODEL]}, self._read),

@@ -251,6 +251,7 @@ class Live:
       tuple(token for each in releases for token in each.token_ids),
       tuple(scored for each in releases for scored in each.logprobs),
       completion,
+      self.usage.cached_tokens,
     )
 
   def _completion(self, reason: str) -> requests.Completion:

@@ -138,6 +138,9 @@ class Update:
   token_ids: Sequence[int]  # the ids that spell `text`
   logprobs: Sequence[logprobs_lib.TokenLogprobs]  # one per id, if requested
   completion: Completion | None = None  # in the last update of the sequence
+  # Prompt tokens that were found computed: the bill of a replica that dies
+  # before it has told the usage.
+  num_cached: int = 0
 
 
 def num_sequences(requests: Iterable[Request]) -> collections.Counter[str]:

@@ -97,6 +97,10 @@ class Port(Protocol):
     """Unloads an adapter; see `EngineLoop.unload_adapter`."""
     ...
 
+  def audit(self, item: Any) -> bool:
+    """Takes a finished sequence of `audit`, if the engine is elsewhere."""
+    ...
+
   def registries(self) -> list[Labelled]:
     """Returns the registries of metrics, with labels of their samples."""
     ...
@@ -306,6 +310,11 @@ class EngineLoop(engine_thread.EngineThread):
       Failed, Stopped: the engine does not run any more.
     """
     await self.call(lambda engine: drop_adapter(engine, digest))
+
+  def audit(self, item: Any) -> bool:
+    """Takes no sequence: the weights are in this process."""
+    del item
+    return False
 
   def registries(self) -> list[Labelled]:
     """Returns the registry of the engine's metrics, once it is loaded."""

@@ -102,6 +102,8 @@ class EngineThread:
     *,
     deliver: Callable[..., None],
     on_load_failure: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[], None] = lambda: None,
     on_compiled: Callable[[], None] = lambda: None,
   ):
     """Makes the thread without starting it.
@@ -111,11 +113,14 @@ class EngineThread:
       deliver: calls a function with arguments where updates are received; it
         is itself called in the thread.
       on_load_failure: delivered if `load` raises; the error is in `failure`.
+      on_ready: delivered when requests are answered.
+      on_failure: delivered when a step has failed, and all requests have ended.
       on_compiled: called in a thread when all programs are compiled.
     """
     self.generator: generate.Generator | None = None
     self.failure: Exception | None = None
     self._load, self._on_load_failure = load, on_load_failure
+    self._on_ready, self._on_failure = on_ready, on_failure
     self._on_compiled, self._call = on_compiled, deliver
     self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
     self._open: dict[int, _Open] = {}  # by request id; used in the thread only
@@ -256,6 +261,7 @@ class EngineThread:
       if products := self.generator.products_text():
         _LOG.info('products with kernels in fewer bits: %s', products)
       self._compiler.start()
+      self._call(self._on_ready)
       try:
         self._work(self.generator.engine)
       except Exception as error:
@@ -263,6 +269,8 @@ class EngineThread:
         self.failure = error
     if self.failure:
       self._end_all(failed())
+      if self.generator:
+        self._call(self._on_failure)
     while (command := self._inbox.get()) is not None:
       command()  # fails its request: no client may wait forever
 

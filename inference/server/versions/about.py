@@ -13,10 +13,24 @@ from storage import code_commit
 
 
 @functools.cache
-def version() -> dict[str, Any]:
-  """Returns the body of GET /version."""
-  device = jax.local_devices()[0]
-  commit = code_commit.find()
+def device() -> dict[str, Any]:
+  """Returns the device of this process; its first use takes a while."""
+  first = jax.local_devices()[0]
+  return {
+    'platform': first.platform,
+    'device': first.device_kind,
+    'num_devices': jax.local_device_count(),
+  }
+
+
+def version(device_elsewhere: dict[str, Any] | None = None) -> dict[str, Any]:
+  """Returns the body of GET /version.
+
+  Args:
+    device_elsewhere: `device` of another process that has the engine; None: it
+      is in this process.
+  """
+  commit = _commit()
   return {
     # The project has no releases: a version is a commit.
     'version': commit[:12],
@@ -24,11 +38,14 @@ def version() -> dict[str, Any]:
     'python': platform.python_version(),
     'jax': importlib.metadata.version('jax'),
     'jaxlib': importlib.metadata.version('jaxlib'),
-    'platform': device.platform,
-    'device': device.device_kind,
-    'num_devices': jax.local_device_count(),
+    **(device_elsewhere or device()),
     'formats': {
       'frozen': manifest_lib.FORMAT_VERSION,
       'records': database.FORMAT,
     },
   }
+
+
+@functools.cache
+def _commit() -> str:
+  return code_commit.find()

@@ -12,21 +12,29 @@ that sequence again later, so that a request waits for one layer at most. The
 weights themselves are compared with their digest when the server stops.
 """
 
+from __future__ import annotations
+
 import collections
 from collections.abc import Callable, Sequence
 import dataclasses
 import logging
 import random
 import threading
+import typing
+from typing import Protocol
 import weakref
 
 import numpy as np
 import prometheus_client
 
-from inference import full_forward
+from frozen import adapters as frozen_adapters, manifest as manifest_lib
+from inference import full_forward, generate
 from inference.requests import requests as requests_lib
-from inference.server import engine_loop as engine_loop_lib, service
+from inference.server import engine_thread
 from inference.server.http import exchanges, thread_priority
+
+if typing.TYPE_CHECKING:  # a replica has no service
+  from inference.server import service
 
 _LOG = logging.getLogger('uvicorn.error')
 
@@ -38,15 +46,54 @@ _MOST_TOKENS = 4096
 _TICK_SECONDS = 0.05
 
 
+class Audited(Protocol):
+  """A version whose answers are scored again; `ServedModel` has these."""
+
+  version: str
+  manifest: manifest_lib.Manifest
+  adapter: frozen_adapters.Adapter | None
+
+  @property
+  def is_draining(self) -> bool:
+    """Whether it is unloaded soon."""
+    ...
+
+  def hold(self) -> None:
+    """Keeps it loaded, until `release`."""
+    ...
+
+  def release(self) -> None:
+    """Ends a `hold`."""
+    ...
+
+  def generator(self) -> generate.Generator:
+    """Returns its generator."""
+    ...
+
+
+class Engine(Protocol):
+  """An engine that must be idle."""
+
+  @property
+  def state(self) -> str:
+    """A state of an engine loop."""
+    ...
+
+  @property
+  def is_idle(self) -> bool:
+    """Whether it is complete, and has nothing to do."""
+    ...
+
+
 class _Interrupted(Exception):
   """The engine has work, or the server stops."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Item:
+class Item:
   """A finished sequence."""
 
-  model: service.ServedModel
+  model: Audited
   request_id: str
   index: int  # of the choice
   prompt_ids: tuple[int, ...]
@@ -62,7 +109,7 @@ class Auditor:
     share: float,
     threshold: float = 0.0,
     *,
-    engines: Callable[[], Sequence[engine_loop_lib.Port]] = list,
+    engines: Callable[[], Sequence[Engine]] = list,
   ):
     """Starts without a thread.
 
@@ -73,9 +120,9 @@ class Auditor:
       engines: returns the engines that must be idle.
     """
     self._share, self._threshold, self.engines = share, threshold, engines
-    self._waiting: collections.deque[_Item] = collections.deque()
+    self._waiting: collections.deque[Item] = collections.deque()
     self._forwards: weakref.WeakKeyDictionary[
-      service.ServedModel, full_forward.FullForward
+      Audited, full_forward.FullForward
     ] = weakref.WeakKeyDictionary()
     self._random = random.Random()
     self._is_closed = threading.Event()
@@ -109,20 +156,25 @@ class Auditor:
       request, found = requests[which], completion.logprobs
       if completion.finish_reason == 'error' or not found:
         return
-      self._keep(
-        _Item(
-          model=model,
-          request_id=request_id,
-          index=which * request.settings.n + index,
-          prompt_ids=request.prompt_ids,
-          token_ids=tuple(completion.token_ids),
-          logprobs=tuple(each.chosen for each in found),
-        )
+      item = Item(
+        model=model,
+        request_id=request_id,
+        index=which * request.settings.n + index,
+        prompt_ids=request.prompt_ids,
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(each.chosen for each in found),
       )
+      # Where the weights are in another process, it has an audit of its own.
+      if not model.engine_loop.audit(item):
+        self.keep(item)
 
     return keep
 
-  def _keep(self, item: _Item) -> None:
+  def keep(self, item: Item) -> None:
+    """Keeps a sequence until the engines are idle; drops it if there are many.
+
+    Any thread may call this.
+    """
     if len(item.prompt_ids) + len(item.token_ids) > _MOST_TOKENS:
       self.metrics.skipped.labels('too_long').inc()
     elif len(self._waiting) >= _MOST_WAITING:
@@ -149,7 +201,7 @@ class Auditor:
 
   def _may_work(self) -> bool:
     return not self._is_closed.is_set() and all(
-      each.is_idle or each.state != engine_loop_lib.READY
+      each.is_idle or each.state != engine_thread.READY
       for each in self.engines()
     )
 
@@ -157,7 +209,7 @@ class Auditor:
     if not self._may_work():
       raise _Interrupted
 
-  def _audit(self, item: _Item) -> None:
+  def _audit(self, item: Item) -> None:
     item.model.hold()  # it is not unloaded meanwhile
     try:
       found = self._forward(item.model).logprobs(
@@ -167,7 +219,7 @@ class Auditor:
     finally:
       item.model.release()
 
-  def _forward(self, model: service.ServedModel) -> full_forward.FullForward:
+  def _forward(self, model: Audited) -> full_forward.FullForward:
     if model not in self._forwards:
       generator = model.generator()
       self._forwards[model] = full_forward.FullForward(
@@ -179,7 +231,7 @@ class Auditor:
       )
     return self._forwards[model]
 
-  def _judge(self, item: _Item, differences: np.ndarray) -> None:
+  def _judge(self, item: Item, differences: np.ndarray) -> None:
     # A difference that is no number is the worst one.
     differences = np.where(np.isnan(differences), np.inf, differences)
     worst = int(np.argmax(differences))
@@ -201,7 +253,7 @@ class Auditor:
       )
 
 
-def _tolerance(model: service.ServedModel) -> float:
+def _tolerance(model: Audited) -> float:
   """Returns the tolerance of a model's log-probabilities, in nats."""
   engine = model.generator().engine
   return full_forward.tolerance(

@@ -8,8 +8,6 @@ may load models must not read, or learn about, the rest of the disk.
 
 from collections.abc import Sequence
 import dataclasses
-import gc
-import logging
 import os
 import pathlib
 
@@ -18,9 +16,7 @@ from inference import adapters, generate
 from inference.engine import engine_config
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
-from inference.server.versions import memory, served_adapter
-
-_LOG = logging.getLogger('uvicorn.error')
+from inference.server.versions import loading, memory, served_adapter
 
 
 class Loader:
@@ -76,14 +72,13 @@ class Loader:
     def read() -> generate.Generator:
       # Not before: the first use of a device takes a while.
       model.memory = memory.plan(manifest, config)
-      _LOG.info('%s: memory %s', model.version, model.memory)
-      _LOG.info('%s: shapes %s', model.version, _shapes(config))
-      generator = generate.load(directory, config, compile_all=False)
-      gc.freeze()  # it stays: see `_keep_objects`
-      gc.enable()
-      return generator
+      return loading.read(
+        directory, config, version=model.version, plan=model.memory
+      )
 
-    loop = engine_loop_lib.EngineLoop(read, on_compiled=_keep_objects, **events)
+    loop = engine_loop_lib.EngineLoop(
+      read, on_compiled=loading.keep_objects, **events
+    )
     model = service.ServedModel(name, loop, manifest, context=context)
     return model
 
@@ -224,28 +219,5 @@ def _base_of(
   )
 
 
-def _shapes(config: engine_config.EngineConfig) -> str:
-  """Returns the shapes that steps are compiled for, as text."""
-  shapes = config.step_shapes()
-  alone = [decodes for decodes, chunks in shapes if not chunks]
-  most_chunks = max(chunks for _, chunks in shapes)
-  return (
-    f'{len(shapes)}: steps of {", ".join(map(str, alone))} decodes; up to'
-    f' {most_chunks} chunks of {config.chunk_tokens} prompt tokens, alone and'
-    ' beside decodes'
-  )
-
-
 def _refused(status: int, error: Exception, param, code) -> errors.ApiError:
   return errors.ApiError(status, str(error), param=param, code=code)
-
-
-def _keep_objects() -> None:
-  """Tells the garbage collector that programs and weights stay.
-
-  Otherwise it walks them now and then, for 60 to 150 ms, and all clients wait.
-  """
-  gc.collect()
-  gc.freeze()
-  # It also walks requests in progress, 80 ms for 256: once a minute is enough.
-  gc.set_threshold(700, 10, 100)

@@ -1,0 +1,143 @@
+"""A replica: engines in a process of their own, driven over one socket.
+
+    python -m inference.server.replicas.child FD
+
+The server starts it and holds the other end of the socket. If the server ends
+for any reason, so does the replica: no process stays behind. It ignores the
+signals of a terminal or of a supervisor, since the server finishes open
+requests first. An engine whose step fails ends the process: the server starts
+another one, with a device in a known state.
+"""
+
+from collections.abc import Sequence
+from concurrent import futures
+import gc
+import logging
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from frozen import manifest as manifest_lib
+from hardware import compilation_cache, host_memory
+from inference.engine import engine_config
+from inference.server import engine_thread
+from inference.server.replicas import frames, values, version as version_lib
+from inference.server.versions import audit, memory
+
+# What work of the server's calls runs at once: metrics beside a long one.
+_NUM_CALLS = 4
+# Of grammars; as many as compile at once in the server.
+_NUM_TEXTS = 2
+
+
+class Child:
+  """The replica's end of the socket."""
+
+  def __init__(self, connection: socket.socket, setup: values.Setup):
+    self.setup, self._connection = setup, connection
+    self._lock = threading.Lock()
+    self._versions: dict[int, version_lib.Version] = {}
+    self._calls = futures.ThreadPoolExecutor(_NUM_CALLS, 'call')
+    self.texts = futures.ThreadPoolExecutor(_NUM_TEXTS, 'text')
+
+  def send(self, messages: Sequence[frames.Message]) -> None:
+    """Sends messages; any thread may call this."""
+    data = frames.packed(messages)
+    try:
+      with self._lock:
+        self._connection.sendall(data)
+    except OSError:
+      os._exit(0)  # the server has ended
+
+  def threads(self) -> list[engine_thread.EngineThread]:
+    """Returns the engines of all versions."""
+    return [each.thread for each in list(self._versions.values())]
+
+  def obey(self, message: frames.Message) -> None:
+    """Does what a message of the server asks for."""
+    kind, *args = message
+    if kind == 'submit':
+      version, number, requests, is_stream = args
+      self._versions[version].submit(number, requests, is_stream=is_stream)
+    elif kind == 'cancel':
+      version, number = args
+      self._versions[version].cancel(number)
+    elif kind == 'load':
+      number, load = args
+      self._versions[number] = version_lib.Version(self, number, load)
+    elif kind == 'audit':
+      version, name, directory, fields = args
+      self._calls.submit(self._audit, version, name, directory, fields)
+    else:
+      assert kind == 'call', kind
+      self._calls.submit(self._call, *args)
+
+  def _audit(self, version: int, name: str, directory: str, fields) -> None:
+    if found := self._versions.get(version):
+      model = found.audited(name, directory)
+      found.auditor.keep(audit.Item(model=model, **fields))
+
+  def _call(self, number: int, name: str, args: Sequence[Any]) -> None:
+    try:
+      result = self._called(name, *args)
+    except Exception as error:
+      failure = values.error_as_values(error)
+      self.send([('result', number, None, failure)])
+    else:
+      self.send([('result', number, result, None)])
+
+  def _called(self, name: str, *args: Any) -> Any:
+    if name == 'plan':
+      directory, config = args
+      return _planned(directory, config)
+    version, *rest = args
+    found = self._versions[version]
+    if name == 'unload':
+      found.unload()
+      del self._versions[version]
+      return None
+    return {
+      'collect': found.collect,
+      'close': found.close,
+      'load_adapter': found.load_adapter,
+      'unload_adapter': found.unload_adapter,
+      'check_adapter': found.check_adapter,
+    }[name](*rest)
+
+
+def _planned(directory: str, config: engine_config.EngineConfig) -> memory.Plan:
+  return memory.plan(manifest_lib.read(pathlib.Path(directory)), config)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Obeys the server until it ends."""
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+  connection = socket.socket(fileno=int(argv[1]))
+  received = frames.read(connection.makefile('rb'))
+  setup: values.Setup = next(received)[0][1]
+  logging.basicConfig(
+    level=logging.INFO,
+    stream=sys.stderr,
+    format=f'%(levelname)s:     {setup.name}: %(message)s',
+  )
+  for quiet in ('absl', 'jax'):  # they log each of their steps
+    logging.getLogger(quiet).setLevel(logging.WARNING)
+  host_memory.reuse_freed_memory()  # as serve.py does
+  gc.disable()  # until the engine has made what stays
+  if setup.compilation_cache:
+    compilation_cache.use(pathlib.Path(setup.compilation_cache))
+  child = Child(connection, setup)
+  for messages in received:
+    for message in messages:
+      child.obey(message)
+  # XLA cannot be interrupted, and an ordinary exit would wait for it.
+  os._exit(0)
+
+
+if __name__ == '__main__':
+  main(sys.argv)

@@ -1,0 +1,79 @@
+"""The devices of each replica, as environment variables of its process.
+
+Replica i of a model on N devices has the devices iN to (i+1)N-1 of those that
+the server may use. A process takes all devices that it sees, so each sees its
+own alone. On a CPU all replicas share the cores, and no variable is needed.
+
+    GPU    CUDA_VISIBLE_DEVICES
+    TPU    TPU_VISIBLE_CHIPS, TPU_CHIPS_PER_PROCESS_BOUNDS, TPU_PROCESS_BOUNDS;
+           the names and the bounds of 1, 2 and 4 chips as in
+           jax/_src/test_multiprocess.py and
+           gist.github.com/skye/f82ba45d2445bb19d53545538754f9a3 ("processes
+           that do not communicate")
+"""
+
+from collections.abc import Mapping
+
+_CUDA = 'CUDA_VISIBLE_DEVICES'
+_TPU = 'TPU_VISIBLE_CHIPS'
+_TPU_OLD = 'TPU_VISIBLE_DEVICES'  # its name before
+_BOUNDS = {1: '1,1,1', 2: '1,2,1', 4: '2,2,1'}
+
+
+def environment(
+  index: int,
+  *,
+  num_replicas: int,
+  num_devices: int,
+  inherited: Mapping[str, str],
+) -> dict[str, str]:
+  """Returns the variables of a replica, in addition to those inherited.
+
+  Args:
+    index: of the replica.
+    num_replicas: how many there are.
+    num_devices: of each replica.
+    inherited: environment of the server.
+
+  Raises:
+    ValueError: the server may use too few devices, or a TPU has no slice of
+      that many chips.
+  """
+  if num_replicas == 1:
+    return {}
+  own = range(index * num_devices, (index + 1) * num_devices)
+  bounds = _BOUNDS.get(num_devices)
+  tpu = {
+    _TPU: _chosen(_TPU, own, num_replicas, inherited),
+    'TPU_CHIPS_PER_PROCESS_BOUNDS': bounds or '',
+    'TPU_PROCESS_BOUNDS': '1,1,1',
+    # libtpu refuses a second process on a host otherwise.
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  if bounds is None:
+    if _TPU in inherited or _TPU_OLD in inherited:
+      raise ValueError(
+        f'--replicas: got replicas of {num_devices} chips each, expected one of'
+        f' {", ".join(map(str, _BOUNDS))}; change --engine.tensor, or start a'
+        ' server for each slice'
+      )
+    tpu = {}
+  return {_CUDA: _chosen(_CUDA, own, num_replicas, inherited), **tpu}
+
+
+def _chosen(
+  name: str, own: range, num_replicas: int, inherited: Mapping[str, str]
+) -> str:
+  """Returns the devices of a range among those that a variable names."""
+  if name not in inherited:
+    return ','.join(map(str, own))
+  visible = [each for each in inherited[name].split(',') if each.strip()]
+  if not visible:
+    return inherited[name]  # none: the platform is not used
+  if num_replicas * len(own) > len(visible):
+    raise ValueError(
+      f'--replicas: got {num_replicas} replicas of {len(own)} devices each,'
+      f' expected at most the {len(visible)} devices of {name}; lower it, or'
+      ' --engine.tensor'
+    )
+  return ','.join(visible[own.start : own.stop])

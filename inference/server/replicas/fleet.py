@@ -1,0 +1,205 @@
+"""The replicas of a server: their processes, started again when they die.
+
+A process that has died starts again at once, then after 1, 2, 4 seconds and so
+on, to a minute. A replica that has died `_MOST_DEATHS` times without having
+been ready for a while is given up; if all are, the server has failed.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+import logging
+import time
+from typing import Any
+
+from inference.engine import engine_config
+from inference.server.replicas import (
+  devices,
+  link as link_lib,
+  loop as loop_lib,
+  values,
+)
+from inference.server.versions import memory
+
+_LOG = logging.getLogger('uvicorn.error')
+_MOST_DEATHS = 6  # in a row
+_LONGEST_WAIT = 60.0  # seconds until the next start
+_STEADY_SECONDS = 60.0  # of a life that makes earlier deaths forgotten
+
+
+class Replica:
+  """A process with the engines of all versions."""
+
+  def __init__(
+    self, fleet: 'Fleet', setup: values.Setup, environment: Mapping[str, str]
+  ):
+    self.index = int(setup.name.split()[-1])
+    self.link: link_lib.Link | None = None
+    self.is_given_up = False
+    self._fleet, self._setup, self._environment = fleet, setup, environment
+    self._num_deaths, self._started_at = 0, 0.0
+
+  def start(self) -> None:
+    """Starts the process, and loads all versions."""
+    if self._fleet.is_over:
+      return
+    self._started_at = time.monotonic()
+    self.link = link_lib.Link(
+      self._setup,
+      self._environment,
+      on_message=self._obey,
+      on_death=self._died,
+    )
+    self.link.start()
+    for loop in self._fleet.loops():
+      loop.attach(self)
+
+  def fail(self, why: str) -> None:
+    """Ends the process, to start another one."""
+    _LOG.error('replica %d: %s', self.index, why)
+    if self.link:
+      self.link.kill()
+
+  def _obey(self, message: Sequence[Any]) -> None:
+    kind, number, *args = message
+    if loop := self._fleet.loop(number):
+      loop.obey(self, (kind, *args))
+
+  def _died(self, link: link_lib.Link, how: str) -> None:
+    del link
+    self.link = None
+    if time.monotonic() - self._started_at > _STEADY_SECONDS:
+      self._num_deaths = 0
+    self._num_deaths += 1
+    self.is_given_up = self._num_deaths >= _MOST_DEATHS
+    wait = min(2.0 ** (self._num_deaths - 2), _LONGEST_WAIT)
+    wait = 0.0 if self._num_deaths == 1 else wait
+    _LOG.error(
+      'replica %d has ended with %s; %s',
+      self.index,
+      how,
+      'it is given up'
+      if self.is_given_up
+      else f'another process starts in {wait:.0f} s',
+    )
+    for loop in self._fleet.loops():
+      loop.detach(self, how)
+    if not self.is_given_up:
+      asyncio.get_running_loop().call_later(wait, self.start)
+    self._fleet.check()
+
+
+class Fleet:
+  """All replicas; belongs to one event loop."""
+
+  def __init__(
+    self,
+    num_replicas: int,
+    *,
+    num_devices: int = 1,
+    environment: Mapping[str, str],
+    compilation_cache: str | None = None,
+    audit_threshold: float = 0.0,
+  ):
+    """Starts no process yet.
+
+    Args:
+      num_replicas: at least one.
+      num_devices: of each.
+      environment: of the server; a replica's has its devices in addition.
+      compilation_cache: directory of compiled programs; None: there is none.
+      audit_threshold: see ServerConfig.
+
+    Raises:
+      ValueError: there are too few devices.
+    """
+    self._replicas = [
+      Replica(
+        self,
+        values.Setup(
+          name=f'replica {index}',
+          compilation_cache=compilation_cache,
+          audit_threshold=audit_threshold,
+        ),
+        {
+          **environment,
+          **devices.environment(
+            index,
+            num_replicas=num_replicas,
+            num_devices=num_devices,
+            inherited=environment,
+          ),
+        },
+      )
+      for index in range(num_replicas)
+    ]
+    self.is_over = False
+    self._loops: dict[int, loop_lib.ReplicaLoop] = {}
+    self._num_joined = 0
+    self._event_loop: asyncio.AbstractEventLoop | None = None
+
+  @property
+  def num_replicas(self) -> int:
+    """The number of replicas."""
+    return len(self._replicas)
+
+  def pids(self) -> list[int | None]:
+    """Returns the ids of the processes; None: there is none now."""
+    return [each.link.pid if each.link else None for each in self._replicas]
+
+  def loops(self) -> list[loop_lib.ReplicaLoop]:
+    """Returns the versions."""
+    return list(self._loops.values())
+
+  def loop(self, number: int) -> loop_lib.ReplicaLoop | None:
+    """Returns the version of a number, None if it has left."""
+    return self._loops.get(number)
+
+  def join(self, loop: loop_lib.ReplicaLoop) -> int:
+    """Adds a version; returns its number. Starts replicas if it must."""
+    number, self._num_joined = self._num_joined, self._num_joined + 1
+    self._loops[number] = loop
+    loop.number = number
+    if self._event_loop is None:
+      self._event_loop = asyncio.get_running_loop()
+      for each in self._replicas:
+        each.start()
+    else:
+      for each in self._replicas:
+        if each.link:
+          loop.attach(each)
+    return number
+
+  def leave(self, number: int) -> None:
+    """Removes a version."""
+    self._loops.pop(number, None)
+
+  async def close(self) -> None:
+    """Ends all processes."""
+    self.is_over = True
+    await asyncio.gather(
+      *(each.link.close() for each in self._replicas if each.link)
+    )
+
+  def check(self) -> None:
+    """Fails all versions if no replica is left."""
+    if all(each.is_given_up for each in self._replicas):
+      for loop in self.loops():
+        loop.give_up()
+
+  def plan(
+    self, directory: str, config: engine_config.EngineConfig
+  ) -> memory.Plan | None:
+    """Returns the memory plan of a version on a replica; not in the event loop.
+
+    None: no replica can tell.
+
+    Raises:
+      ValueError: the config does not suit the model.
+    """
+    links = [each.link for each in self._replicas if each.link]
+    if not links or self._event_loop is None:
+      return None
+    asked = asyncio.run_coroutine_threadsafe(
+      links[0].call('plan', directory, config), self._event_loop
+    )
+    return asked.result()
