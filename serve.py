@@ -69,6 +69,7 @@ _HEEDED_BY = {
   'receipts': ('port',),
   'receipts_key': ('port',),
   'insecure': ('port',),
+  'replicas': ('port',),
   'drain_seconds': ('port',),
   'eval_out': ('eval',),
   'config': ('plan',),
@@ -241,6 +242,7 @@ def _listen() -> None:
     from inference.server import start
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
+  cache = compilation_cache.directory_of(FLAGS.compilation_cache)
   start.serve(
     start.Options(
       directory=FLAGS.model,
@@ -257,6 +259,8 @@ def _listen() -> None:
       has_receipts=FLAGS.receipts,
       receipts_key=FLAGS.receipts_key,
       is_insecure=FLAGS.insecure,
+      replicas=FLAGS.replicas,
+      compilation_cache=str(cache) if cache else None,
     )
   )
 
@@ -481,6 +485,15 @@ def _define_server_flags() -> None:
     None,
     'File of a key that encrypts the receipts, 32 random bytes in base64.'
     ' Required with --receipts where there are API keys.',
+  )
+  flags.DEFINE_integer(
+    'replicas',
+    0,
+    'Number of processes with an engine each, behind one --port: requests go to'
+    ' the one that knows the beginning of their prompt, or has least to do. One'
+    ' that dies starts again. Each takes the devices of --engine.tensor, and'
+    ' memory for the weights. 0: the engine is in the process of the server.',
+    lower_bound=0,
   )
   flags.DEFINE_integer(
     'drain_seconds',

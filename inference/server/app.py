@@ -40,7 +40,7 @@ A new route is a function in `routes/`, and its lines in `api/openapi.py`.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 import contextlib
 import logging
 
@@ -125,6 +125,7 @@ def create_app(
   loader: service_lib.Loader | None = None,
   observers: Sequence[service_lib.Observer] = (),
   routers: Mapping[str, router_lib.Router] | None = None,
+  on_end: Callable[[], Awaitable[None]] | None = None,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
 
@@ -138,6 +139,7 @@ def create_app(
     loader: loads further models; None: no model can be loaded.
     observers: observers of the finished answers, such as receipts.
     routers: choose for the effort auto, by the digest of a version.
+    on_end: called once all engine loops are closed.
   """
   records = records or database.Database(None, tables=TABLES)
   keyring = keys
@@ -176,6 +178,8 @@ def create_app(
       yield
     await asyncio.to_thread(auditor.close)
     await versions.close()
+    if on_end is not None:
+      await on_end()
     bodies.close()
     records.close()
     ledger.close()

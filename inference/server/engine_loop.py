@@ -101,6 +101,10 @@ class Port(Protocol):
     """Takes a finished sequence of `audit`, if the engine is elsewhere."""
     ...
 
+  def device(self) -> dict[str, Any] | None:
+    """Returns the device of an engine elsewhere, None for this process."""
+    ...
+
   def registries(self) -> list[Labelled]:
     """Returns the registries of metrics, with labels of their samples."""
     ...
@@ -315,6 +319,9 @@ class EngineLoop(engine_thread.EngineThread):
     """Takes no sequence: the weights are in this process."""
     del item
     return False
+
+  def device(self) -> dict[str, Any] | None:
+    """Returns None: the device is of this process."""
 
   def registries(self) -> list[Labelled]:
     """Returns the registry of the engine's metrics, once it is loaded."""

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+import jax
+
 from checks import expect
 from frozen import (
   adapters as frozen_adapters,
@@ -32,6 +34,7 @@ from inference.server.access import api_keys, keys as keys_lib
 from inference.server.http import listener
 from inference.server.receipts import receipts, sealing
 from inference.server.records import database
+from inference.server.replicas import fleet as fleet_lib
 from inference.server.versions import (
   loader as loader_lib,
   registry,
@@ -55,6 +58,8 @@ class Options:
   has_receipts: bool = False
   receipts_key: str | None = None  # file of the key that seals receipts
   is_insecure: bool = False  # may answer all clients, without keys
+  replicas: int = 0  # processes with engines; 0: the engine is in this one
+  compilation_cache: str | None = None  # directory, for replicas
 
 
 def serve(options: Options) -> None:
@@ -68,8 +73,9 @@ def serve(options: Options) -> None:
   if options.api_keys is not None:  # '' is refused, see `api_keys`
     keys = api_keys.KeysFile(options.api_keys)
     signal.signal(signal.SIGHUP, lambda *_: keys.expire())
+  fleet = _fleet(options) if options.replicas else None
   loader = loader_lib.Loader(
-    options.engine, models_root=options.limits.models_root
+    options.engine, models_root=options.limits.models_root, fleet=fleet
   )
   found = _adapters(options)
   model = loader.load(
@@ -103,6 +109,7 @@ def serve(options: Options) -> None:
     if options.has_receipts
     else [],
     routers=routers,
+    on_end=fleet.close if fleet else None,
   )
   server = listener.Listener(
     app,
@@ -113,6 +120,24 @@ def serve(options: Options) -> None:
     port=options.port,
   )
   _run(server, app.state.versions, model.engine_loop)
+
+
+def _fleet(options: Options) -> fleet_lib.Fleet:
+  """Returns the replicas of the options, and leaves them all devices.
+
+  Raises:
+    ValueError: there are too few devices.
+  """
+  fleet = fleet_lib.Fleet(
+    options.replicas,
+    num_devices=options.engine.tensor,
+    environment=os.environ,
+    compilation_cache=options.compilation_cache,
+    audit_threshold=options.limits.audit_threshold,
+  )
+  # A process that uses a GPU or a TPU takes it: this one reads shapes alone.
+  jax.config.update('jax_platforms', 'cpu')
+  return fleet
 
 
 def _adapters(options: Options) -> dict[str, frozen_adapters.Adapter]:

@@ -26,7 +26,7 @@ from hardware import compilation_cache, host_memory
 from inference.engine import engine_config
 from inference.server import engine_thread
 from inference.server.replicas import frames, values, version as version_lib
-from inference.server.versions import audit, memory
+from inference.server.versions import about, audit, memory
 
 # What work of the server's calls runs at once: metrics beside a long one.
 _NUM_CALLS = 4
@@ -68,7 +68,11 @@ class Child:
       self._versions[version].cancel(number)
     elif kind == 'load':
       number, load = args
-      self._versions[number] = version_lib.Version(self, number, load)
+      try:
+        self._versions[number] = version_lib.Version(self, number, load)
+      except (OSError, ValueError) as error:  # the directory has changed
+        failure = values.error_as_values(error)
+        self.send([('not_loaded', number, *failure)])
     elif kind == 'audit':
       version, name, directory, fields = args
       self._calls.submit(self._audit, version, name, directory, fields)
@@ -109,8 +113,11 @@ class Child:
     }[name](*rest)
 
 
-def _planned(directory: str, config: engine_config.EngineConfig) -> memory.Plan:
-  return memory.plan(manifest_lib.read(pathlib.Path(directory)), config)
+def _planned(
+  directory: str, config: engine_config.EngineConfig
+) -> tuple[memory.Plan, str]:
+  manifest = manifest_lib.read(pathlib.Path(directory))
+  return memory.plan(manifest, config), about.device()['platform']
 
 
 def main(argv: Sequence[str]) -> None:

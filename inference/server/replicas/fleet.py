@@ -7,6 +7,7 @@ been ready for a while is given up; if all are, the server has failed.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -82,7 +83,7 @@ class Replica:
       else f'another process starts in {wait:.0f} s',
     )
     for loop in self._fleet.loops():
-      loop.detach(self, how)
+      loop.detach(self)
     if not self.is_given_up:
       asyncio.get_running_loop().call_later(wait, self.start)
     self._fleet.check()
@@ -189,9 +190,10 @@ class Fleet:
   def plan(
     self, directory: str, config: engine_config.EngineConfig
   ) -> memory.Plan | None:
-    """Returns the memory plan of a version on a replica; not in the event loop.
+    """Returns the memory plan of a version; not in the event loop.
 
-    None: no replica can tell.
+    Replicas on a CPU share its memory, so the plan is of all of them. None: no
+    replica lives that could tell.
 
     Raises:
       ValueError: the config does not suit the model.
@@ -202,4 +204,15 @@ class Fleet:
     asked = asyncio.run_coroutine_threadsafe(
       links[0].call('plan', directory, config), self._event_loop
     )
-    return asked.result()
+    try:
+      plan, platform = asked.result()
+    except link_lib.Died:
+      return None
+    num = len(self._replicas) if platform == 'cpu' else 1
+    return dataclasses.replace(
+      plan,
+      weights=num * plan.weights,
+      kv_cache=num * plan.kv_cache,
+      sampling=num * plan.sampling,
+      adapters=num * plan.adapters,
+    )

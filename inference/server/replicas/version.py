@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 import os
 import pathlib
-import threading
 import time
 from typing import Any, Protocol
 
@@ -136,12 +135,10 @@ class Audited:
     return self._of.thread.generator
 
   def hold(self) -> None:
-    """Keeps it loaded, until `release`."""
-    self._of.in_use.acquire()
+    """Does nothing: `Version.unload` waits for the audit."""
 
   def release(self) -> None:
-    """Ends a `hold`."""
-    self._of.in_use.release()
+    """Does nothing."""
 
 
 class Version:
@@ -154,7 +151,6 @@ class Version:
     self.sinks: dict[int, Sink] = {}
     self.updates: list[tuple] = []  # of a dispatch, until they are sent
     self._told: list[frames.Message] = []
-    self.in_use = threading.Lock()  # by the audit
     self._adapters: dict[str, Audited] = {}
     self._plan: memory.Plan | None = None
     self.thread = engine_thread.EngineThread(

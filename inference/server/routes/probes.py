@@ -61,4 +61,5 @@ def add(app: fastapi.FastAPI, service: service_lib.Service) -> None:
 
   @app.get('/version')
   def version():  # in a thread: it asks git, and the device for its kind
-    return about.version()
+    loops = service.versions.engine_loops()
+    return about.version(loops[0].device() if loops else None)

@@ -16,6 +16,11 @@ from inference import adapters, generate
 from inference.engine import engine_config
 from inference.server import engine_loop as engine_loop_lib, service
 from inference.server.api import errors
+from inference.server.replicas import (
+  fleet as fleet_lib,
+  loop as replica_loop,
+  values,
+)
 from inference.server.versions import loading, memory, served_adapter
 
 
@@ -27,12 +32,14 @@ class Loader:
     config: engine_config.EngineConfig,
     *,
     models_root: str = '',
+    fleet: fleet_lib.Fleet | None = None,
   ):
     """Takes the values that all models have in common.
 
     Args:
       config: the layout of every engine.
       models_root: directory of the models that HTTP may load; '': none.
+      fleet: replicas that have the engines; None: they are in this process.
 
     Raises:
       ValueError: `models_root` is no directory.
@@ -42,7 +49,7 @@ class Loader:
         f'server.models_root: got {models_root}, expected a directory of frozen'
         ' directories'
       )
-    self._config = config
+    self._config, self._fleet = config, fleet
     self._root = pathlib.Path(models_root).resolve() if models_root else None
 
   def load(
@@ -68,6 +75,8 @@ class Loader:
     config = config or self._config
     manifest = manifest_lib.read(pathlib.Path(directory))
     context = config.context(manifest.model['max_length'])
+    if self._fleet is not None:
+      return self._on_replicas(directory, name, manifest, config, **events)
 
     def read() -> generate.Generator:
       # Not before: the first use of a device takes a while.
@@ -80,6 +89,33 @@ class Loader:
       read, on_compiled=loading.keep_objects, **events
     )
     model = service.ServedModel(name, loop, manifest, context=context)
+    return model
+
+  def _on_replicas(
+    self,
+    directory: str | os.PathLike,
+    name: str,
+    manifest: manifest_lib.Manifest,
+    config: engine_config.EngineConfig,
+    **events,
+  ) -> service.ServedModel:
+    assert self._fleet
+
+    def loaded(facts: values.Facts) -> None:
+      if model.memory is None:
+        model.memory = facts.memory
+
+    loop = replica_loop.ReplicaLoop(
+      self._fleet,
+      values.Load(
+        version=name, directory=os.path.abspath(directory), config=config
+      ),
+      on_loaded=loaded,
+      **events,
+    )
+    context = config.context(manifest.model['max_length'])
+    model = service.ServedModel(name, loop, manifest, context=context)
+    loop.load = dataclasses.replace(loop.load, version=model.version)
     return model
 
   def load_asked(
@@ -104,7 +140,10 @@ class Loader:
       if kv_memory is not None:
         config = dataclasses.replace(config, kv_memory=kv_memory, num_pages=0)
       model = self.load(directory, name, config=config)
-      model.memory = memory.plan(model.manifest, config)
+      if self._fleet is not None:
+        model.memory = self._fleet.plan(str(directory), config)
+      else:
+        model.memory = memory.plan(model.manifest, config)
     except FileNotFoundError as error:
       raise _refused(404, error, 'path', 'path_not_found') from error
     except (ValueError, OSError) as error:
