@@ -12,6 +12,7 @@ another one, with a device in a known state.
 from collections.abc import Sequence
 from concurrent import futures
 import gc
+import itertools
 import logging
 import os
 import pathlib
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(number, signal.SIG_IGN)
   connection = socket.socket(fileno=int(argv[1]))
   received = frames.read(connection.makefile('rb'))
-  setup: values.Setup = next(received)[0][1]
+  (_, setup), *others = next(received)
   logging.basicConfig(
     level=logging.INFO,
     stream=sys.stderr,
@@ -139,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
   if setup.compilation_cache:
     compilation_cache.use(pathlib.Path(setup.compilation_cache))
   child = Child(connection, setup)
-  for messages in received:
+  for messages in itertools.chain([others], received):
     for message in messages:
       child.obey(message)
   # XLA cannot be interrupted, and an ordinary exit would wait for it.
