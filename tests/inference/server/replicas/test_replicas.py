@@ -31,6 +31,7 @@ _ROOT = pathlib.Path(__file__).parents[4]
 _ENGINE = dataclasses.replace(
   life_two.ENGINE, max_adapters=2, max_adapter_rank=4
 )
+pytestmark = pytest.mark.slow  # processes start, import JAX and read programs
 _LONG = {'max_tokens': 50, 'min_tokens': 50, 'ignore_eos': True}
 
 
@@ -148,7 +149,9 @@ def test_replicas_answer_as_an_engine_in_this_process(served, generator):
 
 
 def test_constraints_embeddings_and_refusals_work_across_processes(served):
-  chosen = served.ask('x', choice=['red', 'blue'], max_tokens=20)
+  chosen = served.ask(
+    'x', structured_outputs={'choice': ['red', 'blue']}, max_tokens=20
+  )
   assert chosen.status_code == 200, chosen.text
   assert chosen.json()['choices'][0]['text'] in ('red', 'blue')
   body = {'model': servers.MODEL, 'input': ['a', 'bc']}
@@ -219,6 +222,8 @@ def test_versions_and_adapters_are_on_all_replicas(served):
   for index in range(4):
     answer = served.ask(f'{index} what is it', model='sql')
     assert answer.status_code == 200, answer.text
+  off = {'name': 'second', 'weights': {made[0]: 0}}
+  assert http.post('/admin/traffic', json=off).status_code == 200
   for version in reversed(made):
     assert http.delete(f'/admin/models/{version}').status_code == 202
     servers.until(
