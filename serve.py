@@ -55,6 +55,10 @@ _SEARCH = flags_lib.Group(config=search_options.Options, ways=('prompt',))
 _EVAL = flags_lib.Group(
   config=eval_options.Options, prefix='eval.', ways=('eval',)
 )
+_OF_PORT = (
+  *('host', 'name', 'api_keys', 'records', 'receipts', 'receipts_key'),
+  *('insecure', 'replicas', 'drain_seconds'),
+)
 # Ways of asking that the other flags matter to, where it is not all of them.
 _HEEDED_BY = {
   'n': ('prompt',),
@@ -62,15 +66,7 @@ _HEEDED_BY = {
   'adapters': _ENGINE.ways,
   'adapter': ('prompt', 'chat', 'eval'),
   'system': ('prompt', 'chat'),
-  'host': ('port',),
-  'name': ('port',),
-  'api_keys': ('port',),
-  'records': ('port',),
-  'receipts': ('port',),
-  'receipts_key': ('port',),
-  'insecure': ('port',),
-  'replicas': ('port',),
-  'drain_seconds': ('port',),
+  **dict.fromkeys(_OF_PORT, ('port',)),
   'eval_out': ('eval',),
   'config': ('plan',),
   'engine.tensor': (*_ENGINE.ways, 'plan'),
@@ -242,7 +238,6 @@ def _listen() -> None:
     from inference.server import start
   except ModuleNotFoundError as error:
     _fail(f'{error}; for --port: pip install -r requirements-serve.txt')
-  cache = compilation_cache.directory_of(FLAGS.compilation_cache)
   start.serve(
     start.Options(
       directory=FLAGS.model,
@@ -260,7 +255,7 @@ def _listen() -> None:
       receipts_key=FLAGS.receipts_key,
       is_insecure=FLAGS.insecure,
       replicas=FLAGS.replicas,
-      compilation_cache=str(cache) if cache else None,
+      compilation_cache=FLAGS.compilation_cache,
     )
   )
 
@@ -306,7 +301,7 @@ def _load_small(num_sequences: int):
       chunk_tokens=128,
       max_chunks=1,
       max_mixed_chunks=1,
-    ),
+    )
   )
 
 
@@ -432,11 +427,7 @@ def _define_flags() -> None:
     'File for the result of --eval, as JSON, to compare with other results. If'
     ' not given, scores are only printed.',
   )
-  path(
-    'compilation_cache',
-    None,
-    compilation_cache.HELP,
-  )
+  path('compilation_cache', None, compilation_cache.HELP)
   _define_server_flags()
   for group in (_SETTINGS, _ENGINE, _SERVER, _EVAL, _SEARCH):
     group.define()
@@ -489,10 +480,10 @@ def _define_server_flags() -> None:
   flags.DEFINE_integer(
     'replicas',
     0,
-    'Number of processes with an engine each, behind one --port: requests go to'
-    ' the one that knows the beginning of their prompt, or has least to do. One'
-    ' that dies starts again. Each takes the devices of --engine.tensor, and'
-    ' memory for the weights. 0: the engine is in the process of the server.',
+    'Processes with an engine each, behind one --port. A request goes to one'
+    ' that knows the beginning of its prompt, or has least to do. One that dies'
+    ' starts again. Each takes --engine.tensor devices, and memory for the'
+    ' weights. 0: the engine is in the process of the server.',
     lower_bound=0,
   )
   flags.DEFINE_integer(

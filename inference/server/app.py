@@ -116,6 +116,10 @@ _ROUTES = (
 )
 
 
+async def _nothing() -> None:
+  """Is the end of a server without replicas."""
+
+
 def create_app(
   models: Sequence[service_lib.ServedModel],
   keys: keys_lib.Keyring | keys_lib.File | None = None,
@@ -125,7 +129,7 @@ def create_app(
   loader: service_lib.Loader | None = None,
   observers: Sequence[service_lib.Observer] = (),
   routers: Mapping[str, router_lib.Router] | None = None,
-  on_end: Callable[[], Awaitable[None]] | None = None,
+  on_end: Callable[[], Awaitable[None]] = _nothing,
 ) -> fastapi.FastAPI:
   """Returns the ASGI app that serves models.
 
@@ -178,14 +182,10 @@ def create_app(
       yield
     await asyncio.to_thread(auditor.close)
     await versions.close()
-    if on_end is not None:
-      await on_end()
-    bodies.close()
-    records.close()
-    ledger.close()
-    for model in versions.all():
-      if model.base is None:
-        _report_digests(model)
+    await on_end()
+    for each in (bodies, records, ledger):
+      each.close()
+    _report_digests(versions)
 
   app = fastapi.FastAPI(title='Two Lives', lifespan=lifespan)
   app.state.end_requests, app.state.versions = end_requests, versions
@@ -240,13 +240,16 @@ def _add_middleware(
   app.add_middleware(exchanges.Exchanges)  # outermost: a 401 has an id too
 
 
-def _report_digests(model: service_lib.ServedModel) -> None:
-  expected = model.manifest.weights_digest
-  for where, digest in model.engine_loop.digests():
-    if digest == expected:
-      _LOG.info('%sweights %s: unchanged', where, digest)
-    else:
-      _LOG.error('%sweights %s: CHANGED, were %s', where, digest, expected)
+def _report_digests(versions: registry.Versions) -> None:
+  for model in versions.all():
+    if model.base is not None:
+      continue
+    expected = model.manifest.weights_digest
+    for where, digest in model.engine_loop.digests():
+      if digest == expected:
+        _LOG.info('%sweights %s: unchanged', where, digest)
+      else:
+        _LOG.error('%sweights %s: CHANGED, were %s', where, digest, expected)
 
 
 class _Failures:

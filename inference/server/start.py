@@ -21,6 +21,7 @@ from frozen import (
   format as frozen_format,
 )
 from frozen.quantize import quality
+from hardware import compilation_cache
 from inference import adapters as adapters_lib
 from inference.engine import engine_config
 from inference.search.routing import router as router_lib
@@ -59,7 +60,7 @@ class Options:
   receipts_key: str | None = None  # file of the key that seals receipts
   is_insecure: bool = False  # may answer all clients, without keys
   replicas: int = 0  # processes with engines; 0: the engine is in this one
-  compilation_cache: str | None = None  # directory, for replicas
+  compilation_cache: str | None = None  # the flag, for replicas
 
 
 def serve(options: Options) -> None:
@@ -109,7 +110,7 @@ def serve(options: Options) -> None:
     if options.has_receipts
     else [],
     routers=routers,
-    on_end=fleet.close if fleet else None,
+    **({'on_end': fleet.close} if fleet else {}),
   )
   server = listener.Listener(
     app,
@@ -128,11 +129,12 @@ def _fleet(options: Options) -> fleet_lib.Fleet:
   Raises:
     ValueError: there are too few devices.
   """
+  cache = compilation_cache.directory_of(options.compilation_cache)
   fleet = fleet_lib.Fleet(
     options.replicas,
     num_devices=options.engine.tensor,
     environment=os.environ,
-    compilation_cache=options.compilation_cache,
+    compilation_cache=str(cache) if cache else None,
     audit_threshold=options.limits.audit_threshold,
   )
   # A process that uses a GPU or a TPU takes it: this one reads shapes alone.

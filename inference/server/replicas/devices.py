@@ -6,8 +6,8 @@ own alone. On a CPU all replicas share the cores, and no variable is needed.
 
     GPU    CUDA_VISIBLE_DEVICES
     TPU    TPU_VISIBLE_CHIPS, TPU_CHIPS_PER_PROCESS_BOUNDS, TPU_PROCESS_BOUNDS;
-           the names and the bounds of 1, 2 and 4 chips as in
-           jax/_src/test_multiprocess.py and
+           the names as in jax's own module `jax._src.test_multiprocess`, and
+           the bounds of 1, 2 and 4 chips as in
            gist.github.com/skye/f82ba45d2445bb19d53545538754f9a3 ("processes
            that do not communicate")
 """

@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+import types
 
 import httpx2
 import jax
@@ -155,7 +156,8 @@ def test_it_waits_until_no_request_is_open(generator):
 
 def _item(auditor, num_prompt=4, num_new=2):
   request = requests_lib.Request(prompt_ids=(1,) * num_prompt)
-  model = type('Model', (), {'hold': lambda _: None})()
+  loop = types.SimpleNamespace(audit=lambda _: False)  # weights are here
+  model = types.SimpleNamespace(hold=lambda: None, engine_loop=loop)
   keep = auditor.observe(model, [request])
   assert keep
   keep(
