@@ -67,6 +67,8 @@ class Told:
   answered: list[Answered] = dataclasses.field(default_factory=list)
   # Requests that were cut off: Idempotency-Key and body.
   cut_off: list[tuple[str, dict]] = dataclasses.field(default_factory=list)
+  # Ids of streams that ended with an error event.
+  broken: list[str] = dataclasses.field(default_factory=list)
   num_left: int = 0
   unexpected: list[str] = dataclasses.field(default_factory=list)
 
@@ -93,7 +95,7 @@ class Arena:
     """Where the server answers."""
     return f'http://127.0.0.1:{self.port}'
 
-  def start(self) -> subprocess.Popen:
+  def start(self, *args: str) -> subprocess.Popen:
     """Starts a server on the records, and waits until it is ready."""
     running = subprocess.Popen(
       [
@@ -103,6 +105,7 @@ class Arena:
         f'--port={self.port}',
         f'--records={self.records}',
         *_ENGINE,
+        *args,
       ],
       cwd=process.ROOT,
       env=tiny_models.subprocess_env(JAX_PLATFORMS='cpu'),
@@ -123,7 +126,7 @@ class Arena:
     raise AssertionError(f'not ready after {_START_SECONDS} s')
 
 
-class _Clients:
+class Clients:
   """Clients that ask until they are stopped."""
 
   def __init__(self, arena: Arena, told: Told, rng: random.Random):
@@ -192,6 +195,9 @@ class _Clients:
       if (done, rest) != (b'data: [DONE]', b''):
         raise httpx2.ReadError('cut off')
       content = events[-1].removeprefix(b'data: ')
+      if 'error' in json.loads(content):
+        self._told.broken.append(answer.headers['x-request-id'])
+        return
     used = json.loads(content)['usage']
     self._told.answered.append(
       Answered(
@@ -212,7 +218,7 @@ def run(directory: pathlib.Path, count: int, *, seed: int = 0, tell=print):
     if faults:
       running.kill()
       return told, faults
-    clients = _Clients(arena, told, rng)
+    clients = Clients(arena, told, rng)
     time.sleep(rng.uniform(0.05, 3.0))
     is_last = number == count
     if is_last:
@@ -253,6 +259,10 @@ def audit(path: pathlib.Path, told: Told) -> list[str]:
     want = (ledger.FINISHED, each.prompt_tokens, each.completion_tokens)
     if got != want:
       faults.append(f'{each}: got the row {got}, expected {want}')
+  for name in told.broken:
+    outcomes = [row['outcome'] for row in by_request.get(name, [])]
+    if outcomes != [ledger.ERROR]:
+      faults.append(f'{name} broke off: got the rows {outcomes}')
   return faults + _double_bills(rows)
 
 

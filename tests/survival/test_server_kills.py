@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from tests.survival import server_kills
+from tests.survival import replica_kills, server_kills
 
 
 def _check(tmp_path, count, **options):
@@ -47,3 +47,10 @@ def test_a_server_that_is_killed_loses_and_doubles_no_bill(tmp_path):
 @pytest.mark.slow
 def test_a_server_that_is_killed_often(tmp_path):
   _check(tmp_path, 12, seed=1)
+
+
+@pytest.mark.slow
+def test_replicas_that_are_killed_lose_and_double_nothing(tmp_path):
+  told, faults = replica_kills.run(tmp_path, 2)
+  assert not faults, '\n'.join(faults)
+  assert len(told.answered) > 2

@@ -1,8 +1,9 @@
 """The replicas of a server: their processes, started again when they die.
 
-A process that has died starts again at once, then after 1, 2, 4 seconds and so
-on, to a minute. A replica that has died `_MOST_DEATHS` times without having
-been ready for a while is given up; if all are, the server has failed.
+A process that has died starts again at once. If it dies again soon, the next
+one waits for 1, 2, 4 seconds and so on, to a minute. A replica that has died
+`_MOST_DEATHS` times in a row before it was ready is given up; if all are, the
+server has failed.
 """
 
 import asyncio
@@ -22,9 +23,9 @@ from inference.server.replicas import (
 from inference.server.versions import memory
 
 _LOG = logging.getLogger('uvicorn.error')
-_MOST_DEATHS = 6  # in a row
+_MOST_DEATHS = 6  # before it was ready
 _LONGEST_WAIT = 60.0  # seconds until the next start
-_STEADY_SECONDS = 60.0  # of a life that makes earlier deaths forgotten
+_STEADY_SECONDS = 5.0  # of answering, after which a death is not a repeated one
 
 
 class Replica:
@@ -37,13 +38,14 @@ class Replica:
     self.link: link_lib.Link | None = None
     self.is_given_up = False
     self._fleet, self._setup, self._environment = fleet, setup, environment
-    self._num_deaths, self._started_at = 0, 0.0
+    self._num_deaths = self._num_unready = 0  # in a row
+    self._ready_at: float | None = None
 
   def start(self) -> None:
     """Starts the process, and loads all versions."""
     if self._fleet.is_over:
       return
-    self._started_at = time.monotonic()
+    self._ready_at = None
     self.link = link_lib.Link(
       self._setup,
       self._environment,
@@ -53,6 +55,10 @@ class Replica:
     self.link.start()
     for loop in self._fleet.loops():
       loop.attach(self)
+
+  def note_ready(self) -> None:
+    """Notes that it answers requests to a version."""
+    self._ready_at = self._ready_at or time.monotonic()
 
   def fail(self, why: str) -> None:
     """Ends the process, to start another one."""
@@ -68,10 +74,12 @@ class Replica:
   def _died(self, link: link_lib.Link, how: str) -> None:
     del link
     self.link = None
-    if time.monotonic() - self._started_at > _STEADY_SECONDS:
+    ready_at, now = self._ready_at, time.monotonic()
+    if ready_at is not None and now - ready_at > _STEADY_SECONDS:
       self._num_deaths = 0
     self._num_deaths += 1
-    self.is_given_up = self._num_deaths >= _MOST_DEATHS
+    self._num_unready = 0 if ready_at else self._num_unready + 1
+    self.is_given_up = self._num_unready >= _MOST_DEATHS
     wait = min(2.0 ** (self._num_deaths - 2), _LONGEST_WAIT)
     wait = 0.0 if self._num_deaths == 1 else wait
     _LOG.error(

@@ -209,6 +209,7 @@ class ReplicaLoop:
     place.facts, place.state = facts, place_lib.READY
     place.known = placement.Known(facts.capacity)
     self._metrics.ready.labels(str(place.replica.index)).set(1)
+    place.replica.note_ready()
     self._made.engine.learn(facts)  # pyright: ignore
     self._on_loaded(facts)
     self.generator = self._made

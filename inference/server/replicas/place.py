@@ -26,6 +26,10 @@ class Replica(Protocol):
     """The link to its process; None while there is none."""
     ...
 
+  def note_ready(self) -> None:
+    """Notes that it answers requests."""
+    ...
+
   def fail(self, why: str) -> None:
     """Ends the process, to start another one."""
     ...
