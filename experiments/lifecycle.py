@@ -13,18 +13,23 @@ all stages and prints one table.
     reward  learns which of two answers is right
     dpo     prefers right answers to wrong ones, from the pairs of `reward`
     grpo    samples answers, and makes right answers more likely
-    distil  a student a quarter of that size learns from the model of grpo
+    distil  a student a quarter of that size learns the answers of grpo's model
+            to more questions, which `python -m studies.lifecycle` writes beside
+            the frozen directory of grpo
 
 All stages read the training split of data/problems/, and are measured on
 questions of its validation split. The two splits share no problem.
 """
 
 import dataclasses
+import os
+import pathlib
 
+from data import data_config, sources
 from experiments import grpo
 from training import experiment
 from training.checkpoints import init_from
-from training.objectives import distillation, preference, reward
+from training.objectives import preference, reward
 from training.optimizer import chain
 
 # The stage that each stage continues from; '': it begins with random weights.
@@ -36,9 +41,10 @@ PARENTS = {
   'grpo': 'sft',
   'distil': 'grpo',
 }
-QUESTIONS = 'kind=questions&families=additions&levels=2'
-MAX_TOKENS = grpo.MAX_TOKENS
 _ADDITIONS = 'families=additions&levels=2'
+QUESTIONS = f'kind=questions&{_ADDITIONS}'
+TAUGHT = f'{_ADDITIONS}&count=6000'  # the questions that a teacher answers
+MAX_TOKENS = grpo.MAX_TOKENS
 _PAIR_LENGTH = 2 * grpo.LENGTH  # a row has both answers
 
 
@@ -152,7 +158,22 @@ def _distil(directory: str) -> experiment.Experiment:
   return dataclasses.replace(
     sft,
     model=grpo.small_model(),
-    objective=distillation.Distillation(teacher=directory),
+    data=dataclasses.replace(
+      sft.data,
+      # `path` is the path of the evaluation only.
+      sources=(
+        data_config.SourceConfig(
+          open_source=sources.jsonl,
+          path=str(answers_file(directory)),
+          split='all',
+        ),
+      ),
+    ),
     optimizer=dataclasses.replace(sft.optimizer, peak_lr=4e-3),
-    num_steps=600,
+    num_steps=1200,
   )
+
+
+def answers_file(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the file of a teacher's answers, from its frozen directory."""
+  return pathlib.Path(directory).parent / 'answers.jsonl'

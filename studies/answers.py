@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -156,6 +157,29 @@ def answer(
     total.add(found[0])
     yield dataclasses.replace(total)
   blocks.finish(total)
+
+
+def write_greedy(
+  place: str | os.PathLike[str],
+  query: str,
+  out: pathlib.Path,
+  *,
+  max_tokens: int,
+) -> None:
+  """Writes a model's likeliest answers to problems, if they are not there yet.
+
+  Args:
+    place: frozen directory of the model.
+    query: the problems of the training split, see `data/problems/generator.py`.
+    out: JSONL file.
+    max_tokens: most tokens of an answer.
+  """
+  if out.exists():
+    return
+  generator = generate.load(place, ENGINE, compile_all=False)
+  questions = questions_of(f'{PROBLEMS}{query}', 'train', generator)
+  for _ in answer(generator, questions, Settings(max_tokens=max_tokens), out):
+    pass
 
 
 def _answered(

@@ -26,7 +26,6 @@ import numpy as np
 from data.problems import generator as problems_lib
 from experiments import distil
 from frozen import format as frozen_format
-from inference import generate
 from storage import atomic
 from studies import answers
 from studies.common import answered, quiet_run, study_flags
@@ -69,27 +68,6 @@ def train(
   experiment = dataclasses.replace(experiment, seed=seed)
   if quiet_run.run(experiment, workdir / variant).exit_code:
     raise SystemExit('stopped by a signal; the same command resumes')
-
-
-def write_answers(workdir: pathlib.Path, query: str = distil.QUESTIONS) -> None:
-  """Writes the teacher's answers, if they are not there yet.
-
-  Args:
-    workdir: workdir of one seed, with a trained teacher.
-    query: the questions, see `data/problems/generator.py`.
-  """
-  out = workdir / distil.ANSWERS_FILE
-  if out.exists():
-    return
-  generator = generate.load(
-    workdir / distil.TEACHER / 'frozen', answers.ENGINE, compile_all=False
-  )
-  questions = answers.questions_of(
-    f'{answers.PROBLEMS}{query}', 'train', generator
-  )
-  settings = answers.Settings(max_tokens=distil.MAX_TOKENS)
-  for _ in answers.answer(generator, questions, settings, out):
-    pass
 
 
 def measure(
@@ -171,7 +149,12 @@ def main(argv: list[str]) -> None:
     place = workdir / f'seed{seed}'
     for variant in distil.VARIANTS:
       if variant == distil.ANSWERS:
-        write_answers(place)
+        answers.write_greedy(
+          place / distil.TEACHER / 'frozen',
+          distil.QUESTIONS,
+          place / distil.ANSWERS_FILE,
+          max_tokens=distil.MAX_TOKENS,
+        )
       train(place, seed, variant, study_flags.STEPS.value)
       print(f'{variant}: {place / variant / "frozen"}', flush=True)
     seeds.append(measure(place, _HELD_OUT.value))

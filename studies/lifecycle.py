@@ -30,6 +30,7 @@ from data.problems import generator as problems_lib
 from experiments import lifecycle
 from frozen import format as frozen_format
 from storage import atomic
+from studies import answers
 from studies.common import answered, quiet_run, study_flags
 from training import experiment as experiment_lib
 from training.reporting import goodput, metrics
@@ -65,6 +66,14 @@ def train(
     SystemExit: a signal stopped the run.
   """
   parent = lifecycle.PARENTS[stage]
+  if stage == 'distil':
+    teacher = workdir / parent / 'frozen'
+    answers.write_greedy(
+      teacher,
+      lifecycle.TAUGHT,
+      lifecycle.answers_file(teacher),
+      max_tokens=lifecycle.MAX_TOKENS,
+    )
   variant = f'{stage}:{workdir / parent / "frozen"}' if parent else stage
   experiment = lifecycle.get_config(variant)
   experiment = quiet_run.shortened(experiment, steps)

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import distil
-from studies import distillation as study
+from studies import answers, distillation as study
 from studies.common import answered
 
 
@@ -16,7 +16,12 @@ def test_variants_are_trained_and_measured(tmp_path, monkeypatch):
   # Models of two steps do not end their answers.
   lines = '{"prompt": "1 + 1", "response": "2"}\n' * 8
   (tmp_path / distil.ANSWERS_FILE).write_text(lines)
-  study.write_answers(tmp_path)  # which are there
+  answers.write_greedy(  # which are there
+    tmp_path / 'teacher' / 'frozen',
+    distil.QUESTIONS,
+    tmp_path / distil.ANSWERS_FILE,
+    max_tokens=4,
+  )
   for variant in set(distil.VARIANTS) - set(variants):
     distil.get_config(f'{variant}:{tmp_path}').validate()
   found = study.measure(tmp_path, 4, variants)
