@@ -69,7 +69,8 @@ _HEEDED_BY = {
   **dict.fromkeys(_OF_PORT, ('port',)),
   'eval_out': ('eval',),
   'config': ('plan',),
-  'engine.tensor': (*_ENGINE.ways, 'plan'),
+  'engine.tensor': _WAYS,
+  'engine.experts': _WAYS,
   'compilation_cache': _ENGINE.ways,
 }
 
@@ -132,8 +133,7 @@ def _plan() -> str:
   planned = subject.of(
     FLAGS.model, FLAGS.config, lambda name: load.experiment(name, '--config')
   )
-  tensor = _ENGINE.given().get('tensor')
-  return report.report(plan.make(planned, FLAGS.plan, tensor=tensor))
+  return report.report(plan.make(planned, FLAGS.plan, **_ENGINE.given()))
 
 
 def _is_asked(value) -> bool:

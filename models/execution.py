@@ -91,6 +91,9 @@ class Execution:
   # input: a pass over memory costs an accelerator more than a tanh.
   recomputes_activation: bool = False
   apply_experts: ApplyExperts = dispatch.apply_experts
+  # Groups of devices that share the experts: the kernels of a device are those
+  # of E / groups experts, each of `groups` times the width of the config.
+  expert_groups: int = 1
   run_layers: RunLayers | None = None  # None: one layer after the other
   # Whether the program contains each layer of a stack (`scan_layers`)
   # separately, not a loop over them. In a training pass only.

@@ -7,7 +7,7 @@ parallelism splits the `embed` dimension of each matrix, tensor parallelism the
 other dimension, and a pipeline the stack of layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import math
 from typing import Any
@@ -42,6 +42,20 @@ RULES: tuple[tuple[str, Any], ...] = (
   ('layers', 'stage'),
 )
 
+# Of an engine of several devices: all of them share heads, MLP and vocabulary.
+# Groups of them, `expert`, share the experts of a mixture, and the devices of a
+# group, `tensor`, the width of these. See parallel/tensor/ports.py.
+_ALL = ('expert', 'tensor')
+SERVING: tuple[tuple[str, Any], ...] = (
+  *((name, None) for name in ('embed', 'expert_embed', 'position', 'norm')),
+  ('rank', None),
+  ('heads', _ALL),
+  ('kv_heads', _ALL),
+  ('mlp', _ALL),
+  ('vocab', _ALL),
+  ('experts', 'expert'),
+)
+
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array [B, T, ...]."""
@@ -61,19 +75,22 @@ def num_parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
   return math.prod(mesh.shape[name] for name in names)
 
 
-def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
+def shardings(
+  mesh: Mesh, shapes: Any, logical_axes: Any, table: Any = RULES
+) -> Any:
   """Returns a NamedSharding for each leaf.
 
   Args:
     logical_axes: the same tree with a tuple of axis names (or None) per leaf.
+    table: the rules. A mesh axis that splits a dimension splits no later one.
 
   Raises:
     ValueError: a dimension does not divide by its mesh axis.
   """
-  table = dict(RULES)
+  table = dict(table)
 
   def leaf_sharding(path, leaf, axes):
-    spec = [table[name] if name is not None else None for name in axes]
+    spec = _without_repeats(table[name] if name else None for name in axes)
     for size, name, mesh_axes in zip(leaf.shape, axes, spec, strict=True):
       named = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
       split = [f'parallel.{a}' for a in named if a and mesh.shape[a] > 1]
@@ -87,6 +104,19 @@ def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, logical_axes)
+
+
+def _without_repeats(spec: Iterable[Any]) -> list[Any]:
+  """Returns the mesh axes of each dimension, each axis once."""
+  taken: set[str] = set()
+  found: list[Any] = []
+  for axes in spec:
+    if isinstance(axes, tuple):
+      axes = tuple(axis for axis in axes if axis not in taken)
+      axes = axes[0] if len(axes) == 1 else axes
+    taken.update(axes if isinstance(axes, tuple) else (axes,))
+    found.append(axes)
+  return found
 
 
 @contextlib.contextmanager

@@ -101,6 +101,13 @@ class EngineConfig:
     ' MLP and of the vocabulary, and the KV cache of its heads. For models that'
     ' one device does not hold, or for a shorter time per token.',
   )
+  experts: int = flag_field.field(
+    1,
+    'Groups into which the devices of engine.tensor are divided for the experts'
+    ' of a mixture: a group has some experts whole, and its devices share their'
+    ' width. More groups make larger products, and all devices wait for the'
+    ' group whose experts are asked most.',
+  )
   tensor_parts: int = flag_field.field(
     0,
     'Parts into which the model is cut with numerics=invariant: 2, 4 or 8. The'
@@ -229,6 +236,7 @@ class EngineConfig:
         )
     self._check_draft_model()
     expect.at_least('engine.tensor', self.tensor, 1)
+    expect.at_least('engine.experts', self.experts, 1)
     expect.one_of('engine.tensor_parts', self.tensor_parts, TENSOR_PARTS)
     self._check_parts()
     expect.at_least('engine.num_pages', self.num_pages, 0)
@@ -296,6 +304,23 @@ class EngineConfig:
         f' divisor of the {self.num_parts} parts of the model; change it or'
         ' engine.tensor_parts'
       )
+
+    if self.num_parts % self.experts or (
+      self.experts % self.tensor and self.tensor % self.experts
+    ):
+      of = 'parts of the model' if self.tensor_parts else 'devices'
+      raise ValueError(
+        f'engine.experts: got {self.experts}, expected a divisor of the'
+        f' {self.num_parts} {of} (engine.tensor); change one of them'
+      )
+
+  @property
+  def expert_groups(self) -> int:
+    """The groups of devices among which experts are divided.
+
+    Fewer than `experts` where a device holds the parts of several groups.
+    """
+    return min(self.experts, self.tensor)
 
   def holding(self, ranks: Sequence[int]) -> 'EngineConfig':
     """Returns the config with room for adapters, where it leaves that open.

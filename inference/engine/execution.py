@@ -202,8 +202,12 @@ def _devices(config: engine_config.EngineConfig) -> dict[str, str]:
   if config.num_parts == 1:
     return {}
   if config.numerics == 'invariant':  # however many devices share the parts
-    return {'tensor_parts': str(config.num_parts)}
-  return {'tensor': str(config.tensor)}
+    found = {'tensor_parts': str(config.num_parts)}
+  else:
+    found = {'tensor': str(config.tensor)}
+  if config.experts > 1:
+    found['experts'] = str(config.experts)
+  return found
 
 
 def _kv_dtype(config: engine_config.EngineConfig, dtype: Any) -> Any:

@@ -231,6 +231,7 @@ def make(
   target_name: str = targets.HERE,
   *,
   tensor: int | None = None,
+  experts: int = 1,
   is_compiled: bool = True,
 ) -> Plan:
   """Returns the plan for a model.
@@ -240,6 +241,7 @@ def make(
     target_name: `here`, or a name that `hardware.targets` knows, as v5e:2x4.
     tensor: devices that share the model; None: as many as give the most tokens
       per second, see `chosen`.
+    experts: groups of these devices that share the experts of a mixture.
 
   Raises:
     ValueError: the target does not exist, or the engine refuses the model over
@@ -262,14 +264,14 @@ def make(
   if tensor is None:
     plan = chosen(plan) if target else plan
   else:
-    _check_degree(plan, subject, tensor)
+    _check_degree(plan, subject, tensor, experts)
     plan = dataclasses.replace(plan, tensor=tensor)
   if is_here or not is_compiled:
     return plan
   fitting = max(plan.num_sequences(plan.config.max_length), 1)
   sequences = min(1 << fitting.bit_length() - 1, _MOST_COMPILED_SEQUENCES)
   engine = engine_config.EngineConfig(
-    tensor=plan.tensor, max_sequences=sequences
+    tensor=plan.tensor, experts=experts, max_sequences=sequences
   )
   return dataclasses.replace(
     plan,
@@ -317,7 +319,7 @@ def smallest(plan: Plan) -> tuple[str, Plan] | None:
 
 
 def _check_degree(
-  plan: Plan, subject: subject_lib.Subject, tensor: int
+  plan: Plan, subject: subject_lib.Subject, tensor: int, experts: int
 ) -> None:
   expect.at_least('--engine.tensor', tensor, 1)
   if plan.num_devices % tensor:
@@ -325,7 +327,7 @@ def _check_degree(
       f'--engine.tensor: got {tensor} with --plan={plan.target}, expected a'
       f' divisor of its {plan.num_devices} devices; change one of them'
     )
-  engine = engine_config.EngineConfig(tensor=tensor)
+  engine = engine_config.EngineConfig(tensor=tensor, experts=experts)
   if tensor > 1:
     refusals.check(engine, subject.config, subject.shapes())
 

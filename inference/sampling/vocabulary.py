@@ -180,7 +180,7 @@ _WHOLE, _SPLIT = Whole(), Split()
 def here() -> Whole:
   """Returns the vocabulary of the program that is being traced."""
   names = jax.sharding.get_abstract_mesh().manual_axes
-  return _SPLIT if ports.AXIS in names else _WHOLE
+  return _SPLIT if ports.TENSOR in names else _WHOLE
 
 
 def argmax(values_BV: jax.Array) -> jax.Array:

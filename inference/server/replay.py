@@ -234,6 +234,8 @@ def _hints(receipt):
     yield f'sums were those of a model in {parts} parts'
   if num_devices := receipt.numerics.get('tensor'):
     yield f'{num_devices} devices shared the model'
+  if experts := receipt.numerics.get('experts'):
+    yield f'{experts} groups of devices shared the experts'
   yield f'attention was {receipt.numerics["attention"]}'
   if products := receipt.numerics.get('products'):
     yield f'products with kernels in fewer bits were {products}'

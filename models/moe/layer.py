@@ -77,7 +77,9 @@ class Moe(nn.Module):
   def _kernels(self) -> dict[str, jax.Array]:
     config = self.config
     std, out_std = mup.hidden_std(config), mlp.residual_std(config)
-    into = config.num_experts, config.model_width, config.expert_width
+    groups = self.execution.expert_groups
+    width = config.expert_width * groups
+    into = config.num_experts // groups, config.model_width, width
     shapes = {'up': (into, std)}
     if config.mlp == 'swiglu':
       shapes['gate'] = into, std

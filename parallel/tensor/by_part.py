@@ -115,26 +115,44 @@ class AttendCached:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """The port `apply_experts`: the width of experts is split over the parts."""
+  """The port `apply_experts`: parts have some experts, or share their width."""
 
   apply_experts: Callable[..., jax.Array]
   num_parts: int
+  num_groups: int = 1  # of experts; the parts of a group share their width
 
   def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
-    num = _num_here(self.num_parts)
-    split = {
-      name: jnp.split(kernel, num, 1 if name == 'down' else 2)
-      for name, kernel in kernels.items()
-    }
+    groups = self.num_groups // jax.lax.axis_size(ports.EXPERT)
+    slices = _num_here(self.num_parts) // groups
+    held = kernels['down'].shape[0]
+    here_BTA = ports.ids_here(ids_BTA, held)
+    per_group = held // groups
 
-    def apply(x_BTD, kernels):
-      return self.apply_experts(x_BTD, ids_BTA, gates_BTA, kernels, dtype)
+    def of_part(group: int, part: int):
+      """Returns the term of a part, in the shapes that all parts have."""
+      own = {
+        name: jnp.split(
+          kernel[group * per_group : (group + 1) * per_group],
+          slices,
+          1 if name == 'down' else 2,
+        )[part]
+        for name, kernel in kernels.items()
+      }
+      local_BTA = here_BTA - group * per_group
+      is_own_BTA = (local_BTA >= 0) & (local_BTA < per_group)
+      local_BTA = jnp.where(is_own_BTA, local_BTA, per_group)
+      return _apart(
+        lambda x, ids, kernels: self.apply_experts(
+          x, ids, gates_BTA, kernels, dtype
+        ),
+        x_BTD,
+        local_BTA,
+        own,
+      )
 
-    terms = [
-      _apart(apply, x_BTD, {name: each[n] for name, each in split.items()})
-      for n in range(num)
-    ]
-    return _summed(terms, dtype)
+    return _summed(
+      [of_part(g, s) for g in range(groups) for s in range(slices)], dtype
+    )
 
 
 def _num_here(num_parts: int) -> int:

@@ -2,7 +2,7 @@
 
 In training the compiler splits the products of a model, as `parallel.rules`
 says. In serving each device runs a model with fewer heads, a narrower MLP and a
-part of the vocabulary, inside `jax.shard_map` over the mesh axis `tensor`. It
+part of the vocabulary, inside `jax.shard_map` over the devices of a mesh. It
 computes with its own weights and its own pages alone, so that every kernel
 works as on one device, and no compiler can decide to gather a weight. All that
 devices send is written here:
@@ -13,6 +13,11 @@ devices send is written here:
   - after the embedding, of which each device has some rows: a sum.
 
 Logits stay where they are: `inference.sampling.vocabulary` samples from them.
+
+The devices are a grid, `expert` x `tensor`. All of them share heads, MLP and
+vocabulary. Of a mixture each row of the grid has some of the experts whole, and
+the devices of a row share their width. The sum after the experts is over the
+grid, however it is shaped: tokens are everywhere, and so no token is sent.
 """
 
 from collections.abc import Callable
@@ -22,7 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-AXIS = 'tensor'  # of the mesh, see `parallel.rules`
+# Axes of the mesh, see `parallel.rules`.
+EXPERT, TENSOR = 'expert', 'tensor'
+AXIS = (EXPERT, TENSOR)  # all devices, in their order
 # Parts into which a sum over the vocabulary is cut, so that its bits do not
 # depend on the number of devices, up to this one.
 SUM_PARTS = 8
@@ -41,12 +48,32 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """The port `apply_experts`: every device has a part of each expert."""
+  """The port `apply_experts`: a device has a part of experts, or some."""
 
   apply_experts: Callable[..., jax.Array]
 
-  def __call__(self, *args):
-    return jax.lax.psum(self.apply_experts(*args), AXIS)
+  def __call__(self, x_BTD, ids_BTA, gates_BTA, kernels, dtype):
+    ids_BTA = ids_here(ids_BTA, kernels['down'].shape[0])
+    return jax.lax.psum(
+      self.apply_experts(x_BTD, ids_BTA, gates_BTA, kernels, dtype), AXIS
+    )
+
+
+def ids_here(ids_BTA: jax.Array, num_here: int) -> jax.Array:
+  """Returns the ids of experts among those of a device.
+
+  Args:
+    ids_BTA: among the experts of the model.
+    num_here: experts of this device.
+
+  Returns:
+    int32; `num_here` for an expert that another device has.
+  """
+  if jax.lax.axis_size(EXPERT) == 1:
+    return ids_BTA
+  ids_BTA = ids_BTA - jax.lax.axis_index(EXPERT) * num_here
+  is_here_BTA = (ids_BTA >= 0) & (ids_BTA < num_here)
+  return jnp.where(is_here_BTA, ids_BTA, num_here)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:

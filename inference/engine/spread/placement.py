@@ -132,6 +132,7 @@ class Spread:
   mesh: Mesh
   layout: layout_lib.Layout
   is_invariant: bool
+  num_expert_groups: int = 1  # of parts, see `EngineConfig.experts`
   is_spread = True
 
   @property
@@ -153,7 +154,10 @@ class Spread:
   def backend(self, backend):
     given, num = backend.execution, self.layout.num_parts
     spread = dataclasses.replace(
-      given, look_up=ports.look_up, masked=ports.Masked(given.masked)
+      given,
+      look_up=ports.look_up,
+      masked=ports.Masked(given.masked),
+      expert_groups=self.mesh.shape[ports.EXPERT],
     )
     if self.is_invariant:
       spread = dataclasses.replace(
@@ -162,7 +166,9 @@ class Spread:
         joined=by_part.Joined(given.linear, num),
         unembed=by_part.Unembed(given.unembed, num),
         attend_cached=by_part.AttendCached(given.attend_cached, num),
-        apply_experts=by_part.Experts(given.apply_experts, num),
+        apply_experts=by_part.Experts(
+          given.apply_experts, num, self.num_expert_groups
+        ),
       )
     else:
       spread = dataclasses.replace(
@@ -188,7 +194,7 @@ class Spread:
         leaf.shape, leaf.dtype, sharding=sharding
       ),
       shapes,
-      rules.shardings(self.mesh, shapes, names),
+      rules.shardings(self.mesh, shapes, names, rules.SERVING),
     )
 
   def read(self, backend, params):
@@ -362,13 +368,17 @@ def make(
     )
   refusals.check(config, model, params.shapes)
   mesh = mesh_lib.make_mesh(
-    parallel_config.ParallelConfig(tensor=config.tensor),
+    parallel_config.ParallelConfig(
+      expert=config.expert_groups,
+      tensor=config.tensor // config.expert_groups,
+    ),
     devices[: config.tensor],
   )
   layout = layout_lib.Layout(
     model=model, vocab_size=vocab_size, num_parts=config.num_parts
   )
-  return Spread(mesh, layout, config.numerics == 'invariant')
+  is_invariant = config.numerics == 'invariant'
+  return Spread(mesh, layout, is_invariant, config.experts)
 
 
 def _unstacked(tree: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,16 @@ def _of_model(
       f'experts of width {model.expert_width}',
       'a divisor of the width; choose another number of devices',
     )
+  if config.experts > 1 and not model.num_experts:
+    return (
+      f'engine.experts = {config.experts} of a model without experts',
+      '1; leave it out',
+    )
+  if model.num_experts % config.experts:
+    return (
+      f'engine.experts = {config.experts} of {model.num_experts} experts',
+      'a divisor of their number; choose another one',
+    )
   return None
 
 

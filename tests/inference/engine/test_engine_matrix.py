@@ -470,6 +470,19 @@ def test_devices_that_share_a_model_are_within_the_bound(kind, num_devices):
   assert _errors(engine, kind).max() < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('num_devices', 'experts'), [(2, 2), (4, 2), (4, 4)])
+def test_devices_that_share_experts_are_within_the_bound(num_devices, experts):
+  engine = reference_engine.engine(
+    'mixture', **_SIMPLE, tensor=num_devices, experts=experts
+  )
+  assert _errors(engine, 'mixture').max() < 1e-5
+  # Each device has whole experts: 8 of them, of width 20.
+  kernel = engine.params['params']['layer_0']['moe']['expert_up']['kernel']
+  shape = kernel.sharding.shard_shape(kernel.shape)
+  assert shape[::2] == (8 // experts, 20 * experts // num_devices)
+
+
 def test_devices_exchange_sums_and_candidates_alone():
   engine = reference_engine.engine('odd_heads', **_SIMPLE, tensor=2)
   layers, width = (

@@ -50,11 +50,20 @@ def test_weights_of_a_device_are_those_that_the_engine_places(kind, tensor):
   assert planned.weight_bytes == placement.num_bytes(params)
 
 
-@pytest.mark.parametrize(('kind', 'tensor'), [('llama', 2), ('mixture', 4)])
+@pytest.mark.parametrize(
+  ('kind', 'tensor', 'experts'),
+  [
+    pytest.param('llama', 2, 1, marks=pytest.mark.slow),
+    pytest.param('mixture', 4, 1, marks=pytest.mark.slow),
+    pytest.param('mixture', 4, 2, marks=pytest.mark.slow),
+  ],
+)
 def test_the_compiled_step_sends_the_sums_of_the_formula_and_no_weight(
-  kind, tensor
+  kind, tensor, experts
 ):
-  planned = plan_lib.make(_subject(kind), 'cpu:4', tensor=tensor)
+  planned = plan_lib.make(
+    _subject(kind), 'cpu:4', tensor=tensor, experts=experts
+  )
   assert isinstance(planned.compiled, compile_ahead.Program)
   stream = planned.compiled_sequences * planned.config.model_width * 4
   found = planned.compiled.traffic.collectives
@@ -148,6 +157,14 @@ def test_a_config_json_is_planned_without_weights(tmp_path):
     (
       ['--config=experiments/quickstart.py', '--engine.tensor=3'],
       'got 3 with --plan=cpu:4, expected a divisor of its 4 devices',
+    ),
+    (
+      [
+        '--config=experiments/quickstart.py',
+        '--engine.tensor=2',
+        '--engine.experts=2',
+      ],
+      'engine.experts = 2 of a model without experts',
     ),
   ],
 )

@@ -17,6 +17,7 @@ from inference.sampling import (
   vocabulary,
 )
 from models.layers import cross_entropy
+from parallel.tensor import ports
 
 _VOCAB, _PADDED, _ROWS = 300, 512, 24
 _Settings = settings_lib.Settings
@@ -72,13 +73,14 @@ def _padded(x_BV, value):
 @functools.cache
 def _split(num_devices: int):
   """Returns `_all` over devices, compiled, and its arguments."""
-  mesh = Mesh(np.array(jax.devices()[:num_devices]), ('tensor',))
+  devices = np.array(jax.devices()[:num_devices])
+  mesh = Mesh(devices.reshape(1, -1), ports.AXIS)
   logits_BV, sampler, seen_BV, positions_B = _batch()
   args = (
     _padded(logits_BV, cross_entropy.MASKED), sampler, _padded(seen_BV, 0),
     positions_B,
   )  # fmt: skip
-  split = P(None, 'tensor')
+  split = P(None, ports.AXIS)
   function = jax.jit(
     jax.shard_map(
       _all,

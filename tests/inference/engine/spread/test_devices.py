@@ -51,15 +51,18 @@ def _answers(engine, wanted, **how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('kind', 'num_parts', 'devices'),
+  ('kind', 'num_parts', 'experts', 'devices'),
   [
-    ('odd_heads', 2, (1, 2)),
-    pytest.param('odd_heads', 8, (1, 2, 4, 8), marks=pytest.mark.slow),
-    pytest.param('gpt2', 8, (1, 8), marks=pytest.mark.slow),
-    pytest.param('mixture', 4, (1, 2, 4), marks=pytest.mark.slow),
+    ('odd_heads', 2, 1, (1, 2)),
+    pytest.param('odd_heads', 8, 1, (1, 2, 4, 8), marks=pytest.mark.slow),
+    pytest.param('gpt2', 8, 1, (1, 8), marks=pytest.mark.slow),
+    pytest.param('mixture', 4, 1, (1, 2, 4), marks=pytest.mark.slow),
+    pytest.param('mixture', 4, 2, (1, 2, 4), marks=pytest.mark.slow),
   ],
 )
-def test_bits_do_not_depend_on_the_number_of_devices(kind, num_parts, devices):
+def test_bits_do_not_depend_on_the_number_of_devices(
+  kind, num_parts, experts, devices
+):
   found = [
     _answers(
       reference_engine.engine(
@@ -68,6 +71,7 @@ def test_bits_do_not_depend_on_the_number_of_devices(kind, num_parts, devices):
         numerics='invariant',
         tensor=num_devices,
         tensor_parts=num_parts,
+        experts=experts,
       ),
       _REQUESTS,
       # Other company, other pages and other chunks on each.

@@ -13,21 +13,24 @@ from tests.helpers import frozen_dirs, tiny_models
 from tests.helpers.serving import reference_engine
 
 
-def _placement(kind, num_devices, params=None):
+def _placement(kind, num_devices, params=None, experts=1):
   params = reference_engine.params(kind) if params is None else params
   return placement_lib.make(
-    engine_config.EngineConfig(tensor=num_devices),
+    engine_config.EngineConfig(tensor=num_devices, experts=experts),
     reference_engine.model_config(kind),
     device_state.unread(params),
     vocab_size=259,
   )
 
 
-@pytest.mark.parametrize('kind', ['odd_heads', 'gpt2', 'mixture'])
+@pytest.mark.parametrize(
+  ('kind', 'experts'),
+  [('odd_heads', 1), ('gpt2', 1), ('mixture', 1), ('mixture', 2)],
+)
 @pytest.mark.parametrize('num_devices', [2, 4])
-def test_weights_are_those_of_the_model_again(kind, num_devices):
+def test_weights_are_those_of_the_model_again(kind, experts, num_devices):
   params = reference_engine.params(kind)
-  placement = _placement(kind, num_devices)
+  placement = _placement(kind, num_devices, experts=experts)
   placed = placement.read(None, device_state.unread(params))
   expected = placement.shapes(None, device_state.unread(params))
   jax.tree.map(
@@ -93,6 +96,10 @@ def test_a_frozen_directory_is_read_into_its_places(tmp_path):
     ({}, {'tensor': 2, 'max_adapters': 3}, 'got 2 and 3 places for adapters'),
     ({}, {'tensor': 2, 'native': 'on'}, 'native = on, expected off'),
     (
+      {}, {'tensor': 2, 'experts': 2},
+      'engine.experts = 2 of a model without experts',
+    ),
+    (
       {'qk_norm': True, 'qk_norm_whole': True}, {'tensor': 2},
       'qk_norm_whole.*expected norms of each head',
     ),
@@ -112,6 +119,19 @@ def test_an_unsupported_engine_is_refused(model, layout, message):
 def test_experts_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match='got 8 and experts of width 20'):
     _placement('mixture', 8)
+
+
+@pytest.mark.parametrize(
+  ('layout', 'message'),
+  [
+    ({'tensor': 4, 'experts': 3}, 'got 3, expected a divisor of the 4 devices'),
+    ({'experts': 2}, 'got 2, expected a divisor of the 1 devices'),
+    ({'tensor': 2, 'experts': 0}, 'engine.experts: got 0, expected'),
+  ],
+)
+def test_groups_that_do_not_divide_the_devices_are_refused(layout, message):
+  with pytest.raises(ValueError, match=message):
+    engine_config.EngineConfig(**layout)
 
 
 def test_fewer_than_one_device_is_refused():
