@@ -1,6 +1,6 @@
 r"""Answers of a frozen model to many questions, as data to train on.
 
-    python -m studies.answers --model=runs/add_sft/frozen \
+    python -m studies.answers --model=runs/skilled/frozen \
       --questions='problems:families=additions&levels=2&count=6000' \
       --out=runs/answers.jsonl
     python -m studies.answers --model=DIR --questions=questions.jsonl \

@@ -4,12 +4,12 @@
       --figure=runs/reinforced.svg
     python -m studies.reinforcement --workdir=runs/reinforced --method=dapo
 
-For each seed, trains `experiments/grpo.py:sft` and continues from it with the
-method. Prints the accuracy of greedy answers to all held-out questions before
-and after, with its standard error, and the seconds of both runs. The figure
-has means over the seeds, and the range from the lowest to the highest. Every
-run is a workdir below --workdir: the same command resumes, and another method
-reuses the runs of `sft`.
+For each seed, trains the variants `skilled` and `mixed` of experiments/grpo.py,
+and continues from them with the method. Prints the accuracy of greedy answers
+to all held-out questions before and after, with its standard error, and the
+seconds of the runs. The figure has means over the seeds, and the range from the
+lowest to the highest. Every run is a workdir below --workdir: the same command
+resumes, and another method reuses the runs before it.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,10 @@ _METHOD = flags.DEFINE_enum(
   'method',
   'grpo',
   grpo.METHODS,
-  'Variant of experiments/grpo.py that continues from `sft`.',
+  'Variant of experiments/grpo.py that continues from `mixed`.',
 )
 NUM_SEEDS = 5
+STAGES = 'skilled', 'mixed'  # before reinforcement
 _SMOOTHED = 5  # rollout batches that are averaged into one point of a curve
 ACCURACY = 'reward/accuracy'
 
@@ -90,14 +91,16 @@ def seconds_of(workdir: pathlib.Path) -> float:
 
 
 def measure(workdir: pathlib.Path, method: str, seed: int) -> Run:
-  """Trains or resumes both stages of a seed; returns the second.
+  """Trains or resumes all stages of a seed; returns the last one.
 
   Raises:
     SystemExit: a signal stopped a run.
   """
-  first = workdir / f'sft_{seed}'
-  _train(dataclasses.replace(grpo.get_config('sft'), seed=seed), first)
-  experiment = grpo.get_config(f'{method}:{first / "frozen"}')
+  skilled, mixed = (workdir / f'{name}_{seed}' for name in STAGES)
+  _train(dataclasses.replace(grpo.get_config('skilled'), seed=seed), skilled)
+  experiment = grpo.get_config(f'mixed:{skilled / "frozen"}')
+  _train(dataclasses.replace(experiment, seed=seed), mixed)
+  experiment = grpo.get_config(f'{method}:{mixed / "frozen"}')
   place = workdir / f'{method}_{seed}'
   _train(
     dataclasses.replace(
@@ -152,12 +155,12 @@ def _band(x: np.ndarray, y_SN: np.ndarray) -> figure.Line:
   )
 
 
-def line_of(seed: int, run: Run, sft_seconds: float) -> str:
+def line_of(seed: int, run: Run, seconds_before: float) -> str:
   """Returns the row of a seed in the table."""
   (before, error_before), (after, error_after) = run.first, run.last
   return (
     f'seed {seed}: held-out accuracy {before:.1%} +- {error_before:.1%} ->'
-    f' {after:.1%} +- {error_after:.1%}; seconds: sft {sft_seconds:.0f},'
+    f' {after:.1%} +- {error_after:.1%}; seconds: {seconds_before:.0f} before,'
     f' reinforcement {run.seconds:.0f}'
   )
 
@@ -176,8 +179,8 @@ def main(argv: list[str]) -> None:
   runs = []
   for seed in range(study_flags.SEEDS.value or NUM_SEEDS):
     runs.append(measure(workdir, method, seed))
-    sft_seconds = seconds_of(workdir / f'sft_{seed}')
-    print(line_of(seed, runs[-1], sft_seconds), flush=True)
+    before = sum(seconds_of(workdir / f'{name}_{seed}') for name in STAGES)
+    print(line_of(seed, runs[-1], before), flush=True)
   last_S = np.array([run.last[0] for run in runs])
   print(
     f'{method}, {len(runs)} seeds: held-out accuracy at the end'

@@ -36,7 +36,7 @@ from training.objectives.policy import corrections
 from training.reporting import goodput, metrics
 
 _POLICY = path_flags.DEFINE_path(
-  'policy', grpo.SFT, 'Frozen directory that every run continues from.'
+  'policy', grpo.MIXED, 'Frozen directory that every run continues from.'
 )
 NUM_ROLLOUTS = 50
 _RESULTS = 'sampler_gap.json'

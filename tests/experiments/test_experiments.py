@@ -31,7 +31,15 @@ VARIANTS = {
   'problems': ['base', 'sft', 'sft:some/frozen'],
   # The others read a teacher's weights.
   'distil': ['teacher', 'alone'],
-  'grpo': ['sft', 'grpo', 'rloo', 'dr_grpo', 'dapo', 'reinforce:some/frozen'],
+  'grpo': [
+    'sft',
+    'mixed',
+    'grpo',
+    'rloo',
+    'dr_grpo',
+    'dapo',
+    'reinforce:some/frozen',
+  ],
   'preference': ['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'],
   'lora_against_full': ['full', 'rank-8', 'rank-64:some/frozen'],
   'smollm2': [

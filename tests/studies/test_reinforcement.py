@@ -52,7 +52,7 @@ def test_a_run_is_read_from_its_files(runs):
   assert runs[0].seconds == 20.0  # of both starts
   np.testing.assert_array_equal(runs[0].steps_R, [0, 1, 2, 3])
   line = reinforcement.line_of(0, runs[0], 12.0)
-  assert '30.0% +- 2.0% -> 90.0% +- 2.0%; seconds: sft 12, rein' in line
+  assert '30.0% +- 2.0% -> 90.0% +- 2.0%; seconds: 12 before, ' in line
 
 
 def test_curves_have_the_mean_and_the_range_of_seeds(runs):
