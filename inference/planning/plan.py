@@ -249,14 +249,21 @@ def make(
   """
   is_here = target_name == targets.HERE
   target = None if is_here else targets.parse(target_name)
-  devices = targets.devices(target) if target else jax.local_devices()
+  if target is None:
+    devices = jax.local_devices()
+  elif is_compiled or target.device_kind not in peaks_lib.DATASHEETS:
+    devices = targets.devices(target)
+  else:  # no compiler has to be there
+    devices = []
+  kind = devices[0].device_kind if target is None else target.device_kind
+  peaks = peaks_lib.DATASHEETS.get(kind) or peaks_lib.peaks(devices[0])
   saved, saved_of_step = _saved(subject)
   plan = Plan(
     subject=subject,
     target=target_name,
-    device_kind=devices[0].device_kind,
-    peaks=peaks_lib.peaks(devices[0]),
-    num_devices=len(devices),
+    device_kind=kind,
+    peaks=peaks,
+    num_devices=target.num_devices if target else len(devices),
     slices=targets.slices(target) if target else (),
     saved_bytes=saved,
     saved_bytes_of_step=saved_of_step,
